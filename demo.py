@@ -277,8 +277,11 @@ def report_stages(root: Path, question: str) -> list[Stage]:
     return [
         Stage("continue text", 15, ("megatron-sov", "generate", extend, *SAMPLING,
                                     *repeated("--prompt", (*TEXTS, question)), "--run", extend)),
-        Stage("report", 10, ("megatron-sov", "report", pretrain, extend, sft, dpo, far, "--output",
+        Stage("report", 10, ("megatron-sov", "report", pretrain, extend, sft, dpo, "--output",
                              str(root / "report.html"))),
+        # another model: the first one is too small to find needles
+        Stage("report of retrieval", 10, ("megatron-sov", "report", far, "--output",
+                                          str(root / "retrieval.html"))),
     ]
 
 
@@ -358,6 +361,7 @@ def summary(root: Path, times: list[tuple[Stage, float]]) -> None:
     print(f"largest process: {peak_mib:.0f} MiB of memory")
     print(f"\nthe model, for transformers: {root / 'hf'}\n"
           f"the report, for a browser:   {(root / 'report.html').resolve()}\n"
+          f"retrieval, by a second model that learned needles alone: {root / 'retrieval.html'}\n"
           f"talk to it, here:            megatron-sov chat {root / 'hf'}\n"
           f"talk to it, in a browser:    megatron-sov serve {root / 'hf'}")
 

@@ -34,7 +34,6 @@ INSTALL_REQUIRES = [
     "safetensors",
     "shtab",
     "tqdm",
-    "plotly",
     "jinja2",
     "pydantic>=2",
 ]

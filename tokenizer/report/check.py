@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import plotly.graph_objects as go
 from markupsafe import Markup
 
-from megatron_sov.base.pages.page import (
-    Chapter, Chart, PageSection, PageTable, chart, colour, plain, render as render_page)
+from megatron_sov.base.pages.page import Chapter, Chart, PageSection, PageTable, render as render_page
+from megatron_sov.base.pages.plots import Axis, BarPlot, BarSeries, LinePlot, Series, colour
 from tokenizer.formats.reader import Opened
 
 Verdict = Literal["good", "note", "bad"]
@@ -100,24 +100,17 @@ def _figures(tokenizer: Opened, checks: list[TokenizerCheck]) -> list[tuple[str,
 
 def bars(labels: Sequence[str], series: Mapping[str, Sequence[float]], axis: str, caption: str) -> Chart:
     """Return horizontal bars: one group for each label, one colour for each series."""
-    figure = go.Figure()
-    for i, (name, values) in enumerate(series.items()):
-        figure.add_trace(go.Bar(y=[plain(label) for label in labels], x=list(values), orientation="h",
-                                name=plain(name), marker={"color": colour(i)},
-                                hovertemplate="%{y}: %{x:.4g}<extra>" + plain(name) + "</extra>"))
-    figure.update_layout(barmode="group", xaxis={"title": plain(axis)},
-                         yaxis={"autorange": "reversed", "type": "category"})
-    return chart(figure, caption, height_px=130 + len(labels) * (20 + 12 * len(series)))
+    drawn = [BarSeries(name, list(values), colour(i)) for i, (name, values) in enumerate(series.items())]
+    return Chart(BarPlot(labels, drawn, Axis(axis)), caption)
 
 
 def lines(x: Sequence[float], series: Mapping[str, Sequence[float]], axes: tuple[str, str], caption: str,
           log: bool = False) -> Chart:
     """Return lines over x, on logarithmic axes where `log`."""
-    figure = go.Figure()
+    drawn = []
     for i, (name, values) in enumerate(series.items()):
-        figure.add_trace(go.Scatter(x=list(x)[:len(values)], y=list(values), name=plain(name),
-                                    mode="lines+markers", line={"color": colour(i), "width": 1.8}))
-    kind = "log" if log else "linear"
-    figure.update_layout(xaxis={"title": plain(axes[0]), "type": kind},
-                         yaxis={"title": plain(axes[1]), "type": kind})
-    return chart(figure, caption)
+        points = [(at, value) for at, value in zip(x, values, strict=False)
+                  if math.isfinite(value) and (not log or (at > 0 and value > 0))]
+        if points:
+            drawn.append(Series(name, [at for at, _ in points], [value for _, value in points], colour(i)))
+    return Chart(LinePlot(drawn, Axis(axes[0], is_log=log), Axis(axes[1], is_log=log)), caption)

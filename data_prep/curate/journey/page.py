@@ -6,9 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import plotly.graph_objects as go
 from pydantic import TypeAdapter, ValidationError
 
 from data_prep.curate.journey.facts import BINS, SCORES, Facts, facts_of_output, total
@@ -17,16 +15,14 @@ from data_prep.curate.journey.summary import (
 from data_prep.curate.journey.telling import changes, cut
 from megatron_sov.base.artifacts import MANIFEST, read_manifest, write_output
 from megatron_sov.base.errors import UserError, visible
-from megatron_sov.base.figures import format_count, format_duration, format_size
+from megatron_sov.base.figures import format_count, format_duration, format_share, format_size
 from megatron_sov.base.pages.page import (
-    Chapter, Chart, Comparison, PageSection, PageTable, Panel, chart, colour, plain, render as render_page)
+    Chapter, Chart, Comparison, PageSection, PageTable, Panel, render as render_page)
+from megatron_sov.base.pages.plots import Axis, BarPlot, BarSeries, LinePlot, Series, colour
 
 # The charts of a pipeline's page.
 
-ROWS = {"autorange": "reversed", "type": "category"}
-"""Axis of bars under one another: a label such as 2021 is a name, not a number."""
 MAX_BARS = 24
-ROW_PX = 22
 LABEL_CHARS = 40
 
 
@@ -41,13 +37,10 @@ def funnel(steps: Sequence[tuple[str, int]], caption: str) -> Chart:
     # The first pair is of the reading with itself, which loses nothing.
     lost = [before - left for (_, before), (_, left) in zip([steps[0], *steps], steps, strict=False)]
     names = [short(name) for name, _ in steps]
-    figure = go.Figure([
-        _bar(names, [left for _, left in steps], "kept", colour(0),
-             [f"{left:,} ({left / read:.1%})" for _, left in steps]),
-        _bar(names, lost, "dropped by this step", colour(1), ["" for _ in steps])])
-    figure.update_layout(barmode="stack", bargap=0.25, yaxis=ROWS, legend={"traceorder": "normal"},
-                         xaxis={"title": "documents", "range": [0, 1.02 * read], "nticks": 5})
-    return chart(figure, caption, height_px=130 + ROW_PX * len(steps))
+    series = [BarSeries("kept", [left for _, left in steps], colour(0),
+                        [f"{left:,} ({format_share(left / read)})" for _, left in steps]),
+              BarSeries("dropped by this step", lost, colour(1))]
+    return Chart(BarPlot(names, series, Axis("documents", high=read), is_stacked=True), caption)
 
 
 def bars(counts: Mapping[str, float], title: str, caption: str, note: str = "",
@@ -67,23 +60,17 @@ def bars(counts: Mapping[str, float], title: str, caption: str, note: str = "",
     left_out = len(ranked) - MAX_BARS
     notes = [note, f"{left_out:,} smaller ones are not drawn." if left_out > 0 else ""]
     shown = ranked[:MAX_BARS]
-    figure = go.Figure([_bar(_apart(shown), [counts[v] for v in shown], title, colour(0),
-                             [said(counts[v]) for v in shown])])
-    most = max((counts[v] for v in shown), default=1) or 1
-    figure.update_layout(bargap=0.25, yaxis=ROWS,
-                         xaxis={"title": plain(title), "range": [0, 1.25 * most], "nticks": 5})
-    return chart(figure, caption, notes, height_px=100 + ROW_PX * len(shown))
+    series = BarSeries(title, [counts[v] for v in shown], colour(0), [said(counts[v]) for v in shown])
+    return Chart(BarPlot(_apart(shown), [series], Axis(title)), caption, " ".join(filter(None, notes)))
 
 
 def histogram(parts: Sequence[int], low: float, high: float, title: str, caption: str,
               note: str = "") -> Chart:
     """Return how many documents lie in each of equal parts between two values."""
     width = (high - low) / len(parts)
-    figure = go.Figure(go.Bar(x=[low + (i + 0.5) * width for i in range(len(parts))], y=list(parts),
-                              width=width * 0.92, marker={"color": colour(0)}))
-    figure.update_layout(bargap=0, xaxis={"title": plain(title), "range": [low, high]},
-                         yaxis={"title": "documents"})
-    return chart(figure, caption, [note], height_px=240)
+    centres = [low + (i + 0.5) * width for i in range(len(parts))]
+    return Chart(LinePlot([Series("documents", centres, list(parts), kind="columns")],
+                          Axis(title, low, high), Axis("documents", low=0.0)), caption, note)
 
 
 def stacked(rows: Mapping[str, Mapping[str, float]], title: str, caption: str) -> Chart:
@@ -93,26 +80,17 @@ def stacked(rows: Mapping[str, Mapping[str, float]], title: str, caption: str) -
                     key=lambda v: (-sum(row.get(v, 0) for row in rows.values()), v))
     # Readers can distinguish seven colours; all other values share the eighth.
     drawn, rest = values[:7], values[7:]
-    figure = go.Figure([_bar(_apart(names), [rows[n].get(v, 0) for n in names], _named(v), colour(i),
-                             ["" for _ in names]) for i, v in enumerate(drawn)])
+    series = [BarSeries(short(_named(v)), [rows[n].get(v, 0) for n in names], colour(i))
+              for i, v in enumerate(drawn)]
     if rest:
-        figure.add_trace(_bar(_apart(names), [sum(rows[n].get(v, 0) for v in rest) for n in names],
-                              f"{len(rest)} others", colour(7), ["" for _ in names]))
-    figure.update_layout(barmode="stack", bargap=0.25, yaxis=ROWS, legend={"traceorder": "normal"},
-                         xaxis={"title": plain(title), "nticks": 5})
-    return chart(figure, caption, height_px=130 + ROW_PX * len(names))
+        series.append(BarSeries(f"{len(rest)} others", [sum(rows[n].get(v, 0) for v in rest) for n in names],
+                                colour(7)))
+    return Chart(BarPlot(_apart(names), series, Axis(title), is_stacked=True), caption)
 
 
 def short(text: object, chars: int = LABEL_CHARS) -> str:
     line = " ".join(str(text).split())
     return line if len(line) <= chars else f"{line[:chars - 1]}…"
-
-
-def _bar(names: Sequence[str], values: Sequence[float], name: str, fill: str, texts: Sequence[str]) -> go.Bar:
-    style: dict[str, Any] = {"marker": {"color": fill}, "textposition": "auto", "textangle": 0,
-                             "cliponaxis": False}
-    return go.Bar(y=[plain(n) for n in names], x=list(values), orientation="h", name=plain(short(name)),
-                  text=list(texts), **style)
 
 
 def _named(value: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import importlib.resources
 import re
 import time
@@ -14,96 +13,32 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from megatron_sov.base.errors import visible
+from megatron_sov.base.pages.plots import BarPlot, HeatMap, LinePlot
 from megatron_sov.version import __version__
 
 if TYPE_CHECKING:
     import jinja2
-    import numpy as np
-    import numpy.typing as npt
-    import plotly.graph_objects as go
-
-# Plotly figures on a page.  Colours are names of CSS variables, so that the page's light and dark themes
-# reach into charts.
-
-NUM_COLOURS = 8
-MARGINS = {"l": 64, "r": 16, "t": 28}
-SMALL_MARGINS = {"l": 8, "r": 12, "t": 10, "b": 60}
-"""Pixels; labels of the axes widen them where they need to."""
-
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart ready for the page."""
+    """A chart with its caption."""
 
-    figure_json: str
-    """Plotly's figure; safe inside a <script> element."""
+    plot: LinePlot | BarPlot | HeatMap
     caption: str
-    note: str
-    """What was left out or changed for drawing; may be empty."""
-    height_px: int = 300
-
-
-def chart(figure: go.Figure, caption: str, notes: Iterable[str] = (), height_px: int = 300, *,
-          small: bool = False) -> Chart:
-    """Return a figure as a `Chart`; its margins, fonts and colours are the page's.
-
-    Args:
-        figure: what is drawn.
-        caption: one sentence below it.
-        notes: what was left out or changed for drawing.
-        height_px: with axis titles and legend.
-        small: for a `Panel`, where the curve needs the room that margins take.
-    """
-    has_legend = len(figure.data) > 1 or bool(figure.layout.showlegend)
-    bottom = 76 if has_legend else 56
-    margins = ({**SMALL_MARGINS, **({} if has_legend else {"b": 42})} if small else {**MARGINS, "b": bottom})
-    # The legend may take the whole width, not only that of the curves: names are long and phones are narrow.
-    legend = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "xref": "container",
-              "x": 0}
-    axis = {"gridcolor": "var(--grid)", "linecolor": "var(--rule)", "zeroline": False, "automargin": True}
-    figure.update_layout(template="none", height=height_px, showlegend=has_legend, hovermode="closest",
-                         margin=margins, legend=legend, paper_bgcolor="rgba(0,0,0,0)",
-                         plot_bgcolor="rgba(0,0,0,0)", font={"color": "var(--ink)", "size": 12}, xaxis=axis,
-                         yaxis=axis)
-    # "<" could close the script element that carries the figure, "&" and U+2028 trip other readers.
-    text = figure.to_json()
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return Chart(text, caption, " ".join(dict.fromkeys(n for n in notes if n)), height_px)
-
-
-def colour_bar(title: str) -> dict[str, object]:
-    """Return what a heat map's colours mean; the title stands behind the bar's numbers, not above them, where
-    it would lie over the highest one."""
-    # Spaces that do not break keep the title off the numbers.
-    return {"title": {"text": title, "side": "right"}, "thickness": 12, "ticksuffix": "\u00a0\u00a0"}
-
-
-def plain(text: object) -> str:
-    """Return a text for a figure; plotly reads HTML in labels, and names from data must not become markup."""
-    return html.escape(visible(str(text)))
-
-
-def colour(i: int) -> str:
-    return f"var(--c{i % NUM_COLOURS + 1})"
-
-
-def line_with_intervals(name: str, i: int, x: npt.NDArray[Any], value: npt.NDArray[np.float64],
-                        low: npt.NDArray[np.float64], high: npt.NDArray[np.float64]) -> go.Scatter:
-    """Return the i-th line of a chart, its points with their intervals."""
-    import plotly.graph_objects as go
-
-    return go.Scatter(x=x, y=value.astype("float32"), name=name, mode="lines+markers",
-                      line={"color": colour(i), "width": 1.8},
-                      error_y={"type": "data", "symmetric": False, "thickness": 1,
-                               "array": (high - value).astype("float32"),
-                               "arrayminus": (value - low).astype("float32")})
+    """One sentence below the chart."""
+    note: str = ""
+    """Points or bars that are left out or changed for drawing; may be empty."""
 
 
 # What a page holds: chapters of sections of text, charts and tables.
 
 MAX_OPEN_ROWS = 12
 """Of a table that may be folded."""
+MAX_CARDS = 16
+"""Rows of a table that becomes cards on a phone."""
+_NUMBER = r"[-+−]?\$?\d[\d.,]*(e[-+]?\d+)?( ?%| ?[A-Za-zµ°][A-Za-z/]{0,8})?( \d[\d.,]* ?[a-z]{1,3})?"
+_FIGURE = re.compile(rf"[≈<>]?\s?{_NUMBER}((/| of | to | → ){_NUMBER})?( \([^()]*\))?")
+_FIGURE_OR_NOTHING = re.compile(rf"{_FIGURE.pattern}|[–-]|")
 
 
 @dataclass(frozen=True)
@@ -118,6 +53,18 @@ class PageTable:
     @property
     def is_folded(self) -> bool:
         return bool(self.fold) and len(self.rows) > MAX_OPEN_ROWS
+
+    @property
+    def figure_columns(self) -> list[bool]:
+        """Return for each column whether its cells are figures, which are aligned right."""
+        columns = [[str(row[i]) for row in self.rows if i < len(row)] for i in range(len(self.head))]
+        return [any(map(_FIGURE.fullmatch, cells)) and all(map(_FIGURE_OR_NOTHING.fullmatch, cells))
+                for cells in columns]
+
+    @property
+    def becomes_cards(self) -> bool:
+        """Return whether each row becomes a card on a phone; longer tables scroll."""
+        return len(self.head) > 2 and len(self.rows) <= MAX_CARDS
 
 
 def tables(things: Iterable[Any], columns: Mapping[str, Callable[[Any], str]]) -> list[PageTable]:
@@ -193,6 +140,8 @@ class Panel:
     tables: list[PageTable] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
+    more: list[Comparison] = field(default_factory=list)
+    """Comparisons that are folded under their number."""
     figures: list[tuple[str, str, str]] = field(default_factory=list)
     """(label, value, detail), as large cards."""
     text: str = ""
@@ -219,7 +168,7 @@ class Chapter:
     """In reading order; none: the chapter says that there is nothing yet."""
 
 
-def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *,
+def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *, verdict: str = "",
            opening: Sequence[Panel] = (), overview: tuple[str, PageTable] | None = None,
            anchor: str = "part", nothing: str = "There is nothing to show.",
            now_s: float | None = None) -> str:
@@ -234,26 +183,20 @@ def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *,
         title: the heading.
         subtitle: one line below it; may be empty.
         chapters: what the page tells of, in order.
+        verdict: the result in one sentence, before all else; may be empty.
         opening: what stands before all else, to be seen without scrolling on a wide screen.
         overview: a heading and a table before the chapters.
         anchor: how the chapters' addresses begin.
         nothing: said in a chapter without sections.
         now_s: Unix time to print as the time of writing; the current one by default.
     """
-    from plotly.offline import get_plotlyjs
-
-    draws = any(panel.charts for panel in opening) or any(
-        section.charts for chapter in chapters for section in chapter.sections)
-    plotly_js = get_plotlyjs() if draws else ""  # nearly five megabytes
-    draw_js = _resource("draw.js")
-    scripts = [*([plotly_js] if draws else []), draw_js]
+    page_js = _resource("page.js")
     return _templates().get_template("page.html.j2").render(
-        kicker=kicker, title=title, subtitle=subtitle, nothing=nothing,
+        kicker=kicker, title=title, subtitle=subtitle, verdict=verdict, nothing=nothing,
         chapters=[_anchored(chapter, f"{anchor}-{i}") for i, chapter in enumerate(chapters, 1)],
         opening=opening, overview=overview, overview_anchor=f"{anchor}s",
-        css=_resource("colours.css") + _resource("page.css"),
-        plotly_js=plotly_js, draw_js=draw_js,
-        script_hashes=" ".join(map(_csp_hash, scripts)),
+        css=_resource("colours.css") + _resource("page.css"), page_js=page_js,
+        script_hashes=_csp_hash(page_js),
         version=__version__, written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now_s)),
     )
 

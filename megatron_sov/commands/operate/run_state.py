@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.figures import format_count, format_duration, format_value
+from megatron_sov.base.figures import format_count, format_duration
 from megatron_sov.model import objectives
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.recipes.extension import PHASE
@@ -109,6 +109,8 @@ class RunState:
     num_steps: int = 0
     tokens: int = 0
     loss: float = math.nan
+    heldout_bits_per_byte: float = math.nan
+    """Of the newest evaluation, over the bytes of all held-out sources."""
     told: str = ""
     """What the last step gave, by the objective's headline meters."""
     headline: dict[str, float] = field(default_factory=dict)
@@ -205,6 +207,8 @@ class RunStateReader:
         elif event["event"] == "skip" and "meters" in event:  # a round of which no group learns
             state.step, state.told = int(event["step"]), told_step(event, self._meters, comparable=False)
             state.headline |= {m.name: m.value(event) for m in self._meters if math.isfinite(m.value(event))}
+        elif event["event"] == "eval":
+            state.heldout_bits_per_byte = _overall_bits_per_byte(event.get("heldout"))
         elif event["event"] == "needle" and event.get("when") == "before":  # only an extension asks then
             state.stage = "extend"
         state.warnings += event["event"] == "warning"
@@ -248,6 +252,15 @@ class RunStateReader:
             if not state.stage:
                 state.stage = ("extend" if _extends(self._path, config)
                                else objectives.BUILT_IN.get(config.objective.name, "pretrain"))
+
+
+def _overall_bits_per_byte(heldout: Any) -> float:
+    """Return all bits over all bytes of an evaluation's sources; NaN if a source lacks a figure."""
+    sources = [row for row in heldout.values() if isinstance(row, dict)] if isinstance(heldout, dict) else []
+    bits = [number(row.get("loss")) * number(row.get("tokens")) for row in sources]
+    num_bytes = [b / per_byte if (per_byte := number(row.get("bits_per_byte"))) > 0 else math.nan
+                 for b, row in zip(bits, sources, strict=True)]
+    return sum(bits) / sum(num_bytes) if sum(num_bytes) > 0 else math.nan
 
 
 def read_state(path: Path, now_s: float | None = None) -> RunState:
@@ -394,21 +407,3 @@ def bar(time: WallTime, width: int = BAR_CHARACTERS) -> str:
     for name in sorted(exact, key=lambda n: counts[n] - exact[n])[:width - sum(counts.values())]:
         counts[name] += 1
     return "".join(SIGNS[name] * counts[name] for name in CATEGORIES)
-
-
-def as_table(states: list[RunState]) -> str:
-    head = ["run", "stage", "state", "step", "last step", "tokens/s", "left", "checkpoint", "restarts",
-            "effective"]
-    rows = [head, *map(_row, states)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-                     for row in rows)
-
-
-def _row(state: RunState) -> list[str]:
-    left = format_duration(state.eta_s) if math.isfinite(state.eta_s) else "–"
-    effective = f"{state.wall_time.goodput:.0%}" if state.wall_time and state.wall_time.total_s else "–"
-    checkpoint = f"{state.checkpoint_step:,}" if state.checkpoint else "–"
-    return [str(state.path), state.stage or "–", state.state, f"{state.step:,}/{state.num_steps:,}",
-            state.told or "–", format_value(state.tokens_per_s), left, checkpoint, str(state.restarts),
-            effective]

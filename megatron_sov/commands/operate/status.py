@@ -46,7 +46,8 @@ def run(typed: argparse.Namespace) -> int:
     Raises:
         UserError: a folder holds no run, or --follow has several.
     """
-    from megatron_sov.commands.operate.run_state import as_table, find_runs, in_full, read_state
+    from megatron_sov.commands.operate.run_state import find_runs, in_full, read_state
+    from megatron_sov.commands.operate.run_table import format_runs
 
     args = read_options(StatusOptions, typed)
     paths = list(dict.fromkeys(found for path in args.runs for found in find_runs(path)))
@@ -61,7 +62,7 @@ def run(typed: argparse.Namespace) -> int:
     elif len(states) == 1:
         print(in_full(states[0]))
     else:
-        print(as_table(states))
+        print(format_runs(states, args.runs[0] if len(args.runs) == 1 else None))
     return 0
 
 

@@ -290,23 +290,18 @@ def page_of(opinions: Opinions, name: str, version: str) -> str:
 
 def _chart(opinions: Opinions) -> Chart:
     import numpy as np
-    import plotly.graph_objects as go
 
-    from megatron_sov.base.pages.page import chart, colour
+    from megatron_sov.base.pages.page import Chart
+    from megatron_sov.base.pages.plots import Axis, LinePlot, Series
 
     wrong = set(opinions.paid_wrongly)
-    parts = np.array_split(np.array(opinions.lines),
-                           max(1, min(MAX_POINTS, opinions.num_opinions // MIN_OPINIONS)))
-    figure = go.Figure(go.Scatter(
-        x=[int(part[-1]) for part in parts], mode="lines+markers", name="paid wrongly",
-        y=np.array([np.mean([line in wrong for line in part.tolist()]) for part in parts], np.float32),
-        line={"color": colour(0), "width": 1.8}))
-    if opinions.alarm:
-        figure.add_vline(x=opinions.alarm_line, line={"color": colour(1), "dash": "dot"},
-                         annotation_text="alarm")
-    figure.update_layout(xaxis={"title": "row"}, yaxis={"title": "share", "tickformat": ".0%",
-                                                        "rangemode": "tozero"})
-    return chart(figure, f"Mean of about {len(parts[0])} opinions at each point.")
+    parts = [part.tolist() for part in np.array_split(
+        np.array(opinions.lines), max(1, min(MAX_POINTS, opinions.num_opinions // MIN_OPINIONS)))]
+    shares = [sum(line in wrong for line in part) / len(part) for part in parts]
+    rules = [("alarm", opinions.alarm_line)] if opinions.alarm else []
+    return Chart(LinePlot([Series("paid wrongly", [part[-1] for part in parts], shares)], Axis("row"),
+                          Axis("share", low=0.0, is_share=True), rules=rules),
+                 f"Mean of about {len(parts[0])} opinions at each point.")
 
 
 def _answers(opinions: Opinions) -> list[PageTable]:

@@ -365,7 +365,7 @@ def check_inputs(work: StageWork, promised: set[Path]) -> None:
             raise UserError(f"{work.stage}: {path} does not exist; make it before, or submit its stage in "
                             "the same chain")
     # weights are parsed only if the folder is there
-    data_paths([text for text in work.data if _path_of(text).absolute() not in made])
+    data_paths([text for text in work.data if path_of(text).absolute() not in made])
 
 
 def fitting_nodes(work: StageWork, profile: ClusterProfile, num_nodes: int, least: int,

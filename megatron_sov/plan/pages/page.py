@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
-import plotly.graph_objects as go
-
-from megatron_sov.base.figures import (
-    format_count, format_days, format_energy, format_money, format_seconds, format_share)
-from megatron_sov.base.pages.page import Chapter, Chart, PageSection, PageTable, chart, colour, plain, render
+from megatron_sov.base.figures import format_count
+from megatron_sov.base.pages.page import Chapter, Chart, PageSection, PageTable, render
+from megatron_sov.base.pages.plots import Axis, BarPlot, BarSeries, LinePlot, Series, colour
 from megatron_sov.model.config import RunConfig
 from megatron_sov.plan.pages import quote as quote_tables
-from megatron_sov.plan.pages.quote import Quote, QuoteTable, alike, gib, totals
+from megatron_sov.plan.pages.quote import (
+    Quote, QuoteTable, alike, dollars, energy, gib, percent, seconds, totals)
 from megatron_sov.plan.pages.telling import PlanText, name, sizes, steps_to_show, timetable_rows
 from megatron_sov.plan.search.sweep import SweepResult
 from megatron_sov.schedules import Schedule
-from megatron_sov.work.clusters.units import GIB, SECONDS_OF_A_DAY
+from megatron_sov.work.clusters.units import GIB
 
-MAX_POINTS = 2000
+MAX_POINTS = 500
 """Layouts of a kind of stage that are drawn: the fastest, and some of the others."""
 SEEN_SHARE = 0.02
 """Items of memory that are smaller share a piece of the bar."""
-ROW_PX, AROUND_PX = 26, 130
-"""Height of a bar, and of what stands around bars."""
 
 
 def plan_page(config: RunConfig, quotes: Sequence[Quote], told: PlanText | None) -> str:
@@ -40,11 +38,10 @@ def _figures(quotes: Sequence[Quote]) -> list[tuple[str, str, str]]:
     t = totals(quotes)
     low, high = t.cost_range_usd
     fullest = max(quotes, key=lambda q: q.memory.total_bytes).memory
-    asked = f"{format_money(low)} to {format_money(high)}" if high > low else ""
-    return [("Time", format_days(t.days * SECONDS_OF_A_DAY),
-             f"{format_share(t.effective_share)} of it training"),
-            ("Cost", format_money(t.cost_usd), asked),
-            ("Energy", format_energy(t.energy_kwh), f"{format_count(t.gpu_hours)} GPU-hours"),
+    asked = f"{dollars(low)} to {dollars(high)}" if high > low else ""
+    return [("Days", f"{t.days:,.1f}", f"{percent(t.effective_share)} of them training"),
+            ("Cost", dollars(t.cost_usd), asked),
+            ("Energy", energy(t.energy_kwh), f"{format_count(t.gpu_hours)} GPU-hours"),
             ("Speed", f"{min(q.tokens_per_s_per_gpu for q in quotes if q.num_gpus):,.0f}",
              "tokens/s/GPU, slowest stage"),
             ("Memory", f"{gib(t.peak_memory_bytes)} GiB",
@@ -72,25 +69,17 @@ def _table(table: QuoteTable) -> PageTable:
 def _memory(quotes: Sequence[Quote]) -> Chart:
     """Return a bar for each kind of stage, in pieces by item, and what may be taken."""
     kinds = alike(quotes, lambda q: (q.memory,))
-    figure, labels = go.Figure(), [plain(label) for label in quote_tables.labels(kinds)]
+    labels = quote_tables.labels(kinds)
     drawn = [quote_tables.seen(same[0].memory, SEEN_SHARE) for same in kinds]
     names = list(dict.fromkeys(item for items in drawn for item in items))
-    for i, item in enumerate(names):
-        figure.add_trace(go.Bar(
-            y=labels, x=[items.get(item, 0) / GIB for items in drawn], orientation="h",
-            name=plain(item.replace("_", " ")), marker={"color": colour(i)}))
+    series = [BarSeries(item.replace("_", " "), [items.get(item, 0) / GIB for items in drawn], colour(i))
+              for i, item in enumerate(names)]
     limits = {same[0].memory.limit_bytes for same in kinds} - {0}
     # an engine may take less than a trainer: one line would be wrong for one of them
     limit = limits.pop() if len(limits) == 1 else 0
-    if limit:
-        figure.add_shape(type="line", x0=limit / GIB, x1=limit / GIB, y0=0, y1=1, yref="paper",
-                         line={"color": "var(--ink)", "dash": "dot", "width": 1})
-    figure.update_layout(barmode="stack", xaxis={"title": "GiB of the fullest GPU"},
-                         yaxis={"autorange": "reversed", "type": "category"})
     said = f"; the line is what a run may take, {gib(limit)} GiB" if limit else ""
-    # a legend that takes more than half of the height is cut, and on a phone it has a row for each item
-    height_px = max(AROUND_PX + 2 * ROW_PX * len(kinds), 2 * ROW_PX * len(names))
-    return chart(figure, f"Memory by item{said}.", height_px=height_px)
+    return Chart(BarPlot(labels, series, Axis("GiB of the fullest GPU"), is_stacked=True,
+                         rule=limit / GIB if limit else None), f"Memory by item{said}.")
 
 
 def _steps(quotes: Sequence[Quote]) -> list[Chart]:
@@ -99,15 +88,11 @@ def _steps(quotes: Sequence[Quote]) -> list[Chart]:
     for stages, same in zip(quote_tables.labels(kinds), kinds, strict=True):
         quote = same[0]
         parts = {item: s for item, s in quote.seconds.items() if s >= quote.step_s / 1000}
-        labels = [plain(quote_tables.component(item)) for item in parts]
-        figure = go.Figure(go.Waterfall(
-            orientation="h", y=[*labels, "step"], x=[*parts.values(), 0.0],
-            measure=["relative"] * len(parts) + ["total"], increasing={"marker": {"color": colour(0)}},
-            totals={"marker": {"color": colour(1)}}, connector={"line": {"color": "var(--rule)"}}))
-        figure.update_layout(xaxis={"title": "seconds", "rangemode": "tozero"},
-                             yaxis={"autorange": "reversed", "type": "category"})
-        drawn.append(chart(figure, f"A step of {stages}: {format_seconds(quote.step_s)}.",
-                           height_px=AROUND_PX + ROW_PX * (len(parts) + 1)))
+        ends = list(accumulate(parts.values(), initial=0.0))
+        labels = [*map(quote_tables.component, parts), "step"]
+        series = [BarSeries("seconds", [*parts.values(), ends[-1]], starts=[*ends[:-1], 0.0])]
+        drawn.append(Chart(BarPlot(labels, series, Axis("seconds")),
+                           f"A step of {stages}: {seconds(quote.step_s)}."))
     return drawn
 
 
@@ -130,26 +115,21 @@ def _points(told: PlanText, kind: int) -> Chart:
         recompute, modules = found.choice.recompute
         by_recompute.setdefault(" + ".join(modules) or ("all layers" if recompute else "nothing"), []).append(
             found)
-    figure = go.Figure()
-    for i, (words, those) in enumerate(sorted(by_recompute.items())):
-        figure.add_trace(_scatter(told, kind, those, f"recomputes {words}", {
-            "color": colour(i + 1), "size": 5, "opacity": 0.6}))
+    series = [_points_series(told, kind, those, f"recomputes {words}", colour(i + 1))
+              for i, (words, those) in enumerate(sorted(by_recompute.items()))]
     own = next(f for f in sweep.ranked if f.choice == told.search.best[0].choice)
-    figure.add_trace(_scatter(told, kind, [own], "chosen", {"color": colour(0), "size": 12,
-                                                            "symbol": "diamond"}))
-    figure.update_layout(xaxis={"title": "GiB of the fullest GPU"},
-                         yaxis={"title": "tokens/s/GPU", "rangemode": "tozero"})
-    notes = [f"One in {every} of {len(sweep.ranked):,} is drawn."] if every > 1 else []
-    return chart(figure, f"Layouts that fit: memory and speed, stages {stages}.", notes, height_px=380)
+    series.append(_points_series(told, kind, [own], "chosen", colour(0)))
+    note = f"One in {every} of {len(sweep.ranked):,} is drawn." if every > 1 else ""
+    return Chart(LinePlot(series, Axis("GiB of the fullest GPU"), Axis("tokens/s/GPU", low=0.0), 320),
+                 f"Layouts that fit: memory and speed, stages {stages}.", note)
 
 
-def _scatter(told: PlanText, kind: int, found: list[SweepResult], words: str,
-             marker: dict[str, object]) -> go.Scatter:
-    sweep = told.search.sweeps[kind]
-    return go.Scatter(
-        x=[round(f.needs_bytes / GIB, 1) for f in found], y=[round(told.speed(sweep, f)) for f in found],
-        mode="markers", name=plain(words), marker=marker, text=[plain(name(f.choice)) for f in found],
-        hovertemplate="%{text}<br>%{x} GiB, %{y} tokens/s/GPU<extra></extra>")
+def _points_series(told: PlanText, kind: int, found: list[SweepResult], words: str, stroke: str) -> Series:
+    speeds = [round(told.speed(told.search.sweeps[kind], f)) for f in found]
+    sizes_gib = [round(f.needs_bytes / GIB, 1) for f in found]
+    notes = [f"{name(f.choice)}: {size} GiB, {speed:,} tokens/s/GPU"
+             for f, size, speed in zip(found, sizes_gib, speeds, strict=True)]
+    return Series(words, sizes_gib, speeds, stroke, "points", notes=notes)
 
 
 # The schedule of a run on a page: its schedule_table and its schedule_charts.
@@ -170,38 +150,28 @@ def schedule_charts(config: RunConfig) -> list[Chart]:
     schedule = Schedule(config)
     steps = steps_to_show(schedule, CURVE_POINTS)
     x = [step + 1 for step in steps]
-    rate, size = go.Figure(), go.Figure()
-    rate.add_trace(go.Scatter(x=x, y=[schedule.learning_rate(s) for s in steps], name="rate",
-                              line={"color": colour(0)}))
-    size.add_trace(go.Scatter(x=x, y=[schedule.stretch(s).tokens_per_step for s in steps], name="tokens",
-                              line={"color": colour(0), "shape": "hv"}))
-    for figure, title in ((rate, "learning rate"), (size, "tokens of a step")):
-        figure.update_layout(xaxis={"title": "optimizer step"}, yaxis={"title": title, "rangemode": "tozero"})
-        _mark_phases(figure, config, schedule.num_steps)
-    found = [chart(rate, "Planned learning rate."),
-             chart(size, "Planned tokens of a step: samples times their length.")]
+    bands = _phase_bands(config, schedule.num_steps)
+    rate = Series("rate", x, [schedule.learning_rate(s) for s in steps])
+    size = Series("tokens", x, [schedule.stretch(s).tokens_per_step for s in steps], kind="stairs")
+    found = [Chart(LinePlot([series], Axis("optimizer step"), Axis(title, low=0.0), bands=bands), caption)
+             for series, title, caption in (
+                 (rate, "learning rate", "Planned learning rate."),
+                 (size, "tokens of a step", "Planned tokens of a step: samples times their length."))]
     return found + ([_blend_chart(config)] if any(p.blend for p in config.data.phases) else [])
 
 
-def _mark_phases(figure: go.Figure, config: RunConfig, num_steps: int) -> None:
-    """Shade every second phase and write its name above."""
+def _phase_bands(config: RunConfig, num_steps: int) -> list[tuple[str, float, float]]:
+    """Return name, first step and end of each phase; nothing for a single phase."""
     starts = [*config.phase_starts(), num_steps]
-    for i, phase in enumerate(config.data.phases if len(config.data.phases) > 1 else ()):
-        if i % 2:
-            figure.add_shape(type="rect", x0=starts[i], x1=starts[i + 1], y0=0, y1=1, yref="paper",
-                             fillcolor="var(--band)", line={"width": 0}, layer="below")
-        figure.add_annotation(x=(starts[i] + starts[i + 1]) / 2, y=1, yref="paper", yanchor="bottom",
-                              text=plain(phase.name), showarrow=False,
-                              font={"size": 11, "color": "var(--muted)"})
+    phases = config.data.phases if len(config.data.phases) > 1 else ()
+    return [(phase.name, starts[i], starts[i + 1]) for i, phase in enumerate(phases)]
 
 
 def _blend_chart(config: RunConfig) -> Chart:
     phases = [p for p in config.data.phases if p.blend]
-    figure = go.Figure()
+    series = []
     for i, source in enumerate(dict.fromkeys(source for p in phases for source in p.blend)):
-        shares = [100 * p.blend.get(source, 0.0) / sum(p.blend.values()) for p in phases]
-        figure.add_trace(go.Bar(y=[plain(p.name) for p in phases], x=shares, name=plain(source),
-                                orientation="h", marker={"color": colour(i)}))
-    figure.update_layout(barmode="stack", xaxis={"title": "% of samples"},
-                         yaxis={"autorange": "reversed", "type": "category"})
-    return chart(figure, "Planned blend of each phase.", height_px=150 + 34 * len(phases))
+        shares = [p.blend.get(source, 0.0) / sum(p.blend.values()) for p in phases]
+        series.append(BarSeries(source, shares, colour(i)))
+    return Chart(BarPlot([p.name for p in phases], series, Axis("share of samples", is_share=True),
+                         is_stacked=True), "Planned blend of each phase.")

@@ -1,7 +1,8 @@
-"""Plotly figures of a run."""
+"""Charts of a run."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import plotly.graph_objects as go
 
-from megatron_sov.base.pages.page import Chart, chart, colour, colour_bar, plain
+from megatron_sov.base.figures import format_share
+from megatron_sov.base.pages.page import Chart
+from megatron_sov.base.pages.plots import Axis, HeatMap, LinePlot, Series, colour
 from megatron_sov.publish.report.run_data import Phase, ReportedExpertLoad, Run
 from megatron_sov.publish.report.steps import (
     Curve, curves, downsample, moving_mean, needle_curves, pair_curves)
@@ -22,23 +24,23 @@ PER_TOKEN = "nats per token"
 LOSSES = {"lm": PER_TOKEN, "sft": PER_TOKEN, "distill": "distillation loss", "preference": "preference loss",
           "policy": "policy loss"}
 """Built-in objective -> what its training loss is measured in."""
-MAX_POINTS = 2000
-"""Points of one drawn curve at most."""
+MAX_POINTS, MAX_POINTS_OF_SEVERAL = 200, 120
+"""Points of a curve that is alone in its chart, and of one of several curves, at most."""
 SMOOTH_FROM_STEPS = 50
 """Shorter curves are drawn as they are; longer ones also as a moving mean over a fiftieth of the steps."""
-MARKS = {"skip": ("step not learned", "x"), "rollback": ("weights taken back", "triangle-left"),
-         "alarm": ("alarm", "diamond"), "sdc": ("silent corruption", "star")}
-"""Incidents that are marked on the loss: event -> name and symbol."""
+MARKS = {"skip": "step not learned", "rollback": "weights taken back", "alarm": "alarm",
+         "sdc": "silent corruption"}
+"""Incidents that are marked on the loss: event -> name."""
 MAX_PHASES = 24
 """Phases that are marked; rounds of reinforcement learning are phases too, and may be hundreds."""
-MAX_MARKS = 500
+MAX_MARKS = 100
 """Marks of one kind at most, the newest ones."""
 MAX_WINDOW_STEPS = 500
 """Longest moving mean; a wider one would smooth away what happens in a morning."""
 
 
-OVERVIEW_POINTS, OVERVIEW_PART, OVERVIEW_HEIGHT_PX = 300, 20, 190
-"""Of a line of a small chart: points at most, and the part of its steps that a moving mean is over."""
+OVERVIEW_PART, OVERVIEW_HEIGHT_PX = 20, 150
+"""Of a small chart: the part of its steps that a moving mean is over, and its height."""
 PART = 50
 """The part of a line's steps that a moving mean is over in a chart of full size."""
 STEP = "optimizer step"
@@ -67,19 +69,11 @@ LEARNING = (StepLine("lr", "learning rate", "Learning rate.", smooth=False),
             StepLine("grad_norm", "gradient norm", "Global gradient norm, before clipping."))
 SPEED = (
     StepLine("tokens_per_s", "tokens per second", "Tokens per second, all processes together."),
-    StepLine("step_time_s", "seconds", "Time of one optimizer step."),
-    StepLine("tflops_per_process", "TFLOP/s", "Model TFLOP/s of each process; recomputing counts once."),
     StepLine("mfu", "share", "Model FLOPs utilisation: the share of the GPU's peak."),
     StepLine("peak_memory_bytes", "GiB", "Most memory that process 0 has had, on its GPU or the host.",
-             1 / GIB),
-    StepLine("reserved_memory_bytes", "GiB", "Most memory that process 0's allocator has held.", 1 / GIB),
-    StepLine("gpu_power_w", "W", "Power of process 0's GPU."),
-    StepLine("gpu_utilization", "share", "Share of time in which process 0's GPU computed something."),
-    StepLine("gpu_temperature_c", "°C", "Temperature of process 0's GPU."))
-COMPARED_SPEED = tuple(line for line in SPEED
-                       if line.column in ("tokens_per_s", "mfu", "step_time_s", "peak_memory_bytes"))
-BALANCE = (StepLine("max_violation", "MaxVio", "MaxVio of the worst layer over steps."),)
-PADDING = (StepLine("padding_share", "share", "Part of each batch that is padding."),)
+             1 / GIB, smooth=False))
+BALANCE = (StepLine("max_violation", "MaxVio", "MaxVio of the worst layer over steps.",
+                    smooth=False),)
 
 
 @dataclass(frozen=True)
@@ -147,47 +141,44 @@ def _window(num_steps: int, part: int) -> int:
     return min(MAX_WINDOW_STEPS, max(5, num_steps // part))
 
 
-def _trace(curve: Curve, name: str, stroke: str, place: Place, most: int, **style: Any
-           ) -> tuple[go.Scatter, list[str]]:
-    """Return a drawable line and notes about what it leaves out."""
+def _series(curve: Curve, name: str, stroke: str, place: Place, most: int, *, is_faint: bool = False
+            ) -> tuple[Series, list[str]]:
+    """Return a line of at most `most` points and notes about the points that it leaves out."""
     drawn, notes = downsample(curve, most), []
     if len(drawn.steps) < len(curve.steps):
-        notes.append(f"Of {len(curve.steps):,} points at most {most:,} are drawn; "
-                     "the lowest and highest value of every stretch are kept.")
-    at = place(drawn)
-    # Integers and single precision halve the file; hover text shows no more digits than that.
-    return go.Scatter(x=at.astype(np.int32 if at.dtype.kind == "i" else np.float32),
-                      y=drawn.values.astype(np.float32), name=plain(name),
-                      mode="lines+markers" if len(drawn.steps) <= 20 else "lines", marker={"size": 5},
-                      line={"color": stroke, "width": style.pop("width", 1.8)}, **style), notes
+        notes.append(f"{len(drawn.steps):,} of {len(curve.steps):,} points: the lowest and highest of each "
+                     "stretch.")
+    return Series(name, place(drawn).tolist(), drawn.values.tolist(), stroke, is_faint=is_faint), notes
 
 
-def _traces(line: DrawnLine, stroke: str, *, alone: bool, smooth: bool, small: bool
-            ) -> tuple[list[go.Scatter], list[str]]:
+def _line_series(line: DrawnLine, stroke: str, *, alone: bool, smooth: bool, small: bool
+                 ) -> tuple[list[Series], list[str]]:
     """Return a line's values, their moving mean, or both where there is no other line; and notes."""
-    finite, most = line.curve.finite(), OVERVIEW_POINTS if small else MAX_POINTS
+    finite = line.curve.finite()
+    most = MAX_POINTS if alone and smooth and not small else MAX_POINTS_OF_SEVERAL
     notes: list[str] = []
     if (missing := len(line.curve.steps) - len(finite.steps)) and not small:
         first = int(line.curve.steps[~np.isfinite(line.curve.values)][0])
         whose = "" if alone else f" of {line.name}"
         notes.append(f"{missing:,} values{whose} are not finite and not drawn (first at step {first:,}).")
     if not smooth or len(finite.steps) < SMOOTH_FROM_STEPS:
-        trace, found = _trace(finite, line.name, stroke, line.place, most)
-        return [trace], notes + found
+        series, found = _series(finite, line.name, stroke, line.place, most)
+        return [series], notes + found
     window = _window(len(finite.steps), OVERVIEW_PART if small else PART)
     mean = moving_mean(finite, window)
     if not alone or small:
-        trace, found = _trace(mean, line.name, stroke, line.place, most)
-        return [trace], [*notes, *([] if small else [f"Each line is a moving mean over {window:,} steps."]),
-                         *found]
-    raw, found = _trace(finite, "each step", stroke, line.place, most, width=1, opacity=0.5)
-    trace, more = _trace(mean, f"mean of {window:,} steps", stroke, line.place, most)
-    return [raw, trace], [*notes, *found, *more]
+        series, found = _series(mean, line.name, stroke, line.place, most)
+        return [series], [*notes, *([] if small else [f"Each line is a moving mean over {window:,} steps."]),
+                          *found]
+    raw, found = _series(finite, "each step", stroke, line.place, most, is_faint=True)
+    series, _ = _series(mean, f"mean of {window:,} steps", stroke, line.place, most // 2)
+    return [raw, series], [*notes, *found]
 
 
 def draw_lines(lines: Sequence[DrawnLine], unit: str, caption: str, *, axis: str = STEP,
                smooth: bool = False, run: Run | None = None, incidents: bool = False,
-               small: bool = False) -> Chart | None:
+               small: bool = False, height_px: int = OVERVIEW_HEIGHT_PX,
+               bands: Sequence[tuple[str, float, float]] = ()) -> Chart | None:
     """Return a chart of lines; None where there is nothing to draw.
 
     Args:
@@ -199,34 +190,36 @@ def draw_lines(lines: Sequence[DrawnLine], unit: str, caption: str, *, axis: str
         run: whose phases and restarts are behind the lines; None: of no run.
         incidents: mark those of the run on the first line.
         small: for a page's first screen.
+        height_px: height of a small chart.
+        bands: name, first and last value of stretches of the axis; those of `run` by default.
     """
     lines = [line for line in lines if len(line.curve.finite().steps)]
     if not lines:
         return None
-    figure, notes = go.Figure(), []
+    series: list[Series] = []
+    notes: list[str] = []
     for i, line in enumerate(lines):
         stroke = colour(i if line.hue is None else line.hue)
-        traces, found = _traces(line, stroke, alone=len(lines) == 1, smooth=smooth, small=small)
-        figure.add_traces(traces)
+        drawn, found = _line_series(line, stroke, alone=len(lines) == 1, smooth=smooth, small=small)
+        series += drawn
         notes += found
-    # a line of one of several runs says which, though it is alone
-    figure.update_layout(showlegend=any(line.hue is not None for line in lines))
-    if unit == "share":
-        most = max(float(line.curve.finite().values.max()) for line in lines)
-        ends = {"range": [0, 1.05]} if 0.5 <= most <= 1 else {"rangemode": "tozero"}
-        figure.update_layout(yaxis={"tickformat": ".0%" if most >= 0.1 else ".1%", **ends})
+    # the line of one of several runs is named even if it is alone
+    has_legend = any(line.hue is not None for line in lines)
+    up = _share_axis(unit, series) if unit == "share" else Axis("" if small else unit)
     if small:
-        figure.update_layout(yaxis={"exponentformat": "power"})
-        figure.update_layout(xaxis={"title": {"text": axis, "standoff": 4}, "nticks": 6})
-        return chart(figure, caption, height_px=OVERVIEW_HEIGHT_PX, small=True)
-    figure.update_layout(xaxis={"title": axis, **({} if axis == STEP else {"exponentformat": "SI"})}, yaxis={
-        "title": unit, "exponentformat": "power", "minexponent": 5, "separatethousands": True})
+        return Chart(LinePlot(series, Axis(axis), up, height_px, bands, has_legend=has_legend), caption)
+    rules: list[tuple[str, float]] = []
     if run is not None:
-        _mark_phases(figure, run.phases)
-        _mark_restarts(figure, run)
+        bands, rules = _phase_bands(run.phases), _restart_rules(run)
         if incidents:
-            _mark_incidents(figure, run, lines[0].curve.finite())
-    return chart(figure, caption, notes)
+            series += _incident_series(run, lines[0].curve.finite())
+    return Chart(LinePlot(series, Axis(axis), up, bands=bands, rules=rules, has_legend=has_legend), caption,
+                 " ".join(dict.fromkeys(notes)))
+
+
+def _share_axis(title: str, series: Sequence[Series]) -> Axis:
+    most = max(max(one.y) for one in series)
+    return Axis(title, low=0.0, high=1.0 if 0.5 <= most <= 1 else None, is_share=True)
 
 
 def _curves(curves: Sequence[Curve], unit: str, caption: str, run: Run, *, smooth: bool = False,
@@ -236,42 +229,34 @@ def _curves(curves: Sequence[Curve], unit: str, caption: str, run: Run, *, smoot
                       run=run, incidents=incidents, small=small)
 
 
-def _mark_phases(figure: go.Figure, phases: list[Phase]) -> None:
-    """Shade every second phase and write its name above."""
+def _phase_bands(phases: list[Phase]) -> list[tuple[str, float, float]]:
+    """Return name, first step and end of each phase; nothing for one phase or too many."""
     if not 2 <= len(phases) <= MAX_PHASES:
-        return
-    for i, phase in enumerate(phases):
-        end = phases[i + 1].first_step if i + 1 < len(phases) else phase.last_step
-        if i % 2:
-            figure.add_shape(type="rect", x0=phase.first_step, x1=end, y0=0, y1=1, yref="paper",
-                             fillcolor="var(--band)", line={"width": 0}, layer="below")
-        figure.add_annotation(x=(phase.first_step + end) / 2, y=1, yref="paper", yanchor="bottom",
-                              text=plain(phase.name), showarrow=False,
-                              font={"size": 11, "color": "var(--muted)"})
+        return []
+    ends = [phase.first_step for phase in phases[1:]] + [phases[-1].last_step]
+    return [(phase.name, phase.first_step, end) for phase, end in zip(phases, ends, strict=True)]
 
 
-def _mark_restarts(figure: go.Figure, run: Run) -> None:
-    """Draw a dotted line where an attempt ended and another one followed."""
-    for attempt in run.attempts[:-1]:
-        if attempt.last_step is not None:
-            figure.add_shape(type="line", x0=attempt.last_step, x1=attempt.last_step, y0=0, y1=1,
-                             yref="paper", line={"color": "var(--muted)", "width": 1, "dash": "dot"})
+def _restart_rules(run: Run) -> list[tuple[str, float]]:
+    """Return the last step of each attempt that another one followed."""
+    return [("restart", attempt.last_step) for attempt in run.attempts[:-1] if attempt.last_step is not None]
 
 
-def _mark_incidents(figure: go.Figure, run: Run, curve: Curve) -> None:
-    """Draw a mark on the curve for each incident of the kinds that concern learning."""
-    for i, (kind, (name, symbol)) in enumerate(MARKS.items()):
+def _incident_series(run: Run, curve: Curve) -> list[Series]:
+    """Return points on the curve for each incident of the kinds that concern learning."""
+    found = []
+    for i, (kind, name) in enumerate(MARKS.items()):
         events = [e for e in run.incidents if e["event"] == kind and e.get("step")][-MAX_MARKS:]
         if not events:
             continue
         steps = np.array([int(e["step"]) for e in events], dtype=np.int32)
         # a step that was refused has no point of its own
         nearest = np.clip(np.searchsorted(curve.steps, steps), 0, len(curve.steps) - 1)
-        words = [plain(str(e.get("text") or e.get("reason") or "")) for e in events]
-        figure.add_trace(go.Scatter(x=steps, y=curve.values[nearest].astype(np.float32), mode="markers",
-                                    name=name, marker={"symbol": symbol, "size": 9, "color": colour(i + 3)},
-                                    customdata=words,
-                                    hovertemplate="step %{x}<br>%{customdata}<extra>" + name + "</extra>"))
+        notes = [f"{name}, step {step:,}: {e.get('text') or e.get('reason') or ''}"
+                 for step, e in zip(steps.tolist(), events, strict=True)]
+        found.append(Series(name, steps.tolist(), curve.values[nearest].tolist(), colour(i + 3), "points",
+                            notes=notes))
+    return found
 
 
 def loss_charts(run: Run) -> list[Chart]:
@@ -291,23 +276,21 @@ def loss_charts(run: Run) -> list[Chart]:
 
 
 def meter_charts(run: Run) -> list[Chart]:
-    charts = [_curves([curve], plain(name), f"{name}, mean of each step's batch.", run, smooth=True)
+    charts = [_curves([curve], name, f"{name}, mean of each step's batch.", run, smooth=True)
               for name, curve in run.curves["meters"].items()]
     return [c for c in charts if c]
 
 
 def heldout_charts(run: Run, *, small: bool = False) -> list[Chart]:
-    """Return held-out loss and bits per byte of each source over the run."""
-    loss = [h.loss for h in run.heldout.values()]
+    """Return the held-out bits per byte of each source, or their loss if bytes are unknown."""
     bits = [h.bits_per_byte for h in run.heldout.values()]
     if len(bits) > 1 and run.overall_bits_per_byte:
         bits.append(run.overall_bits_per_byte)
-    charts = [_curves(loss, "loss (nats per token)",
-                      "Loss on held-out documents, which training never sees.", run, small=small),
-              _curves(bits, "bits per byte",
-                      "Bits per byte on held-out documents; comparable between tokenizers.", run,
-                      small=small)]
-    return [c for c in charts if c]
+    drawn = _curves(bits, "bits per byte", "Bits per byte on held-out documents, which training never sees; "
+                    "comparable between tokenizers.", run, small=small)
+    drawn = drawn or _curves([h.loss for h in run.heldout.values()], "loss (nats per token)",
+                             "Loss on held-out documents, which training never sees.", run, small=small)
+    return [drawn] if drawn else []
 
 
 def beside_charts(run: Run) -> list[Chart]:
@@ -321,26 +304,17 @@ def beside_charts(run: Run) -> list[Chart]:
     return [c for c in charts if c]
 
 
-def expert_chart(load: ReportedExpertLoad, source: str = "") -> Chart:
-    """Return the heat map layer x expert of the share of tokens, in multiples of the fair
-    share 1 / experts."""
-    num_layers, num_experts = load.load.shape
+def expert_chart(load: ReportedExpertLoad) -> Chart:
+    """Return the heat map layer x expert of the tokens, in multiples of the fair share 1 / experts."""
+    num_experts = load.load.shape[1]
     relative = load.load * num_experts
-    figure = go.Figure(go.Heatmap(
-        z=relative.astype(np.float32), x=np.arange(num_experts, dtype=np.int32),
-        y=[f"{layer}" for layer in load.layers], customdata=(100 * load.load).astype(np.float32), zmid=1,
-        # 2 at least, or an even load would show its noise in full colour
-        zmin=0, zmax=max(2.0, float(np.nanmax(relative))),
-        colorscale=[[0, "var(--low)"], [0.5, "var(--mid)"], [1, "var(--high)"]],
-        colorbar=colour_bar("x fair"),
-        hovertemplate="layer %{y}, expert %{x}<br>%{customdata:.2f} % of tokens<br>%{z:.2f} x its fair "
-                      "share<extra></extra>"))
-    figure.update_layout(xaxis={"title": "expert"},
-                         yaxis={"title": "layer", "type": "category", "autorange": "reversed"})
-    fair = f"{100 / num_experts:.3g} % of the tokens"
-    whose = f" by documents of {source}" if source else ""
-    return chart(figure, f"Load of each expert{whose} at step {load.step:,}: 1 is the fair share, {fair}.",
-                 height_px=min(640, 150 + 26 * num_layers))
+    fair = format_share(1 / num_experts)
+    # 2 at least, or an even load would show its noise in full colour
+    plot = HeatMap([str(layer) for layer in load.layers], [str(j) for j in range(num_experts)],
+                   relative.tolist(), 0.0, max(2.0, float(np.nanmax(relative))), "layer", "expert",
+                   "times the fair share", middle=1.0)
+    return Chart(plot, f"Load of each expert at step {load.step:,}: 1 is the fair share, {fair} of the "
+                       "tokens.")
 
 
 def needle_charts(needle: dict[str, Any]) -> list[Chart]:
@@ -359,50 +333,23 @@ def needle_charts(needle: dict[str, Any]) -> list[Chart]:
 def _needle_chart(cells: list[dict[str, Any]], caption: str) -> Chart:
     fewest = int(min(number(c["samples"]) for c in cells))
     score = float(np.mean([number(c["correct"]) / number(c["samples"]) for c in cells]))
-    return chart(needle_map(cells), f"{caption}, {fewest:,} samples a cell; {score:.1%} right.",
-                 height_px=150 + 34 * len({c["depth"] for c in cells}))
+    return Chart(needle_map(cells), f"{caption}, {fewest:,} samples a cell; {format_share(score)} right.")
 
 
-def needle_map(cells: list[dict[str, Any]]) -> go.Figure:
-    """Return the map of one kind and language; a cell shows its share of right answers and, on hover,
-    counts and interval."""
+def needle_map(cells: list[dict[str, Any]]) -> HeatMap:
+    """Return the map of one kind and language; a cell shows its share of right answers and, under the
+    pointer, counts and interval."""
     lengths = sorted({int(c["length_tokens"]) for c in cells})
     depths = sorted({float(c["depth"]) for c in cells})
-    shares = np.full((len(depths), len(lengths)), np.nan, np.float32)
-    notes = [["" for _ in lengths] for _ in depths]
+    shares = [[math.nan] * len(lengths) for _ in depths]
+    shown, notes = ([[""] * len(lengths) for _ in depths] for _ in range(2))
     for cell in cells:
         row, column = depths.index(float(cell["depth"])), lengths.index(int(cell["length_tokens"]))
         correct, samples = number(cell["correct"]), number(cell["samples"])
         low, high = (number(end) for end in cell["interval"])
-        shares[row, column] = correct / samples
-        notes[row][column] = (f"{correct:.0f} of {samples:.0f} right, 95 % interval {low:.0%} to "
-                              f"{high:.0%}<br>{number(cell['distractors']):,.0f} other needles")
-    figure = go.Figure(go.Heatmap(
-        z=shares, x=[f"{n:,}" for n in lengths], y=[f"{d:.0%}" for d in depths], zmin=0, zmax=1, xgap=2,
-        ygap=2, customdata=notes, texttemplate="%{z:.0%}",
-        colorscale=[[0, "var(--heat0)"], [1, "var(--heat1)"]], showscale=False,
-        hovertemplate="%{x} tokens, depth %{y}<br>%{customdata}<extra></extra>"))
-    figure.update_layout(xaxis={"title": "context (tokens)", "type": "category"},
-                         yaxis={"title": "depth of the needle", "type": "category", "autorange": "reversed"})
-    return figure
-
-
-def plan_chart(consumed: dict[str, Any]) -> Chart | None:
-    """Return each source's share of the tokens beside its share in the plan."""
-    tokens, plan = consumed.get("tokens") or {}, consumed.get("plan") or {}
-    names = list(dict.fromkeys([*plan, *tokens]))
-    if not names:
-        return None
-    figure = go.Figure()
-    for i, (label, counts) in enumerate((("plan", plan), ("consumed", tokens))):
-        total = sum(number(v) for v in counts.values())
-        if total > 0:
-            figure.add_trace(
-                go.Bar(y=[plain(n) for n in names], x=[100 * number(counts.get(n, 0)) / total for n in names],
-                       orientation="h", name=label, marker={"color": ["var(--muted)", colour(0)][i]},
-                       hovertemplate="%{y}: %{x:.2f} % (" + label + ")<extra></extra>"))
-    figure.update_layout(barmode="group", xaxis={"title": "% of all tokens"},
-                         yaxis={"autorange": "reversed", "type": "category"})
-    return chart(figure,
-                 f"Tokens of each source up to step {int(consumed.get('step') or 0):,}, against the plan.",
-                 height_px=130 + 44 * len(names))
+        shares[row][column] = correct / samples
+        shown[row][column] = format_share(correct / samples)
+        notes[row][column] = (f"{correct:.0f} of {samples:.0f} right, 95 % interval {format_share(low)} to "
+                              f"{format_share(high)}; {number(cell['distractors']):,.0f} other needles")
+    return HeatMap([format_share(depth) for depth in depths], [f"{n:,}" for n in lengths], shares, 0.0, 1.0,
+                   "depth of the needle", "context (tokens)", shown=shown, notes=notes)

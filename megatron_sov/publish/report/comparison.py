@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from megatron_sov.base.figures import format_count, format_duration, format_value
+from megatron_sov.base.figures import format_count, format_duration, format_share, format_value
 from megatron_sov.base.pages.page import Chapter, Chart, PageSection, PageTable, Panel, render as render_page
 from megatron_sov.base.settings import by_name
 from megatron_sov.publish.report.charts import (
-    BALANCE, COMPARED_SPEED, PER_TOKEN, STEP, by_tokens, draw_lines, lines_of, loss_in, loss_unit, named,
-    step_charts)
+    BALANCE, PER_TOKEN, SPEED, STEP, by_tokens, draw_lines, lines_of, loss_in, loss_unit, named, step_charts)
 from megatron_sov.publish.report.headline import HIGHER, LOWER, headline_charts, headlines
 from megatron_sov.publish.report.judgements import verdict_table
 from megatron_sov.publish.report.run_data import Run
@@ -107,7 +106,7 @@ def sections(runs: Sequence[Run], differences: Sequence[dict[str, Any]]) -> list
         ComparedSection("Scores", "The newest score of each run. A difference is of the items that both were "
                         "asked: its interval is narrower than those of the two scores suggest.",
                         _score_charts, partial(_score_tables, differences)),
-        ComparedSection("Speed", charts=lambda runs: step_charts(runs, COMPARED_SPEED)),
+        ComparedSection("Speed", charts=lambda runs: step_charts(runs, SPEED)),
         ComparedSection("Routing", "MaxVio is the load of the busiest expert over the fair load, less 1; 0 "
                         "is perfect balance.", lambda runs: step_charts(runs, BALANCE)),
         ComparedSection("Gates and verdicts", tables=_verdicts),
@@ -194,8 +193,8 @@ def _figures(run: Run) -> Mapping[str, ComparedFigure]:
         "processes": ComparedFigure(str(run.start("num_ranks") or "")),
         **{meter.title: _measured(last_value(curve.finite()), meter.text, meter.better, meter.unit)
            for meter, curve in headlines(run) if meter.name != "loss"},
-        "last training loss": _measured(last_value(loss), format_value, LOWER if unit == PER_TOKEN else "",
-                                        unit),
+        "last training loss": _measured(
+            last_value(loss), format_value, LOWER if unit == PER_TOKEN else "", unit),
         "last held-out bits per byte": _measured(last_value(bits), format_value, LOWER),
         "tokens a second, median": _measured(_median(run.curve("tokens_per_s")), format_value, HIGHER),
         "MFU, median": _measured(_median(run.curve("mfu")), format_value, HIGHER),
@@ -256,7 +255,7 @@ def _difference(found: dict[str, Any]) -> list[str]:
 
 def _verdicts(runs: Sequence[Run]) -> list[PageTable]:
     rows = [[name, *row] for run, name in named(runs)
-            for table in verdict_table([run], []) for row in table.rows]
+            for table in verdict_table([run]) for row in table.rows]
     return [PageTable(["run", "what", "verdict", "measured"], rows)] if rows else []
 
 
@@ -293,6 +292,6 @@ def _tokens(runs: Sequence[Run]) -> list[PageTable]:
     told = [{name: number(count) for name, count in ((run.data_consumed or {}).get("tokens") or {}).items()}
             for run in runs]
     labels = list(dict.fromkeys(label for tokens in told for label in tokens))
-    rows = [[label, *(f"{format_count(tokens[label])} ({tokens[label] / sum(tokens.values()):.1%})"
+    rows = [[label, *(f"{format_count(tokens[label])} ({format_share(tokens[label] / sum(tokens.values()))})"
                       if tokens.get(label, 0) > 0 else NOTHING for tokens in told)] for label in labels]
     return [PageTable(["source", *(name for _, name in named(runs))], rows)] if rows else []

@@ -6,8 +6,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+from megatron_sov.base.figures import format_share, format_value
 from megatron_sov.base.pages.page import Chart, PageTable
 from megatron_sov.publish.report.charts import PER_TOKEN, DrawnLine, draw_lines, loss_unit, named
 from megatron_sov.publish.report.run_data import Heldout, Run
@@ -83,31 +85,44 @@ Row = tuple[str, float, float, Callable[[float], str], str]
 RULE = "{} is better"
 
 
-def gains(runs: Sequence[Run], others: Sequence[Run] = ()) -> list[PageTable]:
-    """Return the table of what each stage changed; nothing where nothing was measured.
+def gains(runs: Sequence[Run]) -> list[PageTable]:
+    """Return the table of the changes that each stage made; nothing if nothing was measured.
 
     Before is what an earlier stage of the same model left, else the stage's own first measurement.
 
     Args:
         runs: the stages of one model, in order.
-        others: runs of other models, of which gates alone are told.
     """
     known: Figures = {}
     rows = []
     has_figures = False
-    for run in [*runs, *others]:
-        measured = [*_gate_gains(run)] if run in others else [
-            *_text_gains(run, known), *_meter_gains(run), *_gate_gains(run), *_score_gains(run, known)]
+    for run in runs:
+        measured = [*_text_gains(run, known), *_meter_gains(run), *_gate_gains(run),
+                    *_score_gains(run, known)]
         has_figures |= bool(measured)
-        name = f"{run.name} (another model)" if run in others else run.name
-        rows += [[name, what, "–" if math.isnan(before) else text(before), text(after), rule]
+        rows += [[run.name, what, "–" if math.isnan(before) else text(before), text(after), rule]
                  for what, before, after, text, rule in measured]
-        for proof in [] if run in others else run.of("conversion")[-1:]:
+        for proof in run.of("conversion")[-1:]:
             checks = [bool(check.get("passed")) for check in proof.get("checks") or []]
             if checks:
-                rows.append([name, "checks of the export", "–", f"{sum(checks)} of {len(checks)} passed",
+                rows.append([run.name, "checks of the export", "–", f"{sum(checks)} of {len(checks)}",
                              "all pass"])
     return [PageTable(["stage", "figure", "before", "after", "rule"], rows)] if has_figures else []
+
+
+def heldout_text(runs: Sequence[Run]) -> tuple[float, float]:
+    """Return the bits per byte of held-out text before and after all stages; NaN if unknown.
+
+    The sources are those of the first stage that measures text; the last stage that measures all of them
+    gives the second figure.
+    """
+    texts = [[name for name, source in run.heldout.items() if not source.turns] for run in runs]
+    first = next((i for i, names in enumerate(texts) if names), None)
+    if first is None:
+        return math.nan, math.nan
+    last = max(i for i, names in enumerate(texts) if set(names) >= set(texts[first]))
+    return (_by_bytes(runs[first], texts[first], lambda source: float(source.bits_per_byte.values[0])),
+            _by_bytes(runs[last], texts[first], lambda source: last_value(source.bits_per_byte)))
 
 
 def _text_gains(run: Run, known: Figures) -> Iterator[Row]:
@@ -174,11 +189,11 @@ def _gate_gains(run: Run) -> Iterator[Row]:
              if (found := [number(row.get("accuracy")) for row in check.get("rows") or []])]
     if gates:
         yield ("needles found, worst length", gates[0][0] if len(gates) > 1 else math.nan, gates[-1][0],
-               "{:.0%}".format, f"the gate needs {gates[-1][1]:.0%}")
+               format_share, f"the gate needs {format_share(gates[-1][1])}")
         return
     scores = [number(needle.get("score")) for needle in run.needles if needle.get("cells")]
     if scores:
-        yield "needles found", _first(scores), scores[-1], "{:.1%}".format, RULE.format(HIGHER)
+        yield "needles found", _first(scores), scores[-1], format_share, RULE.format(HIGHER)
 
 
 def _score_gains(run: Run, known: Figures) -> Iterator[Row]:
@@ -195,6 +210,6 @@ def _score_gains(run: Run, known: Figures) -> Iterator[Row]:
         rule = ", ".join(f"{name} {value}" for name, value in settings.items()) \
             if isinstance(settings, dict) else ""
         yield (f"mean reward of {number(event.get('scored')):,.0f} responses", known.get(key, math.nan),
-               after, "{:.0%}".format if 0 <= after <= 1 else "{:.3g}".format,
+               after, format_share if 0 <= after <= 1 else partial(format_value, digits=3),
                f"reward {key[0]}{': ' if rule else ''}{rule}")
         known[key] = after

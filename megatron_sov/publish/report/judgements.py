@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,17 +11,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 from markupsafe import Markup
 
-from megatron_sov.base.figures import format_duration, format_size, format_value
+from megatron_sov.base.figures import format_duration, format_share, format_size, format_value
 from megatron_sov.base.pages.markdown import is_picture, is_sound
-from megatron_sov.base.pages.page import (
-    Chart, Exhibit, PageTable, chart, colour, line_with_intervals, plain, tables)
+from megatron_sov.base.pages.page import Chart, Exhibit, PageTable, tables
+from megatron_sov.base.pages.plots import Axis, LinePlot, Series, colour
 from megatron_sov.plan.footprint.kept import KeptPlan, StretchPlan
+from megatron_sov.publish.report.headline import heldout_text
 from megatron_sov.publish.report.run_data import Run
 from megatron_sov.publish.report.steps import last_value
-from megatron_sov.runs.obs.figures import number, of_field
+from megatron_sov.runs.obs.figures import Form, number, of_field
 from megatron_sov.runs.obs.history import COMPLETE, UNFINISHED, MeasuredStretch
 from megatron_sov.runs.rounds import LEARNS
 from megatron_sov.work.clusters.units import GIB, JOULES_OF_A_KWH, SECONDS_OF_AN_HOUR
@@ -159,7 +160,7 @@ def _total_tables(run: Run, rows: Sequence[_AccountRow], plan: KeptPlan) -> list
                      format_value(planned, 3) if plan.failures_per_hour else "–",
                      f"{faults:,}", "–"])
         body.append(_line("effective training time", plan.effective_share, run.wall_time.goodput,
-                          "{:.1%}".format))
+                          format_share))
     if run.checkpoint_bytes:
         body.append(_line("size of a checkpoint", plan.checkpoint_bytes, run.checkpoint_bytes, format_size))
     saves_s = [s for s in (number(c.get("save_s")) for c in run.checkpoints) if math.isfinite(s)]
@@ -196,7 +197,9 @@ def _seconds(seconds: float) -> str:
 
 
 def _error(planned: float, measured: float) -> str:
-    return f"{planned / measured - 1:+.1%}" if planned and measured and math.isfinite(measured) else "–"
+    if not (planned and measured and math.isfinite(measured)):
+        return "–"
+    return f"{100 * (planned / measured - 1):+.1f} %"
 
 
 MAX_CELLS = 40
@@ -208,6 +211,8 @@ SHOWN = 8
 """Samples of each pair of modalities."""
 VERDICTS = {True: Markup('<span class="good">passed</span>'),
             False: Markup('<span class="bad">FAILED</span>')}
+NOT_SET = "no gate set"
+SENTENCE_END = re.compile(r"[.!?。！？][\"'”’`)\]]*$")
 WORDS = {"kept": Markup('<span class="good">kept</span>'),
          "forgotten": Markup('<span class="bad">FORGOTTEN</span>'),
          "not known": Markup('<span class="bad">not known</span>')}
@@ -222,15 +227,15 @@ def gate_tables(run: Run) -> list[PageTable]:
     failing = (checks[-1].get("failing_cells") or []) if checks else []
     below = tables(failing[:MAX_CELLS], {
         "cells below at the last check": of_field("kind"), "language": of_field("language"),
-        "tokens": lambda c: f"{int(c['length_tokens']):,}", "depth": of_field("depth", ".0%"),
+        "tokens": lambda c: f"{int(c['length_tokens']):,}", "depth": of_field("depth", format_share),
         "right": lambda c: f"{c['correct']} of {c['samples']}",
-        "95 % interval": lambda c: f"{number(c['interval'][0]):.1%} to {number(c['interval'][1]):.1%}"})
+        "95 % interval": lambda c: " to ".join(format_share(number(end)) for end in c["interval"][:2])})
     if len(failing) > MAX_CELLS:
         below[0].rows.append([f"and {len(failing) - MAX_CELLS:,} more", "", "", "", "", ""])
     return [*tables(checks, {
         "step": lambda c: f"{int(c.get('step') or 0):,}",
-        "worst row": lambda c: f"{min(worst):.1%}" if (worst := _accuracies(c)) else "–",
-        "threshold": of_field("threshold", ".0%"),
+        "worst row": lambda c: format_share(min(worst)) if (worst := _accuracies(c)) else "–",
+        "threshold": of_field("threshold", format_share),
         "rows below": lambda c: str(len(c.get("failing_rows") or [])),
         "cells below for sure": lambda c: str(len(c.get("failing_cells") or [])),
         "short-context loss": of_field("loss", ".4f"), "at the start": of_field("start_loss", ".4f"),
@@ -255,7 +260,8 @@ def _search(found: Event) -> PageTable:
         ["questions of the test in the training text",
          f"{found.get('questions_found')} of {found.get('questions'):,}"],
         [f"windows of {found.get('window_tokens')} held-out tokens in the training text",
-         f"{found.get('windows_found'):,} of {found.get('windows'):,} ({number(found.get('overlap')):.2%})"]]
+         f"{found.get('windows_found'):,} of {found.get('windows'):,} "
+         f"({format_share(number(found.get('overlap')))})"]]
     rows += [[f"tokens searched of {name}", f"{count:,} of {held.get(name, 0):,}"]
              for name, count in (found.get("scanned_tokens") or {}).items()]
     return PageTable(["search for the test in the training data", "found"], rows)
@@ -292,19 +298,43 @@ def _signed(value: Any) -> str:
     return "–" if math.isnan(found := number(value)) else f"{found:+.4f}"
 
 
-def verdict_table(runs: list[Run], others: list[Run]) -> list[PageTable]:
-    """Return the table, or nothing where nothing was judged.
-
-    Args:
-        runs: the stages of the model that the report is on.
-        others: runs of other models; of these the gates alone are named, as another model's.
-    """
+def verdict_table(runs: list[Run]) -> list[PageTable]:
+    """Return the verdicts on the stages of a model; nothing if nothing was judged."""
     rows = [*_stages(runs), *(row for run in runs for row in (
         *gate(run), *_forgetting(run), *_needle_row(run), *_baseline(run))),
             *(row for run in runs for row in _exports(run))]
-    for other in others:
-        rows += [["Other's gate", word, f"another model, {found}"] for _, word, found in gate(other)]
-    return [PageTable(["what", "verdict", "measured"], rows)] if rows else []
+    return [PageTable(["check", "verdict", "measured"], rows)] if rows else []
+
+
+def verdict_sentence(runs: list[Run]) -> str:
+    """Return the report's first sentence: checks, samples, held-out text, and gates that are not set."""
+    table = verdict_table(runs)
+    rows = table[0].rows if table else []
+    failed = [row[0] for row in rows if 'class="bad"' in row[1]]
+    num_judged = len([row for row in rows if row[1] != NOT_SET])
+    parts = []
+    if num_judged:
+        parts.append(f"{num_judged - len(failed)} of {num_judged} checks passed"
+                     + (f" (failed: {', '.join(failed)})" if failed else ""))
+    if sentences := _count_sentences(runs):
+        parts.append(sentences)
+    before, after = heldout_text(runs)
+    if math.isfinite(before + after):
+        parts.append(f"held-out text {format_value(before, 3)} → {format_value(after, 3)} bits per byte")
+    parts += [f"no gate set for {row[0].lower()}" for row in rows if row[1] == NOT_SET]
+    text = "; ".join(parts)
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def _count_sentences(runs: list[Run]) -> str:
+    """Return how many samples of the last sampled stage are whole sentences: three words or more that end
+    as a sentence does."""
+    samples = next((run.samples for run in reversed(runs) if run.samples), [])
+    texts = [str(sample.get("text") or "").strip() for sample in samples]
+    whole = [text for text in texts if len(text.split()) >= 3 and SENTENCE_END.search(text)]
+    if not texts:
+        return ""
+    return f"{len(whole):,} of {len(texts):,} answers are whole sentences"
 
 
 def gate(run: Run) -> list[list[str]]:
@@ -315,7 +345,8 @@ def gate(run: Run) -> list[list[str]]:
     loss, limit = number(check.get("loss")), number(check.get("loss_limit"))
     found = f"short-context loss {loss:.3f}, limit {limit:.3f}; step {int(check.get('step') or 0):,}"
     if accuracies := _accuracies(check):
-        found = f"needles {min(accuracies):.0%}, {number(check.get('threshold')):.0%} needed; {found}"
+        needed = format_share(number(check.get("threshold")))
+        found = f"needles {format_share(min(accuracies))}, {needed} needed; {found}"
     return [["Gate", verdict(check), f"{run.name}: {found}"]]
 
 
@@ -353,8 +384,8 @@ def _needle_row(run: Run) -> list[list[str]]:
     if run.gate_checks or not found:
         return []
     longest = max(int(cell["length_tokens"]) for cell in found[-1]["cells"])
-    return [["Needles", "no gate set",
-             f"{run.name}: {number(found[-1].get('score')):.1%} found, up to {longest:,} tokens"]]
+    return [["Needles", NOT_SET,
+             f"{run.name}: {format_share(number(found[-1].get('score')))} found, up to {longest:,} tokens"]]
 
 
 def _baseline(run: Run) -> list[list[str]]:
@@ -396,7 +427,7 @@ def passk_charts(run: Run) -> list[Chart]:
 def passk_tables(run: Run) -> list[PageTable]:
     """Return what the responses to each set of prompts were."""
     def share(event: Event, at: int) -> str:
-        return f"{number(event['pass_at_k'][at]['value']):.1%} (k = {event['pass_at_k'][at]['k']})"
+        return f"{format_share(number(event['pass_at_k'][at]['value']))} (k = {event['pass_at_k'][at]['k']})"
 
     def of(cell: Callable[[Event], str]) -> Callable[[tuple[str, Event]], str]:
         return lambda named: cell(named[1])
@@ -413,19 +444,16 @@ def passk_tables(run: Run) -> list[PageTable]:
 
 
 def _passk_chart(event: Event, name: str) -> Chart:
-    lines = {}
+    series: list[Series] = []
     for name_of_field, label in (("pass_at_k", "pass@k"), ("maj_at_k", "maj@k")):
         rows = [r for r in event.get(name_of_field) or [] if len(r["interval"]) == 2]
         if rows:
-            lines[label] = np.array([[number(r["k"]), number(r["value"]), *map(number, r["interval"])]
-                                     for r in rows]).T
-    drawn = go.Figure()
-    for i, (label, (k, value, low, high)) in enumerate(lines.items()):
-        drawn.add_trace(line_with_intervals(label, i, k.astype(np.int32), value, low, high))
-    drawn.update_layout(xaxis={"title": "k", "type": "log", "dtick": "D1"},
-                        yaxis={"title": "share of prompts", "tickformat": ".0%", "rangemode": "tozero"})
-    return chart(drawn, f"{name}, step {_STEP(event)}: 95 % intervals over "
-                        f"{int(number(event.get('num_prompts'))):,} prompts.")
+            series.append(Series(label, [number(r["k"]) for r in rows], [number(r["value"]) for r in rows],
+                                 colour(len(series)), intervals=[
+                (number(r["interval"][0]), number(r["interval"][1])) for r in rows]))
+    return Chart(LinePlot(series, Axis("k", is_log=True), Axis("share of prompts", low=0.0, is_share=True)),
+                 f"{name}, step {_STEP(event)}: 95 % intervals over "
+                 f"{int(number(event.get('num_prompts'))):,} prompts.")
 
 
 def _newest_media(run: Run, kind: str, count: str) -> list[Event]:
@@ -439,14 +467,15 @@ def media_tables(run: Run) -> list[PageTable]:
     the right candidate."""
     def share(event: Event, name: str, more: str = "") -> str:
         low, high = (*_list(event.get(f"{name}_interval")), 0, 0)[:2]
-        return f"{number(event.get(name)):.1%} ({number(low):.1%} to {number(high):.1%}{more})"
+        value, low, high = (format_share(number(n)) for n in (event.get(name), low, high))
+        return f"{value} ({low} to {high}{more})"
 
     def recall(event: Event, k: int) -> str:
-        return share(event, f"recall_at_{k}", f"; {number(event.get(f'chance_at_{k}')):.1%}")
+        return share(event, f"recall_at_{k}", f"; {format_share(number(event.get(f'chance_at_{k}')))}")
 
     return [*tables(_newest_media(run, "media", "num_rows"), {
         "pair": of_field("pair"), "step": _STEP, "rows": of_field("num_rows", ",.0f"),
-        "right (95 %)": lambda e: share(e, "accuracy"), "chance": of_field("chance", ".1%", "–"),
+        "right (95 %)": lambda e: share(e, "accuracy"), "chance": of_field("chance", format_share, "–"),
         "words wrong": of_field("wer", ".3f", "–"), "characters wrong": of_field("cer", ".3f", "–"),
     }), *tables(_newest_media(run, "media_retrieval", "num_questions"), {
         "retrieval": of_field("pair"), "step": _STEP, "questions": of_field("num_questions", ",.0f"),
@@ -530,20 +559,15 @@ def _reasons(rounds: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _round_chart(rounds: Sequence[dict[str, Any]], curves: dict[str, np.ndarray], title: str,
-           caption: str) -> Chart | None:
+                 caption: str) -> Chart | None:
     """Draw curves over rounds; None where there is nothing to draw."""
     at = np.array([int(number(content["round"])) for content in rounds], np.int32)
-    figure = go.Figure()
+    series = []
     for i, (name, values) in enumerate(curves.items()):
         known = np.isfinite(values)
         if known.any():
-            figure.add_trace(go.Scatter(
-                x=at[known], y=values[known].astype(np.float32), name=plain(name),
-                mode="lines+markers" if len(at) <= 20 else "lines", line={"color": colour(i), "width": 1.8}))
-    if not figure.data:
-        return None
-    figure.update_layout(xaxis={"title": "round"}, yaxis={"title": title})
-    return chart(figure, caption)
+            series.append(Series(name, at[known].tolist(), values[known].tolist(), colour(i)))
+    return Chart(LinePlot(series, Axis("round"), Axis(title)), caption) if series else None
 
 
 def round_tables(run: Run) -> list[PageTable]:
@@ -552,14 +576,14 @@ def round_tables(run: Run) -> list[PageTable]:
         return ", ".join(f"{name} {number(count):,.0f}" for name, count in sorted((of or {}).items())
                          if name != but) or "–"
 
-    def mean(name: str, form: str) -> Callable[[Event], str]:
+    def mean(name: str, form: Form) -> Callable[[Event], str]:
         return lambda c: of_field(name, form, "–")(c["means"])
 
     return tables(run.rounds[-MAX_ROUNDS:], {
         "round": of_field("round", ",.0f"), "judged responses": mean("responses", ",.0f"),
-        "mean reward": mean("reward", ".4f"), "pass rate": mean("pass_rate", ".1%"),
+        "mean reward": mean("reward", ".4f"), "pass rate": mean("pass_rate", format_share),
         "mean tokens": mean("response_tokens", ",.1f"),
-        "did not end": mean("truncated", ".1%"),
+        "did not end": mean("truncated", format_share),
         "groups that learn": lambda c: f"{number((c.get('groups') or {}).get(LEARNS, 0)):,.0f}",
         "groups that do not": lambda c: counts(c.get("groups"), but=LEARNS),
         "without a reward": lambda c: counts(c.get("unjudged")),

@@ -10,16 +10,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_sov.base.figures import format_count, format_duration, format_value
-from megatron_sov.base.pages.page import (
-    Chapter, Chart, Comparison, PageSection, PageTable, Panel, chart, render as render_page)
+from megatron_sov.base.figures import format_count, format_duration, format_share, format_value
+from megatron_sov.base.pages.page import Chapter, Chart, Comparison, PageTable, Panel, render as render_page
 from megatron_sov.model.config.data import named_shards
 from megatron_sov.publish.report.charts import (
-    OVERVIEW_HEIGHT_PX, PER_TOKEN, DrawnLine, Place, by_tokens, draw_lines, loss_unit, needle_map)
+    PER_TOKEN, DrawnLine, Place, by_tokens, draw_lines, loss_unit, needle_map)
 from megatron_sov.publish.report.headline import facts_of, gains, headline_charts
-from megatron_sov.publish.report.judgements import gate, verdict_table
+from megatron_sov.publish.report.judgements import verdict_sentence, verdict_table
 from megatron_sov.publish.report.run_data import Run
-from megatron_sov.publish.report.sections import key_figures, measured, sections
+from megatron_sov.publish.report.sections import MAX_SAMPLES, cut_lines, key_figures, measured, sections
 from megatron_sov.publish.report.steps import Curve, last_value
 from megatron_sov.runs.obs.figures import number
 
@@ -29,7 +28,10 @@ MAX_PICTURES = 3
 MAX_SOURCES = 6
 """Rows of the table of data; the smallest sources share the last one."""
 MAX_CHARACTERS = 600
-"""Of a prompt or an answer; the chapters show more of it."""
+"""Of a prompt or an answer."""
+OPEN_SAMPLES = 5
+"""Samples that are shown without a click."""
+HELDOUT_HEIGHT_PX = 180
 
 
 # The pictures of a report's first screen: one line through all stages of a model, over the tokens that it
@@ -37,14 +39,13 @@ MAX_CHARACTERS = 600
 
 
 def pictures(runs: list[Run]) -> list[Chart]:
-    """Return at most three charts of a model's stages: what the last one is after, the held-out figures, and
+    """Return at most three charts of a model's stages: the meters that the last one improves, the loss, and
     the needles found last or, without any, the speed."""
-    places = _places(runs)
-    seen = "tokens" if _count_tokens(runs) else "optimizer steps"
+    places, seen = _places(runs), _seen(runs)
     needles = [(run.name, n) for run in runs for n in run.needles if n.get("cells")]
     third = (_needles(*needles[-1]) if needles
              else _by_stage(runs, places, lambda run: run.curve("tokens_per_s"), "Tokens per second.", seen))
-    found = [*_learned(runs, places, seen), _heldout(runs, places, seen), third]
+    found = [*_learned(runs, places, seen), third]
     return [one for one in found if one][:MAX_PICTURES]
 
 
@@ -57,6 +58,10 @@ def _learned(runs: list[Run], places: list[Place], seen: str) -> list[Chart | No
                      "Training loss, nats per token"
                      + (f"; without {others}, which learns by another loss." if others else "."), seen)
     return [*(headline_charts(runs[-1:], small=True)[:2] if runs and runs[-1] not in by_token else []), loss]
+
+
+def _seen(runs: list[Run]) -> str:
+    return "tokens" if _count_tokens(runs) else "optimizer steps"
 
 
 def _count_tokens(runs: list[Run]) -> bool:
@@ -91,17 +96,23 @@ def _by_stage(runs: list[Run], places: list[Place], of: Callable[[Run], Curve | 
 
 
 def _heldout(runs: list[Run], places: list[Place], seen: str) -> Chart | None:
-    """Return bits per byte of each source; a line goes on from stage to stage."""
+    """Return bits per byte of each source; a line goes on from stage to stage, and each stage is a band."""
     points: dict[str, list[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]] = {}
+    bands: list[tuple[str, float, float]] = []
     for run, place in zip(runs, places, strict=True):
         for source, heldout in run.heldout.items():
             curve = heldout.bits_per_byte.finite()
             if len(curve.steps):
                 points.setdefault(source, []).append((place(curve), curve.values))
+        if (loss := run.curve("loss")) is not None and len(loss.steps):
+            start = bands[-1][2] if bands else 0.0
+            bands.append((run.name, start, float(place(loss)[-1])))
     lines = [DrawnLine(source, Curve(source, np.arange(len(x := np.concatenate([x for x, _ in parts]))),
                                      np.concatenate([y for _, y in parts])), _at(x))
              for source, parts in points.items()]
-    return draw_lines(lines, "", "Held-out bits per byte of each source.", axis=seen, small=True)
+    return draw_lines(lines, "", "Held-out bits per byte of each source over all stages; lower is better.",
+                      axis=seen, small=True, height_px=HELDOUT_HEIGHT_PX,
+                      bands=bands if len(bands) > 1 else ())
 
 
 def _at(x: npt.NDArray[np.float64]) -> Place:
@@ -112,28 +123,23 @@ def _at(x: npt.NDArray[np.float64]) -> Place:
 def _needles(stage: str, needle: dict[str, Any]) -> Chart:
     """Return the map of the test's first kind and language."""
     kind, language = (needle["cells"][0][name] for name in ("kind", "language"))
-    figure = needle_map([c for c in needle["cells"] if (c["kind"], c["language"]) == (kind, language)])
-    figure.update_layout(xaxis={"title": {"text": "context (tokens)", "standoff": 4}},
-                         yaxis={"title": {"text": "depth", "standoff": 10}})
-    return chart(figure, f"Needles found by {stage}: {kind}, {language}.", height_px=OVERVIEW_HEIGHT_PX,
-                 small=True)
+    plot = needle_map([c for c in needle["cells"] if (c["kind"], c["language"]) == (kind, language)])
+    return Chart(plot, f"Needles found by {stage}: {kind}, {language}.")
 
 
-def opening(runs: list[Run], others: list[Run]) -> list[Panel]:
-    """Return the panels; one without content is left out.
-
-    Args:
-        runs: the stages of the model that the report is on.
-        others: runs of other models in the same report; only their gates are named here.
-    """
+def opening(runs: list[Run]) -> list[Panel]:
+    """Return the panels on the stages of one model; panels without content are left out."""
     proof = [table for run in runs for table in _proof_tables(run)]
+    places, seen = _places(runs), _seen(runs)
+    heldout = _heldout(runs, places, seen)
+    shown, more = _samples(runs)
     panels = [
-        Panel("What it writes", 12, comparisons=_samples(runs)),
-        Panel("What each stage gained" if len(runs) > 1 else "What it gained", 12,
-              tables=gains(runs, others)),
-        Panel("What was trained", 4, facts=_trained(runs)),
-        Panel("On what data", 3, facts=_origin(runs), tables=_sources(runs)),
-        Panel("Verdicts", 5, tables=verdict_table(runs, others)),
+        Panel("Held-out quality", 12, charts=[heldout] if heldout else []),
+        Panel("What it writes", 12, comparisons=shown, more=more),
+        Panel("What each stage gained" if len(runs) > 1 else "What it gained", 12, tables=gains(runs)),
+        Panel("Verdicts", 12, tables=verdict_table(runs)),
+        Panel("What was trained", 6, facts=_trained(runs)),
+        Panel("On what data", 6, facts=_origin(runs), tables=_sources(runs)),
         Panel("How it went", 12, charts=pictures(runs)),
         Panel("The export's proof", 12, tables=proof[-1:]),
     ]
@@ -199,30 +205,29 @@ def _sources(runs: list[Run]) -> list[PageTable]:
         rest = ranked[MAX_SOURCES - 1:]
         ranked = [*ranked[:MAX_SOURCES - 1], (f"{len(rest):,} more", sum(count for _, count in rest))]
     return [PageTable(["source", "tokens", "share"],
-                      [[name, format_count(count), f"{count / total:.1%}"] for name, count in ranked])]
+                      [[name, format_count(count), format_share(count / total)] for name, count in ranked])]
 
 
-def _samples(runs: list[Run]) -> list[Comparison]:
-    """Return one prompt with what the first and the last stage wrote to it; with two prompts where they
-    were never asked the same."""
+def _samples(runs: list[Run]) -> tuple[list[Comparison], list[Comparison]]:
+    """Return the first samples of the last stage, and more of them.
+
+    Prompts that an earlier stage was asked too come first, with what it wrote to them.
+    """
     asked = [run for run in runs if run.samples]
     if not asked:
-        return []
+        return [], []
     first, last = asked[0], asked[-1]
-    if first is last:
-        sample = last.samples[0]
-        return [Comparison(_cut(sample.get("prompt")), [(_when(last), _cut(sample.get("text")))])]
-    before = {str(s.get("prompt")): s for s in first.samples}
-    common = next((s for s in last.samples if str(s.get("prompt")) in before), None)
-    if common is not None:
-        earlier, num = before[str(common.get("prompt"))], len(last.samples)
-        return [Comparison(_cut(common.get("prompt")), [
-            (f"Before: {_when(first)}", _cut(earlier.get("text"))),
-            (f"After: {_when(last)}", _cut(common.get("text")))],
-            f"Prompt, one of {num:,} that {last.name} was asked" if num > 1 else "Prompt")]
-    return [Comparison(_cut(run.samples[0].get("prompt")),
-                       [(f"{moment}: {_when(run)}", _cut(run.samples[0].get("text")))])
-            for moment, run in (("Before", first), ("After", last))]
+    before = {str(s.get("prompt")): s for s in first.samples} if first is not last else {}
+    ranked = sorted(last.samples, key=lambda s: str(s.get("prompt")) not in before)[:MAX_SAMPLES]
+    found = []
+    for sample in ranked:
+        texts = [(f"After: {_when(last)}" if before else _when(last), _cut(sample.get("text")))]
+        if earlier := before.get(str(sample.get("prompt"))):
+            texts.insert(0, (f"Before: {_when(first)}", _cut(earlier.get("text"))))
+        if sample.get("target"):
+            texts.append(("Expected", _cut(sample.get("target"))))
+        found.append(Comparison(_cut(sample.get("prompt")), texts))
+    return found[:OPEN_SAMPLES], found[OPEN_SAMPLES:]
 
 
 def _when(run: Run) -> str:
@@ -230,8 +235,7 @@ def _when(run: Run) -> str:
 
 
 def _cut(text: Any) -> str:
-    text = "" if text is None else str(text).strip()
-    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} …"
+    return cut_lines("" if text is None else str(text).strip(), MAX_CHARACTERS)
 
 
 def _proof_tables(run: Run) -> list[PageTable]:
@@ -266,24 +270,33 @@ def render(runs: list[Run], now_s: float | None = None) -> str:
     """Return the HTML of a report on one model: the one that the first run trained.
 
     Args:
-        runs: what `read_run` returned for each, in the order to be told; runs of other models stand at the
-            end, in a part of their own.
+        runs: what `read_run` returned for each, in the order to be told; runs of other models get one
+            sentence.
         now_s: Unix time to print as the time of writing; the current one by default.
     """
     own, others = of_one_model(runs)
     recipe = next((run.recipe() for run in own if run.recipe()), "")
     names = " + ".join(run.name for run in own)
-    chapters = [_chapter(run) for run in own]
-    if others:
-        chapters += [_others(others), *(_chapter(run) for run in others)]
-    return render_page("Training report", f"{recipe}: {names}" if recipe else names, _subtitle(own),
-                       chapters, opening=opening(own, others),
+    return render_page("Training report", f"{recipe}: {names}" if recipe else names,
+                       f"{_subtitle(own)} {_left_out(others)}".strip(), [_chapter(run, own) for run in own],
+                       verdict=verdict_sentence(own), opening=opening(own),
                        overview=("All stages", _summary(own)) if len(own) > 1 else None,
                        anchor="run", nothing="This run has recorded nothing yet.", now_s=now_s)
 
 
-def _chapter(run: Run) -> Chapter:
-    return Chapter(run.name, run.recipe(), key_figures(run), sections(run))
+def _left_out(others: list[Run]) -> str:
+    """Return a sentence on runs that trained other models."""
+    if not others:
+        return ""
+    names = ", ".join(f"{run.name} ({run.recipe() or 'unknown recipe'})" for run in others)
+    return f"Not in this report, because another model was trained: {names}; report such runs alone."
+
+
+def _chapter(run: Run, stages: list[Run]) -> Chapter:
+    # the samples of the last stage that has any stand on the first screen
+    last = next((one for one in reversed(stages) if one.samples), None)
+    left_out = ("Samples",) if run is last else ()
+    return Chapter(run.name, run.recipe(), key_figures(run), sections(run, left_out))
 
 
 def _subtitle(runs: list[Run]) -> str:
@@ -315,18 +328,3 @@ def _in_short(run: Run) -> list[str]:
             format_duration(run.wall_s()), format_value(last_value(loss)),
             format_value(last_value(run.overall_bits_per_byte)),
             run.attempts[-1].outcome if run.attempts else "–"]
-
-
-def _others(runs: list[Run]) -> Chapter:
-    """Return what stands before the chapters of runs that trained other models."""
-    rows = []
-    for run in runs:
-        params, judged = run.start("num_params"), gate(run)
-        rows.append([run.name, run.recipe() or "–", format_count(params) if params else "–", *_in_short(run),
-                     judged[0][1] if judged else "–"])
-    table = PageTable(["run", "model", "parameters", "objective", "steps", "tokens", "wall time", "last loss",
-                       "held-out bits per byte", "outcome", "gate"], rows)
-    return Chapter("Other models", "", [], [PageSection(
-        "Not stages of this model", tables=[table],
-        text="These runs trained another architecture or size, each for a purpose of its own; none of their "
-             "figures is counted above.")])

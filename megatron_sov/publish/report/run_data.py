@@ -94,17 +94,6 @@ class ReportedExpertLoad:
 
 
 @dataclass(frozen=True)
-class RoutingHistory:
-    """Figures of each routed layer over the run."""
-
-    steps: npt.NDArray[np.int64]
-    """Steps of the records, ascending, [n]."""
-    layers: list[int]
-    values: dict[str, npt.NDArray[np.float64]]
-    """max_violation, entropy, dead, bias_spread -> [n, layers]."""
-
-
-@dataclass(frozen=True)
 class Provenance:
     """One artifact that the run read or wrote."""
 
@@ -135,7 +124,6 @@ class Run:
     expert_load: ReportedExpertLoad | None = None
     expert_load_by_source: dict[str, ReportedExpertLoad] = field(default_factory=dict)
     """Source -> load of its held-out documents at the last evaluation."""
-    routing: RoutingHistory | None = None
     compute_time: dict[str, Any] | None = None
     """The last measurement of each process's computing time."""
     incidents: list[dict[str, Any]] = field(default_factory=list)
@@ -263,7 +251,6 @@ class RunReader:
         run.expert_load = _expert_load(last.get("expert_load"))
         run.expert_load_by_source = {name: load for name, e in self._by_source.items()
                                      if (load := _expert_load(e)) is not None}
-        run.routing = _routing(final_steps(kept["routing"], "routing"))
         run.data_consumed, run.compute_time = last.get("data_consumed"), last.get("compute_time")
         run.events, run.gate_checks = kept, final_steps(kept["gate"], "gate")
         run.checkpoints = final_steps(kept["checkpoint"], "checkpoint")
@@ -385,20 +372,6 @@ def _expert_load(event: dict[str, Any] | None) -> ReportedExpertLoad | None:
         return None
     # names of layers that do not fit the rows are no table either
     return ReportedExpertLoad(int(event.get("step") or 0), layers, load) if len(layers) == len(load) else None
-
-
-def _routing(events: list[dict[str, Any]]) -> RoutingHistory | None:
-    """Return the records of the layers that the last one has; a record of other layers is left out."""
-    names = ("max_violation", "entropy", "dead", "bias_spread")
-    # a resumed run may have other layers: only records that fit the last one make a curve
-    layers: Any = events[-1].get("layers") if events else []
-    events = [e for e in events if e.get("layers") == layers and isinstance(layers, list)
-              and all(isinstance(e.get(name), list) and len(e[name]) == len(layers) for name in names)]
-    if not events:
-        return None
-    values = {name: np.array([[number(x) for x in e[name]] for e in events]) for name in names}
-    return RoutingHistory(np.array([int(e["step"]) for e in events], dtype=np.int64),
-                          [int(x) for x in layers], values)
 
 
 def round_curves(rounds: list[dict[str, Any]]) -> dict[str, Curve]:

@@ -11,12 +11,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import plotly.graph_objects as go
 from annotated_types import Ge, Le
 
-from megatron_sov.base.figures import format_value
-from megatron_sov.base.pages.page import Chart, PageTable, chart, line_with_intervals, plain, tables
+from megatron_sov.base.figures import format_share, format_value
+from megatron_sov.base.pages.page import Chart, PageTable, tables
+from megatron_sov.base.pages.plots import Axis, LinePlot, Series, colour
 from megatron_sov.base.settings import ProblemCode, SettingsProblem, read_file
 from megatron_sov.publish.report.run_data import Run
 from megatron_sov.runs.obs.figures import number
@@ -116,7 +115,7 @@ class ReportedScore:
         """Return a value in the figure's unit."""
         if not math.isfinite(value):
             return "not known"
-        return f"{value:.1%}" if self.is_share else format_value(value)
+        return format_share(value) if self.is_share else format_value(value)
 
 
 def scores_of(events: Iterable[dict[str, Any]]) -> list[ReportedScore]:
@@ -251,14 +250,12 @@ def _short(name: str) -> str:
 
 def score_chart(lines: dict[str, list[ReportedScore]], caption: str, notes: Iterable[str] = ()) -> Chart:
     """Return lines of scores over steps with their intervals."""
-    drawn = go.Figure()
+    series = []
     for i, (name, points) in enumerate(lines.items()):
-        by_step = {s.step: s for s in points}  # the newest of a step
-        value = np.array([s.value for s in by_step.values()])
-        low, high = np.array([s.interval or (s.value, s.value) for s in by_step.values()]).T
-        drawn.add_trace(line_with_intervals(plain(_short(name)), i, np.array(list(by_step), dtype=np.float64),
-                                            value, low, high))
+        by_step = {s.step: s for s in points if s.step is not None}  # the newest of a step
+        newest = list(by_step.values())
+        series.append(Series(_short(name), list(by_step), [s.value for s in newest], colour(i), intervals=[
+            s.interval or (s.value, s.value) for s in newest]))
     shares = all(s.is_share for points in lines.values() for s in points)
-    drawn.update_layout(xaxis={"title": "optimizer step"},
-                        yaxis={"title": "score", **({"tickformat": ".0%"} if shares else {})})
-    return chart(drawn, caption, notes)
+    return Chart(LinePlot(series, Axis("optimizer step"), Axis("score", is_share=shares)), caption,
+                 " ".join(notes))

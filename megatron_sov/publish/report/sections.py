@@ -5,28 +5,26 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 from markupsafe import Markup
 
+from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.figures import format_count, format_duration, format_value
-from megatron_sov.base.pages.page import (
-    Chart, Exhibit, PageSection, PageTable, chart, colour, colour_bar, plain, tables)
-from megatron_sov.model.config import RunConfig, from_dict
-from megatron_sov.plan.pages.page import schedule_charts, schedule_table
+from megatron_sov.base.figures import format_count, format_duration, format_share, format_value
+from megatron_sov.base.pages.page import Chart, Exhibit, PageSection, PageTable, tables
+from megatron_sov.base.settings import by_name
 from megatron_sov.publish.report.charts import (
-    BALANCE, LEARNING, PADDING, SPEED, StepLine, beside_charts, expert_chart, heldout_charts, loss_charts,
-    loss_unit, meter_charts, needle_charts, plan_chart, step_charts)
+    BALANCE, LEARNING, SPEED, StepLine, beside_charts, expert_chart, heldout_charts, loss_charts, loss_unit,
+    meter_charts, needle_charts, step_charts)
 from megatron_sov.publish.report.judgements import (
     VERDICTS, accounts_tables, accounts_text, forgetting_tables, forgetting_text, gate_tables, media_exhibits,
     media_tables, passk_charts, passk_tables, round_charts, round_tables)
-from megatron_sov.publish.report.run_data import Heldout, Phase, RoutingHistory, Run
+from megatron_sov.publish.report.run_data import Heldout, Phase, Run
 from megatron_sov.publish.report.scores import checkpoint_score_charts, score_tables
 from megatron_sov.publish.report.steps import last_value
 from megatron_sov.publish.report.validations import sample_tables, validation_charts, validation_tables
@@ -36,59 +34,17 @@ from megatron_sov.runs.obs.history import KINDS, Attempt, describe
 from megatron_sov.runs.obs.wall_time import CATEGORIES
 from megatron_sov.work.clusters.units import GIB
 
-MAX_COLUMNS = 400
-"""Steps of one heat map at most."""
-SHOWN = (("max_violation", "MaxVio", 0.0, "MaxVio of each layer: 0 is perfect balance."),
-         ("entropy", "entropy", 1.0,
-          "Entropy of each layer's expert load, as a share of that of an even load."),
-         ("dead", "experts", 0.0, "Experts of each layer that got no token in the step."),
-         ("bias_spread", "spread", 0.0,
-          "Selection biases of each layer: the largest less the smallest. Scores lie in (0, 1)."))
-"""Figure of a routing record, what its colours mean, its best value, and the caption."""
 MAX_ROWS = 200
-MEANINGS = {
-    "productive": "optimizer steps that are part of the model",
-    "lost": "steps done again after a restart, taken back or refused",
-    "evaluation": "held-out loss, needles, gates",
-    "saving": "training stood still for a checkpoint",
-    "startup": "from the start of the processes to their first step",
-    "waiting": "from the last sign of life of one attempt to the start of the next",
-}
 MAX_SAMPLES = 24
-MAX_SAMPLE_CHARACTERS = 4000
+MAX_SAMPLE_CHARACTERS = 2000
 
 
-# The report's section on expert routing: load over the run, by layer and by source, and how selection
-# biases drift.
+# The report's section on expert routing: the last load, by layer and by source.
 
 
 def _expert_charts(run: Run) -> list[Chart]:
-    """Return load and balance over layers and steps; nothing for a dense model."""
-    charts = [expert_chart(run.expert_load)] if run.expert_load else []
-    charts += step_charts([run], BALANCE)
-    if run.routing is not None:
-        charts += [_history_chart(run.routing, *shown)
-                   for shown in SHOWN if run.routing.values[shown[0]].any()]
-    by_source = run.expert_load_by_source
-    return charts + [expert_chart(load, name) for name, load in by_source.items() if len(by_source) > 1]
-
-
-def _history_chart(history: RoutingHistory, name: str, title: str, best: float, caption: str) -> Chart:
-    """Return the heat map layer x step of one figure; in a long run a column is the worst of some records."""
-    every = -(-len(history.steps) // MAX_COLUMNS)
-    worst_is_high = best == 0.0
-    firsts = np.arange(0, len(history.steps), every)
-    values = (np.maximum if worst_is_high else np.minimum).reduceat(history.values[name], firsts, axis=0).T
-    steps = history.steps[firsts]
-    figure = go.Figure(go.Heatmap(
-        z=values.astype(np.float32), x=steps.astype(np.int32), y=[f"{layer}" for layer in history.layers],
-        zmin=0 if worst_is_high else None, zmax=None if worst_is_high else 1, reversescale=not worst_is_high,
-        colorscale=[[0, "var(--heat0)"], [1, "var(--heat1)"]], colorbar=colour_bar(title),
-        hovertemplate="step %{x}, layer %{y}<br>%{z:.4g}<extra></extra>"))
-    figure.update_layout(xaxis={"title": "optimizer step"},
-                         yaxis={"title": "layer", "type": "category", "autorange": "reversed"})
-    notes = [f"Each column is the worst of {every:,} records."] if every > 1 else []
-    return chart(figure, caption, notes, height_px=min(640, 150 + 26 * len(history.layers)))
+    """Return the last load and the balance over the steps; nothing for a dense model."""
+    return [*([expert_chart(run.expert_load)] if run.expert_load else []), *step_charts([run], BALANCE)]
 
 
 def _expert_tables(run: Run) -> list[PageTable]:
@@ -98,10 +54,10 @@ def _expert_tables(run: Run) -> list[PageTable]:
     common = np.mean([load.load for load in loads.values()], axis=0) if loads else 0
     own = {name: np.abs(load.load - common).sum(axis=1) / 2 for name, load in loads.items()}
     return tables(loads, {
-        "source": plain, "MaxVio, worst layer": lambda n: f"{routing.max_violation(loads[n].load).max():.3g}",
+        "source": str, "MaxVio, worst layer": lambda n: f"{routing.max_violation(loads[n].load).max():.3g}",
         "entropy, worst layer": lambda n: f"{routing.load_entropy(loads[n].load).min():.3f}",
         "experts without a token, all layers": lambda n: f"{int(routing.num_dead(loads[n].load).sum()):,}",
-        "tokens that other sources would send elsewhere": lambda n: f"{own[n].mean():.1%}",
+        "tokens that other sources would send elsewhere": lambda n: format_share(own[n].mean()),
         "most so in layer": lambda n: f"{loads[n].layers[int(own[n].argmax())]}"})
 
 
@@ -123,7 +79,7 @@ def _spectrum_tables(event: dict[str, Any]) -> list[PageTable]:
     def cell(checkpoint: str, domain: str) -> str:
         estimate = next(e for e in found[checkpoint, domain]["pass_at_k"] if e["k"] == k)
         low, high = map(number, estimate["interval"])
-        text = f"{number(estimate['value']):.1%} ({low:.1%} to {high:.1%})"
+        text = f"{format_share(number(estimate['value']))} ({format_share(low)} to {format_share(high)})"
         return Markup("<strong>{}, best</strong>").format(text) if (checkpoint, domain) in best else text
 
     return [
@@ -132,7 +88,7 @@ def _spectrum_tables(event: dict[str, Any]) -> list[PageTable]:
                   [[f"{c['name']} (merged)" if c["is_merged"] else c["name"],
                     *(cell(c["name"], domain) for domain in domains)] for c in event["checkpoints"]]),
         PageTable(["domain", "best checkpoint", f"pass@{k}", "not told from it by these problems"],
-                  [[c["domain"], c["checkpoint"], f"{number(c['value']):.1%}",
+                  [[c["domain"], c["checkpoint"], format_share(number(c['value'])),
                     ", ".join(c["as_good"]) or "none: the choice is clear"] for c in event["choice"]]),
         *tables(event.get("merged") or [], {
             "merged checkpoint": of_field("checkpoint"), "domain": of_field("domain"),
@@ -181,32 +137,22 @@ def _compute_tables(run: Run) -> list[PageTable]:
 # Where a run's wall time went: one bar and its figures.
 
 
+def _time_text(run: Run) -> str:
+    time = run.wall_time
+    if time is None or time.total_s <= 0:
+        return ""
+    return (f"{format_share(time.goodput)} of {format_duration(time.total_s)} since the first start moved "
+            "the model forward.")
+
+
 def _time_tables(run: Run) -> list[PageTable]:
     """Return how long each category took; without a start there is nothing."""
     time = run.wall_time
     if time is None or time.total_s <= 0:
         return []
-    rows = [[label, format_duration(time.spent_s[name]), f"{time.spent_s[name] / time.total_s:.1%}",
-             MEANINGS[name]]
+    rows = [[label, format_duration(time.spent_s[name]), format_share(time.spent_s[name] / time.total_s)]
             for name, label in CATEGORIES.items()]
-    return [PageTable(["", "time", "share", "what it is"], rows)]
-
-
-def _time_charts(run: Run) -> list[Chart]:
-    time = run.wall_time
-    if time is None or time.total_s <= 0:
-        return []
-    figure = go.Figure()
-    for i, (name, label) in enumerate(CATEGORIES.items()):
-        share = 100 * time.spent_s[name] / time.total_s
-        figure.add_trace(go.Bar(x=[share], y=[""], orientation="h", name=label, marker={"color": colour(i)},
-                                hovertemplate=f"{label}: {share:.1f} %, "
-                                              f"{format_duration(time.spent_s[name])}<extra></extra>"))
-    figure.update_layout(barmode="stack", xaxis={"title": "% of the wall time", "range": [0, 100]},
-                         yaxis={"showticklabels": False})
-    caption = (f"Of {format_duration(time.total_s)} since the first start, "
-               f"{time.goodput:.1%} moved the model forward.")
-    return [chart(figure, caption, height_px=240)]  # on a phone the legend has three rows
+    return [PageTable(["", "time", "share"], rows)]
 
 
 # Held-out loss of conversations: their first learned turns beside all later ones, and what is thought
@@ -230,18 +176,17 @@ def turn_tables(run: Run) -> list[PageTable]:
 # Held-out figures of runs that learn from a teacher or from preferences, before and after.
 
 
-def _before_and_after(kind: str, count: str, figures: Mapping[str, tuple[str, str]], run: Run
-                      ) -> list[PageTable]:
+def _before_and_after(kind: str, count: str, figures: Mapping[str, tuple[str, Callable[[float], str]]],
+                      run: Run) -> list[PageTable]:
     """Return each source's first and last figures in the events of a kind: title -> field and format."""
     by_source: dict[str, list[dict[str, Any]]] = {}
     # of an older step one may come later, by `megatron-sov eval pairs --run`
     for event in sorted(run.of(kind), key=lambda event: number(event.get("step") or 0)):
         by_source.setdefault(str(event.get("source")), []).append(event)
 
-    def cell(name: str, form: str, at: int) -> Callable[[list[dict[str, Any]]], str]:
+    def cell(name: str, form: Callable[[float], str], at: int) -> Callable[[list[dict[str, Any]]], str]:
         def text(found: list[dict[str, Any]]) -> str:
-            value = number(found[at].get(name))
-            shown = "–" if math.isnan(value) and form == ".4g" else format(value, form)
+            shown = form(number(found[at].get(name)))
             return f"{shown} (step {number(found[at].get('step')):,.0f})"
         return text
 
@@ -269,7 +214,7 @@ def key_figures(run: Run) -> list[tuple[str, str, str]]:
         found.append(("Wall time", format_duration(run.wall_s()),
                       f"{ranks:,} process{'es' if ranks > 1 else ''}" if ranks else ""))
     if run.wall_time is not None and math.isfinite(run.wall_time.goodput):
-        found.append(("Effective training time", f"{run.wall_time.goodput:.1%}",
+        found.append(("Effective training time", format_share(run.wall_time.goodput),
                       "of the time since the first start"))
     speed = run.curve("tokens_per_s")
     if speed and len(speed.finite().steps):
@@ -286,7 +231,8 @@ def key_figures(run: Run) -> list[tuple[str, str, str]]:
     for needle in run.needles[-1:]:
         if needle.get("cells"):
             longest = max(int(c["length_tokens"]) for c in needle["cells"])
-            found.append(("Needle score", f"{number(needle.get('score')):.1%}", f"up to {longest:,} tokens"))
+            found.append(("Needle score", format_share(number(needle.get("score"))),
+                          f"up to {longest:,} tokens"))
     return found
 
 
@@ -297,7 +243,7 @@ def _efficiency_figures(run: Run) -> list[tuple[str, str, str]]:
     if tflops and len(tflops.finite().steps):
         share = ""
         if mfu and len(mfu.finite().steps):
-            share = f", {np.median(mfu.finite().values):.1%} of the peak"
+            share = f", {format_share(np.median(mfu.finite().values))} of the peak"
         found.append(("Model TFLOP/s", f"{np.median(tflops.finite().values):.3g}",
                       f"each process, median over steps{share}"))
     memory = run.curve("peak_memory_bytes")
@@ -306,33 +252,23 @@ def _efficiency_figures(run: Run) -> list[tuple[str, str, str]]:
     return found
 
 
-def sections(run: Run) -> list[PageSection]:
-    """Return a run's sections in reading order, without those that have nothing to show."""
-    found = [declared.of(run) for declared in SECTIONS.values()]
+def sections(run: Run, left_out: Collection[str] = ()) -> list[PageSection]:
+    """Return a run's sections in reading order, without empty ones and the titles in `left_out`."""
+    found = [declared.of(run) for declared in SECTIONS.values() if declared.title not in left_out]
     return [s for s in found if s.charts or s.tables or s.samples or s.json]
 
 
-def _plan(run: Run) -> RunConfig | None:
-    """Return the settings that say what each step is to do; None for settings of another version."""
-    try:
-        config = from_dict(run.config) if run.config else None
-    except UserError:
-        return None
-    return None if config is None or config.problems(run.start("num_ranks") or 1) else config
-
-
-def _plan_charts(run: Run) -> list[Chart]:
-    config = _plan(run)
-    return [] if config is None else schedule_charts(config)
-
-
-def _plan_tables(run: Run) -> list[PageTable]:
-    config = _plan(run)
-    return [] if config is None else [schedule_table(config)]
-
-
 def _settings(run: Run) -> str:
-    return json.dumps(run.config, indent=2, ensure_ascii=False) if run.config else ""
+    """Return the settings that differ from the recipe, a line for each; all settings of an unknown recipe."""
+    if not run.config:
+        return ""
+    settings = {name: value for name, value in by_name(run.config) if not name.startswith("code")}
+    try:
+        of_recipe = dict(by_name(recipes.get(run.recipe()).to_dict()))
+    except UserError:
+        of_recipe = {}
+    return "\n".join(f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in settings.items()
+                     if name not in of_recipe or of_recipe[name] != value)
 
 
 def _beside_tables(run: Run) -> list[PageTable]:
@@ -362,7 +298,7 @@ def phase_tables(run: Run) -> list[PageTable]:
         consumed = format_count(within[-1] - (before[-1] if len(before) else 0)) if len(within) else "–"
         tail = inside[-max(1, len(inside) // 20):]
         total = sum(phase.blend.values())
-        blend = (", ".join(f"{name} {weight / total:.0%}" for name, weight in phase.blend.items())
+        blend = (", ".join(f"{name} {format_share(weight / total)}" for name, weight in phase.blend.items())
                  if total > 0 else "by size")
         rows.append([phase.name, f"{phase.first_step:,} to {phase.last_step:,}", f"{phase.seq_len_tokens:,}",
                      _batch_sizes(phase), blend, consumed, format_value(float(inside[0])),
@@ -383,7 +319,7 @@ def _batch_sizes(phase: Phase) -> str:
 def _heldout_tables(run: Run) -> list[PageTable]:
     def gain(h: Heldout) -> str:
         bits, baseline = last_value(h.bits_per_byte), h.baseline_bits_per_byte
-        return f"{1 - bits / baseline:.1%} fewer" if baseline and math.isfinite(bits) else "–"
+        return f"{format_share(1 - bits / baseline)} fewer" if baseline and math.isfinite(bits) else "–"
 
     return tables(run.heldout.items(), {
         "source": lambda item: item[0], "tokens": lambda item: f"{item[1].num_tokens:,}",
@@ -400,16 +336,11 @@ def _checkpoint_tables(run: Run) -> list[PageTable]:
         return []
     stall_s = [number(c.get("stall_s", c["save_s"])) for c in run.checkpoints if c.get("save_s") is not None]
     row = [f"{len(save_s):,}", f"{int(run.checkpoints[-1]['step']):,}",
-           format_duration(float(np.mean(save_s))),
-           format_duration(max(save_s)), format_duration(float(np.mean(stall_s)))]
+           format_duration(float(np.mean(save_s))), format_duration(max(save_s)),
+           format_duration(float(np.mean(stall_s)))]
     return [PageTable(["checkpoints", "last at step", "mean time to save", "longest",
                        "mean stall of training"],
                       [row])]
-
-
-def _data_charts(run: Run) -> list[Chart]:
-    drawn = plan_chart(run.data_consumed or {})
-    return [*([drawn] if drawn else []), *step_charts([run], PADDING)]
 
 
 def _data_tables(run: Run) -> list[PageTable]:
@@ -419,7 +350,7 @@ def _data_tables(run: Run) -> list[PageTable]:
     for name in dict.fromkeys([*plan, *tokens]):
         got, wanted = number(tokens.get(name, 0)), number(plan.get(name, 0))
         rows.append([name, f"{got:,.0f}", f"{wanted:,.0f}",
-                     f"{got / wanted - 1:+.2%}" if wanted else "not planned"])
+                     f"{100 * (got / wanted - 1):+.2f} %" if wanted else "not planned"])
     if not rows:
         return []
     tables = [PageTable(["source", "tokens consumed", "tokens planned", "difference"], rows)]
@@ -442,9 +373,20 @@ def _sample_text(run: Run) -> str:
 
 
 def _cut(text: Any) -> str:
-    text = "" if text is None else str(text)
-    left_out = len(text) - MAX_SAMPLE_CHARACTERS
-    return text if left_out <= 0 else f"{text[:MAX_SAMPLE_CHARACTERS]} … ({left_out:,} more characters)"
+    return cut_lines("" if text is None else str(text), MAX_SAMPLE_CHARACTERS)
+
+
+def cut_lines(text: str, max_characters: int) -> str:
+    """Shorten a text to whole lines, or its first line to whole words, and say how much is left out."""
+    if len(text) <= max_characters:
+        return text
+    # a character more: the limit may fall on the end of a line or a word
+    head = text[:max_characters + 1]
+    end = head.rfind("\n")
+    if end <= 0:
+        end = head.rfind(" ")
+    shown = head[:end if end > 0 else max_characters]
+    return f"{shown.rstrip()}\n… ({len(text) - len(shown):,} more characters)"
 
 
 def _conversion_tables(run: Run) -> list[PageTable]:
@@ -527,11 +469,12 @@ SECTIONS = {section.title: section for section in (
     ReportSection("Held-out loss", charts=heldout_charts, tables=_joined(_heldout_tables, turn_tables)),
     ReportSection("Held-out pairs", "The share of pairs whose chosen answer the model would rather write "
                   "than the rejected one: greater log-probability per token.", tables=partial(
-                      _before_and_after, "heldout_pairs", "pairs", {"ranked right": ("right", ".1%")})),
+                      _before_and_after, "heldout_pairs", "pairs",
+                      {"ranked right": ("right", format_share)})),
     ReportSection("Distance from the teacher", "On held-out documents, means over the tokens that are "
                   "learned, in nats: KL(teacher || student), and the divergence that the run learns.",
                   tables=partial(_before_and_after, "heldout_divergence", "tokens", {
-                      "KL": ("kl", ".4g"), "learned divergence": ("divergence", ".4g")})),
+                      "KL": ("kl", format_value), "learned divergence": ("divergence", format_value)})),
     ReportSection("Scores", "Tasks of eval lm with 95 % intervals over clusters of items. A published "
                   "figure stands beside a score by the benchmark's name alone: its prompts, examples and "
                   "sampling are its authors', so that a difference is no comparison of models unless both "
@@ -546,14 +489,12 @@ SECTIONS = {section.title: section for section in (
                   tables=sample_tables),
     ReportSection("Evaluation beside training", charts=beside_charts, tables=_beside_tables),
     ReportSection("Learning rate and gradient norm", lines=LEARNING),
-    ReportSection("Plan: learning rate, batch size, blends",
-                  charts=_plan_charts, tables=_plan_tables),
     ReportSection("Plan against what happened", accounts_text, tables=accounts_tables),
     ReportSection("Expert load", "MaxVio is the load of the busiest expert over the fair load, less 1 (arXiv "
                   "2408.15664); 0 is perfect balance. What belongs to a source was counted on its held-out "
                   "documents.", charts=_expert_charts, tables=_expert_tables),
     ReportSection("Speed", lines=SPEED, tables=_checkpoint_tables),
-    ReportSection("Data consumed", charts=_data_charts, tables=_data_tables, side_by_side=False),
+    ReportSection("Data consumed", tables=_data_tables),
     ReportSection("Warnings, guards and faults",
                   tables=_joined(_warning_tables, _incident_tables, _compute_tables)),
     ReportSection("Needle in a haystack", "Share of questions about hidden facts that the model answers, by "
@@ -573,9 +514,10 @@ SECTIONS = {section.title: section for section in (
     ReportSection("Samples", _sample_text, samples=_samples),
     ReportSection("Proof of the conversion", "The exported model against the trained one.",
                   tables=_conversion_tables),
-    ReportSection("Where the time went", charts=_time_charts, tables=_time_tables, side_by_side=False),
+    ReportSection("Where the time went", _time_text, tables=_time_tables),
     ReportSection("Starts, stops and restarts", tables=_attempt_tables),
-    ReportSection("Settings", "The resolved settings that the run was started with.", json=_settings),
+    ReportSection("Settings", "Settings that differ from the recipe; RUN/config.json holds all of them.",
+                  json=_settings),
     ReportSection("Provenance", "An artifact's manifest holds the hashes of all its files, so its own hash "
                   "stands for them.", tables=_provenance_tables),
 )}

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_sov.base.figures import format_share
 from megatron_sov.base.pages.page import Chart, PageTable, tables
 from megatron_sov.publish.report.charts import DrawnLine, draw_lines
 from megatron_sov.publish.report.run_data import Run
@@ -71,21 +72,22 @@ def validation_tables(run: Run) -> list[PageTable]:
         "step": of_field("step", ",.0f"), "prompts": of_field("num_prompts", ",.0f"),
         "responses": of_field("num_samples", ",.0f"), "mean reward": of_field("reward", ".4f", "–"),
         "pass@k (95 %)": _told_passes, "mean tokens": of_field("response_tokens", ",.1f"),
-        "did not end": of_field("truncated", ".1%")}),
+        "did not end": of_field("truncated", format_share)}),
         *tables(domains.items(), {
             "domain of the last": lambda one: str(one[0]),
             "prompts": lambda one: of_field("num_prompts", ",.0f")(one[1]),
             "mean reward": lambda one: of_field("reward", ".4f", "–")(one[1]),
             "pass@k (95 %)": lambda one: _told_passes(one[1]),
             "mean tokens": lambda one: of_field("response_tokens", ",.1f")(one[1]),
-            "did not end": lambda one: of_field("truncated", ".1%")(one[1])})]
+            "did not end": lambda one: of_field("truncated", format_share)(one[1])})]
 
 
 def _told_passes(figures: dict[str, Any]) -> str:
     ends = {int(number(one.get("k"))): one.get("interval") or [0, 0]
             for one in figures.get("pass_at_k") or []}
-    return "; ".join(f"{k}: {value:.1%} ({number(ends[k][0]):.1%} to {number(ends[k][1]):.1%})"
-                     for k, value in pass_at(figures).items()) or "–"
+    shown = {k: [format_share(number(one)) for one in (value, *ends[k][:2])]
+             for k, value in pass_at(figures).items()}
+    return "; ".join(f"{k}: {value} ({low} to {high})" for k, (value, low, high) in shown.items()) or "–"
 
 
 def sample_tables(run: Run) -> list[PageTable]:

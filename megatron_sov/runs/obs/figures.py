@@ -16,12 +16,18 @@ def number(value: Any) -> float:
         return math.nan
 
 
-def of_field(name: str, form: str = "", none: str | None = None) -> Callable[[Mapping[str, Any]], str]:
-    """Return what gives a field's cell: its text, or its number in a format; `none` where it is absent."""
+Form = str | Callable[[float], str]
+"""A format specification, or a function that formats a number."""
+
+
+def of_field(name: str, form: Form = "", none: str | None = None) -> Callable[[Mapping[str, Any]], str]:
+    """Return a function that formats a field of an event; `none` is its result if the field is absent."""
     def cell(event: Mapping[str, Any]) -> str:
         value = event.get(name)
         if value is None and none is not None:
             return none
+        if callable(form):
+            return form(number(value))
         return format(number(value), form) if form else str(value)
 
     return cell

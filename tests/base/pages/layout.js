@@ -20,12 +20,12 @@
 
   // Labels of a chart that lie over one another, as "a over b", or stand out of it, as "a cut".
   function collisions(plot) {
-    const labels = [...plot.querySelectorAll("svg text")]
+    const labels = [...plot.querySelectorAll(".up span, .across span, .phase, .name, .legend li, svg text")]
       .map((text) => ({
         text: text.textContent, box: box(text), shown: getComputedStyle(text).visibility === "visible",
       }))
       .filter((label) => label.shown && label.text.trim() && label.box.right > label.box.left);
-    const found = labels.filter((label) => !inside(label.box, box(plot))).map((label) => `${label.text} cut`);
+    const found = labels.filter((label) => !inside(label.box, box(plot.parentElement))).map((label) => `${label.text} cut`);
     labels.forEach((a, i) => labels.slice(i + 1).forEach((b) => {
       if (overlap(a.box, b.box)) found.push(`${a.text} over ${b.text}`);
     }));
@@ -41,9 +41,9 @@
       contents: box(document.querySelector("nav")),
       panels: Object.fromEntries([...document.querySelectorAll(".panel")]
         .map((panel) => [panel.querySelector("h2").textContent, box(panel)])),
-      num_charts: document.querySelectorAll(".js-plotly-plot").length,
-      collisions: [...document.querySelectorAll(".plot")].flatMap((plot) => collisions(plot)
-        .map((found) => `${plot.getAttribute("aria-label")} ${found}`)),
+      num_charts: document.querySelectorAll(".drawing svg").length ? document.querySelectorAll(".drawing").length : 0,
+      collisions: [...document.querySelectorAll(".drawing")].flatMap((plot) => collisions(plot)
+        .map((found) => `${plot.nextElementSibling.textContent} ${found}`)),
     }, "*");
   });
 })();

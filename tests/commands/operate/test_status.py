@@ -6,6 +6,7 @@ import json
 import math
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from megatron_sov import cli, recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.commands.operate import status
 from megatron_sov.commands.operate.run_state import (
-    SIGNS, RunState, Start, as_table, bar, find_runs, in_full, read_state)
+    SIGNS, RunState, Start, bar, find_runs, in_full, read_state)
+from megatron_sov.commands.operate.run_table import format_runs
 from megatron_sov.model.config import apply_settings
 from megatron_sov.runs.obs.history import UNFINISHED
 from megatron_sov.runs.obs.wall_time import CATEGORIES, WallTime
@@ -189,10 +191,13 @@ def test_a_folder_of_runs_is_a_table_and_json_has_no_nan(tmp_path: Path,
     (tmp_path / "runs/data/config.json").write_text("{}")  # another artifact's settings
     assert cli.main(["status", str(tmp_path / "runs")]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [(row[0].removeprefix(str(tmp_path)), row[1], row[2], row[3]) for row in rows[1:]] == [
-        ("/runs/extend", "extend", "ended", "0/40"),
-        ("/runs/extend/stages/1-first", "extend", "ended", "3/40"),
-        ("/runs/pretrain", "pretrain", "stopped", "3/40")]
+    assert [(*row[:4], *(set(row) & {"ended", "stopped"})) for row in rows[1:]] == [
+        ("extend", "extend", "tiny-solar-open", "0/40", "ended"),
+        ("extend/stages/1-first", "extend", "tiny-solar-open", "3/40", "ended"),
+        ("pretrain", "pretrain", "tiny-solar-open", "3/40", "stopped")]
+    assert cli.main(["status", str(tmp_path / "runs"), "--json"]) == 0
+    assert [(one["recipe"], one["loss"], one["heldout_bits_per_byte"])
+            for one in json.loads(capsys.readouterr().out)][1:] == [("tiny-solar-open", 3.0, None)] * 2
     assert cli.main(["status", str(tmp_path / "runs/pretrain"), "--json"]) == 0
     (raw,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert (raw["state"], raw["step"], raw["eta_s"], raw["checkpoint_age_s"]) == ("stopped", 3, None, None)
@@ -263,15 +268,29 @@ runs/new
   checkpoint  none yet"""
 
 
-def test_several_runs_are_columns_with_dashes_for_what_is_not_known() -> None:
-    lines = as_table([RUNNING, RunState(Path("b"))]).splitlines()
-    assert lines == [
-        "run     stage  state        step         last step    tokens/s  left        checkpoint  "
-        "restarts  effective",
-        "runs/a  sft    running      1,200/4,000  loss 2.3457  51,234    2 h 13 min  1,000       "
-        "1         83%",
-        "b       –      not started  0/0          –            –         –           –           "
-        "0         –"]
+def test_several_runs_are_a_table_with_dashes_for_unknown_figures() -> None:
+    running = replace(RUNNING, heldout_bits_per_byte=1.23456)
+    assert format_runs([running, RunState(Path("runs/b"))], Path("runs")).splitlines() == [
+        "run  stage  recipe                  step   loss  held-out  tokens  state        last change",
+        "a    sft    tiny-solar-open  1,200/4,000  2.346     1.235  19.7 M  running        0.0 s ago",
+        "b    –      –                        0/0      –         –       –  not started            –"]
+    assert format_runs([RUNNING]).splitlines()[1].startswith("runs/a  sft")
+
+
+@pytest.mark.parametrize(("heldout", "expected"), [
+    ({"en": {"loss": 2.0, "bits_per_byte": 1.0, "tokens": 10}}, 1.0),
+    ({"en": {"loss": 2.0, "bits_per_byte": 1.0, "tokens": 10},
+      "ko": {"loss": 2.0, "bits_per_byte": 2.0, "tokens": 20}}, 60 / (20 + 20)),
+    ({"en": {"loss": 2.0, "tokens": 10}}, None),
+    ({"en": {"loss": 2.0, "bits_per_byte": 0, "tokens": 10}}, None),
+    ({"en": {"loss": "nan", "bits_per_byte": "nan", "tokens": 10}}, None),
+    ({}, None), (None, None), ([1], None),
+    ({"en": 5}, None)])
+def test_held_out_quality_counts_every_byte_once(tmp_path: Path, heldout: Any,
+                                                   expected: float | None) -> None:
+    run = write_run(tmp_path / "run", begin(100), (50, "eval", {"step": 1, "heldout": heldout}))
+    found = read_state(run, NOW_S).heldout_bits_per_byte
+    assert math.isnan(found) if expected is None else found == pytest.approx(expected)
 
 
 @given(st.lists(st.floats(0, 1e7), min_size=len(CATEGORIES),

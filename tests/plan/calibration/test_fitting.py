@@ -16,8 +16,7 @@ from megatron_sov.model.families.count import TABLES, num_params
 from megatron_sov.plan.calibration.fitting import changes, fits, fullest, nearest, refuse_too_large
 from megatron_sov.plan.footprint.held import held as held_by, stage_params
 from megatron_sov.plan.pricing import machines, pricing, run_stages
-from megatron_sov.plan.search.recommended import (
-    RECOMMENDED, recommended, says_layout, settings_for, table)
+from megatron_sov.plan.search.recommended import RECOMMENDED, recommended, says_layout, settings_for, table
 from megatron_sov.work.clusters.chips import CHIPS, Gpu
 from megatron_sov.work.clusters.units import GIB
 

@@ -40,7 +40,7 @@ def test_every_chart_is_drawn_and_the_layout_holds_on_every_screen(
     (file := tmp_path / "plan.html").write_text(page, encoding="utf-8")
     screens = measure_page(file)
     assert sorted(screens) == [("dark", 390), ("light", 820), ("light", 1440)]
-    num_charts = page.count('<div class="plot"')
+    num_charts = page.count('<div class="drawing"')
     assert num_charts >= 7  # memory, a step and the points of each of two kinds, two of the schedule
     for (_, width), screen in screens.items():
         assert screen["scroll_width"] <= width

@@ -65,24 +65,24 @@ def run(tmp_path: Path) -> Path:
 
 def test_steps_are_set_beside_their_plan(run: Path) -> None:
     first, second = rows(run, "step planned")
-    assert first == ["1", "1 to 10", "4 (pp 2)", "8 x 32", "1 s", "0.8 s", "+25.0%", "256", "320"]
-    assert second[:2] + second[4:7] == ["2", "11 to 20", "3 s", "3.75 s", "-20.0%"]
+    assert first == ["1", "1 to 10", "4 (pp 2)", "8 x 32", "1 s", "0.8 s", "+25.0 %", "256", "320"]
+    assert second[:2] + second[4:7] == ["2", "11 to 20", "3 s", "3.75 s", "-20.0 %"]
 
 
 def test_memory_is_set_beside_its_plan_for_each_stage(run: Path) -> None:
     assert [row[1:5] for row in rows(run, "memory planned")] == [
-        ["1 of 2", "10.00 GiB", "12.50 GiB", "-20.0%"], ["2 of 2", "8.00 GiB", "8.00 GiB", "+0.0%"]]
+        ["1 of 2", "10.00 GiB", "12.50 GiB", "-20.0 %"], ["2 of 2", "8.00 GiB", "8.00 GiB", "+0.0 %"]]
     assert rows(run, "memory planned")[0][5] == "weights 6.00, one layer 4.00"
 
 
 def test_what_holds_for_the_whole_run(run: Path) -> None:
     found = {row[0]: row[1:] for row in rows(run, "measured")}
-    assert found["time of the steps on record"] == ["40.0 s", "45.5 s", "-12.1%"]
+    assert found["time of the steps on record"] == ["40.0 s", "45.5 s", "-12.1 %"]
     # 700 W and 350 W, each on four GPUs
     kwh = [700 * 4 * 40 / 3.6e6, 350 * 4 * 45.5 / 3.6e6]
     assert found["energy of the GPUs for them, by that of process 0"] == [
-        f"{kwh[0]:.4g} kWh", f"{kwh[1]:.4g} kWh", f"{kwh[0] / kwh[1] - 1:+.1%}"]
-    assert found["time to write one, mean"] == ["2.0 s", "4.0 s", "-50.0%"]
+        f"{kwh[0]:.4g} kWh", f"{kwh[1]:.4g} kWh", f"{100 * (kwh[0] / kwh[1] - 1):+.1f} %"]
+    assert found["time to write one, mean"] == ["2.0 s", "4.0 s", "-50.0 %"]
     assert found["starts that ended by a fault"][1] == "0" and "effective training time" in found
     assert "size of a checkpoint" not in found, "there is none"
 
@@ -121,7 +121,7 @@ def test_each_start_is_held_to_its_own_plan(tmp_path: Path) -> None:
     log.close()
     found = rows(tmp_path, "step planned")
     assert [(row[1], row[2], row[4], row[6]) for row in found] == [
-        ("1 to 8", "4 (pp 2)", "1 s", "+0.0%"), ("9 to 10", "8 (pp 2)", "0.25 s", "-50.0%")]
+        ("1 to 8", "4 (pp 2)", "1 s", "+0.0 %"), ("9 to 10", "8 (pp 2)", "0.25 s", "-50.0 %")]
     memory = rows(tmp_path, "memory planned")
     assert [(row[0], row[3]) for row in memory] == [
         ("4 (pp 2)", "9.00 GiB"), ("4 (pp 2)", "8.00 GiB"), ("8 (pp 2)", "5.00 GiB")]

@@ -2,53 +2,43 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import math
 import random
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
+from megatron_sov.base.figures import format_share
 from megatron_sov.base.pages.page import Chart, PageSection
 from megatron_sov.publish.report.charts import (
-    expert_chart, heldout_charts, loss_charts, needle_charts, plan_chart)
+    MAX_POINTS, expert_chart, heldout_charts, loss_charts, needle_charts)
 from megatron_sov.publish.report.page import render
 from megatron_sov.publish.report.run_data import ReportedExpertLoad, read_run
-from megatron_sov.publish.report.sections import MAX_COLUMNS, SECTIONS
+from megatron_sov.publish.report.sections import SECTIONS
 from megatron_sov.publish.report.steps import Curve, StepTable, downsample, moving_mean
 from megatron_sov.runs.obs.events import EventLog, final_steps
 
 
-def traces(chart: Chart) -> list[dict[str, Any]]:
-    return json.loads(chart.figure_json)["data"]
-
-
-def numbers(packed: dict[str, str]) -> np.ndarray:
-    """Return plotly's typed array: base64 of little-endian numbers, with a shape where there are
-    several dimensions."""
-    values = np.frombuffer(base64.b64decode(packed["bdata"]), dtype=packed["dtype"])
-    return values.reshape([int(n) for n in packed["shape"].split(",")]) if "shape" in packed else values
+def names(chart: Chart) -> list[str]:
+    return [one.name for one in chart.plot.series]
 
 
 def test_the_loss_is_drawn_at_every_step_with_its_moving_mean(runs: list[Path]) -> None:
     run = read_run(runs[0])
-    raw, mean, *marks = traces(loss_charts(run)[0])
-    assert [m["name"] for m in marks] == ["step not learned", "alarm"]
-    assert (raw["name"], mean["name"]) == ("each step", "mean of 8 steps")
-    assert numbers(raw["x"]).tolist() == list(range(1, 401))
-    np.testing.assert_allclose(numbers(raw["y"]), run.curve("loss").values, rtol=1e-6)
-    assert [t["name"] for t in traces(loss_charts(run)[2])] == ["english", "korean", "code"]
+    loss, _, by_source = loss_charts(run)
+    raw, mean, *marks = loss.plot.series
+    assert [m.name for m in marks] == ["step not learned", "alarm"] and marks[0].kind == "points"
+    assert (raw.name, raw.is_faint, mean.name) == ("each step", True, "mean of 8 steps")
+    drawn = dict(zip(run.curve("loss").steps.tolist(), run.curve("loss").values.tolist(), strict=True))
+    assert len(raw.x) <= MAX_POINTS and all(drawn[x] == y for x, y in zip(raw.x, raw.y, strict=True))
+    assert names(by_source) == ["english", "korean", "code"]
 
 
-def test_phases_are_shaded_and_restarts_marked(runs: list[Path]) -> None:
-    layout = json.loads(loss_charts(read_run(runs[0]))[0].figure_json)["layout"]
-    assert [(s["type"], s["x0"], s["x1"]) for s in layout["shapes"]] == [
-        ("rect", 251, 400), ("line", 233, 233)]
-    assert [a["text"] for a in layout["annotations"]] == ["1", "2.A"]
+def test_phases_are_bands_and_restarts_are_rules(runs: list[Path]) -> None:
+    plot = loss_charts(read_run(runs[0]))[0].plot
+    assert plot.bands == [("1", 1, 251), ("2.A", 251, 400)] and plot.rules == [("restart", 233)]
 
 
 def test_a_diverged_run_is_reported_and_says_so(tmp_path: Path) -> None:
@@ -62,17 +52,16 @@ def test_a_diverged_run_is_reported_and_says_so(tmp_path: Path) -> None:
 
 
 def test_heldout_has_a_line_for_each_source_and_one_for_all(runs: list[Path]) -> None:
-    loss, bits = heldout_charts(read_run(runs[0]))
-    assert [t["name"] for t in traces(loss)] == ["english", "korean", "code"]
-    assert [t["name"] for t in traces(bits)] == ["english", "korean", "code", "all sources"]
+    (bits,) = heldout_charts(read_run(runs[0]))
+    assert names(bits) == ["english", "korean", "code", "all sources"]
+    assert bits.plot.y.title == "bits per byte"
 
 
 def test_expert_load_is_shown_in_multiples_of_the_fair_share() -> None:
     chart = expert_chart(ReportedExpertLoad(step=9, layers=[2, 3],
                                             load=np.array([[0.25] * 4, [0.1, 0.2, 0.3, 0.4]])))
-    heat = traces(chart)[0]
-    np.testing.assert_allclose(numbers(heat["z"]), [[1, 1, 1, 1], [0.4, 0.8, 1.2, 1.6]], rtol=1e-6)
-    assert heat["y"] == ["2", "3"] and "25 % of the tokens" in chart.caption
+    np.testing.assert_allclose(chart.plot.values, [[1, 1, 1, 1], [0.4, 0.8, 1.2, 1.6]], rtol=1e-6)
+    assert chart.plot.rows == ["2", "3"] and "25 % of the tokens" in chart.caption
 
 
 def test_needles_have_a_map_for_each_kind_and_language() -> None:
@@ -83,75 +72,29 @@ def test_needles_have_a_map_for_each_kind_and_language() -> None:
         for length, shares in ((4096, (0.9, 0.8, 0.7)), (8192, (0.6, 0.5, 0.4)))
         for depth, share in zip((0.0, 0.5, 0.95), (s + gain for s in shares), strict=True)]
     single, many = needle_charts({"step": 7, "when": "after", "by": "likelihood", "cells": cells})
-    heat = traces(many)[0]
-    assert (heat["x"], heat["y"]) == (["4,096", "8,192"], ["0%", "50%", "95%"])
-    np.testing.assert_allclose(numbers(heat["z"]), [[0.9, 0.6], [0.8, 0.5], [0.7, 0.4]], rtol=1e-6)
-    np.testing.assert_allclose(numbers(traces(single)[0]["z"]),
-                               [[1.0, 0.7], [0.9, 0.6], [0.8, 0.5]], rtol=1e-6)
-    assert heat["customdata"][0][1] == "12 of 20 right, 95 % interval 25% to 75%<br>128 other needles"
+    heat = many.plot
+    assert (heat.columns, heat.rows) == (["4,096", "8,192"], ["0 %", "50 %", "95 %"])
+    np.testing.assert_allclose(heat.values, [[0.9, 0.6], [0.8, 0.5], [0.7, 0.4]], rtol=1e-6)
+    np.testing.assert_allclose(single.plot.values, [[1.0, 0.7], [0.9, 0.6], [0.8, 0.5]], rtol=1e-6)
+    assert heat.shown[0] == ["90 %", "60 %"]
+    assert heat.notes[0][1] == "12 of 20 right, 95 % interval 25 % to 75 %; 128 other needles"
     assert many.caption == ("After the extension, step 7: multi-key, english by likelihood, "
-                            "20 samples a cell; 65.0% right.")
+                            "20 samples a cell; 65 % right.")
 
 
-def test_plan_and_consumption_are_shares_of_their_own_totals() -> None:
-    plan, consumed = traces(plan_chart({"step": 1, "tokens": {"en": 30, "extra": 10},
-                                        "plan": {"en": 50, "ko": 50}}))
-    assert plan["y"] == consumed["y"] == ["en", "ko", "extra"]
-    assert plan["x"] == [50, 50, 0] and consumed["x"] == pytest.approx([75, 0, 25])
-    assert plan_chart({}) is None
+# Expert routing: the last load and the balance over the steps.
 
 
-# Expert routing over the run, by layer, and by source.
-
-
-def written(tmp_path: Path, num_records: int, biases: bool = True) -> PageSection:
-    """Write records of layers 2 and 3, and the load of two sources; return the section."""
+def written(tmp_path: Path, num_records: int) -> PageSection:
+    """Write steps of a model with routed layers, and the load of two sources; return the section."""
     log = EventLog(tmp_path / "events.jsonl")
     for step in range(10, 10 * num_records + 10, 10):
         log.write("step", step=step, loss=1.0, max_violation=0.5)
-        spread = [0.001 * step, 0.0] if biases else [0.0, 0.0]
-        log.write("routing", step=step, layers=[2, 3], max_violation=[1.0, 0.5], entropy=[0.9, 0.95],
-                  dead=[1, 0], bias_spread=spread)
     for source, load in (("ko", [[0.4, 0.4, 0.1, 0.1], [0.25] * 4]),
                          ("en", [[0.0, 0.2, 0.4, 0.4], [0.25] * 4])):
         log.write("expert_load", step=10 * num_records, source=source, layers=[2, 3], load=load)
     log.close()
     return SECTIONS["Expert load"].of(read_run(tmp_path))
-
-
-def decoded(array: dict[str, str]) -> np.ndarray:
-    """Return an array of a chart as the page has it: base64, row by row."""
-    return np.frombuffer(base64.b64decode(array["bdata"]), array["dtype"])
-
-
-def test_each_figure_is_a_map_of_layers_over_steps(tmp_path: Path) -> None:
-    found = {c.caption: json.loads(c.figure_json)["data"][0] for c in written(tmp_path, 6).charts}
-    entropy = next(data for caption, data in found.items() if caption.startswith("Entropy"))
-    assert entropy["y"] == ["2", "3"] and entropy["reversescale"] is True, (
-        "low is bad here, and high elsewhere")
-    assert [caption.split(" of ")[0] for caption in found] == [
-        "MaxVio", "MaxVio", "Entropy", "Experts", "Selection biases", "Load", "Load"]
-
-
-def test_a_model_without_selection_biases_has_no_map_of_them(tmp_path: Path) -> None:
-    assert not any("Selection" in c.caption for c in written(tmp_path, 3, biases=False).charts)
-
-
-def test_the_worst_record_of_a_long_run_is_drawn(tmp_path: Path) -> None:
-    written(tmp_path, 2 * MAX_COLUMNS + 1)
-    log = EventLog(tmp_path / "events.jsonl")
-    bad = {"max_violation": [2.5, 0.5], "entropy": [0.125, 0.75], "dead": [2, 3], "bias_spread": [0.1, 0.1]}
-    # done again, so that it counts: the 302nd, amid a column
-    log.write("routing", step=10 * 302, layers=[2, 3], **bad)
-    log.close()
-    for name, drawn in (("Entropy", [0.125, 0.75]), ("Experts", [2, 3])):
-        section = SECTIONS["Expert load"].of(read_run(tmp_path))
-        chart = next(c for c in section.charts if c.caption.startswith(name))
-        assert chart.note == "Each column is the worst of 3 records."
-        (data,) = json.loads(chart.figure_json)["data"]
-        steps, figures = decoded(data["x"]), decoded(data["z"]).reshape(2, -1)
-        assert len(steps) == (2 * MAX_COLUMNS + 1) // 3 and steps[100] == 10 * 301
-        assert figures[:, 100].tolist() == drawn and figures[:, 99].tolist() != drawn
 
 
 def test_sources_are_compared_with_one_another(tmp_path: Path) -> None:
@@ -160,7 +103,8 @@ def test_sources_are_compared_with_one_another(tmp_path: Path) -> None:
     elsewhere = np.abs(ko - en).sum() / 2 / 2 / 2  # to the mean of two, over two layers of which one agrees
     assert [row[0] for row in table.rows] == ["ko", "en"]
     assert [row[1] for row in table.rows] == ["0.6", "0.6"] and [row[3] for row in table.rows] == ["0", "1"]
-    assert {row[4] for row in table.rows} == {f"{elsewhere:.1%}"} and {row[5] for row in table.rows} == {"2"}
+    assert {row[4] for row in table.rows} == {format_share(elsewhere)}
+    assert {row[5] for row in table.rows} == {"2"}
 
 
 @pytest.mark.parametrize("sources", [0, 1])

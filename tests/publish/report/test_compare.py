@@ -36,7 +36,7 @@ def test_settings_and_data_that_differ_are_named() -> None:
     page = render([first, second], now_s=0)
     assert "optim.lr" in page and "0.0003" in page and "train.seed" not in page
     assert "/data/a" not in page  # paths tell nothing: hashes do
-    assert "1" * 16 in page and "2" * 16 in page and "3 K (75.0%)" in page
+    assert "1" * 16 in page and "2" * 16 in page and "3 K (75 %)" in page
     assert "all are the same" in render([first, dataclasses.replace(first)], now_s=0)
 
 
@@ -44,8 +44,7 @@ def test_losses_are_drawn_over_tokens() -> None:
     second = run_of("b")
     second.curves[""]["tokens"] = Curve("tokens", np.arange(1, 5), np.arange(1, 5) * 5e3)
     page = render([run_of("a"), second], now_s=0)
-    assert '"text":"tokens"' in page
-    assert page.count('<div class="plot"') == 1
+    assert '<p class="axis below">tokens</p>' in page and page.count('<div class="drawing"') == 1
 
 
 def test_a_figure_has_its_difference_and_the_better_value_a_mark() -> None:
@@ -66,7 +65,7 @@ def test_losses_of_two_objectives_share_no_axis() -> None:
     second = run_of("b")
     second.config["objective"] = {"name": "preference"}
     page = render([run_of("a"), second], now_s=0)
-    assert page.count('<div class="plot"') == 2
+    assert page.count('<div class="drawing"') == 2
     assert "loss (nats per token)" in page and "loss (preference loss)" in page and ", best" not in page
 
 

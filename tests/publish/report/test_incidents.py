@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -57,9 +56,10 @@ def test_incidents_stand_in_the_order_of_time(run: Path) -> None:
 
 
 def test_what_concerns_learning_is_marked_on_the_loss(run: Path) -> None:
-    traces = {t["name"]: t for t in json.loads(loss_charts(read_run(run))[0].figure_json)["data"]}
-    assert list(traces) == ["loss", "step not learned", "weights taken back", "alarm", "silent corruption"]
-    assert traces["step not learned"]["customdata"] == ["the loss is nan"], "not what the settings left out"
+    series = {one.name: one for one in loss_charts(read_run(run))[0].plot.series}
+    assert list(series) == ["loss", "step not learned", "weights taken back", "alarm", "silent corruption"]
+    (note,) = series["step not learned"].notes  # steps that the settings left out have none
+    assert note.endswith(": the loss is nan")
 
 
 def test_a_long_list_is_cut_and_the_reader_is_told(tmp_path: Path) -> None:

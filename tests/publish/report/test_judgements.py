@@ -33,7 +33,7 @@ def page(*events: dict[str, Any]) -> str:
 def test_a_sample_is_seen_and_heard_in_the_page() -> None:
     text = page(event())
     assert f'<img src="{PICTURE}"' in text and f'<audio controls preload="none" src="{SOUND}">' in text
-    assert "50.0% (20.0% to 80.0%)" in text and "media-src data:" in text
+    assert "50 % (20 % to 80 %)" in text and "media-src data:" in text
     assert "&lt;b&gt;Draw&lt;/b&gt; it." in text and "<b>Draw" not in text
 
 
@@ -61,4 +61,4 @@ def test_ranks_stand_in_a_table_of_their_own() -> None:
     section = media_section([], [{**told, "mean_rank": 9.0}, told, {"pair": "<b>", "num_questions": "many"}])
     ((pair, step, questions, _, first, fifth, rank),) = section.tables[0].rows
     assert (pair, step, questions, rank) == ("text-image", "40", "12", "2.50 (5.00)")
-    assert first == "25.0% (10.0% to 50.0%; 10.0%)" and fifth.startswith("100.0%")
+    assert first == "25 % (10 % to 50 %; 10 %)" and fifth.startswith("100 %")

@@ -18,12 +18,12 @@ from megatron_sov.publish.report.sections import key_figures, sections
 OUTLINE = Path(__file__).with_name("outline.txt")
 
 
-def outline(runs: list[Run], others: list[Run]) -> Iterator[str]:
+def outline(runs: list[Run]) -> Iterator[str]:
     """Yield a line for each chart and table: captions and heads, with `#` for numbers."""
-    for panel in opening(runs, others):
+    for panel in opening(runs):
         yield f"panel {panel.title}: {', '.join(label for label, _ in panel.facts)}".rstrip()
         yield from _held(panel)
-    for run in [*runs, *others]:
+    for run in runs:
         yield f"run {run.name}: {', '.join(label for label, *_ in key_figures(run))}"
         for section in sections(run):
             yield f"section {section.title}: {masked(section.text)}".rstrip()
@@ -42,19 +42,18 @@ def masked(text: str) -> str:
     return re.sub(r"[\d.,]*\d( (ms|s|min|h|d)\b)?", "#", text)
 
 
-def written(runs: list[Path], toy: Path) -> str:
-    return "\n".join(outline([read_run(path) for path in runs], [read_run(toy)])) + "\n"
+def written(runs: list[Path]) -> str:
+    return "\n".join(outline([read_run(path) for path in runs])) + "\n"
 
 
-def test_the_report_holds_what_its_outline_says(runs: list[Path], toy: Path) -> None:
-    assert written(runs, toy) == OUTLINE.read_text(encoding="utf-8")
+def test_the_report_holds_what_its_outline_says(runs: list[Path]) -> None:
+    assert written(runs) == OUTLINE.read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":
-    from tests.publish.report.conftest import write_run, write_toy
+    from tests.publish.report.conftest import write_run
 
     with tempfile.TemporaryDirectory() as folder:
-        (toy_run := Path(folder) / "retrieval").mkdir()
         stages = [write_run(Path(folder) / "pretrain"),
                   write_run(Path(folder) / "extend", when=("before", "after"))]
-        OUTLINE.write_text(written(stages, write_toy(toy_run)), encoding="utf-8")
+        OUTLINE.write_text(written(stages), encoding="utf-8")

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.figures import format_share
 from megatron_sov.base.pages.page import Chart, PageSection
 from megatron_sov.publish.report.page import of_one_model, opening, render
 from megatron_sov.publish.report.run_data import Run, read_rounds, read_run
-from megatron_sov.publish.report.sections import MEANINGS, SECTIONS, key_figures, sections
+from megatron_sov.publish.report.sections import SECTIONS, cut_lines, key_figures, sections
 from megatron_sov.runs.lock import RunLock
 from megatron_sov.runs.obs.events import EventLog
 from megatron_sov.runs.obs.wall_time import CATEGORIES, WallTime
@@ -31,7 +30,7 @@ def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
               checks=[{"name": "logits", "value": 2e-3, "limit": 1e-3, "passed": False}])
     run = read_run(tmp_path)
     assert [s.title for s in sections(run)] == ["Proof of the conversion"]
-    assert {p.title for p in opening([Run("a", {})], [])} == set()
+    assert {p.title for p in opening([Run("a", {})])} == set()
     assert key_figures(run) == []
     assert '<span class="bad">FAILED</span>' in render([run])
 
@@ -45,42 +44,26 @@ def test_key_figures(runs: list[Path]) -> None:
     found = {label: (value, detail) for label, value, detail in key_figures(read_run(runs[1]))}
     assert found["Parameters"] == ("2.89 M", "1.12 M active for each token")
     assert found["Tokens trained"] == ("1.64 M", "400 steps")
-    assert found["Needle score"] == ("97.0%", "up to 2,048 tokens")
+    assert found["Needle score"] == ("97 %", "up to 2,048 tokens")
     # The three sources have the same tokens and bytes a token, so all together have the mean
     # loss's bits per byte.
     best = (2.3 + 2.6 + 1.8) / 3 + 5 * math.exp(-400 / 70)
     assert found["Best held-out"] == (f"{best / math.log(2) / 3.4:.4f}", "bits per byte, step 400")
 
 
-def test_the_plan_of_the_settings_stands_beside_what_was_done(runs: list[Path], tmp_path: Path) -> None:
-    (plan,) = [s for s in sections(read_run(runs[0])) if s.title.startswith("Plan")]
-    assert [c.caption for c in plan.charts] == ["Planned learning rate.",
-                                                "Planned tokens of a step: samples times their length."]
-    assert plan.tables[0].rows[-1][0] == "200"
-    for settings in ('{"recipe": "of-another-version", "model": {}}', '{"data": 3}'):
-        (tmp_path / "config.json").write_text(settings)
-        (tmp_path / "events.jsonl").touch()
-        assert not [s for s in sections(read_run(tmp_path)) if s.title.startswith("Plan")]
-
-
 def test_phase_table_counts_tokens_and_loss_of_each_phase(runs: list[Path]) -> None:
     loss = read_run(runs[0]).curve("loss").values
     first, second = section(runs[0], "Training loss").tables[0].rows
     # 250 x 4096
-    assert first[:6] == ["1", "1 to 250", "256", "8 to 16", "english 60%, korean 20%, code 20%", "1.02 M"]
-    assert second[:6] == ["2.A", "251 to 400", "256", "16", "english 25%, korean 50%, code 25%", "614.4 K"]
+    assert first[:6] == ["1", "1 to 250", "256", "8 to 16", "english 60 %, korean 20 %, code 20 %", "1.02 M"]
+    assert second[:6] == ["2.A", "251 to 400", "256", "16", "english 25 %, korean 50 %, code 25 %", "614 K"]
     assert second[6:] == [f"{loss[250]:.4g}", f"{loss[393:].mean():.4g}"]  # the last 7 of 150 steps
 
 
 def test_heldout_table_sets_bits_beside_the_bigrams(runs: list[Path]) -> None:
     rows = {row[0]: row for row in section(runs[0], "Held-out loss").tables[0].rows}
     bits = (1.8 + 5 * math.exp(-400 / 70)) / math.log(2) / 3.4
-    assert rows["code"][4:] == [f"{bits:.4g}", "2.9", f"{1 - bits / 2.9:.1%} fewer"]
-
-
-def test_padding_is_drawn_beside_the_data(runs: list[Path]) -> None:
-    assert [c.caption for c in section(runs[0], "Data consumed").charts][1:] == [
-        "Part of each batch that is padding."]
+    assert rows["code"][4:] == [f"{bits:.4g}", "2.9", f"{format_share(1 - bits / 2.9)} fewer"]
 
 
 def test_warnings_and_skipped_stretches_stand_by_step(tmp_path: Path) -> None:
@@ -95,7 +78,7 @@ def test_warnings_and_skipped_stretches_stand_by_step(tmp_path: Path) -> None:
 
 
 def test_data_table_gives_the_difference_to_the_plan(runs: list[Path]) -> None:
-    assert section(runs[0], "Data consumed").tables[0].rows[0] == ["english", "820,000", "819,200", "+0.10%"]
+    assert section(runs[0], "Data consumed").tables[0].rows[0] == ["english", "820,000", "819,200", "+0.10 %"]
 
 
 def test_starts_and_restarts_are_told_with_their_reasons(runs: list[Path]) -> None:
@@ -113,7 +96,7 @@ def test_long_and_many_samples_are_cut_and_the_reader_is_told(tmp_path: Path) ->
         log.write("sample", step=5, prompt="p", text="x" * 4100)
     shown = section(tmp_path, "Samples")
     assert len(shown.samples) == 24 and shown.text.endswith("6 more are in the run's events.")
-    assert shown.samples[0]["text"] == "x" * 4000 + " … (100 more characters)"
+    assert shown.samples[0]["text"] == "x" * 2000 + "\n… (2,100 more characters)"
 
 
 # The distance from a teacher, and held-out pairs: first and last of each source side by side.
@@ -128,8 +111,8 @@ def test_long_and_many_samples_are_cut_and_the_reader_is_told(tmp_path: Path) ->
      [{"step": step, "source": source, "pairs": pairs, "right": right if source == "pairs" else 0.5}
       for step, right in ((0, 0.25), (40, 0.875), (20, 0.5))  # the last one by `eval pairs --run`, later
       for source, pairs in (("pairs", 1200), ("others", 8))],
-     [["pairs", "1,200", "25.0% (step 0)", "87.5% (step 40)"],
-      ["others", "8", "50.0% (step 0)", "50.0% (step 40)"]])])
+     [["pairs", "1,200", "25 % (step 0)", "87.5 % (step 40)"],
+      ["others", "8", "50 % (step 0)", "50 % (step 40)"]])])
 def test_the_first_and_the_last_figures_of_each_source_stand_side_by_side(
         tmp_path: Path, title: str, kind: str, events: list[dict], rows: list[list[str]]) -> None:
     log = EventLog(tmp_path / "events.jsonl")
@@ -177,8 +160,7 @@ def means(reward: float, **more: object) -> dict[str, object]:
 
 
 def values(chart: Chart) -> dict[str, list[float]]:
-    return {curve["name"]: np.frombuffer(base64.b64decode(curve["y"]["bdata"]), np.float32).tolist()
-            for curve in json.loads(chart.figure_json)["data"]}
+    return {curve.name: list(curve.y) for curve in chart.plot.series}
 
 
 def test_a_round_is_a_point_of_each_curve_and_a_row(tmp_path: Path) -> None:
@@ -189,12 +171,12 @@ def test_a_round_is_a_point_of_each_curve_and_a_row(tmp_path: Path) -> None:
     told: list[dict[str, Any]] = [{"round": 2, "reverse_kl": 0.25, "reverse_kl_domains": {"sums": 0.5}}]
     section = SECTIONS["Rounds"].of(Run("rl", {}, rounds=read_rounds(tmp_path), events={"round": told}))
     assert values(section.charts[2]) == {"all": [0.25], "sums": [0.5]}
-    assert values(section.charts[0]) == {"reward": [0.5, 0.75], "&lt;b&gt;form&lt;/b&gt;": [1, 1],
+    assert values(section.charts[0]) == {"reward": [0.5, 0.75], "<b>form</b>": [1, 1],
                                          "right": [0.5, 0.75]}
     assert values(section.charts[-1]) == {"all right": [0, 2], "learns": [8, 6]}
     assert section.tables[0].rows == [
-        ["1", "64", "0.5000", "–", "12.5", "25.0%", "8", "–", "–", "0", "0"],
-        ["2", "64", "0.7500", "62.5%", "12.5", "25.0%", "6", "all right 2", "failed 3", "1", "2"]]
+        ["1", "64", "0.5000", "–", "12.5", "25 %", "8", "–", "–", "0", "0"],
+        ["2", "64", "0.7500", "62.5 %", "12.5", "25 %", "6", "all right 2", "failed 3", "1", "2"]]
 
 
 def test_a_round_without_a_judged_response_and_a_damaged_one_break_nothing(tmp_path: Path) -> None:
@@ -229,20 +211,17 @@ def test_a_run_that_has_not_recorded_its_size_is_kept_with_the_first(runs: list[
         assert names(*order)[1] == []
 
 
-# The bar of where the time went.
+# Where the time went.
 
 
-def test_the_bar_and_the_table_say_the_same() -> None:
+def test_the_sentence_and_the_table_of_the_time_agree() -> None:
     spent_s = {"productive": 3000.0, "lost": 600.0, "evaluation": 120.0, "saving": 30.0, "startup": 150.0,
                "waiting": 100.0}
     section = SECTIONS["Where the time went"].of(Run("r", {}, wall_time=WallTime(0.0, spent_s)))
-    (chart,), (table,) = section.charts, section.tables
-    bars = json.loads(chart.figure_json)["data"]
-    assert {b["name"]: b["x"][0] for b in bars} == pytest.approx({CATEGORIES[k]: v / 40
-                                                                  for k, v in spent_s.items()})
-    assert table.rows[1][:3] == ["lost steps", "10 min 0 s", "15.0%"]
-    assert chart.caption == "Of 1 h 6 min since the first start, 75.0% moved the model forward."
-    assert set(MEANINGS) == set(CATEGORIES)
+    (table,) = section.tables
+    assert [row[0] for row in table.rows] == list(CATEGORIES.values())
+    assert table.rows[1] == ["lost steps", "10 min 0 s", "15 %"]
+    assert section.text == "75 % of 1 h 6 min since the first start moved the model forward."
 
 
 def test_a_living_run_keeps_its_steps_after_the_last_checkpoint(tmp_path: Path) -> None:
@@ -256,3 +235,18 @@ def test_a_living_run_keeps_its_steps_after_the_last_checkpoint(tmp_path: Path) 
     ended = read_run(tmp_path).wall_time
     assert living is not None and living.spent_s["productive"] == 8
     assert ended is not None and ended.spent_s["lost"] == 8
+
+
+# Samples end with a whole line.
+
+
+@pytest.mark.parametrize(("text", "shown"), [
+    ("short", "short"), ("exactly 10", "exactly 10"), ("", ""),
+    ("one line\nand another", "one line\n… (12 more characters)"),
+    ("0123456789\nnext", "0123456789\n… (5 more characters)"),
+    ("many words of one line", "many words\n… (12 more characters)"),
+    ("0123456789abcdef", "0123456789\n… (6 more characters)"),
+    ("가나다 라마바사아자차카", "가나다\n… (9 more characters)"),
+    ("a\n\nb\ncdefghij", "a\n\nb\n… (9 more characters)")])
+def test_a_long_sample_ends_with_a_whole_line_or_word(text: str, shown: str) -> None:
+    assert cut_lines(text, 10) == shown

@@ -36,7 +36,7 @@ def test_the_report_shows_validations_and_the_newest_samples(tmp_path: Path) -> 
     assert validation.charts[1].caption.startswith("The share of held-out prompts of which one at least of k")
     by_step, domains = validation.tables
     assert len(by_step.rows) == 2 and by_step.rows[1] == [
-        "10", "4", "8", "0.5000", "1: 50.0% (10.0% to 90.0%); 2: 75.0% (20.0% to 100.0%)", "12.0", "12.5%"]
+        "10", "4", "8", "0.5000", "1: 50 % (10 % to 90 %); 2: 75 % (20 % to 100 %)", "12.0", "12.5 %"]
     curves = validation_curves(run)
     assert {name: curves[name].values.tolist() for name in ("reward", "pass_at_2", "domain/math/reward")} == {
         "reward": [0.25, 0.5], "pass_at_2": [0.5, 0.75], "domain/math/reward": [0.25, 0.5]}

@@ -50,9 +50,8 @@ def test_both_pages_open_in_a_browser(build: Build, heldout: dict[str, Path], tm
         dom, console = open_page(tmp_path / name)
         assert console == []
         body = re.sub(r"<script.*?</script>", "", dom, flags=re.DOTALL)
-        plots = body.split('<div class="plot js-plotly-plot"')[1:]
-        assert len(plots) == num_plots and all('class="main-svg"' in plot and 'class="point' in plot
-                                               for plot in plots)
+        plots = body.split('<div class="drawing"')[1:]
+        assert len(plots) == num_plots and all(re.search(r"<rect x|<path class=.stroke", p) for p in plots)
         assert "<img" not in body
 
 
