@@ -239,7 +239,7 @@ def _before_and_after(kind: str, count: str, figures: Mapping[str, tuple[str, st
     def cell(name: str, form: str, at: int) -> Callable[[list[dict[str, Any]]], str]:
         def text(found: list[dict[str, Any]]) -> str:
             value = number(found[at].get(name))
-            shown = "–" if math.isnan(value) and form == ".4g" else format(value, form)
+            shown = "–" if math.isnan(value) else format(value, form)
             return f"{shown} (step {number(found[at].get('step')):,.0f})"
         return text
 
@@ -521,9 +521,12 @@ SECTIONS = {section.title: section for section in (
     ReportSection("Training loss", charts=loss_charts, tables=phase_tables, side_by_side=False),
     ReportSection("Meters", "What the objective measures beside its loss.", charts=meter_charts),
     ReportSection("Held-out loss", charts=heldout_charts, tables=_joined(_heldout_tables, turn_tables)),
-    ReportSection("Held-out pairs", "The share of pairs whose chosen answer the model would rather write "
-                  "than the rejected one: greater log-probability per token.", tables=partial(
-                      _before_and_after, "heldout_pairs", "pairs", {"ranked right": ("right", ".1%")})),
+    ReportSection("Held-out pairs", "Pairs right and margin are the training meters, against the reference "
+                  "if the method has one. Chosen likelier: the chosen response has the greater "
+                  "log-probability per token. A tie counts half.", tables=partial(
+                      _before_and_after, "heldout_pairs", "pairs", {
+                          "pairs right": ("pairs_right", ".1%"), "margin": ("margin", ".4g"),
+                          "chosen likelier than rejected": ("chosen_likelier", ".1%")})),
     ReportSection("Distance from the teacher", "On held-out documents, means over the tokens that are "
                   "learned, in nats: KL(teacher || student), and the divergence that the run learns.",
                   tables=partial(_before_and_after, "heldout_divergence", "tokens", {
