@@ -221,11 +221,15 @@ def train(trainer: Trainer, stop: StopFlag, until: int | None = None) -> bool:
     every = trainer.config.train
     result: StepResult | None = None
     trainer.announce()
+    if trainer.is_new and trainer.has_heldout:
+        trainer.work.begin("evaluation", "the evaluation before step 1")
+        trainer.evaluate()
     while not trainer.finished:
         if (missing := trainer.bring_data(stop)) is not None:
             if not trainer.is_saved:
                 trainer.save()
             return _stopped(trainer, missing)
+        trainer.work.begin("step", f"step {trainer.step + 1}")
         guards.watchdog.begin(trainer.step + 1)
         trainer.profiling.before_step(trainer.step + 1)
         result = trainer.update()  # None: its samples are passed over, or it is refused
@@ -244,6 +248,7 @@ def train(trainer: Trainer, stop: StopFlag, until: int | None = None) -> bool:
         rolled_back = guards.step_guard.wants_rollback
         if rolled_back:
             rollback(trainer)
+        trainer.work.begin("evaluation", f"the evaluations after step {trainer.step}")
         if trainer.gate is not None:
             trainer.gate.check(trainer)
         step, last = trainer.step, trainer.finished
@@ -253,6 +258,7 @@ def train(trainer: Trainer, stop: StopFlag, until: int | None = None) -> bool:
             trainer.evaluate()
 
         # one collective decides for all whom a signal reached; a checkpoint that all have written appears
+        trainer.work.begin("step", f"step {step + 1}")
         asked_to_stop = checkpointer.sync(stop) or step == until
         if asked_to_stop and not last:
             trainer.save()
@@ -261,6 +267,7 @@ def train(trainer: Trainer, stop: StopFlag, until: int | None = None) -> bool:
         # before the next one would learn them again
         if last or rolled_back or trainer.is_saved_at(step):
             trainer.save()
+    trainer.work.begin("save", "the last checkpoint")
     trainer.profiling.close(trainer.step)
     checkpointer.finish()
     if (missing := trainer.conclude(stop)) is not None:

@@ -223,7 +223,8 @@ def test_losses_are_the_papers(ranks: Any, job: Any, pairs: Path, tmp_path: Path
         # One definition in training, held out and in TRL.
         for name in ("pairs_right", "margin"):
             assert found["meters"][name] == pytest.approx(found["trl"][name], rel=1e-4, abs=1e-5), found
-        assert found["measured"] == pytest.approx(found["trl"] | {"pairs": found["pairs"]}, rel=1e-4, abs=1e-5)
+        assert found["measured"] == pytest.approx(
+            found["trl"] | {"pairs": found["pairs"]}, rel=1e-4, abs=1e-5), found
 
 
 def kto_written_out(policy: Any, batch: Any) -> tuple[float, float]:
