@@ -55,7 +55,6 @@ def _trainer(settings: list[str], data: str, run: Path) -> Any:
 def curve(settings: list[str], data: str, run: str) -> list[dict[str, Any]]:
     """Train; return each step's losses, meters and gradient norm."""
     from megatron_sov.engine.parallel import world
-
     from megatron_sov.post.preference import measure_heldout_pairs
 
     trainer = _trainer(settings, data, Path(run))

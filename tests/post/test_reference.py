@@ -199,7 +199,8 @@ def test_kills_between_its_parts_and_between_steps_change_nothing(
     ((found,),) = ranks(job(__file__, "run_and_kill", 1, arguments))
     assert found["whole"] == 0 and [code != 0 for code in found["broken"]] == [True] * 4 + [False]
     # The last one is the part of the held-out pairs.
-    assert found["computed"].split() == ["0", "1", "1", "2", "2", "0"], "what is written is not computed again"
+    assert found["computed"].split() == ["0", "1", "1", "2", "2", "0"], (
+        "what is written is not computed again")
     ours, theirs = (read_manifest(tmp_path / name / "checkpoints/step-3").files
                     for name in ("broken", "whole"))
     for files in (ours, theirs):

@@ -20,7 +20,7 @@ from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.families.count import train_flops_per_token
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.runs.obs.history import NO_GRADIENT, is_incident
-from megatron_sov.runs.obs.meters import Meter
+from megatron_sov.runs.obs.meters import Meter, recent_means
 from megatron_sov.train.checkpointer import TrainState
 from megatron_sov.train.data.ledger import LedgerEntry
 from megatron_sov.train.guards.step_guard import Refusal
