@@ -222,7 +222,6 @@ def train(trainer: Trainer, stop: StopFlag, until: int | None = None) -> bool:
     result: StepResult | None = None
     trainer.announce()
     if trainer.is_new and trainer.has_heldout:
-        trainer.work.begin("evaluation", "the evaluation before step 1")
         trainer.evaluate()
     while not trainer.finished:
         if (missing := trainer.bring_data(stop)) is not None:
@@ -248,7 +247,6 @@ def train(trainer: Trainer, stop: StopFlag, until: int | None = None) -> bool:
         rolled_back = guards.step_guard.wants_rollback
         if rolled_back:
             rollback(trainer)
-        trainer.work.begin("evaluation", f"the evaluations after step {trainer.step}")
         if trainer.gate is not None:
             trainer.gate.check(trainer)
         step, last = trainer.step, trainer.finished

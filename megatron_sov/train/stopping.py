@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import statistics
 import threading
 import time
 from collections import deque
@@ -17,7 +16,7 @@ from megatron_sov.runs.obs.figures import duration
 from megatron_sov.work.processes.children import FORWARDED
 
 TIMED = 20
-"""Last pieces of work of a kind whose median predicts the next one."""
+"""Last pieces of work of a kind whose times predict that of the next one."""
 
 
 class StopFlag:
@@ -83,20 +82,23 @@ class CurrentWork:
         self._seconds: dict[str, deque[float]] = {}
 
     def begin(self, kind: str, name: str) -> None:
-        """Begin a piece of work and end the one before.
+        """Begin a piece of work and end the one before, unless it has the same name.
 
         Args:
             kind: pieces of a kind take about as long as each other: "step", "evaluation".
             name: of this piece, "step 7".
         """
+        if name == self._name:
+            return
         now_s = time.monotonic()
         self._seconds.setdefault(self._kind, deque(maxlen=TIMED)).append(now_s - self._began_s)
         self._name, self._kind, self._began_s = name, kind, now_s
 
     def text(self) -> str:
         """Return the work under way and the time that it still needs: "step 7 (about 4 min 10 s)"."""
-        times_s = self._seconds.get(self._kind)
+        times_s = sorted(self._seconds.get(self._kind, ()))
         if not times_s:
             return f"{self._name} (the first {self._kind}: its time is not known yet)"
-        left_s = statistics.median(times_s) - (time.monotonic() - self._began_s)
+        # The upper quartile: a promise that is kept is better than a median.
+        left_s = times_s[3 * len(times_s) // 4] - (time.monotonic() - self._began_s)
         return f"{self._name} (about {duration(max(1.0, left_s))})"

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -212,7 +212,8 @@ class Trainer:
             text += f"; Ctrl-C again: leave now, {kept}"
         # The cursor may stand behind a progress bar.
         print(f"\n{text}\n", end="", file=sys.stderr, flush=True)
-        self.events.write("stopping", step=self.step, reason=signal_name, text=text)
+        with suppress(UserError):  # of a full disk; the next event of the main thread raises it
+            self.events.write("stopping", step=self.step, reason=signal_name, text=text)
 
     def announce(self) -> None:
         """Record what runs where."""
@@ -234,7 +235,8 @@ class Trainer:
         are."""
         if self._feed is None:
             return None
-        self.work.begin("round", f"the responses under way, before step {self.step + 1}")
+        if self.step % self.config.rollout.steps_per_round == 0:
+            self.work.begin("round", f"the responses under way, before step {self.step + 1}")
         return self._feed.bring(self, lambda: stop.reason is not None)
 
     def conclude(self, stop: StopFlag) -> str | None:
@@ -342,6 +344,7 @@ class Trainer:
     def evaluate(self) -> dict[str, HeldoutLoss]:
         """Evaluate on held-out documents and record it, with the experts that each
         source's documents go to."""
+        self.work.begin("evaluation", f"the evaluation at step {self.step}")
         if self._evaluator is None:
             self._evaluator = HeldoutEvaluator.of(self.config, self.sources,
                                                   self.batches.ledger.max_seq_len(), self.world)

@@ -258,7 +258,7 @@ def test_the_first_signal_is_answered_from_a_thread(number: signal.Signals) -> N
         0, [f"{number.name} ['{number.name}']", "2 True"]), done.stderr
 
 
-def test_the_time_of_the_work_under_way_is_the_median_of_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_that_work_still_needs_follows_from_earlier_work(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now_s)
     work = CurrentWork()
@@ -267,8 +267,9 @@ def test_the_time_of_the_work_under_way_is_the_median_of_its_kind(monkeypatch: p
                                               ("step", 240.0), ("step", 40.0)), 1):
         work.begin(kind, f"{kind} {number}")
         told, now_s = work.text(), now_s + seconds
-    assert told == "step 5 (about 4 min 0 s)"
-    assert work.text() == "step 5 (about 3 min 20 s)"
+    assert told == "step 5 (about 5 min 0 s)"
+    work.begin("step", "step 5")  # which goes on
+    assert work.text() == "step 5 (about 4 min 20 s)"
     now_s += 1000
     assert work.text() == "step 5 (about 1.0 s)"
 
