@@ -11,8 +11,8 @@ from typing import Any
 from data_prep.curate.journey.page import bars
 from megatron_sov.base.artifacts import write_output
 from megatron_sov.base.errors import UserError, visible
+from megatron_sov.base.figures import format_count, format_duration, format_value
 from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, Panel, render as render_page
-from megatron_sov.runs.obs.figures import duration, figure, large
 
 REPORT_HTML, SUMMARY = "report.html", "summary.json"
 MAX_SUMMARY_BYTES = 64 << 20
@@ -106,9 +106,10 @@ def _models(summary: Mapping[str, Any]) -> str:
 
 def _figures(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     share = f"{summary['num_kept'] / summary['num_samples']:.1%}" if summary["num_samples"] else "–"
-    return [("Kept", large(summary["num_kept"]), "samples"),
-            ("Rejected", large(summary["num_rejected"]), "samples"), ("Share kept", share, "of samples"),
-            ("Items", large(summary["num_items"]),
+    return [("Kept", format_count(summary["num_kept"]), "samples"),
+            ("Rejected", format_count(summary["num_rejected"]), "samples"),
+            ("Share kept", share, "of samples"),
+            ("Items", format_count(summary["num_items"]),
              f"{summary['num_unusable_items']:,} without an answer of use")]
 
 
@@ -166,7 +167,7 @@ def _sheet(summary: Mapping[str, Any]) -> PageSection:
              ("seconds of requests", "seconds", "seconds")]
     rows = [[label, _number(costs[key]), _number(per.get(each))] for label, key, each in names]
     outcomes = [[visible(str(name)), f"{num:,}"] for name, num in costs["outcomes"].items()]
-    took = duration(costs["seconds"])
+    took = format_duration(costs["seconds"])
     said = ("All requests, those that failed and those of rejected samples too; several run at a time, one "
             f"after the other they take {took}. The cost is in the currency of the prices that were given.")
     tables = [PageTable(["what", "in all", "for each kept sample"], rows)]
@@ -178,7 +179,7 @@ def _sheet(summary: Mapping[str, Any]) -> PageSection:
 def _number(value: float | None) -> str:
     if value is None:
         return NOT_STATED
-    return f"{value:,}" if isinstance(value, int) else figure(value)
+    return f"{value:,}" if isinstance(value, int) else format_value(value)
 
 
 def _about(one: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_sov.base.errors import UserError, nearest
-from megatron_sov.runs.obs.figures import size
+from megatron_sov.base.figures import format_size
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
           "float64": torch.float64}
@@ -67,5 +67,6 @@ def check_space(out: Path, needed_bytes: int) -> None:
     folder = next(parent for parent in out.absolute().parents if parent.is_dir())
     free_bytes = shutil.disk_usage(folder).free
     if needed_bytes > free_bytes:
-        raise UserError(f"{out}: needs {size(needed_bytes)}, but {folder} has {size(free_bytes)} "
+        raise UserError(f"{out}: needs {format_size(needed_bytes)}, but {folder} has "
+                        f"{format_size(free_bytes)} "
                         "free; free some space or choose another disk")

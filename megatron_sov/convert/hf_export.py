@@ -20,6 +20,7 @@ from megatron_sov.base.artifacts import (
     to_json)
 from megatron_sov.base.digests import fingerprint
 from megatron_sov.base.errors import UserError, nearest, warn
+from megatron_sov.base.figures import format_size
 from megatron_sov.base.pages.markdown import CARD_MARK, md, slug
 from megatron_sov.checkpoint.writer import TensorSpec
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES, NO_FORMAT
@@ -39,7 +40,6 @@ from megatron_sov.model.modality import modality
 from megatron_sov.model.pretrained import (
     CONFIG, INDEX, SINGLE_FILE, listed, load_and_compare, low_bit_options)
 from megatron_sov.runs.checkpoints import HF_MODEL, KIND as CHECKPOINT, RUN, refuse_other_kind, settings_of
-from megatron_sov.runs.obs.figures import size
 from megatron_sov.work.progress.resumable import ResumableArtifact, resumable_artifact
 
 # The proof of a conversion: two folders hold the same model, and transformers loads what we wrote.
@@ -241,7 +241,8 @@ def _check_memory(path: Path) -> None:
     needed_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     free_bytes = psutil.virtual_memory().available
     if needed_bytes > free_bytes:
-        raise UserError(f"{path}: loading takes {size(needed_bytes)} of memory, but {size(free_bytes)} "
+        raise UserError(f"{path}: loading takes {format_size(needed_bytes)} of memory, but "
+                        f"{format_size(free_bytes)} "
                         "are free; pass --no-load to compare the files alone")
 
 

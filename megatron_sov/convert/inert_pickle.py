@@ -27,7 +27,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.runs.obs.figures import size
+from megatron_sov.base.figures import format_size
 from megatron_sov.sandbox.restrictions import limit
 
 MAX_SHOWN_CHARS = 80
@@ -554,7 +554,8 @@ def read_apart(what: str, path: Path, start: int = 0, length_bytes: int | None =
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); {remedy}") from None
     if not path.is_file() or size_bytes > MAX_FILE_BYTES:
-        raise UserError(f"{path}: has {size(size_bytes)}, and at most {size(MAX_FILE_BYTES)} are read; "
+        raise UserError(f"{path}: has {format_size(size_bytes)}, and at most {format_size(MAX_FILE_BYTES)} "
+                        "are read; "
                         f"{remedy}")
     time_s = BASE_TIME_S + size_bytes // BYTES_PER_S
     order = json.dumps({"what": what, "path": str(path.absolute()), "start": start,

@@ -19,6 +19,7 @@ import torch
 from megatron_sov import convert
 from megatron_sov.base.artifacts import MANIFEST, manifest_sha256
 from megatron_sov.base.errors import ExitCode, UserError
+from megatron_sov.base.figures import format_size
 from megatron_sov.convert import ParityCheck
 from megatron_sov.convert.hf_export import Proof, format_of
 from megatron_sov.convert.sources import Weights
@@ -30,7 +31,6 @@ from megatron_sov.infer.engines.libraries import load_hf
 from megatron_sov.infer.engines.load import Loaded, run_forward_model
 from megatron_sov.infer.engines.target import Target, as_checkpoint
 from megatron_sov.model.families.count import num_params
-from megatron_sov.runs.obs.figures import size
 from megatron_sov.version import __version__
 
 MAX_DIFFERENCE = 1e-4
@@ -264,8 +264,8 @@ def _check_memory(sides: Sequence[Weights]) -> None:
     needed_bytes = (count.total + count.mtp) * 4 * 2
     free_bytes = psutil.virtual_memory().available
     if needed_bytes > free_bytes:
-        raise UserError(f"{sides[0].path}: running both sides in float32 takes {size(needed_bytes)}, "
-                        f"but {size(free_bytes)} are free; pass --no-load to compare the files alone")
+        raise UserError(f"{sides[0].path}: running both sides in float32 takes {format_size(needed_bytes)}, "
+                        f"but {format_size(free_bytes)} are free; pass --no-load to compare the files alone")
 
 
 def card(a: Path, b: Path, weights: Proof, logits: LogitsProof) -> dict[str, Any]:

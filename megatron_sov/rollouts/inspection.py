@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from megatron_sov.base.errors import UserError, visible
+from megatron_sov.base.figures import format_size
 from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render
 from megatron_sov.judge.rewards.scoring import ScoringTally
 from megatron_sov.rollouts.rows import LENGTH, UNFINISHED, Key, RewardRow, Rollout, RolloutPart, domain_of
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.inspecting import ArtifactKind
-from megatron_sov.runs.obs.figures import size
 from megatron_sov.work.progress.locks import Holder, holders
 from megatron_sov.work.progress.progress_bar import work_bar
 
@@ -387,7 +387,7 @@ def listed(store: RolloutStore, round_: int | None = None) -> Iterator[str]:
     judged = judged_by(store, round_)
     parts = store.parts(round_)
     for part in parts:
-        yield (f"{part.name:<33} {part.num_rows:>9,} rows {size(part.file.stat().st_size):>9}  "
+        yield (f"{part.name:<33} {part.num_rows:>9,} rows {format_size(part.file.stat().st_size):>9}  "
                f"{when(part.created_s)}  judged by {', '.join(judged.get(part.name, [])) or 'none'}"
                + (f", {part.num_kept_out:,} rows kept out" if part.num_kept_out else ""))
     yield f"{store.path}: {len(parts):,} parts, {sum(part.num_rows for part in parts):,} rows"

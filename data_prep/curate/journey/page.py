@@ -17,9 +17,9 @@ from data_prep.curate.journey.summary import (
 from data_prep.curate.journey.telling import changes, cut
 from megatron_sov.base.artifacts import MANIFEST, read_manifest, write_output
 from megatron_sov.base.errors import UserError, visible
+from megatron_sov.base.figures import format_count, format_duration, format_size
 from megatron_sov.base.pages.page import (
     Chapter, Chart, Comparison, PageSection, PageTable, Panel, chart, colour, plain, render as render_page)
-from megatron_sov.runs.obs.figures import duration, large, size
 
 # The charts of a pipeline's page.
 
@@ -239,8 +239,10 @@ NOT_SAID = "(none)"
 
 def source_chapter(source: SourceSummary) -> Chapter:
     read, last = source.read, source.last
-    figures = [("Read", large(read.documents_kept), f"documents, {size(read.bytes_kept)} of text"),
-               ("Kept", large(last.documents_kept), f"documents, {size(last.bytes_kept)} of text"),
+    figures = [("Read", format_count(read.documents_kept),
+                f"documents, {format_size(read.bytes_kept)} of text"),
+               ("Kept", format_count(last.documents_kept),
+                f"documents, {format_size(last.bytes_kept)} of text"),
                ("Share kept", _share(last.documents_kept, read.documents_kept), "of documents"),
                ("Quarantine", f"{sum(source.quarantine.values()):,}", "files and records not taken")]
     told = [f"Read from {', '.join(source.path)}" if source.path else "",
@@ -264,7 +266,7 @@ def source_chapter(source: SourceSummary) -> Chapter:
 
 
 def reasons_table(dropped: Mapping[tuple[str, str], DroppedCount]) -> PageTable:
-    rows = [[step, reason, f"{lost.documents:,}", size(lost.bytes)]
+    rows = [[step, reason, f"{lost.documents:,}", format_size(lost.bytes)]
             for (step, reason), lost in list(dropped.items())[:MAX_REASONS]]
     if len(dropped) > MAX_REASONS:
         rows.append([f"… {len(dropped) - MAX_REASONS:,} more reasons", "", "", ""])
@@ -274,7 +276,7 @@ def reasons_table(dropped: Mapping[tuple[str, str], DroppedCount]) -> PageTable:
 def _steps(steps: Iterable[StepCounts]) -> PageTable:
     return PageTable(["step", "documents in", "kept", "changed", "text kept", "share kept"], [
         [step.name, f"{step.documents_in:,}", f"{step.documents_kept:,}", f"{step.documents_changed:,}",
-         size(step.bytes_kept), _share(step.documents_kept, step.documents_in)] for step in steps])
+         format_size(step.bytes_kept), _share(step.documents_kept, step.documents_in)] for step in steps])
 
 
 def _examples(step: StepCounts) -> list[Comparison]:
@@ -333,7 +335,8 @@ def render(out: Path, now_s: float | None = None) -> str:
     largest = sorted(summary.sources, key=lambda s: -s.read.bytes_kept)[:MAX_CHAPTERS]
     chapters = [Chapter("All sources", "", _figures(summary, whole, ratio), _overall(summary))]
     if whole.num_documents:
-        chapters.append(Chapter("Output", f"{size(whole.num_bytes)} of text", [], _output(facts, whole)))
+        chapters.append(Chapter("Output", f"{format_size(whole.num_bytes)} of text", [],
+                                _output(facts, whole)))
     if found := findings_sections(out, summary):
         chapters.append(Chapter("What steps found", "over all documents", [], found))
     chapters += [source_chapter(source) for source in summary.sources if source in largest]
@@ -358,7 +361,7 @@ def tokens_said(num_bytes: int, ratio: float | None) -> tuple[str, str]:
     """Return about how many tokens a text has, and how that is known."""
     told = (f"at {ratio:.2f} bytes a token, as packed" if ratio
             else f"assumed: {BYTES_PER_TOKEN:g} bytes a token; nothing is packed")
-    about = large(num_bytes / (ratio or BYTES_PER_TOKEN)).replace(" ", "\u00a0")
+    about = format_count(num_bytes / (ratio or BYTES_PER_TOKEN)).replace(" ", "\u00a0")
     return f"≈\u00a0{about}", told
 
 
@@ -366,7 +369,7 @@ def _subtitle(summary: JourneySummary, whole: Facts) -> str:
     read = sum(s.read.documents_kept for s in summary.sources)
     sources = "1 source" if len(summary.sources) == 1 else f"{len(summary.sources)} sources"
     return (f"{sources}, {read:,} documents read; {whole.num_documents:,} in the output, "
-            f"{size(whole.num_bytes)} of text.")
+            f"{format_size(whole.num_bytes)} of text.")
 
 
 def _opening(summary: JourneySummary, whole: Facts, ratio: float | None) -> list[Panel]:
@@ -374,9 +377,9 @@ def _opening(summary: JourneySummary, whole: Facts, ratio: float | None) -> list
     tokens, _ = tokens_said(whole.num_bytes, ratio)
     facts = [("Sources", f"{len(summary.sources):,}"),
              ("Documents read", f"{sum(s.documents_kept for s in read):,}"),
-             ("Text read", size(sum(s.bytes_kept for s in read))),
+             ("Text read", format_size(sum(s.bytes_kept for s in read))),
              ("Documents in the output", f"{whole.num_documents:,}"),
-             ("Text in the output", size(whole.num_bytes)),
+             ("Text in the output", format_size(whole.num_bytes)),
              ("Tokens, assumed" if ratio is None else "Tokens, as packed", tokens),
              ("Not taken (quarantine)", f"{sum(sum(s.quarantine.values()) for s in summary.sources):,}")]
     worst = list(dropped_by_reason(step for s in summary.sources for step in s.steps).items())[:6]
@@ -404,9 +407,9 @@ def _figures(summary: JourneySummary, whole: Facts, ratio: float | None) -> list
     read_bytes = sum(s.read.bytes_kept for s in summary.sources)
     tokens, how = tokens_said(whole.num_bytes, ratio)
     return [("Text kept", f"{whole.num_bytes / read_bytes:.1%}" if read_bytes else "–",
-             f"{size(whole.num_bytes)} of {size(read_bytes)}"),
+             f"{format_size(whole.num_bytes)} of {format_size(read_bytes)}"),
             ("Tokens", tokens, how),
-            ("Processor time", duration(cpu_s), "of all steps and sources"),
+            ("Processor time", format_duration(cpu_s), "of all steps and sources"),
             ("Per terabyte of text", f"{cpu_s / 3600 / (read_bytes / 1e12):,.0f}" if read_bytes else "–",
              "core-hours, at this run's speed")]
 
@@ -414,8 +417,9 @@ def _figures(summary: JourneySummary, whole: Facts, ratio: float | None) -> list
 def _overall(summary: JourneySummary) -> list[PageSection]:
     dropped = dropped_by_reason(step for s in summary.sources for step in s.steps)
     by_reason = {f"{step}: {reason}": float(lost.documents) for (step, reason), lost in dropped.items()}
-    rows = [[s.name, s.format or "–", s.licence or "not recorded", f"{s.num_files:,}", size(s.raw_bytes),
-             f"{s.read.documents_kept:,}", f"{s.last.documents_kept:,}", size(s.last.bytes_kept),
+    rows = [[s.name, s.format or "–", s.licence or "not recorded", f"{s.num_files:,}",
+             format_size(s.raw_bytes),
+             f"{s.read.documents_kept:,}", f"{s.last.documents_kept:,}", format_size(s.last.bytes_kept),
              f"{s.last.documents_kept / s.read.documents_kept:.1%}" if s.read.documents_kept else "–",
              f"{sum(s.quarantine.values()):,}"] for s in summary.sources]
     sections = [PageSection("Sources", tables=[PageTable(
@@ -448,8 +452,9 @@ def _times(summary: JourneySummary) -> PageSection:
         wall_s = sum(step.wall_s for step in done) + sum(one.wall_s for one in passes)
         in_bytes = sum(s.bytes_in for s in done)
         in_documents = sum(s.documents_in for s in done)
-        rows.append([f"{number:02d} {kind}", f"{in_documents:,}", size(in_bytes), duration(cpu_s),
-                     duration(wall_s),
+        rows.append([f"{number:02d} {kind}", f"{in_documents:,}", format_size(in_bytes),
+                     format_duration(cpu_s),
+                     format_duration(wall_s),
                      f"{in_bytes / 1e6 / cpu_s:.3g}" if cpu_s else "–",
                      f"{in_documents / cpu_s:,.0f}" if cpu_s else "–"])
     return PageSection("Time", "Processor time of all shards together; speeds are those of one core.",
@@ -474,7 +479,7 @@ def _output(facts: dict[str, Facts], whole: Facts) -> list[PageSection]:
     if histograms:
         found.append(PageSection("Scores", charts=histograms, side_by_side=True))
     tables = [PageTable(["output", "documents", "text"], [
-        [name, f"{one.num_documents:,}", size(one.num_bytes)] for name, one in facts.items()]),
+        [name, f"{one.num_documents:,}", format_size(one.num_bytes)] for name, one in facts.items()]),
         *_value_tables(whole)]
     return [found[0], *found[1:], PageSection("Counts", tables=tables)]
 
@@ -488,7 +493,7 @@ def _bars_of(whole: Facts, column: str, what: str, caption: str,
     unit_bytes, unit = next((u for u in UNITS if max(counts.values()) >= u[0]), UNITS[-1])
     scaled = {value: n / unit_bytes for value, n in counts.items()}
     return [bars(scaled, f"{unit} of text, by {what}", caption, order=order,
-                 said=lambda n: size(n * unit_bytes))]
+                 said=lambda n: format_size(n * unit_bytes))]
 
 
 def _value_tables(whole: Facts) -> list[PageTable]:
@@ -507,7 +512,7 @@ def _value_tables(whole: Facts) -> list[PageTable]:
 
 def _ranked(what: str, counts: dict[str, list[int]]) -> PageTable:
     ranked = sorted(counts.items(), key=lambda item: (-item[1][1], item[0]))
-    rows = [[value or NOT_SAID, f"{n[0]:,}", size(n[1])] for value, n in ranked[:MAX_ROWS]]
+    rows = [[value or NOT_SAID, f"{n[0]:,}", format_size(n[1])] for value, n in ranked[:MAX_ROWS]]
     if len(ranked) > MAX_ROWS:
         rows.append([f"… {len(ranked) - MAX_ROWS:,} more", "", ""])
     return PageTable([what, "documents", "text"], rows)

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from data_prep.curate.journey.facts import QUARANTINE, Corpus, StepFolder, batches, damage, open_shard, row_of
 from megatron_sov.base.errors import UserError, visible
-from megatron_sov.runs.obs.figures import size
+from megatron_sov.base.figures import format_size
 from megatron_sov.work.progress.progress_bar import work_bar
 
 # A document's way through a pipeline: what each step made of it, read from the shard that its id names.
@@ -457,7 +457,7 @@ def source_lines(corpus: Corpus, only: str | None) -> list[str]:
         for step in source.steps if only in (None, source.name) else ():
             worst = max(step.dropped.items(), key=lambda item: item[1].documents, default=None)
             lines.append(f"{source.name:<24} {step.name:<22} {step.documents_in:>14,} "
-                         f"{step.documents_kept:>14,} {size(step.bytes_kept):>12}  "
+                         f"{step.documents_kept:>14,} {format_size(step.bytes_kept):>12}  "
                          f"{worst[0] if worst else '-'}")
     return lines
 
@@ -480,7 +480,8 @@ def _found_lines(corpus: Corpus, asked: DocumentQuery) -> Iterator[str]:
     elif not num_shown:
         yield "no document found"
     if scan.rest_bytes:
-        yield (f"… not looked at: {size(scan.rest_bytes)} of shards; --source NAME narrows the search, "
+        yield (f"… not looked at: {format_size(scan.rest_bytes)} of shards; --source NAME narrows the "
+               "search, "
                "--scan-bytes N widens it")
 
 

@@ -20,8 +20,8 @@ from data_prep.curate.sources.formats import reader
 from data_prep.curate.sources.source import PASSED_OVER, SourcePiece
 from megatron_sov.base.digests import BLAKE3, file_digest
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.figures import format_size
 from megatron_sov.base.sealed import try_read_json, write_json
-from megatron_sov.runs.obs.figures import size
 
 FORMAT_VERSION = 5
 """Raised when the same inputs and settings would have other files."""
@@ -199,7 +199,7 @@ def is_much(unknown: Mapping[str, Mapping[Path, int]]) -> bool:
 
 
 def describe_unknown(unknown: Mapping[str, Mapping[Path, int]]) -> str:
-    return ", ".join(f"{size(sum(files.values()))} in {len(files):,} files of source {name}"
+    return ", ".join(f"{format_size(sum(files.values()))} in {len(files):,} files of source {name}"
                      for name, files in unknown.items() if files)
 
 

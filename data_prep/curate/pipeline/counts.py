@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from data_prep.shards.shard_damage import way_out
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.figures import format_duration
 from megatron_sov.base.sealed import read_json
-from megatron_sov.runs.obs.figures import duration
 
 MAX_SAMPLES, SAMPLE_CHARS = 5, 1000
 LINE_EVERY_S = 60.0
@@ -156,5 +156,6 @@ class StageProgress:
 
     def line(self, wall_s: float) -> str:
         done = self._num_done
-        left = f", about {duration(wall_s / done * (self._total - done))} left" if done else ""
-        return f"  {self._name}: {done:,} of {self._total:,} {self._what} after {duration(wall_s)}{left}"
+        left = f", about {format_duration(wall_s / done * (self._total - done))} left" if done else ""
+        done_text = f"  {self._name}: {done:,} of {self._total:,} {self._what}"
+        return f"{done_text} after {format_duration(wall_s)}{left}"

@@ -10,6 +10,7 @@ from typing import Annotated
 
 from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.figures import format_count
 from megatron_sov.base.plugins.loading import is_reference
 from megatron_sov.base.plugins.registry import declared
 from megatron_sov.base.settings import add_options, not_with, read_options
@@ -125,11 +126,6 @@ def summary(config: RunConfig) -> str:
     if config.train.steps:
         budget = f"{config.train.steps:,} steps"
     else:
-        budget = f"{tokens / 1e12:.4g} T tokens" if tokens >= 1e12 else f"{tokens / 1e9:.4g} B tokens"
-    return (f"{billions(count.total)} parameters ({billions(count.active)} active), {experts}, "
+        budget = f"{format_count(tokens)} tokens"
+    return (f"{format_count(count.total)} parameters ({format_count(count.active)} active), {experts}, "
             f"{attention} attention, {budget}")
-
-
-def billions(count: int) -> str:
-    """Return a parameter count in billions, or in millions below one billion."""
-    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"

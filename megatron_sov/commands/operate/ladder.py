@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from megatron_sov.base.artifacts import atomic_write, to_json
 from megatron_sov.base.errors import ExitCode, UserError, warn
+from megatron_sov.base.figures import format_count
 from megatron_sov.base.outputs import refuse_unwritable
 from megatron_sov.base.settings import AtLeastOne, Flag, add_options, read_options
 from megatron_sov.commands.shared_options import words_of
 from megatron_sov.model.config import RunConfig, data_paths, from_dict
 from megatron_sov.model.recipes.requested import RecipeOptions, RecipeRequest, requested
 from megatron_sov.runs.launch_environment import num_ranks
-from megatron_sov.runs.obs.figures import large
 from megatron_sov.work.clusters import cluster
 
 if TYPE_CHECKING:
@@ -169,8 +169,9 @@ def _check_data(args: LadderOptions, members: Sequence[Member]) -> None:
     most = max(member.num_tokens for member in members)
     there = sum(source.num_tokens["train"] for source in sources)
     if most > there:
-        warn(f"--data {', '.join(args.data)}: holds {large(there)} tokens, and the largest run learns from "
-             f"{large(most)}; a law of runs that see their text once does not hold for it")
+        warn(f"--data {', '.join(args.data)}: holds {format_count(there)} tokens, and the largest run "
+             "learns from "
+             f"{format_count(most)}; a law of runs that see their text once does not hold for it")
 
 
 def _declare(folder: Path, members: Sequence[Member]) -> None:

@@ -218,8 +218,8 @@ def _data_lines(args: PlanOptions, config: RunConfig) -> list[str]:
         UserError: a folder holds no token shards, or the vocabulary is larger than the model's.
     """
     from megatron_sov.base.artifacts import read_manifest
+    from megatron_sov.base.figures import format_count
     from megatron_sov.model.config.data import named_shards
-    from megatron_sov.runs.obs.figures import large
     from megatron_sov.schedules import Schedule
 
     found = [read_manifest(named_shards(path)[1], "tokens").content for path in data_paths(args.data)]
@@ -233,7 +233,7 @@ def _data_lines(args: PlanOptions, config: RunConfig) -> list[str]:
                  for content in found for source in content["sources"])
     schedule = Schedule(config)
     read = schedule.tokens(schedule.num_steps - 1)
-    lines = [f"data: {large(tokens)} tokens, of which the run reads {large(read)} "
+    lines = [f"data: {format_count(tokens)} tokens, of which the run reads {format_count(read)} "
              f"({read / max(tokens, 1):.3g} passes)"]
     if vocab_size < config.model.vocab_size:
         lines.append(f"data: its tokenizer has {vocab_size:,} ids, model.vocab_size is "

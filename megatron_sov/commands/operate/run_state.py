@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.figures import format_count, format_duration, format_value
 from megatron_sov.model import objectives
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.recipes.extension import PHASE
@@ -21,7 +22,7 @@ from megatron_sov.runs.folder import (
     ATTEMPTS, COMPLETION, CONFIG, JOBS, ROUNDS, STAGES, SUBMISSIONS, RunFolder, last_words, submitted_jobs)
 from megatron_sov.runs.lock import living_holder
 from megatron_sov.runs.obs.events import EVENTS, read_events
-from megatron_sov.runs.obs.figures import duration, figure, large, number
+from megatron_sov.runs.obs.figures import number
 from megatron_sov.runs.obs.history import COMPLETE, KINDS, UNFINISHED, Attempt, Attempts, is_incident
 from megatron_sov.runs.obs.meters import HeldoutFigures, headline_of_start, told_step
 from megatron_sov.runs.obs.wall_time import CATEGORIES, Timekeeper, WallTime
@@ -347,7 +348,7 @@ def in_full(state: RunState) -> str:
     if state.heldout:
         lines.append(f"  held-out    {state.heldout.replace('held-out ', '')}")
     if math.isfinite(state.tokens_per_s):
-        left = f", {duration(state.eta_s)} left" if math.isfinite(state.eta_s) else ""
+        left = f", {format_duration(state.eta_s)} left" if math.isfinite(state.eta_s) else ""
         lines.append(f"  speed       {state.tokens_per_s:,.0f} tokens/s{left}")
     lines.append(f"  checkpoint  {state.checkpoint or 'none yet'}{_ago(',', state.checkpoint_age_s)}")
     counted = {"warning": state.warnings, **{KINDS[kind]: count for kind, count in state.incidents.items()}}
@@ -362,12 +363,12 @@ def _progress(state: RunState) -> str:
 
 
 def _measured(state: RunState) -> str:
-    tokens = f", {large(state.tokens)} tokens" if state.tokens else ""
+    tokens = f", {format_count(state.tokens)} tokens" if state.tokens else ""
     return tokens + (f", {state.told}" if state.told else "")
 
 
 def _ago(before: str, age_s: float) -> str:
-    return f"{before} {duration(max(0.0, age_s))} ago" if math.isfinite(age_s) else ""
+    return f"{before} {format_duration(max(0.0, age_s))} ago" if math.isfinite(age_s) else ""
 
 
 def _starts(state: RunState) -> list[str]:
@@ -384,10 +385,11 @@ def _starts(state: RunState) -> list[str]:
 def _time(time: WallTime | None) -> list[str]:
     if time is None or time.total_s <= 0:
         return []
-    lines = [f"  time        {duration(time.total_s)}, of which {time.goodput:.1%} moved the model forward",
+    lines = [f"  time        {format_duration(time.total_s)}, of which {time.goodput:.1%} moved the model "
+             "forward",
              f"    [{bar(time)}]"]
     return lines + [f"    {SIGNS[name]} {label:<17} {time.spent_s[name] / time.total_s:>6.1%}  "
-                    f"{duration(time.spent_s[name])}"
+                    f"{format_duration(time.spent_s[name])}"
                     for name, label in CATEGORIES.items() if time.spent_s[name] > 0]
 
 
@@ -412,8 +414,9 @@ def as_table(states: list[RunState]) -> str:
 
 
 def _row(state: RunState) -> list[str]:
-    left = duration(state.eta_s) if math.isfinite(state.eta_s) else "–"
+    left = format_duration(state.eta_s) if math.isfinite(state.eta_s) else "–"
     effective = f"{state.wall_time.goodput:.0%}" if state.wall_time and state.wall_time.total_s else "–"
     checkpoint = f"{state.checkpoint_step:,}" if state.checkpoint else "–"
     return [str(state.path), state.stage or "–", state.state, f"{state.step:,}/{state.num_steps:,}",
-            state.told or "–", figure(state.tokens_per_s), left, checkpoint, str(state.restarts), effective]
+            state.told or "–", format_value(state.tokens_per_s), left, checkpoint, str(state.restarts),
+            effective]

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_sov.base.artifacts import write_output
 from megatron_sov.base.errors import ExitCode, GateFailed, UserError, visible
+from megatron_sov.base.figures import format_size
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import Actions, AtLeastOne, Flag, add_actions, run_action
 from megatron_sov.rollouts.prompts import rounds_between
 from megatron_sov.runs.inspecting import MAX_PROBLEMS
-from megatron_sov.runs.obs.figures import size
 from megatron_sov.work.progress.progress_bar import work_bar
 
 if TYPE_CHECKING:
@@ -283,9 +283,10 @@ def _gc(args: StoreGcOptions) -> int:
     if not waits:
         clear(found)
     for item in found:
-        print(visible(f"{'would delete' if waits else 'deleted'} {item.path} ({size(item.size_bytes)}): "
+        print(visible(f"{'would delete' if waits else 'deleted'} {item.path} "
+                      f"({format_size(item.size_bytes)}): "
                       f"{item.why}"))
-    total = f"{len(found):,} folders, {size(sum(item.size_bytes for item in found))}"
+    total = f"{len(found):,} folders, {format_size(sum(item.size_bytes for item in found))}"
     if waits:
         raise UserError(f"--rounds {args.rounds}: nothing is deleted of {total}; add --yes if these "
                         "responses may go, which no other command can write again")

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from megatron_sov.runs.obs.figures import duration, large, size
+from megatron_sov.base.figures import (
+    format_count, format_duration, format_energy, format_money, format_seconds, format_share, format_size)
 from megatron_sov.work.clusters.units import GIB, HOURS_OF_A_DAY
 
 
@@ -158,38 +159,6 @@ def gib(num_bytes: float) -> str:
     return f"{num_bytes / GIB:,.1f}" if num_bytes >= GIB / 20 or not num_bytes else f"{num_bytes / GIB:.2g}"
 
 
-def seconds(amount: float) -> str:
-    """Return the time of a part of a step: 1.52 s, 31 ms, 4 us."""
-    for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
-        if amount >= scale:
-            return f"{_three_digits(amount / scale)} {unit}"
-    return "0 s"
-
-
-def dollars(amount: float) -> str:
-    """Return money: $12,300, $4.21 M."""
-    if amount >= 1e6:
-        return f"${_three_digits(amount / 1e6)} M"
-    return f"${amount:,.0f}" if amount >= 10 else f"${amount:.2f}"
-
-
-def energy(kwh: float) -> str:
-    """Return energy: 830 kWh, 2.31 GWh."""
-    for scale, unit in ((1e6, "GWh"), (1e3, "MWh")):
-        if kwh >= scale:
-            return f"{_three_digits(kwh / scale)} {unit}"
-    return f"{_three_digits(kwh)} kWh"
-
-
-def percent(share: float) -> str:
-    """Return a share in per cent: 43 %; the outermost with a digit more: 97.2 %, 0.4 %."""
-    return f"{100 * share:.1f} %" if 0.9 <= share < 1 or 0 < share < 0.1 else f"{100 * share:.0f} %"
-
-
-def _three_digits(number: float) -> str:
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
-
-
 # Quotes as tables, for a terminal and for a page: price, memory, a step, messages, checkpoints.
 
 
@@ -224,13 +193,16 @@ def stages(quotes: Sequence[Quote]) -> QuoteTable:
     """Return what each stage takes and what all of them take."""
     head = ["stage", "context", "batch", "tokens", "step", "tokens/s/GPU", "MFU", "days", "GPU-hours",
             "energy", "cost"]
-    rows = [[q.name, f"{q.seq_len:,}", f"{q.global_batch_size:,}", large(q.tokens), seconds(q.step_s),
-             f"{q.tokens_per_s_per_gpu:,.0f}" if q.num_gpus else "-", percent(q.mfu) if q.mfu else "-",
-             f"{q.days:,.1f}", large(q.gpu_hours), energy(q.energy_kwh), dollars(q.cost_usd)] for q in quotes]
+    rows = [[q.name, f"{q.seq_len:,}", f"{q.global_batch_size:,}", format_count(q.tokens),
+             format_seconds(q.step_s),
+             f"{q.tokens_per_s_per_gpu:,.0f}" if q.num_gpus else "-", format_share(q.mfu) if q.mfu else "-",
+             f"{q.days:,.1f}", format_count(q.gpu_hours), format_energy(q.energy_kwh),
+             format_money(q.cost_usd)] for q in quotes]
     if len(quotes) > 1:
         t = totals(quotes)
-        rows.append(["total", "", "", large(t.tokens), "", "", "", f"{t.days:,.1f}", large(t.gpu_hours),
-                     energy(t.energy_kwh), dollars(t.cost_usd)])
+        rows.append(["total", "", "", format_count(t.tokens), "", "", "", f"{t.days:,.1f}",
+                     format_count(t.gpu_hours),
+                     format_energy(t.energy_kwh), format_money(t.cost_usd)])
     return QuoteTable("What it takes", head, rows)
 
 
@@ -265,10 +237,10 @@ def step(quotes: Sequence[Quote]) -> QuoteTable:
 
     def cell(q: Quote, name: str) -> str:
         part = q.seconds.get(name, 0.0)
-        return f"{seconds(part)} {percent(part / q.step_s):>6}" if part else "-"
+        return f"{format_seconds(part)} {format_share(part / q.step_s):>6}" if part else "-"
 
     rows = [[component(name), *(cell(same[0], name) for same in kinds)] for name in names]
-    rows.append(["step", *(f"{seconds(same[0].step_s)} {'100 %':>6}" for same in kinds)])
+    rows.append(["step", *(f"{format_seconds(same[0].step_s)} {'100 %':>6}" for same in kinds)])
     if any(same[0].imbalance > 1 for same in kinds):
         rows.append(["busiest experts / mean", *(f"{same[0].imbalance:.2f}" for same in kinds)])
     return QuoteTable("A step", ["component", *labels(kinds)], rows)
@@ -285,7 +257,8 @@ def traffic(quotes: Sequence[Quote]) -> QuoteTable:
 
     def cell(q: Quote, key: tuple[str, str]) -> str:
         found = [t for t in q.traffic if (t.group, t.link) == key and t.num_bytes]
-        return (f"{size(sum(t.num_bytes for t in found))} {seconds(sum(t.seconds for t in found)):>8}"
+        return (f"{format_size(sum(t.num_bytes for t in found))} "
+                f"{format_seconds(sum(t.seconds for t in found)):>8}"
                 if found else "-")
 
     rows = [[f"{GROUPS.get(key[0], key[0])}, {LINKS[key[1]]}", *(cell(same[0], key) for same in kinds)]
@@ -296,8 +269,9 @@ def traffic(quotes: Sequence[Quote]) -> QuoteTable:
 def checkpoints(quotes: Sequence[Quote]) -> QuoteTable:
     """Return size, time and rhythm of checkpoints, and the share of time that is training."""
     kinds = alike([q for q in quotes if q.checkpoint], lambda q: (q.checkpoint, q.effective_share))
-    rows = [[name, size(c.size_bytes), seconds(c.write_s), seconds(c.stall_s),
-             f"{c.interval_steps:,} steps, {duration(c.interval_s)}", percent(same[0].effective_share)]
+    rows = [[name, format_size(c.size_bytes), format_seconds(c.write_s), format_seconds(c.stall_s),
+             f"{c.interval_steps:,} steps, {format_duration(c.interval_s)}",
+             format_share(same[0].effective_share)]
             for name, same in zip(labels(kinds), kinds, strict=True)
             if (c := same[0].checkpoint) is not None]
     return QuoteTable("Checkpoints", ["stage", "size", "on disk after", "training waits", "best interval",
@@ -320,7 +294,8 @@ def notes(quotes: Sequence[Quote]) -> list[str]:
     """Return what the figures assume, a sentence each, and between what prices the cost lies."""
     low, high = totals(quotes).cost_range_usd
     said = list(dict.fromkeys(note for q in quotes for note in q.notes))
-    return said + ([f"At the prices that were found the whole is {dollars(low)} to {dollars(high)}."]
+    return said + ([f"At the prices that were found the whole is {format_money(low)} to "
+                    f"{format_money(high)}."]
                    if high > low else [])
 
 

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_sov.base.figures import format_count, format_seconds, format_share
 from megatron_sov.model.config import ParallelConfig, RunConfig
 from megatron_sov.model.families.count import num_params
 from megatron_sov.model.objectives import BUILT_IN
-from megatron_sov.plan.pages.quote import QuoteTable, component, gib, percent, seconds
+from megatron_sov.plan.pages.quote import QuoteTable, component, gib
 from megatron_sov.plan.pricing import Machines
 from megatron_sov.plan.search.space import AXES, LayoutChoice, as_dict
 from megatron_sov.plan.search.sweep import Common, Sweep, SweepResult, SweepSearch, values
@@ -67,21 +68,14 @@ def timetable_rows(config: RunConfig, evenly: int = EVENLY) -> list[TimetableRow
 def size_line(config: RunConfig) -> str:
     """Return how large a run's model is."""
     count = parameters_json(config)
-    parts = [f"{_billions(count['total'])} parameters ({_billions(count['active'])} active)"]
-    parts += [f"{_billions(count[name])} of {what}" for name, what in (
+    parts = [f"{format_count(count['total'])} parameters ({format_count(count['active'])} active)"]
+    parts += [f"{format_count(count[name])} of {what}" for name, what in (
         ("encoders", "encoders"), ("mtp", "multi-token prediction")) if count[name]]
     return f"{config.recipe}: {', '.join(parts)}"
 
 
 def parameters_json(config: RunConfig) -> dict[str, int]:
     return asdict(num_params(config.model))
-
-
-def _billions(number: int) -> str:
-    for scale, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if number >= scale:
-            return f"{number / scale:.2f} {letter}"
-    return f"{number:,}"
 
 
 def timetable_text(config: RunConfig) -> str:
@@ -165,7 +159,7 @@ class PlanText:
         faster = chosen.step_s / fastest.step_s - 1
         if faster < FASTER_SHARE:
             return []
-        return [f"as a run of its own{of}: {percent(faster)} faster with {name(fastest.choice)}: "
+        return [f"as a run of its own{of}: {format_share(faster)} faster with {name(fastest.choice)}: "
                 f"{set_line(fastest.choice.settings(self.search.config))}"]
 
     def _recommended(self, choice: LayoutChoice) -> str:
@@ -187,7 +181,7 @@ class PlanText:
             row = [f"{i}", name(one.choice), gib(one.needs_bytes)]
             for sweep, found in zip(self.search.sweeps, self.search.found(one.choice), strict=True):
                 assert found is not None, one.choice
-                row += [seconds(found.step_s), f"{self.speed(sweep, found):,.0f}"]
+                row += [format_seconds(found.step_s), f"{self.speed(sweep, found):,.0f}"]
             rows.append([*row, f"{one.seconds / SECONDS_OF_AN_HOUR / HOURS_OF_A_DAY:,.1f}"])
         return QuoteTable("Layouts, fastest first", [*head, "days"], rows)
 

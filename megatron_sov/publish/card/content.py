@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.figures import format_count, format_duration, format_size, format_value
 from megatron_sov.publish.card.data_summary import DATA, FILE, DataCard, figures_of_data
 from megatron_sov.publish.card.lineage import HF_MODEL, Lineage
 from megatron_sov.publish.card.run_record import (
@@ -17,7 +18,7 @@ from megatron_sov.publish.card.run_record import (
 from megatron_sov.runs.checkpoints import KIND
 from megatron_sov.runs.folder import COMPLETION, CONFIG
 from megatron_sov.runs.obs.events import EVENTS
-from megatron_sov.runs.obs.figures import duration, figure, large, number, size
+from megatron_sov.runs.obs.figures import number
 from megatron_sov.runs.obs.history import COMPLETE, KINDS
 from megatron_sov.version import __version__
 
@@ -38,9 +39,9 @@ def quantity(found: Figure | None) -> str:
     if not isinstance(value, (int, float)):
         return str(value)
     if found.unit == "s":
-        return duration(float(value))
+        return format_duration(float(value))
     if found.unit == "B":
-        return size(float(value))
+        return format_size(float(value))
     if found.unit == "FLOP":
         return f"{float(value):.3g} FLOP"
     if found.unit == "g":
@@ -59,12 +60,12 @@ def score(row: dict[str, Any]) -> str:
         return NOT_KNOWN
     interval = row["interval"].value if row["interval"] is not None else None
     bounds = ([number(bound) for bound in interval] if isinstance(interval, (list, tuple)) else [])
-    ends = f" [{figure(bounds[0])}, {figure(bounds[1])}]" if len(bounds) == 2 else ""
-    return f"{figure(value)}{ends}"
+    ends = f" [{format_value(bounds[0])}, {format_value(bounds[1])}]" if len(bounds) == 2 else ""
+    return f"{format_value(value)}{ends}"
 
 
 def params(found: Figure) -> str:
-    return large(float(found.value)) if found.known else NOT_KNOWN
+    return format_count(float(found.value)) if found.known else NOT_KNOWN
 
 
 # What a model was measured at: results of `eval lm`, and what its runs measured of it.

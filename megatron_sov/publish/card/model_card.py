@@ -9,11 +9,12 @@ from typing import Any
 import yaml
 
 from megatron_sov.base.errors import visible
+from megatron_sov.base.figures import format_count
 from megatron_sov.base.pages.markdown import CARD_MARK, hub_languages, hub_licence, md, slug, table
 from megatron_sov.publish.card.content import MODALITY, NOT_KNOWN, params, quantity, score, with_basis
 from megatron_sov.publish.card.data_summary import DATA
 from megatron_sov.publish.card.run_record import Figure
-from megatron_sov.runs.obs.figures import large, number
+from megatron_sov.runs.obs.figures import number
 
 # Technical documentation by Annex XI of the EU AI Act, answered from a card; gaps are said so.
 
@@ -77,7 +78,7 @@ def _architecture(model: dict[str, Any]) -> str:
     shape = ", ".join(f"{name.replace('_', ' ')} {quantity(figure)}" for name, figure in model.items()
                       if isinstance(figure, Figure) and figure.known and figure.origins
                       and figure.origins[0].key.startswith("model."))
-    params = "; ".join(f"{large(model[name].value)} {what}" for name, what in (
+    params = "; ".join(f"{format_count(model[name].value)} {what}" for name, what in (
         ("num_params", "parameters"), ("num_active_params", "active for a token")) if model[name].known)
     return "; ".join(filter(None, [shape, params]))
 

@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.figures import format_count
 from megatron_sov.model.config import (
     GroupConfig, ModelConfig, OptimConfig, ParallelConfig, PhaseConfig, RunConfig)
 from megatron_sov.model.families.count import num_params
-from megatron_sov.runs.obs.figures import large
 
 STEPS = ((512, 32), (128, 8), (0, 4))
 """(least width, step): widths, inner ones too, are multiples of the step: large ones of what GPUs multiply
@@ -46,7 +46,7 @@ def parse_size(text: str, option: str) -> int:
     size = round(float(found[1]) * _FACTORS[found[2]]) if found else 0
     if not 1 <= size <= MAX_SIZE:
         raise UserError(f"{option} {text!r}: must be a number of parameters, such as 250K, 4M or 1.5B, up to "
-                        f"{large(MAX_SIZE)}")
+                        f"{format_count(MAX_SIZE)}")
     return size
 
 
@@ -97,8 +97,9 @@ def family(base: ModelConfig, sizes: Sequence[int], beyond: int) -> list[ModelCo
     found.append(_nearest(base, beyond, head_dim))
     for model, size in zip(found, [*sizes, beyond], strict=True):
         if abs(size_of(model) / size - 1) > TOLERANCE:
-            raise UserError(f"--sizes: {large(size)} parameters cannot be had of this structure; the nearest "
-                            f"size is {large(size_of(model))} (width {model.hidden_size}, "
+            raise UserError(f"--sizes: {format_count(size)} parameters cannot be had of this structure; "
+                            "the nearest "
+                            f"size is {format_count(size_of(model))} (width {model.hidden_size}, "
                             f"{model.num_layers} layers)")
     return found
 
@@ -281,7 +282,7 @@ def members(base: RunConfig, sizes: Sequence[int], predicted: int, tokens_per_pa
     found, problems = [], []
     for size, model in zip([*sizes, predicted], family(base.model, sizes, predicted), strict=True):
         for ratio in tokens_per_param:
-            name = large(size).replace(" ", "") + (f"-{ratio:g}" if len(tokens_per_param) > 1 else "")
+            name = format_count(size).replace(" ", "") + (f"-{ratio:g}" if len(tokens_per_param) > 1 else "")
             num_params = size_of(model)
             num_tokens = round(ratio * num_params)
             # one process by default: a small model does not fit the layout of a large one
@@ -290,7 +291,7 @@ def members(base: RunConfig, sizes: Sequence[int], predicted: int, tokens_per_pa
             config = _trained(config, base, num_params, num_tokens, rates)
             steps = config.num_steps()
             if steps < LEAST_STEPS:
-                problems.append(f"{name}: {large(num_tokens)} tokens make {steps} steps of "
+                problems.append(f"{name}: {format_count(num_tokens)} tokens make {steps} steps of "
                                 f"train.global_batch_size = {config.train.global_batch_size}, at least "
                                 f"{LEAST_STEPS} are needed")
             found.append(Member(name, num_params, num_tokens, config))

@@ -17,12 +17,13 @@ import plotly.graph_objects as go
 
 from megatron_sov.base.artifacts import atomic_write, to_json
 from megatron_sov.base.errors import UserError, how_to_install
+from megatron_sov.base.figures import format_count
 from megatron_sov.base.pages.page import (
     Chapter, Chart, PageSection, PageTable, chart, colour, plain, render as render_page)
 from megatron_sov.publish.ladder.family import Member, size_of
 from megatron_sov.runs.folder import COMPLETION
 from megatron_sov.runs.obs.events import EVENTS, final_steps, read_events
-from megatron_sov.runs.obs.figures import large, number
+from megatron_sov.runs.obs.figures import number
 
 Floats = npt.NDArray[np.float64]
 
@@ -449,8 +450,8 @@ def member_table(members: Sequence[Member], found: Sequence[Point]) -> PageTable
         c, o, t = m.config.model, m.config.optim, m.config.train
         ffn = f"{c.num_experts} x {c.expert_ffn_dim}" if c.num_experts else f"{c.dense_ffn_dim}"
         scale = o.groups[0].lr_scale if o.groups else 1.0
-        rows.append([m.name, large(size_of(c)), f"{c.hidden_size} x {c.num_layers}",
-                     f"{c.num_heads}/{c.num_kv_heads} of {c.head_dim}", ffn, large(m.num_tokens),
+        rows.append([m.name, format_count(size_of(c)), f"{c.hidden_size} x {c.num_layers}",
+                     f"{c.num_heads}/{c.num_kv_heads} of {c.head_dim}", ffn, format_count(m.num_tokens),
                      f"{m.config.num_steps():,} of {t.global_batch_size}", f"{o.lr:.3g}",
                      f"{o.lr * scale:.3g}", losses.get(m.name, "–")])
     return PageTable(["run", "parameters", "width x layers", "heads", "inner width", "tokens",
@@ -458,7 +459,7 @@ def member_table(members: Sequence[Member], found: Sequence[Point]) -> PageTable
 
 
 def prediction_table(told: Sequence[LadderText]) -> PageTable:
-    rows = [[t.name, large(t.num_params), large(t.num_tokens), spelled(t.predicted),
+    rows = [[t.name, format_count(t.num_params), format_count(t.num_tokens), spelled(t.predicted),
              time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(t.made_s)),
              "–" if t.measured is None else f"{t.measured:.4f}",
              "–" if t.error is None else f"{t.error:+.2%}",

@@ -24,6 +24,7 @@ from typing import Any
 from aiohttp import web
 
 from megatron_sov.base.errors import UserError, visible
+from megatron_sov.base.figures import format_count, format_duration, format_value
 from megatron_sov.base.pages.page import Chart, Comparison, PageTable, Panel, render, render_panel, tables
 from megatron_sov.publish.live.watched import (
     DAMAGE, ShownGroup, StateReader, WatchedRun, WatchedWork, is_work)
@@ -35,7 +36,6 @@ from megatron_sov.publish.report.run_data import Run
 from megatron_sov.publish.report.sections import phase_tables
 from megatron_sov.publish.report.steps import last_value
 from megatron_sov.publish.report.validations import live_validation_charts
-from megatron_sov.runs.obs.figures import duration, figure, large
 from megatron_sov.work.clusters.units import GIB
 
 MAX_CHARACTERS = 1200
@@ -83,7 +83,7 @@ def _cards_of(one: WatchedRun) -> Panel:
                                                     "its folder appears.")
     cards = [("State", state.state, f"phase {state.phase}" if state.phase else state.why)]
     if state.num_steps:
-        left = f"{duration(state.eta_s)} left" if math.isfinite(state.eta_s) else ""
+        left = f"{format_duration(state.eta_s)} left" if math.isfinite(state.eta_s) else ""
         cards.append(("Step", f"{state.step:,}", f"of {state.num_steps:,}{', ' if left else ''}{left}"))
     if run is not None:
         for meter, curve in headlines(run):
@@ -93,10 +93,11 @@ def _cards_of(one: WatchedRun) -> Panel:
                           f"from {meter.text(float(values[0]))}"))
     if math.isfinite(state.tokens_per_s):
         memory = last_value(run.curve("peak_memory_bytes")) / GIB if run is not None else math.nan
-        cards.append(("Tokens a second", f"{state.tokens_per_s:,.0f}", f"{large(state.tokens)} so far"
+        cards.append(("Tokens a second", f"{state.tokens_per_s:,.0f}", f"{format_count(state.tokens)} so far"
                       + (f", {memory:.2f} GiB" if math.isfinite(memory) else "")))
     cards.append(("Checkpoint", f"step {state.checkpoint_step:,}" if state.checkpoint else "none yet",
-                  f"{duration(state.checkpoint_age_s)} ago" if math.isfinite(state.checkpoint_age_s) else ""))
+                  f"{format_duration(state.checkpoint_age_s)} ago"
+                  if math.isfinite(state.checkpoint_age_s) else ""))
     if found := state.warnings + sum(state.incidents.values()):
         cards.append(("Warnings, incidents", f"{found:,}", "see what happened"))
     return Panel(title, 12, figures=cards, text=one.problem or _line(state),
@@ -105,7 +106,7 @@ def _cards_of(one: WatchedRun) -> Panel:
 
 def _line(state: Any) -> str:
     """Return stage, recipe, why, and how long ago the last event came."""
-    ago = (f"last event {duration(max(0.0, state.last_event_age_s))} ago"
+    ago = (f"last event {format_duration(max(0.0, state.last_event_age_s))} ago"
            if math.isfinite(state.last_event_age_s) else "")
     return ", ".join(w for w in (state.stage, state.recipe, state.why, ago) if w)
 
@@ -120,9 +121,9 @@ def _table_of(watched: Sequence[WatchedRun]) -> Panel:
         judged = "; ".join(f"{meter.title} {meter.text(float(curve.finite().values[-1]))}"
                            for meter, curve in meters) or "–"
         return [one.path.name, state.state, f"{state.step:,} of {state.num_steps:,}", judged,
-                figure(state.tokens_per_s, 5),
-                duration(state.eta_s) if math.isfinite(state.eta_s) else "–",
-                f"{duration(max(0.0, state.last_event_age_s))} ago"
+                format_value(state.tokens_per_s, 5),
+                format_duration(state.eta_s) if math.isfinite(state.eta_s) else "–",
+                f"{format_duration(max(0.0, state.last_event_age_s))} ago"
                 if math.isfinite(state.last_event_age_s) else "–"]
 
     head = ["run", "state", "step", "judged by", "tokens/s", "left", "last event"]
@@ -202,7 +203,7 @@ def work_panels(one: WatchedWork) -> Iterator[Panel]:
         (f"{one.unit[:1].upper()}{one.unit[1:]} done", f"{one.num_done:,}", of),
         ("Rows kept", f"{one.kept:,}", ""), ("Rows rejected", f"{rejected:,}", share),
         (f"{one.unit[:1].upper()}{one.unit[1:]} a second", speed, "over the last minutes"),
-        *([("Time left", duration(one.left_s), "")] if one.left_s and not one.is_complete else [])],
+        *([("Time left", format_duration(one.left_s), "")] if one.left_s and not one.is_complete else [])],
         share=min(1.0, one.num_done / one.num_items) if one.num_items else -1.0)
     if rejected:
         yield Panel(f"Rejected in {name}", 5, tables=tables(one.rejected.most_common(), {

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from megatron_sov.base.figures import format_count, format_duration, format_value
 from megatron_sov.base.pages.page import Chapter, Chart, PageSection, PageTable, Panel, render as render_page
 from megatron_sov.base.settings import by_name
 from megatron_sov.publish.report.charts import (
@@ -23,7 +24,7 @@ from megatron_sov.publish.report.judgements import verdict_table
 from megatron_sov.publish.report.run_data import Run
 from megatron_sov.publish.report.scores import ReportedScore, newest_scores, score_chart, scores_of
 from megatron_sov.publish.report.steps import Curve, last_value
-from megatron_sov.runs.obs.figures import duration, figure, large, number
+from megatron_sov.runs.obs.figures import number
 from megatron_sov.work.clusters.units import GIB
 
 MAX_SOURCES = 4
@@ -181,22 +182,23 @@ def _figures(run: Run) -> Mapping[str, ComparedFigure]:
     params, active = run.start("num_params"), run.start("num_active_params")
     tokens, loss, bits = run.curve("tokens"), run.curve("loss"), run.overall_bits_per_byte
     memory = last_value(run.curve("peak_memory_bytes")) / GIB
-    of_them = f" ({large(active)} active)" if active else ""
+    of_them = f" ({format_count(active)} active)" if active else ""
     unit = loss_unit(run)
     found = {
         "model": ComparedFigure(run.recipe()),
-        "parameters": ComparedFigure(f"{large(params)}{of_them}" if params else ""),
+        "parameters": ComparedFigure(f"{format_count(params)}{of_them}" if params else ""),
         "objective": ComparedFigure(str(run.setting("objective", "name") or "")),
         "steps": ComparedFigure(f"{int(loss.steps[-1]):,}" if loss and len(loss.steps) else ""),
-        "tokens": _measured(last_value(tokens), large),
-        "wall time": _measured(run.wall_s() or math.nan, duration, LOWER),
+        "tokens": _measured(last_value(tokens), format_count),
+        "wall time": _measured(run.wall_s() or math.nan, format_duration, LOWER),
         "processes": ComparedFigure(str(run.start("num_ranks") or "")),
         **{meter.title: _measured(last_value(curve.finite()), meter.text, meter.better, meter.unit)
            for meter, curve in headlines(run) if meter.name != "loss"},
-        "last training loss": _measured(last_value(loss), figure, LOWER if unit == PER_TOKEN else "", unit),
-        "last held-out bits per byte": _measured(last_value(bits), figure, LOWER),
-        "tokens a second, median": _measured(_median(run.curve("tokens_per_s")), figure, HIGHER),
-        "MFU, median": _measured(_median(run.curve("mfu")), figure, HIGHER),
+        "last training loss": _measured(last_value(loss), format_value, LOWER if unit == PER_TOKEN else "",
+                                        unit),
+        "last held-out bits per byte": _measured(last_value(bits), format_value, LOWER),
+        "tokens a second, median": _measured(_median(run.curve("tokens_per_s")), format_value, HIGHER),
+        "MFU, median": _measured(_median(run.curve("mfu")), format_value, HIGHER),
         "peak memory of process 0": _measured(memory, lambda value: f"{value:.2f} GiB", LOWER),
         "incidents": _measured(len(run.incidents), "{:,.0f}".format, LOWER),
         "outcome": ComparedFigure(run.attempts[-1].outcome if run.attempts else "")}
@@ -291,6 +293,6 @@ def _tokens(runs: Sequence[Run]) -> list[PageTable]:
     told = [{name: number(count) for name, count in ((run.data_consumed or {}).get("tokens") or {}).items()}
             for run in runs]
     labels = list(dict.fromkeys(label for tokens in told for label in tokens))
-    rows = [[label, *(f"{large(tokens[label])} ({tokens[label] / sum(tokens.values()):.1%})"
+    rows = [[label, *(f"{format_count(tokens[label])} ({tokens[label] / sum(tokens.values()):.1%})"
                       if tokens.get(label, 0) > 0 else NOTHING for tokens in told)] for label in labels]
     return [PageTable(["source", *(name for _, name in named(runs))], rows)] if rows else []

@@ -13,13 +13,14 @@ import numpy as np
 import plotly.graph_objects as go
 from markupsafe import Markup
 
+from megatron_sov.base.figures import format_duration, format_size, format_value
 from megatron_sov.base.pages.markdown import is_picture, is_sound
 from megatron_sov.base.pages.page import (
     Chart, Exhibit, PageTable, chart, colour, line_with_intervals, plain, tables)
 from megatron_sov.plan.footprint.kept import KeptPlan, StretchPlan
 from megatron_sov.publish.report.run_data import Run
 from megatron_sov.publish.report.steps import last_value
-from megatron_sov.runs.obs.figures import duration, figure, number, of_field, size
+from megatron_sov.runs.obs.figures import number, of_field
 from megatron_sov.runs.obs.history import COMPLETE, UNFINISHED, MeasuredStretch
 from megatron_sov.runs.rounds import LEARNS
 from megatron_sov.work.clusters.units import GIB, JOULES_OF_A_KWH, SECONDS_OF_AN_HOUR
@@ -144,7 +145,7 @@ def _total_tables(run: Run, rows: Sequence[_AccountRow], plan: KeptPlan) -> list
     measured_s = sum(s for row in rows for m in row.measured for s in m.times_s if math.isfinite(s))
     body = []
     if planned_s and measured_s:
-        body.append(_line("time of the steps on record", planned_s, measured_s, duration))
+        body.append(_line("time of the steps on record", planned_s, measured_s, format_duration))
         body += _energy_lines(run, plan, planned_s, measured_s)
     if math.isfinite(run.energy_j()):
         body.append(["energy of all GPUs, start-up, evaluation and saving counted in", "–",
@@ -154,15 +155,17 @@ def _total_tables(run: Run, rows: Sequence[_AccountRow], plan: KeptPlan) -> list
         faults = sum(a.outcome not in (UNFINISHED, COMPLETE) and not a.outcome.startswith("stopped")
                      for a in run.attempts)
         planned = plan.failures_per_hour * run.wall_time.total_s / SECONDS_OF_AN_HOUR
-        body.append(["starts that ended by a fault", figure(planned, 3) if plan.failures_per_hour else "–",
+        body.append(["starts that ended by a fault",
+                     format_value(planned, 3) if plan.failures_per_hour else "–",
                      f"{faults:,}", "–"])
         body.append(_line("effective training time", plan.effective_share, run.wall_time.goodput,
                           "{:.1%}".format))
     if run.checkpoint_bytes:
-        body.append(_line("size of a checkpoint", plan.checkpoint_bytes, run.checkpoint_bytes, size))
+        body.append(_line("size of a checkpoint", plan.checkpoint_bytes, run.checkpoint_bytes, format_size))
     saves_s = [s for s in (number(c.get("save_s")) for c in run.checkpoints) if math.isfinite(s)]
     if saves_s:
-        body.append(_line("time to write one, mean", plan.checkpoint_s, statistics.mean(saves_s), duration))
+        body.append(_line("time to write one, mean", plan.checkpoint_s, statistics.mean(saves_s),
+                          format_duration))
     return [PageTable(["", "planned", "measured", "error"], body)] if body else []
 
 
@@ -189,7 +192,7 @@ def _processes(plan: KeptPlan) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    return f"{figure(seconds, 3)} s" if seconds and math.isfinite(seconds) else "–"
+    return f"{format_value(seconds, 3)} s" if seconds and math.isfinite(seconds) else "–"
 
 
 def _error(planned: float, measured: float) -> str:
@@ -262,8 +265,8 @@ def forgetting_tables(run: Run) -> list[PageTable]:
     """Return each task of the newest `forgetting_gate` event before and after, with the paired difference."""
     return tables(_newest_gate(run).get("tasks") or [], {
         "task": of_field("task"), "metric": of_field("metric"),
-        "at the start": lambda t: figure(number(t.get("before"))),
-        "at the end": lambda t: figure(number(t.get("after"))),
+        "at the start": lambda t: format_value(number(t.get("before"))),
+        "at the end": lambda t: format_value(number(t.get("after"))),
         "difference": lambda t: _signed(t.get("value")),
         "90 % interval": lambda t: " to ".join(map(_signed, ends)) if len(
             ends := _list(t.get("interval"))) == 2 else "–",

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_sov.base.figures import format_count, format_duration, format_value
 from megatron_sov.base.pages.page import (
     Chapter, Chart, Comparison, PageSection, PageTable, Panel, chart, render as render_page)
 from megatron_sov.model.config.data import named_shards
@@ -20,7 +21,7 @@ from megatron_sov.publish.report.judgements import gate, verdict_table
 from megatron_sov.publish.report.run_data import Run
 from megatron_sov.publish.report.sections import key_figures, measured, sections
 from megatron_sov.publish.report.steps import Curve, last_value
-from megatron_sov.runs.obs.figures import duration, figure, large, number
+from megatron_sov.runs.obs.figures import number
 
 # The first screen of a report: what was trained, on what, what was proved of it, and what it writes.
 
@@ -153,18 +154,18 @@ def newest(runs: list[Run], name: str) -> Any:
 def _trained(runs: list[Run]) -> list[tuple[str, str]]:
     facts = [("Model", next((run.recipe() for run in runs if run.recipe()), ""))]
     params, active = newest(runs, "num_params"), newest(runs, "num_active_params")
-    of_them = f" ({large(active)} active)" if active else ""
-    facts.append(("Parameters", f"{large(params)}{of_them}" if params else ""))
+    of_them = f" ({format_count(active)} active)" if active else ""
+    facts.append(("Parameters", f"{format_count(params)}{of_them}" if params else ""))
     tokens = num_tokens(runs)
-    facts.append(("Tokens", large(tokens) if tokens else ""))
+    facts.append(("Tokens", format_count(tokens) if tokens else ""))
     if len(runs) > 1:
-        facts += [(run.name, f"{large(tokens)} in {steps} steps") for run in runs
+        facts += [(run.name, f"{format_count(tokens)} in {steps} steps") for run in runs
                   if (tokens := num_tokens([run])) and (steps := _num_steps(run))]
     facts += facts_of(runs[-1])
     length = max((phase.seq_len_tokens for run in runs for phase in run.phases), default=0)
     facts.append(("Context", f"{length:,} tokens" if length else ""))
     wall_s = sum(run.wall_s() for run in runs)
-    facts.append(("Wall time", duration(wall_s) if wall_s > 0 else ""))
+    facts.append(("Wall time", format_duration(wall_s) if wall_s > 0 else ""))
     return [(label, value) for label, value in facts if value]
 
 
@@ -198,7 +199,7 @@ def _sources(runs: list[Run]) -> list[PageTable]:
         rest = ranked[MAX_SOURCES - 1:]
         ranked = [*ranked[:MAX_SOURCES - 1], (f"{len(rest):,} more", sum(count for _, count in rest))]
     return [PageTable(["source", "tokens", "share"],
-                      [[name, large(count), f"{count / total:.1%}"] for name, count in ranked])]
+                      [[name, format_count(count), f"{count / total:.1%}"] for name, count in ranked])]
 
 
 def _samples(runs: list[Run]) -> list[Comparison]:
@@ -290,11 +291,11 @@ def _subtitle(runs: list[Run]) -> str:
     tokens = num_tokens(runs)
     words = []
     if params:
-        words.append(f"A model of {large(params)} parameters")
+        words.append(f"A model of {format_count(params)} parameters")
         if active:
-            words[0] += f", {large(active)} of them active for each token"
+            words[0] += f", {format_count(active)} of them active for each token"
         if tokens:
-            words[0] += f", trained on {large(tokens)} tokens"
+            words[0] += f", trained on {format_count(tokens)} tokens"
     last_s = max((a.last_time_s for run in runs for a in run.attempts), default=0.0)
     if last_s > 0:
         words.append(f"last event {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(last_s))}")
@@ -310,8 +311,9 @@ def _summary(runs: list[Run]) -> PageTable:
 def _in_short(run: Run) -> list[str]:
     loss, tokens = run.curve("loss"), num_tokens([run])
     return [str(run.setting("objective", "name") or "–"),
-            f"{int(loss.steps[-1]):,}" if loss else "–", large(tokens) if tokens else "–",
-            duration(run.wall_s()), figure(last_value(loss)), figure(last_value(run.overall_bits_per_byte)),
+            f"{int(loss.steps[-1]):,}" if loss else "–", format_count(tokens) if tokens else "–",
+            format_duration(run.wall_s()), format_value(last_value(loss)),
+            format_value(last_value(run.overall_bits_per_byte)),
             run.attempts[-1].outcome if run.attempts else "–"]
 
 
@@ -320,7 +322,7 @@ def _others(runs: list[Run]) -> Chapter:
     rows = []
     for run in runs:
         params, judged = run.start("num_params"), gate(run)
-        rows.append([run.name, run.recipe() or "–", large(params) if params else "–", *_in_short(run),
+        rows.append([run.name, run.recipe() or "–", format_count(params) if params else "–", *_in_short(run),
                      judged[0][1] if judged else "–"])
     table = PageTable(["run", "model", "parameters", "objective", "steps", "tokens", "wall time", "last loss",
                        "held-out bits per byte", "outcome", "gate"], rows)

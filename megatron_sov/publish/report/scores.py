@@ -15,10 +15,11 @@ import numpy as np
 import plotly.graph_objects as go
 from annotated_types import Ge, Le
 
+from megatron_sov.base.figures import format_value
 from megatron_sov.base.pages.page import Chart, PageTable, chart, line_with_intervals, plain, tables
 from megatron_sov.base.settings import ProblemCode, SettingsProblem, read_file
 from megatron_sov.publish.report.run_data import Run
-from megatron_sov.runs.obs.figures import figure, number
+from megatron_sov.runs.obs.figures import number
 
 NOT_TOLD = "not told"
 MAX_LINES = 8
@@ -115,7 +116,7 @@ class ReportedScore:
         """Return a value in the figure's unit."""
         if not math.isfinite(value):
             return "not known"
-        return f"{value:.1%}" if self.is_share else figure(value)
+        return f"{value:.1%}" if self.is_share else format_value(value)
 
 
 def scores_of(events: Iterable[dict[str, Any]]) -> list[ReportedScore]:

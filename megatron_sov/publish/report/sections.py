@@ -15,6 +15,7 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.figures import format_count, format_duration, format_value
 from megatron_sov.base.pages.page import (
     Chart, Exhibit, PageSection, PageTable, chart, colour, colour_bar, plain, tables)
 from megatron_sov.model.config import RunConfig, from_dict
@@ -30,7 +31,7 @@ from megatron_sov.publish.report.scores import checkpoint_score_charts, score_ta
 from megatron_sov.publish.report.steps import last_value
 from megatron_sov.publish.report.validations import sample_tables, validation_charts, validation_tables
 from megatron_sov.runs.obs import routing
-from megatron_sov.runs.obs.figures import duration, figure, large, number, of_field
+from megatron_sov.runs.obs.figures import number, of_field
 from megatron_sov.runs.obs.history import KINDS, Attempt, describe
 from megatron_sov.runs.obs.wall_time import CATEGORIES
 from megatron_sov.work.clusters.units import GIB
@@ -185,7 +186,8 @@ def _time_tables(run: Run) -> list[PageTable]:
     time = run.wall_time
     if time is None or time.total_s <= 0:
         return []
-    rows = [[label, duration(time.spent_s[name]), f"{time.spent_s[name] / time.total_s:.1%}", MEANINGS[name]]
+    rows = [[label, format_duration(time.spent_s[name]), f"{time.spent_s[name] / time.total_s:.1%}",
+             MEANINGS[name]]
             for name, label in CATEGORIES.items()]
     return [PageTable(["", "time", "share", "what it is"], rows)]
 
@@ -199,10 +201,10 @@ def _time_charts(run: Run) -> list[Chart]:
         share = 100 * time.spent_s[name] / time.total_s
         figure.add_trace(go.Bar(x=[share], y=[""], orientation="h", name=label, marker={"color": colour(i)},
                                 hovertemplate=f"{label}: {share:.1f} %, "
-                                              f"{duration(time.spent_s[name])}<extra></extra>"))
+                                              f"{format_duration(time.spent_s[name])}<extra></extra>"))
     figure.update_layout(barmode="stack", xaxis={"title": "% of the wall time", "range": [0, 100]},
                          yaxis={"showticklabels": False})
-    caption = (f"Of {duration(time.total_s)} since the first start, "
+    caption = (f"Of {format_duration(time.total_s)} since the first start, "
                f"{time.goodput:.1%} moved the model forward.")
     return [chart(figure, caption, height_px=240)]  # on a phone the legend has three rows
 
@@ -221,8 +223,8 @@ def turn_tables(run: Run) -> list[PageTable]:
          for part, found in of_source.items()],
         {"source": lambda row: row[0], title: lambda row: row[1],
          "tokens": lambda row: f"{row[2].num_tokens:,}",
-         "first loss": lambda row: figure(float(row[2].loss.values[0])),
-         "last loss": lambda row: figure(last_value(row[2].loss))})]
+         "first loss": lambda row: format_value(float(row[2].loss.values[0])),
+         "last loss": lambda row: format_value(last_value(row[2].loss))})]
 
 
 # Held-out figures of runs that learn from a teacher or from preferences, before and after.
@@ -255,15 +257,16 @@ def key_figures(run: Run) -> list[tuple[str, str, str]]:
     found = []
     if run.start("num_params"):
         active = run.start("num_active_params")
-        found.append(("Parameters", large(run.start("num_params")),
-                      f"{large(active)} active for each token" if active else ""))
+        found.append(("Parameters", format_count(run.start("num_params")),
+                      f"{format_count(active)} active for each token" if active else ""))
     tokens = last_value(run.curve("tokens"))
     if math.isfinite(tokens):
         loss = run.curve("loss")
-        found.append(("Tokens trained", large(tokens), f"{int(loss.steps[-1]):,} steps" if loss else ""))
+        found.append(("Tokens trained", format_count(tokens),
+                      f"{int(loss.steps[-1]):,} steps" if loss else ""))
     if run.wall_s() > 0:
         ranks = run.start("num_ranks")
-        found.append(("Wall time", duration(run.wall_s()),
+        found.append(("Wall time", format_duration(run.wall_s()),
                       f"{ranks:,} process{'es' if ranks > 1 else ''}" if ranks else ""))
     if run.wall_time is not None and math.isfinite(run.wall_time.goodput):
         found.append(("Effective training time", f"{run.wall_time.goodput:.1%}",
@@ -356,14 +359,14 @@ def phase_tables(run: Run) -> list[PageTable]:
             continue
         before = tokens.values[tokens.steps < phase.first_step] if tokens else np.empty(0)
         within = tokens.values[tokens.steps <= phase.last_step] if tokens else np.empty(0)
-        consumed = large(within[-1] - (before[-1] if len(before) else 0)) if len(within) else "–"
+        consumed = format_count(within[-1] - (before[-1] if len(before) else 0)) if len(within) else "–"
         tail = inside[-max(1, len(inside) // 20):]
         total = sum(phase.blend.values())
         blend = (", ".join(f"{name} {weight / total:.0%}" for name, weight in phase.blend.items())
                  if total > 0 else "by size")
         rows.append([phase.name, f"{phase.first_step:,} to {phase.last_step:,}", f"{phase.seq_len_tokens:,}",
-                     _batch_sizes(phase), blend, consumed, figure(float(inside[0])),
-                     figure(float(np.mean(tail)))])
+                     _batch_sizes(phase), blend, consumed, format_value(float(inside[0])),
+                     format_value(float(np.mean(tail)))])
     head = ["phase", "steps", "sample (tokens)", "batch (samples)", "blend", "tokens", "first loss",
             "loss, mean of the last 5 %"]
     return [PageTable(head, rows, fold="phases")] if rows else []
@@ -384,10 +387,10 @@ def _heldout_tables(run: Run) -> list[PageTable]:
 
     return tables(run.heldout.items(), {
         "source": lambda item: item[0], "tokens": lambda item: f"{item[1].num_tokens:,}",
-        "first loss": lambda item: figure(float(item[1].loss.values[0])),
-        "last loss": lambda item: figure(last_value(item[1].loss)),
-        "bits per byte": lambda item: figure(last_value(item[1].bits_per_byte)),
-        "bigram's bits per byte": lambda item: figure(number(item[1].baseline_bits_per_byte)),
+        "first loss": lambda item: format_value(float(item[1].loss.values[0])),
+        "last loss": lambda item: format_value(last_value(item[1].loss)),
+        "bits per byte": lambda item: format_value(last_value(item[1].bits_per_byte)),
+        "bigram's bits per byte": lambda item: format_value(number(item[1].baseline_bits_per_byte)),
         "bits against the bigram": lambda item: gain(item[1])})
 
 
@@ -396,8 +399,9 @@ def _checkpoint_tables(run: Run) -> list[PageTable]:
     if not save_s:
         return []
     stall_s = [number(c.get("stall_s", c["save_s"])) for c in run.checkpoints if c.get("save_s") is not None]
-    row = [f"{len(save_s):,}", f"{int(run.checkpoints[-1]['step']):,}", duration(float(np.mean(save_s))),
-           duration(max(save_s)), duration(float(np.mean(stall_s)))]
+    row = [f"{len(save_s):,}", f"{int(run.checkpoints[-1]['step']):,}",
+           format_duration(float(np.mean(save_s))),
+           format_duration(max(save_s)), format_duration(float(np.mean(stall_s)))]
     return [PageTable(["checkpoints", "last at step", "mean time to save", "longest",
                        "mean stall of training"],
                       [row])]
@@ -474,7 +478,7 @@ def _attempt_tables(run: Run) -> list[PageTable]:
         "resumed": lambda one: origin(one[1]), "processes (layout)": lambda one: processes(one[1]),
         "machine": lambda one: machine(one[1].start.get("machine")),
         "last step": lambda one: "–" if one[1].last_step is None else f"{one[1].last_step:,}",
-        "time": lambda one: duration(one[1].wall_s()), "outcome": lambda one: one[1].outcome})
+        "time": lambda one: format_duration(one[1].wall_s()), "outcome": lambda one: one[1].outcome})
 
 
 def machine(value: Any) -> str:

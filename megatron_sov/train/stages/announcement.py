@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_sov.base.figures import format_count, format_memory, format_share
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families.adapters import adapter_params
 from megatron_sov.model.families.count import num_params
@@ -15,9 +16,6 @@ from megatron_sov.runs.obs.meters import HeldoutFigures, Meter, recent_means
 from megatron_sov.train.checkpointer import TrainState
 from megatron_sov.train.data.ledger import LedgerEntry, over_long
 from megatron_sov.train.data.token_shards import Source
-from megatron_sov.work.clusters.units import GIB
-
-SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def banner(config: RunConfig, num_ranks: int, run: Path, steps: range, entries: Sequence[LedgerEntry],
@@ -37,25 +35,25 @@ def banner(config: RunConfig, num_ranks: int, run: Path, steps: range, entries: 
     count, p, rollout = num_params(config.model), config.parallel, config.rollout
     dp_size = num_ranks // (p.tp * p.pp * p.cp)
     planned = planned_tokens(entries, steps)
-    states = _gib(memory.states)
-    activations = f", {_gib(memory.total)} with activations" if config.train.recompute else ""
+    states = format_memory(memory.states)
+    activations = f", {format_memory(memory.total)} with activations" if config.train.recompute else ""
     if memory.on_host:
-        activations += f", {_gib(memory.on_host)} of the host's memory"
+        activations += f", {format_memory(memory.on_host)} of the host's memory"
     layout = ", ".join(f"{name} {size}" for name, size in (
         ("tp", p.tp), ("pp", p.pp), ("cp", p.cp), ("ep", p.ep), ("dp", dp_size)) if size > 1)
     tokens = {s.name: s.num_tokens.get("train", 0) for s in sources}
     read = ", ".join(
-        f"{name} {short(n)} tokens" + (f" ({n / tokens[name]:.3g} epochs)" if tokens.get(name) else "")
+        f"{name} {format_count(n)} tokens" + (f" ({n / tokens[name]:.3g} epochs)" if tokens.get(name) else "")
         for name, n in planned.items() if n)
-    length = f", {short(sum(planned.values()))} tokens"
+    length = f", {format_count(sum(planned.values()))} tokens"
     if rollout.rounds:  # how long responses are, and how often text is drawn, nobody knows yet
         length, read = "", (f"{rollout.rounds:,} rounds of {rollout.prompts_per_round:,} prompts, each with "
                             f"{rollout.samples_per_prompt:,} responses")
     fate = {"cut": "their tails are left out", "drop": "they are left out"}.get(config.data.over_long)
     too_long = "".join(f"\n  over-long  {o.source}: {o.count:,} of {o.total:,} are longer than {o.seq_len} "
                        f"tokens, {fate} (data.over_long)" for o in over_long(sources, entries))
-    return (f"{config.recipe}: {short(count.total)} parameters ({short(count.active)} active)"
-            f"{f', {short(count.encoders)} of encoders' if count.encoders else ''}, steps "
+    return (f"{config.recipe}: {format_count(count.total)} parameters ({format_count(count.active)} active)"
+            f"{f', {format_count(count.encoders)} of encoders' if count.encoders else ''}, steps "
             f"{steps.start + 1} to {steps.stop}{length}\n"
             f"  processes  {num_ranks}{f': {layout}' if layout else ''}; "
             f"{f'threads {num_threads}; ' if num_threads else ''}{config.train.precision}, "
@@ -71,13 +69,9 @@ def _adapter(config: RunConfig, total: int) -> str:
         return ""
     learn = adapter_params(config.model, config.lora)
     share = learn / (total + learn)
-    return (f"  adapter    of rank {config.lora.rank}: {short(learn)} of {short(total + learn)} parameters "
-            f"learn ({100 * share:.2g} %); `megatron-sov convert to-peft` writes it for PEFT\n")
-
-
-def _gib(num_bytes: int) -> str:
-    gib = num_bytes / GIB
-    return f"{gib:,.0f} GiB" if gib >= 10 else f"{gib:.2g} GiB"
+    return (f"  adapter    of rank {config.lora.rank}: {format_count(learn)} of "
+            f"{format_count(total + learn)} parameters "
+            f"learn ({format_share(share)}); `megatron-sov convert to-peft` writes it for PEFT\n")
 
 
 def planned_tokens(entries: Sequence[LedgerEntry], steps: range) -> dict[str, float]:
@@ -120,14 +114,8 @@ def summary(run: Path, checkpoint: Path, done: TrainState, wall_s: float, config
     compared = {source.name for source in sources if source.group > 1 or source.made is not None}
     figures = (heldout.text(headline, lambda source: source not in compared),
                recent_means(read_events(run / EVENTS), headline))
-    return (f"complete: step {done.step}, {short(done.tokens)} tokens in {minutes}:{seconds:02d} min"
+    return (f"complete: step {done.step}, {format_count(done.tokens)} tokens in {minutes}:{seconds:02d} min"
             + "".join(f"; {text}" for text in figures if text)
             + f"\n  checkpoint  {checkpoint}\n"
             f"  next        megatron-sov report {run} | megatron-sov {ask} | "
             f"megatron-sov convert to-hf {run} HF_DIR{adapter}")
-
-
-def short(number: float) -> str:
-    """Return a number with three digits and a letter for its thousands."""
-    scaled = (f"{number / scale:.3g} {letter}" for scale, letter in SCALES if number >= scale)
-    return next(scaled, f"{number:.3g}")

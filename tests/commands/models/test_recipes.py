@@ -24,7 +24,7 @@ def test_lists_every_recipe_with_its_size(capsys: pytest.CaptureFixture[str]) ->
         *recipes.names(), *models.FAMILIES, *objectives.BUILT_IN}
     assert [line.split()[0] for line in lines if line.endswith("  model family")] == list(models.FAMILIES)
     solar = next(line for line in lines if line.startswith("solar-open-102b"))
-    assert "102.65 B parameters (12.05 B active)" in solar  # as published, arXiv 2601.07022
+    assert "102.7 B parameters (12.1 B active)" in solar  # as published, arXiv 2601.07022
     assert "20 T tokens" in solar
     for recipe, attention in (("solar-open-102b", "experts, global"), ("k-exaone-236b", "sliding + global"),
                               ("solar-open2-250b", "linear + global")):

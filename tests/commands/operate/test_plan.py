@@ -15,7 +15,7 @@ from megatron_sov.plan.search import space
 def test_a_plan_for_a_cluster_has_its_layout_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "solar-open-102b", "--cluster", "h100", "--nodes", "64"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "solar-open-102b: 102.65 B parameters (12.05 B active)"
+    assert lines[0] == "solar-open-102b: 102.7 B parameters (12.1 B active)"
     assert re.fullmatch(r"[\d.]+ days, [\d.]+ to [\d.]+ in nine of ten cases \(docs/.*\)", lines[1])
     assert lines[2] == "512 processes of H100-80GB: pp 4, ep 16, ZeRO-1, experts by hybridep"
     assert " GiB on each of stage 1: weights 6.4, gradients 12.7, optimizer 2.3, " in lines[3]
@@ -33,7 +33,7 @@ def test_a_plan_without_a_cluster_has_size_memory_and_passes_over_the_data(
     command = ["plan", "tiny-solar-open", "--data", f"web={token_shards}", "--set"]
     assert main([*command, "model.vocab_size=2048"]) == 0
     size, data, unused, layout, memory, *_ = capsys.readouterr().out.splitlines()
-    assert size == "tiny-solar-open: 2.50 M parameters (1.32 M active)"
+    assert size == "tiny-solar-open: 2.5 M parameters (1.32 M active)"
     assert re.fullmatch(r"data: [\d.]+ K tokens, of which the run reads 819.2 K \([\d.]+ passes\)", data)
     [vocab_size] = re.findall("pass --set model.vocab_size=([0-9]+)", unused)
     assert layout == "1 process: data parallel alone" and " GiB on each of stage 1: weights " in memory

@@ -238,7 +238,7 @@ def test_one_run_in_full() -> None:
     assert in_full(RUNNING) == """\
 runs/a: sft, tiny-solar-open
   state       running (in job 17), last event 0.0 s ago
-  step        1,200 of 4,000 (30%), phase main, 19.66 M tokens, loss 2.3457
+  step        1,200 of 4,000 (30%), phase main, 19.7 M tokens, loss 2.3457
   speed       51,234 tokens/s, 2 h 13 min left
   checkpoint  checkpoints/step-1000, 1 min 5 s ago
   incidents   2 x warning, 3 x step not learned, 1 x alarm (megatron-sov logs runs/a)
@@ -265,11 +265,11 @@ runs/new
 def test_several_runs_are_columns_with_dashes_for_what_is_not_known() -> None:
     lines = as_table([RUNNING, RunState(Path("b"))]).splitlines()
     assert lines == [
-        "run     stage  state        step         last step    tokens/s   left        checkpoint  "
+        "run     stage  state        step         last step    tokens/s  left        checkpoint  "
         "restarts  effective",
-        "runs/a  sft    running      1,200/4,000  loss 2.3457  5.123e+04  2 h 13 min  1,000       "
+        "runs/a  sft    running      1,200/4,000  loss 2.3457  51,234    2 h 13 min  1,000       "
         "1         83%",
-        "b       –      not started  0/0          –            –          –           –           "
+        "b       –      not started  0/0          –            –         –           –           "
         "0         –"]
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.figures import format_energy, format_money, format_seconds, format_share
 from megatron_sov.cli import main
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.recipes.requested import RecipeRequest
@@ -21,8 +22,7 @@ from megatron_sov.plan.calibration.fitting import fullest
 from megatron_sov.plan.on_cluster import placed, searched
 from megatron_sov.plan.pages import quote as quote_tables, telling
 from megatron_sov.plan.pages.quote import (
-    Quote, QuotedMemory, Traffic, alike, as_json, dollars, energy, gib, labels, percent, seconds, tables,
-    text, totals)
+    Quote, QuotedMemory, Traffic, alike, as_json, gib, labels, tables, text, totals)
 from megatron_sov.plan.pricing import (
     MAX_NODES, Machines, Pricing, RunStage, group_stages, machines, pricing, quote, refuse_precision,
     run_stages)
@@ -89,11 +89,12 @@ def test_tables_show_alike_stages_once(quotes: list[Quote]) -> None:
 
 def test_amounts_have_units_and_few_digits() -> None:
     assert [gib(n * 2**30) for n in (0, 0.0123, 38.84, 2048)] == ["0.0", "0.012", "38.8", "2,048.0"]
-    assert [seconds(s) for s in (0, 4e-6, 0.0312, 1.523, 250)] == [
+    assert [format_seconds(s) for s in (0, 4e-6, 0.0312, 1.523, 250)] == [
         "0 s", "4 us", "31.2 ms", "1.52 s", "250 s"]
-    assert [dollars(d) for d in (0.5, 12_345.6, 4.214e6)] == ["$0.50", "$12,346", "$4.21 M"]
-    assert [energy(e) for e in (830, 12_300, 2.31e6)] == ["830 kWh", "12.3 MWh", "2.31 GWh"]
-    assert [percent(p) for p in (0, 0.004, 0.43, 0.972, 1)] == ["0 %", "0.4 %", "43 %", "97.2 %", "100 %"]
+    assert [format_money(d) for d in (0.5, 12_345.6, 4.214e6)] == ["$0.50", "$12,346", "$4.21 M"]
+    assert [format_energy(e) for e in (830, 12_300, 2.31e6)] == ["830 kWh", "12.3 MWh", "2.31 GWh"]
+    assert [format_share(p) for p in (0, 0.004, 0.43, 0.972, 1)] == ["0 %", "0.4 %", "43 %", "97.2 %",
+                                                                     "100 %"]
 
 
 # Tables of quotes: words that mean one thing, nothing where nothing is, and figures with their units.
@@ -359,7 +360,7 @@ def test_a_script_reads_what_people_read() -> None:
     assert plan["memory_bytes"]["total"] == total == plan["totals"]["peak_memory_bytes"]
     size, days, first, second = found.as_text().splitlines()[:4]
     assert size == (
-        "k-exaone-236b: 236.57 B parameters (23.67 B active), 528.51 M of multi-token prediction")
+        "k-exaone-236b: 236.6 B parameters (23.7 B active), 528.5 M of multi-token prediction")
     middle, low, high = map(float, re.findall(r"[\d.]+", days)[:3])
     assert middle == pytest.approx(plan["totals"]["days"], abs=0.06)
     assert low == pytest.approx(middle / 1.25, abs=0.1) and high == pytest.approx(middle * 1.25, abs=0.1)

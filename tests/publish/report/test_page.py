@@ -37,8 +37,8 @@ def write(run: Path, *events: dict) -> Path:
 def test_all_stages_count_together(runs: list[Path]) -> None:
     shown = panels(*runs)
     assert dict(shown["What was trained"].facts) == {
-        "Model": "tiny-solar-open", "Parameters": "2.891 M (1.12 M active)", "Tokens": "3.277 M",
-        "pretrain": "1.638 M in 400 steps", "extend": "1.638 M in 400 steps", "Context": "256 tokens",
+        "Model": "tiny-solar-open", "Parameters": "2.89 M (1.12 M active)", "Tokens": "3.28 M",
+        "pretrain": "1.64 M in 400 steps", "extend": "1.64 M in 400 steps", "Context": "256 tokens",
         "Wall time": dict(shown["What was trained"].facts)["Wall time"]}
     data = shown["On what data"]
     assert data.facts == [("Token shards", "tokens"), ("Vocabulary", "2,048")]
@@ -231,8 +231,8 @@ def test_the_report_tells_of_one_model_and_sets_another_apart(runs: list[Path], 
     page = render([read_run(path) for path in (*runs, toy)], now_s=0)
     head, _, rest = page.partition('id="run-3"')
     assert "<h1>tiny-solar-open: pretrain + extend</h1>" in head
-    assert ("A model of 2.891 M parameters, 1.12 M of them active for each token, "
-            "trained on 3.277 M tokens") in head
+    assert ("A model of 2.89 M parameters, 1.12 M of them active for each token, "
+            "trained on 3.28 M tokens") in head
     # in what is read: a line of a chart may come to that place by chance
     assert not re.search(r">[^<]*\b5\.157\b", head) and "439.9 K" not in head
     assert rest.index("Other models") < rest.index("439.9 K") < rest.index("5.157")

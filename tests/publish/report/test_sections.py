@@ -43,8 +43,8 @@ def test_a_run_that_has_just_begun_says_so(tmp_path: Path) -> None:
 
 def test_key_figures(runs: list[Path]) -> None:
     found = {label: (value, detail) for label, value, detail in key_figures(read_run(runs[1]))}
-    assert found["Parameters"] == ("2.891 M", "1.12 M active for each token")
-    assert found["Tokens trained"] == ("1.638 M", "400 steps")
+    assert found["Parameters"] == ("2.89 M", "1.12 M active for each token")
+    assert found["Tokens trained"] == ("1.64 M", "400 steps")
     assert found["Needle score"] == ("97.0%", "up to 2,048 tokens")
     # The three sources have the same tokens and bytes a token, so all together have the mean
     # loss's bits per byte.
@@ -67,7 +67,7 @@ def test_phase_table_counts_tokens_and_loss_of_each_phase(runs: list[Path]) -> N
     loss = read_run(runs[0]).curve("loss").values
     first, second = section(runs[0], "Training loss").tables[0].rows
     # 250 x 4096
-    assert first[:6] == ["1", "1 to 250", "256", "8 to 16", "english 60%, korean 20%, code 20%", "1.024 M"]
+    assert first[:6] == ["1", "1 to 250", "256", "8 to 16", "english 60%, korean 20%, code 20%", "1.02 M"]
     assert second[:6] == ["2.A", "251 to 400", "256", "16", "english 25%, korean 50%, code 25%", "614.4 K"]
     assert second[6:] == [f"{loss[250]:.4g}", f"{loss[393:].mean():.4g}"]  # the last 7 of 150 steps
 

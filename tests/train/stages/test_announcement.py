@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov import recipes
+from megatron_sov.base.figures import format_count, format_share
 from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.families.adapters import adapted_modules
@@ -25,7 +26,7 @@ from megatron_sov.train.recorder import device_name, keep_plan
 prepare_megatron()
 from megatron_sov.train.checkpointer import TrainState  # noqa: E402
 from megatron_sov.train.stages.announcement import (  # noqa: E402
-    banner, memory_of, planned_tokens, short, summary)
+    banner, memory_of, planned_tokens, summary)
 
 ENTRIES = (LedgerEntry(0, "one", 100, 2, {"web": 1.0}),
            LedgerEntry(4, "two", 200, 2, {"web": 0.25, "code": 0.75}))
@@ -38,7 +39,7 @@ def test_a_run_says_what_it_is_about_to_do() -> None:
     gib = 2**30
     told = banner(config, 2, Path("runs/a"), range(2, 6), ENTRIES, sources,
                   Account(gib, gib, 4 * gib, gib, gib // 2, gib // 2, on_host=130 * gib)).splitlines()
-    assert told[0] == "tiny-solar-open: 2.5 M parameters (1.32 M active), steps 3 to 6, 1.2 k tokens"
+    assert told[0] == "tiny-solar-open: 2.5 M parameters (1.32 M active), steps 3 to 6, 1.2 K tokens"
     assert told[1] == ("  processes  2: ep 2, dp 2; fp32, 6 GiB of weights, gradients and optimizer each, "
                        "7.5 GiB with activations, 130 GiB of the host's memory")
     assert told[2] == "  data       web 600 tokens (1.2 epochs), code 600 tokens (1 epochs)"
@@ -108,13 +109,9 @@ def test_an_adapter_says_how_much_learns() -> None:
                 for shape in of.shapes(config.lora).values())
     total = num_params(config.model).total + learn
     told = banner(config, 1, Path("r"), range(4), ENTRIES, [], memory_of(config, 1)).splitlines()
-    assert told[2] == (f"  adapter    of rank 4: {short(learn)} of {short(total)} parameters learn "
-                       f"({100 * learn / total:.2g} %); `megatron-sov convert to-peft` writes it for PEFT")
-
-
-def test_numbers_are_short() -> None:
-    assert [short(n) for n in (0, 12.0, 999, 1000, 2_502_144, 102_650_000_000, 20e12)] == [
-        "0", "12", "999", "1 k", "2.5 M", "103 G", "20 T"]
+    learning = f"{format_count(learn)} of {format_count(total)} parameters learn"
+    assert told[2] == (f"  adapter    of rank 4: {learning} "
+                       f"({format_share(learn / total)}); `megatron-sov convert to-peft` writes it for PEFT")
 
 
 # The plan that a run keeps of itself.

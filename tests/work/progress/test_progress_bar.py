@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.base.errors import warn
+from megatron_sov.base.figures import format_count, format_duration, format_size, format_value
 from megatron_sov.runs.obs.events import EventLog, read_events
-from megatron_sov.runs.obs.figures import duration, figure, large, number, size
+from megatron_sov.runs.obs.figures import number
 from megatron_sov.work.progress import progress_bar
 from megatron_sov.work.progress.progress_bar import ProgressBar, work_bar as bar_of
 
@@ -95,24 +96,24 @@ def test_who_looks_on_sees_how_far_it_is(delay_s: float, shows: bool, screen: io
 @pytest.mark.parametrize(("seconds", "text"), [
     (0.25, "0.2 s"), (59.9, "59.9 s"), (75, "1 min 15 s"), (3725, "1 h 2 min"), (90000 * 3, "3 d 3 h")])
 def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 @pytest.mark.parametrize(("value", "text"), [(102.65e9, "102.7 B"), (11e12, "11 T"), (1000, "1 K"),
                                              (12, "12")])
 def test_large_numbers(value: float, text: str) -> None:
-    assert large(value) == text
+    assert format_count(value) == text
 
 
 @pytest.mark.parametrize(("num_bytes", "text"), [(0, "0 B"), (999, "999 B"), (12_345, "12.3 kB"),
                                                  (1.5e9, "1.5 GB"), (2e15, "2000.0 TB")])
 def test_sizes(num_bytes: float, text: str) -> None:
-    assert size(num_bytes) == text
+    assert format_size(num_bytes) == text
 
 
 def test_what_is_no_number_is_none() -> None:
     assert number("inf") == math.inf and number("1.5") == 1.5
-    assert [figure(number(value)) for value in (None, "x", "nan", 2)] == ["–", "–", "–", "2"]
+    assert [format_value(number(value)) for value in (None, "x", "nan", 2)] == ["–", "–", "–", "2"]
 
 
 # A warning is one line for people, and an event where a run keeps events.

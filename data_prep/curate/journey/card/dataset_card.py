@@ -11,8 +11,8 @@ import yaml
 
 from data_prep.curate.journey.card.card import CATEGORIES, NOT_RECORDED, About
 from megatron_sov.base.errors import visible
+from megatron_sov.base.figures import format_count, format_size
 from megatron_sov.base.pages.markdown import hub_languages, hub_licence, link, md, table
-from megatron_sov.runs.obs.figures import large, size
 
 # The European Commission's template for the public summary of training content, answered from a card.
 #
@@ -145,7 +145,7 @@ def _listed(card: dict[str, Any], category: str, chosen: Callable[[dict[str, Any
     return "; ".join(
         f"{s['name']}: {s['description'] or 'description ' + NOT_RECORDED}, "
         f"{s['link'] or 'link ' + NOT_RECORDED}, licence {s['licence'] or NOT_RECORDED}, "
-        f"{s['documents_kept']:,} documents, {size(s['bytes_kept'])} of text"
+        f"{s['documents_kept']:,} documents, {format_size(s['bytes_kept'])} of text"
         + (f", collected {_period(s)}" if _period(s) else "")
         + (f", services {s['services']}" if s["services"] else "") for s in found)
 
@@ -164,8 +164,8 @@ def _size(card: dict[str, Any]) -> str:
     bin_ = ("Less than 1 billion tokens" if tokens < 10**9 else "1 billion to 10 trillion tokens"
             if tokens <= 10**13 else "More than 10 trillion tokens")
     how = "counted" if totals["tokens"] is not None else "assumed at 4 bytes a token"
-    text = f"; {size(totals['bytes'])} of text" if totals["bytes"] is not None else ""
-    return f"{bin_} ({large(tokens)} tokens, {how}{text})"
+    text = f"; {format_size(totals['bytes'])} of text" if totals["bytes"] is not None else ""
+    return f"{bin_} ({format_count(tokens)} tokens, {how}{text})"
 
 
 def _until(card: dict[str, Any], about: About) -> str:
@@ -249,13 +249,15 @@ def _opening(card: dict[str, Any]) -> list[str]:
     totals = card["totals"]
     facts = []
     if totals["documents"] is not None:
-        facts.append(f"{totals['documents']:,} documents, {size(totals['bytes'])} of text, out of "
-                     f"{totals['documents_read']:,} documents and {size(totals['bytes_read'])} that were "
+        facts.append(f"{totals['documents']:,} documents, {format_size(totals['bytes'])} of text, out of "
+                     f"{totals['documents_read']:,} documents and {format_size(totals['bytes_read'])} that "
+                     "were "
                      "read.")
     if totals["tokens"] is not None:
         facts.append(f"{totals['tokens']:,} tokens in {totals['packed_documents']:,} packed documents.")
     elif totals["tokens_estimate"] is not None:
-        facts.append(f"About {large(totals['tokens_estimate'])} tokens, assumed at 4 bytes a token; nothing "
+        facts.append(f"About {format_count(totals['tokens_estimate'])} tokens, assumed at 4 bytes a token; "
+                     "nothing "
                      "was packed.")
     dates = card["dates"]
     if dates["latest"]:
@@ -271,7 +273,8 @@ def _sources(card: dict[str, Any]) -> list[str]:
     if not card["sources"]:
         return ["## Sources", NOT_RECORDED.capitalize() + "."]
     rows = [[s["name"], CATEGORIES[s["category"]], s["licence"] or NOT_RECORDED, s["format"],
-             f"{s['files']:,}", f"{s['documents_read']:,}", f"{s['documents_kept']:,}", size(s["bytes_kept"]),
+             f"{s['files']:,}", f"{s['documents_read']:,}", f"{s['documents_kept']:,}",
+             format_size(s["bytes_kept"]),
              f"{s['quarantined']:,}"] for s in card["sources"]]
     told = [f"- **{md(s['name'])}**: {md(s['description'] or NOT_RECORDED)}"
             + (f" {link(s['link'])}" if s["link"] else "") for s in card["sources"]
@@ -312,7 +315,7 @@ def _content(card: dict[str, Any]) -> list[str]:
         rows = card[name]
         if rows and [row["value"] for row in rows] != [NOT_RECORDED]:
             parts += [f"## {title}", table([what, "documents", "text"], [
-                [row["value"], f"{row['documents']:,}", size(row["bytes"])] for row in rows])]
+                [row["value"], f"{row['documents']:,}", format_size(row["bytes"])] for row in rows])]
     if masked := card["named"].get("pii"):
         parts += ["## Personal data that was masked", table(["what", "times"], [
             [name, f"{n:,}"] for name, n in masked.items()])]
