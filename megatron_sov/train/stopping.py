@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from megatron_sov.runs.obs.figures import duration
+from megatron_sov.base.figures import format_duration
 from megatron_sov.work.processes.children import FORWARDED
 
 TIMED = 20
@@ -101,4 +101,4 @@ class CurrentWork:
             return f"{self._name} (the first {self._kind}: its time is not known yet)"
         # The upper quartile: a promise that is kept is better than a median.
         left_s = times_s[3 * len(times_s) // 4] - (time.monotonic() - self._began_s)
-        return f"{self._name} (about {duration(max(1.0, left_s))})"
+        return f"{self._name} (about {format_duration(max(1.0, left_s))})"
