@@ -207,6 +207,17 @@ def _stopped(trainer: Trainer, reason: str | None) -> bool:
     return False
 
 
+def _ended(trainer: Trainer, stop: StopFlag, result: StepResult | None) -> bool:
+    """End the run after its last step; returns whether nothing is left to do."""
+    trainer.work.begin("save", "the last checkpoint")
+    trainer.profiling.close(trainer.step)
+    trainer.checkpointer.finish()
+    if (missing := trainer.conclude(stop)) is not None:
+        return _stopped(trainer, missing)
+    trainer.recorder.ended(trainer.step, trainer.wall_s(), result.loss if result is not None else None)
+    return True
+
+
 def train(trainer: Trainer, stop: StopFlag, until: int | None = None) -> bool:
     """Train to the last step, or until the gate has passed.
 
@@ -265,10 +276,4 @@ def train(trainer: Trainer, stop: StopFlag, until: int | None = None) -> bool:
         # before the next one would learn them again
         if last or rolled_back or trainer.is_saved_at(step):
             trainer.save()
-    trainer.work.begin("save", "the last checkpoint")
-    trainer.profiling.close(trainer.step)
-    checkpointer.finish()
-    if (missing := trainer.conclude(stop)) is not None:
-        return _stopped(trainer, missing)
-    recorder.ended(trainer.step, trainer.wall_s(), result.loss if result is not None else None)
-    return True
+    return _ended(trainer, stop, result)
