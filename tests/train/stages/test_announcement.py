@@ -25,8 +25,7 @@ from megatron_sov.train.recorder import device_name, keep_plan
 
 prepare_megatron()
 from megatron_sov.train.checkpointer import TrainState  # noqa: E402
-from megatron_sov.train.stages.announcement import (  # noqa: E402
-    banner, memory_of, planned_tokens, summary)
+from megatron_sov.train.stages.announcement import banner, memory_of, planned_tokens, summary  # noqa: E402
 
 ENTRIES = (LedgerEntry(0, "one", 100, 2, {"web": 1.0}),
            LedgerEntry(4, "two", 200, 2, {"web": 0.25, "code": 0.75}))
