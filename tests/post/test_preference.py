@@ -178,10 +178,10 @@ def written_out(data: str, run: str) -> list[dict[str, Any]]:
         trainer.update()
         batch = objective.prepare(objective.collect(trainer.policy, 1))
         now = [s for m in batch.micro_batches for s in sums(trainer.policy, m)]
+        measured = measured_of(trainer, batch)
         # which moves the routers' biases
         sums_of_batch = trainer.computation.sums(batch, objective, 2)
         loss = sums_of_batch.terms["preference"] / batch.targets["preference"]
-        measured = measured_of(trainer, batch)
         with torch.no_grad():
             for tensor, value in zip(held, initial, strict=True):
                 tensor.copy_(value)
