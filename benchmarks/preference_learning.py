@@ -149,7 +149,9 @@ def chat(prompt: str, answer: str) -> dict[str, Any]:
 def right(run_folder: Path) -> float | None:
     """Return the percentage of pairs that a run ranks right, where it was measured."""
     file = run_folder / "pairs.json"
-    return 100 * next(iter(json.loads(file.read_text()).values()))["right"] if file.exists() else None
+    if not file.exists():
+        return None
+    return 100 * next(iter(json.loads(file.read_text()).values()))["chosen_likelier"]
 
 
 def formatted(run_folder: Path) -> float | None:

@@ -68,7 +68,8 @@ def test_the_examples_of_the_page_run(packed_data: Any, tmp_path: Path, warm_pyt
     assert float(steps[2].split()[1]) < float(steps[0].split()[1])
     assert re.fullmatch(r"\d+ tokens", tokens)
     assert rows == "[1, 2]"
-    assert re.match(r"\{'pairs': \{'pairs': \d+, 'right': [\d.]+\}\} -?[\d.e-]+$", preferences)
+    assert re.match(r"\{'pairs': \{'pairs': \d+, 'chosen_likelier': [\d.]+, 'pairs_right': [\d.]+, "
+                    r"'margin': -?[\d.e-]+\}\} -?[\d.e-]+$", preferences)
     assert "defaults: learning rate 2e-05 (default of sft), 1 epoch = " in done.stderr
     assert json.loads((tmp_path / "runs/dpo/complete.json").read_text())["step"] == 2
 

@@ -1,5 +1,5 @@
 """Learning from responses that were judged: pairs (DPO, IPO, SimPO, ORPO, SimPER), groups with rewards
-(GrouPER), and single ones, good or bad (KTO); the share of held-out pairs that a model ranks right.
+(GrouPER), and single ones, good or bad (KTO); accuracy and margin of pairs, in training and held out.
 
 Losses are functions of the responses' log-probabilities, in float64.  P: pairs, chosen and rejected; a margin
 is what the chosen response has before the rejected one, of the logarithm of policy over reference.  Each
@@ -29,7 +29,7 @@ from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.engine.parallel import collectives
 from megatron_sov.engine.parallel.values import sum_dict
 from megatron_sov.model.config import RunConfig
-from megatron_sov.model.config.post_training import WITH_REFERENCE
+from megatron_sov.model.config.post_training import WITH_REFERENCE, PreferenceConfig
 from megatron_sov.post import policy, reference
 from megatron_sov.post.reference import document_logprobs
 from megatron_sov.post.sft import Responses, learned, responses_of
@@ -46,6 +46,10 @@ from megatron_sov.train.stages.gate import GateView
 
 PREFERENCE, CHOSEN = "preference", "chosen"
 """Parts of a loss: of preferences, and cross-entropy of responses that were chosen."""
+PAIRS_RIGHT, MARGIN, CHOSEN_LIKELIER = "pairs_right", "margin", "chosen_likelier"
+"""Figures of pairs: see `pair_meters` and `measure_pairs`."""
+HELDOUT_PAIRS = "heldout_pairs"
+"""Event with the figures of a source's held-out pairs."""
 
 
 def dpo(margins: torch.Tensor, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
@@ -145,66 +149,136 @@ def grouper(means: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
     return -advantages * means.exp()
 
 
+def compared_values(asked: PreferenceConfig, sums: torch.Tensor, lengths: torch.Tensor,
+                    reference_sums: torch.Tensor | None = None) -> torch.Tensor:
+    """Return [2 P] float64: the value by which a method compares each response, before its strength.
+
+    Args:
+        asked: the method.
+        sums: [2 P] float64 log-probabilities of the responses, chosen and rejected in turn.
+        lengths: [2 P] tokens of the responses.
+        reference_sums: [2 P] the same sums of the reference; None: the method has no reference.
+    """
+    ratios = sums if reference_sums is None else sums - reference_sums
+    # DPO compares whole responses, all other methods the means over their tokens.
+    return ratios if asked.method == "dpo" else ratios / lengths.clamp(min=1)
+
+
+def pair_meters(asked: PreferenceConfig, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return "pairs_right" and "margin" [P] float64 of pairs, in training and on held-out pairs.
+
+    TRL's rewards/accuracies and rewards/margins, except that a tie counts half: a model that equals its
+    reference has an accuracy of 50 %, not 0 %.
+
+    Args:
+        asked: the method and its strength.
+        values: [2 P] as `compared_values` returns them.
+    """
+    strength = 1.0 if asked.method in ("simper", "orpo") else asked.strength
+    rewards = strength * values
+    margins = rewards[0::2] - rewards[1::2]
+    return {PAIRS_RIGHT: (margins > 0).double() + (margins == 0).double() / 2, MARGIN: margins}
+
+
 MAX_PAIRS = 2048
-"""Most held-out pairs of a source that are looked at."""
-
-
+"""Most held-out pairs of a source that are measured."""
 LogprobsOf = Callable[[Documents, range], np.ndarray]
-"""(documents, which of them) -> what `document_logprobs` gives."""
+"""(documents, which of them) -> their tokens' log-probabilities as `document_logprobs` returns them."""
 
 
-def rank_heldout_pairs(view: GateView, sources: Sequence[Source]) -> dict[str, dict[str, Any]]:
-    """Rank the held-out pairs of a run, and record it; called by all processes together."""
+def heldout_documents(source: Source) -> range:
+    """Return the held-out documents of a source that are measured: chosen and rejected in turn."""
+    if not source.num_tokens.get("heldout"):
+        return range(0)
+    return range(min(len(source.shard("heldout").lengths), 2 * MAX_PAIRS))
+
+
+def measure_heldout_pairs(view: GateView, sources: Sequence[Source],
+                          reference_of: Callable[[Source], np.ndarray] | None) -> dict[str, dict[str, Any]]:
+    """Measure the held-out pairs of a run, and record them; called by all processes together.
+
+    Args:
+        view: the run.
+        sources: preferences.
+        reference_of: source -> the reference's log-probabilities of `heldout_documents`; None: the method
+            has no reference.
+    """
     seq_len, size = view.config.data.max_seq_len(), view.config.train.micro_batch_size
-    found = ranked(sources, lambda documents, chosen: document_logprobs(
-        view, documents, chosen, seq_len, size), seq_len)
+    found = measure_pairs(sources, lambda documents, chosen: document_logprobs(
+        view, documents, chosen, seq_len, size), seq_len, view.config.preference, reference_of)
     for name, figures in found.items():
-        view.events.write("heldout_pairs", step=view.step, source=name, **figures)
+        view.events.write(HELDOUT_PAIRS, step=view.step, source=name, **figures)
     return found
 
 
-def ranked(sources: Sequence[Source], logprobs_of: LogprobsOf, seq_len: int) -> dict[str, dict[str, Any]]:
-    """Rank the held-out pairs of each source that has some.
+def measure_pairs(sources: Sequence[Source], logprobs_of: LogprobsOf, seq_len: int,
+                  asked: PreferenceConfig | None = None,
+                  reference_of: Callable[[Source], np.ndarray] | None = None) -> dict[str, dict[str, Any]]:
+    """Measure the held-out pairs of each source that has some.
 
     Args:
         sources: preferences.
-        logprobs_of: asks the model.
-        seq_len: tokens of a document that it is asked for.
+        logprobs_of: computes the model's log-probabilities.
+        seq_len: tokens of a document that are read.
+        asked: the method whose meters are measured too; None: none.
+        reference_of: see `measure_heldout_pairs`.
 
     Returns:
-        Source -> `pairs`, and `right`, the share of them that is ranked right (a tie is half right).  Pairs
-        of which a response begins behind the longest sample are left out.
+        Source -> `pairs`; `chosen_likelier`, the share of pairs whose chosen response has the greater
+        log-probability per token; with `asked` the means of `pair_meters`.  Ties count half.  A pair with a
+        response that begins after `seq_len` tokens is left out.
     """
     found = {}
     for source in sources:
-        if source.num_tokens.get("heldout"):
-            documents = source.shard("heldout")
-            chosen = range(min(len(documents.lengths), 2 * MAX_PAIRS))
-            # A pair's documents follow each other, the chosen one first.
-            means = _means(documents, chosen, logprobs_of(documents, chosen), seq_len)
-            margins = means[0::2] - means[1::2]
-            # A pair with a response beyond the longest sample compares nothing.
-            margins = margins[~np.isnan(margins)]
-            if len(margins):
-                right = float(((margins > 0) + (margins == 0) / 2).mean())
-                found[source.name] = {"pairs": len(margins), "right": right}
+        chosen = heldout_documents(source)
+        if not chosen:
+            continue
+        documents = source.shard("heldout")
+        learned = [_learned_tokens(documents, document, seq_len) for document in chosen]
+        lengths = torch.tensor([float(mask.sum()) for mask in learned], dtype=torch.float64)
+        # A pair's documents follow each other, the chosen one first.
+        whole = (lengths.reshape(-1, 2) > 0).all(dim=1)
+        if not whole.any():
+            continue
+        both = whole.repeat_interleave(2)
+        sums, lengths = _learned_sums(logprobs_of(documents, chosen), learned)[both], lengths[both]
+        means = sums / lengths
+        figures = {CHOSEN_LIKELIER: _share_above(means[0::2] - means[1::2])}
+        if asked is not None:
+            reference_sums = (None if reference_of is None
+                              else _learned_sums(reference_of(source), learned)[both])
+            meters = pair_meters(asked, compared_values(asked, sums, lengths, reference_sums))
+            figures |= {name: float(values.mean()) for name, values in meters.items()}
+        found[source.name] = {"pairs": int(whole.sum()), **figures}
     return found
 
 
-def _means(documents: Documents, chosen: range, logprobs: np.ndarray, seq_len: int) -> np.ndarray:
-    """Return [documents] float64: mean log-probability of each one's learned tokens as far as `seq_len`
-    reaches, NaN where none does."""
-    means, at = np.full(len(chosen), np.nan), 0
-    for place, document in enumerate(chosen):
-        length = int(documents.lengths[document])
-        learned = ((documents.types(document, 0, length) == TYPE_RESPONSE)
-                   & (documents.loss_weights(document, 0, length) > 0))
-        # the first token is no label; those behind the last label of a sample have no number
-        learned[:1] = learned[seq_len + 1:] = False
-        if learned.any():
-            means[place] = logprobs[at:at + length][learned].astype(np.float64).mean()
-        at += length
-    return means
+def _share_above(differences: torch.Tensor) -> float:
+    """Return the share of numbers above 0; a 0 counts half."""
+    return float(((differences > 0).double() + (differences == 0).double() / 2).mean())
+
+
+def _learned_tokens(documents: Documents, document: int, seq_len: int) -> np.ndarray:
+    """Return [tokens] bool: the learned tokens of a document, as far as `seq_len` reaches."""
+    length = int(documents.lengths[document])
+    learned: np.ndarray = ((documents.types(document, 0, length) == TYPE_RESPONSE)
+                           & (documents.loss_weights(document, 0, length) > 0))
+    # The first token is no label; those after the last label of a sample have no number.
+    learned[:1] = learned[seq_len + 1:] = False
+    return learned
+
+
+def _learned_sums(logprobs: np.ndarray, learned: Sequence[np.ndarray]) -> torch.Tensor:
+    """Return [documents] float64: the sum of each document's learned log-probabilities.
+
+    Args:
+        logprobs: [tokens of all documents].
+        learned: of each document, [tokens] bool.
+    """
+    ends = np.cumsum([len(mask) for mask in learned])[:-1]
+    return torch.tensor([float(numbers[mask].astype(np.float64).sum())
+                         for numbers, mask in zip(np.split(logprobs, ends), learned, strict=True)],
+                        dtype=torch.float64)
 
 
 MADE_BY = "`sov-data unpaired`, and then `sov-data pack --format preference --column desirable`,"
@@ -216,11 +290,11 @@ class PairLearning(DataObjective):
 
     formats = ("preference",)
     columns: Mapping[str, NeededColumn] = {}
-    meters: tuple[str, ...] = ("pairs_right", "margin", "chosen_logprob", "rejected_logprob")
+    meters: tuple[str, ...] = (PAIRS_RIGHT, MARGIN, "chosen_logprob", "rejected_logprob")
     comparable_loss = False
     headline: tuple[Meter, ...] = (
-        Meter("pairs_right", "pairs right", "share", "higher", heldout="heldout_pairs.right"),
-        Meter("margin", better="higher"))
+        Meter(PAIRS_RIGHT, "pairs right", "share", "higher", heldout=f"{HELDOUT_PAIRS}.{PAIRS_RIGHT}"),
+        Meter(MARGIN, better="higher", heldout=f"{HELDOUT_PAIRS}.{MARGIN}"))
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
@@ -247,13 +321,13 @@ class PairLearning(DataObjective):
         # One pass of the head serves the preference, cross-entropy and what the log shows.
         logprobs = head.logprobs(hidden[0], batch.labels)
         sums = responses.sums(logprobs)
-        losses, scores = self._losses(sums, batch, responses)
+        losses, compared = self._losses(sums, batch, responses)
         whole = responses.whole_pairs()
         terms = self._terms((losses * whole).sum(), logprobs, hidden, head,
                             self._cross_entropy_batch(batch, responses))
         # A pair that was cut off still has numbers; `whole` takes them out of every sum.
-        margins, means = (scores[0::2] - scores[1::2]).detach(), responses.means(logprobs.detach())
-        values = ((margins > 0).double(), margins, means[0::2], means[1::2])
+        found, means = pair_meters(self._asked, compared.detach()), responses.means(logprobs.detach())
+        values = (found[PAIRS_RIGHT], found[MARGIN], means[0::2], means[1::2])
         return LossSums(terms, _logged_losses(logprobs, batch, learned(batch), self._num_sources),
                         meters={name: ((value * whole).sum(), whole.sum())
                                 for name, value in zip(self.meters, values, strict=True)})
@@ -272,21 +346,21 @@ class PairLearning(DataObjective):
 
     def _losses(self, sums: torch.Tensor, batch: MicroBatch,
                 responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return [P] losses of the pairs, and [2 P] scores by which chosen and rejected are compared.
+        """Return [P] losses of the pairs, and [2 P] `compared_values`.
 
         Args:
             sums: [2 P] log-probabilities of the responses, chosen and rejected in turn.
             batch: theirs.
             responses: where they stand.
         """
-        asked, means = self._asked, sums / responses.lengths.clamp(min=1)
+        asked = self._asked
+        means = compared_values(asked, sums, responses.lengths)
         chosen, rejected = means[0::2], means[1::2]
         if asked.method == "simper":
             return simper(chosen, rejected), means
         if asked.method == "orpo":
             return orpo(chosen, rejected), means
-        return (simpo(chosen, rejected, asked.strength, asked.simpo_gamma, asked.label_smoothing),
-                asked.strength * means)
+        return simpo(chosen, rejected, asked.strength, asked.simpo_gamma, asked.label_smoothing), means
 
 
 class PairLearningWithReference(PairLearning):
@@ -297,12 +371,9 @@ class PairLearningWithReference(PairLearning):
 
     def _losses(self, sums: torch.Tensor, batch: MicroBatch,
                 responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
-        asked = self._asked
-        ratios = sums - self._reference_sums(sums, batch, responses)
-        # DPO compares whole responses, IPO and dpo-norm the means over their labels.
-        if asked.method != "dpo":
-            ratios = ratios / responses.lengths.clamp(min=1)
-        return self.pair_loss(ratios[0::2] - ratios[1::2]), asked.strength * ratios
+        ratios = compared_values(self._asked, sums, responses.lengths,
+                                 self._reference_sums(sums, batch, responses))
+        return self.pair_loss(ratios[0::2] - ratios[1::2]), ratios
 
     def _reference_sums(self, sums: torch.Tensor, batch: MicroBatch, responses: Responses) -> torch.Tensor:
         """Return [2 P] log-probabilities of the responses by the reference; `sums` are the policy's."""

@@ -13,9 +13,10 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -255,29 +256,32 @@ class ReferenceParts:
     """What the reference says of the documents of one split of a source: files of float32, document after
     document, a number for each token (that of the token as a label; 0 for the first)."""
 
-    def __init__(self, folder: Path, name: str, documents: Documents) -> None:
+    def __init__(self, folder: Path, name: str, documents: Documents,
+                 num_documents: int | None = None) -> None:
         """Take what is there, or will be.
 
         Args:
             folder: RUN/reference.
             name: of source and split, and so of the files.
             documents: the split's documents.
+            num_documents: first documents that have numbers; None: all.
         """
         self._folder, self._name, self.documents = folder, name, documents
+        self._num_documents = len(documents.lengths) if num_documents is None else num_documents
         self._open = lru_cache(maxsize=64)(self._part)
         self._verified: set[int] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:  # in another process its files are mapped again
-        return ReferenceParts, (self._folder, self._name, self.documents)
+        return ReferenceParts, (self._folder, self._name, self.documents, self._num_documents)
 
     def __len__(self) -> int:
-        return -(-len(self.documents.lengths) // PART_DOCUMENTS)
+        return -(-self._num_documents // PART_DOCUMENTS)
 
     def file(self, part: int) -> Path:
         return self._folder / f"{self._name}.{part:06d}.f32"
 
     def range_of(self, part: int) -> range:
-        return range(part * PART_DOCUMENTS, min((part + 1) * PART_DOCUMENTS, len(self.documents.lengths)))
+        return range(part * PART_DOCUMENTS, min((part + 1) * PART_DOCUMENTS, self._num_documents))
 
     def starts(self, part: int) -> np.ndarray:
         """Return [documents + 1] int64: where each document of a part begins, and its end, in numbers."""
@@ -294,6 +298,10 @@ class ReferenceParts:
         starts, numbers = self._open(part)
         found: np.ndarray = numbers[starts[place] + start:starts[place] + start + count]
         return found
+
+    def numbers(self) -> np.ndarray:
+        """Return the numbers of all documents, one after another; errors as of `column`."""
+        return np.concatenate([self._open(part)[1] for part in range(len(self))])
 
     def damage(self, part: int) -> str | None:
         """Return one sentence where a part's file is missing or is not what was written, else None."""
@@ -352,7 +360,8 @@ class WithReference:
 class Reference:
     """The reference's part of a run: the columns that its objective reads, made before the first step."""
 
-    def __init__(self, run: Path, start: Path, sources: Sequence[Source], max_tokens: int) -> None:
+    def __init__(self, run: Path, start: Path, sources: Sequence[Source], max_tokens: int,
+                 heldout: Mapping[str, range] = MappingProxyType({})) -> None:
         """Take what the run learns from.
 
         Args:
@@ -360,6 +369,7 @@ class Reference:
             start: the reference, a checkpoint: that which it starts from, or another one.
             sources: preferences.
             max_tokens: of the longest sample; what lies behind them in a document has no number.
+            heldout: source -> its first held-out documents, which the run is measured by.
         """
         self._folder, self._max_tokens = run / REFERENCE, max_tokens
         self._identity: dict[str, Any] = {
@@ -369,6 +379,19 @@ class Reference:
         self.sources = tuple(dataclasses.replace(
             s, made=WithReference(self._parts[s.name])) for s in sources)
         """The same with the column; its numbers are there once `make` has run."""
+        self._heldout = {s.name: ReferenceParts(self._folder, f"{s.name}.heldout", s.shard("heldout"),
+                                                len(heldout[s.name]))
+                         for s in sources if heldout.get(s.name)}
+        # Their numbers are made, found again and refused as those of the samples are.
+        self._parts |= {f"{name}.heldout": parts for name, parts in self._heldout.items()}
+
+    def heldout_logprobs(self, source: Source) -> np.ndarray:
+        """Return the reference's log-probabilities of a source's measured held-out documents, float32.
+
+        Raises:
+            UserError: their file is missing or damaged.
+        """
+        return self._heldout[source.name].numbers()
 
     def make(self, view: GateView) -> None:
         """Compute what is not there yet; called by all processes together, with the reference's weights in

@@ -207,6 +207,17 @@ def _stopped(trainer: Trainer, reason: str | None) -> bool:
     return False
 
 
+def _ended(trainer: Trainer, stop: StopFlag, result: StepResult | None) -> bool:
+    """End the run after its last step; returns whether nothing is left to do."""
+    trainer.work.begin("save", "the last checkpoint")
+    trainer.profiling.close(trainer.step)
+    trainer.checkpointer.finish()
+    if (missing := trainer.conclude(stop)) is not None:
+        return _stopped(trainer, missing)
+    trainer.recorder.ended(trainer.step, trainer.wall_s(), result.loss if result is not None else None)
+    return True
+
+
 def train(trainer: Trainer, stop: StopFlag, until: int | None = None) -> bool:
     """Train to the last step, or until the gate has passed.
 
@@ -221,11 +232,14 @@ def train(trainer: Trainer, stop: StopFlag, until: int | None = None) -> bool:
     every = trainer.config.train
     result: StepResult | None = None
     trainer.announce()
+    if trainer.is_new and trainer.has_heldout:
+        trainer.evaluate()
     while not trainer.finished:
         if (missing := trainer.bring_data(stop)) is not None:
             if not trainer.is_saved:
                 trainer.save()
             return _stopped(trainer, missing)
+        trainer.work.begin("step", f"step {trainer.step + 1}")
         guards.watchdog.begin(trainer.step + 1)
         trainer.profiling.before_step(trainer.step + 1)
         result = trainer.update()  # None: its samples are passed over, or it is refused
@@ -253,6 +267,7 @@ def train(trainer: Trainer, stop: StopFlag, until: int | None = None) -> bool:
             trainer.evaluate()
 
         # one collective decides for all whom a signal reached; a checkpoint that all have written appears
+        trainer.work.begin("step", f"step {step + 1}")
         asked_to_stop = checkpointer.sync(stop) or step == until
         if asked_to_stop and not last:
             trainer.save()
@@ -261,9 +276,4 @@ def train(trainer: Trainer, stop: StopFlag, until: int | None = None) -> bool:
         # before the next one would learn them again
         if last or rolled_back or trainer.is_saved_at(step):
             trainer.save()
-    trainer.profiling.close(trainer.step)
-    checkpointer.finish()
-    if (missing := trainer.conclude(stop)) is not None:
-        return _stopped(trainer, missing)
-    recorder.ended(trainer.step, trainer.wall_s(), result.loss if result is not None else None)
-    return True
+    return _ended(trainer, stop, result)

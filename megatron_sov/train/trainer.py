@@ -3,10 +3,11 @@ the loop is made of."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from megatron_sov.engine.optimizer.optimizer import Optimizer
 from megatron_sov.engine.parallel import collectives
 from megatron_sov.engine.parallel.device import on_gpu
 from megatron_sov.engine.parallel.rng import reseed
-from megatron_sov.engine.parallel.world import ParallelWorld
+from megatron_sov.engine.parallel.world import STORE_PORT, ParallelWorld
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families.adapters import PREFIX
 from megatron_sov.model.families.encoders import PREFIXES as ENCODERS
@@ -53,7 +54,7 @@ from megatron_sov.train.stages.announcement import banner, memory_of
 from megatron_sov.train.stages.evaluate import HeldoutEvaluator, HeldoutLoss
 from megatron_sov.train.stages.feed import Feed
 from megatron_sov.train.stages.gate import Gate
-from megatron_sov.train.stopping import StopFlag
+from megatron_sov.train.stopping import CurrentWork, StopFlag
 
 ObjectiveFactory = Callable[[ObjectiveContext], Objective]
 
@@ -110,8 +111,8 @@ class Trainer:
         """Python's collections."""
         self.profiling = Profiling(config.gpu, folder.path, world.is_main)
         """Traces of steps."""
-        self.heldout: dict[str, HeldoutLoss] = {}
-        """What the last evaluation gave."""
+        self.work = CurrentWork()
+        """For the answer to a signal that asks for a stop."""
         self._evaluator: HeldoutEvaluator | None = None
         self._continued_from: str | None = None
         self._started_from: Path | None = None
@@ -130,6 +131,16 @@ class Trainer:
     def finished(self) -> bool:
         """Whether there is no more to train: the last step is done, or the gate has passed."""
         return self.step >= self.num_steps or (self.gate is not None and self.gate.passed)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether no step was done and the run does not continue from a checkpoint of its own."""
+        return self.step == 0 and self._continued_from is None
+
+    @property
+    def has_heldout(self) -> bool:
+        """Whether a source holds documents out for evaluations."""
+        return any(source.num_tokens.get("heldout", 0) > 1 for source in self.sources)
 
     def is_saved_at(self, step: int) -> bool:
         """Return whether a checkpoint is due behind a step."""
@@ -190,6 +201,20 @@ class Trainer:
         self.side_jobs = SideJobs(self.folder.path, self.config, self.events.write)
         self.guards.faults.tell(self.events)
 
+    def answer_stop(self, signal_name: str) -> None:
+        """Print and record what is finished before the run stops, how long that takes, and what a second
+        Ctrl-C loses; called on rank 0 from another thread."""
+        text = f"stopping after {self.work.text()}, then saving"
+        if signal_name == "SIGINT" and STORE_PORT in os.environ:  # else another launcher answers the second
+            newest = checkpoints.latest(self.folder.checkpoints)
+            kept = ("there is no checkpoint yet" if newest is None
+                    else f"last checkpoint is step {checkpoints.step_of(newest)}")
+            text += f"; Ctrl-C again: leave now, {kept}"
+        # The cursor may stand behind a progress bar.
+        print(f"\n{text}\n", end="", file=sys.stderr, flush=True)
+        with suppress(UserError):  # of a full disk; the next event of the main thread raises it
+            self.events.write("stopping", step=self.step, reason=signal_name, text=text)
+
     def announce(self) -> None:
         """Record what runs where."""
         entries, plan = self.batches.ledger.entries, None
@@ -208,7 +233,11 @@ class Trainer:
     def bring_data(self, stop: StopFlag) -> str | None:
         """See to it that the next step's data are there; returns None, or why the run has to end until they
         are."""
-        return None if self._feed is None else self._feed.bring(self, lambda: stop.reason is not None)
+        if self._feed is None:
+            return None
+        if self.step % self.config.rollout.steps_per_round == 0:
+            self.work.begin("round", f"the responses under way, before step {self.step + 1}")
+        return self._feed.bring(self, lambda: stop.reason is not None)
 
     def conclude(self, stop: StopFlag) -> str | None:
         """Do what the data ask for behind the last step; returns None, or why the run has to end first."""
@@ -315,6 +344,7 @@ class Trainer:
     def evaluate(self) -> dict[str, HeldoutLoss]:
         """Evaluate on held-out documents and record it, with the experts that each
         source's documents go to."""
+        self.work.begin("evaluation", f"the evaluation at step {self.step}")
         if self._evaluator is None:
             self._evaluator = HeldoutEvaluator.of(self.config, self.sources,
                                                   self.batches.ledger.max_seq_len(), self.world)
@@ -324,7 +354,7 @@ class Trainer:
             self.recorder.expert_load(self.step, load, source=source)
             return result
 
-        results = self.heldout = self._evaluator.run(self.policy, counted)
+        results = self._evaluator.run(self.policy, counted)
         self.recorder.evaluated(self.step, results, self.batches.consumed_tokens(),
                                 self.batches.planned_tokens(), self.batches.over_long())
         return results

@@ -157,3 +157,18 @@ def test_a_folder_that_an_uninstalled_part_left_is_no_part(tmp_path: Path,
     check_part("whole_part.cli")
     with pytest.raises(UserError, match=r"needs the part 'old', .* wheel megatron_sov_old-"):
         check_part("left_over.cli")
+
+
+@pytest.mark.parametrize(("said", "policy"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+@pytest.mark.parametrize("program", ["megatron_sov", "data_prep", "tokenizer"])
+def test_openmp_threads_wait_passively_unless_the_environment_says_otherwise(
+        program: str, said: str | None, policy: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    if said is not None:
+        environment["OMP_WAIT_POLICY"] = said
+    code = (f"import os, sys\nfrom {program}.cli import main\n"
+            "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+            "print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment,
+                          check=True)
+    assert done.stdout.splitlines()[-1] == f"{policy} False"

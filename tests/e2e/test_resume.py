@@ -62,7 +62,7 @@ def test_stopped_killed_and_continued_equals_uninterrupted(
     os.kill(psutil.Process(holder).ppid(), signal.SIGTERM)
     os.kill(holder, signal.SIGCONT)
     _, errors = run.communicate(timeout=600)
-    assert run.returncode == 75 and "everything is saved; continue with --resume" in errors, errors
+    assert run.returncode == 75 and "everything is saved; last checkpoint: step " in errors, errors
     stopped_at = last_step(broken)
     assert checkpoint_of(broken, stopped_at).is_dir() and not (broken / "lock.json").exists()
     assert stopped_at < STEPS and not (broken / "complete.json").exists()

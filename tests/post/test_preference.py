@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ def _trainer(settings: list[str], data: str, run: Path) -> Any:
     from layout_run import small_config
 
     from megatron_sov.engine.parallel import world
-    from megatron_sov.post.preference import objective_of
+    from megatron_sov.post.preference import heldout_documents, objective_of
     from megatron_sov.post.reference import Reference
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.data.token_shards import open_sources
@@ -43,21 +44,27 @@ def _trainer(settings: list[str], data: str, run: Path) -> Any:
     place = world.join(config.parallel)
     config.check(place.size)
     sources = open_sources(config.data.paths, config.model.vocab_size, ("preference",))
-    reference = Reference(run, Path(data), sources, 128)  # whose manifest stands for that of a checkpoint
+    # The data's manifest stands for that of a checkpoint.
+    reference = Reference(run, Path(data), sources, 128, {s.name: heldout_documents(s) for s in sources})
     trainer = Trainer(config, place, RunFolder(run), list(reference.sources), objective_of(config))
     reference.make(trainer)
+    trainer.reference = reference  # type: ignore[attr-defined]
     return trainer
 
 
 def curve(settings: list[str], data: str, run: str) -> list[dict[str, Any]]:
     """Train; return each step's losses, meters and gradient norm."""
     from megatron_sov.engine.parallel import world
+    from megatron_sov.post.preference import measure_heldout_pairs
 
     trainer = _trainer(settings, data, Path(run))
+    before = measure_heldout_pairs(trainer, trainer.sources, trainer.reference.heldout_logprobs)
     results = [trainer.update() for _ in range(STEPS)]
+    after = measure_heldout_pairs(trainer, trainer.sources, trainer.reference.heldout_logprobs)
     trainer.close()
     world.leave()
-    return [{"loss": r.loss, "grad_norm": r.grad_norm, **r.losses, **r.meters} for r in results]
+    return [*({"loss": r.loss, "grad_norm": r.grad_norm, **r.losses, **r.meters} for r in results),
+            before["pairs"], after["pairs"]]
 
 
 @pytest.mark.distributed
@@ -78,14 +85,67 @@ def test_every_layout_and_every_split_learn_the_same(names: list[str], ranks: An
     found = ranks(*(of(name, *LAYOUTS[name]) for name in names))
     assert alone[0]["preference"] == pytest.approx(math.log(2), abs=1e-6)  # the model is its own reference
     assert alone[2]["preference"] < alone[0]["preference"] and alone[2]["pairs_right"] > 0.5
+    assert alone[3]["pairs_right"] == 0.5 and alone[3]["margin"] == 0 and alone[4]["margin"] != 0
     for name, per_rank in zip(names, found, strict=True):
         for ours, theirs in zip(per_rank[0], alone, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-12, abs=1e-13), name
 
 
+class Picked:
+    """Some documents of a split, in an order of their own."""
+
+    def __init__(self, documents: Any, chosen: list[int]) -> None:
+        self._documents, self._chosen, self.lengths = documents, chosen, documents.lengths[chosen]
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._documents, name)
+        if name in ("tokens", "types", "loss_weights", "routes", "encoder_inputs"):
+            return lambda document, *rest: found(self._chosen[document], *rest)
+        return found
+
+
+def measured_of(trainer: Any, batch: Any) -> dict[str, float]:
+    """Return the held-out figures of the pairs of a training batch."""
+    from megatron_sov.post import preference
+
+    origins = [origin for m in batch.micro_batches for origin in m.origins]
+    with_reference = trainer.sources[0].shard("train")
+    documents = Picked(with_reference, [origin.segment.document for origin in origins])
+    numbers = np.concatenate([with_reference.column("reference_logprobs", o.segment.document, 0, n)
+                              for o, n in zip(origins, documents.lengths.tolist(), strict=True)])
+    source: Any = SimpleNamespace(name="pairs", num_tokens={"heldout": 1}, shard=lambda split: documents)
+    asked = trainer.config.preference
+    (found,) = preference.measure_pairs(
+        [source], lambda d, chosen: preference.document_logprobs(trainer, d, chosen, 128, 2), 128, asked,
+        (lambda source: numbers) if asked.method in preference.WITH_REFERENCE else None).values()
+    return found
+
+
+def trl_meters(method: str, pairs: list[tuple[float, float, float, float, int, int]]) -> dict[str, float]:
+    """Return rewards/accuracies and rewards/margins of TRL's DPOTrainer (SimPO and ORPO: of CPOTrainer and
+    ORPOTrainer without their beta), except that a tie counts half.
+
+    Args:
+        method: the loss.
+        pairs: log-probabilities of chosen and rejected response by the policy, then by the reference, and
+            the two lengths.
+    """
+    margins = []
+    for c, r, rc, rr, nc, nr in pairs:
+        if method not in ("dpo", "ipo", "dpo-norm"):
+            rc = rr = 0.0
+        if method != "dpo":
+            c, r, rc, rr = c / nc, r / nr, rc / nc, rr / nr
+        beta = 1.0 if method in ("simper", "orpo") else 0.3
+        margins.append(beta * (c - rc) - beta * (r - rr))
+    return {"pairs_right": sum(1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins) / len(margins),
+            "margin": sum(margins) / len(margins),
+            "chosen_likelier": sum(c / nc > r / nr for c, r, _, _, nc, nr in pairs) / len(margins)}
+
+
 def written_out(data: str, run: str) -> list[dict[str, Any]]:
-    """Return, for each method, the loss of a batch after a step, and the same with each response passed
-    through the model alone, in numpy."""
+    """Return, for each method, the loss and the meters of a batch after a step, and the same with each
+    response passed through the model alone, in numpy."""
     import torch
 
     from megatron_sov.engine.decode.forward_only import Inputs
@@ -118,8 +178,10 @@ def written_out(data: str, run: str) -> list[dict[str, Any]]:
         trainer.update()
         batch = objective.prepare(objective.collect(trainer.policy, 1))
         now = [s for m in batch.micro_batches for s in sums(trainer.policy, m)]
+        measured = measured_of(trainer, batch)
         # which moves the routers' biases
-        loss = trainer.computation.sums(batch, objective, 2).terms["preference"] / batch.targets["preference"]
+        sums_of_batch = trainer.computation.sums(batch, objective, 2)
+        loss = sums_of_batch.terms["preference"] / batch.targets["preference"]
         with torch.no_grad():
             for tensor, value in zip(held, initial, strict=True):
                 tensor.copy_(value)
@@ -139,7 +201,11 @@ def written_out(data: str, run: str) -> list[dict[str, Any]]:
                     math.log1p(odds(r / nr) / odds(c / nc)),
             }[method]())
         results.append({"method": method, "ours": loss, "written_out": float(np.mean(losses)),
-                        "pairs": len(losses), "spread": float(np.std(losses))})
+                        "pairs": len(losses), "spread": float(np.std(losses)),
+                        "meters": sums_of_batch.meters, "measured": measured,
+                        "trl": trl_meters(method, [
+                            (now[i][0], now[i + 1][0], then[i][0], then[i + 1][0], now[i][1], now[i + 1][1])
+                            for i in range(0, len(now), 2)])})
         trainer.close()
         world.leave()
     return results
@@ -153,6 +219,11 @@ def test_losses_are_the_papers(ranks: Any, job: Any, pairs: Path, tmp_path: Path
         assert found["pairs"] >= 4 and found["spread"] > 1e-6, found
         # the reference keeps float32: some 40 numbers of 1e-7 each
         assert found["ours"] == pytest.approx(found["written_out"], rel=1e-5, abs=2e-6), found
+        # One definition in training, held out and in TRL.
+        for name in ("pairs_right", "margin"):
+            assert found["meters"][name] == pytest.approx(found["trl"][name], rel=1e-4, abs=1e-5), found
+        assert found["measured"] == pytest.approx(
+            found["trl"] | {"pairs": found["pairs"]}, rel=1e-4, abs=1e-5), found
 
 
 def kto_written_out(policy: Any, batch: Any) -> tuple[float, float]:

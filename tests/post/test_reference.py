@@ -37,6 +37,27 @@ def test_pairs_that_are_held_out_stay_what_they_are(pairs: Path, tmp_path: Path)
     refuse_without_columns([learned], {COLUMN: NeededColumn("")})
 
 
+def test_numbers_of_measured_pairs_are_kept_like_those_of_samples(pairs: Path, tmp_path: Path) -> None:
+    from megatron_sov.post.reference import Reference
+
+    [source] = opened(pairs)
+    reference = Reference(tmp_path, pairs, [source], 128, {"pairs": range(4)})
+    reference._open()
+    assert reference._missing() == [("pairs", 0), ("pairs.heldout", 0)]
+    for parts in reference._parts.values():
+        count = parts.starts(0)[-1]
+        write_sealed(parts.file(0), np.arange(count, dtype=np.float32).tobytes(), parts.of(0))
+    lengths = source.shard("heldout").lengths[np.arange(4)]
+    again = Reference(tmp_path, pairs, [source], 128, {"pairs": range(4)})
+    again.refuse_changed()
+    assert again.heldout_logprobs(source).tolist() == list(range(sum(lengths)))
+    flip(again._parts["pairs.heldout"].file(0))
+    for read in (again.refuse_changed, lambda: Reference(
+            tmp_path, pairs, [source], 128, {"pairs": range(4)}).heldout_logprobs(source)):
+        with pytest.raises(UserError, match=r"pairs\.heldout\.000000\.f32: is damaged"):
+            read()
+
+
 def start(folder: Path, weights: str) -> Path:
     """Return what stands for a checkpoint that was made just now."""
     with new_artifact(folder, "checkpoint") as artifact:
@@ -177,7 +198,9 @@ def test_kills_between_its_parts_and_between_steps_change_nothing(
                  "part_documents": third}
     ((found,),) = ranks(job(__file__, "run_and_kill", 1, arguments))
     assert found["whole"] == 0 and [code != 0 for code in found["broken"]] == [True] * 4 + [False]
-    assert found["computed"].split() == ["0", "1", "1", "2", "2"], "what is written is not computed again"
+    # The last one is the part of the held-out pairs.
+    assert found["computed"].split() == ["0", "1", "1", "2", "2", "0"], (
+        "what is written is not computed again")
     ours, theirs = (read_manifest(tmp_path / name / "checkpoints/step-3").files
                     for name in ("broken", "whole"))
     for files in (ours, theirs):

@@ -15,6 +15,7 @@ from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
 prepare_megatron()
 from megatron_sov.train.loop import train  # noqa: E402
+from megatron_sov.train.stopping import CurrentWork  # noqa: E402
 
 
 class Recorded:
@@ -55,6 +56,8 @@ class Recorded:
 
     missing: str | None = None
     is_saved = True
+    is_new = has_heldout = False
+    work = CurrentWork()
 
     def bring_data(self, stop: Any) -> str | None:
         assert self.watched is None, "data that are waited for are no hang"
@@ -101,6 +104,15 @@ def actions(trainer: Recorded, stop_after: int = 10 ** 9, until: int | None = No
     trainer.stop_after = stop_after
     complete = train(trainer, SimpleNamespace(reason="SIGTERM"), until)  # type: ignore[arg-type]
     return complete, [a for a in trainer.actions if not a.startswith(EVERY_STEP)]
+
+
+@pytest.mark.parametrize(("is_new", "has_heldout", "evaluated"), [
+    (True, True, ["evaluate 0"]), (True, False, []), (False, True, [])])
+def test_a_new_run_is_evaluated_before_its_first_step(is_new: bool, has_heldout: bool,
+                                                      evaluated: list[str]) -> None:
+    trainer = Recorded(1)
+    trainer.is_new, trainer.has_heldout = is_new, has_heldout
+    assert actions(trainer)[1] == [*evaluated, "evaluate 1", "save 1", "saved 1", "run_end 1"]
 
 
 def test_a_run_ends_behind_the_step_that_is_named() -> None:
@@ -211,6 +223,55 @@ def test_a_signal_sets_the_flag(number: signal.Signals) -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(int(number))], capture_output=True, text=True,
                           env=os.environ, check=False)
     assert (done.returncode, done.stdout.split()) == (0, ["None", number.name]), done.stderr
+
+
+ANSWERED = """
+import os, signal, sys, time
+from megatron_sov.train.stopping import StopFlag
+stop, answers = StopFlag(), []
+with stop.answered_by(lambda name: answers.append((name, time.monotonic()))):
+    began = time.monotonic()
+    os.kill(os.getpid(), int(sys.argv[1]))
+    os.kill(os.getpid(), int(sys.argv[1]))
+    while not answers:
+        time.sleep(0.001)
+with stop.answered_by(print):
+    pass
+print(stop.reason, [name for name, _ in answers])
+# A C call that holds the main thread: no Python handler runs before it ends.
+import ctypes, threading
+libc = ctypes.CDLL(None)
+with stop.answered_by(lambda name: answers.append((name, time.monotonic()))):
+    threading.Timer(0.1, lambda: os.kill(os.getpid(), int(sys.argv[1]))).start()
+    held = time.monotonic() + 0.6
+    while time.monotonic() < held:
+        libc.usleep(int((held - time.monotonic()) * 1e6))
+    print(len(answers), held - answers[-1][1] > 0.1)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_the_first_signal_is_answered_from_a_thread(number: signal.Signals) -> None:
+    done = subprocess.run([sys.executable, "-c", ANSWERED, str(int(number))], capture_output=True, text=True,
+                          env=os.environ, check=False)
+    assert (done.returncode, done.stdout.splitlines()) == (
+        0, [f"{number.name} ['{number.name}']", "2 True"]), done.stderr
+
+
+def test_the_time_that_work_still_needs_follows_from_earlier_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now_s)
+    work = CurrentWork()
+    assert work.text() == "the start of the run (the first start: its time is not known yet)"
+    for number, (kind, seconds) in enumerate((("step", 100.0), ("evaluation", 7.0), ("step", 300.0),
+                                              ("step", 240.0), ("step", 40.0)), 1):
+        work.begin(kind, f"{kind} {number}")
+        told, now_s = work.text(), now_s + seconds
+    assert told == "step 5 (about 5 min 0 s)"
+    work.begin("step", "step 5")  # which goes on
+    assert work.text() == "step 5 (about 4 min 20 s)"
+    now_s += 1000
+    assert work.text() == "step 5 (about 1.0 s)"
 
 
 def test_what_is_still_to_be_done_at_the_end_holds_the_run_open() -> None:

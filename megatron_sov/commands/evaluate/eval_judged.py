@@ -366,7 +366,7 @@ def run_pairs(args: PairsOptions) -> int:
     from megatron_sov.chat.vocabulary import refuse_other_tokens
     from megatron_sov.eval.heldout import rows_per_batch
     from megatron_sov.infer.engines.target import find_target
-    from megatron_sov.post.preference import ranked
+    from megatron_sov.post.preference import CHOSEN_LIKELIER, HELDOUT_PAIRS, measure_pairs
     from megatron_sov.post.reference import document_logprobs, document_logprobs_hf
     from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
 
@@ -380,20 +380,21 @@ def run_pairs(args: PairsOptions) -> int:
 
     def of_policy(loaded: Any) -> dict[str, Any]:
         size = rows_per_batch(loaded, seq_len)
-        return ranked(sources, lambda documents, chosen: document_logprobs(
+        return measure_pairs(sources, lambda documents, chosen: document_logprobs(
             loaded, documents, chosen, seq_len, size), seq_len)
 
     def of_hf(model: Any) -> dict[str, Any]:
-        return ranked(sources, lambda documents, chosen: document_logprobs_hf(
+        return measure_pairs(sources, lambda documents, chosen: document_logprobs_hf(
             model, documents, chosen, seq_len), seq_len)
 
     found = measure_target(args, target, of_policy, of_hf)
     if found is not None:
         write_figures(args.out, found)
         for source, figures in found.items():
-            events.add("heldout_pairs", step=step_of(target, events), source=source, **figures)
+            events.add(HELDOUT_PAIRS, step=step_of(target, events), source=source, **figures)
         show_figures(args.json, found, "\n".join(
-            f"{source}: {100 * r['right']:.1f} % of {r['pairs']:,} pairs are ranked right"
+            f"{source}: chosen likelier than rejected in {100 * r[CHOSEN_LIKELIER]:.1f} % of "
+            f"{r['pairs']:,} pairs"
             for source, r in found.items()))
     return ExitCode.OK
 

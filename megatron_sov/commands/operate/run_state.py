@@ -24,7 +24,7 @@ from megatron_sov.runs.lock import living_holder
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.runs.obs.figures import number
 from megatron_sov.runs.obs.history import COMPLETE, KINDS, UNFINISHED, Attempt, Attempts, is_incident
-from megatron_sov.runs.obs.meters import headline_of_start, told_step
+from megatron_sov.runs.obs.meters import HeldoutFigures, headline_of_start, told_step
 from megatron_sov.runs.obs.wall_time import CATEGORIES, Timekeeper, WallTime
 from megatron_sov.work.clusters import client
 
@@ -102,7 +102,7 @@ class RunState:
     recipe: str = ""
     phase: str = ""
     state: str = "not started"
-    """running, silent, waiting, complete, stopped, gate failed, ended, not started."""
+    """running, stopping, silent, waiting, complete, stopped, gate failed, ended, not started."""
     why: str = ""
     """Why it is in that state, for people."""
     step: int = 0
@@ -115,6 +115,8 @@ class RunState:
     """What the last step gave, by the objective's headline meters."""
     headline: dict[str, float] = field(default_factory=dict)
     """Headline meter -> its value in the last step that has it."""
+    heldout: str = ""
+    """Held-out figures before the first step and of the last evaluation."""
     tokens_per_s: float = math.nan
     """Median over the present attempt's last steps."""
     eta_s: float = math.nan
@@ -182,12 +184,14 @@ class RunStateReader:
         self._recent: deque[tuple[int, float, float, float]] = deque(maxlen=RECENT_STEPS)
         self._last_s = math.nan
         self._meters, self._is_comparable = headline_of_start({})
+        self._heldout = HeldoutFigures()
 
     def add(self, event: dict[str, Any]) -> None:
         """Take one event in."""
         state = self._so_far
         self._attempts.add(event)
         self._keeper.add(event)
+        self._heldout.add(event)
         self._last_s = number(event.get("time_s"))
         if event["event"] == "run_start":
             # speeds of an earlier start say nothing about this one
@@ -228,12 +232,15 @@ class RunStateReader:
         # copies: reasons are added to them, and the next call adds its own
         attempts = [replace(attempt) for attempt in self._attempts.all]
         state = replace(self._so_far, incidents=dict(self._so_far.incidents))
-        self._add_settings(state)
+        config = self._add_settings(state)
+        # The loss of pairs counts chosen and rejected responses alike.
+        has_loss = config is None or config.objective.name != "preference"
+        state.heldout = self._heldout.text(self._meters, (lambda source: has_loss))
         state.last_event_age_s = now_s - self._last_s
         explain(self._path, attempts)
         _judge(state, attempts, self._recent, now_s)
         state.starts = [_start(a) for a in attempts]
-        alive = state.state in ("running", "silent", "waiting")
+        alive = state.state in ("running", "stopping", "silent", "waiting")
         state.wall_time = self._keeper.account(now_s if alive else None, waits=state.state == "waiting")
         if alive and state.state != "waiting":
             state.tokens_per_s, state.eta_s = _speed(state, self._recent, now_s)
@@ -244,7 +251,7 @@ class RunStateReader:
         """Return how far the run is and what its last step gave, on one line."""
         return f"step {_progress(self._so_far)}{_measured(self._so_far)}"
 
-    def _add_settings(self, state: RunState) -> None:
+    def _add_settings(self, state: RunState) -> RunConfig | None:
         config = RunFolder(self._path).config()
         if config is not None:
             state.recipe = state.recipe or config.recipe
@@ -252,6 +259,7 @@ class RunStateReader:
             if not state.stage:
                 state.stage = ("extend" if _extends(self._path, config)
                                else objectives.BUILT_IN.get(config.objective.name, "pretrain"))
+        return config
 
 
 def _overall_bits_per_byte(heldout: Any) -> float:
@@ -300,6 +308,8 @@ def _judge(state: RunState, attempts: list[Attempt], recent: deque[tuple[int, fl
         # the lock is held, and no event of this start is written yet
         if not attempts or (outcome != UNFINISHED and outcome != COMPLETE):
             state.why += ", starting"
+        elif attempts[-1].stopping and outcome == UNFINISHED:
+            state.state, state.why = "stopping", f"{attempts[-1].stopping}; {state.why}"
     # the lock comes first: a living process may be writing on a run that was complete
     elif (folder.path / COMPLETION).is_file():
         state.state, state.why = "complete", f"at step {(folder.completion() or {}).get('step')}"
@@ -352,6 +362,8 @@ def in_full(state: RunState) -> str:
              f"{_ago(', last event', state.last_event_age_s)}",
              "  step        "
              f"{_progress(state)}{f', phase {state.phase}' if state.phase else ''}{_measured(state)}"]
+    if state.heldout:
+        lines.append(f"  held-out    {state.heldout.replace('held-out ', '')}")
     if math.isfinite(state.tokens_per_s):
         left = f", {format_duration(state.eta_s)} left" if math.isfinite(state.eta_s) else ""
         lines.append(f"  speed       {state.tokens_per_s:,.0f} tokens/s{left}")

@@ -125,7 +125,7 @@ def run(typed: argparse.Namespace) -> int:
     from megatron_sov.train.data.token_shards import as_input, open_sources
 
     prepare_megatron()
-    from megatron_sov.post.preference import objective_of, rank_heldout_pairs
+    from megatron_sov.post.preference import HELDOUT_PAIRS, measure_heldout_pairs, objective_of
     from megatron_sov.post.reference import COLUMN
     from megatron_sov.runs.folder import REFERENCE, RunFolder
     from megatron_sov.train.objectives.objective import columns_of, formats_of
@@ -139,15 +139,16 @@ def run(typed: argparse.Namespace) -> int:
         _refuse_other_judgements(config, sources)
     # single judged responses (kto) have no pairs that could be ranked
     pairs = [s for s in sources if s.format == "preference" and DESIRABLE not in needed]
-    reference = _reference(args, parsed, sources, fixed) if COLUMN in needed else None
+    reference = _reference(args, parsed, sources, pairs, fixed) if COLUMN in needed else None
+    reference_of = None if reference is None else reference.heldout_logprobs
 
     def before(view: GateView) -> None:
         if reference is not None:
             reference.make(view)
-        rank_heldout_pairs(view, pairs)
+        measure_heldout_pairs(view, pairs, reference_of)
 
     def after(view: GateView) -> dict[str, Any]:
-        return {"heldout_pairs": rank_heldout_pairs(view, pairs)}
+        return {HELDOUT_PAIRS: measure_heldout_pairs(view, pairs, reference_of)}
 
     run_stage(Stage(config, RunFolder(args.run), objective, parsed.start, args.resume,
                     sources if reference is None else reference.sources, before=before, after=after,
@@ -183,13 +184,14 @@ def _fixed_reference(path: Path | None, config: RunConfig) -> Path | None:
 
 
 def _reference(args: PreferOptions, parsed: ParsedStage, sources: tuple[Source, ...],
-               fixed: Path | None) -> Reference:
+               pairs: Sequence[Source], fixed: Path | None) -> Reference:
     """Return the run's reference: complete, where it is another model than the one that is trained.
 
     Raises:
         UserError: the folder may not be entered, holds another reference, or one that lacks what is needed.
     """
     from megatron_sov.chat.vocabulary import refuse_other_tokens
+    from megatron_sov.post.preference import heldout_documents
     from megatron_sov.post.reference import Reference
     from megatron_sov.runs import checkpoints
     from megatron_sov.runs.folder import RunFolder
@@ -197,7 +199,8 @@ def _reference(args: PreferOptions, parsed: ParsedStage, sources: tuple[Source, 
 
     assert parsed.start is not None, f"--from is required, it is {args.start_from}"
     config, folder = parsed.config, RunFolder(args.run)
-    reference = Reference(args.run, fixed or parsed.start, sources, config.data.max_seq_len())
+    reference = Reference(args.run, fixed or parsed.start, sources, config.data.max_seq_len(),
+                          {source.name: heldout_documents(source) for source in pairs})
     if fixed is not None:
         refuse_other_tokens(tokenizer_folder(list(sources)), fixed / "tokenizer")
         folder.enter(config, args.resume)

@@ -91,6 +91,8 @@ def read_plan(descriptor: int) -> Callable[[], Any]:
 FINAL = (ExitCode.OK, ExitCode.USER_ERROR, ExitCode.STOPPED)
 """Exit codes of ranks after which a restart would change nothing: done, a user's mistake,
 stopped in good order."""
+SAME_INTERRUPT_S = 0.5
+"""Two SIGINT within so many seconds are one Ctrl-C."""
 _NEW_PROCESS = f"""import sys
 sys.path[:] = sys.argv[2:]
 from {__name__} import be_rank
@@ -119,7 +121,7 @@ def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0,
     On CPUs they are forked from this process after the heavy imports, so they share memory and start at once.
     On GPUs they are new processes that read `main` from a file (`rank_plan`), for CUDA works in no fork of a
     process that has asked for it.  SIGTERM, SIGINT and SIGUSR1 reach every rank, which finish their step and
-    save together; a rank that fails ends the others.
+    save together; a second SIGINT kills all ranks; a rank that fails ends the others.
 
     Args:
         main: runs one rank; its integer return value is the exit code.
@@ -131,6 +133,9 @@ def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0,
 
     Returns:
         0, or 2 where a rank met a user's mistake, or the first nonzero exit code of any rank.
+
+    Raises:
+        KeyboardInterrupt: of a second SIGINT, or of one before a rank could remember it.
     """
     cpu_shims.prepare_megatron()
     if under_launcher():
@@ -185,6 +190,8 @@ class _Outcome:
     """Which rank failed first, and how."""
     asked_to_stop: bool = False
     """Whether the launcher was asked to stop while they ran."""
+    leaves_now: bool = False
+    """Whether a second SIGINT had the launcher kill them."""
 
 
 def _round(main: Callable[[], Any], count: int, *, new_processes: bool) -> _Outcome:
@@ -312,8 +319,17 @@ def _wait(children: list[int]) -> _Outcome:
     """Wait for all ranks, passing signals on; after a rank failed the others get 10 s
     before they are killed."""
     alive, deadline, killed, outcome = set(children), float("inf"), "", _Outcome()
+    interrupted_s = float("inf")
 
     def forward(number: int, frame: Any) -> None:
+        nonlocal interrupted_s
+        if number == signal.SIGINT:
+            # What wraps this process may pass a Ctrl-C on that the terminal has sent to both.
+            if time.monotonic() - interrupted_s > SAME_INTERRUPT_S:
+                outcome.leaves_now = True
+                _send(list(alive), signal.SIGKILL)  # a checkpoint appears whole or not at all
+                return
+            interrupted_s = min(interrupted_s, time.monotonic())
         outcome.asked_to_stop = True
         _send(list(alive), number)
 
@@ -338,7 +354,10 @@ def _wait(children: list[int]) -> _Outcome:
                     outcome.cause = f"rank {children.index(child)} {how}"
                     outcome.code = ended if ended > 0 else 128 - ended
                     deadline = time.monotonic() + 10
-        if killed and outcome.code != ExitCode.USER_ERROR:  # beside a mistake it is a rank that lost its peer
+        if outcome.leaves_now:
+            outcome.code = ExitCode.INTERRUPTED
+        # After a user's mistake a killed rank is one that lost its peer.
+        elif killed and outcome.code != ExitCode.USER_ERROR:
             print(f"error: {outcome.cause}; if nobody sent it, look for a lack of memory\n", end="",
                   file=sys.stderr, flush=True)
         return outcome

@@ -244,8 +244,9 @@ class BackgroundEvalConfig:
 
     tasks: tuple[EvalTask, ...] = ()
     """What is measured on every export: ppl (loss and bits per byte of each source on held-out documents),
-    needle (the suite that the `needle` settings describe), pairs (the share of held-out pairs that is ranked
-    right), lm (benchmarks, which the `evaluate.lm` settings name).  Empty: nothing."""
+    needle (the suite that the `needle` settings describe), pairs (the share of held-out pairs whose chosen
+    response is likelier than the rejected one), lm (benchmarks, which the `evaluate.lm` settings name).
+    Empty: nothing."""
     where: Literal["local", "slurm"] = "local"
     """local: a process on the machine of rank 0, at the lowest priority and without a GPU;
     slurm: a job of its own."""

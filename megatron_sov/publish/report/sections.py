@@ -467,10 +467,12 @@ SECTIONS = {section.title: section for section in (
     ReportSection("Training loss", charts=loss_charts, tables=phase_tables, side_by_side=False),
     ReportSection("Meters", "What the objective measures beside its loss.", charts=meter_charts),
     ReportSection("Held-out loss", charts=heldout_charts, tables=_joined(_heldout_tables, turn_tables)),
-    ReportSection("Held-out pairs", "The share of pairs whose chosen answer the model would rather write "
-                  "than the rejected one: greater log-probability per token.", tables=partial(
-                      _before_and_after, "heldout_pairs", "pairs",
-                      {"ranked right": ("right", format_share)})),
+    ReportSection("Held-out pairs", "Pairs right and margin are the training meters, against the reference "
+                  "if the method has one. Chosen likelier: the chosen response has the greater "
+                  "log-probability per token. A tie counts half.", tables=partial(
+                      _before_and_after, "heldout_pairs", "pairs", {
+                          "pairs right": ("pairs_right", format_share), "margin": ("margin", format_value),
+                          "chosen likelier than rejected": ("chosen_likelier", format_share)})),
     ReportSection("Distance from the teacher", "On held-out documents, means over the tokens that are "
                   "learned, in nats: KL(teacher || student), and the divergence that the run learns.",
                   tables=partial(_before_and_after, "heldout_divergence", "tokens", {

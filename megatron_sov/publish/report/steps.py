@@ -235,11 +235,12 @@ def needle_curves(evaluations: list[ExportEvaluation]) -> list[Curve]:
 
 
 def pair_curves(evaluations: list[ExportEvaluation]) -> list[Curve]:
-    """Return the share of held-out pairs that is ranked right, in percent, of each source over steps."""
+    """Return the share of held-out pairs whose chosen response is likelier, in percent, of each source over
+    steps."""
     values: dict[str, dict[int, float]] = {}
     for one in evaluations:
         for source, row in one.figures.items() if one.task == "pairs" else ():
-            share = number(row.get("right") if isinstance(row, dict) else None)
+            share = number(row.get("chosen_likelier") if isinstance(row, dict) else None)
             values.setdefault(source, {})[one.step] = 100 * share
     return [sorted_curve(source, by_step) for source, by_step in values.items()]
 

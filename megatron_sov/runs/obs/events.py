@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -69,6 +70,7 @@ class EventLog:
     def __init__(self, path: Path | None, listener: Callable[[dict[str, Any]], None] | None = None) -> None:
         self._file = None
         self._listener = listener
+        self._turn = threading.RLock()  # a signal is answered from another thread
         if path is not None:
             with disk_errors(path):
                 # A torn line stays in the file as it is: readers pass over it, and bytes are never taken
@@ -87,7 +89,9 @@ class EventLog:
         Raises:
             UserError: the disk is full.
         """
-        if self._file is not None:
+        with self._turn:
+            if self._file is None:
+                return
             record = {"event": event, "time_s": time.time(), **_finite(fields)}
             with disk_errors(Path(self._file.name)):
                 # json writes a float by repr, the shortest text that reads back to the same bits.

@@ -28,6 +28,8 @@ class Attempt:
     outcome: str = UNFINISHED
     last_step: int | None = None
     last_time_s: float = 0.0
+    stopping: str = ""
+    """What it still finishes since it was asked to stop; empty: nobody asked."""
 
     def wall_s(self) -> float:
         """Return the seconds from this attempt's start to its end, or to its last event
@@ -62,6 +64,8 @@ class Attempts:
             last.last_step = int(event["step"])
         if kind == "resume":
             last.resume_reason = str(event.get("reason") or "")
+        elif kind == "stopping":
+            last.stopping = str(event.get("text") or "asked to stop")
         elif kind == "stop":
             last.outcome = f"stopped: {event.get('reason') or 'no reason given'}"
         elif kind == "hang":

@@ -7,11 +7,14 @@ reports are views of them.  Light on purpose: it imports nothing heavy and reads
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any, Literal
 
 from megatron_sov.runs.obs.figures import number
+from megatron_sov.runs.obs.validation import VALIDATION
 
 Better = Literal["higher", "lower", ""]
 
@@ -85,29 +88,73 @@ def told_step(event: Mapping[str, Any], headline: Sequence[Meter], *, comparable
     return ", ".join(shown)
 
 
-def told_progress(events: Iterable[Mapping[str, Any]], headline: Sequence[Meter]) -> str:
-    """Return first and last values: "reward 0.11 -> 0.99, held-out pairs right 0 % -> 100 %".
+class HeldoutFigures:
+    """Collects a run's figures on held-out data, event by event: their values before the first step and at
+    the last evaluation are of the same data, unlike the losses of two batches."""
+
+    def __init__(self) -> None:
+        self._by_kind: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+        self._losses: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
+
+    def add(self, event: Mapping[str, Any]) -> None:
+        """Take one event in."""
+        if event["event"] == "eval" and isinstance(event.get("heldout"), Mapping):
+            for source, figures in event["heldout"].items():
+                found = self._losses.setdefault(source, [])
+                # The first and the last evaluation are enough.
+                found[1:] = [(int(number(event.get("step", 0))), figures)]
+        elif (kind := str(event["event"])) == VALIDATION or kind.startswith("heldout_"):
+            self._by_kind.setdefault(kind, {}).setdefault(str(event.get("source", "")), []).append(event)
+
+    def text(self, headline: Sequence[Meter], has_loss: Callable[[str], bool]) -> str:
+        """Return "held-out pairs right 50 % -> 100 %, held-out loss web 3.8210 -> 3.7504"; "": no figures.
+
+        Args:
+            headline: the objective's meters.
+            has_loss: source -> whether its held-out loss says something.
+        """
+        parts = []
+        for meter in headline:
+            kind, _, name = meter.heldout.partition(".")
+            sources = self._by_kind.get(kind, {}) if kind else {}
+            for source, events in sources.items():
+                title = f"held-out {meter.title}{f' of {source}' if len(sources) > 1 else ''}"
+                # Of a later `eval pairs --run`, which has no reference, there are no numbers.
+                values = [value for event in events if math.isfinite(value := number(event.get(name)))]
+                parts += [_change(meter, title, values)] if values else []
+        losses = []
+        for source, found in self._losses.items():
+            (step, first), (_, last) = found[0], found[-1]
+            same_data = step == 0 and first.get("tokens") == last.get("tokens")
+            values = [number(one.get("loss")) for one in ([first, last] if same_data else [last])]
+            if has_loss(source):
+                losses.append(_change(LOSS, source, values[:len(found)]).removesuffix(f" {LOSS.unit}"))
+        return ", ".join([*parts, *([f"held-out loss {', '.join(losses)}"] if losses else [])])
+
+
+MEAN_STEPS = 10
+"""Last steps of which a closing line shows the mean."""
+
+
+def recent_means(events: Iterable[Mapping[str, Any]], headline: Sequence[Meter]) -> str:
+    """Return the means of an objective's meters over the last steps: "reward 0.97, loss 2.5 (mean of the last
+    10 steps)"; "": no step has them.
 
     Args:
         events: the run's, in order.
-        headline: its objective's.
+        headline: its objective's meters.
     """
-    by_step: dict[str, list[float]] = {}
-    heldout: dict[str, dict[str, list[float]]] = {}
+    values: dict[str, deque[float]] = {meter.name: deque(maxlen=MEAN_STEPS) for meter in headline}
     for event in events:
-        for meter in headline:
-            kind, _, field = meter.heldout.partition(".")
-            if _has_meters(event) and not math.isnan(value := meter.value(event)):
-                by_step.setdefault(meter.name, []).append(value)
-            elif meter.heldout and event["event"] == kind:
-                of_source = heldout.setdefault(meter.name, {})
-                of_source.setdefault(str(event.get("source", "")), []).append(number(event.get(field)))
-    parts = [_change(meter, meter.title, by_step[meter.name]) for meter in headline if meter.name in by_step]
-    for meter in headline:
-        sources = heldout.get(meter.name, {})
-        parts += [_change(meter, f"held-out {meter.title}{f' of {name}' if len(sources) > 1 else ''}", values)
-                  for name, values in sources.items()]
-    return ", ".join(parts)
+        for meter in headline if _has_meters(event) else ():
+            if not math.isnan(value := meter.value(event)):
+                values[meter.name].append(value)
+    shown = [f"{meter.title} {meter.text(fmean(values[meter.name]))}" for meter in headline
+             if values[meter.name]]
+    count = max(map(len, values.values()), default=0)
+    if not shown:
+        return ""
+    return f"{', '.join(shown)} ({f'mean of the last {count} steps' if count > 1 else 'one step'})"
 
 
 def _has_meters(event: Mapping[str, Any]) -> bool:

@@ -3,7 +3,7 @@ last one what came of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_sov.base.figures import format_count, format_memory, format_share
@@ -12,11 +12,10 @@ from megatron_sov.model.families.adapters import adapter_params
 from megatron_sov.model.families.count import num_params
 from megatron_sov.plan.footprint.memory import Account, account
 from megatron_sov.runs.obs.events import EVENTS, read_events
-from megatron_sov.runs.obs.meters import Meter, told_progress
+from megatron_sov.runs.obs.meters import HeldoutFigures, Meter, recent_means
 from megatron_sov.train.checkpointer import TrainState
 from megatron_sov.train.data.ledger import LedgerEntry, over_long
 from megatron_sov.train.data.token_shards import Source
-from megatron_sov.train.stages.evaluate import HeldoutLoss
 
 
 def banner(config: RunConfig, num_ranks: int, run: Path, steps: range, entries: Sequence[LedgerEntry],
@@ -91,9 +90,8 @@ def memory_of(config: RunConfig, num_ranks: int) -> Account:
     return account(config, num_ranks, 0, max(phase.seq_len for phase in config.data.phases))
 
 
-def summary(run: Path, checkpoint: Path, done: TrainState, wall_s: float,
-            heldout: Mapping[str, HeldoutLoss], config: RunConfig, headline: Sequence[Meter],
-            sources: Sequence[Source]) -> str:
+def summary(run: Path, checkpoint: Path, done: TrainState, wall_s: float, config: RunConfig,
+            headline: Sequence[Meter], sources: Sequence[Source]) -> str:
     """Return what came of a complete run, and what to type next.
 
     Args:
@@ -101,22 +99,23 @@ def summary(run: Path, checkpoint: Path, done: TrainState, wall_s: float,
         checkpoint: the last one.
         done: how far it went.
         wall_s: seconds that it took.
-        heldout: what the last evaluation gave.
         config: its settings.
         headline: by which meters it is judged.
         sources: what it has read.
     """
     # what has learned from chats is asked in that form
     ask = f"chat {run}" if any(source.is_chat for source in sources) else f"generate {run} --prompt TEXT"
-    progress = told_progress(read_events(run / EVENTS), headline)
+    heldout = HeldoutFigures()
+    for event in read_events(run / EVENTS):
+        heldout.add(event)
     adapter = f" | megatron-sov convert to-peft {run} PEFT_DIR" if config.lora.on else ""
     minutes, seconds = divmod(round(wall_s), 60)
     # of responses that are compared the loss says nothing
     compared = {source.name for source in sources if source.group > 1 or source.made is not None}
-    losses = "".join(f", {name} {result.loss:.4f}" for name, result in heldout.items()
-                     if name not in compared)
+    figures = (heldout.text(headline, lambda source: source not in compared),
+               recent_means(read_events(run / EVENTS), headline))
     return (f"complete: step {done.step}, {format_count(done.tokens)} tokens in {minutes}:{seconds:02d} min"
-            + (f"; {progress}" if progress else "") + (f"; held-out loss{losses[1:]}" if losses else "")
+            + "".join(f"; {text}" for text in figures if text)
             + f"\n  checkpoint  {checkpoint}\n"
             f"  next        megatron-sov report {run} | megatron-sov {ask} | "
             f"megatron-sov convert to-hf {run} HF_DIR{adapter}")

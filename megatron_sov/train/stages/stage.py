@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -29,7 +30,8 @@ from megatron_sov.model.pretrained import is_hf_folder
 from megatron_sov.plan.calibration.fitting import (
     fullest, refuse_on_this_machine, refuse_on_this_node, refuse_too_large)
 from megatron_sov.runs import checkpoints
-from megatron_sov.runs.folder import RunEvents, RunFolder
+from megatron_sov.runs.folder import STAGES, RunEvents, RunFolder
+from megatron_sov.runs.gpu_driver import visible_gpus
 from megatron_sov.runs.launch_environment import is_first, num_ranks, under_launcher
 from megatron_sov.runs.lock import RunLock
 from megatron_sov.runs.obs.events import EVENTS
@@ -144,7 +146,13 @@ def _run_ranks(stage: Stage, data: _Data, begin: _Begin, nproc: int | None) -> b
     restarts = launcher.Restarts(stage.config.train.max_restarts,
                               lambda: checkpoints.latest(stage.folder.checkpoints),
                               partial(_note_restart, stage.folder, begin), partial(_note_giving_up, stage))
-    code = launcher.launch(lambda: _rank(stage, data, begin), nproc, stage.config.train.num_threads, restarts)
+    try:
+        code = launcher.launch(lambda: _rank(stage, data, begin), nproc, stage.config.train.num_threads,
+                               restarts)
+    except KeyboardInterrupt:  # the second one; before the folder holds the run there is nothing to resume
+        if not begin.declared[0]:
+            raise
+        raise StopRequested(f"left at once; {_way_on(stage.folder)}") from None
     if code != 0:
         # only a folder that these ranks declared; one that was there before is another run's
         if code == ExitCode.USER_ERROR and begin.declared[0] and not begin.goes_on:
@@ -163,7 +171,16 @@ def _run_ranks(stage: Stage, data: _Data, begin: _Begin, nproc: int | None) -> b
         return False
     if failure is not None:
         raise GateFailed(f"{stage.folder.path}: {failure}")
-    raise StopRequested(f"{stage.folder.path}: everything is saved; continue with --resume")
+    raise StopRequested(f"everything is saved; {_way_on(stage.folder)}")
+
+
+def _way_on(folder: RunFolder) -> str:
+    """Return the step of a run's last checkpoint and the command that continues the run."""
+    newest = checkpoints.latest(folder.checkpoints)
+    step = "no checkpoint yet" if newest is None else f"last checkpoint: step {checkpoints.step_of(newest)}"
+    # A stage of an extension is continued with the whole run.
+    run = folder.path.parents[1] if folder.path.parent.name == STAGES else folder.path
+    return f"{step}; continue with: megatron-sov resume {shlex.quote(str(run))}"
 
 
 def tell_complete(folder: RunFolder, config: RunConfig, completion: dict[str, Any], gate: str | None, *,
@@ -335,11 +352,13 @@ def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
                           initial_weights=newest is None and stage.start_from is None, feed=stage.feed)
         resumed = _restore(stage, trainer, newest)
         on_main(place, lambda: _open(stage, trainer, begin))
-        if stage.before is not None and not resumed:
-            stage.before(trainer)
-        if stage.gate is not None and not resumed:
-            stage.gate.begin(trainer)
-        if train(trainer, stop, stage.until):
+        with stop.answered_by(trainer.answer_stop) if place.is_main else contextlib.nullcontext():
+            if stage.before is not None and not resumed:
+                stage.before(trainer)
+            if stage.gate is not None and not resumed:
+                stage.gate.begin(trainer)
+            is_complete = train(trainer, stop, stage.until)
+        if is_complete:
             _finish(stage, trainer)
     except Exception as e:
         if trainer is not None:
@@ -444,6 +463,6 @@ def _finish(stage: Stage, trainer: Trainer) -> None:
         "checkpoint": f"{stage.folder.checkpoints.name}/{last.name}",
         "checkpoint_sha256": manifest_sha256(last), **extra}))
     if trainer.world.is_main:
-        told = summary(stage.folder.path, last, trainer.state, trainer.wall_s(), trainer.heldout,
-                       trainer.config, trainer.recorder.headline, trainer.sources)
+        told = summary(stage.folder.path, last, trainer.state, trainer.wall_s(), trainer.config,
+                       trainer.recorder.headline, trainer.sources)
         print(f"{told}\n", end="", file=sys.stderr, flush=True)

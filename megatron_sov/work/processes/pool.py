@@ -71,7 +71,12 @@ class StopSignal:
     def _note(self, number: int, frame: FrameType | None) -> None:
         # the second one ends the process: somebody does not want to wait
         signal.signal(number, signal.SIG_DFL)
-        self.ask(f"{signal.Signals(number).name} came; the same command goes on")
+        name = signal.Signals(number).name
+        # Not by print: the signal may have come in the middle of one.
+        with contextlib.suppress(OSError):
+            os.write(2, f"\nstopping after the work under way, which is saved; {name} again: leave now, the "
+                        "same command goes on from what is saved\n".encode())
+        self.ask(f"{name} came; the same command goes on")
 
 
 def in_threads(do: Callable[[Work], Result], items: Iterable[Work], threads: int,

@@ -110,11 +110,12 @@ def test_each_stage_gains_on_what_the_stage_before_it_left(tmp_path: Path) -> No
     sft = log_stage(tmp_path / "sft", "lm", measured(9, en=2.0, ko=3.2, chat=2.0), scored(0.25, regex="x.+"))
     pairs = {"event": "heldout_pairs", "source": "pairs", "pairs": 80}
     checks = [{"name": "logits", "passed": True}, {"name": "tokens", "passed": False}]
-    dpo = log_stage(tmp_path / "dpo", "preference", {**pairs, "step": 0, "right": 0.5},
+    dpo = log_stage(tmp_path / "dpo", "preference", {**pairs, "step": 0, "pairs_right": 0.5},
                     {"event": "step", "step": 1, "loss": 0.7, "meters": {"pairs_right": 0.5}},
-                    measured(1, pairs=7.0), {**pairs, "step": 1, "right": 1.0}, scored(1.0, regex="x.+"),
+                    measured(1, pairs=7.0), {**pairs, "step": 1, "pairs_right": 1.0},
+                    scored(1.0, regex="x.+"),
                     {"event": "conversion", "target": "hf", "checks": checks}, headline=[
-                        {**vars(PAIRS[0]), "heldout": "heldout_pairs.right"}], comparable_loss=False)
+                        {**vars(PAIRS[0]), "heldout": "heldout_pairs.pairs_right"}], comparable_loss=False)
     checked = {"event": "gate", "threshold": 0.8, "loss": 1.0}
     gate = log_stage(tmp_path / "far", "lm", *({**checked, "step": step, "rows": [{"accuracy": share}]}
                                                for step, share in ((0, 0.1), (80, 0.85))))

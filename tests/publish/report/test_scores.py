@@ -104,7 +104,8 @@ def write(run: Path) -> None:
         (run / f"evaluations/step-{step}.ppl.json").write_text(json.dumps(figures))
     cells = [{"kind": "single", "language": "korean", "correct": right, "samples": 4} for right in (4, 1)]
     (run / "evaluations/step-20.needle.json").write_text(json.dumps({"cells": cells}))
-    (run / "evaluations/step-20.pairs.json").write_text(json.dumps({"judged": {"pairs": 8, "right": 0.75}}))
+    (run / "evaluations/step-20.pairs.json").write_text(json.dumps(
+        {"judged": {"pairs": 8, "chosen_likelier": 0.75}}))
     (run / "evaluations/step-100.needle.failed").write_text("no memory\n")
     (run / "evaluations/step-40.ppl.json").write_text("{torn")
     (run / "evaluations/.step-60.ppl.log").write_text("running")

@@ -108,11 +108,14 @@ def test_long_and_many_samples_are_cut_and_the_reader_is_told(tmp_path: Path) ->
       for step, kl in ((0, 2.5), (40, 0.25))],
      [["chat", "1,200", "2.5 (step 0)", "0.25 (step 40)", "1.25 (step 0)", "0.125 (step 40)"]]),
     ("Held-out pairs", "heldout_pairs",
-     [{"step": step, "source": source, "pairs": pairs, "right": right if source == "pairs" else 0.5}
+     [{"step": step, "source": source, "pairs": pairs,
+      "chosen_likelier": right if source == "pairs" else 0.5, "pairs_right": right, "margin": right / 2}
       for step, right in ((0, 0.25), (40, 0.875), (20, 0.5))  # the last one by `eval pairs --run`, later
       for source, pairs in (("pairs", 1200), ("others", 8))],
-     [["pairs", "1,200", "25 % (step 0)", "87.5 % (step 40)"],
-      ["others", "8", "50 % (step 0)", "50 % (step 40)"]])])
+     [["pairs", "1,200", "25 % (step 0)", "87.5 % (step 40)", "0.125 (step 0)", "0.4375 (step 40)",
+       "25 % (step 0)", "87.5 % (step 40)"],
+      ["others", "8", "25 % (step 0)", "87.5 % (step 40)", "0.125 (step 0)", "0.4375 (step 40)",
+       "50 % (step 0)", "50 % (step 40)"]])])
 def test_the_first_and_the_last_figures_of_each_source_stand_side_by_side(
         tmp_path: Path, title: str, kind: str, events: list[dict], rows: list[list[str]]) -> None:
     log = EventLog(tmp_path / "events.jsonl")

@@ -26,7 +26,6 @@ from megatron_sov.train.recorder import device_name, keep_plan
 prepare_megatron()
 from megatron_sov.train.checkpointer import TrainState  # noqa: E402
 from megatron_sov.train.stages.announcement import banner, memory_of, planned_tokens, summary  # noqa: E402
-from megatron_sov.train.stages.evaluate import HeldoutLoss  # noqa: E402
 
 ENTRIES = (LedgerEntry(0, "one", 100, 2, {"web": 1.0}),
            LedgerEntry(4, "two", 200, 2, {"web": 0.25, "code": 0.75}))
@@ -74,23 +73,27 @@ def test_a_run_says_what_came_of_it(tmp_path: Path) -> None:
     sources = [source("web", "chat"), source("code", "text"), source("pairs", "preference", 2)]
     run.mkdir()
     steps = [{"event": "step", "step": step, "loss": 9.0, "meters": {"pairs_right": right}}
-             for step, right in ((1, 0.25), (6, 1.0))]
-    ranked = [{"event": "heldout_pairs", "step": step, "source": "pairs", "right": right}
-              for step, right in ((0, 0.0), (6, 0.9))]
-    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in [*steps, *ranked]))
-    heldout = {"web": HeldoutLoss(2.0, 1.0, 10), "code": HeldoutLoss(1.25, 1.0, 10),
-               "pairs": HeldoutLoss(7.0, 1.0, 10)}
-    headline = [Meter("pairs_right", "pairs right", "share", "higher", heldout="heldout_pairs.right")]
-    told = summary(run, run / "checkpoints/step-6", TrainState(6, 1_500_000), 125.4, heldout,
-                   CONFIG, headline, sources).splitlines()
+             for step, right in ((1, 0.25), (6, 0.75))]
+    ranked = [{"event": "heldout_pairs", "step": step, "source": "pairs", "pairs_right": right}
+              for step, right in ((0, 0.5), (6, 0.9))]
+    evals = [{"event": "eval", "step": step, "heldout": {
+        "web": {"loss": web, "tokens": 10}, "code": {"loss": 1.25, "tokens": step + 1},
+        "pairs": {"loss": 7.0, "tokens": 10}}} for step, web in ((0, 3.0), (3, 2.5), (6, 2.0))]
+    (run / "events.jsonl").write_text("".join(
+        json.dumps(event) + "\n" for event in [*steps, *ranked, *evals]))
+    headline = [Meter("pairs_right", "pairs right", "share", "higher", heldout="heldout_pairs.pairs_right")]
+    told = summary(run, run / "checkpoints/step-6", TrainState(6, 1_500_000), 125.4, CONFIG, headline,
+                   sources).splitlines()
     # the loss of pairs says nothing, and is left out
-    assert told[0] == ("complete: step 6, 1.5 M tokens in 2:05 min; pairs right 25 % -> 100 %, held-out "
-                       "pairs right 0 % -> 90 %; held-out loss web 2.0000, code 1.2500")
+    # code: the held-out data were not the same before the first step
+    assert told[0] == ("complete: step 6, 1.5 M tokens in 2:05 min; held-out pairs right 50 % -> 90 %, "
+                       "held-out loss web 3.0000 -> 2.0000, code 1.2500; pairs right 50 % (mean of the last "
+                       "2 steps)")
     assert told[1] == f"  checkpoint  {run}/checkpoints/step-6" and f"megatron-sov report {run}" in told[2]
     assert f"megatron-sov chat {run} |" in told[2]  # in the form that it was trained in
     assert "to-peft" not in told[2]
     adapter = apply_settings(CONFIG, ["lora.rank=4"])
-    told = summary(run, run / "c", TrainState(6, 1), 1.0, {}, adapter, headline, sources[1:2]).splitlines()
+    told = summary(run, run / "c", TrainState(6, 1), 1.0, adapter, headline, sources[1:2]).splitlines()
     assert told[2].endswith(f"convert to-hf {run} HF_DIR | megatron-sov convert to-peft {run} PEFT_DIR")
     assert f"generate {run} --prompt TEXT" in told[2]
 

@@ -199,3 +199,36 @@ def test_turns_of_conversations_and_what_they_say_are_told_apart(ranks: Any, job
     judged = evaluate_rows(heldout, lambda row: row.labels % 7)["chats"]
     assert {part: vars(of) for part, of in judged.turns.items()} == turns
     assert {part: vars(of) for part, of in judged.kinds.items()} == kinds
+
+
+def first_losses(data: str) -> dict[str, Any]:
+    """Runs in a rank: losses of two steps without and with an evaluation before them."""
+    import random
+
+    import numpy as np
+
+    from megatron_sov.engine.parallel import world
+
+    losses, same_state = [], []
+    for evaluates in (False, True):
+        trainer = tiny_trainer(
+            data, "model.num_layers=1", 'data.phases=[{"name": "main", "seq_len": 48}]',
+            "train.global_batch_size=4", "train.micro_batch_size=2", "train.hidden_dropout=0.2",
+            "train.num_threads=1")
+        before = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
+        if evaluates:
+            trainer.evaluate()
+        same_state.append(bool(torch.equal(before[0], torch.get_rng_state()))
+                          and before[1:] == (random.getstate(), np.random.get_state()[1].tolist()))
+        steps = [trainer.update() for _ in range(2)]
+        losses.append([[step.loss.hex(), step.grad_norm.hex()] for step in steps if step is not None])
+        trainer.close()
+        world.leave()
+    return {"losses": losses, "same_state": same_state}
+
+
+@pytest.mark.distributed
+def test_an_evaluation_before_the_first_step_changes_no_bit(ranks: Any, job: Any, packed_data: Any) -> None:
+    ((found,),) = ranks(job(__file__, "first_losses", 1, {"data": str(packed_data.text)}))
+    assert found["losses"][0] == found["losses"][1] and len(found["losses"][0]) == 2
+    assert found["same_state"] == [True, True]
