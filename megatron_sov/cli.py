@@ -16,9 +16,9 @@ from typing import Any
 from megatron_sov.base.command_line import (
     HelpText, Parser, end_help, exit_code, fill_commands, list_commands, parser_of, version_of)
 from megatron_sov.base.errors import ExitCode, UserError
+from megatron_sov.base.hints.removed import check_command
+from megatron_sov.base.hints.words import unknown_command
 from megatron_sov.base.plugins.registry import Declared, declared, takes
-from megatron_sov.base.removed import check_command
-from megatron_sov.base.words import unknown_command
 from megatron_sov.commands import COMMANDS
 from megatron_sov.runs.launch_environment import note_command, process_started_s
 

@@ -21,8 +21,8 @@ from typing import Any, NoReturn
 
 from megatron_sov.base.errors import (
     DryRun, ExitCode, GateFailed, StopRequested, UserError, to_exit_code, visible)
-from megatron_sov.base.removed import check_command
-from megatron_sov.base.words import check_words, unknown_command
+from megatron_sov.base.hints.removed import check_command
+from megatron_sov.base.hints.words import check_words, unknown_command
 from megatron_sov.version import PARTS, PARTS_NEEDED, __version__, part_of
 
 MAX_PATH_CHARS = 300

@@ -21,8 +21,8 @@ from megatron_sov.base.artifacts import (
     MANIFEST, atomic_write, delete_folder, disk_errors, file_damage, fsync_path, manifest_sha256,
     read_manifest, to_json)
 from megatron_sov.base.errors import UserError, download, warn
+from megatron_sov.base.hints.removed import check_folder
 from megatron_sov.base.outputs import TRYING
-from megatron_sov.base.removed import check_folder
 from megatron_sov.model.config import RunConfig, from_dict
 from megatron_sov.model.pretrained import ADAPTER_CONFIG, CONFIG, is_hf_folder
 from megatron_sov.runs.obs.events import EVENTS

@@ -14,8 +14,8 @@ from typing import Annotated, Any
 from megatron_sov.base.artifacts import (
     MANIFEST, damaged_files, disk_errors, origins_of, read_manifest, write_output)
 from megatron_sov.base.errors import GateFailed, UserError, visible
+from megatron_sov.base.hints.removed import check_folder, check_kind
 from megatron_sov.base.outputs import check_output
-from megatron_sov.base.removed import check_folder, check_kind
 from megatron_sov.base.settings import Flag, NotNegativeInt
 from megatron_sov.runs.obs.events import EVENTS
 from megatron_sov.work.progress.journal import delete_work, read_job, work_folder

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
 from megatron_sov.base.errors import UserError, find_misspelt, how_to_install, nearest
+from megatron_sov.base.hints.removed import was_removed
 from megatron_sov.base.plugins.loading import Kind, LoadedPlugin, PluginCode, is_reference, load, telling
-from megatron_sov.base.removed import was_removed
 from megatron_sov.base.settings import SettingsError, read_arguments, rules_of
 
 

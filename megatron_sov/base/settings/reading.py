@@ -11,7 +11,7 @@ from functools import cache
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from megatron_sov.base.errors import nearest
-from megatron_sov.base.removed import was_removed
+from megatron_sov.base.hints.removed import was_removed
 from megatron_sov.base.settings.problem import (
     UNSET, ProblemCode, Relation, SettingsError, SettingsProblem, as_problem)
 

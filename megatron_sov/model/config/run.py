@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, cast, get_args
 
 from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.hints.removed import SETTINGS as REMOVED_SETTINGS, without_removed
+from megatron_sov.base.hints.words import note_on, settings_called
 from megatron_sov.base.plugins.loading import PluginCode
-from megatron_sov.base.removed import SETTINGS as REMOVED_SETTINGS, without_removed
 from megatron_sov.base.settings import (
     ActsWhen, NotNegative, ProblemCode as Kind, SettingsError, SettingsProblem, assign_all, check, fields_of,
     find_broken, hint_below, hints_of, is_none_of, is_set, parse_changes, read)
-from megatron_sov.base.words import note_on, settings_called
 from megatron_sov.model.config.bounds import MAX_STEPS
 from megatron_sov.model.config.data import (
     DataConfig, PhaseConfig, batch_size_at, named_shards, nearest_multiple, phase_steps, phase_tokens,

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-from megatron_sov.base.figures import format_count
+from megatron_sov.base.figures import (
+    format_count, format_energy, format_money, format_seconds, format_share)
 from megatron_sov.base.pages.page import Chapter, Chart, PageSection, PageTable, render
 from megatron_sov.base.pages.plots import Axis, BarPlot, BarSeries, LinePlot, Series, colour
 from megatron_sov.model.config import RunConfig
 from megatron_sov.plan.pages import quote as quote_tables
-from megatron_sov.plan.pages.quote import (
-    Quote, QuoteTable, alike, dollars, energy, gib, percent, seconds, totals)
+from megatron_sov.plan.pages.quote import Quote, QuoteTable, alike, gib, totals
 from megatron_sov.plan.pages.telling import PlanText, name, sizes, steps_to_show, timetable_rows
 from megatron_sov.plan.search.sweep import SweepResult
 from megatron_sov.schedules import Schedule
@@ -38,10 +38,10 @@ def _figures(quotes: Sequence[Quote]) -> list[tuple[str, str, str]]:
     t = totals(quotes)
     low, high = t.cost_range_usd
     fullest = max(quotes, key=lambda q: q.memory.total_bytes).memory
-    asked = f"{dollars(low)} to {dollars(high)}" if high > low else ""
-    return [("Days", f"{t.days:,.1f}", f"{percent(t.effective_share)} of them training"),
-            ("Cost", dollars(t.cost_usd), asked),
-            ("Energy", energy(t.energy_kwh), f"{format_count(t.gpu_hours)} GPU-hours"),
+    asked = f"{format_money(low)} to {format_money(high)}" if high > low else ""
+    return [("Days", f"{t.days:,.1f}", f"{format_share(t.effective_share)} of them training"),
+            ("Cost", format_money(t.cost_usd), asked),
+            ("Energy", format_energy(t.energy_kwh), f"{format_count(t.gpu_hours)} GPU-hours"),
             ("Speed", f"{min(q.tokens_per_s_per_gpu for q in quotes if q.num_gpus):,.0f}",
              "tokens/s/GPU, slowest stage"),
             ("Memory", f"{gib(t.peak_memory_bytes)} GiB",
@@ -92,7 +92,7 @@ def _steps(quotes: Sequence[Quote]) -> list[Chart]:
         labels = [*map(quote_tables.component, parts), "step"]
         series = [BarSeries("seconds", [*parts.values(), ends[-1]], starts=[*ends[:-1], 0.0])]
         drawn.append(Chart(BarPlot(labels, series, Axis("seconds")),
-                           f"A step of {stages}: {seconds(quote.step_s)}."))
+                           f"A step of {stages}: {format_seconds(quote.step_s)}."))
     return drawn
 
 

@@ -31,7 +31,6 @@ from megatron_sov.plan.calibration.fitting import (
     fullest, refuse_on_this_machine, refuse_on_this_node, refuse_too_large)
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import STAGES, RunEvents, RunFolder
-from megatron_sov.runs.gpu_driver import visible_gpus
 from megatron_sov.runs.launch_environment import is_first, num_ranks, under_launcher
 from megatron_sov.runs.lock import RunLock
 from megatron_sov.runs.obs.events import EVENTS

@@ -12,8 +12,8 @@ from hypothesis import given, strategies as st
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.hints.words import note_on
 from megatron_sov.base.settings import SettingsError
-from megatron_sov.base.words import note_on
 from megatron_sov.model.config import (
     DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, ParallelConfig, PhaseConfig, PolicyConfig,
     RunConfig, TrainConfig, apply_settings, data_paths, from_dict)
