@@ -308,7 +308,7 @@ def submit_pipeline(pipeline: Pipeline, output: Path, where: ClusterOptions) -> 
         living = before.living()
         # Raw files are still being read: there is no plan yet to compare with.
         if living and before.address == READING:
-            print(f"{output}: {before.describe(living)} read the raw files; the last of them submits the steps")
+            print(f"{output}: {before.describe(living)} read the raw files; the last one submits the steps")
             return
         # The machine where the command is typed looks at sizes and times, and reads contents only where they
         # are few.
@@ -320,7 +320,7 @@ def submit_pipeline(pipeline: Pipeline, output: Path, where: ClusterOptions) -> 
         # Two plans in one folder would take each other's manifest back.
         if living and (plan is None or before.address != plan.address):
             raise UserError(f"{output}: jobs {', '.join(living)} of another plan are at work in this folder; "
-                            f"wait for them, or scancel them, and run the command again")
+                            f"wait for them, or `scancel` them, and run the command again")
         if plan is None:
             _submit_reading(pipeline, output, profile, unknown)
             return
