@@ -36,10 +36,10 @@ def check_data(work: StageWork) -> StageWork:
     Raises:
         UserError: vocabulary, tokenizer or epochs do not fit, see `refuse_unfit_data`.
     """
-    config, asked, given = work.config, work.request, work.data
-    if config is None or asked is None:
+    if work.config is None or work.request is None:
         return work
-    given = given or tuple(config.data.paths)
+    config, asked, own_data = work.config, work.request, work.config.data
+    given = work.data or tuple(own_data.paths)
     if not given or not all((path_of(text) / MANIFEST).is_file() for text in given):
         return work
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, paths=data_paths(list(given))))
@@ -54,7 +54,7 @@ def check_data(work: StageWork) -> StageWork:
         refuse_other_tokens(tokenizer_folder(sources), tokenizer_of(find_start(work.start_from)))
     has_epochs = not config.rollout.rounds and not config.extend.stages
     return dataclasses.replace(
-        work, config=dataclasses.replace(work.config, train=config.train),
+        work, config=dataclasses.replace(config, data=own_data),
         data_tokens=sum(source.num_tokens.get("train", 0) for source in sources),
         epochs=count_epochs(config, sources) if has_epochs else 0.0)
 
