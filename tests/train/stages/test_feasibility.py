@@ -125,7 +125,7 @@ def test_epochs_count_the_tokens_of_every_phase(packed_data: Any) -> None:
 
 
 @pytest.mark.parametrize(("rows", "allowed"), [
-    (368, True), (369, True), (384, True), (400, True), (490, True), (492, False), (512, False),
+    (368, True), (369, True), (384, True), (400, True), (512, True), (736, True), (737, False), (1024, False),
     (2048, False), (151_936, False), (262_144, False)])
 def test_a_recipe_for_another_tokenizer_is_refused(packed_data: Any, rows: int, allowed: bool) -> None:
     asked = pretraining([packed_data.text], "train.steps=2")
