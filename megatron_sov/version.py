@@ -34,6 +34,7 @@ PARTS = {
              "megatron_sov.plan.search.space", "megatron_sov.plan.search.sweep", "megatron_sov.plan.tables",
              "megatron_sov.commands.operate.plan"),
     "operate": ("megatron_sov.operate", "megatron_sov.commands.operate.submit",
+                "megatron_sov.commands.operate.job_summary",
                 "megatron_sov.commands.operate.bundle", "megatron_sov.commands.operate.doctor"),
     "publish": ("megatron_sov.publish", "megatron_sov.commands.operate.report"),
     "omni": ("megatron_sov.omni", "megatron_sov.commands.models.codec",
@@ -44,7 +45,7 @@ PARTS = {
 """Part that an installation can do without -> its packages and modules; all others are the core."""
 
 PARTS_NEEDED = {"curate": ("data",), "synth": ("data", "curate", "post"), "bench": ("post",),
-                "omni": ("data",), "publish": ("plan",)}
+                "omni": ("data",), "operate": ("plan",), "publish": ("plan",)}
 """Part -> the other parts that it imports."""
 
 

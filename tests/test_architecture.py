@@ -102,6 +102,7 @@ MIN_LINES_OF_ONE_USER = 150
 ALONE = {
     "data_prep/shards/sample.py": "a command",
     "megatron_sov/bench/lm/examples.py": "few-shot examples, another subject than running an evaluation",
+    "megatron_sov/commands/operate/job_summary.py": "checks and prices a job; submitting is another subject",
     "megatron_sov/commands/rl/rl_reward.py": "a command",
     "megatron_sov/commands/models/serve.py": "a command",
     "megatron_sov/commands/train/forgetting_gate.py": "is of the part bench, and its user of the core",

@@ -26,6 +26,7 @@ from megatron_sov.base.errors import ExitCode, UserError, nearest
 from megatron_sov.base.settings import (
     AtLeastOne, NotNegativeInt, add_options, read_options, read_text, read_yaml)
 from megatron_sov.commands import COMMANDS as PROGRAMS
+from megatron_sov.commands.operate.job_summary import check_data, show_dry_run, summarize
 from megatron_sov.model.config import apply_settings
 from megatron_sov.operate.slurm import submission
 from megatron_sov.operate.slurm.stages import STAGES, Commands, SubmitOptions, check_inputs
@@ -188,7 +189,7 @@ def submit_chain(chain: str, options: SubmitOptions, commands: Commands) -> int:
         for link in links:
             state = "complete" if link.complete else "to be submitted"
             print(f"# {link.name}: {state}, after {', '.join(link.after) or 'nothing'}")
-            submission.show(link.prepared)
+            show_dry_run(link.prepared)
         return 0
     # in order: a stage may read what an earlier one will have made
     promised: set[Path] = set()
@@ -281,7 +282,7 @@ def links_of(chain: str, options: SubmitOptions, commands: Commands) -> list[Cha
         ready = _ready(chain, number, stage, options) if options.scripts is not None else None
         try:
             request = _request(config, stage, options, needs, ready)
-            links.append(ChainLink(stage.label, after, submission.prepare(request, commands)))
+            links.append(ChainLink(stage.label, after, submission.prepare(request, commands, check_data)))
         except UserError as e:
             raise UserError(f"{chain}: stage {stage.label}: {e}") from None
     # the same stage in the same folder: their records and logs would mix
@@ -425,7 +426,7 @@ def _stage(stage: str, argv: list[str], options: SubmitOptions) -> int:
                                        cluster.settings_by_nodes(options.nodes_set), options.array,
                                        time_limit=options.time_limit, cluster=_cluster_name(options),
                                        engine_nodes=options.engine_nodes)
-    prepared = submission.prepare(request, COMMANDS)
+    prepared = submission.prepare(request, COMMANDS, check_data)
     if options.prove and prepared.work.config is None:
         raise UserError(f"--prove: plays the layout of a training stage, and {stage} has none; leave it out")
     if not options.dry_run:
@@ -433,14 +434,14 @@ def _stage(stage: str, argv: list[str], options: SubmitOptions) -> int:
     if options.prove and not _is_proved(prepared):
         return ExitCode.GATE_FAILED
     if options.dry_run:
-        submission.show(prepared)
+        show_dry_run(prepared)
         return 0
     # Slurm is asked last: it is the slowest, and everything else is known without it
     submission.check(prepared)
     numbers = submission.submit(prepared, [])
     print(f"submitted {stage} as job {' and '.join(numbers)}\nscript: {prepared.jobs[0].script}\n"
           f"log:    {prepared.work.records}/{numbers[0]}{'_*' if options.array else ''}.log")
-    print("".join(f"{line}\n" for line in prepared.summary), end="")
+    print("".join(f"{line}\n" for line in summarize(prepared)), end="")
     return 0
 
 

@@ -24,7 +24,6 @@ from megatron_sov.base.command_line import Parser, check_part
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import apply_settings
 from megatron_sov.operate.slurm.stages import ENGINE_SET, Commands, StageWork, fitting_nodes, work_of
-from megatron_sov.operate.slurm.summary import check_data, summarize
 from megatron_sov.runs.folder import SUBMISSIONS, submitted_jobs
 from megatron_sov.runs.obs.events import EventLog
 from megatron_sov.version import OUR_PACKAGES
@@ -254,22 +253,22 @@ class Prepared:
     work: StageWork
     jobs: tuple[SlurmJob, ...]
     texts: tuple[str, ...]
-    summary: tuple[str, ...] = ()
-    """Lines on what a training stage reads, takes and costs."""
 
 
-def prepare(request: SubmitRequest, commands: Commands) -> Prepared:
+def prepare(request: SubmitRequest, commands: Commands,
+            checked: Callable[[StageWork], StageWork] = lambda work: work) -> Prepared:
     """Return a stage's scripts; nothing is written and Slurm is not asked.
 
     Args:
         request: the stage.
         commands: the parsers of the stages' commands.
+        checked: checks the data of a stage, and returns the stage with the settings that follow from them.
 
     Raises:
         UserError: the stage, its arguments or the nodes do not fit.
     """
     # first the stage's own parser: its complaints are about what the user typed
-    work = check_data(work_of(request.stage, list(request.arguments), commands))
+    work = checked(work_of(request.stage, list(request.arguments), commands))
     if request.ready and not str(work.target).startswith(READY_ROOT):
         raise UserError(f"{request.stage}: writes to {work.target}, which means nothing elsewhere; "
                         "in a ready script the paths that a stage writes to begin with $WORK")
@@ -303,9 +302,7 @@ def prepare(request: SubmitRequest, commands: Commands) -> Prepared:
                     engine_nodes=request.engine_nodes, cluster=_told_cluster(request))
     # parts first, then what joins them: `submit` makes each wait for the one before
     jobs = _parts(base, request.array) if request.array else (base,)
-    summary = summarize(work, layouts[request.nodes], request.profile, request.cluster, request.nodes,
-                        base.time_limit) if work.kind.ranks and not request.ready else []
-    return Prepared(work, jobs, tuple(render(job) for job in jobs), tuple(summary))
+    return Prepared(work, jobs, tuple(render(job) for job in jobs))
 
 
 def _check_engines(work: StageWork, request: SubmitRequest) -> None:
@@ -490,11 +487,5 @@ def _copy_code(folder: Path) -> None:
 
 
 def show(prepared: Prepared) -> None:
-    """Print the scripts, and the summary as comments; on stderr too if stdout is a file or a pipe."""
     for job, text in zip(prepared.jobs, prepared.texts, strict=True):
         sys.stdout.write(f"# {job.script}\n{text}\n")
-    for line in prepared.summary:
-        print(f"# {line}")
-    if not sys.stdout.isatty():
-        for line in prepared.summary:
-            print(line, file=sys.stderr)

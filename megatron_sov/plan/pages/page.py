@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-from megatron_sov.base.figures import (
-    format_count, format_energy, format_money, format_seconds, format_share)
+from megatron_sov.base.figures import format_count, format_energy, format_money, format_seconds, format_share
 from megatron_sov.base.pages.page import Chapter, Chart, PageSection, PageTable, render
 from megatron_sov.base.pages.plots import Axis, BarPlot, BarSeries, LinePlot, Series, colour
 from megatron_sov.model.config import RunConfig

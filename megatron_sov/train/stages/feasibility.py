@@ -24,7 +24,7 @@ from megatron_sov.work.clusters.units import SECONDS_OF_AN_HOUR
 
 LENGTHS = ("train.steps", "train.tokens", "train.epochs")
 """Settings that set how long a run is."""
-LEAST_VOCABULARY_SHARE = 0.75
+LEAST_VOCABULARY_SHARE = 0.5
 """Share of `model.vocab_size` that the tokenizer of the data fills at least.  In the recipes padding and
 reserved ids take some percent; a smaller vocabulary is that of another tokenizer."""
 CPU_FLOPS_PER_S, GPU_SHARE = 2e10, 0.5

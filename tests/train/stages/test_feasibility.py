@@ -21,6 +21,7 @@ from megatron_sov.plan.footprint.memory import account
 from megatron_sov.train.data.token_shards import open_sources
 from megatron_sov.train.stages import feasibility
 from megatron_sov.train.stages.feasibility import count_epochs, least_hours, refuse_unfit
+from megatron_sov.train.stages.stage_defaults import complete_stage
 from tests.train.stages.test_stage_defaults import completed, request
 
 
@@ -79,7 +80,7 @@ def pretraining(paths: list[Path], *settings: str, recipe: str = "tiny-qwen3", *
 
 def why_refused(asked: RecipeRequest, *, is_initial: bool = True) -> str:
     """Return the refusal of a pretraining run; "" if it may run."""
-    config = completed(asked, None)[0]
+    config = complete_stage(asked, asked.config(), None, None).config
     try:
         refuse_unfit(asked, config, None, None, is_initial=is_initial, dry_run=True)
     except UserError as e:
@@ -104,7 +105,7 @@ def test_a_length_of_the_user_is_consent_to_many_epochs(packed_data: Any, settin
 def test_many_epochs_of_a_recipes_own_budget_are_refused(packed_data: Any, settings: tuple[str, ...]) -> None:
     asked = pretraining([packed_data.text], FITS, "train.seed=1", *settings)
     asked = dataclasses.replace(asked, base=apply_settings(asked.base, ["train.steps=90000"]))
-    config = completed(asked, None)[0]
+    config = complete_stage(asked, asked.config(), None, None).config
     epochs = count_epochs(config, open_sources(config.data.paths, 368))
     said = why_refused(asked)
     assert said.startswith("train.steps = 90,000: reads the ") and said.endswith(
@@ -117,14 +118,14 @@ def test_many_epochs_of_a_recipes_own_budget_are_refused(packed_data: Any, setti
 def test_epochs_count_the_tokens_of_every_phase(packed_data: Any) -> None:
     phases = ('data.phases=[{"name": "a", "seq_len": 32, "tokens": 64000}, '
               '{"name": "b", "seq_len": 64, "tokens": 32000, "global_batch_size": 4}]')
-    config = completed(pretraining([packed_data.text], FITS, phases, "train.steps=0"), None)[0]
+    config = pretraining([packed_data.text], FITS, phases, "train.steps=0").config()
     sources = open_sources(config.data.paths, 368)
     tokens = sum(source.num_tokens["train"] for source in sources)
     assert count_epochs(config, sources) == pytest.approx(96_000 / tokens, rel=0.05)
 
 
 @pytest.mark.parametrize(("rows", "allowed"), [
-    (368, True), (369, True), (384, True), (400, True), (490, True), (492, False), (512, False),
+    (368, True), (369, True), (384, True), (400, True), (512, True), (736, True), (737, False), (1024, False),
     (2048, False), (151_936, False), (262_144, False)])
 def test_a_recipe_for_another_tokenizer_is_refused(packed_data: Any, rows: int, allowed: bool) -> None:
     asked = pretraining([packed_data.text], "train.steps=2")

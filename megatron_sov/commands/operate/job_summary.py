@@ -13,6 +13,7 @@ from megatron_sov.chat.vocabulary import refuse_other_tokens
 from megatron_sov.model.config import RunConfig, apply_settings, data_paths
 from megatron_sov.model.objectives import FORMATS
 from megatron_sov.operate.slurm.stages import StageWork, path_of
+from megatron_sov.operate.slurm.submission import Prepared, show
 from megatron_sov.plan.on_cluster import quote_run
 from megatron_sov.plan.pages.quote import QuoteTotals, totals
 from megatron_sov.plan.pricing import Machines, pricing
@@ -35,10 +36,10 @@ def check_data(work: StageWork) -> StageWork:
     Raises:
         UserError: vocabulary, tokenizer or epochs do not fit, see `refuse_unfit_data`.
     """
-    config, asked, given = work.config, work.request, work.data
-    if config is None or asked is None:
+    if work.config is None or work.request is None:
         return work
-    given = given or tuple(config.data.paths)
+    config, asked, own_data = work.config, work.request, work.config.data
+    given = work.data or tuple(own_data.paths)
     if not given or not all((path_of(text) / MANIFEST).is_file() for text in given):
         return work
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, paths=data_paths(list(given))))
@@ -53,26 +54,31 @@ def check_data(work: StageWork) -> StageWork:
         refuse_other_tokens(tokenizer_folder(sources), tokenizer_of(find_start(work.start_from)))
     has_epochs = not config.rollout.rounds and not config.extend.stages
     return dataclasses.replace(
-        work, config=dataclasses.replace(work.config, train=config.train),
+        work, config=dataclasses.replace(config, data=own_data),
         data_tokens=sum(source.num_tokens.get("train", 0) for source in sources),
         epochs=count_epochs(config, sources) if has_epochs else 0.0)
 
 
-def summarize(work: StageWork, settings: tuple[str, ...], profile: ClusterProfile, cluster: str, nodes: int,
-              time_limit: str) -> list[str]:
-    """Return lines on what a training stage reads, how long it takes and what it costs.
+def show_dry_run(prepared: Prepared) -> None:
+    """Print the scripts and the summary as comments; on stderr too if stdout is a file or pipe."""
+    show(prepared)
+    lines = summarize(prepared)
+    for line in lines:
+        print(f"# {line}")
+    if not sys.stdout.isatty():
+        for line in lines:
+            print(line, file=sys.stderr)
 
-    Args:
-        work: the stage.
-        settings: those that its number of nodes adds, its layout above all.
-        profile: the cluster.
-        cluster: its name, as --cluster takes it.
-        nodes: of the job.
-        time_limit: of one job, as sbatch takes it.
-    """
-    assert work.config is not None, work.stage
+
+def summarize(prepared: Prepared) -> list[str]:
+    """Return lines on what a training stage reads, takes and costs; [] of other stages."""
+    work, job = prepared.work, prepared.jobs[0]
+    if not work.kind.ranks or work.config is None:
+        return []
+    nodes, profile = max(job.layouts), job.profile
+    settings = job.layouts[nodes]
     config = apply_settings(work.config, list(settings)) if settings else work.config
-    prices = pricing(Machines(cluster, profile, nodes))
+    prices = pricing(Machines(job.cluster, profile, nodes))
     found = quote_run(config, prices, (*work.settings, *settings)) if prices and _has_steps(config) else []
     unit = f"{profile.gpus_per_node} {prices.chip.name}" if prices else f"{profile.tasks_per_node} processes"
     lines = [f"summary   {work.stage} {config.recipe} on {nodes} x {unit}"]
@@ -82,7 +88,7 @@ def summarize(work: StageWork, settings: tuple[str, ...], profile: ClusterProfil
     read = f"tokens    {format_count(total.tokens)}" if config.extend.stages else _data_line(work, config)
     return [*lines, read, f"time      {format_days(total.days * SECONDS_OF_A_DAY)}, "
             f"{format_value(total.gpu_hours, 3)} GPU-hours, predicted (docs/plan_speed.md)",
-            f"cost      {_cost(total)}", f"jobs      {_jobs(total, profile, time_limit)}"]
+            f"cost      {_cost(total)}", f"jobs      {_jobs(total, profile, job.time_limit)}"]
 
 
 def _has_steps(config: RunConfig) -> bool:
