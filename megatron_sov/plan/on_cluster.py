@@ -396,7 +396,7 @@ def budget_text(rows: Sequence[BudgetRow], machines: Machines) -> str:
                       gib(totals(row.plan.quotes).peak_memory_bytes)])
         layouts.append(name(own_choice(row.plan.config)))
     title = f"Tokens within the budget on {_gpus(machines)} ({gib(machines.limit_bytes)} GiB usable per GPU)"
-    table = quote_tables.text(QuoteTable(title, head, cells)).splitlines()
+    table = quote_tables.text(QuoteTable(title, head, cells)).split("\n")
     width = max(map(len, table[1:]))
     lines = [table[0], f"{table[1].ljust(width)}  layout",
              *(f"{line.ljust(width)}  {layout}" for line, layout in zip(table[2:], layouts, strict=True))]
