@@ -14,8 +14,12 @@ import pytest
 from megatron_sov.base import command_line
 from megatron_sov.base.errors import UserError
 from megatron_sov.commands.operate.submit import COMMANDS
+from megatron_sov.model import recipes
+from megatron_sov.model.config import apply_settings
 from megatron_sov.operate.slurm import submission
 from megatron_sov.operate.slurm.stages import check_inputs, work_of
+from megatron_sov.plan.pricing import Machines
+from megatron_sov.plan.search.default import find_layout
 from megatron_sov.runs.folder import submitted_jobs
 from megatron_sov.work.clusters import client
 from megatron_sov.work.clusters.client import environment_outside_jobs
@@ -47,23 +51,31 @@ def layouts(*more: str, nodes: int = 64, **request: Any) -> dict[int, tuple[str,
     return submission.prepare(asked, COMMANDS).jobs[0].layouts
 
 
-def test_a_run_gets_the_layout_that_is_recommended_for_its_gpus() -> None:
-    """Unless somebody has said something about it; 1,024 processes need more stages than 480."""
-    stages = ("parallel.pp=4", "parallel.pipeline_layout=[12, 13, 13, 10]", "parallel.ep=16")
-    assert layouts()[64][:3] == stages and "parallel.expert_dispatcher=hybridep" in layouts()[64]
-    found = layouts(nodes=128, least=120)
-    assert found[120][0] == "parallel.tp=2" and found[128][0] == "parallel.pp=8"
-    # who has not these kernels gets the next layout, and keeps other words of his own
+def test_a_run_gets_the_layout_that_a_search_finds_for_its_gpus() -> None:
+    """A user who has other kernels gets another layout; a layout that the user set stays."""
+    found = find_layout(recipes.get("solar-open-102b"), Machines("h100", load("h100", account="me"), 64))
+    assert found is not None and "parallel.expert_dispatcher=hybridep" in found.settings
+    assert layouts()[64] == found.settings
     portable = layouts("--set", "parallel.expert_dispatcher=alltoall", "--set", "gpu.attention=local")[64]
-    assert portable[0] == "parallel.pp=8" and not any("dispatcher" in setting for setting in portable)
+    assert portable and not any("dispatcher" in setting or "attention" in setting for setting in portable)
     assert layouts("--set", "parallel.pp=8") == {64: ()}
     assert layouts(settings={64: ("parallel.pp=4", "train.micro_batch_size=3")}) == {
         64: ("parallel.pp=4", "train.micro_batch_size=3")}
     script = submission.prepare(submission.SubmitRequest("pretrain", SOLAR, load("h100", account="me"), 64),
                                 COMMANDS).jobs[0]
-    assert script.asks_for == ("Asks for 64 x 8 GPUs; layout: pp 4, ep 16, "
-                               "expert_dispatcher hybridep, zero1, overlap_grad_reduce, "
-                               "overlap_param_gather, pipeline_layout (12, 13, 13, 10), data parallel 128.")
+    stages = next(setting for setting in found.settings if setting.startswith("parallel.pp="))
+    assert script.asks_for.startswith("Asks for 64 x 8 GPUs; layout: ")
+    assert f"pp {stages.removeprefix('parallel.pp=')}, " in script.asks_for
+
+
+def test_a_job_that_loses_nodes_keeps_its_layout_while_that_fits() -> None:
+    config = recipes.get("qwen3-8b")
+    profile = load("h100", account="me")
+    asked = submission.SubmitRequest("pretrain", ("qwen3-8b", *SOLAR[1:]), profile, 4, least=1)
+    found = submission.prepare(asked, COMMANDS).jobs[0].layouts
+    assert {1, 2, 4} <= set(found) and found[2] == found[4]
+    for nodes, settings in found.items():
+        assert not apply_settings(config, list(settings)).problems(nodes * profile.tasks_per_node)
 
 
 def test_a_layout_that_does_not_fit_the_gpus_is_refused_with_one_that_does() -> None:
