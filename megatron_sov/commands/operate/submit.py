@@ -26,7 +26,6 @@ from megatron_sov.base.errors import ExitCode, UserError, nearest
 from megatron_sov.base.settings import (
     AtLeastOne, NotNegativeInt, add_options, read_options, read_text, read_yaml)
 from megatron_sov.commands import COMMANDS as PROGRAMS
-from megatron_sov.commands.operate.job_summary import check_data, show_dry_run, summarize
 from megatron_sov.model.config import apply_settings
 from megatron_sov.operate.slurm import submission
 from megatron_sov.operate.slurm.stages import STAGES, Commands, SubmitOptions, check_inputs
@@ -184,6 +183,8 @@ def submit_chain(chain: str, options: SubmitOptions, commands: Commands) -> int:
     Raises:
         UserError: the file, a stage, Slurm or the state of an earlier submission does not allow it.
     """
+    from megatron_sov.commands.operate.job_summary import show_dry_run  # imports numpy
+
     links = links_of(chain, options, commands)
     if options.dry_run:
         for link in links:
@@ -272,6 +273,8 @@ def links_of(chain: str, options: SubmitOptions, commands: Commands) -> list[Cha
     Raises:
         UserError: something about them does not fit.
     """
+    from megatron_sov.commands.operate.job_summary import check_data  # imports numpy
+
     config = read_chain(chain)
     links: list[ChainLink] = []
     for number, stage in enumerate(config.stages):
@@ -415,6 +418,9 @@ def _help(stage: str) -> None:
 
 
 def _stage(stage: str, argv: list[str], options: SubmitOptions) -> int:
+    from megatron_sov.commands.operate.job_summary import (  # imports numpy
+        check_data, show_dry_run, summarize)
+
     if options.continue_chain:
         raise UserError("--continue: belongs to a chain; a stage continues by itself when it is "
                         "submitted again")

@@ -100,6 +100,8 @@ class HeldoutFigures:
         """Take one event in."""
         if event["event"] == "eval" and isinstance(event.get("heldout"), Mapping):
             for source, figures in event["heldout"].items():
+                if not isinstance(figures, Mapping):
+                    continue
                 found = self._losses.setdefault(source, [])
                 # The first and the last evaluation are enough.
                 found[1:] = [(int(number(event.get("step", 0))), figures)]

@@ -32,7 +32,7 @@ def test_lists_every_recipe_under_its_job_by_size(capsys: pytest.CaptureFixture[
     assert sorted(listed) == sorted(recipes.names())
     assert main(["recipes"]) == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    sizes = [float(line.split()[1]) * (1 if line.split()[2] == "B" else 1e-3)
+    sizes = [float(line.split()[1]) * {"M": 1e-3, "B": 1, "T": 1e3}[line.split()[2]]
              for line in lines[1:lines.index("extend the context:") - 1]]
     assert sizes == sorted(sizes)
     solar = next(line for line in lines if line.startswith("solar-open-102b"))

@@ -59,7 +59,6 @@ READ_WITHOUT_EFFECT = {
 NEVER_READ = {
     "guards.*": "alarms need 20 steps, verdicts a fault",
     "needle.*_weight": "read once a needle document is drawn",
-    "obs.*": "exporters are off",
     "rollout.*": "read where responses are written (`rl run`, `rl generate`)",
     "train.max_hours": "asked on the user's own machine, not under a launcher",
     "train.tokens": "these runs have steps",

@@ -56,7 +56,7 @@ def test_phase_table_counts_tokens_and_loss_of_each_phase(runs: list[Path]) -> N
     first, second = section(runs[0], "Training loss").tables[0].rows
     # 250 x 4096
     assert first[:6] == ["1", "1 to 250", "256", "8 to 16", "english 60 %, korean 20 %, code 20 %", "1.02 M"]
-    assert second[:6] == ["2.A", "251 to 400", "256", "16", "english 25 %, korean 50 %, code 25 %", "614 K"]
+    assert second[:6] == ["2.A", "251 to 400", "256", "16", "english 25 %, korean 50 %, code 25 %", "614.4 K"]
     assert second[6:] == [f"{loss[250]:.4g}", f"{loss[393:].mean():.4g}"]  # the last 7 of 150 steps
 
 

@@ -258,7 +258,8 @@ def test_a_run_judges_its_exports_as_it_judges_itself(
     events = list(read_events(tmp_path / "run" / EVENTS))
     told, benchmarks = [e for e in events if e["event"] == "evaluation"]
     beside = json.loads((tmp_path / "run" / told["path"]).read_text())
-    (own,) = [e["heldout"] for e in events if e["event"] == "eval"]
+    before, own = [e["heldout"] for e in events if e["event"] == "eval"]
+    assert set(before) == set(own)
     assert set(beside) == set(own) == {"even", "odd"}
     for source, figures in own.items():
         assert beside[source]["bits_per_byte"] == pytest.approx(figures["bits_per_byte"], rel=1e-4)
