@@ -106,7 +106,7 @@ def test_the_planted_best_of_each_domain_is_found_and_nothing_is_asked_twice(
     figures, choices = SECTIONS["Spectrum of the checkpoints"].of(
         Run("r", {}, events={"ssp_probe": [event]})).tables
     assert figures.head[1:] == ["algebra (2 problems)", "geometry (2 problems)"]
-    assert figures.rows[2][2].startswith("<strong>100.0%") and choices.rows[0][:2] == ["algebra", "first"]
+    assert figures.rows[2][2].startswith("<strong>100 %") and choices.rows[0][:2] == ["algebra", "first"]
 
 
 def test_a_killed_probe_goes_on_at_the_checkpoint_where_it_was(asked: list[str],

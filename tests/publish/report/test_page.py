@@ -39,7 +39,7 @@ def test_all_stages_count_together(runs: list[Path]) -> None:
         "Wall time": dict(shown["What was trained"].facts)["Wall time"]}
     data = shown["On what data"]
     assert data.facts == [("Token shards", "tokens"), ("Vocabulary", "2,048")]
-    assert data.tables[0].rows == [["english", "1.64 M", "50 %"], ["korean", "979.8 K", "29.9 %"],
+    assert data.tables[0].rows == [["english", "1.64 M", "50 %"], ["korean", "980 K", "29.9 %"],
                                    ["code", "656.8 K", "20 %"]]
 
 
