@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sov import cli
-from megatron_sov.base import words
 from megatron_sov.base.command_line import Command
+from megatron_sov.base.hints import words
 from megatron_sov.model.config import find_settings, setting_names
 from tests.pages_typed import ENTRIES, parse
 

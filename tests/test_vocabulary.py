@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sov import cli
-from megatron_sov.base import words
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.hints import words
 from megatron_sov.commands.operate.completion import PROGRAMS, parser_with_all
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")

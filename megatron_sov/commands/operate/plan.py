@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import AboveZero, AtLeastOne, Flag, add_options, read_options
-from megatron_sov.model.config import RunConfig, data_paths
+from megatron_sov.model.config import RunConfig, apply_settings, data_paths
+from megatron_sov.model.families.count import num_params
 from megatron_sov.model.recipes.requested import RecipeOptions, RecipeRequest, requested
-from megatron_sov.model.recipes.stage_defaults import DEFAULTS, Stage, base_of_model
+from megatron_sov.model.recipes.stage_defaults import DEFAULTS, Stage, base_of_model, rate_settings
 from megatron_sov.work.clusters import cluster
 
 if TYPE_CHECKING:
@@ -206,8 +207,10 @@ def _completed(args: PlanOptions, asked: RecipeRequest, stage: Stage) -> RecipeR
     if not said & {"train.steps", "train.tokens"}:
         raise UserError(f"--from {args.start_from}: nothing says how long the stage is; pass --data DIR made "
                         "by `sov-data pack`, or --set train.tokens=100000000")
-    size = {} if "train.global_batch_size" in said else {"global_batch_size": DEFAULTS[stage].batch_size}
-    train = dataclasses.replace(config.train, epochs=0.0, **size)
+    config = apply_settings(config, list(rate_settings(config, stage, num_params(config.model).total, said)))
+    train = dataclasses.replace(config.train, epochs=0.0)
+    if "train.global_batch_size" not in said:
+        train = dataclasses.replace(train, global_batch_size=DEFAULTS[stage].batch_size)
     phases = tuple(dataclasses.replace(phase, seq_len=min(phase.seq_len, config.model.max_position_tokens))
                    for phase in config.data.phases)
     data = dataclasses.replace(config.data, phases=phases)

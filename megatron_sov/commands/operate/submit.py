@@ -418,8 +418,7 @@ def _help(stage: str) -> None:
 
 
 def _stage(stage: str, argv: list[str], options: SubmitOptions) -> int:
-    from megatron_sov.commands.operate.job_summary import (  # imports numpy
-        check_data, show_dry_run, summarize)
+    from megatron_sov.commands.operate.job_summary import check_data, show_dry_run, summarize  # imports numpy
 
     if options.continue_chain:
         raise UserError("--continue: belongs to a chain; a stage continues by itself when it is "

@@ -48,6 +48,8 @@ class DefaultLayout:
     """Predicted time of all steps."""
     own_seconds: float
     """Predicted time of all steps with the recipe's own layout; infinite if that does not fit at all."""
+    own_spare_share: float
+    """Share of the usable GPU memory that the recipe's own layout leaves; negative if it does not fit."""
     num_priced: int
     """Layouts that were priced."""
     spare_share: float
@@ -55,7 +57,9 @@ class DefaultLayout:
 
     def line(self) -> str:
         """Return the line of a plan on how the layout was chosen."""
-        own = f"takes {format_days(self.own_seconds)}" if self.own_seconds < math.inf else "does not fit"
+        own = "does not fit"
+        if self.own_seconds < math.inf:
+            own = f"takes {format_days(self.own_seconds)} and leaves {format_share(self.own_spare_share)}"
         return (f"layout: fastest of {self.num_priced:,} priced, {format_days(self.seconds)} of training, "
                 f"leaves {format_share(self.spare_share)} of the GPU's memory; the recipe's own {own}")
 
@@ -129,11 +133,15 @@ class LocalSearch:
         self.limit_bytes = self.prices.limit_bytes
         self.costs.clear()
         own = self.cost(own_choice(self.config))
-        needs = max(self.prices.needs(stage.with_config(best.of(stage.config))) for stage in self.stages)
         settings = {setting.partition("=")[0]: setting
                     for setting in (*self.own_settings, *best.settings(self.config))}
         return DefaultLayout(tuple(settings.values()), seconds, own[1] if own[0] == 0 else math.inf,
-                             num_priced, 1 - needs / self.prices.limit_bytes)
+                             self.spare_share(own_choice(self.config)), num_priced, self.spare_share(best))
+
+    def spare_share(self, choice: LayoutChoice) -> float:
+        """Return which share of the usable memory the fullest GPU leaves."""
+        needs = max(self.prices.needs(stage.with_config(choice.of(stage.config))) for stage in self.stages)
+        return 1 - needs / self.prices.limit_bytes
 
     def cost(self, choice: LayoutChoice) -> Cost:
         """Price a layout, each layout once."""

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.base import removed
 from megatron_sov.base.artifacts import new_artifact, read_manifest
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.hints import removed
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.cli import main
 from megatron_sov.model.config import apply_settings, from_dict

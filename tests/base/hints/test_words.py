@@ -11,8 +11,8 @@ import pytest
 import data_prep.cli
 import tokenizer.cli
 from megatron_sov import cli
-from megatron_sov.base import words
 from megatron_sov.base.errors import nearest
+from megatron_sov.base.hints import words
 from megatron_sov.model.counterparts.settings import SAME
 
 PROGRAMS = {"megatron-sov": cli.main, "sov-data": data_prep.cli.main, "sov-tokenizer": tokenizer.cli.main}

@@ -15,10 +15,11 @@ from megatron_sov.plan.search import space
 def test_a_plan_for_a_cluster_has_its_layout_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "solar-open-102b", "--cluster", "h100", "--nodes", "64"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "solar-open-102b: 102.7 B parameters (12.1 B active)"
-    assert re.fullmatch(r"[\d.]+ days, [\d.]+ to [\d.]+ in nine of ten cases \(docs/.*\)", lines[1])
-    assert lines[2] == "512 processes of H100-80GB: pp 4, ep 16, ZeRO-1, experts by hybridep"
-    assert " GiB on each of stage 1: weights 6.4, gradients 12.7, optimizer 2.3, " in lines[3]
+    assert lines[0] == ("solar-open-102b: 102.7 B parameters (12.1 B active) on 20 T tokens (the recipe's), "
+                        "64 x 8 H100-80GB: 103 days, $3.72 M")
+    assert lines[1].startswith("layout: fastest of ") and "; the recipe's own takes " in lines[1]
+    assert lines[2].startswith("512 GPUs: tp 2, pp 4, ep 16, ZeRO-1, experts by hybridep")
+    assert lines[3].startswith("memory: ") and " GiB per GPU (pipeline stage 1 of 4): weights " in lines[3]
     assert lines[5] == "What it takes:" and lines[6].split()[:2] == ["stage", "context"]
     assert lines[11].split()[:2] == ["total", "20"]
     assert any(line.split()[:2] == ["step", "tokens"] for line in lines)  # the schedule
@@ -36,7 +37,8 @@ def test_a_plan_without_a_cluster_has_size_memory_and_passes_over_the_data(
     assert size == "tiny-solar-open: 2.5 M parameters (1.32 M active)"
     assert re.fullmatch(r"data: [\d.]+ K tokens, of which the run reads 819.2 K \([\d.]+ passes\)", data)
     [vocab_size] = re.findall("pass --set model.vocab_size=([0-9]+)", unused)
-    assert layout == "1 process: data parallel alone" and " GiB on each of stage 1: weights " in memory
+    assert layout == "1 process: data parallel alone"
+    assert memory.startswith("memory: ") and " GiB per process: weights " in memory
     assert main([*command, f"model.vocab_size={vocab_size}"]) == 0
     assert "unused" not in capsys.readouterr().out
     assert main([*command, "model.vocab_size=99"]) == 2
