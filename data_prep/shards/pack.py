@@ -199,6 +199,10 @@ def parse_sources(arguments: Sequence[str]) -> list[PackSource]:
                 name = name.split(".")[0] if name.endswith((".gz", ".zst")) else Path(name).stem
         if not path:
             raise UserError(f"--input {argument!r}: names no file or folder; write NAME=PATH")
+        file, colon, weight = path.rpartition(":")
+        if colon and re.fullmatch(r"[0-9.]+", weight) and not Path(path).exists() and Path(file).exists():
+            raise UserError(f"--input {argument!r}: packing takes no weight; pack {file}, and pass --data "
+                            f"SHARDS:{weight} to the training command")
         if not _NAME.fullmatch(name) or name == "tokenizer":
             raise UserError(f"--input {argument!r}: {name!r} cannot name a source (letters, digits, '.', "
                             f"'_', '-', and not 'tokenizer'); give a name, e.g. --input "
@@ -265,7 +269,7 @@ def pack(tokenizer: Path, sources: list[PackSource], output: Path, settings: Pac
             carry_tokenizer(artifact, tokenizer)
             for origin in dict.fromkeys([*origins.values(), *(corpora.folders if corpora else ())]):
                 artifact.add_input(origin)
-    _tell(artifact.content["sources"], accounts, output, settings.heldout_share)
+    _tell(artifact.content["sources"], accounts, output, settings)
 
 
 def _media_corpora(sources: Mapping[str, Path], kind: str | None) -> MediaCorpora | None:
@@ -488,12 +492,15 @@ def carry_tokenizer(artifact: ArtifactWriter, tokenizer: Path) -> None:
 
 
 def _tell(records: list[dict[str, Any]], accounts: Mapping[str, RecordAccount], output: Path,
-          heldout_share: float) -> None:
+          settings: PackSettings) -> None:
     for record in records:
         splits = record["splits"]
-        if heldout_share and not splits[HELDOUT]["num_tokens"]:
-            warn(f"{record['name']}: is one document, nothing is held out; its loss will not be measured. "
-                 "Pass --lines to make each line a document, or several files")
+        if settings.heldout_share and not splits[HELDOUT]["num_tokens"]:
+            way = "Add records, or raise --heldout"
+            if settings.reading.kind == "text":
+                way = "Pass --lines to make each line a document, or several files"
+            warn(f"{record['name']}: has too few documents, so nothing is held out and its loss will not be "
+                 f"measured. {way}")
         print(f"{record['name']}: {splits[TRAIN]['num_tokens']:,} tokens to train on, "
               f"{splits[HELDOUT]['num_tokens']:,} held out")
     for name, account in accounts.items():

@@ -51,8 +51,9 @@ TAKEN_BY = {
     HF_MODEL: ("a Hugging Face folder", "`megatron-sov convert from-hf` makes a checkpoint of it, `generate` "
                                         "and `eval` take it as it is"),
     PEFT_ADAPTER: ("a PEFT adapter", "`megatron-sov convert from-peft` makes a checkpoint of it"),
-    "tokens": ("a folder of token shards", "--data takes it"),
-    "tokenizer": ("a tokenizer", "--tokenizer takes it"),
+    "tokens": ("a folder of token shards", "`megatron-sov pretrain`, `sft` and other training commands take "
+                                           "it as --data"),
+    "tokenizer": ("a tokenizer", "`sov-data pack` takes it as --tokenizer"),
     "corpus": ("a corpus", "`sov-data pack --input` takes it"),
     "codec": ("a codec", "`sov-data encode-media --codec` takes it")}
 """Kind of a folder -> what messages call it, and what takes it."""
@@ -200,11 +201,17 @@ def _nothing_known(path: Path) -> tuple[str, str] | None:
     more = f" and {len(names) - 1} more" if len(names) > 1 else " alone"
     if texts:
         return f"holds text ({texts[0]}{more})", "`sov-data pack --input` takes it; "
+    if any(name.endswith((".safetensors", "pytorch_model.bin")) for name in names):
+        return f"holds weights ({names[0]}{more}) without {CONFIG}", (
+            "download the whole model folder (hf download NAME --local-dir DIR), or ")
     return f"holds {names[0]}{more}, and neither a model nor an artifact", ""
 
 
 def refuse_no_run(path: Path) -> None:
     """Raise `UserError` where a folder is no run: it has no events."""
+    run = path.absolute().parent.parent
+    if path.absolute().parent.name == CHECKPOINTS_OF_A_RUN and (run / EVENTS).is_file():
+        raise UserError(f"{path}: is a checkpoint of the run {path.parent.parent}; pass {path.parent.parent}")
     refuse_other_kind(path, (RUN,), "a run")
     if not (path / EVENTS).is_file():
         raise UserError(f"{path}: holds no {EVENTS}, so it is no run folder; pass the folder given to --run")

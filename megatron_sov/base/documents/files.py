@@ -165,6 +165,12 @@ def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None
     if path.is_file():
         return [path]
     if not path.is_dir():
+        if "://" in str(path) or re.match(r"(https?|s3|gs|hf):/", str(path)):
+            raise UserError(f"{path}: is an address, and nothing is downloaded here; copy it first (aws s3 "
+                            "cp, gsutil cp, hf download, wget) and pass the file or folder")
+        near = path.parent.glob("*")
+        if split := [one.name for one in near if one.name.startswith(f"{path.name} ")]:
+            raise UserError(f"{path}: does not exist; {split[0]!r} does: put a name with a blank in quotes")
         is_file = _is_text(path.name) or is_records(path.name) or _is_json(path.name)
         hint = "" if is_file or not _HUB_ID.fullmatch(str(path)) else (
             f"; if it is a dataset's name on the Hugging Face hub, download it first: hf download {path} "

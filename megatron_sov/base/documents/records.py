@@ -245,8 +245,25 @@ def decode(raw: bytes, start_bytes: int = 0) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as e:
+        begin = raw if not start_bytes else b""
         raise BadRecord("utf8", f"is not UTF-8 (byte {raw[e.start]:#04x} at offset {start_bytes + e.start}); "
-                                "convert it, e.g. iconv -f CP949 -t UTF-8") from None
+                                f"{explain_bytes(begin)}") from None
+
+
+FILE_BEGINS = ((b"%PDF", "a PDF; extract its text first, for example by pdftotext"),
+               (b"PK\x03\x04", "a ZIP file, as .docx and .xlsx are; extract its text first"),
+               (b"\x1f\x8b", "compressed by gzip; name it with the ending .gz"),
+               (b"\x28\xb5\x2f\xfd", "compressed by zstd; name it with the ending .zst"),
+               (b"PAR1", "a Parquet file; name it with the ending .parquet"),
+               (b"\xff\xfe", "in UTF-16; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW_FILE"),
+               (b"\xfe\xff", "in UTF-16; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW_FILE"))
+"""First bytes of a file -> what it is, and the way to text in UTF-8."""
+
+
+def explain_bytes(begin: bytes) -> str:
+    """Return what a file is that is not UTF-8, by its first bytes, and how to convert it."""
+    known = next((text for magic, text in FILE_BEGINS if begin.startswith(magic)), "")
+    return f"the file is {known}" if known else "convert it, e.g. iconv -f CP949 -t UTF-8"
 
 
 def parse_line(line: bytes, where: str, number: int, reading: RecordReading, parse: Parse) -> Any:
@@ -349,6 +366,10 @@ def _kind(record: dict[str, Any], reading: RecordReading) -> str:
                                       f"{reading.kind}; turn such rows into pairs with `sov-data unpaired`")
         beside = "" if found != "prompt" else (": no response is learned then; a chat has 'messages', or "
                                                "'prompt' and 'completion'")
+        if found == "prompt" and reading.kind == "preference":
+            raise BadRecord("fields", "has no 'chosen' and 'rejected' (fields: "
+                                      f"{', '.join(map(str, list(record)[:8]))}); pass --columns "
+                                      "chosen=FIELD,rejected=FIELD to `sov-data pack --format preference`")
         if found == "prompt" and isinstance(record.get("completions"), list):
             beside = (": its 'completions' are not learned; steps with labels train reward models of steps, "
                       "which no command here trains")

@@ -482,6 +482,20 @@ def weighted_path(argument: str, said: str) -> tuple[str, float]:
         raise UserError(f"{said}: does not exist, and {text!r} after the colon is not a weight") from None
 
 
+def _explain_missing(folder: str) -> str:
+    """Return what to pass for an argument of --data that names nothing."""
+    parts = folder.split(",")
+    if len(parts) > 1 and all(Path(part).exists() for part in parts):
+        return "does not exist; write " + " ".join(f"--data {shlex.quote(part)}" for part in parts)
+    if Path(f"{folder}.bin").exists() or Path(f"{folder}.idx").exists():
+        return ("is Megatron's prefix of an indexed dataset; pass the folder that `sov-data pack` made, or "
+                "make one by `sov-data adopt`")
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", folder) and not Path(folder).parent.exists():
+        return (f"does not exist; if it is a dataset's name on the Hugging Face hub, download it first: hf "
+                f"download {folder} --repo-type dataset --local-dir {Path(folder).name}")
+    return "does not exist; check its path (folders of token shards are made by `sov-data pack`)"
+
+
 def data_paths(data: Sequence[str]) -> dict[str, float]:
     """Return [NAME=]FOLDER -> weight of --data arguments; the weight after the last colon defaults to 1.
 
@@ -497,11 +511,11 @@ def data_paths(data: Sequence[str]) -> dict[str, float]:
             raise UserError(f"--data {argument!r}: names no folder; pass one made by `sov-data pack`")
         folder = named_shards(path)[1]
         if not Path(folder).exists():
-            raise UserError(f"--data {path}: does not exist; check its path (folders of token shards are "
-                            "made by `sov-data pack`)")
+            raise UserError(f"--data {path}: {_explain_missing(folder)}")
         if not Path(folder).is_dir():
             raise UserError(f"--data {path}: is a file, and token shards are read; pass a folder made by "
-                            f"`sov-data pack --tokenizer DIR --input {shlex.quote(folder)} --output FOLDER`")
+                            f"`sov-data pack --tokenizer DIR --input {shlex.quote(folder)} --output FOLDER` "
+                            "(of chats with --format chat, of pairs with --format preference)")
         if folder in (named_shards(other)[1] for other in paths):
             raise UserError(f"--data {path}: is given twice; name it once, with a weight if you like")
         paths[path] = weight

@@ -22,8 +22,8 @@ from megatron_sov.train.stages.stage_defaults import epoch_samples, open_all_sou
 from megatron_sov.work.clusters.chips import of_device
 from megatron_sov.work.clusters.units import SECONDS_OF_AN_HOUR
 
-LENGTHS = ("train.steps", "train.tokens", "train.epochs")
-"""Settings that set how long a run is."""
+CONSENTS = ("train.steps", "train.epochs")
+"""Settings by which a user agrees to many epochs; a budget of tokens is none, since it names no data."""
 LEAST_VOCABULARY_SHARE = 0.5
 """Share of `model.vocab_size` that the tokenizer of the data fills at least.  In the recipes padding and
 reserved ids take some percent; a smaller vocabulary is that of another tokenizer."""
@@ -65,7 +65,7 @@ def refuse_unfit_data(asked: RecipeRequest, config: RunConfig, sources: Sequence
                       is_initial: bool) -> None:
     """Refuse data of another tokenizer than the recipe's, or so few that they are read very often.
 
-    A setting of the user is consent: `model.vocab_size` for the tokenizer; for epochs those in `LENGTHS`,
+    A setting of the user is consent: `model.vocab_size` for the tokenizer; for epochs those in `CONSENTS`,
     `data.phases`, `extend.stages` and `data.max_epochs`.
 
     Args:
@@ -83,7 +83,7 @@ def refuse_unfit_data(asked: RecipeRequest, config: RunConfig, sources: Sequence
         _refuse_small_vocabulary(config, sources)
     if config.rollout.rounds:  # prompts are drawn, not read in epochs
         return
-    is_length_set = any(key in (*LENGTHS, "data.phases") or key.startswith("extend.stages") for key in said)
+    is_length_set = any(key in (*CONSENTS, "data.phases") or key.startswith("extend.stages") for key in said)
     if (is_recipe and not is_length_set) or (asked.of_model and "train.epochs" not in said):
         _refuse_many_epochs(config, sources)
 

@@ -35,6 +35,11 @@ from megatron_sov.work.progress.locks import in_turn
 
 HELDOUT_SHARE = 0.02
 """Expected share of a file's documents that measure the held-out loss, chosen by the hash of their text."""
+LEARNED_BY = {"a preference": "is a pair of responses; `megatron-sov prefer` learns from pairs",
+              "a chat": "is a chat, and this command learns from pairs with 'chosen' and 'rejected'; "
+                        "`megatron-sov sft` learns from chats",
+              "plain text": "is plain text, which has no responses; `megatron-sov pretrain` learns from text"}
+"""What a record is, as `sov-data pack` calls it -> what it is and which command learns from it."""
 PROGRAMS = {"sov-tokenizer": "tokenizer.cli", "sov-data": "data_prep.cli"}
 """Program -> its module."""
 
@@ -240,6 +245,10 @@ def _format_of(file: Path, formats: Sequence[str]) -> str:
         if not isinstance(first, BadRecord):
             return kind  # of an empty file too, which `sov-data pack` refuses
         faults.append(first)
-    fault = next((fault for fault in faults if fault.code != "fields"), faults[0])  # not of another format
+    # not of another format
+    fault = next((fault for fault in faults if fault.code != "fields"), faults[0])
+    other = next((text for kind, text in LEARNED_BY.items() if fault.reason.startswith(f"is {kind},")), "")
+    if other:
+        raise UserError(f"--data {place(file, fault, 0)}: {other}")
     raise UserError(f"--data {place(file, fault, 0)}: {fault.reason}; or pack it by hand (`sov-data pack "
                     "--help`), and pass the folder")

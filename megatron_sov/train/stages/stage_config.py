@@ -196,7 +196,12 @@ def _packing_of(args: StageOptions, objective: BuiltIn) -> FilePacking:
         UserError: a file cannot be packed, there is no tokenizer, or the run's folder is taken.
     """
     formats = [name for name in LEARNS_FROM[objective] if name in KINDS] or ["text"]
+    if objective == "preference":  # chats can only be added to packed pairs
+        formats = ["preference"]
     files = find_files(args.data, args.run, formats)
+    if objective == "sft" and len(files) == len(args.data) and {one.format for one in files} == {"text"}:
+        raise UserError(f"--data {files[0].argument}: is plain text, which has no responses; `megatron-sov "
+                        "pretrain` learns from text, and chats have 'messages' or 'prompt' and 'completion'")
     tokenizer = Path()
     if files:
         tokenizer = _tokenizer_for(args, files[0])

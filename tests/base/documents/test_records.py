@@ -19,6 +19,7 @@ from megatron_sov.base.documents import (
 from megatron_sov.base.documents.files import passed_over, spans_of
 from megatron_sov.base.documents.messages import Message
 from megatron_sov.base.documents.reading import CountedSpan, json_items
+from megatron_sov.base.documents.records import decode
 from megatron_sov.base.errors import UserError
 
 ROWS = [{"text": f"line {i}\u2028 \x85 \x1c 한국어"} for i in range(5)]
@@ -343,3 +344,14 @@ def test_a_pair_with_tied_scores_is_set_aside(tmp_path: Path, scores: dict[str, 
     bad = [item for item in found if isinstance(item, BadRecord)]
     assert len(found) == 3 and [item.code for item in bad] == ["no_preference"] * (1 + bool(tied))
     assert tied in bad[0].reason
+
+
+@pytest.mark.parametrize(("begin", "words"), [
+    (b"%PDF-1.7\xff", "is a PDF"), (b"PK\x03\x04\xff", "ZIP file"), (b"\x1f\x8b\xff", "ending .gz"),
+    (b"\x28\xb5\x2f\xfd\xff", "ending .zst"), (b"PAR1\xff", ".parquet"), (b"\xff\xfea\0", "iconv -f UTF-16"),
+    (b"\xfe\xff\0a", "iconv -f UTF-16"), (b"\xb0\xa1", "iconv -f CP949"), (b"caf\xe9", "iconv -f CP949")])
+def test_a_file_that_is_not_text_is_named_by_its_first_bytes(begin: bytes, words: str) -> None:
+    with pytest.raises(BadRecord, match=words):
+        decode(begin)
+    with pytest.raises(BadRecord, match="iconv -f CP949"):
+        decode(b"\xff\xfe", start_bytes=7)

@@ -506,7 +506,7 @@ def test_one_document_and_unlearned_responses_are_told(tokenizers: dict[str, Pat
                                                        capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "Korean.txt").write_text("한국어 문장.\n\n" * 20)
     pack(tokenizers["solar-open"], [PackSource("Korean", tmp_path / "Korean.txt")], tmp_path / "one")
-    assert "warning: Korean: is one document, nothing is held out; its loss" in capsys.readouterr().err
+    assert "warning: Korean: has too few documents, so nothing is held out" in capsys.readouterr().err
     rows = [{"prompt": f"p{i}", "completion": "c"} for i in range(3)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     pack(tokenizers["solar-open"], [PackSource("rows", tmp_path / "rows.jsonl")], tmp_path / "prompts",
@@ -529,7 +529,8 @@ def test_each_line_is_a_document_and_one_document_is_warned_of(
     assert splits["heldout"]["num_documents"] >= 1
     capsys.readouterr()
     assert main([*command, "--input", str(tmp_path / "one.txt"), "--output", str(tmp_path / "few")]) == 0
-    assert re.search(r"one: is one document, nothing is held out; .* Pass --lines", capsys.readouterr().err)
+    warned = capsys.readouterr().err
+    assert re.search(r"one: has too few documents, so nothing is held out .* Pass --lines", warned)
     assert main([*command, "--input", str(tmp_path / "a.txt"), "--lines", "--format", "chat", "--output",
                  str(tmp_path / "x")]) == 2
     assert "--lines: is for text, and the format is chat" in capsys.readouterr().err

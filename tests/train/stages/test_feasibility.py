@@ -93,7 +93,7 @@ FITS = "model.vocab_size=368"
 
 
 @pytest.mark.parametrize("settings", [
-    ("train.steps=90000",), ("train.epochs=30",), ("train.tokens=9000000",), ("data.max_epochs=0",),
+    ("train.steps=90000",), ("train.epochs=30",), ("data.max_epochs=0",),
     ("data.max_epochs=100000",), ('data.phases=[{"name": "main", "seq_len": 64, "tokens": 9000000}]',),
     ("data.phases.0.seq_len=64",)])
 def test_a_length_of_the_user_is_consent_to_many_epochs(packed_data: Any, settings: tuple[str, ...]) -> None:

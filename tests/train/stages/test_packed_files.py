@@ -112,7 +112,7 @@ def test_files_and_packed_folders_are_mixed(run: Path, commands: list[list[str]]
     (["a.jsonl:x"], "'x' after the colon is not a weight"),
     (["turns.jsonl"], "--data turns.jsonl:1: has no 'messages'"),
     (["torn.jsonl"], "--data torn.jsonl:1: is not valid JSON"),
-    (["pair.jsonl"], "--data pair.jsonl:1: is a preference, but --format is chat"),
+    (["pair.jsonl"], "--data pair.jsonl:1: is a pair of responses; `megatron-sov prefer` learns"),
     (["table.csv"], "--data table.csv: is a table"),
     (["latin.txt"], "--data latin.txt: is not UTF-8")])
 def test_a_file_that_no_command_can_pack_is_refused_at_its_first_record(
@@ -218,3 +218,16 @@ def test_a_folder_of_the_users_own_is_not_taken_for_a_run(run: Path) -> None:
     with new_artifact(Path("project/tokenizer"), "tokenizer"):
         pass
     RunFolder(Path("project")).refuse_taken(resume=False)  # as the printed commands leave it
+
+
+@pytest.mark.parametrize(("objective", "name", "text", "words"), [
+    ("sft", "p.jsonl", '{"prompt": "p", "chosen": "c", "rejected": "r"}', "`megatron-sov prefer` learns"),
+    ("preference", "c.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', "`megatron-sov sft` le"),
+    ("preference", "t.txt", "words", "`megatron-sov pretrain` learns"),
+    ("preference", "ab.jsonl", '{"prompt": "p", "a": "c", "b": "r"}', "--columns chosen=FIELD")])
+def test_a_file_of_another_kind_is_refused_with_its_command(tmp_path: Path, objective: str, name: str,
+                                                            text: str, words: str) -> None:
+    (file := tmp_path / name).write_text(text + "\n")
+    formats = {"sft": ["chat", "text"], "preference": ["preference"]}[objective]
+    with pytest.raises(UserError, match=words):
+        find_files([str(file)], tmp_path / "run", formats)
