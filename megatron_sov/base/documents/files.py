@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, IO, NoReturn, cast
 
 from megatron_sov.base import sealed
 from megatron_sov.base.artifacts import MANIFEST, read_manifest
@@ -146,6 +146,22 @@ def media_corpus_of(path: Path) -> Path | None:
     return None
 
 
+def _refuse_missing(path: Path) -> NoReturn:
+    """Raise `UserError` for a path that does not exist, with what the user may have meant."""
+    if "://" in str(path) or re.match(r"(https?|s3|gs|hf):/", str(path)):
+        raise UserError(f"{path}: is an address, and nothing is downloaded here; copy it first (aws s3 "
+                        "cp, gsutil cp, hf download, wget) and pass the file or folder")
+    near = path.parent.glob("*")
+    if split := [one.name for one in near if one.name.startswith(f"{path.name} ")]:
+        raise UserError(f"{path}: does not exist; {split[0]!r} does: put a name with a blank in quotes")
+    is_file = _is_text(path.name) or is_records(path.name) or _is_json(path.name)
+    hint = "" if is_file or not _HUB_ID.fullmatch(str(path)) else (
+        f"; if it is a dataset's name on the Hugging Face hub, download it first: hf download {path} "
+        f"--repo-type dataset --local-dir {path.name}")
+    raise UserError(f"{path}: does not exist; pass a text file, a .jsonl, .json, .parquet or .arrow "
+                    f"file, or a folder of them{hint}")
+
+
 def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None) -> list[Path]:
     """Return the files to read at `path`: the file itself, or a folder's, recursive and sorted.
 
@@ -165,18 +181,7 @@ def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None
     if path.is_file():
         return [path]
     if not path.is_dir():
-        if "://" in str(path) or re.match(r"(https?|s3|gs|hf):/", str(path)):
-            raise UserError(f"{path}: is an address, and nothing is downloaded here; copy it first (aws s3 "
-                            "cp, gsutil cp, hf download, wget) and pass the file or folder")
-        near = path.parent.glob("*")
-        if split := [one.name for one in near if one.name.startswith(f"{path.name} ")]:
-            raise UserError(f"{path}: does not exist; {split[0]!r} does: put a name with a blank in quotes")
-        is_file = _is_text(path.name) or is_records(path.name) or _is_json(path.name)
-        hint = "" if is_file or not _HUB_ID.fullmatch(str(path)) else (
-            f"; if it is a dataset's name on the Hugging Face hub, download it first: hf download {path} "
-            f"--repo-type dataset --local-dir {path.name}")
-        raise UserError(f"{path}: does not exist; pass a text file, a .jsonl, .json, .parquet or .arrow "
-                        f"file, or a folder of them{hint}")
+        _refuse_missing(path)
     left_out: list[Path] = []
     names = {file: file.relative_to(path).as_posix() for file in map(Path, walk_files(path, left_out))}
     hidden = [one.relative_to(path).as_posix() for one in left_out if is_hidden(one.name)]
