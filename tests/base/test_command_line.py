@@ -97,8 +97,8 @@ def test_a_defect_keeps_its_traceback() -> None:
     ("pretrain tiny-solar-open --run r --resmue", "nothing takes this; did you mean '--resume'?"),
     ("eval bigram --data d --output f", "--output: nothing takes this (--help"),
     ("eval ppl", "megatron-sov eval ppl: the following arguments are required: "),
-    ("card sft --ouput c", "--ouput: nothing takes this; did you mean '--output'?"),
-    ("card '' --output c", "RUN: is empty, where a file or folder is to be named"),
+    ("report sft --ouput c", "--ouput: nothing takes this; did you mean '--output'?"),
+    ("report '' --output c", "RUN: is empty, where a file or folder is to be named"),
     ("eval pll", "megatron-sov eval pll: does not exist; did you mean 'ppl'?"),
 ])
 def test_what_a_command_does_not_take_is_one_sentence(line: str, said: str,

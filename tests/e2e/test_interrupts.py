@@ -47,9 +47,11 @@ def test_ctrl_c_is_answered_before_the_step_has_ended(tmp_path: Path, pretrain: 
     (stopping,), (stop,) = events(run, "stopping"), events(run, "stop")
     assert stopping["text"].endswith(
         "s), then saving; Ctrl-C again: leave now, last checkpoint is step 2"), stopping
-    assert stopping["text"] in errors and (stop["step"], stop["reason"]) == (4, "SIGINT")
-    assert errors.splitlines()[-1] == (
-        f"stopped: everything is saved; last checkpoint: step 4; continue with: megatron-sov resume '{run}'")
+    assert stopping["text"] in errors and stop["reason"] == "SIGINT"
+    # 3 if the signal came before rank 0 had begun step 4
+    assert stop["step"] in (3, 4) and errors.splitlines()[-1] == (
+        f"stopped: everything is saved; last checkpoint: step {stop['step']}; continue with: "
+        f"megatron-sov resume '{run}'")
     assert read_state(run).state == "stopped"
     assert [event["step"] for event in events(run, "eval")] == [0]
 

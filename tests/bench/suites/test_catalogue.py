@@ -226,7 +226,7 @@ def test_mistakes_of_the_command_are_one_sentence(tmp_path: Path) -> None:
         (["--tasks", "aime2"], "did you mean 'aime2"),
         (["bring", "--data-dir", "d"], "with one task"),
         ([*bring, "livecodebench", "--from", good], "with one task"),
-        ([*bring, "aime24"], "needs --from"),
+        ([*bring, "aime24"], "needs --input"),
         ([*bring, "mmlu", "--from", good], "must be one of mmlu/dev.jsonl, mmlu/test.jsonl"),
         ([*bring, "aime24", "--from", good, "--as", "../x"], "must be one of aime24/test.jsonl"),
         ([*bring, "aime24", "--from", tmp_path / "no.csv"], "there is no such file"),

@@ -168,13 +168,11 @@ phases:
 
 @pytest.mark.parametrize(("options", "said"), [
     (["--tokens", "5"], "--tokens 5.0: is for --blend"),
-    (["--dry-run"], "--dry-run: is for --blend and --search"),
+    (["--dry-run"], "--dry-run: is for --blend"),
     ([], "--output: is missing"),
     (["--blend", "none"], "--blend none: is no file and no blend that is shipped"),
     (["--blend", "solar-open", "--max-epochs", "0"], "--max-epochs 0: must be above 0"),
     (["--blend", "solar-open", "--tokens", "-1"], "--tokens -1: must be at least 0"),
-    (["--blend", "solar-open", "--search", "x"], "--search: goes without --blend"),
-    (["--search", "none.yaml"], "none.yaml: cannot be read"),
 ])
 def test_mistakes_beside_blends_are_one_sentence(parts: tuple[Path, Path], tmp_path: Path, options: list[str],
                                                  said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -243,7 +243,7 @@ def test_large_sources_are_read_by_jobs_and_not_where_the_command_is_typed(
     monkeypatch.setattr(addresses, "READ_HERE_BYTES", 1000)
     monkeypatch.setattr(addresses, "BATCH_BYTES", 2000)
     assert cli.main([*on_cluster(raw, str(raw / "out"))[:4], "--dry-run"]) == 0
-    assert "in 6 files of source web, 3.4 kB in 4 files of source books are not known yet" in (
+    assert "in 6 files of source web, 3.36 kB in 4 files of source books are not known yet" in (
         capsys.readouterr().out)
     with monkeypatch.context() as planning:
         planning.setattr(addresses, "_content_hash", never)

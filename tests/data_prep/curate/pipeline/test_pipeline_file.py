@@ -175,7 +175,7 @@ def test_patterns_of_columns_are_fine() -> None:
     (["p.yaml", "--output", "raw/out"], "lies in 'raw' of source raw"),
     (["raw", "--output", "out"], "raw: is a folder; pass a pipeline file"),
     (["full/x.txt", "--output", "out"], "full/x.txt:1: holds no mapping"),
-    (["p.yaml", "--output", "out", "--set", "a=b"], "--set a=b: nothing takes this"),
+    (["p.yaml", "--output", "out", "--set", "a=b"], "--set: nothing takes this"),
 ])
 def test_a_wrong_command_line_is_a_sentence(tmp_path: Path, words: list[str], sentence: str,
                                             monkeypatch: pytest.MonkeyPatch,
