@@ -355,10 +355,10 @@ def run(stage: Stage) -> float:
 
 def summary(root: Path, times: list[tuple[Stage, float]]) -> None:
     """Print each stage's time beside its budget, and the largest process."""
-    print("\nstage                time   budget")
+    print("\nstage                  time   budget")
     for stage, seconds in times:
-        print(f"{stage.name:18} {seconds:5.0f} s  {stage.budget_s:5d} s")
-    print(f"{'total':18} {sum(s for _, s in times):5.0f} s  {sum(s.budget_s for s, _ in times):5d} s")
+        print(f"{stage.name:20} {seconds:5.0f} s  {stage.budget_s:5d} s")
+    print(f"{'total':20} {sum(s for _, s in times):5.0f} s  {sum(s.budget_s for s, _ in times):5d} s")
     peak_mib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     print(f"largest process: {peak_mib:.0f} MiB of memory")
     print(f"\nthe model, for transformers: {root / 'hf'}\n"
