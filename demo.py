@@ -211,10 +211,11 @@ def retrieval_stages(root: Path, sources: list[str]) -> list[Stage]:
                      model__init_std=0.1, model__num_mtp_layers=0)
     common = settings(
         train__eval_every_steps=0, train__checkpoint_every_steps=200, data__heldout_tokens=32768,
-        data__max_epochs=0, needle__train_share=0, needle__depths="[0.0, 0.5, 0.95]",
-        needle__languages=json.dumps([s for s in sources if s == "english"]), optim__name="muon",
-        optim__muon_scale="original", optim__weight_decay=0, optim__schedule="wsd", optim__decay_share=0.4,
+        data__max_epochs=0, optim__name="muon", optim__muon_scale="original", optim__weight_decay=0,
+        optim__schedule="wsd", optim__decay_share=0.4,
         guards__sigma=0)  # a small model that begins to retrieve has gradients that look like spikes
+    extending = [*common, *settings(needle__train_share=0, needle__depths="[0.0, 0.5, 0.95]",
+                                    needle__languages=json.dumps([s for s in sources if s == "english"]))]
     batch = settings(train__global_batch_size=24, train__micro_batch_size=12)
     needles = settings(
         data__phases=json.dumps([{"name": "needles", "seq_len": NEAR, "blend": {language: 1, "needle": 7}}]),
@@ -233,9 +234,10 @@ def retrieval_stages(root: Path, sources: list[str]) -> list[Stage]:
         Stage("retrieval: begin", 10, ("megatron-sov", "pretrain", recipe, "--run", begin, *layout, *sizes,
                                        *common, *batch, *texts), root / "retrieval-begin/complete.json"),
         Stage("retrieval: learn", 40, ("megatron-sov", "extend", recipe, "--from", begin, "--run", near,
-                                       *layout, *common, *batch, *needles), root / "retrieval/complete.json"),
-        Stage("gate", 35, ("megatron-sov", "extend", recipe, "--from", near, "--run", far, *layout, *common,
-                           *gate), root / "retrieval-far/complete.json", codes=(0, GATE_FAILED)),
+                                       *layout, *extending, *batch, *needles),
+              root / "retrieval/complete.json"),
+        Stage("gate", 35, ("megatron-sov", "extend", recipe, "--from", near, "--run", far, *layout,
+                           *extending, *gate), root / "retrieval-far/complete.json", codes=(0, GATE_FAILED)),
     ]
 
 
@@ -353,10 +355,10 @@ def run(stage: Stage) -> float:
 
 def summary(root: Path, times: list[tuple[Stage, float]]) -> None:
     """Print each stage's time beside its budget, and the largest process."""
-    print("\nstage                time   budget")
+    print("\nstage                  time   budget")
     for stage, seconds in times:
-        print(f"{stage.name:18} {seconds:5.0f} s  {stage.budget_s:5d} s")
-    print(f"{'total':18} {sum(s for _, s in times):5.0f} s  {sum(s.budget_s for s, _ in times):5d} s")
+        print(f"{stage.name:20} {seconds:5.0f} s  {stage.budget_s:5d} s")
+    print(f"{'total':20} {sum(s for _, s in times):5.0f} s  {sum(s.budget_s for s, _ in times):5d} s")
     peak_mib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     print(f"largest process: {peak_mib:.0f} MiB of memory")
     print(f"\nthe model, for transformers: {root / 'hf'}\n"

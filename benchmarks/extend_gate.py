@@ -45,14 +45,15 @@ SIZES = ("vocab_size=2048", "hidden_size=64", "num_layers=4", "num_heads=4", "nu
          "num_experts=4", "num_experts_per_token=2", "expert_ffn_dim=64", "init_std=0.1")
 """The tiny recipes at a third of their size; every structural choice stays."""
 ALWAYS = ("train.num_threads=1", "train.checkpoint_every_steps=100000", "train.eval_every_steps=0",
-          "data.heldout_tokens=16384", "data.max_epochs=0", "needle.train_share=0", "needle.samples=20",
-          "needle.depths=[0.0, 0.25, 0.5, 0.75, 0.95]", "optim.name=muon", "optim.muon_scale=original",
+          "data.heldout_tokens=16384", "data.max_epochs=0", "optim.name=muon", "optim.muon_scale=original",
           "optim.weight_decay=0", "optim.schedule=wsd", "optim.decay_share=0.5",
           "guards.sigma=0",  # beginning to retrieve looks like a spike
           "optim.groups=" + json.dumps([{"pattern": "*word_embeddings.weight", "lr_scale": 0.7},
                                         {"pattern": "output_layer.weight", "lr_scale": 0.7},
                                         {"pattern": "*router.weight", "optimizer": "adamw",
                                          "lr_scale": 0.7}]))
+NEEDLES = ("needle.train_share=0", "needle.samples=20", "needle.depths=[0.0, 0.25, 0.5, 0.75, 0.95]")
+"""Of extensions."""
 SHORT_LR = 1e-2
 
 
@@ -144,8 +145,9 @@ class Chain:
         if done.exists():
             return int(done.read_text())
         begin: list[str | Path] = ["--from", self.folder / start] if start else []
+        always = (*ALWAYS, *NEEDLES) if command == "extend" else ALWAYS
         code = run(self.log, "-m", "megatron_sov", command, self.kind.recipe, "--data", self.shards, "--run",
-                   target, *begin, "--resume", *words((*ALWAYS, f"train.seed={self.seed}", *settings)))
+                   target, *begin, "--resume", *words((*always, f"train.seed={self.seed}", *settings)))
         done.write_text(str(code))
         return code
 

@@ -52,3 +52,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     found = {file.src_uri: re.search(r"^# (.+)$", file.content_string, re.MULTILINE)
              for file in files.documentation_pages()}
     return titled(markdown, {name: title[1] for name, title in found.items() if title})
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Show the bars in the code of tables as GitHub does, without the backslash that keeps them in a cell."""
+    return re.sub(r"<td[^>]*>.*?</td>", lambda cell: cell[0].replace(r"\|", "|"), html, flags=re.DOTALL)

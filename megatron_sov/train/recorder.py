@@ -321,6 +321,8 @@ class Recorder:
     def epochs(self, step: int, epochs: dict[str, float]) -> None:
         """Warn, once for each source, that it is gone through more often than `data.max_epochs`."""
         limit = self._config.data.max_epochs
+        if limit and self._config.train.epochs:  # asked for; the last step is a whole one
+            limit = max(limit, self._config.train.epochs + 1)
         for name, count in epochs.items():
             if limit and count > limit and name not in self._over_epochs:
                 self._over_epochs.add(name)

@@ -168,6 +168,10 @@ def test_a_source_is_named_once_and_only_above_the_limit(tmp_path: Path) -> None
         r.epochs(step, epochs)
     free = recorder(tmp_path, "data.max_epochs=0")
     free.epochs(4, {"web": 99.0})
-    for one in (r, free):
+    asked = recorder(tmp_path, "data.max_epochs=4", "train.steps=0", "train.epochs=20")
+    asked.epochs(4, {"web": 20.5})
+    asked.epochs(5, {"web": 21.5})
+    for one in (r, free, asked):
         one.close()
-    assert [(e["step"], e["text"].split()[1]) for e in told(tmp_path)] == [(2, "web"), (3, "rare")]
+    assert [(e["step"], e["text"].split()[1]) for e in told(tmp_path)] == [
+        (2, "web"), (3, "rare"), (5, "web")]

@@ -42,8 +42,10 @@ def banner(config: RunConfig, num_ranks: int, run: Path, steps: range, entries: 
     layout = ", ".join(f"{name} {size}" for name, size in (
         ("tp", p.tp), ("pp", p.pp), ("cp", p.cp), ("ep", p.ep), ("dp", dp_size)) if size > 1)
     tokens = {s.name: s.num_tokens.get("train", 0) for s in sources}
+    padded = {s.name for s in sources if s.is_chat}
     read = ", ".join(
-        f"{name} {format_count(n)} tokens" + (f" ({n / tokens[name]:.3g} epochs)" if tokens.get(name) else "")
+        f"{name} {format_count(n)} tokens" + (" with padding" if name in padded else
+                                              f" ({n / tokens[name]:.3g} epochs)" if tokens.get(name) else "")
         for name, n in planned.items() if n)
     length = f", {format_count(sum(planned.values()))} tokens"
     if rollout.rounds:  # how long responses are, and how often text is drawn, nobody knows yet
@@ -108,7 +110,8 @@ def summary(run: Path, checkpoint: Path, done: TrainState, wall_s: float, config
     heldout = HeldoutFigures()
     for event in read_events(run / EVENTS):
         heldout.add(event)
-    adapter = f" | megatron-sov convert to-peft {run} PEFT_DIR" if config.lora.on else ""
+    then = "\n              megatron-sov "
+    adapter = f"{then}convert to-peft {run} PEFT_DIR" if config.lora.on else ""
     minutes, seconds = divmod(round(wall_s), 60)
     # of responses that are compared the loss says nothing
     compared = {source.name for source in sources if source.group > 1 or source.made is not None}
@@ -117,5 +120,4 @@ def summary(run: Path, checkpoint: Path, done: TrainState, wall_s: float, config
     return (f"complete: step {done.step}, {format_count(done.tokens)} tokens in {minutes}:{seconds:02d} min"
             + "".join(f"; {text}" for text in figures if text)
             + f"\n  checkpoint  {checkpoint}\n"
-            f"  next        megatron-sov report {run} | megatron-sov {ask} | "
-            f"megatron-sov convert to-hf {run} HF_DIR{adapter}")
+            f"  next        megatron-sov report {run}{then}{ask}{then}convert to-hf {run} HF_DIR{adapter}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -31,7 +32,7 @@ ENTRIES = (LedgerEntry(0, "one", 100, 2, {"web": 1.0}),
            LedgerEntry(4, "two", 200, 2, {"web": 0.25, "code": 0.75}))
 
 
-def test_a_run_says_what_it_is_about_to_do() -> None:
+def test_a_run_says_what_it_is_about_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     config = apply_settings(recipes.get("tiny-solar-open"), ["parallel.ep=2", "train.recompute=true"])
     sources = [Source(name, None, "text", {}, {"train": tokens}, 0.5)
                for name, tokens in (("web", 500), ("code", 600))]
@@ -43,6 +44,11 @@ def test_a_run_says_what_it_is_about_to_do() -> None:
                        "7.5 GiB with activations, 130 GiB of the host's memory")
     assert told[2] == "  data       web 600 tokens (1.2 epochs), code 600 tokens (1 epochs)"
     assert told[3].startswith("  run        runs/a, a checkpoint every ")
+    monkeypatch.setattr("megatron_sov.train.stages.announcement.over_long", lambda *_: [])
+    chats = [dataclasses.replace(source, format="chat") for source in sources[:1]]
+    told = banner(config, 2, Path("runs/a"), range(2, 6), ENTRIES[:1], chats,
+                  memory_of(config, 2)).splitlines()
+    assert told[2] == "  data       web 800 tokens with padding"
 
 
 def test_rounds_are_told_in_responses_since_nobody_knows_their_tokens() -> None:
@@ -90,12 +96,12 @@ def test_a_run_says_what_came_of_it(tmp_path: Path) -> None:
                        "held-out loss web 3.0000 -> 2.0000, code 1.2500; pairs right 50 % (mean of the last "
                        "2 steps)")
     assert told[1] == f"  checkpoint  {run}/checkpoints/step-6" and f"megatron-sov report {run}" in told[2]
-    assert f"megatron-sov chat {run} |" in told[2]  # in the form that it was trained in
-    assert "to-peft" not in told[2]
+    assert [line.split("megatron-sov ")[1] for line in told[2:]] == [
+        f"report {run}", f"chat {run}", f"convert to-hf {run} HF_DIR"]  # in the form that it was trained in
     adapter = apply_settings(CONFIG, ["lora.rank=4"])
     told = summary(run, run / "c", TrainState(6, 1), 1.0, adapter, headline, sources[1:2]).splitlines()
-    assert told[2].endswith(f"convert to-hf {run} HF_DIR | megatron-sov convert to-peft {run} PEFT_DIR")
-    assert f"generate {run} --prompt TEXT" in told[2]
+    assert told[-1].endswith(f"megatron-sov convert to-peft {run} PEFT_DIR")
+    assert told[3].endswith(f"megatron-sov generate {run} --prompt TEXT")
 
 
 def source(name: str, format: str, group: int = 1) -> Source:
