@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from megatron_sov import cli
-from megatron_sov.base.artifacts import new_artifact
 from tests.pages_typed import lines_of, shell_blocks
 from tests.test_readme import gather
 
@@ -74,8 +73,7 @@ def test_what_is_sent_to_a_cluster_would_be_taken(line: str, tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORK", str(tmp_path / "shared"))
     for folder in re.findall(r"(?:--from|--data|--teacher|--states|to-hf) (\S+)", line):
-        with new_artifact(Path(folder.replace("$WORK", str(tmp_path / "shared"))), "tokens"):
-            pass
+        Path(folder.replace("$WORK", str(tmp_path / "shared"))).mkdir(parents=True, exist_ok=True)
     words = shlex.split(line.replace("$WORK", str(tmp_path / "shared")))[1:]
     dry = ["--dry-run"] if words[0] == "submit" and "--dry-run" not in words else []
     assert cli.main([words[0], *dry, *words[1:]]) == 0, capsys.readouterr().err
