@@ -87,7 +87,8 @@ def test_a_chip_that_cannot_is_told_what_it_can(monkeypatch: pytest.MonkeyPatch)
 def test_a_cpu_is_refused_before_anything_starts(run_command, packed_data, tmp_path: Path) -> None:
     done = run_command("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run",
                        str(tmp_path / "run"), "--set", "train.precision=bf16",
-                       "--set", "train.fp8=tensorwise", "--set", "model.vocab_size=368", "--set", "train.steps=2")
+                       "--set", "train.fp8=tensorwise", "--set", "model.vocab_size=368",
+                       "--set", "train.steps=2")
     assert done.returncode == 2, done.stderr
     assert "train.fp8 = tensorwise needs an NVIDIA GPU with Transformer Engine" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
