@@ -122,7 +122,7 @@ class _Rewrite:
         name = setting.partition("=")[0]
         if setting in _by_word("settings").get(normalize(word), ()):
             self.weak.add(setting)
-        self.add(f"{word} is {name} here", "--set", setting)
+        self.add(f"{word} is {name} here" if word != name else f"{name} is a list", "--set", setting)
 
     def use_row(self, option: str, values: list[str], is_known: bool = False) -> bool:
         """Add what a row of `in_command` has for an option; an option that the command has takes rows that
@@ -255,8 +255,8 @@ def _read_words(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
             given = [value] if equals else first
             if made.use_row(word, given, is_known=True):
                 i += bool(given) and not equals
-            elif len(parts := _several(word, given)) > 1:
-                made.add(f"{word} is given once for each", *(one for part in parts for one in (word, part)))
+            elif len(files := _several(word, given)) > 1:
+                made.add(f"{word} is given once for each", *(one for path in files for one in (word, path)))
                 i += not equals
             elif word == "--data" and (blend := _blend(typed[i:])):
                 made.add("--data is given once for each, with its weight behind a colon", *blend)
@@ -498,6 +498,8 @@ def _answer(parser: argparse.ArgumentParser, made: _Rewrite) -> str:
                              + "; `megatron-sov recipes` lists the recipes" * ("RECIPE" in needed))
     command = f"{parser.prog} {shlex.join([*first, *words])}".strip()
     said = "; ".join(dict.fromkeys([*made.said, *made.unknown.values()]))
+    if parser.prog.startswith("submit "):  # it has parsed its own options before
+        said, command = f"{said}; keep the options of submit", f"megatron-sov {command}"
     return f"{parser.prog}: {said}; write\n  {' '.join([command, *missing])}"
 
 
