@@ -16,8 +16,8 @@ from typing import Any
 from megatron_sov.base.command_line import (
     HelpText, Parser, end_help, exit_code, fill_commands, list_commands, parser_of, version_of)
 from megatron_sov.base.errors import ExitCode, UserError
+from megatron_sov.base.hints.commands import command_comes_first, unknown_command
 from megatron_sov.base.hints.removed import check_command
-from megatron_sov.base.hints.words import unknown_command
 from megatron_sov.base.plugins.registry import Declared, declared, takes
 from megatron_sov.commands import COMMANDS
 from megatron_sov.runs.launch_environment import note_command, process_started_s
@@ -74,9 +74,13 @@ def run_command(argv: list[str], began_s: float) -> int:
         argv: its name and arguments.
         began_s: Unix time at which it began; commands find it in their arguments.
     """
+    if argv[:1] == ["help"] and len(argv) > 1:
+        argv = [*argv[1:], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help"):
         help_parser([d for d in declared(GROUP) if d.name not in COMMANDS]).print_help()
         return ExitCode.OK if argv else ExitCode.USER_ERROR
+    if argv[0].startswith("-") and argv[0] not in ("--version",):
+        raise command_comes_first(PROGRAM, argv, COMMANDS)
     name, rest = named(argv)
     if name == "--version":
         print(version_of(PROGRAM))

@@ -21,8 +21,9 @@ from typing import Any, NoReturn
 
 from megatron_sov.base.errors import (
     DryRun, ExitCode, GateFailed, StopRequested, UserError, to_exit_code, visible)
+from megatron_sov.base.hints.commands import unknown_command
 from megatron_sov.base.hints.removed import check_command
-from megatron_sov.base.hints.words import check_words, unknown_command
+from megatron_sov.base.hints.words import check_words, missing_words, text_option
 from megatron_sov.version import PARTS, PARTS_NEEDED, __version__, part_of
 
 MAX_PATH_CHARS = 300
@@ -83,6 +84,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if "are required: " in message and "--resume" in self._typed:
             message += "; `megatron-sov resume RUN` goes on without them"
+        elif "are required: " in message and not self.listing:
+            names = message.partition("are required: ")[2]
+            raise UserError(f"{self.prog}: {message}{missing_words(self, self._typed, names)}")
         raise UserError(f"{self.prog}: {message} (--help lists what it takes)")
 
     def parse_args(self, args: Sequence[str] | None = None,  # type: ignore[override]
@@ -100,6 +104,9 @@ class Parser(argparse.ArgumentParser):
         if settings and "--set" in _options_of(self):
             written = " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
             raise UserError(f"{settings[0]}: every setting needs a --set of its own; write {written}")
+        if len(rest) == 1 and (option := text_option(self, rest[0], self._typed)):
+            line = shlex.join([*(word for word in self._typed if word != rest[0]), option, rest[0]])
+            raise UserError(f"{self.prog}: {rest[0]}: belongs to an option; write\n  {self.prog} {line}")
         self.error(f"{shlex.join(rest)}: nothing takes this")
 
     def _checked(self, typed: Sequence[str]) -> Sequence[str]:

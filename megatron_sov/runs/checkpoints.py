@@ -47,7 +47,8 @@ RUN, HF_MODEL, PEFT_ADAPTER = "run", "hf_model", "peft_adapter"
 """Kinds of folders beside that of a checkpoint."""
 TAKEN_BY = {
     RUN: ("a run", "`megatron-sov report` shows it, `convert to-hf` exports its newest checkpoint"),
-    KIND: ("a checkpoint", "`megatron-sov convert to-hf` exports it, `generate` and `eval` take it as it is"),
+    KIND: ("a checkpoint", "`megatron-sov convert to-hf` exports it, `generate` and `eval` take it as it "
+                           "is, `resume` takes the folder of its run"),
     HF_MODEL: ("a Hugging Face folder", "`megatron-sov convert from-hf` makes a checkpoint of it, `generate` "
                                         "and `eval` take it as it is"),
     PEFT_ADAPTER: ("a PEFT adapter", "`megatron-sov convert from-peft` makes a checkpoint of it"),

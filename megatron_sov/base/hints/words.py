@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +23,8 @@ _NEXT_SETTING = re.compile(r",\s*(?=[a-z]\w*(?:\.\w+)+=)")
 _SWITCHED = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False,
              "off": False}
 GPUS_OF_A_NODE = 8
+_OPTIONS_OF_FILES = ("--from", "--data", "--run", "--nproc", "--reward", "--prompts", "--nodes")
+NEED_A_RECIPE = ("pretrain", "extend", "plan")
 FindSetting = Callable[[str], str]
 """Word or setting, without a value -> the setting that it means; "": it exists, or nothing is known."""
 
@@ -63,6 +65,15 @@ def note_on(word: str) -> str:
                  if (note := notes(part).get(normalize(word)))), "")
 
 
+def instead_of(word: str) -> str:
+    """Return the end of a sentence about a key that is no setting: why, or the option that it is here."""
+    if note := note_on(word):
+        return note
+    found = next((one for one in _by_word("options").get(normalize(word), ())
+                  if one in _OPTIONS_OF_FILES), "")
+    return f"it is the option {found} here, and no setting" if found else ""
+
+
 @cache
 def notes(part: str) -> dict[str, str]:
     """Return word -> sentence, of the part `notes`, `instead` or `no_need`."""
@@ -79,25 +90,75 @@ class _Rewrite:
     positionals: Sequence[str]
     find: FindSetting | None
     typed: Sequence[str]
+    command: str = ""
+    """The program, if it is not megatron-sov, and its command."""
+    exists: FindSetting | None = None
+    """Setting -> whether there is it; None: not known."""
+    line: str = ""
+    """The whole command, where another one than that which was typed is meant."""
+    resumes: str = ""
+    """Folder of the run that goes on: what is saved to and loaded from."""
+    weights: Sequence[str] = ()
+    """Of the folders, where they were typed as a list."""
+    weak: set[str] = field(default_factory=set)
+    """Settings that give way to the same ones with values that were typed."""
     first: list[str] = field(default_factory=list)
     """Values of positional arguments, which go before all options."""
     words: list[str] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
     is_changed: bool = False
+    unknown: dict[str, str] = field(default_factory=dict)
+    """Setting that does not exist, with its value -> what to say if another word is replaced, too."""
 
     def add(self, says: str, *words: str) -> None:
         self.said.append(says)
         self.words += words
         self.is_changed = True
 
+    def is_our_setting(self, key: str) -> bool:
+        return self.exists is None or bool(self.exists(key))
+
     def set(self, word: str, setting: str) -> None:
         name = setting.partition("=")[0]
-        self.add(f"{word} is {name} here", "--set", setting)
+        if setting in _by_word("settings").get(normalize(word), ()):
+            self.weak.add(setting)
+        self.add(f"{word} is {name} here" if word != name else f"{name} is a list", "--set", setting)
+
+    def use_row(self, option: str, values: list[str], is_known: bool = False) -> bool:
+        """Add what a row of `in_command` has for an option; an option that the command has takes rows that
+        name values alone. Returns whether there was one."""
+        value = values[0] if values else ""
+        row = next((row for row in table()["in_command"]
+                    if _is_row(row, self.command, option, value, is_known)
+                    and row.get("unless", "-") not in self.typed
+                    and set(str(row.get("needs", "")).split()) <= set(self.options)), None)
+        if row is None:
+            return False
+        holes = {"value": value, "stem": Path(value).stem, "cluster": _cluster(value),
+                 "run": re.sub(r"/checkpoints(/[^/]*)?/?$", "", value)}
+        if not value or value.lower() in _SWITCHED:
+            holes["run"] = _value_after(self.typed, "--run", "--output_dir", "--output-dir") or "RUN"
+        written = [word.format(**holes) for word in shlex.split(row.get("write", ""))]
+        self.weak |= set(written) if row.get("weak") else set()
+        if "line" in row:
+            self.line = row["line"].format(**{name: shlex.quote(text) for name, text in holes.items()})
+        self.add(f"{option}: {row['say']}", *written)
+        return True
 
     def replace(self, option: str, values: list[str]) -> None:
         """Add what is meant by an option that the command does not have."""
         word = normalize(option)
         ours = f"--{word.replace('_', '-')}"
+        if self.use_row(option, values):
+            return
+        if word == "load" and values and values[0] == _value_after(self.typed, "--save", "--run"):
+            self.add(f"{option}: the run of a folder goes on by --resume", "--run", values[0], "--resume")
+            self.resumes = values[0]
+            return
+        if word in ("weights", "ratios", "proportions") and "DIR[:WEIGHT]" in self.positionals:
+            self.weights = values
+            self.add(f"{option}: a weight follows its folder behind a colon")
+            return
         if ours in self.options:  # --num_fewshot
             self.add(f"{option} is {ours} here", ours, *values)
             return
@@ -107,12 +168,20 @@ class _Rewrite:
             return
         meant = next((one for one in _by_word("options").get(word, ())
                       if one in self.options or one in self.positionals), "")
+        if word in ("input", "data", "inputs") and "DIR[:WEIGHT]" in self.positionals:
+            meant = "DIR"
         if meant and not meant.startswith("-"):
             self.first += [_value_of(word, meant, value) for value in values]
             self.add(f"{option} is {meant} here, without an option")
         elif meant:
             alone = table()["values"].get(word, {}).get("")
             given = [_value_of(word, meant, value) for value in values] or [alone] * bool(alone)
+            if meant == "--nodes" and given and values[0].isdigit() and int(values[0]) % GPUS_OF_A_NODE:
+                self.said.append(f"{values[0]} GPUs are no whole nodes of {GPUS_OF_A_NODE}: "
+                                 f"--nodes {given[0]} is {int(given[0]) * GPUS_OF_A_NODE}")
+            if meant == "--data" and (blend := _blend(values)):
+                self.add(f"{option} is --data here, with weights behind a colon", *blend)
+                return
             self.add(f"{option} is {meant} here", meant, *given)
         elif self.find is not None and (setting := _setting(word, values, self.find, self.typed)):
             self.set(option, setting)
@@ -148,31 +217,149 @@ def check_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -> list[s
     positionals = [str(action.metavar or action.dest) for action in parser._actions
                    if not action.option_strings]
     made = _Rewrite([name for name in options if name != "--run" or name not in optional], positionals,
-                    find if "--set" in options else None, typed)
+                    find if "--set" in options else None, typed, parser.prog.removeprefix("megatron-sov "),
+                    getattr(parser.get_default("options_class"), "is_setting", None))
+    _read_words(parser, made)
+    _move_model(parser, made)
+    if made.said:
+        raise UserError(_answer(parser, made))
+    return list(typed)
+
+
+def _read_words(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
+    """Read the words one after the other, and write those that are meant."""
+    typed, options = made.typed, list(parser._option_string_actions)
+    alone = {name for action in parser._actions if action.nargs == 0 for name in action.option_strings}
     i = 0
     while i < len(typed):
         word, equals, value = typed[i].partition("=")
         i += 1
-        if word == "--" or not _OPTION.match(word):
+        if made.find and _is_override(made, word, equals, typed[:i - 1], alone):
+            _add_settings(made, [typed[i - 1].lstrip("+")], is_bare=True)
+        elif word == "--" or not _OPTION.match(word):
             made.words += typed[i - 1:] if word == "--" else [typed[i - 1]]
             i = len(typed) if word == "--" else i
         elif word == "--set" and made.find is not None:
             given, i = ([value] if equals else list(typed[i:i + 1])), i + (not equals)
+            after = "".join(typed[i:i + 2])
+            if given and "[" not in given[0] and (given[0].endswith("=") or after.startswith("=")):
+                parts = 1 + (typed[i:i + 1] == ["="])  # blanks around =
+                given, i = ["".join([given[0], *typed[i:i + parts]])], i + parts
+                made.add("a setting and its value are joined by =, without blanks")
             if given and "=" not in given[0] and i < len(typed) and not typed[i].startswith("-"):
                 given, i = [f"{given[0]}={typed[i]}"], i + 1
                 made.add("a setting and its value are joined by =")
             _add_settings(made, given)
         elif word in options or not _is_unknown(word, made):
-            made.words.append(typed[i - 1])
+            first = [] if word in alone else list(typed[i:i + 1])
+            given = [value] if equals else first
+            if made.use_row(word, given, is_known=True):
+                i += bool(given) and not equals
+            elif len(files := _several(word, given)) > 1:
+                made.add(f"{word} is given once for each", *(one for path in files for one in (word, path)))
+                i += not equals
+            elif word == "--data" and (blend := _blend(typed[i:])):
+                made.add("--data is given once for each, with its weight behind a colon", *blend)
+                i += len(blend)
+            else:
+                made.words.append(typed[i - 1])
         else:
             values = [value] if equals else []
             while not equals and i < len(typed) and not _OPTION.match(typed[i].partition("=")[0]):
                 values.append(typed[i])
                 i += 1
             made.replace(word, values)
-    if made.said:
-        raise UserError(_answer(parser, made))
-    return list(typed)
+
+
+def _is_row(row: Mapping[str, Any], command: str, option: str, value: str, is_known: bool) -> bool:
+    """Return whether a row of `in_command` is about a command, an option and its value."""
+    commands = [one.strip() for one in row.get("at", "").split(",")]
+    values = row.get("value", "").split("|") if "value" in row else []
+    return (normalize(option) in row["words"].split() and (commands == [""] or command in commands)
+            and (not values or any(fnmatch(value.lower(), one) for one in values))
+            and not (is_known and not values))
+
+
+def _is_override(made: _Rewrite, key: str, equals: str, before: Sequence[str], alone: set[str]) -> bool:
+    """Return whether a word is a setting as Hydra and NeMo take them, without an option: a.b=c."""
+    our = made.is_our_setting(key.lstrip("+")) and made.exists is not None
+    if key.startswith("+") and equals and our:
+        return True
+    if not equals or not re.fullmatch(r"\+{0,2}[a-z]\w*(\.\w+)*", key) or made.find is None:
+        return False
+    is_free = not before or not before[-1].startswith("-") or "=" in before[-1] or before[-1] in alone
+    last, key = key.rpartition(".")[2], key.lstrip("+")
+    is_theirs = "." in key and not made.is_our_setting(key) and (note_on(last) or _option_of(made, last))
+    return is_free and bool(made.find(key) or is_theirs)
+
+
+def _option_of(made: _Rewrite, word: str) -> str:
+    """Return the option of the command that other programs call so; "": none."""
+    return next((one for one in _by_word("options").get(normalize(word), ()) if one in made.options), "")
+
+
+def _several(option: str, given: Sequence[str]) -> list[str]:
+    """Return the files of a list with commas, if each of them exists."""
+    parts = given[0].split(",") if given and option in ("--data", "--input", "--prompts") else []
+    are_there = bool(parts) and not Path(given[0]).exists() and all(Path(part).exists() for part in parts)
+    return parts if are_there else []
+
+
+def _blend(words: Sequence[str]) -> list[str]:
+    """Return weights and folders in turn, as Megatron-LM takes them, as --data FOLDER:WEIGHT of ours."""
+    found = []
+    for weight, folder in zip(words[::2], words[1::2], strict=False):
+        if not re.fullmatch(r"\d*\.?\d+", weight) or folder.startswith("-"):
+            break
+        found += ["--data", f"{_shards_of(folder)}:{weight}"]
+    return found
+
+
+def _shards_of(path: str) -> str:
+    """Return the folder of shards of ours that holds a pair of .bin and .idx; other paths as they are."""
+    if not Path(f"{path}.idx").is_file():
+        return path
+    return next((str(folder) for folder in Path(path).parents if (folder / "manifest.json").is_file()), path)
+
+
+def _cluster(name: str) -> str:
+    """Return the profile of a GPU that others name e.g. NVIDIA-A100-80GB."""
+    found = re.search(r"gb200|gb300|[abhv]\d{3}", name.lower())
+    return found.group() if found else name.lower()
+
+
+def _value_after(words: Sequence[str], *options: str) -> str:
+    """Return the value of the first option of some that was typed; "": none was."""
+    given = [part for word in words for part in word.split("=", 1)]
+    return next((value for word, value in pairwise(given) if word in options), "")
+
+
+def _move_model(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
+    """Let the model be the positional argument of a command whose --model is something else."""
+    if "TARGET" not in made.positionals or "--model" not in made.words or _free_words(parser, made.words):
+        return
+    at = made.words.index("--model")
+    if not made.first and at + 1 < len(made.words):
+        made.first = [made.words[at + 1]]
+        made.words = [*made.words[:at], *made.words[at + 2:]]
+        made.add("--model is TARGET here, without an option")
+
+
+def _free_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
+    """Return the words that are no option and no option's value."""
+    takes = {name: action.nargs for action in parser._actions for name in action.option_strings}
+    found: list[str] = []
+    room = 0.0
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if name in takes:
+            nargs = takes[name]
+            room = 0 if equals or nargs == 0 else 1 if nargs in (None, "?") else float("inf")
+        elif room:
+            room -= 1
+        else:
+            found.append(word)
+    return found
 
 
 def _is_unknown(word: str, made: _Rewrite) -> bool:
@@ -195,7 +382,9 @@ def _renamed(word: str, program: str, options: Sequence[str]) -> str:
     return f"{now}{equals}{value}"
 
 
-def _add_settings(made: _Rewrite, given: Sequence[str]) -> None:
+def _add_settings(made: _Rewrite, given: Sequence[str], is_bare: bool = False) -> None:
+    if is_bare:
+        made.add("a setting follows --set")
     for text in given:
         parts = [text] if text.partition("=")[2][:1] in ("[", "{", '"', "'") else _NEXT_SETTING.split(text)
         if len(parts) > 1:
@@ -205,12 +394,30 @@ def _add_settings(made: _Rewrite, given: Sequence[str]) -> None:
             find = made.find
             assert find is not None
             setting = _setting(key, [value], find, made.typed) if equals and find(key) else ""
-            if setting:
+            if key == "lora.targets" and value[:1] not in ("[", ""):
+                setting = f"{key}={json.dumps([one.strip() for one in value.split(',')])}"
+            if equals and "." in key and (note := note_on(key)):
+                made.add(f"{key}: {note}")
+            elif setting:
                 made.set(key, setting)
             elif equals and "." not in key and find(key) == "" and (note := note_on(key)):
                 made.add(f"{key}: {note}")
-            else:
+            elif not equals or made.is_our_setting(key) or find(key):
                 made.words += ["--set", part]
+            else:
+                _add_unknown(made, key, value)
+
+
+def _add_unknown(made: _Rewrite, key: str, value: str) -> None:
+    """Add what is meant by a setting that does not exist: an option, or nothing."""
+    last = key.rpartition(".")[2]
+    if option := _option_of(made, last):
+        made.add(f"{key} is {option} here", option, _value_of(normalize(last), option, value))
+    elif note := note_on(last):
+        made.add(f"{key}: {note}")
+    else:
+        made.unknown[f"{key}={value}"] = f"{key}: there is no such setting"
+        made.words += ["--set", f"{key}={value}"]
 
 
 def _setting(word: str, values: list[str], find: FindSetting, typed: Sequence[str]) -> str:
@@ -229,6 +436,8 @@ def _setting(word: str, values: list[str], find: FindSetting, typed: Sequence[st
         return fixed
     if last in table()["computed"]:
         return f"{name}={_computed(last, given, typed)}"
+    if name == "lora.targets" and "," in given and given[0] != "[":
+        values = [part.strip() for part in given.split(",")]
     if len(values) > 1:
         return f"{name}={json.dumps(values)}"
     known = known or table()["values"].get(name, {}).get(given.lower(), given or "VALUE")
@@ -257,68 +466,106 @@ def _value_of(word: str, option: str, value: str) -> str:
     if word == "model_args":  # lm-eval: pretrained=FOLDER,dtype=bfloat16
         return next((part.partition("=")[2] for part in value.split(",") if part.startswith("pretrained=")),
                     value)
+    if option == "--data":
+        return _shards_of(value)
     if option == "--nodes" and ("gpu" in word or word == "world_size") and value.isdigit():
         return str(-(-int(value) // GPUS_OF_A_NODE))
     return str(table()["values"].get(word, {}).get(value.lower(), value))
 
 
 def _answer(parser: argparse.ArgumentParser, made: _Rewrite) -> str:
-    said = "; ".join(dict.fromkeys(made.said))
+    if made.line:
+        return f"{parser.prog}: {'; '.join(dict.fromkeys(made.said))}; write\n  {made.line}"
     if not made.is_changed:
-        return f"{parser.prog}: {said} (--help lists what it takes)"
-    written = [word.partition("=")[0] for word in made.words]
-    missing = [f"{action.option_strings[0]} {action.metavar or action.dest.upper()}"
-               for action in parser._actions if action.required and action.option_strings
-               and not set(action.option_strings) & set(written)]
-    command = f"{parser.prog} {shlex.join([*made.first, *made.words])}".strip()
+        return f"{parser.prog}: {'; '.join(dict.fromkeys(made.said))} (--help lists what it takes)"
+    words = _without_repeated(parser, made)
+    written = [word.partition("=")[0] for word in words]
+    missing = [f"{action.option_strings[0]} {placeholder(action)}" for action in parser._actions
+               if action.required and action.option_strings and not set(action.option_strings) & set(written)]
+    first = list(made.first)
+    folders = first or _free_words(parser, words)
+    if made.weights and len(made.weights) == len(folders):
+        words = [word for word in words if first or word not in folders]
+        first = [f"{folder}:{weight}" for folder, weight in zip(folders, made.weights, strict=True)]
+    if not first and not _free_words(parser, words):
+        needed = [str(action.metavar or action.dest) for action in parser._actions
+                  if not action.option_strings and (action.required or (
+                      action.dest == "recipe" and made.command in NEED_A_RECIPE
+                      and "--config" not in written))]
+        first = needed
+        if needed:
+            made.said.append(f"{' and '.join(needed)} {'is' if len(needed) == 1 else 'are'} missing"
+                             + "; `megatron-sov recipes` lists the recipes" * ("RECIPE" in needed))
+    command = f"{parser.prog} {shlex.join([*first, *words])}".strip()
+    said = "; ".join(dict.fromkeys([*made.said, *made.unknown.values()]))
+    if parser.prog.startswith("submit "):  # it has parsed its own options before
+        said, command = f"{said}; keep the options of submit", f"megatron-sov {command}"
     return f"{parser.prog}: {said}; write\n  {' '.join([command, *missing])}"
 
 
-# Commands.
-
-def unknown_command(program: str, word: str, choices: Sequence[str], typed: Sequence[str] = ()) -> UserError:
-    """Return the error for a command that does not exist, with the one that is meant.
+def missing_words(parser: argparse.ArgumentParser, typed: Sequence[str], names: str) -> str:
+    """Return the end of a message about arguments that are required: their choices, and a line with them.
 
     Args:
-        program: what was typed before it, e.g. "megatron-sov convert".
-        word: the command that was typed.
-        choices: the commands that there are.
-        typed: the words after it.
+        parser: of the command.
+        typed: what follows the command's name.
+        names: the arguments, as argparse names them.
     """
-    rows = table()["commands"].get(program, {})
-    by_word = {one: text for words, text in rows.items() for one in words.split()}
-    begin = f"{program} {word}: does not exist"
-    if text := by_word.get(word.lower()):
-        return UserError(f"{begin}; {text}")
-    path = Path(word)
-    paths = table()["paths"].get(program)
-    if paths and (os.sep in word or path.exists()):
-        kind = kind_of_folder(path)
-        after = f" {shlex.join(typed)}" if typed else ""
-        ways = [way.format(path=shlex.quote(word)) for way in paths.get(kind, paths["other"])]
-        # what was typed after the path goes with the one command, unless it names the output itself
-        ways = [re.sub(r" OUT\b", "", way) + after if after and len(ways) == 1 else way for way in ways]
-        return UserError(f"{program}: {word} is a path, and an action comes first; write\n" + "\n".join(
-            f"  {program} {way}" for way in ways))
-    return UserError(f"{begin}{nearest(word, choices)} (`{program} --help` lists what there is)")
+    lacking = [action for action in parser._actions if action.required and (
+        set(action.option_strings) & set(re.split(r"[/,\s]+", names))
+        or (not action.option_strings and str(action.metavar or action.dest) in names.split(", ")))]
+    rows = table()["missing"]
+    choices = [f"{name} takes {rows.get(name, {}).get('takes') or ', '.join(map(str, action.choices or ()))}"
+               for action in lacking for name in action.option_strings[:1] if action.choices or name in rows]
+    first = [str(action.metavar or action.dest) for action in lacking if not action.option_strings]
+    last = [f"{action.option_strings[0]} {placeholder(action)}" for action in lacking
+            if action.option_strings]
+    line = " ".join(filter(None, [parser.prog, *first, shlex.join(typed), *last]))
+    return "".join(f"; {text}" for text in choices) + f"; write\n  {line}"
 
 
-def kind_of_folder(path: Path) -> str:
-    """Return what a folder holds, by the names of its files: run, checkpoint, hf, peft, tokens, tokenizer,
-    megatron or other."""
-    names = set(os.listdir(path)) if path.is_dir() else set()
-    if "events.jsonl" in names:
-        return "run"
-    if "adapter_config.json" in names:
-        return "peft"
-    if "latest_checkpointed_iteration.txt" in names or any(name.startswith("iter_") for name in names):
-        return "megatron"
-    if "manifest.json" in names:
-        try:
-            kind = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["kind"]
-        except (OSError, ValueError, TypeError, KeyError):
-            kind = "other"
-        return str(kind)
-    if "config.json" in names and any(name.endswith(".safetensors") for name in names):
-        return "hf"
-    return "tokenizer" if "tokenizer.json" in names else "other"
+def text_option(parser: argparse.ArgumentParser, word: str, typed: Sequence[str]) -> str:
+    """Return the option that a word without one belongs to, as a prompt or a file of text; "": none."""
+    known = parser._option_string_actions
+    return next((one for one in ("--prompt", "--input", "--text", "--data")
+                 if one in known and one not in typed and not word.startswith("-")
+                 and (one == "--prompt" or Path(word).exists())), "")
+
+
+def placeholder(action: argparse.Action) -> str:
+    """Return what a line has for the value of an option that is missing: its first choice, or its name."""
+    row = table()["missing"].get(action.option_strings[0], {})
+    choices = list(action.choices or ())
+    return str(row.get("write") or (choices[0] if choices else action.metavar or action.dest.upper()))
+
+
+def _without_repeated(parser: argparse.ArgumentParser, made: _Rewrite) -> list[str]:
+    """Return the words without settings that do not exist, and of options and settings that count once the
+    last; what was typed goes before what stands for another word."""
+    once = {name for action in parser._actions
+            if type(action).__name__ in ("_StoreAction", "_StoreTrueAction") and action.nargs in (None, 0)
+            for name in action.option_strings}
+    groups: list[list[str]] = []
+    words = list(made.words)
+    while words:
+        word = words.pop(0)
+        takes_one = word == "--set" or (word in once and parser._option_string_actions[word].nargs != 0)
+        is_pair = takes_one and words
+        groups.append([word, words.pop(0)] if is_pair else [word])
+    kept: dict[str, list[str]] = {}
+    for number, group in enumerate(groups):
+        name = group[0].partition("=")[0]
+        if group[0] == "--set" and len(group) > 1:
+            key = f"--set {group[1].partition('=')[0]}"
+            if group[1] in made.unknown or (group[1] in made.weak and key in kept):
+                continue
+        elif name in once:
+            key = name
+            typed = _value_after(made.typed, name)
+            typed = made.resumes if name == "--run" and made.resumes else typed
+            if (key in kept or made.resumes) and typed and len(group) > 1 and group[1] != typed:
+                continue
+        else:
+            key = str(number)
+        kept[key] = group
+    return [word for group in kept.values() for word in group]

@@ -264,6 +264,8 @@ def _type_way_out(wanted: str, value: Any) -> str:
     if wanted == "string" and isinstance(value, (int, float)):
         return "put it in double quotes"  # YAML reads 2:00:00 as 7200
     if wanted in ("tuple", "list") and isinstance(value, (str, int, float)):
+        if isinstance(value, str) and "," in value:
+            return f"e.g. {json.dumps([part.strip() for part in value.split(',')], ensure_ascii=False)[:60]}"
         return f"e.g. [{json.dumps(value, ensure_ascii=False)[:60]}]"
     return ""
 

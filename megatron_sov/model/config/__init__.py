@@ -19,7 +19,7 @@ from megatron_sov.model.config.post_training import (
     DistillationConfig, PolicyConfig, PreferenceConfig, RolloutConfig)
 from megatron_sov.model.config.run import (
     ObjectiveConfig, RunConfig, apply_settings, correct_setting, data_paths, find_settings, from_dict,
-    layout_settings, setting_names, weighted_path)
+    is_setting, layout_settings, setting_names, weighted_path)
 from megatron_sov.model.config.train import GroupConfig, GuardConfig, ObsConfig, OptimConfig, TrainConfig
 
 __all__ = [
@@ -62,6 +62,7 @@ __all__ = [
     "data_paths",
     "find_settings",
     "from_dict",
+    "is_setting",
     "layout_settings",
     "setting_names",
     "weighted_path",

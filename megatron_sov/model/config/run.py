@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal, cast, get_args
 
 from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.base.hints.removed import SETTINGS as REMOVED_SETTINGS, without_removed
-from megatron_sov.base.hints.words import note_on, settings_called
+from megatron_sov.base.hints.words import instead_of, note_on, settings_called
 from megatron_sov.base.plugins.loading import PluginCode
 from megatron_sov.base.settings import (
     ActsWhen, NotNegative, ProblemCode as Kind, SettingsError, SettingsProblem, assign_all, check, fields_of,
@@ -329,6 +329,8 @@ def _instead(key: str) -> str:
     if key in REMOVED_SETTINGS:
         return f"it was removed in this version; {REMOVED_SETTINGS[key][1]}"
     last = key.rpartition(".")[2]
+    if "." in key and (note := note_on(key)):
+        return note
     # A setting of the same group with a similar name is likelier than a setting of that name in another
     # group, but a name that other programs use is no misspelling.
     is_misspelled = "." in key and not settings_called(last) and not note_on(last)
@@ -336,7 +338,7 @@ def _instead(key: str) -> str:
     if dataclasses.is_dataclass(group) and nearest(last, fields_of(cast(Any, group))):
         return ""
     found = find_settings(last)
-    return f"did you mean {' or '.join(map(repr, found[:4]))}?" if found else note_on(last)
+    return f"did you mean {' or '.join(map(repr, found[:4]))}?" if found else instead_of(last)
 
 
 @cache
@@ -380,12 +382,16 @@ def correct_setting(word: str, groups: Sequence[str] = ()) -> str:
         word: e.g. "learning_rate" or "train.lr".
         groups: see `find_settings`.
     """
-    names = setting_names()
-    is_setting = word in names or re.search(r"\.\d+(\.|$)", word) or any(
-        name.startswith(f"{word}.") or ("." in name and word.startswith(f"{name}.")) for name in names)
     # `optim` is a group here, and the optimizer's name elsewhere
-    is_setting = is_setting and not ("." not in word and settings_called(word))
-    return "" if is_setting else next(iter(find_settings(word.rpartition(".")[2], groups)), "")
+    is_ours = is_setting(word) and not ("." not in word and settings_called(word))
+    return "" if is_ours else next(iter(find_settings(word.rpartition(".")[2], groups)), "")
+
+
+def is_setting(word: str) -> bool:
+    """Return whether there is a setting or a group of that name."""
+    names = setting_names()
+    return bool(word in names or re.search(r"\.\d+(\.|$)", word)) or any(
+        name.startswith(f"{word}.") or ("." in name and word.startswith(f"{name}.")) for name in names)
 
 
 def apply_settings(config: RunConfig, settings: Sequence[str], option: str = "--set") -> RunConfig:

@@ -23,7 +23,7 @@ from megatron_sov.base.settings import (
 from megatron_sov.base.settings.problem import show
 from megatron_sov.model import objectives, recipes
 from megatron_sov.model.config import (
-    ModelConfig, RunConfig, apply_settings, correct_setting, from_dict, setting_names)
+    ModelConfig, RunConfig, apply_settings, correct_setting, from_dict, is_setting, setting_names)
 from megatron_sov.model.config.learning import BUILT_IN
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import Family
@@ -62,6 +62,8 @@ class RecipeOptions(PluginOptions):
     def find_setting(cls, word: str) -> str:
         """Return the setting that an unknown option, or the key of a --set, may mean; "": none is known."""
         return correct_setting(word, cls.groups)
+
+    is_setting = staticmethod(is_setting)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -271,7 +271,7 @@ def _model_of(start_from: Path, asked: RecipeRequest) -> ModelConfig:
     if model.family != family:
         known = ", ".join(recipes.of_family(model.family)) or "there is none: `megatron-sov recipes`"
         raise UserError(f"--from {start_from}: is a {model.family} model, recipe {asked.base.recipe} is for "
-                        f"{family}; choose a recipe of that family ({known})")
+                        f"{family}; leave RECIPE out: the model is that of --from (or choose of {known})")
     return model
 
 

@@ -1,0 +1,69 @@
+"""Commands that do not exist, and words that stand where a command does: the command that is meant."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.hints.words import table
+
+
+def unknown_command(program: str, word: str, choices: Sequence[str], typed: Sequence[str] = ()) -> UserError:
+    """Return the error for a command that does not exist, with the one that is meant.
+
+    Args:
+        program: what was typed before it, e.g. "megatron-sov convert".
+        word: the command that was typed.
+        choices: the commands that there are.
+        typed: the words after it.
+    """
+    rows = table()["commands"].get(program, {})
+    by_word = {one: text for words, text in rows.items() for one in words.split()}
+    begin = f"{program} {word}: does not exist"
+    if text := by_word.get(word.lower()):
+        return UserError(f"{begin}; {text}")
+    path = Path(word)
+    paths = table()["paths"].get(program)
+    if paths and (os.sep in word or path.exists()):
+        kind = kind_of_folder(path)
+        after = f" {shlex.join(typed)}" if typed else ""
+        ways = [way.format(path=shlex.quote(word)) for way in paths.get(kind, paths["other"])]
+        # what was typed after the path goes with the one command, unless it names the output itself
+        ways = [re.sub(r" OUT\b", "", way) + after if after and len(ways) == 1 else way for way in ways]
+        return UserError(f"{program}: {word} is a path, and an action comes first; write\n" + "\n".join(
+            f"  {program} {way}" for way in ways))
+    return UserError(f"{begin}{nearest(word, choices)} (`{program} --help` lists what there is)")
+
+
+def command_comes_first(program: str, typed: Sequence[str], commands: Iterable[str]) -> UserError:
+    """Return the error for options before the command, with the command first."""
+    known = {name.split()[0] for name in commands}
+    at = next((place for place, word in enumerate(typed) if word in known), 0)
+    line = [*typed[at:], *typed[:at]] if at else ["COMMAND", *typed]
+    return UserError(f"{typed[0]}: a command comes before its options; write\n  {program} {shlex.join(line)}")
+
+
+def kind_of_folder(path: Path) -> str:
+    """Return what a folder holds, by the names of its files: run, checkpoint, hf, peft, tokens, tokenizer,
+    megatron or other."""
+    names = set(os.listdir(path)) if path.is_dir() else set()
+    if "events.jsonl" in names:
+        return "run"
+    if "adapter_config.json" in names:
+        return "peft"
+    if "latest_checkpointed_iteration.txt" in names or any(name.startswith("iter_") for name in names):
+        return "megatron"
+    if "manifest.json" in names:
+        try:
+            kind = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["kind"]
+        except (OSError, ValueError, TypeError, KeyError):
+            kind = "other"
+        return str(kind)
+    if "config.json" in names and any(name.endswith(".safetensors") for name in names):
+        return "hf"
+    return "tokenizer" if "tokenizer.json" in names else "other"
