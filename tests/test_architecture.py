@@ -94,7 +94,7 @@ CUT_ANYWHERE = {
     "data_prep/curate/quality/rules/step.py": _PUBLISHED}
 """File whose lines may be cut at any sign that ends one -> what they are."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 60
-MAX_CORE_LINES = 73_800
+MAX_CORE_LINES = 74_000
 """Of what an installation cannot do without; all else is a part of `megatron_sov.version.PARTS`."""
 MAX_SOURCE_LINES = 163_300
 """Of megatron_sov, data_prep and tokenizer; this number only falls."""
