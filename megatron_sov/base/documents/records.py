@@ -366,7 +366,8 @@ def _kind(record: dict[str, Any], reading: RecordReading) -> str:
                                       f"{reading.kind}; turn such rows into pairs with `sov-data unpaired`")
         beside = "" if found != "prompt" else (": no response is learned then; a chat has 'messages', or "
                                                "'prompt' and 'completion'")
-        if found == "prompt" and reading.kind == "preference":
+        if found == "prompt" and reading.kind == "preference" and len(record) > 2 and not isinstance(
+                record.get("completions"), list):
             raise BadRecord("fields", "has no 'chosen' and 'rejected' (fields: "
                                       f"{', '.join(map(str, list(record)[:8]))}); pass --columns "
                                       "chosen=FIELD,rejected=FIELD to `sov-data pack --format preference`")

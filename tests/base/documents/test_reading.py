@@ -191,7 +191,7 @@ def test_preferences_have_a_prompt_and_two_continuations(tmp_path: Path, record:
     ({"chosen": "c", "rejected": "r"}, "has no prompt"),
     ({"prompt": "p", "chosen": [{"role": "user", "content": "c"}], "rejected": "r"},
      "'chosen' holds no message of the assist"),
-    ({"prompt": "p"}, "has no 'chosen' and 'rejected' .fields: prompt.; pass --columns"),
+    ({"prompt": "p"}, "is a prompt, but --format is preference"),
     ({"text": "t"}, "is plain text, but --format is preference"),
 ])
 def test_malformed_preferences_are_refused(tmp_path: Path, record: dict[str, object], rule: str) -> None:

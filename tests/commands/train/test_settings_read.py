@@ -54,6 +54,7 @@ READ_WITHOUT_EFFECT = {
     "lora.dora": "passed on with the rank",
     "data.packing": "passed on to the order, which packs plain text by it",
     "data.over_long": "passed on to the order, which cuts conversations by it",
+    "train.epochs": "the warning of many epochs allows as many as are asked for",
 }
 """Setting that a stage reads where it is declared not to act -> why that changes nothing."""
 NEVER_READ = {
