@@ -184,6 +184,8 @@ MAX_PAIRS = 2048
 """Most held-out pairs of a source that are measured."""
 LogprobsOf = Callable[[Documents, range], np.ndarray]
 """(documents, which of them) -> their tokens' log-probabilities as `document_logprobs` returns them."""
+ReferenceOf = Callable[[Source], np.ndarray | None]
+"""Source -> the reference's log-probabilities of `heldout_documents`; None: they are not known."""
 
 
 def heldout_documents(source: Source) -> range:
@@ -193,15 +195,15 @@ def heldout_documents(source: Source) -> range:
     return range(min(len(source.shard("heldout").lengths), 2 * MAX_PAIRS))
 
 
-def measure_heldout_pairs(view: GateView, sources: Sequence[Source],
-                          reference_of: Callable[[Source], np.ndarray] | None) -> dict[str, dict[str, Any]]:
+def measure_heldout_pairs(view: GateView, sources: Sequence[Source], reference_of: ReferenceOf | None
+                          ) -> dict[str, dict[str, Any]]:
     """Measure the held-out pairs of a run, and record them; called by all processes together.
 
     Args:
         view: the run.
         sources: preferences.
         reference_of: source -> the reference's log-probabilities of `heldout_documents`; None: the method
-            has no reference.
+            has no reference.  Where it returns None, `pair_meters` are left out.
     """
     seq_len, size = view.config.data.max_seq_len(), view.config.train.micro_batch_size
     found = measure_pairs(sources, lambda documents, chosen: document_logprobs(
@@ -213,7 +215,7 @@ def measure_heldout_pairs(view: GateView, sources: Sequence[Source],
 
 def measure_pairs(sources: Sequence[Source], logprobs_of: LogprobsOf, seq_len: int,
                   asked: PreferenceConfig | None = None,
-                  reference_of: Callable[[Source], np.ndarray] | None = None) -> dict[str, dict[str, Any]]:
+                  reference_of: ReferenceOf | None = None) -> dict[str, dict[str, Any]]:
     """Measure the held-out pairs of each source that has some.
 
     Args:
@@ -244,9 +246,9 @@ def measure_pairs(sources: Sequence[Source], logprobs_of: LogprobsOf, seq_len: i
         sums, lengths = _learned_sums(logprobs_of(documents, chosen), learned)[both], lengths[both]
         means = sums / lengths
         figures = {CHOSEN_LIKELIER: _share_above(means[0::2] - means[1::2])}
-        if asked is not None:
-            reference_sums = (None if reference_of is None
-                              else _learned_sums(reference_of(source), learned)[both])
+        numbers = None if reference_of is None else reference_of(source)
+        if asked is not None and (reference_of is None or numbers is not None):
+            reference_sums = None if numbers is None else _learned_sums(numbers, learned)[both]
             meters = pair_meters(asked, compared_values(asked, sums, lengths, reference_sums))
             figures |= {name: float(values.mean()) for name, values in meters.items()}
         found[source.name] = {"pairs": int(whole.sum()), **figures}

@@ -40,6 +40,8 @@ LEARNED_BY = {"a preference": "is a pair of responses; `megatron-sov prefer` lea
                         "`megatron-sov sft` learns from chats",
               "plain text": "is plain text, which has no responses; `megatron-sov pretrain` learns from text"}
 """What a record is, as `sov-data pack` calls it -> what it is and which command learns from it."""
+BEGUN = {"tokenizer": ""}
+"""Record of a folder that is being made: whatever is there is the run's, and is not complete."""
 PROGRAMS = {"sov-tokenizer": "tokenizer.cli", "sov-data": "data_prep.cli"}
 """Program -> its module."""
 
@@ -139,6 +141,8 @@ class FilePacking:
             return packed
         if RunFolder(self.run).has_begun():
             self._refuse_changed(stale, records)
+        for folder in (self.run / TOKENIZER, *(named.shards(self.run) for named in stale)):
+            _refuse_foreign(folder, self.run)
         commands = [self._import_command(self.run)]
         commands += [self._pack_command(self.run, named) for named in stale]
         if num_ranks(None) > 1:
@@ -173,8 +177,8 @@ class FilePacking:
         """Raise `UserError` if a file, or the tokenizer, has changed since the run packed the file."""
         for named in stale:
             before = named.recorded(self.run)
-            if before and before["file"] == records[named]["file"]:
-                what = (str(named.file) if before["digest"] != records[named]["digest"] else
+            if before.get("file") == records[named]["file"]:
+                what = (str(named.file) if before.get("digest") != records[named]["digest"] else
                         f"tokenizer of {self.tokenizer}")
                 raise UserError(f"--data {named.argument}: {what} has changed since {self.run} packed it; "
                                 f"restore it, continue with {named.shards(self.run)} by `megatron-sov resume "
@@ -189,15 +193,16 @@ class FilePacking:
                 str(named.shards(target))]
 
     def _import(self, target: Path) -> None:
-        folder, note = target / TOKENIZER, target / DATA / TOKENIZER
+        folder = target / TOKENIZER
         record = {"tokenizer": digest_tokenizer(self.tokenizer)}
-        if not (folder / MANIFEST).is_file() or _read_record(note) != record:
+        if not (folder / MANIFEST).is_file() or _read_record(folder) != record:
+            atomic_write(_record_file(folder), to_json(BEGUN))
             _run(self._import_command(target), folder)
-            atomic_write(_record_file(note), to_json(record))
+            atomic_write(_record_file(folder), to_json(record))
 
     def _pack_file(self, target: Path, named: DataFile, record: dict[str, str]) -> None:
         shards = named.shards(target)
-        _record_file(shards).unlink(missing_ok=True)  # of other shards
+        atomic_write(_record_file(shards), to_json(BEGUN))
         _run(self._pack_command(target, named), shards)
         atomic_write(_record_file(shards), to_json(record))
 
@@ -208,7 +213,7 @@ def warn_of_changed_files(run: Path, folders: Iterable[str]) -> None:
         shards = Path(named_shards(path)[1])
         record = _read_record(shards) if shards.absolute().parent == (run / DATA).absolute() else {}
         file = Path(record.get("file", ""))
-        if file.is_file() and file_digest(file) != record["digest"] and is_first():
+        if file.is_file() and file_digest(file) != record.get("digest") and is_first():
             warn(f"{file}: has changed since {run} packed it; the run continues with {shards}")
 
 
@@ -220,15 +225,30 @@ def _run(command: Sequence[str], output: Path) -> None:
         raise SystemExit(code)
 
 
-def _record_file(shards: Path) -> Path:
-    return shards.with_name(f"{shards.name}.json")
+def _refuse_foreign(folder: Path, run: Path) -> None:
+    """Raise `UserError` where a folder that would be written, or its record, is there and not the run's."""
+    record = _record_file(folder)
+    if (folder.exists() or record.exists()) and not _read_record(folder):
+        found = folder if folder.exists() else record
+        raise UserError(f"{found}: was not made by a run in {run}, which would replace it; choose another "
+                        "--run, or move it away")
 
 
-def _read_record(shards: Path) -> dict[str, str]:
+def _record_file(folder: Path) -> Path:
+    """Return the record of shards, or of the tokenizer, which no source can be named like."""
+    return folder.parent / DATA / f"{TOKENIZER}.json" if folder.name == TOKENIZER else (
+        folder.with_name(f"{folder.name}.json"))
+
+
+def _read_record(folder: Path) -> dict[str, str]:
+    """Return the record of a folder; empty: there is none, or it is no record of ours."""
     try:
-        return dict(json.loads(_record_file(shards).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        record = json.loads(_record_file(folder).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
+    is_ours = isinstance(record, dict) and "tokenizer" in record and all(
+        isinstance(value, str) for value in record.values())
+    return record if is_ours else {}
 
 
 def _format_of(file: Path, formats: Sequence[str]) -> str:

@@ -220,6 +220,27 @@ def test_a_folder_of_the_users_own_is_not_taken_for_a_run(run: Path) -> None:
     RunFolder(Path("project")).refuse_taken(resume=False)  # as the printed commands leave it
 
 
+@pytest.mark.parametrize("theirs", ["data/chats.json", "data/chats/notes.txt", "tokenizer/notes.txt",
+                                    "data/tokenizer.json"])
+def test_nothing_of_the_users_own_is_replaced(run: Path, commands: list[list[str]], theirs: str) -> None:
+    file = run / theirs
+    write(str(file), json.dumps(PAIR))
+    data = str(file) if theirs == "data/chats.json" else write("chats.json", json.dumps([CHAT]))
+    with pytest.raises(UserError, match=r"was not made by a run in runs/a, which would replace it; choose"):
+        pack(run, data, formats=("preference", "chat"))
+    assert file.read_text() == f"{json.dumps(PAIR)}\n" and not commands
+
+
+@pytest.mark.parametrize("record", ["1", "[]", '{"file": 1, "tokenizer": ""}', '{"tokenizer": ""}',
+                                    "[" * 99999])
+def test_a_damaged_record_says_nothing(run: Path, record: str) -> None:
+    chats = write("chats.jsonl", CHAT)
+    write(str(run / "data/chats.json"), record)
+    warn_of_changed_files(run, [str(run / "data/chats")])
+    [found] = find_files([chats], run, SFT)
+    assert not found.recorded(run)
+
+
 @pytest.mark.parametrize(("objective", "name", "text", "words"), [
     ("sft", "p.jsonl", '{"prompt": "p", "chosen": "c", "rejected": "r"}', "`megatron-sov prefer` learns"),
     ("preference", "c.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', "`megatron-sov sft` le"),
