@@ -41,7 +41,7 @@ UNSEEN_ERROR = 0.25
 REFERENCE_TOKENS = 1_000_000_000_000
 """The headline of a shorter pretraining run also says what so many tokens would take."""
 LENGTH_SETTINGS = ("train.tokens", "train.steps", "train.epochs", "rollout.rounds", "data.phases")
-"""Settings that decide how many tokens a run reads."""
+"""Settings that decide how many tokens a run reads, as `tokens` of a phase does."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def length_source(request: RecipeRequest) -> str:
     epochs of --data that a stage takes by default."""
     for setting in reversed([*sorted(request.layered), *request.settings]):
         key = setting.partition("=")[0]
-        if key.startswith(LENGTH_SETTINGS):
+        if key in LENGTH_SETTINGS or (key.startswith("data.phases.") and key.endswith(".tokens")):
             return key
     epochs = request.base.train.epochs
     if request.of_model and epochs:

@@ -189,6 +189,7 @@ def _completed(args: PlanOptions, asked: RecipeRequest, stage: Stage) -> RecipeR
     Raises:
         UserError: the data cannot be read, are of another kind, or nothing says how long the stage is.
     """
+    from megatron_sov.model.objectives import LEARNS_FROM
     from megatron_sov.plan.pricing import machines
     from megatron_sov.runs.launch_environment import MOST_LOCAL_RANKS
     from megatron_sov.train.data.token_shards import open_sources
@@ -198,7 +199,8 @@ def _completed(args: PlanOptions, asked: RecipeRequest, stage: Stage) -> RecipeR
     config = asked.config()
     said = {setting.partition("=")[0] for setting in asked.settings}
     if config.data.paths:
-        sources = open_sources(config.data.paths, config.model.vocab_size, None, warns=False, is_fixed=True)
+        sources = open_sources(config.data.paths, config.model.vocab_size, LEARNS_FROM[stage], warns=False,
+                               is_fixed=True)
         if stage == "sft":
             check_chats(config, sources)
         num_gpus = (machines(args.cluster, args.nodes).num_ranks if args.cluster else args.nproc) or 1

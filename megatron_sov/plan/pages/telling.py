@@ -56,12 +56,14 @@ def timetable_rows(config: RunConfig, evenly: int = EVENLY) -> list[TimetableRow
     schedule = Schedule(config)
     steps = steps_to_show(schedule, evenly)
     rates = [schedule.learning_rate(step) for step in steps]
+    # a run of one step without warm-up has only the rate at the end of its decay, which may be 0
+    highest = max(rates) or 1.0
     found = []
     for step, lr in zip(steps, rates, strict=True):
         stretch = schedule.stretch(step)
         name = schedule.phases[stretch.phase].name
         found.append(TimetableRow(step + 1, schedule.tokens(step), name, stretch.batch_size, stretch.seq_len,
-                                  lr, lr / max(rates)))
+                                  lr, lr / highest))
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -125,3 +126,128 @@ def test_a_page_over_what_is_read_is_refused(tmp_path: Path, capsys: pytest.Capt
     assert main(["plan", "qwen3-8b", "--cluster", str(profile), "--page", str(profile)]) == 2
     assert "which is read; choose another path" in capsys.readouterr().err
     assert profile.read_text().startswith("description")
+
+
+# A model of the user's own, of which config.json alone is there.
+
+
+SIZES = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+         "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
+         "rms_norm_eps": 1e-5,
+         "rope_theta": 500000.0, "tie_word_embeddings": False, "hidden_act": "silu"}
+NUM_PARAMS = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096) + 2 * 128256 * 4096 + 4096
+
+
+def adapter_params(rank: int) -> int:
+    """Return the elements of A and B of all linear layers of a decoder of these sizes."""
+    inputs_and_outputs = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336),
+                          (4096, 14336), (14336, 4096)]
+    return 32 * rank * sum(a + b for a, b in inputs_and_outputs)
+
+
+@pytest.fixture
+def own_model(tmp_path: Path) -> Path:
+    folder = tmp_path / "my-8b"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SIZES}))
+    return folder
+
+
+def own_plan(own_model: Path, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert main(["plan", "sft", "--from", str(own_model), "--cluster", "h100", "--json",
+                 "--set", "train.tokens=100000000", "--set", "parallel.zero1=true", *words]) == 0
+    plan: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return plan
+
+
+@pytest.mark.parametrize("rank", [1, 4, 16, 64, 256])
+def test_an_adapter_has_gradients_and_optimizer_of_its_own_weights_alone(
+        rank: int, own_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = own_plan(own_model, capsys, "--set", f"lora.rank={rank}")
+    memory, trained = plan["memory_bytes"], adapter_params(rank)
+    assert plan["parameters"]["total"] == NUM_PARAMS
+    assert memory["weights"] == pytest.approx(2 * (NUM_PARAMS + trained), rel=0.01)
+    assert memory["gradients"] == pytest.approx(4 * trained, rel=0.01)
+    # float32 master weights and two moments, shared by eight GPUs under ZeRO-1
+    assert memory["optimizer"] == pytest.approx(12 * trained / 8, rel=0.02)
+
+
+def test_an_adapter_saves_the_products_of_weight_gradients(
+        own_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, adapter = (
+        own_plan(own_model, capsys, "--set", "train.recompute=true", *more)["stages"][0]["seconds"]
+        for more in ((), ("--set", "lora.rank=16")))
+    # forward twice, since it is recomputed, and gradients of inputs: three products of four
+    assert adapter["dense"] / whole["dense"] == pytest.approx(3 / 4, rel=0.03)
+    assert whole["dp"] > 0 and whole["optimizer"] > 0
+    assert not {"dp", "optimizer"} & {part for part, seconds in adapter.items() if seconds}
+
+
+@pytest.mark.parametrize(("settings", "source", "tokens"), [
+    (["train.tokens=100000000"], "train.tokens", "100.1 M"), (["train.steps=10"], "train.steps", "5.24 M"),
+    (["train.steps=7", "lora.rank=8"], "train.steps", "3.67 M"),
+    (["train.steps=7", "train.global_batch_size=64"], "train.steps", "1.84 M"),
+    (["train.steps=7", "data.phases.0.seq_len=2048"], "train.steps", "1.84 M"),
+    (["data.phases.0.seq_len=8192", "train.steps=1"], "train.steps", "1.05 M")])
+def test_a_stage_without_data_is_as_long_as_a_setting_says(
+        settings: list[str], source: str, tokens: str, own_model: Path,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--from", str(own_model), "--cluster", "h100",
+                 *(word for setting in settings for word in ("--set", setting))]) == 0
+    [headline] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("my-8b: ")]
+    assert f"on {tokens} tokens ({source}), 8 H100-80GB: " in headline
+
+
+@pytest.mark.parametrize(("words", "sentence"), [
+    (["--from", "MODEL"], "nothing says how long the stage is; pass --data DIR"),
+    (["qwen3-8b", "--from", "MODEL"], "and qwen3-8b: both say which model is trained"),
+    (["--from", "nowhere"], "--from nowhere: does not exist"),
+    (["sft"], "sft: is a stage, which needs a model: add --from FOLDER"),
+    (["rl", "--from", "MODEL"], "and rl: both say which model is trained"),
+    (["--from", "MODEL", "--data", "nowhere"], "nowhere"),
+    (["--from", "MODEL", "--budget", "500", "--sweep", "--set", "train.steps=5"],
+     "--budget and --sweep: are two plans"),
+    (["--days", "-1"], "--days"),
+    (["qwen3-8b", "--days", "3", "--prove"], "--days and --prove: are two plans"),
+])
+def test_a_model_or_a_budget_that_says_too_little_or_too_much_is_refused(
+        words: list[str], sentence: str, own_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    typed = [str(own_model) if word == "MODEL" else word for word in words]
+    assert main(["plan", *typed, "--cluster", "h100"]) == 2
+    captured = capsys.readouterr()
+    assert sentence in captured.err and not captured.out and "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(("fields", "sentence"), [
+    ({"model_type": "unheard-of"}, "unheard-of"), ({"hidden_size": "wide"}, "config.json: "),
+    ({"num_hidden_layers": None}, "num_hidden_layers"), ({"hidden_act": "tanh"}, "hidden_act")])
+def test_a_config_json_that_no_family_has_is_refused_by_its_field(
+        fields: dict[str, object], sentence: str, own_model: Path,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    file = own_model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    assert main(["plan", "--from", str(own_model), "--cluster", "h100", "--set", "train.steps=5"]) == 2
+    captured = capsys.readouterr()
+    assert f"--from {own_model}: " in captured.err and sentence in captured.err and not captured.out
+
+
+def test_how_weights_are_packed_decides_nothing_of_a_plan(
+        own_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = own_plan(own_model, capsys, "--set", "lora.rank=16")
+    file = own_model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text())
+                               | {"quantization_config": {"quant_method": "fp8"}}))
+    assert own_plan(own_model, capsys, "--set", "lora.rank=16") == plain
+
+
+def test_epochs_of_data_are_the_length_of_a_stage(
+        own_model: Path, token_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "distill", "--from", str(own_model), "--data", f"web={token_shards}",
+               "--cluster", "h100"]
+    assert main(command) == 0
+    data, headline, *_ = capsys.readouterr().out.splitlines()
+    assert data.startswith("data: ") and " tokens (3 epochs of --data), 8 H100-80GB: " in headline
+    assert "pass --set model.vocab_size" not in headline
+    assert main(["plan", "sft", *command[2:]]) == 2
+    assert "holds conversations" in capsys.readouterr().err
