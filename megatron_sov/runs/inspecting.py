@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -144,9 +145,9 @@ def _of_others(path: Path) -> dict[str, Any]:
         return {}
     check_folder(path)
     if (path / EVENTS).is_file():
-        return {"kind": "run", "more": f"megatron-sov status {path}"}
+        return {"kind": "run", "more": f"megatron-sov status {shlex.quote(str(path))}"}
     if (path / "store.json").is_file():
-        return {"kind": STORE, "more": f"megatron-sov rl store stats {path}"}
+        return {"kind": STORE, "more": f"megatron-sov rl store stats {shlex.quote(str(path))}"}
     if path.is_file() and path.suffix == ".jsonl":
         with open(path, "rb") as f:
             return {"kind": "file of rows", "num_rows": sum(bool(line.strip()) for line in f),

@@ -36,6 +36,11 @@ def test_the_default_is_as_fast_as_the_best_of_a_sweep_with_memory_to_spare(
     assert find_layout(config, where, said) == found
 
 
+def test_a_recipe_whose_own_layout_needs_more_processes_gets_one() -> None:
+    found = find_layout(recipes.get("k-exaone2-750b-extend"), machines("h200", 16))
+    assert found is not None and found.own_spare_share < 0 and "own does not fit" in found.line()
+
+
 @pytest.mark.parametrize("said", [
     ("parallel.expert_dispatcher=alltoall",), ("train.fp8=none",), ("gpu.attention=local",)])
 def test_kernels_that_the_user_chose_stay(said: tuple[str, ...]) -> None:

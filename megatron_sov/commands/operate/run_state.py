@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import statistics
 import time
 from collections import deque
@@ -22,7 +23,7 @@ from megatron_sov.runs.folder import (
     ATTEMPTS, COMPLETION, CONFIG, JOBS, ROUNDS, STAGES, SUBMISSIONS, RunFolder, last_words, submitted_jobs)
 from megatron_sov.runs.lock import living_holder
 from megatron_sov.runs.obs.events import EVENTS, read_events
-from megatron_sov.runs.obs.figures import number
+from megatron_sov.runs.obs.figures import number, whole_number
 from megatron_sov.runs.obs.history import COMPLETE, KINDS, UNFINISHED, Attempt, Attempts, is_incident
 from megatron_sov.runs.obs.meters import HeldoutFigures, headline_of_start, told_step
 from megatron_sov.runs.obs.wall_time import CATEGORIES, Timekeeper, WallTime
@@ -196,20 +197,21 @@ class RunStateReader:
         if event["event"] == "run_start":
             # speeds of an earlier start say nothing about this one
             self._recent.clear()
-            state.recipe, state.num_steps = (event.get("recipe") or state.recipe,
-                                             event.get("num_steps") or state.num_steps)
-            state.step = int(event.get("resumed_from") or 0)
+            state.recipe = str(event.get("recipe") or state.recipe)
+            state.num_steps = whole_number(event.get("num_steps")) or state.num_steps
+            state.step = whole_number(event.get("resumed_from"))
             self._meters, self._is_comparable = headline_of_start(event)
         elif event["event"] == "step" and event.get("step") is not None:
             # of the last steps alone: the speed of now, whatever the curriculum did before
-            self._recent.append((int(event["step"]), self._last_s, number(event.get("tokens_per_s")),
+            self._recent.append((whole_number(event["step"]), self._last_s, number(event.get("tokens_per_s")),
                                  number(event.get("step_time_s"))))
-            state.step, state.loss = int(event["step"]), number(event.get("loss"))
+            state.step, state.loss = whole_number(event["step"]), number(event.get("loss"))
             state.told = told_step(event, self._meters, comparable=self._is_comparable)
             state.headline |= {m.name: m.value(event) for m in self._meters if math.isfinite(m.value(event))}
-            state.tokens, state.phase = int(event.get("tokens") or 0), str(event.get("phase") or "")
+            state.tokens, state.phase = whole_number(event.get("tokens")), str(event.get("phase") or "")
         elif event["event"] == "skip" and "meters" in event:  # a round of which no group learns
-            state.step, state.told = int(event["step"]), told_step(event, self._meters, comparable=False)
+            state.step = whole_number(event["step"])
+            state.told = told_step(event, self._meters, comparable=False)
             state.headline |= {m.name: m.value(event) for m in self._meters if math.isfinite(m.value(event))}
         elif event["event"] == "eval":
             state.heldout_bits_per_byte = _overall_bits_per_byte(event.get("heldout"))
@@ -287,8 +289,8 @@ def _extends(path: Path, config: RunConfig) -> bool:
 
 def _start(attempt: Attempt) -> Start:
     start = attempt.start
-    return Start(number(start.get("time_s")), int(start.get("resumed_from") or 0), attempt.last_step,
-                 int(start.get("num_ranks") or 0), attempt.outcome)
+    return Start(number(start.get("time_s")), whole_number(start.get("resumed_from")), attempt.last_step,
+                 whole_number(start.get("num_ranks")), attempt.outcome)
 
 
 def _judge(state: RunState, attempts: list[Attempt], recent: deque[tuple[int, float, float, float]],
@@ -370,7 +372,7 @@ def in_full(state: RunState) -> str:
     lines.append(f"  checkpoint  {state.checkpoint or 'none yet'}{_ago(',', state.checkpoint_age_s)}")
     counted = {"warning": state.warnings, **{KINDS[kind]: count for kind, count in state.incidents.items()}}
     if told := ", ".join(f"{count:,} x {name}" for name, count in counted.items() if count):
-        lines.append(f"  incidents   {told} (megatron-sov logs {state.path})")
+        lines.append(f"  incidents   {told} (megatron-sov logs {shlex.quote(str(state.path))})")
     return "\n".join([*lines, *_starts(state), *_time(state.wall_time)])
 
 

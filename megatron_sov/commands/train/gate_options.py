@@ -46,18 +46,6 @@ class TunedOptions(TunedStageOptions, GateOptions):
     """What commands take that go on from a model, and may be held to what it could do."""
 
 
-def refuse_gate(args: GateOptions, where: str) -> None:
-    """Raise `UserError` where a gate is asked for and there is none.
-
-    Args:
-        args: what was typed.
-        where: why, e.g. "--rounds 3".
-    """
-    if args.gate is not None:
-        raise UserError(f"--gate {args.gate}: {where} has no gate; evaluate with `megatron-sov eval lm`, and "
-                        "compare with `megatron-sov eval difference`")
-
-
 def gate_of(args: GateOptions, config: RunConfig, start: Path | None) -> EndGate | None:
     """Return the gate that the arguments ask for, or None.
 

@@ -133,10 +133,12 @@ class LocalSearch:
         self.limit_bytes = self.prices.limit_bytes
         self.costs.clear()
         own = self.cost(own_choice(self.config))
+        # of a layout that does not divide these processes there is no memory to count
+        own_spare = -math.inf if own == BROKEN else self.spare_share(own_choice(self.config))
         settings = {setting.partition("=")[0]: setting
                     for setting in (*self.own_settings, *best.settings(self.config))}
         return DefaultLayout(tuple(settings.values()), seconds, own[1] if own[0] == 0 else math.inf,
-                             self.spare_share(own_choice(self.config)), num_priced, self.spare_share(best))
+                             own_spare, num_priced, self.spare_share(best))
 
     def spare_share(self, choice: LayoutChoice) -> float:
         """Return which share of the usable memory the fullest GPU leaves."""

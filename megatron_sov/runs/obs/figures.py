@@ -16,6 +16,12 @@ def number(value: Any) -> float:
         return math.nan
 
 
+def whole_number(value: Any) -> int:
+    """Return an event's whole number; 0: it is absent or unreadable."""
+    found = number(value)
+    return int(found) if math.isfinite(found) else 0
+
+
 Form = str | Callable[[float], str]
 """A format specification, or a function that formats a number."""
 

@@ -12,7 +12,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_sov.runs.obs.figures import number
+from megatron_sov.runs.obs.figures import number, whole_number
 
 UNFINISHED = "ended without a word (killed, or still running)"
 COMPLETE = "complete"
@@ -61,7 +61,7 @@ class Attempts:
             return
         last.last_time_s = number(event.get("time_s"))
         if kind in ("step", "run_end", "stop") and event.get("step") is not None:
-            last.last_step = int(event["step"])
+            last.last_step = whole_number(event["step"])
         if kind == "resume":
             last.resume_reason = str(event.get("reason") or "")
         elif kind == "stopping":
@@ -129,9 +129,9 @@ class Stretches:
         if event["event"] == "run_start":
             self._start, self._entries, self._last = event, [], None
         elif event["event"] == "phase" and self._start is not None:
-            self._entries.append((_count(event.get("step")), event))
-        elif event["event"] == "step" and _count(event.get("step")) and self._start is not None:
-            self._add_step(self._start, _count(event["step"]), number(event.get("step_time_s")))
+            self._entries.append((whole_number(event.get("step")), event))
+        elif event["event"] == "step" and whole_number(event.get("step")) and self._start is not None:
+            self._add_step(self._start, whole_number(event["step"]), number(event.get("step_time_s")))
 
     def _add_step(self, start: dict[str, Any], step: int, seconds: float) -> None:
         # Steps are 1-based and a phase names the 0-based step from which it holds.
@@ -143,16 +143,11 @@ class Stretches:
         if entry is not self._last:
             follows, self._last = self._last is not None, entry
             self.all.append(MeasuredStretch(
-                start, str(entry.get("name") or ""), _count(entry.get("seq_len")),
-                _count(entry.get("global_batch_size")), step, follows=follows))
+                start, str(entry.get("name") or ""), whole_number(entry.get("seq_len")),
+                whole_number(entry.get("global_batch_size")), step, follows=follows))
         stretch = self.all[-1]
         stretch.last_step = step
         stretch.times_s.append(seconds)
-
-
-def _count(value: object) -> int:
-    found = number(value)
-    return int(found) if math.isfinite(found) else 0
 
 
 KINDS = {"skip": "step not learned", "attribution": "why it was not learned",

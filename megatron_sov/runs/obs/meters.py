@@ -104,7 +104,7 @@ class HeldoutFigures:
                     continue
                 found = self._losses.setdefault(source, [])
                 # The first and the last evaluation are enough.
-                found[1:] = [(int(number(event.get("step", 0))), figures)]
+                found[1:] = [(int(event.get("step") or 0), figures)]
         elif (kind := str(event["event"])) == VALIDATION or kind.startswith("heldout_"):
             self._by_kind.setdefault(kind, {}).setdefault(str(event.get("source", "")), []).append(event)
 

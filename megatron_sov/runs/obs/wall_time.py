@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sov.runs.obs.figures import number
+from megatron_sov.runs.obs.figures import number, whole_number
 from megatron_sov.runs.obs.validation import VALIDATION
 
 CATEGORIES = {"productive": "productive steps", "lost": "lost steps", "evaluation": "evaluation",
@@ -92,7 +92,8 @@ class Timekeeper:
                  "rollback": "back_to"}.get(kind, "")
         value = number(event.get(field))
         otherwise = time_s if kind == "run_start" else 0.0
-        self._marks.append(_TimeMark(kind, time_s, int(step), value if math.isfinite(value) else otherwise))
+        self._marks.append(_TimeMark(kind, time_s, whole_number(step),
+                                     value if math.isfinite(value) else otherwise))
 
     def account(self, now_s: float | None = None, waits: bool = False) -> WallTime | None:
         """Return where the time went, or None before the first start.

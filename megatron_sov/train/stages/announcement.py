@@ -3,6 +3,7 @@ last one what came of it."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -105,13 +106,14 @@ def summary(run: Path, checkpoint: Path, done: TrainState, wall_s: float, config
         headline: by which meters it is judged.
         sources: what it has read.
     """
+    words = shlex.quote(str(run))
     # what has learned from chats is asked in that form
-    ask = f"chat {run}" if any(source.is_chat for source in sources) else f"generate {run} --prompt TEXT"
+    ask = f"chat {words}" if any(source.is_chat for source in sources) else f"generate {words} --prompt TEXT"
     heldout = HeldoutFigures()
     for event in read_events(run / EVENTS):
         heldout.add(event)
     then = "\n              megatron-sov "
-    adapter = f"{then}convert to-peft {run} PEFT_DIR" if config.lora.on else ""
+    adapter = f"{then}convert to-peft {words} PEFT_DIR" if config.lora.on else ""
     minutes, seconds = divmod(round(wall_s), 60)
     # of responses that are compared the loss says nothing
     compared = {source.name for source in sources if source.group > 1 or source.made is not None}
@@ -120,4 +122,5 @@ def summary(run: Path, checkpoint: Path, done: TrainState, wall_s: float, config
     return (f"complete: step {done.step}, {format_count(done.tokens)} tokens in {minutes}:{seconds:02d} min"
             + "".join(f"; {text}" for text in figures if text)
             + f"\n  checkpoint  {checkpoint}\n"
-            f"  next        megatron-sov report {run}{then}{ask}{then}convert to-hf {run} HF_DIR{adapter}")
+            f"  next        megatron-sov report {words}{then}{ask}{then}convert to-hf {words} HF_DIR"
+            + adapter)

@@ -13,6 +13,7 @@ import contextlib
 import heapq
 import json
 import os
+import shlex
 import shutil
 import time
 import zlib
@@ -173,8 +174,8 @@ def begun(output: Path, made_by: str, identity: Mapping[str, Any], redo: bool = 
         if before != now and not redo and (changed := _differing_work(folder, before, now)):
             raise UserError(list_problems(
                 f"{output}: {folder} holds unfinished work of another command", changed,
-                f"ask for the same to go on, begin anew ({REDO}, or megatron-sov inspect {output} --clear), "
-                "or name another output"))
+                f"ask for the same to go on, begin anew ({REDO}, or megatron-sov inspect "
+                f"{shlex.quote(str(output))} --clear), or name another output"))
         try:
             if before != now:
                 _begin(folder, made_by, now)

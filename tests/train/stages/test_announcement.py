@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import math
 from pathlib import Path
 
@@ -102,6 +103,16 @@ def test_a_run_says_what_came_of_it(tmp_path: Path) -> None:
     told = summary(run, run / "c", TrainState(6, 1), 1.0, adapter, headline, sources[1:2]).splitlines()
     assert told[-1].endswith(f"megatron-sov convert to-peft {run} PEFT_DIR")
     assert told[3].endswith(f"megatron-sov generate {run} --prompt TEXT")
+
+
+def test_the_commands_that_go_on_can_be_pasted(tmp_path: Path) -> None:
+    run = tmp_path / "a $(id) b"
+    run.mkdir()
+    (run / "events.jsonl").write_text("")
+    told = summary(run, run / "checkpoints/step-6", TrainState(6, 1), 1.0, apply_settings(
+        CONFIG, ["lora.rank=4"]), [], [source("web", "chat")]).splitlines()
+    assert [str(run) in shlex.split(line) for line in told[2:]] == [True] * 4
+
 
 
 def source(name: str, format: str, group: int = 1) -> Source:
