@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any, Literal
 
-from megatron_sov.runs.obs.figures import number
+from megatron_sov.runs.obs.figures import number, whole_number
 from megatron_sov.runs.obs.validation import VALIDATION
 
 Better = Literal["higher", "lower", ""]
@@ -104,7 +104,7 @@ class HeldoutFigures:
                     continue
                 found = self._losses.setdefault(source, [])
                 # The first and the last evaluation are enough.
-                found[1:] = [(int(event.get("step") or 0), figures)]
+                found[1:] = [(whole_number(event.get("step")), figures)]
         elif (kind := str(event["event"])) == VALIDATION or kind.startswith("heldout_"):
             self._by_kind.setdefault(kind, {}).setdefault(str(event.get("source", "")), []).append(event)
 

@@ -4,10 +4,11 @@ last one what came of it."""
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from megatron_sov.base.figures import format_count, format_memory, format_share
+from megatron_sov.base.figures import format_count, format_memory, format_share, format_value
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families.adapters import adapter_params
 from megatron_sov.model.families.count import num_params
@@ -44,10 +45,8 @@ def banner(config: RunConfig, num_ranks: int, run: Path, steps: range, entries: 
         ("tp", p.tp), ("pp", p.pp), ("cp", p.cp), ("ep", p.ep), ("dp", dp_size)) if size > 1)
     tokens = {s.name: s.num_tokens.get("train", 0) for s in sources}
     padded = {s.name for s in sources if s.is_chat}
-    read = ", ".join(
-        f"{name} {format_count(n)} tokens" + (" with padding" if name in padded else
-                                              f" ({n / tokens[name]:.3g} epochs)" if tokens.get(name) else "")
-        for name, n in planned.items() if n)
+    read = ", ".join(f"{name} {format_count(n)} tokens{_share_read(n, tokens.get(name, 0), name in padded)}"
+                     for name, n in planned.items() if n)
     length = f", {format_count(sum(planned.values()))} tokens"
     if rollout.rounds:  # how long responses are, and how often text is drawn, nobody knows yet
         length, read = "", (f"{rollout.rounds:,} rounds of {rollout.prompts_per_round:,} prompts, each with "
@@ -65,6 +64,13 @@ def banner(config: RunConfig, num_ranks: int, run: Path, steps: range, entries: 
             f"  data       {read}{too_long}\n"
             f"  run        {run}, a checkpoint {'at least ' if rollout.rounds else ''}every "
             f"{config.train.checkpoint_every_steps} steps")
+
+
+def _share_read(num_tokens: float, available_tokens: int, is_padded: bool) -> str:
+    """Return " (1.5 epochs)" for the tokens that a run reads from a source; rows of chats are padded."""
+    if is_padded:
+        return " with padding"
+    return f" ({format_value(num_tokens / available_tokens, 3)} epochs)" if available_tokens else ""
 
 
 def _adapter(config: RunConfig, total: int) -> str:
@@ -110,15 +116,19 @@ def summary(run: Path, checkpoint: Path, done: TrainState, wall_s: float, config
     # what has learned from chats is asked in that form
     ask = f"chat {words}" if any(source.is_chat for source in sources) else f"generate {words} --prompt TEXT"
     heldout = HeldoutFigures()
-    for event in read_events(run / EVENTS):
-        heldout.add(event)
+
+    def collect_heldout() -> Iterator[Mapping[str, Any]]:
+        for event in read_events(run / EVENTS):
+            heldout.add(event)
+            yield event
+
+    means = recent_means(collect_heldout(), headline)  # reads all events, once for both figures
     then = "\n              megatron-sov "
     adapter = f"{then}convert to-peft {words} PEFT_DIR" if config.lora.on else ""
     minutes, seconds = divmod(round(wall_s), 60)
     # of responses that are compared the loss says nothing
     compared = {source.name for source in sources if source.group > 1 or source.made is not None}
-    figures = (heldout.text(headline, lambda source: source not in compared),
-               recent_means(read_events(run / EVENTS), headline))
+    figures = (heldout.text(headline, lambda source: source not in compared), means)
     return (f"complete: step {done.step}, {format_count(done.tokens)} tokens in {minutes}:{seconds:02d} min"
             + "".join(f"; {text}" for text in figures if text)
             + f"\n  checkpoint  {checkpoint}\n"
