@@ -165,6 +165,16 @@ def download(path: str | os.PathLike[str]) -> str:
             f"{name}` where there is a network, and pass {name}")
 
 
+def download_dataset(path: str | os.PathLike[str]) -> str:
+    """Return the end of a message about data that do not exist and may be a dataset's name on the Hugging
+    Face hub: the command that downloads the dataset; empty if the path cannot be such a name."""
+    found = re.fullmatch(r"[\w-][\w.-]*/([\w-][\w.-]*)", os.fspath(path))
+    if found is None:
+        return ""
+    return (f"; if it is a dataset's name on the Hugging Face hub, download it first: hf download "
+            f"{os.fspath(path)} --repo-type dataset --local-dir {found[1]}")
+
+
 def how_to_install(extra: str, options: str = "") -> str:
     """Return the command that installs what one of our extras adds.
 

@@ -17,7 +17,7 @@ from typing import IO, Any, NoReturn, cast
 from megatron_sov.base import sealed
 from megatron_sov.base.artifacts import MANIFEST, read_manifest
 from megatron_sov.base.documents.records import BadRecord
-from megatron_sov.base.errors import UserError, first_line, visible
+from megatron_sov.base.errors import UserError, download_dataset, first_line, visible
 
 
 def cut_at_blank_lines(blocks: Iterable[bytes], limit_bytes: int) -> Iterator[bytes]:
@@ -105,7 +105,6 @@ _ABOUT = re.compile(r"(readme|licen[sc]e|copying|copyright|notice|citation|chang
 """Names of files that say something of a dataset and are no part of it."""
 _MOST_TOLD = 4
 _MOST_ENDINGS = 8
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -155,9 +154,7 @@ def _refuse_missing(path: Path) -> NoReturn:
     if split := [one.name for one in near if one.name.startswith(f"{path.name} ")]:
         raise UserError(f"{path}: does not exist; {split[0]!r} does: put a name with a blank in quotes")
     is_file = _is_text(path.name) or is_records(path.name) or _is_json(path.name)
-    hint = "" if is_file or not _HUB_ID.fullmatch(str(path)) else (
-        f"; if it is a dataset's name on the Hugging Face hub, download it first: hf download {path} "
-        f"--repo-type dataset --local-dir {path.name}")
+    hint = "" if is_file else download_dataset(path)
     raise UserError(f"{path}: does not exist; pass a text file, a .jsonl, .json, .parquet or .arrow "
                     f"file, or a folder of them{hint}")
 

@@ -16,9 +16,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast, get_args
 
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import UserError, download_dataset, nearest
 from megatron_sov.base.hints.removed import SETTINGS as REMOVED_SETTINGS, without_removed
-from megatron_sov.base.hints.words import instead_of, note_on, settings_called
+from megatron_sov.base.hints.table import instead_of, note_on, settings_called
 from megatron_sov.base.plugins.loading import PluginCode
 from megatron_sov.base.settings import (
     ActsWhen, NotNegative, ProblemCode as Kind, SettingsError, SettingsProblem, assign_all, check, fields_of,
@@ -496,9 +496,8 @@ def _explain_missing(folder: str) -> str:
     if Path(f"{folder}.bin").exists() or Path(f"{folder}.idx").exists():
         return ("is Megatron's prefix of an indexed dataset; pass the folder that `sov-data pack` made, or "
                 "make one by `sov-data adopt`")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", folder) and not Path(folder).parent.exists():
-        return (f"does not exist; if it is a dataset's name on the Hugging Face hub, download it first: hf "
-                f"download {folder} --repo-type dataset --local-dir {Path(folder).name}")
+    if not Path(folder).parent.exists() and (hint := download_dataset(folder)):
+        return f"does not exist{hint}"
     return "does not exist; check its path (folders of token shards are made by `sov-data pack`)"
 
 
