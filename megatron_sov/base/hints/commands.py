@@ -7,10 +7,14 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from megatron_sov.base.errors import UserError, nearest
-from megatron_sov.base.hints.words import table
+from megatron_sov.base.hints.table import table
+
+_OUTPUT_OPTIONS = ("--output", "--out", "-o", "--output-dir", "--output_dir", "--save", "--outfile")
+_DIRECTION_OPTIONS = ("--to", "--format", "--output-format", "--target", "--type")
 
 
 def unknown_command(program: str, word: str, choices: Sequence[str], typed: Sequence[str] = ()) -> UserError:
@@ -31,13 +35,38 @@ def unknown_command(program: str, word: str, choices: Sequence[str], typed: Sequ
     paths = table()["paths"].get(program)
     if paths and (os.sep in word or path.exists()):
         kind = kind_of_folder(path)
-        after = f" {shlex.join(typed)}" if typed else ""
         ways = [way.format(path=shlex.quote(word)) for way in paths.get(kind, paths["other"])]
-        # what was typed after the path goes with the one command, unless it names the output itself
-        ways = [re.sub(r" OUT\b", "", way) + after if after and len(ways) == 1 else way for way in ways]
+        directions = [value for name, value in pairwise(typed) if name in _DIRECTION_OPTIONS]
+        ways = [way for way in ways if way.split()[0] in {f"to-{value}" for value in directions}] or ways
+        if len(ways) == 1 and typed:
+            ways = [_with_output(ways[0], typed)]
         return UserError(f"{program}: {word} is a path, and an action comes first; write\n" + "\n".join(
             f"  {program} {way}" for way in ways))
     return UserError(f"{begin}{nearest(word, choices)} (`{program} --help` lists what there is)")
+
+
+def _with_output(line: str, typed: Sequence[str]) -> str:
+    """Return a line with the words that were typed after the path: the value of --output takes the place of
+    OUT, and options that name a direction (--to hf) are what the action says already."""
+    kept: list[str] = []
+    output, words = "", list(typed)
+    while words:
+        name, equals, value = words.pop(0).partition("=")
+        takes_value = name in (*_OUTPUT_OPTIONS, *_DIRECTION_OPTIONS)
+        if not takes_value:
+            kept.append(f"{name}{equals}{value}")
+            continue
+        if not equals and words:
+            value = words.pop(0)
+        if name in _OUTPUT_OPTIONS:
+            output = value
+    if not output and kept and not kept[0].startswith("-"):
+        output = kept.pop(0)
+    if output and re.search(r" OUT\b", line):
+        line = re.sub(r" OUT\b", lambda found: f" {shlex.quote(output)}", line)
+    elif output:
+        kept += ["--output", output]
+    return f"{line} {shlex.join(kept)}".strip()
 
 
 def command_comes_first(program: str, typed: Sequence[str], commands: Iterable[str]) -> UserError:

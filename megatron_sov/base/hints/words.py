@@ -1,5 +1,5 @@
-"""Words of Megatron-LM, Hugging Face, TRL, axolotl, lm-eval and nanochat as ours: `words.yaml` is the one
-table for options, settings and commands of all programs, and is asked before any guess by similar letters."""
+"""Rewrites a command line with words of other programs (Megatron-LM, Hugging Face, TRL, lm-eval) as a line to
+paste; the table of words is asked before any guess by similar letters."""
 
 from __future__ import annotations
 
@@ -10,74 +10,21 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.errors import UserError, nearest, warn
+from megatron_sov.base.hints.table import by_word, normalize, note_on, settings_called, table
 
-FILE = Path(__file__).with_name("words.yaml")
 _OPTION = re.compile(r"--?[A-Za-z][\w.-]*\Z")
 _NEXT_SETTING = re.compile(r",\s*(?=[a-z]\w*(?:\.\w+)+=)")
 _SWITCHED = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False,
              "off": False}
 GPUS_OF_A_NODE = 8
-_OPTIONS_OF_FILES = ("--from", "--data", "--run", "--nproc", "--reward", "--prompts", "--nodes")
 NEED_A_RECIPE = ("pretrain", "extend", "plan")
 FindSetting = Callable[[str], str]
 """Word or setting, without a value -> the setting that it means; "": it exists, or nothing is known."""
-
-
-@cache
-def table() -> Mapping[str, Any]:
-    """Return `words.yaml`: part -> its rows."""
-    import yaml
-
-    found: Mapping[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
-    return found
-
-
-def normalize(word: str) -> str:
-    """Return the form in which the table has a word: `--Learning-Rate` -> `learning_rate`."""
-    return word.lstrip("-").replace("-", "_").lower()
-
-
-@cache
-def _by_word(part: str) -> Mapping[str, tuple[str, ...]]:
-    """Return word -> what a part of the table has for it, in the order of its rows."""
-    found: dict[str, list[str]] = {}
-    for ours, words in table()[part].items():
-        for word in str(words).split():
-            found.setdefault(word, []).append(ours)
-    return {word: tuple(meant) for word, meant in found.items()}
-
-
-def settings_called(word: str) -> tuple[str, ...]:
-    """Return the settings that other programs call `word`, as `name` or, of a switch, `name=value`."""
-    by_value = [meant for meant in table()["values"].get(normalize(word), {}).values() if "." in str(meant)]
-    return _by_word("settings").get(normalize(word), tuple(dict.fromkeys(by_value)))
-
-
-def note_on(word: str) -> str:
-    """Return why a setting or option of another program has no counterpart, and what to do; "": not known."""
-    return next((note for part in ("notes", "instead", "no_need")
-                 if (note := notes(part).get(normalize(word)))), "")
-
-
-def instead_of(word: str) -> str:
-    """Return the end of a sentence about a key that is no setting: why, or the option that it is here."""
-    if note := note_on(word):
-        return note
-    found = next((one for one in _by_word("options").get(normalize(word), ())
-                  if one in _OPTIONS_OF_FILES), "")
-    return f"it is the option {found} here, and no setting" if found else ""
-
-
-@cache
-def notes(part: str) -> dict[str, str]:
-    """Return word -> sentence, of the part `notes`, `instead` or `no_need`."""
-    return {word: text for words, text in table()[part].items() for word in words.split()}
 
 
 # Options and settings of a command line.
@@ -115,14 +62,22 @@ class _Rewrite:
         self.words += words
         self.is_changed = True
 
+    @property
+    def has_cluster(self) -> bool:
+        """Whether the command line names a profile, in our words or others'."""
+        known = {"cluster", *str(table()["options"]["--cluster"]).split(), "gpu_type", "gpu", "gpu_name",
+                 "hardware"}
+        return any(normalize(word.partition("=")[0]) in known for word in self.typed if word.startswith("-"))
+
     def is_our_setting(self, key: str) -> bool:
         return self.exists is None or bool(self.exists(key))
 
     def set(self, word: str, setting: str) -> None:
         name = setting.partition("=")[0]
-        if setting in _by_word("settings").get(normalize(word), ()):
+        if setting in by_word("settings").get(normalize(word), ()):
             self.weak.add(setting)
-        self.add(f"{word} is {name} here" if word != name else f"{name} is a list", "--set", setting)
+        share = " (its share of the run's steps)" if setting.endswith("=STEPS") else ""
+        self.add(f"{word} is {name} here{share}" if word != name else f"{name} is a list", "--set", setting)
 
     def use_row(self, option: str, values: list[str], is_known: bool = False) -> bool:
         """Add what a row of `in_command` has for an option; an option that the command has takes rows that
@@ -162,12 +117,14 @@ class _Rewrite:
         if ours in self.options:  # --num_fewshot
             self.add(f"{option} is {ours} here", ours, *values)
             return
-        if self.find is not None and word in _by_word("settings") and (
+        if self.find is not None and word in by_word("settings") and (
                 setting := _setting(word, values, self.find, self.typed)):
             self.set(option, setting)
             return
-        meant = next((one for one in _by_word("options").get(word, ())
+        meant = next((one for one in by_word("options").get(word, ())
                       if one in self.options or one in self.positionals), "")
+        if meant == "--nodes" and "gpu" in word and "--nproc" in self.options and not self.has_cluster:
+            meant = "--nproc"  # without a profile nobody knows how many GPUs a node has
         if word in ("input", "data", "inputs") and "DIR[:WEIGHT]" in self.positionals:
             meant = "DIR"
         if meant and not meant.startswith("-"):
@@ -295,7 +252,7 @@ def _is_override(made: _Rewrite, key: str, equals: str, before: Sequence[str], a
 
 def _option_of(made: _Rewrite, word: str) -> str:
     """Return the option of the command that other programs call so; "": none."""
-    return next((one for one in _by_word("options").get(normalize(word), ()) if one in made.options), "")
+    return next((one for one in by_word("options").get(normalize(word), ()) if one in made.options), "")
 
 
 def _several(option: str, given: Sequence[str]) -> list[str]:
@@ -366,8 +323,8 @@ def _is_unknown(word: str, made: _Rewrite) -> bool:
     """Return whether a word is an option of another program; an unambiguous begin of one of ours is not."""
     name = normalize(word)
     if not word.startswith("--"):
-        return name in _by_word("options")
-    is_theirs = made.find is not None and name in _by_word("settings")
+        return name in by_word("options")
+    is_theirs = made.find is not None and name in by_word("settings")
     return is_theirs or not any(option.startswith(word) for option in made.options)
 
 
@@ -473,11 +430,32 @@ def _value_of(word: str, option: str, value: str) -> str:
     return str(table()["values"].get(word, {}).get(value.lower(), value))
 
 
+def _add_companions(made: _Rewrite) -> None:
+    """Add the settings and processes that the rewritten settings need: a project of W&B needs obs.wandb=true,
+    and parallel.tp=2 two processes."""
+    pairs = [setting for option, setting in pairwise(made.words) if option == "--set"]
+    values = dict(setting.partition("=")[::2] for setting in pairs)
+    if "--config" in made.words or not values:
+        return
+    for name, needed in table()["acts_with"].items():
+        if name in values and needed.partition("=")[0] not in values:
+            made.add(f"{name} acts with {needed}", "--set", needed)
+    if "--nproc" not in made.options or made.command.startswith("submit"):
+        return
+    sizes = {axis: int(size) for axis in ("tp", "pp", "cp", "ep", "etp")
+             if (size := values.get(f"parallel.{axis}", "1")).isdigit()}
+    processes = sizes.get("pp", 1) * max(sizes.get("tp", 1) * sizes.get("cp", 1),
+                                         sizes.get("ep", 1) * sizes.get("etp", 1))
+    if processes > 1 and "--nproc" not in made.words and len(sizes) == 5:
+        made.add(f"this layout needs {processes} processes", "--nproc", str(processes))
+
+
 def _answer(parser: argparse.ArgumentParser, made: _Rewrite) -> str:
     if made.line:
         return f"{parser.prog}: {'; '.join(dict.fromkeys(made.said))}; write\n  {made.line}"
     if not made.is_changed:
         return f"{parser.prog}: {'; '.join(dict.fromkeys(made.said))} (--help lists what it takes)"
+    _add_companions(made)
     words = _without_repeated(parser, made)
     written = [word.partition("=")[0] for word in words]
     missing = [f"{action.option_strings[0]} {placeholder(action)}" for action in parser._actions
@@ -520,7 +498,11 @@ def missing_words(parser: argparse.ArgumentParser, typed: Sequence[str], names: 
     first = [str(action.metavar or action.dest) for action in lacking if not action.option_strings]
     last = [f"{action.option_strings[0]} {placeholder(action)}" for action in lacking
             if action.option_strings]
-    line = " ".join(filter(None, [parser.prog, *first, shlex.join(typed), *last]))
+    named = _free_words(parser, typed)  # argparse gives words to positional arguments in their order
+    rest = list(typed)
+    for word in named:
+        rest.remove(word)
+    line = " ".join(filter(None, [parser.prog, shlex.join(named), *first, shlex.join(rest), *last]))
     return "".join(f"; {text}" for text in choices) + f"; write\n  {line}"
 
 

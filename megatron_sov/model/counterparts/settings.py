@@ -14,7 +14,7 @@ import yaml
 
 from megatron_sov.base.documents.bounded_yaml import BoundedLoader
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.hints.words import notes
+from megatron_sov.base.hints.table import notes
 from megatron_sov.model.counterparts.architecture import KNOWN, architecture, not_default, refuse_odd_counts
 
 # Reading the arguments of Megatron-LM out of a command line or a shell script, which is read and never run.

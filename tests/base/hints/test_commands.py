@@ -15,6 +15,8 @@ from tests.base.hints.test_words import answer
     ({"config.json": "{}", "m.safetensors": ""}, "convert {} out", ["convert from-hf {} out"]),
     ({"latest_checkpointed_iteration.txt": "1"}, "convert {} out", ["convert from-megatron {} out"]),
     ({"manifest.json": json.dumps({"kind": "checkpoint"})}, "convert {} out", ["convert to-hf {} out"]),
+    ({"events.jsonl": "", "config.json": "{}"}, "convert {} --to hf --output out", ["convert to-hf {} out"]),
+    ({}, "convert {} --to hf -o 'my out' --dtype bfloat16", ["convert to-hf {} 'my out' --dtype bfloat16"]),
     ({"config.json": "{}", "m.safetensors": ""}, "eval {}",
      ["eval ppl {} --data TOKENS", "eval lm {} --tasks TASKS --output scores.json"]),
 ])

@@ -37,7 +37,8 @@ def answer(line: str, capsys: pytest.CaptureFixture[str]) -> str:
      f"{SFT} --set optim.warmup_steps=30 --set train.steps=1000"),
     (f"{SFT} --load_in_4bit --bf16 true", f"{SFT} --set lora.rank=16 --set train.precision=bf16"),
     (f"{SFT} --optim adamw_torch --lora_r 8", f"{SFT} --set optim.name=adamw --set lora.rank=8"),
-    (f"{SFT} --target_modules q_proj v_proj", f"{SFT} --set 'lora.targets=[\"q_proj\", \"v_proj\"]'"),
+    (f"{SFT} --target_modules q_proj v_proj", f"{SFT} --set 'lora.targets=[\"q_proj\", \"v_proj\"]' "
+     "--set lora.rank=16"),
     ("megatron-sov pretrain qwen3-8b --data d --run r --micro-batch-size 4 --global-batch-size 64 "
      "--train-iters 100", "megatron-sov pretrain qwen3-8b --data d --run r --set train.micro_batch_size=4 "
      "--set train.global_batch_size=64 --set train.steps=100"),
@@ -48,7 +49,18 @@ def answer(line: str, capsys: pytest.CaptureFixture[str]) -> str:
     ("megatron-sov eval lm --model hf --model_args pretrained=M,dtype=bfloat16 --tasks t --num_fewshot 5 "
      "--output_path o", "megatron-sov eval lm M --tasks t --num-fewshot 5 --output o"),
     ("megatron-sov generate --model M --prompt hi --tp 2",
-     "megatron-sov generate M --prompt hi --set parallel.tp=2"),
+     "megatron-sov generate M --prompt hi --set parallel.tp=2 --nproc 2"),
+    (f"{SFT} --tensor-model-parallel-size 2 --context_parallel_size 2",
+     f"{SFT} --set parallel.tp=2 --set parallel.cp=2 --nproc 4"),
+    (f"{SFT} --tensor-model-parallel-size 2 --nproc 8", f"{SFT} --set parallel.tp=2 --nproc 8"),
+    (f"{SFT} --wandb-project p", f"{SFT} --set obs.wandb_project=p --set obs.wandb=true"),
+    (f"{SFT} --lora_alpha 32", f"{SFT} --set lora.alpha=32 --set lora.rank=16"),
+    (f"{SFT} --lora_alpha 32 --lora_r 8", f"{SFT} --set lora.alpha=32 --set lora.rank=8"),
+    (f"{SFT} --warmup_ratio 0.1", f"{SFT} --set optim.warmup_steps=STEPS"),
+    ("megatron-sov plan qwen3-8b --gpus 4", "megatron-sov plan qwen3-8b --nproc 4"),
+    ("megatron-sov convert from-hf M", "megatron-sov convert from-hf M OUT"),
+    ("megatron-sov submit qwen3-8b --cluster h100",
+     "megatron-sov submit pretrain qwen3-8b --cluster NAME --nodes 1 --data DIR --run DIR"),
     ("sov-data pack --data X --tokenizer t --output o", "sov-data pack --input X --tokenizer t --output o"),
     ("sov-data pack --input X --tokenizer-model t --output-prefix o --append-eod",
      "sov-data pack --input X --tokenizer t --output o --eod append"),
@@ -66,7 +78,8 @@ def answer(line: str, capsys: pytest.CaptureFixture[str]) -> str:
     (f"{SFT} --set optim.lr= 1e-4", f"{SFT} --set optim.lr=1e-4"),
     (f"{SFT} --set lora.dropout=0.1", SFT),
     (f"{SFT} --tokenizer T", SFT),
-    (f"{SFT} --set lora.targets=q_proj,v_proj", f"{SFT} --set 'lora.targets=[\"q_proj\", \"v_proj\"]'"),
+    (f"{SFT} --set lora.targets=q_proj,v_proj", f"{SFT} --set 'lora.targets=[\"q_proj\", \"v_proj\"]' "
+     "--set lora.rank=16"),
     ("megatron-sov extend x --from M --data D --run R --to 1024",
      "megatron-sov extend x --from M --data D --run R --set extend.stages.0.seq_len=1024"),
     ("megatron-sov pretrain --num-layers 4 --data D --run R",
