@@ -143,7 +143,8 @@ class Encoder:
         Raises:
             UserError: there is none, its files are damaged, or it has no token that the settings ask for.
         """
-        _refuse_foreign(folder)
+        if problem := explain_foreign(folder):
+            raise UserError(f"--tokenizer {folder}: {problem}")
         manifest = read_manifest(folder, "tokenizer")
         # Every id depends on these files: they are hashed before the first use.
         if problems := damaged_files(folder):
@@ -272,21 +273,27 @@ class Encoder:
         return found
 
 
-def _refuse_foreign(path: Path) -> None:
-    """Raise `UserError` with the command to type where a tokenizer lies that is no artifact yet.
+def explain_foreign(path: Path) -> str:
+    """Return why a tokenizer that is no artifact cannot be used yet, with the command to type; "": it is one,
+    or the path holds no tokenizer at all.
 
-    That it gives the same ids here is proven when it is taken over, once and not at every use.
+    `sov-tokenizer import` proves once that the tokenizer gives the same ids here.
     """
     if (path / MANIFEST).is_file() and read_manifest(path).kind == "tokenizer":
-        return
+        return ""
+    if not path.exists() and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)):
+        name = shlex.quote(path.name)
+        return (f"does not exist; check the path. If it is a model's name on the Hugging Face hub: "
+                f"`hf download {path} --local-dir {name}`, then `sov-tokenizer import {name} --output "
+                f"{name}-tokenizer`, and pass --tokenizer {name}-tokenizer")
     holds = (place for place in (path, path / "tokenizer") if any(
         True for pattern in FOREIGN for _ in place.glob(pattern)))
     foreign = path if path.is_file() and path.suffix in SUFFIXES else next(holds, None)
     if foreign is None:
-        return
+        return ""
     output = shlex.quote(f"{path.stem if path.is_file() else path.resolve().name}-tokenizer")
-    raise UserError(f"--tokenizer {path}: holds a tokenizer that is not taken over yet; run `sov-tokenizer "
-                    f"import {shlex.quote(str(foreign))} --output {output}`, and pass --tokenizer {output}")
+    return ("holds a tokenizer that is not imported yet; run `sov-tokenizer "
+            f"import {shlex.quote(str(foreign))} --output {output}`, and pass --tokenizer {output}")
 
 
 def _features(tokens: FeatureTokens, sequences: list[list[int]],

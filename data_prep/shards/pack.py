@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Lt
 
 from data_prep.shards.assemble import EncodedSource, bad_rows, survey, write_quarantine, write_shards
-from data_prep.shards.encode import CONFIG_JSON, TOKENIZER_JSON, Encoder, EncodingSettings
+from data_prep.shards.encode import CONFIG_JSON, TOKENIZER_JSON, Encoder, EncodingSettings, explain_foreign
 from data_prep.shards.token_artifact import (
     CONTENT_VERSION, HELDOUT, KIND, QUARANTINE, TRAIN, HeldoutRule, sidecars_of, token_dtype)
 from data_prep.shards.units import GROUP, Unit, UnitSettings, encode_units
@@ -162,6 +162,10 @@ class PackOptions:
     """Processes that encode; the output does not depend on it (default: this machine's cores)."""
     overwrite: bool = False
     """Replace token shards that are already there."""
+
+    def problems(self) -> list[SettingsProblem]:
+        problem = explain_foreign(self.tokenizer) if self.tokenizer.exists() else ""
+        return [SettingsProblem(ProblemCode.FILE, "tokenizer", problem, self.tokenizer)] if problem else []
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from megatron_sov.base.outputs import refuse_unwritable
 from megatron_sov.model.config import OptimConfig, RolloutConfig, RunConfig, from_dict
 from megatron_sov.model.config.post_training import BETAS
 from megatron_sov.model.families.adapters import identity
-from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, refuse_missing, refuse_no_run
+from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, refuse_no_run
 from megatron_sov.runs.launch_environment import is_first, num_ranks, typed_command
 from megatron_sov.runs.lock import LOCK, living_holder
 from megatron_sov.runs.obs.alerts import alert
@@ -289,7 +289,9 @@ def read_command(run: Path) -> TypedCommand:
     files = [file for file in (run / COMMAND, *sorted(run.glob(f"{STAGES}/*/{COMMAND}"))) if file.is_file()]
     if not files:
         if not (run / CONFIG).is_file():
-            refuse_missing(run)
+            if not run.exists():
+                raise UserError(f"{run}: does not exist; pass the folder of a training command's --run "
+                                "(`megatron-sov status FOLDER` lists the runs in a folder)")
             refuse_no_run(run)
         raise UserError(f"{run}: has no {COMMAND}: no command line of this version began it; type the whole "
                         "command again with --resume")

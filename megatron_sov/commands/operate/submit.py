@@ -28,7 +28,7 @@ from megatron_sov.base.settings import (
 from megatron_sov.commands import COMMANDS as PROGRAMS
 from megatron_sov.model.config import apply_settings
 from megatron_sov.operate.slurm import submission
-from megatron_sov.operate.slurm.stages import STAGES, Commands, SubmitOptions, check_inputs
+from megatron_sov.operate.slurm.stages import STAGES, Commands, SubmitOptions, check_inputs, check_stage
 from megatron_sov.operate.slurm.submission import READY_ROOT, ReadySubmission
 from megatron_sov.runs.folder import ATTEMPTS, last_words
 from megatron_sov.runs.obs.events import read_events
@@ -426,6 +426,7 @@ def _stage(stage: str, argv: list[str], options: SubmitOptions) -> int:
     if options.scripts is not None:
         raise UserError(f"--scripts {options.scripts}: belongs to a chain; "
                         "--dry-run prints the script of a stage")
+    check_stage(stage)
     profile = cluster.load(_cluster_name(options), account=options.account, partition=options.partition)
     request = submission.SubmitRequest(stage, tuple(argv), profile, options.nodes or 1, options.min_nodes,
                                        cluster.settings_by_nodes(options.nodes_set), options.array,

@@ -18,7 +18,9 @@ from typing import Annotated, Any
 from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.command_line import Parser
 from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.plugins.loading import is_reference
 from megatron_sov.base.settings import AtLeastOne, Flag, NotNegativeInt, change, options_of
+from megatron_sov.model import recipes
 from megatron_sov.model.config import RunConfig, apply_settings, data_paths
 from megatron_sov.model.config.data import named_shards
 from megatron_sov.model.config.run import with_rounds
@@ -205,6 +207,22 @@ class StageWork:
         return STAGES[self.stage]
 
 
+def check_stage(stage: str) -> None:
+    """Refuse a word after `submit` that is no stage.
+
+    Raises:
+        UserError: there is no such stage; a recipe or a file there belongs after the stage.
+    """
+    if stage in STAGES:
+        return
+    if stage in recipes.names() or is_reference(stage):
+        raise UserError(f"submit {stage}: a stage comes before the recipe; write\n"
+                        f"  megatron-sov submit pretrain {stage} --cluster NAME --nodes 1 --data DIR "
+                        "--run DIR")
+    raise UserError(f"stage {stage!r}: does not exist{nearest(stage, STAGES)} (stages: "
+                    f"{', '.join(STAGES)}, chain)")
+
+
 def work_of(stage: str, arguments: list[str], commands: Commands) -> StageWork:
     """Return what a job has to do; looks at the arguments alone, not at what they name.
 
@@ -216,9 +234,7 @@ def work_of(stage: str, arguments: list[str], commands: Commands) -> StageWork:
     Raises:
         UserError: there is no such stage, or its arguments or settings are wrong.
     """
-    if stage not in STAGES:
-        raise UserError(f"stage {stage!r}: does not exist{nearest(stage, STAGES)} (stages: "
-                        f"{', '.join(STAGES)}, chain)")
+    check_stage(stage)
     # of another program, whose parser is not handed in: read as far as paths go
     if stage not in commands:
         return _artifact(stage, arguments)

@@ -15,6 +15,7 @@ from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from data_prep.cli import main as sov_data
 from data_prep.shards.encode import (
     LONGEST_WHITESPACE_CHARS, EncodedBatch, Encoder, EncodingSettings, FastBpe, load_fast)
 from megatron_sov.base.documents import (
@@ -185,8 +186,9 @@ def test_a_tokenizer_of_others_is_refused_with_the_command_that_takes_it_over(
     with pytest.raises(UserError) as e:
         Encoder(Path(given))
     assert f"run `sov-tokenizer import {imported} --output {output}`, and pass" in str(e.value)
-    with pytest.raises(UserError, match="none: does not exist"):
+    with pytest.raises(UserError, match="none: does not exist; .* `hf download none --local-dir none`"):
         Encoder(Path("none"))
+    assert sov_data(["pack", "--tokenizer", given, "--input", ".", "--output", "o", "--dry-run"]) == 2
 
 
 def test_an_export_is_taken_over_by_the_command_that_the_refusal_names(

@@ -286,7 +286,8 @@ def test_other_layouts_and_formats_are_refused(packed: tuple[Path, Path], tmp_pa
     with pytest.raises(UserError,
                        match="was packed in layout 1, this version reads layout 2; pack the data again"):
         open_sources({str(tmp_path): 1.0}, 2000)
-    with pytest.raises(UserError, match="holds data of format 'chat', this stage learns from preference"):
+    with pytest.raises(UserError, match="holds data of format 'chat', this stage learns from preference; "
+                       "`megatron-sov sft` learns from chats"):
         open_sources({str(packed[0]): 1.0}, 2000, formats=("preference",))
 
 
