@@ -1,136 +1,407 @@
-"""A run that is killed again and again, at any moment, ends as the run that was left alone.
+"""Kill a command again and again, at any moment, and compare its end with that of a run that was left alone.
 
-    python benchmarks/kills.py [--kills 50] [--nproc 2] [--seed 0]
+    python benchmarks/kills.py TARGET [TARGET ...] [--kills 20] [--seed 0]
 
-Trains a tiny model undisturbed, then again under SIGKILL: each start is killed after a time drawn over the
-whole length of the undisturbed run, and started anew with --resume; a run that comes to its end is compared
-and another one begins.  What the run did when it was killed is read from what it left: `start` (before it
-held the folder), `load` (before its first step could begin), `save` (a checkpoint was being written
-or deleted), `step`.
+Each target is a command of `TARGETS`. It runs once undisturbed. Then the same command runs under SIGKILL of
+all its processes, each start killed after a time drawn uniformly over the undisturbed run's time, and started
+again until the kills are spent. An output that completes earlier is compared, deleted and made again.
+Compared to the bit are
+
+    files       all files that the command leaves, except times in manifests; nothing else may be left over
+    run         all files of all kept checkpoints, and the training state except its wall time
+    rl          the same, plus all responses and rewards in the rollout store and all files of the rounds
+    items       `score` and `map` note each item: none may be missing at the end
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import inspect
 import json
 import os
+import platform
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.rollouts.inspection import check
+from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.checkpoints import damage
-from megatron_sov.runs.obs.events import read_events
+from megatron_sov.runs.obs.events import EVENTS, read_events
 
-STATES = ("start", "load", "step", "save")
-STEPS = 200
-SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=4",
-            "model.num_kv_heads=2", "model.head_dim=8", "model.expert_ffn_dim=16",
-            'data.phases=[{"name": "main", "seq_len": 32}]', "train.global_batch_size=8",
-            "train.micro_batch_size=2", "data.heldout_tokens=128", "train.num_threads=1",
-            f"train.steps={STEPS}", "train.checkpoint_every_steps=10", "train.keep_every_steps=50",
-            "train.eval_every_steps=50", "train.hidden_dropout=0.1", "data.max_epochs=0", "parallel.ep=2")
+ROOT = Path(__file__).parents[1]
+PROGRAMS = {"megatron-sov": "megatron_sov", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
+NUM_ROWS = 4000
+MODEL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=4",
+         "model.num_kv_heads=2", "model.head_dim=8", "model.expert_ffn_dim=16")
+TRAINING = ("train.num_threads=1", "train.global_batch_size=8", "train.micro_batch_size=2",
+            "data.max_epochs=0", "train.keep_every_steps=50", "train.checkpoint_every_steps=10")
+PRETRAIN = (*MODEL, *TRAINING, 'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=200",
+            "data.heldout_tokens=128", "train.eval_every_steps=50", "train.hidden_dropout=0.1",
+            "parallel.ep=2")
+TUNED = (*TRAINING, 'data.phases=[{"name": "main", "seq_len": 64}]', "train.steps=60",
+         "train.eval_every_steps=0")
+ROUNDS = ("rollout.rounds=6", "rollout.prompts_per_round=4", "rollout.samples_per_prompt=4",
+          "rollout.piece_prompts=2", "rollout.max_new_tokens=12", "rollout.max_prompt_tokens=48",
+          "rollout.lease_s=3", "rollout.max_staleness=1", "policy.method=gspo", "policy.router_replay=true",
+          "optim.lr=1e-3",
+          "train.num_threads=1", "train.global_batch_size=4", "train.micro_batch_size=2",
+          "train.eval_every_steps=0", "train.keep_checkpoints=0", "train.checkpoint_every_steps=2",
+          'data.phases=[{"name": "main", "seq_len": 64}]')
+OWN_CODE = """
+import hashlib
+import time
 
+def note(row):
+    time.sleep(0.0005)
+    with open("noted", "a") as f:
+        f.write(f"{row['id']}\\n")
 
-def make_data(folder: Path) -> Path:
-    """Pack the paragraphs of a module of Python's library; returns the token shards."""
-    paragraphs = [p for p in inspect.getsource(argparse).split("\n\n") if p.strip()]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": p}) + "\n" for p in paragraphs))
-    for command in (["tokenizer.cli", "train", "--preset", "solar-open", "--vocab-size", "368", "--output",
-                     "tokenizer"],
-                    ["data_prep.cli", "pack", "--tokenizer", "tokenizer", "--heldout", "0.1", "--workers",
-                     "1", "--output", "shards"]):
-        subprocess.run([sys.executable, "-m", *command, "--input", "text.jsonl"], cwd=folder, check=True,
-                       capture_output=True)
-    return folder / "shards"
+class Pays:
+    def score(self, row):
+        note(row)
+        return float(len(row["response"]))
 
+class Step:
+    def do(self, row):
+        note(row)
+        return {"id": row["id"], "length": len(row["response"])}
 
-def command(data: Path, run: Path, nproc: int) -> list[str]:
-    """Return the command that starts the run or continues it."""
-    chosen = [part for s in SETTINGS for part in ("--set", s)]
-    return [sys.executable, "-W", "ignore", "-m", "megatron_sov", "pretrain", "tiny-solar-open", "--data",
-            str(data), "--run", str(run), "--nproc", str(nproc), "--resume", *chosen]
-
-
-def attempt(argv: list[str], run: Path, kill_after_s: float) -> str | None:
-    """Start the run and kill all its processes after some time; returns its state then,
-    or None where it ended before."""
-    began_s, starts = time.time(), count(run, "run_start")
-    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                          start_new_session=True) as process:
-        try:
-            _, errors = process.communicate(timeout=kill_after_s)
-            if process.returncode:
-                raise SystemExit(f"exit code {process.returncode}\n{errors.decode()[-2000:]}")
-            return None
-        except subprocess.TimeoutExpired:
-            family = psutil.Process(process.pid).children(recursive=True)
-            os.killpg(process.pid, signal.SIGKILL)
-            psutil.wait_procs(family, timeout=30)
-    lock = run / "lock.json"
-    if count(run, "run_start") == starts:
-        return "load" if lock.exists() and lock.stat().st_mtime > began_s else "start"
-    return "save" if any((run / "checkpoints").glob(".*")) else "step"
-
-
-def count(run: Path, event: str) -> int:
-    """Return how often an event stands in a run's records."""
-    return sum(e["event"] == event for e in read_events(run / "events.jsonl"))
+class ByLot:
+    def score(self, row):
+        return float(hashlib.sha256(f"{row['prompt']} {row['response']}".encode()).digest()[0] < 128)
+"""
+PIPELINE = """
+name: deduplicated
+shard_bytes: 60000
+sources:
+  - {name: web, path: raw, format: jsonl, kind: en}
+steps:
+  - exact_dedup: {}
+  - minhash_dedup: {threshold: 0.8}
+output: {name: "{source}"}
+"""
 
 
-def final(run: Path) -> dict[str, str]:
-    """Return the hashes of all files of all checkpoints that stayed, of the loop's state without the
-    time that it took."""
-    found = {}
+def hash_files(output: Path, endings: tuple[str, ...] = ("",)) -> dict[str, str]:
+    """Return file -> sha256 of an output, without the times in manifests."""
+    files = [output] if output.is_file() else [file for file in output.rglob("*") if file.is_file()]
+    hashes = {}
+    for file in files:
+        content = file.read_bytes()
+        if file.name == "manifest.json":
+            manifest = json.loads(content)
+            content = json.dumps({name: manifest[name] for name in ("kind", "content", "files")}).encode()
+        if file.name.endswith(endings):
+            hashes[str(file.relative_to(output))] = hashlib.sha256(content).hexdigest()
+    return hashes
+
+
+def hash_corpus(output: Path) -> dict[str, str]:
+    """Return the hashes of a corpus; its reports say how long something took."""
+    return hash_files(output, (".parquet", ".jsonl", ".npy"))
+
+
+def hash_run(run: Path) -> dict[str, str]:
+    """Return the hashes of all files of all kept checkpoints, and each training state without its wall time.
+
+    Raises:
+        SystemExit: a checkpoint is damaged.
+    """
+    hashes = {}
     for path in sorted((run / "checkpoints").iterdir()):
         if (problem := damage(path)) is not None:
             raise SystemExit(f"{problem}: not whole")
-        found |= {f"{path.name}/{name}": r.digest for name, r in read_manifest(path).files.items()
-                  if name != "state.json"}
+        hashes |= {f"{path.name}/{name}": record.digest for name, record in read_manifest(path).files.items()
+                   if name != "state.json"}
         state = json.loads((path / "state.json").read_text())
-        found[f"{path.name}/state"] = json.dumps({k: v for k, v in state.items() if k != "wall_s"},
-                                                 sort_keys=True)
-    return found
+        hashes[f"{path.name}/state"] = json.dumps({k: v for k, v in state.items() if k != "wall_s"},
+                                                  sort_keys=True)
+    return hashes
+
+
+def hash_rl(run: Path) -> dict[str, str]:
+    """Return the hashes of a run of reinforcement learning with its store (RUN/rollouts) and rounds.
+
+    Raises:
+        SystemExit: the store is damaged, or holds a response twice.
+    """
+    store = RolloutStore.open(run / "rollouts")
+    if problems := check(store).problems:
+        raise SystemExit(f"{run}/rollouts: {problems[:3]}")
+    hashes = hash_run(run)
+    columns = ("tokens", "finish_reason", "logprobs", "versions", "routes")
+    for part in store.parts():
+        for row in store.read_rollouts(part.name, columns):
+            place = f"{row.round}/{row.key.prompt}/{row.key.sample}"
+            if place in hashes:
+                raise SystemExit(f"{run}/rollouts: response {place} is stored twice")
+            hashes[place] = str([row.key.policy, row.finish_reason, *(
+                None if column is None else column.tobytes().hex()
+                for column in (row.tokens, row.logprobs, row.versions, row.routes))])
+        for version in store.versions():
+            for reward in store.read_rewards(version, part.name):
+                hashes[f"reward {part.round}/{reward.key.prompt}/{reward.key.sample}"] = str(reward.reward)
+    for folder in sorted((run / "rounds").glob("[0-9]" * 4)):
+        hashes |= {f"{folder.name}/{name}": file.digest for name, file in read_manifest(folder).files.items()}
+    return hashes
+
+
+@dataclass(frozen=True)
+class Target:
+    """A command that must survive kills."""
+
+    line: str
+    """Program and words; OUT stands for the output."""
+    output: str
+    settings: tuple[str, ...] = ()
+    content: Callable[[Path], dict[str, str]] = hash_files
+    """Output -> name -> hash or value, to be compared."""
+    notes_items: bool = False
+    """Whether each item that is done is noted in the file `noted`."""
+    needs: tuple[str, ...] = ()
+    """Prepared inputs: names of `PREPARED`."""
+
+
+TARGETS = {
+    "pretrain": Target("megatron-sov pretrain tiny-solar-open --data shards --run OUT --nproc 2 --resume",
+                       "pretrain", PRETRAIN, hash_run, needs=("shards",)),
+    "sft": Target("megatron-sov sft --from start --data chats --run OUT --nproc 1 --resume", "sft",
+                  (*TUNED, "lora.rank=4"), hash_run, needs=("start", "chats")),
+    "prefer": Target("megatron-sov prefer --from start --data pairs --run OUT --nproc 1 --method dpo "
+                     "--resume", "prefer", TUNED, hash_run, needs=("start", "pairs")),
+    "rl": Target("megatron-sov rl run --from start --prompts prompts.jsonl --reward "
+                 "own.py:ByLot --store OUT/rollouts --run OUT --nproc 1 --workers 1 --resume",
+                 "rl", ROUNDS, hash_rl, needs=("start",)),
+    "score": Target("megatron-sov score --reward own.py:Pays --input rows.jsonl --output OUT --workers 2",
+                    "scored.jsonl", notes_items=True),
+    "map": Target("megatron-sov map rows.jsonl own.py:Step --output OUT --workers 2", "mapped",
+                  notes_items=True),
+    "tokenizer": Target("sov-tokenizer train --preset solar-open --vocab-size 1000 --input raw --output OUT "
+                        "--workers 2", "tokenizer-out"),
+    "pack": Target("sov-data pack --tokenizer tokenizer --input raw --output OUT --workers 2", "tokens",
+                   needs=("tokenizer",)),
+    "data": Target("sov-data run pipeline.yaml --output OUT --workers 2", "corpus", content=hash_corpus),
+    "convert": Target("megatron-sov convert to-hf checkpoint OUT --max-shard-bytes 2000000 --workers 1",
+                      "hf-out", needs=("checkpoint",)),
+}
+PREPARED = {
+    "tokenizer": "sov-tokenizer train --preset solar-open --vocab-size 368 --input text.jsonl --output OUT",
+    "shards": "sov-data pack --tokenizer tokenizer --heldout 0.1 --workers 1 --input text.jsonl --output OUT",
+    "chats": "sov-data pack --tokenizer tokenizer --format chat --workers 1 --input chats.jsonl --output OUT",
+    "pairs": "sov-data pack --tokenizer tokenizer --format preference --workers 1 --input pairs.jsonl "
+             "--output OUT",
+    "start": "megatron-sov pretrain tiny-solar-open --data shards --run OUT --nproc 1",
+    "checkpoint": "megatron-sov convert from-hf hf OUT",
+}
+"""Input -> the command that makes it, in the order in which they are made."""
+NEEDED_BY = {"shards": ("tokenizer",), "chats": ("tokenizer",), "pairs": ("tokenizer",),
+             "start": ("tokenizer", "shards")}
+
+
+def write_inputs(folder: Path) -> None:
+    """Write the texts, rows, chats, pairs, prompts and code that the commands read."""
+    draw = random.Random(0)
+    syllables = [a + b for a in "bcdfgklmnprst" for b in "aeiou"]
+    words = ["".join(draw.choices(syllables, k=draw.randrange(1, 5))) for _ in range(3000)]
+    texts = [" ".join(draw.choices(words, k=draw.randrange(20, 120))) for _ in range(NUM_ROWS)]
+    paragraphs = [p for p in inspect.getsource(argparse).split("\n\n") if p.strip()]
+    questions = [{"role": "user", "content": f"Say {word}."} for word in words[:400]]
+
+    def write(name: str, rows: list[dict[str, object]]) -> None:
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    (folder / "own.py").write_text(OWN_CODE)
+    (folder / "pipeline.yaml").write_text(PIPELINE)
+    (folder / "raw").mkdir()
+    for number in range(4):
+        write(f"raw/{number}.jsonl", [{"text": text} for text in texts[number::4]])
+    write("rows.jsonl", [{"id": number, "response": text} for number, text in enumerate(texts)])
+    write("text.jsonl", [{"text": text} for text in paragraphs])
+    write("chats.jsonl", [{"messages": [q, {"role": "assistant", "content": q["content"][4:-1]}]}
+                          for q in questions])
+    write("pairs.jsonl", [{"prompt": [q], "chosen": [{"role": "assistant", "content": q["content"][4:-1]}],
+                           "rejected": [{"role": "assistant", "content": "no"}]} for q in questions])
+    write("prompts.jsonl", [{"id": str(number), "prompt": [q]} for number, q in enumerate(questions[:24])])
+
+
+def write_hf_folder(folder: Path) -> None:
+    """Write a Hugging Face model of 80 MB, which becomes a checkpoint and 40 files again."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=2000, hidden_size=256, intermediate_size=1024, num_hidden_layers=18, num_attention_heads=4,
+        num_key_value_heads=2)).save_pretrained(folder / "hf")
+
+
+def prepare_inputs(folder: Path, targets: list[str]) -> None:
+    """Write what the targets read, and make their inputs by the project's own commands."""
+    write_inputs(folder)
+    needed = {name for target in targets for name in TARGETS[target].needs}
+    needed |= {name for one in needed for name in NEEDED_BY.get(one, ())}
+    if "checkpoint" in needed:
+        write_hf_folder(folder)
+    settings = {"start": (*MODEL, *TRAINING, 'data.phases=[{"name": "main", "seq_len": 64}]',
+                          "train.steps=30", "train.eval_every_steps=0")}
+    for name, line in PREPARED.items():
+        if name in needed:
+            finish(start_command(folder, line, name, settings.get(name, ())), folder)
+
+
+def start_command(folder: Path, line: str, output: str, settings: tuple[str, ...] = ()
+                  ) -> subprocess.Popen[bytes]:
+    """Start a command in a process group of its own; its output goes into FOLDER/log."""
+    program, *words = line.replace("OUT", output).split()
+    words += [word for setting in settings for word in ("--set", setting)]
+    with open(folder / "log", "ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", PROGRAMS[program], *words], cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+
+
+def finish(process: subprocess.Popen[bytes], folder: Path) -> None:
+    """Wait for a command's end.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    if code := process.wait():
+        raise SystemExit(f"exit code {code}:\n{(folder / 'log').read_text(errors='replace')[-3000:]}")
+
+
+def kill_command(process: subprocess.Popen[bytes]) -> None:
+    """Kill a command with all processes that it has started."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGKILL)
+    for child in family:
+        if child.is_running():
+            child.kill()
+    psutil.wait_procs(family, timeout=30)
+    process.wait()
+
+
+def is_complete(output: Path) -> bool:
+    """Return whether an output is complete: a file, an artifact, or a run that says so."""
+    return output.is_file() or any((output / name).is_file() for name in ("manifest.json", "complete.json"))
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+class KilledTarget:
+    """A target with its undisturbed output, killed again and again."""
+
+    def __init__(self, folder: Path, name: str, target: Target) -> None:
+        self.folder, self.name, self.target = folder, name, target
+        whole = folder / f"whole-{target.output}"
+        begin_s = time.monotonic()
+        finish(start_command(folder, target.line, whole.name, target.settings), folder)
+        self.wall_s = time.monotonic() - begin_s
+        self.expected = target.content(whole)
+        self.num_noted = self._count_noted()
+        self.num_again = self.num_lost = 0
+        self.output = folder / target.output
+
+    def _count_noted(self) -> int:
+        """Return how many notes there are, and delete them; a reward is tried on a row before the others."""
+        file = self.folder / "noted"
+        if not file.is_file():
+            return 0
+        notes = Counter(file.read_text().split())
+        file.unlink()
+        self.num_distinct = len(notes)
+        return sum(notes.values())
+
+    def survive(self, kills: int, draw: random.Random) -> bool:
+        """Run under kills until they are spent and the command has ended; prints a row, and returns whether
+        every end was equal to the undisturbed one."""
+        num_kills, num_ends, equal = 0, 0, True
+        moments: Counter[str] = Counter()
+        while num_kills < kills or not is_complete(self.output):
+            if is_complete(self.output):
+                num_ends += 1
+                equal &= self._is_equal()
+                remove(self.output)
+            process = start_command(self.folder, self.target.line, self.target.output, self.target.settings)
+            try:
+                process.wait(draw.uniform(0.1, self.wall_s) if num_kills < kills else None)
+                finish(process, self.folder)
+            except subprocess.TimeoutExpired:
+                moments[self._moment()] += 1
+                kill_command(process)
+                num_kills += 1
+        equal &= self._is_equal()
+        left = [path.name for path in self.folder.glob(f".{self.output.name}.*")]
+        items = ""
+        if self.target.notes_items:
+            items = (f"; items: {self.num_lost} lost, {self.num_again / max(kills, 1):.1f} done again for a "
+                     "kill")
+        told = ", ".join(f"{moment} {count}" for moment, count in moments.most_common())
+        print(f"{self.name:<10} {num_kills:>5} {num_ends + 1:>5} {'equal' if equal else 'DIFFERS':>8} "
+              f"{', '.join(left) or 'nothing':>9} {self.wall_s:>8.1f} s  {told}{items}", flush=True)
+        return equal and not left and not self.num_lost
+
+    def _is_equal(self) -> bool:
+        if self.target.notes_items:
+            self.num_again += self._count_noted() - self.num_noted
+            self.num_lost += NUM_ROWS - self.num_distinct
+        found = self.target.content(self.output)
+        others = sorted(name for name in self.expected.keys() | found.keys()
+                        if self.expected.get(name) != found.get(name))
+        if others:
+            print(f"{self.name}: {len(others)} of {len(self.expected)} differ, {others[:5]}", flush=True)
+        return not others
+
+    def _moment(self) -> str:
+        """Return what the command does now, by the files that it has left so far."""
+        if not (self.output / EVENTS).is_file():
+            return "at work" if self.output.exists() or any(
+                self.folder.glob(f".{self.output.name}.*")) else "start"
+        if any((self.output / "checkpoints").glob(".*")):
+            return "save"
+        steps = sum(event["event"] == "step" for event in read_events(self.output / EVENTS))
+        return "step" if steps else "load"
 
 
 def main() -> int:
-    """Run everything."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--kills", type=int, default=50, help="how often to kill (default %(default)s)")
-    parser.add_argument("--nproc", type=int, default=2, help="processes of the run (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the times (default %(default)s)")
+    """Kill the targets that were named, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="+", choices=[*TARGETS, "all"], metavar="TARGET",
+                        help=f"{', '.join(TARGETS)}, or all")
+    parser.add_argument("--kills", type=int, default=20, help="of each target (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default %(default)s)")
     args = parser.parse_args()
-    drawn, states, equal = random.Random(args.seed), Counter[str](), list[bool]()
-    state: str | None = None
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        data = make_data(work)
-        start_s = time.monotonic()
-        attempt(command(data, work / "whole", args.nproc), work / "whole", 3600)
-        length_s, expected = time.monotonic() - start_s, final(work / "whole")
-        print(f"undisturbed: {STEPS} steps on {args.nproc} processes in {length_s:.1f} s, "
-              f"{count(work / 'whole', 'checkpoint')} checkpoints, {len(expected)} files kept; "
-              f"load {os.getloadavg()[0]:.1f}", flush=True)
-        while states.total() < args.kills or state is not None:
-            run = work / f"run-{len(equal)}"
-            after_s = drawn.uniform(0, length_s) if states.total() < args.kills else 3600
-            state = attempt(command(data, run, args.nproc), run, after_s)
-            if state is None:
-                equal.append(final(run) == expected)
-            else:
-                states[state] += 1
-    print(f"killed {states.total()} times at times drawn over its length: "
-          f"{', '.join(f'{s} {states[s]}' for s in STATES)}")
-    print(f"came to its end {len(equal)} times; all files of all checkpoints as undisturbed: {all(equal)}")
-    return 0 if all(equal) else 1
+    targets = list(TARGETS) if "all" in args.targets else args.targets
+    print(f"{platform.machine()}, {os.cpu_count()} cores shared with other work, load "
+          f"{os.getloadavg()[0]:.1f}, Python {platform.python_version()}; seed {args.seed}")
+    print(f"{'target':<10} {'kills':>5} {'ends':>5} {'content':>8} {'left over':>9} {'undisturbed':>10}  "
+          "killed at", flush=True)
+    sound = True
+    with tempfile.TemporaryDirectory(prefix="sov-kills-") as name:
+        prepare_inputs(Path(name), targets)
+        for target in targets:
+            draw = random.Random(f"{target}-{args.seed}")
+            sound &= KilledTarget(Path(name), target, TARGETS[target]).survive(args.kills, draw)
+    return 0 if sound else 1
 
 
 if __name__ == "__main__":

@@ -41,8 +41,10 @@ def verdicts() -> dict[str, dict[str, dict[str, Any]]]:
 def row(name: str, shown: dict[str, Any]) -> str:
     """Return one line of an area's table."""
     script = f"benchmarks/{shown.get('script', name)}.py"
+    link = f"[script](../{script})" if "script_commit" not in shown else (
+        f"`git show {shown['script_commit']}:{script}`")
     return (f"| {shown['claim']} | {shown['verdict']} | {shown['date']} | [{shown['page']}]({shown['page']}) "
-            f"| [printed](../benchmarks/results/{name}.txt), [script](../{script}) |\n")
+            f"| [printed](../benchmarks/results/{name}.txt), {link} |\n")
 
 
 def page() -> str:

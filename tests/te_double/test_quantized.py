@@ -44,7 +44,7 @@ def test_which_products_are_quantised(te_ranks: Any, job: Any, packed_data: Any)
 
 @pytest.mark.distributed
 def test_losses_follow_bf16(te_ranks: Any, job: Any, packed_data: Any) -> None:
-    """`benchmarks/fp8_curves.py` has the long curves."""
+    """Losses stay near those without 8 bits."""
     found = te_ranks(*(job(RUN, "losses", 1, {
         "recipe": "tiny-solar-open", "path": str(packed_data.text), "steps": 2,
         "settings": [f"train.fp8={fp8}", "model.num_layers=2"]}) for fp8 in ("none", *CLASSES)))

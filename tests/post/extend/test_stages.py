@@ -273,7 +273,8 @@ class OfChatsAlone:
     own = ("--set", f"objective.name={tmp_path}/mine.py:OfChatsAlone")
     for stages in ([{"name": "near", "seq_len": 96, "steps": 2}], []):
         assert main(command(short_run, token_shards, tmp_path / "long", stages, *own)) == 2
-        assert "holds data of format 'text', this stage learns from chat; `megatron-sov pretrain`" in capsys.readouterr().err
+        assert ("holds data of format 'text', this stage learns from chat; `megatron-sov pretrain`"
+                in capsys.readouterr().err)
 
 
 def test_yarn_stretches_what_the_weights_were_trained_on(short_run: Path, token_shards: Path,

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +13,6 @@ from megatron_sov.train.data.streams import (
     PackedSegment, Row, best_fit, best_fit_nearby, best_fit_units, concatenate, cut, fitting)
 
 SEQ_LEN = 24
-Fewest = Callable[[list[int], int], int]
 documents = st.lists(st.integers(1, 60), min_size=1, max_size=30).map(
     lambda counts: [PackedSegment(i, 0, n) for i, n in enumerate(counts)])
 
@@ -26,18 +22,30 @@ def tokens(rows: list[Row]) -> list[tuple[int, int]]:
     return [(s.document, t) for row in rows for s in row for t in range(s.start, s.start + s.count)]
 
 
-@pytest.fixture(scope="module")
-def fewest_rows() -> Fewest:
-    """The optimum by branch and bound, as in the benchmark."""
-    spec = importlib.util.spec_from_file_location("data_order",
-                                                  Path(__file__).parents[3] / "benchmarks/data_order.py")
-    assert spec is not None and spec.loader is not None
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    return benchmark.fewest_rows
+def fewest_rows(counts: list[int], seq_len: int) -> int:
+    """Return the optimum by branch and bound: the longest document goes into each row of another room, or
+    into a new row."""
+    lengths = sorted(counts, reverse=True)
+    best = len(lengths)
+
+    def place(i: int, rooms: tuple[int, ...]) -> None:
+        nonlocal best
+        missing = sum(lengths[i:]) - sum(rooms)
+        if len(rooms) + max(0, -(-missing // seq_len)) >= best:
+            return
+        if i == len(lengths):
+            best = len(rooms)
+            return
+        for room in sorted({r for r in rooms if r >= lengths[i]}):
+            k = rooms.index(room)
+            place(i + 1, (*rooms[:k], *rooms[k + 1:], room - lengths[i]))
+        place(i + 1, (*rooms, seq_len - lengths[i]))
+
+    place(0, ())
+    return best
 
 
-def test_the_optimum_by_hand(fewest_rows: Fewest) -> None:
+def test_the_optimum_by_hand() -> None:
     """6 3 3 | 4 4 4 fills two rows of 12; best fit puts 6 4 | 4 4 3 and needs a third for the last 3."""
     assert fewest_rows([6, 4, 4, 4, 3, 3], 12) == 2
     assert len(best_fit([PackedSegment(i, 0, n) for i, n in enumerate([6, 4, 4, 4, 3, 3])], 12)) == 3
@@ -47,7 +55,7 @@ def test_the_optimum_by_hand(fewest_rows: Fewest) -> None:
 
 @given(st.lists(st.integers(1, SEQ_LEN), min_size=1, max_size=5))
 @settings(max_examples=60)
-def test_the_optimum_is_that_of_all_ways_to_assign(fewest_rows: Fewest, counts: list[int]) -> None:
+def test_the_optimum_is_that_of_all_ways_to_assign(counts: list[int]) -> None:
     ways = itertools.product(range(len(counts)), repeat=len(counts))
     full = (w for w in ways if all(sum(c for c, row in zip(counts, w, strict=True) if row == r) <= SEQ_LEN
                                    for r in set(w)))
@@ -56,7 +64,7 @@ def test_the_optimum_is_that_of_all_ways_to_assign(fewest_rows: Fewest, counts: 
 
 @given(st.lists(st.integers(1, SEQ_LEN), min_size=1, max_size=11))
 @settings(max_examples=150)
-def test_best_fit_is_within_its_bound_of_the_fewest_rows(fewest_rows: Fewest, counts: list[int]) -> None:
+def test_best_fit_is_within_its_bound_of_the_fewest_rows(counts: list[int]) -> None:
     """On sets this small it is never more than one row above, where the theorem would allow 11/9 and four."""
     rows = best_fit([PackedSegment(i, 0, n) for i, n in enumerate(counts)], SEQ_LEN)
     assert fewest_rows(counts, SEQ_LEN) <= len(rows) <= fewest_rows(counts, SEQ_LEN) + 1
