@@ -31,8 +31,9 @@ import psutil
 import pytest
 from hypothesis import settings
 
-from tests.tiers import (  # hooks of pytest
-    judge_processor_time, pytest_addoption, pytest_collection_modifyitems, pytest_configure, pytest_runtest_call)
+from tests.tiers import (  # noqa: F401  hooks of pytest
+    judge_processor_time, pytest_addoption, pytest_collection_modifyitems, pytest_configure,
+    pytest_runtest_call)
 
 if TYPE_CHECKING:
     from tests.packing import Packed

@@ -93,7 +93,7 @@ def judge_processor_time(item: pytest.Item, report: pytest.TestReport) -> None:
     if file := item.config.option.processor_times:
         with open(file, "a", encoding="utf-8") as lines:
             lines.write(json.dumps({"test": item.nodeid, "seconds": round(used_s, 3),
-                                    "deep": item.get_closest_marker("deep") is not None}) + "\n")
+                                    "deep": bool(item.get_closest_marker("deep"))}) + "\n")
         return
     is_free = item.get_closest_marker("deep") or item.get_closest_marker("gpu")
     if not report.passed or is_free or used_s <= LIMIT_S:
