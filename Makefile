@@ -74,8 +74,7 @@ slurm:  ## install Slurm's daemons for tests/operate/slurm, where root can do it
 browser:  ## install Chromium for the tests that open pages in a browser, where root can do it on Debian
 	@tests/base/pages/install.sh
 
-test: style slurm browser  ## lint, and beside mypy all tests
-	-"$(PY)" tests/newest.py --releases
+test: style  ## lint, and beside mypy the tests of tier 1 (tests/tiers.py); installs nothing, asks no index
 	$(MAKE) -j 2 types suite
 
 # What takes longest comes first, and what takes shortest last: then no fork of pytest waits long for the others.
@@ -96,8 +95,8 @@ compiled: setup
 suite: compiled
 	$(FREED_AT_ONCE) OMP_NUM_THREADS=1 "$(PY)" tests/made_once.py $(PYTEST) $(LONGEST) tests
 
-deep: slurm compiled  ## the rarer cases that `make test` leaves out: every layout, every kill, larger models; half an hour
-	$(FREED_AT_ONCE) OMP_NUM_THREADS=1 "$(PY)" tests/made_once.py $(PYTEST) -m deep
+deep: slurm browser compiled  ## tier 2: real Slurm, browser, every layout, kills, larger models; FIFTH=0 to 4: of every fifth file
+	$(FREED_AT_ONCE) OMP_NUM_THREADS=1 "$(PY)" tests/made_once.py $(PYTEST) -m deep $(if $(FIFTH),--fifth $(FIFTH))
 
 NEWEST := $(addprefix tests/,te_double engine checkpoint layouts convert train e2e)
 newest: setup  ## the tests of layers that touch megatron-core, on the version that this Python has not installed: build/newest

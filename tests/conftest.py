@@ -31,6 +31,10 @@ import psutil
 import pytest
 from hypothesis import settings
 
+from tests.tiers import (  # noqa: F401  hooks of pytest
+    judge_processor_time, pytest_addoption, pytest_collection_modifyitems, pytest_configure,
+    pytest_runtest_call)
+
 if TYPE_CHECKING:
     from tests.packing import Packed
 
@@ -191,6 +195,7 @@ def refuse_to_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """See `refuse_to_skip`; whether a test for a GPU can run is not a matter of installing."""
     report = yield
+    judge_processor_time(item, report)
     if not item.get_closest_marker("gpu"):
         refuse_to_skip(report)
     return report

@@ -5,7 +5,7 @@ Its wheel is for another Python, and its sources run under this one: unpacked in
 on the path, they take the place of what is installed, in children too.
 
 Usage: python tests/newest.py FOLDER ...    (as `make newest`): runs these tests on it
-       python tests/newest.py --releases    (as `make test`): says which pins an index has newer versions of
+       python tests/newest.py --releases    : says which pins an index has newer versions of
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.deep  # each starts pytest anew
 TESTS = Path(__file__).parent
 ONE = """
 import pytest
@@ -51,7 +52,8 @@ def test_skips_count_as_failures_where_all_is_needed_and_nothing_is_left_behind(
          "--rootdir", str(tmp_path), "-p", "no:cacheprovider", "--continue-on-collection-errors",
          str(tmp_path)],
         capture_output=True, text=True, check=False, cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(TESTS), "SOV_NEEDS_ALL": needs_all, "NVTE_FLASH_ATTN": "1"})
+        env={**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "SOV_NEEDS_ALL": needs_all,
+             "NVTE_FLASH_ATTN": "1"})
     assert f"= {outcome} in " in done.stdout, done.stdout
     assert done.returncode == (1 if needs_all else 0)
     for reason in ("there is no Chromium", "there is no disk", "no_such_package"):

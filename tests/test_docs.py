@@ -250,9 +250,13 @@ def test_the_readme_is_a_page() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 100
 
 
-def test_the_readme_says_what_make_test_installs() -> None:
-    for page in ("README.md", "CONTRIBUTING.md"):
-        assert "by apt" in (ROOT / page).read_text(), page
+def test_make_test_installs_nothing_and_asks_no_index() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = dict(re.findall(r"^(\w+):([^#\n]*)", makefile, re.MULTILINE))
+    assert not {"slurm", "browser"} & set(f"{targets['test']} {targets['suite']}".split())
+    assert "newest.py --releases" not in makefile
+    for page in ("README.md", "CONTRIBUTING.md", "docs/install.md"):  # `make deep` does
+        assert "make deep" in (ROOT / page).read_text(), page
 
 
 def test_the_page_of_the_house_shows_every_hall() -> None:

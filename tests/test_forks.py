@@ -8,6 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.deep  # each starts pytest anew
 TESTS = Path(__file__).parent
 ONE = """
 import os, signal, time, warnings

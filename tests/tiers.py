@@ -1,0 +1,121 @@
+"""Tiers of the tests. `make test` runs tier 1; `make deep` runs tier 2, the tests marked `deep`.
+
+A test belongs to tier 2 if it needs a real Slurm, a Ray cluster or a browser, or takes more than
+`LIMIT_S` of processor time: then a tier-1 test fails, and is to be made cheaper or marked `deep`.
+`.ci/run` runs tier 1 and a fifth of the files of tier 2, which `--fifth N` chooses.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import json
+import resource
+import time
+import zlib
+from collections.abc import Generator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+LIMIT_S = 3.0
+"""Most processor time of a tier-1 test, with its children's, without imports, at the speed of a core on which
+`LOOP_ROUNDS` take `LOOP_S`."""
+LOOP_ROUNDS, LOOP_S = 1_000_000, 0.1
+SERVICES = ("cluster", "browser")
+"""Fixtures of tests that need daemons or programs which `make setup` does not install."""
+NUM_FIFTHS = 5
+USED = pytest.StashKey[float]()
+"""Processor seconds of a test's call."""
+_imports = {"depth": 0, "seconds": 0.0}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fifth", type=int, metavar="N", help="of the tests marked deep, those of every fifth "
+                     "file: 0 to 4")
+    parser.addoption("--processor-times", type=Path, metavar="FILE.jsonl",
+                     help="write each test's processor seconds into this file, and fail none for them")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Leave imports out of the processor time: they belong to whichever test comes first."""
+    execute = importlib.machinery.SourceFileLoader.exec_module
+
+    def execute_timed(self: Any, module: ModuleType) -> None:
+        begin_s = _processor_s()
+        _imports["depth"] += 1
+        try:
+            execute(self, module)
+        finally:
+            _imports["depth"] -= 1
+            if not _imports["depth"]:
+                _imports["seconds"] += _processor_s() - begin_s
+
+    importlib.machinery.SourceFileLoader.exec_module = execute_timed  # type: ignore[method-assign]
+    config.add_cleanup(lambda: setattr(importlib.machinery.SourceFileLoader, "exec_module", execute))
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark tests that need services as deep, and keep one fifth of the files if `--fifth` asks for it."""
+    for item in items:
+        if set(SERVICES) & set(getattr(item, "fixturenames", ())):
+            item.add_marker("deep")
+    fifth = config.option.fifth
+    if fifth is not None:
+        kept = [item for item in items if fifth_of(item.path) == fifth]
+        config.hook.pytest_deselected(items=[item for item in items if fifth_of(item.path) != fifth])
+        items[:] = kept
+
+
+def fifth_of(file: Path) -> int:
+    """Return which fifth of tier 2 a test file belongs to, by its path below tests/."""
+    parts = file.parts
+    below = "/".join(parts[parts.index("tests"):] if "tests" in parts else parts[-1:])
+    return zlib.crc32(below.encode()) % NUM_FIFTHS
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Measure a test's processor time."""
+    begin_s, imported_s = _processor_s(), _imports["seconds"]
+    result = yield
+    item.stash[USED] = _processor_s() - begin_s - (_imports["seconds"] - imported_s)
+    return result
+
+
+def judge_processor_time(item: pytest.Item, report: pytest.TestReport) -> None:
+    """Record a test's processor time in its report, and fail a tier-1 test that took more than `LIMIT_S`."""
+    if report.when != "call" or USED not in item.stash:
+        return
+    used_s = item.stash[USED]
+    if file := item.config.option.processor_times:
+        with open(file, "a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"test": item.nodeid, "seconds": round(used_s, 3),
+                                    "deep": bool(item.get_closest_marker("deep"))}) + "\n")
+        return
+    is_free = item.get_closest_marker("deep") or item.get_closest_marker("gpu")
+    if not report.passed or is_free or used_s <= LIMIT_S:
+        return
+    allowed_s = LIMIT_S * measure_slowness()
+    if used_s > allowed_s:
+        report.outcome = "failed"
+        report.longrepr = (f"took {used_s:.1f} s of processor time, and a test of `make test` has at most "
+                           f"{allowed_s:.1f} s on this machine: make it cheaper, or mark it deep")
+
+
+def measure_slowness() -> float:
+    """Return how much longer this core takes for a loop now than the core for which `LIMIT_S` holds; at
+    least 1."""
+    begin_s = time.process_time()
+    total = 0
+    for number in range(LOOP_ROUNDS):
+        total += number * number
+    return max(1.0, (time.process_time() - begin_s) / LOOP_S)
+
+
+def _processor_s() -> float:
+    """Return the processor time of this process and of its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
