@@ -151,9 +151,9 @@ def hash_rl(run: Path) -> dict[str, str]:
             hashes[place] = str([row.key.policy, row.finish_reason, *(
                 None if column is None else column.tobytes().hex()
                 for column in (row.tokens, row.logprobs, row.versions, row.routes))])
-        for version in store.versions():
-            for reward in store.read_rewards(version, part.name):
-                hashes[f"reward {part.round}/{reward.key.prompt}/{reward.key.sample}"] = str(reward.reward)
+    for judged in (part for version in store.versions() for part in store.parts(version=version)):
+        for reward in store.read_rewards(judged.version, judged.name):
+            hashes[f"reward {judged.round}/{reward.key.prompt}/{reward.key.sample}"] = str(reward.reward)
     for folder in sorted((run / "rounds").glob("[0-9]" * 4)):
         hashes |= {f"{folder.name}/{name}": file.digest for name, file in read_manifest(folder).files.items()}
     return hashes
