@@ -483,9 +483,12 @@ def weighted_path(argument: str, said: str) -> tuple[str, float]:
         return argument, 1.0
     path, _, text = argument.rpartition(":")
     try:
-        return path, float(text)
+        weight = float(text)
     except ValueError:
         raise UserError(f"{said}: does not exist, and {text!r} after the colon is not a weight") from None
+    if not 0 <= weight < math.inf:
+        raise UserError(f"{said}: the weight must be a number that is not negative")
+    return path, weight
 
 
 def _explain_missing(folder: str) -> str:
@@ -510,8 +513,6 @@ def data_paths(data: Sequence[str]) -> dict[str, float]:
     paths: dict[str, float] = {}
     for argument in data:
         path, weight = weighted_path(argument, f"--data {argument}")
-        if not 0 <= weight < math.inf:
-            raise UserError(f"--data {argument}: the weight must be a number that is not negative")
         if not path:
             raise UserError(f"--data {argument!r}: names no folder; pass one made by `sov-data pack`")
         folder = named_shards(path)[1]

@@ -40,6 +40,8 @@ LEARNED_BY = {"a preference": "is a pair of responses; `megatron-sov prefer` lea
                         "`megatron-sov sft` learns from chats",
               "plain text": "is plain text, which has no responses; `megatron-sov pretrain` learns from text"}
 """What a record is, as `sov-data pack` calls it -> what it is and which command learns from it."""
+RESERVED_NAME = "tokenizer"
+"""Name that `sov-data pack` refuses for a source: its folder of the tokenizer has it."""
 BEGUN = {"tokenizer": ""}
 """Record of a folder that is being made: whatever is there is the run's, and is not complete."""
 PROGRAMS = {"sov-tokenizer": "tokenizer.cli", "sov-data": "data_prep.cli"}
@@ -92,8 +94,10 @@ def find_files(data: Sequence[str], run: Path, formats: Sequence[str]) -> list[D
         path = weighted_path(argument, f"--data {argument}")[0]
         name, typed = named_shards(path)
         stem = Path(typed.removesuffix(".gz").removesuffix(".zst")).stem
-        named = DataFile(argument, name or re.sub(r"[^\w.-]+", "-", stem).lstrip(".-") or "data", Path(typed),
-                         bool(name), argument.removeprefix(path))
+        stem = re.sub(r"[^\w.-]+", "-", stem).lstrip(".-")
+        if stem in ("", RESERVED_NAME):
+            stem = "data"
+        named = DataFile(argument, name or stem, Path(typed), bool(name), argument.removeprefix(path))
         was_packed = named.recorded(run).get("file") == str(named.file.absolute())
         if not named.file.is_file() and (named.file.exists() or not was_packed):
             continue

@@ -88,6 +88,7 @@ def test_a_file_is_packed_once_by_the_commands_that_are_printed(
     ("pairs.json", [json.dumps([PAIR])], PREFER, ("pairs", "preference")),
     ("web.jsonl", [{"text": "A text."}], LM, ("web", "text")),
     ("chats.jsonl", [CHAT], LM, ("chats", "chat")),
+    ("tokenizer.jsonl", [CHAT], SFT, ("data", "chat")),  # `sov-data pack` refuses that name for a source
     ("empty.jsonl", [], SFT, ("empty", "chat"))])
 def test_name_and_format_follow_from_the_file(run: Path, file: str, records: list[object],
                                               formats: tuple[str, ...], expected: tuple[str, str]) -> None:
@@ -110,6 +111,8 @@ def test_files_and_packed_folders_are_mixed(run: Path, commands: list[list[str]]
     (["a.jsonl", "deep/a.jsonl"], "--data deep/a.jsonl: has the name 'a' of --data a.jsonl; name one of "
                                   "them, e.g. --data a2=deep/a.jsonl"),
     (["a.jsonl:x"], "'x' after the colon is not a weight"),
+    (["a.jsonl:nan"], "--data a.jsonl:nan: the weight must be a number that is not negative"),
+    (["a.jsonl:-1"], "--data a.jsonl:-1: the weight must be a number that is not negative"),
     (["turns.jsonl"], "--data turns.jsonl:1: has no 'messages'"),
     (["torn.jsonl"], "--data torn.jsonl:1: is not valid JSON"),
     (["pair.jsonl"], "--data pair.jsonl:1: is a pair of responses; `megatron-sov prefer` learns"),
