@@ -201,16 +201,6 @@ def test_inverse_perplexities_of_pairs_and_groups(method: str, whole: Path, fold
         assert steps(run)[step]["loss"] == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.deep
-@pytest.mark.distributed
-def test_kills_change_no_bit(whole: Path, folder: Path, command: Command, run_command: Any) -> None:
-    done = run_command(*command("killed", f"preference.beta={BETA}",
-                                more=("--inject", "kill@step=2,kill@step=3")))
-    assert done.returncode == 0, done.stderr
-    assert losses(folder / "killed") == losses(whole) and len(losses(whole)) == 4
-    assert weights(folder / "killed") == weights(whole) and weights(whole)
-
-
 @pytest.mark.distributed
 def test_two_processes_that_are_killed_change_little(whole: Path, folder: Path, command: Command,
                                                      run_command: Any) -> None:
