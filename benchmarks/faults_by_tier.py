@@ -34,8 +34,9 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "benchmarks/data/faults_by_tier.yaml"
 COPIED = ("megatron_sov", "data_prep", "tokenizer", "tests", "benchmarks", "docs", "slurm", "examples",
           "pyproject.toml", "setup.py", "Makefile", "README.md")
-TIMEOUT_S = 400
-"""Of one run of tests: a fault may have a process wait for ever."""
+LONGER, LEAST_S, MOST_S = 5.0, 120.0, 3600.0
+"""How many times longer than without a fault tests may take, at least and at most so many seconds: a fault
+may have a process wait for ever."""
 OPERATORS: dict[type[ast.AST], ast.AST] = {
     ast.Lt: ast.LtE(), ast.LtE: ast.Lt(), ast.Gt: ast.GtE(), ast.GtE: ast.Gt(), ast.Eq: ast.NotEq(),
     ast.NotEq: ast.Eq(), ast.In: ast.NotIn(), ast.NotIn: ast.In(), ast.Is: ast.IsNot(), ast.IsNot: ast.Is(),
@@ -139,7 +140,7 @@ def drawn() -> list[tuple[Fault, list[str]]]:
     return found
 
 
-def run_tests(folder: Path, tests: list[str], marks: str) -> str:
+def run_tests(folder: Path, tests: list[str], marks: str, timeout_s: float = MOST_S) -> str:
     """Run tests in a copy; return the first that failed, "stands still", or an empty text."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-p", "no:anyio",
                "-p", "no:cacheprovider", "-m", marks, *tests]
@@ -147,7 +148,7 @@ def run_tests(folder: Path, tests: list[str], marks: str) -> str:
     with subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, start_new_session=True) as process:
         try:
-            told = process.communicate(timeout=TIMEOUT_S)[0]
+            told = process.communicate(timeout=timeout_s)[0]
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
@@ -171,8 +172,8 @@ def measure(out: Path, most: int, hours: float, area: str | None) -> None:
     """Plant faults one by one; a line of JSON each."""
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     done = {row["fault"] for row in rows}
-    sound: dict[tuple[str, ...], str] = {}
-    """Marks and tests -> what fails without a fault."""
+    sound: dict[tuple[str, ...], tuple[str, float]] = {}
+    """Marks and tests -> what fails without a fault, and the seconds that they take."""
     until = time.monotonic() + 3600 * hours
     with tempfile.TemporaryDirectory() as name, out.open("a", encoding="utf-8") as file:
         folder = Path(name)
@@ -186,14 +187,16 @@ def measure(out: Path, most: int, hours: float, area: str | None) -> None:
             right = path.read_bytes()
             for marks in found:
                 if (of := (marks, *tests)) not in sound:
-                    sound[of] = run_tests(folder, tests, marks)
-                if sound[of]:
-                    print(f"passed over: {of} fail without a fault: {sound[of]}", file=sys.stderr)
+                    started = time.monotonic()
+                    sound[of] = run_tests(folder, tests, marks), time.monotonic() - started
+                failed, seconds = sound[of]
+                if failed:
+                    print(f"passed over: {of} fail without a fault: {failed}", file=sys.stderr)
                     found = {}
                     break
                 path.write_bytes(fault.planted(right))
                 try:
-                    found[marks] = run_tests(folder, tests, marks)
+                    found[marks] = run_tests(folder, tests, marks, max(LEAST_S, LONGER * seconds))
                 finally:
                     path.write_bytes(right)
                 if found[marks]:
