@@ -240,8 +240,8 @@ def _check_fit(parts: list[MixPart], manifests: list[Manifest]) -> None:
         raise UserError(f"source {twice[0]!r}: occurs in several folders; "
                         "pack it under another name (--input NAME=PATH)")
     if len({part.weight is None for part in parts}) > 1:
-        raise UserError("give a weight to every folder or to none: those by tokens and those by weight "
-                        "cannot be compared")
+        raise UserError("FOLDER:WEIGHT: give a weight to every folder or to none; shares by tokens and by "
+                        "weight cannot be compared")
 
 
 def _rule(manifests: list[Manifest]) -> dict[str, Any]:

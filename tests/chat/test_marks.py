@@ -38,8 +38,6 @@ TURNS = {
     "solar: thoughts and an answer": (
         "<|think|>2 + 2<|end|><|begin|>assistant<|content|>It is 4.", "2 + 2", "It is 4.", ()),
     "solar: an answer": ("<|content|>It is 4.", "", "It is 4.", ()),
-    "solar: thoughts and calls": (
-        f"<|think|>look<|end|><|begin|>assistant<|tool_calls|>{BOTH}", "look", "", (SEOUL, UTC)),
     "solar: a call": (f"<|tool_calls|>{solar('get_time', B)}", "", "", (UTC,)),
     "solar: a call by itself": (solar("get_time", B), "", "", (UTC,)),
     "solar: an answer and calls": (
@@ -55,14 +53,6 @@ TURNS = {
         '<|channel|>final <|constrain|>json<|message|>{"a": 1}', "", '{"a": 1}', ()),
     "gpt-oss: a call": ("<|channel|>analysis<|message|>look<|end|><|start|>assistant<|channel|>commentary "
                         f"to=functions.get_time <|constrain|>json<|message|>{B}", "look", "", (UTC,)),
-    "gpt-oss: another header": (
-        "<|channel|>analysis<|message|>look<|end|><|start|>assistant to=functions.get_time"
-        f"<|channel|>commentary json<|message|>{B}<|call|>", "look", "", (UTC,)),
-    "deepseek v3": ("<think>look</think><｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function"
-                    f"<｜tool▁sep｜>get_weather\n```json\n{A}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>get_time\n"
-                    f"```json\n{B}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>", "look", "", (SEOUL, UTC)),
-    "deepseek v3.1": ("Sure.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_time<｜tool▁sep｜>"
-                      f"{B}<｜tool▁call▁end｜><｜tool▁calls▁end｜>", "", "Sure.", (UTC,)),
     "kimi, section in the singular": (
         "Sure.<|tool_call_section_begin|><|tool_call_begin|>functions.get_time:0"
         f"<|tool_call_argument_begin|>{B}<|tool_call_end|><|tool_call_section_end|>", "", "Sure.", (UTC,)),

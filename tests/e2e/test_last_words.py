@@ -1,5 +1,4 @@
-"""A run that ends by an error says why in its own folder, where someone looks in the morning;
-and which fault never came."""
+"""A run that ends by an error says why in its own folder, where someone looks in the morning."""
 
 from __future__ import annotations
 
@@ -77,12 +76,3 @@ def test_a_checkpoint_that_is_being_written_when_an_error_comes_is_there_afterwa
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-2"]
     saved = [e for e in read_events(tmp_path / "run" / EVENTS) if e["event"] == "checkpoint"]
     assert [(e["step"], e["save_s"] > 1) for e in saved] == [(2, True)]
-
-
-@pytest.mark.distributed
-def test_a_fault_that_never_came_is_named(pretrain: Any, run_command: Any, tmp_path: Path) -> None:
-    words = ("--inject", "nan@step=2,raise@load=3")
-    done = run_command(*pretrain(tmp_path / "run", *words, settings=SETTINGS))
-    assert done.returncode == 0
-    named = [line for line in done.stderr.splitlines() if "never came" in line]
-    assert named == ["warning: --inject raise@load=3,rank=0: never came"]

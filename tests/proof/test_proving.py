@@ -280,7 +280,7 @@ CONTEXT = "parallel.cp=2", "parallel.tp=2", "parallel.sp=true"
 
 
 @pytest.mark.parametrize(("recipe", "settings", "num_ranks", "terms"), [
-    pytest.param("tiny-solar-open-dpo", CONTEXT, 4, {"preference"}, marks=pytest.mark.deep),
+    ("tiny-solar-open-dpo", CONTEXT, 4, {"preference"}),
     ("tiny-solar-open-dpo", (*STAGES, "preference.method=kto", "preference.chosen_coeff=0.5"), 4,
      {"preference", "chosen"}),
     ("tiny-qwen3", (*STAGES, "objective.name=preference", "preference.method=grouper"), 4, {"preference"}),

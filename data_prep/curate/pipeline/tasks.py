@@ -531,6 +531,6 @@ def _built(plan_file: Path, number: int, output: Path, *, started: bool) -> Step
     planned = next(layer.reasons["files"] for source in plan.sources for layer in source.layers
                    if layer.number == number)
     if file_hashes(found) != planned:
-        raise UserError("a file that the step reads has changed since the plan was made; run the command "
-                        "again")
+        raise UserError(f"{plan_file}: a file that step {number} reads has changed since the plan was made; "
+                        "run the command again")
     return found

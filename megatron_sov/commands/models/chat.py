@@ -318,7 +318,7 @@ class Terminal:
     def _with_turns(self) -> list[ChatSession]:
         found = [session for session in self._sessions if session.turns]
         if not found:
-            raise UserError("nothing was asked yet")
+            raise UserError("the chat has no turn yet; ask something first, then use /undo, /retry or /think")
         return found
 
     def _undo(self, _: str) -> None:
@@ -343,7 +343,8 @@ class Terminal:
             raise UserError("/save: needs a file, such as /save chats.jsonl")
         rows = [row for row in (session.row() for session in self._sessions) if row is not None]
         if not rows:
-            raise UserError("no answer has ended by itself yet, so there is nothing to learn from")
+            raise UserError(f"/save {name}: no answer has ended by itself yet, so there is nothing to learn "
+                            "from")
         file = Path(os.path.expanduser(name))
         try:
             # at the end: a file gathers conversations

@@ -1,5 +1,5 @@
 """`megatron-sov rl run --set policy.method=preference`: rounds of pairs and groups that the model writes, by
-one optimizer; beside transformers, kills and other layouts."""
+one optimizer, beside transformers."""
 
 from __future__ import annotations
 
@@ -199,26 +199,6 @@ def test_inverse_perplexities_of_pairs_and_groups(method: str, whole: Path, fold
             assert (shares == 0.25).all() and {-1.0, 1.0} < set(advantages) | {0.5}
             expected = float(-(advantages * inverse * shares).sum() / shares.sum())
         assert steps(run)[step]["loss"] == pytest.approx(expected, rel=1e-3)
-
-
-@pytest.mark.deep
-@pytest.mark.distributed
-def test_kills_change_no_bit(whole: Path, folder: Path, command: Command, run_command: Any) -> None:
-    done = run_command(*command("killed", f"preference.beta={BETA}",
-                                more=("--inject", "kill@step=2,kill@step=3")))
-    assert done.returncode == 0, done.stderr
-    assert losses(folder / "killed") == losses(whole) and len(losses(whole)) == 4
-    assert weights(folder / "killed") == weights(whole) and weights(whole)
-
-
-@pytest.mark.distributed
-def test_two_processes_that_are_killed_change_little(whole: Path, folder: Path, command: Command,
-                                                     run_command: Any) -> None:
-    done = run_command(*command("dp2", f"preference.beta={BETA}",
-                                more=("--nproc", "2", "--inject", "kill@step=3")))
-    assert done.returncode == 0, done.stderr
-    assert np.allclose(losses(folder / "dp2"), losses(whole), rtol=1e-3, atol=1e-5)
-    assert [e["event"] for e in read_events(folder / "dp2/events.jsonl")].count("restart") == 1
 
 
 @pytest.mark.parametrize(("settings", "said"), [

@@ -200,22 +200,6 @@ def test_each_policy_is_validated_once_under_the_runs_own_reward(killed: Path) -
     assert len({row["prompt"] for row in sampled[0]["rows"]}) == 5, "the first sample of each prompt first"
 
 
-@pytest.mark.deep
-@pytest.mark.distributed
-def test_two_processes_write_and_learn_what_one_does(whole: Path, killed: Path, folder: Path,
-                                                     command: Command, run_command: Any) -> None:
-    """In `make test` test_rl_teachers.py does it for a run."""
-    done = run_command(*command("ep2", "--plain", "--workers", "1", "--nproc", "2", "--set", "parallel.ep=2",
-                                *validated(folder)))
-    assert done.returncode == 0, done.stderr
-    assert [row.tokens.tolist() for row in rows(folder / "ep2/validation")] == [
-        row.tokens.tolist() for row in rows(killed / "validation")]
-    for ours, theirs in zip(rows(folder / "ep2-store"), rows(folder / "whole-store"), strict=True):
-        assert ours.tokens.tolist() == theirs.tokens.tolist()
-        assert np.allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
-    assert np.allclose(losses(folder / "ep2"), losses(whole), rtol=1e-3, atol=1e-5)
-
-
 def test_another_reward_judges_what_is_there_and_another_run_learns_from_it(
         whole: Path, folder: Path, command: Command, run_command: Any) -> None:
     store = RolloutStore.open(folder / "whole-store")

@@ -45,10 +45,8 @@ def test_artifacts_of_two_tokenizers(capsys: Any, packed_data: Any, token_shards
     assert "was packed with tokenizer" in message and "pack all data with the same tokenizer" in message
 
 
-def test_unknown_settings_sources_and_recipes(capsys: Any, packed_data: Any, tmp_path: Path) -> None:
+def test_unknown_sources(capsys: Any, packed_data: Any, tmp_path: Path) -> None:
     text, run = [packed_data.text], tmp_path / "run"
-    assert "did you mean 'model.num_layers'" in refused(capsys, text, run, settings=("model.num_layer=2",))
-    assert "did you mean 'tiny-k-exaone'" in refused(capsys, text, run, recipe="tiny-kexaone")
     blend = ('data.phases=[{"name": "main", "seq_len": 32, "blend": {"evn": 1}}]',)
     assert "names source 'evn', which the data does not have; did you mean 'even'?" in refused(
         capsys, text, run, settings=blend)
@@ -100,13 +98,6 @@ def test_data_of_another_tokenizer_than_the_weights(capsys: Any, packed_data: An
                       settings=same_sizes)
     assert ("ids mean other tokens than in" in message
             and "pack the data with the checkpoint's tokenizer" in message)
-
-
-def test_objective_of_another_command(capsys: Any, packed_data: Any, tmp_path: Path) -> None:
-    assert "use `megatron-sov sft`" in refused(capsys, [packed_data.text], tmp_path / "run",
-                                               settings=("objective.name=sft",))
-    assert "it acts when objective.name is sft; leave it out, or use `megatron-sov sft`" in refused(
-        capsys, [packed_data.text], tmp_path / "run", settings=("objective.text_coeff=0.5",))
 
 
 def test_damaged_data_is_named(capsys: Any, packed_data: Any, tmp_path: Path) -> None:

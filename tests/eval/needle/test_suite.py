@@ -361,47 +361,6 @@ def test_every_answer_is_that_of_plain_transformers(family: str, by: Way, import
     assert by == "likelihood" or {ours for ours, _ in verdicts} == {True, False}
 
 
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one": (1, {}), "tp sp": (2, {"tp": 2, "sp": True}), "dp ep": (2, {"ep": 2}), "pp": (2, {"pp": 2}),
-    "cp": (2, {"cp": 2})}
-
-
-def sharded_answers(checkpoint: str, shards: str, layout: dict[str, Any]) -> dict[str, list[list[list[int]]]]:
-    """What a checkpoint says at a layout, on this process, by both ways."""
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.eval.needle.text import open_haystacks
-    from megatron_sov.infer.engines.load import load_forward_model
-    from megatron_sov.infer.engines.target import inference_config
-    from megatron_sov.train.data.token_shards import open_sources
-
-    path = Path(checkpoint)
-    size = layout.get("tp", 1) * layout.get("ep", 1) * layout.get("pp", 1) * layout.get("cp", 1)
-    settings = [f"parallel.{name}={str(value).lower()}" for name, value in layout.items()]
-    config = inference_config(path, [*settings, "train.precision=fp64"], size)
-    (haystack,) = open_haystacks(open_sources({shards: 1.0}, 1024), "heldout", Path(shards) / "tokenizer")
-    world.join(config.parallel)
-    engine = MegatronEngine(load_forward_model(path, config))
-    suite = NeedleSuite((haystack,), ("multi-key", "multi-query"), (130,), (0.1, 0.8), 2, 0.2)
-    found = {by: [answers(e, haystack.form.words, engine, by) for _, _, e in suite.examples()]
-             for by in ("generation", "likelihood")}
-    world.leave()
-    return found
-
-
-@pytest.mark.parametrize("names", [
-    ["tp sp"], pytest.param(["dp ep", "pp", "cp"], marks=pytest.mark.deep)])
-def test_every_layout_says_the_same(names: list[str], ranks, job, imported: dict[str, Path],
-                                    token_shards: Path) -> None:
-    paths = {"checkpoint": str(imported["solar_open"]), "shards": str(token_shards)}
-    names = ["one", *names]
-    found = ranks(*(job(__file__, "sharded_answers", n, {**paths, "layout": layout})
-                    for n, layout in (LAYOUTS[name] for name in names)))
-    expected = found[0][0]
-    assert len({token for batch in expected["likelihood"] for answer in batch for token in answer}) > 8
-    for name, results in zip(names, found, strict=True):
-        assert all(result == expected for result in results), name
-
-
 def test_the_command_judges_checkpoints_and_folders_alike(one_rank: None, imported: dict[str, Path],
                                                           hf_models: dict[str, Path], token_shards: Path,
                                                           tmp_path: Path, capsys) -> None:

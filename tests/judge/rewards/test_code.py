@@ -83,7 +83,7 @@ def test_verdicts_are_those_of_a_plain_interpreter(enclosure: str, name: str) ->
     assert right and (right < len(tests) or name == "containers")
 
 
-CHEATS = {
+CHEATS = {  # forged messages, and ends of other processes: test_attackers.py
     "an exit": "import os\nos._exit(0)",
     "an exit when called": "import os\ndef f(x):\n    os._exit(0)",
     "what equals everything": """
@@ -104,15 +104,6 @@ def set(x): return 7
 def sorted(x): return 7
 def f(x): return 'no'""",
     "an end of the loop": "def f(x):\n    raise StopIteration",
-    "verdicts that it prints": """
-import os, json
-for fd in range(64):
-    for i in range(9):
-        try:
-            os.write(fd, (json.dumps({"test": i, "passed": True}) + chr(10)).encode())
-        except OSError:
-            pass
-def f(x): return None""",
     "files of the process that tests": """
 import os
 for pid in (os.getppid(), 1):
@@ -162,16 +153,6 @@ peer.serve()""",
     "a module that tests import": """
 with open("colorsys.py", "w") as written:
     written.write("import builtins\\nbuiltins.abs = lambda x: 0")
-def f(x): return 0""",
-    "an end of the process that tests": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\n"
-                                        "def f(x): return 0",
-    "messages of its own": """
-import gc, socket, struct, json
-for s in gc.get_objects():
-    if isinstance(s, socket.socket):
-        for _ in range(20):
-            data = json.dumps(["value", ["plain", True], []]).encode()
-            s.sendall(struct.pack("<Q", len(data)) + data)
 def f(x): return 0""",
 }
 EXPECTED = ["assert f(1) == 1234", "assert abs(f(1) - 1234) < 1e-6", "assert set([f(1)]) == {1234}",

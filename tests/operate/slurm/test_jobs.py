@@ -4,7 +4,6 @@ or run out of time."""
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -104,27 +103,6 @@ def test_a_run_survives_a_sick_node_the_time_limit_a_crash_and_a_killed_rank(
     assert json.loads((records / "pretrain.json").read_text())["config"]["train"]["steps"] == STEPS[killed]
     again = submit(records, "pretrain", "--cluster", "site.yaml", *pretrain(packed_data, run, small, *length))
     assert cluster.wait(again)["JobState"] == "COMPLETED", "a complete run has nothing left to do"
-
-
-@pytest.mark.deep  # test_attempts.py shows what stops
-def test_failures_without_progress_stop(
-    cluster: Any, site: Path, submit: Submit, small: tuple[str, ...], packed_data: Any,
-) -> None:
-    python = site / "python"  # its training always dies
-    python.write_text("#!/bin/bash\n"
-                      'case "$*" in *"megatron_sov pretrain"*) echo "no GPU"; exit 9;; esac\n'
-                      f'exec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    profile = re.sub(r"(?m)^python: .*$", f"python: {python}", (site / "site.yaml").read_text())
-    (site / "dies.yaml").write_text(f"{profile}max_failures: 1\n")
-    words = ("pretrain", "--cluster", "dies.yaml",
-             *pretrain(packed_data, site / "run", small, "--set", "train.steps=5"))
-    records = site / "run/slurm"
-    job = submit(records, *words)
-    assert cluster.wait(job)["ExitCode"] == "1:0"
-    log = (records / f"{job}.log").read_text()
-    assert "stops here: 1 attempts in a row left nothing new, the last by this: rank 0 on" in log
-    assert "    no GPU" in log, "the end of the rank's own log is shown"
 
 
 CHAIN = """cluster: site.yaml

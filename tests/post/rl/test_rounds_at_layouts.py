@@ -37,9 +37,6 @@ LAYOUTS: dict[str, Layout] = {
     "CP2 x DP2": (4, ["parallel.cp=2"]),
     "PP2 VPP2": (2, ["parallel.pp=2", "parallel.vpp=2"]),
 }
-SPLIT: dict[str, Layout] = {
-    "one rank": (1, []), "CP2": (2, ["parallel.cp=2"]),
-    "TP2+SP x PP2": (4, ["parallel.tp=2", "parallel.sp=true", "parallel.pp=2"])}
 
 
 def publish(folder: Path, packed_data: Any, write_round: Any, policy: PolicyConfig, *, seq_len: int,
@@ -130,27 +127,6 @@ def test_rounds_are_the_same_steps_in_rows_of_any_length(method: PolicyMethod, r
             one_prompt=True)
     steps = curves(ranks, job, tmp_path, ROWS, [*NOTHING_ELSE, f"policy.method={method}"])
     assert len(steps) == 4 and all(step["grad_norm"] > 0 for step in steps)
-
-
-@pytest.mark.distributed
-@pytest.mark.deep  # the rounds above, and pairs of files in test_preference.py, are in `make test`
-@pytest.mark.parametrize("counts", [(1, 2, 2), (3, 3, 3)])
-def test_rounds_of_preferences_are_the_same_steps_at_every_layout(
-        counts: tuple[int, ...], ranks: Any, job: Any, packed_data: Any, write_round: Any, tmp_path: Path
-        ) -> None:
-    """Each method at the first so many layouts of SPLIT; test_preference.py splits losses like dpo-norm's."""
-    publish(tmp_path, packed_data, write_round, PolicyConfig(method="preference", keep_unfinished=True),
-            seq_len=64)
-    losses = {}
-    for method, count in zip(("dpo-norm", "simpo", "orpo"), counts, strict=True):
-        steps = curves(ranks, job, tmp_path, dict(list(SPLIT.items())[:count]), [
-            "policy.method=preference", "policy.keep_unfinished=true", "data.phases.0.seq_len=64",
-            f"preference.method={method}"])
-        losses[method] = [step["loss"] for step in steps]
-        if method == "dpo-norm":
-            # the weights that begin a round are its reference, and know of no difference
-            assert any(value == pytest.approx(np.log(2), rel=1e-6) for value in steps[0].values()), steps[0]
-    assert len({round(values[0], 6) for values in losses.values()}) == 3
 
 
 @pytest.mark.distributed
