@@ -25,10 +25,10 @@ from pathlib import Path
 from seed_runs import rows_of, run, words
 
 STEPS = 20
-RUNS = (("tiny-solar-open", 1, ()), ("tiny-k-exaone", 1, ()), ("tiny-qwen3", 1, ()), ("tiny-gpt-oss", 1, ()),
-        ("tiny-deepseek-v3", 1, ()), ("tiny-solar-open", 2, ("parallel.ep=2",)))
+RUNS = (("tiny-solar-open", 1, ()), ("tiny-k-exaone", 1, ()), ("tiny-qwen3", 1, ()),
+        ("tiny-solar-open2", 1, ()), ("tiny-deepseek-v3", 1, ()), ("tiny-solar-open", 2, ("parallel.ep=2",)))
 """Recipe, processes, further settings.  Between them: experts with a bias, prediction of several tokens,
-dense layers, sinks, latent attention, experts on two processes."""
+dense layers, linear and latent attention, experts on two processes."""
 SETTINGS = (f"train.steps={STEPS}", "train.deterministic=true", "train.num_threads=1",
             "train.global_batch_size=8", "train.micro_batch_size=4", "train.eval_every_steps=0",
             "data.max_epochs=0", rows_of(256))

@@ -52,7 +52,7 @@ SINUSOIDS, STEPS, DECAYS = "sines and cosines", "even time steps", "logarithms o
 EVEN_DECAYS = "logarithms of even numbers up to 16"
 RULES = (
     ("*[!_]norm.weight", NORM), ("*.layer_norm_weight", NORM), ("*.router.expert_bias", ZEROS),
-    ("*.linear_*.bias", ZEROS), ("*.router.bias", NORMAL), ("*.softmax_offset", NORMAL),
+    ("*.linear_*.bias", ZEROS),
     ("*.linear_proj.weight", RESIDUAL), ("*.linear_fc2.weight", RESIDUAL),
     ("*.linear_qkv.weight", NORMAL), ("*.linear_fc1.weight", NORMAL), ("*.router.weight", NORMAL),
     ("*.linear_q_proj.weight", NORMAL), ("*.linear_q_down_proj.weight", NORMAL),

@@ -187,8 +187,7 @@ class HfWeights:
         try:
             self.config = text_config(config)
             family = models.get(str(self.config.get("model_type")))
-            reads_field = any(FIELD in item.names for item in family.config)
-            self._stored = _stored_tensors(self._shards, {} if reads_field else config)
+            self._stored = _stored_tensors(self._shards, config)
             """Name of each tensor -> how it stands in the folder."""
             if inside is not None:
                 names, self.left_out = inside.names(self._stored)
@@ -196,7 +195,7 @@ class HfWeights:
                     self.notes.append(f"the {len(self.left_out)} tensors of what sees pictures ("
                                       f"{self.left_out[0]}, ...) are left out: the checkpoint has none of it")
                 self._stored = {name: self._stored[other] for name, other in names.items()}
-            read = {name: value for name, value in self.config.items() if reads_field or name != FIELD}
+            read = {name: value for name, value in self.config.items() if name != FIELD}
             if passed_over := family.find_passed_over(read):
                 known = [name for item in family.config for name in item.names]
                 # a hint that a field is misspelt begins with "; "

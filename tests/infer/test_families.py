@@ -27,8 +27,6 @@ RECIPES = {"tiny-glm4-moe": ["model.num_experts=4", "model.expert_ffn_dim=16"],
                            "model.embedding_multiplier=5.656854249492381"],
            "tiny-gemma2": ["model.sliding_window_tokens=8", "model.attention_softcap=1.5",
                            "model.logits_softcap=3", "model.embedding_multiplier=5.656854249492381"],
-           "tiny-gpt-oss": ["model.num_experts=4", "model.expert_ffn_dim=16",
-                            "model.sliding_window_tokens=8"],
            "tiny-exaone4": ["model.sliding_window_tokens=8"], "tiny-exaone4-1.2b": [],
            "tiny-hyperclovax": ["model.residual_multiplier=0.4", "model.logits_multiplier=0.3"]}
 RECIPES["tiny-qwen3.5-moe"] = RECIPES["tiny-qwen3-next"]
@@ -47,9 +45,9 @@ RECIPES["tiny-ax-k1"] = [*RECIPES["tiny-deepseek-v3"][:-1], 'model.yarn={"factor
 FURTHER = ("tiny-exaone4-1.2b", "tiny-exaone4", "tiny-hyperclovax", "tiny-gemma3", "tiny-ax-k1",
            "tiny-qwen3.5-moe")
 """Whose caches hold what those of others hold."""
-CUT_IN_ITS_OWN_WAY = ("tiny-deepseek-v3", "tiny-gpt-oss")
-"""Of which two processes hold halves of what no other has: latent attention, prediction layers, sinks.  The
-others are cut as these; test_gradients.py has all that cut, against transformers."""
+CUT_IN_ITS_OWN_WAY = ("tiny-deepseek-v3",)
+"""Of which two processes hold halves of what no other has: latent attention, prediction layers.  The others are cut
+as these; test_gradients.py has all that cut, against transformers."""
 
 
 def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:

@@ -93,12 +93,6 @@ def odd_config(family: str, seed: int) -> dict[str, Any]:
                 "first_k_dense_replace": min(seed, 1), "num_nextn_predict_layers": int(seed != 1),
                 "n_group": (4, 1, 3)[seed], "topk_group": (2, 1, 1)[seed],
                 "rope_parameters": {**config["rope_parameters"], "partial_rotary_factor": 0.5}}
-    if family == "gpt_oss":
-        del config["intermediate_size"]
-        return {**config, "intermediate_size": draw.choice((14, 18)), "num_local_experts": (8, 4, 12)[seed],
-                "num_experts_per_tok": (2, 1, 3)[seed], "sliding_window": 9 + seed, "layer_types": (
-                    ["sliding_attention", "full_attention"] * layers)[:layers],
-                **({"rope_parameters": {**yarn, "truncate": seed == 2}} if seed != 1 else {})}
     if family == "axk1":
         like = odd_config("deepseek_v3", seed)
         rope = {**yarn, "mscale": (1.0, None, 0.7)[seed], "mscale_all_dim": (0.0, None, 0.7)[seed]}
@@ -186,7 +180,7 @@ def make(config: dict[str, Any], folder: Path, seed: int) -> None:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name.endswith(("bias", "sinks", "norm.weight", "layernorm.weight", "norm1.weight",
+        if name.endswith(("bias", "norm.weight", "layernorm.weight", "norm1.weight",
                           "norm2.weight")):
             # Gemma adds the 1 itself
             centred = config["model_type"].startswith(("gemma", *HYBRID_QWEN)) and "linear_attn" not in name

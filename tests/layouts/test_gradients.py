@@ -46,7 +46,6 @@ CASES = {
     "gemma3 lm": ("tiny-gemma3", "lm", [*SPLIT, "model.embedding_multiplier=5.656854249492381"]),
     "gemma2 lm": ("tiny-gemma2", "lm", [*SPLIT, "model.embedding_multiplier=5.656854249492381",
                                         "model.attention_softcap=1.5", "model.logits_softcap=2.5"]),
-    "gpt_oss lm": ("tiny-gpt-oss", "lm", SPLIT),
     "glm4_moe lm and prediction": ("tiny-glm4-moe", "lm", [
         *PREDICTION, "model.qk_norm=true", "model.num_expert_groups=2", "model.num_groups_per_token=1"]),
     "deepseek_v3 lm and prediction": ("tiny-deepseek-v3", "lm", [*PREDICTION, *SPLIT]),
@@ -60,7 +59,7 @@ CASES = {
 FURTHER = ("solar lm", "exaone lm", "exaone lm and prediction", "exaone lm and sliding prediction",
            "exaone2 recomputed", "exaone4 lm", "qwen3 lm")
 """Whose parts the others have as well, and logits in test_exactness.py; of the others each has what is its
-own way back: windows and bounds, biases, chunks of linear attention, soft caps, sinks, groups, latents."""
+own way back: windows and bounds, biases, chunks of linear attention, soft caps, groups, latents."""
 
 
 def _segments(result: dict[str, Any]) -> Iterator[dict[str, torch.Tensor]]:

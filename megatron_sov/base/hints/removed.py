@@ -38,9 +38,13 @@ OPTIONS = {
     "sov-data mix --search": "set the shares with --blend",
 }
 """Program, command and option -> what to use in its place."""
+_GPT_OSS = "only gpt-oss needs it, which this version does not read"
 _CURVES = "set obs.tensorboard or obs.wandb for curves"
 SETTINGS: dict[str, tuple[Any, str]] = {
     "data.without": ([], "pack shards without the documents"),
+    "model.attention_sinks": (False, _GPT_OSS),
+    "model.linear_bias": (False, _GPT_OSS),
+    "model.yarn.truncate": (True, _GPT_OSS),
     "obs.mlflow": (False, _CURVES),
     "obs.mlflow_experiment": ("megatron-sov", _CURVES),
     "obs.otlp_endpoint": ("", _CURVES),
@@ -50,13 +54,16 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "obs.telemetry_every_s": (15.0, _CURVES),
 }
 """Setting of a run -> its default, and what to use in its place."""
+_TRL = "train it with TRL or Megatron-Bridge"
 VALUES = {
+    **dict.fromkeys(("gpt_oss", "gpt-oss-20b", "gpt-oss-120b", "tiny-gpt-oss", "tiny-gpt-oss-120b",
+                     "clamped_swiglu"), _TRL),
     "mcp": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",
     "nemo_gym": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",
     "openenv": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",
     "sglang": "use vllm",
 }
-"""Value of an option or setting, such as an engine or a tool environment -> what to use in its place."""
+"""Value of an option or setting, such as an engine, recipe or model family -> what to use in its place."""
 KINDS = {
     "mixture": "its file blend.yaml is a blend for `sov-data mix --blend`",
 }

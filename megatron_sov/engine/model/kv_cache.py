@@ -12,8 +12,7 @@ Latent attention, which exists for its small cache, keeps the narrow vectors tha
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from torch.nn.functional import pad, rms_norm
 
 from megatron_sov.engine.model.added_parts import adapted_weight
 from megatron_sov.engine.model.attention import (
-    DocumentAttention, PackedDocuments, attend, attend_whole, attend_with_sinks, with_logits)
+    DocumentAttention, PackedDocuments, attend, attend_whole)
 from megatron_sov.engine.model.cache_rows import CacheGroup, CacheSize, PackedSpans
 from megatron_sov.engine.model.linear_attention import KeptState, LinearAttention, WholeLinear
 from megatron_sov.engine.model.rotary import rotated_factor, softmax_scale
@@ -39,7 +38,7 @@ class CachedAttention(torch.nn.Module):
     """Core attention of one layer with what it keeps; takes the place of any other while `keep` holds."""
 
     def __init__(self, size: CacheSize, softmax_scale: float, window_tokens: int,
-                 kernel: Kernel = FUSED, sinks: Callable[[], torch.Tensor] | None = None) -> None:
+                 kernel: Kernel = FUSED) -> None:
         """Take another attention's place.
 
         Args:
@@ -47,11 +46,9 @@ class CachedAttention(torch.nn.Module):
             softmax_scale: factor on the products of queries and keys.
             window_tokens: sliding window, the current token included; 0: every token before.
             kernel: what attends.
-            sinks: gives the sinks of this process's heads, which stay the other attention's; None: there
-                are none.
         """
         super().__init__()
-        self.kernel, self.sinks = kernel if sinks is None else attend_with_sinks, sinks
+        self.kernel = kernel
         self.size, self.softmax_scale, self.window_tokens = size, softmax_scale, window_tokens
         whole = size.max_tokens + size.step_tokens
         # a step of drafts may be taken back: what they overwrote must not have been in any window
@@ -82,8 +79,6 @@ class CachedAttention(torch.nn.Module):
             # zeros: what is masked still must be finite
             self.stored = tuple(t.new_zeros(shape) for t in ((key,) if value is key else (key, value)))
         out = query.new_zeros(*query.shape[:2], value.shape[2])
-        if self.sinks is not None:
-            query = with_logits(query, self.sinks(), self.softmax_scale)
         for group in packed_seq_params.groups:
             here = slice(group.start, group.start + len(group.past) * group.length)
             q, k, v = (t[here].unflatten(0, (len(group.past), group.length)) for t in (query, key, value))
@@ -175,11 +170,9 @@ def keep(model: Any, size: CacheSize) -> Iterator[list[CachedAttention | KeptSta
     try:
         for module in found:
             kind = kinds[module.layer_number - 1]
-            sinks = partial(getattr, module.core_attention, "softmax_offset")
             module.core_attention = CachedAttention(size, softmax_scale(architecture, kind),
                                                     windows[module.layer_number - 1],
-                                                    kernel_of(architecture.attention_softcap),
-                                                    sinks if architecture.attention_sinks else None)
+                                                    kernel_of(architecture.attention_softcap))
         for layer in linear:
             layer.kept = KeptState(size, layer)
         yield [m.core_attention for m in found] + [layer.kept for layer in linear]

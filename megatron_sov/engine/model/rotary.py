@@ -41,9 +41,7 @@ def frequencies(model: ModelConfig) -> torch.Tensor:
                 / (2 * math.log(base)))
 
     low, high = channel(yarn.beta_fast), channel(yarn.beta_slow)
-    if yarn.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
+    low, high = max(math.floor(low), 0), min(math.ceil(high), dim - 1)
     # 1: wavelengths beyond the original context, which are divided by the factor; 0: short ones, which stay
     interpolated = ((torch.arange(dim // 2, dtype=torch.float64) - low) / max(high - low, 1e-3)).clamp(0, 1)
     return plain * (1 - interpolated) + plain / yarn.factor * interpolated

@@ -37,12 +37,6 @@ gelu_tanh = partial(gelu, approximate="tanh")
 # block's output together with the residual.
 
 
-def quick_gelu(gate: torch.Tensor) -> torch.Tensor:
-    """Return GELU by its sigmoid approximation (arXiv 1606.08415, section 2); the library's own is compiled
-    at its first call."""
-    return gate * torch.sigmoid(1.702 * gate)
-
-
 class BlockOutput(torch.nn.Module):
     """Residual + multiplier x dropout(norm(output))."""
 
@@ -177,10 +171,9 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         "num_attention_heads": model.num_heads, "num_query_groups": model.num_kv_heads,
         "kv_channels": model.head_dim, "ffn_hidden_size": model.dense_ffn_dim or model.expert_ffn_dim,
         "normalization": "RMSNorm", "layernorm_epsilon": model.norm_eps, "gated_linear_unit": True,
-        **_activation(model, te),
+        "activation_func": {"silu": silu, "gelu_tanh": gelu_tanh}[model.activation],
         "layernorm_zero_centered_gamma": te and model.zero_centered_norms,
-        "add_bias_linear": model.linear_bias, "add_qkv_bias": model.qkv_bias,
-        "softmax_type": "learnable" if model.attention_sinks else "vanilla",
+        "add_bias_linear": False, "add_qkv_bias": model.qkv_bias,
         "qk_layernorm": model.qk_norm, "attention_output_gate": model.attention_output_gate,
         "hidden_dropout": train.hidden_dropout, "attention_dropout": 0.0,  # our attention has none
         "perform_initialization": False, "use_cpu_initialization": not on_gpu(),
@@ -194,7 +187,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         "batch_p2p_comm": on_gpu() and parallel.vpp == 1, "overlap_p2p_comm": parallel.vpp > 1,
         # losses are sums divided once by global counts; must stand here before the model is wrapped
         "calculate_per_token_loss": True, "deterministic_mode": train.deterministic,
-        "masked_softmax_fusion": False, "bias_dropout_fusion": te and not model.linear_bias,
+        "masked_softmax_fusion": False, "bias_dropout_fusion": te,
         # every message would have the host wait, for the sake of an older torch
         "hetereogenous_dist_checkpoint": True, lanes.GRAPHS_OF: [], "batch_p2p_sync": False,
         **transformer_settings(gpu, train, here),
@@ -226,17 +219,6 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     for name in ("norm_topk_prob", "logits_multiplier", "mtp_depths", "zero_centered_norms"):
         setattr(config, name, getattr(model, name))
     return config
-
-
-def _activation(model: ModelConfig, te: bool) -> dict[str, Any]:
-    """Return what a gate passes through, and what becomes of the up projection."""
-    if model.activation != "clamped_swiglu":
-        return {"activation_func": {"silu": silu, "gelu_tanh": gelu_tanh}[model.activation]}
-    from megatron.core.fusions.fused_bias_geglu import quick_gelu as compiled
-
-    # by its own function the library knows that its fused kernel serves
-    return {"activation_func": compiled if te else quick_gelu, "glu_linear_offset": 1.0,
-            "activation_func_clamp_value": 7.0}
 
 
 def _library_config(model: ModelConfig, settings: dict[str, Any]) -> Any:
@@ -310,7 +292,7 @@ def _yarn(config: Any, model: ModelConfig, parallel: ParallelConfig) -> None:
         config.yarn_beta_fast, config.yarn_beta_slow = yarn.beta_fast, yarn.beta_slow
         # equal, so that the library's factor on cosine and sine is 1: ours is in the scale of the softmax
         config.yarn_mscale = config.yarn_mscale_all_dim = 1.0
-        config.yarn_correction_range_round_to_int = yarn.truncate
+        config.yarn_correction_range_round_to_int = True
 
 
 def layer_specs(config: Any, model: ModelConfig) -> list[Any]:
@@ -389,18 +371,14 @@ def _finish_attention(config: Any, spec: Any, kind: str, window: int, model: Mod
     """Have a layer attend as it does in this model."""
     from megatron.core.transformer.spec_utils import ModuleSpec
 
-    from megatron_sov.engine.model.attention import DocumentAttention, SinkAttention
+    from megatron_sov.engine.model.attention import DocumentAttention
     from megatron_sov.engine.model.kv_cache import LatentDocumentAttention, latent_specs
 
     attention, latent = spec.submodules.self_attention.submodules, model.latent_attention is not None
     if config.exchanges_heads:
         attention.core_attention = exchanged(attention.core_attention)
     elif config.own_attention:
-        module: Any = DocumentAttention
-        if latent:
-            module = LatentDocumentAttention
-        elif model.attention_sinks:
-            module = SinkAttention
+        module = LatentDocumentAttention if latent else DocumentAttention
         attention.core_attention = ModuleSpec(module=module, params={
             "window_tokens": window, "softcap": model.attention_softcap})
     if uses_transformer_engine(config.params_dtype) and (config.exchanges_heads or not config.own_attention):

@@ -185,8 +185,6 @@ class ParallelConfig:
              _divisors(model.num_experts)),
             (model.expert_ffn_dim % self.etp == 0, "etp",
              f"must divide model.expert_ffn_dim = {model.expert_ffn_dim}"),
-            (not model.linear_bias or self.etp == 1, "etp", "must be 1: megatron-core cuts no experts that "
-             "have biases (model.linear_bias)", "raise parallel.ep"),
             (not self.delay_weight_grads or self.expert_overlap == "micro_batches", "delay_weight_grads",
              f"needs parallel.expert_overlap = micro_batches, which is {self.expert_overlap}",
              "set it, or leave it out"),

@@ -92,10 +92,6 @@ class LoraConfig:
             (EMBEDDING not in adapted or parallel.pp == 1 or not model.num_mtp_layers, "targets",
              "names embed_tokens, with which the first pipeline stage embeds and, for the prediction layer, "
              f"the last (parallel.pp = {parallel.pp})", "set parallel.pp=1 or leave it out"),
-            (not (with_experts and model.linear_bias), "targets",
-             "adapts experts, which is not built for experts with biases (model.linear_bias): Hugging Face "
-             "folders hold their gate and up projections in turns",
-             f"name some of {', '.join((*ATTENTION, HEAD, EMBEDDING))}"),
             # parts below the library's `min_offloaded_tensor_size` stay, and the whole's memory is freed
             (not (with_experts and "expert_fc1" in gpu.offload_modules), "targets",
              "adapts experts, each of which keeps its own part of the tokens, and gpu.offload_modules = "

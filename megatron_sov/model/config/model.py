@@ -154,8 +154,6 @@ class YarnConfig:
     """Rotations within the original context above which a dimension is left alone."""
     beta_slow: AboveZero = 1.0
     """Rotations within the original context below which a dimension is fully interpolated."""
-    truncate: bool = True
-    """Whether the ends of the ramp between the two are rounded outwards to whole channels."""
     mscale: AboveZero = 1.0
     """Factor on 0.1 ln(factor) in the scale of the softmax (DeepSeek's mscale and mscale_all_dim, which are
     equal); others than 1 in models with latent attention only."""
@@ -270,22 +268,14 @@ class ModelConfig:
     YaRN; None = none."""
     qkv_bias: bool = False
     """Whether the query, key and value projections have a bias."""
-    linear_bias: bool = False
-    """Whether attention's output projection, the router and the matrices of feed-forward networks and experts
-    have one, too (gpt-oss); needs qkv_bias, and no shared experts."""
-    attention_sinks: bool = False
-    """Whether each head has a learned logit in the denominator of its softmax, a key without a value
-    (arXiv 2309.17453, section 3.3; gpt-oss)."""
     qk_norm: bool = False
     """RMSNorm over each head of queries and keys, before RoPE."""
     norm_eps: AboveZero = 1e-5
     """Epsilon of every RMSNorm."""
     zero_centered_norms: bool = False
     """Whether every RMSNorm multiplies by 1 + its weight."""
-    activation: Literal["silu", "gelu_tanh", "clamped_swiglu"] = "silu"
-    """What the gate of feed-forward networks passes through; gelu_tanh = GELU by its tanh approximation;
-    clamped_swiglu = g sigmoid(1.702 g) times 1 + the up projection, with g at most 7 and the up projection
-    within -7 and 7 (gpt-oss)."""
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    """What the gate of feed-forward networks passes through; gelu_tanh = GELU by its tanh approximation."""
     swiglu_limits: tuple[NotNegative, ...] = ()
     """Bound of every trunk layer's gate and up projections, of experts too, before the activation
     (K-EXAONE 2.0): the gate is at most that, the up projection within both signs of it; 0: none.  Empty: no
@@ -473,13 +463,6 @@ class ModelConfig:
             (kept > groups or groups == 1 or not of_groups or within >= self.num_experts_per_token,
              "num_groups_per_token", f"leaves {within} experts to choose from, and "
              f"model.num_experts_per_token = {self.num_experts_per_token} must not be more"),
-            (not self.attention_sinks or self.attention_softcap is None, "attention_sinks",
-             f"cannot be with model.attention_softcap = {self.attention_softcap}: no attention has both",
-             "set it to null"),
-            (not self.linear_bias or self.qkv_bias, "linear_bias", "needs model.qkv_bias = true"),
-            (not (self.linear_bias and self.num_moe_layers() and self.num_shared_experts), "linear_bias",
-             f"needs model.num_shared_experts = 0, it is {self.num_shared_experts}: shared experts have no "
-             "biases"),
             (set(self.attention_pattern) <= {*LAYER_TYPES}, "attention_pattern",
              f"may hold only the letters {', '.join(LAYER_TYPES)}"),
             (("L" in self.attention_pattern) == has_window, "sliding_window_tokens",
@@ -524,11 +507,7 @@ class ModelConfig:
             (len(self.layer_windows) != self.num_layers or [w > 0 for w in self.layer_windows] == slides,
              "layer_windows", "must be above 0 exactly in layers that model.attention_pattern calls L",
              empty),
-            (len(self.swiglu_limits) in (0, self.num_layers), "swiglu_limits", length, empty),
-            (not any(self.swiglu_limits) or self.activation != "clamped_swiglu", "swiglu_limits",
-             "stand beside model.activation = clamped_swiglu, which has its own", empty),
-            (not any(self.swiglu_limits) or not self.linear_bias, "swiglu_limits",
-             "cannot be with model.linear_bias: they bound a product without a bias", empty))
+            (len(self.swiglu_limits) in (0, self.num_layers), "swiglu_limits", length, empty))
 
     def _position_problems(self) -> list[SettingsProblem]:
         """Return what is wrong with rotations, their scaling, and attention that is latent."""

@@ -267,9 +267,10 @@ def _positions(stated: Stated) -> dict[str, Any]:
     if stated.get("position_embedding_type") == "yarn":
         if any(stated.get(f"yarn_{name}") not in (None, 1.0, 0.0) for name in ("mscale", "mscale_all_dim")):
             raise ValueError("yarn_mscale, yarn_mscale_all_dim: other values than 1 are not read")
+        if stated.get("yarn_correction_range_round_to_int") not in (None, True):
+            raise ValueError("yarn_correction_range_round_to_int: only true is read")
         names = {"factor": "rotary_scaling_factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow",
-                 "original_max_position_tokens": "original_max_position_embeddings",
-                 "truncate": "correction_range_round_to_int"}
+                 "original_max_position_tokens": "original_max_position_embeddings"}
         found["yarn"] = {ours: stated[f"yarn_{theirs}"] for ours, theirs in names.items()
                          if stated.get(f"yarn_{theirs}") is not None}
     if stated.get("rope_scaling"):

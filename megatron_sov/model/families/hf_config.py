@@ -158,8 +158,7 @@ class Rope:
         if model.yarn:
             rope |= {"rope_type": "yarn", "factor": model.yarn.factor,
                      "original_max_position_embeddings": model.yarn.original_max_position_tokens,
-                     "beta_fast": model.yarn.beta_fast, "beta_slow": model.yarn.beta_slow,
-                     **({} if model.yarn.truncate else {"truncate": False})}
+                     "beta_fast": model.yarn.beta_fast, "beta_slow": model.yarn.beta_slow}
         if model.llama3_rope:
             scaling = dataclasses.asdict(model.llama3_rope)
             scaling["original_max_position_embeddings"] = scaling.pop("original_max_position_tokens")
@@ -241,11 +240,10 @@ class Rope:
         if attention_factor is not None and not math.isclose(attention_factor, expected, rel_tol=1e-6):
             raise UserError(f"config.json: attention_factor = {attention_factor}, but only 0.1 ln(factor) + "
                             f"1 = {expected:.6f} is supported")
-        truncate = rope.pop("truncate", True)
-        if not isinstance(truncate, bool):
-            raise UserError(f"config.json: truncate = {truncate!r} must be true or false")
-        return YarnConfig(factor, original, _given(rope, "beta_fast", 32.0), _given(rope, "beta_slow", 1.0),
-                          truncate)
+        if rope.pop("truncate", True) is not True:
+            raise UserError("config.json: truncate of rope_type 'yarn' must be true, or absent: the ends of "
+                            "its ramp are rounded to whole channels")
+        return YarnConfig(factor, original, _given(rope, "beta_fast", 32.0), _given(rope, "beta_slow", 1.0))
 
 
 @dataclass(frozen=True)
@@ -295,57 +293,6 @@ def _given(rope: dict[str, Any], name: str, default: float) -> float:
 def hidden_over_heads(config: dict[str, Any]) -> int:
     """Return the width of a head where config.json has no `head_dim`, as transformers computes it."""
     return int(config["hidden_size"] // config["num_attention_heads"])
-
-
-# Config items of gpt-oss.
-
-@dataclass(frozen=True)
-class SaidRope(Rope):
-    """Rotary frequencies that must be said: where they are absent transformers takes gpt-oss's own YaRN,
-    other programs plain rotations."""
-
-    def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return theta and YaRN; `UserError` where nothing is said."""
-        if not config.get("rope_parameters") and not config.get("rope_scaling"):
-            raise UserError("config.json: lacks rope_parameters (rope_scaling in older files), and programs "
-                            "assume different things then; add it, with rope_type 'default' for plain "
-                            "rotations")
-        return super().read(config)
-
-
-@dataclass(frozen=True)
-class AlternatingLayers:
-    """Which layers slide: the explicit list, or the first of each two."""
-
-    names: tuple[str, ...] = ("layer_types", "sliding_window")
-
-    def write(self, model: ModelConfig) -> dict[str, Any]:
-        return {"layer_types": model.layer_types(), "sliding_window": model.sliding_window_tokens or None}
-
-    def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the shortest pattern that gives the list, and the window."""
-        return SlidingLayers(default_window=128).read({"sliding_window_pattern": 2, **config})
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How a folder's weights are packed; they are written as they are, so that nothing is said then."""
-
-    method: str
-    """The one method that is read."""
-    names: tuple[str, ...] = ("quantization_config",)
-
-    def write(self, model: ModelConfig) -> dict[str, Any]:
-        return {}
-
-    def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return nothing; `UserError` where weights are packed in another way."""
-        said = config.get("quantization_config", {"quant_method": self.method})
-        found = said.get("quant_method") if isinstance(said, dict) else said
-        if found != self.method:
-            raise UserError(f"config.json: quantization_config has quant_method = {found!r}, but only "
-                            f"{self.method!r} is read for this family; take the weights in bfloat16")
-        return {}
 
 
 # Config items of Gemma.

@@ -15,10 +15,10 @@ from megatron_sov.model.families.family import (
     COMMON_CONFIG, DECODER_CONFIG, DEEPSEEK_ROUTER, DEEPSEEK_ROUTER_CONFIG, EXPERT_GROUPS, EXPERTS_CONFIG,
     KV_HEADS, Family)
 from megatron_sov.model.families.hf_config import (
-    AlternatingLayers, AttentionScale, ConfigItem, EmbeddingsByWidth, Fixed, PeriodicLayers, Quantization,
-    Renamed, Rope, SaidRope, SoftCap, TwoThetas, Unused, hidden_over_heads)
+    AttentionScale, ConfigItem, EmbeddingsByWidth, Fixed, PeriodicLayers, Renamed, Rope, SoftCap, TwoThetas,
+    Unused, hidden_over_heads)
 from megatron_sov.model.families.hf_layers import (
-    ExpertStack, HfPredictionLayer, LeadingDenseLayers, NormsBehind, OneWindow, PredictionBehind,
+    HfPredictionLayer, LeadingDenseLayers, NormsBehind, OneWindow, PredictionBehind,
     RotatingWindows, SlidingLayers, SlidingSwitch, SparseSteps, SwigluLimits)
 from megatron_sov.model.families.latent import AXK1, DEEPSEEK_V3, KIMI_LINEAR
 from megatron_sov.model.families.linear_layers import (
@@ -396,48 +396,6 @@ GLM4_MOE = Family(
 )
 
 
-# gpt-oss (`gpt_oss`, 20B and 120B): sinks in attention, windows in every other layer, biases everywhere,
-# experts with a clamped SwiGLU in every layer, chosen by a softmax router with a bias.
-#
-# Published weights of experts are MXFP4, which is read (`low_bit.py`).
-# transformers takes a softmax over the chosen logits, which is one over all divided by the sum of the
-# chosen; it computes the router's logits in the model's dtype, we in fp32.
-
-_FURTHER = (
-    Same("self_attention.linear_proj.bias", "self_attn.o_proj.bias", "H"),
-    Same("self_attention.core_attention.softmax_offset", "self_attn.sinks", "N"),
-    Same("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", "H"),
-    Same("mlp.router.weight", "mlp.router.weight", "E H"),
-    Same("mlp.router.bias", "mlp.router.bias", "E"),
-    ExpertStack("mlp.experts.experts.linear_fc1.weight", "mlp.experts.gate_up_proj", "H I", in_turns=True),
-    ExpertStack("mlp.experts.experts.linear_fc1.bias", "mlp.experts.gate_up_proj_bias", "I", in_turns=True),
-    ExpertStack("mlp.experts.experts.linear_fc2.weight", "mlp.experts.down_proj", "I H"),
-    ExpertStack("mlp.experts.experts.linear_fc2.bias", "mlp.experts.down_proj_bias", "H"),
-)
-
-GPT_OSS = Family(
-    name="gpt_oss",
-    hf_classes=("GptOssForCausalLM",),
-    weights=(*EMBEDDINGS_AND_HEAD, trunk("every layer", ATTENTION, QKV_BIAS, _FURTHER)),
-    config=(
-        *DECODER_CONFIG, KV_HEADS, Renamed("intermediate_size", "expert_ffn_dim"),
-        Renamed("head_dim", "head_dim", 64), Renamed("num_local_experts", "num_experts", 128),
-        Renamed("num_experts_per_tok", "num_experts_per_token", 4, aliases=("experts_per_token",)),
-        Renamed("tie_word_embeddings", "tied_embeddings", False), Renamed("rms_norm_eps", "norm_eps", 1e-5),
-        SaidRope(default_theta=150_000.0), AlternatingLayers(),
-        Fixed("attention_bias", True), Fixed("swiglu_alpha", 1.702), Fixed("swiglu_limit", 7.0),
-        Quantization("mxfp4"),
-        # the first is of its own model class only; ours is chosen by model.seq_aux_loss_coeff
-        Unused(("router_aux_loss_coef", "initial_context_length")),
-    ),
-    structure={"rope_on_global": True, "num_mtp_layers": 0, "num_dense_layers": 0, "qkv_bias": True,
-               "qk_norm": False, "num_shared_experts": 0, "router_score": "softmax", "router_bias": False,
-               "norm_topk_prob": True, "routed_scaling_factor": 1.0, "linear_bias": True,
-               "attention_sinks": True, "activation": "clamped_swiglu"},
-    training={"seq_aux_loss_coeff": 1e-3},
-)
-
-
 # K-EXAONE (`exaone_moe`): sliding layers with RoPE, global layers without (NoPE), QK-norm, leading dense
 # layers, one MTP layer. Its 2.0 has windows of two sizes, a bound on the gates of late layers, and applies
 # its MTP layer four times.
@@ -546,7 +504,7 @@ SOLAR_OPEN2 = Family(
 
 FAMILIES = {family.name: family for family in (
     SOLAR_OPEN, EXAONE_MOE, QWEN2, QWEN3, QWEN3_MOE, QWEN3_NEXT, QWEN3_5_MOE, LLAMA, MISTRAL, MIXTRAL,
-    EXAONE4, HYPERCLOVAX, GLM4_MOE, GEMMA2, GEMMA3, GPT_OSS, DEEPSEEK_V3, AXK1, KIMI_LINEAR, SOLAR_OPEN2)}
+    EXAONE4, HYPERCLOVAX, GLM4_MOE, GEMMA2, GEMMA3, DEEPSEEK_V3, AXK1, KIMI_LINEAR, SOLAR_OPEN2)}
 
 
 def get(name: str, recorded: Sequence[PluginCode] = ()) -> Family:

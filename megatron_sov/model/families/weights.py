@@ -98,11 +98,6 @@ class Layout:
         return (math.prod(part[:self.merged]), *part[self.merged:])
 
     @property
-    def rows_stay(self) -> bool:
-        """Return whether each Hugging Face tensor is a run of the block's rows."""
-        return not self.axis
-
-    @property
     def block(self) -> tuple[int, ...]:
         return self.stored(self.view[self.axis])
 
@@ -384,7 +379,7 @@ class Link:
         their rows are interleaved."""
         # Cut along another axis than the first, rows of several tensors alternate, and no one range holds
         # one of them.
-        if not self.layout.rows_stay:
+        if self.layout.axis:
             return {}
         each = math.prod(self.layout.view[1:self.layout.merged])
         return {name: (start * each, length * each) for name, start, length in zip(

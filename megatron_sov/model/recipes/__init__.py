@@ -82,8 +82,6 @@ RECIPES: dict[str, Recipe] = {
         "google/gemma-3-27b-it, compared with NeMo's Gemma3Config27B")),
     "gemma2-9b": Recipe(open_models.gemma2_9b, open_models.dense_sources(
         "google/gemma-2-9b, compared with NeMo's Gemma2Config9B")),
-    "gpt-oss-20b": Recipe(open_models.gpt_oss_20b, open_models.SOURCES_20B),
-    "gpt-oss-120b": Recipe(open_models.gpt_oss_120b, open_models.SOURCES_120B),
     "exaone-4.0-32b": Recipe(open_models.exaone_4_32b, open_models.dense_sources(
         f"LGAI-EXAONE/EXAONE-4.0-32B, {UNCOMPARED}")),
     "exaone-4.0-1.2b": Recipe(open_models.exaone_4_1_2b, open_models.dense_sources(
@@ -137,8 +135,6 @@ TINY = {
     "tiny-gemma3": "gemma-3-1b",
     "tiny-gemma3-27b": "gemma3-27b",
     "tiny-gemma2": "gemma2-9b",
-    "tiny-gpt-oss": "gpt-oss-20b",
-    "tiny-gpt-oss-120b": "gpt-oss-120b",
     "tiny-exaone4": "exaone-4.0-32b",
     "tiny-exaone4-1.2b": "exaone-4.0-1.2b",
     "tiny-hyperclovax": "hyperclovax-14b",

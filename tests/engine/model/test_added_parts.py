@@ -233,9 +233,6 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
     ("tiny-solar-open", [ETP2], ['lora.targets=["all-linear", "lm_head"]']),
     pytest.param("tiny-solar-open", [EP2], ['lora.targets=["all-linear", "lm_head"]'],
                  marks=pytest.mark.deep),
-    ("tiny-gpt-oss", [TP2], ['lora.targets=["q_proj", "o_proj"]', "lora.dora=true"]),
-    pytest.param("tiny-gpt-oss", [EP2], ['lora.targets=["q_proj", "o_proj"]', "lora.dora=true"],
-                 marks=pytest.mark.deep),
     # narrow vectors, which every process makes whole
     ("tiny-kimi-linear", [TP2], KIMI),
     pytest.param("tiny-kimi-linear", [{**TP2, "ep": 2}, {"cp": 2}, PP2], KIMI, marks=pytest.mark.deep),

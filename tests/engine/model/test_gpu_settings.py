@@ -334,7 +334,6 @@ def test_a_run_tells_what_auto_came_to() -> None:
     ("gpu.optimizer_offload=0.5", False, {}, "gpu.optimizer_offload"),
     ("gpu.nccl_user_buffers=on", False, {}, "gpu.nccl_user_buffers"),
     ("parallel.expert_dispatcher=deepep", False, {}, "parallel.expert_dispatcher"),
-    ("gpu.attention=flash model.attention_sinks=true", True, {}, "gpu.attention"),
     ("gpu.attention=flash", True, {}, "gpu.attention"),
     ("gpu.attention=fused model.attention_softcap=50", True, {}, "gpu.attention"),
     ("", True, {"NVTE_FUSED_ATTN": "0"}, "gpu.attention"),
@@ -404,33 +403,12 @@ def test_a_deep_ep_that_does_not_serve_is_told_in_its_own_words(
             sys.modules.pop(name, None)
 
 
-def test_sinks_over_packed_rows_need_new_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron.core import utils
-    from packaging.version import Version
-
-    for name in ("FLASH", "FUSED", "UNFUSED"):  # the library sets them where it has built a model
-        monkeypatch.delenv(f"NVTE_{name}_ATTN", raising=False)
-    monkeypatch.setattr(utils, "get_te_version", lambda: Version("2.20.2"))
-    asked, sinks = "model.attention_sinks=true", r"attends packed rows with sinks .*; install a newer one"
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91702)
-    with pytest.raises(UserError, match=f"cannot be: no fused kernel of cuDNN 91702 {sinks}"):
-        gpu_settings.refuse(config_with([asked]), te=True)
-    for other in ("gpu.attention=local", "gpu.attention=unfused", "parallel.cp=2"):
-        gpu_settings.refuse(config_with([asked, other]), te=True)
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91800)
-    gpu_settings.refuse(config_with([asked]), te=True)
-    monkeypatch.setattr(utils, "get_te_version", lambda: Version("2.12.0+5671fd36"))
-    with pytest.raises(UserError, match=f"cannot be: Transformer Engine 2.12.0.5671fd36 never {sinks}"):
-        gpu_settings.refuse(config_with([asked]), te=True)
-
-
 @pytest.mark.parametrize(("capability", "cudnn", "changes", "own", "why"), [
     ((9, 0), 92500, "", False, ""), ((10, 0), 92500, "", False, ""),
     # many documents of a row together are too much for the fused one that repeats its bits
     ((9, 0), 92500, "train.deterministic=true", True, "in every row on this GPU"),
     ((10, 0), 91800, "train.deterministic=true", True, "on this GPU before cuDNN 91801"),
     ((10, 0), 91801, "train.deterministic=true", True, ""),
-    ((10, 0), 92500, "train.deterministic=true model.attention_sinks=true", True, "with sinks"),
     # Gemma's heads
     ((9, 0), 91900, "model.head_dim=256", False, ""), ((10, 0), 92500, "model.head_dim=256", False, ""),
     ((10, 0), 92401, "model.head_dim=256", True, "no fused kernel of cuDNN 92401 trains heads of 256"),
