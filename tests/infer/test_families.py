@@ -25,8 +25,6 @@ RECIPES = {"tiny-glm4-moe": ["model.num_experts=4", "model.expert_ffn_dim=16"],
            "tiny-gemma3": ["model.sliding_window_tokens=8", "model.attention_pattern=LG",
                            "model.linear_rope_factor=4",
                            "model.embedding_multiplier=5.656854249492381"],
-           "tiny-gemma2": ["model.sliding_window_tokens=8", "model.attention_softcap=1.5",
-                           "model.logits_softcap=3", "model.embedding_multiplier=5.656854249492381"],
            "tiny-exaone4": ["model.sliding_window_tokens=8"], "tiny-exaone4-1.2b": [],
            "tiny-hyperclovax": ["model.residual_multiplier=0.4", "model.logits_multiplier=0.3"]}
 RECIPES["tiny-qwen3.5-moe"] = RECIPES["tiny-qwen3-next"]
@@ -46,8 +44,8 @@ FURTHER = ("tiny-exaone4-1.2b", "tiny-exaone4", "tiny-hyperclovax", "tiny-gemma3
            "tiny-qwen3.5-moe")
 """Whose caches hold what those of others hold."""
 CUT_IN_ITS_OWN_WAY = ("tiny-deepseek-v3",)
-"""Of which two processes hold halves of what no other has: latent attention, prediction layers.  The others are cut
-as these; test_gradients.py has all that cut, against transformers."""
+"""Of which two processes hold halves of what no other has: latent attention, prediction layers.  The others
+are cut as these; test_gradients.py has all that cut, against transformers."""
 
 
 def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:
@@ -91,7 +89,7 @@ def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:
 @pytest.mark.distributed
 @pytest.mark.parametrize(("further", "cut"), [
     ((), CUT_IN_ITS_OWN_WAY),
-    pytest.param(FURTHER, ("tiny-glm4-moe", "tiny-k-exaone2", "tiny-gemma2"), marks=pytest.mark.deep)],
+    pytest.param(FURTHER, ("tiny-glm4-moe", "tiny-k-exaone2"), marks=pytest.mark.deep)],
     ids=["caches of their own", "further"])
 def test_cached_generation_is_what_full_forward_passes_say(ranks: Any, job: Any, further: tuple[str, ...],
                                                            cut: tuple[str, ...]) -> None:

@@ -73,11 +73,6 @@ def odd_config(family: str, seed: int) -> dict[str, Any]:
                 "layer_types": (["sliding_attention", "full_attention"] * layers)[:layers],
                 "first_k_dense_replace": 1, "mlp_layer_types": ["dense"] + ["sparse"] * (layers - 1),
                 "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1}
-    if family == "gemma2":
-        return {**config, "hidden_size": 12 * kv_heads * 2, "num_attention_heads": 2 * kv_heads,
-                "sliding_window": 9 + seed, "attn_logit_softcapping": (0.7, None, 2.0)[seed],
-                "final_logit_softcapping": (4.0, 3.0, None)[seed],
-                "query_pre_attn_scalar": (config["head_dim"], 5, 30)[seed]}
     if family == "gemma3_text":
         scaled = {"rope_type": "linear", "factor": 8.0} if seed == 0 else {"rope_type": "default"}
         return {**config, "hidden_size": 12 * kv_heads * 2, "num_attention_heads": 2 * kv_heads,

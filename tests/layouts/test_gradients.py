@@ -43,9 +43,8 @@ CASES = {
         *SPLIT, "model.num_dense_layers=1", "model.init_std=0.12"]),  # theirs in float32 are noisier
     "qwen3_5_moe lm": ("tiny-qwen3.5-moe", "lm", [*SPLIT, "model.init_std=0.12"]),  # as of qwen3_next
     "exaone4 lm": ("tiny-exaone4", "lm", SPLIT),
-    "gemma3 lm": ("tiny-gemma3", "lm", [*SPLIT, "model.embedding_multiplier=5.656854249492381"]),
-    "gemma2 lm": ("tiny-gemma2", "lm", [*SPLIT, "model.embedding_multiplier=5.656854249492381",
-                                        "model.attention_softcap=1.5", "model.logits_softcap=2.5"]),
+    "gemma3 lm": ("tiny-gemma3", "lm", [*SPLIT, "model.embedding_multiplier=5.656854249492381",
+                                        "model.logits_softcap=2.5"]),
     "glm4_moe lm and prediction": ("tiny-glm4-moe", "lm", [
         *PREDICTION, "model.qk_norm=true", "model.num_expert_groups=2", "model.num_groups_per_token=1"]),
     "deepseek_v3 lm and prediction": ("tiny-deepseek-v3", "lm", [*PREDICTION, *SPLIT]),

@@ -43,6 +43,7 @@ _CURVES = "set obs.tensorboard or obs.wandb for curves"
 SETTINGS: dict[str, tuple[Any, str]] = {
     "data.without": ([], "pack shards without the documents"),
     "model.attention_sinks": (False, _GPT_OSS),
+    "model.attention_softcap": (None, "only Gemma 2 needs it, which this version does not read"),
     "model.linear_bias": (False, _GPT_OSS),
     "model.yarn.truncate": (True, _GPT_OSS),
     "obs.mlflow": (False, _CURVES),
@@ -57,7 +58,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
 _TRL = "train it with TRL or Megatron-Bridge"
 VALUES = {
     **dict.fromkeys(("gpt_oss", "gpt-oss-20b", "gpt-oss-120b", "tiny-gpt-oss", "tiny-gpt-oss-120b",
-                     "clamped_swiglu"), _TRL),
+                     "clamped_swiglu", "gemma2", "gemma2-9b", "tiny-gemma2"), _TRL),
     "mcp": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",
     "nemo_gym": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",
     "openenv": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",

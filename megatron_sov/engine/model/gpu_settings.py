@@ -278,8 +278,7 @@ def own_attention_serves(here: Here, attention: str, deterministic: bool) -> boo
         deterministic: `train.deterministic`.
     """
     model = here.model
-    # the library passes no cap on to those kernels of Transformer Engine that have one
-    if not here.te or here.parallel.cp > 1 or attention == "local" or model.attention_softcap is not None:
+    if not here.te or here.parallel.cp > 1 or attention == "local":
         return True
     if attention != "auto":
         return False
@@ -445,9 +444,6 @@ def _attention_rules(config: RunConfig, here: Here) -> list[tuple[bool, str, str
     attention = config.gpu.attention
     if attention not in ("auto", "local") and not here.te:
         rules.append((NEEDS_TE, "set it to auto or local"))
-    elif attention not in ("auto", "local") and here.model.attention_softcap is not None:
-        rules.append(("cannot be: this framework's own attention alone gets the cap on products of queries "
-                      "and keys (model.attention_softcap)", "set it to auto or local"))
     elif attention == "fused" and (
             why := _without_heads(here.model) or without_kernel(here.model, here.parallel.tp, attention)):
         rules.append((f"cannot be: {why}", "install a newer one, or set it to auto or local"))

@@ -22,33 +22,28 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
-from torch.nn.functional import pad, rms_norm
+from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention
 
 from megatron_sov.engine.model.added_parts import adapted_weight
-from megatron_sov.engine.model.attention import (
-    DocumentAttention, PackedDocuments, attend, attend_whole)
+from megatron_sov.engine.model.attention import DocumentAttention, PackedDocuments, attend, attend_whole
 from megatron_sov.engine.model.cache_rows import CacheGroup, CacheSize, PackedSpans
 from megatron_sov.engine.model.linear_attention import KeptState, LinearAttention, WholeLinear
 from megatron_sov.engine.model.rotary import rotated_factor, softmax_scale
-from megatron_sov.engine.model.softcap import FUSED, Kernel, kernel_of
 from megatron_sov.model.config import ModelConfig
 
 
 class CachedAttention(torch.nn.Module):
     """Core attention of one layer with what it keeps; takes the place of any other while `keep` holds."""
 
-    def __init__(self, size: CacheSize, softmax_scale: float, window_tokens: int,
-                 kernel: Kernel = FUSED) -> None:
+    def __init__(self, size: CacheSize, softmax_scale: float, window_tokens: int) -> None:
         """Take another attention's place.
 
         Args:
             size: how much is kept.
             softmax_scale: factor on the products of queries and keys.
             window_tokens: sliding window, the current token included; 0: every token before.
-            kernel: what attends.
         """
         super().__init__()
-        self.kernel = kernel
         self.size, self.softmax_scale, self.window_tokens = size, softmax_scale, window_tokens
         whole = size.max_tokens + size.step_tokens
         # a step of drafts may be taken back: what they overwrote must not have been in any window
@@ -120,7 +115,7 @@ class CachedAttention(torch.nn.Module):
         heads = query.shape[2] // keys.shape[1]
         grouped = query.unflatten(2, (keys.shape[1], heads)).permute(0, 2, 3, 1, 4).flatten(2, 3)
         mask = visible[:, None, None].expand(-1, -1, heads, -1, -1).flatten(2, 3)
-        out = self.kernel(grouped, keys, values, attn_mask=mask, scale=self.softmax_scale)
+        out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=self.softmax_scale)
         return out.unflatten(2, (heads, group.length)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
     def _first(self, group: CacheGroup, query: torch.Tensor, key: torch.Tensor,
@@ -129,7 +124,7 @@ class CachedAttention(torch.nn.Module):
         assert self.stored is not None
         for kept, new in zip(self.stored, (key, value), strict=False):
             kept[group.slot:group.slot + len(group.past), :, :group.length] = new.transpose(1, 2)
-        return attend_whole(query, key, value, self.softmax_scale, self.kernel)
+        return attend_whole(query, key, value, self.softmax_scale)
 
     def _piece(self, slot: int, past: int, query: torch.Tensor, key: torch.Tensor,
                value: torch.Tensor) -> torch.Tensor:
@@ -142,7 +137,7 @@ class CachedAttention(torch.nn.Module):
                               device=query.device)
         keys, values = (torch.cat([k[:, before % self.capacity].transpose(0, 1), new])
                         for k, new in zip((kept[0], kept[-1]), (key, value), strict=True))
-        out = attend(query, keys, values, self.softmax_scale, self.window_tokens, self.kernel)
+        out = attend(query, keys, values, self.softmax_scale, self.window_tokens)
         # of a span longer than the ring only its end stays, or two tokens would be written to one place
         stays = min(len(key), self.capacity)
         places = torch.arange(past + len(key) - stays, past + len(key), device=query.device) % self.capacity
@@ -171,8 +166,7 @@ def keep(model: Any, size: CacheSize) -> Iterator[list[CachedAttention | KeptSta
         for module in found:
             kind = kinds[module.layer_number - 1]
             module.core_attention = CachedAttention(size, softmax_scale(architecture, kind),
-                                                    windows[module.layer_number - 1],
-                                                    kernel_of(architecture.attention_softcap))
+                                                    windows[module.layer_number - 1])
         for layer in linear:
             layer.kept = KeptState(size, layer)
         yield [m.core_attention for m in found] + [layer.kept for layer in linear]

@@ -379,8 +379,7 @@ def _finish_attention(config: Any, spec: Any, kind: str, window: int, model: Mod
         attention.core_attention = exchanged(attention.core_attention)
     elif config.own_attention:
         module = LatentDocumentAttention if latent else DocumentAttention
-        attention.core_attention = ModuleSpec(module=module, params={
-            "window_tokens": window, "softcap": model.attention_softcap})
+        attention.core_attention = ModuleSpec(module=module, params={"window_tokens": window})
     if uses_transformer_engine(config.params_dtype) and (config.exchanges_heads or not config.own_attention):
         from transformer_engine.pytorch.attention.dot_product_attention import utils
 

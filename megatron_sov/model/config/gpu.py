@@ -191,9 +191,9 @@ class GpuConfig:
     attention: Literal["auto", "fused", "flash", "unfused", "local"] = "auto"
     """Attention kernel: Transformer Engine's choice (auto), its cuDNN (fused), FlashAttention or plain torch
     (unfused) one, or this framework's own (local). Under context parallelism auto is local, and a named one
-    gets whole rows of its share of the heads. Ours serves anyway without Transformer Engine, and where
-    products are capped (`model.attention_softcap`); under auto also with `train.deterministic`, and where
-    Transformer Engine, which is asked, has no kernel for packed rows of such heads on this GPU."""
+    gets whole rows of its share of the heads. Ours serves anyway without Transformer Engine; under
+    auto also with `train.deterministic`, and where Transformer Engine, which is asked, has no kernel for
+    packed rows of such heads on this GPU."""
     linear_attention: Literal["auto", "torch", "fla"] = "auto"
     """What trains layers with linear attention: plain torch, or the Triton kernels of flash-linear-attention
     (fla), version 0.6 or newer, which repeat no bits and take keys of up to 256 channels; auto: those where

@@ -292,10 +292,9 @@ class ModelConfig:
     """Factor on what attention and feed-forward network add to the residual."""
     logits_multiplier: AboveZero = 1.0
     """Factor on the output head's logits."""
-    attention_softcap: AboveZero | None = None
-    """Cap on the products of queries and keys, cap * tanh(x / cap), before the mask; None = none."""
     logits_softcap: AboveZero | None = None
-    """Cap on the output head's logits, behind the factor on them and before any temperature; None = none."""
+    """Cap on the output head's logits, cap * tanh(x / cap), behind the factor on them and before any
+    temperature; None = none."""
     tied_embeddings: bool = False
     """Whether the output head is the embedding matrix."""
     num_mtp_layers: Annotated[NotNegativeInt, Le(1)] = 0

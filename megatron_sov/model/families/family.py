@@ -185,11 +185,10 @@ OF_PREDICTION = ("mtp_experts", "mtp_attention", "mtp_depths")
 PLAIN: dict[str, Any] = {
     "block_norms": "pre", "embedding_multiplier": 1.0, "attention_multiplier": None,
     "residual_multiplier": 1.0, "logits_multiplier": 1.0, "rope_share": 1.0,
-    "attention_softcap": None, "logits_softcap": None,
-    "local_rope_theta": None, "zero_centered_norms": False, "activation": "silu", "layer_windows": (),
-    "swiglu_limits": (), "mtp_depths": 1, "num_expert_groups": 1, "num_groups_per_token": 1,
-    "mtp_experts": False, "latent_attention": None, "linear_attention": None, "attention_output_gate": False,
-    "shared_expert_gate": False}
+    "logits_softcap": None, "local_rope_theta": None, "zero_centered_norms": False, "activation": "silu",
+    "layer_windows": (), "swiglu_limits": (), "mtp_depths": 1, "num_expert_groups": 1,
+    "num_groups_per_token": 1, "mtp_experts": False, "latent_attention": None, "linear_attention": None,
+    "attention_output_gate": False, "shared_expert_gate": False}
 """Fields of `ModelConfig` that few families can vary, with the value that all others have."""
 
 

@@ -431,10 +431,5 @@ class PeriodicLayers:
         return {"layer_types": model.layer_types(), "sliding_window": model.sliding_window_tokens or None}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the shortest pattern that gives the list, and the window; `UserError` where two names of it
-        disagree."""
-        window = config.get("sliding_window", 4096)
-        if config.get("sliding_window_size", window) != window:
-            raise UserError(f"config.json: sliding_window = {window} and sliding_window_size = "
-                            f"{config['sliding_window_size']} disagree; remove one of them")
+        """Return the shortest pattern that gives the list, and the window."""
         return SlidingLayers(default_window=4096).read({"sliding_window_pattern": self.period, **config})

@@ -18,8 +18,8 @@ from megatron_sov.model.families.hf_config import (
     AttentionScale, ConfigItem, EmbeddingsByWidth, Fixed, PeriodicLayers, Renamed, Rope, SoftCap, TwoThetas,
     Unused, hidden_over_heads)
 from megatron_sov.model.families.hf_layers import (
-    HfPredictionLayer, LeadingDenseLayers, NormsBehind, OneWindow, PredictionBehind,
-    RotatingWindows, SlidingLayers, SlidingSwitch, SparseSteps, SwigluLimits)
+    HfPredictionLayer, LeadingDenseLayers, NormsBehind, OneWindow, PredictionBehind, RotatingWindows,
+    SlidingLayers, SlidingSwitch, SparseSteps, SwigluLimits)
 from megatron_sov.model.families.latent import AXK1, DEEPSEEK_V3, KIMI_LINEAR
 from megatron_sov.model.families.linear_layers import (
     DELTA_NET, GATE_BESIDE, GATED_ATTENTION, GATED_SHARED_EXPERT, KIMI_DELTA, SPLIT_DELTA_NET, LinearHeads,
@@ -91,38 +91,6 @@ EXAONE4 = Family(
     ),
     structure={"block_norms": "post", "qk_norm": True, "qkv_bias": False, "num_experts": 0,
                "num_dense_layers": 0, "num_mtp_layers": 0},
-)
-
-
-# Gemma 2 (`gemma2`), 2B, 9B and 27B: norms by 1 + weight before and behind each block, GELU, embeddings
-# times the root of the width, every other layer slides, soft caps on the products of queries and keys and on
-# the head's logits.
-
-GEMMA2 = Family(
-    name="gemma2",
-    hf_classes=("Gemma2ForCausalLM",),
-    weights=(*EMBEDDINGS_AND_HEAD, trunk(
-        "every layer", ATTENTION,
-        (Same("mlp.linear_fc1.layer_norm_weight", "pre_feedforward_layernorm.weight", "H"),), SWIGLU,
-        norms_behind("post_attention_layernorm", "post_feedforward_layernorm"))),
-    config=(
-        *COMMON_CONFIG, KV_HEADS, Renamed("intermediate_size", "dense_ffn_dim"),
-        Renamed("head_dim", "head_dim", 256),
-        Renamed("tie_word_embeddings", "tied_embeddings", True), Renamed("rms_norm_eps", "norm_eps", 1e-6),
-        Fixed("hidden_activation", "gelu_pytorch_tanh"),
-        Fixed("hidden_act", "gelu_pytorch_tanh", written=False),  # beside the other in released configs
-        Fixed("attention_bias", False), Fixed("use_bidirectional_attention", False),
-        SoftCap("attn_logit_softcapping", "attention_softcap", 50.0),
-        SoftCap("final_logit_softcapping", "logits_softcap", 30.0),
-        AttentionScale("query_pre_attn_scalar", scalar=256),
-        EmbeddingsByWidth(), Rope(default_theta=10_000.0),
-        PeriodicLayers(2, ("layer_types", "sliding_window", "sliding_window_size")),
-        Unused(("cache_implementation",)),
-    ),
-    structure={"block_norms": "both", "zero_centered_norms": True, "activation": "gelu_tanh",
-               "qk_norm": False, "qkv_bias": False, "rope_on_global": True, "num_experts": 0,
-               "num_dense_layers": 0, "num_mtp_layers": 0},
-    varies=("attention_multiplier", "embedding_multiplier", "attention_softcap", "logits_softcap"),
 )
 
 
@@ -504,7 +472,7 @@ SOLAR_OPEN2 = Family(
 
 FAMILIES = {family.name: family for family in (
     SOLAR_OPEN, EXAONE_MOE, QWEN2, QWEN3, QWEN3_MOE, QWEN3_NEXT, QWEN3_5_MOE, LLAMA, MISTRAL, MIXTRAL,
-    EXAONE4, HYPERCLOVAX, GLM4_MOE, GEMMA2, GEMMA3, DEEPSEEK_V3, AXK1, KIMI_LINEAR, SOLAR_OPEN2)}
+    EXAONE4, HYPERCLOVAX, GLM4_MOE, GEMMA3, DEEPSEEK_V3, AXK1, KIMI_LINEAR, SOLAR_OPEN2)}
 
 
 def get(name: str, recorded: Sequence[PluginCode] = ()) -> Family:

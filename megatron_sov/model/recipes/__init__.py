@@ -80,8 +80,6 @@ RECIPES: dict[str, Recipe] = {
         "google/gemma-3-1b-it, compared with NeMo's Gemma3Config1B")),
     "gemma3-27b": Recipe(open_models.gemma3_27b, open_models.dense_sources(
         "google/gemma-3-27b-it, compared with NeMo's Gemma3Config27B")),
-    "gemma2-9b": Recipe(open_models.gemma2_9b, open_models.dense_sources(
-        "google/gemma-2-9b, compared with NeMo's Gemma2Config9B")),
     "exaone-4.0-32b": Recipe(open_models.exaone_4_32b, open_models.dense_sources(
         f"LGAI-EXAONE/EXAONE-4.0-32B, {UNCOMPARED}")),
     "exaone-4.0-1.2b": Recipe(open_models.exaone_4_1_2b, open_models.dense_sources(
@@ -134,7 +132,6 @@ TINY = {
     "tiny-kimi-linear": "kimi-linear-48b",
     "tiny-gemma3": "gemma-3-1b",
     "tiny-gemma3-27b": "gemma3-27b",
-    "tiny-gemma2": "gemma2-9b",
     "tiny-exaone4": "exaone-4.0-32b",
     "tiny-exaone4-1.2b": "exaone-4.0-1.2b",
     "tiny-hyperclovax": "hyperclovax-14b",

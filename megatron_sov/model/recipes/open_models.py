@@ -376,16 +376,6 @@ def gemma3_27b() -> RunConfig:
         norm_eps=1e-6, max_position_tokens=131072), ParallelConfig(tp=4, sp=True, zero1=True))
 
 
-def gemma2_9b() -> RunConfig:
-    """Return Gemma-2-9B: windows of 4,096 in every other layer, soft caps on attention and logits, 8K."""
-    return continued("gemma2-9b", ModelConfig(
-        family="gemma2", vocab_size=256000, hidden_size=3584, num_layers=42, num_heads=16, num_kv_heads=8,
-        head_dim=256, dense_ffn_dim=14336, num_experts=0, attention_pattern="LG", sliding_window_tokens=4096,
-        rope_theta=1e4, zero_centered_norms=True, activation="gelu_tanh", block_norms="both",
-        embedding_multiplier=3584 ** 0.5, attention_softcap=50.0, logits_softcap=30.0, tied_embeddings=True,
-        norm_eps=1e-6, max_position_tokens=8192), ParallelConfig(tp=2, sp=True, zero1=True))
-
-
 # GLM-4.5-Air.
 
 GLM_RELEASED = "zai-org/GLM-4.5-Air, compared with Megatron-Bridge's glm_45v_provider.py"

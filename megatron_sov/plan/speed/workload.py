@@ -434,8 +434,7 @@ def of_run(config: RunConfig, phase: PhaseConfig, num_gpus: int, chip: Chip, lin
     muon = config.optim.name == "muon" or any(group.optimizer == "muon" for group in config.optim.groups)
     # as `engine.model.gpu_settings.own_attention_serves` where Transformer Engine has kernels for all heads;
     # its own kernel is that of FlashAttention 2
-    own = (g.attention == "local" or config.model.attention_softcap is not None
-           or (g.attention == "auto" and (p.cp > 1 or t.deterministic)))
+    own = g.attention == "local" or (g.attention == "auto" and (p.cp > 1 or t.deterministic))
     return Workload(
         of_model(config.model), chip, links, num_gpus, phase.seq_len, t.micro_batch_size,
         phase.global_batch_size or t.global_batch_size, tp=p.tp, sp=p.sp, pp=p.pp, vpp=p.vpp,

@@ -317,8 +317,6 @@ def test_a_run_tells_what_auto_came_to() -> None:
         "rope_fusion": False, "attention": "local"}
     exchanged = gpu_settings.resolve_auto(config_with(["parallel.cp=2", "gpu.attention=fused"]), te=True)
     assert exchanged["attention"] == "fused", "over whole rows of half the heads"
-    assert gpu_settings.resolve_auto(config_with(["model.attention_softcap=50"]), te=True) == fused | {
-        "attention": "local"}
     assert set(gpu_settings.resolve_auto(config_with([]), te=False).values()) == {False, "local"}
 
 
@@ -335,7 +333,6 @@ def test_a_run_tells_what_auto_came_to() -> None:
     ("gpu.nccl_user_buffers=on", False, {}, "gpu.nccl_user_buffers"),
     ("parallel.expert_dispatcher=deepep", False, {}, "parallel.expert_dispatcher"),
     ("gpu.attention=flash", True, {}, "gpu.attention"),
-    ("gpu.attention=fused model.attention_softcap=50", True, {}, "gpu.attention"),
     ("", True, {"NVTE_FUSED_ATTN": "0"}, "gpu.attention"),
     ("gpu.attention=fused", True, {"NVTE_FLASH_ATTN": "1"}, "gpu.attention"),
     ('gpu.offload_modules=["core_attn"]', True, {}, "gpu.offload_modules"),

@@ -36,7 +36,6 @@ pytestmark = pytest.mark.usefixtures("solar_open2")
     ("hyperclovax-14b", 14.75, 14.75, 0.0),
     ("gemma-3-1b", 1.0, 1.0, 0.0),
     ("gemma3-27b", 27.01, 27.01, 0.0),
-    ("gemma2-9b", 9.24, 9.24, 0.0),
     ("glm-4.5-air", 106.85, 13.42, 2.38),
     ("deepseek-v3", 671.03, 37.55, 11.61),
     ("kimi-k2", 1026.41, 32.86, 0.0),

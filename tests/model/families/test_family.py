@@ -23,7 +23,7 @@ from megatron_sov.model.families.hf_config import Renamed, Rope
 
 BIG = ("solar-open-102b", "k-exaone-236b", "qwen2-1.5b", "qwen3-4b", "qwen3-8b", "qwen3-moe-30b",
        "llama-3.1-8b", "mixtral-8x7b", "exaone-4.0-32b", "exaone-4.0-1.2b", "hyperclovax-14b",
-       "glm-4.5-air", "gemma-3-1b", "gemma3-27b", "gemma2-9b",
+       "glm-4.5-air", "gemma-3-1b", "gemma3-27b",
        "deepseek-v3", "kimi-k2", "ax-k1", "qwen3.5-35b-a3b", "solar-open2-250b")
 pytestmark = pytest.mark.usefixtures("solar_open2")
 
@@ -126,7 +126,7 @@ def test_a_prediction_layer_behind_the_trunk_is_one_more_of_its_layers() -> None
     ("exaone-4.0-32b", 32.003e9, 0), ("exaone-4.0-1.2b", 1.2794e9, 0), ("hyperclovax-14b", 14.748e9, 0),
     # with the copies of embedding and head these are the 110 B that the hub counts of the folder
     ("glm-4.5-air", 106.852e9, 2.3751e9),
-    ("gemma-3-1b", 0.999886e9, 0), ("gemma3-27b", 27.009346e9, 0), ("gemma2-9b", 9.241706e9, 0),
+    ("gemma-3-1b", 0.999886e9, 0), ("gemma3-27b", 27.009346e9, 0),
     ("deepseek-v3", 671.0264e9, 11.610e9), ("kimi-k2", 1026.408e9, 0), ("ax-k1", 518.983e9, 0),
     ("qwen3.5-35b-a3b", 34.660e9, 0.8446e9), ("solar-open2-250b", 250.287794944e9, 0)])
 def test_parameter_totals_are_the_published_ones(name: str, trunk: float, mtp: float) -> None:
@@ -152,9 +152,9 @@ def test_a_model_that_its_family_cannot_express_is_refused_with_every_reason() -
     ("head_dim", 0), ("head_dim", -1), ("hidden_size", -4), ("num_layers", 10**15),
     ("num_mtp_layers", 10**15), ("attention_multiplier", 1e-320), ("attention_multiplier", 0.0)])
 def test_numbers_that_cannot_be_divided_by_or_counted_to_are_told(field: str, value: float) -> None:
-    model = replace(recipes.get("tiny-gemma2").model, **{field: value})
+    model = replace(recipes.get("tiny-gemma3").model, **{field: value})
     with pytest.raises(UserError, match=f"model.{field} "):
-        models.get("gemma2").check(model)
+        models.get("gemma3_text").check(model)
 
 
 def test_an_unknown_family_is_answered_with_the_nearest() -> None:
@@ -244,7 +244,7 @@ RELEASED = {
     "exaone-4.0-1.2b": "LGAI-EXAONE/EXAONE-4.0-1.2B", "gemma-3-1b": "google/gemma-3-1b-it",
     "kimi-linear-48b": "moonshotai/Kimi-Linear-48B-A3B-Instruct",
     "deepseek-v3": "deepseek-ai/DeepSeek-V3", "kimi-k2": "moonshotai/Kimi-K2-Instruct",
-    "gemma3-27b": "google/gemma-3-27b-it", "gemma2-9b": "google/gemma-2-9b",
+    "gemma3-27b": "google/gemma-3-27b-it",
     "glm-4.5-air": "zai-org/GLM-4.5-Air",
     "solar-open2-250b": "upstage/Solar-Open2-250B", "solar-open2-250b-extend": "upstage/Solar-Open2-250B",
     "hyperclovax-14b": "naver-hyperclovax/HyperCLOVAX-SEED-Think-14B"}

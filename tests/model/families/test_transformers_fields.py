@@ -77,22 +77,10 @@ def test_fields_that_no_program_computes_with_are_passed_over(recipe: str, field
     assert family.from_hf_config(config | fields) == family.from_hf_config(config)
 
 
-@pytest.mark.parametrize("recipe", ["tiny-gemma2"])
-def test_no_item_reads_a_field_that_is_passed_over(recipe: str) -> None:
-    """transformers' classes for these families take every other layer, whatever the pattern says."""
-    config = config_of(recipe)
-    family = models.get(config["model_type"])
-    config.pop("layer_types")
-    expected = family.from_hf_config(config)
-    for pattern in (1, 3, 4, "LLG"):
-        assert family.find_passed_over(config | {"sliding_window_pattern": pattern})
-        assert family.from_hf_config(config | {"sliding_window_pattern": pattern}) == expected
-
-
 @pytest.mark.parametrize(("recipe", "name"), [
     ("tiny-deepseek-v3", "norm_topk_prob"), ("tiny-deepseek-v3", "rope_interleave"),
     ("tiny-solar-open", "norm_topk_prob"),
-    ("tiny-qwen3-next", "norm_topk_prob"), ("tiny-gemma2", "tie_word_embeddings")])
+    ("tiny-qwen3-next", "norm_topk_prob"), ("tiny-gemma3", "tie_word_embeddings")])
 def test_null_is_refused_where_transformers_takes_it_for_false(recipe: str, name: str) -> None:
     config = config_of(recipe)
     family = models.get(config["model_type"])
