@@ -28,7 +28,7 @@ SHARED_MODELS = ("modeling_utils.py", "modeling_layers.py", "modeling_flash_atte
                  "integrations/flex_attention.py", "integrations/moe.py", "integrations/sdpa_attention.py",
                  "integrations/sdpa_paged.py", "loss/loss_utils.py")
 """Source that models of several families run."""
-FOLDERS = {"gemma3_text": "gemma3", "qwen3_5_moe_text": "qwen3_5_moe"}
+FOLDERS = {"gemma3_text": "gemma3"}
 """Family -> the folder of its source where that has another name."""
 
 

@@ -62,7 +62,7 @@ RULES = (
     ("*.output_up_proj.weight", NORMAL),
     ("*.in_proj.weight", NORMAL), ("*.out_proj.weight", RESIDUAL), ("*.conv1d.weight", FAN_IN),
     ("*.out_norm.weight", ONES), ("*.self_attention.dt_bias", STEPS),
-    ("*.self_attention.A_log", EVEN_DECAYS), ("*.shared_experts.gate_weight", NORMAL),
+    ("*.self_attention.A_log", EVEN_DECAYS),
     ("*.eh_proj.weight", NORMAL), ("*.word_embeddings.weight", NORMAL), ("output_layer.weight", NORMAL),
     ("*_proj*.lora_A", ADAPTER_INPUT), ("*.lm_head.lora_A", ADAPTER_INPUT),
     ("*.embed_tokens.lora_A", STANDARD),

@@ -16,9 +16,6 @@ RECIPES = {"tiny-glm4-moe": ["model.num_experts=4", "model.expert_ffn_dim=16"],
                                 'model.latent_attention={"kv_lora_rank": 12, "q_lora_rank": 20, '
                                 '"qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10}',
                                 'model.yarn={"factor": 4.0, "original_max_position_tokens": 16}'],
-           "tiny-qwen3-next": ["model.num_experts=4", "model.expert_ffn_dim=16",
-                               'model.linear_attention={"num_key_heads": 2, "num_value_heads": 4, '
-                               '"key_head_dim": 6, "value_head_dim": 10}'],
            "tiny-k-exaone2": ["model.num_experts=4", "model.expert_ffn_dim=16",
                               "model.sliding_window_tokens=8", "model.layer_windows=[0, 12, 8, 5, 8, 0]",
                               "model.swiglu_limits=[0, 0.3, 0, 0, 0.2, 0.1]"],
@@ -27,7 +24,6 @@ RECIPES = {"tiny-glm4-moe": ["model.num_experts=4", "model.expert_ffn_dim=16"],
                            "model.embedding_multiplier=5.656854249492381"],
            "tiny-exaone4": ["model.sliding_window_tokens=8"], "tiny-exaone4-1.2b": [],
            "tiny-hyperclovax": ["model.residual_multiplier=0.4", "model.logits_multiplier=0.3"]}
-RECIPES["tiny-qwen3.5-moe"] = RECIPES["tiny-qwen3-next"]
 RECIPES["tiny-kimi-linear"] = [
     "lora.rank=3",  # a cache of narrow vectors takes the adapter of what is made of them
     "model.num_experts=4", "model.expert_ffn_dim=16", "model.head_dim=20",
@@ -40,8 +36,7 @@ RECIPES["tiny-solar-open2"] = ["model.num_experts=4", "model.expert_ffn_dim=16",
                                '"negative_eigenvalues": true}']
 RECIPES["tiny-ax-k1"] = [*RECIPES["tiny-deepseek-v3"][:-1], 'model.yarn={"factor": 4.0, '
                          '"original_max_position_tokens": 16, "longer": "rotated"}']
-FURTHER = ("tiny-exaone4-1.2b", "tiny-exaone4", "tiny-hyperclovax", "tiny-gemma3", "tiny-ax-k1",
-           "tiny-qwen3.5-moe")
+FURTHER = ("tiny-exaone4-1.2b", "tiny-exaone4", "tiny-hyperclovax", "tiny-gemma3", "tiny-ax-k1")
 """Whose caches hold what those of others hold."""
 CUT_IN_ITS_OWN_WAY = ("tiny-deepseek-v3",)
 """Of which two processes hold halves of what no other has: latent attention, prediction layers.  The others
@@ -106,6 +101,5 @@ def test_cached_generation_is_what_full_forward_passes_say(ranks: Any, job: Any,
         for recipe, (written, full, graphs, drafted) in zip(recipes, found, strict=True):
             assert [written, full, graphs, drafted] == of_one[recipe], recipe
             assert written == full and not graphs, recipe
-            assert drafted == [written] * (recipe in ("tiny-glm4-moe", "tiny-deepseek-v3", "tiny-k-exaone2",
-                                                      "tiny-qwen3-next", "tiny-qwen3.5-moe"))
+            assert drafted == [written] * (recipe in ("tiny-glm4-moe", "tiny-deepseek-v3", "tiny-k-exaone2"))
             assert len({token for row in written for token in row}) > 3, recipe

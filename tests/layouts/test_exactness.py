@@ -19,8 +19,7 @@ SEEDS = range(3)
 """One of each family, in turns, in `make test`; all in `make deep`."""
 SECOND = "k_exaone_2"
 """K-EXAONE 2.0, of family exaone_moe: layers have windows and bounds of their own, and one predicts often."""
-HYBRID_QWEN = ("qwen3_next", "qwen3_5_moe_text")
-WITH_STATES = (*HYBRID_QWEN, "kimi_linear", "solar_open2")
+WITH_STATES = ("kimi_linear", "solar_open2")
 LAYOUTS = {
     "one": (1, {}),
     "TP2+SP": (2, {"tp": 2, "sp": True}),
@@ -138,24 +137,6 @@ def odd_config(family: str, seed: int) -> dict[str, Any]:
     if family == "qwen3_moe":
         return {**config, **experts, **slides, "num_experts": (8, 4, 16)[seed], "norm_topk_prob": seed != 1,
                 "mlp_only_layers": [0] if seed == 2 else []}
-    if family == "qwen3_next":
-        keys = (2, 4, 6)[seed]
-        return {**config, **experts, "num_experts": (8, 4, 12)[seed], "norm_topk_prob": seed != 1,
-                "tie_word_embeddings": False, "head_dim": (8, 16, 24)[seed],
-                "shared_expert_intermediate_size": experts["moe_intermediate_size"] * (1, 2, 1)[seed],
-                "num_hidden_layers": 4, "layer_types": [
-                    "full_attention" if letter == "G" else "linear_attention"
-                    for letter in ("DGDG", "DDDG", "DGDD")[seed]],
-                "linear_num_key_heads": keys, "linear_num_value_heads": keys * (2, 1, 3)[seed],
-                "linear_key_head_dim": (6, 10, 7)[seed], "linear_value_head_dim": (10, 6, 9)[seed],
-                "linear_conv_kernel_dim": (4, 3, 2)[seed], "mlp_only_layers": [0] if seed == 2 else [],
-                "rope_parameters": {**config["rope_parameters"], "partial_rotary_factor": 0.25}}
-    if family == "qwen3_5_moe_text":
-        like = odd_config("qwen3_next", seed)
-        other = ("norm_topk_prob", "mlp_only_layers", "intermediate_size")
-        return {**{name: value for name, value in like.items() if name not in other}, "model_type": family,
-                "mtp_num_hidden_layers": 1, "rope_parameters": {
-                    **like["rope_parameters"], "mrope_section": [2, 1, 1], "mrope_interleaved": True}}
     if family == "mixtral":
         return {**config, "num_experts_per_tok": experts["num_experts_per_tok"],
                 "num_local_experts": (8, 4, 16)[seed], "sliding_window": 11 if seed == 2 else None}
@@ -178,7 +159,7 @@ def make(config: dict[str, Any], folder: Path, seed: int) -> None:
         if name.endswith(("bias", "norm.weight", "layernorm.weight", "norm1.weight",
                           "norm2.weight")):
             # Gemma adds the 1 itself
-            centred = config["model_type"].startswith(("gemma", *HYBRID_QWEN)) and "linear_attn" not in name
+            centred = config["model_type"].startswith("gemma")
             is_factor = name.endswith("weight") and not centred
             tensor.data = torch.randn_like(tensor) * 0.3 + (1.0 if is_factor else 0.0)
         if name.endswith(("A_log", "conv1d.weight")):  # states that last, and values of some size
@@ -193,13 +174,10 @@ def make(config: dict[str, Any], folder: Path, seed: int) -> None:
         tensors, dense = load_file(folder / "model.safetensors"), f"{config['first_k_dense_replace']}."
         save_file({name.replace("block_sparse_moe", "mlp") if name.split("layers.")[-1] < dense else name: t
                    for name, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
-    if config["model_type"] in ("exaone_moe", *HYBRID_QWEN):
+    if config["model_type"] == "exaone_moe":
         tensors = load_file(folder / "model.safetensors")
-        like = ".layers.0."  # of Qwen3-Next and Qwen3.5 the first layer with attention and experts
-        if config["model_type"] in HYBRID_QWEN:
-            like = f".layers.{(1, 3, 1)[seed]}."
-        like_layer_0 = {n.replace("model.", "mtp.").replace(like, ".layers.0."): torch.randn_like(t)
-                        for n, t in tensors.items() if like in n}
+        like_layer_0 = {n.replace("model.", "mtp."): torch.randn_like(t)
+                        for n, t in tensors.items() if ".layers.0." in n}
         norm, hidden = tensors["model.norm.weight"], config["hidden_size"]
         own = {f"mtp.{n}.weight": torch.randn_like(norm)
                for n in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")}

@@ -39,16 +39,13 @@ CASES = {
     "qwen3 lm": ("tiny-qwen3", "lm", ["model.tied_embeddings=false"]),
     "qwen3_moe lm": ("tiny-qwen3-moe", "lm", [
         "model.norm_topk_prob=false", "model.num_dense_layers=1", "model.dense_ffn_dim=48"]),
-    "qwen3_next lm": ("tiny-qwen3-next", "lm", [
-        *SPLIT, "model.num_dense_layers=1", "model.init_std=0.12"]),  # theirs in float32 are noisier
-    "qwen3_5_moe lm": ("tiny-qwen3.5-moe", "lm", [*SPLIT, "model.init_std=0.12"]),  # as of qwen3_next
     "exaone4 lm": ("tiny-exaone4", "lm", SPLIT),
     "gemma3 lm": ("tiny-gemma3", "lm", [*SPLIT, "model.embedding_multiplier=5.656854249492381",
                                         "model.logits_softcap=2.5"]),
     "glm4_moe lm and prediction": ("tiny-glm4-moe", "lm", [
         *PREDICTION, "model.qk_norm=true", "model.num_expert_groups=2", "model.num_groups_per_token=1"]),
     "deepseek_v3 lm and prediction": ("tiny-deepseek-v3", "lm", [*PREDICTION, *SPLIT]),
-    "kimi_linear lm": ("tiny-kimi-linear", "lm", [*SPLIT, "model.init_std=0.12"]),  # as of qwen3_next
+    "kimi_linear lm": ("tiny-kimi-linear", "lm", [*SPLIT, "model.init_std=0.12"]),  # theirs are noisier
     "solar_open2 lm": ("tiny-solar-open2", "lm", [*SPLIT, "model.init_std=0.12"]),
     "axk1 lm": ("tiny-ax-k1", "lm", SPLIT),
     "hyperclovax lm": ("tiny-hyperclovax", "lm", [*SPLIT, "model.residual_multiplier=0.4"]),

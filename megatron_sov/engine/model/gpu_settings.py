@@ -301,7 +301,7 @@ def uses_delta_kernels(here: Here, gpu: GpuConfig, deterministic: bool) -> bool:
     """
     linear = here.model.linear_attention
     return (here.te and linear is not None and not deterministic and gpu.linear_attention != "torch"
-            and linear.key_head_dim <= FLA_KEYS and not lacking_fla(linear.gate_rank is not None))
+            and linear.key_head_dim <= FLA_KEYS and not lacking_fla())
 
 
 def exchanges_heads(here: Here, attention: str) -> bool:
@@ -397,7 +397,7 @@ def _linear_attention_rules(config: RunConfig, here: Here) -> list[tuple[bool, s
         return []
     sizes = here.model.linear_attention
     linear = sizes is not None
-    reason = lacking_fla(sizes.gate_rank is not None) if here.te and sizes is not None else ""
+    reason = lacking_fla() if here.te and sizes is not None else ""
     return [
         (linear, "linear_attention", "has nothing to do in this model", "leave it out"),
         (here.te or not linear, "linear_attention", NEEDS_TE, "set it to torch"),

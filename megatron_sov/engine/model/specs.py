@@ -241,7 +241,6 @@ def _moe_settings(model: ModelConfig, te: bool) -> dict[str, Any]:
         "num_moe_experts": model.num_experts, "moe_router_topk": model.num_experts_per_token,
         "moe_ffn_hidden_size": model.expert_ffn_dim,
         "moe_shared_expert_intermediate_size": model.expert_ffn_dim * model.num_shared_experts or None,
-        "moe_shared_expert_gate": model.shared_expert_gate,
         "moe_router_score_function": model.router_score,
         "moe_router_topk_scaling_factor": model.routed_scaling_factor,
         "moe_router_enable_expert_bias": model.router_bias,

@@ -98,9 +98,8 @@ class ParallelConfig:
                 refuse("tp", f"must divide model.{name} = {value}", _divisors(value))
         if model.has_dense_layers() and model.dense_ffn_dim % self.tp:
             refuse("tp", f"must divide model.dense_ffn_dim = {model.dense_ffn_dim}")
-        linear = model.linear_attention
         narrow = {"model.latent_attention meets": model.latent_attention is not None,
-                  "model.linear_attention.gate_rank meets": bool(linear and linear.gate_rank),
+                  "model.linear_attention meets": model.linear_attention is not None,
                   "experts meet": model.num_moe_layers() > 0}
         if self.tp > 1 and not self.sp and any(narrow.values()):
             what = next(what for what, meets in narrow.items() if meets)

@@ -65,8 +65,7 @@ class LatentAttentionConfig:
         return self.kv_lora_rank + self.qk_rope_head_dim
 
 
-# Linear attention (Gated DeltaNet, arXiv 2412.06464, as Qwen3-Next has it; Kimi Delta Attention, arXiv
-# 2510.26692).
+# Linear attention: Kimi Delta Attention (arXiv 2510.26692).
 
 @dataclass(frozen=True)
 class LinearAttentionConfig:
@@ -76,43 +75,28 @@ class LinearAttentionConfig:
     num_key_heads: Annotated[int, Ge(1), Le(1_000_000)]
     """Heads of queries and keys."""
     num_value_heads: Annotated[int, Ge(1), Le(1_000_000)]
-    """Heads of values; as many follow each head of keys."""
+    """Heads of values: one for each head of keys."""
     key_head_dim: Width
     """Width of a head's queries and keys."""
     value_head_dim: Width
     """Width of a head's values."""
+    gate_rank: Width
+    """Width of each of the two vectors that a decay of each channel of keys, and the output's gates, are made
+    of."""
     conv_taps: Annotated[int, Ge(1), Le(64)] = 4
     """Tokens that the causal convolution of each channel of queries, keys and values sees, its own too."""
-    gate_rank: Width | None = None
-    """Width of each of the two vectors that a decay of each channel of keys, and the output's gates, are made
-    of (Kimi Delta Attention); None: heads have one decay, and it and gates are made of the layer's input
-    (gated delta net)."""
     negative_eigenvalues: bool = False
     """Whether learning rates lie below 2 and not below 1, so that a state may turn what it holds along a key
     into its opposite (arXiv 2411.12537; Solar Open 2)."""
 
     @property
-    def values_per_key(self) -> int:
-        """Value heads that share a head of keys."""
-        return self.num_value_heads // self.num_key_heads
-
-    @property
-    def projected(self) -> tuple[int, ...]:
-        """Widths of what the layer's input becomes for each head of keys: query, key, values, gates of the
-        output, learning rates, decays; under `gate_rank` no gates and decays."""
-        r, values = self.values_per_key, self.values_per_key * self.value_head_dim
-        if self.gate_rank is not None:
-            return (self.key_head_dim, self.key_head_dim, values, r)
-        return (self.key_head_dim, self.key_head_dim, values, values, r, r)
-
-    @property
-    def decays(self) -> int:
-        """Decays of a head of keys."""
-        return self.values_per_key if self.gate_rank is None else self.key_head_dim
+    def projected(self) -> tuple[int, int, int, int]:
+        """Widths of what the layer's input becomes for each head: query, key, value, learning rate."""
+        return (self.key_head_dim, self.key_head_dim, self.value_head_dim, 1)
 
     @property
     def convolved(self) -> int:
-        """Channels of a head of keys that are convolved: query, key and values."""
+        """Channels of a head that are convolved: query, key and value."""
         return sum(self.projected[:3])
 
     @property
@@ -195,7 +179,7 @@ class ModelConfig:
     ACTS_WHEN: ClassVar[ActsWhen] = {
         "num_dense_layers num_experts_per_token num_expert_groups num_groups_per_token num_shared_experts "
         "expert_ffn_dim router_score norm_topk_prob router_bias routed_scaling_factor "
-        "router_bias_update_rate seq_aux_loss_coeff shared_expert_gate mtp_experts": is_set(".num_experts"),
+        "router_bias_update_rate seq_aux_loss_coeff mtp_experts": is_set(".num_experts"),
         "router_bias_update_rate": is_set(".router_bias"),
         "local_rope_theta": is_set(".sliding_window_tokens"),
         "mtp_experts mtp_attention mtp_depths mtp_loss_coeff": is_set(".num_mtp_layers")}
@@ -316,9 +300,7 @@ class ModelConfig:
     """Sizes of linear attention, of D layers; None: there are none."""
     attention_output_gate: bool = False
     """Whether what each head of other layers attends to is multiplied by the sigmoid of a projection of the
-    layer's input (Qwen3-Next; arXiv 2505.06708)."""
-    shared_expert_gate: bool = False
-    """Whether what shared experts give is multiplied by the sigmoid of one projection of their input."""
+    layer's input (Solar Open 2; arXiv 2505.06708)."""
     audio_tokens: IdBlock | None = None
     """Ids of discrete sound; None: the vocabulary has none."""
     image_tokens: IdBlock | None = None
@@ -483,17 +465,13 @@ class ModelConfig:
             (not self.attention_output_gate or self.latent_attention is None, "attention_output_gate",
              "is not built for model.latent_attention", "set it to false"),
             (not (self.attention_output_gate and self.qkv_bias), "attention_output_gate",
-             "cannot be with model.qkv_bias = true: no family has a bias of the gate", "set it to false"),
-            (not self.shared_expert_gate or bool(self.num_moe_layers() and self.num_shared_experts),
-             "shared_expert_gate", "needs model.num_shared_experts of at least 1", "set it to false"))
+             "cannot be with model.qkv_bias = true: no family has a bias of the gate", "set it to false"))
         if linear is None:
             return p
         return p + find_broken(
             linear, "model.linear_attention",
-            (linear.num_value_heads % linear.num_key_heads == 0, "num_value_heads",
-             f"must be a multiple of num_key_heads = {linear.num_key_heads}"),
-            (linear.gate_rank is None or linear.num_value_heads == linear.num_key_heads, "num_value_heads",
-             f"must be num_key_heads = {linear.num_key_heads} under gate_rank"))
+            (linear.num_value_heads == linear.num_key_heads, "num_value_heads",
+             f"must be num_key_heads = {linear.num_key_heads}"))
 
     def _list_problems(self) -> list[SettingsProblem]:
         """Return what is wrong with settings of single layers."""

@@ -99,11 +99,6 @@ TEXT_INSIDE = {
         ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
         {"vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
          "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072}),
-    "qwen3_5_moe": TextInside(
-        "Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe_text", (("model.language_model.", "model."),),
-        ("model.visual.",),
-        {"vocab_size": 248320, "hidden_size": 2048, "num_hidden_layers": 40, "num_attention_heads": 16,
-         "num_key_value_heads": 2, "max_position_embeddings": 32768, "moe_intermediate_size": 512}),
 }
 """model_type of a folder -> the text model in it."""
 
@@ -188,7 +183,7 @@ PLAIN: dict[str, Any] = {
     "logits_softcap": None, "local_rope_theta": None, "zero_centered_norms": False, "activation": "silu",
     "layer_windows": (), "swiglu_limits": (), "mtp_depths": 1, "num_expert_groups": 1,
     "num_groups_per_token": 1, "mtp_experts": False, "latent_attention": None, "linear_attention": None,
-    "attention_output_gate": False, "shared_expert_gate": False}
+    "attention_output_gate": False}
 """Fields of `ModelConfig` that few families can vary, with the value that all others have."""
 
 

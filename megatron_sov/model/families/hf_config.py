@@ -144,8 +144,6 @@ class Rope:
     """What transformers assumes where no theta is given."""
     default_share: float | None = None
     """What it assumes where no `partial_rotary_factor` is given; None: heads rotate as a whole."""
-    of_pictures: tuple[str, ...] = ()
-    """Parameters that say how places in pictures rotate, and nothing of text."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -177,8 +175,7 @@ class Rope:
             raise UserError(f"config.json: rope_parameters = {spellings[0]} and rope_scaling = "
                             f"{spellings[1]} disagree; remove one of them")
         # A copy: what is understood is taken out, and what is left at the end is refused.
-        rope = {name: value for name, value in (spellings[0] if spellings else {}).items()
-                if name not in self.of_pictures}
+        rope = dict(spellings[0]) if spellings else {}
         thetas = [found["rope_theta"] for found in (rope, config) if "rope_theta" in found]
         if thetas[1:] and thetas[0] != thetas[1]:
             raise UserError(f"config.json: rope_theta = {thetas[1]}, and {thetas[0]} in rope_parameters; "

@@ -21,9 +21,7 @@ from megatron_sov.model.families.hf_layers import (
     HfPredictionLayer, LeadingDenseLayers, NormsBehind, OneWindow, PredictionBehind, RotatingWindows,
     SlidingLayers, SlidingSwitch, SparseSteps, SwigluLimits)
 from megatron_sov.model.families.latent import AXK1, DEEPSEEK_V3, KIMI_LINEAR
-from megatron_sov.model.families.linear_layers import (
-    DELTA_NET, GATE_BESIDE, GATED_ATTENTION, GATED_SHARED_EXPERT, KIMI_DELTA, SPLIT_DELTA_NET, LinearHeads,
-    LinearLayers, SharedWidth, SolarLayers)
+from megatron_sov.model.families.linear_layers import GATE_BESIDE, KIMI_DELTA, SolarLayers
 from megatron_sov.model.families.weights import (
     ATTENTION, COPIES_BEHIND, DEEPSEEK_EXPERTS, DENSE_FFN, EMBEDDINGS_AND_HEAD, PREDICTION_BEHIND,
     PROJECTIONS, QK_NORM, QKV_BIAS, ROUTED_EXPERTS, SHARED_EXPERTS, SWIGLU, Experts, GateUp, Same,
@@ -212,82 +210,6 @@ QWEN3_MOE = Family(
 )
 
 
-# Qwen3-Next (`qwen3_next`): three layers of four have a gated delta net (arXiv 2412.06464), the fourth
-# attention whose output is gated; norms by 1 + weight, experts by a softmax router in every layer, and a
-# shared one behind a gate.
-#
-# transformers drops the prediction layer (`mtp.*`), whose names are K-EXAONE's, and says nothing of it.
-
-_GATED_EXPERTS = (ROUTED_EXPERTS, (
-    GateUp("mlp.shared_experts.linear_fc1.weight",
-           "mlp.shared_expert.gate_proj.weight", "mlp.shared_expert.up_proj.weight", "S H"),
-    Same("mlp.shared_experts.linear_fc2.weight", "mlp.shared_expert.down_proj.weight", "H S"),
-), GATED_SHARED_EXPERT)
-
-QWEN3_NEXT = Family(
-    name="qwen3_next",
-    hf_classes=("Qwen3NextForCausalLM",),
-    weights=(
-        *EMBEDDINGS_AND_HEAD, trunk("linear layers", DELTA_NET),
-        trunk("other layers", GATED_ATTENTION, QK_NORM), trunk("dense layers", DENSE_FFN),
-        trunk("moe layers", *_GATED_EXPERTS), *prediction_layer(GATED_ATTENTION, QK_NORM, *_GATED_EXPERTS),
-    ),
-    config=(
-        *DECODER_CONFIG, KV_HEADS, Renamed("intermediate_size", "dense_ffn_dim"),
-        Renamed("head_dim", "head_dim", 256), Renamed("tie_word_embeddings", "tied_embeddings", False),
-        Renamed("rms_norm_eps", "norm_eps", 1e-6), Rope(default_theta=10_000.0, default_share=0.25),
-        Renamed("num_experts_per_tok", "num_experts_per_token", 10),
-        Renamed("moe_intermediate_size", "expert_ffn_dim"), Fixed("attention_bias", False),
-        SparseSteps(), LinearLayers(), LinearHeads(), SharedWidth(512),
-        Renamed("num_experts", "num_experts", 512, aliases=("num_local_experts",)),
-        Renamed("norm_topk_prob", "norm_topk_prob", True), HfPredictionLayer(said_without=False),
-        Fixed("use_sliding_window", False, written=False),  # of released configs
-        Unused(("router_aux_loss_coef",)),
-    ),
-    structure={"rope_on_global": True, "qkv_bias": False, "qk_norm": True, "zero_centered_norms": True,
-               "attention_output_gate": True, "shared_expert_gate": True, "mtp_experts": True,
-               "router_score": "softmax", "router_bias": False, "routed_scaling_factor": 1.0,
-               "sliding_window_tokens": 0, "mtp_attention": "G"},
-    varies=("linear_attention", "rope_share"),
-    training={"seq_aux_loss_coeff": 1e-3},
-    needs_shared_expert=True,
-)
-
-
-# Qwen3.5-MoE (`qwen3_5_moe_text`), the text models: Qwen3-Next, but that four matrices make what its linear
-# layers read, all layers have experts, and chosen scores are divided by their sum.
-#
-# Released folders are of models that see.  Positions have three parts there, which of text are one, so that
-# `mrope_*` say nothing.  transformers drops the prediction layer here too.
-
-QWEN3_5_MOE = Family(
-    name="qwen3_5_moe_text",
-    hf_classes=("Qwen3_5MoeForCausalLM",),
-    weights=(
-        *EMBEDDINGS_AND_HEAD, trunk("linear layers", SPLIT_DELTA_NET),
-        trunk("other layers", GATED_ATTENTION, QK_NORM), trunk("every layer", *_GATED_EXPERTS),
-        *prediction_layer(GATED_ATTENTION, QK_NORM, *_GATED_EXPERTS),
-    ),
-    config=(
-        *DECODER_CONFIG, KV_HEADS, Renamed("head_dim", "head_dim", 256),
-        Renamed("tie_word_embeddings", "tied_embeddings", False), Renamed("rms_norm_eps", "norm_eps", 1e-6),
-        Rope(default_theta=10_000.0, default_share=0.25, of_pictures=("mrope_section", "mrope_interleaved")),
-        Renamed("num_experts_per_tok", "num_experts_per_token", 8),
-        Renamed("moe_intermediate_size", "expert_ffn_dim", 512), Fixed("attention_bias", False),
-        LinearLayers(), LinearHeads(), SharedWidth(512),
-        Renamed("num_experts", "num_experts", 256, aliases=("num_local_experts",)),
-        Renamed("mtp_num_hidden_layers", "num_mtp_layers", 0), Fixed("mtp_use_dedicated_embeddings", False),
-        # of released configs, or of transformers' earlier ones
-        Fixed("attn_output_gate", True, written=False), Fixed("mamba_ssm_dtype", "float32", written=False),
-        Fixed("mlp_only_layers", [], written=False), Unused(("router_aux_loss_coef",)),
-    ),
-    structure={**QWEN3_NEXT.structure, "num_dense_layers": 0, "norm_topk_prob": True, "mtp_attention": "G"},
-    varies=QWEN3_NEXT.varies,
-    training={"seq_aux_loss_coeff": 1e-3},
-    needs_shared_expert=True,
-)
-
-
 # Mixtral (`mixtral`): Llama's decoder with experts in every layer, of which a softmax router chooses; the
 # scores of the chosen ones are divided by their sum.
 #
@@ -471,7 +393,7 @@ SOLAR_OPEN2 = Family(
 
 
 FAMILIES = {family.name: family for family in (
-    SOLAR_OPEN, EXAONE_MOE, QWEN2, QWEN3, QWEN3_MOE, QWEN3_NEXT, QWEN3_5_MOE, LLAMA, MISTRAL, MIXTRAL,
+    SOLAR_OPEN, EXAONE_MOE, QWEN2, QWEN3, QWEN3_MOE, LLAMA, MISTRAL, MIXTRAL,
     EXAONE4, HYPERCLOVAX, GLM4_MOE, GEMMA3, DEEPSEEK_V3, AXK1, KIMI_LINEAR, SOLAR_OPEN2)}
 
 

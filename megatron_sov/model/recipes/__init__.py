@@ -67,8 +67,6 @@ RECIPES: dict[str, Recipe] = {
     "qwen3-moe-30b": Recipe(open_models.qwen3_moe_30b, open_models.moe_sources("Qwen/Qwen3-30B-A3B")),
     "qwen3-30b-a3b-2507": Recipe(open_models.qwen3_30b_a3b_2507,
                                  open_models.moe_sources("Qwen/Qwen3-30B-A3B-Instruct-2507")),
-    "qwen3-next-80b": Recipe(open_models.qwen3_next_80b, open_models.QWEN3_NEXT_SOURCES),
-    "qwen3.5-35b-a3b": Recipe(open_models.qwen3_5_35b, open_models.QWEN3_5_SOURCES),
     "llama-3.1-8b": Recipe(open_models.llama_3_1_8b, open_models.dense_sources("meta-llama/Llama-3.1-8B")),
     "mixtral-8x7b": Recipe(open_models.mixtral_8x7b, open_models.MIXTRAL_SOURCES),
     "glm-4.5-air": Recipe(open_models.glm_4_5_air, open_models.GLM_SOURCES),
@@ -121,8 +119,6 @@ TINY = {
     "tiny-qwen3": "qwen3-8b",
     "tiny-qwen3-moe": "qwen3-moe-30b",
     "tiny-qwen3-30b-a3b-2507": "qwen3-30b-a3b-2507",
-    "tiny-qwen3-next": "qwen3-next-80b",
-    "tiny-qwen3.5-moe": "qwen3.5-35b-a3b",
     "tiny-llama": "llama-3.1-8b",
     "tiny-mixtral": "mixtral-8x7b",
     "tiny-glm4-moe": "glm-4.5-air",
@@ -214,11 +210,9 @@ def _small_attention(model: ModelConfig) -> ModelConfig:
                          v_head_dim=24, q_lora_rank=48 if model.has_query_latent else None)
         model = replace(model, num_kv_heads=model.num_heads, latent_attention=latent)
     if model.linear_attention is not None:
-        sizes = LinearAttentionConfig(2, 4, 16, 24)
-        if model.linear_attention.gate_rank is not None:
-            sizes = LinearAttentionConfig(4, 4, 16, 16, gate_rank=16)
         turns = model.linear_attention.negative_eigenvalues
-        model = replace(model, linear_attention=replace(sizes, negative_eigenvalues=turns))
+        model = replace(model, linear_attention=LinearAttentionConfig(4, 4, 16, 16, 16,
+                                                                      negative_eigenvalues=turns))
     return model
 
 

@@ -205,29 +205,6 @@ def qwen3_30b_a3b_2507() -> RunConfig:
                    model=replace(run.model, rope_theta=1e7, max_position_tokens=262144))
 
 
-def qwen3_next_80b() -> RunConfig:
-    """Return Qwen3-Next-80B-A3B: three layers of four with a gated delta net, 10 of 512 experts by a softmax
-    router, one shared behind a gate, one MTP layer with experts, 256K."""
-    return continued("qwen3-next-80b", ModelConfig(
-        family="qwen3_next", vocab_size=151936, hidden_size=2048, num_layers=48, num_heads=16, num_kv_heads=2,
-        head_dim=256, dense_ffn_dim=5120, num_experts=512, num_experts_per_token=10, num_shared_experts=1,
-        expert_ffn_dim=512, shared_expert_gate=True, router_score="softmax", router_bias=False,
-        seq_aux_loss_coeff=1e-3, attention_pattern="DDDG",
-        linear_attention=LinearAttentionConfig(16, 32, 128, 128), attention_output_gate=True,
-        rope_theta=1e7, rope_share=0.25, qk_norm=True, norm_eps=1e-6, zero_centered_norms=True,
-        num_mtp_layers=1, mtp_experts=True, max_position_tokens=262144),
-        ParallelConfig(pp=4, ep=8, zero1=True))
-
-
-def qwen3_5_35b() -> RunConfig:
-    """Return Qwen3.5-35B-A3B's text model: three layers of four with a gated delta net, 8 of 256 experts by a
-    softmax router, one shared behind a gate, one MTP layer with experts, 256K."""
-    run = qwen3_next_80b()
-    return replace(run, recipe="qwen3.5-35b-a3b", parallel=ParallelConfig(ep=8, zero1=True),
-                   model=replace(run.model, family="qwen3_5_moe_text", vocab_size=248320, num_layers=40,
-                                 dense_ffn_dim=0, num_experts=256, num_experts_per_token=8))
-
-
 TRAINING_SOURCES: Sources = {
     "parallel.*": ours("a layout that fits"),
     "data.phases.*.name": ours("one phase"),
@@ -259,20 +236,6 @@ def dense_sources(released: str) -> Sources:
     without = ("num_experts_per_token", "num_shared_experts", "expert_ffn_dim", "router_*", "routed_*",
                "norm_topk_prob", "seq_aux_loss_coeff")
     return derive(moe_sources(released), dict.fromkeys((f"model.{name}" for name in without), DEFAULT))
-
-
-PREDICTS = ours("config.json is silent; Megatron-Bridge's map of the folder has mtp.layers.0, with experts")
-QWEN3_NEXT_SOURCES = derive(
-    moe_sources("Qwen/Qwen3-Next-80B-A3B-Thinking, the copy in ai-dynamo/aiconfigurator"),
-    {"model.mtp_experts": PREDICTS, "model.num_mtp_layers": PREDICTS,
-     "parallel.*": ours("experts within a node; fits 32 H100-80GB, as plan computes")})
-
-_OF_READERS = published("Megatron-Lite's Qwen35Config, which reads Qwen/Qwen3.5-35B-A3B")
-QWEN3_5_SOURCES = moe_sources("") | {
-    "model.*": published("the defaults of transformers' Qwen3_5MoeTextConfig, which are the 35B-A3B's"),
-    "model.rope_theta": _OF_READERS, "model.max_position_tokens": _OF_READERS,
-    "model.num_mtp_layers": _OF_READERS, "model.mtp_experts": _OF_READERS,
-    "parallel.*": ours("experts within a node; fits 16 H100-80GB, as plan computes")}
 
 
 # DeepSeek-V3, Kimi K2, A.X K1 and Kimi Linear.
@@ -344,7 +307,7 @@ def kimi_linear_48b() -> RunConfig:
     return continued("kimi-linear-48b", ModelConfig(
         family="kimi_linear", vocab_size=163840, hidden_size=2304, num_layers=27, num_heads=32,
         num_kv_heads=32, head_dim=192, latent_attention=replace(LATENT, q_lora_rank=None),
-        linear_attention=LinearAttentionConfig(32, 32, 128, 128, 4, 128),
+        linear_attention=LinearAttentionConfig(32, 32, 128, 128, 128),
         attention_pattern="DDDG" * 6 + "DDG", rope_on_global=False, rope_theta=10_000.0, num_dense_layers=1,
         dense_ffn_dim=9216, num_experts=256, num_experts_per_token=8, num_shared_experts=1,
         expert_ffn_dim=1024, routed_scaling_factor=2.446, norm_eps=1e-5, max_position_tokens=1048576),

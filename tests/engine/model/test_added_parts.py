@@ -242,12 +242,6 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
     pytest.param("tiny-deepseek-v3", [TP2], [
         "model.num_dense_layers=1", "model.num_expert_groups=2", "model.num_groups_per_token=1", KIMI[1],
         KIMI[2].replace("{", '{"q_lora_rank": 20, ')], marks=pytest.mark.deep),
-    pytest.param("tiny-qwen3-next", [TP2, {"cp": 2}], ["model.attention_pattern=DG"],
-                 marks=pytest.mark.deep),
-    # a matrix of three runs of all heads
-    ("tiny-qwen3.5-moe", [TP2, {"cp": 2}], ["model.attention_pattern=DG"]),
-    pytest.param("tiny-qwen3.5-moe", [TP2], ["lora.dora=true", 'lora.targets=["in_proj_qkv", "out_proj"]'],
-                 marks=pytest.mark.deep),
     # gates of a matrix of their own among queries, keys and values
     pytest.param("tiny-solar-open2", [TP2, {"cp": 2}, PP2], ["model.attention_pattern=GD"],
                  marks=pytest.mark.deep),

@@ -241,14 +241,15 @@ def test_with_transformer_engine_auto_is_on_where_model_and_layout_can() -> None
 def test_kernels_of_linear_attention_serve_where_they_import_and_bits_need_not_repeat(
         monkeypatch: pytest.MonkeyPatch) -> None:
     def serve(*changes: str, te: bool = True) -> bool:
-        config = apply_settings(recipes.get("tiny-qwen3-next"), ["train.precision=bf16", *changes])
+        config = apply_settings(recipes.get("tiny-solar-open2"), ["train.precision=bf16", *changes])
         return bool(gpu_settings.resolve_auto(config, te)["linear_attention"])
 
-    fla = apply_settings(recipes.get("tiny-qwen3-next"), ["train.precision=bf16", "gpu.linear_attention=fla"])
+    fla = apply_settings(recipes.get("tiny-solar-open2"), ["train.precision=bf16",
+                                                           "gpu.linear_attention=fla"])
     assert not serve(), "it is not installed here"
     with pytest.raises(SettingsError, match=r"attention does not serve \(Module.*fla"):
         gpu_settings.refuse(fla, te=True)
-    monkeypatch.setattr(gpu_settings, "lacking_fla", lambda of_channels: "")
+    monkeypatch.setattr(gpu_settings, "lacking_fla", lambda: "")
     assert serve() and not serve(te=False)
     assert not serve("gpu.linear_attention=torch") and not serve("train.deterministic=true")
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
@@ -257,10 +258,10 @@ def test_kernels_of_linear_attention_serve_where_they_import_and_bits_need_not_r
 
 def test_keys_that_are_too_wide_for_the_kernels_are_read_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels assert that no head has more than 256 channels of keys."""
-    monkeypatch.setattr(gpu_settings, "lacking_fla", lambda of_channels: "")
+    monkeypatch.setattr(gpu_settings, "lacking_fla", lambda: "")
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
     for width, serves in ((256, True), (512, False)):
-        config = apply_settings(recipes.get("tiny-qwen3-next"), [
+        config = apply_settings(recipes.get("tiny-solar-open2"), [
             "train.precision=bf16", f"model.linear_attention.key_head_dim={width}"])
         assert gpu_settings.resolve_auto(config, te=True)["linear_attention"] == serves
     with pytest.raises(SettingsError, match=r"gpu\.linear_attention .*takes keys of up to 256 channels"):
@@ -270,18 +271,16 @@ def test_keys_that_are_too_wide_for_the_kernels_are_read_in_torch(monkeypatch: p
 @pytest.mark.parametrize(("version", "told"), [
     ("0.4.2", "version 0.4.2 is older than 0.6"), ("0.5.1", "version 0.5.1 is older than 0.6"),
     ("", "version unknown"), ("0.6.0", ""), ("0.10.0", ""), ("1.0.dev1", "")])
-def test_older_kernels_that_read_the_memory_of_other_heads_do_not_serve(
+def test_older_kernels_do_not_serve(
         version: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before 0.5 they have no heads that share keys, and swallow arguments that they do not know."""
-    for name, function in (("gated_delta_rule", "chunk_gated_delta_rule"), ("kda", "chunk_kda")):
-        (tmp_path / "fla/ops" / name).mkdir(parents=True)
-        (tmp_path / "fla/ops" / name / "__init__.py").write_text(f"def {function}(**kwargs): pass\n")
+    (tmp_path / "fla/ops/kda").mkdir(parents=True)
+    (tmp_path / "fla/ops/kda/__init__.py").write_text("def chunk_kda(**kwargs): pass\n")
     (tmp_path / "fla/ops/__init__.py").write_text("")
     (tmp_path / "fla/__init__.py").write_text(f"__version__ = {version!r}\n" if version else "")
     monkeypatch.syspath_prepend(str(tmp_path))
     device.lacking_fla.cache_clear()
     try:
-        assert device.lacking_fla(True).startswith(told) and bool(device.lacking_fla(True)) == bool(told)
+        assert device.lacking_fla().startswith(told) and bool(device.lacking_fla()) == bool(told)
     finally:
         device.lacking_fla.cache_clear()
         for name in [name for name in sys.modules if name.partition(".")[0] == "fla"]:

@@ -22,9 +22,10 @@ PADDED = f"{QUANTISED} train.fp8_pad_routed_tokens=true"
 DENSE = "model.num_experts=0 model.dense_ffn_dim=64"
 LATENT = ('model.num_kv_heads=4 model.latent_attention={"kv_lora_rank":32,"qk_nope_head_dim":8,'
           '"qk_rope_head_dim":8,"v_head_dim":8}')
-LINEAR = ('model.linear_attention={"num_key_heads":2,"num_value_heads":4,"key_head_dim":8,'
-          '"value_head_dim":8}')
+LINEAR = ('model.linear_attention={"num_key_heads":2,"num_value_heads":2,"key_head_dim":8,'
+          '"value_head_dim":8,"gate_rank":8}')
 ODD_HEADS = LINEAR.replace(":2,", ":1,")
+MORE_VALUES = LINEAR.replace('value_heads":2', 'value_heads":4')
 LM = 'evaluate.background.tasks=["lm"] train.export_every_checkpoints=1'
 VISION = {"placeholder_ids": [5], "full_attention_layers": [1], "num_layers": 2}
 AUDIO = {"placeholder_ids": [6]}
@@ -81,11 +82,10 @@ def test_a_value_out_of_its_bounds_is_refused(settings: str, small: Small) -> No
     ("model.attention_pattern=DG", 1, "model.linear_attention"),
     (LINEAR, 1, "model.linear_attention"),
     (f"{LINEAR} model.attention_pattern=DG", 1, ""),
-    (f"{LINEAR.replace('4', '3')} model.attention_pattern=DG", 1, "model.linear_attention.num_value_heads"),
+    (f"{MORE_VALUES} model.attention_pattern=DG", 1, "model.linear_attention.num_value_heads"),
     (f"{ODD_HEADS} model.attention_pattern=DG parallel.tp=2 parallel.sp=true", 2, "parallel.tp"),
     (f"{ODD_HEADS} model.attention_pattern=DG parallel.cp=2", 2, "parallel.tp"),
     ("model.attention_output_gate=true model.qkv_bias=true", 1, "model.attention_output_gate"),
-    ("model.shared_expert_gate=true model.num_shared_experts=0", 1, "model.shared_expert_gate"),
     ("model.mtp_attention=L model.num_mtp_layers=1 model.dense_ffn_dim=64", 1, "model.mtp_attention"),
     ("model.num_experts=2e4 model.num_layers=100", 1, "model.num_experts"),
     ("model.num_groups_per_token=2", 1, "model.num_groups_per_token"),

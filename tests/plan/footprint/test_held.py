@@ -24,7 +24,6 @@ RUNS = (("tiny-k-exaone", ["parallel.pp=2", "parallel.ep=2", "parallel.tp=2", "p
         ("tiny-gemma3", [], 1, 0),
         ("tiny-glm4-moe", ["parallel.pp=2", "parallel.ep=2"], 4, 3),
         ("tiny-kimi-linear", [*LORA, "parallel.tp=2", "parallel.sp=true"], 2, 1),
-        ("tiny-qwen3-next", [*LORA, "parallel.tp=2", "parallel.sp=true"], 2, 1),
         ("tiny-deepseek-v3", [*LORA, "parallel.tp=2", "parallel.sp=true"], 2, 1),
         ("tiny-deepseek-v3", ["model.latent_attention.q_lora_rank=null"], 1, 0))
 """Recipe, settings, processes, rank."""
