@@ -34,9 +34,7 @@ RECIPES["tiny-solar-open2"] = ["model.num_experts=4", "model.expert_ffn_dim=16",
                                'model.linear_attention={"num_key_heads": 4, "num_value_heads": 4, '
                                '"key_head_dim": 6, "value_head_dim": 6, "gate_rank": 6, '
                                '"negative_eigenvalues": true}']
-RECIPES["tiny-ax-k1"] = [*RECIPES["tiny-deepseek-v3"][:-1], 'model.yarn={"factor": 4.0, '
-                         '"original_max_position_tokens": 16, "longer": "rotated"}']
-FURTHER = ("tiny-exaone4-1.2b", "tiny-exaone4", "tiny-hyperclovax", "tiny-gemma3", "tiny-ax-k1")
+FURTHER = ("tiny-exaone4-1.2b", "tiny-exaone4", "tiny-hyperclovax", "tiny-gemma3")
 """Whose caches hold what those of others hold."""
 CUT_IN_ITS_OWN_WAY = ("tiny-deepseek-v3",)
 """Of which two processes hold halves of what no other has: latent attention, prediction layers.  The others

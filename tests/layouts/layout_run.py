@@ -59,8 +59,6 @@ FAMILIES["tiny-solar-open2"] = (
     "model.num_experts=4",
     'model.linear_attention={"num_key_heads": 4, "num_value_heads": 4, "key_head_dim": 6, '
     '"value_head_dim": 6, "gate_rank": 6, "negative_eigenvalues": true}')
-FAMILIES["tiny-ax-k1"] = (*FAMILIES["tiny-deepseek-v3"][:-1], 'model.yarn={"factor": 4.0, '
-                          '"original_max_position_tokens": 16, "longer": "rotated"}')
 
 
 def maker() -> str:

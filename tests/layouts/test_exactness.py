@@ -87,12 +87,6 @@ def odd_config(family: str, seed: int) -> dict[str, Any]:
                 "first_k_dense_replace": min(seed, 1), "num_nextn_predict_layers": int(seed != 1),
                 "n_group": (4, 1, 3)[seed], "topk_group": (2, 1, 1)[seed],
                 "rope_parameters": {**config["rope_parameters"], "partial_rotary_factor": 0.5}}
-    if family == "axk1":
-        like = odd_config("deepseek_v3", seed)
-        rope = {**yarn, "mscale": (1.0, None, 0.7)[seed], "mscale_all_dim": (0.0, None, 0.7)[seed]}
-        return {**{name: value for name, value in like.items() if name != "num_nextn_predict_layers"},
-                "model_type": family, "q_lora_rank": (10, 18, 26)[seed], "rope_parameters": rope,
-                "num_key_value_heads": like["num_attention_heads"]}
     if family == "kimi_linear":
         like = odd_config("deepseek_v3", seed)
         same = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads",

@@ -47,7 +47,6 @@ CASES = {
     "deepseek_v3 lm and prediction": ("tiny-deepseek-v3", "lm", [*PREDICTION, *SPLIT]),
     "kimi_linear lm": ("tiny-kimi-linear", "lm", [*SPLIT, "model.init_std=0.12"]),  # theirs are noisier
     "solar_open2 lm": ("tiny-solar-open2", "lm", [*SPLIT, "model.init_std=0.12"]),
-    "axk1 lm": ("tiny-ax-k1", "lm", SPLIT),
     "hyperclovax lm": ("tiny-hyperclovax", "lm", [*SPLIT, "model.residual_multiplier=0.4"]),
     "solar sft": ("tiny-solar-open", "sft",
                   ["objective.text_coeff=0.3", 'data.phases=[{"name": "main", "seq_len": 64}]']),

@@ -47,6 +47,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "model.linear_bias": (False, _GPT_OSS),
     "model.shared_expert_gate": (False, "only Qwen3-Next and Qwen3.5 need it, which this version does not "
                                         "read"),
+    "model.yarn.longer": ("heads", "only A.X K1 needs it, which this version does not read"),
     "model.yarn.truncate": (True, _GPT_OSS),
     "obs.mlflow": (False, _CURVES),
     "obs.mlflow_experiment": ("megatron-sov", _CURVES),
@@ -62,7 +63,7 @@ VALUES = {
     **dict.fromkeys(("gpt_oss", "gpt-oss-20b", "gpt-oss-120b", "tiny-gpt-oss", "tiny-gpt-oss-120b",
                      "clamped_swiglu", "gemma2", "gemma2-9b", "tiny-gemma2", "qwen3_next",
                      "qwen3-next-80b", "tiny-qwen3-next", "qwen3_5_moe_text", "qwen3_5_moe",
-                     "qwen3.5-35b-a3b", "tiny-qwen3.5-moe"), _TRL),
+                     "qwen3.5-35b-a3b", "tiny-qwen3.5-moe", "axk1", "ax-k1", "tiny-ax-k1"), _TRL),
     "mcp": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",
     "nemo_gym": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",
     "openenv": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",

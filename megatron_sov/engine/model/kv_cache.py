@@ -28,7 +28,7 @@ from megatron_sov.engine.model.added_parts import adapted_weight
 from megatron_sov.engine.model.attention import DocumentAttention, PackedDocuments, attend, attend_whole
 from megatron_sov.engine.model.cache_rows import CacheGroup, CacheSize, PackedSpans
 from megatron_sov.engine.model.linear_attention import KeptState, LinearAttention, WholeLinear
-from megatron_sov.engine.model.rotary import rotated_factor, softmax_scale
+from megatron_sov.engine.model.rotary import softmax_scale
 from megatron_sov.model.config import ModelConfig
 
 
@@ -202,29 +202,24 @@ def latent_settings(model: ModelConfig) -> dict[str, Any]:
             # the model's own angles take this width from here
             "kv_channels": latent.qk_rope_head_dim, "qk_layernorm": True,
             # of "rope" cosine and sine have no factor
-            "rope_type": "rope" if rotated_factor(model) == 1 else "yarn"}
+            "rope_type": "rope"}
 
 
 class TokenAngles(torch.nn.Module):
     """Stands where the library makes angles: gives those of a row's tokens."""
 
-    def __init__(self, factor: float) -> None:
-        """Wait for angles.
-
-        Args:
-            factor: on cosine and sine.
-        """
+    def __init__(self) -> None:
+        """Wait for angles."""
         super().__init__()
         self.angles: torch.Tensor | None = None
-        self.factor = factor
 
     def get_rotary_seq_len(self, *args: Any) -> None:
         """Return nothing: each token has its angles."""
 
     def forward(self, seq_len: None, *, packed_seq: bool) -> Any:
-        """Return [tokens, 1, 1, rotated channels]; where cosine and sine have a factor, it too."""
+        """Return [tokens, 1, 1, rotated channels]."""
         assert self.angles is not None and packed_seq
-        return self.angles if self.factor == 1 else (self.angles, self.factor)
+        return self.angles
 
 
 class LatentAttention(MLASelfAttention):
@@ -233,7 +228,7 @@ class LatentAttention(MLASelfAttention):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        self.rotary_pos_emb = TokenAngles(config.rotated_factor)
+        self.rotary_pos_emb = TokenAngles()
         for name, outputs in (("linear_q_down_proj", config.q_lora_rank),
                               ("linear_kv_down_proj", config.kv_lora_rank + config.qk_pos_emb_head_dim)):
             if isinstance(getattr(self, name, None), ColumnParallelLinear):
@@ -346,7 +341,7 @@ class LatentAttention(MLASelfAttention):
         if not self._rotates:
             return channels
         turned: torch.Tensor = apply_rotary_pos_emb(
-            channels, angles, self.config, cu_seqlens=spans.cu_seqlens_q, mscale=self.rotary_pos_emb.factor,
+            channels, angles, self.config, cu_seqlens=spans.cu_seqlens_q,
             cp_group=parallel_state.get_context_parallel_group())
         return turned
 

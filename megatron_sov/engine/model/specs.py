@@ -20,7 +20,7 @@ from megatron_sov.engine.model.gpu_settings import (
     OVERLAP, Here, exchanges_heads, expert_settings, keep_ends_in_bf16, library_settings,
     own_attention_serves, transformer_settings, uses_delta_kernels)
 from megatron_sov.engine.model.graphs import graphed
-from megatron_sov.engine.model.rotary import local_turns, rotated_factor, softmax_scale
+from megatron_sov.engine.model.rotary import local_turns, softmax_scale
 from megatron_sov.engine.parallel import context
 from megatron_sov.engine.parallel.device import PRECISION as PRECISION, on_gpu
 from megatron_sov.engine.router import BalancedRouter, RoutingStep
@@ -215,7 +215,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     config.own_attention, config.exchanges_heads = (
         own_attention_serves(here, gpu.attention, train.deterministic), exchanges_heads(here, gpu.attention))
     config.delta_kernels = uses_delta_kernels(here, gpu, train.deterministic)
-    config.routing_step, config.rotated_factor = RoutingStep(), rotated_factor(model)
+    config.routing_step = RoutingStep()
     for name in ("norm_topk_prob", "logits_multiplier", "mtp_depths", "zero_centered_norms"):
         setattr(config, name, getattr(model, name))
     return config
@@ -469,14 +469,13 @@ def _place_norms(config: Any, spec: Any, kind: str, model: ModelConfig) -> None:
             if getattr(part, name, IdentityOp) is not IdentityOp:  # linear attention has no such parts
                 setattr(part, name, ZeroCenteredNorm)
     turns = local_turns(model) if kind == "sliding_attention" else None
-    both = model.block_norms in ("post", "both")
-    behind = both or (model.block_norms == "experts" and has_experts(spec))
+    behind = model.block_norms in ("post", "both")
     if turns is None and not behind and model.residual_multiplier == 1:
         return
     spec.module, spec.params = OwnLayer, {"turns": turns}
     layer.self_attn_bda, layer.mlp_bda = (ModuleSpec(module=BlockOutput, params={
         "config": config, "multiplier": model.residual_multiplier,
-        "norm": block_norm(config) if normed else None}) for normed in (both, behind))
+        "norm": block_norm(config) if behind else None}) for _ in range(2))
 
 
 def has_experts(spec: Any) -> bool:

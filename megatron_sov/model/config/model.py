@@ -141,10 +141,6 @@ class YarnConfig:
     mscale: AboveZero = 1.0
     """Factor on 0.1 ln(factor) in the scale of the softmax (DeepSeek's mscale and mscale_all_dim, which are
     equal); others than 1 in models with latent attention only."""
-    longer: Literal["heads", "rotated"] = "heads"
-    """Which channels of queries and keys are 0.1 ln(factor) + 1 times as long: those of whole heads, by the
-    scale of the softmax, or in models with latent attention the rotated ones alone (A.X K1; mscale_all_dim
-    0)."""
 
 
 @dataclass(frozen=True)
@@ -264,10 +260,9 @@ class ModelConfig:
     """Bound of every trunk layer's gate and up projections, of experts too, before the activation
     (K-EXAONE 2.0): the gate is at most that, the up projection within both signs of it; 0: none.  Empty: no
     layer has one."""
-    block_norms: Literal["pre", "post", "both", "experts"] = "pre"
+    block_norms: Literal["pre", "post", "both"] = "pre"
     """Where a layer normalises: pre = the input of attention and feed-forward network; post = their output,
-    before it is added to the residual; both = input and output; experts = the inputs, and the output of
-    feed-forward networks with experts (A.X K1)."""
+    before it is added to the residual; both = input and output."""
     embedding_multiplier: AboveZero = 1.0
     """Factor on embeddings, as in maximal update parametrisation (arXiv 2203.03466)."""
     attention_multiplier: AboveZero | None = None
@@ -390,17 +385,9 @@ class ModelConfig:
         parts = (self.vision, self.audio, self.image_tokens, self.audio_tokens)
         return any(part is not None for part in parts)
 
-    def norms_per_layer(self, with_experts: bool) -> int:
+    def norms_per_layer(self) -> int:
         """Return how many RMSNorms a layer has over the residual's width."""
-        if self.block_norms == "experts":
-            return 2 + with_experts
         return 4 if self.block_norms == "both" else 2
-
-    def norms_per_block(self) -> float:
-        """Return the mean over both blocks of the trunk's layers."""
-        moe = self.num_moe_layers()
-        norms = moe * self.norms_per_layer(True) + (self.num_layers - moe) * self.norms_per_layer(False)
-        return norms / (2 * self.num_layers)
 
     def num_moe_layers(self) -> int:
         """Return how many trunk layers have experts: all after the leading dense ones, or none."""
@@ -436,8 +423,6 @@ class ModelConfig:
              "router_bias", f"needs model.router_score = sigmoid, it is {self.router_score}"),
             (not self.num_mtp_moe_layers() or self.num_moe_layers() > 0, "mtp_experts",
              "needs a trunk with experts, and none of its layers has any", "set it to false"),
-            (self.block_norms != "experts" or self.num_moe_layers() > 0, "block_norms",
-             "needs layers with experts, and there are none", "set it to pre"),
             (kept <= groups, "num_groups_per_token", f"must be at most model.num_expert_groups = {groups}"),
             (kept > groups or groups == 1 or of_groups, "num_expert_groups",
              f"must divide model.num_experts = {experts} into groups of at least two"),
@@ -502,9 +487,7 @@ class ModelConfig:
              "set the others to null"),
             (yarn is None or self.rope_theta > 1, "rope_theta", "must be above 1 with model.yarn"),
             (yarn is None or yarn.mscale == 1 or latent is not None, "yarn.mscale",
-             "needs model.latent_attention", "set it to 1"),
-            (yarn is None or yarn.longer == "heads" or (latent is not None and yarn.mscale == 1),
-             "yarn.longer", "needs model.latent_attention and model.yarn.mscale = 1", "set it to heads"))
+             "needs model.latent_attention", "set it to 1"))
         if llama3 is not None:
             p += find_broken(
                 llama3, "model.llama3_rope",
@@ -523,8 +506,8 @@ class ModelConfig:
              f"{latent.qk_rope_head_dim} = {latent.query_dim}"),
             (self.num_kv_heads == self.num_heads, "num_kv_heads", f"must be model.num_heads = "
              f"{self.num_heads} under model.latent_attention, which has keys and values for every head"),
-            (self.block_norms in ("pre", "experts"), "block_norms", "must be pre or experts with "
-             "model.latent_attention, which normalises its input"),
+            (self.block_norms == "pre", "block_norms",
+             "must be pre with model.latent_attention, which normalises its input"),
             ("L" not in self.attention_pattern + self.mtp_attention, "attention_pattern",
              "cannot be with model.latent_attention, which has no sliding windows",
              "set model.attention_pattern and model.mtp_attention to G"),

@@ -223,10 +223,6 @@ class Family:
     """Parts of tensor names that folders may have in the place of others: theirs, ours."""
     in_memory: tuple[tuple[str, str], ...] = ()
     """Parts of module names in folders -> what transformers' model has in their place."""
-    zeros: tuple[str, ...] = ()
-    """Endings of the names of tensors that a folder may lack, and that are 0 then; written always."""
-    unread: tuple[WeightSection, ...] = ()
-    """Tensors that a folder may have and no program reads, under their Hugging Face names."""
     reader_split: str | None = None
     """The regular expression by which transformers' tokenizer class for this family splits text, whatever
     tokenizer.json says; None where it does what the file says."""
@@ -240,10 +236,6 @@ class Family:
         if not model.num_mtp_layers:
             return {}
         return {name.replace("{l}", str(model.num_layers)): other for name, other in self.copies.items()}
-
-    def unread_in(self, model: ModelConfig) -> list[str]:
-        """Return the tensors that a folder may have and no program reads."""
-        return [name for link in links(self.unread, model) for name in link.hf_names]
 
     def predicts_behind(self) -> bool:
         """Return whether a folder counts the prediction layer as one more layer of the trunk."""

@@ -28,17 +28,12 @@ class LatentHeads:
     names: tuple[str, ...] = (*_SIZES, "q_lora_rank", "num_key_value_heads", "head_dim", "qk_head_dim")
     null_tells: tuple[str, ...] = ("q_lora_rank",)
     """Null: there is none; where it is absent transformers takes 1536."""
-    narrow: bool = False
-    """Whether queries are always made of a narrow vector."""
     heads_tell: bool = True
     """Whether `head_dim` is what follows; False: nothing uses it."""
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the sizes, and as many key/value heads as heads; `UserError` where there are none."""
+        """Return the sizes, and as many key/value heads as heads."""
         latent = latent_of(model)
-        if self.narrow and latent.q_lora_rank is None:
-            raise UserError("model.latent_attention.q_lora_rank = null: queries of family "
-                            f"'{model.family}' are made of a narrow vector; give its width")
         return {**{name: getattr(latent, name) for name in _SIZES}, "q_lora_rank": latent.q_lora_rank,
                 "num_key_value_heads": model.num_kv_heads}
 
@@ -63,15 +58,13 @@ class LatentHeads:
 
 @dataclass(frozen=True)
 class LatentRope(Rope):
-    """Rotary frequencies whose YaRN has its factor as `mscale` and `mscale_all_dim`: with both equal, cosine
-    and sine have none, and the scale of the softmax has all of it; with 1 and 0, which are assumed where
-    nothing is said, it is the other way round."""
+    """Rotary frequencies whose YaRN has its factor as `mscale` and `mscale_all_dim`, which are equal: cosine
+    and sine have none, and the scale of the softmax has all of it."""
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         written = super().write(model)
         if model.yarn is not None:
-            of_heads = model.yarn.mscale if model.yarn.longer == "heads" else 0.0
-            written["rope_parameters"] |= {"mscale": model.yarn.mscale, "mscale_all_dim": of_heads}
+            written["rope_parameters"] |= {"mscale": model.yarn.mscale, "mscale_all_dim": model.yarn.mscale}
         return written
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +83,6 @@ class LatentRope(Rope):
                     raise UserError(f"config.json: mscale_all_dim = {said[1]} without mscale: transformers "
                                     "and vLLM compute different rotations; add mscale")
                 factors.add((1.0 if said[0] is None else said[0], 0.0 if said[1] is None else said[1]))
-                # With mscale_all_dim 0 the factor is YaRN's usual one, which `Rope` checks.
                 if said[1] and rope.pop("attention_factor", None) not in (None, 1.0):
                     raise UserError("config.json: attention_factor: beside mscale and mscale_all_dim only "
                                     "1.0 is supported; leave it out")
@@ -98,12 +90,10 @@ class LatentRope(Rope):
         if not factors:
             return found
         mscale, of_heads = factors.pop()
-        rotated = (mscale, of_heads) == (1, 0)
-        if factors or not (rotated or mscale == of_heads) or not mscale:
+        if factors or mscale != of_heads or not mscale:
             raise UserError("config.json: rope_type 'yarn' needs mscale and mscale_all_dim that are equal "
-                            "and not 0, or 1 and 0: others are not built for latent attention")
-        return found | {"yarn": replace(found["yarn"], mscale=float(mscale),
-                                        longer="rotated" if rotated else "heads")}
+                            "and not 0: others are not built for latent attention")
+        return found | {"yarn": replace(found["yarn"], mscale=float(mscale))}
 
 
 LATENT_ATTENTION: tuple[WeightEntry, ...] = (
@@ -171,39 +161,6 @@ DEEPSEEK_V3 = Family(
     training={"router_bias_update_rate": 1e-3, "mtp_loss_coeff": 0.1},
     needs_shared_expert=True,
     copies=COPIES_BEHIND,
-)
-
-
-# A.X K1 (`axk1`): DeepSeek-V3 with a norm of what experts give, and no prediction layer.
-#
-# The released folder has all experts of a layer in one tensor, no selection biases, which are then 0 as in
-# transformers' class, and the norm in dense layers, too, where neither that class nor vLLM's has a place for
-# it.  That class routes in one way, whatever `topk_method` says.
-
-_NORM_BEHIND: tuple[WeightEntry, ...] = (Same("mlp_bda.norm.weight", "post_mlp_layernorm.weight", "H"),)
-
-AXK1 = Family(
-    name="axk1",
-    hf_classes=("AXK1ForCausalLM",),
-    weights=(
-        *EMBEDDINGS_AND_HEAD,
-        trunk("every layer", LATENT_ATTENTION, QUERIES_OF_A_LATENT),
-        trunk("dense layers", DENSE_FFN),
-        trunk("moe layers", DEEPSEEK_EXPERTS, _NORM_BEHIND),
-    ),
-    config=(
-        *_CONFIG, LatentHeads(narrow=True),
-        Renamed("n_routed_experts", "num_experts", 192, aliases=("num_local_experts",)),
-        LeadingDenseLayers(default=1),
-        # a prediction layer would be among the tensors
-        Unused(("topk_method", "num_nextn_predict_layers")),
-    ),
-    structure={**_STRUCTURE, "block_norms": "experts", "num_mtp_layers": 0},
-    varies=("latent_attention", *EXPERT_GROUPS),
-    training={"router_bias_update_rate": 1e-3},
-    needs_shared_expert=True,
-    zeros=("mlp.gate.e_score_correction_bias",),
-    unread=(trunk("dense layers", _NORM_BEHIND),),
 )
 
 

@@ -20,7 +20,7 @@ from megatron_sov.model.families.hf_config import (
 from megatron_sov.model.families.hf_layers import (
     HfPredictionLayer, LeadingDenseLayers, NormsBehind, OneWindow, PredictionBehind, RotatingWindows,
     SlidingLayers, SlidingSwitch, SparseSteps, SwigluLimits)
-from megatron_sov.model.families.latent import AXK1, DEEPSEEK_V3, KIMI_LINEAR
+from megatron_sov.model.families.latent import DEEPSEEK_V3, KIMI_LINEAR
 from megatron_sov.model.families.linear_layers import GATE_BESIDE, KIMI_DELTA, SolarLayers
 from megatron_sov.model.families.weights import (
     ATTENTION, COPIES_BEHIND, DEEPSEEK_EXPERTS, DENSE_FFN, EMBEDDINGS_AND_HEAD, PREDICTION_BEHIND,
@@ -394,7 +394,7 @@ SOLAR_OPEN2 = Family(
 
 FAMILIES = {family.name: family for family in (
     SOLAR_OPEN, EXAONE_MOE, QWEN2, QWEN3, QWEN3_MOE, LLAMA, MISTRAL, MIXTRAL,
-    EXAONE4, HYPERCLOVAX, GLM4_MOE, GEMMA3, DEEPSEEK_V3, AXK1, KIMI_LINEAR, SOLAR_OPEN2)}
+    EXAONE4, HYPERCLOVAX, GLM4_MOE, GEMMA3, DEEPSEEK_V3, KIMI_LINEAR, SOLAR_OPEN2)}
 
 
 def get(name: str, recorded: Sequence[PluginCode] = ()) -> Family:

@@ -72,7 +72,6 @@ RECIPES: dict[str, Recipe] = {
     "glm-4.5-air": Recipe(open_models.glm_4_5_air, open_models.GLM_SOURCES),
     "deepseek-v3": Recipe(open_models.deepseek_v3, open_models.DEEPSEEK_SOURCES),
     "kimi-k2": Recipe(open_models.kimi_k2, open_models.KIMI_SOURCES),
-    "ax-k1": Recipe(open_models.ax_k1, open_models.AXK1_SOURCES),
     "kimi-linear-48b": Recipe(open_models.kimi_linear_48b, open_models.KIMI_LINEAR_SOURCES),
     "gemma-3-1b": Recipe(open_models.gemma_3_1b, open_models.dense_sources(
         "google/gemma-3-1b-it, compared with NeMo's Gemma3Config1B")),
@@ -124,7 +123,6 @@ TINY = {
     "tiny-glm4-moe": "glm-4.5-air",
     "tiny-deepseek-v3": "deepseek-v3",
     "tiny-kimi-k2": "kimi-k2",
-    "tiny-ax-k1": "ax-k1",
     "tiny-kimi-linear": "kimi-linear-48b",
     "tiny-gemma3": "gemma-3-1b",
     "tiny-gemma3-27b": "gemma3-27b",

@@ -238,7 +238,7 @@ def dense_sources(released: str) -> Sources:
     return derive(moe_sources(released), dict.fromkeys((f"model.{name}" for name in without), DEFAULT))
 
 
-# DeepSeek-V3, Kimi K2, A.X K1 and Kimi Linear.
+# DeepSeek-V3, Kimi K2 and Kimi Linear.
 
 LATENT = LatentAttentionConfig(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
                                q_lora_rank=1536)
@@ -275,24 +275,6 @@ def kimi_k2() -> RunConfig:
         num_experts=384, num_experts_per_token=8, num_shared_experts=1, expert_ffn_dim=2048,
         mtp_loss_coeff=0.1, routed_scaling_factor=2.827, rope_theta=50_000.0,
         yarn=YarnConfig(32.0, 4096, 1.0, 1.0), norm_eps=1e-6, max_position_tokens=131072),
-        ParallelConfig(tp=4, sp=True, pp=8, ep=32, pipeline_layout=(7, 8, 8, 8, 8, 8, 8, 6)))
-
-
-_OF_CLASSES = published("the defaults of transformers' and vLLM's AXK1Config; as many parameters as the card")
-AXK1_SOURCES = moe_sources("") | {
-    "model.*": _OF_CLASSES, "model.max_position_tokens": published("the card of skt/A.X-K1"),
-    "model.yarn.*": published("a public comparison of Korean models, which read skt/A.X-K1's config.json")}
-
-
-def ax_k1() -> RunConfig:
-    """Return A.X K1: DeepSeek-V3 with half the heads, 8 of 192 experts, a norm behind them, one dense layer;
-    128K by YaRN."""
-    return continued("ax-k1", ModelConfig(
-        family="axk1", vocab_size=163840, hidden_size=7168, num_layers=61, num_heads=64, num_kv_heads=64,
-        head_dim=192, latent_attention=LATENT, num_dense_layers=1, dense_ffn_dim=18432, num_experts=192,
-        num_experts_per_token=8, num_expert_groups=8, num_groups_per_token=4, num_shared_experts=1,
-        expert_ffn_dim=2048, block_norms="experts", routed_scaling_factor=2.5, rope_theta=10_000.0,
-        yarn=YarnConfig(4.0, 32768, longer="rotated"), norm_eps=1e-6, max_position_tokens=131072),
         ParallelConfig(tp=4, sp=True, pp=8, ep=32, pipeline_layout=(7, 8, 8, 8, 8, 8, 8, 6)))
 
 

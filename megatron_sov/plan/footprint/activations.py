@@ -138,14 +138,14 @@ def _saved(m: ModelConfig, precision: str, tokens: Tokens, tp: int, etp: int, cp
     if not kind.with_experts:
         dense = m.dense_ffn_dim // tp
         inside = tokens.local * dense * item * ((1 if fused else 2) + 2 * twice)
-        return SavedActivations(residuals=m.norms_per_layer(False) * norm, qkv_input=hidden,
+        return SavedActivations(residuals=m.norms_per_layer() * norm, qkv_input=hidden,
                                 ffn_input=hidden, **attention, dense=inside)
     shared = m.num_shared_experts * m.expert_ffn_dim // tp
     routed, inner = tokens.share * m.num_experts_per_token, m.expert_ffn_dim // etp
     # a process of an expert that is cut has the tokens of all processes that share it
     arrived = routed * etp
     return SavedActivations(
-        residuals=m.norms_per_layer(True) * norm, qkv_input=hidden, ffn_input=hidden, **attention,
+        residuals=m.norms_per_layer() * norm, qkv_input=hidden, ffn_input=hidden, **attention,
         router=(tokens.share * m.num_experts * (SCORES * FLOAT32_BYTES + 1)
                 + routed * (3 * INDEX_BYTES + 2 * FLOAT32_BYTES)),
         expert_input=arrived * m.hidden_size * item, expert_hidden=arrived * 2 * inner * item * twice,
@@ -285,7 +285,7 @@ def _recomputed(config: RunConfig, whole: SavedActivations, kind: LayerKind) -> 
 def _offloaded(config: RunConfig, whole: SavedActivations, kind: LayerKind) -> int:
     """Return what of a layer waits in host memory."""
     again, m = config.gpu.recompute_modules, config.model
-    before_ffn = 0 if m.block_norms == "post" else whole.residuals // m.norms_per_layer(kind.with_experts)
+    before_ffn = 0 if m.block_norms == "post" else whole.residuals // m.norms_per_layer()
     parts = {"qkv_linear": whole.qkv_input, "core_attn": whole.qkv, "attn_proj": whole.core,
              "mlp_norm": before_ffn, "expert_fc1": whole.expert_input,
              "moe_act": whole.expert_hidden // (2 if kind.bounded else 1)}

@@ -293,7 +293,7 @@ def of_model(model: ModelConfig) -> ModelShape:
         num_layers=model.num_layers, hidden_size=model.hidden_size, num_heads=model.num_heads,
         head_dim=model.head_dim if latent is None else latent.qk_nope_head_dim,
         num_kv_heads=model.num_kv_heads, vocab_size=model.vocab_size,
-        dense_ffn_dim=model.dense_ffn_dim, norms_per_block=model.norms_per_block(),
+        dense_ffn_dim=model.dense_ffn_dim, norms_per_block=model.norms_per_layer() / 2,
         tied=model.tied_embeddings, num_experts=model.num_experts,
         num_experts_per_token=model.num_experts_per_token if model.num_experts else 0,
         expert_ffn_dim=model.expert_ffn_dim if model.num_experts else 0,

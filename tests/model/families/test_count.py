@@ -38,7 +38,6 @@ pytestmark = pytest.mark.usefixtures("solar_open2")
     ("glm-4.5-air", 106.85, 13.42, 2.38),
     ("deepseek-v3", 671.03, 37.55, 11.61),
     ("kimi-k2", 1026.41, 32.86, 0.0),
-    ("ax-k1", 518.98, 32.78, 0.0),
     ("kimi-linear-48b", 49.12, 3.48, 0.0),
     ("solar-open2-250b", 250.29, 14.74, 0.0),
 ])

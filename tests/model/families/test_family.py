@@ -24,7 +24,7 @@ from megatron_sov.model.families.hf_config import Renamed, Rope
 BIG = ("solar-open-102b", "k-exaone-236b", "qwen2-1.5b", "qwen3-4b", "qwen3-8b", "qwen3-moe-30b",
        "llama-3.1-8b", "mixtral-8x7b", "exaone-4.0-32b", "exaone-4.0-1.2b", "hyperclovax-14b",
        "glm-4.5-air", "gemma-3-1b", "gemma3-27b",
-       "deepseek-v3", "kimi-k2", "ax-k1", "solar-open2-250b")
+       "deepseek-v3", "kimi-k2", "solar-open2-250b")
 pytestmark = pytest.mark.usefixtures("solar_open2")
 
 
@@ -61,8 +61,6 @@ def transformers_tensors(model: ModelConfig) -> dict[str, tuple[tuple[int, ...],
         elif name.endswith("experts.down_proj"):
             found |= {name.replace("down_proj", f"{e}.down_proj.weight"): (shape[1:], dtype)
                       for e in range(shape[0])}
-        elif name.endswith("mlp.post_mlp_layernorm.weight"):  # A.X K1's stands in the layer on disk
-            found[name.replace("mlp.post_mlp", "post_mlp")] = (shape, dtype)
         elif name.endswith("e_score_correction_bias"):
             on_disk = name.replace("mlp.gate.", "mlp.") if model.family == "exaone_moe" else name
             # kept in float32 by the model class (_keep_in_fp32_modules_strict)
@@ -127,7 +125,7 @@ def test_a_prediction_layer_behind_the_trunk_is_one_more_of_its_layers() -> None
     # with the copies of embedding and head these are the 110 B that the hub counts of the folder
     ("glm-4.5-air", 106.852e9, 2.3751e9),
     ("gemma-3-1b", 0.999886e9, 0), ("gemma3-27b", 27.009346e9, 0),
-    ("deepseek-v3", 671.0264e9, 11.610e9), ("kimi-k2", 1026.408e9, 0), ("ax-k1", 518.983e9, 0),
+    ("deepseek-v3", 671.0264e9, 11.610e9), ("kimi-k2", 1026.408e9, 0),
     ("solar-open2-250b", 250.287794944e9, 0)])
 def test_parameter_totals_are_the_published_ones(name: str, trunk: float, mtp: float) -> None:
     model = recipes.get(name).model
@@ -254,14 +252,6 @@ RELEASED = {
 def test_released_configs_are_the_recipes_models(name: str, released: str) -> None:
     model = recipes.get(name).model
     assert models.get(model.family).from_hf_config(text_config(PUBLISHED[released])) == model
-
-
-def test_a_x_k1_is_what_transformers_class_assumes() -> None:
-    """But for YaRN, which its defaults, of the time before the extension, do not have."""
-    from transformers import AXK1Config
-
-    theirs, model = json.loads(AXK1Config().to_json_string()), recipes.get("ax-k1").model
-    assert models.get("axk1").from_hf_config(theirs) == replace(model, yarn=None, max_position_tokens=32768)
 
 
 def test_solar_trains_with_plain_rotations_before_its_last_stage() -> None:
