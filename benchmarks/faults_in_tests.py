@@ -30,7 +30,7 @@ OF_MESSAGES = (
     ("a message over another group", "megatron_sov.engine.model.chunked_head:_chunk", _BOTH,
      "torch.distributed.all_reduce(both)"))
 """Kind, function, its text and another one: some of what `layout_proofs` does to messages, as text."""
-STAGES, CUT, SFT, PAIRS, KTO, TEACHER = "glm4_moe sft", "solar_open2", "sft", "pairs", "kto", "teacher"
+STAGES, CUT, SFT, PAIRS, KTO, TEACHER = "deepseek_v3 sft", "solar_open2", "sft", "pairs", "kto", "teacher"
 NEAREST = {"clipped in part": (CUT, STAGES), "norm of a part": (CUT, STAGES),
            "layers of another stage": (STAGES,), "labels of another rank": (PAIRS,),
            "counted twice over a cut row": (PAIRS,), "norm not summed under SP": (STAGES, CUT),

@@ -156,25 +156,6 @@ def test_routers_that_transformers_keeps_in_float32_come_back(solar_dir: Path, t
                      {name: saved[name].bfloat16() for name in routers})
 
 
-def test_names_that_transformers_gives_kimi_linears_dense_layers_are_read_too(tmp_path: Path) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(
-        "kimi_linear", vocab_size=16, hidden_size=24, intermediate_size=20, moe_intermediate_size=6,
-        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, num_local_experts=4,
-        num_experts_per_tok=2, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=6,
-        linear_head_dim=6, linear_num_heads=2, layer_types=["linear_attention", "full_attention"],
-        pad_token_id=None, bos_token_id=None, eos_token_id=None)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hf")
-    written = tensors_of(tmp_path / "hf")
-    assert "model.layers.0.block_sparse_moe.gate_proj.weight" in written
-    convert.from_hf(tmp_path / "hf", tmp_path / "ckpt")
-    convert.to_hf(tmp_path / "ckpt", tmp_path / "back")
-    assert_same_bits(tensors_of(tmp_path / "back"), {
-        name.replace("block_sparse_moe", "mlp") if ".layers.0." in name else name: tensor
-        for name, tensor in written.items()})
-
-
 def test_a_folder_with_all_experts_in_one_tensor_is_read_expert_by_expert(tmp_path: Path) -> None:
     """As transformers has them in memory."""
     model = replace(recipes.get("tiny-deepseek-v3").model, vocab_size=16, hidden_size=24, num_layers=3,

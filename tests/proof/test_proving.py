@@ -158,7 +158,6 @@ def test_a_checkpoint_with_other_numbers_is_found(small: Miniature, whole: Any,
 
 
 @pytest.mark.parametrize(("recipe", "others"), [
-    ("kimi-linear-48b", {("linear_attention", 0)}),
     ("solar-open2-250b", {("linear_attention", 0)}), ("k-exaone-236b", {("sliding_attention", 8)}),
     ("gemma-3-1b", {("sliding_attention", 8)}),
     ("k-exaone2-750b", {("sliding_attention", 8), ("sliding_attention", 12)})])

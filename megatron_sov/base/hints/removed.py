@@ -59,11 +59,20 @@ SETTINGS: dict[str, tuple[Any, str]] = {
 }
 """Setting of a run -> its default, and what to use in its place."""
 _TRL = "train it with TRL or Megatron-Bridge"
+_EXAMPLE = ("add --plugin examples/families/{0}.py:{1} of a checkout; its recipe is "
+            "examples/families/{0}.py:{2}")
 VALUES = {
     **dict.fromkeys(("gpt_oss", "gpt-oss-20b", "gpt-oss-120b", "tiny-gpt-oss", "tiny-gpt-oss-120b",
                      "clamped_swiglu", "gemma2", "gemma2-9b", "tiny-gemma2", "qwen3_next",
                      "qwen3-next-80b", "tiny-qwen3-next", "qwen3_5_moe_text", "qwen3_5_moe",
                      "qwen3.5-35b-a3b", "tiny-qwen3.5-moe", "axk1", "ax-k1", "tiny-ax-k1"), _TRL),
+    "mistral": "add --plugin examples/families/mistral.py:MISTRAL of a checkout",
+    **dict.fromkeys(("mixtral", "mixtral-8x7b", "tiny-mixtral"), _EXAMPLE.format(
+        "mixtral", "MIXTRAL", "mixtral_8x7b")),
+    **dict.fromkeys(("glm4_moe", "glm-4.5-air", "tiny-glm4-moe"), _EXAMPLE.format(
+        "glm4_moe", "GLM4_MOE", "glm_4_5_air")),
+    **dict.fromkeys(("kimi_linear", "kimi-linear-48b", "tiny-kimi-linear"), _EXAMPLE.format(
+        "kimi_linear", "KIMI_LINEAR", "kimi_linear_48b")),
     "mcp": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",
     "nemo_gym": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",
     "openenv": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",

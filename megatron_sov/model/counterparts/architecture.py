@@ -44,6 +44,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "attention_output_gate": (False,), "softmax_type": ("vanilla",), "softmax_scale": (None,),
     "qk_l2_norm": (False,), "glu_linear_offset": (0.0,), "activation_func_clamp_value": (None,),
     "moe_shared_expert_gate": (False,), "moe_latent_size": (None,),
+    "yarn_correction_range_round_to_int": (True, None),
     "experimental_attention_variant": (None,), "linear_attention_freq": (None,), "is_hybrid_model": (False,),
     "hybrid_override_pattern": (None,), "heterogeneous_block_specs": (False,),
     "rotary_scaling_factor": (None, 1.0),
@@ -267,8 +268,6 @@ def _positions(stated: Stated) -> dict[str, Any]:
     if stated.get("position_embedding_type") == "yarn":
         if any(stated.get(f"yarn_{name}") not in (None, 1.0, 0.0) for name in ("mscale", "mscale_all_dim")):
             raise ValueError("yarn_mscale, yarn_mscale_all_dim: other values than 1 are not read")
-        if stated.get("yarn_correction_range_round_to_int") not in (None, True):
-            raise ValueError("yarn_correction_range_round_to_int: only true is read")
         names = {"factor": "rotary_scaling_factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow",
                  "original_max_position_tokens": "original_max_position_embeddings"}
         found["yarn"] = {ours: stated[f"yarn_{theirs}"] for ours, theirs in names.items()

@@ -142,13 +142,10 @@ class Rope:
 
     default_theta: float
     """What transformers assumes where no theta is given."""
-    default_share: float | None = None
-    """What it assumes where no `partial_rotary_factor` is given; None: heads rotate as a whole."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        share = () if self.default_share is None else ("partial_rotary_factor",)
-        return ("rope_parameters", "rope_scaling", "rope_theta", *share)
+        return ("rope_parameters", "rope_scaling", "rope_theta")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """Return `rope_parameters`, with every number explicit."""
@@ -163,8 +160,6 @@ class Rope:
             rope |= {"rope_type": "llama3", **scaling}
         if model.linear_rope_factor is not None:
             rope |= {"rope_type": "linear", "factor": model.linear_rope_factor}
-        if self.default_share is not None:
-            rope["partial_rotary_factor"] = model.rope_share
         return {"rope_parameters": rope}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -192,22 +187,13 @@ class Rope:
         linear = float(rope.pop("factor")) if kind == "linear" else None
         yarn = self._read_yarn(rope, config) if kind == "yarn" else None
         llama3 = self._read_llama3(rope) if kind == "llama3" else None
-        said = [found["partial_rotary_factor"] for found in (rope, config)
-                if "partial_rotary_factor" in found]
-        rope.pop("partial_rotary_factor", None)
-        assumed = 1.0 if self.default_share is None else self.default_share
-        share = said[0] if said else assumed
-        if self.default_share is None and share != 1.0:
+        if (share := rope.pop("partial_rotary_factor", 1.0)) != 1.0:
             raise UserError(f"config.json: partial_rotary_factor = {share}, but only 1.0 is supported: "
                             "heads rotate as a whole")
-        if said[1:] and said[1] != share:
-            raise UserError(f"config.json: partial_rotary_factor = {said[1]}, and {share} in "
-                            "rope_parameters; make them agree")
         if rope:
             raise UserError(f"config.json: rope parameters {', '.join(sorted(rope))} are unknown for "
                             f"rope_type {kind!r}; remove them if they have no effect")
-        return {"rope_theta": theta, "yarn": yarn, "llama3_rope": llama3, "linear_rope_factor": linear,
-                "rope_share": float(share)}
+        return {"rope_theta": theta, "yarn": yarn, "llama3_rope": llama3, "linear_rope_factor": linear}
 
     @staticmethod
     def _read_llama3(rope: dict[str, Any]) -> Llama3RopeConfig:

@@ -143,27 +143,6 @@ class SlidingSwitch:
 
 
 @dataclass(frozen=True)
-class OneWindow:
-    """A window of every layer, or of none: `sliding_window` as Mistral's models have it."""
-
-    default: int = 0
-    """What transformers assumes where the field is absent, in tokens; null is no window."""
-    names: tuple[str, ...] = ("sliding_window",)
-    null_tells: tuple[str, ...] = ("sliding_window",)
-
-    def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the window, null for none; `UserError` where layers differ."""
-        if len(set(model.layer_types())) > 1:
-            raise UserError(f"model.attention_pattern = {model.attention_pattern!r}: in family "
-                            f"'{model.family}' either every layer slides or none does; use 'L' or 'G'")
-        return {"sliding_window": model.sliding_window_tokens or None}
-
-    def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        window = config.get("sliding_window", self.default) or 0
-        return {"attention_pattern": "L" if window else "G", "sliding_window_tokens": window}
-
-
-@dataclass(frozen=True)
 class RotatingWindows:
     """Layers of EXAONE 4, which rotate where they slide; where no layer slides (`sliding_window` is null) all
     rotate."""

@@ -9,13 +9,12 @@ from typing import Any
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import LatentAttentionConfig, ModelConfig
 from megatron_sov.model.families.family import (
-    DECODER_CONFIG, DEEPSEEK_ROUTER, EXPERT_GROUPS, EXPERTS_CONFIG, MAX_POSITIONS, Family)
+    DECODER_CONFIG, DEEPSEEK_ROUTER, EXPERT_GROUPS, EXPERTS_CONFIG, Family)
 from megatron_sov.model.families.hf_config import ConfigItem, Fixed, Renamed, Rope, Unused
 from megatron_sov.model.families.hf_layers import LeadingDenseLayers, PredictionBehind
-from megatron_sov.model.families.linear_layers import KIMI_DELTA, KimiLayers
 from megatron_sov.model.families.weights import (
-    COPIES_BEHIND, DEEPSEEK_EXPERTS, DENSE_FFN, EMBEDDINGS_AND_HEAD, PREDICTION_BEHIND, Experts, GateUp, Same,
-    WeightEntry, inside_prediction, latent_of, router_bias, trunk)
+    COPIES_BEHIND, DEEPSEEK_EXPERTS, DENSE_FFN, EMBEDDINGS_AND_HEAD, PREDICTION_BEHIND, Same, WeightEntry,
+    inside_prediction, latent_of, trunk)
 
 _SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
@@ -126,10 +125,9 @@ _CONFIG: tuple[ConfigItem, ...] = (
     # of balancing losses, and of how released programs were started
     Unused(("aux_loss_alpha", "seq_aux", "ep_size", "pretraining_tp")),
 )
-_STRUCTURE_BESIDE: dict[str, Any] = {
+STRUCTURE: dict[str, Any] = {
     **DEEPSEEK_ROUTER, "sliding_window_tokens": 0, "tied_embeddings": False, "qkv_bias": False,
     "qk_norm": False}
-_STRUCTURE: dict[str, Any] = {**_STRUCTURE_BESIDE, "attention_pattern": "G", "rope_on_global": True}
 
 
 # DeepSeek-V3 and R1, Kimi K2 (`deepseek_v3`): leading dense layers, DeepSeek-V3's router and a shared
@@ -156,7 +154,7 @@ DEEPSEEK_V3 = Family(
         *_CONFIG, LatentHeads(), Renamed("n_routed_experts", "num_experts", 256),
         Fixed("topk_method", "noaux_tc", written=False), LeadingDenseLayers(default=3), PredictionBehind(),
     ),
-    structure=_STRUCTURE,
+    structure={**STRUCTURE, "attention_pattern": "G", "rope_on_global": True},
     varies=("latent_attention", "mtp_experts", *EXPERT_GROUPS),
     training={"router_bias_update_rate": 1e-3, "mtp_loss_coeff": 0.1},
     needs_shared_expert=True,
@@ -164,60 +162,3 @@ DEEPSEEK_V3 = Family(
 )
 
 
-# Kimi Linear (`kimi_linear`): three layers of four have Kimi Delta Attention (arXiv 2510.26692), the fourth
-# and the last latent attention without positions; leading dense layers, DeepSeek-V3's router and a shared
-# expert.
-#
-# transformers writes dense layers, too, under the name of experts' blocks, and reads both.
-
-_BLOCK = "block_sparse_moe"
-_KIMI_EXPERTS: tuple[WeightEntry, ...] = (
-    Same("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", "H"),
-    Same("mlp.router.weight", f"{_BLOCK}.gate.weight", "E H"),
-    router_bias(f"{_BLOCK}.gate.e_score_correction_bias"),
-    Experts(GateUp("mlp.experts.experts.linear_fc1.weight", f"{_BLOCK}.experts.{{e}}.w1.weight",
-                   f"{_BLOCK}.experts.{{e}}.w3.weight", "I H")),
-    Experts(Same("mlp.experts.experts.linear_fc2.weight", f"{_BLOCK}.experts.{{e}}.w2.weight", "H I")),
-    GateUp("mlp.shared_experts.linear_fc1.weight", f"{_BLOCK}.shared_experts.gate_proj.weight",
-           f"{_BLOCK}.shared_experts.up_proj.weight", "S H"),
-    Same("mlp.shared_experts.linear_fc2.weight", f"{_BLOCK}.shared_experts.down_proj.weight", "H S"),
-)
-
-KIMI_LINEAR = Family(
-    name="kimi_linear",
-    hf_classes=("KimiLinearForCausalLM",),
-    weights=(
-        *EMBEDDINGS_AND_HEAD, trunk("linear layers", KIMI_DELTA),
-        trunk("other layers", LATENT_ATTENTION),
-        trunk("other layers", QUERIES_OF_A_LATENT, when="has_query_latent"),
-        trunk("other layers", WHOLE_QUERIES, when="has_whole_queries"),
-        trunk("dense layers", DENSE_FFN), trunk("moe layers", _KIMI_EXPERTS),
-    ),
-    config=(
-        *(item for item in DECODER_CONFIG if item is not MAX_POSITIONS),
-        Renamed("model_max_length", "max_position_tokens", 1048576, aliases=("max_position_embeddings",)),
-        Renamed("num_experts", "num_experts", 256, aliases=("num_local_experts",)),
-        Renamed("num_experts_per_token", "num_experts_per_token", 8, aliases=("num_experts_per_tok",)),
-        Renamed("num_shared_experts", "num_shared_experts", 1, aliases=("n_shared_experts",)),
-        Renamed("num_expert_group", "num_expert_groups", 1, aliases=("n_group",)),
-        Renamed("topk_group", "num_groups_per_token", 1),
-        Renamed("moe_intermediate_size", "expert_ffn_dim", 1024),
-        Renamed("intermediate_size", "dense_ffn_dim", 9216), Renamed("rms_norm_eps", "norm_eps", 1e-5),
-        Renamed("routed_scaling_factor", "routed_scaling_factor", 2.446),
-        Fixed("tie_word_embeddings", False), Fixed("attention_bias", False, written=False),
-        Fixed("moe_renormalize", True), Fixed("norm_topk_prob", True, written=False),
-        Fixed("moe_router_activation_func", "sigmoid"), Fixed("mla_use_nope", True),
-        Fixed("moe_layer_freq", 1, written=False), Fixed("num_nextn_predict_layers", 0, written=False),
-        LatentHeads(heads_tell=False), KimiLayers(), LeadingDenseLayers(default=1),
-        # nothing rotates, and groups are chosen from where there are several
-        Unused(("rope_theta", "rope_scaling", "rope_parameters", "use_grouped_topk", "topk_method",
-                "pretraining_tp")),
-    ),
-    structure={**_STRUCTURE_BESIDE, "rope_on_global": False, "rope_theta": 10_000.0, "yarn": None,
-               "llama3_rope": None, "linear_rope_factor": None, "num_mtp_layers": 0},
-    varies=("latent_attention", "linear_attention", *EXPERT_GROUPS),
-    training={"router_bias_update_rate": 1e-3},
-    needs_shared_expert=True,
-    respelt=((f".{_BLOCK}.", ".mlp."),),
-    in_memory=((f".{_BLOCK}", ".mlp"), (".self_attn.f_", ".self_attn.forget_gate.f_")),
-)

@@ -93,7 +93,7 @@ KIMI_DELTA: tuple[WeightEntry, ...] = (
 """Kimi Delta Attention."""
 
 
-def _num_layers(config: dict[str, Any]) -> int:
+def count_layers(config: dict[str, Any]) -> int:
     """Return how many layers there are; `UserError` where lists with an entry for each would fill memory."""
     count = int(config.get("num_hidden_layers", 0))
     if count > MAX_LAYERS:
@@ -102,14 +102,14 @@ def _num_layers(config: dict[str, Any]) -> int:
     return count
 
 
-def _whole(name: str, value: Any) -> int:
+def whole_number(name: str, value: Any) -> int:
     """Return a size; `UserError` where it is no whole number, which `int` would make of 4.9."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise UserError(f"config.json: {name} = {value!r} must be a whole number; restore it from its source")
     return value
 
 
-def _pattern(types: list[Any], count: int) -> dict[str, Any]:
+def layer_pattern(types: list[Any], count: int) -> dict[str, Any]:
     """Return the shortest pattern that gives the list; `UserError` where it is not one known type per
     layer."""
     letter = {kind: letter for letter, kind in LAYER_TYPES.items() if letter in "DG"}
@@ -120,7 +120,7 @@ def _pattern(types: list[Any], count: int) -> dict[str, Any]:
     return {"attention_pattern": shortest_pattern(letters)}
 
 
-def _kimis_sizes(model: ModelConfig, *, negative: bool) -> tuple[int, int, int]:
+def delta_sizes(model: ModelConfig, *, negative: bool) -> tuple[int, int, int]:
     """Return heads, their width and taps of Kimi Delta Attention; `UserError` where heads differ, gates have
     another rank, or rates are above 1 and may not be."""
     linear = linear_of(model)
@@ -131,64 +131,6 @@ def _kimis_sizes(model: ModelConfig, *, negative: bool) -> tuple[int, int, int]:
                         "values have as many heads of one width, which is gate_rank too"
                         + ("" if negative else ", and negative_eigenvalues is false"))
     return linear.num_key_heads, width, linear.conv_taps
-
-
-@dataclass(frozen=True)
-class KimiLayers:
-    """Which layers have Kimi Delta Attention, and its sizes: in a part of config.json, where layers count
-    from 1, or as transformers writes them."""
-
-    sizes: tuple[str, ...] = ("num_heads", "head_dim", "short_conv_kernel_size")
-    """In the part `linear_attn_config`."""
-    beside: tuple[str, ...] = ("linear_num_heads", "linear_head_dim", "linear_conv_kernel_dim")
-    """As transformers writes them."""
-    defaults: tuple[int, ...] = (32, 128, 4)
-    lists: tuple[tuple[str, str], ...] = (("full_attn_layers", "full_attention"),
-                                          ("kda_layers", "linear_attention"))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return ("linear_attn_config", "layer_types", *self.beside)
-
-    def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return both; `UserError` where heads differ, or gates have another rank."""
-        said, types = _kimis_sizes(model, negative=False), model.layer_types()
-        lists = {name: [i + 1 for i, found in enumerate(types) if found == kind] for name, kind in self.lists}
-        return {"linear_attn_config": lists | dict(zip(self.sizes, said, strict=True)), "layer_types": types,
-                **dict(zip(self.beside, said, strict=True))}
-
-    def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the shortest pattern that gives the layers, and the sizes; `UserError` where two spellings
-        disagree, or a layer has no kind or two."""
-        part = dict(config.get("linear_attn_config", {}))
-        said = []
-        for name, other, default in zip(self.sizes, self.beside, self.defaults, strict=True):
-            inside = part.pop(name, config.get(other, default))
-            if config.get(other, inside) != inside:
-                raise UserError(f"config.json: linear_attn_config.{name} = {inside} and {other} = "
-                                f"{config[other]} disagree; remove the latter")
-            said.append(_whole(f"linear_attn_config.{name}", inside))
-        lists = {kind: part.pop(name) for name, kind in self.lists if name in part}
-        if part:
-            raise UserError(f"config.json: linear_attn_config has {', '.join(part)}, which is not known")
-        heads, width, taps = said
-        return {**self._layers(config, lists), "linear_attention": asdict(
-            LinearAttentionConfig(heads, heads, width, width, width, taps))}
-
-    def _layers(self, config: dict[str, Any], lists: dict[str, list[int]]) -> dict[str, Any]:
-        count = _num_layers(config)
-        usual = ["full_attention" if i and i % 4 == 0 else "linear_attention" for i in range(count)]
-        types = config.get("layer_types", usual)
-        if len(lists) == 2:
-            of = {i: kind for kind, numbers in lists.items() for i in numbers}
-            listed = [of.get(i, "") for i in range(1, count + 1)]
-            if sorted(i for numbers in lists.values() for i in numbers) != [*range(1, count + 1)] or (
-                    config.get("layer_types", listed) != listed):
-                raise UserError("config.json: full_attn_layers and kda_layers of linear_attn_config must "
-                                f"name each of {count} layers once, counted from 1, as layer_types does "
-                                f"where it stands beside; they are {lists}")
-            types = listed
-        return _pattern(types, count)
 
 
 @dataclass(frozen=True)
@@ -203,7 +145,7 @@ class SolarLayers:
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """Return all but the interval; `UserError` where sizes differ, or no layer has softmax attention."""
-        said, types = _kimis_sizes(model, negative=True), model.layer_types()
+        said, types = delta_sizes(model, negative=True), model.layer_types()
         softmax = [i for i, kind in enumerate(types) if kind == "full_attention"]
         if not softmax:
             raise UserError(f"model.attention_pattern = {model.attention_pattern!r}: family '{model.family}' "
@@ -222,7 +164,7 @@ class SolarLayers:
         if sorted(part) != sorted(self.sizes):
             raise UserError(f"config.json: linear_attn_config has {', '.join(sorted(part)) or 'nothing'}, "
                             f"and beside num_kv_heads it needs {', '.join(self.sizes)} alone")
-        heads, width, taps = (_whole(f"linear_attn_config.{name}", part[name]) for name in self.sizes)
+        heads, width, taps = (whole_number(f"linear_attn_config.{name}", part[name]) for name in self.sizes)
         if of_keys and of_keys != heads:
             raise UserError(f"config.json: linear_attn_config.num_kv_heads = {of_keys}, but only null or "
                             f"num_heads = {heads} is supported: keys and values have as many heads as "
@@ -235,13 +177,13 @@ class SolarLayers:
 
     @staticmethod
     def _layers(config: dict[str, Any]) -> dict[str, Any]:
-        count, interval = _num_layers(config), config.get("gqa_interval", 3)
-        if _whole("gqa_interval", interval) < 1:
+        count, interval = count_layers(config), config.get("gqa_interval", 3)
+        if whole_number("gqa_interval", interval) < 1:
             raise UserError(f"config.json: gqa_interval = {interval!r} must be an integer of 1 or more")
         softmax = config.get("gqa_layers", [*range(0, count, interval + 1)])
         listed = ["full_attention" if i in softmax else "linear_attention" for i in range(count)]
         types = config.get("layer_types", listed)
-        pattern = _pattern(types, count)
+        pattern = layer_pattern(types, count)
         # without the list the interval says nothing beside the types; transformers writes its default there
         if "gqa_layers" in config and (types != listed or len({*softmax}) != len(softmax)
                                        or listed.count("full_attention") != len(softmax)):

@@ -18,14 +18,13 @@ from megatron_sov.model.families.hf_config import (
     AttentionScale, ConfigItem, EmbeddingsByWidth, Fixed, PeriodicLayers, Renamed, Rope, SoftCap, TwoThetas,
     Unused, hidden_over_heads)
 from megatron_sov.model.families.hf_layers import (
-    HfPredictionLayer, LeadingDenseLayers, NormsBehind, OneWindow, PredictionBehind, RotatingWindows,
-    SlidingLayers, SlidingSwitch, SparseSteps, SwigluLimits)
-from megatron_sov.model.families.latent import DEEPSEEK_V3, KIMI_LINEAR
+    HfPredictionLayer, LeadingDenseLayers, NormsBehind, RotatingWindows, SlidingLayers, SlidingSwitch,
+    SparseSteps, SwigluLimits)
+from megatron_sov.model.families.latent import DEEPSEEK_V3
 from megatron_sov.model.families.linear_layers import GATE_BESIDE, KIMI_DELTA, SolarLayers
 from megatron_sov.model.families.weights import (
-    ATTENTION, COPIES_BEHIND, DEEPSEEK_EXPERTS, DENSE_FFN, EMBEDDINGS_AND_HEAD, PREDICTION_BEHIND,
-    PROJECTIONS, QK_NORM, QKV_BIAS, ROUTED_EXPERTS, SHARED_EXPERTS, SWIGLU, Experts, GateUp, Same,
-    inside_prediction, norms_behind, prediction_layer, router_bias, trunk)
+    ATTENTION, DEEPSEEK_EXPERTS, DENSE_FFN, EMBEDDINGS_AND_HEAD, PROJECTIONS, QK_NORM, QKV_BIAS,
+    ROUTED_EXPERTS, SHARED_EXPERTS, SWIGLU, Same, norms_behind, prediction_layer, router_bias, trunk)
 
 _DECODER: tuple[ConfigItem, ...] = (
     *DECODER_CONFIG, Renamed("intermediate_size", "dense_ffn_dim"), Rope(default_theta=10_000.0),
@@ -55,19 +54,6 @@ LLAMA = Family(
     ),
     structure={"rope_on_global": True, "num_experts": 0, "num_dense_layers": 0,
                "qkv_bias": False, "qk_norm": False, "attention_pattern": "G", "sliding_window_tokens": 0},
-)
-
-
-# Mistral 7B and others of type `mistral`: Llama's decoder with a window in every layer, or in none.
-
-MISTRAL = Family(
-    name="mistral",
-    hf_classes=("MistralForCausalLM",),
-    weights=(*EMBEDDINGS_AND_HEAD, trunk("every layer", ATTENTION, DENSE_FFN)),
-    config=(
-        *_DECODER, _HEAD_DIM, KV_HEADS, Renamed("rms_norm_eps", "norm_eps", 1e-6), OneWindow(default=4096)),
-    structure=_PLAIN_DENSE,
-    varies=("attention_pattern",),  # a model without windows is Llama's first
 )
 
 
@@ -210,82 +196,6 @@ QWEN3_MOE = Family(
 )
 
 
-# Mixtral (`mixtral`): Llama's decoder with experts in every layer, of which a softmax router chooses; the
-# scores of the chosen ones are divided by their sum.
-#
-# transformers computes the router's logits in the model's dtype, we in fp32; they are the same for fp32
-# models.
-
-_EXPERTS = (
-    Same("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", "H"),
-    Same("mlp.router.weight", "block_sparse_moe.gate.weight", "E H"),
-    Experts(GateUp("mlp.experts.experts.linear_fc1.weight", "block_sparse_moe.experts.{e}.w1.weight",
-                   "block_sparse_moe.experts.{e}.w3.weight", "I H")),
-    Experts(Same("mlp.experts.experts.linear_fc2.weight", "block_sparse_moe.experts.{e}.w2.weight", "H I")),
-)
-
-MIXTRAL = Family(
-    name="mixtral",
-    hf_classes=("MixtralForCausalLM",),
-    weights=(*EMBEDDINGS_AND_HEAD, trunk("every layer", ATTENTION, _EXPERTS)),
-    config=(
-        *DECODER_CONFIG, KV_HEADS, Renamed("intermediate_size", "expert_ffn_dim"),
-        Renamed("head_dim", "head_dim", hidden_over_heads),
-        Renamed("num_local_experts", "num_experts", 8),
-        Renamed("num_experts_per_tok", "num_experts_per_token", 2),
-        Renamed("tie_word_embeddings", "tied_embeddings", False), Renamed("rms_norm_eps", "norm_eps", 1e-5),
-        Rope(default_theta=1e6), OneWindow(), Fixed("router_jitter_noise", 0.0),
-        # of its own model class only; ours is chosen by model.seq_aux_loss_coeff
-        Unused(("router_aux_loss_coef",)),
-    ),
-    structure={"rope_on_global": True, "num_mtp_layers": 0, "num_dense_layers": 0, "qkv_bias": False,
-               "qk_norm": False, "num_shared_experts": 0, "router_score": "softmax", "router_bias": False,
-               "norm_topk_prob": True, "routed_scaling_factor": 1.0},
-    training={"seq_aux_loss_coeff": 2e-2},
-    in_memory=((".block_sparse_moe", ".mlp"),),
-)
-
-
-# GLM-4.5 and 4.6 (`glm4_moe`): half of each head rotates; biases on query, key and value; QK-norm in the
-# larger ones; leading dense layers, DeepSeek-V3's router and a shared expert.
-#
-# Its prediction layer, which has experts of its own, stands in a folder as one more layer of the trunk, with
-# copies of embedding and head.  transformers' model drops it on loading; its `MtpModel` and vLLM read it.
-
-GLM4_MOE = Family(
-    name="glm4_moe",
-    hf_classes=("Glm4MoeForCausalLM",),
-    weights=(
-        *EMBEDDINGS_AND_HEAD,
-        trunk("every layer", ATTENTION),
-        trunk("every layer", QKV_BIAS, when="qkv_bias"),
-        trunk("every layer", QK_NORM, when="qk_norm"),
-        trunk("dense layers", DENSE_FFN),
-        trunk("moe layers", DEEPSEEK_EXPERTS),
-        PREDICTION_BEHIND, inside_prediction(ATTENTION, DEEPSEEK_EXPERTS),
-        inside_prediction(QKV_BIAS, when="qkv_bias"), inside_prediction(QK_NORM, when="qk_norm"),
-    ),
-    config=(
-        *DECODER_CONFIG, KV_HEADS, *DEEPSEEK_ROUTER_CONFIG, Fixed("tie_word_embeddings", False),
-        Renamed("num_experts_per_tok", "num_experts_per_token", 8),
-        Renamed("moe_intermediate_size", "expert_ffn_dim", 1408),
-        Renamed("attention_bias", "qkv_bias", False), Renamed("use_qk_norm", "qk_norm", False),
-        Renamed("rms_norm_eps", "norm_eps", 1e-5),
-        Renamed("head_dim", "head_dim", hidden_over_heads), Renamed("intermediate_size", "dense_ffn_dim"),
-        Renamed("n_routed_experts", "num_experts", 128), Renamed("n_shared_experts", "num_shared_experts", 1),
-        Renamed("routed_scaling_factor", "routed_scaling_factor", 1.0),
-        Rope(default_theta=10_000.0, default_share=0.5), LeadingDenseLayers(default=1),
-        PredictionBehind(),
-    ),
-    structure={**DEEPSEEK_ROUTER, "attention_pattern": "G", "sliding_window_tokens": 0,
-               "rope_on_global": True, "tied_embeddings": False},
-    varies=("rope_share", "mtp_experts", *EXPERT_GROUPS),
-    training={"router_bias_update_rate": 1e-3, "mtp_loss_coeff": 0.1},
-    needs_shared_expert=True,
-    copies=COPIES_BEHIND,
-)
-
-
 # K-EXAONE (`exaone_moe`): sliding layers with RoPE, global layers without (NoPE), QK-norm, leading dense
 # layers, one MTP layer. Its 2.0 has windows of two sizes, a bound on the gates of late layers, and applies
 # its MTP layer four times.
@@ -393,8 +303,8 @@ SOLAR_OPEN2 = Family(
 
 
 FAMILIES = {family.name: family for family in (
-    SOLAR_OPEN, EXAONE_MOE, QWEN2, QWEN3, QWEN3_MOE, LLAMA, MISTRAL, MIXTRAL,
-    EXAONE4, HYPERCLOVAX, GLM4_MOE, GEMMA3, DEEPSEEK_V3, KIMI_LINEAR, SOLAR_OPEN2)}
+    SOLAR_OPEN, EXAONE_MOE, QWEN2, QWEN3, QWEN3_MOE, LLAMA, EXAONE4, HYPERCLOVAX, GEMMA3, DEEPSEEK_V3,
+    SOLAR_OPEN2)}
 
 
 def get(name: str, recorded: Sequence[PluginCode] = ()) -> Family:

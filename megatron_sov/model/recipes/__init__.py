@@ -68,11 +68,8 @@ RECIPES: dict[str, Recipe] = {
     "qwen3-30b-a3b-2507": Recipe(open_models.qwen3_30b_a3b_2507,
                                  open_models.moe_sources("Qwen/Qwen3-30B-A3B-Instruct-2507")),
     "llama-3.1-8b": Recipe(open_models.llama_3_1_8b, open_models.dense_sources("meta-llama/Llama-3.1-8B")),
-    "mixtral-8x7b": Recipe(open_models.mixtral_8x7b, open_models.MIXTRAL_SOURCES),
-    "glm-4.5-air": Recipe(open_models.glm_4_5_air, open_models.GLM_SOURCES),
     "deepseek-v3": Recipe(open_models.deepseek_v3, open_models.DEEPSEEK_SOURCES),
     "kimi-k2": Recipe(open_models.kimi_k2, open_models.KIMI_SOURCES),
-    "kimi-linear-48b": Recipe(open_models.kimi_linear_48b, open_models.KIMI_LINEAR_SOURCES),
     "gemma-3-1b": Recipe(open_models.gemma_3_1b, open_models.dense_sources(
         "google/gemma-3-1b-it, compared with NeMo's Gemma3Config1B")),
     "gemma3-27b": Recipe(open_models.gemma3_27b, open_models.dense_sources(
@@ -119,11 +116,8 @@ TINY = {
     "tiny-qwen3-moe": "qwen3-moe-30b",
     "tiny-qwen3-30b-a3b-2507": "qwen3-30b-a3b-2507",
     "tiny-llama": "llama-3.1-8b",
-    "tiny-mixtral": "mixtral-8x7b",
-    "tiny-glm4-moe": "glm-4.5-air",
     "tiny-deepseek-v3": "deepseek-v3",
     "tiny-kimi-k2": "kimi-k2",
-    "tiny-kimi-linear": "kimi-linear-48b",
     "tiny-gemma3": "gemma-3-1b",
     "tiny-gemma3-27b": "gemma3-27b",
     "tiny-exaone4": "exaone-4.0-32b",

@@ -6,9 +6,8 @@ from dataclasses import replace
 
 from megatron_sov.chat.media_tokens import AUDIO_PAD, IMAGE_PAD, MARKS, VIDEO_PAD
 from megatron_sov.model.config import (
-    DataConfig, ExtendConfig, ExtendStageConfig, GateConfig, LatentAttentionConfig, LinearAttentionConfig,
-    ModelConfig, NeedleConfig, ObjectiveConfig, OptimConfig, ParallelConfig, PartConfig, PhaseConfig,
-    RunConfig, TrainConfig, YarnConfig)
+    DataConfig, ExtendConfig, ExtendStageConfig, GateConfig, LatentAttentionConfig, ModelConfig, NeedleConfig,
+    ObjectiveConfig, OptimConfig, ParallelConfig, PartConfig, PhaseConfig, RunConfig, TrainConfig, YarnConfig)
 from megatron_sov.model.config.encoders import AudioEncoderConfig, MediaConfig, VisionEncoderConfig
 from megatron_sov.model.config.model import IdBlock, Llama3RopeConfig
 from megatron_sov.model.recipes.extension import SET_IN_A_STAGE
@@ -238,11 +237,11 @@ def dense_sources(released: str) -> Sources:
     return derive(moe_sources(released), dict.fromkeys((f"model.{name}" for name in without), DEFAULT))
 
 
-# DeepSeek-V3, Kimi K2 and Kimi Linear.
+# DeepSeek-V3 and Kimi K2.
 
 LATENT = LatentAttentionConfig(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
                                q_lora_rank=1536)
-"""Of all of them."""
+"""Of both."""
 DEEPSEEK_RELEASED = "deepseek-ai/DeepSeek-V3, compared with Megatron-Bridge's test_deepseek_bridges.py"
 REPORT = "arXiv 2412.19437, section 4.2"
 DEEPSEEK_SOURCES = derive(moe_sources(DEEPSEEK_RELEASED), {
@@ -278,24 +277,6 @@ def kimi_k2() -> RunConfig:
         ParallelConfig(tp=4, sp=True, pp=8, ep=32, pipeline_layout=(7, 8, 8, 8, 8, 8, 8, 6)))
 
 
-KIMI_LINEAR_SOURCES = derive(
-    moe_sources("moonshotai/Kimi-Linear-48B-A3B-Instruct, two public copies of it"),
-    {"model.seq_aux_loss_coeff": DEFAULT})
-
-
-def kimi_linear_48b() -> RunConfig:
-    """Return Kimi Linear 48B-A3B: Kimi Delta Attention in 20 layers of 27, latent attention without positions
-    in the others, 8 of 256 experts by a sigmoid router, one shared, one dense layer, 1M."""
-    return continued("kimi-linear-48b", ModelConfig(
-        family="kimi_linear", vocab_size=163840, hidden_size=2304, num_layers=27, num_heads=32,
-        num_kv_heads=32, head_dim=192, latent_attention=replace(LATENT, q_lora_rank=None),
-        linear_attention=LinearAttentionConfig(32, 32, 128, 128, 128),
-        attention_pattern="DDDG" * 6 + "DDG", rope_on_global=False, rope_theta=10_000.0, num_dense_layers=1,
-        dense_ffn_dim=9216, num_experts=256, num_experts_per_token=8, num_shared_experts=1,
-        expert_ffn_dim=1024, routed_scaling_factor=2.446, norm_eps=1e-5, max_position_tokens=1048576),
-        ParallelConfig(pp=3, ep=8, zero1=True))
-
-
 # Gemma.
 
 def gemma_3_1b() -> RunConfig:
@@ -321,26 +302,6 @@ def gemma3_27b() -> RunConfig:
         norm_eps=1e-6, max_position_tokens=131072), ParallelConfig(tp=4, sp=True, zero1=True))
 
 
-# GLM-4.5-Air.
-
-GLM_RELEASED = "zai-org/GLM-4.5-Air, compared with Megatron-Bridge's glm_45v_provider.py"
-GLM_SOURCES = derive(moe_sources(GLM_RELEASED), {
-    "model.mtp_experts": config_json(GLM_RELEASED),
-    "model.mtp_loss_coeff": ours("what the second half of its pre-training is remembered to have had"),
-})
-
-
-def glm_4_5_air() -> RunConfig:
-    """Return GLM-4.5-Air: 8 of 128 experts by a sigmoid router, one shared, half of each head rotates, one
-    MTP layer with experts, 128K."""
-    return continued("glm-4.5-air", ModelConfig(
-        family="glm4_moe", vocab_size=151552, hidden_size=4096, num_layers=46, num_heads=96, num_kv_heads=8,
-        head_dim=128, num_dense_layers=1, dense_ffn_dim=10944, num_experts=128, num_experts_per_token=8,
-        num_shared_experts=1, expert_ffn_dim=1408, routed_scaling_factor=1.0, rope_theta=1e6, rope_share=0.5,
-        qkv_bias=True, norm_eps=1e-5, num_mtp_layers=1, mtp_experts=True, mtp_loss_coeff=0.1,
-        max_position_tokens=131072), ParallelConfig(tp=2, sp=True, ep=8))
-
-
 # Llama's shape.
 
 def llama_3_1_8b() -> RunConfig:
@@ -349,18 +310,6 @@ def llama_3_1_8b() -> RunConfig:
         family="llama", vocab_size=128256, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8,
         head_dim=128, dense_ffn_dim=14336, num_experts=0, rope_theta=5e5, llama3_rope=Llama3RopeConfig(),
         norm_eps=1e-5, max_position_tokens=131072), ParallelConfig())
-
-
-def mixtral_8x7b() -> RunConfig:
-    """Return Mixtral-8x7B: 2 of 8 experts in every layer by a softmax router, 32K."""
-    return continued("mixtral-8x7b", ModelConfig(
-        family="mixtral", vocab_size=32000, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8,
-        head_dim=128, num_experts=8, num_experts_per_token=2, num_shared_experts=0, expert_ffn_dim=14336,
-        router_score="softmax", router_bias=False, seq_aux_loss_coeff=2e-2, rope_theta=1e6, norm_eps=1e-5,
-        max_position_tokens=32768), ParallelConfig(ep=8))
-
-
-MIXTRAL_SOURCES = derive(moe_sources("mistralai/Mixtral-8x7B-v0.1"), {"model.dense_ffn_dim": DEFAULT})
 
 
 # Dense Korean models.

@@ -287,27 +287,6 @@ def test_older_kernels_do_not_serve(
             del sys.modules[name]
 
 
-@pytest.mark.parametrize(("hopper", "triton", "tilelang", "wrong"), [
-    (True, (3, 3, 1), False, False), (True, (3, 4, 0), False, True), (True, (3, 7, 0), False, True),
-    (True, (3, 7, 0), True, False), (True, (3, 7, 1), False, False), (False, (3, 6, 0), False, False)])
-def test_kernels_that_triton_computes_wrongly_on_hopper_do_not_serve(
-        hopper: bool, triton: tuple[int, ...], tilelang: bool, wrong: bool,
-        monkeypatch: pytest.MonkeyPatch) -> None:
-    """On an H200 they raise in the first backward pass: gated delta nets, not Kimi's."""
-    names = ("fla", "fla.utils", "fla.ops", "fla.ops.common", "fla.ops.common.backends",
-             "fla.ops.common.backends.tilelang", "triton")
-    made = {name: ModuleType(name) for name in names}
-    for name, module in made.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    made["fla.utils"].__dict__.update(IS_NVIDIA_HOPPER=hopper, TRITON_ABOVE_3_4_0=triton >= (3, 4, 0),
-                                      TRITON_ABOVE_3_7_1=triton >= (3, 7, 1))
-    made["fla.ops.common.backends.tilelang"].__dict__["CommonTileLangBackend"] = SimpleNamespace(
-        can_use=lambda: tilelang)
-    made["triton"].__dict__["__version__"] = ".".join(map(str, triton))
-    found = device._wrong_triton()
-    assert found.startswith("Triton 3.") == bool(found) == wrong
-
-
 def test_a_run_tells_what_auto_came_to() -> None:
     fused: dict[str, Any] = {fusion.setting: fusion.setting != "router_fusion" for fusion in FUSIONS}
     fused["linear_attention"] = False

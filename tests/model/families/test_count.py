@@ -35,10 +35,8 @@ pytestmark = pytest.mark.usefixtures("solar_open2")
     ("hyperclovax-14b", 14.75, 14.75, 0.0),
     ("gemma-3-1b", 1.0, 1.0, 0.0),
     ("gemma3-27b", 27.01, 27.01, 0.0),
-    ("glm-4.5-air", 106.85, 13.42, 2.38),
     ("deepseek-v3", 671.03, 37.55, 11.61),
     ("kimi-k2", 1026.41, 32.86, 0.0),
-    ("kimi-linear-48b", 49.12, 3.48, 0.0),
     ("solar-open2-250b", 250.29, 14.74, 0.0),
 ])
 def test_published_figures(recipe: str, total_b: float, active_b: float, mtp_b: float) -> None:
@@ -119,7 +117,7 @@ def test_what_may_be_adapted_is_every_linear_layer_and_table_of_transformers_mod
 
 @pytest.mark.parametrize(("recipe", "targets"), [
     ("tiny-qwen3", ["experts"]), ("tiny-qwen3-moe", ["up_proj"]), ("tiny-qwen3", ["f_a_proj"]),
-    ("tiny-kimi-linear", ["q_a_proj"]), ("tiny-deepseek-v3", ["k_proj"])])
+    ("tiny-solar-open2", ["q_a_proj"]), ("tiny-deepseek-v3", ["k_proj"])])
 def test_targets_that_a_model_lacks_are_told(recipe: str, targets: list[str]) -> None:
     with pytest.raises(SettingsError) as e:
         adapted(LoraConfig(4, targets=("o_proj", *targets)), get(recipe).model)
@@ -127,7 +125,7 @@ def test_targets_that_a_model_lacks_are_told(recipe: str, targets: list[str]) ->
         ("lora.targets", f"names {target}, which this model lacks") for target in targets]
 
 
-@pytest.mark.parametrize("recipe", ["tiny-glm4-moe", "tiny-deepseek-v3", "tiny-k-exaone"])
+@pytest.mark.parametrize("recipe", ["tiny-deepseek-v3", "tiny-k-exaone"])
 def test_a_prediction_layer_is_not_adapted_nor_are_its_experts(recipe: str) -> None:
     """Training adapts the trunk: what else stood in the list would be missed in every checkpoint."""
     model = get(recipe).model

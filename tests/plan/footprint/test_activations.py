@@ -89,7 +89,7 @@ def test_layers_differ_in_window_experts_and_positions() -> None:
 
 
 ALONE = ("dense, recomputed", "experts and a shared one", "windows, NoPE, prediction layer",
-         "linear and gated, prediction layer")
+         "linear and gated")
 TOGETHER = ("dense, pp 2 with vpp 2", "experts, tp 2 with sp, etp 2")
 
 
