@@ -66,6 +66,8 @@ VALUES = {
                      "clamped_swiglu", "gemma2", "gemma2-9b", "tiny-gemma2", "qwen3_next",
                      "qwen3-next-80b", "tiny-qwen3-next", "qwen3_5_moe_text", "qwen3_5_moe",
                      "qwen3.5-35b-a3b", "tiny-qwen3.5-moe", "axk1", "ax-k1", "tiny-ax-k1"), _TRL),
+    **dict.fromkeys(("in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a",
+                     "out_proj"), "no model that this version reads has such a matrix"),
     "mistral": "add --plugin examples/families/mistral.py:MISTRAL of a checkout",
     **dict.fromkeys(("mixtral", "mixtral-8x7b", "tiny-mixtral"), _EXAMPLE.format(
         "mixtral", "MIXTRAL", "mixtral_8x7b")),

@@ -59,7 +59,7 @@ DERIVED = ("num_query_groups", "kv_channels", "ffn_hidden_size", "moe_ffn_hidden
            "mtp_loss_scaling_factor", "vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by",
            "should_pad_vocab", "seq_length", "max_position_embeddings", "yarn_rotary_scaling_factor",
            "yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow", "yarn_mscale",
-           "yarn_mscale_all_dim", "yarn_correction_range_round_to_int", "mtp_enabled",
+           "yarn_mscale_all_dim", "mtp_enabled",
            "group_query_attention", "moe_router_num_groups", "moe_router_group_topk")
 """What is read besides, together with others."""
 KNOWN = frozenset({*RENAMED, *OF_EXPERTS, *FIXED, *DERIVED})
