@@ -60,9 +60,7 @@ class BlockOutput(torch.nn.Module):
         fused form."""
         def added(output_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor,
                   share_dropped: float) -> torch.Tensor:
-            output, bias = output_with_bias
-            if bias is not None:
-                output = output + bias
+            output, _ = output_with_bias  # no matrix before it has a bias
             if self.norm is not None:
                 output = self.norm(output)
             output = dropout(output, share_dropped, training)

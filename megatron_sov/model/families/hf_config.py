@@ -305,33 +305,21 @@ class EmbeddingsByWidth:
 
 
 @dataclass(frozen=True)
-class SoftCap:
-    """A soft cap; null is none."""
+class LogitsSoftCap:
+    """A soft cap on logits; null, and absence, is none."""
 
-    hf: str
-    model: str
-    default: float | None
-    """What transformers assumes where the field is absent."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.hf,)
-
-    @property
-    def null_tells(self) -> tuple[str, ...]:
-        """Return the one field, whose null is not its absence."""
-        return (self.hf,)
+    names: tuple[str, ...] = ("final_logit_softcapping",)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        return {self.hf: getattr(model, self.model)}
+        return {self.names[0]: model.logits_softcap}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the cap; `UserError` where it is 0, which transformers would divide by."""
-        found = config.get(self.hf, self.default)
+        found = config.get(self.names[0])
         if found is not None and not float(found) > 0:
-            raise UserError(f"config.json: {self.hf} = {found!r} must be a number greater than 0, or null "
-                            "for no cap")
-        return {self.model: None if found is None else float(found)}
+            raise UserError(f"config.json: {self.names[0]} = {found!r} must be a number greater than 0, or "
+                            "null for no cap")
+        return {"logits_softcap": None if found is None else float(found)}
 
 
 @dataclass(frozen=True)
@@ -403,11 +391,9 @@ def _linear_factor(rope: dict[str, Any], where: str) -> float | None:
 
 
 @dataclass(frozen=True)
-class PeriodicLayers:
-    """Which layers slide: the explicit list, or every how many-th layer is global."""
+class GemmaLayers:
+    """Which layers slide: the explicit list, or all but every sixth."""
 
-    period: int
-    """What transformers assumes where nothing is said."""
     names: tuple[str, ...] = ("layer_types", "sliding_window", "sliding_window_pattern")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
@@ -415,4 +401,4 @@ class PeriodicLayers:
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the shortest pattern that gives the list, and the window."""
-        return SlidingLayers(default_window=4096).read({"sliding_window_pattern": self.period, **config})
+        return SlidingLayers(default_window=4096).read({"sliding_window_pattern": 6, **config})

@@ -15,8 +15,8 @@ from megatron_sov.model.families.family import (
     COMMON_CONFIG, DECODER_CONFIG, DEEPSEEK_ROUTER, DEEPSEEK_ROUTER_CONFIG, EXPERT_GROUPS, EXPERTS_CONFIG,
     KV_HEADS, Family)
 from megatron_sov.model.families.hf_config import (
-    AttentionScale, ConfigItem, EmbeddingsByWidth, Fixed, PeriodicLayers, Renamed, Rope, SoftCap, TwoThetas,
-    Unused, hidden_over_heads)
+    AttentionScale, ConfigItem, EmbeddingsByWidth, Fixed, GemmaLayers, LogitsSoftCap, Renamed, Rope,
+    TwoThetas, Unused, hidden_over_heads)
 from megatron_sov.model.families.hf_layers import (
     HfPredictionLayer, LeadingDenseLayers, NormsBehind, RotatingWindows, SlidingLayers, SlidingSwitch,
     SparseSteps, SwigluLimits)
@@ -98,9 +98,9 @@ GEMMA3 = Family(
         Renamed("head_dim", "head_dim", 256),
         Renamed("tie_word_embeddings", "tied_embeddings", True), Renamed("rms_norm_eps", "norm_eps", 1e-6),
         Fixed("hidden_activation", "gelu_pytorch_tanh"), Fixed("attention_bias", False),
-        Fixed("attn_logit_softcapping", None), SoftCap("final_logit_softcapping", "logits_softcap", None),
+        Fixed("attn_logit_softcapping", None), LogitsSoftCap(),
         Fixed("use_bidirectional_attention", False), AttentionScale("query_pre_attn_scalar", scalar=256),
-        EmbeddingsByWidth(), TwoThetas(), PeriodicLayers(6),
+        EmbeddingsByWidth(), TwoThetas(), GemmaLayers(),
         Unused(("cache_implementation", "_sliding_window_pattern")),  # transformers writes the latter
     ),
     structure={"block_norms": "both", "zero_centered_norms": True, "activation": "gelu_tanh", "qk_norm": True,
