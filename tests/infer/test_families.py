@@ -10,8 +10,7 @@ PROMPTS = [[5, 9, 2, 70], list(range(20, 60)), [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5,
 NEW = 6
 SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.init_std=0.3",
             "model.dense_ffn_dim=24", "train.precision=fp64"]
-RECIPES = {"tiny-deepseek-v3": ["lora.rank=3",  # a cache of narrow vectors takes what adapts kv_b_proj
-                                "model.num_experts=4", "model.expert_ffn_dim=16", "model.head_dim=20",
+RECIPES = {"tiny-deepseek-v3": ["model.num_experts=4", "model.expert_ffn_dim=16", "model.head_dim=20",
                                 "model.num_expert_groups=2", "model.num_groups_per_token=1",
                                 'model.latent_attention={"kv_lora_rank": 12, "q_lora_rank": 20, '
                                 '"qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10}',
@@ -24,6 +23,11 @@ RECIPES = {"tiny-deepseek-v3": ["lora.rank=3",  # a cache of narrow vectors take
                            "model.embedding_multiplier=5.656854249492381"],
            "tiny-exaone4": ["model.sliding_window_tokens=8"], "tiny-exaone4-1.2b": [],
            "tiny-hyperclovax": ["model.residual_multiplier=0.4", "model.logits_multiplier=0.3"]}
+RECIPES["tiny-kimi-k2"] = [
+    "lora.rank=3",  # a cache of narrow vectors takes the adapter of what is made of them
+    "model.num_experts=4", "model.expert_ffn_dim=16", "model.head_dim=20",
+    'model.latent_attention={"kv_lora_rank": 12, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, '
+    '"v_head_dim": 10}']
 RECIPES["tiny-solar-open2"] = ["model.num_experts=4", "model.expert_ffn_dim=16", "model.dense_ffn_dim=24",
                                'model.linear_attention={"num_key_heads": 4, "num_value_heads": 4, '
                                '"key_head_dim": 6, "value_head_dim": 6, "gate_rank": 6, '
