@@ -62,7 +62,7 @@ def _modules(*names: str) -> tuple[str, str]:
 TP2 = ("parallel.tp=2", "parallel.sp=true")
 FULL = "train.recompute=true"
 SOLAR, EXAONE, QWEN, QWEN2 = "tiny-solar-open", "tiny-k-exaone", "tiny-qwen3", "tiny-qwen2"
-NEXT = "tiny-qwen3-next"
+SOLAR2 = "tiny-solar-open2"
 CASES = (
     Case("dense", QWEN), Case("dense, recomputed", QWEN, (FULL,)),
     Case("dense, biases and tied embeddings", QWEN2), Case("dense, feed-forward recomputed", QWEN,
@@ -92,15 +92,15 @@ CASES = (
     Case("the same, cp 2", EXAONE, ("parallel.cp=2",), 2),
     Case("the same, pp 2", EXAONE, ("parallel.pp=2", "train.global_batch_size=4"), 2),
     Case("the same, small chunks of the head", EXAONE, ("train.head_chunk_tokens=64",)),
-    Case("linear attention alone", NEXT, ("model.attention_pattern=D", "model.num_mtp_layers=0")),
-    Case("gated attention, shared expert", NEXT, (
+    Case("linear attention alone", SOLAR2, ("model.attention_pattern=DDDDDDG",)),
+    Case("gated attention, shared expert", SOLAR2, (
         "model.attention_pattern=G", "model.linear_attention=null")),
-    Case("linear and gated, prediction layer", NEXT), Case("linear, recomputed", NEXT, (FULL,)),
-    Case("linear, other sizes", NEXT, (
-        'model.linear_attention={"num_key_heads": 2, "num_value_heads": 8, "key_head_dim": 32, '
-        '"value_head_dim": 16}',)),
-    Case("linear, 4,096 tokens", NEXT, seq_len=4096), Case("linear, tp 2 with sp", NEXT, TP2, 2),
-    Case("linear, cp 2", NEXT, ("parallel.cp=2",), 2),
+    Case("linear and gated", SOLAR2), Case("linear, recomputed", SOLAR2, (FULL,)),
+    Case("linear, other sizes", SOLAR2, (
+        'model.linear_attention={"num_key_heads": 2, "num_value_heads": 2, "key_head_dim": 32, '
+        '"value_head_dim": 16, "gate_rank": 8}',)),
+    Case("linear, 4,096 tokens", SOLAR2, seq_len=4096), Case("linear, tp 2 with sp", SOLAR2, TP2, 2),
+    Case("linear, cp 2", SOLAR2, ("parallel.cp=2",), 2),
 )
 
 

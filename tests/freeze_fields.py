@@ -28,7 +28,9 @@ SHARED_MODELS = ("modeling_utils.py", "modeling_layers.py", "modeling_flash_atte
                  "integrations/flex_attention.py", "integrations/moe.py", "integrations/sdpa_attention.py",
                  "integrations/sdpa_paged.py", "loss/loss_utils.py")
 """Source that models of several families run."""
-FOLDERS = {"gemma3_text": "gemma3", "qwen3_5_moe_text": "qwen3_5_moe"}
+OF_EXAMPLES = ("glm4_moe", "kimi_linear", "mistral", "mixtral")
+"""Families of examples/families/."""
+FOLDERS = {"gemma3_text": "gemma3"}
 """Family -> the folder of its source where that has another name."""
 
 
@@ -93,7 +95,7 @@ def find_fields() -> dict[str, list[str]]:
     shared = set[str]().union(*(read_fields(ROOT / name, True) for name in SHARED_CONFIGS),
                               *(read_fields(ROOT / name, False) for name in SHARED_MODELS))
     found = {"shared": sorted(shared)}
-    for name in sorted(supported.FAMILIES):
+    for name in sorted([*supported.FAMILIES, *OF_EXAMPLES]):
         folder = ROOT / "models" / FOLDERS.get(name, name)
         if folder.is_dir():
             own = set[str]().union(

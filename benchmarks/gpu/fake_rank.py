@@ -86,7 +86,7 @@ def _give_kernels_shapes() -> None:
     from transformer_engine.pytorch.module import layernorm_linear, norm
 
     def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, scale: float,
-                 size: tuple[int, int], sinks: torch.Tensor | None) -> torch.Tensor:
+                 size: tuple[int, int]) -> torch.Tensor:
         groups = q.shape[1] // k.shape[1]
         weights = (q * k.repeat_interleave(groups, 1)).sum(-1, keepdim=True) + cu_seqlens.sum()
         return weights.to(q.dtype) * v.repeat_interleave(groups, 1)

@@ -70,16 +70,16 @@ def by_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int
     return attention.attend_documents(q, keys, values, piece, q.shape[-1] ** -0.5, window)
 
 
-def linear(setting: Setting, bounds: list[int], of_channels: bool) -> list[float]:
+def linear(setting: Setting, bounds: list[int]) -> list[float]:
     """Return the relative errors of flash-linear-attention's output and gradients."""
     from megatron_sov.engine.model.delta_rule import by_kernels, chunk_documents, in_chunks, normalised
 
     torch.manual_seed(0)
-    tokens, heads, r, width = bounds[-1], 4, 1 if of_channels else 2, 128
+    tokens, heads, width = bounds[-1], 4, 128
     q, k = (normalised(torch.randn(tokens, heads, width)) for _ in range(2))
-    decays, rates = torch.rand(tokens, heads, r, width if of_channels else 1), torch.rand(tokens, heads, r)
+    decays, rates = torch.rand(tokens, heads, 1, width), torch.rand(tokens, heads, 1)
     given = [t.to(setting.device) for t in (
-        q * width ** -0.5, k, torch.randn(tokens, heads, r, width), -0.3 * decays, rates)]
+        q * width ** -0.5, k, torch.randn(tokens, heads, 1, width), -0.3 * decays, rates)]
     chunks = chunk_documents([(a, a, b) for a, b in itertools.pairwise(bounds)], torch.device(setting.device))
     found, exact = ([t.clone().requires_grad_() for t in given] for _ in range(2))
     ours = by_kernels(*found, chunks=chunks, dtype=torch.bfloat16)
@@ -152,15 +152,15 @@ BROKEN = "broken: "
 
 
 def linear_cases(setting: Setting, num_tokens: int) -> Figures:
-    """Yield the errors of each kind of linear attention, or why its kernels do not serve."""
+    """Yield the errors of linear attention, or why its kernel does not serve."""
     from megatron_sov.engine.parallel.device import lacking_fla
 
-    for kind, of_channels in itertools.product(DOCUMENTS, (False, True)):
-        case = f"linear attention of {'Kimi' if of_channels else 'Qwen'}, documents: {kind}"
-        if reason := lacking_fla(of_channels):
+    for kind in DOCUMENTS:
+        case = f"linear attention, documents: {kind}"
+        if reason := lacking_fla():
             yield case, f"flash-linear-attention does not serve: {reason}"
             continue
         try:
-            yield case, linear(setting, bounds_of(DOCUMENTS[kind], num_tokens), of_channels)
+            yield case, linear(setting, bounds_of(DOCUMENTS[kind], num_tokens))
         except Exception as e:  # which cases work is itself what is to be found out
             yield case, f"{BROKEN}{type(e).__name__}: {str(e)[:200]}"

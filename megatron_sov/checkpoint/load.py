@@ -52,7 +52,7 @@ SINUSOIDS, STEPS, DECAYS = "sines and cosines", "even time steps", "logarithms o
 EVEN_DECAYS = "logarithms of even numbers up to 16"
 RULES = (
     ("*[!_]norm.weight", NORM), ("*.layer_norm_weight", NORM), ("*.router.expert_bias", ZEROS),
-    ("*.linear_*.bias", ZEROS), ("*.router.bias", NORMAL), ("*.softmax_offset", NORMAL),
+    ("*.linear_*.bias", ZEROS),
     ("*.linear_proj.weight", RESIDUAL), ("*.linear_fc2.weight", RESIDUAL),
     ("*.linear_qkv.weight", NORMAL), ("*.linear_fc1.weight", NORMAL), ("*.router.weight", NORMAL),
     ("*.linear_q_proj.weight", NORMAL), ("*.linear_q_down_proj.weight", NORMAL),
@@ -62,7 +62,7 @@ RULES = (
     ("*.output_up_proj.weight", NORMAL),
     ("*.in_proj.weight", NORMAL), ("*.out_proj.weight", RESIDUAL), ("*.conv1d.weight", FAN_IN),
     ("*.out_norm.weight", ONES), ("*.self_attention.dt_bias", STEPS),
-    ("*.self_attention.A_log", EVEN_DECAYS), ("*.shared_experts.gate_weight", NORMAL),
+    ("*.self_attention.A_log", EVEN_DECAYS),
     ("*.eh_proj.weight", NORMAL), ("*.word_embeddings.weight", NORMAL), ("output_layer.weight", NORMAL),
     ("*_proj*.lora_A", ADAPTER_INPUT), ("*.lm_head.lora_A", ADAPTER_INPUT),
     ("*.embed_tokens.lora_A", STANDARD),

@@ -1,14 +1,10 @@
-"""Read weights that a Hugging Face folder stores in FP8, or gpt-oss in MXFP4, as bfloat16.
-
-A weight is a matrix [outputs, inputs], or gpt-oss's [experts, inputs, outputs].
-"""
+"""Read weights, matrices [outputs, inputs], that a Hugging Face folder stores in FP8 as bfloat16."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -76,19 +72,6 @@ class LowBitWeight:
             raise UserError(f"{file}: {self.name}{e}; take weights from before the model broke") from None
 
 
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""Number of each 4 bits."""
-BLOCKS_AT_A_TIME = 1 << 13
-"""Blocks that are unpacked at a time: what fits a core's cache."""
-
-
-@cache
-def _pairs() -> torch.Tensor:
-    """Return for each byte its two numbers in bfloat16, side by side as one integer: [256] int32."""
-    numbers, byte = torch.tensor(E2M1, dtype=torch.bfloat16), torch.arange(256)
-    return torch.stack([numbers[byte & 15], numbers[byte >> 4]], dim=1).view(torch.int32).flatten()
-
-
 # FP8 with a scale for each block of 128 x 128, as DeepSeek-V3 is released: the number that each block is
 # multiplied with (its `inference/fp8_cast_bf16.py`). The product is rounded to bfloat16, as it is there.
 
@@ -121,53 +104,6 @@ FP8_TENSOR = LowBitFormat(
     lambda shapes: shapes[""], lambda stored: (stored[""].float() * stored[SCALE]).bfloat16())
 
 
-# MXFP4: blocks of 32 numbers of 4 bits that share a scale (OCP Microscaling Formats v1.0, sections 5.2 and
-# 5.3), two numbers (E2M1) in a byte, the lower half first; scales are powers of two with an offset of 127
-# (E8M0). gpt-oss stores a weight NAME [experts, inputs, outputs] as NAME_blocks [experts, outputs,
-# inputs / 32, 16] and NAME_scales [experts, outputs, inputs / 32]. Numbers come out in bfloat16, which has
-# all of them but those below its range; transformers makes the same.
-
-BLOCKS, SCALES = "_blocks", "_scales"
-PER_BLOCK = 32
-"""Numbers that share a scale."""
-OFFSET, NOT_A_NUMBER = 127, 255
-
-
-@cache
-def _factors() -> torch.Tensor:
-    """Return the factor of each scale, [255] bfloat16, which has all of them."""
-    return torch.ldexp(torch.ones(NOT_A_NUMBER), torch.arange(NOT_A_NUMBER) - OFFSET).bfloat16()
-
-
-def unpacked(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Return the numbers of blocks: [..., groups, bytes] and [..., groups] uint8 -> [..., groups x bytes x 2]
-    bfloat16."""
-    rows, exponents = blocks.flatten(0, -2), scales.flatten()
-    out = torch.empty(len(rows), 2 * rows.shape[1], dtype=torch.bfloat16)
-    for start in range(0, len(rows), BLOCKS_AT_A_TIME):
-        part = slice(start, start + BLOCKS_AT_A_TIME)
-        numbers = _pairs().index_select(0, rows[part].flatten().int()).view(torch.bfloat16)
-        torch.mul(numbers.view(out[part].shape), _factors()[exponents[part].int(), None], out=out[part])
-    return out.reshape(*blocks.shape[:-2], -1)
-
-
-def _unpack_experts(stored: Stored) -> torch.Tensor:
-    if bool((stored[SCALES] == NOT_A_NUMBER).any()):
-        raise ValueError(f"{SCALES} holds {NOT_A_NUMBER}, which is no number in E8M0")
-    return unpacked(stored[BLOCKS], stored[SCALES]).transpose(1, 2)
-
-
-def _expert_sizes(shape: tuple[int, ...]) -> Sizes:
-    scales = (shape[0], shape[2], shape[1] // PER_BLOCK)
-    return {BLOCKS: ((*scales, PER_BLOCK // 2), torch.uint8), SCALES: (scales, torch.uint8)}
-
-
-MXFP4_EXPERTS = LowBitFormat(
-    "mxfp4", _expert_sizes,
-    lambda shapes: (shapes[BLOCKS][0], shapes[BLOCKS][2] * PER_BLOCK, shapes[BLOCKS][1]),
-    _unpack_experts)
-
-
 # Reading: the weights of a folder that stand in few bits, found and checked from headers alone.
 
 
@@ -175,50 +111,23 @@ def low_bit_weights(config: Mapping[str, Any], shards: Mapping[str, TensorFile])
     """Return the weights of a folder that stand in few bits, by name.
 
     Args:
-        config: the parsed config.json; without its `quantization_config` where the family reads that.
+        config: the parsed config.json.
         shards: tensor -> its file.
 
     Raises:
         UserError: the folder is quantised in another way, or a part of a weight is missing, of another
             shape or dtype, or of no weight.
     """
-    found = _expert_weights(shards)
     quantised = config.get(FIELD)
     if quantised is None:
-        return found
+        return {}
     if not isinstance(quantised, dict):
         raise UserError(f"{FIELD} = {quantised!r} must be an object; download config.json again")
     if quantised.get("quant_method") == "compressed-tensors":
         _check_compressed(quantised)
-        return found | _compressed_weights(shards)
+        return _compressed_weights(shards)
     _check_blocks(quantised)
-    return found | _block_weights(shards)
-
-
-def _expert_weights(shards: Mapping[str, TensorFile]) -> dict[str, LowBitWeight]:
-    found = {}
-    for name in [n.removesuffix(BLOCKS) for n in shards if n.endswith(BLOCKS)]:
-        if name + SCALES not in shards:
-            raise UserError(f"{shards[name + BLOCKS].path}: {name}{BLOCKS} stands without {name}{SCALES}; "
-                            "copy or download the folder again")
-        if name in shards:
-            raise UserError(f"{shards[name].path}: holds {name}, which {name}{BLOCKS} holds as well; remove "
-                            "one of them")
-        found[name] = LowBitWeight(name, MXFP4_EXPERTS,
-                                   {suffix: shards[name + suffix] for suffix in (BLOCKS, SCALES)})
-        _check_experts(found[name])
-    return found
-
-
-def _check_experts(weight: LowBitWeight) -> None:
-    entries = [file.entries[weight.name + suffix] for suffix, file in weight.held.items()]
-    blocks, scales = (list(entry.shape) for entry in entries)
-    if (len(blocks) != 4 or blocks[-1] != PER_BLOCK // 2 or scales != blocks[:-1]
-            or {entry.dtype for entry in entries} != {"U8"}):
-        raise UserError(f"{weight.held[BLOCKS].path}: {weight.name}{BLOCKS} is {entries[0].dtype} {blocks} "
-                        f"and {weight.name}{SCALES} {entries[1].dtype} {scales}, and MXFP4 is U8 [experts, "
-                        f"outputs, inputs / {PER_BLOCK}, {PER_BLOCK // 2}] and U8 [experts, outputs, "
-                        f"inputs / {PER_BLOCK}]; copy or download the folder again")
+    return _block_weights(shards)
 
 
 KNOWN: dict[str, tuple[Any, ...]] = {

@@ -122,19 +122,6 @@ class ExpertPart(FileTensor):
         return self.file.read(self.name, [slice(self.expert, self.expert + 1), self.rows, inputs])[0]
 
 
-@dataclass(frozen=True)
-class Zeros:
-    """A tensor that no file holds, since all of it is 0."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype = torch.float32
-    files: frozenset[str] = frozenset()
-    parts: tuple[str, ...] = ()
-
-    def read(self) -> torch.Tensor:
-        return torch.zeros(self.shape, dtype=self.dtype)
-
-
 class Weights(Protocol):
     """A model's tensors under their Hugging Face names."""
 
@@ -187,8 +174,7 @@ class HfWeights:
         try:
             self.config = text_config(config)
             family = models.get(str(self.config.get("model_type")))
-            reads_field = any(FIELD in item.names for item in family.config)
-            self._stored = _stored_tensors(self._shards, {} if reads_field else config)
+            self._stored = _stored_tensors(self._shards, config)
             """Name of each tensor -> how it stands in the folder."""
             if inside is not None:
                 names, self.left_out = inside.names(self._stored)
@@ -196,7 +182,7 @@ class HfWeights:
                     self.notes.append(f"the {len(self.left_out)} tensors of what sees pictures ("
                                       f"{self.left_out[0]}, ...) are left out: the checkpoint has none of it")
                 self._stored = {name: self._stored[other] for name, other in names.items()}
-            read = {name: value for name, value in self.config.items() if reads_field or name != FIELD}
+            read = {name: value for name, value in self.config.items() if name != FIELD}
             if passed_over := family.find_passed_over(read):
                 known = [name for item in family.config for name in item.names]
                 # a hint that a field is misspelt begins with "; "
@@ -214,11 +200,8 @@ class HfWeights:
         self.links = family.links(self.model)
         self._shapes = {name: shape for link in self.links for name, shape in link.hf_shapes().items()}
         self._stored = _without_stacks(self._respelt(family.respelt), self._shapes)
-        self._leave_out(family.unread_in(self.model), f"{self.model.family} has no place for them")
         self._leave_out([name for name in self._stored if name not in self._shapes
                          and RECOMPUTED.fullmatch(name)], f"programs compute them from {CONFIG}")
-        self._stored |= {name: Zeros(shape) for name, shape in self._shapes.items()
-                         if name not in self._stored and name.endswith(family.zeros)}
         shapes = {name: stored.shape for name, stored in self._stored.items()}
         self.copies = {name: other for name, other in family.copies_in(self.model).items() if name in shapes}
         """Tensors of the folder that are others once more -> the equal ones (`hf_import.check_copies`)."""

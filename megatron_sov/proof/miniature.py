@@ -232,9 +232,9 @@ def _widths(m: ModelConfig, p: ParallelConfig) -> dict[str, Any]:
                       "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}}
     if m.linear_attention is not None:
         given["model.linear_attention"] = {
-            "num_key_heads": p.tp * p.cp, "num_value_heads": p.tp * p.cp * m.linear_attention.values_per_key,
+            "num_key_heads": p.tp * p.cp, "num_value_heads": p.tp * p.cp,
             "key_head_dim": 8, "value_head_dim": 8, "conv_taps": m.linear_attention.conv_taps,
-            "gate_rank": None if m.linear_attention.gate_rank is None else 8,
+            "gate_rank": 8,
             "negative_eigenvalues": m.linear_attention.negative_eigenvalues}
     if m.num_experts:
         given["model.num_experts"] = _experts(m, p)

@@ -19,7 +19,9 @@ EXPERTS = {**DENSE, "num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_
            "moe_router_load_balancing_type": "none", "moe_token_dispatcher_type": "alltoall"}
 SIGMOID = {**EXPERTS, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True,
            "moe_router_topk_scaling_factor": 1.7, "moe_shared_expert_intermediate_size": 24}
-MODELS = {"llama": DENSE, "qwen3": {**DENSE, "qk_layernorm": True}, "mixtral": EXPERTS, "solar_open": SIGMOID}
+MODELS = {"llama": DENSE, "qwen3": {**DENSE, "qk_layernorm": True},
+          "qwen3_moe": {**EXPERTS, "qk_layernorm": True},
+          "solar_open": SIGMOID}
 
 
 def tokens() -> torch.Tensor:

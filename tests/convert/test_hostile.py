@@ -283,7 +283,7 @@ WRITTEN = str(Path(__file__).with_name("library_written.py"))
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, bool]]] = {
     "layers stacked, TP2": ("llama", {"tp": 2}, {"non_homogeneous_layers": False}),
     "a name per layer, PP2": ("qwen3", {"pp": 2}, {"non_homogeneous_layers": True}),
-    "experts, layers stacked, EP2": ("mixtral", {"ep": 2}, {"non_homogeneous_layers": False}),
+    "experts, layers stacked, EP2": ("qwen3_moe", {"ep": 2}, {"non_homogeneous_layers": False}),
     "halves and experts by name, EP2": ("solar_open", {"ep": 2}, {"singleton_local_shards": True}),
 }
 

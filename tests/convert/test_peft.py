@@ -76,12 +76,6 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "dense": ("tiny-qwen3", ['lora.targets=["all-linear", "lm_head", "embed_tokens"]']),
     "dense, DoRA": ("tiny-qwen2", ["lora.dora=true", 'lora.targets=["q_proj", "o_proj", "up_proj"]']),
     "Solar": ("tiny-solar-open", ["model.num_experts=4", "model.expert_ffn_dim=16"]),
-    "Qwen3-Next": ("tiny-qwen3-next", [
-        "model.attention_pattern=DG", "model.num_experts=4", "model.expert_ffn_dim=16"]),
-    "Qwen3.5": ("tiny-qwen3.5-moe", [
-        "model.attention_pattern=DG", "model.num_experts=4", "model.expert_ffn_dim=16"]),
-    "Kimi Linear": ("tiny-kimi-linear", [
-        "model.attention_pattern=DG", "model.num_experts=4", "model.expert_ffn_dim=16", *LATENT]),
     "Solar Open 2": ("tiny-solar-open2", [
         "model.attention_pattern=GD", "model.num_experts=4", "model.expert_ffn_dim=16"]),
     "DeepSeek-V3": ("tiny-deepseek-v3", [

@@ -138,7 +138,7 @@ def grouped_choices() -> list[Any]:
     """Return [groups, kept groups, our weights, transformers' weights] of random scores, where biases are
     large and groups of two."""
     import torch
-    from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeConfig, Glm4MoeTopkRouter
+    from transformers.models.solar_open.modeling_solar_open import SolarOpenConfig, SolarOpenTopkRouter
 
     from megatron_sov import recipes
     from megatron_sov.engine.model.language_model import build
@@ -149,13 +149,13 @@ def grouped_choices() -> list[Any]:
     world.join(ParallelConfig())
     found, generator = [], torch.Generator().manual_seed(5)
     for groups, kept, chosen in ((4, 2, 3), (2, 1, 4), (8, 3, 5)):
-        config = apply_settings(recipes.get("tiny-glm4-moe"), [
+        config = apply_settings(recipes.get("tiny-solar-open"), [
             "model.num_experts=16", f"model.num_experts_per_token={chosen}",
             f"model.num_expert_groups={groups}", f"model.num_groups_per_token={kept}"])
         router = next(m for m in build(config.model, ParallelConfig(), config.train).modules()
                       if isinstance(m, BalancedRouter)).eval()
         hidden, weight = (torch.randn(n, config.model.hidden_size, generator=generator) for n in (200, 16))
-        theirs = Glm4MoeTopkRouter(Glm4MoeConfig(
+        theirs = SolarOpenTopkRouter(SolarOpenConfig(
             hidden_size=config.model.hidden_size, n_routed_experts=16, num_experts_per_tok=chosen,
             n_group=groups, topk_group=kept))
         theirs.weight.data.copy_(weight)

@@ -38,16 +38,9 @@ FAMILIES = {
     "tiny-qwen2": ("model.dense_ffn_dim=48",),
     "tiny-qwen3": ("model.dense_ffn_dim=48", "model.tied_embeddings=true"),
     "tiny-qwen3-moe": ("model.num_experts=4", "model.seq_aux_loss_coeff=0.01",),
-    "tiny-qwen3-next": ("model.num_experts=4", "model.dense_ffn_dim=48", "model.head_dim=16",
-                        'model.linear_attention={"num_key_heads": 4, "num_value_heads": 8, '
-                        '"key_head_dim": 6, "value_head_dim": 10}'),
     "tiny-exaone4": ("model.dense_ffn_dim=48", "model.sliding_window_tokens=8"),
-    "tiny-glm4-moe": ("model.num_experts=4", "model.dense_ffn_dim=48"),
     "tiny-gemma3": ("model.dense_ffn_dim=48", "model.sliding_window_tokens=8",
                     "model.attention_pattern=LG"),
-    "tiny-gemma2": ("model.dense_ffn_dim=48", "model.sliding_window_tokens=8"),
-    "tiny-gpt-oss": ("model.num_experts=4", "model.sliding_window_tokens=8",
-                     'model.yarn={"factor": 4.0, "original_max_position_tokens": 16, "truncate": false}'),
     "tiny-deepseek-v3": ("model.num_experts=4", "model.num_expert_groups=2", "model.num_groups_per_token=1",
                          "model.dense_ffn_dim=48", "model.num_kv_heads=4", "model.head_dim=20",
                          'model.latent_attention={"kv_lora_rank": 12, "q_lora_rank": 20, '
@@ -55,19 +48,10 @@ FAMILIES = {
                          'model.yarn={"factor": 4.0, "original_max_position_tokens": 16, "mscale": 0.7}'),
     "tiny-hyperclovax": ("model.dense_ffn_dim=48",),
 }
-FAMILIES["tiny-qwen3.5-moe"] = FAMILIES["tiny-qwen3-next"]
-FAMILIES["tiny-kimi-linear"] = (
-    "model.num_experts=4", "model.dense_ffn_dim=48", "model.num_kv_heads=4", "model.head_dim=20",
-    'model.latent_attention={"kv_lora_rank": 12, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, '
-    '"v_head_dim": 10}',
-    'model.linear_attention={"num_key_heads": 4, "num_value_heads": 4, "key_head_dim": 6, '
-    '"value_head_dim": 6, "gate_rank": 6}')
 FAMILIES["tiny-solar-open2"] = (
     "model.num_experts=4",
     'model.linear_attention={"num_key_heads": 4, "num_value_heads": 4, "key_head_dim": 6, '
     '"value_head_dim": 6, "gate_rank": 6, "negative_eigenvalues": true}')
-FAMILIES["tiny-ax-k1"] = (*FAMILIES["tiny-deepseek-v3"][:-1], 'model.yarn={"factor": 4.0, '
-                          '"original_max_position_tokens": 16, "longer": "rotated"}')
 
 
 def maker() -> str:

@@ -241,8 +241,6 @@ CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "ZeRO-1, bf16 with masters": ("tiny-solar-open", (*MOE, "train.precision=bf16"),
                                   {"ep": 2, "zero1": True}),
     "Muon, prediction layer, windows": ("tiny-k-exaone", (*MOE, "train.precision=bf16"), {}),
-    "Muon, experts in stacks with biases": ("tiny-gpt-oss", (
-        *SMALL, "model.expert_ffn_dim=16", "optim.name=muon", "train.precision=bf16"), {}),
     "a frozen router": ("tiny-k-exaone", (
         *MOE, 'optim.groups=[{"pattern": "*router.weight", "frozen": true},'
         ' {"pattern": "decoder.layers.1.*", "optimizer": "adamw"}]'), {}),

@@ -75,13 +75,13 @@ def test_exchanged_heads_by_hand() -> None:
 
 
 def test_rows_of_linear_attention_are_exchanged_by_hand() -> None:
-    """Qwen3-Next-80B: 16 heads of 256 + 512 channels and 4 gates in bf16 there, 32 of 128 in float32 back."""
-    run = apply_settings(recipes.get("qwen3-next-80b"), [
+    """Solar Open 2: 64 heads of 384 channels, 128 decays and a rate in bf16 there, of 128 in float32 back."""
+    run = apply_settings(recipes.get("solar-open2-250b"), [
         "parallel.cp=4", "parallel.pp=1", "train.recompute=false"])
     work = of_run(run, run.data.phases[0], 32, chip("h100"), default_links(chip("h100")))
     found = traffic.context(work), traffic.context(replace(work, shape=replace(work.shape, linear=None)))
     tokens = work.seq_len * work.micro_batch_size / 4
-    once = 3 / 4 * tokens * (16 * (256 + 256 + 4) * 2 + 32 * 128 * 4)
+    once = 3 / 4 * tokens * 64 * ((3 * 128 + 1 + 128) * 2 + 128 * 4)
     assert found[0].num_bytes - found[1].num_bytes == 2 * 36 * once * work.num_micro_batches
 
 

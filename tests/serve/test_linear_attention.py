@@ -1,5 +1,5 @@
-"""A served model with linear attention (Qwen3-Next): requests of several lengths at once, in fewer slots, get
-what `generate` writes for each alone, and what its layers keep does not grow with the length."""
+"""A served model with linear attention: requests of several lengths at once, in fewer slots, get what
+`generate` writes for each alone, and what its layers keep does not grow with the length."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NEW = 9
 
 
 @pytest.fixture
-def hybrid(tmp_path: Path, token_shards: Path) -> Path:
+def hybrid(tmp_path: Path, token_shards: Path, solar_open2: None) -> Path:
     """A checkpoint of a tiny random model, three of whose four layers attend linearly."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -29,7 +29,7 @@ def hybrid(tmp_path: Path, token_shards: Path) -> Path:
     from megatron_sov.model.families import supported as models
     from megatron_sov.model.families.family import TokenIds
 
-    model = apply_settings(recipes.get("tiny-qwen3-next"), [
+    model = apply_settings(recipes.get("tiny-solar-open2"), [
         "model.vocab_size=1024", "model.hidden_size=32", "model.num_experts=4", "model.expert_ffn_dim=16",
         "model.num_mtp_layers=0"]).model
     config = AutoConfig.for_model(**models.get(model.family).to_hf_config(model, "float32", TokenIds()))
@@ -75,7 +75,7 @@ def kept(longest: list[int]) -> list[dict[str, int]]:
     from megatron_sov.engine.parallel import world
     from tests.tiny import tiny_model
 
-    _, model = tiny_model("tiny-qwen3-next", "model.num_experts=4", layout={})
+    _, model = tiny_model("tiny-solar-open2", "model.num_experts=4", layout={})
     found = []
     for tokens in longest:
         with CachedDecoder(ForwardModel(model, 50), CacheSize(2, tokens)) as decoder:

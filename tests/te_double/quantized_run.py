@@ -37,7 +37,7 @@ RECIPES = {"Float8CurrentScaling": "tensorwise", "Float8BlockScaling": "blockwis
 """Name of a recipe's class -> that of the reference quantisers."""
 DENSE = ("model.dense_ffn_dim=96",)
 FAMILIES = {"tiny-solar-open": ("model.num_layers=3",), "tiny-k-exaone": DENSE, "tiny-qwen2": DENSE,
-            "tiny-qwen3": DENSE, "tiny-qwen3-moe": (), "tiny-gpt-oss": ("model.num_experts=4",),
+            "tiny-qwen3": DENSE, "tiny-qwen3-moe": (),
             "tiny-solar-open2": (
                 'model.linear_attention={"num_key_heads": 32, "num_value_heads": 32, "key_head_dim": 32, '
                 '"value_head_dim": 32, "gate_rank": 32, "negative_eigenvalues": true}',)}

@@ -81,7 +81,7 @@ def test_a_router_multiplies_in_transformer_engine(te_ranks: Any, job: Any, pack
     """bf16 operands into float32 logits, and gradients of float32; megatron-core 0.16.1 alone would find no
     product, and cast the tokens for torch's."""
     (found,), = te_ranks(job(TE_RUN, "one_step", 1, {
-        "recipe": "tiny-gpt-oss", "paths": [str(packed_data.text)],  # whose routers have biases in bf16
+        "recipe": "tiny-qwen3-moe", "paths": [str(packed_data.text)],
         "settings": ["train.precision=bf16", "model.num_layers=2", "model.num_experts=4"]}))
     rows = 2 * 4  # routers, micro-batches
     assert {kind: n for kind, n in found["products"].items() if kind.startswith("general")} == {
@@ -124,13 +124,13 @@ def test_every_layout_and_either_checkpoint(ranks: Any, te_ranks: Any, job: Any,
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("recipe", "settings"), [
-    ("tiny-k-exaone", EXAONE), ("tiny-gpt-oss", ["model.num_layers=2"]),
+    ("tiny-k-exaone", EXAONE),
     ("tiny-deepseek-v3", ["model.num_layers=2", "model.num_dense_layers=1"]),
     pytest.param("tiny-solar-open", SOLAR, marks=pytest.mark.deep),
     pytest.param("tiny-qwen2", ["model.num_layers=2"], marks=pytest.mark.deep)])
 def test_every_gradient_and_every_name(ranks: Any, te_ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
                                        recipe: str, settings: list[str]) -> None:
-    """tiny-qwen2 has biases and no experts; tiny-gpt-oss has biases of all, and sinks."""
+    """tiny-qwen2 has biases and no experts."""
     arguments = {"recipe": recipe, "paths": [str(packed_data.text)], "objective": "lm"}
     found = []
     for kind, run, nproc, layout in (("local", ranks, 1, []), ("te", te_ranks, 2, TP2)):

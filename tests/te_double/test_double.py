@@ -416,8 +416,6 @@ ATTENTION_REFUSED = [
     ("HOPPER", {"deterministic": True, "longest_tokens": 2048}, ""),
     ("HOPPER", {"deterministic": True, "longest_tokens": 2048, "documents": 4}, "workspace limitation"),
     ("BLACKWELL", {"deterministic": True}, ""),
-    ("HOPPER", {"softmax_type": "learnable"}, ""),
-    ("HOPPER", {"softmax_type": "learnable", "deterministic": True, "longest_tokens": 64}, "softmax_type"),
     ("HOPPER", {"head_dims": (256, 256)}, ""), ("BLACKWELL", {"head_dims": (256, 256)}, "head dimensions"),
     ("BLACKWELL", {"head_dims": (192, 128)}, ""), ("HOPPER", {"head_dims": (192, 128)}, ""),
     ("HOPPER", {"softcap": 30.0}, "softcap"), ("HOPPER", {"dtype": torch.float32}, "qkv_dtype"),
@@ -507,7 +505,6 @@ def recommended_attention() -> dict[str, tuple[Any, str]]:
                 call = {"dtype": torch.bfloat16, "heads": model.num_heads // parallel.tp,
                         "head_dims": (model.head_dim, model.head_dim), "longest_tokens": longest,
                         "documents": run.train.micro_batch_size,
-                        "softmax_type": "learnable" if model.attention_sinks else "vanilla",
                         "deterministic": run.train.deterministic}
                 found[f"{name} {gpu} {' '.join(layout)}"] = (
                     call, "BLACKWELL" if gpu == "b200" else "HOPPER")

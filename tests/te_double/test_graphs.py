@@ -45,7 +45,7 @@ CASES: dict[str, tuple[str, int, tuple[str, ...], dict[str, Any], list[int]]] = 
         "parallel.overlap_param_gather=true"), {"steps": 2}, [2 * 2 * 2] * 2),
     # experts of a prediction layer
     "prediction": ("tiny-deepseek-v3", 1, ("model.num_layers=4",), {"steps": 2}, [2 * 2 * 4] * 2),
-    "router alone": ("tiny-gpt-oss", 1, ("model.num_layers=2", "gpu.permute_fusion=off"),
+    "router alone": ("tiny-qwen3-moe", 1, ("model.num_layers=2", "gpu.permute_fusion=off"),
                      {"graphs": KEPT, "steps": 2}, [2 * 2 * 4] * 2),
     "8 bits": ("tiny-solar-open", 1, ("model.num_layers=2", "train.fp8=mxfp8",
                                       "train.fp8_bf16_layers_at_end=1", "train.recompute=selective",

@@ -98,7 +98,7 @@ def test_weights_are_quantised_anew_in_each_step(te_ranks: Any, job: Any, packed
 @pytest.mark.parametrize("cases", [
     [("tiny-solar-open", ["train.fp8=mxfp8"]),
      ("tiny-k-exaone", ["parallel.zero1=true", "gpu.optimizer_offload=0.5", "gpu.router_fusion=on"])],
-    pytest.param([("tiny-gpt-oss", ["parallel.expert_dispatcher=allgather"])], marks=pytest.mark.deep)],
+    pytest.param([("tiny-qwen3-moe", ["parallel.expert_dispatcher=allgather"])], marks=pytest.mark.deep)],
     ids=["8 bits, offloaded", "gathered experts"])
 def test_what_a_gpu_computes_with_was_sent_to_it(te_ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
                                                  cases: list[tuple[str, list[str]]]) -> None:

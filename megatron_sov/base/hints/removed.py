@@ -38,9 +38,17 @@ OPTIONS = {
     "sov-data mix --search": "set the shares with --blend",
 }
 """Program, command and option -> what to use in its place."""
+_GPT_OSS = "only gpt-oss needs it, which this version does not read"
 _CURVES = "set obs.tensorboard or obs.wandb for curves"
 SETTINGS: dict[str, tuple[Any, str]] = {
     "data.without": ([], "pack shards without the documents"),
+    "model.attention_sinks": (False, _GPT_OSS),
+    "model.attention_softcap": (None, "only Gemma 2 needs it, which this version does not read"),
+    "model.linear_bias": (False, _GPT_OSS),
+    "model.shared_expert_gate": (False, "only Qwen3-Next and Qwen3.5 need it, which this version does not "
+                                        "read"),
+    "model.yarn.longer": ("heads", "only A.X K1 needs it, which this version does not read"),
+    "model.yarn.truncate": (True, _GPT_OSS),
     "obs.mlflow": (False, _CURVES),
     "obs.mlflow_experiment": ("megatron-sov", _CURVES),
     "obs.otlp_endpoint": ("", _CURVES),
@@ -50,13 +58,29 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "obs.telemetry_every_s": (15.0, _CURVES),
 }
 """Setting of a run -> its default, and what to use in its place."""
+_TRL = "train it with TRL or Megatron-Bridge"
+_EXAMPLE = ("add --plugin examples/families/{0}.py:{1} of a checkout; its recipe is "
+            "examples/families/{0}.py:{2}")
 VALUES = {
+    **dict.fromkeys(("gpt_oss", "gpt-oss-20b", "gpt-oss-120b", "tiny-gpt-oss", "tiny-gpt-oss-120b",
+                     "clamped_swiglu", "gemma2", "gemma2-9b", "tiny-gemma2", "qwen3_next",
+                     "qwen3-next-80b", "tiny-qwen3-next", "qwen3_5_moe_text", "qwen3_5_moe",
+                     "qwen3.5-35b-a3b", "tiny-qwen3.5-moe", "axk1", "ax-k1", "tiny-ax-k1"), _TRL),
+    **dict.fromkeys(("in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a",
+                     "out_proj"), "no model that this version reads has such a matrix"),
+    "mistral": "add --plugin examples/families/mistral.py:MISTRAL of a checkout",
+    **dict.fromkeys(("mixtral", "mixtral-8x7b", "tiny-mixtral"), _EXAMPLE.format(
+        "mixtral", "MIXTRAL", "mixtral_8x7b")),
+    **dict.fromkeys(("glm4_moe", "glm-4.5-air", "tiny-glm4-moe"), _EXAMPLE.format(
+        "glm4_moe", "GLM4_MOE", "glm_4_5_air")),
+    **dict.fromkeys(("kimi_linear", "kimi-linear-48b", "tiny-kimi-linear"), _EXAMPLE.format(
+        "kimi_linear", "KIMI_LINEAR", "kimi_linear_48b")),
     "mcp": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",
     "nemo_gym": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",
     "openenv": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",
     "sglang": "use vllm",
 }
-"""Value of an option or setting, such as an engine or a tool environment -> what to use in its place."""
+"""Value of an option or setting, such as an engine, recipe or model family -> what to use in its place."""
 KINDS = {
     "mixture": "its file blend.yaml is a blend for `sov-data mix --blend`",
 }

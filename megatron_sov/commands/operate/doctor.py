@@ -291,10 +291,9 @@ def linear_attention_checks() -> Iterator[MachineCheck]:
         return
     from megatron_sov.engine.parallel.device import lacking_fla
 
-    reasons = {kind: lacking_fla(of_channels)
-               for kind, of_channels in (("gated delta nets", False), ("Kimi Delta Attention", True))}
-    lacks = any(reasons.values())
-    yield MachineCheck(name, "warning" if lacks else "ok", _there_and_not(reasons), remedy if lacks else "")
+    reason = lacking_fla()
+    yield MachineCheck(name, "warning" if reason else "ok", _there_and_not({"Kimi Delta Attention": reason}),
+                       remedy if reason else "")
 
 
 def _has_gpu() -> bool:

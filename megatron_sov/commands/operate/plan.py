@@ -175,9 +175,7 @@ def _base_of(start_from: Path, stage: Stage) -> RunConfig:
     try:
         fields = text_config(fields)
         family = families.get(str(fields.get("model_type")))
-        if not any(QUANTIZATION in item.names for item in family.config):
-            fields = {name: value for name, value in fields.items() if name != QUANTIZATION}
-        model = family.from_hf_config(fields)
+        model = family.from_hf_config({name: value for name, value in fields.items() if name != QUANTIZATION})
     except UserError as e:
         raise UserError(f"--from {start_from}: {e}") from None
     return base_of_model(hub_name(start_from), model, "bf16", stage)

@@ -107,22 +107,13 @@ class Factors(torch.nn.Module):
         for name, (view, axis, split) in views.items():
             shape = shapes[of.key(name)]
             offset = [self.expert or 0, *(0,) * (len(shape) - 1)]
-            for start, part in self._stretches(view, axis, shape[axis], name) if split else [(0, view)]:
-                offset[axis] = start
-                yield (of.key(name), part.detach(), shape, tuple(offset),
-                       (0, 0 if split else place, self._replica()))
-
-    def _stretches(self, view: torch.Tensor, axis: int, length: int, name: str
-                   ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield the stretches of a factor that is cut, each with its place along the axis."""
-        layout, begin, mine = self.of.link.layout, 0, 0
-        by_rows = name != A and not self.of.num_experts
-        for rows in layout.runs_cut(layout.lengths[self.of.part]) if by_rows else (length,):
-            local = view.shape[axis] * rows // length
-            start = begin + self.group().rank() * local
-            if start < length:  # of a head rows may stand behind all tokens
-                yield start, view.narrow(axis, mine, min(local, length - start))
-            begin, mine = begin + rows, mine + local
+            if split:
+                offset[axis] = place * view.shape[axis]
+                if offset[axis] >= shape[axis]:  # of a head rows may stand behind all tokens
+                    continue
+                view = view.narrow(axis, 0, min(view.shape[axis], shape[axis] - offset[axis]))
+            yield (of.key(name), view.detach(), shape, tuple(offset),
+                   (0, 0 if split else place, self._replica()))
 
     def _replica(self) -> int:
         return int(parallel_state.get_data_parallel_rank(with_context_parallel=True) if self.expert is None
@@ -153,7 +144,6 @@ class LinearAdapter(torch.nn.Module):
         self._group = factors[0].group()
         self.factors: Any = torch.nn.ModuleList(factors)
         self._rows, self._axis, self._lengths = self._layout(first)
-        self._stored = first.link.layout
 
     @property
     def _parts(self) -> list[Any]:
@@ -195,7 +185,7 @@ class LinearAdapter(torch.nn.Module):
             axis, own = len(lead) + self._axis, [*self._rows[:self._axis], length,
                                                  *self._rows[self._axis + 1:]]
             pieces.append(whole.narrow(axis, start, length) if part is None
-                          else self._stored.in_order(part.unflatten(-1, own), axis))
+                          else part.unflatten(-1, own))
             start += length
         return torch.cat(pieces, len(lead) + self._axis).flatten(len(lead))
 
@@ -252,7 +242,7 @@ class LinearAdapter(torch.nn.Module):
         for factors, length in zip(self._parts, self._lengths, strict=True):
             if factors is not None:
                 own = whole.narrow(self._axis, start, length)
-                factors.magnitude.copy_(self._stored.as_stored(own, self._axis).flatten())
+                factors.magnitude.copy_(own.flatten())
             start += length
 
     def applied(self, weight: torch.Tensor, inputs: torch.Tensor, output: torch.Tensor,

@@ -27,12 +27,10 @@ from typing import Any
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from megatron_sov.engine.model.delta_rule import Chunks, chunk_documents
-from megatron_sov.engine.model.softcap import FUSED, Kernel, kernel_of
 from megatron_sov.engine.parallel import context
 from megatron_sov.engine.parallel.device import to_device
 
@@ -306,20 +304,19 @@ def _power_of_two(number: int) -> int:
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
-           window_tokens: int, kernel: Kernel = FUSED) -> torch.Tensor:
+           window_tokens: int) -> torch.Tensor:
     """Attend from the last m of L tokens of a document: [m, heads, head_dim], [L, kv_heads,
     head_dim] -> [m, heads, head_dim].
 
     Args:
         scale: factor on the products of queries and keys.
         window_tokens: sliding window, the current token included; 0: every token before.
-        kernel: what attends.
     """
     m, total = len(query), len(key)
     slides = 0 < window_tokens < total
     # a whole document needs no mask: the fused kernel's own causal flag serves, and no block is cut
     if m == total and not slides:
-        return attend_whole(query[None], key[None], value[None], scale, kernel)[0]
+        return attend_whole(query[None], key[None], value[None], scale)[0]
     q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))  # the fused kernels need a batch axis
     gqa = q.shape[1] != k.shape[1]
     blocks = []
@@ -331,9 +328,9 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
             first_key = max(0, total - m + start - window_tokens + 1)
             mask = _band(stop - start, end_key - first_key, window_tokens, q.device)
         else:
-            mask = _causal(stop - start, end_key, q.device, kernel)
+            mask = _causal(stop - start, end_key, q.device)
         keys = slice(first_key, end_key)
-        attended = partial(kernel, attn_mask=mask, scale=scale, enable_gqa=gqa)
+        attended = partial(scaled_dot_product_attention, attn_mask=mask, scale=scale, enable_gqa=gqa)
         part = q[:, :, start:stop], k[:, :, keys], v[:, :, keys]
         if slides or q.is_cuda or not torch.is_grad_enabled():
             blocks.append(attended(*part))
@@ -345,7 +342,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
 
 
 def attend_each(documents: Sequence[tuple[torch.Tensor, ...]], scale: float,
-                window_tokens: int, kernel: Kernel = FUSED) -> list[torch.Tensor]:
+                window_tokens: int) -> list[torch.Tensor]:
     """Return what `attend` gives of each document's (query, key, value).
 
     Whole documents of one length go in one call: of many short ones most of the time is that of calls.
@@ -356,27 +353,26 @@ def attend_each(documents: Sequence[tuple[torch.Tensor, ...]], scale: float,
         if len(query) == len(key) and not 0 < window_tokens < len(key):
             alike[len(key)].append(i)
         else:
-            found[i] = attend(query, key, value, scale, window_tokens, kernel)
+            found[i] = attend(query, key, value, scale, window_tokens)
     for group in alike.values():
         query, key, value = (torch.stack([documents[i][part] for i in group]) for part in range(3))
-        found |= dict(zip(group, attend_whole(query, key, value, scale, kernel), strict=True))
+        found |= dict(zip(group, attend_whole(query, key, value, scale), strict=True))
     return [found[i] for i in range(len(documents))]
 
 
-def attend_whole(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
-                 kernel: Kernel = FUSED) -> torch.Tensor:
+def attend_whole(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
     """Attend from the last m of L tokens of documents of one length, every token before included: [documents,
     m, heads, head_dim], [documents, L, kv_heads, head_dim] twice -> [documents, m, heads, head_dim]."""
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     whole = q.shape[2] == k.shape[2]
-    return kernel(
-        q, k, v, attn_mask=None if whole else _causal(q.shape[2], k.shape[2], q.device, kernel),
+    return scaled_dot_product_attention(
+        q, k, v, attn_mask=None if whole else _causal(q.shape[2], k.shape[2], q.device),
         is_causal=whole, scale=scale, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
-def _causal(queries: int, keys: int, device: torch.device, kernel: Kernel) -> Any:
+def _causal(queries: int, keys: int, device: torch.device) -> Any:
     """Return what lets the last queries of a document see all keys before them."""
-    if device.type == "cpu" or kernel is not FUSED:
+    if device.type == "cpu":
         return _band(queries, keys, keys, device)
     # becomes a mask only where no fused kernel serves; its import takes a second, for torch's compiler
     from torch.nn.attention.bias import causal_lower_right
@@ -415,12 +411,10 @@ class DocumentAttention(MegatronModule):
 
     def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str,
                  attention_dropout: float | None = None, softmax_scale: float | None = None,
-                 cp_comm_type: str | None = None, pg_collection: Any = None, window_tokens: int = 0,
-                 softcap: float | None = None) -> None:
+                 cp_comm_type: str | None = None, pg_collection: Any = None, window_tokens: int = 0) -> None:
         super().__init__(config=config)
         self.window_tokens = window_tokens
         self.softmax_scale = softmax_scale or config.kv_channels ** -0.5
-        self.kernel = kernel_of(softcap)
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
                 attn_mask_type: Any = None, attention_bias: None = None,
@@ -438,7 +432,7 @@ class DocumentAttention(MegatronModule):
             raise ValueError("DocumentAttention needs packed_seq_params: "
                              "micro-batches are rows of packed documents")
         spans, shared, window = packed_seq_params.spans, packed_seq_params.shared, self.window_tokens
-        varlen = self.kernel is FUSED and serves(query)
+        varlen = serves(query)
         if not varlen and (alike := packed_seq_params.by_length(self.window_tokens)) is not None:
             return self._of_whole_documents(query, key, value, alike).reshape(len(query), -1)
         if shared is not None:  # the keys of each document whole, one behind the other, whatever it sees
@@ -457,7 +451,7 @@ class DocumentAttention(MegatronModule):
                 outputs += attend_each(
                     list(_by_document(queries, keys, values, documents, first_keys(documents, window),
                                       first)),
-                    self.softmax_scale, self.window_tokens, self.kernel)
+                    self.softmax_scale, self.window_tokens)
         return torch.cat(outputs).reshape(len(query), -1)
 
     def _of_whole_documents(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
@@ -472,8 +466,7 @@ class DocumentAttention(MegatronModule):
         num_keys = [count * length for count, _, length in alike.groups]
         keys, values = key.split(num_keys), value.split(num_keys)
         outputs = [attend_whole(q.unflatten(0, (count, -1)), k.unflatten(0, (count, -1)),
-                                v.unflatten(0, (count, -1)), self.softmax_scale,
-                                self.kernel).flatten(0, 1)
+                                v.unflatten(0, (count, -1)), self.softmax_scale).flatten(0, 1)
                    for (count, _, _), q, k, v in zip(alike.groups, queries, keys, values, strict=True)]
         return _reordered(outputs[0] if len(outputs) == 1 else torch.cat(outputs), alike.back, alike.order)
 
@@ -516,83 +509,3 @@ class DocumentAttention(MegatronModule):
         """Return nothing: attention itself has no state."""
         return {}
 
-
-# Attention sinks: a learned logit of each head in the denominator of its softmax, as gpt-oss has it
-# (arXiv 2309.17453, section 3.3, "SoftMax-off-by-one" with a logit that is learned).
-#
-# A sink is a key that every query sees, whatever mask and window say, and whose value is zero. Its
-# logit differs from head to head, so it stands in the queries: they get one channel more, in which
-# all keys but the sink's are zero. So the fused kernels serve as they are, in memory that grows with
-# a row's length alone, and gradients of sinks are those of the queries' channel.
-
-CHANNELS = 8
-"""By how much heads become wider: fused kernels on GPUs want a multiple of 8."""
-
-
-def with_logits(query: torch.Tensor, sinks: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return queries that hold their heads' sinks: [tokens, heads, head_dim], [heads] -> [tokens, heads,
-    head_dim + CHANNELS].
-
-    Args:
-        query: queries.
-        sinks: logits of this process's heads.
-        scale: factor on the products of queries and keys, by which a sink is not multiplied.
-    """
-    logits = (sinks / scale).to(query.dtype)[None, :, None].expand(len(query), -1, -1)
-    return torch.cat([query, pad(logits, (0, CHANNELS - 1))], dim=-1)
-
-
-def attend_with_sinks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *,
-                      attn_mask: torch.Tensor | None = None, is_causal: bool = False, scale: float,
-                      enable_gqa: bool = False) -> torch.Tensor:
-    """Do what `scaled_dot_product_attention` does, for queries of `with_logits`: [batch, heads, m, head_dim +
-    CHANNELS], [batch, kv_heads, L, head_dim] twice -> [batch, heads, m, head_dim].
-
-    Args:
-        query, key, value: see above.
-        attn_mask: bool, True where a query sees a key, of any shape that spreads to [batch, heads, m, L].
-        is_causal: whether m = L, and a query sees the keys up to its own.
-        scale: factor on the products of queries and keys.
-        enable_gqa: whether keys have fewer heads than queries.
-    """
-    width = value.shape[-1]
-    # the sink's key stands first; values are as wide as keys, which flash attention asks for
-    key, value = (pad(part, (0, CHANNELS, 1, 0)) for part in (key, value))
-    one = torch.zeros_like(key[0, 0])
-    one[0, width] = 1
-    kernel: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
-    if is_causal:  # a query before all others, so that each sees one key more; what it finds is left out
-        out = scaled_dot_product_attention(pad(query, (0, 0, 1, 0)), key + one, value, is_causal=True,
-                                           **kernel)[:, :, 1:]
-    else:
-        mask = None if attn_mask is None else pad(attn_mask, (1, 0), value=True)
-        out = scaled_dot_product_attention(query, key + one, value, attn_mask=mask, **kernel)
-    return out[..., :width]
-
-
-class SinkAttention(DocumentAttention):
-    """Attention inside documents with sinks, under the names that the library's own attention gives them."""
-
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        self._group = kwargs["pg_collection"].tp
-        self.softmax_offset = torch.nn.Parameter(
-            torch.zeros(config.num_attention_heads // self._group.size(), dtype=config.params_dtype))
-        """[heads of this process]."""
-        self.kernel = attend_with_sinks
-
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
-                attn_mask_type: Any = None, attention_bias: None = None,
-                packed_seq_params: PackedDocuments | None = None) -> torch.Tensor:
-        """Attend, see `DocumentAttention`."""
-        query = with_logits(query, self.softmax_offset, self.softmax_scale)
-        return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias,
-                               packed_seq_params)
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (),
-                           metadata: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return the sinks, split by heads."""
-        declared: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-            {"softmax_offset": self.softmax_offset}, prefix, {"softmax_offset": 0}, sharded_offsets,
-            tp_group=self._group, dp_cp_group=(metadata or {}).get("dp_cp_group"))
-        return declared

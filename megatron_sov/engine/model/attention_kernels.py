@@ -73,7 +73,7 @@ def without_kernel(model: ModelConfig, tp: int, attention: str) -> str:
     on an H200 with two versions of cuDNN those took 11 of the 12 s of a step of `solar-open-102b`.
 
     Args:
-        model: which heads, windows and sinks.
+        model: which heads and windows.
         tp: tensor-parallel size.
         attention: `gpu.attention`; under auto FlashAttention is a kernel, too.
     """
@@ -84,14 +84,14 @@ def without_kernel(model: ModelConfig, tp: int, attention: str) -> str:
     variables = tuple(os.environ.get(name) for name in TE_ATTENTION_VARIABLES.values())
     for window in sorted(windows):
         flash, fused = _asked(model.num_heads // tp, max(1, groups // tp), head_size(model), window,
-                              model.attention_sinks, variables)
+                              variables)
         if fused and not (flash and attention == "auto"):
             return fused
     return ""
 
 
 @functools.cache
-def _asked(heads: int, groups: int, size: tuple[int, int], window: int, sinks: bool,
+def _asked(heads: int, groups: int, size: tuple[int, int], window: int,
            variables: tuple[str | None, ...]) -> tuple[bool, str]:
     """Return Transformer Engine's answer under variables that are set now: whether FlashAttention serves, and
     why no kernel of cuDNN does; empty: one does."""
@@ -102,8 +102,7 @@ def _asked(heads: int, groups: int, size: tuple[int, int], window: int, sinks: b
              "num_tokens_q": ASKED_TOKENS, "num_tokens_kv": ASKED_TOKENS, "head_dim_qk": size[0],
              "head_dim_v": size[1], "attn_mask_type": "padding_causal",
              "window_size": (window - 1, 0) if window else (-1, 0), "bottom_right_diagonal": False,
-             "core_attention_bias_requires_grad": False, "softmax_scale": size[0] ** -0.5,
-             "softmax_type": "learnable" if sinks else "vanilla"}
+             "core_attention_bias_requires_grad": False, "softmax_scale": size[0] ** -0.5}
     known = {field.name for field in fields(utils.AttentionParams)}  # other versions ask for less
     with _said_to("DotProductAttention", utils.AttentionLogging) as said:
         flash, _, fused, *_ = utils.get_attention_backend(

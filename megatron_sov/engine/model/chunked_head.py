@@ -19,7 +19,6 @@ import torch
 from megatron.core import parallel_state
 from torch.autograd.function import once_differentiable
 
-from megatron_sov.engine.model.softcap import cap_, slope
 from megatron_sov.engine.parallel import context
 
 ROWS_OF_PRODUCT = 8192
@@ -97,7 +96,7 @@ def project(states: torch.Tensor, weight: torch.Tensor, token_rows: int,
     """Return logits [n, V / tp], capped and then divided by the temperature, in float32 (float64 where the
     model is), -inf behind `token_rows`."""
     logits = states @ weight.t()
-    logits = cap_(logits.to(torch.promote_types(logits.dtype, torch.float32)), softcap)
+    logits = cap_logits_(logits.to(torch.promote_types(logits.dtype, torch.float32)), softcap)
     if temperature != 1:
         logits /= temperature
     logits[:, token_rows:] = -torch.inf
@@ -204,7 +203,7 @@ def _chunk(part: slice, states: torch.Tensor, weight: torch.Tensor, labels: torc
     beside the slope of a cap."""
     group = parallel_state.get_tensor_model_parallel_group()
     logits = project(states, weight, chunking.token_rows, temperature, chunking.softcap)
-    steep = (slope(logits, chunking.softcap, temperature, chunking.token_rows) if gradients.are_needed
+    steep = (softcap_slope(logits, chunking.softcap, temperature, chunking.token_rows) if gradients.are_needed
              else None)
     # the largest of the whole vocabulary: exp must not overflow, and all processes must subtract the same
     # number
@@ -232,3 +231,30 @@ def _chunk(part: slice, states: torch.Tensor, weight: torch.Tensor, labels: torc
         # a logit's derivative by its states has the temperature in the divisor too
         gradients.add(part, states, weight, exponentials, sums * temperature)
     return chosen - sums.log()
+
+
+# Soft caps: logits of the output head kept within a cap by ``cap * tanh(x / cap)`` (arXiv 2408.00118,
+# section 2).
+
+
+def cap_logits_(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """Return capped logits, in their place; None: as they are."""
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+
+def softcap_slope(logits: torch.Tensor, cap: float | None, temperature: float,
+                  token_rows: int) -> torch.Tensor | None:
+    """Return the derivative of capped logits by what they were before, ``1 - (capped / cap)^2``; None: no
+    cap.
+
+    Args:
+        logits: [C, V / tp], capped, then divided by the temperature.
+        cap: the cap.
+        temperature: see `logits`.
+        token_rows: columns that belong to token ids; those behind have no derivative.
+    """
+    if cap is None:
+        return None
+    found = (logits * (temperature / cap)).square_().neg_().add_(1)
+    found[:, token_rows:] = 0
+    return found

@@ -1,8 +1,8 @@
 """The gated delta rule in plain torch: linear attention whose state forgets by a gate and is corrected by a
-key's error (Gated DeltaNet, arXiv 2412.06464; in chunks by the WY form of arXiv 2406.06484).
+key's error (Kimi Delta Attention, arXiv 2510.26692; in chunks by the WY form of arXiv 2406.06484).
 
-With a state S [key channels, value channels] of each head, a token's decay g <= 0, of the head or of each
-channel of keys (Kimi Delta Attention, arXiv 2510.26692), and its learning rate b:
+With a state S [key channels, value channels] of each head, a token's decay g <= 0 of each channel of keys,
+and its learning rate b:
 
     S <- exp(g) S;  S <- S + b k (v - S^T k)^T;  output = S^T q
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from megatron_sov.engine.parallel.device import FLA_KERNELS, to_device
+from megatron_sov.engine.parallel.device import FLA_KERNEL, to_device
 
 CHUNK = 64
 """Tokens of a chunk."""
@@ -90,7 +90,7 @@ def in_chunks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay
     Args:
         query, key: [tokens, key heads, key channels], as they meet the state; queries already scaled.
         value: [tokens, key heads, r, value channels]: r value heads share a key head.
-        decay: [tokens, key heads, r, 1 or key channels], logarithms, at most 0.
+        decay: [tokens, key heads, r, key channels], logarithms, at most 0.
         rate: [tokens, key heads, r].
         chunks: where the documents are.
         state: [documents, key heads, r, key channels, value channels] in the order of `chunks`; None: zeros.
@@ -136,7 +136,7 @@ def by_kernels(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, deca
     Args:
         query, key: [tokens, key heads, key channels], as they meet the state; queries already scaled.
         value: [tokens, key heads, r, value channels]: r value heads share a key head.
-        decay: [tokens, key heads, r, 1 or key channels], logarithms, at most 0.
+        decay: [tokens, key heads, r, key channels], logarithms, at most 0.
         rate: [tokens, key heads, r].
         chunks: where the documents are.
         dtype: of what is multiplied, that of the model; decays and rates stay as they are (fla's own layers
@@ -145,19 +145,17 @@ def by_kernels(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, deca
     Returns:
         [outputs, key heads, r, value channels], as wide as `value`.
     """
-    of_channels = decay.shape[-1] > 1
     # heads of values follow one another, those of a key head together
-    decay = decay.flatten(1, 2)
-    found, _ = _fla_kernel(of_channels)(
+    found, _ = _fla_kernel()(
         query[None].to(dtype), key[None].to(dtype), value.flatten(1, 2)[None].to(dtype),
-        g=(decay if of_channels else decay[..., 0])[None], beta=rate.flatten(1)[None], scale=1.0,
+        g=decay.flatten(1, 2)[None], beta=rate.flatten(1)[None], scale=1.0,
         cu_seqlens=chunks.bounds, cu_seqlens_cpu=chunks.host_bounds)
     heads: torch.Tensor = found[0].to(value.dtype).unflatten(1, value.shape[1:3])
     return heads.index_select(0, chunks.asked)
 
 
-def _fla_kernel(of_channels: bool) -> Callable[..., tuple[torch.Tensor, None]]:
-    module, name = FLA_KERNELS[of_channels]
+def _fla_kernel() -> Callable[..., tuple[torch.Tensor, None]]:
+    module, name = FLA_KERNEL
     found: Callable[..., tuple[torch.Tensor, None]] = getattr(importlib.import_module(module), name)
     return found
 
@@ -167,23 +165,18 @@ def _decayed_products(lefts: Sequence[torch.Tensor], right: torch.Tensor,
     """Return the products of each of a chunk's tokens with itself and those before it, whose channels have
     decayed since.
 
-    Between two tokens a channel decays by the quotient of what it has by them.  One decay of a head is a
-    factor on the products.  Those of channels go to both sides: to the later tokens of each half of the chunk
-    since its middle, and to the earlier ones until then, and so on in halves, so that none is above 1,
-    however fast channels decay.
+    Between two tokens a channel decays by the quotient of what it has by them.  Decays go to both sides: to
+    the later tokens of each half of the chunk since its middle, and to the earlier ones until then, and so on
+    in halves, so that none is above 1, however fast channels decay.
 
     Args:
         lefts: [chunks, key heads, r or 1, CHUNK, channels] each.
         right: of the same shape.
-        decays: [chunks, key heads, r, CHUNK, 1 or channels], summed up from the chunk's first token on.
+        decays: [chunks, key heads, r, CHUNK, channels], summed up from the chunk's first token on.
 
     Returns:
         [chunks, key heads, r, CHUNK, CHUNK] each; zeros where the second token is later.
     """
-    if decays.shape[-1] == 1:
-        between = (decays - decays.transpose(-1, -2)).masked_fill(_later(CHUNK, decays.device), -torch.inf)
-        between = between.exp()
-        return [(left @ right.transpose(-1, -2)) * between for left in lefts]
     lefts = [left.expand_as(decays) for left in lefts]
     found = [(left * right).sum(-1)[..., None, None] for left in lefts]
     half = 1
@@ -227,11 +220,6 @@ def _placed(values: torch.Tensor, chunks: Chunks) -> torch.Tensor:
     leave a state as it is, where no token is."""
     filled = torch.cat([values, values.new_zeros(1, *values.shape[1:])])
     return filled.index_select(0, chunks.tokens).unflatten(0, (-1, CHUNK)).permute(0, 2, 3, 1, 4)
-
-
-def _later(size: int, device: torch.device) -> torch.Tensor:
-    """Return [size, size] bool, True where the second token comes after the first."""
-    return torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
 
 
 def short_convolution(inputs: torch.Tensor, weight: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

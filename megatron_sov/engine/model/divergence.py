@@ -28,8 +28,7 @@ import torch
 from megatron.core import parallel_state
 from torch.autograd.function import once_differentiable
 
-from megatron_sov.engine.model.chunked_head import Chunking, Gradients, project
-from megatron_sov.engine.model.softcap import slope
+from megatron_sov.engine.model.chunked_head import Chunking, Gradients, project, softcap_slope
 from megatron_sov.engine.parallel import context
 
 EXCLUDED = -1e30
@@ -183,7 +182,7 @@ def _of_chunk(part: slice, states: torch.Tensor, weight: torch.Tensor, teacher: 
               divergence: Divergence, chunking: Chunking, gradients: Gradients) -> torch.Tensor:
     """[C, H], [V / tp, H] -> [3, C]; nothing of a chunk's logits is left when the next one's are made."""
     logits = project(states, weight, chunking.token_rows, divergence.temperature, chunking.softcap)
-    steep = (slope(logits, chunking.softcap, divergence.temperature, chunking.token_rows)
+    steep = (softcap_slope(logits, chunking.softcap, divergence.temperature, chunking.token_rows)
              if gradients.are_needed else None)
     student = _normalised(logits, chunking.token_rows)
     del logits  # while both are compared there is no room for a chunk that nobody needs

@@ -189,8 +189,6 @@ RECOMPUTED_WITH_TE = {"layernorm": "core_attn, mlp or moe", "moe_act": "moe"}
 """Modules that the library recomputes by means of Transformer Engine -> what can be recomputed without."""
 HEADS_256_CUDNN = 92500
 """The first cuDNN that trains packed rows with heads of 256 on Blackwell."""
-SINKS_TE, SINKS_CUDNN = (2, 13), 91800
-"""The first versions that attend packed rows with sinks; cuDNN's as torch counts them."""
 NEEDS_TE = "needs Transformer Engine on a GPU, and a bf16 model"
 ALLOCATOR, EXPANDABLE = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"), "expandable_segments:True"
 """Variables of torch's allocator, by both names, and what of theirs does not go with NCCL's registration."""
@@ -272,7 +270,7 @@ def own_attention_serves(here: Here, attention: str, deterministic: bool) -> boo
     """Return whether this framework's own attention serves.
 
     Under `auto` it does where no kernel of Transformer Engine's can: the fused one repeats its bits in short
-    rows alone on Hopper, with sinks nowhere, and some versions of cuDNN have none for packed rows.
+    rows alone on Hopper, and some versions of cuDNN have none for packed rows.
 
     Args:
         here: what the model is, and where it is to run.
@@ -280,8 +278,7 @@ def own_attention_serves(here: Here, attention: str, deterministic: bool) -> boo
         deterministic: `train.deterministic`.
     """
     model = here.model
-    # the library passes no cap on to those kernels of Transformer Engine that have one
-    if not here.te or here.parallel.cp > 1 or attention == "local" or model.attention_softcap is not None:
+    if not here.te or here.parallel.cp > 1 or attention == "local":
         return True
     if attention != "auto":
         return False
@@ -304,7 +301,7 @@ def uses_delta_kernels(here: Here, gpu: GpuConfig, deterministic: bool) -> bool:
     """
     linear = here.model.linear_attention
     return (here.te and linear is not None and not deterministic and gpu.linear_attention != "torch"
-            and linear.key_head_dim <= FLA_KEYS and not lacking_fla(linear.gate_rank is not None))
+            and linear.key_head_dim <= FLA_KEYS and not lacking_fla())
 
 
 def exchanges_heads(here: Here, attention: str) -> bool:
@@ -321,17 +318,15 @@ def _without_heads(model: ModelConfig) -> str:
         return ""
     needed = {(192, 128): 91100, (256, 256): HEADS_256_CUDNN}.get(size)
     found = torch.backends.cudnn.version() or 0
-    if needed is None or model.attention_sinks:
+    if needed is None:
         return f"no fused kernel of cuDNN trains heads of {size[0]} on this GPU"
     return "" if found >= needed else (f"no fused kernel of cuDNN {found} trains heads of {size[0]} on this "
                                        f"GPU before {needed}")
 
 
-def _without_repeats(config: RunConfig) -> str:
+def _without_repeats() -> str:
     """Return why the fused attention of cuDNN does not repeat its bits here; empty: it does."""
-    model, capability = config.model, torch.cuda.get_device_capability() if on_gpu() else (0, 0)
-    if model.attention_sinks:
-        return "with sinks (model.attention_sinks)"
+    capability = torch.cuda.get_device_capability() if on_gpu() else (0, 0)
     if capability[0] == HOPPER:
         return "in every row on this GPU"
     if capability[0] >= BLACKWELL and (torch.backends.cudnn.version() or 0) < REPEATS_CUDNN:
@@ -402,7 +397,7 @@ def _linear_attention_rules(config: RunConfig, here: Here) -> list[tuple[bool, s
         return []
     sizes = here.model.linear_attention
     linear = sizes is not None
-    reason = lacking_fla(sizes.gate_rank is not None) if here.te and sizes is not None else ""
+    reason = lacking_fla() if here.te and sizes is not None else ""
     return [
         (linear, "linear_attention", "has nothing to do in this model", "leave it out"),
         (here.te or not linear, "linear_attention", NEEDS_TE, "set it to torch"),
@@ -446,27 +441,18 @@ def _has_field(name: str) -> bool:
 def _attention_rules(config: RunConfig, here: Here) -> list[tuple[bool, str, str, str]]:
     """Return what asks for another attention than the chosen one: rules that do not hold."""
     rules: list[tuple[str, str]] = []
-    attention, sinks = config.gpu.attention, here.model.attention_sinks
+    attention = config.gpu.attention
     if attention not in ("auto", "local") and not here.te:
         rules.append((NEEDS_TE, "set it to auto or local"))
-    elif attention not in ("auto", "local") and here.model.attention_softcap is not None:
-        rules.append(("cannot be: this framework's own attention alone gets the cap on products of queries "
-                      "and keys (model.attention_softcap)", "set it to auto or local"))
     elif attention == "fused" and (
             why := _without_heads(here.model) or without_kernel(here.model, here.parallel.tp, attention)):
         rules.append((f"cannot be: {why}", "install a newer one, or set it to auto or local"))
-    elif attention == "fused" and config.train.deterministic and (why := _without_repeats(config)):
+    elif attention == "fused" and config.train.deterministic and (why := _without_repeats()):
         rules.append((f"cannot be with train.deterministic = true: Transformer Engine's fused attention does "
                       f"not repeat its bits {why}", "set it to auto or local"))
-    elif attention == "flash" and sinks:
-        rules.append(("cannot be: Transformer Engine's FlashAttention has no sinks (model.attention_sinks)",
-                      "set it to auto or fused"))
     elif attention == "flash" and not any(map(importlib.util.find_spec,
                                               ("flash_attn", "flash_attn_3", "flash_attn_interface"))):
         rules.append(("cannot be: FlashAttention is not installed", "install flash-attn, or set auto"))
-    elif sinks and not own_attention_serves(here, attention, config.train.deterministic):
-        rules += [(f"cannot be: {lacking} attends packed rows with sinks (model.attention_sinks)",
-                   "install a newer one, or set it to local") for lacking in _without_sinks(attention)]
     for kernel, name in TE_ATTENTION_VARIABLES.items() if here.te else ():
         # the library stops at variables that contradict the setting
         value, wanted = os.environ.get(name), str(int(attention in ("auto", kernel)))
@@ -475,14 +461,3 @@ def _attention_rules(config: RunConfig, here: Here) -> list[tuple[bool, str, str
                           "unset it"))
     return [(False, "attention", *rule) for rule in rules]
 
-
-def _without_sinks(attention: str) -> list[str]:
-    """Return what is too old for attention with sinks over packed rows (Transformer Engine's pull request
-    2568); of cuDNN only where its kernel is not left out."""
-    from megatron.core.utils import get_te_version
-
-    version, cudnn = get_te_version(), torch.backends.cudnn.version()
-    return [*([f"Transformer Engine {version} never"]
-              if version is not None and version.release < SINKS_TE else []),
-            *([f"no fused kernel of cuDNN {cudnn}"] if cudnn is not None and cudnn < SINKS_CUDNN
-              and attention != "unfused" else [])]

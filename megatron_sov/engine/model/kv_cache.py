@@ -12,8 +12,7 @@ Latent attention, which exists for its small cache, keeps the narrow vectors tha
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,35 +22,28 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
-from torch.nn.functional import pad, rms_norm
+from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention
 
 from megatron_sov.engine.model.added_parts import adapted_weight
-from megatron_sov.engine.model.attention import (
-    DocumentAttention, PackedDocuments, attend, attend_whole, attend_with_sinks, with_logits)
+from megatron_sov.engine.model.attention import DocumentAttention, PackedDocuments, attend, attend_whole
 from megatron_sov.engine.model.cache_rows import CacheGroup, CacheSize, PackedSpans
 from megatron_sov.engine.model.linear_attention import KeptState, LinearAttention, WholeLinear
-from megatron_sov.engine.model.rotary import rotated_factor, softmax_scale
-from megatron_sov.engine.model.softcap import FUSED, Kernel, kernel_of
+from megatron_sov.engine.model.rotary import softmax_scale
 from megatron_sov.model.config import ModelConfig
 
 
 class CachedAttention(torch.nn.Module):
     """Core attention of one layer with what it keeps; takes the place of any other while `keep` holds."""
 
-    def __init__(self, size: CacheSize, softmax_scale: float, window_tokens: int,
-                 kernel: Kernel = FUSED, sinks: Callable[[], torch.Tensor] | None = None) -> None:
+    def __init__(self, size: CacheSize, softmax_scale: float, window_tokens: int) -> None:
         """Take another attention's place.
 
         Args:
             size: how much is kept.
             softmax_scale: factor on the products of queries and keys.
             window_tokens: sliding window, the current token included; 0: every token before.
-            kernel: what attends.
-            sinks: gives the sinks of this process's heads, which stay the other attention's; None: there
-                are none.
         """
         super().__init__()
-        self.kernel, self.sinks = kernel if sinks is None else attend_with_sinks, sinks
         self.size, self.softmax_scale, self.window_tokens = size, softmax_scale, window_tokens
         whole = size.max_tokens + size.step_tokens
         # a step of drafts may be taken back: what they overwrote must not have been in any window
@@ -82,8 +74,6 @@ class CachedAttention(torch.nn.Module):
             # zeros: what is masked still must be finite
             self.stored = tuple(t.new_zeros(shape) for t in ((key,) if value is key else (key, value)))
         out = query.new_zeros(*query.shape[:2], value.shape[2])
-        if self.sinks is not None:
-            query = with_logits(query, self.sinks(), self.softmax_scale)
         for group in packed_seq_params.groups:
             here = slice(group.start, group.start + len(group.past) * group.length)
             q, k, v = (t[here].unflatten(0, (len(group.past), group.length)) for t in (query, key, value))
@@ -125,7 +115,7 @@ class CachedAttention(torch.nn.Module):
         heads = query.shape[2] // keys.shape[1]
         grouped = query.unflatten(2, (keys.shape[1], heads)).permute(0, 2, 3, 1, 4).flatten(2, 3)
         mask = visible[:, None, None].expand(-1, -1, heads, -1, -1).flatten(2, 3)
-        out = self.kernel(grouped, keys, values, attn_mask=mask, scale=self.softmax_scale)
+        out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=self.softmax_scale)
         return out.unflatten(2, (heads, group.length)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
     def _first(self, group: CacheGroup, query: torch.Tensor, key: torch.Tensor,
@@ -134,7 +124,7 @@ class CachedAttention(torch.nn.Module):
         assert self.stored is not None
         for kept, new in zip(self.stored, (key, value), strict=False):
             kept[group.slot:group.slot + len(group.past), :, :group.length] = new.transpose(1, 2)
-        return attend_whole(query, key, value, self.softmax_scale, self.kernel)
+        return attend_whole(query, key, value, self.softmax_scale)
 
     def _piece(self, slot: int, past: int, query: torch.Tensor, key: torch.Tensor,
                value: torch.Tensor) -> torch.Tensor:
@@ -147,7 +137,7 @@ class CachedAttention(torch.nn.Module):
                               device=query.device)
         keys, values = (torch.cat([k[:, before % self.capacity].transpose(0, 1), new])
                         for k, new in zip((kept[0], kept[-1]), (key, value), strict=True))
-        out = attend(query, keys, values, self.softmax_scale, self.window_tokens, self.kernel)
+        out = attend(query, keys, values, self.softmax_scale, self.window_tokens)
         # of a span longer than the ring only its end stays, or two tokens would be written to one place
         stays = min(len(key), self.capacity)
         places = torch.arange(past + len(key) - stays, past + len(key), device=query.device) % self.capacity
@@ -175,11 +165,8 @@ def keep(model: Any, size: CacheSize) -> Iterator[list[CachedAttention | KeptSta
     try:
         for module in found:
             kind = kinds[module.layer_number - 1]
-            sinks = partial(getattr, module.core_attention, "softmax_offset")
             module.core_attention = CachedAttention(size, softmax_scale(architecture, kind),
-                                                    windows[module.layer_number - 1],
-                                                    kernel_of(architecture.attention_softcap),
-                                                    sinks if architecture.attention_sinks else None)
+                                                    windows[module.layer_number - 1])
         for layer in linear:
             layer.kept = KeptState(size, layer)
         yield [m.core_attention for m in found] + [layer.kept for layer in linear]
@@ -215,29 +202,24 @@ def latent_settings(model: ModelConfig) -> dict[str, Any]:
             # the model's own angles take this width from here
             "kv_channels": latent.qk_rope_head_dim, "qk_layernorm": True,
             # of "rope" cosine and sine have no factor
-            "rope_type": "rope" if rotated_factor(model) == 1 else "yarn"}
+            "rope_type": "rope"}
 
 
 class TokenAngles(torch.nn.Module):
     """Stands where the library makes angles: gives those of a row's tokens."""
 
-    def __init__(self, factor: float) -> None:
-        """Wait for angles.
-
-        Args:
-            factor: on cosine and sine.
-        """
+    def __init__(self) -> None:
+        """Wait for angles."""
         super().__init__()
         self.angles: torch.Tensor | None = None
-        self.factor = factor
 
     def get_rotary_seq_len(self, *args: Any) -> None:
         """Return nothing: each token has its angles."""
 
     def forward(self, seq_len: None, *, packed_seq: bool) -> Any:
-        """Return [tokens, 1, 1, rotated channels]; where cosine and sine have a factor, it too."""
+        """Return [tokens, 1, 1, rotated channels]."""
         assert self.angles is not None and packed_seq
-        return self.angles if self.factor == 1 else (self.angles, self.factor)
+        return self.angles
 
 
 class LatentAttention(MLASelfAttention):
@@ -246,7 +228,7 @@ class LatentAttention(MLASelfAttention):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        self.rotary_pos_emb = TokenAngles(config.rotated_factor)
+        self.rotary_pos_emb = TokenAngles()
         for name, outputs in (("linear_q_down_proj", config.q_lora_rank),
                               ("linear_kv_down_proj", config.kv_lora_rank + config.qk_pos_emb_head_dim)):
             if isinstance(getattr(self, name, None), ColumnParallelLinear):
@@ -359,7 +341,7 @@ class LatentAttention(MLASelfAttention):
         if not self._rotates:
             return channels
         turned: torch.Tensor = apply_rotary_pos_emb(
-            channels, angles, self.config, cu_seqlens=spans.cu_seqlens_q, mscale=self.rotary_pos_emb.factor,
+            channels, angles, self.config, cu_seqlens=spans.cu_seqlens_q,
             cp_group=parallel_state.get_context_parallel_group())
         return turned
 

@@ -102,8 +102,6 @@ def without_fusion() -> Iterator[None]:
         tensor_parallel.ColumnParallelLinear = ColumnParallelLinear
 
 
-SINKS = "core_attention.softmax_offset"
-"""End of the names of attention's sinks, the library's and ours."""
 VOCABULARY_WEIGHTS = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Weights with a row per token id, split by rows over the tensor-parallel group."""
 NO_ADAPTERS = LoraConfig()
@@ -226,10 +224,8 @@ def mark_parameters(chunk: torch.nn.Module) -> None:
     process count its own part of a split weight in the gradient norm.
 
     Defect of 0.16.1: the library marks experts only for expert parallel sizes above 1, so with ep = 1 and
-    etp != tp each tensor-parallel process keeps the gradient of its own tokens.  It takes biases of
-    experts' second matrices for those of attention, whose gradients sequence parallelism sums over the
-    tensor-parallel group.  What is split it marks only while it initialises weights, which
-    `checkpoint.load` does in its place, and sinks, which are split by heads, never.  Transformer Engine
+    etp != tp each tensor-parallel process keeps the gradient of its own tokens.  What is split
+    it marks only while it initialises weights, which `checkpoint.load` does in its place.  Transformer Engine
     marks its layers' weights, but since 2.13 not those of grouped ones, the experts: the processes of a
     tensor-parallel group would compute different norms, and clip differently.
     """
@@ -242,8 +238,6 @@ def mark_parameters(chunk: torch.nn.Module) -> None:
         if ".mlp.experts." in name:
             parameter.allreduce = parameter.sequence_parallel = False  # type: ignore[attr-defined]
             _mark_split(parameter, int("linear_fc2" in name))
-        elif name.endswith(SINKS):
-            _mark_split(parameter, 0)
 
 
 def _mark_split(parameter: torch.Tensor, axis: int) -> None:

@@ -1,10 +1,9 @@
-"""Linear attention as the attention of a layer: the gated delta net of Qwen3-Next (arXiv 2412.06464) and Kimi
-Delta Attention (arXiv 2510.26692), for rows of packed documents at every layout, and with a state of constant
-size where sequences are generated.
+"""Linear attention as the attention of a layer: Kimi Delta Attention (arXiv 2510.26692), for rows of packed
+documents at every layout, and with a state of constant size where sequences are generated.
 
-Heads of keys, each with the value heads that share it, are cut over the tensor-parallel group.  Where a row
-is cut over processes, each gets the whole row of its share of these heads by an all-to-all, and sends what it
-found back (as Megatron-Core's `mamba_context_parallel.py` does), since a state passes through all tokens.
+Heads are cut over the tensor-parallel group.  Where a row is cut over processes, each gets the whole row of
+its share of these heads by an all-to-all, and sends what it found back (as Megatron-Core's
+`mamba_context_parallel.py` does), since a state passes through all tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
@@ -60,9 +58,10 @@ class WholeLinear(torch.nn.Module):
 
 
 class LinearAttention(MegatronModule):
-    """What both kinds have in common.
+    """Kimi Delta Attention: each channel of a state's keys forgets at a rate of its own; these rates, and the
+    gates of the output, are made of two narrow vectors, which every process makes whole.
 
-    Rows of `in_proj` stand by heads of keys: query, key, values, and what follows them
+    Rows of `in_proj` stand by heads: query, key, value and learning rate
     (`LinearAttentionConfig.projected`), so that they can be cut between any two.
     """
 
@@ -81,13 +80,13 @@ class LinearAttention(MegatronModule):
         super().__init__(config)
         self.layer_number, self.sizes, self._group = layer_number, sizes, pg_collection.tp
         self.heads = sizes.num_key_heads // self._group.size()
-        """Key heads of this process."""
+        """Heads of this process."""
         self.in_proj = self._by_heads(projections[0], config.hidden_size,
                                       sizes.num_key_heads * sum(sizes.projected), "fc1")
-        dtype, values = config.params_dtype, self.heads * sizes.values_per_key
+        dtype = config.params_dtype
         self.conv1d = Weight((self.heads * sizes.convolved, 1, sizes.conv_taps), dtype)
         self.dt_bias, self.A_log = (torch.nn.Parameter(torch.empty(size, dtype=dtype))
-                                    for size in (self.heads * sizes.decays, values))
+                                    for size in (self.heads * sizes.key_head_dim, self.heads))
         self.out_norm = Weight((sizes.value_head_dim,), dtype)
         self.out_proj = build_module(
             projections[1], sizes.num_value_heads * sizes.value_head_dim, config.hidden_size,
@@ -96,6 +95,10 @@ class LinearAttention(MegatronModule):
             tp_comm_buffer_name="fc2")
         for parameter in (self.conv1d.weight, self.dt_bias, self.A_log):
             set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+        self.gates_down_proj = WholeLinear(config.hidden_size, 2 * sizes.gate_rank, config)
+        self.decay_up_proj, self.output_up_proj = (
+            self._by_heads(projections[2], sizes.gate_rank, sizes.num_key_heads * width, "fc1")
+            for width in (sizes.key_head_dim, sizes.value_head_dim))
         self.kept: KeptState | None = None
         """What sequences that are generated have left behind; None: rows of documents are read."""
 
@@ -129,26 +132,29 @@ class LinearAttention(MegatronModule):
             weight = tensor_parallel.copy_to_tensor_model_parallel_region(weight, self._group)
         found = rms_norm(found, weight.shape, weight.to(found.dtype), self.config.layernorm_epsilon)
         gate = gate.unflatten(-1, (-1, self.sizes.value_head_dim)).to(found.dtype)
-        found = found * self.gate_of_output(gate)
+        found = found * gate.sigmoid()
         output: tuple[torch.Tensor, None] = self.out_proj(found.flatten(1).to(hidden_states.dtype)[:, None])
         return output
 
-    def gate_of_output(self, gate: torch.Tensor) -> torch.Tensor:
-        """Return what the output is multiplied by."""
-        raise NotImplementedError
-
     def projected(self, hidden: torch.Tensor) -> Sequence[torch.Tensor]:
         """[tokens / sequence-parallel size, 1, hidden] -> what is convolved, gates of the output, and what
-        says rates and decays, [tokens, key heads, channels] each."""
-        raise NotImplementedError
+        says rates and decays, [tokens, heads, channels] each."""
+        narrow = self.gates_down_proj(hidden)[0].chunk(2, -1)
+        decay, gate, found = (module(inputs)[0].squeeze(1).unflatten(-1, (self.heads, -1)) for module, inputs
+                              in ((self.decay_up_proj, narrow[0]), (self.output_up_proj, narrow[1]),
+                                  (self.in_proj, hidden)))
+        convolved, rate = found.split([self.sizes.convolved, 1], -1)
+        return convolved, gate, torch.cat([rate, decay], -1)
 
     def gates(self, gates: torch.Tensor, heads: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """[..., key heads, channels], in the precision of the state -> decays [..., key heads, values per
-        key, 1 or key channels] and rates [..., key heads, values per key] of these heads."""
-        raise NotImplementedError
+        """[..., heads, channels], in the precision of the state -> decays [..., heads, 1, key channels] and
+        rates [..., heads, 1] of these heads."""
+        rate, step = gates.split([1, self.sizes.key_head_dim], -1)
+        log, bias = (self._of_heads(p, heads, gates.dtype) for p in (self.A_log, self.dt_bias))
+        return (-log.exp() * softplus(step + bias))[..., None, :], rate.sigmoid()
 
     def _of_documents(self, inputs: torch.Tensor, packed: PackedDocuments) -> torch.Tensor:
-        """[tokens, key heads, channels] -> [tokens, key heads, values per key, value channels]."""
+        """[tokens, heads, channels] -> [tokens, heads, 1, value channels]."""
         cut = context.size() > 1
         if cut:
             inputs = context.exchange_tokens(inputs)
@@ -169,7 +175,7 @@ class LinearAttention(MegatronModule):
         return found
 
     def convolution(self, heads: slice = slice(None)) -> torch.Tensor:
-        """Return the taps [channels, taps] of some key heads, in the precision of the state."""
+        """Return the taps [channels, taps] of some heads, in the precision of the state."""
         weight = self.conv1d().unflatten(0, (self.heads, -1))[heads]
         return weight.flatten(0, 1).squeeze(1).to(torch.promote_types(weight.dtype, torch.float32))
 
@@ -178,19 +184,19 @@ class LinearAttention(MegatronModule):
         """Return query, key, value, decay and learning rate as the delta rule takes them.
 
         Args:
-            mixed: [..., key heads, channels] behind the convolution.
-            gates: [..., key heads, channels].
-            heads: which of this process's key heads these are.
+            mixed: [..., heads, channels] behind the convolution.
+            gates: [..., heads, channels].
+            heads: which of this process's heads these are.
         """
-        r, width = self.sizes.values_per_key, self.sizes.key_head_dim
-        query, key, value = silu(mixed).split([width, width, r * self.sizes.value_head_dim], -1)
+        width = self.sizes.key_head_dim
+        query, key, value = silu(mixed).split([width, width, self.sizes.value_head_dim], -1)
         decay, rate = self.gates(gates.to(mixed.dtype), heads)
         if self.sizes.negative_eigenvalues:
             rate = 2 * rate
-        return [normalised(query) * width ** -0.5, normalised(key), value.unflatten(-1, (r, -1)), decay, rate]
+        return [normalised(query) * width ** -0.5, normalised(key), value[..., None, :], decay, rate]
 
     def _of_heads(self, parameter: torch.Tensor, heads: slice, dtype: torch.dtype) -> torch.Tensor:
-        """Return the numbers of some key heads, [key heads, of each]."""
+        """Return the numbers of some heads, [heads, of each]."""
         return parameter.to(dtype).unflatten(0, (self.heads, -1))[heads]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (),
@@ -207,55 +213,6 @@ class LinearAttention(MegatronModule):
                                                        tp_group=self._group)
         return declared | make_sharded_tensors_for_checkpoint(
             own, prefix, SPLIT, sharded_offsets, tp_group=self._group, dp_cp_group=group)
-
-
-class GatedDeltaNet(LinearAttention):
-    """With the names that Megatron-Core's `gated_delta_net.py` has for its parts: a state forgets at one rate
-    of each head of values, and gates are made of the layer's input."""
-
-    def gate_of_output(self, gate: torch.Tensor) -> torch.Tensor:
-        return silu(gate)
-
-    def projected(self, hidden: torch.Tensor) -> Sequence[torch.Tensor]:
-        sizes = self.sizes
-        found: torch.Tensor = self.in_proj(hidden)[0].squeeze(1).unflatten(-1, (self.heads, -1))
-        return found.split([sizes.convolved, sizes.values_per_key * sizes.value_head_dim,
-                            2 * sizes.values_per_key], -1)
-
-    def gates(self, gates: torch.Tensor, heads: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        rate, step = gates.split(self.sizes.values_per_key, -1)
-        log, bias = (self._of_heads(p, heads, gates.dtype) for p in (self.A_log, self.dt_bias))
-        return (-log.exp() * softplus(step + bias))[..., None], rate.sigmoid()
-
-
-class KimiDeltaAttention(LinearAttention):
-    """Each channel of a state's keys forgets at a rate of its own; these rates, and the gates of the output,
-    are made of two narrow vectors, which every process makes whole."""
-
-    def __init__(self, config: Any, layer_number: int, projections: tuple[Any, Any, Any],
-                 sizes: LinearAttentionConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, layer_number, projections, sizes, *args, **kwargs)
-        assert sizes.gate_rank is not None
-        self.gates_down_proj = WholeLinear(config.hidden_size, 2 * sizes.gate_rank, config)
-        self.decay_up_proj, self.output_up_proj = (
-            self._by_heads(projections[2], sizes.gate_rank, sizes.num_key_heads * width, "fc1")
-            for width in (sizes.decays, sizes.value_head_dim))
-
-    def gate_of_output(self, gate: torch.Tensor) -> torch.Tensor:
-        return gate.sigmoid()
-
-    def projected(self, hidden: torch.Tensor) -> Sequence[torch.Tensor]:
-        narrow = self.gates_down_proj(hidden)[0].chunk(2, -1)
-        decay, gate, found = (module(inputs)[0].squeeze(1).unflatten(-1, (self.heads, -1)) for module, inputs
-                              in ((self.decay_up_proj, narrow[0]), (self.output_up_proj, narrow[1]),
-                                  (self.in_proj, hidden)))
-        convolved, rate = found.split([self.sizes.convolved, 1], -1)
-        return convolved, gate, torch.cat([rate, decay], -1)
-
-    def gates(self, gates: torch.Tensor, heads: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        rate, step = gates.split([1, self.sizes.decays], -1)
-        log, bias = (self._of_heads(p, heads, gates.dtype) for p in (self.A_log, self.dt_bias))
-        return (-log.exp() * softplus(step + bias))[..., None, :], rate.sigmoid()
 
 
 class KeptState:
@@ -275,16 +232,15 @@ class KeptState:
         self._gates: torch.Tensor | None = None
 
     def read(self, convolved: torch.Tensor, gates: torch.Tensor, spans: PackedSpans) -> torch.Tensor:
-        """Read new tokens: [tokens, key heads, channels] twice -> [tokens, key heads, values per key, value
-        channels], zeros at padding."""
+        """Read new tokens: [tokens, heads, channels] twice -> [tokens, heads, 1, value channels], zeros at
+        padding."""
         sizes, wide = self._layer.sizes, self._layer.convolution()
         if self._state is None:
             heads, slots = self._layer.heads, self._size.slots
-            self._state = wide.new_zeros(slots, heads, sizes.values_per_key, sizes.key_head_dim,
-                                         sizes.value_head_dim)
+            self._state = wide.new_zeros(slots, heads, 1, sizes.key_head_dim, sizes.value_head_dim)
             self._inputs = wide.new_zeros(slots, wide.shape[1] - 1 + self._open, len(wide))
             self._gates = gates.new_zeros(slots, self._open, *gates.shape[1:])
-        found = wide.new_zeros(len(convolved), self._layer.heads, sizes.values_per_key, sizes.value_head_dim)
+        found = wide.new_zeros(len(convolved), self._layer.heads, 1, sizes.value_head_dim)
         for group in spans.groups:
             here = slice(group.start, group.start + len(group.past) * group.length)
             shape = (len(group.past), group.length)
@@ -356,25 +312,21 @@ def _moved(values: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
 
 
 def attend_linearly(config: Any, spec: Any, sizes: LinearAttentionConfig, te: bool) -> None:
-    """Have a layer attend linearly.  With Transformer Engine the norm before a gated delta net is in its
-    projection, and checkpoints name it as if it were always; that before Kimi's, whose input has two
-    projections, stands by itself."""
-    layer, kind = spec.submodules, GatedDeltaNet if sizes.gate_rank is None else KimiDeltaAttention
+    """Have a layer attend linearly.  The norm before it, whose output has two projections, stands by itself
+    with Transformer Engine, too."""
+    layer = spec.submodules
     projections: tuple[Any, Any, Any] = (tensor_parallel.ColumnParallelLinear,
                                          tensor_parallel.RowParallelLinear,
                                          tensor_parallel.ColumnParallelLinear)
     if te:
         from megatron.core.extensions.transformer_engine import (
-            TEColumnParallelLinear, TELayerNormColumnParallelLinear, TENorm, TERowParallelLinear)
+            TEColumnParallelLinear, TENorm, TERowParallelLinear)
 
-        beside = kind is KimiDeltaAttention
-        projections = (TEColumnParallelLinear if beside else TELayerNormColumnParallelLinear,
-                       TERowParallelLinear, TEColumnParallelLinear)
-        layer.input_layernorm = TENorm if beside else IdentityOp
-    layer.self_attention = ModuleSpec(module=kind, params={"projections": projections, "sizes": sizes})
+        projections = (TEColumnParallelLinear, TERowParallelLinear, TEColumnParallelLinear)
+        layer.input_layernorm = TENorm
+    layer.self_attention = ModuleSpec(module=LinearAttention,
+                                      params={"projections": projections, "sizes": sizes})
     # as layers with other attention name them: the library has none of these under latent attention
     names = layer.sharded_state_dict_keys_map
     names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     names.pop("input_layernorm.", None)
-    if kind is GatedDeltaNet:
-        names["input_layernorm."] = "self_attention.in_proj.layer_norm_"

@@ -41,9 +41,7 @@ def frequencies(model: ModelConfig) -> torch.Tensor:
                 / (2 * math.log(base)))
 
     low, high = channel(yarn.beta_fast), channel(yarn.beta_slow)
-    if yarn.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
+    low, high = max(math.floor(low), 0), min(math.ceil(high), dim - 1)
     # 1: wavelengths beyond the original context, which are divided by the factor; 0: short ones, which stay
     interpolated = ((torch.arange(dim // 2, dtype=torch.float64) - low) / max(high - low, 1e-3)).clamp(0, 1)
     return plain * (1 - interpolated) + plain / yarn.factor * interpolated
@@ -103,21 +101,14 @@ def softmax_scale(model: ModelConfig, kind: str) -> float:
     linear, so queries and keys come out m times as long and their products m^2 times as large: the same as
     ``m^2 / sqrt(head_dim)`` behind plain rotations, which fused kernels know.  Layers that do not
     rotate have no such factor.  DeepSeek's latent attention, of whose heads a part rotates, has it there for
-    the whole heads, with ``m = 0.1 mscale ln(factor) + 1``, or not at all (`rotated_factor`).
+    the whole heads, with ``m = 0.1 mscale ln(factor) + 1``.
     """
     plain: float = model.head_dim ** -0.5 if model.attention_multiplier is None else (
         model.attention_multiplier)
     rotates = model.rope_on_global or kind == "sliding_attention"
-    if model.yarn is None or not rotates or model.yarn.longer == "rotated":
+    if model.yarn is None or not rotates:
         return plain
     return plain * max(1.0, 0.1 * model.yarn.mscale * math.log(model.yarn.factor) + 1.0) ** 2
-
-
-def rotated_factor(model: ModelConfig) -> float:
-    """Return the factor on cosine and sine (`YarnConfig.longer`)."""
-    if model.yarn is None or model.yarn.longer == "heads":
-        return 1.0
-    return max(1.0, 0.1 * math.log(model.yarn.factor) + 1.0)
 
 
 def rotate_by_token() -> None:

@@ -20,7 +20,7 @@ from megatron_sov.engine.model.gpu_settings import (
     OVERLAP, Here, exchanges_heads, expert_settings, keep_ends_in_bf16, library_settings,
     own_attention_serves, transformer_settings, uses_delta_kernels)
 from megatron_sov.engine.model.graphs import graphed
-from megatron_sov.engine.model.rotary import local_turns, rotated_factor, softmax_scale
+from megatron_sov.engine.model.rotary import local_turns, softmax_scale
 from megatron_sov.engine.parallel import context
 from megatron_sov.engine.parallel.device import PRECISION as PRECISION, on_gpu
 from megatron_sov.engine.router import BalancedRouter, RoutingStep
@@ -35,12 +35,6 @@ gelu_tanh = partial(gelu, approximate="tanh")
 # multiplied where the architecture says so; norms by 1 + weight; layers that rotate at a speed of their
 # own. The first takes the place of the library's bias-dropout-add, which is where a layer hands over a
 # block's output together with the residual.
-
-
-def quick_gelu(gate: torch.Tensor) -> torch.Tensor:
-    """Return GELU by its sigmoid approximation (arXiv 1606.08415, section 2); the library's own is compiled
-    at its first call."""
-    return gate * torch.sigmoid(1.702 * gate)
 
 
 class BlockOutput(torch.nn.Module):
@@ -66,9 +60,7 @@ class BlockOutput(torch.nn.Module):
         fused form."""
         def added(output_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor,
                   share_dropped: float) -> torch.Tensor:
-            output, bias = output_with_bias
-            if bias is not None:
-                output = output + bias
+            output, _ = output_with_bias  # no matrix before it has a bias
             if self.norm is not None:
                 output = self.norm(output)
             output = dropout(output, share_dropped, training)
@@ -177,10 +169,9 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         "num_attention_heads": model.num_heads, "num_query_groups": model.num_kv_heads,
         "kv_channels": model.head_dim, "ffn_hidden_size": model.dense_ffn_dim or model.expert_ffn_dim,
         "normalization": "RMSNorm", "layernorm_epsilon": model.norm_eps, "gated_linear_unit": True,
-        **_activation(model, te),
+        "activation_func": {"silu": silu, "gelu_tanh": gelu_tanh}[model.activation],
         "layernorm_zero_centered_gamma": te and model.zero_centered_norms,
-        "add_bias_linear": model.linear_bias, "add_qkv_bias": model.qkv_bias,
-        "softmax_type": "learnable" if model.attention_sinks else "vanilla",
+        "add_bias_linear": False, "add_qkv_bias": model.qkv_bias,
         "qk_layernorm": model.qk_norm, "attention_output_gate": model.attention_output_gate,
         "hidden_dropout": train.hidden_dropout, "attention_dropout": 0.0,  # our attention has none
         "perform_initialization": False, "use_cpu_initialization": not on_gpu(),
@@ -194,7 +185,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         "batch_p2p_comm": on_gpu() and parallel.vpp == 1, "overlap_p2p_comm": parallel.vpp > 1,
         # losses are sums divided once by global counts; must stand here before the model is wrapped
         "calculate_per_token_loss": True, "deterministic_mode": train.deterministic,
-        "masked_softmax_fusion": False, "bias_dropout_fusion": te and not model.linear_bias,
+        "masked_softmax_fusion": False, "bias_dropout_fusion": te,
         # every message would have the host wait, for the sake of an older torch
         "hetereogenous_dist_checkpoint": True, lanes.GRAPHS_OF: [], "batch_p2p_sync": False,
         **transformer_settings(gpu, train, here),
@@ -222,21 +213,10 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     config.own_attention, config.exchanges_heads = (
         own_attention_serves(here, gpu.attention, train.deterministic), exchanges_heads(here, gpu.attention))
     config.delta_kernels = uses_delta_kernels(here, gpu, train.deterministic)
-    config.routing_step, config.rotated_factor = RoutingStep(), rotated_factor(model)
+    config.routing_step = RoutingStep()
     for name in ("norm_topk_prob", "logits_multiplier", "mtp_depths", "zero_centered_norms"):
         setattr(config, name, getattr(model, name))
     return config
-
-
-def _activation(model: ModelConfig, te: bool) -> dict[str, Any]:
-    """Return what a gate passes through, and what becomes of the up projection."""
-    if model.activation != "clamped_swiglu":
-        return {"activation_func": {"silu": silu, "gelu_tanh": gelu_tanh}[model.activation]}
-    from megatron.core.fusions.fused_bias_geglu import quick_gelu as compiled
-
-    # by its own function the library knows that its fused kernel serves
-    return {"activation_func": compiled if te else quick_gelu, "glu_linear_offset": 1.0,
-            "activation_func_clamp_value": 7.0}
 
 
 def _library_config(model: ModelConfig, settings: dict[str, Any]) -> Any:
@@ -259,7 +239,6 @@ def _moe_settings(model: ModelConfig, te: bool) -> dict[str, Any]:
         "num_moe_experts": model.num_experts, "moe_router_topk": model.num_experts_per_token,
         "moe_ffn_hidden_size": model.expert_ffn_dim,
         "moe_shared_expert_intermediate_size": model.expert_ffn_dim * model.num_shared_experts or None,
-        "moe_shared_expert_gate": model.shared_expert_gate,
         "moe_router_score_function": model.router_score,
         "moe_router_topk_scaling_factor": model.routed_scaling_factor,
         "moe_router_enable_expert_bias": model.router_bias,
@@ -310,7 +289,7 @@ def _yarn(config: Any, model: ModelConfig, parallel: ParallelConfig) -> None:
         config.yarn_beta_fast, config.yarn_beta_slow = yarn.beta_fast, yarn.beta_slow
         # equal, so that the library's factor on cosine and sine is 1: ours is in the scale of the softmax
         config.yarn_mscale = config.yarn_mscale_all_dim = 1.0
-        config.yarn_correction_range_round_to_int = yarn.truncate
+        config.yarn_correction_range_round_to_int = True
 
 
 def layer_specs(config: Any, model: ModelConfig) -> list[Any]:
@@ -389,20 +368,15 @@ def _finish_attention(config: Any, spec: Any, kind: str, window: int, model: Mod
     """Have a layer attend as it does in this model."""
     from megatron.core.transformer.spec_utils import ModuleSpec
 
-    from megatron_sov.engine.model.attention import DocumentAttention, SinkAttention
+    from megatron_sov.engine.model.attention import DocumentAttention
     from megatron_sov.engine.model.kv_cache import LatentDocumentAttention, latent_specs
 
     attention, latent = spec.submodules.self_attention.submodules, model.latent_attention is not None
     if config.exchanges_heads:
         attention.core_attention = exchanged(attention.core_attention)
     elif config.own_attention:
-        module: Any = DocumentAttention
-        if latent:
-            module = LatentDocumentAttention
-        elif model.attention_sinks:
-            module = SinkAttention
-        attention.core_attention = ModuleSpec(module=module, params={
-            "window_tokens": window, "softcap": model.attention_softcap})
+        module = LatentDocumentAttention if latent else DocumentAttention
+        attention.core_attention = ModuleSpec(module=module, params={"window_tokens": window})
     if uses_transformer_engine(config.params_dtype) and (config.exchanges_heads or not config.own_attention):
         from transformer_engine.pytorch.attention.dot_product_attention import utils
 
@@ -493,14 +467,13 @@ def _place_norms(config: Any, spec: Any, kind: str, model: ModelConfig) -> None:
             if getattr(part, name, IdentityOp) is not IdentityOp:  # linear attention has no such parts
                 setattr(part, name, ZeroCenteredNorm)
     turns = local_turns(model) if kind == "sliding_attention" else None
-    both = model.block_norms in ("post", "both")
-    behind = both or (model.block_norms == "experts" and has_experts(spec))
+    behind = model.block_norms in ("post", "both")
     if turns is None and not behind and model.residual_multiplier == 1:
         return
     spec.module, spec.params = OwnLayer, {"turns": turns}
     layer.self_attn_bda, layer.mlp_bda = (ModuleSpec(module=BlockOutput, params={
         "config": config, "multiplier": model.residual_multiplier,
-        "norm": block_norm(config) if normed else None}) for normed in (both, behind))
+        "norm": block_norm(config) if behind else None}) for _ in range(2))
 
 
 def has_experts(spec: Any) -> bool:

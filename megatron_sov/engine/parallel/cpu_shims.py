@@ -32,7 +32,6 @@ def mend() -> None:
     """Mend the library in this process; called before a model is built."""
     _products_of_routers()
     _norms_under_sequence_parallelism()
-    _biases_of_experts()
     _latent_attention_alone()
     _experts_without_tokens()
 
@@ -111,23 +110,6 @@ def _norms_under_sequence_parallelism() -> None:
         return norm
 
     WrappedTorchNorm.__new__ = staticmethod(marked)
-
-
-def _biases_of_experts() -> None:
-    """MLP adds an expert's bias in place to what RowParallelLinear returns, which autograd refuses for what
-    came as it was out of the reduction over a tensor-parallel group of one; biases of experts are allowed in
-    such groups alone, and the linear layer skips its reduction where it is told that others see to it."""
-    from megatron.core.tensor_parallel.layers import RowParallelLinear
-
-    original = RowParallelLinear.__init__
-
-    @functools.wraps(original)
-    def made(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        if self.is_expert and self.bias is not None:
-            self.explicit_expert_comm = True
-
-    RowParallelLinear.__init__ = made
 
 
 def prepare_megatron() -> None:

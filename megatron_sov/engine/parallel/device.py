@@ -342,50 +342,25 @@ def lacking_deep_ep(dispatcher: str) -> str:
 
 # The kernels of linear attention of flash-linear-attention, whose package is called fla-core.
 
-FLA_KERNELS = {False: ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
-               True: ("fla.ops.kda", "chunk_kda")}
-"""Whether each channel of keys decays at a rate of its own -> module and function."""
+FLA_KERNEL = ("fla.ops.kda", "chunk_kda")
+"""Module and function."""
 FLA_OLDEST = (0, 6)
-"""First version whose calls are held against its source.  Those before 0.5 have no value heads that share a
-head of keys, and read the memory of others in their place without a word."""
+"""First version whose calls are held against its source."""
 
 
 @functools.cache
-def lacking_fla(of_channels: bool) -> str:
-    """Return why these kernels do not serve here, in their own words; empty: they do.
-
-    Args:
-        of_channels: which of them (`FLA_KERNELS`).
-    """
-    for module, name in FLA_KERNELS.values():
-        try:
-            getattr(importlib.import_module(module), name)
-        except Exception as e:  # without a driver Triton ends with errors of its own
-            return told_in_a_line(e)
+def lacking_fla() -> str:
+    """Return why the kernel does not serve here, in its own words; empty: it does."""
+    module, name = FLA_KERNEL
+    try:
+        getattr(importlib.import_module(module), name)
+    except Exception as e:  # without a driver Triton ends with errors of its own
+        return told_in_a_line(e)
     version = str(getattr(sys.modules["fla"], "__version__", "unknown"))
     found = re.match(r"(\d+)\.(\d+)", version)
     if found is None or (int(found[1]), int(found[2])) < FLA_OLDEST:
         return f"version {version} is older than {'.'.join(map(str, FLA_OLDEST))}"
-    return "" if of_channels else _wrong_triton()
-
-
-def _wrong_triton() -> str:
-    """Return what is wrong with Triton on this GPU, in words; empty: nothing.
-
-    Some versions compute the gradients of one decay for all channels wrongly on Hopper, and without TileLang
-    the kernels end a run in its first backward pass then (fla-core 0.6.0, `chunk_bwd_dqkwg`, whose question
-    this is).  Seen on an H200 with Triton 3.6.0.
-    """
-    try:
-        from fla.ops.common.backends.tilelang import CommonTileLangBackend
-        from fla.utils import IS_NVIDIA_HOPPER, TRITON_ABOVE_3_4_0, TRITON_ABOVE_3_7_1
-    except ImportError:  # another version, which asks something else or nothing
-        return ""
-    wrong = IS_NVIDIA_HOPPER and TRITON_ABOVE_3_4_0 and not TRITON_ABOVE_3_7_1
-    if not wrong or CommonTileLangBackend.can_use():
-        return ""
-    version = getattr(sys.modules["triton"], "__version__", "of this version")
-    return f"Triton {version} computes their gradients wrongly on Hopper; 3.7.1 does not"
+    return ""
 
 
 def hide_broken_deep_ep() -> None:

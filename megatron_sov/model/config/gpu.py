@@ -163,7 +163,7 @@ def _heads_divide(model: ModelConfig, parallel: ParallelConfig) -> bool:
     """Return whether processes that share a row can each take some heads of it, with their keys."""
     heads, of_keys = model.num_heads // parallel.tp, model.num_kv_heads // parallel.tp
     return (heads % parallel.cp == 0 and (of_keys % parallel.cp == 0 or parallel.cp % of_keys == 0)
-            and not model.attention_sinks and model.latent_attention is None)
+            and model.latent_attention is None)
 
 
 Switch = Literal["auto", "on", "off"]
@@ -191,9 +191,9 @@ class GpuConfig:
     attention: Literal["auto", "fused", "flash", "unfused", "local"] = "auto"
     """Attention kernel: Transformer Engine's choice (auto), its cuDNN (fused), FlashAttention or plain torch
     (unfused) one, or this framework's own (local). Under context parallelism auto is local, and a named one
-    gets whole rows of its share of the heads. Ours serves anyway without Transformer Engine, and where
-    products are capped (`model.attention_softcap`); under auto also with `train.deterministic`, and where
-    Transformer Engine, which is asked, has no kernel for packed rows of such heads on this GPU."""
+    gets whole rows of its share of the heads. Ours serves anyway without Transformer Engine; under
+    auto also with `train.deterministic`, and where Transformer Engine, which is asked, has no kernel for
+    packed rows of such heads on this GPU."""
     linear_attention: Literal["auto", "torch", "fla"] = "auto"
     """What trains layers with linear attention: plain torch, or the Triton kernels of flash-linear-attention
     (fla), version 0.6 or newer, which repeat no bits and take keys of up to 256 channels; auto: those where
@@ -292,7 +292,7 @@ class GpuConfig:
              "set gpu.rope_fusion to auto, or parallel.cp to 1"),
             (parallel.cp == 1 or self.attention in ("auto", "local") or _heads_divide(model, parallel),
              "attention", f"gives each process of parallel.cp = {parallel.cp} its share of the heads, which "
-             f"must divide those of parallel.tp = {parallel.tp}, without sinks or latent attention",
+             f"must divide those of parallel.tp = {parallel.tp}, without latent attention",
              "set gpu.attention to auto or local, or parallel.cp to 1"),
             (self.shared_expert_overlap == "off" or (experts and model.num_shared_experts > 0),
              "shared_expert_overlap", "needs a shared expert, and the model has none", "leave it out"),

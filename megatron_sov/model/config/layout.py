@@ -98,9 +98,8 @@ class ParallelConfig:
                 refuse("tp", f"must divide model.{name} = {value}", _divisors(value))
         if model.has_dense_layers() and model.dense_ffn_dim % self.tp:
             refuse("tp", f"must divide model.dense_ffn_dim = {model.dense_ffn_dim}")
-        linear = model.linear_attention
         narrow = {"model.latent_attention meets": model.latent_attention is not None,
-                  "model.linear_attention.gate_rank meets": bool(linear and linear.gate_rank),
+                  "model.linear_attention meets": model.linear_attention is not None,
                   "experts meet": model.num_moe_layers() > 0}
         if self.tp > 1 and not self.sp and any(narrow.values()):
             what = next(what for what, meets in narrow.items() if meets)
@@ -185,8 +184,6 @@ class ParallelConfig:
              _divisors(model.num_experts)),
             (model.expert_ffn_dim % self.etp == 0, "etp",
              f"must divide model.expert_ffn_dim = {model.expert_ffn_dim}"),
-            (not model.linear_bias or self.etp == 1, "etp", "must be 1: megatron-core cuts no experts that "
-             "have biases (model.linear_bias)", "raise parallel.ep"),
             (not self.delay_weight_grads or self.expert_overlap == "micro_batches", "delay_weight_grads",
              f"needs parallel.expert_overlap = micro_batches, which is {self.expert_overlap}",
              "set it, or leave it out"),

@@ -18,10 +18,9 @@ from megatron_sov.model.config.train import OptimConfig, TrainConfig
 ALL_LINEAR, EXPERTS, HEAD, EMBEDDING = "all-linear", "experts", "lm_head", "embed_tokens"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
-Target = Literal["all-linear", "q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkvz", "in_proj_ba",
-                 "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj", "b_proj", "f_a_proj",
-                 "f_b_proj", "g_a_proj", "g_b_proj", "g_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa",
-                 "kv_b_proj", "gate_proj", "up_proj", "down_proj", "experts", "lm_head", "embed_tokens"]
+Target = Literal["all-linear", "q_proj", "k_proj", "v_proj", "o_proj", "b_proj", "f_a_proj", "f_b_proj",
+                 "g_a_proj", "g_b_proj", "g_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
+                 "gate_proj", "up_proj", "down_proj", "experts", "lm_head", "embed_tokens"]
 TARGETS: tuple[str, ...] = get_args(Target)
 """What `lora.targets` may name: modules as transformers calls them, and groups of them."""
 
@@ -39,12 +38,11 @@ class LoraConfig:
     alpha: AboveZero = 16.0
     """The update is scaled by alpha / rank."""
     targets: Annotated[tuple[Target, ...], MinLen(1)] = ("all-linear",)
-    """What is adapted: q_proj, k_proj, v_proj, o_proj; in_proj_qkvz, in_proj_ba, out_proj (of a gated delta
-    net); in_proj_qkv, in_proj_z, in_proj_b, in_proj_a, out_proj (of Qwen3.5's); b_proj, f_a_proj, f_b_proj,
-    g_a_proj, g_b_proj (of Kimi Delta Attention); g_proj (gates of Solar Open 2's attention); q_a_proj,
-    q_b_proj, kv_a_proj_with_mqa, kv_b_proj (of latent attention); gate_proj, up_proj, down_proj (of dense
-    layers and shared experts); experts (all routed ones, each with matrices of its own); lm_head;
-    embed_tokens; all-linear: all of these that the model has, but lm_head and embed_tokens."""
+    """What is adapted: q_proj, k_proj, v_proj, o_proj; b_proj, f_a_proj, f_b_proj, g_a_proj, g_b_proj (of
+    Kimi Delta Attention); g_proj (gates of Solar Open 2's attention); q_a_proj, q_b_proj,
+    kv_a_proj_with_mqa, kv_b_proj (of latent attention); gate_proj, up_proj, down_proj (of dense layers and
+    shared experts); experts (all routed ones, each with matrices of its own); lm_head; embed_tokens;
+    all-linear: all of these that the model has, but lm_head and embed_tokens."""
     dora: bool = False
     """Also train the length of each row of the adapted matrices (DoRA), of routed experts, lm_head and
     embed_tokens excepted."""
@@ -92,10 +90,6 @@ class LoraConfig:
             (EMBEDDING not in adapted or parallel.pp == 1 or not model.num_mtp_layers, "targets",
              "names embed_tokens, with which the first pipeline stage embeds and, for the prediction layer, "
              f"the last (parallel.pp = {parallel.pp})", "set parallel.pp=1 or leave it out"),
-            (not (with_experts and model.linear_bias), "targets",
-             "adapts experts, which is not built for experts with biases (model.linear_bias): Hugging Face "
-             "folders hold their gate and up projections in turns",
-             f"name some of {', '.join((*ATTENTION, HEAD, EMBEDDING))}"),
             # parts below the library's `min_offloaded_tensor_size` stay, and the whole's memory is freed
             (not (with_experts and "expert_fc1" in gpu.offload_modules), "targets",
              "adapts experts, each of which keeps its own part of the tokens, and gpu.offload_modules = "

@@ -65,8 +65,7 @@ class LatentAttentionConfig:
         return self.kv_lora_rank + self.qk_rope_head_dim
 
 
-# Linear attention (Gated DeltaNet, arXiv 2412.06464, as Qwen3-Next has it; Kimi Delta Attention, arXiv
-# 2510.26692).
+# Linear attention: Kimi Delta Attention (arXiv 2510.26692).
 
 @dataclass(frozen=True)
 class LinearAttentionConfig:
@@ -76,43 +75,28 @@ class LinearAttentionConfig:
     num_key_heads: Annotated[int, Ge(1), Le(1_000_000)]
     """Heads of queries and keys."""
     num_value_heads: Annotated[int, Ge(1), Le(1_000_000)]
-    """Heads of values; as many follow each head of keys."""
+    """Heads of values: one for each head of keys."""
     key_head_dim: Width
     """Width of a head's queries and keys."""
     value_head_dim: Width
     """Width of a head's values."""
+    gate_rank: Width
+    """Width of each of the two vectors that a decay of each channel of keys, and the output's gates, are made
+    of."""
     conv_taps: Annotated[int, Ge(1), Le(64)] = 4
     """Tokens that the causal convolution of each channel of queries, keys and values sees, its own too."""
-    gate_rank: Width | None = None
-    """Width of each of the two vectors that a decay of each channel of keys, and the output's gates, are made
-    of (Kimi Delta Attention); None: heads have one decay, and it and gates are made of the layer's input
-    (gated delta net)."""
     negative_eigenvalues: bool = False
     """Whether learning rates lie below 2 and not below 1, so that a state may turn what it holds along a key
     into its opposite (arXiv 2411.12537; Solar Open 2)."""
 
     @property
-    def values_per_key(self) -> int:
-        """Value heads that share a head of keys."""
-        return self.num_value_heads // self.num_key_heads
-
-    @property
-    def projected(self) -> tuple[int, ...]:
-        """Widths of what the layer's input becomes for each head of keys: query, key, values, gates of the
-        output, learning rates, decays; under `gate_rank` no gates and decays."""
-        r, values = self.values_per_key, self.values_per_key * self.value_head_dim
-        if self.gate_rank is not None:
-            return (self.key_head_dim, self.key_head_dim, values, r)
-        return (self.key_head_dim, self.key_head_dim, values, values, r, r)
-
-    @property
-    def decays(self) -> int:
-        """Decays of a head of keys."""
-        return self.values_per_key if self.gate_rank is None else self.key_head_dim
+    def projected(self) -> tuple[int, int, int, int]:
+        """Widths of what the layer's input becomes for each head: query, key, value, learning rate."""
+        return (self.key_head_dim, self.key_head_dim, self.value_head_dim, 1)
 
     @property
     def convolved(self) -> int:
-        """Channels of a head of keys that are convolved: query, key and values."""
+        """Channels of a head that are convolved: query, key and value."""
         return sum(self.projected[:3])
 
     @property
@@ -154,15 +138,9 @@ class YarnConfig:
     """Rotations within the original context above which a dimension is left alone."""
     beta_slow: AboveZero = 1.0
     """Rotations within the original context below which a dimension is fully interpolated."""
-    truncate: bool = True
-    """Whether the ends of the ramp between the two are rounded outwards to whole channels."""
     mscale: AboveZero = 1.0
     """Factor on 0.1 ln(factor) in the scale of the softmax (DeepSeek's mscale and mscale_all_dim, which are
     equal); others than 1 in models with latent attention only."""
-    longer: Literal["heads", "rotated"] = "heads"
-    """Which channels of queries and keys are 0.1 ln(factor) + 1 times as long: those of whole heads, by the
-    scale of the softmax, or in models with latent attention the rotated ones alone (A.X K1; mscale_all_dim
-    0)."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +175,7 @@ class ModelConfig:
     ACTS_WHEN: ClassVar[ActsWhen] = {
         "num_dense_layers num_experts_per_token num_expert_groups num_groups_per_token num_shared_experts "
         "expert_ffn_dim router_score norm_topk_prob router_bias routed_scaling_factor "
-        "router_bias_update_rate seq_aux_loss_coeff shared_expert_gate mtp_experts": is_set(".num_experts"),
+        "router_bias_update_rate seq_aux_loss_coeff mtp_experts": is_set(".num_experts"),
         "router_bias_update_rate": is_set(".router_bias"),
         "local_rope_theta": is_set(".sliding_window_tokens"),
         "mtp_experts mtp_attention mtp_depths mtp_loss_coeff": is_set(".num_mtp_layers")}
@@ -270,30 +248,21 @@ class ModelConfig:
     YaRN; None = none."""
     qkv_bias: bool = False
     """Whether the query, key and value projections have a bias."""
-    linear_bias: bool = False
-    """Whether attention's output projection, the router and the matrices of feed-forward networks and experts
-    have one, too (gpt-oss); needs qkv_bias, and no shared experts."""
-    attention_sinks: bool = False
-    """Whether each head has a learned logit in the denominator of its softmax, a key without a value
-    (arXiv 2309.17453, section 3.3; gpt-oss)."""
     qk_norm: bool = False
     """RMSNorm over each head of queries and keys, before RoPE."""
     norm_eps: AboveZero = 1e-5
     """Epsilon of every RMSNorm."""
     zero_centered_norms: bool = False
     """Whether every RMSNorm multiplies by 1 + its weight."""
-    activation: Literal["silu", "gelu_tanh", "clamped_swiglu"] = "silu"
-    """What the gate of feed-forward networks passes through; gelu_tanh = GELU by its tanh approximation;
-    clamped_swiglu = g sigmoid(1.702 g) times 1 + the up projection, with g at most 7 and the up projection
-    within -7 and 7 (gpt-oss)."""
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    """What the gate of feed-forward networks passes through; gelu_tanh = GELU by its tanh approximation."""
     swiglu_limits: tuple[NotNegative, ...] = ()
     """Bound of every trunk layer's gate and up projections, of experts too, before the activation
     (K-EXAONE 2.0): the gate is at most that, the up projection within both signs of it; 0: none.  Empty: no
     layer has one."""
-    block_norms: Literal["pre", "post", "both", "experts"] = "pre"
+    block_norms: Literal["pre", "post", "both"] = "pre"
     """Where a layer normalises: pre = the input of attention and feed-forward network; post = their output,
-    before it is added to the residual; both = input and output; experts = the inputs, and the output of
-    feed-forward networks with experts (A.X K1)."""
+    before it is added to the residual; both = input and output."""
     embedding_multiplier: AboveZero = 1.0
     """Factor on embeddings, as in maximal update parametrisation (arXiv 2203.03466)."""
     attention_multiplier: AboveZero | None = None
@@ -302,10 +271,9 @@ class ModelConfig:
     """Factor on what attention and feed-forward network add to the residual."""
     logits_multiplier: AboveZero = 1.0
     """Factor on the output head's logits."""
-    attention_softcap: AboveZero | None = None
-    """Cap on the products of queries and keys, cap * tanh(x / cap), before the mask; None = none."""
     logits_softcap: AboveZero | None = None
-    """Cap on the output head's logits, behind the factor on them and before any temperature; None = none."""
+    """Cap on the output head's logits, cap * tanh(x / cap), behind the factor on them and before any
+    temperature; None = none."""
     tied_embeddings: bool = False
     """Whether the output head is the embedding matrix."""
     num_mtp_layers: Annotated[NotNegativeInt, Le(1)] = 0
@@ -327,9 +295,7 @@ class ModelConfig:
     """Sizes of linear attention, of D layers; None: there are none."""
     attention_output_gate: bool = False
     """Whether what each head of other layers attends to is multiplied by the sigmoid of a projection of the
-    layer's input (Qwen3-Next; arXiv 2505.06708)."""
-    shared_expert_gate: bool = False
-    """Whether what shared experts give is multiplied by the sigmoid of one projection of their input."""
+    layer's input (Solar Open 2; arXiv 2505.06708)."""
     audio_tokens: IdBlock | None = None
     """Ids of discrete sound; None: the vocabulary has none."""
     image_tokens: IdBlock | None = None
@@ -419,17 +385,9 @@ class ModelConfig:
         parts = (self.vision, self.audio, self.image_tokens, self.audio_tokens)
         return any(part is not None for part in parts)
 
-    def norms_per_layer(self, with_experts: bool) -> int:
+    def norms_per_layer(self) -> int:
         """Return how many RMSNorms a layer has over the residual's width."""
-        if self.block_norms == "experts":
-            return 2 + with_experts
         return 4 if self.block_norms == "both" else 2
-
-    def norms_per_block(self) -> float:
-        """Return the mean over both blocks of the trunk's layers."""
-        moe = self.num_moe_layers()
-        norms = moe * self.norms_per_layer(True) + (self.num_layers - moe) * self.norms_per_layer(False)
-        return norms / (2 * self.num_layers)
 
     def num_moe_layers(self) -> int:
         """Return how many trunk layers have experts: all after the leading dense ones, or none."""
@@ -465,21 +423,12 @@ class ModelConfig:
              "router_bias", f"needs model.router_score = sigmoid, it is {self.router_score}"),
             (not self.num_mtp_moe_layers() or self.num_moe_layers() > 0, "mtp_experts",
              "needs a trunk with experts, and none of its layers has any", "set it to false"),
-            (self.block_norms != "experts" or self.num_moe_layers() > 0, "block_norms",
-             "needs layers with experts, and there are none", "set it to pre"),
             (kept <= groups, "num_groups_per_token", f"must be at most model.num_expert_groups = {groups}"),
             (kept > groups or groups == 1 or of_groups, "num_expert_groups",
              f"must divide model.num_experts = {experts} into groups of at least two"),
             (kept > groups or groups == 1 or not of_groups or within >= self.num_experts_per_token,
              "num_groups_per_token", f"leaves {within} experts to choose from, and "
              f"model.num_experts_per_token = {self.num_experts_per_token} must not be more"),
-            (not self.attention_sinks or self.attention_softcap is None, "attention_sinks",
-             f"cannot be with model.attention_softcap = {self.attention_softcap}: no attention has both",
-             "set it to null"),
-            (not self.linear_bias or self.qkv_bias, "linear_bias", "needs model.qkv_bias = true"),
-            (not (self.linear_bias and self.num_moe_layers() and self.num_shared_experts), "linear_bias",
-             f"needs model.num_shared_experts = 0, it is {self.num_shared_experts}: shared experts have no "
-             "biases"),
             (set(self.attention_pattern) <= {*LAYER_TYPES}, "attention_pattern",
              f"may hold only the letters {', '.join(LAYER_TYPES)}"),
             (("L" in self.attention_pattern) == has_window, "sliding_window_tokens",
@@ -501,17 +450,13 @@ class ModelConfig:
             (not self.attention_output_gate or self.latent_attention is None, "attention_output_gate",
              "is not built for model.latent_attention", "set it to false"),
             (not (self.attention_output_gate and self.qkv_bias), "attention_output_gate",
-             "cannot be with model.qkv_bias = true: no family has a bias of the gate", "set it to false"),
-            (not self.shared_expert_gate or bool(self.num_moe_layers() and self.num_shared_experts),
-             "shared_expert_gate", "needs model.num_shared_experts of at least 1", "set it to false"))
+             "cannot be with model.qkv_bias = true: no family has a bias of the gate", "set it to false"))
         if linear is None:
             return p
         return p + find_broken(
             linear, "model.linear_attention",
-            (linear.num_value_heads % linear.num_key_heads == 0, "num_value_heads",
-             f"must be a multiple of num_key_heads = {linear.num_key_heads}"),
-            (linear.gate_rank is None or linear.num_value_heads == linear.num_key_heads, "num_value_heads",
-             f"must be num_key_heads = {linear.num_key_heads} under gate_rank"))
+            (linear.num_value_heads == linear.num_key_heads, "num_value_heads",
+             f"must be num_key_heads = {linear.num_key_heads}"))
 
     def _list_problems(self) -> list[SettingsProblem]:
         """Return what is wrong with settings of single layers."""
@@ -524,11 +469,7 @@ class ModelConfig:
             (len(self.layer_windows) != self.num_layers or [w > 0 for w in self.layer_windows] == slides,
              "layer_windows", "must be above 0 exactly in layers that model.attention_pattern calls L",
              empty),
-            (len(self.swiglu_limits) in (0, self.num_layers), "swiglu_limits", length, empty),
-            (not any(self.swiglu_limits) or self.activation != "clamped_swiglu", "swiglu_limits",
-             "stand beside model.activation = clamped_swiglu, which has its own", empty),
-            (not any(self.swiglu_limits) or not self.linear_bias, "swiglu_limits",
-             "cannot be with model.linear_bias: they bound a product without a bias", empty))
+            (len(self.swiglu_limits) in (0, self.num_layers), "swiglu_limits", length, empty))
 
     def _position_problems(self) -> list[SettingsProblem]:
         """Return what is wrong with rotations, their scaling, and attention that is latent."""
@@ -546,9 +487,7 @@ class ModelConfig:
              "set the others to null"),
             (yarn is None or self.rope_theta > 1, "rope_theta", "must be above 1 with model.yarn"),
             (yarn is None or yarn.mscale == 1 or latent is not None, "yarn.mscale",
-             "needs model.latent_attention", "set it to 1"),
-            (yarn is None or yarn.longer == "heads" or (latent is not None and yarn.mscale == 1),
-             "yarn.longer", "needs model.latent_attention and model.yarn.mscale = 1", "set it to heads"))
+             "needs model.latent_attention", "set it to 1"))
         if llama3 is not None:
             p += find_broken(
                 llama3, "model.llama3_rope",
@@ -567,8 +506,8 @@ class ModelConfig:
              f"{latent.qk_rope_head_dim} = {latent.query_dim}"),
             (self.num_kv_heads == self.num_heads, "num_kv_heads", f"must be model.num_heads = "
              f"{self.num_heads} under model.latent_attention, which has keys and values for every head"),
-            (self.block_norms in ("pre", "experts"), "block_norms", "must be pre or experts with "
-             "model.latent_attention, which normalises its input"),
+            (self.block_norms == "pre", "block_norms",
+             "must be pre with model.latent_attention, which normalises its input"),
             ("L" not in self.attention_pattern + self.mtp_attention, "attention_pattern",
              "cannot be with model.latent_attention, which has no sliding windows",
              "set model.attention_pattern and model.mtp_attention to G"),

@@ -44,6 +44,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "attention_output_gate": (False,), "softmax_type": ("vanilla",), "softmax_scale": (None,),
     "qk_l2_norm": (False,), "glu_linear_offset": (0.0,), "activation_func_clamp_value": (None,),
     "moe_shared_expert_gate": (False,), "moe_latent_size": (None,),
+    "yarn_correction_range_round_to_int": (True, None),
     "experimental_attention_variant": (None,), "linear_attention_freq": (None,), "is_hybrid_model": (False,),
     "hybrid_override_pattern": (None,), "heterogeneous_block_specs": (False,),
     "rotary_scaling_factor": (None, 1.0),
@@ -58,7 +59,7 @@ DERIVED = ("num_query_groups", "kv_channels", "ffn_hidden_size", "moe_ffn_hidden
            "mtp_loss_scaling_factor", "vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by",
            "should_pad_vocab", "seq_length", "max_position_embeddings", "yarn_rotary_scaling_factor",
            "yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow", "yarn_mscale",
-           "yarn_mscale_all_dim", "yarn_correction_range_round_to_int", "mtp_enabled",
+           "yarn_mscale_all_dim", "mtp_enabled",
            "group_query_attention", "moe_router_num_groups", "moe_router_group_topk")
 """What is read besides, together with others."""
 KNOWN = frozenset({*RENAMED, *OF_EXPERTS, *FIXED, *DERIVED})
@@ -268,8 +269,7 @@ def _positions(stated: Stated) -> dict[str, Any]:
         if any(stated.get(f"yarn_{name}") not in (None, 1.0, 0.0) for name in ("mscale", "mscale_all_dim")):
             raise ValueError("yarn_mscale, yarn_mscale_all_dim: other values than 1 are not read")
         names = {"factor": "rotary_scaling_factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow",
-                 "original_max_position_tokens": "original_max_position_embeddings",
-                 "truncate": "correction_range_round_to_int"}
+                 "original_max_position_tokens": "original_max_position_embeddings"}
         found["yarn"] = {ours: stated[f"yarn_{theirs}"] for ours, theirs in names.items()
                          if stated.get(f"yarn_{theirs}") is not None}
     if stated.get("rope_scaling"):

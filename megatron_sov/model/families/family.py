@@ -99,11 +99,6 @@ TEXT_INSIDE = {
         ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
         {"vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
          "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072}),
-    "qwen3_5_moe": TextInside(
-        "Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe_text", (("model.language_model.", "model."),),
-        ("model.visual.",),
-        {"vocab_size": 248320, "hidden_size": 2048, "num_hidden_layers": 40, "num_attention_heads": 16,
-         "num_key_value_heads": 2, "max_position_embeddings": 32768, "moe_intermediate_size": 512}),
 }
 """model_type of a folder -> the text model in it."""
 
@@ -185,12 +180,10 @@ OF_PREDICTION = ("mtp_experts", "mtp_attention", "mtp_depths")
 PLAIN: dict[str, Any] = {
     "block_norms": "pre", "embedding_multiplier": 1.0, "attention_multiplier": None,
     "residual_multiplier": 1.0, "logits_multiplier": 1.0, "rope_share": 1.0,
-    "attention_softcap": None, "logits_softcap": None,
-    "local_rope_theta": None, "zero_centered_norms": False, "activation": "silu", "linear_bias": False,
-    "attention_sinks": False, "layer_windows": (), "swiglu_limits": (), "mtp_depths": 1,
-    "num_expert_groups": 1, "num_groups_per_token": 1, "mtp_experts": False,
-    "latent_attention": None, "linear_attention": None, "attention_output_gate": False,
-    "shared_expert_gate": False}
+    "logits_softcap": None, "local_rope_theta": None, "zero_centered_norms": False, "activation": "silu",
+    "layer_windows": (), "swiglu_limits": (), "mtp_depths": 1, "num_expert_groups": 1,
+    "num_groups_per_token": 1, "mtp_experts": False, "latent_attention": None, "linear_attention": None,
+    "attention_output_gate": False}
 """Fields of `ModelConfig` that few families can vary, with the value that all others have."""
 
 
@@ -230,10 +223,6 @@ class Family:
     """Parts of tensor names that folders may have in the place of others: theirs, ours."""
     in_memory: tuple[tuple[str, str], ...] = ()
     """Parts of module names in folders -> what transformers' model has in their place."""
-    zeros: tuple[str, ...] = ()
-    """Endings of the names of tensors that a folder may lack, and that are 0 then; written always."""
-    unread: tuple[WeightSection, ...] = ()
-    """Tensors that a folder may have and no program reads, under their Hugging Face names."""
     reader_split: str | None = None
     """The regular expression by which transformers' tokenizer class for this family splits text, whatever
     tokenizer.json says; None where it does what the file says."""
@@ -247,10 +236,6 @@ class Family:
         if not model.num_mtp_layers:
             return {}
         return {name.replace("{l}", str(model.num_layers)): other for name, other in self.copies.items()}
-
-    def unread_in(self, model: ModelConfig) -> list[str]:
-        """Return the tensors that a folder may have and no program reads."""
-        return [name for link in links(self.unread, model) for name in link.hf_names]
 
     def predicts_behind(self) -> bool:
         """Return whether a folder counts the prediction layer as one more layer of the trunk."""

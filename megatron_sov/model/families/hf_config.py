@@ -142,15 +142,10 @@ class Rope:
 
     default_theta: float
     """What transformers assumes where no theta is given."""
-    default_share: float | None = None
-    """What it assumes where no `partial_rotary_factor` is given; None: heads rotate as a whole."""
-    of_pictures: tuple[str, ...] = ()
-    """Parameters that say how places in pictures rotate, and nothing of text."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        share = () if self.default_share is None else ("partial_rotary_factor",)
-        return ("rope_parameters", "rope_scaling", "rope_theta", *share)
+        return ("rope_parameters", "rope_scaling", "rope_theta")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """Return `rope_parameters`, with every number explicit."""
@@ -158,16 +153,13 @@ class Rope:
         if model.yarn:
             rope |= {"rope_type": "yarn", "factor": model.yarn.factor,
                      "original_max_position_embeddings": model.yarn.original_max_position_tokens,
-                     "beta_fast": model.yarn.beta_fast, "beta_slow": model.yarn.beta_slow,
-                     **({} if model.yarn.truncate else {"truncate": False})}
+                     "beta_fast": model.yarn.beta_fast, "beta_slow": model.yarn.beta_slow}
         if model.llama3_rope:
             scaling = dataclasses.asdict(model.llama3_rope)
             scaling["original_max_position_embeddings"] = scaling.pop("original_max_position_tokens")
             rope |= {"rope_type": "llama3", **scaling}
         if model.linear_rope_factor is not None:
             rope |= {"rope_type": "linear", "factor": model.linear_rope_factor}
-        if self.default_share is not None:
-            rope["partial_rotary_factor"] = model.rope_share
         return {"rope_parameters": rope}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -178,8 +170,7 @@ class Rope:
             raise UserError(f"config.json: rope_parameters = {spellings[0]} and rope_scaling = "
                             f"{spellings[1]} disagree; remove one of them")
         # A copy: what is understood is taken out, and what is left at the end is refused.
-        rope = {name: value for name, value in (spellings[0] if spellings else {}).items()
-                if name not in self.of_pictures}
+        rope = dict(spellings[0]) if spellings else {}
         thetas = [found["rope_theta"] for found in (rope, config) if "rope_theta" in found]
         if thetas[1:] and thetas[0] != thetas[1]:
             raise UserError(f"config.json: rope_theta = {thetas[1]}, and {thetas[0]} in rope_parameters; "
@@ -196,22 +187,13 @@ class Rope:
         linear = float(rope.pop("factor")) if kind == "linear" else None
         yarn = self._read_yarn(rope, config) if kind == "yarn" else None
         llama3 = self._read_llama3(rope) if kind == "llama3" else None
-        said = [found["partial_rotary_factor"] for found in (rope, config)
-                if "partial_rotary_factor" in found]
-        rope.pop("partial_rotary_factor", None)
-        assumed = 1.0 if self.default_share is None else self.default_share
-        share = said[0] if said else assumed
-        if self.default_share is None and share != 1.0:
+        if (share := rope.pop("partial_rotary_factor", 1.0)) != 1.0:
             raise UserError(f"config.json: partial_rotary_factor = {share}, but only 1.0 is supported: "
                             "heads rotate as a whole")
-        if said[1:] and said[1] != share:
-            raise UserError(f"config.json: partial_rotary_factor = {said[1]}, and {share} in "
-                            "rope_parameters; make them agree")
         if rope:
             raise UserError(f"config.json: rope parameters {', '.join(sorted(rope))} are unknown for "
                             f"rope_type {kind!r}; remove them if they have no effect")
-        return {"rope_theta": theta, "yarn": yarn, "llama3_rope": llama3, "linear_rope_factor": linear,
-                "rope_share": float(share)}
+        return {"rope_theta": theta, "yarn": yarn, "llama3_rope": llama3, "linear_rope_factor": linear}
 
     @staticmethod
     def _read_llama3(rope: dict[str, Any]) -> Llama3RopeConfig:
@@ -241,11 +223,10 @@ class Rope:
         if attention_factor is not None and not math.isclose(attention_factor, expected, rel_tol=1e-6):
             raise UserError(f"config.json: attention_factor = {attention_factor}, but only 0.1 ln(factor) + "
                             f"1 = {expected:.6f} is supported")
-        truncate = rope.pop("truncate", True)
-        if not isinstance(truncate, bool):
-            raise UserError(f"config.json: truncate = {truncate!r} must be true or false")
-        return YarnConfig(factor, original, _given(rope, "beta_fast", 32.0), _given(rope, "beta_slow", 1.0),
-                          truncate)
+        if rope.pop("truncate", True) is not True:
+            raise UserError("config.json: truncate of rope_type 'yarn' must be true, or absent: the ends of "
+                            "its ramp are rounded to whole channels")
+        return YarnConfig(factor, original, _given(rope, "beta_fast", 32.0), _given(rope, "beta_slow", 1.0))
 
 
 @dataclass(frozen=True)
@@ -297,57 +278,6 @@ def hidden_over_heads(config: dict[str, Any]) -> int:
     return int(config["hidden_size"] // config["num_attention_heads"])
 
 
-# Config items of gpt-oss.
-
-@dataclass(frozen=True)
-class SaidRope(Rope):
-    """Rotary frequencies that must be said: where they are absent transformers takes gpt-oss's own YaRN,
-    other programs plain rotations."""
-
-    def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return theta and YaRN; `UserError` where nothing is said."""
-        if not config.get("rope_parameters") and not config.get("rope_scaling"):
-            raise UserError("config.json: lacks rope_parameters (rope_scaling in older files), and programs "
-                            "assume different things then; add it, with rope_type 'default' for plain "
-                            "rotations")
-        return super().read(config)
-
-
-@dataclass(frozen=True)
-class AlternatingLayers:
-    """Which layers slide: the explicit list, or the first of each two."""
-
-    names: tuple[str, ...] = ("layer_types", "sliding_window")
-
-    def write(self, model: ModelConfig) -> dict[str, Any]:
-        return {"layer_types": model.layer_types(), "sliding_window": model.sliding_window_tokens or None}
-
-    def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the shortest pattern that gives the list, and the window."""
-        return SlidingLayers(default_window=128).read({"sliding_window_pattern": 2, **config})
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How a folder's weights are packed; they are written as they are, so that nothing is said then."""
-
-    method: str
-    """The one method that is read."""
-    names: tuple[str, ...] = ("quantization_config",)
-
-    def write(self, model: ModelConfig) -> dict[str, Any]:
-        return {}
-
-    def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return nothing; `UserError` where weights are packed in another way."""
-        said = config.get("quantization_config", {"quant_method": self.method})
-        found = said.get("quant_method") if isinstance(said, dict) else said
-        if found != self.method:
-            raise UserError(f"config.json: quantization_config has quant_method = {found!r}, but only "
-                            f"{self.method!r} is read for this family; take the weights in bfloat16")
-        return {}
-
-
 # Config items of Gemma.
 
 KINDS = ("full_attention", "sliding_attention")
@@ -375,33 +305,21 @@ class EmbeddingsByWidth:
 
 
 @dataclass(frozen=True)
-class SoftCap:
-    """A soft cap; null is none."""
+class LogitsSoftCap:
+    """A soft cap on logits; null, and absence, is none."""
 
-    hf: str
-    model: str
-    default: float | None
-    """What transformers assumes where the field is absent."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.hf,)
-
-    @property
-    def null_tells(self) -> tuple[str, ...]:
-        """Return the one field, whose null is not its absence."""
-        return (self.hf,)
+    names: tuple[str, ...] = ("final_logit_softcapping",)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        return {self.hf: getattr(model, self.model)}
+        return {self.names[0]: model.logits_softcap}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the cap; `UserError` where it is 0, which transformers would divide by."""
-        found = config.get(self.hf, self.default)
+        found = config.get(self.names[0])
         if found is not None and not float(found) > 0:
-            raise UserError(f"config.json: {self.hf} = {found!r} must be a number greater than 0, or null "
-                            "for no cap")
-        return {self.model: None if found is None else float(found)}
+            raise UserError(f"config.json: {self.names[0]} = {found!r} must be a number greater than 0, or "
+                            "null for no cap")
+        return {"logits_softcap": None if found is None else float(found)}
 
 
 @dataclass(frozen=True)
@@ -473,21 +391,14 @@ def _linear_factor(rope: dict[str, Any], where: str) -> float | None:
 
 
 @dataclass(frozen=True)
-class PeriodicLayers:
-    """Which layers slide: the explicit list, or every how many-th layer is global."""
+class GemmaLayers:
+    """Which layers slide: the explicit list, or all but every sixth."""
 
-    period: int
-    """What transformers assumes where nothing is said."""
     names: tuple[str, ...] = ("layer_types", "sliding_window", "sliding_window_pattern")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         return {"layer_types": model.layer_types(), "sliding_window": model.sliding_window_tokens or None}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the shortest pattern that gives the list, and the window; `UserError` where two names of it
-        disagree."""
-        window = config.get("sliding_window", 4096)
-        if config.get("sliding_window_size", window) != window:
-            raise UserError(f"config.json: sliding_window = {window} and sliding_window_size = "
-                            f"{config['sliding_window_size']} disagree; remove one of them")
-        return SlidingLayers(default_window=4096).read({"sliding_window_pattern": self.period, **config})
+        """Return the shortest pattern that gives the list, and the window."""
+        return SlidingLayers(default_window=4096).read({"sliding_window_pattern": 6, **config})

@@ -12,71 +12,6 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.config.bounds import MAX_LAYERS
 from megatron_sov.model.config.model import shortest_pattern
-from megatron_sov.model.families.weights import Layout, shape_of
-
-# Entries of a weight map for experts that a Hugging Face folder holds as one tensor of a layer, with inputs
-# before outputs, and the columns of gate and up projection in turns (gpt-oss).
-
-@dataclass(frozen=True)
-class StackLayout(Layout):
-    """A block that is one Hugging Face tensor, whose axes stand in another order."""
-
-    order: tuple[int, ...] = ()
-    """Axes of the view in the order in which they are stored."""
-    hf_shape: tuple[int, ...] = ()
-    """[experts, inputs, outputs], or [experts, outputs] of biases."""
-
-    @property
-    def rows_stay(self) -> bool:
-        """Return that the stored tensor is no run of the block's rows."""
-        return False
-
-    @property
-    def block(self) -> tuple[int, ...]:
-        """Return [experts, outputs, inputs], or [experts, outputs] of biases."""
-        experts, *rest = self.hf_shape
-        return (experts, *reversed(rest))
-
-    def stored(self, length: int) -> tuple[int, ...]:
-        return self.hf_shape
-
-    def to_stored(self, part: Any, length: int) -> Any:
-        return part.permute(self.order).reshape(self.hf_shape).contiguous()
-
-    def to_view(self, tensor: Any, length: int) -> Any:
-        turned = tensor.reshape([self.view[axis] for axis in self.order])
-        return turned.permute([self.order.index(axis) for axis in range(len(self.order))])
-
-
-@dataclass(frozen=True)
-class ExpertStack:
-    """One Hugging Face tensor of all experts, which is a Megatron tensor with its axes turned."""
-
-    megatron: str
-    hf: str
-    shape: str
-    """Letters of one expert's tensor: inputs, outputs, or the outputs of a bias."""
-    in_turns: bool = False
-    """Whether columns of two matrices of that shape stand in turns, which in Megatron stand one behind the
-    other: gate and up projection."""
-    fp32: bool = False
-
-    @property
-    def hf_names(self) -> tuple[str, ...]:
-        return (self.hf,)
-
-    def layout(self, model: ModelConfig) -> Layout:
-        """Return the whole tensor as one part, viewed as [experts, (gate and up,) outputs, (inputs)]."""
-        *inputs, outputs = shape_of(self.shape, model)
-        halves = [2] if self.in_turns else []
-        view = (model.num_experts, *halves, outputs, *inputs)
-        at_outputs = 1 + len(halves)
-        # Halves last: gate and up alternate along the outputs on disk, and lie one behind the other in
-        # Megatron.
-        order = (0, *(at_outputs + 1 for _ in inputs), at_outputs, *(1 for _ in halves))
-        hf_shape = (model.num_experts, *inputs, outputs * (1 + len(halves)))
-        return StackLayout(view, 0, (model.num_experts,), 1, order, hf_shape)
-
 
 PREDICTION_NAMES = ("num_nextn_predict_layers", "num_mtp_layers")
 """How configs call the number of prediction layers behind the trunk; the first is written."""
@@ -205,27 +140,6 @@ class SlidingSwitch:
                             f"but use_sliding_window is {slides}; make them agree")
         window = config["sliding_window"] if "L" in letters else 0
         return {"attention_pattern": shortest_pattern(letters), "sliding_window_tokens": window}
-
-
-@dataclass(frozen=True)
-class OneWindow:
-    """A window of every layer, or of none: `sliding_window` as Mistral's models have it."""
-
-    default: int = 0
-    """What transformers assumes where the field is absent, in tokens; null is no window."""
-    names: tuple[str, ...] = ("sliding_window",)
-    null_tells: tuple[str, ...] = ("sliding_window",)
-
-    def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the window, null for none; `UserError` where layers differ."""
-        if len(set(model.layer_types())) > 1:
-            raise UserError(f"model.attention_pattern = {model.attention_pattern!r}: in family "
-                            f"'{model.family}' either every layer slides or none does; use 'L' or 'G'")
-        return {"sliding_window": model.sliding_window_tokens or None}
-
-    def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        window = config.get("sliding_window", self.default) or 0
-        return {"attention_pattern": "L" if window else "G", "sliding_window_tokens": window}
 
 
 @dataclass(frozen=True)

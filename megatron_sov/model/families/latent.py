@@ -9,13 +9,12 @@ from typing import Any
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import LatentAttentionConfig, ModelConfig
 from megatron_sov.model.families.family import (
-    DECODER_CONFIG, DEEPSEEK_ROUTER, EXPERT_GROUPS, EXPERTS_CONFIG, MAX_POSITIONS, Family)
+    DECODER_CONFIG, DEEPSEEK_ROUTER, EXPERT_GROUPS, EXPERTS_CONFIG, Family)
 from megatron_sov.model.families.hf_config import ConfigItem, Fixed, Renamed, Rope, Unused
 from megatron_sov.model.families.hf_layers import LeadingDenseLayers, PredictionBehind
-from megatron_sov.model.families.linear_layers import KIMI_DELTA, KimiLayers
 from megatron_sov.model.families.weights import (
-    COPIES_BEHIND, DEEPSEEK_EXPERTS, DENSE_FFN, EMBEDDINGS_AND_HEAD, PREDICTION_BEHIND, Experts, GateUp, Same,
-    WeightEntry, inside_prediction, latent_of, router_bias, trunk)
+    COPIES_BEHIND, DEEPSEEK_EXPERTS, DENSE_FFN, EMBEDDINGS_AND_HEAD, PREDICTION_BEHIND, Same, WeightEntry,
+    inside_prediction, latent_of, trunk)
 
 _SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
@@ -28,17 +27,12 @@ class LatentHeads:
     names: tuple[str, ...] = (*_SIZES, "q_lora_rank", "num_key_value_heads", "head_dim", "qk_head_dim")
     null_tells: tuple[str, ...] = ("q_lora_rank",)
     """Null: there is none; where it is absent transformers takes 1536."""
-    narrow: bool = False
-    """Whether queries are always made of a narrow vector."""
     heads_tell: bool = True
     """Whether `head_dim` is what follows; False: nothing uses it."""
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the sizes, and as many key/value heads as heads; `UserError` where there are none."""
+        """Return the sizes, and as many key/value heads as heads."""
         latent = latent_of(model)
-        if self.narrow and latent.q_lora_rank is None:
-            raise UserError("model.latent_attention.q_lora_rank = null: queries of family "
-                            f"'{model.family}' are made of a narrow vector; give its width")
         return {**{name: getattr(latent, name) for name in _SIZES}, "q_lora_rank": latent.q_lora_rank,
                 "num_key_value_heads": model.num_kv_heads}
 
@@ -63,15 +57,13 @@ class LatentHeads:
 
 @dataclass(frozen=True)
 class LatentRope(Rope):
-    """Rotary frequencies whose YaRN has its factor as `mscale` and `mscale_all_dim`: with both equal, cosine
-    and sine have none, and the scale of the softmax has all of it; with 1 and 0, which are assumed where
-    nothing is said, it is the other way round."""
+    """Rotary frequencies whose YaRN has its factor as `mscale` and `mscale_all_dim`, which are equal: cosine
+    and sine have none, and the scale of the softmax has all of it."""
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         written = super().write(model)
         if model.yarn is not None:
-            of_heads = model.yarn.mscale if model.yarn.longer == "heads" else 0.0
-            written["rope_parameters"] |= {"mscale": model.yarn.mscale, "mscale_all_dim": of_heads}
+            written["rope_parameters"] |= {"mscale": model.yarn.mscale, "mscale_all_dim": model.yarn.mscale}
         return written
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +82,6 @@ class LatentRope(Rope):
                     raise UserError(f"config.json: mscale_all_dim = {said[1]} without mscale: transformers "
                                     "and vLLM compute different rotations; add mscale")
                 factors.add((1.0 if said[0] is None else said[0], 0.0 if said[1] is None else said[1]))
-                # With mscale_all_dim 0 the factor is YaRN's usual one, which `Rope` checks.
                 if said[1] and rope.pop("attention_factor", None) not in (None, 1.0):
                     raise UserError("config.json: attention_factor: beside mscale and mscale_all_dim only "
                                     "1.0 is supported; leave it out")
@@ -98,12 +89,10 @@ class LatentRope(Rope):
         if not factors:
             return found
         mscale, of_heads = factors.pop()
-        rotated = (mscale, of_heads) == (1, 0)
-        if factors or not (rotated or mscale == of_heads) or not mscale:
+        if factors or mscale != of_heads or not mscale:
             raise UserError("config.json: rope_type 'yarn' needs mscale and mscale_all_dim that are equal "
-                            "and not 0, or 1 and 0: others are not built for latent attention")
-        return found | {"yarn": replace(found["yarn"], mscale=float(mscale),
-                                        longer="rotated" if rotated else "heads")}
+                            "and not 0: others are not built for latent attention")
+        return found | {"yarn": replace(found["yarn"], mscale=float(mscale))}
 
 
 LATENT_ATTENTION: tuple[WeightEntry, ...] = (
@@ -136,10 +125,9 @@ _CONFIG: tuple[ConfigItem, ...] = (
     # of balancing losses, and of how released programs were started
     Unused(("aux_loss_alpha", "seq_aux", "ep_size", "pretraining_tp")),
 )
-_STRUCTURE_BESIDE: dict[str, Any] = {
+STRUCTURE: dict[str, Any] = {
     **DEEPSEEK_ROUTER, "sliding_window_tokens": 0, "tied_embeddings": False, "qkv_bias": False,
     "qk_norm": False}
-_STRUCTURE: dict[str, Any] = {**_STRUCTURE_BESIDE, "attention_pattern": "G", "rope_on_global": True}
 
 
 # DeepSeek-V3 and R1, Kimi K2 (`deepseek_v3`): leading dense layers, DeepSeek-V3's router and a shared
@@ -166,7 +154,7 @@ DEEPSEEK_V3 = Family(
         *_CONFIG, LatentHeads(), Renamed("n_routed_experts", "num_experts", 256),
         Fixed("topk_method", "noaux_tc", written=False), LeadingDenseLayers(default=3), PredictionBehind(),
     ),
-    structure=_STRUCTURE,
+    structure={**STRUCTURE, "attention_pattern": "G", "rope_on_global": True},
     varies=("latent_attention", "mtp_experts", *EXPERT_GROUPS),
     training={"router_bias_update_rate": 1e-3, "mtp_loss_coeff": 0.1},
     needs_shared_expert=True,
@@ -174,93 +162,3 @@ DEEPSEEK_V3 = Family(
 )
 
 
-# A.X K1 (`axk1`): DeepSeek-V3 with a norm of what experts give, and no prediction layer.
-#
-# The released folder has all experts of a layer in one tensor, no selection biases, which are then 0 as in
-# transformers' class, and the norm in dense layers, too, where neither that class nor vLLM's has a place for
-# it.  That class routes in one way, whatever `topk_method` says.
-
-_NORM_BEHIND: tuple[WeightEntry, ...] = (Same("mlp_bda.norm.weight", "post_mlp_layernorm.weight", "H"),)
-
-AXK1 = Family(
-    name="axk1",
-    hf_classes=("AXK1ForCausalLM",),
-    weights=(
-        *EMBEDDINGS_AND_HEAD,
-        trunk("every layer", LATENT_ATTENTION, QUERIES_OF_A_LATENT),
-        trunk("dense layers", DENSE_FFN),
-        trunk("moe layers", DEEPSEEK_EXPERTS, _NORM_BEHIND),
-    ),
-    config=(
-        *_CONFIG, LatentHeads(narrow=True),
-        Renamed("n_routed_experts", "num_experts", 192, aliases=("num_local_experts",)),
-        LeadingDenseLayers(default=1),
-        # a prediction layer would be among the tensors
-        Unused(("topk_method", "num_nextn_predict_layers")),
-    ),
-    structure={**_STRUCTURE, "block_norms": "experts", "num_mtp_layers": 0},
-    varies=("latent_attention", *EXPERT_GROUPS),
-    training={"router_bias_update_rate": 1e-3},
-    needs_shared_expert=True,
-    zeros=("mlp.gate.e_score_correction_bias",),
-    unread=(trunk("dense layers", _NORM_BEHIND),),
-)
-
-
-# Kimi Linear (`kimi_linear`): three layers of four have Kimi Delta Attention (arXiv 2510.26692), the fourth
-# and the last latent attention without positions; leading dense layers, DeepSeek-V3's router and a shared
-# expert.
-#
-# transformers writes dense layers, too, under the name of experts' blocks, and reads both.
-
-_BLOCK = "block_sparse_moe"
-_KIMI_EXPERTS: tuple[WeightEntry, ...] = (
-    Same("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", "H"),
-    Same("mlp.router.weight", f"{_BLOCK}.gate.weight", "E H"),
-    router_bias(f"{_BLOCK}.gate.e_score_correction_bias"),
-    Experts(GateUp("mlp.experts.experts.linear_fc1.weight", f"{_BLOCK}.experts.{{e}}.w1.weight",
-                   f"{_BLOCK}.experts.{{e}}.w3.weight", "I H")),
-    Experts(Same("mlp.experts.experts.linear_fc2.weight", f"{_BLOCK}.experts.{{e}}.w2.weight", "H I")),
-    GateUp("mlp.shared_experts.linear_fc1.weight", f"{_BLOCK}.shared_experts.gate_proj.weight",
-           f"{_BLOCK}.shared_experts.up_proj.weight", "S H"),
-    Same("mlp.shared_experts.linear_fc2.weight", f"{_BLOCK}.shared_experts.down_proj.weight", "H S"),
-)
-
-KIMI_LINEAR = Family(
-    name="kimi_linear",
-    hf_classes=("KimiLinearForCausalLM",),
-    weights=(
-        *EMBEDDINGS_AND_HEAD, trunk("linear layers", KIMI_DELTA),
-        trunk("other layers", LATENT_ATTENTION),
-        trunk("other layers", QUERIES_OF_A_LATENT, when="has_query_latent"),
-        trunk("other layers", WHOLE_QUERIES, when="has_whole_queries"),
-        trunk("dense layers", DENSE_FFN), trunk("moe layers", _KIMI_EXPERTS),
-    ),
-    config=(
-        *(item for item in DECODER_CONFIG if item is not MAX_POSITIONS),
-        Renamed("model_max_length", "max_position_tokens", 1048576, aliases=("max_position_embeddings",)),
-        Renamed("num_experts", "num_experts", 256, aliases=("num_local_experts",)),
-        Renamed("num_experts_per_token", "num_experts_per_token", 8, aliases=("num_experts_per_tok",)),
-        Renamed("num_shared_experts", "num_shared_experts", 1, aliases=("n_shared_experts",)),
-        Renamed("num_expert_group", "num_expert_groups", 1, aliases=("n_group",)),
-        Renamed("topk_group", "num_groups_per_token", 1),
-        Renamed("moe_intermediate_size", "expert_ffn_dim", 1024),
-        Renamed("intermediate_size", "dense_ffn_dim", 9216), Renamed("rms_norm_eps", "norm_eps", 1e-5),
-        Renamed("routed_scaling_factor", "routed_scaling_factor", 2.446),
-        Fixed("tie_word_embeddings", False), Fixed("attention_bias", False, written=False),
-        Fixed("moe_renormalize", True), Fixed("norm_topk_prob", True, written=False),
-        Fixed("moe_router_activation_func", "sigmoid"), Fixed("mla_use_nope", True),
-        Fixed("moe_layer_freq", 1, written=False), Fixed("num_nextn_predict_layers", 0, written=False),
-        LatentHeads(heads_tell=False), KimiLayers(), LeadingDenseLayers(default=1),
-        # nothing rotates, and groups are chosen from where there are several
-        Unused(("rope_theta", "rope_scaling", "rope_parameters", "use_grouped_topk", "topk_method",
-                "pretraining_tp")),
-    ),
-    structure={**_STRUCTURE_BESIDE, "rope_on_global": False, "rope_theta": 10_000.0, "yarn": None,
-               "llama3_rope": None, "linear_rope_factor": None, "num_mtp_layers": 0},
-    varies=("latent_attention", "linear_attention", *EXPERT_GROUPS),
-    training={"router_bias_update_rate": 1e-3},
-    needs_shared_expert=True,
-    respelt=((f".{_BLOCK}.", ".mlp."),),
-    in_memory=((f".{_BLOCK}", ".mlp"), (".self_attn.f_", ".self_attn.forget_gate.f_")),
-)

@@ -1,10 +1,9 @@
-"""What families with linear attention declare: tensors whose rows stand by heads, and which layers have
-it."""
+"""What families with linear attention declare: tensors whose rows stand by heads, and which layers have it
+(Kimi Delta Attention)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megatron_sov.base.errors import UserError
@@ -12,57 +11,17 @@ from megatron_sov.model.config import LinearAttentionConfig, ModelConfig
 from megatron_sov.model.config.bounds import MAX_LAYERS
 from megatron_sov.model.config.model import LAYER_TYPES, shortest_pattern
 from megatron_sov.model.families.weights import (
-    QKV, GateUp, Layout, Reshaped, Same, WeightEntry, linear_of, shape_of)
-
-
-@dataclass(frozen=True)
-class RunsLayout(Layout):
-    """Rows by head, of which one Hugging Face tensor holds several runs, each of all heads."""
-
-    runs: tuple[int, ...] = ()
-    """Rows of a head in each run of the tensor that has as many rows of a head as all of them."""
-
-    def runs_cut(self, length: int) -> tuple[int, ...]:
-        if length != sum(self.runs):
-            return super().runs_cut(length)
-        return tuple(self.view[0] * rows for rows in self.runs)
-
-    def in_order(self, part: Any, axis: int) -> Any:
-        return self._copied(part, axis, out_of_runs=True)
-
-    def as_stored(self, part: Any, axis: int) -> Any:
-        return self._copied(part, axis, out_of_runs=False)
-
-    def to_stored(self, part: Any, length: int) -> Any:
-        return super().to_stored(self.as_stored(part, 1), length)
-
-    def to_view(self, tensor: Any, length: int) -> Any:
-        return self.in_order(super().to_view(tensor, length), 1)
-
-    def _copied(self, part: Any, axis: int, *, out_of_runs: bool) -> Any:
-        """Return [..., heads, rows of a head, ...] of one order of rows in the other; heads may be some of
-        all."""
-        if part.shape[axis] != sum(self.runs):
-            return part
-        heads, found = part.shape[axis - 1], part.new_empty(part.shape)
-        flat, by_head = (part, found) if out_of_runs else (found, part)
-        flat, start = flat.view(*flat.shape[:axis - 1], -1, *flat.shape[axis + 1:]), 0
-        for rows in self.runs:
-            run = flat.narrow(axis - 1, heads * start, heads * rows).unflatten(axis - 1, (heads, rows))
-            one = by_head.narrow(axis, start, rows)
-            (one if out_of_runs else run).copy_(run if out_of_runs else one)
-            start += rows
-        return found
+    GateUp, Layout, Reshaped, Same, WeightEntry, linear_of, shape_of)
 
 
 @dataclass(frozen=True)
 class HeadRows:
-    """A tensor with rows for each key head of linear attention, one kind behind the other
+    """A tensor with rows for each head of linear attention, one kind behind the other
     (`LinearAttentionConfig.projected`)."""
 
     megatron: str
-    hf: tuple[tuple[str, Callable[[LinearAttentionConfig], tuple[int, ...]]], ...]
-    """Hugging Face tensors, and the rows of a head in each of their runs: one where they stand by heads."""
+    hf: tuple[tuple[str, int], ...]
+    """Hugging Face tensors, and which kind each holds of all heads."""
     columns: str
     """Letters of the other axes."""
     fp32: bool = False
@@ -72,13 +31,10 @@ class HeadRows:
         return tuple(name for name, _ in self.hf)
 
     def layout(self, model: ModelConfig) -> Layout:
-        """Return the parts of [key heads, rows of each, columns]."""
+        """Return the parts of [heads, rows of each, columns]."""
         linear = linear_of(model)
-        runs = [rows(linear) for _, rows in self.hf]
-        lengths = tuple(sum(rows) for rows in runs)
-        columns = shape_of(self.columns, model)
-        several = next((rows for rows in runs if len(rows) > 1), ())
-        return RunsLayout((linear.num_key_heads, sum(lengths), *columns), 1, lengths, 2, several)
+        lengths = tuple(linear.projected[kind] for _, kind in self.hf)
+        return Layout((linear.num_key_heads, sum(lengths), *shape_of(self.columns, model)), 1, lengths, 2)
 
 
 @dataclass(frozen=True)
@@ -88,45 +44,9 @@ class TapRows(HeadRows):
     columns: str = ""
 
     def layout(self, model: ModelConfig) -> Layout:
-        """Return the parts of [key heads, channels of each, 1, taps]."""
-        linear, whole = linear_of(model), super().layout(model)
-        assert isinstance(whole, RunsLayout)
-        return RunsLayout((*whole.view, 1, linear.conv_taps), 1, whole.lengths, 2, whole.runs)
-
-
-@dataclass(frozen=True)
-class GatedLayout(Layout):
-    """Query heads and their gates: in Megatron all gates of a group behind its query heads, in Hugging Face
-    each head's gate behind it."""
-
-    def in_order(self, part: Any, axis: int) -> Any:
-        return self._turned(part, axis, -1, 2)
-
-    def as_stored(self, part: Any, axis: int) -> Any:
-        return self._turned(part, axis, 2, -1)
-
-    def to_stored(self, part: Any, length: int) -> Any:
-        return super().to_stored(self.as_stored(part, 1), length)
-
-    def to_view(self, tensor: Any, length: int) -> Any:
-        return self.in_order(super().to_view(tensor, length), 1)
-
-    @staticmethod
-    def _turned(part: Any, axis: int, outer: int, inner: int) -> Any:
-        if part.shape[axis] == 1:  # a key or a value
-            return part
-        return part.unflatten(axis, (outer, inner)).transpose(axis, axis + 1).flatten(axis, axis + 1)
-
-
-@dataclass(frozen=True)
-class GatedQKV(QKV):
-    """Query, key and value with a gate of each query head (`ModelConfig.attention_output_gate`)."""
-
-    def layout(self, model: ModelConfig) -> Layout:
-        """Return the parts of [groups, query heads + their gates + key + value, head_dim, columns]."""
-        heads = model.num_heads // model.num_kv_heads
-        view = (model.num_kv_heads, 2 * heads + 2, model.head_dim, *shape_of(self.columns, model))
-        return GatedLayout(view, 1, (2 * heads, 1, 1), 3)
+        """Return the parts of [heads, channels of each, 1, taps]."""
+        whole = super().layout(model)
+        return replace(whole, view=(*whole.view, 1, linear_of(model).conv_taps))
 
 
 @dataclass(frozen=True)
@@ -146,62 +66,22 @@ class GateBesideQKV:
         return Layout(view, 1, (heads, heads, 1, 1), 3)
 
 
-def _gated(*projections: WeightEntry) -> tuple[WeightEntry, ...]:
-    return (Same("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "H"), *projections,
-            Same("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H A"))
-
-
-GATED_ATTENTION = _gated(GatedQKV(
-    "self_attention.linear_qkv.weight", "self_attn.q_proj.weight", "self_attn.k_proj.weight",
-    "self_attn.v_proj.weight"))
-"""Attention whose gates stand among the queries."""
-GATE_BESIDE = _gated(GateBesideQKV("self_attention.linear_qkv.weight", (
-    "self_attn.q_proj.weight", "self_attn.g_proj.weight", "self_attn.k_proj.weight",
-    "self_attn.v_proj.weight")))
+GATE_BESIDE: tuple[WeightEntry, ...] = (
+    Same("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "H"),
+    GateBesideQKV("self_attention.linear_qkv.weight", (
+        "self_attn.q_proj.weight", "self_attn.g_proj.weight", "self_attn.k_proj.weight",
+        "self_attn.v_proj.weight")),
+    Same("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H A"))
 """Attention whose gates have a matrix of their own."""
-
-
-def _delta_net(*projections: tuple[str, Callable[[LinearAttentionConfig], tuple[int, ...]]]
-               ) -> tuple[WeightEntry, ...]:
-    """Return the tensors of a gated delta net.
-
-    Args:
-        projections: Hugging Face tensors of what it reads, as `HeadRows` has them.
-    """
-    return (
-        Same("self_attention.in_proj.layer_norm_weight", "input_layernorm.weight", "H"),
-        HeadRows("self_attention.in_proj.weight", projections, "H"),
-        TapRows("self_attention.conv1d.weight", (
-            ("linear_attn.conv1d.weight", lambda linear: linear.projected[:3]),)),
-        Same("self_attention.A_log", "linear_attn.A_log", "T"),
-        Same("self_attention.dt_bias", "linear_attn.dt_bias", "T"),
-        Same("self_attention.out_norm.weight", "linear_attn.norm.weight", "U"),
-        Same("self_attention.out_proj.weight", "linear_attn.out_proj.weight", "H W"))
-
-
-DELTA_NET = _delta_net(
-    ("linear_attn.in_proj_qkvz.weight", lambda linear: (sum(linear.projected[:4]),)),
-    ("linear_attn.in_proj_ba.weight", lambda linear: (sum(linear.projected[4:]),)))
-"""The gated delta net of Qwen3-Next."""
-
-SPLIT_DELTA_NET = _delta_net(
-    ("linear_attn.in_proj_qkv.weight", lambda linear: linear.projected[:3]),
-    ("linear_attn.in_proj_z.weight", lambda linear: linear.projected[3:4]),
-    ("linear_attn.in_proj_b.weight", lambda linear: linear.projected[4:5]),
-    ("linear_attn.in_proj_a.weight", lambda linear: linear.projected[5:]))
-"""The same, as Qwen3.5 has it."""
 
 KIMI_DELTA: tuple[WeightEntry, ...] = (
     Same("input_layernorm.weight", "input_layernorm.weight", "H"),
     HeadRows("self_attention.in_proj.weight", (
-        ("self_attn.q_proj.weight", lambda linear: linear.projected[:1]),
-        ("self_attn.k_proj.weight", lambda linear: linear.projected[1:2]),
-        ("self_attn.v_proj.weight", lambda linear: linear.projected[2:3]),
-        ("self_attn.b_proj.weight", lambda linear: linear.projected[3:])), "H"),
+        ("self_attn.q_proj.weight", 0), ("self_attn.k_proj.weight", 1), ("self_attn.v_proj.weight", 2),
+        ("self_attn.b_proj.weight", 3)), "H"),
     TapRows("self_attention.conv1d.weight", (
-        ("self_attn.q_conv1d.weight", lambda linear: linear.projected[:1]),
-        ("self_attn.k_conv1d.weight", lambda linear: linear.projected[1:2]),
-        ("self_attn.v_conv1d.weight", lambda linear: linear.projected[2:3]))),
+        ("self_attn.q_conv1d.weight", 0), ("self_attn.k_conv1d.weight", 1),
+        ("self_attn.v_conv1d.weight", 2))),
     GateUp("self_attention.gates_down_proj.weight", "self_attn.f_a_proj.weight", "self_attn.g_a_proj.weight",
            "R H"),
     Same("self_attention.decay_up_proj.weight", "self_attn.f_b_proj.weight", "X R"),
@@ -212,11 +92,8 @@ KIMI_DELTA: tuple[WeightEntry, ...] = (
     Same("self_attention.out_proj.weight", "self_attn.o_proj.weight", "H W"))
 """Kimi Delta Attention."""
 
-GATED_SHARED_EXPERT: tuple[WeightEntry, ...] = (
-    Same("mlp.shared_experts.gate_weight", "mlp.shared_expert_gate.weight", "G H"),)
 
-
-def _num_layers(config: dict[str, Any]) -> int:
+def count_layers(config: dict[str, Any]) -> int:
     """Return how many layers there are; `UserError` where lists with an entry for each would fill memory."""
     count = int(config.get("num_hidden_layers", 0))
     if count > MAX_LAYERS:
@@ -225,14 +102,14 @@ def _num_layers(config: dict[str, Any]) -> int:
     return count
 
 
-def _whole(name: str, value: Any) -> int:
+def whole_number(name: str, value: Any) -> int:
     """Return a size; `UserError` where it is no whole number, which `int` would make of 4.9."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise UserError(f"config.json: {name} = {value!r} must be a whole number; restore it from its source")
     return value
 
 
-def _pattern(types: list[Any], count: int) -> dict[str, Any]:
+def layer_pattern(types: list[Any], count: int) -> dict[str, Any]:
     """Return the shortest pattern that gives the list; `UserError` where it is not one known type per
     layer."""
     letter = {kind: letter for letter, kind in LAYER_TYPES.items() if letter in "DG"}
@@ -243,125 +120,17 @@ def _pattern(types: list[Any], count: int) -> dict[str, Any]:
     return {"attention_pattern": shortest_pattern(letters)}
 
 
-def _kimis_sizes(model: ModelConfig, *, negative: bool) -> tuple[int, int, int]:
+def delta_sizes(model: ModelConfig, *, negative: bool) -> tuple[int, int, int]:
     """Return heads, their width and taps of Kimi Delta Attention; `UserError` where heads differ, gates have
     another rank, or rates are above 1 and may not be."""
     linear = linear_of(model)
     width = linear.key_head_dim
-    if linear != LinearAttentionConfig(linear.num_key_heads, linear.num_key_heads, width, width,
-                                       linear.conv_taps, width, linear.negative_eigenvalues and negative):
+    if linear != LinearAttentionConfig(linear.num_key_heads, linear.num_key_heads, width, width, width,
+                                       linear.conv_taps, linear.negative_eigenvalues and negative):
         raise UserError(f"model.linear_attention = {asdict(linear)}: in family '{model.family}' keys and "
                         "values have as many heads of one width, which is gate_rank too"
                         + ("" if negative else ", and negative_eigenvalues is false"))
     return linear.num_key_heads, width, linear.conv_taps
-
-
-@dataclass(frozen=True)
-class LinearLayers:
-    """Which layers have linear attention: the explicit list, or every how many-th layer has not."""
-
-    names: tuple[str, ...] = ("layer_types", "full_attention_interval")
-
-    def write(self, model: ModelConfig) -> dict[str, Any]:
-        return {"layer_types": model.layer_types()}
-
-    def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the shortest pattern that gives the list; `UserError` where it is not one known type per
-        layer, or the two names disagree."""
-        count, period = _num_layers(config), config.get("full_attention_interval", 4)
-        if not isinstance(period, int) or period < 1:
-            raise UserError(f"config.json: full_attention_interval = {period!r} must be an integer of 1 or "
-                            "more")
-        follows = ["full_attention" if (i + 1) % period == 0 else "linear_attention" for i in range(count)]
-        types = config.get("layer_types", follows)
-        if "full_attention_interval" in config and types != follows:
-            raise UserError(f"config.json: layer_types = {types} and full_attention_interval = {period} "
-                            "disagree; remove the latter")
-        return _pattern(types, count)
-
-
-@dataclass(frozen=True)
-class LinearHeads:
-    """Sizes of linear attention; transformers' defaults are those of Qwen3-Next-80B-A3B."""
-
-    names: tuple[str, ...] = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
-                              "linear_value_head_dim", "linear_conv_kernel_dim")
-    defaults: tuple[int, ...] = (16, 32, 128, 128, 4)
-
-    def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the sizes; `UserError` where gates are made of narrow vectors."""
-        linear = linear_of(model)
-        if linear.gate_rank is not None or linear.negative_eigenvalues:
-            raise UserError(f"model.linear_attention.gate_rank = {linear.gate_rank}, negative_eigenvalues = "
-                            f"{linear.negative_eigenvalues}: family '{model.family}' has a gated delta net "
-                            "with rates below 1; set them to null and false")
-        return dict(zip(self.names, (linear.num_key_heads, linear.num_value_heads, linear.key_head_dim,
-                                     linear.value_head_dim, linear.conv_taps), strict=True))
-
-    def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the sizes."""
-        keys, values, key_width, value_width, taps = (
-            _whole(name, config.get(name, default))
-            for name, default in zip(self.names, self.defaults, strict=True))
-        return {"linear_attention": asdict(LinearAttentionConfig(keys, values, key_width, value_width, taps))}
-
-
-@dataclass(frozen=True)
-class KimiLayers:
-    """Which layers have Kimi Delta Attention, and its sizes: in a part of config.json, where layers count
-    from 1, or as transformers writes them."""
-
-    sizes: tuple[str, ...] = ("num_heads", "head_dim", "short_conv_kernel_size")
-    """In the part `linear_attn_config`."""
-    beside: tuple[str, ...] = ("linear_num_heads", "linear_head_dim", "linear_conv_kernel_dim")
-    """As transformers writes them."""
-    defaults: tuple[int, ...] = (32, 128, 4)
-    lists: tuple[tuple[str, str], ...] = (("full_attn_layers", "full_attention"),
-                                          ("kda_layers", "linear_attention"))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return ("linear_attn_config", "layer_types", *self.beside)
-
-    def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return both; `UserError` where heads differ, or gates have another rank."""
-        said, types = _kimis_sizes(model, negative=False), model.layer_types()
-        lists = {name: [i + 1 for i, found in enumerate(types) if found == kind] for name, kind in self.lists}
-        return {"linear_attn_config": lists | dict(zip(self.sizes, said, strict=True)), "layer_types": types,
-                **dict(zip(self.beside, said, strict=True))}
-
-    def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the shortest pattern that gives the layers, and the sizes; `UserError` where two spellings
-        disagree, or a layer has no kind or two."""
-        part = dict(config.get("linear_attn_config", {}))
-        said = []
-        for name, other, default in zip(self.sizes, self.beside, self.defaults, strict=True):
-            inside = part.pop(name, config.get(other, default))
-            if config.get(other, inside) != inside:
-                raise UserError(f"config.json: linear_attn_config.{name} = {inside} and {other} = "
-                                f"{config[other]} disagree; remove the latter")
-            said.append(_whole(f"linear_attn_config.{name}", inside))
-        lists = {kind: part.pop(name) for name, kind in self.lists if name in part}
-        if part:
-            raise UserError(f"config.json: linear_attn_config has {', '.join(part)}, which is not known")
-        heads, width, taps = said
-        return {**self._layers(config, lists), "linear_attention": asdict(
-            LinearAttentionConfig(heads, heads, width, width, taps, width))}
-
-    def _layers(self, config: dict[str, Any], lists: dict[str, list[int]]) -> dict[str, Any]:
-        count = _num_layers(config)
-        usual = ["full_attention" if i and i % 4 == 0 else "linear_attention" for i in range(count)]
-        types = config.get("layer_types", usual)
-        if len(lists) == 2:
-            of = {i: kind for kind, numbers in lists.items() for i in numbers}
-            listed = [of.get(i, "") for i in range(1, count + 1)]
-            if sorted(i for numbers in lists.values() for i in numbers) != [*range(1, count + 1)] or (
-                    config.get("layer_types", listed) != listed):
-                raise UserError("config.json: full_attn_layers and kda_layers of linear_attn_config must "
-                                f"name each of {count} layers once, counted from 1, as layer_types does "
-                                f"where it stands beside; they are {lists}")
-            types = listed
-        return _pattern(types, count)
 
 
 @dataclass(frozen=True)
@@ -376,7 +145,7 @@ class SolarLayers:
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """Return all but the interval; `UserError` where sizes differ, or no layer has softmax attention."""
-        said, types = _kimis_sizes(model, negative=True), model.layer_types()
+        said, types = delta_sizes(model, negative=True), model.layer_types()
         softmax = [i for i, kind in enumerate(types) if kind == "full_attention"]
         if not softmax:
             raise UserError(f"model.attention_pattern = {model.attention_pattern!r}: family '{model.family}' "
@@ -395,7 +164,7 @@ class SolarLayers:
         if sorted(part) != sorted(self.sizes):
             raise UserError(f"config.json: linear_attn_config has {', '.join(sorted(part)) or 'nothing'}, "
                             f"and beside num_kv_heads it needs {', '.join(self.sizes)} alone")
-        heads, width, taps = (_whole(f"linear_attn_config.{name}", part[name]) for name in self.sizes)
+        heads, width, taps = (whole_number(f"linear_attn_config.{name}", part[name]) for name in self.sizes)
         if of_keys and of_keys != heads:
             raise UserError(f"config.json: linear_attn_config.num_kv_heads = {of_keys}, but only null or "
                             f"num_heads = {heads} is supported: keys and values have as many heads as "
@@ -404,17 +173,17 @@ class SolarLayers:
         if not isinstance(negative, bool):
             raise UserError(f"config.json: kda_allow_neg_eigval = {negative!r} must be true or false")
         return {**self._layers(config), "linear_attention": asdict(
-            LinearAttentionConfig(heads, heads, width, width, taps, width, negative))}
+            LinearAttentionConfig(heads, heads, width, width, width, taps, negative))}
 
     @staticmethod
     def _layers(config: dict[str, Any]) -> dict[str, Any]:
-        count, interval = _num_layers(config), config.get("gqa_interval", 3)
-        if _whole("gqa_interval", interval) < 1:
+        count, interval = count_layers(config), config.get("gqa_interval", 3)
+        if whole_number("gqa_interval", interval) < 1:
             raise UserError(f"config.json: gqa_interval = {interval!r} must be an integer of 1 or more")
         softmax = config.get("gqa_layers", [*range(0, count, interval + 1)])
         listed = ["full_attention" if i in softmax else "linear_attention" for i in range(count)]
         types = config.get("layer_types", listed)
-        pattern = _pattern(types, count)
+        pattern = layer_pattern(types, count)
         # without the list the interval says nothing beside the types; transformers writes its default there
         if "gqa_layers" in config and (types != listed or len({*softmax}) != len(softmax)
                                        or listed.count("full_attention") != len(softmax)):
@@ -426,21 +195,3 @@ class SolarLayers:
         return pattern
 
 
-@dataclass(frozen=True)
-class SharedWidth:
-    """The width of shared experts as one number."""
-
-    default: int
-    """What transformers assumes where it is absent."""
-    names: tuple[str, ...] = ("shared_expert_intermediate_size",)
-
-    def write(self, model: ModelConfig) -> dict[str, Any]:
-        return {self.names[0]: model.num_shared_experts * model.expert_ffn_dim}
-
-    def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the number of shared experts; `UserError` where the width is not a multiple of one's."""
-        width, one = int(config.get(self.names[0], self.default)), int(config["moe_intermediate_size"])
-        if one < 1 or width % one or not width:
-            raise UserError(f"config.json: {self.names[0]} = {width} must be a multiple of "
-                            f"moe_intermediate_size = {one}")
-        return {"num_shared_experts": width // one}

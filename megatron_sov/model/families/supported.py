@@ -15,19 +15,16 @@ from megatron_sov.model.families.family import (
     COMMON_CONFIG, DECODER_CONFIG, DEEPSEEK_ROUTER, DEEPSEEK_ROUTER_CONFIG, EXPERT_GROUPS, EXPERTS_CONFIG,
     KV_HEADS, Family)
 from megatron_sov.model.families.hf_config import (
-    AlternatingLayers, AttentionScale, ConfigItem, EmbeddingsByWidth, Fixed, PeriodicLayers, Quantization,
-    Renamed, Rope, SaidRope, SoftCap, TwoThetas, Unused, hidden_over_heads)
+    AttentionScale, ConfigItem, EmbeddingsByWidth, Fixed, GemmaLayers, LogitsSoftCap, Renamed, Rope,
+    TwoThetas, Unused, hidden_over_heads)
 from megatron_sov.model.families.hf_layers import (
-    ExpertStack, HfPredictionLayer, LeadingDenseLayers, NormsBehind, OneWindow, PredictionBehind,
-    RotatingWindows, SlidingLayers, SlidingSwitch, SparseSteps, SwigluLimits)
-from megatron_sov.model.families.latent import AXK1, DEEPSEEK_V3, KIMI_LINEAR
-from megatron_sov.model.families.linear_layers import (
-    DELTA_NET, GATE_BESIDE, GATED_ATTENTION, GATED_SHARED_EXPERT, KIMI_DELTA, SPLIT_DELTA_NET, LinearHeads,
-    LinearLayers, SharedWidth, SolarLayers)
+    HfPredictionLayer, LeadingDenseLayers, NormsBehind, RotatingWindows, SlidingLayers, SlidingSwitch,
+    SparseSteps, SwigluLimits)
+from megatron_sov.model.families.latent import DEEPSEEK_V3
+from megatron_sov.model.families.linear_layers import GATE_BESIDE, KIMI_DELTA, SolarLayers
 from megatron_sov.model.families.weights import (
-    ATTENTION, COPIES_BEHIND, DEEPSEEK_EXPERTS, DENSE_FFN, EMBEDDINGS_AND_HEAD, PREDICTION_BEHIND,
-    PROJECTIONS, QK_NORM, QKV_BIAS, ROUTED_EXPERTS, SHARED_EXPERTS, SWIGLU, Experts, GateUp, Same,
-    inside_prediction, norms_behind, prediction_layer, router_bias, trunk)
+    ATTENTION, DEEPSEEK_EXPERTS, DENSE_FFN, EMBEDDINGS_AND_HEAD, PROJECTIONS, QK_NORM, QKV_BIAS,
+    ROUTED_EXPERTS, SHARED_EXPERTS, SWIGLU, Same, norms_behind, prediction_layer, router_bias, trunk)
 
 _DECODER: tuple[ConfigItem, ...] = (
     *DECODER_CONFIG, Renamed("intermediate_size", "dense_ffn_dim"), Rope(default_theta=10_000.0),
@@ -60,19 +57,6 @@ LLAMA = Family(
 )
 
 
-# Mistral 7B and others of type `mistral`: Llama's decoder with a window in every layer, or in none.
-
-MISTRAL = Family(
-    name="mistral",
-    hf_classes=("MistralForCausalLM",),
-    weights=(*EMBEDDINGS_AND_HEAD, trunk("every layer", ATTENTION, DENSE_FFN)),
-    config=(
-        *_DECODER, _HEAD_DIM, KV_HEADS, Renamed("rms_norm_eps", "norm_eps", 1e-6), OneWindow(default=4096)),
-    structure=_PLAIN_DENSE,
-    varies=("attention_pattern",),  # a model without windows is Llama's first
-)
-
-
 # EXAONE 4.0 (`exaone4`): blocks are normalised behind, not before; QK-norm.
 #
 # The 32B slides with RoPE in three layers of four and attends globally without positions in the fourth; the
@@ -91,38 +75,6 @@ EXAONE4 = Family(
     ),
     structure={"block_norms": "post", "qk_norm": True, "qkv_bias": False, "num_experts": 0,
                "num_dense_layers": 0, "num_mtp_layers": 0},
-)
-
-
-# Gemma 2 (`gemma2`), 2B, 9B and 27B: norms by 1 + weight before and behind each block, GELU, embeddings
-# times the root of the width, every other layer slides, soft caps on the products of queries and keys and on
-# the head's logits.
-
-GEMMA2 = Family(
-    name="gemma2",
-    hf_classes=("Gemma2ForCausalLM",),
-    weights=(*EMBEDDINGS_AND_HEAD, trunk(
-        "every layer", ATTENTION,
-        (Same("mlp.linear_fc1.layer_norm_weight", "pre_feedforward_layernorm.weight", "H"),), SWIGLU,
-        norms_behind("post_attention_layernorm", "post_feedforward_layernorm"))),
-    config=(
-        *COMMON_CONFIG, KV_HEADS, Renamed("intermediate_size", "dense_ffn_dim"),
-        Renamed("head_dim", "head_dim", 256),
-        Renamed("tie_word_embeddings", "tied_embeddings", True), Renamed("rms_norm_eps", "norm_eps", 1e-6),
-        Fixed("hidden_activation", "gelu_pytorch_tanh"),
-        Fixed("hidden_act", "gelu_pytorch_tanh", written=False),  # beside the other in released configs
-        Fixed("attention_bias", False), Fixed("use_bidirectional_attention", False),
-        SoftCap("attn_logit_softcapping", "attention_softcap", 50.0),
-        SoftCap("final_logit_softcapping", "logits_softcap", 30.0),
-        AttentionScale("query_pre_attn_scalar", scalar=256),
-        EmbeddingsByWidth(), Rope(default_theta=10_000.0),
-        PeriodicLayers(2, ("layer_types", "sliding_window", "sliding_window_size")),
-        Unused(("cache_implementation",)),
-    ),
-    structure={"block_norms": "both", "zero_centered_norms": True, "activation": "gelu_tanh",
-               "qk_norm": False, "qkv_bias": False, "rope_on_global": True, "num_experts": 0,
-               "num_dense_layers": 0, "num_mtp_layers": 0},
-    varies=("attention_multiplier", "embedding_multiplier", "attention_softcap", "logits_softcap"),
 )
 
 
@@ -146,9 +98,9 @@ GEMMA3 = Family(
         Renamed("head_dim", "head_dim", 256),
         Renamed("tie_word_embeddings", "tied_embeddings", True), Renamed("rms_norm_eps", "norm_eps", 1e-6),
         Fixed("hidden_activation", "gelu_pytorch_tanh"), Fixed("attention_bias", False),
-        Fixed("attn_logit_softcapping", None), SoftCap("final_logit_softcapping", "logits_softcap", None),
+        Fixed("attn_logit_softcapping", None), LogitsSoftCap(),
         Fixed("use_bidirectional_attention", False), AttentionScale("query_pre_attn_scalar", scalar=256),
-        EmbeddingsByWidth(), TwoThetas(), PeriodicLayers(6),
+        EmbeddingsByWidth(), TwoThetas(), GemmaLayers(),
         Unused(("cache_implementation", "_sliding_window_pattern")),  # transformers writes the latter
     ),
     structure={"block_norms": "both", "zero_centered_norms": True, "activation": "gelu_tanh", "qk_norm": True,
@@ -240,200 +192,6 @@ QWEN3_MOE = Family(
     ),
     structure={**_STRUCTURE, "qkv_bias": False, "qk_norm": True, "num_shared_experts": 0,
                "router_score": "softmax", "router_bias": False, "routed_scaling_factor": 1.0},
-    training={"seq_aux_loss_coeff": 1e-3},
-)
-
-
-# Qwen3-Next (`qwen3_next`): three layers of four have a gated delta net (arXiv 2412.06464), the fourth
-# attention whose output is gated; norms by 1 + weight, experts by a softmax router in every layer, and a
-# shared one behind a gate.
-#
-# transformers drops the prediction layer (`mtp.*`), whose names are K-EXAONE's, and says nothing of it.
-
-_GATED_EXPERTS = (ROUTED_EXPERTS, (
-    GateUp("mlp.shared_experts.linear_fc1.weight",
-           "mlp.shared_expert.gate_proj.weight", "mlp.shared_expert.up_proj.weight", "S H"),
-    Same("mlp.shared_experts.linear_fc2.weight", "mlp.shared_expert.down_proj.weight", "H S"),
-), GATED_SHARED_EXPERT)
-
-QWEN3_NEXT = Family(
-    name="qwen3_next",
-    hf_classes=("Qwen3NextForCausalLM",),
-    weights=(
-        *EMBEDDINGS_AND_HEAD, trunk("linear layers", DELTA_NET),
-        trunk("other layers", GATED_ATTENTION, QK_NORM), trunk("dense layers", DENSE_FFN),
-        trunk("moe layers", *_GATED_EXPERTS), *prediction_layer(GATED_ATTENTION, QK_NORM, *_GATED_EXPERTS),
-    ),
-    config=(
-        *DECODER_CONFIG, KV_HEADS, Renamed("intermediate_size", "dense_ffn_dim"),
-        Renamed("head_dim", "head_dim", 256), Renamed("tie_word_embeddings", "tied_embeddings", False),
-        Renamed("rms_norm_eps", "norm_eps", 1e-6), Rope(default_theta=10_000.0, default_share=0.25),
-        Renamed("num_experts_per_tok", "num_experts_per_token", 10),
-        Renamed("moe_intermediate_size", "expert_ffn_dim"), Fixed("attention_bias", False),
-        SparseSteps(), LinearLayers(), LinearHeads(), SharedWidth(512),
-        Renamed("num_experts", "num_experts", 512, aliases=("num_local_experts",)),
-        Renamed("norm_topk_prob", "norm_topk_prob", True), HfPredictionLayer(said_without=False),
-        Fixed("use_sliding_window", False, written=False),  # of released configs
-        Unused(("router_aux_loss_coef",)),
-    ),
-    structure={"rope_on_global": True, "qkv_bias": False, "qk_norm": True, "zero_centered_norms": True,
-               "attention_output_gate": True, "shared_expert_gate": True, "mtp_experts": True,
-               "router_score": "softmax", "router_bias": False, "routed_scaling_factor": 1.0,
-               "sliding_window_tokens": 0, "mtp_attention": "G"},
-    varies=("linear_attention", "rope_share"),
-    training={"seq_aux_loss_coeff": 1e-3},
-    needs_shared_expert=True,
-)
-
-
-# Qwen3.5-MoE (`qwen3_5_moe_text`), the text models: Qwen3-Next, but that four matrices make what its linear
-# layers read, all layers have experts, and chosen scores are divided by their sum.
-#
-# Released folders are of models that see.  Positions have three parts there, which of text are one, so that
-# `mrope_*` say nothing.  transformers drops the prediction layer here too.
-
-QWEN3_5_MOE = Family(
-    name="qwen3_5_moe_text",
-    hf_classes=("Qwen3_5MoeForCausalLM",),
-    weights=(
-        *EMBEDDINGS_AND_HEAD, trunk("linear layers", SPLIT_DELTA_NET),
-        trunk("other layers", GATED_ATTENTION, QK_NORM), trunk("every layer", *_GATED_EXPERTS),
-        *prediction_layer(GATED_ATTENTION, QK_NORM, *_GATED_EXPERTS),
-    ),
-    config=(
-        *DECODER_CONFIG, KV_HEADS, Renamed("head_dim", "head_dim", 256),
-        Renamed("tie_word_embeddings", "tied_embeddings", False), Renamed("rms_norm_eps", "norm_eps", 1e-6),
-        Rope(default_theta=10_000.0, default_share=0.25, of_pictures=("mrope_section", "mrope_interleaved")),
-        Renamed("num_experts_per_tok", "num_experts_per_token", 8),
-        Renamed("moe_intermediate_size", "expert_ffn_dim", 512), Fixed("attention_bias", False),
-        LinearLayers(), LinearHeads(), SharedWidth(512),
-        Renamed("num_experts", "num_experts", 256, aliases=("num_local_experts",)),
-        Renamed("mtp_num_hidden_layers", "num_mtp_layers", 0), Fixed("mtp_use_dedicated_embeddings", False),
-        # of released configs, or of transformers' earlier ones
-        Fixed("attn_output_gate", True, written=False), Fixed("mamba_ssm_dtype", "float32", written=False),
-        Fixed("mlp_only_layers", [], written=False), Unused(("router_aux_loss_coef",)),
-    ),
-    structure={**QWEN3_NEXT.structure, "num_dense_layers": 0, "norm_topk_prob": True, "mtp_attention": "G"},
-    varies=QWEN3_NEXT.varies,
-    training={"seq_aux_loss_coeff": 1e-3},
-    needs_shared_expert=True,
-)
-
-
-# Mixtral (`mixtral`): Llama's decoder with experts in every layer, of which a softmax router chooses; the
-# scores of the chosen ones are divided by their sum.
-#
-# transformers computes the router's logits in the model's dtype, we in fp32; they are the same for fp32
-# models.
-
-_EXPERTS = (
-    Same("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", "H"),
-    Same("mlp.router.weight", "block_sparse_moe.gate.weight", "E H"),
-    Experts(GateUp("mlp.experts.experts.linear_fc1.weight", "block_sparse_moe.experts.{e}.w1.weight",
-                   "block_sparse_moe.experts.{e}.w3.weight", "I H")),
-    Experts(Same("mlp.experts.experts.linear_fc2.weight", "block_sparse_moe.experts.{e}.w2.weight", "H I")),
-)
-
-MIXTRAL = Family(
-    name="mixtral",
-    hf_classes=("MixtralForCausalLM",),
-    weights=(*EMBEDDINGS_AND_HEAD, trunk("every layer", ATTENTION, _EXPERTS)),
-    config=(
-        *DECODER_CONFIG, KV_HEADS, Renamed("intermediate_size", "expert_ffn_dim"),
-        Renamed("head_dim", "head_dim", hidden_over_heads),
-        Renamed("num_local_experts", "num_experts", 8),
-        Renamed("num_experts_per_tok", "num_experts_per_token", 2),
-        Renamed("tie_word_embeddings", "tied_embeddings", False), Renamed("rms_norm_eps", "norm_eps", 1e-5),
-        Rope(default_theta=1e6), OneWindow(), Fixed("router_jitter_noise", 0.0),
-        # of its own model class only; ours is chosen by model.seq_aux_loss_coeff
-        Unused(("router_aux_loss_coef",)),
-    ),
-    structure={"rope_on_global": True, "num_mtp_layers": 0, "num_dense_layers": 0, "qkv_bias": False,
-               "qk_norm": False, "num_shared_experts": 0, "router_score": "softmax", "router_bias": False,
-               "norm_topk_prob": True, "routed_scaling_factor": 1.0},
-    training={"seq_aux_loss_coeff": 2e-2},
-    in_memory=((".block_sparse_moe", ".mlp"),),
-)
-
-
-# GLM-4.5 and 4.6 (`glm4_moe`): half of each head rotates; biases on query, key and value; QK-norm in the
-# larger ones; leading dense layers, DeepSeek-V3's router and a shared expert.
-#
-# Its prediction layer, which has experts of its own, stands in a folder as one more layer of the trunk, with
-# copies of embedding and head.  transformers' model drops it on loading; its `MtpModel` and vLLM read it.
-
-GLM4_MOE = Family(
-    name="glm4_moe",
-    hf_classes=("Glm4MoeForCausalLM",),
-    weights=(
-        *EMBEDDINGS_AND_HEAD,
-        trunk("every layer", ATTENTION),
-        trunk("every layer", QKV_BIAS, when="qkv_bias"),
-        trunk("every layer", QK_NORM, when="qk_norm"),
-        trunk("dense layers", DENSE_FFN),
-        trunk("moe layers", DEEPSEEK_EXPERTS),
-        PREDICTION_BEHIND, inside_prediction(ATTENTION, DEEPSEEK_EXPERTS),
-        inside_prediction(QKV_BIAS, when="qkv_bias"), inside_prediction(QK_NORM, when="qk_norm"),
-    ),
-    config=(
-        *DECODER_CONFIG, KV_HEADS, *DEEPSEEK_ROUTER_CONFIG, Fixed("tie_word_embeddings", False),
-        Renamed("num_experts_per_tok", "num_experts_per_token", 8),
-        Renamed("moe_intermediate_size", "expert_ffn_dim", 1408),
-        Renamed("attention_bias", "qkv_bias", False), Renamed("use_qk_norm", "qk_norm", False),
-        Renamed("rms_norm_eps", "norm_eps", 1e-5),
-        Renamed("head_dim", "head_dim", hidden_over_heads), Renamed("intermediate_size", "dense_ffn_dim"),
-        Renamed("n_routed_experts", "num_experts", 128), Renamed("n_shared_experts", "num_shared_experts", 1),
-        Renamed("routed_scaling_factor", "routed_scaling_factor", 1.0),
-        Rope(default_theta=10_000.0, default_share=0.5), LeadingDenseLayers(default=1),
-        PredictionBehind(),
-    ),
-    structure={**DEEPSEEK_ROUTER, "attention_pattern": "G", "sliding_window_tokens": 0,
-               "rope_on_global": True, "tied_embeddings": False},
-    varies=("rope_share", "mtp_experts", *EXPERT_GROUPS),
-    training={"router_bias_update_rate": 1e-3, "mtp_loss_coeff": 0.1},
-    needs_shared_expert=True,
-    copies=COPIES_BEHIND,
-)
-
-
-# gpt-oss (`gpt_oss`, 20B and 120B): sinks in attention, windows in every other layer, biases everywhere,
-# experts with a clamped SwiGLU in every layer, chosen by a softmax router with a bias.
-#
-# Published weights of experts are MXFP4, which is read (`low_bit.py`).
-# transformers takes a softmax over the chosen logits, which is one over all divided by the sum of the
-# chosen; it computes the router's logits in the model's dtype, we in fp32.
-
-_FURTHER = (
-    Same("self_attention.linear_proj.bias", "self_attn.o_proj.bias", "H"),
-    Same("self_attention.core_attention.softmax_offset", "self_attn.sinks", "N"),
-    Same("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", "H"),
-    Same("mlp.router.weight", "mlp.router.weight", "E H"),
-    Same("mlp.router.bias", "mlp.router.bias", "E"),
-    ExpertStack("mlp.experts.experts.linear_fc1.weight", "mlp.experts.gate_up_proj", "H I", in_turns=True),
-    ExpertStack("mlp.experts.experts.linear_fc1.bias", "mlp.experts.gate_up_proj_bias", "I", in_turns=True),
-    ExpertStack("mlp.experts.experts.linear_fc2.weight", "mlp.experts.down_proj", "I H"),
-    ExpertStack("mlp.experts.experts.linear_fc2.bias", "mlp.experts.down_proj_bias", "H"),
-)
-
-GPT_OSS = Family(
-    name="gpt_oss",
-    hf_classes=("GptOssForCausalLM",),
-    weights=(*EMBEDDINGS_AND_HEAD, trunk("every layer", ATTENTION, QKV_BIAS, _FURTHER)),
-    config=(
-        *DECODER_CONFIG, KV_HEADS, Renamed("intermediate_size", "expert_ffn_dim"),
-        Renamed("head_dim", "head_dim", 64), Renamed("num_local_experts", "num_experts", 128),
-        Renamed("num_experts_per_tok", "num_experts_per_token", 4, aliases=("experts_per_token",)),
-        Renamed("tie_word_embeddings", "tied_embeddings", False), Renamed("rms_norm_eps", "norm_eps", 1e-5),
-        SaidRope(default_theta=150_000.0), AlternatingLayers(),
-        Fixed("attention_bias", True), Fixed("swiglu_alpha", 1.702), Fixed("swiglu_limit", 7.0),
-        Quantization("mxfp4"),
-        # the first is of its own model class only; ours is chosen by model.seq_aux_loss_coeff
-        Unused(("router_aux_loss_coef", "initial_context_length")),
-    ),
-    structure={"rope_on_global": True, "num_mtp_layers": 0, "num_dense_layers": 0, "qkv_bias": True,
-               "qk_norm": False, "num_shared_experts": 0, "router_score": "softmax", "router_bias": False,
-               "norm_topk_prob": True, "routed_scaling_factor": 1.0, "linear_bias": True,
-               "attention_sinks": True, "activation": "clamped_swiglu"},
     training={"seq_aux_loss_coeff": 1e-3},
 )
 
@@ -545,8 +303,8 @@ SOLAR_OPEN2 = Family(
 
 
 FAMILIES = {family.name: family for family in (
-    SOLAR_OPEN, EXAONE_MOE, QWEN2, QWEN3, QWEN3_MOE, QWEN3_NEXT, QWEN3_5_MOE, LLAMA, MISTRAL, MIXTRAL,
-    EXAONE4, HYPERCLOVAX, GLM4_MOE, GEMMA2, GEMMA3, GPT_OSS, DEEPSEEK_V3, AXK1, KIMI_LINEAR, SOLAR_OPEN2)}
+    SOLAR_OPEN, EXAONE_MOE, QWEN2, QWEN3, QWEN3_MOE, LLAMA, EXAONE4, HYPERCLOVAX, GEMMA3, DEEPSEEK_V3,
+    SOLAR_OPEN2)}
 
 
 def get(name: str, recorded: Sequence[PluginCode] = ()) -> Family:

@@ -36,7 +36,7 @@ SIZES: dict[str, Callable[[ModelConfig], int]] = {
     "U": lambda m: linear_of(m).value_head_dim,
     "W": lambda m: linear_of(m).num_value_heads * linear_of(m).value_head_dim,
     "X": lambda m: linear_of(m).num_key_heads * linear_of(m).key_head_dim,
-    "R": lambda m: linear_of(m).gate_rank or 0,
+    "R": lambda m: linear_of(m).gate_rank,
     "G": lambda m: 1,
 }
 """Letters of a shape: Vocabulary, Hidden, heaD, Number of query heads, All of them, dense Ffn, Experts,
@@ -98,26 +98,8 @@ class Layout:
         return (math.prod(part[:self.merged]), *part[self.merged:])
 
     @property
-    def rows_stay(self) -> bool:
-        """Return whether each Hugging Face tensor is a run of the block's rows."""
-        return not self.axis
-
-    @property
     def block(self) -> tuple[int, ...]:
         return self.stored(self.view[self.axis])
-
-    def in_order(self, part: Any, axis: int) -> Any:
-        """Return a part whose heads stand along `axis` as stored, with them as the view has them."""
-        return part
-
-    def as_stored(self, part: Any, axis: int) -> Any:
-        """Return the opposite."""
-        return part
-
-    def runs_cut(self, length: int) -> tuple[int, ...]:
-        """Return the rows of each stretch of a stored tensor of that length that processes share out alone,
-        where heads are shared out: all rows, or each run of all heads."""
-        return (self.stored(length)[0],)
 
     def to_stored(self, part: Any, length: int) -> Any:
         """Return a viewed part of that length as Hugging Face stores it."""
@@ -384,7 +366,7 @@ class Link:
         their rows are interleaved."""
         # Cut along another axis than the first, rows of several tensors alternate, and no one range holds
         # one of them.
-        if not self.layout.rows_stay:
+        if self.layout.axis:
             return {}
         each = math.prod(self.layout.view[1:self.layout.merged])
         return {name: (start * each, length * each) for name, start, length in zip(

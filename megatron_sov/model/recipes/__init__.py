@@ -67,23 +67,13 @@ RECIPES: dict[str, Recipe] = {
     "qwen3-moe-30b": Recipe(open_models.qwen3_moe_30b, open_models.moe_sources("Qwen/Qwen3-30B-A3B")),
     "qwen3-30b-a3b-2507": Recipe(open_models.qwen3_30b_a3b_2507,
                                  open_models.moe_sources("Qwen/Qwen3-30B-A3B-Instruct-2507")),
-    "qwen3-next-80b": Recipe(open_models.qwen3_next_80b, open_models.QWEN3_NEXT_SOURCES),
-    "qwen3.5-35b-a3b": Recipe(open_models.qwen3_5_35b, open_models.QWEN3_5_SOURCES),
     "llama-3.1-8b": Recipe(open_models.llama_3_1_8b, open_models.dense_sources("meta-llama/Llama-3.1-8B")),
-    "mixtral-8x7b": Recipe(open_models.mixtral_8x7b, open_models.MIXTRAL_SOURCES),
-    "glm-4.5-air": Recipe(open_models.glm_4_5_air, open_models.GLM_SOURCES),
     "deepseek-v3": Recipe(open_models.deepseek_v3, open_models.DEEPSEEK_SOURCES),
     "kimi-k2": Recipe(open_models.kimi_k2, open_models.KIMI_SOURCES),
-    "ax-k1": Recipe(open_models.ax_k1, open_models.AXK1_SOURCES),
-    "kimi-linear-48b": Recipe(open_models.kimi_linear_48b, open_models.KIMI_LINEAR_SOURCES),
     "gemma-3-1b": Recipe(open_models.gemma_3_1b, open_models.dense_sources(
         "google/gemma-3-1b-it, compared with NeMo's Gemma3Config1B")),
     "gemma3-27b": Recipe(open_models.gemma3_27b, open_models.dense_sources(
         "google/gemma-3-27b-it, compared with NeMo's Gemma3Config27B")),
-    "gemma2-9b": Recipe(open_models.gemma2_9b, open_models.dense_sources(
-        "google/gemma-2-9b, compared with NeMo's Gemma2Config9B")),
-    "gpt-oss-20b": Recipe(open_models.gpt_oss_20b, open_models.SOURCES_20B),
-    "gpt-oss-120b": Recipe(open_models.gpt_oss_120b, open_models.SOURCES_120B),
     "exaone-4.0-32b": Recipe(open_models.exaone_4_32b, open_models.dense_sources(
         f"LGAI-EXAONE/EXAONE-4.0-32B, {UNCOMPARED}")),
     "exaone-4.0-1.2b": Recipe(open_models.exaone_4_1_2b, open_models.dense_sources(
@@ -125,20 +115,11 @@ TINY = {
     "tiny-qwen3": "qwen3-8b",
     "tiny-qwen3-moe": "qwen3-moe-30b",
     "tiny-qwen3-30b-a3b-2507": "qwen3-30b-a3b-2507",
-    "tiny-qwen3-next": "qwen3-next-80b",
-    "tiny-qwen3.5-moe": "qwen3.5-35b-a3b",
     "tiny-llama": "llama-3.1-8b",
-    "tiny-mixtral": "mixtral-8x7b",
-    "tiny-glm4-moe": "glm-4.5-air",
     "tiny-deepseek-v3": "deepseek-v3",
     "tiny-kimi-k2": "kimi-k2",
-    "tiny-ax-k1": "ax-k1",
-    "tiny-kimi-linear": "kimi-linear-48b",
     "tiny-gemma3": "gemma-3-1b",
     "tiny-gemma3-27b": "gemma3-27b",
-    "tiny-gemma2": "gemma2-9b",
-    "tiny-gpt-oss": "gpt-oss-20b",
-    "tiny-gpt-oss-120b": "gpt-oss-120b",
     "tiny-exaone4": "exaone-4.0-32b",
     "tiny-exaone4-1.2b": "exaone-4.0-1.2b",
     "tiny-hyperclovax": "hyperclovax-14b",
@@ -221,11 +202,9 @@ def _small_attention(model: ModelConfig) -> ModelConfig:
                          v_head_dim=24, q_lora_rank=48 if model.has_query_latent else None)
         model = replace(model, num_kv_heads=model.num_heads, latent_attention=latent)
     if model.linear_attention is not None:
-        sizes = LinearAttentionConfig(2, 4, 16, 24)
-        if model.linear_attention.gate_rank is not None:
-            sizes = LinearAttentionConfig(4, 4, 16, 16, gate_rank=16)
         turns = model.linear_attention.negative_eigenvalues
-        model = replace(model, linear_attention=replace(sizes, negative_eigenvalues=turns))
+        model = replace(model, linear_attention=LinearAttentionConfig(4, 4, 16, 16, 16,
+                                                                      negative_eigenvalues=turns))
     return model
 
 

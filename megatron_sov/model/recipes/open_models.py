@@ -6,9 +6,8 @@ from dataclasses import replace
 
 from megatron_sov.chat.media_tokens import AUDIO_PAD, IMAGE_PAD, MARKS, VIDEO_PAD
 from megatron_sov.model.config import (
-    DataConfig, ExtendConfig, ExtendStageConfig, GateConfig, LatentAttentionConfig, LinearAttentionConfig,
-    ModelConfig, NeedleConfig, ObjectiveConfig, OptimConfig, ParallelConfig, PartConfig, PhaseConfig,
-    RunConfig, TrainConfig, YarnConfig)
+    DataConfig, ExtendConfig, ExtendStageConfig, GateConfig, LatentAttentionConfig, ModelConfig, NeedleConfig,
+    ObjectiveConfig, OptimConfig, ParallelConfig, PartConfig, PhaseConfig, RunConfig, TrainConfig, YarnConfig)
 from megatron_sov.model.config.encoders import AudioEncoderConfig, MediaConfig, VisionEncoderConfig
 from megatron_sov.model.config.model import IdBlock, Llama3RopeConfig
 from megatron_sov.model.recipes.extension import SET_IN_A_STAGE
@@ -205,29 +204,6 @@ def qwen3_30b_a3b_2507() -> RunConfig:
                    model=replace(run.model, rope_theta=1e7, max_position_tokens=262144))
 
 
-def qwen3_next_80b() -> RunConfig:
-    """Return Qwen3-Next-80B-A3B: three layers of four with a gated delta net, 10 of 512 experts by a softmax
-    router, one shared behind a gate, one MTP layer with experts, 256K."""
-    return continued("qwen3-next-80b", ModelConfig(
-        family="qwen3_next", vocab_size=151936, hidden_size=2048, num_layers=48, num_heads=16, num_kv_heads=2,
-        head_dim=256, dense_ffn_dim=5120, num_experts=512, num_experts_per_token=10, num_shared_experts=1,
-        expert_ffn_dim=512, shared_expert_gate=True, router_score="softmax", router_bias=False,
-        seq_aux_loss_coeff=1e-3, attention_pattern="DDDG",
-        linear_attention=LinearAttentionConfig(16, 32, 128, 128), attention_output_gate=True,
-        rope_theta=1e7, rope_share=0.25, qk_norm=True, norm_eps=1e-6, zero_centered_norms=True,
-        num_mtp_layers=1, mtp_experts=True, max_position_tokens=262144),
-        ParallelConfig(pp=4, ep=8, zero1=True))
-
-
-def qwen3_5_35b() -> RunConfig:
-    """Return Qwen3.5-35B-A3B's text model: three layers of four with a gated delta net, 8 of 256 experts by a
-    softmax router, one shared behind a gate, one MTP layer with experts, 256K."""
-    run = qwen3_next_80b()
-    return replace(run, recipe="qwen3.5-35b-a3b", parallel=ParallelConfig(ep=8, zero1=True),
-                   model=replace(run.model, family="qwen3_5_moe_text", vocab_size=248320, num_layers=40,
-                                 dense_ffn_dim=0, num_experts=256, num_experts_per_token=8))
-
-
 TRAINING_SOURCES: Sources = {
     "parallel.*": ours("a layout that fits"),
     "data.phases.*.name": ours("one phase"),
@@ -261,25 +237,11 @@ def dense_sources(released: str) -> Sources:
     return derive(moe_sources(released), dict.fromkeys((f"model.{name}" for name in without), DEFAULT))
 
 
-PREDICTS = ours("config.json is silent; Megatron-Bridge's map of the folder has mtp.layers.0, with experts")
-QWEN3_NEXT_SOURCES = derive(
-    moe_sources("Qwen/Qwen3-Next-80B-A3B-Thinking, the copy in ai-dynamo/aiconfigurator"),
-    {"model.mtp_experts": PREDICTS, "model.num_mtp_layers": PREDICTS,
-     "parallel.*": ours("experts within a node; fits 32 H100-80GB, as plan computes")})
-
-_OF_READERS = published("Megatron-Lite's Qwen35Config, which reads Qwen/Qwen3.5-35B-A3B")
-QWEN3_5_SOURCES = moe_sources("") | {
-    "model.*": published("the defaults of transformers' Qwen3_5MoeTextConfig, which are the 35B-A3B's"),
-    "model.rope_theta": _OF_READERS, "model.max_position_tokens": _OF_READERS,
-    "model.num_mtp_layers": _OF_READERS, "model.mtp_experts": _OF_READERS,
-    "parallel.*": ours("experts within a node; fits 16 H100-80GB, as plan computes")}
-
-
-# DeepSeek-V3, Kimi K2, A.X K1 and Kimi Linear.
+# DeepSeek-V3 and Kimi K2.
 
 LATENT = LatentAttentionConfig(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
                                q_lora_rank=1536)
-"""Of all of them."""
+"""Of both."""
 DEEPSEEK_RELEASED = "deepseek-ai/DeepSeek-V3, compared with Megatron-Bridge's test_deepseek_bridges.py"
 REPORT = "arXiv 2412.19437, section 4.2"
 DEEPSEEK_SOURCES = derive(moe_sources(DEEPSEEK_RELEASED), {
@@ -315,42 +277,6 @@ def kimi_k2() -> RunConfig:
         ParallelConfig(tp=4, sp=True, pp=8, ep=32, pipeline_layout=(7, 8, 8, 8, 8, 8, 8, 6)))
 
 
-_OF_CLASSES = published("the defaults of transformers' and vLLM's AXK1Config; as many parameters as the card")
-AXK1_SOURCES = moe_sources("") | {
-    "model.*": _OF_CLASSES, "model.max_position_tokens": published("the card of skt/A.X-K1"),
-    "model.yarn.*": published("a public comparison of Korean models, which read skt/A.X-K1's config.json")}
-
-
-def ax_k1() -> RunConfig:
-    """Return A.X K1: DeepSeek-V3 with half the heads, 8 of 192 experts, a norm behind them, one dense layer;
-    128K by YaRN."""
-    return continued("ax-k1", ModelConfig(
-        family="axk1", vocab_size=163840, hidden_size=7168, num_layers=61, num_heads=64, num_kv_heads=64,
-        head_dim=192, latent_attention=LATENT, num_dense_layers=1, dense_ffn_dim=18432, num_experts=192,
-        num_experts_per_token=8, num_expert_groups=8, num_groups_per_token=4, num_shared_experts=1,
-        expert_ffn_dim=2048, block_norms="experts", routed_scaling_factor=2.5, rope_theta=10_000.0,
-        yarn=YarnConfig(4.0, 32768, longer="rotated"), norm_eps=1e-6, max_position_tokens=131072),
-        ParallelConfig(tp=4, sp=True, pp=8, ep=32, pipeline_layout=(7, 8, 8, 8, 8, 8, 8, 6)))
-
-
-KIMI_LINEAR_SOURCES = derive(
-    moe_sources("moonshotai/Kimi-Linear-48B-A3B-Instruct, two public copies of it"),
-    {"model.seq_aux_loss_coeff": DEFAULT})
-
-
-def kimi_linear_48b() -> RunConfig:
-    """Return Kimi Linear 48B-A3B: Kimi Delta Attention in 20 layers of 27, latent attention without positions
-    in the others, 8 of 256 experts by a sigmoid router, one shared, one dense layer, 1M."""
-    return continued("kimi-linear-48b", ModelConfig(
-        family="kimi_linear", vocab_size=163840, hidden_size=2304, num_layers=27, num_heads=32,
-        num_kv_heads=32, head_dim=192, latent_attention=replace(LATENT, q_lora_rank=None),
-        linear_attention=LinearAttentionConfig(32, 32, 128, 128, 4, 128),
-        attention_pattern="DDDG" * 6 + "DDG", rope_on_global=False, rope_theta=10_000.0, num_dense_layers=1,
-        dense_ffn_dim=9216, num_experts=256, num_experts_per_token=8, num_shared_experts=1,
-        expert_ffn_dim=1024, routed_scaling_factor=2.446, norm_eps=1e-5, max_position_tokens=1048576),
-        ParallelConfig(pp=3, ep=8, zero1=True))
-
-
 # Gemma.
 
 def gemma_3_1b() -> RunConfig:
@@ -376,65 +302,6 @@ def gemma3_27b() -> RunConfig:
         norm_eps=1e-6, max_position_tokens=131072), ParallelConfig(tp=4, sp=True, zero1=True))
 
 
-def gemma2_9b() -> RunConfig:
-    """Return Gemma-2-9B: windows of 4,096 in every other layer, soft caps on attention and logits, 8K."""
-    return continued("gemma2-9b", ModelConfig(
-        family="gemma2", vocab_size=256000, hidden_size=3584, num_layers=42, num_heads=16, num_kv_heads=8,
-        head_dim=256, dense_ffn_dim=14336, num_experts=0, attention_pattern="LG", sliding_window_tokens=4096,
-        rope_theta=1e4, zero_centered_norms=True, activation="gelu_tanh", block_norms="both",
-        embedding_multiplier=3584 ** 0.5, attention_softcap=50.0, logits_softcap=30.0, tied_embeddings=True,
-        norm_eps=1e-6, max_position_tokens=8192), ParallelConfig(tp=2, sp=True, zero1=True))
-
-
-# GLM-4.5-Air.
-
-GLM_RELEASED = "zai-org/GLM-4.5-Air, compared with Megatron-Bridge's glm_45v_provider.py"
-GLM_SOURCES = derive(moe_sources(GLM_RELEASED), {
-    "model.mtp_experts": config_json(GLM_RELEASED),
-    "model.mtp_loss_coeff": ours("what the second half of its pre-training is remembered to have had"),
-})
-
-
-def glm_4_5_air() -> RunConfig:
-    """Return GLM-4.5-Air: 8 of 128 experts by a sigmoid router, one shared, half of each head rotates, one
-    MTP layer with experts, 128K."""
-    return continued("glm-4.5-air", ModelConfig(
-        family="glm4_moe", vocab_size=151552, hidden_size=4096, num_layers=46, num_heads=96, num_kv_heads=8,
-        head_dim=128, num_dense_layers=1, dense_ffn_dim=10944, num_experts=128, num_experts_per_token=8,
-        num_shared_experts=1, expert_ffn_dim=1408, routed_scaling_factor=1.0, rope_theta=1e6, rope_share=0.5,
-        qkv_bias=True, norm_eps=1e-5, num_mtp_layers=1, mtp_experts=True, mtp_loss_coeff=0.1,
-        max_position_tokens=131072), ParallelConfig(tp=2, sp=True, ep=8))
-
-
-# gpt-oss 20B and 120B.
-
-OTHERS = {"model.dense_ffn_dim": DEFAULT, "model.seq_aux_loss_coeff": ours(
-    "what transformers' class assumes for router_aux_loss_coef")}
-"""Settings that are not from config.json, whose router_aux_loss_coef is 0.9."""
-_SMALL = ModelConfig(
-    family="gpt_oss", vocab_size=201088, hidden_size=2880, num_layers=24, num_heads=64, num_kv_heads=8,
-    head_dim=64, num_experts=32, num_experts_per_token=4, num_shared_experts=0, expert_ffn_dim=2880,
-    router_score="softmax", router_bias=False, seq_aux_loss_coeff=1e-3, attention_pattern="LG",
-    sliding_window_tokens=128, rope_theta=150_000.0,
-    yarn=YarnConfig(factor=32.0, original_max_position_tokens=4096, truncate=False), qkv_bias=True,
-    linear_bias=True, attention_sinks=True, activation="clamped_swiglu", max_position_tokens=131072)
-SOURCES_20B = derive(moe_sources("openai/gpt-oss-20b, compared with the copy in EchoCog/gpt-oss-20b"),
-                     OTHERS)
-SOURCES_120B = derive(moe_sources("openai/gpt-oss-120b, compared with the defaults of transformers' "
-                                  "GptOssConfig"), OTHERS)
-
-
-def gpt_oss_20b() -> RunConfig:
-    """Return gpt-oss-20b: 4 of 32 experts, sinks, windows of 128 in every other layer, 128K."""
-    return continued("gpt-oss-20b", _SMALL, ParallelConfig(ep=8, zero1=True))
-
-
-def gpt_oss_120b() -> RunConfig:
-    """Return gpt-oss-120b: 4 of 128 experts, sinks, windows of 128 in every other layer, 128K."""
-    return continued("gpt-oss-120b", replace(_SMALL, num_layers=36, num_experts=128),
-                     ParallelConfig(pp=4, ep=8, zero1=True))
-
-
 # Llama's shape.
 
 def llama_3_1_8b() -> RunConfig:
@@ -443,18 +310,6 @@ def llama_3_1_8b() -> RunConfig:
         family="llama", vocab_size=128256, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8,
         head_dim=128, dense_ffn_dim=14336, num_experts=0, rope_theta=5e5, llama3_rope=Llama3RopeConfig(),
         norm_eps=1e-5, max_position_tokens=131072), ParallelConfig())
-
-
-def mixtral_8x7b() -> RunConfig:
-    """Return Mixtral-8x7B: 2 of 8 experts in every layer by a softmax router, 32K."""
-    return continued("mixtral-8x7b", ModelConfig(
-        family="mixtral", vocab_size=32000, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8,
-        head_dim=128, num_experts=8, num_experts_per_token=2, num_shared_experts=0, expert_ffn_dim=14336,
-        router_score="softmax", router_bias=False, seq_aux_loss_coeff=2e-2, rope_theta=1e6, norm_eps=1e-5,
-        max_position_tokens=32768), ParallelConfig(ep=8))
-
-
-MIXTRAL_SOURCES = derive(moe_sources("mistralai/Mixtral-8x7B-v0.1"), {"model.dense_ffn_dim": DEFAULT})
 
 
 # Dense Korean models.

@@ -267,7 +267,7 @@ def model_2() -> ModelConfig:
         family="solar_open2", vocab_size=196608, hidden_size=4096, num_layers=48, num_heads=64,
         num_kv_heads=8, head_dim=128, dense_ffn_dim=10240, num_experts=320, num_experts_per_token=8,
         num_shared_experts=1, expert_ffn_dim=1280, routed_scaling_factor=1.0, attention_pattern="GDDD",
-        linear_attention=LinearAttentionConfig(64, 64, 128, 128, 4, 128, negative_eigenvalues=True),
+        linear_attention=LinearAttentionConfig(64, 64, 128, 128, 128, negative_eigenvalues=True),
         attention_output_gate=True, rope_on_global=False, rope_theta=10_000.0, norm_eps=1e-5,
         max_position_tokens=1048576)
 

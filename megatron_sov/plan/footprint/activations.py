@@ -138,20 +138,19 @@ def _saved(m: ModelConfig, precision: str, tokens: Tokens, tp: int, etp: int, cp
     if not kind.with_experts:
         dense = m.dense_ffn_dim // tp
         inside = tokens.local * dense * item * ((1 if fused else 2) + 2 * twice)
-        return SavedActivations(residuals=m.norms_per_layer(False) * norm, qkv_input=hidden,
+        return SavedActivations(residuals=m.norms_per_layer() * norm, qkv_input=hidden,
                                 ffn_input=hidden, **attention, dense=inside)
     shared = m.num_shared_experts * m.expert_ffn_dim // tp
     routed, inner = tokens.share * m.num_experts_per_token, m.expert_ffn_dim // etp
-    gated = hidden if m.shared_expert_gate else 0  # what the gate multiplies
     # a process of an expert that is cut has the tokens of all processes that share it
     arrived = routed * etp
     return SavedActivations(
-        residuals=m.norms_per_layer(True) * norm, qkv_input=hidden, ffn_input=hidden, **attention,
+        residuals=m.norms_per_layer() * norm, qkv_input=hidden, ffn_input=hidden, **attention,
         router=(tokens.share * m.num_experts * (SCORES * FLOAT32_BYTES + 1)
                 + routed * (3 * INDEX_BYTES + 2 * FLOAT32_BYTES)),
         expert_input=arrived * m.hidden_size * item, expert_hidden=arrived * 2 * inner * item * twice,
         expert_activated=arrived * inner * item * (1 if fused else 3),
-        shared=tokens.local * shared * item * ((1 if fused else 2) + 2 * twice) + gated)
+        shared=tokens.local * shared * item * ((1 if fused else 2) + 2 * twice))
 
 
 def _attention(m: ModelConfig, precision: str, tokens: Tokens, tp: int, cp: int,
@@ -210,19 +209,15 @@ def _latent_attention(m: ModelConfig, latent: LatentAttentionConfig, precision: 
 def _linear_attention(linear: LinearAttentionConfig, precision: str, tokens: Tokens, tp: int
                       ) -> dict[str, int]:
     """Return what linear attention saves in plain torch: what is projected; in the precision of the state
-    each tap's inputs, and these mixed, before and behind their activation; between a chunk's tokens four
-    squares of each value head and two of each key head (three with decays of channels, whose products take
-    both sides in halves), both sides of the system, the states; output, norm and gate."""
+    each tap's inputs, and these mixed, before and behind their activation; between a chunk's tokens three
+    squares of each head, whose products take both sides in halves, both sides of the system, the states;
+    output, norm and gate."""
     item, wide = ITEM_BYTES[precision], max(ITEM_BYTES[precision], FLOAT32_BYTES)
     channels = linear.num_key_heads * linear.convolved // tp
-    key_heads, heads = linear.num_key_heads // tp, linear.num_value_heads // tp
-    keys, values = linear.key_head_dim, linear.value_head_dim
-    projected = tokens.local * key_heads * sum(linear.projected)
-    inside = key_heads * (2 * CHUNK + 6 * keys + 2) + heads * (4 * CHUNK + 4 * keys + 3 * values + 7)
-    if linear.gate_rank is not None:
-        projected += tokens.local * heads * (keys + values) + tokens.share * 2 * linear.gate_rank
-        inside = heads * (3 * CHUNK + 23 * keys + 3 * values + 4)
-    inside += linear.state_size // tp // CHUNK
+    heads, keys, values = linear.num_key_heads // tp, linear.key_head_dim, linear.value_head_dim
+    projected = (tokens.local * heads * (sum(linear.projected) + keys + values)
+                 + tokens.share * 2 * linear.gate_rank)
+    inside = heads * (3 * CHUNK + 23 * keys + 3 * values + 4) + linear.state_size // tp // CHUNK
     return {"gathered": 0, "qkv": projected * item,
             "rotated": tokens.local * wide * channels * (linear.conv_taps + 2),
             "core": tokens.local * wide * inside,
@@ -231,24 +226,17 @@ def _linear_attention(linear: LinearAttentionConfig, precision: str, tokens: Tok
 
 def _linear_by_kernels(linear: LinearAttentionConfig, tokens: Tokens, tp: int) -> dict[str, int]:
     """Return what linear attention saves in bf16 with the kernels of flash-linear-attention (fla-core 0.6.0,
-    `save_for_backward` of its `chunk.py`): queries, keys and values in bf16, learning rates and decays
-    summed up in float32, and one square of each head and chunk; with decays of channels a second one, and the
-    decays as given.  What is around them is as in plain torch."""
+    `save_for_backward` of its `chunk.py`): queries, keys and values in bf16, learning rates, decays and their
+    sums in float32, and two squares of each head and chunk.  What is around them is as in plain torch."""
     item, wide = BF16_BYTES, FLOAT32_BYTES
     channels = linear.num_key_heads * linear.convolved // tp
-    key_heads, heads = linear.num_key_heads // tp, linear.num_value_heads // tp
-    keys, values = linear.key_head_dim, linear.value_head_dim
+    heads, keys, values = linear.num_key_heads // tp, linear.key_head_dim, linear.value_head_dim
     # beside them the lengths of queries and keys, and what rates and decays are made of
-    inside = (key_heads * (2 * keys * item + 2 * wide)
-              + heads * ((values + CHUNK) * item + 6 * wide))
-    narrow, gates = 0, 5
-    if linear.gate_rank is not None:
-        inside = heads * ((2 * keys + values + 2 * CHUNK) * item + (4 * keys + 5) * wide)
-        narrow, gates = tokens.share * 2 * linear.gate_rank * item, 4
-    return {"gathered": 0, "qkv": narrow,
+    inside = heads * ((2 * keys + values + 2 * CHUNK) * item + (4 * keys + 5) * wide)
+    return {"gathered": 0, "qkv": tokens.share * 2 * linear.gate_rank * item,
             "rotated": tokens.local * wide * channels * (linear.conv_taps + 2),
             "core": tokens.local * inside,
-            "attended": tokens.local * heads * values * (gates * wide + item)}
+            "attended": tokens.local * heads * values * (4 * wide + item)}
 
 
 def _mask_numbers(tokens: int, window: int) -> int:
@@ -297,7 +285,7 @@ def _recomputed(config: RunConfig, whole: SavedActivations, kind: LayerKind) -> 
 def _offloaded(config: RunConfig, whole: SavedActivations, kind: LayerKind) -> int:
     """Return what of a layer waits in host memory."""
     again, m = config.gpu.recompute_modules, config.model
-    before_ffn = 0 if m.block_norms == "post" else whole.residuals // m.norms_per_layer(kind.with_experts)
+    before_ffn = 0 if m.block_norms == "post" else whole.residuals // m.norms_per_layer()
     parts = {"qkv_linear": whole.qkv_input, "core_attn": whole.qkv, "attn_proj": whole.core,
              "mlp_norm": before_ffn, "expert_fc1": whole.expert_input,
              "moe_act": whole.expert_hidden // (2 if kind.bounded else 1)}

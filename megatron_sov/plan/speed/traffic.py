@@ -321,8 +321,7 @@ def _linear_exchange(w: Workload) -> tuple[float, float]:
     linear, cp = w.shape.linear, w.cp
     if linear is None:
         return 0.0, 0.0
-    gates = linear.values_per_key + linear.decays
-    inputs = linear.num_key_heads * (linear.convolved + gates) * ACTIVATION_BYTES
+    inputs = linear.num_key_heads * (linear.convolved + 1 + linear.key_head_dim) * ACTIVATION_BYTES
     outputs = linear.num_value_heads * linear.value_head_dim * FLOAT32_BYTES
     times = passes(w) * w.shape.num_linear_layers / w.pp * w.num_micro_batches * (cp - 1)
     return times / cp * local_tokens(w) / w.tp * (inputs + outputs), 2 * times

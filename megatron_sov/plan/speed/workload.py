@@ -90,8 +90,6 @@ class ModelShape:
     """Layers with linear attention in the place of the other."""
     attention_gate: bool = False
     """Whether the other's output is gated, by as much as queries are projected to."""
-    shared_gate: bool = False
-    """Whether shared experts have a gate."""
     num_mamba_layers: int = 0
     """Layers with a Mamba-2 block in the place of attention."""
     num_ffn_layers: int = 0
@@ -174,8 +172,6 @@ class ModelShape:
         found = [MatrixWork(self.num_experts, h, "tokens", quantized=False)]
         if self.num_shared_experts:
             found += self._feed_forward(self.num_shared_experts * self.expert_ffn_dim, h, "shared_experts")
-        if self.shared_gate:
-            found.append(MatrixWork(1, h, "tokens", quantized=False))
         if self.expert_latent_dim:
             found += [MatrixWork(self.expert_latent_dim, h, "tokens"),
                       MatrixWork(h, self.expert_latent_dim, "tokens")]
@@ -199,13 +195,10 @@ class ModelShape:
 
     def _linear(self, linear: LinearAttentionConfig) -> list[MatrixWork]:
         h, values = self.hidden_size, linear.num_value_heads * linear.value_head_dim
-        found = [MatrixWork(linear.num_key_heads * sum(linear.projected), h, "rows"),
-                 MatrixWork(h, values, "columns")]
-        if linear.gate_rank is None:
-            return found
         # two narrow vectors, then a decay of each channel of keys and the output's gates
-        return [*found, MatrixWork(2 * linear.gate_rank, h, ""),
-                MatrixWork(linear.num_key_heads * linear.decays, linear.gate_rank, "rows"),
+        return [MatrixWork(linear.num_key_heads * sum(linear.projected), h, "rows"),
+                MatrixWork(h, values, "columns"), MatrixWork(2 * linear.gate_rank, h, ""),
+                MatrixWork(linear.num_key_heads * linear.key_head_dim, linear.gate_rank, "rows"),
                 MatrixWork(values, linear.gate_rank, "rows")]
 
     def _feed_forward(self, inner: float, width: int, part: str) -> list[MatrixWork]:
@@ -300,7 +293,7 @@ def of_model(model: ModelConfig) -> ModelShape:
         num_layers=model.num_layers, hidden_size=model.hidden_size, num_heads=model.num_heads,
         head_dim=model.head_dim if latent is None else latent.qk_nope_head_dim,
         num_kv_heads=model.num_kv_heads, vocab_size=model.vocab_size,
-        dense_ffn_dim=model.dense_ffn_dim, norms_per_block=model.norms_per_block(),
+        dense_ffn_dim=model.dense_ffn_dim, norms_per_block=model.norms_per_layer() / 2,
         tied=model.tied_embeddings, num_experts=model.num_experts,
         num_experts_per_token=model.num_experts_per_token if model.num_experts else 0,
         expert_ffn_dim=model.expert_ffn_dim if model.num_experts else 0,
@@ -308,7 +301,7 @@ def of_model(model: ModelConfig) -> ModelShape:
         num_dense_layers=model.num_layers - model.num_moe_layers() if model.num_experts else 0,
         num_mtp_layers=model.num_mtp_layers, mtp_moe=model.mtp_experts, mtp_depths=model.mtp_depths,
         linear=model.linear_attention, num_linear_layers=model.num_linear_layers(),
-        attention_gate=model.attention_output_gate, shared_gate=model.shared_expert_gate,
+        attention_gate=model.attention_output_gate,
         mtp_window=model.mtp_window() if model.num_mtp_layers else 0,
         layer_windows=() if follows or not windowed else tuple(sorted(Counter(
             window for window in model.windows() if window).items())),
@@ -434,8 +427,7 @@ def of_run(config: RunConfig, phase: PhaseConfig, num_gpus: int, chip: Chip, lin
     muon = config.optim.name == "muon" or any(group.optimizer == "muon" for group in config.optim.groups)
     # as `engine.model.gpu_settings.own_attention_serves` where Transformer Engine has kernels for all heads;
     # its own kernel is that of FlashAttention 2
-    own = (g.attention == "local" or config.model.attention_softcap is not None
-           or (g.attention == "auto" and (p.cp > 1 or t.deterministic)))
+    own = g.attention == "local" or (g.attention == "auto" and (p.cp > 1 or t.deterministic))
     return Workload(
         of_model(config.model), chip, links, num_gpus, phase.seq_len, t.micro_batch_size,
         phase.global_batch_size or t.global_batch_size, tp=p.tp, sp=p.sp, pp=p.pp, vpp=p.vpp,

@@ -14,11 +14,13 @@ SMALL = ["model.vocab_size=95", "model.hidden_size=32", "model.head_dim=8", "mod
 EXPERTS = ["model.expert_ffn_dim=16", "model.num_experts=4"]
 TP2, EP2, PP2 = {"tp": 2, "sp": True}, {"ep": 2}, {"pp": 2}
 ETP2 = {"tp": 2, "sp": True, "etp": 2}
-KIMI = ["model.attention_pattern=DG", "model.head_dim=20",
-        'model.latent_attention={"kv_lora_rank": 12, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, '
-        '"v_head_dim": 10}',
-        'model.linear_attention={"num_key_heads": 4, "num_value_heads": 4, "key_head_dim": 6, '
-        '"value_head_dim": 6, "gate_rank": 6}']
+DELTA = ["model.attention_pattern=GD",
+         'model.linear_attention={"num_key_heads": 4, "num_value_heads": 4, "key_head_dim": 6, '
+         '"value_head_dim": 6, "gate_rank": 6}']
+LATENT = ["model.head_dim=20", "model.num_dense_layers=1", "model.num_expert_groups=2",
+          "model.num_groups_per_token=1",
+          'model.latent_attention={"q_lora_rank": 20, "kv_lora_rank": 12, "qk_nope_head_dim": 12, '
+          '"qk_rope_head_dim": 8, "v_head_dim": 10}']
 ROW_TOKENS, ROWS = 24, 4
 
 
@@ -233,23 +235,15 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
     ("tiny-solar-open", [ETP2], ['lora.targets=["all-linear", "lm_head"]']),
     pytest.param("tiny-solar-open", [EP2], ['lora.targets=["all-linear", "lm_head"]'],
                  marks=pytest.mark.deep),
-    ("tiny-gpt-oss", [TP2], ['lora.targets=["q_proj", "o_proj"]', "lora.dora=true"]),
-    pytest.param("tiny-gpt-oss", [EP2], ['lora.targets=["q_proj", "o_proj"]', "lora.dora=true"],
-                 marks=pytest.mark.deep),
     # narrow vectors, which every process makes whole
-    ("tiny-kimi-linear", [TP2], KIMI),
-    pytest.param("tiny-kimi-linear", [{**TP2, "ep": 2}, {"cp": 2}, PP2], KIMI, marks=pytest.mark.deep),
-    pytest.param("tiny-kimi-linear", [TP2], [
-        *KIMI, "lora.dora=true", 'lora.targets=["q_proj", "b_proj", "f_a_proj", "g_b_proj", "o_proj", '
-        '"kv_a_proj_with_mqa", "kv_b_proj"]'], marks=pytest.mark.deep),
-    pytest.param("tiny-deepseek-v3", [TP2], [
-        "model.num_dense_layers=1", "model.num_expert_groups=2", "model.num_groups_per_token=1", KIMI[1],
-        KIMI[2].replace("{", '{"q_lora_rank": 20, ')], marks=pytest.mark.deep),
-    pytest.param("tiny-qwen3-next", [TP2, {"cp": 2}], ["model.attention_pattern=DG"],
+    ("tiny-solar-open2", [TP2], DELTA), ("tiny-deepseek-v3", [TP2], LATENT),
+    pytest.param("tiny-solar-open2", [{**TP2, "ep": 2}], DELTA, marks=pytest.mark.deep),
+    pytest.param("tiny-deepseek-v3", [{**TP2, "ep": 2}, {"cp": 2}, PP2], LATENT, marks=pytest.mark.deep),
+    pytest.param("tiny-solar-open2", [TP2], [
+        *DELTA, "lora.dora=true", 'lora.targets=["q_proj", "b_proj", "f_a_proj", "g_b_proj", "o_proj"]'],
                  marks=pytest.mark.deep),
-    # a matrix of three runs of all heads
-    ("tiny-qwen3.5-moe", [TP2, {"cp": 2}], ["model.attention_pattern=DG"]),
-    pytest.param("tiny-qwen3.5-moe", [TP2], ["lora.dora=true", 'lora.targets=["in_proj_qkv", "out_proj"]'],
+    pytest.param("tiny-deepseek-v3", [TP2], [
+        *LATENT, "lora.dora=true", 'lora.targets=["kv_a_proj_with_mqa", "kv_b_proj"]'],
                  marks=pytest.mark.deep),
     # gates of a matrix of their own among queries, keys and values
     pytest.param("tiny-solar-open2", [TP2, {"cp": 2}, PP2], ["model.attention_pattern=GD"],

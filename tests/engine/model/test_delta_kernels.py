@@ -1,5 +1,5 @@
-"""Calls of flash-linear-attention's kernels: by their own signatures, and with the plain versions that stand
-beside them in the kernels' place they give what our torch does."""
+"""Calls of flash-linear-attention's kernel: by its own signature, and with the plain version that stands
+beside it in the kernel's place it gives what our torch does."""
 
 from __future__ import annotations
 import __future__
@@ -17,10 +17,10 @@ import torch
 from megatron_sov.engine.model import delta_rule
 from megatron_sov.engine.model.delta_rule import chunk_documents, in_chunks
 from megatron_sov.engine.parallel import context
-from megatron_sov.engine.parallel.device import FLA_KERNELS
+from megatron_sov.engine.parallel.device import FLA_KERNEL
 from tests import newest
-from tests.engine.model.test_delta_rule import HEADS, KEYS, VALUES, R, drawn
-from tests.engine.model.test_linear_attention import OF_KIMI, SIZES, made, row, states
+from tests.engine.model.test_delta_rule import HEADS, VALUES, R, drawn
+from tests.engine.model.test_linear_attention import OF_KIMI, made, row, states
 
 DOCUMENTS = [(0, 0, 70), (70, 100, 171), (171, 171, 172), (172, 172, 200)]
 """Start, first token whose output is asked for, end."""
@@ -51,10 +51,10 @@ def plain(file: Path, function: str) -> Callable[..., tuple[torch.Tensor, Any]]:
     return getattr(module, function)
 
 
-@pytest.fixture(params=[False, True], ids=["of heads", "of channels"])
-def of_channels(request: pytest.FixtureRequest, fla: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether channels decay by themselves; their kernel is the plain version, document by document."""
-    module, name = FLA_KERNELS[request.param]
+@pytest.fixture
+def plain_kernel(fla: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the kernel be the plain version, document by document."""
+    module, name = FLA_KERNEL
     folder = fla / module.rpartition(".")[2]
     signature = arguments(folder / "chunk.py", name)
     rule = plain(folder / "naive.py", f"naive_recurrent_{folder.name}")
@@ -71,12 +71,12 @@ def of_channels(request: pytest.FixtureRequest, fla: Path, monkeypatch: pytest.M
                                scale=given["scale"])[0]
                           for a, b in itertools.pairwise(bounds)], 1), None
 
-    monkeypatch.setattr(delta_rule, "_fla_kernel", {request.param: kernel}.__getitem__)
-    return request.param
+    monkeypatch.setattr(delta_rule, "_fla_kernel", lambda: kernel)
 
 
-def test_what_is_asked_for_and_its_gradients_are_those_of_torch(of_channels: bool) -> None:
-    rows = [drawn(TOKENS, torch.float32, decays=KEYS if of_channels else 1) for _ in range(2)]
+@pytest.mark.usefixtures("plain_kernel")
+def test_what_is_asked_for_and_its_gradients_are_those_of_torch() -> None:
+    rows = [drawn(TOKENS, torch.float32) for _ in range(2)]
     chunks = chunk_documents(DOCUMENTS, torch.device("cpu"))
     found = delta_rule.by_kernels(*rows[0], chunks=chunks, dtype=torch.float32)
     expected, _ = in_chunks(*rows[1], chunks=chunks)
@@ -89,10 +89,10 @@ def test_what_is_asked_for_and_its_gradients_are_those_of_torch(of_channels: boo
         torch.testing.assert_close(one.grad, other.grad, atol=2e-5, rtol=2e-5)
 
 
-def test_a_layer_asks_for_them_where_its_model_does(
-        of_channels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("plain_kernel")
+def test_a_layer_asks_for_them_where_its_model_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(context, "size", lambda: 1)
-    layer = made(OF_KIMI if of_channels else SIZES).float()
+    layer = made(OF_KIMI).float()
     x, packed = states().float(), row([0, 70, 150])
     expected = layer(x, packed_seq_params=packed)[0]
     layer.config.delta_kernels = True
@@ -102,8 +102,9 @@ def test_a_layer_asks_for_them_where_its_model_does(
     assert not torch.equal(found, expected), "they were not asked"
 
 
-def test_products_are_in_the_models_precision_and_decays_and_rates_are_not(of_channels: bool) -> None:
-    row = [t.detach() for t in drawn(TOKENS, torch.float32, decays=KEYS if of_channels else 1)]
+@pytest.mark.usefixtures("plain_kernel")
+def test_products_are_in_the_models_precision_and_decays_and_rates_are_not() -> None:
+    row = [t.detach() for t in drawn(TOKENS, torch.float32)]
     chunks = chunk_documents(DOCUMENTS, torch.device("cpu"))
     exact, rounded = (delta_rule.by_kernels(*row, chunks=chunks, dtype=dtype)
                       for dtype in (torch.float32, torch.bfloat16))

@@ -1,5 +1,4 @@
-"""The gated delta rule, with decays of heads and of channels, against transformers' functions, and documents
-of one row against each alone."""
+"""The gated delta rule against transformers' function, and documents of one row against each alone."""
 
 from __future__ import annotations
 
@@ -18,13 +17,13 @@ LENGTHS = [5, 130, 1, 64, 65, 200, 64]
 HEADS, R, KEYS, VALUES = 2, 3, 8, 6
 
 
-def drawn(tokens: int, dtype: torch.dtype = torch.float64, *, decays: int = 1, r: int = R,
+def drawn(tokens: int, dtype: torch.dtype = torch.float64, *, r: int = R,
           fastest: float = 0.3) -> list[torch.Tensor]:
-    """Return queries, keys, values, decays (one, or of each channel) and rates of a row, gradients on."""
+    """Return queries, keys, values, decays and rates of a row, gradients on."""
     torch.manual_seed(0)
     q, k = (torch.randn(tokens, HEADS, KEYS) for _ in range(2))
     v = torch.randn(tokens, HEADS, r, VALUES)
-    g, b = -torch.rand(tokens, HEADS, r, decays) * fastest, torch.rand(tokens, HEADS, r)
+    g, b = -torch.rand(tokens, HEADS, r, KEYS) * fastest, torch.rand(tokens, HEADS, r)
     return [t.to(dtype).requires_grad_() for t in (normalised(q) * KEYS ** -0.5, normalised(k), v, g, b)]
 
 
@@ -33,31 +32,12 @@ def bounds(lengths: list[int]) -> list[tuple[int, int, int]]:
     return [(start, start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
 
 
-@pytest.mark.parametrize("of", ["torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"])
-def test_a_document_is_what_transformers_makes_of_it(of: str) -> None:
-    from transformers.models.qwen3_next import modeling_qwen3_next as theirs
-
-    row = drawn(150, torch.float32)
-    found, state = in_chunks(*row, chunks=chunk_documents([(0, 0, 150)], CPU))
-    (found * torch.linspace(-1, 1, VALUES)).sum().backward()
-    mine = [t.grad for t in row]
-    again = drawn(150, torch.float32)
-    q, k, v, g, b = (t[None] for t in again)
-    expected, last = getattr(theirs, of)(q * KEYS ** 0.5, k, v.flatten(2, 3), g=g.flatten(2),
-                                         beta=b.flatten(2), output_final_state=True)
-    (expected * torch.linspace(-1, 1, VALUES)).sum().backward()
-    torch.testing.assert_close(found.flatten(1, 2), expected[0], atol=2e-6, rtol=2e-5)
-    torch.testing.assert_close(state.flatten(1, 2), last, atol=2e-6, rtol=2e-5)
-    for one, other in zip(mine, again, strict=True):
-        torch.testing.assert_close(one, other.grad, atol=2e-5, rtol=2e-5)
-
-
 @pytest.mark.parametrize("fastest", [0.3, 40.0])
-def test_with_decays_of_channels_a_document_is_what_transformers_makes_of_it(fastest: float) -> None:
+def test_a_document_is_what_transformers_makes_of_it(fastest: float) -> None:
     """As Kimi Delta Attention has them; a chunk of fast ones is e^-2,000 and less."""
     from transformers.models.kimi_linear import modeling_kimi_linear as theirs
 
-    row, again = (drawn(150, torch.float32, decays=KEYS, r=1, fastest=fastest) for _ in range(2))
+    row, again = (drawn(150, torch.float32, r=1, fastest=fastest) for _ in range(2))
     found, state = in_chunks(*row, chunks=chunk_documents([(0, 0, 150)], CPU))
     (found * torch.linspace(-1, 1, VALUES)).sum().backward()
     q, k, v, g, b = (t[None] for t in again)
@@ -92,18 +72,8 @@ def test_a_backward_pass_costs_as_much_for_each_token_of_a_long_document() -> No
     assert backward(32) < 4.5 * backward(8), "four times as many tokens"
 
 
-def test_decays_of_channels_that_are_alike_are_one_of_the_head() -> None:
-    row = [t.detach() for t in drawn(2 * CHUNK + 9)]
-    chunks = chunk_documents([(0, 0, len(row[0]))], CPU)
-    of_channels = [*row[:3], row[3].expand(*row[3].shape[:-1], KEYS), row[4]]
-    for one, other in zip(in_chunks(*row, chunks=chunks), in_chunks(*of_channels, chunks=chunks),
-                          strict=True):
-        torch.testing.assert_close(one, other, atol=1e-13, rtol=1e-12)
-
-
-@pytest.mark.parametrize("decays", [1, KEYS])
-def test_documents_of_a_row_are_what_each_is_alone(decays: int) -> None:
-    row = drawn(sum(LENGTHS), decays=decays)
+def test_documents_of_a_row_are_what_each_is_alone() -> None:
+    row = drawn(sum(LENGTHS))
     chunks = chunk_documents(bounds(LENGTHS), CPU)
     found, states = in_chunks(*row, chunks=chunks)
     weights = torch.randn_like(found)
@@ -119,10 +89,9 @@ def test_documents_of_a_row_are_what_each_is_alone(decays: int) -> None:
             torch.testing.assert_close(gradient, whole[start:stop], atol=1e-13, rtol=1e-12)
 
 
-@pytest.mark.parametrize(("decays", "fastest"), [(1, 0.3), (KEYS, 0.3), (KEYS, 40.0)])
-def test_tokens_one_by_one_and_a_state_that_goes_on_are_the_same_as_chunks(decays: int,
-                                                                           fastest: float) -> None:
-    row = [t.detach() for t in drawn(2 * CHUNK + 9, decays=decays, fastest=fastest)]
+@pytest.mark.parametrize("fastest", [0.3, 40.0])
+def test_tokens_one_by_one_and_a_state_that_goes_on_are_the_same_as_chunks(fastest: float) -> None:
+    row = [t.detach() for t in drawn(2 * CHUNK + 9, fastest=fastest)]
     found, last = in_chunks(*row, chunks=chunk_documents([(0, 0, len(row[0]))], CPU))
     zeros = torch.zeros(1, HEADS, R, KEYS, VALUES, dtype=torch.float64)
     singly, states = by_token(*(t[None] for t in row), zeros)

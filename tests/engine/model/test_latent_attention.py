@@ -51,9 +51,9 @@ def generated_while_trained() -> list[tuple[list[list[int]], list[list[int]], in
     from megatron_sov.engine.parallel import world
     from megatron_sov.infer.decoder.generator import MegatronEngine
     from megatron_sov.infer.request import Batching, Sampling
-    from tests.engine.model.test_added_parts import KIMI, Learning, config_of
+    from tests.engine.model.test_added_parts import LATENT, Learning, config_of
 
-    config = config_of("tiny-kimi-linear", {}, [*KIMI, "model.attention_pattern=G",
+    config = config_of("tiny-deepseek-v3", {}, [*LATENT, "model.num_mtp_layers=0",
                                                 'lora.targets=["kv_b_proj"]', "optim.clip_grad=0"])
     world.join(config.parallel)
     learning, made, found = Learning(config), [], []

@@ -70,7 +70,7 @@ def test_behind_the_door_everything_is_on_the_cpu(ranks, job) -> None:
     assert seen["marked"] and seen["flag"]
     assert seen["split"] == [1.0, 1.0] and seen["same_generator"] and seen["compiled"] == "torch"
     assert unmarked["expert"], "the library marks experts itself now: so much of mark_parameters can go"
-    # 0.19 marks split weights itself, but for sinks and those of Transformer Engine's grouped layers
+    # 0.19 marks split weights itself, but for those of Transformer Engine's grouped layers
     assert bool(unmarked["split"]) != lanes.IS_NEW
 
 

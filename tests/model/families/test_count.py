@@ -25,7 +25,6 @@ pytestmark = pytest.mark.usefixtures("solar_open2")
     ("qwen2-1.5b", 1.54, 1.54, 0.0),
     ("qwen3-8b", 8.19, 8.19, 0.0),
     ("qwen3-moe-30b", 30.53, 3.35, 0.0),
-    ("qwen3-next-80b", 79.67, 3.87, 1.65),
     ("qwen3-4b", 4.02, 4.02, 0.0),
     ("qwen3-4b-2507", 4.02, 4.02, 0.0),
     ("qwen3-30b-a3b-2507", 30.53, 3.35, 0.0),
@@ -36,15 +35,8 @@ pytestmark = pytest.mark.usefixtures("solar_open2")
     ("hyperclovax-14b", 14.75, 14.75, 0.0),
     ("gemma-3-1b", 1.0, 1.0, 0.0),
     ("gemma3-27b", 27.01, 27.01, 0.0),
-    ("gemma2-9b", 9.24, 9.24, 0.0),
-    ("gpt-oss-20b", 20.91, 4.19, 0.0),
-    ("gpt-oss-120b", 116.83, 5.71, 0.0),
-    ("glm-4.5-air", 106.85, 13.42, 2.38),
     ("deepseek-v3", 671.03, 37.55, 11.61),
     ("kimi-k2", 1026.41, 32.86, 0.0),
-    ("ax-k1", 518.98, 32.78, 0.0),
-    ("qwen3.5-35b-a3b", 34.66, 3.45, 0.84),
-    ("kimi-linear-48b", 49.12, 3.48, 0.0),
     ("solar-open2-250b", 250.29, 14.74, 0.0),
 ])
 def test_published_figures(recipe: str, total_b: float, active_b: float, mtp_b: float) -> None:
@@ -67,12 +59,12 @@ def test_latent_attention_is_counted_matrix_by_matrix() -> None:
 
 def test_linear_attention_costs_a_token_the_same_at_any_length() -> None:
     """Megatron-LM's count of the delta rule: four products of the size of the state (its training.py)."""
-    model = get("qwen3-next-80b").model
+    model = get("solar-open2-250b").model
     short, long = (train_flops_per_token(model, length) for length in (4096, 8192))
-    # twelve layers and the prediction layer have 16 heads of 256 that see half as many keys more
-    assert long - short == 6 * 13 * 16 * 2 * 256 * 2048
-    states = 36 * (4 * 32 * 128 * 128 + 4 * 8192)
-    assert short == 6 * (multiplied_weights(model) + 13 * 16 * 2 * 256 * 2048.5 + states)
+    # twelve layers have 64 heads of 128 that see half as many keys more
+    assert long - short == 6 * 12 * 64 * 2 * 128 * 2048
+    states = 36 * (4 * 64 * 128 * 128 + 4 * 24576)
+    assert short == 6 * (multiplied_weights(model) + 12 * 64 * 2 * 128 * 2048.5 + states)
 
 
 def test_solar_open_2_has_the_parameters_of_its_card_to_the_last_one() -> None:
@@ -80,12 +72,6 @@ def test_solar_open_2_has_the_parameters_of_its_card_to_the_last_one() -> None:
     assert num_params(model).total == 250_287_794_944
     # 36 states of 64 x 128 x 128 and 3 x 24,576 inputs in 4 bytes beside twelve layers of keys and values
     assert model.state_tokens() == -(-36 * (64 * 128 * 128 + 3 * 24576) * 4 // (12 * 2 * 8 * 128 * 2))
-
-
-def test_a_state_is_worth_as_many_tokens_as_its_bytes() -> None:
-    """Qwen3-Next-80B: 36 states of 32 x 128 x 128 and 3 x 8,192 inputs in 4 bytes, beside twelve layers with
-    two heads of keys and of values of 256 in 2."""
-    assert get("qwen3-next-80b").model.state_tokens() == -(-36 * (524288 + 24576) * 4 // (12 * 4 * 256 * 2))
     assert get("qwen3-8b").model.state_tokens() == 0
 
 
@@ -122,17 +108,16 @@ def test_what_may_be_adapted_is_every_linear_layer_and_table_of_transformers_mod
     named = [(name.rpartition(".")[2], module) for name, module in reference.named_modules()]
     theirs = {name for name, module in named
               if name == "experts" or isinstance(module, torch.nn.Linear | torch.nn.Embedding)}
-    # the head of a tied model is its embedding; shared experts' gate is one row
-    theirs -= {"shared_expert_gate", *(("lm_head",) if model.tied_embeddings else ())}
+    # the head of a tied model is its embedding
+    theirs -= {"lm_head"} if model.tied_embeddings else set()
     assert adaptable(model) == theirs
     assert adapted(LoraConfig(rank=4), model) == theirs - {"lm_head", "embed_tokens"}
     assert not adapted(LoraConfig(rank=0), model)
 
 
 @pytest.mark.parametrize(("recipe", "targets"), [
-    ("tiny-qwen3", ["experts"]), ("tiny-qwen3-moe", ["up_proj"]), ("tiny-qwen3", ["in_proj_ba"]),
-    ("tiny-qwen3-next", ["f_a_proj", "in_proj_qkv"]), ("tiny-kimi-linear", ["q_a_proj"]),
-    ("tiny-deepseek-v3", ["k_proj"]), ("tiny-qwen3.5-moe", ["in_proj_qkvz"])])
+    ("tiny-qwen3", ["experts"]), ("tiny-qwen3-moe", ["up_proj"]), ("tiny-qwen3", ["f_a_proj"]),
+    ("tiny-solar-open2", ["q_a_proj"]), ("tiny-deepseek-v3", ["k_proj"])])
 def test_targets_that_a_model_lacks_are_told(recipe: str, targets: list[str]) -> None:
     with pytest.raises(SettingsError) as e:
         adapted(LoraConfig(4, targets=("o_proj", *targets)), get(recipe).model)
@@ -140,7 +125,7 @@ def test_targets_that_a_model_lacks_are_told(recipe: str, targets: list[str]) ->
         ("lora.targets", f"names {target}, which this model lacks") for target in targets]
 
 
-@pytest.mark.parametrize("recipe", ["tiny-glm4-moe", "tiny-deepseek-v3", "tiny-k-exaone"])
+@pytest.mark.parametrize("recipe", ["tiny-deepseek-v3", "tiny-k-exaone"])
 def test_a_prediction_layer_is_not_adapted_nor_are_its_experts(recipe: str) -> None:
     """Training adapts the trunk: what else stood in the list would be missed in every checkpoint."""
     model = get(recipe).model

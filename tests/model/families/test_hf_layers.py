@@ -174,23 +174,6 @@ def test_yarns_factor_is_in_the_scale_of_the_softmax_as_in_transformers() -> Non
     assert read_latent(models.get("deepseek_v3").to_hf_config(model, "float32", TokenIds())) == model
 
 
-def test_without_a_factor_of_whole_heads_cosine_and_sine_have_it() -> None:
-    """As transformers' and vLLM's classes, which take 1 and 0 where neither factor is said."""
-    from transformers import AutoConfig
-    from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
-        DeepseekV3Attention, DeepseekV3RotaryEmbedding)
-
-    from megatron_sov.engine.model.rotary import rotated_factor, softmax_scale
-
-    for said in ({"mscale": 1.0, "mscale_all_dim": 0.0}, {"mscale": None, "mscale_all_dim": None}):
-        config = latent_config_of(rope_parameters=YARN | said)
-        model, theirs = read_latent(config), AutoConfig.for_model(**config)
-        assert model.yarn == YarnConfig(40.0, 4096, longer="rotated")
-        assert rotated_factor(model) == pytest.approx(DeepseekV3RotaryEmbedding(theirs).attention_scaling)
-        assert softmax_scale(model, "full_attention") == pytest.approx(DeepseekV3Attention(theirs, 0).scaling)
-        assert read_latent(models.get("deepseek_v3").to_hf_config(model, "float32", TokenIds())) == model
-
-
 @pytest.mark.parametrize(("fields", "said"), [
     ({"kv_lora_rank": None}, "lacks kv_lora_rank; add them"),
     ({"num_key_value_heads": 2}, "num_key_value_heads = 2, but only 4 is supported"),
@@ -201,6 +184,7 @@ def test_without_a_factor_of_whole_heads_cosine_and_sine_have_it() -> None:
     ({"moe_layer_freq": 2}, "moe_layer_freq = 2, but only 1"),
     ({"topk_method": "greedy"}, "topk_method = 'greedy', but only 'noaux_tc'"),
     ({"rope_parameters": YARN | {"mscale_all_dim": 1.0}}, "mscale and mscale_all_dim that are equal"),
+    ({"rope_parameters": YARN | {"mscale": None, "mscale_all_dim": None}}, "mscale_all_dim that are equal"),
     ({"rope_parameters": {**YARN, "mscale": None, "mscale_all_dim": 1.0}}, "mscale_all_dim = 1.0 without ms"),
     ({"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.0, "attention_factor": 1.0}},
      r"attention_factor = 1\.0, but only 0\.1 ln"),

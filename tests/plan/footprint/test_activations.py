@@ -14,7 +14,7 @@ import torch
 
 from megatron_sov import recipes
 from megatron_sov.engine.model import delta_rule
-from megatron_sov.engine.model.linear_attention import GatedDeltaNet, KimiDeltaAttention
+from megatron_sov.engine.model.linear_attention import LinearAttention
 from megatron_sov.engine.parallel import context
 from megatron_sov.model.config import LinearAttentionConfig, RunConfig, apply_settings
 from megatron_sov.plan.footprint.activations import Tokens, _linear_by_kernels, kept, kinds, saved, under_way
@@ -89,7 +89,7 @@ def test_layers_differ_in_window_experts_and_positions() -> None:
 
 
 ALONE = ("dense, recomputed", "experts and a shared one", "windows, NoPE, prediction layer",
-         "linear and gated, prediction layer")
+         "linear and gated")
 TOGETHER = ("dense, pp 2 with vpp 2", "experts, tp 2 with sp, etp 2")
 
 
@@ -144,31 +144,29 @@ def test_a_step_saves_what_is_said(ranks: Any, job: Any) -> None:
 
 
 class KernelThatSaves(torch.autograd.Function):
-    """Saves what the kernels of fla-core 0.6.0 do (`save_for_backward` of their `chunk.py`)."""
+    """Saves what the kernel of fla-core 0.6.0 does (`save_for_backward` of its `chunk.py`)."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor,
-                beta: torch.Tensor, of_channels: bool) -> torch.Tensor:
-        squares = [torch.zeros(*v.shape[:3], 64, dtype=k.dtype) for _ in range(1 + of_channels)]
-        ctx.save_for_backward(q, k, v, g.cumsum(1), beta, *squares, *([g] if of_channels else []))
+                beta: torch.Tensor) -> torch.Tensor:
+        squares = [torch.zeros(*v.shape[:3], 64, dtype=k.dtype) for _ in range(2)]
+        ctx.save_for_backward(q, k, v, g.cumsum(1), beta, *squares, g)
         return torch.zeros_like(v)
 
 
 @pytest.mark.parametrize("sizes", [
-    LinearAttentionConfig(2, 4, 32, 32), LinearAttentionConfig(2, 2, 64, 32),
     LinearAttentionConfig(4, 4, 32, 32, gate_rank=16), LinearAttentionConfig(2, 2, 64, 32, gate_rank=16)])
 def test_kernels_of_linear_attention_keep_what_is_said(
         sizes: LinearAttentionConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer in bf16 is measured, tensor by tensor that autograd saves."""
     monkeypatch.setattr(context, "size", lambda: 1)
-    monkeypatch.setattr(delta_rule, "_fla_kernel", lambda of_channels: lambda q, k, v, *, g, beta, **_: (
-        KernelThatSaves.apply(q, k, v, g, beta, of_channels), None))
+    monkeypatch.setattr(delta_rule, "_fla_kernel", lambda: lambda q, k, v, *, g, beta, **_: (
+        KernelThatSaves.apply(q, k, v, g, beta), None))
     config = SimpleNamespace(hidden_size=8, init_method=None, output_layer_init_method=None,
                              params_dtype=torch.bfloat16, layernorm_epsilon=1e-6, sequence_parallel=False,
                              delta_kernels=True)
     alone = SimpleNamespace(tp=SimpleNamespace(size=lambda: 1, rank=lambda: 0))
-    made = KimiDeltaAttention if sizes.gate_rank else GatedDeltaNet
-    layer = made(config, 1, (Plain, Plain, Plain), sizes, alone).bfloat16()
+    layer = LinearAttention(config, 1, (Plain, Plain, Plain), sizes, alone).bfloat16()
     inputs = torch.randn(4096, 1, 8, dtype=torch.bfloat16, requires_grad=True)
     left_out = {t.untyped_storage().data_ptr() for t in (inputs, *layer.parameters())}
     found: dict[int, torch.UntypedStorage] = {}
@@ -186,7 +184,7 @@ def test_kernels_of_linear_attention_keep_what_is_said(
 
 
 def test_plan_counts_the_kernels_of_linear_attention_where_they_are_asked_for() -> None:
-    config = apply_settings(recipes.get("tiny-qwen3-next"), ["train.precision=bf16"])
+    config = apply_settings(recipes.get("tiny-solar-open2"), ["train.precision=bf16"])
     kind = next(kind for kind in kinds(config.model) if kind.is_linear)
     auto, torchs, fla = (saved(apply_settings(config, [f"gpu.linear_attention={way}"]), 512, kind).total
                          for way in ("auto", "torch", "fla"))

@@ -41,8 +41,6 @@ class AttentionCall:
     """How tensors lie."""
     window: tuple[int, int] = (-1, 0)
     """Keys left and right of a query's own; -1: all."""
-    softmax_type: str = "vanilla"
-    """learnable: with sinks."""
     softcap: float = 0.0
     """Of the logits."""
     deterministic: bool = False
@@ -63,8 +61,7 @@ def _head_dims_served(call: AttentionCall, chip: Chip) -> bool:
     if (qk, v) == (192, 128):
         return chip.cudnn >= (9, 11, 0)
     return ((qk, v) == (256, 256) and (10, 0) <= chip.capability < (11, 0)
-            and chip.cudnn >= ((9, 25, 0) if call.qkv_format == "thd" else (9, 23, 0))
-            and call.softmax_type == "vanilla")
+            and chip.cudnn >= ((9, 25, 0) if call.qkv_format == "thd" else (9, 23, 0)))
 
 
 REFUSALS: tuple[tuple[str, str, Callable[[AttentionCall, Chip], bool]], ...] = (
@@ -73,13 +70,6 @@ REFUSALS: tuple[tuple[str, str, Callable[[AttentionCall, Chip], bool]], ...] = (
     (FUSED, "unsupported qkv_dtype", lambda call, chip: call.dtype not in (torch.bfloat16, torch.float16)),
     (FUSED, "it does not support softcap", lambda call, chip: call.softcap != 0),
     (FUSED, "head dimensions", lambda call, chip: not _head_dims_served(call, chip)),
-    (FUSED, "softmax_type, qkv_format = thd and cuDNN version < 9.18",
-     lambda call, chip: (call.softmax_type != "vanilla" and call.qkv_format == "thd"
-                         and chip.cudnn < (9, 18, 0))),
-    (FUSED, "softmax_type and cuDNN version < 9.13.1",
-     lambda call, chip: call.softmax_type != "vanilla" and chip.cudnn < (9, 13, 1)),
-    (FUSED, "determinism reasons with softmax_type",
-     lambda call, chip: call.deterministic and call.softmax_type != "vanilla"),
     (FUSED, "determinism on Blackwell and cuDNN version < 9.18.1",
      lambda call, chip: (call.deterministic and call.training and chip.capability >= (10, 0)
                          and chip.cudnn < (9, 18, 1))),

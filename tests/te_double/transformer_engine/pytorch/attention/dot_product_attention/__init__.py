@@ -35,7 +35,7 @@ def window(attn_mask_type: str, size: tuple[int, int] | None) -> tuple[int, int]
 
 
 def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
-             size: tuple[int, int], sinks: torch.Tensor | None = None) -> torch.Tensor:
+             size: tuple[int, int]) -> torch.Tensor:
     """Return [tokens, heads, channels]: softmax(q k^T scale) v of one sequence.
 
     Args:
@@ -44,7 +44,6 @@ def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
         v: [tokens, groups, channels].
         scale: of the products.
         size: see `window`.
-        sinks: [heads], each a logit without a value; None: there are none.
     """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -56,24 +55,21 @@ def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
         seen &= -distance <= size[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("qhd,khd->hqk", q.to(wide), k.to(wide)) * scale
-    scores = scores.masked_fill(~seen, -math.inf)
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.to(wide)[:, None, None].expand(-1, len(q), 1)], -1)
-    weights = scores.softmax(-1)[..., :len(k)]
+    weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
     return torch.einsum("hqk,khd->qhd", weights, v.to(wide)).to(q.dtype)
 
 
 def attended_documents(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor,
-                       scale: float, size: tuple[int, int], sinks: torch.Tensor | None) -> torch.Tensor:
+                       scale: float, size: tuple[int, int]) -> torch.Tensor:
     """Return `attended` of each document of a packed row."""
     bounds = cu_seqlens.tolist()
-    parts = [attended(q[a:b], k[a:b], v[a:b], scale, size, sinks) for a, b in pairwise(bounds) if b > a]
+    parts = [attended(q[a:b], k[a:b], v[a:b], scale, size) for a, b in pairwise(bounds) if b > a]
     # rows behind the last document are nobody's: the kernels leave what they find
     return torch.cat([*parts, q.new_zeros(len(q) - bounds[-1], q.shape[1], v.shape[-1])])
 
 
 class DotProductAttention(TransformerEngineBaseModule):
-    """Attention without weights of its own but learned sinks."""
+    """Attention without weights of its own."""
 
     def __init__(self, num_attention_heads: int, kv_channels: Any, num_gqa_groups: int | None = None,
                  attention_dropout: float = 0.0, qkv_format: str = "sbhd", attn_mask_type: str = "causal",
@@ -85,21 +81,15 @@ class DotProductAttention(TransformerEngineBaseModule):
                  softmax_scale: float | None = None, softmax_type: str = "vanilla",
                  return_max_logit: bool | None = False, name: str | None = None) -> None:
         super().__init__(name)
-        if (attention_dropout or softmax_type not in ("vanilla", "learnable") or return_max_logit
-                or cp_group):
+        if attention_dropout or softmax_type != "vanilla" or return_max_logit or cp_group:
             raise NotImplementedError("the double has plain softmax attention, without context parallelism")
         self._take_group(tp_group, tp_size)
-        self.softmax_offset = None
-        if softmax_type == "learnable":  # float32 on the GPU, whatever the model's dtype
-            del self.softmax_offset
-            self.register_parameter("softmax_offset", torch.nn.Parameter(
-                torch.zeros(num_attention_heads // self.tp_size)))
         self.qkv_format, self.attn_mask_type = qkv_format, attn_mask_type
         self.window_size = window(attn_mask_type, window_size)
         channels = kv_channels if isinstance(kv_channels, int) else kv_channels[0]
         self.softmax_scale = channels ** -0.5 if softmax_scale is None else softmax_scale
         self.groups = (num_attention_heads if num_gqa_groups is None else num_gqa_groups) // self.tp_size
-        self.softmax_type, self.softcap = softmax_type, softcap
+        self.softcap = softcap
         self.layer_number, self.cp_group, self.cp_comm_type = layer_number, cp_group, cp_comm_type
 
     def set_context_parallel_group(self, cp_group: Any, cp_global_ranks: Any, cp_stream: Any,
@@ -143,7 +133,7 @@ class DotProductAttention(TransformerEngineBaseModule):
         documents = query_layer.shape[1] if kind == "sbhd" else len(cu_seqlens_q) - 1
         call = AttentionCall(
             query_layer.dtype, query_layer.shape[-2], (query_layer.shape[-1], value_layer.shape[-1]),
-            documents, max_seqlen_q or len(query_layer), kind, size, self.softmax_type, self.softcap,
+            documents, max_seqlen_q or len(query_layer), kind, size, self.softcap,
             os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO") == "0"
             or torch.are_deterministic_algorithms_enabled(), self.training)
         if _last != [call]:
@@ -151,9 +141,9 @@ class DotProductAttention(TransformerEngineBaseModule):
             _last[:] = [call]
         if kind == "thd":
             out = attended_documents(query_layer, key_layer, value_layer, cu_seqlens_q, self.softmax_scale,
-                                     size, self.softmax_offset)
+                                     size)
         else:
-            out = torch.stack([attended(q, k, v, self.softmax_scale, size, self.softmax_offset)
+            out = torch.stack([attended(q, k, v, self.softmax_scale, size)
                                for q, k, v in zip(
                 query_layer.unbind(1), key_layer.unbind(1), value_layer.unbind(1), strict=True)], dim=1)
         return out.flatten(-2)

@@ -74,7 +74,7 @@ def get_attention_backend(attention_params: AttentionParams | AttentionCall | No
     p = attention_params or AttentionParams()
     call = p if isinstance(p, AttentionCall) else AttentionCall(
         p.qkv_dtype, p.num_heads, (p.head_dim_qk, p.head_dim_v), p.batch_size, p.max_seqlen_q,
-        p.qkv_layout.partition("_")[0], p.window_size or (-1, -1), p.softmax_type, p.softcap, p.deterministic,
+        p.qkv_layout.partition("_")[0], p.window_size or (-1, -1), p.softcap, p.deterministic,
         p.is_training)
     log = logging.getLogger("DotProductAttention")
     log.setLevel(AttentionLogging._log_level)

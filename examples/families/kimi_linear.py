@@ -1,0 +1,142 @@
+# What: Kimi Linear 48B-A3B: Kimi Delta Attention in three layers of four, latent attention without positions.
+# Run:  megatron-sov convert from-hf kimi-linear kimi-ckpt --plugin examples/families/kimi_linear.py:KIMI_LINEAR
+# See:  a checkpoint for `pretrain examples/families/kimi_linear.py:kimi_linear_48b --from kimi-ckpt`.
+
+from dataclasses import asdict, dataclass, replace
+
+from megatron_sov import Family
+from megatron_sov.base.errors import UserError
+from megatron_sov.model.config import LinearAttentionConfig, ModelConfig, ParallelConfig
+from megatron_sov.model.families.family import DECODER_CONFIG, EXPERT_GROUPS, MAX_POSITIONS
+from megatron_sov.model.families.hf_config import Fixed, Renamed, Unused
+from megatron_sov.model.families.hf_layers import LeadingDenseLayers
+from megatron_sov.model.families.latent import (
+    LATENT_ATTENTION, QUERIES_OF_A_LATENT, STRUCTURE, WHOLE_QUERIES, LatentHeads)
+from megatron_sov.model.families.linear_layers import (
+    KIMI_DELTA, count_layers, delta_sizes, layer_pattern, whole_number)
+from megatron_sov.model.families.weights import (
+    DENSE_FFN, EMBEDDINGS_AND_HEAD, Experts, GateUp, Same, router_bias, trunk)
+from megatron_sov.model.recipes.open_models import LATENT, continued
+
+
+@dataclass(frozen=True)
+class KimiLayers:
+    """Which layers have Kimi Delta Attention, and its sizes: in a part of config.json, where layers count
+    from 1, or as transformers writes them."""
+
+    sizes: tuple[str, ...] = ("num_heads", "head_dim", "short_conv_kernel_size")
+    """In the part `linear_attn_config`."""
+    beside: tuple[str, ...] = ("linear_num_heads", "linear_head_dim", "linear_conv_kernel_dim")
+    """As transformers writes them."""
+    defaults: tuple[int, ...] = (32, 128, 4)
+    lists: tuple[tuple[str, str], ...] = (("full_attn_layers", "full_attention"),
+                                          ("kda_layers", "linear_attention"))
+
+    @property
+    def names(self):
+        return ("linear_attn_config", "layer_types", *self.beside)
+
+    def write(self, model):
+        """Return both; `UserError` where heads differ, or gates have another rank."""
+        said, types = delta_sizes(model, negative=False), model.layer_types()
+        lists = {name: [i + 1 for i, found in enumerate(types) if found == kind] for name, kind in self.lists}
+        return {"linear_attn_config": lists | dict(zip(self.sizes, said, strict=True)), "layer_types": types,
+                **dict(zip(self.beside, said, strict=True))}
+
+    def read(self, config):
+        """Return the shortest pattern that gives the layers, and the sizes; `UserError` where two spellings
+        disagree, or a layer has no kind or two."""
+        part = dict(config.get("linear_attn_config", {}))
+        said = []
+        for name, other, default in zip(self.sizes, self.beside, self.defaults, strict=True):
+            inside = part.pop(name, config.get(other, default))
+            if config.get(other, inside) != inside:
+                raise UserError(f"config.json: linear_attn_config.{name} = {inside} and {other} = "
+                                f"{config[other]} disagree; remove the latter")
+            said.append(whole_number(f"linear_attn_config.{name}", inside))
+        lists = {kind: part.pop(name) for name, kind in self.lists if name in part}
+        if part:
+            raise UserError(f"config.json: linear_attn_config has {', '.join(part)}, which is not known")
+        heads, width, taps = said
+        return {**self._layers(config, lists), "linear_attention": asdict(
+            LinearAttentionConfig(heads, heads, width, width, width, taps))}
+
+    def _layers(self, config, lists):
+        count = count_layers(config)
+        usual = ["full_attention" if i and i % 4 == 0 else "linear_attention" for i in range(count)]
+        types = config.get("layer_types", usual)
+        if len(lists) == 2:
+            of = {i: kind for kind, numbers in lists.items() for i in numbers}
+            listed = [of.get(i, "") for i in range(1, count + 1)]
+            if sorted(i for numbers in lists.values() for i in numbers) != [*range(1, count + 1)] or (
+                    config.get("layer_types", listed) != listed):
+                raise UserError("config.json: full_attn_layers and kda_layers of linear_attn_config must "
+                                f"name each of {count} layers once, counted from 1, as layer_types does "
+                                f"where it stands beside; they are {lists}")
+            types = listed
+        return layer_pattern(types, count)
+
+
+BLOCK = "block_sparse_moe"
+EXPERTS = (
+    Same("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", "H"),
+    Same("mlp.router.weight", f"{BLOCK}.gate.weight", "E H"),
+    router_bias(f"{BLOCK}.gate.e_score_correction_bias"),
+    Experts(GateUp("mlp.experts.experts.linear_fc1.weight", f"{BLOCK}.experts.{{e}}.w1.weight",
+                   f"{BLOCK}.experts.{{e}}.w3.weight", "I H")),
+    Experts(Same("mlp.experts.experts.linear_fc2.weight", f"{BLOCK}.experts.{{e}}.w2.weight", "H I")),
+    GateUp("mlp.shared_experts.linear_fc1.weight", f"{BLOCK}.shared_experts.gate_proj.weight",
+           f"{BLOCK}.shared_experts.up_proj.weight", "S H"),
+    Same("mlp.shared_experts.linear_fc2.weight", f"{BLOCK}.shared_experts.down_proj.weight", "H S"),
+)
+
+KIMI_LINEAR = Family(
+    name="kimi_linear",
+    hf_classes=("KimiLinearForCausalLM",),
+    weights=(
+        *EMBEDDINGS_AND_HEAD, trunk("linear layers", KIMI_DELTA),
+        trunk("other layers", LATENT_ATTENTION),
+        trunk("other layers", QUERIES_OF_A_LATENT, when="has_query_latent"),
+        trunk("other layers", WHOLE_QUERIES, when="has_whole_queries"),
+        trunk("dense layers", DENSE_FFN), trunk("moe layers", EXPERTS),
+    ),
+    config=(
+        *(item for item in DECODER_CONFIG if item is not MAX_POSITIONS),
+        Renamed("model_max_length", "max_position_tokens", 1048576, aliases=("max_position_embeddings",)),
+        Renamed("num_experts", "num_experts", 256, aliases=("num_local_experts",)),
+        Renamed("num_experts_per_token", "num_experts_per_token", 8, aliases=("num_experts_per_tok",)),
+        Renamed("num_shared_experts", "num_shared_experts", 1, aliases=("n_shared_experts",)),
+        Renamed("num_expert_group", "num_expert_groups", 1, aliases=("n_group",)),
+        Renamed("topk_group", "num_groups_per_token", 1),
+        Renamed("moe_intermediate_size", "expert_ffn_dim", 1024),
+        Renamed("intermediate_size", "dense_ffn_dim", 9216), Renamed("rms_norm_eps", "norm_eps", 1e-5),
+        Renamed("routed_scaling_factor", "routed_scaling_factor", 2.446),
+        Fixed("tie_word_embeddings", False), Fixed("attention_bias", False, written=False),
+        Fixed("moe_renormalize", True), Fixed("norm_topk_prob", True, written=False),
+        Fixed("moe_router_activation_func", "sigmoid"), Fixed("mla_use_nope", True),
+        Fixed("moe_layer_freq", 1, written=False), Fixed("num_nextn_predict_layers", 0, written=False),
+        LatentHeads(heads_tell=False), KimiLayers(), LeadingDenseLayers(default=1),
+        # nothing rotates, and groups are chosen from where there are several
+        Unused(("rope_theta", "rope_scaling", "rope_parameters", "use_grouped_topk", "topk_method",
+                "pretraining_tp")),
+    ),
+    structure={**STRUCTURE, "rope_on_global": False, "rope_theta": 10_000.0, "yarn": None,
+               "llama3_rope": None, "linear_rope_factor": None, "num_mtp_layers": 0},
+    varies=("latent_attention", "linear_attention", *EXPERT_GROUPS),
+    training={"router_bias_update_rate": 1e-3},
+    needs_shared_expert=True,
+    respelt=((f".{BLOCK}.", ".mlp."),),
+    in_memory=((f".{BLOCK}", ".mlp"), (".self_attn.f_", ".self_attn.forget_gate.f_")),
+)
+
+
+def kimi_linear_48b():
+    """Kimi Linear 48B-A3B: 20 layers of 27 attend linearly, 8 of 256 experts, one shared, 1M."""
+    return continued("kimi-linear-48b", ModelConfig(
+        family="kimi_linear.py:KIMI_LINEAR", vocab_size=163840, hidden_size=2304, num_layers=27, num_heads=32,
+        num_kv_heads=32, head_dim=192, latent_attention=replace(LATENT, q_lora_rank=None),
+        linear_attention=LinearAttentionConfig(32, 32, 128, 128, 128),
+        attention_pattern="DDDG" * 6 + "DDG", rope_on_global=False, rope_theta=10_000.0, num_dense_layers=1,
+        dense_ffn_dim=9216, num_experts=256, num_experts_per_token=8, num_shared_experts=1,
+        expert_ffn_dim=1024, routed_scaling_factor=2.446, norm_eps=1e-5, max_position_tokens=1048576),
+        ParallelConfig(pp=3, ep=8, zero1=True))
