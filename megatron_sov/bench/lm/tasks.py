@@ -19,17 +19,21 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
 
 from megatron_sov.base.artifacts import sha256_file
 from megatron_sov.base.documents.bounded_yaml import BoundedLoader
 from megatron_sov.base.errors import UserError, how_to_install, nearest, told_in_a_line
-from megatron_sov.base.settings import Flag
-from megatron_sov.bench.lm.task_rows import TaskFileReader, find_option_problem, group_files
+from megatron_sov.base.settings import Flag, parse_nested
+from megatron_sov.bench.lm.task_rows import LOADERS, TaskFileReader, find_option_problem, group_files
+
+if TYPE_CHECKING:
+    from megatron_sov.bench.lm.settings import JudgedSettings
+    from megatron_sov.bench.suites.judging import AnswerJudge
 
 MAX_FILE_BYTES = 4 << 20
 """Largest YAML file that is read."""
@@ -39,8 +43,6 @@ MAX_INCLUDES = 32
 """Deepest chain of includes."""
 DATA = "${DATA}"
 """Stands for --data-dir in the paths of data files."""
-LOADERS = {"json": (".json", ".jsonl"), "csv": (".csv", ".tsv"), "text": (".txt",), "parquet": (".parquet",)}
-"""What may stand as `dataset_path` -> the files that it reads; others are fetched, or are code."""
 CODE_KEYS = ("process_docs", "process_results", "custom_dataset", "class", "doc_to_image", "doc_to_audio")
 """What a task can only give as code."""
 
@@ -228,12 +230,13 @@ def prepared(definition: Definition, data_dir: Path | None, *, may_download: boo
         raise UserError(f"{said}: {problem}")
     files = []
     data_files = _locate(given.get("data_files"), definition, data_dir, said, files)
-    if wrong := [f for f in files if f.suffix not in LOADERS[path]]:
+    is_own = config.get("custom_dataset") is not None  # of our suites, which read every format
+    if wrong := [f for f in files if f.suffix not in LOADERS[path] and not is_own]:
         raise UserError(f"{said}: {wrong[0]} is no file of {path}, which end in "
                         f"{' or '.join(LOADERS[path])}; name them so")
     is_choice = config.get("output_type") == "multiple_choice"
     index_fields = {str(config.get(key)) for key in ("doc_to_target", "doc_to_text")} if is_choice else set()
-    if config.get("custom_dataset") is None:  # of our own suites
+    if not is_own:
         config["custom_dataset"] = TaskFileReader(path, group_files(data_files), options,
                                                   frozenset(index_fields),
                                                   to_dataset=config.get("process_docs") is not None)
@@ -258,9 +261,13 @@ def _locate(value: Any, definition: Definition, data_dir: Path | None, said: str
     if not definition.folder.trusted and not any(file.is_relative_to(root) for root in roots):
         raise UserError(f"{said}: data file {value} lies outside of its folder and of --data-dir; put it "
                         "into one of them")
+    if definition.config.get("custom_dataset") is not None:  # a publisher's file may have another format
+        file = next((f for f in map(file.with_suffix, (".jsonl", ".parquet", ".csv")) if f.is_file()), file)
     if not file.is_file():
-        raise UserError(f"{said}: {file} does not exist; put the split's items there, or name another folder "
-                        "with --data-dir")
+        source = (definition.config.get("metadata") or {}).get("sov", {}).get("source")
+        raise UserError(f"{said}: {file} does not exist; put "
+                        + (f"{source} there, in JSON Lines, Parquet or CSV" if source else
+                           "the split's items there") + ", or name another folder with --data-dir")
     files.append(file)
     return str(file)
 
@@ -325,6 +332,8 @@ class LoadedTasks:
     """Name of a task -> name of each of its data files -> its SHA-256."""
     warnings: dict[str, list[str]] = field(default_factory=dict)
     """Name of a task -> warnings of lm-eval while it was built."""
+    judges: dict[str, AnswerJudge] = field(default_factory=dict)
+    """Name of a task that a reward judges -> what judges it."""
 
 
 def require_harness() -> None:
@@ -352,12 +361,14 @@ def offline(allow_download: bool, cache: Path) -> Path:
     return private
 
 
-def load_tasks(names: Sequence[str], sources: TaskSources) -> LoadedTasks:
+def load_tasks(names: Sequence[str], sources: TaskSources, asked: JudgedSettings | None = None
+               ) -> LoadedTasks:
     """Return tasks by name.
 
     Args:
         names: of tasks and groups.
         sources: where they come from.
+        asked: how answers are judged, where it differs from the tasks' own settings.
 
     Raises:
         UserError: one does not exist, is incomplete, or would do what it may not.
@@ -372,9 +383,13 @@ def load_tasks(names: Sequence[str], sources: TaskSources) -> LoadedTasks:
         built_in = dict(manager.task_index)
     wanted = _closure(names, found, built_in)
     files: dict[str, list[Path]] = {}
+    judges: dict[str, AnswerJudge] = {}
     for name in wanted:
         if name in found.definitions:
             entry, files[name] = _entry(found.definitions[name], sources)
+            if (judge := _judge(entry.cfg, found.definitions[name].folder, asked)) is not None:
+                judges[name] = judge
+                entry.cfg |= judge.config
             manager.task_index[name] = entry
     tasks: dict[str, Any] = {}
     groups: dict[str, Any] = {}
@@ -387,7 +402,20 @@ def load_tasks(names: Sequence[str], sources: TaskSources) -> LoadedTasks:
             raise UserError(f"--tasks {','.join(names)}: {twice[0]} is asked for twice; name it once")
         tasks |= loaded["tasks"]
         groups |= loaded.get("groups", {})
-    return LoadedTasks(tasks, groups, {name: _hashes(files.get(name, [])) for name in tasks}, warnings)
+    hashes = {name: _hashes(files.get(name, [])) for name in tasks}
+    return LoadedTasks(tasks, groups, hashes, warnings, judges)
+
+
+def _judge(config: Mapping[str, Any], folder: TaskFolder, asked: JudgedSettings | None) -> AnswerJudge | None:
+    from megatron_sov.bench.suites.judging import AnswerJudge, judging_of
+
+    judging = judging_of(config, allow_code=folder.trusted, samples=asked.samples if asked else None,
+                         changes=parse_nested(asked.judge, "--judge") if asked else None)
+    if judging is None:
+        return None
+    if asked is not None and asked.mode is not None:
+        judging = replace(judging, mode=asked.mode)
+    return AnswerJudge(judging, asked.workers if asked else 0)
 
 
 def refuse_unknown(names: Sequence[str], sources: TaskSources) -> None:
@@ -510,6 +538,13 @@ def _cage_templates() -> None:
 
 def _hashes(files: Sequence[Path]) -> dict[str, str]:
     return {f"{file.parent.name}/{file.name}": sha256_file(file) for file in sorted(set(files))}
+
+
+def sov_of(task: Any) -> dict[str, Any]:
+    """Return our keys of a task's metadata."""
+    metadata = task.get_config("metadata")
+    given = metadata.get("sov") if isinstance(metadata, dict) else None
+    return given if isinstance(given, dict) else {}
 
 
 def hash_of(task: Any, files: Mapping[str, str]) -> str:
