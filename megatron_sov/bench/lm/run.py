@@ -21,9 +21,10 @@ from megatron_sov.base.errors import StopRequested, UserError, told_in_a_line, v
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import SettingsError, problems_of
 from megatron_sov.bench.lm.answers import Answer, Answers, Request, distinct, folder_of
+from megatron_sov.bench.lm.harness import offline, quiet, require_harness
 from megatron_sov.bench.lm.results import DEFAULT, ResultItem, Results, write_results
 from megatron_sov.bench.lm.settings import Settings
-from megatron_sov.bench.lm.tasks import LoadedTasks, load_tasks, offline, quiet, require_harness
+from megatron_sov.bench.lm.tasks import LoadedTasks, load_tasks
 from megatron_sov.runs.folder import RunEvents
 from megatron_sov.runs.launch_environment import is_first, under_launcher
 from megatron_sov.runs.obs.events import EVENT, EVENTS, is_recorded, read_events, score_events

@@ -15,11 +15,12 @@ from typing import Any
 
 from megatron_sov.base.errors import UserError, told_in_a_line
 from megatron_sov.bench.lm.answers import Request, Write
+from megatron_sov.bench.lm.harness import quiet
 from megatron_sov.bench.lm.results import (
     DEFAULT, Metric, ResultItem, ResultSample, TaskSampling, TaskScores, score_name)
 from megatron_sov.bench.lm.settings import Settings
 from megatron_sov.bench.lm.subject import Bridge, NotAnswered
-from megatron_sov.bench.lm.tasks import hash_of, quiet, sov_of
+from megatron_sov.bench.lm.tasks import hash_of, sov_of
 from megatron_sov.bench.suites.judging import AnswerJudge
 from megatron_sov.eval.statistics import mean_of
 from megatron_sov.infer.request import LENGTH

@@ -9,30 +9,26 @@ with caches in a folder of our own.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import importlib.util
-import io
 import json
-import logging
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from megatron_sov.base.artifacts import sha256_file
 from megatron_sov.base.documents.bounded_yaml import BoundedLoader
-from megatron_sov.base.errors import UserError, how_to_install, nearest, told_in_a_line
-from megatron_sov.base.settings import Flag, parse_nested
+from megatron_sov.base.errors import UserError, nearest, told_in_a_line
+from megatron_sov.base.settings import parse_nested
+from megatron_sov.bench.lm.harness import cage_templates, quiet
+from megatron_sov.bench.lm.settings import Settings, TaskSources
 from megatron_sov.bench.lm.task_rows import LOADERS, TaskFileReader, find_option_problem, group_files
 
 if TYPE_CHECKING:
-    from megatron_sov.bench.lm.settings import JudgedSettings
     from megatron_sov.bench.suites.judging import AnswerJudge
 
 MAX_FILE_BYTES = 4 << 20
@@ -52,8 +48,6 @@ class TaskFolder:
     path: Path
     trusted: bool
     """Whether its code may run: our own, or with --allow-task-code."""
-    option: str = "--task-dir"
-    """That named it, for messages."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +93,7 @@ def find(folders: list[TaskFolder]) -> FoundTasks:
     found = FoundTasks()
     for folder in folders:
         if not folder.path.is_dir():
-            raise UserError(f"{folder.option} {folder.path}: is no folder; pass one with lm-eval tasks, "
+            raise UserError(f"--task-dir {folder.path}: is no folder; pass one with lm-eval tasks, "
                             "a YAML file each")
         here: dict[str, Definition] = {}
         for file in sorted(folder.path.rglob("*.yaml")):
@@ -309,20 +303,6 @@ GROUP_KEYS = {"group", "group_alias", "task", "aggregate_metric_list", "metadata
 
 
 @dataclass(frozen=True)
-class TaskSources:
-    """Where tasks and their data come from."""
-
-    folders: Annotated[tuple[Path, ...], Flag("--task-dir", "DIR")] = ()
-    """Folder with tasks of your own, in lm-eval's form, the first one first; may be repeated."""
-    data_dir: Annotated[Path | None, Flag(value="DIR")] = None
-    """What ${DATA} in a task's data files means."""
-    allow_code: Annotated[bool, Flag("--allow-task-code")] = False
-    """Let --task-dir run code: !function, metrics of its own."""
-    allow_download: bool = False
-    """Fetch data of tasks that want it; lm-eval's own tasks do."""
-
-
-@dataclass(frozen=True)
 class LoadedTasks:
     tasks: dict[str, Any]
     """Name -> lm-eval's task."""
@@ -336,32 +316,7 @@ class LoadedTasks:
     """Name of a task that a reward judges -> what judges it."""
 
 
-def require_harness() -> None:
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(f"eval lm: lm-eval is not installed; run `{how_to_install('eval')}`")
-
-
-def offline(allow_download: bool, cache: Path) -> Path:
-    """Have the libraries fetch nothing unless allowed, and keep their caches in a folder that nobody else
-    writes to, which is returned; before they are imported."""
-    if not allow_download:
-        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE"):
-            os.environ[name] = "1"
-    private = cache / "datasets"
-    private.mkdir(parents=True, exist_ok=True, mode=0o700)
-    # Private, since `datasets` reads back what lies in its cache.
-    os.environ["HF_DATASETS_CACHE"] = str(private)
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    if not allow_download:  # of libraries that have read it already
-        for module in ("datasets.config", "huggingface_hub.constants"):
-            for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-                if hasattr(sys.modules.get(module), name):
-                    setattr(sys.modules[module], name, True)
-    return private
-
-
-def load_tasks(names: Sequence[str], sources: TaskSources, asked: JudgedSettings | None = None
+def load_tasks(names: Sequence[str], sources: TaskSources, asked: Settings | None = None
                ) -> LoadedTasks:
     """Return tasks by name.
 
@@ -378,7 +333,7 @@ def load_tasks(names: Sequence[str], sources: TaskSources, asked: JudgedSettings
         from lm_eval.tasks import TaskManager
 
         if not sources.allow_code:
-            _cage_templates()
+            cage_templates()
         manager = TaskManager(include_defaults=sources.allow_download)
         built_in = dict(manager.task_index)
     wanted = _closure(names, found, built_in)
@@ -406,7 +361,7 @@ def load_tasks(names: Sequence[str], sources: TaskSources, asked: JudgedSettings
     return LoadedTasks(tasks, groups, hashes, warnings, judges)
 
 
-def _judge(config: Mapping[str, Any], folder: TaskFolder, asked: JudgedSettings | None) -> AnswerJudge | None:
+def _judge(config: Mapping[str, Any], folder: TaskFolder, asked: Settings | None) -> AnswerJudge | None:
     from megatron_sov.bench.suites.judging import AnswerJudge, judging_of
 
     judging = judging_of(config, allow_code=folder.trusted, samples=asked.samples if asked else None,
@@ -524,18 +479,6 @@ def _resolve(value: Any) -> Any:
     return [_resolve(child) for child in value] if isinstance(value, list) else value
 
 
-def _cage_templates() -> None:
-    """Have lm-eval render the templates of tasks where they cannot reach Python."""
-    import lm_eval.utils
-    from jinja2 import BaseLoader, StrictUndefined
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    caged = ImmutableSandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined,
-                                          keep_trailing_newline=True)
-    caged.filters |= lm_eval.utils.env.filters
-    lm_eval.utils.env = caged
-
-
 def _hashes(files: Sequence[Path]) -> dict[str, str]:
     return {f"{file.parent.name}/{file.name}": sha256_file(file) for file in sorted(set(files))}
 
@@ -569,33 +512,3 @@ def hash_of(task: Any, files: Mapping[str, str]) -> str:
 def _describe(value: Any) -> str:
     """Return what stands for a value that JSON knows nothing of, without addresses in memory."""
     return getattr(value, "__qualname__", None) or type(value).__qualname__
-
-
-class _WarningList(logging.Handler):
-    """Collects the warnings of a library as one-line texts, each once."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = " ".join(record.getMessage().split())
-        # lm-eval says this of every `custom_dataset`; it names options of its own command line
-        if text not in self.texts and "Custom kwargs can be passed" not in text:
-            self.texts.append(text)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[list[str]]:
-    """Keep the output of lm-eval and its libraries off the terminal; yield the list of lm-eval's warnings."""
-    for name in ("datasets", "evaluate"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    harness, handler = logging.getLogger("lm_eval"), _WarningList()
-    harness.setLevel(logging.WARNING)
-    harness.addHandler(handler)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            yield handler.texts
-    finally:
-        harness.removeHandler(handler)
-        harness.setLevel(logging.ERROR)

@@ -20,9 +20,9 @@ from megatron_sov.bench.lm.answers import Answers, AnswerScore
 from megatron_sov.bench.lm.results import (
     Contamination, EvaluatedModel, Metric, ResultItem, Results, ResultSample, TaskScores, items_file,
     read_items, read_results, table, write_results)
-from megatron_sov.bench.lm.settings import Settings
+from megatron_sov.bench.lm.settings import Settings, TaskSources
 from megatron_sov.bench.lm.subject import Bridge, NotAnswered, SubjectReading, content_hash
-from megatron_sov.bench.lm.tasks import TaskSources, load_tasks
+from megatron_sov.bench.lm.tasks import load_tasks
 
 
 class Scripted(Bridge):

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.bench.lm.tasks import LoadedTasks, TaskSources, load_tasks
+from megatron_sov.bench.lm.settings import TaskSources
+from megatron_sov.bench.lm.tasks import LoadedTasks, load_tasks
 from megatron_sov.bench.suites import judging
 from megatron_sov.judge.rewards.reward import Result, Row, judged
 

@@ -23,7 +23,8 @@ from megatron_sov import cli, recipes
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.command_line import Parser
 from megatron_sov.base.settings import options_of
-from megatron_sov.bench.lm.tasks import TaskSources, refuse_unknown
+from megatron_sov.bench.lm.settings import TaskSources
+from megatron_sov.bench.lm.tasks import refuse_unknown
 from megatron_sov.commands.operate.submit import COMMANDS, chain_names, read_chain
 from megatron_sov.operate.slurm.stages import STAGES, work_of
 from megatron_sov.plan.calibration.fitting import fullest
