@@ -171,10 +171,7 @@ def _items(task: BuiltTask, samples: Sequence[Mapping[str, Any]], bridge: Bridge
     """Return a task's items, in the order of their numbers."""
     items: dict[int, ResultItem] = {
         number: _item(task, number, doc, {}, why) for number, (doc, why) in task.unanswered.items()}
-    first: dict[int, Any] = {}
-    for instance in task.task.instances:
-        first.setdefault(instance.doc_id, instance)
-    places: dict[str, int] = {}
+    instances = iter(task.task.instances)
     for sample in samples:
         number, filter_name = int(sample["doc_id"]), str(sample["filter"])
         scores = {score_name(metric, filter_name): task.aggregate(metric, [sample[metric]])
@@ -189,9 +186,8 @@ def _items(task: BuiltTask, samples: Sequence[Mapping[str, Any]], bridge: Bridge
             failed = task.judge.failure(judged)
             rewards = [result.reward for result in next(iter(judged.values()))]
             scores = {name: scores.get(name) for name in task.judge.judging.metric_names}
-        # lm-eval goes through the items of each filter in the order of its instances
-        place = places[filter_name] = places.get(filter_name, -1) + 1
-        answers = _answers(task, first[place], rewards, bridge) if task.task.OUTPUT_TYPE == TEXT else ()
+        # lm-eval goes through the items in the order of its instances, of which a text has one an item
+        answers = _answers(next(instances), rewards, bridge) if task.task.OUTPUT_TYPE == TEXT else ()
         items[number] = replace(_item(task, number, sample["doc"], scores, failed), samples=answers)
     return [items[number] for number in sorted(items)]
 
@@ -205,8 +201,7 @@ def _item(task: BuiltTask, number: int, doc: Any, scores: dict[str, float | None
                       question, answer, scores, failed=failed)
 
 
-def _answers(task: BuiltTask, instance: Any, rewards: Sequence[float | None], bridge: Bridge
-             ) -> tuple[ResultSample, ...]:
+def _answers(instance: Any, rewards: Sequence[float | None], bridge: Bridge) -> tuple[ResultSample, ...]:
     found = [bridge.answer(bridge.requests_of(instance, sample)[0])
              for sample in range(int(instance.repeats or 1))]
     return tuple(ResultSample(str(answer["text"]), str(answer["finish_reason"]),
@@ -218,21 +213,23 @@ def _task_scores(task: BuiltTask, found: Mapping[str, Any], items: Sequence[Resu
     results = found["results"].get(task.name, {})
     keys = [tuple(key.rpartition(",")[::2]) for key in results if "," in key and "_stderr," not in key]
     known = dict.fromkeys(keys)
-    for metric in task.judge.judging.metric_names if task.judge is not None else task.task.aggregation():
-        if not any(name == metric for name, _ in keys):  # nothing was answered: the figure is not known
-            known[str(metric), "none"] = None
+    expected = task.judge.judging.metric_names if task.judge else [] if keys else task.task.aggregation()
+    for metric in expected:
+        known.setdefault((str(metric), "none"))  # without an answer the figure is not known
     notes: list[str] = []
-    metrics = []
+    metrics, judge = [], task.judge
     for metric, filter_name in known:
         value = results.get(f"{metric},{filter_name}", math.nan)
         better = bool(task.task.higher_is_better().get(metric, True))
         told = _metric(metric, filter_name, float(value), items, better)
+        if judge is not None:  # `pass@8` is the metric pass@k with k = 8
+            base, _, k = metric.rpartition("@")
+            told = replace(told, name=f"{base}@k", k=int(k))
         if told.value is None:
             why = task.unknown.get(metric, "there is no item with a score")
             notes.append(f"{score_name(metric, filter_name)} is not known: {why}")
         metrics.append(told)
     remarks = list(dict.fromkeys([*notes, *(f"lm-eval warns: {text}" for text in task.warnings)]))
-    judge = task.judge
     published = sov_of(task.task).get("published_as") or None
     return TaskScores(
         task_hash=hash_of(task.task, task.files), output_type=task.task.OUTPUT_TYPE, items=len(items),
@@ -247,10 +244,8 @@ def _task_scores(task: BuiltTask, found: Mapping[str, Any], items: Sequence[Resu
 
 def _metric(name: str, filter_name: str, value: float, items: Sequence[ResultItem], better: bool) -> Metric:
     """Return a figure; one that is the mean of its items with error and interval, clustered."""
-    base, _, k = name.rpartition("@")
-    shown = (f"{base}@k", int(k)) if base and k.isdigit() else (name, None)
     if not math.isfinite(value):
-        return Metric(shown[0], None, filter_name, shown[1], higher_is_better=better)
+        return Metric(name, None, filter_name, higher_is_better=better)
     key = score_name(name, filter_name)
     there = [(number, item, single) for number, item in enumerate(items)
              if (single := item.scores.get(key)) is not None]
@@ -258,7 +253,7 @@ def _metric(name: str, filter_name: str, value: float, items: Sequence[ResultIte
     # an item without a cluster is one of its own; its number never equals a cluster's name
     clusters: list[Hashable] = [number if item.cluster is None else item.cluster
                                 for number, item, _ in there]
-    made = Metric(shown[0], value, filter_name, shown[1], None, None, len(set(clusters)), better)
+    made = Metric(name, value, filter_name, clusters=len(set(clusters)), higher_is_better=better)
     try:
         if values and math.isclose(value, _mean(values), abs_tol=1e-12):
             found = mean_of(values, clusters)

@@ -28,7 +28,7 @@ from megatron_sov.judge.rewards import patterns, registry
 from megatron_sov.judge.rewards.answers import last_boxed, normalized
 from megatron_sov.judge.rewards.reward import Refused, Result, Row, Score, checked, judged
 from megatron_sov.judge.rewards.scoring import runner
-from megatron_sov.judge.rewards.version import operational, version_of
+from megatron_sov.judge.rewards.version import version_of
 
 KEY = "sov"
 """Of a task's metadata."""
@@ -181,6 +181,9 @@ class AnswerJudge:
         self.judges: dict[str, Any] = {}
         """Variant -> name and version of what judged."""
 
+    def __deepcopy__(self, memo: object) -> AnswerJudge:
+        return self  # lm-eval copies configurations, and the task keeps the judge that is asked here
+
     @property
     def config(self) -> dict[str, Any]:
         """Keys of the task's configuration."""
@@ -246,12 +249,6 @@ class AnswerJudge:
         without = [result for results in found.values() for result in results if result.reward is None]
         total = sum(map(len, found.values()))
         return f"{len(without)} of {total} have no reward: {without[0].reason}" if without else None
-
-    def told(self) -> dict[str, Any]:
-        """Return the settings that the results keep."""
-        made = registry.BUILT_IN.get(self.judging.reward)
-        hidden = operational(getattr(importlib.import_module(made[0]), made[1])) if made else ()
-        return {key: value for key, value in self.judging.reward_settings.items() if key not in hidden}
 
 
 def metrics_of(judging: Judging, results: Sequence[Result]) -> dict[str, float]:
