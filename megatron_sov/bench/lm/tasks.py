@@ -39,6 +39,8 @@ MAX_INCLUDES = 32
 """Deepest chain of includes."""
 DATA = "${DATA}"
 """Stands for --data-dir in the paths of data files."""
+SUITES = Path(__file__).parents[1] / "suites" / "tasks"
+"""Our own tasks."""
 CODE_KEYS = ("process_docs", "process_results", "custom_dataset", "class", "doc_to_image", "doc_to_audio")
 """What a task can only give as code."""
 
@@ -255,13 +257,12 @@ def _locate(value: Any, definition: Definition, data_dir: Path | None, said: str
     if not definition.folder.trusted and not any(file.is_relative_to(root) for root in roots):
         raise UserError(f"{said}: data file {value} lies outside of its folder and of --data-dir; put it "
                         "into one of them")
-    if definition.config.get("custom_dataset") is not None:  # a publisher's file may have another format
+    items = "the split's items there"
+    if definition.folder.path == SUITES:  # a publisher's file may have another format
         file = next((f for f in map(file.with_suffix, (".jsonl", ".parquet", ".csv")) if f.is_file()), file)
+        items = f"{definition.config['metadata']['sov']['source']} there, in JSON Lines, Parquet or CSV"
     if not file.is_file():
-        source = (definition.config.get("metadata") or {}).get("sov", {}).get("source")
-        raise UserError(f"{said}: {file} does not exist; put "
-                        + (f"{source} there, in JSON Lines, Parquet or CSV" if source else
-                           "the split's items there") + ", or name another folder with --data-dir")
+        raise UserError(f"{said}: {file} does not exist; put {items}, or name another folder with --data-dir")
     files.append(file)
     return str(file)
 
@@ -296,8 +297,6 @@ def _walk(value: Any, where: str) -> Iterator[tuple[str, Any]]:
             yield from _walk(child, f"{where}[{number}]")
 
 
-SUITES = Path(__file__).parents[1] / "suites" / "tasks"
-"""Our own tasks."""
 GROUP_KEYS = {"group", "group_alias", "task", "aggregate_metric_list", "metadata", "tag"}
 """What a group may say; more would change its members, which are checked one by one."""
 
