@@ -54,9 +54,7 @@ EXTRAS = {
     "synth": ["openai>=2", "httpx>=0.27", "networkx>=3", "sacrebleu>=2.5", "py3langid>=0.4"],
     # `eval lm`: the harness; it is pinned, for its tasks and prompts are part of what a score means.
     "eval": ["lm-eval==0.4.13"],
-    # `eval inspect`: the library, in a Python of its own: it wants an older fsspec than constraints.txt has
-    "inspect": ["inspect-ai==0.3.285"],
-    # `codec import nemo-asr`: likewise, it wants an older antlr4-python3-runtime
+    # `codec import nemo-asr`, in a Python of its own: it wants an older antlr4-python3-runtime
     "speech": ["nemo-toolkit[core,common-only,asr-only]==3.0.0"],
     # `serve`, and `chat`, which asks it
     "serve": ["aiohttp>=3.11", "openai>=2", "httpx>=0.27"],

@@ -24,7 +24,6 @@ PARTS = {
              "megatron_sov.commands.score", "megatron_sov.commands.train.distill",
              "megatron_sov.commands.train.prefer"),
     "bench": ("megatron_sov.bench", "megatron_sov.commands.evaluate.benchmarks",
-              "megatron_sov.commands.evaluate.eval_inspect", "megatron_sov.commands.evaluate.eval_play",
               "megatron_sov.commands.evaluate.eval_results",
               "megatron_sov.commands.train.forgetting_gate"),
     "plan": ("megatron_sov.proof", "megatron_sov.plan.calibration.calibrate",

@@ -101,7 +101,6 @@ MAX_SOURCE_LINES = 163_300
 MIN_LINES_OF_ONE_USER = 150
 ALONE = {
     "data_prep/shards/sample.py": "a command",
-    "megatron_sov/bench/lm/examples.py": "few-shot examples, another subject than running an evaluation",
     "megatron_sov/commands/operate/run_table.py": "a table of runs; one run in full is another subject",
     "megatron_sov/commands/operate/job_summary.py": "checks and prices a job; submitting is another subject",
     "megatron_sov/commands/rl/rl_reward.py": "a command",

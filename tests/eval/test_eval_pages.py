@@ -7,14 +7,14 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megatron_sov.bench.suites.catalogue import check_data, read_task, suite_tasks
-from megatron_sov.bench.suites.folding import fold
-from megatron_sov.bench.suites.protocol import SuiteResponse, TaskItem
+from megatron_sov.bench.lm.settings import TaskSources
+from megatron_sov.bench.lm.tasks import SUITES, TaskFolder, find, load_tasks
+from megatron_sov.bench.suites.judging import judging_of
 from megatron_sov.cli import main
-from megatron_sov.commands.evaluate.benchmarks import protocol_line
 
 DOCS = Path(__file__).parents[2] / "docs"
 SUITES_PAGE = (DOCS / "eval_suites.md").read_text(encoding="utf-8")
@@ -29,7 +29,7 @@ def write_files(text: str, folder: Path) -> None:
 
 @pytest.mark.parametrize(("page", "count", "said"), [
     ("generate.md", 5, ""), ("eval.md", 8, ""), ("eval_lm.md", 2, r"task +metric +value .* at limit\n"),
-    ("eval_suites.md", 4, "aime24  ready  2      2 items; the release has 30")])
+    ("eval_suites.md", 1, r"aime24  avg@1 +0.0000")])
 def test_what_the_page_shows_runs(page: str, count: int, said: str, one_rank: None,
                                   imported: dict[str, Path], hf_models: dict[str, Path], token_shards: Path,
                                   tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -59,32 +59,40 @@ def test_what_the_page_shows_runs(page: str, count: int, said: str, one_rank: No
         assert len(found["wrong"]) == wrong  # type: ignore[arg-type]
 
 
-def test_the_table_is_the_catalogue() -> None:
+def test_the_table_is_what_the_task_files_say() -> None:
     rows = re.findall(r"^\| `([\w-]+)` \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|$", SUITES_PAGE, re.MULTILINE)
     told = {name: (suite, items, protocol) for name, suite, items, _, protocol in rows}
-    assert told == {name: (task.sov["suite"], _items(task.sov), protocol_line(task.protocol))
-                    for name, task in suite_tasks().items()}
+    tasks = {name: made.config for name, made in find([TaskFolder(SUITES, trusted=True)]).definitions.items()}
+    assert told == {name: (config["metadata"]["sov"]["suite"], _items(config["metadata"]["sov"]),
+                           _protocol(config)) for name, config in tasks.items()}
     files = {name: cell for name, _, _, cell, _ in rows}
     assert "`mmlu/dev.jsonl`, `mmlu/test.jsonl`" in files["mmlu"]
     assert files["mmmlu"] == "`mmmlu/`: 14 files"
 
 
-def _items(sov: object) -> str:
-    assert isinstance(sov, dict)
+def _items(sov: dict[str, Any]) -> str:
     return f"{sov['items']:,}" if "items" in sov else "yours" if sov.get("kind") == "like" else "-"
+
+
+def _protocol(config: dict[str, Any]) -> str:
+    judging = judging_of(config, allow_code=True)
+    if judging is None:
+        return "log-likelihood of the choices"
+    how = config["generation_kwargs"]
+    drawn = f"T {how['temperature']:g}, top_p {how['top_p']:g}" if how.get("do_sample") else "greedy"
+    return (f"{judging.samples} x {how['max_gen_toks']:,} tokens, {drawn}; {judging.reward}: "
+            f"{', '.join(judging.metric_names)}")
 
 
 def test_the_task_of_the_page_is_judged(tmp_path: Path) -> None:
     write_files(SUITES_PAGE, tmp_path)
-    task = read_task(tmp_path / "tasks/capitals.yaml")
-    assert task is not None
-    assert task.protocol is not None
-    assert task.protocol.metric_names == ["avg@4", "pass@1", "pass@4", "cons@1", "cons@4"]
-    row = {"country": "Korea", "capital": "Seoul"}
     (tmp_path / "capitals").mkdir()
+    row = {"country": "Korea", "capital": "Seoul"}
     (tmp_path / "capitals/test.jsonl").write_text(json.dumps(row) + "\n")
-    assert check_data(task, tmp_path).state == "ready"
+    judge = load_tasks(["capitals"], TaskSources((tmp_path / "tasks",), tmp_path)).judges["capitals"]
+    judge.workers = 1
     answers = ["Answer: Seoul", "Answer: seoul.", "Answer: Busan", "I do not know where on earth it could be"]
-    found = fold(task.protocol, [TaskItem(row, "q", [SuiteResponse(answer) for answer in answers])], 1)
-    assert found.items[0].scores["avg@4"] == 0.5
-    assert found.items[0].scores["cons@4"] == 1.0
+    [judged] = judge.judge([answers], [row])
+    scores = judge.count(row, [judged])
+    assert (scores["avg@4"], scores["cons@4"]) == (0.5, 1.0)
+    assert sorted(scores) == ["avg@4", "cons@1", "cons@4", "pass@1", "pass@4"]

@@ -20,6 +20,10 @@ COMMANDS = {
     "megatron-sov convert deepen": "use mergekit's passthrough method on the folder of `convert to-hf`",
     "megatron-sov convert to-gguf": "use convert_hf_to_gguf.py of llama.cpp on the folder of `convert to-hf`",
     "megatron-sov convert upcycle": "use mergekit-moe on the folder of `convert to-hf`",
+    **dict.fromkeys(("megatron-sov eval inspect", "megatron-sov eval play"),
+                    "serve the model with `megatron-sov serve` and run inspect-ai on its address"),
+    "megatron-sov eval suites": "docs/eval_suites.md lists the tasks and their files; `eval lm` reads a "
+                                "publisher's JSON Lines, Parquet or CSV below --data-dir",
     "megatron-sov ladder": "train the sizes with `megatron-sov pretrain` and fit their losses yourself",
     "megatron-sov reproduce": "python benchmarks/paper_claims.py runs the claims in a checkout",
     "megatron-sov rl replay": "type the command of `rl run` again with another --run and --store",

@@ -30,7 +30,7 @@ from typing import Any
 
 from megatron_sov.base.artifacts import disk_errors
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.bench.lm.settings import OTHER_MODEL, EndpointModel, EndpointSettings
+from megatron_sov.bench.lm.settings import OTHER_MODEL, EndpointSettings
 from megatron_sov.infer.request import LENGTH, STOP
 from megatron_sov.train.stopping import StopFlag
 from megatron_sov.work.endpoints.answers import CHAT_PROBES, TEXT_PROBES, BadAnswer, Recognition
@@ -232,13 +232,6 @@ NO_ECHO = ("tells no likelihoods of what it is given (echo with logprobs), as ma
            "checkpoint or folder, or leave tasks out that compare likelihoods")
 
 
-def endpoint_at(url: str, settings: EndpointModel, cache: EndpointCache, probes: Sequence[Mapping[str, Any]],
-                sleep: Callable[[float], object] = time.sleep) -> Endpoint:
-    """Return what asks the model at an address for answers that are kept."""
-    recognition = Recognition(settings.model, probes, OTHER_MODEL, settings.same_model)
-    return Endpoint(url, settings.key_env, LIMITS, cache, sleep=sleep, told=warn, recognition=recognition)
-
-
 class AsksEndpoint:
     """Asks one endpoint."""
 
@@ -248,7 +241,8 @@ class AsksEndpoint:
         base = url.rstrip("/")
         self._settings, self._answers = settings, answers
         self._texts, self._chats = (
-            endpoint_at(f"{base}/{path}", settings, self._cache, probes)
+            Endpoint(f"{base}/{path}", settings.key_env, LIMITS, self._cache, told=warn,
+                     recognition=Recognition(settings.model, probes, OTHER_MODEL, settings.same_model))
             for path, probes in (("completions", TEXT_PROBES), ("chat/completions", CHAT_PROBES)))
 
     def recall(self, requests: Sequence[Request]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +18,6 @@ from megatron_sov.base.artifacts import sha256_file, to_json, write_output
 from megatron_sov.base.documents.rows import json_line
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Finite
-from megatron_sov.eval.statistics import mean_of
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -120,7 +119,7 @@ class TaskScores:
     judge: str | None = None
     """Name and version of what judged answers in place of lm-eval's metric."""
     agent_limits: dict[str, Any] | None = None
-    """Turns, tokens and seconds of a task with tools."""
+    """Of results of an earlier version, for tasks with tools."""
     limit: int | None = None
     failed: int = 0
     """Items that have no score, through no fault of the model."""
@@ -283,24 +282,3 @@ def aligned(rows: Sequence[Sequence[str]], left: Container[int]) -> str:
     return "\n".join("  ".join(cell.ljust(width) if column in left else cell.rjust(width)
                                for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
                      for row in rows)
-
-
-def metric_of_items(name: str, items: Sequence[ResultItem], notes: list[str]) -> Metric:
-    """Return a figure over the items that have it; one that none has is not known."""
-    there = [(number, item, value) for number, item in enumerate(items)
-             if (value := item.scores.get(name)) is not None]
-    # `pass@8` is the metric pass@k with k = 8.
-    k = int(name.rpartition("@")[2]) if name.rpartition("@")[2].isdigit() else None
-    base = f"{name.rpartition('@')[0]}@k" if k is not None else name
-    if not there:
-        notes.append(f"{name} is not known: no item has enough samples with a reward")
-        return Metric(base, None, k=k)
-    found = mean_of([value for _, _, value in there],
-                    [number if item.cluster is None else item.cluster for number, item, _ in there])
-    return Metric(base, found.value, k=k, stderr=found.standard_error, interval=found.interval,
-                  clusters=found.num_clusters)
-
-
-def judged_by(judge: Mapping[str, Any]) -> str:
-    return ", ".join(f"{found['name']} {found['version']}" if isinstance(found, Mapping) else str(found)
-                     for found in judge.values())

@@ -10,70 +10,71 @@ from typing import Annotated, Literal
 from annotated_types import Ge
 
 from megatron_sov.base.settings import AtLeastOne, Flag, NotNegativeInt, only_with
-from megatron_sov.bench.lm.tasks import TaskSources
 from megatron_sov.infer.engine import ChosenEngine
 from megatron_sov.infer.request import Batching, BatchSize, RankOptions
 
 ThinkingMode = Literal["thinking", "no-thinking"]
-ENDPOINTS, DEFAULT_KEY_ENV = "endpoints", "OPENAI_API_KEY"
+ENDPOINTS = "endpoints"
 OTHER_MODEL = ("name another --cache for its answers, or pass --same-model if only the engine changed; then "
                "the kept answers are used")
 """What a user may do whose endpoint does not say what it said before."""
 
 
 @dataclass(frozen=True)
-class EndpointModel:
-    """A model behind an OpenAI-compatible endpoint."""
+class EndpointSettings:
+    """How an OpenAI-compatible endpoint is asked."""
 
     model: Annotated[str, Flag(value="NAME", group=ENDPOINTS)] = ""
     """Name that the endpoint knows it by."""
-    key_env: Annotated[str, Flag(value="NAME", group=ENDPOINTS)] = DEFAULT_KEY_ENV
+    key_env: Annotated[str, Flag(value="NAME", group=ENDPOINTS)] = "OPENAI_API_KEY"
     """Variable of the environment with the key; none is sent where it is not set."""
     same_model: Annotated[bool, Flag(group=ENDPOINTS)] = False
     """The endpoint's model is the one whose answers are kept, though it answers fixed questions otherwise."""
-
-
-@dataclass(frozen=True)
-class EndpointSettings(EndpointModel):
-    """How an OpenAI-compatible endpoint is asked."""
-
     tokenizer: Annotated[Path | None, Flag(value="DIR", group=ENDPOINTS)] = None
     """Its model's tokenizer, without which likelihoods cannot be asked for."""
     concurrent: Annotated[AtLeastOne, Flag(group=ENDPOINTS)] = 16
     """Requests under way at a time."""
 
-@dataclass(frozen=True, kw_only=True)
-class JudgedSettings(RankOptions):
-    """Which items of tasks are asked, of what, and how what comes back is judged."""
 
-    num_items: Annotated[AtLeastOne | None, Flag("--limit")] = None
-    """Only the first N items (of each task)."""
-    samples: AtLeastOne | None = None
-    """Answers to each item of tasks that sample several, or its episodes (default: the task's)."""
-    judge: Annotated[tuple[str, ...], Flag(value="key=value")] = ()
-    """A setting of the reward that judges, e.g. endpoint=http://localhost:8000/v1; may be repeated."""
-    mode: ThinkingMode | None = None
-    """Of a reasoning model (default: the task's)."""
-    engine: ChosenEngine = None
-    workers: NotNegativeInt = 0
-    """Processes that judge (default: one for each core)."""
+@dataclass(frozen=True)
+class TaskSources:
+    """Where tasks and their data come from."""
+
+    folders: Annotated[tuple[Path, ...], Flag("--task-dir", "DIR")] = ()
+    """Folder with tasks of your own, in lm-eval's form, the first one first; may be repeated."""
+    data_dir: Annotated[Path | None, Flag(value="DIR")] = None
+    """What ${DATA} in a task's data files means."""
+    allow_code: Annotated[bool, Flag("--allow-task-code")] = False
+    """Let --task-dir run code: !function, metrics of its own."""
+    allow_download: bool = False
+    """Fetch data of tasks that want it; lm-eval's own tasks do."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(JudgedSettings):
+class Settings(RankOptions):
     """What an evaluation depends on beside the model and the names of its tasks."""
 
     output: Annotated[Path, Flag(value="OUT.json")]
     """Results to write; the items come to lie beside it as OUT.items.jsonl."""
     sources: TaskSources = field(default_factory=TaskSources)
     """Where tasks and their data come from."""
+    num_items: Annotated[AtLeastOne | None, Flag("--limit")] = None
+    """Only the first N items (of each task)."""
+    samples: AtLeastOne | None = None
+    """Answers to each item of tasks that a reward judges (default: the task's)."""
+    judge: Annotated[tuple[str, ...], Flag(value="key=value")] = ()
+    """A setting of the reward that judges, e.g. endpoint=http://localhost:8000/v1; may be repeated."""
+    mode: Annotated[ThinkingMode | None, only_with("chat_template")] = None
+    """Of a reasoning model (default: the task's)."""
+    engine: ChosenEngine = None
+    workers: NotNegativeInt = 0
+    """Processes that judge (default: one for each core)."""
     cache: Annotated[Path | None, Flag(value="DIR", writes=True)] = None
     """Folder of answers, which evaluations may share (default: OUT.cache)."""
     run: Annotated[Path | None, Flag(value="DIR")] = None
     """Also add the figures to this run's events, for its report."""
     num_fewshot: NotNegativeInt | None = None
     """Examples in front of each item (default: as the task says)."""
-    mode: Annotated[ThinkingMode | None, only_with("chat_template")] = None
     chat_template: Annotated[bool, Flag("--apply-chat-template")] = False
     """Frame each prompt by the chat template."""
     batch_size: BatchSize = Batching.batch_size

@@ -266,25 +266,22 @@ class Bridge(TemplateLM):
                             f"({first_line(e)}); leave "
                             "--apply-chat-template out, or mend the template") from None
 
-    def requests_of(self, instance: Instance, sample: int = 0,
-                    generation: Mapping[str, Any] | None = None) -> list[Request]:
+    def requests_of(self, instance: Instance, sample: int = 0) -> list[Request]:
         """Return what the model has to be asked for an instance.
 
         Args:
             instance: lm-eval's.
             sample: which of several continuations.
-            generation: how they are written, in place of what the instance says.
 
         Raises:
             UserError: it cannot be asked like this.
         """
         made = self._made.get((id(instance), sample))
         if made is None:
-            made = self._made[id(instance), sample] = self._requests(instance, sample, generation)
+            made = self._made[id(instance), sample] = self._requests(instance, sample)
         return made
 
-    def _requests(self, instance: Instance, sample: int, generation: Mapping[str, Any] | None
-                  ) -> list[Request]:
+    def _requests(self, instance: Instance, sample: int) -> list[Request]:
         if instance.request_type == "loglikelihood":
             context, continuation = instance.args
             return [self._score(*self._pair(str(context), str(continuation)))]
@@ -294,8 +291,7 @@ class Bridge(TemplateLM):
                 token_list=self.tok_encode(str(instance.args[0])), prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length, context_len=1)
             return [self._score(*make_disjoint_window(window)) for window in windows]
-        given = dict(instance.args[1] if generation is None else generation)
-        return [self._write(str(instance.args[0]), given, sample, instance)]
+        return [self._write(str(instance.args[0]), dict(instance.args[1]), sample, instance)]
 
     def _needs_tokens(self) -> None:
         if self.tokenizer is None:

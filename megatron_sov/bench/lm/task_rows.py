@@ -20,6 +20,8 @@ from megatron_sov.base.errors import UserError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+LOADERS = {"json": (".json", ".jsonl"), "csv": (".csv", ".tsv"), "text": (".txt",), "parquet": (".parquet",)}
+"""What may stand as `dataset_path` -> the files that it reads; others are fetched, or are code."""
 OPTIONS = {"json": ("field",), "text": ("sample_by", "encoding"), "parquet": ("columns",),
            "csv": ("delimiter", "sep", "quotechar", "column_names", "encoding", "features")}
 """Loader (`dataset_path`) -> the `dataset_kwargs` that it reads in addition to `data_files`."""
@@ -68,8 +70,7 @@ class TaskFileReader:
         return {split: Dataset.from_list(list(rows)) for split, rows in splits.items()}
 
     def _read_split(self, files: Sequence[str]) -> TaskRows:
-        read_file = {"json": _read_json, "csv": _read_csv, "text": _read_text, "parquet": _read_parquet}
-        rows = TaskRows(row for name in files for row in read_file[self.loader](Path(name), self.options))
+        rows = TaskRows(row for name in files for row in read_rows(self.loader, Path(name), self.options))
         missing = dict.fromkeys(rows.features)
         rows[:] = [{**missing, **row} for row in rows]  # a template may test a field that some rows lack
         for field in self.index_fields.intersection(missing) if self.loader == "csv" else ():
@@ -77,6 +78,16 @@ class TaskFileReader:
                 for row in rows:
                     row[field] = int(row[field])
         return rows
+
+
+def read_rows(loader: str, file: Path, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file.
+
+    Raises:
+        UserError: it cannot be read as the loader's format.
+    """
+    read = {"json": _read_json, "csv": _read_csv, "text": _read_text, "parquet": _read_parquet}
+    return read[loader](file, options)
 
 
 def group_files(data_files: Any) -> dict[str, list[str]]:

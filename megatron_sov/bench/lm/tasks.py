@@ -9,27 +9,27 @@ with caches in a folder of our own.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import importlib.util
-import io
 import json
-import logging
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from megatron_sov.base.artifacts import sha256_file
 from megatron_sov.base.documents.bounded_yaml import BoundedLoader
-from megatron_sov.base.errors import UserError, how_to_install, nearest, told_in_a_line
-from megatron_sov.base.settings import Flag
-from megatron_sov.bench.lm.task_rows import TaskFileReader, find_option_problem, group_files
+from megatron_sov.base.errors import UserError, nearest, told_in_a_line
+from megatron_sov.base.settings import parse_nested
+from megatron_sov.bench.lm.harness import cage_templates, quiet
+from megatron_sov.bench.lm.settings import Settings, TaskSources
+from megatron_sov.bench.lm.task_rows import LOADERS, TaskFileReader, find_option_problem, group_files
+
+if TYPE_CHECKING:
+    from megatron_sov.bench.suites.judging import AnswerJudge
 
 MAX_FILE_BYTES = 4 << 20
 """Largest YAML file that is read."""
@@ -39,8 +39,8 @@ MAX_INCLUDES = 32
 """Deepest chain of includes."""
 DATA = "${DATA}"
 """Stands for --data-dir in the paths of data files."""
-LOADERS = {"json": (".json", ".jsonl"), "csv": (".csv", ".tsv"), "text": (".txt",), "parquet": (".parquet",)}
-"""What may stand as `dataset_path` -> the files that it reads; others are fetched, or are code."""
+SUITES = Path(__file__).parents[1] / "suites" / "tasks"
+"""Our own tasks."""
 CODE_KEYS = ("process_docs", "process_results", "custom_dataset", "class", "doc_to_image", "doc_to_audio")
 """What a task can only give as code."""
 
@@ -50,8 +50,6 @@ class TaskFolder:
     path: Path
     trusted: bool
     """Whether its code may run: our own, or with --allow-task-code."""
-    option: str = "--task-dir"
-    """That named it, for messages."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def find(folders: list[TaskFolder]) -> FoundTasks:
     found = FoundTasks()
     for folder in folders:
         if not folder.path.is_dir():
-            raise UserError(f"{folder.option} {folder.path}: is no folder; pass one with lm-eval tasks, "
+            raise UserError(f"--task-dir {folder.path}: is no folder; pass one with lm-eval tasks, "
                             "a YAML file each")
         here: dict[str, Definition] = {}
         for file in sorted(folder.path.rglob("*.yaml")):
@@ -228,12 +226,13 @@ def prepared(definition: Definition, data_dir: Path | None, *, may_download: boo
         raise UserError(f"{said}: {problem}")
     files = []
     data_files = _locate(given.get("data_files"), definition, data_dir, said, files)
-    if wrong := [f for f in files if f.suffix not in LOADERS[path]]:
+    is_own = config.get("custom_dataset") is not None  # of our suites, which read every format
+    if wrong := [f for f in files if f.suffix not in LOADERS[path] and not is_own]:
         raise UserError(f"{said}: {wrong[0]} is no file of {path}, which end in "
                         f"{' or '.join(LOADERS[path])}; name them so")
     is_choice = config.get("output_type") == "multiple_choice"
     index_fields = {str(config.get(key)) for key in ("doc_to_target", "doc_to_text")} if is_choice else set()
-    if config.get("custom_dataset") is None:  # of our own suites
+    if not is_own:
         config["custom_dataset"] = TaskFileReader(path, group_files(data_files), options,
                                                   frozenset(index_fields),
                                                   to_dataset=config.get("process_docs") is not None)
@@ -258,9 +257,12 @@ def _locate(value: Any, definition: Definition, data_dir: Path | None, said: str
     if not definition.folder.trusted and not any(file.is_relative_to(root) for root in roots):
         raise UserError(f"{said}: data file {value} lies outside of its folder and of --data-dir; put it "
                         "into one of them")
+    items = "the split's items there"
+    if definition.folder.path == SUITES:  # a publisher's file may have another format
+        file = next((f for f in map(file.with_suffix, (".jsonl", ".parquet", ".csv")) if f.is_file()), file)
+        items = f"{definition.config['metadata']['sov']['source']} there, in JSON Lines, Parquet or CSV"
     if not file.is_file():
-        raise UserError(f"{said}: {file} does not exist; put the split's items there, or name another folder "
-                        "with --data-dir")
+        raise UserError(f"{said}: {file} does not exist; put {items}, or name another folder with --data-dir")
     files.append(file)
     return str(file)
 
@@ -295,24 +297,8 @@ def _walk(value: Any, where: str) -> Iterator[tuple[str, Any]]:
             yield from _walk(child, f"{where}[{number}]")
 
 
-SUITES = Path(__file__).parents[1] / "suites" / "tasks"
-"""Our own tasks."""
 GROUP_KEYS = {"group", "group_alias", "task", "aggregate_metric_list", "metadata", "tag"}
 """What a group may say; more would change its members, which are checked one by one."""
-
-
-@dataclass(frozen=True)
-class TaskSources:
-    """Where tasks and their data come from."""
-
-    folders: Annotated[tuple[Path, ...], Flag("--task-dir", "DIR")] = ()
-    """Folder with tasks of your own, in lm-eval's form, the first one first; may be repeated."""
-    data_dir: Annotated[Path | None, Flag(value="DIR")] = None
-    """What ${DATA} in a task's data files means."""
-    allow_code: Annotated[bool, Flag("--allow-task-code")] = False
-    """Let --task-dir run code: !function, metrics of its own."""
-    allow_download: bool = False
-    """Fetch data of tasks that want it; lm-eval's own tasks do."""
 
 
 @dataclass(frozen=True)
@@ -325,39 +311,18 @@ class LoadedTasks:
     """Name of a task -> name of each of its data files -> its SHA-256."""
     warnings: dict[str, list[str]] = field(default_factory=dict)
     """Name of a task -> warnings of lm-eval while it was built."""
+    judges: dict[str, AnswerJudge] = field(default_factory=dict)
+    """Name of a task that a reward judges -> what judges it."""
 
 
-def require_harness() -> None:
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(f"eval lm: lm-eval is not installed; run `{how_to_install('eval')}`")
-
-
-def offline(allow_download: bool, cache: Path) -> Path:
-    """Have the libraries fetch nothing unless allowed, and keep their caches in a folder that nobody else
-    writes to, which is returned; before they are imported."""
-    if not allow_download:
-        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE"):
-            os.environ[name] = "1"
-    private = cache / "datasets"
-    private.mkdir(parents=True, exist_ok=True, mode=0o700)
-    # Private, since `datasets` reads back what lies in its cache.
-    os.environ["HF_DATASETS_CACHE"] = str(private)
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    if not allow_download:  # of libraries that have read it already
-        for module in ("datasets.config", "huggingface_hub.constants"):
-            for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-                if hasattr(sys.modules.get(module), name):
-                    setattr(sys.modules[module], name, True)
-    return private
-
-
-def load_tasks(names: Sequence[str], sources: TaskSources) -> LoadedTasks:
+def load_tasks(names: Sequence[str], sources: TaskSources, asked: Settings | None = None
+               ) -> LoadedTasks:
     """Return tasks by name.
 
     Args:
         names: of tasks and groups.
         sources: where they come from.
+        asked: how answers are judged, where it differs from the tasks' own settings.
 
     Raises:
         UserError: one does not exist, is incomplete, or would do what it may not.
@@ -367,14 +332,18 @@ def load_tasks(names: Sequence[str], sources: TaskSources) -> LoadedTasks:
         from lm_eval.tasks import TaskManager
 
         if not sources.allow_code:
-            _cage_templates()
+            cage_templates()
         manager = TaskManager(include_defaults=sources.allow_download)
         built_in = dict(manager.task_index)
     wanted = _closure(names, found, built_in)
     files: dict[str, list[Path]] = {}
+    judges: dict[str, AnswerJudge] = {}
     for name in wanted:
         if name in found.definitions:
             entry, files[name] = _entry(found.definitions[name], sources)
+            if (judge := _judge(entry.cfg, found.definitions[name].folder, asked)) is not None:
+                judges[name] = judge
+                entry.cfg |= judge.config
             manager.task_index[name] = entry
     tasks: dict[str, Any] = {}
     groups: dict[str, Any] = {}
@@ -387,7 +356,20 @@ def load_tasks(names: Sequence[str], sources: TaskSources) -> LoadedTasks:
             raise UserError(f"--tasks {','.join(names)}: {twice[0]} is asked for twice; name it once")
         tasks |= loaded["tasks"]
         groups |= loaded.get("groups", {})
-    return LoadedTasks(tasks, groups, {name: _hashes(files.get(name, [])) for name in tasks}, warnings)
+    hashes = {name: _hashes(files.get(name, [])) for name in tasks}
+    return LoadedTasks(tasks, groups, hashes, warnings, judges)
+
+
+def _judge(config: Mapping[str, Any], folder: TaskFolder, asked: Settings | None) -> AnswerJudge | None:
+    from megatron_sov.bench.suites.judging import AnswerJudge, judging_of
+
+    judging = judging_of(config, allow_code=folder.trusted, samples=asked.samples if asked else None,
+                         changes=parse_nested(asked.judge, "--judge") if asked else None)
+    if judging is None:
+        return None
+    if asked is not None and asked.mode is not None:
+        judging = replace(judging, mode=asked.mode)
+    return AnswerJudge(judging, asked.workers if asked else 0)
 
 
 def refuse_unknown(names: Sequence[str], sources: TaskSources) -> None:
@@ -496,20 +478,15 @@ def _resolve(value: Any) -> Any:
     return [_resolve(child) for child in value] if isinstance(value, list) else value
 
 
-def _cage_templates() -> None:
-    """Have lm-eval render the templates of tasks where they cannot reach Python."""
-    import lm_eval.utils
-    from jinja2 import BaseLoader, StrictUndefined
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    caged = ImmutableSandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined,
-                                          keep_trailing_newline=True)
-    caged.filters |= lm_eval.utils.env.filters
-    lm_eval.utils.env = caged
-
-
 def _hashes(files: Sequence[Path]) -> dict[str, str]:
     return {f"{file.parent.name}/{file.name}": sha256_file(file) for file in sorted(set(files))}
+
+
+def sov_of(task: Any) -> dict[str, Any]:
+    """Return our keys of a task's metadata."""
+    metadata = task.get_config("metadata")
+    given = metadata.get("sov") if isinstance(metadata, dict) else None
+    return given if isinstance(given, dict) else {}
 
 
 def hash_of(task: Any, files: Mapping[str, str]) -> str:
@@ -534,33 +511,3 @@ def hash_of(task: Any, files: Mapping[str, str]) -> str:
 def _describe(value: Any) -> str:
     """Return what stands for a value that JSON knows nothing of, without addresses in memory."""
     return getattr(value, "__qualname__", None) or type(value).__qualname__
-
-
-class _WarningList(logging.Handler):
-    """Collects the warnings of a library as one-line texts, each once."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = " ".join(record.getMessage().split())
-        # lm-eval says this of every `custom_dataset`; it names options of its own command line
-        if text not in self.texts and "Custom kwargs can be passed" not in text:
-            self.texts.append(text)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[list[str]]:
-    """Keep the output of lm-eval and its libraries off the terminal; yield the list of lm-eval's warnings."""
-    for name in ("datasets", "evaluate"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    harness, handler = logging.getLogger("lm_eval"), _WarningList()
-    harness.setLevel(logging.WARNING)
-    harness.addHandler(handler)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            yield handler.texts
-    finally:
-        harness.removeHandler(handler)
-        harness.setLevel(logging.ERROR)

@@ -1,5 +1,4 @@
-"""`megatron-sov eval ppl | needle | pairs | passk | media | lm | inspect | play | suites | logits |
-bigram`."""
+"""`megatron-sov eval ppl | needle | pairs | passk | media | lm | logits | bigram`."""
 
 from __future__ import annotations
 
@@ -243,13 +242,6 @@ ACTIONS: Actions = {
     "lm": Command("megatron_sov.commands.evaluate.benchmarks:LM",
                   "Score a model on tasks of lm-eval's form, by its own prompts and metrics, offline",
                   page="eval_lm.md"),
-    "inspect": Command("megatron_sov.commands.evaluate.eval_inspect:INSPECT",
-                       "Score a model on tasks of inspect-ai, run by the library, or read its logs",
-                       page="eval_lm.md"),
-    "logits": (LogitsOptions, _logits), "bigram": (BigramOptions, _bigram),
-    "play": Command("megatron_sov.commands.evaluate.eval_play:PLAY",
-                    "Have a model play a benchmark's tasks with tools, and score its episodes"),
-    "suites": Command("megatron_sov.commands.evaluate.benchmarks:SUITES",
-                      "The benchmarks that come along: list them, check their data", page="eval_suites.md")}
+    "logits": (LogitsOptions, _logits), "bigram": (BigramOptions, _bigram)}
 add_arguments = partial(add_actions, actions=ACTIONS)
 run = partial(run_action, ACTIONS)

@@ -331,11 +331,6 @@ def optional_checks() -> Iterator[MachineCheck]:
             yield MachineCheck(name, "missing", "is not installed; optional", how_to_install(extra))
         else:
             yield MachineCheck(name, "ok", version)
-    # not by how_to_install: the lock's fsspec is newer than it takes
-    version = installed_version("inspect-ai")
-    yield (MachineCheck("inspect-ai", "ok", version) if version else MachineCheck(
-        "inspect-ai", "missing", "is not installed here; optional, and may be in a Python of its own",
-        "see docs/eval_lm.md"))
 
 
 def sandbox_checks() -> Iterator[MachineCheck]:

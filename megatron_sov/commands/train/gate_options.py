@@ -135,7 +135,9 @@ def refuse_unknown_benchmarks(config: RunConfig) -> None:
     # the bench package and lm-eval are optional; who measures nothing needs neither
     if "lm" not in config.evaluate.background.tasks:
         return
-    from megatron_sov.bench.lm.tasks import TaskSources, refuse_unknown, require_harness
+    from megatron_sov.bench.lm.harness import require_harness
+    from megatron_sov.bench.lm.settings import TaskSources
+    from megatron_sov.bench.lm.tasks import refuse_unknown
 
     require_harness()
     lm = config.evaluate.lm

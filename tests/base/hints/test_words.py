@@ -94,7 +94,6 @@ def answer(line: str, capsys: pytest.CaptureFixture[str]) -> str:
      "megatron-sov pretrain x --data D --run c --resume"),
     ("megatron-sov generate M Hello", "megatron-sov generate M --prompt Hello"),
     ("megatron-sov chat --model M", "megatron-sov chat M"),
-    ("megatron-sov eval lm M --tasks list --output o", "megatron-sov eval suites"),
     ("megatron-sov eval lm M --tasks t --output o --batch_size auto",
      "megatron-sov eval lm M --tasks t --output o"),
     ("megatron-sov prefer --from M --data D --run R --ref_model N",

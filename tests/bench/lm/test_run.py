@@ -228,7 +228,7 @@ def test_mistakes_are_told_in_one_sentence(task_dir: Path, hf_models: dict[str, 
         (["http://127.0.0.1:9/v1", "--model", "m", "--tasks", "words", *common], "pass --tokenizer DIR"),
         ([model, "--tasks", "words", "--task-dir", str(task_dir), "--output", str(tmp_path)], "is a folder"),
         ([model, "--tasks", "words", "--samples", "4", *common], "--samples 4: none of the tasks samples"),
-        ([model, "--tasks", "words", "--judge", "x", *common], "--judge x: none of the tasks samples"),
+        ([model, "--tasks", "words", "--judge", "x=1", *common], "--judge x=1: none of the tasks samples"),
         ([model, "--tasks", "words", "--mode", "thinking", *common], "is only for --apply-chat-template"),
         (["http://me:pw@127.0.0.1:9/v1", "--model", "m", "--tasks", "words", *common], "without user"),
     ]

@@ -10,77 +10,52 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from scipy import stats
 
 from megatron_sov.base.artifacts import MANIFEST, new_artifact
 from megatron_sov.base.errors import UserError
-from megatron_sov.bench.lm import scoring, subject as lm_subject
+from megatron_sov.bench.lm import scoring
 from megatron_sov.bench.lm.answers import Answers, AnswerScore
 from megatron_sov.bench.lm.results import (
     Contamination, EvaluatedModel, Metric, ResultItem, Results, ResultSample, TaskScores, items_file,
     read_items, read_results, table, write_results)
-from megatron_sov.bench.lm.subject import NotAnswered, content_hash
+from megatron_sov.bench.lm.settings import Settings, TaskSources
+from megatron_sov.bench.lm.subject import Bridge, NotAnswered, SubjectReading, content_hash
+from megatron_sov.bench.lm.tasks import load_tasks
 
 
-class Instance:
-    """As lm-eval's."""
-
-    request_type, repeats, idx = "loglikelihood", 1, 0
-
-    def __init__(self, number: int, doc: dict[str, Any]) -> None:
-        self.doc_id, self.doc = number, doc
-        self.resps: list[Any] = []
-        self.filtered_resps: dict[str, Any] = {}
-
-
-class Task:
-    """A task whose items score what their data say; `aggregate` makes the figure."""
-
-    OUTPUT_TYPE, task_name = "loglikelihood", "scripted"
-
-    def __init__(self, values: Sequence[Any], aggregate: Callable[[Any], Any]) -> None:
-        self.instances = self._instances = [Instance(i, {"value": v, "page": i // 2})
-                                            for i, v in enumerate(values)]
-        self._aggregate = aggregate
-
-    def apply_filters(self) -> None:
-        for instance in self._instances:
-            instance.filtered_resps = {"none": instance.resps[0]}
-
-    def process_results(self, doc: dict[str, Any], results: Any) -> dict[str, Any]:
-        if doc["value"] == "bad":
-            raise ValueError("no number in the answer")
-        return {"score": doc["value"]}
-
-    def aggregation(self) -> dict[str, Any]:
-        return {"score": self._aggregate}
-
-    def higher_is_better(self) -> dict[str, bool]:
-        return {"score": True}
-
-    def get_config(self, name: str) -> Any:
-        return None
-
-    def doc_to_text(self, doc: dict[str, Any]) -> str:
-        return "?"
-
-    doc_to_target = doc_to_text
-
-
-class Bridge:
+class Scripted(Bridge):
     """Answers all but items whose data say so."""
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        if requests[0].doc["value"] == "unanswered":
+    def __init__(self) -> None:
+        super().__init__(SubjectReading(None, 64, as_messages=True), {})
+
+    def answer(self, request: Any) -> Any:
+        if "unanswered" in request.prompt:
             raise NotAnswered("the endpoint answered HTTP 500")
-        return [(0.0, True) for _ in requests]
+        return {"text": request.prompt, "finish_reason": "stop"}
 
 
-def score(values: Sequence[Any], aggregate: Callable[[Any], Any], cluster_field: str | None = None
-          ) -> scoring.ScoredTask:
-    return scoring.score_task(Task(values, aggregate), Bridge(), cluster_field)  # type: ignore[arg-type]
+def score(folder: Path, values: Sequence[Any], aggregate: Callable[[Any], Any], cluster_field: str = ""
+          ) -> tuple[TaskScores, list[ResultItem], list[str]]:
+    """Score items whose answers are their questions; `aggregate` makes the figure of their values."""
+    rows = [{"q": str(v), "page": i // 2} for i, v in enumerate(values)]
+    (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "t.yaml").write_text(
+        "task: t\ndataset_path: json\ndataset_kwargs: {data_files: {test: d.jsonl}}\ntest_split: test\n"
+        "output_type: generate_until\ndoc_to_text: q\ndoc_to_target: q\nmetric_list:\n"
+        "- {metric: exact_match, aggregation: mean, higher_is_better: true}\n"
+        f"metadata: {{version: 1, sov: {{cluster_field: '{cluster_field}'}}}}\n")
+    task = load_tasks(["t"], TaskSources((folder,))).tasks["t"]
+    task.process_results = lambda doc, results: {"exact_match": float(results[0])}
+    task._aggregation_list["exact_match"] = aggregate
+    task.set_config("num_fewshot", 0)
+    task.build_all_requests()
+    settings = Settings(output=folder / "out.json")
+    scores, items, notes = scoring.score([scoring.BuiltTask("t", task, None, {"d": "h"}, 0)], {}, Scripted(),
+                                         settings)
+    return scores["t"], items, notes
 
 
 def mean(values: Sequence[float]) -> float:
@@ -94,85 +69,56 @@ def mean(values: Sequence[float]) -> float:
     ([1, 2], lambda values: values.lost, "its metric fails (AttributeError"),
     (["unanswered", "bad"], mean, "there is no item with a score"),
 ])
-def test_a_figure_that_cannot_be_computed_is_none_and_says_why(values: Any, aggregate: Any, why: str) -> None:
-    found = score(values, aggregate)
-    assert [(m.name, m.value, m.interval) for m in found.metrics] == [("score", None, None)]
-    assert why in found.notes[0]
+def test_a_figure_that_cannot_be_computed_is_none_and_says_why(values: Any, aggregate: Any, why: str,
+                                                               tmp_path: Path) -> None:
+    found, _, notes = score(tmp_path, values, aggregate)
+    assert [(m.name, m.value, m.interval) for m in found.metrics] == [("exact_match", None, None)]
+    assert why in notes[0]
 
 
-def test_items_without_a_score_are_left_out_and_named() -> None:
-    found = score([1.0, "unanswered", 0.0, "bad", 1.0], mean)
+def test_items_without_a_score_are_left_out_and_named(tmp_path: Path) -> None:
+    found, items, _ = score(tmp_path, [1.0, "unanswered", 0.0, "bad", 1.0], mean)
     assert found.metrics[0].value == 2 / 3
-    assert [item.failed for item in found.items] == [
-        None, "the endpoint answered HTTP 500", None,
-        "its metric fails (ValueError: no number in the answer)", None]
-    assert [item.scores for item in found.items] == [{"score": 1.0}, {}, {"score": 0.0}, {}, {"score": 1.0}]
+    assert [item.item for item in items] == list("01234")
+    assert [str(item.failed)[:40] for item in items] == [
+        "None", "the endpoint answered HTTP 500", "None", "its metric fails (ValueError: could not ", "None"]
+    assert [item.scores for item in items] == [{"exact_match": 1.0}, {}, {"exact_match": 0.0}, {},
+                                               {"exact_match": 1.0}]
+    assert [len(item.samples) for item in items] == [1, 0, 1, 1, 1]
 
 
-def test_items_of_a_cluster_count_together() -> None:
-    alone, together = score([3.0, 3.0, 0.0, 0.0], mean), score([3.0, 3.0, 0.0, 0.0], mean, "page")
+def test_items_of_a_cluster_count_together(tmp_path: Path) -> None:
+    alone, _, _ = score(tmp_path, [3.0, 3.0, 0.0, 0.0], mean)
+    together, items, _ = score(tmp_path, [3.0, 3.0, 0.0, 0.0], mean, "page")
     assert [alone.metrics[0].clusters, together.metrics[0].clusters] == [4, 2]
     assert together.metrics[0].stderr == pytest.approx(1.5)  # two means, 3 and 0
     assert alone.metrics[0].stderr == pytest.approx(stats.sem([3, 3, 0, 0]))
-    assert [item.cluster for item in together.items] == ["0", "0", "1", "1"]
+    assert [item.cluster for item in items] == ["0", "0", "1", "1"]
 
 
-def test_what_is_no_mean_has_the_error_of_a_jackknife() -> None:
-    draw = np.random.default_rng(0)
-    values = draw.normal(2.0, 0.3, 40).tolist()
-
-    def perplexity(found: Sequence[float]) -> float:
-        return math.exp(mean(found))
-
-    figure = score(values, perplexity).metrics[0]
-    # by the delta method
-    assert figure.stderr == pytest.approx(perplexity(values) * stats.sem(values), rel=0.02)
-    low, high = np.exp(stats.t.interval(0.95, 39, np.mean(values), stats.sem(values)))
-    assert figure.interval == pytest.approx((low, high), rel=1e-3)
-
-
-@pytest.mark.parametrize("size", [1e154, 1e200, 1e307, 1.7e308])
-@pytest.mark.parametrize("aggregate", [mean, max, lambda found: math.exp(math.log(min(found)))])
-def test_figures_near_the_largest_number_are_figures(size: float, aggregate: Callable[..., Any]) -> None:
-    notes: list[str] = []
-    values = [size, size * 0.5, size * 0.25]
-    found = scoring._metric("ppl", "none", values, [None] * 3, aggregate, False, notes)
-    assert found.value == pytest.approx(aggregate(values)) or "is not known" in notes[0]
-    assert found.interval is None or all(map(math.isfinite, found.interval))
-    if size == 1e154:
-        assert found.interval is not None
+def test_what_is_no_mean_of_its_items_has_no_interval(tmp_path: Path) -> None:
+    found, _, _ = score(tmp_path, [1.0, 2.0], lambda values: math.exp(mean(values)))
+    assert found.metrics[0].value == pytest.approx(math.exp(1.5))
+    assert found.metrics[0].interval is None
 
 
 def test_a_likelihood_that_is_nan_is_no_score() -> None:
     asked, other = AnswerScore((1,), (2,)), AnswerScore((1,), (3,))
     answers: Any = {asked.key: {"logprob": math.nan, "greedy": False},
                     other.key: {"logprob": -math.inf, "greedy": False}}
-    model = lm_subject.Bridge(lm_subject.SubjectReading(None, 8), answers)
+    model = Bridge(SubjectReading(None, 8), answers)
     with pytest.raises(NotAnswered, match="NaN"):
         model.answer(asked)
     assert model.answer(other)["logprob"] == -math.inf
-
-
-def test_a_group_is_better_in_the_direction_of_its_members() -> None:
-    class Group:
-        def aggregate(self, found: dict[str, Any]) -> dict[str, Any]:
-            return {name: sum(task[name] for task in found.values()) / len(found)
-                    for name in ("perplexity,none", "acc,none")}
-
-    of_task = (Metric("perplexity", 4.0, higher_is_better=False), Metric("acc", 0.5))
-    told = scoring.group_metrics(Group(), {"a": of_task, "b": of_task}, {"a": 1, "b": 1})
-    assert [(m.name, m.value, m.higher_is_better) for m in told] == [("perplexity", 4.0, False),
-                                                                     ("acc", 0.5, True)]
 
 
 @pytest.mark.parametrize("given", [
     {"temperature": None}, {"max_gen_toks": "many"}, {"max_gen_toks": 0},
     {"do_sample": True, "temperature": -1}])
 def test_generation_settings_that_are_no_numbers_are_told(given: dict[str, Any], tmp_path: Path) -> None:
-    instance: Any = Instance(0, {})
-    instance.request_type, instance.task_name, instance.args = "generate_until", "t", ("?", given)
+    instance: Any = SimpleNamespace(request_type="generate_until", task_name="t", args=("?", given))
     with pytest.raises(UserError, match=r"task t: generation_kwargs .* cannot be used"):
-        lm_subject.Bridge(lm_subject.SubjectReading(None, 64), Answers(tmp_path)).requests_of(instance)
+        Bridge(SubjectReading(None, 64), Answers(tmp_path)).requests_of(instance)
 
 
 FOUND = Results(EvaluatedModel("model", "abc", "huggingface"), {"t": TaskScores(

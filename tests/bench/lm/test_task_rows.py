@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_sov.base.errors import UserError
+from megatron_sov.bench.lm.settings import TaskSources
 from megatron_sov.bench.lm.task_rows import TaskFileReader, TaskRows, find_option_problem
-from megatron_sov.bench.lm.tasks import TaskSources, load_tasks
+from megatron_sov.bench.lm.tasks import load_tasks
 
 LOOKS_TYPED = ["1945-08-15", "1446-10-09T00:00:00", "NA", "null", "None", "nan", "007", "1e5", "True", "-",
                "12:30", "1,5", " 7 ", "", "0x1F", "한글"]

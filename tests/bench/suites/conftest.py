@@ -1,4 +1,4 @@
-"""Tasks of the suites over synthetic items, as lm-eval makes them; rewards that judge in this process."""
+"""Tasks of the suites over synthetic items, as `eval lm` loads them; rewards that judge in this process."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.bench.lm.tasks import DATA
-from megatron_sov.bench.suites import folding
-from megatron_sov.bench.suites.catalogue import SUITES_FOLDER, suite_tasks
+from megatron_sov.bench.lm.settings import TaskSources
+from megatron_sov.bench.lm.tasks import LoadedTasks, load_tasks
+from megatron_sov.bench.suites import judging
 from megatron_sov.judge.rewards.reward import Result, Row, judged
 
 sys.path.append(str(Path(__file__).parent))  # `suite_items`
@@ -35,28 +35,16 @@ class Here:
 
 @pytest.fixture(autouse=True)
 def judged_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folding, "runner", lambda asked, made, workers: Here(made.reward))
+    monkeypatch.setattr(judging, "runner", lambda asked, made, workers: Here(made.reward))
 
 
 @pytest.fixture
-def loaded(tmp_path: Path) -> Callable[[str], Any]:
-    """Name -> lm-eval's task over the files in the test's folder."""
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    def load(name: str) -> Any:
-        config = load_yaml(suite_tasks()[name].path)
-        assert config["dataset_kwargs"]["data_files"]
-        config["dataset_kwargs"] = _placed(config["dataset_kwargs"], tmp_path)
-        return ConfigurableTask(config=config)
-
-    assert SUITES_FOLDER.is_dir()
-    return load
+def load(tmp_path: Path) -> Callable[[str], LoadedTasks]:
+    """Name -> what `eval lm` loads of the task over the files in the test's folder."""
+    return lambda name: load_tasks([name], TaskSources(data_dir=tmp_path))
 
 
-def _placed(value: Any, data_dir: Path) -> Any:
-    if isinstance(value, str):
-        return value.replace(DATA, str(data_dir))
-    if isinstance(value, dict):
-        return {key: _placed(part, data_dir) for key, part in value.items()}
-    return [_placed(part, data_dir) for part in value] if isinstance(value, list) else value
+@pytest.fixture
+def loaded(load: Callable[[str], LoadedTasks]) -> Callable[[str], Any]:
+    """Name -> lm-eval's task."""
+    return lambda name: load(name).tasks[name]

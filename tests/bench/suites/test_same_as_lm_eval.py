@@ -18,9 +18,8 @@ from lm_eval.tasks._yaml_loader import _load_module_with_cache, load_yaml
 from lm_eval.utils import apply_template
 from suite_items import CASES, PROX_ANSWERS, write
 
-from megatron_sov.bench.suites.catalogue import suite_tasks
-from megatron_sov.bench.suites.folding import fold
-from megatron_sov.bench.suites.protocol import SuiteResponse, TaskItem
+from megatron_sov.bench.lm.tasks import SUITES, TaskFolder, find
+from megatron_sov.bench.suites.judging import AnswerJudge, judging_of
 
 THEIRS = Path(lm_eval.tasks.__file__).parent
 Loaded = Callable[[str], Any]
@@ -41,13 +40,16 @@ def contexts(task: Any, num_fewshot: int) -> list[str]:
     return [task.fewshot_context(doc, num_fewshot) for doc in task.task_docs]
 
 
+TASKS = find([TaskFolder(SUITES, trusted=True)]).definitions
+
+
 def ours(name: str, doc: Any, answers: Sequence[str], metric: str) -> list[float]:
     """Return our scores of answers to one question."""
-    protocol = suite_tasks()[name].protocol
-    assert protocol is not None
-    items = [TaskItem(doc, "", [SuiteResponse(answer)]) for answer in answers]
-    found = fold(replace(protocol, samples=1, k=(), metrics=("avg",)), items, 1).items
-    return [item.scores[metric] for item in found]
+    judging = judging_of(TASKS[name].config, allow_code=True)
+    assert judging is not None
+    judge = AnswerJudge(replace(judging, samples=1, k=(), metrics=("avg",)), 1)
+    return [judge.count(doc, [found])[metric] for found in judge.judge([[a] for a in answers],
+                                                                       [doc] * len(answers))]
 
 
 def test_mmlu_asks_with_five_shots_of_the_subject(tmp_path: Path, loaded: Loaded) -> None:

@@ -3,8 +3,8 @@ what they deserve."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,47 +12,39 @@ from typing import Any
 import pytest
 from suite_items import CASES, write
 
-from megatron_sov.bench.suites.catalogue import check_data, require_data, suite_tasks
-from megatron_sov.bench.suites.folding import TURN, fold
-from megatron_sov.bench.suites.prompts import LETTERS
-from megatron_sov.bench.suites.protocol import Folded, Protocol, SuiteResponse, TaskItem, changed
+from megatron_sov.base.errors import UserError
+from megatron_sov.bench.lm.tasks import SUITES, LoadedTasks, TaskFolder, find, sov_of
+from megatron_sov.bench.suites.data import LETTERS, load as load_rows, problem, renamed
 from megatron_sov.judge.rewards.judge import Judge
 
-TASKS = suite_tasks()
-SAMPLED = [name for name, task in TASKS.items() if task.protocol and not task.protocol.environment]
-CHOSEN = [name for name, task in TASKS.items() if task.protocol is None]
-PLAYED = [name for name, task in TASKS.items() if task.protocol and task.protocol.environment]
+TASKS = {name: made.config for name, made in find([TaskFolder(SUITES, trusted=True)]).definitions.items()}
+CHOSEN = [name for name in TASKS if "reward" not in TASKS[name]["metadata"]["sov"]]
+Load = Callable[[str], LoadedTasks]
+Loaded = Callable[[str], Any]
 
 
 def test_there_is_a_case_for_every_task() -> None:
-    assert {*SAMPLED, *CHOSEN, *PLAYED} == set(TASKS) == set(CASES)
-    assert all(
-        task.sov["source"] and task.sov["licence"] and task.sov["prompt_source"] for task in TASKS.values()
-    )
+    assert set(TASKS) == set(CASES)
+    assert all(config["metadata"]["sov"][name] for config in TASKS.values()
+               for name in ("source", "licence", "prompt_source"))
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_its_data_are_accepted_and_its_files_asked_for(name: str, tmp_path: Path) -> None:
-    task, case = TASKS[name], CASES[name]
-    before = check_data(task, tmp_path)
-    assert before.state == "missing"
-    assert set(before.missing) == set(case.files)
-    write(case, tmp_path)
-    found = check_data(task, tmp_path)
-    assert found.problems == ()
-    assert found.state == "ready"
-    require_data(task, tmp_path)
+def payload_score(payload: dict[str, Any]) -> float:
+    said = payload["messages"][1]["content"].partition("RESPONSE:")[2]
+    best = 2.0 if "Score 2 where" in payload["messages"][1]["content"] else 1.0
+    return best if "RIGHT" in said else 0.0
 
 
-@pytest.mark.parametrize("name", SAMPLED)
-def test_answers_get_what_they_deserve(name: str, tmp_path: Path, loaded: Callable[[str], Any],
+@pytest.mark.parametrize("name", [name for name in TASKS if name not in CHOSEN])
+def test_answers_get_what_they_deserve(name: str, tmp_path: Path, load: Load,
                                        monkeypatch: pytest.MonkeyPatch) -> None:
     # a judge that reads one word, in place of an endpoint
     monkeypatch.setattr(Judge, "_asked",
                         SimpleNamespace(ask=lambda payload, read: (payload_score(payload), "said")))
     case = CASES[name]
     write(case, tmp_path)
-    task = loaded(name)
+    found = load(name)
+    task, judge = found.tasks[name], found.judges[name]
     doc = task.task_docs[0]
     prompt = task.fewshot_context(doc, task.config.num_fewshot)
     assert case.asked in prompt
@@ -60,68 +52,84 @@ def test_answers_get_what_they_deserve(name: str, tmp_path: Path, loaded: Callab
     if name == "gpqa-diamond":
         other = LETTERS[(LETTERS.index(doc["answer"]) + 1) % 4]
         answers = [f"Answer: {doc['answer']}", f"Answer: {other}", case.unreadable]
-    doc = {**doc, TURN: 0} if name == "mt-bench-like" else doc
-    folded = scored(name, doc, "framed by a chat template" if name == "mrcr" else prompt, answers)
-    for metric in folded.metric_names:
-        assert [item.scores[metric] for item in folded.items] == [1.0, 0.0, 0.0], (metric, folded.items)
-    assert [item.failed for item in folded.items] == [None] * 3
-
-
-def payload_score(payload: dict[str, Any]) -> float:
-    said = payload["messages"][1]["content"].partition("RESPONSE:")[2]
-    rubric = payload["messages"][1]["content"]
-    worst, best = (1.0, 10.0) if "10 for" in rubric else (0.0, 2.0 if "Score 2 where" in rubric else 1.0)
-    return best if "RIGHT" in said else worst
-
-
-def scored(name: str, doc: Any, prompt: str, answers: list[str]) -> Folded:
-    """Judge answers, each as the only sample of an item."""
-    protocol = TASKS[name].protocol
-    assert protocol is not None
-    protocol = replace(protocol, samples=1, k=())
-    if protocol.reward == "judge":
-        protocol = changed(protocol,
-                           {"reward_settings": {"endpoint": "http://localhost:1/v1", "model": "judge"}})
-    return fold(protocol, [TaskItem(doc, prompt, [SuiteResponse(answer, "stop")]) for answer in answers], 1)
+    if judge.judging.reward == "judge":
+        settings = {"endpoint": "http://localhost:1/v1", "model": "judge"}
+        object.__setattr__(judge.judging, "reward_settings", {**judge.judging.reward_settings, **settings})
+    k = judge.judging.samples
+    judge.prompts = [prompt] * 3
+    judged = judge.judge([[answer] * k for answer in answers], [doc] * 3)
+    scores = [task.process_results(doc, [found]) for found in judged]
+    assert [set(score) for score in scores] == [set(judge.judging.metric_names)] * 3
+    for metric in judge.judging.metric_names:
+        assert [score[metric] for score in scores] == [1.0, 0.0, 0.0], metric
+    assert [judge.failure(found) for found in judged] == [None] * 3
 
 
 @pytest.mark.parametrize("name", CHOSEN)
-def test_the_most_probable_choice_counts(name: str, tmp_path: Path, loaded: Callable[[str], Any]) -> None:
+def test_the_most_probable_choice_counts(name: str, tmp_path: Path, loaded: Loaded) -> None:
     write(CASES[name], tmp_path)
     task = loaded(name)
     for doc in task.task_docs:
         choices, target = task.doc_to_choice(doc), task.doc_to_target(doc)
         gold = target if isinstance(target, int) else choices.index(target)
-        best = [
-            [(0.0 if i == chosen else -9.0, False) for i in range(len(choices))]
-            for chosen in (gold, (gold + 1) % len(choices))
-        ]
+        best = [[(0.0 if i == chosen else -9.0, False) for i in range(len(choices))]
+                for chosen in (gold, (gold + 1) % len(choices))]
         assert [task.process_results(doc, found)["acc"] for found in best] == [1.0, 0.0]
 
 
-def test_questions_that_belong_together_are_one_cluster(tmp_path: Path, loaded: Callable[[str], Any]) -> None:
-    write(CASES["mmmlu"], tmp_path)
-    protocol = TASKS["mmmlu"].protocol
-    assert isinstance(protocol, Protocol)
-    assert {protocol.cluster(doc) for doc in loaded("mmmlu").task_docs} == {"1"}  # one question, 14 languages
-    assert TASKS["aime24"].protocol is not None
-    assert TASKS["aime24"].protocol.cluster({"problem": "x"}) is None
-
-
-def test_gpqa_has_its_options_in_an_order_of_the_question(tmp_path: Path,
-                                                          loaded: Callable[[str], Any]) -> None:
+def test_gpqa_has_its_options_in_an_order_of_the_question(tmp_path: Path, loaded: Loaded) -> None:
     write(CASES["gpqa-diamond"], tmp_path)
-    docs, again = list(loaded("gpqa-diamond").task_docs), list(loaded("gpqa-diamond").task_docs)
-    assert docs == again
+    docs = list(loaded("gpqa-diamond").task_docs)
+    assert docs == list(loaded("gpqa-diamond").task_docs)
     assert len({doc["answer"] for doc in docs}) > 1
-    for doc in docs:
-        assert doc["options"][LETTERS.index(doc["answer"])] == "the.  right one".replace(".  ", ". ")
+    assert {doc["options"][LETTERS.index(doc["answer"])] for doc in docs} == {"the. right one"}
 
 
-def test_a_judge_without_an_address_is_asked_for() -> None:
-    from megatron_sov.base.errors import UserError
+@pytest.mark.parametrize(("rule", "good", "bad"), [
+    ("text", ["a"], ["", " ", 3, None, ["a"]]),
+    ("texts 2..3", [["a", "b"], list("abc")], [["a"], list("abcd"), "ab"]),
+    ("integer 0..3", [0, 3], [-1, 4, True, "3"]),
+    ("letter A..D", ["A", "D"], ["E", "a", "AB", 1]),
+    ("value", [3, 0.5, "x"], ["", None, [], True]),
+    ("list", [[1]], [[], {}]),
+    ("text or null", [None, "a"], ["", 3]),
+])
+def test_a_rule_takes_what_it_says(rule: str, good: list[Any], bad: list[Any]) -> None:
+    assert [value for value in good if problem("f", rule, {"f": value})] == []
+    assert [value for value in bad if not problem("f", rule, {"f": value})] == []
 
-    protocol = TASKS["nitibench"].protocol
-    assert protocol is not None
-    with pytest.raises(UserError, match="--judge endpoint=URL model=NAME"):
-        fold(protocol, [TaskItem({"question": "q", "answer": "a"}, "q", [SuiteResponse("r")])], 1)
+
+def test_wrong_rows_are_named_by_file_row_and_rule(tmp_path: Path, load: Load) -> None:
+    write(CASES["mmlu"], tmp_path)
+    test = tmp_path / "mmlu/test.jsonl"
+    rows = [json.loads(line) for line in test.read_text().splitlines()]
+    rows[1]["answer"] = 4
+    test.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"row 2: answer = 4 must be a whole number from 0 to 3"):
+        load("mmlu")
+    test.unlink()
+    with pytest.raises(UserError, match=r"test.jsonl does not exist; put the rows of cais/mmlu"):
+        load("mmlu")
+
+
+def test_a_publishers_file_is_read_under_its_own_names(tmp_path: Path, load: Load) -> None:
+    (tmp_path / "aime24").mkdir()
+    (tmp_path / "aime24/test.csv").write_text("ID,Problem,Answer\nI-1,How many edges has a cube?,12\n")
+    [doc] = load("aime24").tasks["aime24"].task_docs
+    assert (doc["problem"], doc["answer"], doc["row"]) == ("How many edges has a cube?", "12", 1)
+    assert renamed({"question": "q", "problem": "p"}, {"problem": ["question"]})["problem"] == "p"
+    with pytest.raises(UserError, match="no questions are there"):
+        load_rows({"test": []}, {"fields": {}})
+
+
+def test_items_that_belong_together_are_named_by_a_field(tmp_path: Path, loaded: Loaded) -> None:
+    write(CASES["mmmlu"], tmp_path)
+    task = loaded("mmmlu")
+    assert {doc[sov_of(task)["cluster_field"]] for doc in task.task_docs} == {1}  # one question, 14 languages
+
+
+def test_examples_of_a_group_must_be_there(tmp_path: Path, loaded: Loaded) -> None:
+    write(CASES["mmlu"], tmp_path)
+    task = loaded("mmlu")
+    with pytest.raises(UserError, match="have 5 examples of"):
+        task.fewshot_context(task.task_docs[0], 6)

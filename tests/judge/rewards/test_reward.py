@@ -9,7 +9,7 @@ from importlib import import_module
 
 import pytest
 
-from megatron_sov.bench.suites.protocol import Protocol
+from megatron_sov.bench.suites.judging import Judging
 from megatron_sov.judge.rewards.registry import BUILT_IN as REWARDS
 from megatron_sov.judge.rewards.reward import (
     Refused, Result, Score, agreeing, checked, content_of, judged, text_of)
@@ -119,7 +119,7 @@ def test_rows_without_a_place_are_counted_alone() -> None:
 
 
 @pytest.mark.parametrize("place", [*REWARDS.values(), *ENVIRONMENTS.values(),
-                                   (Protocol.__module__, Protocol.__name__)], ids=lambda place: place[1])
+                                   (Judging.__module__, Judging.__name__)], ids=lambda place: place[1])
 def test_each_setting_is_told_by_its_code(place: tuple[str, ...]) -> None:
     module, name, *_ = place
     assert not find_wrongs(getattr(import_module(module), name))

@@ -23,7 +23,8 @@ from megatron_sov import cli, recipes
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.command_line import Parser
 from megatron_sov.base.settings import options_of
-from megatron_sov.bench.suites.catalogue import chosen
+from megatron_sov.bench.lm.settings import TaskSources
+from megatron_sov.bench.lm.tasks import refuse_unknown
 from megatron_sov.commands.operate.submit import COMMANDS, chain_names, read_chain
 from megatron_sov.operate.slurm.stages import STAGES, work_of
 from megatron_sov.plan.calibration.fitting import fullest
@@ -77,7 +78,7 @@ def test_what_submit_does_not_look_at_is_sound(name: str) -> None:
         if stage.stage == "rl-run":
             assert reward_version(options.reward, options.reward_set), stage
         elif stage.stage == "eval-lm":
-            assert len(chosen(options.tasks.split(","))) == len(options.tasks.split(",")), stage
+            refuse_unknown(options.tasks.split(","), TaskSources())
 
 
 @pytest.mark.parametrize("name", BIG)

@@ -15,8 +15,7 @@ import pytest
 from megatron_sov import cli, recipes
 from megatron_sov.base.settings import options_of
 from megatron_sov.bench.lm.results import read_results
-from megatron_sov.bench.lm.settings import Settings
-from megatron_sov.bench.lm.tasks import TaskSources
+from megatron_sov.bench.lm.settings import Settings, TaskSources
 from megatron_sov.commands.evaluate import eval
 from megatron_sov.commands.evaluate.benchmarks import EvalLmOptions
 from megatron_sov.model.config import RunConfig, apply_settings

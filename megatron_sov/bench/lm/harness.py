@@ -1,0 +1,81 @@
+"""The library lm-eval in this process: offline, quiet, and with templates that cannot reach Python."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_sov.base.errors import UserError, how_to_install
+
+
+def require_harness() -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(f"eval lm: lm-eval is not installed; run `{how_to_install('eval')}`")
+
+
+def offline(allow_download: bool, cache: Path) -> Path:
+    """Have the libraries fetch nothing unless allowed, and keep their caches in a folder that nobody else
+    writes to, which is returned; before they are imported."""
+    if not allow_download:
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE"):
+            os.environ[name] = "1"
+    private = cache / "datasets"
+    private.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # Private, since `datasets` reads back what lies in its cache.
+    os.environ["HF_DATASETS_CACHE"] = str(private)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if not allow_download:  # of libraries that have read it already
+        for module in ("datasets.config", "huggingface_hub.constants"):
+            for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+                if hasattr(sys.modules.get(module), name):
+                    setattr(sys.modules[module], name, True)
+    return private
+
+
+def cage_templates() -> None:
+    """Have lm-eval render the templates of tasks where they cannot reach Python."""
+    import lm_eval.utils
+    from jinja2 import BaseLoader, StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    caged = ImmutableSandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined,
+                                          keep_trailing_newline=True)
+    caged.filters |= lm_eval.utils.env.filters
+    lm_eval.utils.env = caged
+
+
+class _WarningList(logging.Handler):
+    """Collects the warnings of a library as one-line texts, each once."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = " ".join(record.getMessage().split())
+        # lm-eval says this of every `custom_dataset`; it names options of its own command line
+        if text not in self.texts and "Custom kwargs can be passed" not in text:
+            self.texts.append(text)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[list[str]]:
+    """Keep the output of lm-eval and its libraries off the terminal; yield the list of lm-eval's warnings."""
+    for name in ("datasets", "evaluate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    harness, handler = logging.getLogger("lm_eval"), _WarningList()
+    harness.setLevel(logging.WARNING)
+    harness.addHandler(handler)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            yield handler.texts
+    finally:
+        harness.removeHandler(handler)
+        harness.setLevel(logging.ERROR)
