@@ -33,6 +33,11 @@ COMMANDS = {
 """Program and command -> what to use in its place."""
 OPTIONS = {
     "megatron-sov convert to-hf --quantize": "quantize the folder with llm-compressor",
+    "megatron-sov plan --calibrate-engine": "rounds of RL are priced by published engines",
+    "megatron-sov plan --engine-gpus": "rounds of RL are priced by published engines",
+    "megatron-sov plan --page": "redirect the text: `megatron-sov plan RECIPE --cluster P > plan.txt`",
+    "megatron-sov plan --table": "in a checkout, python benchmarks/plan_calibration.py --no-refit predicts "
+                                 "published runs",
     **dict.fromkeys((f"megatron-sov submit --{name}" for name in ("job-name", "manifest", "apply")),
                     "submit to a Slurm cluster; Kubernetes is not supported"),
     "sov-data mix --search": "set the shares with --blend",
