@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy.typing as npt
 from megatron_sov.base.figures import format_share
 from megatron_sov.base.pages.page import Chart
 from megatron_sov.base.pages.plots import Axis, HeatMap, LinePlot, Series, colour
-from megatron_sov.publish.report.run_data import Phase, ReportedExpertLoad, Run
+from megatron_sov.publish.report.run_data import Phase, Run
 from megatron_sov.publish.report.steps import (
     Curve, curves, downsample, moving_mean, needle_curves, pair_curves)
 from megatron_sov.runs.obs.figures import number
@@ -72,10 +71,6 @@ SPEED = (
     StepLine("mfu", "share", "Model FLOPs utilisation: the share of the GPU's peak."),
     StepLine("peak_memory_bytes", "GiB", "Most memory that process 0 has had, on its GPU or the host.",
              1 / GIB, smooth=False))
-BALANCE = (StepLine("max_violation", "MaxVio", "MaxVio of the worst layer over steps.",
-                    smooth=False),)
-
-
 @dataclass(frozen=True)
 class DrawnLine:
     """One line of a chart."""
@@ -87,32 +82,12 @@ class DrawnLine:
     """Number of its run among several, which has the same colour in all charts; None: of one run."""
 
 
-def step_charts(runs: Sequence[Run], declared: Sequence[StepLine], *, small: bool = False) -> list[Chart]:
-    """Return a chart for each declared column that a run has: of one run with its phases and restarts, of
-    several with a line for each."""
-    charts = []
-    for one in declared:
-        charts.append(draw_lines(lines_of(runs, partial(_column, one)), one.unit, one.caption,
-                                 smooth=one.smooth, small=small, run=runs[0] if len(runs) == 1 else None))
+def step_charts(run: Run, declared: Sequence[StepLine]) -> list[Chart]:
+    """Return a chart for each declared column that a run has, with its phases and restarts."""
+    charts = [draw_lines([DrawnLine(run.name, curve.times(one.scale))], one.unit, one.caption,
+                         smooth=one.smooth, run=run)
+              for one in declared if (curve := run.curve(one.column)) is not None]
     return [c for c in charts if c]
-
-
-def _column(declared: StepLine, run: Run) -> Curve | None:
-    curve = run.curve(declared.column)
-    return None if curve is None else curve.times(declared.scale)
-
-
-def lines_of(runs: Sequence[Run], of: Callable[[Run], Curve | None]) -> list[DrawnLine]:
-    """Return a line for each run that has a curve; of several runs each keeps its colour."""
-    return [DrawnLine(name, curve, hue=i if len(runs) > 1 else None)
-            for i, (run, name) in enumerate(named(runs)) if (curve := of(run)) is not None]
-
-
-def named(runs: Sequence[Run]) -> list[tuple[Run, str]]:
-    """Return the runs with their names, numbered where two have the same."""
-    names = [run.name for run in runs]
-    return [(run, f"{run.name} ({names[:i + 1].count(run.name)})" if names.count(run.name) > 1 else run.name)
-            for i, run in enumerate(runs)]
 
 
 def by_tokens(run: Run, before: float = 0.0) -> Place:
@@ -124,17 +99,10 @@ def by_tokens(run: Run, before: float = 0.0) -> Place:
     return lambda curve: np.interp(curve.steps, steps, seen)
 
 
-def loss_unit(*runs: Run) -> str:
-    """Return what the training loss of some runs is measured in, which is nats per token only where each
-    learns tokens by cross-entropy."""
-    names = [str(run.setting("objective", "name") or "lm") for run in runs]
-    units = dict.fromkeys(LOSSES.get(name, f"loss of {name}") for name in names)
-    return next(iter(units)) if len(units) == 1 else "each objective's own"
-
-
-def loss_in(unit: str, run: Run) -> Curve | None:
-    """Return a run's training loss if it is measured in a unit."""
-    return run.curve("loss") if loss_unit(run) == unit else None
+def loss_unit(run: Run) -> str:
+    """Return what a run's training loss is measured in: nats per token if it learns by cross-entropy."""
+    name = str(run.setting("objective", "name") or "lm")
+    return LOSSES.get(name, f"loss of {name}")
 
 
 def _window(num_steps: int, part: int) -> int:
@@ -302,19 +270,6 @@ def beside_charts(run: Run) -> list[Chart]:
               _curves(pair_curves(run.evaluations), "% right",
                       "Held-out pairs whose better response the exports would rather write.", run)]
     return [c for c in charts if c]
-
-
-def expert_chart(load: ReportedExpertLoad) -> Chart:
-    """Return the heat map layer x expert of the tokens, in multiples of the fair share 1 / experts."""
-    num_experts = load.load.shape[1]
-    relative = load.load * num_experts
-    fair = format_share(1 / num_experts)
-    # 2 at least, or an even load would show its noise in full colour
-    plot = HeatMap([str(layer) for layer in load.layers], [str(j) for j in range(num_experts)],
-                   relative.tolist(), 0.0, max(2.0, float(np.nanmax(relative))), "layer", "expert",
-                   "times the fair share", middle=1.0)
-    return Chart(plot, f"Load of each expert at step {load.step:,}: 1 is the fair share, {fair} of the "
-                       "tokens.")
 
 
 def needle_charts(needle: dict[str, Any]) -> list[Chart]:

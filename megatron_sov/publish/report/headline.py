@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any
 
 from megatron_sov.base.figures import format_share, format_value
-from megatron_sov.base.pages.page import Chart, PageTable
-from megatron_sov.publish.report.charts import PER_TOKEN, DrawnLine, draw_lines, loss_unit, named
+from megatron_sov.base.pages.page import PageTable
+from megatron_sov.publish.report.charts import PER_TOKEN, loss_unit
 from megatron_sov.publish.report.run_data import Heldout, Run
 from megatron_sov.publish.report.steps import Curve, last_value
 from megatron_sov.runs.obs.figures import number
@@ -39,29 +39,6 @@ def column(run: Run, name: str) -> Curve | None:
     """Return a column of the steps' meters, losses or own fields, or of the means of rounds."""
     return next((curves[name] for group in ("meters", "losses", "", "rounds")
                  if name in (curves := run.curves.get(group, {}))), None)
-
-
-def headline_charts(runs: Sequence[Run], *, small: bool = False, but_loss: bool = False
-                    ) -> list[Chart]:
-    """Return a chart for each headline meter of the runs, a line for each run that has it; `but_loss` leaves
-    losses out, which have a chart elsewhere."""
-    lines: dict[str, tuple[Meter, list[DrawnLine]]] = {}
-    for i, (run, name) in enumerate(named(runs)):
-        for meter, curve in headlines(run):
-            if not (but_loss and meter.name == "loss"):
-                line = DrawnLine(name, curve, hue=i if len(runs) > 1 else None)
-                lines.setdefault(meter.title, (meter, []))[1].append(line)
-    charts = [draw_lines(of_runs, meter.unit or meter.title, caption_of(meter), smooth=meter.name == "loss",
-                         small=small, run=runs[0] if len(runs) == 1 else None)
-              for meter, of_runs in lines.values()]
-    return [c for c in charts if c]
-
-
-def caption_of(meter: Meter) -> str:
-    """Return what a meter's chart shows, in a sentence."""
-    text = meter.title[:1].upper() + meter.title[1:]
-    return (f"{text}, {meter.unit}" if meter.unit else text) + (f"; {meter.better} is better."
-                                                               if meter.better else ".")
 
 
 def change(meter: Meter, curve: Curve) -> str:
@@ -116,7 +93,7 @@ def heldout_text(runs: Sequence[Run]) -> tuple[float, float]:
     The sources are those of the first stage that measures text; the last stage that measures all of them
     gives the second figure.
     """
-    texts = [[name for name, source in run.heldout.items() if not source.turns] for run in runs]
+    texts = [[name for name, source in run.heldout.items() if not source.is_chat] for run in runs]
     first = next((i for i, names in enumerate(texts) if names), None)
     if first is None:
         return math.nan, math.nan
@@ -127,7 +104,7 @@ def heldout_text(runs: Sequence[Run]) -> tuple[float, float]:
 
 def _text_gains(run: Run, known: Figures) -> Iterator[Row]:
     """Return bits per byte of held-out text, and the loss of each source of conversations."""
-    chats = [name for name, source in run.heldout.items() if source.turns]
+    chats = [name for name, source in run.heldout.items() if source.is_chat]
     texts = [name for name in run.heldout if name not in chats]
     of_texts = [_by_bytes(run, texts, lambda source: float(source.bits_per_byte.values[0])),
                 _by_bytes(run, texts, lambda source: last_value(source.bits_per_byte))]

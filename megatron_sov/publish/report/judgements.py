@@ -4,243 +4,44 @@ from __future__ import annotations
 
 import math
 import re
-import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
-from megatron_sov.base.figures import format_duration, format_share, format_size, format_value
-from megatron_sov.base.pages.markdown import is_picture, is_sound
-from megatron_sov.base.pages.page import Chart, Exhibit, PageTable, tables
+from megatron_sov.base.figures import format_share, format_value
+from megatron_sov.base.pages.page import Chart, PageTable, tables
 from megatron_sov.base.pages.plots import Axis, LinePlot, Series, colour
-from megatron_sov.plan.footprint.kept import KeptPlan, StretchPlan
 from megatron_sov.publish.report.headline import heldout_text
 from megatron_sov.publish.report.run_data import Run
 from megatron_sov.publish.report.steps import last_value
 from megatron_sov.runs.obs.figures import Form, number, of_field
-from megatron_sov.runs.obs.history import COMPLETE, UNFINISHED, MeasuredStretch
+from megatron_sov.runs.obs.history import COMPLETE
 from megatron_sov.runs.rounds import LEARNS
-from megatron_sov.work.clusters.units import GIB, JOULES_OF_A_KWH, SECONDS_OF_AN_HOUR
 
-
-@dataclass
-class _AccountRow:
-    """Steps that one stretch of a plan holds for, over all starts of the run under that plan."""
-
-    plan: int
-    planned: StretchPlan
-    measured: list[MeasuredStretch] = field(default_factory=list)
-
-    @property
-    def step_s(self) -> float:
-        """Median of a step's seconds, the first ones of each start left out."""
-        return statistics.median(s for m in self.measured for s in m.warm_times_s())
-
-    @property
-    def num_steps(self) -> int:
-        return sum(len(m.times_s) for m in self.measured)
-
-
-def accounts_tables(run: Run) -> list[PageTable]:
-    """Return what a plan held for beside what was measured; a run that has kept no plan has none."""
-    if not run.plans:
-        return []
-    rows = _rows(run)
-    return [*_speed_tables(run, rows), *_memory_tables(run), *_total_tables(run, rows, _newest_plan(run))]
-
-
-def accounts_text(run: Run) -> str:
-    """Return what the plan was made for."""
-    if not run.plans:
-        return ""
-    used = _newest_plan(run)
-    return ("The plan was written by the run itself before its first step; the error is planned / measured "
-            f"- 1. Planned for {used.num_ranks:,} processes on {used.device or 'an unknown machine'}"
-            + (f" with the parameters {used.parameters}." if not used.no_speed else f"; {used.no_speed}.")
-            + (f" Network, storage and failures: {used.cluster}." if used.cluster else ""))
-
-
-def _newest_plan(run: Run) -> KeptPlan:
-    return run.plans[_plan_of(run, len(run.attempts))] if run.attempts else run.plans[-1]
-
-
-def _plan_of(run: Run, attempt: int) -> int:
-    """Return the number of the plan that held for a start (1-based); the last one where it names none."""
-    named = run.attempts[attempt - 1].start.get("plan")
-    return named if isinstance(named, int) and 0 <= named < len(run.plans) else len(run.plans) - 1
-
-
-def _rows(run: Run) -> list[_AccountRow]:
-    """Return the stretches of the plans of which steps were measured, in the order of time."""
-    rows: dict[tuple[int, str, int, int], _AccountRow] = {}
-    numbers = {id(attempt.start): i for i, attempt in enumerate(run.attempts, 1)}
-    for measured in run.stretches:
-        plan = _plan_of(run, numbers[id(measured.start)])
-        planned = run.plans[plan].stretch(measured.first_step)
-        # a start that ended within its first steps has no time that could be held against a plan
-        if planned is None or not measured.warm_times_s():
-            continue
-        key = (plan, planned.phase, planned.seq_len, planned.global_batch_size)
-        rows.setdefault(key, _AccountRow(plan, planned)).measured.append(measured)
-    return list(rows.values())
-
-
-def _speed_tables(run: Run, rows: Sequence[_AccountRow]) -> list[PageTable]:
-    """Return seconds of a step and tokens a second of each stretch."""
-    body = []
-    for row in rows:
-        planned = row.planned
-        steps = f"{row.measured[0].first_step:,} to {row.measured[-1].last_step:,}"
-        seconds, tokens = planned.step_s, planned.step_tokens
-        body.append([planned.phase, steps, _processes(run.plans[row.plan]),
-                     f"{planned.global_batch_size:,} x {planned.seq_len:,}", _seconds(seconds),
-                     _seconds(row.step_s), _error(seconds, row.step_s),
-                     f"{tokens / seconds:,.0f}" if seconds else "–", f"{tokens / row.step_s:,.0f}"])
-    head = ["phase", "steps", "processes", "samples x tokens", "step planned", "step measured (median)",
-            "error", "tokens/s planned", "tokens/s measured"]
-    return [PageTable(head, body)] if body else []
-
-
-def _memory_tables(run: Run) -> list[PageTable]:
-    """Return the memory of the fullest process of each pipeline stage."""
-    body = []
-    for number_, plan in enumerate(run.plans):
-        starts = {i for i in range(1, len(run.attempts) + 1) if _plan_of(run, i) == number_}
-        peaks = _peaks(run, plan, starts)
-        for stage, peak in sorted(peaks.items()):
-            planned = plan.stage_bytes(stage)
-            items = ", ".join(f"{name.replace('_', ' ')} {value / GIB:.2f}" for name, value in
-                              sorted(plan.memory_bytes[stage].items(), key=lambda item: -item[1])
-                              # what is less than a hundredth would fill the cell and explain nothing
-                              if value >= 0.01 * planned)
-            before = (f"{plan.memory_before_bytes / GIB:.2f} before the model, " if plan.memory_before_bytes
-                      else "")
-            body.append([_processes(plan), f"{stage + 1} of {len(plan.memory_bytes)}",
-                         f"{planned / GIB:.2f} GiB", f"{peak / GIB:.2f} GiB", _error(planned, peak),
-                         before + items])
-    head = ["processes", "pipeline stage", "memory planned", "memory measured (most of a process)", "error",
-            "planned for (GiB)"]
-    return [PageTable(head, body)] if body else []
-
-
-def _peaks(run: Run, plan: KeptPlan, starts: set[int]) -> dict[int, float]:
-    """Return pipeline stage -> most memory of one of its processes, over some starts (1-based)."""
-    found: dict[int, float] = {}
-    for event in run.of("memory"):
-        if event["attempt"] in starts:
-            for stage, peak in enumerate(event.get("peak_memory_bytes") or []):
-                found[stage] = max(found.get(stage, 0.0), number(peak))
-    curve = run.curve("peak_memory_bytes")
-    if not found and starts and len(run.attempts) in starts and curve is not None and len(curve.values):
-        found[0] = float(curve.values[-1])  # the first process tells its own with each step
-    return {stage: peak for stage, peak in found.items() if stage < len(plan.memory_bytes) and peak > 0}
-
-
-def _total_tables(run: Run, rows: Sequence[_AccountRow], plan: KeptPlan) -> list[PageTable]:
-    """Return what holds for the run as a whole, by the plan of its last start."""
-    planned_s = sum(row.planned.step_s * row.num_steps for row in rows)
-    measured_s = sum(s for row in rows for m in row.measured for s in m.times_s if math.isfinite(s))
-    body = []
-    if planned_s and measured_s:
-        body.append(_line("time of the steps on record", planned_s, measured_s, format_duration))
-        body += _energy_lines(run, plan, planned_s, measured_s)
-    if math.isfinite(run.energy_j()):
-        body.append(["energy of all GPUs, start-up, evaluation and saving counted in", "–",
-                     f"{run.energy_j() / JOULES_OF_A_KWH:,.4g} kWh", "–"])
-    if run.wall_time is not None and run.wall_time.total_s > 0:
-        # a stop that was asked for is no fault
-        faults = sum(a.outcome not in (UNFINISHED, COMPLETE) and not a.outcome.startswith("stopped")
-                     for a in run.attempts)
-        planned = plan.failures_per_hour * run.wall_time.total_s / SECONDS_OF_AN_HOUR
-        body.append(["starts that ended by a fault",
-                     format_value(planned, 3) if plan.failures_per_hour else "–",
-                     f"{faults:,}", "–"])
-        body.append(_line("effective training time", plan.effective_share, run.wall_time.goodput,
-                          format_share))
-    if run.checkpoint_bytes:
-        body.append(_line("size of a checkpoint", plan.checkpoint_bytes, run.checkpoint_bytes, format_size))
-    saves_s = [s for s in (number(c.get("save_s")) for c in run.checkpoints) if math.isfinite(s)]
-    if saves_s:
-        body.append(_line("time to write one, mean", plan.checkpoint_s, statistics.mean(saves_s),
-                          format_duration))
-    return [PageTable(["", "planned", "measured", "error"], body)] if body else []
-
-
-def _line(label: str, planned: float, measured: float, as_text: Callable[[float], str]) -> list[str]:
-    """Return a row; what was not planned is a dash."""
-    return [label, as_text(planned) if planned else "–", as_text(measured), _error(planned, measured)]
-
-
-def _energy_lines(run: Run, plan: KeptPlan, planned_s: float, measured_s: float) -> list[list[str]]:
-    """Return the energy of the steps, where GPUs tell their power."""
-    power = run.curve("gpu_power_w") or run.curve("power_w")  # the name that it had before
-    if power is None or not len(power.finite().values) or not plan.power_w:
-        return []
-    kwh = plan.num_ranks / 1000 / SECONDS_OF_AN_HOUR
-    mean_w = float(power.finite().values.mean())
-    return [_line("energy of the GPUs for them, by that of process 0", plan.power_w * planned_s * kwh,
-                  mean_w * measured_s * kwh, "{:,.4g} kWh".format)]
-
-
-def _processes(plan: KeptPlan) -> str:
-    sizes = ", ".join(f"{name} {plan.layout[name]}" for name in ("tp", "pp", "vpp", "cp", "ep", "etp")
-                      if isinstance(plan.layout.get(name), int) and plan.layout[name] > 1)
-    return f"{plan.num_ranks:,}" + (f" ({sizes})" if sizes else "")
-
-
-def _seconds(seconds: float) -> str:
-    return f"{format_value(seconds, 3)} s" if seconds and math.isfinite(seconds) else "–"
-
-
-def _error(planned: float, measured: float) -> str:
-    if not (planned and measured and math.isfinite(measured)):
-        return "–"
-    return f"{100 * (planned / measured - 1):+.1f} %"
-
-
-MAX_CELLS = 40
 MAX_CURVES = 12
 """Curves of a chart of rounds at most, those with the most responses."""
 MAX_ROUNDS = 40
 """Rounds in the table at most, the newest ones."""
-SHOWN = 8
-"""Samples of each pair of modalities."""
 VERDICTS = {True: Markup('<span class="good">passed</span>'),
             False: Markup('<span class="bad">FAILED</span>')}
 NOT_SET = "no gate set"
 SENTENCE_END = re.compile(r"[.!?。！？][\"'”’`)\]]*$")
-WORDS = {"kept": Markup('<span class="good">kept</span>'),
-         "forgotten": Markup('<span class="bad">FORGOTTEN</span>'),
-         "not known": Markup('<span class="bad">not known</span>')}
 Event = dict[str, Any]
 _STEP = of_field("step", ",.0f", "–")
 
 
 def gate_tables(run: Run) -> list[PageTable]:
-    """Return every check of an extension's gate with what failed, and the search that proves the test
-    clean."""
-    checks = run.gate_checks
-    failing = (checks[-1].get("failing_cells") or []) if checks else []
-    below = tables(failing[:MAX_CELLS], {
-        "cells below at the last check": of_field("kind"), "language": of_field("language"),
-        "tokens": lambda c: f"{int(c['length_tokens']):,}", "depth": of_field("depth", format_share),
-        "right": lambda c: f"{c['correct']} of {c['samples']}",
-        "95 % interval": lambda c: " to ".join(format_share(number(end)) for end in c["interval"][:2])})
-    if len(failing) > MAX_CELLS:
-        below[0].rows.append([f"and {len(failing) - MAX_CELLS:,} more", "", "", "", "", ""])
-    return [*tables(checks, {
+    """Return every check of an extension's gate."""
+    return tables(run.gate_checks, {
         "step": lambda c: f"{int(c.get('step') or 0):,}",
         "worst row": lambda c: format_share(min(worst)) if (worst := _accuracies(c)) else "–",
         "threshold": of_field("threshold", format_share),
         "rows below": lambda c: str(len(c.get("failing_rows") or [])),
-        "cells below for sure": lambda c: str(len(c.get("failing_cells") or [])),
-        "short-context loss": of_field("loss", ".4f"), "at the start": of_field("start_loss", ".4f"),
-        "limit": of_field("loss_limit", ".4f"), "verdict": verdict,
-    }), *below, *map(_search, run.of("decontamination")[-1:])]
+        "short-context loss": of_field("loss", ".4f"), "limit": of_field("loss_limit", ".4f"),
+        "verdict": verdict})
 
 
 def verdict(check: Event) -> Markup:
@@ -252,50 +53,6 @@ def verdict(check: Event) -> Markup:
 
 def _accuracies(check: Event) -> list[float]:
     return [number(row.get("accuracy")) for row in check.get("rows") or []]
-
-
-def _search(found: Event) -> PageTable:
-    held = found.get("train_tokens") or {}
-    rows = [
-        ["questions of the test in the training text",
-         f"{found.get('questions_found')} of {found.get('questions'):,}"],
-        [f"windows of {found.get('window_tokens')} held-out tokens in the training text",
-         f"{found.get('windows_found'):,} of {found.get('windows'):,} "
-         f"({format_share(number(found.get('overlap')))})"]]
-    rows += [[f"tokens searched of {name}", f"{count:,} of {held.get(name, 0):,}"]
-             for name, count in (found.get("scanned_tokens") or {}).items()]
-    return PageTable(["search for the test in the training data", "found"], rows)
-
-
-def forgetting_tables(run: Run) -> list[PageTable]:
-    """Return each task of the newest `forgetting_gate` event before and after, with the paired difference."""
-    return tables(_newest_gate(run).get("tasks") or [], {
-        "task": of_field("task"), "metric": of_field("metric"),
-        "at the start": lambda t: format_value(number(t.get("before"))),
-        "at the end": lambda t: format_value(number(t.get("after"))),
-        "difference": lambda t: _signed(t.get("value")),
-        "90 % interval": lambda t: " to ".join(map(_signed, ends)) if len(
-            ends := _list(t.get("interval"))) == 2 else "–",
-        "items": of_field("items", ",.0f"),
-        "verdict": lambda t: WORDS.get(str(t.get("verdict")), str(t.get("verdict")))})
-
-
-def forgetting_text(run: Run) -> str:
-    """Return what was held against what, and by which rule."""
-    event = _newest_gate(run)
-    step = number(event.get("step"))
-    return ("What the stage started from against its last checkpoint (step "
-            f"{'not known' if math.isnan(step) else f'{step:,.0f}'}), on the same items. "
-            f"Forgotten: the whole interval lies below -{number(event.get('tolerance')):g}; not proven: too "
-            "few items to tell.")
-
-
-def _newest_gate(run: Run) -> Event:
-    return (run.of("forgetting_gate") or [{}])[-1]
-
-
-def _signed(value: Any) -> str:
-    return "–" if math.isnan(found := number(value)) else f"{found:+.4f}"
 
 
 def verdict_table(runs: list[Run]) -> list[PageTable]:
@@ -454,56 +211,6 @@ def _passk_chart(event: Event, name: str) -> Chart:
     return Chart(LinePlot(series, Axis("k", is_log=True), Axis("share of prompts", low=0.0, is_share=True)),
                  f"{name}, step {_STEP(event)}: 95 % intervals over "
                  f"{int(number(event.get('num_prompts'))):,} prompts.")
-
-
-def _newest_media(run: Run, kind: str, count: str) -> list[Event]:
-    """Return the events of a kind in which something was counted; of one pair and step the newest."""
-    return list({(str(e.get("pair")), str(e.get("step"))): e for e in run.of(kind)
-                 if number(e.get(count)) > 0}.values())
-
-
-def media_tables(run: Run) -> list[PageTable]:
-    """Return how often others recognised what a model made of pictures and speech, and how often it found
-    the right candidate."""
-    def share(event: Event, name: str, more: str = "") -> str:
-        low, high = (*_list(event.get(f"{name}_interval")), 0, 0)[:2]
-        value, low, high = (format_share(number(n)) for n in (event.get(name), low, high))
-        return f"{value} ({low} to {high}{more})"
-
-    def recall(event: Event, k: int) -> str:
-        return share(event, f"recall_at_{k}", f"; {format_share(number(event.get(f'chance_at_{k}')))}")
-
-    return [*tables(_newest_media(run, "media", "num_rows"), {
-        "pair": of_field("pair"), "step": _STEP, "rows": of_field("num_rows", ",.0f"),
-        "right (95 %)": lambda e: share(e, "accuracy"), "chance": of_field("chance", format_share, "–"),
-        "words wrong": of_field("wer", ".3f", "–"), "characters wrong": of_field("cer", ".3f", "–"),
-    }), *tables(_newest_media(run, "media_retrieval", "num_questions"), {
-        "retrieval": of_field("pair"), "step": _STEP, "questions": of_field("num_questions", ",.0f"),
-        "candidates": of_field("num_candidates", ",.0f"),
-        "right first (95 %; chance)": lambda e: recall(e, 1), "among the first 5": lambda e: recall(e, 5),
-        "mean rank (chance)": lambda e: f"{number(e.get('mean_rank')):.2f} "
-                                        f"({number(e.get('chance_mean_rank')):.2f})"})]
-
-
-def media_exhibits(run: Run) -> list[Exhibit]:
-    """Return what a model was shown, and what it made of it."""
-    return [_exhibit(e, sample) for e in _newest_media(run, "media", "num_rows")
-            for sample in _list(e.get("samples"))[:SHOWN] if isinstance(sample, dict)]
-
-
-def _exhibit(event: dict[str, Any], sample: dict[str, Any]) -> Exhibit:
-    parts = [part for part in _list(sample.get("content")) if isinstance(part, dict)]
-    asked = [str(part["text"]) for part in parts if part.get("type") == "text" and "text" in part]
-    shown, made = [part.get("address") for part in parts], _list(sample.get("addresses"))
-    return Exhibit(
-        f"{event.get('pair')}, asked for {sample.get('answer')}", " ".join(asked),
-        [str(a) for a in shown if is_picture(a)], [str(a) for a in shown if is_sound(a)],
-        str(sample.get("text") or ""), [str(a) for a in made if is_picture(a)],
-        [str(a) for a in made if is_sound(a)], str(sample.get("recognised") or "nothing"))
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 def round_charts(run: Run) -> list[Chart]:

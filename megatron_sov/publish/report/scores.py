@@ -1,92 +1,24 @@
-"""Scores of `eval lm` in the report: by checkpoint over training, with intervals and what was found of each
-task in the training data, and published figures of other models beside them."""
+"""Scores of `eval lm` in the report: by checkpoint over training, with intervals, and the items of each task
+that stand in the training data."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from functools import lru_cache
-from importlib import resources
-from pathlib import Path
-from typing import Annotated, Any
-
-from annotated_types import Ge, Le
+from dataclasses import dataclass
+from typing import Any
 
 from megatron_sov.base.figures import format_share, format_value
 from megatron_sov.base.pages.page import Chart, PageTable, tables
 from megatron_sov.base.pages.plots import Axis, LinePlot, Series, colour
-from megatron_sov.base.settings import ProblemCode, SettingsProblem, read_file
 from megatron_sov.publish.report.run_data import Run
 from megatron_sov.runs.obs.figures import number
 
-NOT_TOLD = "not told"
 MAX_LINES = 8
 """Tasks of one chart."""
 MAX_CHARTS = 6
 MAX_NAME_CHARACTERS = 40
 """Of a line, in a chart's legend."""
-
-
-# Published figures of other models, to stand beside a run's own scores: `published/*.yaml`, one file for
-# each table of a document.
-
-
-@dataclass(frozen=True)
-class ScoreFigure:
-    """One published figure."""
-
-    name: str
-    """What the document calls the benchmark."""
-    value: Annotated[float, Ge(0), Le(100)]
-    """In percent."""
-    metric: str = NOT_TOLD
-    """E.g. `avg@64`."""
-    protocol: str = ""
-    """Which of the table's protocols; empty: not told."""
-
-
-@dataclass(frozen=True)
-class PublishedTable:
-    """A model's figures from one document."""
-
-    model: str
-    """As its authors call it."""
-    document: str
-    """Where the figures stand."""
-    verified: bool
-    """Whether they were seen there, and not told by others."""
-    figures: dict[str, ScoreFigure]
-    """Benchmark, as `metadata.sov.published_as` of a task names it -> figure."""
-    protocols: dict[str, str] = field(default_factory=dict)
-    """Name -> how figures were measured, as far as the document tells."""
-
-    def protocol(self, figure: ScoreFigure) -> str:
-        """Return how a figure was measured, in words."""
-        return self.protocols.get(figure.protocol, NOT_TOLD)
-
-    def problems(self) -> list[SettingsProblem]:
-        """Return every figure whose protocol is not told."""
-        return [SettingsProblem(ProblemCode.RULE, f"figures.{key}.protocol", "must be one of protocols",
-                                figure.protocol)
-                for key, figure in self.figures.items()
-                if figure.protocol and figure.protocol not in self.protocols]
-
-
-@lru_cache(maxsize=1)
-def published_tables() -> tuple[PublishedTable, ...]:
-    """Return all tables, by file name."""
-    with resources.as_file(resources.files("megatron_sov.publish.report") / "published") as folder:
-        return tuple(read_table(file) for file in sorted(folder.glob("*.yaml")))
-
-
-def read_table(file: Path) -> PublishedTable:
-    """Return the table of a file.
-
-    Raises:
-        UserError: it is no YAML, or a figure breaks a rule.
-    """
-    return read_file(PublishedTable, file, file.name)
 
 
 @dataclass(frozen=True)
@@ -151,11 +83,8 @@ def newest_scores(scores: list[ReportedScore]) -> list[ReportedScore]:
 
 
 def score_tables(run: Run) -> list[PageTable]:
-    """Return the newest scores, published figures of the same benchmarks, and how all were measured."""
-    newest = newest_scores(scores_of(run.scores))
-    if not newest:
-        return []
-    return [*_table(newest, run.of("eval_contamination")), *_published(newest), *_protocols(newest)]
+    """Return the newest scores."""
+    return _table(newest_scores(scores_of(run.scores)), run.of("eval_contamination"))
 
 
 def _interval(value: Any) -> tuple[float, float] | None:
@@ -190,40 +119,6 @@ def _contamination(score: ReportedScore, checks: list[dict[str, Any]]) -> str:
     if hit > 0 and str(check.get("metric", score.metric)) == score.metric:
         said += f"; {score.shown(without)} without them"
     return said
-
-
-def _published(newest: list[ReportedScore]) -> list[PageTable]:
-    """Return figures of other models beside each task's first figure: pass@8 is no mean of answers."""
-    rows = []
-    for s in {s.task: s for s in reversed(newest)}.values():
-        key = str(s.event.get("published_as") or s.task)
-        for table in published_tables():
-            # published figures are in percent: one of another unit cannot stand beside them
-            if key in table.figures and s.is_share:
-                f = table.figures[key]
-                rows.append([f.name, s.task, f"{s.shown(s.value)} ({s.metric})", table.model,
-                             f"{f.value:g} %", f.metric, table.protocol(f),
-                             table.document if table.verified else f"{table.document} (not verified)"])
-    rows.sort(key=lambda row: [s.task for s in newest].index(row[1]))
-    head = ["benchmark", "task", "this model", "published for", "published", "its metric", "its protocol",
-            "source"]
-    return [PageTable(head, rows)] if rows else []
-
-
-def _protocols(newest: list[ReportedScore]) -> list[PageTable]:
-    """Return how scores were measured, one row for each way."""
-    ways: dict[tuple[str, ...], list[str]] = {}
-    for s in newest:
-        sampling = s.event.get("sampling")
-        # where likelihoods are compared nothing was sampled
-        words = ", ".join(f"{name} {value}" for name, value in sampling.items()) if isinstance(
-            sampling, dict) and s.event.get("output_type", "generate_until") == "generate_until" else "–"
-        way = (words, str(s.event.get("mode") or "default"), str(s.event.get("judge") or "–"))
-        tasks = ways.setdefault(way, [])
-        if s.task not in tasks:
-            tasks.append(s.task)
-    return [PageTable(["measured with", "mode", "judge", "tasks"],
-                      [[*way, ", ".join(tasks)] for way, tasks in ways.items()])]
 
 
 def checkpoint_score_charts(run: Run) -> list[Chart]:
