@@ -33,17 +33,6 @@ Event = dict[str, Any]
 _STEP = of_field("step", ",.0f", "–")
 
 
-def gate_tables(run: Run) -> list[PageTable]:
-    """Return every check of an extension's gate."""
-    return tables(run.gate_checks, {
-        "step": lambda c: f"{int(c.get('step') or 0):,}",
-        "worst row": lambda c: format_share(min(worst)) if (worst := _accuracies(c)) else "–",
-        "threshold": of_field("threshold", format_share),
-        "rows below": lambda c: str(len(c.get("failing_rows") or [])),
-        "short-context loss": of_field("loss", ".4f"), "limit": of_field("loss_limit", ".4f"),
-        "verdict": verdict})
-
-
 def verdict(check: Event) -> Markup:
     """Return what a check found, in one word or two."""
     if check.get("judged") and not check.get("passed"):
@@ -220,15 +209,10 @@ def round_charts(run: Run) -> list[Chart]:
     charts = [
         _round_chart(rounds, {"reward": _values(means, "reward"), **_of_names(means, "components")}, "reward",
                      "Mean reward of a round's responses, and the parts that it is made of."),
-        _round_chart(rounds, _of_domains(means), "reward", "Mean reward by domain of the prompts."),
-        _round_chart(rounds, _from_teachers(run), "nats per token",
-                     "KL(student || teacher), as the responses tell it, in all and by domain of prompts."),
         _round_chart(rounds, {"tokens": _values(means, "response_tokens")}, "tokens",
                      "Mean length of responses, in tokens that the policy wrote."),
         _round_chart(rounds, {"truncated": _values(means, "truncated")}, "share",
                      "Share of responses that were as long as allowed and did not end."),
-        _round_chart(rounds, {"staleness": _values(means, "staleness_steps")}, "optimizer steps",
-                     "Age of the policy that wrote a token, when its round began to be trained."),
         _round_chart(rounds, {reason: np.array([number(c.get("groups", {}).get(reason, 0)) for c in rounds])
                               for reason in _reasons(rounds)}, "groups",
                      "What became of each group of responses.")]
@@ -248,17 +232,6 @@ def _of_names(means: Sequence[dict[str, Any]], field: str,
             counts[name] = counts.get(name, 0) + 1
     kept = sorted(counts, key=lambda name: (-counts[name], name))[:MAX_CURVES]
     return {name: np.array([number(of((m.get(field) or {}).get(name))) for m in means]) for name in kept}
-
-
-def _of_domains(means: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-    return _of_names(means, "domains", lambda found: found.get("reward") if isinstance(found, dict) else None)
-
-
-def _from_teachers(run: Run) -> dict[str, np.ndarray]:
-    """Return how far a student is from its teachers over the rounds, of which the events tell."""
-    told = {number(event.get("round")): event for event in run.events.get("round", ())}
-    events = [told.get(number(content["round"]), {}) for content in run.rounds]
-    return {"all": _values(events, "reverse_kl"), **_of_names(events, "reverse_kl_domains")}
 
 
 def _reasons(rounds: Sequence[dict[str, Any]]) -> list[str]:
@@ -293,6 +266,4 @@ def round_tables(run: Run) -> list[PageTable]:
         "did not end": mean("truncated", format_share),
         "groups that learn": lambda c: f"{number((c.get('groups') or {}).get(LEARNS, 0)):,.0f}",
         "groups that do not": lambda c: counts(c.get("groups"), but=LEARNS),
-        "without a reward": lambda c: counts(c.get("unjudged")),
-        "left out as late": lambda c: f"{len(c.get('late') or []):,}",
-        "late ones joined": lambda c: f"{len(c.get('late_from') or []):,}"})
+        "without a reward": lambda c: counts(c.get("unjudged"))})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,14 +10,12 @@ import numpy.typing as npt
 
 from megatron_sov.base.figures import format_count, format_duration, format_value
 from megatron_sov.base.pages.page import Chapter, Chart, Comparison, PageTable, Panel, render as render_page
-from megatron_sov.model.config.data import named_shards
 from megatron_sov.publish.report.charts import DrawnLine, Place, by_tokens, draw_lines
-from megatron_sov.publish.report.headline import facts_of, gains
+from megatron_sov.publish.report.headline import gains
 from megatron_sov.publish.report.judgements import verdict_sentence, verdict_table
 from megatron_sov.publish.report.run_data import Run
 from megatron_sov.publish.report.sections import MAX_SAMPLES, cut_lines, key_figures, sections
 from megatron_sov.publish.report.steps import Curve, last_value
-from megatron_sov.runs.obs.figures import number
 
 # The first screen of a report: what was trained, on what, what was proved of it, and what it writes.
 
@@ -69,8 +66,7 @@ def _heldout(runs: list[Run]) -> Chart | None:
              for source, parts in points.items()]
     return draw_lines(lines, "", "Held-out bits per byte of each source over all stages; lower is better.",
                       axis="tokens" if _count_tokens(runs) else "optimizer steps", small=True,
-                      height_px=HELDOUT_HEIGHT_PX,
-                      bands=bands if len(bands) > 1 else ())
+                      height_px=HELDOUT_HEIGHT_PX, bands=bands if len(bands) > 1 else ())
 
 
 def _at(x: npt.NDArray[np.float64]) -> Place:
@@ -87,7 +83,6 @@ def opening(runs: list[Run]) -> list[Panel]:
         Panel("What it writes", 12, comparisons=shown, more=more),
         Panel("What each stage gained" if len(runs) > 1 else "What it gained", 12, tables=gains(runs)),
         Panel("Verdicts", 12, tables=verdict_table(runs)),
-        Panel("What was trained", 12, facts=[*_trained(runs), *_origin(runs)]),
     ]
     return [p for p in panels if not p.is_empty]
 
@@ -101,40 +96,6 @@ def num_tokens(runs: list[Run]) -> float:
 def newest(runs: list[Run], name: str) -> Any:
     """Return a field of the last run's start that has it, or None."""
     return next((run.start(name) for run in reversed(runs) if run.start(name)), None)
-
-
-def _trained(runs: list[Run]) -> list[tuple[str, str]]:
-    facts = [("Model", next((run.recipe() for run in runs if run.recipe()), ""))]
-    params, active = newest(runs, "num_params"), newest(runs, "num_active_params")
-    of_them = f" ({format_count(active)} active)" if active else ""
-    facts.append(("Parameters", f"{format_count(params)}{of_them}" if params else ""))
-    tokens = num_tokens(runs)
-    facts.append(("Tokens", format_count(tokens) if tokens else ""))
-    if len(runs) > 1:
-        facts += [(run.name, f"{format_count(tokens)} in {steps} steps") for run in runs
-                  if (tokens := num_tokens([run])) and (steps := _num_steps(run))]
-    facts += facts_of(runs[-1])
-    length = max((phase.seq_len_tokens for run in runs for phase in run.phases), default=0)
-    facts.append(("Context", f"{length:,} tokens" if length else ""))
-    wall_s = sum(run.wall_s() for run in runs)
-    facts.append(("Wall time", format_duration(wall_s) if wall_s > 0 else ""))
-    return [(label, value) for label, value in facts if value]
-
-
-def _num_steps(run: Run) -> str:
-    loss = run.curve("loss")
-    return f"{int(loss.steps[-1]):,}" if loss else ""
-
-
-def _origin(runs: list[Run]) -> list[tuple[str, str]]:
-    """Return the folders of token shards by their names, and the size of the vocabulary."""
-    paths = [run.setting("data", "paths") for run in runs]
-    names = dict.fromkeys(Path(named_shards(path)[1]).name
-                          for of_run in paths if isinstance(of_run, dict) for path in of_run)
-    vocab_size = number(runs[-1].setting("model", "vocab_size"))
-    facts = [("Token shards", ", ".join(names)),
-             ("Vocabulary", f"{vocab_size:,.0f}" if vocab_size > 0 else "")]
-    return [(label, value) for label, value in facts if value]
 
 
 def _samples(runs: list[Run]) -> tuple[list[Comparison], list[Comparison]]:

@@ -29,20 +29,11 @@ from megatron_sov.runs.rounds import LEARNS
 CONFIG = "config.json"
 LEARNING_GROUPS = "learning_groups"
 """Name of the curve of the share of a round's groups that are trained."""
-KEPT = ("phase", "eval", "baseline", "needle", "passk", "gate", "conversion", "checkpoint", "warning",
-        "heldout_pairs", "heldout_divergence", "round", VALIDATION, "eval_lm", "eval_contamination",
-        "forgetting_gate", "score", *KINDS)
+KEPT = ("eval", "baseline", "needle", "passk", "gate", "conversion", "checkpoint", "warning",
+        "heldout_pairs", "heldout_divergence", "round", VALIDATION, "eval_lm", "forgetting_gate", "score",
+        *KINDS)
 """Events that are kept whole; there are few of them and they are small."""
 
-
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of the curriculum."""
-
-    name: str
-    first_step: int
-    last_step: int
-    seq_len_tokens: int
 
 @dataclass(frozen=True)
 class Heldout:
@@ -71,7 +62,8 @@ class Run:
     attempts: list[Attempt] = field(default_factory=list)
     curves: dict[str, dict[str, Curve]] = field(default_factory=dict)
     """Group -> name -> curve; see `StepTable.curves`."""
-    phases: list[Phase] = field(default_factory=list)
+    phases: list[tuple[str, int, int]] = field(default_factory=list)
+    """Name, first and last step of each phase."""
     heldout: dict[str, Heldout] = field(default_factory=dict)
     overall_bits_per_byte: Curve | None = None
     """Bits per byte over all held-out sources together, each weighted by its bytes."""
@@ -119,61 +111,6 @@ class Run:
         return str(self.config.get("recipe") or self.start("recipe") or "")
 
 
-class RunReader:
-    """Takes a run's events in one by one, and makes a `Run` of them whenever it is asked.
-
-    Args:
-        path: the run's folder; it may not be there yet.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._steps, self._attempts = StepTable(), Attempts()
-        # what is shown is kept, everything else is forgotten
-        self._kept: dict[str, list[dict[str, Any]]] = {name: [] for name in KEPT}
-        self._samples: list[dict[str, Any]] = []
-        self._responses: dict[str, dict[str, Any]] = {}
-
-    def add(self, event: dict[str, Any]) -> None:
-        """Take one event in."""
-        kind, kept, attempts = event["event"], self._kept, self._attempts
-        attempts.add(event)
-        if kind == "phase" and kept["phase"] and kept["phase"][-1]["attempt"] != len(attempts.all):
-            kept["phase"].clear()  # every start announces the whole curriculum anew, as it is from then on
-        if kind == "phase":
-            event["attempt"] = len(attempts.all)
-        if kind == "step" and event.get("step") is not None:
-            self._steps.add(event)
-        elif kind in kept:
-            kept[kind].append(event)
-        # samples of the newest step alone
-        elif kind == "sample":
-            self._samples = [s for s in self._samples if s.get("step") == event.get("step")] + [event]
-        elif kind == RESPONSES:
-            self._responses[str(event.get("of"))] = event
-
-    def run(self) -> Run:
-        """Return the run as far as its events have come.
-
-        Raises:
-            UserError: its config.json is damaged.
-        """
-        path, kept, attempts = self._path, self._kept, self._attempts.all
-        evals = _evals(kept["eval"])
-        run = Run(path.resolve().name, _read_config(path / CONFIG), attempts)
-        run.curves = self._steps.curves() | {"rounds": round_curves(kept["round"])}
-        run.phases = _phases(self._steps.phases(), kept["phase"])
-        run.heldout = _heldout(evals, kept["baseline"])
-        run.overall_bits_per_byte = _overall_bits_per_byte(evals)
-        run.events, run.gate_checks = kept, final_steps(kept["gate"], "gate")
-        run.checkpoints = final_steps(kept["checkpoint"], "checkpoint")
-        run.samples, run.responses = self._samples, self._responses
-        run.incidents = sorted((e for kind in KINDS for e in kept[kind] if is_incident(e)),
-                               key=lambda e: number(e.get("time_s")))
-        run.needles, run.scores = _last_of_each_when(kept["needle"]), kept["eval_lm"]
-        return run
-
-
 def read_run(path: Path) -> Run:
     """Read a run folder: its events, and the files beside them.
 
@@ -181,14 +118,34 @@ def read_run(path: Path) -> Run:
         UserError: it is no run folder (it has no events), or its config.json is damaged.
     """
     refuse_no_run(path)
-    reader = RunReader(path)
+    steps, attempts = StepTable(), Attempts()
+    # what is shown is kept, everything else is forgotten
+    kept: dict[str, list[dict[str, Any]]] = {name: [] for name in KEPT}
+    samples: list[dict[str, Any]] = []
+    responses: dict[str, dict[str, Any]] = {}
     for event in read_events(path / EVENTS):
-        reader.add(event)
-    run = reader.run()
-    run.rounds = read_rounds(path)
-    run.evaluations = read_evaluations(path)
-    run.scores = run.scores + untold_scores(run.evaluations, run.scores)
-    return run
+        kind = event["event"]
+        attempts.add(event)
+        if kind == "step" and event.get("step") is not None:
+            steps.add(event)
+        elif kind in kept:
+            kept[kind].append(event)
+        # samples of the newest step alone
+        elif kind == "sample":
+            samples = [s for s in samples if s.get("step") == event.get("step")] + [event]
+        elif kind == RESPONSES:
+            responses[str(event.get("of"))] = event
+    evals, evaluations = _evals(kept["eval"]), read_evaluations(path)
+    return Run(
+        path.resolve().name, _read_config(path / CONFIG), attempts.all,
+        curves=steps.curves() | {"rounds": round_curves(kept["round"])}, phases=steps.phases(),
+        heldout=_heldout(evals, kept["baseline"]), overall_bits_per_byte=_overall_bits_per_byte(evals),
+        incidents=sorted((e for kind in KINDS for e in kept[kind] if is_incident(e)),
+                         key=lambda e: number(e.get("time_s"))),
+        gate_checks=final_steps(kept["gate"], "gate"), events=kept,
+        needles=_last_of_each_when(kept["needle"]), rounds=read_rounds(path),
+        scores=kept["eval_lm"] + untold_scores(evaluations, kept["eval_lm"]), evaluations=evaluations,
+        responses=responses, samples=samples, checkpoints=final_steps(kept["checkpoint"], "checkpoint"))
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -202,17 +159,6 @@ def _read_config(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: holds a {type(config).__name__} where the run's settings are needed; "
                         "restore it from a copy")
     return config
-
-
-def _phases(spans: list[tuple[str, int, int]], events: list[dict[str, Any]]) -> list[Phase]:
-    """Return the phases that the steps went through, with what the `phase` events say about each."""
-    found = []
-    for name, first, last in spans:
-        announced = [e for e in events if e.get("name") == name]
-        # the last one: a resumed run may have announced the phase with other settings
-        event = announced[-1] if announced else {}
-        found.append(Phase(name, first, last, int(event.get("seq_len") or 0)))
-    return found
 
 
 def _evals(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

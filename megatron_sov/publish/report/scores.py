@@ -1,5 +1,4 @@
-"""Scores of `eval lm` in the report: by checkpoint over training, with intervals, and the items of each task
-that stand in the training data."""
+"""Scores of `eval lm` in the report: by checkpoint over training, with intervals."""
 
 from __future__ import annotations
 
@@ -77,16 +76,6 @@ def metric_of(event: dict[str, Any]) -> str:
     return f"{name} ({', '.join(notes)})" if notes else name
 
 
-def newest_scores(scores: list[ReportedScore]) -> list[ReportedScore]:
-    """Return of each task and metric the score of the last checkpoint."""
-    return list({(s.task, s.metric): s for s in scores}.values())
-
-
-def score_tables(run: Run) -> list[PageTable]:
-    """Return the newest scores."""
-    return _table(newest_scores(scores_of(run.scores)), run.of("eval_contamination"))
-
-
 def _interval(value: Any) -> tuple[float, float] | None:
     if not isinstance(value, list) or len(value) != 2:
         return None
@@ -94,31 +83,17 @@ def _interval(value: Any) -> tuple[float, float] | None:
     return (low, high) if math.isfinite(low) and math.isfinite(high) else None
 
 
-def _table(newest: list[ReportedScore], checks: list[dict[str, Any]]) -> list[PageTable]:
+def score_tables(run: Run) -> list[PageTable]:
+    """Return the score of the last checkpoint for each task and metric."""
     def count(name: str) -> Callable[[ReportedScore], str]:
         return lambda s: "–" if math.isnan(n := number(s.event.get(name))) else f"{n:,.0f}"
 
-    return tables(newest, {
+    newest = {(s.task, s.metric): s for s in scores_of(run.scores)}
+    return tables(newest.values(), {
         "task": lambda s: s.task, "metric": lambda s: s.metric,
         "step": lambda s: "–" if s.step is None else f"{s.step:,}", "value": lambda s: s.shown(s.value),
         "95 % interval": lambda s: " to ".join(map(s.shown, s.interval)) if s.interval else "–",
-        "items": count("items"), "failed": count("failed"), "cut at the limit": count("at_limit"),
-        "found in training data": lambda s: _contamination(s, checks)})
-
-
-def _contamination(score: ReportedScore, checks: list[dict[str, Any]]) -> str:
-    """Return what the newest check of the same task, data and model found."""
-    same = ("task", "task_hash", "model_hash")
-    found = [c for c in checks if all(c.get(name) == score.event.get(name) for name in same)]
-    check = found[-1] if found else score.event.get("contamination")
-    if not isinstance(check, dict):
-        return "not checked"
-    hit, items = number(check.get("items_hit")), number(score.event.get("items"))
-    said = f"{hit:,.0f} of {items:,.0f} items" if math.isfinite(items) else f"{hit:,.0f} items"
-    without = number(check.get("value_without"))
-    if hit > 0 and str(check.get("metric", score.metric)) == score.metric:
-        said += f"; {score.shown(without)} without them"
-    return said
+        "items": count("items"), "failed": count("failed"), "cut at the limit": count("at_limit")})
 
 
 def checkpoint_score_charts(run: Run) -> list[Chart]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +15,13 @@ from megatron_sov.publish.report.charts import (
     LEARNING, SPEED, StepLine, beside_charts, heldout_charts, loss_charts, loss_unit, meter_charts,
     needle_charts, step_charts)
 from megatron_sov.publish.report.judgements import (
-    gate_tables, passk_charts, passk_tables, round_charts, round_tables)
+    passk_charts, passk_tables, round_charts, round_tables)
 from megatron_sov.publish.report.run_data import Heldout, Run
 from megatron_sov.publish.report.scores import checkpoint_score_charts, score_tables
 from megatron_sov.publish.report.steps import last_value
 from megatron_sov.publish.report.validations import sample_tables, validation_charts, validation_tables
 from megatron_sov.runs.obs.figures import number, of_field
-from megatron_sov.runs.obs.history import KINDS, Attempt, describe
-from megatron_sov.work.clusters.units import GIB
+from megatron_sov.runs.obs.history import KINDS, describe
 
 MAX_ROWS = 200
 MAX_SAMPLES = 24
@@ -66,7 +64,6 @@ def key_figures(run: Run) -> list[tuple[str, str, str]]:
     speed = run.curve("tokens_per_s")
     if speed and len(speed.finite().steps):
         found.append(("Tokens a second", f"{np.median(speed.finite().values):,.0f}", "median over steps"))
-    found += _efficiency_figures(run)
     bits = run.overall_bits_per_byte
     if bits:
         best = int(np.argmin(bits.values))
@@ -80,22 +77,6 @@ def key_figures(run: Run) -> list[tuple[str, str, str]]:
             longest = max(int(c["length_tokens"]) for c in needle["cells"])
             found.append(("Needle score", format_share(number(needle.get("score"))),
                           f"up to {longest:,} tokens"))
-    return found
-
-
-def _efficiency_figures(run: Run) -> list[tuple[str, str, str]]:
-    """Return what the steps made of their machine."""
-    found = []
-    tflops, mfu = run.curve("tflops_per_process"), run.curve("mfu")
-    if tflops and len(tflops.finite().steps):
-        share = ""
-        if mfu and len(mfu.finite().steps):
-            share = f", {format_share(np.median(mfu.finite().values))} of the peak"
-        found.append(("Model TFLOP/s", f"{np.median(tflops.finite().values):.3g}",
-                      f"each process, median over steps{share}"))
-    memory = run.curve("peak_memory_bytes")
-    if memory and math.isfinite(last_value(memory)):
-        found.append(("Peak memory", f"{last_value(memory) / GIB:.2f} GiB", "process 0"))
     return found
 
 
@@ -166,25 +147,6 @@ def cut_lines(text: str, max_characters: int) -> str:
     return f"{shown.rstrip()}\n… ({len(text) - len(shown):,} more characters)"
 
 
-def _attempt_tables(run: Run) -> list[PageTable]:
-    def origin(attempt: Attempt) -> str:
-        resumed = attempt.start.get("resumed_from")
-        why = f" ({attempt.resume_reason})" if attempt.resume_reason else ""
-        return f"{f'from step {resumed}' if resumed else 'from the beginning'}{why}"
-
-    def processes(attempt: Attempt) -> str:
-        layout = ", ".join(f"{k} {v}" for k, v in (attempt.start.get("layout") or {}).items())
-        return f"{attempt.start.get('num_ranks', '–')}" + (f" ({layout})" if layout else "")
-
-    return tables(enumerate(run.attempts, 1), {
-        "": lambda one: str(one[0]),
-        "started": lambda one: time.strftime("%Y-%m-%d %H:%M:%S UTC",
-                                             time.gmtime(number(one[1].start.get("time_s")))),
-        "resumed": lambda one: origin(one[1]), "processes (layout)": lambda one: processes(one[1]),
-        "last step": lambda one: "–" if one[1].last_step is None else f"{one[1].last_step:,}",
-        "time": lambda one: format_duration(one[1].wall_s()), "outcome": lambda one: one[1].outcome})
-
-
 # The table of sections, in reading order.
 
 
@@ -228,9 +190,6 @@ SECTIONS = {section.title: section for section in (
     ReportSection("Needle in a haystack", "Share of questions about hidden facts that the model answers, by "
                   "the length of the context and their depth in it.",
                   charts=lambda run: [c for n in run.needles if n.get("cells") for c in needle_charts(n)]),
-    ReportSection("Gate", "A stage is complete when every row of needles (kind, language, length) reaches "
-                  "the threshold, no single cell lies below it with its whole confidence interval, and the "
-                  "loss on the short context is within its tolerance.", tables=gate_tables),
     ReportSection("pass@k", "The probability that of k responses to a prompt one at least is right (pass@k), "
                   "or the most frequent answer (maj@k).", charts=passk_charts, tables=passk_tables),
     ReportSection("Rounds", "A round is written by a policy, judged, and trained; a group is the responses "
@@ -242,5 +201,4 @@ SECTIONS = {section.title: section for section in (
                   tables=sample_tables),
     ReportSection("Samples", _sample_text, samples=_samples),
     ReportSection("Warnings and faults", tables=_joined(_warning_tables, _incident_tables)),
-    ReportSection("Starts, stops and restarts", tables=_attempt_tables),
 )}
