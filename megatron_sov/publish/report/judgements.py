@@ -17,7 +17,7 @@ from megatron_sov.base.pages.plots import Axis, LinePlot, Series, colour
 from megatron_sov.publish.report.headline import heldout_text
 from megatron_sov.publish.report.run_data import Run
 from megatron_sov.publish.report.steps import last_value
-from megatron_sov.runs.obs.figures import Form, number, of_field
+from megatron_sov.runs.obs.figures import Form, number, of_field, whole_number
 from megatron_sov.runs.obs.history import COMPLETE
 from megatron_sov.runs.rounds import LEARNS
 
@@ -157,7 +157,7 @@ def _passk_events(run: Run) -> list[tuple[str, Event]]:
     """Return the `passk` events with their names; of one set of prompts, reward and step the newest
     counts."""
     # a later event takes the key of an earlier one: the newest counts
-    found = {(str(e.get("input")), e.get("reward"), e.get("step")): e for e in run.of("passk")
+    found = {(str(e.get("input")), str(e.get("reward")), e.get("step")): e for e in run.of("passk")
              if e.get("pass_at_k")}
     shared = Counter(file.rpartition("/")[2] for file in {file for file, *_ in found})
     # the path where several files have one name
@@ -192,14 +192,14 @@ def passk_tables(run: Run) -> list[PageTable]:
 def _passk_chart(event: Event, name: str) -> Chart:
     series: list[Series] = []
     for name_of_field, label in (("pass_at_k", "pass@k"), ("maj_at_k", "maj@k")):
-        rows = [r for r in event.get(name_of_field) or [] if len(r["interval"]) == 2]
+        rows = [r for r in event.get(name_of_field) or [] if len(r.get("interval") or ()) == 2]
         if rows:
             series.append(Series(label, [number(r["k"]) for r in rows], [number(r["value"]) for r in rows],
                                  colour(len(series)), intervals=[
                 (number(r["interval"][0]), number(r["interval"][1])) for r in rows]))
     return Chart(LinePlot(series, Axis("k", is_log=True), Axis("share of prompts", low=0.0, is_share=True)),
                  f"{name}, step {_STEP(event)}: 95 % intervals over "
-                 f"{int(number(event.get('num_prompts'))):,} prompts.")
+                 f"{whole_number(event.get('num_prompts')):,} prompts.")
 
 
 def round_charts(run: Run) -> list[Chart]:

@@ -246,7 +246,7 @@ class _Shape:
 
 
 _N, _COUNT, _NUMBERS = _Number(), _Number(0, 1 << 62), _Mapping(_Number())
-_ESTIMATES = _List(_Shape({"k": _Whole(), "value": _N, "interval": _Pair()}, ("k", "value")))
+_ESTIMATES = _List(_Shape({"k": _Number(1, 1 << 30), "value": _N, "interval": _Pair()}, ("k", "value")))
 _JUDGED = dict.fromkeys(("reward", "response_tokens", "truncated", "num_prompts", "num_samples"), _N) | {
     "pass_at_k": _ESTIMATES, "components": _NUMBERS}
 _SAMPLING = _Shape({}, ("temperature", "top_p", "seed"))
