@@ -15,9 +15,8 @@ from megatron_sov.publish.report.charts import (
     LEARNING, SPEED, StepLine, beside_charts, heldout_charts, loss_charts, loss_unit, meter_charts,
     needle_charts, step_charts)
 from megatron_sov.publish.report.judgements import (
-    passk_charts, passk_tables, round_charts, round_tables)
+    checkpoint_score_charts, passk_charts, passk_tables, round_charts, round_tables, score_tables)
 from megatron_sov.publish.report.run_data import Heldout, Run
-from megatron_sov.publish.report.scores import checkpoint_score_charts, score_tables
 from megatron_sov.publish.report.steps import last_value
 from megatron_sov.publish.report.validations import sample_tables, validation_charts, validation_tables
 from megatron_sov.runs.obs.figures import number, of_field

@@ -8,9 +8,8 @@ from typing import Any
 
 from megatron_sov.base.figures import format_share
 from megatron_sov.base.pages.page import PageSection
-from megatron_sov.publish.report.judgements import verdict_table
+from megatron_sov.publish.report.judgements import scores_of, verdict_table
 from megatron_sov.publish.report.run_data import Run, read_run
-from megatron_sov.publish.report.scores import scores_of
 from megatron_sov.publish.report.sections import SECTIONS, sections
 from megatron_sov.publish.report.steps import curves, needle_curves, pair_curves, read_evaluations
 from megatron_sov.runs.obs.events import EVENTS, EventLog
