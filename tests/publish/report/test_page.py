@@ -188,8 +188,8 @@ def test_hostile_names_stay_text_everywhere(tmp_path: Path, hostile: str) -> Non
     document = Document(page := render([read_run(tmp_path)]))
     assert not [tag for tag, _ in document.elements if tag in ("img", "b", "iframe")]
     assert [a for tag, a in document.elements if tag == "script"] == [{}] and "<img" not in page
-    # in legends, names of phases, and texts under the pointer
-    assert all(hostile in "".join(document.text[tag]) for tag in ("span", "title", "td"))
+    # in texts, names of phases, and texts under the pointer
+    assert all(hostile in "".join(document.text[tag]) for tag in ("p", "title", "td"))
 
 
 def test_all_sections_stand_in_order_and_in_the_contents(runs: list[Path], document: Document) -> None:
