@@ -4,31 +4,33 @@
     python benchmarks/plan_calibration.py --write          and put the parameters into the package
     python benchmarks/plan_calibration.py --no-refit       errors of the package's parameters alone
 
-Rows are those of benchmarks/data/throughput.csv; docs/plan_speed.md says what the numbers mean.
+Runs are those of benchmarks/data/published_runs.jsonl, one a line: its source, its measured speed, and its
+workload; fields with their default are left out.  docs/plan_speed.md says what the numbers mean.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import json
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from plan_fit import PRIORS, Sample, error, fit
 
 from megatron_sov.base.artifacts import to_json, write_output
-from megatron_sov.base.errors import UserError
 from megatron_sov.plan.speed.parameters import Parameters, default
-from megatron_sov.plan.tables.cells import MissingInput, read_table
-from megatron_sov.plan.tables.predicted import tokens_per_s_per_gpu, workload_of
+from megatron_sov.plan.speed.workload import ModelShape, Workload
+from megatron_sov.work.clusters.chips import chip, default_links
 
 ROOT = Path(__file__).parent
-ROWS = ROOT / "data" / "throughput.csv"
+RUNS = ROOT / "data" / "published_runs.jsonl"
 PACKAGED = ROOT.parent / "megatron_sov" / "plan" / "speed" / "parameters.json"
 SOURCE_POWER = 0.25
 """A source of n rows counts as n to the power 1 - this: many rows of one source repeat one another."""
@@ -55,64 +57,44 @@ GOALS = {"median": 0.10, "90th percentile": 0.25}
 
 @dataclass(frozen=True)
 class Row:
-    """A measured row."""
+    """A published run."""
 
     number: int
-    """Line of the file, the header being line 1."""
-    cells: Mapping[str, str]
-    """What it states."""
-    sample: Sample | None
-    """Its workload and throughput; None: refused."""
-    reason: str = ""
-    """Why it was refused."""
-
-    @property
-    def source(self) -> str:
-        """Where it was published."""
-        return self.cells["source"]
+    """Line of the table that the run was first noted in."""
+    source: str
+    """Where it was published."""
+    model: str
+    sample: Sample
+    """Its workload and throughput."""
 
 
-def read_rows() -> tuple[list[Row], int]:
-    """Return the rows that state a speed, and how many state none."""
-    table = read_table(ROWS)
-    rows, silent = [], 0
-    for number, cells in enumerate(table.rows, start=2):
-        states_speed = any(cells[name] for name in ("tokens_per_s_per_gpu", "tflops_per_gpu_model", "mfu"))
-        try:
-            w = workload_of(cells)
-        except (MissingInput, UserError) as why:
-            if states_speed:
-                rows.append(Row(number, cells, None, str(why)))
-            silent += not states_speed
-            continue
-        measured = tokens_per_s_per_gpu(cells, w)
-        if measured:
-            rows.append(Row(number, cells, Sample(w, measured)))
-        silent += not measured
-    counts = collections.Counter(row.source for row in rows if row.sample)
-    weighted = [row if row.sample is None else
-                Row(row.number, row.cells, Sample(row.sample.workload, row.sample.tokens_per_s_per_gpu,
-                                                  counts[row.source] ** -SOURCE_POWER))
-                for row in rows]
-    return weighted, silent
+def read_rows() -> list[Row]:
+    """Return the published runs; a source of many runs weighs less for each of them."""
+    lines = [json.loads(text) for text in RUNS.read_text(encoding="utf-8").splitlines()]
+    counts = collections.Counter(found["source"] for found in lines)
+    return [Row(found["line"], found["source"], found["model"],
+                Sample(_workload(found["workload"]), found["tokens_per_s_per_gpu"],
+                       counts[found["source"]] ** -SOURCE_POWER)) for found in lines]
+
+
+def _workload(values: dict[str, Any]) -> Workload:
+    """Return a workload from its fields as they stand in the file."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    on = chip(values.pop("chip"))
+    network = values.pop("network_bytes_per_s", 0.0)
+    links = replace(default_links(on), between_bytes_per_s=network) if network else default_links(on)
+    return Workload(ModelShape(**values.pop("shape")), on, links, **values)
 
 
 def kind(row: Row) -> str:
     """Return what kind of model a row trains."""
-    assert row.sample is not None
     shape = row.sample.workload.shape
     return "hybrid" if shape.num_mamba_layers else "MoE" if shape.num_experts else "dense"
 
 
 def precision(row: Row) -> str:
     """Return the width of a row's products."""
-    assert row.sample is not None
     return {"bf16": "bf16", "nvfp4": "FP4"}.get(row.sample.workload.precision, "FP8")
-
-
-def is_missing_input(row: Row) -> bool:
-    """Return whether a refused row lacks an input, so that nobody could predict it."""
-    return "is empty" in row.reason
 
 
 def line(name: str, errors: Iterable[float]) -> str:
@@ -129,10 +111,10 @@ def groups(rows: list[Row], errors: dict[int, float]) -> list[str]:
     """Return lines of errors per chip, kind, precision and source."""
     found = []
     by: dict[str, Callable[[Row], str]] = {
-        "chip": lambda row: row.sample.workload.chip.key,  # type: ignore[union-attr]
+        "chip": lambda row: row.sample.workload.chip.key,
         "kind of model": kind, "precision": precision,
         "tuned or not, by the row's own words":
-            lambda row: "tuned" if row.sample.workload.tuned else "untuned",  # type: ignore[union-attr]
+            lambda row: "tuned" if row.sample.workload.tuned else "untuned",
         "source": lambda row: row.source}
     for title, key in by.items():
         found.append(f"By {title}")
@@ -146,9 +128,8 @@ def worst(rows: list[Row], errors: dict[int, float], count: int = 12) -> list[st
     """Return lines for the rows that are predicted worst."""
     found = []
     for row in sorted(rows, key=lambda row: -abs(math.log1p(errors[row.number])))[:count]:
-        assert row.sample is not None
         w = row.sample.workload
-        found.append(f"  {errors[row.number]:+7.1%}  line {row.number:3d}  {row.cells['model'][:30]:30s} "
+        found.append(f"  {errors[row.number]:+7.1%}  line {row.number:3d}  {row.model[:30]:30s} "
                      f"{w.chip.key:7s} {w.precision:6s} {w.num_gpus:5d} GPUs  tp {w.tp} pp {w.pp} ep {w.ep}  "
                      f"{row.source[:28]}{'' if w.tuned else '  (untuned)'}")
         found.append(f"           {EXPLAINED.get(row.number, 'no cause found')}")
@@ -157,14 +138,14 @@ def worst(rows: list[Row], errors: dict[int, float], count: int = 12) -> list[st
 
 def deviations(rows: Iterable[Row], p: Parameters) -> dict[int, float]:
     """Return line -> predicted over measured throughput, less 1."""
-    return {row.number: math.expm1(error(row.sample, p)) for row in rows if row.sample}
+    return {row.number: math.expm1(error(row.sample, p)) for row in rows}
 
 
 def left_out(rows: list[Row], fitted: Parameters, rounds: int) -> dict[int, float]:
     """Return errors of each source's rows under parameters that were fitted without it."""
     found: dict[int, float] = {}
     for source in dict.fromkeys(row.source for row in rows):
-        others = [row.sample for row in rows if row.source != source and row.sample]
+        others = [row.sample for row in rows if row.source != source]
         p = fit(others, PRIORS, fitted, rounds)
         found |= deviations([row for row in rows if row.source == source], p)
         print(f"  without {source}", file=sys.stderr, flush=True)
@@ -189,40 +170,32 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=30, help="rounds of the fit of all rows")
     parser.add_argument("--rounds-left-out", type=int, default=5, help="rounds of each fit without a source")
     args = parser.parse_args()
-    rows, silent = read_rows()
-    measured = [row for row in rows if row.sample]
-    refused = [row for row in rows if row.sample is None]
-    misses = [row for row in refused if not is_missing_input(row)]
-    sources = {row.source for row in rows}
-    print(f"{len(rows) + silent} rows, {silent} of which state no speed per GPU; the others, of "
-          f"{len(sources)} sources: {len(refused)} refused ({len(refused) - len(misses)} for a missing "
-          f"input), {len(measured)} predicted")
-    for row in refused:
-        print(f"  line {row.number}: {row.reason}")
+    rows = read_rows()
+    print(f"{len(rows)} published runs of {len({row.source for row in rows})} sources")
     p = default()
     if not args.no_refit:
         start = time.perf_counter()
-        p = fit([row.sample for row in measured if row.sample], PRIORS, p, args.rounds)
+        p = fit([row.sample for row in rows], PRIORS, p, args.rounds)
         print(f"Fitted in {time.perf_counter() - start:.0f} s")
-    inside = deviations(measured, p)
+    inside = deviations(rows, p)
     print("\nAll rows fitted")
     print(line("all", inside.values()))
     errors = inside
     if not args.no_refit:
-        errors = left_out(measured, p, args.rounds_left_out)
-        print("\nEach source left out of the fit in turn (refusals count as off by 100 %)")
-        print(line("all", [*errors.values(), *(1.0 for _ in misses)]))
-        tuned = [row for row in measured if row.sample and row.sample.workload.tuned]
+        errors = left_out(rows, p, args.rounds_left_out)
+        print("\nEach source left out of the fit in turn")
+        print(line("all", errors.values()))
+        tuned = [row for row in rows if row.sample.workload.tuned]
         print(line("without rows that say they are untuned", [errors[row.number] for row in tuned]))
         print(f"  goals: {', '.join(f'{name} {goal:.0%}' for name, goal in GOALS.items())}")
-    print("\n".join(groups(measured, errors)))
+    print("\n".join(groups(rows, errors)))
     print("\nThe rows that are predicted worst")
-    print("\n".join(worst(measured, errors)))
+    print("\n".join(worst(rows, errors)))
     print(f"\nParameters: {len(PRIORS)} fitted")
     for path, prior in PRIORS.items():
         print(f"  {path:34s} expected {prior.value:10.4g}   fitted {value(p, path):10.4g}")
     if args.write and not args.no_refit:
-        write(p, len(measured), inside, errors)
+        write(p, len(rows), inside, errors)
     return 0
 
 
@@ -230,7 +203,7 @@ def write(p: Parameters, count: int, inside: Mapping[int, float], errors: Mappin
     """Put parameters into the package, with where they come from."""
     median = {name: round(statistics.median(abs(e) for e in found.values()), 4)
               for name, found in (("fitted", inside), ("source_left_out", errors))}
-    provenance = {"script": "benchmarks/plan_calibration.py", "data": "benchmarks/data/throughput.csv",
+    provenance = {"script": "benchmarks/plan_calibration.py", "data": "benchmarks/data/published_runs.jsonl",
                   "rows": count, "median_error": median}
     write_output(PACKAGED, to_json({"parameters": _rounded(vars(p)), "provenance": provenance}) + "\n")
 

@@ -1,11 +1,12 @@
-"""Post-training's prices beside what was published.
+"""Post-training's prices beside published ones.
 
     python benchmarks/plan_post_training.py [--fit ROUNDS] > benchmarks/results/plan_post_training.txt
 
-First the rounds of reinforcement learning that NeMo RL's pages publish (`benchmarks/data/rl_throughput.csv`):
-seconds of a round, predicted and measured, and the same for each model with the engine's costs fitted on the
-others alone.  Then the budgets that papers name.  With --fit the engine's costs are searched anew, in so many
-random steps, and printed; `plan/post_training.py` has them.
+First the rounds of reinforcement learning that NeMo RL's pages publish (`benchmarks/data/rl_throughput.csv`)
+where engines and trainer take turns on the same GPUs: seconds of a round, predicted and measured, and the
+same for each model with the engine's costs fitted on the others alone.  Then the budgets that papers name.  With
+--fit the engine's costs are searched anew, in so many random steps, and printed; `plan/post_training.py` has
+them.
 """
 
 from __future__ import annotations
@@ -24,22 +25,36 @@ from megatron_sov import recipes
 from megatron_sov.model.config import apply_settings
 from megatron_sov.plan.pages.quote import Quote, totals
 from megatron_sov.plan.post_training import (
-    BUDGETS, Assumed, DecodingRequest, DecodingRound, EngineCosts, Engines, quotes, round_of)
+    DecodingRequest, DecodingRound, EngineCosts, Engines, quotes, round_of)
 from megatron_sov.plan.pricing import Machines, Pricing, machines, pricing
 from megatron_sov.plan.speed.parameters import default
-from megatron_sov.plan.speed.workload import Workload
-from megatron_sov.plan.tables.predicted import find
+from megatron_sov.plan.speed.workload import ModelShape, Workload, of_model
 from megatron_sov.work.clusters.chips import chip, default_links
 
 ROWS = Path(__file__).parent / "data" / "rl_throughput.csv"
-NAMES = {"Qwen3-30B3A": "Qwen3-30B-A3B", "LLAMA3.1_8B": "Llama 3.1 8B", "DeepSeek V3": "DeepSeek-V3",
-         "Qwen3-235B": "Qwen3-235B-A22B"}
-"""Model of a row -> as the table of public shapes calls it."""
+SHAPES: dict[str, ModelShape] = {
+    "LLAMA3.1_8B": of_model(recipes.get("llama-3.1-8b").model),
+    "DeepSeek V3": of_model(recipes.get("deepseek-v3").model),
+    "Qwen3-30B3A": of_model(recipes.get("qwen3-moe-30b").model),
+    "Qwen3-32B": ModelShape(64, 5120, 64, 128, 8, 151_936, dense_ffn_dim=25_600),
+    "Qwen3-235B": ModelShape(94, 4096, 64, 128, 4, 151_936, dense_ffn_dim=12_288, num_experts=128,
+                             num_experts_per_token=8, expert_ffn_dim=1536)}
+"""Model of a row -> its sizes."""
+BUDGETS = (
+    (("typhoon-s-8b", "typhoon-s-8b-opd"), "h100", 8, 8 * 48.0,
+     "SFT and on-policy distillation: 8 H100, about 2 days (arXiv 2601.18129)"),
+    (("typhoon-s-4b-legal",), "h100", 4, 4 * 24.0, "InK-GRPO: 4 H100, about 1 day (arXiv 2601.18129)"),
+    (("typhoon-s-4b-legal-agent",), "h100", 4, 4 * 24.0,
+     "agentic InK-GRPO: 4 H100, about 1 day (arXiv 2601.18129)"),
+    (("vibethinker-1.5b", "vibethinker-1.5b-math-16k", "vibethinker-1.5b-math-32k", "vibethinker-1.5b-code"),
+     "h800", 32, 3900.0,
+     "all post-training: 3,900 H800 hours, 7,800 USD at 2 an hour (arXiv 2511.06221)"))
+"""Recipes of a run, chip, GPUs (32 where the paper names no number), GPU-hours, and the paper's words."""
 PROMPT_TOKENS, PER_PROMPT, FORWARD = 150, 32, 2
 """Of OpenMathInstruct-2's prompts with their template; responses to each; passes for the policy's and the
 reference's log-probabilities (the recipes' defaults)."""
 FITTED = {"step_s": 3e-2, "layer_s": 2e-4, "response_s": 2e-4, "message_s": 1e-4, "refit_bytes_per_s": 1e11,
-          "refit_apart_bytes_per_s": 3e11, "round_s": 40.0}
+          "round_s": 40.0}
 """Costs that are searched, with the largest value of each."""
 VIBETHINKER = ("policy.mgpo_lambda=1.0", "policy.clip_low=0.2", "policy.clip_high=0.2")
 """Settings that its authors did not publish; no second depends on them."""
@@ -48,28 +63,24 @@ Row = dict[str, str]
 
 def predicted(row: Row, costs: EngineCosts) -> DecodingRound:
     """Return the round of a row."""
-    model = find(NAMES.get(row["model"], row["model"]))
-    assert model is not None, row["model"]
-    on, apart = chip(row["gpu"]), row["steps_behind"] != "0"
-    gpus, writers = int(row["num_gpus"]), int(row["generation_gpus"])
+    shape, on, gpus = SHAPES[row["model"]], chip(row["gpu"]), int(row["num_gpus"])
     fp8 = row["precision"] == "fp8"
-    engines = Engines(model.shape, on, default_links(on), writers, int(row["generation_tp"]), 1 if fp8 else 2,
-                      costs)
+    engines = Engines(shape, on, default_links(on), gpus, int(row["generation_tp"]), 1 if fp8 else 2, costs)
     longest = int(row["max_tokens"])
     asked = DecodingRequest(int(row["responses"]), PROMPT_TOKENS, float(row["mean_tokens"]) - PROMPT_TOKENS,
-                            longest - PROMPT_TOKENS, PER_PROMPT, int(row["steps_behind"]))
-    tp, imbalance = int(row["tp"]), default().real_imbalance if model.shape.num_experts else 1.0
-    step = Workload(model.shape, on, default_links(on), gpus - writers if apart else gpus, longest, 1,
-                    int(row["train_batch"]), tp=tp, sp=tp > 1, pp=int(row["pp"]), cp=int(row["cp"]),
-                    ep=int(row["ep"]), sharding="zero1", recompute="full", imbalance=imbalance,
-                    precision="fp8" if fp8 else "bf16")
-    return round_of(engines, asked, step, FORWARD, default(), apart=apart)
+                            longest - PROMPT_TOKENS, PER_PROMPT)
+    tp, imbalance = int(row["tp"]), default().real_imbalance if shape.num_experts else 1.0
+    step = Workload(shape, on, default_links(on), gpus, longest, 1, int(row["train_batch"]), tp=tp, sp=tp > 1,
+                    pp=int(row["pp"]), cp=int(row["cp"]), ep=int(row["ep"]), sharding="zero1",
+                    recompute="full", imbalance=imbalance, precision="fp8" if fp8 else "bf16")
+    return round_of(engines, asked, step, FORWARD, default())
 
 
 def usable(row: Row) -> bool:
     """Return whether a row says all that is needed: episodes with tools wait for machines that nobody
-    describes, and DAPO's sampling throws away an unknown share."""
-    return row["algorithm"] == "GRPO"
+    describes, DAPO's sampling throws away an unknown share, and engines with GPUs of their own are not
+    priced."""
+    return row["algorithm"] == "GRPO" and row["steps_behind"] == "0"
 
 
 def error(row: Row, costs: EngineCosts) -> float:
@@ -102,12 +113,12 @@ def share(errors: Sequence[float]) -> str:
 
 def print_rounds(rows: Sequence[Row], num_steps: int) -> None:
     """Print rounds, and what each model's error is by costs fitted on the others."""
-    print(f"{'source':<13} {'model':<12} {'GPU':<6} {'GPUs':>5} {'behind':>6} {'precision':>9} {'write':>8} "
+    print(f"{'source':<13} {'model':<12} {'GPU':<6} {'GPUs':>5} {'precision':>9} {'write':>8} "
           f"{'learn':>8} {'weights':>8} {'round':>8} {'published':>9}  error")
     for row in rows:
         took, published_s = predicted(row, EngineCosts()), float(row["step_time_s"])
         print(f"{row['source']:<13} {row['model']:<12} {row['gpu']:<6} {row['num_gpus']:>5} "
-              f"{row['steps_behind']:>6} {row['precision']:>9} {took.generate_s:>6.1f} s "
+              f"{row['precision']:>9} {took.generate_s:>6.1f} s "
               f"{took.learn_s:>6.1f} s {took.refit_s:>6.1f} s {took.total_s:>6.1f} s {published_s:>7.1f} s "
               f"{took.total_s / published_s - 1:+7.1%}")
     print(f"\n{len(rows)} rounds, all costs: {share([error(row, EngineCosts()) for row in rows])}")
@@ -132,45 +143,30 @@ def on(gpu: str, num_gpus: int) -> Pricing:
 
 def print_budgets() -> None:
     """Print the jobs of recipes with a published budget."""
-    for budget in BUDGETS:
-        print(f"\n{budget.told}")
-        spent = [q for name in budget.recipes for q in jobs(name, on(budget.gpu, budget.num_gpus or 32))]
-        print(f"  predicted {totals(spent).gpu_hours:,.0f} GPU-hours, published {budget.gpu_hours:,.0f}"
-              + (f" ({budget.cost_usd:,.0f} USD)" if budget.cost_usd else ""))
+    for names, gpu, num_gpus, gpu_hours, told in BUDGETS:
+        print(f"\n{told}")
+        spent = [q for name in names for q in jobs(name, on(gpu, num_gpus))]
+        print(f"  predicted {totals(spent).gpu_hours:,.0f} GPU-hours, published {gpu_hours:,.0f}")
         learned = [q for q in spent if q.kind.startswith("RL")]
         if learned:  # how many rounds there were nobody published; the recipes' numbers are ours
-            rest = budget.gpu_hours - sum(q.gpu_hours for q in spent if q not in learned)
+            rest = gpu_hours - sum(q.gpu_hours for q in spent if q not in learned)
             times = rest / sum(q.gpu_hours for q in learned)
             print(f"  what was published pays for {times:.1f} times the recipes' rounds, which are ours: "
                   f"{' + '.join(f'{times * q.steps:,.0f}' for q in learned if q.kind == 'RL: train')}")
 
 
-def jobs(name: str, gpus: Pricing, assumed: Assumed | None = None, settings: Sequence[str] = ()
-         ) -> list[Quote]:
-    """Print the jobs of a recipe with settings, and return them."""
-    config = apply_settings(recipes.get(name), list(settings))
+def jobs(name: str, gpus: Pricing) -> list[Quote]:
+    """Print the jobs of a recipe, and return them."""
+    config = recipes.get(name)
     if config.objective.name == "policy" and name.startswith("vibethinker"):
         config = apply_settings(config, list(VIBETHINKER))
     if config.extend.stages:  # the fine-tuning alone
         config = replace(config, extend=type(config.extend)())
-    found = quotes(config, gpus, assumed)
+    found = quotes(config, gpus)
     for q in found:
         print(f"  {name:<26} {q.kind:<22} {q.steps:>6,} x {q.step_s:>8.2f} s = {q.hours:>7.2f} h on "
               f"{q.num_gpus} {q.gpu}")
     return found
-
-
-SWAPPED = ("objective.name=distill", "train.steps=2500", "train.global_batch_size=64",
-           'data.phases=[{"name": "opd", "seq_len": 4096}]')
-"""Makes of the fine-tuning a distillation of answers that are written before its steps."""
-
-
-def print_turns() -> None:
-    """Print Typhoon-S's distillation as its authors do it: all three models take turns in every step."""
-    print("\nTyphoon-S's distillation with the models swapped in each of its 2,500 steps, as in the paper")
-    spent = jobs("typhoon-s-8b", on("h100", 8), Assumed(turns=2500, teacher="qwen3-30b-a3b-2507"), SWAPPED)
-    spent += jobs("typhoon-s-8b", on("h100", 8))
-    print(f"  predicted {totals(spent).days:.1f} days, published about 2")
 
 
 def print_deepscaler() -> None:
@@ -201,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.fit:
         found = fitted(rows, args.fit)
         print(f"fitted: {asdict(found)}\n{share([error(row, found) for row in rows])}\n")
-    steps: list[Callable[[], None]] = [print_budgets, print_turns, print_deepscaler]
+    steps: list[Callable[[], None]] = [print_budgets, print_deepscaler]
     print_rounds(rows, args.fit)
     for step in steps:
         step()

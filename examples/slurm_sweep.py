@@ -1,6 +1,6 @@
 # What: a sweep over learning rates as Slurm jobs; each run is a folder, and a job that dies goes on by itself.
 # Run:  python examples/slurm_sweep.py --dry-run
-# See:  three job scripts; without --dry-run three jobs, and `megatron-sov report runs/lr-*` compares them.
+# See:  three job scripts; without --dry-run three jobs, and `megatron-sov status runs` compares them.
 
 import json
 import subprocess

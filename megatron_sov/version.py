@@ -27,11 +27,10 @@ PARTS = {
               "megatron_sov.commands.evaluate.eval_results",
               "megatron_sov.commands.train.forgetting_gate"),
     "plan": ("megatron_sov.proof", "megatron_sov.plan.calibration.calibrate",
-             "megatron_sov.plan.calibration.engine",
-             "megatron_sov.plan.on_cluster",
-             "megatron_sov.plan.pages", "megatron_sov.plan.post_training", "megatron_sov.plan.pricing",
-             "megatron_sov.plan.search.default", "megatron_sov.plan.search.space",
-             "megatron_sov.plan.search.sweep", "megatron_sov.plan.tables",
+             "megatron_sov.plan.calibration.learned", "megatron_sov.plan.on_cluster",
+             "megatron_sov.plan.operation", "megatron_sov.plan.pages", "megatron_sov.plan.post_training",
+             "megatron_sov.plan.pricing", "megatron_sov.plan.search.default",
+             "megatron_sov.plan.search.space", "megatron_sov.plan.search.sweep", "megatron_sov.plan.speed",
              "megatron_sov.commands.operate.plan"),
     "operate": ("megatron_sov.operate", "megatron_sov.commands.operate.submit",
                 "megatron_sov.commands.operate.job_summary",
@@ -45,7 +44,7 @@ PARTS = {
 """Part that an installation can do without -> its packages and modules; all others are the core."""
 
 PARTS_NEEDED = {"curate": ("data",), "synth": ("data", "curate", "post"), "bench": ("post",),
-                "omni": ("data",), "operate": ("plan",), "publish": ("plan",)}
+                "omni": ("data",), "operate": ("plan",)}
 """Part -> the other parts that it imports."""
 
 

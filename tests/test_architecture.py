@@ -47,7 +47,6 @@ WINGS: dict[str, tuple[set[str], ...]] = {
     "megatron_sov/omni": ({"media"}, {"codecs"}, {"generation"}, {""}),
     "megatron_sov/engine": ({"parallel"}, {"model"}, {"optimizer", "decode"}),
     "megatron_sov/train": ({"data"}, {"guards", "side_jobs"}, {""}),
-    "megatron_sov/plan": ({"speed"}, {"tables"}),
     # steps know the contract of a pipeline, and a pipeline knows steps by name alone
     "data_prep/curate": ({"sources", "journey", "pipelines"}, {"pipeline"},
                          {"quality", "dedup", "scoring"}, {"decontamination"}),

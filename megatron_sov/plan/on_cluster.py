@@ -14,17 +14,17 @@ from megatron_sov.model import recipes
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.families.count import num_params
 from megatron_sov.model.recipes.requested import RecipeRequest
-from megatron_sov.plan.calibration.expected import LearnedCorrection
 from megatron_sov.plan.calibration.fitting import (
     fullest, nearest, refuse_on_nodes, refuse_too_large, usable_bytes)
+from megatron_sov.plan.calibration.learned import LearnedCorrection
 from megatron_sov.plan.footprint.memory import Account
 from megatron_sov.plan.pages import quote as quote_tables
 from megatron_sov.plan.pages.quote import Quote, QuoteTable, QuoteTotals, as_json, gib, totals
 from megatron_sov.plan.pages.telling import PlanText, name, set_line, size_line, sizes, submit_line
 from megatron_sov.plan.post_training import covers, quotes
 from megatron_sov.plan.pricing import Machines, Pricing, pricing, quote, refuse_precision, run_stages
-from megatron_sov.plan.search.default import DefaultLayout, find_layout, leaves_layout_open
-from megatron_sov.plan.search.recommended import settings_for
+from megatron_sov.plan.search.default import (
+    DefaultLayout, choose_layout, leaves_layout_open, recommended_settings)
 from megatron_sov.plan.search.space import as_dict, own_choice
 from megatron_sov.plan.search.sweep import (
     SweepSearch, fewest_nodes, fits_somehow, num_layouts, search, told_nodes)
@@ -190,11 +190,10 @@ def placed(request: RecipeRequest, machines: Machines,
     config, settings = request.config(), list(request.settings)
     prices, default = pricing(machines, learned), None
     if leaves_layout_open(request):
-        default = find_layout(config, machines, settings, learned)
-        chosen = list(default.settings) if default else _recommended(config, machines, settings)
+        chosen, default = choose_layout(config, machines, settings, learned)
         if prices and default is None:
-            _refuse_few_nodes(config, apply_settings(config, chosen), prices, settings)
-        config, settings = apply_settings(config, chosen), settings + chosen
+            _refuse_few_nodes(config, apply_settings(config, list(chosen)), prices, settings)
+        config, settings = apply_settings(config, list(chosen)), [*settings, *chosen]
     config.check(machines.num_ranks)
     if prices:
         refuse_precision(config, prices.chip)
@@ -224,7 +223,8 @@ def searched(request: RecipeRequest, machines: Machines, recipe: Sequence[str],
     choice = found.best[0].choice
     settings = choice.settings(config)
     best = apply_settings(config, settings)
-    otherwise = _recommended(config, machines, request.settings) if leaves_layout_open(request) else []
+    is_open = leaves_layout_open(request)
+    otherwise = list(recommended_settings(config, machines, request.settings)) if is_open else []
     told = PlanText(found, machines, own_choice(apply_settings(config, otherwise)), settings,
                     submit_line(config, machines, recipe, [*request.settings, *settings]))
     _refuse_on_host(best, machines)
@@ -254,12 +254,6 @@ def _refuse_too_large(config: RunConfig, prices: Pricing) -> None:
         way_out = ("--sweep finds one that fits" if fits_somehow(config, prices)
                    else told_nodes(fewest_nodes(config, prices)))
         raise UserError(f"{e}; {way_out}") from None
-
-
-def _recommended(config: RunConfig, machines: Machines, said: Sequence[str]) -> list[str]:
-    """Return the settings of the recommended layout; none where none is."""
-    gpu = machines.profile.gpu if machines.profile.gpus_per_node else ""
-    return list(settings_for(config, machines.num_ranks, gpu, said))
 
 
 def quote_run(config: RunConfig, prices: Pricing, settings: Sequence[str]) -> list[Quote]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ModelConfig, PhaseConfig, RunConfig
@@ -52,8 +51,6 @@ class EngineCosts:
     refit_bytes_per_s: float = 19e9
     """Bytes of new weights a second, over all engines, where trainer and engines take turns on the same GPUs:
     what is in the way leaves and comes back within it."""
-    refit_apart_bytes_per_s: float = 48e9
-    """The same where engines have GPUs of their own."""
     round_s: float = 19.0
     """Seconds of a round for what is none of that: prompts, rewards that are rules, advantages."""
 
@@ -84,9 +81,6 @@ class DecodingRequest:
     max_tokens: int
     per_prompt: int = 1
     """Responses to one prompt, which is read once for all of them."""
-    rounds_ahead: int = 0
-    """Rounds that may be under way before the last response of the first of them; 0: engines stand still when
-    few responses are left, until the next policy."""
 
     @property
     def ends_after_tokens(self) -> float:
@@ -129,15 +123,11 @@ def writing(engines: Engines, asked: DecodingRequest, parameters: Parameters) ->
     room = e.costs.memory_share * e.chip.memory_bytes - weights
     # Room is reserved for the length at the end, else responses would be thrown out of the cache midway.
     held = int(max(1, room / (kv_bytes(e.shape, longest) / kv_cuts(e.shape, e.tp))))
-    running = min(mine * max(1, asked.rounds_ahead), held, e.costs.max_running)
+    running = min(mine, held, e.costs.max_running)
     full_s = step_s(e, running, context, parameters)
-    if asked.rounds_ahead:
-        decode_s, tail_s = mine * asked.response_tokens / running * full_s, 0.0
-    else:
-        decode_s = (mine - running) * asked.response_tokens / running * full_s
-        tail_s = sum(
-            steps * step_s(e, max(1.0, alive * running), asked.prompt_tokens + token, parameters)
-            for token, steps, alive in _thinning(asked, running * e.num_engines))
+    decode_s = (mine - running) * asked.response_tokens / running * full_s
+    tail_s = sum(steps * step_s(e, max(1.0, alive * running), asked.prompt_tokens + token, parameters)
+                 for token, steps, alive in _thinning(asked, running * e.num_engines))
     prompts = mine * asked.prompt_tokens / asked.per_prompt
     prefill_s = prompts * e.shape.forward_flops_per_token(max(1, round(asked.prompt_tokens))) / (
         e.tp * e.chip.bf16_flops_per_s * product_share(e.chip, parameters))
@@ -216,8 +206,6 @@ class DecodingRound(DecodingWriting):
     refit_s: float
     """New weights on their way into the engines."""
     other_s: float
-    apart: bool
-    """Whether engines and trainer have GPUs of their own, and work at the same time."""
 
     @property
     def generate_s(self) -> float:
@@ -229,14 +217,12 @@ class DecodingRound(DecodingWriting):
 
     @property
     def total_s(self) -> float:
-        """Seconds of the round: of jobs that work at the same time the longer one."""
-        # Apart, the shorter job waits for the longer one: staleness is bounded.
-        together = max(self.generate_s, self.learn_s) if self.apart else self.generate_s + self.learn_s
-        return together + self.refit_s + self.other_s
+        """Seconds of the round: its jobs take turns on the same GPUs."""
+        return self.generate_s + self.learn_s + self.refit_s + self.other_s
 
 
 def round_of(engines: Engines, asked: DecodingRequest, step: Workload, num_forward: float,
-             parameters: Parameters, *, apart: bool = False) -> DecodingRound:
+             parameters: Parameters) -> DecodingRound:
     """Return what a round takes.
 
     Args:
@@ -246,7 +232,6 @@ def round_of(engines: Engines, asked: DecodingRequest, step: Workload, num_forwa
             size says how many of them make a step.
         num_forward: passes over the round that only look.
         parameters: those of the model of speed.
-        apart: whether engines and trainer have GPUs of their own.
     """
     costs: EngineCosts = engines.costs
     tokens = asked.num_responses * (asked.prompt_tokens + asked.response_tokens)
@@ -258,78 +243,9 @@ def round_of(engines: Engines, asked: DecodingRequest, step: Workload, num_forwa
     forward_s = num_forward * step_time(replace(whole, objective="forward"), parameters).total_s
     written = writing(engines, asked, parameters)
     weight_bytes = engines.shape.params() * engines.weight_bytes
-    rate = costs.refit_apart_bytes_per_s if apart else costs.refit_bytes_per_s
     return DecodingRound(**vars(written), forward_s=forward_s,
                          train_s=steps * step_time(one, parameters).total_s,
-                         refit_s=weight_bytes / rate, other_s=costs.round_s, apart=apart)
-
-
-@dataclass(frozen=True)
-class Assumed:
-    """Lengths of documents and responses, and what stands on the command line."""
-
-    document_tokens: int = 1000
-    """Fine-tuning: mean tokens of a conversation; attention stays inside of it (Typhoon-S: 340,000 of about
-    1,000 each)."""
-    response_share: float = 0.5
-    """Mean tokens of a response beside the longest that the settings allow."""
-    prompt_share: float = 0.25
-    """The same of a prompt."""
-    student_share: float = 0.25
-    """Distillation: share of the samples that the student writes itself (Typhoon-S's lambda)."""
-    turns: int = 10
-    """Distillation: how often the student writes anew with what it has learned; the paper swaps models in
-    every step."""
-    teacher: str = ""
-    """Recipe of the teacher's model; empty: the one that `TEACHERS` names, or one as large as the student."""
-    judge_s: float = 0.1
-    """Seconds of a processor core to judge a response by rules or tests."""
-    judge_cores: int = 32
-
-
-def teacher_of(config: RunConfig, assumed: Assumed) -> str:
-    """Return the recipe of a run's teacher; empty: nobody names one."""
-    return assumed.teacher or TEACHERS.get(config.recipe, "")
-
-
-# What papers said that their post-training took, to stand beside a price.
-
-
-@dataclass(frozen=True)
-class PostTrainingBudget:
-    recipes: tuple[str, ...]
-    """Recipes of the runs that it was spent on, together."""
-    gpu: str
-    """Chip, as `clusters.chips` calls it."""
-    num_gpus: int
-    """GPUs; 0: not said."""
-    gpu_hours: float
-    """GPU-hours of all of them."""
-    cost_usd: float
-    """Money that the authors name; 0: none."""
-    told: str
-
-
-BUDGETS = (
-    PostTrainingBudget(("typhoon-s-8b", "typhoon-s-8b-opd"), "h100", 8, 8 * 48.0, 0.0,
-                       "SFT and on-policy distillation: 8 H100, about 2 days (arXiv 2601.18129)"),
-    PostTrainingBudget(("typhoon-s-4b-legal",), "h100", 4, 4 * 24.0, 0.0,
-                       "InK-GRPO: 4 H100, about 1 day (arXiv 2601.18129)"),
-    PostTrainingBudget(("typhoon-s-4b-legal-agent",), "h100", 4, 4 * 24.0, 0.0,
-                       "agentic InK-GRPO: 4 H100, about 1 day (arXiv 2601.18129)"),
-    PostTrainingBudget(("vibethinker-1.5b", "vibethinker-1.5b-math-16k", "vibethinker-1.5b-math-32k",
-                        "vibethinker-1.5b-code"), "h800", 0, 3900.0, 7800.0,
-                       "all post-training: 3,900 H800 hours, 7,800 USD at 2 an hour (arXiv 2511.06221)"),
-)
-"""Budgets of runs that there are recipes for."""
-
-
-def published_prices(recipe: str) -> tuple[str, ...]:
-    """Return what was published of a recipe's price, as sentences."""
-    return tuple(f"published of {' + '.join(b.recipes)}: {b.told}" for b in BUDGETS if recipe in b.recipes)
-
-
-# Quotes of jobs that are no phase of a curriculum: what all of them have in common.
+                         refit_s=weight_bytes / costs.refit_bytes_per_s, other_s=costs.round_s)
 
 
 def priced(pricing: Pricing, name: str, kind: str, phase: PhaseConfig, *, steps: int, tokens: int,
@@ -351,9 +267,28 @@ def priced(pricing: Pricing, name: str, kind: str, phase: PhaseConfig, *, steps:
         notes=(*notes, *([f"Cost: {paid.price_note}."] if gpus else [])))
 
 
+# Lengths of documents and responses, which nobody knows before the run.
+
+
+DOCUMENT_TOKENS = 1000
+"""Fine-tuning: mean tokens of a conversation; attention stays inside of it (Typhoon-S: 340,000 of about 1,000
+each)."""
+RESPONSE_SHARE = 0.5
+"""Mean tokens of a response beside the longest that the settings allow."""
+PROMPT_SHARE = 0.25
+"""The same of a prompt."""
+STUDENT_SHARE = 0.25
+"""Distillation: share of the samples that the student writes itself (Typhoon-S's lambda)."""
+TURNS = 10
+"""Distillation: how often the student writes anew with what it has learned."""
+JUDGE_S, JUDGE_CORES = 0.1, 32
+"""Seconds of a processor core to judge a response by rules or tests, and cores that judge."""
+
+
 # What post-training takes, by its jobs: fine-tuning, distillation, preference, reinforcement learning.
 
 
+DECODING = "steps of decoding take what NeMo RL's with vLLM took in published rounds"
 MAX_WEIGHTS_SHARE = 0.5
 """Of a GPU's memory that an engine's weights may take: what is left holds responses."""
 MAX_TP = 8
@@ -373,22 +308,14 @@ def engines_of(shape: ModelShape, pricing: Pricing) -> Engines:
     while tp < min(MAX_TP, pricing.num_ranks) and (
             weight_bytes / tp > MAX_WEIGHTS_SHARE * pricing.chip.memory_bytes):
         tp *= 2
-    measured: dict[str, Any] = dict(pricing.engine)
-    return Engines(shape, pricing.chip, pricing.links, pricing.num_ranks, tp, costs=EngineCosts(**measured))
+    return Engines(shape, pricing.chip, pricing.links, pricing.num_ranks, tp)
 
 
-def _measured(pricing: Pricing) -> str:
-    """Return whose engine a price of writing is for."""
-    return ("steps of decoding take what an engine of yours was measured to take" if pricing.engine else
-            "steps of decoding take what NeMo RL's with vLLM took in published rounds; `megatron-sov plan "
-            "--calibrate-engine URL` measures yours")
-
-
-def decoding_request(config: RunConfig, assumed: Assumed) -> DecodingRequest:
+def decoding_request(config: RunConfig) -> DecodingRequest:
     r = config.rollout
     return DecodingRequest(r.prompts_per_round * r.samples_per_prompt,
-                           assumed.prompt_share * r.max_prompt_tokens,
-                           assumed.response_share * r.max_new_tokens, r.max_new_tokens, r.samples_per_prompt)
+                           PROMPT_SHARE * r.max_prompt_tokens,
+                           RESPONSE_SHARE * r.max_new_tokens, r.max_new_tokens, r.samples_per_prompt)
 
 
 def rows_of(config: RunConfig, asked: DecodingRequest) -> int:
@@ -414,10 +341,9 @@ def num_forward(config: RunConfig) -> float:
     return (config.policy.parts.kl != "none") + later
 
 
-def one_round(config: RunConfig, pricing: Pricing, assumed: Assumed) -> tuple[DecodingRound, Workload,
-                                                                              DecodingRequest]:
+def one_round(config: RunConfig, pricing: Pricing) -> tuple[DecodingRound, Workload, DecodingRequest]:
     """Return what a round takes, with its optimizer step and what it asks for."""
-    asked = decoding_request(config, assumed)
+    asked = decoding_request(config)
     rows = max(1, round(rows_of(config, asked) / config.rollout.steps_per_round))
     phase = replace(config.data.phases[0], global_batch_size=rows)
     imbalance = pricing.parameters.real_imbalance if config.model.num_moe_layers() else 1.0
@@ -426,8 +352,8 @@ def one_round(config: RunConfig, pricing: Pricing, assumed: Assumed) -> tuple[De
     return round_of(engines, asked, step, num_forward(config), pricing.parameters), step, asked
 
 
-def reinforcement(config: RunConfig, pricing: Pricing, assumed: Assumed) -> list[Quote]:
-    took, step, asked = one_round(config, pricing, assumed)
+def reinforcement(config: RunConfig, pricing: Pricing) -> list[Quote]:
+    took, step, asked = one_round(config, pricing)
     rounds, phase = max(1, config.rollout.rounds), config.data.phases[0]
     engines = engines_of(step.shape, pricing)
     responses = PhaseConfig("responses", seq_len=config.rollout.max_prompt_tokens + asked.max_tokens,
@@ -447,21 +373,21 @@ def reinforcement(config: RunConfig, pricing: Pricing, assumed: Assumed) -> list
                f"GPU{'s' if engines.tp > 1 else ''}, "
                f"{took.running:,} responses at a time in each; prompts of {asked.prompt_tokens:,.0f} and "
                f"responses of {asked.response_tokens:,.0f} tokens are assumed, the longest are "
-               f"{asked.max_tokens:,}", _measured(pricing)))
+               f"{asked.max_tokens:,}", DECODING))
     reward = priced(
         pricing, "reward", "RL: reward", responses, steps=rounds, tokens=written, on_gpus=False,
-        seconds={"judge": asked.num_responses * assumed.judge_s / assumed.judge_cores},
+        seconds={"judge": asked.num_responses * JUDGE_S / JUDGE_CORES},
         memory=QuotedMemory({}, 0),
-        notes=(f"reward: rules or tests of {assumed.judge_s:g} s of a core for each response are assumed, on "
-               f"{assumed.judge_cores} cores; a model that judges writes like the policy",))
-    teacher = _teacher(config, assumed) if has_teacher else None
+        notes=(f"reward: rules or tests of {JUDGE_S:g} s of a core for each response are assumed, on "
+               f"{JUDGE_CORES} cores; a model that judges writes like the policy",))
+    teacher = _teacher(config) if has_teacher else None
     at, needs = fullest(config, pricing.num_ranks, teacher)
     learning = {"passes that look": took.forward_s, "optimizer steps": took.train_s}
     told = "" if config.rollout.rounds else "; rollout.rounds is 0, one is priced"
     if teacher is not None:
         learning["passes that look"] *= (of_model(teacher).forward_flops_per_token(phase.seq_len)
                                          / step.shape.forward_flops_per_token(phase.seq_len))
-        told += f"; teacher beside: {teacher_of(config, assumed) or 'one as large as the student'}"
+        told += f"; teacher beside: {TEACHERS.get(config.recipe, 'one as large as the student')}"
     train = priced(
         pricing, "train", "RL: train", replace(phase, global_batch_size=step.global_batch_size), steps=rounds,
         tokens=rounds * rows_of(config, asked) * phase.seq_len,
@@ -487,27 +413,24 @@ def covers(config: RunConfig) -> bool:
     return config.objective.name in KINDS and not config.extend.stages
 
 
-def quotes(config: RunConfig, pricing: Pricing, assumed: Assumed | None = None) -> list[Quote]:
+def quotes(config: RunConfig, pricing: Pricing) -> list[Quote]:
     """Return the quotes of a run's jobs, one after the other on the same GPUs."""
-    assumed = assumed or Assumed()
     if config.objective.name == "policy":
-        found = reinforcement(config, pricing, assumed)
-    else:
-        stages = run_stages(config, pricing.num_ranks)
-        before = [q for stage in stages for q in _before(stage, pricing, assumed)]
-        found = [*before, *(_train(stage, pricing, assumed) for stage in stages)]
-    return [replace(found[0], notes=(*found[0].notes, *published_prices(config.recipe))), *found[1:]]
+        return reinforcement(config, pricing)
+    stages = run_stages(config, pricing.num_ranks)
+    before = [q for stage in stages for q in _before(stage, pricing)]
+    return [*before, *(_train(stage, pricing) for stage in stages)]
 
 
-def _train(stage: RunStage, pricing: Pricing, assumed: Assumed) -> Quote:
+def _train(stage: RunStage, pricing: Pricing) -> Quote:
     """Return the quote of the optimizer steps of a stage: a phase's, with short documents in its rows."""
     kind = KINDS[stage.config.objective.name]
     whole = quote(stage, pricing)
-    document = min(assumed.document_tokens, stage.phase.seq_len)
+    document = min(DOCUMENT_TOKENS, stage.phase.seq_len)
     step = replace(pricing.workload(stage), document_tokens=document)
     seconds = step_time(step, pricing.parameters).components
     if kind == "distillation":
-        seconds["teacher's head"] = _teachers_head_s(stage, pricing, assumed)
+        seconds["teacher's head"] = _teachers_head_s(stage, pricing)
     if kind == "preference" and stage.config.preference.method == "kto":
         # its distance from the reference is one number of the whole batch, found before the losses
         forward = replace(step, objective="forward", sharding="none", recompute="none", recompute_modules=())
@@ -522,23 +445,23 @@ def _train(stage: RunStage, pricing: Pricing, assumed: Assumed) -> Quote:
                    imbalance=whole.imbalance, checkpoint=whole.checkpoint)
 
 
-def _before(stage: RunStage, pricing: Pricing, assumed: Assumed) -> list[Quote]:
+def _before(stage: RunStage, pricing: Pricing) -> list[Quote]:
     """Return the quotes of what is done before a stage's first step: by a reference, a student, a teacher."""
     objective = stage.config.objective.name
     if objective == "preference" and stage.config.preference.method in WITH_REFERENCE:
         return [_forward(stage, pricing, "reference", "preference: reference", stage.config)]
     if objective != "distill":
         return []
-    teacher = teacher_of(stage.config, assumed)
-    config = replace(stage.config, model=_teacher(stage.config, assumed))
-    return [_writing(stage, pricing, assumed),
+    config = replace(stage.config, model=_teacher(stage.config))
+    return [_writing(stage, pricing),
             _forward(stage, pricing, "teacher", "distillation: teacher", config,
-                     (f"teacher: {teacher or 'one as large as the student'} reads all samples",))]
+                     (f"teacher: {TEACHERS.get(stage.config.recipe, 'one as large as the student')} reads "
+                       "all samples",))]
 
 
-def _teacher(config: RunConfig, assumed: Assumed) -> ModelConfig:
+def _teacher(config: RunConfig) -> ModelConfig:
     """Return the teacher's model; the student's where nobody names one."""
-    name = teacher_of(config, assumed)
+    name = TEACHERS.get(config.recipe)
     return recipes.get(name).model if name else config.model
 
 
@@ -562,33 +485,33 @@ def _forward(stage: RunStage, pricing: Pricing, name: str, kind: str, config: Ru
                   flops_per_token=shape.forward_flops_per_token(stage.phase.seq_len), notes=notes)
 
 
-def _writing(stage: RunStage, pricing: Pricing, assumed: Assumed) -> Quote:
+def _writing(stage: RunStage, pricing: Pricing) -> Quote:
     """Return the quote of what the student writes itself, turn by turn; half of a row is the longest
     response.  Each turn has to bring student and teacher to the GPUs."""
     longest = max(1, stage.phase.seq_len // 2)
-    samples = max(1, round(stage.steps * stage.global_batch_size * assumed.student_share))
-    asked = DecodingRequest(-(-samples // assumed.turns), assumed.prompt_share * longest,
-                            assumed.response_share * longest, longest)
+    samples = max(1, round(stage.steps * stage.global_batch_size * STUDENT_SHARE))
+    asked = DecodingRequest(-(-samples // TURNS), PROMPT_SHARE * longest,
+                            RESPONSE_SHARE * longest, longest)
     engines = engines_of(of_model(stage.config.model), pricing)
     took, costs = writing(engines, asked, pricing.parameters), engines.costs
-    moved = (engines.shape.params() + of_model(_teacher(stage.config, assumed)).params()) * 2
+    moved = (engines.shape.params() + of_model(_teacher(stage.config)).params()) * 2
     weights = round(engines.shape.params() * engines.weight_bytes / engines.tp)
     return priced(
         pricing, "write", "distillation: write", replace(stage.phase, global_batch_size=asked.num_responses),
-        steps=assumed.turns, tokens=round(assumed.turns * asked.num_responses * asked.response_tokens),
+        steps=TURNS, tokens=round(TURNS * asked.num_responses * asked.response_tokens),
         seconds={"prefill": took.prefill_s, "decode": took.decode_s, "last responses": took.tail_s,
                  "models come and go": moved / costs.refit_bytes_per_s, "other": costs.round_s},
         memory=QuotedMemory({"weights": weights, "keys and values": took.memory_bytes - weights},
                             int(engines.costs.memory_share * pricing.chip.memory_bytes)),
-        notes=(f"write: the student answers {samples:,} prompts ({assumed.student_share:.0%} of the "
-               f"samples) in {assumed.turns:,} turns, {asked.response_tokens:,.0f} tokens each",
-               _measured(pricing)))
+        notes=(f"write: the student answers {samples:,} prompts ({STUDENT_SHARE:.0%} of the "
+               f"samples) in {TURNS:,} turns, {asked.response_tokens:,.0f} tokens each",
+               DECODING))
 
 
-def _teachers_head_s(stage: RunStage, pricing: Pricing, assumed: Assumed) -> float:
+def _teachers_head_s(stage: RunStage, pricing: Pricing) -> float:
     """Return the seconds of the teacher's output head in a step, which the student's last stage applies to
     its hidden states."""
-    model = _teacher(stage.config, assumed)
+    model = _teacher(stage.config)
     flops = 2 * model.hidden_size * model.vocab_size * stage.global_batch_size * stage.phase.seq_len
     share = pricing.parameters.product_fraction[pricing.chip.generation]["bf16"]
     on = pricing.num_ranks / stage.config.parallel.pp

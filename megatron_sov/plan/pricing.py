@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import ExtendStageConfig, PhaseConfig, RunConfig
 from megatron_sov.model.recipes.extension import micro_batch_size
-from megatron_sov.plan.calibration.expected import LearnedCorrection, shipped
 from megatron_sov.plan.calibration.fitting import fullest, usable_bytes
+from megatron_sov.plan.calibration.learned import LearnedCorrection, shipped
 from megatron_sov.plan.operation import Cost, Operation, cost, operation
 from megatron_sov.plan.pages.quote import Checkpoint, Quote, QuotedMemory, Traffic
 from megatron_sov.plan.search.space import as_dict, own_choice
@@ -174,8 +174,6 @@ class Pricing:
 
     machines: Machines
     parameters: Parameters
-    engine: Mapping[str, float] = field(default_factory=dict)
-    """What was measured of a decoding engine, by field of `EngineCosts`; empty: published rounds tell."""
     _known: Known = field(default_factory=dict, compare=False, repr=False)
     """Parts of steps that were timed before."""
 
@@ -220,7 +218,7 @@ def pricing(machines: Machines, learned: LearnedCorrection | None = None) -> Pri
     """Return what prices stages on some nodes, by what was learned there or by what comes with the package;
     None: the profile does not say what GPUs they have."""
     learned = learned or shipped()
-    return Pricing(machines, learned.parameters, learned.engine) if machines.chip else None
+    return Pricing(machines, learned.parameters) if machines.chip else None
 
 
 def refuse_precision(config: RunConfig, chip: Chip) -> None:

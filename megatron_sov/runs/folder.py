@@ -39,8 +39,6 @@ GATE = "gate"
 """Results of a forgetting gate; its first ones come before there is a run."""
 DATA, TOKENIZER = "data", "tokenizer"
 """Token shards of the files that --data names, and the tokenizer that packed them."""
-PLAN = "plan.json"
-"""What the run's settings predict on the machines that it found itself on (`plan/footprint/kept.py`)."""
 ROUNDS = "rounds"
 """Documents of the rounds of `megatron-sov rl train`."""
 FAULTS = "faults"
@@ -241,7 +239,7 @@ class RunFolder:
                 events.is_file() and any(event.get("step", 0) for event in read_events(events))):
             return
         with contextlib.suppress(OSError):
-            for file in (events, self.path / CONFIG, self.path / PLAN, self.path / COMMAND):
+            for file in (events, self.path / CONFIG, self.path / COMMAND):
                 file.unlink(missing_ok=True)
             # rmdir, not rmtree: it fails on a folder that holds anything, and then all stays.
             self.checkpoints.rmdir()

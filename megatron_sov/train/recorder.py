@@ -19,17 +19,14 @@ from typing import Any
 
 import torch
 
-from megatron_sov.base.errors import UserError, warn
+from megatron_sov.base.errors import warn
 from megatron_sov.checkpoint.save import Saved
 from megatron_sov.engine.model import gpu_settings, specs
 from megatron_sov.engine.parallel.device import on_gpu
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families.count import num_params, train_flops_per_token
-from megatron_sov.plan.calibration.expected import Machine, expected
-from megatron_sov.plan.footprint import kept
 from megatron_sov.runs.checkpoints import KIND
-from megatron_sov.runs.folder import PLAN
 from megatron_sov.runs.gpu_driver import open_meter
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.runs.obs.alerts import Alerts
@@ -75,27 +72,7 @@ class StepResult:
     """Meter of the objective -> its mean over the batch."""
 
 
-# The plan that a run keeps: what its settings predict on the machine that it finds itself on.
-
 CPU_INFO = Path("/proc/cpuinfo")
-
-
-def keep_plan(config: RunConfig, num_ranks: int, run: Path, memory_before_bytes: int) -> int | None:
-    """Keep a run's plan beside its events; returns its number, or None where it cannot be made: no run fails
-    for its plan.
-
-    Args:
-        config: the run's settings.
-        num_ranks: processes.
-        run: its folder.
-        memory_before_bytes: what this process had of the host's memory before its model was built.
-    """
-    try:
-        machine = Machine(device_name(), on_gpu(), torch.get_num_threads(), memory_before_bytes)
-        return kept.keep(run, expected(config, num_ranks, machine))
-    except (UserError, ArithmeticError, AssertionError, LookupError, ValueError, TypeError) as e:
-        warn(f"{run / PLAN}: no plan is kept ({e})")
-        return None
 
 
 def device_name() -> str:
@@ -219,7 +196,7 @@ class Recorder:
         self.events = EventLog(run / EVENTS, observe)
 
     def begin(self, step: int, continued_from: str | None, sources: list[Source],
-              entries: Sequence[LedgerEntry], plan: int | None = None, start: Path | None = None,
+              entries: Sequence[LedgerEntry], start: Path | None = None,
               besides: Sequence[Mapping[str, str]] = ()) -> None:
         """Tell what runs where.
 
@@ -228,7 +205,6 @@ class Recorder:
             continued_from: name of the run's own checkpoint that it goes on from.
             sources: what is read.
             entries: the ledger.
-            plan: number of the plan in RUN/plan.json that holds for what runs; None: it has kept none.
             start: the checkpoint whose weights it starts from; None: none, or it goes on from its own.
             besides: what else it learns from, each as `provenance` has it.
         """
@@ -244,7 +220,6 @@ class Recorder:
               gpu=gpu_settings.resolve_auto(config, te),
               **headline_fields(self.headline, comparable=self._comparable),
               inputs=[*provenance(sources), *([] if start is None else [as_input(KIND, start)]), *besides],
-              **({} if plan is None else {"plan": plan}),
               machine={"host": platform.node(), "device": device_name(), "python": platform.python_version(),
                        "torch": torch.__version__, "threads": torch.get_num_threads(),
                        **({"gpu_uuid": uuid} if (uuid := self._efficiency.gpu_uuid) else {})})

@@ -48,7 +48,7 @@ from megatron_sov.train.objectives.data_batches import DataBatches, ObjectiveCon
 from megatron_sov.train.objectives.objective import (
     GlobalBatch, Objective, columns_of, doubt_of, headline_of, is_comparable, parts_of,
     refuse_nothing_learned)
-from megatron_sov.train.recorder import Recorder, StepResult, keep_plan, peak_memory
+from megatron_sov.train.recorder import Recorder, StepResult, peak_memory
 from megatron_sov.train.side_jobs.side_jobs import Garbage, Profiling, SideJobs
 from megatron_sov.train.stages.announcement import banner, memory_of
 from megatron_sov.train.stages.evaluate import HeldoutEvaluator, HeldoutLoss
@@ -83,7 +83,6 @@ class Trainer:
             feed: brings what is not there yet when the run begins; None: everything is.
         """
         self.config, self.world, self.folder, self.sources, self.gate = config, world, folder, sources, gate
-        self._memory_before_bytes = int(peak_memory()["peak_memory_bytes"])  # before the model counts in it
         self._feed = feed
         self.schedule, self.state = Schedule(config), TrainState()
         self.num_steps = self.schedule.num_steps
@@ -217,15 +216,14 @@ class Trainer:
 
     def announce(self) -> None:
         """Record what runs where."""
-        entries, plan = self.batches.ledger.entries, None
+        entries = self.batches.ledger.entries
         if self.world.is_main:
-            plan = keep_plan(self.config, self.world.size, self.folder.path, self._memory_before_bytes)
             steps = range(self.step, self.num_steps)
             told = banner(self.config, self.world.size, self.folder.path, steps, entries, self.sources,
                           memory_of(self.config, self.world.size), torch.get_num_threads())
             print(f"{told}\n", end="", file=sys.stderr, flush=True)
         self.recorder.judge_by(headline_of(self.objective), comparable=is_comparable(self.objective))
-        self.recorder.begin(self.step, self._continued_from, self.sources, entries, plan,
+        self.recorder.begin(self.step, self._continued_from, self.sources, entries,
                             self._started_from if self.world.is_main else None, self._besides)
 
     # one step

@@ -8,10 +8,10 @@ from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_sov import recipes
 from megatron_sov.plan.speed.parameters import Parameters, default
 from megatron_sov.plan.speed.step import step_time
-from megatron_sov.plan.speed.workload import Workload
-from megatron_sov.plan.tables.predicted import published
+from megatron_sov.plan.speed.workload import Workload, of_model
 from megatron_sov.work.clusters.chips import chip, default_links
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
@@ -35,11 +35,11 @@ def test_hidden_parameters_are_found() -> None:
     truth = Parameters(**hidden)
     a100 = chip("a100")
     samples = []
-    for model in published():
-        if model.names[0] in ("llama3-8b", "llama2-13b", "qwen2.5-7b", "qwen3-0.6b", "mpt-1b", "mpt-350m"):
-            for seq_len in (512, 2048):
-                w = Workload(model.shape, a100, default_links(a100), 8, seq_len, 4, 256, sharding="zero1")
-                samples.append(Sample(w, step_time(w, truth).tokens_per_s_per_gpu))
+    for name in ("llama-3.1-8b", "exaone-4.0-1.2b", "qwen2-1.5b", "qwen3-4b", "qwen3-8b", "gemma-3-1b"):
+        for seq_len in (512, 2048):
+            w = Workload(of_model(recipes.get(name).model), a100, default_links(a100), 8, seq_len, 4, 256,
+                         sharding="zero1")
+            samples.append(Sample(w, step_time(w, truth).tokens_per_s_per_gpu))
     samples[3] = replace(samples[3], tokens_per_s_per_gpu=samples[3].tokens_per_s_per_gpu * 3)
     priors = {"product_fraction.ampere.bf16": Prior(0.8, 3.0, 0.4, 1.0),
               "hbm_fraction": Prior(0.8, 3.0, 0.3, 1.0)}

@@ -166,7 +166,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path: Path, pretrain: Any, run_comma
         "error: ") == 1, done.stderr
     assert "free some space" in done.stderr
     assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "command.json", "config.json",
-                                                   "events.jsonl", "plan.json"]
+                                                   "events.jsonl"]
     assert list((run / "checkpoints").iterdir()) == []
     again = run_command(*pretrain(run, "--nproc", "2", "--resume", settings=FULL_DISK))
     assert again.returncode == 0, again.stderr

@@ -10,10 +10,10 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
-from megatron_sov.plan.calibration.fitting import fullest
+from megatron_sov.plan.calibration.fitting import TEACHERS, fullest
 from megatron_sov.plan.pages.quote import Quote, totals
 from megatron_sov.plan.post_training import (
-    BUDGETS, Assumed, DecodingRequest, EngineCosts, Engines, covers, quotes, step_s, touched_params, writing)
+    DecodingRequest, EngineCosts, Engines, covers, quotes, step_s, touched_params, writing)
 from megatron_sov.plan.pricing import Machines, Pricing, machines, pricing
 from megatron_sov.plan.speed.parameters import default
 from megatron_sov.plan.speed.workload import ModelShape, kv_bytes, kv_cuts, of_model
@@ -27,9 +27,9 @@ def gpus(num_gpus: int = 8) -> Pricing:
     return found
 
 
-def priced(name: str, *settings: str, num_gpus: int = 8, assumed: Assumed | None = None) -> dict[str, Quote]:
+def priced(name: str, *settings: str, num_gpus: int = 8) -> dict[str, Quote]:
     config = apply_settings(recipes.get(name), ["parallel.zero1=true", *settings])
-    return {q.kind: q for q in quotes(config, gpus(num_gpus), assumed)}
+    return {q.kind: q for q in quotes(config, gpus(num_gpus))}
 
 
 def test_post_training_alone_is_covered() -> None:
@@ -84,34 +84,26 @@ def test_adapters_need_less() -> None:
     assert adapter.memory.total_bytes < 0.6 * whole.memory.total_bytes
 
 
-def test_shorter_conversations_attend_less() -> None:
-    short, long = (priced("typhoon-s-8b", assumed=Assumed(document_tokens=n))["SFT"] for n in (500, 16384))
-    assert short.seconds["attention"] < 0.3 * long.seconds["attention"]
-
-
-def test_a_larger_teacher_reads_longer_and_turns_cost() -> None:
+def test_a_larger_teacher_reads_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = (DISTILL, "train.steps=2500", "train.global_batch_size=64", "data.phases.0.seq_len=4096",
              "data.phases.0.tokens=655360000")
-    small, large = (priced("typhoon-s-8b", *asked, assumed=Assumed(teacher=name))["distillation: teacher"]
-                    for name in ("qwen3-4b-2507", "qwen3-8b"))
-    assert 1.5 < large.hours / small.hours < 2.5
-    few, many = (priced("typhoon-s-8b", *asked, assumed=Assumed(turns=n))["distillation: write"]
-                 for n in (10, 2500))
-    assert many.hours > 10 * few.hours and few.tokens == pytest.approx(many.tokens, rel=0.01)
+    hours = []
+    for name in ("qwen3-4b-2507", "qwen3-8b"):
+        monkeypatch.setitem(TEACHERS, "typhoon-s-8b", name)
+        hours.append(priced("typhoon-s-8b", *asked)["distillation: teacher"].hours)
+    assert 1.5 < hours[1] / hours[0] < 2.5
 
 
 def test_a_teacher_lies_beside_the_model_that_learns_its_distributions() -> None:
-    small, large = (priced("typhoon-s-8b-opd", assumed=Assumed(teacher=name))
-                    for name in ("qwen3-4b-2507", "qwen3-30b-a3b-2507"))
-    beside = [found["RL: train"].memory.by_component["teacher"] for found in (small, large)]
+    found = priced("typhoon-s-8b-opd")
+    beside = found["RL: train"].memory.by_component["teacher"]
     # bf16 weights, with the gaps of their buffers
-    assert beside == pytest.approx([2 * of_model(recipes.get(name).model).params() for name in (
-        "qwen3-4b-2507", "qwen3-30b-a3b-2507")], rel=0.01)
+    assert beside == pytest.approx(2 * of_model(recipes.get("qwen3-30b-a3b-2507").model).params(), rel=0.01)
     config = apply_settings(recipes.get("typhoon-s-8b-opd"), ["parallel.zero1=true"])
-    assert fullest(config, 8)[1].teacher == beside[1], "the recipe's own teacher is counted"
+    assert fullest(config, 8)[1].teacher == beside, "the recipe's own teacher is counted"
     assert fullest(replace(config, recipe="mine"), 8)[1].teacher == fullest(config, 8)[1].weights
     # a quarter of the rounds is written
-    assert large["RL: generate"].steps == 625 and large["RL: train"].steps == 2500
+    assert found["RL: generate"].steps == 625 and found["RL: train"].steps == 2500
 
 
 def test_rounds_of_reinforcement_learning() -> None:
@@ -132,11 +124,6 @@ def test_every_job_on_gpus_says_what_an_hour_costs() -> None:
     for q in priced("typhoon-s-4b-legal").values():
         told = [note for note in q.notes if note.startswith("Cost: 2.95 USD for a GPU and hour")]
         assert len(told) == (1 if q.num_gpus else 0)
-
-
-def test_what_papers_said_stands_beside() -> None:
-    assert any("8 H100, about 2 days" in note for note in priced("typhoon-s-8b")["SFT"].notes)
-    assert {name for budget in BUDGETS for name in budget.recipes} <= set(recipes.RECIPES)
 
 
 # The roofline of writing, against counts by hand and by brute force.
@@ -213,13 +200,6 @@ def test_responses_that_do_not_fit_wait() -> None:
     held = (0.85 * H100.memory_bytes - DENSE.params() * 2) / kv_bytes(DENSE, 1100)
     assert large.running == int(held) < 10_000 and large.decode_s > large.tail_s
     assert large.memory_bytes < 0.85 * H100.memory_bytes
-
-
-def test_rounds_that_overlap_have_no_tail() -> None:
-    asked = DecodingRequest(8 * 64, 100, 1000, 8192)
-    waits, ahead, deep = (writing(engines(costs=EngineCosts()), replace(asked, rounds_ahead=n), default())
-                          for n in (0, 1, 4))
-    assert ahead.tail_s == 0 and deep.total_s < ahead.total_s < waits.total_s
 
 
 def test_prompts_are_read_once_for_their_responses() -> None:

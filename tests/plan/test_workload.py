@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_sov import recipes
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.families.count import TABLES, layer_weights, mean_keys, train_flops_per_token
-from megatron_sov.plan.calibration.expected import read_learned
+from megatron_sov.plan.calibration.learned import read_learned
 from megatron_sov.plan.speed import traffic
 from megatron_sov.plan.speed.parameters import default, of_json
 from megatron_sov.plan.speed.workload import Block, ModelShape, Workload, of_model, of_run

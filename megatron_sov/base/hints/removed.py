@@ -15,7 +15,7 @@ from megatron_sov.base.errors import UserError
 COMMANDS = {
     "megatron-sov audit": "`megatron-sov inspect RUN --verify` checks the hashes of a run's manifests",
     "megatron-sov counterfactual": "train a second run on shards that `sov-data pack` makes without the "
-                                   "documents, and compare with `megatron-sov report RUN RUN`",
+                                   "documents, and compare their `megatron-sov report` pages",
     "megatron-sov card": "`megatron-sov convert to-hf` writes a README.md with the model's origins",
     "megatron-sov convert deepen": "use mergekit's passthrough method on the folder of `convert to-hf`",
     "megatron-sov convert to-gguf": "use convert_hf_to_gguf.py of llama.cpp on the folder of `convert to-hf`",
@@ -37,6 +37,13 @@ COMMANDS = {
 """Program and command -> what to use in its place."""
 OPTIONS = {
     "megatron-sov convert to-hf --quantize": "quantize the folder with llm-compressor",
+    "megatron-sov plan --calibrate-engine": "rounds of RL are priced by published engines",
+    "megatron-sov plan --engine-gpus": "rounds of RL are priced by published engines",
+    "megatron-sov plan --page": "redirect the text: `megatron-sov plan RECIPE --cluster P > plan.txt`",
+    "megatron-sov plan --table": "in a checkout, python benchmarks/plan_calibration.py --no-refit predicts "
+                                 "published runs",
+    "megatron-sov report --compare": "draw the curves of several runs with TensorBoard (obs.tensorboard) or "
+                                     "Weights & Biases; `megatron-sov eval difference` compares scores",
     **dict.fromkeys((f"megatron-sov submit --{name}" for name in ("job-name", "manifest", "apply")),
                     "submit to a Slurm cluster; Kubernetes is not supported"),
     "sov-data mix --search": "set the shares with --blend",

@@ -19,6 +19,8 @@ from megatron_sov.base.errors import visible
 from megatron_sov.base.figures import format_count, format_value
 
 NUM_COLOURS = 8
+NARROW_PX, NAME_PX = 290, 7
+"""Width of a chart on a phone, and of a character of a band's name."""
 GRID = 1000
 """Units of a plot's area along each side; points are rounded to them."""
 MAX_TICKS = 5
@@ -160,19 +162,24 @@ class LinePlot:
         parts += [Markup('<path class="rule" d="M{} 0v{}"><title>{}</title></path>').format(
             round(GRID * across.place(at)), GRID, visible(text)) for text, at in self.rules]
         parts += [part for one in self.series for part in _draw_series(one, across, up)]
+        # on the narrowest screen a name may not fit above its band: then a number stands there
+        numbered = any((across.place(high) - across.place(low)) * NARROW_PX < NAME_PX * (len(name) + 1)
+                       for name, low, high in self.bands)
         names = [Markup('<span class="phase" style="left:{:.1f}%;width:{:.1f}%">{}</span>').format(
-            100 * across.place(low), 100 * (across.place(high) - across.place(low)), visible(name))
-            for name, low, high in self.bands]
+            100 * across.place(low), 100 * (across.place(high) - across.place(low)),
+            number if numbered else visible(name)) for number, (name, low, high) in enumerate(self.bands, 1)]
+        told = ", ".join(f"{number} {visible(name)}" for number, (name, *_) in enumerate(self.bands, 1))
+        told = Markup('<p class="axis below">{}</p>').format(told) if numbered else ""
         legend = [(one.name, one.colour, one.is_faint) for one in self.series]
         y_ticks = up.ticks()
         widest = max((len(text) for _, text in y_ticks), default=1)
         return Markup(
             '<p class="axis{}">{}</p><div class="area" style="height:{}px;margin-left:{:.1f}em">'
             '<svg viewBox="0 0 {grid} {grid}" preserveAspectRatio="none">{}</svg>{}{}{}</div>'
-            '<p class="axis below">{}</p>{}').format(
+            '<p class="axis below">{}</p>{}{}').format(
             Markup(" named") if self.bands else "", visible(self.y.title), self.height_px,
             0.64 * widest + 0.8, Markup("").join(parts), _labels("up", "bottom", y_ticks),
-            _labels("across", "left", across.ticks()), Markup("").join(names), visible(self.x.title),
+            _labels("across", "left", across.ticks()), Markup("").join(names), visible(self.x.title), told,
             draw_legend(legend) if self.has_legend or len(legend) > 1 else "", grid=GRID)
 
     def _x_values(self) -> list[float]:

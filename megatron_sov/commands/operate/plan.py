@@ -1,22 +1,18 @@
-"""`megatron-sov plan RECIPE [--set key=value ...] [--nproc N | --cluster P --nodes N [--sweep]] [--json]
-[--page FILE]`: a run before it runs, step by step, and what it takes on a cluster.
+"""`megatron-sov plan RECIPE [--set key=value ...] [--nproc N | --cluster P --nodes N [--sweep]] [--json]`:
+a run before it runs, step by step, and its memory, time and cost on a cluster.
 
 `megatron-sov plan [RECIPE] --cluster P --nodes N [--days D] [--budget USD]`: tokens that recipes reach within
 a budget.
 
 `megatron-sov plan [sft|prefer|distill] --from FOLDER [--data DIR] --cluster P`: fine-tuning of a model.
 
-`megatron-sov plan --table ROWS.csv --output PREDICTED.csv`: the speed of runs that stand in a table.
-
-`megatron-sov plan RECIPE --cluster P --calibrate-engine URL [--output FILE]`: what a step of decoding takes
-on a server that runs."""
+`megatron-sov plan --calibrate RUN ... --output FILE`: the parameters of speed, learned from runs."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import math
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,11 +27,11 @@ from megatron_sov.model.recipes.stage_defaults import DEFAULTS, Stage, base_of_m
 from megatron_sov.work.clusters import cluster
 
 if TYPE_CHECKING:
-    from megatron_sov.plan.calibration.expected import LearnedCorrection
+    from megatron_sov.plan.calibration.learned import LearnedCorrection
 
 OF_A_RUN = ("recipe", "configs", "plugins", "settings", "data", "nproc", "cluster", "nodes", "sweep", "prove",
-            "json", "html", "start_from", "days", "budget")
-"""Arguments that a table of runs has no use for."""
+            "json", "start_from", "days", "budget")
+"""Arguments that --calibrate has no use for."""
 STAGES: dict[str, Stage] = {"sft": "sft", "prefer": "preference", "distill": "distill"}
 """What --from may be trained by: word in the place of RECIPE -> objective."""
 QUANTIZATION = "quantization_config"
@@ -76,21 +72,12 @@ class PlanOptions(RecipeOptions):
     gradients, weights and states with one process'; ends with 3 where they differ."""
     json: bool = False
     """Print JSON instead of tables."""
-    html: Annotated[Path | None, Flag("--page", "FILE", writes=True)] = None
-    """Write tables and charts into this self-contained page as well."""
-    table: Annotated[Path | None, Flag(value="ROWS.csv")] = None
-    """In place of RECIPE: predict the speed and memory of every run of this table."""
     calibrate: Annotated[tuple[Path, ...], Flag(value="RUN", many=True)] = ()
     """In place of RECIPE: learn the parameters of speed from these runs of yours."""
-    calibrate_engine: Annotated[str | None, Flag(value="URL")] = None
-    """Measure the server of vLLM or SGLang at this address (up to /v1), which serves RECIPE's model on
-    --cluster and does nothing else meanwhile: rounds of RL are priced by its steps then."""
-    engine_gpus: AtLeastOne | None = None
-    """GPUs of the server of --calibrate-engine (default: as few as hold the model)."""
     out: Annotated[Path | None, Flag("--output", "FILE")] = None
-    """Where --table writes its predictions, --calibrate and --calibrate-engine their parameters."""
+    """Where --calibrate writes its parameters."""
     parameters: Annotated[Path | None, Flag(value="FILE")] = None
-    """Price by these parameters, which --calibrate or --calibrate-engine wrote."""
+    """Price by these parameters, which --calibrate wrote."""
 
 
 add_arguments = partial(add_options, cls=PlanOptions)
@@ -105,31 +92,21 @@ def run(typed: argparse.Namespace) -> int:
             the cluster's GPUs.
     """
     args = read_options(PlanOptions, typed)
-    if args.table is not None or args.calibrate or (args.out is not None and args.calibrate_engine is None):
-        return _of_files(args)
+    if args.calibrate or args.out is not None:
+        return _calibrate(args)
     if args.cluster is None and args.parameters is not None:
         raise UserError(f"--parameters {args.parameters}: prices a run on a cluster; name it by --cluster")
     if args.cluster is None and (args.nodes is not None or args.sweep):
         asked = "--sweep" if args.sweep else f"--nodes {args.nodes}"
         raise UserError(f"{asked}: looks at the nodes of a cluster; name it by --cluster"
                         + ("" if args.sweep else ", or pass --nproc"))
-    if args.html is not None:
-        from megatron_sov.base.outputs import check_output, refuse_input
-
-        given = [Path(file) for file in (*args.configs, args.cluster, args.parameters) if file]
-        refuse_input("--page", args.html, *given)
-        check_output("--page", args.html)
-    if args.engine_gpus is not None and args.calibrate_engine is None:
-        raise UserError(f"--engine-gpus {args.engine_gpus}: is of the server that --calibrate-engine names")
-    if args.cluster is not None and args.nproc is not None and args.calibrate_engine is None:
+    if args.cluster is not None and args.nproc is not None:
         raise UserError(f"--nproc {args.nproc}: --cluster {args.cluster} and --nodes decide; leave it out")
     if (args.days or args.budget) is not None:
         return _within_budget(args)
     request = _read_request(args)
     if args.prove:
         return _prove(args, request)
-    if args.calibrate_engine is not None:
-        return _calibrate_engine(args, request)
     return _on_cluster(args, request) if args.cluster else _schedule(args, request)
 
 
@@ -227,8 +204,8 @@ def _within_budget(args: PlanOptions) -> int:
     option = "--days" if args.days is not None else "--budget"
     if args.cluster is None:
         raise UserError(f"{option}: needs the GPUs that are paid for; name them by --cluster")
-    if other := [name for name in ("sweep", "prove", "html", "calibrate_engine") if getattr(args, name)]:
-        raise UserError(f"{option} and --{other[0].replace('_', '-')}: are two plans; leave one of them out")
+    if other := [name for name in ("sweep", "prove") if getattr(args, name)]:
+        raise UserError(f"{option} and --{other[0]}: are two plans; leave one of them out")
     where = machines(args.cluster, args.nodes)
     if args.recipe or args.configs or args.start_from:
         request = _read_request(args)
@@ -248,11 +225,9 @@ def _within_budget(args: PlanOptions) -> int:
 
 def _prove(args: PlanOptions, request: RecipeRequest) -> int:
     """Compare the layout with one process; returns 3 where they differ."""
-    if other := [name for name in ("sweep", "html", "data", "parameters", "calibrate_engine")
-                 if getattr(args, name)]:
-        name = other[0].replace("_", "-")
-        raise UserError(f"--prove: plays a layout, and --{name} belongs to another plan; leave one of them "
-                        "out")
+    if other := [name for name in ("sweep", "data", "parameters") if getattr(args, name)]:
+        raise UserError(f"--prove: plays a layout, and --{other[0]} belongs to another plan; leave one of "
+                        "them out")
     from megatron_sov.engine.parallel import cpu_shims
 
     # before megatron-core is imported, whatever the machine has
@@ -290,34 +265,6 @@ def _schedule(args: PlanOptions, request: RecipeRequest) -> int:
     else:
         print("\n".join([telling.size_line(config), *data, memory_lines(config, num_ranks)]))
         print(f"\n{telling.timetable_text(config)}")
-    if args.html is not None:
-        from megatron_sov.plan.pages.page import plan_page
-
-        _write(args.html, plan_page(config, [], None))
-    return 0
-
-
-def _calibrate_engine(args: PlanOptions, request: RecipeRequest) -> int:
-    """Measure a server that serves the recipe's model.
-
-    Raises:
-        UserError: options are missing or of another job, or the server does not answer.
-    """
-    from megatron_sov.plan.calibration.engine import calibrate_engine
-    from megatron_sov.plan.pricing import machines, pricing
-
-    assert args.calibrate_engine is not None
-    if args.cluster is None:
-        raise UserError("--calibrate-engine: name the cluster that the server runs on by --cluster")
-    if other := [name for name in ("sweep", "json", "html", "data", "nproc") if getattr(args, name)]:
-        raise UserError(f"--calibrate-engine: measures a server, and --{other[0]} belongs to a plan; leave "
-                        "one of them out")
-    learned = _learned(args.parameters)
-    prices = pricing(machines(args.cluster, args.nodes), learned)
-    if prices is None:
-        raise UserError(f"--cluster {args.cluster}: does not say what GPUs it has")
-    print(calibrate_engine(request.config(), prices, args.calibrate_engine, args.engine_gpus, args.out,
-                           learned))
     return 0
 
 
@@ -340,10 +287,6 @@ def _on_cluster(args: PlanOptions, request: RecipeRequest) -> int:
         print("\n".join([*data, found.as_text()]))
         if not args.sweep:
             print(f"\n{telling.timetable_text(found.config)}")
-    if args.html is not None:
-        from megatron_sov.plan.pages.page import plan_page
-
-        _write(args.html, plan_page(found.config, found.quotes, found.told))
     return 0
 
 
@@ -354,7 +297,7 @@ def _data_lines(args: PlanOptions, config: RunConfig) -> list[str]:
         UserError: a folder holds no token shards, or the vocabulary is larger than the model's.
     """
     from megatron_sov.base.artifacts import read_manifest
-    from megatron_sov.base.figures import format_count
+    from megatron_sov.base.figures import format_count, format_value
     from megatron_sov.model.config.data import named_shards
     from megatron_sov.schedules import Schedule
 
@@ -370,7 +313,7 @@ def _data_lines(args: PlanOptions, config: RunConfig) -> list[str]:
     schedule = Schedule(config)
     read = schedule.tokens(schedule.num_steps - 1)
     lines = [f"data: {format_count(tokens)} tokens, of which the run reads {format_count(read)} "
-             f"({read / max(tokens, 1):.3g} passes)"]
+             f"({format_value(read / max(tokens, 1), 3)} passes)"]
     if vocab_size < config.model.vocab_size and args.start_from is None:
         lines.append(f"data: its tokenizer has {vocab_size:,} ids, model.vocab_size is "
                      f"{config.model.vocab_size:,}; pass --set model.vocab_size={vocab_size} for a model "
@@ -385,34 +328,20 @@ def _recipe_words(args: PlanOptions) -> list[str]:
     return words + [word for plugin in args.plugins for word in ("--plugin", plugin)]
 
 
-def _of_files(args: PlanOptions) -> int:
-    """Predict the runs of a table, or learn from runs that were."""
-    if args.table is not None and args.calibrate:
-        raise UserError(f"--table {args.table} and --calibrate {args.calibrate[0]}: are two jobs; do one "
-                        "after the other")
-    if args.table is None and not args.calibrate:
-        raise UserError(f"--output {args.out}: is for --table ROWS.csv or --calibrate RUN; name one of them, "
-                        "or pass --page FILE for a page")
-    doing = f"--table {args.table}" if args.table is not None else f"--calibrate {args.calibrate[0]}"
-    given = [name for name in OF_A_RUN if getattr(args, name)]
-    if given:
-        raise UserError(f"{doing}: looks at runs that are written down, and {given[0]} belongs to one that "
-                        "is planned; leave one of them out")
-    if args.calibrate:
-        from megatron_sov.plan.calibration.calibrate import calibrate
+def _calibrate(args: PlanOptions) -> int:
+    """Learn the parameters of speed from runs."""
+    if not args.calibrate:
+        raise UserError(f"--output {args.out}: is for --calibrate RUN ...; add it, or redirect stdout for a "
+                        "plan")
+    if given := [name for name in OF_A_RUN if getattr(args, name)]:
+        raise UserError(f"--calibrate {args.calibrate[0]}: looks at runs that are written down, and "
+                        f"{given[0]} belongs to one that is planned; leave one of them out")
+    if args.parameters is not None:
+        raise UserError(f"--parameters {args.parameters}: --calibrate begins with those of the package; "
+                        "leave it out")
+    from megatron_sov.plan.calibration.calibrate import calibrate
 
-        if args.parameters is not None:
-            raise UserError(f"--parameters {args.parameters}: --calibrate begins with those of the package; "
-                            "leave it out")
-        print(calibrate(args.calibrate, args.out))
-        return 0
-    from megatron_sov.plan.tables.predicted import predict_file
-
-    assert args.table is not None
-    if args.out is None:
-        raise UserError(f"{doing}: needs --output PREDICTED.csv, where the predictions go")
-    learned = _learned(args.parameters)
-    print(predict_file(args.table, args.out, learned.parameters if learned else None).as_text())
+    print(calibrate(args.calibrate, args.out))
     return 0
 
 
@@ -420,13 +349,6 @@ def _learned(file: Path | None) -> LearnedCorrection | None:
     """Return what stands in a file; None: what comes with the package holds."""
     if file is None:
         return None
-    from megatron_sov.plan.calibration.expected import read_learned
+    from megatron_sov.plan.calibration.learned import read_learned
 
     return read_learned(file)
-
-
-def _write(file: Path, page: str) -> None:
-    from megatron_sov.base.artifacts import write_output
-
-    write_output(file, page)
-    print(f"wrote {file}", file=sys.stderr)

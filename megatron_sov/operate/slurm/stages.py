@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,8 +27,8 @@ from megatron_sov.model.config.run import with_rounds
 from megatron_sov.model.recipes.requested import BuiltIn, RecipeRequest, training_request
 from megatron_sov.plan.calibration.fitting import fits, refuse_on_nodes, refuse_too_large
 from megatron_sov.plan.pricing import Machines
-from megatron_sov.plan.search.default import find_layout, leaves_layout_open
-from megatron_sov.plan.search.recommended import says_layout, settings_for
+from megatron_sov.plan.search.default import choose_layout, leaves_layout_open
+from megatron_sov.plan.search.recommended import says_layout
 from megatron_sov.runs.folder import COMPLETION, JOBS, resumed_settings
 from megatron_sov.work.clusters import cluster
 from megatron_sov.work.clusters.chips import CHIPS
@@ -414,7 +414,8 @@ def fitting_nodes(work: StageWork, profile: ClusterProfile, num_nodes: int, leas
         elif layout and _suits(apply_settings(work.config, [*layout, *said]), num_ranks, gpu):
             chosen = (*layout, *said)
         else:
-            layout = _chosen_layout(work, profile, count, said)
+            layout, _ = choose_layout(apply_settings(work.config, list(said)),
+                                      Machines(profile.description, profile, count), (*work.settings, *said))
             chosen = (*layout, *said)
         config = apply_settings(work.config, list(chosen)) if chosen else work.config
         problems = config.problems(num_ranks)
@@ -435,15 +436,3 @@ def fitting_nodes(work: StageWork, profile: ClusterProfile, num_nodes: int, leas
 def _suits(config: RunConfig, num_ranks: int, gpu: str) -> bool:
     """Return whether the layout found for more nodes keeps the rules and fits on fewer."""
     return not config.problems(num_ranks) and (not gpu or fits(config, num_ranks, CHIPS[gpu]))
-
-
-def _chosen_layout(work: StageWork, profile: ClusterProfile, num_nodes: int, said: Sequence[str]
-                   ) -> tuple[str, ...]:
-    """Return the settings of the layout that a search finds, else those of the recommended one."""
-    assert work.config is not None, work.stage
-    config, settings = apply_settings(work.config, list(said)), (*work.settings, *said)
-    found = find_layout(config, Machines(profile.description, profile, num_nodes), settings)
-    gpu = profile.gpu if profile.gpus_per_node else ""
-    if found is not None:
-        return found.settings
-    return settings_for(config, num_nodes * profile.tasks_per_node, gpu, settings)

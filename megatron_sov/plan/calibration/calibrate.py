@@ -17,10 +17,10 @@ from megatron_sov.base.artifacts import to_json, write_output
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import check_output, refuse_input
 from megatron_sov.model.config import ParallelConfig, PhaseConfig, RunConfig
-from megatron_sov.plan.calibration.expected import (
-    LearnedCorrection, LocalMachine, Machine, as_json, learn, passes_of, shipped, step_seconds)
+from megatron_sov.plan.calibration.learned import (
+    LearnedCorrection, LocalMachine, Passes, as_json, learn, passes_of, shipped, step_seconds)
 from megatron_sov.plan.speed.parameters import Parameters
-from megatron_sov.runs.folder import CONFIG, PLAN, RunFolder
+from megatron_sov.runs.folder import CONFIG, RunFolder
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.runs.obs.figures import number
 from megatron_sov.runs.obs.history import MeasuredStretch, Stretches
@@ -274,7 +274,7 @@ def calibrate(runs: Sequence[Path], out: Path | None = None, base: LearnedCorrec
         UserError: nothing can be learned from a folder, or the file cannot be written.
     """
     if out is not None:
-        refuse_input("--output", out, *(run / name for run in runs for name in (CONFIG, EVENTS, PLAN)))
+        refuse_input("--output", out, *(run / name for run in runs for name in (CONFIG, EVENTS)))
         check_output("--output", out)
     found = calibration(observations(list(runs)), base or shipped())
     if out is not None:
@@ -303,17 +303,20 @@ def calibration(observed: Sequence[CalibrationPoint], base: LearnedCorrection) -
 
 
 def _machine(observed: Sequence[CalibrationPoint], device: str) -> LocalMachine:
-    return learn([(passes_of(one.config, one.num_ranks, one.threads, one.phase.seq_len,
-                             one.phase.global_batch_size), one.step_s)
-                  for one in observed if one.device == device])
+    return learn([(_passes(one), one.step_s) for one in observed if one.device == device])
 
 
 def _seconds(one: CalibrationPoint, learned: LearnedCorrection) -> float:
     """Return the predicted seconds of a step, NaN where nothing is known of its processor."""
-    if one.chip is None and one.device not in learned.machines:
+    if one.chip is not None:
+        return step_seconds(one.config, one.phase, one.num_ranks, one.chip, learned.parameters)
+    if one.device not in learned.machines:
         return math.nan
-    machine = Machine(one.device, one.chip is not None, one.threads, 0)
-    return sum(step_seconds(one.config, one.phase, one.num_ranks, machine, learned).values())
+    return sum(learned.machines[one.device].seconds(_passes(one)).values())
+
+
+def _passes(one: CalibrationPoint) -> Passes:
+    return passes_of(one.config, one.num_ranks, one.threads, one.phase.seq_len, one.phase.global_batch_size)
 
 
 def _provenance(found: Calibration) -> dict[str, object]:

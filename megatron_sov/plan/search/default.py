@@ -18,9 +18,9 @@ from megatron_sov.base.figures import format_days, format_share
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.recipes.requested import RecipeRequest
-from megatron_sov.plan.calibration.expected import LearnedCorrection
+from megatron_sov.plan.calibration.learned import LearnedCorrection
 from megatron_sov.plan.pricing import Machines, Pricing, RunStage, pricing
-from megatron_sov.plan.search.recommended import recommended, says_layout
+from megatron_sov.plan.search.recommended import recommended, says_layout, settings_for
 from megatron_sov.plan.search.space import LayoutChoice, LayoutSpace, layouts, own_choice
 from megatron_sov.plan.search.sweep import stage_spaces
 
@@ -72,6 +72,20 @@ def leaves_layout_open(request: RecipeRequest) -> bool:
     return not request.from_file and not says_layout(request.settings) and base.parallel == known
 
 
+def choose_layout(config: RunConfig, machines: Machines, said: Sequence[str],
+                  learned: LearnedCorrection | None = None) -> tuple[tuple[str, ...], DefaultLayout | None]:
+    """Return the settings of the layout that a search finds, with that search; if it finds none, those of the
+    recommended layout."""
+    found = find_layout(config, machines, said, learned)
+    return (recommended_settings(config, machines, said), None) if found is None else (found.settings, found)
+
+
+def recommended_settings(config: RunConfig, machines: Machines, said: Sequence[str]) -> tuple[str, ...]:
+    """Return the settings of the layout that is recommended for a run on a cluster; () if none is."""
+    gpu = machines.profile.gpu if machines.profile.gpus_per_node else ""
+    return settings_for(config, machines.num_ranks, gpu, said)
+
+
 def find_layout(config: RunConfig, machines: Machines, said: Sequence[str] = (),
                 learned: LearnedCorrection | None = None) -> DefaultLayout | None:
     """Search the layout of a run for a cluster whose GPUs are known.
@@ -116,6 +130,8 @@ class LocalSearch:
             self.neighbours.append(alike)
         self.costs: dict[LayoutChoice, Cost] = {}
         self.limit_bytes = 0.0
+        self._needs: dict[LayoutChoice, int | None] = {}
+        self._seconds: dict[LayoutChoice, float] = {}
 
     def run(self) -> DefaultLayout | None:
         """Return the best layout that leaves `SPARE_SHARE`, else the best that fits at all, else None."""
@@ -141,26 +157,41 @@ class LocalSearch:
                              own_spare, num_priced, self.spare_share(best))
 
     def spare_share(self, choice: LayoutChoice) -> float:
-        """Return which share of the usable memory the fullest GPU leaves."""
-        needs = max(self.prices.needs(stage.with_config(choice.of(stage.config))) for stage in self.stages)
+        """Return which share of the usable memory the fullest GPU leaves; of a layout that breaks no rule."""
+        needs = self.needs(choice)
+        assert needs is not None, choice
         return 1 - needs / self.prices.limit_bytes
 
+    def needs(self, choice: LayoutChoice) -> int | None:
+        """Return the bytes of the fullest GPU over all stages; None if the layout breaks a rule of one."""
+        if choice not in self._needs:
+            at = self._stages(choice)
+            broken = any(stage.config.problems(self.prices.num_ranks) for stage in at)
+            self._needs[choice] = None if broken else max(map(self.prices.needs, at))
+        return self._needs[choice]
+
+    def seconds(self, choice: LayoutChoice) -> float:
+        """Return the predicted seconds of all steps."""
+        if choice not in self._seconds:
+            self._seconds[choice] = sum(sum(self.prices.seconds(stage).values()) * stage.steps
+                                        for stage in self._stages(choice))
+        return self._seconds[choice]
+
+    def _stages(self, choice: LayoutChoice) -> list[RunStage]:
+        return [stage.with_config(choice.of(stage.config)) for stage in self.stages]
+
     def cost(self, choice: LayoutChoice) -> Cost:
-        """Price a layout, each layout once."""
+        """Price a layout, each once for a limit of memory."""
         if choice not in self.costs:
             self.costs[choice] = self._price(choice)
         return self.costs[choice]
 
     def _price(self, choice: LayoutChoice) -> Cost:
-        lacks, seconds = 0.0, 0.0
-        for stage in self.stages:
-            at = stage.with_config(choice.of(stage.config))
-            if at.config.problems(self.prices.num_ranks):
-                return BROKEN
-            lacks = max(lacks, self.prices.needs(at) - self.limit_bytes)
-            if lacks <= 0:
-                seconds += sum(self.prices.seconds(at).values()) * stage.steps
-        return (1, lacks) if lacks > 0 else (0, seconds)
+        needs = self.needs(choice)
+        if needs is None:
+            return BROKEN
+        lacks = needs - self.limit_bytes
+        return (1, lacks) if lacks > 0 else (0, self.seconds(choice))
 
     def starts(self) -> list[LayoutChoice]:
         """Return the run's own layout, and the cheapest of a grid of sizes, all else at its simplest."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy.typing as npt
 from megatron_sov.base.figures import format_share
 from megatron_sov.base.pages.page import Chart
 from megatron_sov.base.pages.plots import Axis, HeatMap, LinePlot, Series, colour
-from megatron_sov.publish.report.run_data import Phase, ReportedExpertLoad, Run
+from megatron_sov.publish.report.run_data import Run
 from megatron_sov.publish.report.steps import (
     Curve, curves, downsample, moving_mean, needle_curves, pair_curves)
 from megatron_sov.runs.obs.figures import number
@@ -28,13 +27,8 @@ MAX_POINTS, MAX_POINTS_OF_SEVERAL = 200, 120
 """Points of a curve that is alone in its chart, and of one of several curves, at most."""
 SMOOTH_FROM_STEPS = 50
 """Shorter curves are drawn as they are; longer ones also as a moving mean over a fiftieth of the steps."""
-MARKS = {"skip": "step not learned", "rollback": "weights taken back", "alarm": "alarm",
-         "sdc": "silent corruption"}
-"""Incidents that are marked on the loss: event -> name."""
 MAX_PHASES = 24
 """Phases that are marked; rounds of reinforcement learning are phases too, and may be hundreds."""
-MAX_MARKS = 100
-"""Marks of one kind at most, the newest ones."""
 MAX_WINDOW_STEPS = 500
 """Longest moving mean; a wider one would smooth away what happens in a morning."""
 
@@ -72,8 +66,6 @@ SPEED = (
     StepLine("mfu", "share", "Model FLOPs utilisation: the share of the GPU's peak."),
     StepLine("peak_memory_bytes", "GiB", "Most memory that process 0 has had, on its GPU or the host.",
              1 / GIB, smooth=False))
-BALANCE = (StepLine("max_violation", "MaxVio", "MaxVio of the worst layer over steps.",
-                    smooth=False),)
 
 
 @dataclass(frozen=True)
@@ -83,36 +75,14 @@ class DrawnLine:
     name: str
     curve: Curve
     place: Place = field(default=lambda curve: curve.steps)
-    hue: int | None = None
-    """Number of its run among several, which has the same colour in all charts; None: of one run."""
 
 
-def step_charts(runs: Sequence[Run], declared: Sequence[StepLine], *, small: bool = False) -> list[Chart]:
-    """Return a chart for each declared column that a run has: of one run with its phases and restarts, of
-    several with a line for each."""
-    charts = []
-    for one in declared:
-        charts.append(draw_lines(lines_of(runs, partial(_column, one)), one.unit, one.caption,
-                                 smooth=one.smooth, small=small, run=runs[0] if len(runs) == 1 else None))
+def step_charts(run: Run, declared: Sequence[StepLine]) -> list[Chart]:
+    """Return a chart for each declared column that a run has, with its phases and restarts."""
+    charts = [draw_lines([DrawnLine(run.name, curve.times(one.scale))], one.unit, one.caption,
+                         smooth=one.smooth, run=run)
+              for one in declared if (curve := run.curve(one.column)) is not None]
     return [c for c in charts if c]
-
-
-def _column(declared: StepLine, run: Run) -> Curve | None:
-    curve = run.curve(declared.column)
-    return None if curve is None else curve.times(declared.scale)
-
-
-def lines_of(runs: Sequence[Run], of: Callable[[Run], Curve | None]) -> list[DrawnLine]:
-    """Return a line for each run that has a curve; of several runs each keeps its colour."""
-    return [DrawnLine(name, curve, hue=i if len(runs) > 1 else None)
-            for i, (run, name) in enumerate(named(runs)) if (curve := of(run)) is not None]
-
-
-def named(runs: Sequence[Run]) -> list[tuple[Run, str]]:
-    """Return the runs with their names, numbered where two have the same."""
-    names = [run.name for run in runs]
-    return [(run, f"{run.name} ({names[:i + 1].count(run.name)})" if names.count(run.name) > 1 else run.name)
-            for i, run in enumerate(runs)]
 
 
 def by_tokens(run: Run, before: float = 0.0) -> Place:
@@ -124,17 +94,10 @@ def by_tokens(run: Run, before: float = 0.0) -> Place:
     return lambda curve: np.interp(curve.steps, steps, seen)
 
 
-def loss_unit(*runs: Run) -> str:
-    """Return what the training loss of some runs is measured in, which is nats per token only where each
-    learns tokens by cross-entropy."""
-    names = [str(run.setting("objective", "name") or "lm") for run in runs]
-    units = dict.fromkeys(LOSSES.get(name, f"loss of {name}") for name in names)
-    return next(iter(units)) if len(units) == 1 else "each objective's own"
-
-
-def loss_in(unit: str, run: Run) -> Curve | None:
-    """Return a run's training loss if it is measured in a unit."""
-    return run.curve("loss") if loss_unit(run) == unit else None
+def loss_unit(run: Run) -> str:
+    """Return what a run's training loss is measured in: nats per token if it learns by cross-entropy."""
+    name = str(run.setting("objective", "name") or "lm")
+    return LOSSES.get(name, f"loss of {name}")
 
 
 def _window(num_steps: int, part: int) -> int:
@@ -176,7 +139,7 @@ def _line_series(line: DrawnLine, stroke: str, *, alone: bool, smooth: bool, sma
 
 
 def draw_lines(lines: Sequence[DrawnLine], unit: str, caption: str, *, axis: str = STEP,
-               smooth: bool = False, run: Run | None = None, incidents: bool = False,
+               smooth: bool = False, run: Run | None = None,
                small: bool = False, height_px: int = OVERVIEW_HEIGHT_PX,
                bands: Sequence[tuple[str, float, float]] = ()) -> Chart | None:
     """Return a chart of lines; None where there is nothing to draw.
@@ -188,7 +151,6 @@ def draw_lines(lines: Sequence[DrawnLine], unit: str, caption: str, *, axis: str
         axis: title of the other one.
         smooth: draw moving means.
         run: whose phases and restarts are behind the lines; None: of no run.
-        incidents: mark those of the run on the first line.
         small: for a page's first screen.
         height_px: height of a small chart.
         bands: name, first and last value of stretches of the axis; those of `run` by default.
@@ -199,21 +161,16 @@ def draw_lines(lines: Sequence[DrawnLine], unit: str, caption: str, *, axis: str
     series: list[Series] = []
     notes: list[str] = []
     for i, line in enumerate(lines):
-        stroke = colour(i if line.hue is None else line.hue)
-        drawn, found = _line_series(line, stroke, alone=len(lines) == 1, smooth=smooth, small=small)
+        drawn, found = _line_series(line, colour(i), alone=len(lines) == 1, smooth=smooth, small=small)
         series += drawn
         notes += found
-    # the line of one of several runs is named even if it is alone
-    has_legend = any(line.hue is not None for line in lines)
     up = _share_axis(unit, series) if unit == "share" else Axis("" if small else unit)
     if small:
-        return Chart(LinePlot(series, Axis(axis), up, height_px, bands, has_legend=has_legend), caption)
+        return Chart(LinePlot(series, Axis(axis), up, height_px, bands), caption)
     rules: list[tuple[str, float]] = []
     if run is not None:
         bands, rules = _phase_bands(run.phases), _restart_rules(run)
-        if incidents:
-            series += _incident_series(run, lines[0].curve.finite())
-    return Chart(LinePlot(series, Axis(axis), up, bands=bands, rules=rules, has_legend=has_legend), caption,
+    return Chart(LinePlot(series, Axis(axis), up, bands=bands, rules=rules), caption,
                  " ".join(dict.fromkeys(notes)))
 
 
@@ -222,19 +179,19 @@ def _share_axis(title: str, series: Sequence[Series]) -> Axis:
     return Axis(title, low=0.0, high=1.0 if 0.5 <= most <= 1 else None, is_share=True)
 
 
-def _curves(curves: Sequence[Curve], unit: str, caption: str, run: Run, *, smooth: bool = False,
-            incidents: bool = False, small: bool = False) -> Chart | None:
+def _curves(curves: Sequence[Curve], unit: str, caption: str, run: Run, *, smooth: bool = False
+            ) -> Chart | None:
     """Return a chart of one run's curves over its steps; None where there is nothing to draw."""
     return draw_lines([DrawnLine(curve.name, curve) for curve in curves], unit, caption, smooth=smooth,
-                      run=run, incidents=incidents, small=small)
+                      run=run)
 
 
-def _phase_bands(phases: list[Phase]) -> list[tuple[str, float, float]]:
+def _phase_bands(phases: list[tuple[str, int, int]]) -> list[tuple[str, float, float]]:
     """Return name, first step and end of each phase; nothing for one phase or too many."""
     if not 2 <= len(phases) <= MAX_PHASES:
         return []
-    ends = [phase.first_step for phase in phases[1:]] + [phases[-1].last_step]
-    return [(phase.name, phase.first_step, end) for phase, end in zip(phases, ends, strict=True)]
+    ends = [first for _, first, _ in phases[1:]] + [phases[-1][2]]
+    return [(name, first, end) for (name, first, _), end in zip(phases, ends, strict=True)]
 
 
 def _restart_rules(run: Run) -> list[tuple[str, float]]:
@@ -242,30 +199,12 @@ def _restart_rules(run: Run) -> list[tuple[str, float]]:
     return [("restart", attempt.last_step) for attempt in run.attempts[:-1] if attempt.last_step is not None]
 
 
-def _incident_series(run: Run, curve: Curve) -> list[Series]:
-    """Return points on the curve for each incident of the kinds that concern learning."""
-    found = []
-    for i, (kind, name) in enumerate(MARKS.items()):
-        events = [e for e in run.incidents if e["event"] == kind and e.get("step")][-MAX_MARKS:]
-        if not events:
-            continue
-        steps = np.array([int(e["step"]) for e in events], dtype=np.int32)
-        # a step that was refused has no point of its own
-        nearest = np.clip(np.searchsorted(curve.steps, steps), 0, len(curve.steps) - 1)
-        notes = [f"{name}, step {step:,}: {e.get('text') or e.get('reason') or ''}"
-                 for step, e in zip(steps.tolist(), events, strict=True)]
-        found.append(Series(name, steps.tolist(), curve.values[nearest].tolist(), colour(i + 3), "points",
-                            notes=notes))
-    return found
-
-
 def loss_charts(run: Run) -> list[Chart]:
     """Return the training loss, its terms where there are several, and the loss of each source."""
     total, terms, sources = run.curve("loss"), run.curves["losses"], run.curves["losses_by_source"]
     unit = f"loss ({loss_unit(run)})"
     charts = [_curves([total] if total else [], unit,
-                      "Training loss. Phases are shaded; a dotted line marks a restart.", run, smooth=True,
-                      incidents=True)]
+                      "Training loss. Phases are shaded; a dotted line marks a restart.", run, smooth=True)]
     if len(terms) > 1:
         charts.append(_curves(list(terms.values()), "loss", "The terms of the training loss.", run,
                               smooth=True))
@@ -281,15 +220,15 @@ def meter_charts(run: Run) -> list[Chart]:
     return [c for c in charts if c]
 
 
-def heldout_charts(run: Run, *, small: bool = False) -> list[Chart]:
+def heldout_charts(run: Run) -> list[Chart]:
     """Return the held-out bits per byte of each source, or their loss if bytes are unknown."""
     bits = [h.bits_per_byte for h in run.heldout.values()]
     if len(bits) > 1 and run.overall_bits_per_byte:
         bits.append(run.overall_bits_per_byte)
     drawn = _curves(bits, "bits per byte", "Bits per byte on held-out documents, which training never sees; "
-                    "comparable between tokenizers.", run, small=small)
+                    "comparable between tokenizers.", run)
     drawn = drawn or _curves([h.loss for h in run.heldout.values()], "loss (nats per token)",
-                             "Loss on held-out documents, which training never sees.", run, small=small)
+                             "Loss on held-out documents, which training never sees.", run)
     return [drawn] if drawn else []
 
 
@@ -302,19 +241,6 @@ def beside_charts(run: Run) -> list[Chart]:
               _curves(pair_curves(run.evaluations), "% right",
                       "Held-out pairs whose better response the exports would rather write.", run)]
     return [c for c in charts if c]
-
-
-def expert_chart(load: ReportedExpertLoad) -> Chart:
-    """Return the heat map layer x expert of the tokens, in multiples of the fair share 1 / experts."""
-    num_experts = load.load.shape[1]
-    relative = load.load * num_experts
-    fair = format_share(1 / num_experts)
-    # 2 at least, or an even load would show its noise in full colour
-    plot = HeatMap([str(layer) for layer in load.layers], [str(j) for j in range(num_experts)],
-                   relative.tolist(), 0.0, max(2.0, float(np.nanmax(relative))), "layer", "expert",
-                   "times the fair share", middle=1.0)
-    return Chart(plot, f"Load of each expert at step {load.step:,}: 1 is the fair share, {fair} of the "
-                       "tokens.")
 
 
 def needle_charts(needle: dict[str, Any]) -> list[Chart]:

@@ -3,15 +3,12 @@ stage of a model gained by them."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
-from megatron_sov.base.figures import format_share, format_value
-from megatron_sov.base.pages.page import Chart, PageTable
-from megatron_sov.publish.report.charts import PER_TOKEN, DrawnLine, draw_lines, loss_unit, named
+from megatron_sov.base.figures import format_share
+from megatron_sov.base.pages.page import PageTable
+from megatron_sov.publish.report.charts import PER_TOKEN, loss_unit
 from megatron_sov.publish.report.run_data import Heldout, Run
 from megatron_sov.publish.report.steps import Curve, last_value
 from megatron_sov.runs.obs.figures import number
@@ -41,73 +38,14 @@ def column(run: Run, name: str) -> Curve | None:
                  if name in (curves := run.curves.get(group, {}))), None)
 
 
-def headline_charts(runs: Sequence[Run], *, small: bool = False, but_loss: bool = False
-                    ) -> list[Chart]:
-    """Return a chart for each headline meter of the runs, a line for each run that has it; `but_loss` leaves
-    losses out, which have a chart elsewhere."""
-    lines: dict[str, tuple[Meter, list[DrawnLine]]] = {}
-    for i, (run, name) in enumerate(named(runs)):
-        for meter, curve in headlines(run):
-            if not (but_loss and meter.name == "loss"):
-                line = DrawnLine(name, curve, hue=i if len(runs) > 1 else None)
-                lines.setdefault(meter.title, (meter, []))[1].append(line)
-    charts = [draw_lines(of_runs, meter.unit or meter.title, caption_of(meter), smooth=meter.name == "loss",
-                         small=small, run=runs[0] if len(runs) == 1 else None)
-              for meter, of_runs in lines.values()]
-    return [c for c in charts if c]
-
-
-def caption_of(meter: Meter) -> str:
-    """Return what a meter's chart shows, in a sentence."""
-    text = meter.title[:1].upper() + meter.title[1:]
-    return (f"{text}, {meter.unit}" if meter.unit else text) + (f"; {meter.better} is better."
-                                                               if meter.better else ".")
-
-
-def change(meter: Meter, curve: Curve) -> str:
-    """Return a meter's first and last value."""
-    values = curve.finite().values
-    first, last = (meter.text(number(value)) for value in (values[0], values[-1]))
-    return last if len(values) == 1 else f"{first} → {last}"
-
-
-def facts_of(run: Run) -> list[tuple[str, Any]]:
-    """Return label and change of each headline meter but a per-token loss, which has places enough."""
-    return [(meter.title, change(meter, curve)) for meter, curve in headlines(run) if meter != LOSS]
-
-
 # What each stage gained: a row for each figure that was measured before and after it.
-
-Figures = dict[Any, float]
-"""What was measured of the model so far -> its newest value."""
-Row = tuple[str, float, float, Callable[[float], str], str]
-"""Figure, before, after, as text, the rule by which it counts."""
-RULE = "{} is better"
 
 
 def gains(runs: Sequence[Run]) -> list[PageTable]:
-    """Return the table of the changes that each stage made; nothing if nothing was measured.
-
-    Before is what an earlier stage of the same model left, else the stage's own first measurement.
-
-    Args:
-        runs: the stages of one model, in order.
-    """
-    known: Figures = {}
-    rows = []
-    has_figures = False
-    for run in runs:
-        measured = [*_text_gains(run, known), *_meter_gains(run), *_gate_gains(run),
-                    *_score_gains(run, known)]
-        has_figures |= bool(measured)
-        rows += [[run.name, what, "–" if math.isnan(before) else text(before), text(after), rule]
-                 for what, before, after, text, rule in measured]
-        for proof in run.of("conversion")[-1:]:
-            checks = [bool(check.get("passed")) for check in proof.get("checks") or []]
-            if checks:
-                rows.append([run.name, "checks of the export", "–", f"{sum(checks)} of {len(checks)}",
-                             "all pass"])
-    return [PageTable(["stage", "figure", "before", "after", "rule"], rows)] if has_figures else []
+    """Return the table of each stage's first and last figures; nothing if nothing was measured."""
+    rows = [[run.name, *row] for run in runs for row in (
+        *_text_gains(run), *_meter_gains(run), *_needle_gains(run), *_rewards(run))]
+    return [PageTable(["stage", "figure", "before", "after", "rule"], rows)] if rows else []
 
 
 def heldout_text(runs: Sequence[Run]) -> tuple[float, float]:
@@ -116,7 +54,7 @@ def heldout_text(runs: Sequence[Run]) -> tuple[float, float]:
     The sources are those of the first stage that measures text; the last stage that measures all of them
     gives the second figure.
     """
-    texts = [[name for name, source in run.heldout.items() if not source.turns] for run in runs]
+    texts = [[name for name, source in run.heldout.items() if not source.is_chat] for run in runs]
     first = next((i for i, names in enumerate(texts) if names), None)
     if first is None:
         return math.nan, math.nan
@@ -125,32 +63,23 @@ def heldout_text(runs: Sequence[Run]) -> tuple[float, float]:
             _by_bytes(runs[last], texts[first], lambda source: last_value(source.bits_per_byte)))
 
 
-def _text_gains(run: Run, known: Figures) -> Iterator[Row]:
+def _row(figure: str, values: Sequence[float], text: Callable[[float], str], rule: str) -> list[str]:
+    """Return a figure's first and last value; a figure that was measured once has no first one."""
+    return [figure, text(values[0]) if len(values) > 1 else "–", text(values[-1]), rule]
+
+
+def _text_gains(run: Run) -> Iterator[list[str]]:
     """Return bits per byte of held-out text, and the loss of each source of conversations."""
-    chats = [name for name, source in run.heldout.items() if source.turns]
-    texts = [name for name in run.heldout if name not in chats]
-    of_texts = [_by_bytes(run, texts, lambda source: float(source.bits_per_byte.values[0])),
-                _by_bytes(run, texts, lambda source: last_value(source.bits_per_byte))]
-    # an objective without a loss of tokens measures them as a check, and is not after them
-    if loss_unit(run) == PER_TOKEN:
-        if texts:
-            bigram = _by_bytes(run, texts, lambda source: source.baseline_bits_per_byte)
-            yield ("held-out text, bits per byte", known.get(tuple(sorted(texts)), _first(of_texts)),
-                   of_texts[1], "{:.3f}".format, RULE.format(LOWER)
-                   + ("" if math.isnan(bigram) else f"; a bigram model has {bigram:.3f}"))
-        for name in chats:
-            values = run.heldout[name].loss.finite().values.tolist()
-            before = known.get(name, _first(values) if len(values) else math.nan)
-            if len(values) and not math.isnan(before):  # one number alone is what a later stage begins from
-                yield (f"held-out responses of {name}, nats per token", before, values[-1],
-                       "{:.3f}".format, RULE.format(LOWER))
-    known |= {name: last_value(run.heldout[name].loss) for name in chats}
-    if texts:
-        known[tuple(sorted(texts))] = of_texts[1]
-
-
-def _first(values: Sequence[float]) -> float:
-    return values[0] if len(values) > 1 and values[0] != values[-1] else math.nan
+    if loss_unit(run) != PER_TOKEN:
+        return
+    before, after = heldout_text([run])
+    if math.isfinite(after):
+        yield _row("held-out text, bits per byte", [before, after], "{:.3f}".format, "lower is better")
+    for name, source in run.heldout.items():
+        values = source.loss.finite().values.tolist()
+        if source.is_chat and values:
+            yield _row(f"held-out responses of {name}, nats per token", values, "{:.3f}".format,
+                       "lower is better")
 
 
 def _by_bytes(run: Run, names: Sequence[str], of: Callable[[Heldout], float | None]) -> float:
@@ -165,51 +94,31 @@ def _by_bytes(run: Run, names: Sequence[str], of: Callable[[Heldout], float | No
     return total / num_bytes if num_bytes else math.nan
 
 
-def _meter_gains(run: Run) -> Iterator[Row]:
-    """Return what an objective is after; on held-out data alone where it measures something there."""
-    found = headlines(run)
-    held = [(meter, curve) for meter, curve in found if run.of(meter.heldout.partition(".")[0])]
-    for meter, curve in held or found:
+def _meter_gains(run: Run) -> Iterator[list[str]]:
+    """Return what an objective is after; on held-out data if it measures something there."""
+    for meter, curve in headlines(run):
+        rule = f"{meter.better} is better" if meter.better else "–"
         kind, _, field = meter.heldout.partition(".")
         of_source: dict[str, list[float]] = {}
         for event in run.of(kind) if kind else ():
             of_source.setdefault(str(event.get("source")), []).append(number(event.get(field)))
-        rule = RULE.format(meter.better) if meter.better else "–"
         for name, values in of_source.items():
             of = f" of {name}" if len(of_source) > 1 else ""
-            yield f"held-out {meter.title}{of}", values[0], values[-1], meter.text, rule
+            yield _row(f"held-out {meter.title}{of}", values, meter.text, rule)
         if not of_source and loss_unit(run) != PER_TOKEN:
-            values = curve.finite().values.tolist()
-            yield meter.title, _first(values), values[-1], meter.text, rule
+            yield _row(meter.title, curve.finite().values.tolist(), meter.text, rule)
 
 
-def _gate_gains(run: Run) -> Iterator[Row]:
-    """Return the share of needles that is found, in the worst row of a gate, or in all of a test."""
-    gates = [(min(found), number(check.get("threshold"))) for check in run.gate_checks
-             if (found := [number(row.get("accuracy")) for row in check.get("rows") or []])]
-    if gates:
-        yield ("needles found, worst length", gates[0][0] if len(gates) > 1 else math.nan, gates[-1][0],
-               format_share, f"the gate needs {format_share(gates[-1][1])}")
-        return
+def _needle_gains(run: Run) -> Iterator[list[str]]:
     scores = [number(needle.get("score")) for needle in run.needles if needle.get("cells")]
     if scores:
-        yield "needles found", _first(scores), scores[-1], format_share, RULE.format(HIGHER)
+        yield _row("needles found", scores, format_share, "higher is better")
 
 
-def _score_gains(run: Run, known: Figures) -> Iterator[Row]:
-    """Return the mean of each reward that judged the run's responses, with an earlier stage's of the same
-    reward and questions before it."""
-    newest: dict[tuple[str, ...], Mapping[str, Any]] = {
-        (str(event.get("reward")), *(json.dumps(event.get(name), sort_keys=True)
-                                     for name in ("settings", "reward_version", "questions"))): event
-        for event in run.of("score")}
-    for key, event in newest.items():
-        settings, after = event.get("settings"), number(event.get("mean_reward"))
-        if not math.isfinite(after):
-            continue
-        rule = ", ".join(f"{name} {value}" for name, value in settings.items()) \
-            if isinstance(settings, dict) else ""
-        yield (f"mean reward of {number(event.get('scored')):,.0f} responses", known.get(key, math.nan),
-               after, format_share if 0 <= after <= 1 else partial(format_value, digits=3),
-               f"reward {key[0]}{': ' if rule else ''}{rule}")
-        known[key] = after
+def _rewards(run: Run) -> Iterator[list[str]]:
+    """Return the newest mean of each reward that judged the run's responses."""
+    for reward, event in {str(event.get("reward")): event for event in run.of("score")}.items():
+        mean = number(event.get("mean_reward"))
+        if math.isfinite(mean):
+            yield _row(f"mean reward of {number(event.get('scored')):,.0f} responses", [mean],
+                       "{:.3g}".format, f"reward {reward}")

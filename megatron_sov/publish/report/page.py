@@ -3,65 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_sov.base.figures import format_count, format_duration, format_share, format_value
+from megatron_sov.base.figures import format_count, format_duration, format_value
 from megatron_sov.base.pages.page import Chapter, Chart, Comparison, PageTable, Panel, render as render_page
-from megatron_sov.model.config.data import named_shards
-from megatron_sov.publish.report.charts import (
-    PER_TOKEN, DrawnLine, Place, by_tokens, draw_lines, loss_unit, needle_map)
-from megatron_sov.publish.report.headline import facts_of, gains, headline_charts
+from megatron_sov.publish.report.charts import DrawnLine, Place, by_tokens, draw_lines
+from megatron_sov.publish.report.headline import gains
 from megatron_sov.publish.report.judgements import verdict_sentence, verdict_table
 from megatron_sov.publish.report.run_data import Run
-from megatron_sov.publish.report.sections import MAX_SAMPLES, cut_lines, key_figures, measured, sections
+from megatron_sov.publish.report.sections import MAX_SAMPLES, cut_lines, key_figures, sections
 from megatron_sov.publish.report.steps import Curve, last_value
-from megatron_sov.runs.obs.figures import number
 
 # The first screen of a report: what was trained, on what, what was proved of it, and what it writes.
 
-MAX_PICTURES = 3
-MAX_SOURCES = 6
-"""Rows of the table of data; the smallest sources share the last one."""
 MAX_CHARACTERS = 600
 """Of a prompt or an answer."""
 OPEN_SAMPLES = 5
 """Samples that are shown without a click."""
 HELDOUT_HEIGHT_PX = 180
-
-
-# The pictures of a report's first screen: one line through all stages of a model, over the tokens that it
-# has seen.
-
-
-def pictures(runs: list[Run]) -> list[Chart]:
-    """Return at most three charts of a model's stages: the meters that the last one improves, the loss, and
-    the needles found last or, without any, the speed."""
-    places, seen = _places(runs), _seen(runs)
-    needles = [(run.name, n) for run in runs for n in run.needles if n.get("cells")]
-    third = (_needles(*needles[-1]) if needles
-             else _by_stage(runs, places, lambda run: run.curve("tokens_per_s"), "Tokens per second.", seen))
-    found = [*_learned(runs, places, seen), third]
-    return [one for one in found if one][:MAX_PICTURES]
-
-
-def _learned(runs: list[Run], places: list[Place], seen: str) -> list[Chart | None]:
-    """Return the headline meters of a last stage that learns by no per-token loss, and that loss of all
-    stages that do."""
-    by_token = [run for run in runs if loss_unit(run) == PER_TOKEN]
-    others = ", ".join(run.name for run in runs if run not in by_token)
-    loss = _by_stage(runs, places, lambda run: run.curve("loss") if run in by_token else None,
-                     "Training loss, nats per token"
-                     + (f"; without {others}, which learns by another loss." if others else "."), seen)
-    return [*(headline_charts(runs[-1:], small=True)[:2] if runs and runs[-1] not in by_token else []), loss]
-
-
-def _seen(runs: list[Run]) -> str:
-    return "tokens" if _count_tokens(runs) else "optimizer steps"
 
 
 def _count_tokens(runs: list[Run]) -> bool:
@@ -87,19 +49,11 @@ def _by_steps(before: float) -> Place:
     return lambda curve: curve.steps + before
 
 
-def _by_stage(runs: list[Run], places: list[Place], of: Callable[[Run], Curve | None], caption: str,
-              seen: str) -> Chart | None:
-    """Return the moving mean of one figure of the steps, each stage in its own colour."""
-    lines = [DrawnLine(run.name, curve, place) for run, place in zip(runs, places, strict=True)
-             if (curve := of(run)) is not None]
-    return draw_lines(lines, "", caption, axis=seen, smooth=True, small=True)
-
-
-def _heldout(runs: list[Run], places: list[Place], seen: str) -> Chart | None:
+def _heldout(runs: list[Run]) -> Chart | None:
     """Return bits per byte of each source; a line goes on from stage to stage, and each stage is a band."""
     points: dict[str, list[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]] = {}
     bands: list[tuple[str, float, float]] = []
-    for run, place in zip(runs, places, strict=True):
+    for run, place in zip(runs, _places(runs), strict=True):
         for source, heldout in run.heldout.items():
             curve = heldout.bits_per_byte.finite()
             if len(curve.steps):
@@ -111,8 +65,8 @@ def _heldout(runs: list[Run], places: list[Place], seen: str) -> Chart | None:
                                      np.concatenate([y for _, y in parts])), _at(x))
              for source, parts in points.items()]
     return draw_lines(lines, "", "Held-out bits per byte of each source over all stages; lower is better.",
-                      axis=seen, small=True, height_px=HELDOUT_HEIGHT_PX,
-                      bands=bands if len(bands) > 1 else ())
+                      axis="tokens" if _count_tokens(runs) else "optimizer steps", small=True,
+                      height_px=HELDOUT_HEIGHT_PX, bands=bands if len(bands) > 1 else ())
 
 
 def _at(x: npt.NDArray[np.float64]) -> Place:
@@ -120,28 +74,15 @@ def _at(x: npt.NDArray[np.float64]) -> Place:
     return lambda curve: x[curve.steps]
 
 
-def _needles(stage: str, needle: dict[str, Any]) -> Chart:
-    """Return the map of the test's first kind and language."""
-    kind, language = (needle["cells"][0][name] for name in ("kind", "language"))
-    plot = needle_map([c for c in needle["cells"] if (c["kind"], c["language"]) == (kind, language)])
-    return Chart(plot, f"Needles found by {stage}: {kind}, {language}.")
-
-
 def opening(runs: list[Run]) -> list[Panel]:
     """Return the panels on the stages of one model; panels without content are left out."""
-    proof = [table for run in runs for table in _proof_tables(run)]
-    places, seen = _places(runs), _seen(runs)
-    heldout = _heldout(runs, places, seen)
+    heldout = _heldout(runs)
     shown, more = _samples(runs)
     panels = [
         Panel("Held-out quality", 12, charts=[heldout] if heldout else []),
         Panel("What it writes", 12, comparisons=shown, more=more),
         Panel("What each stage gained" if len(runs) > 1 else "What it gained", 12, tables=gains(runs)),
         Panel("Verdicts", 12, tables=verdict_table(runs)),
-        Panel("What was trained", 6, facts=_trained(runs)),
-        Panel("On what data", 6, facts=_origin(runs), tables=_sources(runs)),
-        Panel("How it went", 12, charts=pictures(runs)),
-        Panel("The export's proof", 12, tables=proof[-1:]),
     ]
     return [p for p in panels if not p.is_empty]
 
@@ -155,57 +96,6 @@ def num_tokens(runs: list[Run]) -> float:
 def newest(runs: list[Run], name: str) -> Any:
     """Return a field of the last run's start that has it, or None."""
     return next((run.start(name) for run in reversed(runs) if run.start(name)), None)
-
-
-def _trained(runs: list[Run]) -> list[tuple[str, str]]:
-    facts = [("Model", next((run.recipe() for run in runs if run.recipe()), ""))]
-    params, active = newest(runs, "num_params"), newest(runs, "num_active_params")
-    of_them = f" ({format_count(active)} active)" if active else ""
-    facts.append(("Parameters", f"{format_count(params)}{of_them}" if params else ""))
-    tokens = num_tokens(runs)
-    facts.append(("Tokens", format_count(tokens) if tokens else ""))
-    if len(runs) > 1:
-        facts += [(run.name, f"{format_count(tokens)} in {steps} steps") for run in runs
-                  if (tokens := num_tokens([run])) and (steps := _num_steps(run))]
-    facts += facts_of(runs[-1])
-    length = max((phase.seq_len_tokens for run in runs for phase in run.phases), default=0)
-    facts.append(("Context", f"{length:,} tokens" if length else ""))
-    wall_s = sum(run.wall_s() for run in runs)
-    facts.append(("Wall time", format_duration(wall_s) if wall_s > 0 else ""))
-    return [(label, value) for label, value in facts if value]
-
-
-def _num_steps(run: Run) -> str:
-    loss = run.curve("loss")
-    return f"{int(loss.steps[-1]):,}" if loss else ""
-
-
-def _origin(runs: list[Run]) -> list[tuple[str, str]]:
-    """Return the folders of token shards by their names, and the size of the vocabulary."""
-    paths = [run.setting("data", "paths") for run in runs]
-    names = dict.fromkeys(Path(named_shards(path)[1]).name
-                          for of_run in paths if isinstance(of_run, dict) for path in of_run)
-    vocab_size = number(runs[-1].setting("model", "vocab_size"))
-    facts = [("Token shards", ", ".join(names)),
-             ("Vocabulary", f"{vocab_size:,.0f}" if vocab_size > 0 else "")]
-    return [(label, value) for label, value in facts if value]
-
-
-def _sources(runs: list[Run]) -> list[PageTable]:
-    """Return the tokens of each source over all stages, the largest first."""
-    counts: dict[str, float] = {}
-    for run in runs:
-        for name, count in ((run.data_consumed or {}).get("tokens") or {}).items():
-            counts[name] = counts.get(name, 0) + number(count)
-    total = sum(counts.values())
-    if not total > 0:
-        return []
-    ranked = sorted(counts.items(), key=lambda item: -item[1])
-    if len(ranked) > MAX_SOURCES:
-        rest = ranked[MAX_SOURCES - 1:]
-        ranked = [*ranked[:MAX_SOURCES - 1], (f"{len(rest):,} more", sum(count for _, count in rest))]
-    return [PageTable(["source", "tokens", "share"],
-                      [[name, format_count(count), format_share(count / total)] for name, count in ranked])]
 
 
 def _samples(runs: list[Run]) -> tuple[list[Comparison], list[Comparison]]:
@@ -236,18 +126,6 @@ def _when(run: Run) -> str:
 
 def _cut(text: Any) -> str:
     return cut_lines("" if text is None else str(text).strip(), MAX_CHARACTERS)
-
-
-def _proof_tables(run: Run) -> list[PageTable]:
-    return [PageTable(["check", "measured", "limit"],
-                      [[str(c.get("name", "")), _with_detail(c), measured(c.get("limit"))]
-                       for c in conversion["checks"]])
-            for conversion in run.of("conversion") if conversion.get("checks")]
-
-
-def _with_detail(check: dict[str, Any]) -> str:
-    detail = f" ({check['detail']})" if check.get("detail") else ""
-    return f"{measured(check.get('value'))}{detail}"
 
 
 # Which runs of a report trained one model. A report tells of one; what others reached is not its doing.

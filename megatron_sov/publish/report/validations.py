@@ -67,19 +67,11 @@ def validation_tables(run: Run) -> list[PageTable]:
     events = final_steps(run.of(VALIDATION), VALIDATION)
     if not events:
         return []
-    domains = events[-1].get("domains") or {}
-    return [*tables(events[-MAX_VALIDATIONS:], {
+    return tables(events[-MAX_VALIDATIONS:], {
         "step": of_field("step", ",.0f"), "prompts": of_field("num_prompts", ",.0f"),
         "responses": of_field("num_samples", ",.0f"), "mean reward": of_field("reward", ".4f", "–"),
         "pass@k (95 %)": _told_passes, "mean tokens": of_field("response_tokens", ",.1f"),
-        "did not end": of_field("truncated", format_share)}),
-        *tables(domains.items(), {
-            "domain of the last": lambda one: str(one[0]),
-            "prompts": lambda one: of_field("num_prompts", ",.0f")(one[1]),
-            "mean reward": lambda one: of_field("reward", ".4f", "–")(one[1]),
-            "pass@k (95 %)": lambda one: _told_passes(one[1]),
-            "mean tokens": lambda one: of_field("response_tokens", ",.1f")(one[1]),
-            "did not end": lambda one: of_field("truncated", format_share)(one[1])})]
+        "did not end": of_field("truncated", format_share)})
 
 
 def _told_passes(figures: dict[str, Any]) -> str:

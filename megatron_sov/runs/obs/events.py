@@ -14,6 +14,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -146,14 +147,146 @@ def read_events(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def parse_event(line: bytes) -> dict[str, Any] | None:
-    """Return the event of a line; None of a line that is none."""
+    """Return the event of a line, without fields of a wrong type; None of a line that is no event."""
     try:
         record = json.loads(line.decode(errors="replace"))
     # RecursionError: a hostile line of many brackets, which json cannot parse.
     except (ValueError, RecursionError):
         return None
-    found = isinstance(record, dict) and "event" in record and _is_step(record.get("step"))
-    return record if found else None
+    if not isinstance(record, dict) or not isinstance(record.get("event"), str):
+        return None
+    if not _is_step(record.get("step")):
+        return None
+    return _Shape(_EVERY | _FIELDS.get(record["event"], {})).check(record)
+
+
+MAX_NUMBER, MAX_TIME_S = 1e100, 1e11
+"""Larger numbers are damage: their squares overflow, and no calendar has the year of such a time."""
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, str):
+        return value in ("nan", "inf", "-inf")  # as `_finite` spells them
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER
+
+
+@dataclass(frozen=True)
+class _Number:
+    low: float = -MAX_NUMBER
+    high: float = MAX_NUMBER
+
+    def check(self, value: Any) -> Any:
+        """Return the number; None: the value is none, or out of range."""
+        is_sound = _is_number(value) and (isinstance(value, str) or self.low <= value <= self.high)
+        return value if is_sound else None
+
+
+@dataclass(frozen=True)
+class _Whole:
+    def check(self, value: Any) -> Any:
+        is_whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
+        return value if is_whole else None
+
+
+@dataclass(frozen=True)
+class _Pair:
+    def check(self, value: Any) -> Any:
+        """Return the two ends of an interval."""
+        return value if isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)) else None
+
+
+@dataclass(frozen=True)
+class _List:
+    """A list; items of another type are left out."""
+
+    item: Any
+
+    def check(self, value: Any) -> Any:
+        if not isinstance(value, list):
+            return None
+        return [found for item in value if (found := self.item.check(item)) is not None]
+
+
+@dataclass(frozen=True)
+class _Mapping:
+    """Any names, each with a value of one type; other values are left out."""
+
+    item: Any
+
+    def check(self, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return None
+        checked = ((name, self.item.check(found)) for name, found in value.items())
+        return {name: found for name, found in checked if found is not None}
+
+
+@dataclass(frozen=True)
+class _Any:
+    def check(self, value: Any) -> Any:
+        return value
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Named fields; a field of a wrong type is left out, all others stay."""
+
+    fields: Mapping[str, Any]
+    needs: tuple[str, ...] = ()
+    """Fields without which there is no value."""
+
+    def check(self, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return None
+        found = {}
+        for name, item in value.items():
+            checked = self.fields[name].check(item) if name in self.fields and item is not None else item
+            if checked is not None or item is None:
+                found[name] = checked
+        return found if all(found.get(name) is not None for name in self.needs) else None
+
+
+_N, _COUNT, _NUMBERS = _Number(), _Number(0, 1 << 62), _Mapping(_Number())
+_ESTIMATES = _List(_Shape({"k": _Number(1, 1 << 30), "value": _N, "interval": _Pair()}, ("k", "value")))
+_JUDGED = dict.fromkeys(("reward", "response_tokens", "truncated", "num_prompts", "num_samples"), _N) | {
+    "pass_at_k": _ESTIMATES, "components": _NUMBERS}
+_SAMPLING = _Shape({}, ("temperature", "top_p", "seed"))
+_CELL = _Shape({"length_tokens": _COUNT, "depth": _N, "correct": _N, "samples": _Number(1, 1 << 62),
+                "distractors": _N, "interval": _Pair()},
+               ("kind", "language", "length_tokens", "depth", "correct", "samples", "distractors",
+                "interval"))
+_HELDOUT = _Mapping(_Shape({"loss": _N, "bits_per_byte": _N, "tokens": _COUNT, "turns": _Mapping(_Any()),
+                            "kinds": _Mapping(_Any())}))
+_EVERY: dict[str, Any] = {"time_s": _Number(0, MAX_TIME_S)}
+_FIELDS: dict[str, dict[str, Any]] = {
+    "step": dict.fromkeys((
+        "loss", "grad_norm", "lr", "step_time_s", "tokens_per_s", "max_violation", "padding_share", "mfu",
+        "tflops_per_process", "peak_memory_bytes", "reserved_memory_bytes", "gpu_power_w"), _N)
+    | {"tokens": _COUNT, "losses": _NUMBERS, "losses_by_source": _NUMBERS, "meters": _NUMBERS},
+    "skip": {"meters": _NUMBERS, "ranks": _List(_Whole())},
+    "hang": {"places": _Mapping(_List(_Whole()))},
+    "run_start": {"num_params": _COUNT, "num_active_params": _COUNT, "num_ranks": _Whole(),
+                  "num_steps": _Whole(), "resumed_from": _Whole(), "layout": _Mapping(_Any()),
+                  "headline": _List(_Mapping(_Any())), "inputs": _List(_Mapping(_Any()))},
+    "phase": {"seq_len": _COUNT, "global_batch_size": _COUNT, "blend": _NUMBERS},
+    "eval": {"heldout": _HELDOUT},
+    "baseline": {"bigram": _HELDOUT},
+    "needle": {"score": _N, "cells": _List(_CELL)},
+    "gate": {"loss": _N, "start_loss": _N, "loss_limit": _N, "threshold": _N,
+             "rows": _List(_Shape({"accuracy": _N}, ("accuracy",))), "failing_rows": _List(_Any()),
+             "failing_cells": _List(_Any())},
+    "forgetting_gate": {"tolerance": _N, "tasks": _List(_Mapping(_Any()))},
+    "passk": {"pass_at_k": _ESTIMATES, "maj_at_k": _ESTIMATES, "sampling": _SAMPLING, "num_prompts": _N,
+              "num_samples": _N, "num_unscored": _N, "mean_reward": _N},
+    "round": {"means": _Mapping(_Any()), "groups": _NUMBERS, "round": _Whole()},
+    "validation": _JUDGED | {"domains": _Mapping(_Shape(_JUDGED))},
+    "responses": {"rows": _List(_Mapping(_Any()))},
+    "eval_lm": {"value": _N, "items": _N, "interval": _Pair(), "k": _Whole(), "sampling": _Mapping(_Any())},
+    "eval_contamination": {"items_hit": _N, "value_without": _N},
+    "score": {"mean_reward": _N, "scored": _N, "settings": _Mapping(_Any())},
+    "conversion": {"checks": _List(_Mapping(_Any()))},
+    "checkpoint": {"save_s": _N, "stall_s": _N},
+}
+"""Event -> the types of its fields that readers compute with or look into."""
 
 
 READ_BYTES = 1 << 16

@@ -129,7 +129,7 @@ def test_a_word_that_resembles_nothing_is_not_guessed_at(line: str,
 
 
 @pytest.mark.parametrize(("word", "known"), [
-    ("--model", ["--help"]), ("--gpus", ["--engine-gpus"]), ("--days", ["--data"]), ("prepare", ["report"]),
+    ("--model", ["--help"]), ("--gpus", ["--no-cache"]), ("--days", ["--data"]), ("prepare", ["report"]),
     ("data", ["tag"])])
 def test_a_distant_word_is_no_guess(word: str, known: list[str]) -> None:
     assert nearest(word, known) == ""

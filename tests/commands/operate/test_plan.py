@@ -65,10 +65,10 @@ def test_a_plan_without_a_cluster_has_size_memory_and_passes_over_the_data(
      "the nearest that works: --set train.fp8=tensorwise"),
     (["k-exaone-236b", "--cluster", "h100", "--nodes", "2"],
      "the fewest nodes that it fits are 8: --nodes 8"),
-    (["--output", "x.csv"], "--output x.csv: is for --table ROWS.csv or --calibrate RUN"),
-    (["--table", "x.csv"], "--table x.csv: needs --output PREDICTED.csv"),
-    (["tiny-solar-open", "--table", "x.csv", "--output", "y.csv"], "recipe belongs to one that is planned"),
-    (["--table", "x.csv", "--calibrate", "run"], "are two jobs"),
+    (["--output", "x.json"], "--output x.json: is for --calibrate RUN"),
+    (["tiny-solar-open", "--calibrate", "run"], "--calibrate run: looks at runs that are written down"),
+    (["--table", "x.csv"], "megatron-sov plan --table: was removed in this version"),
+    (["tiny-solar-open", "--page", "x.html"], "megatron-sov plan --page: was removed in this version"),
     (["tiny-solar-open", "--parameters", "x.json"], "prices a run on a cluster; name it by --cluster"),
     (["tiny-solar-open", "--cluster", "h100", "--parameters", "x.json"], "--parameters x.json: "),
 ])
@@ -118,14 +118,6 @@ def test_where_nothing_fits_a_search_tells_what_lacks_and_how_many_nodes_would_d
     said = capsys.readouterr().err
     assert "qwen3-moe-30b on 1 node of 8 H100-80GB: fits nowhere; the nearest layout lacks" in said
     assert "no number of nodes up to 4,096 is enough: set less of the layout" in said
-
-
-def test_a_page_over_what_is_read_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    profile = tmp_path / "own.yaml"
-    profile.write_text("description: ours\ngpu: b200\naccount: ''\n")
-    assert main(["plan", "qwen3-8b", "--cluster", str(profile), "--page", str(profile)]) == 2
-    assert "which is read; choose another path" in capsys.readouterr().err
-    assert profile.read_text().startswith("description")
 
 
 # A model of the user's own, of which config.json alone is there.

@@ -18,9 +18,6 @@ from megatron_sov.base.errors import ExitCode
 from megatron_sov.cli import main
 from megatron_sov.commands.evaluate import eval_judged
 from megatron_sov.commands.rl import ssp
-from megatron_sov.publish.report.page import render
-from megatron_sov.publish.report.run_data import Run, read_run
-from megatron_sov.publish.report.sections import SECTIONS
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
 SAMPLES = 4
@@ -103,10 +100,7 @@ def test_the_planted_best_of_each_domain_is_found_and_nothing_is_asked_twice(
     assert [i["kind"] for i in read_manifest("probe/table").inputs] == ["passk"] * 3
 
     (event,) = read_events(Path(EVENTS))
-    figures, choices = SECTIONS["Spectrum of the checkpoints"].of(
-        Run("r", {}, events={"ssp_probe": [event]})).tables
-    assert figures.head[1:] == ["algebra (2 problems)", "geometry (2 problems)"]
-    assert figures.rows[2][2].startswith("<strong>100 %") and choices.rows[0][:2] == ["algebra", "first"]
+    assert event["event"] == "ssp_probe" and [c["checkpoint"] for c in event["choice"]] == ["first", "third"]
 
 
 def test_a_killed_probe_goes_on_at_the_checkpoint_where_it_was(asked: list[str],
@@ -154,8 +148,6 @@ def test_the_experts_of_a_run_are_merged_and_compared_with_what_they_become(
     gains = {(g["domain"], g["k"]): g["gain"] for g in found["merged"]}
     # the second problem of algebra: one right answer of four is in half of the pairs
     assert gains == {("algebra", 1): 0.375, ("algebra", 2): 0.25, ("geometry", 1): 0.0, ("geometry", 2): 0.0}
-    page = render([read_run(Path("run"))])
-    assert "Spectrum of the checkpoints" in page and "merged (merged)" in page and "+37.5%" in page
 
     assert main(["convert", "average", "run", "both"]) == 0
     for name in read_manifest("both").files:

@@ -23,9 +23,8 @@ from megatron_sov.plan.calibration import fitting
 from megatron_sov.plan.calibration.fitting import fullest, node_bytes, refuse_on_nodes, refuse_on_this_node
 from megatron_sov.plan.footprint.activations import kinds, saved
 from megatron_sov.plan.footprint.held import stage_params
-from megatron_sov.plan.footprint.memory import account, account_of
-from megatron_sov.plan.speed.workload import ModelShape, Workload, of_run
-from megatron_sov.work.clusters.chips import CHIPS, Gpu, default_links
+from megatron_sov.plan.footprint.memory import account
+from megatron_sov.work.clusters.chips import CHIPS, Gpu
 from megatron_sov.work.clusters.cluster import ClusterProfile
 from megatron_sov.work.clusters.units import GIB
 from tests.head_config import head_config
@@ -226,92 +225,6 @@ def test_a_call_takes_a_millisecond_or_a_few() -> None:
         return time.process_time() - began
 
     assert min(seconds() for _ in range(20)) < 0.005
-
-
-# Memory of a step that no recipe describes, against the account of recipes that it also describes, and
-# against counts by hand.
-
-
-H100, LINKS = CHIPS["h100"], default_links(CHIPS["h100"])
-
-
-@pytest.mark.parametrize(("recipe", "settings"), [
-    ("solar-open-102b", ["parallel.pp=4", "parallel.ep=8", "parallel.zero1=true"]),
-    ("k-exaone-236b", ["parallel.pp=8", "parallel.ep=16", "parallel.tp=2", "parallel.sp=true"]),
-    ("qwen3-8b", ["parallel.pp=2", "parallel.vpp=2", "train.recompute=selective",
-                  'gpu.recompute_modules=["core_attn"]', "gpu.offload_modules=[]"]),
-    ("qwen3-4b", ["parallel.zero1=true", "gpu.grad_dtype=bf16", "train.recompute=false",
-                  "gpu.recompute_modules=[]"])])
-def test_a_recipes_step_is_weighed_as_the_recipe(recipe: str, settings: list[str]) -> None:
-    """But for norms of heads, which a shape does not tell, and for which queries are copied."""
-    config = apply_settings(recipes.get(recipe), settings)
-    phase = config.data.phases[0]
-    workload = of_run(config, phase, 256, H100, LINKS)
-    for stage in (0, config.parallel.pp - 1):
-        said = account(replace(config, train=replace(
-            config.train, global_batch_size=workload.global_batch_size)), 256, stage, phase.seq_len, 1.0)
-        found = account_of(workload, stage)
-        assert found.states == pytest.approx(said.states, rel=2e-4)
-        assert found.total == pytest.approx(said.total, rel=0.04)
-
-
-LLAMA = ModelShape(num_layers=80, hidden_size=8192, num_heads=64, head_dim=128, num_kv_heads=8,
-                   vocab_size=128_256, dense_ffn_dim=28_672)
-"""Llama 3 70B (arXiv 2407.21783, table 3)."""
-DEEPSEEK = ModelShape(
-    num_layers=61, hidden_size=7168, num_heads=128, head_dim=128, num_kv_heads=128, vocab_size=129_280,
-    dense_ffn_dim=18_432, num_experts=256, num_experts_per_token=8, expert_ffn_dim=2048,
-    num_shared_experts=1, num_dense_layers=3, num_mtp_layers=1, mtp_moe=True, q_lora_rank=1536,
-    kv_lora_rank=512, rope_head_dim=64, v_head_dim=128)
-"""DeepSeek-V3 (arXiv 2412.19437, section 4.2)."""
-
-
-def test_weights_under_fsdp_are_shared() -> None:
-    """70.6 billion: of 256 processes each keeps its part in bf16, gradient and three float32 numbers."""
-    workload = Workload(LLAMA, H100, LINKS, 256, 8192, global_batch_size=256, sharding="fsdp",
-                        recompute="full")
-    found = account_of(workload)
-    assert found.weights == pytest.approx(2 * 70.55e9 / 256, rel=0.01)
-    assert found.optimizer == pytest.approx(12 * 70.55e9 / 256, rel=0.01)
-    # two whole layers, weights and gradients
-    layer = 70.55e9 / 80 * 6
-    assert found.gradients == pytest.approx(4 * 70.55e9 / 256 + 2 * layer, rel=0.05)
-
-
-@pytest.mark.parametrize("ep", [1, 8, 64])
-def test_experts_under_fsdp_are_not_cut_twice(ep: int) -> None:
-    """Each process keeps a part of all, however many of the cuts are expert parallelism's."""
-    workload = Workload(DEEPSEEK, H100, LINKS, 1024, 4096, global_batch_size=1024, ep=ep, sharding="fsdp",
-                        recompute="full")
-    found = account_of(workload)
-    assert found.weights == pytest.approx(2 * 685e9 / 1024, rel=0.02)
-    # copies of 64 processes each
-    assert account_of(replace(workload, sharding_group=64)).weights == pytest.approx(
-        2 * 685e9 / 64, rel=0.02)
-
-
-def test_latent_attention_and_prediction_layers_are_weighed() -> None:
-    """671 billion, and 14 of the prediction layer: experts over 64 processes, 16 stages; by hand."""
-    workload = Workload(DEEPSEEK, H100, LINKS, 2048, 4096, global_batch_size=15_360, pp=16, ep=64,
-                        sharding="zero1", recompute="full")
-    stages = [account_of(workload, stage) for stage in range(16)]
-    assert sum(found.weights for found in stages) == pytest.approx(
-        2 * ((671e9 - 653e9) + (653e9 + 11.5e9) / 64), rel=0.15)
-    # every process updates its part of all
-    assert sum(found.optimizer for found in stages) == pytest.approx(12 * 685e9 / 2048 * 16, rel=0.1)
-
-
-def test_a_forward_pass_has_weights_and_what_passes() -> None:
-    workload = Workload(LLAMA, H100, LINKS, 8, 4096, tp=8, sp=True, objective="forward")
-    found = account_of(workload)
-    assert found.gradients == found.optimizer == found.layer_inputs == 0
-    assert 2 * 70.55e9 / 8 < found.total < 2.4 * 70.55e9 / 8
-
-
-def test_layers_that_no_pipeline_divides_are_dealt_out() -> None:
-    workload = Workload(replace(LLAMA, num_layers=61), H100, LINKS, 128, 4096, global_batch_size=256, tp=8,
-                        pp=16)
-    assert account_of(workload, 0).weights > account_of(workload, 14).weights > 0
 
 
 # What an offloaded optimizer pins on a node, by hand; and what is refused with which share.

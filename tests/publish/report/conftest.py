@@ -59,10 +59,6 @@ def _watch(log: EventLog, noise: random.Random) -> None:
                   bias_spread=[0.001 * step * layer for layer in range(4)])
     log.write("skip", step=150, reason="the loss is nan", loss=math.nan, grad_norm=math.nan, ranks=[1])
     log.write("alarm", step=240, kind="collapse", layer=3, text=f"layer 3: its entropy is low {HOSTILE}")
-    log.write("compute_time", step=400, median_s=0.7, seconds={"0": 0.7, "1": 0.72}, slow=[])
-    for source in SOURCES[:2]:
-        log.write("expert_load", step=NUM_STEPS, source=source, layers=[1, 2],
-                  load=[[0.25] * 4, [0.1, 0.2, 0.3, 0.4]])
 
 
 def _score(log: EventLog) -> None:
@@ -78,7 +74,7 @@ def _score(log: EventLog) -> None:
     log.write("forgetting_gate", step=NUM_STEPS, passed=False, tolerance=0.03, tasks=[lost])
 
 
-def write_run(path: Path, *, when: tuple[str, ...] = (), num_experts: int = 16) -> Path:
+def write_run(path: Path, *, when: tuple[str, ...] = ()) -> Path:
     """Write a run of `NUM_STEPS` steps that crashed once, after step `CRASH`,
     and went on from step `CHECKPOINT`."""
     path.mkdir(parents=True)
@@ -113,12 +109,6 @@ def write_run(path: Path, *, when: tuple[str, ...] = (), num_experts: int = 16) 
     _watch(log, noise)
     if not when:
         _score(log)
-    load = [[1 + noise.gauss(0, 0.25) for _ in range(num_experts)] for _ in range(4)]
-    log.write("expert_load", step=NUM_STEPS, layers=[1, 2, 3, 4],
-              load=[[x / sum(row) for x in row] for row in load])
-    log.write("data_consumed", step=NUM_STEPS,
-              tokens={"english": 820_000, "korean": 490_000, "code": 328_400},
-              plan={"english": 819_200, "korean": 491_520, "code": 327_680})
     for moment in when:
         height = 0.3 if moment == "before" else 0.97
         cells = [{"kind": "multi-key", "language": language, "length_tokens": length, "depth": depth,

@@ -18,8 +18,7 @@ MeasurePage = Callable[[Path, tuple[Screen, ...]], dict[tuple[str, int], dict[st
 PHONE, TABLET, NOTEBOOK = ("dark", 390, 844), ("light", 820, 1180), ("light", 1440, 900)
 """Scheme of colours, width and height, as the fixture has them."""
 FIRST_SCREEN = ["Held-out quality", "What it writes"]
-AFTER_IT = ["What each stage gained", "Verdicts", "What was trained", "On what data", "How it went",
-            "The export's proof"]
+AFTER_IT = ["What each stage gained", "Verdicts"]
 
 
 def write(page: str, folder: Path) -> Path:
@@ -35,7 +34,7 @@ def test_every_chart_is_drawn_and_nothing_complains(runs: list[Path], tmp_path: 
     assert console == []
     body = re.sub(r"<script.*?</script>", "", dom, flags=re.DOTALL)
     plots = body.split('<div class="drawing"')[1:]
-    assert len(plots) > 15
+    assert len(plots) > 10
     for plot in plots:
         caption = re.search(r"<figcaption>(.*?)</figcaption>", plot, flags=re.DOTALL).group(1)
         assert re.search(r'<path (class="(stroke|dots)|d=)', plot.partition("</svg>")[0]), caption
@@ -64,14 +63,13 @@ def test_the_layout_holds_on_every_screen_in_light_and_dark(
     # The second has every kind of chart; each more is drawn six times.
     first.curves = {group: {name: curve for name, curve in curves.items() if name in ("loss", "tokens")}
                     for group, curves in first.curves.items()}
-    first.expert_load, first.expert_load_by_source = None, {}
     screens = measure_page(write(render([first, second, other]), tmp_path), given)
     assert sorted(screens) == [(scheme, width) for scheme, width, _ in given]
     for (scheme, width), screen in screens.items():
         assert screen["dark"] == (scheme == "dark")
         assert screen["paper"] == {"light": "rgb(255, 255, 255)", "dark": "rgb(17, 22, 29)"}[scheme]
         assert screen["scroll_width"] <= width  # wide tables scroll in their frames, the page never does
-        assert screen["num_charts"] > 15 and screen["collisions"] == []
+        assert screen["num_charts"] > 10 and screen["collisions"] == []
         assert list(screen["panels"]) == FIRST_SCREEN + AFTER_IT
         contents_px = screen["contents"]["bottom"] - screen["contents"]["top"]
         if width == 1440:

@@ -1,4 +1,4 @@
-"""Scores in the report: the newest of each checkpoint, what is missing by name, figures of others beside."""
+"""Scores in the report: the newest of each checkpoint, what is missing by name, verdicts."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 
 from megatron_sov.base.figures import format_share
 from megatron_sov.base.pages.page import PageSection
-from megatron_sov.publish.report.judgements import MAX_CELLS, verdict_table
+from megatron_sov.publish.report.judgements import scores_of, verdict_table
 from megatron_sov.publish.report.run_data import Run, read_run
-from megatron_sov.publish.report.scores import scores_of
 from megatron_sov.publish.report.sections import SECTIONS, sections
 from megatron_sov.publish.report.steps import curves, needle_curves, pair_curves, read_evaluations
 from megatron_sov.runs.obs.events import EVENTS, EventLog
@@ -35,58 +34,26 @@ def test_of_one_checkpoint_the_newest_measurement_counts() -> None:
     assert [s.metric for s in named] == ["pass@8", "acc (strict, thinking)"]
 
 
-def test_the_section_has_a_line_for_each_task_and_figures_of_others_beside_them() -> None:
+def test_the_section_has_a_line_for_each_task() -> None:
     found = section("Scores", eval_lm=[event(), event(step=200, value=0.62, interval=[0.5, 0.7]),
                                        event("own", step=200, value=None, interval=None)])
     assert len(found.charts) == 1 and found.charts[0].plot.series[0].name == "aime24, acc"
-    ours, published, ways = found.tables
-    assert ours.rows[0] == ["aime24", "acc", "200", "62 %", "50 % to 70 %", "30", "0", "2", "not checked"]
+    (ours,) = found.tables
+    assert ours.rows[0] == ["aime24", "acc", "200", "62 %", "50 % to 70 %", "30", "0", "2"]
     assert ours.rows[1][3:5] == ["not known", "–"]
-    told = {row[3]: row for row in published.rows}
-    assert told["VibeThinker-1.5B"][4:6] == ["80.3 %", "avg@64"]
-    assert told["Solar Open 102B"][7].endswith("(not verified)")
-    assert ways.rows == [["temperature 0.6, samples 4", "default", "–", "aime24, own"]]
 
 
-def test_a_published_figure_stands_beside_the_first_figure_of_a_task_alone() -> None:
-    events = [event("ko", metric=name, k=k, value=value, published_as="aime24")
-              for name, k, value in (("avg@k", 64, 0.5), ("pass@k", 8, 0.9))]
-    published = section("Scores", eval_lm=[event("mmlu_pro"), *events]).tables[1]
-    assert {row[2] for row in published.rows if row[0] == "AIME24"} == {"50 % (avg@64)"}
-    assert published.rows[0][1] == "mmlu_pro"
-
-
-def test_what_was_found_in_the_training_data_stands_beside_the_score() -> None:
-    check = {"event": "eval_contamination", "task": "aime24", "task_hash": "t", "model_hash": "m100",
-             "metric": "acc", "items_hit": 3, "value_without": 0.45}
-    def cell(*checks: dict[str, Any], **fields: Any) -> str:
-        return section("Scores", eval_lm=[event(**fields)], eval_contamination=list(checks)
-                       ).tables[0].rows[0][-1]
-
-    assert cell(check) == "3 of 30 items; 45 % without them"
-    assert cell({**check, "task_hash": "another"}) == "not checked"
-    assert cell({**check, "model_hash": "another"}) == "not checked"
-    found = {"checked_against": "d", "items_hit": 0, "value_without": 0.5}
-    assert cell(contamination=found) == "0 of 30 items"
-
-
-def test_a_perplexity_is_no_share_and_has_no_published_percentage_beside_it() -> None:
+def test_a_perplexity_is_no_share() -> None:
     found = section("Scores", eval_lm=[event(metric="word_perplexity", value=14.2, interval=None)])
-    assert found.tables[0].rows[0][3] == "14.2" and len(found.tables) == 2
+    assert found.tables[0].rows[0][3] == "14.2"
 
 
-def test_the_forgetting_gate_is_told_task_by_task() -> None:
-    tasks = [{"task": "quiz", "metric": "acc", "before": 0.5, "after": 0.3, "value": -0.2,
-              "interval": [-0.25, -0.15], "items": 200, "verdict": "forgotten"},
-             {"task": "other", "metric": "acc", "before": None, "after": 0.3, "value": None, "interval": None,
-              "items": 0, "verdict": "not proven"}]
+def test_the_forgetting_gate_is_a_verdict() -> None:
+    tasks = [{"task": "quiz", "verdict": "forgotten"}, {"task": "other", "verdict": "not proven"}]
     gate = {"event": "forgetting_gate", "step": 40, "passed": False, "tolerance": 0.03, "tasks": tasks}
-    table, = section("Forgetting gate", forgetting_gate=[gate]).tables
-    assert table.rows[0][4:6] == ["-0.2000", "-0.2500 to -0.1500"] and "FORGOTTEN" in table.rows[0][7]
-    assert table.rows[1][2] == "–" and table.rows[1][4] == "–"
     (row,) = verdict_table([Run("tuned", {}, events={"forgetting_gate": [gate]})])[0].rows
     assert "FAILED" in row[1] and row[2] == "tuned: worse on quiz, 1 not proven; tolerance 0.03"
-    assert section("Forgetting gate").tables == [] and verdict_table([Run("tuned", {})]) == []
+    assert verdict_table([Run("tuned", {})]) == []
 
 
 def test_steps_and_hashes_of_a_stranger_break_no_page() -> None:
@@ -123,7 +90,7 @@ def test_files_become_curves_by_step_and_failures_a_table(tmp_path: Path) -> Non
     (ranked,) = pair_curves(found)
     assert (ranked.name, ranked.steps.tolist(), ranked.values.tolist()) == ("judged", [20], [75.0])
     (section,) = sections(read_run(tmp_path))
-    assert section.title == "Evaluation beside training" and len(section.charts) == 3
+    assert section.title == "Evaluation during training" and len(section.charts) == 3
     (table,) = section.tables
     assert ([row[:2] for row in table.rows] == [["40", "ppl"], ["100", "needle"]]
             and table.rows[1][2] == "no memory")
@@ -141,7 +108,7 @@ def test_scores_that_a_job_brought_behind_the_end_stand_with_those_of_events(tmp
     run = read_run(tmp_path)
     assert [(score["step"], score["value"]) for score in run.scores] == [(20, 0.5), (40, 1.0)]
     failures, scores = (next(s for s in sections(run) if s.title == title)
-                        for title in ("Evaluation beside training", "Scores"))
+                        for title in ("Evaluation during training", "Scores"))
     assert len(scores.charts) == 1 and scores.tables[0].rows[0][:4] == ["quiz", "acc", "40", "100 %"]
     assert failures.tables[0].rows[0][:2] == ["60", "lm"]
 
@@ -220,41 +187,3 @@ def test_what_failed_is_named(tmp_path: Path) -> None:
         ["Gate", "FAILED", f"{name}: short-context loss 2.500, limit 2.100; step 7"],
         ["Bigram model", "FAILED", f"{name}: bits per byte, more on ko"],
         ["Export", "FAILED", f"{name}: 1 of 2 checks"]]
-
-
-# The gate's section: every check, the cells that failed last, and the search.
-
-
-CELL = {"kind": "multi-key", "language": "thai", "length_tokens": 2048, "depth": 0.5, "correct": 9,
-        "samples": 20, "interval": [0.258, 0.658]}
-
-
-def check(step: int, passed: bool, judged: bool, cells: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"event": "gate", "step": step, "passed": passed, "judged": judged, "min_steps": 40,
-            "threshold": 0.9, "loss": 2.31, "start_loss": 2.3, "loss_limit": 2.35, "failing_cells": cells,
-            "failing_rows": [{}] * len(cells), "rows": [{"accuracy": 0.45}, {"accuracy": 0.97}]}
-
-
-def gate_section(checks: list[dict[str, Any]], searches: list[dict[str, Any]]) -> PageSection:
-    return SECTIONS["Gate"].of(Run("run", {}, gate_checks=checks, events={"decontamination": searches}))
-
-
-def test_checks_failing_cells_and_the_search() -> None:
-    search = {"scanned_tokens": {"web": 500}, "train_tokens": {"web": 90_000}, "questions": 812,
-              "questions_found": 0, "windows": 1000, "windows_found": 3, "window_tokens": 32,
-              "overlap": 0.003}
-    found = [check(0, False, False, [CELL]), check(20, False, True, []), check(40, False, False, [CELL])]
-    checks, cells, searched = gate_section(found, [search]).tables
-    assert [[str(row[i]) for i in (0, 1, 4)] for row in checks.rows] == [
-        ["0", "45 %", "1"], ["20", "45 %", "0"], ["40", "45 %", "1"]]
-    assert "FAILED" in str(checks.rows[0][-1]) and str(checks.rows[1][-1]) == "good, before step 40"
-    assert cells.rows == [["multi-key", "thai", "2,048", "50 %", "9 of 20", "25.8 % to 65.8 %"]]
-    assert [row[1] for row in searched.rows] == ["0 of 812", "3 of 1,000 (0.3 %)", "500 of 90,000"]
-
-
-def test_long_lists_end_and_a_run_without_a_gate_has_no_section() -> None:
-    shown = gate_section([check(9, False, False, [CELL] * (MAX_CELLS + 2))], [])
-    assert shown.tables[1].rows[-1][0] == "and 2 more"
-    passed = gate_section([check(9, True, True, [])], [])
-    assert len(passed.tables) == 1 and "passed" in str(passed.tables[0].rows[0][-1])
-    assert gate_section([], []).tables == []

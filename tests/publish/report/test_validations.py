@@ -34,13 +34,12 @@ def test_the_report_shows_validations_and_the_newest_samples(tmp_path: Path) -> 
     validation, samples = sections(run)
     assert validation.title == "Validation" and len(validation.charts) == 5
     assert validation.charts[1].caption.startswith("The share of held-out prompts of which one at least of k")
-    by_step, domains = validation.tables
+    (by_step,) = validation.tables
     assert len(by_step.rows) == 2 and by_step.rows[1] == [
         "10", "4", "8", "0.5000", "1: 50 % (10 % to 90 %); 2: 75 % (20 % to 100 %)", "12.0", "12.5 %"]
     curves = validation_curves(run)
     assert {name: curves[name].values.tolist() for name in ("reward", "pass_at_2", "domain/math/reward")} == {
         "reward": [0.25, 0.5], "pass_at_2": [0.5, 0.75], "domain/math/reward": [0.25, 0.5]}
-    assert domains.rows[0][:3] == ["math", "4", "0.5000"]
     table = samples.tables[0]
     assert table.head[0] == "prompt (validation at step 10)" and table.rows == [
         ["asked at 10", "<script>x</script>", "0.5", '{"format": 1.0}', "3", "stop"]]

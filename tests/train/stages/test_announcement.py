@@ -16,19 +16,18 @@ from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.families.adapters import adapted_modules
 from megatron_sov.model.families.count import num_params
-from megatron_sov.plan.footprint import kept
 from megatron_sov.plan.footprint.memory import Account
-from megatron_sov.runs.folder import PLAN
 from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.train import recorder
 from megatron_sov.train.data.ledger import LedgerEntry
 from megatron_sov.train.data.token_shards import Source
-from megatron_sov.train.recorder import device_name, keep_plan
+from megatron_sov.train.recorder import device_name
 
 prepare_megatron()
 from megatron_sov.train.checkpointer import TrainState  # noqa: E402
 from megatron_sov.train.stages.announcement import banner, memory_of, planned_tokens, summary  # noqa: E402
 
+CONFIG = apply_settings(recipes.get("tiny-solar-open"), ["train.steps=4"])
 ENTRIES = (LedgerEntry(0, "one", 100, 2, {"web": 1.0}),
            LedgerEntry(4, "two", 200, 2, {"web": 0.25, "code": 0.75}))
 
@@ -128,27 +127,6 @@ def test_an_adapter_says_how_much_learns() -> None:
     learning = f"{format_count(learn)} of {format_count(total)} parameters learn"
     assert told[2] == (f"  adapter    of rank 4: {learning} "
                        f"({format_share(learn / total)}); `megatron-sov convert to-peft` writes it for PEFT")
-
-
-# The plan that a run keeps of itself.
-
-
-CONFIG = apply_settings(recipes.get("tiny-solar-open"), ["train.steps=4"])
-
-
-def test_a_plan_is_kept_once(tmp_path: Path) -> None:
-    assert keep_plan(CONFIG, 1, tmp_path, 1 << 28) == 0
-    assert keep_plan(CONFIG, 1, tmp_path, 1 << 29) == 0
-    assert keep_plan(CONFIG, 2, tmp_path, 1 << 28) == 1
-    (plan, wider) = kept.read(tmp_path)
-    assert plan.device == device_name() != "" and plan.memory_before_bytes == 1 << 28
-    assert wider.num_ranks == 2 and "chip unknown" in plan.no_speed
-
-
-def test_no_run_fails_for_its_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / PLAN).write_text("{")
-    assert keep_plan(CONFIG, 1, tmp_path, 0) is None
-    assert f"warning: {tmp_path / PLAN}: no plan is kept" in capsys.readouterr().err
 
 
 def test_a_processor_has_a_name_where_the_system_tells_none(monkeypatch: pytest.MonkeyPatch,

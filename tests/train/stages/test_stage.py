@@ -20,7 +20,7 @@ from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.plan.calibration import fitting
 from megatron_sov.plan.calibration.fitting import USABLE_SHARE, fullest
-from megatron_sov.runs.folder import PLAN, RunFolder
+from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.gpu_driver import SeenGpu
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.train.data.ledger import plan
@@ -332,7 +332,6 @@ def test_a_refused_run_takes_back_what_it_made_and_nothing_else(
     def refused(declares: bool) -> None:
         def does(main: Callable[[], int], restarts: Restarts) -> int:
             open_run(made)
-            (made.folder.path / PLAN).write_text("{}")
             if declares:
                 begins[-1].declared[0] = 1
             return 2
