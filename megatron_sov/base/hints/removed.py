@@ -51,6 +51,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
 }
 """Setting of a run -> its default, and what to use in its place."""
 VALUES = {
+    "functions": "use `virtual`, whose tasks describe tools and what they do",
     "mcp": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",
     "nemo_gym": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",
     "openenv": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",

@@ -82,22 +82,6 @@ def test_a_world_scores_its_episodes(tmp_path: Path) -> None:
     assert protocol.as_json()["agent_limits"]["max_turns"] == 30
 
 
-def test_functions_are_called_in_one_turn(tmp_path: Path) -> None:
-    right = called("get_weather", city="seoul")
-    _, folded = played(
-        "bfcl-like",
-        tmp_path,
-        [
-            [right],
-            [called("get_weather", city="Busan")],
-            [right + called("get_time", city="Seoul")],
-            ["It is warm."],
-        ],
-    )
-    assert folded.items[0].sample_scores == [1.0, 0.0, 0.0, 0.0]
-    assert folded.items[0].num_at_limit == 0  # one turn is all that there is
-
-
 def test_an_answer_found_with_tools_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
