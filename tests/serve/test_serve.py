@@ -40,7 +40,7 @@ PROMPTS = ["def parse(self", "The ", "import argparse", "한국어 "]
 @pytest.fixture(scope="module", params=["checkpoint", "folder"])
 def server(serving: Any, imported: dict[str, Path], hf_models: dict[str, Path],
            request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Two servers for this file, one after the other: our decoder's, and transformers' of the same weights."""
+    """Two servers for this file, one after the other: of a checkpoint, and of the same folder."""
     first, *_ = TYPED
     target, more = ((imported, ["--set", "train.num_threads=1"]) if request.param == "checkpoint"
                     else (hf_models, []))

@@ -17,6 +17,8 @@ COMMANDS = {
     "megatron-sov counterfactual": "train a second run on shards that `sov-data pack` makes without the "
                                    "documents, and compare with `megatron-sov report RUN RUN`",
     "megatron-sov card": "`megatron-sov convert to-hf` writes a README.md with the model's origins",
+    "megatron-sov codec train": "train a codec with diffusers or transformers, and read the folder of its "
+                                "`save_pretrained` with `megatron-sov codec import`",
     "megatron-sov convert deepen": "use mergekit's passthrough method on the folder of `convert to-hf`",
     "megatron-sov convert to-gguf": "use convert_hf_to_gguf.py of llama.cpp on the folder of `convert to-hf`",
     "megatron-sov convert upcycle": "use mergekit-moe on the folder of `convert to-hf`",
@@ -33,6 +35,10 @@ COMMANDS = {
 """Program and command -> what to use in its place."""
 OPTIONS = {
     "megatron-sov convert to-hf --quantize": "quantize the folder with llm-compressor",
+    **{f"megatron-sov codec reconstruct --{name}": "a codec decodes its own tokens"
+       for name in ("decoder", "decoder-steps", "seed", "speaker")},
+    "megatron-sov eval media --speaker": "a codec has one voice",
+    "megatron-sov generate --speaker": "a codec has one voice",
     **dict.fromkeys((f"megatron-sov submit --{name}" for name in ("job-name", "manifest", "apply")),
                     "submit to a Slurm cluster; Kubernetes is not supported"),
     "sov-data mix --search": "set the shares with --blend",
@@ -50,7 +56,9 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "obs.telemetry_every_s": (15.0, _CURVES),
 }
 """Setting of a run -> its default, and what to use in its place."""
+_CODECS = "import a codec of kind vqmodel, janus-vq, mimi or dac, and encode the media again"
 VALUES = {
+    **dict.fromkeys(("simvq", "fsq", "dit", "unit-bigvgan"), _CODECS),
     "functions": "use `virtual`, whose tasks describe tools and what they do",
     "mcp": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",
     "nemo_gym": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",

@@ -1,9 +1,9 @@
 """A Hugging Face model that continues sequences as they come, by transformers' continuous batching.
 
-transformers 5.24 draws all sequences from one stream of random numbers (`continuous_api.py`, `set_tp_seed`), and
-reports the log-probability of the chosen token alone (`model_runner.py`, `_sample`).  A logits processor gets each
-row of logits with its request, so `RequestSampler` chooses the tokens: a sample then depends on its own request and
-seed, and is drawn as our own decoder draws it.
+transformers 5.24 draws all sequences from one stream of random numbers (`continuous_api.py`, `set_tp_seed`),
+and reports the log-probability of the chosen token alone (`model_runner.py`, `_sample`).  A logits processor
+gets each row of logits with its request, so `RequestSampler` chooses the tokens: a sample depends on its own
+request and seed, and is drawn as our own decoder draws it.
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ def continue_transformers(model: Any, batching: Batching, longest: int, office: 
 
 def _join(manager: Any, model: Any, joining: Joining) -> _LiveRequest:
     sampling = joining.sampling
-    request = _LiveRequest(joining, np.random.Generator(np.random.Philox(key=[sampling.seed, joining.stream])))
+    random = np.random.Generator(np.random.Philox(key=[sampling.seed, joining.stream]))
+    request = _LiveRequest(joining, random)
     if joining.tells.prompt:
         with manager.pause():
             request.prompt = tuple(_ranked_prompt(model, joining))
@@ -133,7 +134,8 @@ def _ranked_prompt(model: Any, joining: Joining) -> list[Written]:
     prompt, found, cache = list(joining.prompt), list[Written](), None
     for start in range(0, len(prompt) - 1, CHUNK_PLACES):
         piece = prompt[start:min(start + CHUNK_PLACES, len(prompt) - 1)]
-        read = model(input_ids=torch.tensor([piece], device=model.device), past_key_values=cache, use_cache=True)
+        ids = torch.tensor([piece], device=model.device)
+        read = model(input_ids=ids, past_key_values=cache, use_cache=True)
         cache, logits = read.past_key_values, read.logits[0]
         found += ranked(lambda rows, logits=logits: logits[list(rows)].float(), [
             RankingPlace(row, prompt[start + row + 1], joining.tells.num_top, None)
