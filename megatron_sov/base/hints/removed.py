@@ -67,6 +67,7 @@ VALUES = {
 }
 """Value of an option or setting, such as an engine or a tool environment -> what to use in its place."""
 KINDS = {
+    "codec_training": "it is half of a codec; import a published one with `megatron-sov codec import`",
     "mixture": "its file blend.yaml is a blend for `sov-data mix --blend`",
 }
 """Kind of artifact -> what to use in its place."""

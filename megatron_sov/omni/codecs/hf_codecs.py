@@ -23,6 +23,8 @@ from megatron_sov.model.pretrained import CONFIG, load_pretrained, read_json
 from megatron_sov.omni.codecs.published import BoundedUnpickler, config_problems
 
 MAX_PIECE_S = 30.0
+MAX_TENSORS = 5000
+"""Of a network: ten times what published codecs have."""
 _PASSED_OVER = ("architectures", "transformers_version", "dtype")
 _REFUSED = ("auto_map", "attn_implementation", "quantization_config")
 """Fields by which transformers loads code or other weights."""
@@ -98,7 +100,7 @@ class HfCodec(nn.Module):
 
     def _build(self, config: Config) -> None:
         """Make the network, its weights not read, within the bounds of a codec."""
-        model, bounded = self.model_class(), BoundedUnpickler()
+        model, bounded = self.model_class(), BoundedUnpickler(max_tensors=MAX_TENSORS)
         try:
             with bounded:
                 self.network = (model(model.config_class.from_dict(dict(config)))

@@ -136,9 +136,9 @@ MAX_TENSORS = 100_000
 class BoundedUnpickler(TorchDispatchMode):
     """While it is entered, tensors beyond the bounds raise `MemoryError` before they are made."""
 
-    def __init__(self, max_elements: int = MAX_ELEMENTS) -> None:
+    def __init__(self, max_elements: int = MAX_ELEMENTS, max_tensors: int = MAX_TENSORS) -> None:
         super().__init__()
-        self._max_elements = max_elements
+        self._max_elements, self._max_tensors = max_elements, max_tensors
         self.problem = ""
         """What was asked for, where it was too much: what made the network may have told it otherwise."""
         self._num_elements = self._num_tensors = 0
@@ -154,9 +154,9 @@ class BoundedUnpickler(TorchDispatchMode):
             self._num_tensors += 1
         elif isinstance(asked, (int, float)):
             self._num_elements += int(max(abs(n) for n in args if isinstance(n, (int, float))))
-        if self._num_elements > self._max_elements or self._num_tensors > MAX_TENSORS:
+        if self._num_elements > self._max_elements or self._num_tensors > self._max_tensors:
             self.problem = (f"asks for {self._num_elements:,} numbers in {self._num_tensors:,} tensors, and "
-                            f"at most {self._max_elements:,} in {MAX_TENSORS:,} are reserved")
+                            f"at most {self._max_elements:,} in {self._max_tensors:,} are reserved")
             raise MemoryError(self.problem)
         return func(*args, **kwargs or {})
 
