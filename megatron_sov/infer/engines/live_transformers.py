@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,7 @@ class RequestSampler(ContinuousBatchingLogitsProcessor):
         places = [RankingPlace(row, int(tokens[row]), one.joining.tells.num_top,
                                one.joining.sampling if one.joining.sampling.temperature else None)
                   for row, one in enumerate(self._requests) if one.joining.tells.something]
-        told = iter(ranked(lambda rows: scores[list(rows)], places))
+        told = iter(ranked(partial(_rows_of, scores), places))
         for one, logprob in zip(self._requests, logprobs.tolist(), strict=True):
             one.sampled.append((logprob, (next(told),) if one.joining.tells.something else ()))
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
@@ -136,11 +137,15 @@ def _ranked_prompt(model: Any, joining: Joining) -> list[Written]:
         piece = prompt[start:min(start + CHUNK_PLACES, len(prompt) - 1)]
         ids = torch.tensor([piece], device=model.device)
         read = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        cache, logits = read.past_key_values, read.logits[0]
-        found += ranked(lambda rows, logits=logits: logits[list(rows)].float(), [
-            RankingPlace(row, prompt[start + row + 1], joining.tells.num_top, None)
-            for row in range(len(piece))])
+        cache = read.past_key_values
+        places = [RankingPlace(row, prompt[start + row + 1], joining.tells.num_top, None)
+                  for row in range(len(piece))]
+        found += ranked(partial(_rows_of, read.logits[0]), places)
     return found
+
+
+def _rows_of(logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    return logits[list(rows)].float()
 
 
 def _next_tokens(manager: Any, live: dict[int, _LiveRequest]) -> list[News]:
