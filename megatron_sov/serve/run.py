@@ -30,7 +30,6 @@ from megatron_sov.base.pages.page import render_chat
 from megatron_sov.infer.engine import PRECISION_KEY
 from megatron_sov.infer.engines.libraries import load_configured_hf, refuse_uncached
 from megatron_sov.infer.engines.live import continue_live
-from megatron_sov.infer.engines.live_transformers import continue_transformers
 from megatron_sov.infer.engines.load import Loaded, run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.runs.launch_environment import is_first, num_ranks
@@ -39,6 +38,7 @@ from megatron_sov.serve.bodies import (
 from megatron_sov.serve.replies import DONE, ServedReply, event
 from megatron_sov.serve.scheduler import RETRY_S, Begun, Clerk, RequestQueue, Ticket, Wrote
 from megatron_sov.serve.settings import DEFAULT_LENGTH_TOKENS, ServeSettings
+from megatron_sov.serve.transformers_batching import continue_transformers
 from megatron_sov.train.stopping import StopFlag
 from megatron_sov.work.endpoints.local_server import LocalServer
 from megatron_sov.work.progress.locks import has_ended, identity

@@ -6,16 +6,16 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from megatron_sov.base.artifacts import write_output
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import refuse_input
-from megatron_sov.omni.codecs.folder import open_codec
 from megatron_sov.omni.media.reading.reader import MediaReader
+
+if TYPE_CHECKING:
+    import torch
 
 
 def reconstruct(folder: Path, files: Sequence[Path], output: Path) -> Iterator[Path]:
@@ -29,6 +29,8 @@ def reconstruct(folder: Path, files: Sequence[Path], output: Path) -> Iterator[P
     Raises:
         UserError: the codec does not decode, a medium cannot be read, or two have one name.
     """
+    from megatron_sov.omni.codecs.folder import open_codec
+
     codec = open_codec(folder)
     if not hasattr(codec, "encode") or not hasattr(codec, "decode"):
         raise UserError(f"{folder}: does not decode the ids that it gives ({type(codec).__name__}); pass a "
@@ -57,11 +59,15 @@ def _naming(file: Path) -> Iterator[None]:
 
 
 def _picture(codec: Any, reader: MediaReader, name: str) -> bytes:
+    import torch
+
     seen = reader.picture(name, (codec.side_pixels,)).arrays[0]
     return png_of(codec.decode(codec.encode(torch.from_numpy(seen.copy())[None].float() / 255))[0])
 
 
 def _sound(codec: Any, reader: MediaReader, name: str) -> bytes:
+    import torch
+
     heard = torch.from_numpy(reader.sound(name, codec.sample_rate_hz).arrays[0].copy())
     # without the silence that filled up the last frame
     return wav_of(codec.decode(codec.encode(heard))[:len(heard)], codec.sample_rate_hz)
@@ -69,6 +75,7 @@ def _sound(codec: Any, reader: MediaReader, name: str) -> bytes:
 
 def png_of(picture: torch.Tensor) -> bytes:
     """Return the PNG file of a picture [3, height, width] in 0..1."""
+    import torch
     from PIL import Image
 
     pixels = (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
