@@ -14,7 +14,7 @@ from megatron_sov.base.settings import (
 from megatron_sov.commands.shared_options import OverwriteOptions
 
 OWN_OPTIONS = {"codebooks": ("num_codebooks", ("mimi", "dac")),
-               "side_pixels": ("side_pixels", ("vqmodel", "janus-vq"))}
+               "side_pixels": ("side_pixels", ("vqmodel",))}
 """Option -> argument of a codec's `of_folder`, and the kinds that take it."""
 
 
@@ -32,7 +32,7 @@ class CodecImportOptions(OverwriteOptions):
     codebooks: AtLeastOne | None = None
     """Codebooks of a frame of mimi or dac, each a token (default: 1)."""
     side_pixels: AtLeastOne | None = None
-    """Height and width of pictures of vqmodel or janus-vq (default: as config.json says)."""
+    """Height and width of pictures of vqmodel (default: as config.json says)."""
 
     def problems(self) -> list[SettingsProblem]:
         """Return options of other kinds."""

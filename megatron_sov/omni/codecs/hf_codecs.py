@@ -207,6 +207,13 @@ class JanusCodec(HfImageCodec):
 
     MODEL = "transformers:JanusVQVAE"
 
+    def __init__(self, settings: HfImageSettings) -> None:
+        super().__init__(settings)
+        num_patches = self.network.config.num_patches
+        if self.grid != num_patches:  # it decodes pictures of one size alone
+            raise UserError(f"side_pixels = {settings.side_pixels}: must be "
+                            f"{num_patches * self._patch_pixels()} for this codec; import the codec again")
+
     @classmethod
     def _own_side(cls, config: Config) -> int:
         return int(config["num_patches"] * 2 ** (len(config["channel_multiplier"]) - 1))
@@ -239,12 +246,18 @@ class HfAudioCodec(HfCodec):
         self.settings, self.num_codebooks = settings, settings.num_codebooks
         self._build(settings.config)
         config = self.network.config
+        try:
+            self._frame_samples = round(config.sampling_rate / config.frame_rate)
+        except (ArithmeticError, TypeError):
+            self._frame_samples = 0
+        if self._frame_samples < 1:
+            raise UserError(f"the codec's configuration has sampling_rate = {config.sampling_rate}, and no "
+                            "rate of frames; import the codec again")
         self._size = int(config.codebook_size)
         if self.num_codebooks > self._most():
             raise UserError(f"num_codebooks = {self.num_codebooks}: the codec has {self._most()}; import it "
                             "with fewer --codebooks")
         self.sample_rate_hz, self.codebook_size = int(config.sampling_rate), self._size * self.num_codebooks
-        self._frame_samples = round(config.sampling_rate / config.frame_rate)
         self.samples_per_token = self._frame_samples / self.num_codebooks
 
     @classmethod

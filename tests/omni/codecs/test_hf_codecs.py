@@ -131,6 +131,16 @@ def test_a_hostile_manifest_is_one_sentence(tmp_path: Path, config: dict[str, An
         open_codec(tmp_path / "bad")
 
 
+@pytest.mark.parametrize("rate_hz", [0, -1, None])
+def test_a_sound_codec_needs_a_rate(tmp_path: Path, rate_hz: int | None) -> None:
+    from megatron_sov.omni.codecs.hf_codecs import DacCodec, HfAudioSettings
+
+    save("dac", tmp_path / "hf")
+    config = DacCodec.of_folder(tmp_path / "hf").settings.config
+    with pytest.raises(UserError, match="the codec's configuration"):
+        DacCodec(HfAudioSettings({**config, "sampling_rate": rate_hz}))
+
+
 def test_a_side_and_codebooks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     save("vqmodel", tmp_path / "pictures", lambda: vqmodel(40))
     save("mimi", tmp_path / "sounds")
@@ -138,6 +148,9 @@ def test_a_side_and_codebooks_that_do_not_fit_are_refused(tmp_path: Path) -> Non
     assert open_codec(tmp_path / "codec").grid == 8
     with pytest.raises(UserError, match="side_pixels = 30: must be a multiple of the codec's 4 pixels"):
         import_codec("vqmodel", tmp_path / "pictures", tmp_path / "other", side_pixels=30)
+    save("janus-vq", tmp_path / "janus")
+    with pytest.raises(UserError, match="side_pixels = 32: must be 16 for this codec"):
+        import_codec("janus-vq", tmp_path / "janus", tmp_path / "other", side_pixels=32)
     with pytest.raises(UserError, match="num_codebooks = 5: the codec has 4; import it with fewer"):
         import_codec("mimi", tmp_path / "sounds", tmp_path / "other", num_codebooks=5)
     assert not (tmp_path / "other").exists()
