@@ -66,7 +66,7 @@ EXTRAS = {
     "trackers": ["tensorboard", "wandb"],
     "docs": ["mkdocs-material>=9.8", "mkdocstrings[python]>=1.0"],
     # pictures and sounds: their readers, quantisers of tokenizers, blocks of the picture decoder, error rates
-    "omni": ["pillow", "soundfile", "scipy", "vector-quantize-pytorch>=1.32", "diffusers>=0.42", "jiwer>=4"],
+    "omni": ["pillow", "soundfile", "scipy", "diffusers>=0.42", "jiwer>=4"],
     "sentencepiece": ["sentencepiece>=0.2", "protobuf"],
     "dev": [
         "pytest>=8", "hypothesis", "allpairspy", "ruff", "isort>=9", "mypy", "setuptools>=77",
@@ -80,7 +80,7 @@ EXTRAS = {
         "scikit-learn>=1.7", "networkx>=3", "sacrebleu>=2.5",
         "lm-eval==0.4.13", "accelerate>=1.10", "aiohttp>=3.11",
         "nvidia-ml-py>=13", "ray>=2.40",
-        "pillow", "soundfile", "scipy", "vector-quantize-pytorch>=1.32", "diffusers>=0.42", "jiwer>=4",
+        "pillow", "soundfile", "scipy", "diffusers>=0.42", "jiwer>=4",
         # measures and judges of media in benchmarks/omni
         "scikit-image", "pystoi", "pocketsphinx", "espeakng-loader",
         "mkdocs-material>=9.8", "mkdocstrings[python]>=1.0",

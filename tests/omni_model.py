@@ -9,20 +9,18 @@ import torch
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.model.config import apply_settings
-from megatron_sov.omni.codecs.folder import save_codec
-from megatron_sov.omni.codecs.quantised import FSQSettings, FSQTokenizer, SimVQSettings, SimVQTokenizer
+from megatron_sov.omni.codecs.published import import_codec
+from tests.omni import hf_folders
 from tokenizer.media import MediaTokens, add_media
 
 GRID, NUM_PICTURE_TOKENS, NUM_SOUND_TOKENS = 4, 16, 512
 
 
 def save_codecs(pictures: Path, sounds: Path) -> None:
-    """Write drawn tokenizers of pictures of 16 x 16 pixels and of sounds."""
-    torch.manual_seed(0)
-    save_codec(pictures, "simvq", SimVQTokenizer(SimVQSettings(
-        side_pixels=16, grid=GRID, width=8, num_layers=1, num_heads=1, code_width=4,
-        codebook_size=NUM_PICTURE_TOKENS)))
-    save_codec(sounds, "fsq", FSQTokenizer(FSQSettings(num_mels=8, width=8, num_blocks=1, levels=(8, 8, 8))))
+    """Write codecs with random weights of pictures of 16 x 16 pixels and of sounds."""
+    for kind, folder in (("vqmodel", pictures), ("dac", sounds)):
+        hf_folders.save(kind, folder.with_name(f"{folder.name}-hf"))
+        import_codec(kind, folder.with_name(f"{folder.name}-hf"), folder)
 
 
 def save_omni_model(path: Path, plain_tokenizer: Path, settings: tuple[str, ...] = (), *,

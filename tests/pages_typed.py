@@ -38,7 +38,6 @@ TYPED = {
     "docs/eval_lm.md": "tests/eval/test_eval_pages.py",
     "docs/eval_suites.md": "tests/eval/test_eval_pages.py",
     "docs/generate.md": "tests/eval/test_eval_pages.py",
-    "docs/media_decoders.md": "tests/omni/codecs/test_decoders_page.py",
     "docs/media_data.md": "tests/data_prep/media/test_page.py",
     "docs/mixtures.md": "tests/data_prep/mixture/test_page_of_docs.py",
     "docs/omni.md": "tests/test_docs_omni.py",

@@ -1,4 +1,4 @@
-"""docs/omni.md, typed as it stands with smaller codecs and few steps: from media to a model that is asked and
+"""docs/omni.md, typed as it stands with tiny codecs and few steps: from media to a model that is asked and
 judged."""
 
 from __future__ import annotations
@@ -16,16 +16,13 @@ from PIL import Image
 
 from data_prep.cli import main as sov_data
 from megatron_sov.cli import main as megatron_sov
+from tests.omni import hf_folders
 from tests.pages_typed import commands_of
 from tokenizer.cli import main as sov_tokenizer
 
 PAGE = (Path(__file__).parents[1] / "docs/omni.md").read_text(encoding="utf-8")
 MAINS = {"megatron-sov": megatron_sov, "sov-data": sov_data, "sov-tokenizer": sov_tokenizer}
 FEWER = {
-    "image-tokenizer": "--steps 1 --set model.width=8 --set model.num_layers=1 --set model.num_heads=1 --set "
-                       "model.code_width=4 --set learning.batch_size=2",
-    "audio-tokenizer": "--steps 1 --set model.width=8 --set model.num_blocks=1 --set model.num_mels=8 --set "
-                       "learning.batch_size=2 --set learning.crop_tokens=4",
     "pretrain": "--set train.steps=2 --set train.global_batch_size=2 --set train.micro_batch_size=2",
     "sft": "--set train.steps=4 --set train.global_batch_size=4 --set train.micro_batch_size=4",
     "generate": "--max-new-tokens 30", "eval": "--max-new-tokens 30", "pack": "--workers 1",
@@ -61,6 +58,8 @@ def test_the_page_leads_from_media_to_a_model_that_is_judged(
     monkeypatch.chdir(tmp_path)
     write_media(tmp_path)
     Path("text-tokenizer").symlink_to(packed_data.tokenizer)
+    hf_folders.save("vqmodel", Path("vqmodel-hf"), lambda: hf_folders.vqmodel(256))
+    hf_folders.save("dac", Path("dac-hf"))
     for line in commands_of(PAGE):
         program, *words = shlex.split(line)
         words += shlex.split(next((FEWER[word] for word in words[:3] if word in FEWER), ""))

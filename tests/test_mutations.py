@@ -221,13 +221,14 @@ def write_store(folder: Path, tokenizer: Path, write_round: Callable[..., None])
 
 
 def write_codec(folder: Path) -> None:
-    """Write an untrained tokenizer of pictures."""
-    from megatron_sov.omni.codecs.folder import save_codec
-    from megatron_sov.omni.codecs.quantised import SimVQSettings, SimVQTokenizer
+    """Write a codec of pictures with random weights."""
+    from megatron_sov.omni.codecs.published import import_codec
+    from tests.omni import hf_folders
 
-    settings = SimVQSettings(side_pixels=8, grid=2, width=8, num_layers=1, num_heads=2, code_width=4,
-                             codebook_size=16)
-    save_codec(folder, "simvq", SimVQTokenizer(settings))
+    source = folder.with_name(f"{folder.name}-hf")
+    hf_folders.save("vqmodel", source)
+    import_codec("vqmodel", source, folder)
+    shutil.rmtree(source)
 
 
 @pytest.fixture(scope="module")

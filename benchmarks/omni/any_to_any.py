@@ -4,7 +4,7 @@ others.
     python benchmarks/omni/any_to_any.py --work FOLDER > benchmarks/results/omni_any_to_any.txt
 
 Media: scikit-learn's handwritten digits, and eleven words that espeak-ng says in English and in Korean.  The
-commands are those of docs/omni.md: `codec train`, `sov-tokenizer train | media`, `sov-data encode-media |
+commands are those of docs/omni.md: `codec import`, `sov-tokenizer train | media`, `sov-data encode-media |
 pack`, `pretrain`, `sft`, `eval media`, `eval ppl`.  Every picture and every sound that is shown in the end is
 held out: other people's handwriting, other pitches and speeds.  What is drawn and said is judged by what
 others recognise in it (`judges.py`); the ceiling of such a judge is what it recognises in held-out media that
@@ -33,17 +33,12 @@ from judges import WORDS, pictures, sounds  # noqa: E402
 from media_sets import conversations, questions, write_media, write_rows  # noqa: E402
 from seed_runs import run, words  # noqa: E402
 from seeds import over_seeds  # noqa: E402
+from train_codec import train as train_codec  # noqa: E402
 
 VOCAB_SIZE, AUDIO_SIZE, IMAGE_SIZE = 512, 512, 128
-CODECS = {
-    "image-tokenizer": ("pictures-train", 1500, ("model.side_pixels=16", "model.grid=4", "model.width=64",
-                                                 "model.num_layers=2", "model.num_heads=4",
-                                                 "model.code_width=16", f"model.codebook_size={IMAGE_SIZE}")),
-    "audio-tokenizer": ("sounds-train", 1500, ("model.width=128", "model.num_blocks=3", "model.num_mels=80",
-                                               "model.levels=[8,8,8]", "learning.batch_size=16",
-                                               "learning.crop_tokens=16")),
-}
-"""Kind -> media, steps and settings."""
+CODECS = {"image-tokenizer": ("pictures", "pictures-train", 1500, IMAGE_SIZE, "vqmodel"),
+          "audio-tokenizer": ("sounds", "sounds-train", 1500, AUDIO_SIZE, "dac")}
+"""Codec -> kind of media, their folder, steps, codes, and kind of codec."""
 MODEL = ("model.vision=null", "model.audio=null", "train.micro_batch_size=8", "train.global_batch_size=8",
          "train.num_threads=1")
 TEXT_SHARE = 0.2
@@ -69,12 +64,12 @@ class Shared:
             index = write_media(self.media)
             index_file.write_text(json.dumps(index, ensure_ascii=False))
         self.index = json.loads(index_file.read_text())
-        for kind, (media, steps, settings) in CODECS.items():
-            if not (self.work / kind / "manifest.json").exists():
-                say(f"codec {kind}")
-                run(self.work / "codecs.log", "megatron_sov", "codec", "train", kind, "--input",
-                    self.media / media, "--output", self.work / kind, "--steps", str(codec_steps or steps),
-                    *words(settings))
+        for name, (kind, media, steps, codes, codec) in CODECS.items():
+            if not (self.work / name / "manifest.json").exists():
+                say(f"codec {name}")
+                train_codec(kind, self.media / media, self.work / f"{name}-hf", codec_steps or steps, codes)
+                run(self.work / "codecs.log", "megatron_sov", "codec", "import", codec,
+                    self.work / f"{name}-hf", self.work / name)
         self._tokenizer()
 
     def _tokenizer(self) -> None:
@@ -202,7 +197,7 @@ class Seed:
 
 def ceilings(shared: Shared) -> dict[str, tuple[float, float]]:
     """Return what judges recognise in held-out media: as they are, and through the codec and back."""
-    from megatron_sov.omni.codecs.training.tokenizers import reconstruct
+    from megatron_sov.omni.generation.reconstruction import reconstruct
 
     found: dict[str, tuple[float, float]] = {}
     for name, rows in questions(shared.index, 0).items():

@@ -38,7 +38,7 @@ MADE_BY = {"corpus": "`sov-data run` or `sov-data demo-corpus`",
            "difficulty_labels": "`sov-data difficulty label`",
            "probing_sets": "`sov-data probing-sets`",
            "teacher_states": "`megatron-sov distill states`",
-           "codec": "`megatron-sov codec train` or `megatron-sov codec import`",
+           "codec": "`megatron-sov codec import`",
            "checkpoint": "a run (RUN/checkpoints/step-N) or `megatron-sov convert from-hf`"}
 """Kind of an artifact -> the commands that write one."""
 MAX_ORIGINS = 200

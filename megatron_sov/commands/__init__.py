@@ -30,7 +30,7 @@ COMMANDS = {
          "score --reward ./my_reward.py:Starts --input answers.jsonl --output own.jsonl")),
     "codec": Command(
         "megatron_sov.commands.models.codec",
-        "train, import, reconstruct, inspect: tokenizers and decoders of pictures and sounds",
+        "import, reconstruct, inspect: codecs of pictures and sounds",
         DATA, "codecs.md",
         ("codec import ta-tok ta_tok.pth ta-tok",
          "codec inspect ta-tok")),

@@ -27,15 +27,18 @@ from aiohttp.http_exceptions import HttpProcessingError
 from megatron_sov.base.artifacts import write_output
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.pages.page import render_chat
+from megatron_sov.infer.engine import PRECISION_KEY
+from megatron_sov.infer.engines.libraries import load_configured_hf, refuse_uncached
 from megatron_sov.infer.engines.live import continue_live
 from megatron_sov.infer.engines.load import Loaded, run_forward_model
 from megatron_sov.infer.engines.target import Target
-from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.runs.launch_environment import is_first, num_ranks
 from megatron_sov.serve.bodies import (
     BodyReader, RefusedRequest, ServedQuestion, chat_question, completion_question)
 from megatron_sov.serve.replies import DONE, ServedReply, event
 from megatron_sov.serve.scheduler import RETRY_S, Begun, Clerk, RequestQueue, Ticket, Wrote
 from megatron_sov.serve.settings import DEFAULT_LENGTH_TOKENS, ServeSettings
+from megatron_sov.serve.transformers_batching import continue_transformers
 from megatron_sov.train.stopping import StopFlag
 from megatron_sov.work.endpoints.local_server import LocalServer
 from megatron_sov.work.progress.locks import has_ended, identity
@@ -377,6 +380,8 @@ def serve(target: Target, settings: ServeSettings, layout: Sequence[str], nproc:
         UserError: the model, its tokenizer or the address cannot be used.
         SystemExit: a process failed, after it has said why.
     """
+    if target.is_hf:
+        _refuse_layout(target, layout, nproc)
     parent = Parent(settings.parent_pid)
     longest = _longest(target, settings)
     reader = BodyReader(target, longest)
@@ -389,12 +394,33 @@ def serve(target: Target, settings: ServeSettings, layout: Sequence[str], nproc:
             continue_live(loaded.policy, settings.batching, longest, None)
             return
         # One process takes requests; the others follow its orders.
-        desk = RequestQueue(settings.max_waiting)
-        clerk = Clerk(desk, reader, lambda: flag.reason, parent.has_ended)
-        with _door(HttpServer(settings, desk, reader, time.time(), longest, others), settings, others):
+        with office() as clerk:
             continue_live(loaded.policy, settings.batching, longest, clerk)
 
-    run_forward_model(target, layout, nproc, on_ranks)
+    @contextlib.contextmanager
+    def office() -> Iterator[Clerk]:
+        desk = RequestQueue(settings.max_waiting)
+        with _door(HttpServer(settings, desk, reader, time.time(), longest, others), settings, others):
+            yield Clerk(desk, reader, lambda: flag.reason, parent.has_ended)
+
+    if not target.is_hf:
+        run_forward_model(target, layout, nproc, on_ranks)
+        return
+    model = load_configured_hf(target.path, layout)
+    refuse_uncached(model.config, "serve a checkpoint that `megatron-sov convert from-hf` makes of it")
+    with office() as clerk:
+        continue_transformers(model, settings.batching, longest, clerk)
+
+
+def _refuse_layout(target: Target, layout: Sequence[str], nproc: int | None) -> None:
+    """Raise `UserError` for processes and settings of our own decoder, which does not run Hugging Face
+    folders."""
+    given = [f"--nproc {nproc}"] if nproc is not None else []
+    given += [f"--set {setting}" for setting in layout if setting.partition("=")[0] != PRECISION_KEY]
+    if given or num_ranks(nproc) > 1:
+        said = ", ".join(given) or "several processes"
+        raise UserError(f"{said}: {target.path} is a Hugging Face folder, which transformers runs in one "
+                        "process; serve a checkpoint that `megatron-sov convert from-hf` makes of it")
 
 
 @contextlib.contextmanager

@@ -1,5 +1,5 @@
-"""Log-probabilities of prompts and the most probable tokens: what transformers computes, at two layouts;
-and what lm-evaluation-harness makes of it by its own client."""
+"""Log-probabilities of prompts and the most probable tokens: what transformers computes, at two layouts
+and from its folder; and what lm-evaluation-harness makes of it by its own client."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ PROMPTS = ["def parse(self, text):", "한국어 and more"]
 LAYOUTS = {"tensors in two parts": ("parallel.tp=2", "parallel.sp=true"), "two stages": ("parallel.pp=2",)}
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
-def server(serving: Any, imported: dict[str, Path], request: pytest.FixtureRequest) -> Iterator[Any]:
+@pytest.fixture(scope="module", params=[*LAYOUTS, "folder"])
+def server(serving: Any, imported: dict[str, Path], hf_models: dict[str, Path],
+           request: pytest.FixtureRequest) -> Iterator[Any]:
+    target, words = hf_models["solar_open"], []
+    if request.param in LAYOUTS:
+        settings = ("train.num_threads=1", *LAYOUTS[request.param])
+        target = imported["solar_open"]
+        words = ["--nproc", "2", *(word for setting in settings for word in ("--set", setting))]
     # a prompt is read in several pieces
-    with serving(imported["solar_open"], "--name", "mine", "--max-length", "512", "--prefill-tokens", "6",
-                 "--nproc", "2", "--set", "train.num_threads=1",
-                 *(word for setting in LAYOUTS[request.param] for word in ("--set", setting))) as found:
+    with serving(target, "--name", "mine", "--max-length", "512", "--prefill-tokens", "6", *words) as found:
         yield found
 
 

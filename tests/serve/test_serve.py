@@ -37,12 +37,14 @@ TYPED = [shlex.split(line)[3:] for line in commands_of(PAGE) if " serve my-check
 PROMPTS = ["def parse(self", "The ", "import argparse", "한국어 "]
 
 
-@pytest.fixture(scope="module")
-def server(serving: Any, imported: dict[str, Path]) -> Iterator[Any]:
-    """One server for this file."""
+@pytest.fixture(scope="module", params=["checkpoint", "folder"])
+def server(serving: Any, imported: dict[str, Path], hf_models: dict[str, Path],
+           request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Two servers for this file, one after the other: of a checkpoint, and of the same folder."""
     first, *_ = TYPED
-    with serving(imported["solar_open"], *first, "--max-batch", "8",
-                 "--set", "train.num_threads=1") as found:
+    target, more = ((imported, ["--set", "train.num_threads=1"]) if request.param == "checkpoint"
+                    else (hf_models, []))
+    with serving(target["solar_open"], *first, "--max-batch", "8", *more) as found:
         yield found
 
 

@@ -17,6 +17,8 @@ COMMANDS = {
     "megatron-sov counterfactual": "train a second run on shards that `sov-data pack` makes without the "
                                    "documents, and compare their `megatron-sov report` pages",
     "megatron-sov card": "`megatron-sov convert to-hf` writes a README.md with the model's origins",
+    "megatron-sov codec train": "train a codec with diffusers or transformers, and read the folder of its "
+                                "`save_pretrained` with `megatron-sov codec import`",
     "megatron-sov convert deepen": "use mergekit's passthrough method on the folder of `convert to-hf`",
     "megatron-sov convert to-gguf": "use convert_hf_to_gguf.py of llama.cpp on the folder of `convert to-hf`",
     "megatron-sov convert upcycle": "use mergekit-moe on the folder of `convert to-hf`",
@@ -44,6 +46,10 @@ OPTIONS = {
                                  "published runs",
     "megatron-sov report --compare": "draw the curves of several runs with TensorBoard (obs.tensorboard) or "
                                      "Weights & Biases; `megatron-sov eval difference` compares scores",
+    **{f"megatron-sov codec reconstruct --{name}": "a codec decodes its own tokens"
+       for name in ("decoder", "decoder-steps", "seed", "speaker")},
+    "megatron-sov eval media --speaker": "a codec has one voice",
+    "megatron-sov generate --speaker": "a codec has one voice",
     **dict.fromkeys((f"megatron-sov submit --{name}" for name in ("job-name", "manifest", "apply")),
                     "submit to a Slurm cluster; Kubernetes is not supported"),
     "sov-data mix --search": "set the shares with --blend",
@@ -86,6 +92,10 @@ VALUES = {
         "glm4_moe", "GLM4_MOE", "glm_4_5_air")),
     **dict.fromkeys(("kimi_linear", "kimi-linear-48b", "tiny-kimi-linear"), _EXAMPLE.format(
         "kimi_linear", "KIMI_LINEAR", "kimi_linear_48b")),
+_CODECS = "import a codec of kind vqmodel, janus-vq, mimi or dac, and encode the media again"
+VALUES = {
+    **dict.fromkeys(("simvq", "fsq", "dit", "unit-bigvgan"), _CODECS),
+    "functions": "use `virtual`, whose tasks describe tools and what they do",
     "mcp": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",
     "nemo_gym": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",
     "openenv": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",
@@ -93,6 +103,7 @@ VALUES = {
 }
 """Value of an option or setting, such as an engine, recipe or model family -> what to use in its place."""
 KINDS = {
+    "codec_training": "it is half of a codec; import a published one with `megatron-sov codec import`",
     "mixture": "its file blend.yaml is a blend for `sov-data mix --blend`",
 }
 """Kind of artifact -> what to use in its place."""

@@ -444,7 +444,7 @@ def _pair(args: EvalMediaOptions, target: Any, name: str, rows: list[MediaRow],
 
     kind = PAIRS[name][1]
     out = {} if kind == TEXT or args.files is None else {kind: args.files / name}
-    asking = Asking(shown_media(args, args.media_root), media_decoders(args, args.sampling.seed), out,
+    asking = Asking(shown_media(args, args.media_root), media_decoders(args), out,
                     args.sampling, chat=not args.no_chat, max_audio_tokens=args.max_audio_tokens,
                     batching=Batching(args.batch_size), with_features=not args.no_features)
     replied = replies(target, [row.content for row in rows], asking, settings=args.settings, nproc=args.nproc)

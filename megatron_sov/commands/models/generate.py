@@ -47,14 +47,11 @@ class CodecsOptions:
     audio_tokenizer: Annotated[Path | None, Flag(value="CODEC")] = None
     """Codec that its sounds were encoded with, to let it hear some."""
     image_decoder: Annotated[Path | None, Flag(value="CODEC")] = None
-    """Codec that makes pictures of its tokens: a decoder, or a tokenizer of `codec train`, by its own plain
-    decoder."""
+    """Codec that makes pictures of its tokens (vqmodel, janus-vq)."""
     vocoder: Annotated[Path | None, Flag(value="CODEC")] = None
-    """Codec that makes sounds of its tokens, likewise."""
+    """Codec that makes sounds of its tokens (mimi, dac)."""
     no_features: bool = False
     """Show discrete tokens alone, also to a model that has learned from features of its encoders."""
-    speaker: Annotated[str, Flag(value="NAME")] = ""
-    """Voice of the vocoder (default: its first)."""
     max_audio_tokens: NotNegativeInt = 0
     """Longest speech of a reply, in its tokens (default: the reply's length)."""
 
@@ -67,12 +64,11 @@ def shown_media(args: CodecsOptions, root: Path) -> ShownMedia:
     return ShownMedia(root, {kind: folder for kind, folder in given.items() if folder is not None})
 
 
-def media_decoders(args: CodecsOptions, seed: int) -> MediaDecoders:
+def media_decoders(args: CodecsOptions) -> MediaDecoders:
     from megatron_sov.omni.generation.replies import MediaDecoders
 
     given = {IMAGE: args.image_decoder, AUDIO: args.vocoder}
-    return MediaDecoders({kind: folder for kind, folder in given.items() if folder is not None},
-                         args.speaker, seed)
+    return MediaDecoders({kind: folder for kind, folder in given.items() if folder is not None})
 
 
 def check_media(args: CodecsOptions, out: dict[str, Path]) -> None:
@@ -277,7 +273,7 @@ def _run_with_media(args: GenerateOptions) -> int:
     from megatron_sov.infer.engines.target import find_target
     from megatron_sov.omni.generation.replies import Asking, replies
 
-    asking = Asking(shown_media(args, root), media_decoders(args, args.sampling.seed), out, args.sampling,
+    asking = Asking(shown_media(args, root), media_decoders(args), out, args.sampling,
                     chat=args.chat, max_audio_tokens=args.max_audio_tokens, batching=args.batching,
                     with_features=not args.no_features)
     prompts = [[*parts, *([{"type": "text", "text": text}] if text else [])] for text in args.prompt or [""]]

@@ -159,15 +159,16 @@ class HfEngine:
         return found
 
 
-def refuse_uncached(config: Any) -> None:
-    """Raise `UserError` for a model whose past the pages of transformers (5.x) cannot hold: they have keys
-    and values of one width, `head_dim`, and of latent attention keys are wider than values; and no states."""
+def refuse_uncached(config: Any, fix: str = "take the engine megatron or vllm (--engine)") -> None:
+    """Raise `UserError`, which ends with `fix`, for a model whose past the pages of transformers (5.x) cannot
+    hold: they have keys and values of one width, `head_dim`, and of latent attention keys are wider than
+    values; and no states."""
     kinds = getattr(config, "layer_types", None) or ()
     for found, what in ((getattr(config, "kv_lora_rank", None), "kv_lora_rank = {}: latent attention"),
                         ("linear_attention" in kinds, "layer_types has linear_attention: linear attention")):
         if found:
             raise UserError(f"config.json: {what.format(found)} has no cache in transformers' continuous "
-                            "batching; take the engine megatron or vllm (--engine)")
+                            f"batching; {fix}")
 
 
 def cache_sizes(num_prompts: int, longest: int, batching: Batching) -> tuple[int, int, int]:

@@ -28,8 +28,6 @@ BUILT_IN: dict[str, tuple[str, str, str]] = {
                  "customers' tickets: find, assign, close"),
     "files": ("megatron_sov.judge.tools.worlds.files", "Files",
                "a tree of text files: list, read, edit, search"),
-    "functions": ("megatron_sov.judge.tools.worlds.functions", "Functions",
-                  "functions that a task describes: which calls a model writes"),
     "virtual": ("megatron_sov.judge.tools.worlds.virtual", "Virtual",
                 "tables and tools that a task describes as data"),
     "verifiers": ("megatron_sov.judge.tools.worlds.verifiers", "Verifiers", "an environment of verifiers"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from torch import nn
 
 from megatron_sov.base.artifacts import damaged_files, new_artifact, read_manifest
 from megatron_sov.base.errors import UserError, how_to_install
+from megatron_sov.base.hints.removed import was_removed
 from megatron_sov.base.outputs import refuse_link_outside
 from megatron_sov.base.settings import plain, read
 
@@ -36,15 +37,8 @@ class ImageTokenizer(Protocol):
     """Tokens of a row and of a column: a picture has grid * grid of them, row by row."""
     codebook_size: int
     """Ids are below it."""
-    width: int
-    """Of its embeddings."""
-
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
         """Return [n, grid * grid] int64 ids of [n, 3, side, side] float32 pictures in 0..1."""
-        ...
-
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return [n, grid * grid, width] float32 embeddings of ids, which a decoder begins with."""
         ...
 
 
@@ -53,8 +47,8 @@ class AudioTokenizer(Protocol):
 
     sample_rate_hz: int
     """Of what it hears: one channel, float32 in -1..1."""
-    samples_per_token: int
-    """A sound of s samples has ceil(s / samples_per_token) tokens."""
+    samples_per_token: float
+    """Of what it hears; the silence behind a sound is filled up to a whole frame of tokens."""
     codebook_size: int
     """Ids are below it."""
     max_piece_s: float
@@ -62,10 +56,6 @@ class AudioTokenizer(Protocol):
 
     def encode(self, sound: torch.Tensor) -> torch.Tensor:
         """Return [t] int64 ids of [s] samples; the last token's silence is filled up."""
-        ...
-
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return [t, width] float32 embeddings of ids."""
         ...
 
 
@@ -80,35 +70,17 @@ class Recogniser(Protocol):
         ...
 
 
-class Vocoder(Protocol):
-    """Speech from the ids of one audio tokenizer."""
-
-    sample_rate_hz: int
-    """Of what it says."""
-    speakers: tuple[str, ...]
-    """Names of the voices that it was trained with."""
-
-    def decode(self, ids: torch.Tensor, speaker: str) -> torch.Tensor:
-        """Return [samples] float32 in -1..1 of [t] ids."""
-        ...
-
-    def stream(self, ids: Iterable[torch.Tensor], speaker: str) -> Iterator[torch.Tensor]:
-        """Yield one sound for each piece of ids that has some, as soon as it is there (perhaps no sample
-        yet), and what is left at the end; together they are what `decode` returns."""
-        ...
-
-
 # The kinds of codec there are; none is imported before it is asked for.
 
 KNOWN = {
-    "simvq": "megatron_sov.omni.codecs.quantised:SimVQTokenizer",
-    "ta-tok": "megatron_sov.omni.codecs.quantised:TATok",
-    "fsq": "megatron_sov.omni.codecs.quantised:FSQTokenizer",
+    "vqmodel": "megatron_sov.omni.codecs.hf_codecs:VQModelCodec",
+    "janus-vq": "megatron_sov.omni.codecs.hf_codecs:JanusCodec",
+    "mimi": "megatron_sov.omni.codecs.hf_codecs:MimiCodec",
+    "dac": "megatron_sov.omni.codecs.hf_codecs:DacCodec",
+    "ta-tok": "megatron_sov.omni.codecs.ta_tok:TATok",
     "cosyvoice2": "megatron_sov.omni.codecs.published:CosyVoice2Tokenizer",
     "nemo-audio": "megatron_sov.omni.codecs.published:NemoAudioTokenizer",
     "nemo-asr": "megatron_sov.omni.codecs.recogniser:NemoRecogniser",
-    "dit": "megatron_sov.omni.codecs.dit:DiT",
-    "unit-bigvgan": "megatron_sov.omni.codecs.bigvgan:UnitBigVGAN",
 }
 """Kind, as manifests have it -> module and class.  A class is an `nn.Module` that is made of its `Settings`
 and keeps them as `.settings`."""
@@ -121,7 +93,8 @@ def codec_class(kind: str, where: str) -> Any:
         UserError: there is no such kind, or a package that it needs is not installed.
     """
     if kind not in KNOWN:
-        raise UserError(f"{where}: {kind!r} is no kind of codec; there are {', '.join(KNOWN)}")
+        raise UserError(f"{where}: {kind!r} is no kind of codec{was_removed(kind)}; there are "
+                        f"{', '.join(KNOWN)}")
     module, _, name = KNOWN[kind].partition(":")
     try:
         return getattr(import_module(module), name)
@@ -142,7 +115,6 @@ _REMEDY = "make the codec again, or restore it from a copy"
 
 
 def save_codec(path: Path, kind: str, codec: nn.Module, *, facts: Mapping[str, Any] | None = None,
-               training: Mapping[str, Any] | None = None, files: Mapping[str, Path] | None = None,
                overwrite: bool = False) -> None:
     """Write a codec's folder.
 
@@ -151,8 +123,6 @@ def save_codec(path: Path, kind: str, codec: nn.Module, *, facts: Mapping[str, A
         kind: one of `folder.KNOWN`.
         codec: has `.settings`; its state is written as it is.
         facts: goes into the manifest's content beside kind and config, e.g. figures of held-out media.
-        training: the settings that it was trained with.
-        files: name in the folder -> a file that is copied into it.
         overwrite: replace a codec that is already there.
 
     Raises:
@@ -163,17 +133,14 @@ def save_codec(path: Path, kind: str, codec: nn.Module, *, facts: Mapping[str, A
         state = {name: tensor.detach().cpu().clone().contiguous()
                  for name, tensor in codec.state_dict().items()}
         save_file(state, writer.path / WEIGHTS)
-        for name, file in (files or {}).items():
-            (writer.path / name).write_bytes(file.read_bytes())
         writer.content = {"codec": kind, "config": plain(codec.settings), **(facts or {})}
-        writer.settings = dict(training or {})
 
 
 def open_codec(folder: str | Path, device: str | torch.device = "cpu", kind: str | None = None) -> Any:
     """Return the codec of a folder, ready for use: on `device`, without dropout, its weights frozen.
 
     Args:
-        folder: what `megatron-sov codec train` or `codec import` wrote.
+        folder: what `megatron-sov codec import` wrote.
         device: where it computes.
         kind: the only one that will do; None: any.
 
@@ -256,7 +223,7 @@ def _compare(file: Path, found: Mapping[str, Any], expected: Mapping[str, torch.
 # What a codec's folder says of itself, its weights unread.
 
 def inspected(folder: Path) -> dict[str, Any]:
-    """Return kind, settings, number of parameters, and figures on held-out media where it was trained here.
+    """Return kind, settings, number of parameters, and figures on held-out media where its maker wrote some.
 
     Raises:
         UserError: it is no codec, or one that no network can be made of.

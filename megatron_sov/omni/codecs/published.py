@@ -32,7 +32,7 @@ from megatron_sov.base.errors import UserError, list_problems, told_in_a_line
 from megatron_sov.base.settings import ProblemCode, SettingsError, SettingsProblem, problems_of
 from megatron_sov.chat.limits import TemplateTooLong, bounded
 from megatron_sov.omni.codecs.folder import KIND, codec_class, save_codec
-from megatron_sov.omni.codecs.quantised import ta_tok_state
+from megatron_sov.omni.codecs.ta_tok import ta_tok_state
 
 LEVELS, NUM_LEVELS = 3, 8
 _HOP_SAMPLES, _FRAMES_PER_TOKEN = 160, 4
@@ -69,7 +69,6 @@ class CosyVoice2Tokenizer(nn.Module):
     samples_per_token = _HOP_SAMPLES * _FRAMES_PER_TOKEN
     codebook_size = LEVELS**NUM_LEVELS
     max_piece_s = float(_MAX_PIECE_S)
-    width = NUM_LEVELS
 
     def __init__(self, settings: CosyVoice2Settings) -> None:
         super().__init__()
@@ -99,12 +98,6 @@ class CosyVoice2Tokenizer(nn.Module):
         ids, lengths = self.network.quantize(frames, torch.tensor([frames.shape[-1]], device=frames.device))
         found: torch.Tensor = ids[0, :int(lengths[0])].long().clone()
         return found
-
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return [t, 8] float32 embeddings of ids: their levels, -1, 0 or 1; the published tokenizer has no
-        layer behind them."""
-        powers = LEVELS ** torch.arange(NUM_LEVELS, device=ids.device)
-        return (ids[..., None] // powers % LEVELS - 1).float()
 
 
 def cosyvoice2_state(found: Mapping[str, torch.Tensor],
@@ -143,9 +136,9 @@ MAX_TENSORS = 100_000
 class BoundedUnpickler(TorchDispatchMode):
     """While it is entered, tensors beyond the bounds raise `MemoryError` before they are made."""
 
-    def __init__(self, max_elements: int = MAX_ELEMENTS) -> None:
+    def __init__(self, max_elements: int = MAX_ELEMENTS, max_tensors: int = MAX_TENSORS) -> None:
         super().__init__()
-        self._max_elements = max_elements
+        self._max_elements, self._max_tensors = max_elements, max_tensors
         self.problem = ""
         """What was asked for, where it was too much: what made the network may have told it otherwise."""
         self._num_elements = self._num_tensors = 0
@@ -161,9 +154,9 @@ class BoundedUnpickler(TorchDispatchMode):
             self._num_tensors += 1
         elif isinstance(asked, (int, float)):
             self._num_elements += int(max(abs(n) for n in args if isinstance(n, (int, float))))
-        if self._num_elements > self._max_elements or self._num_tensors > MAX_TENSORS:
+        if self._num_elements > self._max_elements or self._num_tensors > self._max_tensors:
             self.problem = (f"asks for {self._num_elements:,} numbers in {self._num_tensors:,} tensors, and "
-                            f"at most {self._max_elements:,} in {MAX_TENSORS:,} are reserved")
+                            f"at most {self._max_elements:,} in {self._max_tensors:,} are reserved")
             raise MemoryError(self.problem)
         return func(*args, **kwargs or {})
 
@@ -227,7 +220,6 @@ class NemoAudioTokenizer(nn.Module):
         self.settings = settings
         self.sample_rate_hz, self.samples_per_token = settings.sample_rate_hz, settings.samples_per_frame
         self.codebook_size, self.max_piece_s = settings.codebook_size, settings.max_piece_s
-        self.width = settings.code_width
         with torch.device("cpu"):
             self.network = nemo_model(settings.config)
 
@@ -246,13 +238,6 @@ class NemoAudioTokenizer(nn.Module):
                 found, _ = self.network.encode(audio=part[None], audio_len=length)
                 ids.append(found[0, 0].long())
         return torch.cat(ids) if ids else torch.zeros(0, dtype=torch.int64)
-
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return [t, width] float32 embeddings of ids."""
-        with torch.no_grad():
-            length = torch.tensor([len(ids)], device=ids.device)
-            found: torch.Tensor = self.network.dequantize(tokens=ids[None, None], tokens_len=length)
-            return found[0].T.float()
 
 
 def nemo_model(config: Mapping[str, Any]) -> Any:
@@ -345,20 +330,24 @@ _CONVERTERS: dict[str, Callable[[Mapping[str, torch.Tensor], str], tuple[Any, Te
     "ta-tok": ta_tok_state, "cosyvoice2": cosyvoice2_state}
 
 
-def import_codec(kind: str, source: Path, output: Path, *, overwrite: bool = False) -> None:
+def import_codec(kind: str, source: Path, output: Path, *, overwrite: bool = False, **given: Any) -> None:
     """Write a codec of what others published.
 
     Args:
-        kind: "ta-tok", "cosyvoice2", "nemo-audio" or "nemo-asr".
+        kind: one of `folder.KNOWN`.
         source: a file (.safetensors, .pth, .pt, .onnx, .nemo), or a folder of safetensors files.
         output: the codec's folder.
         overwrite: replace a codec that is already there.
+        given: what `of_folder` of a codec of transformers or diffusers takes.
 
     Raises:
         UserError: the source cannot be read without running it, or is another network.
     """
     refuse_existing(output, KIND, overwrite)
     cls = codec_class(kind, str(source))
+    if hasattr(cls, "of_folder"):
+        save_codec(output, kind, cls.of_folder(source, **given), overwrite=overwrite)
+        return
     if kind in INSIDE:
         settings, state = _CONVERTERS[kind](_tensors(source, INSIDE[kind]), str(source))
     else:

@@ -3,7 +3,7 @@ to files.
 
 Codebook entries stand between marks (`chat/media_tokens.py`) among the ids of a text.  Speech and text
 may alternate; all audio tokens of a reply are one sound, as in the authors' serving code (OmniServe,
-`extract_audio_info`), and `speak` plays it while the text goes on.
+`extract_audio_info`).
 
 Blocks of media that it writes are whole.  A picture is its start, its ratio, `grid` rows of `grid` entries
 with an end of line behind each, an end of frame, and its end; speech is entries between a start and an end.
@@ -12,10 +12,9 @@ Outside of blocks there are no entries.
 
 from __future__ import annotations
 
-import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,11 +32,8 @@ from megatron_sov.omni.generation.prompts import (
     Parts, ShownMedia, blocks_of, prompts_of, refuse_unknown_kinds)
 
 if TYPE_CHECKING:
-    import torch
-
     from megatron_sov.infer.engines.load import Loaded
     from megatron_sov.infer.engines.target import Target
-    from megatron_sov.omni.codecs.folder import Vocoder
 
 
 _BOTH = re.compile(r"<user_transcript>.*?</user_transcript>\s*(?=.*<assistant_transcript>)", re.DOTALL)
@@ -177,49 +173,6 @@ def parts_of(ids: Iterable[int], blocks: Sequence[VocabularyBlock], marks: MarkI
     return parts
 
 
-def speak(parts: Iterable[Part], vocoder: Vocoder, speaker: str,
-          piece_tokens: int = 5) -> Iterator[Text | Image | torch.Tensor]:
-    """Yield text and pictures as they come, and the sound of a reply's speech as soon as it can be heard.
-
-    Args:
-        parts: of a reply, e.g. what `SpokenReply.feed` returns, one after another.
-        vocoder: of the audio tokenizer.
-        speaker: one of its voices.
-        piece_tokens: audio tokens that become sound together; fewer are heard sooner, more cost less.
-            What is left before a text or at the end is not held back.
-    """
-    import torch
-
-    held, waiting = list[int](), list[torch.Tensor]()
-
-    def pieces() -> Iterator[torch.Tensor]:
-        while waiting:
-            yield waiting.pop()
-
-    # one sound comes out for one piece that goes in, so asking for the next sound takes the next piece; when
-    # none is left, what is late comes
-    sounds = vocoder.stream(pieces(), speaker)
-
-    def say() -> Iterator[torch.Tensor]:
-        if held:
-            waiting.append(torch.tensor(held))
-            held.clear()
-            yield from (sound for sound in (next(sounds),) if len(sound))
-
-    # Speech is held back up to `piece_tokens`; before text it is spoken first, in the order of the reply.
-    for part in parts:
-        if isinstance(part, Audio):
-            for token in part.tokens:
-                held.append(token)
-                if len(held) >= piece_tokens:
-                    yield from say()
-        else:
-            yield from say()
-            yield part
-    yield from say()
-    yield from sounds
-
-
 def transcript(text: str) -> tuple[str, dict[str, Any]]:
     """Return what to show of a spoken reply's text, and what it says about the speaker.
 
@@ -235,9 +188,11 @@ def transcript(text: str) -> tuple[str, dict[str, Any]]:
     return _TAGS.sub("", _BOTH.sub("", _SPEAKER.sub("", text))).strip(), speaker
 
 
-# What a model draws and says, as files: its tokens by a decoder, or by a tokenizer's own plain one.
+# What a model draws and says, as files that a codec makes of its tokens.
 
 OPTIONS = {IMAGE: "--image-decoder", AUDIO: "--vocoder"}
+DECODING = {IMAGE: "vqmodel or janus-vq", AUDIO: "mimi or dac"}
+"""Kinds of codecs that decode."""
 
 
 @dataclass(frozen=True)
@@ -261,11 +216,7 @@ class MediaDecoders:
     """Codecs that draw and speak."""
 
     folders: dict[str, Path]
-    """`IMAGE` or `AUDIO` -> folder of a decoder, or of a tokenizer that has a plain one."""
-    speaker: str = ""
-    """Voice of a vocoder; "": its first."""
-    seed: int = 0
-    """Of an image decoder's noise."""
+    """`IMAGE` or `AUDIO` -> folder of a codec that decodes."""
 
     @cached_property
     def codecs(self) -> dict[str, Any]:
@@ -279,13 +230,9 @@ class MediaDecoders:
         found = {}
         for kind, folder in self.folders.items():
             codec = open_codec(folder)
-            fits = hasattr(codec, "side_pixels") or hasattr(codec.settings, "side_pixels")
-            if fits != (kind == IMAGE) or not (hasattr(codec, "decode") or hasattr(codec, "reconstruct")):
+            if hasattr(codec, "side_pixels") != (kind == IMAGE) or not hasattr(codec, "decode"):
                 raise UserError(f"{OPTIONS[kind]} {folder}: is no codec that makes media of kind {kind} "
-                                f"({type(codec).__name__}); pass a decoder, or a tokenizer trained here")
-            if kind == AUDIO and self.speaker and self.speaker not in getattr(codec, "speakers", ()):
-                voices = ", ".join(getattr(codec, "speakers", ())) or "none to choose from"
-                raise UserError(f"--speaker {self.speaker}: {folder} has the voices {voices}")
+                                f"({type(codec).__name__}); pass one of kind {DECODING[kind]}")
             found[kind] = codec
         return found
 
@@ -293,12 +240,12 @@ class MediaDecoders:
     def grid(self) -> int:
         """Entries of a picture's row; 0: it draws none."""
         codec = self.codecs.get(IMAGE)
-        return 0 if codec is None else int(getattr(codec, "grid", 0) or codec.settings.grid)
+        return 0 if codec is None else int(codec.grid)
 
     def check(self, blocks: dict[str, VocabularyBlock]) -> None:
         """Raise `UserError` where a codec's codebook is not the model's."""
         for kind, codec in self.codecs.items():
-            size = int(getattr(codec, "codebook_size", 0) or codec.settings.codebook_size)
+            size = int(codec.codebook_size)
             if kind in blocks and blocks[kind].size != size:
                 raise UserError(f"{OPTIONS[kind]} {self.folders[kind]}: decodes a codebook of {size:,}, and "
                                 f"the model has {blocks[kind].size:,} tokens of kind {kind}; pass the codec "
@@ -336,27 +283,18 @@ class MediaDecoders:
 
     def _png(self, part: Image) -> bytes:
         import torch
-        from PIL import Image as Picture
 
-        codec, ids = self.codecs[IMAGE], torch.tensor([part.tokens])
-        pixels = (codec.decode(ids, seed=self.seed, ratio=part.ratio) if hasattr(codec, "decode")
-                  else codec.reconstruct(ids))[0]
-        written = io.BytesIO()
-        Picture.fromarray((pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(
-            written, "PNG")
-        return written.getvalue()
+        from megatron_sov.omni.generation.reconstruction import png_of
+
+        return png_of(self.codecs[IMAGE].decode(torch.tensor([part.tokens]))[0])
 
     def _wav(self, tokens: list[int]) -> bytes:
-        import soundfile
         import torch
 
-        codec, ids = self.codecs[AUDIO], torch.tensor(tokens)
-        sound = (codec.decode(ids, self.speaker or codec.speakers[0]) if hasattr(codec, "decode")
-                 else codec.reconstruct(ids))
-        written = io.BytesIO()
-        soundfile.write(written, sound.clamp(-1, 1).numpy(), codec.sample_rate_hz, subtype="PCM_16",
-                        format="WAV")
-        return written.getvalue()
+        from megatron_sov.omni.generation.reconstruction import wav_of
+
+        codec = self.codecs[AUDIO]
+        return wav_of(codec.decode(torch.tensor(tokens)), codec.sample_rate_hz)
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def test_an_artifact_of_a_removed_kind_is_refused(kind: str, tmp_path: Path,
     (["rl", "run", "tiny-qwen3", "--engine", "sglang"], "sglang"),
     (["generate", "x", "--prompt", "y", "--engine", "sglang"], "sglang"),
     (["tools", "play", "mcp", "--tasks", "t.jsonl"], "mcp"), (["tools", "play", "openenv"], "openenv"),
-    (["tools", "play", "nemo_gym"], "nemo_gym")])
+    (["tools", "play", "nemo_gym"], "nemo_gym"), (["tools", "play", "functions"], "functions")])
 def test_a_removed_value_is_refused_with_what_to_use(words: list[str], value: str, tmp_path: Path,
                                                      monkeypatch: pytest.MonkeyPatch,
                                                      capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-import torch
 from PIL import Image
 
 from megatron_sov import cli
-from megatron_sov.omni.codecs.folder import open_codec
+from megatron_sov.chat.media_tokens import AUDIO, VocabularyBlock
+from megatron_sov.omni.codecs.folder import open_codec, save_codec
+from megatron_sov.omni.codecs.ta_tok import SiglipSettings, TATok, TATokSettings
+from megatron_sov.omni.generation.replies import MarkIds, parts_of
+from tests.omni import hf_folders
 from tests.pages_typed import ROOT, commands_of
 
 PAGE = (ROOT / "docs/codecs.md").read_text()
@@ -33,41 +37,41 @@ def media(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_page_is_typed(media: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """All but `codec import`, which takes what others publish: tests/omni/codecs/test_published.py."""
-    typed = [line for line in commands_of(PAGE) if " import " not in line]
-    assert len(typed) == 5
+    """All but imports of files, which tests/omni/codecs has."""
+    for kind, folder in (("vqmodel", "ldm-vq"), ("dac", "dac_16khz"), ("mimi", "mimi")):
+        hf_folders.save(kind, Path(folder))
+    typed = [line for line in commands_of(PAGE) if not re.search(r"import (ta-tok|cosy|nemo)", line)]
+    assert len(typed) == 6
     for line in typed:
         assert cli.main(shlex.split(line)[1:]) == 0, line
     printed = capsys.readouterr().out
-    for said in ("wrote codec image-tokenizer: held out, psnr_db",
-                 "wrote codec audio-tokenizer: held out, mel_error", "kind        simvq",
-                 "settings    codebook_size = 64", "held out    used_share = ", "wrote again/1.png",
-                 "wrote again/0.wav"):
+    for said in ("wrote codec image-tokenizer", "wrote codec speech-tokenizer", "kind        vqmodel",
+                 "settings    side_pixels = 16", "wrote again/1.png", "wrote again/0.wav"):
         assert said in printed
     assert Image.open("again/0.png").size == (16, 16)
     sound, rate_hz = soundfile.read("again/0.wav")
-    assert (rate_hz, len(sound), sound.ndim) == (16_000, 8000, 1)
-    tokenizer = open_codec("image-tokenizer")
-    assert tokenizer.embed(tokenizer.encode(torch.rand(2, 3, 16, 16))).shape == (2, 16, 16)
+    assert rate_hz == 16_000 and 7900 < len(sound) <= 8000 and sound.ndim == 1
+    assert open_codec("speech-tokenizer").codebook_size == 3 * 64
     assert cli.main(["codec", "inspect", "audio-tokenizer", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["config"]["levels"] == [4, 4, 4]
+    assert json.loads(capsys.readouterr().out)["config"]["config"]["codebook_size"] == 512
+    assert str(parts_of([7, 8, 1003, 1001, 9, 1002], [VocabularyBlock(AUDIO, 1000, 512)],
+                        MarkIds())) in PAGE
 
 
 @pytest.mark.parametrize(("line", "said"), [
-    ("train image-tokenizer --input none --output x", "--input none: is neither a folder nor a list of"),
-    ("train image-tokenizer --input sounds --output x", "--input sounds: has no file that ends with .png"),
-    ("train image-tokenizer --input pictures --output x --set steps=3", "steps: no such setting"),
-    ("train image-tokenizer --input pictures --output pictures", "pictures: already exists"),
-    ("train image-tokenizer --input bad --output x --set model.side_pixels=24", "bad/no.png: "),
-    ("train vocoder2 --input pictures --output x", "vocoder2"),
     ("inspect pictures", "has no manifest.json, so it is not a 'codec' artifact; pass the folder that "
-                         "`megatron-sov codec train`"),
+                         "`megatron-sov codec import`"),
     ("reconstruct none a.png --output y", "none: does not exist, so it is not a 'codec' artifact"),
+    ("reconstruct ta-tok a.png --output y", "does not decode the ids that it gives (TATok)"),
+    ("import ta-tok a b --codebooks 2", "--codebooks 2: is for mimi and dac; leave it out for ta-tok"),
+    ("import dac sounds x", "sounds/config.json: cannot be read as JSON"),
+    ("import mimi4 none x", "mimi4"),
     ("import ta-tok bad/no.png x", "cannot be read without running what it holds"),
     ("import cosyvoice2 none x", "none: does not exist")])
 def test_a_bad_command_line_is_one_sentence(media: Path, capsys: pytest.CaptureFixture[str], line: str,
                                             said: str) -> None:
     Path("bad").mkdir()
+    save_codec(Path("ta-tok"), "ta-tok", TATok(TATokSettings(8, SiglipSettings(4, 8, 8, 1, 2), 4, 16)))
     Path("bad/no.png").write_bytes(b"no picture")
     assert cli.main(["codec", *shlex.split(line)]) == 2
     printed = capsys.readouterr()

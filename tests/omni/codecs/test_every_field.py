@@ -11,5 +11,5 @@ pytestmark = pytest.mark.checkout
 
 def test_each_field_is_told_by_its_code_from_every_source() -> None:
     found = list(classes_below("megatron_sov/omni/codecs"))
-    assert len(found) > 8
+    assert len(found) > 6
     assert not [wrong for cls in found for wrong in find_wrongs(cls)]

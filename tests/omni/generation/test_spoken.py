@@ -1,16 +1,12 @@
-"""A reply in parts, and speech that is heard while the text goes on."""
+"""A reply in parts."""
 
 from __future__ import annotations
 
 import pytest
-import torch
 
 from megatron_sov.chat import media_tokens as spelling
 from megatron_sov.chat.media_tokens import AUDIO, IMAGE, VocabularyBlock
-from megatron_sov.omni.codecs.bigvgan import UnitBigVGAN
-from megatron_sov.omni.codecs.decoder_settings import UnitBigVGANSettings
-from megatron_sov.omni.generation.replies import (
-    Audio, Image, MarkIds, Part, SpokenReply, Text, parts_of, speak, transcript)
+from megatron_sov.omni.generation.replies import Audio, Image, MarkIds, Part, Text, parts_of, transcript
 from megatron_sov.omni.media.items import discrete_audio, discrete_image
 
 WORDS = ["a", "b", *spelling.MARKS]
@@ -55,33 +51,6 @@ def test_without_marks_the_blocks_alone_decide() -> None:
     assert parts_of([0, first + 1, first + 2, 1], BLOCKS, MarkIds()) == [
         Text((0,)), Image((1, 2), complete=False), Text((1,))]
     assert parts_of([0, first], (), MarkIds()) == [Text((0, first))]
-
-
-@pytest.mark.parametrize(("piece_tokens", "lookahead_tokens"), [(1, 0), (3, 0), (100, 0), (3, 1)])
-def test_speech_is_heard_while_the_text_goes_on(piece_tokens: int, lookahead_tokens: int) -> None:
-    torch.manual_seed(0)
-    vocoder = UnitBigVGAN(UnitBigVGANSettings(sample_rate_hz=100, codebook_size=20, speakers=("x",),
-                                              unit_width=4, speaker_width=4, channels=4, rates=(4,),
-                                              kernels=(3,), dilations=(1,),
-                                              lookahead_tokens=lookahead_tokens))
-    reply, given = SpokenReply(BLOCKS, MARKS), []
-
-    def parts() -> object:
-        for number in _ids(f"a{discrete_audio([2, 7, 1, 8])}b{discrete_audio([4])}"):
-            for part in reply.feed(number):
-                given.append(part)
-                yield part
-
-    out = []
-    for heard in speak(parts(), vocoder, "x", piece_tokens):  # type: ignore[arg-type]
-        out.append(heard)
-        if heard == Text((1,)):
-            assert Audio((4,)) not in given, "the text is not held back until more speech comes"
-    kinds = ["sound" if isinstance(part, torch.Tensor) else part.ids for part in out]
-    assert kinds[0] == (0,) and kinds[1] == "sound" and kinds[-1] == "sound" and (1,) in kinds
-    whole = vocoder.decode(torch.tensor([2, 7, 1, 8, 4]), "x")
-    sound = torch.cat([part for part in out if isinstance(part, torch.Tensor)])
-    torch.testing.assert_close(sound, whole, atol=1e-6, rtol=0)
 
 
 def test_a_transcript_is_what_the_authors_server_shows() -> None:

@@ -1,0 +1,168 @@
+"""Codecs from folders of transformers and diffusers: the ids and media of the official classes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.omni.codecs.folder import WEIGHTS, inspected, open_codec
+from megatron_sov.omni.codecs.published import import_codec
+from tests.omni.hf_folders import MADE, save, vqmodel
+
+PICTURES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+SOUND = torch.rand(7001, generator=torch.Generator().manual_seed(2)) - 0.5
+
+
+def official(kind: str, network: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the ids and the decoded pictures that the class itself gives for `PICTURES`."""
+    pixels = PICTURES * 2 - 1
+    with torch.no_grad():
+        if kind == "janus-vq":
+            ids = network.encode(pixels).image_tokens.view(3, -1)
+            return ids, network.decode(ids)
+        ids = network.quantize(network.encode(pixels).latents)[2][2].view(3, -1)
+        return ids, network(pixels).sample
+
+
+@pytest.mark.parametrize("kind", ["vqmodel", "janus-vq"])
+def test_pictures_are_encoded_and_decoded_as_the_official_class_does(tmp_path: Path, kind: str) -> None:
+    ids, decoded = official(kind, save(kind, tmp_path / "hf"))
+    import_codec(kind, tmp_path / "hf", tmp_path / "codec")
+    codec = open_codec(tmp_path / "codec")
+    assert (codec.side_pixels, codec.grid, codec.codebook_size) == (16, 4, 16)
+    found = codec.encode(PICTURES)
+    assert torch.equal(found, ids) and found.dtype == torch.int64 and len(found.unique()) > 1
+    again = codec.decode(found)
+    torch.testing.assert_close(again, (decoded / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=0)
+    assert again.shape == PICTURES.shape and float(again.std()) > 0.01
+    assert inspected(tmp_path / "codec")["codec"] == kind
+
+
+@pytest.mark.parametrize("kind", ["dac", "mimi"])
+@pytest.mark.parametrize("num_codebooks", [1, 3])
+def test_sounds_are_encoded_and_decoded_as_the_official_class_does(tmp_path: Path, kind: str,
+                                                                   num_codebooks: int) -> None:
+    network = save(kind, tmp_path / "hf")
+    import_codec(kind, tmp_path / "hf", tmp_path / "codec", num_codebooks=num_codebooks)
+    codec = open_codec(tmp_path / "codec")
+    filled = torch.nn.functional.pad(SOUND, (0, -len(SOUND) % 640))[None, None]
+    with torch.no_grad():
+        codes = network.encode(filled, **{codec.COUNT: num_codebooks}).audio_codes
+        decoded = network.decode(audio_codes=codes).audio_values.flatten()
+    size = {"dac": 512, "mimi": 64}[kind]
+    assert (codec.sample_rate_hz, codec.codebook_size) == (16_000, size * num_codebooks)
+    ids = codec.encode(SOUND)
+    assert codes.shape == (1, num_codebooks, 11) and len(ids) == 11 * num_codebooks
+    rows = ids.view(11, num_codebooks)
+    assert torch.equal(rows % size, codes[0].T)
+    assert torch.equal(rows // size, torch.arange(num_codebooks).expand(11, -1))
+    assert len(ids.unique()) > 3 or kind == "mimi"
+    torch.testing.assert_close(codec.decode(ids), decoded.clamp(-1, 1))
+    # what is no whole frame is left out, and a code of another codebook is read as one of this place
+    torch.testing.assert_close(codec.decode(torch.cat([ids, ids[:num_codebooks - 1]])), decoded.clamp(-1, 1))
+    torch.testing.assert_close(codec.decode(ids % size), decoded.clamp(-1, 1))
+    assert len(codec.decode(ids[:0])) == 0 and len(codec.encode(SOUND[:0])) == 0
+
+
+def test_a_long_sound_is_heard_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save("dac", tmp_path / "hf")
+    import_codec("dac", tmp_path / "hf", tmp_path / "codec")
+    codec = open_codec(tmp_path / "codec")
+    codec.max_piece_s = 0.1  # two frames
+    pieces = [codec.encode(SOUND[start:start + 1280]) for start in range(0, len(SOUND), 1280)]
+    assert torch.equal(codec.encode(SOUND), torch.cat(pieces))
+
+
+def changed(folder: Path, **fields: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+@pytest.mark.parametrize(("kind", "fields", "said"), [
+    ("vqmodel", {"num_vq_embeddings": 17}, "17"),
+    ("dac", {"codebook_size": 2**60}, "is no number of a codec"),
+    ("mimi", {"rope_parameters": {"rope_type": "none"}}, "cannot load it")])
+def test_another_configuration_is_one_sentence(tmp_path: Path, kind: str, fields: dict[str, Any],
+                                               said: str) -> None:
+    save(kind, tmp_path / "hf")
+    changed(tmp_path / "hf", **fields)
+    with pytest.raises(UserError, match=said):
+        import_codec(kind, tmp_path / "hf", tmp_path / "codec")
+    assert not (tmp_path / "codec").exists()
+
+
+@pytest.mark.parametrize("kind", list(MADE))
+def test_weights_of_another_network_are_refused(tmp_path: Path, kind: str) -> None:
+    save(kind, tmp_path / "hf")
+    (file,) = (tmp_path / "hf").glob("*.safetensors")
+    tensors = load_file(file)
+    save_file(dict(list(tensors.items())[1:]), file, {"format": "pt"})
+    with pytest.raises(UserError, match="1 missing"):
+        import_codec(kind, tmp_path / "hf", tmp_path / "codec")
+    file.rename(file.with_suffix(".bin"))
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "hf"))):
+        import_codec(kind, tmp_path / "hf", tmp_path / "codec")
+
+
+@pytest.mark.parametrize(("config", "said"), [
+    ({"auto_map": {"AutoModel": "evil.Model"}}, "config.auto_map: is no size of a codec"),
+    ({"nested": [{"_target_": "os.system"}]}, "config.nested.0._target_"),
+    ({"layers_per_block": 900_000}, "tensors"), ({"block_out_channels": [1_000_000] * 3}, "numbers"),
+    ({"block_out_channels": "x"}, "makes no VQModel"), ({"num_vq_embeddings": 17}, "has the shape"),
+    ({"in_channels": "${oc.env:HOME}"}, "would be looked up")])
+def test_a_hostile_manifest_is_one_sentence(tmp_path: Path, config: dict[str, Any], said: str) -> None:
+    from megatron_sov.base.artifacts import new_artifact, read_manifest
+
+    save("vqmodel", tmp_path / "hf")
+    import_codec("vqmodel", tmp_path / "hf", tmp_path / "codec")
+    content = read_manifest(tmp_path / "codec", "codec").content
+    content["config"]["config"] |= config
+    with new_artifact(tmp_path / "bad", "codec") as writer:
+        (writer.path / WEIGHTS).write_bytes((tmp_path / "codec" / WEIGHTS).read_bytes())
+        writer.content = content
+    with pytest.raises(UserError, match=re.escape(said)):
+        open_codec(tmp_path / "bad")
+
+
+@pytest.mark.parametrize("rate_hz", [0, -1, None])
+def test_a_sound_codec_needs_a_rate(tmp_path: Path, rate_hz: int | None) -> None:
+    from megatron_sov.omni.codecs.hf_codecs import DacCodec, HfAudioSettings
+
+    save("dac", tmp_path / "hf")
+    config = DacCodec.of_folder(tmp_path / "hf").settings.config
+    with pytest.raises(UserError, match="the codec's configuration"):
+        DacCodec(HfAudioSettings({**config, "sampling_rate": rate_hz}))
+
+
+def test_a_side_and_codebooks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    save("vqmodel", tmp_path / "pictures", lambda: vqmodel(40))
+    save("mimi", tmp_path / "sounds")
+    import_codec("vqmodel", tmp_path / "pictures", tmp_path / "codec", side_pixels=32)
+    assert open_codec(tmp_path / "codec").grid == 8
+    with pytest.raises(UserError, match="side_pixels = 30: must be a multiple of the codec's 4 pixels"):
+        import_codec("vqmodel", tmp_path / "pictures", tmp_path / "other", side_pixels=30)
+    save("janus-vq", tmp_path / "janus")
+    with pytest.raises(UserError, match="side_pixels = 32: must be 16 for this codec"):
+        import_codec("janus-vq", tmp_path / "janus", tmp_path / "other", side_pixels=32)
+    with pytest.raises(UserError, match="num_codebooks = 5: the codec has 4; import it with fewer"):
+        import_codec("mimi", tmp_path / "sounds", tmp_path / "other", num_codebooks=5)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("kind", ["simvq", "fsq", "dit", "unit-bigvgan"])
+def test_codecs_that_an_earlier_version_trained_are_refused(tmp_path: Path, kind: str) -> None:
+    from megatron_sov.base.artifacts import new_artifact
+
+    with new_artifact(tmp_path / "old", "codec") as writer:
+        save_file({"a": torch.zeros(1)}, writer.path / WEIGHTS)
+        writer.content = {"codec": kind, "config": {}}
+    said = f"'{kind}' is no kind of codec; it was removed in this version: import a codec"
+    with pytest.raises(UserError, match=said):
+        open_codec(tmp_path / "old")
