@@ -73,12 +73,6 @@ class EpisodeTurn:
     """Mark of the thoughts that the template had opened before it."""
     form: CallForm | None = None
     """In which the template has the model call tools; None: it does not say."""
-    message: dict[str, Any] | None = None
-    """As it is given back to an endpoint that is asked with messages; None: the model was asked with ids."""
-    read_tokens: int = 0
-    """That an endpoint says it read for this turn: all before it."""
-    wrote_tokens: int = 0
-    """That it says it wrote."""
     reply: str | None = None
     """What a user of the environment says behind it; None: nothing."""
 

@@ -1,20 +1,17 @@
 """Many episodes side by side, each with a process of its environment.
 
 `play` has a model write the next turn of all that go on, and then their tools run side by side: a round is as
-long as its longest turn; an episode that ends makes place for the next one.  `play_by_messages` is for models
-that are asked with a conversation and not with ids; each episode goes on by itself.  Nothing of it is for
-training: the tokens that such a model wrote are not known, only how many.
+long as its longest turn; an episode that ends makes place for the next one.
 """
 
 from __future__ import annotations
 
 import json
-import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,8 +25,8 @@ from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.tools.environment import (
     FAULTS, INFRASTRUCTURE, EpisodeLimits, InfrastructureFault, Task, cut)
 from megatron_sov.judge.tools.episode import (
-    Episode, EpisodeLines, EpisodeTurn, GeneratedTurn, begin_line, begun, left_of, result_line, take_turn,
-    turn_line, with_calls, within)
+    Episode, EpisodeLines, GeneratedTurn, begin_line, begun, left_of, result_line, take_turn, turn_line,
+    within)
 from megatron_sov.judge.tools.host import CallResult, EnvironmentHost, EpisodeLost, HeardReply, Opening
 
 MAX_CHAPTERS = 200
@@ -229,7 +226,6 @@ def play_by_hand(host: EnvironmentHost, opening: Opening, moves: Iterable[Move],
 
 STREAMS = 1 << 16
 """Streams of random numbers that an episode has, one for each turn."""
-Message = dict[str, Any]
 
 
 class ToolPolicy(Protocol):
@@ -388,199 +384,3 @@ def identity_of(tasks_digest: str, version: str, limits: EpisodeLimits, model: d
     """Return what episodes depend on: another one of these is another set of episodes."""
     return {"tasks": tasks_digest, "environment": version, "limits": asdict(limits), "model": model,
             "sampling": sampling}
-
-
-@dataclass(frozen=True)
-class Said:
-    """What a model said in a turn."""
-
-    text: str
-    """Thoughts, content and calls in the form that `chat.tool_calls` reads."""
-    message: Message
-    """As it is given back to the model."""
-    is_cut: bool
-    """Whether the longest turn ended it."""
-    read_tokens: int
-    """Of all that it was asked with."""
-    wrote_tokens: int
-    """Of the turn, thoughts among them."""
-
-
-class NoTurn(Exception):
-    """The model has not answered, through no fault of its own."""
-
-
-class Speaker(Protocol):
-    """A model that is asked with messages; from any thread."""
-
-    def say(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], max_tokens: int,
-            stream: int) -> Said:
-        """Return the next turn of a conversation.
-
-        Args:
-            messages: all of it.
-            tools: that may be called, as OpenAI describes functions.
-            max_tokens: longest turn.
-            stream: number of the turn's stream of random numbers, as in `ToolPolicy.sample`.
-
-        Raises:
-            NoTurn: there is no answer.
-            UserError: there will be none to any request.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class MessageTable:
-    """What episodes are played with."""
-
-    asked: PluginOrder
-    """The environment."""
-    limits: EpisodeLimits
-    """Of each episode; tokens are those that the model's side counts."""
-    parallel: int = 8
-    """Episodes at a time, each with a process of its environment."""
-
-
-def play_by_messages(tasks: Sequence[Task], speaker: Speaker, table: MessageTable, journal: EpisodeLines,
-                     ended: Callable[[int], object] = lambda count: None,
-                     check: Callable[[], object] = lambda: None) -> list[Episode]:
-    """Return the episodes of tasks, in order, each played to its end.
-
-    An episode whose model did not answer has failed, for this time alone: the journal keeps it open.
-
-    Args:
-        tasks: what is to be done.
-        speaker: the model.
-        table: what is played with.
-        journal: what was played before, and where this is kept.
-        ended: is told how many more episodes have ended.
-        check: called before each turn; what it raises ends the play behind the turns that are under way.
-
-    Raises:
-        UserError: a task is none of this environment's, the environment cannot be made, or the model cannot
-            be asked.
-        Exception: what `check` raises.
-    """
-    room = _Room(tasks, speaker, table, journal, ended, check, journal.episodes(tasks))
-    room.waiting.extend(n for n in range(len(tasks))
-                        if n not in room.episodes or room.episodes[n].result is None)
-    ended(len(tasks) - len(room.waiting))
-    seats = min(table.parallel, len(room.waiting))
-    # the block waits for all seats; errors are raised behind it
-    with ThreadPoolExecutor(max(seats, 1)) as pool:
-        under_way = [pool.submit(room.sit) for _ in range(seats)]
-    for seat in under_way:
-        seat.result()
-    return [room.episodes[n] for n in range(len(tasks))]
-
-
-@dataclass
-class _Room:
-    """Seats that take tasks from one list."""
-
-    tasks: Sequence[Task]
-    speaker: Speaker
-    table: MessageTable
-    journal: EpisodeLines
-    ended: Callable[[int], object]
-    check: Callable[[], object]
-    episodes: dict[int, Episode]
-    waiting: deque[int] = field(default_factory=deque)
-    is_over: bool = False
-    """Whether a seat has met what ends the play."""
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    """Of the journal, and of what is told."""
-
-    def sit(self) -> None:
-        try:
-            with EnvironmentHost(self.table.asked, self.table.limits) as host:
-                while not self.is_over:
-                    try:
-                        # atomic on a deque: no lock is needed to share the tasks
-                        number = self.waiting.popleft()
-                    except IndexError:
-                        return
-                    self._play(number, host)
-        # the other seats end behind their turn, instead of playing on for a play that has failed
-        except BaseException:
-            self.is_over = True
-            raise
-
-    def _play(self, number: int, host: EnvironmentHost) -> None:
-        self.check()
-        try:
-            episode = take_up(host, number, self.tasks[number], self.episodes.get(number),
-                              lambda opening: Episode(number, self.tasks[number], opening, []))
-            if number not in self.episodes:
-                self._add(begin_line(episode))
-                self.episodes[number] = episode
-            while not episode.end:
-                self.check()
-                if self.is_over:
-                    return
-                episode.turns.append(self._turn(episode, host))
-                self._add(turn_line(episode))
-        except NoTurn as e:
-            episode.turns.append(EpisodeTurn(GeneratedTurn([]), "", [], [], host.state, end=INFRASTRUCTURE))
-            episode.result = Result(None, "failed", {}, str(e))
-        else:
-            episode.result = scored(host, episode)
-            self._add(result_line(episode))
-        with self.lock:
-            self.ended(1)
-
-    def _turn(self, episode: Episode, host: EnvironmentHost) -> EpisodeTurn:
-        limits = self.table.limits
-        left = limits.max_response_tokens - _used_tokens(episode.turns)
-        said = self.speaker.say(messages_of(episode), episode.opening.tools,
-                                min(left, limits.max_turn_tokens), episode.number * STREAMS
-                                + len(episode.turns))
-        if not episode.turns and said.read_tokens > limits.max_prompt_tokens:
-            raise UserError(f"task {episode.number + 1}: its question and tools make {said.read_tokens:,} "
-                            f"tokens, more than max_prompt_tokens {limits.max_prompt_tokens:,}; raise it in "
-                            "`limits` of a task file of your own, or shorten them")
-        turn = EpisodeTurn(GeneratedTurn([]), said.text, [], [], host.state, message=said.message,
-                           read_tokens=said.read_tokens, wrote_tokens=said.wrote_tokens)
-        # the endpoint's own counts: what it read now less what it read first, and what it wrote
-        used = _used_tokens([*episode.turns, turn])
-        if used - turn.wrote_tokens >= limits.max_response_tokens:  # by what tools have said
-            return replace(turn, end="tokens")
-        if said.is_cut or used > limits.max_response_tokens:
-            return replace(turn, end="unended")
-        turn = with_calls(turn, episode, host, limits)
-        is_full = not turn.end and used >= limits.max_response_tokens
-        return replace(turn, end="tokens") if is_full else turn
-
-    def _add(self, line: dict[str, Any]) -> None:
-        with self.lock:
-            self.journal.add([line])
-
-
-def _used_tokens(turns: Sequence[EpisodeTurn]) -> int:
-    """Return the tokens behind the first prompt, as far as they have been counted."""
-    # the last request held everything before it
-    return turns[-1].read_tokens + turns[-1].wrote_tokens - turns[0].read_tokens if turns else 0
-
-
-def call_id(turn: int, place: int) -> str:
-    """Return the name of a call: nine letters and digits, as Mistral's templates want them."""
-    return f"call{turn:03}{place:02}"
-
-
-def messages_of(episode: Episode) -> list[Message]:
-    """Return an episode's conversation, as its model is asked for the next turn."""
-    seen = episode.opening.observation
-    messages: list[Message] = [{"role": "system", "content": seen.system}] if seen.system else []
-    messages.append({"role": "user", "content": seen.user})
-    for number, turn in enumerate(episode.turns):
-        assert turn.message is not None, "the episode was played with ids"
-        given = turn.message
-        if "tool_calls" in given:
-            named = [{**call, "id": call_id(number, place)} for place, call in enumerate(given["tool_calls"])]
-            given = {**given, "tool_calls": named}
-        messages.append(given)
-        messages += [{"role": "tool", "tool_call_id": call_id(number, place), "content": call["text"]}
-                     for place, call in enumerate(turn.calls)]
-        messages += [] if turn.reply is None else [{"role": "user", "content": turn.reply}]
-    return messages

@@ -1,12 +1,9 @@
-"""Episodes of a script that writes turns of every kind: their tokens, limits, and how killed ones go on.
-Those by messages are spoken by a script of their own.
-"""
+"""Episodes of a script that writes turns of every kind: their tokens, limits, and how killed ones go on."""
 
 from __future__ import annotations
 
 import json
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,13 +11,12 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.base.errors import StopRequested, UserError
+from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import TurnEncoder
 from megatron_sov.judge.tools.environment import EpisodeLimits
 from megatron_sov.judge.tools.episode import Episode, GeneratedTurn, lines_in, row_of
 from megatron_sov.judge.tools.playing import (
-    STREAMS, EpisodeTable, MessageTable, NoTurn, Said, ToolPolicy, messages_of, page_of, play,
-    play_by_messages, summary_of, transcript_of)
+    STREAMS, EpisodeTable, ToolPolicy, page_of, play, summary_of, transcript_of)
 from megatron_sov.judge.tools.registry import order
 from megatron_sov.work.progress.journal import RECORDS, open_journal, work_folder
 
@@ -192,100 +188,3 @@ def test_a_page_shows_hostile_text_as_text_and_the_limits_beside_the_figures(tmp
     assert "alert(1)" in body and "<script>alert" not in body and "</pre></pre>" not in body
     assert "limit max_turns" in body and "limit max_tool_chars" in body and "mean_reward" in body
     assert "tool misbehave (failed)" in body
-
-
-TASKS = [{"question": f"What is {i} + 2?", "answer": str(i + 2)} for i in range(4)]
-CALL = '<tool_call>{"name": "calculate", "arguments": {"expression": "1 + 2"}}</tool_call>'
-
-
-class Script:
-    """Calls once, and then answers; notes what it is asked."""
-
-    def __init__(self, turns: Sequence[str] = (CALL, "3"), wrote: int = 5, fails: int = -1) -> None:
-        self.turns, self.wrote, self.fails = turns, wrote, fails
-        self.asked: list[tuple[int, list[Any], int]] = []
-        self.lock = threading.Lock()
-
-    def say(self, messages: Sequence[Any], tools: Sequence[Any], max_tokens: int, stream: int) -> Said:
-        with self.lock:
-            self.asked.append((stream, list(messages), max_tokens))
-        if stream // STREAMS == self.fails:
-            raise NoTurn("HTTP 500")
-        text = self.turns[min(stream % STREAMS, len(self.turns) - 1)]
-        return Said(text, {"role": "assistant", "content": text}, self.wrote > max_tokens,
-                    100 + 20 * (len(messages) - 1), min(self.wrote, max_tokens))
-
-
-def spoken(folder: Path, script: Script, limits: EpisodeLimits | None = None, **told: Any) -> list[Episode]:
-    table = MessageTable(order("calculator", {}), limits or EpisodeLimits(), parallel=2)
-    with open_journal(folder / "out", "play", {"a": 1}) as journal:
-        return play_by_messages(TASKS, script, table, lines_in(journal), **told)
-
-
-def test_calls_are_made_and_their_results_given_back(tmp_path: Path) -> None:
-    script, ended = Script(), []
-    episodes = spoken(tmp_path, script, ended=ended.append)
-    assert [(e.end, e.answer, e.result.reward) for e in episodes if e.result] == [
-        ("answered", "3", 0.0), ("answered", "3", 1.0), ("answered", "3", 0.0), ("answered", "3", 0.0)]
-    assert sum(ended) == 4
-    assert sorted(stream for stream, _, _ in script.asked) == [
-        n * STREAMS + turn for n in range(4) for turn in (0, 1)]
-    *before, said, result = messages_of(episodes[1])[:-1]
-    assert before[-1]["content"] == "What is 1 + 2?"
-    assert (said["role"], result) == (
-        "assistant", {"role": "tool", "tool_call_id": "call00000", "content": "3"})
-
-
-def test_a_model_that_is_asked_with_messages_hears_the_user(tmp_path: Path) -> None:
-    table = MessageTable(order(TALKING, {}), EpisodeLimits())
-    with open_journal(tmp_path / "out", "play", {}) as journal:
-        (episode,) = play_by_messages([{"question": "A number?"}], Script(["one", "3"]), table,
-                                      lines_in(journal))
-    assert [(said["role"], said["content"]) for said in messages_of(episode)] == [
-        ("user", "A number?"), ("assistant", "one"), ("user", "Not one."), ("assistant", "3")]
-    assert episode.result is not None and episode.result.reward == 2
-
-
-@pytest.mark.parametrize(("limits", "wrote", "end", "num_turns"), [
-    ({"max_turns": 1}, 5, "turns", 1),
-    ({"max_turn_tokens": 4}, 5, "unended", 1),
-    ({"max_response_tokens": 5}, 5, "tokens", 1),  # nothing is left for another turn
-    ({"max_response_tokens": 40}, 5, "tokens", 2),  # the result of the call fills the rest
-    ({"max_response_tokens": 44}, 5, "unended", 2),
-])
-def test_limits_end_an_episode(tmp_path: Path, limits: dict[str, int], wrote: int, end: str,
-                               num_turns: int) -> None:
-    episodes = spoken(tmp_path, Script(wrote=wrote), EpisodeLimits(**limits))
-    assert {(e.end, len(e.turns), e.answer) for e in episodes} == {(end, num_turns, "")}
-
-
-def test_a_question_that_is_too_long_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"task \d: its question and tools make 1\d\d tokens, more than max"):
-        spoken(tmp_path, Script(), EpisodeLimits(max_prompt_tokens=50))
-
-
-def test_a_model_that_does_not_answer_fails_this_time(tmp_path: Path) -> None:
-    episodes = spoken(tmp_path, Script(fails=2))
-    assert [e.end for e in episodes] == ["answered", "answered", "infrastructure", "answered"]
-    assert episodes[2].result is not None
-    assert (episodes[2].result.reward, episodes[2].result.reason) == (None, "HTTP 500")
-
-
-@pytest.mark.parametrize("stop_at", range(1, 9))
-def test_a_play_that_was_stopped_goes_on_behind_its_turns(tmp_path: Path, stop_at: int) -> None:
-    calls = []
-
-    def check() -> None:
-        calls.append(1)
-        if len(calls) >= stop_at:
-            raise StopRequested("SIGTERM")
-
-    first, second = Script(), Script()
-    with pytest.raises(StopRequested):
-        spoken(tmp_path, first, check=check)
-    episodes = spoken(tmp_path, second)
-    assert [e.answer for e in episodes] == ["3"] * 4
-    asked = [stream for stream, _, _ in first.asked + second.asked]
-    assert sorted(asked) == sorted(set(asked))  # no turn was asked for twice
-    assert len(asked) == 8
-    assert not work_folder(tmp_path / "out").exists()
