@@ -133,8 +133,8 @@ class SynthOptions(SynthModelOptions, SynthLimitOptions, SynthClusterOptions, Ch
     A killed command goes on when it is run again, and pays for each answer once.  One that has used up a
     limit ends with 75 and goes on when the limit is raised."""
 
-    generator: Annotated[str, Flag("GENERATOR")] = ""
-    """What is made."""
+    generator: Annotated[str, Flag("GENERATOR|FILE.yaml")] = ""
+    """Generator, or the file of one."""
     list: bool = False
     """List the generators, or the settings of GENERATOR, and end."""
     input: Annotated[tuple[Path, ...], Flag(many=True)] = ()

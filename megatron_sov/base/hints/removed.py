@@ -51,6 +51,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
 }
 """Setting of a run -> its default, and what to use in its place."""
 VALUES = {
+    "code": "take prompts with tests from a data set, or write a generator file of your own (docs/synth.md)",
     "mcp": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",
     "nemo_gym": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",
     "openenv": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",

@@ -21,12 +21,11 @@ from megatron_sov.judge.rewards.constraint import ConstraintVerdict
 from tests.typed_words import keys_of
 
 sys.path.append(str(Path(__file__).parents[5] / "benchmarks"))
-from synthesis.actors import constraints as actor
-
 from data_prep.synth.generator import GeneratorItem
 from data_prep.synth.generators.autoif.constraints import Constraints, ConstraintsSettings, seeds_of
 from data_prep.synth.known import generator_class
 from megatron_sov.base.errors import UserError
+from tests.data_prep.synth.models import constraints as actor
 from tests.data_prep.synth.scripted import ScriptedAsk, samples_of
 
 GENERATOR = Constraints(ConstraintsSettings(call_time_s=0.5))

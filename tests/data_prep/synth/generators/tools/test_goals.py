@@ -13,12 +13,12 @@ from tests.typed_words import keys_of
 
 sys.path += [str(Path(__file__).parents[5] / "benchmarks"), str(Path(__file__).parents[2])]
 from scripted import ScriptedAsk, samples_of
-from synthesis.actors import goals, shops
 
 from data_prep.synth.generator import GeneratorItem
 from data_prep.synth.generators.tools.goals import Goals, GoalSettings, reference_of
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.tools.worlds.virtual import Virtual
+from tests.data_prep.synth.models import goals, shops
 
 ITEM = GeneratorItem("shop-0", {"domain": "library", "world": shops.world(0)})
 UNSOLVED = GoalSettings(tasks_per_world=1, num_solvers=0)

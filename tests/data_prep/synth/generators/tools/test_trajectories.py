@@ -17,7 +17,6 @@ from tests.typed_words import keys_of
 
 sys.path += [str(Path(__file__).parents[5] / "benchmarks"), str(Path(__file__).parents[2])]
 from scripted import ScriptedAsk, samples_of
-from synthesis.actors import shop_clerk, tool_trajectories
 
 from data_prep.synth.generator import GeneratorItem, NoReply
 from data_prep.synth.generators.tools import conversation
@@ -25,6 +24,7 @@ from data_prep.synth.generators.tools.trajectories import (
     DONE, ToolTrajectories, ToolTrajectorySettings, unfounded)
 from megatron_sov.base.documents.messages import read_messages, read_tools
 from megatron_sov.base.errors import UserError
+from tests.data_prep.synth.models import shop_clerk, tool_trajectories
 
 TOLD = ["I am mina@example.com, from 2026-06-10.", '{"id": "B12", "price": 1100, "nights": 2, "fee": 0.5}']
 ITEM = GeneratorItem("task-0", tool_trajectories.task_fields(0))

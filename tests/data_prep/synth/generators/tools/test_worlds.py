@@ -19,11 +19,11 @@ from tests.typed_words import keys_of
 
 sys.path += [str(Path(__file__).parents[5] / "benchmarks"), str(Path(__file__).parents[2])]
 from scripted import ScriptedAsk, samples_of
-from synthesis.actors import shops, worlds
 
 from data_prep.synth.generator import GeneratorItem
 from data_prep.synth.generators.tools.worlds import Worlds, WorldSettings
 from megatron_sov.base.errors import UserError
+from tests.data_prep.synth.models import shops, worlds
 
 ITEM = GeneratorItem("library-1", {"domain": "a library", "number": 1})
 FEW = WorldSettings(calls_per_tool=25)
