@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Run `sov-data synth`; returns 0, or 3 where people's labels do not agree with the checks."""
+    """Run `sov-data synth`; returns the exit code."""
     options = read_options(SynthOptions, typed)
     if options.list:
         print(_settings_of_generator(options.generator) if options.generator else _generators())

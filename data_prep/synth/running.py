@@ -506,11 +506,11 @@ def finished(made: ReadyRun, tally: RunningTally, workers: int) -> ExitCode:
     from data_prep.synth.finishing import finish
 
     # written with items missing too, so that what is done can be looked at; then without a manifest
-    code = finish(made.order.output, made.order.checks, workers,
-                  is_complete=not tally.num_unanswered and not tally.defects)
+    finish(made.order.output, made.order.checks, workers,
+           is_complete=not tally.num_unanswered and not tally.defects)
     if tally.defects:
         print(f"{len(tally.defects)} items ended in an error of the program, which is shown above, and are "
               f"not there: {'; '.join(tally.defects[:3])}", flush=True)
         return ExitCode.CRASH
     tally.refuse_unanswered()
-    return code
+    return ExitCode.OK

@@ -36,6 +36,8 @@ OPTIONS = {
     **dict.fromkeys((f"megatron-sov submit --{name}" for name in ("job-name", "manifest", "apply")),
                     "submit to a Slurm cluster; Kubernetes is not supported"),
     "sov-data mix --search": "set the shares with --blend",
+    **dict.fromkeys(("sov-data synth --labels", "sov-data synth --min-kappa"),
+                    "compare kept.jsonl and rejected.jsonl with scikit-learn's `cohen_kappa_score`"),
 }
 """Program, command and option -> what to use in its place."""
 _CURVES = "set obs.tensorboard or obs.wandb for curves"

@@ -92,8 +92,8 @@ def test_a_file_without_seeds_is_refused(content: bytes, sentence: str, tmp_path
 
 def test_all_problems_of_settings_are_told() -> None:
     assert problems_of(ConstraintsSettings()) == []
-    assert keys_of(ConstraintsSettings(min_functions=6, min_cases=20, nli="/nowhere")) == [
-        "min_functions", "min_cases", "nli"]
+    assert keys_of(ConstraintsSettings(min_functions=6, min_cases=20)) == [
+        "min_functions", "min_cases"]
     assert keys_of(ConstraintsSettings(min_accuracy=0, call_time_s=100, min_agreement=11,
                                        rounds=-1, language="kr")) == [
         "language", "rounds", "min_accuracy", "call_time_s", "min_agreement"]
