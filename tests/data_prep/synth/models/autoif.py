@@ -3,10 +3,8 @@ judges by whether an answer is about the query's topic; what is planted in a que
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from data_prep.synth.generator import GeneratorItem
@@ -15,17 +13,12 @@ from tests.data_prep.synth.models.constraints import RULES, rule_of
 from tests.data_prep.synth.models.graded import PLEA, grade, graded_in
 
 TOPICS = ("김치", "한강", "도자기", "한글", "지하철", "온돌", "탈춤", "제주도", "떡국", "거문고")
-FAULTS: Mapping[str, int] = {
-    "breaks its constraint": 12, "answers in English": 6, "answers in Thai": 3, "slips into Chinese": 8,
-    "is cut off": 4, "is off the topic": 6, "talks to the judge": 6, "translation loses quotations": 3,
-    "translation stays English": 2}
-"""What is planted in a query -> how many cases there are."""
+FAULTS = ("breaks its constraint", "answers in English", "answers in Thai", "slips into Chinese",
+          "is cut off", "is off the topic", "talks to the judge", "translation loses quotations",
+          "translation stays English")
+"""What is planted in a query."""
 ENGLISH = "This is a long story about the topic, which people have known for years and still like to hear."
 THAI = "นี่คือเรื่องราวที่ผู้คนรู้จักกันมานานแล้วและยังคงชอบฟังอยู่จนถึงทุกวันนี้"
-SETTINGS: dict[str, Any] = {}
-"""Of the generator, for the cases."""
-BY_JUDGE = ("is off the topic", "talks to the judge")
-"""Faults that the judge alone sees."""
 _PLANTED = re.compile(r" \((?:planted: |심은 것: )(.*?)\)")
 _TOPIC = re.compile("|".join(TOPICS))
 _RULE = re.compile(r"follows\nthis instruction to the letter, and does not mention it:\n(.*)$", re.DOTALL)
@@ -78,20 +71,11 @@ def _translated(text: str, fault: str) -> str:
 
 
 def cases() -> list[Case]:
-    """Return 50 prompts with answers to be kept, and 50 with a planted fault."""
-    good = [Case(_item(number, rule.text, number % 2 == 0, ""), reply, True, "a sound answer")
-            for number, rule in enumerate(list(RULES.values())[:50])]
-    return [*good, *_bad()]
-
-
-def _bad() -> Iterator[Case]:
-    number = 50
-    for fault, count in FAULTS.items():
-        for _ in range(count):
-            rule = list(RULES.values())[(3 * number) % 24]  # words to use: kept and broken by any text
-            yield Case(_item(number, rule.text, fault.startswith("translation"), fault), reply, False, fault,
-                       by="judge" if fault in BY_JUDGE else "")
-            number += 1
+    """Return a prompt with answers to be kept, and one with each planted fault."""
+    texts = list(RULES)  # the first are words to use: kept and broken by any text
+    return [Case(_item(0, texts[0], True, ""), reply, True, "a sound answer"),
+            *(Case(_item(number, texts[number], fault.startswith("translation"), fault), reply, False, fault)
+              for number, fault in enumerate(FAULTS, 1))]
 
 
 def _item(number: int, constraint: str, is_english: bool, fault: str) -> GeneratorItem:
@@ -115,17 +99,3 @@ def functions_of(constraint: str) -> list[str]:
     body = rule_of(constraint).body
     return [f"def evaluate(response):\n    return {body}",
             f"def evaluate(response):\n    kept = {body}\n    return bool(kept)"]
-
-
-def arguments(folder: Path) -> list[str]:
-    """Return what a run is given: twelve prompts, one in three with a fault."""
-    kept, queries = folder / "constraints.jsonl", folder / "queries.jsonl"
-    kept.write_text("".join(json.dumps({"prompt": rule.text, "functions": functions_of(rule.text),
-                                        "back": [rule.back]}) + "\n" for rule in list(RULES.values())[:24]),
-                    encoding="utf-8")
-    faults = list(FAULTS)
-    asked = [query(number, number % 2 == 0, faults[number // 3 % len(faults)] if number % 3 == 0 else "")
-             for number in range(12)]
-    queries.write_text("".join(json.dumps({"conversation": [{"role": "user", "content": text}]}) + "\n"
-                               for text in asked), encoding="utf-8")
-    return ["--input", str(queries), "--set", f"constraints={kept}"]

@@ -24,8 +24,6 @@ class Case:
     """Whether a sample ought to be kept."""
     what: str
     """What is wrong, or why it is good."""
-    by: str = ""
-    """judge: no rule can see what is wrong, only the judge, who is scripted to see it."""
 
 
 def asked(request: Mapping[str, Any]) -> tuple[str, str]:

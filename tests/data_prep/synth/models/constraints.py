@@ -7,7 +7,6 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from data_prep.synth.generator import GeneratorItem
@@ -17,25 +16,21 @@ from tests.data_prep.synth.models.rules import Rule, rules
 
 RULES = {rule.text: rule for rule in rules()}
 TOPIC = "골목"
-SETTINGS: dict[str, Any] = {}
-"""Of the generator, for the cases."""
-BY_JUDGE = ("told back as the contrary", "checks something else")
-"""Faults that the judge alone may see: that what is checked is not what was asked for."""
-FAULTS: Mapping[str, tuple[str, int]] = {
-    "accepts everything": ("True", 8),
-    "rejects everything": ("False", 4),
-    "accepts all but blanks": ("len(response.strip()) > 0", 4),
-    "never ends": ("all(True for _ in iter(int, 1))", 4),
-    "reads a file": ("open('/etc/passwd').read() != response", 5),
-    "reaches the network": ("__import__('socket').create_connection(('127.0.0.1', 80)) is None", 3),
-    "gives no truth value": ("response.find('x')", 4),
-    "does not parse": ("response ==", 4),
-    "checks something else": ("len(response) % 7 == 3", 5),
-    "told back as the contrary": ("", 5),
-    "told back by too few": ("", 2),
-    "cases that say the contrary": ("", 2),
+FAULTS: Mapping[str, str] = {
+    "accepts everything": "True",
+    "rejects everything": "False",
+    "accepts all but blanks": "len(response.strip()) > 0",
+    "never ends": "all(True for _ in iter(int, 1))",
+    "reads a file": "open('/etc/passwd').read() != response",
+    "reaches the network": "__import__('socket').create_connection(('127.0.0.1', 80)) is None",
+    "gives no truth value": "response.find('x')",
+    "does not parse": "response ==",
+    "checks something else": "len(response) % 7 == 3",
+    "told back as the contrary": "",
+    "told back by too few": "",
+    "cases that say the contrary": "",
 }
-"""What is wrong -> what the function returns, where that is what is wrong, and how many cases there are."""
+"""What is wrong -> what the function returns, where that is what is wrong."""
 _CONSTRAINT = re.compile(r"Instruction:\n(.*?)\n\nWrite a function", re.DOTALL)
 _FUNCTION = re.compile(r"```python\n(.*?)\n```", re.DOTALL)
 _RULE = re.compile(r"^# rule: (.*)$", re.MULTILINE)
@@ -71,7 +66,7 @@ def _check(constraint: str, seed: int) -> str:
     """Return a function of its own for each seed, with three cases."""
     fault = _FAULT.search(constraint)
     rule = RULES[_FAULT.sub("", constraint)]
-    body = (FAULTS[fault[1]][0] if fault else "") or rule.body
+    body = (FAULTS[fault[1]] if fault else "") or rule.body
     number = seed % 1_000_000
     cases = [{"input": rule.keeping(TOPIC, number), "output": True},
              {"input": rule.breaking(TOPIC, number), "output": False},
@@ -84,25 +79,16 @@ def _check(constraint: str, seed: int) -> str:
 
 
 def cases() -> list[Case]:
-    """Return 50 constraints to be kept, and 50 with a planted fault."""
-    good = [Case(_item(rule.text), reply, True, "a sound constraint") for rule in RULES.values()]
+    """Return a sound constraint, and one of each planted fault."""
     texts = list(RULES)
-    bad = [Case(_item(f"{texts[(7 * place + number) % len(texts)]} (planted: {fault})"), reply, False, fault,
-                by="judge" if fault in BY_JUDGE else "")
-           for place, (fault, (_, count)) in enumerate(FAULTS.items()) for number in range(count)]
-    return [*good[:50], *bad]
+    return [Case(_item(texts[0]), reply, True, "a sound constraint"),
+            *(Case(_item(f"{texts[7 * place % len(texts)]} (planted: {fault})"), reply, False, fault)
+              for place, fault in enumerate(FAULTS))]
 
 
 def _item(constraint: str) -> GeneratorItem:
     digest = hashlib.sha256(constraint.encode()).hexdigest()[:16]
     return GeneratorItem(f"case.{digest}", {"constraint": constraint}, "planted")
-
-
-def arguments(folder: Path) -> list[str]:
-    """Return what a run is given."""
-    seeds = folder / "seeds.txt"
-    seeds.write_text("\n".join(list(RULES)[:3]), encoding="utf-8")
-    return ["--input", str(seeds), "--set", "rounds=1", "--set", "per_call=5"]
 
 
 def rule_of(constraint: str) -> Rule:

@@ -5,16 +5,12 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from data_prep.synth.generator import GeneratorItem
 from tests.data_prep.synth.models import shop_clerk, shops
 from tests.data_prep.synth.models.cases import Case
 
-SETTINGS: dict[str, Any] = {}
-NUM_DOMAINS = 6
-"""Of a run."""
 World = dict[str, Any]
 MAKE, END = 3, 4
 """Places of the tools that change something."""
@@ -41,25 +37,10 @@ def answer(request: Mapping[str, Any], bent: Callable[[World], World]) -> str:
     return json.dumps({"tools": tools} if "Design its tools" in prompt else world)
 
 
-def arguments(folder: Path) -> list[str]:
-    """Write domains; returns the words of a run over them."""
-    file = folder / "domains.jsonl"
-    file.write_text("".join(json.dumps({"domain": f"a {shops.trade(number).domain}"}) + "\n"
-                            for number in range(NUM_DOMAINS)), encoding="utf-8")
-    return ["--input", str(file)]
-
-
-def cases() -> list[Case]:
-    """Return 50 sound worlds and 50 of `BENT`, each fault several times."""
-    found = []
-    for number in range(50):
-        of = shops.trade(number)
-        item = GeneratorItem(f"good-{number}", {"domain": f"a {of.domain}", "number": number // 10})
-        found.append(Case(item, reply, True, "sound"))
-        what = list(BENT)[number % len(BENT)]
-        item = GeneratorItem(f"bad-{number}", {"domain": f"a {of.domain}", "number": number // 10})
-        found.append(Case(item, _bent(what), False, what))
-    return found
+def planted(what: str) -> Case:
+    """Return a world with a fault of `BENT`."""
+    item = GeneratorItem("bad-0", {"domain": f"a {shops.trade(0).domain}", "number": 0})
+    return Case(item, _bent(what), False, what)
 
 
 def _bent(what: str) -> Callable[[Mapping[str, Any]], str]:
@@ -85,38 +66,19 @@ def _does(world: World, place: int) -> list[dict[str, Any]]:
 BENT: dict[str, Callable[[World], World]] = {
     "result of another type": _edited(lambda w: w["tools"][MAKE]["returns"]["properties"].update(
         total={"type": "string"})),
-    "result lacks a property": _edited(lambda w: w["tools"][0]["returns"]["properties"].update(
-        email={"type": "string"})),
     "argument that nothing uses": _edited(lambda w: w["tools"][1]["parameters"]["properties"].update(
         colour={"type": "string"})),
     "fails for arguments that it allows": _edited(lambda w: (
         w["tools"][MAKE]["parameters"]["properties"].update(until={"type": "string"}),
         _does(w, MAKE)[-1]["return"].update(total="days('2026-01-01', until)"))),
-    "divides by an argument": _edited(lambda w: _does(w, 1).insert(0, {
-        "let": "half", "be": "100 // length(title)"})),
-    "optional argument is not handled": _edited(
-        lambda w: w["tools"][1]["parameters"].update(required=[])),
     "never comes through": _edited(lambda w: _does(w, END).insert(1, {
         "require": "which.count > 1000", "else": "no"})),
     "changes nothing": _edited(lambda w: _does(w, END).__setitem__(slice(3, 5), [
         {"update": "orders", "key": "order_id", "set": {"status": "which.status"}}])),
-    "row of another table": _edited(lambda w: _does(w, MAKE)[5]["row"].update(thing="person_id")),
-    "leaves a number that is no whole one": _edited(lambda w: _does(w, MAKE)[4]["set"].update(
-        stock="what.stock - count / 2")),
-    "deletes what others refer to": _edited(lambda w: _does(w, END).insert(
-        4, {"delete": "things", "key": "which.thing"})),
     "two tools alike": _edited(lambda w: w["tools"].append({**w["tools"][1], "name": "look_up"})),
     "too few tools": _edited(lambda w: w.update(tools=w["tools"][:3])),
-    "text without quotes": _edited(lambda w: _does(w, END)[4]["set"].update(status="ended")),
-    "unknown table": _edited(lambda w: _does(w, 1)[0].update(find="wares")),
-    "rows that lack a column": _edited(lambda w: w["tables"]["things"]["rows"]["T2"].pop("price")),
-    "a key that is nobody's": _edited(lambda w: w["tables"]["orders"]["rows"]["O1"].update(person="P9")),
     "program in an expression": _edited(lambda w: _does(w, 1)[0].update(
         where="__import__('os').system('true') == 0")),
-    "a bomb": _edited(lambda w: _does(w, 1).insert(0, {"let": "big", "be": "title" + " + title" * 90})),
-    "a schema keyword that nothing holds to": _edited(
-        lambda w: w["tools"][MAKE]["parameters"]["properties"]["count"].update(minimum=1)),
     "no tools at all": _edited(lambda w: w.update(tools=None)),
-    "no return": _edited(lambda w: _does(w, 0).pop()),
 }
 """Fault -> what makes a sound world have it."""
