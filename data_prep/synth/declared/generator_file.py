@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields as fields_of_class, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 from annotated_types import Ge, Le, MinLen
 
@@ -215,12 +215,10 @@ class _Compiler:
     def _settings(self, reader: Reader) -> type[Any]:
         """Return a dataclass of the reader's settings and the file's, whose defaults go first."""
         of_reader = {one.name: one for one in fields_of_class(reader.Settings)}
-        hints = {name: reader.Settings.__annotations__.get(name) for name in of_reader}
+        hints = get_type_hints(reader.Settings, include_extras=True)
         own: list[tuple[str, Any, Any]] = []
         for name, setting in self._said.settings.items():
-            hint = setting.type()
-            if name in of_reader:
-                hint = _hint(reader.Settings, name) or hints[name]
+            hint = hints.get(name) or setting.type()
             for other in filter(None, (setting.at_most, setting.only_with)):
                 if other not in {*self._said.settings, *of_reader}:
                     self._add(("settings", name), "names no setting", other)
@@ -319,12 +317,6 @@ class _Compiler:
             except UserError as e:
                 self._add(("prompts", name), " ".join(str(e).split()))
         return texts
-
-
-def _hint(cls: type[Any], name: str) -> Any:
-    from megatron_sov.base.settings import hints_of
-
-    return hints_of(cls).get(name)
 
 
 class DeclaredGenerator(Generator):

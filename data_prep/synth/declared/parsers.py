@@ -128,8 +128,6 @@ def _json(reply: str) -> Any:
 
 def _texts(value: Any, names: Sequence[str]) -> dict[str, str] | None:
     """Return the texts of an object; None: one is missing, empty or too long."""
-    found = {name: value.get(name) for name in names} if isinstance(value, dict) else {}
-    if not found or not all(isinstance(text, str) and len(text.strip()) > 0 and len(text) <= MAX_CHARS
-                            for text in found.values()):
-        return None
-    return {name: text.strip() for name, text in found.items()}
+    found = {name: text.strip() for name in names if isinstance(value, dict)
+             and isinstance(text := value.get(name), str) and len(text) <= MAX_CHARS}
+    return found if len(found) == len(names) and all(found.values()) else None
