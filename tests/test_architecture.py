@@ -87,7 +87,7 @@ CUT_ANYWHERE = {
     "megatron_sov/operate/slurm/attempts.py": _PROGRAM,
     "megatron_sov/work/clusters/client.py": _PROGRAM, "megatron_sov/work/processes/background.py": _PROGRAM,
     "megatron_sov/work/endpoints/local_server.py": _PROGRAM,
-    "data_prep/synth/generators/code.py": _PROGRAM, "data_prep/synth/generators/tools/worlds.py": _PROGRAM,
+    "data_prep/synth/generators/tools/worlds.py": _PROGRAM,
     "megatron_sov/sandbox/enclosures.py": _SYSTEM, "megatron_sov/train/recorder.py": _SYSTEM,
     "megatron_sov/sandbox/system_calls.py": _SYSTEM,
     "data_prep/curate/journey/telling.py": "text that is shown; ends of lines that differ are told",

@@ -29,8 +29,8 @@ def blocks(language: str) -> list[str]:
 
 OTHER_WORDS = (
     "Beside the old harbour stands a gauge of the tides that dates from 1911. Every morning, before the "
-    "first ferry sets out, two keepers read it and write down how high the water is. A room in the town hall is "
-    "filled with these books; the oldest one was restored in 1998.")
+    "first ferry sets out, two keepers read it and write down how high the water is. A room in the town "
+    "hall is filled with these books; the oldest one was restored in 1998.")
 
 
 def test_the_first_run_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
