@@ -100,6 +100,8 @@ MAX_SOURCE_LINES = 163_300
 """Of megatron_sov, data_prep and tokenizer; this number only falls."""
 MIN_LINES_OF_ONE_USER = 150
 ALONE = {
+    "data_prep/synth/declared/parsers.py": "reads replies; running steps is another subject",
+    "data_prep/synth/declared/programs.py": "runs programs in the sandbox, for functions of templates",
     "data_prep/shards/sample.py": "a command",
     "megatron_sov/bench/lm/examples.py": "few-shot examples, another subject than running an evaluation",
     "megatron_sov/commands/operate/run_table.py": "a table of runs; one run in full is another subject",
