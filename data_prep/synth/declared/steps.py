@@ -19,7 +19,7 @@ from data_prep.synth.declared.functions import CHECKS, Answer, Judging
 from data_prep.synth.declared.parsers import PARSERS
 from data_prep.synth.declared.values import BadValue, compile_value, fill, unknown_names
 from data_prep.synth.generator import Ask, NoUsableReply, SampleVerdict
-from megatron_sov.base.errors import nearest
+from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.base.settings import AtLeastOne, NotBlank
 
 MAX_PER_REPLY = 100
@@ -188,6 +188,7 @@ class EachStep(Step):
 
     def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, prompt_folder: str) -> Sequence[Draft]:
         (name, listed), = values["each"].items()
+        check_list(name, listed)
         return [draft.part({name: one, "part": place}) for place, one in enumerate(listed)]
 
 
@@ -327,6 +328,12 @@ VERBS: Mapping[str, type[Step]] = {
 """Key that tells what a step does -> step."""
 
 
+def check_list(name: str, value: Any) -> None:
+    """Raise UserError where a value that is gone through is no list."""
+    if not isinstance(value, (list, tuple)):
+        raise UserError(f"{name} = {str(value)[:60]!r} must be a list; mend the step in the generator's file")
+
+
 @dataclass(frozen=True)
 class CompiledStep:
     """A step with its values compiled."""
@@ -342,8 +349,13 @@ class CompiledStep:
             return None
         values = {name: fill(value, draft.fields) for name, value in self.values.items() if name != "when"}
         if not isinstance(self.step, EveryStep):
-            return self.step.run(values, draft, ask, prompt_folder)
+            try:
+                return self.step.run(values, draft, ask, prompt_folder)
+            except (TypeError, ValueError, AttributeError, KeyError) as e:  # a value of another type
+                raise UserError(f"{prompt_folder}: a step with {', '.join(values)} cannot run "
+                                f"({type(e).__name__}: {e}); mend it") from None
         (name, listed), = values["every"].items()
+        check_list(name, listed)
         for one in listed:
             draft.fields[name] = one
             for step in self.inner:

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import TemplateError, Undefined, meta, nodes
 
 from data_prep.synth.declared.functions import FUNCTIONS
+from data_prep.synth.generator import NoReply
 from data_prep.synth.templates import PromptEnvironment
 from megatron_sov.base.errors import UserError, nearest
 
@@ -45,13 +46,12 @@ class Value:
             return self.raw
         try:
             found = self.compute(**{name: fields[name] for name in self.names if name in fields})
-        except UserError:
+        except (UserError, NoReply):
             raise
-        except TemplateError as e:
-            raise UserError(f"{self.raw}: {e.message}; mend this value of the generator's file") from None
-        except (TypeError, ValueError, KeyError, ArithmeticError, AttributeError) as e:
-            raise UserError(f"{self.raw}: cannot be computed ({type(e).__name__}: {e}); mend this value of "
-                            "the generator's file") from None
+        except Exception as e:  # whatever an expression does to the values that it meets
+            said = e.message if isinstance(e, TemplateError) else f"{type(e).__name__}: {e}"
+            raise UserError(f"{self.raw}: cannot be computed ({said}); mend this value of the generator's "
+                            "file") from None
         if isinstance(found, Undefined):
             raise UserError(f"{self.raw}: has no value; mend this value of the generator's file")
         return list(found) if isinstance(found, Iterator) else found

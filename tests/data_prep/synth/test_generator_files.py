@@ -216,3 +216,16 @@ def test_a_file_that_is_no_mapping_is_refused(text: str, tmp_path: Path) -> None
     (tmp_path / "own.yaml").write_text(text)
     with pytest.raises(UserError, match=r"own\.yaml"):
         generator_class(str(tmp_path / "own.yaml"))
+
+
+@pytest.mark.parametrize(("step", "said"), [
+    ({"each": {"word": "{{ summary }}"}}, "must be a list"),
+    ({"judge": "Good?", "material": {"a": "b"}, "least": "{{ summary }}"}, "TypeError|ValueError"),
+    ({"set": {"a": "{{ matches(summary, '(') }}"}}, "cannot be computed"),
+    ({"set": {"a": "{{ summary / 2 }}"}}, "cannot be computed"),
+    ({"check": "within", "args": {"value": "{{ summary }}"}}, "TypeError")])
+def test_a_value_of_another_type_ends_the_run_in_a_sentence(step: dict[str, Any], said: str, tmp_path: Path
+                                                            ) -> None:
+    model = by_system(You_write="<summary>a</summary>", grade=5)
+    with pytest.raises(UserError, match=said):
+        samples_of(build(tmp_path, {"steps.2": step}), ITEM, model)
