@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import regex
 
@@ -15,108 +15,58 @@ from megatron_sov.judge.rewards.reward import Refused
 TIMEOUT_S = 2.0
 MAX_CHARS = 4000
 """Of one text in a list of JSON."""
-Found = Any
-"""Fields, or a list of fields where `gives_several`; None: the reply has another form."""
 
 
-class Parser(ABC):
-    """Reads fields."""
-
-    gives_several: ClassVar[bool] = False
-
-    def names(self, argument: Any) -> Sequence[str]:
-        """Return the fields that it gives."""
-        return list(argument)
-
-    def problem(self, argument: Any) -> str:
-        """Return what is wrong with the argument in a file; "": nothing."""
-        listed = argument if isinstance(argument, list) else []
-        sound = listed and all(isinstance(name, str) and name.isidentifier() for name in listed)
-        return "" if sound else "must be a list of names, such as [question, answer]"
-
-    @abstractmethod
-    def read(self, reply: str, argument: Any) -> Found:
-        """Read a reply."""
+def find_problem(argument: Any) -> str:
+    """Return what is wrong with a list of names in a file; "": nothing."""
+    listed = argument if isinstance(argument, list) else []
+    sound = listed and all(isinstance(name, str) and name.isidentifier() for name in listed)
+    return "" if sound else "must be a list of names, such as [question, answer]"
 
 
-class Tagged(Parser):
-    """`<name>...</name>`, each once and in order."""
+@dataclass(frozen=True)
+class Parser:
+    """Reads fields, by an argument that the file gives."""
 
-    def read(self, reply: str, argument: Any) -> Found:
-        return read_tagged(reply, *argument)
-
-
-class TaggedList(Parser):
-    """Groups of tags that follow each other."""
-
-    gives_several = True
-
-    def read(self, reply: str, argument: Any) -> Found:
-        return read_list(reply, *argument)
+    read: Callable[[str, Any], Any]
+    """Reply and argument -> fields, or a list of fields where `gives_several`; None: it has another form."""
+    gives_several: bool = False
+    names: Callable[[Any], Sequence[str]] = list
+    """Argument -> the fields that it gives."""
+    problem: Callable[[Any], str] = find_problem
 
 
-class JsonObject(Parser):
-    """An object of JSON with these texts."""
-
-    def read(self, reply: str, argument: Any) -> Found:
-        return _texts(_json(reply), argument)
-
-
-class JsonList(Parser):
-    """A list of JSON objects with these texts; those without them, and those that repeat the first, are left
-    out."""
-
-    gives_several = True
-
-    def read(self, reply: str, argument: Any) -> Found:
-        listed = _json(reply)
-        found: dict[str, Mapping[str, str]] = {}
-        for one in listed if isinstance(listed, list) else ():
-            if (texts := _texts(one, argument)) is not None:
-                found.setdefault(texts[argument[0]], texts)
-        return list(found.values()) or None
+def read_json_list(reply: str, names: Sequence[str]) -> list[Mapping[str, str]] | None:
+    """Read a list of objects with these texts; those without them, or that repeat the first, are left out."""
+    listed = _json(reply)
+    found: dict[str, Mapping[str, str]] = {}
+    for one in listed if isinstance(listed, list) else ():
+        if (texts := _texts(one, names)) is not None:
+            found.setdefault(texts[names[0]], texts)
+    return list(found.values()) or None
 
 
-class Lines(Parser):
-    """Each line, without a mark or number at its beginning."""
-
-    gives_several = True
-
-    def names(self, argument: Any) -> Sequence[str]:
-        return [argument]
-
-    def problem(self, argument: Any) -> str:
-        return "" if isinstance(argument, str) and argument.isidentifier() else "must be the name of a field"
-
-    def read(self, reply: str, argument: Any) -> Found:
-        lines = [regex.sub(r"^\s*(?:[-*•]|\d+[.)])\s+", "", line).strip() for line in reply.split("\n")]
-        return [{argument: line} for line in dict.fromkeys(filter(None, lines))] or None
+def read_lines(reply: str, name: str) -> list[dict[str, str]] | None:
+    """Read each line, without a mark or number at its beginning."""
+    lines = [regex.sub(r"^\s*(?:[-*•]|\d+[.)])\s+", "", line).strip() for line in reply.split("\n")]
+    return [{name: line} for line in dict.fromkeys(filter(None, lines))] or None
 
 
-class Pattern(Parser):
-    """The named groups of a regular expression."""
-
-    def names(self, argument: Any) -> Sequence[str]:
-        return list(regex.compile(argument).groupindex) if not self.problem(argument) else []
-
-    def problem(self, argument: Any) -> str:
-        try:
-            groups = regex.compile(argument).groupindex
-        except (regex.error, TypeError) as e:
-            return f"is no regular expression ({e})"
-        return "" if groups else "has no named group, such as (?P<answer>.+)"
-
-    def read(self, reply: str, argument: Any) -> Found:
-        try:
-            found = regex.search(argument, reply.strip(), regex.DOTALL | regex.MULTILINE, timeout=TIMEOUT_S)
-        except TimeoutError:
-            return None
-        return {name: text.strip() for name, text in found.groupdict("").items()} if found else None
+def read_pattern(reply: str, pattern: str) -> dict[str, str] | None:
+    """Read the named groups of a regular expression."""
+    try:
+        found = regex.search(pattern, reply.strip(), regex.DOTALL | regex.MULTILINE, timeout=TIMEOUT_S)
+    except TimeoutError:
+        return None
+    return {name: text.strip() for name, text in found.groupdict("").items()} if found else None
 
 
-PARSERS: Mapping[str, Parser] = {"tagged": Tagged(), "list": TaggedList(), "json": JsonObject(),
-                                 "json_list": JsonList(), "lines": Lines(), "pattern": Pattern()}
-"""Name in a step -> parser."""
+def _pattern_problem(pattern: Any) -> str:
+    try:
+        groups = regex.compile(pattern).groupindex
+    except (regex.error, TypeError) as e:
+        return f"is no regular expression ({e})"
+    return "" if groups else "has no named group, such as (?P<answer>.+)"
 
 
 def _json(reply: str) -> Any:
@@ -131,3 +81,15 @@ def _texts(value: Any, names: Sequence[str]) -> dict[str, str] | None:
     found = {name: text.strip() for name in names if isinstance(value, dict)
              and isinstance(text := value.get(name), str) and len(text) <= MAX_CHARS}
     return found if len(found) == len(names) and all(found.values()) else None
+
+
+PARSERS: Mapping[str, Parser] = {
+    "tagged": Parser(lambda reply, names: read_tagged(reply, *names)),
+    "list": Parser(lambda reply, names: read_list(reply, *names), gives_several=True),
+    "json": Parser(lambda reply, names: _texts(_json(reply), names)),
+    "json_list": Parser(read_json_list, gives_several=True),
+    "lines": Parser(read_lines, gives_several=True, names=lambda name: [name],
+                    problem=lambda name: find_problem([name]) and "must be the name of a field"),
+    "pattern": Parser(read_pattern, problem=_pattern_problem, names=lambda pattern: (
+        [] if _pattern_problem(pattern) else list(regex.compile(pattern).groupindex)))}
+"""Name in a step -> parser."""
