@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields as fields_of_class, make_dataclass
+from keyword import iskeyword
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
@@ -161,11 +162,15 @@ class _Compiler:
     def generator(self, digest: str) -> type[Generator]:
         said, stem = self._said, self._file.stem
         reader = self._reader()
+        for name in said.settings:
+            if (not name.isidentifier() or iskeyword(name) or name.startswith("_")
+                    or name in ("self", *GIVEN, *reader.names(), *ENVIRONMENT.globals)):
+                self._add(("settings", name), "is no name for a setting, or is taken", name,
+                          "choose another one")
+        if self._problems:
+            raise SettingsError(str(self._file), self._problems)
         settings = self._settings(reader)
         known = [*GIVEN, *(one.name for one in fields_of_class(settings)), *reader.names()]
-        for name in said.settings:
-            if not name.isidentifier() or name in (*GIVEN, *reader.names(), *ENVIRONMENT.globals):
-                self._add(("settings", name), "is no name for a setting, or is taken", name)
         self._check_forms(said.steps, ("steps",))
         for place, one in enumerate(said.beside):
             self._check_forms(one.steps, ("beside", place, "steps"))
@@ -177,7 +182,7 @@ class _Compiler:
             self._add(("together",), "needs one step that divides the sample, such as a `parse` of a list")
         beside = []
         for place, one in enumerate(said.beside):
-            compiled, more = self._steps(one.steps, ("beside", place, "steps"), inside)
+            compiled, more = self._steps(one.steps, ("beside", place, "steps"), inside, may_divide=False)
             beside.append(compiled)
             values[f"beside.{place}.record"] = self._value(one.record, ("beside", place, "record"), more)
             values[f"beside.{place}.when"] = self._value(one.when, ("beside", place, "when"), inside)
@@ -221,7 +226,7 @@ class _Compiler:
             hint = hints.get(name) or setting.type()
             for other in filter(None, (setting.at_most, setting.only_with)):
                 if other not in {*self._said.settings, *of_reader}:
-                    self._add(("settings", name), "names no setting", other)
+                    self._add(("settings", name), "names no setting", other, "name another one of the file")
             own.append((name, hint, field(default=setting.default)))
         made = make_dataclass("Settings", own, bases=(reader.Settings,), frozen=True)
         _, problems = find_problems(made, {name: one.default for name, one in self._said.settings.items()})
@@ -245,7 +250,8 @@ class _Compiler:
             step = self._step(entry, here)
             assert step is not None  # `_check_forms` has seen it
             if step.divides and not may_divide:
-                self._add(here, "would divide the sample, which steps of `every` and `beside` may not")
+                self._add(here, "would divide the sample, which steps of `every` and `beside` may not",
+                          way_out="move it to `steps`")
             inner: tuple[CompiledStep, ...] = ()
             if isinstance(step, EveryStep):
                 inner, more = self._steps(step.do, (*here, "do"), [*inside, *step.gives()], may_divide=False)
