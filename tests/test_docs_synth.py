@@ -68,7 +68,7 @@ def test_the_generator_of_the_page_is_one(tmp_path: Path, monkeypatch: pytest.Mo
              if "summaries.yaml" in line]
     summary = ("Every morning, before the first ferry leaves, two keepers of the gauge in the old harbour "
                "note down how high the water stands; a whole room is full of their books.")
-    replies = by_system(material=f"<summary>{summary}</summary>", grade=9)
+    replies = by_system(You_grade=9, material=f"<summary>{summary}</summary>")
     with serving(ScriptedEndpoint(replies)) as server:
         for line in lines:
             assert main(shlex.split(line.replace(ADDRESS, server.url))[1:]) == 0

@@ -328,7 +328,6 @@ BAD = {
     "no input": (["--input", "missing.jsonl"], "does not exist"),
     "no threads": (["--threads", "0"], "--threads 0: must be at least 1"),
     "a setting": (["--set", "tome=x"], "no such setting; did you mean 'tone'"),
-    "a setting of before": (["--set", "copied_words=9"], "it is always 8; leave it out"),
     "a value": (["--set", "min_score=11"], "min_score = 11 must be at most 10"),
     "negative": (["--max-tokens-total", "-1"], "--max-tokens-total -1: must be at least 0"),
     "no price": (["--input-price", "nan"], "--input-price nan: must be a finite number"),
