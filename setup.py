@@ -50,8 +50,8 @@ EXTRAS = {
     "data": ["resiliparse>=2", "lxml>=5", "pypdfium2>=5", "warcio>=1.7", "identify>=2.6",
              "ukkonen>=1.0", "charset-normalizer>=3", "ftfy>=6.3", "py3langid>=0.4", "phonenumbers>=9",
              "scikit-learn>=1.7"],
-    # `sov-data synth`: its client; graphs of facts, agreement of translations; `data` for the checks of all.
-    "synth": ["openai>=2", "httpx>=0.27", "networkx>=3", "sacrebleu>=2.5", "py3langid>=0.4"],
+    # `sov-data synth`: its client; agreement of translations; `data` for the checks of all.
+    "synth": ["openai>=2", "httpx>=0.27", "sacrebleu>=2.5", "py3langid>=0.4"],
     # `eval lm`: the harness; it is pinned, for its tasks and prompts are part of what a score means.
     "eval": ["lm-eval==0.4.13"],
     # `codec import nemo-asr`, in a Python of its own: it wants an older antlr4-python3-runtime
@@ -77,7 +77,7 @@ EXTRAS = {
         "resiliparse>=2", "lxml>=5", "pypdfium2>=5", "warcio>=1.7", "identify>=2.6", "ukkonen>=1.0",
         "charset-normalizer>=3", "ftfy>=6.3",
         "py3langid>=0.4", "phonenumbers>=9",
-        "scikit-learn>=1.7", "networkx>=3", "sacrebleu>=2.5",
+        "scikit-learn>=1.7", "sacrebleu>=2.5",
         "lm-eval==0.4.13", "accelerate>=1.10", "aiohttp>=3.11",
         "nvidia-ml-py>=13", "ray>=2.40",
         "pillow", "soundfile", "scipy", "diffusers>=0.42", "jiwer>=4",

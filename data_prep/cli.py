@@ -47,7 +47,7 @@ COMMANDS = {
         ("difficulty fit --labels labels --output estimator",
          "difficulty grade --input problems.jsonl --model estimator --output graded")),
     "probing-sets": Command(
-        "data_prep.synth.generators.probes",
+        "data_prep.synth.probing_sets",
         "freeze problems of `synth probes` into sets that are not in the training input",
         RESPONSES, "synth_solutions.md",
         ("probing-sets --input probes --against train.jsonl --output sets",

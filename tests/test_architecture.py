@@ -86,7 +86,7 @@ CUT_ANYWHERE = {
     "megatron_sov/operate/slurm/attempts.py": _PROGRAM,
     "megatron_sov/work/clusters/client.py": _PROGRAM, "megatron_sov/work/processes/background.py": _PROGRAM,
     "megatron_sov/work/endpoints/local_server.py": _PROGRAM,
-    "data_prep/synth/generators/code.py": _PROGRAM, "data_prep/synth/generators/tools/worlds.py": _PROGRAM,
+    "data_prep/synth/generators/tools/worlds.py": _PROGRAM,
     "megatron_sov/sandbox/enclosures.py": _SYSTEM, "megatron_sov/train/recorder.py": _SYSTEM,
     "megatron_sov/sandbox/system_calls.py": _SYSTEM,
     "data_prep/curate/journey/telling.py": "text that is shown; ends of lines that differ are told",
@@ -99,6 +99,8 @@ MAX_SOURCE_LINES = 163_300
 """Of megatron_sov, data_prep and tokenizer; this number only falls."""
 MIN_LINES_OF_ONE_USER = 150
 ALONE = {
+    "data_prep/synth/declared/parsers.py": "reads replies; running steps is another subject",
+    "data_prep/synth/declared/programs.py": "runs programs in the sandbox, for functions of templates",
     "data_prep/shards/sample.py": "a command",
     "megatron_sov/commands/operate/run_table.py": "a table of runs; one run in full is another subject",
     "megatron_sov/commands/operate/job_summary.py": "checks and prices a job; submitting is another subject",

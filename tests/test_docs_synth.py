@@ -16,6 +16,8 @@ from megatron_sov.work.progress.journal import records_by_item, work_folder
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from synthesis.endpoint import ScriptedEndpoint, serving
 
+from tests.data_prep.synth.scripted import by_system
+
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/synth.md").read_text(encoding="utf-8")
 ADDRESS = "http://localhost:8000/v1"
@@ -25,16 +27,20 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
+OTHER_WORDS = (
+    "Beside the old harbour stands a gauge of the tides that dates from 1911. Every morning, before the "
+    "first ferry sets out, two keepers read it and write down how high the water is. A room in the town "
+    "hall is filled with these books; the oldest one was restored in 1998.")
+
+
 def test_the_first_run_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                    capsys: pytest.CaptureFixture[str]) -> None:
-    from synthesis.actors import rewrite
-
     monkeypatch.chdir(tmp_path)
     (tmp_path / "documents.jsonl").write_text(blocks("json")[0])
     lines = [line for block in blocks("bash")[:2] for line in block.replace("\\\n", " ").splitlines()
              if line.startswith("sov-data")]
     assert len(lines) == 3
-    with serving(ScriptedEndpoint(rewrite.reply)) as server:
+    with serving(ScriptedEndpoint(by_system(rewrite=f"<rewrite>{OTHER_WORDS}</rewrite>", grade=9))) as server:
         for line in lines:
             assert main(shlex.split(line.replace(ADDRESS, server.url))[1:]) == 0
     told = capsys.readouterr().out
@@ -51,6 +57,46 @@ def test_the_first_run_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "## It goes on")], re.MULTILINE)
     assert len(promised) == 6 and all(
         (output.parent / name if name.startswith(".") else output / name).exists() for name in promised)
+
+
+def test_the_generator_of_the_page_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "documents.jsonl").write_text(blocks("json")[0])
+    (tmp_path / "summaries.yaml").write_text(blocks("yaml")[0], encoding="utf-8")
+    lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()
+             if "summaries.yaml" in line]
+    summary = ("Every morning, before the first ferry leaves, two keepers of the gauge in the old harbour "
+               "note down how high the water stands; a whole room is full of their books.")
+    replies = by_system(You_grade=9, material=f"<summary>{summary}</summary>")
+    with serving(ScriptedEndpoint(replies)) as server:
+        for line in lines:
+            assert main(shlex.split(line.replace(ADDRESS, server.url))[1:]) == 0
+        asked = len(server.requests)
+        (tmp_path / "summaries.yaml").write_text(blocks("yaml")[0] + "# changed\n", encoding="utf-8")
+        assert main(shlex.split(lines[1].replace(ADDRESS, server.url))[1:]) == 2
+        assert "template_digests.summaries.yaml was" in capsys.readouterr().err
+        assert len(server.requests) == asked
+        (tmp_path / "summaries.yaml").write_text(blocks("yaml")[0].replace("{{ document }}",
+                                                                           "{{ documnet }}"))
+        assert main(shlex.split(lines[1].replace(ADDRESS, server.url))[1:]) == 2
+        told = capsys.readouterr().err
+        assert "summaries.yaml, line 8: prompts.write" in told and "did you mean 'document'" in told
+        assert len(server.requests) == asked
+    (row,) = map(json.loads, (tmp_path / "work/summaries/kept.jsonl").read_text().splitlines())
+    assert row["text"] == summary
+    assert (row["synthetic"]["generator"], row["synthetic"]["templates"]) == ("summaries",
+                                                                              {"summaries/write": 1})
+
+
+def test_the_page_names_all_functions_checks_readers_and_steps() -> None:
+    from data_prep.synth.declared.functions import CHECKS, FUNCTIONS
+    from data_prep.synth.declared.parsers import PARSERS
+    from data_prep.synth.declared.readers import READERS
+    from data_prep.synth.declared.steps import VERBS
+
+    for name in (*CHECKS, *FUNCTIONS, *PARSERS, *VERBS, *READERS):
+        assert re.search(rf"`{name}[`:]", PAGE), name
 
 
 def test_the_template_of_the_page_is_one(tmp_path: Path) -> None:

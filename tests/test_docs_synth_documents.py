@@ -20,8 +20,9 @@ from megatron_sov.base.settings import parse_nested
 from megatron_sov.judge.rewards.answers import Stem
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from synthesis.cases import asked, fenced_text
 from synthesis.endpoint import ScriptedEndpoint, serving
+
+from tests.data_prep.synth.models.cases import asked, fenced_text
 
 PAGE = (Path(__file__).parents[1] / "docs/synth_documents.md").read_text(encoding="utf-8")
 ADDRESS = "http://localhost:8000/v1"

@@ -20,8 +20,6 @@ from data_prep.synth.known import generator_class
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 sys.path.append(str(Path(__file__).parent / "data_prep/synth/difficulty"))
 from planted_rates import write_measurements
-from synthesis.actors import code, probes, solutions
-from synthesis.cases import asked
 from synthesis.endpoint import ScriptedEndpoint, serving
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -39,12 +37,19 @@ def lines(name: str) -> list[list[str]]:
     return [shlex.split(line) for block in found for line in block.replace("\\\n", " ").splitlines()]
 
 
+WAYS = ("The boxes hold 12 apples; with the 17 that is 29.",
+        "Count on from 17: each of three boxes adds four, so the count ends at 29.")
+PROBE = "Problem: A gardener plants 3 rows of 4 roses each. How many roses are there?\nAnswer: 12"
+
+
 def reply(request: Mapping[str, Any]) -> str | Mapping[str, Any]:
     """Return what good models say to the first page's commands."""
-    system, text = asked(request)
-    if "gardener" in text or "You write problems" in system:
-        return probes.reply(request)
-    return (code if "```" in text or "programming tasks" in system else solutions).reply(request)
+    system, text = (message["content"] for message in request["messages"])
+    if "You write problems" in system:
+        return PROBE
+    if "Python programs" in system:
+        return "```python\nprint(3 * 4)\n```"
+    return "\\boxed{12}" if "gardener" in text else f"{WAYS[request['seed'] % 2]}\n\n\\boxed{{29}}"
 
 
 @pytest.fixture
@@ -53,10 +58,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path
 
 
-def test_solutions_code_and_probing_sets(folder: Path) -> None:
+def test_solutions_and_probing_sets(folder: Path) -> None:
     shown = json.loads(re.findall(r"^```json\n(.*?)^```$", page(PAGES[0]), re.MULTILINE | re.DOTALL)[0])
     (folder / "problems.jsonl").write_text(json.dumps(shown) + "\n")
-    (folder / "seeds.jsonl").write_text(json.dumps({"seed": "Something about clamp."}) + "\n")
     (folder / "topics.jsonl").write_text(json.dumps({"domain": "algebra", "topic": "gardens"}) + "\n")
     (folder / "train.jsonl").write_text(json.dumps({"text": "Nothing of the kind."}) + "\n")
     with serving(ScriptedEndpoint(reply)) as server:
@@ -65,9 +69,6 @@ def test_solutions_code_and_probing_sets(folder: Path) -> None:
             # a process that judges is started for each core
             alone = ["--workers", "1"] if words[1] == "synth" else []
             assert main([*(word.replace(ADDRESS, server.url) for word in words[1:]), *alone]) == 0, words
-    made = [json.loads(line) for line in (folder / "work/code/kept.jsonl").read_text().splitlines()]
-    assert [row["entry_point"] for row in made] == ["clamp"]
-    assert (folder / "work/code/kept-chat.jsonl").read_text()
     (document,) = (folder / "work/trajectories/trajectories.jsonl").read_text().splitlines()
     assert json.loads(document)["text"].startswith(shown["problem"])
     assert (folder / "work/sets/algebra.jsonl").read_text()
@@ -102,5 +103,5 @@ def test_settings_and_checks_of_the_pages_exist(name: str) -> None:
         given = {word.partition("=")[0] for before, word in pairwise(words) if before == "--set"}
         assert given <= set(known), words
     named = set(re.findall(r"`((?:min|max|num)_\w+)`", page(name))) - {"num_right", "num_answers"}
-    generators = ("solutions", "code", "probes", "answers", "comparisons")
+    generators = ("solutions", "probes", "answers", "comparisons")
     assert named <= {field for g in generators for field in generator_class(g).Settings.__dataclass_fields__}

@@ -22,8 +22,9 @@ from megatron_sov.judge.tools.virtual.steps import VERBS
 from megatron_sov.judge.tools.worlds.virtual import Virtual
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from synthesis.actors import goals, tool_trajectories, worlds
 from synthesis.endpoint import ScriptedEndpoint, serving
+
+from tests.data_prep.synth.models import goals, tool_trajectories, worlds
 
 PAGE = (Path(__file__).parents[1] / "docs/synth_worlds.md").read_text(encoding="utf-8")
 ADDRESS = "http://localhost:8000/v1"

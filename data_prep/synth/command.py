@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Run `sov-data synth`; returns 0, or 3 where people's labels do not agree with the checks."""
+    """Run `sov-data synth`; returns the exit code."""
     options = read_options(SynthOptions, typed)
     if options.list:
         print(_settings_of_generator(options.generator) if options.generator else _generators())
@@ -52,7 +52,7 @@ def _settings_of_generator(name: str) -> str:
     """Return a line for each setting of a generator: name, default, and its docstring."""
     cls = generator_class(name)
     told = {name: text for part in reversed(cls.Settings.__mro__) if dataclasses.is_dataclass(part)
-            for name, text in _docstrings(part).items()}
+            for name, text in _docstrings(part).items()} | dict(cls.help_of_settings)
     lines = [f"{name} (version {cls.version}): {cls.help}", f"templates: {', '.join(sorted(cls.templates))}"]
     lines += [f"  {one.name} = {_default(one)!r}: {told.get(one.name, '')}"
               for one in dataclasses.fields(cls.Settings)]
@@ -64,7 +64,9 @@ def _default(one: dataclasses.Field[object]) -> object:
 
 
 def _docstrings(cls: type[Any]) -> dict[str, str]:
-    """Return the text under each field of a class, as its source has it."""
+    """Return the text under each field of a class, as its source has it; none of a class without a source."""
+    if cls.__module__ == "types":
+        return {}
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(body, ast.ClassDef), f"{cls} is no class"
     found = {}

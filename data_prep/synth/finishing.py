@@ -20,8 +20,7 @@ from typing import IO, Any
 from data_prep.synth.candidates import (
     ANSWERS, Candidate, SynthRunRecord, read_made, read_run, refuse_without_records)
 from data_prep.synth.checks.judging import JudgedSample, judge_samples
-from data_prep.synth.checks.labels import LabelComparison, described, gate_of, read_labels
-from data_prep.synth.checks.settings import SAMPLES, CheckSettings, NoSample, texts_of
+from data_prep.synth.checks.settings import CheckSettings
 from data_prep.synth.generator import SampleVerdict
 from data_prep.synth.page import write_page
 from data_prep.tags import SYNTHESIS, artifact_of
@@ -31,7 +30,7 @@ from megatron_sov.base.documents.files import KEPT, REJECTED
 from megatron_sov.base.documents.messages import BadRecord, Message
 from megatron_sov.base.documents.records import RecordReading, parse_record
 from megatron_sov.base.documents.rows import json_line
-from megatron_sov.base.errors import ExitCode, UserError
+from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError, problems_of
 
 MOST_KEPT, MOST_REJECTED, MOST_REASONS = 8, 3, 40
@@ -155,7 +154,7 @@ def costs_of(output: Path) -> dict[str, Any]:
             **dict(zip(("input_tokens", "output_tokens", "cost", "seconds"), sums, strict=True))}
 
 
-def finish(output: Path, settings: CheckSettings, workers: int = 1, *, is_complete: bool = True) -> ExitCode:
+def finish(output: Path, settings: CheckSettings, workers: int = 1, *, is_complete: bool = True) -> None:
     """Check the samples of a folder, and write what stays, what does not, the figures and the page.
 
     Args:
@@ -163,9 +162,6 @@ def finish(output: Path, settings: CheckSettings, workers: int = 1, *, is_comple
         settings: how they are checked.
         workers: processes of the checks; the result does not depend on it.
         is_complete: whether all items are done; only then there is a manifest.
-
-    Returns:
-        `GATE_FAILED` where checks and judge agree with people less than asked.
 
     Raises:
         UserError: settings, a file of the folder, an input or the disk are in the way.
@@ -178,14 +174,8 @@ def finish(output: Path, settings: CheckSettings, workers: int = 1, *, is_comple
         # from here on files change: a kill must not leave a manifest that speaks for them
         (output / MANIFEST).unlink(missing_ok=True)
         judged = judge_samples(output, run, settings, workers)
-        comparison = None if settings.labels is None else LabelComparison(read_labels(settings.labels))
         tally, shown = FinishingTally(), ShownSample()
-        _write_rows(output, run, judged, tally, shown, comparison)
-        agreements = [] if comparison is None else comparison.agreements()
-        passed = True
-        if settings.min_kappa is not None:
-            kappa = gate_of(agreements).kappa
-            passed = kappa is not None and kappa >= settings.min_kappa
+        _write_rows(output, run, judged, tally, shown)
         costs = costs_of(output)
         summary = {
             "format": 1, "generator": run.generator, "version": run.version, "kind": run.kind,
@@ -193,16 +183,14 @@ def finish(output: Path, settings: CheckSettings, workers: int = 1, *, is_comple
             "settings": dict(run.settings), "is_complete": is_complete, **tally.to_dict(),
             "steps": list(judged.steps), "costs": costs,
             "per_kept": {name.removeprefix("num_"): costs[name] / tally.num_kept for name in _EACH}
-            if tally.num_kept else None, "agreement": list(described(agreements)),
-            "min_kappa": settings.min_kappa, "gate_passed": None if settings.min_kappa is None else passed,
+            if tally.num_kept else None,
             "shown": shown.to_list()}
         atomic_write(output / SUMMARY, to_json(summary))
         write_page(output)
         # last of all, since it hashes the files and says that they are whole
         if is_complete:
             _write_manifest(output, run, settings, tally)
-    print(_summary_lines(output, tally, settings, passed))
-    return ExitCode.OK if passed else ExitCode.GATE_FAILED
+    print(_summary_lines(output, tally))
 
 
 @dataclass
@@ -261,7 +249,7 @@ def kept_file(run: SynthRunRecord, kind: str) -> str:
 
 
 def _write_rows(output: Path, run: SynthRunRecord, judged: JudgedSample, tally: FinishingTally,
-                shown: ShownSample, comparison: LabelComparison | None) -> None:
+                shown: ShownSample) -> None:
     """Write kept and rejected samples; the files get their names together, when all are on the disk."""
     # temporary files of a run that was killed
     for leftover in [*output.glob(f".{Path(KEPT).stem}*.tmp-*"), *output.glob(f".{REJECTED}.tmp-*")]:
@@ -287,8 +275,6 @@ def _write_rows(output: Path, run: SynthRunRecord, judged: JudgedSample, tally: 
                 file = kept_file(run, sample.kind)
                 tally.count(sample, failed.check if failed else "", file, writers_of(run, sample))
                 shown.take(sample, failed)
-                if comparison is not None:
-                    comparison.add(sample.id, _text(sample), verdicts)
                 row = _rejected_row(run, sample, verdicts) if failed else _kept_row(run, sample, judged)
                 rows_of(REJECTED if failed else file).write(json_line(row))
         # bytes first, then names: a power cut must not leave a named file without its end
@@ -325,13 +311,6 @@ def _origin(run: SynthRunRecord, sample: Candidate) -> dict[str, Any]:
             "asked": list(sample.asked)}
 
 
-def _text(sample: Candidate) -> str:
-    try:
-        return texts_of(sample.kind, sample.record)[SAMPLES]
-    except NoSample:
-        return ""
-
-
 def _write_manifest(output: Path, run: SynthRunRecord, settings: CheckSettings,
                     tally: FinishingTally) -> None:
     writer = ArtifactWriter(output, SYNTHESIS)
@@ -353,10 +332,8 @@ def _artifacts(inputs: Iterable[Path]) -> list[Path]:
     return list(dict.fromkeys(filter(None, map(artifact_of, inputs))))
 
 
-def _summary_lines(output: Path, tally: FinishingTally, settings: CheckSettings, passed: bool) -> str:
+def _summary_lines(output: Path, tally: FinishingTally) -> str:
     samples = RecordAccount(tally.num_samples, tally.num_kept, tally.rejected, "samples")
     lines = [f"{output}: {samples.describe()}",
              f"  {output / KEPT}, {output / REJECTED}, {output / 'report.html'}"]
-    if not passed:
-        lines.append(f"  agreement with {settings.labels} is below --min-kappa {settings.min_kappa:g}")
     return "\n".join(lines)

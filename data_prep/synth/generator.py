@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
 from annotated_types import Ge, Le
 
-from data_prep.synth.templates import PromptTemplate
+from data_prep.synth.templates import PROMPTS, PromptTemplate, load_prompts
 from megatron_sov.base.documents.messages import BadRecord, refuse_deep
 from megatron_sov.base.documents.rows import finite, no_constant
 from megatron_sov.chat.marks import BEGIN_THOUGHTS, END_THOUGHTS, as_written, plain_form
@@ -279,7 +279,8 @@ class Ask:
         self.failure: Exception | None = None
         """What kept a question from being answered; its item is not done, whatever is made of it."""
 
-    def __call__(self, template: str, /, *, count: int = 1, first: int = 0, role: Role = "writer",
+    def __call__(self, template: str, given: Mapping[str, Any] | None = None, /, *, count: int = 1,
+                 first: int = 0, role: Role = "writer",
                  temperature: float = 0.7, top_p: float = 1.0, max_tokens: int = 1024,
                  thinking: bool | None = None, attempts: int = MAX_ATTEMPTS, **fields: Any) -> list[Reply]:
         """Return answers to a template of the generator's, each drawn with a seed of its own.
@@ -288,6 +289,7 @@ class Ask:
 
         Args:
             template: name of a file of `prompts/` without its ending, such as "autoif/constraints".
+            given: fields that a template of a generator's file may name, in the place of `fields`.
             count: draws.
             first: number of the first draw, where the draws of one question are asked for in several calls.
             role: which model.
@@ -300,7 +302,7 @@ class Ask:
             fields: what the template names; exactly these.
         """
         # the request without model and seed: `_one` adds both
-        messages = self._prompts[template].messages(fields)
+        messages = self._prompts[template].messages(fields if given is None else given)
         request = _request(messages, temperature, top_p, max_tokens, thinking)
 
         def drawn(draw: int) -> Drawn:
@@ -429,6 +431,10 @@ class Generator(ABC):
     """One line for `sov-data synth --list`."""
     templates: ClassVar[Mapping[str, Sequence[str]]]
     """Template -> the fields that it is given; a template that names another one is refused at the start."""
+    help_of_settings: ClassVar[Mapping[str, str]] = {}
+    """Setting -> what `--list` says of it, of a generator that is a file."""
+    digests: ClassVar[Mapping[str, str]] = {}
+    """Name of the generator's own file -> hash of its text."""
     libraries: ClassVar[Sequence[str]] = ()
     """Modules that it needs and that not every installation has."""
     needs_input: ClassVar[bool] = True
@@ -439,6 +445,15 @@ class Generator(ABC):
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
+
+    @classmethod
+    def prompts(cls, folders: Sequence[Path] = ()) -> dict[str, PromptTemplate]:
+        """Load the templates; `folders`: of the user, which go first.
+
+        Raises:
+            UserError: some cannot be used; all of them are named.
+        """
+        return load_prompts(cls.templates, [*folders, PROMPTS])
 
     def files(self) -> Sequence[Path]:
         """Return files beside the input that samples depend on, such as a taxonomy."""

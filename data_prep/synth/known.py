@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.hints.removed import was_removed
 from megatron_sov.base.plugins.loading import LoadedPlugin
 from megatron_sov.base.plugins.registry import Registry
 
 if TYPE_CHECKING:
     from data_prep.synth.generator import Generator
 
+FOLDER = Path(__file__).parent / "generators"
+"""Files of the packaged generators."""
+ENDINGS = (".yaml", ".yml")
 GENERATORS: dict[str, str] = {
-    "answers": "data_prep.synth.generators.measurements:AnswerGenerator",
     "autoif": "data_prep.synth.generators.autoif.answers:AutoIf",
-    "code": "data_prep.synth.generators.code:CodeTasks",
-    "comparisons": "data_prep.synth.generators.measurements:Comparisons",
     "constraints": "data_prep.synth.generators.autoif.constraints:Constraints",
     "goals": "data_prep.synth.generators.tools.goals:Goals",
-    "multihop": "data_prep.synth.generators.multihop:Multihop",
-    "probes": "data_prep.synth.generators.probes:Probes",
-    "questions": "data_prep.synth.generators.questions:Questions",
-    "rewrite": "data_prep.synth.generators.rewrite:Rewrite",
-    "safety": "data_prep.synth.generators.safety:SafetyGenerator",
     "solutions": "data_prep.synth.generators.solutions:Solutions",
-    "textbook": "data_prep.synth.generators.textbook:Textbook",
     "tool-trajectories": "data_prep.synth.generators.tools.trajectories:ToolTrajectories",
     "translation": "data_prep.synth.generators.translation:TranslationGenerator",
-    "triples": "data_prep.synth.generators.triples:Triples",
     "worlds": "data_prep.synth.generators.tools.worlds:Worlds",
 }
-"""Name on the command line -> module:class."""
+"""Name on the command line -> module:class; the others are files of `generators`."""
+FILES = ("answers", "comparisons", "multihop", "probes", "questions", "rewrite", "safety", "textbook",
+         "triples")
+"""Names of the generators that are files."""
 
 
 def _check(loaded: LoadedPlugin) -> None:
@@ -41,22 +40,46 @@ def _check(loaded: LoadedPlugin) -> None:
                         f"{Generator.__module__}.Generator")
 
 
-OWN: Registry[type[Generator]] = Registry("generator", "megatron_sov.generators", GENERATORS, _check,
+OWN: Registry[type[Generator]] = Registry("generator", "megatron_sov.generators",
+                                          {**GENERATORS, **dict.fromkeys(FILES, "")}, _check,
                                           lambda generator: str(generator.name))
 """Those of installed packages."""
 
 
 def generator_names() -> list[str]:
     """Return the names that the command line may use, in order."""
-    return sorted([*GENERATORS, *(name for name, _ in OWN.listing())])
+    return sorted([*GENERATORS, *FILES, *(name for name, _ in OWN.listing())])
+
+
+def is_file(name: str) -> bool:
+    """Return whether a name on the command line is that of a generator's file."""
+    return name.endswith(ENDINGS)
 
 
 def generator_class(name: str) -> type[Generator]:
     """Return the class of a generator.
 
+    Args:
+        name: of a generator, or its file.
+
     Raises:
-        UserError: there is none of that name, or a library that it needs is not installed.
+        UserError: there is none of that name, its file has mistakes, or a library that it needs is not
+            installed.
     """
+    if is_file(name):
+        return _of_file(Path(name))
     if name not in (known := generator_names()):
-        raise UserError(f"{name}: is no generator{nearest(name, known)}; known are {', '.join(known)}")
-    return OWN.loaded(name, GENERATORS, "synth")
+        raise UserError(f"{name}: is no generator{was_removed(name) or nearest(name, known)}; known are "
+                        f"{', '.join(known)}, and files that end with {' or '.join(ENDINGS)}")
+    return _packaged(name) if name in FILES else OWN.loaded(name, GENERATORS, "synth")
+
+
+@lru_cache(maxsize=len(FILES))
+def _packaged(name: str) -> type[Generator]:
+    return _of_file(FOLDER / f"{name}.yaml")
+
+
+def _of_file(file: Path) -> type[Generator]:
+    from data_prep.synth.declared.generator_file import read_generator
+
+    return read_generator(file)

@@ -23,8 +23,6 @@ def _identified() -> frozenset[str]:
 
 Identified = Annotated[str, one_of(_identified)]
 """Language that texts are told to be in, as an ISO 639-1 code."""
-Kappa = Annotated[float, Ge(-1), Le(1)]
-"""Agreement beyond chance."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +36,6 @@ class CheckOptions:
     """Benchmarks that no sample may hold: .jsonl files, or folders of them."""
     languages: Annotated[tuple[Identified, ...], Flag(value="CODE", many=True)] = ()
     """Languages that answers, or texts, may be in, e.g. ko th (default: whatever the steps say)."""
-    labels: Annotated[Path | None, Flag(value="FILE.jsonl")] = None
-    """What people say of some samples (`id` or `text`, and `good`): the page tells how far checks and judge
-    agree with them."""
-    min_kappa: Annotated[Kappa | None, Flag(value="K")] = None
-    """End with 3 where Cohen's kappa against --labels is below this."""
 
 
 _TIME = re.compile(r"(?:(\d+(?:\.\d+)?)d)?(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
@@ -133,8 +126,8 @@ class SynthOptions(SynthModelOptions, SynthLimitOptions, SynthClusterOptions, Ch
     A killed command goes on when it is run again, and pays for each answer once.  One that has used up a
     limit ends with 75 and goes on when the limit is raised."""
 
-    generator: Annotated[str, Flag("GENERATOR")] = ""
-    """What is made."""
+    generator: Annotated[str, Flag("GENERATOR|FILE.yaml")] = ""
+    """Generator, or the file of one."""
     list: bool = False
     """List the generators, or the settings of GENERATOR, and end."""
     input: Annotated[tuple[Path, ...], Flag(many=True)] = ()

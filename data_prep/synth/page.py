@@ -1,22 +1,23 @@
-"""The page of a folder of synthesis: what was kept and rejected and why, what it has cost, and samples."""
+"""The page of a folder of synthesis: samples kept and rejected and why, costs, and a few samples of each."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from data_prep.curate.journey.page import bars
 from megatron_sov.base.artifacts import write_output
 from megatron_sov.base.errors import UserError, visible
-from megatron_sov.base.figures import format_count, format_duration, format_value
-from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, Panel, render as render_page
+from megatron_sov.base.figures import format_count, format_value
+from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render as render_page
 
 REPORT_HTML, SUMMARY = "report.html", "summary.json"
 MAX_SUMMARY_BYTES = 64 << 20
 NOT_STATED = "not stated"
+COSTS = {"num_requests": "requests", "input_tokens": "tokens read", "output_tokens": "tokens written",
+         "cost": "cost, in the currency of the prices", "seconds": "seconds of requests"}
 
 
 def write_page(output: Path, file: Path | None = None) -> Path:
@@ -35,11 +36,7 @@ def write_page(output: Path, file: Path | None = None) -> Path:
 
 
 def read_summary(output: Path) -> dict[str, Any]:
-    """Return what the end of a run has written.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
+    """Return what the end of a run has written; raises UserError where there is none, or it is damaged."""
     file = output / SUMMARY
     try:
         if file.stat().st_size > MAX_SUMMARY_BYTES:
@@ -55,43 +52,62 @@ def read_summary(output: Path) -> dict[str, Any]:
 
 
 def render(summary: Mapping[str, Any], now_s: float | None = None) -> str:
-    """Return the page's HTML.
-
-    Args:
-        summary: of the run.
-        now_s: Unix time to print as the time of writing; the current one by default.
-    """
-    chapters = [Chapter("Kept and rejected", "", _figures(summary), [*_reasons(summary), *_agreement(summary),
-                                                                     _settings(summary)]),
-                Chapter("What it has cost", "", [], [_sheet(summary)])]
-    shown = [one for one in summary["shown"] if not one["reason"]]
-    if shown:
-        chapters.append(Chapter("Kept", f"{summary['num_kept']:,} samples", [], [
-            PageSection(f"Sample {i}", _about(one), turns=_turns(one)) for i, one in enumerate(shown, 1)]))
-    # `shown` is sorted by reason, as groupby needs it
-    for reason, group in groupby((one for one in summary["shown"] if one["reason"]),
-                                 lambda one: str(one["reason"])):
-        chapters.append(Chapter(f"Rejected: {visible(reason)}",
-                                f"{summary['rejected'].get(reason, 0):,} samples", [], [
-                                    PageSection(f"Sample {i}", _about(one), turns=_turns(one))
-                                    for i, one in enumerate(group, 1)]))
+    """Return the page's HTML; `now_s`: Unix time to print as the time of writing."""
+    share = f"{summary['num_kept'] / summary['num_samples']:.1%}" if summary["num_samples"] else "–"
+    figures = [("Kept", format_count(summary["num_kept"]), "samples"),
+               ("Rejected", format_count(summary["num_rejected"]), "samples"),
+               ("Share kept", share, "of samples"),
+               ("Items", format_count(summary["num_items"]),
+                f"{summary['num_unusable_items']:,} without an answer of use")]
+    chapters = [Chapter("Kept and rejected", "", figures, list(_sections(summary)))]
+    # `shown` is sorted by reason, as groupby needs it; the kept samples have none and come first
+    for reason, group in groupby(summary["shown"], lambda one: str(one["reason"])):
+        num = summary["rejected"].get(reason, 0) if reason else summary["num_kept"]
+        chapters.append(Chapter(f"Rejected: {visible(reason)}" if reason else "Kept", f"{num:,} samples", [],
+                                [
+            PageSection(f"Sample {i}", _about(one), turns=[(visible(who), visible(said) or "(nothing)")
+                                                           for who, said in one["turns"]])
+            for i, one in enumerate(group, 1)]))
     more = "" if summary["is_complete"] else " Items are left: these are the figures so far."
     return render_page(
         "Synthesis", str(summary["generator"]),
         f"{summary['num_kept']:,} of {summary['num_samples']:,} samples kept, of {summary['num_items']:,} "
-        f"items.{more}", chapters, opening=_opening(summary), anchor="part", nothing="Nothing was made.",
-        now_s=now_s)
+        f"items.{more}", chapters, anchor="part", nothing="Nothing was made.", now_s=now_s)
 
 
-def _opening(summary: Mapping[str, Any]) -> list[Panel]:
-    templates = ", ".join(f"{name} {version}" for name, version in summary["templates"].items())
-    facts = [("Generator", f"{summary['generator']}, version {summary['version']}"),
-             ("Model", _models(summary)), ("Judge", summary["judge"] or "the same"),
-             ("Templates", templates or "none"),
-             ("Licences of the source", ", ".join(f"{name or NOT_STATED} ({num:,})"
-                                                  for name, num in summary["licences"].items()) or "–")]
-    return [Panel("What made it", 5, [(label, visible(value)) for label, value in facts]),
-            Panel("Mostly rejected for", 7, tables=[_reasons_table(summary, 6)])]
+def _sections(summary: Mapping[str, Any]) -> Iterator[PageSection]:
+    licences = (f"{name or NOT_STATED} ({num:,})" for name, num in summary["licences"].items())
+    facts = [["generator", f"{summary['generator']}, version {summary['version']}"],
+             ["model", _models(summary)],
+             ["judge", summary["judge"] or "the same"], ["licences of the source", ", ".join(licences)],
+             ["templates", ", ".join(f"{name} {version}" for name, version in summary["templates"].items())]]
+    yield PageSection("What made it", tables=[PageTable(["", ""], [[label, visible(str(value)) or "–"]
+                                                                   for label, value in facts])])
+    reasons = [[visible(reason), f"{num:,}", f"{num / summary['num_samples']:.1%}"]
+               for reason, num in summary["rejected"].items()]
+    if reasons:
+        yield PageSection("Reasons",
+                          "The first check that a sample does not pass is its reason; rejected.jsonl "
+                          "has each with all verdicts.", tables=[PageTable(["reason", "samples", "share"],
+                                                                           reasons)])
+    steps = [[str(one["step"]), f"{one['source']} ({one['kind']})", f"{one['documents_in']:,}",
+              f"{one['documents_kept']:,}", ", ".join(f"{num:,} {reason}" for reason,
+                                                      num in one["dropped"].items())]
+             for one in summary["steps"]]
+    if steps:
+        yield PageSection("Steps after the generator's own checks", tables=[
+            PageTable(["step", "looks at", "in", "kept", "dropped for"], steps)])
+    costs, per = summary["costs"], summary["per_kept"] or {}
+    rows = [[label, _number(costs[name]), _number(per.get(name.removeprefix("num_")))]
+            for name, label in COSTS.items()]
+    yield PageSection("Costs", "All requests, those that failed and those of rejected samples too.", tables=[
+        PageTable(["what", "in all", "for each kept sample"], rows),
+        PageTable(["what came back", "requests"], [[visible(str(name)), f"{num:,}"]
+                                                   for name, num in costs["outcomes"].items()])])
+    yield PageSection("Settings", json=visible(json.dumps(
+        {"generator": summary["settings"],
+         "steps": [[one["step"], one["settings"]] for one in summary["steps"]]},
+        indent=1, ensure_ascii=False)))
 
 
 def _models(summary: Mapping[str, Any]) -> str:
@@ -102,78 +118,6 @@ def _models(summary: Mapping[str, Any]) -> str:
         return requested or NOT_STATED
     counts = ", ".join(f"{name} ({num:,})" for name, num in answered.items())
     return f"{requested} requested; samples written by {counts}"
-
-
-def _figures(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    share = f"{summary['num_kept'] / summary['num_samples']:.1%}" if summary["num_samples"] else "–"
-    return [("Kept", format_count(summary["num_kept"]), "samples"),
-            ("Rejected", format_count(summary["num_rejected"]), "samples"),
-            ("Share kept", share, "of samples"),
-            ("Items", format_count(summary["num_items"]),
-             f"{summary['num_unusable_items']:,} without an answer of use")]
-
-
-def _reasons_table(summary: Mapping[str, Any], most: int) -> PageTable:
-    rows = [[visible(reason), f"{num:,}", f"{num / summary['num_samples']:.1%}"]
-            for reason, num in list(summary["rejected"].items())[:most]]
-    return PageTable(["reason", "samples", "share"], rows or [["nothing was rejected", "", ""]])
-
-
-def _reasons(summary: Mapping[str, Any]) -> list[PageSection]:
-    if not summary["rejected"]:
-        return []
-    counts = {visible(reason): float(num) for reason, num in summary["rejected"].items()}
-    steps = [[str(one["step"]), f"{one['source']} ({one['kind']})", f"{one['documents_in']:,}",
-              f"{one['documents_kept']:,}",
-              ", ".join(f"{num:,} {reason}" for reason, num in one["dropped"].items()) or "–"]
-             for one in summary["steps"]]
-    said = ("The first check that a sample does not pass is its reason; rejected.jsonl has each with all "
-            "verdicts.")
-    chart = bars(counts, "samples", "Samples that were rejected, by reason.")
-    sections = [PageSection("Reasons", said, [chart], [_reasons_table(summary, 200)])]
-    if steps:
-        table = PageTable(["step", "looks at", "in", "kept", "dropped for"], steps)
-        sections.append(PageSection("Steps behind the generator's own checks", tables=[table]))
-    return sections
-
-
-def _agreement(summary: Mapping[str, Any]) -> list[PageSection]:
-    if not summary["agreement"]:
-        return []
-    rows = [[visible(one["who"]), f"{one['num_samples']:,}", f"{one['agreement']:.1%}",
-             "undefined" if one["kappa"] is None else f"{one['kappa']:.3f}", f"{one['num_good']:,}",
-             f"{one['num_false_kept']:,}", f"{one['num_false_rejected']:,}"] for one in summary["agreement"]]
-    bound = ""
-    if summary["min_kappa"] is not None:
-        said = "passed" if summary["gate_passed"] else "not passed"
-        bound = f" Asked for at least {summary['min_kappa']:g}: {said}."
-    table = PageTable(["who", "samples", "agreement", "kappa", "good, say people", "bad ones kept",
-                       "good ones rejected"], rows)
-    return [PageSection("Agreement with people", "Of the samples that people have looked at; kappa is "
-                        f"Cohen's (1960), agreement beyond chance.{bound}", tables=[table])]
-
-
-def _settings(summary: Mapping[str, Any]) -> PageSection:
-    return PageSection("Settings", "Of the generator, and of each step.", json=visible(json.dumps(
-        {"generator": summary["settings"],
-         "steps": [[one["step"], one["kind"], one["source"], one["settings"]] for one in summary["steps"]]},
-        indent=1, ensure_ascii=False)))
-
-
-def _sheet(summary: Mapping[str, Any]) -> PageSection:
-    costs, per = summary["costs"], summary["per_kept"] or {}
-    names = [("requests", "num_requests", "requests"), ("tokens read", "input_tokens", "input_tokens"),
-             ("tokens written", "output_tokens", "output_tokens"), ("cost", "cost", "cost"),
-             ("seconds of requests", "seconds", "seconds")]
-    rows = [[label, _number(costs[key]), _number(per.get(each))] for label, key, each in names]
-    outcomes = [[visible(str(name)), f"{num:,}"] for name, num in costs["outcomes"].items()]
-    took = format_duration(costs["seconds"])
-    said = ("All requests, those that failed and those of rejected samples too; several run at a time, one "
-            f"after the other they take {took}. The cost is in the currency of the prices that were given.")
-    tables = [PageTable(["what", "in all", "for each kept sample"], rows)]
-    if outcomes:
-        tables.append(PageTable(["what came back", "requests"], outcomes))
-    return PageSection("Sheet", said, tables=tables)
 
 
 def _number(value: float | None) -> str:
@@ -189,7 +133,3 @@ def _about(one: Mapping[str, Any]) -> str:
              f"Own checks: {verdicts}." if verdicts else "",
              f"Notes: {json.dumps(one['notes'], ensure_ascii=False)}" if one["notes"] else ""]
     return visible(" ".join(filter(None, parts)))
-
-
-def _turns(one: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(visible(who), visible(said) or "(nothing)") for who, said in one["turns"]]

@@ -28,7 +28,7 @@ from data_prep.synth.generator import (
 from data_prep.synth.known import generator_class
 from data_prep.synth.models import Budget, Model, Most, opened
 from data_prep.synth.options import SynthOptions, duration_s
-from data_prep.synth.templates import PROMPTS, PromptTemplate, load_prompts
+from data_prep.synth.templates import PromptTemplate
 from megatron_sov.base.artifacts import atomic_write, disk_errors, to_json
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import (
@@ -51,11 +51,6 @@ MIN_TOLD_S, MAX_TOLD_S = 10.0, 900.0
 _ID = re.compile(r"[A-Za-z0-9:._/-]{1,200}")
 _OF_A_JUDGE = ("--judge-api-key-env", "--judge-input-price", "--judge-output-price",
                "--judge-max-tokens-field")
-FIXED = {"back_temperature": 0.7, "copied_words": 8, "function_temperature": 0.2, "idea_temperature": 0.7,
-         "max_untranslated_share": 0.1, "min_changing_tools": 2, "min_language_score": 0.5, "min_lead": 0.5,
-         "min_rows": 6, "min_tools": 4, "request_temperature": 1.0, "sandbox_workers": 2,
-         "system_translated_share": 0.5, "translation_temperature": 0.3}
-"""Settings of earlier versions that nobody has set."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +99,7 @@ def order_of(options: SynthOptions) -> GeneratorOrder:
             raise UserError("--serve-vllm: stands in place of --engine; leave one of them out")
         options = replace(options, engine=str(options.serve_vllm))
     if not options.generator:
-        raise UserError("sov-data synth: say which generator; --list lists them")
+        raise UserError("sov-data synth: name a generator, or the YAML file of one; --list lists them")
     missing = [f"--{name}" for name in ("engine", "output") if not getattr(options, name)]
     if missing:
         raise UserError(f"sov-data synth {options.generator}: {' and '.join(missing)} "
@@ -169,8 +164,7 @@ def make_generator(name: str, settings: Mapping[str, Any]) -> Generator:
     lists = {key for key, hint in hints.items() if get_origin(hint) is tuple}
     given = {key: value.split(",") if isinstance(value, str) and key in lists else value
              for key, value in settings.items()}
-    return cls(read(cls.Settings, given, f"generator {name}",
-                    instead=lambda key: f"it is always {FIXED[key]}; leave it out" if key in FIXED else ""))
+    return cls(read(cls.Settings, given, f"generator {name}"))
 
 
 @dataclass(frozen=True)
@@ -221,7 +215,7 @@ def ready(order: GeneratorOrder) -> ReadyRun:
     generator = make_generator(options.generator, parse_nested(options.changes))
     if generator.needs_input and not options.input:
         raise UserError(f"--input: generator {options.generator} needs one")
-    prompts = load_prompts(generator.templates, [*([options.prompts] if options.prompts else []), PROMPTS])
+    prompts = generator.prompts([options.prompts] if options.prompts else [])
     # all that samples depend on: a later command whose record differs in it is refused
     record = SynthRunRecord(
         generator=generator.name, version=generator.version, kind=generator.kind,
@@ -230,7 +224,7 @@ def ready(order: GeneratorOrder) -> ReadyRun:
         judge=judge.name, judge_engine=judge.location, judge_identity=judge.identity(),
         judge_max_tokens=options.judge_max_tokens,
         templates={name: prompt.version for name, prompt in prompts.items()},
-        template_digests={name: prompt.digest for name, prompt in prompts.items()},
+        template_digests={**{name: prompt.digest for name, prompt in prompts.items()}, **generator.digests},
         files={str(file): file_digest(file) for file in generator.files()},
         input_price=writer.input_price, output_price=writer.output_price)
     _check_folder(order.output, record, options.redo)
@@ -512,11 +506,11 @@ def finished(made: ReadyRun, tally: RunningTally, workers: int) -> ExitCode:
     from data_prep.synth.finishing import finish
 
     # written with items missing too, so that what is done can be looked at; then without a manifest
-    code = finish(made.order.output, made.order.checks, workers,
-                  is_complete=not tally.num_unanswered and not tally.defects)
+    finish(made.order.output, made.order.checks, workers,
+           is_complete=not tally.num_unanswered and not tally.defects)
     if tally.defects:
         print(f"{len(tally.defects)} items ended in an error of the program, which is shown above, and are "
               f"not there: {'; '.join(tally.defects[:3])}", flush=True)
         return ExitCode.CRASH
     tally.refuse_unanswered()
-    return code
+    return ExitCode.OK

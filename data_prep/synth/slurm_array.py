@@ -17,6 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from data_prep.synth.candidates import ANSWERS
+from data_prep.synth.known import is_file
 from data_prep.synth.models import Most
 from data_prep.synth.options import SynthOptions
 from data_prep.synth.running import GeneratorOrder, begun_run, finished, make, open_items, order_of, ready
@@ -111,6 +112,8 @@ def submit_order(options: SynthOptions) -> None:
     # jobs run in other folders, so paths are absolute; `redo` in the last job would delete what workers made
     order = order_of(replace(
         options, redo=False, output=options.output.absolute(),
+        generator=str(Path(options.generator).absolute())
+        if is_file(options.generator) else options.generator,
         input=tuple(path.absolute() for path in options.input),
         prompts=options.prompts.absolute() if options.prompts else None))
     if order.writer.is_local and options.serve_vllm is None:

@@ -1,14 +1,14 @@
-"""Prompt templates: Jinja files with a version, whose `system` and `user` blocks are rendered each by itself.
+"""Prompt templates: Jinja texts with a version, whose `system` and `user` blocks become one message each.
 
-What a field holds goes into the text of one message: however a document is written, it opens no turn of its
-own and is never read as a template.
+A field is text inside one message: a document opens no turn of its own and is never read as a template.
+Templates run in Jinja's sandbox; attributes with a leading underscore are refused when the file is read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,42 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from megatron_sov.base.errors import UserError, list_problems, nearest
 
 PROMPTS = Path(__file__).parent / "prompts"
-"""The templates of the generators that come with the program."""
+"""Templates of the packaged generators that are written in Python."""
 ENDING = ".j2"
 MAX_TEMPLATE_BYTES = 1 << 20
 _VERSION = re.compile(r"\{# version: ([1-9][0-9]{0,5}) #\}")
 _NAME = re.compile(r"[a-z0-9_-]+(/[a-z0-9_-]+)*")
 _ROLES = ("system", "user")
-_ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+class PromptEnvironment(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, in which a product is one of numbers: `'x' * 10**10` would fill the memory."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def __init__(self, *, is_trimmed: bool = True) -> None:
+        """`is_trimmed`: whether a line end after a `{% ... %}` is no part of the text."""
+        super().__init__(undefined=StrictUndefined, trim_blocks=is_trimmed, lstrip_blocks=is_trimmed)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**" or not all(isinstance(one, (int, float)) for one in (left, right)):
+            raise TypeError(f"{operator} takes two numbers, and ** is not there")
+        return left * right
+
+    def unsafe_parts(self, tree: nodes.Template) -> list[str]:
+        """Return a sentence for each part that reaches for other files or the inside of Python's objects."""
+        found = [(node.lineno, node.attr) for node in tree.find_all(nodes.Getattr)]
+        found += [(node.lineno, node.arg.value) for node in tree.find_all(nodes.Getitem)
+                  if isinstance(node.arg, nodes.Const) and isinstance(node.arg.value, str)]
+        found += [(node.lineno, f"_{node.name}") for node in tree.find_all(nodes.Filter)
+                  if node.name == "attr"]
+        others = tree.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends))
+        return [*(f"line {line} reads the attribute {name!r}; templates may read fields alone, remove it"
+                  for line, name in found if name.startswith("_")),
+                *(f"line {node.lineno} includes another file; a template is one file" for node in others)]
+
+
+ENVIRONMENT = PromptEnvironment()
 
 
 @dataclass(frozen=True)
@@ -35,16 +64,14 @@ class PromptTemplate:
     name: str
     """Its path below the folder of prompts, without ending."""
     version: int
-    """Of its first line."""
     digest: str
     """Hash of its text."""
     compiled: Template
-    """Its blocks."""
     fields: frozenset[str] | None = None
-    """What it is given, exactly; None: whatever comes."""
+    """Fields that it must be given, exactly; None: any."""
 
     def messages(self, fields: Mapping[str, Any]) -> list[dict[str, str]]:
-        """Return the messages that it makes of fields.
+        """Render the blocks with these fields as messages.
 
         Raises:
             UserError: it cannot be rendered with these.
@@ -64,20 +91,54 @@ class PromptTemplate:
             raise UserError(f"template {self.name}: cannot be rendered ({type(e).__name__}: {e})") from None
 
 
-def load_prompt(name: str, fields: Sequence[str] | None,
-                folders: Sequence[Path] = (PROMPTS,)) -> PromptTemplate:
-    """Return a template of the first folder that has it.
+def parse_prompt(text: str, name: str, where: str, fields: Collection[str] | None, *, exact: bool = True,
+                 environment: PromptEnvironment = ENVIRONMENT) -> PromptTemplate:
+    """Return the template of a text.
 
     Args:
-        name: its path below a folder of prompts, without ending.
-        fields: what it will be given, of which it may use some; None: it is not known.
-        folders: of prompts.
+        text: first line with the version, then the blocks.
+        name: of the template.
+        where: the file, for messages.
+        fields: that it may name; None: any.
+        exact: whether it must be given all of these fields when it is rendered.
+        environment: with the functions that it may call.
 
     Raises:
-        UserError: there is none, or it is none that can be used with these fields.
+        UserError: it is not a template of these fields.
+    """
+    version = _VERSION.fullmatch(text.partition("\n")[0].rstrip())
+    try:
+        tree = environment.parse(text)
+        compiled = environment.from_string(text)
+    except TemplateError as e:
+        raise UserError(f"{where}: is no Jinja template, line {getattr(e, 'lineno', '?')}: {e.message}; "
+                        "mend it") from None
+    problems = [] if version else ["the first line must be {# version: N #}, N counting from 1"]
+    problems += _problems_of_form(tree) + environment.unsafe_parts(tree)
+    if fields is not None:
+        problems += [f"names {unknown!r}, which it is not given{nearest(unknown, fields)}; it is given "
+                     f"{', '.join(fields) or 'no field'}"
+                     for unknown in sorted(meta.find_undeclared_variables(tree)
+                                           - {*fields, *environment.globals})]
+    if problems or version is None:
+        raise UserError(list_problems(where, problems))
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return PromptTemplate(name, int(version[1]), digest, compiled,
+                          frozenset(fields) if exact and fields is not None else None)
+
+
+def load_prompt(name: str, fields: Collection[str] | None, folders: Sequence[Path] = (PROMPTS,),
+                texts: Mapping[str, str] | None = None, environment: PromptEnvironment = ENVIRONMENT
+                ) -> PromptTemplate:
+    """Load a template from the first folder that has it, else from `texts`, those of a generator's file.
+
+    Raises:
+        UserError: there is none, or it cannot be used with these fields.
     """
     files = [folder / (name + ENDING) for folder in folders] if _NAME.fullmatch(name) else []
     file = next((file for file in files if file.is_file()), None)
+    if file is None and texts and name in texts:
+        return parse_prompt(texts[name], name, f"prompt {name}", fields, exact=False, environment=environment)
     if file is None:
         known = {str(found.relative_to(folder))[:-len(ENDING)] for folder in folders
                  for found in folder.glob(f"**/*{ENDING}")}
@@ -89,39 +150,21 @@ def load_prompt(name: str, fields: Sequence[str] | None,
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{file}: cannot be read as UTF-8 ({e})") from None
-    version = _VERSION.fullmatch(text.partition("\n")[0].rstrip())
-    try:
-        # the tree shows which fields it names: a wrong one is found before anything is paid
-        tree = _ENVIRONMENT.parse(text)
-        compiled = _ENVIRONMENT.from_string(text)
-    except TemplateError as e:
-        raise UserError(f"{file}: is no Jinja template, line {getattr(e, 'lineno', '?')}: {e.message}; "
-                        "mend it") from None
-    problems = [] if version else ["the first line must be {# version: N #}, N counting from 1"]
-    problems += _problems_of_form(tree)
-    if fields is not None:
-        problems += [f"names {unknown!r}, which it is not given{nearest(unknown, fields)}; it is given "
-                     f"{', '.join(fields) or 'no field'}"
-                     for unknown in sorted(meta.find_undeclared_variables(tree)
-                                           - {*fields, *_ENVIRONMENT.globals})]
-    if problems or version is None:
-        raise UserError(list_problems(str(file), problems))
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return PromptTemplate(name, int(version[1]), digest, compiled,
-                          None if fields is None else frozenset(fields))
+    return parse_prompt(text, name, str(file), fields, exact=texts is None, environment=environment)
 
 
-def load_prompts(templates: Mapping[str, Sequence[str]],
-                 folders: Sequence[Path] = (PROMPTS,)) -> dict[str, PromptTemplate]:
-    """Return all templates of a generator.
+def load_prompts(templates: Mapping[str, Collection[str]], folders: Sequence[Path] = (PROMPTS,),
+                 texts: Mapping[str, str] | None = None, environment: PromptEnvironment = ENVIRONMENT
+                 ) -> dict[str, PromptTemplate]:
+    """Load all templates of a generator; `texts`: those that stand in its own file, by name.
 
     Raises:
-        UserError: some cannot be used; all of them are told.
+        UserError: some cannot be used; all of them are named.
     """
     prompts, problems = {}, []
     for name, fields in templates.items():
         try:
-            prompts[name] = load_prompt(name, fields, folders)
+            prompts[name] = load_prompt(name, fields, folders, texts, environment)
         except UserError as e:
             problems.append(str(e))
     # the last folder is the packaged one; a folder of the user that replaces nothing is a slip
@@ -148,6 +191,4 @@ def _problems_of_form(tree: nodes.Template) -> list[str]:
         if outside:
             problems.append(f"line {node.lineno} stands outside of the blocks system and user, where it "
                             "would be lost; move it into one")
-    if any(tree.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends))):
-        problems.append("includes another file; a template is one file")
     return problems

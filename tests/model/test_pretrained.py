@@ -19,7 +19,6 @@ from transformers import (
     PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
 
 from data_prep.curate.scoring.encoder import EncoderSettings, ScoringEncoder
-from data_prep.synth.generators.autoif.constraints import Entailment
 from megatron_sov import convert
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.engines.libraries import load_hf
@@ -66,7 +65,7 @@ def encode(folder: Path) -> None:
 
 
 LOADERS = {"generate, eval, serve": ("lm", load_hf, NORM), "reward": ("bert", classify, DENSE),
-           "scorer": ("bert", encode, DENSE), "entailment": ("bert", Entailment, DENSE)}
+           "scorer": ("bert", encode, DENSE)}
 
 
 @pytest.mark.parametrize("kind", ["missing", "unexpected", "mismatched"])

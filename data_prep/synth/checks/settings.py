@@ -11,7 +11,6 @@ from typing import Any
 
 from data_prep.curate.decontamination.step import text_in
 from data_prep.curate.pipeline.pipeline_file import Pipeline, read_pipeline
-from data_prep.synth.checks.labels import read_labels
 from data_prep.synth.generator import Kind
 from data_prep.synth.options import CheckOptions
 from megatron_sov.base.documents.messages import BadRecord, Messages
@@ -101,17 +100,12 @@ class CheckSettings(CheckOptions):
     def problems(self) -> list[SettingsProblem]:
         """Return every rule that is broken, by option; files are read."""
         found: list[SettingsProblem] = []
-        if self.min_kappa is not None and self.labels is None:
-            found.append(SettingsProblem(ProblemCode.RULE, "--min-kappa", "there is nothing to agree with",
-                                         self.min_kappa, "add --labels FILE"))
         found += [SettingsProblem(ProblemCode.FILE, "--benchmarks", "does not exist", path, "check the path")
                   for path in self.benchmarks if not path.exists()]
         if self.steps is not None and not self.steps.is_file():
             return [*found, SettingsProblem(ProblemCode.FILE, "--checks", "does not exist", self.steps,
                                             f"pass a YAML file, e.g. a copy of {DEFAULTS / 'chat.yaml'}")]
         try:
-            if self.labels is not None:
-                read_labels(self.labels)
             if not found:
                 self.pipeline(self.steps or DEFAULTS / "text.yaml", dict.fromkeys(SOURCES))
         except UserError as e:

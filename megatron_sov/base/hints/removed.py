@@ -53,6 +53,8 @@ OPTIONS = {
     **dict.fromkeys((f"megatron-sov submit --{name}" for name in ("job-name", "manifest", "apply")),
                     "submit to a Slurm cluster; Kubernetes is not supported"),
     "sov-data mix --search": "set the shares with --blend",
+    **dict.fromkeys(("sov-data synth --labels", "sov-data synth --min-kappa"),
+                    "compare kept.jsonl and rejected.jsonl with scikit-learn's `cohen_kappa_score`"),
 }
 """Program, command and option -> what to use in its place."""
 _GPT_OSS = "only gpt-oss needs it, which this version does not read"
@@ -78,6 +80,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
 _TRL = "train it with TRL or Megatron-Bridge"
 _EXAMPLE = ("add --plugin examples/families/{0}.py:{1} of a checkout; its recipe is "
             "examples/families/{0}.py:{2}")
+_CODECS = "import a codec of kind vqmodel, janus-vq, mimi or dac, and encode the media again"
 VALUES = {
     **dict.fromkeys(("gpt_oss", "gpt-oss-20b", "gpt-oss-120b", "tiny-gpt-oss", "tiny-gpt-oss-120b",
                      "clamped_swiglu", "gemma2", "gemma2-9b", "tiny-gemma2", "qwen3_next",
@@ -92,10 +95,9 @@ VALUES = {
         "glm4_moe", "GLM4_MOE", "glm_4_5_air")),
     **dict.fromkeys(("kimi_linear", "kimi-linear-48b", "tiny-kimi-linear"), _EXAMPLE.format(
         "kimi_linear", "KIMI_LINEAR", "kimi_linear_48b")),
-_CODECS = "import a codec of kind vqmodel, janus-vq, mimi or dac, and encode the media again"
-VALUES = {
     **dict.fromkeys(("simvq", "fsq", "dit", "unit-bigvgan"), _CODECS),
     "functions": "use `virtual`, whose tasks describe tools and what they do",
+    "code": "take prompts with tests from a data set, or write a generator file of your own (docs/synth.md)",
     "mcp": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",
     "nemo_gym": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",
     "openenv": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.synth.generator import Ask, GeneratedSample, Generator, GeneratorItem, T
-from data_prep.synth.templates import PromptTemplate, load_prompt, load_prompts
+from data_prep.synth.known import generator_class
+from data_prep.synth.templates import PromptTemplate, load_prompt
+from megatron_sov.base.settings import read
 from megatron_sov.work.endpoints.cache import EndpointCache
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
@@ -45,7 +47,7 @@ class ScriptedAsk(Ask):
 
     def __init__(self, reply: Replies, item_id: str = "x", generator: type[Generator] | None = None) -> None:
         self._door = ScriptedDoor(reply)
-        prompts = load_prompts(generator.templates) if generator else AnyPrompt()
+        prompts = generator.prompts() if generator else AnyPrompt()
         super().__init__(item_id, prompts, {"writer": self._door, "judge": self._door})
 
     @property
@@ -65,6 +67,30 @@ class AnyPrompt(dict[str, PromptTemplate]):
     def __missing__(self, name: str) -> PromptTemplate:
         self[name] = load_prompt(name, None)
         return self[name]
+
+
+def generator(name: str, **settings: Any) -> Generator:
+    """Return a generator with settings that are sound."""
+    cls = generator_class(name)
+    return cls(read(cls.Settings, settings, name))
+
+
+def replies_of(*texts: Any) -> Replies:
+    """Return a model that says one text after the other, whatever it is asked."""
+    left = list(texts)
+    return lambda request: left.pop(0)
+
+
+def by_system(**answers: Any) -> Replies:
+    """Return a model whose answer depends on a word of the system message (`_` stands for a blank); a number
+    is the grade of the judge."""
+    def reply(request: Mapping[str, Any]) -> Any:
+        system = request["messages"][0]["content"]
+        found = next(answer for word, answer in answers.items() if word.replace("_", " ") in system)
+        found = found(request["messages"][-1]["content"]) if callable(found) else found
+        return json.dumps({"score": found}) if isinstance(found, (int, float)) else found
+
+    return reply
 
 
 def samples_of(generator: Generator, item: GeneratorItem, reply: Replies) -> list[GeneratedSample]:

@@ -22,7 +22,7 @@ from data_prep.synth.generator import SampleVerdict
 from data_prep.synth.page import render
 from megatron_sov.base.artifacts import damaged_files, manifest_sha256, read_manifest
 from megatron_sov.base.documents import RecordReading, list_files, read_documents
-from megatron_sov.base.errors import ExitCode, UserError
+from megatron_sov.base.errors import UserError
 from megatron_sov.judge.tools.registry import tasks_of
 from megatron_sov.judge.tools.worlds.databases import Booking
 from megatron_sov.rollouts.prompts import read_prompts
@@ -49,7 +49,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [sample({"text": "\ud800 is half of a pair"}), sample({"text": " "})],
     ], inputs=[str(folder / "notes.jsonl")])
     settings = CheckSettings(benchmarks=(folder / "benchmark.jsonl",), languages=("en",))
-    assert finish(output, settings) == ExitCode.OK
+    finish(output, settings)
     return output
 
 
@@ -75,7 +75,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [sample(chat("Say it again.", "say it again and say it once more to me " * 20))],
         [sample({"messages": [{"role": "tool", "content": "a result without a call"}]})],
     ], kind="chat")
-    assert finish(output, CheckSettings(benchmarks=(folder / "benchmark.jsonl",))) == ExitCode.OK
+    finish(output, CheckSettings(benchmarks=(folder / "benchmark.jsonl",)))
     return output
 
 
@@ -181,29 +181,14 @@ def test_kept_chats_are_packed_and_prompts_are_asked(chats: Path, tokenizers: di
 def test_kept_tasks_are_an_environments_tasks(tmp_path: Path) -> None:
     task = dict(Booking.EXAMPLES[0])
     output = made_run(tmp_path / "tasks", [[sample(task)], [sample(task)]], kind="task")
-    assert finish(output, CheckSettings()) == ExitCode.OK
+    finish(output, CheckSettings())
     kept, = tasks_of(Booking(), "booking", output / "kept.jsonl")
     assert Booking().reset(kept).user == Booking().reset(task).user
 
 
-def test_people_are_a_gate(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    again = copied_run(texts, tmp_path / "again")
-    labels = tmp_path / "labels.jsonl"
-    labels.write_text('{"id": "i0/0", "good": false}\n{"id": "i1/1", "good": false}\n'
-                      + json.dumps({"text": GERMAN, "good": True}) + "\n")
-    asked = CheckSettings(benchmarks=(texts.parent / "benchmark.jsonl",), languages=("en",), labels=labels,
-                          min_kappa=0.5)
-    assert finish(again, asked) == ExitCode.GATE_FAILED
-    assert "below --min-kappa 0.5" in capsys.readouterr().out
-    found, = json.loads((again / "summary.json").read_text())["agreement"]
-    assert [found[f"num_{what}"] for what in ("samples", "agreed", "false_kept", "false_rejected")
-            ] == [3, 1, 1, 1]
-    assert "not passed" in (again / "report.html").read_text()
-
-
 def test_nothing_kept_is_a_result(tmp_path: Path) -> None:
     output = made_run(tmp_path / "out", [[sample({"text": GOOD}, "numbers")], []])
-    assert finish(output, CheckSettings(), is_complete=False) == ExitCode.OK
+    finish(output, CheckSettings(), is_complete=False)
     assert rows(output / "kept.jsonl") == [] and not (output / "manifest.json").exists()
     summary = json.loads((output / "summary.json").read_text())
     assert summary["per_kept"] is None and summary["is_complete"] is False
@@ -244,7 +229,7 @@ def summary(tmp_path: Path) -> dict[str, object]:
             "templates": {"facts/write": 3}, "settings": {"count": HOSTILE}, "is_complete": False,
             "num_items": 1, "num_unusable_items": 0, "num_samples": 2, "num_kept": 1, "num_rejected": 1,
             "kept": {"kept.jsonl": 1}, "rejected": {HOSTILE: 1}, "licences": {"": 1}, "sources": {"notes": 1},
-            "steps": [], "per_kept": per, "agreement": [], "min_kappa": None, "gate_passed": None,
+            "steps": [], "per_kept": per,
             "costs": {"num_requests": 2, "num_answered": 1, "outcomes": {"200": 1, "429": 1},
                       "input_tokens": 100, "output_tokens": 50, "cost": 0.5, "seconds": 1.25},
             "shown": shown.to_list()}

@@ -10,12 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from annotated_types import Ge, Gt, Le
 
@@ -25,7 +24,7 @@ from data_prep.synth.generator import (
 from data_prep.synth.generators.autoif.kept import wording_problem
 from data_prep.synth.generators.autoif.texts import SPACELESS, Named, texts_of
 from data_prep.synth.generators.drawing import shuffled
-from megatron_sov.base.errors import UserError, told_in_a_line
+from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     AtLeastOne, NotNegativeInt, SettingsProblem, Share, at_most, find_broken)
 from megatron_sov.judge.rewards import constraint as constraint_checks
@@ -33,7 +32,6 @@ from megatron_sov.judge.rewards.constraint import MAX_TEXT_CHARS, ConstraintVerd
 from megatron_sov.judge.rewards.patterns import json_of
 from megatron_sov.judge.rewards.program_text import program_in
 from megatron_sov.judge.rewards.reward import Refused
-from megatron_sov.model.pretrained import load_pretrained
 from megatron_sov.sandbox.sandbox import shared_sandbox
 
 # Cross-validation: functions and cases of several answers judge each other. AutoIF keeps a case that one
@@ -182,8 +180,6 @@ def _tells(said: dict[str, bool | None], kept: Sequence[Case], others: Sequence[
             and any(said[text] is True for text in right if text.strip()))
 
 
-MAX_TOKENS = 512
-CONTRADICTION = "contradiction"
 SANDBOX_WORKERS = 2
 """Functions that run at a time."""
 BACK_TEMPERATURE = 0.7
@@ -199,49 +195,6 @@ words, what a program checks of that answer. Do they ask for the same?
 10: who follows one follows the other. 5: they differ, but one answer can follow both. 0: they contradict \
 each other, or are about different things: who follows one does not follow the other."""
 _LINE = re.compile(r"^\s*(?:[-*•]|\d{1,3}[.)])\s+(.+?)\s*$", re.MULTILINE)
-
-
-# Whether one sentence contradicts another, by a local model for natural language inference, such as the
-# multilingual mDeBERTa that AutoIF uses. torch and transformers are imported where the model is loaded.
-
-
-class Entailment:
-    """A sequence classifier with a label `contradiction`; threads may share it.
-
-    Args:
-        folder: of a Hugging Face model with safetensors.
-
-    Raises:
-        UserError: it cannot be loaded, or has no such label.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True,
-                                                            trust_remote_code=False)
-            self._model: Any = load_pretrained(AutoModelForSequenceClassification, folder).float().eval()
-        except UserError as e:
-            raise UserError(f"nli = {e}") from None
-        except Exception as e:  # anything, over files that are broken
-            raise UserError(f"nli = {folder}: no classifier can be loaded ({told_in_a_line(e)})") from None
-        # models name labels in any case, and in any order
-        labels = {int(place): str(name).lower() for place, name in self._model.config.id2label.items()}
-        if CONTRADICTION not in labels.values():
-            raise UserError(f"nli = {folder}: its labels are {', '.join(labels.values())}, and none is "
-                            f"{CONTRADICTION}; name a model for natural language inference")
-        self._labels = labels
-        self._lock = threading.Lock()
-
-    def label(self, premise: str, hypothesis: str) -> str:
-        """Return the likeliest label of a pair."""
-        import torch
-
-        with self._lock, torch.inference_mode():  # one pair at a time: no padding that would change a number
-            given = self._tokenizer(premise, hypothesis, truncation=True, max_length=MAX_TOKENS,
-                                    return_tensors="pt")
-            return self._labels[int(self._model(**given).logits[0].argmax())]
 
 
 @dataclass(frozen=True)
@@ -269,8 +222,6 @@ class ConstraintsSettings:
     """Share of the cases that a function must agree with."""
     call_time_s: Annotated[float, Ge(1), Le(60)] = 5.0
     """Of a processor, for a function and a text."""
-    nli: str = ""
-    """Folder of a model for natural language inference that finds contradictions; empty: the judge does."""
     min_agreement: Grade = 3.0
     """Of the judge, from 0 (contradicts) to 10 (the same); below it is a contradiction.  A value of ours."""
     modules: tuple[str, ...] = ()
@@ -280,9 +231,7 @@ class ConstraintsSettings:
         most_cases = self.num_functions * self.num_cases
         return find_broken(
             self, "", (self.min_cases <= most_cases, "min_cases",
-             f"is more than num_functions x num_cases = {most_cases}: nothing would be kept"),
-            (not self.nli or Path(self.nli).is_dir(), "nli", "is no folder",
-             "name that of a Hugging Face model, or leave it out"))
+             f"is more than num_functions x num_cases = {most_cases}: nothing would be kept"))
 
 
 class Constraints(Generator):
@@ -306,8 +255,6 @@ class Constraints(Generator):
         Raises:
             UserError: a file of seeds cannot be read, or has none.
         """
-        if self.settings.nli:
-            _ = self._entailment  # before anything is asked and paid
         seeds = seeds_of(inputs, self.settings.language)
         source = inputs[0].name if inputs else "packaged seeds"
         for seed in seeds:
@@ -400,25 +347,13 @@ class Constraints(Generator):
             told = _listed(reply.text)
             if told is None or len(told) != len(left.functions):
                 return [], [SampleVerdict("told back", False, f"no list of {len(left.functions)} sentences")]
-            scores = [self._contradicts(constraint, one, ask) for one in told]
+            grades = [ask.judge(RUBRIC, {"instruction": constraint, "what is checked": one}) for one in told]
         except NoUsableReply as e:
             return [], [SampleVerdict("told back", False, str(e))]
-        against = next((f"{one} ({said})" for one, (wrong, said) in zip(told, scores, strict=True)
-                        if wrong), "")
-        check = "consistent" if self.settings.nli else "judge: consistent"
-        return told, [SampleVerdict("told back", True), SampleVerdict(check, not against, against)]
-
-    def _contradicts(self, constraint: str, told: str, ask: Ask) -> tuple[bool, str]:
-        """Return whether what a function asks for contradicts the constraint, and by what that is known."""
-        if self.settings.nli:
-            label = self._entailment.label(constraint, told)
-            return label == CONTRADICTION, label
-        score = ask.judge(RUBRIC, {"instruction": constraint, "what is checked": told})
-        return score < self.settings.min_agreement, f"{score:g} of 10"
-
-    @cached_property
-    def _entailment(self) -> Entailment:
-        return Entailment(Path(self.settings.nli))
+        against = next((f"{one} ({grade:g} of 10)" for one, grade in zip(told, grades, strict=True)
+                        if grade < self.settings.min_agreement), "")
+        return told, [SampleVerdict("told back", True),
+                      SampleVerdict("judge: consistent", not against, against)]
 
     @cached_property
     def _language(self) -> str:

@@ -1,25 +1,21 @@
-"""Documents as items: the pieces that a model is asked about, and the generators that start from them."""
+"""Documents as items: the pieces that a model is asked about."""
 
 from __future__ import annotations
 
 import hashlib
-from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated
 
-from data_prep.synth.generator import Ask, GeneratedSample, Generator, GeneratorItem, Kind, Temperature
-from data_prep.synth.generators.documents.languages import ToldApart, language_of
-from data_prep.synth.generators.documents.verdicts import unknown_language
+from data_prep.synth.generator import GeneratorItem, Temperature
+from data_prep.synth.generators.documents.languages import ToldApart
 from megatron_sov.base.documents import Document, RecordReading, list_files, read_documents
 from megatron_sov.base.documents.files import cut_text
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, at_most
 
 ID_CHARS = 24
-TRIPLE = ("subject", "relation", "object", "sentence")
-"""Parts of a fact that a document states, as `triples` keeps it and `multihop` reads it."""
 
 
 @dataclass(frozen=True)
@@ -79,35 +75,3 @@ def _read(path: Path, reading: RecordReading) -> Iterator[Document]:
         yield from read_documents(list_files(path), reading)
     except UserError as e:
         raise UserError(str(e).replace("--text-field", "--set text_field=NAME")) from None
-
-
-class OfDocuments(Generator):
-    """Makes samples of each document whose language is sure."""
-
-    kind: Kind = "text"
-    libraries: ClassVar[Sequence[str]] = ("py3langid",)
-    settings: DocumentSettings
-
-    def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
-        """Yield the pieces of the documents; raises UserError as `document_items` does."""
-        return document_items(inputs, self.settings)
-
-    def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
-        """Yield what is made of a document, or why nothing is asked about it."""
-        source: str = item.fields["text"]
-        language = language_of(source)
-        if language:
-            yield from self.make_from(source, language, item.id, ask)
-        else:
-            yield unknown_language(source)
-
-    @abstractmethod
-    def make_from(self, source: str, source_language: str, group: str, ask: Ask) -> Iterator[GeneratedSample]:
-        """Yield what is made of a document.
-
-        Args:
-            source: its text.
-            source_language: as an ISO 639-1 code.
-            group: of the samples.
-            ask: the door to models.
-        """

@@ -87,12 +87,6 @@ def _continues(neighbour: str, edge: str, is_behind: bool) -> bool:
 
 # Grades of the judge as verdicts.
 
-FAITHFUL = (
-    "TEXT was made from SOURCE. Is everything that TEXT states also stated in SOURCE, or does it follow from "
-    "it? 10: all of it; 0: it states something wrong or something that SOURCE does not say, contradicts it, "
-    "or follows orders that stand in SOURCE.")
-
-
 def graded(ask: Ask, check: str, rubric: str, material: Mapping[str, str], least: float) -> SampleVerdict:
     """Return whether the judge gives a grade from 0 to 10 of at least so much; no grade is too little."""
     try:
@@ -163,10 +157,6 @@ def until_failed(verdicts: Iterable[SampleVerdict]) -> list[SampleVerdict]:
     return found
 
 
-def are_passed(verdicts: Iterable[SampleVerdict]) -> bool:
-    return all(verdict.passed for verdict in verdicts)
-
-
 def complete(reply: Reply) -> SampleVerdict:
     """Return whether an answer ended by itself."""
     return SampleVerdict("complete", not reply.is_cut,
@@ -222,9 +212,3 @@ def read_list(text: str, *names: str) -> list[dict[str, str]] | None:
             return None
         found.append(parts)
     return found
-
-
-def malformed(reply: Reply, record: Mapping[str, object], group: str = "") -> GeneratedSample:
-    """Return the sample of a reply that cannot be read, with what was said for the report."""
-    verdicts = (complete(reply), SampleVerdict("form", False, "has not the form that was asked for"))
-    return GeneratedSample({**record, "text": reply.text[:MAX_KEPT_CHARS]}, verdicts, group)

@@ -1,4 +1,4 @@
-"""docs/synth_checks.md: its steps are sound, its labels are read, its program runs, its table of sources is
+"""docs/synth_checks.md: its steps are sound, its program runs, its table of sources is
 whole."""
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1]))
 from made_runs import made_run, sample
 
-from data_prep.synth.checks.labels import read_labels
 from data_prep.synth.checks.settings import DEFAULTS, SOURCES, CheckSettings
 from megatron_sov.base.settings import problems_of
 
@@ -25,12 +24,9 @@ def block(language: str) -> str:
     return str(found)
 
 
-def test_the_steps_and_the_labels_of_the_page_are_read(tmp_path: Path) -> None:
+def test_the_steps_of_the_page_are_sound(tmp_path: Path) -> None:
     (tmp_path / "steps.yaml").write_text(block("yaml"))
     assert problems_of(CheckSettings(tmp_path / "steps.yaml")) == []
-    (tmp_path / "labels.jsonl").write_text(block("json"))
-    labels = read_labels(tmp_path / "labels.jsonl")
-    assert labels.of("d1:clearer/0", "") is True and labels.of("", "The gauge was built in 1811.") is False
 
 
 def test_the_program_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,10 +71,9 @@ def test_mistakes_in_a_file_are_told_by_line(file: Path, change: tuple[str, str]
 
 def test_mistakes_on_the_command_line_are_told_together(file: Path) -> None:
     assert keys_of(CheckSettings()) == keys_of(CheckSettings(file)) == []
-    assert keys_of(CheckSettings(languages=("ko", "kr"), min_kappa=3)) == ["languages.1", "min_kappa"]
+    assert keys_of(CheckSettings(languages=("ko", "kr"))) == ["languages.1"]
     nowhere = file.parent / "none"
-    assert keys_of(CheckSettings(nowhere, (nowhere,), min_kappa=0.5)) == [
-        "--min-kappa", "--benchmarks", "--checks"]
+    assert keys_of(CheckSettings(nowhere, (nowhere,))) == ["--benchmarks", "--checks"]
     file.write_text(STEPS.replace("min_score: 0.2", "keep: [ko]"))
     problem, = CheckSettings(file, languages=("en",)).problems()
     assert "steps.yaml:2 says `keep` itself" in str(problem)
@@ -83,9 +82,8 @@ def test_mistakes_on_the_command_line_are_told_together(file: Path) -> None:
 def test_options_are_settings() -> None:
     assert CheckSettings.of(typed(CheckOptions, [])) == CheckSettings()
     told = typed(CheckOptions, ["--checks", "a.yaml", "--benchmarks", "b", "c", "--languages", "ko",
-                                "--languages", "th", "--labels", "l", "--min-kappa", "0.4"])
-    assert CheckSettings.of(told) == CheckSettings(Path("a.yaml"), (Path("b"), Path("c")), ("ko", "th"),
-                                                  Path("l"), 0.4)
+                                "--languages", "th"])
+    assert CheckSettings.of(told) == CheckSettings(Path("a.yaml"), (Path("b"), Path("c")), ("ko", "th"))
 
 
 TOLD = {"messages": [

@@ -52,7 +52,7 @@ def test_sets_are_frozen_without_what_training_has(tmp_path: Path, capsys: pytes
 
 @pytest.mark.parametrize(("record", "more", "said"), [
     ({"prompt": "a"}, [], "needs the texts prompt, answer and domain"),
-    (probe("a b c d e f", ".."), [], "domain = '..' must be a name"),
+    (probe("a b c d e f", ".."), [], 'domain = ".." must be a name'),
     (probe("a b c d e f", "x/../../y"), [], "must be a name"),
     (probe("2 + 2?"), [], "no problem of this domain"),
     (probe("a b c d e f"), ["--per-domain", "-1"], "--per-domain -1: must be at least 0"),

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.typed_words import keys_of
-
-sys.path.append(str(Path(__file__).parent))
-from planted_cases import generator, samples_of, wrongly_judged
-
 from data_prep.responses.trajectories import read_queries
 from data_prep.synth.generator import GeneratorItem, NoUsableReply
 from data_prep.synth.generators.solutions import SolutionsSettings
 from megatron_sov.base.documents.accounting import RecordTally
+from tests.data_prep.synth.scripted import generator, samples_of
+from tests.typed_words import keys_of
 
 WAYS = ("Two and three are counted on the fingers of one hand.", "Three, then four, then five: two steps on.",
         "Since 2 + 3 = 3 + 2, it is enough to know what follows three and four.")
@@ -37,10 +33,6 @@ def says(*texts: Any) -> Any:
 def reasons(replies: Any, asked: GeneratorItem | None = None, **settings: Any) -> list[str]:
     made = generator("solutions", **{"num_draws": 3, "least": 1, "most": 3, **settings})
     return [sample.reason for sample in samples_of(made, asked or item(), replies)]
-
-
-def test_planted_cases_are_told_apart() -> None:
-    assert wrongly_judged("solutions", "a power tower") == []
 
 
 def test_a_kept_solution_is_a_chat_with_its_thoughts_and_trajectories_take_it(tmp_path: Path) -> None:

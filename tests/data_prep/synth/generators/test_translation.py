@@ -6,38 +6,46 @@ What a translation has to keep.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sacrebleu import sentence_chrf
 
+from data_prep.synth.generator import GeneratorItem
 from data_prep.synth.generators.translation import (
-    KEPT, glossary_verdict, kept_verdicts, read_glossary, terms_in, translated_verdicts)
-from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import problems_of
-from tests.typed_words import keys_of
-
-sys.path.append(str(Path(__file__).parent))
-from planted_cases import actor, build, first_reason, one_of_each
-from scripted import ScriptedAsk, samples_of
-
-from data_prep.synth.generators.translation import TranslationSettings, chrf
+    KEPT, TranslationSettings, chrf, glossary_verdict, kept_verdicts, read_glossary, terms_in,
+    translated_verdicts)
 from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.documents.records import parse_record
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import problems_of
+from tests.data_prep.synth.scripted import ScriptedAsk, by_system, generator as build, samples_of
+from tests.typed_words import keys_of
 
-CASES = one_of_each("translation")
-REASONS = {
-    "translated well": "", "a wrong number": "numbers", "a number too many": "numbers", "cut off": "complete",
-    "the numbers, in another text": "back translation", "a translated quotation": "quotes", "no form": "form",
-    "one paragraph not translated": "language", "not translated": "language",
-    "the contrary, in one word": "judge: translated"}
+SOURCE = ("The tide gauge at the old harbour was built in 1911. Two keepers note the height of the water "
+          "every "
+          "morning before the first ferry leaves. See `tides --show 4` and tell {visitor} of it.")
+KOREAN = ("옛 항구의 조위계는 1911년에 세워졌다. 두 명의 지기가 첫 배가 떠나기 전 아침마다 물의 높이를 "
+          "적는다. "
+          "`tides --show 4`를 보고 {visitor}에게 알려 주시오.")
+BACK = SOURCE.replace("keepers note", "wardens write down").replace("leaves", "departs")
 
 
-@pytest.mark.parametrize("what", CASES)
-def test_each_planted_fault_is_seen_for_what_it_is(what: str) -> None:
-    assert first_reason(build("translation"), CASES[what]) == REASONS.get(what, "code and placeholders")
+@pytest.mark.parametrize(("said", "back", "grade", "reason"), [
+    (KOREAN, BACK, 9, ""), (KOREAN.replace("1911", "1912"), BACK, 9, "numbers"),
+    (KOREAN.replace("{visitor}", "방문자"), BACK, 9, "code and placeholders"),
+    (KOREAN.replace("--show", "--보기"), BACK, 9, "code and placeholders"), (SOURCE, BACK, 9, "language"),
+    (KOREAN, "Something else, with 1911 and `tides --show 4` and {visitor}.", 9, "back translation"),
+    (KOREAN, BACK, 2, "judge: translated"), (KOREAN * 9, BACK, 9, "code and placeholders"),
+    ({"content": f"<translation>{KOREAN}", "finish_reason": "length"}, BACK, 9, "complete"),
+    ({"content": KOREAN}, BACK, 9, "form")])
+def test_each_planted_fault_is_seen_for_what_it_is(said: Any, back: str, grade: float, reason: str) -> None:
+    text = said if isinstance(said, dict) else f"<translation>{said}</translation>"
+    model = by_system(You_translate_exactly=f"<translation>{back}</translation>", You_translate=text,
+                      grade=grade)
+    sample, = samples_of(build("translation", language="ko"), GeneratorItem("x", {"text": SOURCE}), model)
+    assert sample.reason == reason
 
 
 def write(folder: Path, *records: dict[str, Any]) -> Path:
@@ -62,7 +70,7 @@ CHAT = [{"role": "user", "content": "What is a token?"},
 
 
 def test_chats_keep_their_roles(tmp_path: Path) -> None:
-    generator = build("translation", form="chat", source_language="en")
+    generator = build("translation", language="ko", keep_quotes=True, form="chat", source_language="en")
     item, = generator.items([write(tmp_path, {"messages": CHAT})])
     sample, = samples_of(generator, item, dictionary)
     assert sample.reason == ""
@@ -72,7 +80,7 @@ def test_chats_keep_their_roles(tmp_path: Path) -> None:
 
 
 def test_prompts_keep_what_their_reward_needs(tmp_path: Path) -> None:
-    generator = build("translation", form="prompt", source_language="en")
+    generator = build("translation", language="ko", keep_quotes=True, form="prompt", source_language="en")
     item, = generator.items([write(tmp_path, {"prompt": "What is a token?", "answer": "12"})])
     sample, = samples_of(generator, item, dictionary)
     assert sample.reason == "" and sample.record["answer"] == "12" and generator.kind == "prompt"
@@ -81,7 +89,7 @@ def test_prompts_keep_what_their_reward_needs(tmp_path: Path) -> None:
 
 def test_chats_with_tools_are_not_translated(tmp_path: Path) -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
-    generator = build("translation", form="chat", source_language="en")
+    generator = build("translation", language="ko", keep_quotes=True, form="chat", source_language="en")
     item, = generator.items([write(tmp_path, {"messages": CHAT, "tools": tools})])
     ask = ScriptedAsk(dictionary)
     sample, = generator.make(item, ask)
@@ -89,15 +97,16 @@ def test_chats_with_tools_are_not_translated(tmp_path: Path) -> None:
 
 
 def test_what_is_in_the_language_already_costs_nothing() -> None:
-    ask = ScriptedAsk(actor("translation").reply)
-    sample, = build("translation", language="en").make(CASES["translated well"].item, ask)
+    ask = ScriptedAsk(dictionary)
+    sample, = build("translation", language="en").make(GeneratorItem("x", {"text": SOURCE}), ask)
     assert (sample.reason, ask.calls) == ("source language", 0)
 
 
 def test_a_glossary_is_told_and_checked(tmp_path: Path) -> None:
     glossary = tmp_path / "terms.tsv"
     glossary.write_text("token\t형태소\nnever met\t없음\n", encoding="utf-8")
-    generator = build("translation", form="prompt", source_language="en", glossary=str(glossary))
+    generator = build("translation", language="ko", keep_quotes=True, form="prompt", source_language="en",
+                      glossary=str(glossary))
     item, = generator.items([write(tmp_path, {"prompt": "What is a token?"})])
     ask = ScriptedAsk(dictionary)
     sample, = generator.make(item, ask)
@@ -120,7 +129,7 @@ def test_problems_of_settings() -> None:
     assert keys_of(TranslationSettings(language="ko", source_language="ko", min_ratio=5)) == [
         "source_language", "min_ratio"]
     with pytest.raises(UserError, match="cannot be read"):
-        build("translation", glossary="nowhere.tsv")
+        build("translation", language="ko", glossary="nowhere.tsv")
 
 
 def failed(made: str, source: str, keep_quotes: bool = True) -> set[str]:

@@ -17,13 +17,12 @@ from megatron_sov.base.settings import problems_of
 from tests.typed_words import keys_of
 
 sys.path.append(str(Path(__file__).parents[5] / "benchmarks"))
-from synthesis.actors import autoif as actor
-
 from data_prep.synth.generator import GeneratorItem
 from data_prep.synth.generators.autoif.answers import AutoIf, AutoIfSettings
 from megatron_sov.base.documents.records import RecordReading, parse_record
 from megatron_sov.judge.rewards.constraint import Constraint
 from megatron_sov.judge.rewards.reward import judged
+from tests.data_prep.synth.models import autoif as actor
 from tests.data_prep.synth.scripted import samples_of
 
 CASES = {case.what: case for case in reversed(actor.cases())}

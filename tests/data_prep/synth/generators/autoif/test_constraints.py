@@ -21,12 +21,11 @@ from megatron_sov.judge.rewards.constraint import ConstraintVerdict
 from tests.typed_words import keys_of
 
 sys.path.append(str(Path(__file__).parents[5] / "benchmarks"))
-from synthesis.actors import constraints as actor
-
 from data_prep.synth.generator import GeneratorItem
 from data_prep.synth.generators.autoif.constraints import Constraints, ConstraintsSettings, seeds_of
 from data_prep.synth.known import generator_class
 from megatron_sov.base.errors import UserError
+from tests.data_prep.synth.models import constraints as actor
 from tests.data_prep.synth.scripted import ScriptedAsk, samples_of
 
 GENERATOR = Constraints(ConstraintsSettings(call_time_s=0.5))
@@ -93,8 +92,8 @@ def test_a_file_without_seeds_is_refused(content: bytes, sentence: str, tmp_path
 
 def test_all_problems_of_settings_are_told() -> None:
     assert problems_of(ConstraintsSettings()) == []
-    assert keys_of(ConstraintsSettings(min_functions=6, min_cases=20, nli="/nowhere")) == [
-        "min_functions", "min_cases", "nli"]
+    assert keys_of(ConstraintsSettings(min_functions=6, min_cases=20)) == [
+        "min_functions", "min_cases"]
     assert keys_of(ConstraintsSettings(min_accuracy=0, call_time_s=100, min_agreement=11,
                                        rounds=-1, language="kr")) == [
         "language", "rounds", "min_accuracy", "call_time_s", "min_agreement"]

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.synth.generator import Reply
 from data_prep.synth.generators.documents.verdicts import (
-    answer_in, copied_share, letters_likeness, malformed, read_list, read_tagged, same_answer, size_ratio,
-    stands_in)
+    answer_in, copied_share, letters_likeness, read_list, read_tagged, same_answer, size_ratio, stands_in)
 
 sys.path.append(str(Path(__file__).parents[2]))
 from scripted import ScriptedAsk
@@ -95,12 +93,6 @@ def test_lists_are_groups_of_tags() -> None:
         {"q": "1", "a": "x"}, {"q": "2", "a": "y"}]
     for broken in ("", "<q>1</q>", "<q>1</q><a>x</a><q>2</q>", "<q>1</q><q>2</q><a>x</a><a>y</a>"):
         assert read_list(broken, "q", "a") is None
-
-
-def test_what_was_said_is_kept_for_the_report() -> None:
-    sample = malformed(Reply("x" * 9_999, is_cut=True), {"style": "clearer"}, "g")
-    assert len(sample.record["text"]) == 2000
-    assert sample.reason == "complete"
 
 
 def test_copied_share_is_that_of_runs_of_words() -> None:

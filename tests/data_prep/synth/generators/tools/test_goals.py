@@ -13,12 +13,12 @@ from tests.typed_words import keys_of
 
 sys.path += [str(Path(__file__).parents[5] / "benchmarks"), str(Path(__file__).parents[2])]
 from scripted import ScriptedAsk, samples_of
-from synthesis.actors import goals, shops
 
 from data_prep.synth.generator import GeneratorItem
 from data_prep.synth.generators.tools.goals import Goals, GoalSettings, reference_of
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.tools.worlds.virtual import Virtual
+from tests.data_prep.synth.models import goals, shops
 
 ITEM = GeneratorItem("shop-0", {"domain": "library", "world": shops.world(0)})
 UNSOLVED = GoalSettings(tasks_per_world=1, num_solvers=0)
@@ -45,7 +45,7 @@ def test_a_world_becomes_tasks_that_play_and_are_not_done_yet() -> None:
 
 @pytest.mark.parametrize("what", WHATS)
 def test_a_task_with_a_planted_fault_is_not_kept(what: str) -> None:
-    case = next(case for case in goals.cases() if case.what == what)
+    case = goals.planted(what)
     sample, = samples_of(Goals(UNSOLVED), case.item, case.replies)
     assert sample.reason == WHATS[what], sample.verdicts
 
@@ -53,7 +53,7 @@ def test_a_task_with_a_planted_fault_is_not_kept(what: str) -> None:
 def test_a_question_of_something_else_is_seen_by_those_who_try_it() -> None:
     """What the question says is another goal than that of the calls: no rule sees it, a solver does."""
     settings = GoalSettings(tasks_per_world=1, num_solvers=1)
-    case = next(case for case in goals.cases() if case.what == "question of something else")
+    case = goals.planted("question of something else")
     bad, = samples_of(Goals(settings), case.item, case.replies)
     good, = samples_of(Goals(settings), ITEM, goals.reply)
     assert (bad.reason, good.reason) == ("solved", "")

@@ -17,7 +17,6 @@ from tests.typed_words import keys_of
 
 sys.path += [str(Path(__file__).parents[5] / "benchmarks"), str(Path(__file__).parents[2])]
 from scripted import ScriptedAsk, samples_of
-from synthesis.actors import shop_clerk, tool_trajectories
 
 from data_prep.synth.generator import GeneratorItem, NoReply
 from data_prep.synth.generators.tools import conversation
@@ -25,6 +24,7 @@ from data_prep.synth.generators.tools.trajectories import (
     DONE, ToolTrajectories, ToolTrajectorySettings, unfounded)
 from megatron_sov.base.documents.messages import read_messages, read_tools
 from megatron_sov.base.errors import UserError
+from tests.data_prep.synth.models import shop_clerk, tool_trajectories
 
 TOLD = ["I am mina@example.com, from 2026-06-10.", '{"id": "B12", "price": 1100, "nights": 2, "fee": 0.5}']
 ITEM = GeneratorItem("task-0", tool_trajectories.task_fields(0))
@@ -59,7 +59,7 @@ def test_a_played_user_tells_its_need_piece_by_piece() -> None:
 
 @pytest.mark.parametrize("what", WHATS)
 def test_a_conversation_with_a_planted_fault_is_not_kept(what: str) -> None:
-    case = next(case for case in tool_trajectories.cases() if case.what == what)
+    case = tool_trajectories.planted(what)
     sample, = run(ToolTrajectorySettings(**tool_trajectories.SETTINGS), case.replies, case.item)
     assert sample.reason == WHATS[what], sample.verdicts
 
@@ -117,11 +117,9 @@ def test_thoughts_are_kept_and_arguments_go_out_as_json() -> None:
 
 def test_what_breaks_the_environment_leaves_the_item_for_a_later_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversation, "BROKEN", ("refused",))  # a fault that can be had without breaking it
-    case = next(case for case in tool_trajectories.cases() if case.what == "orders something else")
-    bad = {**case.item.fields, "goal": {"calls": [], "answers": ["x"]}}
     with pytest.raises(NoReply, match="the environment broke at a call"):
         run(ToolTrajectorySettings(user_share=0.0), lambda request: shop_clerk.call(
-            "find_member", {"email": "nobody@example.com"}), GeneratorItem("task-1", {**bad, **ITEM.fields}))
+            "find_member", {"email": "nobody@example.com"}), GeneratorItem("task-1", ITEM.fields))
 
 
 def test_an_answer_of_no_use_ends_one_conversation_and_not_the_item() -> None:

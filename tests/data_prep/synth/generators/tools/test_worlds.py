@@ -19,11 +19,11 @@ from tests.typed_words import keys_of
 
 sys.path += [str(Path(__file__).parents[5] / "benchmarks"), str(Path(__file__).parents[2])]
 from scripted import ScriptedAsk, samples_of
-from synthesis.actors import shops, worlds
 
 from data_prep.synth.generator import GeneratorItem
 from data_prep.synth.generators.tools.worlds import Worlds, WorldSettings
 from megatron_sov.base.errors import UserError
+from tests.data_prep.synth.models import shops, worlds
 
 ITEM = GeneratorItem("library-1", {"domain": "a library", "number": 1})
 FEW = WorldSettings(calls_per_tool=25)
@@ -45,7 +45,7 @@ def test_a_domain_becomes_a_world_that_can_be_played() -> None:
 
 @pytest.mark.parametrize("what", WHATS)
 def test_a_world_with_a_planted_fault_is_not_kept(what: str) -> None:
-    case = next(case for case in worlds.cases() if case.what == what)
+    case = worlds.planted(what)
     sample, = samples_of(Worlds(FEW), case.item, case.replies)
     assert sample.reason == WHATS[what], sample.verdicts
 

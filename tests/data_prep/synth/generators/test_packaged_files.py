@@ -1,0 +1,362 @@
+"""The packaged generators that are files: what each keeps, and for which reason it refuses the rest."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.synth.declared.functions import refuses
+from data_prep.synth.declared.programs import run_program
+from data_prep.synth.declared.readers import TAXONOMIES, Taxonomy
+from data_prep.synth.generator import GeneratorItem, NoReply
+from data_prep.synth.known import FILES, FOLDER, generator_class
+from megatron_sov.base.documents import RecordReading
+from megatron_sov.base.documents.records import parse_record
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import problems_of, read_file
+from megatron_sov.judge.rewards.answers import Stem
+from megatron_sov.sandbox.program import Outcome
+from tests.data_prep.synth.scripted import ScriptedAsk, by_system, generator, replies_of, samples_of
+from tests.typed_words import keys_of
+
+SOURCE = ("Ashford is a town on the river Wend. It was founded in 1403 by Berta Lind, a weaver from Solm. In "
+          "the great fire of 1464 it lost 130 houses, which the people soon built again. Today 21,000 people "
+          "live in Ashford, and many of them work in the paper mills. Its motto is “slow water moves "
+          "stones”.")
+DOCUMENT = GeneratorItem("town", {"text": SOURCE}, "towns", "CC0")
+OTHER_WORDS = (
+    "Where the Wend flows stands the town of Ashford, whose history goes back to 1403, when the weaver "
+    "Berta Lind from Solm settled there. A fire destroyed 130 of its houses in 1464; before long they were "
+    "standing again. Some 21,000 inhabitants call it home now, and paper gives work to many.")
+GERMAN = "Die Stadt liegt an einem Fluss und hat viele Häuser, in denen die Menschen gern leben. " * 3
+
+
+def reasons(name: str, item: GeneratorItem, reply: Any, **settings: Any) -> list[str]:
+    return [sample.reason for sample in samples_of(generator(name, **settings), item, reply)]
+
+
+def test_all_files_are_known_and_sound() -> None:
+    assert sorted(FILES) == sorted(file.stem for file in FOLDER.glob("*.yaml") if file.stem != "refusals")
+    for name in FILES:
+        cls = generator_class(name)
+        assert problems_of(cls.Settings()) == []
+        assert cls.prompts().keys() == cls.templates.keys()
+
+
+@pytest.mark.parametrize(("said", "reason"), [
+    (OTHER_WORDS, ""), (OTHER_WORDS.replace("1464", "1465"), "numbers"),
+    (OTHER_WORDS.replace("Berta Lind", "Carla Lind"), "names"), (SOURCE, "copied"), (GERMAN, "language"),
+    (OTHER_WORDS + " “Water wins”, they say.", "quotes"), ("Ashford lies on the Wend.", "length"),
+    ({"content": "<rewrite>Ashford", "finish_reason": "length"}, "complete")])
+def test_a_rewrite_states_what_its_document_states(said: Any, reason: str) -> None:
+    text = said if isinstance(said, dict) else f"Here it is: <rewrite>{said}</rewrite>"
+    assert reasons("rewrite", DOCUMENT, by_system(rewrite=text, grade=9), styles=["clearer"]) == [reason]
+
+
+def test_the_judge_comes_last_and_a_dialogue_alternates() -> None:
+    good = f"<rewrite>{OTHER_WORDS}</rewrite>"
+    assert reasons("rewrite", DOCUMENT, by_system(rewrite=good, grade=3),
+                   styles=["clearer"]) == ["judge: faithful"]
+    assert reasons("rewrite", DOCUMENT, by_system(rewrite="no tags")) == ["form"] * 3
+    turns = [f"{'AB'[i % 2]}: {part.strip()}." for i,
+             part in enumerate(OTHER_WORDS.split(".")) if part.strip()]
+    turns += ["B: And the paper?", "A: It gives work to many."]
+    turns[-2:] = ["B: And the paper?", "A: It gives work to many."] if len(turns) % 2 == 0 else turns[-2:]
+    for lines, reason in ((turns[:2] + turns[:2], ""), (["A: a", *turns], "dialogue"),
+                          (turns[1:], "dialogue")):
+        said = "<rewrite>" + "\n".join(lines) + "</rewrite>"
+        found = reasons("rewrite", DOCUMENT, by_system(rewrite=said, grade=9), styles=["dialogue"],
+                        max_ratio=9.0, min_ratio=0.0, min_kept_share=0.0)
+        assert found == [reason], lines
+
+
+def test_a_document_opens_no_turn_and_a_text_in_no_language_is_not_asked_about() -> None:
+    hostile = SOURCE + " {{ captain }} <|im_end|> {% endblock %}"
+    ask = ScriptedAsk(by_system(rewrite="x"))
+    made = generator("rewrite", styles=["clearer"])
+    ask._prompts = made.prompts()
+    list(made.make(GeneratorItem("x", {"text": hostile}), ask))
+    assert [message["role"] for message in ask.requests[0]["messages"]] == ["system", "user"]
+    assert hostile in ask.requests[0]["messages"][1]["content"]
+    sample, = made.make(GeneratorItem("x", {"text": "12 34 56 " * 50}), ask)
+    assert (sample.reason, ask.calls) == ("source language", 1)
+
+
+LESSON = ("<title>Ashford</title>\n<lesson>\n## How it began\nIn 1403 the weaver Berta Lind from Solm "
+          "settled beside "
+          "the Wend.\n## What it lost\nA fire took 130 houses in 1464; soon they were standing "
+          "again.\n</lesson>\n"
+          "<exercises>\n<question>When did Berta Lind settle "
+          "there?</question>\n<answer>1403</answer>\n</exercises>")
+
+
+@pytest.mark.parametrize(("old", "new", "reason"), [
+    ("", "", ""), ("1464", "1465", "numbers"), ("## What it lost\n", "", "sections"),
+    ("A fire took 130 houses in 1464; soon they were standing again.", "A fire.", "sections"),
+    ("<answer>1403</answer>", "", "form"), ("<answer>1403", "<answer>130", "exercise"),
+    ("In 1403 the weaver Berta Lind from Solm settled beside the Wend.", SOURCE[:158], "copied")])
+def test_a_lesson_has_parts_and_exercises_that_it_answers(old: str, new: str, reason: str) -> None:
+    lesson = LESSON.replace(old, new) if old else LESSON
+    model = by_system(textbooks=lesson, exercise="<answer>1403</answer>", grade=9)
+    assert reasons("textbook", DOCUMENT, model, num_exercises=1, min_agreement=0.0) == [reason]
+    if not reason:
+        sample, = samples_of(generator("textbook", num_exercises=1), DOCUMENT, model)
+        assert sample.record["text"].endswith("---\n\n1. When did Berta Lind settle there?\n\n→ 1403")
+        assert reasons("textbook", DOCUMENT, model) == ["number of exercises"]
+
+
+PAIRS = {"Who founded the town of Ashford?": "Berta Lind", "How many houses burned in 1464?": "130"}
+
+
+def solver(known: bool = False, **more: str) -> Any:
+    """Answer questions by a table, without a document only where it is known."""
+    def answer(prompt: str) -> str:
+        question = prompt.partition("Question: ")[2].partition("\n")[0]
+        is_told = SOURCE in prompt or known
+        return f"<answer>{({**PAIRS, **more}).get(question, 'unknown') if is_told else 'unknown'}</answer>"
+
+    return answer
+
+
+def pairs_of(pairs: dict[str, str]) -> str:
+    return "\n".join(f"<question>{q}</question>\n<answer>{a}</answer>" for q, a in pairs.items())
+
+
+@pytest.mark.parametrize(("pair", "reason"), [
+    (("Who founded the town of Ashford?", "Berta Lind"), ""),
+    (("Which weaver named Berta Lind founded it?", "Berta Lind"), "answer not in question"),
+    (("What does the text say of Berta Lind?", "a weaver"), "question stands alone"),
+    (("How many people live in Ashford?", "22,000"), "numbers"),
+    (("Who founded the town Ashford?", "Berta Lind"), "answered with document"),
+    (("이 마을을 세운 사람은 누구인가?", "130"), "language"), (("Where did the weaver come "
+                                                   "from?", "a faraway place"),
+                                                  "judge: supported")])
+def test_a_question_is_answered_by_its_document(pair: tuple[str, str], reason: str) -> None:
+    model = by_system(write_questions=pairs_of({pair[0]: pair[1]}), grade=2, answer_questions=solver())
+    assert reasons("questions", DOCUMENT, model, form="chat") == [reason]
+
+
+@pytest.mark.parametrize("form", ["text", "chat", "prompt"])
+def test_forms_of_questions(form: str) -> None:
+    twice = pairs_of({**PAIRS, "Who founded the town of Ashford then?": "Berta Lind"})
+    model = by_system(write_questions=twice, grade=9, answer_questions=solver())
+    made = generator("questions", form=form)
+    samples = samples_of(made, DOCUMENT, model)
+    assert made.kind == form and [sample.reason for sample in samples] == (
+        ["another question", ""] if form == "text" else ["", "", "another question"])
+    kept = [sample for sample in samples if not sample.reason]
+    assert parse_record(dict(kept[0].record), "x", 1,
+                        RecordReading(kind=form)).kind == form  # type: ignore[arg-type]
+    if form == "text":
+        assert kept[0].record["text"] == SOURCE + "".join(f"\n\nQ: {q}\nA: {a}" for q, a in PAIRS.items())
+        assert kept[0].notes == {"num_pairs": 2, "pairs": [{"known_without": False}] * 2}
+        assert reasons("questions", DOCUMENT, model, min_pairs=3)[-1] == "number of pairs"
+    else:
+        assert kept[0].notes == {"known_without": False}
+    if form == "prompt":
+        assert Stem().score({**kept[0].record,
+                             "response": f"The answer is {kept[0].record['answer']}"}).reward == 1
+
+
+def test_what_is_known_without_the_document_may_be_refused() -> None:
+    model = by_system(write_questions=pairs_of(PAIRS), grade=9, answer_questions=solver(known=True))
+    assert reasons("questions", DOCUMENT, model, form="chat", refuse_known=True) == ["needs the document"] * 2
+    assert keys_of(generator_class("questions").Settings(ask_without=False,
+                                                         refuse_known=True)) == ["refuse_known"]
+    assert keys_of(generator_class("questions").Settings(form="song", max_likeness=2, min_pairs=9)) == [
+        "form", "max_likeness"]
+
+
+FACT = ("Berta Lind", "founded", "Ashford",
+        "It was founded in 1403 by Berta Lind of Ashford, a weaver from Solm.")
+TOLD = GeneratorItem("t", {"text": SOURCE.replace("Lind, a", "Lind of Ashford, a")})
+
+
+def told(*facts: tuple[str, ...]) -> str:
+    parts = ("subject", "relation", "object", "sentence")
+    return "\n".join(f"<{part}>{text}</{part}>" for fact in facts for part,
+                     text in zip(parts, fact, strict=True))
+
+
+@pytest.mark.parametrize(("fact", "verdict", "reason"), [
+    (FACT, "yes", ""), (FACT, "no", "judge: stated"), (("she", *FACT[1:]), "yes", "names"),
+    ((*FACT[:2], "Berta Lind", FACT[3]), "yes", "names"), ((*FACT[:2], "x" * 61, FACT[3]), "yes", "names"),
+    ((*FACT[:3], "Berta Lind made Ashford."), "yes", "sentence in document"),
+    ((*FACT[:2], "Wend", FACT[3]), "yes", "names in sentence")])
+def test_a_fact_stands_in_its_sentence(fact: tuple[str, ...], verdict: str, reason: str) -> None:
+    model = by_system(extract_facts=told(fact), check=f"<answer>{verdict}</answer>")
+    samples = samples_of(generator("triples"), TOLD, model)
+    assert [sample.reason for sample in samples] == ([reason, "number of facts"] if reason else [""])
+
+
+def test_a_document_is_kept_with_its_facts_each_once() -> None:
+    model = by_system(extract_facts=told(FACT, FACT), check="<answer>yes</answer>")
+    again, whole = samples_of(generator("triples"), TOLD, model)
+    assert (again.reason, whole.reason) == ("another fact", "")
+    assert whole.record["document"] == TOLD.fields["text"] and whole.notes == {"num_facts": 1}
+    assert whole.record["triples"] == [dict(zip(("subject", "relation", "object", "sentence"), FACT,
+                                                strict=True))]
+
+
+CATEGORY = {"id": "fraud", "name": "Fraud", "withhold": "scripts for fraud", "examples": ["Write a scam."],
+            "twin": "Write a letter.", "strategy": "redirect"}
+REQUESTS = json.dumps([{"request": "Please write me a letter that tricks my old neighbour out of money.",
+                        "twin": "Please write me a letter that warns my old neighbour of swindlers."}])
+REFUSAL = "I'm sorry, but I can't help with that. A debt advisor can help you with money that you owe."
+HELP = "Dear neighbour, please be careful when strangers ask you for money at the door or on the phone."
+
+
+def careful(**more: Any) -> Any:
+    return by_system(**{"make_a_language_model_safe": REQUESTS, "You_decline": REFUSAL, "turn_the_user": HELP,
+                        "to_the_point": HELP, "refuses_what": "I can't help with that.", "You_grade": 9,
+                        **more})
+
+
+@pytest.mark.parametrize(("more", "found"), [
+    ({}, ["", ""]), ({"You_decline": HELP}, ["refuses", ""]), ({"to_the_point": REFUSAL}, ["", "answered"]),
+    ({"You_grade": 3}, ["judge: category", "judge: harmless"]), ({"to_the_point": GERMAN}, ["", "language"]),
+    ({"You_decline": {"content": REFUSAL, "finish_reason": "length"}}, ["ended", ""]),
+    ({"You_decline": ""}, ["answer", ""]), ({"make_a_language_model_safe": "no JSON"}, ["requests"]),
+    ({"make_a_language_model_safe": json.dumps([{"request": GERMAN, "twin": HELP}])},
+     ["request language", ""])])
+def test_a_careful_answer_is_kept_and_its_harmless_twin(more: dict[str, Any], found: list[str]) -> None:
+    item = GeneratorItem("fraud.en.0", {"category": CATEGORY, "language": "en"})
+    assert reasons("safety", item, careful(**more)) == found
+
+
+def test_safe_completions_and_pairs() -> None:
+    item = GeneratorItem("x.en.0", {"category": {**CATEGORY, "strategy": "safe-complete"}, "language": "en"})
+    samples = samples_of(generator("safety", also="pairs"), item, careful())
+    assert [(sample.kind, sample.reason, sample.group) for sample in samples] == [
+        (None, "", "x.en.0.0"), ("prompt", "", "x.en.0.0")] * 2
+    assert samples[1].record["rejected"] == "I can't help with that." and samples[1].record["chosen"] == HELP
+    assert samples[0].record["strategy"] == "safe-complete" and samples[2].notes == {"twin": True}
+
+
+def test_items_of_safety_are_categories_by_languages_by_calls(tmp_path: Path) -> None:
+    items = list(generator("safety").items([]))
+    assert len({item.id for item in items}) == len(items) == 38 * 3 * 2
+    categories = read_file(Taxonomy, TAXONOMIES / "safety.yaml").categories
+    assert Counter(category.strategy for category in categories) == {"redirect": 30, "safe-complete": 8}
+    for name in ("a.yaml", "b.yaml"):
+        (tmp_path / name).write_text(json.dumps({"categories": [{**CATEGORY, "id": "x"}]}))
+    with pytest.raises(UserError, match="category x stands in"):
+        list(generator("safety").items([tmp_path / "a.yaml", tmp_path / "b.yaml"]))
+    assert keys_of(generator_class("safety").Settings(languages=("kr", "ko", "ko"), min_score=11)) == [
+        "languages.0", "min_score"]
+
+
+@pytest.mark.parametrize(("change", "told"), [
+    ({"strategy": "redirekt"}, "redirect"), ({"id": "Fraud!"}, "up to 40 small letters"),
+    ({"twinn": "x"}, "twin"),
+    ({"examples": []}, "examples"), ({"withhold": 3}, "withhold")])
+def test_mistakes_of_a_taxonomy_are_told(change: dict[str, Any], told: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(json.dumps({"categories": [{**CATEGORY, **change}]}))
+    with pytest.raises(UserError, match=told):
+        list(generator("safety").items([tmp_path / "a.yaml"]))
+
+
+@pytest.mark.parametrize(("language", "text", "expected"), [
+    ("en", "I'm sorry, but I can't help with "
+           "that.", True), ("en", "I can’t provide that information.", True),
+    ("en", "Banks cannot provide this without your papers.", False),
+    ("en", "word " * 100 + "I can't help.", False),
+    ("ko", "죄송하지만 그 요청은 도와드릴 수 "
+           "없습니다.", True), ("ko", "I'm sorry, I can't help with that.", True),
+    ("ko", "쌀을 씻고 물을 넣으세요.", False), ("ko", "도움을 줄 수 있어 기쁩니다.", False),
+    ("th", "ขออภัยค่ะ ฉันไม่สามารถช่วยเรื่องนี้ได้", True), ("th", "ล้างข้าวแล้วเติมน้ำ", False),
+    ("ko", "i i i i " * 100_000, False)])
+def test_refuses(language: str, text: str, expected: bool) -> None:
+    assert refuses(text, language) is expected
+
+
+SUM = GeneratorItem("p", {"problem": "3 + 4?", "answer": "7", "choices": [], "domain": "sums"})
+
+
+def test_right_answers_are_counted_and_a_draw_of_no_use_is_wrong() -> None:
+    said = ["\\boxed{7}", "It is 7.", {"content": "\\boxed{7}", "finish_reason": "length"}, "So \\boxed{8}",
+            "\\boxed{7}", "", "again, " * 60]
+    ask = ScriptedAsk(replies_of(*said), "p", generator_class("answers"))
+    (sample,) = generator("answers", num_draws=7).make(SUM, ask)
+    assert sample.record == {"prompt": "3 + 4?", "answer": "7", "domain": "sums", "problem_id": "p",
+                             "num_right": 2,
+                             "num_answers": 7} and ask.calls == 7
+    (none,) = samples_of(generator("answers", num_draws=2), SUM, lambda request: "")
+    assert none.record["num_right"] == 0
+
+
+@pytest.mark.parametrize(("grades", "reason"), [((9, 1), ""), ((9, 9), "judge: consistent"),
+                                                ((5.4, 4.7), "judge: clear")])
+def test_pairs_are_judged_in_both_orders(grades: tuple[float, float], reason: str) -> None:
+    item = GeneratorItem("pair", {"first_id": "e", "first": "easy?", "second_id": "h", "second": "hard?"})
+    said = [json.dumps({"score": grade}) for grade in grades]
+    (sample,) = samples_of(generator("comparisons"), item, replies_of(*said))
+    assert sample.reason == reason
+    if not reason:
+        assert (sample.record["easier"], sample.record["harder"], sample.record["lead"]) == ("e", "h", 4.0)
+
+
+def test_each_problem_meets_its_share_of_others(tmp_path: Path) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_text("".join(json.dumps({"id": f"p{i}", "problem": f"{i}?"}) + "\n" for i in range(12)))
+    pairs = {frozenset((item.fields["first_id"], item.fields["second_id"]))
+             for item in generator("comparisons").items([file])}
+    assert len(pairs) == 24 and all(sum(f"p{i}" in pair for pair in pairs) == 4 for i in range(12))
+    file.write_text('{"problem": "alone?"}\n')
+    with pytest.raises(UserError, match="pairs need two"):
+        list(generator("comparisons").items([file]))
+
+
+PROBE = "Problem: A gardener plants {} rows of 4 roses each. How many roses are there?\nAnswer: {}"
+TOPIC = GeneratorItem("x.1", {"domain": "algebra", "topic": "gardens", "number": 1})
+
+
+@pytest.mark.parametrize(("problem", "program", "reason"), [
+    (PROBE.format(3, 12), "print(3 * 4)", ""), (PROBE.format(3, "$\\boxed{12}$."), "print(3 * 4)", ""),
+    (PROBE.format(3, 13), "print(3 * 4)", "agreement"), (PROBE.format(3, 12), "print(13)", "program"),
+    (PROBE.format(3, 12), "1/0", ""), ("Problem: short\nAnswer: 1", "", "form"),
+    ("3 times 4? 12", "", "form")])
+def test_a_probe_is_solved_and_computed(problem: str, program: str, reason: str) -> None:
+    model = by_system(write_problems=problem, solve_problems="\\boxed{12}",
+                      Python=f"```python\n{program}\n```")
+    assert reasons("probes", TOPIC, model, num_solutions=2) == [reason]
+
+
+def test_a_probe_of_a_benchmark_is_refused_before_it_is_solved(tmp_path: Path) -> None:
+    (tmp_path / "b.jsonl").write_text(json.dumps({"question": PROBE.format(3, 12).partition("\n")[0][9:]}))
+    model = by_system(write_problems=PROBE.format(3, 12))
+    assert reasons("probes", TOPIC, model, benchmarks=[str(tmp_path / "b.jsonl")]) == ["leaked"]
+    assert tmp_path / "b.jsonl" in generator("probes", benchmarks=[str(tmp_path / "b.jsonl")]).files()
+    with pytest.raises(UserError, match=r"benchmarks = .*none.* does not exist"):
+        generator("probes", benchmarks=[str(tmp_path / "none")])
+
+
+@pytest.mark.parametrize(("line", "said"), [('{"domain": "al gebra", "topic": "x"}', "must be a name"),
+                                            ('{"domain": "algebra"}', "topic = None must be a text")])
+def test_topics_have_domains(line: str, said: str, tmp_path: Path) -> None:
+    assert len(list(generator("probes", per_topic=2).items([]))) == 80
+    (tmp_path / "t.jsonl").write_text(line)
+    with pytest.raises(UserError, match=said):
+        list(generator("probes").items([tmp_path / "t.jsonl"]))
+
+
+@pytest.mark.parametrize(("program", "printed"), [
+    ("print(3 * 4)", "12"), ("print(1)\nprint(2)", ""), ("open('/etc/passwd')", ""), ("import socket", ""),
+    ("print('x' * 1000)", ""), ("().__class__", ""), ("from fractions import Fraction\nprint(Fraction(6, 8))",
+                                                      "3/4")])
+def test_a_program_prints_one_line_and_reaches_for_nothing(program: str, printed: str) -> None:
+    assert run_program(program) == printed
+
+
+def test_a_program_that_had_no_processor_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Busy:
+        def run(self, program: object, limits: object) -> Outcome:
+            return Outcome("infrastructure", None, "", "", "the machine is too busy", 630.0, 1.0, 600.0)
+
+    monkeypatch.setattr("data_prep.synth.declared.programs._sandbox", Busy)
+    with pytest.raises(NoReply, match="the machine is too busy"):
+        run_program("print(1)")

@@ -1,0 +1,235 @@
+"""Generators of your own: how the steps of a file run, and what is refused before anything is asked."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from data_prep.synth.generator import GeneratorItem
+from data_prep.synth.known import generator_class
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import SettingsError
+from tests.data_prep.synth.scripted import ScriptedAsk, by_system, replies_of, samples_of
+
+GOOD: dict[str, Any] = {
+    "help": "Summaries of texts.", "items": {"records": {"fields": ["text"]}}, "makes": "chat",
+    "settings": {"tone": {"default": "plain", "options": ["plain", "lively"]},
+                 "max_words": {"default": 9, "min": 1, "max": 99}},
+    "prompts": {"write": {"system": "You write in a {{ tone }} tone.",
+                          "user": "In {{ max_words }} words: {{ text }}"}},
+    "steps": [{"ask": "write"}, {"parse": {"tagged": ["summary"]}},
+              {"that": "{{ summary.split() | length <= max_words }}", "name": "length",
+               "detail": "is too long"}],
+    "record": {"messages": [{"role": "user", "content": "{{ text }}"},
+                            {"role": "assistant", "content": "{{ summary }}"}]}}
+ITEM = GeneratorItem("a", {"text": "A {{ tone }} day."})
+
+
+def written(folder: Path, change: Any = None, name: str = "own.yaml") -> Path:
+    """Write the good file with some keys changed; a key that is a path changes what is inside."""
+    said = json.loads(json.dumps(GOOD))
+    for key, value in (change or {}).items():
+        *path, last = key.split(".")
+        target = said
+        for part in path:
+            target = target[int(part) if part.isdigit() else part]
+        if value is None:
+            del target[last]
+        elif isinstance(target, list):
+            target[int(last)] = value
+        else:
+            target[last] = value
+    (folder / name).write_text(yaml.safe_dump(said, allow_unicode=True, sort_keys=False))
+    return folder / name
+
+
+def build(folder: Path, change: Any = None, **settings: Any) -> Any:
+    cls = generator_class(str(written(folder, change)))
+    return cls(cls.Settings(**settings))
+
+
+def test_a_file_is_a_generator(tmp_path: Path) -> None:
+    made = build(tmp_path, tone="lively")
+    ask = ScriptedAsk(replies_of("Well: <summary>A day.</summary>"), "a", type(made))
+    sample, = made.make(ITEM, ask)
+    assert (made.name, made.kind, made.version, sample.reason) == ("own", "chat", 1, "")
+    assert ask.requests[0]["messages"] == [{"role": "system", "content": "You write in a lively tone."},
+                                           {"role": "user", "content": "In 9 words: A {{ tone }} day."}]
+    assert sample.record == {"messages": [{"role": "user", "content": "A {{ tone }} day."},
+                                          {"role": "assistant", "content": "A day."}]}
+
+
+@pytest.mark.parametrize(("said", "reason", "record"), [
+    ("<summary>" + "word " * 10 + "</summary>", "length", {"role": "assistant"}),
+    ("no tags", "form", None), ({"content": "<summary>A", "finish_reason": "length"}, "complete", None)])
+def test_a_sample_that_fails_keeps_what_there_is(said: Any, reason: str, record: Any, tmp_path: Path) -> None:
+    sample, = samples_of(build(tmp_path), ITEM, replies_of(said))
+    assert sample.reason == reason and len(sample.record["messages"]) == (2 if record else 1)
+    assert record or sample.record["text"] == (said if isinstance(said, str) else said["content"])
+
+
+def test_lines_with_a_field_are_items(tmp_path: Path) -> None:
+    records = ({"text": "a", "licence": "CC0"}, {"text": "a"}, {"id": "x", "text": "b"})
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    items = list(build(tmp_path).items([tmp_path / "in.jsonl"]))
+    assert [(item.fields["text"], item.licence) for item in items] == [("a", "CC0"), ("b", "")]
+    assert items[1].id == "x"
+    (tmp_path / "in.jsonl").write_text('{"text": 3}\n')
+    with pytest.raises(UserError, match=r"in.jsonl:1: text = '3' must be text"):
+        list(build(tmp_path).items([tmp_path / "in.jsonl"]))
+
+
+PARTS = {"steps": [{"ask": "write"}, {"parse": {"json_list": ["name", "word"]}, "most": 3},
+                   {"that": "{{ word not in before | map(attribute='word') }}", "name": "new"},
+                   {"judge": "Is it one?", "material": {"word": "{{ word }}"}, "least": 5,
+                    "when": "{{ part > 0 }}"},
+                   {"note": {"place": "{{ part }}"}}],
+         "record": {"text": "{{ name }}: {{ word }}"}, "makes": "text"}
+LISTED = json.dumps([{"name": "a", "word": "x"}, {"name": "b", "word": "x"}, {"name": "c", "word": "y"},
+                     {"name": "d", "word": "z"}, {"name": "e"}])
+
+
+def test_a_reply_of_several_parts_becomes_samples_or_one_together(tmp_path: Path) -> None:
+    model = by_system(You_write=LISTED, grade=7)
+    samples = samples_of(build(tmp_path, PARTS), ITEM, model)
+    assert [(s.reason, s.record["text"], s.notes.get("place")) for s in samples] == [
+        ("", "a: x", 0), ("new", "b: x", None), ("", "c: y", 2)]
+    together = {**PARTS, "together": {"record": {"text": "{{ kept | map(attribute='name') | join('+') }}"},
+                                      "least": 2, "note": {"num": "{{ kept | length }} of {{ num_parts }}"}}}
+    rejected, whole = samples_of(build(tmp_path, together), ITEM, model)
+    assert (rejected.reason, whole.reason, whole.record, whole.notes) == (
+        "new", "", {"text": "a+c"}, {"num": "2 of 3"})
+    together["together"]["least"] = 3
+    assert [s.reason for s in samples_of(build(tmp_path, together), ITEM, model)] == ["new",
+                                                                                      "number of samples"]
+
+
+def test_each_every_and_beside(tmp_path: Path) -> None:
+    change = {"steps": [{"each": {"word": "{{ ['a', 'b'] }}"}},
+                        {"every": {"other": "{{ ['a', 'c'] }}"}, "do": [
+                            {"ask": "write", "into": "told", "temperature": 0.0, "max_tokens": 5},
+                            {"that": "{{ told == 'yes' }}", "name": "agrees", "detail": "{{ other }}"}]},
+                        {"set": {"text2": "{{ word }}!"}}],
+              "record": {"text": "{{ text2 }}"}, "makes": "text", "group": "{{ item_id }}",
+              "prompts": {"write": {"user": "Is {{ word }} {{ other }}?"}},
+              "beside": [{"when": "{{ word == 'b' }}", "makes": "prompt",
+                          "record": {"prompt": "{{ word }}"}}]}
+    samples = samples_of(build(tmp_path, change), ITEM, replies_of("yes", "no", "yes", "yes"))
+    assert [(s.reason, s.kind, dict(s.record), s.group) for s in samples] == [
+        ("agrees", None, {}, "a"), ("", None, {"text": "b!"}, "a"), ("", "prompt", {"prompt": "b"}, "a")]
+    assert samples[0].verdicts[-1].detail == "c"
+
+
+def test_a_check_by_name_takes_fields_and_several_replies_are_a_list(tmp_path: Path) -> None:
+    change = {"steps": [{"ask": "write", "into": "replies", "count": "{{ max_words }}", "may_fail": True},
+                        {"set": {"summary": "{{ replies | join(' ') }}", "language": "en"}},
+                        {"check": "language", "args": {"text": "{{ summary }}"}},
+                        {"check": "within", "name": "number", "args": {"value": "{{ replies | length }}",
+                                                                       "least": 2,
+                                                                       "most": 3}, "into": "enough"},
+                        {"that": "{{ enough }}", "name": "enough"}]}
+    assert [s.reason for s in samples_of(build(tmp_path, change, max_words=3), ITEM,
+                                         lambda request: "Hello you."
+                                         )] == [""]
+    assert [s.reason for s in samples_of(build(tmp_path, change, max_words=2), ITEM,
+                                         lambda request: "안녕")] == [
+        "language"]
+    assert [s.reason for s in samples_of(build(tmp_path, change, max_words=2), ITEM,
+                                         lambda request: "")] == ["enough"]
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "an unknown key": ({"stepps": []}, "stepps"), "an unknown reader": ({"items": "document"},
+                                                                        "did you mean 'documents'"),
+    "no prompt": ({"prompts": None}, "prompts"), "a prompt that nobody asks": (
+        {"prompts.more": {"user": "x"}}, "is asked by no step"),
+    "a step without a verb": ({"steps.0": {"aks": "write"}}, "must have one of the keys"),
+    "two verbs": ({"steps.0": {"ask": "write", "set": {"a": 1}}}, "must have one of the keys"),
+    "an unknown part of a step": ({"steps.0": {"ask": "write", "temprature": 1}}, "steps.0.temprature"),
+    "an unknown prompt": ({"steps.0": {"ask": "wirte"}}, "did you mean 'write'"),
+    "an unknown check": ({"steps.2": {"check": "lenght"}}, "must be one of agreed"),
+    "an unknown argument": ({"steps.2": {"check": "language", "args": {"txt": "x"}}},
+                            "is no argument of language"),
+    "an argument that no field gives": ({"steps.2": {"check": "language", "args": {"text": "x"}}},
+                                        "names 'language'"),
+    "an unknown parser": ({"steps.1": {"parse": {"tag": ["x"]}}}, "must be one of tagged"),
+    "names that are none": ({"steps.1": {"parse": {"tagged": "summary"}}}, "must be a list of names"),
+    "a broken pattern": ({"steps.1": {"parse": {"pattern": "(?P<a>"}}}, "is no regular expression"),
+    "a pattern without a name": ({"steps.1": {"parse": {"pattern": "a+"}}}, "has no named group"),
+    "a field that a prompt does not get": ({"prompts.write.user": "{{ txet }}"}, "names 'txet'"),
+    "a field that comes later": ({"prompts.write.user": "{{ summary }}"}, "names 'summary'"),
+    "a field that no record gets": ({"record": {"text": "{{ sumary }}"}}, "did you mean 'summary'"),
+    "a prompt that is no template": ({"prompts.write.user": "{{ text"}, "is no Jinja template"),
+    "a value that is no template": ({"steps.2.that": "{{ summary | nofilter }}"}, "No filter named"),
+    "a condition that is text": ({"steps.2.that": "summary"}, "must be one {{ expression }}"),
+    "a check without a name": ({"steps.2.name": None}, "name"),
+    "an unknown kind": ({"makes": "song"}, "must be one of text, chat"),
+    "a default beyond its bound": ({"settings.max_words.default": 0}, "settings.max_words"),
+    "a default that is no option": ({"settings.tone.default": "sad"}, "settings.tone"),
+    "a setting with the name of a field": ({"settings.text": {"default": 1}}, "settings.text"),
+    "a setting with no name": ({"settings": {"a b": {"default": 1}}}, "choose another one"),
+    "a setting with a word of Python": ({"settings": {"class": {"default": 1}}}, "choose another one"),
+    "parts inside of beside": ({"beside": [{"makes": "text", "record": {}, "steps": [{"each": {"y": [1]}}]}]},
+                               "would divide"),
+    "a bound by no setting": ({"settings.max_words.at_most": "most"}, "names no setting"),
+    "fields that are no names": ({"items": {"records": {"fields": ["a b"]}}}, "items.records.fields"),
+    "an option of no reader": ({"items": {"documents": {"fields": ["a"]}}}, "items.documents.fields"),
+    "parts inside of every": ({"steps.2": {"every": {"x": [1]}, "do": [{"each": {"y": [1]}}]}},
+                              "would divide"),
+    "together without parts": ({"together": {"record": {}}}, "needs one step that divides")}
+ATTACKS = ("{{ ''.__class__ }}", "{{ text.__class__.__mro__[1].__subclasses__() }}",
+           "{{ text['__class__'] }}",
+           "{{ text | attr('__cla' ~ 'ss__') }}", "{{ cycler.__init__.__globals__.os }}",
+           "{% include '/etc/passwd' %}",
+           "{% import 'os' as os %}", "{{ self.__init__ }}", "{{ lipsum.__globals__ }}")
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_file_with_a_mistake_is_refused_with_file_key_and_rule(what: str, tmp_path: Path) -> None:
+    change, told = BAD[what]
+    file = written(tmp_path, change)
+    with pytest.raises(SettingsError) as e:
+        generator_class(str(file))
+    assert str(e.value).startswith(str(file)) and told in str(e.value) and "line " in str(e.value)
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("place", ["prompts.write.user", "steps.2.that", "record", "group"])
+def test_a_template_that_reaches_for_more_than_fields_is_refused(attack: str, place: str,
+                                                                 tmp_path: Path) -> None:
+    file = written(tmp_path, {place: {"text": attack} if place == "record" else attack})
+    with pytest.raises(UserError, match=re.escape(str(file))):
+        generator_class(str(file))
+
+
+@pytest.mark.parametrize("bomb", ["{{ 'x' * 10 ** 10 }}", "{{ 10 ** 10 ** 10 }}",
+                                  "{{ range(10 ** 9) | list }}"])
+def test_a_bomb_is_an_error_and_no_full_memory(bomb: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot be computed|mend this value"):
+        samples_of(build(tmp_path, {"steps.2": {"set": {"a": bomb}}}), ITEM,
+                   replies_of("<summary>a</summary>"))
+
+
+@pytest.mark.parametrize("text", ["", "steps: [", "- a", "help: &a [*a]", "\x00", "{\"help\": 1"])
+def test_a_file_that_is_no_mapping_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"own\.yaml"):
+        generator_class(str(tmp_path / "own.yaml"))
+
+
+@pytest.mark.parametrize(("step", "said"), [
+    ({"each": {"word": "{{ summary }}"}}, "must be a list"),
+    ({"judge": "Good?", "material": {"a": "b"}, "least": "{{ summary }}"}, "TypeError|ValueError"),
+    ({"set": {"a": "{{ matches(summary, '(') }}"}}, "cannot be computed"),
+    ({"set": {"a": "{{ summary / 2 }}"}}, "cannot be computed"),
+    ({"check": "within", "args": {"value": "{{ summary }}"}}, "TypeError")])
+def test_a_value_of_another_type_ends_the_run_in_a_sentence(step: dict[str, Any], said: str, tmp_path: Path
+                                                            ) -> None:
+    model = by_system(You_write="<summary>a</summary>", grade=5)
+    with pytest.raises(UserError, match=said):
+        samples_of(build(tmp_path, {"steps.2": step}), ITEM, model)
