@@ -13,6 +13,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import Flag, add_options, read_options
 
+
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
     """Write a run's report, or that of several that follow on each other, as one HTML file."""
