@@ -5,8 +5,8 @@
 First the rounds of reinforcement learning that NeMo RL's pages publish (`benchmarks/data/rl_throughput.csv`)
 where engines and trainer take turns on the same GPUs: seconds of a round, predicted and measured, and the
 same for each model with the engine's costs fitted on the others alone.  Then the budgets that papers name.
-With --fit the engine's costs are searched anew, in so many random steps, and printed; `plan/post_training.py` has
-them.
+With --fit the engine's costs are searched anew, in so many random steps, and printed;
+`plan/post_training.py` has them.
 """
 
 from __future__ import annotations
