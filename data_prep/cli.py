@@ -88,9 +88,9 @@ COMMANDS = {
         ("mix tokens:0.8 chats:0.2 --output mixed",
          "mix tokens --blend solar-open --output mixed --dry-run")),
     "inspect": Command(
-        "data_prep.curate.journey.inspect_command",
-        "show what token shards hold; a document's way through a pipeline, and why it was dropped",
-        LOOK, "data_journey.md", ("inspect tokens", "inspect corpus --dropped duplicate")),
+        "data_prep.curate.inspect",
+        "show what token shards hold, or what each step of a pipeline kept and dropped",
+        LOOK, "inspect.md", ("inspect tokens", "inspect corpus")),
     "stats": Command(
         "data_prep.shards.stats", "show lengths of documents, token types and special tokens, per source",
         LOOK, "data.md", ("stats tokens", "stats chats")),
@@ -100,10 +100,6 @@ COMMANDS = {
     "verify": Command(
         "data_prep.shards.verify", "check token shards: hashes, indices, ids, splits, duplicates, epochs",
         LOOK, "data.md", ("verify tokens", "verify mixed --tokens 1e6 --blend english=0.5,ko=0.5")),
-    "report": Command(
-        "data_prep.curate.journey.report_command",
-        "write the HTML report of what `sov-data run` or `sov-data synth` did",
-        LOOK, "data_journey.md", ("report corpus", "report corpus --output report.html")),
 }
 
 

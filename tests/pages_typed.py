@@ -29,7 +29,6 @@ TYPED = {
     "docs/codecs.md": "tests/commands/models/test_codec.py",
     "docs/convert.md": "tests/convert/test_convert_page.py",
     "docs/data.md": "tests/test_docs_data_pages.py",
-    "docs/data_journey.md": "tests/data_prep/curate/journey/test_journey_page.py",
     "docs/data_pipeline.md": "tests/test_docs_data_pipeline.py",
     "docs/data_scoring.md": "tests/test_docs_data_scoring.py",
     "docs/decontamination.md": "tests/test_docs_dedup_pages.py",

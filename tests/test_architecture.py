@@ -48,7 +48,7 @@ WINGS: dict[str, tuple[set[str], ...]] = {
     "megatron_sov/engine": ({"parallel"}, {"model"}, {"optimizer", "decode"}),
     "megatron_sov/train": ({"data"}, {"guards", "side_jobs"}, {""}),
     # steps know the contract of a pipeline, and a pipeline knows steps by name alone
-    "data_prep/curate": ({"sources", "journey", "pipelines"}, {"pipeline"},
+    "data_prep/curate": ({"sources", "pipelines"}, {"pipeline"},
                          {"quality", "dedup", "scoring"}, {"decontamination"}),
     "tokenizer": ({"bpe"}, {"formats"}, {"report"}, {"compare"}),
 }
@@ -89,7 +89,6 @@ CUT_ANYWHERE = {
     "data_prep/synth/generators/tools/worlds.py": _PROGRAM,
     "megatron_sov/sandbox/enclosures.py": _SYSTEM, "megatron_sov/train/recorder.py": _SYSTEM,
     "megatron_sov/sandbox/system_calls.py": _SYSTEM,
-    "data_prep/curate/journey/telling.py": "text that is shown; ends of lines that differ are told",
     "data_prep/curate/quality/rules/step.py": _PUBLISHED}
 """File whose lines may be cut at any sign that ends one -> what they are."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 60

@@ -4,14 +4,14 @@ stands."""
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.curate.journey.facts import counted_beside, facts_of_output
-from data_prep.curate.journey.page import REPORT_HTML, write_report
 from data_prep.curate.pipeline.counts import Counts, noted_seal
+from data_prep.curate.pipeline.facts import counted_beside, facts_of_output
 from data_prep.curate.pipeline.pipeline_file import named_columns
 from data_prep.curate.pipeline.plan import OUTPUT, Layer, PipelinePlan, SourcePlan, link
 from data_prep.curate.pipeline.tasks import pass_marks
@@ -61,7 +61,7 @@ def what_stands(summary: dict[str, Any], output: Path, text: Path, quarantine: P
              f"  {account.describe()}"]
     if _broken(summary):
         lines.append(f"  quarantine: {quarantine}")
-    return "\n".join([*lines, f"  what became of each document: {output / REPORT_HTML}"])
+    return "\n".join([*lines, f"  what each step dropped: sov-data inspect {shlex.quote(str(output))}"])
 
 
 def account_documents(summary: dict[str, Any]) -> RecordAccount:
@@ -138,21 +138,18 @@ def finish(plan: PipelinePlan, output: Path, workers: int) -> str:
         UserError: nothing is kept, the tokenizer does not fit, or the disk refuses.
     """
     with disk_errors(output):
-        # The order matters to a run that is killed: text, lists, summary, shards, page, and last the
-        # manifest, which alone says that the corpus is complete.
+        # The order matters to a run that is killed: text, lists, summary, shards, and last the manifest,
+        # which alone says that the corpus is complete.
         named = _publish_text(plan, output)
         _write_quarantine(plan, output)
         summary = summary_of(plan, output) | {"output": list(_described(output, named))}
         summary["account"] = account_documents(summary).to_dict()
         atomic_write(output / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False))
-        # A page is written all the same: it shows which step dropped everything.
         if not named:
-            write_report(output)
             raise UserError(f"{output}: no document is kept, so there is no output; "
-                            f"{why_empty(summary, output / QUARANTINE)} (all steps: {output / REPORT_HTML})")
+                            f"{why_empty(summary, output / QUARANTINE)} (all steps: {output / SUMMARY})")
         if plan.pipeline.pack is not None:
             _pack(plan, output, sorted(named), workers)
-        write_report(output)
         _write_manifest(plan, output, summary)
     return what_stands(summary, output, output / TEXT, output / QUARANTINE)
 
@@ -239,7 +236,7 @@ def _source_summary(plan: PipelinePlan, source: SourcePlan, output: Path) -> dic
 def _described(output: Path, named: dict[str, int]) -> Iterator[dict[str, Any]]:
     for name, facts in facts_of_output(output).items():
         yield {"name": name, "num_documents": facts.num_documents, "num_bytes": facts.num_bytes,
-               "num_shards": named[name]}
+               "num_shards": named[name], "facts": facts.to_dict()}
 
 
 def _pack(plan: PipelinePlan, output: Path, names: list[str], workers: int) -> None:

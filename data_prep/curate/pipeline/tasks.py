@@ -22,7 +22,7 @@ from typing import IO, Any
 import psutil
 import pyarrow as pa
 
-from data_prep.curate.journey.facts import write_shard_facts
+from data_prep.curate.pipeline.facts import write_shard_facts
 from data_prep.curate.line_ends import unify_line_ends
 from data_prep.curate.pipeline.addresses import refuse_changed
 from data_prep.curate.pipeline.counts import Counts, noted_seal

@@ -32,6 +32,8 @@ COMMANDS = {
     "megatron-sov rl why": "`megatron-sov rl store show` prints responses and their rewards",
     "megatron-sov watch": "`megatron-sov status RUN --follow` prints each step; --set obs.tensorboard=true "
                           "draws curves",
+    "sov-data report": "`sov-data inspect DIR` shows what each step of a pipeline dropped; `sov-data synth` "
+                       "leaves report.html in its output",
     "sov-data card": "manifest.json and summary.json of the output have sources, counts and hashes",
     "sov-tokenizer graft": "resize the model with transformers' `resize_token_embeddings`; `sov-tokenizer "
                            "media` adds tokens of pictures and sounds",

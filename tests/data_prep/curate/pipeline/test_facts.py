@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.curate.journey import facts
-from data_prep.curate.journey.facts import (
-    BINS, Facts, counted_beside, facts_of_file, facts_of_output, total, write_shard_facts)
+from data_prep.curate.pipeline import facts
+from data_prep.curate.pipeline.facts import (
+    BINS, Facts, counted_beside, facts_of_file, facts_of_output, write_shard_facts)
 
 
 def documents(count: int) -> list[dict[str, object]]:
@@ -69,7 +69,7 @@ def test_sums_do_not_depend_on_how_shards_are_cut(tmp_path: Path) -> None:
         write(tmp_path / f"four/text/all/{i:05d}.parquet", rows[25 * i:25 * i + 25])
     for i in (1, 3):  # counted when they were written; the others are counted now
         write_shard_facts(tmp_path / f"four/text/all/{i:05d}.parquet")
-    one, four = (total(facts_of_output(tmp_path / name).values()) for name in ("one", "four"))
+    one, four = (facts_of_output(tmp_path / name)["all"] for name in ("one", "four"))
     assert one.to_dict() == four.to_dict() == Facts.from_dict(json.loads(json.dumps(one.to_dict()))).to_dict()
 
 

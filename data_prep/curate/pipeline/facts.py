@@ -1,17 +1,15 @@
 """What the documents of an output are: languages, levels, kinds, licences, hosts, dates and scores, counted.
 
-The task that writes an output shard counts it too (`write_shard_facts`), so that a page or a card over
-thousands of shards reads small files.  Sums do not depend on the order or the number of shards, but for
+The task that writes an output shard counts it too (`write_shard_facts`), so that the summary of thousands of
+shards reads small files.  Sums do not depend on the order or the number of shards, but for
 values of which there are very many (hosts): of these the largest of each shard are kept.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,105 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_prep.curate.journey.summary import SUMMARY, JourneySummary, read_summary
 from data_prep.shards.shard_damage import way_out
-from megatron_sov.base.errors import UserError, nearest, visible
+from megatron_sov.base.errors import UserError, visible
 from megatron_sov.base.sealed import open_parquet, try_read_json, write_json
 
-# A pipeline's output on the disk as its readers see it: base shards, and a layer over them for each step.
-
-PIPELINE, SHARDS, QUARANTINE = "pipeline.json", "shards", "quarantine"
-OUTPUT = "output"
-"""Behind the last step: documents sorted by where they go, which are no layer."""
 BATCH_ROWS = 4096
-_STEP_FOLDER = re.compile(r"(\d{2,})-([\w.]+)-([0-9a-f]{6,64})")
-_SHARD_FILE = re.compile(r"(\d{5,})\.parquet")
-
-
-@dataclass(frozen=True)
-class StepFolder:
-    """The layers of one step over one source."""
-
-    number: int
-    """Its place in the pipeline's file; 0 is what was read."""
-    kind: str
-    path: Path
-
-    @property
-    def name(self) -> str:
-        """Number and kind, e.g. "03 minhash_dedup"."""
-        return f"{self.number:02d} {self.kind}"
-
-    def shard(self, number: int) -> Path:
-        return self.path / f"{number:05d}.parquet"
-
-    def numbers(self) -> list[int]:
-        names = [_SHARD_FILE.fullmatch(p.name) for p in self.path.iterdir()] if self.path.is_dir() else []
-        return sorted(int(name[1]) for name in names if name)
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """What `sov-data run` wrote, or has written so far."""
-
-    out: Path
-    sources: dict[str, list[StepFolder]]
-    """Name -> its steps in order, the first of which is what was read."""
-
-    @staticmethod
-    def open(out: Path) -> Corpus:
-        """Return a run's output; where the run has not come to its end, what is there of it.
-
-        Raises:
-            UserError: it is no such folder, or is damaged.
-        """
-        if not is_corpus(out):
-            raise UserError(f"{out}: is no output of `sov-data run`; pass the folder of its --output")
-        if (out / SUMMARY).is_file():
-            found = {source.name: [StepFolder(s.number, s.kind, out / s.folder) for s in source.steps]
-                     for source in read_summary(out).sources}
-        else:
-            folders = sorted((out / SHARDS).iterdir()) if (out / SHARDS).is_dir() else []
-            found = {folder.name: _newest(folder) for folder in folders if folder.is_dir()}
-        return Corpus(out, {name: steps for name, steps in found.items() if steps})
-
-    @property
-    def is_complete(self) -> bool:
-        return (self.out / SUMMARY).is_file()
-
-    @cached_property
-    def summary(self) -> JourneySummary:
-        return read_summary(self.out)
-
-    def steps(self, source: str) -> list[StepFolder]:
-        """Return the steps of a source.
-
-        Raises:
-            UserError: there is no such source.
-        """
-        if source not in self.sources:
-            names = visible(", ".join(self.sources)) or "none yet"
-            raise UserError(f"{self.out}: has no source {source!r} (sources: {names})"
-                            f"{nearest(source, self.sources)}")
-        return self.sources[source]
-
-
-def is_corpus(out: Path) -> bool:
-    return (out / PIPELINE).is_file() or ((out / SUMMARY).is_file() and (out / SHARDS).is_dir())
-
-
-def _newest(folder: Path) -> list[StepFolder]:
-    """Return a source's steps where no summary names them: of several addresses of a step the newest."""
-    found: dict[int, tuple[int, StepFolder]] = {}
-    for path in folder.iterdir():
-        named = _STEP_FOLDER.fullmatch(path.name)
-        if named and named[2] != OUTPUT and path.is_dir():
-            # A changed setting leaves the folders of its earlier address: the newest is that of the run that
-            # goes on.
-            number, time_ns = int(named[1]), path.stat().st_mtime_ns
-            if number not in found or time_ns > found[number][0]:
-                found[number] = time_ns, StepFolder(number, named[2], path)
-    return [found[number][1] for number in sorted(found)] if 0 in found else []
 
 
 def open_shard(file: Path) -> pq.ParquetFile:
@@ -167,28 +71,6 @@ def batches(file: Path, texts: Sequence[str], others: Sequence[str] = ()) -> Ite
             yield batch.select(wanted)
     except (pa.ArrowException, OSError) as e:
         raise damage(file, str(e)) from None
-
-
-def row_of(file: Path, row: int) -> dict[str, Any]:
-    """Return one row of a shard; only the group that holds it is read.
-
-    Raises:
-        UserError: the shard is missing, damaged, or has fewer rows.
-    """
-    opened = open_shard(file)
-    first = 0
-    for group in range(opened.num_row_groups):
-        size = opened.metadata.row_group(group).num_rows
-        if row < first + size:
-            try:
-                read = opened.read_row_group(group).slice(row - first, 1)
-                read.validate(full=True)
-                found: dict[str, Any] = read.to_pylist()[0]
-                return found
-            except (pa.ArrowException, OSError, ValueError) as e:
-                raise damage(file, str(e)) from None
-        first += size
-    raise damage(file, f"{first:,} rows, and the document is row {row:,} of its shard")
 
 
 FORMAT = 1
@@ -351,13 +233,6 @@ def facts_of_output(out: Path) -> dict[str, Facts]:
     for file in sorted((out / TEXT).glob("*/*.parquet")):
         found.setdefault(file.parent.name, Facts()).merge(_counted(file) or facts_of_file(file))
     return found
-
-
-def total(facts: Iterable[Facts]) -> Facts:
-    whole = Facts()
-    for one in facts:
-        whole.merge(one)
-    return whole
 
 
 def _counted(file: Path) -> Facts | None:
