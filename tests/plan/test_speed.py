@@ -14,11 +14,11 @@ from megatron_sov.plan.speed.parameters import default
 from megatron_sov.plan.speed.step import beside_layers, router_s, step_time
 from megatron_sov.plan.speed.traffic import held_params, messages
 from megatron_sov.plan.speed.workload import Block, ModelShape, Workload, of_run
-from megatron_sov.plan.tables.predicted import find, published
 from megatron_sov.work.clusters.chips import CHIPS, chip, default_links
+from tests.plan.published import published_shapes
 
-LLAMA = next(model.shape for model in published() if "llama3-8b" in model.names)
-QWEN = next(model.shape for model in published() if "qwen3-30b-a3b" in model.names)
+LLAMA = published_shapes()["llama3-8b"]
+QWEN = published_shapes()["qwen3-30b-a3b"]
 H100 = chip("h100")
 
 
@@ -197,9 +197,7 @@ def test_a_stage_with_more_layers_sends_more() -> None:
 
 def a_workload(name: str, **settings: object) -> Workload:
     """Return a micro-batch of 4,096 tokens of a published model on 16 GPUs."""
-    known = find(name)
-    assert known is not None
-    return replace(Workload(known.shape, H100, default_links(H100), num_gpus=16, seq_len=4096,
+    return replace(Workload(published_shapes()[name], H100, default_links(H100), num_gpus=16, seq_len=4096,
                             global_batch_size=16), **settings)  # type: ignore[arg-type]
 
 

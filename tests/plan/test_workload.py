@@ -20,8 +20,8 @@ from megatron_sov.plan.calibration.learned import read_learned
 from megatron_sov.plan.speed import traffic
 from megatron_sov.plan.speed.parameters import default, of_json
 from megatron_sov.plan.speed.workload import Block, ModelShape, Workload, of_model, of_run
-from megatron_sov.plan.tables.predicted import published
 from megatron_sov.work.clusters.chips import CHIPS, chip, default_links
+from tests.plan.published import published_shapes
 
 ONE_OF_EACH = {recipes.get(name).model: name for name in recipes.names() if not name.startswith("tiny-")}
 """Architecture -> a recipe that has it."""
@@ -92,7 +92,7 @@ def test_rows_of_linear_attention_are_exchanged_by_hand() -> None:
     ("deepseek-v3", 4096, 1648e3 / 6338), ("kimi-k2", 4096, 1099e3 / 5372),
     ("moonlight-16b", 4096, 386.59e3 / 22528.026), ("nemotron-3-super", 8192, 817e3 / 9652)])
 def test_flops_are_those_of_published_tables(name: str, seq_len: int, gflops: float) -> None:
-    shape = next(model.shape for model in published() if name in model.names)
+    shape = published_shapes()[name]
     assert shape.train_flops_per_token(seq_len) / 1e9 == pytest.approx(gflops, rel=0.02)
 
 
@@ -102,7 +102,7 @@ def test_flops_are_those_of_published_tables(name: str, seq_len: int, gflops: fl
     ("nemotron-3-super", 120.6, 12.7), ("glm-4.5", 353, 33.6), ("qwen3-235b-a22b", 235, 22.2)])
 def test_published_models_have_the_parameters_of_their_names(name: str, billions: float,
                                                              active: float) -> None:
-    shape = next(model.shape for model in published() if name in model.names)
+    shape = published_shapes()[name]
     assert shape.params() / 1e9 == pytest.approx(billions, rel=0.01)
     assert shape.active_params() / 1e9 == pytest.approx(active, rel=0.015)
 
@@ -110,7 +110,7 @@ def test_published_models_have_the_parameters_of_their_names(name: str, billions
 @pytest.mark.parametrize("name", ["qwen3-8b", "k-exaone-236b", "nemotron-3-super"])
 def test_a_row_written_token_by_token_has_the_flops_of_its_forward_pass(name: str) -> None:
     """Each query sees what stands before it and itself; prediction layers aside, which do not write."""
-    found = next((model.shape for model in published() if name in model.names), None)
+    found = published_shapes().get(name)
     shape = replace(found or of_model(recipes.get(name).model), num_mtp_layers=0)
     written = sum(shape.decode_flops_per_token(context) for context in range(1, 301))
     assert written == pytest.approx(300 * shape.forward_flops_per_token(300))
@@ -144,7 +144,7 @@ def test_a_forward_pass_has_the_flops_that_torch_counts() -> None:
 
 
 def test_layers_of_hybrids_add_up() -> None:
-    nano = next(model.shape for model in published() if "nemotron-3-nano" in model.names)
+    nano = published_shapes()["nemotron-3-nano"]
     # MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME
     assert (nano.num_mamba_layers, nano.num_attention_layers, nano.num_moe_layers) == (23, 6, 23)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,16 @@ import pytest
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.rollouts.store import RolloutStore
 
-sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
-from rl_tools import TEMPLATE
-
+TEMPLATE = (
+    "{% if tools %}<|begin|>system<|content|>{{ messages[0].content }}{% for tool in tools %}"
+    " {{ tool.function.name }}({{ tool.function.parameters.properties | join(', ') }}): "
+    "{{ tool.function.description }}{% endfor %}<|end|>{% endif %}"
+    "{% for m in messages %}{% if not (tools and m.role == 'system') %}"
+    "<|begin|>{{ m.role }}<|content|>{{ m.content }}{% for call in m.tool_calls or [] %}<tool_call>"
+    "{{ {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}</tool_call>"
+    "{% endfor %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|begin|>assistant<|content|>{% endif %}")
+"""Names the tools and their arguments, and leaves the types out: prompts of 60 tokens instead of 300."""
 WORLD = '''
 from megatron_sov.judge.rewards.reward import Score
 from megatron_sov.judge.tools.environment import World
