@@ -39,7 +39,7 @@ def test_the_pages_pipeline_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     printed = capsys.readouterr().out
     assert "corpus: complete" in printed
     assert "\nsource web: raw/web: passed over 1 hidden (.draft.txt)\n" in printed
-    for name in ("text", "summary.json", "report.html", "quarantine/web.jsonl", "manifest.json",
+    for name in ("text", "summary.json", "quarantine/web.jsonl", "manifest.json",
                  "pipeline.json", "shards/books", "shared"):
         assert Path("corpus", name).exists(), name
 

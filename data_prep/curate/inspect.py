@@ -1,5 +1,5 @@
-"""`sov-data inspect`: what an artifact, file of rows or unfinished output is; of token shards their table, of a
-pipeline's output what each step kept, changed and dropped, by the counts of its summary.json."""
+"""`sov-data inspect`: what an artifact, file of rows or unfinished output is; of token shards their table, of
+a pipeline's output what each step kept, changed and dropped, by the counts of its summary.json."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def steps_table(output: Path) -> Iterator[str]:
     Raises:
         UserError: its summary.json is missing or damaged.
     """
-    yield (f"{'source':<16} {'step':<24} {'documents in':>12} {'kept':>12} {'changed':>12} {'text kept':>10}  "
-           "dropped")
+    yield (f"{'source':<16} {'step':<24} {'documents in':>12} {'kept':>12} {'changed':>12} "
+           f"{'text kept':>10}  dropped")
     for source, step in _steps(output):
         reasons = Counter({reason: lost["documents"] for reason, lost in step["dropped"].items()})
         dropped = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common(MAX_REASONS))
@@ -71,7 +71,7 @@ def dropped_samples(output: Path, count: int) -> Iterator[str]:
     Raises:
         UserError: its summary.json is missing or damaged.
     """
-    for source, step in _steps(output):
+    for _, step in _steps(output):
         for sample in step["samples"]["dropped"][:count]:
             text = " ".join(sample["before"].split())[:SAMPLE_CHARS]
             yield visible(f"{sample['id']}  {step['kind']}: {sample['reason']}: {text}")

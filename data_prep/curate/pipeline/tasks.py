@@ -22,10 +22,10 @@ from typing import IO, Any
 import psutil
 import pyarrow as pa
 
-from data_prep.curate.pipeline.facts import write_shard_facts
 from data_prep.curate.line_ends import unify_line_ends
 from data_prep.curate.pipeline.addresses import refuse_changed
 from data_prep.curate.pipeline.counts import Counts, noted_seal
+from data_prep.curate.pipeline.facts import write_shard_facts
 from data_prep.curate.pipeline.pipeline_file import Pipeline, name_of
 from data_prep.curate.pipeline.plan import (
     OUTPUT, PARSE, Layer, PipelinePlan, SourcePlan, StepPlan, file_hashes, pieces_of)

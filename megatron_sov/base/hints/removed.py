@@ -55,6 +55,9 @@ OPTIONS = {
     **dict.fromkeys((f"megatron-sov submit --{name}" for name in ("job-name", "manifest", "apply")),
                     "submit to a Slurm cluster; Kubernetes is not supported"),
     "sov-data mix --search": "set the shares with --blend",
+    **dict.fromkeys((f"sov-data inspect --{name}" for name in ("id", "where", "text", "dropped", "source")),
+                    "`sov-data inspect OUT` prints what each step dropped; read shards/ and quarantine/ of the "
+                    "output with pandas or DuckDB for single documents"),
     **dict.fromkeys(("sov-data synth --labels", "sov-data synth --min-kappa"),
                     "compare kept.jsonl and rejected.jsonl with scikit-learn's `cohen_kappa_score`"),
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -65,8 +64,3 @@ def test_token_shards_and_strange_folders(token_shards: Path, tmp_path: Path,
     assert "artifact of kind tokens" in inspect(capsys, token_shards)[0]
     assert "does not exist, and no work on it is unfinished" in inspect(capsys, tmp_path / "none", code=2)[0]
     assert "is nothing that megatron-sov has made" in inspect(capsys, tmp_path, code=2)[0]
-
-
-def test_a_pipelines_own_summary_is_shown(run_pipeline: Callable[..., Path],
-                                          capsys: pytest.CaptureFixture[str]) -> None:
-    """What `sov-data run` writes is what this command reads."""

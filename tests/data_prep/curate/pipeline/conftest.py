@@ -132,14 +132,6 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.fsync", lambda fd: None)
 
 
-@pytest.fixture(autouse=True)
-def without_page(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the page be a word, but in the one run whose page is looked at."""
-    if request.function.__name__ != "test_documents_go_through_the_steps_to_their_names":
-        monkeypatch.setattr("data_prep.curate.pipeline.finish.write_report",
-                            lambda output: (output / "report.html").write_text("page"))
-
-
 @pytest.fixture
 def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
     """Return the list that tasks enter themselves into as they are done in this process: stage, source,

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep import cli
+from data_prep.curate.inspect import steps_table
 from data_prep.curate.pipeline import tasks
 from megatron_sov.base.artifacts import damaged_files, read_manifest
 
@@ -62,7 +63,8 @@ def test_documents_go_through_the_steps_to_their_names(raw: Path) -> None:
     assert account["num_written"] == 8 == account["num_read"] - sum(account["set_aside"].values())
     assert web["steps"][2]["dropped"] == {"seen before": {"documents": 2, "bytes": 800}}
     assert (output / web["steps"][2]["folder"]).is_dir()
-    assert "seen before" in (output / "report.html").read_text()
+    assert summary["output"][0]["facts"]["num_documents"] == 4
+    assert "seen before 2" in "\n".join(steps_table(output))
 
 
 def test_what_is_complete_is_not_done_again(raw: Path, done: Done, capsys: pytest.CaptureFixture[str]
@@ -241,7 +243,7 @@ def test_nothing_kept_is_told(raw: Path, capsys: pytest.CaptureFixture[str]) -> 
     output = run(raw, code=2)
     said = capsys.readouterr().err
     assert "no document is kept" in said and "shorten (too short)" in said
-    assert not (output / "manifest.json").exists() and (output / "report.html").is_file()
+    assert not (output / "manifest.json").exists() and (output / "summary.json").is_file()
 
 
 def test_where_nothing_can_be_read_the_sentence_says_why(raw: Path, capsys: pytest.CaptureFixture[str]
