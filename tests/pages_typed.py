@@ -42,7 +42,6 @@ TYPED = {
     "docs/omni.md": "tests/test_docs_omni.py",
     "docs/own_code.md": "tests/test_own_code.py",
     "docs/plan.md": "tests/test_docs_plan.py",
-    "docs/plan_accounts.md": "tests/plan/pages/test_page.py",
     "docs/rewards.md": "tests/commands/test_score.py",
     "docs/rollout_store.md": "tests/commands/rl/test_rl_store.py",
     "docs/serve.md": "tests/serve/test_serve.py",

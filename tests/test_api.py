@@ -35,6 +35,7 @@ def test_the_page_has_every_name_and_no_other() -> None:
         assert getattr(megatron_sov, name) is not None
 
 
+@pytest.mark.deep
 def test_what_importing_brings() -> None:
     """Nothing heavy; and names on megatron prepare the process first,
     or warnings about missing GPU packages abound."""
@@ -51,6 +52,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         megatron_sov.pretrian  # noqa: B018
 
 
+@pytest.mark.deep
 def test_the_examples_of_the_page_run(packed_data: Any, tmp_path: Path, warm_python: str) -> None:
     """The stages after what the first example leaves: a model that has seen text."""
     shutil.copytree(packed_data.text, tmp_path / "tokens")

@@ -68,6 +68,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[s
     return tmp_path
 
 
+@pytest.mark.deep
 def test_what_the_pages_show_runs(workplace: Path) -> None:
     shown = [command for page in ("tokenizer.md", "data.md") for command in commands(page)]
     assert len(shown) == 21

@@ -19,6 +19,7 @@ def shorter(document):
 """
 
 
+@pytest.mark.deep
 def test_the_pages_pipeline_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                  capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)

@@ -53,6 +53,7 @@ def write_media(root: Path) -> None:
     (root / "judges.py").write_text("def sounds(files, labels):\n    return ['seven' for _ in files]\n")
 
 
+@pytest.mark.deep
 def test_the_page_leads_from_media_to_a_model_that_is_judged(
         packed_data: Any, one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

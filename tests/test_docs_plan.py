@@ -33,6 +33,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(space, "_powers", lambda most: [p for p in (1, 4, 16) if p <= most])
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("line", [c for c in COMMANDS if not any(word in c for word in OF_FILES)])
 def test_a_command_on_the_page_runs(line: str, narrow: None, capsys: pytest.CaptureFixture[str]) -> None:
     words = shlex.split(line)

@@ -33,6 +33,7 @@ OTHER_WORDS = (
     "hall is filled with these books; the oldest one was restored in 1998.")
 
 
+@pytest.mark.deep
 def test_the_first_run_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                    capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
@@ -59,6 +60,7 @@ def test_the_first_run_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (output.parent / name if name.startswith(".") else output / name).exists() for name in promised)
 
 
+@pytest.mark.deep
 def test_the_generator_of_the_page_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                           capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)

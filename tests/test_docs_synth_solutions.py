@@ -58,6 +58,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path
 
 
+@pytest.mark.deep
 def test_solutions_and_probing_sets(folder: Path) -> None:
     shown = json.loads(re.findall(r"^```json\n(.*?)^```$", page(PAGES[0]), re.MULTILINE | re.DOTALL)[0])
     (folder / "problems.jsonl").write_text(json.dumps(shown) + "\n")

@@ -41,6 +41,7 @@ def reply(request: Mapping[str, Any]) -> Any:
     return (goals if system.startswith("You write tasks") else tool_trajectories).reply(request)
 
 
+@pytest.mark.deep
 def test_the_page_leads_from_a_word_to_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                      capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)

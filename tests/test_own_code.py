@@ -164,6 +164,7 @@ def test_a_policy_or_a_pair(site: Path, typed: Run) -> None:
         "`megatron-sov rl train`") in refused.stderr
 
 
+@pytest.mark.deep
 def test_a_model_family(site: Path, from_wheel: Run, typed: Run) -> None:
     config = done(site, lambda command: (typed if " verify " in command else from_wheel)(command),
                   "A model family")
@@ -184,6 +185,7 @@ def test_a_data_step(site: Path, from_wheel: Run) -> None:
     assert [step["name"] for step in manifest["settings"]["steps"]] == ["long_enough", "one_space"]
 
 
+@pytest.mark.deep
 def test_a_step_over_rows(site: Path, from_wheel: Run) -> None:
     done(site, from_wheel, "A step over rows")
     texts = [json.loads(line)["text"] for line in (site / "corpus.jsonl").open()]

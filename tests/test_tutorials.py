@@ -67,6 +67,7 @@ CLUSTER = [pytest.param(line, id=f"{name}: {line[:60]}") for name, text in PAGES
            and re.match(r"megatron-sov (submit (?!chain .*--continue)|plan (?!.*--sweep))", line)]
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("line", CLUSTER)
 def test_what_is_sent_to_a_cluster_would_be_taken(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                   capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,6 +48,7 @@ def test_the_commands_run_elsewhere(installed: Path, command: str) -> None:
     assert command in done.stdout
 
 
+@pytest.mark.deep
 def test_ready_scripts_are_written_from_the_wheel(installed: Path) -> None:
     done = run_installed(installed, sys.executable, str(installed / "bin/megatron-sov"), "submit", "chain",
                          "tiny-solar-open", "--scripts", "scripts")
@@ -78,6 +79,7 @@ def parts_in(files: set[str]) -> dict[str, set[str]]:
     return found
 
 
+@pytest.mark.deep
 def test_the_core_works_without_its_parts_and_names_what_is_missing(
         build_wheel: Callable[..., Path], install_wheels: Callable[..., Path],
         packaged_files: set[str]) -> None:

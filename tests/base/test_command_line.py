@@ -50,6 +50,7 @@ def test_what_a_user_can_mend_is_one_message_and_a_code(
     assert capsys.readouterr().err == said
 
 
+@pytest.mark.deep
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
 @pytest.mark.parametrize("buffered", ["", "1"])
 def test_output_that_finds_no_room_is_told_and_a_reader_that_has_seen_enough_is_no_error(

@@ -37,6 +37,7 @@ def test_a_start_reads_and_answers_the_same_facts_of_known_people_and_values_by_
     assert sum(one in text for one in by_lot) / len(by_lot) == pytest.approx(1 / 8, abs=0.03)
 
 
+@pytest.mark.deep
 def test_what_is_searched_for_is_what_the_environment_gives() -> None:
     episodes = LookupEpisodes(seed=1, count=800).do({})
     called = [chat["messages"] for chat in episodes if len(chat["messages"]) == 5]

@@ -117,6 +117,7 @@ def test_steps_of_the_first_stage_and_of_cut_rows_are_sound_and_uneven_tokens_ar
     assert found["peak bytes"] < found["account bytes"] < 1.06 * found["peak bytes"]
 
 
+@pytest.mark.deep
 def test_a_step_is_sound_and_what_a_gpu_does_not_take_is_not() -> None:
     found = told_by("cases", [*CASES, "counted"])
     # the logits, the head's gradients and products, but for small ones beside them

@@ -61,6 +61,7 @@ def test_parts_pass_and_are_kept(te_ranks: Any, job: Any, tmp_path: Path) -> Non
     assert "not in a dry run: torch varlen" in done.stdout
 
 
+@pytest.mark.deep
 def test_a_big_rank_trains_the_same_with_all_off_overlapped_and_in_fp8(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In all of them each switch of the ladder is turned; its first step is deep."""
@@ -163,6 +164,7 @@ def test_the_double_has_the_contracts_shape(tmp_path: Path) -> None:
         "map_type='mask')"}
 
 
+@pytest.mark.deep
 @pytest.mark.checkout
 def test_the_real_library_has_the_contracts_shape() -> None:
     try:
@@ -225,6 +227,7 @@ def write_part(folder: Path, code: str) -> None:
         f"exec(compile(open({str(GPU / 'first_contact.py')!r}).read(), __file__, 'exec'))")
 
 
+@pytest.mark.deep
 def test_a_part_that_fails_is_told(tmp_path: Path) -> None:
     assert started(tmp_path, "--parts", "fp9").returncode == 2
     write_part(tmp_path, "import transformer_engine  # the double\nfrom setting import Failed\n"

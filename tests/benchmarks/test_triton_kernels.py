@@ -56,6 +56,7 @@ print(found["add"].worst, found["add"].problems, found["wrong"].worst, len(found
 """
 
 
+@pytest.mark.deep
 def test_a_launch_compiles_and_tells_registers(path: str, tmp_path: Path) -> None:
     script = tmp_path / "launches.py"  # Triton reads sources of kernels
     script.write_text(COMPILES)

@@ -27,6 +27,7 @@ def test_pieces_alternate() -> None:
         ChatSegment("yo", 1), ChatSegment("</></s>", None)]
 
 
+@pytest.mark.deep
 @settings(max_examples=40)
 @given(st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.text()), min_size=1, max_size=12))
 def test_no_content_reaches_the_template(messages: list[tuple[str, str]]) -> None:

@@ -67,6 +67,7 @@ def read(folder: str = "out", name: str = "rows.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(folder) / name).read_text().split("\n")[:-1]]
 
 
+@pytest.mark.deep
 def test_rows_come_out_in_order_behind_a_manifest_with_their_origin(capsys: pytest.CaptureFixture[str]
                                                                     ) -> None:
     assert mapped() == 0
@@ -81,6 +82,7 @@ def test_rows_come_out_in_order_behind_a_manifest_with_their_origin(capsys: pyte
     assert mapped() == 2 and "already exists" in capsys.readouterr().err
 
 
+@pytest.mark.deep
 def test_a_killed_command_goes_on_behind_its_batches_with_the_same_bytes() -> None:
     assert mapped(output="whole") == 0
     Path("kill").touch()

@@ -246,6 +246,7 @@ def ours(checkpoint: Path, ids: list[int], records: dict[str, np.ndarray]) -> to
         world.leave()
 
 
+@pytest.mark.deep
 def test_the_page_computes_what_the_model_computes(tmp_path: Path, packed_data: Any, one_rank: None,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -224,6 +224,7 @@ def test_what_takes_too_much_is_ended(tmp_path: Path, monkeypatch: pytest.Monkey
         read_apart("index", tmp_path / "x")
 
 
+@pytest.mark.deep
 def test_what_is_said_fits_the_memory_of_the_process_that_reads(tmp_path: Path) -> None:
     """A text of a megabyte, named a thousand times: a gigabyte of JSON out of one megabyte."""
     long = "x" * (1 << 20)

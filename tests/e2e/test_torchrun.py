@@ -65,6 +65,7 @@ def losses(run: Path) -> list[tuple[int, float, float]]:
             for e in final_steps(list(read_events(run / "events.jsonl")))]
 
 
+@pytest.mark.deep
 @pytest.mark.distributed
 def test_two_nodes_give_the_bits_of_two_local_processes(
     pretrain: Callable[..., list[str]], run_command: Any, warm_python: str, tmp_path: Path,

@@ -27,6 +27,7 @@ def write_files(text: str, folder: Path) -> None:
         (folder / name).write_text(content)
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(("page", "count", "said"), [
     ("generate.md", 5, ""), ("eval.md", 8, ""), ("eval_lm.md", 2, r"task +metric +value .* at limit\n"),
     ("eval_suites.md", 1, r"aime24  avg@1 +0.0000")])

@@ -15,6 +15,7 @@ from megatron_sov.plan.search.default import SPARE_SHARE, LocalSearch, find_layo
 from megatron_sov.plan.search.sweep import search
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(("recipe", "gpu", "said"), [
     ("qwen3-8b", "h100", ()), ("qwen3-8b", "b200", ("train.fp8=mxfp8",)), ("llama-3.1-8b", "h200", ()),
     ("qwen3-4b", "h100", ("train.global_batch_size=48",)), ("vibethinker-1.5b", "h100", ()),
@@ -36,11 +37,13 @@ def test_the_default_is_as_fast_as_the_best_of_a_sweep_with_memory_to_spare(
     assert find_layout(config, where, said) == found
 
 
+@pytest.mark.deep
 def test_a_recipe_whose_own_layout_needs_more_processes_gets_one() -> None:
     found = find_layout(recipes.get("k-exaone2-750b-extend"), machines("h200", 16))
     assert found is not None and found.own_spare_share < 0 and "own does not fit" in found.line()
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("said", [
     ("parallel.expert_dispatcher=alltoall",), ("train.fp8=none",), ("gpu.attention=local",)])
 def test_kernels_that_the_user_chose_stay(said: tuple[str, ...]) -> None:
@@ -51,6 +54,7 @@ def test_kernels_that_the_user_chose_stay(said: tuple[str, ...]) -> None:
         config, list(found.settings))
 
 
+@pytest.mark.deep
 def test_a_model_that_fills_the_gpus_gets_the_fastest_layout_that_fits() -> None:
     """102 B parameters on 64 H100 leave less than a tenth if the samples are long."""
     config = apply_settings(recipes.get("solar-open-102b"), ["parallel.expert_dispatcher=alltoall"])

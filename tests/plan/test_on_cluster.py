@@ -72,6 +72,7 @@ def test_a_budget_buys_the_tokens_whose_plan_costs_the_budget(
     assert row.as_json()["tokens_per_parameter"] == row.tokens / row.num_params
 
 
+@pytest.mark.deep
 def test_the_table_has_what_fits_first_and_names_the_nodes_that_the_others_need() -> None:
     where = machines("h100", 1)
     rows = budget_rows({"deepseek-v3": request("deepseek-v3"), "qwen3-8b": request("qwen3-8b", LAYOUT),

@@ -46,6 +46,7 @@ def test_nodes_in_words(nodes: int | None, said: str) -> None:
     assert told_nodes(nodes).startswith(said)
 
 
+@pytest.mark.deep
 def test_the_fewest_nodes_are_those_below_which_nothing_fits() -> None:
     config = recipes.get("k-exaone-236b")
     assert fewest_nodes(config, prices(2)) == 8
@@ -400,6 +401,7 @@ def test_training_takes_every_proposed_layout(recipe: str, cluster: str, nodes: 
             assert of.needs(stage) <= one.needs_bytes <= of.limit_bytes
 
 
+@pytest.mark.deep
 def test_what_all_stages_can_have_is_ranked_by_all_of_their_steps() -> None:
     of, config = prices_of_sweep("b200", 2), recipes.get("tiny-k-exaone-extend")
     sweeps = [sweep(stage, space_of(stage.config, of.num_ranks, 8), of)

@@ -67,6 +67,7 @@ def halve(parts: Sequence[Any]) -> None:
         part.outputs[0].mul_(0.5)
 
 
+@pytest.mark.deep
 def test_right_layouts_are_equal(small: Miniature, whole: Any) -> None:
     verdict = proving.prove(small, whole=whole)
 
@@ -75,6 +76,7 @@ def test_right_layouts_are_equal(small: Miniature, whole: Any) -> None:
     assert all(verdict.compared.values()) and verdict.compared["weights"] > 40 and verdict.messages > 500
 
 
+@pytest.mark.deep
 def test_zero_1_and_a_cut_row_are_equal() -> None:
     layout = ("parallel.cp=2", "parallel.zero1=true", "parallel.overlap_grad_reduce=true",
               "parallel.overlap_param_gather=true", "train.global_batch_size=32")
@@ -83,6 +85,7 @@ def test_zero_1_and_a_cut_row_are_equal() -> None:
     assert proving.prove_run(config, 4)[1].outcome == EQUAL
 
 
+@pytest.mark.deep
 def test_windows_and_bounds_of_layers_and_repeated_predictions_are_equal() -> None:
     layout = ("parallel.cp=2", "parallel.ep=2", "parallel.zero1=true", "train.global_batch_size=32",
               "train.recompute=true", "parallel.overlap_grad_reduce=true")
@@ -111,6 +114,7 @@ def test_gradients_that_are_not_summed_over_data_are_found(small: Miniature, who
     assert any("start_grad_sync" in site for site in verdict.sites)
 
 
+@pytest.mark.deep
 def test_a_wrong_gradient_is_told_from_those_that_a_wrong_norm_clips(small: Miniature, whole: Any) -> None:
     verdict = faulty(small, whole, "allreduce", "TENSOR", "_allreduce_non_tensor_model_parallel_grads", halve)
 
@@ -128,6 +132,7 @@ def test_what_a_guard_refuses_in_the_layout_alone_differs(small: Miniature, whol
     assert proving.prove(small, whole=whole).places == ["step 1: a guard refuses it"]
 
 
+@pytest.mark.deep
 def test_a_checkpoint_that_is_read_at_another_place_is_found(small: Miniature, whole: Any,
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_sov.checkpoint.sharded_tensors import TensorReader
@@ -142,6 +147,7 @@ def test_a_checkpoint_that_is_read_at_another_place_is_found(small: Miniature, w
     assert {place.partition(":")[0] for place in verdict.places} == {"read from one process' checkpoint"}
 
 
+@pytest.mark.deep
 def test_a_checkpoint_with_other_numbers_is_found(small: Miniature, whole: Any,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_sov.checkpoint import host_snapshot
@@ -233,6 +239,7 @@ def test_a_loss_that_is_not_a_number_is_a_difference(small: Miniature, whole: An
     assert not any(place.startswith("step 2") for place in verdict.places)
 
 
+@pytest.mark.deep
 def test_a_router_bias_that_no_process_has_is_a_difference(small: Miniature, whole: Any,
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     real = proving._step
@@ -560,6 +567,7 @@ def test_options_of_another_plan_are_refused(run_command: Any) -> None:
     assert done.returncode == 2 and "--prove" in done.stderr and "--sweep" in done.stderr
 
 
+@pytest.mark.deep
 def test_taps_that_are_gathered_behind_other_work_are_waited_for() -> None:
     """No module that computes holds them or the norm of outputs of linear attention alone."""
     config = apply_settings(recipes.get("solar-open2-250b"), ["parallel.pp=1", "parallel.ep=2"])

@@ -114,6 +114,7 @@ def test_each_piped_line_gets_one_answer_and_nothing_else_is_printed(endpoint: S
     assert third["messages"][0] == {"role": "system", "content": "Be kind."} and len(third["messages"]) == 2
 
 
+@pytest.mark.deep
 def test_saved_rows_pack_and_cut_answers_are_not_learned(endpoint: ScriptedEndpoint, talk: Any,
                                                          tmp_path: Path,
                                                          monkeypatch: pytest.MonkeyPatch,
@@ -169,6 +170,7 @@ def test_tools_answer_calls_and_are_taken_back() -> None:
     assert (tools.state, session.turns) == ("0", [])
 
 
+@pytest.mark.deep
 def test_a_terminal_gets_no_control_characters_and_an_interrupt_stops_the_answer_alone() -> None:
     with serving(ScriptedEndpoint(lambda request: "red \x1b[31m" if request["messages"][-1]["content"] == "x"
                                   else "ok")) as server:

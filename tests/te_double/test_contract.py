@@ -88,6 +88,7 @@ def test_calls_of_a_training_step_bind_to_the_real_signatures(te_ranks: Any, job
                        "moe_sort_chunks_by_index", "FusedAdam"}
 
 
+@pytest.mark.deep
 def test_the_contract_is_about_what_is_used() -> None:
     installed = contract.te_names(contract.megatron_folder())
     # what the other version alone uses is in there, too

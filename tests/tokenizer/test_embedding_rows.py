@@ -21,6 +21,7 @@ OTHERS = {"a.scale": torch.tensor(1.5, dtype=torch.float64), "b.mask": torch.ten
           "e.weight": torch.randn(4, 6)}
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("plan", PLANS)
 def test_old_rows_are_copied_and_new_ones_are_the_mean_of_known_ones(tmp_path: Path, plan: RowPlan,

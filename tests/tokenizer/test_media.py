@@ -36,6 +36,7 @@ def run(*arguments: object) -> int:
     return main(["media", *map(str, arguments)])
 
 
+@pytest.mark.deep
 def test_text_keeps_its_ids_and_blocks_follow(plain: Path, tmp_path: Path,
                                               capsys: pytest.CaptureFixture[str]) -> None:
     assert run(plain, "--audio-tokens", 5, "--image-tokens", 7, "--output", tmp_path / "omni") == 0
@@ -87,6 +88,7 @@ def test_what_cannot_be_is_one_sentence(plain: Path, tmp_path: Path, capsys: pyt
     assert words in capsys.readouterr().err and not (tmp_path / "omni").exists()
 
 
+@pytest.mark.deep
 def test_a_model_gets_rows_near_the_mean_of_the_old_ones(plain: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = Qwen2Config(vocab_size=264, hidden_size=16, intermediate_size=16, num_hidden_layers=1,

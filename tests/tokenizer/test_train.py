@@ -122,6 +122,7 @@ def large_sha256(large: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return tokenizer_sha256(output)
 
 
+@pytest.mark.deep
 @pytest.mark.usefixtures("small_units")
 def test_workers_file_names_order_and_memory_do_not_matter(large: Path, large_sha256: str,
                                                            tmp_path: Path) -> None:
@@ -138,6 +139,7 @@ def test_workers_file_names_order_and_memory_do_not_matter(large: Path, large_sh
     assert tokenizer_sha256(tmp_path / "t") == large_sha256
 
 
+@pytest.mark.deep
 @pytest.mark.usefixtures("small_units")
 def test_a_killed_command_goes_on_to_the_same_file(large: Path, large_sha256: str, tmp_path: Path) -> None:
     small = ("import sys, tokenizer.bpe.count_pipeline as p; p.UNIT_BYTES = 37_500; "
@@ -202,6 +204,7 @@ def test_mistakes_cost_one_sentence_and_write_nothing(corpus: Path, tmp_path: Pa
     assert not output.exists()
 
 
+@pytest.mark.deep
 def test_superwords_are_as_many_as_asked_for(corpus: Path, tmp_path: Path) -> None:
     assert train("k-exaone", corpus, tmp_path / "none", "--superword-share", "0") == 0
     assert read_manifest(tmp_path / "none").content["num_superwords"] == 0

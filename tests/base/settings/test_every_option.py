@@ -14,6 +14,7 @@ WORDS = ("", "x", "-1", "0", "1.5", "1e400", "9" * 5000, "nan", "inf", "null", "
          "a\x1b[2J", "\udcff", "\uac00" * 200)
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_no_word_makes_more_than_a_sentence(program: str) -> None:
     tried = 0

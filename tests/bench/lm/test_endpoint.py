@@ -68,6 +68,7 @@ def test_texts_are_asked_for_and_what_is_not_answered_is_named(command: list[str
     assert {json.dumps(p)[:200].count("fail") for _, p, _ in script.asked[before:]} == {1}
 
 
+@pytest.mark.deep
 def test_another_model_under_the_same_name_is_refused_until_the_user_decides(
         command: list[str], script: Any, tmp_path: Path, capsys) -> None:
     sums = [*command, "--tasks", "sums", "--limit", "3"]

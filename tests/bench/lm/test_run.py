@@ -72,6 +72,7 @@ def agrees(out: Path, reference: dict[str, Any]) -> None:
                     reference["results"][task][f"{figure.name},{figure.filter}"], rel=2e-5)
 
 
+@pytest.mark.deep
 def test_a_hugging_face_folder_is_scored_as_lm_eval_does(
         task_dir: Path, hf_models: dict[str, Path], reference: dict[str, Any], tmp_path: Path,
         capsys) -> None:
@@ -150,6 +151,7 @@ def test_answers_of_a_checkpoint_end_where_those_of_its_folder_do(
     assert answers[0] == answers[1]
 
 
+@pytest.mark.deep
 def test_a_killed_evaluation_goes_on_behind_what_was_answered(
         one_rank: None, task_dir: Path, imported: dict[str, Path], tmp_path: Path, monkeypatch,
         capsys) -> None:
@@ -203,6 +205,7 @@ def test_a_signal_stops_it_in_good_order(one_rank: None, task_dir: Path, importe
     assert json.loads((tmp_path / "out.json").read_text())["tasks"]["unended"]["at_limit"] == 6
 
 
+@pytest.mark.deep
 def test_mistakes_are_told_in_one_sentence(task_dir: Path, hf_models: dict[str, Path], tmp_path: Path,
                                            capsys) -> None:
     model, out = str(hf_models[FAMILY]), str(tmp_path / "out.json")

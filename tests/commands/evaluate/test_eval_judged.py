@@ -126,6 +126,7 @@ def responses(folder: str) -> list[dict]:
     return [{name: row[name] for name in ("prompt", "sample", "response", "num_tokens")} for row in rows]
 
 
+@pytest.mark.deep
 def test_a_killed_command_goes_on_where_it_was(hf_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
                                                capsys: pytest.CaptureFixture[str]) -> None:
     write("prompts.jsonl", PROMPTS)

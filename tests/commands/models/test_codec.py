@@ -36,6 +36,7 @@ def media(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.deep
 def test_the_page_is_typed(media: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All but imports of files, which tests/omni/codecs has."""
     for kind, folder in (("vqmodel", "ldm-vq"), ("dac", "dac_16khz"), ("mimi", "mimi")):

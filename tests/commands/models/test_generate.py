@@ -24,6 +24,7 @@ def texts(capsys: pytest.CaptureFixture, *arguments: str) -> list[dict]:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.deep
 def test_checkpoint_run_and_hugging_face_folder_say_the_same(one_rank: None, imported: dict[str, Path],
                                                              hf_models: dict[str, Path], tmp_path: Path,
                                                              capsys) -> None:
@@ -37,6 +38,7 @@ def test_checkpoint_run_and_hugging_face_folder_say_the_same(one_rank: None, imp
     assert texts(capsys, str(hf_models["exaone_moe"]), *ASK, "--engine", "megatron") == expected
 
 
+@pytest.mark.deep
 def test_log_probabilities_and_what_ended_a_text_stand_beside_its_tokens(
         one_rank: None, imported: dict[str, Path], hf_models: dict[str, Path], capsys) -> None:
     sampled = [*ASK, "--temperature", "0.5", "--seed", "1"]  # none of its texts ends before the limit
@@ -105,6 +107,7 @@ def test_a_text_ends_a_continuation(one_rank: None, imported: dict[str, Path], h
         assert len(stopped[0]["tokens"]) < 9
 
 
+@pytest.mark.deep
 def test_drafts_change_nothing_but_the_speed(one_rank: None, imported: dict[str, Path],
                                              hf_models: dict[str, Path], tmp_path: Path, capsys) -> None:
     folder = shutil.copytree(hf_models["exaone_moe"], tmp_path / "with-mtp")

@@ -98,6 +98,7 @@ def test_a_bundle_holds_pinned_wheels_and_folders_with_hashes(made: Path, source
     assert not (source / "build").exists() and not list(source.glob("*.egg-info"))
 
 
+@pytest.mark.deep
 def test_it_is_installed_without_a_network(made: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(made, tmp_path / "a copy")
     no_network = NO_NETWORK if subprocess.run([*NO_NETWORK, "true"], capture_output=True,
@@ -170,6 +171,7 @@ def test_an_installation_that_fails_leaves_nothing_in_the_way_of_the_next(made: 
     assert done.returncode == 1 and (tmp_path / "tried").exists() and not (tmp_path / "env").exists()
 
 
+@pytest.mark.deep
 def test_another_python_and_platform_get_their_own_wheels(source: Path, tmp_path: Path) -> None:
     arguments = ["--python", "3.13", "--platform", "manylinux_2_28_aarch64"]
     assert bundle(source, tmp_path / "bundle", *arguments) == 0  # these wheels are for any platform
@@ -178,6 +180,7 @@ def test_another_python_and_platform_get_their_own_wheels(source: Path, tmp_path
         "3.13", "aarch64", ["manylinux_2_28_aarch64"])
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(("arguments", "says"), [
     (["--with", "nowhere"], "--with nowhere: is no folder"),
     (["--python", "3"], "--python 3: must be two numbers"),

@@ -13,6 +13,7 @@ from megatron_sov.cli import main
 from megatron_sov.plan.search import space
 
 
+@pytest.mark.deep
 def test_a_plan_for_a_cluster_has_its_layout_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "solar-open-102b", "--cluster", "h100", "--nodes", "64"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -46,6 +47,7 @@ def test_a_plan_without_a_cluster_has_size_memory_and_passes_over_the_data(
     assert f"pass --set model.vocab_size={vocab_size}" in capsys.readouterr().err
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(("arguments", "sentence"), [
     (["solar-open-102b", "--cluster", "h100", "--nodes", "60", "--set", "parallel.ep=8",
       "--set", "train.fp8=none"],
@@ -79,6 +81,7 @@ def test_mistakes_end_with_one_sentence(arguments: list[str], sentence: str,
     assert sentence in captured.err and not captured.out
 
 
+@pytest.mark.deep
 def test_what_an_offloaded_optimizer_pins_has_to_fit_the_profiles_memory(
         tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     profile = tmp_path / "small.yaml"

@@ -68,6 +68,7 @@ def test_a_run_becomes_a_longer_one_with_needles(short_run: Path, token_shards: 
     assert "needle retrieval before the extension" in capsys.readouterr().out
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("short_run", ["tiny-k-exaone"], indirect=True)
 def test_a_hybrid_without_needle_documents(short_run: Path, token_shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "long"
@@ -82,6 +83,7 @@ def test_a_hybrid_without_needle_documents(short_run: Path, token_shards: Path, 
     assert {name for name, tokens in consumed.items() if tokens} == {"second"}
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("short_run", ["tiny-solar-open"], indirect=True)
 def test_needles_keep_their_share_in_a_blend_and_mistakes_are_named(short_run: Path, token_shards: Path,
                                                                     tmp_path: Path, capsys) -> None:

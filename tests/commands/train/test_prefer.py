@@ -22,6 +22,7 @@ def command(name: str, data: Path, run: Path, *more: str) -> list[str]:
     return [name, "tiny-solar-open", "--data", str(data), "--run", str(run), *settings, *more]
 
 
+@pytest.mark.deep
 @pytest.mark.distributed
 def test_a_model_learns_from_pairs_and_from_groups(packed_data: Any, run_command: Any, tmp_path: Path,
                                                    capsys) -> None:

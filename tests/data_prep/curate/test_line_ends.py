@@ -76,6 +76,7 @@ def test_rules_judge_lines_without_their_blanks(twin: str, preset: str) -> None:
         assert (reason, words.num_words) == ("", 432)
 
 
+@pytest.mark.deep
 def test_a_run_keeps_all_twins_of_each_format(tmp_path: Path) -> None:
     twins = [change(plain_text(0)) for change in TWINS.values()]
     for number, text in enumerate(twins):

@@ -20,6 +20,7 @@ SMALLER = {"6561": "8", "65536": "8", "448:256": "4:3", "128:30:750": "8:1:5"}
 """Sizes of the page -> those of the codecs here, for time."""
 
 
+@pytest.mark.deep
 def test_the_page_leads_from_media_to_shards(encode: Encode, tokenizers: dict[str, Path], tmp_path: Path,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -191,6 +191,7 @@ def test_a_tokenizer_of_others_is_refused_with_the_command_that_takes_it_over(
     assert sov_data(["pack", "--tokenizer", given, "--input", ".", "--output", "o", "--dry-run"]) == 2
 
 
+@pytest.mark.deep
 def test_an_export_is_taken_over_by_the_command_that_the_refusal_names(
         folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hf = tmp_path / "my hf"

@@ -93,6 +93,7 @@ def test_a_damaged_tokenizer_is_not_handed_on_as_a_sound_one(parts: tuple[Path, 
     assert f"{file}: is damaged" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.deep
 def test_what_does_not_fit_together_is_refused(parts: tuple[Path, Path], tokenizers: dict[str, Path],
                                                tmp_path: Path) -> None:
     text, chats = parts

@@ -69,6 +69,7 @@ def test_every_document_is_found_once_as_its_own_text(packed: Path, corpus: Path
     assert in_train == [t for t in texts if t in set(in_train)]  # the order of the file is kept
 
 
+@pytest.mark.deep
 def test_the_manifest_and_not_the_terminal_says_what_encoded(
         tokenizers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A tokenizer without one of the 256 bytes, as published ones are, has no form for tiktoken."""
@@ -110,6 +111,7 @@ def test_megatron_reads_the_shards_and_the_manifest_counts_them(packed: Path, to
             and made_from["manifest_sha256"] == manifest_sha256(tokenizers["solar-open"]))
 
 
+@pytest.mark.deep
 def test_neither_workers_nor_units_nor_the_way_it_is_stored_change_the_bytes(
         packed: Path, corpus: Path, tokenizers: dict[str, Path], tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,6 +308,7 @@ def complete_units(output: Path) -> dict[Path, int]:
             if ".tmp-" not in p.parent.name}
 
 
+@pytest.mark.deep
 def test_a_killed_command_leaves_no_worker_and_goes_on_where_it_was(
         tokenizers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
         ends: Callable[[int], bool], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,6 +458,7 @@ def test_a_chat_that_the_template_refuses_is_named(tokenizers: dict[str, Path], 
     assert "what is trained on chats is asked behind other tokens" in capsys.readouterr().err
 
 
+@pytest.mark.deep
 def test_a_line_of_many_megabytes_is_passed_over_in_bounded_memory(tokenizers: dict[str, Path],
                                                                    tmp_path: Path) -> None:
     with open(tmp_path / "huge.jsonl", "wb") as f:

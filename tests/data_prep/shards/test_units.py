@@ -126,6 +126,7 @@ def worker_processes() -> list[psutil.Process]:
     return [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
 
 
+@pytest.mark.deep
 def test_order_is_the_inputs_and_an_ended_worker_is_said(tokenizers: dict[str, Path], tmp_path: Path) -> None:
     for i in range(12):  # the first ones are the largest, so they end last
         (tmp_path / f"{i:02}.jsonl").write_text("\n".join(json.dumps({"text": f"{i} {k}"})

@@ -131,6 +131,7 @@ def reply_with_fallback(request: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**answer, "model": model}
 
 
+@pytest.mark.deep
 def test_answers_of_another_model_are_refused_or_recorded_with_its_name(
         run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(ScriptedEndpoint(reply_with_fallback)) as falling_back:
@@ -386,6 +387,7 @@ def test_bad_command_lines_get_a_sentence_and_make_nothing(name: str, run: Run, 
     assert not run.output.exists() and not endpoint.requests
 
 
+@pytest.mark.deep
 def test_a_run_that_is_killed_goes_on_and_pays_nothing_twice(tmp_path: Path, endpoint: ScriptedEndpoint
                                                              ) -> None:
     run, undisturbed = Run(tmp_path / "killed", 12), Run(tmp_path / "undisturbed", 12)

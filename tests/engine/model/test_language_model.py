@@ -84,6 +84,7 @@ assert not torch.cuda.is_initialized()
 """
 
 
+@pytest.mark.deep
 def test_a_stage_is_built_on_a_machine_with_a_gpu_that_is_not_asked() -> None:
     """A double of a GPU that cannot be started."""
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", PLANS], capture_output=True, text=True)

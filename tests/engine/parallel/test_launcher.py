@@ -156,6 +156,7 @@ def pids(folder: Path) -> list[int]:
     return [int((folder / f"pid-{r}").read_text()) for r in range(2)]
 
 
+@pytest.mark.deep
 @pytest.mark.distributed
 def test_ranks_share_signals_failures_and_their_launchers_end(tmp_path: Path,
                                                               ends: Callable[[int], bool]) -> None:

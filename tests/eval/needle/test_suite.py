@@ -361,6 +361,7 @@ def test_every_answer_is_that_of_plain_transformers(family: str, by: Way, import
     assert by == "likelihood" or {ours for ours, _ in verdicts} == {True, False}
 
 
+@pytest.mark.deep
 def test_the_command_judges_checkpoints_and_folders_alike(one_rank: None, imported: dict[str, Path],
                                                           hf_models: dict[str, Path], token_shards: Path,
                                                           tmp_path: Path, capsys) -> None:

@@ -307,6 +307,7 @@ def folders(request, imported: dict[str, Path], hf_models: dict[str, Path], toke
     return hf, tmp_path / "imported"
 
 
+@pytest.mark.deep
 def test_greedy_text_is_that_of_transformers(folders: tuple[Path, Path], one_rank: None) -> None:
     """Token by token on an exported folder, prompts of mixed lengths, far past the sliding
     window of 8 tokens."""
@@ -340,6 +341,7 @@ def test_greedy_text_is_that_of_transformers(folders: tuple[Path, Path], one_ran
         world.leave()
 
 
+@pytest.mark.deep
 @pytest.mark.usefixtures("one_rank")
 def test_a_batch_of_one_three_or_eight_writes_the_same_bits() -> None:
     prepare_megatron()

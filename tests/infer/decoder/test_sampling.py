@@ -52,6 +52,7 @@ def test_greedy_drafts_are_taken_up_to_the_first_other_token() -> None:
     assert [accepted_greedily(d, [5, 6, 7]) for d in ([5, 6], [5, 9], [9, 6], [])] == [2, 1, 0, 0]
 
 
+@pytest.mark.deep
 def test_speculative_samples_follow_the_models_distribution() -> None:
     """All pairs of tokens that two drafts lead to, against the product of the model's own
     conditional distributions."""

@@ -103,6 +103,7 @@ def test_the_mask_stays_as_small_at_any_length(longest: int) -> None:
     assert slots == (20 if longest < 13_000 else max(1, 2**18 // (longest + 2 * PAGE_TOKENS)))
 
 
+@pytest.mark.deep
 def test_small_passes_answer_the_same(hf_models: dict[str, Path], monkeypatch) -> None:
     model = load_hf(hf_models["exaone_moe"])
     plain = HfEngine(model).generate(PROMPTS, Sampling(10)).continuations
@@ -218,6 +219,7 @@ SPOILT: dict[str, Callable[[Named], Named]] = {
     r"lm_head.weight comes twice": lambda w: [*w, ("lm_head.weight", dict(w)["lm_head.weight"])]}
 
 
+@pytest.mark.deep
 def test_an_engine_writes_with_the_new_weights_or_with_none(hf_models: dict[str, Path]) -> None:
     folder = hf_models["solar_open"]
     written = list(load_file(folder / "model.safetensors").items())

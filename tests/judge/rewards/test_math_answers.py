@@ -31,6 +31,7 @@ RESPONSES = ["so \\boxed{42}", "The answer is 42.", "$0.5$", "\\boxed{1/2}", "$\
              "\\boxed{-7\\text{ m}}"]
 
 
+@pytest.mark.deep
 def test_the_verdicts_of_the_processes_are_math_verifys_own() -> None:
     from math_verify import parse, verify
 

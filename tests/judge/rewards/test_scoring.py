@@ -152,6 +152,7 @@ def test_a_mistake_that_meets_every_row_ends_the_work(runner) -> None:
         running.score(rows("1", "mistake", "2"))
 
 
+@pytest.mark.deep
 def test_a_reward_sees_the_variables_that_programs_need_and_those_that_it_asks_for(
         runner, monkeypatch: pytest.MonkeyPatch) -> None:
     forkserver._forkserver._stop()  # the next one is started with these

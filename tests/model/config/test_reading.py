@@ -43,6 +43,7 @@ run_configs = some(
     objective=some(ObjectiveConfig, "name", "text_coeff"))
 
 
+@pytest.mark.deep
 @given(run_configs)
 def test_a_config_reads_back_equal_from_its_json(config: RunConfig) -> None:
     assert from_dict(json.loads(json.dumps(config.to_dict()))) == config

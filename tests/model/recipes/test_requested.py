@@ -169,6 +169,7 @@ def attacks(site: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.deep
 def test_a_config_runs_nothing_that_it_names(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path, message in attacks(site).items():
         with pytest.raises(UserError) as e:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.omni.codecs import published
 from megatron_sov.omni.codecs.published import MAX_ELEMENTS, BoundedUnpickler
 
 
@@ -30,9 +29,8 @@ def test_what_is_too_large_is_refused_before_it_is_reserved(make: Any) -> None:
         make()
 
 
-def test_many_tensors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(published, "MAX_TENSORS", 10)
-    limits = BoundedUnpickler()
+def test_many_tensors_are_refused() -> None:
+    limits = BoundedUnpickler(max_tensors=10)
     with pytest.raises(MemoryError, match="in 11 tensors"), limits:
         torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(10**9))
     assert "in 11 tensors" in limits.problem

@@ -108,6 +108,7 @@ def test_a_prompt_is_the_begin_of_its_training_row(site: Site) -> None:
     assert pads < set(prompts.ids[0]) and not pads & set(bare.ids[0]) and bare.encoder_inputs == [{}, {}]
 
 
+@pytest.mark.deep
 def test_cached_answers_are_as_probable_as_in_training(site: Site) -> None:
     """By one forward pass over the training row, by the decoder that writes, and by the one that compares;
     prompts of the same ids and other pictures are told apart."""

@@ -100,6 +100,7 @@ def test_the_sources_of_a_recipe_are_what_its_chain_has_packed(name: str) -> Non
             assert asked <= set().union(*(packed[folder] for folder in work.data)), (stage.label, asked)
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("name", [*BIG, *TINY])
 def test_scripts_are_what_their_chain_gives(name: str, tmp_path: Path,
                                             monkeypatch: pytest.MonkeyPatch) -> None:

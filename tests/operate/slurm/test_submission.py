@@ -51,6 +51,7 @@ def layouts(*more: str, nodes: int = 64, **request: Any) -> dict[int, tuple[str,
     return submission.prepare(asked, COMMANDS).jobs[0].layouts
 
 
+@pytest.mark.deep
 def test_a_run_gets_the_layout_that_a_search_finds_for_its_gpus() -> None:
     """A user who has other kernels gets another layout; a layout that the user set stays."""
     found = find_layout(recipes.get("solar-open-102b"), Machines("h100", load("h100", account="me"), 64))
@@ -68,6 +69,7 @@ def test_a_run_gets_the_layout_that_a_search_finds_for_its_gpus() -> None:
     assert f"pp {stages.removeprefix('parallel.pp=')}, " in script.asks_for
 
 
+@pytest.mark.deep
 def test_a_job_that_loses_nodes_keeps_its_layout_while_that_fits() -> None:
     config = recipes.get("qwen3-8b")
     profile = load("h100", account="me")

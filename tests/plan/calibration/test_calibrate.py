@@ -130,8 +130,9 @@ def test_folders_that_are_no_runs_and_steps_that_wait_are_refused(write_run: Any
 
 def test_steps_that_take_no_time_or_forever_are_refused(write_run: Any) -> None:
     config, num_ranks, _ = on_gpus("data-parallel")
-    for name, step_s in (("instant", 1e-300), ("endless", 1e300)):
-        with pytest.raises(UserError, match="which no run has"):
+    for name, step_s, said in (("instant", 1e-300, "which no run has"),
+                               ("endless", 1e300, "has at most 0 steps")):
+        with pytest.raises(UserError, match=said):
             calibrate([write_run(name, config, num_ranks, step_s)])
 
 

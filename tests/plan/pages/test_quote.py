@@ -340,6 +340,7 @@ def of(recipe: str, *settings: str) -> RecipeRequest:
     return RecipeRequest(recipes.get(recipe), settings, from_file=False)
 
 
+@pytest.mark.deep
 def test_a_layout_that_is_set_stays_and_one_that_is_not_is_recommended() -> None:
     where = machines("h100", 64)
     open_, own = placed(of("k-exaone-236b"), where), placed(of("k-exaone-236b", "parallel.pp=16"), where)
@@ -348,6 +349,7 @@ def test_a_layout_that_is_set_stays_and_one_that_is_not_is_recommended() -> None
     assert own.config.parallel.ep == recipes.get("k-exaone-236b").parallel.ep
 
 
+@pytest.mark.deep
 def test_a_script_reads_what_people_read() -> None:
     found = placed(of("k-exaone-236b"), machines("h100", 64))
     plan = found.as_json()

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +21,6 @@ from safetensors.torch import load_file  # noqa: E402
 from megatron_sov.base.artifacts import damaged_files, new_artifact  # noqa: E402
 from megatron_sov.base.errors import UserError  # noqa: E402
 from megatron_sov.cli import main  # noqa: E402
-from megatron_sov.engine.model.divergence import Divergence  # noqa: E402
 from megatron_sov.infer.engines.target import Target  # noqa: E402
 from megatron_sov.post.distillation import teacher as teaching  # noqa: E402
 from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, Kept, StateFiles, unpacked  # noqa: E402
@@ -85,39 +83,6 @@ def test_states_and_head_are_transformers_logits(one_rank: None, hf_models: dict
         files.states(1, "train", 99, 0, 1)
     with pytest.raises(UserError, match=r"document 7 has .* states, not 2 to"):
         files.states(1, "train", 7, 2, int(shard.lengths[7]))
-
-
-def test_a_teacher_whose_logits_are_capped_is_heard_so(one_rank: None, hf_models: dict[str, Path], data: Path,
-                                                       tmp_path: Path) -> None:
-    """A student of any family learns from Gemma 2's own distribution."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    from megatron_sov.engine.model.logprobs import Head
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.config import DistillationConfig, ParallelConfig
-    from megatron_sov.post.distillation.distill import KeptTeacher
-
-    folder = tmp_path / "teacher"
-    model = Gemma2ForCausalLM(Gemma2Config(
-        vocab_size=1024, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, initializer_range=0.3, final_logit_softcapping=2.0)).eval()
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(hf_models[FAMILY] / name, folder)
-    assert main(["distill", "states", str(folder), "--data", str(data), "--dtype", "float32", "--output",
-                 str(tmp_path / "states")]) == 0
-    sources = open_sources({str(data): 1.0}, 1024, FORMATS)
-    ids = sources[1].shard("train").tokens(7, 0, 9)
-    world.join(ParallelConfig())
-    batch: Any = SimpleNamespace(origins=((0, 1, (7, 0, 9)),), labels=torch.zeros(9))
-    heard: Any = KeptTeacher([opened(tmp_path / "states", data)], DistillationConfig(), sources, 1024).at(
-        batch, Head(torch.zeros(1024, 32), None, 8, 1024))
-    with torch.no_grad():
-        logits = model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0]
-    assert logits.abs().max() > 1.9, "the cap is felt"
-    told, _ = heard.compare(slice(0, 9), logits.log_softmax(-1), Divergence(), 1024)
-    assert told[0].abs().max() < 1e-5, "its divergence from transformers' logits is none"
-    world.leave()
 
 
 def test_a_teacher_of_another_tokenizer_is_heard_in_the_students_tokens(

@@ -212,6 +212,7 @@ def events_of(run: Path, kind: str) -> list[dict[str, Any]]:
     return [e for e in read_events(run / EVENTS) if e["event"] == kind]
 
 
+@pytest.mark.deep
 def test_two_stages_with_rehearsal_behind_an_open_gate(short_run: Path, token_shards: Path,
                                                        tmp_path: Path) -> None:
     run = tmp_path / "long"
@@ -277,6 +278,7 @@ class OfChatsAlone:
                 in capsys.readouterr().err)
 
 
+@pytest.mark.deep
 def test_yarn_stretches_what_the_weights_were_trained_on(short_run: Path, token_shards: Path,
                                                          tmp_path: Path) -> None:
     """Neither the short samples of a fine-tuning since, nor a longer phase that is still to come."""
@@ -305,6 +307,7 @@ def test_yarn_stretches_what_the_weights_were_trained_on(short_run: Path, token_
     assert (yarn_from(first), yarn_from(last)) == (YarnConfig(4.0, 64), YarnConfig(2.0, 128))
 
 
+@pytest.mark.deep
 def test_a_gate_that_does_not_pass_ends_with_3_and_passes_later(
         short_run: Path, token_shards: Path, tmp_path: Path, run_command: Any) -> None:
     run = tmp_path / "long"

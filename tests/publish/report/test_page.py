@@ -244,6 +244,7 @@ def test_the_first_sentence_sums_up(tmp_path: Path, texts: tuple[str, ...], fact
     assert judged(tmp_path, *texts, **facts) == sentence
 
 
+@pytest.mark.deep
 def test_a_hundred_thousand_steps_give_a_small_file(tmp_path: Path) -> None:
     with open(tmp_path / "events.jsonl", "w", encoding="utf-8") as f:
         for step in range(1, 100_001):

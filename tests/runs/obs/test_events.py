@@ -23,10 +23,10 @@ def test_floats_read_back_to_the_same_bits_and_text_to_the_same_text(values: lis
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / EVENTS
         log = EventLog(path)
-        log.write("step", step=1, losses=values, note=text)
+        log.write("step", step=1, numbers=values, note=text)
         log.close()
         (event,) = read_events(path)
-    assert [bits(x) for x in event["losses"]] == [bits(x) for x in values]
+    assert [bits(x) for x in event["numbers"]] == [bits(x) for x in values]
     assert event["note"] == text
 
 

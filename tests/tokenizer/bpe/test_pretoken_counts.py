@@ -56,6 +56,7 @@ def as_counter(table: WordTable) -> Counter[bytes]:
     return Counter(dict(zip(table.words(), table.counts.tolist(), strict=True)))
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("workers", [1, 2])
 def test_words_are_counted_as_one_table_would(corpus: Path, tmp_path: Path, workers: int) -> None:
     counts = count(corpus, tmp_path / "work", workers=workers)

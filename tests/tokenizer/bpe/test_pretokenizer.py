@@ -20,6 +20,7 @@ def by_oniguruma(pattern: str, text: str) -> list[str]:
     return [piece for piece, _ in oniguruma(pattern, "test").pre_tokenize_str(text)]
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 def test_all_of_unicode_is_split_as_by_oniguruma(pattern: str) -> None:
     splitter = Splitter(SOLAR_OPEN, pattern)

@@ -42,6 +42,7 @@ def test_any_text_is_split_as_by_oniguruma(pattern: str, text: str) -> None:
     assert split(pattern, text) == by_oniguruma(pattern, text)
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("pattern", [r"\p{Co}+|\P{Co}{1,9}", r"\p{Cn}+|.", r"(?i:k)+|[^k]",
                                      r"\p{Greek}+|\P{Greek}{1,9}"])
 def test_classes_are_onigurumas_on_every_code_point(pattern: str) -> None:

@@ -155,6 +155,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "tokenizer"
 
 
+@pytest.mark.deep
 def test_ours_through_tiktoken_and_back_is_the_same_file(trained: Path, tmp_path: Path) -> None:
     assert main(["export", str(trained), "--format", "tiktoken", "--output",
                  str(tmp_path / "x.tiktoken")]) == 0
@@ -176,6 +177,7 @@ def edited(folder: Path, target: Path, edit: Callable[[dict[str, Any]], Any],
     return target
 
 
+@pytest.mark.deep
 def test_a_hugging_face_folder_is_not_cut_off(trained: Path, tmp_path: Path) -> None:
     truncation = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     source = edited(trained, tmp_path / "hf", lambda raw: raw.update(truncation=truncation))

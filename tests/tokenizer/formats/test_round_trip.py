@@ -64,6 +64,7 @@ def test_a_step_that_does_not_apply_is_seen(learn: Callable[..., Vocabulary], tm
         check(tokenizer, K_EXAONE, vocabulary, 290, tmp_path, TEXT)
 
 
+@pytest.mark.deep
 def test_what_is_loaded_ahead_is_whole_when_it_is_used() -> None:
     """In a fresh process, since a module is loaded once; a tiny training is done long before its import."""
     script = ("from tokenizer import train; train.load_ahead(); "

@@ -37,6 +37,7 @@ def reach(opened: Opened) -> TokenizerCheck:
     return check_reach(opened, try_scalars(opened, lambda done: None, TRIED).seen)
 
 
+@pytest.mark.deep
 def test_a_sound_tokenizer_passes(build: Build, heldout: dict[str, Path],
                                   monkeypatch: pytest.MonkeyPatch) -> None:
     """Every twelfth block stands for all of Unicode, in all planes and with Hangul among them; that the

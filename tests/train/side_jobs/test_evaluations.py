@@ -271,4 +271,4 @@ def test_a_run_judges_its_exports_as_it_judges_itself(
     assert score["model_hash"] == found.model.hash
     assert cli.main(["report", str(tmp_path / "run")]) == 0
     page = (tmp_path / "run/report.html").read_text()
-    assert "Evaluation beside training" in page and ">capitals</t" in page
+    assert "Evaluation during training" in page and ">capitals</t" in page

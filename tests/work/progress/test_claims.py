@@ -157,6 +157,7 @@ def take_all(number: int, folder: Path, log: Path, names: list[str], started: An
     os._exit(0)
 
 
+@pytest.mark.deep
 @pytest.mark.distributed
 def test_of_many_processes_one_takes_and_one_takes_over(tmp_path: Path) -> None:
     names, fork = [f"piece-{i}" for i in range(40)], multiprocessing.get_context("fork")

@@ -33,6 +33,7 @@ def job(folder: Path, do: Executor[int], **more: Callable[..., object]) -> Job[i
                sink=lambda journal: journal.write_to(folder / "out"), **more)
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_a_job_that_failed_goes_on_behind_what_is_done(workers: int, tmp_path: Path) -> None:
     log = tmp_path / "log"

@@ -142,6 +142,7 @@ def _flip(file: Path, at: int = -1) -> None:
     file.write_bytes(content)
 
 
+@pytest.mark.deep
 def test_a_run_names_a_damaged_layer_or_mends_what_it_can(raw: Path,
                                                           capsys: pytest.CaptureFixture[str]) -> None:
     output = run(raw)
@@ -197,6 +198,7 @@ def test_a_raw_file_that_changes_between_plan_and_reading_is_refused(tmp_path: P
         refuse_changed(tmp_path / "a", mark)
 
 
+@pytest.mark.deep
 def test_a_sound_file_of_another_place_or_time_is_not_believed(raw: Path,
                                                                capsys: pytest.CaptureFixture[str]) -> None:
     output = run(raw)

@@ -59,6 +59,7 @@ def command(raw: Path, *words: str) -> list[str]:
     return ["run", str(raw / "pipeline.yaml"), "--output", str(raw / "out"), *words]
 
 
+@pytest.mark.deep
 def test_killed_in_a_task_it_goes_on_to_the_same_bytes(own: Path) -> None:
     assert cli.main(command(own, "--workers", "1")) == 0
     undisturbed = contents(own / "out")
@@ -73,6 +74,7 @@ def test_killed_in_a_task_it_goes_on_to_the_same_bytes(own: Path) -> None:
     assert not leftover.exists() and contents(own / "out") == undisturbed
 
 
+@pytest.mark.deep
 @pytest.mark.distributed
 def test_a_worker_that_is_killed_is_told(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (own / "killed").touch()

@@ -38,6 +38,7 @@ def test_every_piece_is_in_one_shard_of_about_the_asked_size() -> None:
     assert all(0 <= number < 10**9 for number in found), "nine digits of an id"
 
 
+@pytest.mark.deep
 def test_a_change_moves_only_the_cuts_around_it() -> None:
     sizes = some_sizes(5000)
     before = shards_of(pieces(sizes), SHARD_BYTES)

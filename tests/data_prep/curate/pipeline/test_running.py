@@ -108,6 +108,7 @@ def test_a_changed_source_redoes_itself_and_what_looks_at_all(raw: Path, done: D
     assert {stage for stage, source, _ in done if source != "web"} == {stage for stage, _, _ in everything}
 
 
+@pytest.mark.deep
 def test_a_changed_file_redoes_its_shard_alone(raw: Path, done: Done) -> None:
     """And nobody can see from the output that there was an earlier run."""
     change(raw, "  - unique: {}\n", "")
@@ -161,6 +162,7 @@ def test_kinds_are_told_row_by_row(raw: Path) -> None:
     assert lengths == {"books-long": {400}, "web-long": {20}}
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("where", ["write_json", "TableFile.write"])
 def test_a_full_disk_is_a_sentence_and_loses_nothing(raw: Path, where: str, monkeypatch: pytest.MonkeyPatch,
                                                      capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,6 +191,7 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(raw: Path, where: str, monk
     assert contents(run(raw)) == half
 
 
+@pytest.mark.deep
 def test_what_passes_have_left_is_made_again_where_it_is_gone(raw: Path, done: Done,
                                                               capsys: pytest.CaptureFixture[str]) -> None:
     output = run(raw)
@@ -260,6 +263,7 @@ def test_where_nothing_can_be_read_the_sentence_says_why(raw: Path, capsys: pyte
     assert "the sources' files are empty; name others" in capsys.readouterr().err
 
 
+@pytest.mark.deep
 def test_the_output_is_packed_where_the_file_asks_for_it(raw: Path, tokenizers: dict[str, Path], done: Done
                                                          ) -> None:
     with open(raw / "pipeline.yaml", "a") as f:

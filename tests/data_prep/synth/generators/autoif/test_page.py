@@ -43,6 +43,7 @@ def kept(folder: str) -> list[dict[str, object]]:
     return [json.loads(line) for line in Path(folder, "kept.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.deep
 def test_the_commands_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                   capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
