@@ -46,7 +46,7 @@ def test_a_program_without_a_command_imports_no_library(module: str, words: list
     assert "heavy" not in done.stderr
 
 
-@pytest.mark.deep
+@pytest.mark.essential
 @pytest.mark.parametrize("program", ENTRIES)
 def test_every_command_explains_itself_without_a_heavy_library(program: str) -> None:
     """One interpreter for all: what one of them imported would be there for those that follow."""

@@ -275,7 +275,7 @@ def test_llms_txt_has_a_line_for_every_page() -> None:
     assert lines == rows
 
 
-@pytest.mark.deep
+@pytest.mark.essential
 @pytest.mark.parametrize(("name", "made"), [("config", "config.md"), ("options", "options.md"),
                                             ("recipes", "recipes.md"),
                                             ("results", "results.md"), ("index", "llms.txt"),

@@ -13,7 +13,7 @@ from freeze_surface import FILE, surface
 pytestmark = pytest.mark.checkout
 
 
-@pytest.mark.deep
+@pytest.mark.essential
 def test_no_option_or_setting_comes_goes_or_changes_unargued() -> None:
     changed = list(difflib.unified_diff(FILE.read_text(encoding="utf-8").splitlines(),
                                         surface().splitlines(), "promised", "now",

@@ -56,8 +56,8 @@ OPTIONS = {
                     "submit to a Slurm cluster; Kubernetes is not supported"),
     "sov-data mix --search": "set the shares with --blend",
     **dict.fromkeys((f"sov-data inspect --{name}" for name in ("id", "where", "text", "dropped", "source")),
-                    "`sov-data inspect OUT` prints what each step dropped; read shards/ and quarantine/ of the "
-                    "output with pandas or DuckDB for single documents"),
+                    "`sov-data inspect OUT` prints what each step dropped; read shards/ and quarantine/ of "
+                    "the output with pandas or DuckDB for single documents"),
     **dict.fromkeys(("sov-data synth --labels", "sov-data synth --min-kappa"),
                     "compare kept.jsonl and rejected.jsonl with scikit-learn's `cohen_kappa_score`"),
 }
