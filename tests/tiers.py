@@ -2,7 +2,7 @@
 
 A test belongs to tier 2 if it needs a real Slurm, a Ray cluster or a browser, or takes more than
 `LIMIT_S` of processor time: then a tier-1 test fails, and is to be made cheaper or marked `deep`.
-`.ci/run` runs tier 1 and a fifth of the files of tier 2, which `--fifth N` chooses.
+`--fifth N` chooses a fifth of the files of tier 2.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import pytest
 LIMIT_S = 3.0
 """Most processor time of a tier-1 test, with its children's, without imports, at the speed of a core on which
 `LOOP_ROUNDS` take `LOOP_S`."""
+ESSENTIAL_LIMIT_S = 30.0
+"""The same for tests marked `essential`: the surface, the pages, exactness against transformers and the like."""
 LOOP_ROUNDS, LOOP_S = 1_000_000, 0.1
 SERVICES = ("cluster", "browser")
 """Fixtures of tests that need daemons or programs which `make setup` does not install."""
@@ -98,9 +100,10 @@ def judge_processor_time(item: pytest.Item, report: pytest.TestReport) -> None:
                                     "deep": bool(item.get_closest_marker("deep"))}) + "\n")
         return
     is_free = item.get_closest_marker("deep") or item.get_closest_marker("gpu")
-    if not report.passed or is_free or used_s <= LIMIT_S:
+    limit_s = ESSENTIAL_LIMIT_S if item.get_closest_marker("essential") else LIMIT_S
+    if not report.passed or is_free or used_s <= limit_s:
         return
-    allowed_s = LIMIT_S * measure_slowness()
+    allowed_s = limit_s * measure_slowness()
     if used_s > allowed_s:
         report.outcome = "failed"
         report.longrepr = (f"took {used_s:.1f} s of processor time, and a test of `make test` has at most "

@@ -25,7 +25,7 @@ def command(name: str, data: list[Path], run: Path, *arguments: str, settings: t
     return [name, "tiny-solar-open", *shards, "--run", str(run), *arguments, *chosen]
 
 
-@pytest.mark.deep
+@pytest.mark.essential
 def test_a_run_becomes_a_chat_model(packed_data: Any, tmp_path: Path, run_command: Any,
                                     capsys: pytest.CaptureFixture[str]) -> None:
     base, tuned = tmp_path / "base", tmp_path / "tuned"

@@ -307,7 +307,7 @@ def folders(request, imported: dict[str, Path], hf_models: dict[str, Path], toke
     return hf, tmp_path / "imported"
 
 
-@pytest.mark.deep
+@pytest.mark.essential
 def test_greedy_text_is_that_of_transformers(folders: tuple[Path, Path], one_rank: None) -> None:
     """Token by token on an exported folder, prompts of mixed lengths, far past the sliding
     window of 8 tokens."""

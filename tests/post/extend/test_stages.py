@@ -212,7 +212,7 @@ def events_of(run: Path, kind: str) -> list[dict[str, Any]]:
     return [e for e in read_events(run / EVENTS) if e["event"] == kind]
 
 
-@pytest.mark.deep
+@pytest.mark.essential
 def test_two_stages_with_rehearsal_behind_an_open_gate(short_run: Path, token_shards: Path,
                                                        tmp_path: Path) -> None:
     run = tmp_path / "long"
