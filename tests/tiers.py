@@ -24,7 +24,7 @@ LIMIT_S = 3.0
 """Most processor time of a tier-1 test, with its children's, without imports, at the speed of a core on which
 `LOOP_ROUNDS` take `LOOP_S`."""
 ESSENTIAL_LIMIT_S = 30.0
-"""The same for tests marked `essential`: the surface, the pages, exactness against transformers and the like."""
+"""The same for tests marked `essential`: the surface, the pages, exactness against transformers."""
 LOOP_ROUNDS, LOOP_S = 1_000_000, 0.1
 SERVICES = ("cluster", "browser")
 """Fixtures of tests that need daemons or programs which `make setup` does not install."""

@@ -48,6 +48,7 @@ def spans(config: RunConfig) -> list[tuple[str, range]]:
             for p, (first, last) in zip(config.data.phases, itertools.pairwise(starts), strict=True)]
 
 
+@pytest.mark.deep
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("recipe", [
     pytest.param(name, marks=[pytest.mark.deep] * (name != "tiny-k-exaone")) for name in OF_RECIPE])

@@ -28,6 +28,7 @@ FOLDERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "experts bf16": ("Qwen3Moe", EXPERTS, "bfloat16"), "experts fp16": ("Qwen3Moe", EXPERTS, "float16")}
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("family", ["exaone_moe", pytest.param("solar_open", marks=pytest.mark.deep)])
 def test_engines_answer_the_same_work_alike(family: str, hf_models: dict[str, Path],
                                             imported: dict[str, Path], one_rank: None) -> None:

@@ -264,6 +264,7 @@ def same_bits(a: Path, b: Path) -> bool:
         for n, t in one.items())
 
 
+@pytest.mark.essential
 @pytest.mark.distributed
 @pytest.mark.usefixtures("solar_open2")
 @pytest.mark.parametrize("every_seed", [False, pytest.param(True, marks=pytest.mark.deep)])

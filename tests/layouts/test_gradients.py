@@ -185,6 +185,7 @@ def _reference(weights: Path, gradients: Path, result: dict[str, Any], objective
     return {name: term.item() for name, term in terms.items()}
 
 
+@pytest.mark.essential
 @pytest.mark.usefixtures("solar_open2")
 @pytest.mark.parametrize("names", [
     [name for name in CASES if name not in FURTHER], pytest.param(FURTHER, marks=pytest.mark.deep)],

@@ -285,6 +285,7 @@ STAGES = "parallel.pp=2", "parallel.tp=2", "parallel.sp=true"
 CONTEXT = "parallel.cp=2", "parallel.tp=2", "parallel.sp=true"
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(("recipe", "settings", "num_ranks", "terms"), [
     ("tiny-solar-open-dpo", CONTEXT, 4, {"preference"}),
     ("tiny-solar-open-dpo", (*STAGES, "preference.method=kto", "preference.chosen_coeff=0.5"), 4,
@@ -344,6 +345,7 @@ CUT = ("parallel.cp=2", "parallel.ep=2", "parallel.zero1=true", "parallel.overla
        "parallel.overlap_param_gather=true")
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(("recipe", "settings", "num_ranks"), [
     pytest.param("tiny-qwen2", ("parallel.tp=2", "model.tied_embeddings=true"), 2, marks=pytest.mark.deep),
     ("tiny-qwen2", ("parallel.pp=2", "parallel.vpp=2", *CUT[2:], "model.tied_embeddings=true"), 4),

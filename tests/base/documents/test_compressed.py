@@ -86,6 +86,7 @@ def one_string_in_many_rows(file: Path) -> None:
     parquet.write_table(pyarrow.table({"text": rows}), file, compression="zstd", store_schema=False)
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(("name", "write"), [
     ("a.jsonl.gz", zeros_gz), pytest.param("a.jsonl.zst", zeros_zst, marks=pytest.mark.deep),
     ("a.parquet", one_string_in_many_rows)])

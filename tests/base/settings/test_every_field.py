@@ -11,6 +11,7 @@ from tests.base.settings.every_field import classes_below, find_wrongs
 pytestmark = pytest.mark.checkout
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("from_all", [False, pytest.param(True, marks=pytest.mark.deep)],
                          ids=["in turns", "all"])
 @pytest.mark.parametrize("folder", ["megatron_sov", "data_prep", "tokenizer"])

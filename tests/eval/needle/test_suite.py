@@ -330,6 +330,7 @@ def plain_verdict(example: Example, said: list[int], by: Way) -> bool:
                and said[2 * i + 1] == example.answer[i][1] for i in range(len(wanted)))
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("by", ["generation", "likelihood"])
 @pytest.mark.parametrize("family", ["solar_open", pytest.param("exaone_moe", marks=pytest.mark.deep)])
 def test_every_answer_is_that_of_plain_transformers(family: str, by: Way, imported: dict[str, Path],

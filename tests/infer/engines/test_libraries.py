@@ -37,6 +37,7 @@ def test_the_defaults_of_the_folder_do_not_count(hf_models: dict[str, Path], tmp
     assert not caplog.records
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("family", [pytest.param("solar_open", marks=pytest.mark.deep), "exaone_moe"])
 def test_batches_give_what_prompts_give_alone(hf_models: dict[str, Path], family: str) -> None:
     model = load_hf(hf_models[family])

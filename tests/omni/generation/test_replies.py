@@ -69,6 +69,7 @@ def shards_with(media: dict[str, Any]) -> None:
         shards.content = {"sources": [{"media": media}]}
 
 
+@pytest.mark.deep
 @pytest.mark.distributed
 @pytest.mark.parametrize("layout", ["tp", pytest.param("pp", marks=pytest.mark.deep)])
 def test_pictures_are_whole_and_the_same_at_other_layouts(

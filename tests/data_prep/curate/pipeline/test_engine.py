@@ -88,6 +88,7 @@ def test_a_worker_that_is_killed_is_told(own: Path, capsys: pytest.CaptureFixtur
     assert contents(own / "out") == with_workers, "the number of workers says nothing"
 
 
+@pytest.mark.deep
 @pytest.mark.distributed
 @pytest.mark.parametrize(("workers", "how"), [
     pytest.param(1, signal.SIGKILL, marks=pytest.mark.deep), (2, signal.SIGKILL), (2, signal.SIGINT)])
