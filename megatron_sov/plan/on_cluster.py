@@ -21,8 +21,8 @@ from megatron_sov.plan.footprint.memory import Account
 from megatron_sov.plan.pages import quote as quote_tables
 from megatron_sov.plan.pages.quote import Quote, QuoteTable, QuoteTotals, as_json, gib, totals
 from megatron_sov.plan.pages.telling import PlanText, name, set_line, size_line, sizes, submit_line
-from megatron_sov.plan.post_training import covers, quotes
-from megatron_sov.plan.pricing import Machines, Pricing, pricing, quote, refuse_precision, run_stages
+from megatron_sov.plan.pricing import (
+    Machines, Pricing, covers, pricing, quote, quotes, refuse_precision, run_stages)
 from megatron_sov.plan.search.default import (
     DefaultLayout, choose_layout, leaves_layout_open, recommended_settings)
 from megatron_sov.plan.search.space import as_dict, own_choice
@@ -40,6 +40,8 @@ UNSEEN_ERROR = 0.25
 (benchmarks/results/plan_calibration.txt)."""
 REFERENCE_TOKENS = 1_000_000_000_000
 """The headline of a shorter pretraining run also says what so many tokens would take."""
+ROUNDS_OBJECTIVE = "policy"
+ROUNDS = "rounds of reinforcement learning are not priced; multiply the seconds of one round of `rl run`"
 LENGTH_SETTINGS = ("train.tokens", "train.steps", "train.epochs", "rollout.rounds", "data.phases")
 """Settings that decide how many tokens a run reads, as `tokens` of a phase does."""
 
@@ -97,11 +99,14 @@ class PlacedPlan:
             parts += [quote_tables.text(table) for table in quote_tables.tables(self.quotes)]
             parts.append("\n".join([self._uncertainty(), *quote_tables.notes(self.quotes)]))
         else:
-            parts.append(f"no price: {_unknown(self.machines)}")
+            parts.append(f"no price: {ROUNDS if self._learns_by_rounds() else _unknown(self.machines)}")
         if self.told:
             parts.append(f"settings: {set_line(self.told.settings) or 'as the recipe has them'}\n"
                          f"submit:   {self.told.submit}")
         return "\n\n".join(parts)
+
+    def _learns_by_rounds(self) -> bool:
+        return self.config.objective.name == ROUNDS_OBJECTIVE
 
     def _is_pretraining(self) -> bool:
         return self.config.objective.name == "lm" and not self.config.extend.stages
@@ -115,7 +120,7 @@ class PlacedPlan:
 
     def _length(self) -> str:
         """Return the length of the run and the setting that decides it."""
-        if self.config.objective.name == "policy":
+        if self._learns_by_rounds():
             return f"{self.config.rollout.rounds:,} rounds ({self.length_source})"
         return f"{format_count(self.num_tokens())} tokens ({self.length_source})"
 
@@ -257,7 +262,10 @@ def _refuse_too_large(config: RunConfig, prices: Pricing) -> None:
 
 
 def quote_run(config: RunConfig, prices: Pricing, settings: Sequence[str]) -> list[Quote]:
-    """Return the quotes of a run's phases, stages or jobs; `settings` are those that the user passed."""
+    """Return the quotes of a run's phases, stages or jobs; none of rounds, in which engines write.
+    `settings` are those that the user passed."""
+    if config.objective.name == ROUNDS_OBJECTIVE:
+        return []
     if covers(config):
         return quotes(config, prices)
     micro_batch_set = any(s.startswith("train.micro_batch_size=") for s in settings)
