@@ -27,7 +27,7 @@ PARTS = {
               "megatron_sov.commands.evaluate.eval_results",
               "megatron_sov.commands.train.forgetting_gate"),
     "plan": ("megatron_sov.proof", "megatron_sov.plan.calibration.calibrate",
-             "megatron_sov.plan.calibration.learned", "megatron_sov.plan.on_cluster",
+             "megatron_sov.plan.on_cluster",
              "megatron_sov.plan.operation", "megatron_sov.plan.pages",
              "megatron_sov.plan.pricing", "megatron_sov.plan.search.default",
              "megatron_sov.plan.search.space", "megatron_sov.plan.search.sweep", "megatron_sov.plan.speed",

@@ -16,7 +16,6 @@ from megatron_sov.model.families.count import num_params
 from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.plan.calibration.fitting import (
     fullest, nearest, refuse_on_nodes, refuse_too_large, usable_bytes)
-from megatron_sov.plan.calibration.learned import LearnedCorrection
 from megatron_sov.plan.footprint.memory import Account
 from megatron_sov.plan.pages import quote as quote_tables
 from megatron_sov.plan.pages.quote import Quote, QuoteTable, QuoteTotals, as_json, gib, totals
@@ -28,6 +27,7 @@ from megatron_sov.plan.search.default import (
 from megatron_sov.plan.search.space import as_dict, own_choice
 from megatron_sov.plan.search.sweep import (
     SweepSearch, fewest_nodes, fits_somehow, num_layouts, search, told_nodes)
+from megatron_sov.plan.speed.parameters import Parameters
 from megatron_sov.schedules import Schedule
 from megatron_sov.work.clusters.chips import Chip
 from megatron_sov.work.clusters.units import GIB, SECONDS_OF_A_DAY
@@ -186,7 +186,7 @@ def length_source(request: RecipeRequest) -> str:
 
 
 def placed(request: RecipeRequest, machines: Machines,
-           learned: LearnedCorrection | None = None) -> PlacedPlan:
+           learned: Parameters | None = None) -> PlacedPlan:
     """Return a run with its own layout, or with the one that a search finds if the user sets none.
 
     Raises:
@@ -209,7 +209,7 @@ def placed(request: RecipeRequest, machines: Machines,
 
 
 def searched(request: RecipeRequest, machines: Machines, recipe: Sequence[str],
-             learned: LearnedCorrection | None = None) -> PlacedPlan:
+             learned: Parameters | None = None) -> PlacedPlan:
     """Return a run with the fastest layout that fits; what --set says of a layout stays.
 
     Raises:
@@ -343,7 +343,7 @@ def pretraining_requests(settings: Sequence[str]) -> dict[str, RecipeRequest]:
 
 
 def budget_rows(requests: Mapping[str, RecipeRequest], machines: Machines, days: float | None,
-                usd: float | None, learned: LearnedCorrection | None = None) -> list[BudgetRow]:
+                usd: float | None, learned: Parameters | None = None) -> list[BudgetRow]:
     """Return a row for each recipe, those that fit first, smaller models before larger ones.
 
     Args:
@@ -368,7 +368,7 @@ def budget_rows(requests: Mapping[str, RecipeRequest], machines: Machines, days:
 
 
 def _budget_row(name: str, request: RecipeRequest, machines: Machines, days: float | None,
-                usd: float | None, learned: LearnedCorrection | None) -> BudgetRow:
+                usd: float | None, learned: Parameters | None) -> BudgetRow:
     if request.base.objective.name == "policy":
         raise UserError(f"{name}: is trained by rounds, not tokens; leave out --days and --budget, and set "
                         "rollout.rounds")

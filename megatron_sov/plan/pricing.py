@@ -13,11 +13,10 @@ from megatron_sov.model.config import ExtendStageConfig, ModelConfig, PhaseConfi
 from megatron_sov.model.config.post_training import WITH_REFERENCE
 from megatron_sov.model.recipes.extension import micro_batch_size
 from megatron_sov.plan.calibration.fitting import TEACHERS, fullest, usable_bytes
-from megatron_sov.plan.calibration.learned import LearnedCorrection, shipped
 from megatron_sov.plan.operation import Cost, Operation, cost, operation
 from megatron_sov.plan.pages.quote import Checkpoint, Quote, QuotedMemory, Traffic
 from megatron_sov.plan.search.space import as_dict, own_choice
-from megatron_sov.plan.speed.parameters import UNITS, Parameters
+from megatron_sov.plan.speed.parameters import UNITS, Parameters, default
 from megatron_sov.plan.speed.step import Known, StepTime, beside_layers, router_s, step_time
 from megatron_sov.plan.speed.traffic import messages
 from megatron_sov.plan.speed.workload import PRECISIONS, ModelShape, Workload, of_model, of_run
@@ -216,11 +215,10 @@ class Pricing:
         return self.step(stage).components
 
 
-def pricing(machines: Machines, learned: LearnedCorrection | None = None) -> Pricing | None:
+def pricing(machines: Machines, learned: Parameters | None = None) -> Pricing | None:
     """Return what prices stages on some nodes, by what was learned there or by what comes with the package;
     None: the profile does not say what GPUs they have."""
-    learned = learned or shipped()
-    return Pricing(machines, learned.parameters) if machines.chip else None
+    return Pricing(machines, learned or default()) if machines.chip else None
 
 
 def refuse_precision(config: RunConfig, chip: Chip) -> None:
