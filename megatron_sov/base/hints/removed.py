@@ -24,6 +24,8 @@ COMMANDS = {
     "megatron-sov convert upcycle": "use mergekit-moe on the folder of `convert to-hf`",
     **dict.fromkeys(("megatron-sov eval inspect", "megatron-sov eval play"),
                     "serve the model with `megatron-sov serve` and run inspect-ai on its address"),
+    "megatron-sov distill rounds": "use `megatron-sov rl run ... --teacher TEACHER --reward none --set "
+                                   "policy.method=gkd` (docs/distill.md)",
     "megatron-sov eval suites": "docs/eval_suites.md lists the tasks and their files; `eval lm` reads a "
                                 "publisher's JSON Lines, Parquet or CSV below --data-dir",
     "megatron-sov ladder": "train the sizes with `megatron-sov pretrain` and fit their losses yourself",
@@ -46,6 +48,10 @@ OPTIONS = {
     "megatron-sov plan --page": "redirect the text: `megatron-sov plan RECIPE --cluster P > plan.txt`",
     "megatron-sov plan --table": "in a checkout, python benchmarks/plan_calibration.py --no-refit predicts "
                                  "published runs",
+    **dict.fromkeys((f"megatron-sov prefer --{name}" for name in (
+        "rounds", "prompts", "reward", "reward-set", "samples", "temperature", "max-new-tokens",
+        "keep-unfinished")),
+        "use `megatron-sov rl run ... --set policy.method=preference` (docs/prefer.md)"),
     "megatron-sov report --compare": "draw the curves of several runs with TensorBoard (obs.tensorboard) or "
                                      "Weights & Biases; `megatron-sov eval difference` compares scores",
     **{f"megatron-sov codec reconstruct --{name}": "a codec decodes its own tokens"

@@ -257,12 +257,6 @@ def _teachers(args: Any) -> list[Path | None]:
 def _training(stage: str, arguments: list[str], args: Any) -> StageWork:
     if args.nproc is not None:
         raise UserError(f"--nproc {args.nproc}: under Slurm the nodes and the profile decide; leave it out")
-    if getattr(args, "rounds", None) is not None:
-        raise UserError(f"--rounds {args.rounds}: is a door to `rl run`; submit rl-run, as docs/prefer.md "
-                        "shows it")
-    if args.dry_run:
-        raise UserError("--dry-run: would be the job's, which trains nothing then; type it where you are, or "
-                        f"`megatron-sov submit {stage} --dry-run ...` to see the job")
     has_rounds = STAGES[stage].objective == "policy"
     request = training_request(args, STAGES[stage].objective, needs_data=not has_rounds,
                                lengthens=stage == "extend",
