@@ -42,6 +42,8 @@ COMMANDS = {
 }
 """Program and command -> what to use in its place."""
 OPTIONS = {
+    **dict.fromkeys(("megatron-sov chat --tools", "megatron-sov chat --tool-set"),
+                    "`megatron-sov tools run ENV TARGET` has a model play a tool environment"),
     "megatron-sov convert to-hf --quantize": "quantize the folder with llm-compressor",
     "megatron-sov plan --calibrate-engine": "rounds of RL are priced by published engines",
     "megatron-sov plan --engine-gpus": "rounds of RL are priced by published engines",
