@@ -45,6 +45,9 @@ OPTIONS = {
     **dict.fromkeys(("megatron-sov chat --tools", "megatron-sov chat --tool-set"),
                     "`megatron-sov tools run ENV TARGET` has a model play a tool environment"),
     "megatron-sov convert to-hf --quantize": "quantize the folder with llm-compressor",
+    **dict.fromkeys((f"megatron-sov eval lm --{name}" for name in (
+        "model", "key-env", "same-model", "tokenizer", "concurrent")),
+        "ask an endpoint with lm-eval's own command `lm_eval --model local-chat-completions`"),
     "megatron-sov plan --calibrate-engine": "rounds of RL are priced by published engines",
     "megatron-sov plan --engine-gpus": "rounds of RL are priced by published engines",
     "megatron-sov plan --page": "redirect the text: `megatron-sov plan RECIPE --cluster P > plan.txt`",
