@@ -154,7 +154,7 @@ COMMANDS = {
         "list, play, run: tool environments, by hand or by a model",
         POST_TRAIN, "tools.md",
         ("tools list",
-         "tools play booking --calls calls.jsonl --page booking.html")),
+         "tools play booking --calls calls.jsonl")),
     "ssp probe": Command(
         "megatron_sov.commands.rl.ssp:PROBE",
         "pass@k of a run's checkpoints in each domain, and the best one of each",

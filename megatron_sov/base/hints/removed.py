@@ -31,6 +31,7 @@ COMMANDS = {
     "megatron-sov ladder": "train the sizes with `megatron-sov pretrain` and fit their losses yourself",
     "megatron-sov reproduce": "python benchmarks/paper_claims.py runs the claims in a checkout",
     "megatron-sov rl replay": "type the command of `rl run` again with another --run and --store",
+    "megatron-sov rl store page": "`megatron-sov rl store show` prints responses and their rewards",
     "megatron-sov rl why": "`megatron-sov rl store show` prints responses and their rewards",
     "megatron-sov watch": "`megatron-sov status RUN --follow` prints each step; --set obs.tensorboard=true "
                           "draws curves",
@@ -48,6 +49,10 @@ OPTIONS = {
     **dict.fromkeys((f"megatron-sov eval lm --{name}" for name in (
         "model", "key-env", "same-model", "tokenizer", "concurrent")),
         "ask an endpoint with lm-eval's own command `lm_eval --model local-chat-completions`"),
+    **dict.fromkeys(("megatron-sov inspect --page", "sov-data inspect --page"),
+                    "redirect the text: `megatron-sov inspect PATH > facts.txt`"),
+    "megatron-sov score --disagreements": "the command prints the lines where two rewards disagree",
+    "megatron-sov tools play --page": "redirect the text: `megatron-sov tools play ENV ... > play.txt`",
     "megatron-sov plan --calibrate-engine": "rounds of RL are priced by published engines",
     "megatron-sov plan --engine-gpus": "rounds of RL are priced by published engines",
     "megatron-sov plan --page": "redirect the text: `megatron-sov plan RECIPE --cluster P > plan.txt`",
@@ -61,6 +66,8 @@ OPTIONS = {
                                      "Weights & Biases; `megatron-sov eval difference` compares scores",
     **{f"megatron-sov codec reconstruct --{name}": "a codec decodes its own tokens"
        for name in ("decoder", "decoder-steps", "seed", "speaker")},
+    **dict.fromkeys(("megatron-sov eval media --retrieval", "megatron-sov eval media --candidates"),
+                    "rank texts by `eval lm` tasks with choices, or by code of your own over `generate`"),
     "megatron-sov eval media --speaker": "a codec has one voice",
     "megatron-sov generate --speaker": "a codec has one voice",
     **dict.fromkeys((f"megatron-sov submit --{name}" for name in ("job-name", "manifest", "apply")),
