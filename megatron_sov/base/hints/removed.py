@@ -22,6 +22,7 @@ COMMANDS = {
     "megatron-sov convert deepen": "use mergekit's passthrough method on the folder of `convert to-hf`",
     "megatron-sov convert to-gguf": "use convert_hf_to_gguf.py of llama.cpp on the folder of `convert to-hf`",
     "megatron-sov convert upcycle": "use mergekit-moe on the folder of `convert to-hf`",
+    "megatron-sov eval bigram": "`megatron-sov eval ppl` has bits per byte, which compare tokenizers",
     **dict.fromkeys(("megatron-sov eval inspect", "megatron-sov eval play"),
                     "serve the model with `megatron-sov serve` and run inspect-ai on its address"),
     "megatron-sov distill rounds": "use `megatron-sov rl run ... --teacher TEACHER --reward none --set "

@@ -10,12 +10,11 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-CONTRACT = Path(__file__).with_name("contract.json")
+CONTRACT = Path(__file__).with_name("library_shapes.json")
 """Library -> its version and the shape of each name that megatron-core or this project uses of it; written by
 tests/te_double/contract.py."""
 COMPUTED = "..."
@@ -251,11 +250,3 @@ def installed(package: str) -> Sources | None:
     if spec is None or not spec.submodule_search_locations:
         return None
     return Sources(Path(next(iter(spec.submodule_search_locations))).parent)
-
-
-def first_difference(package: str) -> tuple[str, str]:
-    """Return the version of a library that the contract is of, and where the installed one has another shape
-    first; "": nowhere."""
-    part = json.loads(CONTRACT.read_text(encoding="utf-8"))[package]
-    sources = installed(package)
-    return part["version"], "" if sources is None else next(differences(part["symbols"], sources), "")
