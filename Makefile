@@ -121,7 +121,7 @@ scripts: setup  ## renew slurm/scripts from slurm/chains
 	  name=$$(basename "$$chain" .yaml); "$(PY)" -m megatron_sov submit chain "$$name" --scripts "slurm/scripts/$$name"; \
 	done
 
-contract: setup  ## renew tests/te_double/library_shapes.json from the wheels of Transformer Engine and megatron-core
+contract: setup  ## renew tests/te_double/contract.json from the wheels of Transformer Engine and megatron-core
 	"$(PY)" tests/te_double/contract.py
 
 # torch moves by hand (edit its line first): its builds differ per index, and it pins the CUDA libraries that come with it.

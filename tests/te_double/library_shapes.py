@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-CONTRACT = Path(__file__).with_name("library_shapes.json")
+CONTRACT = Path(__file__).with_name("contract.json")
 """Library -> its version and the shape of each name that megatron-core or this project uses of it; written by
 tests/te_double/contract.py."""
 COMPUTED = "..."

@@ -211,8 +211,9 @@ def transformer_engine_checks() -> Iterator[MachineCheck]:
         return
     version = installed_version("transformer-engine")
     if version and version.split(".")[:2] != TE_VERSION.split(".")[:2]:
-        yield MachineCheck("Transformer Engine", "warning", f"{version} is not {TE_VERSION}, which this project "
-                           "was read and tried with", TE_COMMAND)
+        yield MachineCheck("Transformer Engine", "warning",
+                           f"{version} is not {TE_VERSION}, which this project was read and tried with",
+                           TE_COMMAND)
         return
     if gpu and (found := _other_cudnn()):
         yield MachineCheck("Transformer Engine", "warning", found, 'export CUDNN_HOME="$(python -c \'import '
