@@ -40,7 +40,8 @@ INSTALL_REQUIRES = [
 
 EXTRAS = {
     # the tests of the core alone: `make core`
-    "test": ["pytest>=8", "hypothesis", "allpairspy", "setuptools>=77"],
+    # einops: imported by the plain kernels of flash-linear-attention that ours are compared with
+    "test": ["pytest>=8", "hypothesis", "allpairspy", "setuptools>=77", "einops"],
     # Needs a CUDA toolchain and --no-build-isolation: docs/install.md.
     "gpu": ["transformer-engine[pytorch,core-cu13]==2.20.2"],
     "rl": ["math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0"],
@@ -69,7 +70,7 @@ EXTRAS = {
     "omni": ["pillow", "soundfile", "scipy", "diffusers>=0.42", "jiwer>=4"],
     "sentencepiece": ["sentencepiece>=0.2", "protobuf"],
     "dev": [
-        "pytest>=8", "hypothesis", "allpairspy", "ruff", "isort>=9", "mypy", "setuptools>=77",
+        "pytest>=8", "hypothesis", "allpairspy", "einops", "ruff", "isort>=9", "mypy", "setuptools>=77",
         "sentencepiece>=0.2", "protobuf", "tensorboard", "wandb", "types-tqdm", "types-psutil",
         "peft>=0.21.2",
         "math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0", "openai>=2",
