@@ -184,7 +184,6 @@ def test_a_name_on_the_hub_is_answered_with_the_command_that_fetches_it(
     assert "run `hf download Qwen/Qwen3-8B --local-dir Qwen3-8B`" in capsys.readouterr().err
 
 
-@pytest.mark.checkout
 @pytest.mark.parametrize(("command", "function", "first"),
                          [("commands/train/lm.py", "run_pretrain", "train.stages.stage"),
                           ("commands/train/lm.py", "run_extend", "post.extend.stages"),

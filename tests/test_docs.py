@@ -29,8 +29,6 @@ from tests.pages_typed import (
 sys.path.append(str(ROOT / "benchmarks"))
 from paper_claims import CLAIMS, PLACE, ClaimFile
 
-pytestmark = pytest.mark.checkout
-
 READ = [*PAGES, *SKILLS]
 KEYS_OF_TWO_CELLS = ("docs/media_encoders.md", "docs/memory.md", "docs/recipes.md", "docs/synth_worlds.md")
 """Pages with tables whose first cell does not say alone what a row is of."""
