@@ -39,9 +39,6 @@ INSTALL_REQUIRES = [
 ]
 
 EXTRAS = {
-    # the tests of the core alone: `make core`
-    # einops: imported by the plain kernels of flash-linear-attention that ours are compared with
-    "test": ["pytest>=8", "hypothesis", "allpairspy", "setuptools>=77", "einops"],
     # Needs a CUDA toolchain and --no-build-isolation: docs/install.md.
     "gpu": ["transformer-engine[pytorch,core-cu13]==2.20.2"],
     "rl": ["math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0"],
@@ -69,6 +66,7 @@ EXTRAS = {
     # pictures and sounds: their readers, quantisers of tokenizers, blocks of the picture decoder, error rates
     "omni": ["pillow", "soundfile", "scipy", "diffusers>=0.42", "jiwer>=4"],
     "sentencepiece": ["sentencepiece>=0.2", "protobuf"],
+    # einops: imported by the plain kernels of flash-linear-attention that ours are compared with
     "dev": [
         "pytest>=8", "hypothesis", "allpairspy", "einops", "ruff", "isort>=9", "mypy", "setuptools>=77",
         "sentencepiece>=0.2", "protobuf", "tensorboard", "wandb", "types-tqdm", "types-psutil",
@@ -122,7 +120,7 @@ class BuildPart(build_py):
 
 # the libraries alone: pip would ask an index for our parts by name, which has none of ours
 EXTRAS["all"] = sorted({line for name, lines in EXTRAS.items()
-                        if name not in ("test", "dev", "gpu", "docs", "inspect", "speech") for line in lines})
+                        if name not in ("dev", "gpu", "docs", "inspect", "speech") for line in lines})
 NEEDS = (INSTALL_REQUIRES if PART in ("", "core") else
          [f"megatron-sov=={VERSION}", *(f"megatron-sov-{part}=={VERSION}"
                                         for part in DISTRIBUTED["PARTS_NEEDED"].get(PART, ())),

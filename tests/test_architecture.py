@@ -20,8 +20,6 @@ import pytest
 
 from megatron_sov.version import OUR_PACKAGES, PARTS, PARTS_NEEDED, part_of
 
-pytestmark = pytest.mark.checkout
-
 ROOT = Path(__file__).parents[1]
 DATA_ONLY = {"slurm"}
 """Packages at the top that the code reads and nobody imports."""

@@ -148,17 +148,6 @@ def test_a_terminal_without_utf_8_gets_no_traceback(module: str, words: list[str
     assert b"Traceback" not in done.stderr and b"UnicodeEncodeError" not in done.stderr
 
 
-def test_text_of_any_language_is_printed_in_ascii_with_escapes() -> None:
-    """What `sov-data sample` and `rl store show` print, by the door that all three programs go through."""
-    program = ("from megatron_sov.base.command_line import exit_code\n"
-               "exit_code(lambda: print('\\ud55c\\uae00 \\u0e44\\u0e17\\u0e22') or 0)")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT,
-                          env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)},
-                          check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "\\ud55c\\uae00 \\u0e44\\u0e17\\u0e22\n"
-
-
 def test_actions_show_the_examples_that_are_theirs(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["convert", "to-hf", "--help"])

@@ -16,8 +16,6 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.checkout
-
 PAGE = Path(__file__).parents[1] / "docs/own_code.md"
 
 

@@ -19,8 +19,6 @@ from megatron_sov import cli
 from tests.pages_typed import lines_of, shell_blocks
 from tests.test_readme import gather
 
-pytestmark = pytest.mark.checkout
-
 TUTORIALS = Path(__file__).parents[1] / "docs/tutorials"
 PAGES = {name: (TUTORIALS / f"{name}.md").read_text(encoding="utf-8")
          for name in ("national_lab", "company", "university", "small_team")}

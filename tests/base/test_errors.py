@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import re
 import sys
 from pathlib import Path
 
@@ -56,17 +55,3 @@ def test_a_missing_package_is_installed_from_the_checkout_or_by_its_own_name(
     assert how_to_install("evals", "--no-deps") == f"{pip} install --no-deps 'te[a,b]>=2'"
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: None)
     assert how_to_install("eval") == "install what the extra eval of setup.py names"
-
-
-def test_nothing_says_to_install_this_project_from_an_index() -> None:
-    """The name is on no index: whoever registers it would run code on the machines of our users."""
-    root = Path(__file__).parents[2]
-    patterns = ("megatron_sov/**/*.py", "data_prep/**/*.py", "tokenizer/**/*.py", "docs/**/*.md", "*.md",
-                "Makefile", "examples/*.py")
-    files = [file for pattern in patterns for file in root.glob(pattern)]
-    assert len(files) > 500
-    install = re.compile(r"\binstall\s+(-\S+\s+)*['\"]?megatron-sov\b.*")
-    assert install.search("pip install -U 'megatron-sov[eval]'")
-    said = [f"{file.relative_to(root)}: {found[0]}" for file in files
-            if (found := install.search(file.read_text()))]
-    assert said == []

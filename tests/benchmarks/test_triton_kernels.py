@@ -14,8 +14,6 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
 import triton_interpreter
 
 GPU = Path(triton_interpreter.__file__).parent
-pytestmark = pytest.mark.checkout
-
 
 @pytest.fixture(scope="module")
 def path() -> str:

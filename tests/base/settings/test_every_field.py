@@ -8,8 +8,6 @@ import pytest
 
 from tests.base.settings.every_field import classes_below, find_wrongs
 
-pytestmark = pytest.mark.checkout
-
 
 @pytest.mark.deep
 @pytest.mark.parametrize("from_all", [False, pytest.param(True, marks=pytest.mark.deep)],

@@ -11,6 +11,7 @@ from hypothesis import given, strategies as st
 from tokenizer.bpe import split_pattern
 from tokenizer.bpe.counting import split_words
 from tokenizer.bpe.split_pattern import Unsupported, automaton, oniguruma
+from tokenizer.presets import K_EXAONE, SOLAR_OPEN
 
 GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA_3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -19,7 +20,9 @@ O200K = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}
          r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re)?"
          r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 PRIORITIES = r"a|ab|(?:ab|a)(?:c|bcd)?|b(?=c)|c{2,3}d?|[^\S\n]+x|\w\d"
-PATTERNS = {"gpt-2": GPT_2, "llama-3": LLAMA_3, "o200k": O200K, "priorities": PRIORITIES, "dot": "..|."}
+PATTERNS = {"gpt-2": GPT_2, "llama-3": LLAMA_3, "o200k": O200K, "priorities": PRIORITIES, "dot": "..|.",
+            "solar-open": SOLAR_OPEN.split_pattern, "k-exaone": K_EXAONE.split_pattern,
+            "superwords": K_EXAONE.superword_pattern}
 
 
 def split(pattern: str, text: str) -> list[str]:

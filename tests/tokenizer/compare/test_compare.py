@@ -10,9 +10,6 @@ import pytest
 from tokenizers import Tokenizer
 
 from tokenizer.cli import main
-from tokenizer.compare.command import ModelSize, different_lines, different_words, names_of, overlap, speeds
-from tokenizer.formats.reader import open_tokenizer
-from tokenizer.report.measures import read_texts
 
 Build = Callable[..., Path]
 
@@ -41,35 +38,6 @@ def test_the_command_writes_what_plain_counting_gives(build: Build, heldout: dic
     assert found["tokenizers"]["plain"]["texts"]["english"]["relative_flops"] == 1
     printed = capsys.readouterr().out
     assert "bytes per token" in printed and "english" in printed and "MB per CPU second" in printed
-
-
-def test_vocabularies_share_tokens_by_their_bytes(build: Build) -> None:
-    a, b = (open_tokenizer(build("a", special=("<x>", "<y>"))),
-            open_tokenizer(build("b", pairs=[("t", "h"), ("o", "f")])))
-    assert overlap(a, b) == {"num_shared": 257, "share_of_first": 257 / 263, "share_of_second": 257 / 258,
-                             "jaccard": 257 / 264}
-
-
-def test_different_cuts_are_shown_and_equal_ones_not(build: Build, tmp_path: Path) -> None:
-    tokenizers = [open_tokenizer(build("a")), open_tokenizer(build("b", pairs=[("t", "h"), ("Ġ", "a")]))]
-    (tmp_path / "t.txt").write_text("the a the with\nthe other theme in the text\n")
-    text = read_texts([str(tmp_path / "t.txt")], 1)[0]
-    words = different_words(tokenizers, text)
-    assert words[0] == {"text": "the", "count": 4, "cuts": ["␣the", "␣|th|e"]}
-    assert "a" not in [w["text"] for w in words]
-    lines = different_lines(tokenizers, text)
-    assert [line["text"] for line in lines] == ["the other theme in the text"]
-    assert lines[0]["num_tokens"] == [len(t.encode(lines[0]["text"])) for t in tokenizers]
-    assert different_lines([tokenizers[0], tokenizers[0]], text) == []
-
-
-def test_size_and_speed(build: Build, heldout: dict[str, Path]) -> None:
-    size = ModelSize(4096, 8e9)
-    assert size.embedding_params(196_608) == 1_610_612_736
-    assert size.training_flops_per_token(0) == 6 * 8e9
-    opened = [open_tokenizer(build("a")), open_tokenizer(build("b"))]
-    assert all(speed > 0 for speed in speeds(opened, read_texts([str(p) for p in heldout.values()], 1)))
-    assert names_of(opened) == ["a", "b"] and names_of([opened[0], opened[0]]) == [str(opened[0].path)] * 2
 
 
 def test_mistakes_cost_one_sentence_and_leave_nothing(build: Build, heldout: dict[str, Path], tmp_path: Path,

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
@@ -33,12 +32,6 @@ def test_words_are_parted_by_spaces_where_most_letters_are_of_such_a_script(text
     assert named(text).has_words == words
 
 
-def test_a_part_comes_from_all_over_a_text() -> None:
-    text = named(*(f"{i:09} " for i in range(100)))
-    assert (text.part(200) == text.chunks[::5] and text.part(10**9) == text.chunks
-            and text.part(1) == text.chunks[:1])
-
-
 def test_long_documents_are_cut_and_nothing_is_lost(tmp_path: Path) -> None:
     document = "\n\n".join(f"paragraph {i} " * 40 for i in range(1000))
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": document}) + "\n" + json.dumps({"text": "short"}))
@@ -59,19 +52,6 @@ def test_empty_documents_are_passed_over_and_a_folder_of_them_is_refused(tmp_pat
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(UserError, match=r"holds no text; pass files with text in them"):
         read_text("a", tmp_path, 1000)
-
-
-def test_names_are_the_files_own_or_given_and_stand_once(tmp_path: Path,
-                                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("ko.txt", "en.txt"):
-        Path(name).write_text("text")
-    assert ([text.name for text in read_texts(["ko.txt", "other=ko.txt", "en.txt"], 1.0)]
-            == ["ko", "other", "en"])
-    assert parse_text("dir.with.dots/") == ("dir", Path("dir.with.dots"))
-    with pytest.raises(UserError,
-                       match=r"the name 'ko' is taken by another text; name it, e.g. other=en.txt"):
-        read_texts(["ko.txt", "ko=en.txt"], 1.0)
 
 
 Build = Callable[..., Path]
@@ -99,13 +79,6 @@ def test_figures_are_those_of_plain_counting(build: Build, heldout: dict[str, Pa
     assert check.numbers["texts"]["thai"]["tokens_per_word"] is None
     assert check.numbers["texts"]["thai"]["share_of_partial_characters"] == 1  # nothing but single bytes
     assert check.verdict == "good"
-
-
-def test_counts_stand_at_their_ids(build: Build, heldout: dict[str, Path]) -> None:
-    opened = open_tokenizer(build())
-    text = read_text("thai", heldout["thai"], 10**6)
-    counts = measure(opened, text).counts
-    assert counts.tolist() == np.bincount(opened.encode(text.chunks[0]), minlength=opened.vocab_size).tolist()
 
 
 def test_text_that_decoding_does_not_give_back_is_bad(build: Build, heldout: dict[str, Path]) -> None:
