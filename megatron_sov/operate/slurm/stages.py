@@ -264,8 +264,9 @@ def _training(stage: str, arguments: list[str], args: Any) -> StageWork:
         raise UserError("--dry-run: would be the job's, which trains nothing then; type it where you are, or "
                         f"`megatron-sov submit {stage} --dry-run ...` to see the job")
     has_rounds = STAGES[stage].objective == "policy"
-    request = training_request(args, STAGES[stage].objective, needs_data=not has_rounds,
-                               lengthens=stage == "extend",
+    objective = STAGES[stage].objective
+    request = training_request(args, objective, needs_data=not has_rounds, lengthens=stage == "extend",
+                               of_model=args.model_settings(None if stage == "extend" else objective),
                                resumed=resumed_settings(args.run) if args.resume else None)
     config = with_rounds(request.config()) if has_rounds else request.config()
     run = args.run.absolute()

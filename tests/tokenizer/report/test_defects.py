@@ -15,10 +15,8 @@ from tokenizer.formats.reader import Opened, open_tokenizer
 from tokenizer.report import measures as scalars_module
 from tokenizer.report.check import TokenizerCheck
 from tokenizer.report.command import (
-    CHECKS, check_all, check_digits, check_reach, check_whitespace,
-    time_input, worst_inputs)
-from tokenizer.report.measures import (
-    check_scalars, read_texts, try_scalars)
+    CHECKS, check_all, check_digits, check_reach, check_whitespace, time_input, worst_inputs)
+from tokenizer.report.measures import check_scalars, read_texts, try_scalars
 
 Build = Callable[..., Path]
 PAIRS = [("t", "h"), ("th", "e"), ("Ġ", "the")]
