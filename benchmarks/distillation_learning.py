@@ -12,9 +12,9 @@ others.  Everything runs through the ordinary commands on one process of one thr
   arms      go on from the start over the same 200 conversations, in the same order, for the same steps, in
             four of the wordings: SFT learns the one answer that was drawn, the others the teacher's
             distributions at the same tokens; on-policy, the same questions in rounds of one step, eight in
-            each, with answers that the student writes itself (`distill rounds`).  At the learning rate of
-            the others SFT learns the 200 drawn answers by heart, so it has smaller ones too, and the others
-            are compared with its best
+            each, with answers that the student writes itself (`rl run` with `policy.method=gkd`).  At the
+            learning rate of the others SFT learns the 200 drawn answers by heart, so it has smaller ones too,
+            and the others are compared with its best
 
 Each is then asked the other four wordings: KL(teacher || student) in nats per token of the answers, by the
 same command, before its first step, each conversation whole.  Printed are means over the seeds with 95 %
@@ -129,10 +129,12 @@ class Work:
 
     def rounds(self, name: str, prompts: Path, start: str, seed: int, steps: int, *settings: str) -> str:
         """Return a run of on-policy rounds."""
-        self.command("megatron_sov", "distill", "rounds", "tiny-qwen3", "--from", self.folder / start,
-                     "--teacher", self.folder / "teacher", "--prompts", prompts, "--rounds", str(steps),
-                     "--output", self.folder / name, "--max-new-tokens", "12", "--seed", str(seed),
-                     *words_of(settings))
+        rounds = ("policy.method=gkd", "rollout.samples_per_prompt=1", f"rollout.rounds={steps}",
+                  "rollout.max_new_tokens=12", "rollout.temperature=1.0", f"rollout.seed={seed}")
+        self.command("megatron_sov", "rl", "run", "tiny-qwen3", "--from", self.folder / start, "--teacher",
+                     self.folder / "teacher", "--prompts", prompts, "--reward", "none", "--store",
+                     self.folder / name / "store", "--run", self.folder / name / "run", "--resume",
+                     *words_of((*rounds, *settings)))
         return f"{name}/run"
 
 

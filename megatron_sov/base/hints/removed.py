@@ -24,11 +24,14 @@ COMMANDS = {
     "megatron-sov convert upcycle": "use mergekit-moe on the folder of `convert to-hf`",
     **dict.fromkeys(("megatron-sov eval inspect", "megatron-sov eval play"),
                     "serve the model with `megatron-sov serve` and run inspect-ai on its address"),
+    "megatron-sov distill rounds": "use `megatron-sov rl run ... --teacher TEACHER --reward none --set "
+                                   "policy.method=gkd` (docs/distill.md)",
     "megatron-sov eval suites": "docs/eval_suites.md lists the tasks and their files; `eval lm` reads a "
                                 "publisher's JSON Lines, Parquet or CSV below --data-dir",
     "megatron-sov ladder": "train the sizes with `megatron-sov pretrain` and fit their losses yourself",
     "megatron-sov reproduce": "python benchmarks/paper_claims.py runs the claims in a checkout",
     "megatron-sov rl replay": "type the command of `rl run` again with another --run and --store",
+    "megatron-sov rl store page": "`megatron-sov rl store show` prints responses and their rewards",
     "megatron-sov rl why": "`megatron-sov rl store show` prints responses and their rewards",
     "megatron-sov watch": "`megatron-sov status RUN --follow` prints each step; --set obs.tensorboard=true "
                           "draws curves",
@@ -40,16 +43,31 @@ COMMANDS = {
 }
 """Program and command -> what to use in its place."""
 OPTIONS = {
+    **dict.fromkeys(("megatron-sov chat --tools", "megatron-sov chat --tool-set"),
+                    "`megatron-sov tools run ENV TARGET` has a model play a tool environment"),
     "megatron-sov convert to-hf --quantize": "quantize the folder with llm-compressor",
+    **dict.fromkeys((f"megatron-sov eval lm --{name}" for name in (
+        "model", "key-env", "same-model", "tokenizer", "concurrent")),
+        "ask an endpoint with lm-eval's own command `lm_eval --model local-chat-completions`"),
+    **dict.fromkeys(("megatron-sov inspect --page", "sov-data inspect --page"),
+                    "redirect the text: `megatron-sov inspect PATH > facts.txt`"),
+    "megatron-sov score --disagreements": "the command prints the lines where two rewards disagree",
+    "megatron-sov tools play --page": "redirect the text: `megatron-sov tools play ENV ... > play.txt`",
     "megatron-sov plan --calibrate-engine": "rounds of RL are priced by published engines",
     "megatron-sov plan --engine-gpus": "rounds of RL are priced by published engines",
     "megatron-sov plan --page": "redirect the text: `megatron-sov plan RECIPE --cluster P > plan.txt`",
     "megatron-sov plan --table": "in a checkout, python benchmarks/plan_calibration.py --no-refit predicts "
                                  "published runs",
+    **dict.fromkeys((f"megatron-sov prefer --{name}" for name in (
+        "rounds", "prompts", "reward", "reward-set", "samples", "temperature", "max-new-tokens",
+        "keep-unfinished")),
+        "use `megatron-sov rl run ... --set policy.method=preference` (docs/prefer.md)"),
     "megatron-sov report --compare": "draw the curves of several runs with TensorBoard (obs.tensorboard) or "
                                      "Weights & Biases; `megatron-sov eval difference` compares scores",
     **{f"megatron-sov codec reconstruct --{name}": "a codec decodes its own tokens"
        for name in ("decoder", "decoder-steps", "seed", "speaker")},
+    **dict.fromkeys(("megatron-sov eval media --retrieval", "megatron-sov eval media --candidates"),
+                    "rank texts by `eval lm` tasks with choices, or by code of your own over `generate`"),
     "megatron-sov eval media --speaker": "a codec has one voice",
     "megatron-sov generate --speaker": "a codec has one voice",
     **dict.fromkeys((f"megatron-sov submit --{name}" for name in ("job-name", "manifest", "apply")),

@@ -42,7 +42,7 @@ def score_events(results: Mapping[str, Any], step: int | None, output: Path) -> 
                  "k": metric["k"], "value": metric["value"],
                  "interval": metric["interval"] and list(metric["interval"]), "items": task["items"],
                  "failed": task["failed"], "at_limit": task["at_limit"], "sampling": task["sampling"],
-                 "mode": task["mode"], "contamination": None, "published_as": task["published_as"],
+                 "mode": task["mode"], "contamination": None,
                  "output": str(output.absolute())}
                 for name, task in results["tasks"].items() for metric in task["metrics"]]
     except (KeyError, TypeError, AttributeError) as e:

@@ -36,8 +36,6 @@ BESIDE = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.backgr
     (("pretrain", *HERE, "--nodes", "2", *RUN, "--set", "parallel.ep=16"),
      "parallel.ep = 16 must divide model.num_experts = 8"),
     (("pretrain", *HERE, *RUN, "--nproc", "2"), "--nproc 2: under Slurm the nodes and the profile decide"),
-    (("prefer", *HERE, *RUN, "--from", "x", "--rounds", "2", "--prompts", "p", "--reward", "math"),
-     "--rounds 2: is a door to `rl run`; submit rl-run, as docs/prefer.md"),
     (("pretrain", *HERE, *RUN, "--set", "train.stpes=5"),
      "train.stpes: no such setting; did you mean 'train.steps'?"),
     (("pretrain", *HERE, "tiny-solar-open", "--run", "x"),
