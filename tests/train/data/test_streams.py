@@ -17,7 +17,6 @@ from megatron_sov.train.data.streams import Cursor, DocumentStream, Packing
 corpora = st.lists(st.integers(0, 40), min_size=1, max_size=40).filter(any).map(
     lambda lengths: [*lengths, 3])  # one that fits every sample
 packings = st.sampled_from(["best_fit", "truncate", "concat", "drop"])
-lengths_over_time = st.lists(st.sampled_from([5, 16, 33]), min_size=1, max_size=60).map(sorted)
 SETTINGS = settings(max_examples=120)
 
 
@@ -59,26 +58,6 @@ def test_each_token_occurs_once_in_each_epoch(corpus: list[int], packing: Packin
         assert set(counted) <= everything
         if epoch < source.cursor.epoch:
             assert set(counted) >= {"truncate": beginnings, "drop": short}.get(packing, everything)
-
-
-@given(corpora, packings, st.lists(st.sampled_from([5, 16, 33]), min_size=1, max_size=40), st.integers(0, 40))
-@SETTINGS
-def test_a_cursor_from_json_goes_on_alike(corpus: list[int], packing: Packing, wanted: list[int],
-                                          killed: int) -> None:
-    whole, first = stream(corpus, packing), stream(corpus, packing)
-    expected = [whole.next_sample(n) for n in wanted]
-    before = [first.next_sample(n) for n in wanted[:killed]]
-    again = stream(corpus, packing, Cursor(**json.loads(json.dumps(dataclasses.asdict(first.cursor)))))
-    assert before + [again.next_sample(n) for n in wanted[killed:]] == expected
-    assert again.cursor == whole.cursor
-    assert again.epochs() == pytest.approx(whole.epochs())
-
-
-def test_conversations_are_given_whole_from_their_start() -> None:
-    corpus = [3, 9, 16, 30, 2]
-    source = stream(corpus, "truncate")
-    given_ = [s for _ in range(30) for s in source.next_sample(16)]
-    assert {(s.start, s.count) for s in given_} == {(0, min(n, 16)) for n in corpus}
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=30),

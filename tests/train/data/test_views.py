@@ -17,7 +17,7 @@ from megatron_sov.model.config import DataConfig, PhaseConfig, RunConfig
 from megatron_sov.train.data.ledger import (
     LedgerEntry, OverLong, over_long, plan, refuse_over_long, refuse_over_long_pairs)
 from megatron_sov.train.data.order import SampleOrder
-from megatron_sov.train.data.token_shards import ChainedLengths, Source, open_sources
+from megatron_sov.train.data.token_shards import ChainedLengths, Source
 from megatron_sov.train.data.views import LongDocuments, Pieces, with_views
 
 LENGTHS = [3, 12, 30, 0, 11, 40, 12]
@@ -77,14 +77,6 @@ def test_long_documents_are_found_in_every_shard(numbered: Any, parts: list[list
     long = LongDocuments(documents, minimum)
     assert long.index.tolist() == [i for i, n in enumerate(flat) if n >= minimum]
     assert long.lengths.tolist() == [n for n in flat if n >= minimum]
-
-
-def test_long_documents_of_real_shards(packed_data: Any) -> None:
-    sources = open_sources({str(packed_data.text): 1.0}, 368)
-    lengths = list(sources[0].shard("train").lengths)
-    limit = sorted(lengths)[len(lengths) // 2]
-    long = LongDocuments(sources[0].shard("train"), limit)
-    assert long.lengths.tolist() == [n for n in lengths if n >= limit]
 
 
 @pytest.mark.parametrize(("blend", "said"), [

@@ -98,15 +98,6 @@ def test_name_and_format_follow_from_the_file(run: Path, file: str, records: lis
     assert named.packed_argument(run) == "own=runs/a/data/own:3"
 
 
-def test_files_and_packed_folders_are_mixed(run: Path, commands: list[list[str]]) -> None:
-    Path("shards").mkdir()
-    data = ["a.jsonl:0.3", "shards:2", "kind=b.txt:0.7", "web=shards"]
-    write("a.jsonl", CHAT)
-    write("b.txt", "A text.")
-    assert pack(run, *data) == ["runs/a/data/a:0.3", "shards:2", "kind=runs/a/data/kind:0.7", "web=shards"]
-    assert [words[1] for words in commands] == ["import", "pack", "pack"]
-
-
 @pytest.mark.parametrize(("data", "message"), [
     (["a.jsonl", "deep/a.jsonl"], "--data deep/a.jsonl: has the name 'a' of --data a.jsonl; name one of "
                                   "them, e.g. --data a2=deep/a.jsonl"),
