@@ -135,15 +135,6 @@ def test_what_a_round_asks_further_is_produced_too(view: Any, tmp_path: Path,
     assert produced == [1, 1, 1, 2]
 
 
-def test_steps_of_which_nothing_learns_are_passed_over_and_no_others(view: Any, tmp_path: Path,
-                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    feed = feed_of(tmp_path, monkeypatch, lambda number: "")
-    assert feed.bring(view, lambda: False) is None
-    view.step = 2
-    assert feed.bring(view, lambda: False) is None
-    assert [view.batches.ledger.at(step).skip for step in range(4)] == [False, True, True, False]
-
-
 DENSE, MOE = "tiny-qwen3", "tiny-solar-open"
 
 
@@ -177,15 +168,6 @@ def test_a_step_is_passed_over_where_nothing_has_a_gradient(
     feed.rollout = replace(feed.rollout, steps_per_round=3)
     assert feed.bring(view, lambda: False) is None
     assert [step + 1 for step in range(3) if not view.batches.ledger.at(step).skip] == computed
-
-
-def test_the_policy_needs_no_pass_for_steps_that_are_passed_over(view: Any, tmp_path: Path,
-                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Told, "column", lambda self, name, document, start, count: np.zeros(count))
-    feed = feed_of(tmp_path, monkeypatch, lambda number: "", ("old_logprobs",))
-    assert feed.bring(view, lambda: False) is None
-    assert not (tmp_path / "0001.old_logprobs.f32").exists()
-    assert [view.batches.ledger.at(step).skip for step in (0, 1)] == [True, True]
 
 
 RATES = [

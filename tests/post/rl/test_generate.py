@@ -258,12 +258,6 @@ def test_responses_that_are_told_their_length_begin_with_it_as_their_prompt(
     assert [row.prompt_tokens.tolist() for row in rows] == [[60, 700, 4]] * 4
 
 
-def test_without_a_newer_policy_the_same_one_goes_on(tmp_path: Path, prompts: PromptList) -> None:
-    job = Job(tmp_path / "store", prompts, lambda: 0)
-    assert "round 2 waits" in job.run()["waits_for"]
-    check_whole(job.store, prompts, (1,))
-
-
 def test_what_a_round_asks_further_is_written_until_it_is_trained(
         tmp_path: Path, prompts: PromptList) -> None:
     rollout = replace(ROLLOUT, deadline_s=0.0)

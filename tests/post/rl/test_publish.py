@@ -113,18 +113,6 @@ def test_a_flipped_bit_in_any_file_of_a_round_is_named(publisher: Publisher, wri
     rounds.verify(1)
 
 
-def test_a_round_costs_eight_bytes_a_token_and_little_a_response(publisher: Publisher,
-                                                                 write_round: Any) -> None:
-    write(publisher, write_round)
-    assert publisher.publish(1) == ""
-    sizes = {f.name.partition(".")[2]: f.stat().st_size
-             for f in (publisher.rounds / "0001/rollouts").iterdir()}
-    count = read_manifest(publisher.rounds / "0001").content["sources"][0]["splits"]["train"]["num_tokens"]
-    assert sizes.pop("idx") < 21 * 24 + 100
-    assert sizes == {"bin": 4 * count, "behaviour_logprobs": 4 * count, "written": -(-count // 8),
-                     "advantage.documents": 4 * 24}
-
-
 def test_a_round_is_the_same_documents_in_however_many_shards(
         publisher: Publisher, write_round: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(publisher, write_round, unfinished=[(0, 1), (5, 2)])
