@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +17,6 @@ from safetensors.torch import load_file
 from transformers import DeepseekV3Config
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-from megatron_sov.infer.engines import libraries
 from megatron_sov.infer.engines.libraries import (
     PAGE_TOKENS, HfEngine, cache_sizes, copy_weights, live_views, load_hf)
 from megatron_sov.infer.request import Batching, Sampling, StopRule
@@ -35,20 +32,6 @@ def test_the_defaults_of_the_folder_do_not_count(hf_models: dict[str, Path], tmp
     assert HfEngine(load_hf(opinionated)).generate(PROMPTS, Sampling(10)).continuations == plain
     assert all(len(c) == 10 for c in plain)
     assert not caplog.records
-
-
-@pytest.mark.deep
-@pytest.mark.parametrize("family", [pytest.param("solar_open", marks=pytest.mark.deep), "exaone_moe"])
-def test_batches_give_what_prompts_give_alone(hf_models: dict[str, Path], family: str) -> None:
-    model = load_hf(hf_models[family])
-    alone = [model.generate(input_ids=torch.tensor([p]), max_new_tokens=12, do_sample=False,
-                            pad_token_id=0)[0, len(p):].tolist() for p in PROMPTS]
-    assert HfEngine(model).generate(PROMPTS, Sampling(12)).continuations == alone
-    assert HfEngine(model, Batching(2, 5)).generate(PROMPTS, Sampling(12)).continuations == alone
-    end = alone[0][4]
-    stop = StopRule((end,), ("<9>",), lambda tokens: "".join(f"<{t}>" for t in tokens))
-    ended = HfEngine(model).generate(PROMPTS, Sampling(12), stop=stop).continuations
-    assert ended == [stop.cut(c) for c in alone] and ended[0][-1] == end
 
 
 def test_bounds_and_windows_that_transformers_ignores_are_refused(hf_models: dict[str, Path],
@@ -102,16 +85,6 @@ def test_the_mask_stays_as_small_at_any_length(longest: int) -> None:
         "one long sequence is not read token by token")
     assert pass_tokens <= slots * longest, "a few short sequences need no large mask"
     assert slots == (20 if longest < 13_000 else max(1, 2**18 // (longest + 2 * PAGE_TOKENS)))
-
-
-@pytest.mark.deep
-def test_small_passes_answer_the_same(hf_models: dict[str, Path], monkeypatch) -> None:
-    model = load_hf(hf_models["exaone_moe"])
-    plain = HfEngine(model).generate(PROMPTS, Sampling(10)).continuations
-    monkeypatch.setattr(libraries, "MASK_PLACES", 400)
-    monkeypatch.setattr(libraries, "PASS_TOKENS", 4)
-    assert cache_sizes(len(PROMPTS), 50, Batching())[::2] == (1, 5)
-    assert HfEngine(model).generate(PROMPTS, Sampling(10)).continuations == plain
 
 
 def test_prompts_that_do_not_fit_are_told(hf_models: dict[str, Path]) -> None:
@@ -208,65 +181,3 @@ def test_what_the_class_ignores_in_files_may_come_along(hf_models: dict[str, Pat
     copy_weights(model, [("mtp.norm.weight", torch.zeros(3)), *written.items()])
     with pytest.raises(UserError, match=r"1 unexpected \(mtp.norm.weight\)"):
         copy_weights(redrawn(hf_models["solar_open"]), [("mtp.norm.weight", torch.zeros(3))])
-
-
-Named = list[tuple[str, torch.Tensor]]
-SPOILT: dict[str, Callable[[Named], Named]] = {
-    r"1 missing \(model.layers.0.mlp.experts.3.up_proj.weight\)":
-        lambda w: [(n, t) for n, t in w if n != "model.layers.0.mlp.experts.3.up_proj.weight"],
-    r"1 unexpected \(model.layers.9.norm\)": lambda w: [*w, ("model.layers.9.norm", w[0][1])],
-    r"1 of another shape \(lm_head.weight \[1, 2\] instead of": lambda w: [
-        (n, torch.zeros(1, 2) if n == "lm_head.weight" else t) for n, t in w],
-    r"lm_head.weight comes twice": lambda w: [*w, ("lm_head.weight", dict(w)["lm_head.weight"])]}
-
-
-@pytest.mark.deep
-def test_an_engine_writes_with_the_new_weights_or_with_none(hf_models: dict[str, Path]) -> None:
-    folder = hf_models["solar_open"]
-    written = list(load_file(folder / "model.safetensors").items())
-    engine, asked = HfEngine(redrawn(folder)), Sampling(8, 1.0, seed=3, for_training=True)
-    before = engine.generate(PROMPTS, asked)
-    engine.update(iter(written), 4)
-    after, expected = engine.generate(PROMPTS, asked), HfEngine(load_hf(folder)).generate(PROMPTS, asked)
-    assert (before.version, after.version) == (0, 4)
-    assert after.continuations == expected.continuations != before.continuations
-    assert after.logprobs == expected.logprobs
-    for number, (words, spoil) in enumerate(SPOILT.items()):
-        with pytest.raises(UserError, match=words):
-            engine.update(iter(spoil(written)), number)
-        for work in (lambda: engine.generate(PROMPTS, asked), lambda: engine.choose(PROMPTS[:1], 1, [1, 2])):
-            with pytest.raises(UserError, match=f"its update to version {number} failed .*{words}"):
-                work()
-    engine.update(iter(written), 9)
-    again = engine.generate(PROMPTS, asked)
-    assert (again.logprobs, again.version) == (expected.logprobs, 9)
-    with pytest.raises(ValueError, match="an update needs its weights"):
-        engine.update(None, 10)
-
-
-@pytest.mark.parametrize("family", ["solar_open", "exaone_moe"])
-def test_on_exported_weights_log_probabilities_are_those_of_the_trainer(
-        family: str, hf_models: dict[str, Path], imported: dict[str, Path], one_rank: None) -> None:
-    prepare_megatron()
-    from megatron_sov.convert import export_weights
-    from megatron_sov.engine.decode.forward_only import Inputs
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.infer.engines.load import load_forward_model
-    from megatron_sov.infer.engines.target import inference_config
-    from megatron_sov.model.config import ParallelConfig
-
-    engine = HfEngine(redrawn(hf_models[family]))
-    world.join(ParallelConfig())
-    try:
-        policy = load_forward_model(imported[family], inference_config(imported[family], [], 1))
-        engine.update(export_weights(policy.model), 1)
-        found = engine.generate(PROMPTS, Sampling(12, 1.0, seed=1, for_training=True))
-        for prompt, tokens, told in zip(PROMPTS, found.continuations, found.logprobs, strict=True):
-            batch = Inputs([[*prompt, *tokens]], torch.device("cpu"))
-            labels = batch.inputs.tokens.roll(-1)
-            (row,) = policy.map([batch], lambda hidden, head, _, labels=labels: head.logprobs(hidden[0],
-                                                                                               labels))
-            trainers = row[len(prompt) - 1:len(prompt) + len(tokens) - 1]
-            assert (trainers - torch.tensor(told)).abs().max() < 1e-5
-    finally:
-        world.leave()
