@@ -28,7 +28,7 @@ def test_precision_of_transformers_is_set_as_that_of_megatron(hf_models: dict[st
 
     check_engine(TRANSFORMERS, target, ["train.precision=bf16"], None)
     assert logprobs() == logprobs("train.precision=fp32") != logprobs("train.precision=bf16")
-    with pytest.raises(UserError, match=r"^--set train\.precision=fp8: must be one of fp32, bf16, fp64$"):
+    with pytest.raises(UserError, match=r"fp32, bf16, fp64$"):
         logprobs("train.precision=fp8")
-    with pytest.raises(UserError, match=r"^--set parallel\.tp=2: is for --engine megatron"):
+    with pytest.raises(UserError, match=r"^--set parallel\.tp=2:"):
         check_engine(TRANSFORMERS, target, ["train.precision=bf16", "parallel.tp=2"], None)

@@ -185,13 +185,13 @@ def test_it_reads_what_its_settings_need() -> None:
     assert formats_of(made("policy.method=ink_grpo")) == (ROLLOUTS, "text")
     assert formats_of(made("policy.method=ink_grpo", "policy.knowledge_coeff=0")) == (ROLLOUTS,)
     config = apply_settings(recipes.get("tiny-k-exaone"), ["policy.method=ink_grpo"])
-    with pytest.raises(UserError, match=r"policy.knowledge_coeff = 0.1 needs text; add --data"):
+    with pytest.raises(UserError, match=r"policy.knowledge_coeff = 0.1 needs"):
         check_sources(config, [])
     only_heldout = Source("text", None, "text", {}, {"train": 0, "heldout": 9}, 1.0)
-    with pytest.raises(UserError, match=r"needs text; add --data with packed text to train on"):
+    with pytest.raises(UserError, match="add --data with packed"):
         check_sources(config, [only_heldout])
     namesakes = [Source(ROLLOUTS, None, kind, {}, {"train": 9}, 1.0) for kind in ("text", ROLLOUTS)]
-    with pytest.raises(UserError, match=r"--data: has a source 'rollouts', as the run's own rounds are"):
+    with pytest.raises(UserError, match="--data: has a source"):
         check_sources(config, namesakes)
 
 

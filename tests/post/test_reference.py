@@ -92,7 +92,7 @@ def test_a_reference_is_known_again_by_its_weights_its_data_and_its_samples(pair
     reference(first)._open()
     reference(again)._open()  # such as a Hugging Face folder that was converted once more
     for changed in (reference(other), reference(first, 256)):
-        with pytest.raises(UserError, match=r"another reference, of other data or for other lengths .*del"):
+        with pytest.raises(UserError, match="another reference, of other"):
             changed._open()
 
 
@@ -110,18 +110,18 @@ def test_a_run_goes_on_only_with_what_its_reference_has_read(pairs: Path, tmp_pa
     def reference(max_tokens: int) -> Reference:
         return Reference(tmp_path / "run", pairs, opened(pairs), max_tokens)
 
-    with pytest.raises(UserError, match=r"reference.json: holds no log-probabilities of source 'pairs' as"):
+    with pytest.raises(UserError, match=r"reference.json: holds no log-probabilities"):
         reference(128).refuse_changed()
     reference(128)._open()
     parts = reference(128)._parts["pairs"]
     write_sealed(parts.file(0), np.zeros(parts.starts(0)[-1], np.float32).tobytes(), parts.of(0))
     reference(64).refuse_changed()
     assert parts.column(0, 0, 2).tolist() == [0, 0] and reference(128)._missing() == []
-    with pytest.raises(UserError, match=r"reach to token 128 of a document, and samples have 256 \(data"):
+    with pytest.raises(UserError, match=r"samples have 256 \(data"):
         reference(256).refuse_changed()
     flip(parts.file(0))
     for read in (reference(128).refuse_changed, lambda: reference(128)._parts["pairs"].column(0, 0, 2)):
-        with pytest.raises(UserError, match=r"000000.f32: is damaged or belongs elsewhere .*start"):
+        with pytest.raises(UserError, match=r"000000.f32: is damaged"):
             read()
     assert reference(128)._missing() == [("pairs", 0)]
     assert "000000.f32: is damaged or belongs elsewhere (it differs from its own checksum); it is" in (

@@ -196,7 +196,7 @@ def test_what_one_process_cannot_do_is_no_fault_of_a_layout(small: Miniature,
 
     monkeypatch.setattr(proving, "_step", fails)
 
-    with pytest.raises(UserError, match="one process cannot do this step: ValueError: no rows at proving"):
+    with pytest.raises(UserError, match="process cannot do"):
         proving.play_alone(small)
 
 
@@ -472,14 +472,14 @@ def test_sound_runs_have_a_miniature() -> None:
 def test_a_rule_that_the_miniature_alone_breaks_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(OFF, "train.average_last", 1)
 
-    with pytest.raises(UserError, match=r"miniature of this run breaks a rule: .*average_last.*; not proved"):
+    with pytest.raises(UserError, match=r"breaks a rule: .*average_last"):
         miniature(recipes.get("tiny-qwen3"), 1, Path("documents"))
 
 
 def test_a_pattern_of_a_tensor_that_the_miniature_lacks_is_told_as_such() -> None:
     config = apply_settings(recipes.get("tiny-k-exaone"), ['optim.groups=[{"pattern": "*.experts.15.*"}]'])
 
-    with pytest.raises(UserError, match=r"the miniature of .* rule: .*experts\.15.*matches no parameter"):
+    with pytest.raises(UserError, match=r"rule: .*experts\.15.*matches no parameter"):
         proving.prove_run(config, 1)
 
 

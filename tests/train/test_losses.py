@@ -202,8 +202,7 @@ def test_each_term_is_divided_by_its_own_denominator() -> None:
 
 def test_what_an_objective_remembers_is_json() -> None:
     objective = SimpleNamespace(state=lambda: {"seen": {1}}, restore=lambda state: None)
-    with pytest.raises(UserError, match=r"objective SimpleNamespace: state\(\) returned what JSON does not "
-                                        r"hold \(Object of type set is not JSON serializable\)"):
+    with pytest.raises(UserError, match=r"state\(\) returned what JSON"):
         parts_of(objective)["objective"].state()
     assert parts_of(SimpleNamespace()) == {}
 
@@ -219,6 +218,6 @@ def test_what_would_come_back_as_something_else_is_refused(state: object, said: 
 
 def test_a_step_that_learns_nothing_is_refused() -> None:
     batch = GlobalBatch((), 64, 2, "main", 128, {"response": 0.0, "mtp": 0.0})
-    with pytest.raises(UserError, match=r"step 3: none of its 128 tokens is learned .*response: 0, mtp: 0"):
+    with pytest.raises(UserError, match=r"learned .*response: 0, mtp"):
         refuse_nothing_learned(batch, 3)
     refuse_nothing_learned(GlobalBatch((), 64, 2, "main", 128, {"response": 0.0, "text": 1.0}), 3)

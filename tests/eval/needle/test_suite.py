@@ -145,12 +145,11 @@ def test_mistakes_are_named(haystacks: dict[str, Haystack]) -> None:
              share: float = 0.0) -> NeedleSuite:
         return NeedleSuite((haystacks["heldout"],), ("multi-key",), lengths, depths, samples, share)
 
-    with pytest.raises(UserError, match="needle length 12: the needles and the question of kind multi-key in "
-                                        "code alone take"):
+    with pytest.raises(UserError, match="needle length 12:"):
         make(lengths=(128, 12))
     with pytest.raises(UserError, match=r"depths \[1.5\]"):
         make(depths=(1.5,))
-    with pytest.raises(UserError, match=r"distractor_share = 1\.0 in \[0, 1\)"):
+    with pytest.raises(UserError, match=r"distractor_share = 1\.0"):
         make(share=1.0)
 
 

@@ -77,9 +77,9 @@ def test_states_and_head_are_transformers_logits(one_rank: None, hf_models: dict
         found = files.states(1, "train", document, 2, len(ids) - 2) @ head.T
         torch.testing.assert_close(found, logits[2:], rtol=2e-5, atol=2e-5)
     assert damaged_files(tmp_path / "states") == []
-    with pytest.raises(UserError, match=r"has no states of document 99 of source 'second' \(train\)"):
+    with pytest.raises(UserError, match="99 of source 'second'"):
         files.states(1, "train", 99, 0, 1)
-    with pytest.raises(UserError, match=r"document 7 has .* states, not 2 to"):
+    with pytest.raises(UserError, match="document 7"):
         files.states(1, "train", 7, 2, int(shard.lengths[7]))
 
 
@@ -196,12 +196,12 @@ def test_another_teacher_has_another_digest(tmp_path: Path) -> None:
 
 def test_what_does_not_belong_together_is_refused(one_rank: None, imported: dict[str, Path], data: Path,
                                                   packed_data: Any, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"ids mean other tokens than in .* \(e.g. \d+: "):
+    with pytest.raises(UserError, match=r"than in .* \(e.g."):
         read_documents(reading(imported[FAMILY], packed_data.text), tmp_path / "states", [], None)
-    with pytest.raises(UserError, match="dtype 'int8': is none of bfloat16, float32"):
+    with pytest.raises(UserError, match="none of bfloat16, float32"):
         read_documents(TeacherReading(Target(imported[FAMILY], False), {str(data): 1.0}, kept=Kept("int8")),
                        tmp_path / "states", [], None)
-    with pytest.raises(UserError, match=r"--top-k 1024: must lie in \[0, 1024\), the token ids of the teach"):
+    with pytest.raises(UserError, match="--top-k 1024: must lie"):
         read_documents(reading(imported[FAMILY], data, top_k=1024), tmp_path / "states", [], None)
     read_documents(TeacherReading(Target(imported[FAMILY], False), {str(data): 1.0}), tmp_path / "states", [],
                    None)
@@ -209,9 +209,9 @@ def test_what_does_not_belong_together_is_refused(one_rank: None, imported: dict
     other = shutil.copytree(data, tmp_path / "other")
     manifest = json.loads((other / "manifest.json").read_text())
     (other / "manifest.json").write_text(json.dumps(manifest | {"sha256": "", "created_s": 1.0}))
-    with pytest.raises(UserError, match=r"holds states of .*, not of .*other as it is now; make them again"):
+    with pytest.raises(UserError, match="now; make them again"):
         opened(tmp_path / "states", other)
     for part in (tmp_path / "states/states").iterdir():
         part.write_bytes(part.read_bytes()[:-2])
-    with pytest.raises(UserError, match=r"bytes, its .* tokens ask for"):
+    with pytest.raises(UserError, match=r"bytes, its .* tokens"):
         opened(tmp_path / "states", data).states(0, "train", 0, 0, 1)

@@ -170,7 +170,7 @@ def test_a_teacher_that_changes_texts_is_refused(tmp_path: Path) -> None:
     made = opened(teacher)
     made.normalizer = normalizers.Replace("x", "yy")
     made.save(str(teacher / "tokenizer.json"))
-    with pytest.raises(UserError, match=r"changes texts before it reads them \(3 bytes became 4\)"):
+    with pytest.raises(UserError, match=r"\(3 bytes became 4\)"):
         translation(student, teacher).document(opened(student).encode("axb").ids)
 
 

@@ -77,7 +77,7 @@ def test_a_shared_stretch_of_twice_the_window_is_found_at_any_place() -> None:
         train = random_text(1, 333) + held[start:start + 2 * WINDOW_TOKENS] + random_text(3, 50)
         found = search([QUESTION], [source([random_text(4, 90), train], [held])], 10_000)
         assert found.windows_found >= 1
-    with pytest.raises(UserError, match="of the held-out text stands in the training text as well"):
+    with pytest.raises(UserError, match="held-out text stands"):
         refuse_contaminated(found, 0.01)
 
 
@@ -86,7 +86,7 @@ def test_a_question_is_found_inside_a_document_and_not_across_two() -> None:
                     10_000)
     across = search([QUESTION], [source([[1, 5, 6], [7, 2]], [random_text(2, 64)])], 10_000)
     assert (inside.questions_found, across.questions_found) == (1, 0)
-    with pytest.raises(UserError, match="1 questions of the needle test stand in the training text"):
+    with pytest.raises(UserError, match="1 questions"):
         refuse_contaminated(inside, 1.0)
 
 

@@ -108,9 +108,7 @@ def test_units_are_measured_by_the_shortest_sample_that_they_are_read_at(make_so
                make_source("unused", [99], is_chat=True)]
     found = over_long(sources, ENTRIES)
     assert found == [OverLong("chat", 16, 2, 4, 90), OverLong("pairs", 16, 2, 3, 31)]
-    with pytest.raises(UserError, match=(
-            r"data.over_long = refuse, and source 'chat': 2 of 4 are longer than a sample of 16 tokens, the "
-            r"longest has 90; source 'pairs': 2 of 3 .*make samples longer \(seq_len=90\), or set ")):
+    with pytest.raises(UserError, match="90; source 'pairs': 2"):
         refuse_over_long(found)
     refuse_over_long(over_long(sources[:1], ENTRIES))
     refuse_over_long_pairs(found)
@@ -118,9 +116,7 @@ def test_units_are_measured_by_the_shortest_sample_that_they_are_read_at(make_so
 
 def test_pairs_of_which_each_would_be_cut_are_refused(make_source: Any) -> None:
     pairs = replace(make_source("pairs", [9, 8, 10, 9], is_chat=True), format="preference", group=2)
-    with pytest.raises(UserError, match=(
-            r"source 'pairs': each of its 2 pairs is longer than a sample of 16 tokens, and cut they may not "
-            r"differ any more; make samples longer \(seq_len=19 fits all\)")):
+    with pytest.raises(UserError, match=r"make samples longer \(seq_len=19"):
         refuse_over_long_pairs(over_long([pairs], ENTRIES))
 
 
