@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sov.engine.parallel import cpu_shims
-from megatron_sov.engine.parallel.simulated_messages import Standstill
+from megatron_sov.engine.parallel.simulated_messages import CallSite, Standstill
 from megatron_sov.engine.parallel.simulated_world import SimulatedRanks
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import ParallelConfig
@@ -90,8 +91,19 @@ def test_a_standstill_is_told_with_who_waits_for_what() -> None:
         if place.rank:
             dist.all_reduce(torch.ones(1))
 
-    with pytest.raises(Standstill, match="2 of 3 processes"):
+    with pytest.raises(Standstill, match=r"2 of 3 processes wait for ever: rank 1 in allreduce over WORLD"):
         SimulatedRanks(3).run(ParallelConfig(), waits)
+
+
+def test_two_calls_that_do_not_belong_together_are_told() -> None:
+    def differ(place: ParallelWorld) -> None:
+        if place.rank:
+            dist.barrier()
+        else:
+            dist.all_reduce(torch.ones(1))
+
+    with pytest.raises(Standstill, match=r"rank 1 calls barrier over WORLD .* call allreduce"):
+        SimulatedRanks(2).run(ParallelConfig(), differ)
 
 
 def test_an_error_of_one_ends_all() -> None:
@@ -104,5 +116,50 @@ def test_an_error_of_one_ends_all() -> None:
         SimulatedRanks(3).run(ParallelConfig(), fails)
 
 
+def test_places_are_counted() -> None:
+    ranks = SimulatedRanks(2)
+    ranks.run(ParallelConfig(), lambda place: dist.barrier())
+
+    assert ranks.sites == {CallSite("barrier", "WORLD", "outside of the library"): 2}
+
+
+def test_what_nobody_takes_is_told() -> None:
+    def send_only(place: ParallelWorld) -> None:
+        if place.rank == 0:
+            dist.isend(torch.ones(1), 1)
+
+    def call_without_waiting(place: ParallelWorld) -> None:
+        if place.rank == 0:
+            dist.all_reduce(torch.ones(1), async_op=True)
+
+    with pytest.raises(Standstill,
+                       match=r"nobody takes 1 of the messages: rank 0 of WORLD .* sends to rank 1"):
+        SimulatedRanks(2).run(ParallelConfig(), send_only)
+    with pytest.raises(Standstill, match=r"allreduce SUM over WORLD .*, which only 1 call"):
+        SimulatedRanks(2).run(ParallelConfig(), call_without_waiting)
+
+
 def send(mine: torch.Tensor, is_first: bool) -> None:
     dist.send(mine, 1) if is_first else dist.recv(mine, 0)
+
+
+@pytest.mark.parametrize("other", [torch.zeros(4, 2), torch.zeros(4, dtype=torch.float64)])
+@pytest.mark.parametrize("call", [
+    send, lambda mine, is_first: dist.all_reduce(mine), lambda mine, is_first: dist.broadcast(mine, 0),
+    lambda mine, is_first: dist.all_gather([torch.empty_like(mine) for _ in range(2)], mine)])
+def test_numbers_that_are_not_as_many_or_of_another_kind_are_told(
+    call: Callable[[torch.Tensor, bool], None], other: torch.Tensor,
+) -> None:
+    """torch's copy would spread and convert them."""
+    with pytest.raises(Standstill, match="at outside of the library: members of a call mean different numb"):
+        SimulatedRanks(2).run(ParallelConfig(), lambda place: call(
+            torch.zeros(4) if place.rank == 0 else other.clone(), place.rank == 0))
+
+
+@pytest.mark.parametrize("call", [
+    lambda mine, rank: dist.all_reduce(mine, [dist.ReduceOp.SUM, dist.ReduceOp.MAX][rank]),
+    lambda mine, rank: dist.broadcast(mine, rank)])
+def test_another_reduction_or_another_sender_is_told(call: Callable[[torch.Tensor, int], None]) -> None:
+    with pytest.raises(Standstill, match=r"rank 1 calls (allreduce MAX|broadcast from 1) over WORLD .* "
+                                         r"others call (allreduce SUM|broadcast from 0) at the same time"):
+        SimulatedRanks(2).run(ParallelConfig(), lambda place: call(torch.zeros(4), place.rank))
