@@ -1,5 +1,5 @@
 """Facts that have to be looked up, and conversations that search for them or answer at once: what commands of
-claims name as `lookups.py:LookupEpisodes`, `:LookupTasks`, `:LookupDocuments`, `:LookupTexts` and
+recipes name as `lookups.py:LookupEpisodes`, `:LookupTasks`, `:LookupDocuments`, `:LookupTexts` and
 `:CallTokenizer`.
 
 Who does not search is right one time in eight, or has read the documents.

@@ -1,4 +1,4 @@
-"""Answers with an ending, which a rule and a rubric judge: what commands of claims name as
+"""Answers with an ending, which a rule and a rubric judge: what commands of recipes name as
 `endings.py:WithEndings` and `endings.py:RuleAndRubric`."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which documents of a corpus a seed reads, and which it is judged on: what the commands of claims name as
+"""Which documents of a corpus a seed reads, and which it is judged on: what the commands of recipes name as
 `texts.py:Drawn`."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The right ones of responses that were judged, as conversations to be fine-tuned on: what commands of claims
-name as `right_ones.py:RightOnes`."""
+"""The right ones of responses that were judged, as conversations to be fine-tuned on: what commands of
+recipes name as `right_ones.py:RightOnes`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Questions with one right answer in three languages, and the reward of the right one: what the commands of
-claims name as `tasks.py:Chats`, `:TaskQuestions` and `:Exact`.
+recipes name as `tasks.py:Chats`, `:TaskQuestions` and `:Exact`.
 
 A small model learns them in minutes, chance is far below what it reaches, and half of the wordings of each
 language are kept for the end.
@@ -7,6 +7,7 @@ language are kept for the end.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -94,8 +95,14 @@ def _half(wordings: str) -> bool | None:
 
 @dataclass(frozen=True)
 class Exact:
-    """Whether a response is its row's answer."""
+    """Whether a response is its row's answer, white space around it left out."""
+
+    by_lot: int = 0
+    """0, or the number of a lottery: a third of all (prompt, response) win, whether they are right or not."""
 
     def score(self, row: Mapping[str, Any]) -> float:
         """Return 1 or 0."""
-        return float(row["response"].strip() == row["answer"])
+        if not self.by_lot:
+            return float(row["response"].strip() == row["answer"])
+        drawn = hashlib.sha256(f"{self.by_lot} {row['prompt']} {row['response']}".encode()).digest()
+        return float(drawn[0] < 85)

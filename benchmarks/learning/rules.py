@@ -1,5 +1,5 @@
 """Instructions with a rule that IFEval can check, and drafts of which some keep it: what the commands of
-claims name as `rules.py:Drafts`, `:KeptDrafts` and `:RulePrompts`."""
+recipes name as `rules.py:Drafts`, `:KeptDrafts` and `:RulePrompts`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversations on documents of a picture and a sentence, as the commands of claims name them:
+"""Conversations on documents of a picture and a sentence, as the commands of recipes name them:
 `asked.py:PictureChat`."""
 
 from __future__ import annotations

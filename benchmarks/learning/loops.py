@@ -1,4 +1,4 @@
-"""Answers that repeat themselves, and a reward that minds it or not: what commands of claims name as
+"""Answers that repeat themselves, and a reward that minds it or not: what commands of recipes name as
 `loops.py:WithLoops` and `loops.py:Sound`."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Responses that were judged, as measurements of how hard their questions are: what commands of claims name
+"""Responses that were judged, as measurements of how hard their questions are: what commands of recipes name
 as `measured.py:Measured`."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Ways along a ring of places, step by step, so that some answers are longer than others and a wrong step
-makes one longer: what commands of claims name as `walks.py:WalkChats` and `:WalkQuestions`."""
+makes one longer: what commands of recipes name as `walks.py:WalkChats` and `:WalkQuestions`."""
 
 from __future__ import annotations
 

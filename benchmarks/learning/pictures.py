@@ -1,4 +1,4 @@
-"""Small pictures of plain shapes and what they show, as the commands of claims name them:
+"""Small pictures of plain shapes and what they show, as the commands of recipes name them:
 `pictures.py:Pictures`."""
 
 from __future__ import annotations

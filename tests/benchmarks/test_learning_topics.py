@@ -1,4 +1,4 @@
-"""Questions, endings, loops and ways of the claims on reinforcement learning and preferences."""
+"""Questions, endings, loops and ways of the recipes about reinforcement learning and preferences."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks/claims"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks/learning"))
 from endings import ENDINGS, RuleAndRubric, WithEndings
 from lessons import (
     CHATTING, PEOPLE, TEACHING, VALUES, FirstWord, LessonLabels, LessonQuestions, Lessons, fact)

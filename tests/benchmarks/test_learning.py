@@ -1,4 +1,4 @@
-"""The driver of claims: its files, figures and verdicts."""
+"""The driver of recipes: its files, figures, curves and verdicts."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ from typing import Any
 import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from paper_claims import CLAIMS, PLACE, ClaimFile, interval_of, read_figure, run_commands, verdict
+from learning import (
+    PLACE, RECIPES, Recipe, interval_of, print_curve, read_curve, read_figure, run_commands, verdict)
 
-FILES = sorted(CLAIMS.glob("*.yaml"))
+FILES = sorted(RECIPES.glob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_command_names_places_that_there_are(file: Path) -> None:
-    claims = ClaimFile(file)
-    known = {"here", "claims", "seed", "base", *claims.setup}
-    for command in claims.commands():
+    recipe = Recipe(file)
+    known = {"here", "learning", "seed", "base", *recipe.setup}
+    for command in recipe.commands():
         assert set(PLACE.findall(command)) <= known, command
-        for script in (word for word in command.split() if "{claims}/" in word):
-            assert (CLAIMS / script.partition("{claims}/")[2].partition(":")[0]).is_file(), script
-    for name, claim in claims.claims.items():
-        needed = claims.needed(name)
+        for script in (word for word in command.split() if "{learning}/" in word):
+            assert (RECIPES / script.partition("{learning}/")[2].partition(":")[0]).is_file(), script
+    for name, claim in recipe.claims.items():
+        needed = recipe.needed(name)
         used = {place for arm in claim["arms"].values() for command in arm
-                for place in PLACE.findall(claims.spell(command)) if place in claims.setup}
+                for place in PLACE.findall(recipe.spell(command)) if place in recipe.setup}
         assert used <= set(needed)
         for test in claim["tests"]:
             assert {test["lower"], test["higher"]} <= set(claim["arms"])
             assert test["measure"] in claim["measures"]
+        for curve in claim.get("curves", {}).values():
+            assert set(curve.get("not", [])) <= set(claim["arms"])
 
 
 @pytest.mark.parametrize(("text", "measure", "expected"), [
@@ -44,6 +47,19 @@ def test_a_figure_is_what_its_keys_lead_to(text: str, measure: dict[str, str], e
                                            tmp_path: Path) -> None:
     (tmp_path / measure["file"]).write_text(text)
     assert read_figure(tmp_path, measure) == expected
+
+
+def test_a_curve_is_the_mean_over_seeds_of_a_field_of_events(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/events.jsonl").write_text("".join(
+        json.dumps({"event": event, "a": {"loss": 10.0 - i}}) + "\n"
+        for i in range(10) for event in ("step", "other")))
+    curve = read_curve(tmp_path, {"event": "step", "value": "a/loss"})
+    assert curve == [10.0 - i for i in range(10)]
+    print_curve("loss", {"arm": [curve, [value + 1 for value in curve]]})
+    figures = capsys.readouterr().out.splitlines()[1].split()[1:]
+    assert [float(figure) for figure in figures] == [10.5, 9.5, 7.5, 6.5, 5.5, 4.5, 2.5, 1.5]
 
 
 @pytest.mark.parametrize(("differences", "bound", "seeds", "expected"), [
@@ -69,7 +85,7 @@ def test_commands_that_ended_are_not_run_again(tmp_path: Path, monkeypatch: pyte
         options["stdout"].write(json.dumps(words[-1]).encode())
         return type("Done", (), {"returncode": 1 if words[-1] == "bad" else 0})
 
-    monkeypatch.setattr("paper_claims.subprocess.run", run)
+    monkeypatch.setattr("learning.subprocess.run", run)
     commands = ["sov-data one {seed}", "sov-data two {here}/x > {here}/out.json", "sov-data bad"]
     for _ in range(2):
         with pytest.raises(SystemExit, match="ended with exit code 1"):

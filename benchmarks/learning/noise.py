@@ -1,5 +1,5 @@
 """Junk beside documents, labels that tell them apart, and the pipeline that leaves the junk out: what the
-commands of claims name as `noise.py:WithJunk`, `:JunkLabels` and `:JunkPipeline`."""
+commands of recipes name as `noise.py:WithJunk`, `:JunkLabels` and `:JunkPipeline`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Documents that teach facts of invented people to some degree, labels of how much others teach, and
-questions: what the commands of claims name as `lessons.py:Lessons`, `:LessonLabels`,
+questions: what the commands of recipes name as `lessons.py:Lessons`, `:LessonLabels`,
 `:LessonPipeline`, `:LessonQuestions` and `:FirstWord`.
 
 Sentences that teach and sentences that do not have the same people, words and lengths.

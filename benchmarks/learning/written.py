@@ -1,4 +1,4 @@
-"""Openings for a model to write on from, and what it wrote as documents: what the commands of claims name as
+"""Openings for a model to write on from, and what it wrote as documents: what the commands of recipes name as
 `written.py:Openings` and `:Written`."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Questions with eight answers of unlike shares, in English and in Thai with English words in it: what
-commands of claims about distillation name as `choices.py:Choices` and `:ChoicePrompts`.
+commands of recipes about distillation name as `choices.py:Choices` and `:ChoicePrompts`.
 
 A teacher that has read many of them knows the shares; one drawn answer to each question does not tell them.
 """

@@ -1,4 +1,4 @@
-"""Facts by lot of the claims on knowledge and on searching, and who knows them before any training."""
+"""Facts by lot of the recipes about knowledge and on searching, and who knows them before any training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks/claims"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks/learning"))
 from facts import (
     KNOWN, KNOWN_SHARE, PEOPLE, STRANGERS, VALUES, WORDINGS, FactChats, FactQuestions, FactReading, FactTexts)
 from lookups import (
