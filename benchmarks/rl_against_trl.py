@@ -6,8 +6,8 @@ Usage: python benchmarks/rl_against_trl.py --work FOLDER --trl SITE [--steps 12]
 FOLDER is that of `learning.py rl/gspo --seeds 1`, whose start and prompts both take; SITE a folder with
 trl, accelerate and datasets (`pip install --target SITE trl`), which are no dependency of ours. TRL runs
 its own way: transformers' generate. Both write all responses of a step at once, compute it in one
-micro-batch, and have no reference (TRL's beta = 0). Each arm runs once in a process of one thread, one after the
-other; the first two steps of each are left out. Generation and all the rest are told apart around it, by
+micro-batch, and have no reference (TRL's beta = 0). Each arm runs once in a process of one thread, one after
+the other; the first two steps of each are left out. Generation and all the rest are told apart around it, by
 the clock and by the seconds that the processor spent in the process, which other programs on the machine
 disturb less. Those of our reward's processes are in the clock alone.
 """

@@ -1,23 +1,14 @@
-"""Fuzzed tool episodes: what a model sampled is trained, what tools say is not, and killed ones go on.
+"""Fuzzed tool episodes: a script in the place of a model writes turns of every kind.
 
-Usage: python benchmarks/tool_episodes.py [--episodes 1000] [--kills 1] > benchmarks/results/tool_episodes.txt
-
-A script in the place of a model writes turns of every kind: calls, several at once, calls that are no JSON or
-name no tool, texts that spell special tokens, tokens that no tokenizer would choose, turns without an end.
-Each episode is held to what the script remembers having written and to the template written out by hand.
+Calls, several calls at once, calls that are no JSON or name no tool, texts that spell special tokens, tokens
+that no tokenizer would choose, turns without an end.  `problems_of` compares an episode with the turns that
+the script remembers and with the template written out by hand.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import signal
-import subprocess
-import sys
-import tempfile
-import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,10 +18,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from megatron_sov.chat.encode import ChatEncoder, TurnEncoder
 from megatron_sov.chat.template import ChatTemplate
 from megatron_sov.judge.tools.environment import EpisodeLimits
-from megatron_sov.judge.tools.episode import Episode, GeneratedTurn, lines_in, row_of
+from megatron_sov.judge.tools.episode import Episode, GeneratedTurn, lines_in
 from megatron_sov.judge.tools.playing import EpisodeTable, ToolPolicy, play
 from megatron_sov.judge.tools.registry import make, order
-from megatron_sov.work.progress.journal import RECORDS, open_journal, work_folder
+from megatron_sov.work.progress.journal import open_journal
 
 BEGIN, END = "<|im_start|>", "<|im_end|>"
 TEMPLATE = (
@@ -67,7 +58,7 @@ def chat_encoder() -> ChatEncoder:
         trainers.BpeTrainer(vocab_size=500, show_progress=False, special_tokens=[],
                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in (BEGIN, END)])
-    return ChatEncoder(ChatTemplate(TEMPLATE, "", END, "the benchmark's tokenizer"), tokenizer)
+    return ChatEncoder(ChatTemplate(TEMPLATE, "", END, "the script's tokenizer"), tokenizer)
 
 
 class FuzzedPolicy:
@@ -149,7 +140,7 @@ def played(world: str, num_episodes: int, folder: Path,
            ) -> tuple[list[Episode], FuzzedPolicy, TurnEncoder]:
     """Return the episodes of a world, whose journal lies beside `folder / world`."""
     chat = chat_encoder()
-    encoder = TurnEncoder(chat, "the benchmark's tokenizer")
+    encoder = TurnEncoder(chat, "the script's tokenizer")
     policy = FuzzedPolicy(world, chat, encoder.end_ids[0])
     asked = order(world, {})
     environment: Any = make(asked)[0]
@@ -157,60 +148,3 @@ def played(world: str, num_episodes: int, folder: Path,
     with open_journal(folder / world, "play", {"world": world}) as journal:
         table = EpisodeTable(asked, encoder, LIMITS, parallel)
         return play(tasks, wrapped(policy), table, lines_in(journal)), policy, encoder
-
-
-def _killed(world: str, num_episodes: int, after_s: float) -> list[Episode]:
-    """Return the episodes of a world whose process was killed once, then continued."""
-    with tempfile.TemporaryDirectory() as name:
-        child = subprocess.Popen([sys.executable, __file__, "--play", world, "--episodes", str(num_episodes),
-                                  "--folder", name])
-        journal = work_folder(Path(name) / world) / RECORDS
-        while not journal.exists() or journal.stat().st_size < 1000:
-            time.sleep(0.02)
-        time.sleep(after_s)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        size_bytes = journal.stat().st_size if journal.exists() else 0
-        print(f"  killed {after_s:.1f} s behind the first turn, {size_bytes:,} bytes of journal", flush=True)
-        return played(world, num_episodes, Path(name))[0]
-
-
-def main() -> None:
-    """Play, check, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--episodes", type=int, default=1000)
-    parser.add_argument("--kills", type=int, default=1)
-    parser.add_argument("--play", choices=WORLDS, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.play:
-        played(args.play, args.episodes, args.folder)
-        return
-    wrong = 0
-    for world in WORLDS:
-        began_s = time.monotonic()
-        with tempfile.TemporaryDirectory() as name:
-            episodes, policy, encoder = played(world, args.episodes // len(WORLDS), Path(name))
-        took_s = time.monotonic() - began_s
-        rows = [row_of(episode, encoder) for episode in episodes]
-        found = [problem for episode in episodes for problem in problems_of(episode, policy)]
-        wrong += len(found)
-        faults = sum((Counter(row["faults"]) for row in rows), Counter())
-        turns, calls = (sum(row[key] for row in rows) for key in ("num_turns", "num_calls"))
-        differ = sum(row["num_turns_that_differ"] for row in rows)
-        print(f"{world}: {len(rows)} episodes, {turns} turns, {calls} calls, {took_s:.1f} s; "
-              f"{len(found)} problems {found[:3]}\n  ends {dict(Counter(row['end'] for row in rows))}\n"
-              f"  calls without result {dict(faults)}\n"
-              f"  turns with other tokens when encoded again: {differ} of {turns}", flush=True)
-        rng = random.Random(world)
-        for _ in range(args.kills):
-            again = _killed(world, len(rows), rng.uniform(0, took_s * 0.6))
-            same = [row_of(episode, encoder) for episode in again] == rows
-            wrong += not same
-            print(f"  continued: {'the same end' if same else 'ANOTHER END'}", flush=True)
-    if wrong:
-        sys.exit(f"{wrong} problems")
-
-
-if __name__ == "__main__":
-    main()
