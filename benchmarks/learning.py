@@ -130,11 +130,19 @@ def interval_of(differences: Sequence[float]) -> tuple[float, float] | None:
     return mean - half, mean + half
 
 
-def verdict(differences: Sequence[float], bound: float, num_seeds: int) -> str:
-    """Return what the paired differences of a test say; fewer seeds than the claim asks for decide nothing,
-    nor do differences that are all the same."""
+def verdict(differences: Sequence[float], bound: float, num_seeds: int, may_be_equal: bool = False) -> str:
+    """Return whether a test holds.
+
+    Args:
+        differences: of the two arms, one for each seed.
+        bound: of the test.
+        num_seeds: how many the claim asks for; fewer decide nothing.
+        may_be_equal: whether differences that are all the same decide: at a ceiling, and not in a figure that
+            draws no lots.
+    """
     interval = interval_of(differences)
-    if interval is None or len(differences) < num_seeds or max(differences) - min(differences) < 1e-9:
+    are_equal = max(differences) - min(differences) < 1e-9
+    if interval is None or len(differences) < num_seeds or (are_equal and not may_be_equal):
         return "undecided"
     return "holds" if interval[0] > bound else "does not hold" if interval[1] <= bound else "undecided"
 
@@ -181,8 +189,9 @@ def print_test(test: Mapping[str, Any], figures: Mapping[str, Sequence[float]], 
     differences = [a - b for a, b in zip(figures[test["higher"]], figures[test["lower"]], strict=True)]
     bound, interval = test.get("more_than", 0.0), interval_of(differences)
     written = f", 95 %: {interval[0]:+.4f} to {interval[1]:+.4f}" if interval else ""
-    print(f"  {test['lower']} < {test['higher']} in {test['measure']}, bound {bound:g}: "
-          f"{verdict(differences, bound, num_seeds)}, {fmean(differences):+.4f}{written}")
+    outcome = verdict(differences, bound, num_seeds, test.get("may_be_equal", False))
+    print(f"  {test['lower']} < {test['higher']} in {test['measure']}, bound {bound:g}: {outcome}, "
+          f"{fmean(differences):+.4f}{written}")
 
 
 def main() -> None:

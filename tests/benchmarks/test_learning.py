@@ -72,6 +72,11 @@ def test_a_verdict_follows_from_the_interval(differences: list[float], bound: fl
     assert verdict(differences, bound, seeds) == expected
 
 
+def test_equal_differences_decide_at_a_ceiling_alone() -> None:
+    assert [verdict([1.0] * 3, 0.8, 3, may_be_equal=at_ceiling) for at_ceiling in (True, False)] == [
+        "holds", "undecided"]
+
+
 def test_the_interval_is_students() -> None:
     low, high = interval_of([1.0, 2.0, 3.0]) or (0, 0)
     assert (low, high) == (pytest.approx(2 - 2.4841, abs=1e-3), pytest.approx(2 + 2.4841, abs=1e-3))
