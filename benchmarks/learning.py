@@ -1,6 +1,6 @@
 """Recipes of small runs over seeds: their arms, curves, and which orderings of the arms hold.
 
-    python benchmarks/learning.py RECIPE[/CLAIM] ... --work FOLDER [--seeds N]
+    python benchmarks/learning.py RECIPE[/CLAIM] ... --work FOLDER [--seeds N] [--arms ARM ...]
 
 RECIPE is a file `learning/RECIPE.yaml`; without CLAIM all its claims run.  A claim has arms as ordinary
 commands, the figure that is read of each arm, and tests of the form "this arm lies below that one by more
@@ -18,7 +18,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -147,7 +147,8 @@ def verdict(differences: Sequence[float], bound: float, num_seeds: int, may_be_e
     return "holds" if interval[0] > bound else "does not hold" if interval[1] <= bound else "undecided"
 
 
-def run_claim(recipe: Recipe, name: str, work: Path, num_seeds: int | None) -> None:
+def run_claim(recipe: Recipe, name: str, work: Path, num_seeds: int | None,
+              only: Collection[str] = ()) -> None:
     """Run the arms of a claim that have not run yet, and print their figures, curves and tests.
 
     Args:
@@ -155,8 +156,10 @@ def run_claim(recipe: Recipe, name: str, work: Path, num_seeds: int | None) -> N
         name: of the claim.
         work: folder of the recipe's runs.
         num_seeds: how many seeds to run; None: as many as the claim asks for.
+        only: the arms to run; empty: all.
     """
     claim = recipe.claims[name]
+    arms = [arm for arm in claim["arms"] if not only or arm in only]
     places = {"learning": str(RECIPES)}
     for setup in recipe.needed(name):
         folder = work / "setup" / setup
@@ -167,20 +170,20 @@ def run_claim(recipe: Recipe, name: str, work: Path, num_seeds: int | None) -> N
         folder = work / name / f"seed-{seed}"
         own = {**places, "seed": str(seed), "base": str(folder / "base")}
         run_commands(folder / "base", [recipe.spell(command) for command in claim.get("base", [])], own)
-        for arm, commands in claim["arms"].items():
-            run_commands(folder / arm, [recipe.spell(command) for command in commands], own)
+        for arm in arms:
+            run_commands(folder / arm, [recipe.spell(command) for command in claim["arms"][arm]], own)
         folders.append(folder)
     print(f"\n{recipe.name}/{name}: {len(folders)} seeds\n  {claim['says'].strip()}")
-    found = {measure: {arm: [read_figure(folder / arm, what) for folder in folders] for arm in claim["arms"]}
+    found = {measure: {arm: [read_figure(folder / arm, what) for folder in folders] for arm in arms}
              for measure, what in claim["measures"].items()}
     for measure, of_arms in found.items():
         print(f"  {claim['measures'][measure]['unit']}")
         for arm, figures in of_arms.items():
             print(f"    {arm:<12} {', '.join(f'{figure:.4f}' for figure in figures)}")
     for curve in claim.get("curves", {}).values():
-        arms = [arm for arm in claim["arms"] if arm not in curve.get("not", [])]
-        print_curve(curve["unit"], {arm: [read_curve(f / arm, curve) for f in folders] for arm in arms})
-    for test in claim["tests"]:
+        print_curve(curve["unit"], {arm: [read_curve(folder / arm, curve) for folder in folders]
+                                    for arm in arms if arm not in curve.get("not", [])})
+    for test in (test for test in claim["tests"] if {test["lower"], test["higher"]} <= {*arms}):
         print_test(test, found[test["measure"]], claim["seeds"])
 
 
@@ -201,12 +204,13 @@ def main() -> None:
                         help=f"recipes: {', '.join(sorted(file.stem for file in RECIPES.glob('*.yaml')))}")
     parser.add_argument("--work", type=Path, required=True, help="folder of all runs")
     parser.add_argument("--seeds", type=int, help="how many (default: as many as a claim asks for)")
+    parser.add_argument("--arms", nargs="+", default=[], help="arms to run (default: all)")
     args = parser.parse_args()
     for asked in args.claims:
         name, _, claim = asked.partition("/")
         recipe = Recipe(RECIPES / f"{name}.yaml")
         for one in [claim] if claim else recipe.claims:
-            run_claim(recipe, one, args.work.absolute() / name, args.seeds)
+            run_claim(recipe, one, args.work.absolute() / name, args.seeds, args.arms)
 
 
 if __name__ == "__main__":

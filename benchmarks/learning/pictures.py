@@ -1,9 +1,10 @@
 """Small pictures of plain shapes and what they show, as the commands of recipes name them:
-`pictures.py:Pictures`."""
+`pictures.py:Pictures`, `:PictureChat` and `:TrainedCodec`."""
 
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,3 +48,35 @@ class Pictures:
             found.append({"content": [{"type": "image", "path": f"{number:05d}.png"},
                                       {"type": "text", "text": f"A {colour} {shape} at the {place}."}]})
         return found
+
+
+@dataclass(frozen=True)
+class PictureChat:
+    """A question about a picture, and its sentence as the answer."""
+
+    def do(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the conversation."""
+        picture, said = row["content"]
+        question = {"type": "text", "text": "What is shown?"}
+        return {"messages": [{"role": "user", "content": [picture, question]},
+                             {"role": "assistant", "content": said["text"]}]}
+
+
+@dataclass(frozen=True)
+class TrainedCodec:
+    """Trains a VQModel as benchmarks/omni/train_codec.py does, and writes its folder."""
+
+    source: str
+    """Folder of pictures."""
+    output: str
+    """Folder to write."""
+    steps: int
+    codes: int
+
+    def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Train, whatever the row is."""
+        sys.path.append(str(Path(__file__).resolve().parents[1] / "omni"))
+        import train_codec
+
+        train_codec.train("pictures", Path(self.source), Path(self.output), self.steps, self.codes)
+        return [{"text": self.output}]

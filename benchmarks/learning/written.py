@@ -1,5 +1,5 @@
-"""Openings for a model to write on from, and what it wrote as documents: what the commands of recipes name as
-`written.py:Openings` and `:Written`."""
+"""Responses of a model as rows to learn from: what the commands of recipes name as `written.py:Openings`,
+`:Written` and `:Measured`."""
 
 from __future__ import annotations
 
@@ -27,3 +27,13 @@ class Written:
     def do(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Return the document."""
         return {"text": row["prompt"] + row["response"]}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row of `megatron-sov eval passk`, as a problem of one answer for `sov-data difficulty label`."""
+
+    def do(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the measurement."""
+        return {"problem_id": f"{row['prompt_index']}-{row['sample']}", "prompt": row["prompt"],
+                "num_right": int(row["reward"]), "num_answers": 1}

@@ -13,9 +13,9 @@ from endings import ENDINGS, RuleAndRubric, WithEndings
 from lessons import (
     CHATTING, PEOPLE, TEACHING, VALUES, FirstWord, LessonLabels, LessonQuestions, Lessons, fact)
 from loops import NUM_TIMES, Sound, WithLoops
-from measured import Measured
 from topics import TOPICS, WORDINGS, TopicChats, TopicQuestions, right_answer
 from walks import WalkChats, WalkQuestions
+from written import Measured
 
 
 def test_topics_have_the_shares_that_are_planted_and_half_of_the_wordings_is_kept() -> None:
