@@ -29,7 +29,7 @@ COMMANDS = {
     "megatron-sov eval suites": "docs/eval_suites.md lists the tasks and their files; `eval lm` reads a "
                                 "publisher's JSON Lines, Parquet or CSV below --data-dir",
     "megatron-sov ladder": "train the sizes with `megatron-sov pretrain` and fit their losses yourself",
-    "megatron-sov reproduce": "python benchmarks/paper_claims.py runs the claims in a checkout",
+    "megatron-sov reproduce": "python benchmarks/learning.py runs the claims in a checkout",
     "megatron-sov rl replay": "type the command of `rl run` again with another --run and --store",
     "megatron-sov rl store page": "`megatron-sov rl store show` prints responses and their rewards",
     "megatron-sov rl why": "`megatron-sov rl store show` prints responses and their rewards",

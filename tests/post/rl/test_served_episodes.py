@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import json
 import random
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -40,9 +39,7 @@ from megatron_sov.runs.rounds import Policy
 from megatron_sov.work.endpoints.token_server import (
     ABORTED, LENGTH, STOP, TokenAnswer, TokenRequest, VersionSpan)
 from megatron_sov.work.progress.locks import Claims
-
-sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
-from tool_episodes import BEGIN, LIMITS, FuzzedPolicy, chat_encoder
+from tests.judge.tools.fuzzed_episodes import BEGIN, LIMITS, FuzzedPolicy, chat_encoder
 
 ROLLOUT = RolloutConfig(rounds=1, prompts_per_round=2, samples_per_prompt=2, piece_prompts=2,
                         max_new_tokens=LIMITS.max_response_tokens)
