@@ -38,7 +38,7 @@ TYPED = {
     "docs/eval_suites.md": "tests/eval/test_eval_pages.py",
     "docs/generate.md": "tests/eval/test_eval_pages.py",
     "docs/media_data.md": "tests/data_prep/media/test_page.py",
-    "docs/mixtures.md": "tests/data_prep/mixture/test_page_of_docs.py",
+    "docs/mixtures.md": "tests/data_prep/mixture/test_blend_file.py",
     "docs/omni.md": "tests/test_docs_omni.py",
     "docs/own_code.md": "tests/test_own_code.py",
     "docs/plan.md": "tests/test_docs_plan.py",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from tests.base.settings.every_field import classes_below, find_wrongs
 
 
