@@ -66,8 +66,9 @@ EXTRAS = {
     # pictures and sounds: their readers, quantisers of tokenizers, blocks of the picture decoder, error rates
     "omni": ["pillow", "soundfile", "scipy", "diffusers>=0.42", "jiwer>=4"],
     "sentencepiece": ["sentencepiece>=0.2", "protobuf"],
+    # einops: imported by the plain kernels of flash-linear-attention that ours are compared with
     "dev": [
-        "pytest>=8", "hypothesis", "allpairspy", "ruff", "isort>=9", "mypy", "setuptools>=77",
+        "pytest>=8", "hypothesis", "allpairspy", "einops", "ruff", "isort>=9", "mypy", "setuptools>=77",
         "sentencepiece>=0.2", "protobuf", "tensorboard", "wandb", "types-tqdm", "types-psutil",
         "peft>=0.21.2",
         "math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0", "openai>=2",

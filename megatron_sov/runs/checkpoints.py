@@ -338,12 +338,6 @@ def files_sha256(start: Path) -> str:
     return hashlib.sha256(to_json(facts).encode()).hexdigest()
 
 
-def short_name(folder: Path) -> str:
-    """Return what pages that are passed on call a folder: its name, of a run's checkpoint after the run's."""
-    return (f"{folder.parent.parent.name}/{folder.name}" if folder.parent.name == CHECKPOINTS_OF_A_RUN
-            else folder.name)
-
-
 def trained_tokens(path: Path) -> int:
     """Return the longest context, in tokens, that a checkpoint's weights were trained on: by its own run, or
     by those that it started from; of an imported model what it claims.

@@ -65,8 +65,8 @@ class _Rewrite:
     @property
     def has_cluster(self) -> bool:
         """Whether the command line names a profile, in our words or others'."""
-        known = {"cluster", *str(table()["options"]["--cluster"]).split(), "gpu_type", "gpu", "gpu_name",
-                 "hardware"}
+        rows = [row["words"] for row in table()["in_command"] if "--cluster" in row.get("write", "")]
+        known = {word for words in (table()["options"]["--cluster"], *rows) for word in words.split()}
         return any(normalize(word.partition("=")[0]) in known for word in self.typed if word.startswith("-"))
 
     def is_our_setting(self, key: str) -> bool:
@@ -293,7 +293,7 @@ def _value_after(words: Sequence[str], *options: str) -> str:
 
 def _move_model(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
     """Let the model be the positional argument of a command whose --model is something else."""
-    if "TARGET" not in made.positionals or "--model" not in made.words or _free_words(parser, made.words):
+    if "TARGET" not in made.positionals or "--model" not in made.words or _split_words(parser, made.words)[0]:
         return
     at = made.words.index("--model")
     if not made.first and at + 1 < len(made.words):
@@ -302,21 +302,24 @@ def _move_model(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
         made.add("--model is TARGET here, without an option")
 
 
-def _free_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
-    """Return the words that are no option and no option's value."""
+def _split_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split words into those of positional arguments, and options with their values."""
     takes = {name: action.nargs for action in parser._actions for name in action.option_strings}
-    found: list[str] = []
+    free: list[str] = []
+    others: list[str] = []
     room = 0.0
     for word in words:
         name, equals, _ = word.partition("=")
         if name in takes:
             nargs = takes[name]
             room = 0 if equals or nargs == 0 else 1 if nargs in (None, "?") else float("inf")
+            others.append(word)
         elif room:
             room -= 1
+            others.append(word)
         else:
-            found.append(word)
-    return found
+            free.append(word)
+    return free, others
 
 
 def _is_unknown(word: str, made: _Rewrite) -> bool:
@@ -461,11 +464,12 @@ def _answer(parser: argparse.ArgumentParser, made: _Rewrite) -> str:
     missing = [f"{action.option_strings[0]} {placeholder(action)}" for action in parser._actions
                if action.required and action.option_strings and not set(action.option_strings) & set(written)]
     first = list(made.first)
-    folders = first or _free_words(parser, words)
+    free, others = _split_words(parser, words)
+    folders = first or free
     if made.weights and len(made.weights) == len(folders):
-        words = [word for word in words if first or word not in folders]
+        words = words if first else others
         first = [f"{folder}:{weight}" for folder, weight in zip(folders, made.weights, strict=True)]
-    if not first and not _free_words(parser, words):
+    if not first and not _split_words(parser, words)[0]:
         needed = [str(action.metavar or action.dest) for action in parser._actions
                   if not action.option_strings and (action.required or (
                       action.dest == "recipe" and made.command in NEED_A_RECIPE
@@ -498,10 +502,7 @@ def missing_words(parser: argparse.ArgumentParser, typed: Sequence[str], names: 
     first = [str(action.metavar or action.dest) for action in lacking if not action.option_strings]
     last = [f"{action.option_strings[0]} {placeholder(action)}" for action in lacking
             if action.option_strings]
-    named = _free_words(parser, typed)  # argparse gives words to positional arguments in their order
-    rest = list(typed)
-    for word in named:
-        rest.remove(word)
+    named, rest = _split_words(parser, typed)  # argparse fills positional arguments in their order
     line = " ".join(filter(None, [parser.prog, shlex.join(named), *first, shlex.join(rest), *last]))
     return "".join(f"; {text}" for text in choices) + f"; write\n  {line}"
 

@@ -26,7 +26,6 @@ def md(text: object, chars: int = MAX_CHARS) -> str:
 MOST_BYTES = 200_000
 """Of one medium; a larger one is left out."""
 _SIGNATURES = ((b"\x89PNG\r\n\x1a\n", "image/png"), (b"\xff\xd8\xff", "image/jpeg"))
-_PICTURE = re.compile(r"data:image/(?:png|jpeg);base64,[A-Za-z0-9+/]+={0,2}")
 _SOUND = re.compile(r"data:audio/wav;base64,[A-Za-z0-9+/]+={0,2}")
 _MOST_CHARACTERS = MOST_BYTES * 4 // 3 + 100
 
@@ -48,15 +47,6 @@ def address_of(file: Path) -> str:
     return f"data:{mime};base64,{base64.b64encode(content).decode()}"
 
 
-def is_picture(address: object) -> bool:
-    """Return whether something is the address of a picture as `address_of` gives it, and nothing else."""
-    return _holds(_PICTURE, address)
-
-
 def is_sound(address: object) -> bool:
     """Return whether something is the address of a sound as `address_of` gives it, and nothing else."""
-    return _holds(_SOUND, address)
-
-
-def _holds(pattern: re.Pattern[str], address: object) -> bool:
-    return isinstance(address, str) and len(address) <= _MOST_CHARACTERS and bool(pattern.fullmatch(address))
+    return isinstance(address, str) and len(address) <= _MOST_CHARACTERS and bool(_SOUND.fullmatch(address))

@@ -477,7 +477,8 @@ def weighted_path(argument: str, said: str) -> tuple[str, float]:
         said: what a message begins with.
 
     Raises:
-        UserError: there is no such folder, and what follows the last colon is no number.
+        UserError: there is no such folder, and what follows the last colon is no weight: a number that is not
+            negative.
     """
     if Path(argument).exists() or ":" not in argument:
         return argument, 1.0

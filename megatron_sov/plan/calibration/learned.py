@@ -159,6 +159,8 @@ def _is_rate(value: Any) -> bool:
 
 CLUSTER = "SOV_CLUSTER"
 """Environment variable: the profile of the cluster that calibrating runs were on, as `--cluster` takes it."""
+
+
 def links_of(chip: Chip, num_ranks: int) -> Links:
     """Return what joins a run's GPUs: as the profile in `SOV_CLUSTER` has it, if it has these GPUs; else as
     their maker builds servers."""
