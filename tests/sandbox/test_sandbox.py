@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import signal
 import sys
@@ -21,6 +20,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.sandbox.enclosures import MAX_ENTRIES, EnclosureUnavailable, remove, size_bytes
 from megatron_sov.sandbox.program import Limits, Outcome, Program
 from megatron_sov.sandbox.sandbox import Sandbox, Worker
+from tests.pages_typed import blocks, page_text
 
 
 def test_a_program_reads_writes_and_ends_as_it_would_alone(sandbox: Sandbox) -> None:
@@ -176,9 +176,7 @@ def test_a_command_of_ones_own_encloses(tmp_path: Path) -> None:
 
 
 def test_what_the_page_shows_runs(capfd: pytest.CaptureFixture[str]) -> None:
-    page = Path(__file__).parents[2] / "docs/sandbox.md"
-    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-    for block in blocks:
+    for block in blocks(page_text("sandbox.md"), "python"):
         if shutil.which("cc") or "cc -x" not in block:
             exec(block, names := {**globals()})
     assert names["bubblewrap"][0] == "bwrap"
@@ -338,7 +336,7 @@ if os.path.exists("/proc/self/autogroup"):  # else each session has as much as a
 
 
 @pytest.fixture(scope="module")
-def sandbox() -> Iterator[Sandbox]:
+def by_command() -> Iterator[Sandbox]:
     with Sandbox(LIMITS, command=("env",), languages={"python": (sys.executable, "-IS", "{file}")}) as made:
         yield made
 
@@ -366,19 +364,20 @@ threading.Thread(target=work).start()
 """
 
 
-def test_the_time_that_a_program_waits_for_a_processor_is_not_its_own(sandbox: Sandbox, busy_core: int
-                                                                      ) -> None:
-    outcome = sandbox.run(Program(LAST_IN_LINE.format(core=busy_core) + WORK))
+def test_the_time_that_a_program_waits_for_a_processor_is_not_its_own(by_command: Sandbox,
+                                                                      busy_core: int) -> None:
+    outcome = by_command.run(Program(LAST_IN_LINE.format(core=busy_core) + WORK))
     assert outcome.status == "ok" and outcome.wall_s > LIMITS.wall_s and outcome.starved_s, outcome
 
 
-def test_a_program_that_sleeps_is_not_starved(sandbox: Sandbox, busy_core: int) -> None:
-    outcome = sandbox.run(Program("import time; time.sleep(0.1); open('x', 'w').write('x'); time.sleep(60)"))
+def test_a_program_that_sleeps_is_not_starved(by_command: Sandbox, busy_core: int) -> None:
+    outcome = by_command.run(Program(
+        "import time; time.sleep(0.1); open('x', 'w').write('x'); time.sleep(60)"))
     assert outcome.status == "timeout"
     assert outcome.wall_s - outcome.starved_s > LIMITS.wall_s / 3, outcome
 
 
-def test_what_a_command_itself_takes_counts(sandbox: Sandbox) -> None:
-    outcome = sandbox.run(Program("import time; x = bytearray(b'x' * (100 << 20)); time.sleep(5)"),
-                          Limits(wall_s=20, memory_bytes=64 << 20))
+def test_what_a_command_itself_takes_counts(by_command: Sandbox) -> None:
+    outcome = by_command.run(Program("import time; x = bytearray(b'x' * (100 << 20)); time.sleep(5)"),
+                             Limits(wall_s=20, memory_bytes=64 << 20))
     assert outcome.status == "memory", "env has become the program"

@@ -27,9 +27,9 @@ from megatron_sov.post.rl.reward import ENVIRONMENT
 from megatron_sov.rollouts.rows import STOP, UNFINISHED, AskedPrompt, Key, RewardRow, Rollout, part_name
 from megatron_sov.rollouts.store import REWARDS, ROLLOUTS, RolloutStore
 from megatron_sov.work.progress.locks import Claims
+from tests.pages_typed import blocks, page_text, shell_lines
 from tests.rollouts.test_store import rollout as sound_row
 
-PAGE = Path(__file__).parents[3] / "docs/rollout_store.md"
 VERSION = "8c1d22ab90e4f00d"
 
 
@@ -82,13 +82,12 @@ def test_the_page_is_true(sound: Path, tmp_path: Path, monkeypatch: pytest.Monke
                           capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(sound, "work/store")
-    text = PAGE.read_text()
-    (program,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    exec(compile(program, str(PAGE), "exec"), {})
+    text = page_text("rollout_store.md")
+    (program,) = blocks(text, "python")
+    exec(program, {})
     found = capsys.readouterr().out
     assert json.loads(found.replace("'", '"')) == {"prompt": ["p0", "p1"], "reward_mean": [0.5, 0.5]}
-    blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    for line in "".join(blocks).splitlines():
+    for line in shell_lines(text, "bash"):
         assert main(shlex.split(line)[1:]) == 0, line
     assert not list(Path("work/store/rollouts").iterdir()) and not list(Path("work/store/rewards").iterdir())
     for kind, schema in (("rollouts", ROLLOUTS), ("rewards", REWARDS)):

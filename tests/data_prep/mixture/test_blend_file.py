@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from data_prep.mixture.blend_file import (
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
+from tests.pages_typed import blocks, page_text, shell_lines
 
 
 def written(folder: Path, text: str) -> Path:
@@ -247,13 +247,6 @@ def test_what_would_be_read_too_often_is_refused_by_name() -> None:
     refuse_many_epochs(phases, SOURCES, 4.7)
 
 
-PAGE = (Path(__file__).parents[3] / "docs/mixtures.md").read_text(encoding="utf-8")
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-
-
 @pytest.mark.deep
 def test_what_the_page_shows_runs(tokenizers: dict[str, Path], tmp_path: Path,
                                   monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,9 +260,10 @@ def test_what_the_page_shows_runs(tokenizers: dict[str, Path], tmp_path: Path,
         parquet.write_table(pyarrow.Table.from_pylist(rows), f"text/{name}/00000.parquet")
     Path("more").mkdir()
     Path("more/law.jsonl").write_text("\n".join(json.dumps({"text": f"Article {i}."}) for i in range(60)))
-    [blend] = blocks("yaml")
+    page = page_text("mixtures.md")
+    [blend] = blocks(page, "yaml")
     Path("blend.yaml").write_text(blend)
-    shown = [shlex.split(line) for block in blocks("sh") for line in block.splitlines()]
+    shown = [shlex.split(line) for line in shell_lines(page, "sh")]
     assert len(shown) == 4
     for program, *arguments in shown:
         assert program == "sov-data" and main(arguments) == 0, arguments
