@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
@@ -26,23 +27,16 @@ def answer(line: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize(("typed", "write"), [
     ("megatron-sov sft --model M --dataset D --output_dir R", SFT),
-    ("megatron-sov sft --model_name_or_path=M --dataset_name=D --output-dir=R", SFT),
     (f"{SFT} --set optim.lr 2e-5", f"{SFT} --set optim.lr=2e-5"),
-    (f"{SFT} --set learning_rate 2e-5", f"{SFT} --set optim.lr=2e-5"),
     (f"{SFT} --set optim.lr=2e-5,train.steps=5", f"{SFT} --set optim.lr=2e-5 --set train.steps=5"),
     (f"{SFT} --num_train_epochs 3", f"{SFT} --set train.epochs=3"),
-    (f"{SFT} --set num_train_epochs=1", f"{SFT} --set train.epochs=1"),
     (f"{SFT} --gradient_accumulation_steps 4 --per_device_train_batch_size 2 --nproc 8",
      f"{SFT} --set train.global_batch_size=64 --set train.micro_batch_size=2 --nproc 8"),
     (f"{SFT} --warmup_ratio 0.03 --max_steps 1000",
      f"{SFT} --set optim.warmup_steps=30 --set train.steps=1000"),
     (f"{SFT} --load_in_4bit --bf16 true", f"{SFT} --set lora.rank=16 --set train.precision=bf16"),
-    (f"{SFT} --optim adamw_torch --lora_r 8", f"{SFT} --set optim.name=adamw --set lora.rank=8"),
     (f"{SFT} --target_modules q_proj v_proj", f"{SFT} --set 'lora.targets=[\"q_proj\", \"v_proj\"]' "
      "--set lora.rank=16"),
-    ("megatron-sov pretrain qwen3-8b --data d --run r --micro-batch-size 4 --global-batch-size 64 "
-     "--train-iters 100", "megatron-sov pretrain qwen3-8b --data d --run r --set train.micro_batch_size=4 "
-     "--set train.global_batch_size=64 --set train.steps=100"),
     ("megatron-sov prefer --from M --data D --run R --max_length 512",
      "megatron-sov prefer --from M --data D --run R --set data.phases.0.seq_len=512"),
     ("megatron-sov plan qwen3-8b --cluster h100 --gpus 64",
@@ -53,7 +47,6 @@ def answer(line: str, capsys: pytest.CaptureFixture[str]) -> str:
      "megatron-sov generate M --prompt hi --set parallel.tp=2 --nproc 2"),
     (f"{SFT} --tensor-model-parallel-size 2 --context_parallel_size 2",
      f"{SFT} --set parallel.tp=2 --set parallel.cp=2 --nproc 4"),
-    (f"{SFT} --tensor-model-parallel-size 2 --nproc 8", f"{SFT} --set parallel.tp=2 --nproc 8"),
     (f"{SFT} --wandb-project p", f"{SFT} --set obs.wandb_project=p --set obs.wandb=true"),
     (f"{SFT} --lora_alpha 32", f"{SFT} --set lora.alpha=32 --set lora.rank=16"),
     (f"{SFT} --lora_alpha 32 --lora_r 8", f"{SFT} --set lora.alpha=32 --set lora.rank=8"),
@@ -62,7 +55,6 @@ def answer(line: str, capsys: pytest.CaptureFixture[str]) -> str:
     ("megatron-sov pretrain qwen3-8b --data D --run R --training.steps 10 --optimizer.lr 3e-4",
      "megatron-sov pretrain qwen3-8b --data D --run R --set train.steps=10 --set optim.lr=3e-4"),
     (f"{SFT} --warmup_ratio 0.1", f"{SFT} --set optim.warmup_steps=STEPS"),
-    ("megatron-sov plan qwen3-8b --gpus 4", "megatron-sov plan qwen3-8b --nproc 4"),
     ("megatron-sov convert from-hf M", "megatron-sov convert from-hf M OUT"),
     ("megatron-sov submit qwen3-8b --cluster h100",
      "megatron-sov submit pretrain qwen3-8b --cluster NAME --nodes 1 --data DIR --run DIR"),
@@ -72,7 +64,6 @@ def answer(line: str, capsys: pytest.CaptureFixture[str]) -> str:
     ("sov-tokenizer train --input x --model_prefix m --vocab_size 900 --model_type bpe",
      "sov-tokenizer train --input x --output m --vocab-size 900 --preset solar-open"),
     (f"{SFT} --load_in_4bit --lora_r 8", f"{SFT} --set lora.rank=8"),
-    (f"{SFT} --lora_r 8 --use_peft", f"{SFT} --set lora.rank=8"),
     (f"{SFT} --resume_from_checkpoint r/checkpoints/step-5", "megatron-sov resume r"),
     (f"{SFT} --resume_from_checkpoint True", "megatron-sov resume R"),
     (f"{SFT} --sample_packing --num_train_epochs 3", f"{SFT} --set train.epochs=3"),
@@ -80,7 +71,6 @@ def answer(line: str, capsys: pytest.CaptureFixture[str]) -> str:
      f"{SFT} --set train.steps=9 --nproc 8"),
     (f"{SFT} trainer.max_steps=9 +optim.lr=1e-4", f"{SFT} --set train.steps=9 --set optim.lr=1e-4"),
     (f"{SFT} --set optim.lr = 1e-4", f"{SFT} --set optim.lr=1e-4"),
-    (f"{SFT} --set optim.lr= 1e-4", f"{SFT} --set optim.lr=1e-4"),
     (f"{SFT} --set lora.dropout=0.1", SFT),
     (f"{SFT} --tokenizer T", SFT),
     (f"{SFT} --set lora.targets=q_proj,v_proj", f"{SFT} --set 'lora.targets=[\"q_proj\", \"v_proj\"]' "
@@ -91,18 +81,13 @@ def answer(line: str, capsys: pytest.CaptureFixture[str]) -> str:
      "megatron-sov pretrain RECIPE --set model.num_layers=4 --data D --run R"),
     ("megatron-sov pretrain x --data 0.7 a 0.3 b --run R",
      "megatron-sov pretrain x --data a:0.7 --data b:0.3 --run R"),
-    ("megatron-sov pretrain x --data-path 0.7 a 0.3 b --run R",
-     "megatron-sov pretrain x --data a:0.7 --data b:0.3 --run R"),
     ("megatron-sov pretrain x --data D --run R --fp8",
      "megatron-sov pretrain x --data D --run R --set train.fp8=tensorwise --set train.precision=bf16"),
     ("megatron-sov pretrain x --data D --save c --load c --run R",
      "megatron-sov pretrain x --data D --run c --resume"),
     ("megatron-sov generate M Hello", "megatron-sov generate M --prompt Hello"),
-    ("megatron-sov chat --model M", "megatron-sov chat M"),
     ("megatron-sov eval lm M --tasks t --output o --batch_size auto",
      "megatron-sov eval lm M --tasks t --output o"),
-    ("megatron-sov prefer --from M --data D --run R --ref_model N",
-     "megatron-sov prefer --from M --data D --run R --reference N"),
     ("megatron-sov rl run --from M --data q.jsonl --run R --store S --reward math",
      "megatron-sov rl run --from M --prompts q.jsonl --run R --store S --reward math"),
     ("megatron-sov plan qwen3-8b --gpu-type H100 --num-gpus 8",
@@ -112,13 +97,9 @@ def answer(line: str, capsys: pytest.CaptureFixture[str]) -> str:
     ("megatron-sov --dry-run sft --from M", "megatron-sov sft --from M --dry-run"),
     ("sov-data pack --tokenizer T --input x --output o --format sharegpt",
      "sov-data pack --tokenizer T --input x --output o --format chat"),
-    ("sov-data pack --tokenizer T --input x --output o --format dpo",
-     "sov-data pack --tokenizer T --input x --output o --format preference"),
     ("sov-data mix --input A B --weights 0.7 0.3 --output O", "sov-data mix A:0.7 B:0.3 --output O"),
     ("sov-tokenizer compare A B --input t.txt --output o",
      "sov-tokenizer compare A B --text t=t.txt --output o"),
-    ("sov-tokenizer train --vocab-size 900 --input x --output m",
-     "sov-tokenizer train --vocab-size 900 --input x --output m --preset solar-open"),
 ])
 def test_all_unknown_words_are_answered_as_one_command(typed: str, write: str,
                                                        capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,6 +126,36 @@ def test_settings_of_megatron_mean_the_same_everywhere() -> None:
     called = {theirs: [one.partition("=")[0] for one in words.settings_called(theirs)] for theirs in SAME}
     other = {theirs: meant for theirs, meant in called.items() if meant and SAME[theirs] not in meant}
     assert other == {}
+
+
+@pytest.mark.parametrize(("files", "command", "write"), [
+    ({"events.jsonl": "", "config.json": "{}"}, "convert {} out", ["convert to-hf {} out"]),
+    ({"config.json": "{}", "m.safetensors": ""}, "convert {} out", ["convert from-hf {} out"]),
+    ({"latest_checkpointed_iteration.txt": "1"}, "convert {} out", ["convert from-megatron {} out"]),
+    ({"manifest.json": json.dumps({"kind": "checkpoint"})}, "convert {} out", ["convert to-hf {} out"]),
+    ({"events.jsonl": "", "config.json": "{}"}, "convert {} --to hf --output out", ["convert to-hf {} out"]),
+    ({}, "convert {} --to hf -o 'my out' --dtype bfloat16", ["convert to-hf {} 'my out' --dtype bfloat16"]),
+    ({"config.json": "{}", "m.safetensors": ""}, "eval {}",
+     ["eval ppl {} --data TOKENS", "eval lm {} --tasks TASKS --output scores.json"]),
+])
+def test_a_path_in_the_place_of_an_action_names_the_action(
+        files: dict[str, str], command: str, write: list[str], tmp_path: Path,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    lines = answer(f"megatron-sov {command.format(tmp_path)}", capsys).splitlines()
+    assert [line.strip() for line in lines[1:]] == [f"megatron-sov {line.format(tmp_path)}" for line in write]
+
+
+@pytest.mark.parametrize("command", ["report", "resume", "chat", "convert to-hf"])
+def test_a_folder_of_runs_lists_the_runs(command: str, tmp_path: Path,
+                                         capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("pretrain", "more/sft"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "events.jsonl").touch()
+    out = " out" if command == "convert to-hf" else ""
+    assert f"it holds the runs {tmp_path / 'more/sft'}, {tmp_path / 'pretrain'}" in answer(
+        f"megatron-sov {command} {tmp_path}{out}", capsys)
 
 
 AXOLOTL = """base_model: M
