@@ -144,6 +144,14 @@ VALUES = {
     "sglang": "use vllm",
 }
 """Value of an option or setting, such as an engine, recipe or model family -> what to use in its place."""
+PIPELINE = {
+    **dict.fromkeys(("arrow", "dataset"), "save it as Parquet: `datasets.load_dataset(...).to_parquet(FILE)`"),
+    **dict.fromkeys(("epub", "office"), "convert the files to text with pandoc"),
+    "parallel": "write a JSON line with `text` for each pair of sentences",
+    **dict.fromkeys(("pdf.repeated_lines", "pdf.max_pages", "warc.repeated_lines", "warc.max_pages"),
+                    "running heads are always taken out, and `time_s` limits a file"),
+}
+"""Format, step, or FORMAT.option or STEP.setting of a pipeline file -> what to use in its place."""
 KINDS = {
     "difficulty": "label the problems again, and use `sov-data scorer train --kind regressor`",
     "codec_training": "it is half of a codec; import a published one with `megatron-sov codec import`",
@@ -214,6 +222,6 @@ def check_kind(path: str | Path, kind: str) -> None:
         raise UserError(f"{path}: is a '{kind}' artifact, which this version cannot read; {instead}")
 
 
-def was_removed(value: str) -> str:
+def was_removed(value: str, table: Mapping[str, str] = VALUES) -> str:
     """Return the end of a sentence about a value that an earlier version took; "" for others."""
-    return f"; it was removed in this version: {VALUES[value]}" if value in VALUES else ""
+    return f"; it was removed in this version: {table[value]}" if value in table else ""
