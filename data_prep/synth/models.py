@@ -48,8 +48,6 @@ class Model:
     """Of a million tokens that it reads."""
     output_price: NotNegative = 0.0
     """Of a million tokens that it writes."""
-    known_as: str = ""
-    """What stands for it in what answers are kept by; empty: what follows from the rest."""
     max_tokens_field: MaxTokensField = "max_tokens"
     """What the longest answer stands in, where requests are sent; none: it is not sent."""
     options: tuple[str, str] = field(default=("--engine", "--model"), compare=False)
@@ -92,8 +90,6 @@ class Model:
     def identity(self) -> str:
         """Return what stands for the model in what answers are kept by: wherever it is served, its answers
         are its answers."""
-        if self.known_as:
-            return self.known_as
         if self.is_local:
             return f"local:{identity_of(Path(self.engine), self.options[0])}"
         return f"endpoint:{self.model}"

@@ -18,8 +18,9 @@ from megatron_sov.cli import main
 from megatron_sov.commands.score import hash_questions
 from megatron_sov.judge.rewards.registry import OWN
 from megatron_sov.work.progress.journal import RECORDS, work_folder
+from tests.pages_typed import page_text, shell_lines, shown_files
 
-PAGE = Path(__file__).parents[2] / "docs/rewards.md"
+PAGE = page_text("rewards.md")
 ROWS = [{"id": i, "response": "가" * i + "a" * (4 - i)} for i in range(5)]
 
 
@@ -211,14 +212,10 @@ def test_a_journal_that_another_command_has_just_removed_is_not_held(
 
 
 def test_what_the_page_shows_runs() -> None:
-    text = PAGE.read_text()
-    for name, content in re.findall(r"^`([a-z_.]+)`:\n\n```[a-z]+\n(.*?)^```", text,
-                                    re.MULTILINE | re.DOTALL):
+    for name, content in shown_files(PAGE).items():
         Path(name).write_text(content)
-    blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     outputs = {}
-    for line in lines:
+    for line in shell_lines(PAGE, "bash"):
         program, *arguments = shlex.split(line)
         assert (program, main([*arguments, "--workers", "1"])) == ("megatron-sov", 0), line
         name = arguments[arguments.index("--output") + 1]

@@ -256,8 +256,9 @@ def _training(stage: str, arguments: list[str], args: Any) -> StageWork:
     if args.nproc is not None:
         raise UserError(f"--nproc {args.nproc}: under Slurm the nodes and the profile decide; leave it out")
     has_rounds = STAGES[stage].objective == "policy"
-    request = training_request(args, STAGES[stage].objective, needs_data=not has_rounds,
-                               lengthens=stage == "extend",
+    objective = STAGES[stage].objective
+    request = training_request(args, objective, needs_data=not has_rounds, lengthens=stage == "extend",
+                               of_model=args.model_settings(None if stage == "extend" else objective),
                                resumed=resumed_settings(args.run) if args.resume else None)
     config = with_rounds(request.config()) if has_rounds else request.config()
     run = args.run.absolute()

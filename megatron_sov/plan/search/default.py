@@ -3,7 +3,7 @@ and that leaves a share of each GPU's memory unused.
 
 A full sweep prices every layout and takes up to minutes.  The local search prices a coarse grid, then changes
 one coordinate of the best layouts at a time until no change helps; it prices some hundreds to thousands of
-layouts, in seconds (`benchmarks/plan_default.py` compares its choices with full sweeps)."""
+layouts, in seconds (tests/plan/test_default.py compares its choices with full sweeps)."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
         return None
     if not _is_step(record.get("step")):
         return None
-    return _Shape(_EVERY | _FIELDS.get(record["event"], {})).check(record)
+    return _SHAPES.get(record["event"], _OTHER).check(record)
 
 
 MAX_NUMBER, MAX_TIME_S = 1e100, 1e11
@@ -286,6 +286,8 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "checkpoint": {"save_s": _N, "stall_s": _N},
 }
 """Event -> the types of its fields that readers compute with or look into."""
+_OTHER = _Shape(_EVERY)
+_SHAPES = {event: _Shape(_EVERY | fields) for event, fields in _FIELDS.items()}
 
 
 READ_BYTES = 1 << 16

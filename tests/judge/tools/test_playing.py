@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,10 +17,7 @@ from megatron_sov.judge.tools.episode import Episode, GeneratedTurn, lines_in, r
 from megatron_sov.judge.tools.playing import STREAMS, EpisodeTable, ToolPolicy, play, summary_of
 from megatron_sov.judge.tools.registry import order
 from megatron_sov.work.progress.journal import RECORDS, open_journal, work_folder
-
-sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
-import tool_episodes
-from tool_episodes import chat_encoder, played, problems_of
+from tests.judge.tools.fuzzed_episodes import WORLDS, chat_encoder, played, problems_of
 
 HOSTILE = Path(__file__).with_name("hostile_world.py")
 TALKING = f"{Path(__file__).with_name('talking_world.py')}:Talking"
@@ -31,7 +27,7 @@ TALKING = f"{Path(__file__).with_name('talking_world.py')}:Talking"
 def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """World -> episodes, policy, encoder of 40 fuzzed episodes each."""
     folder = tmp_path_factory.mktemp("fuzzed")
-    return {world: played(world, 40, folder, parallel=3) for world in tool_episodes.WORLDS}
+    return {world: played(world, 40, folder, parallel=3) for world in WORLDS}
 
 
 def test_what_was_sampled_is_trained_and_what_tools_say_is_not(fuzzed: dict[str, Any]) -> None:

@@ -100,7 +100,7 @@ def test_a_prompt_is_the_begin_of_its_training_row(site: Site) -> None:
             assert all((a == b).all() for a, b in zip(part.records, trained.records, strict=True))
     # a picture of 4 features; 2.5 s in pieces of 2 s, 50 features each
     assert [len(prompts.encoder_inputs[0][kind].places) for kind in ("pictures", "sounds")] == [4, 63]
-    with pytest.raises(UserError, match="learned from discrete tokens of kind audio, which needs --audio-to"):
+    with pytest.raises(UserError, match="audio, which needs --audio-to"):
         asked(tokenizers={"image": Path("pictures")})
     bare = asked(with_features=False)
     pads = {prompts.asker.id_of(IMAGE_PAD), prompts.asker.id_of(AUDIO_PAD)}
