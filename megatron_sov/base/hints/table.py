@@ -55,3 +55,9 @@ def instead_of(word: str) -> str:
     found = next((one for one in by_word("options").get(normalize(word), ())
                   if one in OPTIONS_OF_FILES), "")
     return f"it is the option {found} here, and no setting" if found else ""
+
+
+@cache
+def notes(part: str) -> dict[str, str]:
+    """Return word -> sentence, of the part `notes`, `instead` or `no_need`."""
+    return {word: text for words, text in table()[part].items() for word in words.split()}
