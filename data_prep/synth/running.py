@@ -259,7 +259,7 @@ def run_order(order: GeneratorOrder) -> ExitCode:
 
 @contextlib.contextmanager
 def begun_run(made: ReadyRun) -> Iterator[RunningTally]:
-    """Hold the work folder of a run with these settings; yields the items that are done and those that are not.
+    """Hold the work folder of a run with these settings; yields items that are done and others that are not.
 
     Raises:
         UserError: its items were made with something else, or the input is not sound: nothing is paid then.

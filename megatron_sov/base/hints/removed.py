@@ -38,7 +38,7 @@ COMMANDS = {
     "sov-data report": "`sov-data inspect DIR` shows what each step of a pipeline dropped; summary.json of "
                        "`sov-data synth` has the counts of its checks",
     **dict.fromkeys(("sov-data difficulty fit", "sov-data difficulty check"),
-                    "use `sov-data scorer train --kind regressor --labels LABELS/labels.jsonl` on the output of "
+                    "use `sov-data scorer train --kind regressor --labels LABELS/labels.jsonl` on output of "
                     "`sov-data difficulty label`, and `sov-data scorer check`"),
     "sov-data card": "manifest.json and summary.json of the output have sources, counts and hashes",
     "sov-tokenizer graft": "resize the model with transformers' `resize_token_embeddings`; `sov-tokenizer "
@@ -50,7 +50,7 @@ OPTIONS = {
                     "`megatron-sov tools run ENV TARGET` has a model play a tool environment"),
     "megatron-sov convert to-hf --quantize": "quantize the folder with llm-compressor",
     **dict.fromkeys((f"megatron-sov eval lm --{name}" for name in (
-        "model", "key-env", "same-model", "tokenizer", "concurrent")),
+        "key-env", "same-model", "tokenizer", "concurrent")),
         "ask an endpoint with lm-eval's own command `lm_eval --model local-chat-completions`"),
     **dict.fromkeys(("megatron-sov inspect --page", "sov-data inspect --page"),
                     "redirect the text: `megatron-sov inspect PATH > facts.txt`"),
@@ -91,7 +91,7 @@ OPTIONS = {
     **dict.fromkeys(("sov-data synth --benchmarks", "sov-data synth --languages"),
                     "write the steps `decontaminate` and `language` into a file for --checks"),
     **dict.fromkeys(("sov-data probing-sets --against", "sov-data probing-sets --per-domain"),
-                    "remove the problems from the training input: `sov-data decontaminate --benchmarks SETS`"),
+                    "remove problems from the training input: `sov-data decontaminate --benchmarks SETS`"),
     **dict.fromkeys(("sov-data synth --labels", "sov-data synth --min-kappa"),
                     "compare kept.jsonl and rejected.jsonl with scikit-learn's `cohen_kappa_score`"),
 }
@@ -145,7 +145,7 @@ VALUES = {
 }
 """Value of an option or setting, such as an engine, recipe or model family -> what to use in its place."""
 PIPELINE = {
-    **dict.fromkeys(("arrow", "dataset"), "save it as Parquet: `datasets.load_dataset(...).to_parquet(FILE)`"),
+    **dict.fromkeys(("arrow", "dataset"), "save it as Parquet: `datasets.load_dataset(X).to_parquet(FILE)`"),
     **dict.fromkeys(("epub", "office"), "convert the files to text with pandoc"),
     "parallel": "write a JSON line with `text` for each pair of sentences",
     **dict.fromkeys(("pdf.repeated_lines", "pdf.max_pages", "warc.repeated_lines", "warc.max_pages"),
@@ -177,7 +177,7 @@ def check_command(program: str, words: Sequence[str]) -> None:
     Raises:
         UserError: the command or option was removed; the message says what serves in its place.
     """
-    for count in (2, 1):
+    for count in (3, 2, 1):
         typed = " ".join([program, *words[:count]])
         if instead := COMMANDS.get(typed):
             raise UserError(f"{typed}: was removed in this version; {instead}")
