@@ -80,7 +80,6 @@ SAID = re.compile(r"__doc__|str\((e|error)\)|\{e\}|std(out|err)|\b(said|shown|wh
 """What errors and programs say."""
 _PROGRAM, _SYSTEM, _PUBLISHED = "a program's output", "a file of the kernel", "as the published rule cuts it"
 CUT_ANYWHERE = {
-    "megatron_sov/model/counterparts/settings.py": "the words of a script",
     "megatron_sov/operate/slurm/attempts.py": _PROGRAM,
     "megatron_sov/work/clusters/client.py": _PROGRAM, "megatron_sov/work/processes/background.py": _PROGRAM,
     "megatron_sov/work/endpoints/local_server.py": _PROGRAM,

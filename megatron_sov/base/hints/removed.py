@@ -20,8 +20,10 @@ COMMANDS = {
     "megatron-sov codec train": "train a codec with diffusers or transformers, and read the folder of its "
                                 "`save_pretrained` with `megatron-sov codec import`",
     "megatron-sov convert deepen": "use mergekit's passthrough method on the folder of `convert to-hf`",
+    "megatron-sov convert settings": "type the option to `megatron-sov pretrain`, which names ours",
     "megatron-sov convert to-gguf": "use convert_hf_to_gguf.py of llama.cpp on the folder of `convert to-hf`",
     "megatron-sov convert upcycle": "use mergekit-moe on the folder of `convert to-hf`",
+    "megatron-sov eval bigram": "`megatron-sov eval ppl` has bits per byte, which compare tokenizers",
     **dict.fromkeys(("megatron-sov eval inspect", "megatron-sov eval play"),
                     "serve the model with `megatron-sov serve` and run inspect-ai on its address"),
     "megatron-sov distill rounds": "use `megatron-sov rl run ... --teacher TEACHER --reward none --set "
