@@ -185,6 +185,9 @@ def check_command(program: str, words: Sequence[str]) -> None:
             raise UserError(f"{typed}: was removed in this version; {instead}")
         for word in words[count:]:
             option = word.partition("=")[0]
+            # next to --model_args, lm-eval's --model is a kind of model, which `words` leaves out
+            if option == "--model" and any(one.startswith(("--model_args", "--model-args")) for one in words):
+                continue
             if instead := OPTIONS.get(f"{typed} {option}"):
                 raise UserError(f"{typed} {option}: was removed in this version; {instead}")
 
