@@ -99,9 +99,7 @@ MAX_SOURCE_LINES = 151_760
 MIN_LINES_OF_ONE_USER = 150
 ALONE = {
     "data_prep/synth/declared/parsers.py": "reads replies; running steps is another subject",
-    "data_prep/synth/declared/programs.py": "runs programs in the sandbox, for functions of templates",
     "data_prep/shards/sample.py": "a command",
-    "data_prep/synth/page.py": "the page of a run; how a run ends is another subject",
     "megatron_sov/commands/operate/run_table.py": "a table of runs; one run in full is another subject",
     "megatron_sov/commands/operate/job_summary.py": "checks and prices a job; submitting is another subject",
     "megatron_sov/commands/rl/rl_reward.py": "a command",
