@@ -40,8 +40,8 @@ COMMANDS = {
     "sov-data report": "`sov-data inspect DIR` shows what each step of a pipeline dropped; summary.json of "
                        "`sov-data synth` has the counts of its checks",
     **dict.fromkeys(("sov-data difficulty fit", "sov-data difficulty check"),
-                    "use `sov-data scorer train --kind regressor --labels LABELS/labels.jsonl` on output of "
-                    "`sov-data difficulty label`, and `sov-data scorer check`"),
+                    "use `sov-data scorer train --kind regressor --labels LABELS/labels.jsonl` on the output "
+                    "of `sov-data difficulty label`, and `sov-data scorer check`"),
     "sov-data card": "manifest.json and summary.json of the output have sources, counts and hashes",
     "sov-tokenizer graft": "resize the model with transformers' `resize_token_embeddings`; `sov-tokenizer "
                            "media` adds tokens of pictures and sounds",
@@ -93,7 +93,8 @@ OPTIONS = {
     **dict.fromkeys(("sov-data synth --benchmarks", "sov-data synth --languages"),
                     "write the steps `decontaminate` and `language` into a file for --checks"),
     **dict.fromkeys(("sov-data probing-sets --against", "sov-data probing-sets --per-domain"),
-                    "remove problems from the training input: `sov-data decontaminate --benchmarks SETS`"),
+                    "take the problems out of the training input: `sov-data decontaminate --benchmarks "
+                    "SETS`"),
     **dict.fromkeys(("sov-data synth --labels", "sov-data synth --min-kappa"),
                     "compare kept.jsonl and rejected.jsonl with scikit-learn's `cohen_kappa_score`"),
 }
