@@ -1,5 +1,5 @@
-"""Web pages: their main text by resiliparse (Bevendorff et al., "Elastic ChatNoir", ECIR 2018), and what their
-head says of them."""
+"""Web pages: their main text by resiliparse (Bevendorff et al., "Elastic ChatNoir", ECIR 2018), and facts of
+their head."""
 
 from __future__ import annotations
 
@@ -130,8 +130,8 @@ def licence_of(named: str) -> str:
 
 
 def _prepared(source: str) -> str:
-    """Return a page with formulas as their TeX, and its body three levels deeper: nearer to it resiliparse takes
-    any list for a menu; of deeper ones it looks how much of them is links."""
+    """Return a page with formulas as their TeX, and its body three levels deeper: nearer to it resiliparse
+    takes any list for a menu; of deeper lists it measures how much of them is links."""
     # Spaces for control characters: some parsers end a text at one.
     source = _CONTROLS.sub(" ", source)
     if "http://www.w3.org/1999/xhtml" in source[:2000]:

@@ -116,7 +116,7 @@ def judge_samples(output: Path, run: SynthRunRecord, settings: CheckSettings, wo
             continue
         work = folder / kind
         with disk_errors(work):
-            (work / "inputs").mkdir(parents=True, exist_ok=True)
+            work.mkdir(parents=True, exist_ok=True)
         plan = make_plan(pipeline, work)
         judge_documents(plan, work, workers)
         gone, other = _collect(plan, work)
