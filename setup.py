@@ -39,8 +39,6 @@ INSTALL_REQUIRES = [
 ]
 
 EXTRAS = {
-    # the tests of the core alone: `make core`
-    "test": ["pytest>=8", "hypothesis", "allpairspy", "setuptools>=77"],
     # Needs a CUDA toolchain and --no-build-isolation: docs/install.md.
     "gpu": ["transformer-engine[pytorch,core-cu13]==2.20.2"],
     "rl": ["math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0"],
@@ -67,8 +65,9 @@ EXTRAS = {
     # pictures and sounds: their readers, quantisers of tokenizers, blocks of the picture decoder, error rates
     "omni": ["pillow", "soundfile", "scipy", "diffusers>=0.42", "jiwer>=4"],
     "sentencepiece": ["sentencepiece>=0.2", "protobuf"],
+    # einops: imported by the plain kernels of flash-linear-attention that ours are compared with
     "dev": [
-        "pytest>=8", "hypothesis", "allpairspy", "ruff", "isort>=9", "mypy", "setuptools>=77",
+        "pytest>=8", "hypothesis", "allpairspy", "einops", "ruff", "isort>=9", "mypy", "setuptools>=77",
         "sentencepiece>=0.2", "protobuf", "tensorboard", "wandb", "types-tqdm", "types-psutil",
         "peft>=0.21.2",
         "math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0", "openai>=2",
@@ -119,7 +118,7 @@ class BuildPart(build_py):
 
 # the libraries alone: pip would ask an index for our parts by name, which has none of ours
 EXTRAS["all"] = sorted({line for name, lines in EXTRAS.items()
-                        if name not in ("test", "dev", "gpu", "docs", "inspect", "speech") for line in lines})
+                        if name not in ("dev", "gpu", "docs", "inspect", "speech") for line in lines})
 NEEDS = (INSTALL_REQUIRES if PART in ("", "core") else
          [f"megatron-sov=={VERSION}", *(f"megatron-sov-{part}=={VERSION}"
                                         for part in DISTRIBUTED["PARTS_NEEDED"].get(PART, ())),

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from megatron_sov.base.artifacts import write_output
 from megatron_sov.base.documents.accounting import RecordAccount
 from megatron_sov.base.documents.rows import check_rows, read_rows
 from megatron_sov.base.errors import ExitCode, GateFailed, UserError, visible
@@ -54,8 +53,6 @@ class ScoreOptions(JudgeOptions, RedoOptions):
     """A setting of the reward, e.g. max_length=4096; may be repeated."""
     run: Annotated[Path | None, Flag(value="DIR")] = None
     """Also add the mean reward to the events of the run that wrote the responses, for its report."""
-    disagreements: Annotated[Path | None, Flag(value="PAGE.html", writes=True)] = None
-    """With a second opinion (reward composed): also write a page on where the two disagree."""
 
 
 add_arguments = partial(add_options, cls=ScoreOptions)
@@ -74,18 +71,11 @@ def run(args: argparse.Namespace) -> int:
     events = RunEvents(options.run)
     asked = order(options.reward, parse_nested(options.settings))
     made = make(asked)
-    # both before the first row: judging takes hours, and a missing folder is known now
+    # before the first row: judging takes hours, and a missing folder is known now
     check_output("--output", options.output)
-    check_output("--disagreements", options.disagreements)
     if options.run is not None:
-        for option, path in (("--output", options.output), ("--disagreements", options.disagreements)):
-            if path is not None:
-                refuse_input(option, path, options.run / EVENTS)
+        refuse_input("--output", options.output, options.run / EVENTS)
     has_second = getattr(made.reward, "second", None) is not None
-    if options.disagreements is not None and not has_second:
-        raise UserError(f"--disagreements {options.disagreements}: --reward {options.reward} asks for no "
-                        "second opinion; use --reward composed with --set second.reward=NAME --set "
-                        "second.of=PART")
     if options.output.exists() and options.input.exists() and options.output.samefile(options.input):
         raise UserError(f"--output {options.output}: is the --input; name another file")
     num_rows = check_rows(options.input)
@@ -99,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
                    questions=hash_questions(options.input), scored=summary.tally.num_rewards,
                    mean_reward=summary.tally.mean)
     if has_second:
-        _tell_disagreements(options.output, made.version, options.disagreements)
+        _tell_disagreements(options.output)
     # all rows are written first, with the reason of each in its row
     if not summary.tally.num_rewards:
         raise GateFailed(f"{options.output}: not one of its {num_rows:,} rows has a reward; see why "
@@ -116,7 +106,7 @@ def hash_questions(rows: Path) -> str:
     return found.hexdigest()
 
 
-def _tell_disagreements(output: Path, version: str, page: Path | None) -> None:
+def _tell_disagreements(output: Path) -> None:
     """Say where two verifiers disagree, in all rows of the output, and whether that is an alarm."""
     opinions = read_opinions(output)
     others = opinions.disagreeing
@@ -127,10 +117,6 @@ def _tell_disagreements(output: Path, version: str, page: Path | None) -> None:
         strings = ", ".join(repr(s.text) for s in opinions.strings()[:TOLD_STRINGS])
         hint = f"; look at answers with {strings}" if strings else ""
         print(visible(f"ALARM {opinions.describe_alarm()}{hint}"), file=sys.stderr)
-    if page is not None:
-        from megatron_sov.judge.rewards.opinions import page_of
-
-        write_output(page, page_of(opinions, output.name, version))
 
 
 def tell(summary: ScoringSummary, num_rows: int, name: str, version: str, output: Path) -> None:

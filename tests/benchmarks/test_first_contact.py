@@ -165,7 +165,6 @@ def test_the_double_has_the_contracts_shape(tmp_path: Path) -> None:
 
 
 @pytest.mark.deep
-@pytest.mark.checkout
 def test_the_real_library_has_the_contracts_shape() -> None:
     try:
         sources = Sources(newest.fetched("transformer-engine", TE_VERSION))

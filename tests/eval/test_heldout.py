@@ -26,8 +26,7 @@ prepare_megatron()
 from megatron_sov.base.errors import UserError  # noqa: E402
 from megatron_sov.eval import heldout  # noqa: E402
 from megatron_sov.eval.heldout import (  # noqa: E402
-    HeldoutData, KneserNeyBigram, evaluate_bigram, evaluate_rows, open_heldout, rows_of, token_blocks,
-    train_bigram)
+    HeldoutData, KneserNeyBigram, evaluate_rows, open_heldout, rows_of, token_blocks, train_bigram)
 from megatron_sov.train.data.token_shards import Source, open_sources  # noqa: E402
 
 
@@ -48,7 +47,7 @@ def test_no_learned_token_is_no_perfect_score(token_shards: Path, monkeypatch: p
     rows = HeldoutData.rows
     monkeypatch.setattr(HeldoutData, "rows", lambda self, index: (
         dataclasses.replace(row, weights=0 * row.weights) for row in rows(self, index)))
-    with pytest.raises(UserError, match="none of its held-out tokens is learned"):
+    with pytest.raises(UserError, match="held-out tokens is learned"):
         open_heldout({str(token_shards): 1.0}, 90, 2000)
 
 
@@ -144,12 +143,6 @@ def test_the_baseline_is_judged_on_the_same_targets(one_rank: None, imported: di
                                              / model[name]["bits_per_byte"])
 
 
-def test_more_training_text_makes_a_better_baseline(token_shards: Path) -> None:
-    data = open_heldout({str(token_shards): 1.0}, 256, 65536)
-    few, all_ = (evaluate_bigram(data, tokens) for tokens in (300, 1 << 30))
-    assert all(all_[name].loss < few[name].loss - 0.5 for name in few)
-
-
 def test_figures_go_into_the_events_of_a_run(one_rank: None, imported: dict[str, Path],
                                              hf_models: dict[str, Path], token_shards: Path, tmp_path: Path,
                                              capsys) -> None:
@@ -243,12 +236,6 @@ def test_counting_in_blocks_changes_nothing(fitted: KneserNeyBigram, monkeypatch
     again.fit()
     every = np.divmod(np.arange(VOCAB * VOCAB), VOCAB)
     assert np.array_equal(again.logprobs(*every), fitted.logprobs(*every))
-
-
-def test_only_so_many_tokens_are_counted() -> None:
-    (contexts, targets), = token_blocks(Listed(DOCUMENTS), 10)
-    assert list(zip(contexts.tolist(), targets.tolist(), strict=True)) == [
-        *pairwise(DOCUMENTS[0]), (3, 0)]
 
 
 @pytest.mark.parametrize("documents", [[], [[1, 1, 1, 1, 1]]], ids=["nothing counted", "no pair occurs once"])

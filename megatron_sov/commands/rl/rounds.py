@@ -23,7 +23,6 @@ from megatron_sov.commands.rl.rl_reward import JudgedOptions
 from megatron_sov.commands.rl.teachers import (
     ScoringTeacherOptions, live_teacher_of, refuse_teachers, teachers_of)
 from megatron_sov.commands.score import JudgeOptions
-from megatron_sov.commands.shared_options import words_of
 from megatron_sov.commands.train.gate_options import (
     TunedOptions, gate_of, is_complete, refuse_unknown_benchmarks)
 from megatron_sov.infer.asking import EngineOptions, ServerOptions, check_engine
@@ -38,7 +37,7 @@ from megatron_sov.post.rl.reward import ENVIRONMENT, judging, refuse_unjudged, r
 from megatron_sov.rollouts.prompts import PromptList, list_set_aside, round_prompts, rounds_between
 from megatron_sov.runs.checkpoints import files_sha256, refuse_missing
 from megatron_sov.runs.folder import ROLLOUT, ROUNDS, VALIDATION, RunFolder, fixed_settings
-from megatron_sov.runs.launch_environment import is_first, note_command
+from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.runs.rounds import RunPolicies, policy_of_round, policy_of_start
 from megatron_sov.train.stages.stage_config import ParsedStage, parse_stage, request_with_model, tokenizer_of
 from megatron_sov.work.progress.locks import Claims
@@ -413,12 +412,6 @@ def run_rl(options: RlRunOptions, began_s: float) -> int:
         refuse_no_engine(options.engine, options.engine_url, options.engine_python)
     _run(options, parse_rounds(options, is_asked=options.environment is None), began_s)
     return ExitCode.OK
-
-
-def run_as_rl(options: RlRunOptions, began_s: float) -> int:
-    """Do what another command asks of `rl run`, see `run_rl`; `megatron-sov resume` goes on by `rl run`."""
-    note_command(["rl", "run", *words_of(options)])
-    return run_rl(options, began_s)
 
 
 def _run(args: RlRunOptions, parsed: ParsedRounds, began_s: float) -> None:

@@ -1,5 +1,5 @@
-"""What a second opinion said of judged rows: how often the two disagree, since when, on which answers; and
-the page of it."""
+"""What a second opinion said of judged rows: how often the two disagree, since when, on which
+answers."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_sov.judge.rewards.composed import SECOND
-
-if TYPE_CHECKING:
-    from megatron_sov.base.pages.page import Chart, PageTable
 
 LIKELY, SURE = 0.8416212335729143, 1.6448536269514722
 """Quantiles of the normal distribution: one-sided 80 % and 95 %."""
@@ -29,10 +26,6 @@ MAX_WORDS = 4
 MIN_SHARE = 0.2
 """Of the wrongly paid answers that have such a string."""
 MAX_STRINGS = 8
-MAX_POINTS, MIN_OPINIONS = 60, 10
-"""Points of the curve at most, and opinions in each at least."""
-MAX_ROWS, MAX_CHARS = 40, 300
-"""Answers that are shown, and how much of their end."""
 
 
 # When a second opinion says that the first verifier is being fooled: Page's test over the disagreements.
@@ -157,8 +150,6 @@ class Opinions:
     """Lines where the two disagree."""
     paid_wrongly: list[int] = field(default_factory=list)
     """Lines of those that the first one gives more."""
-    lines: list[int] = field(default_factory=list)
-    """Of all opinions, in order."""
     alarm_line: int = 0
     """Line at which the alarm rang; 0: it did not."""
     paid: deque[Opinion] = field(default_factory=lambda: deque(maxlen=MAX_EXAMPLES))
@@ -173,7 +164,6 @@ class Opinions:
 
     def add(self, opinion: Opinion) -> None:
         self.num_opinions += 1
-        self.lines.append(opinion.line)
         if opinion.disagrees:
             self.disagreeing.append(opinion.line)
         if opinion.paid_wrongly:
@@ -255,62 +245,3 @@ def _counts(texts: Iterable[str]) -> Counter[str]:
         counts.update({" ".join(words[i:i + n]) for n in range(1, MAX_WORDS + 1)
                        for i in range(len(words) - n + 1)})
     return counts
-
-
-def page_of(opinions: Opinions, name: str, version: str) -> str:
-    """Return the page's HTML.
-
-    Args:
-        opinions: of a file of judged rows.
-        name: the file.
-        version: of the reward.
-    """
-    from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render
-
-    count, wrong = opinions.num_opinions, len(opinions.paid_wrongly)
-    rows = [[o.text, f"{o.share_paid:.0%}", f"{o.share_other:.0%}"] for o in opinions.strings()]
-    sections = [
-        PageSection("Disagreement along the rows", charts=[_chart(opinions)] if count else [],
-                    text="Share of answers that the first verifier pays and the second one would not."),
-        PageSection("What gives them away",
-                    text="Words that stand in such answers more often than in others.",
-                    tables=[PageTable(["words", "in wrongly paid answers", "in others"],
-                                      rows)] if rows else []),
-        PageSection("Wrongly paid answers", text="The newest ones, by their end.", tables=_answers(opinions))]
-    figures = [("Verdict", "ALARM" if opinions.alarm else "no alarm", opinions.describe_alarm()),
-               ("Second opinions", f"{count:,}", ""),
-               ("Disagree", f"{len(opinions.disagreeing) / max(1, count):.1%}",
-                f"{len(opinions.disagreeing):,} rows"),
-               ("Wrongly paid", f"{wrong / max(1, count):.1%}", f"{wrong:,} rows")]
-    chapter = Chapter(name, f"reward {version}", figures,
-                      [s for s in sections if s.charts or s.tables])
-    return render("second opinion", "Where two verifiers disagree", name, [chapter],
-                  nothing="No row has a second opinion.")
-
-
-def _chart(opinions: Opinions) -> Chart:
-    import numpy as np
-
-    from megatron_sov.base.pages.page import Chart
-    from megatron_sov.base.pages.plots import Axis, LinePlot, Series
-
-    wrong = set(opinions.paid_wrongly)
-    parts = [part.tolist() for part in np.array_split(
-        np.array(opinions.lines), max(1, min(MAX_POINTS, opinions.num_opinions // MIN_OPINIONS)))]
-    shares = [sum(line in wrong for line in part) / len(part) for part in parts]
-    rules = [("alarm", opinions.alarm_line)] if opinions.alarm else []
-    return Chart(LinePlot([Series("paid wrongly", [part[-1] for part in parts], shares)], Axis("row"),
-                          Axis("share", low=0.0, is_share=True), rules=rules),
-                 f"Mean of about {len(parts[0])} opinions at each point.")
-
-
-def _answers(opinions: Opinions) -> list[PageTable]:
-    def row(one: Opinion) -> list[str]:
-        end = one.response[-MAX_CHARS:]
-        return [f"{one.line:,}", f"{one.first:g}", f"{one.second:g}",
-                end if len(end) == len(one.response) else "… " + end]
-
-    from megatron_sov.base.pages.page import PageTable
-
-    rows = [row(one) for one in list(opinions.paid)[::-1][:MAX_ROWS]]
-    return [PageTable(["line", "first", "second", "answer"], rows)] if rows else []

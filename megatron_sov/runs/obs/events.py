@@ -42,7 +42,7 @@ def score_events(results: Mapping[str, Any], step: int | None, output: Path) -> 
                  "k": metric["k"], "value": metric["value"],
                  "interval": metric["interval"] and list(metric["interval"]), "items": task["items"],
                  "failed": task["failed"], "at_limit": task["at_limit"], "sampling": task["sampling"],
-                 "mode": task["mode"], "contamination": None, "published_as": task["published_as"],
+                 "mode": task["mode"], "contamination": None,
                  "output": str(output.absolute())}
                 for name, task in results["tasks"].items() for metric in task["metrics"]]
     except (KeyError, TypeError, AttributeError) as e:
@@ -157,7 +157,7 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
         return None
     if not _is_step(record.get("step")):
         return None
-    return _Shape(_EVERY | _FIELDS.get(record["event"], {})).check(record)
+    return _SHAPES.get(record["event"], _OTHER).check(record)
 
 
 MAX_NUMBER, MAX_TIME_S = 1e100, 1e11
@@ -287,6 +287,8 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "checkpoint": {"save_s": _N, "stall_s": _N},
 }
 """Event -> the types of its fields that readers compute with or look into."""
+_OTHER = _Shape(_EVERY)
+_SHAPES = {event: _Shape(_EVERY | fields) for event, fields in _FIELDS.items()}
 
 
 READ_BYTES = 1 << 16

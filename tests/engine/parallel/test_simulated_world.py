@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -88,12 +86,6 @@ def test_each_process_is_at_its_own_place() -> None:
     assert not dist.is_initialized()
 
 
-def test_what_a_process_says_in_the_environment_goes_with_it() -> None:
-    before = dict(os.environ)
-    SimulatedRanks(2).run(ParallelConfig(), lambda world: os.environ.update(NVTE_FLASH_ATTN="1"))
-    assert dict(os.environ) == before
-
-
 def test_a_standstill_is_told_with_who_waits_for_what() -> None:
     def waits(place: ParallelWorld) -> None:
         if place.rank:
@@ -122,36 +114,6 @@ def test_an_error_of_one_ends_all() -> None:
 
     with pytest.raises(KeyError, match="mine"):
         SimulatedRanks(3).run(ParallelConfig(), fails)
-
-
-@pytest.mark.parametrize(("number", "raised"), [
-    (signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, OSError)])
-def test_a_signal_ends_all_before_it_is_raised(number: int, raised: type[BaseException]) -> None:
-    begun, ended = set(), set()
-
-    def raises(number: int, frame: Any) -> None:
-        raise raised
-
-    def send_for_ever(place: ParallelWorld) -> None:
-        begun.add(place.rank)
-        if place.rank == 1:
-            os.kill(os.getpid(), number)
-        try:
-            while True:
-                dist.barrier()
-        finally:
-            ended.add(place.rank)
-
-    before = signal.signal(number, raises)
-    try:
-        with pytest.raises(raised):
-            SimulatedRanks(3).run(ParallelConfig(), send_for_ever)
-        assert signal.getsignal(number) is raises
-    finally:
-        signal.signal(number, before)
-    # nobody computes any more
-    assert begun == ended >= {0, 1}
-    assert not dist.is_initialized()
 
 
 def test_places_are_counted() -> None:

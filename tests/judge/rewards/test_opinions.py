@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.judge.rewards.opinions import DisagreementAlarm, page_of, read_opinions, telling_strings
+from megatron_sov.judge.rewards.opinions import DisagreementAlarm, read_opinions, telling_strings
 
 
 def write(path: Path, judged: list[tuple[str, float, float | None]]) -> Path:
@@ -41,17 +41,11 @@ def test_an_alarm_tells_line_share_and_words(tmp_path: Path) -> None:
     assert found.describe_alarm().startswith(f"at line {found.alarm_line}: the first verifier pays 100%")
     first = found.strings()[0]
     assert (first.text, first.share_paid, first.share_other) == ("trust me <b>now</b>, it", 1.0, 0.0)
-    page = page_of(found, "out.jsonl", "0123")
-    assert "ALARM" in page and "trust me &lt;b&gt;now" in page and "<b>now" not in page
 
 
 def test_words_of_all_answers_tell_nothing() -> None:
     assert telling_strings(["the answer", "the sum"], ["the answer", "the sum"]) == []
     assert telling_strings([], ["the answer"]) == []
-
-
-def test_a_file_without_second_opinions_makes_a_page(tmp_path: Path) -> None:
-    assert "no alarm" in page_of(read_opinions(write(tmp_path / "out.jsonl", [])), "out.jsonl", "0123")
 
 
 USUAL = 0.03
