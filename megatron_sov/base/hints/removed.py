@@ -78,6 +78,8 @@ OPTIONS = {
     **dict.fromkeys((f"megatron-sov submit --{name}" for name in ("job-name", "manifest", "apply")),
                     "submit to a Slurm cluster; Kubernetes is not supported"),
     "sov-data mix --search": "set the shares with --blend",
+    **dict.fromkeys(("sov-data scorer train --encoder", "sov-data scorer train --max-tokens"),
+                    "train the linear model over n-grams, which needs no GPU"),
     **dict.fromkeys((f"sov-data inspect --{name}" for name in ("id", "where", "text", "dropped", "source")),
                     "`sov-data inspect OUT` prints what each step dropped; read shards/ and quarantine/ of "
                     "the output with pandas or DuckDB for single documents"),
@@ -148,11 +150,19 @@ VALUES = {
 }
 """Value of an option or setting, such as an engine, recipe or model family -> what to use in its place."""
 PIPELINE = {
-    **dict.fromkeys(("arrow", "dataset"), "save it as Parquet: `datasets.load_dataset(X).to_parquet(FILE)`"),
+    **dict.fromkeys(("arrow", "dataset"), "save it as Parquet with `to_parquet` of datasets"),
     **dict.fromkeys(("epub", "office"), "convert the files to text with pandoc"),
     "parallel": "write a JSON line with `text` for each pair of sentences",
     **dict.fromkeys(("pdf.repeated_lines", "pdf.max_pages", "warc.repeated_lines", "warc.max_pages"),
                     "running heads are always taken out, and `time_s` limits a file"),
+    "safety": "drop documents by a function of your own: the step `code`",
+    "exact_dedup.compare": "texts are compared in Unicode's form NFKC with single blanks",
+    **dict.fromkeys(("paragraph_dedup.keep", "paragraph_dedup.split"),
+                    "lines are compared, and the first document keeps them"),
+    "minhash_dedup.verify": "candidates are always compared by all their shingles",
+    "minhash_dedup.keep": "the longest document stays; `priority` of a source goes before",
+    "decontaminate.action": "documents are dropped; the step `code` can cut them",
+    "decontaminate.context_chars": "the column `contamination` names the items",
 }
 """Format, step, or FORMAT.option or STEP.setting of a pipeline file -> what to use in its place."""
 KINDS = {
