@@ -43,11 +43,10 @@ EXTRAS = {
     "gpu": ["transformer-engine[pytorch,core-cu13]==2.20.2"],
     "rl": ["math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0"],
     "judge": ["openai>=2", "httpx>=0.27"],
-    # `sov-data run`: readers of pages, books, offices, PDFs, web archives, licences, encodings;
-    # mojibake, languages and phone numbers (their data lie in the wheels, nothing is downloaded); scorers.
-    "data": ["resiliparse>=2", "lxml>=5", "pypdfium2>=5", "warcio>=1.7", "identify>=2.6",
-             "ukkonen>=1.0", "charset-normalizer>=3", "ftfy>=6.3", "py3langid>=0.4", "phonenumbers>=9",
-             "scikit-learn>=1.7"],
+    # `sov-data run`: readers of pages, PDFs, archives and encodings; mojibake, languages and phone numbers
+    # (their data lie in the wheels, nothing is downloaded); scorers.
+    "data": ["resiliparse>=2", "pypdfium2>=5", "warcio>=1.7", "charset-normalizer>=3", "ftfy>=6.3",
+             "py3langid>=0.4", "phonenumbers>=9", "scikit-learn>=1.7"],
     # `sov-data synth`: its client; agreement of translations; `data` for the checks of all.
     "synth": ["openai>=2", "httpx>=0.27", "sacrebleu>=2.5", "py3langid>=0.4"],
     # `eval lm`: the harness; it is pinned, for its tasks and prompts are part of what a score means.
@@ -73,8 +72,7 @@ EXTRAS = {
         "peft>=0.21.2",
         "math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0", "openai>=2",
         "httpx>=0.27", "langdetect>=1.0.9", "datatrove>=0.10,<0.11",
-        "resiliparse>=2", "lxml>=5", "pypdfium2>=5", "warcio>=1.7", "identify>=2.6", "ukkonen>=1.0",
-        "charset-normalizer>=3", "ftfy>=6.3",
+        "resiliparse>=2", "pypdfium2>=5", "warcio>=1.7", "charset-normalizer>=3", "ftfy>=6.3",
         "py3langid>=0.4", "phonenumbers>=9",
         "scikit-learn>=1.7", "sacrebleu>=2.5",
         "lm-eval==0.4.13", "accelerate>=1.10", "aiohttp>=3.11",

@@ -41,10 +41,10 @@ COMMANDS = {
         ("synth --list",
          "synth rewrite --input documents.jsonl --engine my-model --output rewritten")),
     "difficulty": Command(
-        "data_prep.synth.difficulty.command",
-        "put measured pass rates together, fit an estimator of difficulty, write difficulty into rows",
+        "data_prep.synth.difficulty",
+        "label problems by the models that solved them, and write difficulty into rows",
         RESPONSES, "difficulty.md",
-        ("difficulty fit --labels labels --output estimator",
+        ("difficulty label --answers small large --output labels",
          "difficulty grade --input problems.jsonl --model estimator --output graded")),
     "probing-sets": Command(
         "data_prep.synth.probing_sets",

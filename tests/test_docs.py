@@ -27,7 +27,7 @@ from tests.pages_typed import (
     ENTRIES, PAGES, ROOT, SKILLS, TYPED, commands_of, lines_of, name_of, parse, shell_blocks, unheld)
 
 sys.path.append(str(ROOT / "benchmarks"))
-from paper_claims import CLAIMS, PLACE, ClaimFile
+from learning import PLACE, RECIPES, Recipe
 
 READ = [*PAGES, *SKILLS]
 KEYS_OF_TWO_CELLS = ("docs/media_encoders.md", "docs/memory.md", "docs/recipes.md", "docs/synth_worlds.md")
@@ -37,11 +37,11 @@ TRAINS: dict[str, BuiltIn] = {"pretrain": "lm", "extend": "lm", "sft": "sft", "p
 """Command -> what it trains by."""
 
 CLAIMED = [(file.stem, PLACE.sub("0", command).partition(" > ")[0])
-           for file in sorted(CLAIMS.glob("*.yaml")) for command in ClaimFile(file).commands()]
-"""Seed and command of each claim, with a 0 in every place."""
+           for file in sorted(RECIPES.glob("*.yaml")) for command in Recipe(file).commands()]
+"""Recipe and command of each claim, with a 0 in every place."""
 COMMANDS = [*(pytest.param(line, id=f"{name_of(page)}: {line[:60]}") for page in READ
               for line in commands_of(page.read_text())),
-            *(pytest.param(line, id=f"claims of {seed}: {line[:60]}") for seed, line in CLAIMED)]
+            *(pytest.param(line, id=f"recipe {recipe}: {line[:60]}") for recipe, line in CLAIMED)]
 
 
 @pytest.mark.parametrize("line", COMMANDS)

@@ -69,7 +69,3 @@ def test_the_page_leads_from_media_to_a_model_that_is_judged(
     # the recipe's fine-tuning reads plain text beside the conversations
     assert any(event["losses"].get("text", 0) > 0 for event in steps) and len(steps) == 4
     assert {event["pair"] for event in events if event["event"] == "media"} == {"image-text", "text-audio"}
-    assert {event["pair"] for event in events if event["event"] == "media_retrieval"} == {
-        "image-text", "text-image"}
-    assert set(json.loads(Path("retrieval.json").read_text())) == {
-        "retrieval/image-text", "retrieval/text-image"}

@@ -26,11 +26,6 @@ def run(typed: argparse.Namespace) -> int:
     if options.list:
         print(_settings_of_generator(options.generator) if options.generator else _generators())
         return 0
-    if options.cluster:
-        from data_prep.synth.slurm_array import submit_order
-
-        submit_order(options)
-        return 0
     # imported late: --help and --list need none of it
     from data_prep.synth.running import order_of, run_order
 

@@ -6,14 +6,11 @@ May be called at any time, also while items are left; nothing that it writes is 
 from __future__ import annotations
 
 import contextlib
-import heapq
-import json
 import os
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,21 +19,14 @@ from data_prep.synth.candidates import (
 from data_prep.synth.checks.judging import JudgedSample, judge_samples
 from data_prep.synth.checks.settings import CheckSettings
 from data_prep.synth.generator import SampleVerdict
-from data_prep.synth.page import write_page
 from data_prep.tags import SYNTHESIS, artifact_of
 from megatron_sov.base.artifacts import MANIFEST, ArtifactWriter, atomic_write, disk_errors, new_file, to_json
 from megatron_sov.base.documents.accounting import RecordAccount
 from megatron_sov.base.documents.files import KEPT, REJECTED
-from megatron_sov.base.documents.messages import BadRecord, Message
-from megatron_sov.base.documents.records import RecordReading, parse_record
 from megatron_sov.base.documents.rows import json_line
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError, problems_of
 
-MOST_KEPT, MOST_REJECTED, MOST_REASONS = 8, 3, 40
-MOST_TURNS, MOST_CHARS = 40, 4000
-MODEL = "model"
-"""How a page calls who speaks, where it is a model."""
 ANSWERED = "200"
 _SUMS = """SELECT outcome, count(*), sum(input_tokens), sum(output_tokens), sum(cost), sum(wall_s)
 FROM requests GROUP BY outcome ORDER BY outcome"""
@@ -45,84 +35,6 @@ _EACH = ("num_requests", "input_tokens", "output_tokens", "cost", "seconds")
 SUMMARY = "summary.json"
 PROVENANCE = "synthetic"
 """Field of a kept record that says how it was made."""
-
-
-# Samples for a reader: a few that were kept, and a few for each reason to reject, drawn by a hash of their
-# ids.
-
-
-class ShownSample:
-    """Takes all samples and keeps a few."""
-
-    def __init__(self) -> None:
-        self._of: dict[str, list[tuple[int, str, Candidate, SampleVerdict | None]]] = {}
-
-    def take(self, sample: Candidate, failed: SampleVerdict | None) -> None:
-        reason = failed.check if failed else ""
-        if reason not in self._of and len(self._of) >= MOST_REASONS:
-            return
-        # by hash: the page shows the same samples in every run, and memory is bounded
-        drawn = int.from_bytes(blake2b(sample.id.encode(), digest_size=8).digest(), "big")
-        # numbers are negated, since `heapq` has the smallest in front and the largest has to go first
-        heap, most = self._of.setdefault(reason, []), MOST_REJECTED if failed else MOST_KEPT
-        if len(heap) < most:
-            heapq.heappush(heap, (-drawn, sample.id, sample, failed))
-        elif -heap[0][0] > drawn:
-            heapq.heapreplace(heap, (-drawn, sample.id, sample, failed))
-
-    def to_list(self) -> list[dict[str, Any]]:
-        found = []
-        for reason in sorted(self._of):
-            for _, id_, sample, failed in sorted(self._of[reason], key=lambda one: -one[0]):
-                found.append({"sample": id_, "reason": reason,
-                              "detail": _cut(failed.detail) if failed else "",
-                              "turns": [[_cut(who), _cut(said)]
-                                        for who, said in turns_of(sample)[:MOST_TURNS]],
-                              "verdicts": [[one.check, one.passed, _cut(one.detail)]
-                                           for one in sample.verdicts], "notes": _small(sample.notes)})
-        return found
-
-
-def turns_of(sample: Candidate) -> list[tuple[str, str]]:
-    if sample.kind == "task":
-        return [("task", _json(sample.record))]
-    try:
-        document = parse_record(dict(sample.record), "", 0, RecordReading(sample.kind))
-    except BadRecord:
-        return [("record", _json(sample.record))]
-    if sample.kind == "text":
-        return [(MODEL, document.text)]
-    turns = [turn for message in document.messages for turn in _turns(message)]
-    beside = {name: value for name, value in sample.record.items() if name not in ("messages", "prompt")}
-    return [*turns, *([("beside it", _json(beside))] if beside else [])]
-
-
-def _turns(message: Message) -> Iterator[tuple[str, str]]:
-    who = MODEL if message.role == "assistant" else message.role
-    if message.reasoning:
-        yield f"{MODEL}, thinking", message.reasoning
-    if message.content or not message.tool_calls:
-        name = dict(message.other).get("name", "")
-        yield f"tool {name}".strip() if who == "tool" else who, message.content
-    for call in message.tool_calls:
-        function = call["function"]
-        yield f"{MODEL} calls {function['name']}", _json(function["arguments"])
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False, default=str)
-
-
-def _cut(text: str) -> str:
-    """Return a text that a page and UTF-8 can hold."""
-    sound = text.encode("utf-8", "replace").decode()
-    return sound if len(sound) <= MOST_CHARS else f"{sound[:MOST_CHARS]}… ({len(sound):,} characters)"
-
-
-def _small(notes: Mapping[str, Any]) -> dict[str, Any]:
-    # notes that are cut are no JSON any more, and are left out
-    text = _cut(_json(notes))
-    return json.loads(text) if text.endswith("}") else {}
 
 
 # What the samples of a folder have cost: requests, tokens, seconds and money, by the answers' record.
@@ -138,9 +50,8 @@ def costs_of(output: Path) -> dict[str, Any]:
     """
     outcomes: Counter[str] = Counter()
     sums = [0, 0, 0.0, 0.0]
-    for file in sorted(output.glob(f"{Path(ANSWERS).stem}*.sqlite")):
+    if (file := output / ANSWERS).is_file():
         try:
-            # read-only: workers may still write answers
             with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True,
                                                     timeout=60)) as connection:
                 for outcome, num, *more in connection.execute(_SUMS):
@@ -155,7 +66,7 @@ def costs_of(output: Path) -> dict[str, Any]:
 
 
 def finish(output: Path, settings: CheckSettings, workers: int = 1, *, is_complete: bool = True) -> None:
-    """Check the samples of a folder, and write what stays, what does not, the figures and the page.
+    """Check the samples of a folder, and write the samples that stay, those that do not, and the figures.
 
     Args:
         output: folder of the run.
@@ -174,8 +85,8 @@ def finish(output: Path, settings: CheckSettings, workers: int = 1, *, is_comple
         # from here on files change: a kill must not leave a manifest that speaks for them
         (output / MANIFEST).unlink(missing_ok=True)
         judged = judge_samples(output, run, settings, workers)
-        tally, shown = FinishingTally(), ShownSample()
-        _write_rows(output, run, judged, tally, shown)
+        tally = FinishingTally()
+        _write_rows(output, run, judged, tally)
         costs = costs_of(output)
         summary = {
             "format": 1, "generator": run.generator, "version": run.version, "kind": run.kind,
@@ -183,10 +94,8 @@ def finish(output: Path, settings: CheckSettings, workers: int = 1, *, is_comple
             "settings": dict(run.settings), "is_complete": is_complete, **tally.to_dict(),
             "steps": list(judged.steps), "costs": costs,
             "per_kept": {name.removeprefix("num_"): costs[name] / tally.num_kept for name in _EACH}
-            if tally.num_kept else None,
-            "shown": shown.to_list()}
+            if tally.num_kept else None}
         atomic_write(output / SUMMARY, to_json(summary))
-        write_page(output)
         # last of all, since it hashes the files and says that they are whole
         if is_complete:
             _write_manifest(output, run, settings, tally)
@@ -248,8 +157,7 @@ def kept_file(run: SynthRunRecord, kind: str) -> str:
     return KEPT if kind == run.kind else f"{Path(KEPT).stem}-{kind}.jsonl"
 
 
-def _write_rows(output: Path, run: SynthRunRecord, judged: JudgedSample, tally: FinishingTally,
-                shown: ShownSample) -> None:
+def _write_rows(output: Path, run: SynthRunRecord, judged: JudgedSample, tally: FinishingTally) -> None:
     """Write kept and rejected samples; the files get their names together, when all are on the disk."""
     # temporary files of a run that was killed
     for leftover in [*output.glob(f".{Path(KEPT).stem}*.tmp-*"), *output.glob(f".{REJECTED}.tmp-*")]:
@@ -274,7 +182,6 @@ def _write_rows(output: Path, run: SynthRunRecord, judged: JudgedSample, tally: 
                 failed = sample.failed or later
                 file = kept_file(run, sample.kind)
                 tally.count(sample, failed.check if failed else "", file, writers_of(run, sample))
-                shown.take(sample, failed)
                 row = _rejected_row(run, sample, verdicts) if failed else _kept_row(run, sample, judged)
                 rows_of(REJECTED if failed else file).write(json_line(row))
         # bytes first, then names: a power cut must not leave a named file without its end
@@ -315,7 +222,7 @@ def _write_manifest(output: Path, run: SynthRunRecord, settings: CheckSettings,
                     tally: FinishingTally) -> None:
     writer = ArtifactWriter(output, SYNTHESIS)
     # answers stay out of the hashes: a later command adds to them
-    ours = {KEPT, REJECTED, SUMMARY, "report.html", *tally.kept}
+    ours = {KEPT, REJECTED, SUMMARY, *tally.kept}
     writer.leave_out = frozenset(path.name for path in output.iterdir() if path.name not in ours)
     writer.content = {
         "generator": run.generator, "generator_version": run.version, "kind": run.kind, "model": run.model,
@@ -335,5 +242,5 @@ def _artifacts(inputs: Iterable[Path]) -> list[Path]:
 def _summary_lines(output: Path, tally: FinishingTally) -> str:
     samples = RecordAccount(tally.num_samples, tally.num_kept, tally.rejected, "samples")
     lines = [f"{output}: {samples.describe()}",
-             f"  {output / KEPT}, {output / REJECTED}, {output / 'report.html'}"]
+             f"  {output / KEPT}, {output / REJECTED}, {output / SUMMARY}"]
     return "\n".join(lines)

@@ -48,8 +48,6 @@ class Model:
     """Of a million tokens that it reads."""
     output_price: NotNegative = 0.0
     """Of a million tokens that it writes."""
-    known_as: str = ""
-    """What stands for it in what answers are kept by; empty: what follows from the rest."""
     max_tokens_field: MaxTokensField = "max_tokens"
     """What the longest answer stands in, where requests are sent; none: it is not sent."""
     options: tuple[str, str] = field(default=("--engine", "--model"), compare=False)
@@ -92,8 +90,6 @@ class Model:
     def identity(self) -> str:
         """Return what stands for the model in what answers are kept by: wherever it is served, its answers
         are its answers."""
-        if self.known_as:
-            return self.known_as
         if self.is_local:
             return f"local:{identity_of(Path(self.engine), self.options[0])}"
         return f"endpoint:{self.model}"
@@ -222,9 +218,10 @@ def opened(writer: Model, judge: Model, options: SynthOptions, cache: EndpointCa
             url, name, key = model.engine.rstrip("/"), model.name, ""
             if model.is_local:
                 served = stack.enter_context(serving(
-                    [Path(model.engine)], f"--engine {model.engine}: `megatron-sov serve` did not start: ",
+                    Path(model.engine).resolve(),
+                    f"--engine {model.engine}: `megatron-sov serve` did not start: ",
                     sleep=stop.sleep))
-                url, key, (name,) = served.url, served.key, served.models
+                url, key, name = served.url, served.key, served.model
             # a server of this machine that answers nobody has ended, and nobody starts it again
             patience_s = min(options.patience_s, LOCAL_PATIENCE_S) if model.is_local else options.patience_s
             endpoint = Endpoint(f"{url}/chat/completions", model.key_env,

@@ -10,8 +10,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Le
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import AtLeastOne, Flag, NotNegative, NotNegativeInt, one_of, only_with
-from megatron_sov.work.submit.cluster_options import ClusterOptions
+from megatron_sov.base.settings import AtLeastOne, Flag, NotNegative, NotNegativeInt, one_of
 
 
 def _identified() -> frozenset[str]:
@@ -110,17 +109,7 @@ class SynthLimitOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SynthClusterOptions(ClusterOptions):
-    """Where a run is submitted to."""
-
-    serve_vllm: Annotated[Path | None, Flag(value="DIR"), only_with("cluster")] = None
-    """With --cluster: submit a vLLM server of this model beside the workers, in place of --engine."""
-    vllm_args: Annotated[str, Flag(value="WORDS"), only_with("cluster")] = ""
-    """More arguments of `vllm serve`, in quotes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SynthOptions(SynthModelOptions, SynthLimitOptions, SynthClusterOptions, CheckOptions):
+class SynthOptions(SynthModelOptions, SynthLimitOptions, CheckOptions):
     """Make data with a model: a generator asks, checks what comes back, and keeps what passes.
 
     A killed command goes on when it is run again, and pays for each answer once.  One that has used up a
@@ -144,7 +133,7 @@ class SynthOptions(SynthModelOptions, SynthLimitOptions, SynthClusterOptions, Ch
     """Make all items again, with other settings, templates or models, or a changed input; answers that still
     fit cost nothing."""
     workers: AtLeastOne | None = None
-    """Processes of the checks (default: this machine's cores); with --cluster, jobs that ask (default: 4)."""
+    """Processes of the checks (default: this machine's cores)."""
 
     @property
     def patience_s(self) -> float:

@@ -1,8 +1,7 @@
 """A run of `sov-data synth` from what was asked for to the finished source.
 
-What is done of items lies in `.OUTPUT.work`, as of every job, and stays there when the source is finished, so
-that more input or other checks go on with it; answers lie in OUTPUT.  Each item is code that asks, waits, and
-goes on.
+Finished items lie in `.OUTPUT.work` and stay there when the source is finished, so that more input or other
+checks go on with them; answers lie in OUTPUT.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -40,10 +39,8 @@ from megatron_sov.work.endpoints.answers import EndpointUnavailable
 from megatron_sov.work.endpoints.cache import EndpointCache
 from megatron_sov.work.endpoints.transport import missing_libraries
 from megatron_sov.work.processes.pool import StopSignal, in_threads
-from megatron_sov.work.progress.journal import (
-    Journal, begun, delete_work, differences, slurm_folder, work_folder)
+from megatron_sov.work.progress.journal import Journal, begun, delete_work, differences, work_folder
 from megatron_sov.work.progress.locks import holding
-from megatron_sov.work.submit.arrays import refuse_living
 
 MADE_BY = "sov-data synth"
 MIN_TOLD_S, MAX_TOLD_S = 10.0, 900.0
@@ -94,10 +91,6 @@ def order_of(options: SynthOptions) -> GeneratorOrder:
     Raises:
         UserError: something is missing, or is no time.
     """
-    if options.serve_vllm is not None:
-        if options.engine:
-            raise UserError("--serve-vllm: stands in place of --engine; leave one of them out")
-        options = replace(options, engine=str(options.serve_vllm))
     if not options.generator:
         raise UserError("sov-data synth: name a generator, or the YAML file of one; --list lists them")
     missing = [f"--{name}" for name in ("engine", "output") if not getattr(options, name)]
@@ -258,7 +251,6 @@ def run_order(order: GeneratorOrder) -> ExitCode:
         StopRequested: a limit, a signal, or an endpoint that is away; everything is saved.
     """
     made = ready(order)
-    refuse_living(slurm_folder(order.output))
     with begun_run(made) as tally:
         if tally.todo:
             make(made, tally)
@@ -267,8 +259,7 @@ def run_order(order: GeneratorOrder) -> ExitCode:
 
 @contextlib.contextmanager
 def begun_run(made: ReadyRun) -> Iterator[RunningTally]:
-    """Hold the work on a run, which is of its settings then, with the answers of earlier workers in one file;
-    gives what is done and what is not.
+    """Hold the work folder of a run with these settings; yields items that are done and others that are not.
 
     Raises:
         UserError: its items were made with something else, or the input is not sound: nothing is paid then.
@@ -286,18 +277,7 @@ def begun_run(made: ReadyRun) -> Iterator[RunningTally]:
             output.mkdir(parents=True, exist_ok=True)
             atomic_write(output / RUN, to_json({**asdict(made.record),
                                                 "num_items": tally.num_items + len(tally.todo)}))
-        merge_answers(output)
         yield tally
-
-
-def merge_answers(output: Path) -> None:
-    """Move what earlier workers have left into the run's file of answers: each has had one of its own, since
-    SQLite on a shared disk is for one machine at a time."""
-    if files := sorted(output.glob("answers-*.sqlite")):
-        cache = EndpointCache(output / ANSWERS)
-        for file in files:
-            cache.take_over(file)
-        cache.close()
 
 
 @dataclass
@@ -368,19 +348,15 @@ def open_items(made: ReadyRun) -> RunningTally:
     return tally
 
 
-def make(made: ReadyRun, tally: RunningTally, worker: str = "") -> None:
+def make(made: ReadyRun, tally: RunningTally) -> None:
     """Make the items of a tally that are not done; each is on disk as soon as it is.
 
     Args:
         made: what was asked for.
         tally: is counted up.
-        worker: name of one of several that work beside each other; empty: this process is the only one.
     """
     order, options, stop = made.order, made.order.options, StopSignal()
-    # a worker reads the common answers, and writes a file of its own (see `merge_answers`)
-    cache = EndpointCache(order.output / (f"answers-{worker}.sqlite" if worker else ANSWERS),
-                          [order.output / ANSWERS] if worker else [])
-    journal = Journal(work_folder(order.output), worker)
+    cache, journal = EndpointCache(order.output / ANSWERS), Journal(work_folder(order.output))
     total, began_s = tally.num_items + len(tally.todo), time.monotonic()
 
     def tell() -> None:
@@ -502,8 +478,7 @@ def finished(made: ReadyRun, tally: RunningTally, workers: int) -> ExitCode:
     Raises:
         StopRequested: items got no answer.
     """
-    # imported late: workers that only ask need none of it
-    from data_prep.synth.finishing import finish
+    from data_prep.synth.finishing import finish  # imported late: it needs the whole pipeline
 
     # written with items missing too, so that what is done can be looked at; then without a manifest
     finish(made.order.output, made.order.checks, workers,

@@ -135,10 +135,10 @@ def test_mistakes_are_those_of_the_run(capsys: Any, packed_data: Any, tmp_path: 
                     sampling=Sampling(5, 0.1, top_p=1e-9, num_drafts=2), nproc=3, settings=("a=1", "b=-x")),
     EvalPasskOptions(target=Path("m"), input=Path("p"), k=(1, 8), output=Path("o"), reward="math",
                      right_from=-0.5, reward_set=("unit=km",)),
-    ServeOptions(targets=(Path("m"),))])
+    ServeOptions(target=Path("m"))])
 def test_words_are_read_as_the_same_options(options: Any) -> None:
     assert typed(type(options), words_of(options)) == options
 
 
 def test_defaults_take_no_words() -> None:
-    assert words_of(ServeOptions(targets=(Path("m"),))) == ["m"]
+    assert words_of(ServeOptions(target=Path("m"))) == ["m"]

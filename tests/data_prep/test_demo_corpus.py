@@ -16,8 +16,8 @@ import pytest
 from data_prep import demo_corpus
 from data_prep.cli import main
 from data_prep.demo_corpus import (
-    CorpusUnavailable, Docstring, clean, docstrings, documentation, korean_only,
-    korean_pages, question_and_answer, select)
+    CorpusUnavailable, Docstring, clean, docstrings, documentation, korean_only, korean_pages,
+    question_and_answer, select)
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.documents import list_files, read_documents
 

@@ -20,36 +20,59 @@ COMMANDS = {
     "megatron-sov codec train": "train a codec with diffusers or transformers, and read the folder of its "
                                 "`save_pretrained` with `megatron-sov codec import`",
     "megatron-sov convert deepen": "use mergekit's passthrough method on the folder of `convert to-hf`",
+    "megatron-sov convert settings": "type the option to `megatron-sov pretrain`, which names ours",
     "megatron-sov convert to-gguf": "use convert_hf_to_gguf.py of llama.cpp on the folder of `convert to-hf`",
     "megatron-sov convert upcycle": "use mergekit-moe on the folder of `convert to-hf`",
+    "megatron-sov eval bigram": "`megatron-sov eval ppl` has bits per byte, which compare tokenizers",
     **dict.fromkeys(("megatron-sov eval inspect", "megatron-sov eval play"),
                     "serve the model with `megatron-sov serve` and run inspect-ai on its address"),
+    "megatron-sov distill rounds": "use `megatron-sov rl run ... --teacher TEACHER --reward none --set "
+                                   "policy.method=gkd` (docs/distill.md)",
     "megatron-sov eval suites": "docs/eval_suites.md lists the tasks and their files; `eval lm` reads a "
                                 "publisher's JSON Lines, Parquet or CSV below --data-dir",
     "megatron-sov ladder": "train the sizes with `megatron-sov pretrain` and fit their losses yourself",
-    "megatron-sov reproduce": "python benchmarks/paper_claims.py runs the claims in a checkout",
+    "megatron-sov reproduce": "python benchmarks/learning.py runs the claims in a checkout",
     "megatron-sov rl replay": "type the command of `rl run` again with another --run and --store",
+    "megatron-sov rl store page": "`megatron-sov rl store show` prints responses and their rewards",
     "megatron-sov rl why": "`megatron-sov rl store show` prints responses and their rewards",
     "megatron-sov watch": "`megatron-sov status RUN --follow` prints each step; --set obs.tensorboard=true "
                           "draws curves",
-    "sov-data report": "`sov-data inspect DIR` shows what each step of a pipeline dropped; `sov-data synth` "
-                       "leaves report.html in its output",
+    "sov-data report": "`sov-data inspect DIR` shows what each step of a pipeline dropped; summary.json of "
+                       "`sov-data synth` has the counts of its checks",
+    **dict.fromkeys(("sov-data difficulty fit", "sov-data difficulty check"),
+                    "use `sov-data scorer train --kind regressor --labels LABELS/labels.jsonl` on output of "
+                    "`sov-data difficulty label`, and `sov-data scorer check`"),
     "sov-data card": "manifest.json and summary.json of the output have sources, counts and hashes",
     "sov-tokenizer graft": "resize the model with transformers' `resize_token_embeddings`; `sov-tokenizer "
                            "media` adds tokens of pictures and sounds",
 }
 """Program and command -> what to use in its place."""
 OPTIONS = {
+    **dict.fromkeys(("megatron-sov chat --tools", "megatron-sov chat --tool-set"),
+                    "`megatron-sov tools run ENV TARGET` has a model play a tool environment"),
     "megatron-sov convert to-hf --quantize": "quantize the folder with llm-compressor",
+    **dict.fromkeys((f"megatron-sov eval lm --{name}" for name in (
+        "key-env", "same-model", "tokenizer", "concurrent")),
+        "ask an endpoint with lm-eval's own command `lm_eval --model local-chat-completions`"),
+    **dict.fromkeys(("megatron-sov inspect --page", "sov-data inspect --page"),
+                    "redirect the text: `megatron-sov inspect PATH > facts.txt`"),
+    "megatron-sov score --disagreements": "the command prints the lines where two rewards disagree",
+    "megatron-sov tools play --page": "redirect the text: `megatron-sov tools play ENV ... > play.txt`",
     "megatron-sov plan --calibrate-engine": "rounds of RL are priced by published engines",
     "megatron-sov plan --engine-gpus": "rounds of RL are priced by published engines",
     "megatron-sov plan --page": "redirect the text: `megatron-sov plan RECIPE --cluster P > plan.txt`",
     "megatron-sov plan --table": "in a checkout, python benchmarks/plan_calibration.py --no-refit predicts "
                                  "published runs",
+    **dict.fromkeys((f"megatron-sov prefer --{name}" for name in (
+        "rounds", "prompts", "reward", "reward-set", "samples", "temperature", "max-new-tokens",
+        "keep-unfinished")),
+        "use `megatron-sov rl run ... --set policy.method=preference` (docs/prefer.md)"),
     "megatron-sov report --compare": "draw the curves of several runs with TensorBoard (obs.tensorboard) or "
                                      "Weights & Biases; `megatron-sov eval difference` compares scores",
     **{f"megatron-sov codec reconstruct --{name}": "a codec decodes its own tokens"
        for name in ("decoder", "decoder-steps", "seed", "speaker")},
+    **dict.fromkeys(("megatron-sov eval media --retrieval", "megatron-sov eval media --candidates"),
+                    "rank texts by `eval lm` tasks with choices, or by code of your own over `generate`"),
     "megatron-sov eval media --speaker": "a codec has one voice",
     "megatron-sov generate --speaker": "a codec has one voice",
     **dict.fromkeys((f"megatron-sov submit --{name}" for name in ("job-name", "manifest", "apply")),
@@ -58,6 +81,19 @@ OPTIONS = {
     **dict.fromkeys((f"sov-data inspect --{name}" for name in ("id", "where", "text", "dropped", "source")),
                     "`sov-data inspect OUT` prints what each step dropped; read shards/ and quarantine/ of "
                     "the output with pandas or DuckDB for single documents"),
+    **dict.fromkeys((f"sov-data synth --{name}" for name in ("cluster", "account", "partition", "serve-vllm",
+                                                             "vllm-args")),
+                    "start the model's server and `sov-data synth --engine URL` in jobs of your own; the "
+                    "same command goes on after a requeue"),
+    **dict.fromkeys((f"sov-data synth --{name}" for name in ("input-price", "output-price", "max-cost",
+                                                             "judge-input-price", "judge-output-price")),
+                    "limit tokens with --max-tokens-total; summary.json counts them"),
+    "sov-data synth --judge-max-tokens-field": "--max-tokens-field holds for both models",
+    "sov-data synth --prompts": "copy the generator's YAML file, change its prompts, and name the copy",
+    **dict.fromkeys(("sov-data synth --benchmarks", "sov-data synth --languages"),
+                    "write the steps `decontaminate` and `language` into a file for --checks"),
+    **dict.fromkeys(("sov-data probing-sets --against", "sov-data probing-sets --per-domain"),
+                    "remove problems from the training input: `sov-data decontaminate --benchmarks SETS`"),
     **dict.fromkeys(("sov-data synth --labels", "sov-data synth --min-kappa"),
                     "compare kept.jsonl and rejected.jsonl with scikit-learn's `cohen_kappa_score`"),
 }
@@ -101,6 +137,7 @@ VALUES = {
     **dict.fromkeys(("kimi_linear", "kimi-linear-48b", "tiny-kimi-linear"), _EXAMPLE.format(
         "kimi_linear", "KIMI_LINEAR", "kimi_linear_48b")),
     **dict.fromkeys(("simvq", "fsq", "dit", "unit-bigvgan"), _CODECS),
+    **dict.fromkeys(("questions", "textbook"), "write a generator file of your own (docs/synth.md)"),
     "functions": "use `virtual`, whose tasks describe tools and what they do",
     "code": "take prompts with tests from a data set, or write a generator file of your own (docs/synth.md)",
     "mcp": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",
@@ -109,7 +146,16 @@ VALUES = {
     "sglang": "use vllm",
 }
 """Value of an option or setting, such as an engine, recipe or model family -> what to use in its place."""
+PIPELINE = {
+    **dict.fromkeys(("arrow", "dataset"), "save it as Parquet: `datasets.load_dataset(X).to_parquet(FILE)`"),
+    **dict.fromkeys(("epub", "office"), "convert the files to text with pandoc"),
+    "parallel": "write a JSON line with `text` for each pair of sentences",
+    **dict.fromkeys(("pdf.repeated_lines", "pdf.max_pages", "warc.repeated_lines", "warc.max_pages"),
+                    "running heads are always taken out, and `time_s` limits a file"),
+}
+"""Format, step, or FORMAT.option or STEP.setting of a pipeline file -> what to use in its place."""
 KINDS = {
+    "difficulty": "label the problems again, and use `sov-data scorer train --kind regressor`",
     "codec_training": "it is half of a codec; import a published one with `megatron-sov codec import`",
     "mixture": "its file blend.yaml is a blend for `sov-data mix --blend`",
 }
@@ -133,12 +179,15 @@ def check_command(program: str, words: Sequence[str]) -> None:
     Raises:
         UserError: the command or option was removed; the message says what serves in its place.
     """
-    for count in (2, 1):
+    for count in (3, 2, 1):
         typed = " ".join([program, *words[:count]])
         if instead := COMMANDS.get(typed):
             raise UserError(f"{typed}: was removed in this version; {instead}")
         for word in words[count:]:
             option = word.partition("=")[0]
+            # next to --model_args, lm-eval's --model is a kind of model, which `words` leaves out
+            if option == "--model" and any(one.startswith(("--model_args", "--model-args")) for one in words):
+                continue
             if instead := OPTIONS.get(f"{typed} {option}"):
                 raise UserError(f"{typed} {option}: was removed in this version; {instead}")
 
@@ -178,6 +227,6 @@ def check_kind(path: str | Path, kind: str) -> None:
         raise UserError(f"{path}: is a '{kind}' artifact, which this version cannot read; {instead}")
 
 
-def was_removed(value: str) -> str:
+def was_removed(value: str, table: Mapping[str, str] = VALUES) -> str:
     """Return the end of a sentence about a value that an earlier version took; "" for others."""
-    return f"; it was removed in this version: {VALUES[value]}" if value in VALUES else ""
+    return f"; it was removed in this version: {table[value]}" if value in table else ""

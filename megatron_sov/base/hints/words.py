@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.errors import UserError, nearest, warn
+from megatron_sov.base.hints.foreign import is_translated, read_foreign
 from megatron_sov.base.hints.table import by_word, normalize, note_on, settings_called, table
 
 _OPTION = re.compile(r"--?[A-Za-z][\w.-]*\Z")
 _NEXT_SETTING = re.compile(r",\s*(?=[a-z]\w*(?:\.\w+)+=)")
+_CONFIG_WORDS = ("config", "config_file", "config_path")
 _SWITCHED = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False,
              "off": False}
 GPUS_OF_A_NODE = 8
@@ -85,7 +87,7 @@ class _Rewrite:
         value = values[0] if values else ""
         row = next((row for row in table()["in_command"]
                     if _is_row(row, self.command, option, value, is_known)
-                    and row.get("unless", "-") not in self.typed
+                    and not any(fnmatch(word, row.get("unless", "-")) for word in self.typed)
                     and set(str(row.get("needs", "")).split()) <= set(self.options)), None)
         if row is None:
             return False
@@ -103,9 +105,11 @@ class _Rewrite:
     def replace(self, option: str, values: list[str]) -> None:
         """Add what is meant by an option that the command does not have."""
         word = normalize(option)
-        ours = f"--{word.replace('_', '-')}"
         if self.use_row(option, values):
             return
+        if "." in word and not note_on(word) and word not in by_word("settings"):
+            word = _last_part(word)  # torchtitan: --training.steps
+        ours = f"--{word.replace('_', '-')}"
         if word == "load" and values and values[0] == _value_after(self.typed, "--save", "--run"):
             self.add(f"{option}: the run of a folder goes on by --resume", "--run", values[0], "--resume")
             self.resumes = values[0]
@@ -207,6 +211,10 @@ def _read_words(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
                 given, i = [f"{given[0]}={typed[i]}"], i + 1
                 made.add("a setting and its value are joined by =")
             _add_settings(made, given)
+        elif _last_part(word) in _CONFIG_WORDS and made.find and made.exists and (
+                leaves := read_foreign(Path(value or "".join(typed[i:i + 1])), made.exists)):
+            _add_foreign(made, word, value or typed[i], leaves)
+            i += not equals
         elif word in options or not _is_unknown(word, made):
             first = [] if word in alone else list(typed[i:i + 1])
             given = [value] if equals else first
@@ -226,6 +234,24 @@ def _read_words(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
                 values.append(typed[i])
                 i += 1
             made.replace(word, values)
+
+
+def _last_part(word: str) -> str:
+    return normalize(word).rpartition(".")[2]
+
+
+def _add_foreign(made: _Rewrite, option: str, file: str, leaves: Mapping[str, list[str]]) -> None:
+    """Add the settings of another program's configuration file that there are here."""
+    said, lost = list(made.said), []
+    for key, values in leaves.items():
+        num_words = len(made.words) + len(made.first)
+        if values and is_translated(key):
+            made.replace(f"--{_last_part(key)}", values)
+        if len(made.words) + len(made.first) == num_words:
+            lost.append(key)
+    made.said, made.is_changed = said, True
+    without = f", without {', '.join(lost[:12])}{' ...' if len(lost) > 12 else ''}" if lost else ""
+    made.said.append(f"{option} {file}: is another program's configuration; its settings follow{without}")
 
 
 def _is_row(row: Mapping[str, Any], command: str, option: str, value: str, is_known: bool) -> bool:

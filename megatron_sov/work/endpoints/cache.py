@@ -8,7 +8,7 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,17 +41,15 @@ class EndpointCache:
 
     Args:
         path: the file; made where it is missing.
-        others: files that are read as well, and written by nobody meanwhile.
 
     >>> cache = EndpointCache(Path("cache.sqlite"))
     >>> cache.get(cache.key("http://here/v1", {"prompt": "A"})) is None
     True
     """
 
-    def __init__(self, path: Path, others: Sequence[Path] = ()) -> None:
+    def __init__(self, path: Path) -> None:
         self._path, self._lock = path, threading.Lock()
         # opened as caches of their own, so that files of earlier versions are read too
-        self._others = [EndpointCache(other) for other in others if other.exists()]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # autocommit, one connection for all threads: `_lock` orders them, SQLite's own lock orders
@@ -79,7 +77,7 @@ class EndpointCache:
             except (ValueError, TypeError, RecursionError):
                 raise UserError(f"cache = {self._path}: the answer {key} is damaged; restore the file from a "
                                 "copy, or delete it: then its answers are asked, and paid, again") from None
-        return next((answer for other in self._others if (answer := other.get(key)) is not None), None)
+        return None
 
     def note(self, key: str, outcome: str, usage: Usage, wall_s: float, answer: Any | None = None) -> None:
         """Note a request, whatever came back, and keep its answer where it is one; both or none.
@@ -107,7 +105,7 @@ class EndpointCache:
         try:
             if found:
                 return int(found[0][0]), json.loads(found[0][1])
-            return next((model for other in self._others if (model := other.model(name)) is not None), None)
+            return None
         except (ValueError, TypeError, RecursionError):
             raise UserError(f"cache = {self._path}: what {name} answered is damaged; restore the file from a "
                             "copy, or delete it: then its answers are asked, and paid, again") from None
@@ -129,28 +127,7 @@ class EndpointCache:
         return int(self._do("SELECT count(*) FROM requests", ())[0][0])
 
     def close(self) -> None:
-        for cache in (self, *self._others):
-            cache._connection.close()
-
-    def take_over(self, other: Path) -> None:
-        """Move all that another file holds into this one, in one step, and remove the file."""
-        with self._refuse_errors(), self._lock:
-            EndpointCache(other).close()  # brings it to this version's form
-            self._connection.execute("ATTACH ? AS other", (str(other),))
-            try:
-                with self._connection:
-                    self._connection.execute("BEGIN IMMEDIATE")
-                    # an answer that is here already was used; the other file's would contradict it
-                    self._connection.execute("INSERT OR IGNORE INTO answers SELECT * FROM other.answers")
-                    self._connection.execute(f"INSERT INTO requests ({_COLUMNS}) SELECT {_COLUMNS} "
-                                             "FROM other.requests")
-                    self._connection.execute("INSERT OR REPLACE INTO models SELECT * FROM other.models")
-                    for table in ("answers", "requests", "models"):
-                        self._connection.execute(f"DELETE FROM other.{table}")
-            finally:
-                self._connection.execute("DETACH other")
-        # after the commit: a kill before it leaves an empty file, which is taken over again without harm
-        other.unlink()
+        self._connection.close()
 
     def _do(self, statement: str, values: tuple[Any, ...]) -> list[Any]:
         with self._refuse_errors(), self._lock:

@@ -267,8 +267,6 @@ class SharedWork:
     gpus: int = 0
     finish_cpus: int = 1
     """Of the last job."""
-    beside: Callable[[Arrays, str], object] = lambda arrays, number: None
-    """Submits and notes jobs that live beside the array of this number."""
 
 
 def submit_shares(output: Path, shared: SharedWork, profile: ClusterProfile,
@@ -292,8 +290,8 @@ def submit_shares(output: Path, shared: SharedWork, profile: ClusterProfile,
         num_tasks = min(most_tasks, shared.num_items - shared.num_done())
         with Arrays(slurm, shared.address, profile) as arrays:
             if num_tasks:
-                shared.beside(arrays, arrays.submit(shared.name, shared.share(num_tasks), num_tasks,
-                                                    cpus=shared.cpus, gpus=shared.gpus))
+                arrays.submit(shared.name, shared.share(num_tasks), num_tasks, cpus=shared.cpus,
+                              gpus=shared.gpus)
             arrays.submit(FINISH, shared.finish, cpus=shared.finish_cpus)
     print(f"{output}: submitted {arrays.describe()}; the same command tells how far they are")
 

@@ -1,0 +1,103 @@
+"""`sov-data difficulty`: labels of several configurations, a scorer of them, and graded rows."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+sys.path.append(str(Path(__file__).parent))
+from planted_rates import problem, write, write_measurements
+
+from data_prep.cli import main
+from data_prep.curate.scoring.scorer import load_scorer
+from data_prep.synth.difficulty import HARDEST, with_form
+from megatron_sov.base.artifacts import read_manifest
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with labels of 400 problems and a scorer of them."""
+    folder = tmp_path_factory.mktemp("difficulty")
+    words, _ = write_measurements(folder, 400, num_pairs=300)
+    assert main(["difficulty", "label", *words, "--output", str(folder / "labels")]) == 0
+    assert main(["scorer", "train", "--kind", "regressor", "--labels", str(folder / "labels/labels.jsonl"),
+                 "--output", str(folder / "model"), "--buckets", "4096"]) == 0
+    return folder
+
+
+def test_labels_are_means_over_configurations_and_say_who_agrees(made: Path) -> None:
+    content = read_manifest(made / "labels").content
+    assert content["num_problems"] == 400 and list(content["configurations"]) == ["small", "middle", "large"]
+    rates = [content["configurations"][name]["pass_rate"] for name in ("small", "middle", "large")]
+    assert rates == sorted(rates) and content["judge_agrees"] > 0.9
+    first = json.loads((made / "labels/labels.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    shares = [right / count for right, count in first["answers"].values()]
+    assert first["pass_rate"] == pytest.approx(sum(shares) / 3)
+    assert 0 <= first["label"] <= HARDEST and first["text"].startswith(first["problem"])
+
+
+def test_new_problems_have_the_pass_rates_that_they_should_in_both_languages(made: Path) -> None:
+    """Beside the truth by which the measurements were drawn, on problems of another seed."""
+    scorer = load_scorer(made / "model")
+    rng = random.Random(99)
+    drawn = [problem(rng) for _ in range(300)]
+    for texts in ([d for d in drawn if "What" in d[0]], [d for d in drawn if "What" not in d[0]]):
+        expected = np.array([1 - scorer.score(with_form(text)) / HARDEST for text, _ in texts])
+        truth = np.array([np.mean([1 / (1 + np.exp(-logit - a)) for a in (-1.5, 0, 1.5)])
+                          for _, logit in texts])
+        assert spearmanr(expected, truth).statistic > 0.95
+        assert np.abs(expected - truth).mean() < 0.06
+
+
+def test_rows_are_graded_and_the_band_is_kept(made: Path, tmp_path: Path,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    measured = json.loads((made / "labels/labels.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    rows = [{"prompt": "What is 1 plus 2?", "answer": "3"}, {"prompt": "What is 9876 times 5432 times 9999?"},
+            {"messages": [{"role": "user", "content": measured["problem"]},
+                          {"role": "assistant", "content": "?"}]}]
+    file = write(tmp_path / "rows.jsonl", rows)
+    words = ["difficulty", "grade", "--input", str(file), "--model", str(made / "model"), "--labels",
+             str(made / "labels")]
+    assert main([*words, "--output", str(tmp_path / "all")]) == 0
+    graded = [json.loads(line) for line in (tmp_path / "all/rows.jsonl").read_text().splitlines()]
+    assert [row["bucket"] for row in graded[:2]] == ["easy", "hard"] and graded[0]["answer"] == "3"
+    assert graded[2]["pass_rate"] == measured["pass_rate"] and graded[2]["difficulty_from"] == "measured"
+    assert all(row["difficulty"] == 1 - row["pass_rate"] for row in graded)
+    assert main([*words, "--keep", "0.0:0.5", "--output", str(tmp_path / "some")]) == 0
+    kept = [json.loads(line) for line in (tmp_path / "some/rows.jsonl").read_text().splitlines()]
+    assert kept == [row for row in graded if row["pass_rate"] <= 0.5]
+    assert f"kept band of pass rates: 0 to 0.5, {len(kept)} rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["label", "--answers", "@rows", "--output", "@out"], "is no measurement of `sov-data synth answers`"),
+    (["label", "--answers", "@middle", "@middle", "--output", "@out"], "2 configurations are called middle"),
+    (["label", "--answers", "@none", "--output", "@out"], "none"),
+    (["label", "--answers", "@middle", "--comparisons", "@rows", "--output", "@out"], "is no pair of"),
+    (["fit", "--labels", "@labels", "--output", "@out"], "sov-data scorer train"),
+    (["grade", "--input", "@rows", "--output", "@out"], "names neither --model nor --labels"),
+    (["grade", "--input", "@rows", "--labels", "@labels", "--output", "@out"], "was not measured"),
+    (["grade", "--input", "@rows", "@rows", "--model", "@model", "--output", "@out"], "2 files bear this"),
+    (["grade", "--input", "@rows", "--model", "@model", "--keep", "0.9:0.1", "--output", "@out"],
+     "--keep 0.9:0.1: must be two shares from 0 to 1, the lower one first"),
+    (["grade", "--input", "@rows", "--model", "@model", "--cuts", "x", "--output", "@out"], "form LOW:HIGH"),
+    (["grade", "--input", "@rows", "--model", "@labels", "--output", "@out"], "difficulty_labels"),
+    (["grade", "--input", "@bad", "--model", "@model", "--output", "@out"], "in none of the fields"),
+    (["grade", "--input", "@rows", "--model", "@model", "--keep", "1:1", "--output", "@out"], "no row is in"),
+])
+def test_mistakes_are_one_sentence_and_leave_nothing(words: list[str], said: str, made: Path, tmp_path: Path,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "rows.jsonl", [{"prompt": "What is 977 times 3 times 88?"}])
+    write(tmp_path / "bad.jsonl", [{"x": 1}])
+    places = {"@rows": tmp_path / "rows.jsonl", "@bad": tmp_path / "bad.jsonl", "@out": tmp_path / "out",
+              "@none": tmp_path / "none"}
+    argv = [str(places.get(word, made / word[1:])) if word.startswith("@") else word for word in words]
+    assert main(["difficulty", *argv]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
