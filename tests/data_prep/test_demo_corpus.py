@@ -30,7 +30,8 @@ PAGE = """<html><head><title>제목</title><script>var 가 = 1;</script></head><
 
 def test_notes_that_stand_on_every_page_are_kept_once() -> None:
     note = "이 안내문은 모든 쪽에 똑같이 나오는 아주 긴 문장입니다. 한 번이면 됩니다."
-    pages = {"a": f"{note}\n예\nEnglish only", "b": f"{note}\n예", "c": note, "d": "English only"}
+    pages = {"a": f"{note}\n예\nEnglish only", "b": f"{note}\n예\nClick the button named 확인 to go on",
+             "c": note, "d": "English only"}
     assert korean_only(pages) == {"a": f"{note}\n예", "b": "예"}
 
 
