@@ -98,6 +98,7 @@ MAX_SOURCE_LINES = 151_760
 """Of megatron_sov, data_prep and tokenizer; this number only falls."""
 MIN_LINES_OF_ONE_USER = 150
 ALONE = {
+    "data_prep/synth/declared/functions.py": "functions of templates; running steps is another subject",
     "data_prep/synth/declared/parsers.py": "reads replies; running steps is another subject",
     "data_prep/shards/sample.py": "a command",
     "megatron_sov/commands/operate/run_table.py": "a table of runs; one run in full is another subject",

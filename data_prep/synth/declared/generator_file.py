@@ -73,7 +73,7 @@ class GeneratorFile:
     prompts: dict[str, Prompt]
     steps: Annotated[tuple[dict[str, Any], ...], MinLen(1)]
     record: dict[str, Any]
-    """Of a sample: field -> value; or kind -> record where `makes` is a setting."""
+    """Of a sample: field -> value; or kind -> record, or its expression, where `makes` is a setting."""
     makes: str = "text"
     """Kind of the records: text, chat, prompt or task; or a setting that names it."""
     version: AtLeastOne = 1
@@ -81,6 +81,8 @@ class GeneratorFile:
     settings: dict[str, DeclaredSetting] = field(default_factory=dict)
     group: str = ""
     """What a sample shares with others of its item."""
+    libraries: tuple[str, ...] = ()
+    """Modules that it needs and that not every installation has."""
 
 
 def read_generator(file: Path) -> type[Generator]:
@@ -130,7 +132,8 @@ class _Compiler:
         return type("Declared", (DeclaredGenerator,), {
             "name": stem, "version": said.version, "help": said.help, "said": said, "reader": reader,
             "steps": steps, "values": values, "compiled_prompts": prompts, "Settings": settings,
-            "needs_input": reader.needs_input, "libraries": ("py3langid",), "file_digest": digest,
+            "needs_input": reader.needs_input, "file_digest": digest,
+            "libraries": ("py3langid", *said.libraries),
             "kind": said.makes if said.makes in KINDS else "text",
             "help_of_settings": {**field_docs(reader.Settings), **{
                 name: one.help for name, one in said.settings.items() if one.help}}})
@@ -276,7 +279,7 @@ class DeclaredGenerator(Generator):
         self.kind: Kind = kind
 
     def files(self) -> Sequence[Path]:
-        return self.reader.files()
+        return self.reader.files(self.settings)
 
     def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         """Yield the reader's items; raises UserError as it does."""
