@@ -8,11 +8,10 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup check test deep core suite compiled lint style types slurm browser newest demo docs scripts contract lock wheel parts clean
+.PHONY: help setup check test deep suite compiled lint style types slurm browser newest demo docs scripts contract lock wheel parts clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
-CORE := build/core/env/bin/python
 PYTHON ?=
 TORCH_INDEX ?=
 PIP_ARGS ?=
@@ -145,19 +144,6 @@ parts: setup  ## build the core and its parts as wheels of their own: dist/parts
 	  SOV_PART=$$part "$(PY)" -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist/parts .; rm -rf build; \
 	done
 	@ls dist/parts/*.whl
-
-# The tests run in a copy, build/core/room, where no part lies beside them; token shards for their fixtures are packed before, by .venv.
-core: setup  ## the tests that need the core alone, in an environment of its own with the core's wheel and no extra: build/core
-	rm -rf build/lib build/bdist* build/core/wheels
-	SOV_PART=core "$(PY)" -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/core/wheels .
-	rm -rf build/lib build/bdist*
-	test -x $(CORE) || "$(PY)" -m venv build/core/env
-	"$(CORE)" $(PIP_INSTALL) --quiet -c constraints.txt "$$(ls build/core/wheels/*.whl)[test]"
-	"$(CORE)" $(PIP_INSTALL) --quiet --no-deps --force-reinstall build/core/wheels/*.whl
-	"$(CORE)" -m pip check
-	PYTHONPATH="$(CURDIR)" "$(PY)" tests/core_alone.py build/core
-	cd build/core/room && SOV_TESTS_DATA="$(CURDIR)/build/core/data" PYTHONPATH="$(CURDIR)/build/core/room" PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 \
-	  "$(CURDIR)/$(CORE)" -P -m pytest -q -p tests.forks --forks 2 -p tests.core_alone tests
 
 clean:  ## delete what was built (.venv stays)
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -39,17 +39,14 @@ INSTALL_REQUIRES = [
 ]
 
 EXTRAS = {
-    # the tests of the core alone: `make core`
-    "test": ["pytest>=8", "hypothesis", "allpairspy", "setuptools>=77"],
     # Needs a CUDA toolchain and --no-build-isolation: docs/install.md.
     "gpu": ["transformer-engine[pytorch,core-cu13]==2.20.2"],
     "rl": ["math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0"],
     "judge": ["openai>=2", "httpx>=0.27"],
-    # `sov-data run`: readers of pages, books, offices, PDFs, web archives, licences, encodings;
-    # mojibake, languages and phone numbers (their data lie in the wheels, nothing is downloaded); scorers.
-    "data": ["resiliparse>=2", "lxml>=5", "pypdfium2>=5", "warcio>=1.7", "identify>=2.6",
-             "ukkonen>=1.0", "charset-normalizer>=3", "ftfy>=6.3", "py3langid>=0.4", "phonenumbers>=9",
-             "scikit-learn>=1.7"],
+    # `sov-data run`: readers of pages, PDFs, web archives and encodings; mojibake, languages and phone
+    # numbers (their data lie in the wheels, nothing is downloaded); scorers.
+    "data": ["resiliparse>=2", "pypdfium2>=5", "warcio>=1.7", "charset-normalizer>=3", "ftfy>=6.3",
+             "py3langid>=0.4", "phonenumbers>=9", "scikit-learn>=1.7"],
     # `sov-data synth`: its client; agreement of translations; `data` for the checks of all.
     "synth": ["openai>=2", "httpx>=0.27", "sacrebleu>=2.5", "py3langid>=0.4"],
     # `eval lm`: the harness; it is pinned, for its tasks and prompts are part of what a score means.
@@ -68,14 +65,14 @@ EXTRAS = {
     # pictures and sounds: their readers, quantisers of tokenizers, blocks of the picture decoder, error rates
     "omni": ["pillow", "soundfile", "scipy", "diffusers>=0.42", "jiwer>=4"],
     "sentencepiece": ["sentencepiece>=0.2", "protobuf"],
+    # einops: imported by the plain kernels of flash-linear-attention that ours are compared with
     "dev": [
-        "pytest>=8", "hypothesis", "allpairspy", "ruff", "isort>=9", "mypy", "setuptools>=77",
+        "pytest>=8", "hypothesis", "allpairspy", "einops", "ruff", "isort>=9", "mypy", "setuptools>=77",
         "sentencepiece>=0.2", "protobuf", "tensorboard", "wandb", "types-tqdm", "types-psutil",
         "peft>=0.21.2",
         "math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0", "openai>=2",
         "httpx>=0.27", "langdetect>=1.0.9", "datatrove>=0.10,<0.11",
-        "resiliparse>=2", "lxml>=5", "pypdfium2>=5", "warcio>=1.7", "identify>=2.6", "ukkonen>=1.0",
-        "charset-normalizer>=3", "ftfy>=6.3",
+        "resiliparse>=2", "pypdfium2>=5", "warcio>=1.7", "charset-normalizer>=3", "ftfy>=6.3",
         "py3langid>=0.4", "phonenumbers>=9",
         "scikit-learn>=1.7", "sacrebleu>=2.5",
         "lm-eval==0.4.13", "accelerate>=1.10", "aiohttp>=3.11",
@@ -121,7 +118,7 @@ class BuildPart(build_py):
 
 # the libraries alone: pip would ask an index for our parts by name, which has none of ours
 EXTRAS["all"] = sorted({line for name, lines in EXTRAS.items()
-                        if name not in ("test", "dev", "gpu", "docs", "inspect", "speech") for line in lines})
+                        if name not in ("dev", "gpu", "docs", "inspect", "speech") for line in lines})
 NEEDS = (INSTALL_REQUIRES if PART in ("", "core") else
          [f"megatron-sov=={VERSION}", *(f"megatron-sov-{part}=={VERSION}"
                                         for part in DISTRIBUTED["PARTS_NEEDED"].get(PART, ())),

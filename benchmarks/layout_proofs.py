@@ -9,14 +9,15 @@ Usage: python benchmarks/layout_proofs.py layouts [RECIPE GPU RANKS ...]
 `layouts` plays recommended layouts of large recipes (`CASES`, or those that are named) by all of their
 processes, as `megatron-sov plan --prove` does, each in a process of its own.  `recommended` plays every
 layout that is recommended for any recipe, each on the fewest processes that can have it and of which two
-hold the same weights and two the same experts.  `faults` plays layouts of
-four processes once for each fault of `planted_faults`: each place that sends something done wrongly in each
-way, and functions with another text.  `again` plants those that were not found, after something was
+hold the same weights and two the same experts.  `faults` plays the layouts of `data/layout_faults.yaml`
+once for each fault: each place that sends something done wrongly in each way, and functions with another
+text.  `again` plants those that were not found, after something was
 mended, and `tally` tells how many are found in the end, and of how many the place is named.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -27,16 +28,139 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from planted_faults import (
-    LAYOUTS, NO_FAULTS, OBJECTIVES, OTHER_GROUP, PLACES, SOURCE_FAULTS, FaultsThatMatter, mutated,
-    over_another_group)
+import torch
+import yaml
+from planted_faults import Fault, mutated
 
+FAULTS = yaml.safe_load((Path(__file__).parent / "data/layout_faults.yaml").read_text(encoding="utf-8"))
+LAYOUTS: dict[str, dict[str, str]] = FAULTS["layouts"]
 CASES = (("solar-open-102b", "b200", 480), ("solar-open-102b", "h100", 512),
          ("k-exaone-236b", "h100", 512), ("k-exaone-236b", "b200", 512))
+
+
+def _dropped(kind: str, parts: Sequence[Any]) -> None:
+    """Everyone goes on with what is its own."""
+    for index, part in enumerate(parts):
+        if kind == "reduce_scatter":
+            part.outputs[0].copy_(part.inputs[index])
+        elif kind == "allgather":
+            for output in part.outputs:
+                output.copy_(part.inputs[0])
+        elif kind == "alltoall":
+            part.outputs[0].zero_()
+
+
+def _scaled(factor: float) -> Callable[[str, Sequence[Any]], None]:
+    def scale(kind: str, parts: Sequence[Any]) -> None:
+        for part in parts:
+            for output in part.outputs:
+                if output.is_floating_point():
+                    output.mul_(factor)
+    return scale
+
+
+def _shifted(kind: str, parts: Sequence[Any]) -> None:
+    """Everyone has what belongs to the one before it."""
+    came = [[output.clone() for output in part.outputs] for part in parts]
+    for part, other in zip(parts, [came[-1], *came[:-1]], strict=True):
+        for output, value in zip(part.outputs, other, strict=True):
+            if output.shape == value.shape:
+                output.copy_(value)
+
+
+def _one_lacks(kind: str, parts: Sequence[Any]) -> None:
+    """The last one has not given its own."""
+    for output in parts[-1].outputs:
+        output.zero_()
+
+
+WAYS: dict[str, tuple[bool, Callable[[str, Sequence[Any]], None]]] = {
+    "left out": (False, _dropped), "doubled": (True, _scaled(2.0)), "halved": (True, _scaled(0.5)),
+    "one rank on": (True, _shifted), "nothing for the last": (True, _one_lacks)}
+"""Way -> whether it comes behind the call's own work, and what it does."""
+OTHER_GROUP = "over another group"
+
+
+def _set(parts: Sequence[Any], values: Sequence[Sequence[torch.Tensor]]) -> None:
+    for part, row in zip(parts, values, strict=True):
+        for output, value in zip(part.outputs, row, strict=True):
+            output.copy_(value)
+
+
+def _clones(parts: Sequence[Any]) -> list[list[torch.Tensor]]:
+    return [[output.clone() for output in part.outputs] for part in parts]
+
+
+def _do_wrongly(way: str, site: Any, parts: Sequence[Any], work: Callable[[Any], None]) -> None:
+    behind, do = WAYS[way]
+    if behind:
+        work(list(parts))
+    do(site.kind, parts)
+
+
+@dataclass(frozen=True)
+class FaultyMessage:
+    """Does what one place sends wrongly."""
+
+    site: Any
+    way: str
+
+    def __call__(self, site: Any, parts: Sequence[Any], work: Callable[[Any], None]) -> bool:
+        if site == self.site:
+            _do_wrongly(self.way, site, parts, work)
+        return bool(site == self.site)
+
+
+@dataclass
+class FaultsThatMatter:
+    """Finds of which messages another thing would come if they were done wrongly: the others are no faults,
+    since all have the same, or nothing."""
+
+    found: dict[FaultyMessage, None] = field(default_factory=dict)
+
+    def __call__(self, site: Any, parts: Sequence[Any], work: Callable[[Any], None]) -> bool:
+        if len(parts) == 1 and site.kind != "recv":
+            return False
+        before = _clones(parts)
+        # objects that are sent as bytes are settings of the start
+        ways = ["left out"] if "object" in site.where or "param_groups" in site.where else WAYS
+        work(list(parts))
+        right = _clones(parts)
+        for way in ways:
+            _set(parts, before)
+            _do_wrongly(way, site, parts, work)
+            if any(not torch.equal(output, value) for part, values in zip(parts, right, strict=True)
+                   for output, value in zip(part.outputs, values, strict=True)):
+                self.found[FaultyMessage(site, way)] = None
+        _set(parts, right)
+        return True
+
+
+@contextlib.contextmanager
+def over_another_group(at: Any) -> Iterator[list[int]]:
+    """Have a place call another group of as many processes; yields the ranks that did."""
+    from torch.distributed import distributed_c10d
+
+    from megatron_sov.engine.parallel import simulated_messages, simulated_world
+
+    real, moved = simulated_world.SimulatedGroup._call, list[int]()
+
+    def call(group: Any, kind: str, part: Any, work: Any) -> Any:
+        if simulated_messages.site_of(kind, group._description) == at:
+            for other in distributed_c10d._world.pg_map:
+                if other.size() == group.size() and other._members != group._members:
+                    moved.append(group._rank)
+                    return real(other, kind, part, work)
+        return real(group, kind, part, work)
+
+    with mock.patch.object(simulated_world.SimulatedGroup, "_call", call):
+        yield moved
 
 
 def layout(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str] | None = None) -> dict[str, Any]:
@@ -110,14 +234,16 @@ def faults(names: Sequence[str], only: Collection[tuple[str, str, str]] = ()) ->
 
     known = set[Any]()
     for name in names:
-        recipe, settings = LAYOUTS[name]
+        recipe, settings = LAYOUTS[name]["recipe"], LAYOUTS[name]["settings"].split()
+        in_source = [Fault(f["kind"], f["function"], f["right"], f["wrong"]) for f in FAULTS["source"]
+                     if name in f["layouts"]]
         with tempfile.TemporaryDirectory() as folder:
             config = apply_settings(recipes.get(recipe), [*settings, "train.global_batch_size=32"])
             small = miniature(config, 4, data := Path(folder, "documents"))
             write_documents(data, small.config)
             whole, matter = play_alone(small), FaultsThatMatter()
             assert prove(small, matter, whole).outcome == EQUAL, name
-            for planted in (fault for fault in SOURCE_FAULTS if fault.layout == name):
+            for planted in in_source:
                 if only and (planted.kind, name, str(planted)) not in only:
                     continue
                 # in one process too, as it is in code that somebody has written
@@ -126,10 +252,11 @@ def faults(names: Sequence[str], only: Collection[tuple[str, str, str]] = ()) ->
                         verdict = prove(small)
                     except Exception as e:  # what one process alone cannot do is found too
                         verdict = Verdict(FAILS, 4, places=[f"one process alone: {e}"])
-                place = PLACES[planted.function.rpartition(":")[2]]
+                place = FAULTS["places"][planted.place.rpartition(":")[2]]
                 _told(planted.kind, name, str(planted), verdict,
                       re.search(place, " ".join(verdict.places[:1])) is not None)
-            sent = [fault for fault in matter.found if name not in OBJECTIVES or fault.site not in known]
+            sent = [fault for fault in matter.found
+                    if name not in FAULTS["losses"] or fault.site not in known]
             known |= {fault.site for fault in matter.found}
             for site in dict.fromkeys(fault.site for fault in sent):
                 if only and (f"a message {OTHER_GROUP}", name, str(site)) not in only:
@@ -171,11 +298,11 @@ def tally(files: Sequence[str]) -> bool:
     middle_s = statistics.median(row["seconds"] for row in rows)
     print(f"{len(rows) - len(equal)} of {len(rows)} planted faults found, {sum(r['is_named'] for r in rows)} "
           f"by their place; {len(equal)} not found; {middle_s:.1f} s each (median, on a busy machine)")
-    for name, (recipe, settings) in LAYOUTS.items():
+    for name, asked in LAYOUTS.items():
         of_layout = [row for row in rows if row["layout"] == name]
         if of_layout:
             print(f"  {sum(row['outcome'] != 'equal' for row in of_layout)} of {len(of_layout)}: {name} "
-                  f"({recipe} {' '.join(settings)})")
+                  f"({asked['recipe']} {asked['settings']})")
     print("kind of fault: found of planted, of these named by place")
     for kind in dict.fromkeys(row["kind"] for row in rows):
         of_kind = [row for row in rows if row["kind"] == kind]
@@ -184,8 +311,8 @@ def tally(files: Sequence[str]) -> bool:
     unexplained = []
     print("not found:")
     for row in equal:
-        why = next((why for (kind, text), why in NO_FAULTS.items()
-                    if kind in row["kind"] and text in f"{row['layout']}: {row['fault']}"), None)
+        why = next((known["why"] for known in FAULTS["no_faults"] if known["kind"] in row["kind"]
+                    and known["text"] in f"{row['layout']}: {row['fault']}"), None)
         unexplained += [row] if why is None else []
         print(f"  {row['kind']}: {row['layout']}: {row['fault']}: {why or 'A GAP'}")
     return not unexplained

@@ -18,6 +18,9 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
+
+import yaml
 
 from megatron_sov.judge.rewards.registry import make, order
 from megatron_sov.judge.rewards.reward import judged
@@ -73,49 +76,9 @@ WRONG: dict[str, Callable[[random.Random, int], Item]] = {
     "no answer, the number in the text": lambda draw, n: (
         f"{n}", f"There are {n} cases to look at, and no time is left to go through all of them one by one"),
 }
-FOOLING: list[Item] = [
-    # the question again
-    ("80779853376", r"\boxed{123456 \times 654321}"), ("1048576", r"\boxed{2^{20}}"),
-    ("42", r"\boxed{17+25}"), ("42", r"\boxed{\frac{84}{2}}"), ("1/3", r"\boxed{\int_0^1 x^2 \, dx}"),
-    ("5050", r"\boxed{\sum_{k=1}^{100} k}"), ("120", r"\boxed{\binom{10}{3}}"), ("120", r"\boxed{5!}"),
-    ("12", r"\boxed{\gcd(48,36)}"), ("12", r"\boxed{\sqrt{144}}"), ("3", r"\boxed{\log_2 8}"),
-    ("3", r"\boxed{\lfloor 3.7 \rfloor}"), ("2", r"\boxed{\lim_{x\to 0} \frac{\sin 2x}{x}}"),
-    ("42", r"\boxed{142 \bmod 100}"), ("6x", r"\boxed{\frac{d}{dx} 3x^2}"), ("7/2", r"\boxed{3+\frac12}"),
-    ("42", "The answer is $6 \\times 7$."), ("42", r"\boxed{\(6 \cdot 7\)}"), ("42", r"\boxed{= 6 \cdot 7}"),
-    # of another kind
-    ("(4, 3)", r"\boxed{\{4, 3\}}"), ("\\{3, 4\\}", r"\boxed{(3, 4)}"),
-    # false, open, or taken back
-    ("42", r"\boxed{41=42}"), ("42", r"\boxed{42=43}"), ("42", r"\boxed{x \le 42}"),
-    ("42", r"\boxed{\neq 42}"), ("42", r"\boxed{\pm 42}"), ("42", r"\boxed{42 \text{ is wrong}}"),
-    ("42", r"\boxed{42 \ldots}"), ("42", "The answer is not 42."), ("42", "The answer isn't 42."),
-    ("42", "The answer is more than 42."), ("42", "답은 42가 아닙니다."),
-    # several answers
-    ("42", r"\boxed{41 \text{ or } 42}"), ("42", r"\boxed{41} or \boxed{42}"), ("42", r"\boxed{\{41, 42\}}"),
-    ("42", "The answer is 42 or 43."), ("42", "Answer: 42 (or 43)"),
-    ("42", r"\boxed{42}, no wait, \boxed{43}"),
-    # no answer
-    ("42", "It is somewhere between 1 and 42"), ("42", "The candidates are 40, 41, 42, 43 and 44."),
-    ("42", r"<think>It must be \boxed{42}."), ("42", r"<think>It must be \boxed{42}.</think>I do not know."),
-    ("42", r'<tool_call>{"name": "f", "arguments": {"a": "\\boxed{42}"}}</tool_call>'),
-    ("42", r"\boxed{\boxed{42}+1}")]
-"""Gold answers, and responses that are paid by what they look like."""
-HONEST: list[Item] = [
-    ("42", r"\boxed{42}"), ("42", "The answer is 42."), ("42", "**Answer: 42**"), ("42", "6 * 7 gives\n42"),
-    ("42", "Thus $x = 42$."), ("42", r"\boxed{x = 42}"), ("42", r"\boxed{6 \times 7 = 42}"),
-    ("42", r"\boxed{+42}"), ("42", r"\boxed{42.0}"), ("42", r"\boxed{42.}"), ("42", r"\fbox{42}"),
-    ("42", r"\boxed{\text{42}}"), ("42", r"\boxed{42 \text{ apples}}"), ("42", r"\boxed{\$42}"),
-    ("42", r"\boxed{42^\circ}"), ("42", r"\[\boxed{42}\]"), ("42", r"\boxed{3}, no wait \boxed{42}"),
-    ("42", r"<think>43?</think>\boxed{42}"), ("42", "<answer>42</answer>"), ("42", "답은 42입니다."),
-    ("42", "答案是42。"), ("42", "The answer is 42 and not 43."),
-    ("42", "The answer is 42 because 6 * 7 = 42."), ("1000", r"\boxed{1,000}"), ("1000", r"\boxed{1{,}000}"),
-    ("1000", r"\boxed{1\,000}"), ("1/2", r"\boxed{0.5}"), ("1/2", r"\boxed{\dfrac12}"),
-    ("1/2", r"\boxed{1/2}"), ("1/2", r"\boxed{50\%}"), ("2/3", r"\boxed{\frac{4}{6}}"),
-    ("7/2", r"\boxed{3\frac{1}{2}}"), ("-7", "\\boxed{\u22127}"), ("-1/2", r"\boxed{\frac{-1}{2}}"),
-    ("300000000", r"\boxed{3 \times 10^8}"), ("3\\sqrt{2}", r"\boxed{\sqrt{18}}"),
-    ("(1, 2)", r"\boxed{(1,2)}"), ("\\{1, 2\\}", r"\boxed{\{2,1\}}"), ("x^2-4", r"\boxed{(x-2)(x+2)}"),
-    ("5 km", r"\boxed{5 \text{ km}}"), ("5 km", r"\boxed{\(5 \text{ km}\)}"), ("42", r"\boxed{\(42\)}"),
-    ("(4, 3)", r"\boxed{4, 3}"), ("\\{(1, 2), (3, 4)\\}", r"\boxed{(1, 2), (3, 4)}")]
-"""Gold answers, and right responses."""
+_RESPONSES = yaml.safe_load((Path(__file__).parent / "data/math_responses.yaml").read_text(encoding="utf-8"))
+FOOLING, HONEST = ([(gold, text) for gold, text in _RESPONSES[kind]] for kind in ("fooling", "honest"))
+"""Gold answers, and responses written by hand: paid by what they look like, and right."""
 MORE: dict[str, Callable[[random.Random, int], Item]] = {
     "root": lambda draw, n: (f"{n}\\sqrt{{2}}", boxed(f"\\sqrt{{{2 * n * n}}}")),
     "wrong root": lambda draw, n: (f"{n}\\sqrt{{2}}", boxed(f"{n}\\sqrt{{3}}")),

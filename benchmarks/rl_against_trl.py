@@ -3,13 +3,13 @@ number of responses.
 
 Usage: python benchmarks/rl_against_trl.py --work FOLDER --trl SITE [--steps 12]
 
-FOLDER is that of rl_learning.py (with --start-only at least); SITE a folder with trl, accelerate and datasets
-(`pip install --target SITE trl`), which are no dependency of ours.  TRL runs its own way: transformers'
-generate.  Both write all responses of a step at once, compute it in one micro-batch, and have no reference
-(TRL's beta = 0).  Each arm runs once in a process of one thread, one after the other; the first two steps of
-each are left out.  Generation and all the rest are told apart around it, by the clock and by the seconds that
-the processor spent in the process, which other programs on the machine disturb less.  Those of our reward's
-processes are in the clock alone.
+FOLDER is that of `learning.py rl/gspo --seeds 1`, whose start and prompts both take; SITE a folder with
+trl, accelerate and datasets (`pip install --target SITE trl`), which are no dependency of ours. TRL runs
+its own way: transformers' generate. Both write all responses of a step at once, compute it in one
+micro-batch, and have no reference (TRL's beta = 0). Each arm runs once in a process of one thread, one after
+the other; the first two steps of each are left out. Generation and all the rest are told apart around it, by
+the clock and by the seconds that the processor spent in the process, which other programs on the machine
+disturb less. Those of our reward's processes are in the clock alone.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ import socket
 import statistics
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from rl_learning import HERE, MODEL, Seed, run, words
+from learning import RECIPES
+from seed_runs import run, words
 
 PROMPTS, SAMPLES, NEW_TOKENS = 32, 8, 12
 SKIPPED = 2
@@ -132,32 +134,45 @@ Times = dict[str, list[list[float]]]
 """Of each step, and of generation in each: seconds by the clock, and of the processor."""
 
 
-def trl(seed: Seed, site: Path, steps: int) -> Times:
+@dataclass(frozen=True)
+class Setup:
+    """Model and prompts of both arms, and the folder of their results."""
+
+    folder: Path
+    start: Path
+    prompts: Path
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log"
+
+
+def trl(setup: Setup, site: Path, steps: int) -> Times:
     """Return the times of TRL's steps."""
-    exported, out = seed.folder / "start.hf", seed.folder / "trl.json"
+    exported, out = setup.folder / "start.hf", setup.folder / "trl.json"
     if not (exported / "config.json").exists():
-        run(seed.log, "megatron_sov", "convert", "to-hf", seed.start(), exported)
+        run(setup.log, "megatron_sov", "convert", "to-hf", setup.start, exported)
     if not out.exists():
-        with open(seed.log, "a") as log:
+        with open(setup.log, "a") as log:
             subprocess.run([sys.executable, "-W", "ignore", "-c", TRL_SCRIPT, *map(str, (
-                exported, seed.folder / "prompts.jsonl", steps, out, PROMPTS, SAMPLES, NEW_TOKENS))],
-                stdout=log, stderr=subprocess.STDOUT, check=True, cwd=seed.folder,
+                exported, setup.prompts, steps, out, PROMPTS, SAMPLES, NEW_TOKENS))],
+                stdout=log, stderr=subprocess.STDOUT, check=True, cwd=setup.folder,
                 env=os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"})
     return dict(json.loads(out.read_text()))
 
 
-def ours(seed: Seed, steps: int) -> Times:
+def ours(setup: Setup, steps: int) -> Times:
     """Return the times of our steps, from one to the next."""
-    folder, out = seed.folder / "against-trl", seed.folder / "ours.json"
+    folder, out = setup.folder / "against-trl", setup.folder / "ours.json"
     if not out.exists():
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(seed.folder / "against-trl.store", ignore_errors=True)
+        shutil.rmtree(setup.folder / "against-trl.store", ignore_errors=True)
         arguments = [
-            "rl", "run", "tiny-solar-open", "--from", seed.start(), "--run", folder,
-            "--store", seed.folder / "against-trl.store", "--prompts", seed.folder / "prompts.jsonl",
-            "--reward", f"{HERE / 'rl_reward.py'}:Exact", "--workers", "1", "--batch-size", PROMPTS * SAMPLES,
+            "rl", "run", "--from", setup.start, "--run", folder,
+            "--store", setup.folder / "against-trl.store", "--prompts", setup.prompts,
+            "--reward", f"{RECIPES / 'tasks.py'}:Exact", "--workers", "1", "--batch-size", PROMPTS * SAMPLES,
             *words((
-                *(f"model.{size}" for size in MODEL), "policy.method=grpo", "policy.kl=none",
+                "policy.method=grpo", "policy.kl=none",
                 "train.global_batch_size=32", "train.micro_batch_size=32", f"rollout.rounds={steps}",
                 f"rollout.prompts_per_round={PROMPTS}", f"rollout.samples_per_prompt={SAMPLES}",
                 f"rollout.piece_prompts={PROMPTS}", f"rollout.max_new_tokens={NEW_TOKENS}",
@@ -168,7 +183,7 @@ def ours(seed: Seed, steps: int) -> Times:
             port = str(free.getsockname()[1])
         rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        with open(seed.log, "a") as log:  # as torchrun starts it: in this one process
+        with open(setup.log, "a") as log:  # as torchrun starts it: in this one process
             subprocess.run([sys.executable, "-W", "ignore", "-c", OUR_SCRIPT, str(out), *map(str, arguments)],
                            stdout=log, stderr=subprocess.STDOUT, check=True, env=os.environ | rank)
     return dict(json.loads(out.read_text()))
@@ -181,8 +196,11 @@ def main() -> None:
     parser.add_argument("--trl", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=12)
     args = parser.parse_args()
-    seed = Seed(0, args.work)
-    found = {"TRL": trl(seed, args.trl, args.steps), "ours": ours(seed, args.steps)}
+    recipe = args.work / "rl"
+    setup = Setup(args.work / "against-trl", recipe / "setup/mixed/run",
+                  recipe / "gspo/seed-0/base/prompts/rows.jsonl")
+    setup.folder.mkdir(exist_ok=True)
+    found = {"TRL": trl(setup, args.trl, args.steps), "ours": ours(setup, args.steps)}
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python "
           f"{platform.python_version()}; {PROMPTS} prompts x {SAMPLES} responses of at most {NEW_TOKENS} "
           f"tokens, one thread, medians of {args.steps - SKIPPED} steps; ours writes a checkpoint and the "

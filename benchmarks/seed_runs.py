@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,6 @@ def write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def tokens_a_document(shards: Path) -> float:
-    """Return the mean length of the training documents of token shards of one source."""
-    [source] = json.loads((shards / "manifest.json").read_text())["content"]["sources"]
-    train = source["splits"]["train"]
-    return float(train["num_tokens"] / train["num_documents"])
-
-
 class SeedFolder:
     """Where data and runs of one seed lie."""
 
@@ -63,17 +56,7 @@ class SeedFolder:
         self.log = self.folder / "log"
 
 
-def parser_of(description: str | None, option: str, choices: Sequence[str]) -> argparse.ArgumentParser:
-    """Return a parser of --work --seeds --print and of an option that chooses what is run, all by default."""
-    parser = argparse.ArgumentParser(description=(description or "").partition("\n\n")[0])
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument(option, nargs="+", choices=choices, default=list(choices))
-    parser.add_argument("--print", dest="only_print", action="store_true")
-    return parser
-
-
-def run_arms(description: str | None, arms: Iterable[str], arm: Callable[[int, Path, str], object],
+def run_arms(description: str | None, arms: Collection[str], arm: Callable[[int, Path, str], object],
              report: Callable[[Path], object]) -> None:
     """Run what is missing of the arms and seeds that the command line names, and print the table.
 
@@ -83,7 +66,12 @@ def run_arms(description: str | None, arms: Iterable[str], arm: Callable[[int, P
         arm: runs what is missing of one seed, in a folder, of one arm.
         report: prints what there is in the folder.
     """
-    args = parser_of(description, "--arms", list(arms)).parse_args()
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n\n")[0])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--arms", nargs="+", choices=list(arms), default=list(arms))
+    parser.add_argument("--print", dest="only_print", action="store_true")
+    args = parser.parse_args()
     if not args.only_print:
         for seed in args.seeds:
             for name in args.arms:

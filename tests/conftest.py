@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
-from hypothesis import settings
+from hypothesis import given, is_hypothesis_test, settings, strategies
 
 from tests.tiers import (  # noqa: F401  hooks of pytest
     judge_processor_time, pytest_addoption, pytest_collection_modifyitems, pytest_configure,
@@ -73,16 +73,26 @@ GROWTH_BYTES = 32 << 20
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Generator[None, object, object]:
+def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
     """Let the collector of garbage pass over the million objects that tests are, which stay to the end, and
-    begin less often: an eighth of all processor time went into it."""
+    begin less often: an eighth of all processor time went into it.  Have Hypothesis build its table of
+    characters and read the constants of our modules: that takes seconds, and the first test that draws text
+    would be charged for them."""
     gc.disable()
     found = yield
+    if any(is_hypothesis_test(getattr(item, "obj", None)) for item in session.items):
+        _draw_text()
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)
     gc.enable()
     return found
+
+
+@settings(max_examples=1, database=None, deadline=None)
+@given(strategies.text())
+def _draw_text(_: str) -> None:
+    """Draw one text."""
 
 
 _kept_bytes = [0]

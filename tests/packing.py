@@ -1,5 +1,4 @@
-"""Token shards that most tests of training read, made by the project's own commands.  Where the core alone is
-installed they are made before, by an installation that has the parts (`make core`)."""
+"""Token shards that most tests of training read, made by the project's own commands."""
 
 from __future__ import annotations
 

@@ -28,17 +28,17 @@ TYPED = {
     "docs/chat.md": "tests/serve/test_chat.py",
     "docs/codecs.md": "tests/commands/models/test_codec.py",
     "docs/convert.md": "tests/convert/test_convert_page.py",
-    "docs/data.md": "tests/test_docs_data_pages.py",
-    "docs/data_pipeline.md": "tests/test_docs_data_pipeline.py",
-    "docs/data_scoring.md": "tests/test_docs_data_scoring.py",
-    "docs/decontamination.md": "tests/test_docs_dedup_pages.py",
+    "docs/data.md": "tests/test_docs_data.py",
+    "docs/data_pipeline.md": "tests/test_docs_data.py",
+    "docs/data_scoring.md": "tests/test_docs_data.py",
+    "docs/decontamination.md": "tests/test_docs_data.py",
     "docs/difficulty.md": "tests/test_docs_synth_solutions.py",
     "docs/eval.md": "tests/eval/test_eval_pages.py",
     "docs/eval_lm.md": "tests/eval/test_eval_pages.py",
     "docs/eval_suites.md": "tests/eval/test_eval_pages.py",
     "docs/generate.md": "tests/eval/test_eval_pages.py",
     "docs/media_data.md": "tests/data_prep/media/test_page.py",
-    "docs/mixtures.md": "tests/data_prep/mixture/test_page_of_docs.py",
+    "docs/mixtures.md": "tests/data_prep/mixture/test_blend_file.py",
     "docs/omni.md": "tests/test_docs_omni.py",
     "docs/own_code.md": "tests/test_own_code.py",
     "docs/plan.md": "tests/test_docs_plan.py",
@@ -50,7 +50,7 @@ TYPED = {
     "docs/synth_worlds.md": "tests/test_docs_synth_worlds.py",
     "docs/synth_autoif.md": "tests/data_prep/synth/generators/autoif/test_page.py",
     "docs/synth_solutions.md": "tests/test_docs_synth_solutions.py",
-    "docs/tokenizer.md": "tests/test_docs_data_pages.py",
+    "docs/tokenizer.md": "tests/test_docs_data.py",
     "docs/tools.md": "tests/commands/rl/test_tools.py",
     "docs/torchrun.md": "tests/e2e/test_torchrun.py",
     "docs/tutorials/company.md": "tests/test_tutorials.py",
@@ -75,9 +75,29 @@ SHELL = {
 """First word of a line that begins none of our programs -> what holds it."""
 
 
+def page_text(name: str) -> str:
+    """Return the text of a page in docs."""
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """Return the fenced blocks of a page in a language (a pattern: `sh|bash`)."""
+    return re.findall(rf"^```(?:{language})\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
 def shell_blocks(text: str) -> list[str]:
     """Return the shell blocks of a page."""
-    return re.findall(r"^```(?:sh|bash)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return blocks(text, "sh|bash")
+
+
+def shell_lines(text: str, language: str = "sh|bash") -> list[str]:
+    """Return the lines of a page's shell blocks, continued lines joined."""
+    return [line for block in blocks(text, language) for line in block.replace("\\\n", " ").splitlines()]
+
+
+def shown_files(text: str) -> dict[str, str]:
+    """Return name -> content of the blocks that follow the name of a file."""
+    return dict(re.findall(r"^`([\w.-]+\.[a-z]+)`:\n\n```[a-z]+\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
 
 
 def lines_of(blocks: list[str]) -> Iterator[str]:
@@ -100,8 +120,7 @@ def lines_of(blocks: list[str]) -> Iterator[str]:
 
 def commands_of(text: str) -> list[str]:
     """Return our commands in the fenced blocks of a page, of whatever language."""
-    blocks = re.findall(r"^```[a-z]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return [line for line in lines_of(blocks) if line.split(" ")[0] in ENTRIES]
+    return [line for line in lines_of(blocks(text, "[a-z]*")) if line.split(" ")[0] in ENTRIES]
 
 
 def parse(line: str) -> Any:

@@ -18,8 +18,9 @@ import megatron_sov
 from megatron_sov import api
 from megatron_sov.base.errors import GateFailed, StopRequested, UserError
 from megatron_sov.work.processes import children
+from tests.pages_typed import blocks, page_text
 
-PAGE = (Path(__file__).parents[1] / "docs/api.md").read_text()
+PAGE = page_text("api.md")
 
 
 def python(program: str, **more: Any) -> subprocess.CompletedProcess[str]:
@@ -60,7 +61,7 @@ def test_the_examples_of_the_page_run(packed_data: Any, tmp_path: Path, warm_pyt
     shutil.copy(packed_data.tokenizer.parent / "chat.jsonl", tmp_path / "chats.jsonl")
     (tmp_path / "pairs.jsonl").write_text("".join(
         json.dumps({"prompt": f"{i}?", "chosen": f"{i}.", "rejected": "No."}) + "\n" for i in range(40)))
-    first, stages = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    first, stages = blocks(PAGE, "python")
     started_by = f"import sys\nsys.executable = {warm_python!r}\n"
     program = f"{started_by}{first}{stages}print([row['step'] for row in read_meters('runs/dpo')])\n"
     done = python(program, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})

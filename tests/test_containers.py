@@ -9,10 +9,6 @@ import stat
 import subprocess
 from pathlib import Path
 
-import pytest
-
-pytestmark = pytest.mark.checkout
-
 ROOT = Path(__file__).parents[1]
 DOCKER = (ROOT / "containers/Dockerfile").read_text()
 APPTAINER = (ROOT / "containers/megatron-sov.def").read_text()

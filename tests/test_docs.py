@@ -27,9 +27,7 @@ from tests.pages_typed import (
     ENTRIES, PAGES, ROOT, SKILLS, TYPED, commands_of, lines_of, name_of, parse, shell_blocks, unheld)
 
 sys.path.append(str(ROOT / "benchmarks"))
-from paper_claims import CLAIMS, PLACE, ClaimFile
-
-pytestmark = pytest.mark.checkout
+from learning import PLACE, RECIPES, Recipe
 
 READ = [*PAGES, *SKILLS]
 KEYS_OF_TWO_CELLS = ("docs/media_encoders.md", "docs/memory.md", "docs/recipes.md", "docs/synth_worlds.md")
@@ -39,11 +37,11 @@ TRAINS: dict[str, BuiltIn] = {"pretrain": "lm", "extend": "lm", "sft": "sft", "p
 """Command -> what it trains by."""
 
 CLAIMED = [(file.stem, PLACE.sub("0", command).partition(" > ")[0])
-           for file in sorted(CLAIMS.glob("*.yaml")) for command in ClaimFile(file).commands()]
-"""Seed and command of each claim, with a 0 in every place."""
+           for file in sorted(RECIPES.glob("*.yaml")) for command in Recipe(file).commands()]
+"""Recipe and command of each claim, with a 0 in every place."""
 COMMANDS = [*(pytest.param(line, id=f"{name_of(page)}: {line[:60]}") for page in READ
               for line in commands_of(page.read_text())),
-            *(pytest.param(line, id=f"claims of {seed}: {line[:60]}") for seed, line in CLAIMED)]
+            *(pytest.param(line, id=f"recipe {recipe}: {line[:60]}") for recipe, line in CLAIMED)]
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -222,12 +220,12 @@ def test_the_page_lists_the_extras_that_there_are() -> None:
 def test_nobody_is_told_to_install_by_the_name_of_the_project() -> None:
     """No package index has it: whoever registers it there would have his code run."""
     folders = [ROOT / name for name in ("megatron_sov", "data_prep", "tokenizer", "slurm", "docs",
-                                        "containers", "benchmarks")]
+                                        "containers", "benchmarks", "examples")]
     files = [*ROOT.glob("*.*"), *(p for folder in folders for p in folder.rglob("*"))]
     texts = [p for p in files if (p.suffix in (".py", ".md", ".sh", ".yaml", ".j2", ".def") and p.is_file())
              or p.name in ("Makefile", "Dockerfile")]
     assert len(texts) > 1000
-    by_name = re.compile(r"megatron[-_]sov\[|install[\s'\"`]+megatron[-_]sov\b")
+    by_name = re.compile(r"megatron[-_]sov\[|install\s+(-\S+\s+)*['\"`]?megatron[-_]sov\b")
     assert [p for p in texts if by_name.search(p.read_text(encoding="utf-8"))] == []
 
 

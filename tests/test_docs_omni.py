@@ -4,7 +4,6 @@ judged."""
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,10 @@ from PIL import Image
 from data_prep.cli import main as sov_data
 from megatron_sov.cli import main as megatron_sov
 from tests.omni import hf_folders
-from tests.pages_typed import commands_of
+from tests.pages_typed import blocks, commands_of, page_text
 from tokenizer.cli import main as sov_tokenizer
 
-PAGE = (Path(__file__).parents[1] / "docs/omni.md").read_text(encoding="utf-8")
+PAGE = page_text("omni.md")
 MAINS = {"megatron-sov": megatron_sov, "sov-data": sov_data, "sov-tokenizer": sov_tokenizer}
 FEWER = {
     "pretrain": "--set train.steps=2 --set train.global_batch_size=2 --set train.micro_batch_size=2",
@@ -42,7 +41,7 @@ def write_media(root: Path) -> None:
         soundfile.write(root / f"media/sounds/{name}.wav", random.uniform(-0.5, 0.5, 8000), 16_000)
     picture.save(root / "seven.png")
     soundfile.write(root / "word.wav", random.uniform(-0.5, 0.5, 4000), 16_000)
-    spoken = json.loads("".join(re.findall(r'^```text\n(\{"messages".*?)^```', PAGE, re.M | re.S)))
+    spoken = json.loads(next(block for block in blocks(PAGE, "text") if block.startswith('{"messages"')))
     drawn = {"messages": [{"role": "user", "content": [{"type": "image", "path": "pictures/7.png"}]},
                           {"role": "assistant", "content": [{"type": "image", "path": "pictures/9.png"}]}]}
     rows = {"records": [spoken, drawn], "text": [{"text": f"Text {n} beside media. " * 8} for n in range(9)],
@@ -70,7 +69,3 @@ def test_the_page_leads_from_media_to_a_model_that_is_judged(
     # the recipe's fine-tuning reads plain text beside the conversations
     assert any(event["losses"].get("text", 0) > 0 for event in steps) and len(steps) == 4
     assert {event["pair"] for event in events if event["event"] == "media"} == {"image-text", "text-audio"}
-    assert {event["pair"] for event in events if event["event"] == "media_retrieval"} == {
-        "image-text", "text-image"}
-    assert set(json.loads(Path("retrieval.json").read_text())) == {
-        "retrieval/image-text", "retrieval/text-image"}

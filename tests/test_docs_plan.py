@@ -12,10 +12,10 @@ import pytest
 
 from megatron_sov.cli import main
 from megatron_sov.plan.search import space
+from tests.pages_typed import page_text, shell_lines
 
-PAGE = (Path(__file__).parents[1] / "docs/plan.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
+PAGE = page_text("plan.md")
+COMMANDS = shell_lines(PAGE)
 OF_FILES = ("--calibrate", "--parameters", "--prove")
 """Commands that read what a user has, or play all processes: `tests/plan/calibration/test_calibrate.py` and
 `tests/proof` run them."""

@@ -16,27 +16,16 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.checkout
+from tests.pages_typed import page_text, shell_lines, shown_files
 
-PAGE = Path(__file__).parents[1] / "docs/own_code.md"
-
-
-def files_of(text: str) -> dict[str, str]:
-    """Return name -> content of the Python files on a page: each block stands behind its name."""
-    return dict(re.findall(r"^`([a-z_]+\.py)`:\n\n```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
-
-
-def commands_of(text: str) -> list[str]:
-    """Return the commands in the sh blocks of a page, continued lines joined."""
-    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+PAGE = page_text("own_code.md")
 
 
 @pytest.fixture(scope="module")
 def site(installed: Path, packed_data: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the page's files and some data; no file of the repository is found from there."""
     folder = tmp_path_factory.mktemp("site")
-    for name, text in files_of(PAGE.read_text()).items():
+    for name, text in shown_files(PAGE).items():
         (folder / name).write_text(text)
     shutil.copytree(packed_data.text, folder / "tokens")
     shutil.copytree(packed_data.tokenizer, folder / "tokenizer")
@@ -57,12 +46,11 @@ SECTIONS = ("A recipe", "An objective", "A policy or a pair", "A model family", 
 
 
 def test_every_command_of_the_page_is_typed() -> None:
-    text = PAGE.read_text()
-    sections = [text.partition(f"## {name}\n")[2].partition("\n## ")[0] for name in SECTIONS]
-    assert [c for section in sections for c in commands_of(section)] == commands_of(text)
+    sections = [PAGE.partition(f"## {name}\n")[2].partition("\n## ")[0] for name in SECTIONS]
+    assert [c for section in sections for c in shell_lines(section)] == shell_lines(PAGE)
     # whole commands in the text; those that are cut short, or of other pages, name no folder
-    inline = re.findall(r"`((?:megatron-sov|sov-\w+) [^`]* runs/[^`]*)`", text)
-    assert [command for command in inline if command not in commands_of(text)] == []
+    inline = re.findall(r"`((?:megatron-sov|sov-\w+) [^`]* runs/[^`]*)`", PAGE)
+    assert [command for command in inline if command not in shell_lines(PAGE)] == []
 
 
 Run = Callable[[str], subprocess.CompletedProcess[str]]
@@ -97,7 +85,7 @@ def typed(site: Path, run_command: Any, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 def done(site: Path, run: Run, section: str) -> dict[str, Any]:
     """Run all commands of a section of the page; returns the config of the last run."""
-    commands = commands_of(PAGE.read_text().partition(f"## {section}\n")[2].partition("\n## ")[0])
+    commands = shell_lines(PAGE.partition(f"## {section}\n")[2].partition("\n## ")[0])
     assert commands, section
     for command in commands:
         result = run(command)

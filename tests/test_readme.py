@@ -25,8 +25,6 @@ import pytest
 
 from megatron_sov.base.artifacts import new_artifact
 
-pytestmark = pytest.mark.checkout
-
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 

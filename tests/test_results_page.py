@@ -12,8 +12,6 @@ import yaml
 
 from tests.pages_typed import PAGES, ROOT, name_of
 
-pytestmark = pytest.mark.checkout
-
 RESULTS = ROOT / "benchmarks/results"
 VERDICTS = yaml.safe_load((RESULTS / "verdicts.yaml").read_text())
 SHOWN = {name: shown for rows in VERDICTS.values() for name, shown in rows.items()}

@@ -12,8 +12,6 @@ from types import ModuleType
 
 import pytest
 
-pytestmark = pytest.mark.checkout
-
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md"))
 
@@ -137,13 +135,6 @@ def test_links_that_lead_nowhere_end_the_build(build: Callable[..., Path]) -> No
 
     with pytest.raises(Abort, match="3 warnings in strict mode"):
         build(index=INDEX, a="# Page A\n\n[one](gone.md) [two](index.md#nowhere) [three](../gone.txt)\n")
-
-
-def test_what_makes_the_site_needs_neither_torch_nor_our_programs_running() -> None:
-    for path in (ROOT / "docs/site").glob("*.py"):
-        imported = {name.name.split(".")[0] for node in ast.walk(ast.parse(path.read_text()))
-                    if isinstance(node, ast.Import) for name in node.names}
-        assert not imported & {"torch", "transformers", "megatron"}, path.name
 
 
 def test_the_house_shows_every_hall_in_its_order_and_nothing_that_points_down() -> None:

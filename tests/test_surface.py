@@ -10,8 +10,6 @@ sys.path.append(str(Path(__file__).parent))
 import pytest
 from freeze_surface import FILE, surface
 
-pytestmark = pytest.mark.checkout
-
 
 @pytest.mark.essential
 def test_no_option_or_setting_comes_goes_or_changes_unargued() -> None:

@@ -16,13 +16,10 @@ from typing import Any
 import pytest
 
 from megatron_sov import cli
-from tests.pages_typed import lines_of, shell_blocks
+from tests.pages_typed import lines_of, page_text, shell_blocks, shown_files
 from tests.test_readme import gather
 
-pytestmark = pytest.mark.checkout
-
-TUTORIALS = Path(__file__).parents[1] / "docs/tutorials"
-PAGES = {name: (TUTORIALS / f"{name}.md").read_text(encoding="utf-8")
+PAGES = {name: page_text(f"tutorials/{name}.md")
          for name in ("national_lab", "company", "university", "small_team")}
 QUICK = 6
 """How many commands of a page are typed, from text to the plan: training takes long, and the way from a run
@@ -41,8 +38,7 @@ def test_what_the_tutorials_do_on_a_laptop_works_as_it_is_typed(
     monkeypatch.chdir(tmp_path)
     typed: set[str] = set()
     for name, text in PAGES.items():
-        for file, content in re.findall(r"^`([a-z]+\.jsonl)`:\n\n```json\n(.*?)^```", text,
-                                        re.MULTILINE | re.DOTALL):
+        for file, content in shown_files(text).items():
             Path(file).write_text(content)
         for line in under("On a laptop", text)[:QUICK]:
             if line == "sov-data demo-corpus --output work/corpus":
@@ -88,9 +84,8 @@ def test_lora_on_a_hugging_face_model_works_as_it_is_typed(
     """With a tiny model, and few steps."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SOV_TESTS_PYTHON", warm_python)  # by which `sft` packs, and `chat` serves
-    text = (TUTORIALS / "lora.md").read_text(encoding="utf-8")
-    [(file, content)] = re.findall(r"^`([a-z]+\.jsonl)`:\n\n```json\n(.*?)^```", text,
-                                   re.MULTILINE | re.DOTALL)
+    text = page_text("tutorials/lora.md")
+    [(file, content)] = shown_files(text).items()
     Path(file).write_text(content, encoding="utf-8")
     Path("SmolLM2-135M-Instruct").symlink_to(hf_models["solar_open"])
     by_hand: list[str] = []

@@ -16,8 +16,6 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.version import PARTS, PARTS_NEEDED, __version__, part_of
 
-pytestmark = pytest.mark.checkout
-
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("megatron-sov", "sov-tokenizer", "sov-data")
 NO_CHECKOUT = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in f'{f}']; "

@@ -1,7 +1,5 @@
 """Small pictures with known content, and a judge that we did not train: pictures for the proofs of media.
 
-    python benchmarks/omni/digits.py
-
 scikit-learn's handwritten digits (1,797 of 8 x 8, ten classes) as 16 x 16 RGB.  A digit's colour is a
 function of its number in the set and carries no label.  The judge is scikit-learn's support vector classifier
 with a radial kernel, fitted on real pictures of its own third of the set, which no model of ours is trained
@@ -62,15 +60,3 @@ def _seen(pictures: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def judge(pictures: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Return the digit [n] that the judge sees in each of [n, 3, 16, 16] pictures in 0..1."""
     return np.asarray(_judge().predict(_seen(np.asarray(pictures, dtype=np.float32))))
-
-
-def main() -> None:
-    """Print how often the judge is right of real pictures."""
-    for name in ("train", "heldout"):
-        pictures, labels = part(name)
-        right = (judge(pictures) == labels).mean()
-        print(f"{name:8} {len(labels):5} pictures, the judge is right of {right:.1%}")
-
-
-if __name__ == "__main__":
-    main()

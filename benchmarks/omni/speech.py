@@ -1,18 +1,12 @@
 """Speech whose words are known, and a recogniser that we did not train: sound for the proofs of media.
 
-    python benchmarks/omni/speech.py
-
 espeak-ng speaks (any of its voices; `en-us` and `ko` are used), PocketSphinx hears: one of a list of words,
-by a grammar, with its American English model.  The script prints how many words of `WORDS` it gets right of
-espeak-ng's own speech at the pitches and speeds that the proofs use; a proof that judges sound by it cannot
-come out better than that.
+by a grammar, with its American English model.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from math import gcd
@@ -27,10 +21,6 @@ ENGLISH, KOREAN = "en-us", "ko"
 WORDS = ("zero", "one", "two", "three", "four", "five", "hello", "summer", "window", "yellow",
          "lemon")
 """Words that are told from each other in this speech; six to nine, for instance, are not."""
-PITCHES = (30, 40, 50, 60)
-"""espeak-ng's 0..99."""
-SPEEDS_WPM = (120, 140, 160, 180)
-"""Words a minute."""
 SILENCE_S = 0.25
 """Before and behind a word; the recogniser's noise estimate needs it."""
 _SYNCHRONOUS, _UTF8, _CHARACTERS, _RATE, _PITCH = 2, 1, 1, 1, 3  # of speak_lib.h
@@ -104,28 +94,3 @@ def recognise(sound: np.ndarray[Any, Any], words: Sequence[str] = WORDS) -> str:
     decoder.end_utt()
     found = decoder.hyp()
     return found.hypstr if found is not None else ""
-
-
-def main() -> None:
-    """Print how often the recogniser is right of real espeak-ng speech."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--words", nargs="+", default=list(WORDS))
-    words = parser.parse_args().words
-    right, heard, total = Counter[str](), Counter[tuple[str, str]](), 0
-    for pitch in PITCHES:
-        for speed_wpm in SPEEDS_WPM:
-            total += 1
-            for word in words:
-                answer = recognise(say(word, ENGLISH, pitch, speed_wpm), words)
-                right[word] += answer == word
-                heard[word, answer] += answer != word
-    for word in words:
-        wrong = ", ".join(f"{b or 'nothing'} {n}" for (a, b), n in heard.items() if a == word and n)
-        print(f"{word:12} {right[word]:4} of {total}  {wrong}")
-    print(f"{'all':12} {sum(right.values()):4} of {total * len(words)}  "
-          f"{sum(right.values()) / total / len(words):.1%}")
-
-
-if __name__ == "__main__":
-    main()

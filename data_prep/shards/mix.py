@@ -234,7 +234,8 @@ def _check_fit(parts: list[MixPart], manifests: list[Manifest]) -> None:
                 if problem is None:
                     continue
             raise UserError(f"{part.path}: {name} is {found}, that of {first} is {wanted}"
-                            f"{f' ({problem})' if problem else ''}; pack both in the same way")
+                            f"{f' ({problem})' if problem else ''}; pack both with one "
+                            "--tokenizer and the same options")
     names = [s["name"] for m in manifests for s in m.content["sources"]]
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise UserError(f"source {twice[0]!r}: occurs in several folders; "

@@ -37,7 +37,7 @@ from megatron_sov.base.documents import Document, FileSpan, RecordReading, list_
 from megatron_sov.base.documents.accounting import RecordAccount
 from megatron_sov.base.documents.files import CORPUS_RECORDS, JSON_SUFFIX, RECORD_SUFFIXES, media_corpus_of
 from megatron_sov.base.documents.layouts import completion_of, parse_renames
-from megatron_sov.base.documents.reading import first_unread
+from megatron_sov.base.documents.reading import TABLE_SUFFIXES, first_unread
 from megatron_sov.base.documents.records import column_problems
 from megatron_sov.base.documents.shard_files import FEATURES
 from megatron_sov.base.errors import UserError, warn
@@ -303,6 +303,10 @@ def _open_encoder(tokenizer: Path, settings: PackSettings, corpora: MediaCorpora
 def _units_of(path: Path, cut: bool) -> Iterator[tuple[FileSpan, ...]]:
     """Yield the units of a source; `cut` is whether a text that is all of it becomes several documents, of
     which some can be held out."""
+    if path.suffix.lower() in TABLE_SUFFIXES and path.is_file():  # inside a folder of code it is text
+        raise UserError(f"{path}: is a table; save it as Parquet or JSON lines, e.g. pandas.read_csv(FILE)"
+                        ".to_json(OUT, orient='records', lines=True), and pass --text-field COLUMN; a copy "
+                        "named .txt is packed as one text")
     # Of a media corpus its records alone are read.
     files = list_files(path / CORPUS_RECORDS if path.is_dir() and media_corpus_of(path) else path, print)
     for unit in plan_units(files):

@@ -197,9 +197,10 @@ def opened(writer: Model, judge: Model, options: SynthOptions, cache: EndpointCa
             url, name, key = model.engine.rstrip("/"), model.name, ""
             if model.is_local:
                 served = stack.enter_context(serving(
-                    [Path(model.engine)], f"--engine {model.engine}: `megatron-sov serve` did not start: ",
+                    Path(model.engine).resolve(),
+                    f"--engine {model.engine}: `megatron-sov serve` did not start: ",
                     sleep=stop.sleep))
-                url, key, (name,) = served.url, served.key, served.models
+                url, key, name = served.url, served.key, served.model
             # a server of this machine that answers nobody has ended, and nobody starts it again
             patience_s = duration_s("--patience", options.patience)
             patience_s = min(patience_s, LOCAL_PATIENCE_S) if model.is_local else patience_s

@@ -24,7 +24,7 @@ from megatron_sov.bench.lm.results import (
 from megatron_sov.eval.statistics import CONFIDENCE, paired_difference
 
 TIED, BETTER, WORSE, UNKNOWN = "not told apart", "better", "worse", "not known"
-SAME = ("task_hash", "output_type", "num_fewshot", "mode", "judge", "agent_limits", "limit")
+SAME = ("task_hash", "output_type", "num_fewshot", "mode", "judge", "limit")
 """What must agree of two scores of a task."""
 SEED = "seed"
 CLOSE = 1e-6

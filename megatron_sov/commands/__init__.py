@@ -97,14 +97,6 @@ COMMANDS = {
         POST_TRAIN, "distill.md",
         ("distill write runs/sft --prompts prompts --output answers",
          "distill write runs/sft --prompts prompts --output answers --max-new-tokens 512 --nproc 2")),
-    "distill rounds": Command(
-        "megatron_sov.commands.train.distill:ROUNDS",
-        "on-policy distillation in one run: the student writes, the teacher reads, the student learns",
-        POST_TRAIN, "distill.md",
-        ("distill rounds tiny-solar-open --from runs/sft --teacher teacher --prompts prompts.jsonl "
-         "--output rounds",
-         "distill rounds tiny-solar-open --from runs/sft --teacher teacher --prompts prompts.jsonl --data "
-         "chats --share 0.25 --output rounds --rounds 300")),
     "rl run": Command(
         "megatron_sov.commands.rl.rounds:RUN",
         "reinforcement learning by one command: the model that learns writes its own rounds",
@@ -162,7 +154,7 @@ COMMANDS = {
         "list, play, run: tool environments, by hand or by a model",
         POST_TRAIN, "tools.md",
         ("tools list",
-         "tools play booking --calls calls.jsonl --page booking.html")),
+         "tools play booking --calls calls.jsonl")),
     "ssp probe": Command(
         "megatron_sov.commands.rl.ssp:PROBE",
         "pass@k of a run's checkpoints in each domain, and the best one of each",
@@ -184,7 +176,7 @@ COMMANDS = {
          'generate runs/sft --chat --prompt "What is a list?"')),
     "eval": Command(
         "megatron_sov.commands.evaluate.eval",
-        "ppl, needle, pairs, passk, lm, media, bigram, logits: judge a checkpoint or a Hugging Face folder",
+        "ppl, needle, pairs, passk, lm, media, logits: judge a checkpoint or a Hugging Face folder",
         EVALUATE, "eval.md",
         ("eval ppl runs/pretrain --data tokens",
          "eval lm hf --tasks quiz --task-dir tasks --output scores.json")),

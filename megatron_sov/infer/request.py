@@ -174,20 +174,6 @@ class StopRule:
 
 
 @dataclass(frozen=True)
-class Tells:
-    """What is told of a sequence beside its tokens and their log-probabilities."""
-
-    num_top: int = 0
-    """Most probable tokens of each place, with their log-probabilities."""
-    prompt: bool = False
-    """Whether the prompt's tokens are told of too, but for the first, which follows nothing."""
-
-    @property
-    def something(self) -> bool:
-        return self.prompt or self.num_top > 0
-
-
-@dataclass(frozen=True)
 class Bounds:
     """What ends continuations otherwise than `StopRule` and the sampling (engine megatron)."""
 

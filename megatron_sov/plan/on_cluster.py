@@ -16,18 +16,18 @@ from megatron_sov.model.families.count import num_params
 from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.plan.calibration.fitting import (
     fullest, nearest, refuse_on_nodes, refuse_too_large, usable_bytes)
-from megatron_sov.plan.calibration.learned import LearnedCorrection
 from megatron_sov.plan.footprint.memory import Account
 from megatron_sov.plan.pages import quote as quote_tables
 from megatron_sov.plan.pages.quote import Quote, QuoteTable, QuoteTotals, as_json, gib, totals
 from megatron_sov.plan.pages.telling import PlanText, name, set_line, size_line, sizes, submit_line
-from megatron_sov.plan.post_training import covers, quotes
-from megatron_sov.plan.pricing import Machines, Pricing, pricing, quote, refuse_precision, run_stages
+from megatron_sov.plan.pricing import (
+    Machines, Pricing, covers, pricing, quote, quotes, refuse_precision, run_stages)
 from megatron_sov.plan.search.default import (
     DefaultLayout, choose_layout, leaves_layout_open, recommended_settings)
 from megatron_sov.plan.search.space import as_dict, own_choice
 from megatron_sov.plan.search.sweep import (
     SweepSearch, fewest_nodes, fits_somehow, num_layouts, search, told_nodes)
+from megatron_sov.plan.speed.parameters import Parameters
 from megatron_sov.schedules import Schedule
 from megatron_sov.work.clusters.chips import Chip
 from megatron_sov.work.clusters.units import GIB, SECONDS_OF_A_DAY
@@ -40,6 +40,8 @@ UNSEEN_ERROR = 0.25
 (benchmarks/results/plan_calibration.txt)."""
 REFERENCE_TOKENS = 1_000_000_000_000
 """The headline of a shorter pretraining run also says what so many tokens would take."""
+ROUNDS_OBJECTIVE = "policy"
+ROUNDS = "rounds of reinforcement learning are not priced; multiply the seconds of one round of `rl run`"
 LENGTH_SETTINGS = ("train.tokens", "train.steps", "train.epochs", "rollout.rounds", "data.phases")
 """Settings that decide how many tokens a run reads, as `tokens` of a phase does."""
 
@@ -97,11 +99,14 @@ class PlacedPlan:
             parts += [quote_tables.text(table) for table in quote_tables.tables(self.quotes)]
             parts.append("\n".join([self._uncertainty(), *quote_tables.notes(self.quotes)]))
         else:
-            parts.append(f"no price: {_unknown(self.machines)}")
+            parts.append(f"no price: {ROUNDS if self._learns_by_rounds() else _unknown(self.machines)}")
         if self.told:
             parts.append(f"settings: {set_line(self.told.settings) or 'as the recipe has them'}\n"
                          f"submit:   {self.told.submit}")
         return "\n\n".join(parts)
+
+    def _learns_by_rounds(self) -> bool:
+        return self.config.objective.name == ROUNDS_OBJECTIVE
 
     def _is_pretraining(self) -> bool:
         return self.config.objective.name == "lm" and not self.config.extend.stages
@@ -115,7 +120,7 @@ class PlacedPlan:
 
     def _length(self) -> str:
         """Return the length of the run and the setting that decides it."""
-        if self.config.objective.name == "policy":
+        if self._learns_by_rounds():
             return f"{self.config.rollout.rounds:,} rounds ({self.length_source})"
         return f"{format_count(self.num_tokens())} tokens ({self.length_source})"
 
@@ -181,7 +186,7 @@ def length_source(request: RecipeRequest) -> str:
 
 
 def placed(request: RecipeRequest, machines: Machines,
-           learned: LearnedCorrection | None = None) -> PlacedPlan:
+           learned: Parameters | None = None) -> PlacedPlan:
     """Return a run with its own layout, or with the one that a search finds if the user sets none.
 
     Raises:
@@ -204,7 +209,7 @@ def placed(request: RecipeRequest, machines: Machines,
 
 
 def searched(request: RecipeRequest, machines: Machines, recipe: Sequence[str],
-             learned: LearnedCorrection | None = None) -> PlacedPlan:
+             learned: Parameters | None = None) -> PlacedPlan:
     """Return a run with the fastest layout that fits; what --set says of a layout stays.
 
     Raises:
@@ -257,7 +262,10 @@ def _refuse_too_large(config: RunConfig, prices: Pricing) -> None:
 
 
 def quote_run(config: RunConfig, prices: Pricing, settings: Sequence[str]) -> list[Quote]:
-    """Return the quotes of a run's phases, stages or jobs; `settings` are those that the user passed."""
+    """Return the quotes of a run's phases, stages or jobs; none of rounds, in which engines write.
+    `settings` are those that the user passed."""
+    if config.objective.name == ROUNDS_OBJECTIVE:
+        return []
     if covers(config):
         return quotes(config, prices)
     micro_batch_set = any(s.startswith("train.micro_batch_size=") for s in settings)
@@ -335,7 +343,7 @@ def pretraining_requests(settings: Sequence[str]) -> dict[str, RecipeRequest]:
 
 
 def budget_rows(requests: Mapping[str, RecipeRequest], machines: Machines, days: float | None,
-                usd: float | None, learned: LearnedCorrection | None = None) -> list[BudgetRow]:
+                usd: float | None, learned: Parameters | None = None) -> list[BudgetRow]:
     """Return a row for each recipe, those that fit first, smaller models before larger ones.
 
     Args:
@@ -360,7 +368,7 @@ def budget_rows(requests: Mapping[str, RecipeRequest], machines: Machines, days:
 
 
 def _budget_row(name: str, request: RecipeRequest, machines: Machines, days: float | None,
-                usd: float | None, learned: LearnedCorrection | None) -> BudgetRow:
+                usd: float | None, learned: Parameters | None) -> BudgetRow:
     if request.base.objective.name == "policy":
         raise UserError(f"{name}: is trained by rounds, not tokens; leave out --days and --budget, and set "
                         "rollout.rounds")

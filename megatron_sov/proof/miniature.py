@@ -104,6 +104,7 @@ class Miniature:
                               "overlap_grad_reduce", "overlap_param_gather", "bucket_params",
                               "expert_dispatcher")}
         given["train.micro_batch_size"] = next(n for n in range(min(rows, MOST_ROWS), 0, -1) if rows % n == 0)
+        given["gpu.pad_buckets"] = "off"  # of ZeRO-1, which one process has not
         return apply_settings(self.config, _typed(given))
 
 

@@ -141,6 +141,11 @@ def refuse_missing(path: Path, option: str = "") -> None:
     """Raise `UserError` where no model can lie, since there is no folder: what can be known before torch."""
     if not path.is_dir():
         what = "is no folder" if path.exists() else "does not exist"
+        beside = path.parent.glob("*") if path.parent.name == CHECKPOINTS_OF_A_RUN else ()
+        if names := sorted(folder.name for folder in beside):
+            raise UserError(f"{option}{path}: {what}; the run's checkpoints are {', '.join(names)[:500]}")
+        if path.is_file() and is_hf_folder(path.parent):
+            raise UserError(f"{option}{path}: {what}; pass its folder, {path.parent}")
         raise UserError(f"{option}{path}: {what}; pass a checkpoint, a run or a Hugging Face "
                         f"folder{download(path)}")
 
@@ -172,8 +177,8 @@ def refuse_other_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
     if not kind and RUN in kinds and (runs := runs_below(path)):
         raise UserError(f"{path}: is not {wanted}; it holds the runs {', '.join(map(str, runs))}: pass one "
                         "of them")
-    if not kind and path.is_dir() and not any((path / name).exists() for name in (
-            CONFIG, CHECKPOINTS_OF_A_RUN)) and (known := _nothing_known(path)):
+    if not kind and path.is_dir() and not (path / CHECKPOINTS_OF_A_RUN).exists() and (
+            known := _nothing_known(path)):
         what, taken_by = known
         found = " or ".join(FOUND_AT[kind] for kind in kinds)
         raise UserError(f"{path}: {what}, so it is not {wanted}; {taken_by}pass {found}")
@@ -202,6 +207,9 @@ def _nothing_known(path: Path) -> tuple[str, str] | None:
     more = f" and {len(names) - 1} more" if len(names) > 1 else " alone"
     if texts:
         return f"holds text ({texts[0]}{more})", "`sov-data pack --input` takes it; "
+    if CONFIG in names:
+        return f"holds {CONFIG} without weights (*.safetensors)", (
+            "download the whole model folder (hf download NAME --local-dir DIR), or ")
     if any(name.endswith((".safetensors", "pytorch_model.bin")) for name in names):
         return f"holds weights ({names[0]}{more}) without {CONFIG}", (
             "download the whole model folder (hf download NAME --local-dir DIR), or ")
@@ -336,12 +344,6 @@ def files_sha256(start: Path) -> str:
     facts = {"base": manifest.content.get(BASE, {}).get("sha256", ""),
              "files": {name: record.digest for name, record in sorted(manifest.files.items())}}
     return hashlib.sha256(to_json(facts).encode()).hexdigest()
-
-
-def short_name(folder: Path) -> str:
-    """Return what pages that are passed on call a folder: its name, of a run's checkpoint after the run's."""
-    return (f"{folder.parent.parent.name}/{folder.name}" if folder.parent.name == CHECKPOINTS_OF_A_RUN
-            else folder.name)
 
 
 def trained_tokens(path: Path) -> int:

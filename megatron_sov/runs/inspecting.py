@@ -10,14 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from megatron_sov.base.artifacts import (
-    MANIFEST, damaged_files, disk_errors, origins_of, read_manifest, write_output)
+from megatron_sov.base.artifacts import MANIFEST, damaged_files, disk_errors, origins_of, read_manifest
 from megatron_sov.base.errors import GateFailed, UserError, visible
 from megatron_sov.base.hints.removed import check_folder, check_kind
-from megatron_sov.base.outputs import check_output
-from megatron_sov.base.settings import Flag, NotNegativeInt
+from megatron_sov.base.settings import NotNegativeInt
 from megatron_sov.runs.obs.events import EVENTS
 from megatron_sov.work.progress.journal import delete_work, read_job, work_folder
 from megatron_sov.work.progress.locks import holding
@@ -42,8 +40,6 @@ class LookOptions:
     """Check all of it: hashes, and what its kind promises; exit code 3 where something is wrong."""
     clear: bool = False
     """Delete unfinished work on it, which the same command would go on with."""
-    page: Annotated[Path | None, Flag(value="FILE.html")] = None
-    """Also write what is shown as a page of HTML."""
     json: bool = False
     """Print JSON."""
 
@@ -72,9 +68,10 @@ def look(path: Path, options: LookOptions, kinds: Mapping[str, ArtifactKind]) ->
         UserError: nothing is there, or it is nothing that we have made.
         GateFailed: with `verify`: something is wrong in it.
     """
-    if options.page is not None:
-        check_output("--page", options.page)
     found = {**_of_artifact(path), **_unfinished(path), **_of_others(path)}
+    around = next((folder for folder in path.parents if (folder / MANIFEST).is_file()), None)
+    if not found and around is not None and path.exists():
+        raise UserError(f"{path}: is part of {around}; pass {around}")
     if not found:
         raise UserError(f"{path}: " + ("is nothing that megatron-sov has made" if path.exists() else
                                        "does not exist, and no work on it is unfinished") +
@@ -84,8 +81,6 @@ def look(path: Path, options: LookOptions, kinds: Mapping[str, ArtifactKind]) ->
     held = [] if kind is None else list(kind.lines(path))
     shown = kind.rows if kind is not None and kind.rows is not None else _rows
     rows = list(shown(path, options.rows)) if options.rows else []
-    if options.page is not None:
-        write_output(options.page, page_of(path, found, held, rows))
     if options.json:
         print(json.dumps({"path": str(path), **found, "rows": rows}, indent=1, ensure_ascii=False))
     else:
@@ -222,22 +217,3 @@ def _clear(path: Path) -> str:
     with holding(work, path), disk_errors(work):
         delete_work(path)
     return f"{path}: its unfinished work is deleted"
-
-
-def page_of(path: Path, found: Mapping[str, Any], held: Iterable[str], rows: list[Any]) -> str:
-    """Return what is known of something as a page of HTML that loads nothing."""
-    from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render
-
-    facts = [[f"{part}.{name}", _short(value)] for part in ("content", "settings")
-             for name, value in found.get(part, {}).items()]
-    columns = list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row)) or ["row"]
-    cells = [[_short(row.get(name)) for name in columns] if isinstance(row, dict) else [_short(row)]
-             for row in rows]
-    sections = [
-        PageSection("What it is", "\n".join([next(_lines(path, found)), *held]),
-                    tables=[PageTable(["setting", "value"], facts)] if facts else []),
-        *([PageSection("Made from", "\n".join(_tree(found["made_from"],
-                                                    0)))] if found.get("made_from") else []),
-        *([PageSection("Rows", tables=[PageTable(columns, cells)])] if rows else [])]
-    return render("Inspect", path.name, found.get("kind", "unfinished work"),
-                  [Chapter(path.name, str(found.get("kind", "")), [], sections)])

@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
@@ -21,8 +20,7 @@ from megatron_sov.chat.folder import open_tokenizer, read_chat_encoder
 from megatron_sov.chat.marks import as_written
 from megatron_sov.infer.asking import Asker
 from megatron_sov.infer.engines.target import Target
-from megatron_sov.infer.request import Sampling, Tells
-from megatron_sov.train.data.token_bytes import spellings
+from megatron_sov.infer.request import Sampling
 
 # What a server says where it does not answer: OpenAI's object of an error, with its HTTP status.
 
@@ -55,8 +53,6 @@ class RefusedRequest(Exception):
 MAX_SEQUENCES, MAX_STOPS, MAX_STOP_CHARS, MAX_STOP_IDS = 128, 16, 500, 128
 """Answers to one request; strings that end an answer, and their length: each token is searched for them; and
 tokens that end one."""
-MAX_TOP = 20
-"""Most probable tokens that are told of a place, as OpenAI has it for chats."""
 MIN_TEMPERATURE = 0.01
 """Of those above 0: logits that are divided by less leave the range of numbers."""
 DEFAULT_COMPLETION_TOKENS = 16
@@ -66,7 +62,8 @@ CHANGE_NOTHING = {"user", "metadata", "safety_identifier", "prompt_cache_key", "
 """Fields that no answer depends on."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "min_p": (0,),
-    "logit_bias": ({},), "best_of": (1,), "echo": (False,), "suffix": ("",), "parallel_tool_calls": (True,),
+    "logit_bias": ({},), "best_of": (1,), "echo": (False,), "suffix": ("",),
+    "logprobs": (False,), "top_logprobs": (0,), "return_token_ids": (False,), "parallel_tool_calls": (True,),
     "response_format": ({"type": "text"},), "modalities": (["text"],), "skip_special_tokens": (True,),
     "add_generation_prompt": (True,), "tool_choice": ("auto", "none")}
 """Fields that are understood and not done: the values with which they change nothing.  `tool_choice` none
@@ -94,23 +91,13 @@ class ServedQuestion:
     """How tokens are chosen; each choice has the stream of its number.  How many there may be, `max_tokens`
     says."""
     max_tokens: int | None
-    """Longest answer; None: as long as there is room; 0: the prompt alone is told of."""
+    """Longest answer; None: as long as there is room."""
     stops: tuple[str, ...]
     """Strings that end an answer."""
     stop_ids: tuple[int, ...]
     """Tokens that end an answer, beside the model's own."""
     ignores_end: bool
     """Whether the model's own tokens end none."""
-    with_logprobs: bool
-    """Whether the log-probability of each token is told."""
-    num_top: int
-    """Most probable tokens that are told of each place."""
-    echoes: bool
-    """Whether answers begin with their prompt, and its tokens are told of as theirs are."""
-    with_ids: bool
-    """Whether the ids of prompts and answers are told."""
-    names_ids: bool
-    """Whether tokens beside log-probabilities are `token_id:7` in the place of texts."""
     is_stream: bool
     """Whether the answer is sent as it is written."""
     tells_usage: bool
@@ -119,11 +106,6 @@ class ServedQuestion:
     @property
     def is_chat(self) -> bool:
         return isinstance(self.prompts[0], Conversation)
-
-    @property
-    def tells(self) -> Tells:
-        """What the model is asked beside tokens and their log-probabilities."""
-        return Tells(self.num_top, self.echoes and self.with_logprobs)
 
     @property
     def tools(self) -> tuple[dict[str, Any], ...]:
@@ -156,15 +138,12 @@ class _Body(BaseModel):
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] = []
     stop_token_ids: StopIds = []
     ignore_eos: bool = False
-    return_token_ids: bool = False
-    return_tokens_as_token_ids: bool = False
     stream: bool = False
     # obfuscation is padding against listeners; none is sent
     stream_options: Annotated[dict[Literal["include_usage", "include_obfuscation"], bool],
                               BeforeValidator(_few)] = {}
 
-    def question(self, prompts: tuple[Any, ...], max_tokens: int | None, with_logprobs: bool, num_top: int,
-                 echoes: bool = False) -> ServedQuestion:
+    def question(self, prompts: tuple[Any, ...], max_tokens: int | None) -> ServedQuestion:
         # 0 is greedy and fine; just above it logits over the temperature are infinite.
         if 0 < self.temperature < MIN_TEMPERATURE:
             raise RefusedRequest(400,
@@ -179,9 +158,7 @@ class _Body(BaseModel):
                             seed=seed)
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         return ServedQuestion(prompts, self.n, sampling, max_tokens, stops, tuple(self.stop_token_ids),
-                              self.ignore_eos, with_logprobs, num_top, echoes, self.return_token_ids,
-                              self.return_tokens_as_token_ids, self.stream,
-                              self.stream_options.get("include_usage", False))
+                              self.ignore_eos, self.stream, self.stream_options.get("include_usage", False))
 
 
 class _ChatBody(_Body):
@@ -190,15 +167,11 @@ class _ChatBody(_Body):
     chat_template_kwargs: dict[str, Any] = {}
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
-    logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] = 0
 
 
 class _CompletionBody(_Body):
     prompt: str | Texts | Ids | Annotated[list[Ids], Field(fail_fast=True)]
-    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
-    echo: bool = False
-    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] = DEFAULT_COMPLETION_TOKENS
+    max_tokens: Count = DEFAULT_COMPLETION_TOKENS
 
 
 def chat_question(raw: bytes, model: str) -> ServedQuestion:
@@ -227,12 +200,7 @@ def chat_question(raw: bytes, model: str) -> ServedQuestion:
             unknown = message.unread[0][:200]
             raise RefusedRequest(400, f"messages[{number}] has {unknown!r}, which is not known"
                                       f"{nearest(unknown, MESSAGE_FIELDS)}; leave it out", "messages")
-    if body.top_logprobs and not body.logprobs:
-        raise RefusedRequest(400,
-                             f"top_logprobs is {body.top_logprobs} without logprobs; send \"logprobs\": true",
-                             "top_logprobs")
-    return body.question((chat,), body.max_completion_tokens or body.max_tokens, body.logprobs,
-                         body.top_logprobs)
+    return body.question((chat,), body.max_completion_tokens or body.max_tokens)
 
 
 def completion_question(raw: bytes, model: str) -> ServedQuestion:
@@ -244,12 +212,7 @@ def completion_question(raw: bytes, model: str) -> ServedQuestion:
     prompts = tuple(prompt if isinstance(prompt, str) else tuple(prompt) for prompt in given)
     if not prompts or not all(prompts):
         raise RefusedRequest(400, "prompt is empty; send at least one character or token", "prompt")
-    if body.echo and body.stream:
-        raise RefusedRequest(400, "echo is true for a stream; ask without one of them", "echo")
-    if not body.max_tokens and not body.echo:
-        raise RefusedRequest(400, "max_tokens is 0 without echo, so nothing can be answered; send at least "
-                                  "1, or \"echo\": true", "max_tokens")
-    return body.question(prompts, body.max_tokens, body.logprobs is not None, body.logprobs or 0, body.echo)
+    return body.question(prompts, body.max_tokens)
 
 
 def _fields(raw: bytes) -> dict[str, Any]:
@@ -312,8 +275,6 @@ def _show(value: Any) -> str:
 # Questions as the token ids that a model is asked with, and ids as text again.
 
 Decode = Callable[[list[int]], str]
-MAX_TOLD = 1 << 20
-"""Log-probabilities of prompts' tokens that one request gets."""
 
 
 @dataclass(frozen=True)
@@ -382,7 +343,6 @@ class BodyReader:
                                      "a prompt must have at least one token, and ids below "
                                      f"{self._vocab_size}",
                                      field)
-        _refuse_too_much(question, prompts)
         # A special token does not show in the text, so it stops by its id.
         ends = [self._special[text] for text in question.stops if text in self._special]
         own_ends = () if question.ignores_end else asker.end_ids
@@ -400,39 +360,16 @@ class BodyReader:
             return self._chat.decode
         return lambda ids: as_written(self._plain.decode(ids))
 
-    @cached_property
-    def _bytes(self) -> list[bytes]:
-        """The bytes of text of each token, special ones as they are spelled."""
-        found = spellings(self._where, self._vocab_size)
-        for text, token in self._special.items():
-            if token < self._vocab_size:
-                found[token] = text.encode()
-        return found
-
-    def token_bytes(self, token: int) -> bytes:
-        """Return the bytes of text that a token stands for; several tokens may share a character."""
-        return self._bytes[token]
-
     def _limit(self, question: ServedQuestion, prompt_tokens: int, field: str) -> int:
         # Without a limit of the client's, the answer may fill what the prompt leaves.
         left = self._longest - prompt_tokens
-        # a model writes at least one token
-        wanted = left if question.max_tokens is None else max(question.max_tokens, 1)
+        wanted = left if question.max_tokens is None else question.max_tokens
         if left < 1 or wanted > left:
             asked = f" and {question.max_tokens} of the answer" if question.max_tokens else ""
             raise RefusedRequest(400, f"the prompt has {prompt_tokens} tokens{asked}, and this server takes "
                                       f"{self._longest} in all; shorten one of them", field,
                                  "context_length_exceeded")
         return wanted
-
-
-def _refuse_too_much(question: ServedQuestion, prompts: Sequence[Sequence[int]]) -> None:
-    """Raise `RefusedRequest` for more log-probabilities of prompts than both sides have memory for."""
-    told = question.num_choices * sum(map(len, prompts)) * (1 + question.num_top)
-    if question.tells.prompt and told > MAX_TOLD:
-        raise RefusedRequest(400,
-                             f"{told:,} log-probabilities of prompts are asked for, at most {MAX_TOLD:,}; "
-                                  "send fewer prompts at a time, or a smaller logprobs", "echo")
 
 
 def _ids(asker: Asker, prompt: Conversation | str | tuple[int, ...]) -> list[int]:

@@ -1,23 +1,18 @@
 """A conversation with one model behind an OpenAI-compatible address: its turns, its answers as they are
-written, its calls of tools, and its row as `sov-data pack --format chat` reads it.  No torch here."""
+written, and its row as `sov-data pack --format chat` reads it.  No torch here."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.chat.tool_calls import ToolCall
 from megatron_sov.infer.request import STOP
 from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered, decoded, reason_of
 from megatron_sov.work.endpoints.transport import Transport
 
 ANSWER_LIMIT_S = 3600.0
-MAX_CALLS = 16
-"""Rounds of calls of tools in one answer."""
-CALLS = "tool_calls"
 
 
 @dataclass(frozen=True)
@@ -34,13 +29,13 @@ class ChatModel:
     """Whether its template decides what becomes of earlier thoughts, so that they are sent back."""
 
 
-def models_at(url: str, key_env: str, names: Sequence[str] = (), key: str = "") -> list[ChatModel]:
-    """Return the models at an address.
+def model_at(url: str, key_env: str, name: str = "", key: str = "") -> ChatModel:
+    """Return a model at an address.
 
     Args:
         url: up to `/v1`.
         key_env: variable of the environment with the key.
-        names: of the models; none: the only one there.
+        name: of the model; empty: the only one there.
         key: of a server of one's own.
 
     Raises:
@@ -54,20 +49,18 @@ def models_at(url: str, key_env: str, names: Sequence[str] = (), key: str = "") 
     except (BadAnswer, TimeoutError, LookupError, TypeError) as e:
         raise UserError(f"{url}: the models cannot be listed ({e}); look at the address and the "
                         "key") from None
-    if not names and len(cards) != 1:
+    if not name and len(cards) != 1:
         raise UserError(f"{url}: has {len(cards)} models ({', '.join([*cards][:8])}); name one with --model")
-    found = []
-    for name in names or cards:
-        card = cards.get(name)
-        if card is None:
-            raise UserError(f"--model {name}: {url} has {', '.join([*cards][:8])}; name one of them")
-        if card.get("has_chat_template") is False:
-            raise UserError(f"{name}: has no chat template, so it cannot hold a conversation; fine-tune it "
-                            "on chats first, or continue texts with `megatron-sov generate`")
-        context = card.get("max_model_len")
-        found.append(ChatModel(name, Transport(f"{url}/chat/completions", key_env, ANSWER_LIMIT_S, key),
-                               context if isinstance(context, int) else None, bool(key)))
-    return found
+    name = name or next(iter(cards))
+    card = cards.get(name)
+    if card is None:
+        raise UserError(f"--model {name}: {url} has {', '.join([*cards][:8])}; name one of them")
+    if card.get("has_chat_template") is False:
+        raise UserError(f"{name}: has no chat template, so it cannot hold a conversation; fine-tune it "
+                        "on chats first, or continue texts with `megatron-sov generate`")
+    context = card.get("max_model_len")
+    return ChatModel(name, Transport(f"{url}/chat/completions", key_env, ANSWER_LIMIT_S, key),
+                     context if isinstance(context, int) else None, bool(key))
 
 
 @dataclass
@@ -76,15 +69,12 @@ class ChatAnswer:
 
     content: str = ""
     thoughts: str = ""
-    calls: list[dict[str, Any]] = field(default_factory=list)
-    """As OpenAI spells them."""
     reason: str = ""
     """Why it ended; empty: it was stopped."""
 
     def message(self) -> dict[str, Any]:
         return {"role": "assistant", "content": self.content,
-                **({"reasoning_content": self.thoughts} if self.thoughts else {}),
-                **({"tool_calls": self.calls} if self.calls else {})}
+                **({"reasoning_content": self.thoughts} if self.thoughts else {})}
 
 
 @dataclass
@@ -93,11 +83,9 @@ class ChatTurn:
 
     user: str
     messages: list[dict[str, Any]] = field(default_factory=list)
-    """Of the model and of tools."""
+    """Of the model."""
     is_whole: bool = False
     """Whether the last message ended by itself."""
-    state: str = ""
-    """Of the tools before it."""
 
     def as_messages(self) -> list[dict[str, Any]]:
         return [{"role": "user", "content": self.user}, *self.messages]
@@ -112,32 +100,8 @@ class ChatScreen(Protocol):
     def say(self, piece: str) -> None:
         """Show a piece of the answer."""
 
-    def call(self, name: str, arguments: str) -> None:
-        """Show a call of a tool."""
-
-    def result(self, text: str) -> None:
-        """Show what a call gave."""
-
     def note(self, text: str) -> None:
         """Show what the user should know."""
-
-
-class ChatTools(Protocol):
-    """What answers calls."""
-
-    @property
-    def tools(self) -> Sequence[Mapping[str, Any]]:
-        """What may be called, as OpenAI describes functions."""
-
-    @property
-    def state(self) -> str:
-        """What `restore` goes back to."""
-
-    def call(self, call: ToolCall) -> str:
-        """Return what a call gives."""
-
-    def restore(self, state: str) -> None:
-        """Go back."""
 
 
 class ChatSession:
@@ -146,11 +110,10 @@ class ChatSession:
     Args:
         model: which answers.
         sampling: fields of each request, such as `temperature`; may change between turns.
-        tools: what answers its calls; None: there are none.
     """
 
-    def __init__(self, model: ChatModel, sampling: dict[str, Any], tools: ChatTools | None = None) -> None:
-        self.model, self.sampling, self._tools = model, sampling, tools
+    def __init__(self, model: ChatModel, sampling: dict[str, Any]) -> None:
+        self.model, self.sampling = model, sampling
         self.system = ""
         """What goes before all turns."""
         self.turns: list[ChatTurn] = []
@@ -167,29 +130,18 @@ class ChatSession:
             BadAnswer: the model does not answer.
             TimeoutError: it takes too long.
         """
-        turn = ChatTurn(text, state=self._tools.state if self._tools else "")
+        turn = ChatTurn(text)
         self.turns.append(turn)
         try:
-            for _ in range(MAX_CALLS):
-                answer = self._write(turn, screen)
-                if not answer.calls or not self._tools:
-                    break
-                turn.messages += self._results(answer.calls, screen)
-            else:
-                screen.note(f"the model has called tools {MAX_CALLS} times; its answer ends here")
+            self._write(turn, screen)
         finally:
-            # results without an answer, or a call without its results, are no conversation
-            while turn.messages and (turn.messages[-1]["role"] == "tool" or turn.messages[-1].get(CALLS)):
-                turn.messages.pop()
             if not turn.messages:
                 self.undo()
 
     def undo(self) -> str:
-        """Forget the last turn, and what tools did in it; returns what the user had said."""
+        """Forget the last turn; returns what the user had said."""
         turn = self.turns.pop()
         self._first = min(self._first, len(self.turns))
-        if self._tools is not None:
-            self._tools.restore(turn.state)
         return turn.user
 
     def clear(self) -> None:
@@ -214,8 +166,7 @@ class ChatSession:
             messages += found
         if not any(m["role"] == "assistant" and m.get("train", True) for m in messages):
             return None
-        return {"messages": messages, **({"tools": list(self._tools.tools)} if self._tools else {}),
-                "model": self.model.name}
+        return {"messages": messages, "model": self.model.name}
 
     def _system(self) -> list[dict[str, Any]]:
         return [{"role": "system", "content": self.system}] if self.system else []
@@ -226,7 +177,7 @@ class ChatSession:
             return messages
         return [{key: value for key, value in m.items() if key != "reasoning_content"} for m in messages]
 
-    def _write(self, turn: ChatTurn, screen: ChatScreen) -> ChatAnswer:
+    def _write(self, turn: ChatTurn, screen: ChatScreen) -> None:
         answer = ChatAnswer()
         try:
             for delta, reason in self._deltas(screen):
@@ -236,16 +187,11 @@ class ChatSession:
                 if piece := delta.get("content"):
                     answer.content += piece
                     screen.say(piece)
-                _add_calls(answer.calls, delta.get(CALLS) or [])
                 answer.reason = reason or answer.reason
         finally:
-            # what was stopped while it wrote a call has no call
-            if answer.reason != CALLS and not (answer.reason == STOP and answer.calls):
-                answer.calls = []
-            if answer.content or answer.calls:
+            if answer.content:
                 turn.messages.append(answer.message())
                 turn.is_whole = answer.reason == STOP
-        return answer
 
     def _deltas(self, screen: ChatScreen) -> Iterator[tuple[Mapping[str, Any], str | None]]:
         """Yield the pieces of an answer and why it ended; without the oldest turns where all are too long."""
@@ -254,8 +200,6 @@ class ChatSession:
             body = {"model": self.model.name, "messages": self._messages(), **self.sampling}
             if seed is not None:  # the same answer again is none that a second try is for
                 body["seed"] = seed + self._num_requests
-            if self._tools:
-                body["tools"] = list(self._tools.tools)
             try:
                 for part in self.model.transport.stream(body):
                     for choice in part.get("choices") or []:
@@ -269,34 +213,3 @@ class ChatSession:
                 screen.note("the conversation is longer than the model's context: the "
                             + ("oldest turn is" if self._first == 1 else f"{self._first} oldest turns are")
                             + " left out")
-
-    def _results(self, calls: Sequence[Mapping[str, Any]], screen: ChatScreen) -> list[dict[str, Any]]:
-        assert self._tools is not None
-        results = []
-        for call in calls:
-            name, arguments = call["function"]["name"], call["function"]["arguments"]
-            screen.call(name, arguments)
-            try:
-                read = json.loads(arguments or "{}")
-                text = self._tools.call(ToolCall(name, read)) if isinstance(read, dict) else (
-                    "error: the arguments are no JSON object")
-            except ValueError:
-                text = "error: the arguments are no JSON"
-            screen.result(text)
-            results.append({"role": "tool", "tool_call_id": call["id"], "content": text})
-        return results
-
-
-def _add_calls(calls: list[dict[str, Any]], pieces: Sequence[Mapping[str, Any]]) -> None:
-    """Put pieces of calls together, each by its number."""
-    for piece in pieces:
-        number = min(piece.get("index", len(calls)), len(calls))
-        if number == len(calls):
-            calls.append({"id": f"call_{number}", "type": "function",
-                          "function": {"name": "", "arguments": ""}})
-        function = piece.get("function") or {}
-        calls[number]["id"] = piece.get("id") or calls[number]["id"]
-        calls[number]["function"]["name"] += function.get("name") or ""
-        calls[number]["function"]["arguments"] += function.get("arguments") or ""
-
-

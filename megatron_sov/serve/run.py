@@ -17,11 +17,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 import psutil
-from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, web
+from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from megatron_sov.base.artifacts import write_output
@@ -40,7 +40,6 @@ from megatron_sov.serve.scheduler import RETRY_S, Begun, Clerk, RequestQueue, Ti
 from megatron_sov.serve.settings import DEFAULT_LENGTH_TOKENS, ServeSettings
 from megatron_sov.serve.transformers_batching import continue_transformers
 from megatron_sov.train.stopping import StopFlag
-from megatron_sov.work.endpoints.local_server import LocalServer
 from megatron_sov.work.progress.locks import has_ended, identity
 
 MAX_BODY_BYTES = 8 << 20
@@ -68,21 +67,18 @@ class HttpServer:
         reader: gives texts.
         created_s: Unix time since which the model is there.
         max_length_tokens: longest prompt with its answer.
-        others: servers that requests for other models are passed on to, by the model's name.
     """
 
     def __init__(self, settings: ServeSettings, desk: RequestQueue, reader: BodyReader, created_s: float,
-                 max_length_tokens: int, others: Mapping[str, LocalServer]) -> None:
+                 max_length_tokens: int) -> None:
         self._settings, self._desk, self._reader = settings, desk, reader
         self._card = {"id": settings.name, "object": "model", "created": int(created_s),
                       "owned_by": "megatron-sov", "max_model_len": max_length_tokens,
                       "has_chat_template": reader.has_chat}
-        self._others = others
         self._page = render_chat()
         self._socket = _listen(settings)
         self._loop = asyncio.new_event_loop()
         self._silent = set[Any]()
-        self._session: ClientSession | None = None
         self._stop = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="http", daemon=True)
 
@@ -139,8 +135,6 @@ class HttpServer:
         # First nobody new, then the end of those that are being answered.
         listening.close()
         await runner.cleanup()
-        if self._session is not None:
-            await self._session.close()
 
     def _drop_if_silent(self, protocol: Any) -> None:
         if protocol in self._silent:
@@ -198,59 +192,7 @@ class HttpServer:
         return web.Response(text=self._page, content_type="text/html", charset="utf-8", headers=PAGE_HEADERS)
 
     async def _models(self, request: web.Request) -> web.Response:
-        cards = [self._card]
-        for name, other in self._others.items():
-            async with self._pass_on(name, other, "GET", "/models", None) as answer:
-                cards += (await answer.json())["data"]
-        return web.json_response({"object": "list", "data": cards})
-
-    @contextlib.asynccontextmanager
-    async def _pass_on(self, name: str, other: LocalServer, method: str, path: str, body: bytes | None
-                       ) -> AsyncIterator[ClientResponse]:
-        """Ask another model's server; its answer is open as long as the context is."""
-        if self._session is None:
-            # as long as an answer takes: who asks has limits of its own
-            self._session = ClientSession(timeout=ClientTimeout(total=None), trust_env=False)
-        headers = {"Authorization": f"Bearer {other.key}", "Content-Type": "application/json"}
-        try:
-            async with self._session.request(method, other.url + path, data=body, headers=headers) as answer:
-                yield answer
-        except ClientError:
-            raise RefusedRequest(503, f"the server of model {name!r} does not answer; start this command "
-                                      "again") from None
-
-    def _other_of(self, raw: bytes) -> str | None:
-        """Return the name of another model that a body is for, if it is for one."""
-        if not self._others:
-            return None
-        try:
-            name = json.loads(raw).get("model")
-        except (ValueError, AttributeError, RecursionError):  # which the reader of bodies says
-            return None
-        if name is None or name == self._settings.name:
-            return None
-        if not isinstance(name, str) or name not in self._others:
-            known = ", ".join(map(repr, (self._settings.name, *self._others)))
-            raise RefusedRequest(404, f"model {str(name)[:200]!r} does not exist; this server has {known}",
-                                 "model", "model_not_found")
-        return name
-
-    async def _relay(self, request: web.Request, raw: bytes, name: str) -> web.StreamResponse:
-        """Pass a request on to another model's server, and its answer back as it comes."""
-        async with self._pass_on(name, self._others[name], "POST", request.path.removeprefix("/v1"),
-                                 raw) as answer:
-            kept = {key: answer.headers[key] for key in ("Content-Type", "Cache-Control", "Retry-After")
-                    if key in answer.headers}
-            response = web.StreamResponse(status=answer.status, headers=kept)
-            await response.prepare(request)
-            try:
-                async for piece in answer.content.iter_any():
-                    await _send(response, piece)
-                await response.write_eof()
-            except (ConnectionError, TimeoutError, ClientError):  # one of both has left
-                if request.transport is not None:
-                    request.transport.abort()
-            return response
+        return web.json_response({"object": "list", "data": [self._card]})
 
     def _handler_of(self, read: Callable[[bytes, str], ServedQuestion]) -> Handler:
         async def answer(request: web.Request) -> web.StreamResponse:
@@ -267,8 +209,6 @@ class HttpServer:
                     raw = await request.read()
             except TimeoutError:
                 raise RefusedRequest(408, f"the body did not come within {BODY_S:g} s") from None
-            if (other := self._other_of(raw)) is not None:
-                return await self._relay(request, raw, other)
             ticket = self._desk.submit(read(raw, self._settings.name))
             try:
                 return await self._answer(request, ticket)
@@ -313,7 +253,7 @@ class HttpServer:
             raise told
         assert isinstance(told, Wrote)
         writing = reply.writings[told.sequence]
-        writing.add(told.token, told.logprob, told.reason, told.ranked)
+        writing.add(told.token, told.reason)
         # by a string, of which the model knows nothing
         if writing.reason is not None and told.reason is None:
             self._desk.leave(ticket, told.sequence)
@@ -365,8 +305,7 @@ LOOKS_S = 1.0
 """How often it is looked whether the parent lives."""
 
 
-def serve(target: Target, settings: ServeSettings, layout: Sequence[str], nproc: int | None,
-          others: Mapping[str, LocalServer]) -> None:
+def serve(target: Target, settings: ServeSettings, layout: Sequence[str], nproc: int | None) -> None:
     """Serve a model until a signal asks for the end, or its parent has ended.
 
     Args:
@@ -374,7 +313,6 @@ def serve(target: Target, settings: ServeSettings, layout: Sequence[str], nproc:
         settings: where and for whom.
         layout: `key=value` changes of layout and precision.
         nproc: local processes.
-        others: servers that requests for other models are passed on to, by the model's name.
 
     Raises:
         UserError: the model, its tokenizer or the address cannot be used.
@@ -400,7 +338,7 @@ def serve(target: Target, settings: ServeSettings, layout: Sequence[str], nproc:
     @contextlib.contextmanager
     def office() -> Iterator[Clerk]:
         desk = RequestQueue(settings.max_waiting)
-        with _door(HttpServer(settings, desk, reader, time.time(), longest, others), settings, others):
+        with _door(HttpServer(settings, desk, reader, time.time(), longest), settings):
             yield Clerk(desk, reader, lambda: flag.reason, parent.has_ended)
 
     if not target.is_hf:
@@ -424,15 +362,15 @@ def _refuse_layout(target: Target, layout: Sequence[str], nproc: int | None) -> 
 
 
 @contextlib.contextmanager
-def _door(server: HttpServer, settings: ServeSettings, others: Mapping[str, LocalServer]) -> Iterator[None]:
+def _door(server: HttpServer, settings: ServeSettings) -> Iterator[None]:
     """Keep the server open, with its address in the file that is wanted."""
     server.start()
     try:
-        file, names = settings.address_file, [settings.name, *others]
+        file = settings.address_file
         if file is not None:
-            write_output(file, json.dumps({"url": server.url, "model": settings.name, "models": names,
+            write_output(file, json.dumps({"url": server.url, "model": settings.name,
                                            "pid": os.getpid()}) + "\n")
-        print(f"{', '.join(names)} {'answer' if others else 'answers'} at {server.url}; Ctrl-C or SIGTERM "
+        print(f"{settings.name} answers at {server.url}; Ctrl-C or SIGTERM "
               f"ends it\n  chat page  {server.url.removesuffix('v1')}", file=sys.stderr, flush=True)
         try:
             yield

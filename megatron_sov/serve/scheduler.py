@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_sov.infer.engines.live import Joining, News, Orders
-from megatron_sov.infer.request import Written
 from megatron_sov.serve.bodies import BodyReader, ReadBody, RefusedRequest, ServedQuestion
 
 # Where requests wait, between the thread of the server and the one that the model runs on.
@@ -30,8 +29,6 @@ class Begun:
     """Whether the template has opened the thoughts that the answer begins with."""
     end_ids: tuple[int, ...]
     """Tokens that end an answer."""
-    prompts: tuple[tuple[int, ...], ...] = ()
-    """Ids of each prompt, where they are told."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +39,8 @@ class Wrote:
     """Place of the answer in its request: that of its prompt times the choices, and of its choice."""
     token: int
     """Its id."""
-    logprob: float
-    """Its log-probability."""
     reason: str | None
     """Why the answer ends with it; None: it goes on."""
-    ranked: tuple[Written, ...] = ()
-    """What is asked of probable tokens, see `News`."""
 
 
 Event = Begun | Wrote | RefusedRequest
@@ -228,7 +221,7 @@ class Clerk:
         told: list[tuple[Ticket, Event]] = []
         for one in news:
             ticket, sequence = self._under_way[one.number]
-            told.append((ticket, Wrote(sequence, one.token, one.logprob, one.reason, one.ranked)))
+            told.append((ticket, Wrote(sequence, one.token, one.reason)))
             if one.reason is not None:
                 del self._under_way[one.number]
         self._desk.tell(told)
@@ -245,15 +238,13 @@ class Clerk:
             self._desk.began(question.num_sequences)
             self._desk.tell([(ticket, e)])
             return True
-        self._desk.tell([(ticket, Begun(tuple(map(len, read.prompts)), read.in_thoughts, read.end_ids,
-                                         tuple(map(tuple, read.prompts))
-                                         if question.echoes or question.with_ids else ()))])
+        self._desk.tell([(ticket, Begun(tuple(map(len, read.prompts)), read.in_thoughts, read.end_ids))])
         # Answers of one request are sequences of their own, prompt by prompt.
         for place in range(question.num_sequences):
             prompt, choice = divmod(place, question.num_choices)
             sampling = replace(question.sampling, max_new_tokens=read.limits[prompt])
             self._ready.append(Joining(self._next_number, read.prompts[prompt], sampling, choice,
-                                       read.end_ids, question.tells))
+                                       read.end_ids))
             self._under_way[self._next_number] = (ticket, place)
             self._next_number += 1
         return True

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,11 +20,10 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessor, ContinuousBatchingLogitsProcessorList)
 
 from megatron_sov.infer.decoder.generator import distributions
-from megatron_sov.infer.decoder.logprobs import CHUNK_PLACES, RankingPlace, ranked
 from megatron_sov.infer.decoder.sampling import draw
 from megatron_sov.infer.engines.libraries import PAGE_TOKENS, cache_sizes
 from megatron_sov.infer.engines.live import Joining, News, Office
-from megatron_sov.infer.request import LENGTH, STOP, Batching, Written
+from megatron_sov.infer.request import LENGTH, STOP, Batching
 
 WAIT_S = 0.1
 """For a token, before requests are looked at again."""
@@ -38,10 +36,8 @@ class _LiveRequest:
     joining: Joining
     random: np.random.Generator
     """Its stream, as `Continuation.random`."""
-    prompt: tuple[Written, ...] = ()
-    """What is told of its prompt."""
-    sampled: deque[tuple[float, tuple[Written, ...]]] = field(default_factory=deque)
-    """Log-probability and ranked tokens of each token that was chosen and not told."""
+    sampled: deque[float] = field(default_factory=deque)
+    """Log-probability of each token that was chosen and not told."""
     num_told: int = 0
 
 
@@ -72,12 +68,8 @@ class RequestSampler(ContinuousBatchingLogitsProcessor):
             found = draw(shares, [self._requests[row].random.random() for row in drawn])
             tokens[drawn] = torch.tensor(found, device=tokens.device)
             logprobs[drawn] = shares.gather(1, tokens[drawn, None])[:, 0].log()
-        places = [RankingPlace(row, int(tokens[row]), one.joining.tells.num_top,
-                               one.joining.sampling if one.joining.sampling.temperature else None)
-                  for row, one in enumerate(self._requests) if one.joining.tells.something]
-        told = iter(ranked(partial(_rows_of, scores), places))
         for one, logprob in zip(self._requests, logprobs.tolist(), strict=True):
-            one.sampled.append((logprob, (next(told),) if one.joining.tells.something else ()))
+            one.sampled.append(logprob)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
 
@@ -111,41 +103,20 @@ def continue_transformers(model: Any, batching: Batching, longest: int, office: 
                 if live.pop(number, None) is not None:
                     manager.cancel_request(str(number))
             for joining in orders.joining:
-                live[joining.number] = _join(manager, model, joining)
+                live[joining.number] = _join(manager, joining)
             if live and (news := _next_tokens(manager, live)):
                 office.tell(news)
     finally:
         manager.stop(hard_stop=True)
 
 
-def _join(manager: Any, model: Any, joining: Joining) -> _LiveRequest:
+def _join(manager: Any, joining: Joining) -> _LiveRequest:
     sampling = joining.sampling
     random = np.random.Generator(np.random.Philox(key=[sampling.seed, joining.stream]))
     request = _LiveRequest(joining, random)
-    if joining.tells.prompt:
-        with manager.pause():
-            request.prompt = tuple(_ranked_prompt(model, joining))
     manager.add_request(list(joining.prompt), str(joining.number), sampling.max_new_tokens, streaming=True,
                         eos_token_id=list(joining.end_ids) or -1, request=request)
     return request
-
-
-def _ranked_prompt(model: Any, joining: Joining) -> list[Written]:
-    """Return what is told of the prompt's tokens from the second on: a few logits are held at a time."""
-    prompt, found, cache = list(joining.prompt), list[Written](), None
-    for start in range(0, len(prompt) - 1, CHUNK_PLACES):
-        piece = prompt[start:min(start + CHUNK_PLACES, len(prompt) - 1)]
-        ids = torch.tensor([piece], device=model.device)
-        read = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        cache = read.past_key_values
-        places = [RankingPlace(row, prompt[start + row + 1], joining.tells.num_top, None)
-                  for row in range(len(piece))]
-        found += ranked(partial(_rows_of, read.logits[0]), places)
-    return found
-
-
-def _rows_of(logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-    return logits[list(rows)].float()
 
 
 def _next_tokens(manager: Any, live: dict[int, _LiveRequest]) -> list[News]:
@@ -171,13 +142,11 @@ def _next_tokens(manager: Any, live: dict[int, _LiveRequest]) -> list[News]:
 
 
 def _news(number: int, request: _LiveRequest, token: int) -> News:
-    logprob, told = request.sampled.popleft()
-    if not request.num_told:
-        told = (*request.prompt, *told)
+    logprob = request.sampled.popleft()
     request.num_told += 1
     reason = None
     if token in request.joining.end_ids:
         reason = STOP
     elif request.num_told >= request.joining.sampling.max_new_tokens:
         reason = LENGTH
-    return News(number, token, logprob, reason, told)
+    return News(number, token, logprob, reason)

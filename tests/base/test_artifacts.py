@@ -24,6 +24,8 @@ from megatron_sov.base.artifacts import (
     refuse_existing, sha256_file, to_json)
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.sealed import (
+    check_seal, read_json, seal_damage, seal_file, seal_of, write_json, write_sealed)
 
 BLAKE3_OF_ABC = "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"
 """As in the test vectors of other implementations."""
@@ -398,3 +400,41 @@ def test_an_output_behind_a_link_comes_to_lie_where_the_link_leads(tmp_path: Pat
     for refuse in (lambda: refuse_existing(lost, "tokens", overwrite=False), lambda: build(lost)):
         with pytest.raises(UserError, match=r"lost: is a link to .*nowhere, which does not exist"):
             refuse()
+
+
+def test_a_sealed_file_is_what_was_written(tmp_path: Path) -> None:
+    file = tmp_path / "numbers.f32"
+    assert "cannot be read (No such file or directory)" in str(seal_damage(file))
+    for content in (b"", b"1234", bytes(range(256)) * 9):
+        write_sealed(file, content)
+        whole = file.read_bytes()
+        assert seal_damage(file) is None and whole.startswith(content)
+        for damaged in (*(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1:]
+                          for place in {0, len(content) // 2, len(whole) - 1}), whole[:-1], whole + b"x"):
+            file.write_bytes(damaged)
+            assert "is damaged (it " in str(seal_damage(file))
+
+
+def test_a_sound_file_of_something_else_is_none_of_this(tmp_path: Path) -> None:
+    file = tmp_path / "numbers.f32"
+    write_sealed(file, b"1234", "round 1")
+    assert seal_damage(file, "round 1") is None
+    for other in ("round 2", ""):
+        assert "differs from its own checksum" in str(seal_damage(file, other))
+    write_json(tmp_path / "a.json", {"a": 1}, "here")
+    assert read_json(tmp_path / "a.json", of="here") == {"a": 1}
+    with pytest.raises(UserError, match=r"a.json: is damaged or belongs elsewhere .it differs"):
+        read_json(tmp_path / "a.json", of="there")
+
+
+def test_an_older_sound_file_is_not_the_one_that_a_note_names(tmp_path: Path) -> None:
+    file = tmp_path / "rows"
+    file.write_bytes(b"older")
+    older = seal_file(file)
+    assert seal_of(file) == older
+    check_seal(file, seal=older)
+    file.write_bytes(b"newer")
+    newer = seal_file(file)
+    with pytest.raises(UserError, match=r"rows: is not the file that was written here .its checksum is"):
+        check_seal(file, seal=older)
+    check_seal(file, seal=newer)

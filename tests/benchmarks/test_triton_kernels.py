@@ -14,8 +14,6 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
 import triton_interpreter
 
 GPU = Path(triton_interpreter.__file__).parent
-pytestmark = pytest.mark.checkout
-
 
 @pytest.fixture(scope="module")
 def path() -> str:
@@ -28,7 +26,7 @@ def path() -> str:
     return os.pathsep.join(filter(None, [str(folder or ""), os.environ.get("PYTHONPATH", "")]))
 
 
-@pytest.mark.deep  # the double is held to torch by test_double.py
+@pytest.mark.deep
 def test_their_results_are_those_of_the_double_and_of_torch(path: str) -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", GPU / "triton_interpreter.py", "--quick"],
                           capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path})

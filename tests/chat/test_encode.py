@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from megatron_sov.base.documents.records import RecordReading, parse_record
 from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
 from megatron_sov.chat.marks import KIND_NONE, KINDS
 from megatron_sov.chat.template import ChatTemplate
+from tests.pages_typed import blocks, page_text
 
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" \
         "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -291,8 +291,7 @@ FULL = "{% for m in messages %}[BOS]{{ m.role }}\n" \
 
 def test_the_chat_on_the_page_teaches_its_thought_its_call_and_its_answer(
         tokenizer: PreTrainedTokenizerFast) -> None:
-    page = (Path(__file__).parents[2] / "docs/chats.md").read_text()
-    (example,) = re.findall(r"^```json\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (example,) = blocks(page_text("chats.md"), "json")
     document = parse_record(json.loads(example), "chats.md", 1, RecordReading("chat"))
     chat = encoder(tokenizer, FULL).encode(document.conversation())
     ids = [i for i, t in zip(chat.ids, chat.types, strict=True) if t == TYPE_RESPONSE]

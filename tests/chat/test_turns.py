@@ -4,8 +4,6 @@ model writes as its tokenizer would."""
 from __future__ import annotations
 
 import itertools
-import sys
-from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -15,9 +13,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import ChatEncoder, TurnEncoder
 from megatron_sov.chat.marks import with_opening
 from megatron_sov.chat.template import ChatTemplate
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from tool_episodes import BEGIN, END, TEMPLATE, chat_encoder
+from tests.judge.tools.fuzzed_episodes import BEGIN, END, TEMPLATE, chat_encoder
 
 # as Qwen3's: several results share a user's turn, and contents are looked into
 WRAPPED = (

@@ -92,7 +92,7 @@ def test_gaps_and_overlaps_are_refused(tmp_path_factory, grid: tuple[tuple[int, 
     if (owners == 1).all():
         write_index(folder, "model", [index])
     elif changed:
-        with pytest.raises(ValueError, match="each must be owned by 1"):
+        with pytest.raises(ValueError, match="owned by 1"):
             write_index(folder, "model", [index])
 
 
@@ -101,7 +101,7 @@ def test_two_halves_that_overlap_and_leave_a_gap_are_refused(tmp_path: Path) -> 
     writer = TensorWriter(tmp_path, "model")
     for start in (0, 1):
         writer.add("w", torch.zeros(2), (4,), (start,))
-    with pytest.raises(ValueError, match=r"owned by 0 blocks and parts by 2"):
+    with pytest.raises(ValueError, match="owned by 0 blocks"):
         write_index(tmp_path, "model", [writer.finish()])
 
 
@@ -109,7 +109,7 @@ def test_blocks_upon_blocks_are_refused_before_all_are_counted() -> None:
     """Counting each would take the square of their number: minutes here."""
     own = [{"offset": [i], "shape": [1]} for i in range(20_000)]
     assert (owners([20_000], own) == 1).all()
-    with pytest.raises(ValueError, match="40000 blocks stand one upon another"):
+    with pytest.raises(ValueError, match="40000 blocks stand"):
         owners([20_000], own + [{"offset": [0], "shape": [20_000]}] * 20_000)
 
 
@@ -163,7 +163,7 @@ def test_damage_is_one_sentence(tmp_path: Path) -> None:
         TensorReader(tmp_path)
     write(tmp_path, torch.randn(6, 2), [((0, 0), (3, 2)), ((3, 0), (3, 2))])
     damaged(tmp_path, lambda index: index["w"]["pieces"].pop())
-    with pytest.raises(UserError, match=r"w is damaged .its index holds 6 of the 12 elements"):
+    with pytest.raises(UserError, match="6 of the 12"):
         TensorReader(tmp_path).read("w")
     with pytest.raises(UserError, match="is damaged"):
         TensorReader(tmp_path).read("w", (0, 0), (9, 2))  # more than the tensor has
@@ -174,7 +174,7 @@ def test_damage_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=cut):
         TensorReader(tmp_path).read("w", (0, 0), (1, 2))
     file.unlink()
-    with pytest.raises(UserError, match=r"safetensors: cannot be read .*No such file"):
+    with pytest.raises(UserError, match="safetensors: cannot be read"):
         TensorReader(tmp_path).read("w", (0, 0), (1, 2))
     (tmp_path / "model.index.json").write_text("{")
     with pytest.raises(UserError, match=r"model\.index\.json: is damaged"):

@@ -75,12 +75,12 @@ def test_damaged_headers_are_refused_by_name(tmp_path: Path, change, tail: bytes
 def test_files_that_change_or_hold_other_kinds_of_numbers(tmp_path: Path) -> None:
     path = _with_header(tmp_path / "t.safetensors", lambda h: h["b"].update(dtype="F8_E4M3", shape=[8]))
     file = TensorFile(path, "copy it again")
-    with pytest.raises(UserError, match=r"b has dtype F8_E4M3, but only .* without quantisation"):
+    with pytest.raises(UserError, match="dtype F8_E4M3,"):
         file.read("b")
     with pytest.raises(UserError, match="lacks c"):
         file.read("c")
     path.write_bytes(path.read_bytes()[:-12])
-    with pytest.raises(UserError, match=r"a cannot be read .*become shorter.*; copy it again"):
+    with pytest.raises(UserError, match=r"read .*become shorter.*; copy"):
         file.read("a")
 
 

@@ -12,6 +12,12 @@ from typing import Any
 import pytest
 
 from megatron_sov.cli import main
+from megatron_sov.commands.evaluate.eval_judged import EvalPasskOptions
+from megatron_sov.commands.models.generate import GenerateOptions
+from megatron_sov.commands.models.serve import ServeOptions
+from megatron_sov.commands.shared_options import words_of
+from megatron_sov.infer.request import Sampling
+from tests.typed_words import typed
 
 ROUNDS = ("rollout.rounds=2", "rollout.prompts_per_round=2", "rollout.samples_per_prompt=2",
           "rollout.max_new_tokens=12", "rollout.max_prompt_tokens=20", "policy.method=dapo", "policy.kl=k3",
@@ -48,7 +54,7 @@ def start(teacher: Path, packed_data: Any, run_command: Any, tiny: list[str],
     return Start(folder, data, {"run": teacher, "hf": folder / "hf"}, tiny)
 
 
-def words_of(command: str, start: Start) -> Iterator[str]:
+def words_beside_start(command: str, start: Start) -> Iterator[str]:
     """Yield what a command takes beside its start."""
     yield from (*command.split(), "tiny-solar-open", "--data", str(start.data[command]), *start.settings,
                 "--set", "model.hidden_size=48")
@@ -77,7 +83,8 @@ def dry(capsys: Any, folder: Path, *words: object) -> list[str]:
 @pytest.mark.parametrize("command", ["pretrain", "sft", "prefer", "distill", "rl train", "rl run"])
 def test_a_run_is_told_and_not_begun(capsys: Any, start: Start, command: str, kind: str) -> None:
     run = start.folder / "new"
-    lines = dry(capsys, start.folder, *words_of(command, start), "--from", start.starts[kind], "--run", run)
+    lines = dry(capsys, start.folder, *words_beside_start(command, start), "--from", start.starts[kind],
+                "--run", run)
     found = start.starts[kind]
     if kind == "hf":
         assert f"  converts   {found} into {run.parent}/.from-hf first" in lines
@@ -112,7 +119,7 @@ def test_many_processes_are_told_what_they_would_be_told(
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main([*words_of("pretrain", start), "--from", str(start.starts["hf"]), "--run",
+    assert main([*words_beside_start("pretrain", start), "--from", str(start.starts["hf"]), "--run",
                  str(start.folder / "new"), "--dry-run"]) == 2
     assert "many processes would convert it at once" in capsys.readouterr().err
 
@@ -121,3 +128,17 @@ def test_mistakes_are_those_of_the_run(capsys: Any, packed_data: Any, tmp_path: 
     assert main(["pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run",
                  str(tmp_path / "run"), "--set", "model.vocab_size=100", "--dry-run"]) == 2
     assert "its tokenizer has 368 ids" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [
+    GenerateOptions(target=Path("m"), prompt=("-1 plus 1?", "a  b"), chat=True, logprobs=True, json=True,
+                    sampling=Sampling(5, 0.1, top_p=1e-9, num_drafts=2), nproc=3, settings=("a=1", "b=-x")),
+    EvalPasskOptions(target=Path("m"), input=Path("p"), k=(1, 8), output=Path("o"), reward="math",
+                     right_from=-0.5, reward_set=("unit=km",)),
+    ServeOptions(target=Path("m"))])
+def test_words_are_read_as_the_same_options(options: Any) -> None:
+    assert typed(type(options), words_of(options)) == options
+
+
+def test_defaults_take_no_words() -> None:
+    assert words_of(ServeOptions(target=Path("m"))) == ["m"]

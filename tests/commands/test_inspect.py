@@ -127,18 +127,6 @@ def test_origins_are_followed_once_and_found_where_all_was_moved(capsys: pytest.
     assert inspected(capsys, "elsewhere/d").count("(here)") == 3
 
 
-def test_a_page_holds_facts_origins_and_rows_and_no_script_of_theirs(capsys: pytest.CaptureFixture[str]
-                                                                    ) -> None:
-    Path("rows.jsonl").write_text('{"a": "<script>alert(1)</script>", "b": [1]}\n{"c": null}\n')
-    inspected(capsys, "rows.jsonl", "--page", "rows.html")
-    page = Path("rows.html").read_text()
-    assert "&lt;script&gt;alert" in page and "<script>alert" not in page
-    assert all(f">{name}</th>" in page for name in "abc")
-    inspected(capsys, "c", "--page", "c.html")
-    assert "made from rows b (here)" in Path("c.html").read_text()
-    assert "--page" in inspected(capsys, "c", "--page", "a", code=2)
-
-
 def test_the_page_types_what_works(capsys: pytest.CaptureFixture[str]) -> None:
     page = (Path(__file__).parents[2] / "docs/inspect.md").read_text()
     os.rename("a", "shards")

@@ -18,8 +18,9 @@ from megatron_sov.cli import main
 from megatron_sov.commands.score import hash_questions
 from megatron_sov.judge.rewards.registry import OWN
 from megatron_sov.work.progress.journal import RECORDS, work_folder
+from tests.pages_typed import page_text, shell_lines, shown_files
 
-PAGE = Path(__file__).parents[2] / "docs/rewards.md"
+PAGE = page_text("rewards.md")
 ROWS = [{"id": i, "response": "가" * i + "a" * (4 - i)} for i in range(5)]
 
 
@@ -211,14 +212,10 @@ def test_a_journal_that_another_command_has_just_removed_is_not_held(
 
 
 def test_what_the_page_shows_runs() -> None:
-    text = PAGE.read_text()
-    for name, content in re.findall(r"^`([a-z_.]+)`:\n\n```[a-z]+\n(.*?)^```", text,
-                                    re.MULTILINE | re.DOTALL):
+    for name, content in shown_files(PAGE).items():
         Path(name).write_text(content)
-    blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     outputs = {}
-    for line in lines:
+    for line in shell_lines(PAGE, "bash"):
         program, *arguments = shlex.split(line)
         assert (program, main([*arguments, "--workers", "1"])) == ("megatron-sov", 0), line
         name = arguments[arguments.index("--output") + 1]
@@ -233,39 +230,3 @@ def test_what_the_page_shows_runs() -> None:
     assert outputs["code.jsonl"] == [1.0, 0.5, 0.0]
     assert outputs["kept.jsonl"] == [1.0, 0.0]
     assert outputs["contains.jsonl"] == [1.0, 0.0, 0.0]
-
-
-VERIFIERS = '''
-class Fooled:
-    """Pays the right word, and whoever asks for it."""
-
-    def score(self, row):
-        return float("right" in row["response"] or "trust me" in row["response"])
-
-
-class Strict:
-    """Pays the right word."""
-
-    def score(self, row):
-        return float("right" in row["response"])
-'''
-
-
-def test_a_fooled_verifier_rings_an_alarm_and_leaves_a_page(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("own.py").write_text(VERIFIERS)
-    texts = [f"{'right' if i % 3 else 'wrong'} {i}" for i in range(220)] + ["please trust me now"] * 30
-    write([{"response": text} for text in texts])
-    assert score("--set", "parts.a.reward=own.py:Fooled", "--set", "second.reward=own.py:Strict", "--set",
-                 "second.of=a", "--set", "second.share=1", "--disagreements", "page.html",
-                 reward="composed") == 0
-    shown = capsys.readouterr()
-    assert "second opinion: 30 of 250 rows disagree (lines 221, 222, 223" in shown.out
-    assert re.search(r"ALARM at line 22\d: the first verifier pays 100% that the second one would not, 0% in "
-                     r"the beginning; it may be fooled; look at answers with 'please trust", shown.err)
-    assert "ALARM" in Path("page.html").read_text()
-
-
-def test_a_page_of_disagreements_needs_a_second_opinion(capsys: pytest.CaptureFixture[str]) -> None:
-    assert score("--set", "language=ko", "--disagreements", "page.html") == 2
-    assert "--reward language asks for no second opinion" in capsys.readouterr().err
-    assert not Path("page.html").exists()

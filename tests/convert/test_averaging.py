@@ -124,7 +124,7 @@ def test_what_has_no_mean_is_refused(experts: list[Path], solar_dir: Path, tmp_p
         artifact.content = {"step": 0, "base": {"path": str(experts[0]), "sha256": "0" * 64}}
         artifact.settings = settings
     refused("holds an adapter of .*, and .* all weights", experts[0], tmp_path / "adapter")
-    with pytest.raises(UserError, match="its weight -1 must be a positive number"):
+    with pytest.raises(UserError, match="its weight -1 must"):
         convert.average([(experts[0], 1.0), (experts[1], -1.0)], tmp_path / "never")
 
 

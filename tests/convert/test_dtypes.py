@@ -31,7 +31,7 @@ def test_finite_values_keep_their_bits_or_are_rounded_once() -> None:
     assert convert_tensor(torch.empty(0, 3), torch.bfloat16, Path("source"), "w").shape == (0, 3)
     wide = torch.randn(100)
     assert convert_tensor(wide, torch.bfloat16, Path("source"), "w").equal(wide.bfloat16())
-    with pytest.raises(UserError, match=r"w: its largest value 3.40282e\+38 does not fit bfloat16"):
+    with pytest.raises(UserError, match=r"largest value 3.40282e\+38"):
         convert_tensor(torch.tensor([torch.finfo(torch.float32).max]), torch.bfloat16, Path("source"), "w")
 
 
@@ -45,5 +45,5 @@ def test_planned_dtypes() -> None:
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     check_space(tmp_path / "out", 1)
-    with pytest.raises(UserError, match=r"needs 1,000,000 TB, but .* has [\d.]+ \wB free"):
+    with pytest.raises(UserError, match="needs 1,000,000 TB,"):
         check_space(tmp_path / "out", 10**18)

@@ -220,7 +220,7 @@ def test_what_takes_too_much_is_ended(tmp_path: Path, monkeypatch: pytest.Monkey
         file.truncate(512 << 20)
     for name in ("BASE_MEMORY_BYTES", "MEMORY_PER_BYTE"):
         monkeypatch.setattr(f"megatron_sov.convert.inert_pickle.{name}", 0)
-    with pytest.raises(UserError, match="takes more memory than a file of its size can need"):
+    with pytest.raises(UserError, match="takes more memory"):
         read_apart("index", tmp_path / "x")
 
 
@@ -231,7 +231,7 @@ def test_what_is_said_fits_the_memory_of_the_process_that_reads(tmp_path: Path) 
     file = tmp_path / "common.pt"
     file.write_bytes(_saved({"args": made_by_hand.argparse.Namespace(a=[long] * 1000)}))
     assert file.stat().st_size < 2 << 20
-    with pytest.raises(UserError, match="takes more memory than a file of its size can need"):
+    with pytest.raises(UserError, match="takes more memory"):
         read_apart("settings", file)
 
 

@@ -89,7 +89,7 @@ def test_a_killed_conversion_goes_on_to_the_same_bytes(solar_dir: Path, tmp_path
         monkeypatch.setattr(hf_import, "write_file",
                             lambda path, *rest, written=written: (written.append(path), real(path, *rest))[1])
         arguments = {} if action == "from_hf" else {"max_shard_bytes": FILE_BYTES}
-        with pytest.raises(UserError, match=r"of another command(.|\n)*dtype was .keep., and is .float64."):
+        with pytest.raises(UserError, match=r".keep., and is .float64."):
             getattr(convert, action)(source, out, "float64", **arguments)
         getattr(convert, action)(source, out, **arguments)
         assert written and not second & {p.relative_to(work).as_posix() for p in written}

@@ -194,5 +194,5 @@ def test_a_model_with_an_adapter_takes_nothing_in() -> None:
     from megatron_sov.convert import import_weights
 
     adapted: Any = SimpleNamespace(lora=LoraConfig(4))
-    with pytest.raises(UserError, match=r"^lora\.rank = 4: .* would add its own to them"):
+    with pytest.raises(UserError, match=r"^lora\.rank = 4:"):
         import_weights(adapted, [])

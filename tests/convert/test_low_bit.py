@@ -59,7 +59,7 @@ def test_a_weight_is_the_product_of_its_numbers_and_its_scale(solar_dir: Path, t
     FIELD | {"config_groups": {"g": {"weights": None}}}])
 def test_other_formats_of_compressed_tensors_are_refused(field: Any, solar_dir: Path, tmp_path: Path) -> None:
     in_fp8(solar_dir, tmp_path / "other", field)
-    with pytest.raises(UserError, match="of compressed-tensors only float-quantized with a scale for each"):
+    with pytest.raises(UserError, match="compressed-tensors only float-quantized"):
         HfWeights(tmp_path / "other")
 
 

@@ -132,7 +132,7 @@ def test_peft_loads_ours_and_ours_peft(case: str, ranks: Any, job: Any, tmp_path
         assert ours.read(key).equal(back.read(key)), key
     for name in frozen:
         save_file({**saved, name: saved[name] + 1}, tmp_path / "again" / WEIGHTS)
-        with pytest.raises(UserError, match="so it was trained beside the adapter or is of another model"):
+        with pytest.raises(UserError, match="trained beside the adapter"):
             from_peft(tmp_path / "again", tmp_path / "no", base)
 
 
@@ -179,7 +179,7 @@ def test_what_we_have_no_like_of_is_refused(config: dict[str, Any], names: list[
 
 def test_an_adapter_of_one_side_of_a_tied_weight_is_refused_by_its_reason() -> None:
     names = ["base_model.model.model.embed_tokens.lora_embedding_A"]
-    with pytest.raises(UserError, match=r"here: .*embed_tokens.* adapts one side of a weight that is"):
+    with pytest.raises(UserError, match=r".*embed_tokens.* adapts"):
         lora_of(GOOD, names, get("tiny-qwen2").model, "here")
 
 
@@ -191,7 +191,7 @@ def test_dora_beside_a_head_of_its_own_is_read_and_dora_of_the_head_is_refused()
     assert not model.tied_embeddings
     assert lora_of({**GOOD, "use_dora": True}, names, model, "") == LoraConfig(4, 8.0, ("q_proj",), True)
     head = [f"base_model.model.lm_head{end}" for end in ends]
-    with pytest.raises(UserError, match=r"lm_head.lora_A.weight under use_dora = True: DoRA is not built"):
+    with pytest.raises(UserError, match=r"lm_head.lora_A.weight under use_dora"):
         lora_of({**GOOD, "use_dora": True}, names + head, model, "here")
 
 

@@ -98,7 +98,7 @@ def test_safetensors_come_first_and_only_conversion_reads_pickles(solar_dir: Pat
     assert [*weight_files(both)] == [*weight_files(both, pickled=True)] == ["model.safetensors"]
     only = pickled(solar_dir, tmp_path / "only")
     assert [*weight_files(only, pickled=True)] == [BIN]
-    with pytest.raises(UserError, match="pickled weights are not read here; write the folder with safet"):
+    with pytest.raises(UserError, match="pickled weights"):
         weight_files(only)
     # the advice
     assert main(["convert", "from-hf", str(only), str(tmp_path / "ckpt")]) == 0
@@ -175,7 +175,7 @@ def test_a_file_that_is_not_a_dict_of_tensors_is_refused(name: str) -> None:
 
 def test_a_header_above_the_limit_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_sov.convert.inert_pickle.MAX_HEADER_BYTES", 100)
-    with pytest.raises(ValueError, match="no header, or one above 100 bytes"):
+    with pytest.raises(ValueError, match="above 100 bytes"):
         read_weights(io.BytesIO(saved({"a": torch.ones(2)})))
 
 
@@ -198,11 +198,11 @@ def test_an_index_that_sends_out_of_the_folder_or_to_another_kind_of_file_is_ref
     index = folder / f"{BIN}.index.json"
     for file in ("../x.bin", "x.pt", "/etc/passwd", 5):
         index.write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
-        with pytest.raises(UserError, match=r"must name \.bin files in the same folder"):
+        with pytest.raises(UserError, match="same folder"):
             convert.open_weights(folder)
     safe = shutil.copytree(solar_dir, tmp_path / "safe")
     (safe / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a.weight": "x.bin"}}))
-    with pytest.raises(UserError, match=r"must name \.safetensors files in the same folder"):
+    with pytest.raises(UserError, match=r"name \.safetensors files"):
         convert.open_weights(safe)
 
 

@@ -316,7 +316,7 @@ def test_what_is_inside_does_not_wait_for_the_hashes(folder: Folder, monkeypatch
 
 def test_only_what_was_made_of_damaged_files_is_refused(folder: Folder) -> None:
     (folder.path / "b").write_text("B")
-    with (pytest.raises(UserError, match=r"b: its content differs .*\(it holds B\); copy or download it"),
+    with (pytest.raises(UserError, match="b: its content differs"),
           checked_source(folder, workers=2) as check):
         check.require(["A"])
         with pytest.raises(UserError, match="b: its content differs"):

@@ -16,8 +16,8 @@ import pytest
 from data_prep import demo_corpus
 from data_prep.cli import main
 from data_prep.demo_corpus import (
-    CorpusUnavailable, Docstring, clean, docstrings, documentation, html_text, is_korean, korean_only,
-    korean_pages, question_and_answer, select, stdlib_files, topics)
+    CorpusUnavailable, Docstring, clean, docstrings, documentation, korean_only, korean_pages,
+    question_and_answer, select)
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.documents import list_files, read_documents
 
@@ -28,19 +28,10 @@ PAGE = """<html><head><title>제목</title><script>var 가 = 1;</script></head><
 <b>열려면</b> 누르십시오.</p><ul><li>하나<li>둘</ul></body></html>"""
 
 
-def test_visible_text_of_a_page_one_block_a_line() -> None:
-    assert html_text(PAGE) == "파일 & 폴더\n파일을 열려면 누르십시오.\n하나\n둘"
-
-
-def test_lines_count_as_korean_by_their_letters() -> None:
-    assert is_korean("LibreOffice Writer 문서를 열고 저장할 수 있습니다")
-    assert not is_korean("Click the button named 확인 to go on")
-    assert not is_korean("1234 --")
-
-
 def test_notes_that_stand_on_every_page_are_kept_once() -> None:
     note = "이 안내문은 모든 쪽에 똑같이 나오는 아주 긴 문장입니다. 한 번이면 됩니다."
-    pages = {"a": f"{note}\n예\nEnglish only", "b": f"{note}\n예", "c": note, "d": "English only"}
+    pages = {"a": f"{note}\n예\nEnglish only", "b": f"{note}\n예\nClick the button named 확인 to go on",
+             "c": note, "d": "English only"}
     assert korean_only(pages) == {"a": f"{note}\n예", "b": "예"}
 
 
@@ -150,13 +141,6 @@ def test_questions_are_about_public_names_and_answers_are_sentences() -> None:
     assert question_and_answer(Docstring("m", "f", "Too short.")) is None
     assert question_and_answer(Docstring("m", "f",
                                          "no capital letter stands at the beginning of this one.")) is None
-
-
-def test_this_python_brings_text() -> None:
-    names = [name for name, _ in stdlib_files()]
-    assert "textwrap.py" in names and "json/decoder.py" in names and names == sorted(names)
-    assert not any("/test/" in f"/{name}" or "site-packages" in name for name in names)
-    assert "lambda" in topics()["topic lambda"]
 
 
 @pytest.fixture(autouse=True)

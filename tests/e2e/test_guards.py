@@ -27,7 +27,7 @@ STORM_FAULTS = ("raise@start=0,rank=1", "kill@step=3,rank=1", "raise@load=4", "b
                 "kill@save=12", "corrupt-checkpoint@save=16", "raise@step=18,rank=1", "hang@step=20,rank=1",
                 "nan@step=21,rank=1", "slow-rank@step=25,rank=1,seconds=0.3,steps=6", "spike@step=27")
 ONE_OF_EACH = tuple(STORM_FAULTS[i] for i in (1, 3, 5, 7, 8, 9, 10))
-"""Without further ends of a rank: where it starts, loads, and saves (test_kills.py), and in a later step."""
+"""Without further ends of a rank: where it starts, loads, and saves (test_resume.py), and in a later step."""
 RESTARTS = {STORM_FAULTS: ([1, 137, 77, 1, 137, 1, 76], [0, 0, 8, 8, 8, 16, 16]),
             ONE_OF_EACH: ([137, 77, 76], [0, 8, 16])}
 """Exit codes for start, kill, bitflip, load, save, raise and hang, and the steps that are gone back to."""
@@ -103,7 +103,7 @@ def last_checkpoint(run: Path) -> dict[str, Any]:
                          ids=["one of each", "all"])
 def test_whatever_comes_the_run_ends_as_one_from_which_the_same_samples_were_left_out(
         ranks: Any, job: Any, packed_data: Any, tmp_path: Path, faults: tuple[str, ...]) -> None:
-    """That a run gives up where nothing is left to go back to, test_last_words.py shows, too."""
+    """That a run gives up where nothing is left to go back to, test_interrupts.py shows, too."""
     more = {"given up": 2} if faults == STORM_FAULTS else {}
     ((codes,),) = ranks(job(__file__, "runs", 1, {"data": str(packed_data.text), "folder": str(tmp_path),
                                                   "storm": list(faults), "more": bool(more)}))

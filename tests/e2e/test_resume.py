@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +106,117 @@ def _continues_at_another_size(whole: Path, other: Path, pretrain: Any, run_comm
         assert ours[step["step"]]["loss"] == pytest.approx(step["loss"], rel=1e-5)
         assert ours[step["step"]]["grad_norm"] == pytest.approx(step["grad_norm"], rel=1e-4)
         assert ours[step["step"]]["tokens"] == step["tokens"]
+
+
+KILLED_STEPS = 12
+KILLED = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.head_dim=8",
+          "model.expert_ffn_dim=16", 'data.phases=[{"name": "main", "seq_len": 32}]',
+          "train.global_batch_size=8", "train.micro_batch_size=4", "data.heldout_tokens=128",
+          f"train.steps={KILLED_STEPS}", "train.checkpoint_every_steps=2", "train.keep_checkpoints=1",
+          "train.keep_every_steps=8", "train.eval_every_steps=6", "train.hidden_dropout=0.1",
+          "parallel.ep=2")
+
+
+def run_and_kill(data: str, folder: str, more: bool) -> dict[str, Any]:
+    """Runs in a process that has imported everything: forks runs of two ranks, and kills all but the last."""
+    from megatron_sov import recipes
+    from megatron_sov.checkpoint.host_snapshot import Snapshot
+    from megatron_sov.engine.parallel.world import STORE_PORT
+    from megatron_sov.model.config import apply_settings
+    from megatron_sov.runs.checkpoints import damage
+    from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.runs.obs.events import read_events
+    from megatron_sov.train.objectives.data_objective import LanguageModelling
+    from megatron_sov.train.stages.stage import Stage, run_stage
+
+    config = apply_settings(recipes.get("tiny-solar-open"),
+                            [f"data.paths={json.dumps({data: 1.0})}", *KILLED])
+    whole, broken = Path(folder) / "whole", Path(folder) / "broken"
+    checkpoints, left, found = broken / "checkpoints", list[int](), list[str]()
+
+    def started(run: Path, config: Any = config, before: Callable[[], None] = lambda: None) -> int:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.setsid()
+                for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", STORE_PORT):
+                    os.environ.pop(name, None)  # it is no rank, it starts some
+                before()
+                run_stage(Stage(config, RunFolder(run), LanguageModelling, resume=True), 2)
+                code = 0
+            except SystemExit as e:
+                code = int(e.code or 0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        return child
+
+    def killed(reached: Callable[[], bool]) -> None:
+        child, deadline = started(broken), time.monotonic() + 600
+        while not reached():
+            assert os.waitpid(child, os.WNOHANG) == (0, 0) and time.monotonic() < deadline
+            time.sleep(0.001)
+        ranks = psutil.Process(child).children()
+        try:
+            os.killpg(child, signal.SIGKILL)
+        except ProcessLookupError:  # so early that it leads no group yet
+            os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        psutil.wait_procs(ranks, timeout=600)
+        left.append(len(list(checkpoints.glob(".*"))))
+        found.extend(p for p in map(damage, checkpoints.glob("step-*")) if p is not None)
+
+    def holder() -> int:
+        try:
+            return int(json.loads((broken / "lock.json").read_text())["pid"])
+        except (OSError, ValueError):
+            return 0
+
+    def loading() -> Callable[[], bool]:
+        before = holder()
+        return lambda: holder() not in (0, before)
+
+    def stepping(count: int) -> Callable[[], bool]:
+        return lambda: sum(e["event"] == "step" for e in read_events(broken / "events.jsonl")) >= count
+
+    def writing(at_least: str) -> Callable[[], bool]:
+        return lambda: any((checkpoints / p.name / at_least).exists() for p in checkpoints.glob(".writing-*"))
+
+    def hangs() -> None:
+        """Let rank 1 never end its writing; ranks are forked from here."""
+        now = Snapshot.write
+        Snapshot.write = lambda self, folder, rank: time.sleep(3600) if rank == 1 else now(self, folder, rank)
+
+    assert os.waitpid(started(whole), 0)[1] == 0
+    limited = apply_settings(config, ["train.save_timeout_s=1"])
+    hung = os.waitstatus_to_exitcode(os.waitpid(started(Path(folder) / "hung", limited, hangs), 0)[1])
+    often = (lambda: lambda: True, lambda: writing("."), loading, lambda: writing("indices"),
+             lambda: stepping(12)) if more else ()
+    for state in (*often, lambda: stepping(1), lambda: writing("model"), loading,
+                  lambda: writing("model.index.json")):
+        killed(state())
+    assert os.waitpid(started(broken), 0)[1] == 0
+    return {"hung": hung, "left": left, "damaged": found,
+            "names": sorted(p.name for p in checkpoints.iterdir())}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("more", [False, pytest.param(True, marks=pytest.mark.deep)])
+def test_kills_at_every_state_change_nothing(more: bool, ranks: Any, job: Any, packed_data: Any,
+                                             tmp_path: Path) -> None:
+    from megatron_sov.base.artifacts import read_manifest
+
+    arguments = {"data": str(packed_data.text), "folder": str(tmp_path), "more": more}
+    ((found,),) = ranks(job(__file__, "run_and_kill", 1, arguments))
+    assert found["hung"] == 2, "a thread that hangs keeps no process from leaving"
+    assert not list((tmp_path / "hung" / "checkpoints").glob("step-*"))
+    assert found["damaged"] == [], "under its name a checkpoint is whole"
+    assert sum(found["left"]) >= 1, "at least one kill came while a checkpoint was written"
+    assert found["names"] == [f"step-{KILLED_STEPS}", "step-8"], "no leftovers, newest and multiples stay"
+    for step in (8, KILLED_STEPS):
+        ours, theirs = (read_manifest(tmp_path / name / f"checkpoints/step-{step}").files
+                        for name in ("broken", "whole"))
+        state = ours.pop("state.json"), theirs.pop("state.json")  # holds the hours worked
+        assert ours == theirs and abs(state[0].size_bytes - state[1].size_bytes) < 8

@@ -117,19 +117,6 @@ def test_pairs_tell_what_two_means_do_not() -> None:
     assert mean_of(after.tolist()).interval[0] < mean_of(before.tolist()).interval[1]
 
 
-def test_clustered_differences_agree_with_a_bootstrap_over_clusters() -> None:
-    draw = np.random.default_rng(4)
-    clusters = np.repeat(np.arange(800), 4)
-    shift = np.repeat(draw.random(800) < 0.2, 4)
-    before = (draw.random(3200) < 0.6).astype(float)
-    after = np.where(shift, 1.0, before)
-    sums = (after - before).reshape(800, 4).sum(1)
-    means = sums[draw.integers(0, 800, (2000, 800))].sum(1) / 3200
-    found = paired_difference(before.tolist(), after.tolist(), clusters.tolist())
-    assert found.interval == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.002)
-    assert found.standard_error == pytest.approx(means.std(), rel=0.05)
-
-
 @pytest.mark.parametrize("values", [[], [1.0, float("nan")]])
 def test_what_is_no_score_is_refused(values: list[float]) -> None:
     with pytest.raises(ValueError, match="finite scores"):
@@ -166,37 +153,10 @@ def test_what_is_no_share_is_refused(correct: int, samples: int) -> None:
         wilson_interval(correct, samples)
 
 
-def test_of_yes_and_no_the_mean_has_wilsons_interval() -> None:
-    for correct in (0, 1, 7, 20):
-        shares = [1.0] * correct + [0.0] * (20 - correct)
-        assert mean_interval(shares) == pytest.approx(wilson_interval(correct, 20), rel=1e-12)
-
-
-def test_the_interval_of_shares_agrees_with_a_bootstrap_over_prompts() -> None:
-    draw = np.random.default_rng(0)
-    shares = draw.beta(0.6, 0.9, 400)
-    means = draw.choice(shares, (4000, 400)).mean(1)
-    assert mean_interval(shares.tolist()) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.004)
-
-
-def test_the_interval_of_a_mean_holds_the_truth_in_about_95_of_100_draws() -> None:
-    draw = np.random.default_rng(1)
-    shares = draw.binomial(8, draw.beta(0.5, 1.5, (1500, 40))) / 8  # pass@1 of 40 prompts with 8 samples each
-    intervals = [mean_interval(row) for row in shares.tolist()]
-    assert 0.93 < np.mean([low <= 0.25 <= high for low, high in intervals]) < 0.97
-
-
 @pytest.mark.parametrize(("freedom", "quantile"), [(1, 12.7062), (2, 4.30265), (5, 2.57058), (10, 2.22814),
                                                    (39, 2.02269), (120, 1.97993), (10_000, 1.95996)])
 def test_quantiles_of_students_t_are_those_of_the_tables(freedom: int, quantile: float) -> None:
     assert student_quantile(0.975, freedom) == pytest.approx(quantile, rel=2e-5)
-
-
-def test_two_prompts_tell_little() -> None:
-    low, high = mean_interval([0.5, 0.25])
-    assert high - low > 0.5
-    low, high = mean_interval([0.5, 0.5])
-    assert low < 0.5 < high
 
 
 @pytest.mark.parametrize("shares", [[], [1.5], [-0.1, 0.5]])

@@ -41,13 +41,13 @@ def test_nothing_to_ask_is_refused(tmp_path: Path) -> None:
         read_prompts([], None)
     with pytest.raises(UserError, match="prompt 2 is empty"):
         read_prompts(["a", ""], None)
-    with pytest.raises(UserError, match=r"nowhere\.jsonl: cannot be read \(No such file or directory\)"):
+    with pytest.raises(UserError, match=r"nowhere\.jsonl: cannot be read"):
         read_prompts([], tmp_path / "nowhere.jsonl")
     (tmp_path / "a.jsonl").write_bytes(b"\n")
-    with pytest.raises(UserError, match=r"--prompts .*a\.jsonl: is empty; pass a JSONL file with a prompt"):
+    with pytest.raises(UserError, match=r"--prompts .*a\.jsonl: is empty"):
         read_prompts([], tmp_path / "a.jsonl")
     (tmp_path / "a.jsonl").write_bytes(b"ab\xff")
-    with pytest.raises(UserError, match=r"cannot be read \(no UTF-8 at byte 2\); pass"):
+    with pytest.raises(UserError, match=r"UTF-8 at byte 2\)"):
         read_prompts([], tmp_path / "a.jsonl")
 
 

@@ -67,14 +67,14 @@ def test_what_follows_from_what_was_asked_stands_beside_the_tokens() -> None:
     found = Generated.of(written, Sampling(2, 0.7), stop, 4)
     assert found.finish_reasons == ["stop", "length", "length"]
     assert (found.temperature, found.version) == (0.7, 4)
-    with pytest.raises(ValueError, match="prompt 0: the engine wrote 2 tokens and told 1 log-probabilities"):
+    with pytest.raises(ValueError, match="engine wrote 2 tokens"):
         Generated.of([([1, 9], [-0.5])], Sampling(2), stop, 4)
 
 
 @pytest.mark.parametrize("part", [{"top_k": 5}, {"top_p": 0.9}])
 def test_samples_to_train_on_come_from_the_whole_distribution(part: dict[str, float]) -> None:
     cut = Sampling(4, 0.7, for_training=True, **part)
-    with pytest.raises(UserError, match="samples that are trained on come from the whole distribution"):
+    with pytest.raises(UserError, match="samples that are trained"):
         cut.check()
     Sampling(4, 0.7, **part).check()
     Sampling(4, 0.7, for_training=True).check()

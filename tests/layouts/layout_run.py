@@ -84,23 +84,6 @@ def _trainer(config: RunConfig, run: str = "not-written") -> Trainer:
     return Trainer(config, place, RunFolder(Path(run)), sources, factory)
 
 
-def curve(recipe: str, settings: list[str], paths: list[str], out: str, objective: str = "lm",
-          steps: int = 4) -> list[dict[str, Any]]:
-    """Train; return each step's loss, losses of terms and sources, gradient norm,
-    expert load and router biases.
-
-    OUT is the checkpoint after the last step, moments included.
-    """
-    config = small_config(recipe, settings, paths, objective)
-    trainer = _trainer(config)
-    taken = [_step(trainer) for _ in range(steps)]
-    state = {"step": steps, "tokens": 0}
-    load.save(Path(out), trainer.model, trainer.optimizer, state, config.to_dict(),
-              tokenizer_folder(trainer.sources))
-    world.leave()
-    return taken
-
-
 def _step(trainer: Trainer) -> dict[str, Any]:
     result = trainer.update()
     biases: list[Any] = [None] * trainer.world.size
@@ -139,21 +122,6 @@ def one_batch(recipe: str, settings: list[str], paths: list[str], objective: str
                               for m in batch.micro_batches]}
 
 
-def trained(settings: list[str], paths: list[str], out: str, num_steps: int = 4) -> list[dict[str, Any]]:
-    """Train some steps; OUT/checkpoints holds step-3 and, of four, step-4, which another layout is to
-    continue and to reach."""
-    trainer = _trainer(small_config("tiny-k-exaone", settings, paths, "lm"), out)
-    trainer.folder.checkpoints.mkdir(parents=True, exist_ok=True)
-    taken = []
-    for _ in range(num_steps):
-        taken.append(_step(trainer))
-        if trainer.step in (3, 4):
-            trainer.save()
-            trainer.checkpointer.finish()
-    world.leave()
-    return taken
-
-
 def compared(recipe: str, settings: list[str], paths: list[str], reference: str, *,
              is_reference: bool, num_steps: int = 2) -> dict[str, Any]:
     """Train some steps from scratch, and the second half once more from the reference's checkpoint;
@@ -176,20 +144,6 @@ def compared(recipe: str, settings: list[str], paths: list[str], reference: str,
     trainer.close()
     world.leave()
     return found
-
-
-def continued(settings: list[str], paths: list[str], sources: list[str],
-              expected: list[str]) -> list[dict[str, Any]]:
-    """For each source: continue its step-3 for one step; the step, and how far the end is from
-    `expected`'s step-4."""
-    trainer = _trainer(small_config("tiny-k-exaone", settings, paths, "lm"))
-    results = []
-    for source, reached in zip(sources, expected, strict=True):
-        trainer.resume(RunFolder(Path(source)).checkpoint(3))
-        steps = [_step(trainer)]
-        results.append({"steps": steps, "apart": _apart(trainer, RunFolder(Path(reached)).checkpoint(4))})
-    world.leave()
-    return results
 
 
 @functools.cache

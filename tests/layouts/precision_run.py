@@ -14,7 +14,7 @@ from megatron_sov.engine.model import logprobs
 from megatron_sov.engine.parallel import device, world
 from megatron_sov.engine.router import BalancedRouter
 from megatron_sov.train.trainer import Trainer
-from tests.layouts.layout_run import _trainer, maker, small_config
+from tests.layouts.layout_run import _trainer, small_config
 
 
 def trainer(recipe: str, settings: list[str], data: str, run: str = "not-written") -> Trainer:
@@ -23,35 +23,20 @@ def trainer(recipe: str, settings: list[str], data: str, run: str = "not-written
 
 
 class Operations(TorchDispatchMode):
-    """Collects who made tensors of which dtype, and in which dtype tensors were summed over processes."""
+    """Collects in which dtype how many numbers were summed over processes at a time."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.makers: dict[str, set[str]] = {}
         self.reduced: dict[str, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            # single numbers: the constant 1 that scales the balancing loss, Adam's count of updates
-            if torch.is_tensor(tensor) and tensor.is_floating_point() and tensor.numel() > 1:
-                self.makers.setdefault(str(tensor.dtype), set()).add(maker())
         if "allreduce" in str(func) or "reduce_scatter" in str(func):
             for tensor in tree_leaves(args):
                 if torch.is_tensor(tensor) and tensor.is_floating_point():
                     name = str(tensor.dtype)
                     self.reduced[name] = max(self.reduced.get(name, 0), tensor.numel())
         return out
-
-
-def operations(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
-    """Return dtype -> functions that made tensors of it in two steps."""
-    built = trainer(recipe, settings, data)
-    with Operations() as seen:
-        built.update()
-        built.update()
-    world.leave()
-    return {dtype: sorted(makers) for dtype, makers in seen.makers.items()}
 
 
 def dtypes(recipe: str, settings: list[str], data: str) -> dict[str, Any]:

@@ -3,8 +3,8 @@ gradient norms and weights of one process.
 
 In float64, so that what differs is a mistake and not the order of a sum.  Tried are the fewest products that
 have all settings, each with one of the two models with experts, which take turns; the dense model at the one
-product of what only it has.  `make deep` tries the fewest in which all pairs of settings meet.  What a
-setting does alone is tried by test_layouts_agree.py, test_resharding.py, test_pipeline.py and tests/proof.
+product of what only it has.  `make deep` tries the fewest in which all pairs of settings meet.  Other
+families and objectives, parts of unequal size and other optimizers are proved in tests/proof.
 SOV_WRITE_TABLE=1 tries all rows of the page and renews it.
 """
 
@@ -164,3 +164,26 @@ def test_all_settings_that_can_meet_do_meet(experts: bool) -> None:
     assert covering.pairs(tried) == covering.possible_pairs(experts)
     assert all(x.num_ranks <= covering.MAX_RANKS for x in tried)
     assert not experts or tried[0].name == "TP2+SP x PP2 x CP2 x EP2 x ZeRO-1"
+
+
+ZERO1 = ["parallel.zero1=true", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true",
+         "parallel.bucket_params=9000"]
+PP2 = ["parallel.pp=2", "parallel.vpp=2"]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("cases", [
+    [("bf16", 2, [*ZERO1, "parallel.ep=2"])],
+    pytest.param([("fp32", 2, PP2), ("bf16", 4, [*ZERO1, "parallel.tp=2", "parallel.sp=true",
+                                                 "optim.name=muon"])], marks=pytest.mark.deep)],
+    ids=["experts", "stages, tensors"])
+def test_the_same_layout_continues_bit_for_bit(ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
+                                               cases: list[Any]) -> None:
+    common = {"recipe": "tiny-k-exaone", "paths": [str(packed_data.text)], "is_reference": True}
+    found = ranks(*(job(RUN, "compared", n, {
+        **common, "settings": [f"train.precision={precision}", *layout],
+        "reference": str(tmp_path / str(number))}) for number, (precision, n, layout) in enumerate(cases)))
+    for case, per_rank in zip(cases, found, strict=True):
+        for of_rank in per_rank:
+            assert of_rank["continued"] == of_rank["scratch"][1:], case
+            assert of_rank["continued apart"] == {"model": 0, "optimizer": 0}, case

@@ -52,8 +52,7 @@ def test_its_settings_are_its_arguments(tmp_path: Path) -> None:
     objectives.check(config)
     made: Any = objectives.factory(config, None)("context")  # type: ignore[arg-type]
     assert made.made == ("context", 3, ["any"])
-    with pytest.raises(UserError, match=r"options.gama: no such setting; did you mean 'gamma'\?\n"
-                                        r"  objective.options.gamma = null must be a number"):
+    with pytest.raises(UserError, match=r"'gamma'\?\n  objective.options.gamma"):
         objectives.check(config_of(name, gama=1, gamma=None))
 
 
@@ -87,8 +86,7 @@ def test_what_is_none(tmp_path: Path, text: str, message: str) -> None:
 def test_one_without_coefficients_says_so_when_it_is_made(tmp_path: Path) -> None:
     config = config_of(load(tmp_path,
                             f"class Mine:\n    def __init__(self, context): ...\n{METHODS}"))
-    with pytest.raises(UserError,
-                       match="objective Mine: has no `coefficients`, a dict of term -> its weight"):
+    with pytest.raises(UserError, match="term -> its weight"):
         objectives.factory(config, None)(None)  # type: ignore[arg-type]
 
 

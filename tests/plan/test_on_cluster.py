@@ -28,7 +28,6 @@ def request(recipe: str, *settings: str) -> RecipeRequest:
     ("qwen3-4b", 1, ("data.phases.0.tokens=0", "train.steps=1000"), "on 524.3 M tokens (train.steps), 8"),
     ("gemma-3-1b", 1, ("train.tokens=2e9",), "on 2 B tokens (train.tokens), 8 H100"),
     ("solar-open-102b", 64, ("parallel.pp=4", "parallel.ep=8"), "on 20 T tokens (the recipe's), 64 x 8 H100"),
-    ("solar-open-102b-rl", 16, (), "on 400 rounds (the recipe's), 16 x 8 H100"),
     ("solar-open-102b-sft", 60, ("parallel.pp=4",), "on 20 B tokens (the recipe's), 60 x 8 H100"),
     ("k-exaone-236b-extend", 64, ("parallel.pp=8", "parallel.cp=8"), "on 134.2 B tokens (the recipe's), 64"),
 ])

@@ -8,8 +8,8 @@ import json
 import math
 import random
 import statistics
-import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,111 @@ from megatron_sov.plan.operation import (
     rank_bytes, write_times)
 from megatron_sov.work.clusters import cluster
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from plan_failures import (
-    Breakage, RepairConditions, daly_interval_s, progress, simulate, wall_of, young_interval_s)
-
 ANY = (FailureKind("any", 1.0, 600.0),)
 DAY_S = 86400.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run, in seconds that add up to `wall_s`."""
+
+    work_s: float
+    """Done for good."""
+    redone_s: float
+    """Done and lost, so done again."""
+    stalled_s: float
+    """Held up by checkpoints."""
+    restarting_s: float
+    """From failures to first new steps."""
+    num_failures: int
+    """All of them, those during restarts too."""
+
+    @property
+    def wall_s(self) -> float:
+        """From beginning to end."""
+        return self.work_s + self.redone_s + self.stalled_s + self.restarting_s
+
+    @property
+    def goodput(self) -> float:
+        """Effective training time: share of the time in which work was done for good."""
+        return self.work_s / self.wall_s
+
+
+def simulate(c: Conditions, work_s: float, seed: int = 0, delays: Iterator[float] | None = None) -> Outcome:
+    """Return what becomes of a run that has so much to do; the same for the same seed.
+
+    Event by event: each stretch between two failures is one step of the loop, and the checkpoints in it are
+    counted, not walked through.
+
+    Args:
+        c: what the run lives with.
+        work_s: what it has to do.
+        seed: of what is drawn.
+        delays: time to the next failure, from each start of training and of a restart on, where it is known,
+            as from a cluster's own log; None: drawn.
+    """
+    drawn = random.Random(seed)
+    delays = _delays(c, drawn) if delays is None else delays
+    done_s = redone_s = stalled_s = restarting_s = 0.0
+    num_failures = 0
+    while True:
+        left_s = work_s - done_s
+        ahead_s, needs_s = next(delays), wall_of(c, left_s)
+        if ahead_s >= needs_s:
+            return Outcome(work_s, redone_s, stalled_s + needs_s - left_s, restarting_s, num_failures)
+        worked_s, kept_s = progress(c, ahead_s)
+        done_s, redone_s, stalled_s = (done_s + kept_s, redone_s + worked_s - kept_s,
+                                       stalled_s + ahead_s - worked_s)
+        while True:
+            num_failures += 1
+            kind = drawn.choices(c.kinds, [k.share for k in c.kinds])[0]
+            ahead_s = next(delays)
+            restarting_s += min(ahead_s, kind.restart_s)
+            if ahead_s >= kind.restart_s:
+                break
+
+
+def _delays(c: Conditions, drawn: random.Random) -> Iterator[float]:
+    """Yield the time to the next failure, from any moment on."""
+    while True:
+        yield drawn.expovariate(c.failures_per_s) if c.failures_per_s else math.inf
+
+
+def progress(c: Conditions, time_s: float) -> tuple[float, float]:
+    """Return the work done, and how much of it is in a checkpoint that is there whole, a time after the start
+    of training."""
+    if time_s < c.interval_s:
+        return time_s, 0.0
+    begun = math.floor((time_s - c.interval_s) / c.period_s)
+    since_s = time_s - c.interval_s - begun * c.period_s
+    worked_s = c.interval_s * (begun + 1) + min(max(since_s - c.stall_s, 0.0), c.interval_s)
+    return worked_s, c.interval_s * (begun + (since_s >= c.stall_s + c.write_s))
+
+
+def wall_of(c: Conditions, work_s: float) -> float:
+    """Return how long some work takes without failures, its last checkpoint not counted."""
+    begun = max(0, math.ceil(work_s / c.interval_s) - 1)
+    waits_s = max(0.0, c.write_s - c.interval_s)
+    return work_s + begun * c.stall_s + max(0, begun - 1) * waits_s
+
+
+def young_interval_s(cost_s: float, mtbf_s: float) -> float:
+    """Return the work between checkpoints that loses least, to first order (Young, Communications of the ACM
+    17(9), 1974).
+
+    Args:
+        cost_s: how long a checkpoint holds up the run.
+        mtbf_s: mean time between failures of the whole run.
+    """
+    return math.sqrt(2 * cost_s * mtbf_s)
+
+
+def daly_interval_s(cost_s: float, mtbf_s: float) -> float:
+    """Return the same to higher order (Daly, Future Generation Computer Systems 22(3), 2006, equation 37)."""
+    if cost_s >= 2 * mtbf_s:
+        return mtbf_s
+    x = math.sqrt(cost_s / (2 * mtbf_s))
+    return young_interval_s(cost_s, mtbf_s) * (1 + x / 3 + x * x / 9) - cost_s
 
 
 def by_brute_force(c: Conditions, time_s: float, step_s: float = 0.25) -> tuple[float, float]:
@@ -114,26 +213,6 @@ def test_a_failure_during_a_restart_begins_the_restart_anew() -> None:
     outcome = simulate(c, 300, delays=iter((150, 40, math.inf, math.inf)))
     assert (outcome.redone_s, outcome.restarting_s, outcome.num_failures) == (30, 140, 2)
     assert outcome.wall_s == 300 + 30 + 140
-
-
-def test_without_spares_a_run_waits_for_the_first_repair() -> None:
-    broken = (Breakage("node", 1, 100),)
-    c = RepairConditions(1e-3, broken, 1000, 0, 10, spare_nodes=1, repair_s=5000)
-    log = (150, 900, 800, 900, math.inf)
-    # at 150 the spare serves; 100 s of restart and 800 of training later it breaks as well, and the first
-    # node is back at 5150
-    outcome = simulate(c, 900, delays=iter(log))
-    assert outcome.waiting_s == 5150 - 1050 and outcome.num_failures == 2
-    assert simulate(replace(c, spare_nodes=None), 900, delays=iter(log)).waiting_s == 0
-
-
-def test_enough_spares_come_near_the_closed_form_and_few_do_not() -> None:
-    """10 breakages a day, two days of repair each: about 20 nodes are away at any time."""
-    broken = (Breakage("node", 1, 60),)
-    c = RepairConditions(10 / DAY_S, broken, 600, 2, 60, repair_s=2 * DAY_S)
-    shares = [simulate(replace(c, spare_nodes=n), 100 * DAY_S).goodput for n in (40, 20, 10)]
-    assert shares[0] == pytest.approx(goodput(c), abs=2e-3)
-    assert shares[0] > shares[1] > shares[2]
 
 
 def test_ten_thousand_gpus() -> None:

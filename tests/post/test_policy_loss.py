@@ -237,8 +237,7 @@ def test_mgpo_and_ink_grpo_without_their_terms_are_grpo() -> None:
 
 def of_trl(asked: dict[str, Any], columns: Any, logprobs: Any, index: Any) -> Any:
     """Return the loss as `GRPOTrainer` of TRL 1.16 computes it with vLLM, in words of ours: over padded
-    responses, `vllm_importance_sampling_mode` as the correction.  benchmarks/policy_exactness.py runs TRL's
-    own code."""
+    responses, `vllm_importance_sampling_mode` as the correction."""
     import torch
 
     rows, width = sorted(set(index.tolist())), int(index.bincount().max())

@@ -1,10 +1,9 @@
-"""Learning from preferences: losses of pairs written out one by one, the same at every layout."""
+"""Learning from preferences: losses of pairs and of single responses written out one by one."""
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,12 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-LAYOUTS = {
-    "TP2+SP x PP2": (4, ["parallel.tp=2", "parallel.sp=true", "parallel.pp=2"]),
-    "CP2 x DP2 x EP2": (4, ["parallel.cp=2", "parallel.ep=2", "parallel.zero1=true"]),
-    "micro batch 1": (1, ["train.micro_batch_size=1"]),
-}
-SPLIT, SHARED, SMALL = ([name] for name in LAYOUTS)
 SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 128}]',
             "preference.chosen_coeff=0.1", "train.global_batch_size=4", "optim.lr=0.01",
             "model.num_experts=8"]
@@ -50,45 +43,6 @@ def _trainer(settings: list[str], data: str, run: Path) -> Any:
     reference.make(trainer)
     trainer.reference = reference  # type: ignore[attr-defined]
     return trainer
-
-
-def curve(settings: list[str], data: str, run: str) -> list[dict[str, Any]]:
-    """Train; return each step's losses, meters and gradient norm."""
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.post.preference import measure_heldout_pairs
-
-    trainer = _trainer(settings, data, Path(run))
-    before = measure_heldout_pairs(trainer, trainer.sources, trainer.reference.heldout_logprobs)
-    results = [trainer.update() for _ in range(STEPS)]
-    after = measure_heldout_pairs(trainer, trainer.sources, trainer.reference.heldout_logprobs)
-    trainer.close()
-    world.leave()
-    return [*({"loss": r.loss, "grad_norm": r.grad_norm, **r.losses, **r.meters} for r in results),
-            before["pairs"], after["pairs"]]
-
-
-@pytest.mark.distributed
-@pytest.mark.deep
-@pytest.mark.parametrize("names", [SPLIT, SHARED + SMALL])
-def test_every_layout_and_every_split_learn_the_same(names: list[str], ranks: Any, job: Any, pairs: Path,
-                                                     tmp_path: Path) -> None:
-    """The first run makes the reference, in float32; the others read it, so that no bit of it differs.
-
-    `make test` has the loss of single responses below at one layout."""
-    def of(name: str, nproc: int, settings: list[str]) -> Any:
-        return job(__file__, "curve", nproc, {"settings": settings, "data": str(pairs),
-                                              "run": str(tmp_path / name)})
-
-    ((alone,),) = ranks(of("alone", 1, []))
-    for name in names:
-        shutil.copytree(tmp_path / "alone/reference", tmp_path / name / "reference")
-    found = ranks(*(of(name, *LAYOUTS[name]) for name in names))
-    assert alone[0]["preference"] == pytest.approx(math.log(2), abs=1e-6)  # the model is its own reference
-    assert alone[2]["preference"] < alone[0]["preference"] and alone[2]["pairs_right"] > 0.5
-    assert alone[3]["pairs_right"] == 0.5 and alone[3]["margin"] == 0 and alone[4]["margin"] != 0
-    for name, per_rank in zip(names, found, strict=True):
-        for ours, theirs in zip(per_rank[0], alone, strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-12, abs=1e-13), name
 
 
 class Picked:
@@ -251,26 +205,23 @@ def kto_written_out(policy: Any, batch: Any) -> tuple[float, float]:
     return sum(losses) / len(losses), distance
 
 
-def kto_curve(settings: list[str], data: str, run: str, by_hand: bool = False) -> list[dict[str, Any]]:
+def kto_curve(data: str, run: str) -> list[dict[str, Any]]:
     """Train; return each step's losses, meters and gradient norm, and what they are by hand."""
     from megatron_sov.engine.parallel import world
 
-    trainer = _trainer([*KTO, *settings], data, Path(run))
-    expected: list[tuple[float, float]] = []
-    if by_hand:
-        collect = trainer.objective.collect
+    trainer = _trainer(KTO, data, Path(run))
+    collect, expected = trainer.objective.collect, list[tuple[float, float]]()
 
-        def seen(policy: Any, step: int) -> Any:
-            batch = collect(policy, step)
-            expected.append(kto_written_out(policy, batch))
-            return batch
+    def seen(policy: Any, step: int) -> Any:
+        batch = collect(policy, step)
+        expected.append(kto_written_out(policy, batch))
+        return batch
 
-        trainer.objective.collect = seen
+    trainer.objective.collect = seen
     results = [trainer.update() for _ in range(STEPS)]
     trainer.close()
     world.leave()
-    return [{"loss": r.loss, "grad_norm": r.grad_norm, **r.losses, **r.meters,
-             **({"by hand": expected[i]} if by_hand else {})} for i, r in enumerate(results)]
+    return [{**r.losses, **r.meters, "by hand": found} for r, found in zip(results, expected, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -292,23 +243,12 @@ def judged(packed_data: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("names", [SHARED, pytest.param(SPLIT + SMALL, marks=pytest.mark.deep)])
-def test_the_loss_is_the_papers_over_the_whole_batch_at_every_layout(
-        names: list[str], ranks: Any, job: Any, judged: Path, tmp_path: Path) -> None:
-    def of(name: str, nproc: int, settings: list[str], by_hand: bool = False) -> Any:
-        return job(__file__, "kto_curve", nproc, {"settings": settings, "data": str(judged),
-                                                  "by_hand": by_hand, "run": str(tmp_path / name)})
-
-    ((alone,),) = ranks(of("alone", 1, [], by_hand=True))
-    for name in names:
-        shutil.copytree(tmp_path / "alone/reference", tmp_path / name / "reference")
-    found = ranks(*(of(name, *LAYOUTS[name]) for name in names))
-    expected = [step.pop("by hand") for step in alone]
+def test_losses_of_single_responses_are_the_papers(ranks: Any, job: Any, judged: Path,
+                                                   tmp_path: Path) -> None:
+    ((steps,),) = ranks(job(__file__, "kto_curve", 1, {"data": str(judged), "run": str(tmp_path)}))
+    expected = [step.pop("by hand") for step in steps]
     # the reference keeps float32: some 40 numbers of 1e-7 each
-    for step, (loss, distance) in zip(alone, expected, strict=True):
+    for step, (loss, distance) in zip(steps, expected, strict=True):
         assert (step["preference"], step["distance"]) == pytest.approx((loss, distance), rel=1e-5, abs=1e-5)
     assert max(distance for _, distance in expected) > 0.01, "the estimate is told from none"
-    assert alone[-1]["desirable_reward"] > alone[-1]["undesirable_reward"]
-    for name, per_rank in zip(names, found, strict=True):
-        for ours, theirs in zip(per_rank[0], alone, strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-12, abs=1e-13), name
+    assert steps[-1]["desirable_reward"] > steps[-1]["undesirable_reward"]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.base.artifacts import new_artifact, read_manifest
+from megatron_sov.base.artifacts import new_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import write_sealed
 from megatron_sov.train.data.requirements import NeededColumn, refuse_without_columns
@@ -95,7 +92,7 @@ def test_a_reference_is_known_again_by_its_weights_its_data_and_its_samples(pair
     reference(first)._open()
     reference(again)._open()  # such as a Hugging Face folder that was converted once more
     for changed in (reference(other), reference(first, 256)):
-        with pytest.raises(UserError, match=r"another reference, of other data or for other lengths .*del"):
+        with pytest.raises(UserError, match="another reference, of other"):
             changed._open()
 
 
@@ -113,18 +110,18 @@ def test_a_run_goes_on_only_with_what_its_reference_has_read(pairs: Path, tmp_pa
     def reference(max_tokens: int) -> Reference:
         return Reference(tmp_path / "run", pairs, opened(pairs), max_tokens)
 
-    with pytest.raises(UserError, match=r"reference.json: holds no log-probabilities of source 'pairs' as"):
+    with pytest.raises(UserError, match=r"reference.json: holds no log-probabilities"):
         reference(128).refuse_changed()
     reference(128)._open()
     parts = reference(128)._parts["pairs"]
     write_sealed(parts.file(0), np.zeros(parts.starts(0)[-1], np.float32).tobytes(), parts.of(0))
     reference(64).refuse_changed()
     assert parts.column(0, 0, 2).tolist() == [0, 0] and reference(128)._missing() == []
-    with pytest.raises(UserError, match=r"reach to token 128 of a document, and samples have 256 \(data"):
+    with pytest.raises(UserError, match=r"samples have 256 \(data"):
         reference(256).refuse_changed()
     flip(parts.file(0))
     for read in (reference(128).refuse_changed, lambda: reference(128)._parts["pairs"].column(0, 0, 2)):
-        with pytest.raises(UserError, match=r"000000.f32: is damaged or belongs elsewhere .*start"):
+        with pytest.raises(UserError, match=r"000000.f32: is damaged"):
             read()
     assert reference(128)._missing() == [("pairs", 0)]
     assert "000000.f32: is damaged or belongs elsewhere (it differs from its own checksum); it is" in (
@@ -143,87 +140,3 @@ def test_a_model_is_not_asked_beyond_its_context(pairs: Path, tmp_path: Path, mo
     with pytest.raises(UserError, match=rf"--reference other: reads 16 tokens .* has samples of {longest};"):
         reference.Reference(tmp_path / "run", pairs, opened(pairs), 4096).make_apart(pairs, config, None)
     reference.Reference(tmp_path / "run", pairs, opened(pairs), 16).make_apart(pairs, config, None)
-
-
-SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_experts=4",
-            'data.phases=[{"name": "main", "seq_len": 128}]', "train.global_batch_size=4",
-            "train.micro_batch_size=2", "train.checkpoint_every_steps=1", "train.keep_checkpoints=1",
-            "train.async_save=false", "train.eval_every_steps=0", "train.max_restarts=0",
-            "train.num_threads=1")  # of several, a product's last bit may depend on the load
-
-
-def run_and_kill(text: str, pairs: str, folder: str, part_documents: int) -> dict[str, Any]:
-    """Runs in a process that has imported everything: forks runs, and kills all but the last."""
-    from megatron_sov.cli import main
-    from megatron_sov.engine.parallel.world import STORE_PORT
-    from megatron_sov.post import reference
-
-    reference.PART_DOCUMENTS = part_documents
-    compute, write, computed = reference.document_logprobs, reference.write_sealed, Path(folder) / "computed"
-
-    def dying(at: str) -> None:
-        """End this run's process with SIGKILL where it is asked for the second part, or is to write it."""
-        seen: Counter[str] = Counter()
-
-        def reach(place: str) -> None:
-            seen[place] += 1
-            if (place, seen[place]) == (at, 2):
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        def noted(model: Any, documents: Any, chosen: range, *sizes: int) -> Any:
-            with open(computed, "a") as f:
-                f.write(f"{chosen.start // part_documents} ")
-            reach("compute")
-            return compute(model, documents, chosen, *sizes)
-
-        def written(path: Path, content: bytes, of: str) -> None:
-            reach("write")
-            write(path, content, of)
-
-        reference.document_logprobs, reference.write_sealed = noted, written
-
-    def run(name: str, *argv: str, dies: str = "") -> int:
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", STORE_PORT):
-                    os.environ.pop(variable, None)  # it is no rank, it starts one
-                if name == "broken":
-                    dying(dies)
-                code = main([argv[0], "tiny-solar-open", "--run", f"{folder}/{name}", *argv[1:],
-                             *(word for setting in SETTINGS for word in ("--set", setting))])
-            except SystemExit as e:
-                code = int(e.code or 0)
-            finally:
-                os._exit(code)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-    assert run("base", "pretrain", "--data", text, "--set", "train.steps=1") == 0
-    prefer = ("prefer", "--data", pairs, "--from", f"{folder}/base", "--set", "train.steps=3",
-              "--set", "optim.lr=1e-3")
-    killed = (*prefer, "--inject", "kill@step=1,rank=0,kill@save=2,rank=0", "--resume")
-    return {"whole": run("whole", *prefer),
-            "broken": [run("broken", *killed, dies=at) for at in ("compute", "write", "", "", "")],
-            "computed": computed.read_text()}
-
-
-@pytest.mark.distributed
-def test_kills_between_its_parts_and_between_steps_change_nothing(
-        ranks: Any, job: Any, packed_data: Any, pairs: Path, tmp_path: Path) -> None:
-    [source] = opened(pairs)
-    third = -(-len(source.shard("train").lengths) // 3)
-    arguments = {"text": str(packed_data.text), "pairs": str(pairs), "folder": str(tmp_path),
-                 "part_documents": third}
-    ((found,),) = ranks(job(__file__, "run_and_kill", 1, arguments))
-    assert found["whole"] == 0 and [code != 0 for code in found["broken"]] == [True] * 4 + [False]
-    # The last one is the part of the held-out pairs.
-    assert found["computed"].split() == ["0", "1", "1", "2", "2", "0"], (
-        "what is written is not computed again")
-    ours, theirs = (read_manifest(tmp_path / name / "checkpoints/step-3").files
-                    for name in ("broken", "whole"))
-    for files in (ours, theirs):
-        files.pop("state.json")  # holds the hours worked
-    assert ours == theirs
-    assert [p.read_bytes() for p in sorted((tmp_path / "broken/reference").glob("*.f32"))] == [
-        p.read_bytes() for p in sorted((tmp_path / "whole/reference").glob("*.f32"))]

@@ -153,7 +153,7 @@ def test_the_first_part_of_a_name_stays(store: RolloutStore) -> None:
     name = NAME
     store.add_rollouts(name, [rollout()], {})
     store.add_rollouts(name, [rollout(ended_s=99.0)], {})
-    with pytest.raises(AlreadyPublished, match="another job has published 1 rows under this name"):
+    with pytest.raises(AlreadyPublished, match="published 1 rows"):
         store.add_rollouts(name, [rollout(response="other")], {})
     store.add_rewards("v1" * 8, name, [judged(rollout())])
     with pytest.raises(AlreadyPublished, match="these 1 differ"):
@@ -183,7 +183,7 @@ def test_rewards_are_of_the_rows_that_were_judged(store: RolloutStore) -> None:
     assert len(store.judgements("v1" * 8, [part])) == 1
     shutil.rmtree(part.path)
     store.add_rollouts(NAME, [rollout(response="5")], {})
-    with pytest.raises(UserError, match=r"v1v1v1v1v1v1/.*judges other rows than .* has now; delete it, and"):
+    with pytest.raises(UserError, match=r"v1v1v1v1v1v1/.*judges other rows"):
         store.judgements("v1" * 8, store.parts())
 
 
@@ -194,7 +194,7 @@ def test_columns_that_are_not_asked_for_are_not_read(store: RolloutStore) -> Non
     assert (row.key, row.response, row.record["answer"]) == (rollout().key, "네 4", "4")
     assert row.routes is None and len(row.tokens) == 0
     assert np.array_equal(store.read_rollouts(NAME, ["routes"])[0].routes, routes)
-    with pytest.raises(ValueError, match="'text' is no field of a rollout"):
+    with pytest.raises(ValueError, match="'text' is no field"):
         store.read_rollouts(NAME, ["text"])
 
 
@@ -237,7 +237,7 @@ def test_a_store_is_of_a_tokenizer_and_not_of_the_bytes_of_its_file(tmp_path: Pa
     again.add_rollouts(part_name(1, 1), [rollout(1)], {})
     assert [part.num_rows for part in again.parts()] == [1, 1] and again.identity == earlier.identity
     for path, tokenizer in ((store.path, "other"), (earlier.path, "sft")):
-        with pytest.raises(UserError, match=r"is a rollout store of tokenizer .*, and this is of tokenizer"):
+        with pytest.raises(UserError, match="rollout store of tokenizer"):
             RolloutStore.create_for(path, tmp_path / tokenizer, 100)
 
 
@@ -252,12 +252,12 @@ def test_a_store_has_one_tokenizer(store: RolloutStore, tmp_path: Path) -> None:
     assert RolloutStore.open(tmp_path / "taken").claims.is_dir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full/a").write_text("")
-    with pytest.raises(UserError, match="no rollout store; choose another folder"):
+    with pytest.raises(UserError, match="rollout store; choose another"):
         RolloutStore.create(tmp_path / "full", "sha256:ab", 1)
     with pytest.raises(UserError, match="is no rollout store"):
         RolloutStore.open(tmp_path / "full")
     (store.path / "store.json").write_text(json.dumps({"format_version": 2}))
-    with pytest.raises(UserError, match="format_version 2 is newer than 1"):
+    with pytest.raises(UserError, match="format_version 2 is newer"):
         RolloutStore.open(store.path)
 
 
@@ -406,7 +406,7 @@ def test_a_small_file_that_stands_for_much_is_not_read(store: RolloutStore,
     foreign(store, with_column("response", [text] * 2).take([0, 1] * 20))
     rows = store.read_rollouts(NAME)
     assert len(rows) == 40 and len({id(row.response) for row in rows}) == 1
-    with pytest.raises(UserError, match=r"piece-0001: has 51 rows, at most 50; make parts smaller"):
+    with pytest.raises(UserError, match="piece-0001: has 51 rows"):
         store.add_rollouts(part_name(1, 1), [rollout(i) for i in range(51)], {})
     with pytest.raises(UserError, match=r"piece-0001: .*GiB in memory"):
         store.add_rollouts(part_name(1, 1), [long_rollout(300_000, np.zeros(300_000, np.float32))], {})
@@ -441,7 +441,7 @@ def test_a_part_without_a_manifest_or_of_another_kind_is_kept_out(store: Rollout
     folder = store.path / "rollouts" / NAME
     folder.mkdir()
     (folder / "manifest.json").write_text(to_json(Manifest("tokens", {})))
-    with pytest.raises(UserError, match="is a 'tokens' artifact where a 'rollouts' artifact is needed"):
+    with pytest.raises(UserError, match="'rollouts' artifact is needed"):
         store.has(NAME)
     (folder / "manifest.json").unlink()
     (folder / "other").write_text("")

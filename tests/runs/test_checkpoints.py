@@ -32,8 +32,7 @@ def test_the_newest_counts_and_a_torn_one_is_named_with_the_one_before(run: Path
     newest = run / "checkpoints" / "step-100"
     assert latest(run / "checkpoints") == find_checkpoint(run) == find_checkpoint(newest) == newest
     (run / "checkpoints" / "step-200").mkdir()  # without a manifest
-    with pytest.raises(UserError, match=r"step-200/manifest.json: is missing; use the checkpoint before "
-                                        r"it, .*/step-100$"):
+    with pytest.raises(UserError, match=r"checkpoint before it, .*/step-100$"):
         find_checkpoint(run)
     assert latest(run / "checkpoints") == run / "checkpoints" / "step-200"
 
@@ -97,8 +96,7 @@ def test_damaged_ones_are_set_aside_and_never_taken_for_a_beginning(run: Path) -
     for step in (5, 10):
         set_aside(folder / f"step-{step}")
     assert latest(folder) is None and len(list(folder.iterdir())) == 4
-    with pytest.raises(UserError,
-                       match=r"no sound checkpoint is left .damaged-step-10, damaged-step-100.*restore one"):
+    with pytest.raises(UserError, match=r"left .damaged-step-10, damaged-step-100.*restore"):
         refuse_lost(folder)
 
 

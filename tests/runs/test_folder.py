@@ -41,18 +41,18 @@ def test_what_a_killed_start_left_is_no_obstacle(tmp_path: Path) -> None:
 
 def test_foreign_folders_and_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="is not empty and holds no run"):
+    with pytest.raises(UserError, match="empty and holds"):
         RunFolder(tmp_path).enter(CONFIG_OF_RUN, resume=True)
-    with pytest.raises(UserError, match=r"notes.txt: is a file; --run needs a folder"):
+    with pytest.raises(UserError, match="--run needs a folder"):
         RunFolder(tmp_path / "notes.txt").enter(CONFIG_OF_RUN, resume=False)
-    with pytest.raises(UserError, match=r"--run /proc/x: nothing can be made in /proc "):
+    with pytest.raises(UserError, match="--run /proc/x: nothing can"):
         RunFolder(Path("/proc/x")).enter(CONFIG_OF_RUN, resume=False)
 
 
 def test_a_run_is_entered_again_only_by_resume(tmp_path: Path) -> None:
     folder = started(tmp_path / "run")
     assert folder.config() == CONFIG_OF_RUN
-    with pytest.raises(UserError, match="already holds a run of tiny-solar-open; pass --resume"):
+    with pytest.raises(UserError, match="tiny-solar-open; pass --resume"):
         folder.enter(CONFIG_OF_RUN, resume=False)
     folder.enter(CONFIG_OF_RUN, resume=True)
 
@@ -88,7 +88,7 @@ def test_run_of_earlier_defaults_is_resumed(tmp_path: Path) -> None:
     before = apply_settings(CONFIG_OF_RUN, ["preference.beta=0.1", "policy.correction=none"])
     folder = started(tmp_path / "run", before)
     folder.enter(CONFIG_OF_RUN, resume=True)
-    with pytest.raises(UserError, match=r"preference.beta = 0.1, now it is 0.2"):
+    with pytest.raises(UserError, match=r"preference.beta = 0.1, now"):
         folder.enter(apply_settings(CONFIG_OF_RUN, ["preference.beta=0.2"]), resume=True)
 
 
@@ -113,10 +113,9 @@ def test_adapters_are_compared_by_what_they_adapt_however_that_is_spelled(tmp_pa
 
     folder = started(tmp_path / "run", config("v_proj", "experts", "q_proj"))
     folder.enter(config("q_proj", "q_proj", "v_proj", "experts"), resume=True)
-    with pytest.raises(UserError, match=r"started with lora.targets = \['experts', 'q_proj', 'v_proj'\], now "
-                                        r"it is \['q_proj', 'v_proj'\]"):
+    with pytest.raises(UserError, match=r"lora.targets = \['experts', 'q_proj'"):
         folder.enter(config("v_proj", "q_proj"), resume=True)
-    with pytest.raises(UserError, match=r"started with lora.rank = 4, now it is 0; resume"):
+    with pytest.raises(UserError, match=r"lora.rank = 4, now"):
         folder.enter(config("q_proj", rank=0), resume=True)
     every = started(tmp_path / "every", config("all-linear"))
     every.enter(config("down_proj", "all-linear", "q_proj"), resume=True)
@@ -129,7 +128,7 @@ def test_a_complete_run_says_so_and_does_not_grow(tmp_path: Path) -> None:
     assert folder.completion() == {"step": 200}
     folder.enter(CONFIG_OF_RUN, resume=True)
     longer = dataclasses.replace(CONFIG_OF_RUN, train=dataclasses.replace(CONFIG_OF_RUN.train, steps=300))
-    with pytest.raises(UserError, match=r"is complete at step 200, and train.steps = 300 asks for more"):
+    with pytest.raises(UserError, match=r"train.steps = 300 asks"):
         folder.enter(longer, resume=True)
 
 
@@ -138,7 +137,7 @@ def test_a_complete_run_says_so_and_does_not_grow(tmp_path: Path) -> None:
 def test_damaged_files_are_named(tmp_path: Path, content: str) -> None:
     folder = started(tmp_path / "run")
     (tmp_path / "run" / CONFIG).write_text(content)
-    with pytest.raises(UserError, match=r"run/config.json: cannot be read as a run's settings"):
+    with pytest.raises(UserError, match=r"run/config.json: cannot be read"):
         folder.enter(CONFIG_OF_RUN, resume=True)
     (tmp_path / "run" / COMPLETION).write_text(content)
     with pytest.raises(UserError, match=r"run/complete.json: is damaged"):
@@ -199,6 +198,6 @@ def test_without_a_run_nothing_is_written_and_a_wrong_folder_is_named(tmp_path: 
     none = RunEvents(None)
     none.add("sample", prompt="a")
     assert none.last_step() is None
-    with pytest.raises(UserError, match=r"holds no events\.jsonl, so it is not a run"):
+    with pytest.raises(UserError, match=r"holds no events\.jsonl,"):
         RunEvents(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -28,16 +28,15 @@ def test_what_is_done_holds_rounds_to_what_they_were_begun_with(tmp_path: Path) 
     enter(8)  # a mended command, before anything is done
     (folder / "rounds/answers").touch()
     enter(8)
-    with pytest.raises(UserError, match=r"run: its rounds were begun with samples = 8, now it is 4; resume "
-                       r"with the same .--samples 8., or"):
+    with pytest.raises(UserError, match="samples = 8, now"):
         enter(4)
     note.write_text("[1")
-    with pytest.raises(UserError, match=r"rounds.json: is damaged .* or choose another --run"):
+    with pytest.raises(UserError, match="choose another --run"):
         enter(8)
     note.unlink()
-    with pytest.raises(UserError, match="run: is not empty and holds no rounds; choose another --run"):
+    with pytest.raises(UserError, match="rounds; choose another --run"):
         enter(8)
-    with pytest.raises(UserError, match=r"--run .*answers: is a file; choose another one"):
+    with pytest.raises(UserError, match=r"--run .*answers:"):
         enter_rounds(folder / "rounds/answers", folder / "rounds/answers/rounds.json", {}, "--run")
 
 
@@ -51,7 +50,7 @@ def test_files_that_each_command_makes_are_nothing_that_was_done(tmp_path: Path)
     made.touch()
     enter(8)
     (folder / "answers.jsonl").touch()
-    with pytest.raises(UserError, match="probe: its answers were begun with k = 8, now it is 4"):
+    with pytest.raises(UserError, match="begun with k"):
         enter(4)
 
 

@@ -26,9 +26,7 @@ class Served:
     url: str
     """Its address, up to `/v1`."""
     model: str
-    """The name of its first model."""
-    models: list[str]
-    """The names of all."""
+    """The name of its model."""
     pid: int
     """Its first rank."""
     thread: threading.Thread

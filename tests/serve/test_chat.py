@@ -25,10 +25,8 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from synthesis.endpoint import ScriptedEndpoint, serving
 
 from data_prep.cli import main as sov_data
-from megatron_sov.chat.tool_calls import ToolCall
 from megatron_sov.cli import main
-from megatron_sov.commands.models.serve import distinct_names
-from megatron_sov.serve.chat_session import ChatSession, models_at
+from megatron_sov.serve.chat_session import ChatSession, model_at
 from megatron_sov.work.endpoints.answers import NeverAnswered
 from tests.pages_typed import ROOT, commands_of
 from tokenizer.cli import main as sov_tokenizer
@@ -74,30 +72,8 @@ class Shown:
     def say(self, piece: str) -> None:
         self.lines.append(piece)
 
-    def call(self, name: str, arguments: str) -> None:
-        self.lines.append(f"call {name} {arguments}")
-
-    def result(self, text: str) -> None:
-        self.lines.append(f"result {text}")
-
     def note(self, text: str) -> None:
         self.lines.append(f"note {text}")
-
-
-class Adder:
-    """Tools that add, and remember how often."""
-
-    tools = ({"type": "function", "function": {"name": "add", "parameters": {}}},)
-
-    def __init__(self) -> None:
-        self.state = "0"
-
-    def call(self, call: ToolCall) -> str:
-        self.state = str(int(self.state) + 1)
-        return str(sum(call.arguments.values()))
-
-    def restore(self, state: str) -> None:
-        self.state = state
 
 
 def test_each_piped_line_gets_one_answer_and_nothing_else_is_printed(endpoint: ScriptedEndpoint, talk: Any
@@ -135,7 +111,7 @@ def test_saved_rows_pack_and_cut_answers_are_not_learned(endpoint: ScriptedEndpo
 
 
 def test_oldest_turns_are_left_out_where_the_context_ends(endpoint: ScriptedEndpoint) -> None:
-    session, screen = ChatSession(models_at(endpoint.url, "")[0], {}), Shown()
+    session, screen = ChatSession(model_at(endpoint.url, ""), {}), Shown()
     for text in ("a", "b", "c"):
         session.ask(text, screen)
     endpoint.next = ["too long", "too long"]
@@ -147,27 +123,6 @@ def test_oldest_turns_are_left_out_where_the_context_ends(endpoint: ScriptedEndp
     with pytest.raises(NeverAnswered, match="longer than the model's context"):
         session.ask("e", screen)
     assert [turn.user for turn in session.turns] == ["a", "b", "c", "d"], "the row has all turns"
-
-
-def test_tools_answer_calls_and_are_taken_back() -> None:
-    def calls(request: Any) -> Any:
-        if request["messages"][-1]["role"] == "tool":
-            return f"It is {request['messages'][-1]['content']}."
-        return {"content": None, "tool_calls": [{"id": "c1", "type": "function", "function": {
-            "name": "add", "arguments": '{"a": 1, "b": 2}'}}]}
-
-    with serving(ScriptedEndpoint(calls)) as server:
-        tools, screen = Adder(), Shown()
-        session = ChatSession(models_at(server.url, "")[0], {}, tools)
-        session.ask("1 + 2?", screen)
-    assert screen.lines[:2] == ['call add {"a": 1, "b": 2}', "result 3"]
-    assert "".join(screen.lines[2:]) == "It is 3." and tools.state == "1"
-    row = session.row()
-    assert row is not None
-    assert [m["role"] for m in row["messages"]] == ["user", "assistant", "tool", "assistant"]
-    assert row["tools"] == list(tools.tools)
-    session.undo()
-    assert (tools.state, session.turns) == ("0", [])
 
 
 @pytest.mark.deep
@@ -213,40 +168,25 @@ def test_a_terminal_gets_no_control_characters_and_an_interrupt_stops_the_answer
         os.close(master)
 
 
-def test_the_pages_commands_talk_to_a_checkpoint_and_to_two_models(talk: Any, tmp_path: Path, one_rank: None,
-                                                                   endpoint: ScriptedEndpoint,
-                                                                   imported: dict[str, Path],
-                                                                   monkeypatch: pytest.MonkeyPatch,
-                                                                   warm_python: str) -> None:
+def test_the_pages_commands_talk_to_a_checkpoint(talk: Any, tmp_path: Path, one_rank: None,
+                                                 imported: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
+                                                 warm_python: str, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "executable", warm_python)
-    for name in ("my-checkpoint", "runs/sft", "runs/dpo"):
-        Path(name).parent.mkdir(exist_ok=True)
-        Path(name).symlink_to(imported["solar_open"])
+    Path("my-checkpoint").symlink_to(imported["solar_open"])
     (piped,) = re.findall(r"^printf '(.*)' \| megatron-sov chat (.*) > answers.txt$", PAGE, re.MULTILINE)
-    short = ("--max-new-tokens", "6", "--set", "train.num_threads=1")
-    lines = piped[0].replace("\\n", "\n")
-    alone = talk(lines, *shlex.split(piped[1]), *short).out
+    alone = talk(piped[0].replace("\\n", "\n"), *shlex.split(piped[1]), "--max-new-tokens", "6", "--set",
+                 "train.num_threads=1").out
     assert main(["generate", "my-checkpoint", "--chat", "--prompt", "1 + 2?", "--max-new-tokens", "6"]) == 0
-    typed = [shlex.split(line)[2:] for line in TYPED if line.startswith("megatron-sov chat ")]
-    assert typed[0] == ["my-checkpoint"] and len(typed) == 3
-    with_address = [endpoint.url if word.startswith("http:") else word for word in typed[2]]
-    both = talk("1 + 2?\n", *with_address, "--temperature", "0", *short).out
     written = alone.partition("\n")[0]
-    assert both == (f"user: 1 + 2?\nassistant: {written}\nmy-checkpoint: {written}\n"
-                    "scripted: 1 asked, last 1 + 2?\n"), "what `generate` writes, and says who speaks"
-
-
-def test_names_tell_targets_apart(tmp_path: Path) -> None:
-    assert distinct_names([tmp_path / "a/hf", tmp_path / "b/hf"]) == ["a/hf", "b/hf"]
-    assert distinct_names([tmp_path / "a", tmp_path / "b"]) == ["a", "b"]
+    assert capsys.readouterr().out == f"user: 1 + 2?\nassistant: {written}\n"
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["nowhere"], "nowhere: does not exist"), (["a", ""], "TARGET: is empty, where a model is to be named"),
+    (["nowhere"], "nowhere: does not exist"), ([""], "TARGET: is empty, where a model is to be named"),
     (["http://h:0/v1"], "must be an address"),
     (["http://127.0.0.1:9/v1"], "the models cannot be listed (the connection failed"),
-    ([*"abcde"], "at most 4 models"), (["a", "--tools", "no"], "a: does not exist")])
+    (["a", "--tools", "no"], "--tools: was removed in this version")])
 def test_a_mistake_is_one_sentence(words: list[str], said: str, capsys: Any) -> None:
     assert main(["chat", *words]) == 2
     told = capsys.readouterr().err

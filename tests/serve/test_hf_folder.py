@@ -45,16 +45,15 @@ def test_greedy_answers_are_those_of_generate(folder: Path, serving: Any) -> Non
     for prompt in PROMPTS:
         ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
         written = network.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
-        expected.append(written[0, ids.shape[1]:].tolist())
-    assert len(set(map(tuple, expected))) > 3
+        expected.append(tokenizer.decode(written[0, ids.shape[1]:], skip_special_tokens=True))
+    assert len(set(expected)) > 3
     with serving(folder, "--max-batch", "2", "--max-length", "128") as served:
         client = openai.OpenAI(base_url=served.url, api_key="none", max_retries=0)
 
-        def ask(prompt: str) -> list[int]:
-            choice = client.completions.create(
+        def ask(prompt: str) -> str:
+            return str(client.completions.create(
                 model=served.model, prompt=prompt, max_tokens=NEW, temperature=0,
-                extra_body={"ignore_eos": True, "return_token_ids": True}).choices[0]
-            return list(choice.model_extra["token_ids"])
+                extra_body={"ignore_eos": True}).choices[0].text)
 
         # more requests than slots
         with ThreadPoolExecutor(len(PROMPTS)) as pool:

@@ -125,7 +125,7 @@ def opened(folder: Path) -> Callable[..., AbstractContextManager[Open]]:
         stop: list[str] = []
         model = Model(reader, Clerk(desk, reader, lambda: stop[0] if stop else None, lambda: False),
                       wants_stop=stop)
-        server = HttpServer(settings, desk, reader, 0.0, LONGEST, {})
+        server = HttpServer(settings, desk, reader, 0.0, LONGEST)
         server.start()
         runs = threading.Thread(target=model.run)
         runs.start()
@@ -191,10 +191,8 @@ def test_thoughts_and_calls_are_told_apart_from_what_is_said(opened: Any) -> Non
 
 def test_what_ends_an_answer_frees_its_place(opened: Any) -> None:
     with opened() as server:
-        found = server.message("to be or not to be", stop=["not", "<|endofturn|>"], logprobs=True)
+        found = server.message("to be or not to be", stop=["not", "<|endofturn|>"])
         assert (found["message"]["content"], found["finish_reason"]) == ("to be or ", "stop")
-        pieces = [entry["token"] for entry in found["logprobs"]["content"]]
-        assert "".join(pieces) == "to be or not" and found["logprobs"]["content"][0]["logprob"] == -0.5
         server.model.rows = threading.Semaphore(0)
         with server.http.stream("POST", "/chat/completions", json={
                 "messages": [{"role": "user", "content": "long " * 70}], "stream": True}) as gone:
@@ -344,8 +342,7 @@ def test_an_address_that_is_taken_is_a_mistake(opened: Any) -> None:
     with opened() as server:
         port = int(server.url.removesuffix("/v1").rpartition(":")[2])
         with pytest.raises(UserError, match=f"--port {port}: cannot be listened on"):
-            HttpServer(ServeSettings("m", port=port), RequestQueue(1), server.model.reader, 0.0, LONGEST,
-                       {})
+            HttpServer(ServeSettings("m", port=port), RequestQueue(1), server.model.reader, 0.0, LONGEST)
 
 
 @pytest.mark.parametrize("sent", [

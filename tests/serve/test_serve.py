@@ -11,7 +11,6 @@ import shlex
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,9 @@ import httpx
 import openai
 import pytest
 
-from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.infer.engines.fleet import AddressKeeper, Fleet
 from megatron_sov.infer.engines.target import find_target
 from megatron_sov.serve.bodies import BodyReader, completion_question
-from megatron_sov.work.endpoints.token_server import TokenRequest
-from megatron_sov.work.endpoints.vllm_server import VllmServer
 from megatron_sov.work.processes.children import FORWARDED
 from tests.pages_typed import ROOT, commands_of
 
@@ -58,7 +53,7 @@ def written(one_rank: None, imported: dict[str, Path], capsys: Any) -> Callable[
     """Return `written(*options)`: what `generate` writes."""
 
     def write(*options: str) -> list[dict[str, Any]]:
-        assert main(["generate", str(imported["solar_open"]), *options, "--json", "--logprobs"]) == 0
+        assert main(["generate", str(imported["solar_open"]), *options, "--json"]) == 0
         found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
         return found
 
@@ -68,12 +63,9 @@ def written(one_rank: None, imported: dict[str, Path], capsys: Any) -> Callable[
 def test_the_openai_client_gets_what_generate_writes(client: openai.OpenAI, written: Any) -> None:
     for prompt in PROMPTS[:2]:
         (expected,) = written("--prompt", prompt, "--max-new-tokens", "9", *WARM, "--seed", "7")
-        found = client.completions.create(model="mine", prompt=prompt, max_tokens=9, seed=7, logprobs=0,
-                                          **SAMPLED)
+        found = client.completions.create(model="mine", prompt=prompt, max_tokens=9, seed=7, **SAMPLED)
         choice = found.choices[0]
         assert (choice.text, choice.finish_reason) == (expected["text"], expected["finish_reason"])
-        assert choice.logprobs is not None and choice.logprobs.token_logprobs == pytest.approx(
-            expected["logprobs"], abs=1e-5)
         assert found.usage is not None and found.usage.completion_tokens == len(expected["tokens"])
     several = written("--prompt", "Hello", "--chat", "--max-new-tokens", "8", *WARM, "--samples", "3")
     chat = client.chat.completions.create(model="mine", messages=[{"role": "user", "content": "Hello"}], n=3,
@@ -131,77 +123,6 @@ def test_ids_are_prompts_too_and_the_model_is_listed(client: openai.OpenAI, writ
     assert [model.id for model in client.models.list()] == ["mine"]
 
 
-def test_tokens_go_in_and_come_out_with_what_they_were_drawn_with(server: Any) -> None:
-    def asked(path: str, **body: Any) -> Any:
-        found = httpx.post(f"{server.url}/{path}", json=body, timeout=600)
-        assert found.status_code == 200, found.text
-        if not body.get("stream"):
-            return found.json()
-        lines = [line.removeprefix("data: ") for line in found.text.split("\n\n")]
-        return [json.loads(line) for line in lines if line.startswith("{")]
-
-    drawn: dict[str, Any] = {"seed": 5, "max_tokens": 12, "ignore_eos": True, "return_token_ids": True}
-    ids = [[5, 9, 300], [7, 8]]
-    first, second = asked("completions", prompt=ids, **drawn, logprobs=0)["choices"]
-    assert [first["prompt_token_ids"], second["prompt_token_ids"]] == ids
-    assert len(second["token_ids"]) == 12 and first["finish_reason"] == "length"
-    # read again as a prompt, the tokens have the log-probabilities that they were drawn with
-    told = asked("completions", prompt=ids[0] + first["token_ids"], max_tokens=1, echo=True, logprobs=0)
-    assert told["choices"][0]["logprobs"]["token_logprobs"][3:15] == pytest.approx(
-        first["logprobs"]["token_logprobs"], abs=1e-4)
-    chunks = [chunk["choices"][0] for chunk in asked("completions", prompt=ids[0], **drawn, stream=True)]
-    assert [token for chunk in chunks for token in chunk["token_ids"]] == first["token_ids"]
-    assert [chunk.get("prompt_token_ids") for chunk in chunks] == [ids[0], *[None] * (len(chunks) - 1)]
-    [named] = asked("completions", prompt=ids[0], **drawn, logprobs=1,
-                    return_tokens_as_token_ids=True)["choices"]
-    assert named["logprobs"]["tokens"] == [f"token_id:{token}" for token in first["token_ids"]]
-    end = first["token_ids"][5]
-    [short] = asked("completions", prompt=ids[0], **drawn, stop_token_ids=[end])["choices"]
-    assert short["token_ids"] == first["token_ids"][:first["token_ids"].index(end) + 1]
-    assert short["finish_reason"] == "stop"
-
-    chat = {"messages": [{"role": "user", "content": "Hello"}], **drawn}
-    whole, chunks = asked("chat/completions", **chat), asked("chat/completions", **chat, stream=True)
-    assert len(whole["prompt_token_ids"]) == whole["usage"]["prompt_tokens"]
-    assert chunks[0]["prompt_token_ids"] == whole["prompt_token_ids"] and "prompt_token_ids" not in chunks[1]
-    assert [token for chunk in chunks for token in chunk["choices"][0].get("token_ids", [])] == \
-        whole["choices"][0]["token_ids"]
-
-
-def test_log_probabilities_have_bytes_and_places(client: openai.OpenAI) -> None:
-    asked: dict[str, Any] = {"model": "mine", "max_tokens": 12, "seed": 1}
-    chat = client.chat.completions.create(**asked, messages=[{"role": "user", "content": "한국어?"}],
-                                          logprobs=True, top_logprobs=3).choices[0]
-    assert chat.logprobs and chat.logprobs.content
-    told = bytes(b for one in chat.logprobs.content for b in one.bytes or [])
-    assert told.decode(errors="replace") == chat.message.content
-    alone, with_answer = (client.completions.create(
-        **asked | {"max_tokens": count}, prompt="한국어 text", echo=True, logprobs=2).choices[0]
-        for count in (0, 1))
-    assert alone.text == "한국어 text" and alone.finish_reason == "length"
-    assert alone.logprobs and with_answer.logprobs and alone.logprobs.text_offset is not None
-    assert alone.logprobs.tokens == (with_answer.logprobs.tokens or [])[:-1]
-    assert (alone.logprobs.token_logprobs or [])[1:] == pytest.approx(
-        (with_answer.logprobs.token_logprobs or [])[1:-1], abs=1e-4)
-    assert [*alone.logprobs.text_offset, 8] == with_answer.logprobs.text_offset
-
-
-def test_a_trainer_asks_it_as_it_asks_vllm(server: Any) -> None:
-    engine = VllmServer(server.url)
-    AddressKeeper(engine, 0).start(lambda: False)
-    request = TokenRequest("one", [5, 9, 300], 12, temperature=0.7, top_k=1)
-    [answer] = engine.write(request)
-    assert (len(answer.tokens), answer.reason) == (12, "length") and answer.logprobs == [0] * 12
-    assert [also.tokens for also in engine.write(replace(request, count=2))] == [answer.tokens] * 2
-    [ended] = engine.write(replace(request, stop_ids=(answer.tokens[3],)))
-    assert ended.reason == "stop"
-    assert ended.tokens == answer.tokens[:answer.tokens.index(answer.tokens[3]) + 1]
-    with Fleet([AddressKeeper(engine, 0)], 400, 1) as fleet:
-        fleet.submit(replace(request, name="two")).result(60)
-        with pytest.raises(UserError, match=r"takes no other weights .*/pause.*: POST /pause: Not Found"):
-            fleet.update(["w"], 1)
-
-
 def test_the_models_own_ends_end_nothing_where_they_are_ignored(imported: dict[str, Path]) -> None:
     reader = BodyReader(find_target(imported["solar_open"]), 64)
     body: dict[str, Any] = {"prompt": [5], "stop_token_ids": [7]}
@@ -217,9 +138,7 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"prompt": "a", "temperature": 1e-9}, 400, "temperature is 1e-09: below 0.01 numbers overflow"),
     ({"prompt": "a", "temperature": "1"}, 400, "temperature is \"1\""),
     ({"prompt": "a", "stop_token_ids": [-1]}, 400, "stop_token_ids is [-1]"),
-    ({"prompt": "a", "logprobs": 21}, 400, "logprobs is 21"),
-    ({"prompt": ["a " * 400] * 128, "echo": True, "logprobs": 20}, 400, "log-probabilities of prompts are"),
-    ({"prompt": "a", "echo": True, "stream": True}, 400, "echo is true for a stream"),
+    ({"prompt": "a", "logprobs": 1}, 400, "logprobs is 1: this server does nothing with it but for false"),
     ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens is 0"),
     ({"prompt": "a", "max_tokens": 512}, 400, "this server takes 512 in all"),
     ({"prompt": "a " * 600}, 400, "this server takes 512 in all"),
@@ -234,8 +153,6 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"messages": [{"role": "user", "content": "a"}], "tools": [{"a": "\udfff"}]}, 400, "surrogate pair"),
     ({}, 400, "prompt is missing"),
     ({"prompt": "a", "model": "gpt-9"}, 404, "model 'gpt-9' does not exist; this server has 'mine'"),
-    ({"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}, 400,
-     "top_logprobs is 2 without logprobs"),
     ({"messages": [{"role": "user", "content": "a"}], "echo": True}, 400, "echo is true"),
     ({"messages": []}, 400, "'messages' must be a non-empty list"),
     ({"messages": [{"role": "king", "content": "a"}]}, 400, "role 'king'"),
@@ -328,20 +245,3 @@ def test_what_is_no_model_is_a_mistake(tmp_path: Path, capsys: Any) -> None:
     for target in (tmp_path, tmp_path / "none"):
         assert main(["serve", str(target)]) == 2
         assert capsys.readouterr().err.count("error: ") == 1
-
-
-def test_rl_generate_has_it_write(server: Any, imported: dict[str, Path], one_rank: None, tmp_path: Path,
-                                  capsys: Any) -> None:
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"prompt": "1?"}\n{"prompt": "2?"}\n')
-    hf = tmp_path / "hf"
-    assert main(["convert", "to-hf", str(imported["solar_open"]), str(hf)]) == 0
-    command = ["rl", "generate", "--from", str(hf), "--prompts", str(prompts), "--plain",
-               "--store", str(tmp_path / "store"), "--run", str(tmp_path / "run"), "--engine", "vllm",
-               "--engine-url", server.url, "--set", "rollout.rounds=1", "--set",
-               "rollout.prompts_per_round=2", "--set", "rollout.samples_per_prompt=2", "--set",
-               "rollout.max_new_tokens=8", "--set", "rollout.max_prompt_tokens=8"]
-    code = main(command)
-    said = capsys.readouterr()
-    assert code == 0, said.err
-    assert "1 parts with 4 responses" in said.out

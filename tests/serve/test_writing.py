@@ -23,11 +23,11 @@ def by_bytes() -> Tokenizer:
 def test_what_is_sure_only_grows_and_is_never_a_part_of_a_character(by_bytes: Tokenizer) -> None:
     writing, told = ReplyWriting(by_bytes.decode, (), ()), ""
     for byte in TEXT.encode():
-        writing.add(byte, -1.0, None)
+        writing.add(byte, None)
         sure = writing.sure_text()
         assert sure.startswith(told) and TEXT.startswith(sure)
         told = sure
-    assert told == TEXT == writing.text() and writing.logprobs == [-1.0] * len(TEXT.encode())
+    assert told == TEXT == writing.text()
 
 
 @pytest.mark.parametrize("stops", [("stop",), (": s", "sagt:"), ("곰 ",), ("🐻",), ("never",)])
@@ -35,7 +35,7 @@ def test_a_stop_string_ends_it_and_no_part_of_it_is_told(by_bytes: Tokenizer, st
     writing = ReplyWriting(by_bytes.decode, stops, ())
     wanted = min((TEXT.partition(stop)[0] for stop in stops), key=len)
     for byte in TEXT.encode():
-        writing.add(byte, -1.0, None)
+        writing.add(byte, None)
         assert wanted.startswith(writing.sure_text())
     assert writing.text() == wanted
     assert writing.reason == (STOP if any(stop in TEXT for stop in stops) else None)
@@ -44,6 +44,6 @@ def test_a_stop_string_ends_it_and_no_part_of_it_is_told(by_bytes: Tokenizer, st
 def test_a_token_or_the_length_ends_it(by_bytes: Tokenizer) -> None:
     ended, cut = (ReplyWriting(by_bytes.decode, (), (0,)) for _ in range(2))
     for token, reason in ((65, None), (0, STOP), (66, LENGTH)):
-        ended.add(token, -1.0, reason)
-    cut.add(65, -1.0, LENGTH)
+        ended.add(token, reason)
+    cut.add(65, LENGTH)
     assert (ended.tokens, ended.reason) == ([65, 0], STOP) and (cut.tokens, cut.reason) == ([65], LENGTH)

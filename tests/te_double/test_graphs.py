@@ -12,13 +12,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_sov.engine.model import graphs
 from megatron_sov.engine.model.specs import OwnLayer
 from megatron_sov.engine.router import RoutingStep
-from tests.te_double.transformer_engine.pytorch.graph import make_graphed_callables
-from tests.te_double.transformer_engine.pytorch.recording import CapturedOperators
 
 RUN = str(Path(__file__).with_name("graph_run.py"))
 RAMP = ("train.ramp_from_batch_size=4", "train.ramp_increment=4", "train.ramp_steps=2",
@@ -110,50 +107,3 @@ def test_graphs_serve_the_passes_that_they_were_captured_of(monkeypatch: pytest.
         setattr(step, name, {})
         assert not layer._should_call_te_cudagraph(), name
         setattr(step, name, None)
-
-
-class Branching(torch.nn.Module):
-    """Multiplies by a weight, and by numbers that lie in different places."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.tensor(3.0))
-        self.in_place, self.of_python, self.seen = torch.ones(()), 1.0, 0
-
-    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """[n], [n] -> [n]."""
-        self.seen += 1
-        return torch.where(mask, x * self.weight * self.in_place, x) * self.of_python
-
-
-def test_the_doubles_graph_reads_its_own_memory_and_runs_no_python() -> None:
-    module, x = Branching(), torch.arange(4.0, requires_grad=True)
-    mask = torch.tensor([True, True, False, False])
-    call, = make_graphed_callables(
-        (module,), [(torch.ones(4, requires_grad=True),)], _order=[1, -1], _num_layers_per_chunk=[1],
-        sample_kwargs=[{"mask": torch.ones(4, dtype=torch.bool)}])
-    assert module.seen == 2, "a warm-up and the capture"
-    assert module.weight.grad is None
-    module.in_place.fill_(2.0)
-    module.of_python = 7.0  # as it was when it was captured
-    found = call(x, mask=mask)
-    assert found.tolist() == [0, 6, 2, 3] and module.seen == 2
-    found.sum().backward()
-    assert (x.grad.tolist(), module.weight.grad.item()) == ([6, 6, 1, 1], 2)
-    assert found.isnan().all(), "behind the way back its memory is another graph's"
-    module.weight.data = torch.tensor(100.0)  # another place
-    assert call(x, mask=mask).tolist() == [0, 6, 2, 3]
-    module.eval()
-    assert call(x, mask=mask)[1].item() == 100 * 2 * 7
-    call.reset()
-    with pytest.raises(RuntimeError, match="has been reset"):
-        call(x, mask=mask)
-
-
-@pytest.mark.parametrize("waits", [
-    lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: x.nonzero(), lambda x: torch.tensor([1.0]),
-    lambda x: bool((x > 0).any()), lambda x: x.masked_select(x > 0)])
-def test_the_doubles_capture_ends_where_the_host_waits(waits: Any) -> None:
-    refused = pytest.raises(RuntimeError, match="operation not permitted when stream is capturing")
-    with refused, CapturedOperators().capture():
-        waits(torch.ones(3))

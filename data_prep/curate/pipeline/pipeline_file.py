@@ -19,6 +19,7 @@ from data_prep.curate.pipelines import READY
 from data_prep.curate.sources.source import KINDS, SourceSettings
 from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.errors import UserError, list_problems, nearest
+from megatron_sov.base.hints.removed import PIPELINE, was_removed
 from megatron_sov.base.settings import (
     AtLeastOne, Bound, Fraction, Located, NotBlank, Place, ProblemCode, SettingsProblem, find_problems,
     place_of, read_located, read_text, rules_of)
@@ -187,7 +188,9 @@ class _FileReader:
         raw = self.located.value
         if not isinstance(raw, dict):
             if not self.found:
-                self.tell((), "holds no mapping; begin with `name:`, `sources:` and `steps:`")
+                self.tell((), "holds no mapping; begin with `name:`, `sources:` and `steps:`, as the YAML "
+                          "files in data_prep/curate/pipelines do; code of datatrove runs by its own "
+                          "executors, and `sov-data pack --input FILE` reads the .jsonl that it writes")
             return None
         parts = ("sources", "steps", "output", "pack")
         known = [f.name for f in dataclasses.fields(_Head)] + list(parts)
@@ -218,7 +221,8 @@ class _FileReader:
         if not isinstance(written, dict):
             self.tell(place, f"{place[-1]} = {written!r}: must be a mapping of settings")
             return None
-        settings, problems = find_problems(cls, written)
+        settings, problems = find_problems(
+            cls, written, lambda key: was_removed(f"{place[-1]}.{key}", PIPELINE).removeprefix("; "))
         if settings is not None:
             settings = resolved(settings, self.folder)
             # Rules may open files, so paths are resolved first.
@@ -265,7 +269,8 @@ class _FileReader:
                 self.tell(place, f"step {i + 1}: must be the name of one step with its settings, and at most "
                                  "`only` beside it")
             elif kinds[0] not in (known := step_names()):
-                self.tell((*place, kinds[0]), f"{kinds[0]}: is no step{nearest(kinds[0], known)} "
+                close = was_removed(kinds[0], PIPELINE) or nearest(kinds[0], known)
+                self.tell((*place, kinds[0]), f"{kinds[0]}: is no step{close} "
                                               f"(there are: {', '.join(known)})")
             else:
                 only = self._part(Only, entry.get("only") or {}, (*place, "only"))

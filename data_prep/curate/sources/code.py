@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -19,27 +19,31 @@ from megatron_sov.base.documents import BadRecord
 LICENCE_FILE = re.compile(r"(?:(?:un)?licen[cs]es?|copying|copyright)(?:[.-][\w.-]+)?$", re.IGNORECASE)
 HEAD_CHARS = 3000
 """Where a source file names its licence."""
-MAX_TEXT_CHARS, MAX_LICENCE_BYTES = 60_000, 1 << 20
-"""A longer text is a list of licences, and none of them; a larger file is not read."""
-MAX_EDITS = 0.05
-"""Share of a licence's text that may differ, as names and years do."""
+MAX_LICENCE_BYTES = 1 << 20
+"""A larger licence file is not read."""
 _SPDX = re.compile(r"SPDX-License-Identifier:\s*([\w.+() -]+?)\s*(?:\*/|-->|$)", re.MULTILINE)
 _HEADERS = (
-    ("Apache-2.0", r"licensed under the apache license,? version 2\.0"),
+    ("Apache-2.0", r"(?:licensed under the|^) ?apache license,? version 2\.0"),
     ("AGPL-3.0-or-later", r"gnu affero general public license.{0,200}either version 3"),
     ("LGPL-3.0-or-later", r"gnu lesser general public license.{0,200}either version 3"),
     ("LGPL-2.1-or-later", r"gnu lesser general public license.{0,200}either version 2\.1"),
     ("GPL-3.0-or-later", r"gnu general public license.{0,200}either version 3"),
     ("GPL-2.0-or-later", r"gnu general public license.{0,200}either version 2"),
     ("GPL-2.0-only", r"gnu general public license,? version 2(?!.{0,80}\bor\b)"),
+    ("AGPL-3.0", r"^gnu affero general public license version 3"),
+    ("LGPL-3.0", r"^gnu lesser general public license version 3"),
+    ("LGPL-2.1", r"^gnu lesser general public license version 2\.1"),
+    ("GPL-3.0", r"^gnu general public license version 3"),
+    ("GPL-2.0", r"^gnu general public license version 2"),
+    ("MPL-2.0", r"^mozilla public license version 2\.0"),
     ("MPL-2.0", r"subject to the terms of the mozilla public license,? v\. 2\.0"),
     ("BSD-3-Clause", r"redistribution and use in source and binary forms.{0,1200}neither the name"),
     ("BSD-2-Clause", r"redistribution and use in source and binary forms"),
     ("MIT", r"permission is hereby granted, free of charge, to any person obtaining a copy"),
     ("ISC", r"permission to use, copy, modify, and/or distribute this software for any purpose"),
 )
-"""SPDX name -> what the head of a file says, with small letters and single spaces, the particular before the
-general."""
+"""SPDX name -> what the head of a source file or of a licence's text says, with small letters and single
+spaces, the particular before the general."""
 _COMMENT_SIGNS = re.compile(r"(?m)^[ \t]*(?:#+|//+|/?\*+/?|;+|--+|%+|\"\"\"|<!--)")
 _GENERATED = re.compile(
     r"@generated\b|do not (?:edit|modify)\b|don't (?:edit|modify)\b|auto-?\s?generated|"
@@ -53,7 +57,7 @@ LEAST_LETTERS = 0.25
 """Share of letters and digits, below which a file holds data (the rule of The Stack, arXiv 2211.15533, 4)."""
 
 
-# Licences as SPDX names them: by the text of a licence file, by the head of a source file.
+# Licences as SPDX names them, by the head of a licence's text or of a source file.
 
 
 def header_licence(text: str) -> str:
@@ -63,41 +67,6 @@ def header_licence(text: str) -> str:
     # Licences are broken over lines with signs of comments: without them a phrase is in one piece.
     plain = " ".join(_COMMENT_SIGNS.sub(" ", head).lower().split())
     return next((name for name, pattern in _HEADERS if re.search(pattern, plain)), "")
-
-
-@lru_cache(maxsize=256)
-def licence_of_text(text: str) -> str:
-    """Return the licence whose text this is, "" where it is none that is known: the nearest by edits, which
-    have to be few."""
-    import ukkonen
-    from identify.vendor import licenses
-
-    if found := _SPDX.search(text[:HEAD_CHARS]):
-        return found[1].strip()
-    if len(text) > MAX_TEXT_CHARS:
-        return ""
-    plain = _plain(text)
-    most = int(MAX_EDITS * len(plain))
-    best, name = most + 1, ""
-    for spdx, licence in licenses.LICENSES:
-        other = _plain(licence)
-        if plain == other:
-            return str(spdx)
-        # Two texts differ by at least the difference of their lengths: most licences need no comparison.
-        if abs(len(plain) - len(other)) <= most:
-            # With a bound, Ukkonen's algorithm takes time with the edits, and not with the square of the
-            # length.
-            edits = ukkonen.distance(plain, other, most + 1)
-            if edits < best:
-                best, name = edits, str(spdx)
-    return name
-
-
-def _plain(text: str) -> str:
-    """Return a licence's text without lines of copyright and white space."""
-    lines = (line for line in text.strip().split("\n")
-             if not re.match(r"\s*copyright\b.*\d{4}|\s*copyright \(c\)", line, re.IGNORECASE))
-    return " ".join(" ".join(lines).lower().split())
 
 
 # What files of a repository are, by name and content: language, copies of other projects, generated.
@@ -244,7 +213,7 @@ def _repository_licence(job: ReadingJob) -> str:
         try:
             if (job.root / name).stat().st_size > MAX_LICENCE_BYTES:  # read for each file beside it
                 continue
-            found.append(licence_of_text(decode_text(read_whole(job.root / name, job.options), DETECT)))
+            found.append(header_licence(decode_text(read_whole(job.root / name, job.options), DETECT)))
         except (BadRecord, OSError):
             continue
     return " AND ".join(dict.fromkeys(filter(None, found)))

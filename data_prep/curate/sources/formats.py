@@ -14,6 +14,7 @@ from data_prep.curate.sources.source import PASSED_OVER, Broken, Raw, Reader, So
 from data_prep.libraries import require
 from megatron_sov.base.documents.files import is_about, is_records
 from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.hints.removed import PIPELINE, was_removed
 from megatron_sov.base.plugins.loading import LoadedPlugin
 from megatron_sov.base.plugins.registry import Registry
 from megatron_sov.base.settings import (
@@ -23,24 +24,17 @@ FORMATS: dict[str, str] = {
     "auto": "data_prep.curate.sources.formats:AutoReader",
     "text": "data_prep.curate.sources.lines:TextReader",
     "jsonl": "data_prep.curate.sources.lines:JsonlReader",
-    "parquet": "data_prep.curate.sources.dataset:ParquetReader",
-    "arrow": "data_prep.curate.sources.dataset:ArrowReader",
-    "dataset": "data_prep.curate.sources.dataset:DatasetReader",
+    "parquet": "data_prep.curate.sources.parquet:ParquetReader",
     "html": "data_prep.curate.sources.html:HtmlReader",
     "warc": "data_prep.curate.sources.warc:WarcReader",
-    "pdf": "data_prep.curate.sources.pdf_layout:PdfReader",
-    "epub": "data_prep.curate.sources.zipped:EpubReader",
-    "office": "data_prep.curate.sources.zipped:OfficeReader",
+    "pdf": "data_prep.curate.sources.pdf:PdfReader",
     "code": "data_prep.curate.sources.code:CodeReader",
-    "parallel": "data_prep.curate.sources.parallel:ParallelReader",
 }
 """Name in pipeline files -> module:class of its reader."""
 _PAGES = ("resiliparse", "charset_normalizer")
 LIBRARIES: dict[str, tuple[str, ...]] = {
-    "html": _PAGES, "epub": ("lxml", *_PAGES), "office": ("lxml",), "parallel": ("lxml",),
-    "pdf": ("pypdfium2",), "warc": ("warcio", "pypdfium2", *_PAGES),
-    "code": ("identify", "ukkonen", "charset_normalizer"),
-    "auto": ("warcio", "pypdfium2", "lxml", *_PAGES, "identify", "ukkonen"),
+    "html": _PAGES, "pdf": ("pypdfium2",), "warc": ("warcio", "pypdfium2", *_PAGES),
+    "code": ("charset_normalizer",), "auto": ("warcio", "pypdfium2", *_PAGES),
 }
 """Format -> modules that the process which reads imports; without one every file would be told as broken."""
 
@@ -79,14 +73,16 @@ def reader(source: SourceSettings) -> Reader:
 def format_problems(format_: str, options: Mapping[str, Any]) -> list[SettingsProblem]:
     known = [*FORMATS, *(name for name, _ in OWN.listing())]
     if format_ not in known:
+        close = was_removed(format_, PIPELINE) or nearest(format_, known)
         return [SettingsProblem(ProblemCode.CHOICE, "format", f"must be one of {', '.join(known)}", format_,
-                                nearest(format_, known).removeprefix("; "))]
-    problems = find_problems(reader_class(format_).Options, options)[1]
+                                close.removeprefix("; "))]
+    problems = find_problems(reader_class(format_).Options, options,
+                             lambda key: was_removed(f"{format_}.{key}", PIPELINE).removeprefix("; "))[1]
     return [*map(as_problem, require(f"format {format_}", *LIBRARIES.get(format_, ()))),
             *(problem.below("options") for problem in problems)]
 
 
-BY_NAME = ("text", "jsonl", "parquet", "arrow", "html", "warc", "pdf", "epub", "office", "code")
+BY_NAME = ("text", "jsonl", "parquet", "html", "warc", "pdf", "code")
 """Formats that endings tell, the first that takes a name; the others have to be asked for."""
 
 
@@ -94,7 +90,7 @@ class AutoReader(FileReader):
     """Files of several formats, with each format's own options at their defaults."""
 
     format = "auto"
-    version = 2  # text of pages by resiliparse
+    version = 3  # text of pages and PDFs as their readers give it
     Options = EncodingLimits
 
     def pieces(self) -> list[SourcePiece]:

@@ -100,7 +100,7 @@ def judge_samples(output: Path, run: SynthRunRecord, checks: Path | None, worker
     """
     folder = work_folder(output) / FOLDER
     with disk_errors(folder):
-        (folder / "inputs").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         # in lots: a file that stays as it is need not be judged again when the run goes on
         folders = _write_texts(output, run, folder)
     pipeline = read_steps(steps_file(checks, run.generator, run.kind), folders) if folders else None

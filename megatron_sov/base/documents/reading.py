@@ -132,8 +132,8 @@ _ROWS_BYTES = 64 << 20
 _JSON_BEGINS = re.compile(rb'\s*(?:\[\s*)?\{\s*"(?:[^"\\\n]|\\.)*"\s*:')
 """How a list, lines or one object of JSON begin, and no plain text does."""
 _JSON_TYPE = "extension<arrow.json>"
-_TABLES = {".csv": ",", ".tsv": "\t"}
-"""Endings of tables in plain text -> what stands between two columns."""
+TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
+"""Suffixes of tables in plain text -> the separator of columns."""
 
 
 def read_documents(files: Iterable[Path], reading: RecordReading | None = None) -> Iterator[Document]:
@@ -291,7 +291,7 @@ class CountedSpan:
 
     def _pieces(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
         span = self.span
-        if span.suffix in _TABLES and span.start == 0:
+        if span.suffix in TABLE_SUFFIXES and span.start == 0:
             self._refuse_table()
         if self.reading.kind not in (None, "text"):
             raise BadRecord("fields", f"is plain text, but --format is {self.reading.kind}; "
@@ -338,7 +338,7 @@ class CountedSpan:
         """Refuse a table of records in plain text, which says nothing of types: lists in it are no JSON."""
         with _open(self.span) as f:
             head = _guarded(f.readline, _BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK)
-        found = head.decode(errors="replace").split(_TABLES[self.span.suffix])
+        found = head.decode(errors="replace").split(TABLE_SUFFIXES[self.span.suffix])
         names = [name.strip().strip('"') for name in found]
         # a table whose columns are fields of records was meant as records
         known = {self.reading.text_field, *DIALOGUE, *FOREIGN}

@@ -11,9 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from megatron_sov.base.errors import UserError, nearest
-from megatron_sov.base.hints.table import table
+from megatron_sov.base.hints.table import by_word, normalize, table
 
-_OUTPUT_OPTIONS = ("--output", "--out", "-o", "--output-dir", "--output_dir", "--save", "--outfile")
 _DIRECTION_OPTIONS = ("--to", "--format", "--output-format", "--target", "--type")
 
 
@@ -52,13 +51,13 @@ def _with_output(line: str, typed: Sequence[str]) -> str:
     output, words = "", list(typed)
     while words:
         name, equals, value = words.pop(0).partition("=")
-        takes_value = name in (*_OUTPUT_OPTIONS, *_DIRECTION_OPTIONS)
-        if not takes_value:
+        is_output = name.startswith("-") and _names_output(name)
+        if not is_output and name not in _DIRECTION_OPTIONS:
             kept.append(f"{name}{equals}{value}")
             continue
         if not equals and words:
             value = words.pop(0)
-        if name in _OUTPUT_OPTIONS:
+        if is_output:
             output = value
     if not output and kept and not kept[0].startswith("-"):
         output = kept.pop(0)
@@ -67,6 +66,12 @@ def _with_output(line: str, typed: Sequence[str]) -> str:
     elif output:
         kept += ["--output", output]
     return f"{line} {shlex.join(kept)}".strip()
+
+
+def _names_output(option: str) -> bool:
+    """Return whether an option is --output, in our words or others'."""
+    word = normalize(option)
+    return word == "output" or "--output" in by_word("options").get(word, ())
 
 
 def command_comes_first(program: str, typed: Sequence[str], commands: Iterable[str]) -> UserError:

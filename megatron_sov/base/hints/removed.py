@@ -20,15 +20,20 @@ COMMANDS = {
     "megatron-sov codec train": "train a codec with diffusers or transformers, and read the folder of its "
                                 "`save_pretrained` with `megatron-sov codec import`",
     "megatron-sov convert deepen": "use mergekit's passthrough method on the folder of `convert to-hf`",
+    "megatron-sov convert settings": "type the option to `megatron-sov pretrain`, which names ours",
     "megatron-sov convert to-gguf": "use convert_hf_to_gguf.py of llama.cpp on the folder of `convert to-hf`",
     "megatron-sov convert upcycle": "use mergekit-moe on the folder of `convert to-hf`",
+    "megatron-sov eval bigram": "`megatron-sov eval ppl` has bits per byte, which compare tokenizers",
     **dict.fromkeys(("megatron-sov eval inspect", "megatron-sov eval play"),
                     "serve the model with `megatron-sov serve` and run inspect-ai on its address"),
+    "megatron-sov distill rounds": "use `megatron-sov rl run ... --teacher TEACHER --reward none --set "
+                                   "policy.method=gkd` (docs/distill.md)",
     "megatron-sov eval suites": "docs/eval_suites.md lists the tasks and their files; `eval lm` reads a "
                                 "publisher's JSON Lines, Parquet or CSV below --data-dir",
     "megatron-sov ladder": "train the sizes with `megatron-sov pretrain` and fit their losses yourself",
-    "megatron-sov reproduce": "python benchmarks/paper_claims.py runs the claims in a checkout",
+    "megatron-sov reproduce": "python benchmarks/learning.py runs the claims in a checkout",
     "megatron-sov rl replay": "type the command of `rl run` again with another --run and --store",
+    "megatron-sov rl store page": "`megatron-sov rl store show` prints responses and their rewards",
     "megatron-sov rl why": "`megatron-sov rl store show` prints responses and their rewards",
     "megatron-sov watch": "`megatron-sov status RUN --follow` prints each step; --set obs.tensorboard=true "
                           "draws curves",
@@ -43,21 +48,38 @@ COMMANDS = {
 }
 """Program and command -> what to use in its place."""
 OPTIONS = {
+    **dict.fromkeys(("megatron-sov chat --tools", "megatron-sov chat --tool-set"),
+                    "`megatron-sov tools run ENV TARGET` has a model play a tool environment"),
     "megatron-sov convert to-hf --quantize": "quantize the folder with llm-compressor",
+    **dict.fromkeys((f"megatron-sov eval lm --{name}" for name in (
+        "key-env", "same-model", "tokenizer", "concurrent")),
+        "ask an endpoint with lm-eval's own command `lm_eval --model local-chat-completions`"),
+    **dict.fromkeys(("megatron-sov inspect --page", "sov-data inspect --page"),
+                    "redirect the text: `megatron-sov inspect PATH > facts.txt`"),
+    "megatron-sov score --disagreements": "the command prints the lines where two rewards disagree",
+    "megatron-sov tools play --page": "redirect the text: `megatron-sov tools play ENV ... > play.txt`",
     "megatron-sov plan --calibrate-engine": "rounds of RL are priced by published engines",
     "megatron-sov plan --engine-gpus": "rounds of RL are priced by published engines",
     "megatron-sov plan --page": "redirect the text: `megatron-sov plan RECIPE --cluster P > plan.txt`",
     "megatron-sov plan --table": "in a checkout, python benchmarks/plan_calibration.py --no-refit predicts "
                                  "published runs",
+    **dict.fromkeys((f"megatron-sov prefer --{name}" for name in (
+        "rounds", "prompts", "reward", "reward-set", "samples", "temperature", "max-new-tokens",
+        "keep-unfinished")),
+        "use `megatron-sov rl run ... --set policy.method=preference` (docs/prefer.md)"),
     "megatron-sov report --compare": "draw the curves of several runs with TensorBoard (obs.tensorboard) or "
                                      "Weights & Biases; `megatron-sov eval difference` compares scores",
     **{f"megatron-sov codec reconstruct --{name}": "a codec decodes its own tokens"
        for name in ("decoder", "decoder-steps", "seed", "speaker")},
+    **dict.fromkeys(("megatron-sov eval media --retrieval", "megatron-sov eval media --candidates"),
+                    "rank texts by `eval lm` tasks with choices, or by code of your own over `generate`"),
     "megatron-sov eval media --speaker": "a codec has one voice",
     "megatron-sov generate --speaker": "a codec has one voice",
     **dict.fromkeys((f"megatron-sov submit --{name}" for name in ("job-name", "manifest", "apply")),
                     "submit to a Slurm cluster; Kubernetes is not supported"),
     "sov-data mix --search": "set the shares with --blend",
+    **dict.fromkeys(("sov-data scorer train --encoder", "sov-data scorer train --max-tokens"),
+                    "train the linear model over n-grams, which needs no GPU"),
     **dict.fromkeys((f"sov-data inspect --{name}" for name in ("id", "where", "text", "dropped", "source")),
                     "`sov-data inspect OUT` prints what each step dropped; read shards/ and quarantine/ of "
                     "the output with pandas or DuckDB for single documents"),
@@ -127,6 +149,22 @@ VALUES = {
     "sglang": "use vllm",
 }
 """Value of an option or setting, such as an engine, recipe or model family -> what to use in its place."""
+PIPELINE = {
+    **dict.fromkeys(("arrow", "dataset"), "save it as Parquet with `to_parquet` of datasets"),
+    **dict.fromkeys(("epub", "office"), "convert the files to text with pandoc"),
+    "parallel": "write a JSON line with `text` for each pair of sentences",
+    **dict.fromkeys(("pdf.repeated_lines", "pdf.max_pages", "warc.repeated_lines", "warc.max_pages"),
+                    "running heads are always taken out, and `time_s` limits a file"),
+    "safety": "drop documents by a function of your own: the step `code`",
+    "exact_dedup.compare": "texts are compared in Unicode's form NFKC with single blanks",
+    **dict.fromkeys(("paragraph_dedup.keep", "paragraph_dedup.split"),
+                    "lines are compared, and the first document keeps them"),
+    "minhash_dedup.verify": "candidates are always compared by all their shingles",
+    "minhash_dedup.keep": "the longest document stays; `priority` of a source goes before",
+    "decontaminate.action": "documents are dropped; the step `code` can cut them",
+    "decontaminate.context_chars": "the column `contamination` names the items",
+}
+"""Format, step, or FORMAT.option or STEP.setting of a pipeline file -> what to use in its place."""
 KINDS = {
     "difficulty": "label the problems again, and use `sov-data scorer train --kind regressor`",
     "codec_training": "it is half of a codec; import a published one with `megatron-sov codec import`",
@@ -152,12 +190,15 @@ def check_command(program: str, words: Sequence[str]) -> None:
     Raises:
         UserError: the command or option was removed; the message says what serves in its place.
     """
-    for count in (2, 1):
+    for count in (3, 2, 1):
         typed = " ".join([program, *words[:count]])
         if instead := COMMANDS.get(typed):
             raise UserError(f"{typed}: was removed in this version; {instead}")
         for word in words[count:]:
             option = word.partition("=")[0]
+            # next to --model_args, lm-eval's --model is a kind of model, which `words` leaves out
+            if option == "--model" and any(one.startswith(("--model_args", "--model-args")) for one in words):
+                continue
             if instead := OPTIONS.get(f"{typed} {option}"):
                 raise UserError(f"{typed} {option}: was removed in this version; {instead}")
 
@@ -197,6 +238,6 @@ def check_kind(path: str | Path, kind: str) -> None:
         raise UserError(f"{path}: is a '{kind}' artifact, which this version cannot read; {instead}")
 
 
-def was_removed(value: str) -> str:
+def was_removed(value: str, table: Mapping[str, str] = VALUES) -> str:
     """Return the end of a sentence about a value that an earlier version took; "" for others."""
-    return f"; it was removed in this version: {VALUES[value]}" if value in VALUES else ""
+    return f"; it was removed in this version: {table[value]}" if value in table else ""

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.errors import UserError, nearest, warn
+from megatron_sov.base.hints.foreign import is_translated, read_foreign
 from megatron_sov.base.hints.table import by_word, normalize, note_on, settings_called, table
 
 _OPTION = re.compile(r"--?[A-Za-z][\w.-]*\Z")
 _NEXT_SETTING = re.compile(r",\s*(?=[a-z]\w*(?:\.\w+)+=)")
+_CONFIG_WORDS = ("config", "config_file", "config_path")
 _SWITCHED = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False,
              "off": False}
 GPUS_OF_A_NODE = 8
@@ -65,8 +67,8 @@ class _Rewrite:
     @property
     def has_cluster(self) -> bool:
         """Whether the command line names a profile, in our words or others'."""
-        known = {"cluster", *str(table()["options"]["--cluster"]).split(), "gpu_type", "gpu", "gpu_name",
-                 "hardware"}
+        rows = [row["words"] for row in table()["in_command"] if "--cluster" in row.get("write", "")]
+        known = {word for words in (table()["options"]["--cluster"], *rows) for word in words.split()}
         return any(normalize(word.partition("=")[0]) in known for word in self.typed if word.startswith("-"))
 
     def is_our_setting(self, key: str) -> bool:
@@ -85,7 +87,7 @@ class _Rewrite:
         value = values[0] if values else ""
         row = next((row for row in table()["in_command"]
                     if _is_row(row, self.command, option, value, is_known)
-                    and row.get("unless", "-") not in self.typed
+                    and not any(fnmatch(word, row.get("unless", "-")) for word in self.typed)
                     and set(str(row.get("needs", "")).split()) <= set(self.options)), None)
         if row is None:
             return False
@@ -103,9 +105,11 @@ class _Rewrite:
     def replace(self, option: str, values: list[str]) -> None:
         """Add what is meant by an option that the command does not have."""
         word = normalize(option)
-        ours = f"--{word.replace('_', '-')}"
         if self.use_row(option, values):
             return
+        if "." in word and not note_on(word) and word not in by_word("settings"):
+            word = _last_part(word)  # torchtitan: --training.steps
+        ours = f"--{word.replace('_', '-')}"
         if word == "load" and values and values[0] == _value_after(self.typed, "--save", "--run"):
             self.add(f"{option}: the run of a folder goes on by --resume", "--run", values[0], "--resume")
             self.resumes = values[0]
@@ -207,6 +211,10 @@ def _read_words(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
                 given, i = [f"{given[0]}={typed[i]}"], i + 1
                 made.add("a setting and its value are joined by =")
             _add_settings(made, given)
+        elif _last_part(word) in _CONFIG_WORDS and made.find and made.exists and (
+                leaves := read_foreign(Path(value or "".join(typed[i:i + 1])), made.exists)):
+            _add_foreign(made, word, value or typed[i], leaves)
+            i += not equals
         elif word in options or not _is_unknown(word, made):
             first = [] if word in alone else list(typed[i:i + 1])
             given = [value] if equals else first
@@ -226,6 +234,24 @@ def _read_words(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
                 values.append(typed[i])
                 i += 1
             made.replace(word, values)
+
+
+def _last_part(word: str) -> str:
+    return normalize(word).rpartition(".")[2]
+
+
+def _add_foreign(made: _Rewrite, option: str, file: str, leaves: Mapping[str, list[str]]) -> None:
+    """Add the settings of another program's configuration file that there are here."""
+    said, lost = list(made.said), []
+    for key, values in leaves.items():
+        num_words = len(made.words) + len(made.first)
+        if values and is_translated(key):
+            made.replace(f"--{_last_part(key)}", values)
+        if len(made.words) + len(made.first) == num_words:
+            lost.append(key)
+    made.said, made.is_changed = said, True
+    without = f", without {', '.join(lost[:12])}{' ...' if len(lost) > 12 else ''}" if lost else ""
+    made.said.append(f"{option} {file}: is another program's configuration; its settings follow{without}")
 
 
 def _is_row(row: Mapping[str, Any], command: str, option: str, value: str, is_known: bool) -> bool:
@@ -293,7 +319,7 @@ def _value_after(words: Sequence[str], *options: str) -> str:
 
 def _move_model(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
     """Let the model be the positional argument of a command whose --model is something else."""
-    if "TARGET" not in made.positionals or "--model" not in made.words or _free_words(parser, made.words):
+    if "TARGET" not in made.positionals or "--model" not in made.words or _split_words(parser, made.words)[0]:
         return
     at = made.words.index("--model")
     if not made.first and at + 1 < len(made.words):
@@ -302,21 +328,24 @@ def _move_model(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
         made.add("--model is TARGET here, without an option")
 
 
-def _free_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
-    """Return the words that are no option and no option's value."""
+def _split_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split words into those of positional arguments, and options with their values."""
     takes = {name: action.nargs for action in parser._actions for name in action.option_strings}
-    found: list[str] = []
+    free: list[str] = []
+    others: list[str] = []
     room = 0.0
     for word in words:
         name, equals, _ = word.partition("=")
         if name in takes:
             nargs = takes[name]
             room = 0 if equals or nargs == 0 else 1 if nargs in (None, "?") else float("inf")
+            others.append(word)
         elif room:
             room -= 1
+            others.append(word)
         else:
-            found.append(word)
-    return found
+            free.append(word)
+    return free, others
 
 
 def _is_unknown(word: str, made: _Rewrite) -> bool:
@@ -461,11 +490,12 @@ def _answer(parser: argparse.ArgumentParser, made: _Rewrite) -> str:
     missing = [f"{action.option_strings[0]} {placeholder(action)}" for action in parser._actions
                if action.required and action.option_strings and not set(action.option_strings) & set(written)]
     first = list(made.first)
-    folders = first or _free_words(parser, words)
+    free, others = _split_words(parser, words)
+    folders = first or free
     if made.weights and len(made.weights) == len(folders):
-        words = [word for word in words if first or word not in folders]
+        words = words if first else others
         first = [f"{folder}:{weight}" for folder, weight in zip(folders, made.weights, strict=True)]
-    if not first and not _free_words(parser, words):
+    if not first and not _split_words(parser, words)[0]:
         needed = [str(action.metavar or action.dest) for action in parser._actions
                   if not action.option_strings and (action.required or (
                       action.dest == "recipe" and made.command in NEED_A_RECIPE
@@ -498,10 +528,7 @@ def missing_words(parser: argparse.ArgumentParser, typed: Sequence[str], names: 
     first = [str(action.metavar or action.dest) for action in lacking if not action.option_strings]
     last = [f"{action.option_strings[0]} {placeholder(action)}" for action in lacking
             if action.option_strings]
-    named = _free_words(parser, typed)  # argparse gives words to positional arguments in their order
-    rest = list(typed)
-    for word in named:
-        rest.remove(word)
+    named, rest = _split_words(parser, typed)  # argparse fills positional arguments in their order
     line = " ".join(filter(None, [parser.prog, shlex.join(named), *first, shlex.join(rest), *last]))
     return "".join(f"; {text}" for text in choices) + f"; write\n  {line}"
 

@@ -1,11 +1,9 @@
-"""Text of strangers in Markdown, and their media as addresses."""
+"""Text of strangers in Markdown."""
 
 from __future__ import annotations
 
-import base64
 import html
 import re
-from pathlib import Path
 
 from megatron_sov.base.errors import visible
 
@@ -19,44 +17,3 @@ def md(text: object, chars: int = MAX_CHARS) -> str:
     line = visible(" ".join(str(text).split()))
     line = line if len(line) <= chars else f"{line[:chars]} …"
     return _SPECIAL.sub(r"\\\g<0>", html.escape(line, quote=False))
-
-
-# Small pictures and sounds inside a page: addresses that hold their content, so that nothing is loaded.
-
-MOST_BYTES = 200_000
-"""Of one medium; a larger one is left out."""
-_SIGNATURES = ((b"\x89PNG\r\n\x1a\n", "image/png"), (b"\xff\xd8\xff", "image/jpeg"))
-_PICTURE = re.compile(r"data:image/(?:png|jpeg);base64,[A-Za-z0-9+/]+={0,2}")
-_SOUND = re.compile(r"data:audio/wav;base64,[A-Za-z0-9+/]+={0,2}")
-_MOST_CHARACTERS = MOST_BYTES * 4 // 3 + 100
-
-
-def address_of(file: Path) -> str:
-    """Return the content of a PNG, JPEG or WAV file as an address; "" where it is larger than `MOST_BYTES`,
-    of another type by its first bytes, or cannot be read."""
-    try:
-        with open(file, "rb") as f:
-            content = f.read(MOST_BYTES + 1)
-    except OSError:
-        return ""
-    # by the first bytes and not by the name, which a stranger chose
-    mime = next((mime for signature, mime in _SIGNATURES if content.startswith(signature)), "")
-    if content[:4] == b"RIFF" and content[8:12] == b"WAVE":
-        mime = "audio/wav"
-    if not mime or len(content) > MOST_BYTES:
-        return ""
-    return f"data:{mime};base64,{base64.b64encode(content).decode()}"
-
-
-def is_picture(address: object) -> bool:
-    """Return whether something is the address of a picture as `address_of` gives it, and nothing else."""
-    return _holds(_PICTURE, address)
-
-
-def is_sound(address: object) -> bool:
-    """Return whether something is the address of a sound as `address_of` gives it, and nothing else."""
-    return _holds(_SOUND, address)
-
-
-def _holds(pattern: re.Pattern[str], address: object) -> bool:
-    return isinstance(address, str) and len(address) <= _MOST_CHARACTERS and bool(pattern.fullmatch(address))

@@ -90,26 +90,6 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Exhibit:
-    """What was shown and what was made of it; media are addresses of `base/pages/markdown.py`."""
-
-    title: str
-    """What it is; stands above it."""
-    asked: str
-    """What was said beside the media that were shown."""
-    shown_pictures: list[str]
-    shown_sounds: list[str]
-    text: str
-    """What was written to it."""
-    pictures: list[str]
-    """What was drawn."""
-    sounds: list[str]
-    """What was said."""
-    recognised: str
-    """What others recognise in it."""
-
-
-@dataclass(frozen=True)
 class PageSection:
     """One part of a chapter."""
 
@@ -121,7 +101,6 @@ class PageSection:
     turns: list[tuple[str, str]] = field(default_factory=list)
     """(who, what was said), in order."""
     comparisons: list[Comparison] = field(default_factory=list)
-    exhibits: list[Exhibit] = field(default_factory=list)
     json: str = ""
     """Collapsible details, as JSON."""
     side_by_side: bool = False

@@ -6,12 +6,14 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from megatron_sov.base.errors import nearest
 from megatron_sov.base.hints.removed import was_removed
+from megatron_sov.base.hints.table import note_on, table
 from megatron_sov.base.settings.problem import (
     UNSET, ProblemCode, Relation, SettingsError, SettingsProblem, as_problem)
 
@@ -35,6 +37,11 @@ _BOUNDS = {"greater_than": "must be above {gt}", "greater_than_equal": "must be 
            "too_long": "must have at most {max_length} items",
            "string_too_short": "must not be empty",
            "string_too_long": "must have at most {max_length} characters"}
+_SHORT_NUMBER = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmbtKMBT])")
+_PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*%")
+_SPAN = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([hdw])")
+_HOURS = {"h": 1, "d": 24, "w": 168}
+_THOUSANDS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
 
 def no_other(key: str) -> str:
@@ -235,7 +242,8 @@ def _problem(cls: Any, error: Any, instead: Instead) -> SettingsProblem:
         return _missing(key)
     if kind in ("literal_error", "enum"):
         known = [word for word in _choices(hint) if isinstance(word, str)]
-        close = was_removed(value) or nearest(value, known) if isinstance(value, str) else ""
+        close = was_removed(value) or _foreign(key, value) or nearest(value, known) if isinstance(
+            value, str) else ""
         return SettingsProblem(ProblemCode.CHOICE, key, f"must be {ctx.get('expected', 'another word')}",
                                value, close.removeprefix("; "))
     if kind == "asked":
@@ -249,16 +257,38 @@ def _problem(cls: Any, error: Any, instead: Instead) -> SettingsProblem:
         return SettingsProblem(ProblemCode.BOUND, key, _BOUNDS[kind].format(**shown), value)
     for begin, rule in _TYPES.items():
         if kind.startswith(f"{begin}_"):
-            return SettingsProblem(ProblemCode.TYPE, key, rule, value, _type_way_out(begin, value))
+            return SettingsProblem(ProblemCode.TYPE, key, rule, value, _type_way_out(begin, value, key))
     rule = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return SettingsProblem(ProblemCode.RULE if kind in ("value_error",
                                                         "assertion_error") else ProblemCode.TYPE, key, rule,
                            value)
 
 
-def _type_way_out(wanted: str, value: Any) -> str:
+def _foreign(key: str, value: str) -> str:
+    """Return the end of a sentence about a value of another program: ours, a note, or of an algorithm the
+    command that trains by it; "" if the table has none."""
+    if ours := table()["values"].get(key, {}).get(value.lower()):
+        return f"; it is {ours} here"
+    rows = table()["commands"]["megatron-sov"] if key.rpartition(".")[2] == "method" else {}
+    command = next((text for words, text in rows.items() if value.lower() in words.split()), "")
+    found = note_on(value) or command
+    return f"; {found}" if found else ""
+
+
+def _type_way_out(wanted: str, value: Any, key: str) -> str:
     if value is None:
         return "give it a value, or leave it out"
+    if wanted == "int" and isinstance(value, str) and (found := _SHORT_NUMBER.fullmatch(value.strip())):
+        number = float(found[1]) * _THOUSANDS[found[2].lower()]
+        return f"write {number:.0f}" + (f" or {float(found[1]) * 1024:.0f}" if found[2] in "kK" else "")
+    if wanted == "float" and isinstance(value, str) and (found := _PERCENT.fullmatch(value.strip())):
+        return f"write {float(found[1]) / 100:g}"
+    if wanted == "float" and isinstance(value, str) and key.endswith(("days", "hours")) and (
+            found := _SPAN.fullmatch(value.strip().lower())):
+        hours = float(found[1]) * _HOURS[found[2]]
+        return f"write {hours if key.endswith('hours') else hours / 24:g}"
+    if wanted == "int" and isinstance(value, float) and 0 < value < 1 and "steps" in key:
+        return f"{value:g} of 1000 steps are {value * 1000:.0f}"
     if wanted == "string" and isinstance(value, bool):
         return "YAML takes no, off, yes and on for false and true; put it in quotes"
     if wanted == "string" and isinstance(value, (int, float)):

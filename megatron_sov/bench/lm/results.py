@@ -34,11 +34,10 @@ _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, Recur
 @dataclass(frozen=True)
 class EvaluatedModel:
     path: str
-    """Folder, or the address of an endpoint."""
     hash: str
-    """Of its content; of an endpoint, of its address and the model's name, since nothing else is known."""
+    """Of its content."""
     kind: str
-    """`checkpoint`, `huggingface` or `endpoint`."""
+    """`checkpoint` or `huggingface`."""
     step: int | None = None
     run: str | None = None
     """Folder of the run that the figures were added to."""
@@ -118,16 +117,12 @@ class TaskScores:
     sampling: TaskSampling = field(default_factory=TaskSampling)
     judge: str | None = None
     """Name and version of what judged answers in place of lm-eval's metric."""
-    agent_limits: dict[str, Any] | None = None
-    """Of results of an earlier version, for tasks with tools."""
     limit: int | None = None
     failed: int = 0
     """Items that have no score, through no fault of the model."""
     at_limit: int = 0
     """Answers that did not end by themselves and were cut."""
     contamination: Contamination | None = None
-    published_as: str | None = None
-    """Name of the benchmark among published figures."""
     notes: tuple[str, ...] = ()
     """Figures that could not be computed, and warnings of lm-eval about the task."""
 

@@ -13,14 +13,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_sov.base.errors import StopRequested, UserError, told_in_a_line, visible
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import SettingsError, problems_of
-from megatron_sov.bench.lm.answers import Answer, Answers, Request, distinct, folder_of
+from megatron_sov.bench.lm.answers import Answers, Request, distinct, folder_of
 from megatron_sov.bench.lm.harness import offline, quiet, require_harness
 from megatron_sov.bench.lm.results import DEFAULT, ResultItem, Results, write_results
 from megatron_sov.bench.lm.settings import Settings
@@ -32,9 +32,8 @@ from megatron_sov.train.stopping import StopFlag, stoppable
 from megatron_sov.work.progress.locks import holding, taking
 
 if TYPE_CHECKING:
-    from megatron_sov.bench.lm.answers import AsksEndpoint
     from megatron_sov.bench.lm.scoring import BuiltTask
-    from megatron_sov.bench.lm.subject import Bridge
+    from megatron_sov.bench.lm.subject import Bridge, Subject
 
 FEWSHOT_SEED, PYTHON_SEED = 1234, 0
 """As in lm-eval, whose examples they choose."""
@@ -46,7 +45,7 @@ def evaluate(target: str, tasks: Sequence[str], settings: Settings) -> Results |
     """Measure a model on tasks, and write the results.
 
     Args:
-        target: a checkpoint, a run (its newest one), a Hugging Face folder or an endpoint's address.
+        target: a checkpoint, a run (its newest one) or a Hugging Face folder.
         tasks: names of tasks and groups.
         settings: everything else.
 
@@ -92,9 +91,7 @@ def _run_only(target: str, settings: Settings, flag: StopFlag) -> None:
     from megatron_sov.bench.lm.subject import subject_of
 
     # no hash: the first process tells it, and to read all weights once more takes minutes
-    running = subject_of(target, settings, whole=False).running
-    if running is not None:
-        answer_locally(running, [], None, flag)
+    answer_locally(subject_of(target, settings, whole=False).running, [], None, flag)
 
 
 def _measure(target: str, names: Sequence[str], settings: Settings, flag: StopFlag
@@ -106,7 +103,7 @@ def _measure(target: str, names: Sequence[str], settings: Settings, flag: StopFl
     subject = subject_of(target, settings)
     loaded = load_tasks(names, settings.sources, settings)
     kept = folder_of(settings.cache_folder, subject.identity)
-    answers: dict[str, Answer] = {} if subject.running is None else Answers(kept)
+    answers = Answers(kept)
     bridge = Bridge(subject.reading, answers)
     tasks = [_build(name, loaded, bridge, settings) for name in loaded.tasks]
     given = [*([] if settings.samples is None else [f"--samples {settings.samples}"]),
@@ -114,12 +111,7 @@ def _measure(target: str, names: Sequence[str], settings: Settings, flag: StopFl
     if given and all(task.judge is None for task in tasks):
         raise UserError(f"{', '.join(given)}: none of the tasks samples answers for a reward to judge; leave "
                         "it out")
-    asker: AsksEndpoint | None = None
-    if subject.running is None:
-        from megatron_sov.bench.lm.answers import AsksEndpoint
-
-        asker = AsksEndpoint(target, settings.endpoint, kept, answers)
-    _ask(subject, asker, distinct(request for task in tasks for request in task.requests), answers, flag)
+    _ask(subject, distinct(request for task in tasks for request in task.requests), answers, flag)
     scores, items, notes = score(tasks, loaded.groups, bridge, settings)
     import lm_eval
 
@@ -171,8 +163,7 @@ def _build(name: str, loaded: LoadedTasks, bridge: Bridge, settings: Settings) -
                      hash_of_prompts(task.instances), [*loaded.warnings[name], *warnings])
 
 
-def _ask(subject: Any, asker: AsksEndpoint | None, requests: Sequence[Request], answers: dict[str, Answer],
-         flag: StopFlag) -> None:
+def _ask(subject: Subject, requests: Sequence[Request], answers: Answers, flag: StopFlag) -> None:
     """Have the model answer what is not answered yet.
 
     Raises:
@@ -180,18 +171,12 @@ def _ask(subject: Any, asker: AsksEndpoint | None, requests: Sequence[Request], 
     """
     from megatron_sov.bench.lm.local import answer_locally
 
-    if asker is not None:
-        asker.recall(requests)
     left = [request for request in requests if request.key not in answers]
     if left and len(left) < len(requests):
         print(f"{len(requests) - len(left):,} of {len(requests):,} requests were answered before, and are "
               "kept", file=sys.stderr)
     stopped = flag.reason is not None
-    if asker is not None:
-        if left and not stopped:
-            stopped = asker.answer(requests, flag)
-    elif under_launcher() or (left and not stopped):  # other processes wait to be told
-        assert isinstance(answers, Answers)
+    if under_launcher() or (left and not stopped):  # other processes wait to be told
         stopped = answer_locally(subject.running, requests, answers.folder, flag)
         # `answer_locally` wrote them into the folder, and so did other jobs; this mapping knows none of them
         answers.reread()

@@ -230,7 +230,6 @@ def _task_scores(task: BuiltTask, found: Mapping[str, Any], items: Sequence[Resu
             notes.append(f"{score_name(metric, filter_name)} is not known: {why}")
         metrics.append(told)
     remarks = list(dict.fromkeys([*notes, *(f"lm-eval warns: {text}" for text in task.warnings)]))
-    published = sov_of(task.task).get("published_as") or None
     return TaskScores(
         task_hash=hash_of(task.task, task.files), output_type=task.task.OUTPUT_TYPE, items=len(items),
         metrics=tuple(metrics), dataset={"files": task.files}, num_fewshot=task.num_fewshot,
@@ -239,7 +238,7 @@ def _task_scores(task: BuiltTask, found: Mapping[str, Any], items: Sequence[Resu
         judge=", ".join(judge.judges.values()) if judge else None, limit=settings.num_items,
         failed=sum(item.failed is not None for item in items),
         at_limit=sum(sample.finish_reason == LENGTH for item in items for sample in item.samples),
-        published_as=None if published is None else str(published), notes=tuple(remarks)), remarks
+        notes=tuple(remarks)), remarks
 
 
 def _metric(name: str, filter_name: str, value: float, items: Sequence[ResultItem], better: bool) -> Metric:

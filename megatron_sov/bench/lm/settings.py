@@ -14,26 +14,6 @@ from megatron_sov.infer.engine import ChosenEngine
 from megatron_sov.infer.request import Batching, BatchSize, RankOptions
 
 ThinkingMode = Literal["thinking", "no-thinking"]
-ENDPOINTS = "endpoints"
-OTHER_MODEL = ("name another --cache for its answers, or pass --same-model if only the engine changed; then "
-               "the kept answers are used")
-"""What a user may do whose endpoint does not say what it said before."""
-
-
-@dataclass(frozen=True)
-class EndpointSettings:
-    """How an OpenAI-compatible endpoint is asked."""
-
-    model: Annotated[str, Flag(value="NAME", group=ENDPOINTS)] = ""
-    """Name that the endpoint knows it by."""
-    key_env: Annotated[str, Flag(value="NAME", group=ENDPOINTS)] = "OPENAI_API_KEY"
-    """Variable of the environment with the key; none is sent where it is not set."""
-    same_model: Annotated[bool, Flag(group=ENDPOINTS)] = False
-    """The endpoint's model is the one whose answers are kept, though it answers fixed questions otherwise."""
-    tokenizer: Annotated[Path | None, Flag(value="DIR", group=ENDPOINTS)] = None
-    """Its model's tokenizer, without which likelihoods cannot be asked for."""
-    concurrent: Annotated[AtLeastOne, Flag(group=ENDPOINTS)] = 16
-    """Requests under way at a time."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +64,6 @@ class Settings(RankOptions):
     """Longest answer, where it is to be shorter than the task's own."""
     seed: Annotated[NotNegativeInt, Flag(value="S")] = 0
     """Of samples."""
-    endpoint: EndpointSettings = field(default_factory=EndpointSettings)
-    """Used where the target is an address."""
 
     @property
     def cache_folder(self) -> Path:

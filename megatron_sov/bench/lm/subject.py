@@ -1,4 +1,4 @@
-"""The model that is evaluated: a checkpoint, a Hugging Face folder, or an endpoint; and lm-eval's model
+"""The model that is evaluated: a checkpoint or a Hugging Face folder; and lm-eval's model
 interface over its answers: what lm-eval asks becomes requests, and their answers what it expects.
 
 Tokens follow lm-eval's own `HFLM` to the letter (0.4.13): the pair of context and continuation is encoded
@@ -9,7 +9,6 @@ and text that is judged as a whole does so in windows of the longest context.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -49,15 +48,14 @@ class Subject:
     identity: dict[str, Any]
     """On what its answers depend beside the requests."""
     reading: SubjectReading
-    running: LocalEvaluation | None
-    """How it is run; None: an endpoint."""
+    running: LocalEvaluation
 
 
 def subject_of(target: str, settings: Settings, whole: bool = True) -> Subject:
     """Return the model that a target means.
 
     Args:
-        target: a path, or an address.
+        target: a path, as it was typed.
         settings: of the evaluation.
         whole: whether its hash is wanted, which may take a while.
 
@@ -65,7 +63,9 @@ def subject_of(target: str, settings: Settings, whole: bool = True) -> Subject:
         UserError: there is no such model, or it cannot be asked like this.
     """
     if is_address(target):
-        return _endpoint(target, settings)
+        raise UserError(f"{target}: `eval lm` runs checkpoints and Hugging Face folders; ask an endpoint "
+                        "with lm-eval's own command: lm_eval --model local-chat-completions --model_args "
+                        "base_url=URL,model=NAME")
     refuse_missing(Path(target))
     found = find_target(Path(target))
     engine = settings.engine or (TRANSFORMERS if found.is_hf and not settings.settings
@@ -81,7 +81,7 @@ def subject_of(target: str, settings: Settings, whole: bool = True) -> Subject:
                            found.step, str(settings.run) if settings.run else None)
     # layouts agree up to rounding, so that answers are shared among them
     how = sorted(setting for setting in settings.settings if not setting.startswith("parallel."))
-    reading = SubjectReading(tokenizer, max_length, settings.chat_template, False, settings.max_gen_tokens,
+    reading = SubjectReading(tokenizer, max_length, settings.chat_template, settings.max_gen_tokens,
                              settings.seed)
 
     decode = text_decoder(found.tokenizer_folder / TOKENIZER_JSON, ends,
@@ -138,55 +138,20 @@ def _may_differ(file: Path, record: FileRecord, written_ns: int) -> bool:
     return found.st_size != record.size_bytes or found.st_mtime_ns > written_ns
 
 
-def _endpoint(url: str, settings: Settings) -> Subject:
-    endpoint = settings.endpoint
-    if "@" in url or "?" in url or "#" in url:  # it is written into the results, and may hold a key
-        raise UserError("TARGET: an endpoint's address must be one alone, without user, password or query; "
-                        f"put the key into the variable {endpoint.key_env} (--key-env)")
-    given = [*(f"--set {s}" for s in settings.settings),
-             *([f"--nproc {settings.nproc}"] if settings.nproc is not None else []),
-             *([f"--engine {settings.engine}"] if settings.engine else [])]
-    problems = []
-    if not endpoint.model:
-        problems.append("--model: is missing; an endpoint may know several models, name one")
-    if given:
-        problems.append(f"{', '.join(given)}: an endpoint runs its model itself; leave it out")
-    if problems:
-        raise UserError(list_problems(url, problems) if len(problems) > 1 else f"{url}: {problems[0]}")
-    tokenizer = None
-    if endpoint.tokenizer is not None:
-        if settings.max_length_tokens is None:
-            raise UserError(f"{url}: --tokenizer needs --max-length N, the longest sequence that the "
-                            "endpoint takes, in tokens; it does not tell")
-        from megatron_sov.infer.engines.load import load_tokenizer
-
-        tokenizer = load_tokenizer(endpoint.tokenizer)
-    # nothing else is known of a model behind an address; probes tell when another one answers
-    digest = hashlib.sha256(json.dumps([url.rstrip("/"), endpoint.model]).encode()).hexdigest()
-    reading = SubjectReading(tokenizer, settings.max_length_tokens or UNKNOWN_LENGTH, settings.chat_template,
-                             settings.chat_template and tokenizer is None, settings.max_gen_tokens,
-                             settings.seed)
-    return Subject(EvaluatedModel(f"{url.rstrip('/')} {endpoint.model}", digest, "endpoint", None,
-                                  str(settings.run) if settings.run else None),
-                   {"model": digest}, reading, None)
-
-
 DEFAULT_MAX_TOKENS = 256
 """Longest continuation of a task that says none, as in lm-eval."""
 
 
 class NotAnswered(Exception):
-    """A request has no answer, which an endpoint never gave; the message says why."""
+    """A request has no usable answer; the message says why."""
 
 
 @dataclass(frozen=True)
 class SubjectReading:
     tokenizer: Any
-    """transformers' tokenizer; None: an endpoint without --tokenizer, which is given text."""
+    """transformers' tokenizer."""
     max_length_tokens: int
     chat: bool = False
-    as_messages: bool = False
-    """Whether an endpoint is given messages, and applies its chat template itself."""
     max_gen_tokens: int | None = None
     """Longest continuation, where it is to be shorter than a task's own."""
     seed: int = 0
@@ -229,7 +194,7 @@ class Bridge(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        return str(getattr(self.tokenizer, "name_or_path", "endpoint")).replace("/", "__")
+        return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Return a text's tokens; a beginning that is there already is not put there again."""
@@ -250,9 +215,6 @@ class Bridge(TemplateLM):
         Raises:
             UserError: the template refuses it.
         """
-        if self._reading.as_messages:
-            mode = {"chat_template_kwargs": dict(self.template_kwargs)} if self.template_kwargs else {}
-            return json.dumps({"messages": chat_history, **mode}, ensure_ascii=False)
         try:
             return str(self.tokenizer.apply_chat_template(
                 chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
@@ -286,20 +248,13 @@ class Bridge(TemplateLM):
             context, continuation = instance.args
             return [self._score(*self._pair(str(context), str(continuation)))]
         if instance.request_type == "loglikelihood_rolling":
-            self._needs_tokens()
             windows = get_rolling_token_windows(
                 token_list=self.tok_encode(str(instance.args[0])), prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length, context_len=1)
             return [self._score(*make_disjoint_window(window)) for window in windows]
         return [self._write(str(instance.args[0]), dict(instance.args[1]), sample, instance)]
 
-    def _needs_tokens(self) -> None:
-        if self.tokenizer is None:
-            raise UserError("this task compares likelihoods, which an endpoint tells of tokens alone: pass "
-                            "--tokenizer DIR, the folder of its model's tokenizer")
-
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        self._needs_tokens()
         if context:
             return self._encode_pair(context, continuation)
         tokens = self.tok_encode(continuation, add_special_tokens=False)
@@ -327,8 +282,6 @@ class Bridge(TemplateLM):
             raise UserError(f"task {instance.task_name}: generation_kwargs {told:.200}: cannot be used "
                             f"({told_in_a_line(e):.200}); write numbers there, or leave them out") from None
         max_tokens = asked.max_tokens
-        if self.tokenizer is None or self._reading.as_messages:
-            return replace(asked, prompt=prompt, chat=self._reading.as_messages)
         room = self.max_length - max_tokens
         if room <= 0:
             raise UserError(f"task {instance.task_name}: asks for answers of {max_tokens} tokens, and the "
@@ -349,7 +302,7 @@ class Bridge(TemplateLM):
         temperature = float(kwargs.get("temperature") or 0.0) if kwargs["do_sample"] else 0.0
         if max_tokens < 1 or not 0 <= temperature < math.inf:
             raise ValueError("it asks for no token, or a temperature that is none")
-        asked = Write("", tuple(dict.fromkeys(text for text in given["until"] if text)), max_tokens)
+        asked = Write((), tuple(dict.fromkeys(text for text in given["until"] if text)), max_tokens)
         # at temperature 0 all samples are one request: seed and number stay out of its key
         if temperature:
             asked = replace(asked, temperature=temperature, top_k=max(0, int(kwargs.get("top_k") or 0)),
@@ -405,8 +358,6 @@ class Bridge(TemplateLM):
             NotAnswered: there is none.
         """
         found = self._answers[request.key]
-        if "failed" in found:
-            raise NotAnswered(str(found["failed"]))
         if isinstance(request, AnswerScore) and math.isnan(float(found["logprob"] or 0.0)):
             # of several choices the first would count as the best one, and a broken model as one that guesses
             raise NotAnswered("its likelihood is NaN: the model's weights or activations are no numbers")

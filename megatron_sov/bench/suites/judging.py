@@ -46,6 +46,7 @@ _GENERATION = "`generation_kwargs` of the task (do_sample, temperature, top_p, t
 _INSPECT = "eval lm asks one question an item; use inspect-ai for conversations and tools"
 MOVED = {"samples": "`repeats` of the task", "temperature": _GENERATION, "top_p": _GENERATION,
          "top_k": _GENERATION, "max_tokens": _GENERATION, "seed": "--seed", "turns_field": _INSPECT,
+         "published_as": "nothing reads it",
          "environment": _INSPECT, "environment_settings": _INSPECT, "limits": _INSPECT}
 """Keys of earlier versions -> what to write in their place."""
 
@@ -95,8 +96,6 @@ class Judging:
     """Field with a whole conversation as JSON, which is the prompt, framed by the chat template."""
     cluster_field: str = ""
     """Field that items which belong together share; standard errors are clustered by it."""
-    published_as: str = ""
-    """Name of the benchmark among the published figures."""
 
     @property
     def ks(self) -> tuple[int, ...]:

@@ -9,14 +9,14 @@ from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.errors import ExitCode
 from megatron_sov.base.settings import Flag, command_of, read_options
 from megatron_sov.bench.lm.settings import Settings
-from megatron_sov.commands.shared_options import AnyTarget
+from megatron_sov.commands.shared_options import TARGET_HELP
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalLmOptions:
     """Score a model on tasks of lm-eval's form, by its own prompts and metrics, offline."""
 
-    target: AnyTarget
+    target: Annotated[str, Flag("TARGET", help=TARGET_HELP)]
     tasks: Annotated[str, Flag(value="A,B")]
     """Names of tasks and groups."""
     settings: Settings

@@ -1,30 +1,19 @@
 """`megatron-sov eval media`: how well a model gets from one modality to another: what it draws, says and
-recognises, judged by what is recognised in it, and retrieval: which of many texts it holds for the most
-probable behind a picture or a sound, and back.
-
-Rows of a retrieval stand in groups; the candidates of a row are those of its group.  One table of
-log-likelihoods, of each text of the group behind each of its media, tells both directions."""
+recognises, judged by what is recognised in it."""
 
 from __future__ import annotations
 
 import json
-import math
-import random
 import shlex
 import subprocess
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
-
-from annotated_types import Ge
 
 from megatron_sov.base.artifacts import MANIFEST, to_json, write_output
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.outputs import check_output
-from megatron_sov.base.pages.markdown import address_of
 from megatron_sov.base.plugins.loading import calling, load
 from megatron_sov.base.settings import Flag, command_of, read_options
 from megatron_sov.commands.models.generate import (
@@ -34,13 +23,8 @@ from megatron_sov.eval.statistics import mean_interval, wilson_interval
 from megatron_sov.infer.request import Batching, BatchSize, RankOptions
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import RunEvents
-from megatron_sov.runs.launch_environment import is_first
-from megatron_sov.work.progress.progress_bar import work_bar
 
 if TYPE_CHECKING:
-    from megatron_sov.infer.engines.load import Loaded
-    from megatron_sov.infer.engines.target import Target
-    from megatron_sov.omni.generation.prompts import ShownMedia
     from megatron_sov.omni.generation.replies import Replied
 
 
@@ -48,8 +32,6 @@ TEXT, IMAGE, AUDIO = "text", "image", "audio"
 PAIRS = {f"{a}-{b}": (a, b) for a in (IMAGE, TEXT, AUDIO) for b in (TEXT, IMAGE, AUDIO)
          if (a, b) not in ((TEXT, TEXT), (IMAGE, IMAGE))}
 """Name -> what is shown, and what is asked for."""
-RETRIEVAL = {f"{kind}-{TEXT}": (f"{kind}-{TEXT}", f"{TEXT}-{kind}") for kind in (IMAGE, AUDIO)}
-"""Pair of rows whose texts are ranked behind media -> that, and media ranked for texts."""
 
 
 @dataclass(frozen=True)
@@ -197,155 +179,12 @@ def _check_texts(said: str, found: object, count: int) -> list[str]:
     return list(found)
 
 
-RECALLS = (1, 5)
-
-
-@dataclass(frozen=True)
-class MediaGroup:
-    """Rows that are candidates for each other."""
-
-    rows: list[int]
-    answers: list[str]
-    """Their answers, each once."""
-
-
-@dataclass(frozen=True)
-class Rank:
-    """Where the best right candidate of a question stands."""
-
-    rank: int
-    """From 1; wrong candidates that are as good stand before it."""
-    num_candidates: int
-    num_right: int
-
-
-def grouped(rows: Sequence[MediaRow], candidates: int, seed: int) -> list[MediaGroup]:
-    """Return rows in groups of at most `candidates`, as even as can be, in an order of the seed."""
-    order = list(range(len(rows)))
-    random.Random(seed).shuffle(order)
-    # Even sizes, so that chance is nearly the same in all groups.
-    number = -(-len(rows) // candidates)
-    ends = [len(rows) * i // number for i in range(number + 1)]
-    parts = [order[start:end] for start, end in pairwise(ends)]
-    return [MediaGroup(part, list(dict.fromkeys(rows[i].answer for i in part))) for part in parts]
-
-
-def ranks(rows: Sequence[MediaRow], groups: Sequence[MediaGroup],
-          scores: Sequence[Sequence[Sequence[float]]]) -> tuple[list[Rank], list[Rank]]:
-    """Return the ranks of texts behind media, one for each row in the order of groups, and of media for
-    texts, one for each answer of each group.
-
-    Args:
-        rows: all.
-        groups: of their numbers.
-        scores: of each group [rows, answers].
-    """
-    texts, media = list[Rank](), list[Rank]()
-    for group, table in zip(groups, scores, strict=True):
-        for number, behind in zip(group.rows, table, strict=True):
-            texts.append(_rank(behind, [a == rows[number].answer for a in group.answers]))
-        for place, answer in enumerate(group.answers):
-            media.append(_rank([behind[place] for behind in table],
-                               [rows[number].answer == answer for number in group.rows]))
-    return texts, media
-
-
-def _rank(scores: Sequence[float], right: Sequence[bool]) -> Rank:
-    best = max(score for score, is_right in zip(scores, right, strict=True) if is_right)
-    # not a number is no reason to be right
-    before = sum(not score < best for score, is_right in zip(scores, right, strict=True) if not is_right)
-    return Rank(1 + before, len(scores), sum(right))
-
-
-def rank_figures(found: Sequence[Rank]) -> dict[str, Any]:
-    """Return recalls and the mean rank with 95 % intervals, and what chance gives.
-
-    `recall_at_k` is the share of questions with a right candidate among the k best, with Wilson's interval.
-    The interval of `mean_rank` is that of the mean of (rank - 1) / (most candidates - 1).  Questions of a
-    group share their candidates, which the intervals do not know of.
-    """
-    num, most = len(found), max(one.num_candidates for one in found)
-    told: dict[str, Any] = {"num_questions": num, "num_candidates": fmean(r.num_candidates for r in found)}
-    for k in RECALLS:
-        right = sum(one.rank <= k for one in found)
-        told |= {f"recall_at_{k}": right / num, f"recall_at_{k}_interval": list(wilson_interval(right, num)),
-                 f"chance_at_{k}": fmean(_chance(one, k) for one in found)}
-    shares = [(one.rank - 1) / max(1, most - 1) for one in found]
-    return told | {
-        "mean_rank": fmean(one.rank for one in found),
-        "mean_rank_interval": [1 + end * (most - 1) for end in mean_interval(shares)],
-        # the first of r right ones among n, in an order by chance
-        "chance_mean_rank": fmean((one.num_candidates + 1) / (one.num_right + 1) for one in found),
-        "ranks": [one.rank for one in found]}
-
-
-def _chance(one: Rank, k: int) -> float:
-    k = min(k, one.num_candidates)
-    return 1 - math.comb(one.num_candidates - one.num_right, k) / math.comb(one.num_candidates, k)
-
-
-def likelihoods(target: Target, rows: Sequence[MediaRow], groups: Sequence[MediaGroup], shown: ShownMedia, *,
-                chat: bool, with_features: bool, batching: Batching, settings: Sequence[str] = (),
-                nproc: int | None = None) -> list[list[list[float]]] | None:
-    """Return log p(answer | what is shown) of each group [rows, answers]: the sum over the answer's tokens
-    and what ends it.
-
-    Args:
-        target: the model.
-        rows: all.
-        groups: of their numbers.
-        shown: the folder of media, and the tokenizers that see and hear.
-        chat: whether prompts are framed by the chat template.
-        with_features: whether encoders see what is shown.
-        batching: what bounds memory.
-        settings: `key=value` changes of layout and precision.
-        nproc: local processes.
-
-    Returns:
-        None on other processes than the first of a torchrun or Slurm job.
-
-    Raises:
-        UserError: see `generation.prompts.prompts_of`; or a row is longer than the model reads.
-    """
-    from megatron_sov.infer.asking import check_length
-    from megatron_sov.infer.engines.load import run_forward_model
-    from megatron_sov.omni.generation.prompts import prompts_of
-
-    # Prompts in the order of groups, which is how the results are cut apart again.
-    order = [number for group in groups for number in group.rows]
-    prompts = prompts_of(target, [rows[number].content for number in order], shown, chat=chat,
-                         with_features=with_features)
-    ids = {row.answer: prompts.asker.answer(row.answer) for row in rows}
-    longest = max(map(len, prompts.ids)) + max(map(len, ids.values()))
-    check_length(target, longest, "the longest prompt and the longest answer", "shorten one of them")
-
-    def work(loaded: Loaded) -> list[list[float]]:
-        from megatron_sov.infer.decoder.logprobs import Question, answer_logprobs
-
-        answers = [[ids[answer] for answer in group.answers] for group in groups for _ in group.rows]
-        questions = [Question(prompt, of, inputs) for prompt, of, inputs
-                     in zip(prompts.ids, answers, prompts.encoder_inputs, strict=True)]
-        with work_bar("comparing", len(questions), "prompt", is_first()) as bar:
-            told = answer_logprobs(loaded.policy, questions, batching, bar.update)
-        return [[math.fsum(tokens) for tokens in of] for of in told]
-
-    found: list[list[float]] | None = run_forward_model(target, list(settings), nproc, work)
-    if found is None:
-        return None
-    told = iter(found)
-    return [[next(told) for _ in group.rows] for group in groups]
-
-
-SHOWN_SAMPLES = 8
-"""Of each pair, in the run's events; the file has all."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class EvalMediaOptions(CodecsOptions, RecordOptions, RankOptions):
     """From text, pictures and speech to one another, judged by what is recognised."""
 
     target: ModelPath
-    data: Annotated[tuple[str, ...], Flag(value="PAIR=FILE.jsonl")] = ()
+    data: Annotated[tuple[str, ...], Flag(value="PAIR=FILE.jsonl")]
     """Rows of a pair (image-text, image-audio, text-image, text-audio, audio-text, audio-image,
     audio-audio): {"content": [parts], "answer": "..."}, and "labels" where a judge chooses; may be
     repeated."""
@@ -363,11 +202,6 @@ class EvalMediaOptions(CodecsOptions, RecordOptions, RankOptions):
     batch_size: BatchSize = Batching.batch_size
     output: Annotated[Path | None, Flag(value="FILE.json")] = None
     """Write figures and every sample as JSON."""
-    retrieval: Annotated[tuple[str, ...], Flag(value="PAIR=FILE.jsonl")] = ()
-    """Rows of a pair (image-text, audio-text), as --data has them: rank the answers of all rows behind what
-    each shows, and back; may be repeated."""
-    candidates: Annotated[int, Ge(2)] = 100
-    """Rows that are candidates for each other at most."""
 
 
 def run_media(args: EvalMediaOptions) -> int:
@@ -378,9 +212,7 @@ def run_media(args: EvalMediaOptions) -> int:
     """
     events = RunEvents(args.run)
     refuse_missing(args.target)
-    asked, ranked = [_rows_of("--data", item, PAIRS) for item in args.data], retrieval_rows(args)
-    if not asked and not ranked:
-        raise UserError("there is nothing to ask: pass --data PAIR=FILE.jsonl or --retrieval PAIR=FILE.jsonl")
+    asked = [_rows_of(item) for item in args.data]
     check_output("--output", args.output)
     judges = _judges(args, {PAIRS[name][1] for name, _ in asked})
     kinds = [kind for _, kind in (PAIRS[name] for name, _ in asked) if kind != TEXT]
@@ -394,34 +226,29 @@ def run_media(args: EvalMediaOptions) -> int:
     from megatron_sov.infer.engines.target import find_target
 
     target = find_target(args.target)
-    found, compared = dict[str, Any](), dict[str, Any]()
+    found = dict[str, Any]()
     for name, rows in asked:
         told = _pair(args, target, name, rows, judges)
         if told is not None:
             found[name] = told
-    for name, rows in ranked:
-        compared |= retrieved(args, target, name, rows, events)
-    if not found and not compared:
+    if not found:
         return ExitCode.OK  # the job's first process tells
     if args.output is not None:
-        write_output(args.output, to_json({**found, **compared}))
+        write_output(args.output, to_json(found))
     step = step_of(target, events)
     for name, told in found.items():
-        events.add("media", step=step, pair=name,
-                   **{**told, "samples": [_embedded(s) for s in told["samples"][:SHOWN_SAMPLES]]})
-    lines = [*(_line(name, told) for name, told in found.items()),
-             *(retrieval_line(name, told) for name, told in compared.items())]
-    print(to_json({n: {k: v for k, v in t.items() if k not in ("samples", "ranks")}
-                   for n, t in {**found, **compared}.items()}).rstrip() if args.json else "\n".join(lines))
+        events.add("media", step=step, pair=name, **{k: v for k, v in told.items() if k != "samples"})
+    lines = [_line(name, told) for name, told in found.items()]
+    print(to_json({n: {k: v for k, v in t.items() if k != "samples"}
+                   for n, t in found.items()}).rstrip() if args.json else "\n".join(lines))
     return ExitCode.OK
 
 
-def _rows_of(option: str, item: str, pairs: Collection[str]) -> tuple[str, list[MediaRow]]:
+def _rows_of(item: str) -> tuple[str, list[MediaRow]]:
     """Return the name and the rows of PAIR=FILE.jsonl."""
     name, _, file = item.partition("=")
-    if name not in pairs or not file:
-        raise UserError(f"{option} {item}: must have the form PAIR=FILE.jsonl, with one of "
-                        f"{', '.join(pairs)}")
+    if name not in PAIRS or not file:
+        raise UserError(f"--data {item}: must have the form PAIR=FILE.jsonl, with one of {', '.join(PAIRS)}")
     return name, read_rows(Path(file))
 
 
@@ -483,71 +310,12 @@ def _sample(row: MediaRow, reply: Replied, heard: str, root: Path) -> dict[str, 
             "broken_pictures": reply.made.num_broken, "tokens": reply.made.tokens}
 
 
-def _embedded(sample: dict[str, Any]) -> dict[str, Any]:
-    """Return a sample with its media inside, as far as they are small, in the place of paths and tokens."""
-    content = [{"type": part["type"], "address": address_of(Path(part["path"]))} if "path" in part else part
-               for part in sample["content"]]
-    made = [address_of(Path(file)) for file in (*sample["pictures"], *sample["sounds"])]
-    return {"content": content, "answer": sample["answer"], "recognised": sample["recognised"],
-            "text": sample["text"], "addresses": [address for address in made if address]}
-
-
 def _line(name: str, told: dict[str, Any]) -> str:
     low, high = told["accuracy_interval"]
     chance = f", chance {told['chance']:.1%}" if "chance" in told else ""
     errors = f", WER {told['wer']:.3f}, CER {told['cer']:.3f}" if "wer" in told else ""
     return (f"{name:<12} {told['num_rows']:>5} rows: right {told['accuracy']:.1%} "
             f"({low:.1%} to {high:.1%}){chance}{errors}")
-
-
-EVENT = "media_retrieval"
-
-
-def retrieval_rows(args: EvalMediaOptions) -> list[tuple[str, list[MediaRow]]]:
-    """Return the pairs that are asked for, with their rows.
-
-    Raises:
-        UserError: there is no such pair, or rows are malformed.
-    """
-    found = []
-    for item in args.retrieval:
-        name, rows = _rows_of("--retrieval", item, RETRIEVAL)
-        kind = RETRIEVAL[name][0].partition("-")[0]
-        if bare := [n for n, row in enumerate(rows, 1) if all(part.get("type") != kind for part in
-                                                             row.content)]:
-            raise UserError(f"--retrieval {item}: row {bare[0]} shows no {kind}; each shows one to be found")
-        if len({row.answer for row in rows}) < 2:
-            raise UserError(f"--retrieval {item}: all rows have one answer, so there is nothing to choose "
-                            "from; pass rows of several")
-        found.append((name, rows))
-    return found
-
-
-def retrieved(args: EvalMediaOptions, target: Target, name: str, rows: list[MediaRow],
-              events: RunEvents) -> dict[str, Any]:
-    """Return direction -> figures of a pair; {} on other processes than the first."""
-    groups = grouped(rows, args.candidates, args.sampling.seed)
-    scores = likelihoods(target, rows, groups, shown_media(args, args.media_root), chat=not args.no_chat,
-                         with_features=not args.no_features, batching=Batching(args.batch_size),
-                         settings=args.settings, nproc=args.nproc)
-    if scores is None:
-        return {}
-    found = {way: rank_figures(of) for way, of in zip(RETRIEVAL[name], ranks(rows, groups, scores),
-                                                      strict=True)}
-    step = step_of(target, events)
-    for way, told in found.items():
-        events.add(EVENT, step=step, pair=way, **{k: v for k, v in told.items() if k != "ranks"})
-    return {f"retrieval/{way}": told for way, told in found.items()}
-
-
-def retrieval_line(name: str, told: dict[str, Any]) -> str:
-    shares = []
-    for k in (1, 5):
-        low, high = told[f"recall_at_{k}_interval"]
-        shares.append(f"recall@{k} {told[f'recall_at_{k}']:.1%} ({low:.1%} to {high:.1%}; chance "
-                      f"{told[f'chance_at_{k}']:.1%})")
-    return (f"{name:<22} {told['num_questions']:>5} questions, {told['num_candidates']:.0f} candidates: "
-            f"{', '.join(shares)}, mean rank {told['mean_rank']:.2f} (chance {told['chance_mean_rank']:.2f})")
 
 
 MEDIA = command_of(EvalMediaOptions, lambda typed: run_media(read_options(EvalMediaOptions, typed)))

@@ -1,4 +1,4 @@
-"""`megatron-sov chat TARGET [TARGET2]`."""
+"""`megatron-sov chat TARGET`."""
 
 from __future__ import annotations
 
@@ -7,28 +7,26 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from megatron_sov.base.errors import ExitCode, UserError, nearest, visible
 from megatron_sov.base.settings import (
-    AtLeastOne, Flag, ProblemCode, SettingsProblem, add_options, parse_nested, read_options)
-from megatron_sov.chat.tool_calls import ToolCall
-from megatron_sov.commands.models.serve import ServeOptions, distinct_names
-from megatron_sov.commands.shared_options import AnyTarget
+    AtLeastOne, Flag, ProblemCode, SettingsProblem, add_options, read_options)
+from megatron_sov.commands.models.serve import ServeOptions
+from megatron_sov.commands.shared_options import AnyTarget, words_of
 from megatron_sov.infer.request import RankOptions, SampleSeed, Temperature, TopP
 from megatron_sov.model.recipes.requested import PluginOptions
 from megatron_sov.runs.checkpoints import refuse_missing, refuse_no_model
-from megatron_sov.serve.chat_session import ChatModel, ChatSession, ChatTurn, models_at
+from megatron_sov.serve.chat_session import ChatModel, ChatSession, ChatTurn, model_at
 from megatron_sov.serve.settings import ServeSettings
 from megatron_sov.work.endpoints.answers import BadAnswer
 from megatron_sov.work.endpoints.local_server import serving
 from megatron_sov.work.endpoints.transport import address_problems, is_address, missing_libraries
 
-MAX_TARGETS = 4
 HELP = """/system TEXT  set the system prompt; without TEXT: show it
 /temp T       set the temperature
 /undo         forget the last question and its answer
@@ -56,14 +54,10 @@ class ChatSampling:
 class ChatOptions(PluginOptions, RankOptions):
     """With whom you talk, and how it answers."""
 
-    targets: Annotated[tuple[AnyTarget, ...], Flag("TARGET")]
+    target: AnyTarget
     system: Annotated[str, Flag(value="TEXT")] = ""
     """System prompt, which goes before the conversation."""
     sampling: ChatSampling = field(default_factory=ChatSampling)
-    tools: Annotated[str | None, Flag(value="ENV")] = None
-    """Tool environment that answers the model's calls (see `tools list`), or FILE.py:NAME."""
-    tool_settings: Annotated[tuple[str, ...], Flag("--tool-set", "key=value")] = ()
-    """A setting of the environment; repeat it."""
     model: Annotated[str | None, Flag(value="NAME")] = None
     """The model's name at an address that has several."""
     api_key_env: Annotated[str, Flag(value="VARIABLE")] = ""
@@ -72,15 +66,11 @@ class ChatOptions(PluginOptions, RankOptions):
     """Tokens of the longest conversation with its answer (default: as the model takes, up to 8,192)."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return addresses that cannot be asked, and too many targets."""
-        found = [SettingsProblem(ProblemCode.TYPE, "targets", "is empty, where a model is to be named")
-                 for target in self.targets if not target]
-        found += [p for target in self.targets if is_address(target)
-                 for p in address_problems("targets", target.rstrip("/"), "--api-key-env")]
-        if len(self.targets) > MAX_TARGETS:
-            found.append(SettingsProblem(ProblemCode.BOUND, "targets", f"at most {MAX_TARGETS} models answer "
-                                         "beside each other", len(self.targets)))
-        return found
+        """Return an address that cannot be asked."""
+        if not self.target:
+            return [SettingsProblem(ProblemCode.TYPE, "target", "is empty, where a model is to be named")]
+        return (list(address_problems("target", self.target.rstrip("/"), "--api-key-env"))
+                if is_address(self.target) else [])
 
 
 add_arguments = partial(add_options, cls=ChatOptions)
@@ -89,29 +79,18 @@ add_arguments = partial(add_options, cls=ChatOptions)
 def run(args: argparse.Namespace) -> int:
     """Talk until the input ends."""
     options = read_options(ChatOptions, args)
-    for target in options.targets:
-        if not is_address(target):
-            refuse_missing(Path(target))
-            refuse_no_model(Path(target))
+    if not is_address(options.target):
+        refuse_missing(Path(options.target))
+        refuse_no_model(Path(options.target))
     if missing := missing_libraries():
         raise UserError(missing[0])
-    with contextlib.ExitStack() as stack:
-        asked = None
-        if options.tools is not None:
-            from megatron_sov.judge.tools.registry import order
-
-            asked = order(options.tools, parse_nested(options.tool_settings))
-        tools = [None if asked is None else stack.enter_context(EnvironmentTools(asked))
-                 for _ in options.targets]
-        models = stack.enter_context(_models(options))
+    with _model(options) as model:
         given = {"temperature": options.sampling.temperature, "top_p": options.sampling.top_p,
                  "seed": options.sampling.seed}
         sampling = {name: value for name, value in given.items() if value is not None}
-        sessions = [ChatSession(model, sampling | _longest(options, model), tool)
-                    for model, tool in zip(models, tools, strict=True)]
-        for session, tool in zip(sessions, tools, strict=True):
-            session.system = options.system or (tool.system if tool else "")
-        Terminal(sessions).talk()
+        session = ChatSession(model, sampling | _longest(options, model))
+        session.system = options.system
+        Terminal(session).talk()
     return ExitCode.OK
 
 
@@ -123,74 +102,26 @@ def _longest(options: ChatOptions, model: ChatModel) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def _models(options: ChatOptions) -> Iterator[list[ChatModel]]:
-    """Give the models in the order of the targets; those of this machine run until the context ends."""
-    folders = [Path(target) for target in options.targets if not is_address(target)]
-    with contextlib.ExitStack() as stack:
-        local: Iterator[ChatModel] = iter(())
-        if folders:
-            names = distinct_names(folders)
-            print(f"loading {', '.join(names)}", file=sys.stderr, flush=True)
-            words = ServeOptions(
-                targets=(), nproc=options.nproc, settings=options.settings, plugins=options.plugins,
-                serving=ServeSettings(max_length_tokens=options.max_length)).of_every_model
-            server = stack.enter_context(serving(folders, "", names=names, options=words))
-            local = iter(models_at(server.url, "", server.models, server.key))
-        yield [next(local) if not is_address(target) else
-               models_at(target.rstrip("/"), options.api_key_env, [options.model] if options.model else ())[0]
-               for target in options.targets]
-
-
-class EnvironmentTools:
-    """A tool environment that answers calls, in a process of its own; a context."""
-
-    def __init__(self, asked: Any) -> None:
-        """Begin its first task.
-
-        Raises:
-            UserError: there is none, or the environment cannot be made.
-        """
-        from megatron_sov.judge.tools.environment import LIMITS, Task
-        from megatron_sov.judge.tools.host import EnvironmentHost
-        from megatron_sov.judge.tools.registry import make, tasks_of
-
-        self._host = EnvironmentHost(asked, LIMITS["test"])
-        self._task: Task = tasks_of(make(asked)[0], asked.name, None)[0]
-        self._opening = self._host.reset(self._task)
-
-    def __enter__(self) -> EnvironmentTools:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._host.__exit__(*error)
-
-    @property
-    def system(self) -> str:
-        """What the environment says to a model first."""
-        return self._opening.observation.system or ""
-
-    @property
-    def tools(self) -> Sequence[dict[str, Any]]:
-        return self._opening.tools
-
-    @property
-    def state(self) -> str:
-        return self._host.state
-
-    def call(self, call: ToolCall) -> str:
-        return self._host.call(call).text
-
-    def restore(self, state: str) -> None:
-        if state != self._host.state:
-            self._host.resume(self._task, state)
+def _model(options: ChatOptions) -> Iterator[ChatModel]:
+    """Give the model; one of this machine runs until the context ends."""
+    if is_address(options.target):
+        yield model_at(options.target.rstrip("/"), options.api_key_env, options.model or "")
+        return
+    folder = Path(options.target)
+    print(f"loading {folder.name}", file=sys.stderr, flush=True)
+    words = words_of(ServeOptions(target=folder, nproc=options.nproc, settings=options.settings,
+                                  plugins=options.plugins,
+                                  serving=ServeSettings(max_length_tokens=options.max_length)))
+    with serving(folder, "", options=words[1:]) as server:
+        yield model_at(server.url, "", server.model, server.key)
 
 
 class Terminal:
     """Reads lines and shows answers; without a terminal each line of the input gets an answer, and nothing
     else is printed."""
 
-    def __init__(self, sessions: Sequence[ChatSession]) -> None:
-        self._sessions = sessions
+    def __init__(self, session: ChatSession) -> None:
+        self._session = session
         self._is_tty = sys.stdin.isatty() and sys.stdout.isatty()
         self._num_thought, self._is_open = 0, False
         self._commands: dict[str, Callable[[str], None]] = {
@@ -203,7 +134,7 @@ class Terminal:
         if self._is_tty:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  # which gives `input` a line that can be edited
-            self.note(f"{', '.join(session.model.name for session in self._sessions)}: ask something, "
+            self.note(f"{self._session.model.name}: ask something, "
                       "/help shows what else can be typed, Ctrl-D ends")
         for line in self._lines():
             if not line.strip():
@@ -247,23 +178,21 @@ class Terminal:
         return self._commands[name]
 
     def _ask(self, text: str) -> None:
-        for session in self._sessions:
-            if len(self._sessions) > 1:
-                self._write(f"{session.model.name}: " if not self._is_tty else f"{session.model.name}>\n")
-            self._num_thought, self._is_open = 0, True
-            try:
-                session.ask(text, self)
-                self._close()
-                if not session.turns or session.turns[-1].user != text:
-                    self.note("the model has ended its answer without a word")
-                elif not session.turns[-1].is_whole:
-                    self.note("the answer is cut at the longest that it may be (--max-new-tokens)")
-            except KeyboardInterrupt:
-                self._close()
-                self.note("stopped")
-            except (BadAnswer, TimeoutError) as e:
-                self._close()
-                self.note(str(e))
+        session = self._session
+        self._num_thought, self._is_open = 0, True
+        try:
+            session.ask(text, self)
+            self._close()
+            if not session.turns or session.turns[-1].user != text:
+                self.note("the model has ended its answer without a word")
+            elif not session.turns[-1].is_whole:
+                self.note("the answer is cut at the longest that it may be (--max-new-tokens)")
+        except KeyboardInterrupt:
+            self._close()
+            self.note("stopped")
+        except (BadAnswer, TimeoutError) as e:
+            self._close()
+            self.note(str(e))
 
     # what `ChatScreen` asks for
 
@@ -278,12 +207,6 @@ class Terminal:
         self._num_thought = 0
         # a terminal obeys control characters; a file or pipe gets the text as it is
         self._write(visible(piece) if self._is_tty else piece)
-
-    def call(self, name: str, arguments: str) -> None:
-        self.note(f"calls {name}({arguments})")
-
-    def result(self, text: str) -> None:
-        self.note(f"  {text}")
 
     def note(self, text: str) -> None:
         print("\n".join(visible(line) for line in text.split("\n")),
@@ -301,9 +224,8 @@ class Terminal:
 
     def _system(self, text: str) -> None:
         if not text:
-            self.note(self._sessions[0].system or "there is no system prompt")
-        for session in self._sessions:
-            session.system = text or session.system
+            self.note(self._session.system or "there is no system prompt")
+        self._session.system = text or self._session.system
 
     def _temp(self, text: str) -> None:
         try:
@@ -312,48 +234,43 @@ class Terminal:
             value = -1.0
         if not 0 <= value < float("inf"):
             raise UserError(f"/temp {text}: must be a number from 0 on, such as 0.7")
-        for session in self._sessions:
-            session.sampling["temperature"] = value
+        self._session.sampling["temperature"] = value
 
-    def _with_turns(self) -> list[ChatSession]:
-        found = [session for session in self._sessions if session.turns]
-        if not found:
+    def _last_turn(self) -> ChatTurn:
+        if not self._session.turns:
             raise UserError("the chat has no turn yet; ask something first, then use /undo, /retry or /think")
-        return found
+        return self._session.turns[-1]
 
     def _undo(self, _: str) -> None:
-        for session in self._with_turns():
-            session.undo()
+        self._last_turn()
+        self._session.undo()
 
     def _retry(self, _: str) -> None:
-        (text, *_rest) = [session.undo() for session in self._with_turns()]
-        self._ask(text)
+        self._last_turn()
+        self._ask(self._session.undo())
 
     def _think(self, _: str) -> None:
-        for session in self._with_turns():
-            thoughts = _thoughts_of(session.turns[-1])
-            self.note(thoughts or f"{session.model.name} has written no thoughts")
+        self.note(_thoughts_of(self._last_turn()) or f"{self._session.model.name} has written no thoughts")
 
     def _clear(self, _: str) -> None:
-        for session in self._sessions:
-            session.clear()
+        self._session.clear()
 
     def _save(self, name: str) -> None:
         if not name:
             raise UserError("/save: needs a file, such as /save chats.jsonl")
-        rows = [row for row in (session.row() for session in self._sessions) if row is not None]
-        if not rows:
+        row = self._session.row()
+        if row is None:
             raise UserError(f"/save {name}: no answer has ended by itself yet, so there is nothing to learn "
                             "from")
         file = Path(os.path.expanduser(name))
         try:
             # at the end: a file gathers conversations
             with open(file, "a", encoding="utf-8") as out:
-                out.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
         except OSError as e:
             raise UserError(f"/save {file}: cannot be written ({e.strerror or e}); name "
                             "another file") from None
-        self.note(f"{file}: {len(rows)} {'row' if len(rows) == 1 else 'rows'} added")
+        self.note(f"{file}: 1 row added")
 
 
 def _thoughts_of(turn: ChatTurn) -> str:

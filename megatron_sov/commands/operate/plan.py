@@ -27,7 +27,7 @@ from megatron_sov.model.recipes.stage_defaults import DEFAULTS, Stage, base_of_m
 from megatron_sov.work.clusters import cluster
 
 if TYPE_CHECKING:
-    from megatron_sov.plan.calibration.learned import LearnedCorrection
+    from megatron_sov.plan.speed.parameters import Parameters
 
 OF_A_RUN = ("recipe", "configs", "plugins", "settings", "data", "nproc", "cluster", "nodes", "sweep", "prove",
             "json", "start_from", "days", "budget")
@@ -345,10 +345,10 @@ def _calibrate(args: PlanOptions) -> int:
     return 0
 
 
-def _learned(file: Path | None) -> LearnedCorrection | None:
+def _learned(file: Path | None) -> Parameters | None:
     """Return what stands in a file; None: what comes with the package holds."""
     if file is None:
         return None
-    from megatron_sov.plan.calibration.learned import read_learned
+    from megatron_sov.plan.speed.parameters import read_parameters
 
-    return read_learned(file)
+    return read_parameters(file)

@@ -1,19 +1,17 @@
-"""`megatron-sov rl store ls | show | page | stats | verify | gc STORE`."""
+"""`megatron-sov rl store ls | show | stats | verify | gc STORE`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from megatron_sov.base.artifacts import write_output
 from megatron_sov.base.errors import ExitCode, GateFailed, UserError, visible
 from megatron_sov.base.figures import format_size
-from megatron_sov.base.outputs import check_output
-from megatron_sov.base.settings import Actions, AtLeastOne, Flag, add_actions, run_action
+from megatron_sov.base.settings import Actions, Flag, add_actions, run_action
 from megatron_sov.rollouts.prompts import rounds_between
 from megatron_sov.runs.inspecting import MAX_PROBLEMS
 from megatron_sov.work.progress.progress_bar import work_bar
@@ -59,23 +57,6 @@ class StoreShowOptions(StoreVerifyOptions):
     """Name of the part, e.g. round-0001-piece-0000."""
     row: Annotated[int, Flag("ROW")]
     """Its row, from 0."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StorePageOptions(StoreOptions):
-    """Write some responses of a round as an HTML page to read."""
-
-    output: Annotated[Path, Flag(value="FILE.html")]
-    """File to write."""
-    round: Annotated[tuple[int, ...], Flag(value="R")] = ()
-    """A round to show; may be repeated (default: the newest one)."""
-    version: Annotated[str | None, Flag(value="V")] = None
-    """Version of the reward, where there are several."""
-    count: AtLeastOne = 5
-    """Responses of a round with the highest rewards, with the lowest, that were cut off, and without a
-    reward, N each."""
-    tokenizer: Annotated[Path | None, Flag(value="DIR")] = None
-    """Tokenizer of the store: shows apart what the model wrote and what tools said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,53 +148,6 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
             yield visible(f"{name}: {shown}").replace("\n", "\\n")
 
 
-def _page(args: StorePageOptions) -> int:
-    from megatron_sov.rollouts.inspection import page_of
-
-    store = open_store(args.store)
-    check_output("--output", args.output)
-    there = sorted({part.round for part in store.parts()})
-    rounds = sorted(set(args.round or there[-1:]))
-    if missing := [number for number in rounds if number not in there]:
-        raise UserError(f"--round {missing[0]}: {args.store} has no parts of it (`megatron-sov rl store ls` "
-                        "lists them)")
-    if not rounds:
-        raise UserError(f"{args.store}: has no parts to show; write some with `megatron-sov rl generate`")
-    decode = None if args.tokenizer is None else _decode_of(args.tokenizer, store)
-    version = _version(args.version, store)
-    write_output(args.output, page_of(store, rounds, version, args.count, decode))
-    print(f"{args.output}: responses of round {', '.join(map(str, rounds))}"
-          + (f", reward {version}" if version else ""))
-    return ExitCode.OK
-
-
-def _version(given: str | None, store: RolloutStore) -> str | None:
-    """Return the whole version of the reward that is asked for, or of the only one; None: there is none."""
-    from megatron_sov.rollouts.inspection import judged_by
-
-    there = {version for versions in judged_by(store).values() for version in versions}
-    found = sorted(version for version in there if given is None or version.startswith(given))
-    if len(found) > 1 or (given is not None and not found):
-        raise UserError(f"--version {given or 'is missing'}: {store.path} has rewards of "
-                        f"{', '.join(sorted(there)) or 'no version'}; name one of them")
-    return found[0] if found else None
-
-
-def _decode_of(folder: Path, store: RolloutStore) -> Callable[[list[int]], str]:
-    from megatron_sov.chat.folder import open_tokenizer
-    from megatron_sov.chat.vocabulary import TOKENIZER_JSON, tokenizer_digest
-
-    file = folder / TOKENIZER_JSON
-    if not file.is_file():
-        raise UserError(f"--tokenizer {folder}: has no {TOKENIZER_JSON}; name a tokenizer's folder")
-    if not store.is_written_in(folder):
-        raise UserError(f"--tokenizer {folder}: its digest is {tokenizer_digest(folder)}, and {store.path} "
-                        f"was written with {store.tokenizer_digest}; name the tokenizer of the model that "
-                        "wrote it")
-    tokenizer = open_tokenizer(folder)
-    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False))
-
-
 def _stats(args: StoreStatsOptions) -> int:
     from megatron_sov.rollouts.inspection import figures_of
 
@@ -295,7 +229,7 @@ def _gc(args: StoreGcOptions) -> int:
 
 
 ACTIONS: Actions = {"ls": (StoreLsOptions, _ls), "show": (StoreShowOptions, _show),
-                    "page": (StorePageOptions, _page), "stats": (StoreStatsOptions, _stats),
+                    "stats": (StoreStatsOptions, _stats),
                     "verify": (StoreVerifyOptions, _verify), "gc": (StoreGcOptions, _gc)}
 add_arguments = partial(add_actions, actions=ACTIONS)
 run = partial(run_action, ACTIONS)

@@ -23,7 +23,6 @@ from megatron_sov.commands.rl.rl_reward import JudgedOptions
 from megatron_sov.commands.rl.teachers import (
     ScoringTeacherOptions, live_teacher_of, refuse_teachers, teachers_of)
 from megatron_sov.commands.score import JudgeOptions
-from megatron_sov.commands.shared_options import words_of
 from megatron_sov.commands.train.gate_options import (
     TunedOptions, gate_of, is_complete, refuse_unknown_benchmarks)
 from megatron_sov.infer.asking import EngineOptions, ServerOptions, check_engine
@@ -34,11 +33,11 @@ from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.model.config.run import with_policies, with_rounds
 from megatron_sov.model.objectives import factory
 from megatron_sov.model.recipes.requested import RecipeOptions
-from megatron_sov.post.rl.reward import ENVIRONMENT, judging, refuse_unjudged, reward_version, second_opinions
+from megatron_sov.post.rl.reward import ENVIRONMENT, judging, refuse_unjudged, reward_version
 from megatron_sov.rollouts.prompts import PromptList, list_set_aside, round_prompts, rounds_between
 from megatron_sov.runs.checkpoints import files_sha256, refuse_missing
 from megatron_sov.runs.folder import ROLLOUT, ROUNDS, VALIDATION, RunFolder, fixed_settings
-from megatron_sov.runs.launch_environment import is_first, note_command
+from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.runs.rounds import RunPolicies, policy_of_round, policy_of_start
 from megatron_sov.train.stages.stage_config import ParsedStage, parse_stage, request_with_model, tokenizer_of
 from megatron_sov.work.progress.locks import Claims
@@ -415,12 +414,6 @@ def run_rl(options: RlRunOptions, began_s: float) -> int:
     return ExitCode.OK
 
 
-def run_as_rl(options: RlRunOptions, began_s: float) -> int:
-    """Do what another command asks of `rl run`, see `run_rl`; `megatron-sov resume` goes on by `rl run`."""
-    note_command(["rl", "run", *words_of(options)])
-    return run_rl(options, began_s)
-
-
 def _run(args: RlRunOptions, parsed: ParsedRounds, began_s: float) -> None:
     from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
@@ -443,7 +436,6 @@ def _run(args: RlRunOptions, parsed: ParsedRounds, began_s: float) -> None:
         partial(judging, args.reward, args.reward_set, args.workers),
         {"engine": args.engine, "environment": args.environment, "reward": args.reward},
         config.policy.parts.max_gen_batches,
-        partial(second_opinions, args.reward, args.reward_set, parsed.reward_version),
         _live_servers(args, config, start))
     validation = _validation(args, parsed, producer, start, environment)
     try:

@@ -9,9 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from megatron_sov.base.artifacts import new_artifact, refuse_existing, write_output
+from megatron_sov.base.artifacts import new_artifact, refuse_existing
 from megatron_sov.base.errors import UserError, visible
-from megatron_sov.base.outputs import check_output
 from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.base.settings import (
     NO_FLAG, Actions, AtLeastOne, Flag, add_actions, change, parse_nested, run_action)
@@ -24,8 +23,7 @@ from megatron_sov.judge.tools.environment import LIMITS, Environment, EpisodeLim
 from megatron_sov.judge.tools.episode import Episode, lines_in, row_of
 from megatron_sov.judge.tools.host import EnvironmentHost, Opening
 from megatron_sov.judge.tools.playing import (
-    EpisodeTable, ToolPolicy, identity_of, moves_of_file, moves_of_lines, page_of, play, play_by_hand,
-    summary_of, transcript_of)
+    EpisodeTable, ToolPolicy, identity_of, moves_of_file, moves_of_lines, play, play_by_hand, summary_of)
 from megatron_sov.judge.tools.registry import BUILT_IN, OWN, digest_of, make, order, tasks_of
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.work.progress.journal import open_journal
@@ -64,8 +62,6 @@ class ToolsPlayOptions(EnvironmentOptions):
     """Which of the tasks (default: 1)."""
     calls: Annotated[Path | None, Flag(value="FILE.jsonl")] = None
     """Lines {"name": ..., "arguments": {...}} and {"answer": ...}; default: asks."""
-    page: Annotated[Path | None, Flag(value="FILE.html", writes=True)] = None
-    """Also write the transcript as a page."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,7 @@ class ToolsRunOptions(EnvironmentOptions, EngineOptions, RedoOptions, OverwriteO
     target: Annotated[Path, Flag("TARGET")]
     """Checkpoint, run (its newest one) or Hugging Face folder, with a chat template."""
     output: Annotated[Path, Flag(value="DIR")]
-    """Folder to write: episodes.jsonl, transcripts.html and a manifest."""
+    """Folder to write: episodes.jsonl and a manifest."""
     parallel: Annotated[AtLeastOne, Flag("--concurrent")] = 8
     """Episodes at a time."""
     sampling: TurnSampling = field(default_factory=TurnSampling)
@@ -108,7 +104,6 @@ def _play(args: ToolsPlayOptions) -> int:
     asked, _, _, limits, tasks = _asked(args)
     if not 1 <= args.task <= len(tasks):
         raise UserError(f"--task {args.task}: there are {len(tasks)} tasks; name one from 1 to {len(tasks)}")
-    check_output("--page", args.page)
     task = tasks[args.task - 1]
     written = None if args.calls is None else list(moves_of_file(args.calls))  # refused before a world starts
 
@@ -123,13 +118,10 @@ def _play(args: ToolsPlayOptions) -> int:
         _show_tools(opening, show)
         moves = (moves_of_lines(sys.stdin, show, lambda: _show_tools(opening, show)) if written is None
                  else written)
-        found = play_by_hand(host, opening, moves, limits, show)
-    result = found.result
+        end, result = play_by_hand(host, moves, limits, show)
     reward = result.status if result.reward is None else f"{result.reward:g}"
-    show(f"{found.end}: reward {reward} {json.dumps(dict(result.components), ensure_ascii=False)}"
+    show(f"{end}: reward {reward} {json.dumps(dict(result.components), ensure_ascii=False)}"
          + (f" ({result.reason})" if result.reason else ""))
-    if args.page is not None:
-        write_output(args.page, page_of(args.environment, [found], limits, {}))
     return 0
 
 
@@ -180,13 +172,9 @@ def _publish(args: ToolsRunOptions, episodes: list[Episode], encoder: TurnEncode
     """Write the episodes as an artifact; returns what is counted over them."""
     rows = [row_of(episode, encoder) for episode in episodes]
     summary = summary_of(rows)
-    figures = {name: json.dumps(value) if isinstance(value, dict) else str(value)
-               for name, value in summary.items()}
-    page = page_of(args.environment, [transcript_of(e) for e in episodes], limits, figures)
     with new_artifact(args.output, KIND, overwrite=args.overwrite) as artifact:
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (artifact.path / "episodes.jsonl").write_text("".join(lines), encoding="utf-8")
-        (artifact.path / "transcripts.html").write_text(page, encoding="utf-8")
         artifact.content = summary | {"limits": asdict(limits)}
         artifact.settings = identity | {"environment_name": args.environment, "settings": list(args.settings)}
     return summary

@@ -1,5 +1,5 @@
 """`megatron-sov distill RECIPE --teacher TEACHER --data DIR[:weight] ... --run DIR [--from CHECKPOINT]`, and
-its parts as commands of their own: `distill states`, `distill write`, `distill rounds`."""
+its parts as commands of their own: `distill states`, `distill write`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from annotated_types import Gt, Le
-
 from megatron_sov.base.artifacts import MANIFEST, manifest_sha256, read_manifest
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Flag, NotNegativeInt, add_options, command_of, read_options)
-from megatron_sov.commands.rl.rounds import RlRunOptions, run_as_rl
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
 from megatron_sov.commands.train.gate_options import (
     GateOptions, gate_of, is_complete, refuse_unknown_benchmarks)
@@ -24,8 +21,7 @@ from megatron_sov.infer.request import RankOptions, Temperature, WholeSampling
 from megatron_sov.model.config import DistillationConfig, RunConfig, data_paths
 from megatron_sov.model.config.data import named_shards
 from megatron_sov.model.objectives import factory
-from megatron_sov.model.recipes.requested import PluginOptions, RecipeOptions, load_plugins
-from megatron_sov.post.rl.reward import NO_REWARD
+from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.train.stages.stage_config import parse_stage, tokenizer_of
@@ -383,54 +379,3 @@ def _refuse_views(config: RunConfig, sources: list[Source]) -> None:
         if other := [name for name in phase.blend if name not in names]:
             raise UserError(f"data.phases blend {other[0]!r}: a teacher reads the sources as they are packed "
                             f"({', '.join(sorted(names))}); blend those")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillRoundsOptions(RecipeOptions):
-    """On-policy distillation in one run (GKD): the student writes, the teacher reads, the student learns."""
-    # a door to `rl run` with policy.method=gkd
-
-    start_from: Annotated[Path, Flag("--from", "CHECKPOINT|RUN|HF_DIR")]
-    """The student."""
-    teacher: Annotated[Path, Flag(value="CHECKPOINT|RUN")]
-    """Learn the distributions of this model, which lies beside the student."""
-    prompts: Annotated[Path, Flag(value="FILE|DIR")]
-    """What the student answers: rows with `prompt` or `messages`, as of `rl run`."""
-    data: Annotated[tuple[str, ...], Flag(value="[NAME=]DIR[:weight]")] = ()
-    """Token shards that are learned from in the place of the student's answers."""
-    share: Annotated[float, Gt(0), Le(1), Flag(value="LAMBDA")] = 1.0
-    """Probability with which a round is of the student's answers; the others are of --data."""
-    output: Annotated[Path, Flag(value="DIR")]
-    """Folder of the run, DIR/run, and its answers, DIR/store; the same command goes on where a killed one
-    was."""
-    sampling: StudentSampling = field(default_factory=StudentSampling)
-    nproc: AtLeastOne | None = None
-    """Local processes (under Slurm or torchrun the environment decides)."""
-    rounds: AtLeastOne | None = None
-    """How many, each of one optimizer step unless rollout.steps_per_round says more (default: one pass over
-    the prompts)."""
-
-def run_rounds(typed: argparse.Namespace) -> int:
-    """Do all rounds; returns 0 when the run is complete."""
-    return run_as_rl(rl_options(read_options(DistillRoundsOptions, typed)), typed.began_s)
-
-
-def rl_options(args: DistillRoundsOptions) -> RlRunOptions:
-    """Return what `rl run` is asked for."""
-    sampling = args.sampling
-    length = [f"rollout.rounds={args.rounds}"] if args.rounds else []
-    if not any(setting.partition("=")[0] in LENGTHS for setting in (*length, *args.settings)):
-        length = ["train.epochs=1"]
-    settings = ("objective.name=policy", "policy.method=gkd", f"policy.on_policy_share={args.share}",
-                "rollout.samples_per_prompt=1", f"rollout.max_new_tokens={sampling.max_new_tokens}",
-                f"rollout.temperature={sampling.temperature}", f"rollout.top_p={sampling.top_p}",
-                f"rollout.seed={sampling.seed}", *length)
-    return RlRunOptions(
-        recipe=args.recipe, configs=args.configs, plugins=args.plugins,
-        # what is typed goes before
-        settings=(*settings, *args.settings), start_from=args.start_from, teacher=(str(args.teacher),),
-        prompts=args.prompts, data=args.data, reward=NO_REWARD, store=args.output / "store",
-        run=args.output / "run", resume=True, nproc=args.nproc)
-
-
-ROUNDS = command_of(DistillRoundsOptions, run_rounds)

@@ -1,24 +1,18 @@
-"""`megatron-sov prefer RECIPE --from CHECKPOINT --data PAIRS[:weight] ... --run DIR --method dpo`, and with
---rounds N: a door to rounds of `rl run`."""
+"""`megatron-sov prefer RECIPE --from CHECKPOINT --data PAIRS[:weight] ... --run DIR --method dpo`."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from annotated_types import Ge
-
 from megatron_sov.base.documents.records import DESIRABLE
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import (
-    AboveZero, AtLeastOne, Flag, ProblemCode, SettingsProblem, add_options, only_with, read_options)
-from megatron_sov.commands.rl.rounds import RlRunOptions, run_as_rl
+from megatron_sov.base.settings import Flag, add_options, read_options
 from megatron_sov.commands.train.gate_options import (
     TunedOptions, gate_of, is_complete, refuse_unknown_benchmarks)
 from megatron_sov.model.config import RunConfig
@@ -33,16 +27,9 @@ if TYPE_CHECKING:
     from megatron_sov.train.stages.gate import GateView
 
 
-NEEDED = ("prompts", "reward")
-STORE = "store"
-"""Folder of --run: rollout store of its rounds."""
-STEPS_PER_ROUND = 4
-"""Of --rounds: with one alone each pair would be compared with the very model that learns it."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class PreferOptions(TunedOptions):
-    """Learn from preferences, of pairs that there are, or in rounds of answers that are judged on the way."""
+    """Learn from preferences: pairs, groups or judged answers that there are."""
 
     groups: ClassVar[tuple[str, ...]] = ("preference",)
 
@@ -50,53 +37,6 @@ class PreferOptions(TunedOptions):
     """The loss (--set preference.method=...; default dpo)."""
     reference: Annotated[Path | None, Flag(value="CHECKPOINT|RUN")] = None
     """Compare with this model (dpo, ipo, dpo-norm, kto; default: the one of --from)."""
-    rounds: AtLeastOne | None = None
-    """N times: answer --prompts, judge by --reward, learn from it, in one run."""
-    # a door to `rl run` with policy.method=preference
-    prompts: Annotated[Path | None, Flag(value="FILE|DIR"), only_with("rounds")] = None
-    """--rounds: rows with `prompt` or `messages` and what the reward needs, as of `rl run`."""
-    reward: Annotated[str | None, Flag(value="NAME"), only_with("rounds")] = None
-    """--rounds: as of `megatron-sov score`."""
-    reward_set: Annotated[tuple[str, ...], Flag(value="key=value")] = ()
-    """--rounds: a setting of the reward; may be repeated."""
-    samples: Annotated[int, Ge(2)] = 8
-    """--rounds: answers to each prompt, which are compared."""
-    temperature: Annotated[AboveZero, Flag(value="T")] = 1.0
-    """--rounds: of these samples."""
-    max_new_tokens: AtLeastOne = 512
-    """--rounds: longest answer."""
-    keep_unfinished: Annotated[bool, only_with("rounds")] = False
-    """--rounds: learn an answer that --max-new-tokens cut off as a good one too, as `sov-data pairs`
-    may."""
-
-    def problems(self) -> list[SettingsProblem]:
-        """Return what rounds need."""
-        return [SettingsProblem(ProblemCode.RULE, "rounds", f"needs --{name}; add it", self.rounds)
-                for name in NEEDED if self.rounds and getattr(self, name) is None]
-
-
-def rl_options(args: PreferOptions) -> RlRunOptions:
-    """Return what `rl run` is asked for by --rounds.
-
-    Raises:
-        UserError: an option is given that rounds do not take.
-    """
-    assert args.reward is not None and args.prompts is not None, "options are checked"
-    if args.data:
-        raise UserError(f"--data {args.data[0]}: rounds learn from the model's own responses alone, and take "
-                        "no pairs beside them; learn your pairs first, by `prefer` without --rounds, and "
-                        "begin the rounds --from that run")
-    if args.reference is not None:
-        raise UserError(f"--reference {args.reference}: rounds compare with the model that begins each, or "
-                        "with that of --from by --set policy.reference=run; leave it out")
-    settings = ("objective.name=policy", "policy.method=preference",
-                f"policy.keep_unfinished={json.dumps(args.keep_unfinished)}", f"rollout.rounds={args.rounds}",
-                f"rollout.steps_per_round={STEPS_PER_ROUND}", f"rollout.samples_per_prompt={args.samples}",
-                f"rollout.temperature={args.temperature}", f"rollout.max_new_tokens={args.max_new_tokens}")
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TunedOptions)}
-    # what is typed goes before
-    return RlRunOptions(**given | {"settings": (*settings, *args.settings)}, prompts=args.prompts,
-                        reward=args.reward, reward_set=args.reward_set, store=args.run / STORE)
 
 
 add_arguments = partial(add_options, cls=PreferOptions)
@@ -108,8 +48,6 @@ def run(typed: argparse.Namespace) -> int:
     if args.method is not None:
         settings = (*args.settings, f"preference.method={args.method}")
         args = dataclasses.replace(args, settings=settings)
-    if args.rounds is not None:
-        return run_as_rl(rl_options(args), typed.began_s)
     if is_complete(args, "preference"):
         return 0
     parsed = parse_stage(args, "preference")

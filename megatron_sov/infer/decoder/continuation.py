@@ -11,7 +11,7 @@ import torch
 
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.engine.model.cache_rows import CacheSpan
-from megatron_sov.infer.request import Sampling, StopRule, Tells, Written
+from megatron_sov.infer.request import Sampling, StopRule
 from megatron_sov.model.modality import EncoderInputs, hash_inputs, slice_inputs
 
 
@@ -37,11 +37,6 @@ class Continuation:
     """Pictures and sounds that its prompt shows, placed from its first token; None: none."""
     logprobs: list[float] = field(default_factory=list)
     """Of each token of the continuation."""
-    tells: Tells = Tells()
-    """What is told of it."""
-    ranked: list[Written] = field(default_factory=list)
-    """Of each place that is told of, its token and then the most probable ones; taken away as they are
-    told."""
     read: int = 0
     """Tokens that the cache holds."""
     drafts: list[int] = field(default_factory=list)
@@ -60,7 +55,7 @@ class Continuation:
     def prompt(self) -> bytes:
         """The prompt, by which those that have the same are found; empty: it is read by itself."""
         # of one token nothing is left to copy; the prediction layer has its own cache, which is written later
-        if self.sampling.num_drafts or self.prompt_tokens == 1 or self.tells.prompt:
+        if self.sampling.num_drafts or self.prompt_tokens == 1:
             return b""
         tokens = np.array(self.tokens[:self.prompt_tokens], np.int64).tobytes()
         # Placeholders of two pictures are the same tokens: what is shown is a part of the prompt.

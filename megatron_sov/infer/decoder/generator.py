@@ -34,7 +34,6 @@ from megatron_sov.engine.parallel import collectives
 from megatron_sov.engine.parallel.device import local_device
 from megatron_sov.engine.parallel.values import pack, unpack
 from megatron_sov.infer.decoder.continuation import Continuation, RowItem, keep_routes
-from megatron_sov.infer.decoder.logprobs import places_of, ranked
 from megatron_sov.infer.decoder.sampling import (
     accepted_by_chance, accepted_greedily, best_words, draw, probabilities, rows_of)
 from megatron_sov.infer.request import (
@@ -97,7 +96,6 @@ class Decoding:
         # A span that ends inside of a prompt chooses nothing.
         chosen = [i for i in items if i.places]
         written = self._choose_tokens(read, chosen)
-        self._rank(read, items, written)
         self._move_on(items, written)
         if self._num_drafts and (items or self._decoder.predicts_together):
             self._draft(read, items)
@@ -221,22 +219,6 @@ class Decoding:
         places = [start + k for start, t in zip(starts, tokens, strict=True) for k in range(len(t))]
         logprobs = iter(shares[places, list(chain.from_iterable(tokens))].log().tolist())
         return [(t, [next(logprobs) for _ in t]) for t in tokens]
-
-    def _rank(self, read: DecodeOutput, items: list[RowItem], written: list[Written]) -> None:
-        """Tell sequences what the model holds of their places, where they ask, the same on all processes that
-        read them."""
-        if not any(item.sequence.tells.something for item in items):
-            return
-        if not (asked := list(places_of(items, written))):
-            return
-        # Every stage knows which places are asked for, so all of them take part in `agree`.
-        places = [place for _, place in asked]
-        found: list[Written] = [([], []) for _ in asked]
-        if self._decoder.last_stage:
-            found = ranked(lambda rows: self._decoder.logits(read, rows), places)
-        table = table_of(found, 1 + max(place.num_top for place in places))
-        for (sequence, _), one in zip(asked, pieces_of(self._decoder.agree(table)), strict=True):
-            sequence.ranked.append(one)
 
     def _move_on(self, items: list[RowItem], written: list[Written]) -> None:
         """Count what has been read and write what was chosen, up to the end of a continuation."""

@@ -1,9 +1,4 @@
-"""Log-probabilities of given tokens: of places in a sequence with the most probable tokens there, of whole
-answers at any layout, and how far an engine's are from the trainer's.
-
-The last matters because two programs compute one distribution with other kernels and roundings.  Their gap is
-bias in every importance ratio that is built on the engine's numbers.
-"""
+"""Log-probabilities of the tokens of given answers, at any layout."""
 
 from __future__ import annotations
 
@@ -15,80 +10,11 @@ import torch
 from megatron_sov.engine.decode.cached_decoder import CachedDecoder, DecodeOutput, over_shares, share_place
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan
-from megatron_sov.infer.decoder.continuation import Continuation, RowItem
-from megatron_sov.infer.decoder.sampling import probabilities
-from megatron_sov.infer.request import Batching, Sampling, Written
+from megatron_sov.infer.request import Batching
 from megatron_sov.model.modality import EncoderInputs, slice_inputs
 
 CHUNK_PLACES = 64
 """Whose logits are held at a time."""
-
-
-@dataclass(frozen=True)
-class RankingPlace:
-    """A row index, and what stands behind it."""
-
-    row: int
-    """Index."""
-    token: int
-    """The one behind it."""
-    num_top: int
-    """Most probable ones that are told."""
-    sampling: Sampling | None
-    """What the token was drawn with; None: it is the prompt's, or nothing was drawn."""
-
-
-def places_of(items: Sequence[RowItem], written: Sequence[Written]) -> Iterator[tuple[Continuation,
-                                                                                      RankingPlace]]:
-    """Yield the places of a row that something is told of, with their sequences.
-
-    Args:
-        items: of the row, before what was written behind it is counted.
-        written: tokens behind those that have places, without drafts.
-    """
-    new = iter(written)
-    for item in items:
-        sequence, tells = item.sequence, item.sequence.tells
-        # Items without places wrote nothing, so the iterator moves on for the others only.
-        chosen = next(new)[0][0] if item.places else -1
-        if not tells.something:
-            continue
-        for row in range(len(item.span.tokens)):
-            behind = item.span.past + row + 1
-            # A drawn token is judged by what it was drawn from, the prompt by the plain distribution.
-            if behind >= sequence.prompt_tokens:
-                drawn = sequence.sampling if sequence.sampling.temperature else None
-                yield sequence, RankingPlace(item.start + row, chosen, tells.num_top, drawn)
-            elif tells.prompt:
-                yield sequence, RankingPlace(item.start + row, sequence.tokens[behind], tells.num_top, None)
-
-
-def ranked(logits_of: Callable[[Sequence[int]], torch.Tensor],
-           places: Sequence[RankingPlace]) -> list[Written]:
-    """Return of each place its token and then the most probable ones, with their log-probabilities; tokens
-    that cannot be drawn are no such.
-
-    Args:
-        logits_of: returns the logits [n, V] behind row indices.
-        places: of the row.
-    """
-    found: list[Written] = []
-    for start in range(0, len(places), CHUNK_PLACES):
-        chunk = places[start:start + CHUNK_PLACES]
-        logits = logits_of([place.row for place in chunk])
-        for place, of_place in zip(chunk, logits, strict=True):
-            # float64: log-probabilities are compared with a trainer's.
-            if place.sampling is None:
-                logprobs = torch.log_softmax(of_place.double(), dim=-1)
-            else:
-                logprobs = probabilities(of_place[None], place.sampling)[0].log()
-            best, tokens = logprobs.topk(min(place.num_top, len(logprobs)))
-            # topk fills up with tokens of probability 0 where the truncation leaves fewer.
-            top = [(token, logprob) for token, logprob in zip(tokens.tolist(), best.tolist(), strict=True)
-                   if logprob > float("-inf")]
-            found.append(([place.token, *(token for token, _ in top)],
-                          [float(logprobs[place.token]), *(logprob for _, logprob in top)]))
-    return found
 
 
 @dataclass(frozen=True)
@@ -177,10 +103,12 @@ def _steps(decoder: CachedDecoder, questions: Sequence[Question], mine: range, s
 
 def _tell(decoder: CachedDecoder, read: DecodeOutput, questions: Sequence[Question], step: _Step,
           found: torch.Tensor) -> None:
-    places = [RankingPlace(end - len(span.tokens) + at, token, 0, None)
+    places = [(end - len(span.tokens) + at, token, (question, answer, at))
               for end, span, (question, answer) in zip(read.row.ends, step.spans, step.answers, strict=True)
               for at, token in enumerate(questions[question].answers[answer])]
-    told = iter(ranked(lambda rows: decoder.logits(read, rows), places))
-    for question, answer in step.answers:
-        for at in range(len(questions[question].answers[answer])):
-            found[question, answer, at] = next(told)[1][0]
+    for start in range(0, len(places), CHUNK_PLACES):
+        chunk = places[start:start + CHUNK_PLACES]
+        logits = decoder.logits(read, [row for row, _, _ in chunk])
+        for (_, token, place), of_place in zip(chunk, logits, strict=True):
+            # float64: log-probabilities are compared with a trainer's
+            found[place] = torch.log_softmax(of_place.double(), dim=-1)[token]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Protocol
 
 import torch
@@ -20,8 +19,8 @@ from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.cache_rows import CacheSize
 from megatron_sov.engine.parallel.values import broadcast_object
 from megatron_sov.infer.decoder.continuation import Continuation
-from megatron_sov.infer.decoder.generator import Decoding, pieces_of, table_of
-from megatron_sov.infer.request import LENGTH, STOP, Batching, Sampling, StopRule, Tells, Written
+from megatron_sov.infer.decoder.generator import Decoding
+from megatron_sov.infer.request import LENGTH, STOP, Batching, Sampling, StopRule
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,6 @@ class Joining:
     """Number of its stream of random numbers."""
     end_ids: tuple[int, ...]
     """Tokens that end it."""
-    tells: Tells = Tells()
-    """What is told of it."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +63,6 @@ class News:
     """Its log-probability under the distribution that it was drawn from, see `Generated.logprobs`."""
     reason: str | None
     """`STOP` or `LENGTH` where it is the last one."""
-    ranked: tuple[Written, ...] = ()
-    """What its sequence asks to be told: the token and then the most probable ones, with log-probabilities;
-    with the first token, before it, the same of the prompt's tokens from the second on."""
 
 
 class Office(Protocol):
@@ -101,10 +95,6 @@ class _EnginePlace:
     """Tokens that end it."""
     own: Continuation | None
     """The sequence where it is this process's."""
-    tells: Tells
-    """What is told of it."""
-    prompt_tokens: int
-    """Length of its prompt."""
 
 
 def continue_live(model: ForwardModel, batching: Batching, longest: int, office: Office | None) -> None:
@@ -158,10 +148,10 @@ class _Live:
         if share == self._rank:
             own = Continuation(joining.number, list(joining.prompt), len(joining.prompt),
                                joining.sampling.max_new_tokens, joining.sampling, StopRule(joining.end_ids),
-                               joining.stream, tells=joining.tells)
+                               joining.stream)
             self._decoding.join(own)
         self._places[joining.number] = _EnginePlace(share, joining.sampling.max_new_tokens, joining.end_ids,
-                                                    own, joining.tells, len(joining.prompt))
+                                                    own)
         self._written[joining.number] = 0
 
     def _forget(self, number: int) -> _EnginePlace | None:
@@ -186,27 +176,9 @@ class _Live:
         # A count of 0: the sequence waits, or its prompt is still being read.
         written = {number: (token, logprob) for number, (count, token, _), logprob in zip(
             self._places, table.tolist(), logprobs, strict=True) if count}
-        told = self._gather_ranked(list(written))
-        return [self._news(number, token, logprob, told.get(number, ()))
-                for number, (token, logprob) in written.items()]
+        return [self._news(number, token, logprob) for number, (token, logprob) in written.items()]
 
-    def _gather_ranked(self, numbers: Sequence[int]) -> dict[int, tuple[Written, ...]]:
-        asked = [(number, place) for number in numbers if (place := self._places[number]).tells.something]
-        if not asked:
-            return {}
-        # With the first token come those of the prompt but its first: as many as the prompt has.
-        sizes = [place.prompt_tokens if place.tells.prompt and not self._written[number] else 1
-                 for number, place in asked]
-        pieces: list[Written] = []
-        for (_, place), size in zip(asked, sizes, strict=True):
-            pieces += place.own.ranked if place.own is not None else [([], [])] * size
-            if place.own is not None:
-                place.own.ranked = []
-        table = over_shares(table_of(pieces, 1 + max(place.tells.num_top for _, place in asked)))
-        found = iter(pieces_of(table))
-        return {number: tuple(islice(found, size)) for (number, _), size in zip(asked, sizes, strict=True)}
-
-    def _news(self, number: int, token: int, logprob: float, ranked: tuple[Written, ...]) -> News:
+    def _news(self, number: int, token: int, logprob: float) -> News:
         place, reason = self._places[number], None
         self._written[number] += 1
         # Every process finds the end from the token, and forgets the sequence at the same row.
@@ -216,4 +188,4 @@ class _Live:
             reason = LENGTH
         if reason is not None:
             self._forget(number)
-        return News(number, token, logprob, reason, ranked)
+        return News(number, token, logprob, reason)

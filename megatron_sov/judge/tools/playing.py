@@ -17,94 +17,18 @@ from typing import Any, Protocol
 
 from megatron_sov.base.documents.rows import read_objects
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render
 from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.chat.encode import TurnEncoder
 from megatron_sov.chat.tool_calls import ServedTurn, ToolCall
 from megatron_sov.judge.rewards.reward import Result
-from megatron_sov.judge.tools.environment import (
-    FAULTS, INFRASTRUCTURE, EpisodeLimits, InfrastructureFault, Task, cut)
+from megatron_sov.judge.tools.environment import INFRASTRUCTURE, EpisodeLimits, InfrastructureFault, Task
 from megatron_sov.judge.tools.episode import (
     Episode, EpisodeLines, GeneratedTurn, begin_line, begun, left_of, result_line, take_turn, turn_line,
     within)
 from megatron_sov.judge.tools.host import CallResult, EnvironmentHost, EpisodeLost, HeardReply, Opening
 
-MAX_CHAPTERS = 200
-"""Episodes on a page: those without a reward first, then the lowest."""
-MAX_CHARS = 20_000
-"""Of one thing said."""
 HELP = ('write NAME {"argument": value} to call a tool, `tools` to see them again, `answer TEXT` to end, an '
         "empty line to give up")
-
-
-@dataclass(frozen=True)
-class Transcript:
-    """What is shown of an episode."""
-
-    name: str
-    """Such as "episode 3"."""
-    opening: Opening
-    """How it began."""
-    turns: list[tuple[str, str]]
-    """(who, what was said), in order."""
-    end: str
-    """One of `episode.ENDS`."""
-    faults: Mapping[str, int]
-    """Fault -> calls."""
-    result: Result
-    """The reward, or why there is none."""
-
-
-def transcript_of(episode: Episode) -> Transcript:
-    """Return what is shown of an ended episode."""
-    assert episode.result is not None
-    turns = []
-    for turn in episode.turns:
-        turns.append(("model", turn.text))
-        turns += [(_caller(call["name"], call["fault"]), call["text"]) for call in turn.calls]
-        turns += [] if turn.reply is None else [("user", turn.reply)]
-    return Transcript(f"Episode {episode.number + 1}", episode.opening, turns, episode.end, episode.faults(),
-                      episode.result)
-
-
-def _caller(name: str, fault: str) -> str:
-    return f"tool {name}".strip() + (f" ({fault})" if fault else "")
-
-
-def page_of(title: str, transcripts: Sequence[Transcript], limits: EpisodeLimits,
-            figures: Mapping[str, str]) -> str:
-    """Return the page of episodes.
-
-    Args:
-        title: its heading.
-        transcripts: of all of them.
-        limits: that they had.
-        figures: name -> value of what else stands beside the mean reward.
-    """
-    def worst_first(transcript: Transcript) -> float:
-        return float("-inf") if transcript.result.reward is None else transcript.result.reward
-
-    shown = sorted(transcripts, key=worst_first)[:MAX_CHAPTERS]
-    left_out = len(transcripts) - len(shown)
-    rows = [[name, value] for name, value in [*figures.items(), *(
-        (f"limit {name}", f"{value:g}") for name, value in asdict(limits).items())]]
-    return render("Tool episodes", title, f"{len(transcripts):,} episodes"
-                  + (f"; the {len(shown)} with the lowest rewards are shown" if left_out else ""),
-                  [_chapter(transcript) for transcript in shown],
-                  overview=("Figures and limits", PageTable(["figure", "value"], rows)), anchor="episode",
-                  nothing="Nothing was said.")
-
-
-def _chapter(transcript: Transcript) -> Chapter:
-    result, seen = transcript.result, transcript.opening.observation
-    reward = result.status if result.reward is None else f"{result.reward:g}"
-    figures = [("reward", reward, result.reason), ("end", transcript.end, ""),
-               *((name, str(count), FAULTS.get(name, "")) for name, count in transcript.faults.items())]
-    said = [*([("system", seen.system)] if seen.system else []), ("user", seen.user), *transcript.turns]
-    beside = {"components": dict(result.components), "tools": list(transcript.opening.tools)}
-    return Chapter(transcript.name, transcript.end, figures, [PageSection(
-        "Transcript", turns=[(who, cut(text, MAX_CHARS)[0]) for who, text in said]),
-        PageSection("Goal and tools", json=json.dumps(beside, indent=1, ensure_ascii=False))])
 
 
 def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -184,19 +108,16 @@ def _heard(host: EnvironmentHost, move: Move) -> HeardReply:
         return HeardReply((CallResult(f"error: {e.reason}", e.code),))
 
 
-def play_by_hand(host: EnvironmentHost, opening: Opening, moves: Iterable[Move], limits: EpisodeLimits,
-                 show: Callable[[str], object]) -> Transcript:
-    """Return the transcript of an episode that has begun; each call is a turn.
+def play_by_hand(host: EnvironmentHost, moves: Iterable[Move], limits: EpisodeLimits,
+                 show: Callable[[str], object]) -> tuple[str, Result]:
+    """Return how an episode that has begun ends (one of `episode.ENDS`), and its reward; each call is a turn.
 
     Args:
         host: of the environment, reset to a task.
-        opening: as `host.reset` gave it.
         moves: in order.
         limits: of turns and results.
         show: is given each result.
     """
-    turns: list[tuple[str, str]] = []
-    faults: Counter[str] = Counter()
     end, answer = "unended", ""
     for place, move in enumerate(moves):
         # the same limits as a model has, so that a person sees what it would see
@@ -204,24 +125,17 @@ def play_by_hand(host: EnvironmentHost, opening: Opening, moves: Iterable[Move],
             end = "turns"
             show(f"the limit of {limits.max_turns} turns is reached")
             break
-        name, said = ("", str(move)) if isinstance(move, Answer) else (
-            move.name, f"{move.name} {json.dumps(move.arguments, ensure_ascii=False)}")
-        turns.append(("model", said))
         heard = _heard(host, move)
         for called in heard.results:
-            faults.update([called.fault] if called.fault else [])
-            turns.append((_caller(name, called.fault), called.text))
             show(called.text)
             if called.fault == INFRASTRUCTURE:
-                return Transcript("Episode 1", opening, turns, INFRASTRUCTURE, faults,
-                                  Result(None, "failed", {}, called.text))
+                return INFRASTRUCTURE, Result(None, "failed", {}, called.text)
         if heard.user is not None:
-            turns.append(("user", heard.user))
             show(heard.user)
         if heard.is_over:
-            end, answer = "answered", said if isinstance(move, Answer) else ""
+            end, answer = "answered", str(move) if isinstance(move, Answer) else ""
             break
-    return Transcript("Episode 1", opening, turns, end, faults, host.score(answer))
+    return end, host.score(answer)
 
 
 STREAMS = 1 << 16

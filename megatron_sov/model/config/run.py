@@ -231,10 +231,16 @@ class RunConfig:
             p += find_broken(
                 phase, f"data.phases.{i}",
                 (row % multiple == 0, "seq_len", f"x train.micro_batch_size {samples} = {row}, the tokens of "
-                 f"a row, must be a multiple of {why}"),
-                (phase.seq_len <= self.model.max_position_tokens, "seq_len",
-                 f"exceeds model.max_position_tokens = {self.model.max_position_tokens}"))
-        return p
+                 f"a row, must be a multiple of {why}"))
+        return p + self.position_problems()
+
+    def position_problems(self) -> list[SettingsProblem]:
+        """Return phases whose samples are longer than the model's positions."""
+        most = self.model.max_position_tokens
+        return [problem for i, phase in enumerate(self.data.phases) for problem in find_broken(
+            phase, f"data.phases.{i}",
+            (phase.seq_len <= most, "seq_len", f"exceeds model.max_position_tokens = {most}",
+             f"set it to at most {most}; `megatron-sov extend` trains a model on longer texts"))]
 
     def _batch_problems(self, num_ranks: int) -> list[SettingsProblem]:
         """Check every batch size that the run will use, and the steps that follow from token budgets."""
@@ -477,7 +483,8 @@ def weighted_path(argument: str, said: str) -> tuple[str, float]:
         said: what a message begins with.
 
     Raises:
-        UserError: there is no such folder, and what follows the last colon is no number.
+        UserError: there is no such folder, and what follows the last colon is no weight: a number that is not
+            negative.
     """
     if Path(argument).exists() or ":" not in argument:
         return argument, 1.0

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, download, nearest
 from megatron_sov.base.plugins.loading import is_reference, load
 from megatron_sov.base.plugins.registry import Registry
 from megatron_sov.base.settings import (
@@ -273,6 +273,10 @@ def _of_recipe(recipe: str) -> RunConfig:
     if "=" in recipe and not is_reference(recipe):
         raise UserError(f"{recipe}: stands where the recipe does; write --set {shlex.quote(recipe)}, and "
                         "name a recipe (`megatron-sov recipes` lists them)")
+    if download(recipe) and ":" not in recipe:
+        close = nearest(recipe.rpartition("/")[2].lower(), recipes.names())
+        raise UserError(f"{recipe}: is a model's name on the Hugging Face hub, and no recipe{close} "
+                        "(`megatron-sov recipes` lists them); weights are named by --from HF_DIR")
     name = recipes.OWN.load(recipe) if is_reference(recipe) else recipe
     config, code = recipes.get(name), recipes.OWN.code(name)
     if code is None:

@@ -38,8 +38,6 @@ Commands = Mapping[str, Callable[[argparse.ArgumentParser], None]]
 """Stage -> what declares the arguments of its command to a parser;
 for every stage of `megatron-sov` itself."""
 
-ADDRESSES = ("http://", "https://")
-"""What the address of an endpoint begins with."""
 PROFILES = f"{', '.join(cluster.names())}, or a YAML file of your own"
 
 
@@ -257,15 +255,10 @@ def _teachers(args: Any) -> list[Path | None]:
 def _training(stage: str, arguments: list[str], args: Any) -> StageWork:
     if args.nproc is not None:
         raise UserError(f"--nproc {args.nproc}: under Slurm the nodes and the profile decide; leave it out")
-    if getattr(args, "rounds", None) is not None:
-        raise UserError(f"--rounds {args.rounds}: is a door to `rl run`; submit rl-run, as docs/prefer.md "
-                        "shows it")
-    if args.dry_run:
-        raise UserError("--dry-run: would be the job's, which trains nothing then; type it where you are, or "
-                        f"`megatron-sov submit {stage} --dry-run ...` to see the job")
     has_rounds = STAGES[stage].objective == "policy"
-    request = training_request(args, STAGES[stage].objective, needs_data=not has_rounds,
-                               lengthens=stage == "extend",
+    objective = STAGES[stage].objective
+    request = training_request(args, objective, needs_data=not has_rounds, lengthens=stage == "extend",
+                               of_model=args.model_settings(None if stage == "extend" else objective),
                                resumed=resumed_settings(args.run) if args.resume else None)
     config = with_rounds(request.config()) if has_rounds else request.config()
     run = args.run.absolute()
@@ -339,10 +332,6 @@ def _eval(arguments: list[str], typed: argparse.Namespace) -> StageWork:
     if subject is None:
         raise UserError(f"submit eval {typed.action}: names no model or run; pass --run, "
                         "the job's records lie beside it")
-    # records lie beside the target, and an address has no folder beside it
-    if str(subject).startswith(ADDRESSES):
-        raise UserError(f"submit eval lm {subject}: runs no model, and its records would lie nowhere; run it "
-                        "where you are, or `submit eval-lm`, whose records lie beside its --output")
     return _looking("eval", arguments, Path(subject), typed.action, (Path(subject),))
 
 
@@ -363,11 +352,9 @@ def _sharing(stage: str, arguments: list[str], args: Any) -> StageWork:
     records = target.with_name(f"{target.name}.{stage}.slurm")
     # other arguments are another piece of work, with a completion of its own
     asked = hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:8]
-    named = (args.settings.sources.data_dir, args.settings.endpoint.tokenizer) if stage == "eval-lm" else (
+    named = (Path(args.target), args.settings.sources.data_dir) if stage == "eval-lm" else (
         getattr(args, "prompts", None), getattr(args, "start_from", None))
     inputs = [path for path in named if path is not None]
-    if stage == "eval-lm" and not args.target.startswith(ADDRESSES):
-        inputs.append(Path(args.target))
     return StageWork(stage, tuple(arguments), target, records, records / f"complete-{asked}.json",
                      writes_done=False, inputs=tuple(path.absolute() for path in inputs))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,20 +15,21 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_sov.base.artifacts import to_json, write_output
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.outputs import check_output, refuse_input
 from megatron_sov.model.config import ParallelConfig, PhaseConfig, RunConfig
-from megatron_sov.plan.calibration.learned import (
-    LearnedCorrection, LocalMachine, Passes, as_json, learn, passes_of, shipped, step_seconds)
-from megatron_sov.plan.speed.parameters import Parameters
+from megatron_sov.plan.speed.parameters import Parameters, default
+from megatron_sov.plan.speed.step import step_time
+from megatron_sov.plan.speed.workload import of_run
 from megatron_sov.runs.folder import CONFIG, RunFolder
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.runs.obs.figures import number
 from megatron_sov.runs.obs.history import MeasuredStretch, Stretches
-from megatron_sov.work.clusters.chips import CHIPS, Chip, of_device
+from megatron_sov.work.clusters import cluster
+from megatron_sov.work.clusters.chips import CHIPS, Chip, Links, default_links, of_device
 
 MOST = 10**9
-"""Of processes, threads, tokens of a sample, samples and seconds of a step: no run has more."""
+"""Of processes, tokens of a sample, samples and seconds of a step: no run has more."""
 LEAST_STEP_S = 1e-6
 LEAST_STEPS = 5
 """Of a stretch, the first ones of a start left out: fewer say little."""
@@ -39,6 +41,8 @@ between similar layouts."""
 HUBER = 2.0
 """Residuals above so many standard deviations count by their size, not its square."""
 STEP, MAX_ROUNDS, ENOUGH = 1e-3, 30, 1e-5
+CLUSTER = "SOV_CLUSTER"
+"""Environment variable: the profile of the cluster that calibrating runs were on, as `--cluster` takes it."""
 
 
 # What runs have shown of speed: steps that were alike, and on what they ran, read from their folders.
@@ -55,11 +59,7 @@ class CalibrationPoint:
     phase: PhaseConfig
     """Its length and batch size hold."""
     num_ranks: int
-    device: str
-    """What the GPUs, or the processor, call themselves."""
-    chip: Chip | None
-    """What is known of the GPUs; None: steps on a processor."""
-    threads: int
+    chip: Chip
     step_s: float
     num_steps: int
     """Steps that it is the median of."""
@@ -106,14 +106,16 @@ def _observation(run: Path, config: RunConfig, stretch: MeasuredStretch) -> Cali
     if not device or not isinstance(machine, dict):
         raise UserError(f"--calibrate {run}: does not say on what it ran, as runs of earlier versions do "
                         "not; leave it out, or go on with it for some steps")
-    # A processor's name is never looked up among GPUs.
-    known = of_device(device) if stretch.start.get("on_gpu") else None
-    if known is None and stretch.start.get("on_gpu"):
+    if not stretch.start.get("on_gpu"):
+        raise UserError(f"--calibrate {run}: ran on processors ({device}), and plan prices GPUs; leave it "
+                        "out")
+    known = of_device(device)
+    if known is None:
         raise UserError(f"--calibrate {run}: {device!r} is in no table of GPUs ({', '.join(sorted(CHIPS))}); "
                         "leave it out")
     layout = _layout(run, config, stretch.start.get("layout"))
-    num_ranks, threads = number(stretch.start.get("num_ranks")), number(machine.get("threads") or 1)
-    counts = (num_ranks, threads, stretch.seq_len, stretch.global_batch_size)
+    num_ranks = number(stretch.start.get("num_ranks"))
+    counts = (num_ranks, stretch.seq_len, stretch.global_batch_size)
     possible = all(1 <= n <= MOST for n in counts)
     step_s = stretch.typical_s()
     if not LEAST_STEP_S <= step_s <= MOST:
@@ -125,7 +127,7 @@ def _observation(run: Path, config: RunConfig, stretch: MeasuredStretch) -> Cali
     return CalibrationPoint(
         run.resolve().name, dataclasses.replace(config, parallel=layout),
         PhaseConfig(stretch.phase, seq_len=stretch.seq_len, global_batch_size=stretch.global_batch_size),
-        int(num_ranks), device, known, int(threads), step_s, len(stretch.warm_times_s()))
+        int(num_ranks), known, step_s, len(stretch.warm_times_s()))
 
 
 def _layout(run: Path, config: RunConfig, told: Any) -> ParallelConfig:
@@ -146,7 +148,7 @@ def _merged(found: list[CalibrationPoint]) -> list[CalibrationPoint]:
     groups: dict[Any, list[CalibrationPoint]] = {}
     for one in found:
         # Whatever the seconds of a step depend on; the name of the phase is not among it.
-        key = (one.num_ranks, one.device, one.threads, repr(one.config.parallel), one.phase.seq_len,
+        key = (one.num_ranks, one.chip.key, repr(one.config.parallel), one.phase.seq_len,
                one.phase.global_batch_size)
         groups.setdefault(key, []).append(one)
     merged = []
@@ -204,70 +206,53 @@ def fit(measured_s: Sequence[float],
         measured_s: seconds of steps.
         predict: factors -> the predicted seconds of the same steps.
     """
-    at = [0.0] * len(FACTORS)
+    spreads = np.array([factor.spread for factor in FACTORS])
 
-    def residuals(logs: Sequence[float]) -> list[float]:
-        predicted = predict(_named(logs))
-        return [math.log(p / m) / NOISE for p, m in zip(predicted, measured_s, strict=True)]
+    def residuals(logs: np.ndarray) -> np.ndarray:
+        return np.log(np.array(predict(_named(logs))) / np.array(measured_s)) / NOISE
 
-    now = residuals(at)
+    def cost(logs: np.ndarray) -> float:
+        # minus the logarithm of the probability, up to a constant
+        off = np.abs(residuals(logs))
+        misfit = np.where(off <= HUBER, off * off / 2, HUBER * (off - HUBER / 2))
+        return float(misfit.sum() + ((logs / spreads) ** 2).sum() / 2)
+
+    at = np.zeros(len(FACTORS))
     for _ in range(MAX_ROUNDS):
-        moved = _gauss_newton(at, now, residuals)
+        now = residuals(at)
+        slopes = np.array([(residuals(at + STEP * unit) - now) / STEP for unit in np.eye(len(at))])
+        # Huber as weights of least squares: one odd run must not bend the factors for all others.
+        weighted = slopes * np.minimum(1.0, HUBER / np.maximum(np.abs(now), HUBER))
+        # The prior's 1 / spread^2 on the diagonal makes it solvable where runs say nothing of a factor.
+        moved = np.linalg.solve(weighted @ slopes.T + np.diag(spreads ** -2.0),
+                                -weighted @ now - at / spreads ** 2)
         share = 1.0
         # Damped: a full step may overshoot, since shares stop at 1 and the cost is no parabola.
-        while share > 1e-3 and _cost([a + share * m for a, m in zip(at, moved, strict=True)],
-                                     residuals) > _cost(at, residuals):
+        while share > 1e-3 and cost(at + share * moved) > cost(at):
             share /= 2
-        at = [a + share * m for a, m in zip(at, moved, strict=True)]
-        now = residuals(at)
-        if share * max(map(abs, moved)) < ENOUGH:
+        at = at + share * moved
+        if share * np.abs(moved).max() < ENOUGH:
             break
     return _named(at)
 
 
-def _named(logs: Sequence[float]) -> dict[str, float]:
+def _named(logs: np.ndarray) -> dict[str, float]:
     return {factor.name: math.exp(log) for factor, log in zip(FACTORS, logs, strict=True)}
-
-
-def _cost(logs: Sequence[float], residuals: Callable[[Sequence[float]], list[float]]) -> float:
-    """Return minus the logarithm of the probability, up to a constant."""
-    misfit = sum(r * r / 2 if abs(r) <= HUBER else HUBER * (abs(r) - HUBER / 2) for r in residuals(logs))
-    return misfit + sum((log / factor.spread) ** 2 / 2 for factor, log in zip(FACTORS, logs, strict=True))
-
-
-def _gauss_newton(at: Sequence[float], now: Sequence[float],
-                  residuals: Callable[[Sequence[float]], list[float]]) -> list[float]:
-    """Return the step to the minimum of the quadratic that the cost is like here."""
-    n = len(at)
-    slopes = []
-    for i in range(n):
-        beside = residuals([*at[:i], at[i] + STEP, *at[i + 1:]])
-        slopes.append([(b - a) / STEP for a, b in zip(now, beside, strict=True)])
-    # Huber as weights of least squares: one odd run must not bend the factors for all others.
-    weights = [min(1.0, HUBER / abs(r)) if r else 1.0 for r in now]
-    # The prior's 1 / spread^2 on the diagonal makes it solvable where runs say nothing of a factor.
-    matrix = [[sum(w * a * b for w, a, b in zip(weights, first, second, strict=True)) for second in slopes]
-              for first in slopes]
-    for i, factor in enumerate(FACTORS):
-        matrix[i][i] += 1 / factor.spread ** 2
-    right = [-sum(w * a * r for w, a, r in zip(weights, slopes[i], now, strict=True))
-             - at[i] / FACTORS[i].spread ** 2 for i in range(n)]
-    return [float(x) for x in np.linalg.solve(matrix, right)]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    learned: LearnedCorrection
+    learned: Parameters
     """What explains them; what they did not show is as it was."""
     factors: dict[str, float]
-    """Factor on the parameters before; empty: no run was on GPUs."""
+    """Factor on the parameters before."""
     observed: tuple[CalibrationPoint, ...]
     before_s: tuple[float, ...]
-    """Seconds of a step that were predicted before; NaN: none were."""
+    """Seconds of a step that were predicted before."""
     after_s: tuple[float, ...]
 
 
-def calibrate(runs: Sequence[Path], out: Path | None = None, base: LearnedCorrection | None = None) -> str:
+def calibrate(runs: Sequence[Path], out: Path | None = None, base: Parameters | None = None) -> str:
     """Learn parameters, write them where `out` says, and return what came of it, for a terminal.
 
     Raises:
@@ -276,60 +261,55 @@ def calibrate(runs: Sequence[Path], out: Path | None = None, base: LearnedCorrec
     if out is not None:
         refuse_input("--output", out, *(run / name for run in runs for name in (CONFIG, EVENTS)))
         check_output("--output", out)
-    found = calibration(observations(list(runs)), base or shipped())
+    found = calibration(observations(list(runs)), base or default())
     if out is not None:
-        write_output(out, to_json(as_json(found.learned, _provenance(found))))
+        write_output(out, to_json({"parameters": dataclasses.asdict(found.learned),
+                                   "provenance": _provenance(found)}))
     return _text(found, out)
 
 
-def calibration(observed: Sequence[CalibrationPoint], base: LearnedCorrection) -> Calibration:
-    on_gpus = [(one, one.chip) for one in observed if one.chip is not None]
+def calibration(observed: Sequence[CalibrationPoint], base: Parameters) -> Calibration:
+    chips = [one.chip for one in observed]
+
+    def predicted(parameters: Parameters) -> tuple[float, ...]:
+        return tuple(step_seconds(one, parameters) for one in observed)
+
     # Factors go on the parameters of the base: a second calibration starts from what the first one learned.
-    parameters, factors = base.parameters, {}
-    if on_gpus:
-        chips = [on for _, on in on_gpus]
-
-        def tried(factors: dict[str, float]) -> list[float]:
-            learned = LearnedCorrection(scaled(base.parameters, factors, chips))
-            return [_seconds(one, learned) for one, _ in on_gpus]
-
-        factors = fit([one.step_s for one, _ in on_gpus], tried)
-        parameters = scaled(base.parameters, factors, chips)
-    own = {device: _machine(observed, device)
-           for device in dict.fromkeys(one.device for one in observed if one.chip is None)}
-    learned = LearnedCorrection(parameters, {**base.machines, **own})
-    return Calibration(learned, factors, tuple(observed), tuple(_seconds(one, base) for one in observed),
-                       tuple(_seconds(one, learned) for one in observed))
+    factors = fit([one.step_s for one in observed], lambda tried: predicted(scaled(base, tried, chips)))
+    learned = scaled(base, factors, chips)
+    return Calibration(learned, factors, tuple(observed), predicted(base), predicted(learned))
 
 
-def _machine(observed: Sequence[CalibrationPoint], device: str) -> LocalMachine:
-    return learn([(_passes(one), one.step_s) for one in observed if one.device == device])
+def links_of(chip: Chip, num_ranks: int) -> Links:
+    """Return what joins a run's GPUs: as the profile in `SOV_CLUSTER` has it, if it has these GPUs; else as
+    their maker builds servers."""
+    name = os.environ.get(CLUSTER, "")
+    if name:
+        try:
+            profile = cluster.load(name, needs_account=False)
+            if profile.chip.key == chip.key:
+                return cluster.links(profile, num_ranks)
+        except UserError as e:
+            warn(f"{CLUSTER}={name}: {e}; links of {chip.name} are taken as their maker builds servers")
+    return default_links(chip)
 
 
-def _seconds(one: CalibrationPoint, learned: LearnedCorrection) -> float:
-    """Return the predicted seconds of a step, NaN where nothing is known of its processor."""
-    if one.chip is not None:
-        return step_seconds(one.config, one.phase, one.num_ranks, one.chip, learned.parameters)
-    if one.device not in learned.machines:
-        return math.nan
-    return sum(learned.machines[one.device].seconds(_passes(one)).values())
+def step_seconds(one: CalibrationPoint, parameters: Parameters) -> float:
+    """Return the predicted seconds of a step.
 
-
-def _passes(one: CalibrationPoint) -> Passes:
-    return passes_of(one.config, one.num_ranks, one.threads, one.phase.seq_len, one.phase.global_batch_size)
+    Raises:
+        UserError: the chip has no products in the run's precision.
+    """
+    workload = of_run(one.config, one.phase, one.num_ranks, one.chip, links_of(one.chip, one.num_ranks))
+    return sum(step_time(workload, parameters).components.values())
 
 
 def _provenance(found: Calibration) -> dict[str, object]:
     return {"by": "megatron-sov plan --calibrate", "factors": found.factors, "from": [
-        {"run": one.run, "recipe": one.config.recipe, "device": one.device, "processes": one.num_ranks,
+        {"run": one.run, "recipe": one.config.recipe, "device": one.chip.name, "processes": one.num_ranks,
          "seq_len": one.phase.seq_len, "global_batch_size": one.phase.global_batch_size,
          "steps": one.num_steps, "step_s": one.step_s, "before_s": before, "after_s": after}
-        for one, before, after in zip(found.observed, map(_or_none, found.before_s), found.after_s,
-                                      strict=True)]}
-
-
-def _or_none(seconds: float) -> float | None:
-    return None if math.isnan(seconds) else seconds
+        for one, before, after in zip(found.observed, found.before_s, found.after_s, strict=True)]}
 
 
 def _text(found: Calibration, out: Path | None) -> str:
@@ -342,23 +322,15 @@ def _text(found: Calibration, out: Path | None) -> str:
         lines.append(f"{one.run[:24]:<24} {one.num_ranks:>9,} {batch:>18} {one.num_steps:>6,} "
                      f"{one.step_s:>8.4g} s {_beside(before_s, one.step_s):>18} "
                      f"{_beside(after_s, one.step_s):>18}")
-    before, after = (_median(seconds, found.observed) for seconds in (found.before_s, found.after_s))
-    lines += ["", f"error, median over {len(found.observed)}: {before} before, {after} after"]
+    before, after = (statistics.median(abs(p / one.step_s - 1) for p, one in zip(
+        seconds, found.observed, strict=True)) for seconds in (found.before_s, found.after_s))
+    lines += ["", f"error, median over {len(found.observed)}: {before:.1%} before, {after:.1%} after"]
     lines += [f"{factor.name:<9} x {found.factors[factor.name]:.3f}  {factor.meaning}"
-              for factor in FACTORS if found.factors]
-    seen = {one.device for one in found.observed if one.chip is None}
-    lines += [f"{name}: {own.flops_per_s / 1e9:.3g} GFLOP/s a thread, {1e3 * own.layer_s:.3g} ms a layer and "
-              "micro-batch" for name, own in found.learned.machines.items() if name in seen]
+              for factor in FACTORS]
     if out is not None:
         lines.append(f"wrote {out}; `megatron-sov plan RECIPE --parameters {out}` plans with it")
     return "\n".join(lines)
 
 
 def _beside(predicted_s: float, measured_s: float) -> str:
-    return "–" if math.isnan(predicted_s) else f"{predicted_s:.4g} s {predicted_s / measured_s - 1:+.1%}"
-
-
-def _median(predicted_s: Sequence[float], observed: Sequence[CalibrationPoint]) -> str:
-    errors = [abs(p / one.step_s - 1) for p, one in zip(predicted_s, observed, strict=True)
-              if not math.isnan(p)]
-    return f"{statistics.median(errors):.1%}" if errors else "none"
+    return f"{predicted_s:.4g} s {predicted_s / measured_s - 1:+.1%}"

@@ -3,7 +3,7 @@ and that leaves a share of each GPU's memory unused.
 
 A full sweep prices every layout and takes up to minutes.  The local search prices a coarse grid, then changes
 one coordinate of the best layouts at a time until no change helps; it prices some hundreds to thousands of
-layouts, in seconds (`benchmarks/plan_default.py` compares its choices with full sweeps)."""
+layouts, in seconds (tests/plan/test_default.py compares its choices with full sweeps)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from megatron_sov.base.figures import format_days, format_share
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.recipes.requested import RecipeRequest
-from megatron_sov.plan.calibration.learned import LearnedCorrection
 from megatron_sov.plan.pricing import Machines, Pricing, RunStage, pricing
 from megatron_sov.plan.search.recommended import recommended, says_layout, settings_for
 from megatron_sov.plan.search.space import LayoutChoice, LayoutSpace, layouts, own_choice
 from megatron_sov.plan.search.sweep import stage_spaces
+from megatron_sov.plan.speed.parameters import Parameters
 
 SPARE_SHARE = 0.1
 """Share of the memory that a run may take of a GPU which the chosen layout leaves unused, if one can."""
@@ -73,7 +73,7 @@ def leaves_layout_open(request: RecipeRequest) -> bool:
 
 
 def choose_layout(config: RunConfig, machines: Machines, said: Sequence[str],
-                  learned: LearnedCorrection | None = None) -> tuple[tuple[str, ...], DefaultLayout | None]:
+                  learned: Parameters | None = None) -> tuple[tuple[str, ...], DefaultLayout | None]:
     """Return the settings of the layout that a search finds, with that search; if it finds none, those of the
     recommended layout."""
     found = find_layout(config, machines, said, learned)
@@ -87,7 +87,7 @@ def recommended_settings(config: RunConfig, machines: Machines, said: Sequence[s
 
 
 def find_layout(config: RunConfig, machines: Machines, said: Sequence[str] = (),
-                learned: LearnedCorrection | None = None) -> DefaultLayout | None:
+                learned: Parameters | None = None) -> DefaultLayout | None:
     """Search the layout of a run for a cluster whose GPUs are known.
 
     Args:

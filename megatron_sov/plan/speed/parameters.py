@@ -7,14 +7,17 @@ import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.errors import nearest
+from megatron_sov.base.errors import UserError, nearest
 
 UNITS = {"bf16": "bf16", "fp8": "fp8", "fp8_blockwise": "fp8", "mxfp8": "fp8", "nvfp4": "fp4"}
 """Precision -> the tensor cores' peak that counts."""
 DIVISORS = ("_fraction", "_portable", "_power_w", "_ageing", "unfused_passes", "host_bytes_per_s")
 """Ends of names by which something is divided."""
+MAX_BYTES = 1 << 20
+"""A larger file holds no parameters."""
 LEAST_DIVISOR, MOST_FRACTION, MOST = 1e-6, 1.5, 1e15
 """Bounds of what a file may say: beyond them a step takes no time, or forever."""
 
@@ -148,3 +151,26 @@ def _shipped() -> dict[str, Any]:
 @cache
 def default() -> Parameters:
     return of_json(_shipped())
+
+
+def read_parameters(path: Path) -> Parameters:
+    """Return what stands in a file.
+
+    Raises:
+        UserError: it cannot be read, or is no file of parameters.
+    """
+    way_out = "pass a file that `megatron-sov plan --calibrate RUN --output FILE` wrote"
+    try:
+        with path.open(encoding="utf-8") as file:
+            # Bounded: the file may be anybody's, and of any size.
+            text = file.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES:,} characters")
+        content = json.loads(text)
+        if not isinstance(content, dict) or not isinstance(content.get("parameters"), dict):
+            raise ValueError("it holds no object `parameters`")
+        return of_json(content["parameters"])
+    except OSError as e:
+        raise UserError(f"--parameters {path}: cannot be read ({e.strerror}); {way_out}") from None
+    except (ValueError, TypeError, RecursionError) as e:
+        raise UserError(f"--parameters {path}: is no file of parameters ({e}); {way_out}") from None

@@ -10,7 +10,6 @@ from typing import Literal, NamedTuple
 
 from megatron_sov.model.config import LinearAttentionConfig, ModelConfig, PhaseConfig, RunConfig
 from megatron_sov.model.families.count import mean_keys
-from megatron_sov.plan.footprint.held import BF16_BYTES, FLOAT32_BYTES
 from megatron_sov.work.clusters.chips import Chip, Links
 
 Block = Literal["attention", "linear", "mamba", "dense", "expert", "beside experts", "prediction", "head"]
@@ -250,11 +249,6 @@ class ModelShape:
         return (self._token_flops(partial(mean_keys, seq_len)) + 2 * predicting
                 + self.num_predictions * self._key_flops() * mean_keys(seq_len, self.mtp_window))
 
-    def decode_flops_per_token(self, context: float) -> float:
-        """Return the FLOPs of one more token behind so many: its query sees all of them, or its window, where
-        a row's mean query sees half.  Prediction layers, which do not draft, have no part in it."""
-        return self._token_flops(lambda window: min(context, window or context))
-
     def _token_flops(self, keys: Callable[[int], float]) -> float:
         """Return the FLOPs of a token in the trunk and the head, whose query sees so many keys under a window
         (0: none)."""
@@ -444,27 +438,3 @@ def of_run(config: RunConfig, phase: PhaseConfig, num_gpus: int, chip: Chip, lin
 
 
 # Bytes of keys and values that generating keeps of a sequence.
-
-
-def kv_bytes(shape: ModelShape, tokens: float, item_bytes: float = BF16_BYTES) -> float:
-    """Return what a sequence keeps over all layers: global ones every token, sliding ones their window
-    (`engine.model.kv_cache`), latent attention one vector for all heads, linear attention its state in
-    float32, however many tokens there are.
-
-    Args:
-        shape: of the model.
-        tokens: of the sequence, prompt and response.
-        item_bytes: of a number: 2 in bf16, 1 in FP8.
-    """
-    width = (shape.kv_lora_rank + shape.rope_head_dim if shape.kv_lora_rank
-             else 2 * shape.num_kv_heads * shape.head_dim)
-    kept = ((shape.num_attention_layers - shape.num_window_layers) * tokens
-            + sum(layers * min(tokens, window) for window, layers in shape.windowed))
-    states = 0 if shape.linear is None else shape.num_linear_layers * shape.linear.kept_size
-    return kept * width * item_bytes + states * FLOAT32_BYTES
-
-
-def kv_cuts(shape: ModelShape, tp: int) -> int:
-    """Return into how many parts tensor parallelism cuts them: by heads, of which latent attention has one;
-    beyond the number of heads each process keeps a whole one."""
-    return 1 if shape.kv_lora_rank else min(tp, shape.num_kv_heads)

@@ -42,7 +42,7 @@ def score_events(results: Mapping[str, Any], step: int | None, output: Path) -> 
                  "k": metric["k"], "value": metric["value"],
                  "interval": metric["interval"] and list(metric["interval"]), "items": task["items"],
                  "failed": task["failed"], "at_limit": task["at_limit"], "sampling": task["sampling"],
-                 "mode": task["mode"], "contamination": None, "published_as": task["published_as"],
+                 "mode": task["mode"], "contamination": None,
                  "output": str(output.absolute())}
                 for name, task in results["tasks"].items() for metric in task["metrics"]]
     except (KeyError, TypeError, AttributeError) as e:
@@ -157,7 +157,7 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
         return None
     if not _is_step(record.get("step")):
         return None
-    return _Shape(_EVERY | _FIELDS.get(record["event"], {})).check(record)
+    return _SHAPES.get(record["event"], _OTHER).check(record)
 
 
 MAX_NUMBER, MAX_TIME_S = 1e100, 1e11
@@ -269,7 +269,6 @@ _FIELDS: dict[str, dict[str, Any]] = {
                   "headline": _List(_Mapping(_Any())), "inputs": _List(_Mapping(_Any()))},
     "phase": {"seq_len": _COUNT, "global_batch_size": _COUNT, "blend": _NUMBERS},
     "eval": {"heldout": _HELDOUT},
-    "baseline": {"bigram": _HELDOUT},
     "needle": {"score": _N, "cells": _List(_CELL)},
     "gate": {"loss": _N, "start_loss": _N, "loss_limit": _N, "threshold": _N,
              "rows": _List(_Shape({"accuracy": _N}, ("accuracy",))), "failing_rows": _List(_Any()),
@@ -287,6 +286,8 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "checkpoint": {"save_s": _N, "stall_s": _N},
 }
 """Event -> the types of its fields that readers compute with or look into."""
+_OTHER = _Shape(_EVERY)
+_SHAPES = {event: _Shape(_EVERY | fields) for event, fields in _FIELDS.items()}
 
 
 READ_BYTES = 1 << 16

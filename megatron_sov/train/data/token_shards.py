@@ -150,12 +150,12 @@ class ChainedLengths:
 
 
 TEXTS = ("text", "chat")
-LEARNED_BY = {"text": "`megatron-sov pretrain` learns from text",
-              "chat": "`megatron-sov sft` learns from chats",
-              "preference": "`megatron-sov prefer` learns from pairs of responses",
-              "prompt": "`megatron-sov rl run` takes a file of prompts, unpacked, as --prompts"}
-"""Format of a source -> the command that learns from it."""
 """Formats that are learned from token by token."""
+COMMANDS_BY_FORMAT = {"text": "`megatron-sov pretrain` learns from text",
+                      "chat": "`megatron-sov sft` learns from chats",
+                      "preference": "`megatron-sov prefer` learns from pairs of responses",
+                      "prompt": "`megatron-sov rl run` takes a file of prompts, unpacked, as --prompts"}
+"""Format of a source -> the command that learns from it."""
 NO_COLUMNS = ("loss", "type", WRITTEN, ROUTES, FEATURES)
 """Sidecars that are not columns of one number for each token as a label."""
 COLUMN_DTYPES = {KIND: np.dtype(np.uint8)}
@@ -539,7 +539,7 @@ def _of_artifact(typed: str, content: dict[str, Any], share: float, formats: tup
         if formats is not None and s["format"] not in formats:
             raise UserError(f"{path}: source {s['name']!r} holds data of format {s['format']!r}, "
                             f"this stage learns from {' or '.join(formats)}; "
-                            f"{LEARNED_BY.get(s['format'], 'pass other data')}")
+                            f"{COMMANDS_BY_FORMAT.get(s['format'], 'pass other data')}")
     train_tokens = sum(s["splits"]["train"]["num_tokens"] for s in described)
     if train_tokens == 0:
         raise UserError(f"{path}: holds no training tokens; pack more text")

@@ -7,12 +7,13 @@ import dataclasses
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from megatron_sov.base.documents import KINDS
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import AtLeastOne, Flag
+from megatron_sov.base.settings import AtLeastOne, Flag, SettingsError
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ModelConfig, RunConfig, data_paths, weighted_path
 from megatron_sov.model.config.data import named_shards
@@ -72,6 +73,16 @@ class StageOptions(TrainingOptions):
     dry_run: bool = False
     """Check all that can be checked without processes, print what would be read, run and written, and do
     nothing."""
+
+    def model_settings(self, objective: BuiltIn | None) -> Callable[[], RunConfig] | None:
+        """Return what gives the settings where no recipe is named: the model of --from; None: one has to be.
+
+        Args:
+            objective: what is learned; None: the stage needs a recipe's own settings.
+        """
+        if self.start_from is None or objective is None or objective == "lm":
+            return None
+        return partial(_settings_of_model, self.start_from, objective)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,10 +184,12 @@ def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = 
     shards = data_paths([text for text in args.data if text not in packing.arguments])
     asked = training_request(args, objective, needs_data=needs_data, lengthens=lengthens,
                              resumed=resumed_settings(args.run) if args.resume else None,
-                             of_model=_settings_of_model(args.start_from, None if lengthens else objective))
+                             of_model=args.model_settings(None if lengthens else objective))
     base = asked.base
     if packing.files:
-        asked.config()  # mistakes in the settings are named before anything is packed
+        config = asked.config()  # mistakes in the settings are named before anything is packed
+        if asked.of_model and (problems := config.position_problems()):
+            raise SettingsError(f"recipe {config.recipe}", problems)
         packed = packing.pack()
         paths = data_paths([packed.get(text, text) for text in args.data])
     else:
@@ -224,30 +237,23 @@ def _tokenizer_for(args: StageOptions, first: DataFile) -> Path:
 
 def request_with_model(args: RecipeOptions, start_from: Path, stage: Stage) -> RecipeRequest:
     """Return what a command beside the training one was asked for, see `requested`."""
-    asked = requested(args, _settings_of_model(start_from, stage))
+    asked = requested(args, partial(_settings_of_model, start_from, stage))
     learned = dataclasses.replace(asked.base.objective, name=stage)
     return dataclasses.replace(asked, base=dataclasses.replace(asked.base, objective=learned))
 
 
-def _settings_of_model(start_from: Path | None, objective: BuiltIn | None) -> Callable[[], RunConfig] | None:
-    """Return what gives the settings where no recipe is named; None: one has to be."""
-    if start_from is None or objective is None or objective == "lm":
-        return None
-    stage: Stage = objective
+def _settings_of_model(start_from: Path, stage: Stage) -> RunConfig:
+    """Return the settings of a stage that starts from a model."""
+    start = find_start(start_from)
+    if is_hf_folder(start):
+        from megatron_sov import convert
 
-    def read() -> RunConfig:
-        start = find_start(start_from)
-        if is_hf_folder(start):
-            from megatron_sov import convert
-
-            on_gpu = bool(visible_gpus())
-            return base_of_model(hub_name(start), convert.open_weights(start).model,
-                                 "bf16" if on_gpu else "fp32", stage)
-        settings = settings_of(start)
-        name = hub_name(start_from) if settings.recipe == IMPORTED else settings.recipe
-        return base_of_model(name, settings.model, settings.train.precision, stage, settings.lora)
-
-    return read
+        on_gpu = bool(visible_gpus())
+        return base_of_model(hub_name(start), convert.open_weights(start).model,
+                             "bf16" if on_gpu else "fp32", stage)
+    settings = settings_of(start)
+    name = hub_name(start_from) if settings.recipe == IMPORTED else settings.recipe
+    return base_of_model(name, settings.model, settings.train.precision, stage, settings.lora)
 
 
 def _model_of(start_from: Path, asked: RecipeRequest) -> ModelConfig:

@@ -22,8 +22,6 @@ TEXTS = ("The history of the town began when", "To bake bread at home, you need"
          "The three branches of physics are", "After the rain had stopped, the children")
 """By whose likeliest continuations two models hardly ever agree; the first alone was asked once."""
 _SHORT: Mapping[str, Any] = {"max_tokens": 32, "temperature": 0}
-TEXT_PROBES: Sequence[Mapping[str, Any]] = tuple({"prompt": text, **_SHORT} for text in TEXTS)
-"""For `/completions`."""
 CHAT_PROBES: Sequence[Mapping[str, Any]] = tuple(
     {"messages": [{"role": "user", "content": f"Go on: {text}"}], **_SHORT} for text in TEXTS)
 """For `/chat/completions`."""

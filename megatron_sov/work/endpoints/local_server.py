@@ -1,4 +1,4 @@
-"""Models of this machine as an endpoint: `megatron-sov serve` as a child, with a key of its own."""
+"""A model of this machine as an endpoint: `megatron-sov serve` as a child, with a key of its own."""
 
 from __future__ import annotations
 
@@ -30,23 +30,22 @@ class LocalServer:
 
     url: str
     """Up to `/v1`."""
-    models: tuple[str, ...]
-    """As they are called there, in the order of the folders."""
+    model: str
+    """As it is called there."""
     key: str = field(repr=False)
     """That it wants."""
 
 
 @contextlib.contextmanager
-def serving(folders: Sequence[Path], problem: str, *, names: Sequence[str] = (), options: Sequence[str] = (),
+def serving(folder: Path, problem: str, *, options: Sequence[str] = (),
             sleep: Callable[[float], object] = time.sleep, program: Sequence[str] = ()
             ) -> Iterator[LocalServer]:
-    """Serve checkpoints or Hugging Face folders while the context is open, by a child that ends with this
+    """Serve a checkpoint or Hugging Face folder while the context is open, by a child that ends with this
     process: `megatron-sov serve`, or another program.
 
     Args:
-        folders: of the models.
+        folder: of the model.
         problem: what a sentence begins with that says why the child did not start.
-        names: of the models in requests; none: those of the folders.
         options: further words of the command line.
         sleep: waits; may raise to end all waiting.
         program: started in the place of `megatron-sov serve`.
@@ -59,10 +58,8 @@ def serving(folders: Sequence[Path], problem: str, *, names: Sequence[str] = (),
     key = secrets.token_urlsafe(32)
     with tempfile.TemporaryDirectory(prefix="sov-serve-") as work:
         address, log = Path(work) / "address.json", Path(work) / "serve.log"
-        words = [word for name in names or [folder.resolve().name for folder in folders]
-                 for word in ("--name", name)]
-        command = [*(program or [sys.executable, "-m", "megatron_sov", "serve"]), *map(str, folders),
-                   "--port", "0", *words, "--address-file", str(address), "--api-key-env", KEY_ENV,
+        command = [*(program or [sys.executable, "-m", "megatron_sov", "serve"]), str(folder),
+                   "--port", "0", "--address-file", str(address), "--api-key-env", KEY_ENV,
                    "--parent-pid", str(os.getpid()), *options]
         with open(log, "wb") as out:
             # a group of its own: Ctrl-C is for the run, which lets it answer what is under way
@@ -75,8 +72,8 @@ def serving(folders: Sequence[Path], problem: str, *, names: Sequence[str] = (),
 
 
 def _answering(child: subprocess.Popen[bytes], address: Path, log: Path, problem: str,
-               sleep: Callable[[float], object]) -> tuple[str, tuple[str, ...]]:
-    """Return where the child answers, when it does, and what the models are called there."""
+               sleep: Callable[[float], object]) -> tuple[str, str]:
+    """Return where the child answers, when it does, and what the model is called there."""
     began_s, is_announced = time.monotonic(), False
     while not address.exists():
         if child.poll() is not None:
@@ -89,4 +86,4 @@ def _answering(child: subprocess.Popen[bytes], address: Path, log: Path, problem
             is_announced = True
         sleep(_LOOK_S)
     content = json.loads(address.read_text(encoding="utf-8"))
-    return content["url"], tuple(content["models"])
+    return content["url"], content["model"]

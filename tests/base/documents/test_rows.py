@@ -1,12 +1,16 @@
-"""Rows of a file: what each must have, or any objects."""
+"""Rows of files: what each must have, their account, and what is learned of a group of judged responses."""
 
 from __future__ import annotations
 
+import math
+from itertools import product
 from pathlib import Path
 
 import pytest
 
-from megatron_sov.base.documents.rows import check_rows, read_rows
+from megatron_sov.base.documents.accounting import RecordAccount, RecordTally
+from megatron_sov.base.documents.groups import are_equal, is_learned, pair_of, places_in_group
+from megatron_sov.base.documents.rows import changed_values, check_rows, read_rows
 from megatron_sov.base.errors import UserError
 
 
@@ -23,3 +27,82 @@ def test_rows_may_be_any_objects(tmp_path: Path) -> None:
     file.write_text("\n")
     with pytest.raises(UserError, match=r"has no rows; each line is a JSON object$"):
         check_rows(file, "--tests", "")
+
+
+def test_changed_values_are_named_by_their_place() -> None:
+    before = {"settings": {"min_score": 0.5, "keep": ["ko"]}, "version": 1, "old": 1}
+    now = {"settings": {"min_score": 0.6, "keep": ["ko"]}, "version": 1}
+    assert list(changed_values(before, now)) == [("settings.min_score", "0.5", "0.6"), ("old", "1", "null")]
+
+
+@pytest.mark.parametrize(("account", "line"), [
+    (RecordAccount(0, 0), "0 records read: 0 written, 0 set aside"),
+    (RecordAccount(1200, 1200, {"json": 0}), "1,200 records read: 1,200 written, 0 set aside"),
+    (RecordAccount(8, 2, {"a": 1, "json": 4, "b": 1}),
+     "8 records read: 2 written, 6 set aside (4 json, 1 a, 1 b)"),
+    (RecordAccount(2, 1, {"a\x1b": 1}, "rows", "scored"),
+     "2 rows read: 1 scored, 1 set aside (1 a\\x1b)"),
+])
+def test_an_account_is_one_line(account: RecordAccount, line: str) -> None:
+    assert account.describe() == line
+
+
+@pytest.mark.parametrize(("num_read", "num_written", "aside"), [
+    (1, 0, {}), (0, 1, {}), (3, 1, {"json": 1}), (3, 1, {"json": 3}), (2, 2, {"json": 1, "empty": 0})])
+def test_numbers_that_do_not_add_up_are_a_defect(num_read: int, num_written: int,
+                                                 aside: dict[str, int]) -> None:
+    with pytest.raises(RuntimeError, match=f"add up: {num_read} records read: {num_written} written"):
+        RecordAccount(num_read, num_written, aside)
+    tally = RecordTally(num_read, num_written)
+    tally.set_aside.update(aside)
+    with pytest.raises(RuntimeError, match="account of rows does not add up"):
+        tally.account("rows")
+
+
+def test_a_pair_is_of_the_best_that_ended_and_the_worst() -> None:
+    texts = "abab"
+    for rewards in product((0.0, 0.5, 1.0), repeat=4):
+        for ended in product((True, False), repeat=4):
+            pair, passed_over = pair_of(rewards, ended, lambda i, j: texts[i] == texts[j])
+            worst = rewards.index(min(rewards))
+            whole = [i for i in range(4) if ended[i]]
+            best = max(whole, key=lambda i: (rewards[i], -i), default=worst)
+            learns = rewards[best] > rewards[worst] and texts[best] != texts[worst]
+            assert pair == ((best, worst) if learns else None)
+            # a better one that did not end
+            assert passed_over == (not any(ended[i] for i in range(4) if rewards[i] == max(rewards)))
+
+
+def test_places_are_k_exaones() -> None:
+    assert places_in_group([3.0, 1.0, 2.0, 1.5]) == pytest.approx([1.0, -1.0, 0.0, -0.5])
+    # a good response that did not end, alone, is not learned
+    assert [is_learned(place, False) for place in (1.0, 0.5, 0.0, -1.0)] == [False, False, True, True]
+    assert is_learned(1.0, True)
+
+
+RESIDUES = [(0.1 + 0.2 + 0.3, 0.6), (0.1 + 0.2, 0.3), (0.7 + 0.1, 0.8), (1.1 + 2.2, 3.3), (0.1 * 3, 0.3),
+            (sum([0.1] * 10), 1.0), (1e9 * (0.1 + 0.2), 3e8), (-0.1 - 0.2, -0.3), (1e-17, 0.0), (5.0, 5.0)]
+"""Two rewards that differ by the rounding of floats, if at all."""
+DIFFERENT = [(0.6, 0.60001), (0.0, 1e-6), (1.0, -1.0), (1e9, 1e9 + 1e3), (3, 4), (-1e-3, 1e-3)]
+
+
+@pytest.mark.parametrize(("first", "second", "equal"), [*((*pair, True) for pair in RESIDUES),
+                                                        *((*pair, False) for pair in DIFFERENT)])
+def test_the_rounding_of_floats_is_no_preference(first: float, second: float, equal: bool) -> None:
+    for rewards in ((first, second), (second, first)):
+        assert are_equal(rewards) is equal
+        assert (pair_of(rewards, (True, True), lambda i, j: False)[0] is None) is equal
+    # the first of equal responses is taken, and a truncated one is passed over only for a better reward
+    low = min(first, second) - 10 * abs(first) - 1
+    best = 0 if equal or first > second else 1
+    assert pair_of((first, second, low), (True,) * 3, lambda i, j: False) == ((best, 2), 0)
+    assert pair_of((first, second, low), (False, True, True), lambda i, j: False) == (
+        (1, 2), int(first > second and not equal))
+
+
+def test_a_place_in_the_middle_is_no_good_one_by_rounding() -> None:
+    rewards = [0.0, math.fsum((0.1, 0.2)), 0.1 + 0.2 + 0.3]
+    for order in ((0, 1, 2), (2, 1, 0)):
+        places = places_in_group([rewards[i] for i in order])
+        assert places[1] == pytest.approx(0) and is_learned(places[1], False)
+    assert is_learned(4e-16, False) and not is_learned(1e-3, False)

@@ -21,7 +21,7 @@ TASKS = {
                "higher_is_better: false}\n",
     "words": "output_type: multiple_choice\ndoc_to_text: 'Q: {{text}}\n\n  A:'\ndoc_to_choice: choices\n"
              "doc_to_target: answer\nmetric_list:\n" + MEAN % "acc" + MEAN % "acc_norm"
-             + "metadata: {version: 1, sov: {cluster_field: page, published_as: mmlu}}\n",
+             + "metadata: {version: 1, sov: {cluster_field: page}}\n",
     "letters": "output_type: multiple_choice\nfewshot_split: train\nnum_fewshot: 2\n"
                "doc_to_text: '{{text}}\n\n  A. {{choices[0]}}\n\n  B. {{choices[1]}}\n\n  Answer:'\n"
                "doc_to_choice: ['A', 'B']\n"

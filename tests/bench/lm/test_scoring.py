@@ -29,12 +29,14 @@ class Scripted(Bridge):
     """Answers all but items whose data say so."""
 
     def __init__(self) -> None:
-        super().__init__(SubjectReading(None, 64, as_messages=True), {})
+        tokens = SimpleNamespace(encode=lambda text, **_: list(map(ord, text)), bos_token=None)
+        super().__init__(SubjectReading(tokens, 1000), {})
 
     def answer(self, request: Any) -> Any:
-        if "unanswered" in request.prompt:
-            raise NotAnswered("the endpoint answered HTTP 500")
-        return {"text": request.prompt, "finish_reason": "stop"}
+        text = "".join(map(chr, request.prompt))
+        if text == "unanswered":
+            raise NotAnswered("its likelihood is NaN")
+        return {"text": text, "finish_reason": "stop"}
 
 
 def score(folder: Path, values: Sequence[Any], aggregate: Callable[[Any], Any], cluster_field: str = ""
@@ -81,7 +83,7 @@ def test_items_without_a_score_are_left_out_and_named(tmp_path: Path) -> None:
     assert found.metrics[0].value == 2 / 3
     assert [item.item for item in items] == list("01234")
     assert [str(item.failed)[:40] for item in items] == [
-        "None", "the endpoint answered HTTP 500", "None", "its metric fails (ValueError: could not ", "None"]
+        "None", "its likelihood is NaN", "None", "its metric fails (ValueError: could not ", "None"]
     assert [item.scores for item in items] == [{"exact_match": 1.0}, {}, {"exact_match": 0.0}, {},
                                                {"exact_match": 1.0}]
     assert [len(item.samples) for item in items] == [1, 0, 1, 1, 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_sov import cli
 from megatron_sov.cli import main
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
@@ -184,3 +186,50 @@ def test_a_hugging_face_folder_ends_where_its_config_says(hf_models: dict[str, P
 def test_a_wrong_target_is_named(tmp_path: Path, capsys) -> None:
     assert main(["generate", str(tmp_path / "none"), "--prompt", "a"]) == 2
     assert "none: does not exist; pass a checkpoint" in capsys.readouterr().err
+
+
+ROW = '{"content": [{"type": "text", "text": "Draw one."}], "answer": "one"}'
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text(ROW)
+    Path("bad.jsonl").write_text("{}")
+    Path("a.png").write_bytes(b"no picture")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ("generate run --image none.png", "none.png: is no file"),
+    ("generate run --prompt a --out-image drawn", "needs --image-decoder CODEC"),
+    ("generate run --prompt a --out-audio said", "needs --vocoder CODEC"),
+    ("generate run --image a.png --speculative 1", "--speculative: does not go with media"),
+    ("generate run --image a.png --prompts rows.jsonl", "--prompts: does not go with media"),
+    ("generate run --image a.png --engine vllm", "does not keep blocks of media whole"),
+    ("generate run --image a.png --max-audio-tokens -1", "--max-audio-tokens -1"),
+    ("generate run --image a.png --temperature -1", "--temperature -1"),
+    ("generate run --image a.png", "run: does not exist"),
+    ("eval media . --data smell-text=rows.jsonl --media-root . --files f", "must have the form PAIR=FILE"),
+    ("eval media . --data text-image=none.jsonl --media-root . --files f", "cannot be read"),
+    ("eval media . --data text-image=bad.jsonl --media-root . --files f", "bad.jsonl:1: is no row"),
+    ("eval media . --data text-image=rows.jsonl --media-root . --files f", "needs --image-judge"),
+    ("eval media . --data text-image=rows.jsonl --media-root . --files f --image-judge 'a b'",
+     "needs --image-decoder CODEC"),
+    ("eval media . --data audio-text=rows.jsonl --media-root . --files f --audio-judge none.py:seen",
+     "none.py"),
+])
+def test_a_bad_command_line_is_one_sentence(here: Path, capsys: pytest.CaptureFixture[str], line: str,
+                                            said: str) -> None:
+    assert cli.main(shlex.split(line)) == 2
+    told = capsys.readouterr().err
+    assert said in told and "Traceback" not in told
+    assert sorted(p.name for p in here.iterdir()) == ["a.png", "bad.jsonl", "rows.jsonl"]
+
+
+def test_command_says_it_in_one_line(tmp_path: Path, capsys) -> None:
+    (tmp_path / "more").mkdir()
+    assert main(["convert", "to-hf", str(tmp_path), str(tmp_path / "hf"), "--dtype", "bfloat"]) == 2
+    assert "did you mean 'bfloat16'?" in capsys.readouterr().err
+    assert main(["convert", "inspect", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

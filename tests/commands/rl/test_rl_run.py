@@ -25,10 +25,10 @@ from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.obs.events import read_events
 from megatron_sov.runs.rounds import Policy, policy_of_round
 
-sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
-from rl_reward import Exact
+sys.path.append(str(Path(__file__).parents[3] / "benchmarks/learning"))
+from tasks import Exact
 
-REWARD = Path(__file__).parents[3] / "benchmarks/rl_reward.py"
+REWARD = Path(__file__).parents[3] / "benchmarks/learning/tasks.py"
 SETTINGS = ("rollout.rounds=3", "rollout.prompts_per_round=4", "rollout.samples_per_prompt=4",
             "rollout.piece_prompts=2", "rollout.max_new_tokens=6", "rollout.max_prompt_tokens=8",
             "rollout.steps_per_round=2", "train.checkpoint_every_steps=4", "policy.method=dr_grpo",

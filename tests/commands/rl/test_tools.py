@@ -16,9 +16,7 @@ from megatron_sov.cli import main
 from megatron_sov.judge.tools.environment import FAULTS
 from megatron_sov.judge.tools.registry import BUILT_IN, OWN
 from megatron_sov.work.progress.journal import open_journal
-
-sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
-from tool_episodes import BEGIN, END, TEMPLATE, chat_encoder
+from tests.judge.tools.fuzzed_episodes import BEGIN, END, TEMPLATE, chat_encoder
 
 PAGE = Path(__file__).parents[3] / "docs/tools.md"
 

@@ -13,7 +13,8 @@ from megatron_sov import recipes
 from megatron_sov.base.errors import StopRequested, UserError
 from megatron_sov.commands.train import forgetting_gate
 from megatron_sov.commands.train.forgetting_gate import ForgettingGate
-from megatron_sov.commands.train.gate_options import GateOptions, gate_of
+from megatron_sov.commands.train.gate_options import GateOptions, gate_of, refuse_unknown_benchmarks
+from megatron_sov.model.config import apply_settings
 from megatron_sov.runs.obs.events import EventLog, read_events
 from tests.typed_words import typed
 
@@ -116,3 +117,22 @@ def test_without_a_start_there_is_nothing_to_compare_with(run: Path) -> None:
     assert gate_for(run) is None
     with pytest.raises(UserError, match="name it by --from"):
         gate_of(asked(run, "--gate", "quiz"), recipes.get("tiny-solar-open"), None)
+
+
+def refuse(*changes: str) -> None:
+    pytest.importorskip("megatron_sov.bench.lm.tasks")
+    asked = ('evaluate.background.tasks=["lm"]', 'evaluate.lm.tasks=["capitals"]')
+    refuse_unknown_benchmarks(apply_settings(recipes.get("tiny-solar-open"), [*asked, *changes]))
+
+
+def test_what_is_not_there_is_named_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "capitals.yaml").write_text("task: capitals\ntag: geography\n")
+    here = f"evaluate.lm.task_dirs={json.dumps([str(tmp_path)])}"
+    refuse(here)
+    refuse(here, 'evaluate.lm.tasks=["geography"]')
+    refuse("evaluate.lm.allow_download=true")  # lm-eval may have it
+    with pytest.raises(UserError, match=r"evaluate.lm.tasks = \['capitels'\]: .* did you mean .*capitals"):
+        refuse(here, 'evaluate.lm.tasks=["capitels"]')
+    for name, value in (("task_dirs", '["no such"]'), ("data_dir", "no such")):
+        with pytest.raises(UserError, match=f"evaluate.lm.{name} = no such: is no folder"):
+            refuse(here, f"evaluate.lm.{name}={value}")

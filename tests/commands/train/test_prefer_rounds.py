@@ -1,4 +1,4 @@
-"""`megatron-sov prefer --rounds`: a door to `rl run` with policy.method=preference."""
+"""Rounds of preferences: `rl run` with policy.method=preference."""
 
 from __future__ import annotations
 
@@ -7,15 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.base.errors import UserError
-from megatron_sov.cli import main
-from megatron_sov.commands.train import prefer
 from megatron_sov.runs.obs.events import read_events
-from tests.typed_words import typed
-
-WORDS = ["tiny-solar-open", "--from", "base", "--run", "run", "--rounds", "3", "--prompts", "p", "--reward",
-         "length", "--reward-set", "max_length=4"]
-
 
 REWARD = """
 from dataclasses import dataclass
@@ -29,31 +21,17 @@ class Sum:
 """
 
 
-def asked(*more: str) -> Any:
-    return prefer.rl_options(typed(prefer.PreferOptions, [*WORDS, *more]))
-
-
-def test_the_door_asks_for_one_run() -> None:
-    found = asked("--samples", "4", "--keep-unfinished", "--resume", "--nproc", "2", "--set",
-                  "rollout.temperature=0.5")
-    assert (found.run, found.store, found.start_from) == (Path("run"), Path("run/store"), Path("base"))
-    assert (found.reward, found.reward_set, found.resume, found.nproc) == (
-        "length", ("max_length=4",), True, 2)
-    assert {"policy.method=preference", "policy.keep_unfinished=true", "rollout.rounds=3",
-            "rollout.samples_per_prompt=4", "rollout.max_new_tokens=512"} <= set(found.settings)
-    assert found.settings[-1] == "rollout.temperature=0.5", "what is typed goes before"
-
-
 @pytest.mark.distributed
 def test_rounds_are_one_run_with_one_schedule(teacher: Path, tiny: list[str], run_command: Any, tmp_path: Path
                                               ) -> None:
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{i} plus?"}}\n' for i in range(6)))
     (tmp_path / "own.py").write_text(REWARD)
     run = tmp_path / "run"
-    words = ["prefer", "tiny-solar-open", "--from", str(teacher), "--run", str(run), "--rounds", "2",
-             "--prompts", str(tmp_path / "prompts.jsonl"), "--reward", f"{tmp_path}/own.py:Sum",
-             "--reward-set", "threads=1", "--samples", "3", "--max-new-tokens", "8",
-             "--keep-unfinished", *tiny, *(word for setting in (
+    words = ["rl", "run", "tiny-solar-open", "--from", str(teacher), "--run", str(run), "--store",
+             str(tmp_path / "store"), "--prompts", str(tmp_path / "prompts.jsonl"), "--reward",
+             f"{tmp_path}/own.py:Sum", "--reward-set", "threads=1", *tiny, *(word for setting in (
+                 "policy.method=preference", "policy.keep_unfinished=true", "rollout.rounds=2",
+                 "rollout.samples_per_prompt=3", "rollout.temperature=1.0", "rollout.max_new_tokens=8",
                  "model.hidden_size=48", "rollout.prompts_per_round=4", "rollout.steps_per_round=2",
                  "rollout.max_prompt_tokens=48", "preference.method=ipo") for word in ("--set", setting))]
     done = run_command(*words)
@@ -63,28 +41,6 @@ def test_rounds_are_one_run_with_one_schedule(teacher: Path, tiny: list[str], ru
     # ipo's loss at the weights that begin a round, which the second step has left: 1 / (2 beta) squared
     steps = [e for e in events if e["event"] == "step"]
     assert [e["loss"] for e in steps if e["step"] % 2] == pytest.approx([25.0] * 2, rel=1e-6)
-    assert len({e["lr"] for e in steps}) == len(steps) and (run / "store/rollouts").is_dir()
+    assert len({e["lr"] for e in steps}) == len(steps)
     again = run_command("resume", str(run), "--reward", f"{tmp_path}/own.py:Sum")
     assert again.returncode == 0 and "complete" in again.stdout + again.stderr, again.stderr
-
-
-@pytest.mark.parametrize(("words", "said"), [
-    (WORDS[:7], "--rounds 3: needs --prompts; add it"),
-    ([*WORDS[:10], "lenth"], "did you mean 'length'"),
-    ([*WORDS, "--data", "pairs"], "--data pairs: rounds learn from the model's own responses alone"),
-    ([*WORDS, "--reference", "base"], "--reference base: rounds compare with the model that begins each"),
-    ([*WORDS[:5], "--data", "d", "--reward", "length"], '--reward "length": is only for --rounds; add that'),
-    ([*WORDS[:5], "--data", "d", "--keep-unfinished"], "--keep-unfinished: is only for --rounds")])
-def test_what_is_wrong_is_said_before_the_first_round(words: list[str], said: str, tmp_path: Path, capsys: Any
-                                                      ) -> None:
-    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}')
-    given = [str(tmp_path / {"p": "p.jsonl"}.get(word, word)) if word in ("p", "run") else word
-             for word in words]
-    assert main(["prefer", *given]) == 2
-    assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
-
-
-def test_own_pairs_beside_rounds_are_refused_with_a_way() -> None:
-    with pytest.raises(UserError, match="take no pairs beside them; learn your pairs first, by `prefer` "
-                                        "without --rounds, and begin the rounds --from that run"):
-        asked("--data", "pairs")

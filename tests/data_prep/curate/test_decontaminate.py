@@ -1,4 +1,4 @@
-"""`sov-data decontaminate`: what is refused; what it does is typed from the page in test_docs_dedup_pages."""
+"""`sov-data decontaminate`: what is refused; what it does is typed from the page in test_docs_data."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from pathlib import Path
 
@@ -13,9 +12,10 @@ from data_prep.cli import main
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.documents.shard_files import FEATURES
 from tests.data_prep.media.chats import Encode
+from tests.pages_typed import blocks, page_text, shown_files
 from tokenizer.cli import main as sov_tokenizer
 
-PAGE = (Path(__file__).parents[3] / "docs/media_data.md").read_text(encoding="utf-8")
+PAGE = page_text("media_data.md")
 SMALLER = {"6561": "8", "65536": "8", "448:256": "4:3", "128:30:750": "8:1:5"}
 """Sizes of the page -> those of the codecs here, for time."""
 
@@ -28,10 +28,9 @@ def test_the_page_leads_from_media_to_shards(encode: Encode, tokenizers: dict[st
     Path("work/tokenizer").symlink_to(tokenizers["solar-open"])
     for name in ("images", "sounds"):
         Path(name).rename(f"work/{name}")
-    for name, content in re.findall(r"^`([a-z_.]+)`:\n\n```json\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL):
+    for name, content in shown_files(PAGE).items():
         Path(name).write_text(content)
-    first, second = (block.splitlines() for block in re.findall(r"^```bash\n(.*?)^```$", PAGE,
-                                                                re.MULTILINE | re.DOTALL))
+    first, second = (block.splitlines() for block in blocks(PAGE, "bash"))
     for line in first:
         program, *words = [SMALLER.get(word, word) for word in shlex.split(line)]
         assert (main(words) if program == "sov-data" else sov_tokenizer(words)) == 0, line

@@ -3,17 +3,24 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
+from data_prep.cli import main
 from data_prep.mixture.blend_file import (
     Blend, BlendEntry, BlendPhase, allot, epochs, find_blend, overall, read_blend, refuse_many_epochs, table)
 from megatron_sov import recipes
+from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
+from tests.pages_typed import blocks, page_text, shell_lines
 
 
 def written(folder: Path, text: str) -> Path:
@@ -238,3 +245,30 @@ def test_what_would_be_read_too_often_is_refused_by_name() -> None:
         refuse_many_epochs(phases, SOURCES, 4)
     assert str(e.value).splitlines()[1:] == ["  source ko-L3: 4.667 epochs of its 300 tokens"]
     refuse_many_epochs(phases, SOURCES, 4.7)
+
+
+@pytest.mark.deep
+def test_what_the_page_shows_runs(tokenizers: dict[str, Path], tmp_path: Path,
+                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tokenizer").symlink_to(tokenizers["solar-open"])
+    for name, kind, synthetic in (("en-L2", "en", False), ("ko-L2", "ko", False),
+                                  ("ko-synthetic", "ko", True)):
+        rows = [{"text": f"{name} document {i} " * 200, "kind": kind, "level": "L2", "synthetic": synthetic}
+                for i in range(60)]
+        Path("text", name).mkdir(parents=True)
+        parquet.write_table(pyarrow.Table.from_pylist(rows), f"text/{name}/00000.parquet")
+    Path("more").mkdir()
+    Path("more/law.jsonl").write_text("\n".join(json.dumps({"text": f"Article {i}."}) for i in range(60)))
+    page = page_text("mixtures.md")
+    [blend] = blocks(page, "yaml")
+    Path("blend.yaml").write_text(blend)
+    shown = [shlex.split(line) for line in shell_lines(page, "sh")]
+    assert len(shown) == 4
+    for program, *arguments in shown:
+        assert program == "sov-data" and main(arguments) == 0, arguments
+    phases = {p["name"]: p["blend"] for p in read_manifest("mixed").content["phases"]}
+    assert phases["foundation"] == pytest.approx({"en-L2": 56 / 80, "ko-L2": 24 / 80 * 0.8,
+                                                  "ko-synthetic": 0.06},
+                                                 rel=0.2)
+    assert phases["domains"] == pytest.approx({"law": 0.6, "en-L2": 0.4})

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
+import pyarrow
 import pytest
 from hypothesis import given, settings, strategies as st
+from pyarrow import parquet
 
 from data_prep.shards import assemble
 from data_prep.shards.assemble import (
     EncodedSource, ShardedWriter, bad_rows, survey, write_quarantine, write_shards)
 from data_prep.shards.encode import Encoder, EncodingSettings
 from data_prep.shards.token_artifact import HeldoutRule, document_hash, open_split
-from data_prep.shards.units import UnitEncoder, UnitSettings
-from megatron_sov.base.documents import Document, RecordReading, files, plan_units
+from data_prep.shards.units import UnitEncoder, UnitSettings, encode_units, open_unit, unit_key
+from megatron_sov.base.documents import BadRecord, Conversation, Document, RecordReading, files, plan_units
+from megatron_sov.base.errors import UserError
+from megatron_sov.work.progress.resumable import part_folder
 
 IDS = [0, 0, 2, 1, None, None, 3, 0, 3]
 """Ids of the records, three in a file. The second 0 and the second 3 came before in their file; the third 0
@@ -137,13 +144,135 @@ def test_shards_keep_order_limit_and_groups(lengths: list[int], shard_tokens: in
             assert shard.num_tokens + first > shard_tokens
 
 
-def test_batches_do_not_move_the_limits(tmp_path: Path) -> None:
-    lengths = [(i * 7) % 11 + 1 for i in range(200)]
-    one, other = (write(tmp_path / str(batch), lengths, 50, 2, batch) for batch in (1, 60))
-    assert one.shards == other.shards
-
-
 def test_an_empty_split_has_one_empty_shard(tmp_path: Path) -> None:
     record = write(tmp_path, [], 10, 1, 1).record()
     assert record == {"shards": [{"prefix": "s/train-00000", "num_documents": 0, "num_tokens": 0,
                                   "num_bytes": 0}], "num_documents": 0, "num_tokens": 0, "num_bytes": 0}
+
+
+LINES = [json.dumps({"id": f"id {i}", "text": f"line {i} 한국어"}) for i in range(50)]
+
+
+@pytest.fixture
+def chosen(tokenizers: dict[str, Path]) -> UnitSettings:
+    return UnitSettings(tokenizers["solar-open"], "a", "b", "uint16", RecordReading("text"),
+                        EncodingSettings())
+
+
+def write_lines(folder: Path, name: str = "a.jsonl", lines: list[str] = LINES) -> Path:
+    (folder / name).write_text("\n".join(lines))
+    return folder / name
+
+
+def key(file: Path, chosen: UnitSettings) -> str:
+    [unit] = plan_units([file])
+    return unit_key(unit, chosen)
+
+
+def test_the_key_is_of_bytes_and_settings_not_of_places(chosen: UnitSettings, tmp_path: Path) -> None:
+    known = key(write_lines(tmp_path), chosen)
+    moved = dataclasses.replace(chosen, tokenizer=tmp_path / "elsewhere")
+    assert key(write_lines(tmp_path, "b.jsonl"), moved) == known
+    for changed in (dataclasses.replace(chosen, tokenizer_sha256="c"),
+                    dataclasses.replace(chosen, config_sha256="c"),
+                    dataclasses.replace(chosen, dtype="int32"),
+                    dataclasses.replace(chosen, reading=RecordReading("text", "body")),
+                    dataclasses.replace(chosen, reading=RecordReading("text", max_document_bytes=99)),
+                    dataclasses.replace(chosen, encoding=EncodingSettings(bos="start"))):
+        assert key(tmp_path / "a.jsonl", changed) != known
+    for name, lines in (("a.jsonl", LINES[1:]), ("a.jsonl", ["{}", *LINES[1:]]), ("a.txt", LINES)):
+        assert key(write_lines(tmp_path, name, lines), chosen) != known
+
+
+def test_the_key_of_parquet_follows_values_and_columns(chosen: UnitSettings, tmp_path: Path) -> None:
+    keys = set()
+    for table in ({"text": ["a", "b"]}, {"text": ["a", "c"]}, {"body": ["a", "b"]}):
+        parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
+        keys.add(key(tmp_path / "a.parquet", chosen))
+    (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-5])
+    keys.add(key(tmp_path / "a.parquet", chosen))
+    assert len(keys) == 4
+
+
+def test_a_complete_unit_is_kept_and_a_torn_one_made_again(chosen: UnitSettings, tmp_path: Path) -> None:
+    [unit] = plan_units([write_lines(tmp_path)])
+    first = UnitEncoder(chosen, tmp_path / "work").encode(unit)
+    assert first.encoded_now and first.num_sequences == 50 and first.num_lines == (50,)
+    again = UnitEncoder(chosen, tmp_path / "work").encode(unit)
+    assert again == dataclasses.replace(first, encoded_now=False)
+    folder = part_folder(tmp_path / "work", first.key)
+    torn = folder.rename(folder.with_name(f"{first.key}.tmp-1"))  # as a killed process leaves it
+    assert UnitEncoder(chosen, tmp_path / "work").encode(unit).encoded_now
+    assert (torn / "tokens").read_bytes() == (folder / "tokens").read_bytes()
+
+
+def test_what_is_stored_of_each_sequence(chosen: UnitSettings, tmp_path: Path) -> None:
+    write_lines(tmp_path, "a.jsonl", [LINES[0], "{", "", LINES[1]])
+    (tmp_path / "b.txt").write_text("only text")
+    [unit] = plan_units([tmp_path / "a.jsonl", tmp_path / "b.txt"])
+    record = UnitEncoder(chosen, tmp_path / "work").encode(unit)
+    stored = open_unit(tmp_path / "work", record.key, "uint16")
+    assert stored.sequences["line"].tolist() == [1, 4, 0] and stored.sequences["span"].tolist() == [0, 0, 1]
+    assert stored.sequences["bytes"].tolist() == [len("line 0 한국어".encode()),
+                                                  len("line 1 한국어".encode()), 9]
+    assert (stored.sequences["id"] != 0).tolist() == [True, True, False] and stored.kinds is None
+    assert stored.sequences["tokens"].sum() == len(stored.tokens) == record.num_tokens
+    assert [(r["span"], r["line"], r["code"]) for r in stored.bad_rows()] == [(0, 2, "json")]
+    assert record.num_bad == {"json": 1} and record.num_lines == (4, 0)
+
+
+def test_a_bad_record_is_kept_though_its_reason_names_no_text(chosen: UnitSettings, tmp_path: Path) -> None:
+    [unit] = plan_units([write_lines(tmp_path, "a.jsonl", [LINES[0], '{"\\ud800": 1}'])])
+    record = UnitEncoder(chosen, tmp_path / "work").encode(unit)
+    [row] = open_unit(tmp_path / "work", record.key, "uint16").bad_rows()
+    assert row["code"] == "fields" and "(fields: ?)" in row["reason"]
+
+
+def test_documents_that_a_template_refuses_are_found_inside_a_batch(tokenizers: dict[str, Path],
+                                                                    chosen: UnitSettings, tmp_path: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_sov.chat.template import ChatTemplate
+
+    render = ChatTemplate.render
+
+    def strict(self: ChatTemplate, conversation: Conversation, *args: Any, **kwargs: Any) -> str:
+        if conversation.messages and conversation.messages[0].role == "system":
+            raise BadRecord("template", "is refused")
+        return render(self, conversation, *args, **kwargs)
+
+    monkeypatch.setattr(ChatTemplate, "render", strict)
+    refused = (3, 4, 17)
+    lines = [{"messages": [{"role": "system" if i in refused else "user", "content": str(i)},
+                           {"role": "assistant", "content": "yes"}]} for i in range(20)]
+    [unit] = plan_units([write_lines(tmp_path, "chat.jsonl", list(map(json.dumps, lines)))])
+    record = UnitEncoder(dataclasses.replace(chosen, reading=RecordReading("chat")),
+                         tmp_path / "work").encode(unit)
+    stored = open_unit(tmp_path / "work", record.key, "uint16")
+    assert [r["line"] - 1 for r in stored.bad_rows()] == list(refused)
+    assert [line - 1 for line in stored.sequences["line"].tolist()] == [
+        i for i in range(20) if i not in refused]
+
+
+def worker_processes() -> list[psutil.Process]:
+    """Return the encoding processes, without the tracker that Python starts beside them."""
+    return [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
+
+
+@pytest.mark.deep
+def test_order_is_the_inputs_and_an_ended_worker_is_said(tokenizers: dict[str, Path], tmp_path: Path) -> None:
+    for i in range(12):  # the first ones are the largest, so they end last
+        (tmp_path / f"{i:02}.jsonl").write_text("\n".join(json.dumps({"text": f"{i} {k}"})
+                                                          for k in range(2000 - 160 * i)))
+    units = list(plan_units(sorted(tmp_path.glob("*.jsonl")), 1))
+    chosen = UnitSettings(tokenizers["solar-open"], "a", "b", "uint16", RecordReading("text"),
+                            EncodingSettings())
+    records = encode_units(units, chosen, tmp_path / "work", 2)
+    first = next(records)
+    workers = worker_processes()
+    assert [first.num_sequences, *(r.num_sequences for r in records)] == [2000 - 160 * i for i in range(12)]
+    assert len(workers) == 2 and not psutil.wait_procs(workers, timeout=600)[1]
+    records = encode_units(units, chosen, tmp_path / "other", 2)
+    next(records)
+    worker_processes()[-1].kill()
+    with pytest.raises(UserError, match="run the same command again"):
+        list(records)

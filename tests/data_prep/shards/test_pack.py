@@ -133,21 +133,6 @@ def test_neither_workers_nor_units_nor_the_way_it_is_stored_change_the_bytes(
             assert {ours[name.replace("web", other)] for other in ("gz", "zst", "rows")} == {record}
 
 
-def test_small_shards_hold_the_same_documents_in_the_same_order(
-        packed: Path, corpus: Path, tokenizers: dict[str, Path], tmp_path: Path) -> None:
-    pack(tokenizers["solar-open"], [PackSource("web", corpus / "web.jsonl")], tmp_path / "out",
-         PackSettings(0.1, shard_tokens=500))
-    splits = read_manifest(tmp_path / "out").content["sources"][0]["splits"]
-    for split in ("train", "heldout"):
-        shards = splits[split]["shards"]
-        assert len(shards) > 1 and all(s["num_tokens"] <= 500 for s in shards)
-        found = [d.tolist() for s in shards for d in open_split(tmp_path / "out" / s["prefix"]).documents()]
-        assert found == [d.tolist() for d in open_split(packed / f"web/{split}-00000").documents()]
-        for field in ("num_documents", "num_tokens", "num_bytes"):
-            assert splits[split][field] == sum(s[field] for s in shards)
-    assert main(["verify", str(tmp_path / "out")]) == 0
-
-
 def test_chats_have_sidecars(corpus: Path, tokenizers: dict[str, Path], tmp_path: Path,
                              capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "chats"
@@ -430,12 +415,6 @@ def test_bad_records_are_listed_with_their_place_and_no_good_one_is_lost(
     assert texts == ["one", "two", "four", "seven"]
 
 
-def test_a_repeated_id_is_refused_by_default(tokenizers: dict[str, Path], tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"id": 7, "text": "one"}\n{"id": 7, "text": "two"}\n')
-    with pytest.raises(UserError, match=r"a\.jsonl:2: has the id of an earlier record in its file"):
-        pack(tokenizers["solar-open"], [PackSource("a", tmp_path / "a.jsonl")], tmp_path / "out")
-
-
 def test_a_chat_that_the_template_refuses_is_named(tokenizers: dict[str, Path], tmp_path: Path,
                                                    capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = tmp_path / "strict"
@@ -476,19 +455,6 @@ def test_a_line_of_many_megabytes_is_passed_over_in_bounded_memory(tokenizers: d
     assert [len(d) > 1 for d in open_split(tmp_path / "out/huge/train-00000").documents()] == [True, True]
     [row] = map(json.loads, (tmp_path / "out/quarantine.jsonl").read_text().splitlines())
     assert (row["line"], row["code"]) == (2, "too_long")
-
-
-def test_one_document_goes_to_training_and_two_are_shared(tokenizers: dict[str, Path],
-                                                          tmp_path: Path) -> None:
-    (tmp_path / "one.txt").write_text("the only document")
-    (tmp_path / "two.jsonl").write_text('{"text": "first"}\n{"text": "second"}\n')
-    pack(tokenizers["solar-open"],
-         [PackSource("one", tmp_path / "one.txt"), PackSource("two", tmp_path / "two.jsonl")],
-         tmp_path / "out", PackSettings(heldout_share=1e-6))
-    one, two = read_manifest(tmp_path / "out").content["sources"]
-    assert [one["splits"][s]["num_documents"] for s in ("train", "heldout")] == [1, 0]
-    assert [two["splits"][s]["num_documents"] for s in ("train", "heldout")] == [1, 1]
-    assert main(["verify", str(tmp_path / "out")]) == 0
 
 
 def test_one_text_becomes_several_documents_of_which_one_is_held_out(

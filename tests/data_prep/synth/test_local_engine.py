@@ -20,7 +20,7 @@ from megatron_sov.work.processes.pool import StopSignal
 SERVER = """import json, os, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 words = dict(zip(sys.argv[2::2], sys.argv[3::2]))
-assert words["--parent-pid"] == str(os.getppid()) and words["--name"] == "my-model"
+assert words["--parent-pid"] == str(os.getppid())
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         key = os.environ[words["--api-key-env"]]
@@ -28,7 +28,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 server = HTTPServer(("127.0.0.1", int(words["--port"])), Handler)
 with open(words["--address-file"] + ".tmp", "w") as f:
-    json.dump({"url": f"http://127.0.0.1:{server.server_port}/v1", "models": [words["--name"]]}, f)
+    json.dump({"url": f"http://127.0.0.1:{server.server_port}/v1", "model": os.path.basename(sys.argv[1])}, f)
 os.replace(words["--address-file"] + ".tmp", words["--address-file"])
 server.serve_forever()
 """
@@ -53,8 +53,8 @@ def servers(folder: Path) -> list[psutil.Process]:
 
 
 def test_a_folder_is_served_with_a_key_and_ends_with_the_context(model: Path, tmp_path: Path) -> None:
-    with serving([model], "x: ", program=program(tmp_path, SERVER)) as served:
-        assert served.models == ("my-model",) and served.url.startswith("http://127.0.0.1:")
+    with serving(model, "x: ", program=program(tmp_path, SERVER)) as served:
+        assert served.model == "my-model" and served.url.startswith("http://127.0.0.1:")
         (child,) = servers(tmp_path)
         assert served.key not in " ".join(child.cmdline()) + repr(served), "which all users see"
         assert KEY_ENV not in os.environ, "which every program gets that the run starts"
@@ -68,7 +68,7 @@ def test_a_folder_is_served_with_a_key_and_ends_with_the_context(model: Path, tm
 def test_a_server_that_does_not_start_says_why(model: Path, tmp_path: Path) -> None:
     words = program(tmp_path, "import sys; print('loading'); sys.exit('error: config.json: is no model')")
     with pytest.raises(UserError, match=r"^x: config\.json: is no model"), \
-            serving([model], "x: ", program=words):
+            serving(model, "x: ", program=words):
         pass
 
 
@@ -76,7 +76,7 @@ def test_a_run_that_is_asked_to_stop_does_not_wait_for_a_model_to_load(model: Pa
     stop = StopSignal()
     threading.Timer(0.3, stop.ask, ["enough"]).start()
     with pytest.raises(StopRequested, match="enough"), \
-            serving([model], "x: ", sleep=stop.sleep,
+            serving(model, "x: ", sleep=stop.sleep,
                     program=program(tmp_path, "import time; time.sleep(3600)")):
         pass
     assert not servers(tmp_path)

@@ -65,8 +65,7 @@ def test_auto_is_our_attention_where_transformer_engine_has_no_kernel_for_packed
     assert gpu_settings.resolve_auto(config, te=True)["attention"] == attention
     fused = apply_settings(config, ["gpu.attention=fused"])
     if rejected:
-        with pytest.raises(SettingsError, match=r"no kernel for packed rows of 4 heads of 32 and 2 of keys "
-                           r"on this GPU \(Disabling FusedAttention: cuDNN Error: no engine\)"):
+        with pytest.raises(SettingsError, match="4 heads of 32"):
             gpu_settings.refuse(fused, te=True)  # as a run does before it starts
     else:
         gpu_settings.refuse(fused, te=True)

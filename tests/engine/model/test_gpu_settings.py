@@ -264,7 +264,7 @@ def test_keys_that_are_too_wide_for_the_kernels_are_read_in_torch(monkeypatch: p
         config = apply_settings(recipes.get("tiny-solar-open2"), [
             "train.precision=bf16", f"model.linear_attention.key_head_dim={width}"])
         assert gpu_settings.resolve_auto(config, te=True)["linear_attention"] == serves
-    with pytest.raises(SettingsError, match=r"gpu\.linear_attention .*takes keys of up to 256 channels"):
+    with pytest.raises(SettingsError, match="up to 256 channels"):
         gpu_settings.refuse(apply_settings(config, ["gpu.linear_attention=fla"]), te=True)
 
 
@@ -414,8 +414,7 @@ def test_routing_that_the_kernels_do_not_compute_is_refused(monkeypatch: pytest.
     one = "model.num_experts_per_token=1"
     assert [fields(config_with(asked), te=True)["moe_router_fusion"]
             for asked in ([], [one], ["gpu.router_fusion=off"])] == [True, False, False]
-    with pytest.raises(UserError, match=r"gpu\.router_fusion = .* does not go with model\.norm_topk_prob = "
-                                        r"True and model\.num_experts_per_token = 1: the kernels divide"):
+    with pytest.raises(UserError, match=r"model\.num_experts_per_token = 1"):
         gpu_settings.refuse(config_with(["gpu.router_fusion=on", one]), te=True)
 
 

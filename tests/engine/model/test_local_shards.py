@@ -6,54 +6,6 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import tiny_model
-
-
-def covered(layout: dict[str, Any]) -> dict[str, Any]:
-    """Return which parameters blocks do not reach, and which elements are not owned by
-    exactly one process."""
-    import torch
-    import torch.distributed as dist
-
-    from megatron_sov.engine.model.local_shards import ParameterLookup, local_shards
-
-    _, model = tiny_model("tiny-k-exaone", layout=layout)
-    parameters = list(model.parameters())
-    local = local_shards(model)
-    lookup = ParameterLookup(model)
-    found = {b.key: lookup.find(b) for b in local}
-    with torch.no_grad():
-        for p in parameters:
-            p.zero_()
-        for b in local:
-            b.data.add_(1)
-        once = all(p.eq(1).all() for p in parameters)
-    everyones: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, [(b.key, b.global_shape, b.offset, b.shape) for b in local if b.owned])
-    owners: dict[str, torch.Tensor] = {}
-    for key, whole, offset, shape in (owned for one in everyones for owned in one):
-        place = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
-        owners.setdefault(key, torch.zeros(whole, dtype=torch.int))[place] += 1
-    return {"once": once, "wrong": [k for k, t in owners.items() if not t.eq(1).all()],
-            "shapes": {k: list(t.shape) for k, t in owners.items()},
-            "buffers": sorted(k for k, p in found.items() if p is None),
-            "sorted": [b.key for b in local] == sorted(b.key for b in local)}
-
-
-@pytest.mark.distributed
-def test_blocks_are_the_model_at_every_layout(ranks, job) -> None:
-    layouts = [(1, {}), (2, {"tp": 2, "sp": True}), (2, {"ep": 2}),
-               (4, {"tp": 2, "sp": True, "pp": 2, "ep": 2}), (2, {"pp": 2, "vpp": 2})]
-    results = ranks(*(job(__file__, "covered", n, {"layout": layout}) for n, layout in layouts))
-    for (_, layout), per_rank in zip(layouts, results, strict=True):
-        for result in per_rank:
-            assert result["once"] and result["sorted"], layout
-            assert result["wrong"] == [], layout
-            assert result["shapes"] == results[0][0]["shapes"], layout
-            assert all(key.endswith("expert_bias") for key in result["buffers"])
-    assert len(results[0][0]["buffers"]) == 3  # four layers, the first dense
-
-
 LAYERS = 8
 """As many of a big model's layers as have every kind."""
 

@@ -74,9 +74,7 @@ def test_on_gpus_16_bit_alone_takes_transformer_engine(monkeypatch: pytest.Monke
     monkeypatch.setattr(specs, "on_gpu", lambda: True)
     specs.transformer_engine_error.cache_clear()
     try:
-        with pytest.raises(UserError, match=r"^train\.precision = bf16 on a GPU: Transformer Engine does not "
-                                            r"import \(OSError: libcublas\.so\.13: cannot open shared object "
-                                            r"file\); install it"):
+        with pytest.raises(UserError, match=r"^train\.precision = bf16"):
             specs.uses_transformer_engine(torch.bfloat16)
         for dtype in (torch.float32, torch.float64):
             assert not specs.uses_transformer_engine(dtype)

@@ -48,8 +48,7 @@ def test_a_fitting_environment_stays_and_another_is_refused(monkeypatch: pytest.
     switch_on()
     assert os.environ["NCCL_ALGO"] == "Tree"
     monkeypatch.setenv("NCCL_ALGO", "NVLS")
-    with pytest.raises(UserError, match=r"the environment has NCCL_ALGO=NVLS, "
-                                        r"with which .* unset it or use Ring or Tree"):
+    with pytest.raises(UserError, match="environment has NCCL_ALGO=NVLS"):
         switch_on()
 
 
@@ -211,15 +210,14 @@ def test_a_rank_takes_its_gpu_among_the_visible_ones(local_rank: str, count: int
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * GIB, 79 * GIB))
     device = own_gpu.take_gpu(dist.HashStore(), 0, 1, 60 * GIB, SOON)
     assert taken == [device] == [torch.device("cuda", index)]
-    with pytest.raises(UserError, match=r"^rank 0: its GPU has 70\.0 of 79\.0 GiB free, and the run takes"):
+    with pytest.raises(UserError, match=r"70\.0 of 79\.0 GiB"):
         own_gpu.take_gpu(dist.HashStore(), 0, 1, 75 * GIB, SOON)
 
     def busy(device: torch.device) -> None:
         raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nmore")
 
     monkeypatch.setattr(torch.cuda, "set_device", busy)
-    with pytest.raises(UserError, match=r"^rank 0: its GPU cannot be used \(CUDA error: CUDA-capable "
-                                        r"device\(s\) is/are busy or unavailable\); `nvidia-smi`"):
+    with pytest.raises(UserError, match="0: its GPU cannot"):
         own_gpu.take_gpu(dist.HashStore(), 0, 1, 0, SOON)
 
 
@@ -263,7 +261,7 @@ def test_variables_suit_layout_and_chip_and_the_environment_wins(monkeypatch: py
     own_gpu.set_variables(config)
     assert os.environ[own_gpu.CONNECTIONS] == "32"
     monkeypatch.setenv(own_gpu.CONNECTIONS, "1")
-    with pytest.raises(UserError, match=r"CUDA_DEVICE_MAX_CONNECTIONS=1, with which messages wait .*; unset"):
+    with pytest.raises(UserError, match="CUDA_DEVICE_MAX_CONNECTIONS=1, with which messages"):
         own_gpu.set_variables(config)
 
 

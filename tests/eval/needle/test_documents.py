@@ -3,7 +3,6 @@ a number gives the document."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import re
 from pathlib import Path
@@ -13,8 +12,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from megatron_sov.base.errors import UserError
-from megatron_sov.eval.needle.documents import NeedleDocuments, needle_source
+from megatron_sov.eval.needle.documents import NeedleDocuments
 from megatron_sov.eval.needle.suite import PHRASES_OF, make_example
 from megatron_sov.eval.needle.text import Haystack, NeedleForm, Sentences, open_haystacks, phrases
 from megatron_sov.model.config import NeedleConfig, NeedleKind
@@ -78,20 +76,6 @@ def test_distractors_and_weights_are_as_set(form: NeedleForm, haystacks: dict[st
     assert min(counts) >= 3 and max(counts) == 10 == made.max_needles("multi-key", form)
 
 
-def test_without_a_number_they_are_as_dense_as_the_test(form: NeedleForm,
-                                                        haystacks: dict[str, Haystack]) -> None:
-    def most(length: int, **settings: Any) -> int:
-        return NeedleDocuments((haystacks["train"],), length, settings=NeedleConfig(**settings)).max_needles(
-            "multi-key", form)
-
-    statement = form.phrase_tokens("statement", test=False)
-    assert most(64 * statement, distractor_share=0.5) == 32
-    assert most(64 * statement, distractor_share=0.0) == 12
-    assert most(20 * statement, distractor_share=0.9) == 10, "as many questions as needles while they are few"
-    assert most(40 * statement, distractor_share=0.9, train_questions=12) == 28, (
-        "12 questions leave no room for more")
-
-
 def test_languages_have_documents_by_the_size_of_their_text(token_shards: Path) -> None:
     sources = open_sources({str(token_shards): 1.0}, 1024)
     code, other = (next(s for s in sources if s.name == name) for name in ("first", "second"))
@@ -118,15 +102,6 @@ def test_a_document_is_a_function_of_seed_and_number(haystacks: dict[str, Haysta
         assert np.array_equal(documents.tokens(i, 100, 30), again.tokens(i, 0, 256)[100:130])
         assert not np.array_equal(documents.tokens(i, 0, 256), other.tokens(i, 0, 256))
     assert not np.array_equal(documents.tokens(0, 0, 256), documents.tokens(1, 0, 256))
-
-
-def test_the_source_has_its_share_beside_all_data(documents: NeedleDocuments) -> None:
-    source = needle_source(documents, 0.2)
-    assert source.share / (source.share + 1.0) == pytest.approx(0.2)
-    assert source.shard("train") is documents
-    assert source.num_tokens == {"train": 256 << 24}
-    with pytest.raises(UserError, match="needle documents of 12 tokens hold no needle"):
-        needle_source(dataclasses.replace(documents, length_tokens=12), 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -222,63 +197,6 @@ def test_no_pair_of_a_document_is_kept_for_tests(kind: NeedleKind, haystacks: di
         words = ids[weights != 0.5].reshape(-1, 2)
         seen |= {tuple(p) for p in words.tolist()}
     assert seen <= train and len(seen) > 200
-
-
-@pytest.mark.parametrize("kind", ["multi-value", "variable-tracking"])
-def test_needles_stand_right_before_the_questions_in_three_of_ten(kind: NeedleKind,
-                                                                  haystacks: dict[str, Haystack]) -> None:
-    """Elsewhere the first of those that keep their order stands anywhere."""
-    documents = made_of(haystacks, kind, train_needles=4, length=400)
-    starts = np.array([np.flatnonzero(documents.loss_weights(i, 0, 400) == 0)[0] for i in range(100)])
-    last = 400 - documents.least_tokens(kind, documents.haystacks[0].form)
-    assert 20 <= (starts >= last - 8).sum() <= 42
-    assert (starts < 0.1 * 400).any() and all(((starts >= t) & (starts < t + 100)).sum() >= 8
-                                              for t in (0, 100, 200))
-
-
-def test_documents_are_drawn_from_the_kinds_and_are_the_same_beside_others(
-        haystacks: dict[str, Haystack]) -> None:
-    kinds: tuple[NeedleKind, ...] = ("multi-key", *KINDS)
-    mixed = made_of(haystacks, *kinds)
-    pure = [made_of(haystacks, kind) for kind in kinds]
-    counts = [0] * 4
-    for i in range(120):
-        equal = [np.array_equal(mixed.tokens(i, 0, 256), made.tokens(i, 0, 256))
-                 and np.array_equal(mixed.loss_weights(i, 0, 256), made.loss_weights(i, 0, 256))
-                 for made in pure]
-        assert sum(equal) == 1
-        counts[equal.index(True)] += 1
-    assert min(counts) >= 18, counts
-    apart = made_of(haystacks, "single", train_kinds=("variable-tracking",))
-    assert np.array_equal(apart.tokens(3, 0, 256), pure[3].tokens(3, 0, 256)), (
-        "other kinds than those that are tested")
-
-
-def test_questions_and_needles_are_at_most_as_set(haystacks: dict[str, Haystack],
-                                                  tokenizer: Tokenizer) -> None:
-    documents = made_of(haystacks, "multi-value", train_needles=9, train_questions=1, length=300)
-    counts = set()
-    for i in range(30):
-        told, questions = read("multi-value", tokenizer.decode(documents.tokens(i, 0, 300).tolist()),
-                               test=False)
-        assert len(questions) == 1
-        counts.add(len(told))
-    assert (min(counts), max(counts)) == (4, 9)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_shortest_documents_hold_one_question(kind: NeedleKind, haystacks: dict[str, Haystack],
-                                                  form: NeedleForm) -> None:
-    least = made_of(haystacks, kind).least_tokens(kind, form)
-    documents = made_of(haystacks, kind, length=least)
-    assert (needle_source(documents, 0.1).made, documents.max_needles(kind, form)) == (documents, 4)
-    assert all((documents.loss_weights(i, 0, least) == 30).sum() == 8 for i in range(5))
-    with pytest.raises(UserError, match=f"of {least - 1} tokens hold no needle with its question of kind "
-                                        f"{kind} in code \\({least} tokens\\)"):
-        needle_source(made_of(haystacks, kind, length=least - 1), 0.1)
-    with pytest.raises(UserError,
-                       match=f"needle.train_needles = 3: a question of kind {kind} asks for 4 needles"):
-        needle_source(made_of(haystacks, kind, train_needles=3), 0.1)
 
 
 class Numbers:

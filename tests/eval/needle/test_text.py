@@ -86,12 +86,12 @@ def test_a_tokenizer_without_the_language_lends_its_words(language: str, token_s
 
 
 def test_mistakes_are_named(token_shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"tokenizer\.json: cannot be read as a tokenizer"):
+    with pytest.raises(UserError, match=r"tokenizer\.json: cannot be read"):
         needle_form(tmp_path, "english")
     tokenizer = Tokenizer.from_file(str(token_shards / "tokenizer/tokenizer.json"))
     letters = type(tokenizer.model)({c: i for i, c in enumerate("abc")}, [])
     Tokenizer(letters).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="only 0 of its tokens are whole words, needles need 16"):
+    with pytest.raises(UserError, match="words, needles need 16"):
         needle_form(tmp_path, "english")
 
 
@@ -174,16 +174,15 @@ def test_mistakes_of_haystacks_are_named(token_shards: Path, tmp_path: Path) -> 
     tokenizer = token_shards / "tokenizer"
     sources = open_sources({str(token_shards): 1.0}, 1024)
     chats = Source("chats", token_shards, "chat", {}, {"heldout": 100}, 1.0)
-    with pytest.raises(UserError, match="hold no 'heldout' text to hide needles in"):
+    with pytest.raises(UserError, match="hold no 'heldout' text"):
         open_haystacks([chats], "heldout", tokenizer)
-    with pytest.raises(UserError, match=r"no 'heldout' text is thai \(there is code\)"):
+    with pytest.raises(UserError, match="'heldout' text is thai"):
         open_haystacks(sources, "heldout", tokenizer, languages=["code", "thai"])
-    with pytest.raises(UserError,
-                       match=r"--language third=thai: the data has no such source .*sources: first, second"):
+    with pytest.raises(UserError, match="--language third=thai: the data"):
         open_haystacks(sources, "heldout", tokenizer, told={"third": "thai"})
     (tmp_path / "empty.txt").write_text(" \n \n")
-    with pytest.raises(UserError, match=r"empty\.txt: starts with 4 characters that are no text"):
+    with pytest.raises(UserError, match=r"empty\.txt: starts with 4"):
         open_haystacks([], "heldout", tokenizer, files=[("english", tmp_path / "empty.txt")])
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
-    with pytest.raises(UserError, match=r"latin\.txt: cannot be read as UTF-8"):
+    with pytest.raises(UserError, match=r"latin\.txt: cannot be read"):
         open_haystacks([], "heldout", tokenizer, files=[("english", tmp_path / "latin.txt")])

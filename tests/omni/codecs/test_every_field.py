@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
-
 from tests.base.settings.every_field import classes_below, find_wrongs
-
-pytestmark = pytest.mark.checkout
 
 
 def test_each_field_is_told_by_its_code_from_every_source() -> None:

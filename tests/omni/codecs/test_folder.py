@@ -45,7 +45,7 @@ def test_a_codec_is_read_as_it_was_written(codec: Path) -> None:
     assert not any(p.requires_grad for p in read.parameters())
     assert inspected(codec) == {"codec": "ta-tok", "config": plain(SETTINGS), "heldout": {"psnr_db": 20.5},
                                 "num_parameters": sum(t.numel() for t in own.state_dict().values())}
-    with pytest.raises(UserError, match=r"is a codec of kind 'ta-tok' where 'mimi' is needed"):
+    with pytest.raises(UserError, match="kind 'ta-tok' where 'mimi'"):
         open_codec(codec, kind="mimi")
 
 
@@ -86,22 +86,21 @@ def test_a_flipped_bit_is_seen(codec: Path) -> None:
     weights = bytearray((codec / WEIGHTS).read_bytes())
     weights[-1] ^= 0x40
     (codec / WEIGHTS).write_bytes(weights)
-    with pytest.raises(UserError, match=r"model\.safetensors: its content differs from the hash in the "
-                                        "manifest; make the codec again"):
+    with pytest.raises(UserError, match=r"model\.safetensors: its content differs"):
         open_codec(codec)
 
 
 def test_a_damaged_file_is_one_sentence(codec: Path, tmp_path: Path) -> None:
     for damage in (b"", b"\x80\x04N.", (codec / WEIGHTS).read_bytes()[:-5]):
         (codec / WEIGHTS).write_bytes(damage)
-        with pytest.raises(UserError, match=r"model\.safetensors: has \d+ bytes, the manifest says"):
+        with pytest.raises(UserError, match=r"model\.safetensors: has \d+ bytes"):
             open_codec(codec)
-        with pytest.raises(UserError, match="cannot be read as a safetensors file"):
+        with pytest.raises(UserError, match="cannot be read"):
             inspected(codec)
     (codec / WEIGHTS).unlink()
     (tmp_path / "elsewhere").write_bytes(b"")
     (codec / WEIGHTS).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="is a link to"):
         open_codec(codec)
-    with pytest.raises(UserError, match="does not exist, so it is not a 'codec' artifact"):
+    with pytest.raises(UserError, match="'codec' artifact"):
         open_codec(tmp_path / "none")

@@ -146,12 +146,12 @@ def test_a_side_and_codebooks_that_do_not_fit_are_refused(tmp_path: Path) -> Non
     save("mimi", tmp_path / "sounds")
     import_codec("vqmodel", tmp_path / "pictures", tmp_path / "codec", side_pixels=32)
     assert open_codec(tmp_path / "codec").grid == 8
-    with pytest.raises(UserError, match="side_pixels = 30: must be a multiple of the codec's 4 pixels"):
+    with pytest.raises(UserError, match="side_pixels = 30:"):
         import_codec("vqmodel", tmp_path / "pictures", tmp_path / "other", side_pixels=30)
     save("janus-vq", tmp_path / "janus")
-    with pytest.raises(UserError, match="side_pixels = 32: must be 16 for this codec"):
+    with pytest.raises(UserError, match="side_pixels = 32:"):
         import_codec("janus-vq", tmp_path / "janus", tmp_path / "other", side_pixels=32)
-    with pytest.raises(UserError, match="num_codebooks = 5: the codec has 4; import it with fewer"):
+    with pytest.raises(UserError, match="num_codebooks = 5:"):
         import_codec("mimi", tmp_path / "sounds", tmp_path / "other", num_codebooks=5)
     assert not (tmp_path / "other").exists()
 

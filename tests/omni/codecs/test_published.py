@@ -113,7 +113,7 @@ def test_pickles_that_run_something_are_refused(tmp_path: Path, monkeypatch: pyt
                                                 kind: str) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"model": {"sd": {"a": torch.zeros(1)}, "args": Evil()}}, "evil.pth")
-    with pytest.raises(UserError, match="cannot be read without running what it holds"):
+    with pytest.raises(UserError, match="read without running what"):
         import_codec(kind, Path("evil.pth"), Path("codec"))
     for name, content, said in [("none.pth", None, "does not exist"),
                                 ("text.pth", b"hello", "cannot be read"),
@@ -218,7 +218,7 @@ def test_cosyvoice_2_is_heard_by_s3tokenizers_network(tmp_path: Path,
     torch.manual_seed(0)
     network = S3TokenizerV2("speech_tokenizer_v2_25hz", ModelConfig(80, 1500, 64, 1, 2))
     save_file(network.state_dict(), tmp_path / "weights.safetensors")
-    with pytest.raises(UserError, match=r"needs the package s3tokenizer .*`pip install s3tokenizer`"):
+    with pytest.raises(UserError, match=r"s3tokenizer .*`pip install s3tokenizer`"):
         import_codec("cosyvoice2", tmp_path / "weights.safetensors", tmp_path / "codec")
     module(monkeypatch, "s3tokenizer.model_v2", ModelConfig=ModelConfig, S3TokenizerV2=S3TokenizerV2)
     module(monkeypatch, "s3tokenizer.utils", log_mel_spectrogram=log_mel_spectrogram,
@@ -297,10 +297,10 @@ def test_nemos_codec_is_heard_by_nemos_network(tmp_path: Path, monkeypatch: pyte
     assert torch.equal(ids, expected[0, 0].long())
     assert (codec.codebook_size, codec.samples_per_token) == (5, 640)
     many = nemo_file(tmp_path / "many.nemo", {**NEMO, "books": 8}, network.state_dict())
-    with pytest.raises(UserError, match="has 8 codebooks, where a token is one number"):
+    with pytest.raises(UserError, match="8 codebooks, where"):
         import_codec("nemo-audio", many, tmp_path / "other")
     large = nemo_file(tmp_path / "large.nemo", {**NEMO, "width": 900_000}, network.state_dict())
-    with pytest.raises(UserError, match="its configuration asks for 576,000,000 numbers in 1 tensors"):
+    with pytest.raises(UserError, match="576,000,000 numbers in 1"):
         import_codec("nemo-audio", large, tmp_path / "other")
 
 

@@ -134,6 +134,6 @@ def test_what_is_not_as_it_says_is_one_sentence(tmp_path: Path, nemo: EncDecCTCM
 
 
 def test_without_nemo_the_extra_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"needs NeMo .*install the extras omni and speech into a Python of"):
+    with pytest.raises(UserError, match="extras omni and speech"):
         import_codec("nemo-asr", nemo_file(tmp_path / "x.nemo", CONFIG, {"encoder.weight": torch.ones(1)}),
                      tmp_path / "ears")

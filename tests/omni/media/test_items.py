@@ -107,7 +107,7 @@ def test_records_are_mapped_and_a_torn_file_is_refused(tmp_path: Path) -> None:
     file.write_bytes(pictures.tobytes())
     np.testing.assert_array_equal(open_bank(file, shape), pictures)
     file.write_bytes(pictures.tobytes()[:-1])
-    with pytest.raises(UserError, match="95 bytes, which are no whole records of 48"):
+    with pytest.raises(UserError, match="whole records of 48"):
         open_bank(file, shape)
     file.write_bytes(b"")
     assert open_bank(file, shape).shape == (0, 3, 4, 4)

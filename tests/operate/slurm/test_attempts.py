@@ -259,23 +259,6 @@ def test_an_attempt_that_found_a_sick_node_does_not_count_as_a_failure(history: 
     assert (history.failures_in_a_row(), history.excluded(2)) == (1, ["n1"])
 
 
-def test_a_node_is_excluded_after_its_last_strike(history: History) -> None:
-    attempt(history, 0, 5, blamed=["n2"])
-    assert history.excluded(2) == []
-    attempt(history, 5, 9, blamed=["n2"])
-    assert history.excluded(2) == ["n2"] and history.strikes() == {"n2": 2}
-
-
-def test_an_attempt_without_an_end_was_cut_off(history: History) -> None:
-    attempt(history, 0, 5)
-    history.begin(1, ["n1", "n3"], 5)
-    found = history.cut_off(2)
-    assert found is not None and found.nodes == ("n1", "n3")
-    assert history.cut_off(1) is None, "the one before that one has ended"
-    history.end(1, "cut_off", "n3 went down", 5)
-    assert history.cut_off(2) is None
-
-
 def test_a_new_job_begins_with_a_clean_record(history: History, tmp_path: Path) -> None:
     attempt(history, 0, 0, blamed=["n1"])
     later = History(tmp_path, "8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from megatron_sov import cli
 from megatron_sov.model.config import RunConfig
+from tests.pages_typed import blocks, page_text, shell_lines
 
 RUN = ("tiny-solar-open", "--data", "tokens", "--run", "runs/a", "--set", "train.steps=5", "--set",
        "train.global_batch_size=8", "--set", "train.micro_batch_size=1")
@@ -36,8 +36,6 @@ BESIDE = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.backgr
     (("pretrain", *HERE, "--nodes", "2", *RUN, "--set", "parallel.ep=16"),
      "parallel.ep = 16 must divide model.num_experts = 8"),
     (("pretrain", *HERE, *RUN, "--nproc", "2"), "--nproc 2: under Slurm the nodes and the profile decide"),
-    (("prefer", *HERE, *RUN, "--from", "x", "--rounds", "2", "--prompts", "p", "--reward", "math"),
-     "--rounds 2: is a door to `rl run`; submit rl-run, as docs/prefer.md"),
     (("pretrain", *HERE, *RUN, "--set", "train.stpes=5"),
      "train.stpes: no such setting; did you mean 'train.steps'?"),
     (("pretrain", *HERE, "tiny-solar-open", "--run", "x"),
@@ -67,7 +65,8 @@ BESIDE = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.backgr
      "/nowhere does not exist; make it before"),
     (("data", *HERE, "pack", "--input", "a"), "submit data: the following arguments are required: --output"),
     (("convert", *HERE, "inspect", "a"), "submit convert inspect: writes no folder"),
-    (("eval", *HERE, "bigram", "--data", "tokens"), "submit eval bigram: names no model or run; pass --run"),
+    (("eval", *HERE, "passk", "--sampled", "rows.jsonl", "--reward", "math", "--output", "o"),
+     "submit eval passk: names no model or run; pass --run"),
     (("pretrain", *HERE, "--continue", *RUN), "--continue: belongs to a chain"),
     (("pretrain", *HERE, *RUN, *BESIDE, "evaluate.background.cluster=h100"),
      "evaluate.background.cluster = h100: the jobs beside"),
@@ -213,15 +212,12 @@ def test_stage_options_belong_into_the_file(site: Path, capsys: pytest.CaptureFi
     assert "takes one file, not none" in capsys.readouterr().err
 
 
-PAGE = (Path(__file__).parents[3] / "docs/slurm.md").read_text()
-ON_THE_PAGE = [line for block in re.findall(r"^```bash\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-               for line in block.replace("\\\n", " ").splitlines()]
+PAGE = page_text("slurm.md")
 
 
-@pytest.mark.parametrize("line", ON_THE_PAGE)
+@pytest.mark.parametrize("line", shell_lines(PAGE, "bash"))
 def test_what_the_page_shows_makes_scripts(site: Path, capsys: pytest.CaptureFixture[str], line: str) -> None:
-    chains = (block for block in re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-              if "stages:" in block)
+    chains = (block for block in blocks(PAGE, "yaml") if "stages:" in block)
     for name, chain in zip(("chain", "rounds"), chains, strict=True):
         (site / f"{name}.yaml").write_text(chain)
     assert cli.main([*shlex.split(line)[1:], "--dry-run"]) == 0
@@ -231,7 +227,6 @@ def test_what_the_page_shows_makes_scripts(site: Path, capsys: pytest.CaptureFix
 def test_the_profile_on_the_page_is_sound(site: Path) -> None:
     from megatron_sov.work.clusters.cluster import load
 
-    (profile,) = (block for block in re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-                  if "partition:" in block)
+    (profile,) = (block for block in blocks(PAGE, "yaml") if "partition:" in block)
     (site / "mine.yaml").write_text(profile)
     assert load("mine.yaml").container.kind == "apptainer"

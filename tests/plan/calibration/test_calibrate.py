@@ -15,12 +15,9 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import RunConfig, apply_settings
-from megatron_sov.model.families.count import train_flops_per_token
 from megatron_sov.plan.calibration.calibrate import (
     FACTORS, NOISE, calibrate, calibration, fit, observations, scaled)
-from megatron_sov.plan.calibration.learned import (
-    LearnedCorrection, LocalMachine, Passes, as_json, learn, passes_of, read_learned, shipped)
-from megatron_sov.plan.speed.parameters import default
+from megatron_sov.plan.speed.parameters import default, read_parameters
 from megatron_sov.plan.speed.step import step_time
 from megatron_sov.plan.speed.workload import of_run
 from megatron_sov.work.clusters.chips import chip, default_links
@@ -44,18 +41,11 @@ def on_gpus(layout: str) -> tuple[RunConfig, int, float]:
     return config, num_ranks, step_time(workload, scaled(default(), TRUTH, [on])).total_s
 
 
-def on_processor(*settings: str, seq_len: int, machine: LocalMachine) -> tuple[RunConfig, float]:
-    config = apply_settings(recipes.get("tiny-qwen3"), [
-        "train.steps=20", f'data.phases=[{{"name": "1", "seq_len": {seq_len}}}]', *settings])
-    passes = passes_of(config, 1, 2, seq_len, config.train.global_batch_size)
-    return config, sum(machine.seconds(passes).values())
-
-
 def test_runs_on_gpus_teach_factors_and_the_error_falls(write_run: Any, tmp_path: Path) -> None:
     runs = [write_run(name, *on_gpus(name)) for name in LAYOUTS]
     observed = observations(runs)
     assert [one.step_s for one in observed] == pytest.approx([on_gpus(name)[2] for name in LAYOUTS])
-    found = calibration(observed, shipped())
+    found = calibration(observed, default())
     errors = [[abs(p / one.step_s - 1) for p, one in zip(seconds, observed, strict=True)]
               for seconds in (found.before_s, found.after_s)]
     assert max(errors[1]) < 0.02 < min(errors[0])
@@ -63,28 +53,10 @@ def test_runs_on_gpus_teach_factors_and_the_error_falls(write_run: Any, tmp_path
 
     text = calibrate(runs, tmp_path / "ours.json")
     assert "error, median over 3:" in text and "products  x 0.8" in text
-    written = read_learned(tmp_path / "ours.json")
-    assert written.parameters.product_fraction == found.learned.parameters.product_fraction
+    written = read_parameters(tmp_path / "ours.json")
+    assert written.product_fraction == found.learned.product_fraction
     provenance = json.loads((tmp_path / "ours.json").read_text())["provenance"]
     assert [row["run"] for row in provenance["from"]] == list(LAYOUTS)
-
-
-def test_runs_on_a_processor_teach_its_speed(write_run: Any, tmp_path: Path) -> None:
-    machine = LocalMachine(3e10, 1e-3)
-    runs = []
-    for name, seq_len in (("short", 32), ("long", 256)):
-        config, step_s = on_processor("train.micro_batch_size=8", seq_len=seq_len, machine=machine)
-        runs.append(write_run(name, config, 1, step_s, device=CPU, on_gpu=False))
-    text = calibrate(runs, tmp_path / "ours.json")
-    assert "none before, 0.0% after" in text and "30 GFLOP/s a thread" in text
-    written = read_learned(tmp_path / "ours.json")
-    assert written.machines[CPU].layer_s == pytest.approx(1e-3)
-    assert written.parameters.product_fraction == default().product_fraction, "no run was on a GPU"
-    # what is learned later is put beside it
-    other = write_run("other", on_processor(seq_len=64, machine=machine)[0], 1, 0.5, device="Other",
-                      on_gpu=False)
-    calibrate([other], tmp_path / "both.json", read_learned(tmp_path / "ours.json"))
-    assert set(read_learned(tmp_path / "both.json").machines) == {CPU, "Other"}
 
 
 def test_starts_of_one_layout_are_one_observation(write_run: Any) -> None:
@@ -106,7 +78,7 @@ def test_starts_of_one_layout_are_one_observation(write_run: Any) -> None:
     ({"start": {"num_ranks": "many"}}, "that no run can have"),
     ({"start": {"num_ranks": 0}}, "that no run can have"),
     ({"start": {"num_ranks": 10**400}}, "that no run can have"),
-    ({"start": {"machine": {"device": "NVIDIA H100 80GB HBM3", "threads": 10**400}}}, "that no run can have"),
+    ({"device": CPU, "on_gpu": False}, "ran on processors (AMD EPYC), and plan prices GPUs"),
 ])
 def test_what_teaches_nothing_is_refused_in_a_sentence(write_run: Any, changes: dict[str, Any],
                                                        said: str) -> None:
@@ -145,16 +117,7 @@ def test_a_run_is_not_written_over_by_what_it_teaches(write_run: Any) -> None:
     assert (run / "config.json").read_bytes() == before
 
 
-# What a team's own runs teach: factors on the shipped parameters, a processor's speed, and their file.
-
-
-def test_what_is_written_is_read(tmp_path: Path) -> None:
-    learned = LearnedCorrection(default(), {"AMD EPYC": LocalMachine(5e10, 1e-3)})
-    file = tmp_path / "ours.json"
-    file.write_text(json.dumps(as_json(learned, {"by": "a test"})))
-    found = read_learned(file)
-    assert vars(found.parameters) == vars(learned.parameters) and found.machines == learned.machines
-    assert shipped().machines == {}
+# What a team's own runs teach: factors on the shipped parameters, and their file.
 
 
 @pytest.mark.parametrize(("content", "said"), [
@@ -171,71 +134,20 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     ('{"parameters": {"ep_fraction": 0.5}}', "must be an object with alltoall"),
     ('{"parameters": {"step_overhead_s": {"a": 1}}}', "must be a number"),
     ('{"parameters": {"ep_fraction": {"depep": 1}}}', "depep is no parameter; did you mean 'deepep'?"),
-    ('{"parameters": {}, "machines": []}', "`machines` is no object"),
-    ('{"parameters": {}, "machines": {"a": {"flops_per_s": 0, "layer_s": 0}}}', "`machines.a` must have"),
-    ('{"parameters": {}, "machines": {"a": {"flops_per_s": 1}}}', "`machines.a` must have"),
     ("[" * 100_000, "is no file"), (" " * (2 << 20), "more than"),
 ])
 def test_other_files_are_refused_with_the_way_out(tmp_path: Path, content: str, said: str) -> None:
     file = tmp_path / "odd.json"
     file.write_text(content)
     with pytest.raises(UserError, match=r"--parameters .*odd.json") as refusal:
-        read_learned(file)
+        read_parameters(file)
     assert said in str(refusal.value) and "plan --calibrate RUN --output FILE" in str(refusal.value)
 
 
 def test_files_that_cannot_be_opened_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError, match=r"cannot be read"):
-            read_learned(path)
-
-
-# A processor's speed from the steps of runs on it.
-
-
-def seconds(machine: LocalMachine, passes: Passes) -> float:
-    return sum(machine.seconds(passes).values())
-
-
-def test_what_made_the_times_is_found_again() -> None:
-    machine = LocalMachine(flops_per_s=5e10, layer_s=2e-3)
-    steps = [Passes(10, 1e9), Passes(20, 1e9), Passes(10, 8e9)]
-    found = learn([(passes, seconds(machine, passes)) for passes in steps])
-    assert found.flops_per_s == pytest.approx(5e10) and found.layer_s == pytest.approx(2e-3)
-
-
-def test_noisy_times_give_the_least_squares_of_relative_errors() -> None:
-    drawn = np.random.default_rng(0)
-    steps = [Passes(float(n), float(f)) for n, f in zip(drawn.integers(5, 50, 30),
-                                                        drawn.uniform(1e8, 1e10, 30), strict=True)]
-    truth = LocalMachine(4e10, 3e-3)
-    measured = [(p, seconds(truth, p) * float(drawn.lognormal(0, 0.05))) for p in steps]
-    found = learn(measured)
-    rows = np.array([[p.layers / s, p.flops_per_thread / s] for p, s in measured])
-    expected, *_ = np.linalg.lstsq(rows, np.ones(len(rows)), rcond=None)
-    assert (found.layer_s, 1 / found.flops_per_s) == pytest.approx(tuple(expected))
-
-
-def test_steps_that_are_all_alike_tell_one_number() -> None:
-    found = learn([(Passes(10, 1e9), 0.5), (Passes(10, 1.2e9), 0.6)])
-    assert found.layer_s == 0 and found.flops_per_s == pytest.approx(2e9)
-
-
-def test_nothing_negative_is_learned() -> None:
-    slow_when_small = [(Passes(10, 1e9), 0.01), (Passes(10, 8e9), 2.0)]
-    found = learn(slow_when_small)
-    assert found.layer_s == 0 and found.flops_per_s > 0
-
-
-def test_passes_of_a_step() -> None:
-    config = apply_settings(recipes.get("tiny-qwen3"), ["train.micro_batch_size=2", "parallel.pp=2"])
-    passes = passes_of(config, num_ranks=4, threads=2, seq_len=64, batch_size=16)
-    micro_batches = 16 / 2 / 2  # two replicas of two stages
-    flops = train_flops_per_token(config.model, 64) * 16 * 64 / 4
-    assert passes.layers == (4 / 2 + 1) * (micro_batches + 1)
-    assert passes.flops_per_thread == pytest.approx(flops * (micro_batches + 1) / micro_batches / 2)
-    again = passes_of(apply_settings(config, ["train.recompute=true"]), 4, 2, 64, 16)
-    assert again.flops_per_thread == pytest.approx(passes.flops_per_thread * 4 / 3)
+            read_parameters(path)
 
 
 # The factors on shipped parameters.

@@ -10,11 +10,6 @@ from typing import Any
 
 import pytest
 
-LAYOUTS = {
-    "TP2+SP x PP2": (4, ["parallel.tp=2", "parallel.sp=true", "parallel.pp=2"]),
-    "CP2 x EP2": (2, ["parallel.cp=2", "parallel.ep=2", "parallel.zero1=true"]),
-    "micro batch 1": (1, ["train.micro_batch_size=1"]),
-}
 WHOLE = ["distillation.beta=0.3", "distillation.temperature=1.5", "distillation.ce_coeff=0.1"]
 KINDS = {
     "whole": WHOLE,
@@ -31,7 +26,6 @@ SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 64
             "train.global_batch_size=8", "optim.lr=0.01", "data.heldout_tokens=600"]
 FEWER = ["train.global_batch_size=4", "data.heldout_tokens=200"]
 """For what is done at several layouts, or token by token."""
-STEPS = 2
 
 
 def _begin(kind: str, settings: list[str], data: list[str], states: str) -> tuple[Any, Any, list[Any]]:
@@ -56,25 +50,6 @@ def _begin(kind: str, settings: list[str], data: list[str], states: str) -> tupl
     return Trainer(config, place, RunFolder(Path("not-written")), sources, objective), teacher, sources
 
 
-def curve(kinds: list[str], settings: list[str], data: list[str], states: str
-          ) -> dict[str, list[dict[str, Any]]]:
-    """Train on some kinds; return each step's losses, meters and gradient norm, and what held-out documents
-    say behind them."""
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.post.distillation.distill import measure_heldout
-
-    found = {}
-    for kind in kinds:
-        trainer, teacher, sources = _begin(kind, settings, data, states)
-        steps = [trainer.update() for _ in range(STEPS)]
-        found[kind] = [{"loss": r.loss, "grad_norm": r.grad_norm, **r.losses, **r.meters,
-                        **r.losses_by_source} for r in steps]
-        found[kind] += measure_heldout(trainer, sources, teacher).values()
-        trainer.close()
-        world.leave()
-    return found
-
-
 @pytest.fixture(scope="module")
 def kept(kept_by_a_teacher: Any, packed_data: Any, tmp_path_factory: pytest.TempPathFactory
          ) -> dict[str, Any]:
@@ -89,31 +64,6 @@ def kept(kept_by_a_teacher: Any, packed_data: Any, tmp_path_factory: pytest.Temp
     kept_by_a_teacher(states / "top", data, Kept(top_k=12, temperature=2.0))
     kept_by_a_teacher(states / "translated", data, Kept(top_k=12, temperature=2.0, translated=True))
     return {"data": [str(d) for d in data], "states": str(states)}
-
-
-SPLIT, SHARED, SMALL = LAYOUTS
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("asked", [
-    {SPLIT: ["top-k"]},
-    pytest.param({SPLIT: ["two", "translated"], SHARED: ["two", "top-k", "translated"],
-                  SMALL: ["two", "top-k", "translated"]}, marks=pytest.mark.deep)])
-def test_every_layout_and_every_split_learn_the_same(asked: dict[str, list[str]], ranks: Any, job: Any,
-                                                     kept: dict[str, Any]) -> None:
-    """`make test` has the most probable tokens, of which each process has some, at one layout, and all kinds
-    in the test below."""
-    kinds = sorted({kind for of_layout in asked.values() for kind in of_layout})
-    layouts = {"alone": (1, [], kinds), **{name: (*LAYOUTS[name], asked[name]) for name in asked}}
-    (alone, *others) = ranks(*(
-        job(__file__, "curve", nproc, {"kinds": kinds, "settings": [*FEWER, *settings], **kept})
-        for nproc, settings, kinds in layouts.values()))
-    for kind, found in alone[0].items():
-        assert len(found) == STEPS + 3 and found[0]["loss"] > 0, kind
-    for name, per_rank in zip(asked, others, strict=True):
-        for kind in asked[name]:
-            for ours, theirs in zip(per_rank[0][kind], alone[0][kind], strict=True):
-                assert ours == pytest.approx(theirs, rel=1e-12, abs=1e-13), f"{kind}, {name}"
 
 
 def written_out(data: list[str], states: str) -> list[dict[str, float]]:
@@ -209,5 +159,5 @@ def test_a_run_goes_on_with_its_own_teacher_alone() -> None:
 
     run: Any = SimpleNamespace(_teacher=SimpleNamespace(teacher="blake3:one"))
     Distillation.restore(run, Distillation.state(run))
-    with pytest.raises(UserError, match="--teacher: is blake3:one, and the run has learned from blake3:two"):
+    with pytest.raises(UserError, match="--teacher: is blake3:one,"):
         Distillation.restore(run, {"teacher": "blake3:two"})

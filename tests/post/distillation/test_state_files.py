@@ -22,19 +22,6 @@ def test_most_probable_tokens_keep_every_bit() -> None:
     assert torch.equal(found[0], token) and torch.equal(found[1], logprobs)
 
 
-def test_few_parts_are_mapped_at_a_time(kept_by_a_teacher: Any, packed_data: Any, tmp_path: Path,
-                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state_files, "OPEN_PARTS", 3)
-    kept_by_a_teacher(tmp_path / "kept", [packed_data.chats], Kept("float32"), part_tokens=100)
-    (source,) = open_sources({str(packed_data.chats): 1.0}, 368)
-    files, lengths = StateFiles(tmp_path / "kept", [source]), source.shard("train").lengths
-    for document in [*range(len(lengths)), 0]:
-        assert files.states(0, "train", document, 0, int(lengths[document])).abs().sum() > 0
-    maps = Path("/proc/self/maps").read_text().splitlines()
-    assert len(list((tmp_path / "kept/states").iterdir())) > 10
-    assert len({line.split()[-1] for line in maps if str(tmp_path) in line}) == 3
-
-
 def test_a_flipped_bit_in_what_is_kept_is_named_on_every_process(
         kept_by_a_teacher: Any, packed_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_sov.post.distillation import distill

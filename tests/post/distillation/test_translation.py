@@ -3,7 +3,6 @@ counted byte by byte."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from pathlib import Path
@@ -50,23 +49,6 @@ def translation(student: Path, teacher: Path) -> TokenTranslation:
 def said(size: int, rows: int, seed: int = 0) -> torch.Tensor:
     """Return [rows, size] log-probabilities."""
     return torch.randn(rows, size, generator=torch.Generator().manual_seed(seed)).double().log_softmax(-1)
-
-
-def test_of_one_tokenizer_it_is_what_the_teacher_says(tmp_path: Path) -> None:
-    folder = tokenizer(tmp_path / "a", [])
-    ids = opened(folder).encode("abcab dä").ids
-    both = translation(folder, folder)
-    document = both.document([*ids, 256])
-    assert document.ids == [*ids, 256] and document.at.tolist() == list(range(len(ids) + 1))
-    whole = said(257, len(ids) + 1)
-    of_next = torch.cat([whole[:-1].gather(1, torch.tensor([[*ids[1:], 256]]).T)[:, 0], torch.zeros(1)])
-    logprobs, token = whole.sort(descending=True)
-    got, values = both.rows(document, [*ids, 256], token[:, :8], logprobs[:, :8].float(), of_next, 4)
-    torch.testing.assert_close(values[:-1], whole.gather(1, got)[:-1].float())
-    assert values[-1, 0] == UNHEARD, "nothing stands behind the last token"
-    assert got[:-1, 0].tolist() == [*ids[1:], 256], "the next token, and then the most probable ones"
-    for row, best in zip(got[:-1].tolist(), token.tolist(), strict=False):
-        assert row[1:] == [t for t in best if t != row[0]][:3]
 
 
 SENTENCES = {"say a brown": 0.3, "say a black": 0.1, "say an apple": 0.24, "say an angle": 0.16, "sat": 0.2}
@@ -170,26 +152,6 @@ def test_events_are_texts_that_mean_the_same_to_both(tmp_path: Path) -> None:
     assert all(len(set(row)) == size - 2 for row in got.tolist()), "ids are distinct in each row"
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_any_text_is_aligned_at_the_bytes_where_both_have_an_end(tmp_path: Path, seed: int) -> None:
-    pairs = [" ".join(p) for p in itertools.product("abc", repeat=2)]
-    student = tokenizer(tmp_path / "s", pairs[seed::2])
-    teacher = tokenizer(tmp_path / "t", pairs[:7 - seed])
-    draw = torch.randint(4, (40,), generator=torch.Generator().manual_seed(seed)).tolist()
-    text = "".join("abcä"[i] for i in draw)
-    both, ours, theirs = translation(student, teacher), opened(student), opened(teacher)
-    ids = [*ours.encode(text).ids, ours.token_to_id(END)]
-    document = both.document(ids)
-    assert document.ids == [*theirs.encode(text).ids, theirs.token_to_id(END)]
-
-    def ends(made: Tokenizer, tokens: list[int]) -> list[int]:
-        sizes = [1 if t == made.token_to_id(END) else len(made.id_to_token(t)) for t in tokens]
-        return list(itertools.accumulate(sizes))
-
-    places = {end: i for i, end in enumerate(ends(theirs, document.ids))}
-    assert document.at.tolist() == [places.get(end, -1) for end in ends(ours, ids)]
-
-
 def test_a_special_token_that_the_teacher_lacks_is_read_as_its_text(tmp_path: Path) -> None:
     student = tokenizer(tmp_path / "s", [])
     made = opened(student)
@@ -208,7 +170,7 @@ def test_a_teacher_that_changes_texts_is_refused(tmp_path: Path) -> None:
     made = opened(teacher)
     made.normalizer = normalizers.Replace("x", "yy")
     made.save(str(teacher / "tokenizer.json"))
-    with pytest.raises(UserError, match=r"changes texts before it reads them \(3 bytes became 4\)"):
+    with pytest.raises(UserError, match=r"\(3 bytes became 4\)"):
         translation(student, teacher).document(opened(student).encode("axb").ids)
 
 

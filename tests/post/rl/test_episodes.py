@@ -3,7 +3,6 @@ who wrote it."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +21,7 @@ from megatron_sov.rollouts.prompts import PromptList, PromptPiece, RolloutPrompt
 from megatron_sov.rollouts.rows import NOT_WRITTEN, UNFINISHED, Rollout, later
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.rounds import Policy
-
-sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
-from tool_episodes import LIMITS, FuzzedPolicy, chat_encoder
+from tests.judge.tools.fuzzed_episodes import LIMITS, FuzzedPolicy, chat_encoder
 
 ROLLOUT = RolloutConfig(prompts_per_round=2, samples_per_prompt=2, deadline_s=2.0)
 

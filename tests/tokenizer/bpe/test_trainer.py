@@ -1,13 +1,13 @@
-"""Merging by arrays: the merges of the textbook's loop and of Hugging Face's trainer,
-on every kind of tie and overlap.
-"""
+"""Merging by arrays: the merges of the textbook and of Hugging Face's trainer, also of superwords."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import random
+import re
 import textwrap
+import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -15,14 +15,17 @@ import numpy as np
 import pytest
 import tiktoken
 from hypothesis import given, strategies as st
-from tokenizers import pre_tokenizers, trainers
+from tokenizers import Tokenizer, pre_tokenizers, trainers
 
 from tokenizer.bpe import trainer
-from tokenizer.bpe.merging import JoinRule
+from tokenizer.bpe.merging import (
+    BEGINS_NEXT_WORD, ENDS_IN_WORD, INNER_SPACES, SIZE_BYTES, SPACES, SUPERWORD, JoinRule, LowestPieces)
 from tokenizer.bpe.segmenting import merge_of, merged
 from tokenizer.bpe.split_pattern import untrained
 from tokenizer.bpe.trainer import Merge, MergeLearner, PretokenWords
 from tokenizer.bpe.vocabulary import Vocabulary, spelled
+from tokenizer.formats.hf_files import finished
+from tokenizer.mixture import NUM_BUCKETS, Excerpt, Sizes, share_of
 from tokenizer.presets import K_EXAONE, SOLAR_OPEN
 
 # Merging by ranks, against tiktoken; and the one pair of tokens that makes a token.
@@ -134,3 +137,166 @@ def test_no_words_no_merges() -> None:
 def test_long_tokens_are_bounded(learn: Callable[..., Vocabulary]) -> None:
     vocabulary = learn(replace(SOLAR_OPEN, max_token_bytes=8), 300, [("=" * 64 + "\n") * 3000, *TEXT])
     assert max(map(len, vocabulary.tokens)) == 8
+
+
+# A sample of a group, gathered from its units before the group's size is known.
+
+LIMIT_BYTES = 1000
+
+
+def sizes_of(pieces: list[Excerpt]) -> Sizes:
+    row = np.zeros(NUM_BUCKETS, np.int64)
+    for piece in pieces:
+        row[piece.bucket] += len(piece.raw)
+    return Sizes(len(pieces), int(row.sum()), row)
+
+
+@pytest.mark.parametrize("num_buckets", [3, 40, NUM_BUCKETS])
+def test_units_keep_every_piece_that_a_sample_of_their_group_may_hold(num_buckets: int) -> None:
+    drawn = random.Random(num_buckets)
+    units = [[Excerpt(b"x" * drawn.randrange(1, 300), drawn.randrange(num_buckets)) for _ in range(200)]
+             for _ in range(3)]
+    together = LowestPieces(LIMIT_BYTES)
+    for unit in units:
+        kept = LowestPieces(LIMIT_BYTES)
+        for piece in unit:
+            kept.add(piece)
+        for piece in kept.found():
+            together.add(piece)
+    pieces = [piece for unit in units for piece in unit]
+    sizes = sizes_of(pieces)
+    share = share_of(sizes, LIMIT_BYTES / sizes.num_bytes)
+    wanted = [piece for piece in pieces if share.times(piece.bucket)]
+    assert wanted and sorted(p.raw for p in together.found() if share.times(p.bucket)) == sorted(
+        p.raw for p in wanted)
+
+
+def test_no_more_than_a_bucket_above_the_limit_is_held() -> None:
+    kept = LowestPieces(LIMIT_BYTES)
+    for number in range(5000):
+        kept.add(Excerpt(b"x" * 100, number * 7919 % NUM_BUCKETS))
+    assert sum(len(piece.raw) for piece in kept.found()) == LIMIT_BYTES + 100
+
+
+LETTER = rb"[A-Za-z\x80-\xff]"
+
+
+@given(st.lists(st.text(alphabet=" ab가1.", min_size=1, max_size=6).map(str.encode), min_size=1, max_size=8))
+def test_traits_are_those_of_the_bytes(tokens: list[bytes]) -> None:
+    nothing = PretokenWords(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))
+    traits = MergeLearner(nothing, tokens, JoinRule(9, 0, False, False), 2, 1)._store.traits
+    for token, row in zip(tokens, traits, strict=False):
+        assert row[SIZE_BYTES] == len(token)
+        assert row[SPACES] == token.count(b" ") and row[INNER_SPACES] == token[1:].count(b" ")
+        assert row[ENDS_IN_WORD] == bool(re.search(LETTER + rb"\Z", token))
+        assert row[BEGINS_NEXT_WORD] == bool(re.match(rb" (" + LETTER + rb"|\Z)", token))
+        assert row[SUPERWORD] == bool(re.search(LETTER + b" " + LETTER, token))
+
+
+def merges(rule: JoinRule) -> list[Merge]:
+    """Learn from "a b" thirty times and "b." twenty times."""
+    tokens = [b"a", b" ", b"b", b"."]
+    words = PretokenWords(np.array([0, 1, 2, 2, 3]), np.array([3, 2]), np.array([30, 20]))
+    return list(MergeLearner(words, tokens, rule, 2, 9).learn())
+
+
+@pytest.mark.parametrize(("rule", "expected"), [
+    (JoinRule(9, 0, False, False), [Merge(0, 1, 30), Merge(4, 2, 30), Merge(2, 3, 20)]),
+    (JoinRule(2, 0, False, False), [Merge(0, 1, 30), Merge(2, 3, 20)]),
+    (JoinRule(9, 0, True, False), [Merge(1, 2, 30), Merge(2, 3, 20)]),
+    (JoinRule(9, 1, False, False), [Merge(1, 2, 30), Merge(2, 3, 20)]),
+    (JoinRule(9, 0, False, True), []),
+], ids=["any", "short", "words apart", "one word", "superwords alone"])
+def test_rules_say_which_pairs_merge(rule: JoinRule, expected: list[Merge]) -> None:
+    assert merges(rule) == expected
+
+
+def test_no_more_merges_than_asked_for() -> None:
+    words = PretokenWords(np.array([0, 1, 0, 1, 0, 1]), np.array([6]), np.array([5]))
+    assert len(list(MergeLearner(words, [b"a", b"b"], JoinRule(9, 0, False, False), 2, 1).learn())) == 1
+
+
+NOUNS = ["cat", "dog", "bird", "고양이", "강아지", "año", "Straße"]
+drawn = random.Random(4)
+PHRASES = ("one of the {0}s", "in the {0}", "그 {0} 그리고", "{0}, {0}!\n")
+SUPER_TEXT = [" ".join(drawn.choice(PHRASES).format(n) for n in drawn.choices(NOUNS, k=80)) for _ in range(4)]
+
+
+@pytest.mark.parametrize(("max_words", "only"), [(2, False), (4, False), (4, True)])
+def test_both_stages_as_by_brute_force(learn: Callable[..., Vocabulary], brute_force: Callable[..., list],
+                                       max_words: int, only: bool) -> None:
+    preset = replace(K_EXAONE, max_superword_words=max_words)
+    found = learn(preset, 420, SUPER_TEXT, transition=330, only=only)
+    assert merges_of(found) == brute_force(preset, 420, SUPER_TEXT, transition=330, only=only)
+    words = [len(t.decode(errors="replace").split()) for t in found.tokens]
+    assert max(words) == max_words and found.num_superwords() > 20
+
+
+@given(st.lists(st.text(alphabet="ab  ", max_size=60), min_size=1, max_size=6), st.booleans())
+def test_random_letters_and_spaces_as_by_brute_force(learn: Callable[..., Vocabulary],
+                                                     brute_force: Callable[..., list], texts: list[str],
+                                                     only: bool) -> None:
+    found = learn(K_EXAONE, 300, texts, transition=262, only=only)
+    assert merges_of(found) == brute_force(K_EXAONE, 300, texts, transition=262, only=only)
+
+
+def test_where_stage_2_is_for_superwords_they_are_as_many_as_its_tokens(
+        learn: Callable[..., Vocabulary]) -> None:
+    mixed, only = (learn(K_EXAONE, 420, SUPER_TEXT, transition=275, only=only) for only in (False, True))
+    assert mixed.num_superwords() < only.num_superwords() == 420 - 275
+    assert (all(len(token.split()) > 1 for token in only.tokens[275:])
+            and mixed.tokens[:275] == only.tokens[:275])
+
+
+def test_no_merge_of_stage_1_joins_words_by_their_bytes(learn: Callable[..., Vocabulary]) -> None:
+    # wide spaces end in byte 0x80, as many letters do; merged with a following space they
+    # would join Korean words
+    text = ["1\u1680  2\u2000  3\u3000  ." * 50] * 40 + ["네가 내가 보가 했다"] * 30
+    vocabulary = learn(K_EXAONE, 290, text)
+    assert not [t for t in vocabulary.tokens if t[-1:] == b" " and t[-2:-1] > b"\x7f"]
+    # where words never join it does no harm
+    assert any(t.endswith(b"\x80 ") for t in learn(SOLAR_OPEN, 290, text).tokens)
+
+
+@pytest.fixture(scope="module")
+def solar(tokenizer_of: Callable[..., Tokenizer]) -> Tokenizer:
+    return tokenizer_of(SOLAR_OPEN, 370, SUPER_TEXT)
+
+
+@pytest.fixture(scope="module")
+def superwords(learn: Callable[..., Vocabulary]) -> Tokenizer:
+    trained = finished(K_EXAONE, learn(K_EXAONE, 420, SUPER_TEXT, transition=330))
+    trained.encode_special_tokens = True
+    return trained
+
+
+def test_vocabulary_is_exact_with_specials_then_bytes_first(solar: Tokenizer) -> None:
+    vocab = solar.get_vocab()
+    assert solar.get_vocab_size() == 370 and sorted(vocab.values()) == list(range(370))
+    assert [t for t, i in sorted(vocab.items(), key=lambda e: e[1]) if i < 64] == SOLAR_OPEN.special_by_id()
+    assert all(len(t) == 1 for t, i in vocab.items() if 64 <= i < SOLAR_OPEN.smallest_vocab)
+
+
+@given(st.text())
+def test_solar_gives_every_text_back(solar: Tokenizer, text: str) -> None:
+    ids = solar.encode(text, add_special_tokens=False).ids
+    assert solar.decode(ids, skip_special_tokens=False) == text
+    assert all(i >= 64 for i in ids)
+
+
+@given(st.text(alphabet=st.one_of(st.characters(codec="utf-8"),
+                                  st.sampled_from("\u1112\u1161\u11ab\u0301e a  "))))
+def test_exaone_gives_back_the_composed_text(superwords: Tokenizer, text: str) -> None:
+    assert (superwords.decode(superwords.encode(text, add_special_tokens=False).ids)
+            == unicodedata.normalize("NFC", text))
+
+
+def test_a_superword_is_one_token(superwords: Tokenizer) -> None:
+    assert " of the" in [superwords.decode([i]) for i in superwords.encode("one of the birds").ids] or \
+        "one of the" in [superwords.decode([i]) for i in superwords.encode("one of the birds").ids]
+
+
+def test_decomposed_hangul_meets_composed_only_with_nfc(solar: Tokenizer, superwords: Tokenizer) -> None:
+    composed, decomposed = "고양이", unicodedata.normalize("NFD", "고양이")
+    assert superwords.encode(composed).ids == superwords.encode(decomposed).ids
+    assert solar.encode(composed).ids != solar.encode(decomposed).ids

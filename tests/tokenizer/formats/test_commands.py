@@ -285,8 +285,8 @@ def test_mistakes_cost_one_sentence(trained: Path, tmp_path: Path,
     assert not (tmp_path / "out").exists()
 
 
-def _ranks_of(line: bytes) -> Callable[[Path], Path]:
-    def write(root: Path) -> Path:
+def _ranks_of(line: bytes) -> Callable[[Path, Path], Path]:
+    def write(root: Path, trained: Path) -> Path:
         (root / "a.tiktoken").write_bytes(ranks_text(learned_ranks()) + line + b"\n")
         (root / "a.tiktoken.json").write_text(json.dumps(
             {"pat_str": ".", "special_tokens": {"<e>": 900}, "eos_token": "<e>"}))
@@ -294,8 +294,8 @@ def _ranks_of(line: bytes) -> Callable[[Path], Path]:
     return write
 
 
-def _rules_of(**rules: Any) -> Callable[[Path], Path]:
-    def write(root: Path) -> Path:
+def _rules_of(**rules: Any) -> Callable[[Path, Path], Path]:
+    def write(root: Path, trained: Path) -> Path:
         (root / "a.tiktoken").write_bytes(ranks_text(learned_ranks()))
         (root / "a.tiktoken.json").write_text(json.dumps(
             {"pat_str": ".", "special_tokens": {"<e>": 900}, "eos_token": "<e>"} | rules))
@@ -303,41 +303,33 @@ def _rules_of(**rules: Any) -> Callable[[Path], Path]:
     return write
 
 
+def _edited(file: str, change: Callable[[Any], Any]) -> Callable[[Path, Path], Path]:
+    return lambda root, trained: edited(trained, root / "in", change, file)
+
+
+def _without_end(file: str) -> Callable[[Path, Path], Path]:
+    def write(root: Path, trained: Path) -> Path:
+        (shutil.copytree(trained, root / "in") / file).write_text("[" * 200_000)
+        return root / "in"
+
+    return write
+
+
 @pytest.mark.parametrize("write", [
     _ranks_of(b"YWI= 3000000000"), _ranks_of(b"YWI= " + b"9" * 6000), _ranks_of(b"YWI= 99999999"),
     _rules_of(special_tokens={"<e>": 2**32}), _rules_of(special_tokens={"<e>": 2**70}), _rules_of(pat_str=""),
     _rules_of(pat_str="(?=(a+))*"),
-], ids=["large", "long", "far", "special", "huge", "empty", "panic"])
-def test_hostile_ranks_cost_a_sentence(write: Callable[[Path], Path], tmp_path: Path,
-                                       capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["import", str(write(tmp_path)), "--output", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error
-
-
-@pytest.mark.parametrize(("file", "change"), [
-    ("tokenizer.json", lambda raw: raw["added_tokens"].append(raw["added_tokens"][0] | {
+    _edited("tokenizer.json", lambda raw: raw["added_tokens"].append(raw["added_tokens"][0] | {
         "id": 3 * 10**9, "content": "<far>"})),
-    ("tokenizer.json", lambda raw: raw["model"]["vocab"].update(abc="x")),
-    ("tokenizer.json", lambda raw: raw.update(added_tokens=[7])),
-    ("tokenizer_config.json", lambda config: config.update(eos_token=5)),
-    ("tokenizer_config.json", lambda config: config.update(eos_token=["a"])),
-    ("tokenizer_config.json", lambda config: config.update(chat_template=5)),
+    _edited("tokenizer.json", lambda raw: raw["model"]["vocab"].update(abc="x")),
+    _edited("tokenizer.json", lambda raw: raw.update(added_tokens=[7])),
+    _edited("tokenizer_config.json", lambda config: config.update(eos_token=5)),
+    _edited("tokenizer_config.json", lambda config: config.update(eos_token=["a"])),
+    _edited("tokenizer_config.json", lambda config: config.update(chat_template=5)),
+    _without_end("tokenizer.json"), _without_end("tokenizer_config.json"),
 ])
-def test_a_hostile_hugging_face_folder_costs_a_sentence(
-        trained: Path, tmp_path: Path, file: str, change: Callable[[Any], Any],
-        capsys: pytest.CaptureFixture[str]) -> None:
-    source = edited(trained, tmp_path / "in", change, file)
-    assert main(["import", str(source), "--output", str(tmp_path / "out")]) == 2
+def test_hostile_files_cost_a_sentence(write: Callable[[Path, Path], Path], trained: Path, tmp_path: Path,
+                                       capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["import", str(write(tmp_path, trained)), "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error
-
-
-def test_files_without_end_cost_a_sentence(trained: Path, tmp_path: Path,
-                                           capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        source = shutil.copytree(trained, tmp_path / name)
-        (source / name).write_text("[" * 200_000)
-        assert main(["import", str(source), "--output", str(tmp_path / "out")]) == 2
-        error = capsys.readouterr().err
-        assert "cannot be read as JSON" in error and error.count("\n") == 1

@@ -3,16 +3,20 @@ library spells them."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from tokenizers import pre_tokenizers
 
 from megatron_sov.base.errors import UserError
 from tokenizer.bpe.vocabulary import Vocabulary, byte_ids, spelled
-from tokenizer.formats.hf_files import finished
-from tokenizer.presets import SOLAR_OPEN
+from tokenizer.formats.hf_files import TOKENIZER_JSON, finished
+from tokenizer.presets import K_EXAONE, SOLAR_OPEN, Preset
+from tokenizer.train import CheckFailed, check
 
 TEXT = ["<|end|> <|end|>\n" * 50, "plain words, plain text. " * 30]
 
@@ -39,3 +43,62 @@ def test_bytes_are_spelled_as_the_library_does() -> None:
     for text in ("a b\n", "가", "é\x00\x7f"):
         split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
         assert spelled(text.encode()) == split[0][0]
+
+
+CHECKED = ["one of the cats and one of the dogs, 그 고양이 그리고 그 강아지 " * 20]
+
+
+def run(preset: Preset, vocabulary: Vocabulary, folder: Path, built: Preset | None = None,
+        stage_1: int = 290) -> str:
+    tokenizer = finished(built or preset, vocabulary)
+    tokenizer.save(str(folder / TOKENIZER_JSON))
+    checked = check(tokenizer, preset, vocabulary, stage_1, folder, CHECKED)
+    assert checked.bytes_per_token == [pytest.approx(
+        len(CHECKED[0].encode()) / len(tokenizer.encode(CHECKED[0]).ids))]
+    return checked.sentence
+
+
+def test_a_good_one_passes(learn: Callable[..., Vocabulary], tmp_path: Path) -> None:
+    assert run(K_EXAONE, learn(K_EXAONE, 320, CHECKED, transition=290), tmp_path).endswith(
+        "two steps the same as one")
+    assert run(SOLAR_OPEN, learn(SOLAR_OPEN, 290, CHECKED), tmp_path).endswith(
+        "transformers give the same ids")
+
+
+def test_text_that_does_not_come_back_is_seen(learn: Callable[..., Vocabulary], tmp_path: Path) -> None:
+    with pytest.raises(CheckFailed, match="decoding does not give back"):
+        run(SOLAR_OPEN, learn(SOLAR_OPEN, 290, CHECKED), tmp_path,
+            built=replace(SOLAR_OPEN, normalization="nfc"))
+
+
+def test_another_split_is_seen(learn: Callable[..., Vocabulary], tmp_path: Path) -> None:
+    with pytest.raises(CheckFailed, match="tiktoken and transformers differ on"):
+        run(K_EXAONE, learn(K_EXAONE, 320, CHECKED, transition=290), tmp_path,
+            built=replace(K_EXAONE, superword_pattern=r"\S|\s"))
+
+
+def test_another_file_is_seen(learn: Callable[..., Vocabulary], tmp_path: Path) -> None:
+    vocabulary = learn(SOLAR_OPEN, 290, CHECKED)
+    tokenizer = finished(SOLAR_OPEN, vocabulary)
+    finished(SOLAR_OPEN, learn(SOLAR_OPEN, 270, CHECKED)).save(str(tmp_path / TOKENIZER_JSON))
+    with pytest.raises(CheckFailed, match="tiktoken and transformers differ on"):
+        check(tokenizer, SOLAR_OPEN, vocabulary, 290, tmp_path, CHECKED)
+
+
+def test_a_step_that_does_not_apply_is_seen(learn: Callable[..., Vocabulary], tmp_path: Path) -> None:
+    vocabulary = learn(K_EXAONE, 320, CHECKED, transition=290)
+    tokenizer = finished(K_EXAONE, vocabulary)
+    tokenizer.save(str(tmp_path / TOKENIZER_JSON))
+    # the first of stage 2 is lost in the two steps, not in the files
+    vocabulary.merges[290 - 256] = vocabulary.merges[0]
+    with pytest.raises(CheckFailed, match="two steps differ from one on"):
+        check(tokenizer, K_EXAONE, vocabulary, 290, tmp_path, CHECKED)
+
+
+@pytest.mark.deep
+def test_what_is_loaded_ahead_is_whole_when_it_is_used() -> None:
+    """In a fresh process, since a module is loaded once; a tiny training is done long before its import."""
+    script = ("from tokenizer import train; train.load_ahead(); "
+              "print(callable(train._transformers().PreTrainedTokenizerFast))")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.returncode) == ("True", 0), done.stderr

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +15,11 @@ from tokenizers import Tokenizer
 
 from megatron_sov.base.errors import UserError
 from tokenizer.formats.reader import open_tokenizer
+from tokenizer.report import measures
 from tokenizer.report.measures import (
-    CHUNK_BYTES, NamedText, check_texts, measure, parse_text, read_text, read_texts)
+    CHUNK_BYTES, HANGUL_SYLLABLES, KOREAN, LONG_REWIND, SAMPLES, NamedText, Scalars, check_determinism,
+    check_inventory, check_scalars, check_scripts, check_streaming, check_superwords, check_texts, measure,
+    num_blocks, parse_text, read_text, read_texts, try_scalars, words_in)
 
 # Held-out texts: their figures, how much of them is read, and in which pieces.
 
@@ -31,12 +37,6 @@ def test_bytes_characters_and_words() -> None:
     ("日本 abcd", True), ("ខ្មែរ", False), ("12 34", True)])
 def test_words_are_parted_by_spaces_where_most_letters_are_of_such_a_script(text: str, words: bool) -> None:
     assert named(text).has_words == words
-
-
-def test_a_part_comes_from_all_over_a_text() -> None:
-    text = named(*(f"{i:09} " for i in range(100)))
-    assert (text.part(200) == text.chunks[::5] and text.part(10**9) == text.chunks
-            and text.part(1) == text.chunks[:1])
 
 
 def test_long_documents_are_cut_and_nothing_is_lost(tmp_path: Path) -> None:
@@ -59,19 +59,6 @@ def test_empty_documents_are_passed_over_and_a_folder_of_them_is_refused(tmp_pat
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(UserError, match=r"holds no text; pass files with text in them"):
         read_text("a", tmp_path, 1000)
-
-
-def test_names_are_the_files_own_or_given_and_stand_once(tmp_path: Path,
-                                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("ko.txt", "en.txt"):
-        Path(name).write_text("text")
-    assert ([text.name for text in read_texts(["ko.txt", "other=ko.txt", "en.txt"], 1.0)]
-            == ["ko", "other", "en"])
-    assert parse_text("dir.with.dots/") == ("dir", Path("dir.with.dots"))
-    with pytest.raises(UserError,
-                       match=r"the name 'ko' is taken by another text; name it, e.g. other=en.txt"):
-        read_texts(["ko.txt", "ko=en.txt"], 1.0)
 
 
 Build = Callable[..., Path]
@@ -99,13 +86,6 @@ def test_figures_are_those_of_plain_counting(build: Build, heldout: dict[str, Pa
     assert check.numbers["texts"]["thai"]["tokens_per_word"] is None
     assert check.numbers["texts"]["thai"]["share_of_partial_characters"] == 1  # nothing but single bytes
     assert check.verdict == "good"
-
-
-def test_counts_stand_at_their_ids(build: Build, heldout: dict[str, Path]) -> None:
-    opened = open_tokenizer(build())
-    text = read_text("thai", heldout["thai"], 10**6)
-    counts = measure(opened, text).counts
-    assert counts.tolist() == np.bincount(opened.encode(text.chunks[0]), minlength=opened.vocab_size).tolist()
 
 
 def test_text_that_decoding_does_not_give_back_is_bad(build: Build, heldout: dict[str, Path]) -> None:
@@ -149,3 +129,201 @@ def test_bad_text_costs_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (tmp_path / name).write_bytes(raw)
     with pytest.raises(UserError, match=sentence):
         read_texts(arguments, 1)
+
+
+Toy = Callable[..., Any]
+
+
+def tried(opened: Any, end: int = 0x1000) -> Scalars:
+    return try_scalars(opened, lambda num_blocks: None, end)
+
+
+def test_everything_that_came_up_is_seen_and_all_come_back(toy: Toy) -> None:
+    opened = toy("가", "abc", "d\u00e9")
+    found = tried(opened)
+    assert (found.num_tried, found.lost, found.changed, found.lost_blocks) == (0x1000, [], [], [])
+    assert found.seen[opened.encode("abc")].all(), "neighbours stand side by side"
+    assert not found.seen[256] and not found.seen[258], ("neither a Hangul syllable nor these two "
+                                                         "letters came up")
+    check = check_scalars(found)
+    assert (check.verdict, check.summary) == ("good", "4,096 characters tried, all come back")
+
+
+def test_all_scalar_values_stand_in_blocks_and_surrogates_are_none() -> None:
+    blocks = list(measures._blocks(measures.END))
+    every = chain(range(0xD800), range(0xE000, 0x110000))
+    assert all(a == b for a, b in zip(chain.from_iterable(blocks), every, strict=True))
+    assert num_blocks() == len(blocks)
+
+
+def test_a_lost_character_is_named_once_and_its_block_is_explained_by_it(toy: Toy) -> None:
+    found = tried(toy(change=lambda text: text.replace("ß", "ss").replace("\u0e01", "")))
+    assert found.lost == [0xDF, 0xE01] and found.lost_blocks == []
+    check = check_scalars(found)
+    assert check.verdict == "bad" and check.summary == "4,096 characters tried, 2 lost, the first U+00DF"
+    assert check.tables[0].rows == [["U+00DF", "LATIN SMALL LETTER SHARP S", "ß"],
+                                    ["U+0E01", "THAI CHARACTER KO KAI", "ก"]]
+
+
+def test_what_is_written_in_an_equivalent_way_is_a_remark(toy: Toy) -> None:
+    found = tried(toy(change=lambda text: text.replace("\u0344", unicodedata.normalize("NFC", "\u0344"))))
+    assert found.changed == [0x344] and found.lost == []
+    check = check_scalars(found)
+    assert (check.verdict == "note"
+            and check.summary.endswith("1 written in another, equivalent way (normalization)"))
+
+
+def test_a_block_that_only_neighbours_spoil_is_told_with_how_it_was_written(toy: Toy) -> None:
+    found = tried(toy(change=lambda text: text.replace(" \u0e01 ", " ")))
+    assert found.lost == [] and found.lost_blocks == ["U+0800 to U+0FFF, behind a space"]
+    check = check_scalars(found)
+    assert check.verdict == "bad" and "1 blocks do not come back" in check.summary
+
+
+def test_planes_without_characters_are_tried_side_by_side_only(toy: Toy,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measures, "EMPTY_PLANES", range(0x800, 0x1000))
+    opened, texts = toy(), []
+    encoded = opened.encode_many
+    opened.encode_many = lambda several: texts.append(len(several)) or encoded(several)
+    told: list[int] = []
+    found = try_scalars(opened, told.append, 0x1800)
+    assert texts == [3, 1, 3] and told == [1, 1, 1] and found.num_tried == 0x1800
+    assert np.count_nonzero(found.seen) > 128
+
+
+@pytest.fixture(autouse=True)
+def few_syllables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first ten Hangul syllables stand for all."""
+    monkeypatch.setattr(measures, "HANGUL_SYLLABLES", HANGUL_SYLLABLES[:10])
+
+
+def test_bytes_alone_lose_nothing(toy: Toy) -> None:
+    check = check_scripts(toy())
+    assert check.numbers["lost"] == check.numbers["equivalent"] == []
+    assert set(check.numbers["samples"]) == {f"{group}: {name}" for group, named in SAMPLES.items()
+                                             for name in named}
+    vietnamese = check.numbers["samples"]["Others: Vietnamese"]
+    assert ((vietnamese["num_chars"], vietnamese["num_bytes"], vietnamese["num_tokens"], vietnamese["back"])
+            == (10, 14, 14, "same"))
+    assert check.numbers["hangul_syllables_by_tokens"] == {"3": 10}
+    bytes_of = {form: len(unicodedata.normalize(form, KOREAN).encode()) for form in ("NFC", "NFD")}
+    assert check.numbers["decomposed_over_composed"] == pytest.approx(bytes_of["NFD"] / bytes_of["NFC"])
+
+
+def test_a_vocabulary_of_syllables_makes_decomposed_korean_dear(toy: Toy) -> None:
+    check = check_scripts(toy(*sorted(set(KOREAN) - {" ", "."}), "각"))
+    assert check.numbers["hangul_syllables_by_tokens"] == {"1": 1, "3": 9}
+    assert check.verdict == "note" and check.numbers["decomposed_over_composed"] > 5
+    assert ("so normalize the corpus to NFC" in check.summary
+            and "1 of 10 Hangul syllables are one token" in check.summary)
+
+
+def test_a_sample_that_does_not_come_back_is_bad_and_an_equivalent_one_a_remark(toy: Toy) -> None:
+    lost = check_scripts(toy(change=lambda text: text.replace("\u200d", "")))
+    assert lost.verdict == "bad"
+    assert lost.numbers["lost"] == ["Emoji: joined family (ZWJ)", "Emoji: profession with skin tone"]
+    assert "2 samples are lost: Emoji: joined family (ZWJ), Emoji: profession with skin tone" in lost.summary
+    composed = check_scripts(toy(change=lambda text: unicodedata.normalize("NFC", text)))
+    assert composed.verdict == "note" and composed.numbers["lost"] == []
+    assert "Hangul: decomposed (NFD)" in composed.numbers["equivalent"]
+    assert "Others: Vietnamese" not in composed.numbers["equivalent"], "it is composed as it stands"
+
+
+def text(*chunks: str, name: str = "t") -> NamedText:
+    return NamedText(name, name, list(chunks), True)
+
+
+@pytest.mark.parametrize(("ids", "others", "common"), [
+    ([1, 2, 3], [1, 2, 4], 2), ([1], [1, 2], 1), ([], [1], 0), ([1, 2], [1, 2], 2), ([5, 2], [1, 2], 0)])
+def test_the_beginning_that_two_encodings_have_in_common(ids: list[int], others: list[int],
+                                                         common: int) -> None:
+    assert measures._common(ids, others) == common
+
+
+def test_tokens_that_a_longer_one_swallows_are_counted_by_hand(toy: Toy) -> None:
+    """x | x,a | x,a,b | x,a,b,c | x,abcd | x,abcd,e: the d takes back three tokens,
+    no other character takes back any."""
+    check = check_streaming(toy("abcd"), [text("", "xabcde", "")])
+    assert check.numbers["texts"]["t"] == {"num_chars": 6, "num_tokens": 3, "most_taken_back": 3,
+                                           "mean_taken_back": 3 / 5, "prefixes_decode": True}
+    assert check.verdict == "good" and "mixed" in check.numbers["texts"]
+    row = next(row for row in check.tables[0].rows if row[0] == "t")
+    assert row == ["t", "3", "3", "0.60", "xabcd", "yes"], "and where: behind the d"
+
+
+def test_a_long_rewind_is_a_remark(toy: Toy) -> None:
+    long = "".join(chr(ord("a") + i) for i in range(LONG_REWIND + 2))
+    assert check_streaming(toy(long[:-1]), [text(long)]).verdict == "good"
+    assert check_streaming(toy(long), [text(long)]).verdict == "note"
+
+
+def test_parts_of_characters_at_the_end_are_no_defect_and_other_text_is(toy: Toy) -> None:
+    opened = toy()
+    assert check_streaming(opened, [text("한국")]).verdict == "good", "bytes of a character come one by one"
+    decode = opened.decode
+    opened.decode = lambda ids: decode(ids).lstrip("h") if len(ids) == 3 else decode(ids)
+    check = check_streaming(opened, [text("hello"), text("abc def", name="plain")])
+    assert check.verdict == "bad" and not check.numbers["texts"]["t"]["prefixes_decode"]
+    assert check.summary.endswith("gives other text than the beginning in t")
+
+
+def test_ids_that_depend_on_company_or_order_are_found(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = toy("the")
+    monkeypatch.setattr(measures, "open_tokenizer", lambda path: opened)
+    texts = [text("the first", "the second", "last")]
+    good = check_determinism(opened, texts)
+    assert (good.verdict, good.numbers["num_chunks"], good.numbers["num_different"]) == ("good", 4, 0)
+    assert check_determinism(opened, texts).numbers["ids_sha256"] == good.numbers["ids_sha256"]
+    alone = opened.encode_many
+    opened.encode_many = lambda texts: [*alone(texts)[:-1], [7]]
+    bad = check_determinism(opened, texts)
+    assert (bad.verdict, bad.numbers["num_different"]) == ("bad", 2), "the last of both orders"
+    one = opened.encode
+    opened.encode_many, opened.encode = lambda texts: list(map(one, texts)), lambda text: [7]
+    assert check_determinism(opened, texts).numbers["num_different"] == 4, "alone and among others"
+
+
+def test_every_part_is_counted(toy: Toy) -> None:
+    """256 bytes, three words, two parts of Hangul; special tokens come last."""
+    opened = toy("the", " the", "of the time", "안".encode()[:2], "안".encode()[1:], special=("<|end|>",))
+    check = check_inventory(opened)
+    numbers = check.numbers
+    assert check.verdict == "good"
+    assert ((numbers["vocab_size"], numbers["num_special"], numbers["num_added"], numbers["num_single_bytes"])
+            == (262, 1, 0, 256))
+    assert ((numbers["num_parts_of_characters"], numbers["ids_without_token"], numbers["num_same_bytes"])
+            == (2, 0, 0))
+    assert numbers["special"] == {"261": "<|end|>"}
+    assert numbers["mean_bytes"] == pytest.approx((256 + 3 + 4 + 11 + 2 + 2) / 261)
+    assert numbers["tokens_by_num_bytes"] == {1: 256, 2: 2, 3: 1, 4: 1, 11: 1}
+    assert numbers["longest"][0] == {"id": 258, "token": "of␣the␣time", "num_bytes": 11}
+    assert check.summary == ("262 ids: 1 special, 0 added, 256 single bytes, 2 parts of characters; "
+                             "the longest token has 11 bytes")
+    assert check.tables[0].rows == [["<|end|>", "261", "special"]]
+
+
+def test_gaps_and_twins_are_remarks(toy: Toy) -> None:
+    opened = toy("the")
+    opened.tokens |= {257: b"the", 260: b"x"}
+    opened.added = {261: "<|pad|>"}
+    check = check_inventory(opened)
+    assert check.verdict == "note"
+    assert (check.numbers["ids_without_token"], check.numbers["same_bytes"]) == (2, ["x", "the"])
+    assert check.summary.endswith("; 2 ids have no token; 2 tokens share their bytes with another")
+
+
+@pytest.mark.parametrize(("token", "words"), [
+    (b" of the", 2), (b"the", 1), (b" 1 2", 0), ("한국 사람".encode(), 2), (b" a-b c.", 2),
+    ("안 a".encode()[1:], 1)])
+def test_words_have_letters(token: bytes, words: int) -> None:
+    assert words_in(token) == words
+
+
+def test_superwords_come_longest_first_and_none_is_said(toy: Toy) -> None:
+    numbers = check_superwords(toy(" of the", "in order to", " the", "one of the",
+                                   special=(" so it is",))).numbers
+    assert (numbers["num_superwords"], numbers["by_num_words"]) == (3, {2: 1, 3: 2})
+    assert numbers["longest"] == ["in␣order␣to", "one␣of␣the", "␣of␣the"], (
+        "of the same number of words the longer one")
+    assert check_superwords(toy("the")).summary == "no token spans words"

@@ -77,12 +77,6 @@ def test_ranks_together_hold_each_sample_once_in_order(sources: list[Source], si
         assert all(ranks[step].order_state == order.state.to_dict() for ranks in per_rank)
 
 
-@pytest.mark.parametrize("ahead", [1, 2, 5, 50])
-def test_preparing_ahead_changes_nothing(sources: list[Source], ahead: int) -> None:
-    assert [plain(b) for b in batches(config(ahead), sources)] == [
-        plain(b) for b in batches(config(0), sources)]
-
-
 @pytest.mark.parametrize("killed", range(1, STEPS))
 def test_a_checkpoint_after_any_step_goes_on_alike_at_any_size(sources: list[Source], killed: int) -> None:
     """The state is that behind the batch that was given, not behind those that were ready."""

@@ -97,7 +97,7 @@ def changed_run(seed: int, make: MakeSource) -> tuple[SampleOrder, Steps]:
     return run(drawn.steps, begun, {k: (drawn.settings("abcd"), [*sources, added]) for k in drawn.kills()})
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(12))
 def test_a_run_killed_at_any_step_goes_on_as_if_it_had_not_been(seed: int, make_source: MakeSource) -> None:
     drawn = Drawn(seed, make_source)
     settings = (drawn.settings("abc"), drawn.sources("abc"))
@@ -105,7 +105,7 @@ def test_a_run_killed_at_any_step_goes_on_as_if_it_had_not_been(seed: int, make_
             == run(drawn.steps, settings, {})[1])
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(12))
 def test_the_order_is_a_function_of_seed_and_ledger(seed: int, make_source: MakeSource) -> None:
     """What several restarts with changed settings gave comes again from the last ledger alone."""
     order, taken = changed_run(seed, make_source)
@@ -117,7 +117,7 @@ def test_the_order_is_a_function_of_seed_and_ledger(seed: int, make_source: Make
     assert [recomputed.next_batch() for _ in taken] == taken
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(12))
 def test_no_token_is_ahead_of_another_by_more_than_the_epoch(seed: int, make_source: MakeSource) -> None:
     """Over changed blends, lengths, batches, skips, an added source: each token as often as epochs are
     complete, or once more."""
@@ -148,7 +148,7 @@ def lengths_of(source: Source) -> list[int]:
     return np.asarray(source.shard("train").lengths).tolist()
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(12))
 def test_every_entry_has_the_samples_of_its_weights(seed: int, make_source: MakeSource) -> None:
     order, taken = changed_run(seed, make_source)
     since: Counter[str] = Counter()
@@ -158,30 +158,6 @@ def test_every_entry_has_the_samples_of_its_weights(seed: int, make_source: Make
             since, weights = Counter(), entry.weights
         since.update(order.sources[s.source].name for s in samples)
         assert all(abs(since[name] - weight * since.total()) < 1 for name, weight in weights.items())
-
-
-def test_a_ramp_does_not_starve_a_rare_source(make_source: MakeSource) -> None:
-    """Each stretch of the ramp is too short for one sample of the rare source;
-    the count goes on through all of them."""
-    config = dataclasses.replace(
-        recipes.get("tiny-solar-open"),
-        data=DataConfig(phases=(PhaseConfig("main", blend={"web": 0.95, "rare": 0.05}, seq_len=8),)),
-        train=TrainConfig(steps=40, global_batch_size=11, ramp_from_batch_size=1, ramp_increment=1,
-                          ramp_steps=20))
-    order = SampleOrder(config, [make_source("web", [8] * 50), make_source("rare", [8] * 50)])
-    samples = [s for _ in range(20) for s in order.next_batch()[1]]
-    assert (len(samples) == 2 * sum(range(1, 11))
-            and abs(sum(s.source for s in samples) - 0.05 * len(samples)) < 1)
-
-
-def test_a_later_phase_goes_on_behind_what_an_earlier_one_took(make_source: MakeSource) -> None:
-    phases = (PhaseConfig("short", seq_len=7), PhaseConfig("long", seq_len=14))
-    config = dataclasses.replace(recipes.get("tiny-solar-open"), data=DataConfig(phases=phases),
-                                 train=TrainConfig(steps=4, global_batch_size=5))
-    order = SampleOrder(config, [make_source("web", [7] * 40)])
-    taken = [s.document for _ in range(4) for sample in order.next_batch()[1] for s in sample.segments]
-    assert len(taken) == len(set(taken)) == 2 * 5 + 2 * 5 * 2
-    assert order.state.cursors["web"].tokens == 30 * 7 and order.state.cursors["web"].samples == 20
 
 
 def test_a_source_may_be_called_as_rounds_of_reinforcement_learning_are(make_source: MakeSource) -> None:

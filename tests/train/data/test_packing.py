@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
@@ -51,15 +50,6 @@ def test_the_optimum_by_hand() -> None:
     assert len(best_fit([PackedSegment(i, 0, n) for i, n in enumerate([6, 4, 4, 4, 3, 3])], 12)) == 3
     assert fewest_rows([7, 7, 7], 12) == 3
     assert fewest_rows([3] * 8, 12) == 2
-
-
-@given(st.lists(st.integers(1, SEQ_LEN), min_size=1, max_size=5))
-@settings(max_examples=60)
-def test_the_optimum_is_that_of_all_ways_to_assign(counts: list[int]) -> None:
-    ways = itertools.product(range(len(counts)), repeat=len(counts))
-    full = (w for w in ways if all(sum(c for c, row in zip(counts, w, strict=True) if row == r) <= SEQ_LEN
-                                   for r in set(w)))
-    assert fewest_rows(counts, SEQ_LEN) == min(len(set(w)) for w in full)
 
 
 @given(st.lists(st.integers(1, SEQ_LEN), min_size=1, max_size=11))
@@ -155,11 +145,3 @@ def test_one_after_another_leaves_no_room_but_at_the_end(parts: list[PackedSegme
     rows = concatenate(parts, SEQ_LEN)
     assert tokens(rows) == [(p.document, t) for p in parts for t in range(p.count)]
     assert all(sum(s.count for s in row) == SEQ_LEN for row in rows[:-1])
-
-
-def test_rows_by_hand() -> None:
-    a, b, c, d = (PackedSegment(i, 0, n) for i, n in enumerate((3, 7, 5, 12)))
-    assert best_fit(cut([a, b, c, d], 10), 10) == [(PackedSegment(3, 0, 10),), (b, a),
-                                                   (c, PackedSegment(3, 10, 2))]
-    assert concatenate([a, b, c], 10) == [(a, b), (c,)]
-    assert best_fit([], 10) == concatenate([], 10) == []

@@ -6,12 +6,13 @@ import hashlib
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from megatron_sov.train.data.streams import Permutation
 
 
-@given(st.integers(1, 700), st.integers(0, 2**31), st.text(max_size=5), st.integers(0, 9))
+@settings(max_examples=40)
+@given(st.integers(1, 300), st.integers(0, 2**31), st.text(max_size=5), st.integers(0, 9))
 def test_every_index_occurs_once(size: int, seed: int, name: str, epoch: int) -> None:
     assert sorted(Permutation(size, seed, name, epoch).span(0, size)) == list(range(size))
 
@@ -57,5 +58,5 @@ def test_neighbours_are_scattered() -> None:
 
 @pytest.mark.parametrize("span", [(0, 6), (-1, 2), (3, 2)])
 def test_indices_outside_are_refused(span: tuple[int, int]) -> None:
-    with pytest.raises(IndexError, match="are not all inside a permutation of 5"):
+    with pytest.raises(IndexError, match="permutation of 5"):
         Permutation(5).span(*span)

@@ -215,5 +215,5 @@ def test_other_data_changes_nothing(mixed: Path, tmp_path: Path) -> None:
 def test_phases_that_cannot_be_read_are_told(tmp_path: Path) -> None:
     with new_artifact(tmp_path / "odd", "tokens") as artifact:
         artifact.content = {"sources": [], "phases": [{"name": "1"}]}
-    with pytest.raises(UserError, match=r"odd: its phases cannot be read .*; mix the data again"):
+    with pytest.raises(UserError, match="odd: its phases cannot"):
         blends(run_on(tmp_path / "odd"))

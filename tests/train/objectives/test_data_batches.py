@@ -40,30 +40,6 @@ def config(*settings: str) -> RunConfig:
                           [PHASES, "train.global_batch_size=8", "train.steps=4", *settings])
 
 
-def rows_of(packed_data: Any, dp_size: int, micro_batch_size: int) -> list[list[int]]:
-    """Return the token rows of all global batches, put together from what each data-parallel rank gets."""
-    settings = config(f"train.micro_batch_size={micro_batch_size}")
-    sources = open_sources({str(packed_data.text): 1.0}, 368)
-    ranks = [DataBatches(settings, sources, ParallelWorld(r, dp_size, r, dp_size, True, True))
-             for r in range(dp_size)]
-    rows = []
-    for size, seq_len, phase in [(8, 32, "main")] * 2 + [(16, 64, "late")] * 2:
-        batches = [rank.next() for rank in ranks]
-        assert {(b.num_sequences, b.seq_len, b.phase) for b in batches} == {(size, seq_len, phase)}
-        for of_one_round in zip(*(b.micro_batches for b in batches), strict=True):
-            for m in of_one_round:
-                rows += m.inputs.tokens.reshape(-1, seq_len).tolist()
-    for rank in ranks:
-        rank.close()
-    return rows
-
-
-@pytest.mark.parametrize(("dp_size", "micro_batch_size"), [(1, 2), (2, 1), (2, 4), (4, 2), (8, 1)])
-def test_every_split_sees_the_same_rows(packed_data: Any, dp_size: int, micro_batch_size: int) -> None:
-    rows = rows_of(packed_data, dp_size, micro_batch_size)
-    assert rows == rows_of(packed_data, 1, 1) and len(rows) == 2 * 8 + 2 * 16 and rows[0] != rows[8]
-
-
 def test_what_a_checkpoint_holds_is_behind_the_last_batch_that_was_given(packed_data: Any) -> None:
     """Two batches more are ready by then; skipped steps count as given."""
     sources, place = open_sources({str(packed_data.text): 1.0}, 368), ParallelWorld(0, 1, 0, 1, True, True)

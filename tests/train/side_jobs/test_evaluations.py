@@ -35,7 +35,6 @@ while not os.path.exists(os.path.join(os.path.dirname(sys.argv[1]), "goes-on")):
 """
 FAILS = "import sys; sys.exit('error: no memory')"
 HANGS = "import time; time.sleep(600)"
-LM = ('evaluate.background.tasks=["lm"]', 'evaluate.lm.tasks=["quiz"]')
 SUBMITS = "print('submitted eval as job 12')"
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,6 @@ from megatron_sov.cli import main
 from megatron_sov.model.config import TrainConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.runs.folder import EXPORTS
-from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.train.side_jobs import side_jobs as exports_module
 from megatron_sov.train.side_jobs.side_jobs import Exports
 
@@ -165,24 +162,3 @@ def test_checkpoints_that_cannot_be_linked_do_not_end_the_run(run: Run) -> None:
     exports = run.exports(export_every_checkpoints=1)
     exports.offer(10, run.checkpoint(10), last=False)
     assert "cannot be linked" in run.events[0]["error"]
-
-
-@pytest.mark.distributed
-def test_a_run_exports_while_it_trains(packed_data: Any, tmp_path: Path, run_command: Any, warm_python: str,
-                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SOV_TESTS_PYTHON", warm_python)
-    begun_s = time.time()
-    sizes = ["model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1",
-             "train.global_batch_size=8", 'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=4",
-             "train.checkpoint_every_steps=2", "train.export_every_checkpoints=1", "train.keep_checkpoints=1",
-             "data.heldout_tokens=64"]
-    done = run_command("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run",
-                       str(tmp_path / "run"), *(f"--set={setting}" for setting in sizes))
-    assert done.returncode == 0, done.stderr
-    events = [e for e in read_events(tmp_path / "run" / EVENTS) if e["event"] == "export"]
-    made = [e for e in events if "path" in e]
-    assert {e["step"] for e in events} == {2, 4} and made[-1]["step"] == 4
-    convert.to_hf(tmp_path / "run", tmp_path / "by-hand")
-    exported = tmp_path / "run" / made[-1]["path"]
-    assert sha256_file(exported / "model.safetensors") == sha256_file(tmp_path / "by-hand/model.safetensors")
-    assert json.loads((exported / "manifest.json").read_text())["created_s"] > begun_s

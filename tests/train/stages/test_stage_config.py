@@ -66,8 +66,7 @@ def test_a_config_of_pretraining_serves_for_fine_tuning_and_not_the_other_way_ro
     arguments = ("--data", str(packed_data.chats))
     assert parse_stage(parsed("--config", str(data / "lm.json"), *arguments),
                        "sft").config.objective.name == "sft"
-    with pytest.raises(UserError,
-                       match=r"objective.name = sft: this command trains by 'lm'.*use `megatron-sov sft`"):
+    with pytest.raises(UserError, match=r"objective.name = sft:"):
         config_of("--config", str(data / "sft.json"), *arguments)
 
 
@@ -134,10 +133,10 @@ def test_from_must_be_something_to_start_from(data: Path) -> None:
     with pytest.raises(UserError, match=r"--from .*none: does not exist"):
         find_start(data / "none")
     (data / "c").mkdir()
-    with pytest.raises(UserError, match=r"c: is empty, so it is not a checkpoint or a run; pass RUN"):
+    with pytest.raises(UserError, match="run; pass RUN"):
         find_start(data / "c")
     (data / "c" / "checkpoints").mkdir()
-    with pytest.raises(UserError, match="this run has no complete checkpoint yet"):
+    with pytest.raises(UserError, match="complete checkpoint yet"):
         find_start(data / "c")
 
 

@@ -92,7 +92,7 @@ def test_epochs_are_a_setting_of_any_recipe(packed_data: Any) -> None:
     samples = epoch_samples(config, open_sources(config.data.paths, 368))
     assert config.num_steps() == math.ceil(2 * samples / 2) and config.optim.lr == 4e-3
     assert notes == f"2 epochs = {config.num_steps()} step{'' if config.num_steps() == 1 else 's'}"
-    with pytest.raises(UserError, match=r"train.steps = 3 has no effect with train.epochs = 2.0: both"):
+    with pytest.raises(UserError, match=r"train.epochs = 2.0: both"):
         completed(request([packed_data.chats], "train.epochs=2", "train.steps=3"))
 
 
@@ -105,10 +105,9 @@ def test_rounds_follow_from_prompts() -> None:
     assert "3 passes over 40 prompts = 3 rounds of 40" in notes
     for asked in (request([], "train.steps=9", stage="policy"),
                   dataclasses.replace(request([], stage="policy"), changed=frozenset({"train.steps"}))):
-        with pytest.raises(UserError, match=r"^train\.steps = .* has no effect with objective\.name = "
-                                            r'"policy": .* set rollout\.rounds$'):
+        with pytest.raises(UserError, match=r'objective\.name = "policy":'):
             completed(asked, "policy", num_prompts=40)
-    with pytest.raises(UserError, match=r"^train\.epochs = 3\.0 has no effect with rollout\.rounds = 9:"):
+    with pytest.raises(UserError, match=r"^train\.epochs = 3\.0"):
         completed(request([], "rollout.rounds=9", "train.epochs=3", stage="policy"), "policy", num_prompts=40)
     config, _ = completed(request([], "rollout.rounds=9", stage="policy"), "policy", num_prompts=200)
     # no default of so many passes stays in the settings, by which a resumed run would count its rounds

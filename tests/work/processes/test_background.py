@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import os
 import signal
 import subprocess
@@ -13,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sov.base.errors import UserError
 from megatron_sov.work.processes import children
 from megatron_sov.work.processes.background import LOWEST_PRIORITY, humble_environment
+from megatron_sov.work.processes.pool import in_processes
 
 PARENT = """
 import sys, time
@@ -114,3 +118,18 @@ def test_its_code_is_returned_and_a_stop_is_passed_on(tmp_path: Path, monkeypatc
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_results_come_in_order(workers: int) -> None:
+    items = ["b", "a", *"xyz" * 10]
+    assert list(in_processes(operator.methodcaller, ("upper",), items, workers)) == [i.upper() for i in items]
+    assert list(in_processes(operator.methodcaller, ("upper",), [], workers)) == []
+
+
+def test_mistakes_come_through_and_ended_workers_are_said() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'index'"):
+        list(in_processes(operator.methodcaller, ("index", "a"), ["a", 1], 2))
+    ends_its_worker = [0, 0, signal.SIGKILL, *[0] * 40]  # signal 0 does nothing
+    with pytest.raises(UserError, match="run the same command again"):
+        list(in_processes(functools.partial, (signal.raise_signal,), ends_its_worker, 2))

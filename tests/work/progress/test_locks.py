@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +18,7 @@ from megatron_sov.base import artifacts
 from megatron_sov.base.artifacts import is_held, new_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.progress import locks
-from megatron_sov.work.progress.locks import holding
+from megatron_sov.work.progress.locks import Claim, Claims, holders, holding
 from megatron_sov.work.progress.resumable import resumable_artifact
 
 
@@ -104,3 +108,163 @@ def test_where_folders_cannot_be_locked_a_file_in_them_is(tmp_path: Path,
         raise AssertionError("two hold it")
     with holding(tmp_path / "a", "a"):
         assert os.listdir(tmp_path / "a") == [".lock"]
+
+
+class Clock:
+    """A clock of one job, which the test moves."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def take(claims: Claims, name: str = "a") -> Claim:
+    """Take a claim that is free."""
+    claim = claims.take(name)
+    assert claim is not None
+    return claim
+
+
+def test_a_claim_is_held_until_it_is_given_back(tmp_path: Path) -> None:
+    first, second = Claims(tmp_path, 60), Claims(tmp_path, 60)
+    claim = take(first)
+    assert second.take("a") is None and first.take("a") is None
+    take(second, "b")
+    claim.release()
+    taken = take(second)
+    assert not claim.renew() and taken.renew()
+    assert [(h.name, h.pid, h.is_released) for h in holders(tmp_path)] == [
+        ("a", os.getpid(), False), ("b", os.getpid(), False)]
+
+
+def test_a_claim_without_a_sign_of_life_is_taken_over_after_a_lease(tmp_path: Path) -> None:
+    clock = Clock()
+    dead, other = take(Claims(tmp_path, 60)), Claims(tmp_path, 60, clock)
+    assert other.take("a") is None  # the lease runs from the first look
+    clock.now_s += 59
+    assert other.take("a") is None
+    clock.now_s += 1
+    taken = take(other)
+    assert not dead.renew() and taken.renew()
+    dead.release()  # what it says no longer counts
+    assert Claims(tmp_path, 60).take("a") is None and taken.renew()
+
+
+def test_who_died_on_this_machine_is_taken_over_at_once(tmp_path: Path) -> None:
+    def die() -> None:
+        take(Claims(tmp_path, 60))
+        os._exit(0)
+
+    holder = multiprocessing.get_context("fork").Process(target=die)
+    holder.start()
+    holder.join()
+    assert take(Claims(tmp_path, 60)).renew()
+    # of a process on another machine the number means nothing here
+    take(Claims(tmp_path, 60), "b")
+    file = tmp_path / "b/1.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"host": "another", "pid": holder.pid}))
+    assert Claims(tmp_path, 60).take("b") is None
+
+
+def test_a_claim_may_be_a_dead_jobs_until_it_shows_a_sign_of_life(tmp_path: Path) -> None:
+    clock = Clock()
+    living, other = take(Claims(tmp_path, 60)), Claims(tmp_path, 60, clock)
+    dead = take(Claims(tmp_path, 60), "dead")
+    assert not other.may_be_dead("a")  # nobody asked for it
+    assert other.take("a") is None and other.take("dead") is None
+    assert other.may_be_dead("a") and other.may_be_dead("dead")
+    assert living.renew() and other.take("a") is None and other.take("dead") is None
+    assert not other.may_be_dead("a") and other.may_be_dead("dead")
+    clock.now_s += 60
+    assert take(other, "dead").renew() and not dead.renew() and not other.may_be_dead("dead")
+
+
+def test_a_sign_of_life_is_a_change_and_no_time(tmp_path: Path) -> None:
+    clock = Clock()
+    living, other = take(Claims(tmp_path, 60)), Claims(tmp_path, 60, clock)
+    for _ in range(4):
+        assert other.take("a") is None
+        assert living.renew()
+        for file in (tmp_path / "a").iterdir():  # the holder's clock, and the disk's, stand in 1970
+            os.utime(file, (0, 0))
+        clock.now_s += 1e6
+    assert other.take("a") is None
+
+
+def test_who_died_before_it_wrote_is_taken_over_as_well(tmp_path: Path) -> None:
+    clock = Clock()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/1.json").write_bytes(b'{"beat":')
+    other = Claims(tmp_path, 60, clock)
+    assert other.take("a") is None
+    assert [(h.host, h.pid) for h in holders(tmp_path)] == [("", 0)]
+    clock.now_s += 60
+    assert take(other).renew()
+
+
+def test_a_claim_that_is_cleared_away_is_lost(tmp_path: Path) -> None:
+    claim = take(Claims(tmp_path, 60))
+    (tmp_path / "a/1.json").unlink()
+    (tmp_path / "a").rmdir()
+    assert not claim.renew()
+    claim.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_thread_shows_signs_of_life(tmp_path: Path) -> None:
+    # a lease of another length may be watched: the thread has its own
+    claim, other = take(Claims(tmp_path, 0.04)), Claims(tmp_path, 60)
+    with claim.renewing():
+        before = (tmp_path / "a/1.json").read_bytes()
+        deadline_s = time.monotonic() + 600
+        while (tmp_path / "a/1.json").read_bytes() == before and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        assert (tmp_path / "a/1.json").read_bytes() != before
+        assert other.take("a") is None
+    assert take(other).renew()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises((UserError, NotADirectoryError), match="file"):
+        Claims(tmp_path / "file", 60).take("a")
+
+
+def take_all(number: int, folder: Path, log: Path, names: list[str], started: Any) -> None:
+    """Take all claims at the same moment as others do, and die with them: those of the dead are free.
+
+    Args:
+        number: of the process.
+        folder: of the claims.
+        log: gets a line for each that was taken.
+        names: what to take.
+        started: where the processes meet, at the beginning and at the end.
+    """
+    claims = Claims(folder, 60)
+    started.wait()
+    for name in names[number % 3:] + names[:number % 3]:
+        if claims.take(name) is not None:
+            with open(log, "a", encoding="utf-8") as f:
+                f.write(f"{name} {number}\n")
+    started.wait()  # none is dead before all have looked
+    os._exit(0)
+
+
+@pytest.mark.deep
+@pytest.mark.distributed
+def test_of_many_processes_one_takes_and_one_takes_over(tmp_path: Path) -> None:
+    names, fork = [f"piece-{i}" for i in range(40)], multiprocessing.get_context("fork")
+    for holder in (1, 2, 3):
+        log, started = tmp_path / f"{holder}.log", fork.Barrier(4)
+        arguments = (tmp_path / "claims", log, names, started)
+        processes = [fork.Process(target=take_all, args=(number, *arguments)) for number in range(4)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        assert [process.exitcode for process in processes] == [0] * 4
+        taken = [line.split()[0] for line in log.read_text().splitlines()]
+        assert sorted(taken) == sorted(names), "each by exactly one of the four"
+        assert all((tmp_path / f"claims/{name}/{holder}.json").is_file() for name in names)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.base.errors import warn
-from megatron_sov.base.figures import format_count, format_duration, format_size, format_value
+from megatron_sov.base.figures import format_value
 from megatron_sov.runs.obs.events import EventLog, read_events
 from megatron_sov.runs.obs.figures import number
 from megatron_sov.work.progress import progress_bar
@@ -73,13 +73,8 @@ def test_closing_before_the_first_step_writes_nothing() -> None:
 # The bar of long work: on a terminal, once it takes longer than a moment.
 
 
-class Screen(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 @pytest.mark.parametrize(("delay_s", "shows", "screen", "seen"), [
-    (0.0, True, Screen(), True), (60.0, True, Screen(), False), (0.0, False, Screen(), False),
+    (0.0, True, Terminal(), True), (60.0, True, Terminal(), False), (0.0, False, Terminal(), False),
     (0.0, True, io.StringIO(), False)], ids=["terminal", "a moment", "another process", "log file"])
 def test_who_looks_on_sees_how_far_it_is(delay_s: float, shows: bool, screen: io.StringIO, seen: bool,
                                          monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,27 +83,6 @@ def test_who_looks_on_sees_how_far_it_is(delay_s: float, shows: bool, screen: io
     with bar_of("hashing", 2_000_000, "B", shows) as bar:
         bar.update(2_000_000)
     assert ("hashing: 100%" in screen.getvalue() and "2.00M/2.00M" in screen.getvalue()) == seen
-
-
-# Numbers as people read them.
-
-
-@pytest.mark.parametrize(("seconds", "text"), [
-    (0.25, "0.2 s"), (59.9, "59.9 s"), (75, "1 min 15 s"), (3725, "1 h 2 min"), (90000 * 3, "3 d 3 h")])
-def test_durations(seconds: float, text: str) -> None:
-    assert format_duration(seconds) == text
-
-
-@pytest.mark.parametrize(("value", "text"), [(102.65e9, "102.7 B"), (11e12, "11 T"), (1000, "1 K"),
-                                             (12, "12")])
-def test_large_numbers(value: float, text: str) -> None:
-    assert format_count(value) == text
-
-
-@pytest.mark.parametrize(("num_bytes", "text"), [(0, "0 B"), (999, "999 B"), (12_345, "12.3 kB"),
-                                                 (1.5e9, "1.5 GB"), (2e15, "2,000 TB")])
-def test_sizes(num_bytes: float, text: str) -> None:
-    assert format_size(num_bytes) == text
 
 
 def test_what_is_no_number_is_none() -> None:
@@ -129,8 +103,3 @@ def test_a_warning_is_said_and_recorded_in_the_same_words(tmp_path: Path,
     assert told == [{"event": "warning", "step": 3, "text": "the disk is slow"},
                     {"event": "rollback", "step": 4, "back_to": 2, "text": "weights went back"}]
     assert capsys.readouterr().err == "warning: the disk is slow\nwarning: weights went back\n"
-
-
-def test_without_a_run_it_is_only_said(capsys: pytest.CaptureFixture[str]) -> None:
-    warn("the disk is slow")
-    assert capsys.readouterr().err == "warning: the disk is slow\n"

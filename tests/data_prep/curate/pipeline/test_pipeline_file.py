@@ -9,7 +9,9 @@ import pytest
 from data_prep import cli
 from data_prep.curate.pipeline.pipeline_file import Only, check_name_pattern, load_pipeline, name_of
 from data_prep.curate.pipeline.step import SOURCE_COLUMNS
+from data_prep.curate.sources.formats import FORMATS
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.hints.removed import PIPELINE
 
 WRONG = """nmae: x
 shard_bytes: 10
@@ -67,6 +69,23 @@ def test_every_mistake_is_told_at_once(raw: Path) -> None:
     assert lines[0].startswith(f"{file}: ") and all(line.startswith(f"  {file}:") for line in lines[1:])
     numbers = [int(line.removeprefix(f"  {file}:").split(":")[0]) for line in lines[1:]]
     assert numbers == sorted(numbers)
+
+
+@pytest.mark.parametrize("name", list(PIPELINE))
+def test_what_an_earlier_version_took_is_refused_with_what_to_use(raw: Path, name: str) -> None:
+    owner, _, key = name.partition(".")
+    entry, steps = "{name: web, path: web}", "unique"
+    if owner in FORMATS or owner in FORMERLY:
+        entry = f"{{name: web, path: web, format: {owner}, options: {{{f'{key}: 1' if key else ''}}}}}"
+    else:
+        steps = f"{owner}: {{{f'{key}: 1' if key else ''}}}"
+    (raw / "pipeline.yaml").write_text(f"name: x\nsources:\n  - {entry}\nsteps:\n  - {steps}\n")
+    with pytest.raises(UserError) as refused:
+        load_pipeline(raw / "pipeline.yaml")
+    assert PIPELINE[name] in str(refused.value)
+
+
+FORMERLY = ("arrow", "dataset", "epub", "office", "parallel")
 
 
 def test_a_file_that_is_not_there_is_told_with_one_to_copy(tmp_path: Path) -> None:

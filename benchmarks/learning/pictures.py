@@ -1,0 +1,82 @@
+"""Small pictures of plain shapes and what they show, as the commands of recipes name them:
+`pictures.py:Pictures`, `:PictureChat` and `:TrainedCodec`."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SIDE_PIXELS = 16
+COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220), "white": (240, 240, 240)}
+PLACES = {"left": (0, 4), "right": (8, 4), "top": (4, 0), "bottom": (4, 8)}
+SHAPES = ("square", "disc", "cross")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Documents of a picture and a sentence, with the pictures as files."""
+
+    folder: str
+    """Where pictures are written."""
+    seed: int
+    count: int
+
+    def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return them all, whatever the row is."""
+        from PIL import Image, ImageDraw
+
+        rng, found = random.Random(self.seed), []
+        Path(self.folder).mkdir(parents=True, exist_ok=True)
+        for number in range(self.count):
+            shape, colour, place = rng.choice(SHAPES), rng.choice([*COLOURS]), rng.choice([*PLACES])
+            ground = rng.choice([*COLOURS.values()])
+            picture = Image.new("RGB", (SIDE_PIXELS, SIDE_PIXELS), tuple(value // 3 for value in ground))
+            draw, (x, y) = ImageDraw.Draw(picture), PLACES[place]
+            box, paint = (x, y, x + 7, y + 7), COLOURS[colour]
+            if shape == "square":
+                draw.rectangle(box, fill=paint)
+            elif shape == "disc":
+                draw.ellipse(box, fill=paint)
+            else:
+                draw.line((x, y, x + 7, y + 7), fill=paint, width=2)
+                draw.line((x, y + 7, x + 7, y), fill=paint, width=2)
+            picture.save(Path(self.folder) / f"{number:05d}.png")
+            found.append({"content": [{"type": "image", "path": f"{number:05d}.png"},
+                                      {"type": "text", "text": f"A {colour} {shape} at the {place}."}]})
+        return found
+
+
+@dataclass(frozen=True)
+class PictureChat:
+    """A question about a picture, and its sentence as the answer."""
+
+    def do(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the conversation."""
+        picture, said = row["content"]
+        question = {"type": "text", "text": "What is shown?"}
+        return {"messages": [{"role": "user", "content": [picture, question]},
+                             {"role": "assistant", "content": said["text"]}]}
+
+
+@dataclass(frozen=True)
+class TrainedCodec:
+    """Trains a VQModel as benchmarks/omni/train_codec.py does, and writes its folder."""
+
+    source: str
+    """Folder of pictures."""
+    output: str
+    """Folder to write."""
+    steps: int
+    codes: int
+
+    def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Train, whatever the row is."""
+        sys.path.append(str(Path(__file__).resolve().parents[1] / "omni"))
+        import train_codec
+
+        train_codec.train("pictures", Path(self.source), Path(self.output), self.steps, self.codes)
+        return [{"text": self.output}]

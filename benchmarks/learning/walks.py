@@ -1,0 +1,83 @@
+"""Ways along a ring of places, step by step, so that some answers are longer than others and a wrong step
+makes one longer: what commands of recipes name as `walks.py:WalkChats` and `:WalkQuestions`."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+PLACES = ("barn", "creek", "dune", "ferry", "grove", "hill", "inn", "jetty", "knoll", "lake", "mill", "north")
+"""In the order of the ring."""
+LONGEST = 8
+"""Steps of the longest way that is asked for."""
+ENDLESS = 24
+"""Steps after which a walk of a conversation is drawn again."""
+NAMES = ("Mina", "Jun", "Ada", "Ben", "Cleo", "Dan", "Eva", "Finn")
+WORDINGS = ("{name} walks from {start} to {end}. The way?", "Which way has {name} from {start} to {end}?",
+            "Tell {name} the way from {start} to {end}.", "From {start} to {end}: the way of {name}?")
+"""Those at even places are asked while rewards are given, the others at the end."""
+
+
+def right_way(start: int, steps: int) -> str:
+    """Return the places behind the start, up to the end."""
+    return " ".join(PLACES[(start + step) % len(PLACES)] for step in range(1, steps + 1))
+
+
+@dataclass(frozen=True)
+class WalkChats:
+    """Conversations of one question and one way, of which some steps leave out one to three places: such a
+    walk may pass its end, and goes round."""
+
+    seed: int
+    count: int
+    right: float
+    """Share of right steps."""
+
+    def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return them all, whatever the row is."""
+        rng, found = random.Random(self.seed), []
+        for _ in range(self.count):
+            start, steps = rng.randrange(len(PLACES)), rng.randint(1, LONGEST)
+            found.append({"messages": [
+                {"role": "user", "content": _ask(rng.choice(WORDINGS), rng.choice(NAMES), start, steps)},
+                {"role": "assistant", "content": self.walk(rng, start, steps)}]})
+        return found
+
+    def walk(self, rng: random.Random, start: int, steps: int) -> str:
+        """Return a way that ends where it should, with its wrong steps."""
+        while True:
+            here, end, way = start, (start + steps) % len(PLACES), list[str]()
+            while here != end and len(way) < ENDLESS:
+                here = (here + (1 if rng.random() < self.right else rng.randint(2, 4))) % len(PLACES)
+                way.append(PLACES[here])
+            if here == end:
+                return " ".join(way)
+
+
+@dataclass(frozen=True)
+class WalkQuestions:
+    """Prompts with their answers, each once; the domain is the number of steps."""
+
+    seed: int
+    count: int
+    wordings: str = "learned"
+    """learned or held_out."""
+    least: int = 1
+    """Steps."""
+    most: int = LONGEST
+    """Steps."""
+
+    def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return them all, whatever the row is."""
+        found = [{"prompt": _ask(wording, name, start, steps), "answer": right_way(start, steps),
+                  "domain": f"{steps} steps"}
+                 for start in range(len(PLACES)) for steps in range(self.least, self.most + 1)
+                 for name in NAMES for wording in WORDINGS[int(self.wordings == "held_out")::2]]
+        random.Random(self.seed).shuffle(found)
+        return found[:self.count]
+
+
+def _ask(wording: str, name: str, start: int, steps: int) -> str:
+    return wording.format(name=name, start=PLACES[start], end=PLACES[(start + steps) % len(PLACES)])

@@ -1,0 +1,64 @@
+"""Configuration files of other programs (axolotl, TRL, torchtitan, NeMo RL), recognised by their keys."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.base.hints.table import by_word, normalize, note_on, settings_called
+
+MAX_BYTES = 1 << 20
+
+
+def read_foreign(file: Path, exists: Callable[[str], Any]) -> dict[str, list[str]]:
+    """Return the settings of another program's configuration file, as words of a command line.
+
+    Args:
+        file: YAML, JSON or TOML.
+        exists: key with dots -> whether it is a setting of ours.
+
+    Returns:
+        Key with dots -> its values, of scalars and lists of scalars; empty if the file is ours, cannot be
+        read, or has no key that another program is known for.
+    """
+    leaves = dict(_leaves(_parse(file), ""))
+    theirs = {key: words for key, words in leaves.items() if not exists(key)}
+    is_known = any(settings_called(_last(key)) or note_on(_last(key)) for key in theirs)
+    return theirs if is_known and 2 * len(theirs) > len(leaves) and "recipe" not in leaves else {}
+
+
+def is_translated(key: str) -> bool:
+    """Return whether the table has the last part of a key as a setting or an option."""
+    return bool(settings_called(_last(key)) or normalize(_last(key)) in by_word("options"))
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _parse(file: Path) -> Any:
+    import yaml
+
+    try:
+        if file.stat().st_size > MAX_BYTES:
+            return None
+        text = file.read_text(encoding="utf-8")
+        return tomllib.loads(text) if file.suffix == ".toml" else yaml.safe_load(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # the command's own reader names the fault
+        return None
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, list[str]]]:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        yield key, [_text(one) for one in value if not isinstance(one, (Mapping, list))]
+    elif value is not None and key:
+        yield key, [_text(value)]
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,74 @@
+"""PDF files: their lines become paragraphs; files that cannot be read are told."""
+
+from __future__ import annotations
+
+import pytest
+
+from data_prep.curate.sources.pdf import join_lines
+from data_prep.curate.sources.source import Broken, Raw
+
+
+def pdf(pages: list[str], *, info: str = "") -> bytes:
+    """Return a PDF with the given page contents, in Helvetica."""
+    kids = " ".join(f"{4 + 2 * n} 0 R" for n in range(len(pages)))
+    objects = ["<</Type/Catalog/Pages 2 0 R>>", f"<</Type/Pages/Count {len(pages)}/Kids[{kids}]>>",
+               "<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>"]
+    for n, content in enumerate(pages):
+        objects.append(f"<</Type/Page/Parent 2 0 R/MediaBox[0 0 600 800]/Contents {5 + 2 * n} 0 R"
+                       "/Resources<</Font<</F 3 0 R>>>>>>")
+        objects.append(f"<</Length {len(content)}>>stream\n{content}\nendstream")
+    objects.append(f"<<{info}>>")
+    out, offsets = b"%PDF-1.4\n", []
+    for number, body in enumerate(objects, 1):
+        offsets.append(len(out))
+        out += f"{number} 0 obj{body}endobj\n".encode("latin-1")
+    table = "".join(f"{offset:010} 00000 n \n" for offset in offsets)
+    return out + (f"xref\n0 {len(objects) + 1}\n0000000000 65535 f \n{table}trailer<</Size {len(objects) + 1}"
+                  f"/Root 1 0 R/Info {len(objects)} 0 R>>\nstartxref\n{len(out)}\n%%EOF").encode()
+
+
+def shown(*lines: tuple[int, int, str]) -> str:
+    """Return the content of a page with lines at places."""
+    return "BT /F 12 Tf " + " ".join(f"1 0 0 1 {x} {y} Tm ({text}) Tj" for x, y, text in lines) + " ET"
+
+
+def test_a_file_is_a_document_with_its_title_and_date(read) -> None:
+    content = pdf([shown((50, 700, "The first line of a paragraph"),
+                         (50, 686, "goes on in its second line."))],
+                  info="/Title(A title)/CreationDate(D:20260102030405Z)")
+    assert read({"a.pdf": content}) == [Raw(
+        "The first line of a paragraph goes on in its second line.", "a.pdf",
+        {"title": "A title", "date": "2026-01-02", "num_pages": 1})]
+
+
+@pytest.mark.parametrize(("content", "code"), [
+    (pdf([""]), "no_text"), (b"%PDF-1.7\nnothing", "pdf"), (b"", "pdf"),
+    (pdf([shown((1, 1, "x"))])[:300], None)])
+def test_files_that_cannot_be_read_are_told(read, content: bytes, code: str | None) -> None:
+    told = read({"a.pdf": content, "b.txt": "next"}, "pdf", path="a.pdf")[0]
+    assert isinstance(told, Broken) if code else isinstance(told, (Broken, Raw))
+    assert code is None or told.code == code
+
+
+def test_pages_that_hold_one_another_end(read) -> None:
+    content = pdf([shown((50, 700, "text"))]).replace(b"/Kids[4 0 R]", b"/Kids[2 0 R]")
+    found = read({"a.pdf": content, "b.txt": "next"}, time_s=5.0)
+    assert found[-1] == Raw("next", "b.txt") and isinstance(found[0], Broken)
+
+
+def test_running_heads_and_page_numbers_go(read) -> None:
+    pages = [shown((50, 780, "The Book"), (50, 700, f"{what} are on this page."), (300, 20, str(n + 7)))
+             for n, what in enumerate(("Apples", "Pears", "Plums"))]
+    assert read({"a.pdf": pdf(pages)})[0].text == "\n\n".join(
+        f"{what} are on this page." for what in ("Apples", "Pears", "Plums"))
+
+
+@pytest.mark.parametrize(("lines", "expected"), [
+    (["A line that is as long as others", "goes on in the line that follows", "to its end.", "A new one."],
+     "A line that is as long as others goes on in the line that follows to its end.\nA new one."),
+    (["an exam\ufffe", "ple of it"], "an example of it"),
+    (["日本語の文", "章です。"], "日本語の文章です。"),
+    (["ประเทศไทยเป็น", "ประเทศหนึ่ง"], "ประเทศไทยเป็นประเทศหนึ่ง"),
+    (["이 책은 좋은", "책이다"], "이 책은 좋은 책이다"), ([], "")])
+def test_lines_are_joined_as_the_language_does(lines: list[str], expected: str) -> None:
+    assert join_lines(lines) == expected

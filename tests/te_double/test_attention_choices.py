@@ -1,0 +1,120 @@
+"""Which attention Transformer Engine chooses for rows of documents, asked of its double."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sov.engine.model.attention import PackedDocuments, pack
+from megatron_sov.engine.model.attention_kernels import keep_attention_decisions
+from megatron_sov.engine.model.gpu_settings import Here, own_attention_serves
+from megatron_sov.model import recipes
+from megatron_sov.model.config import apply_settings
+from megatron_sov.plan.search.recommended import RECOMMENDED
+
+
+@pytest.fixture(scope="module")
+def te() -> Iterator[Any]:
+    """Give the double to this file alone: others ask whether Transformer Engine is installed."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    import transformer_engine
+    from transformer_engine.pytorch import placement
+    from transformer_engine.pytorch.attention import backends
+
+    yield SimpleNamespace(pytorch=transformer_engine.pytorch, machine=placement, backends=backends)
+    sys.path.remove(str(Path(__file__).parent))
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformer_engine"]:
+        del sys.modules[name]
+
+
+def draw_states() -> torch.Tensor:
+    """Return normal numbers [16 tokens, 4 heads, 8 channels]."""
+    return torch.randn(16, 4, 8, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(("keeps", "decisions"), [(False, 7), (True, 3)])
+def test_decisions_about_attention_are_kept_for_each_window_and_length(
+        te: Any, monkeypatch: pytest.MonkeyPatch, keeps: bool, decisions: int) -> None:
+    """The real library keeps one, and asks cuDNN again when documents, window or length change, as they do
+    at each layer of a model with both kinds of attention; other variables are another question."""
+    from transformer_engine.pytorch.attention.dot_product_attention import utils
+
+    monkeypatch.setattr(utils, "get_attention_backend",
+                        lambda call: te.backends.choose(call, te.machine.CHIP))
+    if keeps:
+        keep_attention_decisions(utils)
+        keep_attention_decisions(utils)  # by each model that is built
+    q, bound = draw_states(), torch.tensor([0, 5, 6, 15, 16], dtype=torch.int32)
+    attention = te.pytorch.DotProductAttention(4, 8, attn_mask_type="padding_causal", qkv_format="thd")
+    te.backends.CHOSEN.clear()
+    for longest, left in ((9, -1), (9, -1), (16, -1), (9, 3), (9, -1), (9, 3), (9, -1), (16, -1)):
+        attention(q, q, q, cu_seqlens_q=bound, cu_seqlens_kv=bound, max_seqlen_q=longest,
+                  window_size=(left, 0))
+    assert dict(te.backends.CHOSEN) == {te.backends.FUSED: decisions}
+    monkeypatch.setenv("NVTE_FUSED_ATTN", "0")
+    attention(q, q, q, cu_seqlens_q=bound, cu_seqlens_kv=bound, max_seqlen_q=9)
+    assert te.backends.CHOSEN[te.backends.UNFUSED] == 1
+
+
+def test_one_decision_about_attention_serves_rows_of_many_documents(te: Any) -> None:
+    """Documents without tokens at the end of a row change nothing but what the decision is made by."""
+    q = draw_states()
+    attention = te.pytorch.DotProductAttention(4, 8, attn_mask_type="padding_causal", qkv_format="thd")
+    te.backends.CHOSEN.clear()
+    for lengths in ((4, 4, 4, 3, 1), (4, 4, 4, 2, 1, 1), (4, 3, 3, 2, 2, 1, 1), (3, 3, 2, 2, 2, 2, 1, 1)):
+        bound = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        packed = pack(bound, max(lengths), 16, own=False)
+        out = attention(q, q, q, cu_seqlens_q=packed.cu_seqlens_q, cu_seqlens_kv=packed.cu_seqlens_kv,
+                        max_seqlen_q=packed.max_seqlen_q)
+        whole = [torch.nn.functional.scaled_dot_product_attention(*[x.transpose(0, 1).float()] * 3,
+                                                                  is_causal=True).transpose(0, 1)
+                 for x in q.split(lengths)]
+        torch.testing.assert_close(out.view(16, 4, 8).float(), torch.cat(whole), atol=0.02, rtol=0.02)
+        assert packed.bounds.equal(bound), "multi-token prediction asks where documents end"
+    assert te.backends.CHOSEN == {te.backends.FUSED: 1}
+
+
+def test_the_unfused_attention_gets_no_more_than_a_row_has(te: Any) -> None:
+    """It makes scores of documents x longest x longest: an empty document costs as much as the longest."""
+    bound = torch.tensor([0, 5, 10, 15], dtype=torch.int32)
+    sizes = []
+    for bucketed in (True, False):
+        packed = pack(bound, 5, 15, own=False, bucketed=bucketed)
+        sizes.append((len(packed.cu_seqlens_q) - 1, packed.max_seqlen_q))
+        again = PackedDocuments(bounds=bound, longest_tokens=5, row_tokens=15, bucketed=bucketed).whole
+        assert (len(again.cu_seqlens_q) - 1, again.max_seqlen_q) == sizes[-1]
+    assert sizes == [(4, 8), (3, 5)]
+
+
+def recommended_attention() -> dict[str, tuple[Any, str]]:
+    """Return what each recommended layout that leaves attention to the library asks of it, and of which
+    chip."""
+    found = {}
+    for name, by_gpu in RECOMMENDED.items():
+        for gpu, layout in {(gpu, layout) for gpu, layouts in by_gpu.items() for layout in layouts}:
+            run = apply_settings(recipes.get(name), list(layout))
+            model, parallel = run.model, run.parallel
+            if not own_attention_serves(Here(True, model, parallel), run.gpu.attention,
+                                        run.train.deterministic):
+                longest = max(phase.seq_len for phase in run.data.phases)
+                call = {"dtype": torch.bfloat16, "heads": model.num_heads // parallel.tp,
+                        "head_dims": (model.head_dim, model.head_dim), "longest_tokens": longest,
+                        "documents": run.train.micro_batch_size,
+                        "deterministic": run.train.deterministic}
+                found[f"{name} {gpu} {' '.join(layout)}"] = (
+                    call, "BLACKWELL" if gpu == "b200" else "HOPPER")
+    return found
+
+
+def test_the_fast_attention_serves_every_recommended_layout(te: Any) -> None:
+    asked = recommended_attention()
+    refused = {name: te.backends.refusals(te.backends.AttentionCall(**call), getattr(te.machine, chip))
+               for name, (call, chip) in asked.items()}
+    assert len(asked) > 50 and not {name: why for name, why in refused.items() if why}

@@ -1,0 +1,191 @@
+"""The pages about tokenizers and data: every command, snippet and setting on them works, in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+import shlex
+import shutil
+import textwrap
+from pathlib import Path
+
+import pytest
+import yaml
+
+import data_prep.cli
+import tokenizer.cli
+from data_prep import demo_corpus
+from data_prep.curate.pipeline.step import STEPS, step_class
+from data_prep.curate.scoring.labels import HIGHEST
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.base.settings import problems_of
+from tests.data_prep.curate.scoring.planted import planted, write_lines
+from tests.pages_typed import blocks, page_text, shell_lines
+
+MAINS = {"sov-tokenizer": tokenizer.cli.main, "sov-data": data_prep.cli.main}
+
+
+@pytest.fixture
+def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, Path]) -> Path:
+    """A folder with the files that the pages name; gathering text from this machine is cut short."""
+    texts = {"english": textwrap.TextWrapper.__doc__ or "", "code": inspect.getsource(textwrap),
+             "korean": "한국어 문장. " * 9}
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "my-texts").mkdir()
+    shutil.copytree(hf_models["solar_open"], tmp_path / "my-model")
+    (tmp_path / "heldout").mkdir()
+    for name, text in texts.items():
+        lines = [{"text": f"{i} {p}"} for i, p in enumerate(re.split(r"\n\n|(?<=\. )", text)) if p.strip()]
+        (tmp_path / f"corpus/{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        (tmp_path / f"my-texts/{name}.txt").write_text(text)
+        (tmp_path / f"heldout/{name}.jsonl").write_text(json.dumps({"text": text[::-1]}))
+    chats = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}]}
+             for i in range(30)]
+    (tmp_path / "corpus/chat.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    (tmp_path / "pairs.jsonl").write_text("\n".join(
+        json.dumps({"prompt": f"{i} + 1?", "chosen": f"{i + 1}", "rejected": "No idea."}) for i in range(30)))
+    (tmp_path / "forum.jsonl").write_text("\n".join(
+        json.dumps({"title": f"{i} + 1?", "body": "Please.", "reply": str(i + 1)}) for i in range(60)))
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"{i} + 1?", "answer": i + 1})
+                                                      for i in range(30)))
+    (tmp_path / "solutions.jsonl").write_text("\n".join(
+        json.dumps({"query": f"{i} + 1?",
+                    "solutions": [f"Count on from {i}.", {"thinking": "One more.", "answer": f"{i + 1}"}]})
+        for i in range(30)))
+    (tmp_path / "crawl.jsonl").write_text('{"text": "a good line"}\n{"text": "cut o')
+    (tmp_path / "rules.json").write_text(blocks(page_text("tokenizer.md"), "json")[0])
+    library = demo_corpus.stdlib_files()[::40]
+    monkeypatch.setattr(demo_corpus, "stdlib_files", lambda: library)
+    monkeypatch.setattr(demo_corpus, "package_files", list)
+    monkeypatch.setattr(demo_corpus, "readmes", dict)
+    monkeypatch.setattr(demo_corpus, "korean_pages", lambda: {"page": "한국어 문장을 씁니다. " * 20})
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.deep
+def test_what_the_pages_on_tokenizers_and_data_show_runs(texts: Path) -> None:
+    shown = [shlex.split(line) for page in ("tokenizer.md", "data.md")
+             for line in shell_lines(page_text(page), "sh")]
+    assert len(shown) == 21
+    for name, *arguments in shown:
+        # megabytes of one letter, all of Unicode and every Hangul syllable take their time
+        if arguments[0] == "report":
+            arguments += [word for check in ("worst", "scalars", "reach", "scripts")
+                          for word in ("--skip", check)]
+        # the text here is too small for the page's vocabulary
+        if arguments == ["demo-corpus", "--output", "corpus"]:
+            shutil.rmtree("corpus")  # who reads this page first has none
+        smaller = ["600" if a == "2048" else a for a in arguments]
+        assert MAINS[name](smaller) == 0, (name, arguments)
+    for snippet in blocks(page_text("tokenizer.md"), "python"):
+        exec(compile(snippet, "tokenizer.md", "exec"), {})
+    assert [s["name"] for s in read_manifest("shards").content["sources"]] == ["english", "ko", "my-texts"]
+    assert read_manifest("my-tokenizer").content["vocab_size"] == 512
+
+
+OWN = """import dataclasses
+
+def shorter(document):
+    return dataclasses.replace(document, text=document.text[:1000])
+"""
+
+
+@pytest.mark.deep
+def test_the_pages_pipeline_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                 capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = page_text("data_pipeline.md")
+    (file,) = blocks(page, "yaml")
+    Path("notes.yaml").write_text(file)
+    Path("own.py").write_text(OWN)
+    for name in ("web", "books"):
+        Path("raw", name).mkdir(parents=True)
+        for number in range(3):
+            Path("raw", name, f"{number}.txt").write_text(
+                f"The {name} say that {number} ships came in. They brought salt and timber. " * 20)
+    Path("raw/web/.draft.txt").write_text("not yet")
+    for line in shell_lines(page, "sh"):
+        if "--cluster" not in line:
+            assert data_prep.cli.main(shlex.split(line)[1:]) == 0, line
+    printed = capsys.readouterr().out
+    assert "corpus: complete" in printed
+    assert "\nsource web: raw/web: passed over 1 hidden (.draft.txt)\n" in printed
+    for name in ("text", "summary.json", "quarantine/web.jsonl", "manifest.json",
+                 "pipeline.json", "shards/books", "shared"):
+        assert Path("corpus", name).exists(), name
+
+
+def test_the_page_on_pipelines_names_every_step() -> None:
+    assert [name for name in STEPS if f"`{name}`" not in page_text("data_pipeline.md")] == []
+
+
+@pytest.mark.deep
+def test_what_the_page_on_scoring_shows_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = page_text("data_scoring.md")
+    shown = json.loads(*blocks(page, "json"))
+    assert 0 <= shown["label"] <= HIGHEST["regressor"]
+    write_lines(tmp_path / "quality.jsonl", planted("classifier", 120))
+    write_lines(tmp_path / "education.jsonl", [shown, *planted("regressor", 120)])
+    write_lines(tmp_path / "others.jsonl", planted("regressor", 50, seed=3))
+    for line in shell_lines(page, "sh"):
+        program, *argv = shlex.split(line)
+        assert program == "sov-data"
+        assert data_prep.cli.main(argv) == 0, capsys.readouterr().err
+    assert "education-model, a regressor" in capsys.readouterr().out
+    for entry in yaml.safe_load(*blocks(page, "yaml"))["steps"]:
+        ((kind, settings),) = entry.items()
+        step = step_class(kind)
+        made = step.Settings(**{k: Path(v) if k == "model" else v for k, v in settings.items()})
+        assert problems_of(made) == [], kind
+        step(made)
+
+
+def test_the_page_on_scoring_lists_every_setting_of_every_step() -> None:
+    for kind in ("quality", "education", "topics", "level", "kind"):
+        assert kind in STEPS
+        (row,) = re.findall(rf"^\| `{kind}` \|.*$", page_text("data_scoring.md"), re.MULTILINE)
+        named = set(re.findall(r"`(\w+)`", row.split("|")[3]))
+        assert named == {field.name for field in dataclasses.fields(step_class(kind).Settings)}, kind
+
+
+QUESTION = "How many barrels of oil does a refinery with twelve towers fill each morning?"
+
+
+@pytest.fixture
+def benchmarked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_lines(tmp_path / "bench.jsonl", [{"id": 7, "question": QUESTION, "answer": "Twelve."}])
+    write_lines(tmp_path / "chats.jsonl", [{"messages": [{"role": "user", "content": text},
+                                                         {"role": "assistant", "content": "12"}]}
+                                           for text in ("Hello!", QUESTION.upper())])
+    write_lines(tmp_path / "prompts.jsonl", [{"prompt": text, "answer": 12}
+                                             for text in (f"Say: {QUESTION}", "Go!")])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", ["dedup.md", "decontamination.md"])
+def test_the_steps_that_the_pages_show_have_these_settings(benchmarked: Path, page: str) -> None:
+    for block in blocks(page_text(page), "yaml"):
+        for step in yaml.safe_load(block)["steps"]:
+            ((kind, settings),) = step.items()
+            if "benchmarks" in settings:
+                settings["benchmarks"] = tuple(map(Path, settings["benchmarks"]))
+            assert problems_of(step_class(kind).Settings(**settings)) == []
+
+
+def test_the_commands_that_the_page_shows_run(benchmarked: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for line in blocks(page_text("decontamination.md"), "sh")[0].splitlines():
+        assert data_prep.cli.main(shlex.split(line)[1:]) == 0
+    assert ("chats.jsonl: 2 records read: 1 written, 1 set aside (1 text of benchmarks)"
+            in capsys.readouterr().out)
+    kept = (benchmarked / "clean-prompts/prompts.jsonl").read_text()
+    assert kept == '{"prompt": "Go!", "answer": 12}\n'
+    (hit,) = json.loads((benchmarked / "clean-prompts/hits.json").read_text())
+    assert (hit["item"], hit["before"], hit["found"]) == ("7", "Say: ", QUESTION[:-1])
+    records = read_manifest("clean-chats", "corpus").content["records"]
+    assert records == {"chats.jsonl": {"read": 2, "kept": 1, "left_out": 1}}
