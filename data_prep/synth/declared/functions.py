@@ -50,7 +50,7 @@ class Answer(str):
         return made
 
 
-def between(text: str, tag: str) -> str:
+def text_between(text: str, tag: str) -> str:
     """Return the text between two tags of a reply, or ""."""
     return (read_tagged(text, tag) or {tag: ""})[tag]
 
@@ -142,13 +142,14 @@ def run_programs(replies: Sequence[str]) -> list[str]:
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "answer_in": answer_in, "between": between, "boxed_or_plain": boxed_or_plain, "chrf": chrf,
+    "answer_in": answer_in, "boxed_or_plain": boxed_or_plain, "chrf": chrf,
     "copied_share": copied_share, "count_right": count_right, "facts_of_source": fact_verdicts,
     "fenced": fenced, "final_answers": final_answers, "in_language": in_language, "is_dialogue": is_dialogue,
     "kept_in_translation": kept_in_translation, "kept_share": kept_share, "language_name_of": name_of,
     "language_of": language_of, "normalized": normalized, "pronouns": pronouns, "reads_as": reads_as,
     "refuses": refuses, "run_programs": run_programs, "size_ratio": size_ratio, "stands_in": stands_in,
-    "translated_verdicts": translated_verdicts, "with_texts": with_texts, "without": without,
+    "text_between": text_between, "translated_verdicts": translated_verdicts, "with_texts": with_texts,
+    "without": without,
     # of autoif
     "accepting": accepting, "different": different, "foreign_letters": foreign_letters, "in_turns": in_turns,
     "language_unquoted": language_unquoted, "share_of": share_of, "with_quotes_of": with_quotes_of}

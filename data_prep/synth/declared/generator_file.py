@@ -116,6 +116,8 @@ class _Compiler:
                     or name in ("self", *GIVEN, *reader.names(), *PROMPTS.globals)):
                 self._add(("settings", name), "is no name for a setting, or is taken", name,
                           "choose another one")
+        for name in {*reader.names()} & PROMPTS.globals.keys():
+            self._add(("items",), "is the name of a function, and of no field", name, "rename the field")
         self._refuse()
         settings = self._settings(reader)
         self._check_forms(said.steps, ("steps",))
@@ -196,6 +198,8 @@ class _Compiler:
         step, problems = find_problems(VERBS[verbs[0]], entry)
         self._add_all(here, problems)
         said = list(step.problems(self._said.prompts)) if step else []
+        said += [(verbs[0], f"names the function {name!r}; rename the field")
+                 for name in (step.gives() if step and not said else ()) if name in PROMPTS.globals]
         for part, rule in said:
             self._add((*here, *part.split(".")), rule)
         return None if said else step
