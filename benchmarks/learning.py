@@ -206,11 +206,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="how many (default: as many as a claim asks for)")
     parser.add_argument("--arms", nargs="+", default=[], help="arms to run (default: all)")
     args = parser.parse_args()
+    asked_for: list[tuple[Recipe, str]] = []
     for asked in args.claims:
         name, _, claim = asked.partition("/")
-        recipe = Recipe(RECIPES / f"{name}.yaml")
-        for one in [claim] if claim else recipe.claims:
-            run_claim(recipe, one, args.work.absolute() / name, args.seeds, args.arms)
+        if not (file := RECIPES / f"{name}.yaml").is_file():
+            parser.error(f"{name}: {RECIPES} has no recipe of this name")
+        recipe = Recipe(file)
+        if claim and claim not in recipe.claims:
+            parser.error(f"{asked}: no claim of {file}; it has {', '.join(recipe.claims)}")
+        asked_for += [(recipe, one) for one in ([claim] if claim else recipe.claims)]
+    for recipe, claim in asked_for:
+        run_claim(recipe, claim, args.work.absolute() / recipe.name, args.seeds, args.arms)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,6 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "eval ppl": (M, "eval", "ppl", "@run", "--data", "@text", "--seq-len", "32", "--max-tokens", "64",
                  "--nproc", "1", "--output", "@out"),
     "eval ppl of hf": (M, "eval", "ppl", "@hf", "--data", "@text", "--seq-len", "32", "--max-tokens", "64"),
-    "eval bigram": (M, "eval", "bigram", "--data", "@text", "--max-tokens", "64", "--seq-len", "32"),
     "eval needle": (M, "eval", "needle", "@run", "--data", "@text", "--lengths", "64", "--depths", "0.5",
                     "--samples", "1", "--kinds", "single", "--nproc", "1", "--output", "@out"),
     "eval logits": (M, "eval", "logits", "@run", "@hf", "--lengths", "8", "--nproc", "1"),

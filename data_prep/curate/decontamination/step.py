@@ -134,8 +134,9 @@ def benchmark_files(paths: Iterable[Path]) -> list[Path]:
     for path in paths:
         files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
         if not files or not all(file.is_file() for file in files):
-            raise UserError(f"benchmarks: {path}: is no file, and no folder with .jsonl files; "
-                            "each line of one is a record of a benchmark")
+            raise UserError(f"benchmarks: {path}: is no file, and no folder with .jsonl files of records; "
+                            "nothing is fetched by a benchmark's name: save each as .jsonl, e.g. by "
+                            "datasets' `to_json`, and pass the files after --benchmarks, with blanks between")
         found += files
     return found
 

@@ -12,8 +12,6 @@ import data_prep.cli
 import tokenizer.cli
 from megatron_sov import cli
 from megatron_sov.base.errors import nearest
-from megatron_sov.base.hints import words
-from megatron_sov.model.counterparts.settings import SAME
 
 PROGRAMS = {"megatron-sov": cli.main, "sov-data": data_prep.cli.main, "sov-tokenizer": tokenizer.cli.main}
 SFT = "megatron-sov sft --from M --data D --run R"
@@ -119,13 +117,6 @@ def test_a_word_that_resembles_nothing_is_not_guessed_at(line: str,
     ("data", ["tag"])])
 def test_a_distant_word_is_no_guess(word: str, known: list[str]) -> None:
     assert nearest(word, known) == ""
-
-
-def test_settings_of_megatron_mean_the_same_everywhere() -> None:
-    """`convert settings` and the answer to a command line agree."""
-    called = {theirs: [one.partition("=")[0] for one in words.settings_called(theirs)] for theirs in SAME}
-    other = {theirs: meant for theirs, meant in called.items() if meant and SAME[theirs] not in meant}
-    assert other == {}
 
 
 @pytest.mark.parametrize(("files", "command", "write"), [

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -251,11 +250,3 @@ def installed(package: str) -> Sources | None:
     if spec is None or not spec.submodule_search_locations:
         return None
     return Sources(Path(next(iter(spec.submodule_search_locations))).parent)
-
-
-def first_difference(package: str) -> tuple[str, str]:
-    """Return the version of a library that the contract is of, and where the installed one has another shape
-    first; "": nowhere."""
-    part = json.loads(CONTRACT.read_text(encoding="utf-8"))[package]
-    sources = installed(package)
-    return part["version"], "" if sources is None else next(differences(part["symbols"], sources), "")
