@@ -97,7 +97,6 @@ MIN_LINES_OF_ONE_USER = 150
 ALONE = {
     "megatron_sov/base/hints/foreign.py": "files of other programs; words of a line are another subject",
     "data_prep/synth/declared/parsers.py": "reads replies; running steps is another subject",
-    "data_prep/synth/declared/programs.py": "runs programs in the sandbox, for functions of templates",
     "data_prep/shards/sample.py": "a command",
     "data_prep/curate/sources/pdf.py": "reads PDF files; web archives are another subject",
     "megatron_sov/base/pages/markdown.py": "text of strangers in Markdown; exporting weights is another",

@@ -1,4 +1,4 @@
-"""Where a declared generator's items come from: documents, problems, records, topics, risks, chains of facts.
+"""Readers of a declared generator's items: documents, problems, records, pairs of problems, chains of facts.
 
 A reader declares the fields that it gives to the steps, and settings that every generator on it has.
 """
@@ -7,28 +7,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
-import yaml
-from annotated_types import Ge, Le, MaxLen, MinLen
+from annotated_types import Le, MinLen
 
 from data_prep.json_lines import read_objects
 from data_prep.synth.declared.fact_chains import FactChains, FactSettings
-from data_prep.synth.declared.functions import languages_with_refusals
 from data_prep.synth.generator import GeneratedSample, GeneratorItem, Temperature
-from data_prep.synth.generators.autoif.texts import languages as named_languages
 from data_prep.synth.generators.documents.languages import language_of, name_of
 from data_prep.synth.generators.documents.pieces import DocumentSettings, document_items, fenced
 from data_prep.synth.generators.documents.verdicts import unknown_language
 from data_prep.synth.problems import line_files, read_problems, stated_id
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import (
-    ONCE, AtLeastOne, Bound, NotBlank, ProblemCode, SettingsError, SettingsProblem, one_of, problems_of,
-    read_file)
-
-TAXONOMIES = Path(__file__).parents[1] / "taxonomies"
+from megatron_sov.base.settings import ONCE, AtLeastOne, Bound, ProblemCode
 
 
 @dataclass(frozen=True)
@@ -53,23 +46,24 @@ class Reader:
 
     Args:
         options: that the generator's file gives.
+        folder: of the generator's file.
     """
 
     Settings: ClassVar[type[Any]] = DrawSettings
     Options: ClassVar[type[Any]] = NoOptions
     fields: ClassVar[tuple[str, ...]] = ()
     """Fields of an item, as steps know them."""
-    needs_input: ClassVar[bool] = True
+    needs_input = True
 
-    def __init__(self, options: Any) -> None:
-        self.options = options
+    def __init__(self, options: Any, folder: Path) -> None:
+        self.options, self.folder = options, folder
 
     def names(self) -> tuple[str, ...]:
         """Return the fields of an item."""
         return self.fields
 
     def files(self) -> Sequence[Path]:
-        """Return packaged files that items depend on."""
+        """Return files beside the input that items depend on."""
         return ()
 
     def items(self, inputs: Sequence[Path], settings: Any) -> Iterator[GeneratorItem]:
@@ -125,6 +119,10 @@ class RecordOptions:
     fields: Annotated[tuple[Annotated[str, Bound(lambda name: None if name.isidentifier() else (
         ProblemCode.BOUND, "must be a name of letters, digits and _", ""))], ...], MinLen(1), ONCE]
     """Fields that each line has, as text."""
+    default: str = ""
+    """File beside the generator's whose lines are read where no input is given."""
+    times: str = ""
+    """Setting: items that each line becomes, whose field `number` counts from 1; empty: one."""
 
 
 class Records(Reader):
@@ -132,12 +130,19 @@ class Records(Reader):
 
     Options = RecordOptions
 
+    def __init__(self, options: RecordOptions, folder: Path) -> None:
+        super().__init__(options, folder)
+        self.needs_input = not options.default
+
     def names(self) -> tuple[str, ...]:
-        return tuple(self.options.fields)
+        return (*self.options.fields, *(("number",) if self.options.times else ()))
+
+    def files(self) -> Sequence[Path]:
+        return [self.folder / self.options.default] if self.options.default else []
 
     def items(self, inputs: Sequence[Path], settings: Any) -> Iterator[GeneratorItem]:
         seen: dict[str, str] = {}
-        for file in line_files(inputs):
+        for file in line_files(inputs or self.files()):
             for where, record in read_objects(file):
                 for name in self.options.fields:
                     if not isinstance(record.get(name), str):
@@ -145,9 +150,15 @@ class Records(Reader):
                                         "it, or leave the line out")
                 fields = {name: record[name] for name in self.options.fields}
                 id_ = stated_id(record, "\n".join(fields.values()), where)
-                if seen.setdefault(id_, where) == where:
-                    yield GeneratorItem(id_, fields, str(record.get("source") or file.stem),
-                                        str(record.get("licence") or record.get("license") or ""))
+                if seen.setdefault(id_, where) != where:
+                    continue
+                source = str(record.get("source") or file.stem)
+                licence = str(record.get("licence") or record.get("license") or "")
+                if not self.options.times:
+                    yield GeneratorItem(id_, fields, source, licence)
+                    continue
+                for number in range(1, getattr(settings, self.options.times) + 1):
+                    yield GeneratorItem(f"{id_}.{number}", {**fields, "number": number}, source, licence)
 
 
 @dataclass(frozen=True)
@@ -184,141 +195,6 @@ class Pairs(Reader):
                                     one.source, one.licence)
 
 
-@dataclass(frozen=True)
-class TopicSettings(DrawSettings):
-    """Settings of `topics`."""
-
-    per_topic: Annotated[AtLeastOne, Le(10_000)] = 6
-    """Problems that are asked for on each topic."""
-
-
-Domain = Annotated[str, Bound(lambda text: None if text and set(text) - {"."} and all(
-    c.isalnum() or c in "._-" for c in text) and len(text) <= 60 else (
-        ProblemCode.BOUND, "must be a name of letters, digits, '.', '_' and '-'", "such as algebra"))]
-
-
-@dataclass(frozen=True)
-class Topic:
-    """One topic."""
-
-    domain: Domain
-    topic: Annotated[NotBlank, MaxLen(1000)]
-
-
-class Topics(Reader):
-    """Topics of domains, each so many times; without input those of `taxonomies/mathematics.yaml`."""
-
-    Settings = TopicSettings
-    fields = ("domain", "topic", "number")
-    needs_input = False
-    file = TAXONOMIES / "mathematics.yaml"
-
-    def files(self) -> Sequence[Path]:
-        return [self.file]
-
-    def items(self, inputs: Sequence[Path], settings: Any) -> Iterator[GeneratorItem]:
-        # id -> where it stood first: a topic that is repeated is passed over
-        seen: dict[str, str] = {}
-        for where, record in self._topics(inputs):
-            for name in Topic.__dataclass_fields__:
-                if not isinstance(record.get(name), str):
-                    raise UserError(f"{where}: {name} = {str(record.get(name))[:60]} must be a text")
-            topic = Topic(record["domain"], record["topic"])
-            if problems := problems_of(topic):
-                raise SettingsError(where, problems)
-            id_ = stated_id(record, f"{topic.domain}\n{topic.topic}", where)
-            if seen.setdefault(id_, where) != where:
-                continue
-            for number in range(1, settings.per_topic + 1):
-                yield GeneratorItem(f"{id_}.{number}", {"domain": topic.domain, "topic": topic.topic.strip(),
-                                                        "number": number}, where.rpartition(":")[0])
-
-    def _topics(self, inputs: Sequence[Path]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        if not inputs:
-            for domain, topics in yaml.safe_load(self.file.read_text(encoding="utf-8")).items():
-                yield from ((f"{self.file.stem}:{domain}", {"domain": domain, "topic": topic})
-                            for topic in topics)
-        for file in line_files(inputs):
-            yield from read_objects(file)
-
-
-@dataclass(frozen=True)
-class Category:
-    """One category of risk."""
-
-    id: Annotated[str, Bound(lambda text: None if 0 < len(text) <= 40 and text[0] != "-" and all(
-        c.islower() or c.isdigit() or c == "-" for c in text) and text.isascii() else (
-            ProblemCode.BOUND, "must be up to 40 small letters, digits and -", ""))]
-    """Part of the samples' ids."""
-    name: NotBlank
-    """As prompts name it."""
-    strategy: Literal["redirect", "safe-complete"]
-    """redirect: decline and show a way that helps; safe-complete: help with what is safe."""
-    withhold: NotBlank
-    """What no answer may give."""
-    examples: Annotated[tuple[NotBlank, ...], MinLen(1)]
-    """Requests of the category."""
-    twin: NotBlank
-    """A harmless request that sounds alike."""
-
-
-@dataclass(frozen=True)
-class Taxonomy:
-    """Categories of risk in a file."""
-
-    categories: Annotated[tuple[Category, ...], MinLen(1)]
-    version: int = 1
-
-    def problems(self) -> list[SettingsProblem]:
-        ids = [category.id for category in self.categories]
-        return [SettingsProblem(ProblemCode.TWICE, f"categories.{place}.id", "stands there twice", id_)
-                for place, id_ in enumerate(ids) if id_ in ids[:place]]
-
-
-Known = Annotated[str, one_of(lambda: languages_with_refusals() & named_languages().keys())]
-"""A language that prompts can name, and whose refusals are known."""
-
-
-@dataclass(frozen=True)
-class RiskSettings(DrawSettings):
-    """Settings of `risks`."""
-
-    languages: Annotated[tuple[Known, ...], MinLen(1), ONCE] = ("ko", "en", "th")
-    """Of requests and answers."""
-    calls: AtLeastOne = 2
-    """For new requests, for each category and language."""
-    max_tokens: Annotated[int, Ge(16)] = 2048
-    """Of an answer; one that is longer is refused."""
-
-
-class Risks(Reader):
-    """Each category of risk in each language, so many times; inputs are taxonomies instead of ours."""
-
-    Settings = RiskSettings
-    fields = ("category", "language", "language_name")
-    needs_input = False
-    file = TAXONOMIES / "safety.yaml"
-
-    def files(self) -> Sequence[Path]:
-        return [self.file]
-
-    def items(self, inputs: Sequence[Path], settings: Any) -> Iterator[GeneratorItem]:
-        read: dict[str, Path] = {}
-        for file in inputs or [self.file]:
-            for category in read_file(Taxonomy, file).categories:
-                # ids of items are made of those of categories
-                if read.setdefault(category.id, file) != file:
-                    raise UserError(f"{file}: category {category.id} stands in {read[category.id]} as well; "
-                                    "rename one")
-                for language in settings.languages:
-                    for number in range(settings.calls):
-                        yield GeneratorItem(f"{category.id}.{language}.{number}",
-                                            {"category": asdict(category), "language": language}, file.name)
-
-    def prepare(self, item: GeneratorItem, settings: Any) -> dict[str, Any] | GeneratedSample:
-        return {**item.fields, "language_name": name_of(item.fields["language"])}
-
-
 class Chains(Reader):
     """Chains of facts that the generator `triples` kept."""
 
@@ -333,6 +209,5 @@ class Chains(Reader):
 
 
 READERS: Mapping[str, type[Reader]] = {
-    "chains": Chains, "documents": Documents, "pairs": Pairs, "problems": Problems, "records": Records,
-    "risks": Risks, "topics": Topics}
+    "chains": Chains, "documents": Documents, "pairs": Pairs, "problems": Problems, "records": Records}
 """Name in a generator's file -> reader."""

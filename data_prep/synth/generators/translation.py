@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
@@ -19,18 +19,17 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Le
 
 from data_prep.libraries import require
+from data_prep.synth.declared.parsers import read_tagged
 from data_prep.synth.generator import (
-    Ask, GeneratedSample, Generator, GeneratorItem, Grade, Kind, Reply, SampleVerdict)
+    Ask, GeneratedSample, Generator, GeneratorItem, Grade, Kind, SampleVerdict)
 from data_prep.synth.generators.documents.facts import quotes_of
 from data_prep.synth.generators.documents.languages import ToldApart, in_language, language_of, name_of
 from data_prep.synth.generators.documents.numbers import numbers_of
 from data_prep.synth.generators.documents.pieces import ID_CHARS, DocumentSettings, document_items, fenced
 from data_prep.synth.generators.documents.verdicts import (
-    MAX_KEPT_CHARS, complete, copied_share, graded, read_tagged, refused, stands_in, unknown_language,
-    until_failed, within)
+    MAX_KEPT_CHARS, copied_share, graded, refused, unknown_language)
+from data_prep.synth.replies import Reply
 from megatron_sov.base.documents import RecordReading, list_files, read_documents
-from megatron_sov.base.documents.overlap import fold
-from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     NotNegative, SettingsProblem, as_problem, below, find_broken, other_than)
 
@@ -45,7 +44,6 @@ KEPT = re.compile(
 """What stands in no language: code, formulas, addresses, placeholders, tags."""
 COPIED_WORDS = 4
 """Runs of so many words that stand in the source too were not translated."""
-MAX_GLOSSARY_BYTES = 1 << 20
 _MAX_TOLD = 3
 Form = Literal["text", "chat", "prompt"]
 MAX_UNTRANSLATED_SHARE = 0.1
@@ -56,38 +54,6 @@ TRANSLATED = (
     "followed and not translated.")
 LANGUAGE_CHARS = 2000
 """Of a chat, what its language is told by."""
-
-
-# What a translation has to keep of its source.
-
-
-def read_glossary(file: Path) -> list[tuple[str, str]]:
-    """Return terms with their translations: a line each, a tab between; lines that begin with # are notes.
-
-    Raises:
-        UserError: the file cannot be read, or a line is none of these.
-    """
-    try:
-        with open(file, "rb") as f:
-            raw = f.read(MAX_GLOSSARY_BYTES + 1)
-        if len(raw) > MAX_GLOSSARY_BYTES:
-            raise UserError(f"glossary {file}: is longer than {MAX_GLOSSARY_BYTES >> 20} MiB; keep to terms")
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"glossary {file}: is no text in UTF-8; pass lines of TERM<tab>TRANSLATION") from None
-    except OSError as e:
-        raise UserError(f"glossary {file}: cannot be read ({e.strerror or e}); check the path") from None
-    found: dict[str, str] = {}
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        term, _, translation = (part.strip() for part in line.partition("\t"))
-        if not (term and translation):
-            raise UserError(f"glossary {file}:{number}: is no TERM<tab>TRANSLATION; set a tab between both")
-        if found.setdefault(term, translation) != translation:
-            raise UserError(f"glossary {file}:{number}: translates {term!r} again, as something else; "
-                            "keep one of the lines")
-    return list(found.items())
 
 
 def kept_verdicts(made: str, source: str, language: str, source_language: str, keep_quotes: bool
@@ -121,18 +87,8 @@ def translated_verdicts(made: str, source: str, language: str, keep_quotes: bool
     yield within("untranslated", untranslated, 0, max_untranslated)
 
 
-def glossary_verdict(made: str, source: str, glossary: Sequence[tuple[str, str]]) -> SampleVerdict:
-    """Return whether the terms that stand in a source are translated as the glossary says."""
-    text = " ".join(fold(made).split())
-    missed = [term for term, translation in terms_in(source, glossary)
-              if " ".join(fold(translation).split()) not in text]
-    return SampleVerdict("glossary", not missed, "translated otherwise: " + ", ".join(missed[:_MAX_TOLD])
-                         if missed else "")
-
-
-def terms_in(source: str, glossary: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Return the entries of a glossary whose terms stand in a text."""
-    return [entry for entry in glossary if stands_in(entry[0], source)]
+def within(check: str, value: float, least: float, most: float) -> SampleVerdict:
+    return SampleVerdict(check, least <= value <= most, f"{value:.2f}, must lie from {least:g} to {most:g}")
 
 
 def _changes(lost: Counter[str] | frozenset[str], new: Counter[str] | frozenset[str]) -> str:
@@ -150,8 +106,6 @@ class TranslationSettings(DocumentSettings):
     """Of the input; empty: as each document reads."""
     keep_quotes: bool = False
     """What stands between quotation marks stays as it is, such as a text that a user asks about."""
-    glossary: str = ""
-    """File with a term, a tab and its translation in each line."""
     min_chrf: Annotated[float, Ge(0), Le(100)] = 40.0
     """Of 100, of the translation back into the source's language against the source; 0: no way back."""
     min_ratio: Annotated[NotNegative, below("max_ratio")] = 0.25
@@ -175,19 +129,12 @@ class TranslationGenerator(Generator):
     kind: Kind = "text"
     help: ClassVar[str] = "documents, chats or prompts in another language, checked by the way back"
     libraries: ClassVar[Sequence[str]] = ("py3langid",)
-    templates: ClassVar[Mapping[str, Sequence[str]]] = {
-        "translation/forward": ("text", "language", "source_language", "keep_quotes", "glossary"),
-        "translation/back": ("text", "language", "source_language")}
     Settings: ClassVar[type[Any]] = TranslationSettings
     settings: TranslationSettings
 
     def __init__(self, settings: TranslationSettings) -> None:
         super().__init__(settings)
         self.kind = settings.form
-        self._glossary = read_glossary(Path(settings.glossary)) if settings.glossary else []
-
-    def files(self) -> Sequence[Path]:
-        return [Path(self.settings.glossary)] if self.settings.glossary else []
 
     def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         """Yield pieces of documents, or chats, or prompts; raises UserError for what is none."""
@@ -236,7 +183,10 @@ class TranslationGenerator(Generator):
             found = read_tagged(reply.text, "translation")
             made.append(found["translation"] if found else reply.text[:MAX_KEPT_CHARS])
             checks = self._checks(made[-1], text, source_language, reply, found is not None, ask, notes)
-            verdicts += until_failed(checks)
+            for verdict in checks:  # no further one is asked for, and paid, after one that fails
+                verdicts.append(verdict)
+                if not verdict.passed:
+                    break
             if not verdicts[-1].passed:
                 # the others stay as they are: the record has a text for each message
                 made += texts[len(made):]
@@ -247,21 +197,20 @@ class TranslationGenerator(Generator):
         settings = self.settings
         reply, = ask("translation/forward", temperature=settings.temperature, max_tokens=settings.max_tokens,
                      text=fenced(text), language=name_of(settings.language),
-                     source_language=name_of(source_language), keep_quotes=settings.keep_quotes,
-                     glossary=terms_in(text, self._glossary))
+                     source_language=name_of(source_language), keep_quotes=settings.keep_quotes)
         return reply
 
     def _checks(self, made: str, source: str, source_language: str, reply: Reply, has_form: bool, ask: Ask,
                 notes: dict[str, Any]) -> Iterator[SampleVerdict]:
         settings = self.settings
         language = settings.language
-        yield complete(reply)
+        yield SampleVerdict("complete", not reply.is_cut,
+                            "cut off at the limit of tokens" if reply.is_cut else "")
         yield SampleVerdict("form", has_form, "" if has_form else "has not the form that was asked for")
         yield from kept_verdicts(made, source, language, source_language, settings.keep_quotes)
         yield from translated_verdicts(made, source, language, settings.keep_quotes,
                                        MAX_UNTRANSLATED_SHARE)
         yield within("length", len(made) / len(source), settings.min_ratio, settings.max_ratio)
-        yield glossary_verdict(made, source, self._glossary)
         if settings.min_chrf:
             back, = ask("translation/back", temperature=0.0, max_tokens=settings.max_tokens,
                         text=fenced(made), language=name_of(language),

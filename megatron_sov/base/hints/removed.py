@@ -40,8 +40,8 @@ COMMANDS = {
     "sov-data report": "`sov-data inspect DIR` shows what each step of a pipeline dropped; summary.json of "
                        "`sov-data synth` has the counts of its checks",
     **dict.fromkeys(("sov-data difficulty fit", "sov-data difficulty check"),
-                    "use `sov-data scorer train --kind regressor --labels LABELS/labels.jsonl` on output of "
-                    "`sov-data difficulty label`, and `sov-data scorer check`"),
+                    "use `sov-data scorer train --kind regressor --labels LABELS/labels.jsonl` on the output "
+                    "of `sov-data difficulty label`, and `sov-data scorer check`"),
     "sov-data card": "manifest.json and summary.json of the output have sources, counts and hashes",
     "sov-tokenizer graft": "resize the model with transformers' `resize_token_embeddings`; `sov-tokenizer "
                            "media` adds tokens of pictures and sounds",
@@ -78,6 +78,8 @@ OPTIONS = {
     **dict.fromkeys((f"megatron-sov submit --{name}" for name in ("job-name", "manifest", "apply")),
                     "submit to a Slurm cluster; Kubernetes is not supported"),
     "sov-data mix --search": "set the shares with --blend",
+    **dict.fromkeys(("sov-data scorer train --encoder", "sov-data scorer train --max-tokens"),
+                    "train the linear model over n-grams, which needs no GPU"),
     **dict.fromkeys((f"sov-data inspect --{name}" for name in ("id", "where", "text", "dropped", "source")),
                     "`sov-data inspect OUT` prints what each step dropped; read shards/ and quarantine/ of "
                     "the output with pandas or DuckDB for single documents"),
@@ -93,7 +95,8 @@ OPTIONS = {
     **dict.fromkeys(("sov-data synth --benchmarks", "sov-data synth --languages"),
                     "write the steps `decontaminate` and `language` into a file for --checks"),
     **dict.fromkeys(("sov-data probing-sets --against", "sov-data probing-sets --per-domain"),
-                    "remove problems from the training input: `sov-data decontaminate --benchmarks SETS`"),
+                    "take the problems out of the training input: `sov-data decontaminate --benchmarks "
+                    "SETS`"),
     **dict.fromkeys(("sov-data synth --labels", "sov-data synth --min-kappa"),
                     "compare kept.jsonl and rejected.jsonl with scikit-learn's `cohen_kappa_score`"),
 }
@@ -147,11 +150,19 @@ VALUES = {
 }
 """Value of an option or setting, such as an engine, recipe or model family -> what to use in its place."""
 PIPELINE = {
-    **dict.fromkeys(("arrow", "dataset"), "save it as Parquet: `datasets.load_dataset(X).to_parquet(FILE)`"),
+    **dict.fromkeys(("arrow", "dataset"), "save it as Parquet with `to_parquet` of datasets"),
     **dict.fromkeys(("epub", "office"), "convert the files to text with pandoc"),
     "parallel": "write a JSON line with `text` for each pair of sentences",
     **dict.fromkeys(("pdf.repeated_lines", "pdf.max_pages", "warc.repeated_lines", "warc.max_pages"),
                     "running heads are always taken out, and `time_s` limits a file"),
+    "safety": "drop documents by a function of your own: the step `code`",
+    "exact_dedup.compare": "texts are compared in Unicode's form NFKC with single blanks",
+    **dict.fromkeys(("paragraph_dedup.keep", "paragraph_dedup.split"),
+                    "lines are compared, and the first document keeps them"),
+    "minhash_dedup.verify": "candidates are always compared by all their shingles",
+    "minhash_dedup.keep": "the longest document stays; `priority` of a source goes before",
+    "decontaminate.action": "documents are dropped; the step `code` can cut them",
+    "decontaminate.context_chars": "the column `contamination` names the items",
 }
 """Format, step, or FORMAT.option or STEP.setting of a pipeline file -> what to use in its place."""
 KINDS = {

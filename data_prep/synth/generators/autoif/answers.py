@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Le
+from annotated_types import Ge
 
 from data_prep.curate.quality.identify import identify
 from data_prep.json_lines import read_objects
 from data_prep.synth.generator import (
-    Ask, GeneratedSample, Generator, GeneratorItem, Grade, Kind, NoReply, NoUsableReply, Reply, SampleVerdict,
-    Temperature)
+    Ask, GeneratedSample, Generator, GeneratorItem, Grade, Kind, SampleVerdict, Temperature)
 from data_prep.synth.generators.autoif.kept import FILE, read_constraints
 from data_prep.synth.generators.autoif.texts import (
     SPACELESS, Named, Texts, in_system_turn, in_user_turn, texts_of)
 from data_prep.synth.generators.drawing import choose, share_of
+from data_prep.synth.replies import NoReply, NoUsableReply, Reply
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.files import PARQUET_SUFFIX, list_files, open_parquet
 from megatron_sov.base.documents.scripts import LANGUAGES, script_of
@@ -71,13 +71,6 @@ class AutoIfSettings:
     Chinese, as Qwen does.  Scripts of the language itself are left out."""
     min_score: Grade = 7.0
     """Of the judge, from 0 to 10 (the authors' README; their code asks for more than 8)."""
-    also: Literal["", "prompts", "pairs"] = ""
-    """prompts: a prompt with its functions as well, for the reward `constraint`; pairs: an answer that was
-    kept, and that half of the functions accept, beside one that none does, for `prefer`."""
-    call_time_s: Annotated[float, Ge(1), Le(60)] = 5.0
-    """Of a processor, for a function and a text."""
-    modules: tuple[str, ...] = ()
-    """That functions may import beside those that compute on texts, where this machine has them."""
 
     def problems(self) -> list[SettingsProblem]:
         folder, made = Path(self.constraints), "name the folder that `sov-data synth constraints` has written"
@@ -87,8 +80,7 @@ class AutoIfSettings:
             self, "", (bool(self.constraints), "constraints", "is not set", made),
             (folder.exists(), "constraints", "does not exist", made),
             (not self.constraints or not folder.is_dir() or (folder / FILE).is_file(), "constraints",
-             f"has no {FILE}", made),
-            (self.also != "pairs" or self.num_responses > 1, "also", "needs num_responses of at least 2"))
+             f"has no {FILE}", made))
 
     @property
     def views(self) -> Segmenter:
@@ -109,8 +101,8 @@ FIELDS = ("prompt", "query", "question", "instruction")
 _ROWS = 1024
 _QUOTED = re.compile(r'"[^"\n]+"|“[^”\n]+”|「[^」\n]+」|`[^`\n]+`|<<[^<>\n]+>>|(?<!\w)\'[^\'\n]+\'(?!\w)')
 _MARKS = '"“”「」`\''
-SANDBOX_WORKERS = 2
-"""Functions that run at a time."""
+SANDBOX_WORKERS, CALL_TIME_S = 2, 5.0
+"""Functions that run at a time, and seconds of a processor for a function and a text."""
 TRANSLATION_TEMPERATURE = 0.3
 SYSTEM_TRANSLATED_SHARE = 0.5
 """Of conversations with the constraint in the system turn, those whose constraint is translated to the
@@ -122,10 +114,6 @@ less helpful for that; this is no fault. Whether it follows it has been checked 
 10: it answers the query well. 5: it answers a part, or beside the point. 0: it has nothing to do with the \
 query, refuses without need, or the query asks for nothing that can be answered."""
 MAX_TRANSLATION_TOKENS = 2048
-Message = Mapping[str, Any]
-
-
-# Prompts of real users: the first turn of conversations, as WildChat and others have them, or a field.
 
 
 @dataclass(frozen=True)
@@ -210,9 +198,6 @@ def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{file}: is damaged ({first_line(e)}); fetch it again") from None
 
 
-# Quotations that a translation must leave as they are: functions look for a constraint's very words.
-
-
 def quoted(text: str) -> list[str]:
     """Return what stands in quotation marks, backquotes or double angle brackets, in order, without marks."""
     return [found.strip(_MARKS) for found in _QUOTED.findall(text)]
@@ -248,10 +233,6 @@ class AutoIf(Generator):
     kind: Kind = "chat"
     help = "users' prompts with a constraint, in a language of your choice, and answers that keep it (AutoIF)"
     libraries: ClassVar[Sequence[str]] = ("py3langid",)
-    templates: ClassVar[Mapping[str, Sequence[str]]] = {
-        "autoif/translation": ("language", "text"),
-        "autoif/response": ("constraint", "language", "query"),
-    }
     Settings = AutoIfSettings
     settings: AutoIfSettings
 
@@ -266,7 +247,7 @@ class AutoIf(Generator):
             UserError: constraints or queries cannot be read.
         """
         settings = self.settings
-        constraints = read_constraints(Path(settings.constraints), settings.modules)
+        constraints = read_constraints(Path(settings.constraints))
         for query in queries_of(inputs, settings.min_query_chars, settings.max_query_chars, settings.toxic):
             # by the hash of the query: it has the same constraint in every run and in any order of the input
             drawn = [choose(constraints, query.digest, number)
@@ -278,7 +259,7 @@ class AutoIf(Generator):
                     query.source, query.licence)
 
     def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
-        """Yield a conversation for each answer, and what else is asked for."""
+        """Yield a conversation for each answer."""
         query, constraint, verdict = self._turned(item, ask)
         if not verdict.passed:
             yield GeneratedSample({"messages": [{"role": "user", "content": item.fields["query"]}]},
@@ -287,24 +268,18 @@ class AutoIf(Generator):
         in_system = share_of("system", item.id) < self.settings.system_share
         phrase = in_system_turn if in_system else in_user_turn
         prompt = phrase(query, constraint, self._texts, item.id)
-        beside = {"language": self.settings.language, "constraint": item.fields["constraint"]}
+        beside = {"language": self.settings.language, "constraint": item.fields["constraint"],
+                  "functions": item.fields["functions"]}
         replies = ask("autoif/response", count=self.settings.num_responses,
                       temperature=self.settings.temperature, max_tokens=self.settings.max_tokens,
                       constraint=item.fields["constraint"], language=self._texts.name, query=query)
         # equal answers are one sample
         different = {reply.text.strip(): reply for reply in replies}
-        # all at once, since prompts and pairs below look at all answers
-        samples = []
         for text, reply in different.items():
             checks, accepting = self._verdicts(item, query, reply, ask)
             record = {"messages": [*prompt, {"role": "assistant", "content": text}], **beside}
-            samples.append(GeneratedSample(record, (verdict, *checks), group=item.id,
-                                           notes={"accepting": accepting, "in_system": in_system}))
-        yield from samples
-        if self.settings.also == "prompts":
-            yield self._prompt_row(item, prompt, beside, samples)
-        elif self.settings.also == "pairs":
-            yield from self._pairs(item, prompt, beside, samples)
+            yield GeneratedSample(record, (verdict, *checks), group=item.id,
+                                  notes={"accepting": accepting, "in_system": in_system})
 
     def _turned(self, item: GeneratorItem, ask: Ask) -> tuple[str, str, SampleVerdict]:
         """Return query and constraint in the languages that they are to have, and whether that went well."""
@@ -377,34 +352,12 @@ class AutoIf(Generator):
         sandbox = shared_sandbox(workers=SANDBOX_WORKERS)
         try:
             # one view that it accepts is enough: which one a language needs, functions do not know
-            told = [verdicts(sandbox, function, views, call_s=self.settings.call_time_s)
+            told = [verdicts(sandbox, function, views, call_s=CALL_TIME_S)
                     for function in functions]
         except (RuntimeError, TimeoutError) as e:  # nothing is known about the answer
             raise NoReply(str(e)) from None
         why = next((one.reason for each in told for one in each if one.reason), "no function accepts it")
         return sum(any(one.accepts for one in each) for each in told), why
-
-    def _prompt_row(self, item: GeneratorItem, prompt: Sequence[Message], beside: Message,
-                    samples: Sequence[GeneratedSample]) -> GeneratedSample:
-        """Return the prompt with its functions, for RL; it can be answered where an answer was kept."""
-        rate = sum(not sample.reason for sample in samples) / max(1, len(samples))
-        record = {"prompt": list(prompt), "functions": item.fields["functions"], **beside}
-        verdict = SampleVerdict("answerable", rate > 0, f"{rate:.0%} of {len(samples)} answers kept")
-        return GeneratedSample(record, (verdict,), group=item.id, notes={"pass_rate": rate},
-                               kind="prompt")
-
-    def _pairs(self, item: GeneratorItem, prompt: Sequence[Message], beside: Message,
-               samples: Sequence[GeneratedSample]) -> Iterator[GeneratedSample]:
-        """Yield a kept answer that half of the functions accept beside one that ended and that none accepts,
-        where there are both, as AutoIF has it."""
-        least = len(item.fields["functions"]) / 2
-        chosen = next((sample for sample in samples if not sample.reason
-                       and sample.notes["accepting"] >= least), None)
-        rejected = next((sample for sample in samples if sample.reason == "constraint"), None)
-        if chosen and rejected:
-            record = {"prompt": list(prompt), "chosen": chosen.record["messages"][-1]["content"],
-                      "rejected": rejected.record["messages"][-1]["content"], **beside}
-            yield GeneratedSample(record, chosen.verdicts, group=item.id, kind="prompt")
 
     @cached_property
     def _texts(self) -> Texts:

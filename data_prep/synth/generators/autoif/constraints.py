@@ -16,14 +16,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Gt
 
 from data_prep.json_lines import read_objects
 from data_prep.synth.generator import (
-    Ask, GeneratedSample, Generator, GeneratorItem, Grade, Kind, NoReply, NoUsableReply, SampleVerdict)
+    Ask, GeneratedSample, Generator, GeneratorItem, Grade, Kind, SampleVerdict)
 from data_prep.synth.generators.autoif.kept import wording_problem
 from data_prep.synth.generators.autoif.texts import SPACELESS, Named, texts_of
 from data_prep.synth.generators.drawing import shuffled
+from data_prep.synth.replies import NoReply, NoUsableReply
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     AtLeastOne, NotNegativeInt, SettingsProblem, Share, at_most, find_broken)
@@ -87,11 +88,11 @@ class Crossed:
     """What was seen, where nothing passed."""
 
 
-def read_draft(answer: str, modules: Sequence[str] = ()) -> CrossingDraft | str:
+def read_draft(answer: str) -> CrossingDraft | str:
     """Return the check and the cases of an answer: a block of Python and a block of JSON; or what is wrong
     with it, as the end of a sentence."""
     source = program_in(answer, ("evaluate",)).strip()
-    if problem := problem_of(source, modules):
+    if problem := problem_of(source, ()):
         return problem
     blocks = _JSON.findall(answer)
     try:
@@ -180,8 +181,8 @@ def _tells(said: dict[str, bool | None], kept: Sequence[Case], others: Sequence[
             and any(said[text] is True for text in right if text.strip()))
 
 
-SANDBOX_WORKERS = 2
-"""Functions that run at a time."""
+SANDBOX_WORKERS, CALL_TIME_S = 2, 5.0
+"""Functions that run at a time, and seconds of a processor for a function and a text."""
 BACK_TEMPERATURE = 0.7
 """Of what functions ask for, in words."""
 FUNCTION_TEMPERATURE = 0.2
@@ -220,12 +221,8 @@ class ConstraintsSettings:
     that show it are those that nothing agrees with.  A value of ours; AutoIF: 0."""
     min_accuracy: Annotated[Share, Gt(0)] = 0.8
     """Share of the cases that a function must agree with."""
-    call_time_s: Annotated[float, Ge(1), Le(60)] = 5.0
-    """Of a processor, for a function and a text."""
     min_agreement: Grade = 3.0
     """Of the judge, from 0 (contradicts) to 10 (the same); below it is a contradiction.  A value of ours."""
-    modules: tuple[str, ...] = ()
-    """That functions may import beside those that compute on texts, where this machine has them."""
 
     def problems(self) -> list[SettingsProblem]:
         most_cases = self.num_functions * self.num_cases
@@ -241,11 +238,6 @@ class Constraints(Generator):
     kind: Kind = "prompt"
     needs_input: ClassVar[bool] = False
     help = "instructions that code can check, with tested functions (AutoIF): what `autoif` starts from"
-    templates: ClassVar[Mapping[str, Sequence[str]]] = {
-        "constraints/ideas": ("language", "seeds", "wanted"),
-        "constraints/check": ("constraint", "language", "modules", "num_cases", "spaceless"),
-        "constraints/back": ("functions",),
-    }
     Settings = ConstraintsSettings
     settings: ConstraintsSettings
 
@@ -298,7 +290,7 @@ class Constraints(Generator):
                           spaceless=self.settings.language in SPACELESS)
         except NoUsableReply as e:  # one instruction, not the fifty of its round
             return [f"was no answer ({e})"]
-        return ["was cut off" if reply.is_cut else read_draft(reply.text, self.settings.modules)
+        return ["was cut off" if reply.is_cut else read_draft(reply.text)
                 for reply in replies]
 
     def _sample(self, constraint: str, drafts: Mapping[str, Sequence[CrossingDraft | str]], item_id: str,
@@ -335,7 +327,7 @@ class Constraints(Generator):
     def _judging(self, source: str, texts: Sequence[str]) -> Sequence[constraint_checks.ConstraintVerdict]:
         try:
             return constraint_checks.verdicts(shared_sandbox(workers=SANDBOX_WORKERS), source,
-                                            texts, call_s=self.settings.call_time_s)
+                                            texts, call_s=CALL_TIME_S)
         except (RuntimeError, TimeoutError) as e:  # nothing is known about the function
             raise NoReply(str(e)) from None
 

@@ -41,7 +41,7 @@ class KeptConstraint:
     """Sources, the best first."""
 
 
-def read_constraints(path: Path, modules: tuple[str, ...] = ()) -> list[KeptConstraint]:
+def read_constraints(path: Path) -> list[KeptConstraint]:
     """Return the constraints of a folder of the generator `constraints`, or of a JSONL file in its form.
 
     Raises:
@@ -51,7 +51,7 @@ def read_constraints(path: Path, modules: tuple[str, ...] = ()) -> list[KeptCons
     for where, record in read_objects(path / FILE if path.is_dir() else path):
         constraint, back = record.get("prompt"), record.get("back", [])
         try:
-            functions = functions_of(record, modules)
+            functions = functions_of(record, ())
         except Refused as e:
             problems.append(f"{where}: {e}")
             continue

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.synth.generator import GeneratorItem, Reply
+from data_prep.synth.generator import GeneratorItem
+from data_prep.synth.replies import Reply
 from megatron_sov.base.documents.messages import BadRecord, refuse_deep
 from megatron_sov.base.documents.rows import read_objects
 from megatron_sov.base.errors import UserError

@@ -28,7 +28,14 @@ from megatron_sov.base.errors import UserError
 from tests.data_prep.synth.models import constraints as actor
 from tests.data_prep.synth.scripted import ScriptedAsk, samples_of
 
-GENERATOR = Constraints(ConstraintsSettings(call_time_s=0.5))
+GENERATOR = Constraints(ConstraintsSettings())
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_prep.synth.generators.autoif.constraints.CALL_TIME_S", 0.5)
+
+
 CASES = {case.what: case for case in reversed(actor.cases())}
 REASONS = {
     "a sound constraint": "", "accepts everything": "agreement", "rejects everything": "tells apart",
@@ -94,9 +101,8 @@ def test_all_problems_of_settings_are_told() -> None:
     assert problems_of(ConstraintsSettings()) == []
     assert keys_of(ConstraintsSettings(min_functions=6, min_cases=20)) == [
         "min_functions", "min_cases"]
-    assert keys_of(ConstraintsSettings(min_accuracy=0, call_time_s=100, min_agreement=11,
-                                       rounds=-1, language="kr")) == [
-        "language", "rounds", "min_accuracy", "call_time_s", "min_agreement"]
+    assert keys_of(ConstraintsSettings(min_accuracy=0, min_agreement=11, rounds=-1, language="kr")) == [
+        "language", "rounds", "min_accuracy", "min_agreement"]
     assert generator_class("constraints") is Constraints
 
 
