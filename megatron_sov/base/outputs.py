@@ -44,8 +44,8 @@ def check_page(option: str, path: Path | None) -> None:
     """
     check_output(option, path)
     if path is not None and path.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"{option} {path}: is written as HTML; name it {path.with_suffix('.html')}, and print "
-                        "it from a browser for other formats")
+        raise UserError(f"{option} {path}: is written as HTML; name it {path.with_suffix('.html')}, and "
+                        "print it from a browser for other formats")
 
 
 def refuse_input(option: str, path: Path, *inputs: Path) -> None:
