@@ -99,7 +99,7 @@ ALONE = {
     "data_prep/synth/declared/parsers.py": "reads replies; running steps is another subject",
     "data_prep/shards/sample.py": "a command",
     "data_prep/curate/sources/pdf.py": "reads PDF files; web archives are another subject",
-    "megatron_sov/base/pages/markdown.py": "text of strangers; exporting weights is another subject",
+    "megatron_sov/base/pages/markdown.py": "text of strangers in Markdown; exports are another subject",
     "megatron_sov/infer/decoder/logprobs.py": "log-probabilities of given answers, at any layout",
     "megatron_sov/commands/operate/run_table.py": "a table of runs; one run in full is another subject",
     "megatron_sov/commands/operate/job_summary.py": "checks and prices a job; submitting is another subject",

@@ -204,7 +204,7 @@ COMMANDS = {
         "talk to a checkpoint, a Hugging Face folder or an endpoint in the terminal",
         PUBLISH, "chat.md",
         ("chat runs/sft",
-         "chat runs/sft hf --temperature 0.7")),
+         "chat hf --temperature 0.7")),
     "serve": Command(
         "megatron_sov.commands.models.serve",
         "serve a model over HTTP with OpenAI's interface, at any layout",
