@@ -154,7 +154,7 @@ def data_stages(root: Path, sources: list[str]) -> list[Stage]:
 
 
 def training_stages(root: Path, sources: list[str]) -> list[Stage]:
-    """Return the four runs and the baseline that the first one has to beat."""
+    """Return the four runs."""
     text, chat, pairs, pretrain, extend, sft, dpo = (
         str(root / name) for name in ("text", "chat", "pairs", "pretrain", "extend", "sft", "dpo"))
     layout = ("--nproc", str(NPROC), "--resume", *settings(parallel__ep=2))
@@ -178,7 +178,6 @@ def training_stages(root: Path, sources: list[str]) -> list[Stage]:
     return [
         Stage("pretrain", 100, ("megatron-sov", "pretrain", RECIPE, "--data", text, "--run", pretrain,
                                 *layout, *batch, *first), root / "pretrain/complete.json"),
-        Stage("bigram baseline", 10, ("megatron-sov", "eval", "bigram", "--data", text, "--run", pretrain)),
         Stage("extend", 30, ("megatron-sov", "extend", RECIPE, "--from", pretrain, "--data", text, "--run",
                              extend, *layout, *longer), root / "extend/complete.json"),
         # what the model says to chats before it has learned from any

@@ -12,7 +12,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 DISTRIBUTED = runpy.run_path(str(ROOT / "megatron_sov/version.py"))
 """That file alone is run: its package may lack what it needs."""
-DATA_FILES = ("j2", "css", "js", "json", "yaml", "sh", "sbatch", "md")
+DATA_FILES = ("j2", "css", "js", "json", "jsonl", "yaml", "sh", "sbatch", "md")
 
 INSTALL_REQUIRES = [
     "torch>=2.6",
@@ -43,8 +43,8 @@ EXTRAS = {
     "gpu": ["transformer-engine[pytorch,core-cu13]==2.20.2"],
     "rl": ["math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0"],
     "judge": ["openai>=2", "httpx>=0.27"],
-    # `sov-data run`: readers of pages, PDFs, web archives and encodings; mojibake, languages and phone numbers
-    # (their data lie in the wheels, nothing is downloaded); scorers.
+    # `sov-data run`: readers of pages, PDFs, web archives and encodings; mojibake, languages and phone
+    # numbers (their data lie in the wheels, nothing is downloaded); scorers.
     "data": ["resiliparse>=2", "pypdfium2>=5", "warcio>=1.7", "charset-normalizer>=3", "ftfy>=6.3",
              "py3langid>=0.4", "phonenumbers>=9", "scikit-learn>=1.7"],
     # `sov-data synth`: its client; agreement of translations; `data` for the checks of all.

@@ -48,10 +48,9 @@ COMMANDS = {
          "difficulty grade --input problems.jsonl --model estimator --output graded")),
     "probing-sets": Command(
         "data_prep.synth.probing_sets",
-        "freeze problems of `synth probes` into sets that are not in the training input",
-        RESPONSES, "synth_solutions.md",
-        ("probing-sets --input probes --against train.jsonl --output sets",
-         "probing-sets --input probes --against train.jsonl more.jsonl --output sets")),
+        "freeze problems of `synth probes` into a set for each domain", RESPONSES, "synth_solutions.md",
+        ("probing-sets --input probes --output sets",
+         "probing-sets --input probes more.jsonl --output sets --overwrite")),
     "trajectories": Command(
         "data_prep.responses.trajectories", "join each query with its diverse solutions to one document",
         RESPONSES, "data.md",

@@ -89,11 +89,14 @@ def test_help_lists_every_command(asked: str, capsys: pytest.CaptureFixture[str]
         assert command.help in printed
 
 
-def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["pretrian", "x"]) == 2
+@pytest.mark.parametrize(("words", "said"), [
+    (["pretrian", "x"], "pretrian: does not exist; did you mean 'pretrain'?"),
+    (["convert", "to-hff"], "convert to-hff: does not exist; did you mean 'to-hf'?")])
+def test_an_unknown_command_names_the_nearest(words: list[str], said: str,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == 2
     printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.startswith("error: megatron-sov pretrian: does not exist; did you mean 'pretrain'?")
+    assert printed.out == "" and printed.err.startswith(f"error: megatron-sov {said}")
     assert len(printed.err.splitlines()) == 1
 
 

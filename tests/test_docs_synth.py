@@ -77,7 +77,7 @@ def test_the_generator_of_the_page_is_one(tmp_path: Path, monkeypatch: pytest.Mo
         asked = len(server.requests)
         (tmp_path / "summaries.yaml").write_text(blocks("yaml")[0] + "# changed\n", encoding="utf-8")
         assert main(shlex.split(lines[1].replace(ADDRESS, server.url))[1:]) == 2
-        assert "template_digests.summaries.yaml was" in capsys.readouterr().err
+        assert "digests.summaries.yaml was" in capsys.readouterr().err
         assert len(server.requests) == asked
         (tmp_path / "summaries.yaml").write_text(blocks("yaml")[0].replace("{{ document }}",
                                                                            "{{ documnet }}"))
@@ -87,23 +87,14 @@ def test_the_generator_of_the_page_is_one(tmp_path: Path, monkeypatch: pytest.Mo
         assert len(server.requests) == asked
     (row,) = map(json.loads, (tmp_path / "work/summaries/kept.jsonl").read_text().splitlines())
     assert row["text"] == summary
-    assert (row["synthetic"]["generator"], row["synthetic"]["templates"]) == ("summaries",
-                                                                              {"summaries/write": 1})
+    assert row["synthetic"]["generator"] == "summaries"
 
 
-def test_the_page_names_all_functions_checks_readers_and_steps() -> None:
-    from data_prep.synth.declared.functions import CHECKS, FUNCTIONS
+def test_the_page_names_all_functions_readers_and_steps() -> None:
+    from data_prep.synth.declared.functions import FUNCTIONS
     from data_prep.synth.declared.parsers import PARSERS
     from data_prep.synth.declared.readers import READERS
     from data_prep.synth.declared.steps import VERBS
 
-    for name in (*CHECKS, *FUNCTIONS, *PARSERS, *VERBS, *READERS):
+    for name in (*FUNCTIONS, *PARSERS, *VERBS, *READERS):
         assert re.search(rf"`{name}[`:]", PAGE), name
-
-
-def test_the_template_of_the_page_is_one(tmp_path: Path) -> None:
-    from data_prep.synth.templates import load_prompt
-
-    (tmp_path / "a.j2").write_text(blocks("jinja")[0])
-    prompt = load_prompt("a", ["document"], [tmp_path])
-    assert prompt.messages({"document": "x"})[1]["content"] == "Rewrite this document:\n\nx"

@@ -79,12 +79,11 @@ def test_the_example_of_korean_culture(tmp_path: Path, monkeypatch: pytest.Monke
 def test_settings_of_the_page_are_those_of_its_generators(tmp_path: Path,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "terms.tsv").write_text("tide gauge\t검조소\n", encoding="utf-8")
     for line in (line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()):
         words = shlex.split(line)
         assert make_generator(words[2], parse_nested([word for before, word in pairwise(words)
                                                         if before == "--set"]))
     named = set(re.findall(r"`((?:min|max)_\w+)`", PAGE))
-    generators = ("rewrite", "textbook", "questions", "triples", "multihop", "translation")
+    generators = ("rewrite", "triples", "multihop", "translation")
     assert named <= {field for name in generators
                      for field in generator_class(name).Settings.__dataclass_fields__}

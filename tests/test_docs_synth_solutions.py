@@ -63,7 +63,6 @@ def test_solutions_and_probing_sets(folder: Path) -> None:
     shown = json.loads(re.findall(r"^```json\n(.*?)^```$", page(PAGES[0]), re.MULTILINE | re.DOTALL)[0])
     (folder / "problems.jsonl").write_text(json.dumps(shown) + "\n")
     (folder / "topics.jsonl").write_text(json.dumps({"domain": "algebra", "topic": "gardens"}) + "\n")
-    (folder / "train.jsonl").write_text(json.dumps({"text": "Nothing of the kind."}) + "\n")
     with serving(ScriptedEndpoint(reply)) as server:
         for words in lines(PAGES[0]):
             assert words[0] == "sov-data"

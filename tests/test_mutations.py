@@ -26,6 +26,7 @@ import pytest
 
 from tests.breakers import TENSORS, break_a_file, break_an_argument, change_quietly, files_in
 
+pytestmark = pytest.mark.deep  # each case runs a command
 COUNT = int(os.environ.get("SOV_MUTATIONS", "1"))
 TIMEOUT_S = 120.0
 SIZES = ("--set", "train.global_batch_size=2", "--set", "train.micro_batch_size=1",
@@ -62,7 +63,6 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "eval ppl": (M, "eval", "ppl", "@run", "--data", "@text", "--seq-len", "32", "--max-tokens", "64",
                  "--nproc", "1", "--output", "@out"),
     "eval ppl of hf": (M, "eval", "ppl", "@hf", "--data", "@text", "--seq-len", "32", "--max-tokens", "64"),
-    "eval bigram": (M, "eval", "bigram", "--data", "@text", "--max-tokens", "64", "--seq-len", "32"),
     "eval needle": (M, "eval", "needle", "@run", "--data", "@text", "--lengths", "64", "--depths", "0.5",
                     "--samples", "1", "--kinds", "single", "--nproc", "1", "--output", "@out"),
     "eval logits": (M, "eval", "logits", "@run", "@hf", "--lengths", "8", "--nproc", "1"),

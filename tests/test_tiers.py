@@ -48,6 +48,14 @@ def test_times_are_written_where_they_are_asked_for(tmp_path: Path) -> None:
     assert json.loads(times.read_text()) == {"test": "tests/test_a.py::test_b", "seconds": 60, "deep": False}
 
 
+def test_what_numba_compiles_is_in_no_tests_time() -> None:
+    import numba
+
+    before_s = tiers._imports["seconds"]
+    assert numba.njit(lambda x: x + 1)(1) == 2
+    assert tiers._imports["seconds"] > before_s
+
+
 def test_the_fifths_share_all_files_and_depend_on_no_folder_above() -> None:
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     fifths = [tiers.fifth_of(file) for file in files]

@@ -8,12 +8,13 @@ A test belongs to tier 2 if it needs a real Slurm, a Ray cluster or a browser, o
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.machinery
 import json
 import resource
 import time
 import zlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,21 +43,35 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Leave imports out of the processor time: they belong to whichever test comes first."""
-    execute = importlib.machinery.SourceFileLoader.exec_module
+    """Leave imports, and what numba compiles, out of the processor time: they belong to whichever test comes
+    first."""
+    loader = importlib.machinery.SourceFileLoader
+    execute = loader.exec_module
 
-    def execute_timed(self: Any, module: ModuleType) -> None:
+    def execute_module(self: Any, module: ModuleType) -> None:
+        execute(self, module)
+        if module.__name__ == "numba.core.dispatcher":
+            module.Dispatcher.compile = left_out(module.Dispatcher.compile)
+
+    loader.exec_module = left_out(execute_module)  # type: ignore[method-assign]
+    config.add_cleanup(lambda: setattr(loader, "exec_module", execute))
+
+
+def left_out(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function; its processor time is counted as that of imports."""
+
+    @functools.wraps(function)
+    def timed(*arguments: Any, **named: Any) -> Any:
         begin_s = _processor_s()
         _imports["depth"] += 1
         try:
-            execute(self, module)
+            return function(*arguments, **named)
         finally:
             _imports["depth"] -= 1
             if not _imports["depth"]:
                 _imports["seconds"] += _processor_s() - begin_s
 
-    importlib.machinery.SourceFileLoader.exec_module = execute_timed  # type: ignore[method-assign]
-    config.add_cleanup(lambda: setattr(importlib.machinery.SourceFileLoader, "exec_module", execute))
+    return timed
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks

@@ -41,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(typed: argparse.Namespace) -> int:
     args = read_options(DataRunOptions, typed)
-    from data_prep.curate.pipeline.addresses import describe_unknown, is_much, unknown_inputs
     from data_prep.curate.pipeline.pipeline_file import load_pipeline
     from data_prep.curate.pipeline.plan import make_plan
     from data_prep.curate.pipeline.running import (
@@ -51,18 +50,12 @@ def run(typed: argparse.Namespace) -> int:
     check_folder(args.output)
     refuse_inside_sources(pipeline, args.output)
     if args.dry_run:
-        # Without contents there are no addresses, and nothing to say of the steps; reading them here may take
-        # hours.
-        if is_much(unknown := unknown_inputs(pipeline, args.output)):
-            print(f"{pipeline.name}: the contents of {describe_unknown(unknown)} are not known yet; the run "
-                  "reads them first (with --cluster by jobs), and this tells the steps when it has")
-            return 0
         print(describe(make_plan(pipeline, args.output, keep=False), args.output))
         return 0
     if args.cluster:
         submit_pipeline(pipeline, args.output, args)
         return 0
-    (args.output / "inputs").mkdir(parents=True, exist_ok=True)
+    args.output.mkdir(parents=True, exist_ok=True)
     plan = make_plan(pipeline, args.output)
     for sentence in plan.list_passed_over():
         print(sentence)

@@ -8,18 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from data_prep.curate.scoring.encoder import EncoderSettings
 from data_prep.curate.scoring.labels import describe_figures
 from data_prep.curate.scoring.ngram_settings import NgramSettings
-from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Actions, Flag, add_actions, run_action
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerTrainOptions:
-    """Train a linear model over hashed n-grams, or over the embeddings of a local Hugging Face encoder.
-
-    What it is worth on labels that were held out is printed."""
+    """Train a linear model over hashed n-grams, and print its figures on labels that were held out."""
 
     labels: Annotated[Path, Flag(value="FILE")]
     """JSONL file of {"text": ..., "label": 0 or 1, or 0 to 5, "language": "ko"}; the language may be left
@@ -28,16 +24,12 @@ class ScorerTrainOptions:
     """classifier: labels 0 and 1, scores are probabilities; regressor: 0 to 5."""
     output: Annotated[Path, Flag(value="DIR")]
     """Folder for the scorer."""
-    encoder: Annotated[Path | None, Flag(value="HF_DIR")] = None
-    """Hugging Face folder of an encoder, in place of n-grams."""
     max_chars: int | None = None
     """Characters of a text that are read (default 20000)."""
     max_ngram: int | None = None
     """Units of the longest n-gram (default 2)."""
     buckets: int | None = None
     """Buckets of n-grams, a power of two (default 262144)."""
-    max_tokens: int | None = None
-    """Tokens of a text that an encoder reads (default 512)."""
     overwrite: bool = False
     """Replace a scorer that is already there."""
 
@@ -78,7 +70,7 @@ def _check(args: ScorerCheckOptions) -> int:
 def _train(args: ScorerTrainOptions) -> int:
     from data_prep.curate.scoring.scorer import TrainSettings, train
 
-    content = train(TrainSettings(args.labels, args.kind, _features(args), args.encoder), args.output,
+    content = train(TrainSettings(args.labels, args.kind, _features(args)), args.output,
                     overwrite=args.overwrite)
     again = content["num_repeated"]
     print(f"{args.labels}: {content['num_labels']:,} texts"
@@ -88,22 +80,10 @@ def _train(args: ScorerTrainOptions) -> int:
     return 0
 
 
-def _features(args: ScorerTrainOptions) -> NgramSettings | EncoderSettings:
-    """Return how texts are read.
-
-    Raises:
-        UserError: an option belongs to the other way.
-    """
-    ngrams = {"max_ngram": args.max_ngram, "num_buckets": args.buckets}
-    encoder = {"max_tokens": args.max_tokens}
-    if args.encoder is not None and any(value is not None for value in ngrams.values()):
-        raise UserError("--max-ngram and --buckets are about n-grams, which --encoder takes the place of; "
-                        "leave them out")
-    if args.encoder is None and args.max_tokens is not None:
-        raise UserError("--max-tokens is for an encoder; name one with --encoder, or leave it out")
-    given = {name: value for name, value in {**(ngrams if args.encoder is None else encoder),
-                                             "max_chars": args.max_chars}.items() if value is not None}
-    return NgramSettings(**given) if args.encoder is None else EncoderSettings(**given)
+def _features(args: ScorerTrainOptions) -> NgramSettings:
+    """Return how texts are read."""
+    given = {"max_ngram": args.max_ngram, "num_buckets": args.buckets, "max_chars": args.max_chars}
+    return NgramSettings(**{name: value for name, value in given.items() if value is not None})
 
 
 ACTIONS: Actions = {"train": (ScorerTrainOptions, _train), "check": (ScorerCheckOptions, _check)}

@@ -1,5 +1,5 @@
-"""What a run has made so far: what made it, in `OUTPUT/run.json`, and a record of each item that is done,
-with samples and verdicts, in the output's journal (`megatron_sov.work.progress.journal`)."""
+"""The files of a run: `OUTPUT/run.json` with its settings, and the journal of finished items, with samples
+and verdicts (`megatron_sov.work.progress.journal`)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,8 @@ from megatron_sov.base.errors import UserError, first_line
 from megatron_sov.work.progress.journal import JOB, records_by_item, work_folder
 
 RUN, ANSWERS = "run.json", "answers.sqlite"
-CANDIDATES = "candidates"
-"""Where versions before the journal kept items."""
-# A model may move, prices may change, and so may names of files: identities and digests decide instead.
-_NOT_DECIDING = ("kind", "engine", "judge_engine", "templates", "inputs", "input_price", "output_price")
+# A model may move, and so may names of files: identities and digests decide instead.
+_NOT_DECIDING = ("kind", "engine", "judge_engine", "inputs")
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class SynthRunRecord:
     version: int
     """Of the generator."""
     kind: Kind
-    """Form of its records, unless a sample says otherwise."""
+    """Form of its records."""
     model: str
     """Of the writer, as its endpoint calls it."""
     engine: str = ""
@@ -45,20 +43,14 @@ class SynthRunRecord:
     judge_identity: str = ""
     judge_max_tokens: int = 1024
     """Of a judge's answer."""
-    templates: Mapping[str, int] = field(default_factory=dict)
-    """Name -> version."""
-    template_digests: Mapping[str, str] = field(default_factory=dict)
-    """Name -> hash of its text."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """File of the generator -> hash of its text, with the prompts."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Of the generator, defaults filled in."""
     files: Mapping[str, str] = field(default_factory=dict)
     """File beside the input -> hash."""
     inputs: Sequence[str] = ()
     """Files and folders that items were made from, as they were given."""
-    input_price: float = 0.0
-    """Of a million tokens that the writer reads; 0: not stated."""
-    output_price: float = 0.0
-    """Of a million tokens that it writes; 0: not stated."""
 
     def deciding(self) -> dict[str, Any]:
         """Return what samples depend on, besides items and answers."""
@@ -79,8 +71,6 @@ class Candidate:
     """Where the item comes from."""
     licence: str
     """Of what it was made from; empty: not stated."""
-    kind: Kind
-    """Form of its record."""
     record: Mapping[str, Any]
     """As the generator made it."""
     verdicts: tuple[SampleVerdict, ...]
@@ -92,8 +82,7 @@ class Candidate:
     asked: tuple[str, ...] = ()
     """Hashes of what models were asked for it."""
     writers: tuple[str, ...] = ()
-    """Names of the models that wrote the answers it was made from, as their endpoint states them; empty: made
-    before these names were recorded, or without an answer."""
+    """Names of the models that wrote the answers it was made from, as their endpoint states them."""
 
     @property
     def failed(self) -> SampleVerdict | None:
@@ -157,25 +146,15 @@ def read_run(output: Path) -> SynthRunRecord:
                         ) from None
 
 
-def refuse_earlier(output: Path) -> None:
-    """Raise `UserError` where a folder has items of a version before the journal."""
-    if (output / CANDIDATES).is_dir():
-        raise UserError(f"{output}: an earlier version has kept items in {output / CANDIDATES}, which this "
-                        "one does not go on with; delete it and run the same `sov-data synth` again: "
-                        f"its items are made of the answers in {ANSWERS}, and nothing is paid twice")
-
-
 def refuse_without_records(output: Path) -> None:
-    """Raise `UserError` where the records of a folder's items are not there: its samples would seem to be
-    none."""
-    refuse_earlier(output)
+    """Raise `UserError` where the records of a folder's items are gone: its samples would seem to be none."""
     if not (work_folder(output) / JOB).is_file():
         raise UserError(f"{output}: the records of its items ({work_folder(output)}) are gone; run the same "
                         "`sov-data synth` again: answers are kept, nothing is paid twice")
 
 
-def read_made(output: Path, run: SynthRunRecord) -> Iterator[MadeSample]:
-    """Yield what was made of all finished items, in the order of the input, whenever they were finished."""
+def read_made(output: Path) -> Iterator[MadeSample]:
+    """Yield the samples of all finished items, in the order of the input, whenever they were finished."""
     seen: set[str] = set()
     for _, record in records_by_item(work_folder(output)):
         told = json.loads(record)
@@ -186,7 +165,7 @@ def read_made(output: Path, run: SynthRunRecord) -> Iterator[MadeSample]:
         seen.add(item["id"])
         yield MadeSample(item["id"], tuple(
             Candidate(f"{item['id']}/{i}", item["id"], item["source"], item["licence"],
-                      one["kind"] or run.kind, one["record"],
+                      one["record"],
                       tuple(SampleVerdict(**verdict) for verdict in one["verdicts"]), one["group"],
                       one["notes"], tuple(told["asked"]), tuple(told.get("writers", ())))
             for i, one in enumerate(told["samples"])), told["unusable"], item["digest"])

@@ -1,8 +1,8 @@
 """`sov-data difficulty label|grade`: how hard problems are, measured by models and estimated by a scorer.
 
 `label` joins what models answered (`sov-data synth answers`) and what a judge compared (`sov-data synth
-comparisons`) into labels of `sov-data scorer train --kind regressor`: 0 for a problem that is always solved, 5
-for one that never is. `grade` writes measured or estimated pass rates into rows.
+comparisons`) into labels of `sov-data scorer train --kind regressor`: 0 for a problem that is always solved,
+5 for one that never is. `grade` writes measured or estimated pass rates into rows.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _label(args: DifficultyLabelOptions) -> int:
         problems[harder].easier_and_harder[1] += 1
         lead = problems[easier].pass_rate - problems[harder].pass_rate
         num_pairs, num_told, num_agreeing = num_pairs + 1, num_told + (lead != 0), num_agreeing + (lead > 0)
-    content = {"num_problems": len(problems), "num_pairs": num_pairs,
+    content: dict[str, Any] = {"num_problems": len(problems), "num_pairs": num_pairs,
                "configurations": {name: _figures(name, problems) for name in names},
                "judge_agrees": num_agreeing / num_told if num_told else None}
     with new_artifact(args.output, KIND, overwrite=args.overwrite) as artifact:
@@ -142,7 +142,8 @@ def _label(args: DifficultyLabelOptions) -> int:
         print(f"  {name}: {row['num_problems']:,} problems, {row['pass_rate']:.1%} of answers right, "
               f"{row['solves_none']:,} never, {row['solves_all']:,} always solved")
     if num_told:
-        print(f"  the judge agrees with the pass rates on {num_agreeing / num_told:.1%} of {num_told:,} pairs")
+        print(f"  the judge agrees with the pass rates on {num_agreeing / num_told:.1%} of {num_told:,} "
+              "pairs")
     print(f"wrote {args.output}; sov-data scorer train --labels {args.output / LABELS} --kind regressor ...")
     return 0
 

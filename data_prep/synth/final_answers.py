@@ -1,7 +1,7 @@
-"""Final answers of several solutions: marked as they were asked to be, right, and what most of them say.
+"""Final answers of solutions: whether they are in a box at the end, and right.
 
-What is right is decided by the rewards `math` and `stem`, in processes of their own, since an answer such as
-10**10**10 would hold up whoever computes it.
+The rewards `math` and `stem` compare answers in processes of their own: an answer such as 10**10**10 would
+stop this one.
 """
 
 from __future__ import annotations
@@ -106,19 +106,3 @@ def check(answers: Sequence[str], wanted: str, choices: Sequence[str] = (), way:
           ) -> list[FinalAnswerCheck]:
     """Return whether each of some final answers is the wanted one."""
     return verifier(way_of(wanted, choices) if way == "auto" else way).check(answers, wanted, choices)
-
-
-def groups(answers: Sequence[str], choices: Sequence[str] = (), way: Way = "auto") -> list[list[int]]:
-    """Return the numbers of answers that say the same, the largest group first, of equals the earlier one;
-    an answer is compared with the first one of each group."""
-    found: list[list[int]] = []
-    left = list(range(len(answers)))
-    while left:
-        first = left[0]
-        # With rounding a = b and b = c do not make a = c, so each is compared with the first alone. The first
-        # is of its group even where nothing can read it.
-        same = check([answers[i] for i in left], answers[first], choices, way)
-        group = [i for i, checked in zip(left, same, strict=True) if checked.right or i == first]
-        found.append(group)
-        left = [i for i in left if i not in group]
-    return sorted(found, key=lambda group: (-len(group), group[0]))

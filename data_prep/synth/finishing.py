@@ -1,6 +1,6 @@
-"""The end of a run: samples that stay become an ordinary source, the others keep the reason why they do not.
+"""The end of a run: kept samples become an ordinary source, the others are written with the reason.
 
-May be called at any time, also while items are left; nothing that it writes is needed to go on.
+May be called at any time, also while items are left; no file that it writes is needed to go on.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ import contextlib
 import os
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from data_prep.synth.candidates import (
     ANSWERS, Candidate, SynthRunRecord, read_made, read_run, refuse_without_records)
 from data_prep.synth.checks.judging import JudgedSample, judge_samples
-from data_prep.synth.checks.settings import CheckSettings
+from data_prep.synth.checks.settings import check_problems
 from data_prep.synth.generator import SampleVerdict
 from data_prep.tags import SYNTHESIS, artifact_of
 from megatron_sov.base.artifacts import MANIFEST, ArtifactWriter, atomic_write, disk_errors, new_file, to_json
@@ -25,31 +24,25 @@ from megatron_sov.base.documents.accounting import RecordAccount
 from megatron_sov.base.documents.files import KEPT, REJECTED
 from megatron_sov.base.documents.rows import json_line
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import SettingsError, problems_of
+from megatron_sov.base.settings import SettingsError
 
 ANSWERED = "200"
-_SUMS = """SELECT outcome, count(*), sum(input_tokens), sum(output_tokens), sum(cost), sum(wall_s)
+_SUMS = """SELECT outcome, count(*), sum(input_tokens), sum(output_tokens), sum(wall_s)
 FROM requests GROUP BY outcome ORDER BY outcome"""
-_EACH = ("num_requests", "input_tokens", "output_tokens", "cost", "seconds")
-"""What each kept sample has cost."""
 SUMMARY = "summary.json"
 PROVENANCE = "synthetic"
 """Field of a kept record that says how it was made."""
 
 
-# What the samples of a folder have cost: requests, tokens, seconds and money, by the answers' record.
-
-
 def costs_of(output: Path) -> dict[str, Any]:
-    """Return sums over all requests on record in a folder, those that failed too: how many were sent and
-    answered, status (or what happened instead) -> requests, tokens that were read and written, cost in the
-    currency of the prices, and seconds, one request after the other.
+    """Return sums over all requests of a folder, failed ones too: how many were sent and answered, status or
+    fault -> requests, tokens read and written, and seconds, one request after the other.
 
     Raises:
         UserError: a file of answers is damaged.
     """
     outcomes: Counter[str] = Counter()
-    sums = [0, 0, 0.0, 0.0]
+    sums = [0, 0, 0.0]
     if (file := output / ANSWERS).is_file():
         try:
             with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True,
@@ -62,15 +55,15 @@ def costs_of(output: Path) -> dict[str, Any]:
                             "answers are asked, and paid, again") from None
     return {"num_requests": outcomes.total(), "num_answered": outcomes[ANSWERED],
             "outcomes": dict(sorted(outcomes.items())),
-            **dict(zip(("input_tokens", "output_tokens", "cost", "seconds"), sums, strict=True))}
+            **dict(zip(("input_tokens", "output_tokens", "seconds"), sums, strict=True))}
 
 
-def finish(output: Path, settings: CheckSettings, workers: int = 1, *, is_complete: bool = True) -> None:
+def finish(output: Path, checks: Path | None = None, workers: int = 1, *, is_complete: bool = True) -> None:
     """Check the samples of a folder, and write the samples that stay, those that do not, and the figures.
 
     Args:
         output: folder of the run.
-        settings: how they are checked.
+        checks: file of steps; None: the packaged steps of the generator or of its kind of record.
         workers: processes of the checks; the result does not depend on it.
         is_complete: whether all items are done; only then there is a manifest.
 
@@ -79,27 +72,25 @@ def finish(output: Path, settings: CheckSettings, workers: int = 1, *, is_comple
     """
     run = read_run(output)
     refuse_without_records(output)
-    if problems := problems_of(settings):
+    if problems := check_problems(checks):
         raise SettingsError("checks", problems)
     with disk_errors(output):
         # from here on files change: a kill must not leave a manifest that speaks for them
         (output / MANIFEST).unlink(missing_ok=True)
-        judged = judge_samples(output, run, settings, workers)
+        judged = judge_samples(output, run, checks, workers)
         tally = FinishingTally()
         _write_rows(output, run, judged, tally)
-        costs = costs_of(output)
         summary = {
             "format": 1, "generator": run.generator, "version": run.version, "kind": run.kind,
-            "model": run.model, "judge": run.judge, "templates": dict(run.templates),
-            "settings": dict(run.settings), "is_complete": is_complete, **tally.to_dict(),
-            "steps": list(judged.steps), "costs": costs,
-            "per_kept": {name.removeprefix("num_"): costs[name] / tally.num_kept for name in _EACH}
-            if tally.num_kept else None}
+            "model": run.model, "judge": run.judge, "settings": dict(run.settings),
+            "is_complete": is_complete, **tally.to_dict(), "steps": list(judged.steps),
+            "costs": costs_of(output)}
         atomic_write(output / SUMMARY, to_json(summary))
         # last of all, since it hashes the files and says that they are whole
         if is_complete:
-            _write_manifest(output, run, settings, tally)
-    print(_summary_lines(output, tally))
+            _write_manifest(output, run, checks, tally)
+    samples = RecordAccount(tally.num_samples, tally.num_kept, tally.rejected, "samples")
+    print(f"{output}: {samples.describe()}\n  {output / KEPT}, {output / REJECTED}, {output / SUMMARY}")
 
 
 @dataclass
@@ -108,12 +99,10 @@ class FinishingTally:
 
     num_items: int = 0
     """Items that are done."""
-    unusable: Counter[str] = field(default_factory=Counter)
-    """Why no answer was of use -> items."""
+    num_unusable: int = 0
+    """Items whose answers were of no use."""
     num_samples: int = 0
     num_kept: int = 0
-    kept: Counter[str] = field(default_factory=Counter)
-    """File of kept records -> records."""
     rejected: Counter[str] = field(default_factory=Counter)
     """Reason -> samples."""
     licences: Counter[str] = field(default_factory=Counter)
@@ -123,86 +112,52 @@ class FinishingTally:
     models: Counter[str] = field(default_factory=Counter)
     """Name of the model that wrote a sample, kept or rejected -> samples."""
 
-    def count(self, sample: Candidate, reason: str, file: str, model: str) -> None:
-        """Count a sample of a model.
-
-        Args:
-            sample: the sample.
-            reason: why it is rejected; empty: it is kept.
-            file: of kept records of its kind.
-            model: name of the model that wrote it.
-        """
-        self.num_samples += 1
-        self.models[model] += 1
-        if reason:
-            self.rejected[reason] += 1
-            return
-        self.num_kept += 1
-        self.kept[file] += 1
-        self.licences[sample.licence] += 1
-        self.sources[sample.source] += 1
-
     def to_dict(self) -> dict[str, Any]:
-        return {"num_items": self.num_items, "num_unusable_items": self.unusable.total(),
+        return {"num_items": self.num_items, "num_unusable_items": self.num_unusable,
                 "num_samples": self.num_samples, "num_kept": self.num_kept,
                 "num_rejected": self.rejected.total(),
-                "kept": dict(sorted(self.kept.items())),
                 "rejected": dict(sorted(self.rejected.items(), key=lambda one: (-one[1], one[0]))),
                 "licences": dict(sorted(self.licences.items())),
                 "sources": dict(sorted(self.sources.items())), "models": dict(sorted(self.models.items()))}
 
 
-def kept_file(run: SynthRunRecord, kind: str) -> str:
-    """Return the name of the file that kept records of a kind stand in."""
-    return KEPT if kind == run.kind else f"{Path(KEPT).stem}-{kind}.jsonl"
-
-
 def _write_rows(output: Path, run: SynthRunRecord, judged: JudgedSample, tally: FinishingTally) -> None:
-    """Write kept and rejected samples; the files get their names together, when all are on the disk."""
+    """Write kept and rejected samples; both files get their names when both are on the disk."""
     # temporary files of a run that was killed
-    for leftover in [*output.glob(f".{Path(KEPT).stem}*.tmp-*"), *output.glob(f".{REJECTED}.tmp-*")]:
+    for leftover in (*output.glob(f".{KEPT}.tmp-*"), *output.glob(f".{REJECTED}.tmp-*")):
         leftover.unlink(missing_ok=True)
-    files: dict[str, IO[bytes]] = {}
     with contextlib.ExitStack() as stack:
-        def rows_of(name: str) -> IO[bytes]:
-            if name not in files:
-                files[name] = stack.enter_context(open(stack.enter_context(new_file(output / name)), "wb"))
-            return files[name]
-
-        for name in (KEPT, REJECTED):  # be they empty
-            rows_of(name)
-        for made in read_made(output, run):
+        kept, rejected = (stack.enter_context(open(stack.enter_context(new_file(output / name)), "wb"))
+                          for name in (KEPT, REJECTED))
+        for made in read_made(output):
             tally.num_items += 1
-            if made.unusable:
-                tally.unusable[made.unusable] += 1
+            tally.num_unusable += bool(made.unusable)
             for sample in made.samples:
+                tally.num_samples += 1
+                tally.models[writers_of(run, sample)] += 1
                 # the steps have seen only samples that pass their own checks
-                later = None if sample.failed else judged.verdict(sample)
-                verdicts = [*sample.verdicts, *([later] if later else [])]
-                failed = sample.failed or later
-                file = kept_file(run, sample.kind)
-                tally.count(sample, failed.check if failed else "", file, writers_of(run, sample))
-                row = _rejected_row(run, sample, verdicts) if failed else _kept_row(run, sample, judged)
-                rows_of(REJECTED if failed else file).write(json_line(row))
+                later = None if sample.failed else judged.verdict(run.kind, sample)
+                if failed := sample.failed or later:
+                    tally.rejected[failed.check] += 1
+                    rejected.write(json_line(_rejected_row(run, sample, failed, later)))
+                    continue
+                tally.num_kept += 1
+                tally.licences[sample.licence] += 1
+                tally.sources[sample.source] += 1
+                # only texts are changed here: other kinds with a changed text are rejected
+                changed = {"text": judged.changed[sample.id]} if sample.id in judged.changed else {}
+                kept.write(json_line({"id": sample.id, **sample.record, **changed,
+                                      PROVENANCE: _origin(run, sample)}))
         # bytes first, then names: a power cut must not leave a named file without its end
-        for rows in files.values():
+        for rows in (kept, rejected):
             rows.flush()
             os.fsync(rows.fileno())
-    for stale in output.glob(f"{Path(KEPT).stem}-*.jsonl"):  # of an earlier state
-        if stale.name not in files:
-            stale.unlink()
 
 
-def _kept_row(run: SynthRunRecord, sample: Candidate, judged: JudgedSample) -> dict[str, Any]:
-    # only texts get here: other kinds whose text a step changed are rejected
-    changed = {"text": judged.changed[sample.id]} if sample.id in judged.changed else {}
-    return {"id": sample.id, **sample.record, **changed, PROVENANCE: _origin(run, sample)}
-
-
-def _rejected_row(run: SynthRunRecord, sample: Candidate, verdicts: Sequence[SampleVerdict]
-                  ) -> dict[str, Any]:
-    failed = next(verdict for verdict in verdicts if not verdict.passed)
-    return {"reason": failed.check, "detail": failed.detail, "kind": sample.kind, "record": sample.record,
+def _rejected_row(run: SynthRunRecord, sample: Candidate, failed: SampleVerdict,
+                  later: SampleVerdict | None) -> dict[str, Any]:
+    verdicts = [*sample.verdicts, *([later] if later else [])]
+    return {"reason": failed.check, "detail": failed.detail, "record": sample.record,
             "verdicts": [vars(verdict) for verdict in verdicts], PROVENANCE: _origin(run, sample)}
 
 
@@ -213,34 +168,22 @@ def writers_of(run: SynthRunRecord, sample: Candidate) -> str:
 
 def _origin(run: SynthRunRecord, sample: Candidate) -> dict[str, Any]:
     return {"sample": sample.id, "generator": run.generator, "version": run.version,
-            "model": writers_of(run, sample), "judge": run.judge, "templates": dict(run.templates),
-            "item": sample.item, "source": sample.source, "licence": sample.licence, "group": sample.group,
-            "asked": list(sample.asked)}
+            "model": writers_of(run, sample), "judge": run.judge, "item": sample.item,
+            "source": sample.source, "licence": sample.licence, "group": sample.group,
+            "asked": list(sample.asked), "notes": dict(sample.notes)}
 
 
-def _write_manifest(output: Path, run: SynthRunRecord, settings: CheckSettings,
-                    tally: FinishingTally) -> None:
+def _write_manifest(output: Path, run: SynthRunRecord, checks: Path | None, tally: FinishingTally) -> None:
     writer = ArtifactWriter(output, SYNTHESIS)
     # answers stay out of the hashes: a later command adds to them
-    ours = {KEPT, REJECTED, SUMMARY, *tally.kept}
-    writer.leave_out = frozenset(path.name for path in output.iterdir() if path.name not in ours)
+    writer.leave_out = frozenset(path.name for path in output.iterdir()
+                                 if path.name not in (KEPT, REJECTED, SUMMARY))
     writer.content = {
         "generator": run.generator, "generator_version": run.version, "kind": run.kind, "model": run.model,
         "judge": run.judge, "num_kept": tally.num_kept, "num_rejected": tally.rejected.total(),
-        "kept": dict(sorted(tally.kept.items())), "licences": dict(sorted(tally.licences.items())),
-        "sources": dict(sorted(tally.sources.items())), "models": dict(sorted(tally.models.items()))}
-    writer.settings = {"generator": dict(run.settings), "templates": dict(run.templates), "checks": settings}
-    for artifact in _artifacts(map(Path, run.inputs)):
+        "licences": dict(sorted(tally.licences.items())), "sources": dict(sorted(tally.sources.items())),
+        "models": dict(sorted(tally.models.items()))}
+    writer.settings = {"generator": dict(run.settings), "checks": checks}
+    for artifact in dict.fromkeys(filter(None, map(artifact_of, map(Path, run.inputs)))):
         writer.add_input(artifact)
     writer.complete()
-
-
-def _artifacts(inputs: Iterable[Path]) -> list[Path]:
-    return list(dict.fromkeys(filter(None, map(artifact_of, inputs))))
-
-
-def _summary_lines(output: Path, tally: FinishingTally) -> str:
-    samples = RecordAccount(tally.num_samples, tally.num_kept, tally.rejected, "samples")
-    lines = [f"{output}: {samples.describe()}",
-             f"  {output / KEPT}, {output / REJECTED}, {output / SUMMARY}"]
-    return "\n".join(lines)

@@ -18,18 +18,16 @@ FOLDER = Path(__file__).parent / "generators"
 """Files of the packaged generators."""
 ENDINGS = (".yaml", ".yml")
 GENERATORS: dict[str, str] = {
-    "autoif": "data_prep.synth.generators.autoif.answers:AutoIf",
     "constraints": "data_prep.synth.generators.autoif.constraints:Constraints",
     "goals": "data_prep.synth.generators.tools.goals:Goals",
     "solutions": "data_prep.synth.generators.solutions:Solutions",
     "tool-trajectories": "data_prep.synth.generators.tools.trajectories:ToolTrajectories",
-    "translation": "data_prep.synth.generators.translation:TranslationGenerator",
     "worlds": "data_prep.synth.generators.tools.worlds:Worlds",
 }
-"""Name on the command line -> module:class; the others are files of `generators`."""
-FILES = ("answers", "comparisons", "multihop", "probes", "questions", "rewrite", "safety", "textbook",
+"""Name on the command line -> module:class."""
+FILES = ("answers", "autoif", "comparisons", "multihop", "probes", "rewrite", "safety", "translation",
          "triples")
-"""Names of the generators that are files."""
+"""Names of the generators that are files of `generators`."""
 
 
 def _check(loaded: LoadedPlugin) -> None:
@@ -51,22 +49,14 @@ def generator_names() -> list[str]:
     return sorted([*GENERATORS, *FILES, *(name for name, _ in OWN.listing())])
 
 
-def is_file(name: str) -> bool:
-    """Return whether a name on the command line is that of a generator's file."""
-    return name.endswith(ENDINGS)
-
-
 def generator_class(name: str) -> type[Generator]:
-    """Return the class of a generator.
-
-    Args:
-        name: of a generator, or its file.
+    """Return the class of a generator, by its name or its file.
 
     Raises:
         UserError: there is none of that name, its file has mistakes, or a library that it needs is not
             installed.
     """
-    if is_file(name):
+    if name.endswith(ENDINGS):
         return _of_file(Path(name))
     if name not in (known := generator_names()):
         raise UserError(f"{name}: is no generator{was_removed(name) or nearest(name, known)}; known are "

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.synth.generator import Door, Role, T
-from data_prep.synth.options import MaxTokensField, SynthOptions
+from data_prep.synth.options import MaxTokensField, SynthOptions, duration_s
 from megatron_sov.base.errors import StopRequested, UserError, download
 from megatron_sov.base.settings import NotNegative, NotNegativeInt, ProblemCode, SettingsProblem
 from megatron_sov.work.endpoints.answers import (
@@ -44,10 +44,6 @@ class Model:
     """As the endpoint calls it; of a folder, empty: its name."""
     key_env: str = ""
     """Variable of the environment with the key; empty: none is sent."""
-    input_price: NotNegative = 0.0
-    """Of a million tokens that it reads."""
-    output_price: NotNegative = 0.0
-    """Of a million tokens that it writes."""
     max_tokens_field: MaxTokensField = "max_tokens"
     """What the longest answer stands in, where requests are sent; none: it is not sent."""
     options: tuple[str, str] = field(default=("--engine", "--model"), compare=False)
@@ -101,8 +97,6 @@ class Most:
 
     tokens: NotNegativeInt = 0
     """Read and written, by all commands on a folder."""
-    cost: NotNegative = 0.0
-    """In the currency of the prices, by all commands on a folder."""
     time_s: NotNegative = 0.0
     """Of one command."""
 
@@ -113,8 +107,7 @@ class Budget:
 
     def __init__(self, most: Most, used: Usage, stop: StopSignal) -> None:
         self._most, self._stop = most, stop
-        self._tokens, self._cost = used.input_tokens + used.output_tokens, used.cost
-        self._held_tokens, self._held_cost, self._num_held = 0, 0.0, 0
+        self._tokens, self._held_tokens, self._num_held = used.input_tokens + used.output_tokens, 0, 0
         self._longest_s = 0.0
         self._began_s: dict[int, float] = {}
         self._end_s = time.monotonic() + most.time_s if most.time_s else float("inf")
@@ -132,16 +125,17 @@ class Budget:
                 # each time round: a limit may be reached while this thread waits
                 self._stop.check()
                 self._check_time()
-                broken = self._broken(tokens, most.cost)
-                if not broken:
+                limit = self._most.tokens
+                if not limit or self._tokens + self._held_tokens + tokens <= limit:
                     break
                 # no request is under way that could leave something, so waiting would never end
                 if not self._num_held:
-                    raise StopRequested(broken)
+                    raise StopRequested(
+                        f"--max-tokens-total {limit}: {self._tokens:,} tokens are used, and the next request "
+                        f"may take {tokens:,}; raise it, and the same command goes on")
                 self._changed.wait(_BUDGET_LOOK_S)
             # the most that it may take is set aside now: threads together never pass the limit
             self._held_tokens += tokens
-            self._held_cost += most.cost
             self._num_held += 1
             self._began_s[threading.get_ident()] = time.monotonic()
 
@@ -149,12 +143,8 @@ class Budget:
         """Note what a request that has passed took."""
         with self._changed:
             self._held_tokens -= most.input_tokens + most.output_tokens
-            self._held_cost -= most.cost
             self._num_held -= 1
-            if not self._num_held:  # sums of floats leave crumbs
-                self._held_cost = 0.0
             self._tokens += billed.input_tokens + billed.output_tokens
-            self._cost += billed.cost
             # the longest request so far decides whether one more fits into the time that is left
             took_s = time.monotonic() - self._began_s.pop(threading.get_ident())
             self._longest_s = max(self._longest_s, took_s)
@@ -165,16 +155,6 @@ class Budget:
         if left_s < self._longest_s or left_s <= 0:
             raise StopRequested(f"--max-time {self._most.time_s:g} s: {max(left_s, 0):.0f} s are left, and a "
                                 f"request has taken {self._longest_s:.0f} s; the same command goes on")
-
-    def _broken(self, tokens: int, cost: float) -> str:
-        most = self._most
-        if most.tokens and self._tokens + self._held_tokens + tokens > most.tokens:
-            return (f"--max-tokens-total {most.tokens}: {self._tokens:,} tokens are used, and the next "
-                    f"request may take {tokens:,}; raise it, and the same command goes on")
-        if most.cost and self._cost + self._held_cost + cost > most.cost:
-            return (f"--max-cost {most.cost:g}: {self._cost:.4f} is spent, and the next request may cost "
-                    f"{cost:.4f}; raise it, and the same command goes on")
-        return ""
 
 
 class EndpointDoor:
@@ -210,7 +190,6 @@ def opened(writer: Model, judge: Model, options: SynthOptions, cache: EndpointCa
            stop: StopSignal) -> Iterator[dict[Role, Door]]:
     """Yield the doors to both models; a folder is served as long as the context is open."""
     slots = threading.Semaphore(options.threads)
-    limits = (options.timeout, options.max_attempts, BACKOFF_S, 0.0, 0.0)
     with contextlib.ExitStack() as stack:
         doors: dict[Model, Door] = {}
         # often both are one model, which is then served once
@@ -223,9 +202,11 @@ def opened(writer: Model, judge: Model, options: SynthOptions, cache: EndpointCa
                     sleep=stop.sleep))
                 url, key, name = served.url, served.key, served.model
             # a server of this machine that answers nobody has ended, and nobody starts it again
-            patience_s = min(options.patience_s, LOCAL_PATIENCE_S) if model.is_local else options.patience_s
+            patience_s = duration_s("--patience", options.patience)
+            patience_s = min(patience_s, LOCAL_PATIENCE_S) if model.is_local else patience_s
             endpoint = Endpoint(f"{url}/chat/completions", model.key_env,
-                                EndpointLimits(*limits, model.input_price, model.output_price, patience_s),
+                                EndpointLimits(options.timeout, options.max_attempts, BACKOFF_S, 0.0, 0.0,
+                                               0.0, 0.0, patience_s),
                                 cache, known_as=model.identity(), gate=budget, sleep=stop.sleep,
                                 told=lambda sentence: print(sentence, flush=True), key=key,
                                 sent=model.sent,

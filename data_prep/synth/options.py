@@ -10,43 +10,16 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Le
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import AtLeastOne, Flag, NotNegative, NotNegativeInt, one_of
-
-
-def _identified() -> frozenset[str]:
-    # only where a value is checked: --help loads nothing of the pipeline
-    from data_prep.curate.quality.identify import KNOWN
-
-    return KNOWN
-
-
-Identified = Annotated[str, one_of(_identified)]
-"""Language that texts are told to be in, as an ISO 639-1 code."""
-
-
-@dataclass(frozen=True)
-class CheckOptions:
-    """How samples are checked when all are made."""
-
-    steps: Annotated[Path | None, Flag("--checks", "FILE.yaml")] = None
-    """Steps that samples go through when all are made, as pipeline files have them (default: the
-    generator's, or those of its kind of record)."""
-    benchmarks: Annotated[tuple[Path, ...], Flag(many=True)] = ()
-    """Benchmarks that no sample may hold: .jsonl files, or folders of them."""
-    languages: Annotated[tuple[Identified, ...], Flag(value="CODE", many=True)] = ()
-    """Languages that answers, or texts, may be in, e.g. ko th (default: whatever the steps say)."""
-
+from megatron_sov.base.settings import AtLeastOne, Flag, NotNegative, NotNegativeInt
 
 _TIME = re.compile(r"(?:(\d+(?:\.\d+)?)d)?(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
 _SECONDS = (86400.0, 3600.0, 60.0, 1.0)
-PairWeight = Annotated[float, Ge(0), Le(100)]
-"""What a pair of texts counts against a single one."""
 Threads = Annotated[AtLeastOne, Le(4096)]
 """Each is a thread of this process."""
 Timeout = Annotated[NotNegative, Ge(0.1)]
 """Seconds of an attempt."""
 MaxTokensField = Literal["max_tokens", "max_completion_tokens", "none"]
-"""max_completion_tokens: what OpenAI's reasoning models take; none: for what refuses both."""
+"""max_completion_tokens: for OpenAI's reasoning models; none: for endpoints that refuse both."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,25 +33,14 @@ class SynthModelOptions:
     """Its name at the address."""
     api_key_env: Annotated[str | None, Flag(value="VARIABLE")] = None
     """Variable of the environment with the key of the address (default: OPENAI_API_KEY)."""
-    input_price: NotNegative | None = None
-    """Of a million tokens that it reads."""
-    output_price: NotNegative | None = None
-    """Of a million tokens that it writes."""
-    max_tokens_field: Annotated[MaxTokensField | None, Flag(value="NAME")] = None
-    """What it is told the longest answer by: max_tokens, max_completion_tokens, or none (default:
-    max_tokens)."""
+    max_tokens_field: Annotated[MaxTokensField, Flag(value="NAME")] = "max_tokens"
+    """Field of requests for the longest answer: max_tokens, max_completion_tokens, or none."""
     judge_engine: Annotated[str, Flag(value="URL|DIR")] = ""
     """The model that judges, likewise (default: that which writes)."""
     judge_model: Annotated[str, Flag(value="NAME")] = ""
     """Its name at the address."""
     judge_api_key_env: Annotated[str | None, Flag(value="VARIABLE")] = None
     """Variable of the environment with the key of the judge's address."""
-    judge_input_price: NotNegative | None = None
-    """Of a million tokens that the judge reads."""
-    judge_output_price: NotNegative | None = None
-    """Of a million tokens that the judge writes."""
-    judge_max_tokens_field: Annotated[MaxTokensField | None, Flag(value="NAME")] = None
-    """What the judge is told the longest answer by (default: that of the model that writes)."""
     judge_max_tokens: AtLeastOne = 1024
     """Longest answer of whoever judges, with its thoughts."""
     accept_model: Annotated[tuple[str, ...], Flag(value="NAME")] = ()
@@ -102,18 +64,16 @@ class SynthLimitOptions:
     """How long an endpoint that is full or away is waited for."""
     max_tokens_total: NotNegativeInt = 0
     """End with 75 before all commands on this folder have used more tokens (0: no limit)."""
-    max_cost: NotNegative = 0.0
-    """End with 75 before they have cost more (0: no limit)."""
     max_time: Annotated[str, Flag(value="TIME")] = ""
     """End with 75 before this command has taken longer, e.g. 2h or 1h30m."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SynthOptions(SynthModelOptions, SynthLimitOptions, CheckOptions):
-    """Make data with a model: a generator asks, checks what comes back, and keeps what passes.
+class SynthOptions(SynthModelOptions, SynthLimitOptions):
+    """Make data with a model: a generator asks, checks the answers, and keeps the samples that pass.
 
-    A killed command goes on when it is run again, and pays for each answer once.  One that has used up a
-    limit ends with 75 and goes on when the limit is raised."""
+    A killed command goes on when it is run again, and pays for each answer once.  A command that has used up
+    a limit ends with 75 and goes on when the limit is raised."""
 
     generator: Annotated[str, Flag("GENERATOR|FILE.yaml")] = ""
     """Generator, or the file of one."""
@@ -125,27 +85,20 @@ class SynthOptions(SynthModelOptions, SynthLimitOptions, CheckOptions):
     """Folder of the run."""
     changes: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
     """Setting of the generator."""
-    prompts: Annotated[Path | None, Flag(value="DIR")] = None
-    """Folder of templates that go before the packaged ones of the same name."""
+    checks: Annotated[Path | None, Flag(value="FILE.yaml")] = None
+    """Steps that samples go through when all are made, as pipeline files have them (default: the
+    generator's, or those of its kind of record)."""
     limit: AtLeastOne | None = None
     """First N items alone."""
     redo: bool = False
-    """Make all items again, with other settings, templates or models, or a changed input; answers that still
-    fit cost nothing."""
+    """Make all items again, with other settings or models, or a changed input; answers that still fit cost
+    nothing."""
     workers: AtLeastOne | None = None
     """Processes of the checks (default: this machine's cores)."""
 
-    @property
-    def patience_s(self) -> float:
-        return duration_s("--patience", self.patience)
-
 
 def duration_s(option: str, text: str) -> float:
-    """Return the seconds of a time such as 2h, 1h30m, 90s or 90.
-
-    Raises:
-        UserError: it is none.
-    """
+    """Return the seconds of a time such as 2h, 1h30m, 90s or 90; raises `UserError` if it is none."""
     if re.fullmatch(r"\d+(\.\d+)?", text):
         return float(text)
     found = _TIME.fullmatch(text)

@@ -1,4 +1,4 @@
-"""A run of `sov-data synth` from what was asked for to the finished source.
+"""A run of `sov-data synth` from its options to the finished source.
 
 Finished items lie in `.OUTPUT.work` and stay there when the source is finished, so that more input or other
 checks go on with them; answers lie in OUTPUT.
@@ -19,15 +19,13 @@ from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from data_prep.libraries import require
-from data_prep.synth.candidates import (
-    ANSWERS, RUN, SynthRunRecord, digest_of, read_made, read_run, record_of, refuse_earlier)
-from data_prep.synth.checks.settings import CheckSettings
+from data_prep.synth.candidates import ANSWERS, RUN, SynthRunRecord, digest_of, read_made, read_run, record_of
 from data_prep.synth.generator import (
-    Ask, Door, Drawn, GeneratedSample, Generator, GeneratorItem, NoReply, NoUsableReply, Role, writable)
+    Ask, Door, Drawn, GeneratedSample, Generator, GeneratorItem, Role, writable)
 from data_prep.synth.known import generator_class
 from data_prep.synth.models import Budget, Model, Most, opened
 from data_prep.synth.options import SynthOptions, duration_s
-from data_prep.synth.templates import PromptTemplate
+from data_prep.synth.replies import NoReply, NoUsableReply
 from megatron_sov.base.artifacts import atomic_write, disk_errors, to_json
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import (
@@ -44,75 +42,57 @@ from megatron_sov.work.progress.locks import holding
 
 MADE_BY = "sov-data synth"
 MIN_TOLD_S, MAX_TOLD_S = 10.0, 900.0
-"""Between two lines that say how far a run is."""
+"""Between two lines with the progress of a run."""
 _ID = re.compile(r"[A-Za-z0-9:._/-]{1,200}")
-_OF_A_JUDGE = ("--judge-api-key-env", "--judge-input-price", "--judge-output-price",
-               "--judge-max-tokens-field")
 
 
 @dataclass(frozen=True)
 class GeneratorOrder:
-    """What a command was asked for."""
+    """A command that can be carried out as far as its options tell."""
 
     options: SynthOptions
-    """As they were typed."""
+    output: Path
     writer: Model
-    """What writes."""
     judge: Model
-    """What judges."""
     most: Most
     """Limits of this process."""
-    checks: CheckSettings
-    """What samples go through when all are made."""
-
-    @property
-    def output(self) -> Path:
-        assert self.options.output is not None
-        return self.options.output
 
     def problems(self) -> list[SettingsProblem]:
         """Return every rule that is broken, by option."""
-        options, writer, judge = self.options, self.writer, self.judge
-        p = [*map(as_problem, missing_libraries())]
-        p += [SettingsProblem(ProblemCode.FILE, "--input", "does not exist", path, "check the path")
-              for path in options.input if not path.exists()]
-        if self.most.cost and not any((writer.input_price, writer.output_price, judge.input_price,
-                                       judge.output_price)):
-            p.append(SettingsProblem(ProblemCode.RULE, "--max-cost", "no cost is known without --input-price "
-                                     "and --output-price", self.most.cost))
-        if options.prompts is not None and not options.prompts.is_dir():
-            p.append(SettingsProblem(ProblemCode.FILE, "--prompts", "is no folder", options.prompts))
-        return p
+        from data_prep.synth.checks.settings import check_problems
+
+        return [*map(as_problem, missing_libraries()),
+                *(SettingsProblem(ProblemCode.FILE, "--input", "does not exist", path, "check the path")
+                  for path in self.options.input if not path.exists()),
+                *check_problems(self.options.checks)]
 
 
 def order_of(options: SynthOptions) -> GeneratorOrder:
-    """Return what a command was asked for.
+    """Return the order of a command.
 
     Raises:
-        UserError: something is missing, or is no time.
+        UserError: an option is missing, or is no time.
     """
     if not options.generator:
         raise UserError("sov-data synth: name a generator, or the YAML file of one; --list lists them")
     missing = [f"--{name}" for name in ("engine", "output") if not getattr(options, name)]
-    if missing:
+    if missing or options.output is None:
         raise UserError(f"sov-data synth {options.generator}: {' and '.join(missing)} "
                         f"{'is' if len(missing) == 1 else 'are'} needed (--help lists what it takes)")
-    writer, judge = models_of(options)
     time_s = duration_s("--max-time", options.max_time) if options.max_time else 0.0
     if options.max_time and not time_s:
         raise UserError(f"--max-time {options.max_time}: leaves no time; leave it out for no limit")
-    assert options.patience_s >= 0  # that it is a time
-    return GeneratorOrder(options, writer, judge, Most(options.max_tokens_total, options.max_cost, time_s),
-                          CheckSettings.of(options))
+    duration_s("--patience", options.patience)
+    return GeneratorOrder(options, options.output, *models_of(options),
+                          Most(options.max_tokens_total, time_s))
 
 
 def models_of(args: SynthOptions) -> tuple[Model, Model]:
-    """Return the model that writes and the one that judges.  A key is sent to another address only where its
+    """Return the model that writes and the one that judges.  A key is sent to another address only if its
     variable is named for it.
 
     Raises:
-        UserError: a limit of money cannot be kept, since a price is not known; a variable has no key; an
-            option is a judge's, and there is none of its own.
+        UserError: a variable has no key, or an option is a judge's and there is none of its own.
     """
     for option, variable in (("--api-key-env", args.api_key_env),
                              ("--judge-api-key-env", args.judge_api_key_env)):
@@ -120,26 +100,17 @@ def models_of(args: SynthOptions) -> tuple[Model, Model]:
             raise UserError(f"{option} {variable}: the environment has no key there; set it, or leave the "
                             "option out where none is needed")
     key_env = "OPENAI_API_KEY" if args.api_key_env is None else args.api_key_env
-    length = args.max_tokens_field or "max_tokens"
-    writer = Model(args.engine, args.model, key_env, args.input_price or 0.0, args.output_price or 0.0,
-                   max_tokens_field=length)
+    writer = Model(args.engine, args.model, key_env, args.max_tokens_field)
     if not args.judge_engine and not args.judge_model:
-        if alone := [option for option in _OF_A_JUDGE
-                     if getattr(args, option[2:].replace("-", "_")) is not None]:
-            raise UserError(f"{', '.join(alone)}: there is no judge of its own; add --judge-engine or "
+        if args.judge_api_key_env is not None:
+            raise UserError("--judge-api-key-env: there is no judge of its own; add --judge-engine or "
                             "--judge-model, or leave it out")
         return writer, writer
-    if args.max_cost and args.judge_input_price is None and args.judge_output_price is None:
-        raise UserError(f"--max-cost {args.max_cost:g}: what the judge costs is not known; pass "
-                        "--judge-input-price and --judge-output-price, 0 where it costs nothing")
-    engine = args.judge_engine or args.engine
     # the key of the writer goes to no other address, which may be that of a stranger
     own = "" if args.judge_engine and args.judge_engine != args.engine else key_env
-    judge = Model(engine, args.judge_model, own if args.judge_api_key_env is None else args.judge_api_key_env,
-                  args.judge_input_price or 0.0, args.judge_output_price or 0.0,
-                  max_tokens_field=args.judge_max_tokens_field or length,
-                  options=("--judge-engine", "--judge-model"))
-    return writer, judge
+    return writer, Model(args.judge_engine or args.engine, args.judge_model,
+                         own if args.judge_api_key_env is None else args.judge_api_key_env,
+                         args.max_tokens_field, ("--judge-engine", "--judge-model"))
 
 
 def make_generator(name: str, settings: Mapping[str, Any]) -> Generator:
@@ -165,18 +136,13 @@ class ReadyRun:
     """An order that can be carried out."""
 
     order: GeneratorOrder
-    """What was asked for."""
     generator: Generator
     """With its settings."""
-    prompts: Mapping[str, PromptTemplate]
-    """Its templates."""
     record: SynthRunRecord
-    """What the run is made with."""
 
-    def items(self, passed_over: Callable[[GeneratorItem], object] = lambda item: None
+    def items(self, pass_over: Callable[[GeneratorItem], object] = lambda item: None
               ) -> Iterator[tuple[int, GeneratorItem]]:
-        """Yield the items with their numbers; `passed_over` is told of those whose id came before: they are
-        none.
+        """Yield the items with their numbers; `pass_over` is called with those whose id came before.
 
         Raises:
             UserError: the input is not what the generator starts from, or an id cannot be one.
@@ -190,17 +156,17 @@ class ReadyRun:
                 raise UserError(f"item {item.id[:80]!r}: an id must have 1 to 200 letters, digits and "
                                 ":._/-; mend the input")
             if item.id in seen:
-                passed_over(item)
+                pass_over(item)
             else:
                 yield len(seen), item
                 seen.add(item.id)
 
 
 def ready(order: GeneratorOrder) -> ReadyRun:
-    """Return what an order needs; nothing is written.
+    """Return a run that can begin; nothing is written.
 
     Raises:
-        UserError: settings, templates, models or the folder are in the way; as many as can be known.
+        UserError: settings, prompts, models or the folder are in the way; as many as can be known.
     """
     if problems := problems_of(order):
         raise SettingsError("sov-data synth", problems)
@@ -208,20 +174,17 @@ def ready(order: GeneratorOrder) -> ReadyRun:
     generator = make_generator(options.generator, parse_nested(options.changes))
     if generator.needs_input and not options.input:
         raise UserError(f"--input: generator {options.generator} needs one")
-    prompts = generator.prompts([options.prompts] if options.prompts else [])
+    generator.prompts()
     # all that samples depend on: a later command whose record differs in it is refused
     record = SynthRunRecord(
         generator=generator.name, version=generator.version, kind=generator.kind,
         settings=json.loads(to_json(asdict(generator.settings))), inputs=tuple(map(str, options.input)),
         model=writer.name, engine=writer.location, identity=writer.identity(),
         judge=judge.name, judge_engine=judge.location, judge_identity=judge.identity(),
-        judge_max_tokens=options.judge_max_tokens,
-        templates={name: prompt.version for name, prompt in prompts.items()},
-        template_digests={**{name: prompt.digest for name, prompt in prompts.items()}, **generator.digests},
-        files={str(file): file_digest(file) for file in generator.files()},
-        input_price=writer.input_price, output_price=writer.output_price)
+        judge_max_tokens=options.judge_max_tokens, digests=generator.digests(),
+        files={str(file): file_digest(file) for file in generator.files()})
     _check_folder(order.output, record, options.redo)
-    return ReadyRun(order, generator, prompts, record)
+    return ReadyRun(order, generator, record)
 
 
 def _check_folder(output: Path, record: SynthRunRecord, redo: bool) -> None:
@@ -229,7 +192,6 @@ def _check_folder(output: Path, record: SynthRunRecord, redo: bool) -> None:
     refuse_nowhere(output)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; name a folder")
-    refuse_earlier(output)
     if not output.exists() or not any(output.iterdir()):
         return
     if not (output / RUN).is_file():
@@ -244,45 +206,34 @@ def _check_folder(output: Path, record: SynthRunRecord, redo: bool) -> None:
 
 
 def run_order(order: GeneratorOrder) -> ExitCode:
-    """Make what is not made, and finish the source.
+    """Make the items that are not made, and finish the source.
 
     Raises:
-        UserError: the user's settings, input, disk or endpoint are in the way; what is done stays.
+        UserError: the user's settings, input, disk or endpoint are in the way; finished items stay.
         StopRequested: a limit, a signal, or an endpoint that is away; everything is saved.
     """
-    made = ready(order)
-    with begun_run(made) as tally:
-        if tally.todo:
-            make(made, tally)
-        return finished(made, tally, order.options.workers or num_cores())
-
-
-@contextlib.contextmanager
-def begun_run(made: ReadyRun) -> Iterator[RunningTally]:
-    """Hold the work folder of a run with these settings; yields the items that are done and those that are not.
-
-    Raises:
-        UserError: its items were made with something else, or the input is not sound: nothing is paid then.
-    """
-    output, work = made.order.output, work_folder(made.order.output)
-    if made.order.options.redo and work.is_dir():
+    made, output = ready(order), order.output
+    work = work_folder(output)
+    if order.options.redo and work.is_dir():
         # under the lock, since another command may still work on these records
         with holding(work, output):
             delete_work(output)
-    # this refuses a folder that was begun with other settings, before anything is asked or written
+    # `begun` refuses a folder that was begun with other settings, before anything is asked or written
     with begun(output, MADE_BY, made.record.deciding()):
-        # the input is read to its end first: one that is not sound leaves run.json as it was
+        # the input is read to its end first: a damaged one leaves run.json as it was
         tally = open_items(made)
         with disk_errors(output):
             output.mkdir(parents=True, exist_ok=True)
             atomic_write(output / RUN, to_json({**asdict(made.record),
                                                 "num_items": tally.num_items + len(tally.todo)}))
-        yield tally
+        if tally.todo:
+            make(made, tally)
+        return finished(made, tally, order.options.workers or num_cores())
 
 
 @dataclass
 class RunningTally:
-    """How far a run is."""
+    """Progress of a run."""
 
     todo: set[str] = field(default_factory=set)
     """Ids of items that are not done when the command begins."""
@@ -295,7 +246,7 @@ class RunningTally:
     num_unusable: int = 0
     """Items whose answers were of no use."""
     num_unanswered: int = 0
-    """Items that got no answer, or met a defect, and are tried again by the next command."""
+    """Items that got no answer and are tried again by the next command."""
     why: str = ""
     """Of the last of them."""
     defects: list[str] = field(default_factory=list)
@@ -307,19 +258,23 @@ class RunningTally:
         self.num_failed += num_failed
         self.num_unusable += is_unusable
 
-    def refuse_unanswered(self) -> None:
-        """Raise `StopRequested` where items got no answer."""
-        if self.num_unanswered:
-            raise StopRequested(f"{self.num_unanswered:,} items got no answer, the last: {self.why}; the "
-                                "same command tries them again")
+    def note_failure(self, item: GeneratorItem, error: Exception) -> None:
+        if isinstance(error, NoReply):
+            self.num_unanswered += 1
+            self.why = f"{item.id}: {error}"
+            return
+        # one odd item does not end the run; the command names it, and ends with 1
+        if not self.defects:
+            traceback.print_exception(error)
+        self.defects.append(f"{item.id}: {told_in_a_line(error)}")
 
 
 def open_items(made: ReadyRun) -> RunningTally:
-    """Return what is done and what is not, having read all of the input: it is sound, or nothing is paid."""
+    """Count finished and unfinished items, after all of the input was read: a damaged one costs nothing."""
     options, tally = made.order.options, RunningTally()
     # sums alone: the samples of all items would not fit into memory
     known = {}
-    for one in read_made(made.order.output, made.record):
+    for one in read_made(made.order.output):
         num_failed = sum(sample.failed is not None for sample in one.samples)
         known[one.item] = one.digest, (len(one.samples) - num_failed, num_failed, bool(one.unusable))
     changed, twice, num_items = [], list[GeneratorItem](), 0
@@ -349,24 +304,18 @@ def open_items(made: ReadyRun) -> RunningTally:
 
 
 def make(made: ReadyRun, tally: RunningTally) -> None:
-    """Make the items of a tally that are not done; each is on disk as soon as it is.
-
-    Args:
-        made: what was asked for.
-        tally: is counted up.
-    """
+    """Make the items of a tally that are not done; each is on disk as soon as it is done."""
     order, options, stop = made.order, made.order.options, StopSignal()
     cache, journal = EndpointCache(order.output / ANSWERS), Journal(work_folder(order.output))
     total, began_s = tally.num_items + len(tally.todo), time.monotonic()
 
     def tell() -> None:
         usage = cache.usage()
-        spent = f", cost {usage.cost:.4f}" if usage.cost else ""
         useless = (f"; the answers about {tally.num_unusable:,} items were of no use" if tally.num_unusable
                    else "")
         print(f"{options.generator}: {tally.num_items:,} of {total:,} items; {tally.num_passed:,} samples "
               f"pass their own checks, {tally.num_failed:,} do not; "
-              f"{usage.input_tokens + usage.output_tokens:,} tokens{spent}{useless}", flush=True)
+              f"{usage.input_tokens + usage.output_tokens:,} tokens{useless}", flush=True)
 
     told_s = began_s
     try:
@@ -380,9 +329,9 @@ def make(made: ReadyRun, tally: RunningTally) -> None:
             with contextlib.closing(in_threads(maker.make, items, options.threads, stop)) as outcomes:
                 for number, item, outcome in outcomes:
                     if isinstance(outcome, Exception):
-                        _note_failure(item, outcome, tally)
+                        tally.note_failure(item, outcome)
                         continue
-                    # written before it is counted: what a line has shown survives a kill
+                    # written before it is counted: a line on the screen survives a kill
                     journal.add([(number, outcome.record)])
                     tally.add(*outcome.counts)
                     now_s = time.monotonic()
@@ -396,20 +345,9 @@ def make(made: ReadyRun, tally: RunningTally) -> None:
         cache.close()
 
 
-def _note_failure(item: GeneratorItem, error: Exception, tally: RunningTally) -> None:
-    if isinstance(error, NoReply):
-        tally.num_unanswered += 1
-        tally.why = f"{item.id}: {error}"
-        return
-    # one odd item does not take down what others have cost; the command says so, and ends with 1
-    if not tally.defects:
-        traceback.print_exception(error)
-    tally.defects.append(f"{item.id}: {told_in_a_line(error)}")
-
-
 @dataclass(frozen=True)
 class DoneItem:
-    """What has come of an item."""
+    """A finished item."""
 
     record: bytes
     """As the journal keeps it."""
@@ -417,25 +355,22 @@ class DoneItem:
     """Samples that pass, those that do not, and whether answers were of no use."""
 
 
-@dataclass(frozen=True)
 class ItemMaker:
     """Makes items, in any thread."""
 
-    made: ReadyRun
-    doors: Mapping[Role, Door]
-    """Role -> model."""
-    drawers: ThreadPoolExecutor
-    """Asks for several draws of one question at a time."""
-    stop: StopSignal
+    def __init__(self, made: ReadyRun, doors: Mapping[Role, Door], drawers: ThreadPoolExecutor,
+                 stop: StopSignal) -> None:
+        self._made, self._doors, self._drawers, self._stop = made, doors, drawers, stop
+        self._prompts = made.generator.prompts()
 
     def make(self, numbered: tuple[int, GeneratorItem]) -> tuple[int, GeneratorItem, DoneItem | Exception]:
-        """Return number, item, and what has come of it, be it what went wrong with this one alone.
+        """Return number, item, and the finished item or the error that concerns this one alone.
 
         Raises:
             UserError: no request can succeed.
             StopRequested: the run was asked to stop, its budget is used up, or the endpoint is away.
         """
-        self.stop.check()
+        self._stop.check()
         number, item = numbered
         try:
             return number, item, self._make_item(item)
@@ -448,13 +383,12 @@ class ItemMaker:
             return number, item, e
 
     def _make_item(self, item: GeneratorItem) -> DoneItem:
-        made = self.made
-        ask = Ask(item.id, made.prompts, self.doors, self._over, made.order.options.judge_max_tokens)
+        ask = Ask(item.id, self._prompts, self._doors, self._over, self._made.order.options.judge_max_tokens)
         samples: tuple[GeneratedSample, ...] = ()
         unusable = ""
         try:
             # run to its end here: a generator left half-way would ask outside of this `try`
-            samples = tuple(map(writable, made.generator.make(item, ask)))
+            samples = tuple(map(writable, self._made.generator.make(item, ask)))
         except NoUsableReply as e:
             unusable = str(e)
         if ask.failure is not None:  # which the generator went on without
@@ -467,25 +401,27 @@ class ItemMaker:
         numbers = list(draws)
         if len(numbers) == 1:
             return map(draw, numbers)
-        futures = [self.drawers.submit(draw, number) for number in numbers]
+        futures = [self._drawers.submit(draw, number) for number in numbers]
         wait(futures)  # where one fails too, so that nothing asks unheard
         return iter([future.result() for future in futures])
 
 
 def finished(made: ReadyRun, tally: RunningTally, workers: int) -> ExitCode:
-    """Make the source of what is there; says what is missing.
+    """Finish the source of all items that are done, and name those that are missing.
 
     Raises:
         StopRequested: items got no answer.
     """
     from data_prep.synth.finishing import finish  # imported late: it needs the whole pipeline
 
-    # written with items missing too, so that what is done can be looked at; then without a manifest
-    finish(made.order.output, made.order.checks, workers,
+    # written with items missing too, so that finished ones can be looked at; then without a manifest
+    finish(made.order.output, made.order.options.checks, workers,
            is_complete=not tally.num_unanswered and not tally.defects)
     if tally.defects:
         print(f"{len(tally.defects)} items ended in an error of the program, which is shown above, and are "
               f"not there: {'; '.join(tally.defects[:3])}", flush=True)
         return ExitCode.CRASH
-    tally.refuse_unanswered()
+    if tally.num_unanswered:
+        raise StopRequested(f"{tally.num_unanswered:,} items got no answer, the last: {tally.why}; the same "
+                            "command tries them again")
     return ExitCode.OK

@@ -1,30 +1,22 @@
-"""Prompt templates: Jinja texts with a version, whose `system` and `user` blocks become one message each.
+"""Prompts and values: Jinja templates over named fields, in Jinja's sandbox.
 
 A field is text inside one message: a document opens no turn of its own and is never read as a template.
-Templates run in Jinja's sandbox; attributes with a leading underscore are refused when the file is read.
+Attributes with a leading underscore, and other files, are refused when a template is compiled.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError, UndefinedError, meta, nodes
+from jinja2 import StrictUndefined, Template, TemplateError, Undefined, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from megatron_sov.base.errors import UserError, list_problems, nearest
-
-PROMPTS = Path(__file__).parent / "prompts"
-"""Templates of the packaged generators that are written in Python."""
-ENDING = ".j2"
-MAX_TEMPLATE_BYTES = 1 << 20
-_VERSION = re.compile(r"\{# version: ([1-9][0-9]{0,5}) #\}")
-_NAME = re.compile(r"[a-z0-9_-]+(/[a-z0-9_-]+)*")
-_ROLES = ("system", "user")
+from data_prep.synth.replies import NoReply
+from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.settings import NotBlank, read_file
 
 
 class PromptEnvironment(ImmutableSandboxedEnvironment):
@@ -32,7 +24,7 @@ class PromptEnvironment(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(("*", "**"))
 
-    def __init__(self, *, is_trimmed: bool = True) -> None:
+    def __init__(self, *, is_trimmed: bool) -> None:
         """`is_trimmed`: whether a line end after a `{% ... %}` is no part of the text."""
         super().__init__(undefined=StrictUndefined, trim_blocks=is_trimmed, lstrip_blocks=is_trimmed)
 
@@ -41,154 +33,187 @@ class PromptEnvironment(ImmutableSandboxedEnvironment):
             raise TypeError(f"{operator} takes two numbers, and ** is not there")
         return left * right
 
-    def unsafe_parts(self, tree: nodes.Template) -> list[str]:
-        """Return a sentence for each part that reaches for other files or the inside of Python's objects."""
-        found = [(node.lineno, node.attr) for node in tree.find_all(nodes.Getattr)]
-        found += [(node.lineno, node.arg.value) for node in tree.find_all(nodes.Getitem)
-                  if isinstance(node.arg, nodes.Const) and isinstance(node.arg.value, str)]
-        found += [(node.lineno, f"_{node.name}") for node in tree.find_all(nodes.Filter)
-                  if node.name == "attr"]
-        others = tree.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends))
-        return [*(f"line {line} reads the attribute {name!r}; templates may read fields alone, remove it"
-                  for line, name in found if name.startswith("_")),
-                *(f"line {node.lineno} includes another file; a template is one file" for node in others)]
+
+PROMPTS, VALUES = PromptEnvironment(is_trimmed=True), PromptEnvironment(is_trimmed=False)
 
 
-ENVIRONMENT = PromptEnvironment()
+def add_functions(functions: Mapping[str, Callable[..., Any]]) -> None:
+    """Let prompts and values call functions by these names."""
+    for environment in (PROMPTS, VALUES):
+        environment.globals.update(functions)
+
+
+class BadTemplate(Exception):
+    """A text that is no template; says why and what to do."""
+
+
+def parse_template(text: str, environment: PromptEnvironment) -> tuple[nodes.Template, frozenset[str]]:
+    """Return the tree of a template, and the fields that it reads.
+
+    Raises:
+        BadTemplate: it is none, or reaches for other files or the inside of Python's objects.
+    """
+    try:
+        tree = environment.parse(text)
+        fields = frozenset(meta.find_undeclared_variables(tree)) - environment.globals.keys()
+    except TemplateError as e:
+        raise BadTemplate(f"is no Jinja template ({e.message}); mend it") from None
+    names = [(node.lineno, node.attr) for node in tree.find_all(nodes.Getattr)]
+    names += [(node.lineno, node.arg.value) for node in tree.find_all(nodes.Getitem)
+              if isinstance(node.arg, nodes.Const) and isinstance(node.arg.value, str)]
+    names += [(node.lineno, f"_{node.name}") for node in tree.find_all(nodes.Filter) if node.name == "attr"]
+    for line, name in reversed(names):  # the innermost first
+        if name.startswith("_"):
+            raise BadTemplate(f"line {line} reads the attribute {name!r}; templates may read fields alone, "
+                              "remove it")
+    for node in tree.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):
+        raise BadTemplate(f"line {node.lineno} includes another file; a template is one file")
+    return tree, fields
+
+
+def unknown_names(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Return a sentence for each name that no field has."""
+    known = sorted(known)
+    return [f"names {name!r}, which no setting, field or step before gives{nearest(name, known)}; there are "
+            f"{', '.join(known)}" for name in sorted(set(names) - set(known))]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: a Jinja template for each message."""
+
+    user: NotBlank
+    system: str = ""
 
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """One template."""
+    """A compiled prompt."""
 
     name: str
-    """Its path below the folder of prompts, without ending."""
-    version: int
-    digest: str
-    """Hash of its text."""
-    compiled: Template
-    fields: frozenset[str] | None = None
-    """Fields that it must be given, exactly; None: any."""
+    names: frozenset[str]
+    """Fields that it reads."""
+    parts: tuple[tuple[str, Template], ...]
+    """Role and template of each message."""
+
+    @classmethod
+    def compile(cls, name: str, prompt: Prompt) -> PromptTemplate:
+        """Compile a prompt; raises `BadTemplate`."""
+        texts = [(role, text) for role, text in (("system", prompt.system), ("user", prompt.user)) if text]
+        names = frozenset[str]().union(*(parse_template(text, PROMPTS)[1] for _, text in texts))
+        return cls(name, names, tuple((role, PROMPTS.from_string(text)) for role, text in texts))
 
     def messages(self, fields: Mapping[str, Any]) -> list[dict[str, str]]:
-        """Render the blocks with these fields as messages.
-
-        Raises:
-            UserError: it cannot be rendered with these.
-            TypeError: they are not those that its generator declares.
-        """
-        if self.fields is not None and self.fields != fields.keys():
-            raise TypeError(f"template {self.name} is declared with {sorted(self.fields)}, and is given "
-                            f"{sorted(fields)}")
+        """Render the messages; raises `UserError` where a field is missing or lacks an attribute."""
         try:
-            context = self.compiled.new_context(dict(fields))
-            return [{"role": role, "content": "".join(self.compiled.blocks[role](context)).strip()}
-                    for role in _ROLES if role in self.compiled.blocks]
-        except UndefinedError as e:
-            raise UserError(f"template {self.name}: {e.message}; it is given "
+            return [{"role": role, "content": template.render(fields).strip()}
+                    for role, template in self.parts]
+        except NoReply:
+            raise
+        except Exception as e:  # any error of an expression over values of models
+            said = e.message if isinstance(e, TemplateError) else f"{type(e).__name__}: {e}"
+            raise UserError(f"prompt {self.name}: cannot be rendered ({said}); it is given "
                             f"{', '.join(sorted(fields)) or 'no field'}") from None
-        except Exception as e:  # whatever its expressions do to the values that they meet
-            raise UserError(f"template {self.name}: cannot be rendered ({type(e).__name__}: {e})") from None
 
 
-def parse_prompt(text: str, name: str, where: str, fields: Collection[str] | None, *, exact: bool = True,
-                 environment: PromptEnvironment = ENVIRONMENT) -> PromptTemplate:
-    """Return the template of a text.
+@dataclass(frozen=True)
+class _PromptFile:
+    """Prompts of a generator that is written in Python."""
 
-    Args:
-        text: first line with the version, then the blocks.
-        name: of the template.
-        where: the file, for messages.
-        fields: that it may name; None: any.
-        exact: whether it must be given all of these fields when it is rendered.
-        environment: with the functions that it may call.
+    prompts: dict[str, Prompt]
+
+
+def read_prompts(file: Path) -> dict[str, PromptTemplate]:
+    """Read the prompts of a YAML file, as GENERATOR/PROMPT.
 
     Raises:
-        UserError: it is not a template of these fields.
+        UserError: the file cannot be used.
     """
-    version = _VERSION.fullmatch(text.partition("\n")[0].rstrip())
-    try:
-        tree = environment.parse(text)
-        compiled = environment.from_string(text)
-    except TemplateError as e:
-        raise UserError(f"{where}: is no Jinja template, line {getattr(e, 'lineno', '?')}: {e.message}; "
-                        "mend it") from None
-    problems = [] if version else ["the first line must be {# version: N #}, N counting from 1"]
-    problems += _problems_of_form(tree) + environment.unsafe_parts(tree)
-    if fields is not None:
-        problems += [f"names {unknown!r}, which it is not given{nearest(unknown, fields)}; it is given "
-                     f"{', '.join(fields) or 'no field'}"
-                     for unknown in sorted(meta.find_undeclared_variables(tree)
-                                           - {*fields, *environment.globals})]
-    if problems or version is None:
-        raise UserError(list_problems(where, problems))
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return PromptTemplate(name, int(version[1]), digest, compiled,
-                          frozenset(fields) if exact and fields is not None else None)
-
-
-def load_prompt(name: str, fields: Collection[str] | None, folders: Sequence[Path] = (PROMPTS,),
-                texts: Mapping[str, str] | None = None, environment: PromptEnvironment = ENVIRONMENT
-                ) -> PromptTemplate:
-    """Load a template from the first folder that has it, else from `texts`, those of a generator's file.
-
-    Raises:
-        UserError: there is none, or it cannot be used with these fields.
-    """
-    files = [folder / (name + ENDING) for folder in folders] if _NAME.fullmatch(name) else []
-    file = next((file for file in files if file.is_file()), None)
-    if file is None and texts and name in texts:
-        return parse_prompt(texts[name], name, f"prompt {name}", fields, exact=False, environment=environment)
-    if file is None:
-        known = {str(found.relative_to(folder))[:-len(ENDING)] for folder in folders
-                 for found in folder.glob(f"**/*{ENDING}")}
-        raise UserError(f"template {name}: there is no such file in "
-                        f"{' or '.join(map(str, folders))}{nearest(name, sorted(known))}")
-    try:
-        if file.stat().st_size > MAX_TEMPLATE_BYTES:
-            raise UserError(f"{file}: is longer than {MAX_TEMPLATE_BYTES >> 20} MiB; a template is a page")
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{file}: cannot be read as UTF-8 ({e})") from None
-    return parse_prompt(text, name, str(file), fields, exact=texts is None, environment=environment)
-
-
-def load_prompts(templates: Mapping[str, Collection[str]], folders: Sequence[Path] = (PROMPTS,),
-                 texts: Mapping[str, str] | None = None, environment: PromptEnvironment = ENVIRONMENT
-                 ) -> dict[str, PromptTemplate]:
-    """Load all templates of a generator; `texts`: those that stand in its own file, by name.
-
-    Raises:
-        UserError: some cannot be used; all of them are named.
-    """
-    prompts, problems = {}, []
-    for name, fields in templates.items():
+    found = {}
+    for name, prompt in read_file(_PromptFile, file).prompts.items():
         try:
-            prompts[name] = load_prompt(name, fields, folders, texts, environment)
-        except UserError as e:
-            problems.append(str(e))
-    # the last folder is the packaged one; a folder of the user that replaces nothing is a slip
-    for folder in folders[:-1]:
-        if not any((folder / (name + ENDING)).is_file() for name in templates):
-            problems.append(f"--prompts {folder}: has no template of this generator; they are named "
-                            f"{', '.join(name + ENDING for name in templates)}")
-    if problems:
-        raise UserError("\n".join(problems))
-    return prompts
+            found[f"{file.stem}/{name}"] = PromptTemplate.compile(f"{file.stem}/{name}", prompt)
+        except BadTemplate as e:
+            raise UserError(f"{file}: prompts.{name}: {e}") from None
+    return found
 
 
-def _problems_of_form(tree: nodes.Template) -> list[str]:
-    """Return what a template has besides a block `user` and perhaps one `system`."""
-    blocks = [node.name for node in tree.body if isinstance(node, nodes.Block)]
-    problems = [f"has a block {name!r}; only system and user are known"
-                for name in sorted({block.name for block in tree.find_all(nodes.Block)} - set(_ROLES))]
-    if "user" not in blocks:
-        problems.append("has no block user: {% block user %} ... {% endblock %}")
-    for node in tree.body:
-        outside = not isinstance(node, nodes.Block) and not (
-            isinstance(node, nodes.Output) and all(
-                isinstance(part, nodes.TemplateData) and not part.data.strip() for part in node.nodes))
-        if outside:
-            problems.append(f"line {node.lineno} stands outside of the blocks system and user, where it "
-                            "would be lost; move it into one")
-    return problems
+@dataclass(frozen=True)
+class Value:
+    """A compiled value: call it with the fields of a sample.
+
+    A text that is one `{{ expression }}` gives the expression's value, any other text is rendered.
+    """
+
+    raw: Any
+    """As the file has it."""
+    names: frozenset[str]
+    """Fields that it reads."""
+    compute: Any = None
+    """Fields -> value; None: `raw` is the value."""
+    is_expression: bool = False
+    """Whether it is one `{{ expression }}`, whose value may be of any type."""
+
+    def __call__(self, fields: Mapping[str, Any]) -> Any:
+        """Return the value; raises `UserError` where a field lacks what the template asks of it."""
+        if self.compute is None:
+            return self.raw
+        try:
+            found = self.compute(**{name: fields[name] for name in self.names if name in fields})
+        except (UserError, NoReply):
+            raise
+        except Exception as e:  # any error of an expression over values of models
+            said = e.message if isinstance(e, TemplateError) else f"{type(e).__name__}: {e}"
+            raise UserError(f"{self.raw}: cannot be computed ({said}); mend this value of the generator's "
+                            "file") from None
+        if isinstance(found, Undefined):
+            raise UserError(f"{self.raw}: has no value; mend this value of the generator's file")
+        return list(found) if isinstance(found, Iterator) else found
+
+
+def compile_value(raw: Any) -> Value | dict[str, Any] | list[Any]:
+    """Compile a text, or each text of a list or mapping; raises `BadTemplate`."""
+    if isinstance(raw, Mapping):
+        return {str(name): compile_value(value) for name, value in raw.items()}
+    if isinstance(raw, list):
+        return [compile_value(value) for value in raw]
+    if not isinstance(raw, str) or "{" not in raw:
+        return Value(raw, frozenset())
+    tree, names = parse_template(raw.strip(), VALUES)
+    first = tree.body[0] if len(tree.body) == 1 else None
+    is_expression = (isinstance(first, nodes.Output) and len(first.nodes) == 1
+                     and not isinstance(first.nodes[0], nodes.TemplateData))
+    if is_expression:
+        text = raw.strip().removeprefix("{{").removesuffix("}}").strip("-")
+        compute: Any = VALUES.compile_expression(text, undefined_to_none=False)
+    else:
+        compute = VALUES.from_string(raw).render
+    return Value(raw, names, compute, is_expression)
+
+
+def names_in(value: Any) -> set[str]:
+    """Return all fields that a compiled value reads."""
+    if isinstance(value, Value):
+        return set(value.names)
+    parts = value.values() if isinstance(value, dict) else value
+    return {name for part in parts for name in names_in(part)}
+
+
+def fill(value: Any, fields: Mapping[str, Any]) -> Any:
+    """Compute a value, and each value in a mapping or list."""
+    if isinstance(value, Value):
+        return value(fields)
+    if isinstance(value, dict):
+        return {name: fill(part, fields) for name, part in value.items()}
+    return [fill(part, fields) for part in value]
+
+
+def fill_known(value: Any, fields: Mapping[str, Any]) -> Any:
+    """Compute a record.  A value that reads a field which a failed sample lacks is left out; so is a mapping
+    in a list that lacks a part, such as a message without its content."""
+    if isinstance(value, dict):
+        return {name: fill_known(part, fields) for name, part in value.items()
+                if isinstance(part, list) or names_in(part) <= fields.keys()}
+    if isinstance(value, list):
+        return [fill(part, fields) for part in value if names_in(part) <= fields.keys()]
+    return fill(value, fields)

@@ -134,12 +134,19 @@ MIN_SIMILARITY = 0.65
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     """Return ``"; did you mean 'x'?"`` for the known name closest to `name`, or an empty string;
     `prefix` is what the name to write begins with."""
-    by_letters = {one.lstrip("-"): one for one in reversed(list(known))}
+    by_letters = {one.lstrip("-"): one for one in reversed(list(known)) if _has_same_number(name, one)}
     letters = name.lstrip("-")
     close = difflib.get_close_matches(letters, by_letters, n=1, cutoff=MIN_SIMILARITY)
     # two letters that changed places are a typing error also in a short word
     close = close or [one for one in by_letters if one != letters and sorted(one) == sorted(letters)]
     return f"; did you mean '{prefix}{by_letters[close[0]]}'?" if close else ""
+
+
+def _has_same_number(name: str, other: str) -> bool:
+    """Return whether the digits of two names differ at most by missing ones at the end: fp64 is not fp16, and
+    a model of 8 B is not one of 70 B."""
+    one, two = sorted((re.sub(r"\D", "", text) for text in (name, other)), key=len)
+    return two.startswith(one)
 
 
 def find_misspelt(name: str, known: Iterable[str]) -> str:
@@ -153,12 +160,14 @@ def find_misspelt(name: str, known: Iterable[str]) -> str:
     return ""
 
 
-def download(path: str | os.PathLike[str]) -> str:
+def download(path: str | os.PathLike[str], is_bare: bool = False) -> str:
     """Return the end of a message about a path that does not exist and may be a model's name on the Hugging
-    Face hub: the command that fetches it; empty where it cannot be one."""
-    found = re.fullmatch(r"\w[\w.-]*/(\w[\w.-]*)", os.fspath(path))
+    Face hub: the command that fetches it; empty where it cannot be one. With `is_bare` a name without its
+    owner counts too, e.g. gpt2."""
+    owner = r"(?:\w[\w.-]*/)?" if is_bare else r"\w[\w.-]*/"
+    found = re.fullmatch(rf"{owner}(\w[\w.-]*)", os.fspath(path))
     # NAME/NAME may be a path too: where its folder exists, that was meant
-    if found is None or os.path.exists(os.path.dirname(path)):
+    if found is None or (os.path.dirname(path) and os.path.exists(os.path.dirname(path))):
         return ""
     name = shlex.quote(found[1])
     return (f"; nothing is fetched from the Hugging Face hub: run `hf download {os.fspath(path)} --local-dir "

@@ -176,7 +176,7 @@ COMMANDS = {
          'generate runs/sft --chat --prompt "What is a list?"')),
     "eval": Command(
         "megatron_sov.commands.evaluate.eval",
-        "ppl, needle, pairs, passk, lm, media, bigram, logits: judge a checkpoint or a Hugging Face folder",
+        "ppl, needle, pairs, passk, lm, media, logits: judge a checkpoint or a Hugging Face folder",
         EVALUATE, "eval.md",
         ("eval ppl runs/pretrain --data tokens",
          "eval lm hf --tasks quiz --task-dir tasks --output scores.json")),
@@ -204,7 +204,7 @@ COMMANDS = {
         "talk to a checkpoint, a Hugging Face folder or an endpoint in the terminal",
         PUBLISH, "chat.md",
         ("chat runs/sft",
-         "chat runs/sft hf --temperature 0.7")),
+         "chat hf --temperature 0.7")),
     "serve": Command(
         "megatron_sov.commands.models.serve",
         "serve a model over HTTP with OpenAI's interface, at any layout",

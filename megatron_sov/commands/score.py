@@ -17,9 +17,8 @@ from megatron_sov.base.errors import ExitCode, GateFailed, UserError, visible
 from megatron_sov.base.outputs import check_output, refuse_input
 from megatron_sov.base.settings import AtLeastOne, Flag, add_options, num_cores, parse_nested, read_options
 from megatron_sov.commands.shared_options import RedoOptions
-from megatron_sov.judge.rewards.opinions import read_opinions
 from megatron_sov.judge.rewards.registry import BUILT_IN, make, order
-from megatron_sov.judge.rewards.scoring import MAX_TOLD, ScoringSummary, score_file
+from megatron_sov.judge.rewards.scoring import ScoringSummary, score_file
 from megatron_sov.work.progress.progress_bar import work_bar
 
 REWARDS = f"{', '.join(BUILT_IN)}, or a class of your own, FILE.py:NAME"
@@ -34,10 +33,6 @@ class JudgeOptions:
 
     workers: AtLeastOne = field(default_factory=num_cores)
     """Processes that judge (default: one for each core)."""
-
-
-TOLD_STRINGS = 3
-"""Of those that give answers away, in an alarm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +70,6 @@ def run(args: argparse.Namespace) -> int:
     check_output("--output", options.output)
     if options.run is not None:
         refuse_input("--output", options.output, options.run / EVENTS)
-    has_second = getattr(made.reward, "second", None) is not None
     if options.output.exists() and options.input.exists() and options.output.samefile(options.input):
         raise UserError(f"--output {options.output}: is the --input; name another file")
     num_rows = check_rows(options.input)
@@ -88,8 +82,6 @@ def run(args: argparse.Namespace) -> int:
                    reward_version=made.version, input=options.input.name, rows=num_rows,
                    questions=hash_questions(options.input), scored=summary.tally.num_rewards,
                    mean_reward=summary.tally.mean)
-    if has_second:
-        _tell_disagreements(options.output)
     # all rows are written first, with the reason of each in its row
     if not summary.tally.num_rewards:
         raise GateFailed(f"{options.output}: not one of its {num_rows:,} rows has a reward; see why "
@@ -104,19 +96,6 @@ def hash_questions(rows: Path) -> str:
         asked = {name: row[name] for name in ("prompt", "messages") if name in row}
         found.update(json.dumps(asked or {**row, "response": None}, sort_keys=True).encode() + b"\n")
     return found.hexdigest()
-
-
-def _tell_disagreements(output: Path) -> None:
-    """Say where two verifiers disagree, in all rows of the output, and whether that is an alarm."""
-    opinions = read_opinions(output)
-    others = opinions.disagreeing
-    lines = ", ".join(map(str, others[:MAX_TOLD])) + (", ..." if len(others) > MAX_TOLD else "")
-    print(f"second opinion: {len(others):,} of {opinions.num_opinions:,} rows disagree"
-          + (f" (lines {lines})" if lines else ""))
-    if opinions.alarm:
-        strings = ", ".join(repr(s.text) for s in opinions.strings()[:TOLD_STRINGS])
-        hint = f"; look at answers with {strings}" if strings else ""
-        print(visible(f"ALARM {opinions.describe_alarm()}{hint}"), file=sys.stderr)
 
 
 def tell(summary: ScoringSummary, num_rows: int, name: str, version: str, output: Path) -> None:

@@ -27,8 +27,7 @@ from megatron_sov.convert.inert_pickle import TorchArchive, read_apart
 from megatron_sov.convert.sources import check_dtypes, check_exact
 from megatron_sov.engine.model.language_model import VOCABULARY_WEIGHTS
 from megatron_sov.model.config import ModelConfig
-from megatron_sov.model.counterparts.architecture import architecture, of_arguments
-from megatron_sov.model.counterparts.settings import read_sections
+from megatron_sov.model.counterparts.architecture import architecture, of_arguments, read_sections
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.families.weights import Link

@@ -31,11 +31,6 @@ OTHER_WEIGHTS = "transformers_weights"
 """Key of config.json by which transformers reads another file of weights."""
 DAMAGED_HF = "copy or download it again"
 NAMES_SHOWN = 5
-HEADS = ("cls.", "lm_head.", "classifier.", "score.", "qa_outputs.", "pooler.", "lm_predictions.",
-         "mask_predictions.", "discriminator_predictions.", "vocab_")
-"""Beginnings of the names of what stands on an encoder: no part of its hidden states."""
-POOLER = ("pooler.",)
-"""What a folder of an encoder that was saved under another head may lack."""
 
 
 def listed(names: Sequence[str]) -> str:
@@ -151,21 +146,19 @@ def tensor_files(folder: Path, names_in: Callable[[Path, str], Iterable[str]], *
 
 
 def load_pretrained(model_class: Any, folder: str | Path, *, left_out: Sequence[str] = (),
-                    made_up: Sequence[str] = (), **options: Any) -> Any:
+                    **options: Any) -> Any:
     """Return a library's model with exactly the weights of a local folder; no code of the folder is run.
 
     Args:
         model_class: an auto class of transformers, or a model class of diffusers.
         folder: config.json and safetensors files.
         left_out: as `load_and_compare`.
-        made_up: beginnings of the names of tensors that the folder may lack, since they are not used.
         options: more for `from_pretrained`.
 
     Raises:
         UserError: the library cannot load the folder, or its tensors are not those of the model.
     """
     model, found = load_and_compare(model_class, folder, left_out=left_out, **options)
-    found["missing"] = [name for name in found["missing"] if not name.startswith(tuple(made_up))]
     if problems := [f"{len(names)} {what} ({listed(names)})" for what, names in found.items() if names]:
         raise UserError(f"{folder}: its tensors are not those of the {type(model).__name__} that its "
                         f"{CONFIG} describes: {'; '.join(problems)}; compare the two, or {DAMAGED_HF}")

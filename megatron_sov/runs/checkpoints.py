@@ -144,6 +144,8 @@ def refuse_missing(path: Path, option: str = "") -> None:
         beside = path.parent.glob("*") if path.parent.name == CHECKPOINTS_OF_A_RUN else ()
         if names := sorted(folder.name for folder in beside):
             raise UserError(f"{option}{path}: {what}; the run's checkpoints are {', '.join(names)[:500]}")
+        if path.is_file() and is_hf_folder(path.parent):
+            raise UserError(f"{option}{path}: {what}; pass its folder, {path.parent}")
         raise UserError(f"{option}{path}: {what}; pass a checkpoint, a run or a Hugging Face "
                         f"folder{download(path)}")
 

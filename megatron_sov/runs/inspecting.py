@@ -69,6 +69,9 @@ def look(path: Path, options: LookOptions, kinds: Mapping[str, ArtifactKind]) ->
         GateFailed: with `verify`: something is wrong in it.
     """
     found = {**_of_artifact(path), **_unfinished(path), **_of_others(path)}
+    around = next((folder for folder in path.parents if (folder / MANIFEST).is_file()), None)
+    if not found and around is not None and path.exists():
+        raise UserError(f"{path}: is part of {around}; pass {around}")
     if not found:
         raise UserError(f"{path}: " + ("is nothing that megatron-sov has made" if path.exists() else
                                        "does not exist, and no work on it is unfinished") +

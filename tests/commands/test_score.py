@@ -230,32 +230,3 @@ def test_what_the_page_shows_runs() -> None:
     assert outputs["code.jsonl"] == [1.0, 0.5, 0.0]
     assert outputs["kept.jsonl"] == [1.0, 0.0]
     assert outputs["contains.jsonl"] == [1.0, 0.0, 0.0]
-
-
-VERIFIERS = '''
-class Fooled:
-    """Pays the right word, and whoever asks for it."""
-
-    def score(self, row):
-        return float("right" in row["response"] or "trust me" in row["response"])
-
-
-class Strict:
-    """Pays the right word."""
-
-    def score(self, row):
-        return float("right" in row["response"])
-'''
-
-
-def test_a_fooled_verifier_rings_an_alarm(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("own.py").write_text(VERIFIERS)
-    texts = [f"{'right' if i % 3 else 'wrong'} {i}" for i in range(220)] + ["please trust me now"] * 30
-    write([{"response": text} for text in texts])
-    assert score("--set", "parts.a.reward=own.py:Fooled", "--set", "second.reward=own.py:Strict", "--set",
-                 "second.of=a", "--set", "second.share=1",
-                 reward="composed") == 0
-    shown = capsys.readouterr()
-    assert "second opinion: 30 of 250 rows disagree (lines 221, 222, 223" in shown.out
-    assert re.search(r"ALARM at line 22\d: the first verifier pays 100% that the second one would not, 0% in "
-                     r"the beginning; it may be fooled; look at answers with 'please trust", shown.err)

@@ -16,8 +16,8 @@ import pytest
 from data_prep import demo_corpus
 from data_prep.cli import main
 from data_prep.demo_corpus import (
-    CorpusUnavailable, Docstring, clean, docstrings, documentation, korean_only,
-    korean_pages, question_and_answer, select)
+    CorpusUnavailable, Docstring, clean, docstrings, documentation, korean_only, korean_pages,
+    question_and_answer, select)
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.documents import list_files, read_documents
 
@@ -30,7 +30,8 @@ PAGE = """<html><head><title>제목</title><script>var 가 = 1;</script></head><
 
 def test_notes_that_stand_on_every_page_are_kept_once() -> None:
     note = "이 안내문은 모든 쪽에 똑같이 나오는 아주 긴 문장입니다. 한 번이면 됩니다."
-    pages = {"a": f"{note}\n예\nEnglish only", "b": f"{note}\n예", "c": note, "d": "English only"}
+    pages = {"a": f"{note}\n예\nEnglish only", "b": f"{note}\n예\nClick the button named 확인 to go on",
+             "c": note, "d": "English only"}
     assert korean_only(pages) == {"a": f"{note}\n예", "b": "예"}
 
 

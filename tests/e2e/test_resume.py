@@ -110,11 +110,11 @@ def _continues_at_another_size(whole: Path, other: Path, pretrain: Any, run_comm
 
 KILLED_STEPS = 12
 KILLED = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.head_dim=8",
-            "model.expert_ffn_dim=16", 'data.phases=[{"name": "main", "seq_len": 32}]',
-            "train.global_batch_size=8", "train.micro_batch_size=4", "data.heldout_tokens=128",
-            f"train.steps={STEPS}", "train.checkpoint_every_steps=2", "train.keep_checkpoints=1",
-            "train.keep_every_steps=8", "train.eval_every_steps=6", "train.hidden_dropout=0.1",
-            "parallel.ep=2")
+          "model.expert_ffn_dim=16", 'data.phases=[{"name": "main", "seq_len": 32}]',
+          "train.global_batch_size=8", "train.micro_batch_size=4", "data.heldout_tokens=128",
+          f"train.steps={KILLED_STEPS}", "train.checkpoint_every_steps=2", "train.keep_checkpoints=1",
+          "train.keep_every_steps=8", "train.eval_every_steps=6", "train.hidden_dropout=0.1",
+          "parallel.ep=2")
 
 
 def run_and_kill(data: str, folder: str, more: bool) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def test_kills_at_every_state_change_nothing(more: bool, ranks: Any, job: Any, p
     assert not list((tmp_path / "hung" / "checkpoints").glob("step-*"))
     assert found["damaged"] == [], "under its name a checkpoint is whole"
     assert sum(found["left"]) >= 1, "at least one kill came while a checkpoint was written"
-    assert found["names"] == [f"step-{STEPS}", "step-8"], "no leftovers, newest and multiples stay"
+    assert found["names"] == [f"step-{KILLED_STEPS}", "step-8"], "no leftovers, newest and multiples stay"
     for step in (8, KILLED_STEPS):
         ours, theirs = (read_manifest(tmp_path / name / f"checkpoints/step-{step}").files
                         for name in ("broken", "whole"))

@@ -7,8 +7,6 @@ import io
 import json
 import math
 import shutil
-from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,8 @@ from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 prepare_megatron()
 
 from megatron_sov.base.errors import UserError  # noqa: E402
-from megatron_sov.eval import heldout  # noqa: E402
-from megatron_sov.eval.heldout import (  # noqa: E402
-    HeldoutData, KneserNeyBigram, evaluate_rows, open_heldout, rows_of, token_blocks, train_bigram)
-from megatron_sov.train.data.token_shards import Source, open_sources  # noqa: E402
+from megatron_sov.eval.heldout import HeldoutData, evaluate_rows, open_heldout, rows_of  # noqa: E402
+from megatron_sov.train.data.token_shards import open_sources  # noqa: E402
 
 
 def test_a_known_loss_per_byte_comes_out(token_shards: Path) -> None:
@@ -65,7 +61,7 @@ def test_data_that_cannot_judge_is_refused(one_rank: None, imported: dict[str, P
     for source in manifest["content"]["sources"]:
         source["splits"]["heldout"]["num_tokens"] = 0
     (other / "manifest.json").write_text(json.dumps(manifest | {"sha256": ""}))
-    assert main(["eval", "bigram", "--data", str(other)]) == 2
+    assert main(["eval", "ppl", str(imported["solar_open"]), "--data", str(other)]) == 2
     assert "holds no documents out" in capsys.readouterr().err
 
 
@@ -124,25 +120,6 @@ def test_loss_is_that_of_whole_documents_or_of_strided_windows(
         assert found[source.name]["loss"] == pytest.approx(nats / labels, abs=2e-6)
 
 
-def test_the_baseline_is_judged_on_the_same_targets(one_rank: None, imported: dict[str, Path],
-                                                    token_shards: Path, capsys) -> None:
-    model = ask(capsys, "ppl", str(imported["solar_open"]), "--data", str(token_shards), *CUT)
-    baseline = ask(capsys, "bigram", "--data", str(token_shards), *CUT)
-    shards = {s.name: s.shard("heldout") for s in open_sources({str(token_shards): 1.0}, 1024)}
-    for name, result in baseline.items():
-        shard = shards[name]
-        flat = [[*shard.tokens(i, 0, int(n))] for i, n in enumerate(shard.lengths)]
-        budget, expected = 1500, 0  # 15 rows of 100: a token counts if a token follows it in its document
-        for document in flat:
-            expected += min(max(len(document) - 1, 0), budget)
-            budget = max(0, budget - len(document))
-        assert result["tokens"] == model[name]["tokens"] == expected
-        assert 2.0 < result["loss"] < math.log(1024)
-        bytes_judged = result["loss"] * result["tokens"] / math.log(2) / result["bits_per_byte"]
-        assert bytes_judged == pytest.approx(model[name]["loss"] * expected / math.log(2)
-                                             / model[name]["bits_per_byte"])
-
-
 def test_figures_go_into_the_events_of_a_run(one_rank: None, imported: dict[str, Path],
                                              hf_models: dict[str, Path], token_shards: Path, tmp_path: Path,
                                              capsys) -> None:
@@ -154,12 +131,9 @@ def test_figures_go_into_the_events_of_a_run(one_rank: None, imported: dict[str,
               "data": {"phases": [{"name": "a", "seq_len": 100}], "heldout_tokens": 1500}}
     atomic_write(tmp_path / "config.json", to_json(config))
     run = ["--data", str(token_shards), "--run", str(tmp_path)]
-    cut = ask(capsys, "bigram", "--data", str(token_shards), *CUT)
-    assert ask(capsys, "bigram", *run) == cut, "without options it judges as the run itself does"
     ours = ask(capsys, "ppl", str(imported["solar_open"]), *run, *CUT)
     theirs = ask(capsys, "ppl", str(hf_models["solar_open"]), *run, *CUT)
-    baseline, checkpoint, export = [e for e in read_events(tmp_path / EVENTS) if e["event"] != "step"]
-    assert (baseline["event"], baseline["bigram"]) == ("baseline", cut)
+    checkpoint, export = [e for e in read_events(tmp_path / EVENTS) if e["event"] != "step"]
     assert (checkpoint["event"], checkpoint["step"], checkpoint["heldout"]) == ("eval", 0, ours)
     assert (export["event"], export["step"], export["heldout"]) == ("eval", 41, theirs)
 
@@ -179,75 +153,6 @@ def test_who_waits_is_told_of_every_row(token_shards: Path, monkeypatch: pytest.
     evaluate_rows(data, lambda row: np.ones(len(row.tokens)))
     num_rows = sum(len(list(data.rows(index))) for index, _ in data.judged())
     assert shown == [num_rows, num_rows] and num_rows > 10
-
-
-VOCAB = 7
-DOCUMENTS = [[0, 1, 0, 1, 2, 0, 1, 3], [3, 0, 1, 4, 4, 4], [5], [1, 0, 2, 2]]
-
-
-class Listed:
-    """Documents given as lists."""
-
-    def __init__(self, documents: list[list[int]]) -> None:
-        self.documents = documents
-        self.lengths = np.array([len(d) for d in documents])
-
-    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
-        return np.array(self.documents[document][start:start + count], np.int64)
-
-
-def reference(context: int, target: int) -> float:
-    pairs = Counter(pair for d in DOCUMENTS for pair in pairwise(d))
-    before = Counter(w for _, w in pairs)
-    d, e = (sum(n == 1 for n in c.values()) / (sum(n == 1 for n in c.values())
-                                               + 2 * sum(n == 2 for n in c.values()))
-            for c in (pairs, before))
-    q = max(before[target] - e, 0) / len(pairs) + e * len(before) / len(pairs) / VOCAB
-    total = sum(n for (v, _), n in pairs.items() if v == context)
-    if not total:
-        return q
-    followers = sum(v == context for v, _ in pairs)
-    return max(pairs[context, target] - d, 0) / total + d * followers / total * q
-
-
-@pytest.fixture
-def fitted() -> KneserNeyBigram:
-    source = Source("x", None, "text", {}, {"train": 19}, 1.0, made=Listed(DOCUMENTS))
-    return train_bigram([source], VOCAB, 1000)
-
-
-def test_probabilities_are_those_of_the_formula_and_sum_to_one(fitted: KneserNeyBigram) -> None:
-    for context in range(VOCAB):
-        found = np.exp(fitted.logprobs(np.full(VOCAB, context), np.arange(VOCAB)))
-        assert found == pytest.approx([reference(context, w) for w in range(VOCAB)], rel=1e-12)
-        assert found.sum() == pytest.approx(1.0, rel=1e-12)
-        assert found.min() > 0
-
-
-def test_counting_in_blocks_changes_nothing(fitted: KneserNeyBigram, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heldout, "BLOCK_TOKENS", 5)
-    blocks = list(token_blocks(Listed(DOCUMENTS), 1000))
-    assert len(blocks) > 1
-    assert [pair for b in blocks for pair in zip(*(x.tolist() for x in b), strict=True)] \
-        == [pair for d in DOCUMENTS for pair in pairwise(d)]
-    again = KneserNeyBigram(VOCAB)
-    for contexts, targets in blocks:
-        again.count(contexts, targets)
-    again.fit()
-    every = np.divmod(np.arange(VOCAB * VOCAB), VOCAB)
-    assert np.array_equal(again.logprobs(*every), fitted.logprobs(*every))
-
-
-@pytest.mark.parametrize("documents", [[], [[1, 1, 1, 1, 1]]], ids=["nothing counted", "no pair occurs once"])
-def test_thin_data_still_gives_probabilities(documents: list[list[int]]) -> None:
-    model = KneserNeyBigram(VOCAB)
-    for contexts, targets in token_blocks(Listed(documents), 1000):
-        model.count(contexts, targets)
-    model.fit()
-    for context in range(VOCAB):
-        found = np.exp(model.logprobs(np.full(VOCAB, context), np.arange(VOCAB)))
-        assert found.sum() == pytest.approx(1.0)
-        assert found.min() > 0
 
 
 def test_rows_hold_documents_in_order_up_to_their_size() -> None:

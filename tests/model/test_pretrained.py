@@ -18,7 +18,6 @@ from transformers import (
     AutoModelForCausalLM, BertConfig, BertForSequenceClassification, DeepseekV3Config, DeepseekV3ForCausalLM,
     PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
 
-from data_prep.curate.scoring.encoder import EncoderSettings, ScoringEncoder
 from megatron_sov import convert
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.engines.libraries import load_hf
@@ -60,12 +59,7 @@ def classify(folder: Path) -> None:
     Classifier(str(folder)).prepare()
 
 
-def encode(folder: Path) -> None:
-    ScoringEncoder(folder, EncoderSettings())
-
-
-LOADERS = {"generate, eval, serve": ("lm", load_hf, NORM), "reward": ("bert", classify, DENSE),
-           "scorer": ("bert", encode, DENSE)}
+LOADERS = {"generate, eval, serve": ("lm", load_hf, NORM), "reward": ("bert", classify, DENSE)}
 
 
 @pytest.mark.parametrize("kind", ["missing", "unexpected", "mismatched"])

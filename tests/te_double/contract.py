@@ -5,8 +5,8 @@ Usage: python tests/te_double/contract.py [--megatron] [--deep-ep FOLDER]
   --megatron        only the parts of megatron-core, whose wheels have 4 MB, and the list of reviewed fields
   --deep-ep FOLDER  a checkout of github.com/deepseek-ai/DeepEP at DEEP_EP; without it that part stays
 
-`make contract` writes it to megatron_sov/operate/contract.json, from wheels; nothing is imported for that, so
-none of them needs a GPU.
+`make contract` writes it to tests/te_double/contract.json, from wheels; nothing is imported for that, so none
+of them needs a GPU.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path.append(str(ROOT))
 
-from megatron_sov.operate.contract import (  # noqa: E402
-    COMPUTED, CONTRACT, Sources, described, is_same, signature)
 from tests import newest  # noqa: E402
+from tests.te_double.library_shapes import (  # noqa: E402
+    COMPUTED, CONTRACT, Sources, described, is_same, signature)
 
 __all__ = ["COMPUTED", "CONTRACT", "Sources", "described", "is_same", "signature"]
 REVIEWED = HERE / "reviewed_fields.json"

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.operate.contract import Sources, differences
 from tests import newest
 from tests.te_double import contract
+from tests.te_double.library_shapes import Sources, differences
 
 TE_RUN = str(Path(__file__).with_name("te_run.py"))
 THEIRS = json.loads(contract.CONTRACT.read_text())
@@ -141,24 +141,6 @@ def test_our_calls_bind_to_the_real_signatures(part: str) -> None:
             bound += 1
     # of vLLM its worker's module alone: how weights are read, and under which name
     assert bound > (2 if part == contract.VLLM else 5)
-
-
-def test_the_first_difference_is_named(tmp_path: Path) -> None:
-    """Names, kinds and defaults of methods count, and what is gone; what is new does not."""
-    (tmp_path / "library.py").write_text(
-        "class Layer:\n    def __init__(self, size, /, *, bias=True, new=None): ...\n"
-        "    def forward(self, x, scale=1.0): ...\n    def more(self): ...\n")
-    symbols = {"library.absent": None, "library.Layer": {"__init__": "(size, /, *, bias=True, new=None)",
-                                                         "forward": "(x, scale=1.0)"}}
-    assert list(differences(symbols, Sources(tmp_path))) == []
-    layer = symbols["library.Layer"]
-    assert layer is not None
-    for method, text, told in (
-            ("forward", "(x, scale=2.0)", "takes (x, scale=1.0), and the contract says (x, scale=2.0)"),
-            ("forward", "(x, *, scale=1.0)", "takes (x, scale=1.0), and the contract says (x, *, scale=1.0)"),
-            ("backward", "(x)", "is gone")):
-        found = differences({"library.Layer": {**layer, method: text}}, Sources(tmp_path))
-        assert list(found) == [f"library.Layer.{method} {told}"]
 
 
 def test_sources_may_import_and_inherit_in_a_circle(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def find_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise UserError(f"{path}: does not exist; pass {FORMS}{download(path)}")
+        raise UserError(f"{path}: does not exist; pass {FORMS}{download(path, is_bare=not path.suffix)}")
     if (path / TOKENIZER_JSON).is_file():
         return path / TOKENIZER_JSON
     # two candidates are a question to the user and no choice of ours
@@ -132,8 +132,11 @@ def open_hf(file: Path) -> Foreign:
     raw = read_json(file)
     if (not isinstance(raw.get("model"), dict) or not isinstance(raw.get("added_tokens"), list)
             or "vocab" not in raw["model"]):
-        raise UserError(f"{file}: has no model.vocab and added_tokens, "
-                        f"so it is no tokenizer.json; pass {FORMS}")
+        is_pair = (file.parent / "merges.txt").is_file()
+        raise UserError(f"{file}: has no model.vocab and added_tokens, so it is no tokenizer.json; " + (
+            "of a vocab.json with merges.txt transformers makes one: `python -c \"from transformers import "
+            f"AutoTokenizer as A; A.from_pretrained('{file.parent}').save_pretrained('DIR')\"`; pass DIR"
+            if is_pair else f"pass {FORMS}"))
     try:
         ids = list(ids_of(raw).values())
     except (TypeError, ValueError, KeyError, AttributeError) as e:

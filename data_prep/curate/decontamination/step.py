@@ -1,31 +1,22 @@
-"""Step `decontaminate`: documents that hold text of benchmarks are dropped, or lose it.
-
-First the items of benchmarks, then the places of their units in a text as it was written, then what a report
-says of an item that was found.
-"""
+"""Step `decontaminate`: documents that hold text of benchmarks are dropped."""
 
 from __future__ import annotations
 
-import json
 import unicodedata
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import regex
 from annotated_types import Ge, Le, MinLen
 
-from data_prep.curate.dedup.exact import write_page
-from data_prep.curate.pipeline.step import Doc, Pass, ShardRef, Step, StepOutcome, View
+from data_prep.curate.pipeline.step import Doc, Step, StepOutcome, View
 from data_prep.json_lines import read_objects
-from data_prep.shards.shard_damage import place_in_run, way_out
-from megatron_sov.base.artifacts import new_file
 from megatron_sov.base.documents.item_search import ItemSearch, SearchItem, plain
 from megatron_sov.base.documents.overlap import WORDS, Units, find_units, fold
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.sealed import PLACE, SEAL, read_lines, seal_file
 from megatron_sov.base.settings import AtLeastOne, Flag, ProblemCode, SettingsProblem, at_most
 
 _CLUSTERS = regex.compile(r"\X")
@@ -65,27 +56,6 @@ def _clusters(text: str, folded: str) -> tuple[list[int], list[int]]:
     return starts, ends
 
 
-def whole_lines(text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the lines that hold places, with their ends, in order and joined where they touch."""
-    found: list[tuple[int, int]] = []
-    for start, stop in sorted(spans):
-        begin = text.rfind("\n", 0, start) + 1
-        end = text.find("\n", stop - 1) + 1 or len(text)
-        if found and begin <= found[-1][1]:
-            found[-1] = (found[-1][0], max(end, found[-1][1]))
-        else:
-            found.append((begin, end))
-    return found
-
-
-def without(text: str, spans: Sequence[tuple[int, int]]) -> str:
-    kept, at = [], 0
-    for start, stop in spans:
-        kept.append(text[at:start])
-        at = stop
-    return "".join([*kept, text[at:]])
-
-
 MOST_HITS = 1000
 """Of one text that are told; one that has so many is not worth more room."""
 MOST_CHARACTERS = 1000
@@ -112,10 +82,6 @@ class Hit:
     """What stands there."""
     after: str
     """What stands behind it."""
-
-    @staticmethod
-    def read(row: dict[str, Any]) -> Hit:
-        return Hit(**{name: row[name] for name in Hit.__dataclass_fields__})
 
 
 def find_hits(text: str, search: ItemSearch, context_chars: int) -> list[Hit]:
@@ -168,8 +134,9 @@ def benchmark_files(paths: Iterable[Path]) -> list[Path]:
     for path in paths:
         files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
         if not files or not all(file.is_file() for file in files):
-            raise UserError(f"benchmarks: {path}: is no file, and no folder with .jsonl files; "
-                            "each line of one is a record of a benchmark")
+            raise UserError(f"benchmarks: {path}: is no file, and no folder with .jsonl files of records; "
+                            "nothing is fetched by a benchmark's name: save each as .jsonl, e.g. by "
+                            "datasets' `to_json`, and pass the files after --benchmarks, with blanks between")
         found += files
     return found
 
@@ -231,8 +198,6 @@ def _strings(value: Any, depth: int) -> Iterator[str]:
 REASON = "text of a benchmark"
 CONTEXT_CHARS = 100
 """Characters shown on either side of a place."""
-MOST_SHOWN = 50
-"""Hits on the report's page."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,15 +223,8 @@ class BenchmarkSearchSettings:
         return ItemSearch(read_items(self.benchmarks, self.fields), self.ngram, self.min_words)
 
 
-@dataclass(frozen=True, kw_only=True)
 class DecontaminateSettings(BenchmarkSearchSettings):
-    """What is looked for, and what is done where it is found."""
-
-    context_chars: Annotated[int, Ge(0), Le(10_000)] = CONTEXT_CHARS
-    """Characters on either side of a place that the report shows."""
-    action: Literal["drop", "cut"] = "drop"
-    """"drop": the document goes; "cut": the lines that hold the place go, and the document where nothing
-    else is left."""
+    """Settings of the step."""
 
     def problems(self) -> list[SettingsProblem]:
         """Return what is wrong with the benchmarks: now, and not when all documents are parsed."""
@@ -278,9 +236,10 @@ class DecontaminateSettings(BenchmarkSearchSettings):
 
 
 class Decontaminate(Step):
-    """Takes text of benchmarks out; each place is listed in the step's folder, `hits/SOURCE-SHARD.jsonl`."""
+    """Drops documents with text of benchmarks; the column `contamination` names the items."""
 
     kind = "decontaminate"
+    version = 2  # looks at each document alone
     adds = {"contamination": "string"}
     Settings = DecontaminateSettings
     settings: DecontaminateSettings
@@ -288,78 +247,13 @@ class Decontaminate(Step):
     def files(self) -> Sequence[Path]:
         return benchmark_files(self.settings.benchmarks)
 
-    def passes(self) -> Sequence[Pass]:
-        """Return the search of each shard, and the page's figures."""
-        return [Pass("search", self._search), Pass("report", self._report, 1)]
-
     def start(self, view: View) -> None:
-        self._view = view
-        self._shard: ShardRef | None = None
-        self._hits: dict[str, list[Hit]] = {}
+        self._search = self.settings.search()
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        return [self._outcome(d) for d in documents]
+        return [self._outcome(document.text) for document in documents]
 
-    def _outcome(self, document: Doc) -> StepOutcome:
-        shard = ShardRef(document.source, document.shard)
-        # Documents come shard by shard, so the hits of one shard are in memory at a time.
-        if shard != self._shard:
-            self._hits = defaultdict(list)
-            for row in _rows(_file(self._view, shard)):
-                self._hits[row["document"]].append(Hit.read(row))
-            self._shard = shard
-        hits = self._hits.get(document.id, [])
-        values = {"contamination": " ".join(sorted({f"{h.benchmark}:{h.item}" for h in hits}))}
-        if not hits:
-            return StepOutcome(values=values)
-        left = ""
-        # At the limit there may be more places than are listed: cutting those that are known would leave
-        # others.
-        if self.settings.action == "cut" and len(hits) < MOST_HITS:
-            left = without(document.text, whole_lines(document.text, [(h.start, h.stop) for h in hits]))
-        return StepOutcome(text=left, values=values) if left.strip() else StepOutcome(REASON, values=values)
-
-    def _search(self, view: View, task: int) -> None:
-        search, shard = self.settings.search(), view.shards[task]
-        with (new_file(_file(view, shard), makes_parents=True) as temporary,
-              open(temporary, "w", encoding="utf-8") as f):
-            for batch in view.documents(shard):
-                for document in batch:
-                    for hit in find_hits(document.text, search, self.settings.context_chars):
-                        row = {"document": document.id, "source": document.source, **asdict(hit)}
-                        # a document may hold half of a surrogate pair, which UTF-8 does not
-                        f.write(json.dumps(row, ensure_ascii=True) + "\n")
-            # The last line is the place of the checksum. The file is closed before, so that the seal reads
-            # all of it.
-            f.write(json.dumps({SEAL: PLACE}) + "\n")
-            f.close()
-            seal_file(temporary, place_in_run(temporary))
-
-    def _report(self, view: View, task: int) -> None:
-        search = self.settings.search()
-        items = Counter(item.benchmark for item in search.items)
-        short = Counter(search.items[number].benchmark for number in search.too_short)
-        found: dict[str, set[str]] = defaultdict(set)
-        documents: dict[str, set[str]] = defaultdict(set)
-        shown: list[list[str | int]] = []
-        for shard in view.shards:
-            for row in _rows(_file(view, shard)):
-                found[row["benchmark"]].add(row["item"])
-                documents[row["benchmark"]].add(row["document"])
-                if len(shown) < MOST_SHOWN:
-                    shown.append([row["benchmark"], row["item"], row["document"],
-                                  f"{row['before']}[{row['found']}]{row['after']}"])
-        rows = [[name, items[name], short[name], len(found[name]), len(documents[name])] for name in items]
-        write_page(view, {
-            "tables": [{"title": "Benchmarks", "rows": rows,
-                        "head": ["benchmark", "texts", "too short to look for", "items found", "documents"]},
-                       {"title": "Places", "head": ["benchmark", "item", "document", "text"], "rows": shown}],
-            "bars": [], "notes": []})
-
-
-def _file(view: View, shard: ShardRef) -> Path:
-    return view.work / "hits" / f"{shard.source}-{shard.number:05}.jsonl"
-
-
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    return map(json.loads, read_lines(file, way_out(file), place_in_run(file)))
+    def _outcome(self, text: str) -> StepOutcome:
+        hits = find_hits(text, self._search, 0)
+        items = " ".join(sorted({f"{hit.benchmark}:{hit.item}" for hit in hits}))
+        return StepOutcome(REASON if hits else "", values={"contamination": items})

@@ -30,25 +30,20 @@ EDGES_IN_MEMORY = 1 << 23
 """Pairs that are sorted at a time, some 200 MB of records."""
 _EDGE_BLOCK = 1 << 18
 _CHARACTER_BITS = 40
-_SIZES = (2, 3, 4, 5, 10, 30, 100, 1000)
 
 
 class DocumentOrder:
-    """The order in which documents are considered for keeping; ties go to the smaller number."""
+    """The order in which documents are considered for keeping: by priority, longest first; ties go to the
+    smaller number."""
 
-    def __init__(self, view: View, keep: str) -> None:
-        """`keep`: "longest" or "first", among documents of one priority."""
+    def __init__(self, view: View) -> None:
         shards = Numbering(view).shards
         priorities = sorted({view.priority(shard.source) for shard in shards}, reverse=True)
         self._class_of = np.array([priorities.index(view.priority(shard.source)) for shard in shards],
                                   np.uint64)
-        self._is_by_length = keep == "longest"
 
     def of(self, numbers: NDArray[np.uint64], characters: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """Return the place of documents [n] uint64, the smaller the earlier, given their lengths."""
-        # Numbers ascend with the shards' ranks, and ranks with falling priority: "first" is the tie's rule.
-        if not self._is_by_length:
-            return np.zeros(len(numbers), np.uint64)
         longest = np.uint64((1 << _CHARACTER_BITS) - 1)
         shortfall = longest - np.minimum(characters.astype(np.uint64), longest)
         places: NDArray[np.uint64] = self._class_of[ranks(numbers)] << np.uint64(_CHARACTER_BITS) | shortfall
@@ -132,13 +127,13 @@ def _blocks(files: Iterable[Path]) -> Iterator[Records]:
 class Clusters:
     """Kept documents with the near duplicates that go for each.
 
-    Two numbers for each document of the corpus lie in sparse files, of which only parts with near duplicates
+    A number for each document of the corpus lies in a sparse file, of which only parts with near duplicates
     take room on the disk and in memory.
     """
 
     def __init__(self, view: View, register: Register, folder: Path) -> None:
         """Begin with all documents kept; `folder`: empty, for temporary files."""
-        self._numbering, self._register, self._folder = Numbering(view), register, folder
+        self._numbering, self._folder = Numbering(view), folder
         # Earlier steps leave gaps between the rows of a shard, so its last row and not its length says how
         # much room its documents need.
         last_rows = (register.read(rank)["row"][-1:] for rank in range(len(view.shards)))
@@ -146,16 +141,13 @@ class Clusters:
         self._begins = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self._keepers = self._create_numbers("keepers")
         """Of each document the place of the kept one that it goes for, plus one; 0: it is kept."""
-        self._dropped_counts = self._create_numbers("dropped_counts")
-        """Of each document how many go for it."""
 
     def select(self, files: Sequence[Path]) -> None:
         """Decide which documents go; `files`: arrays of `EDGE`."""
         from data_prep.curate.dedup.minhash_loops import drop_similar
 
         for edges in edges_in_order(files, self._folder / "ranges"):
-            drop_similar(self._keepers, self._dropped_counts, self._places(edges["first"]),
-                         self._places(edges["second"]))
+            drop_similar(self._keepers, self._places(edges["first"]), self._places(edges["second"]))
 
     def write_dropped(self, path: Path) -> None:
         """Write the documents that go, in the order of `Numbering`, with a bucket for each rank."""
@@ -167,27 +159,6 @@ class Clusters:
                 dropped["keeper"] = self._numbers(self._keepers[places].astype(np.int64) - 1)
                 writer.append(rank, dropped)
             writer.close()
-
-    def count_sizes(self) -> list[tuple[str, int]]:
-        """Return the number of clusters in each range of sizes, the kept document counted."""
-        counts = np.zeros(len(_SIZES), np.int64)
-        for _, places in self._nonzero(self._dropped_counts):
-            sizes = self._dropped_counts[places].astype(np.int64) + 1
-            counts += np.bincount(np.searchsorted(_SIZES, sizes, side="right") - 1, minlength=len(_SIZES))
-        ends = [str(end - 1) for end in _SIZES[1:]]
-        names = [str(begin) if str(begin) == end else f"{begin}-{end}"
-                 for begin, end in zip(_SIZES, ends, strict=False)]
-        return list(zip([*names, f"{_SIZES[-1]}+"], counts.tolist(), strict=True))
-
-    def largest(self, count: int) -> list[tuple[str, int]]:
-        """Return id of the kept document and size of the largest clusters, at most so many."""
-        largest: list[tuple[int, int]] = []
-        for _, places in self._nonzero(self._dropped_counts):
-            sizes = self._dropped_counts[places].astype(np.int64) + 1
-            best = np.argsort(-sizes, kind="stable")[:count]
-            numbers = self._numbers(places[best]).tolist()
-            largest = sorted([*largest, *zip((-sizes[best]).tolist(), numbers, strict=True)])[:count]
-        return [(self._register.id_of(number), -size) for size, number in largest]
 
     def _create_numbers(self, name: str) -> NDArray[np.uint64]:
         """Return a zero for each document, in a file without blocks until it is written to."""

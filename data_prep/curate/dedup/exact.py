@@ -10,11 +10,10 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from annotated_types import Ge, Le
@@ -24,8 +23,8 @@ from numpy.typing import NDArray
 from data_prep.curate.dedup.work_files import (
     Numbering, Records, Register, Slice, bucket_slice, parts_of, ranks, registered, write_buckets)
 from data_prep.curate.pipeline.step import KEPT, Doc, Pass, ShardRef, Step, StepOutcome, View
-from megatron_sov.base.artifacts import new_file, new_folder, to_json
-from megatron_sov.base.documents.overlap import find_units, fold
+from megatron_sov.base.artifacts import new_folder
+from megatron_sov.base.documents.overlap import fold
 from megatron_sov.base.settings import AtLeastOne, Share
 
 KEY_BYTES = 16
@@ -35,16 +34,6 @@ SURPLUS = np.dtype([("doc", "<u8"), ("keeper", "<u8"), ("key", f"S{KEY_BYTES}")]
 """A document, the first one that has the key too, and the key that it has to give up."""
 RANGE_RECORDS = 1 << 20
 _HALF = np.uint64(32)
-
-
-@dataclass(frozen=True)
-class OccurrenceRule:
-    """Who has to give a key up."""
-
-    max_documents: int = 1
-    """In so many documents it may occur."""
-    keeps_first: bool = True
-    """Whether the first of them keeps it where it occurs in more."""
 
 
 def key_partitions(keys: NDArray[Any], num_partitions: int) -> NDArray[np.int64]:
@@ -63,18 +52,18 @@ def write_occurrences(path: Path, keys: list[bytes], numbers: list[int], num_par
     write_buckets(path, records, key_partitions(records["key"], num_partitions), num_partitions)
 
 
-def write_surplus(files: list[Path], partition: int, folder: Path, rule: OccurrenceRule) -> None:
-    """Find out in one partition of all shards' keys who has to give what up.
+def write_surplus(files: list[Path], partition: int, folder: Path, max_documents: int = 1) -> None:
+    """Find in one partition of all shards' keys the documents that have to give a key up.
 
     Args:
         files: what `write_occurrences` wrote, by rank.
-        partition: which.
+        partition: number of the partition.
         folder: receives files with a bucket for each rank.
-        rule: who has to.
+        max_documents: of a key that occurs in more documents, the first one alone keeps it.
     """
     slices = [bucket_slice(file, OCCURRENCE, partition) for file in files]
     with new_folder(folder) as temporary:
-        for number, block in enumerate(_blocks(_surplus(_ranges(slices), rule))):
+        for number, block in enumerate(_blocks(_surplus(_ranges(slices), max_documents))):
             # By document: the next pass reads what goes shard by shard.
             block = block[np.lexsort((block["key"], block["doc"]))]
             write_buckets(temporary / f"{number:06}", block, ranks(block["doc"]), len(files))
@@ -134,10 +123,10 @@ class _Heads:
         return start
 
 
-def _surplus(ranges: Iterator[list[Slice]], rule: OccurrenceRule) -> Iterator[Records]:
+def _surplus(ranges: Iterator[list[Slice]], max_documents: int) -> Iterator[Records]:
     for slices in ranges:
         keys, counts, firsts = _count(slices)
-        often = counts > rule.max_documents
+        often = counts > max_documents
         keys, firsts = keys[often], firsts[often]
         if not len(keys):
             continue
@@ -146,9 +135,7 @@ def _surplus(ranges: Iterator[list[Slice]], rule: OccurrenceRule) -> Iterator[Re
             # For a key above all others the place is behind the last: clipped, it fails the comparison that
             # follows.
             place = np.minimum(np.searchsorted(keys, records["key"]), len(keys) - 1)
-            is_surplus = keys[place] == records["key"]
-            if rule.keeps_first:
-                is_surplus &= firsts[place] != records["doc"]
+            is_surplus = (keys[place] == records["key"]) & (firsts[place] != records["doc"])
             found = np.empty(int(is_surplus.sum()), SURPLUS)
             found["doc"], found["key"] = records["doc"][is_surplus], records["key"][is_surplus]
             found["keeper"] = firsts[place[is_surplus]]
@@ -220,60 +207,16 @@ class Dropped:
         self._rank = rank
 
 
-# What the report's page shows of a search for duplicates: between which sources they lie.
-
-MOST_ROWS = 50
-
-
-def write_report(view: View, lists: Callable[[int], Records], title: str,
-                 bars: Sequence[dict[str, Any]] = (), tables: Sequence[dict[str, Any]] = ()) -> None:
-    """Write `report.json` into a step's work folder.
-
-    Args:
-        view: the pipeline.
-        lists: rank -> records with `doc` and `keeper` of what goes from a shard.
-        title: of the table.
-        bars: charts next to it.
-        tables: further tables.
-    """
-    numbering = Numbering(view)
-    between: Counter[tuple[str, str]] = Counter()
-    for rank, shard in enumerate(numbering.shards):
-        kept_by = Counter(ranks(lists(rank)["keeper"]).tolist())
-        for keeper_rank, count in kept_by.items():
-            between[shard.source, numbering.shards[keeper_rank].source] += count
-    rows = [[dropped, kept, count] for (dropped, kept), count in
-            sorted(between.items(), key=lambda item: (-item[1], item[0]))[:MOST_ROWS]]
-    write_page(view, {"tables": [{"title": title, "head": ["dropped from", "kept in", "documents"],
-                                  "rows": rows}, *tables], "bars": [*bars], "notes": []})
-
-
-def write_page(view: View, page: dict[str, Any]) -> None:
-    with new_file(view.work / "report.json", makes_parents=True) as temporary:
-        temporary.write_text(to_json(page), encoding="utf-8")
-
-
 REASON = "exact duplicate"
 
 
-def _text(text: str) -> bytes:
+def _compared(text: str) -> bytes:
+    """Return a text in Unicode's compatibility form (NFKC) with every run of blanks and line ends as one
+    blank."""
+    # A document may hold half of a surrogate pair, which strict UTF-8 refuses.
     return " ".join(unicodedata.normalize("NFKC", text).split()).encode(errors="surrogatepass")
 
 
-def _bytes(text: str) -> bytes:
-    # A document may hold half of a surrogate pair, which strict UTF-8 refuses.
-    return text.encode(errors="surrogatepass")
-
-
-def _words(text: str) -> bytes:
-    found = find_units(text)
-    # what has no words is compared by its signs
-    return found.hashes.tobytes() if len(found.hashes) else b"\0" + _text(text)
-
-
-Compare = Literal["text", "bytes", "words"]
-COMPARE: dict[Compare, Callable[[str], bytes]] = {"text": _text, "bytes": _bytes, "words": _words}
-"""Setting `compare` -> what of a text is compared."""
 Partitions = Annotated[int, Ge(1), Le(65536)]
 """Tasks of a second pass; a file each."""
 
@@ -282,9 +225,6 @@ Partitions = Annotated[int, Ge(1), Le(65536)]
 class ExactSettings:
     """What counts as the same text."""
 
-    compare: Compare = "text"
-    """"text": the text in Unicode's compatibility form (NFKC) with every run of blanks and line ends as one
-    blank; "bytes": the text as it is; "words": its words alone, without case, punctuation and markup."""
     partitions: Partitions = 64
     """Tasks of the second pass; as many workers can be busy with it."""
 
@@ -298,10 +238,8 @@ class ExactDedup(Step):
     settings: ExactSettings
 
     def passes(self) -> Sequence[Pass]:
-        """Return: keys of each shard, then who has to go, by partition, then the page's figures."""
-        return [Pass("keys", self._write_keys),
-                Pass("compare", self._compare, self.settings.partitions),
-                Pass("report", self._report, 1)]
+        """Return: keys of each shard, then which documents go, by partition."""
+        return [Pass("keys", self._write_keys), Pass("compare", self._compare, self.settings.partitions)]
 
     def start(self, view: View) -> None:
         numbering = Numbering(view)
@@ -313,27 +251,20 @@ class ExactDedup(Step):
 
     def _write_keys(self, view: View, task: int) -> None:
         numbering, shard = Numbering(view), view.shards[task]
-        rank, take = numbering.rank_of[shard], COMPARE[self.settings.compare]
+        rank = numbering.rank_of[shard]
         keys: list[bytes] = []
         numbers: list[int] = []
         for batch in registered(view, shard, Register(view.work / "documents"), rank):
-            keys += [blake3(take(d.text)).digest(KEY_BYTES) for d in batch]
+            keys += [blake3(_compared(d.text)).digest(KEY_BYTES) for d in batch]
             numbers += [rank << 32 | d.row for d in batch]
         write_occurrences(view.work / "keys" / f"{rank:06}", keys, numbers, self.settings.partitions)
 
     def _compare(self, view: View, task: int) -> None:
         files = [view.work / "keys" / f"{rank:06}" for rank in range(len(view.shards))]
-        write_surplus(files, task, view.work / "duplicates" / f"{task:05}", OccurrenceRule())
-
-    def _report(self, view: View, task: int) -> None:
-        write_report(view, lambda rank: read_surplus(view.work / "duplicates", rank), "Exact duplicates")
+        write_surplus(files, task, view.work / "duplicates" / f"{task:05}")
 
 
 REPEATED_REASON = "mostly repeated paragraphs"
-Border = Literal["lines", "blank_lines"]
-_BORDERS: dict[Border, re.Pattern[str]] = {
-    "lines": re.compile(r"\n"), "blank_lines": re.compile(r"\n[^\S\n]*(?:\n[^\S\n]*)+")}
-"""Setting `split` -> what stands between two paragraphs."""
 
 
 @dataclass(frozen=True)
@@ -343,11 +274,8 @@ class ParagraphSettings:
     min_chars: AtLeastOne = 30
     """Shorter paragraphs stay; blanks at their ends do not count."""
     max_documents: AtLeastOne = 5
-    """A paragraph that occurs in more documents than this is cut."""
-    keep: Literal["first", "none"] = "first"
-    """"first": the first document that has it keeps it, that of the highest priority; "none": none does."""
-    split: Border = "lines"
-    """"lines": each line is a paragraph; "blank_lines": blank lines part them."""
+    """A paragraph that occurs in more documents than this is cut out of all but the first, that of the
+    highest priority."""
     max_share: Share = 0.5
     """A document that loses more of its characters is dropped."""
     partitions: Partitions = 64
@@ -367,21 +295,18 @@ class Paragraph:
     empty: it is too short to be cut."""
 
 
-def paragraphs(text: str, split: Border, min_chars: int) -> Iterator[Paragraph]:
-    """Yield the paragraphs of a text, all characters in one of them."""
+def paragraphs(text: str, min_chars: int) -> Iterator[Paragraph]:
+    """Yield the lines of a text, all characters in one of them."""
     begin = 0
-    places = [*((m.start(), m.end()) for m in _BORDERS[split].finditer(text)), (len(text), len(text))]
-    # neither folding makes or takes away a line's end: lines are folded together, for one call costs as much
-    folded = fold(text).split("\n") if split == "lines" else None
-    for number, (end, behind) in enumerate(places):
-        words = (folded[number] if folded is not None else fold(text[begin:end])).split()
-        key = b""
+    # Neither folding makes or takes away a line's end: lines are folded together, for one call costs as much.
+    for line, folded in zip(re.findall(r"[^\n]*\n|[^\n]+$", text), fold(text).split("\n"), strict=False):
+        words, key = folded.split(), b""
         # The length of the words joined by blanks, known before they are joined: short lines cost no hash.
         if sum(map(len, words)) + len(words) - 1 >= min_chars:
             plain = " ".join(words).encode(errors="surrogatepass")
             key = hashlib.blake2b(plain, digest_size=KEY_BYTES).digest()
-        yield Paragraph(begin, behind, key)
-        begin = behind
+        yield Paragraph(begin, begin + len(line), key)
+        begin += len(line)
 
 
 class ParagraphDedup(Step):
@@ -393,11 +318,8 @@ class ParagraphDedup(Step):
     settings: ParagraphSettings
 
     def passes(self) -> Sequence[Pass]:
-        """Return: paragraphs of each shard, then those that are in too many documents, by partition, then the
-        page's figures."""
-        return [Pass("paragraphs", self._write_keys),
-                Pass("count", self._count, self.settings.partitions),
-                Pass("report", self._report, 1)]
+        """Return: paragraphs of each shard, then those that are in too many documents, by partition."""
+        return [Pass("paragraphs", self._write_keys), Pass("count", self._count, self.settings.partitions)]
 
     def start(self, view: View) -> None:
         self._numbering, self._folder = Numbering(view), view.work / "repeated"
@@ -414,7 +336,7 @@ class ParagraphDedup(Step):
         keys = self._cut.get(document.row)
         if keys is None:
             return StepOutcome(values={"paragraphs_cut": 0})
-        parts = list(paragraphs(document.text, self.settings.split, self.settings.min_chars))
+        parts = list(paragraphs(document.text, self.settings.min_chars))
         stay = [p for p in parts if p.key not in keys]
         num_cut = len(parts) - len(stay)
         text = "".join(document.text[p.start:p.stop] for p in stay)
@@ -439,21 +361,11 @@ class ParagraphDedup(Step):
         for batch in view.documents(shard):
             for document in batch:
                 # A paragraph that a document repeats within itself counts as one document.
-                found = {p.key for p in paragraphs(document.text, self.settings.split,
-                                                   self.settings.min_chars) if p.key}
+                found = {p.key for p in paragraphs(document.text, self.settings.min_chars) if p.key}
                 keys += sorted(found)
                 numbers += [rank << 32 | document.row] * len(found)
         write_occurrences(view.work / "keys" / f"{rank:06}", keys, numbers, self.settings.partitions)
 
     def _count(self, view: View, task: int) -> None:
         files = [view.work / "keys" / f"{rank:06}" for rank in range(len(view.shards))]
-        rule = OccurrenceRule(self.settings.max_documents, self.settings.keep == "first")
-        write_surplus(files, task, view.work / "repeated" / f"{task:05}", rule)
-
-    def _report(self, view: View, task: int) -> None:
-        counts: Counter[str] = Counter()
-        for rank, shard in enumerate(Numbering(view).shards):
-            counts[shard.source] += len(read_surplus(view.work / "repeated", rank))
-        write_page(view, {"tables": [{"title": "Repeated paragraphs", "head": ["source", "paragraphs cut"],
-                                      "rows": [[source, count] for source, count in sorted(counts.items())]}],
-                          "bars": [], "notes": []})
+        write_surplus(files, task, view.work / "repeated" / f"{task:05}", self.settings.max_documents)

@@ -11,14 +11,14 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import numpy as np
 from annotated_types import Ge, Gt, Le
 from numpy.typing import NDArray
 
 from data_prep.curate.dedup.clusters import DROPPED, EDGE, Clusters, DocumentOrder, sorted_edges
-from data_prep.curate.dedup.exact import Dropped, Partitions, write_report
+from data_prep.curate.dedup.exact import Dropped, Partitions
 from data_prep.curate.dedup.work_files import (
     Numbering, Records, Register, Slice, bucket_slice, parts_of, ranks, registered, rows, save_array,
     write_buckets)
@@ -40,14 +40,9 @@ MOST_FIRST = 12
 RANGE_RECORDS = 1 << 17
 PAIR = np.dtype([("own", "<u8"), ("other", "<u8")])
 """Numbers of two documents."""
+BAND = np.dtype([("key", "<u8"), ("doc", "<u8"), ("characters", "<u4")])
+"""A band of a document's signature: its key, number and characters of the document."""
 _HALF = np.uint64(32)
-
-
-def band_dtype(sketch_bytes: int) -> np.dtype[Any]:
-    """Return the structure of a band's record: its key, number and characters of the document, and the
-    document's sketch where one is needed."""
-    return np.dtype([("key", "<u8"), ("doc", "<u8"), ("characters", "<u4"),
-                     ("sketch", "u1", (sketch_bytes,))])
 
 
 def write_bands(path: Path, records: Records, num_partitions: int) -> None:
@@ -56,19 +51,18 @@ def write_bands(path: Path, records: Records, num_partitions: int) -> None:
     write_buckets(path, records, partitions, num_partitions)
 
 
-def blocks_of_bands(files: list[Path], order: DocumentOrder, dtype: np.dtype[Any], partition: int,
-                    num_partitions: int) -> Iterator[tuple[Records, NDArray[np.int64], NDArray[np.int64]]]:
+def blocks_of_bands(files: list[Path], order: DocumentOrder, partition: int, num_partitions: int
+                    ) -> Iterator[tuple[Records, NDArray[np.int64], NDArray[np.int64]]]:
     """Yield records of bands with the pairs among them: the places of either side in the records.
 
     Args:
         files: what `write_bands` wrote, by rank.
         order: of keeping documents.
-        dtype: of the records.
-        partition: which.
-        num_partitions: of how many.
+        partition: number of the partition.
+        num_partitions: number of all partitions.
     """
     slices = [found for file in files
-              if (found := bucket_slice(file, dtype, partition)).num_records]
+              if (found := bucket_slice(file, BAND, partition)).num_records]
     total = sum(found.num_records for found in slices)
     num_ranges = max(1, -(-total // RANGE_RECORDS))
     # The rule of `write_bands` turned round: the first key of this partition, and that of the next one.
@@ -80,7 +74,7 @@ def blocks_of_bands(files: list[Path], order: DocumentOrder, dtype: np.dtype[Any
                  for found, start in zip(slices, starts, strict=True)]
         parts = [found.part(start, stop) for found, start, stop in zip(slices, starts, stops, strict=True)]
         # A crowd may fill several blocks: the first documents of its band are found before any is paired.
-        firsts = np.empty(0, dtype)
+        firsts = np.empty(0, BAND)
         if sum(part.num_records for part in parts) > RANGE_RECORDS:
             for block in _blocks(parts):
                 records, _ = _in_bands(firsts, block, order)
@@ -161,8 +155,6 @@ def _pairs(places: NDArray[np.int64], is_of_block: NDArray[np.bool_]
 # texts of the similarity s have a band in common with the probability ``1 - (1 - s^r)^b``.
 
 Signature = NDArray[np.uint32]
-_PAIR_BLOCK = 1 << 15
-
 
 def shingles(text: str, words: int) -> NDArray[np.uint64]:
     """Return the different shingles of a text, ascending: all runs of so many words, or the text itself
@@ -213,35 +205,9 @@ class Signer:
         return keys
 
 
-def sketches(signatures: NDArray[np.uint32]) -> NDArray[np.uint8]:
-    """Return eight bits of each number of signatures (Li and König, 2010, b-bit minwise hashing)."""
-    # The smallest of many images begin with zeros, so their upper bits say little: Knuth's multiplicative
-    # hash mixes them before eight bits are taken.
-    return ((signatures * np.uint32(0x9E3779B1)) >> np.uint32(24)).astype(np.uint8)
-
-
-def estimated(made: NDArray[np.uint8], ones: NDArray[np.int64], others: NDArray[np.int64]
-              ) -> NDArray[np.float64]:
-    """Return the estimated Jaccard similarity of pairs of sketches; of two different numbers eight bits agree
-    once in 256.
-
-    Args:
-        made: sketches [n, bands x rows].
-        ones: places of one side of each pair.
-        others: places of the other.
-    """
-    agree = np.empty(len(ones))
-    for start in range(0, len(ones), _PAIR_BLOCK):
-        part = slice(start, start + _PAIR_BLOCK)
-        agree[part] = (made[ones[part]] == made[others[part]]).mean(axis=1)
-    return (agree - 1 / 256) / (1 - 1 / 256)
-
-
 PAIR_BLOCK = 1 << 18
 REASON = "near duplicate"
 MOST_NUMBERS = 1024
-MOST_CLUSTERS = 20
-"""Clusters that the report names."""
 
 
 # Candidates compared shingle by shingle: the exact Jaccard similarity of pairs, in files per shard.
@@ -352,11 +318,6 @@ class MinhashSettings:
     Korean a third."""
     seed: NotNegativeInt = 0
     """Of the permutations."""
-    verify: Literal["exact", "estimated"] = "exact"
-    """"exact": candidates are compared by all their shingles; "estimated": by eight bits of each number of
-    their signatures, without reading any text again."""
-    keep: Literal["longest", "first"] = "longest"
-    """Which of two similar documents of one priority stays: the "longest", or the "first"."""
     partitions: Partitions = 64
     """Tasks of the second pass; as many workers can be busy with it."""
 
@@ -378,10 +339,10 @@ class MinhashDedup(Step):
     settings: MinhashSettings
 
     def passes(self) -> Sequence[Pass]:
-        """Return them in order; without the two that read text again where similarity is estimated."""
-        exactly = [Pass("shingles", self._write_shingles), Pass("verify", self._verify)]
+        """Return: signatures, documents with a band in common, their shingles, their comparison, and the
+        selection."""
         return [Pass("signatures", self._sign), Pass("bands", self._pair, self.settings.partitions),
-                *(exactly if self.settings.verify == "exact" else []),
+                Pass("shingles", self._write_shingles), Pass("verify", self._verify),
                 Pass("clusters", self._cluster, 1)]
 
     def start(self, view: View) -> None:
@@ -390,11 +351,6 @@ class MinhashDedup(Step):
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         return self._dropped.outcomes(documents)
-
-    @property
-    def _dtype(self) -> np.dtype[np.void]:
-        size = self.settings.num_bands * self.settings.rows_per_band
-        return band_dtype(size if self.settings.verify == "estimated" else 0)
 
     def _sign(self, view: View, task: int) -> None:
         s, numbering, shard = self.settings, Numbering(view), view.shards[task]
@@ -409,29 +365,19 @@ class MinhashDedup(Step):
                     found.append(signature)
         size = s.num_bands * s.rows_per_band
         signatures = np.array(found, np.uint32).reshape(-1, size)
-        records = np.empty((len(found), s.num_bands), self._dtype)
+        records = np.empty((len(found), s.num_bands), BAND)
         records["key"] = signer.band_keys(signatures)
         for place, name in enumerate(("doc", "characters")):
             records[name] = np.array(documents, np.uint64).reshape(-1, 2)[:, place:place + 1]
-        if s.verify == "estimated":
-            records["sketch"] = sketches(signatures)[:, None, :]
         write_bands(view.work / "bands" / f"{rank:06}", records.reshape(-1), s.partitions)
 
     def _pair(self, view: View, task: int) -> None:
-        s = self.settings
         files = [view.work / "bands" / f"{rank:06}" for rank in range(len(view.shards))]
-        order = DocumentOrder(view, s.keep)
         with new_folder(view.work / "pairs" / f"{task:05}") as temporary:
             for number, (records, ones, others) in enumerate(
-                    blocks_of_bands(files, order, self._dtype, task, s.partitions)):
-                if s.verify == "exact":
-                    pairs = np.stack([records["doc"][ones], records["doc"][others]], axis=1)
-                    write_pairs(temporary / f"{number:06}", pairs, len(files))
-                    continue
-                agree = estimated(records["sketch"], ones, others) >= s.threshold
-                pairs, characters = (np.stack([records[name][ones[agree]], records[name][others[agree]]],
-                                              axis=1) for name in ("doc", "characters"))
-                save_array(temporary / f"{number:06}.npy", sorted_edges(order.edges(pairs, characters)))
+                    blocks_of_bands(files, DocumentOrder(view), task, self.settings.partitions)):
+                pairs = np.stack([records["doc"][ones], records["doc"][others]], axis=1)
+                write_pairs(temporary / f"{number:06}", pairs, len(files))
 
     def _write_shingles(self, view: View, task: int) -> None:
         rank = Numbering(view).rank_of[view.shards[task]]
@@ -441,7 +387,7 @@ class MinhashDedup(Step):
 
     def _verify(self, view: View, task: int) -> None:
         rank = Numbering(view).rank_of[view.shards[task]]
-        order, register = DocumentOrder(view, self.settings.keep), Register(view.work / "documents")
+        order, register = DocumentOrder(view), Register(view.work / "documents")
         pairs = read_pairs(view.work / "pairs", rank)
         edges = [np.empty(0, EDGE)]
         for block in similar_pairs(pairs, view.work / "shingles", rank, self.settings.threshold):
@@ -454,20 +400,12 @@ class MinhashDedup(Step):
             save_array(temporary / "edges.npy", sorted_edges(np.concatenate(edges)))
 
     def _cluster(self, view: View, task: int) -> None:
-        folder = view.work / "similar" if self.settings.verify == "exact" else view.work / "pairs"
         scratch = view.work / ".clusters"
         shutil.rmtree(scratch, ignore_errors=True)
         clusters = Clusters(view, Register(view.work / "documents"), scratch)
-        clusters.select(parts_of(folder))
+        clusters.select(parts_of(view.work / "similar"))
         clusters.write_dropped(view.work / "dropped")
-        sizes = clusters.count_sizes()
-        largest = [[id_, size] for id_, size in clusters.largest(MOST_CLUSTERS)]
-        write_report(view, _lists(view.work), "Near duplicates",
-                     [{"title": "Clusters by size", "labels": [name for name, _ in sizes],
-                       "counts": [count for _, count in sizes],
-                       "note": "A cluster is a kept document and those that go for it."}],
-                     [{"title": "Largest clusters", "head": ["kept document", "documents"], "rows": largest}])
-        # Last: should this task be killed here and run again, it reads `similar` or `pairs` alone.
+        # Last: should this task be killed here and run again, it reads `similar` alone.
         for used in (scratch, view.work / "bands", view.work / "shingles"):
             shutil.rmtree(used, ignore_errors=True)
 

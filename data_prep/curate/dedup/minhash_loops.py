@@ -84,13 +84,11 @@ def find_ranges(bound_orders: NDArray[np.uint64], bound_firsts: NDArray[np.uint6
 
 
 @compiled
-def drop_similar(keepers: NDArray[np.uint64], dropped_counts: NDArray[np.uint64], firsts: NDArray[np.int64],
-                 seconds: NDArray[np.int64]) -> None:
+def drop_similar(keepers: NDArray[np.uint64], firsts: NDArray[np.int64], seconds: NDArray[np.int64]) -> None:
     """Drop the second document of each pair if the first one is kept and the second is not dropped yet.
 
     Args:
         keepers: of each document the place, plus one, of the kept document that it goes for; 0: it is kept.
-        dropped_counts: of each document how many go for it.
         firsts: places of the first documents, in the order in which documents are considered.
         seconds: places of the second ones.
     """
@@ -98,4 +96,3 @@ def drop_similar(keepers: NDArray[np.uint64], dropped_counts: NDArray[np.uint64]
         first, second = firsts[i], seconds[i]
         if keepers[first] == 0 and keepers[second] == 0:
             keepers[second] = np.uint64(first + 1)
-            dropped_counts[first] += np.uint64(1)

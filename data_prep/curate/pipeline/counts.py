@@ -20,7 +20,6 @@ from megatron_sov.base.sealed import read_json
 
 MAX_SAMPLES, SAMPLE_CHARS = 5, 1000
 LINE_EVERY_S = 60.0
-WAYS = ("kept", "dropped", "changed")
 
 
 @dataclass
@@ -46,8 +45,8 @@ class Counts:
     """Time on the clock, summed over shards."""
     seals: dict[str, str] = field(default_factory=dict)
     """Name of each file that the shard's task has left beside its counts -> its checksum."""
-    samples: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {way: [] for way in WAYS})
-    """The documents of each way whose identifiers hash lowest."""
+    samples: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"dropped": []})
+    """The dropped documents whose identifiers hash lowest."""
 
     def count(self, identifier: str, reason: str, before: str, after: str | None) -> None:
         """Count a document.
@@ -65,23 +64,14 @@ class Counts:
             number = self.dropped.setdefault(reason, {"documents": 0, "bytes": 0})
             number["documents"] += 1
             number["bytes"] += size_bytes
-        else:
-            self.documents_kept += 1
-            self.bytes_kept += size_bytes if after is None else len(after.encode())
-            if after is not None:
-                self.documents_changed += 1
-        way, shown = "kept", before
-        if reason:
-            way = "dropped"
-        elif after is not None:
-            way, shown = "changed", after
-        # The lowest hashes win: which samples are shown does not depend on the order or number of shards.
-        kept, order = self.samples[way], sample_order(identifier)
-        if len(kept) < MAX_SAMPLES or order < sample_order(kept[-1]["id"]):
-            kept.append({"id": identifier, "reason": reason, "before": before[:SAMPLE_CHARS],
-                         "after": None if reason else shown[:SAMPLE_CHARS]})
-            kept.sort(key=lambda sample: sample_order(sample["id"]))
-            del kept[MAX_SAMPLES:]
+            # The lowest hashes win: which samples are shown does not depend on the order or number of shards.
+            samples = self.samples["dropped"]
+            samples.append({"id": identifier, "reason": reason, "before": before[:SAMPLE_CHARS]})
+            self.samples["dropped"] = heapq.nsmallest(MAX_SAMPLES, samples, key=sample_order)
+            return
+        self.documents_kept += 1
+        self.bytes_kept += size_bytes if after is None else len(after.encode())
+        self.documents_changed += after is not None
 
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "dropped": dict(sorted(self.dropped.items()))}
@@ -99,9 +89,8 @@ class Counts:
                     mine[name] += value
             for code, value in one["broken"].items():
                 total.broken[code] = total.broken.get(code, 0) + value
-            for way in WAYS:
-                total.samples[way] = heapq.nsmallest(MAX_SAMPLES, total.samples[way] + one["samples"][way],
-                                                     key=lambda sample: sample_order(sample["id"]))
+            total.samples["dropped"] = heapq.nsmallest(
+                MAX_SAMPLES, total.samples["dropped"] + one["samples"]["dropped"], key=sample_order)
         return total
 
 
@@ -120,10 +109,10 @@ def noted_seal(file: Path) -> str:
     return str(found[file.name])
 
 
-def sample_order(identifier: str) -> bytes:
-    """Return what decides which documents are samples: the same in every step, so that a document can be
-    followed."""
-    return hashlib.blake2b(identifier.encode(), digest_size=8).digest()
+def sample_order(sample: dict[str, Any]) -> bytes:
+    """Return the hash of a document's id, by which samples are chosen: the same in every step, so that a
+    document can be followed."""
+    return hashlib.blake2b(sample["id"].encode(), digest_size=8).digest()
 
 
 class StageProgress:

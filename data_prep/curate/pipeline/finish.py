@@ -30,7 +30,7 @@ MAX_NAMES = 6
 KIND = "corpus"
 TEXT, TOKENS, QUARANTINE = "text", "tokens", "quarantine"
 SUMMARY, PIPELINE = "summary.json", "pipeline.json"
-NOT_THE_CORPUS = frozenset(["shards", "shared", "done", "inputs", "logs", "plans", "slurm", TOKENS])
+NOT_THE_CORPUS = frozenset(["shards", "shared", "done", "logs", "plans", "slurm", TOKENS])
 """Folders beside the corpus: what it was made of and with, and what was made of it."""
 CLOCKS_DIFFER_S = 60.0
 """A disk's clock and this machine's."""
@@ -234,9 +234,8 @@ def _source_summary(plan: PipelinePlan, source: SourcePlan, output: Path) -> dic
 
 
 def _described(output: Path, named: dict[str, int]) -> Iterator[dict[str, Any]]:
-    for name, facts in facts_of_output(output).items():
-        yield {"name": name, "num_documents": facts.num_documents, "num_bytes": facts.num_bytes,
-               "num_shards": named[name], "facts": facts.to_dict()}
+    for name, facts in facts_of_output(output / TEXT).items():
+        yield {"name": name, "num_shards": named[name], **facts}
 
 
 def _pack(plan: PipelinePlan, output: Path, names: list[str], workers: int) -> None:

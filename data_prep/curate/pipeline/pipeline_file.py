@@ -188,7 +188,9 @@ class _FileReader:
         raw = self.located.value
         if not isinstance(raw, dict):
             if not self.found:
-                self.tell((), "holds no mapping; begin with `name:`, `sources:` and `steps:`")
+                self.tell((), "holds no mapping; begin with `name:`, `sources:` and `steps:`, as the YAML "
+                          "files in data_prep/curate/pipelines do; code of datatrove runs by its own "
+                          "executors, and `sov-data pack --input FILE` reads the .jsonl that it writes")
             return None
         parts = ("sources", "steps", "output", "pack")
         known = [f.name for f in dataclasses.fields(_Head)] + list(parts)

@@ -4,25 +4,23 @@ everything; a plain file that tasks read wherever they run."""
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from data_prep.curate.pipeline.addresses import (
-    REASONS_FILE, Mark, address, entries_of, input_names, known_file, tree_hash)
+from data_prep.curate.pipeline.addresses import Mark, address, input_names, mark_of, tree_hash
 from data_prep.curate.pipeline.pipeline_file import Pipeline, StepEntry
 from data_prep.curate.pipeline.step import SOURCE_COLUMNS, ColumnType, Step
 from data_prep.curate.sources.formats import reader, reader_class
 from data_prep.curate.sources.source import SourcePiece, SourceSettings
-from megatron_sov.base.artifacts import MANIFEST, atomic_write, new_file, new_folder
-from megatron_sov.base.sealed import PLACE, SEAL, read_json, read_lines, sealed, try_read_json, write_json
+from megatron_sov.base.artifacts import MANIFEST, atomic_write
+from megatron_sov.base.sealed import PLACE, SEAL, read_json, read_lines, sealed, write_json
 
 PARSE, OUTPUT = "parse", "output"
 PIECES = "pieces.jsonl"
@@ -63,8 +61,8 @@ class Layer:
 @dataclass(frozen=True)
 class SourcePlan:
     settings: SourceSettings
-    shards: dict[int, str]
-    """Number of each shard, in the order of its documents -> address of what they are parsed from."""
+    shards: tuple[int, ...]
+    """Number of each shard, in the order of its documents."""
     num_files: int
     raw_bytes: int
     layers: tuple[Layer, ...]
@@ -133,8 +131,8 @@ def make_plan(pipeline: Pipeline, output: Path, *, keep: bool = True) -> Pipelin
 
     Args:
         pipeline: the file.
-        output: the run's folder; hashes of inputs, and the pieces of shards, are kept there.
-        keep: whether anything may be written.
+        output: the run's folder, for the pieces of shards.
+        keep: whether they are written.
 
     Raises:
         UserError: an input cannot be read, or a source holds nothing.
@@ -196,9 +194,7 @@ def _parsed(source: SourceSettings, pipeline: Pipeline, output: Path, keep: bool
     read_by = reader(source)
     pieces = read_by.pieces()
     names = input_names(pieces)
-    entries = entries_of([source.file(name) for name in names], known_file(output, source.name), keep=keep)
-    marks = {name: entries[str(source.file(name))][:-1] for name in names}
-    contents = {name: entries[str(source.file(name))][-1] for name in names}
+    marks = {name: mark_of(source.file(name)) for name in names}
     # The path of a source is no part of its address: the same files at another path count as done.
     settings = json.loads(TypeAdapter(SourceSettings).dump_json(source))
     for outside in ("priority", "folder", "path"):  # what is read says it better
@@ -207,18 +203,13 @@ def _parsed(source: SourceSettings, pipeline: Pipeline, output: Path, keep: bool
     how = {"step": PARSE, "settings": settings, "on_bad": pipeline.on_bad,
            # Version 1 is left out, so that addresses from before readers had versions still hold.
            **({"version": version} if version > 1 else {})}
-    # Two addresses: a shard's follows from its own pieces, so that it can be taken over into another plan;
-    # the folder's from all files.
     groups = shards_of(pieces, pipeline.shard_bytes)
-    shards = {number: address(how | {"shard": number, "pieces": [
-        [dataclasses.astuple(piece), [contents.get(name, "") for name in (piece.file, *piece.beside)]]
-        for piece in group]}) for number, group in groups.items()}
     reasons = how | {"shard_bytes": pipeline.shard_bytes,
-                     "files": address({"files": [[piece.file for piece in pieces], contents]})}
+                     "files": address({"files": [[piece.file for piece in pieces], marks]})}
     folder = f"shards/{source.name}/00-{PARSE}-{address(reasons)}"
     if keep:
         _write_pieces(output / folder / PIECES, groups, marks)
-    return SourcePlan(source, shards, len(names), sum(piece.size_bytes for piece in pieces),
+    return SourcePlan(source, tuple(groups), len(names), sum(piece.size_bytes for piece in pieces),
                       (Layer(0, PARSE, folder, reasons),), tuple(read_by.told))
 
 
@@ -246,25 +237,8 @@ def pieces_of(output: Path, layer: Layer, shard: int) -> tuple[list[SourcePiece]
     raise KeyError(f"{layer.folder}: has no shard {shard}")
 
 
-def note_reasons(output: Path, plan: PipelinePlan) -> None:
-    """Write into each folder what its address follows from, for those who ask later why another one is
-    needed."""
-    for source in plan.sources:
-        for layer in source.layers:
-            folder = output / layer.folder
-            folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / REASONS_FILE).is_file():
-                write_json(folder / REASONS_FILE, layer.reasons)
-
-
-# Where a source is cut into shards, and which numbers they have: so that a file that comes, goes or changes
-# leaves the shards of the other files as they are, with their numbers, which stand in documents' ids.
-
-NUMBERS = 1_000_000_000
-"""Numbers of shards lie below it."""
 MAX_PIECES = 100_000
-"""About so many pieces make a shard too, however small they are: of empty files, or of no format."""
-_HASHES = 1 << 64
+"""Pieces of a shard at most, however small they are: empty files, or files of no format."""
 
 
 def shards_of(pieces: Sequence[SourcePiece], shard_bytes: int) -> dict[int, list[SourcePiece]]:
@@ -272,118 +246,17 @@ def shards_of(pieces: Sequence[SourcePiece], shard_bytes: int) -> dict[int, list
 
     Args:
         pieces: of a source.
-        shard_bytes: about so many bytes make a shard.
+        shard_bytes: a shard ends before the piece that would make it larger.
     """
-    found: dict[int, list[SourcePiece]] = {}
-    for group in _groups(pieces, shard_bytes):
-        # From the name of the first piece: a shard keeps its number, which is in documents' ids, when others
-        # come or go.
-        number = _hash(group[0]) % NUMBERS
-        while number in found:
-            number = (number + 1) % NUMBERS
-        found[number] = group
-    return found
-
-
-def _groups(pieces: Sequence[SourcePiece], shard_bytes: int) -> Iterator[list[SourcePiece]]:
-    """Yield the pieces of each shard.
-
-    From half of the asked size on a shard ends before a piece whose name hashes low, at the latest at one and
-    a half of it (content-defined chunking, as in Muthitacharoen, Chen and Mazieres, SOSP 2001, of names):
-    cuts do not depend on how many files stand before, and behind a change they soon are where they were.
-    """
-    group: list[SourcePiece] = []
-    size_bytes = 0.0
+    found: list[list[SourcePiece]] = []
+    size_bytes = 0
     for piece in pieces:
-        piece_bytes = max(piece.size_bytes, shard_bytes / MAX_PIECES)
-        is_low = _hash(piece) / _HASHES < piece_bytes / (shard_bytes / 2)
-        is_too_much = size_bytes + piece_bytes > 1.5 * shard_bytes and (
-            piece.size_bytes > 0 or len(group) >= MAX_PIECES)  # empty files go along with a large one
-        if group and (is_too_much or (is_low and size_bytes >= shard_bytes / 2)):
-            yield group
-            group, size_bytes = [], 0.0
-        group.append(piece)
-        size_bytes += piece_bytes
-    if group:
-        yield group
-
-
-def _hash(piece: SourcePiece) -> int:
-    place = f"{piece.file}:{piece.start}".encode("utf-8", "surrogateescape")
-    return int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "big")
-
-
-# What an earlier plan of the same run's folder has made of a shard, taken over into the folder of a new one.
-
-KEYS = "keys.json"
-"""Number of each shard -> address of what stands in its files."""
-
-
-def reusable(plan: PipelinePlan, output: Path) -> Iterator[tuple[Layer, int, Path]]:
-    """Yield what the folders of earlier plans have of a plan's shards that are not done: the layer whose
-    folder it shall be in, the shard, and where it is."""
-    for source in plan.sources:
-        for layer, keys in zip(source.layers, _keys(source), strict=True):
-            open_shards = {shard: keys[shard] for shard in source.shards
-                           if not layer.rows(output, shard).exists()}
-            # Newest first; a shard that one folder has is not looked for in the next.
-            for folder, known in _others(output / layer.folder, layer) if open_shards else ():
-                same = [shard for shard, key in open_shards.items() if known.get(str(shard)) == key]
-                for shard in same:
-                    # The keys say what a folder will hold: whether the shard is done there, its files say.
-                    if all((folder / file.name).exists() for file in _files(layer, output, shard)):
-                        del open_shards[shard]
-                        yield layer, shard, folder
-
-
-def take_over(plan: PipelinePlan, output: Path) -> None:
-    """Give what can be reused its place in the plan's folders, and write down what these will hold."""
-    # A list, since giving names changes what `reusable` looks at.
-    for layer, shard, folder in list(reusable(plan, output)):
-        for file in _files(layer, output, shard):
-            # In the order of `_files`: what says that the shard is done comes last.
-            _give_name(folder / file.name, file)
-    for source in plan.sources:
-        for layer, keys in zip(source.layers, _keys(source), strict=True):
-            if not (output / layer.folder / KEYS).is_file():
-                write_json(output / layer.folder / KEYS, keys, Path(layer.folder).name)
-
-
-def _keys(source: SourcePlan) -> Iterator[dict[int, str]]:
-    """Yield shard -> address of what stands in its files, for each layer of a source."""
-    keys = source.shards
-    for i, layer in enumerate(source.layers):
-        if layer.shared:  # it follows from all documents, and its folder's address with it
-            keys = {shard: address({"folder": layer.folder, "shard": shard}) for shard in keys}
-        elif i:
-            # A shard follows from the same shard of the layer before it, and not from the whole folder.
-            how = {name: reason for name, reason in layer.reasons.items() if name != "reads"}
-            keys = {shard: address(how | {"reads": key}) for shard, key in keys.items()}
-        yield keys
-
-
-def _others(folder: Path, layer: Layer) -> Iterator[tuple[Path, dict[str, str]]]:
-    if layer.shared:
-        return
-    pattern = f"{layer.number:02d}-{layer.kind}-*/{KEYS}"
-    for file in sorted(folder.parent.glob(pattern), key=lambda file: -file.stat().st_mtime_ns):
-        if file.parent != folder and (known := try_read_json(file, file.parent.name)):  # only a shortcut
-            yield file.parent, known
-
-
-def _files(layer: Layer, output: Path, shard: int) -> list[Path]:
-    """Return what a shard's task leaves, last what says that it is done."""
-    broken = [] if layer.number else [layer.broken(output, shard)]
-    return [*broken, layer.counts(output, shard), layer.rows(output, shard)]
-
-
-def _give_name(old: Path, new: Path) -> None:
-    if old.is_dir():
-        with new_folder(new) as temporary:
-            shutil.copytree(old, temporary, copy_function=link, dirs_exist_ok=True)
-    else:
-        with new_file(new) as temporary:
-            link(old, temporary)
+        if not found or size_bytes + piece.size_bytes > shard_bytes or len(found[-1]) >= MAX_PIECES:
+            found.append([])
+            size_bytes = 0
+        found[-1].append(piece)
+        size_bytes += piece.size_bytes
+    return dict(enumerate(found))
 
 
 def link(file: Path | str, name: Path | str) -> None:

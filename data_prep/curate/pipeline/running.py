@@ -7,26 +7,22 @@ import os
 import shutil
 import time
 import traceback
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from data_prep.curate.pipeline.addresses import (
-    REASONS_FILE, Batch, batches, describe_unknown, is_much, read_batch, unknown_inputs)
 from data_prep.curate.pipeline.counts import Counts, StageProgress
 from data_prep.curate.pipeline.finish import KIND, PIPELINE, finish, is_complete, summary_of
 from data_prep.curate.pipeline.pipeline_file import Pipeline
-from data_prep.curate.pipeline.plan import (
-    OUTPUT, Layer, PipelinePlan, SourcePlan, make_plan, note_reasons, reusable, take_over)
+from data_prep.curate.pipeline.plan import OUTPUT, PipelinePlan, make_plan
 from data_prep.curate.pipeline.tasks import PipelineStage, Task, do_task, done_mark, layer_of, stages, tasks
 from data_prep.shards.shard_damage import way_out
 from megatron_sov.base.artifacts import MANIFEST, atomic_write, disk_errors, read_manifest
-from megatron_sov.base.documents.rows import changed_values
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import refuse_nowhere
-from megatron_sov.base.sealed import read_json, try_read_json
+from megatron_sov.base.sealed import read_json
 from megatron_sov.work.clusters.cluster import ClusterProfile
 from megatron_sov.work.processes.pool import LOST, WorkerLost, WorkerPool
 from megatron_sov.work.progress.locks import holding
@@ -36,8 +32,6 @@ from megatron_sov.work.submit.arrays import (
 
 MAX_NAMED = 8
 """Tasks that are told where a worker was lost."""
-MAX_REASONS = 3
-"""That are told of a folder that is made anew."""
 
 
 def check_folder(output: Path) -> None:
@@ -45,7 +39,7 @@ def check_folder(output: Path) -> None:
     refuse_nowhere(output)
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    if not output.is_dir() or not ((output / "plans").is_dir() or (output / "inputs").is_dir()):
+    if not output.is_dir() or not ((output / "plans").is_dir() or (output / "shards").is_dir()):
         raise UserError(f"{output}: exists and is no folder of a pipeline; choose another output folder")
     if (output / MANIFEST).is_file():
         read_manifest(output, KIND)
@@ -67,7 +61,6 @@ def begin(plan: PipelinePlan, output: Path) -> Path:
     plans.mkdir(exist_ok=True)
     file = plans / f"{plan.address}.json"
     plan.write(file)
-    note_reasons(output, plan)
     # Written before anything is done: readers of an unfinished run know it by this file.
     atomic_write(output / PIPELINE, json.dumps(summary_of(plan, output), indent=1, ensure_ascii=False))
     if not is_complete(plan, output):
@@ -80,7 +73,6 @@ def begin(plan: PipelinePlan, output: Path) -> Path:
                 shutil.rmtree(leftover, ignore_errors=True)
             else:
                 leftover.unlink(missing_ok=True)
-    take_over(plan, output)
     return file
 
 
@@ -194,7 +186,7 @@ def stage_counts(plan: PipelinePlan, stage: PipelineStage, output: Path) -> Coun
                            for shard in source.shards)
 
 
-# What a run would do: sources, steps, folders, what is done already, and why the rest is done again.
+# What a run would do: sources, steps, and how much of each is done.
 
 
 def describe(plan: PipelinePlan, output: Path) -> str:
@@ -206,9 +198,10 @@ def describe(plan: PipelinePlan, output: Path) -> str:
     if is_complete(plan, output):
         lines.append(f"{output}: complete from before, nothing is done")
         return "\n".join(lines)
-    taken = Counter(layer.folder for layer, *_ in reusable(plan, output))
     for stage in stages(plan):
-        lines += _stage_lines(plan, stage, output, taken)
+        total, left = len(tasks(plan, stage)), len(open_tasks(plan, stage, output))
+        lines.append(f"  {stage.name}: {_many(total, stage.what[:-1])}, {total - left:,} done, "
+                     f"{left:,} to do")
     if plan.pipeline.pack is not None:
         lines.append(f"  pack: {plan.pipeline.pack.tokenizer}")
     return "\n".join(lines)
@@ -218,49 +211,8 @@ def _many(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
-def _stage_lines(plan: PipelinePlan, stage: PipelineStage, output: Path,
-                 taken: Counter[str]) -> Iterator[str]:
-    layers = [(source, layer) for source in plan.sources if (layer := layer_of(source, stage))]
-    total, left = len(tasks(plan, stage)), len(open_tasks(plan, stage, output))
-    if stage.index < 0:
-        # What an earlier plan has done is taken over when the run begins.
-        left -= sum(taken[layer.folder] for _, layer in layers)
-    yield f"  {stage.name}: {_many(total, stage.what[:-1])}, {total - left:,} done, {left:,} to do"
-    if stage.index >= 0:
-        return
-    for source, layer in layers:
-        done = sum(layer.rows(output, shard).exists() for shard in source.shards)
-        why = "; ".join(_why(source, layer, output)) if done < len(source.shards) else ""
-        yield (f"    {layer.folder}: {done} of {len(source.shards)} done"
-               + (f", {taken[layer.folder]} as an earlier run has them" if taken[layer.folder] else "")
-               + (f"; anew for {why}" if why else ""))
-
-
-def _why(source: SourcePlan, layer: Layer, output: Path) -> list[str]:
-    """Return what differs from the newest folder of the same step of a source; empty: there is none, or this
-    one has been begun."""
-    folder = output / layer.folder
-    others = [file for file in folder.parent.glob(f"*-{layer.kind}-*/{REASONS_FILE}")
-              if file.parent != folder and any(file.parent.glob("[0-9]*"))]
-    if not others or ((folder / REASONS_FILE).is_file() and any(folder.glob("[0-9]*"))):
-        return []
-    newest = max(others, key=lambda file: file.stat().st_mtime_ns)
-    if (before := try_read_json(newest)) is None:
-        return []
-    # Through JSON, as the written ones were: a tuple became a list.
-    now = json.loads(json.dumps(layer.reasons))
-    own = [f"{name}: {old} -> {new}" for name, old, new in changed_values(
-        {k: v for k, v in before.items() if k != "reads"}, {k: v for k, v in now.items() if k != "reads"})]
-    return (own or ["what comes before it"])[:MAX_REASONS]
-
-
 # A run as arrays of a cluster's jobs: one for each stage, each waiting for the one before; all submitted at
-# once.  A job that fails takes those behind it away; the same command, run again, submits what is not done.
-
-
-READING = "reading"
-"""Stands for the address of a plan that there is not yet."""
-READING_STAGES = ("inputs", "submit")
+# once.  A job that fails takes those after it away; the same command, run again, submits what is not done.
 
 
 def do_share(plan_file: Path, output: Path, stage: PipelineStage, todo: Sequence[Task], task: int) -> None:
@@ -271,20 +223,6 @@ def do_share(plan_file: Path, output: Path, stage: PipelineStage, todo: Sequence
 def finish_run(plan_file: Path, output: Path, task: int) -> None:
     refuse_many_restarts("finish", "leave `pack` out and pack by `sov-data pack` in parts")
     finish(PipelinePlan.read(plan_file), output, len(os.sched_getaffinity(0)))
-
-
-def read_share(output: Path, found: Sequence[Batch], task: int) -> None:
-    refuse_many_restarts("inputs", "cut raw files that are larger than 100 GB")
-    read_batch(found[task], output)
-
-
-def submit_rest(pipeline: Pipeline, output: Path, profile: ClusterProfile,
-                task: int) -> None:
-    with holding(output, output):
-        # Under the lock: two jobs that come here must not both submit.
-        plan = make_plan(pipeline, output)
-        if not is_complete(plan, output):
-            _submit_run(plan, output, profile)
 
 
 def submit_pipeline(pipeline: Pipeline, output: Path, where: ClusterOptions) -> None:
@@ -302,48 +240,26 @@ def submit_pipeline(pipeline: Pipeline, output: Path, where: ClusterOptions) -> 
     output = output.absolute()
     refuse_unquotable(output)
     profile = profile_of(where)
-    (output / "inputs").mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     with holding(output, output):
         before = Jobs.read(output)
         living = before.living()
-        # Raw files are still being read: there is no plan yet to compare with.
-        if living and before.address == READING:
-            print(f"{output}: {before.describe(living)} read the raw files; the last one submits the steps")
-            return
-        # The machine where the command is typed looks at sizes and times, and reads contents only where they
-        # are few.
-        unknown = unknown_inputs(pipeline, output)
-        plan = None if is_much(unknown) else make_plan(pipeline, output)
-        if plan is not None and is_complete(plan, output):
+        plan = make_plan(pipeline, output)
+        if is_complete(plan, output):
             print(f"{output}: complete from before")
             return
         # Two plans in one folder would take each other's manifest back.
-        if living and (plan is None or before.address != plan.address):
+        if living and before.address != plan.address:
             raise UserError(f"{output}: jobs {', '.join(living)} of another plan are at work in this folder; "
                             f"wait for them, or `scancel` them, and run the command again")
-        if plan is None:
-            _submit_reading(pipeline, output, profile, unknown)
-            return
         if living:
             print("\n".join([f"{output}: at work in {before.describe(living)}",
                              *_progress(plan, output)]))
             return
         for sentence in plan.list_passed_over():
             print(sentence)
-        tell_failures(output, [*READING_STAGES, *(stage.name for stage in stages(plan)), FINISH])
+        tell_failures(output, [*(stage.name for stage in stages(plan)), FINISH])
         _submit_run(plan, output, profile)
-
-
-def _submit_reading(pipeline: Pipeline, output: Path, profile: ClusterProfile,
-                    unknown: dict[str, dict[Path, int]]) -> None:
-    tell_failures(output, READING_STAGES)
-    found = tuple(batches(unknown))
-    reading, rest = READING_STAGES
-    with Arrays(output, READING, profile) as arrays:
-        first = arrays.submit(reading, partial(read_share, output, found), len(found))
-        second = arrays.submit(rest, partial(submit_rest, pipeline, output, profile))
-    print(f"{output}: the contents of {describe_unknown(unknown)} are not known yet; submitted 2 jobs: "
-          f"{first} reads them, {second} then submits the steps; the same command tells how far they are")
 
 
 def _submit_run(plan: PipelinePlan, output: Path, profile: ClusterProfile) -> None:

@@ -167,7 +167,6 @@ STEPS: dict[str, str] = {
     "language": "data_prep.curate.quality.identify:Language",
     "rules": "data_prep.curate.quality.rules.step:Rules",
     "pii": "data_prep.curate.quality.pii.step:Pii",
-    "safety": "data_prep.curate.quality.safety:Safety",
     "exact_dedup": "data_prep.curate.dedup.exact:ExactDedup",
     "minhash_dedup": "data_prep.curate.dedup.minhash:MinhashDedup",
     "paragraph_dedup": "data_prep.curate.dedup.exact:ParagraphDedup",

@@ -27,7 +27,7 @@ from annotated_types import Gt, Le
 
 from data_prep.curate.pipeline.step import ColumnType, Doc, Pass, Step, StepOutcome, View
 from data_prep.shards.shard_damage import place_in_run, way_out
-from megatron_sov.base.artifacts import atomic_write, to_json
+from megatron_sov.base.artifacts import atomic_write
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import check_seal, read_json, sealed, write_json
 from megatron_sov.base.settings import AtLeastOne, NotBlank, at_most
@@ -110,8 +110,8 @@ class Level(Step):
         for _, shard in shards:
             for name, (start, stop) in shard["groups"].items():
                 counts[name] = counts.get(name, 0) + stop - start
-        small = {name: n for name, n in sorted(counts.items()) if n < self.settings.min_documents}
-        pool = {name: SMALL if name in small else name for name in counts}
+        pool = {name: SMALL if count < self.settings.min_documents else name
+                for name, count in counts.items()}
         totals: dict[str, int] = {}
         for name, count in counts.items():
             totals[pool[name]] = totals.get(pool[name], 0) + count
@@ -123,7 +123,6 @@ class Level(Step):
                                     "cuts": cuts[pool[name]]} for name in sorted(counts)},
                   "num_without_score": sum(shard["num_without"] for _, shard in shards)}
         write_json(view.work / _FILE, record, place_in_run(view.work / _FILE))
-        atomic_write(view.work / "report.json", to_json(self._report(record, small)))
 
     def start(self, view: View) -> None:
         file = view.work / _FILE
@@ -160,31 +159,12 @@ class Level(Step):
         hashed = int.from_bytes(blake2b(document.lot.encode(), digest_size=4).digest(), "little")
         return _ordered(float(score)) << 32 | hashed
 
-    def _report(self, record: dict[str, Any], small: Mapping[str, int]) -> dict[str, Any]:
-        """Return what the page shows: the cuts of each group, and which were too small for cuts of their
-        own."""
-        per = self.settings.per or "all documents"
-        rows = [[name or ("not known" if self.settings.per else "all"), group["num_documents"],
-                 *(_score(cut >> 32) for cut in group["cuts"])]
-                for name, group in record["groups"].items()]
-        notes = [f"{record['num_without_score']:,} documents without a score are {BASIC}."]
-        if small:
-            notes.append(f"Fewer than {self.settings.min_documents} documents, and so judged together: "
-                         + ", ".join(f"{name or 'not known'} ({n})" for name, n in small.items()) + ".")
-        return {"tables": [{"title": f"Lowest {self.settings.by} of each level, per {per}",
-                            "head": [per, "documents", *LEVELS], "rows": rows[:200]}],
-                "bars": [], "notes": notes}
-
 
 def _ordered(score: float) -> int:
     """Return a float32 as a number of 32 bits that is larger where the float is."""
     bits = int((np.float32(score) + np.float32(0.0)).view(np.uint32))  # -0.0 is 0.0
     # IEEE floats sort as integers when the sign bit of positive ones is set and negative ones are flipped.
     return bits ^ 0xFFFFFFFF if bits >> 31 else bits | 1 << 31
-
-
-def _score(ordered: int) -> float:
-    return float(np.uint32(ordered & 0x7FFFFFFF if ordered >> 31 else ordered ^ 0xFFFFFFFF).view(np.float32))
 
 
 def _cuts(shards: Sequence[tuple[Path, dict[str, Any]]], pool: Mapping[str, str],

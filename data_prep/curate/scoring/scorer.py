@@ -1,7 +1,7 @@
 """From labels to a scorer: read, cut, fit, judge on what was held out, write; and what it says of a text.
 
 An artifact of kind "scorer": `scorer.json` (how texts are read, and four numbers), `weights.safetensors`
-(float32), for an encoder its Hugging Face files in `encoder/`, and the figures in the manifest.
+(float32), and the figures in the manifest.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.curate.scoring.encoder import EncoderSettings, ScoringEncoder, copy_encoder
 from data_prep.curate.scoring.labels import (
     HIGHEST, MIN_LABELS, Kind, Label, judge, read_labels, refuse_one_class, split, values)
 from data_prep.curate.scoring.ngram_settings import NgramSettings
@@ -29,7 +28,7 @@ from megatron_sov.base.settings import (
 from megatron_sov.work.progress.progress_bar import work_bar
 
 ARTIFACT = "scorer"
-SETTINGS_FILE, WEIGHTS_FILE, ENCODER_FOLDER = "scorer.json", "weights.safetensors", "encoder"
+SETTINGS_FILE, WEIGHTS_FILE = "scorer.json", "weights.safetensors"
 CONTENT_VERSION = 1
 
 
@@ -39,7 +38,7 @@ class ScorerSettings:
 
     kind: Kind
     """Classifier: scores are probabilities of label 1; regressor: from 0 to 5."""
-    features: NgramSettings | EncoderSettings
+    features: NgramSettings
     """How texts become rows."""
     bias: Finite
     """Added to the product of row and weights: z."""
@@ -51,8 +50,7 @@ class ScorerSettings:
 class Scorer:
     """Gives texts a score; the same text the same score, whatever stands beside it."""
 
-    def __init__(self, settings: ScorerSettings, features: Ngrams | ScoringEncoder,
-                 weights: np.ndarray) -> None:
+    def __init__(self, settings: ScorerSettings, features: Ngrams, weights: np.ndarray) -> None:
         self.settings = settings
         self._features, self._weights = features, weights
 
@@ -61,11 +59,7 @@ class Scorer:
         return self.settings.kind
 
     def score(self, text: str) -> float:
-        """Return the score of a text, as single precision holds it: in [0, 1], or in [0, 5].
-
-        Raises:
-            UserError: an encoder cannot take the text.
-        """
+        """Return the score of a text, as single precision holds it: in [0, 1], or in [0, 5]."""
         s = self.settings
         z = s.slope * (self._features.dot(text, self._weights) + s.bias) + s.offset
         if s.kind == "regressor":
@@ -114,14 +108,12 @@ def load_scorer(folder: Path) -> Scorer:
     if lacking := {SETTINGS_FILE, WEIGHTS_FILE} - set(manifest.files):
         raise UserError(f"{folder}: its manifest lists no {min(lacking)}; train the scorer again")
     found = {p.relative_to(folder).as_posix() for p in scorer_files(folder)}
-    # A file that no hash vouches for could change what the encoder does.
     if added := sorted(found - set(manifest.files)):
         raise UserError(f"{folder}: holds {added[0]}, which its manifest does not list; remove it")
     if problems := damaged_files(folder):
         raise UserError(f"{folder}: {problems[0]}; train the scorer again or restore it from a copy")
     settings = _settings(folder / SETTINGS_FILE)
-    features = (Ngrams(settings.features) if isinstance(settings.features, NgramSettings)
-                else ScoringEncoder(folder / ENCODER_FOLDER, settings.features))
+    features = Ngrams(settings.features)
     return Scorer(settings, features, _weights(folder / WEIGHTS_FILE, features.width))
 
 
@@ -130,11 +122,7 @@ def _settings(file: Path) -> ScorerSettings:
         raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if raw.pop("content_version") != CONTENT_VERSION:
             raise ValueError(f"this version reads content_version {CONTENT_VERSION}")
-        features = raw.pop("features")
-        # The keys say which of the two it is.
-        kind: type[NgramSettings | EncoderSettings] = (
-            NgramSettings if "num_buckets" in features else EncoderSettings)
-        return read(ScorerSettings, {**raw, "features": read(kind, features, "features")}, "settings")
+        return read(ScorerSettings, raw, "settings")
     except (UserError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise UserError(f"{file}: is damaged ({e}); train the scorer again") from None
 
@@ -197,7 +185,7 @@ def fit(kind: Kind, rows: Any, labels: np.ndarray, calibration_rows: Any,
 
     Args:
         kind: what to fit.
-        rows: matrix, a row for each text: sparse, or float32 of embeddings.
+        rows: sparse matrix, a row for each text.
         labels: float64, one for each row.
         calibration_rows: rows that only choose and calibrate.
         calibration_labels: their labels.
@@ -210,14 +198,12 @@ def fit(kind: Kind, rows: Any, labels: np.ndarray, calibration_rows: Any,
 
 def _best(kind: Kind, rows: Any, labels: np.ndarray, calibration_rows: Any,
           calibration_labels: np.ndarray) -> Fit:
-    scale, shift = _standard(rows)
     tried: list[tuple[float, int, Fit]] = []
     for penalty in INVERSE_PENALTIES if kind == "classifier" else PENALTIES:
         model = _model(kind, penalty)
-        model.fit(_scaled(rows, scale, shift), labels)
-        # The scaling of columns goes into weights and bias: texts are scored without it.
-        weights = (np.ravel(model.coef_) * scale).astype(np.float32)
-        bias = float(np.ravel(model.intercept_)[0] - shift @ (np.ravel(model.coef_) * scale))
+        model.fit(rows, labels)
+        weights = np.ravel(model.coef_).astype(np.float32)
+        bias = float(np.ravel(model.intercept_)[0])
         # With the weights as they are written, in single precision.
         z = np.asarray(calibration_rows @ weights, np.float64) + bias
         slope, offset = _calibration(kind, z, calibration_labels)
@@ -232,19 +218,6 @@ def _model(kind: Kind, penalty: float) -> Any:
     if kind == "classifier":
         return LogisticRegression(C=penalty, max_iter=MAX_ITERATIONS)
     return Ridge(alpha=penalty, solver="sparse_cg", tol=1e-6)
-
-
-def _standard(rows: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return what each column is multiplied by, and its mean: embeddings have columns of any size, while
-    n-grams have rows of length 1 and stay as they are."""
-    if not isinstance(rows, np.ndarray):
-        return np.ones(rows.shape[1], np.float64), np.zeros(rows.shape[1], np.float64)
-    spread = rows.std(axis=0, dtype=np.float64)
-    return 1.0 / np.where(spread > 0, spread, 1.0), rows.mean(axis=0, dtype=np.float64)
-
-
-def _scaled(rows: Any, scale: np.ndarray, shift: np.ndarray) -> Any:
-    return (rows - shift) * scale if isinstance(rows, np.ndarray) else rows
 
 
 def _calibration(kind: Kind, z: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
@@ -287,10 +260,8 @@ class TrainSettings:
     """JSONL file of labels."""
     kind: Kind
     """classifier, or regressor."""
-    features: NgramSettings | EncoderSettings
+    features: NgramSettings
     """How texts become rows."""
-    encoder: Path | None = None
-    """Hugging Face folder, where rows are embeddings."""
 
 
 def train(settings: TrainSettings, output: Path, *, overwrite: bool = False) -> dict[str, Any]:
@@ -308,12 +279,7 @@ def train(settings: TrainSettings, output: Path, *, overwrite: bool = False) -> 
     refuse_one_class(settings.labels, labels, settings.kind)
     parts = split(labels)
     with new_artifact(output, ARTIFACT, overwrite=overwrite) as artifact:
-        if isinstance(settings.features, NgramSettings):
-            features: Ngrams | ScoringEncoder = Ngrams(settings.features)
-        else:
-            assert settings.encoder is not None
-            copy_encoder(settings.encoder, artifact.path / ENCODER_FOLDER)
-            features = ScoringEncoder(artifact.path / ENCODER_FOLDER, settings.features)
+        features = Ngrams(settings.features)
         with work_bar("reading texts", len(parts.fit) + len(parts.calibration), "text") as bar:
             matrices = [_rows(features, bar_of(part, bar)) for part in (parts.fit, parts.calibration)]
         fitted = fit(settings.kind, matrices[0], values(parts.fit), matrices[1], values(parts.calibration))
@@ -321,8 +287,7 @@ def train(settings: TrainSettings, output: Path, *, overwrite: bool = False) -> 
         write_scorer(artifact.path, found, fitted.weights)
         scorer = Scorer(found, features, fitted.weights)
         scores = np.array([scorer.score(item.text) for item in parts.heldout])
-        artifact.settings = {"labels": settings.labels, "labels_sha256": sha256_file(settings.labels),
-                             "encoder": settings.encoder}
+        artifact.settings = {"labels": settings.labels, "labels_sha256": sha256_file(settings.labels)}
         artifact.content = {
             "kind": settings.kind, "num_labels": len(labels), "num_repeated": num_again,
             "num_fit": len(parts.fit), "num_calibration": len(parts.calibration), "penalty": fitted.penalty,
@@ -351,10 +316,8 @@ def bar_of(labels: list[Label], bar: Any) -> Iterable[Label]:
         bar.update(1)
 
 
-def _rows(features: Ngrams | ScoringEncoder, labels: Iterable[Label]) -> Any:
-    """Return the matrix of texts: sparse float32 of n-grams, or float32 of embeddings."""
-    if isinstance(features, ScoringEncoder):
-        return np.stack([features.embed(item.text) for item in labels])
+def _rows(features: Ngrams, labels: Iterable[Label]) -> Any:
+    """Return the sparse float32 matrix of the n-grams of texts."""
     return sparse_rows([features.row(item.text) for item in labels], features.width)
 
 

@@ -37,7 +37,6 @@ MIN_CHARS = 3
 """A shorter word of letters says little."""
 MAX_KNOWN_WORDS = 1_000_000
 _MODEL, _TOPICS = "topics.safetensors", "topics.json"
-_MOST_SHOWN = 200
 _TIMES, _LEAST_PER_SHARD = 4, 64
 """How many times its even part of the sample a shard may give, and how many it may give in any case."""
 
@@ -263,7 +262,6 @@ class Topics(Step):
         topics = [{"topic": _name(i), "num_sampled": size, "words": words[i]} for i, size in enumerate(sizes)]
         atomic_write(view.work / _MODEL, sealed(model.to_bytes(), place_in_run(view.work / _MODEL)))
         atomic_write(view.work / _TOPICS, to_json({"num_sampled": len(texts), "topics": topics}))
-        atomic_write(view.work / "report.json", to_json(_report(topics, len(texts))))
 
     def start(self, view: View) -> None:
         file = view.work / _MODEL
@@ -283,13 +281,3 @@ class Topics(Step):
 
 def _name(place: int) -> str:
     return f"t{place:02d}"
-
-
-def _report(topics: Sequence[Mapping[str, Any]], num_sampled: int) -> dict[str, Any]:
-    shown = topics[:_MOST_SHOWN]
-    return {"tables": [{"title": "Topics", "head": ["topic", "documents of the sample", "words"],
-                        "rows": [[t["topic"], t["num_sampled"], ", ".join(t["words"])] for t in shown]}],
-            "bars": [{"title": "Documents of the sample per topic", "labels": [t["topic"] for t in shown],
-                      "counts": [t["num_sampled"] for t in shown],
-                      "note": f"{num_sampled:,} documents were sampled."}],
-            "notes": []}

@@ -33,15 +33,17 @@ _HEADERS = (
     ("AGPL-3.0", r"^gnu affero general public license version 3"),
     ("LGPL-3.0", r"^gnu lesser general public license version 3"),
     ("LGPL-2.1", r"^gnu lesser general public license version 2\.1"),
-    ("GPL-3.0", r"^gnu general public license version 3"), ("GPL-2.0", r"^gnu general public license version 2"),
-    ("MPL-2.0", r"^mozilla public license version 2\.0|subject to the terms of the mozilla public license,? v\. 2\.0"),
+    ("GPL-3.0", r"^gnu general public license version 3"),
+    ("GPL-2.0", r"^gnu general public license version 2"),
+    ("MPL-2.0", r"^mozilla public license version 2\.0"),
+    ("MPL-2.0", r"subject to the terms of the mozilla public license,? v\. 2\.0"),
     ("BSD-3-Clause", r"redistribution and use in source and binary forms.{0,1200}neither the name"),
     ("BSD-2-Clause", r"redistribution and use in source and binary forms"),
     ("MIT", r"permission is hereby granted, free of charge, to any person obtaining a copy"),
     ("ISC", r"permission to use, copy, modify, and/or distribute this software for any purpose"),
 )
-"""SPDX name -> what the head of a source file or of a licence's text says, with small letters and single spaces,
-the particular before the general."""
+"""SPDX name -> what the head of a source file or of a licence's text says, with small letters and single
+spaces, the particular before the general."""
 _COMMENT_SIGNS = re.compile(r"(?m)^[ \t]*(?:#+|//+|/?\*+/?|;+|--+|%+|\"\"\"|<!--)")
 _GENERATED = re.compile(
     r"@generated\b|do not (?:edit|modify)\b|don't (?:edit|modify)\b|auto-?\s?generated|"

@@ -73,8 +73,9 @@ def reader(source: SourceSettings) -> Reader:
 def format_problems(format_: str, options: Mapping[str, Any]) -> list[SettingsProblem]:
     known = [*FORMATS, *(name for name, _ in OWN.listing())]
     if format_ not in known:
+        close = was_removed(format_, PIPELINE) or nearest(format_, known)
         return [SettingsProblem(ProblemCode.CHOICE, "format", f"must be one of {', '.join(known)}", format_,
-                                (was_removed(format_, PIPELINE) or nearest(format_, known)).removeprefix("; "))]
+                                close.removeprefix("; "))]
     problems = find_problems(reader_class(format_).Options, options,
                              lambda key: was_removed(f"{format_}.{key}", PIPELINE).removeprefix("; "))[1]
     return [*map(as_problem, require(f"format {format_}", *LIBRARIES.get(format_, ()))),

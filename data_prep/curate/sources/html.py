@@ -1,5 +1,5 @@
-"""Web pages: their main text by resiliparse (Bevendorff et al., "Elastic ChatNoir", ECIR 2018), and what their
-head says of them."""
+"""Web pages: their main text by resiliparse (Bevendorff et al., "Elastic ChatNoir", ECIR 2018), and facts of
+their head."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ _MATH_CLASS = re.compile(r"\bclass=\"[^\"]*math", re.IGNORECASE)
 _ALT = re.compile(r"\balt=\"([^\"]*)\"", re.IGNORECASE)
 _CREATIVE_COMMONS = re.compile(r"creativecommons\.org/(?:licenses/([a-z-]+)/(\d\.\d)|publicdomain/zero/1)")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
+# After these two letters it is a byte of a letter that was read in a wrong encoding (step `encoding`).
+_SOFT_HYPHEN, _NO_BREAK = re.compile(r"(?<![\xc2\xc3])\xad"), re.compile(r"(?<![\xc2\xc3])\xa0")
 _EMPTY = re.compile(r"<(?!(?:area|base|br|col|embed|hr|img|input|link|meta|param|source|track|wbr)\b)"
                     r"([a-zA-Z][\w:-]*+)([^<>]*)/>")
 
@@ -90,7 +92,8 @@ def page_text(source: str, *, whole: bool = False) -> tuple[str, dict[str, Any]]
     text = extract_plain_text(tree, preserve_formatting=not is_deep, main_content=is_main, alt_texts=False,
                               skip_elements=[*_UNSEEN, *_AROUND] if is_main else _UNSEEN)
     # Soft hyphens and zero-width spaces are for setting lines, and part words for whoever counts them.
-    return text.replace("\u00ad", "").replace("\u200b", "").strip("\n"), _facts(tree)
+    text = _NO_BREAK.sub(" ", _SOFT_HYPHEN.sub("", text.replace("\u200b", "")))
+    return text.strip("\n"), _facts(tree)
 
 
 def _facts(tree: Any) -> dict[str, Any]:
@@ -130,8 +133,8 @@ def licence_of(named: str) -> str:
 
 
 def _prepared(source: str) -> str:
-    """Return a page with formulas as their TeX, and its body three levels deeper: nearer to it resiliparse takes
-    any list for a menu; of deeper ones it looks how much of them is links."""
+    """Return a page with formulas as their TeX, and its body three levels deeper: nearer to it resiliparse
+    takes any list for a menu; of deeper lists it measures how much of them is links."""
     # Spaces for control characters: some parsers end a text at one.
     source = _CONTROLS.sub(" ", source)
     if "http://www.w3.org/1999/xhtml" in source[:2000]:

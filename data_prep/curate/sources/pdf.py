@@ -98,7 +98,7 @@ def _lines(document: Any, number: int) -> list[str]:
         return []
     try:
         found = page.get_textpage().get_text_bounded().encode("utf-8", "replace").decode()
-        return [line.strip() for line in found.splitlines() if line.strip()]
+        return [line.strip() for line in found.split("\n") if line.strip()]
     finally:
         page.close()
 

@@ -27,8 +27,8 @@ from data_prep.json_lines import read_objects
 from data_prep.shards.shard_damage import way_out
 from data_prep.synth.candidates import Candidate, MadeSample, SynthRunRecord, read_made
 from data_prep.synth.checks.settings import (
-    CONTEXT, INPUT, SOURCES, CheckSettings, NoSample, asked_in, texts_of)
-from data_prep.synth.generator import SampleVerdict
+    CONTEXT, INPUT, SOURCES, NoSample, asked_in, read_steps, steps_file, texts_of)
+from data_prep.synth.generator import Kind, SampleVerdict
 from megatron_sov.base.artifacts import disk_errors, publish
 from megatron_sov.base.documents import Document, RecordReading, list_files, read_span
 from megatron_sov.base.documents.files import JSONL_SUFFIXES, spans_of
@@ -40,9 +40,6 @@ FOLDER, TEXTS = "checks", "texts"
 LOT_ITEMS = 2000
 FORM = "form"
 """Check that a record is what later commands take."""
-
-
-# What a generator was given, as texts that samples are compared with.
 
 
 def input_texts(path: Path) -> Iterator[tuple[str, str]]:
@@ -78,26 +75,25 @@ class JudgedSample:
     steps: tuple[Mapping[str, Any], ...] = ()
     """Figures of each step and source, as a pipeline's summary has them."""
 
-    def verdict(self, candidate: Candidate) -> SampleVerdict | None:
+    def verdict(self, kind: Kind, candidate: Candidate) -> SampleVerdict | None:
         """Return why a sample that passed its own checks does not stay; None: it does."""
         try:
-            # before the steps are asked: what no later command takes was never sent to them
-            texts = texts_of(candidate.kind, candidate.record)
+            # before the steps are asked: a record that no later command takes was never sent to them
+            texts = texts_of(kind, candidate.record)
         except NoSample as e:
             return SampleVerdict(FORM, False, str(e))
         ids = (candidate.id, _context_id(texts.get(CONTEXT, "")))
         if found := next(filter(None, map(self.dropped.get, ids)), None):
             return found
         # a changed text cannot be put back into the messages that it was joined from
-        if candidate.kind != "text" and any(id_ in self.changed for id_ in ids):
+        if kind != "text" and any(id_ in self.changed for id_ in ids):
             return SampleVerdict("changed by a step", False,
                                  "only texts can follow; use steps that keep or drop")
         return None
 
 
-def judge_samples(output: Path, run: SynthRunRecord, settings: CheckSettings, workers: int) -> JudgedSample:
-    """Send all samples that passed their own checks through the steps, each kind of record by itself: a
-    prompt is no copy of the conversation that begins with it.
+def judge_samples(output: Path, run: SynthRunRecord, checks: Path | None, workers: int) -> JudgedSample:
+    """Send all samples that passed their own checks through the steps of a file.
 
     Raises:
         UserError: a step, an input or the disk is in the way.
@@ -106,54 +102,38 @@ def judge_samples(output: Path, run: SynthRunRecord, settings: CheckSettings, wo
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         # in lots: a file that stays as it is need not be judged again when the run goes on
-        found = _write_texts(output, run, folder)
-    dropped: dict[str, SampleVerdict] = {}
-    changed: dict[str, str] = {}
-    figures: list[Mapping[str, Any]] = []
-    for kind, folders in found.items():
-        pipeline = settings.pipeline(settings.file(run.generator if kind == run.kind else "", kind), folders)
-        if not pipeline.steps:
-            continue
-        work = folder / kind
-        with disk_errors(work):
-            (work / "inputs").mkdir(parents=True, exist_ok=True)
-        plan = make_plan(pipeline, work)
-        judge_documents(plan, work, workers)
-        gone, other = _collect(plan, work)
-        # of a context that several kinds share the first word stays
-        dropped, changed = gone | dropped, other | changed
-        figures += _figures(kind, summary_of(plan, work))
-    return JudgedSample(dropped, changed, tuple(figures))
+        folders = _write_texts(output, run, folder)
+    pipeline = read_steps(steps_file(checks, run.generator, run.kind), folders) if folders else None
+    if pipeline is None or not pipeline.steps:
+        return JudgedSample()
+    plan = make_plan(pipeline, folder)
+    judge_documents(plan, folder, workers)
+    dropped, changed = _collect(plan, folder)
+    return JudgedSample(dropped, changed, tuple(_figures(summary_of(plan, folder))))
 
 
-def _write_texts(output: Path, run: SynthRunRecord, folder: Path) -> dict[str, dict[str, Path]]:
-    """Write what is judged, a file for each lot of items; returns kind -> source -> folder."""
+def _write_texts(output: Path, run: SynthRunRecord, folder: Path) -> dict[str, Path]:
+    """Write the texts of samples, a file for each lot of items; returns source -> folder."""
     temporary = folder / f".{TEXTS}.tmp-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
-    seen: set[tuple[str, str]] = set()
+    seen: set[str] = set()
     try:
-        for number, some in enumerate(_in_lots(read_made(output, run))):
+        for number, some in enumerate(_in_lots(read_made(output))):
             with ExitStack() as stack:
                 lot = _Lot(temporary, f"{number:06}.jsonl", stack)
                 for made in some:
                     for sample in made.samples:
-                        _write_sample(sample, lot, seen)
-        # the input alone is not judged: with no sample there is nothing to compare it with
-        kinds = sorted(path.name for path in temporary.glob("*"))
+                        _write_sample(run.kind, sample, lot, seen)
+        if not temporary.is_dir():  # the input alone is not judged
+            return {}
         with ExitStack() as stack:
             lot = _Lot(temporary, "input.jsonl", stack)
-            for origin, text in (found for path in run.inputs if kinds for found in input_texts(Path(path))):
-                lot.write("", INPUT, f"input {origin}", text)
-        if kinds:
-            publish(temporary, folder / TEXTS)
+            for origin, text in (found for path in run.inputs for found in input_texts(Path(path))):
+                lot.write(INPUT, f"input {origin}", text)
+        publish(temporary, folder / TEXTS)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    found: dict[str, dict[str, Path]] = {}
-    for kind in kinds:
-        places = {name: folder / TEXTS / kind / name for name in SOURCES}
-        places[INPUT] = folder / TEXTS / INPUT  # one for all kinds
-        found[kind] = {name: place for name, place in places.items() if place.is_dir()}
-    return found
+    return {name: folder / TEXTS / name for name in SOURCES if (folder / TEXTS / name).is_dir()}
 
 
 class _Lot:
@@ -161,14 +141,14 @@ class _Lot:
 
     def __init__(self, folder: Path, name: str, stack: ExitStack) -> None:
         self._folder, self._name, self._stack = folder, name, stack
-        self._files: dict[tuple[str, str], IO[str]] = {}
+        self._files: dict[str, IO[str]] = {}
 
-    def write(self, kind: str, source: str, id_: str, text: str) -> None:
-        if (kind, source) not in self._files:
-            (self._folder / kind / source).mkdir(parents=True, exist_ok=True)
-            self._files[kind, source] = self._stack.enter_context(
-                (self._folder / kind / source / self._name).open("w", encoding="utf-8"))
-        self._files[kind, source].write(_line(id_, text))
+    def write(self, source: str, id_: str, text: str) -> None:
+        if source not in self._files:
+            (self._folder / source).mkdir(parents=True, exist_ok=True)
+            self._files[source] = self._stack.enter_context(
+                (self._folder / source / self._name).open("w", encoding="utf-8"))
+        self._files[source].write(json.dumps({"id": id_, "text": text}, ensure_ascii=False) + "\n")
 
 
 def _in_lots(made: Iterator[MadeSample]) -> Iterator[Iterator[MadeSample]]:
@@ -177,11 +157,11 @@ def _in_lots(made: Iterator[MadeSample]) -> Iterator[Iterator[MadeSample]]:
         yield chain([first], islice(made, LOT_ITEMS - 1))
 
 
-def _write_sample(sample: Candidate, lot: _Lot, seen: set[tuple[str, str]]) -> None:
+def _write_sample(kind: Kind, sample: Candidate, lot: _Lot, seen: set[str]) -> None:
     if sample.failed:
         return
     try:
-        texts = texts_of(sample.kind, sample.record)
+        texts = texts_of(kind, sample.record)
     except NoSample:
         return
     for name, text in texts.items():
@@ -189,14 +169,10 @@ def _write_sample(sample: Candidate, lot: _Lot, seen: set[tuple[str, str]]) -> N
         if name == CONTEXT:
             # system turns repeat: each goes through the steps once, under the hash of its text
             id_ = _context_id(text)
-            if (sample.kind, id_) in seen:
+            if id_ in seen:
                 continue
-            seen.add((sample.kind, id_))
-        lot.write(sample.kind, name, id_, text)
-
-
-def _line(id_: str, text: str) -> str:
-    return json.dumps({"id": id_, "text": text}, ensure_ascii=False) + "\n"
+            seen.add(id_)
+        lot.write(name, id_, text)
 
 
 def _context_id(text: str) -> str:
@@ -261,11 +237,11 @@ def _own_ids(plan: PipelinePlan, folder: Path, wanted: Iterable[str]) -> dict[st
     return {one: f"the same as {own}" for one, own in found.items()}
 
 
-def _figures(kind: str, summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _figures(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for source in summary["sources"]:
         if source["name"] != INPUT:
             for step in source["steps"][1:]:
-                yield {"step": step["kind"], "kind": kind, "number": step["number"], "source": source["name"],
+                yield {"step": step["kind"], "number": step["number"], "source": source["name"],
                        "settings": step["settings"], "documents_in": step["documents_in"],
                        "documents_kept": step["documents_kept"],
                        "dropped": {reason: one["documents"] for reason, one in step["dropped"].items()}}

@@ -1,18 +1,14 @@
-"""How samples are checked: the steps of a file, what the command line adds to them, and the texts of a record
-that each source of the pipeline takes.
-"""
+"""The steps of a file as a pipeline over samples, and the texts of a record that each source of it takes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from data_prep.curate.decontamination.step import text_in
 from data_prep.curate.pipeline.pipeline_file import Pipeline, read_pipeline
 from data_prep.synth.generator import Kind
-from data_prep.synth.options import CheckOptions
 from megatron_sov.base.documents.messages import BadRecord, Messages
 from megatron_sov.base.documents.records import RecordReading, parse_record
 from megatron_sov.base.errors import UserError, list_problems
@@ -88,88 +84,55 @@ DEFAULTS = Path(__file__).parent / "defaults"
 SHARD_BYTES = 64_000_000
 
 
-@dataclass(frozen=True)
-class CheckSettings(CheckOptions):
-    """The same, with what its files say."""
+def check_problems(checks: Path | None) -> list[SettingsProblem]:
+    """Return the mistakes in the file of --checks; None: there is none."""
+    if checks is None:
+        return []
+    if not checks.is_file():
+        return [SettingsProblem(ProblemCode.FILE, "--checks", "does not exist", checks,
+                                f"pass a YAML file, e.g. a copy of {DEFAULTS / 'chat.yaml'}")]
+    try:
+        read_steps(checks, dict.fromkeys(SOURCES))
+    except UserError as e:
+        return [as_problem(str(e))]
+    return []
 
-    @classmethod
-    def of(cls, options: CheckOptions) -> CheckSettings:
-        """Return what a command's options ask for; its `problems` are the caller's to tell."""
-        return cls(**{field.name: getattr(options, field.name) for field in fields(CheckOptions)})
 
-    def problems(self) -> list[SettingsProblem]:
-        """Return every rule that is broken, by option; files are read."""
-        found: list[SettingsProblem] = []
-        found += [SettingsProblem(ProblemCode.FILE, "--benchmarks", "does not exist", path, "check the path")
-                  for path in self.benchmarks if not path.exists()]
-        if self.steps is not None and not self.steps.is_file():
-            return [*found, SettingsProblem(ProblemCode.FILE, "--checks", "does not exist", self.steps,
-                                            f"pass a YAML file, e.g. a copy of {DEFAULTS / 'chat.yaml'}")]
-        try:
-            if not found:
-                self.pipeline(self.steps or DEFAULTS / "text.yaml", dict.fromkeys(SOURCES))
-        except UserError as e:
-            found.append(as_problem(str(e)))
-        return found
+def steps_file(checks: Path | None, generator: str, kind: str) -> Path:
+    """Return the file of --checks, else that of the generator, else that of its kind of records."""
+    if checks is not None:
+        return checks
+    own = DEFAULTS / f"{generator}.yaml"
+    return own if own.is_file() else DEFAULTS / f"{kind}.yaml"
 
-    def file(self, generator: str, kind: str) -> Path:
-        """Return the file of steps for records of a kind; `generator`: empty where it is not its own kind."""
-        if self.steps is not None and generator:
-            return self.steps
-        # a generator may need other steps than its kind of record
-        own = DEFAULTS / f"{generator}.yaml"
-        return own if generator and own.is_file() else DEFAULTS / f"{kind}.yaml"
 
-    def pipeline(self, file: Path, folders: Mapping[str, Path | None]) -> Pipeline:
-        """Return the steps of a file as a pipeline.
+def read_steps(file: Path, folders: Mapping[str, Path | None]) -> Pipeline:
+    """Return the steps of a file as a pipeline.
 
-        Args:
-            file: YAML with `steps`.
-            folders: source that there is -> folder of its texts; None: any file will do, nothing is run.
+    Args:
+        file: YAML with `steps`.
+        folders: source -> folder of its texts; None: nothing will be run.
 
-        Raises:
-            UserError: the file has mistakes; all of them are told, by line.
-        """
-        located = read_located(read_text(file))
-        raw = located.value
-        if not isinstance(raw, dict) or set(raw) != {"steps"} or not isinstance(raw["steps"], list):
-            more = [f"{file}:{problem.line}: {problem.sentence}" for problem in located.problems]
-            raise UserError(list_problems(f"--checks {file}", more) if more else
-                            f"--checks {file}: must be a mapping with the list `steps`, and nothing else; "
-                            "sources and output are the run's")
-        # a file is written for all kinds of runs: steps for sources that this one lacks go
-        located = _of_sources(located, tuple(folders))
-        languages = self._with_languages(file, located, ANSWERS if ANSWERS in folders else SAMPLES)
-        held = [SAMPLES, *([CONTEXT] if CONTEXT in folders else [])]
-        leaks = [{"decontaminate": {"benchmarks": [str(path.absolute()) for path in self.benchmarks]},
-                  "only": {"sources": held}}] if self.benchmarks else []
-        located.value = {
-            "name": "checks", "shard_bytes": SHARD_BYTES, "on_bad": "refuse",
-            "sources": [{"name": name, "path": [str((folder or file).absolute())],
-                         # the input has the higher priority: of equal texts the sample goes
-                         "format": "jsonl" if folder else "auto", "priority": int(name == INPUT)}
-                        for name, folder in folders.items()],
-            "steps": [*located.value["steps"], *languages, *leaks]}
-        return read_pipeline(file, located)
-
-    def _with_languages(self, file: Path, located: Located, judged: str) -> list[dict[str, Any]]:
-        """Have the step `language` keep the asked languages; returns a step that does where there is none."""
-        if not self.languages:
-            return []
-        entries = [(i, entry) for i, entry in enumerate(located.value["steps"])
-                   if entry == "language" or (isinstance(entry, dict) and "language" in entry)]
-        for i, entry in entries:
-            written = {} if entry == "language" else entry["language"] or {}
-            if isinstance(written, dict) and "keep" in written:
-                line = located.line(("steps", i))
-                raise UserError(f"--languages {' '.join(self.languages)}: {file}:{line} says `keep` itself; "
-                                "leave one of them out")
-            if isinstance(written, dict):
-                other = {} if entry == "language" else entry
-                located.value["steps"][i] = {**other,
-                                             "language": {**written, "keep": list(self.languages)}}
-        return [] if entries else [{"language": {"keep": list(self.languages), "min_score": 0.0},
-                                    "only": {"sources": [judged]}}]
+    Raises:
+        UserError: the file has mistakes; all of them are named, by line.
+    """
+    located = read_located(read_text(file))
+    raw = located.value
+    if not isinstance(raw, dict) or set(raw) != {"steps"} or not isinstance(raw["steps"], list):
+        more = [f"{file}:{problem.line}: {problem.sentence}" for problem in located.problems]
+        raise UserError(list_problems(f"--checks {file}", more) if more else
+                        f"--checks {file}: must be a mapping with the list `steps`, and nothing else; "
+                        "sources and output are the run's")
+    # a file is written for all kinds of runs: steps for sources that this one lacks go
+    located = _of_sources(located, tuple(folders))
+    located.value = {
+        "name": "checks", "shard_bytes": SHARD_BYTES, "on_bad": "refuse",
+        "sources": [{"name": name, "path": [str((folder or file).absolute())],
+                     # the input has the higher priority: of equal texts the sample goes
+                     "format": "jsonl" if folder else "auto", "priority": int(name == INPUT)}
+                    for name, folder in folders.items()],
+        "steps": located.value["steps"]}
+    return read_pipeline(file, located)
 
 
 def _of_sources(located: Located, names: Sequence[str]) -> Located:

@@ -1,4 +1,4 @@
-"""Chains of facts over documents, for questions of several hops: what `triples` kept, joined by names."""
+"""Chains of facts over documents, for questions of several hops: facts of `triples`, joined by names."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, NotNegativeInt, at_most
 from megatron_sov.judge.rewards.answers import normalized
 
-TRIPLE = ("subject", "relation", "object", "sentence")
-"""Parts of a fact, as `triples` keeps it."""
+PARTS = ("subject", "relation", "object", "sentence")
+"""Parts of a fact, as `triples` keeps it beside its `document`."""
 MAX_STEPS = 5_000
 """Of the search for chains from one name: names with thousands of facts would never end."""
 _BRACKETS = re.compile(r"\s*[(（\[][^()（）\[\]]{0,80}[)）\]]")
@@ -50,13 +50,13 @@ class FactSettings:
 
 @dataclass(frozen=True)
 class Fact:
-    """One fact, and the number of the document that states it."""
+    """One fact, and the document that states it."""
 
     subject: str
     relation: str
     object: str
     sentence: str
-    document: int
+    document: str
 
     @property
     def ends(self) -> tuple[str, str]:
@@ -68,12 +68,12 @@ class FactChains:
     """All facts of a collection of documents, as a graph from subjects to objects."""
 
     def __init__(self) -> None:
-        self.documents: list[Mapping[str, Any]] = []
-        """Records that `triples` kept."""
+        self.documents: dict[str, Mapping[str, Any]] = {}
+        """Document -> the record of its first fact."""
         self._facts: dict[str, list[Fact]] = defaultdict(list)
         """Key of a subject -> facts."""
-        self._mentions: dict[str, frozenset[int]] = {}
-        self._flat: list[str] = []
+        self._mentions: dict[str, frozenset[str]] = {}
+        self._flat: dict[str, str] = {}
 
     @classmethod
     def read(cls, inputs: Sequence[Path]) -> FactChains:
@@ -88,12 +88,9 @@ class FactChains:
             if path.is_dir() and not file.is_file():
                 raise UserError(f"{path}: has no {KEPT}; pass the output folder of `sov-data synth triples`")
             for where, record in read_objects(file):
-                triples = record.get("triples")
-                if (not isinstance(record.get("document"), str) or not isinstance(triples, list)
-                        or not all(isinstance(t, dict) and all(isinstance(t.get(part), str)
-                                                               for part in TRIPLE) for t in triples)):
-                    raise UserError(f"{where}: has no 'document' with 'triples' of {', '.join(TRIPLE)}; pass "
-                                    "what `sov-data synth triples` kept")
+                if not all(isinstance(record.get(part), str) for part in (*PARTS, "document")):
+                    raise UserError(f"{where}: has no text in each of {', '.join(PARTS)} and document; pass "
+                                    "the output of `sov-data synth triples`")
                 found.add(record)
         if not found.documents:
             raise UserError(f"--input {', '.join(map(str, inputs))}: holds no fact; run `sov-data synth "
@@ -101,14 +98,14 @@ class FactChains:
         return found
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Add a document with its facts."""
-        self.documents.append(record)
-        self._flat.append(re.sub(r"\s", "", normalized(record["document"])))
-        for triple in record["triples"]:
-            fact = Fact(**{part: triple[part] for part in TRIPLE}, document=len(self.documents) - 1)
-            one, other = fact.ends
-            if one and other and one != other:
-                self._facts[one].append(fact)
+        """Add a fact with its document."""
+        document = record["document"]
+        if self.documents.setdefault(document, record) is record:
+            self._flat[document] = re.sub(r"\s", "", normalized(document))
+        fact = Fact(record["subject"], record["relation"], record["object"], record["sentence"], document)
+        one, other = fact.ends
+        if one and other and one != other:
+            self._facts[one].append(fact)
 
     def items(self, settings: FactSettings) -> Iterator[GeneratorItem]:
         """Yield an item of each chain."""
@@ -119,10 +116,9 @@ class FactChains:
             sources = [origin if isinstance(origin, dict) else {} for origin in origins]
             source, licence = (", ".join(dict.fromkeys(str(one.get(name) or "") for one in sources if one.get(
                 name))) for name in ("source", "licence"))
-            told = [{**vars(fact), "document": record["document"]}
-                    for fact, record in zip(chain, records, strict=True)]
             language = settings.language or str(records[0].get("language") or "") or "en"
-            yield GeneratorItem(chain_id(chain), {"facts": told, "language": language}, source, licence)
+            yield GeneratorItem(chain_id(chain), {"facts": [vars(fact) for fact in chain],
+                                                  "language": language}, source, licence)
             if number == settings.max_questions:
                 return
 
@@ -136,7 +132,7 @@ class FactChains:
         # an order that follows from the item: that of the chain would give the steps away
         documents = sorted(dict.fromkeys(fact["document"] for fact in facts),
                            key=lambda text: hashlib.sha256(f"{item.id}\n{text}".encode()).digest())
-        return {"facts": told, "hops": [{part: fact[part] for part in TRIPLE} for fact in facts],
+        return {"facts": told, "hops": [{part: fact[part] for part in PARTS} for fact in facts],
                 "start": start, "between": between, "answer": facts[-1]["object"], "documents": documents,
                 "language": item.fields["language"], "language_name": name_of(item.fields["language"])}
 
@@ -175,10 +171,10 @@ class FactChains:
     def _joins(self, one: str, other: str) -> bool:
         return any(fact.ends[1] == other for fact in self._facts.get(one, ()))
 
-    def _mentioning(self, key: str) -> frozenset[int]:
+    def _mentioning(self, key: str) -> frozenset[str]:
         """Return the documents in which a name stands, also as a part of another word."""
         if key not in self._mentions:
-            self._mentions[key] = frozenset(i for i, text in enumerate(self._flat) if key in text)
+            self._mentions[key] = frozenset(one for one, text in self._flat.items() if key in text)
         return self._mentions[key]
 
     def _is_unambiguous(self, fact: Fact) -> bool:

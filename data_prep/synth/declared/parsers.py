@@ -8,48 +8,55 @@ from typing import Any
 
 import regex
 
-from data_prep.synth.generators.documents.verdicts import read_list, read_tagged
 from megatron_sov.judge.rewards.patterns import json_of
 from megatron_sov.judge.rewards.reward import Refused
 
 TIMEOUT_S = 2.0
 MAX_CHARS = 4000
-"""Of one text in a list of JSON."""
+"""Of one text in JSON."""
 
 
-def find_problem(argument: Any) -> str:
-    """Return what is wrong with a list of names in a file; "": nothing."""
-    listed = argument if isinstance(argument, list) else []
-    sound = listed and all(isinstance(name, str) and name.isidentifier() for name in listed)
-    return "" if sound else "must be a list of names, such as [question, answer]"
+def read_tagged(text: str, *names: str) -> dict[str, str] | None:
+    """Return the texts between the tags of each name, in order, each once and not empty; None where a reply
+    has another form.  Words around the tags are left out."""
+    found: dict[str, str] = {}
+    place = 0
+    for name in names:
+        opening, closing = f"<{name}>", f"</{name}>"
+        # a document that has such a tag itself makes two, and it is unknown which one is meant
+        if text.count(opening) != 1 or text.count(closing) != 1:
+            return None
+        start, stop = text.index(opening) + len(opening), text.index(closing)
+        if start < place or stop <= start or not (part := text[start:stop].strip()):
+            return None
+        found[name], place = part, stop + len(closing)
+    return found
 
 
-@dataclass(frozen=True)
-class Parser:
-    """Reads fields, by an argument that the file gives."""
+def read_list(text: str, *names: str) -> list[dict[str, str]] | None:
+    """Return the texts of groups of tags that follow each other over and over; None for another form."""
+    count = text.count(f"<{names[0]}>")
+    if not count or any(text.count(mark) != count for name in names for mark in (f"<{name}>", f"</{name}>")):
+        return None
+    # cut in front of each first tag, so that every piece has one group
+    pieces = regex.split(rf"(?=<{regex.escape(names[0])}>)", text)[1:]
+    found = [parts for piece in pieces if (parts := read_tagged(piece, *names)) is not None]
+    return found if len(found) == len(pieces) else None
 
-    read: Callable[[str, Any], Any]
-    """Reply and argument -> fields, or a list of fields where `gives_several`; None: it has another form."""
-    gives_several: bool = False
-    names: Callable[[Any], Sequence[str]] = list
-    """Argument -> the fields that it gives."""
-    problem: Callable[[Any], str] = find_problem
+
+def read_json(reply: str, names: Sequence[str]) -> dict[str, str] | None:
+    """Read an object with these texts."""
+    return _texts(_json(reply), names)
 
 
-def read_json_list(reply: str, names: Sequence[str]) -> list[Mapping[str, str]] | None:
+def read_json_list(reply: str, names: Sequence[str]) -> list[dict[str, str]] | None:
     """Read a list of objects with these texts; those without them, or that repeat the first, are left out."""
     listed = _json(reply)
-    found: dict[str, Mapping[str, str]] = {}
+    found: dict[str, dict[str, str]] = {}
     for one in listed if isinstance(listed, list) else ():
         if (texts := _texts(one, names)) is not None:
             found.setdefault(texts[names[0]], texts)
     return list(found.values()) or None
-
-
-def read_lines(reply: str, name: str) -> list[dict[str, str]] | None:
-    """Read each line, without a mark or number at its beginning."""
-    lines = [regex.sub(r"^\s*(?:[-*•]|\d+[.)])\s+", "", line).strip() for line in reply.split("\n")]
-    return [{name: line} for line in dict.fromkeys(filter(None, lines))] or None
 
 
 def read_pattern(reply: str, pattern: str) -> dict[str, str] | None:
@@ -59,14 +66,6 @@ def read_pattern(reply: str, pattern: str) -> dict[str, str] | None:
     except TimeoutError:
         return None
     return {name: text.strip() for name, text in found.groupdict("").items()} if found else None
-
-
-def _pattern_problem(pattern: Any) -> str:
-    try:
-        groups = regex.compile(pattern).groupindex
-    except (regex.error, TypeError) as e:
-        return f"is no regular expression ({e})"
-    return "" if groups else "has no named group, such as (?P<answer>.+)"
 
 
 def _json(reply: str) -> Any:
@@ -83,13 +82,35 @@ def _texts(value: Any, names: Sequence[str]) -> dict[str, str] | None:
     return found if len(found) == len(names) and all(found.values()) else None
 
 
+def _names(argument: Any) -> Sequence[str] | str:
+    if isinstance(argument, list) and argument and all(
+            isinstance(name, str) and name.isidentifier() for name in argument):
+        return argument
+    return "must be a list of names, such as [question, answer]"
+
+
+def _groups(argument: Any) -> Sequence[str] | str:
+    try:
+        groups = list(regex.compile(argument).groupindex)
+    except (regex.error, TypeError) as e:
+        return f"is no regular expression ({e})"
+    return groups or "has no named group, such as (?P<answer>.+)"
+
+
+@dataclass(frozen=True)
+class Parser:
+    """Reads fields, by an argument that the file gives."""
+
+    read: Callable[[str, Any], Any]
+    """Reply and argument -> fields, or a list of fields where `gives_several`; None: it has another form."""
+    gives_several: bool = False
+    names: Callable[[Any], Sequence[str] | str] = _names
+    """Argument -> the fields that it gives, or a sentence with its mistake."""
+
+
 PARSERS: Mapping[str, Parser] = {
     "tagged": Parser(lambda reply, names: read_tagged(reply, *names)),
     "list": Parser(lambda reply, names: read_list(reply, *names), gives_several=True),
-    "json": Parser(lambda reply, names: _texts(_json(reply), names)),
-    "json_list": Parser(read_json_list, gives_several=True),
-    "lines": Parser(read_lines, gives_several=True, names=lambda name: [name],
-                    problem=lambda name: find_problem([name]) and "must be the name of a field"),
-    "pattern": Parser(read_pattern, problem=_pattern_problem, names=lambda pattern: (
-        [] if _pattern_problem(pattern) else list(regex.compile(pattern).groupindex)))}
+    "json": Parser(read_json), "json_list": Parser(read_json_list, gives_several=True),
+    "pattern": Parser(read_pattern, names=_groups)}
 """Name in a step -> parser."""

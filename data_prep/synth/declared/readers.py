@@ -1,4 +1,4 @@
-"""Where a declared generator's items come from: documents, problems, records, topics, risks, chains of facts.
+"""Readers of a declared generator's items: documents, problems, records, pairs of problems, chains of facts.
 
 A reader declares the fields that it gives to the steps, and settings that every generator on it has.
 """
@@ -6,29 +6,28 @@ A reader declares the fields that it gives to the steps, and settings that every
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
-from annotated_types import Ge, Le, MaxLen, MinLen
+from annotated_types import Le, MinLen
 
 from data_prep.json_lines import read_objects
 from data_prep.synth.declared.fact_chains import FactChains, FactSettings
-from data_prep.synth.declared.functions import languages_with_refusals
 from data_prep.synth.generator import GeneratedSample, GeneratorItem, Temperature
-from data_prep.synth.generators.autoif.texts import languages as named_languages
-from data_prep.synth.generators.documents.languages import language_of, name_of
-from data_prep.synth.generators.documents.pieces import DocumentSettings, document_items, fenced
+from data_prep.synth.generators.autoif.queries import FILE as CONSTRAINTS, QuerySettings, query_items
+from data_prep.synth.generators.documents.languages import ToldApart, language_of, name_of
+from data_prep.synth.generators.documents.pieces import ID_CHARS, DocumentSettings, document_items, fenced
 from data_prep.synth.generators.documents.verdicts import unknown_language
 from data_prep.synth.problems import line_files, read_problems, stated_id
+from megatron_sov.base.documents import RecordReading, list_files, read_documents
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import (
-    ONCE, AtLeastOne, Bound, NotBlank, ProblemCode, SettingsError, SettingsProblem, one_of, problems_of,
-    read_file)
+from megatron_sov.base.settings import ONCE, AtLeastOne, Bound, ProblemCode
 
-TAXONOMIES = Path(__file__).parents[1] / "taxonomies"
+LANGUAGE_CHARS = 2000
+"""Of texts, that their language is told by."""
 
 
 @dataclass(frozen=True)
@@ -53,23 +52,24 @@ class Reader:
 
     Args:
         options: that the generator's file gives.
+        folder: of the generator's file.
     """
 
     Settings: ClassVar[type[Any]] = DrawSettings
     Options: ClassVar[type[Any]] = NoOptions
     fields: ClassVar[tuple[str, ...]] = ()
     """Fields of an item, as steps know them."""
-    needs_input: ClassVar[bool] = True
+    needs_input = True
 
-    def __init__(self, options: Any) -> None:
-        self.options = options
+    def __init__(self, options: Any, folder: Path) -> None:
+        self.options, self.folder = options, folder
 
     def names(self) -> tuple[str, ...]:
         """Return the fields of an item."""
         return self.fields
 
-    def files(self) -> Sequence[Path]:
-        """Return packaged files that items depend on."""
+    def files(self, settings: Any) -> Sequence[Path]:
+        """Return files beside the input that items depend on."""
         return ()
 
     def items(self, inputs: Sequence[Path], settings: Any) -> Iterator[GeneratorItem]:
@@ -101,6 +101,52 @@ class Documents(Reader):
 
 
 @dataclass(frozen=True)
+class TextSettings(DocumentSettings):
+    """Settings of `texts`."""
+
+    form: Literal["text", "chat", "prompt"] = "text"
+    """Form of the input and the output: documents with text, chats with messages, prompts."""
+    source_language: ToldApart = ""
+    """Of the input; empty: as each document reads."""
+
+
+class Texts(Reader):
+    """Documents, or the messages of chats or prompts, as lists of texts."""
+
+    Settings = TextSettings
+    fields = ("texts", "messages", "beside", "has_more", "longest", "source_language", "language")
+
+    def items(self, inputs: Sequence[Path], settings: Any) -> Iterator[GeneratorItem]:
+        if not settings.language:
+            raise UserError("generator: language is empty; name the language of the output, such as "
+                            "--set language=ko")
+        if settings.form == "text":
+            yield from document_items(inputs, settings)
+            return
+        seen: set[str] = set()
+        reading = RecordReading(kind=settings.form)
+        for path, document in ((one, document) for one in inputs
+                               for document in read_documents(list_files(one), reading)):
+            fields = {"messages": [message.to_dict() for message in document.messages],
+                      "beside": json.loads(document.extra or "{}"), "has_tools": bool(document.tools)}
+            told = json.dumps(fields, ensure_ascii=False, sort_keys=True)
+            key = hashlib.sha256(told.encode()).hexdigest()[:ID_CHARS]
+            if key not in seen:
+                seen.add(key)
+                yield GeneratorItem(key, fields, path.name, settings.licence)
+
+    def prepare(self, item: GeneratorItem, settings: Any) -> dict[str, Any] | GeneratedSample:
+        messages = item.fields.get("messages", [])
+        texts = [item.fields["text"]] if "text" in item.fields else [one["content"] for one in messages]
+        return {"texts": texts, "messages": messages, "beside": item.fields.get("beside", {}),
+                "has_more": item.fields.get("has_tools", False) or any(
+                    set(message) > {"role", "content"} for message in messages),
+                "longest": max(len(text.encode()) for text in texts), "language": settings.language,
+                "source_language": settings.source_language
+                or language_of("\n".join(texts)[:LANGUAGE_CHARS])}
+
+
+@dataclass(frozen=True)
 class ProblemOptions:
     """Options of `problems`."""
 
@@ -125,6 +171,10 @@ class RecordOptions:
     fields: Annotated[tuple[Annotated[str, Bound(lambda name: None if name.isidentifier() else (
         ProblemCode.BOUND, "must be a name of letters, digits and _", ""))], ...], MinLen(1), ONCE]
     """Fields that each line has, as text."""
+    default: str = ""
+    """File beside the generator's whose lines are read where no input is given."""
+    times: str = ""
+    """Setting: items that each line becomes, whose field `number` counts from 1; empty: one."""
 
 
 class Records(Reader):
@@ -132,12 +182,19 @@ class Records(Reader):
 
     Options = RecordOptions
 
+    def __init__(self, options: RecordOptions, folder: Path) -> None:
+        super().__init__(options, folder)
+        self.needs_input = not options.default
+
     def names(self) -> tuple[str, ...]:
-        return tuple(self.options.fields)
+        return (*self.options.fields, *(("number",) if self.options.times else ()))
+
+    def files(self, settings: Any) -> Sequence[Path]:
+        return [self.folder / self.options.default] if self.options.default else []
 
     def items(self, inputs: Sequence[Path], settings: Any) -> Iterator[GeneratorItem]:
         seen: dict[str, str] = {}
-        for file in line_files(inputs):
+        for file in line_files(inputs or self.files(settings)):
             for where, record in read_objects(file):
                 for name in self.options.fields:
                     if not isinstance(record.get(name), str):
@@ -145,9 +202,15 @@ class Records(Reader):
                                         "it, or leave the line out")
                 fields = {name: record[name] for name in self.options.fields}
                 id_ = stated_id(record, "\n".join(fields.values()), where)
-                if seen.setdefault(id_, where) == where:
-                    yield GeneratorItem(id_, fields, str(record.get("source") or file.stem),
-                                        str(record.get("licence") or record.get("license") or ""))
+                if seen.setdefault(id_, where) != where:
+                    continue
+                source = str(record.get("source") or file.stem)
+                licence = str(record.get("licence") or record.get("license") or "")
+                if not self.options.times:
+                    yield GeneratorItem(id_, fields, source, licence)
+                    continue
+                for number in range(1, getattr(settings, self.options.times) + 1):
+                    yield GeneratorItem(f"{id_}.{number}", {**fields, "number": number}, source, licence)
 
 
 @dataclass(frozen=True)
@@ -184,139 +247,21 @@ class Pairs(Reader):
                                     one.source, one.licence)
 
 
-@dataclass(frozen=True)
-class TopicSettings(DrawSettings):
-    """Settings of `topics`."""
+class Queries(Reader):
+    """Prompts of users, each with a constraint that `constraints` kept."""
 
-    per_topic: Annotated[AtLeastOne, Le(10_000)] = 6
-    """Problems that are asked for on each topic."""
+    Settings = QuerySettings
+    fields = ("query", "constraint", "functions", "language_name")
 
-
-Domain = Annotated[str, Bound(lambda text: None if text and set(text) - {"."} and all(
-    c.isalnum() or c in "._-" for c in text) and len(text) <= 60 else (
-        ProblemCode.BOUND, "must be a name of letters, digits, '.', '_' and '-'", "such as algebra"))]
-
-
-@dataclass(frozen=True)
-class Topic:
-    """One topic."""
-
-    domain: Domain
-    topic: Annotated[NotBlank, MaxLen(1000)]
-
-
-class Topics(Reader):
-    """Topics of domains, each so many times; without input those of `taxonomies/mathematics.yaml`."""
-
-    Settings = TopicSettings
-    fields = ("domain", "topic", "number")
-    needs_input = False
-    file = TAXONOMIES / "mathematics.yaml"
-
-    def files(self) -> Sequence[Path]:
-        return [self.file]
+    def files(self, settings: Any) -> Sequence[Path]:
+        path = Path(settings.constraints)
+        return [path / CONSTRAINTS if path.is_dir() else path]
 
     def items(self, inputs: Sequence[Path], settings: Any) -> Iterator[GeneratorItem]:
-        # id -> where it stood first: a topic that is repeated is passed over
-        seen: dict[str, str] = {}
-        for where, record in self._topics(inputs):
-            for name in Topic.__dataclass_fields__:
-                if not isinstance(record.get(name), str):
-                    raise UserError(f"{where}: {name} = {str(record.get(name))[:60]} must be a text")
-            topic = Topic(record["domain"], record["topic"])
-            if problems := problems_of(topic):
-                raise SettingsError(where, problems)
-            id_ = stated_id(record, f"{topic.domain}\n{topic.topic}", where)
-            if seen.setdefault(id_, where) != where:
-                continue
-            for number in range(1, settings.per_topic + 1):
-                yield GeneratorItem(f"{id_}.{number}", {"domain": topic.domain, "topic": topic.topic.strip(),
-                                                        "number": number}, where.rpartition(":")[0])
-
-    def _topics(self, inputs: Sequence[Path]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        if not inputs:
-            for domain, topics in yaml.safe_load(self.file.read_text(encoding="utf-8")).items():
-                yield from ((f"{self.file.stem}:{domain}", {"domain": domain, "topic": topic})
-                            for topic in topics)
-        for file in line_files(inputs):
-            yield from read_objects(file)
-
-
-@dataclass(frozen=True)
-class Category:
-    """One category of risk."""
-
-    id: Annotated[str, Bound(lambda text: None if 0 < len(text) <= 40 and text[0] != "-" and all(
-        c.islower() or c.isdigit() or c == "-" for c in text) and text.isascii() else (
-            ProblemCode.BOUND, "must be up to 40 small letters, digits and -", ""))]
-    """Part of the samples' ids."""
-    name: NotBlank
-    """As prompts name it."""
-    strategy: Literal["redirect", "safe-complete"]
-    """redirect: decline and show a way that helps; safe-complete: help with what is safe."""
-    withhold: NotBlank
-    """What no answer may give."""
-    examples: Annotated[tuple[NotBlank, ...], MinLen(1)]
-    """Requests of the category."""
-    twin: NotBlank
-    """A harmless request that sounds alike."""
-
-
-@dataclass(frozen=True)
-class Taxonomy:
-    """Categories of risk in a file."""
-
-    categories: Annotated[tuple[Category, ...], MinLen(1)]
-    version: int = 1
-
-    def problems(self) -> list[SettingsProblem]:
-        ids = [category.id for category in self.categories]
-        return [SettingsProblem(ProblemCode.TWICE, f"categories.{place}.id", "stands there twice", id_)
-                for place, id_ in enumerate(ids) if id_ in ids[:place]]
-
-
-Known = Annotated[str, one_of(lambda: languages_with_refusals() & named_languages().keys())]
-"""A language that prompts can name, and whose refusals are known."""
-
-
-@dataclass(frozen=True)
-class RiskSettings(DrawSettings):
-    """Settings of `risks`."""
-
-    languages: Annotated[tuple[Known, ...], MinLen(1), ONCE] = ("ko", "en", "th")
-    """Of requests and answers."""
-    calls: AtLeastOne = 2
-    """For new requests, for each category and language."""
-    max_tokens: Annotated[int, Ge(16)] = 2048
-    """Of an answer; one that is longer is refused."""
-
-
-class Risks(Reader):
-    """Each category of risk in each language, so many times; inputs are taxonomies instead of ours."""
-
-    Settings = RiskSettings
-    fields = ("category", "language", "language_name")
-    needs_input = False
-    file = TAXONOMIES / "safety.yaml"
-
-    def files(self) -> Sequence[Path]:
-        return [self.file]
-
-    def items(self, inputs: Sequence[Path], settings: Any) -> Iterator[GeneratorItem]:
-        read: dict[str, Path] = {}
-        for file in inputs or [self.file]:
-            for category in read_file(Taxonomy, file).categories:
-                # ids of items are made of those of categories
-                if read.setdefault(category.id, file) != file:
-                    raise UserError(f"{file}: category {category.id} stands in {read[category.id]} as well; "
-                                    "rename one")
-                for language in settings.languages:
-                    for number in range(settings.calls):
-                        yield GeneratorItem(f"{category.id}.{language}.{number}",
-                                            {"category": asdict(category), "language": language}, file.name)
+        return query_items(inputs, settings)
 
     def prepare(self, item: GeneratorItem, settings: Any) -> dict[str, Any] | GeneratedSample:
-        return {**item.fields, "language_name": name_of(item.fields["language"])}
+        return {**item.fields, "language_name": name_of(settings.language)}
 
 
 class Chains(Reader):
@@ -333,6 +278,6 @@ class Chains(Reader):
 
 
 READERS: Mapping[str, type[Reader]] = {
-    "chains": Chains, "documents": Documents, "pairs": Pairs, "problems": Problems, "records": Records,
-    "risks": Risks, "topics": Topics}
+    "chains": Chains, "documents": Documents, "pairs": Pairs, "problems": Problems, "queries": Queries,
+    "records": Records, "texts": Texts}
 """Name in a generator's file -> reader."""

@@ -2,23 +2,24 @@
 
 Steps run from top to bottom.  A step may ask a model, read a reply, set fields, judge, or divide the sample
 into several, each of which goes through the steps that follow.  The first check that fails ends a sample:
-what follows is not asked and not paid.
+later steps are not asked and not paid.
 """
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import MinLen
 
-from data_prep.synth.declared.functions import CHECKS, Answer, Judging
-from data_prep.synth.declared.parsers import PARSERS
-from data_prep.synth.declared.values import BadValue, compile_value, fill, unknown_names
-from data_prep.synth.generator import Ask, NoUsableReply, SampleVerdict
+from data_prep.synth.declared.functions import Answer
+from data_prep.synth.declared.parsers import PARSERS, Parser
+from data_prep.synth.generator import Ask, SampleVerdict
+from data_prep.synth.generators.documents.verdicts import agreed
+from data_prep.synth.replies import NoUsableReply
+from data_prep.synth.templates import BadTemplate, compile_value, fill, names_in, unknown_names
 from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.base.settings import AtLeastOne, NotBlank
 
@@ -28,7 +29,7 @@ EXPRESSIONS = frozenset(("when", "that", "of", "count", "most", "least", "temper
                          "thinking"))
 """Parts of steps that are no text."""
 MAX_KEPT_CHARS = 2000
-"""Of a reply that cannot be read, which stands in its rejected sample."""
+"""Of a reply that cannot be read, in its rejected sample."""
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Step(ABC):
         return []
 
     def problems(self, prompts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """Yield part and sentence of what is wrong with it, besides its values."""
+        """Yield part and sentence of each mistake, besides those of its values."""
         yield from ()
 
     @abstractmethod
@@ -82,13 +83,11 @@ class AskStep(Step):
     """Ask a model with a prompt of the file."""
 
     ask: str
-    """Name of the prompt."""
     into: str = "reply"
     """Field for the reply's text; of several replies, a list."""
     count: AtLeastOne | str | None = None
     """Replies to ask for; left out: one, as text."""
     temperature: float | str = "{{ temperature }}"
-    top_p: float = 1.0
     max_tokens: int | str = "{{ max_tokens }}"
     thinking: bool | str | None = None
     role: Literal["writer", "judge"] = "writer"
@@ -109,11 +108,11 @@ class AskStep(Step):
                           f"{nearest(self.ask, list(prompts))}")
 
     def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, prompt_folder: str) -> None:
-        count = values["count"]
+        count, thinking = values["count"], values["thinking"]
         try:
             replies = ask(f"{prompt_folder}/{self.ask}", draft.fields, count=count or 1, role=self.role,
-                          temperature=values["temperature"], top_p=self.top_p,
-                          max_tokens=values["max_tokens"], thinking=values["thinking"],
+                          temperature=values["temperature"], max_tokens=values["max_tokens"],
+                          thinking=draft.fields.get("thinking") if thinking is None else thinking,
                           attempts=self.attempts)
         except NoUsableReply as e:
             if self.unusable:
@@ -131,7 +130,7 @@ class ParseStep(Step):
     """Read a reply; it must have ended by itself and have the form that was asked for."""
 
     parse: Annotated[dict[str, Any], MinLen(1)]
-    """Parser -> what it reads: names, or an expression."""
+    """Parser -> its argument: names, or an expression."""
     of: str = "{{ reply }}"
     most: AtLeastOne | str = MAX_PER_REPLY
     """Samples that a reply with several parts may become."""
@@ -140,22 +139,21 @@ class ParseStep(Step):
     computed: ClassVar[tuple[str, ...]] = ("when", "of", "most")
 
     @property
-    def parser(self) -> Any:
+    def parser(self) -> Parser:
         return PARSERS[next(iter(self.parse))]
 
     @property
     def divides(self) -> bool:  # type: ignore[override]
-        return bool(self.parser.gives_several)
+        return self.parser.gives_several
 
     def gives(self) -> list[str]:
-        name, argument = next(iter(self.parse.items()))
-        return list(PARSERS[name].names(argument)) if name in PARSERS else []
+        return list(self.parser.names(next(iter(self.parse.values()))))
 
     def problems(self, prompts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         name, argument = next(iter(self.parse.items()))
         if len(self.parse) > 1 or name not in PARSERS:
             yield "parse", f"must be one of {', '.join(PARSERS)}{nearest(name, list(PARSERS))}"
-        elif said := PARSERS[name].problem(argument):
+        elif isinstance(said := PARSERS[name].names(argument), str):
             yield "parse", f"{name}: {said}"
 
     def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, prompt_folder: str
@@ -188,8 +186,7 @@ class EachStep(Step):
 
     def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, prompt_folder: str) -> Sequence[Draft]:
         (name, listed), = values["each"].items()
-        check_list(name, listed)
-        return [draft.part({name: one, "part": place}) for place, one in enumerate(listed)]
+        return [draft.part({name: one, "part": place}) for place, one in enumerate(_list(name, listed))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,10 +239,10 @@ class JudgeStep(Step):
     """The rubric."""
     material: Annotated[dict[str, str], MinLen(1)]
     """Name -> text, which the judge is told not to obey."""
-    name: str = "judge"
-    """Of the check; after `judge: `."""
+    name: str = ""
+    """Of the check, after `judge: `."""
     least: float | str = 0.0
-    """Grade that passes; with `into` alone nothing is checked."""
+    """Grade that passes; with `into` nothing is checked."""
     into: str = ""
     """Field for the grade."""
     computed: ClassVar[tuple[str, ...]] = ("when", "judge", "material", "least")
@@ -254,84 +251,76 @@ class JudgeStep(Step):
         return [self.into] if self.into else []
 
     def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, prompt_folder: str) -> None:
-        name = self.name if self.name == "judge" else f"judge: {self.name}"
+        if self.into:
+            draft.fields[self.into] = ask.judge(values["judge"], values["material"])
+            return
+        name = f"judge: {self.name}" if self.name else "judge"
         try:
             grade = ask.judge(values["judge"], values["material"])
         except NoUsableReply as e:
-            if self.into:
-                raise
             draft.check(name, False, str(e))
             return
-        if self.into:
-            draft.fields[self.into] = grade
-        else:
-            draft.check(name, grade >= values["least"], f"grade {grade:g}, at least {values['least']:g}")
+        draft.check(name, grade >= values["least"], f"grade {grade:g}, at least {values['least']:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckStep(Step):
-    """Run a check by its name.  Arguments that are left out are the fields of the same names."""
+class AgreedStep(Step):
+    """Check that an answer to `question` is the expected one: word for word, else by the judge."""
 
-    check: str
-    args: dict[str, Any] = field(default_factory=dict)
-    name: str = ""
-    """Of the verdict; empty: that of the check."""
+    agreed: Annotated[dict[str, Any], MinLen(3)]
+    """given, expected, and least: the judge's least grade; 0: no judge."""
+    name: str = "agreed"
+    """Of the check."""
     into: str = ""
     """Field for whether it passed; the sample then goes on either way."""
-    computed: ClassVar[tuple[str, ...]] = ("when", "args")
+    computed: ClassVar[tuple[str, ...]] = ("when", "agreed")
 
     def gives(self) -> list[str]:
         return [self.into] if self.into else []
 
     def problems(self, prompts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        if self.check not in CHECKS:
-            yield "check", f"must be one of {', '.join(CHECKS)}{nearest(self.check, list(CHECKS))}"
-            return
-        known = list(inspect.signature(CHECKS[self.check]).parameters)[1:]
-        for name in self.args:
-            if name not in known:
-                yield f"args.{name}", f"is no argument of {self.check}, which takes {', '.join(known)}"
-
-    def with_fields(self) -> CheckStep:
-        """Return this step with the arguments that are taken from fields."""
-        parameters = list(inspect.signature(CHECKS[self.check]).parameters.values())[1:]
-        taken = {one.name: "{{ " + one.name + " }}" for one in parameters
-                 if one.name not in self.args and one.default is inspect.Parameter.empty}
-        return replace(self, args={**taken, **self.args})
+        if set(self.agreed) != {"given", "expected", "least"}:
+            yield "agreed", "must have the keys given, expected and least"
 
     def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, prompt_folder: str) -> None:
-        verdicts = list(CHECKS[self.check](Judging(ask, self.name or self.check), **values["args"]))
+        verdict = agreed(ask, self.name, draft.fields["question"], language=draft.fields["language"],
+                         **values["agreed"])
         if self.into:
-            draft.fields[self.into] = all(verdict.passed for verdict in verdicts)
+            draft.fields[self.into] = verdict.passed
         else:
-            draft.verdicts += verdicts
+            draft.verdicts.append(verdict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ThatStep(Step):
-    """Check that an expression is true."""
+    """Check that an expression is true, or that a verdict or a list of verdicts passes."""
 
     that: NotBlank
     name: NotBlank
-    """Of the check."""
+    """Of the check; verdicts keep their own."""
     detail: str = ""
-    """What a reader is told where it fails."""
+    """Figures or words for a reader where it fails."""
     computed: ClassVar[tuple[str, ...]] = ("when", "that", "detail")
 
     def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, prompt_folder: str) -> None:
-        draft.check(self.name, bool(values["that"]), "" if values["that"] else str(values["detail"]))
+        found = values["that"]
+        verdicts = found if isinstance(found, list) else [found]
+        if all(isinstance(verdict, SampleVerdict) for verdict in verdicts):
+            draft.verdicts += verdicts
+        else:
+            draft.check(self.name, bool(found), "" if found else str(values["detail"]))
 
 
 VERBS: Mapping[str, type[Step]] = {
     "ask": AskStep, "parse": ParseStep, "each": EachStep, "every": EveryStep, "set": SetStep,
-    "note": NoteStep, "judge": JudgeStep, "check": CheckStep, "that": ThatStep}
+    "note": NoteStep, "judge": JudgeStep, "agreed": AgreedStep, "that": ThatStep}
 """Key that tells what a step does -> step."""
 
 
-def check_list(name: str, value: Any) -> None:
-    """Raise UserError where a value that is gone through is no list."""
+def _list(name: str, value: Any) -> Any:
     if not isinstance(value, (list, tuple)):
         raise UserError(f"{name} = {str(value)[:60]!r} must be a list; mend the step in the generator's file")
+    return value
 
 
 @dataclass(frozen=True)
@@ -355,8 +344,7 @@ class CompiledStep:
                 raise UserError(f"{prompt_folder}: a step with {', '.join(values)} cannot run "
                                 f"({type(e).__name__}: {e}); mend it") from None
         (name, listed), = values["every"].items()
-        check_list(name, listed)
-        for one in listed:
+        for one in _list(name, listed):
             draft.fields[name] = one
             for step in self.inner:
                 step.run(draft, ask, prompt_folder)
@@ -367,26 +355,23 @@ class CompiledStep:
 
 def compile_step(step: Step, inner: tuple[CompiledStep, ...], known: Sequence[str]
                  ) -> tuple[CompiledStep | None, list[tuple[str, str]]]:
-    """Compile a step whose names are sound; returns part and sentence of each problem as well.
+    """Compile a step whose form is sound; returns part and sentence of each problem as well.
 
     Args:
         step: the step.
         inner: its own steps.
         known: fields that settings, items and the steps before give.
     """
-    if isinstance(step, CheckStep):
-        step = step.with_fields()
-    if isinstance(step, AskStep) and step.thinking is None and "thinking" in known:
-        step = replace(step, thinking="{{ thinking }}")
     values: dict[str, Any] = {}
     problems: list[tuple[str, str]] = []
     for part in step.computed:
+        raw = getattr(step, part)
         try:
-            values[part] = compile_value(getattr(step, part))
-        except BadValue as e:
+            values[part] = compile_value(raw)
+        except BadTemplate as e:
             problems.append((part, str(e)))
             continue
-        problems += [(part, said) for said in unknown_names(values[part], known)]
-        if part in EXPRESSIONS and isinstance(getattr(step, part), str) and not values[part].is_expression:
+        problems += [(part, said) for said in unknown_names(names_in(values[part]), known)]
+        if part in EXPRESSIONS and isinstance(raw, str) and not values[part].is_expression:
             problems.append((part, "must be one {{ expression }}, or a value that is no text"))
-    return None if problems else CompiledStep(step, values, inner), problems
+    return (None if problems else CompiledStep(step, values, inner)), problems

@@ -1,23 +1,24 @@
 """Generator `solutions`: of several solutions of a problem those that are right and differ.
 
 Solar Open (arXiv 2601.07022) trains on two to five solutions of a query that differ, each verified by its
-answer; where no answer is known, that of the majority may be taken (self-consistency, arXiv 2203.11171).
+answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from annotated_types import Gt, Le
+from annotated_types import Le
 
 from data_prep.responses.trajectories import Solution, diverse
-from data_prep.synth.final_answers import Way, boxes, check, ends_in_box, groups
+from data_prep.synth.final_answers import Way, boxes, check, ends_in_box
 from data_prep.synth.generator import (
-    Ask, GeneratedSample, Generator, GeneratorItem, Grade, Reply, SampleVerdict, Temperature)
+    Ask, GeneratedSample, Generator, GeneratorItem, Grade, SampleVerdict, Temperature)
 from data_prep.synth.problems import read_problems
+from data_prep.synth.replies import Reply
 from megatron_sov.base.settings import AtLeastOne, Share, at_most
 
 RUBRIC = ("Material is a problem and a solution whose final answer is known to be right. Is each step of the "
@@ -40,12 +41,6 @@ class SolutionsSettings:
     has it."""
     way: Way = "auto"
     """How answers are compared: the reward `math`, the reward `stem`, or auto: as the answer looks."""
-    vote: bool = False
-    """Take the answer of the majority where a problem has none; without, such a problem is refused."""
-    min_agreement: Annotated[Share, Gt(0)] = 0.5
-    """Share of the solutions asked for that has to give the answer which is voted for."""
-    min_votes: Annotated[AtLeastOne, at_most("num_draws")] = 3
-    """Solutions that have to give it."""
     min_judge: Grade = 0.0
     """Score from 0 to 10 that the judge has to give the working; 0: it is not asked."""
     language: str = ""
@@ -117,14 +112,11 @@ class Solutions(Generator):
     name: ClassVar[str] = "solutions"
     kind = "chat"
     help: ClassVar[str] = "two to five solutions of each problem that differ, verified by its answer"
-    templates: ClassVar[Mapping[str, Sequence[str]]] = {
-        "solutions/solve": ("problem", "choices", "language")}
     Settings = SolutionsSettings
     settings: SolutionsSettings
 
     def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
-        return read_problems(inputs, needs_answer="" if self.settings.vote else
-                             "add it, or let solutions vote with --set vote=true")
+        return read_problems(inputs, needs_answer="solutions are compared with it; add it")
 
     def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
         """Yield each solution of a problem; a draw without an answer of use counts as a wrong one."""
@@ -132,18 +124,13 @@ class Solutions(Generator):
         replies = ask("solutions/solve", count=s.num_draws, temperature=s.temperature,
                       max_tokens=s.max_tokens, thinking=s.thinking, problem=item.fields["problem"],
                       choices=choices, language=s.language)
-        drafts = [Draft.of(reply) for reply in replies]
         wanted: str = item.fields["answer"]
-        voted: dict[str, int] = {}
-        if not wanted:
-            wanted, voted, drafts = self._vote(drafts, choices)
-        if wanted:
-            drafts = judged(drafts, wanted, choices, s.way)
-        # counted here: the pass rate knows nothing of the judge, or of how alike solutions are
+        drafts = judged([Draft.of(reply) for reply in replies], wanted, choices, s.way)
+        # counted here: the pass rate depends neither on the judge nor on how alike solutions are
         num_right = sum(draft.is_good for draft in drafts)
         drafts = self._apart([self._judge(draft, item, ask) for draft in drafts])
         notes = {"answer": wanted, "num_draws": s.num_draws, "num_right": num_right,
-                 "pass_rate": num_right / s.num_draws, **voted}
+                 "pass_rate": num_right / s.num_draws}
         asked = _with_choices(item.fields["problem"], choices)
         for draft in drafts:
             thought = {"reasoning_content": draft.reply.thinking} if draft.reply.thinking else {}
@@ -151,20 +138,6 @@ class Solutions(Generator):
                                    {"role": "assistant", **thought, "content": draft.reply.text.strip()}],
                       "answer": wanted}
             yield GeneratedSample(record, draft.verdicts, group=item.id, notes=notes)
-
-    def _vote(self, drafts: Sequence[Draft], choices: Sequence[str]
-              ) -> tuple[str, dict[str, int], list[Draft]]:
-        """Return the answer that most solutions give (empty: too few agree), the votes, and the solutions
-        with whether it was found."""
-        s = self.settings
-        places = [i for i, draft in enumerate(drafts) if draft.answer]
-        found = groups([drafts[i].answer for i in places], choices, s.way)
-        votes, second, *_ = [*map(len, found), 0, 0]
-        # of all draws, since one of no use does not agree; a tie is no majority
-        enough = votes >= max(s.min_votes, s.min_agreement * s.num_draws) and votes > second
-        detail = f"{votes} of {s.num_draws} solutions agree, {second} on another answer"
-        return (drafts[places[found[0][0]]].answer if enough else "", {"num_votes": votes},
-                [draft.with_verdict("agreement", enough, detail) for draft in drafts])
 
     def _judge(self, draft: Draft, item: GeneratorItem, ask: Ask) -> Draft:
         if not self.settings.min_judge or not draft.is_good:

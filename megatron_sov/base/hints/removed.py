@@ -20,8 +20,10 @@ COMMANDS = {
     "megatron-sov codec train": "train a codec with diffusers or transformers, and read the folder of its "
                                 "`save_pretrained` with `megatron-sov codec import`",
     "megatron-sov convert deepen": "use mergekit's passthrough method on the folder of `convert to-hf`",
+    "megatron-sov convert settings": "type the option to `megatron-sov pretrain`, which names ours",
     "megatron-sov convert to-gguf": "use convert_hf_to_gguf.py of llama.cpp on the folder of `convert to-hf`",
     "megatron-sov convert upcycle": "use mergekit-moe on the folder of `convert to-hf`",
+    "megatron-sov eval bigram": "`megatron-sov eval ppl` has bits per byte, which compare tokenizers",
     **dict.fromkeys(("megatron-sov eval inspect", "megatron-sov eval play"),
                     "serve the model with `megatron-sov serve` and run inspect-ai on its address"),
     "megatron-sov distill rounds": "use `megatron-sov rl run ... --teacher TEACHER --reward none --set "
@@ -38,8 +40,8 @@ COMMANDS = {
     "sov-data report": "`sov-data inspect DIR` shows what each step of a pipeline dropped; summary.json of "
                        "`sov-data synth` has the counts of its checks",
     **dict.fromkeys(("sov-data difficulty fit", "sov-data difficulty check"),
-                    "use `sov-data scorer train --kind regressor --labels LABELS/labels.jsonl` on the output of "
-                    "`sov-data difficulty label`, and `sov-data scorer check`"),
+                    "use `sov-data scorer train --kind regressor --labels LABELS/labels.jsonl` on the output "
+                    "of `sov-data difficulty label`, and `sov-data scorer check`"),
     "sov-data card": "manifest.json and summary.json of the output have sources, counts and hashes",
     "sov-tokenizer graft": "resize the model with transformers' `resize_token_embeddings`; `sov-tokenizer "
                            "media` adds tokens of pictures and sounds",
@@ -50,7 +52,7 @@ OPTIONS = {
                     "`megatron-sov tools run ENV TARGET` has a model play a tool environment"),
     "megatron-sov convert to-hf --quantize": "quantize the folder with llm-compressor",
     **dict.fromkeys((f"megatron-sov eval lm --{name}" for name in (
-        "model", "key-env", "same-model", "tokenizer", "concurrent")),
+        "key-env", "same-model", "tokenizer", "concurrent")),
         "ask an endpoint with lm-eval's own command `lm_eval --model local-chat-completions`"),
     **dict.fromkeys(("megatron-sov inspect --page", "sov-data inspect --page"),
                     "redirect the text: `megatron-sov inspect PATH > facts.txt`"),
@@ -76,6 +78,8 @@ OPTIONS = {
     **dict.fromkeys((f"megatron-sov submit --{name}" for name in ("job-name", "manifest", "apply")),
                     "submit to a Slurm cluster; Kubernetes is not supported"),
     "sov-data mix --search": "set the shares with --blend",
+    **dict.fromkeys(("sov-data scorer train --encoder", "sov-data scorer train --max-tokens"),
+                    "train the linear model over n-grams, which needs no GPU"),
     **dict.fromkeys((f"sov-data inspect --{name}" for name in ("id", "where", "text", "dropped", "source")),
                     "`sov-data inspect OUT` prints what each step dropped; read shards/ and quarantine/ of "
                     "the output with pandas or DuckDB for single documents"),
@@ -91,7 +95,8 @@ OPTIONS = {
     **dict.fromkeys(("sov-data synth --benchmarks", "sov-data synth --languages"),
                     "write the steps `decontaminate` and `language` into a file for --checks"),
     **dict.fromkeys(("sov-data probing-sets --against", "sov-data probing-sets --per-domain"),
-                    "remove the problems from the training input: `sov-data decontaminate --benchmarks SETS`"),
+                    "take the problems out of the training input: `sov-data decontaminate --benchmarks "
+                    "SETS`"),
     **dict.fromkeys(("sov-data synth --labels", "sov-data synth --min-kappa"),
                     "compare kept.jsonl and rejected.jsonl with scikit-learn's `cohen_kappa_score`"),
 }
@@ -145,11 +150,19 @@ VALUES = {
 }
 """Value of an option or setting, such as an engine, recipe or model family -> what to use in its place."""
 PIPELINE = {
-    **dict.fromkeys(("arrow", "dataset"), "save it as Parquet: `datasets.load_dataset(...).to_parquet(FILE)`"),
+    **dict.fromkeys(("arrow", "dataset"), "save it as Parquet with `to_parquet` of datasets"),
     **dict.fromkeys(("epub", "office"), "convert the files to text with pandoc"),
     "parallel": "write a JSON line with `text` for each pair of sentences",
     **dict.fromkeys(("pdf.repeated_lines", "pdf.max_pages", "warc.repeated_lines", "warc.max_pages"),
                     "running heads are always taken out, and `time_s` limits a file"),
+    "safety": "drop documents by a function of your own: the step `code`",
+    "exact_dedup.compare": "texts are compared in Unicode's form NFKC with single blanks",
+    **dict.fromkeys(("paragraph_dedup.keep", "paragraph_dedup.split"),
+                    "lines are compared, and the first document keeps them"),
+    "minhash_dedup.verify": "candidates are always compared by all their shingles",
+    "minhash_dedup.keep": "the longest document stays; `priority` of a source goes before",
+    "decontaminate.action": "documents are dropped; the step `code` can cut them",
+    "decontaminate.context_chars": "the column `contamination` names the items",
 }
 """Format, step, or FORMAT.option or STEP.setting of a pipeline file -> what to use in its place."""
 KINDS = {
@@ -177,12 +190,15 @@ def check_command(program: str, words: Sequence[str]) -> None:
     Raises:
         UserError: the command or option was removed; the message says what serves in its place.
     """
-    for count in (2, 1):
+    for count in (3, 2, 1):
         typed = " ".join([program, *words[:count]])
         if instead := COMMANDS.get(typed):
             raise UserError(f"{typed}: was removed in this version; {instead}")
         for word in words[count:]:
             option = word.partition("=")[0]
+            # next to --model_args, lm-eval's --model is a kind of model, which `words` leaves out
+            if option == "--model" and any(one.startswith(("--model_args", "--model-args")) for one in words):
+                continue
             if instead := OPTIONS.get(f"{typed} {option}"):
                 raise UserError(f"{typed} {option}: was removed in this version; {instead}")
 

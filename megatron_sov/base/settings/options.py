@@ -424,7 +424,7 @@ def _under_its_name(problem: SettingsProblem, names: Mapping[str, str]) -> Setti
 
 def _fields(cls: Any, above: tuple[str, ...] = ()) -> Iterator[_Given]:
     """Yield what the command line has of a class of settings and of those inside it."""
-    hints, docs = hints_of(cls), _docs(cls)
+    hints, docs = hints_of(cls), field_docs(cls)
     for field in dataclasses.fields(cls):
         flag, hint, repeats = _taken_apart(hints[field.name])
         if flag.name == "-" or not field.init:
@@ -476,7 +476,7 @@ def _module_docs(module: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def _docs(cls: type) -> dict[str, str]:
+def field_docs(cls: type) -> dict[str, str]:
     """Return field -> help, of a class and of those that it is made from."""
     found: dict[str, str] = {}
     for each in reversed(cls.__mro__):

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type
 
 from megatron_sov.base.errors import nearest
 from megatron_sov.base.hints.removed import was_removed
-from megatron_sov.base.hints.table import table
+from megatron_sov.base.hints.table import note_on, table
 from megatron_sov.base.settings.problem import (
     UNSET, ProblemCode, Relation, SettingsError, SettingsProblem, as_problem)
 
@@ -39,6 +39,8 @@ _BOUNDS = {"greater_than": "must be above {gt}", "greater_than_equal": "must be 
            "string_too_long": "must have at most {max_length} characters"}
 _SHORT_NUMBER = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmbtKMBT])")
 _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*%")
+_SPAN = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([hdw])")
+_HOURS = {"h": 1, "d": 24, "w": 168}
 _THOUSANDS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
 
@@ -263,9 +265,14 @@ def _problem(cls: Any, error: Any, instead: Instead) -> SettingsProblem:
 
 
 def _foreign(key: str, value: str) -> str:
-    """Return the end of a sentence about a value of another program; "" if the table has none for the key."""
-    ours = table()["values"].get(key, {}).get(value.lower())
-    return f"; it is {ours} here" if ours else ""
+    """Return the end of a sentence about a value of another program: ours, a note, or of an algorithm the
+    command that trains by it; "" if the table has none."""
+    if ours := table()["values"].get(key, {}).get(value.lower()):
+        return f"; it is {ours} here"
+    rows = table()["commands"]["megatron-sov"] if key.rpartition(".")[2] == "method" else {}
+    command = next((text for words, text in rows.items() if value.lower() in words.split()), "")
+    found = note_on(value) or command
+    return f"; {found}" if found else ""
 
 
 def _type_way_out(wanted: str, value: Any, key: str) -> str:
@@ -276,6 +283,10 @@ def _type_way_out(wanted: str, value: Any, key: str) -> str:
         return f"write {number:.0f}" + (f" or {float(found[1]) * 1024:.0f}" if found[2] in "kK" else "")
     if wanted == "float" and isinstance(value, str) and (found := _PERCENT.fullmatch(value.strip())):
         return f"write {float(found[1]) / 100:g}"
+    if wanted == "float" and isinstance(value, str) and key.endswith(("days", "hours")) and (
+            found := _SPAN.fullmatch(value.strip().lower())):
+        hours = float(found[1]) * _HOURS[found[2]]
+        return f"write {hours if key.endswith('hours') else hours / 24:g}"
     if wanted == "int" and isinstance(value, float) and 0 < value < 1 and "steps" in key:
         return f"{value:g} of 1000 steps are {value * 1000:.0f}"
     if wanted == "string" and isinstance(value, bool):

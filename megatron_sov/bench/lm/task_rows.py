@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,14 +20,10 @@ from megatron_sov.base.errors import UserError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-LOADERS = {"json": (".json", ".jsonl"), "csv": (".csv", ".tsv"), "text": (".txt",), "parquet": (".parquet",)}
+LOADERS = {"json": (".json", ".jsonl"), "csv": (".csv", ".tsv"), "parquet": (".parquet",)}
 """What may stand as `dataset_path` -> the files that it reads; others are fetched, or are code."""
-OPTIONS = {"json": ("field",), "text": ("sample_by", "encoding"), "parquet": ("columns",),
-           "csv": ("delimiter", "sep", "quotechar", "column_names", "encoding", "features")}
+OPTIONS = {"json": ("field",), "csv": ("delimiter",), "parquet": ()}
 """Loader (`dataset_path`) -> the `dataset_kwargs` that it reads in addition to `data_files`."""
-CELL_TYPES: dict[str, Callable[[str], Any]] = {"string": str, "int64": int, "float64": float,
-                                              "bool": {"true": True, "false": False}.__getitem__}
-"""Type name of `dataset_kwargs.features` -> conversion of a CSV cell."""
 MAX_FILE_BYTES = 4 << 30
 """Largest data file; a task's rows are held in memory."""
 MAX_CELL_CHARS = 64 << 20
@@ -86,7 +82,7 @@ def read_rows(loader: str, file: Path, options: Mapping[str, Any]) -> Iterator[d
     Raises:
         UserError: it cannot be read as the loader's format.
     """
-    read = {"json": _read_json, "csv": _read_csv, "text": _read_text, "parquet": _read_parquet}
+    read = {"json": _read_json, "csv": _read_csv, "parquet": _read_parquet}
     return read[loader](file, options)
 
 
@@ -101,23 +97,11 @@ def find_option_problem(loader: str, options: Mapping[str, Any]) -> str | None:
     if unknown := sorted(map(str, set(options) - set(OPTIONS[loader]))):
         return (f"dataset_kwargs has {', '.join(unknown)}, which `dataset_path: {loader}` does not read; "
                 f"leave it out, or use {', '.join(('data_files', *OPTIONS[loader]))}")
-    for name in ("columns", "column_names"):
-        value = options.get(name)
-        if value is not None and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
-            return f"dataset_kwargs.{name} is {value!r:.80}; write a list of names"
-    for name in ("field", "encoding", "sample_by"):
-        if not isinstance(options.get(name, ""), str):
-            return f"dataset_kwargs.{name} is {options[name]!r:.80}; write a text"
-    for name in ("delimiter", "sep", "quotechar"):
-        value = options.get(name, ",")
-        if not (isinstance(value, str) and len(value) == 1):
-            return f"dataset_kwargs.{name} is {value!r:.80}; write one character"
-    if options.get("sample_by", "line") not in ("line", "paragraph", "document"):
-        return f"dataset_kwargs.sample_by is {options['sample_by']!r:.80}; write line, paragraph or document"
-    types = options.get("features", {})
-    if not isinstance(types, dict) or any(str(cell_type) not in CELL_TYPES for cell_type in types.values()):
-        return (f"dataset_kwargs.features is {types!r:.80}; write COLUMN: TYPE with a type of "
-                f"{', '.join(CELL_TYPES)}")
+    if not isinstance(options.get("field", ""), str):
+        return f"dataset_kwargs.field is {options['field']!r:.80}; write a text"
+    delimiter = options.get("delimiter", ",")
+    if not (isinstance(delimiter, str) and len(delimiter) == 1):
+        return f"dataset_kwargs.delimiter is {delimiter!r:.80}; write one character"
     return None
 
 
@@ -132,7 +116,7 @@ def _read_json(file: Path, options: Mapping[str, Any]) -> Iterator[dict[str, Any
             yield dict(row)
         return
     try:
-        found = json.loads(_read_whole(file, "utf-8-sig"))
+        found = json.loads(_read_whole(file))
     except (ValueError, RecursionError) as e:
         raise UserError(f"{file}: is no valid JSON ({str(e)[:200]}); mend it") from None
     if field is not None:
@@ -145,13 +129,9 @@ def _read_json(file: Path, options: Mapping[str, Any]) -> Iterator[dict[str, Any
 
 
 def _read_csv(file: Path, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    default = "\t" if file.suffix == ".tsv" else ","
-    delimiter = options.get("delimiter") or options.get("sep") or default
-    types = options.get("features", {})
-    text = _read_whole(file, options.get("encoding", "utf-8-sig"))
+    delimiter = options.get("delimiter") or ("\t" if file.suffix == ".tsv" else ",")
     csv.field_size_limit(MAX_CELL_CHARS)
-    reader = csv.DictReader(io.StringIO(text, newline=""), fieldnames=options.get("column_names"),
-                            delimiter=delimiter, quotechar=options.get("quotechar", '"'), strict=True)
+    reader = csv.DictReader(io.StringIO(_read_whole(file), newline=""), delimiter=delimiter, strict=True)
     try:
         names = reader.fieldnames or ()
         if len(set(names)) < len(names):
@@ -162,32 +142,9 @@ def _read_csv(file: Path, options: Mapping[str, Any]) -> Iterator[dict[str, Any]
                 raise UserError(f"{file}: line {reader.line_num} has another number of cells than the "
                                 f"{len(reader.fieldnames or ())} columns; mend it, or quote the cell with "
                                 f"{delimiter!r} in it")
-            yield {name: _convert_cell(f"{file}: line {reader.line_num}", name, cell, types)
-                   for name, cell in row.items()}
+            yield row
     except csv.Error as e:
         raise UserError(f"{file}: line {reader.line_num} is no valid CSV ({e}); mend it") from None
-
-
-def _convert_cell(place: str, name: str, cell: str, types: Mapping[str, str]) -> Any:
-    if name not in types:
-        return cell
-    try:
-        return CELL_TYPES[types[name]](cell.lower() if types[name] == "bool" else cell)
-    except (ValueError, KeyError):
-        raise UserError(f"{place}: {name} is {cell!r:.80}, which is no {types[name]}; mend it, or change "
-                        "dataset_kwargs.features") from None
-
-
-def _read_text(file: Path, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    text = _read_whole(file, options.get("encoding", "utf-8-sig"))
-    sample_by = options.get("sample_by", "line")
-    if sample_by == "document":
-        yield {"text": text}
-    elif sample_by == "paragraph":
-        yield from ({"text": paragraph} for paragraph in text.split("\n\n") if paragraph)
-    else:
-        lines = text.split("\n")
-        yield from ({"text": line} for line in (lines if lines[-1] else lines[:-1]))
 
 
 def _read_parquet(file: Path, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -196,7 +153,7 @@ def _read_parquet(file: Path, options: Mapping[str, Any]) -> Iterator[dict[str, 
 
     try:
         with pq.ParquetFile(file) as table:
-            for batch in table.iter_batches(256, columns=options.get("columns")):
+            for batch in table.iter_batches(256):
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as e:
         raise UserError(f"{file}: is no Parquet file that can be read ({' '.join(str(e).split())[:200]}); "
@@ -208,15 +165,14 @@ def _begins_with_bracket(file: Path) -> bool:
         return f.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
 
 
-def _read_whole(file: Path, encoding: str) -> str:
+def _read_whole(file: Path) -> str:
     """Return a file's text with its line ends as `\\n`."""
     if file.stat().st_size > MAX_FILE_BYTES:
         raise UserError(f"{file}: is larger than {MAX_FILE_BYTES >> 30} GiB; take fewer items")
     try:
-        return file.read_text(encoding=encoding)
-    except (UnicodeDecodeError, LookupError) as e:
-        raise UserError(f"{file}: cannot be decoded as {encoding} ({e}); write it in UTF-8, or set "
-                        "dataset_kwargs.encoding") from None
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{file}: is no UTF-8 text ({e}); write it in UTF-8") from None
 
 
 def _is_index(cell: str) -> bool:

@@ -1,4 +1,4 @@
-"""`megatron-sov eval ppl | needle | pairs | passk | media | lm | logits | bigram`."""
+"""`megatron-sov eval ppl | needle | pairs | passk | media | lm | logits`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
 
 LANGUAGES: tuple[Language, ...] = get_args(Language)
-DEFAULT_SEQ_LEN, DEFAULT_HELDOUT_TOKENS, DEFAULT_TRAIN_TOKENS = 4096, 65536, 100_000_000
+DEFAULT_HELDOUT_TOKENS = 65536
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +83,6 @@ class LogitsOptions(RecordOptions, RankOptions):
     """Hugging Face folder of the same model."""
     lengths: Annotated[tuple[AtLeastOne, ...], Flag(many=True)] = PARITY_LENGTHS
     """Tokens of the random documents that are compared."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BigramOptions(CutOptions):
-    """The Kneser-Ney bigram baseline on the same held-out documents."""
-
-    max_train_tokens: AtLeastOne = DEFAULT_TRAIN_TOKENS
-    """Training tokens of each source that are counted at most."""
 
 
 def _ppl(args: PplOptions) -> int:
@@ -164,21 +156,6 @@ def _logits(args: LogitsOptions) -> int:
     return ExitCode.OK if all(c.passed for c in checks) else ExitCode.GATE_FAILED
 
 
-def _bigram(args: BigramOptions) -> int:
-    events = begin_task(args)
-    from megatron_sov.eval.heldout import evaluate_bigram, open_heldout
-    from megatron_sov.runs.folder import RunFolder
-
-    config = RunFolder(args.run).config() if args.run else None
-    seq_len = args.seq_len or (config.data.max_seq_len() if config else DEFAULT_SEQ_LEN)
-    max_tokens = args.max_tokens or (config.data.heldout_tokens if config else DEFAULT_HELDOUT_TOKENS)
-    data = open_heldout(data_paths(args.data), seq_len, max_tokens)
-    found = {name: asdict(r) for name, r in evaluate_bigram(data, args.max_train_tokens).items()}
-    events.add("baseline", bigram=found)
-    show_figures(args.json, found, _loss_table(found))
-    return ExitCode.OK
-
-
 def _loss_table(found: dict[str, dict[str, Any]]) -> str:
     width = max(map(len, [*found, "source"]))
     rows = [f"{name:<{width}}  {r['tokens']:>9,}  {r['loss']:>8.4f}  {r['bits_per_byte']:>13.4f}"
@@ -242,6 +219,6 @@ ACTIONS: Actions = {
     "lm": Command("megatron_sov.commands.evaluate.benchmarks:LM",
                   "Score a model on tasks of lm-eval's form, by its own prompts and metrics, offline",
                   page="eval_lm.md"),
-    "logits": (LogitsOptions, _logits), "bigram": (BigramOptions, _bigram)}
+    "logits": (LogitsOptions, _logits)}
 add_arguments = partial(add_actions, actions=ACTIONS)
 run = partial(run_action, ACTIONS)

@@ -1,4 +1,4 @@
-"""`megatron-sov convert from-hf | to-hf | from-megatron | settings | from-peft | to-peft | average
+"""`megatron-sov convert from-hf | to-hf | from-megatron | from-peft | to-peft | average
 | verify | inspect`.
 
 The command stands here and not in `convert`, since `verify` runs both models, which rooms above that one do.
@@ -7,10 +7,7 @@ The command stands here and not in `convert`, since `verify` runs both models, w
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Gt, Le
 
-from megatron_sov.base.artifacts import atomic_write, to_json, write_output
+from megatron_sov.base.artifacts import to_json, write_output
 from megatron_sov.base.errors import ExitCode, UserError, nearest
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import Actions, AtLeastOne, Flag, add_actions, parse_nested, run_action
@@ -28,11 +25,8 @@ from megatron_sov.commands.shared_options import (
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.model import recipes
-from megatron_sov.model.config import ModelConfig, from_dict
+from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.config.train import AverageKind
-from megatron_sov.model.counterparts.architecture import of_arguments
-from megatron_sov.model.counterparts.settings import (
-    MAX_CHARS, TranslatedSettings, nested, of_sections, read_arguments, read_sections, translate)
 from megatron_sov.model.families.count import num_params
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
 from megatron_sov.runs.checkpoints import HF_MODEL, KIND, RUN, refuse_missing, refuse_other_kind
@@ -175,70 +169,6 @@ class ConvertInspectOptions(PluginOptions):
     """Print as JSON."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TranslateOptions(PluginOptions):
-    """Print settings of Megatron-LM or Megatron-Bridge as ours, with what has no counterpart."""
-
-    source: Annotated[str, Flag("FILE|ARGUMENTS")]
-    """A YAML file of Megatron-Bridge, a shell script with arguments of Megatron-LM, or these arguments
-    themselves in quotes; read, never run."""
-    family: Annotated[str, Flag(value="NAME")] = ""
-    """Family of the model (default: the only one that fits)."""
-    output: Annotated[Path | None, Flag(value="FILE")] = None
-    """Also write the settings as a file for --config."""
-
-
-YAML = (".yaml", ".yml")
-RECIPE = "from-megatron"
-
-
-# `megatron-sov convert settings`: a run's settings of Megatron-LM or Megatron-Bridge, as ours.
-
-
-def run_settings(args: TranslateOptions) -> int:
-    """Print them; returns the exit code."""
-    check_output("--output", args.output)
-    made, unresolved = _read(args.source, args.family)
-    if not made.ours:
-        raise UserError(f"{args.source[:80]}: holds no setting of Megatron that is known here; pass a "
-                        "YAML file of Megatron-Bridge, or a script with arguments such as --num-layers 48")
-    for name, value in made.ours.items():
-        print(f"--set {shlex.quote(f'{name}={value if isinstance(value, str) else json.dumps(value)}')}")
-    for title, found in (("not taken over:", made.lost), ("not known from the text:", unresolved),
-                         ("without a counterpart, and nothing is lost:", made.no_need)):
-        if found:
-            print(f"\n{title}")
-            for name, why in found.items():
-                print(f"  {name}: {why}")
-    if made.unknown:
-        print(f"\nnot known here, so look at them yourself:\n  {', '.join(sorted(made.unknown))}")
-    if args.output is not None:
-        # behind the printing: the lines are of use where no file can be made
-        if not made.is_whole:
-            raise UserError(f"--output {args.output}: the settings do not say a whole architecture, which "
-                            "a config has; use the --set lines above with a recipe")
-        atomic_write(args.output, to_json(from_dict({"recipe": RECIPE, **nested(made.ours)}).to_dict()))
-        print(f"\nwrote {args.output}")
-    return ExitCode.OK
-
-
-def _read(source: str, family: str) -> tuple[TranslatedSettings, dict[str, str]]:
-    """Return what a source says, and what it leaves to variables."""
-    if source.endswith(YAML):
-        return translate(of_sections(read_sections(Path(source))), family), {}
-    text = source
-    # arguments in quotes, or the name of a file that holds them; `isfile` is false for a text that is longer
-    # than a path may be, where `Path.is_file` raises an error
-    if "--" not in source or os.path.isfile(source):
-        try:
-            with open(source, encoding="utf-8") as file:
-                text = file.read(MAX_CHARS)
-        except (OSError, ValueError) as e:
-            raise UserError(f"{source[:200]}: is neither a file that can be read ({e}) nor arguments; pass "
-                            "one of them") from None
-    found = read_arguments(text)
-    unresolved = {name: f"{value} is not set there" for name, value in found.unresolved.items()}
-    return translate(of_arguments(found.values), family), unresolved
 
 
 # `megatron-sov convert from-megatron`: a checkpoint of Megatron-LM or Megatron-Bridge as one of ours.
@@ -351,11 +281,6 @@ def _from_megatron(args: FromMegatronOptions) -> int:
     return run_from_megatron(args)
 
 
-def _settings(args: TranslateOptions) -> int:
-    load_plugins(args.plugins)
-    return run_settings(args)
-
-
 def _verify(args: VerifyOptions) -> int:
     check_output("--card", args.card)
     _begin(args, args.a, args.b)
@@ -431,7 +356,7 @@ def _facts(path: Path) -> dict[str, Any]:
 
 ACTIONS: Actions = {
     "from-hf": (FromHfOptions, _from_hf), "to-hf": (ToHfOptions, _to_hf),
-    "from-megatron": (FromMegatronOptions, _from_megatron), "settings": (TranslateOptions, _settings),
+    "from-megatron": (FromMegatronOptions, _from_megatron),
     "to-peft": (ToPeftOptions, _to_peft), "from-peft": (FromPeftOptions, _from_peft),
     "average": (AverageOptions, _average), "verify": (VerifyOptions, _verify),
     "inspect": (ConvertInspectOptions, _inspect)}

@@ -16,6 +16,7 @@ import shlex
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -427,7 +428,8 @@ def _stage(stage: str, argv: list[str], options: SubmitOptions) -> int:
         raise UserError(f"--scripts {options.scripts}: belongs to a chain; "
                         "--dry-run prints the script of a stage")
     check_stage(stage)
-    profile = cluster.load(_cluster_name(options), account=options.account, partition=options.partition)
+    profile = cluster.load(_cluster_name(options, stage, argv), account=options.account,
+                           partition=options.partition)
     request = submission.SubmitRequest(stage, tuple(argv), profile, options.nodes or 1, options.min_nodes,
                                        cluster.settings_by_nodes(options.nodes_set), options.array,
                                        time_limit=options.time_limit, cluster=_cluster_name(options),
@@ -492,8 +494,18 @@ def _chain(argv: list[str], options: SubmitOptions) -> int:
     return 0
 
 
-def _cluster_name(options: SubmitOptions) -> str:
-    if options.cluster is None:
-        raise UserError(f"--cluster: is missing; pass one of {', '.join(cluster.names())}, "
-                        "or a YAML file of your own")
-    return options.cluster
+def _cluster_name(options: SubmitOptions, stage: str = "", argv: Sequence[str] = ()) -> str:
+    """Return the value of --cluster; if it is missing, the error says what is wrong with the stage's own
+    arguments too, e.g. options of sbatch."""
+    if options.cluster is not None:
+        return options.cluster
+    sentence = (f"--cluster: is missing; pass one of {', '.join(cluster.names())}, or a YAML file of your own"
+                + "; and --account NAME if your Slurm asks for one" * (options.account is None))
+    if stage in COMMANDS:
+        parser = Parser(prog=f"submit {stage}")
+        COMMANDS[stage](parser)
+        try:
+            parser.parse_args(argv)
+        except UserError as e:
+            sentence += f"; {e}"
+    raise UserError(sentence)

@@ -17,7 +17,7 @@ from megatron_sov.base.settings import Flag, NotNegative, command_of, read_optio
 from megatron_sov.commands.score import REWARDS, JudgeOptions, RewardSet
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.reward import (
-    ENVIRONMENT, NO_REWARD, JudgingJob, RewardSummary, judging, reward_version, second_opinions)
+    ENVIRONMENT, NO_REWARD, JudgingJob, RewardSummary, judging, reward_version)
 from megatron_sov.rollouts.prompts import rounds_between
 from megatron_sov.work.progress.locks import Claims
 from megatron_sov.work.progress.progress_bar import work_bar
@@ -66,8 +66,7 @@ def run_reward(args: argparse.Namespace) -> int:
     store = opened_store(options.store, options.wait)
     with judging(options.reward, options.reward_set, options.workers) as judge:
         job = JudgingJob(store, Claims(store.claims, options.lease), version, judge, rounds,
-                         {"reward": options.reward, "settings": list(options.reward_set)}, options.wait,
-                         opinions=second_opinions(options.reward, options.reward_set, version, store))
+                         {"reward": options.reward, "settings": list(options.reward_set)}, options.wait)
         with work_bar("judge", sum(part.num_rows for part in job.missing()), "response") as bar:
             job.progress = bar.update
             summary = job.run()

@@ -33,7 +33,7 @@ from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.model.config.run import with_policies, with_rounds
 from megatron_sov.model.objectives import factory
 from megatron_sov.model.recipes.requested import RecipeOptions
-from megatron_sov.post.rl.reward import ENVIRONMENT, judging, refuse_unjudged, reward_version, second_opinions
+from megatron_sov.post.rl.reward import ENVIRONMENT, judging, refuse_unjudged, reward_version
 from megatron_sov.rollouts.prompts import PromptList, list_set_aside, round_prompts, rounds_between
 from megatron_sov.runs.checkpoints import files_sha256, refuse_missing
 from megatron_sov.runs.folder import ROLLOUT, ROUNDS, VALIDATION, RunFolder, fixed_settings
@@ -436,7 +436,6 @@ def _run(args: RlRunOptions, parsed: ParsedRounds, began_s: float) -> None:
         partial(judging, args.reward, args.reward_set, args.workers),
         {"engine": args.engine, "environment": args.environment, "reward": args.reward},
         config.policy.parts.max_gen_batches,
-        partial(second_opinions, args.reward, args.reward_set, parsed.reward_version),
         _live_servers(args, config, start))
     validation = _validation(args, parsed, producer, start, environment)
     try:

@@ -175,8 +175,8 @@ def refuse_no_engine(engine: str, urls: Sequence[str], python: Path | None) -> N
     with open(os.devnull, "w") as out:
         code = start_command([word, "-c", looks], stdout=out, stderr=out.fileno(), ends_with_this=True).wait()
     if code:
-        raise UserError(f"--engine {engine}: {word} has no {program.title}; name the interpreter that has it "
-                        f"by {BY}")
+        raise UserError(f"--engine {engine}: {word} has no {program.title}; install it into an environment "
+                        f"of its own and name its interpreter by {BY}, or leave --engine out")
 
 
 class OwnServer:

@@ -1,22 +1,19 @@
-"""Rewards made of rewards: weights, gates, a choice by domain, and a second opinion on a sample."""
+"""Rewards made of rewards: weights, gates, and a choice by domain."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Self
 
-from annotated_types import Gt, MinLen
+from annotated_types import MinLen
 
-from megatron_sov.base.settings import Finite, NotNegative, ProblemCode, SettingsProblem, Share
+from megatron_sov.base.settings import Finite, ProblemCode, SettingsProblem
 from megatron_sov.judge.rewards.reward import Result, Row, told_short
 
 WORST_FIRST = ("failed", "timeout", "refused")
-SECOND = "second_opinion"
 
 
 @dataclass(frozen=True)
@@ -36,22 +33,6 @@ class RewardPart:
 
 
 @dataclass(frozen=True)
-class Second:
-    """A stricter reward that looks at a sample of what a part has judged."""
-
-    reward: str
-    """Its name, or FILE.py:NAME."""
-    of: str
-    """The part whose judgement it repeats."""
-    share: Annotated[Share, Gt(0)] = 0.05
-    """Of the rows; which ones follows from what stands in them."""
-    tolerance: NotNegative = 0.5
-    """Two rewards that are further apart disagree."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Its own settings."""
-
-
-@dataclass(frozen=True)
 class Composed:
     """The weighted sum of the parts that a row's domain has."""
 
@@ -61,33 +42,22 @@ class Composed:
     """Of a row that a gate stops."""
     domain_field: str = "domain"
     """Field of a row with its domain."""
-    second: Second | None = None
-    """A second opinion; it is reported and changes no reward."""
 
     def problems(self) -> list[SettingsProblem]:
         p = [SettingsProblem(ProblemCode.RULE, f"parts.{name}.reward", "is a composition itself", part.reward,
                              "name its parts here") for name,
              part in self.parts.items() if part.reward == "composed"]
-        if SECOND in self.parts:
-            p.append(SettingsProblem(ProblemCode.RULE, f"parts.{SECOND}", "this name is taken",
-                                     way_out="take another one"))
-        if self.second is not None and self.second.of not in self.parts:
-            p.append(SettingsProblem(ProblemCode.RULE, "second.of",
-                                     f"is none of the parts {', '.join(self.parts)}", self.second.of))
         return p
 
     def orders(self) -> dict[str, tuple[str, dict[str, Any]]]:
         """Return name -> (reward, settings) of what has to be made."""
-        found = {name: (part.reward, part.settings) for name, part in self.parts.items()}
-        if self.second is not None:
-            found[SECOND] = self.second.reward, self.second.settings
-        return found
+        return {name: (part.reward, part.settings) for name, part in self.parts.items()}
 
     def judging(self, versions: Mapping[str, str]) -> dict[str, Any]:
         """Return what the version of the whole depends on: of the parts their versions, not settings."""
         kept = asdict(self)
         # settings go: a part's version has those that count, and operational ones must not change the whole
-        for made in (*kept["parts"].values(), *filter(None, [kept["second"]])):
+        for made in kept["parts"].values():
             del made["settings"]
         return {**kept, "order": list(self.parts), "versions": dict(versions)}
 
@@ -120,13 +90,6 @@ class Composed:
                 return Result(self.gated_reward, "scored", {**components, "gate": name})
         total = math.fsum(self.parts[name].weight * (r.reward or 0.0) for name, r in results.items())
         return Result(total, "scored", components)
-
-    def is_sampled(self, row: Row) -> bool:
-        """Return whether a row gets a second opinion, by its content alone."""
-        text = json.dumps([row.get("prompt"), row.get("response")], sort_keys=True, default=repr)
-        # a hash as a number in [0, 1): the same row is sampled in every run, on every machine
-        place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
-        return self.second is not None and place < self.second.share
 
 
 class Runner(contextlib.AbstractContextManager["Runner"]):
@@ -169,22 +132,4 @@ class ComposedRunner(Runner):
                 found[i][name] = result
             # a gate that has stopped a row spares it the costlier parts
             going_on = [i for i in going_on if i not in results or not composed.stops(part, results[i])]
-        whole = [composed.combined(row, results) for row, results in zip(rows, found, strict=True)]
-        return self._with_second(rows, found, whole) if composed.second else whole
-
-    def _with_second(self, rows: Sequence[Row], found: list[dict[str, Result]],
-                     whole: list[Result]) -> list[Result]:
-        """Return the results with a second opinion beside those of the sample."""
-        second = self._composed.second
-        assert second is not None
-        asked = [i for i, results in enumerate(found)
-                 if second.of in results and results[second.of].reward is not None
-                 and self._composed.is_sampled(rows[i])]
-        for i, other in zip(asked, self._runners[SECOND].score([rows[i] for i in asked]), strict=True):
-            first = found[i][second.of].reward or 0.0
-            disagrees = None if other.reward is None else abs(first - other.reward) > second.tolerance
-            opinion = {"first": first, "reward": other.reward, "status": other.status, "reason": other.reason,
-                       "disagrees": disagrees}
-            whole[i] = Result(whole[i].reward, whole[i].status, {**whole[i].components, SECOND: opinion},
-                              whole[i].reason)
-        return whole
+        return [composed.combined(row, results) for row, results in zip(rows, found, strict=True)]

@@ -33,7 +33,6 @@ from megatron_sov.engine.parallel.values import sum_dict
 from megatron_sov.engine.parallel.world import on_each, on_main
 from megatron_sov.infer.decoder.generator import MegatronEngine
 from megatron_sov.infer.request import Batching
-from megatron_sov.judge.rewards.opinions import Opinions
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.model.config import RolloutConfig, RunConfig
 from megatron_sov.model.families.adapters import PREFIX
@@ -457,14 +456,11 @@ class Producer:
     """What stands in the manifests of parts."""
     max_gen_batches: int = 1
     """Of the policy: above 1 a round may ask further prompts."""
-    opinions: Callable[[RolloutStore], Opinions | None] = lambda store: None
-    """What a second verifier has said so far, see `reward.second_opinions`."""
     servers: LiveServers | None = None
     """What writes in the place of the live model itself."""
     _policy: Policy | None = None
     """The one that the run is."""
     _requests: ResponseQueue | None = None
-    _opinions: Opinions | None = None
     _open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _judge: JudgeRows | None = None
     _job: JudgingJob | None = None
@@ -559,12 +555,9 @@ class Producer:
 
     def _begin_judging(self, rounds: range, view: FeedView) -> None:
         store = self.store()
-        if self._job is None:  # once: it reads all rewards, and most have no second verifier
-            self._opinions = self.opinions(store)
-        alarmed = partial(warn, record=view.events.write, event="alarm", step=view.step, kind="verifiers")
         self._job = JudgingJob(store, Claims(store.claims, self.rollout.lease_s), self.version,
-                               self.judge_rows, rounds, dict(self.provenance), alarmed=alarmed,
-                               claimed_wait_s=2 * self.rollout.lease_s, opinions=self._opinions)
+                               self.judge_rows, rounds, dict(self.provenance),
+                               claimed_wait_s=2 * self.rollout.lease_s)
 
     def _judge_part(self) -> bool:
         assert self._job is not None, "nothing is begun"

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.settings import parse_nested
-from megatron_sov.judge.rewards.composed import SECOND
-from megatron_sov.judge.rewards.opinions import Opinions, opinion_of
 from megatron_sov.judge.rewards.registry import lacking, make, order
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.rewards.scoring import ScoringTally, judges_groups, runner, whole_batches
@@ -142,22 +140,6 @@ def _outcome_of(row: Rollout) -> Result:
     return Result(given.get("reward"), given["status"], given.get("components", {}), given.get("reason", ""))
 
 
-def second_opinions(name: str, settings: Sequence[str], version: str, store: RolloutStore) -> Opinions | None:
-    """Return what a reward's second verifier has said of a store's responses so far; None: it has none."""
-    if name in (ENVIRONMENT, NO_REWARD):
-        return None
-    if getattr(make(order(name, parse_nested(settings, "--reward-set"))).reward, "second", None) is None:
-        return None
-    found = Opinions()
-    for part in store.parts():
-        for row in (store.read_rewards(version, part.name, part) if store.has(part.name, version) else ()):
-            said = {key.removeprefix(f"{SECOND}."): value for key, value in row.components.items()
-                    if key.startswith(f"{SECOND}.")}
-            if opinion := opinion_of(found.num_opinions + 1, {SECOND: said}, ""):
-                found.add(opinion)
-    return found
-
-
 @dataclass
 class JudgingJob:
     """A reward at work on a store."""
@@ -178,10 +160,6 @@ class JudgingJob:
     """How long to wait at least where other jobs have claimed what is left."""
     progress: Callable[[int], object] = lambda count: None
     """Is told how many more responses are judged."""
-    opinions: Opinions | None = None
-    """Two verifiers' of all responses; None: there is no second one."""
-    alarmed: Callable[[str], object] = warn
-    """Is told, once, that the first verifier may be fooled."""
     patience: Patience = field(default_factory=Patience)
     summary: RewardSummary = field(default_factory=RewardSummary)
     _parts: list[RolloutPart] = field(default_factory=list)
@@ -255,7 +233,6 @@ class JudgingJob:
                                         dict(numbers_of(result.components)), result.reason))
                 self.summary.tally.add(result.reward, result.status, result.reason,
                                        f"{part.name}: prompt {row.key.prompt}, sample {row.key.sample}")
-                self._compare(result, row)
             self.progress(len(batch))
         self.summary.unfinished += len(rows) - len(whole)
         self.progress(len(rows) - len(whole))
@@ -265,16 +242,6 @@ class JudgingJob:
             self.summary.parts += 1
         except AlreadyPublished:
             self._tell_differences(part, judged)
-
-    def _compare(self, result: Result, row: Rollout) -> None:
-        """Take in what two verifiers say of a response, and tell where they begin to disagree."""
-        if self.opinions is None or self.opinions.alarm is not None:
-            return
-        opinion = opinion_of(self.opinions.num_opinions + 1, result.components, row.response)
-        if opinion is not None:
-            self.opinions.add(opinion)
-            if self.opinions.alarm is not None:
-                self.alarmed(f"ALARM of two verifiers {self.opinions.describe_alarm('second opinion')}")
 
     def _tell_differences(self, part: RolloutPart, judged: Sequence[RewardRow]) -> None:
         """Say where another job, taken for dead, has judged the same rows otherwise."""

@@ -17,7 +17,6 @@ from megatron_sov.base.pages.page import Chart, PageTable, tables
 from megatron_sov.base.pages.plots import Axis, LinePlot, Series, colour
 from megatron_sov.publish.report.headline import heldout_text
 from megatron_sov.publish.report.run_data import Run
-from megatron_sov.publish.report.steps import last_value
 from megatron_sov.runs.obs.figures import Form, number, of_field, whole_number
 from megatron_sov.runs.obs.history import COMPLETE
 from megatron_sov.runs.rounds import LEARNS
@@ -48,7 +47,7 @@ def _accuracies(check: Event) -> list[float]:
 def verdict_table(runs: list[Run]) -> list[PageTable]:
     """Return the verdicts on the stages of a model; nothing if nothing was judged."""
     rows = [*_stages(runs), *(row for run in runs for row in (
-        *gate(run), *_forgetting(run), *_needle_row(run), *_baseline(run))),
+        *gate(run), *_forgetting(run), *_needle_row(run))),
             *(row for run in runs for row in _exports(run))]
     return [PageTable(["check", "verdict", "measured"], rows)] if rows else []
 
@@ -133,17 +132,6 @@ def _needle_row(run: Run) -> list[list[str]]:
     longest = max(int(cell["length_tokens"]) for cell in found[-1]["cells"])
     return [["Needles", NOT_SET,
              f"{run.name}: {format_share(number(found[-1].get('score')))} found, up to {longest:,} tokens"]]
-
-
-def _baseline(run: Run) -> list[list[str]]:
-    """Return on how many sources the model needs fewer bits than a bigram model."""
-    judged = {name: last_value(h.bits_per_byte) < h.baseline_bits_per_byte
-              for name, h in run.heldout.items() if h.baseline_bits_per_byte is not None}
-    if not judged:
-        return []
-    worse = [name for name, better in judged.items() if not better]
-    why = f"more on {', '.join(worse)}" if worse else f"fewer on {len(judged)} of {len(judged)} sources"
-    return [["Bigram model", VERDICTS[not worse], f"{run.name}: bits per byte, {why}"]]
 
 
 def _exports(run: Run) -> list[list[str]]:

@@ -29,7 +29,7 @@ from megatron_sov.runs.rounds import LEARNS
 CONFIG = "config.json"
 LEARNING_GROUPS = "learning_groups"
 """Name of the curve of the share of a round's groups that are trained."""
-KEPT = ("eval", "baseline", "needle", "passk", "gate", "conversion", "checkpoint", "warning",
+KEPT = ("eval", "needle", "passk", "gate", "conversion", "checkpoint", "warning",
         "heldout_pairs", "heldout_divergence", "round", VALIDATION, "eval_lm", "forgetting_gate", "score",
         *KINDS)
 """Events that are kept whole; there are few of them and they are small."""
@@ -45,8 +45,6 @@ class Heldout:
     """Bits per UTF-8 byte, comparable between tokenizers."""
     num_tokens: int
     """Tokens of the last evaluation."""
-    baseline_bits_per_byte: float | None
-    """The bigram baseline's bits per byte on the same documents."""
     is_chat: bool = False
     """Whether its documents are conversations."""
 
@@ -139,7 +137,7 @@ def read_run(path: Path) -> Run:
     return Run(
         path.resolve().name, _read_config(path / CONFIG), attempts.all,
         curves=steps.curves() | {"rounds": round_curves(kept["round"])}, phases=steps.phases(),
-        heldout=_heldout(evals, kept["baseline"]), overall_bits_per_byte=_overall_bits_per_byte(evals),
+        heldout=_heldout(evals), overall_bits_per_byte=_overall_bits_per_byte(evals),
         incidents=sorted((e for kind in KINDS for e in kept[kind] if is_incident(e)),
                          key=lambda e: number(e.get("time_s"))),
         gate_checks=final_steps(kept["gate"], "gate"), events=kept,
@@ -170,8 +168,7 @@ def _evals(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"step": step, "heldout": sources[step]} for step in sorted(sources)]
 
 
-def _heldout(evals: list[dict[str, Any]], baselines: list[dict[str, Any]]) -> dict[str, Heldout]:
-    bigram = baselines[-1].get("bigram", {}) if baselines else {}
+def _heldout(evals: list[dict[str, Any]]) -> dict[str, Heldout]:
     names = dict.fromkeys(name for e in evals for name in e.get("heldout", {}))
     found = {}
     for name in names:
@@ -179,10 +176,8 @@ def _heldout(evals: list[dict[str, Any]], baselines: list[dict[str, Any]]) -> di
         at = np.array([step for step, _ in rows], dtype=np.int64)
         loss = np.array([number(row.get("loss")) for _, row in rows])
         bits_per_byte = np.array([number(row.get("bits_per_byte")) for _, row in rows])
-        baseline = number(bigram.get(name, {}).get("bits_per_byte"))
         found[name] = Heldout(Curve(name, at, loss), Curve(name, at, bits_per_byte),
-                              int(rows[-1][1].get("tokens") or 0), None if math.isnan(baseline) else baseline,
-                              any(row.get("turns") for _, row in rows))
+                              int(rows[-1][1].get("tokens") or 0), any(row.get("turns") for _, row in rows))
     return found
 
 

@@ -16,7 +16,7 @@ from megatron_sov.publish.report.charts import (
     needle_charts, step_charts)
 from megatron_sov.publish.report.judgements import (
     checkpoint_score_charts, passk_charts, passk_tables, round_charts, round_tables, score_tables)
-from megatron_sov.publish.report.run_data import Heldout, Run
+from megatron_sov.publish.report.run_data import Run
 from megatron_sov.publish.report.steps import last_value
 from megatron_sov.publish.report.validations import sample_tables, validation_charts, validation_tables
 from megatron_sov.runs.obs.figures import number, of_field
@@ -92,17 +92,11 @@ def _beside_tables(run: Run) -> list[PageTable]:
 
 
 def _heldout_tables(run: Run) -> list[PageTable]:
-    def gain(h: Heldout) -> str:
-        bits, baseline = last_value(h.bits_per_byte), h.baseline_bits_per_byte
-        return f"{format_share(1 - bits / baseline)} fewer" if baseline and math.isfinite(bits) else "–"
-
     return tables(run.heldout.items(), {
         "source": lambda item: item[0], "tokens": lambda item: f"{item[1].num_tokens:,}",
         "first loss": lambda item: format_value(float(item[1].loss.values[0])),
         "last loss": lambda item: format_value(last_value(item[1].loss)),
-        "bits per byte": lambda item: format_value(last_value(item[1].bits_per_byte)),
-        "bigram's bits per byte": lambda item: format_value(number(item[1].baseline_bits_per_byte)),
-        "bits against the bigram": lambda item: gain(item[1])})
+        "bits per byte": lambda item: format_value(last_value(item[1].bits_per_byte))})
 
 
 def _checkpoint_tables(run: Run) -> list[PageTable]:

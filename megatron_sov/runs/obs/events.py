@@ -269,7 +269,6 @@ _FIELDS: dict[str, dict[str, Any]] = {
                   "headline": _List(_Mapping(_Any())), "inputs": _List(_Mapping(_Any()))},
     "phase": {"seq_len": _COUNT, "global_batch_size": _COUNT, "blend": _NUMBERS},
     "eval": {"heldout": _HELDOUT},
-    "baseline": {"bigram": _HELDOUT},
     "needle": {"score": _N, "cells": _List(_CELL)},
     "gate": {"loss": _N, "start_loss": _N, "loss_limit": _N, "threshold": _N,
              "rows": _List(_Shape({"accuracy": _N}, ("accuracy",))), "failing_rows": _List(_Any()),

@@ -12,7 +12,7 @@ import torch
 
 from megatron_sov.base.artifacts import new_artifact
 from megatron_sov.base.errors import UserError
-from megatron_sov.commands.evaluate.eval_media import PAIRS, figures, judge_of, read_rows
+from megatron_sov.commands.evaluate.eval_media import PAIRS, MediaRow, figures, judge_of, read_rows
 from megatron_sov.eval.statistics import wilson_interval
 
 WORDS = [{"type": "text", "text": "Say it."}]

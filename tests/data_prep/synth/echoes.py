@@ -15,14 +15,6 @@ from data_prep.synth.generator import Ask, GeneratedSample, Generator, Generator
 from data_prep.synth.known import GENERATORS
 
 NAME, REFERENCE = "echoes", f"{Path(__file__).stem}:Echoes"
-PROMPT = """{# version: 7 #}
-{% block system %}
-You repeat.
-{% endblock %}
-{% block user %}
-{{ tone }}: {{ document }}
-{% endblock %}
-"""
 
 
 @dataclass(frozen=True)
@@ -39,7 +31,7 @@ class Echoes(Generator):
     """Repeats lines."""
 
     name, kind, help, Settings = NAME, "text", "repeat lines", Settings
-    templates = {"echoes/write": ("document", "tone")}
+    prompts_file = Path(__file__).with_suffix(".yaml")
 
     def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         for path in inputs:
@@ -65,13 +57,6 @@ def reply(request: Mapping[str, Any]) -> str:
     if "You grade" in system:
         return json.dumps({"reason": "it is", "score": 2 if "bad" in user else 8})
     return f"{user.partition(': ')[2]} ({request['seed']})"
-
-
-def write_prompts(folder: Path) -> Path:
-    """Write the generator's template; returns the folder of prompts."""
-    (folder / "echoes").mkdir(parents=True, exist_ok=True)
-    (folder / "echoes" / "write.j2").write_text(PROMPT)
-    return folder
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ from megatron_sov.work.endpoints.cache import EndpointCache, Usage
 from megatron_sov.work.progress.journal import Journal, begun, work_folder
 
 RUN = {"generator": "facts", "version": 2, "kind": "text", "model": "writer-7b", "judge": "judge-70b",
-       "templates": {"facts/write": 3}, "settings": {"count": 1}, "inputs": [], "input_price": 1.0,
-       "output_price": 2.0}
+       "settings": {"count": 1}, "inputs": []}
 GOOD = ("The tide gauge at the old harbour stands beside a granite wall, where two keepers note the height "
         "of the water every morning before the first ferry leaves for the islands in the west.")
 OTHER = ("In winter the potter fires her kiln with birch, since oak burns too slowly for the thin bowls that "
@@ -24,7 +23,7 @@ def sample(record: Mapping[str, Any], failed: str = "", **more: Any) -> dict[str
     """Return a sample as candidates hold it; `failed`: the check of its generator that it does not pass."""
     verdicts = [{"check": failed or "grounded", "passed": not failed, "detail": "as the generator saw it"}]
     return {"record": dict(record), "verdicts": verdicts, "notes": {"tries": 1}, "group": "",
-            "kind": None, **more}
+            **more}
 
 
 def chat(question: str, answer: str, *before: Mapping[str, str]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any
 
 from data_prep.synth.generator import Ask, GeneratedSample, Generator, GeneratorItem, T
 from data_prep.synth.known import generator_class
-from data_prep.synth.templates import PromptTemplate, load_prompt
 from megatron_sov.base.settings import read
 from megatron_sov.work.endpoints.cache import EndpointCache
 
@@ -42,13 +41,13 @@ class ScriptedAsk(Ask):
     Args:
         reply: the model.
         item_id: of the item; part of every seed.
-        generator: whose templates may be asked alone; without one, any that lies in the packaged folder.
+        generator: whose prompts may be asked.
     """
 
     def __init__(self, reply: Replies, item_id: str = "x", generator: type[Generator] | None = None) -> None:
         self._door = ScriptedDoor(reply)
-        prompts = generator.prompts() if generator else AnyPrompt()
-        super().__init__(item_id, prompts, {"writer": self._door, "judge": self._door})
+        super().__init__(item_id, generator.prompts() if generator else {},
+                         {"writer": self._door, "judge": self._door})
 
     @property
     def requests(self) -> list[Mapping[str, Any]]:
@@ -59,14 +58,6 @@ class ScriptedAsk(Ask):
     def calls(self) -> int:
         """Return how often the model was asked so far."""
         return len(self._door.requests)
-
-
-class AnyPrompt(dict[str, PromptTemplate]):
-    """Loads a packaged template when it is asked for, whatever fields it names."""
-
-    def __missing__(self, name: str) -> PromptTemplate:
-        self[name] = load_prompt(name, None)
-        return self[name]
 
 
 def generator(name: str, **settings: Any) -> Generator:

@@ -1,10 +1,10 @@
-"""Final answers: where they stand, how they are compared, and which are the same."""
+"""Final answers: where they stand, and how they are compared."""
 
 from __future__ import annotations
 
 import pytest
 
-from data_prep.synth.final_answers import boxes, check, ends_in_box, groups, way_of
+from data_prep.synth.final_answers import boxes, check, ends_in_box, way_of
 
 
 @pytest.mark.parametrize(("text", "found"), [
@@ -32,5 +32,3 @@ def test_what_looks_like_mathematics_is_compared_as_such(answer: str, way: str) 
 def test_answers_are_compared_by_value_in_a_process_that_may_be_ended() -> None:
     said = ["0.5", "\\frac{2}{4}", "1/2", "2", "10**10**10", "\\begin{", "0.5"]
     assert [checked.right for checked in check(said, "1/2")] == [True, True, True, False, False, False, True]
-    assert groups(["2", "4.0", "\\frac{8}{2}", "4", "1+1"]) == [[1, 2, 3], [0, 4]]
-    assert groups([]) == []

@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 sys.path.append(str(Path(__file__).parent))
 from made_runs import GOOD, OTHER, add_records, chat, copied_run, made_run, rows, sample
 
 from data_prep.cli import main
 from data_prep.synth import finishing
-from data_prep.synth.checks.settings import CheckSettings
+from data_prep.synth.checks.settings import DEFAULTS
 from data_prep.synth.finishing import finish
 from megatron_sov.base.artifacts import damaged_files, manifest_sha256, read_manifest
 from megatron_sov.base.documents import RecordReading, list_files, read_documents
@@ -28,6 +29,18 @@ from megatron_sov.work.progress.journal import begun, records_by_item, work_fold
 LEAKED = "Which keeper of the seven lighthouses painted the northern door green before the storm of 1911?"
 GERMAN = ("Das ist ein ganz anderer Text über einen Garten, in dem viele Rosen und noch mehr Unkraut stehen, "
           "ohne daß jemand es in den vergangenen Jahren auch nur einmal bemerkt hätte.")
+
+
+def steps_of(folder: Path, kind: str, *languages: str) -> Path:
+    """Write the packaged steps of a kind, with benchmarks and languages as a user adds them."""
+    steps = yaml.safe_load((DEFAULTS / f"{kind}.yaml").read_text())["steps"]
+    for step in steps:
+        if "language" in step and languages:
+            step["language"]["keep"] = [*languages]
+    steps.append({"decontaminate": {"benchmarks": [str(folder / "benchmark.jsonl")]},
+                  "only": {"sources": ["samples", "context"]}})
+    (folder / "steps.yaml").write_text(yaml.safe_dump({"steps": steps}))
+    return folder / "steps.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +58,13 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [sample({"text": f"We were asked in the hall: {LEAKED} Nobody knows it now, and the door is gone."})],
         [sample({"text": "\ud800 is half of a pair"}), sample({"text": " "})],
     ], inputs=[str(folder / "notes.jsonl")])
-    settings = CheckSettings(benchmarks=(folder / "benchmark.jsonl",), languages=("en",))
-    finish(output, settings)
+    finish(output, steps_of(folder, "text", "en"))
     return output
 
 
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of conversations with tools and thoughts, and of prompts made of the same items."""
+    """A finished run of conversations with tools and thoughts."""
     told = {"role": "system", "content": f"Know this: {LEAKED}"}
     called = {"messages": [
         {"role": "user", "content": "Where is order 17, please?"},
@@ -64,15 +76,14 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("chats")
     (folder / "benchmark.jsonl").write_text(json.dumps({"question": LEAKED}) + "\n")
     output = made_run(folder / "samples", [
-        [sample(chat("How much is 3 and 4?", "7")), sample({"prompt": "How much is 3 and 4?", "answer": "7"},
-                                                          kind="prompt")],
-        [sample(chat(GOOD, "8")), sample({"prompt": GOOD, "answer": "8"}, kind="prompt")],
+        [sample(chat("How much is 3 and 4?", "7"))],
+        [sample(chat(GOOD, "8"))],
         [sample(called)],
         [sample(chat("Who painted it?", "Nobody knows.", told))],
         [sample(chat("Say it again.", "say it again and say it once more to me " * 20))],
         [sample({"messages": [{"role": "tool", "content": "a result without a call"}]})],
     ], kind="chat")
-    finish(output, CheckSettings(benchmarks=(folder / "benchmark.jsonl",)))
+    finish(output, steps_of(folder, "chat"))
     return output
 
 
@@ -81,8 +92,7 @@ def test_each_sample_is_kept_or_rejected_with_its_reason(texts: Path) -> None:
     assert (kept["id"], kept["text"]) == ("i0/0", GOOD)
     assert kept["synthetic"] == {
         "sample": "i0/0", "generator": "facts", "version": 2, "model": "writer-7b", "judge": "judge-70b",
-        "templates": {"facts/write": 3}, "item": "i0", "source": "notes", "licence": "", "group": "",
-        "asked": ["key0"]}
+        "item": "i0", "source": "notes", "licence": "", "group": "", "asked": ["key0"], "notes": {"tries": 1}}
     rejected = rows(texts / "rejected.jsonl")
     assert [(row["synthetic"]["sample"], row["reason"], row["detail"]) for row in rejected] == [
         ("i1/0", "exact duplicate", "the same as i0/0"), ("i1/1", "numbers", "as the generator saw it"),
@@ -101,8 +111,8 @@ def test_figures_and_manifest_say_what_stands(texts: Path) -> None:
     assert sum(summary["rejected"].values()) == 8 and summary["rejected"]["form"] == 2
     assert summary["costs"] | {"seconds": 0} == {
         "num_requests": 14, "num_answered": 7, "outcomes": {"200": 7, "429": 7}, "input_tokens": 700,
-        "output_tokens": 350, "cost": 3.5, "seconds": 0}
-    assert summary["per_kept"]["cost"] == 3.5 and summary["costs"]["seconds"] == 8.75
+        "output_tokens": 350, "seconds": 0}
+    assert summary["costs"]["seconds"] == 8.75
     manifest = read_manifest(texts, "synthesis")
     assert set(manifest.files) == {"kept.jsonl", "rejected.jsonl", "summary.json"}
     assert manifest.content["licences"] == {"": 1} and damaged_files(texts) == []
@@ -118,15 +128,14 @@ def test_the_order_in_which_items_were_finished_leaves_the_same_bytes(texts: Pat
         add_records(again, records[:4][::-1], "1")
         add_records(again, records[4:][::-1], "0")
     (again / "kept.jsonl").write_text("half of")
-    (again / "kept-chat.jsonl").write_text("from an earlier state")
-    finish(again, CheckSettings(benchmarks=(texts.parent / "benchmark.jsonl",), languages=("en",)))
+    finish(again, texts.parent / "steps.yaml")
     assert {file.name: file.read_bytes() for file in again.glob("*.jsonl")} == before
 
 
 def test_a_run_without_its_records_is_not_emptied(texts: Path, tmp_path: Path) -> None:
     moved = Path(shutil.copytree(texts, tmp_path / "moved"))
     with pytest.raises(UserError, match=r"the records of its items .* are gone; run the same"):
-        finish(moved, CheckSettings())
+        finish(moved)
     assert (moved / "kept.jsonl").read_bytes() == (texts / "kept.jsonl").read_bytes()
 
 
@@ -139,14 +148,13 @@ def test_a_kill_leaves_the_old_files(texts: Path, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(finishing, "json_line", killed)
     with pytest.raises(KeyboardInterrupt):
-        finish(again, CheckSettings(benchmarks=(texts.parent / "benchmark.jsonl",), languages=("en",)))
+        finish(again, texts.parent / "steps.yaml")
     assert {file.name: file.read_bytes() for file in again.glob("*.jsonl")} == before
     assert not (again / "manifest.json").exists() and not list(again.glob(".*.tmp-*"))
 
 
 def test_chats_lose_loops_leaks_and_malformed_ones_and_keep_short_answers(chats: Path) -> None:
     assert [row["id"] for row in rows(chats / "kept.jsonl")] == ["i0/0", "i1/0", "i2/0"]
-    assert [row["id"] for row in rows(chats / "kept-prompt.jsonl")] == ["i0/1", "i1/1"]
     assert [(row["synthetic"]["item"], row["reason"]) for row in rows(chats / "rejected.jsonl")] == [
         ("i3", "text of a benchmark"), ("i4", "repetition: 10-grams"), ("i5", "form")]
 
@@ -162,8 +170,7 @@ def test_kept_text_is_packed_and_carded(texts: Path, tokenizers: dict[str, Path]
     assert manifest_sha256(texts) in [one["manifest_sha256"] for one in manifest.inputs]
 
 
-def test_kept_chats_are_packed_and_prompts_are_asked(chats: Path, tokenizers: dict[str, Path],
-                                                     tmp_path: Path) -> None:
+def test_kept_chats_are_packed(chats: Path, tokenizers: dict[str, Path], tmp_path: Path) -> None:
     asked = list(read_documents(list_files(chats), RecordReading("chat")))
     assert [len(document.tools) for document in asked] == [0, 0, 1]
     assert main(["pack", "--tokenizer", str(tokenizers["k-exaone"]), "--input", str(chats), "--format",
@@ -171,36 +178,41 @@ def test_kept_chats_are_packed_and_prompts_are_asked(chats: Path, tokenizers: di
                  "--on-bad", "quarantine"]) == 0  # this small template shows no calls
     source, = read_manifest(tmp_path / "tokens").content["sources"]
     assert source["splits"]["train"]["num_documents"] == 2
-    prompts = read_prompts(chats / "kept-prompt.jsonl", is_asked=True)
+
+
+def test_kept_prompts_are_asked(tmp_path: Path) -> None:
+    output = made_run(tmp_path / "prompts", [[sample({"prompt": "How much is 3 and 4?", "answer": "7"})],
+                                             [sample({"prompt": GOOD, "answer": "8"})]], kind="prompt")
+    finish(output)
+    prompts = read_prompts(output / "kept.jsonl", is_asked=True)
     assert [prompt.record["answer"] for prompt in prompts] == ["7", "8"]
 
 
 def test_kept_tasks_are_an_environments_tasks(tmp_path: Path) -> None:
     task = dict(Booking.EXAMPLES[0])
     output = made_run(tmp_path / "tasks", [[sample(task)], [sample(task)]], kind="task")
-    finish(output, CheckSettings())
+    finish(output)
     kept, = tasks_of(Booking(), "booking", output / "kept.jsonl")
     assert Booking().reset(kept).user == Booking().reset(task).user
 
 
 def test_nothing_kept_is_a_result(tmp_path: Path) -> None:
     output = made_run(tmp_path / "out", [[sample({"text": GOOD}, "numbers")], []])
-    finish(output, CheckSettings(), is_complete=False)
+    finish(output, is_complete=False)
     assert rows(output / "kept.jsonl") == [] and not (output / "manifest.json").exists()
     summary = json.loads((output / "summary.json").read_text())
-    assert summary["per_kept"] is None and summary["is_complete"] is False
+    assert summary["num_kept"] == 0 and summary["is_complete"] is False
 
 
 @pytest.mark.parametrize(("name", "text", "said"), [
     ("run.json", "{", "run.json: is damaged"), ("run.json", '{"generator": 1}', "run.json: is damaged"),
-    ("candidates/part-0.jsonl", "", "an earlier version has kept items in"),
     ("answers.sqlite", "no database at all" * 100, "answers.sqlite: cannot be read")])
 def test_a_damaged_folder_is_one_sentence(tmp_path: Path, name: str, text: str, said: str) -> None:
     output = made_run(tmp_path / "out", [[sample({"text": GOOD}, "numbers")]])
     (output / name).parent.mkdir(exist_ok=True)
     (output / name).write_text(text)
     with pytest.raises(UserError, match="(?s)" + said.replace("(", r"\(")):
-        finish(output, CheckSettings())
+        finish(output)
 
 
 def test_a_tag_of_records_knows_the_provenance_for_what_it_is(texts: Path) -> None:

@@ -94,53 +94,46 @@ LISTED = json.dumps([{"name": "a", "word": "x"}, {"name": "b", "word": "x"}, {"n
                      {"name": "d", "word": "z"}, {"name": "e"}])
 
 
-def test_a_reply_of_several_parts_becomes_samples_or_one_together(tmp_path: Path) -> None:
+def test_a_reply_of_several_parts_becomes_samples(tmp_path: Path) -> None:
     model = by_system(You_write=LISTED, grade=7)
     samples = samples_of(build(tmp_path, PARTS), ITEM, model)
     assert [(s.reason, s.record["text"], s.notes.get("place")) for s in samples] == [
         ("", "a: x", 0), ("new", "b: x", None), ("", "c: y", 2)]
-    together = {**PARTS, "together": {"record": {"text": "{{ kept | map(attribute='name') | join('+') }}"},
-                                      "least": 2, "note": {"num": "{{ kept | length }} of {{ num_parts }}"}}}
-    rejected, whole = samples_of(build(tmp_path, together), ITEM, model)
-    assert (rejected.reason, whole.reason, whole.record, whole.notes) == (
-        "new", "", {"text": "a+c"}, {"num": "2 of 3"})
-    together["together"]["least"] = 3
-    assert [s.reason for s in samples_of(build(tmp_path, together), ITEM, model)] == ["new",
-                                                                                      "number of samples"]
 
 
-def test_each_every_and_beside(tmp_path: Path) -> None:
+def test_each_and_every(tmp_path: Path) -> None:
     change = {"steps": [{"each": {"word": "{{ ['a', 'b'] }}"}},
                         {"every": {"other": "{{ ['a', 'c'] }}"}, "do": [
                             {"ask": "write", "into": "told", "temperature": 0.0, "max_tokens": 5},
                             {"that": "{{ told == 'yes' }}", "name": "agrees", "detail": "{{ other }}"}]},
                         {"set": {"text2": "{{ word }}!"}}],
               "record": {"text": "{{ text2 }}"}, "makes": "text", "group": "{{ item_id }}",
-              "prompts": {"write": {"user": "Is {{ word }} {{ other }}?"}},
-              "beside": [{"when": "{{ word == 'b' }}", "makes": "prompt",
-                          "record": {"prompt": "{{ word }}"}}]}
+              "prompts": {"write": {"user": "Is {{ word }} {{ other }}?"}}}
     samples = samples_of(build(tmp_path, change), ITEM, replies_of("yes", "no", "yes", "yes"))
-    assert [(s.reason, s.kind, dict(s.record), s.group) for s in samples] == [
-        ("agrees", None, {}, "a"), ("", None, {"text": "b!"}, "a"), ("", "prompt", {"prompt": "b"}, "a")]
+    assert [(s.reason, dict(s.record), s.group) for s in samples] == [
+        ("agrees", {}, "a"), ("", {"text": "b!"}, "a")]
     assert samples[0].verdicts[-1].detail == "c"
 
 
-def test_a_check_by_name_takes_fields_and_several_replies_are_a_list(tmp_path: Path) -> None:
+def test_a_function_may_give_verdicts_and_several_replies_are_a_list(tmp_path: Path) -> None:
     change = {"steps": [{"ask": "write", "into": "replies", "count": "{{ max_words }}", "may_fail": True},
-                        {"set": {"summary": "{{ replies | join(' ') }}", "language": "en"}},
-                        {"check": "language", "args": {"text": "{{ summary }}"}},
-                        {"check": "within", "name": "number", "args": {"value": "{{ replies | length }}",
-                                                                       "least": 2,
-                                                                       "most": 3}, "into": "enough"},
-                        {"that": "{{ enough }}", "name": "enough"}]}
-    assert [s.reason for s in samples_of(build(tmp_path, change, max_words=3), ITEM,
-                                         lambda request: "Hello you."
-                                         )] == [""]
-    assert [s.reason for s in samples_of(build(tmp_path, change, max_words=2), ITEM,
-                                         lambda request: "안녕")] == [
-        "language"]
-    assert [s.reason for s in samples_of(build(tmp_path, change, max_words=2), ITEM,
-                                         lambda request: "")] == ["enough"]
+                        {"set": {"summary": "{{ replies | join(' ') }}"}},
+                        {"that": "{{ in_language(summary, 'en') }}", "name": "language"},
+                        {"that": "{{ 2 <= replies | length <= 3 }}", "name": "enough"}]}
+    for number, said, reason in ((3, "Hello you.", ""), (2, "안녕", "language"), (2, "", "enough")):
+        sample, = samples_of(build(tmp_path, change, max_words=number), ITEM, lambda request, said=said: said)
+        assert sample.reason == reason
+
+
+def test_answers_agree_by_their_words_or_by_the_judge(tmp_path: Path) -> None:
+    agreed = {"given": "{{ summary }}", "expected": "A day", "least": 5}
+    change = {"steps": [{"ask": "write"}, {"parse": {"tagged": ["summary"]}},
+                        {"set": {"question": "What?", "language": "en"}},
+                        {"agreed": agreed, "into": "known"}, {"agreed": agreed, "name": "same"}]}
+    for said, grade, reason in (("a day.", 0, ""), ("One day", 7, ""), ("One night", 2, "judge: same")):
+        model = by_system(You_write=f"<summary>{said}</summary>", grade=grade)
+        sample, = samples_of(build(tmp_path, change), ITEM, model)
+        assert sample.reason == reason
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -152,11 +145,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "two verbs": ({"steps.0": {"ask": "write", "set": {"a": 1}}}, "must have one of the keys"),
     "an unknown part of a step": ({"steps.0": {"ask": "write", "temprature": 1}}, "steps.0.temprature"),
     "an unknown prompt": ({"steps.0": {"ask": "wirte"}}, "did you mean 'write'"),
-    "an unknown check": ({"steps.2": {"check": "lenght"}}, "must be one of agreed"),
-    "an unknown argument": ({"steps.2": {"check": "language", "args": {"txt": "x"}}},
-                            "is no argument of language"),
-    "an argument that no field gives": ({"steps.2": {"check": "language", "args": {"text": "x"}}},
-                                        "names 'language'"),
     "an unknown parser": ({"steps.1": {"parse": {"tag": ["x"]}}}, "must be one of tagged"),
     "names that are none": ({"steps.1": {"parse": {"tagged": "summary"}}}, "must be a list of names"),
     "a broken pattern": ({"steps.1": {"parse": {"pattern": "(?P<a>"}}}, "is no regular expression"),
@@ -172,16 +160,20 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a default beyond its bound": ({"settings.max_words.default": 0}, "settings.max_words"),
     "a default that is no option": ({"settings.tone.default": "sad"}, "settings.tone"),
     "a setting with the name of a field": ({"settings.text": {"default": 1}}, "settings.text"),
+    "a field with the name of a function": ({"steps.2": {"set": {"fenced": 1}}}, "names the function"),
+    "a reader's field with such a name": ({"items": {"records": {"fields": ["text", "chrf"]}}},
+                                          "is the name of a function"),
     "a setting with no name": ({"settings": {"a b": {"default": 1}}}, "choose another one"),
     "a setting with a word of Python": ({"settings": {"class": {"default": 1}}}, "choose another one"),
-    "parts inside of beside": ({"beside": [{"makes": "text", "record": {}, "steps": [{"each": {"y": [1]}}]}]},
-                               "would divide"),
+    "an unknown part of agreed": ({"steps.2": {"agreed": {"given": 1, "expected": 2, "most": 3}}},
+                                  "must have the keys given, expected and least"),
+    "a number of times by no setting": ({"items": {"records": {"fields": ["text"], "times": "x"}}},
+                                        "names no setting"),
     "a bound by no setting": ({"settings.max_words.at_most": "most"}, "names no setting"),
     "fields that are no names": ({"items": {"records": {"fields": ["a b"]}}}, "items.records.fields"),
     "an option of no reader": ({"items": {"documents": {"fields": ["a"]}}}, "items.documents.fields"),
     "parts inside of every": ({"steps.2": {"every": {"x": [1]}, "do": [{"each": {"y": [1]}}]}},
-                              "would divide"),
-    "together without parts": ({"together": {"record": {}}}, "needs one step that divides")}
+                              "would divide")}
 ATTACKS = ("{{ ''.__class__ }}", "{{ text.__class__.__mro__[1].__subclasses__() }}",
            "{{ text['__class__'] }}",
            "{{ text | attr('__cla' ~ 'ss__') }}", "{{ cycler.__init__.__globals__.os }}",
@@ -225,9 +217,8 @@ def test_a_file_that_is_no_mapping_is_refused(text: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(("step", "said"), [
     ({"each": {"word": "{{ summary }}"}}, "must be a list"),
     ({"judge": "Good?", "material": {"a": "b"}, "least": "{{ summary }}"}, "TypeError|ValueError"),
-    ({"set": {"a": "{{ matches(summary, '(') }}"}}, "cannot be computed"),
-    ({"set": {"a": "{{ summary / 2 }}"}}, "cannot be computed"),
-    ({"check": "within", "args": {"value": "{{ summary }}"}}, "TypeError")])
+    ({"set": {"a": "{{ without(summary, '(') }}"}}, "cannot be computed"),
+    ({"set": {"a": "{{ summary / 2 }}"}}, "cannot be computed")])
 def test_a_value_of_another_type_ends_the_run_in_a_sentence(step: dict[str, Any], said: str, tmp_path: Path
                                                             ) -> None:
     model = by_system(You_write="<summary>a</summary>", grade=5)

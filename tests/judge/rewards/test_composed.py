@@ -1,4 +1,4 @@
-"""Weights, gates, domains and second opinions, over rewards that say what they were asked."""
+"""Weights, gates and domains, over rewards that say what they were asked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.judge.rewards.composed import Composed, ComposedRunner, RewardPart, Second
+from megatron_sov.judge.rewards.composed import Composed, ComposedRunner, RewardPart
 from megatron_sov.judge.rewards.registry import make, order
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.rewards.scoring import runner
@@ -83,24 +83,6 @@ def test_a_part_without_a_reward_leaves_none() -> None:
     assert asked["c"] == []
 
 
-def test_a_second_opinion_is_told_and_changes_nothing() -> None:
-    composed = Composed({"a": RewardPart("x")}, second=Second("y", of="a", share=1.0))
-    rows = [{"a": 1.0, "second_opinion": 1.0}, {"a": 1.0, "second_opinion": 0.0},
-            {"a": 1.0, "second_opinion": Result(None, "failed", {}, "broken")},
-            {"a": Result(None, "refused", {}, "x")}]
-    found, asked = results(composed, rows)
-    assert [r.reward for r in found] == [1.0, 1.0, 1.0, None]
-    assert [r.components["second_opinion"]["disagrees"] for r in found[:3]] == [False, True, None]
-    assert asked["second_opinion"] == [0, 1, 2]
-
-
-def test_the_sample_follows_from_the_rows() -> None:
-    composed = Composed({"a": RewardPart("x")}, second=Second("y", of="a", share=0.25))
-    sampled = [composed.is_sampled({"response": str(i), "id": i}) for i in range(400)]
-    assert 70 < sum(sampled) < 130
-    assert sampled[::-1] == [composed.is_sampled({"response": str(i)}) for i in reversed(range(400))]
-
-
 def test_the_version_is_of_the_parts_and_how_they_are_put_together() -> None:
     def version(**more: Any) -> str:
         part = {"reward": "length", "settings": {"unit": "words"}, **more}
@@ -118,8 +100,6 @@ def test_the_version_is_of_the_parts_and_how_they_are_put_together() -> None:
     ({"parts": {"a": {"reward": "lenght"}}}, "'length'"),
     ({"parts": {"a": {"reward": "length", "wieght": 1}}}, "parts.a.wieght"),
     ({"parts": {"a": {"reward": "length", "settings": {"unit": "miles"}}}}, "unit"),
-    ({"parts": {"a": {"reward": "length"}}, "second": {"reward": "math", "of": "b"}},
-     'second.of = "b" is none'),
 ])
 def test_settings_that_make_no_sense(settings: dict, problem: str) -> None:
     with pytest.raises(UserError) as e:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import shutil
 import sys
 from collections import namedtuple
@@ -14,7 +13,6 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.commands.operate import doctor
 from megatron_sov.commands.operate.doctor import MachineCheck
-from megatron_sov.operate import contract
 from megatron_sov.version import OUR_PACKAGES
 
 
@@ -150,30 +148,16 @@ def test_a_torch_that_does_not_load_is_broken(site: Path, monkeypatch: pytest.Mo
 ])
 def test_transformer_engine_is_what_imports(site: Path, monkeypatch: pytest.MonkeyPatch, text: str,
                                             status: str, detail: str) -> None:
-    monkeypatch.setattr(doctor, "first_difference", lambda package: ("2.20.2", ""))
     module(site, "transformer_engine", pytorch=text)
     assert [(c.status, c.detail) for c in doctor.transformer_engine_checks()] == [(status, detail)]
 
 
-def test_the_first_difference_from_the_transformer_engine_that_was_read_is_named(site: Path) -> None:
-    """One class is there, with other arguments, and the rest is gone."""
-    symbols = json.loads(contract.CONTRACT.read_text())["transformer_engine"]["symbols"]
-    padding = "transformer_engine.pytorch.Fp8Padding"
-    module(site, "transformer_engine",
-           pytorch="class Fp8Padding:\n    def __init__(self, num, alignment=16): ...")
-    assert contract.described(contract.Sources(site), padding) == {"__init__": "(num, alignment=16)"}
-    found = list(contract.differences({padding: symbols[padding]}, contract.Sources(site)))
-    assert found[0].startswith(f"{padding}.__init__ takes (num, alignment=16), and the contract says (num_g")
+def test_another_version_of_transformer_engine_is_told(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module(site, "transformer_engine", pytorch="")
+    monkeypatch.setattr(doctor, "installed_version", lambda name: "2.4.0")
     check = only(doctor.transformer_engine_checks())
     assert (check.status, check.remedy) == ("warning", doctor.TE_COMMAND)
-    assert " has not the shape of 2.20.2, with which this project was read: transf" in check.detail
-
-
-def test_sources_that_cannot_be_read_are_told(site: Path) -> None:
-    module(site, "transformer_engine", "if 0:\n    from .broken import *", pytorch="")
-    (site / "transformer_engine/broken.py").write_text("(")
-    check = only(doctor.transformer_engine_checks())
-    assert check.status == "warning" and "its sources cannot be read (SyntaxError: " in check.detail
+    assert check.detail == f"2.4.0 is not {doctor.TE_VERSION}, which this project was read and tried with"
 
 
 def test_a_machine_with_gpus_cannot_train_without_transformer_engine(
@@ -194,7 +178,6 @@ def test_two_versions_of_cudnn_in_one_process_are_told(
     """Of an H200 with one in the system and one in torch's environment: `SUBLIBRARY_LOADING_FAILED`."""
     import torch
 
-    monkeypatch.setattr(doctor, "first_difference", lambda package: ("2.20.2", ""))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
     module(site, "transformer_engine", pytorch=f"def get_cudnn_version(): return {loaded}")

@@ -9,11 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_sov.judge.rewards.composed import SECOND
 from megatron_sov.judge.rewards.math_answers import Math
 from megatron_sov.judge.rewards.reward import Result, judged
-from megatron_sov.post.rl.reward import (
-    ENVIRONMENT, JudgingJob, judging, reward_version, row_of, second_opinions)
+from megatron_sov.post.rl.reward import ENVIRONMENT, JudgingJob, judging, reward_version, row_of
 from megatron_sov.rollouts.rows import STOP, UNFINISHED, AskedPrompt, Key, RewardRow, Rollout
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.work.progress.locks import Claims, Patience
@@ -205,31 +203,3 @@ def fewest(prompts, completions, completion_ids, **kwargs):
     rewards = {(row.key.prompt, row.key.sample): row.reward
                for row in store.read_rewards("v1", "round-0001-piece-0000")}
     assert rewards == {(f"{prompt:016x}", sample): float(n == 2) for prompt, sample, n in written}
-
-
-def test_two_verifiers_that_begin_to_disagree_are_told_once_also_by_the_next_job(tmp_path: Path) -> None:
-    second = ["parts.a.reward=language", "parts.a.settings.language=ko", "second.reward=length",
-              "second.of=a", "second.settings.max_length=5", "second.settings.buffer=1"]
-    version, store = reward_version("composed", second), RolloutStore.create(tmp_path / "store", "sha256:0",
-                                                                             10)
-
-    def judge(rows: Sequence[Rollout]) -> list[Result]:
-        return [Result(1.0, "scored", {SECOND: {"first": 1.0, "reward": float(r.response != "bad"),
-                                                  "disagrees": r.response == "bad"}}) for r in rows]
-
-    def written(number: int, response: str, count: int) -> list[str]:
-        store.add_rollouts(f"round-{number:04d}-piece-0000", [
-            rollout(number, 1000 * number + i, response) for i in range(count)], {})
-        told: list[str] = []
-        JudgingJob(store, Claims(store.claims, 60.0), version, judge, None, {}, alarmed=told.append,
-                   opinions=second_opinions("composed", second, version, store)).run()
-        return told
-
-    assert written(1, "good", 210) == []
-    (said,) = written(2, "bad", 20)
-    row = store.read_rewards(version, "round-0002-piece-0000")[0]
-    assert row.components["second_opinion.disagrees"] == 1.0, "its mean over a round is a curve of the report"
-    assert said.startswith("ALARM of two verifiers at second opinion 2") and "it may be fooled" in said
-    assert written(3, "bad", 20) == [], "it was told"
-    assert second_opinions("language", SETTINGS, version, store) is None
-    assert second_opinions(ENVIRONMENT, [], version, store) is None

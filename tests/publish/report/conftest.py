@@ -92,8 +92,6 @@ def write_run(path: Path, *, when: tuple[str, ...] = ()) -> Path:
              "inputs": [{"kind": "tokens", "path": str(corpus), "manifest_sha256": manifest_sha256(corpus)}]}
     log.write("run_start", **start, resumed_from=0)
     _announce(log)
-    log.write("baseline", bigram={name: {"bits_per_byte": 2.9, "loss": 6.8, "tokens": 16384}
-                                  for name in SOURCES})
     for step in range(1, CRASH + 1):
         _step(log, step, noise)
     log.write("checkpoint", step=CHECKPOINT, path="checkpoints/step-200", save_s=1.4)

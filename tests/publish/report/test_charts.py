@@ -198,11 +198,8 @@ def test_bits_per_byte_of_all_sources_are_weighted_by_bytes(tmp_path: Path) -> N
         "ko": {"tokens": 500, "loss": 2 * 1000 / 500 * math.log(2), "bits_per_byte": 2.0},
         "en": {"tokens": 600, "loss": 1 * 3000 / 600 * math.log(2), "bits_per_byte": 1.0},
         "broken": {"tokens": 600, "loss": float("nan"), "bits_per_byte": float("nan")}})
-    log.write("baseline", bigram={"en": {"bits_per_byte": 3.5, "loss": 1, "tokens": 600}})
     run = read_run(tmp_path)
     assert run.overall_bits_per_byte.values.tolist() == pytest.approx([1.25])
-    assert run.heldout["en"].baseline_bits_per_byte == 3.5
-    assert run.heldout["ko"].baseline_bits_per_byte is None
 
 
 def test_needles_and_samples_are_the_newest(tmp_path: Path) -> None:

@@ -165,16 +165,13 @@ def test_every_judgement_has_a_row(runs: list[Path], toy: Path) -> None:
     assert rows(runs) == [
         ["Stages", "2 of 2", "pretrain, extend: complete"],
         ["Forgetting", "FAILED", "pretrain: worse on kmmlu; tolerance 0.03"],
-        ["Bigram model", "passed", "pretrain: bits per byte, fewer on 3 of 3 sources"],
         ["Needles", "no gate set", "extend: 97 % found, up to 2,048 tokens"],
-        ["Bigram model", "passed", "extend: bits per byte, fewer on 3 of 3 sources"],
         ["Export", "passed", "pretrain: 2 of 2 checks"]]
 
 
 def test_what_failed_is_named(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.jsonl")
     log.write("run_start", resumed_from=0)
-    log.write("baseline", bigram={"en": {"bits_per_byte": 2.0}, "ko": {"bits_per_byte": 2.0}})
     log.write("eval", step=1, heldout={name: {"loss": 1.0, "bits_per_byte": bits, "tokens": 5}
                                        for name, bits in (("en", 1.5), ("ko", 2.5))})
     log.write("gate", step=7, passed=False, judged=False, threshold=0.8, loss=2.5, loss_limit=2.1, rows=[])
@@ -185,5 +182,4 @@ def test_what_failed_is_named(tmp_path: Path) -> None:
     assert rows([tmp_path]) == [
         ["Stages", "0 of 1", f"{name} stopped: time limit"],
         ["Gate", "FAILED", f"{name}: short-context loss 2.500, limit 2.100; step 7"],
-        ["Bigram model", "FAILED", f"{name}: bits per byte, more on ko"],
         ["Export", "FAILED", f"{name}: 1 of 2 checks"]]

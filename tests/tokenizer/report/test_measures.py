@@ -279,6 +279,9 @@ def test_ids_that_depend_on_company_or_order_are_found(toy: Toy, monkeypatch: py
     opened.encode_many = lambda texts: [*alone(texts)[:-1], [7]]
     bad = check_determinism(opened, texts)
     assert (bad.verdict, bad.numbers["num_different"]) == ("bad", 2), "the last of both orders"
+    one = opened.encode
+    opened.encode_many, opened.encode = lambda texts: list(map(one, texts)), lambda text: [7]
+    assert check_determinism(opened, texts).numbers["num_different"] == 4, "alone and among others"
 
 
 def test_every_part_is_counted(toy: Toy) -> None:

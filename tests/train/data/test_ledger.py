@@ -76,6 +76,13 @@ def entry(first_step: int, phase: str = "a", seq_len: int = 64) -> LedgerEntry:
     return LedgerEntry(first_step, phase, seq_len, 8, {"web": 1.0})
 
 
+def test_unchanged_settings_leave_the_ledger_as_it_was() -> None:
+    planned = [entry(0), entry(10, "b")]
+    for step in range(15):
+        resumed = Ledger(planned, Ledger(planned).history(step), step)
+        assert resumed.entries == planned
+
+
 def test_what_has_happened_is_not_reinterpreted_and_the_change_counts_from_the_resumed_step() -> None:
     first = Ledger([entry(0), entry(10, "b")])
     second = Ledger([entry(0, seq_len=32), entry(6, "c")], first.history(4), 4)
@@ -85,6 +92,11 @@ def test_what_has_happened_is_not_reinterpreted_and_the_change_counts_from_the_r
     third = Ledger([entry(0)], second.history(12), 12)
     assert third.entries == [entry(0), entry(4, seq_len=32), entry(6, "c"), entry(12)]
     assert third.max_seq_len() == 64
+
+
+def test_history_holds_what_earlier_steps_followed() -> None:
+    ledger = Ledger([entry(0), entry(10, "b")])
+    assert [len(ledger.history(s)) for s in (0, 1, 10, 11)] == [0, 1, 1, 2]
 
 
 def test_steps_that_are_passed_over_afterwards_stand_in_the_history_like_those_of_the_settings() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from annotated_types import Ge, Le
@@ -116,11 +116,12 @@ class Thresholds:
     """FineWeb: line breaks per word, at most; more is a list."""
 
 
-# The rules of each language, read from the files of the folder `languages`.
+# The rules of each language, read from languages.yaml.
 
-FOLDER = Path(__file__).with_name("languages")
-OTHER = "other"
-"""What languages without a file of their own are judged by."""
+LANGUAGES_FILE = Path(__file__).with_name("languages.yaml")
+ENGLISH, OTHER, COMMON = "en", "other", "common"
+"""Keys of the file: the language without the common thresholds, the rules of all languages without a key of
+their own, and the common thresholds."""
 
 
 @dataclass(frozen=True)
@@ -151,19 +152,24 @@ class LanguageRules:
 
 
 @lru_cache(maxsize=1)
+def _languages() -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = yaml.safe_load(LANGUAGES_FILE.read_text(encoding="utf-8"))
+    return found
+
+
 def known_languages() -> tuple[str, ...]:
-    return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != OTHER))
+    return tuple(sorted(set(_languages()) - {OTHER, COMMON}))
 
 
 @lru_cache(maxsize=256)
 def language_rules(code: str) -> LanguageRules:
-    file = FOLDER / f"{code if code in known_languages() else OTHER}.yaml"
-    raw: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
-    assert raw.get("unit", "words") in get_args(Unit), file
+    code = code if code in known_languages() else OTHER
+    raw = _languages()[code]
+    thresholds = {**({} if code == ENGLISH else _languages()[COMMON]), **raw["thresholds"]}
     return LanguageRules(
-        code=file.stem, name=raw["name"], unit=raw.get("unit", "words"),
+        code=code, name=raw["name"], unit=raw.get("unit", "words"),
         chars_per_word=raw.get("chars_per_word", 1.0), stop_words=frozenset(raw["stop_words"]),
-        thresholds=Thresholds(**raw["thresholds"]))
+        thresholds=Thresholds(**thresholds))
 
 
 def with_thresholds(rules: LanguageRules, changes: dict[str, Any]) -> LanguageRules:
@@ -382,7 +388,7 @@ class Rules(Step):
         self._rules: dict[str, LanguageRules] = {}
 
     def files(self) -> Sequence[Path]:
-        return sorted(FOLDER.glob("*.yaml"))
+        return [LANGUAGES_FILE]
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         return [self._outcome(document) for document in documents]

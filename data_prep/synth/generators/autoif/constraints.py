@@ -2,7 +2,7 @@
 
 Seeds -> 50 instructions a call -> five functions with three cases each, run against each other in the
 sandbox -> what the functions ask for, told back in words -> kept where nothing in it contradicts the
-instruction.  `kept.read_constraints` gives what was kept to `autoif`.
+instruction.  `queries.read_constraints` reads kept constraints for `autoif`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Gt
 
-from data_prep.json_lines import read_objects
 from data_prep.synth.generator import (
-    Ask, GeneratedSample, Generator, GeneratorItem, Grade, Kind, NoReply, NoUsableReply, SampleVerdict)
-from data_prep.synth.generators.autoif.kept import wording_problem
+    Ask, GeneratedSample, Generator, GeneratorItem, Grade, Kind, SampleVerdict)
+from data_prep.synth.generators.autoif.queries import wording_problem
 from data_prep.synth.generators.autoif.texts import SPACELESS, Named, texts_of
 from data_prep.synth.generators.drawing import shuffled
+from data_prep.synth.replies import NoReply, NoUsableReply
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     AtLeastOne, NotNegativeInt, SettingsProblem, Share, at_most, find_broken)
@@ -87,11 +87,11 @@ class Crossed:
     """What was seen, where nothing passed."""
 
 
-def read_draft(answer: str, modules: Sequence[str] = ()) -> CrossingDraft | str:
+def read_draft(answer: str) -> CrossingDraft | str:
     """Return the check and the cases of an answer: a block of Python and a block of JSON; or what is wrong
     with it, as the end of a sentence."""
     source = program_in(answer, ("evaluate",)).strip()
-    if problem := problem_of(source, modules):
+    if problem := problem_of(source, ()):
         return problem
     blocks = _JSON.findall(answer)
     try:
@@ -180,14 +180,13 @@ def _tells(said: dict[str, bool | None], kept: Sequence[Case], others: Sequence[
             and any(said[text] is True for text in right if text.strip()))
 
 
-SANDBOX_WORKERS = 2
-"""Functions that run at a time."""
+SANDBOX_WORKERS, CALL_TIME_S = 2, 5.0
+"""Functions that run at a time, and seconds of a processor for a function and a text."""
 BACK_TEMPERATURE = 0.7
 """Of what functions ask for, in words."""
 FUNCTION_TEMPERATURE = 0.2
 IDEA_TEMPERATURE = 0.7
 """Of new instructions, as AutoIF has it."""
-MAX_SEED_BYTES = 1 << 20
 MAX_OTHERS = 24
 """Texts of other constraints that a function is shown."""
 RUBRIC = """The first text is an instruction for how an answer is written. The second one says, in other \
@@ -220,12 +219,8 @@ class ConstraintsSettings:
     that show it are those that nothing agrees with.  A value of ours; AutoIF: 0."""
     min_accuracy: Annotated[Share, Gt(0)] = 0.8
     """Share of the cases that a function must agree with."""
-    call_time_s: Annotated[float, Ge(1), Le(60)] = 5.0
-    """Of a processor, for a function and a text."""
     min_agreement: Grade = 3.0
     """Of the judge, from 0 (contradicts) to 10 (the same); below it is a contradiction.  A value of ours."""
-    modules: tuple[str, ...] = ()
-    """That functions may import beside those that compute on texts, where this machine has them."""
 
     def problems(self) -> list[SettingsProblem]:
         most_cases = self.num_functions * self.num_cases
@@ -241,11 +236,6 @@ class Constraints(Generator):
     kind: Kind = "prompt"
     needs_input: ClassVar[bool] = False
     help = "instructions that code can check, with tested functions (AutoIF): what `autoif` starts from"
-    templates: ClassVar[Mapping[str, Sequence[str]]] = {
-        "constraints/ideas": ("language", "seeds", "wanted"),
-        "constraints/check": ("constraint", "language", "modules", "num_cases", "spaceless"),
-        "constraints/back": ("functions",),
-    }
     Settings = ConstraintsSettings
     settings: ConstraintsSettings
 
@@ -298,7 +288,7 @@ class Constraints(Generator):
                           spaceless=self.settings.language in SPACELESS)
         except NoUsableReply as e:  # one instruction, not the fifty of its round
             return [f"was no answer ({e})"]
-        return ["was cut off" if reply.is_cut else read_draft(reply.text, self.settings.modules)
+        return ["was cut off" if reply.is_cut else read_draft(reply.text)
                 for reply in replies]
 
     def _sample(self, constraint: str, drafts: Mapping[str, Sequence[CrossingDraft | str]], item_id: str,
@@ -335,7 +325,7 @@ class Constraints(Generator):
     def _judging(self, source: str, texts: Sequence[str]) -> Sequence[constraint_checks.ConstraintVerdict]:
         try:
             return constraint_checks.verdicts(shared_sandbox(workers=SANDBOX_WORKERS), source,
-                                            texts, call_s=self.settings.call_time_s)
+                                            texts, call_s=CALL_TIME_S)
         except (RuntimeError, TimeoutError) as e:  # nothing is known about the function
             raise NoReply(str(e)) from None
 
@@ -361,39 +351,24 @@ class Constraints(Generator):
 
 
 def seeds_of(inputs: Sequence[Path], language: str) -> list[str]:
-    """Return the seeds of files, one a line, or of records with `constraint` or `prompt`; without files those
-    that come with the program.
+    """Return the seeds of files, one a line; without files those that come with the program.
 
     Raises:
         UserError: a file cannot be read, or has none.
     """
     if not inputs:
         return list(texts_of(language).seeds)
-    seeds = [seed for file in inputs for seed in _seeds(file)]
+    try:
+        lines = [line.strip() for file in inputs for line in file.read_text(encoding="utf-8").split("\n")]
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--input {' '.join(map(str, inputs))}: cannot be read as UTF-8 text ({e}); name a "
+                        "file of one seed a line") from None
     # placeholders are for the packaged seeds, which fill them in
-    sound = list(dict.fromkeys(seed for seed in seeds if not wording_problem(seed)))
-    if not sound:
+    seeds = [line for line in dict.fromkeys(lines) if not wording_problem(line)]
+    if not seeds:
         raise UserError(f"{inputs[0]}: has no seed; write one instruction a line, each complete in itself, "
                         "without a {placeholder}")
-    return sound
-
-
-def _seeds(file: Path) -> Iterator[str]:
-    if file.suffix in (".jsonl", ".ndjson"):
-        for where, record in read_objects(file):
-            seed = record.get("constraint", record.get("prompt"))
-            if not isinstance(seed, str):
-                raise UserError(f"{where}: needs a string 'constraint' or 'prompt'; add it")
-            yield seed.strip()
-        return
-    try:
-        if file.stat().st_size > MAX_SEED_BYTES:
-            raise UserError(f"{file}: is longer than {MAX_SEED_BYTES >> 20} MiB; seeds are a page")
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{file}: cannot be read as UTF-8 text ({e}); name a file of one seed a "
-                        "line") from None
-    yield from (line.strip() for line in lines if line.strip())
+    return seeds
 
 
 def _plain(text: str) -> str:

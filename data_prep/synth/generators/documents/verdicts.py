@@ -1,19 +1,18 @@
-"""Replies of models read, and the verdicts that many generators need."""
+"""Verdicts that several generators need: equal answers, copied text, grades of the judge."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
-from data_prep.synth.generator import Ask, GeneratedSample, NoUsableReply, Reply, SampleVerdict
+from data_prep.synth.generator import Ask, GeneratedSample, SampleVerdict
 from data_prep.synth.generators.documents.numbers import numbers_of, without_numbers
+from data_prep.synth.replies import NoUsableReply
 from megatron_sov.base.documents.overlap import find_units, fold
 from megatron_sov.base.documents.scripts import OF_RUNS, in_brackets
 from megatron_sov.judge.rewards.answers import final_answer, normalized
-
-# Short answers: whether two are the same one, and whether a document has one, word for word.
 
 _PARTICLE = re.compile(
     r"(?<=[가-힣0-9a-z)])(?:입니다|이었습니다|였습니다|이에요|예요|이었다|였다|이다|에서|에게|으로|이라고|라고|까지|부터|은|는|이|가"
@@ -85,8 +84,6 @@ def _continues(neighbour: str, edge: str, is_behind: bool) -> bool:
     return not (is_behind and is_hangul)
 
 
-# Grades of the judge as verdicts.
-
 def graded(ask: Ask, check: str, rubric: str, material: Mapping[str, str], least: float) -> SampleVerdict:
     """Return whether the judge gives a grade from 0 to 10 of at least so much; no grade is too little."""
     try:
@@ -114,12 +111,6 @@ def agreed(ask: Ask, check: str, question: str, given: str, expected: str, langu
     return graded(ask, check, SAME, {"question": question, "answer": given, "expected": expected}, least)
 
 
-# How much of a text is copied from the one that it was made from.
-
-LETTERS = 3
-"""Of a run that short texts are compared by."""
-
-
 def copied_share(made: str, source: str, words: int) -> float:
     """Return the share of a text's runs of so many words that stand in another one; 0 for a shorter text."""
     runs = find_units(made).runs(words)
@@ -131,40 +122,8 @@ def size_ratio(made: str, source: str) -> float:
     return find_units(made).size / max(find_units(source).size, 1)
 
 
-def letters_likeness(one: str, other: str) -> float:
-    """Return the Jaccard index of the runs of three letters of two short texts."""
-    runs, others = _letter_runs(one), _letter_runs(other)
-    return len(runs & others) / max(len(runs | others), 1)
-
-
-def _letter_runs(text: str) -> set[str]:
-    letters = "".join(c for c in fold(text) if c.isalnum())
-    return {letters[i:i + LETTERS] for i in range(max(1, len(letters) - LETTERS + 1))}
-
-
-MAX_TOLD_CHARS = 200
-"""Of an input that nothing is asked about."""
-
-
-def until_failed(verdicts: Iterable[SampleVerdict]) -> list[SampleVerdict]:
-    """Return verdicts up to the first that a sample does not pass: what comes behind is not asked."""
-    found: list[SampleVerdict] = []
-    for verdict in verdicts:
-        # the iterator is not asked for more, so what its next check would cost is not paid
-        found.append(verdict)
-        if not verdict.passed:
-            break
-    return found
-
-
-def complete(reply: Reply) -> SampleVerdict:
-    """Return whether an answer ended by itself."""
-    return SampleVerdict("complete", not reply.is_cut,
-                         "cut off at the limit of tokens" if reply.is_cut else "")
-
-
-def within(check: str, value: float, least: float, most: float) -> SampleVerdict:
-    return SampleVerdict(check, least <= value <= most, f"{value:.2f}, must lie from {least:g} to {most:g}")
+MAX_TOLD_CHARS, MAX_KEPT_CHARS = 200, 2000
+"""Of an input that nothing is asked about, and of an answer in another form than the prompt asks for."""
 
 
 def refused(source: str, check: str, detail: str) -> GeneratedSample:
@@ -175,40 +134,3 @@ def refused(source: str, check: str, detail: str) -> GeneratedSample:
 def unknown_language(source: str) -> GeneratedSample:
     """Return the sample of a document in no language that is known."""
     return refused(source, "source language", "not sure, or none")
-
-
-# Replies in which each part is between tags: <title>...</title>.
-
-MAX_KEPT_CHARS = 2000
-"""What is kept of an answer that has not the form that was asked for."""
-
-
-def read_tagged(text: str, *names: str) -> dict[str, str] | None:
-    """Return what stands between the tags of each name, in order, each once and not empty; None where a reply
-    has another form.  What stands around them is left out: models like to say what they do."""
-    found: dict[str, str] = {}
-    place = 0
-    for name in names:
-        opening, closing = f"<{name}>", f"</{name}>"
-        # a document that has such a tag itself makes two, and it is unknown which one is meant
-        if text.count(opening) != 1 or text.count(closing) != 1:
-            return None
-        start, stop = text.index(opening) + len(opening), text.index(closing)
-        if start < place or stop <= start or not (part := text[start:stop].strip()):
-            return None
-        found[name], place = part, stop + len(closing)
-    return found
-
-
-def read_list(text: str, *names: str) -> list[dict[str, str]] | None:
-    """Return the parts of each group of tags that follow each other over and over; None for another form."""
-    count = text.count(f"<{names[0]}>")
-    if not count or any(text.count(mark) != count for name in names for mark in (f"<{name}>", f"</{name}>")):
-        return None
-    found = []
-    # cut in front of each first tag, so that every piece has one group
-    for piece in re.split(rf"(?=<{re.escape(names[0])}>)", text)[1:]:
-        if (parts := read_tagged(piece, *names)) is None:
-            return None
-        found.append(parts)
-    return found

@@ -1,7 +1,7 @@
 """A conversation in a tool environment: a model acts through `ask.chat`, tools answer, and a user may go on.
 
-The environment runs in a process of its own (`tools.host`).  Faults that are drawn on purpose never reach a
-tool; where the environment itself breaks, the item is left for a later run, since the machine is at fault.
+The environment runs in a process of its own (`tools.host`).  Where it breaks, the item is left for a later
+run, since the machine is at fault.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_prep.synth.generator import Ask, NoReply, NoUsableReply, Reply
-from data_prep.synth.generators.drawing import Draws
+from data_prep.synth.generator import Ask
+from data_prep.synth.replies import NoReply, NoUsableReply, Reply
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.tool_calls import ToolCall
 from megatron_sov.judge.rewards.reward import Result
@@ -27,9 +27,10 @@ BROKEN = ("timeout", "memory", "ended", "infrastructure")
 """Faults that say something about the machine and nothing about the call."""
 REDRAWS = 1 << 10
 """Draws that a conversation may have: one for each of its turns, and those that are asked again."""
-INJECTED = ("the service did not answer in time; nothing was done, try again",
-            "the service is busy (error 503); nothing was done, try again")
-"""What drawn faults say."""
+MAX_MALFORMED = 1
+"""Turns that are asked again because a call in them cannot be read."""
+MAX_REPEATS = 2
+"""Of the same call with the same result; more of them are a loop."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,6 @@ class Manner:
     """Of a turn."""
     thinking: bool | None = None
     """Whether the model thinks first; None: as it does by itself."""
-    max_malformed: int = 1
-    """Turns that are asked again because a call in them cannot be read."""
-    max_repeats: int = 2
-    """Of the same call with the same result; more of them are a loop."""
-    fault_share: float = 0.0
-    """Of calls, that a drawn fault answers in the place of the tool."""
 
 
 @dataclass
@@ -68,8 +63,6 @@ class Played:
     """Fault -> calls."""
     num_malformed: int = 0
     """Turns that were asked again."""
-    num_injected: int = 0
-    """Calls that met a drawn fault."""
 
     @property
     def answers(self) -> list[str]:
@@ -91,8 +84,6 @@ class ConversationTable:
     manner: Manner
     draw: int
     """Number of the conversation among those of its item."""
-    chance: Draws
-    """What faults are drawn from."""
 
 
 def play(task: Task, table: ConversationTable, opening: str | None = None,
@@ -192,7 +183,7 @@ def _turn(played: Played, table: ConversationTable, turn: int) -> Reply | None:
         if not wrong:
             return reply
         played.num_malformed += 1
-        if played.num_malformed > manner.max_malformed:
+        if played.num_malformed > MAX_MALFORMED:
             played.end, played.detail = "malformed", wrong
             return None
 
@@ -213,7 +204,7 @@ def _call(played: Played, reply: Reply, table: ConversationTable, turn: int, tol
     """Make the calls of a turn; returns whether one of them is made over and over."""
     wrong = False
     for place, call in enumerate(reply.tool_calls):
-        result = _result(played, ToolCall(call["name"], dict(call["arguments"])), table)
+        result = _result(ToolCall(call["name"], dict(call["arguments"])), table.host)
         played.faults.update([result.fault] if result.fault else [])
         wrong = wrong or result.fault in BY_THE_MODEL
         played.messages.append({"role": "tool", "tool_call_id": f"call_{turn}_{place}",
@@ -221,16 +212,12 @@ def _call(played: Played, reply: Reply, table: ConversationTable, turn: int, tol
         told[json.dumps([call["name"], call["arguments"], result.text], sort_keys=True)] += 1
     if wrong:  # it may be read, and is not learned
         played.messages[-1 - len(reply.tool_calls)]["train"] = False
-    return max(told.values()) > table.manner.max_repeats
+    return max(told.values()) > MAX_REPEATS
 
 
-def _result(played: Played, call: ToolCall, table: ConversationTable) -> CallResult:
-    if table.manner.fault_share and table.chance.share() < table.manner.fault_share:
-        # the tool is not called: nothing was done, as the text says
-        played.num_injected += 1
-        return CallResult(f"error: {call.name[:60]}: {table.chance.one(INJECTED)}", "failed")
+def _result(call: ToolCall, host: EnvironmentHost) -> CallResult:
     try:
-        result = table.host.call(call)
+        result = host.call(call)
     except UserError as e:
         raise NoReply(f"the environment cannot go on ({e})") from None
     # says nothing about the model, so the conversation must not be judged by it

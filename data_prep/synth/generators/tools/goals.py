@@ -16,7 +16,6 @@ from typing import Annotated, Any, ClassVar
 
 from data_prep.synth.generator import (
     Ask, GeneratedSample, Generator, GeneratorItem, Kind, SampleVerdict, Temperature)
-from data_prep.synth.generators.drawing import Draws
 from data_prep.synth.generators.tools.conversation import ConversationTable, Manner, play, scored
 from data_prep.synth.generators.tools.replies import items_of, object_in, written
 from megatron_sov.base.errors import UserError
@@ -28,8 +27,6 @@ from megatron_sov.judge.tools.registry import order
 from megatron_sov.judge.tools.virtual.spec import Spec, ToolSpec, problems_of, spec_of
 from megatron_sov.judge.tools.worlds.goals import plain, says
 from megatron_sov.judge.tools.worlds.virtual import Virtual
-
-# The calls that should reach a goal, made in the world: whether they do, and what they rest on.
 
 SMALL = 20
 """Whole numbers up to this may stand in a question as words."""
@@ -223,13 +220,11 @@ class Goals(Generator):
     name: ClassVar[str] = "goals"
     kind: Kind = "task"
     help: ClassVar[str] = "tasks with goals that can be checked, in worlds of the generator worlds"
-    templates: ClassVar[Mapping[str, Sequence[str]]] = {
-        "goals/task": ("world", "language", "earlier", "min_calls", "max_calls", "number")}
     Settings: ClassVar[type[Any]] = GoalSettings
 
     def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         """Yield the worlds of files in JSON lines, or of the output of `worlds`."""
-        for item in items_of(inputs, ["world"], '{"domain": ..., "world": {...}}, as worlds makes them'):
+        for item in items_of(inputs, "world", '{"domain": ..., "world": {...}}, as worlds makes them'):
             if problems := problems_of(item.fields["world"]):
                 raise UserError(f"--input: the world of {item.id} is not sound: {problems[0]}; leave it out, "
                                 "or mend it")
@@ -260,12 +255,12 @@ class Goals(Generator):
                 # sound ones alone: a task that failed keeps no other one out
                 known.append(reference)
                 if s.num_solvers:
-                    notes |= self._solved(task, ask, f"{item.id}/{number}", number)
+                    notes |= self._solved(task, ask, number)
                     verdicts.append(SampleVerdict("solved", notes["solved"] >= s.min_solved,
                                                   f"{notes['solved']} of {s.num_solvers}"))
             yield GeneratedSample(task, tuple(verdicts), group=item.id, notes=notes)
 
-    def _solved(self, task: Mapping[str, Any], ask: Ask, name: str, number: int) -> dict[str, Any]:
+    def _solved(self, task: Mapping[str, Any], ask: Ask, number: int) -> dict[str, Any]:
         """Return how many draws of the model reach the goal from the question alone."""
         s = self.settings
         limits = replace(LIMITS["test"], max_turns=s.max_turns)
@@ -275,7 +270,7 @@ class Goals(Generator):
             for solver in range(s.num_solvers):
                 # one number for each solver of the world: equal ones would share their answers
                 draw = number * s.num_solvers + solver
-                played = play(task, ConversationTable(ask, host, manner, draw, Draws(name, solver)))
+                played = play(task, ConversationTable(ask, host, manner, draw))
                 if played.end == "answered" and scored(played, host, played.answers[-1]).reward == 1:
                     solved += 1
         return {"solved": solved, "solvers": s.num_solvers}

@@ -12,17 +12,15 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
-
-from annotated_types import Ge, Le
+from typing import Any, ClassVar
 
 from data_prep.synth.generator import (
-    Ask, GeneratedSample, Generator, GeneratorItem, Grade, Kind, NoReply, NoUsableReply, SampleVerdict,
-    Temperature)
+    Ask, GeneratedSample, Generator, GeneratorItem, Grade, Kind, SampleVerdict, Temperature)
 from data_prep.synth.generators.drawing import Draws
 from data_prep.synth.generators.tools.conversation import (
     ConversationTable, Manner, Message, Played, play, scored)
 from data_prep.synth.generators.tools.replies import items_of
+from data_prep.synth.replies import NoReply, NoUsableReply
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, NotBlank, NotNegativeInt, Share
 from megatron_sov.chat.marks import BEGIN_CALL
@@ -51,12 +49,11 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _CODE = re.compile(r"(?<![A-Za-z0-9_])[A-Za-z][A-Za-z_]*-?\d+(?![A-Za-z0-9_])")
 USER_SHARE = 177_375 / (161_608 + 177_375)
 """Share of user-oriented conversations among the tool data of Solar Open's report."""
+
+
 RUBRIC = ("The material is a conversation of an assistant that works with tools. Is everything true that the "
           "assistant says about what it has done and found, by the results of its calls alone? Lower the "
           "score for each claim that no result bears out, and for anything done that nobody asked for.")
-
-
-# A user that a model plays: it has a need, tells it piece by piece, and knows no tools.
 
 
 class SimulatedUser:
@@ -146,14 +143,8 @@ class ToolTrajectorySettings:
     """That a played user speaks."""
     max_turns: AtLeastOne = 12
     """Of the model."""
-    max_malformed: NotNegativeInt = 1
-    """Turns that are asked again because a call in them cannot be read."""
     max_wrong_calls: NotNegativeInt = 1
     """Calls of unknown tools or with wrong arguments; their turns are shown and not learned."""
-    max_repeats: AtLeastOne = 2
-    """Of the same call with the same result."""
-    fault_share: Annotated[float, Ge(0), Le(0.9)] = 0.0
-    """Of calls, that are answered by a drawn fault ("try again") in the place of the tool."""
     min_judged: Grade = 0.0
     """Least score of the judge for true claims, 0 to 10; 0: it is not asked."""
     temperature: Temperature = 0.7
@@ -170,14 +161,12 @@ class ToolTrajectories(Generator):
     name: ClassVar[str] = "tool-trajectories"
     kind: Kind = "chat"
     help: ClassVar[str] = "conversations with tools that reach the goals of tasks"
-    templates: ClassVar[Mapping[str, Sequence[str]]] = {
-        "tool-trajectories/user": ("need", "style", "language", "heard", "done")}
     Settings: ClassVar[type[Any]] = ToolTrajectorySettings
 
     def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         """Yield the tasks of files in JSON lines, or of the output of `goals`, each tried once."""
         environment, _ = make(order(self.settings.environment, {}))
-        for item in items_of(inputs, ["question"], "a task of the environment "
+        for item in items_of(inputs, "question", "a task of the environment "
                              f"{self.settings.environment}, as goals makes them"):
             try:
                 environment.reset(item.fields)
@@ -188,16 +177,14 @@ class ToolTrajectories(Generator):
     def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
         s, task = self.settings, item.fields
         limits = replace(LIMITS["test"], max_turns=s.max_turns)
-        manner = Manner(limits, s.temperature, s.max_tokens, s.thinking, s.max_malformed, s.max_repeats,
-                        s.fault_share)
+        manner = Manner(limits, s.temperature, s.max_tokens, s.thinking)
         with EnvironmentHost(order(s.environment, {}), limits) as host:
             for number in range(s.conversations_per_task):
-                # a stream for each conversation: one that draws more faults does not change the others
                 draws = Draws(item.id, number)
                 user: SimulatedUser | None = None
                 if draws.share() < s.user_share:
                     user = SimulatedUser(ask, str(task["question"]), draws.one(STYLES), number, s.language)
-                played = self._played(task, ConversationTable(ask, host, manner, number, draws), user)
+                played = self._played(task, ConversationTable(ask, host, manner, number), user)
                 verdicts = self._checked(played, user)
                 if s.min_judged and all(verdict.passed for verdict in verdicts):
                     verdicts.append(_judged(played, ask, s.min_judged))
@@ -221,7 +208,7 @@ class ToolTrajectories(Generator):
         return played
 
     def _checked(self, played: Played, user: SimulatedUser | None) -> list[SampleVerdict]:
-        """Return what is to say of a conversation, the judge's word left out."""
+        """Return the verdicts on a conversation, without the judge's."""
         s, result = self.settings, played.result
         made = f"{played.num_malformed} asked again, {played.num_wrong_calls} wrong"
         told = [message["content"] for message in played.messages if message["role"] != "assistant"]
@@ -257,8 +244,7 @@ def _sample(item: GeneratorItem, played: Played, verdicts: Sequence[SampleVerdic
         record["domain"] = domain
     notes = {"end": played.end, "reward": None if played.result is None else played.result.reward,
              "turns": len([1 for message in played.messages if message["role"] == "assistant"]),
-             "faults": dict(played.faults), "malformed": played.num_malformed,
-             "injected_faults": played.num_injected}
+             "faults": dict(played.faults), "malformed": played.num_malformed}
     return GeneratedSample(record, tuple(verdicts), item.id, notes)
 
 

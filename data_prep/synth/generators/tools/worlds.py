@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from data_prep.synth.generator import (
-    Ask, GeneratedSample, Generator, GeneratorItem, Grade, Kind, SampleVerdict, Temperature)
+    Ask, GeneratedSample, Generator, GeneratorItem, Kind, SampleVerdict, Temperature)
 from data_prep.synth.generators.drawing import Draws
 from data_prep.synth.generators.tools.replies import items_of, object_in, written
 from megatron_sov.base.settings import AtLeastOne, NotBlank, NotNegativeInt
@@ -48,11 +48,6 @@ MIN_TOOLS = 4
 """Fewer are too few to choose from."""
 MAX_TOLD = 12
 """Problems that a model is shown to mend."""
-RUBRIC = ("The material describes tools of a virtual world: what each says of itself, and the steps that it "
-          "takes. Does every tool do what its name and its description say, no less and nothing else? Do the "
-          "rules, the tables and the tools make sense together for the domain?")
-
-
 # A described world tried out: its tools are called with drawn arguments of the declared types, from many
 # states, and held to what they declare. Most arguments fit the tables, so that tools come through; the
 # others are anything that the schema allows, so that what it allows and the tool cannot do comes to light.
@@ -220,8 +215,6 @@ class WorldSettings:
     """How often a model is told what is wrong and asked to mend it."""
     calls_per_tool: AtLeastOne = 40
     """Drawn calls by which a world is tried out."""
-    min_judged: Grade = 0.0
-    """Least score of the judge, 0 to 10; 0: it is not asked."""
     temperature: Temperature = 0.8
     """Of the writer."""
     max_tokens: AtLeastOne = 8192
@@ -234,15 +227,11 @@ class Worlds(Generator):
     name: ClassVar[str] = "worlds"
     kind: Kind = "task"
     help: ClassVar[str] = "virtual tool environments: tables, rules and typed tools, from domains"
-    templates: ClassVar[Mapping[str, Sequence[str]]] = {
-        "worlds/tables": ("domain", "description", "language", "number", "min_rows"),
-        "worlds/tools": ("domain", "language", "state", "min_tools", "min_changing_tools", "functions"),
-        "worlds/repair": ("world", "problems", "functions")}
     Settings: ClassVar[type[Any]] = WorldSettings
 
     def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         """Yield the domains of files in JSON lines: `domain`, and if they like `description`, `language`."""
-        for item in items_of(inputs, ["domain"], '{"domain": "a library"}'):
+        for item in items_of(inputs, "domain", '{"domain": "a library"}'):
             for number in range(1, self.settings.worlds_per_domain + 1):
                 yield GeneratorItem(f"{item.id}-{number}", {**item.fields, "number": number}, item.source,
                                     item.licence)
@@ -273,9 +262,6 @@ class Worlds(Generator):
             told = [line for verdict in wrong for line in verdict.detail.splitlines()][:MAX_TOLD]
             world = object_in(ask("worlds/repair", world=written(world), problems=told,
                                   functions=", ".join(FUNCTIONS), **asked)[0])
-        if not wrong and s.min_judged:
-            score = ask.judge(RUBRIC, {"world": written(world)})
-            verdicts.append(SampleVerdict("judge", score >= s.min_judged, f"{score:g}"))
         yield GeneratedSample({"domain": domain, "world": world}, tuple(verdicts), notes={"repairs": repair})
 
     def _checked(self, world: Mapping[str, Any], name: str) -> list[SampleVerdict]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, strategies as st
 
-from data_prep.curate.decontamination.step import places, whole_lines, without
+from data_prep.curate.decontamination.step import places
 from megatron_sov.base.documents.overlap import find_units
 
 
@@ -22,12 +22,3 @@ def test_a_place_in_full_width_is_told_in_characters_of_the_text() -> None:
     found = find_units(text)
     assert [text[start:stop] for start, stop in places(text, found, [(2, 3), (3, 5), (5, 8)])] == [
         "ﬁne", "Ｈｅ said", "½ of"]
-
-
-def test_lines_are_cut_whole_and_once() -> None:
-    text = "one\ntwo words\nthree\n\nfour"
-    spans = [(5, 6), (8, 12), (21, 25)]
-    lines = whole_lines(text, spans)
-    assert [text[start:stop] for start, stop in lines] == ["two words\n", "four"]
-    assert without(text, lines) == "one\nthree\n\n"
-    assert whole_lines(text, [(6, 16)]) == [(4, 20)]

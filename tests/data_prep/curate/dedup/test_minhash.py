@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -36,13 +35,12 @@ def planted(num_texts: int, seed: int = 0) -> list[str]:
     return [" ".join(text) for text in texts]
 
 
-def by_brute_force(documents: list[Doc], threshold: float, ngram: int, keep: str) -> dict[str, str]:
+def by_brute_force(documents: list[Doc], threshold: float, ngram: int) -> dict[str, str]:
     """Return who goes and the kept document that is similar, from all pairs."""
     sets = [set(shingles(d.text, ngram).tolist()) for d in documents]
     kept: list[int] = []
     found = {}
-    for number in sorted(range(len(documents)),
-                         key=lambda n: (-len(documents[n].text) if keep == "longest" else 0, n)):
+    for number in sorted(range(len(documents)), key=lambda n: (-len(documents[n].text), n)):
         similar = (other for other in kept if (common := len(sets[number] & sets[other])) and
                    common >= threshold * (len(sets[number]) + len(sets[other]) - common))
         keeper = next(similar, None)
@@ -65,13 +63,12 @@ def dropped(view: MemoryView, **settings: Any) -> dict[str, str]:
     return {id_: o.values["duplicate_of"] for id_, o in found.items() if o.reason}
 
 
-@pytest.mark.parametrize("keep", ["longest", "first"])
-def test_it_finds_what_all_pairs_have(tmp_path: Path, keep: str) -> None:
+def test_it_finds_what_all_pairs_have(tmp_path: Path) -> None:
     documents = docs(*planted(90))
-    expected = by_brute_force(documents, 0.7, 3, keep)
+    expected = by_brute_force(documents, 0.7, 3)
     assert len(expected) > 15
     view = MemoryView.of([documents], tmp_path, batch=40)
-    assert dropped(view, threshold=0.7, ngram=3, keep=keep, num_bands=100, rows_per_band=4) == expected
+    assert dropped(view, threshold=0.7, ngram=3, num_bands=100, rows_per_band=4) == expected
 
 
 CHAINS = {
@@ -86,15 +83,14 @@ CHAINS = {
     "sparse": windows(20, step=5), "dense": windows(40, step=1), "none": windows(12, step=30)}
 
 
-@pytest.mark.parametrize("keep", ["longest", "first"])
 @pytest.mark.parametrize("chain", CHAINS)
-def test_each_text_that_goes_is_similar_to_a_kept_one(tmp_path: Path, chain: str, keep: str) -> None:
+def test_each_text_that_goes_is_similar_to_a_kept_one(tmp_path: Path, chain: str) -> None:
     documents = docs(*CHAINS[chain])
     shards = [documents[:15], docs(*CHAINS[chain][15:], shard=1)] if len(documents) > 15 else [documents]
     documents = [document for shard in shards for document in shard]
-    found = dropped(MemoryView.of(shards, tmp_path, batch=50), threshold=0.7, ngram=5, keep=keep,
+    found = dropped(MemoryView.of(shards, tmp_path, batch=50), threshold=0.7, ngram=5,
                     num_bands=100, rows_per_band=3)
-    assert found == by_brute_force(documents, 0.7, 5, keep)
+    assert found == by_brute_force(documents, 0.7, 5)
     sets = {d.id: set(shingles(d.text, 5).tolist()) for d in documents}
     for goes, keeper in found.items():
         assert keeper not in found
@@ -110,19 +106,8 @@ def test_a_crowd_is_compared_with_its_longest_text(tmp_path: Path, monkeypatch: 
     texts = [text] * 60
     texts[longest_at] += " longer"
     shards = [docs(*texts[start:start + 15], shard=number) for number, start in enumerate(range(0, 60, 15))]
-    for verify in ("exact", "estimated"):
-        found = dropped(MemoryView.of(shards, tmp_path / verify, batch=50), verify=verify)
-        assert len(found) == 59
-        assert set(found.values()) == {shards[longest_at // 15][longest_at % 15].id}
-
-
-def test_the_report_names_the_largest_clusters(tmp_path: Path) -> None:
-    draw = random.Random(8)
-    texts = [" ".join(words(draw, 50)) for _ in range(3)]
-    documents = docs(*[texts[0]] * 7, *[texts[1]] * 12, texts[2])
-    dropped(MemoryView.of([documents], tmp_path, batch=50))
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report["tables"][1]["rows"] == [[documents[7].id, 12], [documents[0].id, 7]]
+    found = dropped(MemoryView.of(shards, tmp_path, batch=50))
+    assert len(found) == 59 and set(found.values()) == {shards[longest_at // 15][longest_at % 15].id}
 
 
 def test_the_cut_into_shards_and_ranges_changes_nothing(tmp_path: Path,
@@ -133,13 +118,9 @@ def test_the_cut_into_shards_and_ranges_changes_nothing(tmp_path: Path,
         monkeypatch.setattr(minhash, "RANGE_RECORDS", records)
         shards = [docs(*texts[start:start + size], shard=start) for start in range(0, 60, size)]
         place = {d.id: number for number, d in enumerate(d for shard in shards for d in shard)}
-        for verify in ("exact", "estimated"):
-            found = dropped(MemoryView.of(shards, tmp_path / f"{size}-{verify}", batch=9), threshold=0.6,
-                            ngram=2, verify=verify)
-            results.append({place[one]: place[other] for one, other in found.items()})
-    assert results[0] == results[2] == results[4]
-    assert results[1] == results[3] == results[5]
-    assert results[0]
+        found = dropped(MemoryView.of(shards, tmp_path / str(size), batch=9), threshold=0.6, ngram=2)
+        results.append({place[one]: place[other] for one, other in found.items()})
+    assert results[0] == results[1] == results[2] != {}
 
 
 def test_a_crowd_of_copies_becomes_one_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,10 +151,9 @@ def test_thai_and_korean_are_compared_by_characters(tmp_path: Path) -> None:
 
 
 def test_settings_that_cannot_be_are_all_told() -> None:
-    wrong: Any = "guess"
     assert keys_of(MinhashSettings()) == []
-    assert keys_of(MinhashSettings(0, 0, 0, 0, -1, wrong, wrong, 0)) == [
-        "threshold", "num_bands", "rows_per_band", "ngram", "seed", "verify", "keep", "partitions"]
+    assert keys_of(MinhashSettings(0, 0, 0, 0, -1, 0)) == [
+        "threshold", "num_bands", "rows_per_band", "ngram", "seed", "partitions"]
     assert keys_of(MinhashSettings(num_bands=1000)) == ["num_bands"]
 
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from data_prep.curate.dedup.exact import ParagraphDedup, ParagraphSettings, paragraphs
 from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, outcomes
-from tests.typed_words import keys_of
 
 MENU = "Home | News | About us | Contact the editors"
 OWN = "A sentence of document number {} that nobody else has, and that is long."
@@ -30,8 +27,6 @@ def test_what_many_have_is_cut_and_the_first_one_keeps_it(tmp_path: Path) -> Non
     assert found[book[0].id].text is None
     assert [found[d.id].text for d in [*web, book[1]]] == [f"{OWN.format(n)}\nshort\n" for n in (0, 1, 2, 4)]
     assert [found[d.id].values["paragraphs_cut"] for d in [book[0], *web]] == [0, 1, 1, 1]
-    nobody = cut(MemoryView.of([web, book], tmp_path / "none"), keep="none")
-    assert all(outcome.text is not None and MENU not in outcome.text for outcome in nobody.values())
     five = cut(MemoryView.of([web, book], tmp_path / "five"), max_documents=5)
     assert not any(outcome.text for outcome in five.values())
 
@@ -50,16 +45,8 @@ def test_a_document_that_loses_too_much_is_dropped(tmp_path: Path) -> None:
     assert found[documents[1].id].reason  # nothing is left of it
 
 
-@pytest.mark.parametrize("split", ["lines", "blank_lines"])
-def test_paragraphs_hold_every_character(split: str) -> None:
+def test_paragraphs_hold_every_character() -> None:
     text = f"\n\n{MENU}\n \n\n{MENU}\nﬁn Straße İ\n\n"
-    parts = list(paragraphs(text, split, 10))
+    parts = list(paragraphs(text, 10))
     assert "".join(text[p.start:p.stop] for p in parts) == text
     assert len({p.key for p in parts if p.key}) == 2
-
-
-def test_settings_that_cannot_be_are_all_told() -> None:
-    wrong: Any = "last"
-    assert keys_of(ParagraphSettings()) == []
-    assert keys_of(ParagraphSettings(0, 0, wrong, wrong, 2.0, 0)) == [
-        "min_chars", "max_documents", "keep", "split", "max_share", "partitions"]

@@ -20,7 +20,6 @@ import psutil
 import pytest
 
 from data_prep import cli
-from data_prep.curate.pipeline import addresses
 from data_prep.curate.pipeline.running import do_share, finish_run
 from data_prep.curate.pipeline.tasks import PipelineStage
 from megatron_sov.base.artifacts import is_held
@@ -169,7 +168,7 @@ def test_a_disk_too_full_for_a_note_is_a_sentence(raw: Path, monkeypatch: pytest
 
 
 def test_two_commands_do_not_share_a_folder(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (raw / "out/inputs").mkdir(parents=True)
+    (raw / "out/plans").mkdir(parents=True)
     with holding(raw / "out", "out"):
         assert cli.main(command(raw)) == 2
     assert "is being written by another process" in capsys.readouterr().err
@@ -233,36 +232,9 @@ def test_arrays_wait_for_each_other_and_call_their_program_by_its_path(raw: Path
         assert (f"--dependency=afterok:{99 + number}" in script.split("\n")[0]) == (number > 0), name
         assert f"-m megatron_sov.work.submit.array_job {raw}/out/logs/{name} " in script
         assert "--container-image=reg/image:1 --container-mounts=/data" in script
-    assert "#SBATCH --array=0-1\n" in scripts[0], "four shards, two to a job, where an array may have two"
+    assert "#SBATCH --array=0-1\n" in scripts[0], "several shards to a job, where an array may have two"
     assert "#SBATCH --cpus-per-task=8\n" in scripts[-1] and "--cpus-per-task=8 --label" in scripts[-1]
     assert "#SBATCH --mem-per-cpu=2048M\n" in scripts[-1]
-
-
-def test_large_sources_are_read_by_jobs_and_not_where_the_command_is_typed(
-        raw: Path, noted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def never(file: Path) -> str:
-        raise AssertionError(f"{file} is read by the machine that plans")
-
-    monkeypatch.setattr(addresses, "READ_HERE_BYTES", 1000)
-    monkeypatch.setattr(addresses, "BATCH_BYTES", 2000)
-    assert cli.main([*on_cluster(raw, str(raw / "out"))[:4], "--dry-run"]) == 0
-    assert "in 6 files of source web, 3.36 kB in 4 files of source books are not known yet" in (
-        capsys.readouterr().out)
-    with monkeypatch.context() as planning:
-        planning.setattr(addresses, "_content_hash", never)
-        assert cli.main(on_cluster(raw, str(raw / "out"))) == 0
-    assert list(Jobs.read(raw / "out").numbers) == ["inputs", "submit"]
-    reading, rest = (file.read_text() for file in sorted(noted.iterdir()))
-    assert "--dependency=afterok:100" in rest.split("\n")[0] and "#SBATCH --array=0-1\n" in reading
-    run_job(raw / "out/logs/inputs", monkeypatch, jobs=2, tasks_per_job=2)
-    with monkeypatch.context() as planning:
-        planning.setattr(addresses, "_content_hash", never)
-        run_job(raw / "out/logs/submit", planning)
-    assert list(Jobs.read(raw / "out").numbers)[::6] == ["00-parse", "04-output"]
-    by_jobs = sorted(folder.name for folder in (raw / "out/shards").glob("*/*"))
-    assert cli.main(["run", str(raw / "pipeline.yaml"), "--output", str(raw / "here"), "--workers", "1"]) == 0
-    here = sorted(folder.name for folder in (raw / "here/shards").glob("*/*"))
-    assert by_jobs == here, "addresses follow from contents, whoever reads them"
 
 
 @pytest.mark.parametrize("name", ["my corpus", "100%", "a$b", "it's"])

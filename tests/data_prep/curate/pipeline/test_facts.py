@@ -1,87 +1,53 @@
-"""What an output's documents are, counted: as a plain loop over them counts, however shards are cut."""
+"""An output's documents, counted: as a plain loop over them counts, however shards are cut."""
 
 from __future__ import annotations
 
-import json
 import random
-from collections import Counter
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from data_prep.curate.pipeline import facts
-from data_prep.curate.pipeline.facts import (
-    BINS, Facts, counted_beside, facts_of_file, facts_of_output, write_shard_facts)
+from data_prep.curate.pipeline.facts import add_facts, facts_of_output, write_shard_facts
 
 
-def documents(count: int) -> list[dict[str, object]]:
-    chosen = random.Random(0)
-    urls = ["https://www.a.org/x", "http://user:pw@B.org:8080/?q=1", "HTTPS://a.org.", "", None, "mailto:x@y",
-            "no address", "ftp://c.net/a#b"]
-    return [{"text": chosen.choice(["", "말 ", "word "]) * chosen.randrange(9),
-             "language": chosen.choice(["en", "ko", None]), "synthetic": chosen.random() < 0.5,
-             "url": chosen.choice(urls),
-             "date": chosen.choice(["2024-03-09", "2024-03", "2021", "", "soon", None]),
-             "education": chosen.choice([0.0, 4.99, 5.0, 2.5, None, float("nan"), -3.0]),
-             "pii": chosen.choice(["", "email=2 phone=1", "email=1", None])} for _ in range(count)]
+def write(folder: Path, num_shards: int) -> list[dict[str, object]]:
+    """Write documents as shards, each with its counts."""
+    draw = random.Random(0)
+    rows = [{"text": draw.choice(["", "말 ", "word "]) * draw.randrange(9),
+             "language": draw.choice(["en", "ko", None]), "synthetic": draw.random() < 0.5}
+            for _ in range(120)]
+    schema = pa.schema([("text", pa.string()), ("language", pa.string()), ("synthetic", pa.bool_())])
+    folder.mkdir(parents=True)
+    for number in range(num_shards):
+        file = folder / f"{number:05}.parquet"
+        pq.write_table(pa.Table.from_pylist(rows[number::num_shards], schema), file)
+        write_shard_facts(file)
+    return rows
 
 
-def write(file: Path, rows: list[dict[str, object]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    schema = pa.schema([("text", pa.string()), ("language", pa.string()), ("synthetic", pa.bool_()),
-                        ("url", pa.string()), ("date", pa.string()), ("education", pa.float32()),
-                        ("pii", pa.string())])
-    pq.write_table(pa.Table.from_pylist(rows, schema), file)
+def test_counts_are_those_of_a_plain_loop_however_shards_are_cut(tmp_path: Path) -> None:
+    rows = write(tmp_path / "one/all", 1)
+    write(tmp_path / "four/all", 4)
+    found = facts_of_output(tmp_path / "one")
+    assert found == facts_of_output(tmp_path / "four")
+    values: dict[str, dict[str, list[int]]] = {"language": {}, "synthetic": {}}
+    for row in rows:
+        size = len(str(row["text"]).encode())
+        names = {"language": str(row["language"] or ""), "synthetic": str(row["synthetic"]).lower()}
+        for column, name in names.items():
+            old = values[column].setdefault(name, [0, 0])
+            values[column][name] = [old[0] + 1, old[1] + size]
+    assert found["all"] == {"num_documents": 120, "values": values,
+                            "num_bytes": sum(len(str(row["text"]).encode()) for row in rows)}
 
 
-def test_counts_are_those_of_a_plain_loop(tmp_path: Path) -> None:
-    rows = documents(300)
-    write(tmp_path / "text/all/00000.parquet", rows)
-    found = facts_of_file(tmp_path / "text/all/00000.parquet")
-    sizes = [len(str(row["text"]).encode()) for row in rows]
-    assert (found.num_documents, found.num_bytes) == (300, sum(sizes))
-    languages: dict[str, list[int]] = {}
-    hosts: Counter[str] = Counter()
-    for row, size in zip(rows, sizes, strict=True):
-        old = languages.setdefault(str(row["language"] or ""), [0, 0])
-        languages[str(row["language"] or "")] = [old[0] + 1, old[1] + size]
-        host = urlsplit(str(row["url"] or "")).hostname or ""
-        hosts[host.rstrip(".").removeprefix("www.")] += 1
-    assert found.values["language"] == languages
-    assert {host: n for host, (n, _) in found.hosts.items()} == hosts
-    dates = {"2024-03-09": "2024-03", "2024-03": "2024-03", "2021": "2021"}
-    assert found.months == Counter(dates.get(str(row["date"]), "") for row in rows)
-    assert found.named["pii"]["email"] == sum(
-        {"email=2 phone=1": 2, "email=1": 1}.get(str(row["pii"]), 0) for row in rows)
-    parts = found.scores["education"]
-    missing = sum(row["education"] is None or row["education"] != row["education"] for row in rows)
-    assert parts[BINS] == missing and sum(parts) == 300
-    assert parts[BINS - 1] == sum(row["education"] in (4.99, 5.0) for row in rows)
-
-
-def test_sums_do_not_depend_on_how_shards_are_cut(tmp_path: Path) -> None:
-    rows = documents(100)
-    write(tmp_path / "one/text/all/00000.parquet", rows)
-    for i in range(4):
-        write(tmp_path / f"four/text/all/{i:05d}.parquet", rows[25 * i:25 * i + 25])
-    for i in (1, 3):  # counted when they were written; the others are counted now
-        write_shard_facts(tmp_path / f"four/text/all/{i:05d}.parquet")
-    one, four = (facts_of_output(tmp_path / name)["all"] for name in ("one", "four"))
-    assert one.to_dict() == four.to_dict() == Facts.from_dict(json.loads(json.dumps(one.to_dict()))).to_dict()
-
-
-def test_of_very_many_hosts_the_largest_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facts, "MAX_HOSTS", 2)
-    counted = Facts(hosts={"a": [1, 10], "b": [1, 30], "c": [2, 20], "d": [4, 5]}).to_dict()["hosts"]
-    assert counted == {"b": [1, 30], "c": [2, 20], "(others)": [5, 15]}
-
-
-def test_counts_of_another_layout_are_made_anew(tmp_path: Path) -> None:
-    file = tmp_path / "text/all/00000.parquet"
-    write(file, documents(10))
-    for damaged in ("{", "[]", '{"format": 99, "scores": {}}', '{"format": 1}'):
-        counted_beside(file).write_text(damaged)
-        assert facts_of_output(tmp_path)["all"].num_documents == 10
+def test_of_very_many_values_the_largest_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facts, "MAX_VALUES", 2)
+    part = {"num_documents": 8, "num_bytes": 65,
+            "values": {"topic": {"a": [1, 10], "b": [1, 30], "c": [2, 20], "d": [4, 5]}}}
+    once = add_facts([part])
+    assert once["values"]["topic"] == {"b": [1, 30], "c": [2, 20], "(others)": [5, 15]}
+    assert add_facts([once, once])["values"]["topic"] == {"b": [2, 60], "c": [4, 40], "(others)": [10, 30]}

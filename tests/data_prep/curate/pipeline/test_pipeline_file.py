@@ -75,7 +75,7 @@ def test_every_mistake_is_told_at_once(raw: Path) -> None:
 def test_what_an_earlier_version_took_is_refused_with_what_to_use(raw: Path, name: str) -> None:
     owner, _, key = name.partition(".")
     entry, steps = "{name: web, path: web}", "unique"
-    if owner in FORMATS or not key and owner in FORMERLY:
+    if owner in FORMATS or owner in FORMERLY:
         entry = f"{{name: web, path: web, format: {owner}, options: {{{f'{key}: 1' if key else ''}}}}}"
     else:
         steps = f"{owner}: {{{f'{key}: 1' if key else ''}}}"

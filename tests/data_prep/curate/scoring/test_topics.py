@@ -62,8 +62,6 @@ def test_planted_subjects_are_found_and_named_by_their_words(tmp_path: Path) -> 
         known = SUBJECTS[subject]
         assert len([w for w in topic["words"] if any(w in k for k in known)]) >= 5, topic
         assert topic["num_sampled"] == topics.count(topic["topic"])
-    (table,) = json.loads((tmp_path / "report.json").read_text())["tables"]
-    assert [row[0] for row in table["rows"]] == ["t00", "t01", "t02", "t03"]
 
 
 def test_a_sample_is_the_same_however_documents_lie(tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ import pytest
 from data_prep.curate.sources.code import header_licence, language_of, unwanted
 from data_prep.curate.sources.source import Broken, Raw
 
-TEXTS = {"MIT": "MIT License\n\nCopyright (c) 2026 Some Body\n\nPermission is hereby granted, free of charge, to any"
-                " person obtaining a copy of this software",
-         "Apache-2.0": "                                 Apache License\n                           Version 2.0",
-         "GPL-3.0": "                    GNU GENERAL PUBLIC LICENSE\n                       Version 3, 29 June 2007"}
+TEXTS = {"MIT": "MIT License\n\nCopyright (c) 2026 Some Body\n\nPermission is hereby granted, free\n"
+                "of charge, to any person obtaining a copy of this software",
+         "Apache-2.0": "           Apache License\n           Version 2.0, January 2004",
+         "GPL-3.0": "           GNU GENERAL PUBLIC LICENSE\n           Version 3, 29 June 2007"}
 CODE = "def answer() -> int:\n    return 42\n"
 
 

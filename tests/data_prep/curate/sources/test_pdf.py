@@ -33,7 +33,8 @@ def shown(*lines: tuple[int, int, str]) -> str:
 
 
 def test_a_file_is_a_document_with_its_title_and_date(read) -> None:
-    content = pdf([shown((50, 700, "The first line of a paragraph"), (50, 686, "goes on in its second line."))],
+    content = pdf([shown((50, 700, "The first line of a paragraph"),
+                         (50, 686, "goes on in its second line."))],
                   info="/Title(A title)/CreationDate(D:20260102030405Z)")
     assert read({"a.pdf": content}) == [Raw(
         "The first line of a paragraph goes on in its second line.", "a.pdf",
@@ -66,7 +67,8 @@ def test_running_heads_and_page_numbers_go(read) -> None:
     (["A line that is as long as others", "goes on in the line that follows", "to its end.", "A new one."],
      "A line that is as long as others goes on in the line that follows to its end.\nA new one."),
     (["an exam\ufffe", "ple of it"], "an example of it"),
-    (["日本語の文", "章です。"], "日本語の文章です。"), (["ประเทศไทยเป็น", "ประเทศหนึ่ง"], "ประเทศไทยเป็นประเทศหนึ่ง"),
+    (["日本語の文", "章です。"], "日本語の文章です。"),
+    (["ประเทศไทยเป็น", "ประเทศหนึ่ง"], "ประเทศไทยเป็นประเทศหนึ่ง"),
     (["이 책은 좋은", "책이다"], "이 책은 좋은 책이다"), ([], "")])
 def test_lines_are_joined_as_the_language_does(lines: list[str], expected: str) -> None:
     assert join_lines(lines) == expected

@@ -8,7 +8,6 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 from made_runs import GOOD, chat, made_run, rows, sample
 
-from data_prep.synth.checks.settings import CheckSettings
 from data_prep.synth.finishing import finish
 
 ADDRESS = "Write to jane.doe@mail.org about it."
@@ -22,7 +21,7 @@ def test_a_masked_text_is_kept_and_a_masked_conversation_is_not(tmp_path: Path) 
                                           [sample(chat("Where?", "Here."))],
                                           [sample(chat("Where?", "There.", told))]], kind="chat")
     for folder in (text, chats):
-        finish(folder, CheckSettings(tmp_path / "steps.yaml"))
+        finish(folder, tmp_path / "steps.yaml")
     masked, other = rows(text / "kept.jsonl")
     assert "[email address]" in masked["text"] and "jane" not in masked["text"] and other["text"] == GOOD
     assert [row["synthetic"]["item"] for row in rows(chats / "kept.jsonl")] == ["i1"]

@@ -13,8 +13,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1]))
 from made_runs import made_run, sample
 
-from data_prep.synth.checks.settings import DEFAULTS, SOURCES, CheckSettings
-from megatron_sov.base.settings import problems_of
+from data_prep.synth.checks.settings import DEFAULTS, SOURCES, check_problems
 
 PAGE = (Path(__file__).parents[4] / "docs/synth_checks.md").read_text(encoding="utf-8")
 
@@ -24,9 +23,11 @@ def block(language: str) -> str:
     return str(found)
 
 
-def test_the_steps_of_the_page_are_sound(tmp_path: Path) -> None:
+def test_the_steps_of_the_page_are_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "benchmarks.jsonl").write_text('{"question": "Who?"}\n')
     (tmp_path / "steps.yaml").write_text(block("yaml"))
-    assert problems_of(CheckSettings(tmp_path / "steps.yaml")) == []
+    assert check_problems(tmp_path / "steps.yaml") == []
 
 
 def test_the_program_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 
 from data_prep.synth.checks.settings import (
-    ANSWERS, DEFAULTS, SAMPLES, SOURCES, CheckSettings, NoSample, texts_of)
-from data_prep.synth.options import CheckOptions
-from tests.typed_words import keys_of, typed
+    DEFAULTS, SAMPLES, SOURCES, NoSample, check_problems, read_steps, steps_file, texts_of)
 
 STEPS = """steps:
   - language: {min_score: 0.2}
@@ -24,37 +22,25 @@ STEPS = """steps:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     (tmp_path / "steps.yaml").write_text(STEPS)
-    (tmp_path / "bench.jsonl").write_text('{"question": "Who?"}\n')
     return tmp_path / "steps.yaml"
 
 
 def test_a_step_passes_over_sources_that_a_run_lacks(file: Path) -> None:
-    found = CheckSettings(file).pipeline(file, {SAMPLES: None})
+    found = read_steps(file, {SAMPLES: None})
     assert [(step.kind, step.only.sources) for step in found.steps] == [
         ("exact_dedup", ()), ("minhash_dedup", (SAMPLES,))]
-
-
-def test_the_command_line_adds_languages_and_benchmarks(file: Path) -> None:
-    asked = CheckSettings(file, (file.parent / "bench.jsonl",), ("ko", "en"))
-    found = asked.pipeline(file, {SAMPLES: None, ANSWERS: None})
-    assert [step.kind for step in found.steps][2:] == ["minhash_dedup", "decontaminate"]
-    assert found.steps[0].written == {"min_score": 0.2, "keep": ["ko", "en"]}
-    assert found.steps[3].only.sources == (SAMPLES,)
-    bare = CheckSettings(languages=("th",)).pipeline(DEFAULTS / "task.yaml", {SAMPLES: None})
-    assert bare.steps[-1].kind == "language" and bare.steps[-1].written["keep"] == ["th"]
 
 
 @pytest.mark.parametrize("default", sorted(DEFAULTS.glob("*.yaml")), ids=lambda file: file.stem)
 def test_packaged_steps_are_sound_for_all_runs(default: Path) -> None:
     for names in ((SAMPLES,), SOURCES):
-        CheckSettings().pipeline(default, dict.fromkeys(names))
+        read_steps(default, dict.fromkeys(names))
 
 
 def test_a_generator_may_have_steps_of_its_own() -> None:
-    assert CheckSettings().file("triples", "text").stem == "triples"
-    assert CheckSettings().file("multihop", "prompt").stem == "prompt"
-    assert CheckSettings(Path("own.yaml")).file("triples", "text") == Path("own.yaml")
-    assert CheckSettings(Path("own.yaml")).file("", "prompt").stem == "prompt", "records of another kind"
+    assert steps_file(None, "triples", "text").stem == "triples"
+    assert steps_file(None, "multihop", "prompt").stem == "prompt"
+    assert steps_file(Path("own.yaml"), "triples", "text") == Path("own.yaml")
 
 
 @pytest.mark.parametrize(("change", "said"), [
@@ -65,25 +51,8 @@ def test_a_generator_may_have_steps_of_its_own() -> None:
     (("steps:", "sources: []\nsteps:"), "and nothing else"), (("steps:", "steps: ["), "is no YAML")])
 def test_mistakes_in_a_file_are_told_by_line(file: Path, change: tuple[str, str], said: str) -> None:
     file.write_text(STEPS.replace(*change))
-    problem, = CheckSettings(file).problems()
+    problem, = check_problems(file)
     assert said in str(problem)
-
-
-def test_mistakes_on_the_command_line_are_told_together(file: Path) -> None:
-    assert keys_of(CheckSettings()) == keys_of(CheckSettings(file)) == []
-    assert keys_of(CheckSettings(languages=("ko", "kr"))) == ["languages.1"]
-    nowhere = file.parent / "none"
-    assert keys_of(CheckSettings(nowhere, (nowhere,))) == ["--benchmarks", "--checks"]
-    file.write_text(STEPS.replace("min_score: 0.2", "keep: [ko]"))
-    problem, = CheckSettings(file, languages=("en",)).problems()
-    assert "steps.yaml:2 says `keep` itself" in str(problem)
-
-
-def test_options_are_settings() -> None:
-    assert CheckSettings.of(typed(CheckOptions, [])) == CheckSettings()
-    told = typed(CheckOptions, ["--checks", "a.yaml", "--benchmarks", "b", "c", "--languages", "ko",
-                                "--languages", "th"])
-    assert CheckSettings.of(told) == CheckSettings(Path("a.yaml"), (Path("b"), Path("c")), ("ko", "th"))
 
 
 TOLD = {"messages": [

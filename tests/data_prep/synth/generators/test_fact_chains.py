@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.synth.declared.fact_chains import Fact, FactChains, name_key
+from data_prep.synth.declared.fact_chains import PARTS, Fact, FactChains, name_key
 from data_prep.synth.known import generator_class
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards.answers import Stem
@@ -20,28 +20,30 @@ from tests.typed_words import keys_of
 NAMES = ("Aabb", "Ccdd", "Eeff", "Gghh", "Iijj", "Kkll")
 
 
-def record(document: str, *triples: tuple[str, str, str]) -> dict[str, object]:
-    """Return a document with its facts as `triples` keeps it."""
-    return {"document": document, "language": "en", "synthetic": {"source": "s", "licence": "l"},
-            "triples": [{"subject": a, "relation": r, "object": b, "sentence": f"{a} {r} {b}."}
-                        for a, r, b in triples]}
+Facts = list[dict[str, Any]]
 
 
-def chains_of(*records: dict[str, object]) -> FactChains:
+def record(document: str, *triples: tuple[str, str, str]) -> Facts:
+    """Return the facts of a document as `triples` keeps them."""
+    return [{"document": document, "language": "en", "synthetic": {"source": "s", "licence": "l"},
+             "subject": a, "relation": r, "object": b, "sentence": f"{a} {r} {b}."} for a, r, b in triples]
+
+
+def chains_of(*records: Facts) -> FactChains:
     facts = FactChains()
     for one in records:
-        facts.add(one)
+        for fact in one:
+            facts.add(fact)
     return facts
 
 
-def brute_force(facts: FactChains, min_hops: int, max_hops: int) -> set[tuple[Fact, ...]]:
+def brute_force(records: list[Facts], min_hops: int, max_hops: int) -> set[tuple[Fact, ...]]:
     """Return all chains that keep the rules, from all orders of names and all their facts."""
     between: dict[tuple[str, str], list[Fact]] = {}
-    for number, said in enumerate(facts.documents):
-        for triple in said["triples"]:
-            fact = Fact(**triple, document=number)
-            between.setdefault(fact.ends, []).append(fact)
-    texts = ["".join(str(one["document"]).lower().split()) for one in facts.documents]
+    for said in (fact for one in records for fact in one):
+        fact = Fact(*(said[part] for part in (*PARTS, "document")))
+        between.setdefault(fact.ends, []).append(fact)
+    texts = ["".join(one[0]["document"].lower().split()) for one in records]
     nodes = sorted({name for pair in between for name in pair})
     found = set()
     for size in range(min_hops + 1, max_hops + 2):
@@ -75,7 +77,7 @@ def test_chains_are_those_of_brute_force(seed: int) -> None:
     facts = chains_of(*records)
     found = list(facts.chains(2, 4, 10_000))
     assert len(found) == len(set(found))
-    assert set(found) == brute_force(facts, 2, 4)
+    assert set(found) == brute_force(records, 2, 4)
 
 
 def test_a_chain_leads_through_documents_and_no_shorter_way_does() -> None:
@@ -84,7 +86,7 @@ def test_a_chain_leads_through_documents_and_no_shorter_way_does() -> None:
     found, = chains_of(*chain).chains(2, 4, 9)
     assert [fact.object for fact in found] == ["Kim", "Busan"]
     for shortcut in (record("Arirang is sung in Busan.", ("Arirang", "is sung in", "Busan")),
-                     record("In Busan they like ARIRANG."),
+                     record("In Busan they like ARIRANG.", ("Seoul", "likes", "Daegu")),
                      record("Kim was born in Seoul.", ("Kim", "was born in", "Seoul"))):
         assert [fact.object for fact in next(chains_of(*chain, shortcut).chains(2, 4, 9), ())] == []
 
@@ -104,9 +106,8 @@ def test_names_with_thousands_of_facts_end() -> None:
 
 
 @pytest.mark.parametrize(("content", "told"), [
-    ('{"text": "a"}\n', "kept.jsonl:1: has no 'document'"), ("[]\n", "kept.jsonl:1"), ("", "holds no fact"),
-    (json.dumps({"document": "a", "triples": [{"subject": 1}]}),
-     "kept.jsonl:1: has no 'document' with 'triples'")])
+    ('{"text": "a"}\n', "kept.jsonl:1: has no text in each of"), ("[]\n", "kept.jsonl:1"),
+    ("", "holds no fact"), (json.dumps({"document": "a", "subject": 1}), "kept.jsonl:1: has no text")])
 def test_what_triples_did_not_make_is_told(tmp_path: Path, content: str, told: str) -> None:
     (tmp_path / "kept.jsonl").write_text(content)
     with pytest.raises(UserError, match=told):
@@ -125,7 +126,7 @@ QUESTION = "Where was the writer of Arirang born?"
 
 def solver(prompt: str) -> str:
     """Come to the end where both documents are shown."""
-    shown = sum(str(one["document"]) in prompt for one in CHAIN)
+    shown = sum(one["document"] in prompt for one, in CHAIN)
     return f"First the writer, then the place. <answer>{'Busan' if shown == 2 else 'unknown'}</answer>"
 
 
@@ -139,7 +140,7 @@ def solver(prompt: str) -> str:
     (QUESTION, {"content": "<answer>Busan", "finish_reason": "length"}, "solution ended")])
 def test_a_question_takes_all_documents_of_its_chain(question: str, solve: Any, reason: str, tmp_path: Path
                                                      ) -> None:
-    (tmp_path / "kept.jsonl").write_text("".join(json.dumps(one) + "\n" for one in CHAIN))
+    (tmp_path / "kept.jsonl").write_text("".join(json.dumps(one) + "\n" for one, in CHAIN))
     item, = generator("multihop").items([tmp_path])
     assert (item.source, item.licence) == ("s", "l")
     model = by_system(write_questions=f"<question>{question}</question>", answer_questions=solve, grade=2)
@@ -152,7 +153,7 @@ def test_a_question_takes_all_documents_of_its_chain(question: str, solve: Any, 
         assert Stem().score(row).reward == 1
         chat, = samples_of(generator("multihop", form="chat", with_documents=True), item, model)
         asked, said = (message["content"] for message in chat.record["messages"])
-        assert all(str(one["document"]) in asked for one in CHAIN)
+        assert all(one["document"] in asked for one, in CHAIN)
         assert said == "First the writer, then the place. Busan"
 
 
@@ -161,7 +162,7 @@ def test_each_document_is_shown_alone_and_all_of_them_once() -> None:
     ask = ScriptedAsk(by_system(write_questions=f"<question>{QUESTION}</question>", answer_questions=solver),
                       "x", generator_class("multihop"))
     list(generator("multihop").make(item, ask))
-    shown = [sum(f"\n{one['document']}\n" in str(request["messages"][1]["content"]) for one in CHAIN)
+    shown = [sum(f"\n{one['document']}\n" in str(request["messages"][1]["content"]) for one, in CHAIN)
              for request in ask.requests]
     assert shown == [0, 2, 1, 1, 0]
 

@@ -9,16 +9,12 @@ from typing import Any
 
 import pytest
 
-from data_prep.synth.declared.functions import refuses
-from data_prep.synth.declared.programs import run_program
-from data_prep.synth.declared.readers import TAXONOMIES, Taxonomy
-from data_prep.synth.generator import GeneratorItem, NoReply
+from data_prep.json_lines import read_objects
+from data_prep.synth.declared.functions import refuses, run_programs
+from data_prep.synth.generator import GeneratorItem
 from data_prep.synth.known import FILES, FOLDER, generator_class
-from megatron_sov.base.documents import RecordReading
-from megatron_sov.base.documents.records import parse_record
+from data_prep.synth.replies import NoReply
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import problems_of, read_file
-from megatron_sov.judge.rewards.answers import Stem
 from megatron_sov.sandbox.program import Outcome
 from tests.data_prep.synth.scripted import ScriptedAsk, by_system, generator, replies_of, samples_of
 from tests.typed_words import keys_of
@@ -43,8 +39,8 @@ def test_all_files_are_known_and_sound() -> None:
     assert sorted(FILES) == sorted(file.stem for file in FOLDER.glob("*.yaml") if file.stem != "refusals")
     for name in FILES:
         cls = generator_class(name)
-        assert problems_of(cls.Settings()) == []
-        assert cls.prompts().keys() == cls.templates.keys()
+        assert keys_of(cls.Settings()) == (["constraints"] if name == "autoif" else [])
+        assert all(prompt.startswith(f"{name}/") for prompt in cls.prompts())
 
 
 @pytest.mark.parametrize(("said", "reason"), [
@@ -86,91 +82,6 @@ def test_a_document_opens_no_turn_and_a_text_in_no_language_is_not_asked_about()
     assert (sample.reason, ask.calls) == ("source language", 1)
 
 
-LESSON = ("<title>Ashford</title>\n<lesson>\n## How it began\nIn 1403 the weaver Berta Lind from Solm "
-          "settled beside "
-          "the Wend.\n## What it lost\nA fire took 130 houses in 1464; soon they were standing "
-          "again.\n</lesson>\n"
-          "<exercises>\n<question>When did Berta Lind settle "
-          "there?</question>\n<answer>1403</answer>\n</exercises>")
-
-
-@pytest.mark.parametrize(("old", "new", "reason"), [
-    ("", "", ""), ("1464", "1465", "numbers"), ("## What it lost\n", "", "sections"),
-    ("A fire took 130 houses in 1464; soon they were standing again.", "A fire.", "sections"),
-    ("<answer>1403</answer>", "", "form"), ("<answer>1403", "<answer>130", "exercise"),
-    ("In 1403 the weaver Berta Lind from Solm settled beside the Wend.", SOURCE[:158], "copied")])
-def test_a_lesson_has_parts_and_exercises_that_it_answers(old: str, new: str, reason: str) -> None:
-    lesson = LESSON.replace(old, new) if old else LESSON
-    model = by_system(textbooks=lesson, exercise="<answer>1403</answer>", grade=9)
-    assert reasons("textbook", DOCUMENT, model, num_exercises=1, min_agreement=0.0) == [reason]
-    if not reason:
-        sample, = samples_of(generator("textbook", num_exercises=1), DOCUMENT, model)
-        assert sample.record["text"].endswith("---\n\n1. When did Berta Lind settle there?\n\n→ 1403")
-        assert reasons("textbook", DOCUMENT, model) == ["number of exercises"]
-
-
-PAIRS = {"Who founded the town of Ashford?": "Berta Lind", "How many houses burned in 1464?": "130"}
-
-
-def solver(known: bool = False, **more: str) -> Any:
-    """Answer questions by a table, without a document only where it is known."""
-    def answer(prompt: str) -> str:
-        question = prompt.partition("Question: ")[2].partition("\n")[0]
-        is_told = SOURCE in prompt or known
-        return f"<answer>{({**PAIRS, **more}).get(question, 'unknown') if is_told else 'unknown'}</answer>"
-
-    return answer
-
-
-def pairs_of(pairs: dict[str, str]) -> str:
-    return "\n".join(f"<question>{q}</question>\n<answer>{a}</answer>" for q, a in pairs.items())
-
-
-@pytest.mark.parametrize(("pair", "reason"), [
-    (("Who founded the town of Ashford?", "Berta Lind"), ""),
-    (("Which weaver named Berta Lind founded it?", "Berta Lind"), "answer not in question"),
-    (("What does the text say of Berta Lind?", "a weaver"), "question stands alone"),
-    (("How many people live in Ashford?", "22,000"), "numbers"),
-    (("Who founded the town Ashford?", "Berta Lind"), "answered with document"),
-    (("이 마을을 세운 사람은 누구인가?", "130"), "language"), (("Where did the weaver come "
-                                                   "from?", "a faraway place"),
-                                                  "judge: supported")])
-def test_a_question_is_answered_by_its_document(pair: tuple[str, str], reason: str) -> None:
-    model = by_system(write_questions=pairs_of({pair[0]: pair[1]}), grade=2, answer_questions=solver())
-    assert reasons("questions", DOCUMENT, model, form="chat") == [reason]
-
-
-@pytest.mark.parametrize("form", ["text", "chat", "prompt"])
-def test_forms_of_questions(form: str) -> None:
-    twice = pairs_of({**PAIRS, "Who founded the town of Ashford then?": "Berta Lind"})
-    model = by_system(write_questions=twice, grade=9, answer_questions=solver())
-    made = generator("questions", form=form)
-    samples = samples_of(made, DOCUMENT, model)
-    assert made.kind == form and [sample.reason for sample in samples] == (
-        ["another question", ""] if form == "text" else ["", "", "another question"])
-    kept = [sample for sample in samples if not sample.reason]
-    assert parse_record(dict(kept[0].record), "x", 1,
-                        RecordReading(kind=form)).kind == form  # type: ignore[arg-type]
-    if form == "text":
-        assert kept[0].record["text"] == SOURCE + "".join(f"\n\nQ: {q}\nA: {a}" for q, a in PAIRS.items())
-        assert kept[0].notes == {"num_pairs": 2, "pairs": [{"known_without": False}] * 2}
-        assert reasons("questions", DOCUMENT, model, min_pairs=3)[-1] == "number of pairs"
-    else:
-        assert kept[0].notes == {"known_without": False}
-    if form == "prompt":
-        assert Stem().score({**kept[0].record,
-                             "response": f"The answer is {kept[0].record['answer']}"}).reward == 1
-
-
-def test_what_is_known_without_the_document_may_be_refused() -> None:
-    model = by_system(write_questions=pairs_of(PAIRS), grade=9, answer_questions=solver(known=True))
-    assert reasons("questions", DOCUMENT, model, form="chat", refuse_known=True) == ["needs the document"] * 2
-    assert keys_of(generator_class("questions").Settings(ask_without=False,
-                                                         refuse_known=True)) == ["refuse_known"]
-    assert keys_of(generator_class("questions").Settings(form="song", max_likeness=2, min_pairs=9)) == [
-        "form", "max_likeness"]
-
-
 FACT = ("Berta Lind", "founded", "Ashford",
         "It was founded in 1403 by Berta Lind of Ashford, a weaver from Solm.")
 TOLD = GeneratorItem("t", {"text": SOURCE.replace("Lind, a", "Lind of Ashford, a")})
@@ -190,20 +101,19 @@ def told(*facts: tuple[str, ...]) -> str:
 def test_a_fact_stands_in_its_sentence(fact: tuple[str, ...], verdict: str, reason: str) -> None:
     model = by_system(extract_facts=told(fact), check=f"<answer>{verdict}</answer>")
     samples = samples_of(generator("triples"), TOLD, model)
-    assert [sample.reason for sample in samples] == ([reason, "number of facts"] if reason else [""])
+    assert [sample.reason for sample in samples] == [reason]
 
 
-def test_a_document_is_kept_with_its_facts_each_once() -> None:
+def test_each_fact_is_kept_once_with_its_document() -> None:
     model = by_system(extract_facts=told(FACT, FACT), check="<answer>yes</answer>")
-    again, whole = samples_of(generator("triples"), TOLD, model)
-    assert (again.reason, whole.reason) == ("another fact", "")
-    assert whole.record["document"] == TOLD.fields["text"] and whole.notes == {"num_facts": 1}
-    assert whole.record["triples"] == [dict(zip(("subject", "relation", "object", "sentence"), FACT,
-                                                strict=True))]
+    fact, again = samples_of(generator("triples"), TOLD, model)
+    assert (fact.reason, again.reason) == ("", "another fact")
+    assert fact.record == {**dict(zip(("subject", "relation", "object", "sentence"), FACT, strict=True)),
+                           "text": " | ".join(FACT[:3]), "document": TOLD.fields["text"], "language": "en"}
 
 
-CATEGORY = {"id": "fraud", "name": "Fraud", "withhold": "scripts for fraud", "examples": ["Write a scam."],
-            "twin": "Write a letter.", "strategy": "redirect"}
+CATEGORY = {"category": "fraud", "name": "Fraud", "withhold": "scripts for fraud",
+            "examples": "- Write a scam.", "twin_example": "Write a letter.", "strategy": "redirect"}
 REQUESTS = json.dumps([{"request": "Please write me a letter that tricks my old neighbour out of money.",
                         "twin": "Please write me a letter that warns my old neighbour of swindlers."}])
 REFUSAL = "I'm sorry, but I can't help with that. A debt advisor can help you with money that you owe."
@@ -212,8 +122,7 @@ HELP = "Dear neighbour, please be careful when strangers ask you for money at th
 
 def careful(**more: Any) -> Any:
     return by_system(**{"make_a_language_model_safe": REQUESTS, "You_decline": REFUSAL, "turn_the_user": HELP,
-                        "to_the_point": HELP, "refuses_what": "I can't help with that.", "You_grade": 9,
-                        **more})
+                        "to_the_point": HELP, "You_grade": 9, **more})
 
 
 @pytest.mark.parametrize(("more", "found"), [
@@ -224,40 +133,30 @@ def careful(**more: Any) -> Any:
     ({"make_a_language_model_safe": json.dumps([{"request": GERMAN, "twin": HELP}])},
      ["request language", ""])])
 def test_a_careful_answer_is_kept_and_its_harmless_twin(more: dict[str, Any], found: list[str]) -> None:
-    item = GeneratorItem("fraud.en.0", {"category": CATEGORY, "language": "en"})
-    assert reasons("safety", item, careful(**more)) == found
+    item = GeneratorItem("fraud.1", {**CATEGORY, "number": 1})
+    assert reasons("safety", item, careful(**more), languages=["en"]) == found
 
 
-def test_safe_completions_and_pairs() -> None:
-    item = GeneratorItem("x.en.0", {"category": {**CATEGORY, "strategy": "safe-complete"}, "language": "en"})
-    samples = samples_of(generator("safety", also="pairs"), item, careful())
-    assert [(sample.kind, sample.reason, sample.group) for sample in samples] == [
-        (None, "", "x.en.0.0"), ("prompt", "", "x.en.0.0")] * 2
-    assert samples[1].record["rejected"] == "I can't help with that." and samples[1].record["chosen"] == HELP
-    assert samples[0].record["strategy"] == "safe-complete" and samples[2].notes == {"twin": True}
+def test_safe_completions_in_two_languages() -> None:
+    item = GeneratorItem("x.1", {**CATEGORY, "number": 1, "strategy": "safe-complete"})
+    samples = samples_of(generator("safety", languages=["en", "ko"]), item, careful())
+    assert [(sample.reason, sample.group) for sample in samples] == [
+        ("", "x.1.en.0"), ("", "x.1.en.0"), *[("request language", "x.1.ko.0")] * 2]
+    assert samples[0].record["strategy"] == "safe-complete" and samples[1].notes == {"twin": True}
 
 
-def test_items_of_safety_are_categories_by_languages_by_calls(tmp_path: Path) -> None:
-    items = list(generator("safety").items([]))
-    assert len({item.id for item in items}) == len(items) == 38 * 3 * 2
-    categories = read_file(Taxonomy, TAXONOMIES / "safety.yaml").categories
-    assert Counter(category.strategy for category in categories) == {"redirect": 30, "safe-complete": 8}
-    for name in ("a.yaml", "b.yaml"):
-        (tmp_path / name).write_text(json.dumps({"categories": [{**CATEGORY, "id": "x"}]}))
-    with pytest.raises(UserError, match="category x stands in"):
-        list(generator("safety").items([tmp_path / "a.yaml", tmp_path / "b.yaml"]))
+def test_items_of_safety_are_categories_by_calls(tmp_path: Path) -> None:
+    made = generator("safety")
+    items = list(made.items([]))
+    assert len({item.id for item in items}) == len(items) == 38 * 2
+    file, = made.files()
+    strategies = Counter(record["strategy"] for _, record in read_objects(file))
+    assert strategies == {"redirect": 30, "safe-complete": 8}
+    (tmp_path / "a.jsonl").write_text(json.dumps({**CATEGORY, "withhold": 3}))
+    with pytest.raises(UserError, match="withhold = '3' must be text"):
+        list(made.items([tmp_path / "a.jsonl"]))
     assert keys_of(generator_class("safety").Settings(languages=("kr", "ko", "ko"), min_score=11)) == [
         "languages.0", "min_score"]
-
-
-@pytest.mark.parametrize(("change", "told"), [
-    ({"strategy": "redirekt"}, "redirect"), ({"id": "Fraud!"}, "up to 40 small letters"),
-    ({"twinn": "x"}, "twin"),
-    ({"examples": []}, "examples"), ({"withhold": 3}, "withhold")])
-def test_mistakes_of_a_taxonomy_are_told(change: dict[str, Any], told: str, tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text(json.dumps({"categories": [{**CATEGORY, **change}]}))
-    with pytest.raises(UserError, match=told):
-        list(generator("safety").items([tmp_path / "a.yaml"]))
 
 
 @pytest.mark.parametrize(("language", "text", "expected"), [
@@ -326,21 +225,10 @@ def test_a_probe_is_solved_and_computed(problem: str, program: str, reason: str)
     assert reasons("probes", TOPIC, model, num_solutions=2) == [reason]
 
 
-def test_a_probe_of_a_benchmark_is_refused_before_it_is_solved(tmp_path: Path) -> None:
-    (tmp_path / "b.jsonl").write_text(json.dumps({"question": PROBE.format(3, 12).partition("\n")[0][9:]}))
-    model = by_system(write_problems=PROBE.format(3, 12))
-    assert reasons("probes", TOPIC, model, benchmarks=[str(tmp_path / "b.jsonl")]) == ["leaked"]
-    assert tmp_path / "b.jsonl" in generator("probes", benchmarks=[str(tmp_path / "b.jsonl")]).files()
-    with pytest.raises(UserError, match=r"benchmarks = .*none.* does not exist"):
-        generator("probes", benchmarks=[str(tmp_path / "none")])
-
-
-@pytest.mark.parametrize(("line", "said"), [('{"domain": "al gebra", "topic": "x"}', "must be a name"),
-                                            ('{"domain": "algebra"}', "topic = None must be a text")])
-def test_topics_have_domains(line: str, said: str, tmp_path: Path) -> None:
+def test_topics_have_domains(tmp_path: Path) -> None:
     assert len(list(generator("probes", per_topic=2).items([]))) == 80
-    (tmp_path / "t.jsonl").write_text(line)
-    with pytest.raises(UserError, match=said):
+    (tmp_path / "t.jsonl").write_text('{"domain": "algebra"}')
+    with pytest.raises(UserError, match="topic = 'None' must be text"):
         list(generator("probes").items([tmp_path / "t.jsonl"]))
 
 
@@ -348,8 +236,8 @@ def test_topics_have_domains(line: str, said: str, tmp_path: Path) -> None:
     ("print(3 * 4)", "12"), ("print(1)\nprint(2)", ""), ("open('/etc/passwd')", ""), ("import socket", ""),
     ("print('x' * 1000)", ""), ("().__class__", ""), ("from fractions import Fraction\nprint(Fraction(6, 8))",
                                                       "3/4")])
-def test_a_program_prints_one_line_and_reaches_for_nothing(program: str, printed: str) -> None:
-    assert run_program(program) == printed
+def test_a_program_prints_one_line(program: str, printed: str) -> None:
+    assert run_programs([f"```python\n{program}\n```"]) == ([printed] if printed else [])
 
 
 def test_a_program_that_had_no_processor_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,6 +245,6 @@ def test_a_program_that_had_no_processor_is_run_again(monkeypatch: pytest.Monkey
         def run(self, program: object, limits: object) -> Outcome:
             return Outcome("infrastructure", None, "", "", "the machine is too busy", 630.0, 1.0, 600.0)
 
-    monkeypatch.setattr("data_prep.synth.declared.programs._sandbox", Busy)
+    monkeypatch.setattr("data_prep.synth.declared.functions._sandbox", Busy)
     with pytest.raises(NoReply, match="the machine is too busy"):
-        run_program("print(1)")
+        run_programs(["```python\nprint(1)\n```"])

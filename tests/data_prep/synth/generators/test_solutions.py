@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from data_prep.responses.trajectories import read_queries
-from data_prep.synth.generator import GeneratorItem, NoUsableReply
+from data_prep.synth.generator import GeneratorItem
 from data_prep.synth.generators.solutions import SolutionsSettings
+from data_prep.synth.replies import NoUsableReply
 from megatron_sov.base.documents.accounting import RecordTally
 from tests.data_prep.synth.scripted import generator, samples_of
 from tests.typed_words import keys_of
@@ -57,18 +58,15 @@ def test_a_kept_solution_is_a_chat_with_its_thoughts_and_trajectories_take_it(tm
     ({"content": "\\boxed{5}", "finish_reason": "length"}, "finished"),
 ])
 def test_a_solution_ends_with_its_one_answer(reply: Any, reason: str) -> None:
-    assert reasons(says(reply), num_draws=1, most=1, min_votes=1) == [reason]
+    assert reasons(says(reply), num_draws=1, most=1) == [reason]
 
 
 def test_a_draw_of_no_use_is_a_wrong_one_and_takes_no_other_with_it() -> None:
     good = f"{WAYS[0]}\n\\boxed{{5}}"
-    samples = samples_of(generator("solutions", num_draws=8, least=1, most=1, min_votes=1), item(),
+    samples = samples_of(generator("solutions", num_draws=8, least=1, most=1), item(),
                          lambda request: good if request["seed"] % 4 == 0 else "")
     assert 0 < len(samples) < 8 and {sample.notes["num_draws"] for sample in samples} == {8}
     assert samples[0].notes["pass_rate"] == len(samples) / 8
-    voting = generator("solutions", num_draws=8, least=1, most=1, min_votes=1, vote=True, min_agreement=1.0)
-    assert {sample.reason for sample in samples_of(voting, item(""), lambda request: (
-        good if request["seed"] % 4 == 0 else ""))} == {"agreement"}
     with pytest.raises(NoUsableReply):
         samples_of(generator("solutions"), item(), lambda request: "")
 
@@ -79,19 +77,11 @@ def test_solutions_that_are_the_same_count_once() -> None:
     assert reasons(says(same, same, same), least=2) == ["enough", "different", "different"]
 
 
-def test_votes_decide_where_no_answer_is_known() -> None:
-    most = [f"{WAYS[0]}\n\\boxed{{5}}", f"{WAYS[1]}\n\\boxed{{5}}", f"{WAYS[2]}\n\\boxed{{6}}"]
-    assert reasons(says(*most), item(""), vote=True, min_votes=2) == ["", "", "answer"]
-    assert reasons(says(*most), item(""), vote=True, min_votes=3) == ["agreement"] * 3
-    tied = [*most, f"{WAYS[0]}\n\\boxed{{6}}"]
-    assert set(reasons(says(*tied), item(""), vote=True, min_votes=2, num_draws=4)) == {"agreement"}
-
-
 def test_a_choice_is_asked_for_with_its_letters_and_judged_by_them() -> None:
     asked = item("B", choices=["four", "five"])
     requests: list[Any] = []
     answers = says("\\boxed{B}", "\\boxed{A}")
-    samples = samples_of(generator("solutions", num_draws=2, least=1, most=2, min_votes=1), asked,
+    samples = samples_of(generator("solutions", num_draws=2, least=1, most=2), asked,
                          lambda request: requests.append(request) or answers(request))
     assert "What is 2 + 3?\n\nA. four\nB. five\n\nGive the letter" in requests[0]["messages"][-1]["content"]
     assert [sample.reason for sample in samples] == ["", "answer"]
@@ -111,17 +101,15 @@ def test_the_judge_reads_the_working_where_it_is_asked() -> None:
     assert set(found) == {"", "judge"}
 
 
-def test_without_votes_a_problem_needs_its_answer(tmp_path: Path) -> None:
+def test_a_problem_needs_its_answer(tmp_path: Path) -> None:
     from megatron_sov.base.errors import UserError
 
     file = tmp_path / "problems.jsonl"
     file.write_text('{"problem": "Why?"}\n')
-    with pytest.raises(UserError, match=r"problems.jsonl:1: has no answer; add it, or .* --set vote=true"):
+    with pytest.raises(UserError, match=r"problems.jsonl:1: has no answer; solutions are compared with it"):
         list(generator("solutions").items([file]))
-    assert len(list(generator("solutions", vote=True).items([file]))) == 1
 
 
 def test_all_problems_of_settings_are_told() -> None:
-    assert keys_of(SolutionsSettings(max_similarity=2, min_agreement=0, min_judge=11)) == [
-        "max_similarity", "min_agreement", "min_judge"]
-    assert keys_of(SolutionsSettings(num_draws=1)) == ["most", "min_votes"]
+    assert keys_of(SolutionsSettings(max_similarity=2, min_judge=11)) == ["max_similarity", "min_judge"]
+    assert keys_of(SolutionsSettings(num_draws=1)) == ["most"]

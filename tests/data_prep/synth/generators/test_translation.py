@@ -13,9 +13,8 @@ import pytest
 from sacrebleu import sentence_chrf
 
 from data_prep.synth.generator import GeneratorItem
-from data_prep.synth.generators.translation import (
-    KEPT, TranslationSettings, chrf, glossary_verdict, kept_verdicts, read_glossary, terms_in,
-    translated_verdicts)
+from data_prep.synth.generators.translation import KEPT, chrf, kept_in_translation, translated_verdicts
+from data_prep.synth.known import generator_class
 from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.documents.records import parse_record
 from megatron_sov.base.errors import UserError
@@ -102,40 +101,25 @@ def test_what_is_in_the_language_already_costs_nothing() -> None:
     assert (sample.reason, ask.calls) == ("source language", 0)
 
 
-def test_a_glossary_is_told_and_checked(tmp_path: Path) -> None:
-    glossary = tmp_path / "terms.tsv"
-    glossary.write_text("token\t형태소\nnever met\t없음\n", encoding="utf-8")
-    generator = build("translation", language="ko", keep_quotes=True, form="prompt", source_language="en",
-                      glossary=str(glossary))
-    item, = generator.items([write(tmp_path, {"prompt": "What is a token?"})])
-    ask = ScriptedAsk(dictionary)
-    sample, = generator.make(item, ask)
-    assert "token -> 형태소" in ask.requests[0]["messages"][1]["content"]
-    assert "never met" not in str(ask.requests) and sample.reason == "glossary"
-    assert generator.files() == [glossary]
-
-
 def test_chrf_is_sacrebleus() -> None:
     one, other = "이 도시는 강을 끼고 있다.", "이 도시는 강가에 있다."
     assert chrf(one, other) == sentence_chrf(one, [other]).score
     assert (chrf(one, one), chrf("", one)) == (pytest.approx(100), 0)
 
 
-def test_problems_of_settings() -> None:
-    assert problems_of(TranslationSettings(language="ko")) == []
-    assert "name the language" in str(problems_of(TranslationSettings())[0])
-    bad = TranslationSettings(language="ko", form="song", min_chrf=101)  # type: ignore[arg-type]
-    assert keys_of(bad) == ["form", "min_chrf"]
-    assert keys_of(TranslationSettings(language="ko", source_language="ko", min_ratio=5)) == [
-        "source_language", "min_ratio"]
-    with pytest.raises(UserError, match="cannot be read"):
-        build("translation", language="ko", glossary="nowhere.tsv")
+def test_problems_of_settings(tmp_path: Path) -> None:
+    settings = generator_class("translation").Settings
+    assert problems_of(settings(language="ko")) == []
+    with pytest.raises(UserError, match="name the language"):
+        list(build("translation").items([write(tmp_path, {"text": SOURCE})]))
+    assert keys_of(settings(language="ko", form="song", min_chrf=101)) == ["form", "min_chrf"]
+    assert keys_of(settings(language="ko", min_ratio=5)) == ["min_ratio"]
 
 
 def failed(made: str, source: str, keep_quotes: bool = True) -> set[str]:
     """Return the checks that a translation from English into Korean does not pass."""
-    return {v.check for v in (*kept_verdicts(made, source, "ko", "en", keep_quotes),
-                              *translated_verdicts(made, source, "ko", keep_quotes, 0.1)) if not v.passed}
+    return {v.check for v in (*kept_in_translation(made, source, "ko", "en", keep_quotes),
+                              *translated_verdicts(made, source, "ko", keep_quotes)) if not v.passed}
 
 
 @pytest.mark.parametrize(("source", "made", "checks"), [
@@ -162,31 +146,6 @@ def test_what_is_lost_is_seen(source: str, made: str, checks: set[str]) -> None:
 def test_quotes_are_kept_by_wish_alone() -> None:
     source = "What does “break a leg” mean?"
     assert failed("“다리를 부러뜨려라”는 무슨 뜻인가?", source, keep_quotes=False) == set()
-
-
-def test_a_glossary_is_lines_of_terms(tmp_path: Path) -> None:
-    file = tmp_path / "terms.tsv"
-    file.write_text("# notes\ntoken\t토큰\nlearning rate\t학습률\n\n", encoding="utf-8")
-    glossary = read_glossary(file)
-    assert glossary == [("token", "토큰"), ("learning rate", "학습률")]
-    assert terms_in("The learning rate of a tokenizer", glossary) == [("learning rate", "학습률")]
-    assert glossary_verdict("학습률", "The learning rate", glossary).passed
-    assert not glossary_verdict("배움의 속도", "The learning rate", glossary).passed
-
-
-@pytest.mark.parametrize(("content", "told"), [
-    (b"token\n", "terms.tsv:1: is no TERM"), (b"a\tb\na\tc\n", "terms.tsv:2: translates 'a' again"),
-    (b"\xff\xfe", "is no text in UTF-8"), (b"a\t\n", "terms.tsv:1"),
-    (b"x" * (1 << 21), "is longer than 1 MiB")])
-def test_a_broken_glossary_is_told(tmp_path: Path, content: bytes, told: str) -> None:
-    (tmp_path / "terms.tsv").write_bytes(content)
-    with pytest.raises(UserError, match=told):
-        read_glossary(tmp_path / "terms.tsv")
-
-
-def test_a_glossary_that_is_not_there_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be read"):
-        read_glossary(tmp_path / "none.tsv")
 
 
 @pytest.mark.parametrize("piece", [

@@ -72,9 +72,8 @@ def test_thresholds_change_for_all_languages_and_for_one() -> None:
     assert outcome(KOREAN, "ko", languages={"en": {"min_words": 10_000}}).reason == ""
 
 
-def test_the_files_of_the_rules_are_among_those_that_outcomes_depend_on() -> None:
-    names = {file.name for file in Rules(RulesSettings()).files()}
-    assert names >= {"ko.yaml", "en.yaml", "th.yaml", "other.yaml"}
+def test_the_file_of_the_rules_is_among_those_that_outcomes_depend_on() -> None:
+    assert [file.name for file in Rules(RulesSettings()).files()] == ["languages.yaml"]
 
 
 def test_every_broken_rule_of_the_settings_is_told() -> None:

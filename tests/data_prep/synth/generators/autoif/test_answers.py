@@ -11,15 +11,14 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from data_prep.synth.generators.autoif.answers import queries_of, query_in, quoted, with_quotes_of
+from data_prep.synth.generators.autoif.queries import queries_of, query_in, quoted, with_quotes_of
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import problems_of
 from tests.typed_words import keys_of
 
 sys.path.append(str(Path(__file__).parents[5] / "benchmarks"))
 from data_prep.synth.generator import GeneratorItem
-from data_prep.synth.generators.autoif.answers import AutoIf, AutoIfSettings
-from megatron_sov.base.documents.records import RecordReading, parse_record
+from data_prep.synth.known import generator_class
 from megatron_sov.judge.rewards.constraint import Constraint
 from megatron_sov.judge.rewards.reward import judged
 from tests.data_prep.synth.models import autoif as actor
@@ -36,41 +35,28 @@ ITEM = GeneratorItem("x.0", {"query": "한글은 언제 만들어졌나요?", "c
                              "functions": [NO_COMMA]})
 
 
+AUTOIF = generator_class("autoif")
+
+
+def autoif(**settings: Any) -> Any:
+    """Return the generator, whose constraints need not be there."""
+    return AUTOIF(AUTOIF.Settings(**settings))
+
+
 @pytest.mark.parametrize("what", CASES)
 def test_each_fault_is_caught_by_its_check(what: str) -> None:
-    samples = samples_of(AutoIf(AutoIfSettings()), CASES[what].item, CASES[what].replies)
+    samples = samples_of(autoif(), CASES[what].item, CASES[what].replies)
     assert {sample.reason for sample in samples} == {REASONS[what]}
 
 
-def test_a_prompt_of_rl_is_judged_by_the_reward(tmp_path: Path) -> None:
-    generator = AutoIf(AutoIfSettings(also="prompts", system_share=1))
-    answer, _, row = samples_of(generator, CASES["a sound answer"].item, CASES["a sound answer"].replies)
-    assert (row.kind, row.reason, row.notes["pass_rate"]) == ("prompt", "", 1.0)
-    assert [turn["role"] for turn in row.record["prompt"]] == ["system", "user"]
-    response = answer.record["messages"][-1]["content"]
-    record = json.loads(json.dumps(row.record))
-    assert judged(Constraint(), {**record, "response": response}).reward == 1
+def test_a_row_holds_the_functions_of_the_reward() -> None:
+    generator = autoif(system_share=1)
+    answer, _ = samples_of(generator, CASES["a sound answer"].item, CASES["a sound answer"].replies)
+    turns = answer.record["messages"]
+    assert [turn["role"] for turn in turns] == ["system", "user", "assistant"]
+    record = json.loads(json.dumps(answer.record))
+    assert judged(Constraint(), {**record, "response": turns[-1]["content"]}).reward == 1
     assert judged(Constraint(), {**record, "response": "다른 말입니다."}).reward == 0
-
-
-def test_a_pair_is_a_kept_answer_and_one_that_no_function_accepts() -> None:
-    answers = ["한글은 오래전에 만들어졌습니다.", "한글은, 세종이 만들었습니다."]
-    generator = AutoIf(AutoIfSettings(also="pairs", num_responses=8))
-
-    def reply(request: dict[str, object]) -> str:
-        messages = json.dumps(request["messages"])
-        return '{"score": 8}' if "grade a response" in messages else answers[int(str(request["seed"])) % 2]
-    item = GeneratorItem(ITEM.id, {**ITEM.fields, "constraint": "쉼표를 쓰지 마세요."})
-    samples = samples_of(generator, item, reply)
-    assert {sample.reason for sample in samples if sample.kind is None} == {"", "constraint"}
-    pair, = (sample.record for sample in samples if sample.kind == "prompt")
-    assert (pair["chosen"], pair["rejected"]) == tuple(answers)
-    never = "def evaluate(response):\n    return 'x' in response"
-    doubted = GeneratorItem(ITEM.id, {**item.fields,
-                                      "functions": [NO_COMMA, never, never + " and len(response) > 9"]})
-    again = samples_of(generator, doubted, reply)
-    assert {sample.kind for sample in again} == {None}, "one of three functions is enough to be kept alone"
-    assert {sample.reason for sample in again} == {"", "constraint"}
 
 
 def test_half_of_the_constraints_stand_in_the_system_turn() -> None:
@@ -79,7 +65,7 @@ def test_half_of_the_constraints_stand_in_the_system_turn() -> None:
     def reply(request: dict[str, object]) -> str:
         is_judge = "grade a response" in json.dumps(request["messages"])
         return '{"score": 8}' if is_judge else "한글은 글자입니다."
-    generator = AutoIf(AutoIfSettings(num_responses=1))
+    generator = autoif(num_responses=1)
     places = [samples_of(generator, GeneratorItem(f"{number}.0", fields), reply)[0].notes["in_system"]
               for number in range(60)]
     assert 18 <= sum(places) <= 42
@@ -92,7 +78,7 @@ def written(folder: Path, **record: object) -> Path:
 
 
 def test_items_are_queries_with_a_constraint_and_follow_from_their_text(tmp_path: Path) -> None:
-    generator = AutoIf(AutoIfSettings(constraints=str(written(tmp_path, back=["Leave out commas.", 3]))))
+    generator = autoif(constraints=str(written(tmp_path, back=["Leave out commas.", 3])))
     rows = [{"conversation": [{"role": "user", "content": f"물음 {i}"}], "toxic": i == 0} for i in range(20)]
     file = tmp_path / "queries.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[3], {"prompt": "짧"}]))
@@ -110,34 +96,22 @@ def test_items_are_queries_with_a_constraint_and_follow_from_their_text(tmp_path
     ({"prompt": 3}, "prompt must be the constraint"), ({"prompt": "a\nb"}, "prompt must be the constraint")])
 def test_constraints_that_are_none_are_refused(record: dict[str, object], sentence: str,
                                                tmp_path: Path) -> None:
-    generator = AutoIf(AutoIfSettings(constraints=str(written(tmp_path, **record))))
+    generator = autoif(constraints=str(written(tmp_path, **record)))
     with pytest.raises(UserError) as e:
         list(generator.items([]))
     assert sentence in str(e.value)
 
 
 def test_all_problems_of_settings_are_told(tmp_path: Path) -> None:
-    assert 'constraints = "" is not set' in str(problems_of(AutoIfSettings())[0])
-    assert "has no kept.jsonl" in str(problems_of(AutoIfSettings(constraints=str(tmp_path)))[0])
+    assert 'constraints = "" is not set' in str(problems_of(AUTOIF.Settings())[0])
+    assert "has no kept.jsonl" in str(problems_of(AUTOIF.Settings(constraints=str(tmp_path)))[0])
     (tmp_path / "kept.jsonl").touch()
-    assert problems_of(AutoIfSettings(constraints=str(tmp_path))) == []
-    assert keys_of(AutoIfSettings(constraints="/nowhere", also="pairs", num_responses=1, min_query_chars=9,
-                                  max_query_chars=8)) == ["constraints", "min_query_chars", "also"]
-    assert keys_of(AutoIfSettings(language="xx", foreign_scripts=("CHINESE",), system_share=2,
+    assert problems_of(AUTOIF.Settings(constraints=str(tmp_path))) == []
+    assert keys_of(AUTOIF.Settings(constraints="/nowhere", min_query_chars=9, max_query_chars=8)) == [
+        "constraints", "min_query_chars"]
+    assert keys_of(AUTOIF.Settings(language="xx", foreign_scripts=("CHINESE",), system_share=2,
                                   min_score=11)) == [
-        "language", "system_share", "foreign_scripts.0", "min_score"]
-
-
-def test_records_are_what_chats_prompts_and_pairs_are_read_as() -> None:
-    fields = {"language": "ko", "constraint": "x"}
-    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
-    for kind, record in (("chat", {"messages": [*turns, {"role": "assistant", "content": "a"}]}),
-                         ("prompt", {"prompt": turns, "functions": [NO_COMMA]}),
-                         ("preference", {"prompt": turns, "chosen": "a", "rejected": "b"})):
-        document = parse_record({**record, **fields}, "x:1", 1, RecordReading(kind=kind))
-        roles = [message.role for message in document.messages]
-        assert (document.kind, roles[:2]) == (kind, ["system", "user"])
-        assert kind != "prompt" or json.loads(document.extra)["functions"] == [NO_COMMA]
+        "language", "foreign_scripts.0", "system_share", "min_score"]
 
 
 @pytest.mark.parametrize(("text", "words"), [

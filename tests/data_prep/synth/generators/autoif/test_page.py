@@ -9,19 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from data_prep.cli import main
-from data_prep.synth.declared.readers import Taxonomy
 from data_prep.synth.generators.autoif.texts import texts_of
-from megatron_sov.base.settings import read_file
 
 sys.path.append(str(Path(__file__).parents[5] / "benchmarks"))
 from synthesis.endpoint import ScriptedEndpoint, serving
 
 from tests.data_prep.synth.models import autoif, constraints
 from tests.data_prep.synth.models.rules import Rule, plain
-from tests.data_prep.synth.scripted import by_system
+from tests.data_prep.synth.scripted import by_system, generator
 
 PAGE = (Path(__file__).parents[5] / "docs/synth_autoif.md").read_text(encoding="utf-8")
 ADDRESS = re.compile(r"http://localhost:\d+/v1")
@@ -55,16 +52,17 @@ def test_the_commands_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             "autoif": [],  # with its default checks
             "safety": ["--set", "pairs_per_call=1", "--limit", "2", "--checks", "none.yaml"]}
     lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
-    for line, generator in zip(lines, less, strict=True):
-        with serving(ScriptedEndpoint(REPLIES[generator])) as server:
+    for line, name in zip(lines, less, strict=True):
+        with serving(ScriptedEndpoint(REPLIES[name])) as server:
             arguments = shlex.split(ADDRESS.sub(server.url, line))[1:]
-            assert arguments[:2] == ["synth", generator]
-            assert main([*arguments, *less[generator], "--workers", "1"]) == 0, capsys.readouterr().err
+            assert arguments[:2] == ["synth", name]
+            assert main([*arguments, *less[name], "--workers", "1"]) == 0, capsys.readouterr().err
     assert len(kept("work/constraints")) == 3
     assert [set(row) >= {"messages", "constraint", "language", "synthetic"} for row in kept("work/autoif")]
     assert {row["strategy"] for row in kept("work/safety")} == {"redirect", "answer"}
 
 
+@pytest.mark.deep
 def test_the_first_command_begins_with_our_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is typed as it stands, for the first seed alone."""
     monkeypatch.chdir(tmp_path)
@@ -81,8 +79,8 @@ def test_the_first_command_begins_with_our_seeds(tmp_path: Path, monkeypatch: py
     assert row["prompt"] == seed and len(row["functions"]) >= 3
 
 
-def test_the_taxonomy_of_the_page_is_one(tmp_path: Path) -> None:
-    shown, = blocks("yaml")
-    (tmp_path / "a.yaml").write_text(shown, encoding="utf-8")
-    assert [category.id for category in read_file(Taxonomy, tmp_path / "a.yaml").categories] == ["fraud"]
-    assert yaml.safe_load(shown)["categories"][0]["strategy"] == "redirect"
+def test_the_category_of_the_page_is_one(tmp_path: Path) -> None:
+    shown = blocks("json")[1]
+    (tmp_path / "a.jsonl").write_text(shown, encoding="utf-8")
+    items = list(generator("safety", calls=1).items([tmp_path / "a.jsonl"]))
+    assert [item.id for item in items] == ["fraud.1"] and items[0].fields["strategy"] == "redirect"

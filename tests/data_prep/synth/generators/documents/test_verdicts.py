@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from data_prep.synth.generators.documents.verdicts import (
-    answer_in, copied_share, letters_likeness, read_list, read_tagged, same_answer, size_ratio, stands_in)
+    answer_in, copied_share, same_answer, size_ratio, stands_in)
 
 sys.path.append(str(Path(__file__).parents[2]))
 from scripted import ScriptedAsk
 
-from data_prep.synth.generator import SampleVerdict
-from data_prep.synth.generators.documents.verdicts import agreed, graded, until_failed
+from data_prep.synth.declared.parsers import read_list, read_tagged
+from data_prep.synth.generators.documents.verdicts import agreed, graded
 
 
 @pytest.mark.parametrize(("said", "passed"), [
@@ -33,15 +33,6 @@ def test_the_judge_is_asked_about_other_words_alone() -> None:
     assert ask.calls == 0
     assert agreed(ask, "solved", "Where?", "in the capital", "Seoul", "en", 7).check == "judge: solved"
     assert ask.calls == 1
-
-
-def test_checks_behind_the_first_that_fails_are_not_made() -> None:
-    def checks():
-        yield SampleVerdict("a", True)
-        yield SampleVerdict("b", False)
-        raise AssertionError("asked on")
-
-    assert [verdict.check for verdict in until_failed(checks())] == ["a", "b"]
 
 
 @pytest.mark.parametrize(("given", "expected", "language", "same"), [
@@ -106,9 +97,3 @@ def test_copied_share_is_that_of_runs_of_words() -> None:
 
 def test_size_ratio_counts_words() -> None:
     assert size_ratio("one two", "one two three four") == pytest.approx(0.5)
-
-
-def test_letters_likeness_is_the_jaccard_index_of_three_letters() -> None:
-    assert letters_likeness("Who is it?", "who is it") == 1
-    assert letters_likeness("abcd", "abce") == pytest.approx(1 / 3)
-    assert letters_likeness("세종은 누구인가?", "강은 어디인가?") < 0.3

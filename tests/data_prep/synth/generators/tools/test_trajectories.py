@@ -18,10 +18,11 @@ from tests.typed_words import keys_of
 sys.path += [str(Path(__file__).parents[5] / "benchmarks"), str(Path(__file__).parents[2])]
 from scripted import ScriptedAsk, samples_of
 
-from data_prep.synth.generator import GeneratorItem, NoReply
+from data_prep.synth.generator import GeneratorItem
 from data_prep.synth.generators.tools import conversation
 from data_prep.synth.generators.tools.trajectories import (
     DONE, ToolTrajectories, ToolTrajectorySettings, unfounded)
+from data_prep.synth.replies import NoReply
 from megatron_sov.base.documents.messages import read_messages, read_tools
 from megatron_sov.base.errors import UserError
 from tests.data_prep.synth.models import shop_clerk, tool_trajectories
@@ -75,16 +76,6 @@ def test_no_word_of_a_user_makes_an_end_state() -> None:
 
     sample, = run(ToolTrajectorySettings(conversations_per_task=1, user_share=1.0, min_judged=1.0), reply)
     assert sample.reason == "end state"
-
-
-def test_drawn_faults_are_overcome_or_the_conversation_is_left_out() -> None:
-    """The clerk calls again what gave no result; nothing that a drawn fault answers has changed a table."""
-    samples = run(ToolTrajectorySettings(conversations_per_task=4, user_share=0.0, fault_share=0.3,
-                                          max_repeats=4))
-    assert [sample.reason for sample in samples] == [""] * 4
-    injected = sum(sample.notes["injected_faults"] for sample in samples)
-    told = [m["content"] for s in samples for m in s.record["messages"] if m["role"] == "tool"]
-    assert injected == sum("nothing was done, try again" in text for text in told) > 0
 
 
 def test_a_turn_with_a_wrong_call_is_shown_and_not_learned() -> None:
@@ -146,9 +137,9 @@ def test_an_input_that_is_none_is_told(tmp_path: Path, record: dict[str, Any], t
 
 
 def test_all_settings_that_make_no_sense_are_told() -> None:
-    wrong = ToolTrajectorySettings(conversations_per_task=0, user_share=2, fault_share=1, min_judged=-1,
-                                   temperature=9, max_turns=0)
-    assert len(keys_of(wrong)) == 6 and keys_of(ToolTrajectorySettings()) == []
+    wrong = ToolTrajectorySettings(conversations_per_task=0, user_share=2, min_judged=-1, temperature=9,
+                                   max_turns=0)
+    assert len(keys_of(wrong)) == 5 and keys_of(ToolTrajectorySettings()) == []
     assert keys_of(ToolTrajectorySettings(language="")) == ["language"]
 
 

@@ -74,12 +74,6 @@ def test_an_answer_that_is_no_world_is_a_rejected_sample_and_no_error(text: str,
     assert sample.reason == reason
 
 
-def test_a_judge_has_the_last_word_where_it_is_asked_for() -> None:
-    settings = WorldSettings(calls_per_tool=25, min_judged=9.5)
-    sample, = samples_of(Worlds(settings), ITEM, worlds.reply)
-    assert sample.reason == "judge" and sample.verdicts[-1].detail == "9"
-
-
 def test_each_domain_is_as_many_items_as_are_asked_for(tmp_path: Path) -> None:
     file = tmp_path / "domains.jsonl"
     file.write_text('{"domain": "a library", "language": "Korean"}\n{"id": "b/2", "domain": "a bakery"}\n')
@@ -92,8 +86,9 @@ def test_each_domain_is_as_many_items_as_are_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line, told", [
-    ('{"name": "a library"}', "line 1 has no 'domain'; each line is"), ("library", "is no JSON"),
-    ('{"id": "a", "domain": "x"}\n{"id": "a", "domain": "y"}', "line 2 has the id 'a' of an earlier line")])
+    ('{"name": "a library"}', "domains.jsonl:1: has no 'domain'; each line is"),
+    ("library", "is not valid JSON"),
+    ('{"id": "a", "domain": "x"}\n{"id": "a", "domain": "y"}', "domains.jsonl:2: has the id 'a'")])
 def test_an_input_that_is_none_is_told(tmp_path: Path, line: str, told: str) -> None:
     file = tmp_path / "domains.jsonl"
     file.write_text(line)
@@ -102,8 +97,8 @@ def test_an_input_that_is_none_is_told(tmp_path: Path, line: str, told: str) -> 
 
 
 def test_all_settings_that_make_no_sense_are_told() -> None:
-    wrong = WorldSettings(worlds_per_domain=0, calls_per_tool=0, min_judged=11, temperature=3)
-    assert len(keys_of(wrong)) == 4 and keys_of(WorldSettings()) == []
+    wrong = WorldSettings(worlds_per_domain=0, calls_per_tool=0, temperature=3)
+    assert len(keys_of(wrong)) == 3 and keys_of(WorldSettings()) == []
     assert keys_of(WorldSettings(language=" ")) == ["language"]
 
 

@@ -1,0 +1,49 @@
+"""Mistakes of newcomers: what the answer must name, so that the next line works."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_sov.base.errors import nearest
+from tests.base.hints.test_words import answer
+
+
+@pytest.mark.parametrize(("typed", "parts"), [
+    ("megatron-sov sft --from hf/model.safetensors --data d --run r", ["pass its folder, hf"]),
+    ("megatron-sov prefer --from hf --data d --run r --method grpo", ["rl run", "policy.method=grpo"]),
+    ("megatron-sov plan qwen3-8b --cluster h100 --days 2w", ["write 14"]),
+    ("megatron-sov plan llama-3.1-70b --cluster h100", ["does not exist (`megatron-sov recipes`"]),
+    ("megatron-sov extend x --from hf --data d --run r --to 128k", ["data.phases.0.seq_len=131072"]),
+    ("megatron-sov sft --config theirs.yml --run r", ["train.global_batch_size=8"]),
+    ("megatron-sov inspect d/shard.bin", ["is part of d; pass d"]),
+    ("sov-data sample d -n 5", ["sov-data sample d --count 5"]),
+    ("sov-data run script.py --output o", ["`sources:`", "datatrove"]),
+    ("sov-data decontaminate --input t.jsonl --benchmarks mmlu,gsm8k --output o", ["by a benchmark's name"]),
+    ("sov-tokenizer import vocab.json --output o", ["merges.txt", "save_pretrained"]),
+    ("sov-tokenizer compare gpt2 gpt2 --text en=t.txt --output o.html", ["hf download gpt2"]),
+    ("sov-tokenizer export hf --format gguf --output o", ["llama.cpp"]),
+    ("megatron-sov submit sft --gres=gpu:8 --mem 5G --nodes 2 --from hf --data d --run r",
+     ["--cluster: is missing", "--account NAME", "--gres: GPUs", "--mem: is part"]),
+])
+def test_the_answer_names_what_to_type(typed: str, parts: list[str], tmp_path: Path,
+                                       monkeypatch: pytest.MonkeyPatch,
+                                       capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in {"hf/model.safetensors": "", "hf/config.json": "{}", "d/manifest.json": "{}",
+                       "d/shard.bin": "x",
+                       "theirs.yml": "base_model: M\nmicro_batch_size: 2\ngradient_accumulation_steps: 4",
+                       "script.py": "from datatrove import x", "t.jsonl": '{"text": "a"}', "t.txt": "a",
+                       "vocab.json": '{"a": 0}', "merges.txt": "a b"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    said = answer(typed, capsys)
+    assert [part for part in parts if part not in said] == []
+
+
+@pytest.mark.parametrize(("name", "known", "meant"), [
+    ("fp16", ["fp64", "fp32"], ""), ("llama-3.1-70b", ["llama-3.1-8b"], ""),
+    ("qwen3-8", ["qwen3-8b"], "; did you mean 'qwen3-8b'?"), ("h10", ["h100"], "; did you mean 'h100'?")])
+def test_another_number_is_no_guess(name: str, known: list[str], meant: str) -> None:
+    assert nearest(name, known) == meant
