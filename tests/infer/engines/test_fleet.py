@@ -303,7 +303,7 @@ def test_a_closed_fleet_leaves_nobody_waiting() -> None:
 
 @pytest.mark.parametrize("script, said", [
     (None, "is no program that can be started; name the interpreter that has vLLM by SOV_ENGINE_PYTHON"),
-    (f'exec {sys.executable} "$@"', "python has no vLLM; name the interpreter that has it by SOV_ENGINE_PY")])
+    (f'exec {sys.executable} "$@"', "python has no vLLM; install it into an environment of its own")])
 def test_an_interpreter_without_vllm_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                              script: str | None, said: str) -> None:
     python = tmp_path / "python"
