@@ -87,3 +87,13 @@ def test_accuracy_and_margin_are_those_of_trl(method: Any, seed: int) -> None:
     margins = [chosen - rejected for chosen, rejected in zip(of[0::2], of[1::2], strict=True)]
     assert found["margin"].tolist() == pytest.approx(margins)
     assert found["pairs_right"].tolist() == [float(margin > 0) for margin in margins]
+
+
+@pytest.mark.parametrize("method", ["dpo", "ipo", "dpo-norm"])
+def test_a_model_that_equals_its_reference_is_right_in_half_of_the_pairs(method: Any) -> None:
+    from megatron_sov.post.preference import compared_values, pair_meters
+
+    sums, lengths = torch.tensor([-3.0, -7.0, -2.0, -1.0]).double(), torch.tensor([1.0, 2, 3, 4]).double()
+    asked = PreferenceConfig(method)
+    found = pair_meters(asked, compared_values(asked, sums, lengths, sums))
+    assert found["pairs_right"].tolist() == [0.5, 0.5] and found["margin"].tolist() == [0, 0]

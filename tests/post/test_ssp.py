@@ -39,6 +39,11 @@ def test_the_best_is_the_one_that_solves_most_in_k_draws_and_not_in_one() -> Non
     assert choose([sure, wide], 1).checkpoint == "step-100"
 
 
+def test_of_equals_the_earlier_one_is_taken_and_the_other_is_as_good() -> None:
+    choice = choose([measured("step-100", [1, 2]), measured("step-200", [2, 1])], K)
+    assert (choice.checkpoint, choice.as_good) == ("step-100", ("step-200",))
+
+
 def test_a_choice_is_clear_where_the_problems_tell_the_best_from_every_other() -> None:
     many = 30
     worse, noisy, best = (measured("worse", [0] * many), measured("noisy", [6, 1, 6, 0, 3] * 6),

@@ -25,7 +25,7 @@ from megatron_sov.train.objectives.data_objective import LanguageModelling  # no
 from megatron_sov.train.objectives.data_objective import MTP, DataObjective  # noqa: E402
 from megatron_sov.train.objectives.microbatch import MicroBatch, from_row  # noqa: E402
 from megatron_sov.train.objectives.objective import (  # noqa: E402
-    GlobalBatch, LossSums, parts_of, refuse_nothing_learned, total_loss)
+    GlobalBatch, LossSums, parts_of, per_source, refuse_nothing_learned, total_loss)
 
 
 class Logits:
@@ -123,6 +123,13 @@ def test_every_depth_predicts_one_token_further_on_in_the_same_document(depths: 
             == pytest.approx(expected, rel=1e-5))
 
 
+def test_without_prediction_layers_there_is_no_such_term() -> None:
+    found = objective_with(0)
+    batch: Any = SimpleNamespace(weights=torch.ones(1))
+    assert found._mtp_coefficient == {} and found._mtp_targets([]) == {}
+    assert found._mtp_sum([], None, batch) == {}  # type: ignore[arg-type]
+
+
 def test_batches_come_from_the_order() -> None:
     assert objective_with(0).collect(None, 7) == "the next batch"  # type: ignore[comparison-overlap]
 
@@ -188,6 +195,15 @@ def test_weights_enter_sums_and_the_count_over_the_whole_batch(kind: Any,
         assert sum(int(s.meters[name][1]) for s in sums) == number
 
 
+def test_without_blocks_nothing_is_measured_nor_copied() -> None:
+    made = recipes.get("tiny-qwen3")
+    learner = LanguageModelling(SimpleNamespace(config=made,
+                                                batches=SimpleNamespace(num_sources=1)))  # type: ignore[arg-type]
+    one = random_batch(0)
+    assert learner.meters == () and learner._typed.weighted(one) is one
+    assert learner._typed.measured(torch.zeros(24), one) == {}
+
+
 # Sums, denominators and the total loss.
 
 
@@ -198,6 +214,19 @@ def test_each_term_is_divided_by_its_own_denominator() -> None:
     loss.backward()
     assert loss.item() == pytest.approx(6 / 3 + 0.5 * 10 / 20)
     assert (a.grad, b.grad) == (torch.tensor(1 / 3), torch.tensor(0.5 / 20))
+
+
+def test_a_term_without_targets_adds_nothing_and_stays_in_the_graph() -> None:
+    a = torch.tensor(5.0, requires_grad=True)
+    loss = total_loss(LossSums({"a": a}, torch.zeros(1, 2)), {"a": 1.0}, {"a": 0.0})
+    loss.backward()
+    assert loss.item() == 0.0 and a.grad == 0.0
+
+
+def test_losses_by_source_are_weighted_sums_and_weights() -> None:
+    losses, weights = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 0.5, 0.0, 2.0])
+    found = per_source(losses, weights, torch.tensor([0, 2, 2, 0]), 3)
+    assert found.tolist() == [[9.0, 3.0], [0.0, 0.0], [1.0, 0.5]] and found.dtype == torch.float64
 
 
 def test_what_an_objective_remembers_is_json() -> None:

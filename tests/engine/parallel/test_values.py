@@ -21,6 +21,16 @@ def test_what_is_packed_comes_back_by_name() -> None:
     assert list(found) == list(values) and all(torch.equal(found[name], values[name]) for name in values)
 
 
+def test_whole_numbers_stay_whole() -> None:
+    large = torch.tensor([2**62 + 1])
+    assert int(unpack(pack({"a": torch.tensor(3), "b": large}), {"a": (), "b": (1,)})["b"]) == 2**62 + 1
+
+
+def test_another_number_of_elements_is_refused() -> None:
+    with pytest.raises(ValueError, match="3 numbers"):
+        unpack(torch.zeros(3), {"a": (), "b": (1,)})
+
+
 def test_sums_are_found_under_their_names_and_travel_together() -> None:
     messages: list[torch.Tensor] = []
 

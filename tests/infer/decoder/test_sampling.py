@@ -8,7 +8,8 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from megatron_sov.infer.decoder.sampling import (
-    ROW_DOCUMENTS, ROW_TOKENS, accepted_by_chance, best_words, draw, probabilities, rows_of)
+    ROW_DOCUMENTS, ROW_TOKENS, accepted_by_chance, accepted_greedily, best_words, draw, probabilities,
+    rows_of)
 from megatron_sov.infer.request import Sampling
 
 LOGITS = torch.tensor([[0.3, 2.0, -1.0, 1.1, 1.9], [0.0, 0.0, 0.0, 0.0, 5.0]])
@@ -30,6 +31,11 @@ def test_distributions_are_those_of_transformers(sampling: Sampling) -> None:
     assert torch.allclose(probabilities(logits, sampling), expected.softmax(-1), atol=1e-12)
 
 
+def test_of_equally_probable_tokens_the_first_ones_stay() -> None:
+    assert (probabilities(LOGITS[1:], Sampling(temperature=1.0, top_k=3))[0].nonzero()[:, 0].tolist()
+            == [0, 1, 4])
+
+
 def test_a_draw_is_a_quantile() -> None:
     shares = probabilities(LOGITS, Sampling(temperature=0.7, top_k=3))
     places = ((np.arange(3000) + 0.5) / 3000).tolist()
@@ -40,6 +46,10 @@ def test_a_draw_is_a_quantile() -> None:
         last = float(np.nextafter(1.0, 0.0))
         ends = shares[number].nonzero()[[0, -1], 0].tolist()
         assert draw(7 * shares[[number, number]], [0.0, last]) == ends
+
+
+def test_greedy_drafts_are_taken_up_to_the_first_other_token() -> None:
+    assert [accepted_greedily(d, [5, 6, 7]) for d in ([5, 6], [5, 9], [9, 6], [])] == [2, 1, 0, 0]
 
 
 @pytest.mark.deep

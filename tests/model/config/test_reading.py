@@ -185,6 +185,11 @@ def test_the_least_rate_follows_the_peak_at_the_recipes_ratio(recipe: str, given
     assert optim.min_lr == pytest.approx(expected, rel=1e-12) and not optim.problems()
 
 
+def test_the_same_peak_keeps_the_very_least_rate() -> None:
+    recipe = recipes.get("k-exaone-236b")  # 3e-5 / 3e-4 * 3e-4 is another number than 3e-5
+    assert apply_settings(recipe, [f"optim.lr={recipe.optim.lr}"]).optim == recipe.optim
+
+
 def test_a_peak_that_is_none_or_not_there_takes_nothing_along() -> None:
     with pytest.raises(SettingsError, match=r"optim\.lr = 1.* must"):
         apply_settings(recipes.get("tiny-solar-open"), [f"optim.lr=1{'0' * 400}"])

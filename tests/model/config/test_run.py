@@ -56,6 +56,11 @@ def test_a_row_must_split_over_the_processes_that_share_it(small: Small) -> None
     assert problem.rule.endswith("must be a multiple of parallel.tp = 2")
 
 
+def test_processes_that_share_a_row_need_no_batch_of_their_own(small: Small) -> None:
+    for num_ranks, cp in ((8, 1), (16, 2), (16, 4)):
+        assert replace(small(), parallel=ParallelConfig(cp=cp)).problems(num_ranks) == []
+
+
 def test_steps_follow_from_the_token_budget_unless_they_are_given(small: Small) -> None:
     """3/4 of the tokens at 100 tokens a sample and 1/4 at 200, 8 samples a step: 30 and 5 steps."""
     config = replace(small(), train=TrainConfig(tokens=32_000, global_batch_size=8), data=DataConfig(

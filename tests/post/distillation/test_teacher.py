@@ -3,7 +3,9 @@ go on after a kill, and are refused where they belong to something else."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -173,6 +175,16 @@ def test_a_killed_job_reads_no_part_twice(one_rank: None, imported: dict[str, Pa
     assert len(set(files)) == len(files) > 4
 
 
+def test_a_full_disk_is_said_by_whichever_process_meets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                            ) -> None:
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"0000-train-0\.bin: no space left"):
+        teaching._write(tmp_path / "0000-train-0.bin", [torch.zeros(2, 4)])
+
+
 def test_another_teacher_has_another_digest(tmp_path: Path) -> None:
     def checkpoint(part: str, weights: bytes, base: str = "1", alpha: int = 16) -> str:
         with new_artifact(tmp_path / "checkpoint", "checkpoint", overwrite=True) as artifact:
@@ -192,6 +204,18 @@ def test_another_teacher_has_another_digest(tmp_path: Path) -> None:
                 checkpoint("adapter", b"2"), checkpoint("adapter", b"1", base="2"),
                 checkpoint("adapter", b"1", alpha=32)}) == 6
     assert len({folder(b"1", "{}"), folder(b"2", "{}"), folder(b"1", '{"rope_theta": 1}')}) == 3
+
+
+def test_a_teacher_whose_digest_is_known_is_not_hashed_again(
+        one_rank: None, imported: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hashed(target: Target) -> str:
+        raise AssertionError("its files are read once more")
+
+    monkeypatch.setattr(teaching, "weights_digest", hashed)
+    read_documents(TeacherReading(Target(imported[FAMILY], False), {str(data): 1.0}, digest="blake3:known"),
+                   tmp_path / "states", [], None)
+    assert opened(tmp_path / "states", data).teacher == "blake3:known"
 
 
 def test_what_does_not_belong_together_is_refused(one_rank: None, imported: dict[str, Path], data: Path,

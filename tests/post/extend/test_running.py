@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -236,6 +237,12 @@ def test_blends_keep_their_proportions_beside_the_needles(share: float) -> None:
     assert (first.blend["en"], first.blend["ko"], second.blend) == (3.0, 1.0, {})
 
 
+@pytest.mark.parametrize(("share", "blend"), [(0.0, {"en": 1.0}), (0.5, {"en": 1.0, "needle": 0.1})])
+def test_blends_stay_without_needles_and_where_they_are_named(share: float, blend: dict[str, float]) -> None:
+    config = config_of(Path("x"), share, **blend)
+    assert with_needles_in_blends(config) == config
+
+
 def test_documents_are_as_long_as_the_longest_phase_and_the_test_as_set(token_shards: Path) -> None:
     needles = make_needles(config_of(token_shards, 0.1), token_shards)
     (source,) = needles.sources
@@ -255,6 +262,14 @@ def test_blends_name_short_needle_documents(token_shards: Path) -> None:
     assert {s.name: int(s.shard("train").lengths[0]) for s in both} == {"needle": 128, "needle/64": 64}
     with pytest.raises(UserError, match=r"tokens, e\.g\. needle/4096"):
         make_needles(config_of(token_shards, 0.1, **{"needle/x": 1.0}), token_shards)
+
+
+def test_the_name_of_the_source_is_kept_for_it(token_shards: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(token_shards, tmp_path / "data")
+    text = (data / "manifest.json").read_text().replace('"name": "first"', '"name": "needle"')
+    (data / "manifest.json").write_text(json.dumps(json.loads(text) | {"sha256": ""}))
+    with pytest.raises(UserError, match="source named 'needle'"):
+        make_needles(config_of(data, 0.1), data)
 
 
 @pytest.mark.parametrize("setting", ["kinds", "train_kinds"])

@@ -71,6 +71,13 @@ def test_equal_windows_have_equal_hashes_and_others_differ(text: list[int], wind
     assert len(set(zip(places, hashes, strict=True))) == len(set(places)) == len(set(hashes))
 
 
+def test_clean_text_is_clean() -> None:
+    found = search([QUESTION], [source([random_text(1, 5000)], [random_text(2, 640)])], 10_000)
+    assert (found.questions_found, found.windows, found.windows_found, found.overlap) == (0, 20, 0, 0)
+    assert found.scanned_tokens == found.train_tokens == {"web": 5000}
+    refuse_contaminated(found, 0.0)
+
+
 def test_a_shared_stretch_of_twice_the_window_is_found_at_any_place() -> None:
     held = random_text(2, 640)
     for start in (0, 7, 101, 640 - 2 * WINDOW_TOKENS):
@@ -149,6 +156,11 @@ def test_mid_training_mixes_trajectories_long_documents_and_replay(sources: list
              PartConfig("replay", 0.2, {"web/8": 3.0, "books": 1.0}))
     blend = stage_blend(stage(*parts, kind="midtraining"), sources, 32, 0.0)
     assert blend == pytest.approx({"chats": 0.7, "books@33": 0.1, "web/8": 0.15, "books": 0.05})
+
+
+def test_the_rest_goes_to_all_sources_by_their_share(sources: list[Source]) -> None:
+    blend = stage_blend(stage(PartConfig("long", 0.5, {"books@40": 1.0})), sources, 32, 0.0)
+    assert blend == pytest.approx({"books@40": 0.5, "web": 0.3, "books": 0.1, "chats": 0.1})
 
 
 @pytest.mark.parametrize(("part", "trained", "said"), [

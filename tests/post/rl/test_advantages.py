@@ -239,6 +239,11 @@ def test_a_range_goes_from_the_worst_to_the_best() -> None:
     assert kept[0].advantages.tolist() == [0, 0]
 
 
+def test_a_group_that_is_all_right_still_learns_lengths() -> None:
+    [group] = group_advantages([np.ones(3)], [np.array([10, 500, 510])], PolicyConfig("lapo_d"), LONGEST)
+    assert group.reason == "" and np.argmin(group.advantages) == 0
+
+
 @pytest.mark.parametrize("rewards", [[0.1 + 0.2 + 0.3, 0.6, 0.6], [0.1 * 3, 0.3], [3e8, 1e9 * (0.1 + 0.2)]])
 def test_the_rounding_of_floats_is_no_advantage(rewards: list[float]) -> None:
     policy = PolicyConfig(method="dapo", right_from=rewards[0] - 0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,18 @@ def test_an_id_outside_of_the_vocabulary_is_refused_where_it_is_read(tmp_path: P
     assert TokenShard(tmp_path / "a", 10).tokens(1, 2, 1).tolist() == [9]
 
 
+def test_a_source_knows_the_vocabulary_that_it_was_packed_with(packed_data: Any, tmp_path: Path) -> None:
+    text = shutil.copytree(packed_data.text, tmp_path / "text")
+    (damaged,) = (text / "even").glob("train-*.bin")
+    ids = np.fromfile(damaged, np.uint16)
+    ids[0] = 368  # the model has more ids than the tokenizer
+    ids.tofile(damaged)
+    even, odd = (s.shard("train") for s in open_sources({str(text): 1.0}, 400))
+    assert odd.tokens(0, 0, 1)[0] < 368
+    with pytest.raises(UserError, match="document 0 has token"):
+        even.tokens(0, 0, 1)
+
+
 def test_a_negative_id_is_refused(tmp_path: Path) -> None:
     write_shard(tmp_path / "a", [[1, 2]])  # two ids of 16 bits are one of 32
     idx = bytearray((tmp_path / "a.idx").read_bytes())
@@ -92,6 +105,11 @@ def test_sidecars_have_the_geometry_of_the_tokens(tmp_path: Path) -> None:
     shard = TokenShard(tmp_path / "a")
     assert shard.loss_weights(1, 1, 2).tolist() == [0.5, 1.0]
     assert shard.types(1, 0, 3).tolist() == [1, 2, 2]
+
+
+def test_an_empty_split_has_no_documents(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a", [])
+    assert len(TokenShard(tmp_path / "a").lengths) == 0
 
 
 @pytest.mark.parametrize(("suffix", "damage", "said"), [

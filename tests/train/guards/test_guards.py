@@ -54,6 +54,13 @@ def test_replicas_that_differ_end_the_run_before_the_checkpoint(monkeypatch: pyt
     assert len(told) == 1, "switched off nothing is looked at"
 
 
+def test_on_request_the_run_goes_on(monkeypatch: pytest.MonkeyPatch, told: list[Any],
+                                    capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(guards.replica_checks, "differing_replicas", lambda model: [0, 1])
+    SdcChecks(GuardConfig(on_sdc="record")).compare(7, None, Events(told))  # type: ignore[arg-type]
+    assert told[0]["ranks"] == [0, 1] and "rank 0 on n1, rank 1 on n1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("again", [0.0, 1e-7])
 def test_a_repetition_is_compared_bit_for_bit(monkeypatch: pytest.MonkeyPatch, told: list[Any],
                                               again: float) -> None:

@@ -15,7 +15,7 @@ from megatron_sov.runs.obs.events import EventLog, read_events
 
 prepare_megatron()
 from megatron_sov.train.guards import guards  # noqa: E402
-from megatron_sov.train.guards.guards import RoutingMonitor, Stragglers  # noqa: E402
+from megatron_sov.train.guards.guards import MAX_SHOWN_RANKS, RoutingMonitor, Stragglers  # noqa: E402
 
 EVEN, ONE, HALF = [4.0, 4.0, 4.0, 4.0], [16.0, 0.0, 0.0, 0.0], [8.0, 8.0, 0.0, 0.0]
 DENSE, FLAT, APART = [0.0] * 4, [0.1] * 4, [0.9, 0.0, 0.0, -0.2]
@@ -55,6 +55,10 @@ def test_records_hold_the_figures_of_every_routed_layer(tmp_path: Path) -> None:
             and [round(x, 3) for x in record["bias_spread"]] == [1.1, 0.0])
 
 
+def test_a_dense_model_has_no_records(tmp_path: Path) -> None:
+    assert alarms(tmp_path, [([DENSE], [DENSE])]) == [] and list(read_events(tmp_path / "events.jsonl")) == []
+
+
 # The report of computing times: averages over a stretch, the slow ones named, large worlds cut to the
 # slowest.
 
@@ -85,3 +89,14 @@ def test_the_slow_are_those_far_above_the_median(monkeypatch: pytest.MonkeyPatch
     assert measured["median_s"] == 0.2 and measured["slow"] == [2]
     assert [(a["event"], a["rank"]) for a in alarms] == [("alarm", 2)]
     assert alarms[0]["text"] == "rank 2 computes 0.9 s a step, the median process 0.2 s"
+
+
+def test_of_many_processes_the_slowest_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    (measured,) = reported(monkeypatch, [0.2 + 0.0001 * i for i in range(200)], [0.1, 0.1])
+    assert [int(rank) for rank in measured["seconds"]] == list(range(201 - MAX_SHOWN_RANKS, 201))
+
+
+def test_switched_off_nothing_is_measured() -> None:
+    watch = Stragglers(GuardConfig(straggler_every_steps=0))
+    assert watch.clock is None
+    watch.report(4, None)  # type: ignore[arg-type]

@@ -51,6 +51,15 @@ def jobs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[SideJobs, lis
     return SideJobs(tmp_path, recipes.get("tiny-solar-open"), lambda event, **fields: None), asked, fails
 
 
+def test_what_is_exported_is_judged_and_both_are_followed_and_ended(jobs: Any) -> None:
+    beside, asked, _ = jobs
+    beside.offer(10, Path("step-10"), last=False)
+    for action in (beside.poll, beside.wait, beside.close):
+        action()
+    assert asked == ["export offer 10", "judge offer 10", "export poll", "judge poll", "export wait",
+                     "judge wait", "export close", "judge close"]
+
+
 @pytest.mark.parametrize(("refused", "action"), [
     ("judge poll", SideJobs.poll),
     ("judge offer 10", lambda beside: beside.offer(10, Path("step-10"), last=False))])

@@ -278,6 +278,18 @@ def test_data_is_opened_and_planned_with_its_views(packed_data: Any) -> None:
     assert data.planned == plan(settings, expected) and [e.skip for e in data.planned] == [False, True, False]
 
 
+def test_what_a_command_has_opened_is_not_opened_again(packed_data: Any,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = with_views_and_skips(packed_data.text)
+    opened = tuple(open_sources(settings.data.paths, 368))
+    monkeypatch.setattr(stage_module, "open_sources", None)
+    extra = opened[0].__class__("made", None, False, {}, {"train": 9}, 0.0)
+    data = stage_module._open_data(Stage(settings, RunFolder(Path("run")), LanguageModelling, sources=opened,
+                                         extra_sources=(extra,)))
+    assert [s.name for s in data.sources] == ["even", "odd", "even/16", "made"]
+    assert data.sources[0] is opened[0] and data.sources[-1] is extra
+
+
 def test_ranks_that_end_before_the_run_has_begun_are_started_again(
         stage: Callable[..., Stage], launcher: Launcher, capsys: pytest.CaptureFixture[str]) -> None:
     """Such as those that find no room for the model: there is no folder to write into yet."""
