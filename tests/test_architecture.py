@@ -96,6 +96,7 @@ MAX_SOURCE_LINES = 146_990
 MIN_LINES_OF_ONE_USER = 150
 ALONE = {
     "megatron_sov/base/hints/foreign.py": "files of other programs; words of a line are another subject",
+    "data_prep/synth/generators/translation.py": "checks of translations; other functions are another subject",
     "data_prep/synth/declared/parsers.py": "reads replies; running steps is another subject",
     "data_prep/shards/sample.py": "a command",
     "data_prep/curate/sources/pdf.py": "reads PDF files; web archives are another subject",
