@@ -78,7 +78,7 @@ test: style  ## lint, and beside mypy the tests of tier 1 (tests/tiers.py); inst
 
 # What takes longest comes first, and what takes shortest last: then no fork of pytest waits long for the others.
 LONGEST := $(addprefix tests/,operate/slurm e2e benchmarks layouts te_double commands engine post infer train \
-  convert proof eval serve bench publish model operate checkpoint judge test_readme.py test_own_code.py test_wheel.py test_mutations.py \
+  convert proof eval serve bench publish model operate checkpoint judge test_readme.py test_own_code.py test_wheel.py \
   tokenizer data_prep)
 # What is freed goes back to the system at once: a tenth of a process's memory.
 FREED_AT_ONCE := MALLOC_ARENA_MAX=1 MALLOC_TRIM_THRESHOLD_=131072 MALLOC_MMAP_THRESHOLD_=131072

@@ -12,7 +12,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 DISTRIBUTED = runpy.run_path(str(ROOT / "megatron_sov/version.py"))
 """That file alone is run: its package may lack what it needs."""
-DATA_FILES = ("j2", "css", "js", "json", "yaml", "sh", "sbatch", "md")
+DATA_FILES = ("j2", "css", "js", "json", "jsonl", "yaml", "sh", "sbatch", "md")
 
 INSTALL_REQUIRES = [
     "torch>=2.6",

@@ -96,9 +96,9 @@ def alone(chosen: Sequence[Program], workers: int) -> list[tuple[int, str]]:
 
 def enclosed(name: str, chosen: Sequence[Program], workers: int) -> list[tuple[int, str]]:
     """Return the same from a sandbox, the start of its servers included."""
-    with Sandbox(enclosure=name, workers=workers) as sandbox:
+    with Sandbox(enclosure=name, workers=workers) as sandbox, ThreadPoolExecutor(workers) as pool:
         return [(-1 if outcome.exit_code is None else outcome.exit_code, outcome.stdout)
-                for outcome in sandbox.run_many(chosen)]
+                for outcome in pool.map(sandbox.run, chosen)]
 
 
 def arm(name: str, chosen: Sequence[Program], workers: int) -> None:

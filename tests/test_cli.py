@@ -91,7 +91,7 @@ def test_help_lists_every_command(asked: str, capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize(("words", "said"), [
     (["pretrian", "x"], "pretrian: does not exist; did you mean 'pretrain'?"),
-    (["rl", "genrate"], "rl genrate: does not exist; did you mean 'generate'?")])
+    (["convert", "to-hff"], "convert to-hff: does not exist; did you mean 'to-hf'?")])
 def test_an_unknown_command_names_the_nearest(words: list[str], said: str,
                                               capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(words) == 2

@@ -224,7 +224,7 @@ def test_nobody_is_told_to_install_by_the_name_of_the_project() -> None:
     files = [*ROOT.glob("*.*"), *(p for folder in folders for p in folder.rglob("*"))]
     texts = [p for p in files if (p.suffix in (".py", ".md", ".sh", ".yaml", ".j2", ".def") and p.is_file())
              or p.name in ("Makefile", "Dockerfile")]
-    assert len(texts) > 1000
+    assert len(texts) > 900
     by_name = re.compile(r"megatron[-_]sov\[|install\s+(-\S+\s+)*['\"`]?megatron[-_]sov\b")
     assert [p for p in texts if by_name.search(p.read_text(encoding="utf-8"))] == []
 

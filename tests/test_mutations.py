@@ -26,6 +26,7 @@ import pytest
 
 from tests.breakers import TENSORS, break_a_file, break_an_argument, change_quietly, files_in
 
+pytestmark = pytest.mark.deep  # each case runs a command
 COUNT = int(os.environ.get("SOV_MUTATIONS", "1"))
 TIMEOUT_S = 120.0
 SIZES = ("--set", "train.global_batch_size=2", "--set", "train.micro_batch_size=1",

@@ -18,16 +18,15 @@ FOLDER = Path(__file__).parent / "generators"
 """Files of the packaged generators."""
 ENDINGS = (".yaml", ".yml")
 GENERATORS: dict[str, str] = {
-    "autoif": "data_prep.synth.generators.autoif.answers:AutoIf",
     "constraints": "data_prep.synth.generators.autoif.constraints:Constraints",
     "goals": "data_prep.synth.generators.tools.goals:Goals",
     "solutions": "data_prep.synth.generators.solutions:Solutions",
     "tool-trajectories": "data_prep.synth.generators.tools.trajectories:ToolTrajectories",
-    "translation": "data_prep.synth.generators.translation:TranslationGenerator",
     "worlds": "data_prep.synth.generators.tools.worlds:Worlds",
 }
 """Name on the command line -> module:class."""
-FILES = ("answers", "comparisons", "multihop", "probes", "rewrite", "safety", "triples")
+FILES = ("answers", "autoif", "comparisons", "multihop", "probes", "rewrite", "safety", "translation",
+         "triples")
 """Names of the generators that are files of `generators`."""
 
 

@@ -36,6 +36,18 @@ def check_output(option: str, path: Path | None) -> None:
                         "choose another path")
 
 
+def check_page(option: str, path: Path | None) -> None:
+    """Check before the work that a page of HTML can be written at `path`, where one is asked for.
+
+    Raises:
+        UserError: as `check_output`, or the path's suffix is not that of HTML.
+    """
+    check_output(option, path)
+    if path is not None and path.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"{option} {path}: is written as HTML; name it {path.with_suffix('.html')}, and "
+                        "print it from a browser for other formats")
+
+
 def refuse_input(option: str, path: Path, *inputs: Path) -> None:
     """Refuse to write a result over what it is made from.
 

@@ -137,7 +137,7 @@ COMMANDS = {
          "store --run runs/rl --wait 600")),
     "rl store": Command(
         "megatron_sov.commands.rl.rl_store",
-        "ls, show, stats, page, verify, gc: the rollout store between generation, reward and training",
+        "ls, show, stats, verify, gc: the rollout store between generation, reward and training",
         POST_TRAIN, "rollout_store.md",
         ("rl store stats store",
          "rl store ls store")),
@@ -194,7 +194,7 @@ COMMANDS = {
          "eval contamination base.json --data tokens corpus.jsonl --workers 8")),
     "convert": Command(
         "megatron_sov.commands.models.convert",
-        "from-hf, to-hf, from-megatron, settings, verify, inspect, average, to-peft, from-peft: "
+        "from-hf, to-hf, from-megatron, verify, inspect, average, to-peft, from-peft: "
         "checkpoints, Hugging Face folders, adapters",
         PUBLISH, "convert.md",
         ("convert to-hf runs/sft hf",
@@ -204,7 +204,7 @@ COMMANDS = {
         "talk to a checkpoint, a Hugging Face folder or an endpoint in the terminal",
         PUBLISH, "chat.md",
         ("chat runs/sft",
-         "chat runs/sft hf --temperature 0.7")),
+         "chat hf --temperature 0.7")),
     "serve": Command(
         "megatron_sov.commands.models.serve",
         "serve a model over HTTP with OpenAI's interface, at any layout",

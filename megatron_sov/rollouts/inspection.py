@@ -16,7 +16,7 @@ import numpy as np
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import format_size
 from megatron_sov.judge.rewards.scoring import ScoringTally
-from megatron_sov.rollouts.rows import LENGTH, UNFINISHED, Key, Rollout, RolloutPart, domain_of
+from megatron_sov.rollouts.rows import UNFINISHED, Key, Rollout, RolloutPart, domain_of
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.inspecting import ArtifactKind
 from megatron_sov.work.progress.locks import Holder, holders
@@ -216,8 +216,6 @@ def _figures_of_round(store: RolloutStore, parts: list[RolloutPart], judged: Map
             **whole.plain(), "domains": {name: figures.plain() for name, figures in sorted(domains.items())}}
 
 
-CUT_OFF = (LENGTH, "turns", "tokens", "unended")
-"""Finish reasons of what a limit ended; the last three are those of episodes, see `tools.episode.ENDS`."""
 MAX_CHARS = 20_000
 """Of one thing said."""
 

@@ -15,9 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -37,7 +35,6 @@ LANGUAGES: Mapping[str, tuple[str, ...]] = {"bash": ("bash", "{file}")}
 PACKAGES = ("numpy",)
 """Packages of this environment that programs may import, beside the standard library."""
 DEFAULT_LIMITS = Limits()
-_WAITING_PER_WORKER = 4
 _ROOT = str(Path(__file__).parents[2])
 # last, for where it is installed other packages lie beside it
 _CODE = ("import sys; sys.path = sys.path[1:] + [sys.argv[2]]; "
@@ -78,7 +75,6 @@ class Sandbox:
         known = {**LANGUAGES, **{name: tuple(parts) for name, parts in languages.items()}}
         self._languages = {name: parts for name, parts in known.items() if command or shutil.which(parts[0])}
         self._free: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()
-        self._pool: ThreadPoolExecutor | None = None
         self._num_workers, self._closed = workers, False
         self._workers: list[Worker] = []
         if command:
@@ -124,8 +120,6 @@ class Sandbox:
     def close(self) -> None:
         """End all servers, behind the programs that they run."""
         self._closed = True
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
         for worker in self._workers:
             worker.stop()
 
@@ -155,18 +149,6 @@ class Sandbox:
             return worker.run(program, limits or self._limits, command)
         finally:
             self._free.put(worker)
-
-    def run_many(self, programs: Iterable[Program]) -> Iterator[Outcome]:
-        """Yield what becomes of programs, in their order; as many run at a time as there are workers."""
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._num_workers)
-        waiting: deque[Future[Outcome]] = deque()
-        for program in programs:
-            waiting.append(self._pool.submit(self.run, program))
-            if len(waiting) >= _WAITING_PER_WORKER * self._num_workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
     def _language_problem(self, language: str) -> str:
         if language == "python" or language in self._languages:

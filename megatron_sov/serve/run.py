@@ -1,7 +1,7 @@
 """A model that is loaded on its processes and answers over HTTP until it is asked to stop.
 
 aiohttp reads and writes HTTP; here is what it leaves to its users: how long a client may take to send its
-headers and its body and to take its answer, how many may be connected, and who may ask.
+body and to take its answer, and who may ask.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Any
 
 import psutil
 from aiohttp import web
@@ -43,10 +42,9 @@ from megatron_sov.train.stopping import StopFlag
 from megatron_sov.work.progress.locks import has_ended, identity
 
 MAX_BODY_BYTES = 8 << 20
-MAX_CONNECTIONS = 1024
-HEADERS_S, BODY_S, TAKES_S, IDLE_S = 10.0, 60.0, 60.0, 75.0
-"""How long a client may take to send its first headers, to send a body, to take a piece of its answer, and to
-say nothing between two requests."""
+BODY_S, TAKES_S, IDLE_S = 60.0, 60.0, 75.0
+"""How long a client may take to send a body, to take a piece of its answer, and to say nothing between two
+requests."""
 LINGERS_S, CLOSING_S = 2.0, 10.0
 """For which a body that nobody wants is still taken, so that its sender reads the answer; and for which the
 end waits for clients to take their last answers."""
@@ -54,7 +52,6 @@ LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 PAGE_HEADERS = {"Content-Security-Policy": "frame-ancestors 'none'",  # the page has the rest itself
                 "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
                 "Cache-Control": "no-store"}
-FULL = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -78,7 +75,6 @@ class HttpServer:
         self._page = render_chat()
         self._socket = _listen(settings)
         self._loop = asyncio.new_event_loop()
-        self._silent = set[Any]()
         self._stop = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="http", daemon=True)
 
@@ -117,35 +113,14 @@ class HttpServer:
                                auto_decompress=False, lingering_time=LINGERS_S,
                                shutdown_timeout=CLOSING_S)
         await runner.setup()
-        serves = runner.server
-        assert serves is not None
-
-        def connected() -> asyncio.Protocol:
-            # Counted before a protocol is made, which would hold memory for its client.
-            if len(serves.connections) >= MAX_CONNECTIONS:
-                return _TurnedAway()
-            protocol = serves()
-            # Until its first request is read: who sends nothing is dropped after HEADERS_S.
-            self._silent.add(protocol)
-            self._loop.call_later(HEADERS_S, self._drop_if_silent, protocol)
-            return protocol
-
-        listening = await self._loop.create_server(connected, sock=self._socket, backlog=MAX_CONNECTIONS)
+        await web.SockSite(runner, self._socket).start()
         await self._stop.wait()
         # First nobody new, then the end of those that are being answered.
-        listening.close()
         await runner.cleanup()
-
-    def _drop_if_silent(self, protocol: Any) -> None:
-        if protocol in self._silent:
-            self._silent.discard(protocol)
-            if protocol.transport is not None:
-                protocol.transport.abort()
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Let in who may ask, and say what goes wrong as OpenAI says it."""
-        self._silent.discard(request.protocol)
         try:
             self._check(request)
             return await handler(request)
@@ -264,17 +239,6 @@ def _is_ours(record: logging.LogRecord) -> bool:
     """Return whether something to log is no request that is no HTTP: its sender is told, and anybody could
     fill the log with such."""
     return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
-
-
-class _TurnedAway(asyncio.Protocol):
-    """A connection beyond those that are taken."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Say so and hang up."""
-        assert isinstance(transport, asyncio.Transport)
-        with contextlib.suppress(OSError):
-            transport.write(FULL)
-        transport.close()
 
 
 def _refusal(refused: RefusedRequest) -> web.Response:

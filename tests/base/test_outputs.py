@@ -14,7 +14,7 @@ import pytest
 from data_prep.cli import main as sov_data
 from megatron_sov.base.artifacts import refuse_existing, write_output
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.outputs import check_output, refuse_link_outside, refuse_unwritable
+from megatron_sov.base.outputs import check_output, check_page, refuse_link_outside, refuse_unwritable
 from megatron_sov.cli import main as megatron_sov
 from tokenizer.cli import main as sov_tokenizer
 
@@ -109,3 +109,11 @@ def test_links_out_of_a_foreign_folder_are_refused(tmp_path: Path) -> None:
     (blobs / "123").write_text("{}")
     (snapshot / "config.json").symlink_to("../../blobs/123")
     refuse_link_outside(snapshot, snapshot / "config.json")
+
+
+@pytest.mark.parametrize("name", ["a.pdf", "a", "a.json"])
+def test_a_page_is_named_as_html(name: str, tmp_path: Path) -> None:
+    check_page("--output", None)
+    check_page("--output", tmp_path / "a.html")
+    with pytest.raises(UserError, match=f"name it {tmp_path}/a.html"):
+        check_page("--output", tmp_path / name)

@@ -138,4 +138,3 @@ def test_the_page_types_what_works(capsys: pytest.CaptureFixture[str]) -> None:
     for program, *words in map(str.split, lines):
         assert {"megatron-sov": main, "sov-data": data_main}[program](words) == 0, words
     assert "scored.jsonl: its unfinished work is deleted" in capsys.readouterr().out
-    assert Path("shards.html").is_file()

@@ -95,15 +95,13 @@ def test_flops_are_those_of_published_tables(name: str, seq_len: int, gflops: fl
     assert shape.train_flops_per_token(seq_len) / 1e9 == pytest.approx(gflops, rel=0.02)
 
 
-@pytest.mark.parametrize(("name", "billions", "active"), [
-    ("deepseek-v3", 671, 37.6), ("deepseek-v2", 236, 21.4), ("mixtral-8x22b", 140.6, 39.1),
-    ("gpt-oss-120b", 116.8, 5.7), ("llama3-70b", 70.6, 70.6), ("nemotron-4-340b", 341, 341),
-    ("nemotron-3-super", 120.6, 12.7), ("glm-4.5", 353, 33.6), ("qwen3-235b-a22b", 235, 22.2)])
-def test_published_models_have_the_parameters_of_their_names(name: str, billions: float,
-                                                             active: float) -> None:
+@pytest.mark.parametrize(("name", "billions"), [
+    ("deepseek-v3", 671), ("deepseek-v2", 236), ("mixtral-8x22b", 140.6),
+    ("gpt-oss-120b", 116.8), ("llama3-70b", 70.6), ("nemotron-4-340b", 341),
+    ("nemotron-3-super", 120.6), ("glm-4.5", 353), ("qwen3-235b-a22b", 235)])
+def test_published_models_have_the_parameters_of_their_names(name: str, billions: float) -> None:
     shape = published_shapes()[name]
     assert shape.params() / 1e9 == pytest.approx(billions, rel=0.01)
-    assert shape.active_params() / 1e9 == pytest.approx(active, rel=0.015)
 
 
 def test_a_forward_pass_has_the_flops_that_torch_counts() -> None:

@@ -53,7 +53,7 @@ def written(one_rank: None, imported: dict[str, Path], capsys: Any) -> Callable[
     """Return `written(*options)`: what `generate` writes."""
 
     def write(*options: str) -> list[dict[str, Any]]:
-        assert main(["generate", str(imported["solar_open"]), *options, "--json"]) == 0
+        assert main(["generate", str(imported["solar_open"]), *options, "--json", "--logprobs"]) == 0
         found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
         return found
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from megatron_sov.base.artifacts import to_json, write_output
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.outputs import check_output
+from megatron_sov.base.outputs import check_output, check_page
 from megatron_sov.base.pages.page import Chapter, Chart, PageSection, PageTable, render as render_page
 from megatron_sov.base.settings import AboveZero, AtLeastOne, Flag, add_options, read_options
 from tokenizer.formats.reader import Opened, open_tokenizer
@@ -269,7 +269,7 @@ def run(typed: argparse.Namespace) -> int:
     if not args.text:
         raise UserError("--text is missing; name held-out text to compare on, e.g. "
                         "--text korean=heldout/ko.jsonl")
-    check_output("--output", args.output)
+    check_page("--output", args.output)
     check_output("--json", args.json)
     found = compare(args.tokenizers, read_texts(args.text, args.max_text_mb), args.hidden_size,
                     args.body_params)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from megatron_sov.base.artifacts import sha256_file, to_json, write_output
 from megatron_sov.base.errors import UserError, nearest
-from megatron_sov.base.outputs import check_output
+from megatron_sov.base.outputs import check_output, check_page
 from megatron_sov.base.pages.page import PageTable
 from megatron_sov.base.settings import Flag, add_options, read_options
 from tokenizer.formats.reader import Opened, open_tokenizer
@@ -547,7 +547,7 @@ def run(typed: argparse.Namespace) -> int:
         if name not in CHECKS:
             raise UserError(f"--skip {name}: is no check{nearest(name, CHECKS)} (checks: "
                             f"{', '.join(CHECKS)})")
-    check_output("--output", args.output)
+    check_page("--output", args.output)
     check_output("--json", args.json)
     opened = open_tokenizer(args.tokenizer)
     checks = check_all(opened, read_texts(args.text, args.max_text_mb), args.skip)

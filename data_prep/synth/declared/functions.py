@@ -11,11 +11,16 @@ import regex
 import yaml
 
 from data_prep.curate.quality.identify import identify
+from data_prep.synth.declared.parsers import read_tagged
 from data_prep.synth.final_answers import boxes, check, ends_in_box
+from data_prep.synth.generators.autoif.queries import (
+    accepting, different, foreign_letters, in_turns, language_unquoted, with_quotes_of)
 from data_prep.synth.generators.documents.facts import fact_verdicts, kept_share
 from data_prep.synth.generators.documents.languages import customs_of, in_language, name_of
 from data_prep.synth.generators.documents.pieces import fenced
 from data_prep.synth.generators.documents.verdicts import answer_in, copied_share, size_ratio, stands_in
+from data_prep.synth.generators.drawing import share_of
+from data_prep.synth.generators.translation import chrf, kept_in_translation, translated_verdicts, with_texts
 from data_prep.synth.replies import NoReply
 from data_prep.synth.templates import add_functions
 from megatron_sov.judge.rewards.answers import normalized
@@ -43,6 +48,11 @@ class Answer(str):
         made = cls(text)
         made.cut, made.thinking = cut, thinking
         return made
+
+
+def text_between(text: str, tag: str) -> str:
+    """Return the text between two tags of a reply, or ""."""
+    return (read_tagged(text, tag) or {tag: ""})[tag]
 
 
 def without(text: str, pattern: str) -> str:
@@ -132,11 +142,16 @@ def run_programs(replies: Sequence[str]) -> list[str]:
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "answer_in": answer_in, "boxed_or_plain": boxed_or_plain, "copied_share": copied_share,
-    "count_right": count_right, "facts_of_source": fact_verdicts, "fenced": fenced,
-    "final_answers": final_answers, "in_language": in_language, "is_dialogue": is_dialogue,
-    "kept_share": kept_share, "language_name_of": name_of, "language_of": language_of,
-    "normalized": normalized, "pronouns": pronouns, "reads_as": reads_as, "refuses": refuses,
-    "run_programs": run_programs, "size_ratio": size_ratio, "stands_in": stands_in, "without": without}
+    "answer_in": answer_in, "boxed_or_plain": boxed_or_plain, "chrf": chrf,
+    "copied_share": copied_share, "count_right": count_right, "facts_of_source": fact_verdicts,
+    "fenced": fenced, "final_answers": final_answers, "in_language": in_language, "is_dialogue": is_dialogue,
+    "kept_in_translation": kept_in_translation, "kept_share": kept_share, "language_name_of": name_of,
+    "language_of": language_of, "normalized": normalized, "pronouns": pronouns, "reads_as": reads_as,
+    "refuses": refuses, "run_programs": run_programs, "size_ratio": size_ratio, "stands_in": stands_in,
+    "text_between": text_between, "translated_verdicts": translated_verdicts, "with_texts": with_texts,
+    "without": without,
+    # of autoif
+    "accepting": accepting, "different": different, "foreign_letters": foreign_letters, "in_turns": in_turns,
+    "language_unquoted": language_unquoted, "share_of": share_of, "with_quotes_of": with_quotes_of}
 """Name in a template -> function."""
 add_functions(FUNCTIONS)

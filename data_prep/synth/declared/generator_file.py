@@ -73,7 +73,7 @@ class GeneratorFile:
     prompts: dict[str, Prompt]
     steps: Annotated[tuple[dict[str, Any], ...], MinLen(1)]
     record: dict[str, Any]
-    """Of a sample: field -> value; or kind -> record where `makes` is a setting."""
+    """Of a sample: field -> value; or kind -> record, or its expression, where `makes` is a setting."""
     makes: str = "text"
     """Kind of the records: text, chat, prompt or task; or a setting that names it."""
     version: AtLeastOne = 1
@@ -81,6 +81,8 @@ class GeneratorFile:
     settings: dict[str, DeclaredSetting] = field(default_factory=dict)
     group: str = ""
     """What a sample shares with others of its item."""
+    libraries: tuple[str, ...] = ()
+    """Modules that it needs and that not every installation has."""
 
 
 def read_generator(file: Path) -> type[Generator]:
@@ -114,6 +116,8 @@ class _Compiler:
                     or name in ("self", *GIVEN, *reader.names(), *PROMPTS.globals)):
                 self._add(("settings", name), "is no name for a setting, or is taken", name,
                           "choose another one")
+        for name in {*reader.names()} & PROMPTS.globals.keys():
+            self._add(("items",), "is the name of a function, and of no field", name, "rename the field")
         self._refuse()
         settings = self._settings(reader)
         self._check_forms(said.steps, ("steps",))
@@ -130,7 +134,8 @@ class _Compiler:
         return type("Declared", (DeclaredGenerator,), {
             "name": stem, "version": said.version, "help": said.help, "said": said, "reader": reader,
             "steps": steps, "values": values, "compiled_prompts": prompts, "Settings": settings,
-            "needs_input": reader.needs_input, "libraries": ("py3langid",), "file_digest": digest,
+            "needs_input": reader.needs_input, "file_digest": digest,
+            "libraries": ("py3langid", *said.libraries),
             "kind": said.makes if said.makes in KINDS else "text",
             "help_of_settings": {**field_docs(reader.Settings), **{
                 name: one.help for name, one in said.settings.items() if one.help}}})
@@ -193,6 +198,8 @@ class _Compiler:
         step, problems = find_problems(VERBS[verbs[0]], entry)
         self._add_all(here, problems)
         said = list(step.problems(self._said.prompts)) if step else []
+        said += [(verbs[0], f"names the function {name!r}; rename the field")
+                 for name in (step.gives() if step and not said else ()) if name in PROMPTS.globals]
         for part, rule in said:
             self._add((*here, *part.split(".")), rule)
         return None if said else step
@@ -276,7 +283,7 @@ class DeclaredGenerator(Generator):
         self.kind: Kind = kind
 
     def files(self) -> Sequence[Path]:
-        return self.reader.files()
+        return self.reader.files(self.settings)
 
     def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         """Yield the reader's items; raises UserError as it does."""

@@ -6,22 +6,28 @@ A reader declares the fields that it gives to the steps, and settings that every
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Le, MinLen
 
 from data_prep.json_lines import read_objects
 from data_prep.synth.declared.fact_chains import FactChains, FactSettings
 from data_prep.synth.generator import GeneratedSample, GeneratorItem, Temperature
-from data_prep.synth.generators.documents.languages import language_of, name_of
-from data_prep.synth.generators.documents.pieces import DocumentSettings, document_items, fenced
+from data_prep.synth.generators.autoif.queries import FILE as CONSTRAINTS, QuerySettings, query_items
+from data_prep.synth.generators.documents.languages import ToldApart, language_of, name_of
+from data_prep.synth.generators.documents.pieces import ID_CHARS, DocumentSettings, document_items, fenced
 from data_prep.synth.generators.documents.verdicts import unknown_language
 from data_prep.synth.problems import line_files, read_problems, stated_id
+from megatron_sov.base.documents import RecordReading, list_files, read_documents
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import ONCE, AtLeastOne, Bound, ProblemCode
+
+LANGUAGE_CHARS = 2000
+"""Of texts, that their language is told by."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Reader:
         """Return the fields of an item."""
         return self.fields
 
-    def files(self) -> Sequence[Path]:
+    def files(self, settings: Any) -> Sequence[Path]:
         """Return files beside the input that items depend on."""
         return ()
 
@@ -92,6 +98,52 @@ class Documents(Reader):
         language = settings.language or found
         return {"source": source, "document": fenced(source), "source_language": found,
                 "language": language, "language_name": name_of(language)}
+
+
+@dataclass(frozen=True)
+class TextSettings(DocumentSettings):
+    """Settings of `texts`."""
+
+    form: Literal["text", "chat", "prompt"] = "text"
+    """Form of the input and the output: documents with text, chats with messages, prompts."""
+    source_language: ToldApart = ""
+    """Of the input; empty: as each document reads."""
+
+
+class Texts(Reader):
+    """Documents, or the messages of chats or prompts, as lists of texts."""
+
+    Settings = TextSettings
+    fields = ("texts", "messages", "beside", "has_more", "longest", "source_language", "language")
+
+    def items(self, inputs: Sequence[Path], settings: Any) -> Iterator[GeneratorItem]:
+        if not settings.language:
+            raise UserError("generator: language is empty; name the language of the output, such as "
+                            "--set language=ko")
+        if settings.form == "text":
+            yield from document_items(inputs, settings)
+            return
+        seen: set[str] = set()
+        reading = RecordReading(kind=settings.form)
+        for path, document in ((one, document) for one in inputs
+                               for document in read_documents(list_files(one), reading)):
+            fields = {"messages": [message.to_dict() for message in document.messages],
+                      "beside": json.loads(document.extra or "{}"), "has_tools": bool(document.tools)}
+            told = json.dumps(fields, ensure_ascii=False, sort_keys=True)
+            key = hashlib.sha256(told.encode()).hexdigest()[:ID_CHARS]
+            if key not in seen:
+                seen.add(key)
+                yield GeneratorItem(key, fields, path.name, settings.licence)
+
+    def prepare(self, item: GeneratorItem, settings: Any) -> dict[str, Any] | GeneratedSample:
+        messages = item.fields.get("messages", [])
+        texts = [item.fields["text"]] if "text" in item.fields else [one["content"] for one in messages]
+        return {"texts": texts, "messages": messages, "beside": item.fields.get("beside", {}),
+                "has_more": item.fields.get("has_tools", False) or any(
+                    set(message) > {"role", "content"} for message in messages),
+                "longest": max(len(text.encode()) for text in texts), "language": settings.language,
+                "source_language": settings.source_language
+                or language_of("\n".join(texts)[:LANGUAGE_CHARS])}
 
 
 @dataclass(frozen=True)
@@ -137,12 +189,12 @@ class Records(Reader):
     def names(self) -> tuple[str, ...]:
         return (*self.options.fields, *(("number",) if self.options.times else ()))
 
-    def files(self) -> Sequence[Path]:
+    def files(self, settings: Any) -> Sequence[Path]:
         return [self.folder / self.options.default] if self.options.default else []
 
     def items(self, inputs: Sequence[Path], settings: Any) -> Iterator[GeneratorItem]:
         seen: dict[str, str] = {}
-        for file in line_files(inputs or self.files()):
+        for file in line_files(inputs or self.files(settings)):
             for where, record in read_objects(file):
                 for name in self.options.fields:
                     if not isinstance(record.get(name), str):
@@ -195,6 +247,23 @@ class Pairs(Reader):
                                     one.source, one.licence)
 
 
+class Queries(Reader):
+    """Prompts of users, each with a constraint that `constraints` kept."""
+
+    Settings = QuerySettings
+    fields = ("query", "constraint", "functions", "language_name")
+
+    def files(self, settings: Any) -> Sequence[Path]:
+        path = Path(settings.constraints)
+        return [path / CONSTRAINTS if path.is_dir() else path]
+
+    def items(self, inputs: Sequence[Path], settings: Any) -> Iterator[GeneratorItem]:
+        return query_items(inputs, settings)
+
+    def prepare(self, item: GeneratorItem, settings: Any) -> dict[str, Any] | GeneratedSample:
+        return {**item.fields, "language_name": name_of(settings.language)}
+
+
 class Chains(Reader):
     """Chains of facts that the generator `triples` kept."""
 
@@ -209,5 +278,6 @@ class Chains(Reader):
 
 
 READERS: Mapping[str, type[Reader]] = {
-    "chains": Chains, "documents": Documents, "pairs": Pairs, "problems": Problems, "records": Records}
+    "chains": Chains, "documents": Documents, "pairs": Pairs, "problems": Problems, "queries": Queries,
+    "records": Records, "texts": Texts}
 """Name in a generator's file -> reader."""

@@ -149,12 +149,6 @@ class RouteShape:
         """Return routes [num_tokens, layers, top_k] of which none was recorded."""
         return np.full((num_tokens, self.layers, self.top_k), self.mark, self.dtype)
 
-    def of_document(self, routes: np.ndarray, num_tokens: int) -> np.ndarray:
-        """Return routes of all tokens of a document of which the first `len(routes)` were recorded."""
-        rows = self.absent(num_tokens)
-        rows[:len(routes)] = routes
-        return rows
-
     def problem(self, routes: np.ndarray) -> str:
         """Return what is impossible about routes [tokens, layers, top_k], with token and layer (both from
         0); empty: nothing."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.hints.table import by_word, normalize, note_on, settings_called
 
 MAX_BYTES = 1 << 20
+MAX_KEYS = 2_000
+"""Keys that are read: aliases in a short file can stand for any number of them."""
 
 
 def read_foreign(file: Path, exists: Callable[[str], Any]) -> dict[str, list[str]]:
@@ -23,7 +26,10 @@ def read_foreign(file: Path, exists: Callable[[str], Any]) -> dict[str, list[str
         Key with dots -> its values, of scalars and lists of scalars; empty if the file is ours, cannot be
         read, or has no key that another program is known for.
     """
-    leaves = dict(_leaves(_parse(file), ""))
+    try:
+        leaves = dict(islice(_leaves(_parse(file), ""), MAX_KEYS))
+    except RecursionError:  # aliases that hold themselves
+        return {}
     theirs = {key: words for key, words in leaves.items() if not exists(key)}
     is_known = any(settings_called(_last(key)) or note_on(_last(key)) for key in theirs)
     return theirs if is_known and 2 * len(theirs) > len(leaves) and "recipe" not in leaves else {}
@@ -42,7 +48,8 @@ def _parse(file: Path) -> Any:
     import yaml
 
     try:
-        if file.stat().st_size > MAX_BYTES:
+        # a pipe can be read once, by the command
+        if not file.is_file() or file.stat().st_size > MAX_BYTES:
             return None
         text = file.read_text(encoding="utf-8")
         return tomllib.loads(text) if file.suffix == ".toml" else yaml.safe_load(text)

@@ -91,6 +91,8 @@ class _Rewrite:
                     and set(str(row.get("needs", "")).split()) <= set(self.options)), None)
         if row is None:
             return False
+        in_tokens = re.fullmatch(r"(\d+)[kK]", value)
+        value = str(1024 * int(in_tokens[1])) if in_tokens and self.command == "extend" else value
         holes = {"value": value, "stem": Path(value).stem, "cluster": _cluster(value),
                  "run": re.sub(r"/checkpoints(/[^/]*)?/?$", "", value)}
         if not value or value.lower() in _SWITCHED:
@@ -243,6 +245,9 @@ def _last_part(word: str) -> str:
 def _add_foreign(made: _Rewrite, option: str, file: str, leaves: Mapping[str, list[str]]) -> None:
     """Add the settings of another program's configuration file that there are here."""
     said, lost = list(made.said), []
+    # values that follow from several, e.g. accumulated micro-batches, are computed from the file too
+    made.typed = [*made.typed, *(word for key, values in leaves.items()
+                                 for word in (f"--{_last_part(key)}", *values[:1]))]
     for key, values in leaves.items():
         num_words = len(made.words) + len(made.first)
         if values and is_translated(key):

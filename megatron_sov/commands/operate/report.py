@@ -10,7 +10,7 @@ from typing import Annotated
 
 from megatron_sov.base.artifacts import write_output
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.outputs import check_output
+from megatron_sov.base.outputs import check_page
 from megatron_sov.base.settings import Flag, add_options, read_options
 
 
@@ -42,7 +42,7 @@ def run(typed: argparse.Namespace) -> int:
     from megatron_sov.publish.report.run_data import read_run
 
     out: Path = args.out or args.runs[-1] / "report.html"
-    check_output("--output", args.out)
+    check_page("--output", args.out)
     page = render([read_run(path) for path in args.runs])
     write_output(out, page)
     print(f"{out}: {len(page.encode()) / 1e6:.1f} MB, opens in any browser without a network")

@@ -156,31 +156,6 @@ FUSIONS = (
     Fusion("swiglu_fusion", "bias_activation_fusion", lambda here: here.model.activation != "gelu_tanh"),
     Fusion("grad_accumulation_fusion", "gradient_accumulation_fusion", lambda here: True),
 )
-LIBRARY_FIELDS = {
-    **{f"gpu.{fusion.setting}": (f"TransformerConfig.{fusion.field}",) for fusion in FUSIONS},
-    "gpu.attention": ("TransformerConfig.attention_backend",),
-    "train.recompute": ("TransformerConfig.recompute_granularity", "TransformerConfig.recompute_method",
-                        "TransformerConfig.recompute_num_layers"),
-    "gpu.recompute_modules": ("TransformerConfig.recompute_modules",),
-    "gpu.offload_modules": ("TransformerConfig.fine_grained_activation_offloading",
-                            "TransformerConfig.offload_modules"),
-    "gpu.cuda_graphs": ("TransformerConfig.cuda_graph_impl", f"TransformerConfig.{lanes.GRAPHS_OF}",
-                        "TransformerConfig.cuda_graph_warmup_steps"),
-    "gpu.shared_expert_overlap": ("TransformerConfig.moe_shared_expert_overlap",),
-    "parallel.expert_dispatcher": ("TransformerConfig.moe_token_dispatcher_type",
-                                   "TransformerConfig.moe_flex_dispatcher_backend"),
-    "parallel.expert_overlap": ("TransformerConfig.overlap_moe_expert_parallel_comm",),
-    "parallel.delay_weight_grads": ("TransformerConfig.delay_wgrad_compute",
-                                    "DistributedDataParallelConfig.delay_wgrad_compute"),
-    "gpu.exchange_sms": tuple(f"TransformerConfig.{field}" for field in set(lanes.EXCHANGE_SMS.values())),
-    "gpu.grad_dtype": ("DistributedDataParallelConfig.grad_reduce_in_fp32",),
-    "gpu.pad_buckets": ("DistributedDataParallelConfig.pad_buckets_for_high_nccl_busbw",),
-    "gpu.moment_dtype": tuple(f"OptimizerConfig.{field}" for field in (
-        "use_precision_aware_optimizer", "exp_avg_dtype", "exp_avg_sq_dtype", "store_param_remainders",
-        "fp8_recipe")),
-    "gpu.nccl_user_buffers": ("DistributedDataParallelConfig.nccl_ub",),
-}
-"""Setting -> fields of the library's configurations that it decides; other `gpu.*` are ours alone."""
 OVERLAP = ("overlap_moe_expert_parallel_comm", "delay_wgrad_compute")
 """Fields that are set behind the library's validation."""
 OF_DISPATCH = "overlap_dispatch_backward_with_experts_wgrad"

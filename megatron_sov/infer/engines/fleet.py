@@ -207,11 +207,6 @@ class Fleet:
     def _is_over(self) -> bool:
         return self._over.is_set()
 
-    @property
-    def num_there(self) -> int:
-        """Servers that answer at this moment."""
-        return sum(member.server is not None for member in self._members)
-
     def submit(self, request: TokenRequest) -> Future[list[TokenAnswer]]:
         """Return what will be the answers; it is running from when a server takes the request.
 

@@ -12,8 +12,6 @@ Outside of blocks there are no entries.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -34,11 +32,6 @@ from megatron_sov.omni.generation.prompts import (
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.load import Loaded
     from megatron_sov.infer.engines.target import Target
-
-
-_BOTH = re.compile(r"<user_transcript>.*?</user_transcript>\s*(?=.*<assistant_transcript>)", re.DOTALL)
-_TAGS = re.compile(r"</?(?:user|assistant)_transcript>|\s*<audio_decoder_call>\s*")
-_SPEAKER = re.compile(r"<speaker_info>(\{[^{}]*\})</speaker_info>")
 
 
 @dataclass(frozen=True)
@@ -171,21 +164,6 @@ def parts_of(ids: Iterable[int], blocks: Sequence[VocabularyBlock], marks: MarkI
         else:
             parts.append(part)
     return parts
-
-
-def transcript(text: str) -> tuple[str, dict[str, Any]]:
-    """Return what to show of a spoken reply's text, and what it says about the speaker.
-
-    The rules are those of the authors' serving code (omni_chainer/core/openai/v1/track_b.py): what the user
-    said goes where what the model says stands beside it, and the tags go always.
-    """
-    found, speaker = _SPEAKER.search(text), dict[str, Any]()
-    if found:
-        try:
-            speaker = json.loads(found.group(1))
-        except ValueError:
-            speaker = {}
-    return _TAGS.sub("", _BOTH.sub("", _SPEAKER.sub("", text))).strip(), speaker
 
 
 # What a model draws and says, as files that a codec makes of its tokens.

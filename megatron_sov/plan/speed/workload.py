@@ -216,11 +216,6 @@ class ModelShape:
         """Return the parameters, prediction layers left out; norms and biases, which no product has, too."""
         return self._multiplied(self.num_experts) + (0 if self.tied else self.vocab_size * self.hidden_size)
 
-    def active_params(self) -> int:
-        """Return those that a token meets: `params` without the experts that it is not routed to."""
-        return (self._multiplied(self.num_experts_per_token)
-                + (0 if self.tied else self.vocab_size * self.hidden_size))
-
     def mtp_params(self, experts: int) -> int:
         """Return the weights of all prediction layers (projection, attention, feed-forward network), with so
         many routed experts; their head is the trunk's."""

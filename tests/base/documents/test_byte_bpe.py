@@ -89,12 +89,6 @@ def test_a_number_has_the_fewest_bytes_that_leave_one_value_free(experts: int, d
     assert RouteShape.from_record(shape.record(), "x") == shape
 
 
-def test_the_last_token_of_a_document_was_not_read() -> None:
-    shape = RouteShape(1, 2, 4)
-    assert shape.of_document(np.array([[[1, 2]], [[3, 0]]], np.uint8), 3).tolist() == [
-        [[1, 2]], [[3, 0]], [[255, 255]]]
-
-
 @pytest.mark.parametrize(("choice", "said"), [
     ([1, 4], r"sends token 1 in layer 2 of those with experts to \[1, 4\]; expert numbers must lie below 4, "
              r"or all be 255"),

@@ -15,6 +15,8 @@ from tests.base.hints.test_words import answer
     ("megatron-sov prefer --from hf --data d --run r --method grpo", ["rl run", "policy.method=grpo"]),
     ("megatron-sov plan qwen3-8b --cluster h100 --days 2w", ["write 14"]),
     ("megatron-sov plan llama-3.1-70b --cluster h100", ["does not exist (`megatron-sov recipes`"]),
+    ("megatron-sov extend x --from hf --data d --run r --to 128k", ["data.phases.0.seq_len=131072"]),
+    ("megatron-sov sft --config theirs.yml --run r", ["train.global_batch_size=8"]),
     ("megatron-sov inspect d/shard.bin", ["is part of d; pass d"]),
     ("sov-data sample d -n 5", ["sov-data sample d --count 5"]),
     ("sov-data run script.py --output o", ["`sources:`", "datatrove"]),
@@ -31,6 +33,7 @@ def test_the_answer_names_what_to_type(typed: str, parts: list[str], tmp_path: P
     monkeypatch.chdir(tmp_path)
     for name, text in {"hf/model.safetensors": "", "hf/config.json": "{}", "d/manifest.json": "{}",
                        "d/shard.bin": "x",
+                       "theirs.yml": "base_model: M\nmicro_batch_size: 2\ngradient_accumulation_steps: 4",
                        "script.py": "from datatrove import x", "t.jsonl": '{"text": "a"}', "t.txt": "a",
                        "vocab.json": '{"a": 0}', "merges.txt": "a b"}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -186,7 +186,7 @@ def test_settings_of_a_foreign_configuration_file_are_written_as_ours(
 
 @pytest.mark.parametrize("content", [
     "train: {steps: 3}\n", "recipe: qwen3-8b\nlearning_rate: 3\n", "unknown: 1\n", "- 3\n",
-    "learning_rate: [\n"])
+    "learning_rate: [\n", "learning_rate: &a {b: *a}\n"])
 def test_own_unknown_and_damaged_configuration_files_go_to_their_reader(
         content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:

@@ -170,12 +170,14 @@ def test_names_that_mean_two_things_are_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["test_split", "validation_split"])
-def test_no_prompt_holds_its_own_answer(folder: Path, split: str) -> None:
+def test_no_prompt_holds_its_own_answer(folder: Path, split: str,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Bridge, "_prompt_tokens", lambda self, prompt: [1])
     rows = [{"q": f"question {i}", "a": f"answer {i}"} for i in range(6)]
     (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     loaded = load(folder, PLAIN.replace("test_split", split))
     settings = Settings(output=folder / "out.json", num_fewshot=5)
-    built = _build("plain", loaded, Bridge(SubjectReading(None, 64), {}), settings)  # type: ignore[arg-type]
+    built = _build("plain", loaded, Bridge(SubjectReading(None, 512), {}), settings)  # type: ignore[arg-type]
     assert len(built.requests) == 6
     for instance in built.task.instances:
         assert instance.args[0].count("question") == 6 and instance.doc["a"] not in instance.args[0]

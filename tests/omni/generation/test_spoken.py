@@ -6,7 +6,7 @@ import pytest
 
 from megatron_sov.chat import media_tokens as spelling
 from megatron_sov.chat.media_tokens import AUDIO, IMAGE, VocabularyBlock
-from megatron_sov.omni.generation.replies import Audio, Image, MarkIds, Part, Text, parts_of, transcript
+from megatron_sov.omni.generation.replies import Audio, Image, MarkIds, Part, Text, parts_of
 from megatron_sov.omni.media.items import discrete_audio, discrete_image
 
 WORDS = ["a", "b", *spelling.MARKS]
@@ -51,12 +51,3 @@ def test_without_marks_the_blocks_alone_decide() -> None:
     assert parts_of([0, first + 1, first + 2, 1], BLOCKS, MarkIds()) == [
         Text((0,)), Image((1, 2), complete=False), Text((1,))]
     assert parts_of([0, first], (), MarkIds()) == [Text((0, first))]
-
-
-def test_a_transcript_is_what_the_authors_server_shows() -> None:
-    heard = "<user_transcript>A?</user_transcript>\n<assistant_transcript>B.</assistant_transcript>\n"
-    assert transcript(f"{heard}<audio_decoder_call>") == ("B.", {})
-    assert transcript("<user_transcript>A?</user_transcript>") == ("A?", {})
-    assert transcript('B.<speaker_info>{"gender": "f", "age": "40-50"}</speaker_info>') == (
-        "B.", {"gender": "f", "age": "40-50"})
-    assert transcript("B.<speaker_info>{gender}</speaker_info>") == ("B.", {})

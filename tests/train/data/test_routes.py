@@ -36,7 +36,7 @@ def written(folder: Path, shape: RouteShape, **changes: Any) -> Path:
             with IndexedWriter(artifact.path / split, "uint16", {"routes": shape.dtype}) as writer:
                 for document, length in enumerate(LENGTHS):
                     tokens = np.arange(length, dtype=np.uint16) + 10 * (document + 1)
-                    rows = shape.of_document(routes_of(document, shape), length)
+                    rows = np.concatenate([routes_of(document, shape), shape.absent(1)])
                     writer.write(np.array([length], np.int32), {"bin": tokens, "routes": rows.reshape(-1)})
         splits = {split: {"shards": [{"prefix": split}], "num_tokens": sum(LENGTHS)}
                   for split in ("train", "heldout")}

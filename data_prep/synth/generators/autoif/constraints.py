@@ -2,7 +2,7 @@
 
 Seeds -> 50 instructions a call -> five functions with three cases each, run against each other in the
 sandbox -> what the functions ask for, told back in words -> kept where nothing in it contradicts the
-instruction.  `kept.read_constraints` gives what was kept to `autoif`.
+instruction.  `queries.read_constraints` reads kept constraints for `autoif`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from typing import Annotated, ClassVar
 
 from annotated_types import Gt
 
-from data_prep.json_lines import read_objects
 from data_prep.synth.generator import (
     Ask, GeneratedSample, Generator, GeneratorItem, Grade, Kind, SampleVerdict)
-from data_prep.synth.generators.autoif.kept import wording_problem
+from data_prep.synth.generators.autoif.queries import wording_problem
 from data_prep.synth.generators.autoif.texts import SPACELESS, Named, texts_of
 from data_prep.synth.generators.drawing import shuffled
 from data_prep.synth.replies import NoReply, NoUsableReply
@@ -188,7 +187,6 @@ BACK_TEMPERATURE = 0.7
 FUNCTION_TEMPERATURE = 0.2
 IDEA_TEMPERATURE = 0.7
 """Of new instructions, as AutoIF has it."""
-MAX_SEED_BYTES = 1 << 20
 MAX_OTHERS = 24
 """Texts of other constraints that a function is shown."""
 RUBRIC = """The first text is an instruction for how an answer is written. The second one says, in other \
@@ -353,39 +351,24 @@ class Constraints(Generator):
 
 
 def seeds_of(inputs: Sequence[Path], language: str) -> list[str]:
-    """Return the seeds of files, one a line, or of records with `constraint` or `prompt`; without files those
-    that come with the program.
+    """Return the seeds of files, one a line; without files those that come with the program.
 
     Raises:
         UserError: a file cannot be read, or has none.
     """
     if not inputs:
         return list(texts_of(language).seeds)
-    seeds = [seed for file in inputs for seed in _seeds(file)]
+    try:
+        lines = [line.strip() for file in inputs for line in file.read_text(encoding="utf-8").split("\n")]
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--input {' '.join(map(str, inputs))}: cannot be read as UTF-8 text ({e}); name a "
+                        "file of one seed a line") from None
     # placeholders are for the packaged seeds, which fill them in
-    sound = list(dict.fromkeys(seed for seed in seeds if not wording_problem(seed)))
-    if not sound:
+    seeds = [line for line in dict.fromkeys(lines) if not wording_problem(line)]
+    if not seeds:
         raise UserError(f"{inputs[0]}: has no seed; write one instruction a line, each complete in itself, "
                         "without a {placeholder}")
-    return sound
-
-
-def _seeds(file: Path) -> Iterator[str]:
-    if file.suffix in (".jsonl", ".ndjson"):
-        for where, record in read_objects(file):
-            seed = record.get("constraint", record.get("prompt"))
-            if not isinstance(seed, str):
-                raise UserError(f"{where}: needs a string 'constraint' or 'prompt'; add it")
-            yield seed.strip()
-        return
-    try:
-        if file.stat().st_size > MAX_SEED_BYTES:
-            raise UserError(f"{file}: is longer than {MAX_SEED_BYTES >> 20} MiB; seeds are a page")
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{file}: cannot be read as UTF-8 text ({e}); name a file of one seed a "
-                        "line") from None
-    yield from (line.strip() for line in lines if line.strip())
+    return seeds
 
 
 def _plain(text: str) -> str:

@@ -224,7 +224,7 @@ class Goals(Generator):
 
     def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         """Yield the worlds of files in JSON lines, or of the output of `worlds`."""
-        for item in items_of(inputs, ["world"], '{"domain": ..., "world": {...}}, as worlds makes them'):
+        for item in items_of(inputs, "world", '{"domain": ..., "world": {...}}, as worlds makes them'):
             if problems := problems_of(item.fields["world"]):
                 raise UserError(f"--input: the world of {item.id} is not sound: {problems[0]}; leave it out, "
                                 "or mend it")

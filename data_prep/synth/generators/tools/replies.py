@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep.json_lines import read_objects
 from data_prep.synth.generator import GeneratorItem
 from data_prep.synth.replies import Reply
 from megatron_sov.base.documents.messages import BadRecord, refuse_deep
-from megatron_sov.base.documents.rows import read_objects
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards.patterns import NO_JSON, json_of
 from megatron_sov.judge.rewards.reward import Refused
@@ -45,13 +45,13 @@ def written(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def items_of(inputs: Sequence[Path], needs: Sequence[str], what: str) -> list[GeneratorItem]:
+def items_of(inputs: Sequence[Path], needs: str, what: str) -> list[GeneratorItem]:
     """Return the records of files in JSON lines, or of finished synthesis, as items.
 
     Args:
         inputs: files, or output folders of the generator before.
-        needs: fields that each record must have.
-        what: a record is, for the sentence.
+        needs: field that each record must have.
+        what: description of a record, for the sentence.
 
     Raises:
         UserError: a file cannot be read, or a line is something else.
@@ -59,19 +59,18 @@ def items_of(inputs: Sequence[Path], needs: Sequence[str], what: str) -> list[Ge
     found: dict[str, GeneratorItem] = {}
     for path in inputs:
         file = path / KEPT if path.is_dir() else path
-        for line, record in read_objects(file, "--input"):
-            if missing := [name for name in needs if name not in record]:
-                raise UserError(f"--input {file}: line {line} has no {missing[0]!r}; each line is {what}")
-            # not part of what the record says, and not of its id
+        for where, record in read_objects(file):
+            if needs not in record:
+                raise UserError(f"{where}: has no {needs!r}; each line is {what}")
+            # not part of the record's content, and not of its id
             origin = record.pop("synthetic", None)
             origin = origin if isinstance(origin, dict) else {}
             own = record.pop("id", None)
             item = GeneratorItem(_id_of(own, record), record, str(origin.get("source") or file.stem),
                                  str(origin.get("licence") or ""))
-            if found.get(item.id, item).fields != item.fields:
-                raise UserError(f"--input {file}: line {line} has the id {item.id!r} of an earlier line, "
-                                "which is another record; give each an id of its own")
-            found[item.id] = item
+            if found.setdefault(item.id, item).fields != item.fields:
+                raise UserError(f"{where}: has the id {item.id!r} of an earlier line, which is another "
+                                "record; give each an id of its own")
     return list(found.values())
 
 

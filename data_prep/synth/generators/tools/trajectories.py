@@ -166,7 +166,7 @@ class ToolTrajectories(Generator):
     def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         """Yield the tasks of files in JSON lines, or of the output of `goals`, each tried once."""
         environment, _ = make(order(self.settings.environment, {}))
-        for item in items_of(inputs, ["question"], "a task of the environment "
+        for item in items_of(inputs, "question", "a task of the environment "
                              f"{self.settings.environment}, as goals makes them"):
             try:
                 environment.reset(item.fields)

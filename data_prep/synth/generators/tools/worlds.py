@@ -231,7 +231,7 @@ class Worlds(Generator):
 
     def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         """Yield the domains of files in JSON lines: `domain`, and if they like `description`, `language`."""
-        for item in items_of(inputs, ["domain"], '{"domain": "a library"}'):
+        for item in items_of(inputs, "domain", '{"domain": "a library"}'):
             for number in range(1, self.settings.worlds_per_domain + 1):
                 yield GeneratorItem(f"{item.id}-{number}", {**item.fields, "number": number}, item.source,
                                     item.licence)

@@ -13,10 +13,11 @@ import pytest
 from sacrebleu import sentence_chrf
 
 from data_prep.synth.generator import GeneratorItem
-from data_prep.synth.generators.translation import (
-    KEPT, TranslationSettings, chrf, kept_verdicts, translated_verdicts)
+from data_prep.synth.generators.translation import KEPT, chrf, kept_in_translation, translated_verdicts
+from data_prep.synth.known import generator_class
 from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.documents.records import parse_record
+from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import problems_of
 from tests.data_prep.synth.scripted import ScriptedAsk, by_system, generator as build, samples_of
 from tests.typed_words import keys_of
@@ -106,19 +107,19 @@ def test_chrf_is_sacrebleus() -> None:
     assert (chrf(one, one), chrf("", one)) == (pytest.approx(100), 0)
 
 
-def test_problems_of_settings() -> None:
-    assert problems_of(TranslationSettings(language="ko")) == []
-    assert "name the language" in str(problems_of(TranslationSettings())[0])
-    bad = TranslationSettings(language="ko", form="song", min_chrf=101)  # type: ignore[arg-type]
-    assert keys_of(bad) == ["form", "min_chrf"]
-    assert keys_of(TranslationSettings(language="ko", source_language="ko", min_ratio=5)) == [
-        "source_language", "min_ratio"]
+def test_problems_of_settings(tmp_path: Path) -> None:
+    settings = generator_class("translation").Settings
+    assert problems_of(settings(language="ko")) == []
+    with pytest.raises(UserError, match="name the language"):
+        list(build("translation").items([write(tmp_path, {"text": SOURCE})]))
+    assert keys_of(settings(language="ko", form="song", min_chrf=101)) == ["form", "min_chrf"]
+    assert keys_of(settings(language="ko", min_ratio=5)) == ["min_ratio"]
 
 
 def failed(made: str, source: str, keep_quotes: bool = True) -> set[str]:
     """Return the checks that a translation from English into Korean does not pass."""
-    return {v.check for v in (*kept_verdicts(made, source, "ko", "en", keep_quotes),
-                              *translated_verdicts(made, source, "ko", keep_quotes, 0.1)) if not v.passed}
+    return {v.check for v in (*kept_in_translation(made, source, "ko", "en", keep_quotes),
+                              *translated_verdicts(made, source, "ko", keep_quotes)) if not v.passed}
 
 
 @pytest.mark.parametrize(("source", "made", "checks"), [

@@ -11,14 +11,14 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from data_prep.synth.generators.autoif.answers import queries_of, query_in, quoted, with_quotes_of
+from data_prep.synth.generators.autoif.queries import queries_of, query_in, quoted, with_quotes_of
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import problems_of
 from tests.typed_words import keys_of
 
 sys.path.append(str(Path(__file__).parents[5] / "benchmarks"))
 from data_prep.synth.generator import GeneratorItem
-from data_prep.synth.generators.autoif.answers import AutoIf, AutoIfSettings
+from data_prep.synth.known import generator_class
 from megatron_sov.judge.rewards.constraint import Constraint
 from megatron_sov.judge.rewards.reward import judged
 from tests.data_prep.synth.models import autoif as actor
@@ -35,14 +35,22 @@ ITEM = GeneratorItem("x.0", {"query": "한글은 언제 만들어졌나요?", "c
                              "functions": [NO_COMMA]})
 
 
+AUTOIF = generator_class("autoif")
+
+
+def autoif(**settings: Any) -> Any:
+    """Return the generator, whose constraints need not be there."""
+    return AUTOIF(AUTOIF.Settings(**settings))
+
+
 @pytest.mark.parametrize("what", CASES)
 def test_each_fault_is_caught_by_its_check(what: str) -> None:
-    samples = samples_of(AutoIf(AutoIfSettings()), CASES[what].item, CASES[what].replies)
+    samples = samples_of(autoif(), CASES[what].item, CASES[what].replies)
     assert {sample.reason for sample in samples} == {REASONS[what]}
 
 
 def test_a_row_holds_the_functions_of_the_reward() -> None:
-    generator = AutoIf(AutoIfSettings(system_share=1))
+    generator = autoif(system_share=1)
     answer, _ = samples_of(generator, CASES["a sound answer"].item, CASES["a sound answer"].replies)
     turns = answer.record["messages"]
     assert [turn["role"] for turn in turns] == ["system", "user", "assistant"]
@@ -57,7 +65,7 @@ def test_half_of_the_constraints_stand_in_the_system_turn() -> None:
     def reply(request: dict[str, object]) -> str:
         is_judge = "grade a response" in json.dumps(request["messages"])
         return '{"score": 8}' if is_judge else "한글은 글자입니다."
-    generator = AutoIf(AutoIfSettings(num_responses=1))
+    generator = autoif(num_responses=1)
     places = [samples_of(generator, GeneratorItem(f"{number}.0", fields), reply)[0].notes["in_system"]
               for number in range(60)]
     assert 18 <= sum(places) <= 42
@@ -70,7 +78,7 @@ def written(folder: Path, **record: object) -> Path:
 
 
 def test_items_are_queries_with_a_constraint_and_follow_from_their_text(tmp_path: Path) -> None:
-    generator = AutoIf(AutoIfSettings(constraints=str(written(tmp_path, back=["Leave out commas.", 3]))))
+    generator = autoif(constraints=str(written(tmp_path, back=["Leave out commas.", 3])))
     rows = [{"conversation": [{"role": "user", "content": f"물음 {i}"}], "toxic": i == 0} for i in range(20)]
     file = tmp_path / "queries.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[3], {"prompt": "짧"}]))
@@ -88,22 +96,22 @@ def test_items_are_queries_with_a_constraint_and_follow_from_their_text(tmp_path
     ({"prompt": 3}, "prompt must be the constraint"), ({"prompt": "a\nb"}, "prompt must be the constraint")])
 def test_constraints_that_are_none_are_refused(record: dict[str, object], sentence: str,
                                                tmp_path: Path) -> None:
-    generator = AutoIf(AutoIfSettings(constraints=str(written(tmp_path, **record))))
+    generator = autoif(constraints=str(written(tmp_path, **record)))
     with pytest.raises(UserError) as e:
         list(generator.items([]))
     assert sentence in str(e.value)
 
 
 def test_all_problems_of_settings_are_told(tmp_path: Path) -> None:
-    assert 'constraints = "" is not set' in str(problems_of(AutoIfSettings())[0])
-    assert "has no kept.jsonl" in str(problems_of(AutoIfSettings(constraints=str(tmp_path)))[0])
+    assert 'constraints = "" is not set' in str(problems_of(AUTOIF.Settings())[0])
+    assert "has no kept.jsonl" in str(problems_of(AUTOIF.Settings(constraints=str(tmp_path)))[0])
     (tmp_path / "kept.jsonl").touch()
-    assert problems_of(AutoIfSettings(constraints=str(tmp_path))) == []
-    assert keys_of(AutoIfSettings(constraints="/nowhere", min_query_chars=9, max_query_chars=8)) == [
+    assert problems_of(AUTOIF.Settings(constraints=str(tmp_path))) == []
+    assert keys_of(AUTOIF.Settings(constraints="/nowhere", min_query_chars=9, max_query_chars=8)) == [
         "constraints", "min_query_chars"]
-    assert keys_of(AutoIfSettings(language="xx", foreign_scripts=("CHINESE",), system_share=2,
+    assert keys_of(AUTOIF.Settings(language="xx", foreign_scripts=("CHINESE",), system_share=2,
                                   min_score=11)) == [
-        "language", "system_share", "foreign_scripts.0", "min_score"]
+        "language", "foreign_scripts.0", "system_share", "min_score"]
 
 
 @pytest.mark.parametrize(("text", "words"), [

@@ -82,15 +82,13 @@ def test_seeds_are_thirty_of_ours_or_those_of_a_file(tmp_path: Path) -> None:
     for language in ("ko", "en", "th", "ja"):
         assert len(seeds_of([], language)) == 30
     (tmp_path / "a.txt").write_text("Use no commas.\n\n  Use two lines.  \nUse {x}.\nUse no commas.\n")
-    (tmp_path / "b.jsonl").write_text('{"constraint": "End with a dot."}\n{"prompt": "Begin with a dot."}\n')
-    assert seeds_of([tmp_path / "a.txt", tmp_path / "b.jsonl"], "ko") == [
-        "Use no commas.", "Use two lines.", "End with a dot.", "Begin with a dot."]
+    assert seeds_of([tmp_path / "a.txt"], "ko") == ["Use no commas.", "Use two lines."]
     items = list(Constraints(ConstraintsSettings(rounds=2)).items([tmp_path / "a.txt"]))
     assert [item.id.partition(".")[0] for item in items] == ["seed", "seed", "round", "round"]
 
 
 @pytest.mark.parametrize(("content", "sentence"), [
-    (b"", "has no seed"), (b"Use {x}.\n", "has no seed"), (b"\xff\xfe", "cannot be read as UTF-8")])
+    (b"", "has no seed"), (b"Use {x}.\n", "has no seed"), (b"\xff\xfe", "seeds.txt")])
 def test_a_file_without_seeds_is_refused(content: bytes, sentence: str, tmp_path: Path) -> None:
     (tmp_path / "seeds.txt").write_bytes(content)
     with pytest.raises(UserError, match=sentence):

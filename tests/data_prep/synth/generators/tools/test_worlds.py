@@ -86,8 +86,9 @@ def test_each_domain_is_as_many_items_as_are_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line, told", [
-    ('{"name": "a library"}', "line 1 has no 'domain'; each line is"), ("library", "is no JSON"),
-    ('{"id": "a", "domain": "x"}\n{"id": "a", "domain": "y"}', "line 2 has the id 'a' of an earlier line")])
+    ('{"name": "a library"}', "domains.jsonl:1: has no 'domain'; each line is"),
+    ("library", "is not valid JSON"),
+    ('{"id": "a", "domain": "x"}\n{"id": "a", "domain": "y"}', "domains.jsonl:2: has the id 'a'")])
 def test_an_input_that_is_none_is_told(tmp_path: Path, line: str, told: str) -> None:
     file = tmp_path / "domains.jsonl"
     file.write_text(line)
