@@ -2,11 +2,10 @@
 
     python benchmarks/curate_datatrove.py --folder FOLDER --peer PYTHON [--size-mb 60] [--documents 100000]
 
-PYTHON is the interpreter of an environment with `pip install "datatrove[io,processing]" spacy "kiwipiepy<0.22"
-pythainlp lxml_html_clean`.  datatrove's steps are used as documented and nothing of them is replaced.  Two of
-them do not run offline: the language filter downloads fastText's model, so datatrove reads a folder for each
-language, and the indexer of decontamination imports lighteval, so this script writes the index in the format
-that the filter reads.
+PYTHON is an interpreter with `pip install "datatrove[io,processing]" spacy "kiwipiepy<0.22" pythainlp
+lxml_html_clean`.  datatrove's steps are used as documented, but for two that do not run offline: the language
+filter downloads fastText's model, so datatrove reads a folder for each language, and the indexer of
+decontamination imports lighteval, so this script writes the index in the format that the filter reads.
 """
 
 from __future__ import annotations
@@ -18,11 +17,9 @@ import io
 import json
 import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -33,52 +30,39 @@ REPOSITORY = Path(__file__).parents[1]
 FOLDERS = {"en": 0.55, "ko": 0.2, "th": 0.15, "html": 0.08, "pdf": 0.02}
 """Folder of raw documents -> its share of the documents."""
 TEXT_FOLDERS = ("en", "html", "ko", "th")
-"""Those that datatrove has a reader for."""
 SMALL_FILES, SKEW = 20, 100
-KILL_AFTER_S, WAIT_S = 6, 60
+KILL_AFTER_S, WAIT_S = 3, 60
 STEPS = ("rules", "exact_dedup", "minhash_dedup", "decontaminate")
 PIPELINE = """name: trial
 shard_bytes: 8000000
 sources: [{sources}]
-steps:
-  - language: {{min_score: 0.5}}
-  - rules: {{preset: fineweb}}
-  - exact_dedup: {{}}
-  - minhash_dedup: {{threshold: 0.75, num_bands: 14, rows_per_band: 8}}
-  - decontaminate: {{benchmarks: [bench.jsonl], ngram: 12, min_words: 12}}
-""".format(sources=", ".join(
-    f"{{name: {name}, path: raw/{name}, format: {'warc' if name == 'html' else 'auto'}}}" for name in FOLDERS))
-_WORDS = {
-    "english": """the of and to the of and to the of and to in that is was for it with as his on be at by had not
-        are but from or have an they which one you were all her she there would their we him been has when who
-        system network teacher river market history science music garden winter doctor letter story machine
-        village paper window student problem answer question family number season ocean mountain language""",
-    "korean": """사람 나라 학교 시간 역사 음악 도시 강물 시장 바다 산길 겨울 여름 의사 편지 이야기 기계 마을
-        종이 창문 학생 문제 대답 질문 가족 숫자 계절 언어 그림 여행 부엌 도서관 엔진 숲속 다리 섬마을 선장""",
-    "particles": "은 는 이 가 을 를 에 에서 의 로 와 도 까지 부터 보다",
-    "verbs": "있다 했다 된다 간다 온다 본다 말했다 만들었다 시작했다 알려졌다 이어졌다",
-    "thai": """ใน ที่ และ ของ เป็น มี การ ได้ ให้ กับ ไป มา จาก คน บ้าน โรงเรียน เมือง เวลา ประเทศ
-        ประวัติศาสตร์ ดนตรี แม่น้ำ ตลาด ทะเล ภูเขา ฤดูหนาว หมอ จดหมาย เรื่อง เครื่องจักร หมู่บ้าน กระดาษ
-        หน้าต่าง นักเรียน ปัญหา คำตอบ คำถาม ครอบครัว ตัวเลข ภาษา ภาพ เดินทาง ครัว ห้องสมุด ป่า สะพาน""",
-}
-WORDS = {name: words.split() for name, words in _WORDS.items()}
-
-
-# The corpus: seeded text whose broken rules, duplicates and contamination are planted.
+steps: [language, rules, exact_dedup, {{minhash_dedup: {{threshold: 0.75, num_bands: 14, rows_per_band: 8}}}},
+        {{decontaminate: {{benchmarks: [bench.jsonl], ngram: 12, min_words: 12}}}}]
+""".format(sources=", ".join(f"{{name: {name}, path: raw/{name}}}" for name in FOLDERS))
+_WORDS = """
+en the of and to the of and to the of and to in that is was for it with as his on be at by had not are but
+en from or have an they which one you were all system network teacher river
+ko 사람 나라 학교 시간 역사 음악 도시 강물 시장 바다 산길 겨울 여름 의사 편지 이야기 기계 마을 종이 창문 학생
+particles 은 는 이 가 을 를 에 에서 의 로 와 도 까지 부터 보다
+verbs 있다 했다 된다 간다 온다 본다 말했다 만들었다 시작했다 알려졌다 이어졌다
+th ใน ที่ และ ของ เป็น มี การ ได้ ให้ กับ ไป มา จาก คน บ้าน โรงเรียน เมือง เวลา ประเทศ
+"""
+WORDS: dict[str, list[str]] = {}
+for _name, *_words in map(str.split, _WORDS.strip().splitlines()):
+    WORDS.setdefault(_name, []).extend(_words)
 
 
 def sentence(draw: random.Random, language: str) -> str:
     count = draw.randint(7, 15)
     if language == "th":
-        return "".join(draw.choice(WORDS["thai"]) for _ in range(count))
+        return "".join(draw.choice(WORDS["th"]) for _ in range(count))
     if language == "ko":
-        words = [draw.choice(WORDS["korean"]) + draw.choice(WORDS["particles"]) for _ in range(count - 3)]
+        words = [draw.choice(WORDS["ko"]) + draw.choice(WORDS["particles"]) for _ in range(count - 3)]
         return f"{' '.join(words)} {draw.choice(WORDS['verbs'])}."
-    return " ".join(draw.choice(WORDS["english"]) for _ in range(count)).capitalize() + "."
+    return " ".join(draw.choice(WORDS["en"]) for _ in range(count)).capitalize() + "."
 
 
-def spoil(draw: random.Random, text: str) -> str:
-    """Return a text that breaks a rule of Gopher, C4 or FineWeb."""
+def break_a_rule(draw: random.Random, text: str) -> str:
     lines = text.split("\n")
     return draw.choice([text[:60], "\n".join([lines[0]] * 6 + lines), "\n".join(text.split()),
                         "\n".join(f"- {line}..." for line in lines), text.replace(" ", " # "),
@@ -98,7 +82,7 @@ def documents(count: int, chars: int, questions: list[str]) -> Iterator[tuple[st
             lines.append(" ".join(sentence(draw, language) for _ in range(draw.randint(2, 4))))
         text, planted, chance = "\n".join(lines), "", draw.random()
         if chance < 0.1:
-            text, planted = spoil(draw, text), "spoiled:"
+            text, planted = break_a_rule(draw, text), "spoiled:"
         elif chance < 0.18 and known[folder]:
             original, text = draw.choice(known[folder])
             planted = f"{'exact' if chance < 0.14 else 'near'}:{original}"
@@ -113,7 +97,6 @@ def documents(count: int, chars: int, questions: list[str]) -> Iterator[tuple[st
 
 
 def write_corpus(folder: Path, count: int, size_mb: float) -> float:
-    """Write raw documents, benchmark and pipeline file; returns the MB of raw documents."""
     draw = random.Random(1)
     questions = [" ".join(sentence(draw, "en") for _ in range(3)) for _ in range(200)]
     chars = int(0.72 * size_mb * 1e6 / count)
@@ -140,9 +123,8 @@ def warc_record(document: dict[str, str]) -> bytes:
     from warcio.statusandheaders import StatusAndHeaders
     from warcio.warcwriter import WARCWriter
 
-    paragraphs = "".join(f"<p>{line}</p>" for line in document["text"].split("\n"))
-    page = (f"<html><head><title>{document['id']}</title></head><body><nav><a href='/'>Home</a></nav>"
-            f"<article>{paragraphs}</article><footer>All rights reserved</footer></body></html>")
+    page = ("<html><head><title>A page</title></head><body><nav><a href='/'>Home</a></nav><article><p>"
+            + document["text"].replace("\n", "</p><p>") + "</p></article><footer>(c)</footer></body></html>")
     writer = WARCWriter(sink := io.BytesIO(), gzip=True)
     headers = StatusAndHeaders("200 OK", [("Content-Type", "text/html; charset=utf-8")], protocol="HTTP/1.0")
     writer.write_record(writer.create_warc_record(
@@ -156,7 +138,8 @@ def pdf(text: str) -> bytes:
     content = f"BT /F 10 Tf {shown} ET".replace("\n", " ")
     bodies = ["<</Type/Catalog/Pages 2 0 R>>", "<</Type/Pages/Count 1/Kids[4 0 R]>>",
               "<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
-              "<</Type/Page/Parent 2 0 R/MediaBox[0 0 600 800]/Contents 5 0 R/Resources<</Font<</F 3 0 R>>>>>>",
+              "<</Type/Page/Parent 2 0 R/MediaBox[0 0 600 800]/Contents 5 0 R"
+              "/Resources<</Font<</F 3 0 R>>>>>>",
               f"<</Length {len(content)}>>stream\n{content}\nendstream"]
     out, table = "%PDF-1.4\n", "0000000000 65535 f \n"
     for number, body in enumerate(bodies, 1):
@@ -165,11 +148,8 @@ def pdf(text: str) -> bytes:
     return (f"{out}xref\n0 6\n{table}trailer<</Size 6/Root 1 0 R>>\nstartxref\n{len(out)}\n%%EOF").encode()
 
 
-# datatrove's pipeline, in the environment that has it: `--peer-stage`.
-
-
 def peer_filters(language: str) -> list[Any]:
-    """Return datatrove's filters with the thresholds that FineWeb and FineWeb-2 publish for a language."""
+    """Return datatrove's filters with the thresholds that FineWeb-2 publishes for a language."""
     import yaml
     from datatrove.pipeline.filters import (
         C4QualityFilter, FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter)
@@ -182,20 +162,18 @@ def peer_filters(language: str) -> list[Any]:
     t = rules["thresholds"]
     return [
         GopherRepetitionFilter(
-            language=language, dup_line_frac=t["max_duplicate_line_share"], dup_para_frac=0,
-            dup_line_char_frac=0, dup_para_char_frac=0,
-            top_n_grams=tuple(t["max_top_ngram_char_share"].items()),
-            dup_n_grams=tuple(t["max_duplicate_ngram_char_share"].items())),
+            t["max_duplicate_line_share"], 0, 0, 0, tuple(t["max_top_ngram_char_share"].items()),
+            tuple(t["max_duplicate_ngram_char_share"].items()), language=language),
         FineWebQualityFilter(
             language=language, short_line_thr=999, char_duplicates_ratio=0.1,
             line_punct_thr=t["min_terminal_line_share"] or 0, new_line_ratio=t["max_newlines_per_word"]),
         GopherQualityFilter(
-            language=language, min_avg_word_length=None, max_avg_word_length=None,
-            stop_words=rules["stop_words"], max_non_alpha_words_ratio=t["min_alpha_word_share"])]
+            min_avg_word_length=None, max_avg_word_length=None, stop_words=rules["stop_words"],
+            max_non_alpha_words_ratio=t["min_alpha_word_share"], language=language)]
 
 
-def peer_stage(folder: Path, stage: str, workers: int) -> None:
-    """Do one stage for each folder of the corpus; datatrove's steps take one language each."""
+def peer_stage(folder: Path, stage: str, workers: int) -> int:
+    import numpy as np
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.decont.n_grams import NGramsDecontConfig, NGramsDecontFilter
     from datatrove.pipeline.dedup import (
@@ -204,6 +182,7 @@ def peer_stage(folder: Path, stage: str, workers: int) -> None:
     from datatrove.pipeline.extractors import Trafilatura
     from datatrove.pipeline.readers import JsonlReader, WarcReader
     from datatrove.pipeline.writers import JsonlWriter
+    from datatrove.utils.text import ngrams, simplify_text
 
     out = folder / "peer"
     before = dict(zip(STEPS[1:], STEPS, strict=False)).get(stage, "")
@@ -213,82 +192,54 @@ def peer_stage(folder: Path, stage: str, workers: int) -> None:
                               logging_dir=str(out / "logs" / f"{stage}-{name}")).run()
 
     for kind in TEXT_FOLDERS:
-        language, work, read = kind if kind in ("ko", "th") else "en", f"{out}/work/{kind}", out / before / kind
-        write = JsonlWriter(str(out / stage / kind))
-        if stage == "rules" and kind == "html":
+        language, work = kind if kind in ("ko", "th") else "en", f"{out}/work/{kind}"
+        read, write = JsonlReader(str(out / before / kind)), JsonlWriter(str(out / stage / kind))
+        if stage == "rules":
+            raw = f"{folder}/raw/{kind}"
             # The default of one second on the clock drops pages on a busy machine.
-            run(kind, WarcReader(f"{folder}/raw/{kind}"), Trafilatura(timeout=60), *peer_filters(language), write)
-        elif stage == "rules":
-            run(kind, JsonlReader(f"{folder}/raw/{kind}"), *peer_filters(language), write)
+            first = [WarcReader(raw), Trafilatura(timeout=60)] if kind == "html" else [JsonlReader(raw)]
+            run(kind, *first, *peer_filters(language), write)
         elif stage == "exact_dedup":
             config = ExactDedupConfig(content_getter=lambda document: document.text)
-            run(f"1-{kind}", JsonlReader(str(read)), ExactDedupSignature(f"{work}/sig", config))
+            run(f"1-{kind}", read, ExactDedupSignature(f"{work}/sig", config))
             run(f"2-{kind}", ExactFindDedups(f"{work}/sig", f"{work}/dups", config), tasks=1)
-            run(f"3-{kind}", JsonlReader(str(read)), ExactDedupFilter(f"{work}/dups", config), write)
+            run(f"3-{kind}", read, ExactDedupFilter(f"{work}/dups", config), write)
         elif stage == "minhash_dedup":
-            run(f"1-{kind}", JsonlReader(str(read)), MinhashDedupSignature(f"{work}/min", language=language))
+            run(f"1-{kind}", read, MinhashDedupSignature(f"{work}/min", language=language))
             run(f"2-{kind}", MinhashDedupBuckets(f"{work}/min", f"{work}/buckets"), tasks=14)
             run(f"3-{kind}", MinhashDedupCluster(f"{work}/buckets", f"{work}/remove"), tasks=1)
-            run(f"4-{kind}", JsonlReader(str(read)), MinhashDedupFilter(f"{work}/remove"), write)
+            run(f"4-{kind}", read, MinhashDedupFilter(f"{work}/remove"), write)
         else:
             config = NGramsDecontConfig(n_grams=12)
             step = NGramsDecontFilter(f"{work}/index", config, language=language)
-            write_index(folder / "bench.jsonl", Path(work, "index"), NGramsDecontFilter(f"{work}/index", config))
-            run(kind, JsonlReader(str(read)), step, write)
-
-
-def write_index(questions: Path, index: Path, step: Any) -> None:
-    """Write the file of `NGramsDecontIndexer`, which imports lighteval even where documents are given."""
-    import numpy as np
-    from datatrove.utils.text import ngrams, simplify_text
-
-    hashes = {step.hash_func(" ".join(run)) for line in questions.read_text().splitlines()
-              for run in ngrams(step.tokenizer.word_tokenize(simplify_text(
-                  json.loads(line)["question"], step.config.norm_config)), step.config.n_grams)}
-    index.mkdir(parents=True, exist_ok=True)
-    np.array(sorted(hashes), step.config.hash_config.np_descr).tofile(index / "bench.index.hashes")
-
-
-# Running either side, with the processor time and the memory of its process tree.
+            questions = json.loads((folder / "corpus.json").read_text())[1]
+            hashes = {step.hash_func(" ".join(words)) for question in questions
+                      for words in ngrams(step.tokenizer.word_tokenize(simplify_text(
+                          question, config.norm_config)), config.n_grams)}
+            Path(work, "index").mkdir(parents=True)
+            np.array(sorted(hashes), config.hash_config.np_descr).tofile(f"{work}/index/b.index.hashes")
+            run(kind, read, step, write)
+    return 0
 
 
 def start(folder: Path, peer: str, stage: str, workers: int) -> subprocess.Popen[bytes]:
-    words = [peer, __file__, "--folder", str(folder), "--peer-stage", stage, "--workers", str(workers)]
+    words = [peer, __file__, "--folder", str(folder), "--peer-stage", stage]
     if stage == "ours":
-        words = [sys.executable, "-m", "data_prep.cli", "run", str(folder / "trial.yaml"), "--output",
-                 str(folder / "ours"), "--workers", str(workers)]
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+        words = [sys.executable, "-m", "data_prep.cli", "run", f"{folder}/trial.yaml", "--output",
+                 f"{folder}/ours"]
     with open(folder / "log.txt", "a") as out:
-        return subprocess.Popen(words, env=env, stdout=out, stderr=out, cwd=REPOSITORY)
+        return subprocess.Popen([*words, "--workers", str(workers)], stdout=out, stderr=out, cwd=REPOSITORY,
+                                env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"})
 
 
 def measured(process: subprocess.Popen[bytes]) -> str:
-    """Wait for a command; returns its processor seconds, seconds on the clock, and peak of memory."""
-    import psutil
-
-    before, began, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic(), 0
-
-    def watch() -> None:
-        nonlocal peak
-        while process.poll() is None:
-            root = psutil.Process(process.pid)
-            total = 0
-            for one in [root, *root.children(recursive=True)]:
-                try:
-                    total += one.memory_full_info().pss
-                except psutil.Error:
-                    continue
-            peak = max(peak, total)
-            time.sleep(0.5)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    if process.wait():
-        raise SystemExit(f"{process.args!r} ended with {process.returncode}")
-    watcher.join()
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu_s = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
-    return f"{cpu_s:8.1f} CPU s {time.monotonic() - began:8.1f} s {peak / 1e6:6.0f} MB peak"
+    """Wait for a command; returns processor time of its process tree and memory of its largest process."""
+    began = time.monotonic()
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{process.args!r} ended with {status}")
+    return (f"{used.ru_utime + used.ru_stime:8.1f} CPU s {time.monotonic() - began:8.1f} s on the clock, "
+            f"largest process {used.ru_maxrss / 1000:.0f} MB")
 
 
 def fates_of_ours(folder: Path) -> dict[str, str]:
@@ -308,48 +259,44 @@ def fates_of_ours(folder: Path) -> dict[str, str]:
     return found
 
 
-def fates_of_peer(folder: Path, ids: set[str]) -> dict[str, str]:
-    found = dict.fromkeys(ids, "kept")
-    for stage in STEPS:
-        kept = {json.loads(line)["id"] for file in (folder / "peer" / stage).rglob("*.jsonl.gz")
-                for line in gzip.open(file, "rt")}
-        found |= dict.fromkeys(ids - kept, stage)
-        ids = kept
-    return found
-
-
 def compare(folder: Path, count: int) -> None:
-    """Print documents kept step by step, and how often both say the same: of a document for the rules, after
-    them of a text with its planted copies, of which either side may keep another one."""
+    """Print documents kept, and how often both keep as many of a text and its planted copies."""
     planted = {document["id"]: (kind, document["planted"]) for kind, document in
                documents(count, *json.loads((folder / "corpus.json").read_text()))}
     ours = fates_of_ours(folder)
-    fates = {"ours": ours, "datatrove": fates_of_peer(folder, {i for i, (kind, _) in planted.items() if kind != "pdf"})}
-    texts = {id_ for id_ in fates["datatrove"] if ours.get(id_) != "language"}
+    texts = {id_ for id_, (kind, _) in planted.items() if kind != "pdf" and ours.get(id_) != "language"}
+    peer, left = dict.fromkeys(texts, "kept"), texts
+    for step in STEPS:
+        kept_ids = {json.loads(line)["id"] for file in (folder / "peer" / step).rglob("*.jsonl.gz")
+                    for line in gzip.decompress(file.read_bytes()).splitlines()}
+        peer |= dict.fromkeys(left - kept_ids, step)
+        left = kept_ids
+    fates = {"ours": ours, "datatrove": peer}
     for place, step in enumerate(STEPS):
-        counts = [Counter(id_ if step == "rules" else planted[id_][1].rpartition(":")[2] or id_
-                          for id_ in texts if fate.get(id_) not in gone)
-                  for fate in fates.values() for gone in (STEPS[:place], STEPS[:place + 1])]
-        same = {kind: [counts[1][key] == counts[3][key] for key in counts[0]
-                       if counts[0][key] == counts[2][key] and planted[key][0] == kind] for kind in TEXT_FOLDERS}
-        share = 100 * sum(map(sum, same.values())) / max(sum(map(len, same.values())), 1)
-        print(f"{step:<14} ours keeps {counts[1].total():>7,}, datatrove {counts[3].total():>7,}; agreement "
-              f"{share:.2f} % (" + ", ".join(f"{k} {100 * sum(s) / max(len(s), 1):.2f}" for k, s in same.items()) + ")")
+        had, kept, others_had, others_kept = (
+            Counter(id_ if step == "rules" else planted[id_][1].rpartition(":")[2] or id_
+                    for id_ in texts if fate.get(id_) not in gone)
+            for fate in fates.values() for gone in (STEPS[:place], STEPS[:place + 1]))
+        compared = [key for key in had if had[key] == others_had[key]]
+        shares = []
+        for kinds in (TEXT_FOLDERS, *((kind,) for kind in TEXT_FOLDERS)):
+            same = [kept[key] == others_kept[key] for key in compared if planted[key][0] in kinds]
+            shares.append(f"{'/'.join(kinds)} {100 * sum(same) / max(len(same), 1):.2f}")
+        print(f"{step:<14} ours keeps {kept.total():,}, datatrove {others_kept.total():,}; agreement in % of "
+              f"{len(compared):,}: {', '.join(shares)}")
     for name in ("exact", "near", "contaminated", "spoiled", ""):
         of = [id_ for id_, (_, what) in planted.items() if what.partition(":")[0] == name]
-        print(f"planted {name or 'nothing'}, {len(of):,}: " + "; ".join(
-            f"{side} {dict(Counter(fate.get(i, 'not read') for i in of).most_common(5))}" for side, fate in fates.items()))
-
-
-# Kills: a worker, then the command, then to the end; beside a run of one worker.
+        told = [f"{side} {dict(Counter(fate.get(id_, 'not read') for id_ in of).most_common(5))}"
+                for side, fate in fates.items()]
+        print(f"planted {name or 'nothing'}, {len(of):,}: {'; '.join(told)}")
 
 
 def digest(folder: Path) -> str:
-    """Return a hash of all files that a side leaves as its output, unpacked."""
     found = hashlib.sha256()
     for file in sorted(f for f in folder.rglob("*") if f.suffix in (".gz", ".parquet")):
         raw = file.read_bytes()
-        found.update(str(file.relative_to(folder)).encode() + (gzip.decompress(raw) if file.suffix == ".gz" else raw))
+        found.update(str(file.relative_to(folder)).encode())
+        found.update(gzip.decompress(raw) if file.suffix == ".gz" else raw)
     return found.hexdigest()[:12]
 
 
@@ -358,41 +305,38 @@ def kill(folder: Path, peer: str, stage: str) -> None:
 
     output = folder / ("ours/text" if stage == "ours" else f"peer/{stage}")
     for victim in ("a worker", "the command"):
-        process = start(folder, peer, stage, 2)
-        time.sleep(KILL_AFTER_S)
-        below = psutil.Process(process.pid).children(recursive=True)
+        process, below = start(folder, peer, stage, 2), []
+        while len(below) < 2 or max(one.cpu_times().user for one in below) < KILL_AFTER_S:
+            time.sleep(0.2)
+            below = psutil.Process(process.pid).children(recursive=True)
         (max(below, key=lambda one: one.cpu_times().user) if victim == "a worker" else process).kill()
         try:
             told = f"ends with {process.wait(WAIT_S)}"
         except subprocess.TimeoutExpired:
             process.kill()
             told = f"still waits {WAIT_S} s later"
-        left = psutil.wait_procs(below, timeout=5)[1]
-        print(f"{stage}: {victim} killed: the command {told}, {len(left)} processes stay", flush=True)
-        for one in left:
+        for one in (left := psutil.wait_procs(below, timeout=5)[1]):
             one.kill()
+        print(f"{stage}: {victim} killed: the command {told}, {len(left)} processes stay", flush=True)
     measured(start(folder, peer, stage, 2))
     resumed = digest(output)
-    shutil.rmtree(folder / output.relative_to(folder).parts[0])
+    shutil.rmtree(folder / ("ours" if stage == "ours" else "peer"))
     measured(start(folder, peer, stage, 1))
     print(f"{stage}: resumed {resumed}, anew with one worker {digest(output)}", flush=True)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--peer", help="interpreter that has datatrove")
-    parser.add_argument("--size-mb", type=float, default=60)
-    parser.add_argument("--documents", type=int, default=100_000)
-    parser.add_argument("--workers", type=int, default=2)
+    for name, default in (("size-mb", 60), ("documents", 100_000), ("workers", 2)):
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--peer-stage", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peer_stage:
-        peer_stage(args.folder, args.peer_stage, args.workers)
-        return 0
+        return peer_stage(args.folder, args.peer_stage, args.workers)
     size_mb = write_corpus(args.folder, args.documents, args.size_mb)
-    print(f"{args.documents:,} documents, {size_mb:.1f} MB, {args.workers} workers; {os.cpu_count()} cores, load "
-          f"{os.getloadavg()[0]:.1f}", flush=True)
+    print(f"{args.documents:,} documents, {size_mb:.1f} MB, {args.workers} workers", flush=True)
     for stage in ("ours", *STEPS):
         print(f"{stage:<14}{measured(start(args.folder, args.peer, stage, args.workers))}", flush=True)
     compare(args.folder, args.documents)
