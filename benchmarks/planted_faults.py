@@ -158,6 +158,11 @@ def faults_of(area: str, file: str, count: int) -> list[Fault]:
     starts = [0]
     for text in lines:
         starts.append(starts[-1] + len(text))
+
+    def offset(number: int, column: int) -> int:
+        """Return the place in characters of a line and a column, which ast counts in bytes."""
+        return starts[number - 1] + len(lines[number - 1].encode()[:column].decode())
+
     functions = []
     for function in ast.walk(ast.parse(source)):
         if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -165,14 +170,13 @@ def faults_of(area: str, file: str, count: int) -> list[Fault]:
             for node in (n for statement in function.body for n in (statement, *_nodes(statement))
                          if not isinstance(statement, PASSED_OVER)):
                 wrong = changed(node)
-                right = ast.get_source_segment(source, node) if wrong is not None else None
-                if wrong is not None and right:
+                if wrong is not None:
+                    assert isinstance(node, (ast.expr, ast.stmt)) and node.end_lineno is not None
+                    start = offset(node.lineno, node.col_offset)
+                    right = source[start:offset(node.end_lineno, node.end_col_offset or 0)]
                     text = ast.unparse(ast.fix_missing_locations(wrong))
-                    number: int = node.lineno  # type: ignore[attr-defined]
-                    before = lines[number - 1].encode()[:node.col_offset]  # type: ignore[attr-defined]
-                    found.append(Fault(area, f"{file}:{number}", right,
-                                       text if isinstance(wrong, ast.Constant) else f"({text})",
-                                       starts[number - 1] + len(before.decode())))
+                    found.append(Fault(area, f"{file}:{node.lineno}", right,
+                                       text if isinstance(wrong, ast.Constant) else f"({text})", start))
             if found:
                 functions.append(list(dict.fromkeys(found)))
     draw = random.Random(file)

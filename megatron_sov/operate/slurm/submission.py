@@ -22,6 +22,7 @@ import megatron_sov
 from megatron_sov.base.artifacts import atomic_write, disk_errors, new_folder, to_json
 from megatron_sov.base.command_line import Parser, check_part
 from megatron_sov.base.errors import UserError
+from megatron_sov.model.config import apply_settings
 from megatron_sov.operate.slurm.stages import ENGINE_SET, Commands, StageWork, fitting_nodes, work_of
 from megatron_sov.runs.folder import SUBMISSIONS, submitted_jobs
 from megatron_sov.runs.obs.events import EventLog
@@ -92,6 +93,27 @@ class SlurmJob:
             return (f"Data, one task of {self.array}: packs every {self.array}th input into a part; "
                     "a job that waits for all parts joins them.")
         return self.work.kind.title
+
+    @property
+    def asks_for(self) -> str:
+        """What it needs, in a sentence."""
+        profile, nodes = self.profile, max(self.layouts)
+        if not self.work.kind.ranks:
+            gpus = (f" and {profile.gpus_per_node} GPUs" if self.work.kind.gpus and profile.gpus_per_node
+                    else "")
+            return (f"Asks for one node of {profile.cpus_per_node} "
+                    f"cores{gpus}{' for each task' if self.array else ''}.")
+        unit = (f"{profile.gpus_per_node} GPUs" if profile.gpus_per_node
+                else f"{profile.ranks_per_node} processes on CPUs")
+        assert self.work.config is not None, self.work.stage
+        layout = apply_settings(self.work.config, list(self.layouts[nodes])).parallel
+        values = {f.name: getattr(layout, f.name)
+                  for f in dataclasses.fields(layout) if getattr(layout, f.name) != f.default}
+        chosen = [name if value is True else f"{name} {value}" for name, value in values.items()]
+        num_ranks = nodes * profile.tasks_per_node
+        chosen.append(f"data parallel {num_ranks // layout.ranks_per_replica}")
+        more = f", and {self.engine_nodes} nodes of engine servers" if self.engine_nodes else ""
+        return f"Asks for {nodes} x {unit}{more}; layout: {', '.join(chosen)}."
 
 
 def render(job: SlurmJob) -> str:

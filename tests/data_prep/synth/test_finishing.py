@@ -95,7 +95,7 @@ def test_each_sample_is_kept_or_rejected_with_its_reason(texts: Path) -> None:
         "item": "i0", "source": "notes", "licence": "", "group": "", "asked": ["key0"], "notes": {"tries": 1}}
     rejected = rows(texts / "rejected.jsonl")
     assert [(row["synthetic"]["sample"], row["reason"], row["detail"]) for row in rejected] == [
-        ("i1/0", "exact duplicate", "the same as i0/0"), ("i1/1", "numbers", "as the generator saw it"),
+        ("i1/0", "near duplicate", "the same as i0/0"), ("i1/1", "numbers", "as the generator saw it"),
         ("i2/0", "near duplicate", "the same as input notes.jsonl:1"),
         ("i3/0", "repetition: top 2-gram", ""), ("i4/0", "language de", ""),
         ("i5/0", "text of a benchmark", "benchmark:q7"),

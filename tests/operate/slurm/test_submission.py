@@ -65,7 +65,8 @@ def test_a_run_gets_the_layout_that_a_search_finds_for_its_gpus() -> None:
     script = submission.prepare(submission.SubmitRequest("pretrain", SOLAR, load("h100", account="me"), 64),
                                 COMMANDS).jobs[0]
     stages = next(setting for setting in found.settings if setting.startswith("parallel.pp="))
-    assert stages in script.layouts[64]
+    assert script.asks_for.startswith("Asks for 64 x 8 GPUs; layout: ")
+    assert f"pp {stages.removeprefix('parallel.pp=')}, " in script.asks_for
 
 
 @pytest.mark.deep
