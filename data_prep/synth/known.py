@@ -28,6 +28,18 @@ GENERATORS: dict[str, str] = {
 FILES = ("answers", "autoif", "comparisons", "multihop", "probes", "rewrite", "safety", "translation",
          "triples")
 """Names of the generators that are files of `generators`."""
+REMOVED = {
+    "autoif.also": "a row has the `functions` of its constraint",
+    **dict.fromkeys(("autoif.call_time_s", "constraints.call_time_s"), "a call may take 5 s of a processor"),
+    **dict.fromkeys(("autoif.modules", "constraints.modules"), "functions compute on texts alone"),
+    "probes.benchmarks": "write the step `decontaminate` into a file for --checks",
+    "safety.also": "rows are chats", "translation.glossary": "name the terms in a prompt of your own file",
+    **dict.fromkeys(("solutions.vote", "solutions.min_votes", "solutions.min_agreement"),
+                    "each problem needs its `answer`"),
+    **dict.fromkeys((f"tool-trajectories.{name}" for name in ("fault_share", "max_malformed", "max_repeats")),
+                    "docs/synth_worlds.md has what is refused"),
+    "worlds.min_judged": "the programs of a world are run, and no judge reads them"}
+"""GENERATOR.setting of an earlier version -> what to use in its place."""
 
 
 def _check(loaded: LoadedPlugin) -> None:

@@ -22,7 +22,7 @@ from data_prep.libraries import require
 from data_prep.synth.candidates import ANSWERS, RUN, SynthRunRecord, digest_of, read_made, read_run, record_of
 from data_prep.synth.generator import (
     Ask, Door, Drawn, GeneratedSample, Generator, GeneratorItem, Role, writable)
-from data_prep.synth.known import generator_class
+from data_prep.synth.known import REMOVED, generator_class
 from data_prep.synth.models import Budget, Model, Most, opened
 from data_prep.synth.options import SynthOptions, duration_s
 from data_prep.synth.replies import NoReply, NoUsableReply
@@ -30,7 +30,7 @@ from megatron_sov.base.artifacts import atomic_write, disk_errors, to_json
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import (
     ExitCode, StopRequested, UserError, list_problems, told_in_a_line, visible)
-from megatron_sov.base.hints.removed import GENERATORS, was_removed
+from megatron_sov.base.hints.removed import was_removed
 from megatron_sov.base.outputs import refuse_nowhere
 from megatron_sov.base.settings import (
     ProblemCode, SettingsError, SettingsProblem, as_problem, num_cores, parse_nested, problems_of, read)
@@ -130,7 +130,7 @@ def make_generator(name: str, settings: Mapping[str, Any]) -> Generator:
     given = {key: value.split(",") if isinstance(value, str) and key in lists else value
              for key, value in settings.items()}
     return cls(read(cls.Settings, given, f"generator {name}", instead=lambda key: was_removed(
-        f"{name}.{key}", GENERATORS).removeprefix("; ")))
+        f"{name}.{key}", REMOVED).removeprefix("; ")))
 
 
 @dataclass(frozen=True)

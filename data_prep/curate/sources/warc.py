@@ -84,28 +84,24 @@ class _UntilDamaged:
 def http_body(body: bytes, packing: str, limit_bytes: int) -> bytes:
     """Return a body without the packing that its header names; of a long one a little more than the limit.
 
-    Crawlers that unpack bodies often leave the header as it was: what does not look packed is taken as it is.
+    Crawlers that unpack bodies often leave the header as it was: a body that does not look packed stays.
 
     Raises:
         BadRecord: it is cut off or damaged, or packed in another way.
     """
+    if packing in ("", "identity") or _looks_written(body):
+        return body
     is_gzip = packing in ("gzip", "x-gzip") and body[:2] == b"\x1f\x8b"
-    # Deflate without a head has no mark to know it by.
-    is_deflate = packing == "deflate" and not _looks_written(body)
-    # of zlib, as RFC 9110 has it, or without its head, as many servers send it
-    is_zlib = body[:1] == b"\x78" and int.from_bytes(body[:2], "big") % 31 == 0
-    if not (is_gzip or is_deflate):
-        if packing in ("", "identity") or _looks_written(body):
-            return body
+    if not is_gzip and packing != "deflate":
         raise BadRecord("encoding", f"is packed as Content-Encoding: {packing[:40]}, which is not unpacked "
                                     "here; let the crawler unpack it", content=body[:1000])
+    # 31: gzip; 15: zlib's head, as RFC 9110 has it; -15: without, as many servers send it
+    is_zlib = body[:1] == b"\x78" and int.from_bytes(body[:2], "big") % 31 == 0
+    window_bits = 31 if is_gzip else 15 if is_zlib else -15
     found = b""
     try:
         while body and len(found) <= limit_bytes:
-            # 31: gzip; 15: with zlib's head; -15: without. One byte more than the limit shows that there is
-            # more.
-            window_bits = 15 if is_zlib else -15
-            unpacker = zlib.decompressobj(31 if is_gzip else window_bits)
+            unpacker = zlib.decompressobj(window_bits)
             found += unpacker.decompress(body, limit_bytes + 1 - len(found))
             if not unpacker.eof and len(found) <= limit_bytes:
                 raise BadRecord("truncated", "is cut off inside its Content-Encoding", content=found[:1000])

@@ -11,10 +11,9 @@ import pytest
 import yaml
 
 from data_prep.synth.generator import GeneratorItem
-from data_prep.synth.known import generator_class
+from data_prep.synth.known import REMOVED, generator_class
 from data_prep.synth.running import make_generator
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.hints.removed import GENERATORS
 from megatron_sov.base.settings import SettingsError
 from tests.data_prep.synth.scripted import ScriptedAsk, by_system, replies_of, samples_of
 
@@ -246,9 +245,9 @@ def test_a_value_of_another_type_ends_the_run_in_a_sentence(step: dict[str, Any]
         samples_of(build(tmp_path, {"steps.2": step}), ITEM, model)
 
 
-@pytest.mark.parametrize("name", GENERATORS)
+@pytest.mark.parametrize("name", REMOVED)
 def test_a_removed_setting_is_refused_with_its_way_out(name: str) -> None:
     generator, _, setting = name.partition(".")
     with pytest.raises(UserError) as e:
         make_generator(generator, {setting: 1})
-    assert f"{setting}: no such setting; it was removed in this version: {GENERATORS[name]}" in str(e.value)
+    assert f"{setting}: no such setting; it was removed in this version: {REMOVED[name]}" in str(e.value)
