@@ -251,7 +251,8 @@ def test_a_tiny_source_is_never_held_out_wholly(tokenizers: dict[str, Path], tmp
     rows = [{"text": f"number {i}", "part": "a" if i < 3 else "b"} for i in range(4)]
     (tmp_path / "parts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     command = ["pack", "--tokenizer", str(tokenizers["solar-open"]), "--output", str(tmp_path / "new"),
-               "--input", str(tmp_path / "one.jsonl"), str(tmp_path / "parts.jsonl"), "--bucket-by", "part"]
+               "--input", str(tmp_path / "one.jsonl"), str(tmp_path / "parts.jsonl"), "--bucket-by", "part",
+               "--workers", "1"]
     assert main([*command, "--heldout", "0.999999"]) == 0
     said = capsys.readouterr().err
     assert said.count("one of them is kept for training") == 3 and "parts-b: every document" in said
