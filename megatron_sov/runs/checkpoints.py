@@ -185,8 +185,8 @@ def refuse_other_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
     if not kind and RUN in kinds and (runs := runs_below(path)):
         raise UserError(f"{path}: is not {wanted}; it holds the runs {', '.join(map(str, runs))}: pass one "
                         "of them")
-    if not kind and path.is_dir() and not (path / CHECKPOINTS_OF_A_RUN).exists() and (
-            known := _nothing_known(path)):
+    is_run = (path / CHECKPOINTS_OF_A_RUN).exists() or (KIND not in kinds and (path / CONFIG).exists())
+    if not kind and path.is_dir() and not is_run and (known := _nothing_known(path)):
         what, taken_by = known
         found = " or ".join(FOUND_AT[kind] for kind in kinds)
         raise UserError(f"{path}: {what}, so it is not {wanted}; {taken_by}pass {found}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.hints.commands import kind_of_folder
-from megatron_sov.base.hints.table import by_word, normalize, note_on, settings_called
+from megatron_sov.base.hints.table import by_word, normalize, settings_called
 
 MAX_BYTES = 1 << 20
 MAX_KEYS = 2_000
@@ -26,14 +26,14 @@ def read_foreign(file: Path, exists: Callable[[str], Any]) -> dict[str, list[str
 
     Returns:
         Key with dots -> its values, of scalars and lists of scalars; empty if the file is ours, cannot be
-        read, or has no key that another program is known for.
+        read, or has no key that the table of words has.
     """
     try:
         leaves = dict(islice(_leaves(_parse(file), ""), MAX_KEYS))
     except RecursionError:  # aliases that hold themselves
         return {}
     theirs = {key: words for key, words in leaves.items() if not exists(key)}
-    is_known = any(settings_called(_last(key)) or note_on(_last(key)) for key in theirs)
+    is_known = any(settings_called(_last(key)) for key in theirs)
     return theirs if is_known and 2 * len(theirs) > len(leaves) and "recipe" not in leaves else {}
 
 
@@ -86,6 +86,8 @@ def _parse(file: Path) -> Any:
         if not file.is_file() or file.stat().st_size > MAX_BYTES:
             return None
         text = file.read_text(encoding="utf-8")
+        if text.count("[") + text.count("{") > MAX_KEYS:  # YAML takes seconds for deep ones
+            return None
         return tomllib.loads(text) if file.suffix == ".toml" else yaml.safe_load(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):  # the command's own reader names the fault
         return None
