@@ -8,8 +8,8 @@ from pathlib import Path
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import atomic_write
 from megatron_sov.model.config import RunConfig, apply_settings
-from megatron_sov.plan.footprint.memory import account
 from megatron_sov.plan.footprint.held import BF16_BYTES, FLOAT32_BYTES
+from megatron_sov.plan.footprint.memory import account
 from megatron_sov.plan.speed.workload import ModelShape, of_model
 from megatron_sov.work.clusters.units import GIB
 
