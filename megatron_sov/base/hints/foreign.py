@@ -59,7 +59,7 @@ def _parse(file: Path) -> Any:
 
 
 def _leaves(value: Any, key: str) -> Iterator[tuple[str, list[str] | None]]:
-    """Yield keys and their values, None of sections and nulls: they count too, since aliases multiply them."""
+    """Yield keys and their values, None of sections and nulls, which aliases multiply too."""
     if isinstance(value, Mapping):
         yield key, None
         for name, inner in value.items():
