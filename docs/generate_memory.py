@@ -8,8 +8,9 @@ from pathlib import Path
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import atomic_write
 from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.plan.footprint.held import BF16_BYTES, FLOAT32_BYTES
 from megatron_sov.plan.footprint.memory import account
-from megatron_sov.plan.speed.workload import kv_bytes, of_model
+from megatron_sov.plan.speed.workload import ModelShape, of_model
 from megatron_sov.work.clusters.units import GIB
 
 PAGE = Path(__file__).parent / "memory.md"
@@ -83,6 +84,17 @@ def row(recipe: str, num_ranks: int, layout: dict[str, int | bool]) -> str:
     figures = [*(getattr(needs, name) for name in COLUMNS), needs.total]
     return (f"| `{recipe}` | {num_ranks} | {said} | {stage + 1} | "
             + " | ".join(f"{v / GIB:.1f}" for v in figures) + " |\n")
+
+
+def kv_bytes(shape: ModelShape, tokens: int) -> float:
+    """Return the bytes that a sequence keeps in bf16 over all layers: global layers every token, sliding ones
+    their window, latent attention one vector for all heads, linear attention its state in float32."""
+    width = (shape.kv_lora_rank + shape.rope_head_dim if shape.kv_lora_rank
+             else 2 * shape.num_kv_heads * shape.head_dim)
+    kept = ((shape.num_attention_layers - shape.num_window_layers) * tokens
+            + sum(layers * min(tokens, window) for window, layers in shape.windowed))
+    states = 0 if shape.linear is None else shape.num_linear_layers * shape.linear.kept_size
+    return kept * width * BF16_BYTES + states * FLOAT32_BYTES
 
 
 def cache_row(recipe: str) -> str:

@@ -12,6 +12,7 @@ import functools
 import importlib.machinery
 import json
 import resource
+import sys
 import time
 import zlib
 from collections.abc import Callable, Generator
@@ -53,6 +54,8 @@ def pytest_configure(config: pytest.Config) -> None:
         if module.__name__ == "numba.core.dispatcher":
             module.Dispatcher.compile = left_out(module.Dispatcher.compile)
 
+    if numba := sys.modules.get("numba.core.dispatcher"):  # imported by a plugin or a conftest
+        numba.Dispatcher.compile = left_out(numba.Dispatcher.compile)  # type: ignore[attr-defined]
     loader.exec_module = left_out(execute_module)  # type: ignore[method-assign]
     config.add_cleanup(lambda: setattr(loader, "exec_module", execute))
 

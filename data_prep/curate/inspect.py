@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from data_prep.shards.token_artifact import KIND as TOKENS, table
+from megatron_sov.base.artifacts import damaged_files
 from megatron_sov.base.errors import UserError, visible
 from megatron_sov.base.figures import format_size
 from megatron_sov.base.settings import Flag, add_options, read_options
 from megatron_sov.runs.inspecting import ArtifactKind, LookOptions, look
 
-CORPUS, SUMMARY = "corpus", "summary.json"
+CORPUS, SUMMARY, PIPELINE = "corpus", "summary.json", "pipeline.json"
 MAX_SUMMARY_BYTES = 256 * 2**20
 MAX_REASONS = 3
 """Reasons for drops that a line of the table names, most documents first."""
@@ -41,8 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(typed: argparse.Namespace) -> int:
     args = read_options(DataInspectOptions, typed)
-    look(args.data, args, {TOKENS: ArtifactKind(table, _token_problems, _token_documents),
-                           CORPUS: ArtifactKind(steps_table, lambda data: [], dropped_samples)})
+    kinds = {TOKENS: ArtifactKind(table, _token_problems, _token_documents)}
+    # `decontaminate`, `difficulty grade` and others write corpora too, without steps.
+    if any((args.data / name).exists() for name in (SUMMARY, PIPELINE)):
+        kinds[CORPUS] = ArtifactKind(steps_table, damaged_files, dropped_samples)
+    look(args.data, args, kinds)
     return 0
 
 

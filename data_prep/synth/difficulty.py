@@ -29,7 +29,7 @@ HARDEST = 5.0
 """Label of a problem that no model solves; regressors have labels from 0 to 5."""
 BUCKETS = ("hard", "middle", "easy")
 MAX_LEVEL = 24
-"""Of a count in `words_of_form`."""
+"""Of a count in `with_form`."""
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _OPERATOR = re.compile(r"[-+*/^=<>×÷·≤≥≠∫∑√±%]|\\[A-Za-z]+")
 

@@ -328,7 +328,7 @@ class Generator(ABC):
         return {file.name: file_digest(file)} if file else {}
 
     def files(self) -> Sequence[Path]:
-        """Return files beside the input that samples depend on, such as a glossary."""
+        """Return files beside the input that samples depend on, such as the constraints of `autoif`."""
         return ()
 
     @abstractmethod

@@ -30,6 +30,7 @@ from megatron_sov.base.artifacts import atomic_write, disk_errors, to_json
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import (
     ExitCode, StopRequested, UserError, list_problems, told_in_a_line, visible)
+from megatron_sov.base.hints.removed import GENERATORS, was_removed
 from megatron_sov.base.outputs import refuse_nowhere
 from megatron_sov.base.settings import (
     ProblemCode, SettingsError, SettingsProblem, as_problem, num_cores, parse_nested, problems_of, read)
@@ -128,7 +129,8 @@ def make_generator(name: str, settings: Mapping[str, Any]) -> Generator:
     lists = {key for key, hint in hints.items() if get_origin(hint) is tuple}
     given = {key: value.split(",") if isinstance(value, str) and key in lists else value
              for key, value in settings.items()}
-    return cls(read(cls.Settings, given, f"generator {name}"))
+    return cls(read(cls.Settings, given, f"generator {name}", instead=lambda key: was_removed(
+        f"{name}.{key}", GENERATORS).removeprefix("; ")))
 
 
 @dataclass(frozen=True)

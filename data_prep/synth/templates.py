@@ -73,7 +73,7 @@ def parse_template(text: str, environment: PromptEnvironment) -> tuple[nodes.Tem
 
 def unknown_names(names: Iterable[str], known: Iterable[str]) -> list[str]:
     """Return a sentence for each name that no field has."""
-    known = sorted(known)
+    known = sorted(set(known))
     return [f"names {name!r}, which no setting, field or step before gives{nearest(name, known)}; there are "
             f"{', '.join(known)}" for name in sorted(set(names) - set(known))]
 

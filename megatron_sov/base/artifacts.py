@@ -394,10 +394,11 @@ def refuse_existing(path: Path, kind: str, overwrite: bool) -> None:
         if path.is_dir() and not is_link:
             path.rmdir()
         return
+    is_ours = (path / MANIFEST).is_file() and read_manifest(path).kind == kind
     if not overwrite:
-        raise UserError(f"{path}: already exists; choose another output folder, "
-                        "or pass --overwrite to replace it")
-    if not (path / MANIFEST).is_file() or read_manifest(path).kind != kind:
+        raise UserError(f"{path}: already exists; choose another output folder"
+                        + ", or pass --overwrite to replace it" * is_ours)
+    if not is_ours:
         raise UserError(f"{path}: exists and is not a '{kind}' artifact, so it is not replaced; "
                         "choose another output folder")
 

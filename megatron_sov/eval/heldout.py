@@ -100,7 +100,7 @@ def open_heldout(paths: dict[str, float], seq_len: int, max_tokens: int, *,
     Raises:
         UserError: the artifacts do not fit together or the model, or hold nothing out.
     """
-    sources = open_sources(paths, model_vocab_size, formats)
+    sources = open_sources(paths, model_vocab_size, formats, is_fixed=True)
     vocab_size = max(int(read_manifest(named_shards(path)[1], "tokens").content["vocab_size"])
                      for path in paths)
     data = HeldoutData(sources, vocab_size, seq_len, max_tokens)

@@ -61,6 +61,8 @@ TAKEN_BY = {
 FOUND_AT = {RUN: "the folder given to --run", KIND: "RUN/checkpoints/step-N",
             HF_MODEL: "a folder with config.json and *.safetensors", PEFT_ADAPTER: "what PEFT has saved"}
 """Kind of a folder that commands take -> where it is found."""
+NO_CHECKPOINTS = (".gguf", ".ggml", ".nemo", ".onnx", ".pt", ".pth", ".ckpt")
+"""Suffixes of the files in which other programs have a whole model."""
 TOKENIZER = "tokenizer.json"
 TEXTS = (".txt", ".jsonl", ".parquet", ".jsonl.gz", ".jsonl.zst", ".html", ".csv")
 """Ends of the names of files of text."""
@@ -144,6 +146,10 @@ def refuse_missing(path: Path, option: str = "") -> None:
         beside = path.parent.glob("*") if path.parent.name == CHECKPOINTS_OF_A_RUN else ()
         if names := sorted(folder.name for folder in beside):
             raise UserError(f"{option}{path}: {what}; the run's checkpoints are {', '.join(names)[:500]}")
+        if path.suffix in NO_CHECKPOINTS:
+            raise UserError(f"{option}{path}: {what}: {path.suffix} is not read; download the original, "
+                            "whose weights are *.safetensors: hf download OWNER/NAME --local-dir NAME, and "
+                            f"pass {option}NAME")
         if path.is_file() and is_hf_folder(path.parent):
             raise UserError(f"{option}{path}: {what}; pass its folder, {path.parent}")
         raise UserError(f"{option}{path}: {what}; pass a checkpoint, a run or a Hugging Face "
@@ -171,14 +177,16 @@ def refuse_other_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
     else:
         kind = read_manifest(path).kind if (path / MANIFEST).is_file() else ""
     if kind in TAKEN_BY and kind not in kinds:
-        raise UserError(f"{path}: is {TAKEN_BY[kind][0]}, not {wanted}; {TAKEN_BY[kind][1]}")
+        line = f"convert from-hf {path} {path.name}-checkpoint`"
+        way = TAKEN_BY[kind][1].replace("convert from-hf`", line)
+        raise UserError(f"{path}: is {TAKEN_BY[kind][0]}, not {wanted}; {way}")
     if not kind:
         check_folder(path)
     if not kind and RUN in kinds and (runs := runs_below(path)):
         raise UserError(f"{path}: is not {wanted}; it holds the runs {', '.join(map(str, runs))}: pass one "
                         "of them")
-    if not kind and path.is_dir() and not (path / CHECKPOINTS_OF_A_RUN).exists() and (
-            known := _nothing_known(path)):
+    is_run = (path / CHECKPOINTS_OF_A_RUN).exists() or (KIND not in kinds and (path / CONFIG).exists())
+    if not kind and path.is_dir() and not is_run and (known := _nothing_known(path)):
         what, taken_by = known
         found = " or ".join(FOUND_AT[kind] for kind in kinds)
         raise UserError(f"{path}: {what}, so it is not {wanted}; {taken_by}pass {found}")

@@ -73,8 +73,8 @@ def shown(folder: Path) -> Any:
     """Return `shown(messages)`: the text that transformers gives a model that is asked."""
     loaded = PreTrainedTokenizerFast.from_pretrained(folder)
 
-    def render(messages: list[dict[str, Any]], asks: bool = True) -> str:
-        return str(loaded.apply_chat_template(messages, tools=TOOLS, add_generation_prompt=asks,
+    def render(messages: list[dict[str, Any]], asks: bool = True, tools: Any = TOOLS) -> str:
+        return str(loaded.apply_chat_template(messages, tools=tools, add_generation_prompt=asks,
                                               tokenize=False))
     return render
 
@@ -143,8 +143,7 @@ def test_chat_sends_what_serve_shows_as_transformers_does(target: Any, shown: An
             bodies.append(json.loads(json.dumps(body)))
             yield from ()
 
-    tools = SimpleNamespace(tools=TOOLS, state="", restore=lambda state: None)
-    session = ChatSession(ChatModel("m", cast(Any, Silent()), None, True), {}, cast(Any, tools))
+    session = ChatSession(ChatModel("m", cast(Any, Silent()), None, True), {})
     session.system = "Be short."
     session.turns.append(ChatTurn("How is it\nin 서울? 🐻", [*SENT[2:], ANSWER]))
     session.ask("And now?", cast(Any, None))
@@ -153,4 +152,4 @@ def test_chat_sends_what_serve_shows_as_transformers_does(target: Any, shown: An
     assert isinstance(chat, Conversation)
     reader, asker = BodyReader(target, 10_000), Asker(target, chat=True)
     assert asker._tokenizer.decode(reader.read(question).prompts[0]) == shown(
-        [*SHOWN, ANSWER, say("user", "And now?")])
+        [*SHOWN, ANSWER, say("user", "And now?")], tools=None)

@@ -23,24 +23,32 @@ MAX_LICENCE_BYTES = 1 << 20
 """A larger licence file is not read."""
 _SPDX = re.compile(r"SPDX-License-Identifier:\s*([\w.+() -]+?)\s*(?:\*/|-->|$)", re.MULTILINE)
 _HEADERS = (
-    ("Apache-2.0", r"(?:licensed under the|^) ?apache license,? version 2\.0"),
+    ("MPL-2.0", r"mozilla public license,? version 2\.0[ =-]*1\. definitions"),  # names the GPL further on
+    ("AGPL-3.0", r"^gnu affero general public license version 3"),
+    ("LGPL-3.0", r"^gnu lesser general public license version 3"),
+    ("LGPL-2.1", r"^gnu lesser general public license version 2\.1"),
+    ("GPL-3.0", r"^gnu general public license version 3"),
+    ("GPL-2.0", r"^gnu general public license version 2"),
+    ("Apache-2.0", r"licensed under the apache license,? version 2\.0|"
+                   r"apache license,? version 2\.0,? january 2004"),
     ("AGPL-3.0-or-later", r"gnu affero general public license.{0,200}either version 3"),
     ("LGPL-3.0-or-later", r"gnu lesser general public license.{0,200}either version 3"),
     ("LGPL-2.1-or-later", r"gnu lesser general public license.{0,200}either version 2\.1"),
     ("GPL-3.0-or-later", r"gnu general public license.{0,200}either version 3"),
     ("GPL-2.0-or-later", r"gnu general public license.{0,200}either version 2"),
     ("GPL-2.0-only", r"gnu general public license,? version 2(?!.{0,80}\bor\b)"),
-    ("AGPL-3.0", r"^gnu affero general public license version 3"),
-    ("LGPL-3.0", r"^gnu lesser general public license version 3"),
-    ("LGPL-2.1", r"^gnu lesser general public license version 2\.1"),
-    ("GPL-3.0", r"^gnu general public license version 3"),
-    ("GPL-2.0", r"^gnu general public license version 2"),
-    ("MPL-2.0", r"^mozilla public license version 2\.0"),
     ("MPL-2.0", r"subject to the terms of the mozilla public license,? v\. 2\.0"),
     ("BSD-3-Clause", r"redistribution and use in source and binary forms.{0,1200}neither the name"),
     ("BSD-2-Clause", r"redistribution and use in source and binary forms"),
+    ("BSL-1.0", r"boost software license - version 1\.0"),
+    ("CC0-1.0", r"^creative commons legal code cc0 1\.0 universal|^cc0 1\.0 universal"),
     ("MIT", r"permission is hereby granted, free of charge, to any person obtaining a copy"),
-    ("ISC", r"permission to use, copy, modify, and/or distribute this software for any purpose"),
+    ("0BSD", r"permission to use, copy, modify, and/or distribute this software for any purpose with or "
+             r"without fee is hereby granted\."),
+    ("ISC", r"permission to use, copy, modify, and(?:/or)? distribute this software for any purpose with or "
+            r"without fee is hereby granted, provided"),
+    ("Unlicense", r"this is free and unencumbered software released into the public domain"),
+    ("Zlib", r"this software is provided '?as-is'?, without any express or implied warranty\. in no event"),
 )
 """SPDX name -> what the head of a source file or of a licence's text says, with small letters and single
 spaces, the particular before the general."""

@@ -117,7 +117,8 @@ class AutoReader(FileReader):
             elif reader := next((r for r in readers if r.takes(name)), None):
                 found += reader.pieces_of(name)
             elif is_named:
-                raise UserError(f"source {self.source.name}: {name}: has an ending of no format; set format")
+                raise UserError(f"source {self.source.name}: {name}: has an ending of no format; set format, "
+                                "or convert it to text, JSON lines or Parquet first")
             else:
                 found.append(SourcePiece(PASSED_OVER, name, 0, 0, 0))
         if all(piece.format == PASSED_OVER for piece in found):
@@ -138,7 +139,8 @@ class AutoReader(FileReader):
             ending = show_name(PurePosixPath(piece.file).suffix) or "none"
             yield Broken(show_name(piece.file), show_name(piece.file), "ending",
                          f"has an ending ({ending}) of no format that `auto` reads; to read it, give it a "
-                         "source that says its format", is_left_out=True)
+                         "source that says its format, or convert it to text, JSON lines or Parquet first",
+                         is_left_out=True)
             return
         yield from next(r for r in self._readers() if r.format == piece.format).read(piece)
 

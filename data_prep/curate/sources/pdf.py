@@ -71,6 +71,8 @@ def pdf_document(data: bytes, place: str) -> Raw:
         pages = [_lines(document, number) for number in range(len(document))]
     text = "\n\n".join(filter(None, map(join_lines, _without_heads(pages))))
     if not text:
+        if any(pages):
+            raise BadRecord("no_text", f"has running heads alone on its {len(pages)} pages; leave it out")
         raise BadRecord("no_text", f"has no text on its {len(pages)} pages, which are pictures; recognise "
                                    "the characters first (OCR)")
     # Glyphs without a map to characters: what was read would be noise.

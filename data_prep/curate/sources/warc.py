@@ -18,6 +18,7 @@ from megatron_sov.base.documents import BadRecord
 ANSWERS = frozenset(["response", "resource", "conversion"])
 """Types of records that hold what a server sent, or text made of it."""
 _CHARSET = re.compile(r"charset\s*=\s*[\"']?([\w.:-]{2,40})", re.IGNORECASE)
+_TAG = re.compile(rb"\s*<[\0A-Za-z!?/]")
 _BLOCK_BYTES = 1 << 16
 _HTML = frozenset(["text/html", "application/xhtml+xml"])
 
@@ -80,6 +81,51 @@ class _UntilDamaged:
             return b""
 
 
+def http_body(body: bytes, packing: str, limit_bytes: int) -> bytes:
+    """Return a body without the packing that its header names; of a long one a little more than the limit.
+
+    Crawlers that unpack bodies often leave the header as it was: what does not look packed is taken as it is.
+
+    Raises:
+        BadRecord: it is cut off or damaged, or packed in another way.
+    """
+    is_gzip = packing in ("gzip", "x-gzip") and body[:2] == b"\x1f\x8b"
+    # Deflate without a head has no mark to know it by.
+    is_deflate = packing == "deflate" and not _looks_written(body)
+    # of zlib, as RFC 9110 has it, or without its head, as many servers send it
+    is_zlib = body[:1] == b"\x78" and int.from_bytes(body[:2], "big") % 31 == 0
+    if not (is_gzip or is_deflate):
+        if packing in ("", "identity") or _looks_written(body):
+            return body
+        raise BadRecord("encoding", f"is packed as Content-Encoding: {packing[:40]}, which is not unpacked "
+                                    "here; let the crawler unpack it", content=body[:1000])
+    found = b""
+    try:
+        while body and len(found) <= limit_bytes:
+            # 31: gzip; 15: with zlib's head; -15: without. One byte more than the limit shows that there is
+            # more.
+            window_bits = 15 if is_zlib else -15
+            unpacker = zlib.decompressobj(31 if is_gzip else window_bits)
+            found += unpacker.decompress(body, limit_bytes + 1 - len(found))
+            if not unpacker.eof and len(found) <= limit_bytes:
+                raise BadRecord("truncated", "is cut off inside its Content-Encoding", content=found[:1000])
+            # A gzip body may be several members in a row.
+            body = unpacker.unused_data if is_gzip and unpacker.unused_data[:2] == b"\x1f\x8b" else b""
+    except zlib.error as e:
+        raise BadRecord("truncated", f"is damaged ({e})", content=found[:1000]) from None
+    return found
+
+
+def _looks_written(body: bytes) -> bool:
+    # packed bytes may begin with "<" too, but hardly go on as a tag does
+    if _TAG.match(body) or body.startswith(b"%PDF"):
+        return True
+    try:
+        return b"\0" not in body and body.decode("utf-8") is not None
+    except UnicodeDecodeError:
+        return False
+
+
 class _Record:
     """One record that holds an answer."""
 
@@ -99,7 +145,7 @@ class _Record:
         if type_ not in _HTML and type_ not in ("text/plain", "application/pdf"):
             yield self._left_out("type", f"is of type {type_[:60] or 'unknown'}")
             return
-        body = self._body()
+        body = self._body(header)
         charset = _CHARSET.search(named)
         found = self._document(type_, body, charset[1] if charset else "")
         if isinstance(found, Raw):
@@ -118,18 +164,26 @@ class _Record:
             return self._left_out(NO_TEXT, "holds no text")
         return Raw(text, self._place)
 
-    def _body(self) -> bytes:
-        """Return what was sent, unpacked by warcio.
+    def _body(self, header: Any) -> bytes:
+        """Return what was sent, unpacked.
 
         Raises:
-            BadRecord: it is too long, or cut off.
+            BadRecord: it is too long, cut off, or packed in a way that is not known.
         """
+        from warcio.bufferedreaders import ChunkedDataReader
+
         limit_bytes = self._job.options.record_bytes
-        body: bytes = self._record.content_stream().read(limit_bytes + 1)
+        packing, transfer = (((header.get_header(name) or "") if header else "").strip().lower()
+                             for name in ("Content-Encoding", "Transfer-Encoding"))
+        stream = self._record.raw_stream
+        # warcio's own unpacking takes a stream that is cut off, or that it cannot unpack, as it is
+        body: bytes = (ChunkedDataReader(stream) if transfer == "chunked" else stream).read(limit_bytes + 1)
+        if len(body) <= limit_bytes:
+            self._refuse_cut()
+            body = http_body(body, packing, limit_bytes)
         if len(body) > limit_bytes:
             raise BadRecord("too_long", f"holds more than record_bytes = {limit_bytes:,} bytes; raise the "
                                         "limit, or leave it out")
-        self._refuse_cut()
         if self._record.rec_headers.get_header("WARC-Truncated"):
             raise BadRecord("truncated", "was cut off by the crawler", content=body[:1000])
         return body

@@ -1,11 +1,11 @@
 """Samples go through the steps of a pipeline, as documents; what is found comes back to them.
 
-The folder is a pipeline's: what is judged is not judged again when the run goes on, as far as steps look at
-one document at a time.
+The folder is a pipeline's: a command that finds the same samples and steps judges none of them again.
 """
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 import os
@@ -101,13 +101,14 @@ def judge_samples(output: Path, run: SynthRunRecord, checks: Path | None, worker
     folder = work_folder(output) / FOLDER
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        # in lots: a file that stays as it is need not be judged again when the run goes on
+        # in lots, which are read and judged in parallel
         folders = _write_texts(output, run, folder)
     pipeline = read_steps(steps_file(checks, run.generator, run.kind), folders) if folders else None
     if pipeline is None or not pipeline.steps:
         return JudgedSample()
     plan = make_plan(pipeline, folder)
     judge_documents(plan, folder, workers)
+    _delete_earlier(plan, folder)
     dropped, changed = _collect(plan, folder)
     return JudgedSample(dropped, changed, tuple(_figures(summary_of(plan, folder))))
 
@@ -130,10 +131,28 @@ def _write_texts(output: Path, run: SynthRunRecord, folder: Path) -> dict[str, P
             lot = _Lot(temporary, "input.jsonl", stack)
             for origin, text in (found for path in run.inputs for found in input_texts(Path(path))):
                 lot.write(INPUT, f"input {origin}", text)
+        _keep_times(temporary, folder / TEXTS)
         publish(temporary, folder / TEXTS)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return {name: folder / TEXTS / name for name in SOURCES if (folder / TEXTS / name).is_dir()}
+
+
+def _keep_times(new: Path, old: Path) -> None:
+    """Give files that stay as they are their old times, by which a pipeline knows its raw files."""
+    for file in new.rglob("*.jsonl"):
+        before = old / file.relative_to(new)
+        if before.is_file() and filecmp.cmp(file, before, shallow=False):
+            shutil.copystat(before, file)
+
+
+def _delete_earlier(plan: PipelinePlan, folder: Path) -> None:
+    """Delete the work of earlier plans, each of which has all texts: no later command comes back to it."""
+    used = {name for source in plan.sources for layer in source.layers
+            for name in (layer.folder, layer.shared)}
+    for path in (*folder.glob("shards/*/*"), *folder.glob("shared/*")):
+        if path.relative_to(folder).as_posix() not in used:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class _Lot:

@@ -155,6 +155,8 @@ class _Compiler:
     def _reader(self) -> Reader:
         given = self._said.items
         name, options = (given, {}) if isinstance(given, str) else next(iter(given.items()), ("", {}))
+        if not isinstance(given, str) and len(given) > 1:
+            self._add(("items",), "must be one reader with its options", ", ".join(given))
         if name not in READERS:
             self._add(("items",), f"must be one of {', '.join(READERS)}{nearest(name, list(READERS))}", name)
             self._refuse()
@@ -280,6 +282,9 @@ class DeclaredGenerator(Generator):
         kind = fill(self.values["makes"], self._settings)
         if kind not in KINDS:
             raise UserError(f"{self.name}: makes = {kind!r} must be one of {', '.join(KINDS)}")
+        if self.said.makes not in KINDS and kind not in self.said.record:
+            raise UserError(f"{self.name}: record has no key {kind!r}, which `makes` names; add the record "
+                            "of this kind to the generator's file")
         self.kind: Kind = kind
 
     def files(self) -> Sequence[Path]:

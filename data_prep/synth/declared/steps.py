@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import MinLen
+from annotated_types import Len, MinLen
 
 from data_prep.synth.declared.functions import Answer
 from data_prep.synth.declared.parsers import PARSERS, Parser
@@ -62,6 +62,8 @@ class Step(ABC):
     """Whether it runs: an expression."""
     computed: ClassVar[tuple[str, ...]] = ()
     """Its parts that are values."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Fields that it reads, whatever its values are."""
     divides: ClassVar[bool] = False
 
     def gives(self) -> list[str]:
@@ -176,7 +178,7 @@ class ParseStep(Step):
 class EachStep(Step):
     """Divide a sample: one for each value of a list."""
 
-    each: Annotated[dict[str, Any], MinLen(1)]
+    each: Annotated[dict[str, Any], Len(1, 1)]
     """Field -> list."""
     computed: ClassVar[tuple[str, ...]] = ("when", "each")
     divides: ClassVar[bool] = True
@@ -193,7 +195,7 @@ class EachStep(Step):
 class EveryStep(Step):
     """Run steps for each value of a list, on the same sample."""
 
-    every: Annotated[dict[str, Any], MinLen(1)]
+    every: Annotated[dict[str, Any], Len(1, 1)]
     """Field -> list."""
     do: Annotated[tuple[dict[str, Any], ...], MinLen(1)]
     """Steps; none of them may divide."""
@@ -274,6 +276,7 @@ class AgreedStep(Step):
     into: str = ""
     """Field for whether it passed; the sample then goes on either way."""
     computed: ClassVar[tuple[str, ...]] = ("when", "agreed")
+    needs: ClassVar[tuple[str, ...]] = ("question", "language")
 
     def gives(self) -> list[str]:
         return [self.into] if self.into else []
@@ -305,7 +308,7 @@ class ThatStep(Step):
     def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, prompt_folder: str) -> None:
         found = values["that"]
         verdicts = found if isinstance(found, list) else [found]
-        if all(isinstance(verdict, SampleVerdict) for verdict in verdicts):
+        if verdicts and all(isinstance(verdict, SampleVerdict) for verdict in verdicts):
             draft.verdicts += verdicts
         else:
             draft.check(self.name, bool(found), "" if found else str(values["detail"]))
@@ -363,7 +366,7 @@ def compile_step(step: Step, inner: tuple[CompiledStep, ...], known: Sequence[st
         known: fields that settings, items and the steps before give.
     """
     values: dict[str, Any] = {}
-    problems: list[tuple[str, str]] = []
+    problems = [(step.computed[-1], said) for said in unknown_names(step.needs, known)]
     for part in step.computed:
         raw = getattr(step, part)
         try:

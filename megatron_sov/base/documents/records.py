@@ -320,7 +320,7 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Recor
         fields["messages"] = _messages(record["prompt"], "prompt", "user")
         if fields["messages"][-1].role == "assistant":
             raise BadRecord("fields", "ends with an answer of the assistant, which a prompt would show; "
-                                      "leave it out")
+                                      "write {\"prompt\": QUESTION, \"answer\": ANSWER}")
         fields["extra"] = json.dumps({k: v for k, v in record.items() if k != "prompt"}, ensure_ascii=False,
                                      default=str)
         fields["awaits_response"] = True

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.hints.table import by_word, normalize, note_on, settings_called
+from megatron_sov.base.hints.commands import kind_of_folder
+from megatron_sov.base.hints.table import by_word, normalize, settings_called
 
 MAX_BYTES = 1 << 20
 MAX_KEYS = 2_000
@@ -24,7 +26,7 @@ def read_foreign(file: Path, exists: Callable[[str], Any]) -> dict[str, list[str
 
     Returns:
         Key with dots -> its values, of scalars and lists of scalars; empty if the file is ours, cannot be
-        read, or has no key that another program is known for.
+        read, or has no key that the table of words has.
     """
     try:
         visited = list(islice(_leaves(_parse(file), ""), MAX_KEYS))
@@ -32,8 +34,40 @@ def read_foreign(file: Path, exists: Callable[[str], Any]) -> dict[str, list[str
         return {}
     leaves = {key: words for key, words in visited if words is not None}
     theirs = {key: words for key, words in leaves.items() if not exists(key)}
-    is_known = any(settings_called(_last(key)) or note_on(_last(key)) for key in theirs)
+    is_known = any(settings_called(_last(key)) for key in theirs)
     return theirs if is_known and 2 * len(theirs) > len(leaves) and "recipe" not in leaves else {}
+
+
+def option_of_path(path: Path) -> str:
+    """Return the option of a configuration file or a model's folder that stands for a recipe; "": neither."""
+    if path.suffix in (".yaml", ".yml", ".json", ".toml") and path.is_file():
+        return "--config"
+    is_model = path.is_dir() and any((path / name).exists() for name in ("config.json", "checkpoints"))
+    return "--from" if is_model or kind_of_folder(path) == "checkpoint" else ""
+
+
+def recipe_of(run: Path) -> str:
+    """Return the recipe that `config.json` of a run's folder names; "": none."""
+    found = _parse(run / "config.json") if (run / "events.jsonl").is_file() else None
+    return str(found.get("recipe") or "") if isinstance(found, dict) else ""
+
+
+def blend_of(words: Sequence[str]) -> list[str]:
+    """Return weights and folders in turn, as Megatron-LM takes them, as --data FOLDER:WEIGHT of ours; the
+    weights of a folder that comes several times are added."""
+    weights: dict[str, float] = {}
+    for weight, folder in zip(words[::2], words[1::2], strict=False):
+        if not re.fullmatch(r"\d*\.?\d+", weight) or folder.startswith("-"):
+            break
+        weights[shards_of(folder)] = weights.get(shards_of(folder), 0.0) + float(weight)
+    return [word for folder, weight in weights.items() for word in ("--data", f"{folder}:{weight:g}")]
+
+
+def shards_of(path: str) -> str:
+    """Return the folder of shards of ours that holds a pair of .bin and .idx; other paths as they are."""
+    if not Path(f"{path}.idx").is_file():
+        return path
+    return next((str(folder) for folder in Path(path).parents if (folder / "manifest.json").is_file()), path)
 
 
 def is_translated(key: str) -> bool:
@@ -53,6 +87,8 @@ def _parse(file: Path) -> Any:
         if not file.is_file() or file.stat().st_size > MAX_BYTES:
             return None
         text = file.read_text(encoding="utf-8")
+        if text.count("[") + text.count("{") > MAX_KEYS:  # YAML takes seconds for deep ones
+            return None
         return tomllib.loads(text) if file.suffix == ".toml" else yaml.safe_load(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):  # the command's own reader names the fault
         return None

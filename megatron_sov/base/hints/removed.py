@@ -165,6 +165,22 @@ PIPELINE = {
     "decontaminate.context_chars": "the column `contamination` names the items",
 }
 """Format, step, or FORMAT.option or STEP.setting of a pipeline file -> what to use in its place."""
+GENERATORS = {
+    "autoif.also": "a row has the `functions` of its constraint, for prompts or pairs of your own",
+    **dict.fromkeys(("autoif.call_time_s", "constraints.call_time_s"), "a call may take 5 s of a processor"),
+    **dict.fromkeys(("autoif.modules", "constraints.modules"),
+                    "functions import modules that compute on texts alone"),
+    "probes.benchmarks": "write the step `decontaminate` into a file for --checks",
+    "safety.also": "rows are chats; join them with refusals of your own to pairs",
+    **dict.fromkeys(("solutions.vote", "solutions.min_votes", "solutions.min_agreement"),
+                    "each problem needs its `answer`"),
+    "tool-trajectories.fault_share": "a tool world of your own can fail calls (FILE.py:NAME)",
+    **dict.fromkeys(("tool-trajectories.max_malformed", "tool-trajectories.max_repeats"),
+                    "one unreadable call is allowed, and the same call with the same result twice"),
+    "translation.glossary": "copy the generator's YAML file and name the terms in its prompt",
+    "worlds.min_judged": "the programs of a world are run, and no judge reads them",
+}
+"""GENERATOR.setting of `sov-data synth` -> what to use in its place."""
 KINDS = {
     "difficulty": "label the problems again, and use `sov-data scorer train --kind regressor`",
     "codec_training": "it is half of a codec; import a published one with `megatron-sov codec import`",

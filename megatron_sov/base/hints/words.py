@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.errors import UserError, nearest, warn
-from megatron_sov.base.hints.foreign import is_translated, read_foreign
+from megatron_sov.base.hints.foreign import (
+    blend_of, is_translated, option_of_path, read_foreign, recipe_of, shards_of)
 from megatron_sov.base.hints.table import by_word, normalize, note_on, settings_called, table
 
 _OPTION = re.compile(r"--?[A-Za-z][\w.-]*\Z")
@@ -97,7 +98,11 @@ class _Rewrite:
                  "run": re.sub(r"/checkpoints(/[^/]*)?/?$", "", value)}
         if not value or value.lower() in _SWITCHED:
             holes["run"] = _value_after(self.typed, "--run", "--output_dir", "--output-dir") or "RUN"
+        holes["output"] = _value_after(self.typed, "--output") or "DIR"
+        holes["folder"] = next((word for word in self.typed if Path(word).is_dir()), "DIR")
         written = [word.format(**holes) for word in shlex.split(row.get("write", ""))]
+        if value and value == _value_after(self.typed, row.get("unless_value_of", "")):
+            written = []  # prefer --ref_model MODEL --from MODEL
         self.weak |= set(written) if row.get("weak") else set()
         if "line" in row:
             self.line = row["line"].format(**{name: shlex.quote(text) for name, text in holes.items()})
@@ -142,7 +147,7 @@ class _Rewrite:
             if meant == "--nodes" and given and values[0].isdigit() and int(values[0]) % GPUS_OF_A_NODE:
                 self.said.append(f"{values[0]} GPUs are no whole nodes of {GPUS_OF_A_NODE}: "
                                  f"--nodes {given[0]} is {int(given[0]) * GPUS_OF_A_NODE}")
-            if meant == "--data" and (blend := _blend(values)):
+            if meant == "--data" and (blend := blend_of(values)):
                 self.add(f"{option} is --data here, with weights behind a colon", *blend)
                 return
             self.add(f"{option} is {meant} here", meant, *given)
@@ -199,6 +204,12 @@ def _read_words(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
         i += 1
         if made.find and _is_override(made, word, equals, typed[:i - 1], alone):
             _add_settings(made, [typed[i - 1].lstrip("+")], is_bare=True)
+        elif "RECIPE" in made.positionals and (option := option_of_path(Path(typed[i - 1]))) in options and (
+                _split_words(parser, [*made.words, typed[i - 1]])[0] == [typed[i - 1]]):
+            if option == "--config" and made.exists and (leaves := read_foreign(Path(word), made.exists)):
+                _add_foreign(made, "RECIPE", word, leaves)
+            else:
+                made.add(f"{typed[i - 1]} is no recipe: it is {option} here", option, typed[i - 1])
         elif word == "--" or not _OPTION.match(word):
             made.words += typed[i - 1:] if word == "--" else [typed[i - 1]]
             i = len(typed) if word == "--" else i
@@ -225,9 +236,9 @@ def _read_words(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
             elif len(files := _several(word, given)) > 1:
                 made.add(f"{word} is given once for each", *(one for path in files for one in (word, path)))
                 i += not equals
-            elif word == "--data" and (blend := _blend(typed[i:])):
+            elif word == "--data" and (blend := blend_of(typed[i:])):
                 made.add("--data is given once for each, with its weight behind a colon", *blend)
-                i += len(blend)
+                i += next((n for n, one in enumerate(typed[i:]) if one.startswith("-")), len(typed) - i)
             else:
                 made.words.append(typed[i - 1])
         else:
@@ -291,23 +302,6 @@ def _several(option: str, given: Sequence[str]) -> list[str]:
     parts = given[0].split(",") if given and option in ("--data", "--input", "--prompts") else []
     are_there = bool(parts) and not Path(given[0]).exists() and all(Path(part).exists() for part in parts)
     return parts if are_there else []
-
-
-def _blend(words: Sequence[str]) -> list[str]:
-    """Return weights and folders in turn, as Megatron-LM takes them, as --data FOLDER:WEIGHT of ours."""
-    found = []
-    for weight, folder in zip(words[::2], words[1::2], strict=False):
-        if not re.fullmatch(r"\d*\.?\d+", weight) or folder.startswith("-"):
-            break
-        found += ["--data", f"{_shards_of(folder)}:{weight}"]
-    return found
-
-
-def _shards_of(path: str) -> str:
-    """Return the folder of shards of ours that holds a pair of .bin and .idx; other paths as they are."""
-    if not Path(f"{path}.idx").is_file():
-        return path
-    return next((str(folder) for folder in Path(path).parents if (folder / "manifest.json").is_file()), path)
 
 
 def _cluster(name: str) -> str:
@@ -458,7 +452,7 @@ def _value_of(word: str, option: str, value: str) -> str:
         return next((part.partition("=")[2] for part in value.split(",") if part.startswith("pretrained=")),
                     value)
     if option == "--data":
-        return _shards_of(value)
+        return shards_of(value)
     if option == "--nodes" and ("gpu" in word or word == "world_size") and value.isdigit():
         return str(-(-int(value) // GPUS_OF_A_NODE))
     return str(table()["values"].get(word, {}).get(value.lower(), value))
@@ -504,13 +498,18 @@ def _answer(parser: argparse.ArgumentParser, made: _Rewrite) -> str:
         needed = [str(action.metavar or action.dest) for action in parser._actions
                   if not action.option_strings and (action.required or (
                       action.dest == "recipe" and made.command in NEED_A_RECIPE
-                      and "--config" not in written))]
-        first = needed
-        if needed:
+                      and not {"--config", *["--from"] * (made.command == "plan")} & set(written)))]
+        recipe = recipe_of(Path(_value_after(words, "--from")))
+        first = [recipe if name == "RECIPE" and recipe else name for name in needed]
+        if needed and "RECIPE" in first + needed[1:]:
             made.said.append(f"{' and '.join(needed)} {'is' if len(needed) == 1 else 'are'} missing"
                              + "; `megatron-sov recipes` lists the recipes" * ("RECIPE" in needed))
     command = f"{parser.prog} {shlex.join([*first, *words])}".strip()
-    said = "; ".join(dict.fromkeys([*made.said, *made.unknown.values()]))
+    names: dict[str, list[str]] = {}  # what is said -> the words of which it is said
+    for text in dict.fromkeys([*made.said, *made.unknown.values()]):
+        word, colon, why = text.partition(": ")
+        names.setdefault(colon + why if word.startswith("-") else f"{colon}{why}\0{word}", []).append(word)
+    said = "; ".join(f"{', '.join(words)}{why.partition(chr(0))[0]}" for why, words in names.items())
     if parser.prog.startswith("submit "):  # it has parsed its own options before
         said, command = f"{said}; keep the options of submit", f"megatron-sov {command}"
     return f"{parser.prog}: {said}; write\n  {' '.join([command, *missing])}"
@@ -534,6 +533,10 @@ def missing_words(parser: argparse.ArgumentParser, typed: Sequence[str], names: 
     last = [f"{action.option_strings[0]} {placeholder(action)}" for action in lacking
             if action.option_strings]
     named, rest = _split_words(parser, typed)  # argparse fills positional arguments in their order
+    takes_none = all(action.option_strings for action in parser._actions)
+    if takes_none and len(named) == 1 and (option := text_option(parser, named[0], typed)):
+        rest, named = [*rest, option, *named], []
+        last = [word for word in last if not word.startswith(f"{option} ")]
     line = " ".join(filter(None, [parser.prog, shlex.join(named), *first, shlex.join(rest), *last]))
     return "".join(f"; {text}" for text in choices) + f"; write\n  {line}"
 
@@ -541,7 +544,8 @@ def missing_words(parser: argparse.ArgumentParser, typed: Sequence[str], names: 
 def text_option(parser: argparse.ArgumentParser, word: str, typed: Sequence[str]) -> str:
     """Return the option that a word without one belongs to, as a prompt or a file of text; "": none."""
     known = parser._option_string_actions
-    return next((one for one in ("--prompt", "--input", "--text", "--data")
+    order = ("--prompts", "--input", "--text", "--data", "--prompt")
+    return next((one for one in (order if Path(word).is_file() else ("--prompt", *order))
                  if one in known and one not in typed and not word.startswith("-")
                  and (one == "--prompt" or Path(word).exists())), "")
 

@@ -281,6 +281,10 @@ def _type_way_out(wanted: str, value: Any, key: str) -> str:
     if wanted == "int" and isinstance(value, str) and (found := _SHORT_NUMBER.fullmatch(value.strip())):
         number = float(found[1]) * _THOUSANDS[found[2].lower()]
         return f"write {number:.0f}" + (f" or {float(found[1]) * 1024:.0f}" if found[2] in "kK" else "")
+    if wanted == "float" and isinstance(value, str) and (
+            found := _SHORT_NUMBER.fullmatch(value.strip().lstrip("$"))):
+        number = float(found[1]) * _THOUSANDS[found[2].lower()]
+        return f"write {number:.0f}" if number else "a shell reads $5 as a variable; write e.g. 50000"
     if wanted == "float" and isinstance(value, str) and (found := _PERCENT.fullmatch(value.strip())):
         return f"write {float(found[1]) / 100:g}"
     if wanted == "float" and isinstance(value, str) and key.endswith(("days", "hours")) and (

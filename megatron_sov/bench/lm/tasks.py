@@ -437,6 +437,10 @@ def _unknown(name: str, found: FoundTasks) -> UserError:
     broken = next((said for file, said in found.problems.items() if Path(file).stem == name), None)
     broken = broken or next(iter(found.problems.values()), None)
     more = f"; {len(found.problems)} files cannot be read, such as {broken}" if broken else ""
+    if name.endswith((".yaml", ".yml")):
+        folder = Path(name).parent
+        return UserError(f"task {name!r}: is a file, and tasks are named; write --task-dir {folder} "
+                         "--tasks NAME, with the name that stands after `task:` in it")
     return UserError(f"task {name!r}: does not exist in --task-dir and among our suites"
                      f"{nearest(name, found.definitions)}; lm-eval's own tasks fetch their data, and are "
                      f"there with --allow-download{more}")

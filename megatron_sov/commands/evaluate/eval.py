@@ -181,7 +181,8 @@ def suite_of(args: NeedleOptions, target: Target) -> NeedleSuite:
 
     if not args.data and not args.text:
         raise UserError("there is no text to hide needles in: pass --data DIR or --text LANGUAGE=FILE")
-    sources = open_sources(data_paths(args.data), target.vocab_size or sys.maxsize) if args.data else []
+    sources = open_sources(data_paths(args.data), target.vocab_size or sys.maxsize,
+                           is_fixed=True) if args.data else []
     refuse_other_tokens(tokenizer_folder(sources), target.tokenizer_folder)
     config = _config(args, target.config.needle if target.config else NeedleConfig())
     told = {name: language for language, name in (_named(word, "--language", True) for word in args.language)}

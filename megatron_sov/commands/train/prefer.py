@@ -18,7 +18,7 @@ from megatron_sov.commands.train.gate_options import (
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import WITH_REFERENCE, PreferenceMethod
 from megatron_sov.model.objectives import factory
-from megatron_sov.runs.checkpoints import find_checkpoint, refuse_missing
+from megatron_sov.runs.checkpoints import KIND, RUN, find_checkpoint, refuse_missing, refuse_other_kind
 from megatron_sov.train.stages.stage_config import ParsedStage, parse_stage
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ def run(typed: argparse.Namespace) -> int:
         args = dataclasses.replace(args, settings=settings)
     if is_complete(args, "preference"):
         return 0
+    if args.reference is not None and args.reference.is_dir():
+        refuse_other_kind(args.reference, (RUN, KIND), "a checkpoint or a run")
     parsed = parse_stage(args, "preference")
     refuse_unknown_benchmarks(parsed.config)
     if not args.dry_run:

@@ -217,6 +217,11 @@ def check_stage(stage: str) -> None:
         raise UserError(f"submit {stage}: a stage comes before the recipe; write\n"
                         f"  megatron-sov submit pretrain {stage} --cluster NAME --nodes 1 --data DIR "
                         "--run DIR")
+    if Path(stage).suffix in (".sh", ".sbatch", ".slurm", ".job", ".py"):
+        raise UserError(f"submit {stage}: `submit` writes the job's script itself; name the stage and its "
+                        "arguments; write\n  megatron-sov submit pretrain --cluster NAME --account NAME "
+                        "--nodes 1 RECIPE --data DIR --run DIR\n  (a script of your own: sbatch "
+                        f"{stage})")
     raise UserError(f"stage {stage!r}: does not exist{nearest(stage, STAGES)} (stages: "
                     f"{', '.join(STAGES)}, chain)")
 

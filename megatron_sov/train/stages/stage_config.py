@@ -188,7 +188,8 @@ def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = 
     base = asked.base
     if packing.files:
         config = asked.config()  # mistakes in the settings are named before anything is packed
-        if asked.of_model and (problems := config.position_problems()):
+        is_length_set = any(key.startswith("data.phases") for key in asked.said)
+        if asked.of_model and is_length_set and (problems := config.position_problems()):
             raise SettingsError(f"recipe {config.recipe}", problems)
         packed = packing.pack()
         paths = data_paths([packed.get(text, text) for text in args.data])

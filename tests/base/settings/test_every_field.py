@@ -55,8 +55,8 @@ def test_no_word_makes_more_than_a_sentence(program: str) -> None:
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str, str]] = {
     "pretrain": (cli.main, "pretrain tiny-qwen3 --data DIR --run r", "train.steps"),
     "score": (cli.main, "score --reward length --input FILE --output o.jsonl", "max_length"),
-    "synth": (data_prep.cli.main, "synth questions --input FILE --engine http://a:1 --model m --output s",
-              "num_pairs"),
+    "synth": (data_prep.cli.main, "synth solutions --input FILE --engine http://a:1 --model m --output s",
+              "num_draws"),
 }
 MISTAKES = {
     "{key}": "--set: '{key}' must have the form key=value",

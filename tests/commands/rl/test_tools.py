@@ -44,7 +44,6 @@ def test_the_page_is_true(capsys: pytest.CaptureFixture[str]) -> None:
         assert (program, main(arguments)) == ("megatron-sov", 0), line
         rewards += re.findall(r"answered: reward (\S+)", capsys.readouterr().out)
     assert rewards == ["1", "1", "1"]
-    assert "Your room in Busan is booked." in Path("booking.html").read_text()
     table = text.partition("## What goes wrong")[2]
     faults = {name for row in re.findall(r"^\| (`.*?) \| ", table, re.MULTILINE)
               for name in re.findall(r"`(\w+)`", row)}

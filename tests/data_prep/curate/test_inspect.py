@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.cli import main
+from megatron_sov.base.artifacts import ArtifactWriter
+from megatron_sov.base.errors import ExitCode
 
 DROPPED = {"too short": {"documents": 3, "bytes": 30}, "not wanted": {"documents": 20, "bytes": 300},
            "no letters": {"documents": 2, "bytes": 9}, "odd\x1b[2J": {"documents": 1, "bytes": 5}}
@@ -31,8 +33,6 @@ def inspect(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    from megatron_sov.base.artifacts import ArtifactWriter
-
     write_summary(tmp_path / "corpus")
     writer = ArtifactWriter(tmp_path / "corpus", "corpus")
     writer.content = {"num_documents": 74}
@@ -57,6 +57,24 @@ def test_a_damaged_summary_is_one_sentence(corpus: Path, damaged: str,
     (corpus / "summary.json").write_text(damaged)
     [error] = inspect(capsys, corpus, code=2)
     assert error.startswith(f"error: {corpus}/summary.json: is missing or damaged")
+
+
+def test_files_of_a_corpus_are_compared_with_its_hashes(corpus: Path,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    inspect(capsys, corpus, "--verify")
+    summary = corpus / "summary.json"
+    summary.write_text(summary.read_text().replace("74", "75"))
+    assert "summary.json" in inspect(capsys, corpus, "--verify", code=ExitCode.GATE_FAILED)[0]
+
+
+def test_a_corpus_of_another_command_has_no_steps(tmp_path: Path,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "problems.jsonl").write_text('{"problem": "1 + 1?"}\n')
+    ArtifactWriter(tmp_path, "corpus").complete()
+    lines = inspect(capsys, tmp_path)
+    assert "artifact of kind corpus" in lines[0] and not any("documents in" in line for line in lines)
+    (tmp_path / "pipeline.json").write_text("{}")
+    assert "summary.json: is missing" in inspect(capsys, tmp_path, code=2)[0]
 
 
 def test_token_shards_and_strange_folders(token_shards: Path, tmp_path: Path,

@@ -12,7 +12,9 @@ import yaml
 
 from data_prep.synth.generator import GeneratorItem
 from data_prep.synth.known import generator_class
+from data_prep.synth.running import make_generator
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.hints.removed import GENERATORS
 from megatron_sov.base.settings import SettingsError
 from tests.data_prep.synth.scripted import ScriptedAsk, by_system, replies_of, samples_of
 
@@ -136,6 +138,20 @@ def test_answers_agree_by_their_words_or_by_the_judge(tmp_path: Path) -> None:
         assert sample.reason == reason
 
 
+def test_a_list_without_verdicts_does_not_pass(tmp_path: Path) -> None:
+    change = {"steps.2": {"that": "{{ summary.split('x') | select('eq', 'y') | list }}", "name": "found"}}
+    sample, = samples_of(build(tmp_path, change), ITEM, replies_of("<summary>a</summary>"))
+    assert sample.reason == "found"
+
+
+def test_each_kind_that_is_chosen_has_a_record(tmp_path: Path) -> None:
+    change = {"makes": "{{ tone }}", "record": {"text": {"text": "{{ summary }}"}},
+              "settings.tone": {"default": "text", "options": ["text", "chat"]}}
+    assert build(tmp_path, change).kind == "text"
+    with pytest.raises(UserError, match="record has no key 'chat'"):
+        build(tmp_path, change, tone="chat")
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown key": ({"stepps": []}, "stepps"), "an unknown reader": ({"items": "document"},
                                                                         "did you mean 'documents'"),
@@ -172,6 +188,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a bound by no setting": ({"settings.max_words.at_most": "most"}, "names no setting"),
     "fields that are no names": ({"items": {"records": {"fields": ["a b"]}}}, "items.records.fields"),
     "an option of no reader": ({"items": {"documents": {"fields": ["a"]}}}, "items.documents.fields"),
+    "two readers": ({"items": {"records": {"fields": ["text"]}, "documents": {}}}, "must be one reader"),
+    "two lists": ({"steps.2": {"each": {"a": [1], "b": [2]}}}, "must have at most 1 items"),
+    "no question to agree on": ({"steps.2": {"agreed": {"given": 1, "expected": 2, "least": 3}}},
+                                "names 'question'"),
     "parts inside of every": ({"steps.2": {"every": {"x": [1]}, "do": [{"each": {"y": [1]}}]}},
                               "would divide")}
 ATTACKS = ("{{ ''.__class__ }}", "{{ text.__class__.__mro__[1].__subclasses__() }}",
@@ -224,3 +244,11 @@ def test_a_value_of_another_type_ends_the_run_in_a_sentence(step: dict[str, Any]
     model = by_system(You_write="<summary>a</summary>", grade=5)
     with pytest.raises(UserError, match=said):
         samples_of(build(tmp_path, {"steps.2": step}), ITEM, model)
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_a_removed_setting_is_refused_with_its_way_out(name: str) -> None:
+    generator, _, setting = name.partition(".")
+    with pytest.raises(UserError) as e:
+        make_generator(generator, {setting: 1})
+    assert f"{setting}: no such setting; it was removed in this version: {GENERATORS[name]}" in str(e.value)

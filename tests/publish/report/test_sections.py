@@ -255,5 +255,5 @@ def test_a_report_of_an_export_is_refused_and_nothing_is_written(tmp_path: Path,
     assert "holds no events.jsonl, so it is no run folder" in capsys.readouterr().err
     (tmp_path / "model.safetensors").touch()
     assert main(["report", str(tmp_path)]) == 2
-    assert "is a Hugging Face folder, not a run; `megatron-sov convert from-hf`" in capsys.readouterr().err
+    assert "is a Hugging Face folder, not a run; `megatron-sov convert from-hf " in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]

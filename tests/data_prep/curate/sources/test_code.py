@@ -59,6 +59,22 @@ def test_the_head_of_a_file_names_its_licence(head: str, expected: str) -> None:
     assert header_licence(f"#!/bin/sh\n{head}\n{CODE}") == expected
 
 
+@pytest.mark.parametrize(("text", "expected"), [
+    *((text, name) for name, text in TEXTS.items()),
+    ("  GNU GENERAL PUBLIC LICENSE\n    Version 2, June 1991\n\n Everyone is permitted to copy", "GPL-2.0"),
+    ("Copyright Some Body\n\nMozilla Public License Version 2.0\n=====\n\n1. Definitions\n" + "-" * 14
+     + "\n\"Secondary License\" means either the GNU General Public License, Version 2.0, the", "MPL-2.0"),
+    ("Copyright 2018- The team.\n\n  Apache License\n  Version 2.0, January 2004", "Apache-2.0"),
+    ("Permission to use, copy, modify, and/or distribute this software for any purpose with or\nwithout fee "
+     "is hereby granted.\n\nTHE SOFTWARE IS", "0BSD"),
+    ("Permission to use, copy, modify, and/or distribute this software for any purpose with or\nwithout fee "
+     "is hereby granted, provided that", "ISC"),
+    ("This is free and unencumbered software released into the public domain.", "Unlicense"),
+    ("All rights reserved.", "")])
+def test_the_head_of_a_licence_file_names_it(text: str, expected: str) -> None:
+    assert header_licence(text) == expected
+
+
 @pytest.mark.parametrize(("name", "language"), [
     ("a.py", "python"), ("x/Makefile", "makefile"), ("Dockerfile", "dockerfile"), ("a.PY", "python"),
     ("noending", ""), (".py", ""), ("a.h", "c"), ("CMakeLists.txt", "cmake"), ("a.unknown", "")])

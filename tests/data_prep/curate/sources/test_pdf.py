@@ -63,6 +63,12 @@ def test_running_heads_and_page_numbers_go(read) -> None:
         f"{what} are on this page." for what in ("Apples", "Pears", "Plums"))
 
 
+def test_running_heads_alone_are_no_pictures(read) -> None:
+    slides = [shown((50, 700, f"Slide {n}")) for n in range(4)]
+    [told] = read({"a.pdf": pdf(slides)})
+    assert isinstance(told, Broken) and told.code == "no_text" and "running heads" in told.reason
+
+
 @pytest.mark.parametrize(("lines", "expected"), [
     (["A line that is as long as others", "goes on in the line that follows", "to its end.", "A new one."],
      "A line that is as long as others goes on in the line that follows to its end.\nA new one."),

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gzip
 import io
+import zlib
 
 import pytest
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
 from data_prep.curate.sources.source import Broken, Raw
+from data_prep.curate.sources.warc import http_body
+from megatron_sov.base.documents import BadRecord
 
 TEXT = "이 문장은 웹 페이지에 있던 것이고, 누구나 읽을 수 있을 만큼 충분히 길다."
 ANSWERS = [
@@ -86,15 +89,41 @@ def test_no_archive_is_told(read) -> None:
     assert "warc" in told(read({"a.warc": b"hello\r\n" * 100}))[-1]
 
 
-PACKED = gzip.compress(f"<p>{TEXT}</p>".encode())
+def raw_deflate(data: bytes) -> bytes:
+    packer = zlib.compressobj(wbits=-15)
+    return packer.compress(data) + packer.flush()
 
 
-def test_a_body_is_unpacked(read) -> None:
+BODY = f"<p>{TEXT}</p>".encode()
+PACKED = gzip.compress(BODY)
+
+
+@pytest.mark.parametrize(("packing", "body", "expected"), [
+    ("gzip", PACKED, BODY), ("x-gzip", PACKED + PACKED, BODY + BODY), ("deflate", zlib.compress(BODY), BODY),
+    ("gzip", BODY, BODY), ("br", BODY, BODY), ("", BODY, BODY), ("identity", b"\xff\0", b"\xff\0"),
+    ("gzip", PACKED[:-20], "truncated"), ("gzip", PACKED[:40] + b"?" + PACKED[41:], "truncated"),
+    ("deflate", raw_deflate(BODY), BODY), ("deflate", zlib.compress(BODY)[:-9], "truncated"),
+    ("deflate", BODY, BODY), ("gzip, br", PACKED, "encoding"),
+    ("br", b"\x8b\x1c\xff\0" + bytes(range(200)), "encoding")])
+def test_bodies_are_unpacked_or_told(packing: str, body: bytes, expected: bytes | str) -> None:
+    try:
+        found: bytes | str = http_body(body, packing, 10_000)
+    except BadRecord as e:
+        found = e.code
+    assert found == expected
+
+
+def test_a_bomb_in_a_body_is_not_unpacked() -> None:
+    assert len(http_body(gzip.compress(bytes(10_000_000)), "gzip", 1000)) == 1001
+
+
+def test_half_a_packed_page_is_no_document(read) -> None:
     sink = io.BytesIO()
     writer = WARCWriter(sink, gzip=True)
-    headers = StatusAndHeaders("200 OK", [("Content-Type", "text/html"), ("Content-Encoding", "gzip"),
-                                          ("Transfer-Encoding", "chunked")], protocol="HTTP/1.1")
-    chunked = b"%x\r\n%s\r\n0\r\n\r\n" % (len(PACKED), PACKED)
-    writer.write_record(writer.create_warc_record("http://a.example", "response", io.BytesIO(chunked),
-                                                  http_headers=headers))
-    assert told(read({"a.warc.gz": sink.getvalue()})) == [TEXT]
+    for body in (PACKED[:-20], PACKED):
+        headers = StatusAndHeaders("200 OK", [("Content-Type", "text/html"), ("Content-Encoding", "gzip"),
+                                              ("Transfer-Encoding", "Chunked")], protocol="HTTP/1.1")
+        chunked = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+        writer.write_record(writer.create_warc_record("http://a.example", "response", io.BytesIO(chunked),
+                                                      http_headers=headers))
+    assert told(read({"a.warc.gz": sink.getvalue()})) == ["truncated", TEXT]
