@@ -216,10 +216,6 @@ def _figures_of_round(store: RolloutStore, parts: list[RolloutPart], judged: Map
             **whole.plain(), "domains": {name: figures.plain() for name, figures in sorted(domains.items())}}
 
 
-MAX_CHARS = 20_000
-"""Of one thing said."""
-
-
 # What commands tell of a store.
 
 

@@ -29,9 +29,10 @@ def read_foreign(file: Path, exists: Callable[[str], Any]) -> dict[str, list[str
         read, or has no key that the table of words has.
     """
     try:
-        leaves = dict(islice(_leaves(_parse(file), ""), MAX_KEYS))
+        visited = list(islice(_leaves(_parse(file), ""), MAX_KEYS))
     except RecursionError:  # aliases that hold themselves
         return {}
+    leaves = {key: words for key, words in visited if words is not None}
     theirs = {key: words for key, words in leaves.items() if not exists(key)}
     is_known = any(settings_called(_last(key)) for key in theirs)
     return theirs if is_known and 2 * len(theirs) > len(leaves) and "recipe" not in leaves else {}
@@ -93,14 +94,16 @@ def _parse(file: Path) -> Any:
         return None
 
 
-def _leaves(value: Any, key: str) -> Iterator[tuple[str, list[str]]]:
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, list[str] | None]]:
+    """Yield keys and their values, None of sections and nulls, which aliases multiply too."""
     if isinstance(value, Mapping):
+        yield key, None
         for name, inner in value.items():
             yield from _leaves(inner, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list):
-        yield key, [_text(one) for one in value if not isinstance(one, (Mapping, list))]
-    elif value is not None and key:
-        yield key, [_text(value)]
+        yield key, [_text(one) for one in value[:MAX_KEYS] if not isinstance(one, (Mapping, list))]
+    elif key:
+        yield key, None if value is None else [_text(value)]
 
 
 def _text(value: Any) -> str:

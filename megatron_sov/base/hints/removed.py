@@ -58,8 +58,8 @@ OPTIONS = {
                     "redirect the text: `megatron-sov inspect PATH > facts.txt`"),
     "megatron-sov score --disagreements": "the command prints the lines where two rewards disagree",
     "megatron-sov tools play --page": "redirect the text: `megatron-sov tools play ENV ... > play.txt`",
-    "megatron-sov plan --calibrate-engine": "rounds of RL are priced by published engines",
-    "megatron-sov plan --engine-gpus": "rounds of RL are priced by published engines",
+    **dict.fromkeys(("megatron-sov plan --calibrate-engine", "megatron-sov plan --engine-gpus"),
+                    "rounds of RL have no price; multiply the seconds of one round of `rl run`"),
     "megatron-sov plan --page": "redirect the text: `megatron-sov plan RECIPE --cluster P > plan.txt`",
     "megatron-sov plan --table": "in a checkout, python benchmarks/plan_calibration.py --no-refit predicts "
                                  "published runs",
@@ -196,11 +196,11 @@ def check_command(program: str, words: Sequence[str]) -> None:
             raise UserError(f"{typed}: was removed in this version; {instead}")
         for word in words[count:]:
             option = word.partition("=")[0]
-            # next to --model_args, lm-eval's --model is a kind of model, which `words` leaves out
-            if option == "--model" and any(one.startswith(("--model_args", "--model-args")) for one in words):
-                continue
+            # next to an endpoint it named the model there; else it is a word of lm-eval, which `words` reads
+            if option == "--model" and any(one.startswith(("http://", "https://")) for one in words):
+                option = "--key-env"
             if instead := OPTIONS.get(f"{typed} {option}"):
-                raise UserError(f"{typed} {option}: was removed in this version; {instead}")
+                raise UserError(f"{typed} {word.partition('=')[0]}: was removed in this version; {instead}")
 
 
 def without_removed(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def _model(options: ChatOptions) -> Iterator[ChatModel]:
         yield model_at(options.target.rstrip("/"), options.api_key_env, options.model or "")
         return
     folder = Path(options.target)
-    print(f"loading {folder.name}", file=sys.stderr, flush=True)
+    print(f"loading {folder.absolute().name}", file=sys.stderr, flush=True)
     words = words_of(ServeOptions(target=folder, nproc=options.nproc, settings=options.settings,
                                   plugins=options.plugins,
                                   serving=ServeSettings(max_length_tokens=options.max_length)))

@@ -169,8 +169,6 @@ class ConvertInspectOptions(PluginOptions):
     """Print as JSON."""
 
 
-
-
 # `megatron-sov convert from-megatron`: a checkpoint of Megatron-LM or Megatron-Bridge as one of ours.
 
 

@@ -260,6 +260,9 @@ def _teachers(args: Any) -> list[Path | None]:
 def _training(stage: str, arguments: list[str], args: Any) -> StageWork:
     if args.nproc is not None:
         raise UserError(f"--nproc {args.nproc}: under Slurm the nodes and the profile decide; leave it out")
+    if args.dry_run:  # in a chain's file; from a command line `submit` takes it
+        raise UserError(f"--dry-run: the job would train nothing; leave it out of the arguments of {stage}, "
+                        "and type it to `megatron-sov submit chain`")
     has_rounds = STAGES[stage].objective == "policy"
     objective = STAGES[stage].objective
     request = training_request(args, objective, needs_data=not has_rounds, lengthens=stage == "extend",

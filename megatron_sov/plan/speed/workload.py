@@ -430,6 +430,3 @@ def of_run(config: RunConfig, phase: PhaseConfig, num_gpus: int, chip: Chip, lin
         grad_bytes=2 if g.grad_dtype == "bf16" else 4,
         weight_bytes=1 if t.fp8_weights and t.fp8 != "mxfp8" else 2, optimizer="muon" if muon else "adam",
         offload=g.optimizer_offload, objective="lora" if config.lora.on else "train")
-
-
-# Bytes of keys and values that generating keeps of a sequence.

@@ -49,7 +49,6 @@ class EndpointCache:
 
     def __init__(self, path: Path) -> None:
         self._path, self._lock = path, threading.Lock()
-        # opened as caches of their own, so that files of earlier versions are read too
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # autocommit, one connection for all threads: `_lock` orders them, SQLite's own lock orders

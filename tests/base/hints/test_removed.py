@@ -43,6 +43,11 @@ def test_a_removed_option_is_refused_with_what_to_use(typed: str, more: str,
     assert f"{typed}: was removed in this version; {removed.OPTIONS[typed]}" in capsys.readouterr().err
 
 
+def test_the_model_of_an_endpoint_is_refused_with_the_endpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("megatron-sov eval lm http://localhost:1/v1 --model M --tasks t --output o") == 2
+    assert "eval lm --model: was removed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [["rl", "store", "audit"], ["inspect", "audit"], ["report", "card"]])
 def test_a_removed_word_elsewhere_is_no_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2

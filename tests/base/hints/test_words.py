@@ -184,8 +184,12 @@ def test_settings_of_a_foreign_configuration_file_are_written_as_ours(
     assert said.splitlines()[-1].strip() == write
 
 
+ALIASES = "a0: &a0 {x: null}\n" + "".join(
+    f"a{i}: &a{i} {{p: *a{i - 1}, q: *a{i - 1}}}\n" for i in range(1, 40))
+
+
 @pytest.mark.parametrize("content", [
-    "train: {steps: 3}\n", "recipe: qwen3-8b\nlearning_rate: 3\n", "unknown: 1\n", "- 3\n",
+    ALIASES, "train: {steps: 3}\n", "recipe: qwen3-8b\nlearning_rate: 3\n", "unknown: 1\n", "- 3\n",
     "learning_rate: [\n", "learning_rate: &a {b: *a}\n"])
 def test_own_unknown_and_damaged_configuration_files_go_to_their_reader(
         content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

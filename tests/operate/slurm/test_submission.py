@@ -233,3 +233,8 @@ def test_a_job_after_one_that_failed_is_taken_away(site: Path, cluster: Any) -> 
     assert cluster.wait(follower)["JobState"] == "CANCELLED"
     with pytest.raises(UserError, match=r"Slurm refuses .*: Unable to open file"):
         client.submit(site / "none.sh", after=[])
+
+
+def test_a_dry_run_among_the_arguments_of_a_chains_stage_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--dry-run: the job would train nothing; leave it out"):
+        work_of("pretrain", ["tiny-solar-open", "--data", "d", "--run", "r", "--dry-run"], COMMANDS)
