@@ -107,7 +107,6 @@ _SCALED_GOLD = re.compile(_SCALE + ")", re.IGNORECASE)
 """Words after a number that multiply it, and that math-verify takes for a unit."""
 _DENIED = re.compile(r"[^\d]{0,8}(?:아(?:니|닙|닌)|않|ではな)")
 """Behind a number, where verbs stand there: that it is not the answer."""
-_HANGUL = re.compile("[가-힣]")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _SHORT_WORDS = frozenset(("no", "yes", "on", "off", "odd"))
 """Answers of at most three letters that are words; other letters may be a product, as in xy."""
