@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.artifacts import MANIFEST, atomic_write, disk_errors, to_json
-from megatron_sov.base.errors import UserError, warn
+from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import refuse_unwritable
 from megatron_sov.model.config import OptimConfig, RolloutConfig, RunConfig, from_dict
 from megatron_sov.model.config.post_training import BETAS
@@ -145,8 +145,6 @@ class RunFolder:
         """
         earlier = self.refuse_taken(resume)
         if earlier is None:
-            if resume:
-                warn(f"--resume: {self.path} holds no run, so one begins there")
             return
         # Before settings: a changed file of code explains changed settings, not the other way round.
         refuse_changed_code(self.path, earlier, config)

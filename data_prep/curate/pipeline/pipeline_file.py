@@ -150,7 +150,7 @@ def load_pipeline(file: Path) -> Pipeline:
     """
     if not file.is_file():
         raise UserError(f"{file}: {'is a folder' if file.is_dir() else 'does not exist'}; pass a pipeline "
-                        f"file: cp {READY / 'tiny.yaml'} {file}, and name your files in its `sources`")
+                        f"file: `cp {READY / 'tiny.yaml'} {file}`, and name your files in its `sources`")
     return read_pipeline(file, read_located(read_text(file)))
 
 
