@@ -99,6 +99,7 @@ def _is_a_ladder(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.deep
 def test_parts_that_start_commands(run_command: Any, packed_data: Any, tmp_path: Path,
                                    monkeypatch: pytest.MonkeyPatch) -> None:
     """Their commands, options and figures, with forks in the place of new processes."""
