@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.hints.commands import kind_of_folder
-from megatron_sov.base.hints.table import by_word, normalize, settings_called
+from megatron_sov.base.hints.table import by_word, last_part, settings_called
 
 MAX_BYTES = 1 << 20
 MAX_KEYS = 2_000
@@ -34,7 +34,7 @@ def read_foreign(file: Path, exists: Callable[[str], Any]) -> dict[str, list[str
         return {}
     leaves = {key: words for key, words in visited if words is not None}
     theirs = {key: words for key, words in leaves.items() if not exists(key)}
-    is_known = any(settings_called(_last(key)) for key in theirs)
+    is_known = any(settings_called(last_part(key)) for key in theirs)
     return theirs if is_known and 2 * len(theirs) > len(leaves) and "recipe" not in leaves else {}
 
 
@@ -72,11 +72,7 @@ def shards_of(path: str) -> str:
 
 def is_translated(key: str) -> bool:
     """Return whether the table has the last part of a key as a setting or an option."""
-    return bool(settings_called(_last(key)) or normalize(_last(key)) in by_word("options"))
-
-
-def _last(key: str) -> str:
-    return key.rpartition(".")[2]
+    return bool(settings_called(last_part(key)) or last_part(key) in by_word("options"))
 
 
 def _parse(file: Path) -> Any:

@@ -26,6 +26,11 @@ def normalize(word: str) -> str:
     return word.lstrip("-").replace("-", "_").lower()
 
 
+def last_part(word: str) -> str:
+    """Return the part after the last dot, as the table has words: `--training.seq-len` -> `seq_len`."""
+    return normalize(word).rpartition(".")[2]
+
+
 @cache
 def by_word(part: str) -> Mapping[str, tuple[str, ...]]:
     """Return word -> what a part of the table has for it, in the order of its rows."""

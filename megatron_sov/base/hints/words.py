@@ -17,7 +17,7 @@ from typing import Any
 from megatron_sov.base.errors import UserError, nearest, warn
 from megatron_sov.base.hints.foreign import (
     blend_of, is_translated, option_of_path, read_foreign, recipe_of, shards_of)
-from megatron_sov.base.hints.table import by_word, normalize, note_on, settings_called, table
+from megatron_sov.base.hints.table import by_word, last_part, normalize, note_on, settings_called, table
 
 _OPTION = re.compile(r"--?[A-Za-z][\w.-]*\Z")
 _NEXT_SETTING = re.compile(r",\s*(?=[a-z]\w*(?:\.\w+)+=)")
@@ -115,7 +115,7 @@ class _Rewrite:
         if self.use_row(option, values):
             return
         if "." in word and not note_on(word) and word not in by_word("settings"):
-            word = _last_part(word)  # torchtitan: --training.steps
+            word = last_part(word)  # torchtitan: --training.steps
         ours = f"--{word.replace('_', '-')}"
         if word == "load" and values and values[0] == _value_after(self.typed, "--save", "--run"):
             self.add(f"{option}: the run of a folder goes on by --resume", "--run", values[0], "--resume")
@@ -224,7 +224,7 @@ def _read_words(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
                 given, i = [f"{given[0]}={typed[i]}"], i + 1
                 made.add("a setting and its value are joined by =")
             _add_settings(made, given)
-        elif _last_part(word) in _CONFIG_WORDS and made.find and made.exists and (
+        elif last_part(word) in _CONFIG_WORDS and made.find and made.exists and (
                 leaves := read_foreign(Path(value or "".join(typed[i:i + 1])), made.exists)):
             _add_foreign(made, word, value or typed[i], leaves)
             i += not equals
@@ -249,20 +249,16 @@ def _read_words(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
             made.replace(word, values)
 
 
-def _last_part(word: str) -> str:
-    return normalize(word).rpartition(".")[2]
-
-
 def _add_foreign(made: _Rewrite, option: str, file: str, leaves: Mapping[str, list[str]]) -> None:
     """Add the settings of another program's configuration file that there are here."""
     said, lost = list(made.said), []
     # values that follow from several, e.g. accumulated micro-batches, are computed from the file too
     made.typed = [*made.typed, *(word for key, values in leaves.items()
-                                 for word in (f"--{_last_part(key)}", *values[:1]))]
+                                 for word in (f"--{last_part(key)}", *values[:1]))]
     for key, values in leaves.items():
         num_words = len(made.words) + len(made.first)
         if values and is_translated(key):
-            made.replace(f"--{_last_part(key)}", values)
+            made.replace(f"--{last_part(key)}", values)
         if len(made.words) + len(made.first) == num_words:
             lost.append(key)
     made.said, made.is_changed = said, True
@@ -407,7 +403,7 @@ def _add_unknown(made: _Rewrite, key: str, value: str) -> None:
 
 def _setting(word: str, values: list[str], find: FindSetting, typed: Sequence[str]) -> str:
     """Return `name=value` for a word of another program and its values; "": no setting is known."""
-    last = normalize(word).rpartition(".")[2]
+    last = last_part(word)
     given = values[0] if values else ""
     by_value = table()["values"].get(last, {})
     known = by_value.get(given.lower()) if given else None
@@ -434,7 +430,7 @@ def _computed(word: str, given: str, typed: Sequence[str]) -> str:
     def number(*names: str) -> float | None:
         words = [word for text in typed for word in text.split("=") if word and word != "--set"]
         for name, value in pairwise(words):
-            if normalize(name).rpartition(".")[2] in names and re.fullmatch(r"[\d.]+(e\d+)?", value):
+            if last_part(name) in names and re.fullmatch(r"[\d.]+(e\d+)?", value):
                 return float(value)
         return None
 
