@@ -49,15 +49,15 @@ TAKEN_BY = {
     RUN: ("a run", "`megatron-sov report` shows it, `convert to-hf` exports its newest checkpoint"),
     KIND: ("a checkpoint", "`megatron-sov convert to-hf` exports it, `generate` and `eval` take it as it "
                            "is, `resume` takes the folder of its run"),
-    HF_MODEL: ("a Hugging Face folder", "`megatron-sov convert from-hf` makes a checkpoint of it, `generate` "
-                                        "and `eval` take it as it is"),
+    HF_MODEL: ("a Hugging Face folder", "`megatron-sov convert from-hf {path} {name}-checkpoint` makes a "
+                                        "checkpoint of it, `generate` and `eval` take it as it is"),
     PEFT_ADAPTER: ("a PEFT adapter", "`megatron-sov convert from-peft` makes a checkpoint of it"),
     "tokens": ("a folder of token shards", "`megatron-sov pretrain`, `sft` and other training commands take "
                                            "it as --data"),
     "tokenizer": ("a tokenizer", "`sov-data pack` takes it as --tokenizer"),
     "corpus": ("a corpus", "`sov-data pack --input` takes it"),
     "codec": ("a codec", "`sov-data encode-media --codec` takes it")}
-"""Kind of a folder -> what messages call it, and what takes it."""
+"""Kind of a folder -> how messages call it, and what takes a folder with this path and name."""
 FOUND_AT = {RUN: "the folder given to --run", KIND: "RUN/checkpoints/step-N",
             HF_MODEL: "a folder with config.json and *.safetensors", PEFT_ADAPTER: "what PEFT has saved"}
 """Kind of a folder that commands take -> where it is found."""
@@ -177,9 +177,8 @@ def refuse_other_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
     else:
         kind = read_manifest(path).kind if (path / MANIFEST).is_file() else ""
     if kind in TAKEN_BY and kind not in kinds:
-        line = f"convert from-hf {path} {path.name}-checkpoint`"
-        way = TAKEN_BY[kind][1].replace("convert from-hf`", line)
-        raise UserError(f"{path}: is {TAKEN_BY[kind][0]}, not {wanted}; {way}")
+        called, taken_by = TAKEN_BY[kind]
+        raise UserError(f"{path}: is {called}, not {wanted}; {taken_by.format(path=path, name=path.name)}")
     if not kind:
         check_folder(path)
     if not kind and RUN in kinds and (runs := runs_below(path)):
