@@ -90,6 +90,7 @@ OPTIONS = {
     **dict.fromkeys((f"sov-data synth --{name}" for name in ("input-price", "output-price", "max-cost",
                                                              "judge-input-price", "judge-output-price")),
                     "limit tokens with --max-tokens-total; summary.json counts them"),
+    "sov-data synth --max-time": "timeout --signal TERM 2h sov-data synth ... ends it with 75 as well",
     "sov-data synth --judge-max-tokens-field": "--max-tokens-field holds for both models",
     "sov-data synth --prompts": "copy the generator's YAML file, change its prompts, and name the copy",
     **dict.fromkeys(("sov-data synth --benchmarks", "sov-data synth --languages"),
