@@ -80,6 +80,8 @@ OPTIONS = {
     "sov-data mix --search": "set the shares with --blend",
     **dict.fromkeys(("sov-data scorer train --encoder", "sov-data scorer train --max-tokens"),
                     "train the linear model over n-grams, which needs no GPU"),
+    **dict.fromkeys((f"sov-data scorer train --{name}" for name in ("max-chars", "max-ngram", "buckets")),
+                    "the sizes are fixed: 20,000 characters, pairs of words, 262,144 buckets"),
     **dict.fromkeys((f"sov-data inspect --{name}" for name in ("id", "where", "text", "dropped", "source")),
                     "`sov-data inspect OUT` prints what each step dropped; read shards/ and quarantine/ of "
                     "the output with pandas or DuckDB for single documents"),
@@ -158,6 +160,9 @@ PIPELINE = {
     **dict.fromkeys(("pdf.repeated_lines", "pdf.max_pages", "warc.repeated_lines", "warc.max_pages"),
                     "running heads are always taken out, and `time_s` limits a file"),
     "safety": "drop documents by a function of your own: the step `code`",
+    "topics": "find topics in the output with scikit-learn or BERTopic",
+    **dict.fromkeys(("kind.words", "kind.min_words", "kind.min_words_per_1000_chars"),
+                    "train a classifier for each domain, and name it in `domains`"),
     "exact_dedup.compare": "texts are compared in Unicode's form NFKC with single blanks",
     **dict.fromkeys(("paragraph_dedup.keep", "paragraph_dedup.split"),
                     "lines are compared, and the first document keeps them"),
