@@ -95,6 +95,8 @@ MAX_SOURCE_LINES = 143_110
 """Of megatron_sov, data_prep and tokenizer; this number only falls."""
 MIN_LINES_OF_ONE_USER = 150
 ALONE = {
+    "megatron_sov/base/hints/search.py": "search by meaning; words of a line are another subject",
+    "megatron_sov/base/hints/values.py": "values of other programs; their names are another subject",
     "megatron_sov/base/hints/foreign.py": "files of other programs; words of a line are another subject",
     "data_prep/synth/generators/translation.py": "judges translations; naming functions is another subject",
     "data_prep/shards/sample.py": "a command",

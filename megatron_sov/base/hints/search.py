@@ -19,12 +19,13 @@ MIN_BEGIN = 4
 MAX_RESULTS = 3
 MAX_TEXT = 70
 _ENDINGS = re.compile(r"(izations?|ations?|ings?|ers?|ed|es|e|s)\Z")
-_STOP_WORDS = frozenset(("a", "an", "and", "as", "by", "for", "from", "in", "is", "it", "of", "on", "or", "per",
-                         "the", "to", "use", "with", "num", "number"))
+_STOP_WORDS = frozenset(("a", "an", "and", "as", "by", "for", "from", "in", "is", "it", "of", "on", "or",
+                         "per", "the", "to", "use", "with", "num", "number"))
 _ABBREVIATIONS = {"lr": "learn rate", "bsz": "batch siz", "bs": "batch siz", "seq": "sequenc",
-                  "len": "length", "iter": "step", "ckpt": "checkpoint", "attn": "attention", "ffn": "mlp", "tok": "token",
-                  "temp": "temperatur", "eval": "evaluat", "val": "evaluat", "wd": "weight decay",
-                  "kl": "kl", "ref": "referenc", "opt": "optim", "dir": "fold", "lb": "balanc"}
+                  "len": "length", "iter": "step", "ckpt": "checkpoint", "attn": "attention",
+                  "ffn": "mlp", "tok": "token", "temp": "temperatur", "eval": "evaluat",
+                  "val": "evaluat", "wd": "weight decay", "ref": "referenc", "opt": "optim",
+                  "dir": "fold", "lb": "balanc"}
 
 
 def find_by_meaning(word: str, texts: Mapping[str, str]) -> list[str]:

@@ -396,8 +396,10 @@ def _add_unknown(made: _Rewrite, key: str, value: str) -> None:
         made.add(f"{key} is {option} here", option, value_of_option(normalize(last), option, value))
     elif note := note_on(last):
         made.add(f"{key}: {note}")
+    elif not _is_misspelt(key, made.texts) and (found := made.search(key)):
+        made.said.append(f"{key}: there is no such setting{found}")
     else:
-        made.unknown[f"{key}={value}"] = f"{key}: there is no such setting{made.search(key)}"
+        made.unknown[f"{key}={value}"] = f"{key}: there is no such setting"
         made.words += ["--set", f"{key}={value}"]
 
 
@@ -419,6 +421,13 @@ def _add_companions(made: _Rewrite) -> None:
                                          sizes.get("ep", 1) * sizes.get("etp", 1))
     if processes > 1 and "--nproc" not in made.words and len(sizes) == 5:
         made.add(f"this layout needs {processes} processes", "--nproc", str(processes))
+
+
+def _is_misspelt(key: str, texts: Mapping[str, str]) -> bool:
+    """Return whether a setting of the same group has a similar name."""
+    group, _, last = key.rpartition(".")
+    names = [name.removeprefix("--set ").removesuffix("=VALUE") for name in texts]
+    return bool(nearest(last, [name.rpartition(".")[2] for name in names if name.startswith(f"{group}.")]))
 
 
 def _answer(parser: argparse.ArgumentParser, made: _Rewrite) -> str:
