@@ -39,6 +39,8 @@ def setting_with_value(word: str, values: list[str], find: FindSetting, typed: S
     if len(values) > 1:
         return f"{name}={json.dumps(values)}"
     known = known or table()["values"].get(name, {}).get(given.lower(), given or "VALUE")
+    if "=" in str(known):  # of another setting
+        return str(known)
     return f"{name}={known}"
 
 
@@ -47,11 +49,14 @@ def value_of_option(word: str, option: str, value: str) -> str:
     if word == "model_args":  # lm-eval: pretrained=FOLDER,dtype=bfloat16
         return next((part.partition("=")[2] for part in value.split(",") if part.startswith("pretrained=")),
                     value)
+    if option == "--nproc" and re.fullmatch(r"\d+(,\d+)+", value):
+        return str(value.count(",") + 1)  # GPUs by their numbers
     if option == "--data":
         return shards_of(value)
     if option == "--nodes" and ("gpu" in word or word == "world_size") and value.isdigit():
         return str(-(-int(value) // GPUS_OF_A_NODE))
-    return str(table()["values"].get(word, {}).get(value.lower(), value))
+    values = table()["values"]
+    return str({**values.get(option, {}), **values.get(word, {})}.get(value.lower(), value))
 
 
 def _compute_value(word: str, given: str, typed: Sequence[str]) -> str:

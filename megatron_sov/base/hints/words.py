@@ -4,6 +4,7 @@ paste; the table of words is asked before any guess by similar letters."""
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import re
 import shlex
@@ -24,6 +25,8 @@ from megatron_sov.base.hints.values import (
 _OPTION = re.compile(r"--?[A-Za-z][\w.-]*\Z")
 _NEXT_SETTING = re.compile(r",\s*(?=[a-z]\w*(?:\.\w+)+=)")
 _CONFIG_WORDS = ("config", "config_file", "config_path")
+MIN_SIMILARITY = 0.8
+"""Least share of letters in common of an unknown option and one that it is taken for."""
 NEED_A_RECIPE = ("pretrain", "extend", "plan")
 
 
@@ -158,7 +161,7 @@ class _Rewrite:
             self.set(option, setting)
         elif note := note_on(option):
             self.add(f"{option}: {note}")
-        elif close := nearest(option, self.options):
+        elif close := nearest_option(option, self.options):
             self.add(f"{option}: nothing takes this{close}", close.split("'")[1], *values)
         else:
             self.said.append(f"{option}: nothing takes this{self.search(option)}")
@@ -421,6 +424,14 @@ def _add_companions(made: _Rewrite) -> None:
                                          sizes.get("ep", 1) * sizes.get("etp", 1))
     if processes > 1 and "--nproc" not in made.words and len(sizes) == 5:
         made.add(f"this layout needs {processes} processes", "--nproc", str(processes))
+
+
+def nearest_option(option: str, options: Sequence[str]) -> str:
+    """Return what `nearest` says of an option, if at most a fifth of the letters differ: a word that is only
+    similar is another thing."""
+    close = nearest(option, options)
+    share = difflib.SequenceMatcher(None, option, close.split("'")[1]).ratio() if close else 0.0
+    return close if share >= MIN_SIMILARITY else ""
 
 
 def _is_misspelt(key: str, texts: Mapping[str, str]) -> bool:
