@@ -32,7 +32,6 @@ INSTALL_REQUIRES = [
     "zstandard",
     "blake3",
     "safetensors",
-    "shtab",
     "tqdm",
     "jinja2",
     "pydantic>=2",

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import importlib
 import importlib.util
 import io
 import os
@@ -26,6 +27,8 @@ from megatron_sov.base.hints.removed import check_command
 from megatron_sov.base.hints.words import check_words, missing_words, text_option
 from megatron_sov.version import PARTS, PARTS_NEEDED, __version__, part_of
 
+PROGRAMS = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
+"""Program -> its module with `build_parser` and `main`."""
 MAX_PATH_CHARS = 300
 """Of a path that is shown; the longest that a disk takes are longer than a screen."""
 
@@ -142,6 +145,13 @@ def fill_commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentPars
         if isinstance(action, argparse._SubParsersAction):
             found += [each for child in action.choices.values() for each in fill_commands(child)]
     return found
+
+
+def parser_with_all(program: str) -> Parser:
+    """Return the parser of one of `PROGRAMS` with the arguments of every command."""
+    parser: Parser = importlib.import_module(PROGRAMS[program]).build_parser()
+    fill_commands(parser)
+    return parser
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,6 @@ COMMANDS = {
     "report": (megatron_sov, "report {text} --output {out}"),
     "eval": (megatron_sov, "eval ppl nowhere --data {data.text} --output {out}"),
     "generate": (megatron_sov, "generate {data.tokenizer} --prompt x --output {out}"),
-    "bundle": (megatron_sov, "bundle --output {out}"),
 }
 
 

@@ -14,6 +14,9 @@ from megatron_sov.base.errors import UserError
 
 COMMANDS = {
     "megatron-sov audit": "`megatron-sov inspect RUN --verify` checks the hashes of a run's manifests",
+    "megatron-sov bundle": "`pip wheel` and `pip install --no-index` install without a network "
+                           "(docs/install.md)",
+    "megatron-sov completion": "--help lists commands and options",
     "megatron-sov counterfactual": "train a second run on shards that `sov-data pack` makes without the "
                                    "documents, and compare their `megatron-sov report` pages",
     "megatron-sov card": "`megatron-sov convert to-hf` writes a README.md with the model's origins",
