@@ -93,6 +93,8 @@ OPTIONS = {
     **dict.fromkeys((f"sov-data synth --{name}" for name in ("input-price", "output-price", "max-cost",
                                                              "judge-input-price", "judge-output-price")),
                     "limit tokens with --max-tokens-total; summary.json counts them"),
+    "sov-data pack --step": "apply the function with `megatron-sov map`, or as the step `code` of a pipeline "
+                            "(`sov-data run`), before you pack",
     "sov-data synth --judge-max-tokens-field": "--max-tokens-field holds for both models",
     "sov-data synth --prompts": "copy the generator's YAML file, change its prompts, and name the copy",
     **dict.fromkeys(("sov-data synth --benchmarks", "sov-data synth --languages"),
@@ -210,6 +212,9 @@ def without_removed(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of saved settings of a run without removed settings that have their default: the run
     did not use them."""
     kept = copy.deepcopy(dict(raw))
+    for code in kept.get("code") or ():
+        if isinstance(code, dict):
+            code.pop("package", None)
     for name, (default, _) in SETTINGS.items():
         *groups, last = name.split(".")
         block: Any = kept
