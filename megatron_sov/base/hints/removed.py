@@ -102,6 +102,7 @@ OPTIONS = {
     **dict.fromkeys(("sov-data probing-sets --against", "sov-data probing-sets --per-domain"),
                     "take the problems out of the training input: `sov-data decontaminate --benchmarks "
                     "SETS`"),
+    "sov-tokenizer compare --output": "the command prints its tables; --json FILE has all numbers",
     **dict.fromkeys(("sov-data synth --labels", "sov-data synth --min-kappa"),
                     "compare kept.jsonl and rejected.jsonl with scikit-learn's `cohen_kappa_score`"),
 }
