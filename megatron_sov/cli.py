@@ -24,7 +24,7 @@ PROGRAM = "megatron-sov"
 
 def help_parser() -> argparse.ArgumentParser:
     """Return the top-level parser, for its help; sub-commands parse their own arguments."""
-    texts = {name: c.marked_help for name, c in COMMANDS.items()}
+    texts = {name: c.help for name, c in COMMANDS.items()}
     groups = {name: c.group for name, c in COMMANDS.items()}
     parser = argparse.ArgumentParser(
         prog=PROGRAM, usage=f"{PROGRAM} COMMAND ...", formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -110,7 +110,7 @@ def named(argv: list[str]) -> tuple[str, list[str]]:
 
 def children_of(name: str) -> dict[str, str]:
     """Return second word -> help of the commands of two words that begin with a word."""
-    return {command.removeprefix(f"{name} "): c.marked_help for command, c in COMMANDS.items()
+    return {command.removeprefix(f"{name} "): c.help for command, c in COMMANDS.items()
             if command.startswith(f"{name} ")}
 
 

@@ -29,7 +29,7 @@ from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.errors import ExitCode, UserError, how_to_install
 from megatron_sov.base.settings import add_options, read_options
 from megatron_sov.sandbox.sandbox import machine_enclosure
-from megatron_sov.version import OUR_PACKAGES, PARTS, part_of
+from megatron_sov.version import OUR_PACKAGES
 from megatron_sov.work.clusters.units import GIB
 
 Status = Literal["ok", "missing", "warning", "broken"]
@@ -50,8 +50,6 @@ DEEP_EP_REMEDY = ("build the commit that containers/install.sh names: DEEPEP_ARC
 ENCLOSED_BY = {"namespaces": "programs have processes, files and a network of their own",
                "landlock": "programs are kept to their folder and away from the network by Landlock and a "
                            "filter of system calls; namespaces, which hold better, are not allowed"}
-_DISTRIBUTIONS = {"megatron-sov", *(f"megatron-sov-{part}" for part in PARTS)}
-"""Ours: the whole or the core, and the parts."""
 _COMMAND_TIMEOUT_S = 60
 
 
@@ -116,11 +114,8 @@ def shadow_checks() -> Iterator[MachineCheck]:
         # found and not imported: a foreign package would run here
         spec = importlib.util.find_spec(name)
         found = Path(spec.origin).parent if spec and spec.origin else None
-        foreign = sorted(set(owners.get(name, [])) - _DISTRIBUTIONS)
-        if found is None and (part := part_of(name)):
-            yield MachineCheck(name, "missing", f"the part '{part}' is not installed; optional",
-                               f"make parts, then pip install dist/parts/megatron_sov_{part}-*.whl")
-        elif found != root / name:
+        foreign = sorted(set(owners.get(name, [])) - {"megatron-sov"})
+        if found != root / name:
             # a folder on the path belongs to no distribution that pip could take away
             remedy = (f"pip uninstall {' '.join(foreign)}" if foreign
                       else "remove that folder from PYTHONPATH, or start elsewhere")
