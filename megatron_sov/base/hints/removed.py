@@ -47,7 +47,7 @@ COMMANDS = {
                     "of `sov-data difficulty label`, and `sov-data scorer check`"),
     "sov-data card": "manifest.json and summary.json of the output have sources, counts and hashes",
     "sov-tokenizer graft": "resize the model with transformers' `resize_token_embeddings`; `sov-tokenizer "
-                           "media` adds tokens of pictures and sounds",
+                           "media` adds tokens of pictures and sounds to a tokenizer",
 }
 """Program and command -> what to use in its place."""
 OPTIONS = {
@@ -102,6 +102,8 @@ OPTIONS = {
     **dict.fromkeys(("sov-data probing-sets --against", "sov-data probing-sets --per-domain"),
                     "take the problems out of the training input: `sov-data decontaminate --benchmarks "
                     "SETS`"),
+    **dict.fromkeys(("sov-tokenizer media --noise", "sov-tokenizer media --seed"),
+                    "resize a model with transformers' `resize_token_embeddings`"),
     "sov-tokenizer compare --output": "the command prints its tables; --json FILE has all numbers",
     **dict.fromkeys(("sov-data synth --labels", "sov-data synth --min-kappa"),
                     "compare kept.jsonl and rejected.jsonl with scikit-learn's `cohen_kappa_score`"),
