@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_sov import cli
+from megatron_sov.base import command_line
 from megatron_sov.base.errors import ExitCode
 
 ROOT = Path(__file__).parents[1]
@@ -118,7 +119,7 @@ def test_a_command_began_with_its_process_and_one_that_python_calls_begins_now(
         return 0
 
     module = SimpleNamespace(add_arguments=lambda parser: None, run=run)
-    monkeypatch.setattr(cli.importlib, "import_module", lambda name: module)
+    monkeypatch.setattr(command_line.Command, "load", lambda self: module)
     monkeypatch.setattr(cli, "process_started_s", lambda: 1000.0)
     monkeypatch.setattr(cli.time, "time", lambda: 5000.0)
     monkeypatch.setattr(sys, "argv", ["megatron-sov", "doctor"])
@@ -134,7 +135,7 @@ REFUSED = (
     "sft tiny-solar-open --data {there} --from {there} --run r --set train.stepz=1",
     "extend tiny-solar-open --data {there} --from none --run r",
     "extend tiny-solar-open --data {there} --from {there} --run r --set train.stepz=1",
-    "generate none --prompt x", "eval ppl none --data {there}", "eval logits {there} none",
+    "generate none --prompt x", "eval ppl none --data {there}",
     "convert to-hf none out", "convert from-hf none out", "convert verify none {there}",
     "convert inspect none")
 

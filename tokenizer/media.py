@@ -102,8 +102,8 @@ class TokenizerMediaOptions:
 def run_media(typed: argparse.Namespace) -> int:
     args = read_options(TokenizerMediaOptions, typed)
     if (args.tokenizer / CONFIG).is_file():
-        raise UserError(f"{args.tokenizer}: is a model; pass the tokenizer that `sov-tokenizer import` makes of "
-                        "it, and resize the model with transformers' `resize_token_embeddings`")
+        raise UserError(f"{args.tokenizer}: is a model; pass the tokenizer that `sov-tokenizer import` makes "
+                        "of it, and resize the model with transformers' `resize_token_embeddings`")
     add_media(args.tokenizer, args.output, args.media, overwrite=args.overwrite)
     return 0
 

@@ -176,7 +176,7 @@ COMMANDS = {
          'generate runs/sft --chat --prompt "What is a list?"')),
     "eval": Command(
         "megatron_sov.commands.evaluate.eval",
-        "ppl, needle, pairs, passk, lm, media, logits: judge a checkpoint or a Hugging Face folder",
+        "ppl, needle, pairs, passk, lm, media: judge a checkpoint or a Hugging Face folder",
         EVALUATE, "eval.md",
         ("eval ppl runs/pretrain --data tokens",
          "eval lm hf --tasks quiz --task-dir tasks --output scores.json")),

@@ -27,6 +27,7 @@ COMMANDS = {
     "megatron-sov convert to-gguf": "use convert_hf_to_gguf.py of llama.cpp on the folder of `convert to-hf`",
     "megatron-sov convert upcycle": "use mergekit-moe on the folder of `convert to-hf`",
     "megatron-sov eval bigram": "`megatron-sov eval ppl` has bits per byte, which compare tokenizers",
+    "megatron-sov eval logits": "`megatron-sov convert verify CHECKPOINT HF_DIR` compares weights and logits",
     **dict.fromkeys(("megatron-sov eval inspect", "megatron-sov eval play"),
                     "serve the model with `megatron-sov serve` and run inspect-ai on its address"),
     "megatron-sov distill rounds": "use `megatron-sov rl run ... --teacher TEACHER --reward none --set "
@@ -104,6 +105,9 @@ OPTIONS = {
                     "SETS`"),
     **dict.fromkeys(("sov-tokenizer media --noise", "sov-tokenizer media --seed"),
                     "resize a model with transformers' `resize_token_embeddings`"),
+    **dict.fromkeys(("sov-data verify --tokens", "sov-data verify --blend"),
+                    "`megatron-sov plan RECIPE --data DIR` says how often a run reads its data"),
+    "megatron-sov generate --compare-speed": "run the command twice, with and without --speculative",
     "sov-tokenizer compare --output": "the command prints its tables; --json FILE has all numbers",
     **dict.fromkeys(("sov-data synth --labels", "sov-data synth --min-kappa"),
                     "compare kept.jsonl and rejected.jsonl with scikit-learn's `cohen_kappa_score`"),
