@@ -1,4 +1,4 @@
-"""`megatron-sov eval ppl | needle | pairs | passk | media | lm | logits`."""
+"""`megatron-sov eval ppl | needle | pairs | passk | media | lm`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import Actions, AtLeastOne, Flag, add_actions, run_action
 from megatron_sov.commands.evaluate.task import (
     HeldoutOptions, OutOptions, begin_task, measure_target, show_figures, write_figures)
-from megatron_sov.commands.shared_options import (
-    PARITY_LENGTHS, CheckpointPath, ModelPath, RecordOptions, step_of)
+from megatron_sov.commands.shared_options import ModelPath, step_of
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.model.config import Language, NeedleConfig, NeedleKind, data_paths
 from megatron_sov.runs.launch_environment import is_first
@@ -73,18 +72,6 @@ class NeedleOptions(OutOptions, RankOptions):
     target: ModelPath
 
 
-@dataclass(frozen=True, kw_only=True)
-class LogitsOptions(RecordOptions, RankOptions):
-    """Compare a checkpoint's logits with those of its Hugging Face folder in transformers; exit code 3 where
-    they differ."""
-
-    checkpoint: CheckpointPath
-    hf_dir: Annotated[Path, Flag("HF_DIR")]
-    """Hugging Face folder of the same model."""
-    lengths: Annotated[tuple[AtLeastOne, ...], Flag(many=True)] = PARITY_LENGTHS
-    """Tokens of the random documents that are compared."""
-
-
 def _ppl(args: PplOptions) -> int:
     events = begin_task(args, args.target, out=args.out)
     from megatron_sov.eval.heldout import evaluate_forward_model, evaluate_hf, open_heldout
@@ -132,28 +119,6 @@ def _needle(args: NeedleOptions) -> int:
         events.add("needle", when="eval", step=step_of(target, events), **found)
         show_figures(args.json, found, table(result_of(found)))
     return ExitCode.OK
-
-
-def _logits(args: LogitsOptions) -> int:
-    events = begin_task(args, args.checkpoint, args.hf_dir)
-    from megatron_sov.convert import is_hf_folder
-    from megatron_sov.eval.parity import compare_logits, random_prompts
-    from megatron_sov.infer.engines.target import Target
-    from megatron_sov.runs.checkpoints import find_checkpoint
-
-    if not is_hf_folder(args.hf_dir):
-        raise UserError(f"{args.hf_dir}: is not a Hugging Face folder; "
-                        "pass what `megatron-sov convert to-hf` wrote")
-    checkpoint = find_checkpoint(args.checkpoint)
-    prompts = random_prompts(args.lengths, Target(checkpoint, False).vocab_size)
-    checks = compare_logits(checkpoint, args.hf_dir, prompts, settings=args.settings, nproc=args.nproc)
-    if not checks:
-        return ExitCode.OK
-    events.add("conversion", target="the logits", checks=[asdict(c) for c in checks])
-    lines = [f"{'ok  ' if c.passed else 'FAIL'}  {c.name}: {c.value:g} (limit "
-             f"{c.limit:g}) {c.detail}".rstrip() for c in checks]
-    show_figures(args.json, [asdict(c) for c in checks], "\n".join(lines))
-    return ExitCode.OK if all(c.passed for c in checks) else ExitCode.GATE_FAILED
 
 
 def _loss_table(found: dict[str, dict[str, Any]]) -> str:
@@ -219,7 +184,6 @@ ACTIONS: Actions = {
                      "From text, pictures and speech to one another, judged by what is recognised"),
     "lm": Command("megatron_sov.commands.evaluate.benchmarks:LM",
                   "Score a model on tasks of lm-eval's form, by its own prompts and metrics, offline",
-                  page="eval_lm.md"),
-    "logits": (LogitsOptions, _logits)}
+                  page="eval_lm.md")}
 add_arguments = partial(add_actions, actions=ACTIONS)
 run = partial(run_action, ACTIONS)

@@ -20,7 +20,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megatron_sov.base.artifacts import MANIFEST, atomic_write, disk_errors, to_json
-from megatron_sov.base.command_line import check_part
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.documents import BadRecord, RecordReading, plan_units, read_span
 from megatron_sov.base.documents.reading import place
@@ -146,8 +145,7 @@ class FilePacking:
             Argument of --data -> the argument that names the packed folder.
 
         Raises:
-            UserError: a file has changed since the run began, many processes would pack, or a part of the
-                installation is missing.
+            UserError: a file has changed since the run began, or many processes would pack.
             SystemExit: a command failed, and printed why; or it was stopped.
         """
         records = {named: self._record_of(named) for named in self.files}
@@ -165,8 +163,6 @@ class FilePacking:
             raise UserError(f"--data {stale[0].argument}: many processes would pack it at once; run before: "
                             f"{'; '.join(map(shlex.join, commands))}; and pass "
                             + " ".join(f"--data {named.packed_argument(self.run)}" for named in stale))
-        for module in PROGRAMS.values():
-            check_part(module)
         target = Path(tempfile.mkdtemp(prefix="packed-")) if self.dry_run else self.run
         if self.dry_run:
             atexit.register(shutil.rmtree, target, ignore_errors=True)
