@@ -52,6 +52,8 @@ def test_answers_get_what_they_deserve(name: str, tmp_path: Path, load: Load,
     if name == "gpqa-diamond":
         other = LETTERS[(LETTERS.index(doc["answer"]) + 1) % 4]
         answers = [f"Answer: {doc['answer']}", f"Answer: {other}", case.unreadable]
+    if judge.judging.reward == "ifeval":
+        pytest.importorskip("if_verifiable", reason="extra rl")
     if judge.judging.reward == "judge":
         settings = {"endpoint": "http://localhost:1/v1", "model": "judge"}
         object.__setattr__(judge.judging, "reward_settings", {**judge.judging.reward_settings, **settings})
