@@ -309,8 +309,6 @@ class LoadedTasks:
     """Name -> lm-eval's group of those that were asked for by its name."""
     files: dict[str, dict[str, str]] = field(default_factory=dict)
     """Name of a task -> name of each of its data files -> its SHA-256."""
-    warnings: dict[str, list[str]] = field(default_factory=dict)
-    """Name of a task -> warnings of lm-eval while it was built."""
     judges: dict[str, AnswerJudge] = field(default_factory=dict)
     """Name of a task that a reward judges -> what judges it."""
 
@@ -347,17 +345,15 @@ def load_tasks(names: Sequence[str], sources: TaskSources, asked: Settings | Non
             manager.task_index[name] = entry
     tasks: dict[str, Any] = {}
     groups: dict[str, Any] = {}
-    warnings: dict[str, list[str]] = {}
     for name in names:
-        loaded, heard = _load(manager, name)
-        warnings |= dict.fromkeys(loaded["tasks"], heard)
+        loaded = _load(manager, name)
         # A task and its group would be asked and counted twice.
         if twice := sorted(set(loaded["tasks"]) & set(tasks)):
             raise UserError(f"--tasks {','.join(names)}: {twice[0]} is asked for twice; name it once")
         tasks |= loaded["tasks"]
         groups |= loaded.get("groups", {})
     hashes = {name: _hashes(files.get(name, [])) for name in tasks}
-    return LoadedTasks(tasks, groups, hashes, warnings, judges)
+    return LoadedTasks(tasks, groups, hashes, judges)
 
 
 def _judge(config: Mapping[str, Any], folder: TaskFolder, asked: Settings | None) -> AnswerJudge | None:
@@ -389,10 +385,10 @@ def _find_named(names: Sequence[str], sources: TaskSources) -> tuple[FoundTasks,
                                                         else found.tags.get(given, [given]))]
 
 
-def _load(manager: Any, name: str) -> tuple[Any, list[str]]:
-    """Return lm-eval's tasks and groups of a name, and its warnings while they were built."""
+def _load(manager: Any, name: str) -> Any:
+    """Return lm-eval's tasks and groups of a name."""
     try:
-        with quiet() as warnings:
+        with quiet():
             loaded = manager.load([name])
             unknown = [(task, metric) for task, made in loaded["tasks"].items()
                        for metric, aggregate in dict(made.aggregation()).items() if not callable(aggregate)]
@@ -404,7 +400,7 @@ def _load(manager: Any, name: str) -> tuple[Any, list[str]]:
     if unknown:
         raise UserError(f"task {unknown[0][0]!r}: the aggregation of its metric {unknown[0][1]!r} is none "
                         "that lm-eval has; name one, such as mean")
-    return loaded, warnings
+    return loaded
 
 
 def _closure(names: Sequence[str], found: FoundTasks, built_in: Mapping[str, Any]) -> list[str]:

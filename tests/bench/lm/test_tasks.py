@@ -13,7 +13,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.bench.lm import tasks as task_files
 from megatron_sov.bench.lm.run import _build
 from megatron_sov.bench.lm.settings import Settings, TaskSources
-from megatron_sov.bench.lm.subject import Bridge, SubjectReading
+from megatron_sov.bench.lm.subject import EvaluatedLM
 from megatron_sov.bench.lm.tasks import TaskFolder, hash_of, load_tasks
 
 PLAIN = ("task: plain\ndataset_path: json\ndataset_kwargs: {data_files: {test: d.jsonl}}\ntest_split: test\n"
@@ -172,18 +172,12 @@ def test_names_that_mean_two_things_are_refused(folder: Path) -> None:
 @pytest.mark.parametrize("split", ["test_split", "validation_split"])
 def test_no_prompt_holds_its_own_answer(folder: Path, split: str,
                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Bridge, "_prompt_tokens", lambda self, prompt: [1])
+    monkeypatch.setattr(EvaluatedLM, "_prompt_tokens", lambda self, prompt: list(map(ord, prompt)))
     rows = [{"q": f"question {i}", "a": f"answer {i}"} for i in range(6)]
     (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     loaded = load(folder, PLAIN.replace("test_split", split))
     settings = Settings(output=folder / "out.json", num_fewshot=5)
-    built = _build("plain", loaded, Bridge(SubjectReading(None, 512), {}), settings)  # type: ignore[arg-type]
+    built = _build("plain", loaded, EvaluatedLM(None, 512, {}), settings)  # type: ignore[arg-type]
     assert len(built.requests) == 6
     for instance in built.task.instances:
         assert instance.args[0].count("question") == 6 and instance.doc["a"] not in instance.args[0]
-
-
-def test_warnings_of_lm_eval_are_kept_with_the_task(folder: Path) -> None:
-    warnings = load(folder, PLAIN.replace(", higher_is_better: true", "")).warnings["plain"]  # type: ignore[attr-defined]
-    assert any("higher_is_better is not" in text for text in warnings)
-    assert not any("Custom kwargs" in text for text in warnings)
