@@ -134,7 +134,7 @@ REFUSED = (
     "sft tiny-solar-open --data {there} --from {there} --run r --set train.stepz=1",
     "extend tiny-solar-open --data {there} --from none --run r",
     "extend tiny-solar-open --data {there} --from {there} --run r --set train.stepz=1",
-    "generate none --prompt x", "eval ppl none --data {there}", "eval logits {there} none",
+    "generate none --prompt x", "eval ppl none --data {there}",
     "convert to-hf none out", "convert from-hf none out", "convert verify none {there}",
     "convert inspect none")
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "megatron-sov convert to-gguf": "use convert_hf_to_gguf.py of llama.cpp on the folder of `convert to-hf`",
     "megatron-sov convert upcycle": "use mergekit-moe on the folder of `convert to-hf`",
     "megatron-sov eval bigram": "`megatron-sov eval ppl` has bits per byte, which compare tokenizers",
+    "megatron-sov eval logits": "`megatron-sov convert verify CHECKPOINT HF_DIR` compares weights and logits",
     **dict.fromkeys(("megatron-sov eval inspect", "megatron-sov eval play"),
                     "serve the model with `megatron-sov serve` and run inspect-ai on its address"),
     "megatron-sov distill rounds": "use `megatron-sov rl run ... --teacher TEACHER --reward none --set "
@@ -56,6 +57,9 @@ OPTIONS = {
         "ask an endpoint with lm-eval's own command `lm_eval --model local-chat-completions`"),
     **dict.fromkeys(("megatron-sov inspect --page", "sov-data inspect --page"),
                     "redirect the text: `megatron-sov inspect PATH > facts.txt`"),
+    "megatron-sov eval needle --text": "pack the text with `sov-data pack --heldout 0.5` for --data",
+    **dict.fromkeys(("megatron-sov eval passk --sampled", "megatron-sov eval passk --group-by"),
+                    "`megatron-sov score` judges responses that are there"),
     "megatron-sov score --disagreements": "the command prints the lines where two rewards disagree",
     "megatron-sov tools play --page": "redirect the text: `megatron-sov tools play ENV ... > play.txt`",
     **dict.fromkeys(("megatron-sov plan --calibrate-engine", "megatron-sov plan --engine-gpus"),

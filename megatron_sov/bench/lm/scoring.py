@@ -74,8 +74,6 @@ def _evaluate(tasks: Sequence[BuiltTask], groups: Mapping[str, Any], lm: Evaluat
     from lm_eval.evaluator import evaluate
 
     for task in tasks:
-        if task.judge is not None:
-            task.judge.prompts = [str(instance.args[0]) for instance in task.task.instances]
         task.task.build_all_requests = lambda **_: None  # its prompts are there already
         aggregates = task.task.aggregation()
         task.task.aggregation = lambda aggregates=aggregates: {
