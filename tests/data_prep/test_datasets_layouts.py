@@ -343,15 +343,6 @@ def test_judged_pictures_and_chats_as_prompts_are_refused(tmp_path: Path) -> Non
         read_prompts(tmp_path / "b.jsonl", is_asked=True)
 
 
-def test_a_table_without_our_columns_stays_text(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("city,people\nSeoul,9\n")
-    [document] = read_documents([tmp_path / "a.csv"])
-    assert document.text == "city,people\nSeoul,9\n"
-    (tmp_path / "b.tsv").write_text('\ufeff"text"\tn\nSeoul\t9\n')
-    with pytest.raises(UserError, match=r"is a table \(columns: text, n\)"):
-        list(read_documents([tmp_path / "b.tsv"]))
-
-
 def test_rows_whose_types_differ_keep_them(tmp_path: Path) -> None:
     """What differs from row to row `datasets` stores as strings of JSON."""
     tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {
