@@ -1,9 +1,7 @@
 """Needle in a haystack: is what a context says found again, at any depth of any length, among other needles?
 
-Each cell (kind, language, length, depth) has several examples.  By generation an answer is right when greedy
-decoding gives all of it and nothing else.  By likelihood it is right when, behind every right prefix, a right
-word is the most probable of all words that values are made of: greedy decoding that can only say values, in
-one forward pass.  Blind choices pass `single` and `multi-key` with probability 1 / words^2, below 1 %.
+Each cell (kind, language, length, depth) has several examples.  An answer is right when greedy decoding gives
+all of it and nothing else.
 """
 
 from __future__ import annotations
@@ -11,18 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.eval.needle.text import PAIR_TOKENS, Haystack, Language, NeedleForm, fill
 from megatron_sov.eval.statistics import wilson_interval
-from megatron_sov.infer.engine import ChoosingEngine
+from megatron_sov.infer.engine import Engine
 from megatron_sov.infer.request import Sampling
 from megatron_sov.model.config import NeedleConfig, NeedleKind
 
-Way = Literal["generation", "likelihood"]
 BATCH_TOKENS = 1 << 21
 """Tokens of prompts that exist at a time."""
 
@@ -47,7 +44,6 @@ class Cell:
 
 @dataclass(frozen=True)
 class NeedleResult:
-    by: Way
     seed: int
     distractor_share: float
     """Part of the contexts that distractors filled."""
@@ -60,14 +56,14 @@ class NeedleResult:
         return float(np.mean([cell.correct / cell.samples for cell in self.cells]))
 
     def to_dict(self) -> dict[str, Any]:
-        return {"by": self.by, "seed": self.seed, "distractor_share": self.distractor_share,
+        return {"seed": self.seed, "distractor_share": self.distractor_share,
                 "score": self.score,
                 "cells": [asdict(cell) | {"interval": list(cell.interval)} for cell in self.cells]}
 
 
 def result_of(values: dict[str, Any]) -> NeedleResult:
     cells = tuple(Cell(**(cell | {"interval": tuple(cell["interval"])})) for cell in values["cells"])
-    return NeedleResult(values["by"], values["seed"], values["distractor_share"], cells)
+    return NeedleResult(values["seed"], values["distractor_share"], cells)
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,6 @@ class NeedleSuite:
     distractor_share: float = 0.0
     """Part of the context that needles with other keys fill."""
     seed: int = 0
-    by: Way = "generation"
 
     def __post_init__(self) -> None:
         """Raise `UserError` where the numbers make no test."""
@@ -137,38 +132,29 @@ class NeedleSuite:
                        [self.example(kind, haystack, length, depth, sample) for depth, sample in part])
 
 
-def make_suite(config: NeedleConfig, haystacks: Sequence[Haystack], *, seed: int = 0,
-               by: Way = "generation") -> NeedleSuite:
+def make_suite(config: NeedleConfig, haystacks: Sequence[Haystack], *, seed: int = 0) -> NeedleSuite:
     """Return the suite that settings ask for, over held-out text.
 
     Raises:
         UserError: the numbers make no test.
     """
     return NeedleSuite(tuple(haystacks), config.kinds, config.lengths_tokens, config.depths, config.samples,
-                       config.distractor_share, seed, by)
+                       config.distractor_share, seed)
 
 
-def answers(examples: Sequence[Example], words: tuple[int, ...], engine: ChoosingEngine,
-            by: Way) -> list[list[int]]:
-    """Return what the model says to examples of equal length: the tokens in the places of each answer."""
-    if by == "generation":
-        return engine.generate([e.prompt for e in examples], Sampling(PAIR_TOKENS)).continuations
-    return engine.choose([[*e.prompt, *e.answer] for e in examples], PAIR_TOKENS, words)
-
-
-def run_suite(suite: NeedleSuite, engine: ChoosingEngine,
+def run_suite(suite: NeedleSuite, engine: Engine,
               done: Callable[[int], object] = lambda examples: None) -> NeedleResult:
     """Judge a model; where it runs on several processes, called by all together; `done` is told how many
     more examples are judged."""
     correct: dict[tuple[NeedleKind, Language, int, float], int] = {}
     for haystack, cells, examples in suite.examples():
-        given = answers(examples, haystack.form.words, engine, suite.by)
+        given = engine.generate([e.prompt for e in examples], Sampling(PAIR_TOKENS)).continuations
         for (kind, length, depth), example, said in zip(cells, examples, given, strict=True):
             cell = (kind, haystack.language, length, depth)
             correct[cell] = correct.get(cell, 0) + (list(said) == example.answer)
         done(len(examples))
     forms = {h.language: h.form for h in suite.haystacks}
-    return NeedleResult(suite.by, suite.seed, suite.distractor_share, tuple(
+    return NeedleResult(suite.seed, suite.distractor_share, tuple(
         Cell(kind, language, length, depth,
              distractors_of(kind, forms[language], length, suite.distractor_share), right, suite.samples,
              wilson_interval(right, suite.samples))
@@ -188,7 +174,7 @@ def table(result: NeedleResult) -> str:
         lines += [f"{length:>7,}  {row[0].distractors:>11,}  "
                   + "".join(f"{c.correct / c.samples:>7.0%}" for c in row) for length, row in rows.items()]
     return "\n".join([*lines,
-                      f"score {result.score:.1%} by {result.by}, {result.cells[0].samples} samples a cell"])
+                      f"score {result.score:.1%} with {result.cells[0].samples} samples a cell"])
 
 
 MIN_DISTRACTORS = 3
