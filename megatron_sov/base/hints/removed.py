@@ -60,6 +60,7 @@ OPTIONS = {
         "ask an endpoint with lm-eval's own command `lm_eval --model local-chat-completions`"),
     **dict.fromkeys(("megatron-sov inspect --page", "sov-data inspect --page"),
                     "redirect the text: `megatron-sov inspect PATH > facts.txt`"),
+    "megatron-sov eval needle --by": "answers are generated greedily",
     "megatron-sov eval needle --text": "pack the text with `sov-data pack --heldout 0.5` for --data",
     **dict.fromkeys(("megatron-sov eval passk --sampled", "megatron-sov eval passk --group-by"),
                     "`megatron-sov score` judges responses that are there"),
@@ -130,6 +131,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
                                         "read"),
     "model.yarn.longer": ("heads", "only A.X K1 needs it, which this version does not read"),
     "model.yarn.truncate": (True, _GPT_OSS),
+    "needle.train_kinds": ([], "documents teach the one needle that tests ask for"),
     "obs.mlflow": (False, _CURVES),
     "obs.mlflow_experiment": ("megatron-sov", _CURVES),
     "obs.otlp_endpoint": ("", _CURVES),
@@ -144,6 +146,8 @@ _EXAMPLE = ("add --plugin examples/families/{0}.py:{1} of a checkout; its recipe
             "examples/families/{0}.py:{2}")
 _CODECS = "import a codec of kind vqmodel, janus-vq, mimi or dac, and encode the media again"
 VALUES = {
+    **dict.fromkeys(("multi-value", "multi-query", "variable-tracking"),
+                    "lm-eval's tasks `ruler` ask several needles: `megatron-sov eval lm --allow-download`"),
     **dict.fromkeys(("gpt_oss", "gpt-oss-20b", "gpt-oss-120b", "tiny-gpt-oss", "tiny-gpt-oss-120b",
                      "clamped_swiglu", "gemma2", "gemma2-9b", "tiny-gemma2", "qwen3_next",
                      "qwen3-next-80b", "tiny-qwen3-next", "qwen3_5_moe_text", "qwen3_5_moe",
