@@ -39,20 +39,17 @@ def test_a_command_on_the_page_runs(line: str, narrow: None, capsys: pytest.Capt
     words = shlex.split(line)
     assert main(words[1:]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
-    if "--days" in words:
-        assert "tokens/parameter" in said and "14 days" in said
-    elif "--json" in words:
+    if "--json" in words:
         assert json.loads(said)["totals"]["cost_usd"] > 1e6
     else:
-        for table in ("What it takes", "Memory of the fullest GPU", "A step", "What a GPU sends",
-                      "Checkpoints"):
+        for table in ("What it takes", "Memory of the fullest GPU", "A step", "Checkpoints"):
             assert f"\n{table}" in said
     if "--sweep" in words:
         (submit,) = re.findall(r"^submit: +(.*)$", said, re.MULTILINE)
         # what it tells to type is something that can be typed
         typed = shlex.split(submit)[1:]
         assert main([typed[0], "--dry-run", *typed[1:]]) == 0, capsys.readouterr().err
-        assert "why:" in said and "looked at" in said and "without --sweep:" in said
+        assert "looked at" in said and "without --sweep:" in said
 
 
 def keys_of(found: Any) -> set[str]:

@@ -94,7 +94,6 @@ def test_no_run_is_faster_than_its_peak() -> None:
     (workload(), workload(chip=chip("b200"))),
     (workload(), workload(document_tokens=512)),
     (workload(), workload(objective="lora")),
-    (workload(objective="lora"), workload(objective="forward")),
     (workload(tp=16, sp=True), workload(tp=8, sp=True)),
     (workload(pp=8), workload(pp=8, vpp=4)),
     (workload(optimizer="muon"), workload()),
