@@ -18,8 +18,7 @@ from megatron_sov.plan.footprint.memory import Account
 from megatron_sov.plan.pages import quote as quote_tables
 from megatron_sov.plan.pages.quote import Quote, QuoteTotals, as_json, gib, totals
 from megatron_sov.plan.pages.telling import PlanText, name, set_line, size_line, sizes, submit_line
-from megatron_sov.plan.pricing import (
-    Machines, Pricing, pricing, quote, refuse_precision, run_stages)
+from megatron_sov.plan.pricing import Machines, Pricing, pricing, quote, refuse_precision, run_stages
 from megatron_sov.plan.search.default import (
     DefaultLayout, choose_layout, leaves_layout_open, recommended_settings)
 from megatron_sov.plan.search.space import own_choice

@@ -17,8 +17,7 @@ from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import apply_settings
 from megatron_sov.plan.operation import (
-    Conditions, best_interval_s, checkpoint_bytes, cost, goodput, operation,
-    rank_bytes, write_times)
+    Conditions, best_interval_s, checkpoint_bytes, cost, goodput, operation, rank_bytes, write_times)
 from megatron_sov.work.clusters import cluster
 
 RESTART_S = 600.0

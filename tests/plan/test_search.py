@@ -24,8 +24,7 @@ from megatron_sov.plan.pricing import Pricing, RunStage, machines, pricing, run_
 from megatron_sov.plan.search.space import (
     LEAST_GAIN, LayoutChoice, LayoutSpace, choices, layouts, own_choice, space_of, uneven)
 from megatron_sov.plan.search.sweep import (
-    Sweep, SweepResult, SweepSearch, common, fewest_nodes, fits_somehow, search,
-    sweep, told_nodes)
+    Sweep, SweepResult, SweepSearch, common, fewest_nodes, fits_somehow, search, sweep, told_nodes)
 from megatron_sov.plan.speed.parameters import default
 from megatron_sov.work.clusters.units import GIB
 

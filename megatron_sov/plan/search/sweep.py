@@ -12,8 +12,7 @@ from megatron_sov.base.settings import SettingsProblem
 from megatron_sov.model.config import ParallelConfig, RunConfig
 from megatron_sov.model.families.count import num_params
 from megatron_sov.plan.pricing import Pricing, RunStage, group_stages, refuse_precision, run_stages
-from megatron_sov.plan.search.space import (
-    LayoutChoice, LayoutSpace, Recompute, choices, layouts, space_of)
+from megatron_sov.plan.search.space import LayoutChoice, LayoutSpace, Recompute, choices, layouts, space_of
 
 PROCESSES = "must divide the number of processes"
 """How rules on products of sizes end."""

@@ -6,11 +6,8 @@ import sys
 from pathlib import Path
 
 import jiwer
-import numpy as np
 import pytest
-import torch
 
-from megatron_sov.base.artifacts import new_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.commands.evaluate.eval_media import PAIRS, MediaRow, figures, judge_of, read_rows
 from megatron_sov.eval.statistics import wilson_interval
@@ -82,33 +79,6 @@ def test_a_judge_that_is_none_is_refused(tmp_path: Path, code: str, said: str) -
 def test_a_program_that_fails_is_named(command: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         judge_of(command)(FILES, LABELS)
-
-
-def test_a_codec_that_hears_is_a_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import soundfile
-
-    from megatron_sov.omni.codecs import folder
-
-    class Ears:
-        sample_rate_hz = 4000
-
-        def hear(self, sound: torch.Tensor) -> str:
-            return f"{len(sound)} samples"
-
-    monkeypatch.setattr(folder, "open_codec",
-                        lambda path, *, kind: {("ears", "nemo-asr"): Ears()}[path.name, kind])
-    with new_artifact(tmp_path / "ears", "codec"):
-        pass
-    for name, seconds in (("a", 1), ("b", 2)):
-        soundfile.write(tmp_path / f"{name}.wav", np.zeros(8000 * seconds), 8000)
-    assert judge_of(str(tmp_path / "ears"))([tmp_path / "a.wav", tmp_path / "b.wav"], LABELS) == [
-        "4000 samples", "8000 samples"]
-    # a model may say nothing, and what is no sound is told in a sentence
-    soundfile.write(tmp_path / "a.wav", np.zeros(0), 8000)
-    assert judge_of(str(tmp_path / "ears"))([tmp_path / "a.wav"], LABELS) == [""]
-    (tmp_path / "a.wav").write_bytes(b"no sound")
-    with pytest.raises(UserError, match=r"--audio-judge .*a\.wav is no sound that is read"):
-        judge_of(str(tmp_path / "ears"))([tmp_path / "a.wav"], LABELS)
 
 
 def test_a_program_may_say_any_character(tmp_path: Path) -> None:
