@@ -168,7 +168,6 @@ AT_A_TIME = 16
 """Media whose numbers are held in memory."""
 KEPT = 50_000
 """Contents whose codebook entries are remembered."""
-_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -204,16 +203,9 @@ class UnitBanks:
 
 
 def content_hash(file: Path) -> str:
-    """Return the hash of a medium's bytes; of a folder: of its files' names and bytes."""
-    digest = hashlib.sha256()
-    for one in [file] if file.is_file() else sorted(file.iterdir()):
-        # Names of a folder's frames count, since they give their order; a single file's name does not.
-        digest.update(f"{one.name if one != file else ''}\0".encode(errors="replace"))
-        if one.is_file() and not (one != file and one.is_symlink()):
-            with open(one, "rb") as f:
-                while block := f.read(_BLOCK_BYTES):
-                    digest.update(block)
-    return digest.hexdigest()
+    """Return the hash of a medium's bytes."""
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 class MediaRecordEncoder:
@@ -256,7 +248,7 @@ class MediaRecordEncoder:
         for part in dict.fromkeys(parts):
             try:
                 # The name of a content: equal bytes are encoded once, under any file name.
-                names[part] = f"{part.kind}/{content_hash(self._place(part))}/{part.frames_per_s:g}"
+                names[part] = f"{part.kind}/{content_hash(self._place(part))}"
             except BadRecord as e:
                 found[part] = e
             except OSError as e:
@@ -275,10 +267,10 @@ class MediaRecordEncoder:
 
     def _place(self, part: MessagePart) -> Path:
         file = place_of(self._settings.media_root.resolve(), part.value)
-        if not (file.is_file() or file.is_dir()):
-            raise BadRecord("missing", "is neither a file nor a folder; name a medium")
+        if not file.is_file():
+            raise BadRecord("missing", "is no file; name a picture, a sound or a video")
         most = self._settings.limits.file_bytes
-        if file.is_file() and (size_bytes := file.stat().st_size) > most:
+        if (size_bytes := file.stat().st_size) > most:
             raise BadRecord("size", f"has {size_bytes:,} bytes, at most {most:,} are read; shrink it, or "
                                     "raise --max-file-bytes")
         return file
@@ -290,7 +282,7 @@ class MediaRecordEncoder:
                 if settings.picture_bank is None:
                     raise BadRecord("no_bank", "is a video, which needs --continuous-pictures")
                 sampling = VideoFrames(settings.picture_bank[0], settings.video_frames_per_s,
-                                       settings.video_frames, part.frames_per_s)
+                                       settings.video_frames)
                 return [self._reader.video(part.value, sampling)]
             if part.kind == IMAGE:
                 sides = [*([self.images.side_pixels] if self.images else []),
@@ -415,8 +407,6 @@ class MessagePart:
     """"text", or one of `KINDS`."""
     value: str
     """The text, or the path."""
-    frames_per_s: float = 1.0
-    """Of a video that is a folder of pictures."""
 
 
 @dataclass(frozen=True)
@@ -508,12 +498,7 @@ def _part(part: Any, where: str) -> MessagePart:
         raise BadRecord("fields", f"{where} is {str(part)[:80]!r}, must be "
                                   '{"type": "text", "text": ...} or {"type": "image", "path": ...}, '
                                   '"audio" or "video"')
-    frames_per_s = part.get("frames_per_s", 1.0)
-    if isinstance(frames_per_s, bool) or not isinstance(frames_per_s, (int, float)) \
-            or not 0 < frames_per_s <= 1000:
-        raise BadRecord("fields", f"{where}.frames_per_s is {str(frames_per_s)[:40]!r}, must be a positive "
-                                  "number up to 1000")
-    return MessagePart(kind, part["path"], float(frames_per_s))
+    return MessagePart(kind, part["path"])
 
 
 def _refuse_marks(values: list[Any]) -> None:

@@ -19,9 +19,7 @@ from megatron_sov.plan.pages import quote as quote_tables
 from megatron_sov.plan.pages.quote import Quote, QuoteTotals, as_json, gib, totals
 from megatron_sov.plan.pages.telling import PlanText, name, set_line, size_line, sizes, submit_line
 from megatron_sov.plan.pricing import Machines, Pricing, pricing, quote, refuse_precision, run_stages
-from megatron_sov.plan.search.default import (
-    DefaultLayout, choose_layout, leaves_layout_open, recommended_settings)
-from megatron_sov.plan.search.space import own_choice
+from megatron_sov.plan.search.default import DefaultLayout, choose_layout, leaves_layout_open
 from megatron_sov.plan.search.sweep import (
     SweepSearch, fewest_nodes, fits_somehow, num_layouts, search, told_nodes)
 from megatron_sov.plan.speed.parameters import Parameters
@@ -225,9 +223,7 @@ def searched(request: RecipeRequest, machines: Machines, recipe: Sequence[str],
     choice = found.best[0].choice
     settings = choice.settings(config)
     best = apply_settings(config, settings)
-    is_open = leaves_layout_open(request)
-    otherwise = list(recommended_settings(config, machines, request.settings)) if is_open else []
-    told = PlanText(found, machines, own_choice(apply_settings(config, otherwise)), settings,
+    told = PlanText(found, machines, settings,
                     submit_line(config, machines, recipe, [*request.settings, *settings]))
     _refuse_on_host(best, machines)
     return PlacedPlan(best, machines, length_source(request),

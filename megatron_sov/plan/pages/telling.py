@@ -117,8 +117,6 @@ SHOWN = 10
 class PlanText:
     search: SweepSearch
     machines: Machines
-    recommended: LayoutChoice
-    """The layout that a plan takes without a search."""
     settings: list[str]
     """What makes the winner of the run's own settings."""
     submit: str
@@ -129,20 +127,10 @@ class PlanText:
         found = self.search
         lines = [f"looked at {found.num_looked_at:,} layouts on {self.machines.num_ranks:,} GPUs: "
                  f"{len(found.best):,} fit" + (" all stages" if len(found.sweeps) > 1 else "")]
-        lines.append(self._recommended(self.recommended))
         for sweep, stages in zip(found.sweeps, found.names, strict=True):
             of = f" ({stages})" if len(found.sweeps) > 1 else ""
             lines += [f"{line}{of}" for line in too_large(sweep)]
         return [*lines, *broken(found.sweeps)]
-
-    def _recommended(self, choice: LayoutChoice) -> str:
-        places = [c.choice for c in self.search.best]
-        said = f"without --sweep: {name(choice)}"
-        if choice not in places:
-            return f"{said}; does not fit, or breaks a rule"
-        slower = self.search.best[places.index(choice)].seconds / self.search.best[0].seconds - 1
-        return (f"{said}; number {places.index(choice) + 1:,} of {len(places):,}"
-                + (f", {100 * slower:.1f} % slower" if slower else ""))
 
     def table(self) -> QuoteTable:
         several = len(self.search.sweeps) > 1
@@ -176,7 +164,6 @@ class PlanText:
         return {"looked_at": self.search.num_looked_at, "fit": len(self.search.best), "kinds": kinds,
                 "best": [{"layout": as_dict(c.choice), "memory_bytes": c.needs_bytes, "seconds": c.seconds}
                          for c in self.search.best[:SHOWN]],
-                "recommended": as_dict(self.recommended),
                 "settings": self.settings, "submit": self.submit}
 
     def _found(self, sweep: Sweep, found: SweepResult) -> dict[str, Any]:
