@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.figures import format_count, format_days, format_money
+from megatron_sov.base.figures import format_count, format_days, format_money, format_value
+from megatron_sov.model import recipes
 from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.model.families.count import num_params
 from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.plan.calibration.fitting import (
     fullest, nearest, refuse_on_nodes, refuse_too_large, usable_bytes)
 from megatron_sov.plan.footprint.memory import Account
 from megatron_sov.plan.pages import quote as quote_tables
-from megatron_sov.plan.pages.quote import Quote, QuoteTotals, as_json, gib, totals
+from megatron_sov.plan.pages.quote import Quote, QuoteTable, QuoteTotals, as_json, gib, totals
 from megatron_sov.plan.pages.telling import PlanText, name, set_line, size_line, sizes, submit_line
 from megatron_sov.plan.pricing import Machines, Pricing, pricing, quote, refuse_precision, run_stages
 from megatron_sov.plan.search.default import DefaultLayout, choose_layout, leaves_layout_open
+from megatron_sov.plan.search.space import as_dict, own_choice
 from megatron_sov.plan.search.sweep import (
     SweepSearch, fewest_nodes, fits_somehow, num_layouts, search, told_nodes)
 from megatron_sov.plan.speed.parameters import Parameters
@@ -294,3 +297,105 @@ def _fits_nowhere(config: RunConfig, prices: Pricing, found: SweepSearch, fixed:
         rules = next(s for s in found.sweeps if not s.ranked)
         why = f"every layout breaks a rule, most of them: {rules.examples[rules.broken.most_common()[0][0]]}"
     return f"{of}: fits nowhere; {why}; {told_nodes(fewest_nodes(config, prices, fixed))}"
+
+
+# What recipes reach on a cluster within days or money.
+
+
+@dataclass(frozen=True)
+class BudgetRow:
+    """A recipe on a cluster within a budget."""
+
+    recipe: str
+    num_params: int
+    num_active_params: int
+    plan: PlacedPlan | None
+    """The run in the best layout; None: none fits."""
+    problem: str = ""
+    """Why no layout fits."""
+    tokens: int = 0
+    days: float = 0.0
+    cost_usd: float = 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        found = {"recipe": self.recipe, "parameters": self.num_params,
+                 "active_parameters": self.num_active_params, "fits": self.plan is not None}
+        if self.plan is None:
+            return found | {"problem": self.problem}
+        return found | {
+            "tokens": self.tokens, "tokens_per_parameter": self.tokens / self.num_params, "days": self.days,
+            "cost_usd": self.cost_usd, "memory_bytes": totals(self.plan.quotes).peak_memory_bytes,
+            "layout": as_dict(own_choice(self.plan.config))}
+
+
+def pretraining_requests(settings: Sequence[str]) -> dict[str, RecipeRequest]:
+    """Return name -> request of each recipe that pretrains a model larger than a rehearsal's, with the user's
+    settings."""
+    named = {name: recipes.get(name) for name in recipes.names() if not name.startswith("tiny-")}
+    return {name: RecipeRequest(config, tuple(settings), False) for name, config in named.items()
+            if config.objective.name == "lm" and not config.extend.stages}
+
+
+def budget_rows(requests: Mapping[str, RecipeRequest], machines: Machines, days: float | None,
+                usd: float | None, learned: Parameters | None = None) -> list[BudgetRow]:
+    """Return a row for each recipe, those that fit first, smaller models before larger ones.
+
+    Args:
+        requests: name of a recipe -> its settings.
+        machines: the cluster.
+        days: most days of a run; None: any.
+        usd: most US dollars that a run may cost; None: any.
+        learned: parameters of speed; None: those of the package.
+
+    Raises:
+        UserError: the profile does not describe its GPUs, or rounds of reinforcement learning, which have no
+            number of tokens, are asked for.
+    """
+    if machines.chip is None:
+        raise UserError(f"--cluster {machines.cluster}: {_unknown(machines)}")
+    rows = []
+    with work_bar("recipes", len(requests), "recipe") as bar:
+        for name, request in requests.items():
+            rows.append(_budget_row(name, request, machines, days, usd, learned))
+            bar.update()
+    return sorted(rows, key=lambda row: (row.plan is None, row.num_params, row.recipe))
+
+
+def _budget_row(name: str, request: RecipeRequest, machines: Machines, days: float | None,
+                usd: float | None, learned: Parameters | None) -> BudgetRow:
+    if request.base.objective.name == "policy":
+        raise UserError(f"{name}: is trained by rounds, not tokens; leave out --days and --budget, and set "
+                        "rollout.rounds")
+    try:
+        plan = placed(request, machines, learned)
+    except UserError as e:
+        count = num_params(request.base.model)
+        return BudgetRow(name, count.total, count.active, None, str(e))
+    count = num_params(plan.config.model)
+    total = totals(plan.quotes)
+    share = min(limit / whole for limit, whole in ((days, total.days), (usd, total.cost_usd))
+                if limit is not None)
+    return BudgetRow(name, count.total, count.active, plan, "", round(plan.num_tokens() * share),
+                     total.days * share, total.cost_usd * share)
+
+
+def budget_text(rows: Sequence[BudgetRow], machines: Machines) -> str:
+    """Return the table of what recipes reach within a budget, and a line for each that fits nowhere."""
+    head = ["recipe", "parameters", "active", "tokens", "tokens/parameter", "time", "cost", "GiB per GPU"]
+    cells, layouts = [], []
+    for row in rows:
+        if row.plan is None:
+            continue
+        cells.append([row.recipe, format_count(row.num_params), format_count(row.num_active_params),
+                      format_count(row.tokens), format_value(row.tokens / row.num_params, 3),
+                      format_days(row.days * SECONDS_OF_A_DAY), format_money(row.cost_usd),
+                      gib(totals(row.plan.quotes).peak_memory_bytes)])
+        layouts.append(name(own_choice(row.plan.config)))
+    title = f"Tokens within the budget on {_gpus(machines)} ({gib(machines.limit_bytes)} GiB usable per GPU)"
+    table = quote_tables.text(QuoteTable(title, head, cells)).split("\n")
+    width = max(map(len, table[1:]))
+    lines = [table[0], f"{table[1].ljust(width)}  layout",
+             *(f"{line.ljust(width)}  {layout}" for line, layout in zip(table[2:], layouts, strict=True))]
+    lines += [f"  {row.recipe} ({format_count(row.num_params)}): no layout; {row.problem}"
+              for row in rows if row.plan is None]
+    return "\n".join(lines)

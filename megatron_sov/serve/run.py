@@ -25,6 +25,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from megatron_sov.base.artifacts import write_output
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.pages.page import render_chat
 from megatron_sov.infer.engine import PRECISION_KEY
 from megatron_sov.infer.engines.libraries import load_configured_hf, refuse_uncached
 from megatron_sov.infer.engines.live import continue_live
@@ -48,6 +49,9 @@ LINGERS_S, CLOSING_S = 2.0, 10.0
 """For which a body that nobody wants is still taken, so that its sender reads the answer; and for which the
 end waits for clients to take their last answers."""
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
+PAGE_HEADERS = {"Content-Security-Policy": "frame-ancestors 'none'",  # the page has the rest itself
+                "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+                "Cache-Control": "no-store"}
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -68,6 +72,7 @@ class HttpServer:
         self._card = {"id": settings.name, "object": "model", "created": int(created_s),
                       "owned_by": "megatron-sov", "max_model_len": max_length_tokens,
                       "has_chat_template": reader.has_chat}
+        self._page = render_chat()
         self._socket = _listen(settings)
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
@@ -97,6 +102,7 @@ class HttpServer:
 
     async def _serve(self) -> None:
         app = web.Application(middlewares=[self._guard], client_max_size=MAX_BODY_BYTES)
+        app.router.add_get("/", self._chat_page)
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/chat/completions", self._handler_of(chat_question))
@@ -126,7 +132,7 @@ class HttpServer:
         except web.HTTPException as e:
             return _refusal(RefusedRequest(e.status,
                                            f"{request.method} {request.path[:200]}: {e.reason}; there are "
-                                                     "GET /health, GET /v1/models, "
+                                                     "GET /, GET /health, GET /v1/models, "
                                                      "POST /v1/chat/completions and POST /v1/completions"))
         except (ConnectionError, asyncio.CancelledError):
             raise
@@ -144,7 +150,7 @@ class HttpServer:
                 raise RefusedRequest(403,
                                      f"the request is for host {request.host[:100]!r}, and without a key "
                                           "only this machine's own names are answered")
-        elif request.path != "/health":
+        elif request.path not in ("/", "/health"):  # the page holds no secret, and asks for the key
             sent = request.headers.get("Authorization", "")
             # In constant time: how long a comparison takes would tell how much of a key is right.
             if not hmac.compare_digest(sent.encode(errors="replace"), f"Bearer {key}".encode()):
@@ -156,6 +162,9 @@ class HttpServer:
         if self._desk.closed is not None:
             return web.json_response({"status": "closing"}, status=503)
         return web.json_response({"status": "ok", "waiting": self._desk.num_waiting})
+
+    async def _chat_page(self, request: web.Request) -> web.Response:
+        return web.Response(text=self._page, content_type="text/html", charset="utf-8", headers=PAGE_HEADERS)
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [self._card]})
@@ -326,7 +335,7 @@ def _door(server: HttpServer, settings: ServeSettings) -> Iterator[None]:
             write_output(file, json.dumps({"url": server.url, "model": settings.name,
                                            "pid": os.getpid()}) + "\n")
         print(f"{settings.name} answers at {server.url}; Ctrl-C or SIGTERM "
-              "ends it", file=sys.stderr, flush=True)
+              f"ends it\n  chat page  {server.url.removesuffix('v1')}", file=sys.stderr, flush=True)
         try:
             yield
         finally:

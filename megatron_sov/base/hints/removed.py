@@ -60,8 +60,6 @@ OPTIONS = {
     "megatron-sov tools play --page": "redirect the text: `megatron-sov tools play ENV ... > play.txt`",
     **dict.fromkeys(("megatron-sov plan --calibrate-engine", "megatron-sov plan --engine-gpus"),
                     "rounds of RL have no price; multiply the seconds of one round of `rl run`"),
-    **dict.fromkeys(("megatron-sov plan --days", "megatron-sov plan --budget"),
-                    "`megatron-sov plan RECIPE --cluster P --set train.tokens=N` prices N tokens"),
     "megatron-sov plan --page": "redirect the text: `megatron-sov plan RECIPE --cluster P > plan.txt`",
     "megatron-sov plan --table": "in a checkout, python benchmarks/plan_calibration.py --no-refit predicts "
                                  "published runs",

@@ -180,6 +180,18 @@ def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *, v
     )
 
 
+def render_chat() -> str:
+    """Return the HTML of the page that talks to the models of the server that it comes from.
+
+    Its policy lets its own script and style work and its own server be asked; what a model writes is inserted
+    as text.
+    """
+    css, js = _resource("colours.css") + _resource("chat.css"), _resource("chat.js")
+    return _templates().get_template("chat.html.j2").render(
+        css=css, js=js, style_hash=_csp_hash(css), script_hash=_csp_hash(js),
+        version=__version__)
+
+
 @lru_cache(maxsize=1)
 def _templates() -> jinja2.Environment:
     import jinja2

@@ -1,6 +1,9 @@
 """`megatron-sov plan RECIPE [--set key=value ...] [--nproc N | --cluster P --nodes N [--sweep]] [--json]`:
 a run before it runs, step by step, and its memory, time and cost on a cluster.
 
+`megatron-sov plan [RECIPE] --cluster P --nodes N [--days D] [--budget USD]`: tokens that recipes reach within
+a budget.
+
 `megatron-sov plan [sft|prefer|distill] --from FOLDER [--data DIR] --cluster P`: fine-tuning of a model.
 
 `megatron-sov plan --calibrate RUN ... --output FILE`: the parameters of speed, learned from runs."""
@@ -16,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from megatron_sov.base.errors import ExitCode, UserError
-from megatron_sov.base.settings import AtLeastOne, Flag, add_options, read_options
+from megatron_sov.base.settings import AboveZero, AtLeastOne, Flag, add_options, read_options
 from megatron_sov.model.config import RunConfig, apply_settings, data_paths
 from megatron_sov.model.families.count import num_params
 from megatron_sov.model.recipes.requested import RecipeOptions, RecipeRequest, requested
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
     from megatron_sov.plan.speed.parameters import Parameters
 
 OF_A_RUN = ("recipe", "configs", "plugins", "settings", "data", "nproc", "cluster", "nodes", "sweep", "prove",
-            "json", "start_from")
+            "json", "start_from", "days", "budget")
 """Arguments that --calibrate has no use for."""
 STAGES: dict[str, Stage] = {"sft": "sft", "prefer": "preference", "distill": "distill"}
 """What --from may be trained by: word in the place of RECIPE -> objective."""
@@ -46,9 +49,13 @@ class PlanOptions(RecipeOptions):
 
     recipe: Annotated[str | None, Flag("RECIPE")] = None
     """Name of a recipe (`megatron-sov recipes` lists them), or FILE.py:FUNCTION of your own; with --from: sft
-    (default), prefer or distill."""
+    (default), prefer or distill; without, --days or --budget compares all recipes."""
     start_from: Annotated[Path | None, Flag("--from", "CHECKPOINT|RUN|HF_DIR")] = None
     """Plan to fine-tune this model; of a Hugging Face folder only config.json is read."""
+    days: Annotated[AboveZero | None, Flag(value="DAYS")] = None
+    """Say how many tokens RECIPE, or each recipe for pretraining, reaches on --cluster in so many days."""
+    budget: Annotated[AboveZero | None, Flag(value="USD")] = None
+    """The same for so many US dollars; with --days the smaller limit decides."""
     data: Annotated[tuple[str, ...], Flag(value="[NAME=]DIR[:weight]")] = ()
     """Token shards made by `sov-data pack`: say how often the run reads them, and whether their vocabulary
     fits."""
@@ -95,6 +102,8 @@ def run(typed: argparse.Namespace) -> int:
                         + ("" if args.sweep else ", or pass --nproc"))
     if args.cluster is not None and args.nproc is not None:
         raise UserError(f"--nproc {args.nproc}: --cluster {args.cluster} and --nodes decide; leave it out")
+    if (args.days or args.budget) is not None:
+        return _within_budget(args)
     request = _read_request(args)
     if args.prove:
         return _prove(args, request)
@@ -183,6 +192,35 @@ def _completed(args: PlanOptions, asked: RecipeRequest, stage: Stage) -> RecipeR
                    for phase in config.data.phases)
     data = dataclasses.replace(config.data, phases=phases)
     return dataclasses.replace(asked, base=dataclasses.replace(config, train=train, data=data))
+
+
+def _within_budget(args: PlanOptions) -> int:
+    """Print how many tokens recipes reach within --days and --budget."""
+    from megatron_sov.base.artifacts import to_json
+    from megatron_sov.model.recipes.requested import load_plugins
+    from megatron_sov.plan.on_cluster import budget_rows, budget_text, pretraining_requests
+    from megatron_sov.plan.pricing import machines
+
+    option = "--days" if args.days is not None else "--budget"
+    if args.cluster is None:
+        raise UserError(f"{option}: needs the GPUs that are paid for; name them by --cluster")
+    if other := [name for name in ("sweep", "prove") if getattr(args, name)]:
+        raise UserError(f"{option} and --{other[0]}: are two plans; leave one of them out")
+    where = machines(args.cluster, args.nodes)
+    if args.recipe or args.configs or args.start_from:
+        request = _read_request(args)
+        requests = {request.base.recipe: request}
+    else:
+        load_plugins(args.plugins)
+        requests = pretraining_requests(args.settings)
+    rows = budget_rows(requests, where, args.days, args.budget, _learned(args.parameters))
+    if args.json:
+        print(to_json({"cluster": args.cluster, "nodes": where.nodes, "gpus": where.num_ranks,
+                       "days": args.days, "budget_usd": args.budget,
+                       "recipes": [row.as_json() for row in rows]}))
+    else:
+        print(budget_text(rows, where))
+    return 0
 
 
 def _prove(args: PlanOptions, request: RecipeRequest) -> int:

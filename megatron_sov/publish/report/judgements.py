@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from markupsafe import Markup
 from megatron_sov.base.figures import format_share, format_value
 from megatron_sov.base.pages.page import Chart, PageTable, tables
 from megatron_sov.base.pages.plots import Axis, LinePlot, Series, colour
-from megatron_sov.publish.report.run_data import Heldout, Run
-from megatron_sov.publish.report.steps import last_value
+from megatron_sov.publish.report.headline import heldout_text
+from megatron_sov.publish.report.run_data import Run
 from megatron_sov.runs.obs.figures import Form, number, of_field, whole_number
 from megatron_sov.runs.obs.history import COMPLETE
 from megatron_sov.runs.rounds import LEARNS
@@ -27,6 +28,7 @@ MAX_ROUNDS = 40
 VERDICTS = {True: Markup('<span class="good">passed</span>'),
             False: Markup('<span class="bad">FAILED</span>')}
 NOT_SET = "no gate set"
+SENTENCE_END = re.compile(r"[.!?。！？][\"'”’`)\]]*$")
 Event = dict[str, Any]
 _STEP = of_field("step", ",.0f", "–")
 
@@ -51,7 +53,7 @@ def verdict_table(runs: list[Run]) -> list[PageTable]:
 
 
 def verdict_sentence(runs: list[Run]) -> str:
-    """Return the report's first sentence: checks, held-out text, and gates that are not set."""
+    """Return the report's first sentence: checks, samples, held-out text, and gates that are not set."""
     table = verdict_table(runs)
     rows = table[0].rows if table else []
     failed = [row[0] for row in rows if 'class="bad"' in row[1]]
@@ -60,6 +62,8 @@ def verdict_sentence(runs: list[Run]) -> str:
     if num_judged:
         parts.append(f"{num_judged - len(failed)} of {num_judged} checks passed"
                      + (f" (failed: {', '.join(failed)})" if failed else ""))
+    if sentences := _count_sentences(runs):
+        parts.append(sentences)
     before, after = heldout_text(runs)
     if math.isfinite(before + after):
         parts.append(f"held-out text {format_value(before, 3)} → {format_value(after, 3)} bits per byte")
@@ -68,31 +72,15 @@ def verdict_sentence(runs: list[Run]) -> str:
     return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 
-def heldout_text(runs: Sequence[Run]) -> tuple[float, float]:
-    """Return the bits per byte of held-out text before and after all stages; NaN if unknown.
-
-    The sources are those of the first stage that measures text; the last stage that measures all of them
-    gives the second figure.
-    """
-    texts = [[name for name, source in run.heldout.items() if not source.is_chat] for run in runs]
-    first = next((i for i, names in enumerate(texts) if names), None)
-    if first is None:
-        return math.nan, math.nan
-    last = max(i for i, names in enumerate(texts) if set(names) >= set(texts[first]))
-    return (_by_bytes(runs[first], texts[first], lambda source: float(source.bits_per_byte.values[0])),
-            _by_bytes(runs[last], texts[first], lambda source: last_value(source.bits_per_byte)))
-
-
-def _by_bytes(run: Run, names: Sequence[str], of: Callable[[Heldout], float | None]) -> float:
-    """Return the mean of a figure of some held-out sources, each weighted by its bytes; NaN: one has none."""
-    total = num_bytes = 0.0
-    for source in (run.heldout[name] for name in names):
-        per_byte, value = last_value(source.bits_per_byte), of(source)
-        if not per_byte > 0 or value is None:
-            return math.nan
-        of_source = last_value(source.loss) * source.num_tokens / math.log(2) / per_byte
-        total, num_bytes = total + value * of_source, num_bytes + of_source
-    return total / num_bytes if num_bytes else math.nan
+def _count_sentences(runs: list[Run]) -> str:
+    """Return how many samples of the last sampled stage are whole sentences: three words or more that end
+    as a sentence does."""
+    samples = next((run.samples for run in reversed(runs) if run.samples), [])
+    texts = [str(sample.get("text") or "").strip() for sample in samples]
+    whole = [text for text in texts if len(text.split()) >= 3 and SENTENCE_END.search(text)]
+    if not texts:
+        return ""
+    return f"{len(whole):,} of {len(texts):,} answers are whole sentences"
 
 
 def gate(run: Run) -> list[list[str]]:
@@ -204,7 +192,7 @@ def _passk_chart(event: Event, name: str) -> Chart:
 
 
 def round_charts(run: Run) -> list[Chart]:
-    """Return reward, length and truncation over the rounds of reinforcement learning."""
+    """Return reward, length and groups over the rounds of reinforcement learning."""
     rounds = run.rounds
     means = [content["means"] for content in rounds]
     charts = [
@@ -213,7 +201,10 @@ def round_charts(run: Run) -> list[Chart]:
         _round_chart(rounds, {"tokens": _values(means, "response_tokens")}, "tokens",
                      "Mean length of responses, in tokens that the policy wrote."),
         _round_chart(rounds, {"truncated": _values(means, "truncated")}, "share",
-                     "Share of responses that were as long as allowed and did not end.")]
+                     "Share of responses that were as long as allowed and did not end."),
+        _round_chart(rounds, {reason: np.array([number(c.get("groups", {}).get(reason, 0)) for c in rounds])
+                              for reason in _reasons(rounds)}, "groups",
+                     "What became of each group of responses.")]
     return [c for c in charts if c is not None]
 
 
@@ -230,6 +221,10 @@ def _of_names(means: Sequence[dict[str, Any]], field: str,
             counts[name] = counts.get(name, 0) + 1
     kept = sorted(counts, key=lambda name: (-counts[name], name))[:MAX_CURVES]
     return {name: np.array([number(of((m.get(field) or {}).get(name))) for m in means]) for name in kept}
+
+
+def _reasons(rounds: Sequence[dict[str, Any]]) -> list[str]:
+    return sorted({reason for content in rounds for reason in content.get("groups") or {}})
 
 
 def _round_chart(rounds: Sequence[dict[str, Any]], curves: dict[str, np.ndarray], title: str,

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from megatron_sov.base.figures import format_count, format_duration, format_value
 from megatron_sov.base.pages.page import Chapter, Chart, Comparison, PageTable, Panel, render as render_page
 from megatron_sov.publish.report.charts import DrawnLine, Place, by_tokens, draw_lines
+from megatron_sov.publish.report.headline import gains
 from megatron_sov.publish.report.judgements import verdict_sentence, verdict_table
 from megatron_sov.publish.report.run_data import Run
 from megatron_sov.publish.report.sections import MAX_SAMPLES, cut_lines, key_figures, sections
@@ -80,6 +81,7 @@ def opening(runs: list[Run]) -> list[Panel]:
     panels = [
         Panel("Held-out quality", 12, charts=[heldout] if heldout else []),
         Panel("What it writes", 12, comparisons=shown, more=more),
+        Panel("What each stage gained" if len(runs) > 1 else "What it gained", 12, tables=gains(runs)),
         Panel("Verdicts", 12, tables=verdict_table(runs)),
     ]
     return [p for p in panels if not p.is_empty]

@@ -17,17 +17,21 @@ import numpy as np
 from megatron_sov.base.artifacts import MANIFEST, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.publish.report.steps import (
-    Curve, ExportEvaluation, StepTable, read_evaluations, untold_scores)
+    Curve, ExportEvaluation, StepTable, read_evaluations, sorted_curve, untold_scores)
 from megatron_sov.runs.checkpoints import refuse_no_run
 from megatron_sov.runs.folder import ROUNDS
 from megatron_sov.runs.obs.events import EVENTS, final_steps, read_events
 from megatron_sov.runs.obs.figures import number
 from megatron_sov.runs.obs.history import KINDS, Attempt, Attempts, is_incident
 from megatron_sov.runs.obs.validation import RESPONSES, VALIDATION
+from megatron_sov.runs.rounds import LEARNS
 
 CONFIG = "config.json"
-KEPT = ("eval", "needle", "passk", "gate", "conversion", "checkpoint", "warning", VALIDATION, "eval_lm",
-        "forgetting_gate", *KINDS)
+LEARNING_GROUPS = "learning_groups"
+"""Name of the curve of the share of a round's groups that are trained."""
+KEPT = ("eval", "needle", "passk", "gate", "conversion", "checkpoint", "warning",
+        "heldout_pairs", "heldout_divergence", "round", VALIDATION, "eval_lm", "forgetting_gate", "score",
+        *KINDS)
 """Events that are kept whole; there are few of them and they are small."""
 
 
@@ -132,7 +136,7 @@ def read_run(path: Path) -> Run:
     evals, evaluations = _evals(kept["eval"]), read_evaluations(path)
     return Run(
         path.resolve().name, _read_config(path / CONFIG), attempts.all,
-        curves=steps.curves(), phases=steps.phases(),
+        curves=steps.curves() | {"rounds": round_curves(kept["round"])}, phases=steps.phases(),
         heldout=_heldout(evals), overall_bits_per_byte=_overall_bits_per_byte(evals),
         incidents=sorted((e for kind in KINDS for e in kept[kind] if is_incident(e)),
                          key=lambda e: number(e.get("time_s"))),
@@ -194,6 +198,21 @@ def _overall_bits_per_byte(evals: list[dict[str, Any]]) -> Curve | None:
             steps.append(int(event["step"]))
             values.append(bits / num_bytes)
     return Curve("all sources", np.array(steps, dtype=np.int64), np.array(values)) if steps else None
+
+
+def round_curves(rounds: list[dict[str, Any]]) -> dict[str, Curve]:
+    """Return the means of a run's rounds over its steps, and the share of groups that learn."""
+    values: dict[str, dict[int, float]] = {}
+    for event in rounds:
+        step, groups, told = int(event.get("step") or 0), event.get("groups"), event.get("means")
+        means = {name: value for name, value in told.items()
+                 if not isinstance(value, dict)} if isinstance(told, dict) else {}
+        if isinstance(groups, dict) and groups:
+            means[LEARNING_GROUPS] = number(groups.get(LEARNS, 0)) / max(1.0, sum(map(number,
+                                                                                      groups.values())))
+        for name, value in means.items():
+            values.setdefault(name, {})[step] = number(value)
+    return {name: sorted_curve(name, of_step) for name, of_step in values.items()}
 
 
 def _last_of_each_when(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

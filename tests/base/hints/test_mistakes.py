@@ -13,6 +13,7 @@ from tests.base.hints.test_words import answer
 @pytest.mark.parametrize(("typed", "parts"), [
     ("megatron-sov sft --from hf/model.safetensors --data d --run r", ["pass its folder, hf"]),
     ("megatron-sov prefer --from hf --data d --run r --method grpo", ["rl run", "policy.method=grpo"]),
+    ("megatron-sov plan qwen3-8b --cluster h100 --days 2w", ["write 14"]),
     ("megatron-sov plan llama-3.1-70b --cluster h100", ["does not exist (`megatron-sov recipes`"]),
     ("megatron-sov extend x --from hf --data d --run r --to 128k", ["data.phases.0.seq_len=131072"]),
     ("megatron-sov sft --config theirs.yml --run r", ["train.global_batch_size=8"]),
@@ -34,6 +35,7 @@ from tests.base.hints.test_words import answer
      ["--prompts t.jsonl --reward math"]),
     ("megatron-sov sft --from m.gguf --data d --run r", [".gguf is not read", "*.safetensors"]),
     ("megatron-sov generate hf t.jsonl", ["generate hf --prompts t.jsonl"]),
+    ("megatron-sov plan qwen3-8b --cluster h100 --budget 50k", ["write 50000"]),
     ("megatron-sov submit job.sbatch --cluster h100", ["sbatch job.sbatch", "submit pretrain --cluster"]),
     ("megatron-sov sft --from hf --data d --run r --template chatml", ["own template"]),
     ("megatron-sov pretrain x --data d --run r --moe-router-load-balancing-type aux_loss",

@@ -18,7 +18,7 @@ MeasurePage = Callable[[Path, tuple[Screen, ...]], dict[tuple[str, int], dict[st
 PHONE, TABLET, NOTEBOOK = ("dark", 390, 844), ("light", 820, 1180), ("light", 1440, 900)
 """Scheme of colours, width and height, as the fixture has them."""
 FIRST_SCREEN = ["Held-out quality", "What it writes"]
-AFTER_IT = ["Verdicts"]
+AFTER_IT = ["What each stage gained", "Verdicts"]
 
 
 def write(page: str, folder: Path) -> Path:

@@ -214,7 +214,7 @@ def test_a_run_of_another_model_gets_one_sentence(runs: list[Path], toy: Path) -
 # The first sentence.
 
 
-def judged(folder: Path, *, bits: tuple[float, ...] = (), passed: bool | None = None,
+def judged(folder: Path, *texts: str, bits: tuple[float, ...] = (), passed: bool | None = None,
            needles: bool = False) -> str:
     """Write a run of one step and return the first sentence of its report."""
     evals = [{"event": "eval", "step": i, "heldout": {"en": {"loss": value * 2, "bits_per_byte": value,
@@ -224,19 +224,24 @@ def judged(folder: Path, *, bits: tuple[float, ...] = (), passed: bool | None = 
     cell = {"kind": "a", "language": "en", "length_tokens": 8, "depth": 0.5, "distractors": 0, "correct": 0,
             "samples": 1, "interval": [0.0, 1.0]}
     found = [{"event": "needle", "step": 1, "score": 0.0, "cells": [cell]}] if needles else []
-    return verdict_sentence([read_run(write(folder, *evals, *gates, *found))])
+    samples = [{"event": "sample", "step": 1, "prompt": "p", "text": text} for text in texts]
+    return verdict_sentence([read_run(write(folder, *evals, *gates, *found, *samples))])
 
 
-@pytest.mark.parametrize(("facts", "sentence"), [
-    ({"bits": (2.68, 2.45)}, "Held-out text 2.68 → 2.45 bits per byte."),
-    ({"passed": True}, "1 of 1 checks passed."),
-    ({"passed": False}, "0 of 1 checks passed (failed: Gate)."),
-    ({"needles": True}, "No gate set for needles."),
-    ({"bits": (3.0, 2.0), "needles": True},
-     "Held-out text 3 → 2 bits per byte; no gate set for needles."),
-    ({"bits": (float("nan"), 2.0)}, ""), ({}, "")])
-def test_the_first_sentence_sums_up(tmp_path: Path, facts: dict, sentence: str) -> None:
-    assert judged(tmp_path, **facts) == sentence
+@pytest.mark.parametrize(("texts", "facts", "sentence"), [
+    (("It reads a file.", "Sy sppppp", "한국의 수도는 서울이다.", "Two words."), {},
+     "2 of 4 answers are whole sentences."),
+    ((), {"bits": (2.68, 2.45)}, "Held-out text 2.68 → 2.45 bits per byte."),
+    ((), {"passed": True}, "1 of 1 checks passed."),
+    ((), {"passed": False}, "0 of 1 checks passed (failed: Gate)."),
+    ((), {"needles": True}, "No gate set for needles."),
+    (("Returns `x` as \"y.\"",), {"bits": (3.0, 2.0), "needles": True},
+     "1 of 1 answers are whole sentences; held-out text 3 → 2 bits per byte; no gate set for needles."),
+    (("",), {}, "0 of 1 answers are whole sentences."),
+    ((), {"bits": (float("nan"), 2.0)}, ""), ((), {}, "")])
+def test_the_first_sentence_sums_up(tmp_path: Path, texts: tuple[str, ...], facts: dict,
+                                    sentence: str) -> None:
+    assert judged(tmp_path, *texts, **facts) == sentence
 
 
 @pytest.mark.deep

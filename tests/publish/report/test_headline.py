@@ -1,0 +1,114 @@
+"""What a run is judged by on the first screens: a loss of tokens, or what its objective is after."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov.publish.report.headline import gains, headlines
+from megatron_sov.publish.report.page import render
+from megatron_sov.publish.report.run_data import read_run
+from megatron_sov.runs.obs.events import EVENTS, EventLog
+from megatron_sov.runs.obs.meters import LOSS, Meter, headline_fields
+
+
+def write(folder: Path, objective: str, **start: Any) -> Path:
+    """Write a run of an objective with the meters of all built-in ones."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"objective": {"name": objective}}), encoding="utf-8")
+    log = EventLog(folder / EVENTS)
+    log.write("run_start", resumed_from=0, num_ranks=1, **start)
+    for step in range(1, 5):
+        log.write("round", step=step - 1, round=step, groups={"learns": step, "all_right": 4 - step},
+                  means={"reward": step / 4, "response_tokens": 10.0, "domains": {"a": {"reward": 1}}})
+        log.write("step", step=step, loss=0.01 * step, tokens=step * 10,
+                  meters={"pairs_right": step / 4, "margin": 0.5 * step, "kl": 1 / step, "mine": step})
+    log.close()
+    return folder
+
+
+RL = (Meter("reward", "mean reward", better="higher"), Meter("response_tokens", "response length", "tokens"))
+PAIRS = (Meter("pairs_right", "pairs right", "share", "higher"), Meter("margin", better="higher"))
+
+
+@pytest.mark.parametrize(("objective", "declared", "titles"), [
+    ("policy", RL, ["mean reward", "response length"]), ("preference", PAIRS, ["pairs right", "margin"]),
+    ("lm", (LOSS,), ["loss"]), ("lm", (), ["loss"]),
+    ("policy", (), ["policy loss"]), ("obj.py:Mine", (), ["loss of obj.py:Mine"])])
+def test_an_objective_is_judged_by_what_it_is_after(
+        objective: str, declared: tuple[Meter, ...], titles: list[str], tmp_path: Path) -> None:
+    start = headline_fields(declared, comparable=objective == "lm") if declared else {}
+    run = read_run(write(tmp_path / "run", objective, **start))
+    assert [meter.title for meter, _ in headlines(run)] == titles
+    page = render([run])
+    assert ("nats per token" in page) == (objective == "lm")
+    assert titles[0] == "mean reward" or titles[0].lower() in page.lower()
+
+
+def test_a_run_may_declare_its_own_meters(tmp_path: Path) -> None:
+    declared = [{"name": "mine", "unit": "share", "better": "higher", "label": "My share"},
+                {"name": "absent"}]
+    ((meter, curve),) = headlines(read_run(write(tmp_path / "run", "obj.py:Mine", headline=declared)))
+    assert (meter.name, meter.title, meter.text(0.5)) == ("mine", "My share", "50 %")
+    assert curve.values.tolist() == [1, 2, 3, 4]
+
+
+def test_meters_that_are_none_leave_the_loss(tmp_path: Path) -> None:
+    run = read_run(write(tmp_path / "run", "lm", headline=[{"name": "absent"}, "odd"]))
+    assert [meter.title for meter, _ in headlines(run)] == ["loss"]
+
+
+def test_rounds_are_points_over_steps(tmp_path: Path) -> None:
+    run = read_run(write(tmp_path / "run", "policy"))
+    assert run.curves["rounds"]["learning_groups"].values.tolist() == [0.25, 0.5, 0.75, 1.0]
+    assert "domains" not in run.curves["rounds"]
+
+
+def log_stage(folder: Path, objective: str, *events: dict[str, Any], **start: Any) -> Path:
+    """Write a run of some events."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"objective": {"name": objective}}), encoding="utf-8")
+    log = EventLog(folder / EVENTS)
+    log.write("run_start", resumed_from=0, num_ranks=1, **start)
+    for event in events:
+        log.write(event.pop("event"), **event)
+    log.close()
+    return folder
+
+
+def measured(step: int, **bits: float) -> dict[str, Any]:
+    """Return an evaluation whose sources have as many bytes as their tokens; one named "chat" has turns."""
+    return {"event": "eval", "step": step, "heldout": {
+        name: {"loss": value * math.log(2), "bits_per_byte": value, "tokens": 100,
+               **({"turns": {"first": {"loss": value, "tokens": 9}}} if name == "chat" else {})}
+        for name, value in bits.items()}}
+
+
+def scored(mean: float, **settings: str) -> dict[str, Any]:
+    return {"event": "score", "step": 9, "reward": "format", "settings": settings, "scored": 34,
+            "mean_reward": mean}
+
+
+def test_each_stage_gains_on_its_first_figures(tmp_path: Path) -> None:
+    """The demo's figures: text, responses, pairs, and a rule."""
+    pretrain = log_stage(tmp_path / "pretrain", "lm", measured(5, en=4.0, ko=6.0),
+                         measured(9, en=2.0, ko=3.0), measured(9, chat=3.0))
+    sft = log_stage(tmp_path / "sft", "lm", measured(1, chat=3.0), measured(9, chat=2.0), scored(0.25))
+    pairs = {"event": "heldout_pairs", "source": "pairs", "pairs": 80}
+    dpo = log_stage(tmp_path / "dpo", "preference", {**pairs, "step": 0, "pairs_right": 0.5},
+                    {"event": "step", "step": 1, "loss": 0.7, "meters": {"pairs_right": 0.5}},
+                    {**pairs, "step": 1, "pairs_right": 1.0}, scored(float("nan")), headline=[
+                        {**vars(PAIRS[0]), "heldout": "heldout_pairs.pairs_right"}], comparable_loss=False)
+    (table,) = gains([read_run(run) for run in (pretrain, sft, dpo)])
+    lower = "lower is better"
+    assert table.rows == [
+        ["pretrain", "held-out text, bits per byte", "5.000", "2.500", lower],
+        ["pretrain", "held-out responses of chat, nats per token", "–", "2.079", lower],
+        ["sft", "held-out responses of chat, nats per token", "2.079", "1.386", lower],
+        ["sft", "mean reward of 34 responses", "–", "0.25", "reward format"],
+        ["dpo", "held-out pairs right", "50 %", "100 %", "higher is better"]]
+    assert gains([read_run(log_stage(tmp_path / "none", "lm"))]) == []
