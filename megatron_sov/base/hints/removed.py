@@ -85,6 +85,8 @@ OPTIONS = {
     "megatron-sov generate --speaker": "a codec has one voice",
     **dict.fromkeys((f"megatron-sov submit --{name}" for name in ("job-name", "manifest", "apply")),
                     "submit to a Slurm cluster; Kubernetes is not supported"),
+    **dict.fromkeys((f"sov-data encode-media --{name}" for name in ("recogniser", "max-wer", "max-cer")),
+                    "filter the speech with NeMo or Whisper before it is encoded"),
     "sov-data mix --search": "set the shares with --blend",
     **dict.fromkeys(("sov-data scorer train --encoder", "sov-data scorer train --max-tokens"),
                     "train the linear model over n-grams, which needs no GPU"),
@@ -122,6 +124,7 @@ OPTIONS = {
 """Program, command and option -> what to use in its place."""
 _GPT_OSS = "only gpt-oss needs it, which this version does not read"
 _CURVES = "set obs.tensorboard or obs.wandb for curves"
+_ALERTS = "set obs.wandb, and let Weights & Biases send alerts"
 SETTINGS: dict[str, tuple[Any, str]] = {
     "data.without": ([], "pack shards without the documents"),
     "model.attention_sinks": (False, _GPT_OSS),
@@ -132,8 +135,11 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "model.yarn.longer": ("heads", "only A.X K1 needs it, which this version does not read"),
     "model.yarn.truncate": (True, _GPT_OSS),
     "needle.train_kinds": ([], "documents teach the one needle that tests ask for"),
+    "obs.alert_on": (["stop", "rollback", "hang", "gate_failed", "restart", "sdc", "failure"], _ALERTS),
+    "obs.alert_webhook": ("", _ALERTS),
     "obs.mlflow": (False, _CURVES),
     "obs.mlflow_experiment": ("megatron-sov", _CURVES),
+    "obs.nvml": (True, "Weights & Biases (obs.wandb) measures GPUs"),
     "obs.otlp_endpoint": ("", _CURVES),
     "obs.prometheus_host": ("127.0.0.1", _CURVES),
     "obs.prometheus_port": (0, _CURVES),
@@ -161,7 +167,8 @@ VALUES = {
         "glm4_moe", "GLM4_MOE", "glm_4_5_air")),
     **dict.fromkeys(("kimi_linear", "kimi-linear-48b", "tiny-kimi-linear"), _EXAMPLE.format(
         "kimi_linear", "KIMI_LINEAR", "kimi_linear_48b")),
-    **dict.fromkeys(("simvq", "fsq", "dit", "unit-bigvgan"), _CODECS),
+    **dict.fromkeys(("simvq", "fsq", "dit", "unit-bigvgan", "nemo-audio"), _CODECS),
+    "nemo-asr": "judge speech by a function of your own (FILE.py:NAME) that runs NeMo or Whisper",
     **dict.fromkeys(("questions", "textbook", "multihop", "triples"),
                     "write a generator file of your own (docs/synth.md)"),
     "functions": "use `virtual`, whose tasks describe tools and what they do",
