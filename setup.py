@@ -37,7 +37,8 @@ INSTALL_REQUIRES = [
 EXTRAS = {
     # Needs a CUDA toolchain and --no-build-isolation: docs/install.md.
     "gpu": ["transformer-engine[pytorch,core-cu13]==2.20.2"],
-    "rl": ["math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0"],
+    # if-verifiable: the checks of the reward `ifeval`, pinned for the same reason as lm-eval below
+    "rl": ["math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0", "if-verifiable==0.1.2"],
     "judge": ["openai>=2", "httpx>=0.27"],
     # `sov-data run`: readers of pages, PDFs, web archives and encodings; mojibake, languages and phone
     # numbers (their data lie in the wheels, nothing is downloaded); scorers.
@@ -67,7 +68,7 @@ EXTRAS = {
         "sentencepiece>=0.2", "protobuf", "tensorboard", "wandb", "types-tqdm", "types-psutil", "zstandard",
         "peft>=0.21.2",
         "math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0", "openai>=2",
-        "httpx>=0.27", "langdetect>=1.0.9", "datatrove>=0.10,<0.11",
+        "httpx>=0.27", "if-verifiable==0.1.2", "datatrove>=0.10,<0.11",
         "resiliparse>=2", "pypdfium2>=5", "warcio>=1.7", "charset-normalizer>=3", "ftfy>=6.3",
         "py3langid>=0.4", "phonenumbers>=9",
         "scikit-learn>=1.7", "sacrebleu>=2.5",

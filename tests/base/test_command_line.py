@@ -99,6 +99,7 @@ def test_a_defect_keeps_its_traceback() -> None:
     ("eval ppl t --data d train.steps=3", "write --set train.steps=3"),
     ("pretrain tiny-solar-open --run r more", "megatron-sov pretrain: more: nothing takes this (--help"),
     ("pretrain tiny-solar-open --run r --resmue", "nothing takes this; did you mean '--resume'?"),
+    ("eval ppl c h --data d", "h: nothing takes this (--help"),
     ("eval ppl", "megatron-sov eval ppl: the following arguments are required: "),
     ("report sft --ouput c", "--ouput: nothing takes this; did you mean '--output'?"),
     ("report '' --output c", "RUN: is empty, where a file or folder is to be named"),

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import shlex
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
@@ -53,6 +54,8 @@ def check_methods(value: Any, reference: str, what: str, methods: Mapping[str, t
 
 
 T = TypeVar("T")
+MAX_PROPOSED = 3
+"""Names that a message about an unknown one proposes."""
 ABSENT = {"model family": ("is not supported", "families")}
 """What is said of an unknown one, and how several are called, where that is not "does not exist" and an s."""
 
@@ -163,8 +166,32 @@ class Registry(Generic[T]):
         absent, plural = ABSENT.get(self.kind, ("does not exist", f"{self.kind}s"))
         listed = LISTED_BY.get(self.kind, f"{plural}: {', '.join(known)}")
         hint = find_misspelt if self.kind in ABSENT else nearest
-        close = was_removed(name) or hint(name, known)
+        close = (was_removed(name) or longer_names(name, known) or hint(name, known)
+                 or same_family(name, known))
         return f"{self.kind} {name!r}: {absent}{close} ({listed}; your own are named FILE.py:NAME)"
+
+
+def longer_names(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x' or 'y'?"`` for names that begin with the parts of a shorter one, in any
+    case and with any separator."""
+    found = _beginning_with(_parts_of(name), known)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def same_family(name: str, known: Iterable[str]) -> str:
+    """Return ``"; its family has 'x' and 'y'"`` for names that begin with the same two parts: another number
+    is another model, and no guess."""
+    found = _beginning_with(_parts_of(name)[:2], known)
+    return f"; its family has {' and '.join(found)}" if found else ""
+
+
+def _beginning_with(parts: Sequence[str], known: Iterable[str]) -> list[str]:
+    begins = [repr(one) for one in known if parts and _parts_of(one)[:len(parts)] == parts]
+    return begins[:MAX_PROPOSED]
+
+
+def _parts_of(name: str) -> list[str]:
+    return re.findall(r"[a-z]+|\d+", name.lower())
 
 
 def load_built_in(what: str, place: str, extra: str) -> Any:

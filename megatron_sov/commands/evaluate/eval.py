@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from megatron_sov.base.command_line import Command
@@ -47,10 +46,8 @@ class PplOptions(CutOptions, OutOptions, RankOptions):
 class NeedleOptions(OutOptions, RankOptions):
     """Needle-in-a-haystack accuracy by length and depth, among other needles."""
 
-    data: Annotated[tuple[str, ...], Flag(value="DIR")] = ()
+    data: Annotated[tuple[str, ...], Flag(value="DIR")]
     """Token shards with held-out documents."""
-    text: Annotated[tuple[str, ...], Flag(value="LANGUAGE=FILE")] = ()
-    """A text file that needles are hidden in; languages: english, korean, thai, code."""
     language: Annotated[tuple[str, ...], Flag(value="SOURCE=LANGUAGE")] = ()
     """A source's language, where its text does not show it."""
     kinds: Annotated[tuple[NeedleKind, ...], Flag(many=True)] = ()
@@ -144,17 +141,11 @@ def suite_of(args: NeedleOptions, target: Target) -> NeedleSuite:
     from megatron_sov.eval.needle.text import open_haystacks
     from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
 
-    if not args.data and not args.text:
-        raise UserError("there is no text to hide needles in: pass --data DIR or --text LANGUAGE=FILE")
-    sources = open_sources(data_paths(args.data), target.vocab_size or sys.maxsize,
-                           is_fixed=True) if args.data else []
+    sources = open_sources(data_paths(args.data), target.vocab_size or sys.maxsize, is_fixed=True)
     refuse_other_tokens(tokenizer_folder(sources), target.tokenizer_folder)
     config = _config(args, target.config.needle if target.config else NeedleConfig())
-    told = {name: language for language, name in (_named(word, "--language", True) for word in args.language)}
-    files = [(language, Path(name))
-             for language, name in (_named(word, "--text", False) for word in args.text)]
     haystacks = open_haystacks(sources, "heldout", target.tokenizer_folder, languages=config.languages,
-                               told=told, files=files)
+                               told=dict(map(_source_language, args.language)))
     return make_suite(config, haystacks, seed=args.seed, by=args.by)
 
 
@@ -165,13 +156,13 @@ def _config(args: NeedleOptions, defaults: NeedleConfig) -> NeedleConfig:
     return replace(defaults, **{k: v for k, v in given.items() if v not in (None, ())})
 
 
-def _named(word: str, option: str, language_last: bool) -> tuple[Language, str]:
-    """Return language and name of LANGUAGE=NAME or NAME=LANGUAGE."""
-    name, found, language = word.rpartition("=") if language_last else word.partition("=")[::-1]
-    if not found or language not in LANGUAGES or not name:
-        form = "SOURCE=LANGUAGE" if language_last else "LANGUAGE=FILE"
-        raise UserError(f"{option} {word}: must be {form}; languages are {', '.join(LANGUAGES)}")
-    return next(known for known in LANGUAGES if known == language), name
+def _source_language(word: str) -> tuple[str, Language]:
+    """Return name and language of SOURCE=LANGUAGE."""
+    name, _, language = word.rpartition("=")
+    known = next((known for known in LANGUAGES if known == language), None)
+    if known is None or not name:
+        raise UserError(f"--language {word}: must be SOURCE=LANGUAGE; languages are {', '.join(LANGUAGES)}")
+    return name, known
 
 
 ACTIONS: Actions = {

@@ -39,6 +39,15 @@ LEARNED_BY = {"a preference": "is a pair of responses; `megatron-sov prefer` lea
                         "`megatron-sov sft` learns from chats",
               "plain text": "is plain text, which has no responses; `megatron-sov pretrain` learns from text"}
 """What a record is, as `sov-data pack` calls it -> what it is and which command learns from it."""
+OTHER_FILES = {
+    ".csv .tsv .xlsx": "is a table; save its rows as JSON lines, e.g. pandas.read_csv(FILE).to_json(OUT, "
+                       "orient='records', lines=True)",
+    ".pdf .docx .html .epub .warc": "is a document; `sov-data run PIPELINE.yaml --output DIR` extracts its "
+                                    "text",
+    ".bin .idx": "is one file of token shards or of Megatron-LM; pass the folder of shards, or make one by "
+                 "`sov-data adopt FILE.bin --tokenizer DIR --output DIR`",
+    ".arrow": "is an Arrow file of datasets; save it by to_json or to_parquet"}
+"""Suffixes of files that --data does not take -> what they are and the way to data that it takes."""
 RESERVED_NAME = "tokenizer"
 """Name that `sov-data pack` refuses for a source: its folder of the tokenizer has it."""
 BEGUN = {"tokenizer": ""}
@@ -100,6 +109,9 @@ def find_files(data: Sequence[str], run: Path, formats: Sequence[str]) -> list[D
         was_packed = named.recorded(run).get("file") == str(named.file.absolute())
         if not named.file.is_file() and (named.file.exists() or not was_packed):
             continue
+        suffix = named.file.suffix.lower()
+        if said := next((text for names, text in OTHER_FILES.items() if suffix in names.split()), ""):
+            raise UserError(f"--data {argument}: {said}")
         if named.name in found:
             raise UserError(f"--data {argument}: has the name {named.name!r} of --data "
                             f"{found[named.name].argument}; name one of them, e.g. --data "
