@@ -15,9 +15,8 @@ from typing import Any
 from data_prep.synth.generator import Door, Role, T
 from data_prep.synth.options import MaxTokensField, SynthOptions
 from megatron_sov.base.errors import StopRequested, UserError, download
-from megatron_sov.base.settings import ProblemCode, SettingsProblem
-from megatron_sov.work.endpoints.answers import (
-    CHAT_PROBES, BadAnswer, EndpointUnavailable, NeverAnswered, Recognition)
+from megatron_sov.base.settings import NotNegative, NotNegativeInt, ProblemCode, SettingsProblem
+from megatron_sov.work.endpoints.answers import BadAnswer, EndpointUnavailable, NeverAnswered
 from megatron_sov.work.endpoints.cache import EndpointCache, Usage
 from megatron_sov.work.endpoints.endpoint import Endpoint, EndpointLimits
 from megatron_sov.work.endpoints.local_server import serving
@@ -26,8 +25,6 @@ from megatron_sov.work.processes.pool import StopSignal
 
 BACKOFF_S = 1.0
 LOCAL_PATIENCE_S = 60.0
-OTHER_MODEL = ("name another --output, or pass --same-model if only the engine changed; then the kept "
-               "answers are used")
 _BUDGET_LOOK_S = 0.5
 _WHOLE_BYTES = 1 << 24
 _ENDS_BYTES = 1 << 20
@@ -188,8 +185,6 @@ def opened(writer: Model, judge: Model, options: SynthOptions, cache: EndpointCa
                                 cache, known_as=model.identity(), gate=budget, sleep=stop.sleep,
                                 told=lambda sentence: print(sentence, flush=True), key=key,
                                 sent=model.sent,
-                                recognition=None if model.is_local else Recognition(
-                                    name, CHAT_PROBES, OTHER_MODEL, options.same_model),
                                 accepted_models=None if model.is_local else options.accept_model)
             doors[model] = EndpointDoor(endpoint, name, slots, stop, patience_s)
         yield {"writer": doors[writer], "judge": doors[judge]}

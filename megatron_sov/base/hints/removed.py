@@ -30,6 +30,9 @@ COMMANDS = {
     "megatron-sov eval logits": "`megatron-sov convert verify CHECKPOINT HF_DIR` compares weights and logits",
     **dict.fromkeys(("megatron-sov eval inspect", "megatron-sov eval play"),
                     "serve the model with `megatron-sov serve` and run inspect-ai on its address"),
+    "megatron-sov distill write": "`megatron-sov rl run ... --teacher TEACHER --reward none --set "
+                                  "policy.method=gkd` has the student answer (docs/distill.md); "
+                                  "`megatron-sov generate --prompts` writes answers to pack",
     "megatron-sov distill rounds": "use `megatron-sov rl run ... --teacher TEACHER --reward none --set "
                                    "policy.method=gkd` (docs/distill.md)",
     "megatron-sov eval suites": "docs/eval_suites.md lists the tasks and their files; `eval lm` reads a "
@@ -106,6 +109,7 @@ OPTIONS = {
     "sov-data pack --step": "apply the function with `megatron-sov map`, or as the step `code` of a pipeline "
                             "(`sov-data run`), before you pack",
     "sov-data synth --judge-max-tokens-field": "--max-tokens-field holds for both models",
+    "sov-data synth --same-model": "another model under the same name is not noticed; name another --output",
     "sov-data synth --prompts": "copy the generator's YAML file, change its prompts, and name the copy",
     **dict.fromkeys(("sov-data synth --benchmarks", "sov-data synth --languages"),
                     "write the steps `decontaminate` and `language` into a file for --checks"),
