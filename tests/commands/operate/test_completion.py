@@ -29,7 +29,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("words", "completed"), [
     ("megatron-sov pretr", "pretrain"), ("megatron-sov rl tra", "train"),
     ("megatron-sov eval contam", "contamination"),
-    ("megatron-sov eval nee", "needle"), ("megatron-sov rl store ver", "verify"),
+    ("megatron-sov eval nee", "needle"), ("megatron-sov rl store sh", "show"),
     ("megatron-sov rl train --sto", "--store"), ("megatron-sov completion fi", "fish"),
     ("megatron-sov pretrain tiny-qwen3 --set train.ste", "train.steps="),
     ("megatron-sov rl run tiny-qwen3 --set rollout.rou", "rollout.rounds="),
