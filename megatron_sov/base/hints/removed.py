@@ -160,16 +160,11 @@ VALUES = {
     **dict.fromkeys(("kimi_linear", "kimi-linear-48b", "tiny-kimi-linear"), _EXAMPLE.format(
         "kimi_linear", "KIMI_LINEAR", "kimi_linear_48b")),
     **dict.fromkeys(("simvq", "fsq", "dit", "unit-bigvgan"), _CODECS),
-<<<<<<< HEAD
-    **dict.fromkeys(("questions", "textbook"), "write a generator file of your own (docs/synth.md)"),
-    "classifier": "serve the model with vLLM and use `judge` with kind=reward-model (docs/rewards.md)",
-    "functions": "use `virtual`, whose tasks describe tools in Python",
-    **dict.fromkeys(("booking", "tickets"), "use `virtual`, whose tasks describe tables and tools in Python"),
-=======
     **dict.fromkeys(("questions", "textbook", "multihop", "triples"),
                     "write a generator file of your own (docs/synth.md)"),
-    "functions": "use `virtual`, whose tasks describe tools and what they do",
->>>>>>> main
+    "classifier": "serve the model with vLLM and use `judge` with kind=reward-model (docs/rewards.md)",
+    "functions": "use `virtual`, whose tasks describe tools in Python",
+    "tickets": "use `virtual`, whose tasks describe tables and tools in Python",
     "code": "take prompts with tests from a data set, or write a generator file of your own (docs/synth.md)",
     "mcp": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",
     "nemo_gym": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",

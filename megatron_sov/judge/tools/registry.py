@@ -22,6 +22,8 @@ BUILT_IN: dict[str, tuple[str, str, str]] = {
     "retrieval": ("megatron_sov.judge.tools.worlds.retrieval", "Retrieval",
                   "search and read documents of your own, by BM25"),
     "python": ("megatron_sov.judge.tools.worlds.python", "Python", "programs in the sandbox"),
+    "booking": ("megatron_sov.judge.tools.worlds.virtual", "Booking",
+                 "a database of hotel rooms: search, book, change, cancel"),
     "files": ("megatron_sov.judge.tools.worlds.files", "Files",
                "a tree of text files: list, read, edit, search"),
     "virtual": ("megatron_sov.judge.tools.worlds.virtual", "Virtual",

@@ -45,7 +45,7 @@ def test_the_page_is_true(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
 
 @pytest.mark.parametrize("words, told", [
     (["calculators"], "did you mean 'calculator'"),
-    (["booking"], "use `virtual`, whose tasks describe tables and tools in Python"),
+    (["tickets"], "use `virtual`, whose tasks describe tables and tools in Python"),
     (["calculator", "--set", "relative=1"], "relative: no such setting"),
     (["calculator", "--limit", "max_turn=1"], "did you mean 'max_turns'"),
     (["retrieval"], "corpus: is missing; it has no default; set it"),

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ast
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -52,7 +53,6 @@ _WORLD = {"name", "rules", "tables", "code", "examples"}
 _TABLE = {"columns", "rows", "free"}
 _TYPE_NODES = (ast.Expression, ast.Name, ast.Load, ast.Subscript, ast.Tuple, ast.BinOp, ast.BitOr,
                ast.Constant)
-_EXAMPLES = Path(__file__).with_name("virtual_examples.json")
 
 
 def type_of(text: str) -> Any:
@@ -340,9 +340,9 @@ def _outcome(world: VirtualWorld, told: Mapping[str, Any]) -> ToolOutcome:
     return ToolOutcome(told["result"], told["tables"])
 
 
-def _examples() -> tuple[Task, ...]:
-    """Return the tasks of a library, which share one world."""
-    given = json.loads(_EXAMPLES.read_text(encoding="utf-8"))
+def _examples(name: str) -> tuple[Task, ...]:
+    """Return the tasks of a file beside this one, which share its world."""
+    given = json.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
     world = {**given["world"], "code": "\n".join(given["world"]["code"])}
     return tuple({**task, "world": world} for task in given["tasks"])
 
@@ -351,9 +351,13 @@ def _examples() -> tuple[Task, ...]:
 class Virtual(World):
     """A task has `world` and `goal`: `calls`, which lead to the wanted tables, and `answers` to be said."""
 
-    EXAMPLES = _examples()
+    EXAMPLES = _examples("library.json")
     MAX_MEMORY_BYTES = 0
     """The sandbox limits the code itself."""
+
+    def inputs(self) -> dict[str, Any]:
+        """Return what judges beside this module: the world of tasks that bring none, and Python."""
+        return {"world": self.EXAMPLES[0]["world"], "python": list(sys.version_info[:2])}
 
     def reset(self, task: Task) -> Observation:
         """Begin an episode in the task's world, and work out the tables at its end."""
@@ -430,3 +434,14 @@ class Virtual(World):
                  for key, row in rows.items()}
         return ({key: row for key, row in shown.items() if key in first},
                 sorted(json.dumps(row, sort_keys=True) for key, row in shown.items() if key not in first))
+
+
+@dataclass
+class Booking(Virtual):
+    """Rooms of a chain of hotels; a task has `goal`, and `tables` if it likes, and leaves out the world."""
+
+    EXAMPLES = _examples("booking.json")
+
+    def reset(self, task: Task) -> Observation:
+        """Begin an episode of a task; it may also bring a world of its own."""
+        return super().reset({"world": self.EXAMPLES[0]["world"], **task})

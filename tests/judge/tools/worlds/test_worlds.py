@@ -16,6 +16,12 @@ from megatron_sov.judge.tools.worlds.calculator import calculated
 SOLUTIONS: dict[str, list[tuple[list[tuple[str, dict[str, Any]]], str]]] = {
     "calculator": [([("calculate", {"expression": "17 * 23 + 2 ** 10"})], "The answer is 1415."),
                    ([("calculate", {"expression": "1/3 + 1/6"})], "The answer is 0.5")],
+    "booking": [([("find_guest", {"email": "mina@example.com"}),
+                  ("search_rooms", {"city": "Busan", "check_in": "2026-06-10", "check_out": "2026-06-12",
+                                    "beds": 2}),
+                  ("book_room", {"guest_id": "G1", "room_id": "R3", "check_in": "2026-06-10",
+                                 "check_out": "2026-06-12"})], "Booked: $220 in all."),
+                ([("cancel_booking", {"booking_id": "B1"})], "It is cancelled.")],
     "files": [([("search_text", {"text": "Helo"}),
                 ("replace_text", {"path": "app/__init__.py", "old": "Helo", "new": "Hello"})], "Done"),
               ([("move_file", {"path": "notes.txt", "to": "NOTES.md"})], "Done")],
