@@ -41,6 +41,10 @@ COMMANDS = {
     "megatron-sov reproduce": "python benchmarks/learning.py runs the claims in a checkout",
     "megatron-sov rl replay": "type the command of `rl run` again with another --run and --store",
     "megatron-sov rl store page": "`megatron-sov rl store show` prints responses and their rewards",
+    "megatron-sov rl store ls": "`megatron-sov inspect STORE` lists parts and claims",
+    "megatron-sov rl store stats": "`megatron-sov report RUN` has the figures of rounds; the store's Parquet "
+                                   "files have the rows (docs/rollout_store.md)",
+    "megatron-sov rl store verify": "use `megatron-sov inspect STORE --verify`",
     "megatron-sov rl why": "`megatron-sov rl store show` prints responses and their rewards",
     "megatron-sov watch": "`megatron-sov status RUN --follow` prints each step; --set obs.tensorboard=true "
                           "draws curves",
@@ -68,7 +72,8 @@ OPTIONS = {
     **dict.fromkeys(("megatron-sov eval passk --sampled", "megatron-sov eval passk --group-by"),
                     "`megatron-sov score` judges responses that are there"),
     "megatron-sov score --disagreements": "the command prints the lines where two rewards disagree",
-    "megatron-sov tools play --page": "redirect the text: `megatron-sov tools play ENV ... > play.txt`",
+    "megatron-sov tools play": "call the world in Python (docs/tools.md, \"Try one by hand\"), or use "
+                               "`megatron-sov tools run`",
     **dict.fromkeys(("megatron-sov plan --calibrate-engine", "megatron-sov plan --engine-gpus"),
                     "rounds of RL have no price; multiply the seconds of one round of `rl run`"),
     "megatron-sov plan --page": "redirect the text: `megatron-sov plan RECIPE --cluster P > plan.txt`",
@@ -175,7 +180,9 @@ VALUES = {
     "nemo-asr": "judge speech by a function of your own (FILE.py:NAME) that runs NeMo or Whisper",
     **dict.fromkeys(("questions", "textbook", "multihop", "triples"),
                     "write a generator file of your own (docs/synth.md)"),
-    "functions": "use `virtual`, whose tasks describe tools and what they do",
+    "classifier": "serve the model with vLLM and use `judge` with kind=reward-model (docs/rewards.md)",
+    "functions": "use `virtual`, whose tasks describe tools in Python",
+    "tickets": "use `virtual`, whose tasks describe tables and tools in Python",
     "code": "take prompts with tests from a data set, or write a generator file of your own (docs/synth.md)",
     "mcp": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",
     "nemo_gym": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",
