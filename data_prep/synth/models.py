@@ -15,7 +15,7 @@ from typing import Any
 from data_prep.synth.generator import Door, Role, T
 from data_prep.synth.options import MaxTokensField, SynthOptions
 from megatron_sov.base.errors import StopRequested, UserError, download
-from megatron_sov.base.settings import NotNegative, NotNegativeInt, ProblemCode, SettingsProblem
+from megatron_sov.base.settings import ProblemCode, SettingsProblem
 from megatron_sov.work.endpoints.answers import BadAnswer, EndpointUnavailable, NeverAnswered
 from megatron_sov.work.endpoints.cache import EndpointCache, Usage
 from megatron_sov.work.endpoints.endpoint import Endpoint, EndpointLimits
