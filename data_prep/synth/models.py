@@ -12,16 +12,13 @@ from data_prep.synth.generator import Door, Role, T
 from data_prep.synth.options import MaxTokensField, SynthOptions
 from megatron_sov.base.errors import StopRequested
 from megatron_sov.base.settings import ProblemCode, SettingsProblem
-from megatron_sov.work.endpoints.answers import (
-    CHAT_PROBES, BadAnswer, EndpointUnavailable, NeverAnswered, Recognition)
+from megatron_sov.work.endpoints.answers import BadAnswer, EndpointUnavailable, NeverAnswered
 from megatron_sov.work.endpoints.cache import EndpointCache, Usage
 from megatron_sov.work.endpoints.endpoint import Endpoint, EndpointLimits
 from megatron_sov.work.endpoints.transport import address_problems, is_address
 from megatron_sov.work.processes.pool import StopSignal
 
 BACKOFF_S = 1.0
-OTHER_MODEL = ("name another --output, or pass --same-model if only the engine changed; then the kept "
-               "answers are used")
 _BUDGET_LOOK_S = 0.5
 
 
@@ -158,7 +155,6 @@ def open_doors(writer: Model, judge: Model, options: SynthOptions, cache: Endpoi
                            options.patience),
             cache, known_as=model.identity, gate=budget, sleep=stop.sleep,
             told=lambda sentence: print(sentence, flush=True), sent=model.sent,
-            recognition=Recognition(model.name, CHAT_PROBES, OTHER_MODEL, options.same_model),
             accepted_models=options.accept_model)
         doors[model] = EndpointDoor(endpoint, model.name, slots, stop, options.patience)
     return {"writer": doors[writer], "judge": doors[judge]}

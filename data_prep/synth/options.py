@@ -41,8 +41,6 @@ class SynthModelOptions:
     accept_model: Annotated[tuple[str, ...], Flag(value="NAME")] = ()
     """Use answers of this model too, where an endpoint answers with another model than --model or
     --judge-model (default: refuse them); may be repeated."""
-    same_model: bool = False
-    """Endpoints' models are those whose answers are kept, though they answer fixed questions otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
