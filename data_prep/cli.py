@@ -39,7 +39,7 @@ COMMANDS = {
         "data_prep.synth.command", "make data with models: checked, with provenance, restartable",
         RESPONSES, "synth.md",
         ("synth --list",
-         "synth rewrite --input documents.jsonl --engine http://localhost:8000/v1 --model m --output made")),
+         "synth rewrite --input documents.jsonl --engine my-model --output rewritten")),
     "difficulty": Command(
         "data_prep.synth.difficulty",
         "label problems by the models that solved them, and write difficulty into rows",

@@ -34,7 +34,7 @@ class SynthRunRecord:
     model: str
     """Of the writer, as its endpoint calls it."""
     engine: str = ""
-    """Its address."""
+    """Its address, or its folder."""
     identity: str = ""
     """What stands for it in what answers are kept by."""
     judge: str = ""

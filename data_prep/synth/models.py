@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from data_prep.synth.generator import Door, Role, T
 from data_prep.synth.options import MaxTokensField, SynthOptions
-from megatron_sov.base.errors import StopRequested
+from megatron_sov.base.errors import StopRequested, UserError, download
 from megatron_sov.base.settings import ProblemCode, SettingsProblem
 from megatron_sov.work.endpoints.answers import BadAnswer, EndpointUnavailable, NeverAnswered
 from megatron_sov.work.endpoints.cache import EndpointCache, Usage
 from megatron_sov.work.endpoints.endpoint import Endpoint, EndpointLimits
+from megatron_sov.work.endpoints.local_server import serving
 from megatron_sov.work.endpoints.transport import address_problems, is_address
 from megatron_sov.work.processes.pool import StopSignal
 
 BACKOFF_S = 1.0
+LOCAL_PATIENCE_S = 60.0
 _BUDGET_LOOK_S = 0.5
+_WHOLE_BYTES = 1 << 24
+_ENDS_BYTES = 1 << 20
+"""Of larger files, begin and end stand for what lies between."""
 
 
 @dataclass(frozen=True)
@@ -27,38 +36,40 @@ class Model:
     """One model of a run."""
 
     engine: str
-    """Address up to `/v1`."""
-    name: str
-    """As the endpoint calls it."""
+    """Address up to `/v1`, or a folder."""
+    model: str
+    """As the endpoint calls it; of a folder, empty: its name."""
     key_env: str = ""
     """Variable of the environment with the key; empty: none is sent."""
     max_tokens_field: MaxTokensField = "max_tokens"
-    """Field for the longest answer, where requests are sent; none: it is not sent."""
+    """What the longest answer stands in, where requests are sent; none: it is not sent."""
     options: tuple[str, str] = field(default=("--engine", "--model"), compare=False)
     """What the command line calls address and name."""
 
     @property
-    def location(self) -> str:
-        """Return the address as it stands in files."""
-        return self.engine.rstrip("/")
+    def is_local(self) -> bool:
+        return not is_address(self.engine)
 
     @property
-    def identity(self) -> str:
-        """Return what stands for the model in what answers are kept by: wherever it is served, its answers
-        are its answers."""
-        return f"endpoint:{self.name}"
+    def name(self) -> str:
+        return self.model or Path(self.engine).resolve().name
+
+    @property
+    def location(self) -> str:
+        """What stands in files for where it is."""
+        return str(Path(self.engine).resolve()) if self.is_local else self.engine.rstrip("/")
 
     def problems(self) -> list[SettingsProblem]:
         """Return every rule between address and name that is broken, by option."""
         where, name = self.options
-        if not is_address(self.engine):
-            # without the address, which may hold a password
-            return [SettingsProblem(
-                ProblemCode.RULE, where, "must be an address such as http://localhost:8000/v1",
-                way_out="start the server of a folder with `megatron-sov serve` or `vllm serve`")]
-        p = address_problems(where, self.engine, f"{where.replace('engine', 'api-key-env')}")
-        if not self.name:
-            p.append(SettingsProblem(ProblemCode.RULE, name, "say which model of the endpoint is asked"))
+        p: list[SettingsProblem] = []
+        if not self.is_local:
+            p += address_problems(where, self.engine, f"{where.replace('engine', 'api-key-env')}")
+            if not self.model:
+                p.append(SettingsProblem(ProblemCode.RULE, name, "say which model of the endpoint is asked"))
+        elif "://" in self.engine:
+            p.append(SettingsProblem(ProblemCode.RULE, where,
+                                     "must be an address such as http://localhost:8000/v1, or a folder"))
         return p
 
     def sent(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -68,6 +79,13 @@ class Model:
         if self.max_tokens_field == "none" or "max_tokens" not in request:
             return others
         return {**others, self.max_tokens_field: request["max_tokens"]}
+
+    def identity(self) -> str:
+        """Return what stands for the model in what answers are kept by: wherever it is served, its answers
+        are its answers."""
+        if self.is_local:
+            return f"local:{identity_of(Path(self.engine), self.options[0])}"
+        return f"endpoint:{self.model}"
 
 
 class Budget:
@@ -143,18 +161,61 @@ class EndpointDoor:
                 raise
 
 
-def open_doors(writer: Model, judge: Model, options: SynthOptions, cache: EndpointCache, budget: Budget,
-               stop: StopSignal) -> dict[Role, Door]:
-    """Return the doors to both models."""
+@contextlib.contextmanager
+def opened(writer: Model, judge: Model, options: SynthOptions, cache: EndpointCache, budget: Budget,
+           stop: StopSignal) -> Iterator[dict[Role, Door]]:
+    """Yield the doors to both models; a folder is served as long as the context is open."""
     slots = threading.Semaphore(options.threads)
-    doors: dict[Model, Door] = {}
-    for model in dict.fromkeys((writer, judge)):  # often both are one model
-        endpoint = Endpoint(
-            f"{model.location}/chat/completions", model.key_env,
-            EndpointLimits(options.timeout, options.max_attempts, BACKOFF_S, 0.0, 0.0, 0.0, 0.0,
-                           options.patience),
-            cache, known_as=model.identity, gate=budget, sleep=stop.sleep,
-            told=lambda sentence: print(sentence, flush=True), sent=model.sent,
-            accepted_models=options.accept_model)
-        doors[model] = EndpointDoor(endpoint, model.name, slots, stop, options.patience)
-    return {"writer": doors[writer], "judge": doors[judge]}
+    with contextlib.ExitStack() as stack:
+        doors: dict[Model, Door] = {}
+        # often both are one model, which is then served once
+        for model in dict.fromkeys((writer, judge)):
+            url, name, key = model.engine.rstrip("/"), model.name, ""
+            if model.is_local:
+                served = stack.enter_context(serving(
+                    Path(model.engine).resolve(),
+                    f"--engine {model.engine}: `megatron-sov serve` did not start: ",
+                    sleep=stop.sleep))
+                url, key, name = served.url, served.key, served.model
+            # a server of this machine that answers nobody has ended, and nobody starts it again
+            patience_s = min(options.patience, LOCAL_PATIENCE_S) if model.is_local else options.patience
+            endpoint = Endpoint(f"{url}/chat/completions", model.key_env,
+                                EndpointLimits(options.timeout, options.max_attempts, BACKOFF_S, 0.0, 0.0,
+                                               0.0, 0.0, patience_s),
+                                cache, known_as=model.identity(), gate=budget, sleep=stop.sleep,
+                                told=lambda sentence: print(sentence, flush=True), key=key,
+                                sent=model.sent,
+                                accepted_models=None if model.is_local else options.accept_model)
+            doors[model] = EndpointDoor(endpoint, name, slots, stop, patience_s)
+        yield {"writer": doors[writer], "judge": doors[judge]}
+
+
+def identity_of(folder: Path, option: str = "--engine") -> str:
+    """Return a hash that stands for a model's files: small ones whole, of large ones size, begin and end.
+
+    Args:
+        folder: of the model.
+        option: that names it, for sentences.
+
+    Raises:
+        UserError: there is no such folder, or nothing in it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{option} {folder}: is neither an address (http://...) nor a folder of a model"
+                        f"{download(folder)}")
+    digest = hashlib.sha256()
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    if not files:
+        raise UserError(f"{option} {folder}: is empty; pass a checkpoint or a Hugging Face folder")
+    for file in files:
+        size_bytes = file.stat().st_size
+        # name and size too: files that change places make another model
+        digest.update(f"{file.relative_to(folder)}\0{size_bytes}\0".encode())
+        with open(file, "rb") as f:
+            if size_bytes <= _WHOLE_BYTES:
+                digest.update(f.read())
+            else:
+                digest.update(f.read(_ENDS_BYTES))
+                f.seek(-_ENDS_BYTES, os.SEEK_END)
+                digest.update(f.read())
+    return digest.hexdigest()

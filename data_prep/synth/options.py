@@ -22,15 +22,16 @@ MaxTokensField = Literal["max_tokens", "max_completion_tokens", "none"]
 class SynthModelOptions:
     """Who writes, and who judges."""
 
-    engine: Annotated[str, Flag(value="URL")] = ""
-    """The model that writes: an OpenAI-compatible address up to /v1."""
+    engine: Annotated[str, Flag(value="URL|DIR")] = ""
+    """The model that writes: an OpenAI-compatible address up to /v1, or a checkpoint or Hugging Face
+    folder."""
     model: Annotated[str, Flag(value="NAME")] = ""
     """Its name at the address."""
     api_key_env: Annotated[str | None, Flag(value="VARIABLE")] = None
     """Variable of the environment with the key of the address (default: OPENAI_API_KEY)."""
     max_tokens_field: Annotated[MaxTokensField, Flag(value="NAME")] = "max_tokens"
     """Field of requests for the longest answer: max_tokens, max_completion_tokens, or none."""
-    judge_engine: Annotated[str, Flag(value="URL")] = ""
+    judge_engine: Annotated[str, Flag(value="URL|DIR")] = ""
     """The model that judges, likewise (default: that which writes)."""
     judge_model: Annotated[str, Flag(value="NAME")] = ""
     """Its name at the address."""

@@ -24,7 +24,7 @@ from data_prep.synth.candidates import (
 from data_prep.synth.generator import (
     Ask, Door, Drawn, GeneratedSample, Generator, GeneratorItem, Role, writable)
 from data_prep.synth.known import REMOVED, generator_class
-from data_prep.synth.models import Budget, Model, open_doors
+from data_prep.synth.models import Budget, Model, opened
 from data_prep.synth.options import SynthOptions
 from data_prep.synth.replies import NoReply, NoUsableReply
 from megatron_sov.base.artifacts import atomic_write, disk_errors, to_json
@@ -138,8 +138,8 @@ def open_run(options: SynthOptions) -> SynthRun:
     record = SynthRunRecord(
         generator=generator.name, version=generator.version, kind=generator.kind,
         settings=json.loads(to_json(asdict(generator.settings))), inputs=tuple(map(str, options.input)),
-        model=writer.name, engine=writer.location, identity=writer.identity,
-        judge=judge.name, judge_engine=judge.location, judge_identity=judge.identity,
+        model=writer.name, engine=writer.location, identity=writer.identity(),
+        judge=judge.name, judge_engine=judge.location, judge_identity=judge.identity(),
         judge_max_tokens=options.judge_max_tokens, digests=generator.digests(),
         files={str(file): file_digest(file) for file in generator.files()})
     _check_folder(output, record, options.redo)
@@ -294,9 +294,9 @@ def make_items(run: SynthRun, tally: RunningTally) -> None:
     told_s = began_s
     try:
         # Draws have a pool of their own: items wait for them, and could fill all threads of one pool.
-        with stop.at_signals(), ThreadPoolExecutor(options.threads) as drawers:
-            budget = Budget(options.max_tokens_total, cache.usage(), stop)
-            doors = open_doors(run.writer, run.judge, options, cache, budget, stop)
+        with (stop.at_signals(), ThreadPoolExecutor(options.threads) as drawers,
+              opened(run.writer, run.judge, options, cache,
+                     Budget(options.max_tokens_total, cache.usage(), stop), stop) as doors):
             maker = ItemMaker(run, doors, drawers, stop)
             # numbers are counted over the whole input, so that a number means the same item in every command
             items = ((number, item) for number, item in run.items() if item.id in tally.todo)

@@ -290,7 +290,7 @@ def test_generators_and_their_settings_are_listed(capsys: pytest.CaptureFixture[
 BAD = {
     "no engine": (["--engine", ""], "--engine is needed"),
     "no address": (["--engine", "ftp://x"], "must be an address such as"),
-    "no folder": (["--engine", "nowhere"], "must be an address such as"),
+    "no folder": (["--engine", "nowhere"], "is neither an address"),
     "a key in it": (["--engine", f"http://u:{KEY}@h/v1"], "holds a key or a query"),
     "no model": (["--model", ""], "say which model of the endpoint is asked"),
     "no time": (["--max-time", "2h"], "timeout --signal TERM"),
@@ -301,7 +301,7 @@ BAD = {
     "a value": (["--set", "min_score=11"], "min_score = 11 must be at most 10"),
     "negative": (["--max-tokens-total", "-1"], "--max-tokens-total -1: must be at least 0"),
     "all of an address": (["--engine", "http://h/v1/chat/completions"], "must end before /chat/completions"),
-    "no address of a judge": (["--judge-engine", "nowhere"], "--judge-engine: must be an address"),
+    "no judge's folder": (["--judge-engine", "nowhere"], "--judge-engine nowhere: is neither an address"),
     "a judge's key": (["--judge-api-key-env", "OPENAI_API_KEY"], "there is no judge of its own"),
     "no key": (["--api-key-env", "KEY_OF_NOBODY"], "--api-key-env KEY_OF_NOBODY: the environment has no key"),
     "a patience with a unit": (["--patience", "10m"], '--patience "10m": must be'),

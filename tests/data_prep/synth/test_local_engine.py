@@ -1,4 +1,4 @@
-"""A server of a folder: a child with a key of its own, which ends with the command."""
+"""A folder as the engine: its server is a child with a key of its own, and ends with the run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from data_prep.synth.models import identity_of
 from megatron_sov.base.errors import StopRequested, UserError
 from megatron_sov.work.endpoints.local_server import KEY_ENV, serving
 from megatron_sov.work.processes.pool import StopSignal
@@ -79,3 +80,13 @@ def test_a_run_that_is_asked_to_stop_does_not_wait_for_a_model_to_load(model: Pa
                     program=program(tmp_path, "import time; time.sleep(3600)")):
         pass
     assert not servers(tmp_path)
+
+
+def test_a_model_is_known_by_its_files_wherever_they_lie(model: Path, tmp_path: Path) -> None:
+    before = identity_of(model)
+    model.rename(tmp_path / "moved")
+    assert identity_of(tmp_path / "moved") == before
+    (tmp_path / "moved" / "weights").write_bytes(b"x")
+    assert identity_of(tmp_path / "moved") != before
+    with pytest.raises(UserError, match="is neither an address"):
+        identity_of(tmp_path / "nowhere")
