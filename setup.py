@@ -27,7 +27,6 @@ INSTALL_REQUIRES = [
     "pyarrow",
     "pyyaml!=6.0.4",  # of a key in two merged mappings (<<: [*a, *b]) it keeps b's value, against YAML
     "regex",
-    "zstandard",
     "blake3",
     "safetensors",
     "tqdm",
@@ -62,7 +61,7 @@ EXTRAS = {
     # einops: imported by the plain kernels of flash-linear-attention that ours are compared with
     "dev": [
         "pytest>=8", "hypothesis", "allpairspy", "einops", "ruff", "isort>=9", "mypy", "setuptools>=77",
-        "sentencepiece>=0.2", "protobuf", "tensorboard", "wandb", "types-tqdm", "types-psutil",
+        "sentencepiece>=0.2", "protobuf", "tensorboard", "wandb", "types-tqdm", "types-psutil", "zstandard",
         "peft>=0.21.2",
         "math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0", "openai>=2",
         "httpx>=0.27", "if-verifiable==0.1.2", "datatrove>=0.10,<0.11",
