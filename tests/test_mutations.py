@@ -102,7 +102,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
                    "--workers", "1"),
     "rl reward": (M, "rl", "reward", "--store", "@store", "--reward", "length", "--reward-set",
                   "max_length=9", "--reward-set", "buffer=3", "--workers", "1"),
-    "rl store verify": (M, "rl", "store", "verify", "@store", "--json"),
+    "inspect --verify store": (M, "inspect", "@store", "--verify", "--json"),
     "rl train": (M, "rl", "train", "tiny-solar-open", "--run", "@out", "--nproc", "1", *SIZES, *ROUNDS,
                  "--data", "@text", "--from", "@run", "--store", "@store", "--prompts", "@asked", "--reward",
                  "repetition"),
