@@ -12,8 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from megatron_sov.base.settings import (
-    AboveZero, ActsWhen, AnyOf, AtLeastOne, Finite, NotNegative, NotNegativeInt, ProblemCode,
-    SettingsProblem, Share, find_broken, is_none_of, is_one_of, is_set)
+    AboveZero, ActsWhen, AnyOf, AtLeastOne, Finite, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem,
+    Share, find_broken, is_none_of, is_one_of, is_set)
 from megatron_sov.model.config.data import nearest_multiple
 from megatron_sov.model.config.learning import learns, learns_by_policy
 

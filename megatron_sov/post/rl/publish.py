@@ -183,7 +183,7 @@ class Publisher:
         self._compare_asking(folder, before.get(CHOSEN_BY, {}))
 
     def _compare_asking(self, folder: Path, before: Mapping[str, Any]) -> None:
-        # an earlier version noted nothing, and nor did other jobs
+        # other jobs note nothing
         then, now = ({name: value for name, value in by_name(asked) if value != {}}
                      for asked in (before, self.chosen_by if before else {}))
         for name in sorted(then.keys() | now.keys() if now else ()):

@@ -14,8 +14,8 @@ import pytest
 from data_prep.shards.verify import check
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import new_artifact, read_manifest
-from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig, RunConfig
 from megatron_sov.model.config.run import with_rounds
 from megatron_sov.post.rl import round_files
@@ -46,7 +46,7 @@ def publisher(packed_data: Any, tmp_path: Path) -> Publisher:
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"{i}?", "domain": "even" if i % 2 else "odd"}) + "\n"
                             for i in range(9)))
-    RolloutStore.create(tmp_path / "store", file_digest(packed_data.tokenizer / "tokenizer.json", "sha256"),
+    RolloutStore.create(tmp_path / "store", tokenizer_digest(packed_data.tokenizer),
                         368)
     return Publisher(config_of(), tmp_path / "rounds", tmp_path / "store", read_prompts(file), VERSION,
                      packed_data.tokenizer)
