@@ -91,12 +91,6 @@ COMMANDS = {
         POST_TRAIN, "distill.md",
         ("distill states teacher --data chats --output states",
          "distill states teacher --data chats --top-k 128 --output top")),
-    "distill write": Command(
-        "megatron_sov.commands.train.distill:WRITE",
-        "have a student answer prompts, as conversations that a teacher can read",
-        POST_TRAIN, "distill.md",
-        ("distill write runs/sft --prompts prompts --output answers",
-         "distill write runs/sft --prompts prompts --output answers --max-new-tokens 512 --nproc 2")),
     "rl run": Command(
         "megatron_sov.commands.rl.rounds:RUN",
         "reinforcement learning by one command: the model that learns writes its own rounds",
