@@ -109,6 +109,7 @@ ALONE = {
     "megatron_sov/commands/train/forgetting_gate.py": "runs `eval lm`; stages are another subject",
     "megatron_sov/checkpoint/gather.py": "megatron's side of exporting a live model",
     "megatron_sov/judge/rewards/check_program.py": _INSIDE,
+    "megatron_sov/judge/tools/worlds/virtual_program.py": _INSIDE,
     "megatron_sov/publish/report/validations.py": "held-out prompts of rl, not of the loss",
     "megatron_sov/sandbox/process_tree.py": "starts processes; tools are another subject",
     "megatron_sov/proof/given.py": "data of objectives; proving a layout is another subject",
