@@ -112,6 +112,7 @@ ALONE = {
     "megatron_sov/publish/report/validations.py": "held-out prompts of rl, not of the loss",
     "megatron_sov/sandbox/process_tree.py": "starts processes; tools are another subject",
     "megatron_sov/proof/given.py": "data of objectives; proving a layout is another subject",
+}
 """File that is short, has one user, and is not merged into it -> why."""
 
 
