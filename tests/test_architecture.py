@@ -95,6 +95,8 @@ ALONE = {
     "megatron_sov/base/hints/search.py": "search by meaning; words of a line are another subject",
     "megatron_sov/base/hints/values.py": "values of other programs; their names are another subject",
     "megatron_sov/base/hints/foreign.py": "files of other programs; words of a line are another subject",
+    "data_prep/synth/declared/functions.py": "functions of templates; steps are another subject",
+    "megatron_sov/cli.py": "the program, which its entry point and `__main__` name",
     "data_prep/synth/generators/translation.py": "judges translations; naming functions is another subject",
     "data_prep/shards/sample.py": "a command",
     "data_prep/curate/sources/pdf.py": "reads PDF files; web archives are another subject",
