@@ -134,14 +134,6 @@ def test_data_are_learned_as_distill_learns_them(whole: Path, folder: Path, stud
 
 
 @pytest.mark.distributed
-def test_a_kill_changes_no_bit(whole: Path, folder: Path, command: Command, run_command: Any) -> None:
-    done = run_command(*command("killed", "--inject", "kill@step=2"))
-    assert done.returncode == 0, done.stderr
-    assert losses(folder / "killed") == losses(whole) and len(losses(whole)) == 4
-    assert weights(folder / "killed") == weights(whole) and weights(whole)
-
-
-@pytest.mark.distributed
 def test_the_most_probable_tokens_alone_are_learned(folder: Path, command: Command, run_command: Any) -> None:
     top = ["--set", "distillation.top_k=8", "--set", "rollout.rounds=2"]
     layout = ["--nproc", "2", "--set", "parallel.tp=2", "--set", "parallel.sp=true"]

@@ -138,17 +138,6 @@ def test_each_token_is_worth_what_its_teacher_gives_it_more_than_the_student(
     assert abs(told["reverse_kl_domains"]["a"]) > 1e-4, "two checkpoints are two models"
 
 
-@pytest.mark.distributed
-def test_two_processes_that_are_killed_change_little(whole: Path, folder: Path, command: Command,
-                                                     run_command: Any) -> None:
-    done = run_command(*command("ep2", "--nproc", "2", "--set", "parallel.ep=2", "--inject", "kill@step=3"))
-    assert done.returncode == 0, done.stderr
-    assert len(events(folder / "ep2", "restart")) == 1
-    assert np.allclose(losses(folder / "ep2"), losses(whole), rtol=1e-3, atol=1e-5)
-    assert np.allclose(column(folder / "ep2"), column(whole), atol=1e-4)
-    assert not list(folder.glob("*/rounds/*.teacher_logprobs.?.f32")), "what each said is put together"
-
-
 @pytest.mark.parametrize(("more", "said"), [
     (["--set", "policy.method=grpo", "--set", "rollout.samples_per_prompt=2"],
      "learns from no teacher; set policy.method=opd or gkd, or policy.opd_coeff beside a reward"),
