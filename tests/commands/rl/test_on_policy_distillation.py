@@ -72,11 +72,6 @@ def losses(run: Path) -> list[tuple[float, float]]:
     return [(e["loss"], e["grad_norm"]) for e in steps(run)]
 
 
-def weights(run: Path) -> dict[str, str]:
-    files = read_manifest(run / "checkpoints/step-4").files
-    return {name: record.digest for name, record in files.items() if name.endswith(".safetensors")}
-
-
 def divergence_of_transformers(run: Path, number: int, folder: Path, teacher: Path) -> tuple[float, float]:
     """Return the mean generalised JSD and forward KL over what the student wrote in a round, by torch's own
     KL of the two models' logits, as TRL's GKD trainer has it."""
