@@ -1,5 +1,5 @@
 """`megatron-sov rl run --teacher ... --teacher-url ...`: what teachers say of the student's tokens, beside
-transformers, and by two processes of which one is killed."""
+transformers."""
 
 from __future__ import annotations
 
