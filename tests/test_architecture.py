@@ -94,6 +94,8 @@ MIN_LINES_OF_ONE_USER = 150
 ALONE = {
     "megatron_sov/base/hints/search.py": "search by meaning; words of a line are another subject",
     "megatron_sov/base/hints/values.py": "values of other programs; their names are another subject",
+    "megatron_sov/base/hints/foreign.py": "files of other programs; words of a line are another subject",
+    "data_prep/synth/declared/functions.py": "functions of templates; steps are another subject",
     "megatron_sov/cli.py": "the program, which its entry point and `__main__` name",
     "data_prep/synth/generators/translation.py": "judges translations; naming functions is another subject",
     "data_prep/shards/sample.py": "a command",
@@ -107,6 +109,7 @@ ALONE = {
     "megatron_sov/commands/train/forgetting_gate.py": "runs `eval lm`; stages are another subject",
     "megatron_sov/checkpoint/gather.py": "megatron's side of exporting a live model",
     "megatron_sov/judge/rewards/check_program.py": _INSIDE,
+    "megatron_sov/judge/tools/worlds/virtual_program.py": _INSIDE,
     "megatron_sov/publish/report/validations.py": "held-out prompts of rl, not of the loss",
     "megatron_sov/sandbox/process_tree.py": "starts processes; tools are another subject",
     "megatron_sov/proof/given.py": "data of objectives; proving a layout is another subject",
