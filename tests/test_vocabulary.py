@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sov import cli
 from megatron_sov.base.command_line import PROGRAMS, parser_with_all
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.hints import words
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| ([^|]+) \| `(--[\w-]+)` \| ((?:`--[\w-]+` ?)+) \|$", TEXT, re.MULTILINE)
@@ -61,3 +64,35 @@ def test_one_help_text_is_of_one_option() -> None:
                 if len((action.help or "").split()) > 4 and action.option_strings:
                     found.setdefault(str(action.help), set()).add(action.option_strings[-1])
     assert {text: names for text, names in found.items() if len(names) > 1 and names not in APART} == {}
+
+
+@pytest.mark.parametrize(("command", "old", "new"), [
+    (command, old, new) for command, rows in words.table()["renamed"].items() for old, new in rows.items()])
+def test_an_option_of_the_release_before_is_taken_with_a_note(
+        command: str, old: str, new: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = _options()
+    commands = options[new] - options.get(old, set()) if command == "*" else {command}
+    assert commands and all(one in options[new] and one not in options.get(old, set()) for one in commands)
+    parser = argparse.ArgumentParser(prog=sorted(commands)[0])
+    parser.add_argument(new)
+    for typed, expected in (([old, "x"], [new, "x"]), ([f"{old}=x"], [f"{new}=x"])):
+        assert words.check_words(parser, typed) == expected
+        assert capsys.readouterr().err == (f"warning: {old} is called {new} now; the old name goes with the "
+                                           "next release\n")
+    assert not re.search(rf"{old}(?![\w-])", parser.format_help())
+
+
+def test_the_old_name_reaches_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", str(tmp_path / "none"), "--out", str(tmp_path / "page.html")]) == 2
+    warning, error = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: --out is called --output now") and "none" in error
+
+
+def test_an_old_name_is_no_option_where_another_thing_has_it() -> None:
+    parser = argparse.ArgumentParser(prog="megatron-sov eval ppl")
+    parser.add_argument("--max-tokens")
+    assert words.check_words(parser, ["--max-tokens", "5"]) == ["--max-tokens", "5"]
+    parser = argparse.ArgumentParser(prog="megatron-sov generate")
+    parser.add_argument("--max-new-tokens")
+    with pytest.raises(UserError, match=r"is --max-new-tokens here; write\n.* --max-new-tokens 5"):
+        words.check_words(parser, ["--max-tokens", "5"])

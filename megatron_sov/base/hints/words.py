@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import UserError, nearest, warn
 from megatron_sov.base.hints.foreign import blend_of, is_translated, option_of_path, read_foreign, recipe_of
 from megatron_sov.base.hints.search import describe_found, find_by_meaning
 from megatron_sov.base.hints.table import by_word, last_part, normalize, note_on, table
@@ -168,7 +168,7 @@ class _Rewrite:
 
 
 def check_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -> list[str]:
-    """Return the words of a command line, without a kind of model of lm-eval.
+    """Return the words of a command line with options of the release before under their new names.
 
     Args:
         parser: of a command without commands below it.
@@ -181,6 +181,7 @@ def check_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -> list[s
     options = list(parser._option_string_actions)
     if any(action.nargs == argparse.REMAINDER for action in parser._actions):
         return list(typed)
+    typed = [_renamed(word, parser.prog, options) for word in typed]
     # where --run may be left out it is no place for output: `eval` adds its figures to the run's events
     if any(normalize(word.partition("=")[0]) == "model_args" for word in typed) and "--model" in typed:
         at = typed.index("--model")  # lm-eval's kind of model
@@ -352,6 +353,17 @@ def _is_unknown(word: str, made: _Rewrite) -> bool:
         return name in by_word("options")
     is_theirs = made.find is not None and name in by_word("settings")
     return is_theirs or not any(option.startswith(word) for option in made.options)
+
+
+def _renamed(word: str, program: str, options: Sequence[str]) -> str:
+    """Return a word with today's name of an option that the release before called otherwise."""
+    name, equals, value = word.partition("=")
+    rows = table()["renamed"] if name.startswith("--") and name not in options else {}
+    now = {**rows.get("*", {}), **rows.get(program, {})}.get(name, "")
+    if now not in options:
+        return word
+    warn(f"{name} is called {now} now; the old name goes with the next release")
+    return f"{now}{equals}{value}"
 
 
 def _add_settings(made: _Rewrite, given: Sequence[str], is_bare: bool = False) -> None:
