@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from itertools import islice
 from pathlib import Path
@@ -31,9 +30,10 @@ import psutil
 import pytest
 from hypothesis import given, is_hypothesis_test, settings, strategies
 
+from tests import tiers
 from tests.tiers import (  # noqa: F401  hooks of pytest
-    judge_processor_time, pytest_addoption, pytest_collection_modifyitems, pytest_configure,
-    pytest_runtest_call)
+    pytest_addoption, pytest_collection_modifyitems, pytest_configure, pytest_runtest_call,
+    pytest_runtest_setup, pytest_runtest_teardown)
 
 if TYPE_CHECKING:
     from tests.packing import Packed
@@ -164,8 +164,8 @@ MANY_THREADS = 100
 _kept_threads = [0]
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown() -> None:
+@pytest.hookimpl(trylast=True, specname="pytest_runtest_teardown")
+def pytest_drop_garbage() -> None:
     """Drop models that are garbage: their groups of processes keep threads, each of which wakes a hundred
     times a second, and half of a worker's processor time went into these.  Threads that stay, of libraries,
     are no reason to look again behind each test."""
@@ -205,7 +205,7 @@ def refuse_to_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """See `refuse_to_skip`; whether a test for a GPU can run is not a matter of installing."""
     report = yield
-    judge_processor_time(item, report)
+    tiers.judge_processor_time(item, report)
     if not item.get_closest_marker("gpu"):
         refuse_to_skip(report)
     return report
@@ -308,7 +308,9 @@ class Worker:
         answer = self._lines.readline()
         if not answer:
             pytest.exit("the worker has ended; see its error above")
-        return subprocess.CompletedProcess(asked, int(answer),
+        code, used_s = answer.split()
+        tiers.charge(float(used_s))
+        return subprocess.CompletedProcess(asked, int(code),
                                            *(f.read_text(errors="replace") for f in (out, err)))
 
     def close(self) -> None:
@@ -414,6 +416,7 @@ def warm_python(worker: Worker, tmp_path_factory: pytest.TempPathFactory) -> str
     worker.run(600, stays=[str(Path(__file__).with_name("warm_python.py")), "serve"], arguments=[str(folder)])
     while not (folder / "warm.socket").exists():
         time.sleep(0.01)
+    tiers.charge_lines_of(folder / "used_seconds.txt")
     return str(program)
 
 
@@ -628,50 +631,26 @@ def packaged_files() -> set[str]:
 
 
 @pytest.fixture(scope="session")
-def build_wheel(packaged_files: set[str],
-                tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Return `build(part="")`: the wheel of the whole, of the core or of a part, built from a copy of the
-    sources, so that nothing is written beside them."""
+def wheel(packaged_files: set[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the wheel from a copy of the sources, so that nothing is written next to them."""
     pytest.importorskip("setuptools", minversion="77")
     folder = tmp_path_factory.mktemp("wheel")
     for name in packaged_files | {"setup.py", "pyproject.toml", "README.md", "LICENSE"}:
         (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / "source" / name)
 
-    @cache
-    def build(part: str = "") -> Path:
-        shutil.rmtree(folder / "source/build", ignore_errors=True)  # it would come along
-        wheels = folder / (part or "whole")
-        _pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(wheels), ".",
-             cwd=folder / "source", SOV_PART=part)
-        (built,) = wheels.glob("megatron_sov*.whl")
-        return built
-
-    return build
+    _pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(folder), ".",
+         cwd=folder / "source")
+    (built,) = folder.glob("megatron_sov*.whl")
+    return built
 
 
 @pytest.fixture(scope="session")
-def wheel(build_wheel: Callable[..., Path]) -> Path:
-    """Build the wheel of the whole."""
-    return build_wheel()
-
-
-@pytest.fixture(scope="session")
-def install_wheels(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Return `install(*wheels)`: a folder with these alone; dependencies are those of the tests."""
-    def install(*wheels: Path) -> Path:
-        target = tmp_path_factory.mktemp("elsewhere") / "site"
-        _pip("install", "--no-deps", "--no-index", "--target", str(target), *map(str, wheels),
-             cwd=target.parent)
-        return target
-
-    return install
-
-
-@pytest.fixture(scope="session")
-def installed(wheel: Path, install_wheels: Callable[..., Path]) -> Path:
-    """Install the wheel of the whole alone."""
-    return install_wheels(wheel)
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Install the wheel alone; dependencies are those of the tests."""
+    target = tmp_path_factory.mktemp("elsewhere") / "site"
+    _pip("install", "--no-deps", "--no-index", "--target", str(target), str(wheel), cwd=target.parent)
+    return target
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
 """A conversation with one model behind an OpenAI-compatible address: its turns, its answers as they are
-written, and its row as `sov-data pack --format chat` reads it.  No torch here."""
+written.  No torch here."""
 
 from __future__ import annotations
 
@@ -148,25 +148,6 @@ class ChatSession:
         """Begin a conversation of the same system prompt."""
         while self.turns:
             self.undo()
-
-    def row(self) -> dict[str, Any] | None:
-        """Return the conversation as a row of chats; None where nothing of it can be learned.
-
-        Answers that were cut or stopped are marked, since an end that is none should not be learned; so are
-        earlier ones with thoughts, which most templates drop.
-        """
-        messages = self._system()
-        for turn in self.turns:
-            found = [dict(message) for message in turn.as_messages()]
-            if not turn.is_whole:
-                found[-1]["train"] = False
-            for message in found if turn is not self.turns[-1] else ():
-                if message.pop("reasoning_content", None):
-                    message["train"] = False
-            messages += found
-        if not any(m["role"] == "assistant" and m.get("train", True) for m in messages):
-            return None
-        return {"messages": messages, "model": self.model.name}
 
     def _system(self) -> list[dict[str, Any]]:
         return [{"role": "system", "content": self.system}] if self.system else []

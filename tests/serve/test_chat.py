@@ -1,10 +1,9 @@
-"""`megatron-sov chat`, as docs/chat.md types it: what is asked and shown, what is kept of a conversation,
-and that saved rows pack."""
+"""`megatron-sov chat`, as docs/chat.md types it: what is asked and shown, and what is kept of a
+conversation."""
 
 from __future__ import annotations
 
 import io
-import json
 import os
 import pty
 import re
@@ -24,12 +23,10 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from synthesis.endpoint import ScriptedEndpoint, serving
 
-from data_prep.cli import main as sov_data
 from megatron_sov.cli import main
 from megatron_sov.serve.chat_session import ChatSession, model_at
 from megatron_sov.work.endpoints.answers import NeverAnswered
 from tests.pages_typed import ROOT, commands_of
-from tokenizer.cli import main as sov_tokenizer
 
 PAGE = (ROOT / "docs/chat.md").read_text()
 TYPED = commands_of(PAGE)
@@ -90,26 +87,6 @@ def test_each_piped_line_gets_one_answer_and_nothing_else_is_printed(endpoint: S
     assert third["messages"][0] == {"role": "system", "content": "Be kind."} and len(third["messages"]) == 2
 
 
-@pytest.mark.deep
-def test_saved_rows_pack_and_cut_answers_are_not_learned(endpoint: ScriptedEndpoint, talk: Any,
-                                                         tmp_path: Path,
-                                                         monkeypatch: pytest.MonkeyPatch,
-                                                         imported: dict[str, Path]) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert sov_tokenizer(["import", str(imported["solar_open"] / "tokenizer"), "--output", "tokenizer"]) == 0
-    found = talk("long\n/save talks.jsonl\ntwo\none\n/save talks.jsonl\n", endpoint.url)
-    assert "the answer is cut" in found.err and "no answer has ended by itself" in found.err
-    (row,) = [json.loads(line) for line in Path("talks.jsonl").read_text().splitlines()]
-    cut, earlier, last = row["messages"][1::2]
-    assert cut["train"] is False and earlier["train"] is False and "train" not in last
-    assert "reasoning_content" not in earlier and last.pop("reasoning_content") == "I count them."
-    # this template shows no thoughts at all, and such rows are refused by name
-    Path("talks.jsonl").write_text(json.dumps(row) + "\n")
-    (line,) = [line for line in TYPED if line.startswith("sov-data pack")]
-    assert sov_data(shlex.split(line)[1:]) == 0
-    assert Path("talks/manifest.json").is_file()
-
-
 def test_oldest_turns_are_left_out_where_the_context_ends(endpoint: ScriptedEndpoint) -> None:
     session, screen = ChatSession(model_at(endpoint.url, ""), {}), Shown()
     for text in ("a", "b", "c"):
@@ -122,7 +99,7 @@ def test_oldest_turns_are_left_out_where_the_context_ends(endpoint: ScriptedEndp
     endpoint.next = ["too long"] * 9
     with pytest.raises(NeverAnswered, match="longer than the model's context"):
         session.ask("e", screen)
-    assert [turn.user for turn in session.turns] == ["a", "b", "c", "d"], "the row has all turns"
+    assert [turn.user for turn in session.turns] == ["a", "b", "c", "d"]
 
 
 @pytest.mark.deep

@@ -36,10 +36,9 @@ MAX_ANSWER_CHARS = 200
 
 
 class Answer(str):
-    """The text of a reply, with whether it ended at the limit of tokens, and the thoughts before it."""
+    """The text of a reply, with whether it ended at the limit of tokens."""
 
     cut: bool = False
-    thinking: str = ""
 
     @classmethod
     def of(cls, reply: Reply) -> Answer:

@@ -170,7 +170,7 @@ class _Compiler:
         given = self._said.items
         if isinstance(given, str) and given in READERS:
             return READERS[given]
-        options, problems = None, []
+        options: RecordOptions | None = None
         if not isinstance(given, str) and set(given) == {"records"}:
             options, problems = find_problems(RecordOptions, given["records"])
             self._add_all(("items", "records"), problems)
@@ -233,13 +233,13 @@ class _Compiler:
         found: list[CompiledStep] = []
         known = list(known)
         for one in steps:
-            inner, more = self._compile_steps(one.inner, [*known, *one.step.gives()])
+            inner, after = self._compile_steps(one.inner, [*known, *one.step.gives()])
             compiled, problems = compile_step(one.step, inner, known)
             for part, rule in problems:
                 self._add((*one.place, part), rule)
             if asked := getattr(one.step, "ask", "") or getattr(one.step, "user", ""):
                 self._asked[asked] = self._asked.get(asked, set(known)) & set(known)
-            known = list(dict.fromkeys([*known, *one.step.gives(), *more]))
+            known = after
             found.append(compiled)
         return tuple(found), known
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_prep.synth.generator import Ask
-from data_prep.synth.replies import NoUsableReply, Reply
+from data_prep.synth.replies import NoReply, NoUsableReply, Reply
 from megatron_sov.chat.marks import BEGIN_CALL
-from megatron_sov.judge.tools.environment import BY_THE_MODEL, LIMITS, ToolFault, cut
+from megatron_sov.judge.tools.environment import BY_THE_MODEL, LIMITS, InfrastructureFault, ToolFault, cut
 from megatron_sov.judge.tools.worlds.virtual import Virtual
 
 Message = dict[str, Any]
@@ -69,7 +69,12 @@ class Player:
     user_prompt: str = ""
 
     def play(self, task: Mapping[str, Any]) -> Conversation:
-        """Return a conversation about a task with its reward."""
+        """Return a conversation about a task with its reward.
+
+        Raises:
+            NoReply: a model did not answer, or the sandbox failed.
+            UserError: the task is none of a virtual world.
+        """
         virtual = Virtual()
         opening = virtual.reset(task)
         played = Conversation([{"role": "system", "content": opening.system}] if opening.system else [],
@@ -127,6 +132,8 @@ class Player:
         fault = ""
         try:
             result = virtual.call(call["name"], call["arguments"])
+        except InfrastructureFault as e:  # nothing is known about the model
+            raise NoReply(e.reason) from None
         except ToolFault as e:
             fault = e.code
             result = f"error: {e.reason}" if fault in BY_THE_MODEL else f"error: {call['name']}: {e.reason}"

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_prep.synth.generator import SampleVerdict
-from megatron_sov.judge.tools.environment import ToolFault
+from data_prep.synth.replies import NoReply
+from megatron_sov.judge.tools.environment import InfrastructureFault, ToolFault
 from megatron_sov.judge.tools.worlds.goals import plain, says
 from megatron_sov.judge.tools.worlds.virtual import Virtual
 
@@ -41,6 +42,9 @@ def task_verdicts(task: Mapping[str, Any], min_calls: int, max_calls: int) -> li
         task: of `virtual`, whose world is sound and whose goal has the form of a draft.
         min_calls: of the reference.
         max_calls: of the reference.
+
+    Raises:
+        NoReply: the sandbox failed: the item is made again.
     """
     calls, answers = task["goal"]["calls"], task["goal"]["answers"]
     virtual = Virtual()
@@ -51,6 +55,8 @@ def task_verdicts(task: Mapping[str, Any], min_calls: int, max_calls: int) -> li
         before = virtual.snapshot()
         try:
             virtual.call(call["name"], call["arguments"])
+        except InfrastructureFault as e:
+            raise NoReply(e.reason) from None
         except ToolFault as e:
             return [SampleVerdict("reachable goal", False, f"call {place + 1}: {e.reason}")]
         if virtual.snapshot() != before:
@@ -84,6 +90,8 @@ def _idle_calls(virtual: Virtual, first: Any, calls: Sequence[Mapping[str, Any]]
         for call in (*calls[:left_out], *calls[left_out + 1:]):
             try:
                 virtual.call(call["name"], call["arguments"])
+            except InfrastructureFault as e:
+                raise NoReply(e.reason) from None
             except ToolFault:  # it needs what the call that is left out has changed
                 continue
         if _compared(virtual) == end:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -32,7 +30,6 @@ HELP = """/system TEXT  set the system prompt; without TEXT: show it
 /undo         forget the last question and its answer
 /retry        ask the last question again
 /think        show the thoughts of the last answer
-/save FILE    add the conversation to FILE as a row that `sov-data pack --format chat` reads
 /clear        begin a new conversation
 /quit         end, as Ctrl-D does
 Ctrl-C stops an answer. A line that ends with \\ goes on in the next one."""
@@ -126,8 +123,7 @@ class Terminal:
         self._num_thought, self._is_open = 0, False
         self._commands: dict[str, Callable[[str], None]] = {
             "help": lambda _: self.note(HELP), "system": self._system, "temp": self._temp,
-            "undo": self._undo, "retry": self._retry, "think": self._think, "save": self._save,
-            "clear": self._clear}
+            "undo": self._undo, "retry": self._retry, "think": self._think, "clear": self._clear}
 
     def talk(self) -> None:
         """Answer until the input ends."""
@@ -254,23 +250,6 @@ class Terminal:
 
     def _clear(self, _: str) -> None:
         self._session.clear()
-
-    def _save(self, name: str) -> None:
-        if not name:
-            raise UserError("/save: needs a file, such as /save chats.jsonl")
-        row = self._session.row()
-        if row is None:
-            raise UserError(f"/save {name}: no answer has ended by itself yet, so there is nothing to learn "
-                            "from")
-        file = Path(os.path.expanduser(name))
-        try:
-            # at the end: a file gathers conversations
-            with open(file, "a", encoding="utf-8") as out:
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
-        except OSError as e:
-            raise UserError(f"/save {file}: cannot be written ({e.strerror or e}); name "
-                            "another file") from None
-        self.note(f"{file}: 1 row added")
 
 
 def _thoughts_of(turn: ChatTurn) -> str:

@@ -150,7 +150,7 @@ def same_to_the_bit(ours: Path, whole: Path) -> None:
     published = [{name: record.digest for name, record in read_manifest(run / "rounds" / name).files.items()}
                  for run in (whole, ours) for name in ("0001", "0002", "0003")]
     assert published[:3] == published[3:]
-    assert main(["rl", "store", "verify", str(stores[0])]) == 0
+    assert main(["inspect", str(stores[0]), "--verify"]) == 0
 
 
 @pytest.mark.distributed

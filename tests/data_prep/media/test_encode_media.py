@@ -122,38 +122,6 @@ def test_bad_records_stop_the_run_or_are_listed(encode: Encode, tmp_path: Path,
     assert read_manifest(tmp_path / "corpus").content["num_bad"]["outside"] == 1
 
 
-def said(path: str, text: Any) -> dict[str, Any]:
-    return {"content": [{"type": "text", "text": "Said:"}, {"type": "audio", "path": path, "text": text}]}
-
-
-def test_speech_that_is_heard_otherwise_than_its_text_is_bad(encode: Encode, tmp_path: Path, ears: Any,
-                                                             capsys: pytest.CaptureFixture[str]) -> None:
-    told = [said("short.wav", "it is very loud"), said("short.wav", "It was loud"),
-            said("long.wav", "it is half as loud!"), said("long.wav", "hush"),
-            {"content": [{"type": "audio", "path": "long.wav"}]}]  # nobody says what is said
-    hears = ("--recogniser", str(tmp_path / "ears"))
-    assert encode(told, *hears, "--max-wer", "0.5") == 2
-    assert ("records.jsonl:2: short.wav is heard as 'It is very loud.', 0.67 of its text's words wrong where "
-            "at most 0.5 may be; leave it out, or mend its text") in capsys.readouterr().err
-    ears.heard.clear()
-    assert encode(told, *hears, "--max-wer", "0.5", "--bad-media", "skip") == 0
-    assert len(ears.heard) == 2, "each content once"
-    bad = [json.loads(line) for line in (tmp_path / "corpus/bad_media.jsonl").read_text().splitlines()]
-    assert [(row["line"], row["medium"], row["code"]) for row in bad] == [
-        (2, "short.wav", "heard"), (4, "long.wav", "heard")]
-    manifest = read_manifest(tmp_path / "corpus")
-    assert manifest.content["num_bad"] == {"heard": 2} and manifest.content["num_media"]["audio"] == 3
-    assert [Path(i["path"]).name for i in manifest.inputs] == ["images", "sounds", "ears"]
-    assert encode([told[3], told[0]], *hears, "--max-wer", "0.5", "--bad-media", "skip", output="loud") == 0
-    assert encode(told[:1], output="alone") == 0
-    np.testing.assert_array_equal(bank(tmp_path / "loud", SOUNDS), bank(tmp_path / "alone", SOUNDS),
-                                  "what was left out is in no bank")
-    # 7 of the 11 characters of "it was loud", where 2 of its 3 words were
-    assert encode(told[:2], *hears, "--max-cer", "0.65", output="near") == 0
-    assert encode([said("short.wav", " ... ")], output="no") == 2
-    assert "must be what is said in the sound" in capsys.readouterr().err
-
-
 def test_a_listed_record_stops_a_run_that_does_not_skip(encode: Encode, tmp_path: Path,
                                                         capsys: pytest.CaptureFixture[str]) -> None:
     """Units of an earlier command that listed bad records are kept, and what it listed is not passed over."""
@@ -169,7 +137,6 @@ def test_a_listed_record_stops_a_run_that_does_not_skip(encode: Encode, tmp_path
     (("--threads", "0"), "--threads 0"), (("--media-root", "/proc/nowhere"), "is no folder"),
     (("--input", "gone.jsonl"), 'gone.jsonl": does not exist'), (("--workers", "2"), "only for --cluster"),
     (("--max-duration", "nan"), "--max-duration"), (("--cluster", "no-such"), "no-such"),
-    (("--recogniser", "ears"), "pass --max-wer or --max-cer"), (("--max-wer", "0"), "only for --recogniser"),
     (("--max-pixels", "0"), "--max-pixels 0"), (("--video-frames", "0"), "--video-frames 0")])
 def test_wrong_options_are_one_sentence(encode: Encode, tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                         options: tuple[str, ...], words: str) -> None:
@@ -198,8 +165,7 @@ def test_chats_and_documents_keep_their_fields() -> None:
                                                                  {"role": "user", "name": "bo"})
     assert [p.value for p in chat.media()] == ["a.png"]
     assert [m.is_drawn for m in chat.messages] == [False, True]
-    document = parsed({"content": [{"type": "video", "path": "v", "frames_per_s": 2}]})
-    assert document.kind == TEXT and next(document.media()).frames_per_s == 2.0
+    assert parsed({"content": [{"type": "video", "path": "v"}]}).kind == TEXT
 
 
 @pytest.mark.parametrize(("record", "words"), [
@@ -209,7 +175,6 @@ def test_chats_and_documents_keep_their_fields() -> None:
     ({"content": 3}, "must be a string or a list"), ({"content": []}, "must be a string or a list"),
     ({"content": [{"type": "image"}]}, "must be"), ({"content": [{"type": "image_url", "path": "a"}]},
                                                     "must be"),
-    ({"content": [{"type": "video", "path": "a", "frames_per_s": 0}]}, "positive number"),
     ({"content": "a", "media": {}}, "which this step writes"), ({"content": "a", "text": "b"}, "both"),
     ({"content": "see <|vision00003|>"}, "spells '<|vision00003|>'"),
     ({"messages": [{"role": "user", "content": "a", "reasoning_content": "<|IMAGE_PAD|>"}]}, "spells"),

@@ -22,7 +22,7 @@ from megatron_sov.base.artifacts import damaged_files, manifest_sha256, read_man
 from megatron_sov.base.documents import RecordReading, list_files, read_documents
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.tools.registry import tasks_of
-from megatron_sov.judge.tools.worlds.databases import Booking
+from megatron_sov.judge.tools.worlds.files import Files
 from megatron_sov.rollouts.prompts import read_prompts
 from megatron_sov.work.progress.journal import begun, records_by_item, work_folder
 
@@ -189,11 +189,11 @@ def test_kept_prompts_are_asked(tmp_path: Path) -> None:
 
 
 def test_kept_tasks_are_an_environments_tasks(tmp_path: Path) -> None:
-    task = dict(Booking.EXAMPLES[0])
+    task = dict(Files.EXAMPLES[0])
     output = made_run(tmp_path / "tasks", [[sample(task)], [sample(task)]], kind="task")
     finish(output)
-    kept, = tasks_of(Booking(), "booking", output / "kept.jsonl")
-    assert Booking().reset(kept).user == Booking().reset(task).user
+    kept, = tasks_of(Files(), "files", output / "kept.jsonl")
+    assert Files().reset(kept).user == Files().reset(task).user
 
 
 def test_nothing_kept_is_a_result(tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ ACTS = [
     ("pretrain", 'evaluate.background.tasks=["lm","needle"] evaluate.background.timeout_s=9 needle.samples=3 '
                  'evaluate.lm.tasks=["x"] evaluate.lm.apply_chat_template=true evaluate.lm.mode=thinking'),
     ("pretrain", "gpu.profile_first_step=1 gpu.profile_last_step=2 gpu.profiler=nsys"),
-    ("pretrain", 'obs.alert_webhook=URL obs.alert_on=["stop"] obs.wandb=true obs.wandb_project=x'),
+    ("pretrain", 'obs.wandb=true obs.wandb_project=x'),
     ("pretrain", "parallel.overlap_grad_reduce=true parallel.bucket_params=5"),
     ("pretrain", 'model.audio_tokens={"first":0,"size":8} objective.audio_weight=0.5'),
     ("pretrain", "train.steps=3 train.tokens=0 train.epochs=0"),

@@ -98,23 +98,6 @@ def test_recommended_layouts_hide_messages_and_reach_their_share_of_the_peak(
     assert reached[0] > share > reached[1]
 
 
-@pytest.mark.parametrize(("recipe", "gpu", "share", "times"), [
-    ("k-exaone2-750b", "h100", 0.16, 1.5), ("k-exaone2-750b", "b200", 0.17, 2.5),
-    ("solar-open2-250b", "h200", 0.18, 1.05), ("solar-open2-250b", "b200", 0.15, 1.1)])
-def test_the_largest_models_gain_by_their_recommended_layouts(recipe: str, gpu: str, share: float,
-                                                              times: float) -> None:
-    """By account; the last stage of K-EXAONE 2.0 has the head five times: of the trunk and of each depth of
-    prediction.  Solar Open 2's own layout does not fit an H100."""
-    where, config = machines(gpu, 64), recipes.get(recipe)
-    prices = pricing(where)
-    assert prices is not None
-    settings = settings_for(config, where.num_ranks, gpu)
-    assert "parallel.ep=8" in settings, "experts are exchanged inside a node"
-    own, better = (prices.step(run_stages(run, where.num_ranks, micro_batch_set=True)[0]).mfu
-                   for run in (config, apply_settings(config, list(settings))))
-    assert better > share and better > times * own
-
-
 def test_what_is_said_stays_under_a_recommended_layout() -> None:
     config = recipes.get("solar-open-102b-mid")
     assert "gpu.attention=fused" in settings_for(config, 480, "b200")

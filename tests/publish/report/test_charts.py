@@ -63,14 +63,14 @@ def test_needles_have_a_map_for_each_kind_and_language() -> None:
         for kind, gain in (("single", 0.1), ("multi-key", 0.0))
         for length, shares in ((4096, (0.9, 0.8, 0.7)), (8192, (0.6, 0.5, 0.4)))
         for depth, share in zip((0.0, 0.5, 0.95), (s + gain for s in shares), strict=True)]
-    single, many = needle_charts({"step": 7, "when": "after", "by": "likelihood", "cells": cells})
+    single, many = needle_charts({"step": 7, "when": "after", "cells": cells})
     heat = many.plot
     assert (heat.columns, heat.rows) == (["4,096", "8,192"], ["0 %", "50 %", "95 %"])
     np.testing.assert_allclose(heat.values, [[0.9, 0.6], [0.8, 0.5], [0.7, 0.4]], rtol=1e-6)
     np.testing.assert_allclose(single.plot.values, [[1.0, 0.7], [0.9, 0.6], [0.8, 0.5]], rtol=1e-6)
     assert heat.shown[0] == ["90 %", "60 %"]
     assert heat.notes[0][1] == "12 of 20 right, 95 % interval 25 % to 75 %; 128 other needles"
-    assert many.caption == ("After the extension, step 7: multi-key, english by likelihood, "
+    assert many.caption == ("After the extension, step 7: multi-key, english, "
                             "20 samples a cell; 65 % right.")
 
 
