@@ -113,7 +113,8 @@ def right_solutions(solutions: Sequence[str], wanted: str, choices: Sequence[str
                     ) -> list[str]:
     """Return the solutions that were not cut off, end with their answer in a box, and say the wanted one in
     each of their boxes."""
-    sound = [solution for solution in solutions if not getattr(solution, "cut", False) and ends_in_box(solution)]
+    sound = [solution for solution in solutions
+             if not getattr(solution, "cut", False) and ends_in_box(solution)]
     asked = [answer for solution in sound for answer in boxes(solution)]
     # one call for all: each is a round trip to the process that compares
     checked = dict(zip(asked, check(asked, wanted, choices, way), strict=True)) if asked else {}

@@ -30,7 +30,7 @@ REMOVED = {
     "probes.benchmarks": "write the step `decontaminate` into a file for --checks",
     "safety.also": "rows are chats", "translation.glossary": "name the terms in a prompt of your own file",
     "solutions.min_judge": "right answers and differences are checked, and no judge reads solutions",
-    "tool-trajectories.environment": "tasks are those of `virtual`; play others with `megatron-sov tools run`",
+    "tool-trajectories.environment": "tasks are those of `virtual`; `megatron-sov tools run` plays others",
     "tool-trajectories.min_judged": "set `min_score`",
     **dict.fromkeys(("solutions.vote", "solutions.min_votes", "solutions.min_agreement"),
                     "each problem needs its `answer`"),

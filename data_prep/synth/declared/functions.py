@@ -16,11 +16,11 @@ from data_prep.synth.generators.constraints import cases_of, cross_check, list_i
 from data_prep.synth.generators.documents import fenced
 from data_prep.synth.generators.drawing import choose, share_of
 from data_prep.synth.generators.queries import accepted_by
-from data_prep.synth.generators.tasks import draft_problem, task_verdicts
 from data_prep.synth.generators.texts import (
     changed_numbers, chrf, code_in, copied_share, fill_phrasing, in_language, language_name, language_of,
     numbers_in, prose_of, quotations, size_ratio, with_texts)
-from data_prep.synth.generators.worlds import json_object, json_text, world_verdicts
+from data_prep.synth.generators.worlds import (
+    draft_problem, json_object, json_text, task_verdicts, world_verdicts)
 from data_prep.synth.replies import NoReply, Reply
 from data_prep.synth.templates import add_functions
 from megatron_sov.judge.rewards.program_text import program_in

@@ -75,7 +75,8 @@ class RecordOptions:
         files = [folder / self.default] if self.default else []
         number = ("number",) if self.times else ()
         return Reader(lambda inputs, settings: self._items(inputs or files, settings),
-                      (*self.fields, *self.objects, *number), files=lambda settings: files, needs_input=not files)
+                      (*self.fields, *self.objects, *number), files=lambda settings: files,
+                      needs_input=not files)
 
     def _items(self, inputs: Sequence[Path], settings: Any) -> Iterator[GeneratorItem]:
         """Yield an item of each line of JSON with these fields, or as many as the setting `times` says."""

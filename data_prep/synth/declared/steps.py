@@ -278,7 +278,7 @@ class PlayStep(Step):
     number: int | str = 0
     """Of the conversation among those of its item, which sets its draws apart."""
     user: str = ""
-    """Prompt by which the model plays the user, with `heard`; empty: the user asks the task's question alone."""
+    """Prompt by which the model plays the user, with `heard`; empty: the user asks the task's question."""
     into: str = "played"
     """Field for the conversation."""
     computed: ClassVar[tuple[str, ...]] = ("play", "number")

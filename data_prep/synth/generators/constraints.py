@@ -1,10 +1,10 @@
 """Cross-validation of functions that check a constraint: functions and cases of several replies judge each
 other (AutoIF, arXiv 2406.13542).
 
-AutoIF keeps a case that one function agrees with, and then functions by their share of kept cases.  Where all
-functions make one mistake, such as to accept everything, each case that shows it goes, and all functions stay.
-Here a share of the cases must stay as well, and a function must reject an ordinary text or one of its own kept
-false cases, and accept one of its true ones.
+AutoIF keeps a case that one function agrees with, and then functions by their share of kept cases.  If all
+functions make one mistake, such as to accept everything, each case that shows it goes, and all functions
+stay.  Here a share of the cases must stay as well, and a function must reject an ordinary text or a kept
+false case, and accept a true one.
 """
 
 from __future__ import annotations

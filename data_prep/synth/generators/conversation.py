@@ -24,7 +24,7 @@ MAX_REPEATS = 2
 MAX_USER_CHARS = 2000
 """Of a user's turn."""
 DONE = "###DONE###"
-"""Word of the prompt by which a user ends a conversation, as tau-bench's users (arXiv 2406.12045) have one."""
+"""Ends a conversation, as the user's prompt says; tau-bench (arXiv 2406.12045) has such a word."""
 
 
 @dataclass
@@ -113,7 +113,7 @@ class Player:
     def _model_turn(self, played: Conversation, turn: int) -> Reply | str:
         """Return the model's next turn, or how the conversation ends without one."""
         while True:
-            # a turn that is asked again has another seed: an equal request would get the same malformed answer
+            # a turn that is asked again has another seed: an equal request would get the same answer
             seed = self.number * TURN_SEEDS + turn + played.num_malformed * self.fields["max_turns"]
             reply = self.ask.chat(_wire(played.messages), tools=played.tools, draw=seed,
                                   temperature=self.fields["temperature"],

@@ -124,8 +124,8 @@ def first_user_turn(record: dict[str, Any], where: str) -> str:
 
 
 def query_items(inputs: Sequence[Path], settings: QuerySettings) -> Iterator[GeneratorItem]:
-    """Yield each different query of JSONL and Parquet files with a constraint, drawn by the hash of the query:
-    it has the same constraint in every run and in any order of the input.
+    """Yield each different query of JSONL and Parquet files with a constraint, drawn by the hash of the
+    query, so that it has the same constraint in every run and in any order of the input.
 
     Raises:
         UserError: constraints or queries cannot be read, or a record has no prompt.

@@ -29,7 +29,8 @@ MAX_FOREIGN_SHARE = 0.1
 _SCRIPTS = LanguageReward(also=("en",), max_also_share=0.4, min_share=0.4)
 _QUOTATION = re.compile("|".join(
     rf"{opening}([^{opening}{closing}\n]{{1,300}}){closing}" for opening, closing in
-    ("“”", "「」", "『』", "《》", "〈〉", "«»", "„“")) + r'|"([^"\n]{1,300})"|`([^`\n]{1,300})`|<<([^<>\n]{1,300})>>')
+    ("“”", "「」", "『』", "《》", "〈〉", "«»", "„“"))
+    + r'|"([^"\n]{1,300})"|`([^`\n]{1,300})`|<<([^<>\n]{1,300})>>')
 _CODE = re.compile(
     r"```.*?(?:```|\Z)|`[^`\n]+`"  # code
     r"|\$\$[^$]{1,2000}\$\$|\$(?!\s)[^$\n]{1,300}(?<!\s)\$(?!\d)"  # formulas

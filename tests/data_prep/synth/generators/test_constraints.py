@@ -13,7 +13,7 @@ import pytest
 from data_prep.synth.generator import GeneratorItem
 from data_prep.synth.generators import constraints
 from data_prep.synth.generators.constraints import (
-    Case, FunctionDraft, CheckedFunctions, cross_check, list_items, read_draft, wording_problem)
+    Case, CheckedFunctions, FunctionDraft, cross_check, list_items, read_draft, wording_problem)
 from data_prep.synth.known import generator_class
 from megatron_sov.judge.rewards.constraint import ConstraintVerdict
 from tests.data_prep.synth.models import constraints as actor
@@ -54,7 +54,7 @@ def test_a_call_invents_constraints_and_one_bad_answer_costs_one_of_them() -> No
     samples = list(generator("constraints").make(item, ask))
     assert [(sample.record["prompt"], sample.reason) for sample in samples] == [
         (one, ""), (other, "functions"), ("Repeat {x} twice.", "wording")]
-    assert [request["temperature"] for request in ask.requests[:6]] == [0.7, *[0.2] * 5]  # as the paper has it
+    assert [request["temperature"] for request in ask.requests[:6]] == [0.7, *[0.2] * 5]
     assert "Write 50 different instructions" in ask.requests[0]["messages"][-1]["content"]
 
 

@@ -74,7 +74,8 @@ def test_a_draw_of_no_use_is_a_wrong_one_and_takes_no_other_with_it() -> None:
 def test_solutions_that_are_the_same_count_once() -> None:
     same = f"{WAYS[0]}\n\\boxed{{5}}"
     other = f"Look:\n{same}"
-    assert reasons(says(same, other, f"{WAYS[1]}\n\\boxed{{5}}"), least=2, max_similarity=0.7) == ["", "different", ""]
+    third = f"{WAYS[1]}\n\\boxed{{5}}"
+    assert reasons(says(same, other, third), least=2, max_similarity=0.7) == ["", "different", ""]
     assert reasons(says(same, other, other), least=2,
                    max_similarity=0.7) == ["enough", "different", "different"]
 

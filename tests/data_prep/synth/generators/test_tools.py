@@ -67,7 +67,8 @@ def test_a_model_that_sees_the_faults_may_mend_them() -> None:
     assert "- tool make_loan: its types allow" in seen[0] and len(seen) == 1
 
 
-@pytest.mark.parametrize("reply", ["I cannot do that.", "[1, 2]", "".join(f'{{"k{i}": ' for i in range(3000)), '{"name": NaN}'])
+@pytest.mark.parametrize("reply", [
+    "I cannot do that.", "[1, 2]", "".join(f'{{"k{i}": ' for i in range(3000)), '{"name": NaN}'])
 def test_a_reply_without_an_object_is_a_rejected_sample(reply: str) -> None:
     assert isinstance(json_object(reply), str)
     assert sample_of("worlds", DOMAIN, lambda request: reply).reason == "form"
@@ -101,7 +102,8 @@ def test_a_sandbox_that_fails_says_nothing_about_a_world(monkeypatch: pytest.Mon
 
 def test_draws_follow_from_their_names_and_are_even() -> None:
     shares = [share_of("a", number) for number in range(400)]
-    assert shares == [share_of("a", number) for number in range(400)] and 160 < sum(s < 0.5 for s in shares) < 240
+    assert shares == [share_of("a", number) for number in range(400)]
+    assert 160 < sum(share < 0.5 for share in shares) < 240
     counts = [choose("abcd", "x", number) for number in range(400)]
     assert all(70 < counts.count(letter) < 130 for letter in "abcd")
 
@@ -143,14 +145,9 @@ def test_a_changing_call_that_the_goal_does_not_need_is_idle() -> None:
              for due in ("2026-07-01", "2026-07-09")]
     for some, idle in ((calls, "the goal is reached without call 1 (extend_loan)"), (calls[1:], "")):
         task = {"question": "?", "world": LIBRARY, "goal": {"calls": some, "answers": []}}
-        verdict = trials_of(task)["goal not reached yet"]
+        verdict, = (verdict for verdict in trials.task_verdicts(task, 1, 9)
+                    if verdict.check == "goal not reached yet")
         assert (verdict.passed, verdict.detail) == (not idle, idle)
-
-
-def trials_of(task: Mapping[str, Any]) -> dict[str, Any]:
-    from data_prep.synth.generators.tasks import task_verdicts
-
-    return {verdict.check: verdict for verdict in task_verdicts(task, 1, 9)}
 
 
 def test_a_finished_synthesis_is_an_input_and_its_origin_goes_on(tmp_path: Path) -> None:

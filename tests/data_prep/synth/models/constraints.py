@@ -86,7 +86,8 @@ def cases() -> list[Case]:
 
 def _item(constraint: str) -> GeneratorItem:
     digest = hashlib.sha256(constraint.encode()).hexdigest()[:16]
-    return GeneratorItem(f"case.{digest}", {"kind": "form", "seeds": f"- {constraint}", "number": 1}, "planted")
+    fields = {"kind": "form", "seeds": f"- {constraint}", "number": 1}
+    return GeneratorItem(f"case.{digest}", fields, "planted")
 
 
 def rule_of(constraint: str) -> Rule:
