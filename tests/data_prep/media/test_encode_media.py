@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +20,7 @@ from megatron_sov.chat.media_tokens import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD, entr
 from megatron_sov.model.modality import PICTURES, SOUNDS
 from megatron_sov.omni.media.banks import open_bank, read_shapes
 from megatron_sov.work.clusters import client
-from megatron_sov.work.submit.arrays import WORK, Jobs, keeping_failure
+from megatron_sov.work.submit.arrays import WORK, Jobs
 from tests.data_prep.media.chats import Encode, shown
 
 
@@ -122,15 +121,6 @@ def test_bad_records_stop_the_run_or_are_listed(encode: Encode, tmp_path: Path,
     assert read_manifest(tmp_path / "corpus").content["num_bad"]["outside"] == 1
 
 
-def test_a_listed_record_stops_a_run_that_does_not_skip(encode: Encode, tmp_path: Path,
-                                                        capsys: pytest.CaptureFixture[str]) -> None:
-    """Units of an earlier command that listed bad records are kept, and what it listed is not passed over."""
-    chats = [shown(("image", "broken.png")), shown(("image", "light.png")), {"content": "b"}]
-    assert encode(chats, "--bad-media", "skip") == 2  # chats and documents are mixed, and the unit is kept
-    assert encode(chats) == 2
-    assert "records.jsonl:1: broken.png is no picture" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(("options", "words"), [
     (("--continuous-pictures", "4"), "SIDE:SLOTS"),
     (("--continuous-sounds", "8:0:5"), "from 1 to 1024:600:65536"),
@@ -142,15 +132,6 @@ def test_wrong_options_are_one_sentence(encode: Encode, tmp_path: Path, capsys: 
                                         options: tuple[str, ...], words: str) -> None:
     assert encode([shown(("text", "a"))], *options) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "corpus").exists()
-
-
-def test_chats_and_documents_are_not_mixed(encode: Encode, tmp_path: Path,
-                                           capsys: pytest.CaptureFixture[str]) -> None:
-    assert encode([shown(("text", "a")), {"content": "b"}]) == 2
-    assert "chats and documents" in capsys.readouterr().err
-    shutil.rmtree(tmp_path / ".corpus.work")
-    assert encode([shown(("text", "a"), ("image", "broken.png"))], "--bad-media", "skip") == 2
-    assert "no record is left (1 are bad" in capsys.readouterr().err
 
 
 def parsed(record: Any) -> Any:
@@ -250,15 +231,3 @@ def test_an_array_and_a_last_job_leave_the_same_bytes(encode: Encode, tmp_path: 
     assert not (tmp_path / ".there.work").exists()
     assert encode(chats, *there, output="there") == 0
     assert "complete from before" in capsys.readouterr().out
-
-
-def test_what_stops_a_job_is_told_by_the_next_command(encode: Encode, tmp_path: Path,
-                                                      noted: list[tuple[Any, ...]],
-                                                      capsys: pytest.CaptureFixture[str]) -> None:
-    there = ("--cluster", str(tmp_path / "profile.yaml"))
-    assert encode([shown(("image", "broken.png"))], *there) == 0
-    work, _, _, logs = noted[0]
-    with pytest.raises(Exception, match=r"broken\.png is no picture"), keeping_failure(logs, 0):
-        work(0)
-    assert encode([shown(("image", "broken.png"))], *there) == 0
-    assert "stopped by" in capsys.readouterr().out

@@ -33,7 +33,6 @@ from megatron_sov.base.documents import RecordReading, files
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.marks import KIND_ANSWER, KIND_NONE
 from megatron_sov.work.progress.journal import work_folder
-from tokenizer.cli import main as sov_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -67,22 +66,6 @@ def test_every_document_is_found_once_as_its_own_text(packed: Path, corpus: Path
     assert sorted(found) == sorted(texts)
     in_train = [tokenizer.decode(d[:-1]) for d in open_split(packed / "web/train-00000").documents()]
     assert in_train == [t for t in texts if t in set(in_train)]  # the order of the file is kept
-
-
-@pytest.mark.deep
-def test_the_manifest_and_not_the_terminal_says_what_encoded(
-        tokenizers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A tokenizer without one of the 256 bytes, as published ones are, has no form for tiktoken."""
-    shutil.copytree(tokenizers["solar-open"], tmp_path / "base")
-    raw = json.loads((tmp_path / "base/tokenizer.json").read_text(encoding="utf-8"))
-    raw["model"]["vocab"]["spare"] = raw["model"]["vocab"].pop("\u00ff")
-    (tmp_path / "base/tokenizer.json").write_text(json.dumps(raw))
-    assert sov_tokenizer(["import", str(tmp_path / "base"), "--output", str(tmp_path / "tokenizer")]) == 0
-    (tmp_path / "x.txt").write_text("one document")
-    capsys.readouterr()
-    pack(tmp_path / "tokenizer", [PackSource("x", tmp_path / "x.txt")], tmp_path / "out", PackSettings(0))
-    assert "encoding" not in "".join(capsys.readouterr())
-    assert "not 256 bytes and one token for each merge" in read_manifest(tmp_path / "out").settings["encoder"]
 
 
 def test_megatron_reads_the_shards_and_the_manifest_counts_them(packed: Path, tokenizers: dict[str, Path],
@@ -341,36 +324,6 @@ def test_a_kill_while_units_are_deleted_leaves_none_to_trust(tokenizers: dict[st
     assert main(["verify", str(tmp_path / "out")]) == 0
 
 
-def test_units_of_other_input_or_settings_are_not_trusted(tokenizers: dict[str, Path], tmp_path: Path,
-                                                          capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [json.dumps({"id": i, "text": f"line {i}"}) for i in range(20)]
-    (tmp_path / "good.jsonl").write_text("\n".join(lines))
-    (tmp_path / "bad.jsonl").write_text("{")
-    refused = [PackSource("good", tmp_path / "good.jsonl"), PackSource("bad", tmp_path / "bad.jsonl")]
-
-    def leave_units() -> None:
-        with pytest.raises(UserError, match=r"bad\.jsonl:1: is not valid JSON"):
-            pack(tokenizers["solar-open"], refused, tmp_path / "out")
-        assert len(complete_units(tmp_path / "out")) == 2
-
-    for text, settings, kept in ((None, PackSettings(), True), ("changed", PackSettings(), False),
-                                 (None, PackSettings(bos="start"), False),
-                                 (None, PackSettings(heldout_share=0.5), True)):
-        (tmp_path / "good.jsonl").write_text("\n".join(lines))
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        leave_units()
-        if text is not None:
-            (tmp_path / "good.jsonl").write_text("\n".join([*lines[:-1],
-                                                            json.dumps({"id": 19, "text": text})]))
-        capsys.readouterr()
-        pack(tokenizers["solar-open"], refused[:1], tmp_path / "out", settings)
-        assert ("1 of 1 units were complete from before" in capsys.readouterr().out) == kept
-        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
-        texts = {tokenizer.decode(d) for s in ("train", "heldout")
-                 for d in open_split(tmp_path / f"out/good/{s}-00000").documents()}
-        assert any((text or "line 19") in t for t in texts)
-
-
 BAD_LINES = {
     '{"id": 1, "text": "cut off': ("json", 2), '["list"]': ("json", 3), '{"id": 2}': ("fields", 4),
     '{"id": 3, "text": 5}': ("fields", 5),
@@ -471,20 +424,6 @@ def test_one_text_becomes_several_documents_of_which_one_is_held_out(
     captured = capsys.readouterr()
     assert shards == {"cut": [5, 1], "whole": [1, 0]} and "warning" not in captured.err
     assert captured.out.count("is one text; cut at blank lines into documents of at most 4,000 bytes") == 1
-
-
-def test_one_document_and_unlearned_responses_are_told(tokenizers: dict[str, Path], tmp_path: Path,
-                                                       capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "Korean.txt").write_text("한국어 문장.\n\n" * 20)
-    pack(tokenizers["solar-open"], [PackSource("Korean", tmp_path / "Korean.txt")], tmp_path / "one")
-    assert "warning: Korean: has too few documents, so nothing is held out" in capsys.readouterr().err
-    rows = [{"prompt": f"p{i}", "completion": "c"} for i in range(3)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    pack(tokenizers["solar-open"], [PackSource("rows", tmp_path / "rows.jsonl")], tmp_path / "prompts",
-         PackSettings(reading=RecordReading("prompt")))
-    err = capsys.readouterr().err
-    assert "has a 'completion', of which --format prompt learns nothing" in err
-    assert "is one document" not in err
 
 
 def test_each_line_is_a_document_and_one_document_is_warned_of(

@@ -137,12 +137,6 @@ def test_downsampling_keeps_every_spike_of_a_long_curve() -> None:
         assert drawn.values[near].max() >= values[spike]
 
 
-def test_short_curves_are_not_touched() -> None:
-    curve = Curve("loss", np.arange(2000), np.arange(2000.0))
-    assert downsample(curve) is curve
-    assert len(downsample(Curve("loss", np.arange(2001), np.arange(2001.0))).steps) <= 2000
-
-
 def test_moving_mean_agrees_with_convolution() -> None:
     values = np.random.default_rng(1).normal(size=101)
     smooth = moving_mean(Curve("loss", np.arange(101), values), 7)
@@ -171,10 +165,6 @@ def test_wall_time_leaves_out_the_pause_between_attempts(tmp_path: Path) -> None
     run = read_run(tmp_path)
     assert run.wall_s() == 30 + 20
     assert run.attempts[1].outcome == "stopped: time limit"
-
-
-def test_phases_end_where_the_next_begins(runs: list[Path]) -> None:
-    assert read_run(runs[0]).phases == [("1", 1, 250), ("2.A", 251, 400)]
 
 
 def test_a_resume_is_told_by_the_attempt_that_it_opens_whether_before_or_after_its_start(
