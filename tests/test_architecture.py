@@ -95,7 +95,6 @@ ALONE = {
     "megatron_sov/base/hints/values.py": "values of other programs; their names are another subject",
     "data_prep/synth/declared/functions.py": "functions of templates; steps are another subject",
     "megatron_sov/cli.py": "the program, which its entry point and `__main__` name",
-    "data_prep/synth/generators/translation.py": "judges translations; naming functions is another subject",
     "data_prep/shards/sample.py": "a command",
     "data_prep/curate/sources/pdf.py": "reads PDF files; web archives are another subject",
     "megatron_sov/base/pages/markdown.py": "text of strangers in Markdown; exports are another subject",

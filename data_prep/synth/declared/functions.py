@@ -20,7 +20,7 @@ from data_prep.synth.generators.texts import (
     changed_numbers, chrf, code_in, copied_share, fill_phrasing, in_language, language_name, language_of,
     numbers_in, prose_of, quotations, size_ratio, with_texts)
 from data_prep.synth.generators.worlds import (
-    draft_problem, json_object, json_text, task_verdicts, world_verdicts)
+    draft_problem, json_object, json_text, task_problem, task_verdicts, world_verdicts)
 from data_prep.synth.replies import NoReply, Reply
 from data_prep.synth.templates import add_functions
 from megatron_sov.judge.rewards.program_text import program_in
@@ -143,6 +143,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "accepted_by": accepted_by, "cases_of": cases_of, "choose": choose, "cross_check": cross_check,
     "list_items": list_items, "share_of": share_of, "wording_problem": wording_problem,
     # of worlds
-    "draft_problem": draft_problem, "task_verdicts": task_verdicts, "world_verdicts": world_verdicts}
+    "draft_problem": draft_problem, "task_problem": task_problem, "task_verdicts": task_verdicts,
+    "world_verdicts": world_verdicts}
 """Name in a template -> function."""
 add_functions(FUNCTIONS)

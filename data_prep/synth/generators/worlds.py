@@ -19,6 +19,7 @@ from data_prep.synth.generator import SampleVerdict
 from data_prep.synth.generators.drawing import draws_of
 from data_prep.synth.replies import NoReply
 from megatron_sov.base.documents.messages import BadRecord, refuse_deep
+from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards.patterns import NO_JSON, json_of
 from megatron_sov.judge.rewards.reward import Refused
 from megatron_sov.judge.tools.environment import InfrastructureFault, ToolFault
@@ -228,6 +229,15 @@ def fitting_values(spec: VirtualWorld, tool: str, argument: str, tables: Tables)
 def _is_in(value: Any, values: Sequence[Any]) -> bool:
     # types too: in Python 1 equals True
     return any(value == one and type(value) is type(one) for one in values)
+
+
+def task_problem(task: Mapping[str, Any]) -> str:
+    """Return why a task is none of a virtual world; empty: it is one."""
+    try:
+        Virtual().reset(task)
+    except UserError as e:
+        return str(e)
+    return ""
 
 
 def draft_problem(draft: Any) -> str:

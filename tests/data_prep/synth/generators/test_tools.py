@@ -160,9 +160,13 @@ def test_a_finished_synthesis_is_an_input_and_its_origin_goes_on(tmp_path: Path)
     (tmp_path / "kept.jsonl").write_text('{"domain": "x", "world": "y"}')
     with pytest.raises(UserError, match=r"kept.jsonl:1: world = 'y' must be an object"):
         list(generator("goals").items([tmp_path]))
-    with pytest.raises(UserError, match="the task's world"):
-        sample_of("tool-trajectories", GeneratorItem("x", {"question": "?", "world": {}, "goal": {}}),
-                  tool_trajectories.reply)
+
+
+def test_a_world_or_task_that_is_none_is_a_rejected_sample() -> None:
+    item = GeneratorItem("x", {"question": "?", "domain": "x", "number": 1, "world": {}, "goal": {}})
+    assert sample_of("goals", item, goals.reply).reason == "world"
+    sample = sample_of("tool-trajectories", item, tool_trajectories.reply)
+    assert sample.reason == "task" and "the task's world" in sample.verdicts[-1].detail
 
 
 def conversation(reply: Any = tool_trajectories.reply, **settings: Any) -> Any:
