@@ -46,7 +46,6 @@ TYPED = {
     "docs/rollout_store.md": "tests/commands/rl/test_rl_store.py",
     "docs/serve.md": "tests/serve/test_serve.py",
     "docs/slurm.md": "tests/operate/slurm/test_submit.py",
-    "docs/synth_documents.md": "tests/test_docs_synth_documents.py",
     "docs/synth_worlds.md": "tests/test_docs_synth_worlds.py",
     "docs/synth_autoif.md": "tests/data_prep/synth/generators/autoif/test_page.py",
     "docs/synth_solutions.md": "tests/test_docs_synth_solutions.py",
@@ -65,7 +64,7 @@ command is parsed, and its settings are applied to the recipe."""
 SHELL = {
     "make": "its target stands in the Makefile", "pip": "its extra stands in setup.py",
     "python": "its script exists", "docker": "tests/test_containers.py",
-    "apptainer": "tests/test_containers.py", "sh": "tests/operate/bundle",
+    "apptainer": "tests/test_containers.py",
     "srun": "tests/operate/slurm", "salloc": "tests/operate/slurm", "sbatch": "tests/operate/slurm",
     ".": "the shell's own", "cd": "the shell's own", "export": "the shell's own", "mkdir": "the shell's own",
     "cp": "the shell's own", "cat": "the shell's own", "git": "not run", "curl": "not run",

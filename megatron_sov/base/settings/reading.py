@@ -247,8 +247,7 @@ def _problem(cls: Any, error: Any, instead: Instead) -> SettingsProblem:
         return SettingsProblem(ProblemCode.CHOICE, key, f"must be {ctx.get('expected', 'another word')}",
                                value, close.removeprefix("; "))
     if kind == "asked":
-        return SettingsProblem(ProblemCode(ctx["code"]), key, ctx["rule"],
-                               UNSET if ctx["may_be_secret"] else value, ctx["way_out"])
+        return SettingsProblem(ProblemCode(ctx["code"]), key, ctx["rule"], value, ctx["way_out"])
     # our bound for finite numbers is "below infinity"; the sentence says what is meant
     if kind == "less_than" and ctx["lt"] == float("inf"):
         kind = "finite_number"
@@ -268,7 +267,7 @@ def _foreign(key: str, value: str) -> str:
     """Return the end of a sentence about a value of another program: ours, a note, or of an algorithm the
     command that trains by it; "" if the table has none."""
     if ours := table()["values"].get(key, {}).get(value.lower()):
-        return f"; it is {ours} here"
+        return f"; {'pass --set' if '=' in str(ours) else 'it is'} {ours} here"
     rows = table()["commands"]["megatron-sov"] if key.rpartition(".")[2] == "method" else {}
     command = next((text for words, text in rows.items() if value.lower() in words.split()), "")
     found = note_on(value) or command

@@ -4,14 +4,13 @@ recognises, judged by what is recognised in it."""
 from __future__ import annotations
 
 import json
-import shlex
-import subprocess
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from megatron_sov.base.artifacts import MANIFEST, to_json, write_output
+from megatron_sov.base.artifacts import to_json, write_output
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.plugins.loading import calling, load
@@ -76,6 +75,22 @@ def read_rows(file: Path) -> list[MediaRow]:
     return found
 
 
+def normalised(text: str) -> str:
+    """Return a text as words are counted: lower case, composed (NFC), punctuation as space, one space between
+    words."""
+    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFD", text).casefold())
+    return " ".join("".join(map(_kept, folded)).split())
+
+
+def _kept(character: str) -> str:
+    kind = unicodedata.category(character)
+    # vowels of Devanagari, Thai or Arabic are marks, and so is an accent that no letter is composed with
+    if character.isalnum() or kind.startswith("M"):
+        return character
+    # a zero width space stands between words; other characters without width join or part shapes of letters
+    return "" if kind == "Cf" and character != "\N{ZERO WIDTH SPACE}" else " "
+
+
 def figures(rows: Sequence[MediaRow], heard: Sequence[str]) -> dict[str, Any]:
     """Return what was recognised against what was asked for.
 
@@ -84,8 +99,6 @@ def figures(rows: Sequence[MediaRow], heard: Sequence[str]) -> dict[str, Any]:
     1; `chance` is the mean of 1 / labels where every row has some.
     """
     import jiwer
-
-    from megatron_sov.omni.media.heard import normalised
 
     wanted, got = [normalised(row.answer) for row in rows], [normalised(text) for text in heard]
     right = [a == b for a, b in zip(wanted, got, strict=True)]
@@ -104,77 +117,27 @@ def figures(rows: Sequence[MediaRow], heard: Sequence[str]) -> dict[str, Any]:
 
 Judge = Callable[[Sequence[Path], Sequence[Sequence[str]]], Sequence[str]]
 """Files and the labels of each to choose from -> what is recognised in each, "" where nothing is."""
-JUDGE_LIMIT_S = 3600.0
-
 
 def judge_of(said: str) -> Judge:
-    """Return a judge: FILE.py:NAME is a function (files, labels) -> texts; the folder of a codec of kind
-    nemo-asr hears files; anything else is a command that reads a JSON line {"file", "labels"} for each file
-    and prints a JSON string for each.
+    """Return the judge of FILE.py:NAME, a function (files, labels) -> texts.
 
     Raises:
-        UserError: there is no such code, or the command is none.
+        UserError: there is no such code.
     """
     file, _, name = said.rpartition(":")
-    if file.endswith(".py") and name.isidentifier():
-        loaded = load(said)
-        if not callable(loaded.value):
-            raise UserError(f"--judge {said}: is {loaded.value!r}; a judge is a function of files and labels")
-        return lambda files, labels: _check_texts(
-            said, calling(said, lambda: loaded.value(files, labels)), len(files))
-    if (Path(said) / MANIFEST).is_file():
-        return _hearing(Path(said))
-    try:
-        words = shlex.split(said)
-    except ValueError as e:
-        raise UserError(f"--judge {said!r}: is no command ({e})") from None
-    if not words:
-        raise UserError("--judge '': name code of your own, FILE.py:NAME, or a command")
-    return lambda files, labels: _check_texts(said, _run_judge(words, files, labels), len(files))
-
-
-def _hearing(folder: Path) -> Judge:
-    from megatron_sov.base.documents import BadRecord
-    from megatron_sov.omni.codecs.folder import open_codec
-    from megatron_sov.omni.media.reading.kinds import MediaLimits, read_sound
-
-    ears = open_codec(folder, kind="nemo-asr")
-
-    def hear(file: Path) -> str:
-        import torch
-
-        try:
-            samples, _ = read_sound(file, ears.sample_rate_hz, MediaLimits())
-        except BadRecord as e:
-            # a sound that the model has just made: an empty one says nothing
-            if e.code == "silence":
-                return ""
-            raise UserError(f"--audio-judge {folder}: {file} {e.reason}") from None
-        found: str = ears.hear(torch.from_numpy(samples.copy()))
-        return found
-
-    return lambda files, labels: [hear(file) for file in files]
-
-
-def _run_judge(words: list[str], files: Sequence[Path], labels: Sequence[Sequence[str]]) -> list[object]:
-    lines = "".join(json.dumps({"file": str(file), "labels": list(of)}, ensure_ascii=False) + "\n"
-                    for file, of in zip(files, labels, strict=True))
-    try:
-        done = subprocess.run(words, input=lines, capture_output=True, encoding="utf-8",
-                              timeout=JUDGE_LIMIT_S)
-        if done.returncode:
-            raise UserError(f"--judge {shlex.join(words)}: ended with code {done.returncode}: "
-                            f"{done.stderr.strip()[-300:]}")
-        return [json.loads(line) for line in done.stdout.split("\n") if line.strip()]
-    except (OSError, subprocess.TimeoutExpired, ValueError) as e:
-        raise UserError(f"--judge {shlex.join(words)}: {e}; it reads JSON lines and prints a JSON string for "
-                        "each") from None
+    if not file.endswith(".py") or not name.isidentifier():
+        raise UserError(f"judge {said!r}: is no code FILE.py:NAME; name one")
+    loaded = load(said)
+    if not callable(loaded.value):
+        raise UserError(f"judge {said}: is {loaded.value!r}; a judge is a function of files and labels")
+    return lambda files, labels: _check_texts(
+        said, calling(said, lambda: loaded.value(files, labels)), len(files))
 
 
 def _check_texts(said: str, found: object, count: int) -> list[str]:
     if not isinstance(found, (list, tuple)) or len(found) != count \
             or not all(isinstance(text, str) for text in found):
-        raise UserError(f"--judge {said}: gave {str(found)[:200]} for {count} files; one text is needed for "
+        raise UserError(f"judge {said}: gave {str(found)[:200]} for {count} files; one text is needed for "
                         "each")
     return list(found)
 
@@ -190,10 +153,10 @@ class EvalMediaOptions(CodecsOptions, RecordOptions, RankOptions):
     repeated."""
     media_root: Annotated[Path, Flag(value="DIR")]
     """Folder that paths of media begin from; nothing outside of it is read."""
-    image_judge: Annotated[str | None, Flag(value="FILE.py:NAME|COMMAND")] = None
-    """Recognises what the model draws: a function (files, labels) -> texts, or a program."""
-    audio_judge: Annotated[str | None, Flag(value="FILE.py:NAME|CODEC|COMMAND")] = None
-    """Recognises what the model says, likewise, or a codec of kind nemo-asr."""
+    image_judge: Annotated[str | None, Flag(value="FILE.py:NAME")] = None
+    """Recognises what the model draws: a function (files, labels) -> texts."""
+    audio_judge: Annotated[str | None, Flag(value="FILE.py:NAME")] = None
+    """Recognises what the model says, likewise."""
     files: Annotated[Path | None, Flag(value="DIR", writes=True)] = None
     """Folder for what the model draws and says, where a pair asks for that."""
     sampling: ReplySampling = field(default_factory=ReplySampling)

@@ -4,17 +4,16 @@ and the sentences around them.
 A key is two words, and so is a value.  Pairs and sentences for training and for testing never mix
 (`is_for_tests`).  Phrases are text with places ``{}`` for keys and values; a value stands right behind its
 key, so that repeating the sentence up to the key asks for the value.  Needles are hidden in a split of packed
-sources, or in files of the user's, each source in a language of its own.
+sources, each in a language of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import get_args
@@ -32,19 +31,9 @@ TOKENS_PER_WORD = 64
 """A vocabulary of this many times `NUM_WORDS` has more words, so that long contexts find enough keys."""
 MIN_WORD_BYTES = 4
 SLOT = "{}"
+PAIR_TOKENS = 2
 Slots = tuple[tuple[int, ...], ...]
-"""A phrase as token ids: what stands before, between and behind its pairs."""
-
-
-@dataclass(frozen=True)
-class Sentences:
-    """`needle_phrases.Phrases` in token ids."""
-
-    statement: Slots
-    all_values: Slots
-    values_of: Slots
-    assignment: Slots
-    holders: Slots
+"""A sentence as token ids: before, between and after its pairs."""
 
 
 def fill(slots: Slots, *pairs: np.ndarray) -> list[int]:
@@ -63,16 +52,15 @@ class NeedleForm:
 
     language: Language
     """Of the sentences; words are of it too where the tokenizer has enough of them."""
-    sentences: dict[bool, tuple[Sentences, ...]]
+    sentences: dict[bool, tuple[Slots, ...]]
     """True -> for tests, False -> for training."""
     words: tuple[int, ...]
     special: tuple[int, ...] = ()
     """Special tokens, which no haystack may hold."""
 
-    def phrase_tokens(self, name: str, *, test: bool) -> int:
-        """Return the tokens of the longest phrase of a name, its pairs included."""
-        return max(2 * (len(slots) - 1) + sum(map(len, slots)) for s in self.sentences[test]
-                   for slots in [getattr(s, name)])
+    def needle_tokens(self, *, test: bool) -> int:
+        """Return the tokens of the longest sentence, its key and value included."""
+        return max(2 * PAIR_TOKENS + sum(map(len, slots)) for slots in self.sentences[test])
 
     @cached_property
     def pairs(self) -> dict[bool, np.ndarray]:
@@ -88,7 +76,7 @@ class NeedleForm:
         """Return `count` different pairs [count, 2]."""
         return self.pairs[test][generator.choice(len(self.pairs[test]), count, replace=False)]
 
-    def draw_sentences(self, generator: np.random.Generator, *, test: bool) -> Sentences:
+    def draw_sentence(self, generator: np.random.Generator, *, test: bool) -> Slots:
         return self.sentences[test][int(generator.integers(len(self.sentences[test])))]
 
 
@@ -112,11 +100,8 @@ def needle_form(tokenizer_folder: Path, language: Language) -> NeedleForm:
         return tuple(tuple(tokenizer.encode(part, add_special_tokens=False).ids) if part else ()
                      for part in text.split(SLOT))
 
-    def sentences(form: NeedlePhrases) -> Sentences:
-        return Sentences(**{name: slots(text) for name, text in form.texts().items()})
-
     return NeedleForm(language,
-                      {test: tuple(map(sentences, phrases(language, test=test))) for test in (True, False)},
+                      {test: tuple(map(slots, phrases(language, test=test))) for test in (True, False)},
                       tuple(words), special)
 
 
@@ -165,70 +150,21 @@ def is_for_tests(*parts: object) -> bool:
     return int.from_bytes(digest, "little") % TEST_PART == 0
 
 
-@dataclass(frozen=True)
-class NeedlePhrases:
-    """The sentences of one form of test; the hash of `statement` decides for all of them."""
-
-    statement: str
-    """Key, value."""
-    all_values: str
-    """Asks for all values of a key, which follow."""
-    values_of: str
-    """Asks for the values of four keys, which follow in this order."""
-    assignment: str
-    """Variable, then a value or a variable that was assigned before."""
-    holders: str
-    """Asks for all variables that hold a value, which follow."""
-
-    def texts(self) -> dict[str, str]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+def phrases(language: Language, *, test: bool) -> tuple[str, ...]:
+    return tuple(phrase for phrase in PHRASES[language] if is_for_tests(phrase) == test)
 
 
-def phrases(language: Language, *, test: bool) -> tuple[NeedlePhrases, ...]:
-    return tuple(p for p in PHRASES[language] if is_for_tests(p.statement) == test)
-
-
-def _english(noun: str, plural: str, variable: str, place: str) -> NeedlePhrases:
-    return NeedlePhrases(f"\nThe {noun} {place}{{}}{{}}.", f"\nAll {plural} {place}{{}}:",
-                         f"\nThe {plural} {place}{{}},{{}},{{}},{{}}:", f"\n{variable}{{}} ={{}}.",
-                         f"\nEvery {variable} that is{{}}:")
-
-
-def _korean(noun: str, variable: str) -> NeedlePhrases:
-    return NeedlePhrases(f"\n{noun}{{}}{{}}.", f"\n모든 {noun}{{}}:",
-                         f"\n차례대로 {noun}{{}},{{}},{{}},{{}}:",
-                         f"\n{variable}{{}} ={{}}.", f"\n값이 같은 모든 {variable}{{}}:")
-
-
-def _thai(noun: str, variable: str) -> NeedlePhrases:
-    return NeedlePhrases(f"\n{noun}{{}}{{}}.", f"\n{noun}ทั้งหมด{{}}:",
-                         f"\n{noun}ตามลำดับ{{}},{{}},{{}},{{}}:",
-                         f"\n{variable}{{}} ={{}}.", f"\n{variable}ทุกตัวที่มีค่า{{}}:")
-
-
-def _code(name: str, variable: str) -> NeedlePhrases:
-    return NeedlePhrases(f"\n{name}.add({{}}{{}})", f"\n{name}.all({{}}):",
-                         f"\n{name}.get({{}},{{}},{{}},{{}}):",
-                         f"\n{variable}{{}} ={{}};", f"\n{variable}.holders({{}}):")
-
-
-PHRASES: dict[Language, tuple[NeedlePhrases, ...]] = {
-    "english": (
-        _english("value", "values", "field", "of"), _english("code", "codes", "variable", "of"),
-        _english("number", "numbers", "name", "for"), _english("label", "labels", "letter", "on"),
-        _english("price", "prices", "unit", "of"), _english("owner", "owners", "entry", "of"),
-    ),
-    "korean": tuple(_korean(n, v) for n, v in (("암호는", "변수"), ("번호는", "이름"), ("주소는", "항목"),
-                                               ("비밀은", "기호"), ("색깔은", "표시"), ("가격은", "단위"),
-                                               ("주인은", "문자"), ("열쇠는", "상자"))),
-    "thai": tuple(_thai(n, v) for n, v in (
-        ("รหัสของ", "ตัวแปร"), ("หมายเลขของ", "ชื่อ"), ("ที่อยู่ของ", "รายการ"), ("ความลับของ", "สัญลักษณ์"),
-        ("สีของ", "เครื่องหมาย"), ("ราคาของ", "หน่วย"), ("เจ้าของ", "ตัวอักษร"), ("กุญแจของ", "กล่อง"))),
-    "code": tuple(_code(n, v) for n, v in (("codes", "var"), ("table", "let"), ("registry", "auto"),
-                                           ("cache", "val"), ("lookup", "const"), ("index", "set"),
-                                           ("store", "def"), ("mapping", "local"))),
+PHRASES: dict[Language, tuple[str, ...]] = {
+    "english": ("\nThe value of{}{}.", "\nThe code of{}{}.", "\nThe number for{}{}.", "\nThe label on{}{}.",
+                "\nThe price of{}{}.", "\nThe owner of{}{}."),
+    "korean": tuple(f"\n{noun}{{}}{{}}." for noun in (
+        "암호는", "번호는", "주소는", "비밀은", "색깔은", "가격은", "주인은", "열쇠는")),
+    "thai": tuple(f"\n{noun}{{}}{{}}." for noun in (
+        "รหัสของ", "หมายเลขของ", "ที่อยู่ของ", "ความลับของ", "สีของ", "ราคาของ", "เจ้าของ", "กุญแจของ")),
+    "code": tuple(f"\n{name}.add({{}}{{}})" for name in (
+        "codes", "table", "registry", "cache", "lookup", "index", "store", "mapping")),
 }
-"""Enough forms in each language that the hash gives some to both sides."""
+"""Sentences with places for key and value; enough in each language that the hash gives some to both sides."""
 
 
 DETECTED_TOKENS = 4096
@@ -239,7 +175,6 @@ CODE_SHARE = 0.06
 code 8 % and more."""
 SCRIPT_SHARE = 0.3
 """Part of the letters that are Hangul or Thai, from which on a text counts as Korean or Thai."""
-READ_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,7 +182,7 @@ class Haystack:
     """All text of one language."""
 
     form: NeedleForm
-    texts: tuple[DocumentsText | FileText, ...]
+    texts: tuple[DocumentsText, ...]
     sizes: tuple[float, ...]
     """Their sizes, by which they are drawn."""
 
@@ -266,17 +201,16 @@ def pick(generator: np.random.Generator, sizes: Sequence[float]) -> int:
 
 
 def open_haystacks(sources: Sequence[Source], split: str, tokenizer_folder: Path, *,
-                   languages: Sequence[Language] = (), told: dict[str, Language] | None = None,
-                   files: Sequence[tuple[Language, Path]] = ()) -> tuple[Haystack, ...]:
+                   languages: Sequence[Language] = (), told: dict[str, Language] | None = None
+                   ) -> tuple[Haystack, ...]:
     """Return a haystack for each language that there is text of, in the order of `LANGUAGES`.
 
     Args:
         sources: of token artifacts; chats are left out.
         split: "train" or "heldout".
-        tokenizer_folder: what packed the sources, and packs the files.
+        tokenizer_folder: what packed the sources.
         languages: these only; all by default.
         told: source -> its language, where neither its name is one nor the text itself shows it well.
-        files: language, UTF-8 text file.
 
     Raises:
         UserError: there is no text, or none of a language that is asked for, or `told` names no source.
@@ -288,10 +222,10 @@ def open_haystacks(sources: Sequence[Source], split: str, tokenizer_folder: Path
     if unknown:
         raise UserError(f"--language {unknown[0]}={told[unknown[0]]}: the data has no such source with "
                         f"'{split}' text (sources: {', '.join(s.name for s in usable)})")
-    if not usable and not files:
+    if not usable:
         raise UserError(f"--data: its sources hold no '{split}' text to hide needles in; "
                         "pack text with --heldout 0.02")
-    found: dict[Language, list[tuple[DocumentsText | FileText, float]]] = {}
+    found: dict[Language, list[tuple[DocumentsText, float]]] = {}
     for source in usable:
         documents = source.shard(split)
         named = next((name for name in LANGUAGES if name == source.name), None)
@@ -299,9 +233,6 @@ def open_haystacks(sources: Sequence[Source], split: str, tokenizer_folder: Path
         language = told.get(source.name) or named or detect_language(_sample(documents, tokenizer))
         special = np.array(special_tokens(tokenizer), np.int64)
         found.setdefault(language, []).append((DocumentsText(documents, special), source.num_tokens[split]))
-    for language, file in files:
-        text = FileText(file, tokenizer)
-        found.setdefault(language, []).append((text, text.size_bytes))
     for language in languages:
         if language not in found:
             raise UserError(f"needle languages {list(languages)}: no '{split}' text is {language} (there is "
@@ -361,47 +292,3 @@ class DocumentsText:
             found += len(ids)
             document, start = (document + 1) % len(lengths), 0
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
-
-
-class FileText:
-    """A text file: a line anywhere, and the ones after it, until there is enough;
-    no more than that is ever read."""
-
-    def __init__(self, file: Path, tokenizer: Tokenizer) -> None:
-        """Look at the file.
-
-        Raises:
-            UserError: it cannot be read as UTF-8, or holds no text.
-        """
-        self._file, self._tokenizer = file, tokenizer
-        self._special = special_tokens(tokenizer)
-        try:
-            self.size_bytes = os.path.getsize(file)
-            with open(file, encoding="utf-8") as f:
-                start = f.read(READ_BYTES)
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"--text {file}: cannot be read as UTF-8 text ({e})") from None
-        if not len(self._ids(start)) or not start.strip():
-            raise UserError(f"--text {file}: starts with {len(start)} characters that are no text; "
-                            "pass a file of text")
-
-    def take(self, generator: np.random.Generator, count: int) -> np.ndarray:
-        place = int(generator.integers(self.size_bytes))
-        parts: list[np.ndarray] = []
-        found = 0
-        with open(self._file, "rb") as f:
-            f.seek(place)
-            f.readline()  # the rest of a line that was cut
-            while found < count:
-                text = f.read(READ_BYTES) + f.readline()
-                if not text:
-                    # At the end it goes on from the beginning, as a split does.
-                    f.seek(0)
-                    continue
-                parts.append(self._ids(text.decode("utf-8", "replace"))[:count - found])
-                found += len(parts[-1])
-        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
-
-    def _ids(self, text: str) -> np.ndarray:
-        ids = np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
-        return ids[~np.isin(ids, self._special)]

@@ -21,7 +21,6 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "math": ("megatron_sov.judge.rewards.math_answers", "Math"),
     "stem": ("megatron_sov.judge.rewards.answers", "Stem"),
     "ifeval": ("megatron_sov.judge.rewards.ifeval", "IfEval"),
-    "classifier": ("megatron_sov.judge.rewards.classifier", "Classifier"),
     "composed": ("megatron_sov.judge.rewards.composed", "Composed"),
     "judge": ("megatron_sov.judge.rewards.judge", "Judge"),
     "format": ("megatron_sov.judge.rewards.surface", "Format"),
@@ -117,7 +116,7 @@ def _check(loaded: LoadedPlugin) -> None:
     check_methods(loaded.value, loaded.reference, "a reward", {"score": ("row",)})
 
 
-OWN: Registry[type[Any]] = Registry("reward", "megatron_sov.rewards", BUILT_IN, _check, adapt=_adapted)
+OWN: Registry[type[Any]] = Registry("reward", BUILT_IN, _check, adapt=_adapted)
 """Rewards that are not built in."""
 
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-import pytest
-
-from megatron_sov.base.errors import UserError
-from megatron_sov.bench.lm.answers import Answers, AnswerScore, Write, distinct, folder_of, readings
+from megatron_sov.bench.lm.answers import Answers, AnswerScore, Write, folder_of, readings
 
 SCORES = [AnswerScore((1, 2), (i,)) for i in range(6)]
 ANSWER = {"logprob": -1.0, "greedy": False}
@@ -28,9 +25,6 @@ def test_answers_outlive_a_kill_and_a_torn_record(tmp_path: Path) -> None:
     torn.write_bytes(torn.read_bytes()[:-3])
     assert Answers(folder) == {"k": first["k"], "l": second["l"]}
     assert not Answers(folder_of(tmp_path, {"model": "b"}))
-    (folder / "a.jsonl").touch()
-    with pytest.raises(UserError, match="of an earlier version"):
-        Answers(folder)
 
 
 def test_the_same_request_has_one_key() -> None:
@@ -38,7 +32,6 @@ def test_the_same_request_has_one_key() -> None:
     write = Write((1,), ("x",), 5)
     assert write.key == Write((1,), ("x",), 5).key != Write((1,), ("x",), 6).key
     assert Write((1,), (), 5, 0.5, sample=1).stream != Write((1,), (), 5, 0.5, sample=2).stream
-    assert distinct([*SCORES, *SCORES]) == SCORES
     assert [len(group) for group in readings([*SCORES, AnswerScore((9,) * 5, (1, 2))])] == [1, 6]
 
 
@@ -87,26 +80,3 @@ def test_a_chunk_that_another_one_holds_is_waited_for(tmp_path: Path, monkeypatc
     first.close()
     assert next(second) == (0, [0, 1, 3, 4, 5])
     assert list(Answers(tmp_path).deal([SCORES], lambda: True)) == []
-
-
-def test_a_chunk_is_held_by_one_alone_while_others_finish_it(tmp_path: Path, monkeypatch) -> None:
-    """Who opens the place of a chunk just before its holder lets go and removes it does not hold it beside
-    the next one."""
-    from megatron_sov.work.progress import locks
-
-    plain, third = locks.os.open, Answers(tmp_path).deal([SCORES], stop_never)
-    first = Answers(tmp_path).deal([SCORES], stop_never)
-    next(first)
-
-    def slowly(path, *more):  # type: ignore[no-untyped-def]
-        found = plain(path, *more)
-        if "asking" in str(path):
-            monkeypatch.undo()
-            first.close()
-            assert next(third) == (0, [0, 1, 2, 3, 4, 5])
-        return found
-
-    monkeypatch.setattr("megatron_sov.bench.lm.answers.WAIT_S", 0.0)
-    monkeypatch.setattr(locks.os, "open", slowly)
-    second = Answers(tmp_path).deal([SCORES], stop_never)
-    assert next(second) == (0, [])

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import jiwer
-import numpy as np
 import pytest
-import torch
 
-from megatron_sov.base.artifacts import new_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.commands.evaluate.eval_media import PAIRS, MediaRow, figures, judge_of, read_rows
 from megatron_sov.eval.statistics import wilson_interval
@@ -59,13 +55,6 @@ def test_a_function_of_a_file_judges(tmp_path: Path) -> None:
     assert judge_of(f"{code}:seen")(FILES, LABELS) == ["one of 2", "two of 0"]
 
 
-def test_a_program_judges_line_by_line(tmp_path: Path) -> None:
-    code = tmp_path / "program"
-    code.write_text("import json, sys\nfor line in sys.stdin:\n    row = json.loads(line)\n"
-                    "    print(json.dumps(row['file'] + ''.join(row['labels'])))\n")
-    assert judge_of(f"{sys.executable} {code}")(FILES, LABELS) == ["one.pngab", "two.png"]
-
-
 @pytest.mark.parametrize(("code", "said"), [
     ("def seen(files, labels):\n    return ['a']\n", "gave .* for 2 files"),
     ("def seen(files, labels):\n    return [1, 2]\n", "gave .* for 2 files"),
@@ -76,44 +65,7 @@ def test_a_judge_that_is_none_is_refused(tmp_path: Path, code: str, said: str) -
         judge_of(f"{tmp_path / 'mine.py'}:seen")(FILES, LABELS)
 
 
-@pytest.mark.parametrize(("command", "said"), [
-    ("", "name code of your own"), ("'", "is no command"), ("/nowhere/judge", "/nowhere/judge"),
-    ("false", "ended with code 1"), ("echo nothing", "prints a JSON string")])
-def test_a_program_that_fails_is_named(command: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        judge_of(command)(FILES, LABELS)
-
-
-def test_a_codec_that_hears_is_a_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import soundfile
-
-    from megatron_sov.omni.codecs import folder
-
-    class Ears:
-        sample_rate_hz = 4000
-
-        def hear(self, sound: torch.Tensor) -> str:
-            return f"{len(sound)} samples"
-
-    monkeypatch.setattr(folder, "open_codec",
-                        lambda path, *, kind: {("ears", "nemo-asr"): Ears()}[path.name, kind])
-    with new_artifact(tmp_path / "ears", "codec"):
-        pass
-    for name, seconds in (("a", 1), ("b", 2)):
-        soundfile.write(tmp_path / f"{name}.wav", np.zeros(8000 * seconds), 8000)
-    assert judge_of(str(tmp_path / "ears"))([tmp_path / "a.wav", tmp_path / "b.wav"], LABELS) == [
-        "4000 samples", "8000 samples"]
-    # a model may say nothing, and what is no sound is told in a sentence
-    soundfile.write(tmp_path / "a.wav", np.zeros(0), 8000)
-    assert judge_of(str(tmp_path / "ears"))([tmp_path / "a.wav"], LABELS) == [""]
-    (tmp_path / "a.wav").write_bytes(b"no sound")
-    with pytest.raises(UserError, match=r"--audio-judge .*a\.wav is no sound that is read"):
-        judge_of(str(tmp_path / "ears"))([tmp_path / "a.wav"], LABELS)
-
-
-def test_a_program_may_say_any_character(tmp_path: Path) -> None:
-    code = tmp_path / "judge.py"
-    code.write_text("import json, sys\nfor line in sys.stdin:\n"
-                    "    said = json.dumps('a\\u2028b\\x85\\ud55c', ensure_ascii=False)\n"
-                    "    sys.stdout.buffer.write((said + '\\n').encode())\n")
-    assert judge_of(f"{sys.executable} {code}")(FILES, LABELS) == ["a\u2028b\x85\ud55c"] * 2
+@pytest.mark.parametrize("said", ["", "python3 judge.py", "judge.py", "mine.txt:seen"])
+def test_a_judge_is_a_function(said: str) -> None:
+    with pytest.raises(UserError, match=r"is no code FILE\.py:NAME; name one"):
+        judge_of(said)
