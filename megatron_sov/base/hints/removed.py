@@ -154,6 +154,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "obs.prometheus_port": (0, _CURVES),
     "obs.prometheus_textfile": ("", _CURVES),
     "obs.telemetry_every_s": (15.0, _CURVES),
+    "policy.missing_share": (0.0, "a round waits for all of its responses"),
 }
 """Setting of a run -> its default, and what to use in its place."""
 _TRL = "train it with TRL or Megatron-Bridge"

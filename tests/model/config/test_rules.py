@@ -46,7 +46,7 @@ def audio(**changes: Any) -> str:
     "policy.kl_coeff=NaN", "lora.targets=[]",
 ])
 def test_a_value_out_of_its_bounds_is_refused(settings: str, small: Small) -> None:
-    """Bounds that are more than a limit of one number; for those see tests/base/settings/every_field.py."""
+    """Bounds that are more than a limit of one number."""
     with pytest.raises(SettingsError) as e:
         apply_settings(small(), [settings])
     key = settings.partition("=")[0]

@@ -233,7 +233,7 @@ def test_a_turn_that_a_deadline_cuts_off_goes_on_by_the_next_policy(job: Callabl
     for row in one.in_step(model):
         ended = found.pop((row.key.prompt, row.key.sample))
         assert told(ended) == told(row)
-        assert {0, 1} <= set(ended.written_versions.tolist()), "none was cut off"
+        assert {0, 1} <= set(ended.versions[ended.is_written].tolist()), "none was cut off"
     assert not found
 
 

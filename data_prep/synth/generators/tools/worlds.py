@@ -149,7 +149,8 @@ def fitting_values(spec: VirtualWorld, tool: str, argument: str, tables: Tables)
     for table, rows in tables.items():
         if any(isinstance(value, str) and value in first[table] for value in given):
             found += rows
-        for column in {column for row in first[table].values() for column in row}:
+        # in the order of the world: draws must be the same in every process
+        for column in dict.fromkeys(column for row in first[table].values() for column in row):
             if any(_is_in(value, [row[column] for row in first[table].values()]) for value in given):
                 found += [row[column] for row in rows.values() if row[column] is not None]
     return [value for place, value in enumerate(found) if not _is_in(value, found[:place])]

@@ -320,10 +320,11 @@ def call_tools(world: VirtualWorld,
     if ended.status == "infrastructure":
         raise InfrastructureFault(f"the sandbox failed ({ended.reason})")
     found = []
-    for line in ended.stdout.splitlines():
+    for line in ended.stdout.splitlines()[:len(calls)]:
         try:
             found.append(_outcome(world, json.loads(line)))
-        except (ValueError, RecursionError):  # cut off at the limit of output
+        # cut off at the limit of output, or written there by the code itself
+        except (ValueError, TypeError, KeyError, RecursionError):
             break
     failed = ToolFault("failed", f"failed ({ended.reason or 'it ended its process'})")
     return found + [ToolOutcome(fault=failed)] * (len(calls) - len(found))
