@@ -109,6 +109,7 @@ ALONE = {
     "megatron_sov/publish/report/validations.py": "held-out prompts of rl, not of the loss",
     "megatron_sov/sandbox/process_tree.py": "starts processes; tools are another subject",
     "data_prep/synth/final_answers.py": "answers that programs check; generating is another subject",
+    "megatron_sov/train/guards/watchdog.py": "a thread that watches for steps that hang",
     "megatron_sov/proof/given.py": "data of objectives; proving a layout is another subject",
 }
 """File that is short, has one user, and is not merged into it -> why."""
