@@ -203,18 +203,6 @@ def test_an_extension_without_stages_or_gate_is_called_one(
     assert read_state(run, NOW_S).stage == "extend"
 
 
-@pytest.mark.parametrize(("event", "field"), [
-    ("run_start", "recipe"), ("run_start", "num_ranks"), ("run_start", "num_steps"),
-    ("run_start", "resumed_from"), ("step", "tokens"), ("eval", "step")])
-@pytest.mark.parametrize("value", ["x", None, [1], {"a": 1}])
-def test_odd_events_of_a_run_do_not_end_the_table_of_all(tmp_path: Path, event: str, field: str,
-                                                         value: Any) -> None:
-    odd = {**begin(9)[2], "heldout": {"web": {"loss": 1.0}}, "step": 4, field: value}
-    run = write_run(tmp_path / "a $(id)", begin(100), *steps(1, 3, 98), (9, event, odd))
-    state = read_state(run)
-    assert in_full(state) and format_runs([state])
-
-
 def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is empty, so it is not a run; pass the folder given to --run"):
         find_runs(tmp_path)
