@@ -239,6 +239,7 @@ WHERE = [("k-exaone", 1, {}, ["greedy", "T 1", "T 0.7", "drafted", "drafted T 1"
 
 
 @pytest.mark.distributed
+@pytest.mark.essential
 @pytest.mark.parametrize("further", [[1], pytest.param([2, 3], marks=pytest.mark.deep)],
                          ids=["tensors", "stages and experts"])
 def test_log_probabilities_are_those_of_the_trainer(ranks, job, further: list[int]) -> None:
