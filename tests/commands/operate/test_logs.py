@@ -13,7 +13,7 @@ import pytest
 
 from megatron_sov import cli, recipes
 from megatron_sov.commands.operate import logs, run_state as states
-from megatron_sov.commands.operate.logs import LogFile, Tail, log_files
+from megatron_sov.commands.operate.logs import LogFile, Tail
 from megatron_sov.runs.obs.events import LONGEST_LINE_BYTES, EventLog
 
 Follow = Callable[..., list[str]]
@@ -158,19 +158,3 @@ def test_what_is_no_text_stays_harmless(tmp_path: Path) -> None:
     lines = list(Tail(LogFile(file, "x", 0)).lines(whole=True))
     assert ("".join(line.text for line in lines).startswith("·[31m\ufffdx")
             and not any("\x1b" in line.text for line in lines))
-
-
-@pytest.mark.parametrize(("arguments", "says"), [
-    (["--rank", "7"], "is this rank's (ranks with files: 0 to 10)"),
-    (["--grep", "("], "--grep (: is no regular expression")])
-def test_mistakes_are_one_sentence(run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str],
-                                   says: str) -> None:
-    assert cli.main(["logs", str(run), *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and says in error
-
-
-def test_a_folder_of_runs_is_no_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["logs", str(run.parent)]) == 2
-    assert "holds runs and is none" in capsys.readouterr().err
-    assert [file.label for file in log_files(run.parent)] == ["events"]
