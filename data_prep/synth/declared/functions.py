@@ -36,9 +36,10 @@ MAX_ANSWER_CHARS = 200
 
 
 class Answer(str):
-    """The text of a reply, with whether it ended at the limit of tokens."""
+    """The text of a reply, with whether it ended at the limit of tokens, and the thoughts before it."""
 
     cut: bool = False
+    thinking: str = ""
 
     @classmethod
     def of(cls, reply: Reply) -> Answer:

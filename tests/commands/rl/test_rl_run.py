@@ -185,6 +185,7 @@ def test_each_policy_is_validated_once_under_the_runs_own_reward(killed: Path) -
     assert len({row["prompt"] for row in sampled[0]["rows"]}) == 5, "the first sample of each prompt first"
 
 
+@pytest.mark.deep
 def test_another_reward_judges_what_is_there_and_another_run_learns_from_it(
         whole: Path, folder: Path, command: Command, run_command: Any) -> None:
     store = RolloutStore.open(folder / "whole-store")
