@@ -115,12 +115,6 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), WRONG, ids=[s for _, s in WRONG])
-def test_mistakes_are_named(arguments: list[str], sentence: str, imported: dict[str, Path], capsys) -> None:
-    assert main(["generate", str(imported["solar_open"]), *arguments]) == 2
-    assert sentence in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("kind", ["checkpoint", "Hugging Face folder"])
 def test_a_tokenizer_with_more_ids_than_its_model_is_told(
         kind: str, imported: dict[str, Path], hf_models: dict[str, Path], tmp_path: Path, capsys) -> None:
@@ -141,11 +135,6 @@ def test_a_hugging_face_folder_ends_where_its_config_says(hf_models: dict[str, P
     assert main(["generate", str(hf_models["solar_open"]), "--prompt", "a", "--max-new-tokens",
                  str(limit)]) == 2
     assert f"the model ends at {limit}; shorten one of them" in capsys.readouterr().err
-
-
-def test_a_wrong_target_is_named(tmp_path: Path, capsys) -> None:
-    assert main(["generate", str(tmp_path / "none"), "--prompt", "a"]) == 2
-    assert "none: does not exist; pass a checkpoint" in capsys.readouterr().err
 
 
 ROW = '{"content": [{"type": "text", "text": "Draw one."}], "answer": "one"}'
@@ -185,11 +174,3 @@ def test_a_bad_command_line_is_one_sentence(here: Path, capsys: pytest.CaptureFi
     told = capsys.readouterr().err
     assert said in told and "Traceback" not in told
     assert sorted(p.name for p in here.iterdir()) == ["a.png", "bad.jsonl", "rows.jsonl"]
-
-
-def test_command_says_it_in_one_line(tmp_path: Path, capsys) -> None:
-    (tmp_path / "more").mkdir()
-    assert main(["convert", "to-hf", str(tmp_path), str(tmp_path / "hf"), "--dtype", "bfloat"]) == 2
-    assert "did you mean 'bfloat16'?" in capsys.readouterr().err
-    assert main(["convert", "inspect", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1

@@ -128,19 +128,6 @@ def test_slurm_says_why_attempts_ended_and_whether_a_job_waits(tmp_path: Path,
     assert read_state(run, NOW_S).state == "ended"
 
 
-def test_slurm_says_why_it_sent_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path / "empty"))  # no Slurm here
-    run = write_run(tmp_path / "run", begin(300), *steps(1, 9, 290),
-                    (270, "stop", {"step": 9, "reason": "SIGUSR1"}))
-    (run / "slurm").mkdir()
-    (run / "slurm/attempts.jsonl").write_text(json.dumps(
-        {"event": "end", "job": "17", "outcome": "stopped", "reason": "its time limit came near",
-         "time_s": NOW_S - 268}) + "\n")
-    state = read_state(run, NOW_S)
-    assert state.starts[0].outcome == "stopped: SIGUSR1 (its time limit came near)"
-    assert (state.state, state.why) == ("stopped", "SIGUSR1 (its time limit came near), everything is saved")
-
-
 def test_a_run_that_was_only_submitted_has_a_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                    capsys: pytest.CaptureFixture[str]) -> None:
     records = tmp_path / "runs/first/slurm"
@@ -235,14 +222,6 @@ runs/a: sft, tiny-solar-open
   starts      2
       1  2023-11-14 22:13:20 UTC  from step 0 to step 900, 8 processes: killed
       2  –  from step 900 to no step, 1 process: running"""
-
-
-def test_what_is_not_known_is_left_out() -> None:
-    assert in_full(RunState(Path("runs/new"))) == """\
-runs/new
-  state       not started
-  step        0 of 0
-  checkpoint  none yet"""
 
 
 def test_several_runs_are_a_table_with_dashes_for_unknown_figures() -> None:
