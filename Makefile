@@ -45,6 +45,9 @@ $(STAMP):
 	fi; \
 	"$(PY)" -c 'import pip' >/dev/null 2>&1 || { echo "$(VENV): $$("$$python" --version)"; "$$python" -m venv --clear "$(VENV)"; }
 	@echo "$(VENV): installing $$(grep -c == constraints.txt) packages at most, torch among them: 2 to 5 minutes"
+	@if "$(PY)" -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then \
+	  echo "megatron-core: its sources run on Python 3.11, its metadata ask for 3.12; built here with --ignore-requires-python"; \
+	  "$(PY)" $(PIP_INSTALL) --quiet --no-deps --ignore-requires-python "$$(grep '^megatron-core==' constraints.txt)"; fi
 	@for attempt in 1 2 3; do \
 	  if PYTHONUNBUFFERED=1 "$(PY)" $(PIP_INSTALL) --progress-bar off -e '.[dev]' -c constraints.txt | { $(SHOW_PIP); }; \
 	  then break; fi; \

@@ -12,7 +12,6 @@ import megatron.core.optimizer as library_optimizer
 import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-from megatron_sov.engine import lanes
 from megatron_sov.engine.model import quantized_weights
 from megatron_sov.engine.model.gpu_settings import moment_settings
 from megatron_sov.engine.model.language_model import LanguageModel
@@ -159,7 +158,7 @@ class Optimizer:
         total = torch.zeros((), dtype=torch.float64, device=local_device())
         for optimizer in self.library.chained_optimizers:
             norms = [torch.linalg.vector_norm(part, dtype=torch.float64)
-                     for gradient in lanes.gradients_for_norm(optimizer)
+                     for gradient in optimizer.get_grads_for_grad_norm()
                      for part in (gradient.view(-1).split(NORM_ELEMENTS) if gradient.is_cpu else [gradient])]
             norms = [norm.to(total.device) for norm in norms]  # some were taken in host memory
             squares = torch.stack(norms).square().sum() if norms else torch.zeros_like(total)
