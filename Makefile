@@ -8,7 +8,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup check test deep suite compiled lint style types slurm browser newest demo docs scripts contract lock wheel parts clean
+.PHONY: help setup check test deep suite compiled lint style types slurm browser newest demo docs scripts contract lock wheel clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -140,13 +140,6 @@ lock: setup  ## renew constraints.txt: newest versions that fit setup.py, in a f
 wheel: setup  ## build dist/megatron_sov-*.whl
 	"$(PY)" -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	@ls dist/*.whl
-
-parts: setup  ## build the core and its parts as wheels of their own: dist/parts/*.whl
-	rm -rf build dist/parts
-	for part in core $$("$(PY)" -c "from megatron_sov.version import PARTS; print(*PARTS)"); do \
-	  SOV_PART=$$part "$(PY)" -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist/parts .; rm -rf build; \
-	done
-	@ls dist/parts/*.whl
 
 clean:  ## delete what was built (.venv stays)
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

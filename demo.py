@@ -259,8 +259,7 @@ def judging_stages(root: Path) -> list[Stage]:
 
     return [
         Stage("export", 10, ("megatron-sov", "convert", "to-hf", dpo, hf), root / "hf/manifest.json"),
-        Stage("verify weights", 10, ("megatron-sov", "convert", "verify", dpo, hf)),
-        Stage("compare logits", 10, ("megatron-sov", "eval", "logits", dpo, hf, "--run", dpo)),
+        Stage("verify weights and logits", 10, ("megatron-sov", "convert", "verify", dpo, hf, "--run", dpo)),
         *answers(sft), *answers(dpo),
         Stage("transformers", 10, (sys.executable, "-c", TRANSFORMERS_ALONE, hf)),
     ]

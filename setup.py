@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
-from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 DISTRIBUTED = runpy.run_path(str(ROOT / "megatron_sov/version.py"))
@@ -30,7 +28,6 @@ INSTALL_REQUIRES = [
     "zstandard",
     "blake3",
     "safetensors",
-    "shtab",
     "tqdm",
     "jinja2",
     "pydantic>=2",
@@ -39,7 +36,8 @@ INSTALL_REQUIRES = [
 EXTRAS = {
     # Needs a CUDA toolchain and --no-build-isolation: docs/install.md.
     "gpu": ["transformer-engine[pytorch,core-cu13]==2.20.2"],
-    "rl": ["math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0"],
+    # if-verifiable: the checks of the reward `ifeval`, pinned for the same reason as lm-eval below
+    "rl": ["math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0", "if-verifiable==0.1.2"],
     "judge": ["openai>=2", "httpx>=0.27"],
     # `sov-data run`: readers of pages, PDFs, web archives and encodings; mojibake, languages and phone
     # numbers (their data lie in the wheels, nothing is downloaded); scorers.
@@ -69,7 +67,7 @@ EXTRAS = {
         "sentencepiece>=0.2", "protobuf", "tensorboard", "wandb", "types-tqdm", "types-psutil",
         "peft>=0.21.2",
         "math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0", "openai>=2",
-        "httpx>=0.27", "langdetect>=1.0.9", "datatrove>=0.10,<0.11",
+        "httpx>=0.27", "if-verifiable==0.1.2", "datatrove>=0.10,<0.11",
         "resiliparse>=2", "pypdfium2>=5", "warcio>=1.7", "charset-normalizer>=3", "ftfy>=6.3",
         "py3langid>=0.4", "phonenumbers>=9",
         "scikit-learn>=1.7", "sacrebleu>=2.5",
@@ -82,49 +80,13 @@ EXTRAS = {
     ],
 }
 
-VERSION, PARTS = DISTRIBUTED["__version__"], DISTRIBUTED["PARTS"]
-PART = os.environ.get("SOV_PART", "")
-"""What is built: the whole (""), "core", or one of its parts (`make parts`)."""
-OF_PART = {"tokenizer": ["sentencepiece"], "curate": ["data"], "synth": ["synth", "data"], "omni": ["omni"],
-           "post": ["rl", "judge"], "bench": ["eval"], "serve": ["serve"]}
-"""Part -> extras whose libraries it needs."""
-SCRIPTS = {"core": "megatron-sov=megatron_sov.cli:main", "tokenizer": "sov-tokenizer=tokenizer.cli:main",
-           "data": "sov-data=data_prep.cli:main"}
-if PART not in ("", "core", *PARTS):
-    raise SystemExit(f"SOV_PART={PART} must be core, {', '.join(PARTS)}, or not be set")
-
-
-def is_built(module: str) -> bool:
-    """Return whether a module, or a folder of data, goes into what is built."""
-    return not PART or (DISTRIBUTED["part_of"](module) or "core") == PART
-
-
-class BuildPart(build_py):
-    """Leaves out what another part has."""
-
-    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
-        """Return (package, module, file) of those modules that are built."""
-        found = super().find_package_modules(package, package_dir)
-        return [(of, module, file) for of, module, file in found
-                if is_built(of if module == "__init__" else f"{of}.{module}")]
-
-    def find_data_files(self, package: str, src_dir: str) -> list[str]:
-        """Return those data files that are built: they go with the package whose folder they are in."""
-        return [file for file in super().find_data_files(package, src_dir)
-                if is_built(os.path.dirname(os.path.relpath(file)).replace(os.sep, "."))]
-
-
-# the libraries alone: pip would ask an index for our parts by name, which has none of ours
+# the libraries alone: pip would ask an index for our own name, which has none of ours
 EXTRAS["all"] = sorted({line for name, lines in EXTRAS.items()
                         if name not in ("dev", "gpu", "docs", "inspect", "speech") for line in lines})
-NEEDS = (INSTALL_REQUIRES if PART in ("", "core") else
-         [f"megatron-sov=={VERSION}", *(f"megatron-sov-{part}=={VERSION}"
-                                        for part in DISTRIBUTED["PARTS_NEEDED"].get(PART, ())),
-          *(line for name in OF_PART.get(PART, []) for line in EXTRAS[name])])
 
 setup(
-    name="megatron-sov" if PART in ("", "core") else f"megatron-sov-{PART}",
-    version=VERSION,
+    name="megatron-sov",
+    version=DISTRIBUTED["__version__"],
     description="Train your own language model on Megatron-Core, from raw text to a Hugging Face folder.",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -134,8 +96,9 @@ setup(
     packages=find_packages(include=[
         pattern for package in DISTRIBUTED["OUR_PACKAGES"] for pattern in (package, f"{package}.*")]),
     package_data={"": [f"**/*.{ending}" for ending in DATA_FILES] + ["py.typed"]},
-    cmdclass={"build_py": BuildPart},
-    install_requires=NEEDS,
-    extras_require=EXTRAS if PART in ("", "core") else {},
-    entry_points={"console_scripts": [line for part, line in SCRIPTS.items() if PART in ("", part)]},
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": [
+        "megatron-sov=megatron_sov.cli:main", "sov-tokenizer=tokenizer.cli:main",
+        "sov-data=data_prep.cli:main"]},
 )

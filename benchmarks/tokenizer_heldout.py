@@ -1,5 +1,5 @@
 """Trained tokenizers on text that they did not learn from: bytes per token, one step against two,
-tiktoken, worst inputs.
+tiktoken.
 
     python benchmarks/tokenizer_heldout.py --trained FOLDER [--authors FOLDER]
 
@@ -28,11 +28,9 @@ from tokenizer.bpe.count_pipeline import ANYTHING
 from tokenizer.bpe.segmenting import merged
 from tokenizer.bpe.split_pattern import Splitter
 from tokenizer.formats import tiktoken_format
-from tokenizer.formats.reader import open_tokenizer
 from tokenizer.presets import Preset
-from tokenizer.report.command import check_worst
 
-PARTS = ("steps", "worst", "ratios", "paper")
+PARTS = ("steps", "ratios", "paper")
 CHUNK_BYTES = 100_000
 IN_THE_PAPER = {200_000: 4.457, 180_000: 6.092, 160_000: 6.337, 80_000: 6.634}
 """Transition size -> bytes per token on 1 GB of the authors' text
@@ -202,17 +200,6 @@ def print_counts(name: str, counts: list[int]) -> None:
           flush=True)
 
 
-def worst(folder: Path) -> None:
-    """Print the time of worst-case inputs of a full-size vocabulary."""
-    check = check_worst(open_tokenizer(folder), lambda n: None)
-    print(f"\n{folder.name}: worst-case inputs: {check.verdict}; {check.summary}\n"
-          f"{'':<24} {'bytes':>10} {'tokens':>9} {'CPU s':>7} {'power':>6}")
-    for name, found in check.numbers["inputs"].items():
-        power, size_bytes = found["exponent"], found["sizes_bytes"][-1]
-        print(f"{name:<24} {size_bytes:10,} {found['num_tokens']:9,} {found['cpu_s'][-1]:7.2f} "
-              f"{'–' if power is None else f'{power:.2f}':>6}", flush=True)
-
-
 def main() -> int:
     """Run everything."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -231,9 +218,6 @@ def main() -> int:
     if "steps" in args.parts:
         for folder in superwords:
             segmentation(args.trained / "held", Trained(folder), 1e6 * args.steps_mb)
-    if "worst" in args.parts:
-        for folder in (args.trained / "super", args.trained / "solar"):
-            worst(folder)
     if "ratios" in args.parts:
         bytes_per_token(args.trained / "held", *map(Trained, [args.trained / "plain", *superwords]))
     if "paper" in args.parts:

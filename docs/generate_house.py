@@ -96,20 +96,19 @@ def page() -> str:
 
 
 def counts() -> str:
-    """Return the table of imports, who imports whom how often, and the lines of the core and each part."""
+    """Return the table of imports, who imports whom how often, and the lines of all sources."""
     table, halls = rules(), list(SAYS)
-    found, of_parts = arrows(table), table.lines_of_parts(table.sources(ROOT))
+    found = arrows(table)
     lines = [" " * 10 + "".join(f"{hall[:8]:>9}" for hall in halls[:-2])]
     lines += [f"{hall:<10}" + "".join(f"{found[hall, other] or '.':>9}" for other in halls[:-2])
               for hall in halls]
     upwards = sum(number for (hall, other), number in found.items() if halls.index(other) > halls.index(hall))
     lines += [f"{len(found)} arrows, {upwards} of them upwards", ""]
-    lines += [f"{part or 'core':<10}{number:>9,} lines" for part, number in of_parts.most_common()]
     sources = table.sources(ROOT)
     one = {module for module, users in table.users_of(sources).items() if len(users) == 1}
     with_packages = sum(len(users) == 1 for users in table.users_of(sources, packages_too=True).values())
     return "\n".join([
-        *lines, f"{'all':<10}{of_parts.total():>9,} lines", "",
+        *lines, f"{'all':<10}{table.count_lines(sources):>9,} lines", "",
         f"{len(one)} files that one other file imports, of which a table names "
         f"{len(one & table.named_in_tables(sources))} too",
         f"{with_packages} where `from package import module` counts as an import of the package as well"])

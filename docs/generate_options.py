@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_sov.base.artifacts import atomic_write
-from megatron_sov.commands.operate.completion import PROGRAMS, parser_with_all
+from megatron_sov.base.command_line import PROGRAMS, parser_with_all
 
 PAGE = Path(__file__).parent / "options.md"
 HEAD = """# Commands and their options

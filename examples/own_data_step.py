@@ -1,15 +1,12 @@
-# What: a data step that changes documents, or leaves them out for a reason that is counted.
-# Run:  sov-data pack --tokenizer tokenizer --input corpus.jsonl --output cleaned --step examples/own_data_step.py:without_menus
-# See:  the tokens that are left, and how many documents went for which reason.
-
-from dataclasses import replace
-
-from megatron_sov import LeftOut
+# What: a step that changes rows of text, or drops them, before they are packed.
+# Run:  megatron-sov map corpus.jsonl examples/own_data_step.py:WithoutMenus --output cleaned
+# See:  the rows that are left, in cleaned/rows.jsonl.
 
 FEWEST_WORDS = 5
 
 
-def without_menus(document):
-    lines = [line for line in document.text.splitlines() if "|" not in line]
-    text = "\n".join(lines)
-    return replace(document, text=text) if len(text.split()) >= FEWEST_WORDS else LeftOut("too short")
+class WithoutMenus:
+    def do(self, row):
+        lines = [line for line in row["text"].splitlines() if "|" not in line]
+        text = "\n".join(lines)
+        return {**row, "text": text} if len(text.split()) >= FEWEST_WORDS else None

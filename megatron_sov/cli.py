@@ -1,35 +1,31 @@
 """The door: `megatron-sov COMMAND ...`.
 
-Each command is a file below `commands/` with `add_arguments(parser)` and `run(args) -> exit code`, or such a
-module of an installed package.  Only the chosen command's module is imported, and none of ours imports torch
-before its arguments are parsed and checked.
+Each command is a file below `commands/` with `add_arguments(parser)` and `run(args) -> exit code`.  Only the
+chosen command's module is imported, and none imports torch before its arguments are parsed and checked.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 import time
 from typing import Any
 
 from megatron_sov.base.command_line import (
     HelpText, Parser, end_help, exit_code, fill_commands, list_commands, parser_of, version_of)
-from megatron_sov.base.errors import ExitCode, UserError
+from megatron_sov.base.errors import ExitCode
 from megatron_sov.base.hints.commands import command_comes_first, unknown_command
 from megatron_sov.base.hints.removed import check_command
-from megatron_sov.base.plugins.registry import Declared, declared, takes
 from megatron_sov.commands import COMMANDS
 from megatron_sov.runs.launch_environment import note_command, process_started_s
 
-PROGRAM, GROUP = "megatron-sov", "megatron_sov.commands"
+PROGRAM = "megatron-sov"
 
 
-def help_parser(installed: list[Declared]) -> argparse.ArgumentParser:
+def help_parser() -> argparse.ArgumentParser:
     """Return the top-level parser, for its help; sub-commands parse their own arguments."""
-    texts = {name: c.marked_help for name, c in COMMANDS.items()}
-    texts |= {d.name: f"from package {d.package}" for d in installed}
-    groups = {name: c.group for name, c in COMMANDS.items()} | {d.name: "from packages" for d in installed}
+    texts = {name: c.help for name, c in COMMANDS.items()}
+    groups = {name: c.group for name, c in COMMANDS.items()}
     parser = argparse.ArgumentParser(
         prog=PROGRAM, usage=f"{PROGRAM} COMMAND ...", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train your own language model, from raw text to a Hugging Face folder.",
@@ -77,7 +73,7 @@ def run_command(argv: list[str], began_s: float) -> int:
     if argv[:1] == ["help"] and len(argv) > 1:
         argv = [*argv[1:], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help"):
-        help_parser([d for d in declared(GROUP) if d.name not in COMMANDS]).print_help()
+        help_parser().print_help()
         return ExitCode.OK if argv else ExitCode.USER_ERROR
     if argv[0].startswith("-") and argv[0] not in ("--version",):
         raise command_comes_first(PROGRAM, argv, COMMANDS)
@@ -89,11 +85,13 @@ def run_command(argv: list[str], began_s: float) -> int:
     children = children_of(name)
     if children and name not in COMMANDS:
         return _run_group(name, children, rest)
-    module, text = _command(name, rest)
-    sub = Parser(prog=f"{PROGRAM} {name}", description=text, formatter_class=HelpText)
+    if name not in COMMANDS:
+        raise unknown_command(PROGRAM, name, list(COMMANDS), rest)
+    command = COMMANDS[name]
+    module = command.load()
+    sub = Parser(prog=f"{PROGRAM} {name}", description=command.help, formatter_class=HelpText)
     module.add_arguments(sub)
-    if name in COMMANDS:
-        end_help(sub, COMMANDS[name], PROGRAM)
+    end_help(sub, command, PROGRAM)
     if children:
         heading = f"{name} COMMAND, each with a --help of its own"
         listed = list_commands(children, dict.fromkeys(children, heading))
@@ -112,7 +110,7 @@ def named(argv: list[str]) -> tuple[str, list[str]]:
 
 def children_of(name: str) -> dict[str, str]:
     """Return second word -> help of the commands of two words that begin with a word."""
-    return {command.removeprefix(f"{name} "): c.marked_help for command, c in COMMANDS.items()
+    return {command.removeprefix(f"{name} "): c.help for command, c in COMMANDS.items()
             if command.startswith(f"{name} ")}
 
 
@@ -125,26 +123,6 @@ def _run_group(name: str, children: dict[str, str], rest: list[str]) -> int:
                             epilog=list_commands(children, dict.fromkeys(
                                 children, "COMMAND, each with a --help of its own"))).print_help()
     return ExitCode.OK if rest else ExitCode.USER_ERROR
-
-
-def _command(name: str, rest: list[str]) -> tuple[Any, str]:
-    """Return a command's module and description; a built-in one goes before those of packages."""
-    if name in COMMANDS:
-        return COMMANDS[name].load(), COMMANDS[name].help
-    installed = declared(GROUP)
-    entry = next((d for d in installed if d.name == name), None)
-    if entry is None:
-        known = [*COMMANDS, *(d.name for d in installed if d.name not in COMMANDS)]
-        raise unknown_command(PROGRAM, name, known, rest)
-    where = f"command {name!r} of package {entry.package}"
-    try:
-        module = importlib.import_module(entry.reference)
-    except Exception as e:
-        raise UserError(f"{where}: {entry.reference} cannot be imported ({type(e).__name__}: {e})") from e
-    for function, argument in (("add_arguments", "parser"), ("run", "args")):
-        if not takes(getattr(module, function, None), (argument,)):
-            raise UserError(f"{where}: {entry.reference} needs a function {function}({argument})")
-    return module, getattr(module, "HELP", "") or where
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from itertools import islice
 from pathlib import Path
@@ -628,50 +627,26 @@ def packaged_files() -> set[str]:
 
 
 @pytest.fixture(scope="session")
-def build_wheel(packaged_files: set[str],
-                tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Return `build(part="")`: the wheel of the whole, of the core or of a part, built from a copy of the
-    sources, so that nothing is written beside them."""
+def wheel(packaged_files: set[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the wheel from a copy of the sources, so that nothing is written next to them."""
     pytest.importorskip("setuptools", minversion="77")
     folder = tmp_path_factory.mktemp("wheel")
     for name in packaged_files | {"setup.py", "pyproject.toml", "README.md", "LICENSE"}:
         (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / "source" / name)
 
-    @cache
-    def build(part: str = "") -> Path:
-        shutil.rmtree(folder / "source/build", ignore_errors=True)  # it would come along
-        wheels = folder / (part or "whole")
-        _pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(wheels), ".",
-             cwd=folder / "source", SOV_PART=part)
-        (built,) = wheels.glob("megatron_sov*.whl")
-        return built
-
-    return build
+    _pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(folder), ".",
+         cwd=folder / "source")
+    (built,) = folder.glob("megatron_sov*.whl")
+    return built
 
 
 @pytest.fixture(scope="session")
-def wheel(build_wheel: Callable[..., Path]) -> Path:
-    """Build the wheel of the whole."""
-    return build_wheel()
-
-
-@pytest.fixture(scope="session")
-def install_wheels(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Return `install(*wheels)`: a folder with these alone; dependencies are those of the tests."""
-    def install(*wheels: Path) -> Path:
-        target = tmp_path_factory.mktemp("elsewhere") / "site"
-        _pip("install", "--no-deps", "--no-index", "--target", str(target), *map(str, wheels),
-             cwd=target.parent)
-        return target
-
-    return install
-
-
-@pytest.fixture(scope="session")
-def installed(wheel: Path, install_wheels: Callable[..., Path]) -> Path:
-    """Install the wheel of the whole alone."""
-    return install_wheels(wheel)
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Install the wheel alone; dependencies are those of the tests."""
+    target = tmp_path_factory.mktemp("elsewhere") / "site"
+    _pip("install", "--no-deps", "--no-index", "--target", str(target), str(wheel), cwd=target.parent)
+    return target
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-ONCE = ("cluster", "build_wheel")
+ONCE = ("cluster", "wheel")
 """Fixtures that are made once, by one fork: their tests are given out together, as a file's are.  Two
 clusters on one machine disturb each other, and a wheel is half a minute of a core."""
 PEAKS = pytest.StashKey[list[int]]()

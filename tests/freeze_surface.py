@@ -23,7 +23,7 @@ SETTINGS = re.compile(r"(Config|Settings|Options|Training|Profile|Parts|Limits|S
 
 def options(program: str) -> Iterator[str]:
     """Yield a line for each argument of a program's commands."""
-    from megatron_sov.commands.operate.completion import parser_with_all
+    from megatron_sov.base.command_line import parser_with_all
 
     def below(parser: argparse.ArgumentParser) -> Iterator[str]:
         for action in parser._actions:

@@ -65,7 +65,7 @@ command is parsed, and its settings are applied to the recipe."""
 SHELL = {
     "make": "its target stands in the Makefile", "pip": "its extra stands in setup.py",
     "python": "its script exists", "docker": "tests/test_containers.py",
-    "apptainer": "tests/test_containers.py", "sh": "tests/operate/bundle",
+    "apptainer": "tests/test_containers.py",
     "srun": "tests/operate/slurm", "salloc": "tests/operate/slurm", "sbatch": "tests/operate/slurm",
     ".": "the shell's own", "cd": "the shell's own", "export": "the shell's own", "mkdir": "the shell's own",
     "cp": "the shell's own", "cat": "the shell's own", "git": "not run", "curl": "not run",

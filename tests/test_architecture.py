@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import re
-from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.version import OUR_PACKAGES, PARTS, PARTS_NEEDED, part_of
+from megatron_sov.version import OUR_PACKAGES
 
 ROOT = Path(__file__).parents[1]
 DATA_ONLY = {"slurm"}
@@ -89,12 +88,12 @@ CUT_ANYWHERE = {
     "data_prep/curate/quality/rules/step.py": _PUBLISHED}
 """File whose lines may be cut at any sign that ends one -> what they are."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 60
-MAX_CORE_LINES = 69_550
-"""Of what an installation cannot do without; all else is a part of `megatron_sov.version.PARTS`."""
 MAX_SOURCE_LINES = 143_110
 """Of megatron_sov, data_prep and tokenizer; this number only falls."""
 MIN_LINES_OF_ONE_USER = 150
 ALONE = {
+    "megatron_sov/base/hints/search.py": "search by meaning; words of a line are another subject",
+    "megatron_sov/base/hints/values.py": "values of other programs; their names are another subject",
     "megatron_sov/base/hints/foreign.py": "files of other programs; words of a line are another subject",
     "data_prep/synth/generators/translation.py": "judges translations; naming functions is another subject",
     "data_prep/shards/sample.py": "a command",
@@ -105,12 +104,12 @@ ALONE = {
     "megatron_sov/commands/operate/job_summary.py": "checks and prices a job; submitting is another subject",
     "megatron_sov/commands/rl/rl_reward.py": "a command",
     "megatron_sov/commands/models/serve.py": "a command",
-    "megatron_sov/commands/train/forgetting_gate.py": "is of the part bench, and its user of the core",
+    "megatron_sov/commands/train/forgetting_gate.py": "runs `eval lm`; stages are another subject",
     "megatron_sov/checkpoint/gather.py": "megatron's side of exporting a live model",
     "megatron_sov/judge/rewards/check_program.py": _INSIDE,
     "megatron_sov/publish/report/validations.py": "held-out prompts of rl, not of the loss",
-    "megatron_sov/sandbox/process_tree.py": "starts processes, and its user is of the part post",
-    "megatron_sov/proof/given.py": "is of the part post, and its user of the part plan",
+    "megatron_sov/sandbox/process_tree.py": "starts processes; tools are another subject",
+    "megatron_sov/proof/given.py": "data of objectives; proving a layout is another subject",
     "megatron_sov/train/guards/watchdog.py": "runs without megatron"}
 """File that is short, has one user, and is not merged into it -> why."""
 
@@ -131,11 +130,6 @@ class Source:
         """The hall of megatron_sov (`api.py` is the hall `api`), or the top-level package."""
         parts = self.path.relative_to(self.root).with_suffix("").parts
         return parts[1] if parts[0] == "megatron_sov" and len(parts) > 1 else parts[0]
-
-    @property
-    def part(self) -> str:
-        """The part of an installation that it is in; "" for the core."""
-        return part_of(self.name.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
 
     @property
     def tree(self) -> ast.Module:
@@ -418,27 +412,14 @@ def lonely(found: list[Source]) -> list[str]:
     return sorted(modules[name].name for name in short & users.keys() if len(users[name]) == 1)
 
 
-def part_problems(source: Source) -> Iterator[str]:
-    """A part that may not be installed is imported where it is needed, and only there."""
-    here = source.part
-    may = {here, "", *PARTS_NEEDED.get(here, ())}
-    for line, name in source.imports(top_level_only=True):
-        if part_of(name) not in may and source.name != "demo.py":
-            yield (f"{source.name}:{line}: imports {name} of the part '{part_of(name)}' at module level; "
-                   "import it inside the function that needs it")
+def count_lines(found: list[Source]) -> int:
+    """Return the lines of all sources; scripts at the top are in no wheel."""
+    return sum(len(source.path.read_text(encoding="utf-8").split("\n")) - 1 for source in found
+               if source.path.parent != source.root)
 
 
-def lines_of_parts(found: list[Source]) -> Counter[str]:
-    """Return part ("" for the core) -> lines of its sources; scripts at the top are in no wheel."""
-    lines: Counter[str] = Counter()
-    for source in found:
-        if source.path.parent != source.root:
-            lines[source.part] += len(source.path.read_text(encoding="utf-8").split("\n")) - 1
-    return lines
-
-
-RULES = (import_problems, wing_problems, hall_problems, part_problems, loading_problems, model_problems,
-         line_problems, size_problems, work_problems, rename_problems, data_problems)
+RULES = (import_problems, wing_problems, hall_problems, loading_problems, model_problems, line_problems,
+         size_problems, work_problems, rename_problems, data_problems)
 
 
 @pytest.fixture(scope="module")
@@ -481,25 +462,8 @@ def test_a_short_file_with_one_user_stands_in_its_user(tmp_path: Path, house: li
     assert lonely(sources(tmp_path)) == ["tokenizer/b.py"]
 
 
-def test_the_core_is_small(tmp_path: Path, house: list[Source]) -> None:
-    lines = lines_of_parts(house)
-    assert set(lines) == {"", *PARTS} and 60_000 < lines[""] <= MAX_CORE_LINES
-    (tmp_path / "megatron_sov/bench").mkdir(parents=True)
-    (tmp_path / "megatron_sov/cli.py").write_text("x = 1\n" * 3)
-    (tmp_path / "megatron_sov/bench/lm.py").write_text("x = 1\n" * 2)
-    (tmp_path / "demo.py").write_text("x = 1\n")
-    assert lines_of_parts(sources(tmp_path)) == {"": 3, "bench": 2}
-
-
 def test_the_source_only_shrinks(house: list[Source]) -> None:
-    assert 100_000 < sum(lines_of_parts(house).values()) <= MAX_SOURCE_LINES
-
-
-def test_each_part_needs_parts_that_there_are() -> None:
-    assert set(PARTS_NEEDED) | {need for needs in PARTS_NEEDED.values() for need in needs} <= set(PARTS)
-    # what a part needs names all that this needs in turn: a person installs them all at once
-    for needs in PARTS_NEEDED.values():
-        assert {more for need in needs for more in PARTS_NEEDED.get(need, ())} <= set(needs)
+    assert 100_000 < count_lines(house) <= MAX_SOURCE_LINES
 
 
 BAD = [
@@ -530,10 +494,6 @@ BAD = [
      "hall 'publish' may not import 'train'"),
     ("megatron_sov/publish/report/page.py", "def f():\n    from megatron_sov.engine import lanes",
      "hall 'publish' may not import 'engine'"),
-    ("megatron_sov/commands/inspect.py", "from megatron_sov.publish.report import page",
-     "of the part 'publish' at module level"),
-    ("megatron_sov/commands/evaluate/eval_judged.py", "from megatron_sov.bench.lm import settings",
-     "of the part 'bench' at module level"),
     ("megatron_sov/train/data/order.py", "import pickle", "not unpickled"),
     ("megatron_sov/model/recipes/sources.py", "try:\n    import torch\nexcept ImportError:\n    torch = None",
      "at module level"),

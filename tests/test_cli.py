@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_sov import cli
+from megatron_sov.base import command_line
 from megatron_sov.base.errors import ExitCode
 
 ROOT = Path(__file__).parents[1]
@@ -118,7 +119,7 @@ def test_a_command_began_with_its_process_and_one_that_python_calls_begins_now(
         return 0
 
     module = SimpleNamespace(add_arguments=lambda parser: None, run=run)
-    monkeypatch.setattr(cli.importlib, "import_module", lambda name: module)
+    monkeypatch.setattr(command_line.Command, "load", lambda self: module)
     monkeypatch.setattr(cli, "process_started_s", lambda: 1000.0)
     monkeypatch.setattr(cli.time, "time", lambda: 5000.0)
     monkeypatch.setattr(sys, "argv", ["megatron-sov", "doctor"])
@@ -134,7 +135,7 @@ REFUSED = (
     "sft tiny-solar-open --data {there} --from {there} --run r --set train.stepz=1",
     "extend tiny-solar-open --data {there} --from none --run r",
     "extend tiny-solar-open --data {there} --from {there} --run r --set train.stepz=1",
-    "generate none --prompt x", "eval ppl none --data {there}", "eval logits {there} none",
+    "generate none --prompt x", "eval ppl none --data {there}",
     "convert to-hf none out", "convert from-hf none out", "convert verify none {there}",
     "convert inspect none")
 
@@ -178,46 +179,3 @@ def test_the_door_to_megatron_is_opened_before_megatron_is_imported(command: str
     and warnings abound."""
     text = (ROOT / "megatron_sov" / command).read_text(encoding="utf-8").partition(f"\ndef {function}(")[2]
     assert 0 < text.index("    prepare_megatron()\n") < text.index(f"    from megatron_sov.{first}")
-
-
-@pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Install a package by hand that declares commands: text of its module -> nothing."""
-
-    def install(entries: str, code: str) -> None:
-        (tmp_path / "lab_commands.py").write_text(code)
-        info = tmp_path / "lab-2.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lab\nVersion: 2.0\n")
-        (info / "entry_points.txt").write_text(f"[megatron_sov.commands]\n{entries}\n")
-        monkeypatch.syspath_prepend(tmp_path)
-        monkeypatch.delitem(sys.modules, "lab_commands", raising=False)
-
-    return install
-
-
-def test_a_package_adds_a_command(package, capsys: pytest.CaptureFixture[str]) -> None:
-    package("measure = lab_commands\npretrain = lab_commands",
-            "HELP = 'measure it'\ndef add_arguments(parser): parser.add_argument('--twice', "
-            "action='store_true')\n"
-            "def run(args): print('measured', args.twice); return 4\n")
-    assert cli.main(["measure", "--twice"]) == 4
-    assert cli.main(["--help"]) == 0
-    said = capsys.readouterr().out
-    assert said.startswith("measured True\n") and re.search(r"\n  measure +from package lab 2.0\n", said)
-    assert len(re.findall("\n  pretrain  ", said)) == 1  # a package cannot take a built-in command's place
-    assert cli.main(["maesure"]) == 2
-    assert "did you mean 'measure'?" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("code", "message"), [
-    ("1 / 0\n", "lab_commands cannot be imported (ZeroDivisionError: division by zero)"),
-    ("def run(args): ...\n", "lab_commands needs a function add_arguments(parser)"),
-    ("def add_arguments(parser): ...\ndef run(): ...\n", "lab_commands needs a function run(args)"),
-])
-def test_a_packages_command_that_is_none_names_the_package(
-    package, capsys: pytest.CaptureFixture[str], code: str, message: str,
-) -> None:
-    package("measure = lab_commands", code)
-    assert cli.main(["measure"]) == 2
-    assert f"error: command 'measure' of package lab 2.0: {message}" in capsys.readouterr().err

@@ -65,7 +65,6 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "eval ppl of hf": (M, "eval", "ppl", "@hf", "--data", "@text", "--seq-len", "32", "--max-tokens", "64"),
     "eval needle": (M, "eval", "needle", "@run", "--data", "@text", "--lengths", "64", "--depths", "0.5",
                     "--samples", "1", "--kinds", "single", "--nproc", "1", "--output", "@out"),
-    "eval logits": (M, "eval", "logits", "@run", "@hf", "--lengths", "8", "--nproc", "1"),
     "submit": (M, "submit", "pretrain", "--cluster", "@cluster", "--nodes", "1", "--dry-run",
                "tiny-solar-open", "--run", "@out", *SMALL, "--data", "@text"),
     "submit chain": (M, "submit", "chain", "@chain", "--dry-run"),
@@ -127,7 +126,7 @@ REFUSED = {
     "extend": "the tokenizer has too few whole words for needles", "eval needle": "the same",
     "report of hf": "it is no run"}
 """Commands that end with 2 although nothing is broken: what is broken comes first."""
-WEIGHTS_READ = ("pretrain from hf", "from-hf", "verify", "eval logits", "generate --chat", "eval ppl of hf",
+WEIGHTS_READ = ("pretrain from hf", "from-hf", "verify", "generate --chat", "eval ppl of hf",
                 "distill states")
 """Commands that take nothing else from @hf than a whole model: one tensor less, and they refuse it."""
 SILENT: dict[str, tuple[str, ...]] = {

@@ -40,8 +40,7 @@ def site(installed: Path, packed_data: Any, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
-SECTIONS = ("A recipe", "An objective", "A policy or a pair", "A model family", "A data step",
-            "A step over rows")
+SECTIONS = ("A recipe", "An objective", "A policy or a pair", "A model family", "A step over rows")
 """Those whose commands a test here types."""
 
 
@@ -163,14 +162,6 @@ def test_a_model_family(site: Path, from_wheel: Run, typed: Run) -> None:
     refused = typed("megatron-sov convert to-hf runs/seed-oss other")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert f"add --plugin {site}/my_family.py:SEED_OSS" in refused.stderr
-
-
-def test_a_data_step(site: Path, from_wheel: Run) -> None:
-    done(site, from_wheel, "A data step")
-    manifest = json.loads((site / "cleaned/manifest.json").read_text())
-    short = sum(len(json.loads(line)["text"]) < 60 for line in (site / "corpus.jsonl").open())
-    assert manifest["content"]["sources"][0]["num_left_out"] == ({"short": short} if short else {})
-    assert [step["name"] for step in manifest["settings"]["steps"]] == ["long_enough", "one_space"]
 
 
 @pytest.mark.deep

@@ -15,7 +15,7 @@ COMMANDS = {
          "train --preset solar-open --vocab-size 65536 --input own=texts --output own-tokenizer")),
     "media": Command(
         "tokenizer.media:COMMAND",
-        "add tokens of pictures and sounds to a tokenizer or a model", TRAIN, "media_data.md",
+        "add tokens of pictures and sounds to a tokenizer", TRAIN, "media_data.md",
         ("media tokenizer --image-tokens 65536 --output omni-tokenizer",
          "media tokenizer --audio-tokens 6561 --image-tokens 65536 --output omni-tokenizer")),
     "import": Command(

@@ -1,11 +1,9 @@
-"""`sov-tokenizer media`: tokens of pictures and sounds after those of a tokenizer or a model, with rows of
-embedding and head for a model."""
+"""`sov-tokenizer media`: tokens of pictures and sounds after those of a tokenizer."""
 
 from __future__ import annotations
 
 import argparse
 import copy
-import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,25 +12,17 @@ from typing import Annotated, Any
 from annotated_types import Le
 
 from megatron_sov.base.artifacts import (
-    MANIFEST, ArtifactWriter, atomic_write, damaged_files, new_artifact, read_manifest, refuse_existing,
-    sha256_file, to_json)
+    damaged_files, new_artifact, read_manifest, refuse_existing, sha256_file, to_json)
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
-    Flag, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, command_of, only_with, read_options)
+    Flag, NotNegativeInt, ProblemCode, SettingsProblem, command_of, only_with, read_options)
 from megatron_sov.chat.media_tokens import (
     AUDIO, DIGITS, IMAGE, MARKS, MEDIA, VocabularyBlock, describe_blocks, entry)
-from megatron_sov.model.pretrained import CONFIG, INDEX, hub_name, read_json, weight_files
+from megatron_sov.model.pretrained import CONFIG, read_json
 
-MODEL = "hf_model"
-"""Kind of artifact, as `megatron-sov convert to-hf` names its folders."""
-COMPANIONS = ("generation_config.json", "special_tokens_map.json", "chat_template.jinja",
-              "chat_template.json")
-"""Files that stay true; vocab.json and the like would not, and code is not taken along."""
 FILLER = "<|reserved_media_{}|>"
 """What stands on ids between blocks whose first ids were asked for."""
 TOKENIZER = "tokenizer"
-NOISE = 0.1
-"""Standard deviations of each column (ours: the authors of the published model do not say how they began)."""
 
 
 # Which ids the tokens of media get: marks, then sounds, then pictures, as in HyperCLOVA X 8B Omni.
@@ -98,18 +88,13 @@ class TokenizerMediaOptions:
     """Add a token for each entry of the codebooks of sounds and pictures, and the marks around them in a
     text. They follow all other tokens: marks, sounds, pictures. Ids of text stay as they are.
 
-    TOKENIZER is a folder that `sov-tokenizer train` or `import` wrote, or a Hugging Face model's folder.
-    A model's embedding and head then get rows too, the mean of all old rows with a little noise."""
+    TOKENIZER is a folder that `sov-tokenizer train` or `import` wrote."""
 
     tokenizer: Annotated[Path, Flag("TOKENIZER")]
-    """Folder of a tokenizer, or of a Hugging Face model."""
+    """Folder of a tokenizer."""
     media: MediaTokens = field(default_factory=MediaTokens)
-    noise: Annotated[Annotated[NotNegative, Le(10)] | None, Flag(value="S")] = None
-    """Of a model's new rows, in standard deviations of each column (default 0.1)."""
-    seed: int = 0
-    """Of the noise."""
     output: Annotated[Path, Flag(value="DIR")]
-    """Folder for the tokenizer, or the model."""
+    """Folder for the tokenizer."""
     overwrite: bool = False
     """Replace what is already there."""
 
@@ -117,13 +102,8 @@ class TokenizerMediaOptions:
 def run_media(typed: argparse.Namespace) -> int:
     args = read_options(TokenizerMediaOptions, typed)
     if (args.tokenizer / CONFIG).is_file():
-        noise = NOISE if args.noise is None else args.noise
-        add_media_to_model(args.tokenizer, args.output, args.media, noise=noise, seed=args.seed,
-                           overwrite=args.overwrite)
-        return 0
-    if args.noise is not None:
-        raise UserError(f"--noise {args.noise}: {args.tokenizer} is no model, and a tokenizer alone "
-                        "has no rows; leave it out")
+        raise UserError(f"{args.tokenizer}: is a model; pass the tokenizer that `sov-tokenizer import` makes "
+                        "of it, and resize the model with transformers' `resize_token_embeddings`")
     add_media(args.tokenizer, args.output, args.media, overwrite=args.overwrite)
     return 0
 
@@ -207,103 +187,6 @@ def add_media(tokenizer: Path, output: Path, asked: MediaTokens, *, overwrite: b
     _tell(extended, checked, output)
 
 
-def add_media_to_model(model: Path, output: Path, asked: MediaTokens, *, noise: float = NOISE, seed: int = 0,
-                       overwrite: bool = False) -> None:
-    """Write a model with tokens of media and rows for them, as an artifact of kind "hf_model".
-
-    Args:
-        model: a Hugging Face folder.
-        output: the folder to write.
-        asked: which tokens.
-        noise: of the new rows, in standard deviations of each column.
-        seed: of the noise.
-        overwrite: replace a model that is already there.
-
-    Raises:
-        UserError: the folder is damaged or of an unknown make, it has tokens of media, text would get other
-            ids, or `output` may not be replaced.
-    """
-    from tokenizer.embedding_rows import RowPlan, find_tables
-    from tokenizer.formats.reader import find_file, open_hf
-
-    refuse_existing(output, MODEL, overwrite)
-    config = read_json(model / CONFIG)
-    old_rows = _vocab_size(config, model)
-    source = open_hf(find_file(model))
-    extended = _extend_tokenizer(source, asked)
-    if extended.first_id > old_rows:
-        raise UserError(f"{model}: its tokenizer has {extended.first_id} ids, but vocab_size in {CONFIG} is "
-                        f"{old_rows}; restore the folder from its source")
-    files = [model / name for name in weight_files(model)]
-    tables = find_tables(files, old_rows)
-    plan = RowPlan(old_rows, max(old_rows, extended.num_ids), extended.first_id,
-                   range(extended.first_id, extended.num_ids), noise, seed)
-    with new_artifact(output, MODEL, overwrite=overwrite) as artifact:
-        _write_tokenizer(artifact.path, model, extended)
-        config.get("text_config", config)["vocab_size"] = plan.new_rows
-        (artifact.path / CONFIG).write_text(to_json(config), encoding="utf-8")
-        checked = _check_model_ids(artifact.path, source, extended)
-        _write_weights(artifact, files, tables, plan)
-        if (model / MANIFEST).is_file():
-            artifact.add_input(model, leaves=True)
-        artifact.content = {"family": config.get("model_type"), "vocab_size": plan.new_rows,
-                            "num_new_tokens": len(extended.words), "checked": checked,
-                            MEDIA: describe_blocks(extended.blocks), "media_noise": noise}
-        artifact.settings = {"model": hub_name(model), "old_vocab_size": old_rows}
-    print(f"{old_rows} rows became {plan.new_rows}")
-    _tell(extended, checked, output)
-
-
-def _vocab_size(config: dict[str, Any], model: Path) -> int:
-    """Return vocab_size of a config.json, which may stand in its text_config."""
-    value = config.get("text_config", config).get("vocab_size")
-    if type(value) is not int or value < 1:
-        raise UserError(f"{model / CONFIG}: vocab_size = {value!r} must be a positive number; "
-                        "restore it from its source")
-    return value
-
-
-def _write_tokenizer(folder: Path, model: Path, extended: _ExtendedTokenizer) -> None:
-    """Write the tokenizer's files."""
-    from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON
-    from tokenizer.formats.reader import opened
-
-    (folder / TOKENIZER_JSON).write_text(opened(extended.raw, model).to_str(), encoding="utf-8")
-    for name in (name for name in COMPANIONS if (model / name).is_file()):
-        shutil.copyfile(model / name, folder / name)
-    config = read_json(model / CONFIG_JSON) if (model / CONFIG_JSON).is_file() else {}
-    config.pop("added_tokens_decoder", None)  # tokenizer.json has them
-    # classes named after models build their own splitting around vocabulary and merges;
-    # this one reads tokenizer.json
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    (folder / CONFIG_JSON).write_text(to_json(config), encoding="utf-8")
-
-
-def _check_model_ids(folder: Path, source: Any, extended: _ExtendedTokenizer) -> str:
-    """Check ids as `_check_ids` does, and that transformers reads the same; return a sentence.
-
-    `folder` holds config.json as well: for some model types transformers takes a tokenizer class of its own
-    whatever tokenizer_config.json says.
-
-    Raises:
-        UserError: text has other ids, or a token is not found.
-    """
-    from transformers import AutoTokenizer
-
-    from tokenizer.formats.reader import plain_ids
-    from tokenizer.sample_texts import CHUNK_BYTES, built_in
-
-    checked = _check_ids(folder, source, extended)
-    loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    encode = plain_ids(_opened(folder))
-    for text in (text for text in built_in(source.raw) if len(text) <= CHUNK_BYTES):
-        if loaded(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] != encode(text):
-            raise UserError(f"{source.file}: with tokens of media, transformers would read it by its class "
-                            f"{type(loaded).__name__}, which gives other ids than the file says, e.g. for "
-                            f"{text[:60]!r}; the model needs a tokenizer of that class")
-    return checked
-
-
 def _opened(folder: Path) -> Any:
     from tokenizer.formats.hf_files import TOKENIZER_JSON
     from tokenizer.formats.reader import opened
@@ -334,26 +217,6 @@ def _check_ids(folder: Path, source: Any, extended: _ExtendedTokenizer) -> str:
         raise UserError(f"{source.file}: its new tokens are not found in their own text; it cannot have "
                         "tokens of media")
     return f"each token of media is found in its own text, and {len(texts)} texts keep their ids"
-
-
-def _write_weights(artifact: ArtifactWriter, files: list[Path], tables: dict[str, Path], plan: Any) -> None:
-    """Write all safetensors files, and the index with the new total."""
-    from tqdm import tqdm
-
-    from tokenizer.embedding_rows import add_rows, copy_file, row_bytes
-
-    for file in tqdm(files, desc="media", unit="file", disable=None):
-        held, target = {name for name, place in tables.items() if place == file}, artifact.path / file.name
-        artifact.known_files[file.name] = (add_rows(file, target, held, plan) if held
-                                           else copy_file(file, target))
-    index = files[0].with_name(INDEX)
-    if index.is_file():
-        value = read_json(index)
-        metadata = value.setdefault("metadata", {})
-        if "total_size" in metadata:
-            metadata["total_size"] += (plan.new_rows - plan.old_rows) * row_bytes(tables)
-        metadata.pop("total_parameters", None)  # newer files have it; readers count for themselves
-        atomic_write(artifact.path / INDEX, to_json(value))
 
 
 def _tell(extended: _ExtendedTokenizer, checked: str, output: Path) -> None:

@@ -6,18 +6,33 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from data_prep.curate.pipeline.step import Doc, Step, StepOutcome, View
-from data_prep.steps import Steps, step_of_file
 from megatron_sov.base.documents import Document, LeftOut
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins.loading import recording_reads
+from megatron_sov.base.plugins.loading import LoadedPlugin, load, telling
+from megatron_sov.base.plugins.registry import takes
 from megatron_sov.base.settings import Bound, Breach, ProblemCode, SettingsProblem
+
+MAX_REASON_CHARS = 80
 
 
 def _no_function(function: Path) -> Breach | None:
     return None if ".py:" in str(function) else (ProblemCode.BOUND, "must have the form FILE.py:FUNCTION", "")
+
+
+def load_function(reference: str) -> LoadedPlugin:
+    """Run the file of FILE.py:FUNCTION and return the function.
+
+    Raises:
+        UserError: the file cannot be run, or the name is no function of one Document.
+    """
+    loaded = load(reference)
+    if not callable(loaded.value) or not takes(loaded.value, ("document",)):
+        raise UserError(f"{loaded.reference}: is {loaded.value!r}; a data step is a function of one Document "
+                        "that returns a Document or LeftOut(reason)")
+    return loaded
 
 
 @dataclass(frozen=True)
@@ -27,8 +42,8 @@ class StepCodeSettings:
     function: Annotated[Path, Bound(_no_function)]
     """FILE.py:FUNCTION; it takes a Document and returns one, or LeftOut(reason)."""
     files: tuple[Path, ...] = ()
-    """Files and folders that the function opens when it is called; what its file reads or imports while it
-    is loaded is known without it."""
+    """Files and folders that the function opens: where they change, the step is done again. Its own file and
+    the modules that this imports from its folder count without it."""
 
     @property
     def file(self) -> Path:
@@ -36,7 +51,7 @@ class StepCodeSettings:
 
     def problems(self) -> list[SettingsProblem]:
         try:
-            step_of_file(str(self.function))
+            load_function(str(self.function))
         except UserError as e:
             return [SettingsProblem(ProblemCode.FILE, "function", str(e))]
         return [SettingsProblem(ProblemCode.FILE, "files", "does not exist", file,
@@ -52,42 +67,38 @@ class CodeStep(Step):
     Settings = StepCodeSettings
 
     def files(self) -> Sequence[Path]:
-        """Return the function's file, what it imports from its folder and reads when it is loaded, and what
-        the settings name."""
+        """Return the function's file, the modules that it imports from its folder, and the files that the
+        settings name."""
         settings: StepCodeSettings = self.settings
         return sorted({settings.file, *settings.files, *(
-            file for name in step_of_file(str(settings.function)).files
+            file for name in load_function(str(settings.function)).files
             if (file := Path(os.path.normpath(settings.file.parent / name))).is_file())})
 
     def start(self, view: View) -> None:
-        self._steps = Steps([step_of_file(str(self.settings.function))])
-        self._files = [file.resolve() for file in self.files()]
+        loaded = load_function(str(self.settings.function))
+        self._function, self._reference = loaded.value, loaded.reference
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        """Return what the function makes of each document.
+        """Return the outcome of the function for each document.
 
         Raises:
-            UserError: it fails, returns something else, or opens a file that the address does not know.
+            UserError: the function fails, or returns neither a text nor a reason.
         """
-        # A file that the function opens is part of what its outcome follows from, so the address has to know
-        # it.
-        with recording_reads() as reads:
-            made = self._made(documents)
-        if unknown := sorted(read for read in reads if not any(read.is_relative_to(f) for f in self._files)):
-            raise UserError(f"{self.settings.function}: opens {unknown[0]} when it is called, so that a "
-                            "change of that file would not be noticed; read it while the code is loaded, or "
-                            "name it in `files` of the step")
-        if reads.unseen and not self.settings.files:
-            raise UserError(f"{self.settings.function}: starts {reads.unseen} when it is called, and files "
-                            "that this opens are not seen; name them in `files` of the step (its own file, "
-                            "where there are none)")
-        return made
+        return [self._call(Document(document.columns.get("where") or document.id, document.text,
+                                    id=document.id)) for document in documents]
 
-    def _made(self, documents: Sequence[Doc]) -> list[StepOutcome]:
-        made = []
-        for document in documents:
-            where = document.columns.get("where") or document.id
-            found = self._steps.apply(Document(where, document.text, id=document.id))
-            made.append(StepOutcome(found.reason) if isinstance(found,
-                                                                LeftOut) else StepOutcome(text=found.text))
-        return made
+    def _call(self, document: Document) -> StepOutcome:
+        try:
+            # An error in the user's code is reported with the line of their file.
+            with telling(self._reference.rpartition(":")[0]):
+                made: Any = self._function(document)
+        except UserError as e:
+            raise UserError(f"{document.where}: data step {e}") from None
+        if isinstance(made, LeftOut):
+            if isinstance(made.reason, str) and 0 < len(made.reason) <= MAX_REASON_CHARS:
+                return StepOutcome(made.reason)
+        elif isinstance(made, Document) and made.kind == document.kind:
+            return StepOutcome(text=made.text)
+        raise UserError(f"{document.where}: data step {self._reference} returned {repr(made)[:100]}; it must "
+                        f"return a Document of kind {document.kind}, or LeftOut(reason) with a reason of at "
+                        f"most {MAX_REASON_CHARS} characters")

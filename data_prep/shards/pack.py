@@ -28,7 +28,6 @@ from data_prep.shards.encode import CONFIG_JSON, TOKENIZER_JSON, Encoder, Encodi
 from data_prep.shards.token_artifact import (
     CONTENT_VERSION, HELDOUT, KIND, QUARANTINE, TRAIN, HeldoutRule, sidecars_of, token_dtype)
 from data_prep.shards.units import GROUP, Unit, UnitSettings, encode_units
-from data_prep.steps import named_steps
 from data_prep.tags import (
     GivenTag, artifact_of, parse_tags, refuse_unknown_sources, source_tags, with_written)
 from megatron_sov.base.artifacts import (
@@ -41,7 +40,6 @@ from megatron_sov.base.documents.reading import TABLE_SUFFIXES, first_unread
 from megatron_sov.base.documents.records import column_problems
 from megatron_sov.base.documents.shard_files import FEATURES
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.base.plugins.loading import PluginCode
 from megatron_sov.base.settings import (
     AtLeastOne, Flag, Fraction, ProblemCode, SettingsError, SettingsProblem, add_options, name_options,
     num_cores, problems_of, read_options)
@@ -91,8 +89,6 @@ class PackSettings:
     """"refuse": stop at the first bad record; "quarantine": list them and go on."""
     shard_tokens: AtLeastOne = 2_000_000_000
     """Most tokens of one shard."""
-    steps: tuple[PluginCode, ...] = ()
-    """Data steps that documents go through before they are encoded, in order."""
     tags: tuple[GivenTag, ...] = ()
     """Tags of sources beside those that are read from records (`RecordReading.tags`)."""
 
@@ -156,8 +152,6 @@ class PackOptions:
     """A longer record is a bad one."""
     shard_tokens: AtLeastOne = PackSettings.shard_tokens
     """Most tokens of one shard."""
-    steps: Annotated[tuple[str, ...], Flag("--step", "FILE.py:FUNCTION")] = ()
-    """A function of your own that changes documents or leaves them out; several work in order."""
     workers: AtLeastOne = field(default_factory=num_cores)
     """Processes that encode; the output does not depend on it (default: this machine's cores)."""
     overwrite: bool = False
@@ -181,7 +175,7 @@ def run(typed: argparse.Namespace) -> int:
     reading = RecordReading(args.format, args.text_field, args.max_document_bytes, args.columns,
                             args.bucket_by or "", tag_fields, parse_renames(args.renames), args.lines)
     settings = PackSettings(args.heldout, reading, args.bos, args.eod, args.on_bad, args.shard_tokens,
-                            named_steps(args.steps), tags)
+                            tags)
     pack(args.tokenizer, parse_sources(args.input), args.output, settings, workers=args.workers,
          overwrite=args.overwrite)
     return 0
@@ -255,7 +249,7 @@ def pack(tokenizer: Path, sources: list[PackSource], output: Path, settings: Pac
     fast, sentence = encoder.prove_fast(sample_texts([unit for _, unit in units], settings.reading))
     unit_settings = UnitSettings(tokenizer, read_manifest(tokenizer).content["tokenizer_sha256"],
                                  sha256_file(tokenizer / CONFIG_JSON), token_dtype(encoder.vocab_size),
-                                 settings.reading, replace(encoder.settings, fast=fast), settings.steps)
+                                 settings.reading, replace(encoder.settings, fast=fast))
     with open_parts(output, "sov-data pack") as work:
         encoded = _encode(sources, units, unit_settings, work, workers, settings.on_bad)
         if corpora and encoder.feature_tokens:
@@ -410,8 +404,6 @@ def _write(artifact: Path, encoded: list[EncodedSource], settings: UnitSettings,
         if source.num_shared_ids:
             print(f"{source.name}: {source.num_shared_ids:,} documents have the id of a document with "
                   "another text in another file, and are kept")
-        if not left and count_left_out(source):
-            raise UserError(f"{source.path}: data steps leave out every document; see to their rules")
         if not left:
             raise UserError(f"{source.path}: holds no text; pass files with text in them")
     for source in encoded:
@@ -434,8 +426,6 @@ def _write(artifact: Path, encoded: list[EncodedSource], settings: UnitSettings,
                 is_first = bucket == source.buckets[0]
                 num_aside = sum(account.set_aside.values()) if is_first else 0
                 record |= {"num_read": documents[bucket] + num_aside, "num_bad": num_bad if is_first else {}}
-                if settings.steps:
-                    record["num_left_out"] = count_left_out(source) if is_first else {}
                 records.append(record)
     if not (artifact / QUARANTINE).stat().st_size:
         (artifact / QUARANTINE).unlink()
@@ -452,7 +442,7 @@ def _account_source(source: EncodedSource, documents: Mapping[str, int],
         num_bad: code -> records in the quarantine.
     """
     return RecordAccount(sum(record.num_read for _, record in source.units), sum(documents.values()),
-                         Counter(num_bad) + Counter(count_left_out(source)))
+                         Counter(num_bad))
 
 
 def _keep_one_for_training(source: EncodedSource, rule: HeldoutRule) -> None:
@@ -484,11 +474,6 @@ def _record(source: EncodedSource, settings: UnitSettings, bucket: str, splits: 
             "input_sha256": hashlib.sha256("".join(r.key for _, r in source.units).encode()).hexdigest(),
             **({"bucket": {"source": source.name, "field": settings.reading.bucket_by, "value": bucket}}
                if bucket else {}), **({"tags": tags} if tags else {}), "splits": splits}
-
-
-def count_left_out(source: EncodedSource) -> dict[str, int]:
-    """Return reason -> documents of a source that data steps have left out."""
-    return dict(sum((Counter(record.num_left_out) for _, record in source.units), Counter()))
 
 
 def carry_tokenizer(artifact: ArtifactWriter, tokenizer: Path) -> None:

@@ -22,15 +22,12 @@ from numpy.typing import NDArray
 
 from data_prep.shards.encode import EncodedBatch, Encoder, EncodingSettings
 from data_prep.shards.token_artifact import document_hash
-from data_prep.steps import Steps
 from megatron_sov.base.artifacts import to_json
-from megatron_sov.base.documents import BadRecord, Document, FileSpan, LeftOut, RecordReading
+from megatron_sov.base.documents import BadRecord, Document, FileSpan, RecordReading
 from megatron_sov.base.documents.files import PARQUET_SUFFIX, open_parquet
 from megatron_sov.base.documents.reading import CountedSpan
-from megatron_sov.base.documents.records import check_texts
 from megatron_sov.base.documents.shard_files import FEATURES
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins.loading import PluginCode
 from megatron_sov.chat.media_tokens import SPELLED
 from megatron_sov.work.processes.pool import in_processes
 from megatron_sov.work.progress.resumable import make_part, part_folder
@@ -63,8 +60,6 @@ class UnitSettings:
     dtype: str
     reading: RecordReading
     encoding: EncodingSettings
-    steps: tuple[PluginCode, ...] = ()
-    """Data steps that each document goes through before, in order."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +75,6 @@ class UnitRecord:
     """Lines or rows of each span."""
     num_bad: dict[str, int]
     """Code -> bad records."""
-    num_left_out: dict[str, int] = field(default_factory=dict)
-    """Reason -> documents that a data step has left out."""
     tags: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     """Bucket ("": there are none) -> tag -> the values that its documents have, sorted."""
     num_unread: dict[str, int] = field(default_factory=dict)
@@ -98,7 +91,6 @@ class UnitEncoder:
     def __init__(self, settings: UnitSettings, work: Path) -> None:
         """`work`: folder that holds the units."""
         self.settings, self.work = settings, work
-        self._steps = Steps(settings.steps)
         self._encoder: Encoder | None = None
 
     def encode(self, unit: Unit) -> UnitRecord:
@@ -111,22 +103,21 @@ class UnitEncoder:
         # The record is written last, and the folder gets its name by a rename.
         folder, is_new = make_part(self.work, key, RECORD, partial(self._write, unit, key))
         raw = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        raw.pop("num_left_out", None)  # an earlier version wrote it
         return UnitRecord(**{**raw, "num_lines": tuple(raw["num_lines"]), "encoded_now": is_new})
 
     def _write(self, unit: Unit, key: str, folder: Path) -> None:
         if self._encoder is None:  # loaded by the first unit that needs it
             self._encoder = Encoder(self.settings.tokenizer, self.settings.encoding)
-        with _UnitWriter(folder, key, self.settings, self._encoder, self._steps) as writer:
+        with _UnitWriter(folder, key, self.settings, self._encoder) as writer:
             writer.read(unit)
 
 
 class _UnitWriter:
     """Writes one unit's files, batch after batch, so that memory does not grow with the unit."""
 
-    def __init__(self, folder: Path, key: str, settings: UnitSettings, encoder: Encoder,
-                 steps: Steps) -> None:
-        self._folder, self._key, self._settings, self._encoder, self._steps = (folder, key, settings,
-                                                                               encoder, steps)
+    def __init__(self, folder: Path, key: str, settings: UnitSettings, encoder: Encoder) -> None:
+        self._folder, self._key, self._settings, self._encoder = folder, key, settings, encoder
         names = ["tokens", "sequences", "bad", *(["kinds"] if settings.reading.kind != "text" else []),
                  *(["extra"] if settings.reading.kind == "prompt" else []),
                  *(["columns"] if settings.reading.columns else []),
@@ -137,7 +128,6 @@ class _UnitWriter:
         self._num_read = self._num_sequences = self._num_tokens = 0
         self._num_lines: list[int] = []
         self._bad: Counter[str] = Counter()
-        self._left_out: Counter[str] = Counter()
         self._unread: Counter[str] = Counter()
         self._tags: dict[str, dict[str, set[str]]] = {}
 
@@ -153,7 +143,7 @@ class _UnitWriter:
 
     def record(self) -> UnitRecord:
         return UnitRecord(self._key, self._num_sequences, self._num_tokens, tuple(self._num_lines),
-                          dict(self._bad), dict(self._left_out),
+                          dict(self._bad),
                           {bucket: {tag: sorted(values) for tag, values in tags.items()}
                            for bucket, tags in self._tags.items()}, dict(self._unread), self._num_read)
 
@@ -162,12 +152,10 @@ class _UnitWriter:
         size_bytes = 0
         for number, span in enumerate(unit):
             counted = CountedSpan(span, self._settings.reading)
-            for read in counted:
+            for item in counted:
                 self._num_read += 1
-                item = read if isinstance(read, BadRecord) else self._stepped(read)
                 if isinstance(item, BadRecord):
                     self._write_bad(number, item)
-                if not isinstance(item, Document):
                     continue
                 self._unread.update(item.unread())
                 batch.append((number, item))
@@ -178,18 +166,6 @@ class _UnitWriter:
                     batch, size_bytes = [], 0
             self._num_lines.append(counted.num_lines)
         self._write(batch)
-
-    def _stepped(self, document: Document) -> Document | BadRecord | None:
-        found = self._steps.apply(document)
-        if isinstance(found, LeftOut):
-            self._left_out[found.reason] += 1
-            return None
-        if found is not document:  # its text is no longer what the reader has checked
-            try:
-                check_texts(found.texts(), self._settings.reading)
-            except BadRecord as e:
-                return BadRecord(e.code, f"{e.reason} behind the data steps", document.line)
-        return found
 
     def _write_bad(self, span: int, bad: BadRecord) -> None:
         self._bad[bad.code] += 1
@@ -268,10 +244,6 @@ def unit_key(unit: Unit, settings: UnitSettings) -> str:
     """
     # The tokenizer counts by its hash, not by its path.
     facts = {**dataclasses.asdict(settings), "tokenizer": None, "code_version": CODE_VERSION}
-    steps = facts.pop("steps")
-    if steps:
-        # Only where there are any, so that units from before data steps are found.
-        facts["steps"] = [[step["name"], step["files"]] for step in steps]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for span in unit:
         is_first = span.start == 0  # a byte order mark counts there only

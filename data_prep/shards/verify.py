@@ -1,5 +1,4 @@
-"""`sov-data verify`: is an artifact of token shards whole and sound, and is it enough for
-what it is meant for?"""
+"""`sov-data verify`: is an artifact of token shards whole and sound?"""
 
 from __future__ import annotations
 
@@ -18,14 +17,12 @@ from data_prep.shards.token_artifact import (
 from megatron_sov.base.artifacts import damaged_files
 from megatron_sov.base.documents.shard_files import FEATURES, OF_DOCUMENTS, ROUTES, WRITTEN, RouteShape
 from megatron_sov.base.errors import UserError, list_problems
-from megatron_sov.base.settings import AboveZero, Flag, add_options, read_options
+from megatron_sov.base.settings import Flag, add_options, read_options
 from megatron_sov.chat.marks import KIND_NONE, KINDS
 from megatron_sov.work.progress.progress_bar import work_bar
 
 _BLOCK_ITEMS = 1 << 22
 SIDECAR_VALUES = {"loss": (0.0, 1.0), "type": (0, 1, 2), "kind": (KIND_NONE, *KINDS.values())}
-MANY_EPOCHS = 4
-"""Repeating text more often than this gains little (Muennighoff et al. 2023, arXiv 2305.16264)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +31,11 @@ class DataVerifyOptions:
 
     data: Annotated[Path, Flag("DIR")]
     """Folder that `sov-data pack` or `sov-data mix` wrote."""
-    tokens: Annotated[AboveZero | None, Flag(value="N")] = None
-    """Tokens that the run will consume, e.g. 2e9."""
-    blend: Annotated[str | None, Flag(value="NAME=W,...")] = None
-    """Weights of the sources in that run (default: by their tokens)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = ("Check token shards before a run: file hashes, indices, range of ids, "
-                          "ends of documents, no document in both splits. Count duplicates, "
-                          "and with --tokens how often a run of that size repeats each source.")
+                          "ends of documents, no document in both splits. Count duplicates.")
     add_options(parser, DataVerifyOptions)
 
 
@@ -54,16 +46,13 @@ def run(typed: argparse.Namespace) -> int:
         UserError: listing every problem.
     """
     args = read_options(DataVerifyOptions, typed)
-    content = read_tokens_manifest(args.data).content
-    # A mistake in --blend is reported before the data is read.
-    weights = blend_weights(content, args.blend)
     problems, notes = check(args.data)
     if problems:
         raise UserError(list_problems(str(args.data), problems,
                                       "pack the data again or restore it from a copy"))
     print(f"{args.data}: sound")
-    for line in [*notes, *(epochs(content, args.tokens, weights) if args.tokens else [])]:
-        print(line)
+    for note in notes:
+        print(note)
     return 0
 
 
@@ -195,47 +184,3 @@ def _sidecar_problems(file: Path, suffix: str, num_tokens: int) -> list[str]:
         elif not np.isin(block, SIDECAR_VALUES[suffix]).all():
             return [f"{file}: holds values other than {', '.join(map(str, SIDECAR_VALUES[suffix]))}"]
     return []
-
-
-def blend_weights(content: dict[str, Any], blend: str | None) -> dict[str, float]:
-    """Return source -> share of a run's tokens, from `NAME=W,...`, the weights of a mix,
-    or the sources' tokens.
-
-    Raises:
-        UserError: a name that is no source, or a weight that is no positive number.
-    """
-    names = [s["name"] for s in content["sources"]]
-    weights = {s["name"]: float(s.get("weight", s["splits"][TRAIN]["num_tokens"]))
-               for s in content["sources"]}
-    if blend is not None:
-        weights = {}
-        for part in blend.split(","):
-            name, _, number = part.partition("=")
-            if name not in names:
-                raise UserError(f"--blend {part!r}: there is no source {name!r} (sources: "
-                                f"{', '.join(names)})")
-            try:
-                weights[name] = float(number)
-            except ValueError:
-                weights[name] = 0.0
-            if not 0 < weights[name] < float("inf"):
-                raise UserError(f"--blend {part!r}: the weight must be a positive number, e.g. {name}=0.5")
-    total = sum(weights.values()) or 1.0
-    return {name: weight / total for name, weight in weights.items()}
-
-
-def epochs(content: dict[str, Any], num_tokens: float, weights: dict[str, float]) -> list[str]:
-    """Return a line for each source: how often a run of `num_tokens` passes over its training documents."""
-    lines = []
-    for source in content["sources"]:
-        share = weights.get(source["name"], 0.0)
-        held = source["splits"][TRAIN]["num_tokens"]
-        if held:
-            passes = share * num_tokens / held
-        else:
-            passes = float("inf") if share else 0.0
-        warning = (f"; more than {MANY_EPOCHS} teach little: add text or lower its weight"
-                   if passes > MANY_EPOCHS else "")
-        lines.append(f"{source['name']}: {share:.1%} of {num_tokens:,.0f} tokens is {passes:.2f} epochs of "
-                     f"{held:,}{warning}")
-    return lines

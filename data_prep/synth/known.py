@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.base.hints.removed import was_removed
-from megatron_sov.base.plugins.loading import LoadedPlugin
-from megatron_sov.base.plugins.registry import Registry
+from megatron_sov.base.plugins.registry import load_built_in
 
 if TYPE_CHECKING:
     from data_prep.synth.generator import Generator
@@ -42,23 +41,9 @@ REMOVED = {
 """GENERATOR.setting of an earlier version -> what to use in its place."""
 
 
-def _check(loaded: LoadedPlugin) -> None:
-    from data_prep.synth.generator import Generator
-
-    if not (isinstance(loaded.value, type) and issubclass(loaded.value, Generator)):
-        raise UserError(f"{loaded.reference}: is {str(loaded.value)[:80]}; a generator is a subclass of "
-                        f"{Generator.__module__}.Generator")
-
-
-OWN: Registry[type[Generator]] = Registry("generator", "megatron_sov.generators",
-                                          {**GENERATORS, **dict.fromkeys(FILES, "")}, _check,
-                                          lambda generator: str(generator.name))
-"""Those of installed packages."""
-
-
 def generator_names() -> list[str]:
     """Return the names that the command line may use, in order."""
-    return sorted([*GENERATORS, *FILES, *(name for name, _ in OWN.listing())])
+    return sorted([*GENERATORS, *FILES])
 
 
 def generator_class(name: str) -> type[Generator]:
@@ -73,7 +58,10 @@ def generator_class(name: str) -> type[Generator]:
     if name not in (known := generator_names()):
         raise UserError(f"{name}: is no generator{was_removed(name) or nearest(name, known)}; known are "
                         f"{', '.join(known)}, and files that end with {' or '.join(ENDINGS)}")
-    return _packaged(name) if name in FILES else OWN.loaded(name, GENERATORS, "synth")
+    if name in FILES:
+        return _packaged(name)
+    found: type[Generator] = load_built_in(f"generator {name}", GENERATORS[name], "synth")
+    return found
 
 
 @lru_cache(maxsize=len(FILES))

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.digests import BLAKE3, SHA256, algorithm_of, file_digest
+from megatron_sov.base.digests import SHA256, algorithm_of, file_digest
 from megatron_sov.base.errors import UserError, download
 from megatron_sov.base.outputs import behind_links, refuse_nowhere
 
@@ -66,8 +66,8 @@ class FileRecord:
         return FileRecord(digest, raw["size_bytes"])
 
     @staticmethod
-    def of(file: Path, algorithm: str = BLAKE3) -> FileRecord:
-        return FileRecord(file_digest(file, algorithm), file.stat().st_size)
+    def of(file: Path) -> FileRecord:
+        return FileRecord(file_digest(file), file.stat().st_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,7 +285,6 @@ class ArtifactWriter:
         self.inputs: list[dict[str, str]] = []
         self.known_files: dict[str, FileRecord] = {}
         """Files whose hash the writer already knows; the rest are hashed on completion."""
-        self.algorithm = BLAKE3
         self.leave_out: frozenset[str] = frozenset()
         """Names directly inside the folder that are no part of the artifact."""
 
@@ -305,7 +304,7 @@ class ArtifactWriter:
         for file in sorted(p for p in found if p.is_file()):
             name = file.relative_to(self.path).as_posix()
             if name not in files:
-                files[name] = FileRecord.of(file, self.algorithm)
+                files[name] = FileRecord.of(file)
             fsync_path(file)
         for folder in (p for p in found if p.is_dir()):
             fsync_path(folder)

@@ -7,7 +7,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
-import importlib.util
+import importlib
 import io
 import os
 import re
@@ -24,8 +24,10 @@ from megatron_sov.base.errors import (
 from megatron_sov.base.hints.commands import unknown_command
 from megatron_sov.base.hints.removed import check_command
 from megatron_sov.base.hints.words import check_words, missing_words, text_option
-from megatron_sov.version import PARTS, PARTS_NEEDED, __version__, part_of
+from megatron_sov.version import __version__
 
+PROGRAMS = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
+"""Program -> its module with `build_parser` and `main`."""
 MAX_PATH_CHARS = 300
 """Of a path that is shown; the longest that a disk takes are longer than a screen."""
 
@@ -134,14 +136,21 @@ def _options_of(parser: Parser) -> list[str]:
 
 
 def fill_commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
-    """Import every command below a parser whose part is installed; returns the parser and all below it."""
-    if isinstance(parser, CommandParser) and not missing_part(parser._module):
+    """Import every command below a parser; returns the parser and all below it."""
+    if isinstance(parser, CommandParser):
         parser.fill()
     found = [parser]
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             found += [each for child in action.choices.values() for each in fill_commands(child)]
     return found
+
+
+def parser_with_all(program: str) -> Parser:
+    """Return the parser of one of `PROGRAMS` with the arguments of every command."""
+    parser: Parser = importlib.import_module(PROGRAMS[program]).build_parser()
+    fill_commands(parser)
+    return parser
 
 
 @dataclass(frozen=True)
@@ -172,16 +181,10 @@ class Command:
         page = [f"page: docs/{self.page}"] if self.page else []
         return "\n".join([*(["examples:"] if shown else []), *shown, *page])
 
-    @property
-    def marked_help(self) -> str:
-        """Return its line, which says where its part is not installed."""
-        part = missing_part(self.module)
-        return f"{self.help} (part '{part}', not installed)" if part else self.help
-
     def declare(self, name: str, below: Any) -> None:
         """Add it to what `add_subparsers` returned, whose parsers are `CommandParser`s."""
         # the module is a name until its command is parsed: `--help` imports none
-        child = below.add_parser(name, help=self.marked_help.replace("%", "%%"))
+        child = below.add_parser(name, help=self.help.replace("%", "%%"))
         child._module, child._command = self.module, self
 
     def load(self) -> Any:
@@ -250,46 +253,10 @@ def list_commands(commands: Mapping[str, str], groups: Mapping[str, str]) -> str
     return "\n".join(lines).rstrip()
 
 
-def is_installed(module: str) -> bool:
-    """Return whether the part of `module` or `module:NAME` is here, without importing the module."""
-    try:
-        found = importlib.util.find_spec(module.partition(":")[0])
-    except ModuleNotFoundError:
-        return False
-    # without a location: a folder without modules, as bytecode of a part that was uninstalled leaves it
-    return found is not None and found.has_location
-
-
-def missing_part(module: str) -> str:
-    """Return the part of `module` where it is not installed; "" for the core, and where the part is here and
-    has no such module."""
-    module = module.partition(":")[0]
-    part = part_of(module)
-    roots = [name for name in PARTS.get(part, ()) if f"{module}.".startswith(f"{name}.")]
-    return "" if any(map(is_installed, roots)) else part
-
-
-def check_part(module: str) -> None:
-    """Check, before work begins, that the part of a module is installed that another process will run.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    if part := missing_part(module):
-        raise UserError(_part_is_missing(part))
-
-
-def _part_is_missing(part: str) -> str:
-    missing = [name for name in PARTS_NEEDED.get(part, ()) if not any(map(is_installed, PARTS[name]))]
-    wheels = [f"megatron_sov_{name}-{__version__}-py3-none-any.whl" for name in (part, *missing)]
-    return (f"this needs the part '{part}', which is not installed: install the wheel{'s' * bool(missing)} "
-            f"{' and '.join(wheels)} from where the core came (make parts)")
-
-
 def parser_of(program: str, description: str, commands: Mapping[str, Command]) -> Parser:
     """Return the parser of a program; a command is imported when it is parsed."""
     parser = Parser(prog=program, description=description)
-    parser.listing = list_commands({name: c.marked_help for name, c in commands.items()},
+    parser.listing = list_commands({name: c.help for name, c in commands.items()},
                                    {name: c.group for name, c in commands.items()})
     parser.add_argument("--version", action="version", version=version_of(program))
     actions = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",
@@ -345,12 +312,6 @@ def exit_code(action: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return ExitCode.INTERRUPTED
-    except ModuleNotFoundError as e:
-        part = missing_part(e.name or "")
-        if not part:  # a defect
-            raise
-        print(f"error: {_part_is_missing(part)}", file=sys.stderr)
-        return ExitCode.USER_ERROR
     except MemoryError as e:
         print(f"error: out of memory ({e or 'no more than that is known'}); free some, or give the command "
               "less to do at a time", file=sys.stderr)

@@ -1,7 +1,7 @@
 """Digests of contents, which say how they were made: "blake3:HEX" or "sha256:HEX".
 
-The rule: files of an artifact are hashed with BLAKE3; everything else (manifests, tokenizers, code, keys),
-and a bundle, which is checked before BLAKE3 is installed, with SHA-256.  BLAKE3
+The rule: files of an artifact are hashed with BLAKE3; everything else (manifests, tokenizers, code, keys)
+with SHA-256.  BLAKE3
 (https://github.com/BLAKE3-team/BLAKE3-specs) is as hard to forge and, on processors without instructions
 for SHA-256, ten to twenty times as fast, so that a hash costs less than the copy that it stands beside.
 """

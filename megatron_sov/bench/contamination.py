@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ class ContaminationCheck:
     hits: tuple[ItemHit, ...]
     """The first place of each item and field."""
     too_short: Mapping[str, int]
-    """Task -> items that are too short to be looked for, of which nothing is known."""
+    """Task -> items with too few words to be searched for, of which nothing is known."""
     num_documents: int
 
 
@@ -77,9 +78,8 @@ def check(scored: ScoredItem, data: Sequence[Path], reading: RecordReading, work
     Raises:
         UserError: there are no texts of items, or the data cannot be read.
     """
-    texts = texts_of(scored)
-    search = ItemSearch(texts, WORDS, MIN_WORDS)
-    units = units_of(data)
+    texts = read_item_texts(scored)
+    units = list_units(data)
     found: dict[tuple[str, str, str], ItemHit] = {}
     num_documents = 0
     with work_bar("searching", len(units), "part", shows) as bar:
@@ -89,39 +89,33 @@ def check(scored: ScoredItem, data: Sequence[Path], reading: RecordReading, work
                 # Parts come in order, so the first place is the same with any number of workers.
                 found.setdefault((hit.task, hit.item, hit.field), hit)
             bar.update()
-    short: dict[str, set[str]] = {}
-    for number in search.too_short:
-        short.setdefault(texts[number].benchmark, set()).add(texts[number].id)
-    is_short = set(search.too_short)
-    for text in (text for number, text in enumerate(texts) if number not in is_short):
-        # An item is too short only if neither its question nor its answer can be searched for.
-        short.get(text.benchmark, set()).discard(text.id)
-    said = ", ".join(str(path) for path in data)
+    short = set(ItemSearch(texts, WORDS, MIN_WORDS).too_short)
+    searched = {(text.benchmark, text.id) for number, text in enumerate(texts) if number not in short}
+    too_short = Counter(task for task, _ in {(text.benchmark, text.id) for text in texts} - searched)
     tasks = dict(scored.results.tasks)
-    for name, task in tasks.items():
-        if scored.items[name]:  # a group has no items of its own
-            found_items = {item for of, item, _ in found if of == name}
-            tasks[name] = dataclasses.replace(task, contamination=Contamination(
-                said, len(found_items), _value_without(scored, name, found_items)))
+    for name in (name for name in tasks if scored.items[name]):  # a group has no items of its own
+        hit_items = {item for task, item, _ in found if task == name}
+        tasks[name] = dataclasses.replace(tasks[name], contamination=Contamination(
+            ", ".join(map(str, data)), len(hit_items), _value_without(scored, name, hit_items)))
     return ContaminationCheck(dataclasses.replace(scored.results, tasks=tasks), tuple(found.values()),
-                              {name: len(ids) for name, ids in short.items() if ids}, num_documents)
+                              too_short, num_documents)
 
 
-def texts_of(scored: ScoredItem) -> list[SearchItem]:
+def read_item_texts(scored: ScoredItem) -> list[SearchItem]:
     """Return the questions and answers of all items.
 
     Raises:
         UserError: a task's items have none.
     """
-    found = []
+    texts = []
     for task, items in scored.items.items():
         own = [SearchItem(task, name, field, text) for name, item in items.items()
                for field, text in (("question", item.question), ("answer", item.answer)) if text.strip()]
         if items and not own:
             raise UserError(f"{scored.path}: the items of task {task} have no text that could be searched "
                             "for; run `megatron-sov eval lm` again")
-        found += own
-    return found
+        texts += own
+    return texts
 
 
 @dataclass(frozen=True)
@@ -134,7 +128,7 @@ class _TextPart:
     end: int
 
 
-def units_of(data: Sequence[Path]) -> list[Any]:
+def list_units(data: Sequence[Path]) -> list[Any]:
     """Return the parts of training data that processes search one by one.
 
     Raises:

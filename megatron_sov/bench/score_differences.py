@@ -114,20 +114,17 @@ def differences(before: ScoredItem, after: ScoredItem, tasks: Sequence[str] = ()
         UserError: they have no task in common, lack one that is asked for, or measured one in another way.
     """
     common = [name for name in before.results.tasks if name in after.results.tasks]
-    for name in tasks:
-        for side in (before, after):
-            if name not in side.results.tasks:
-                raise UserError(f"{side.path}: has no task {name} (tasks: "
-                                f"{', '.join(side.results.tasks) or 'none'}); evaluate it too, or leave it "
-                                "out")
+    if lacking := [f"{side.path} has no task {name}" for name in tasks for side in (before, after)
+                   if name not in side.results.tasks]:
+        raise UserError(f"{'; '.join(lacking)}: evaluate it too, or leave it out")
     if not common:
         raise UserError(f"{before.path} and {after.path}: have no task in common "
                         f"({', '.join(before.results.tasks) or 'none'}; "
                         f"{', '.join(after.results.tasks) or 'none'}); evaluate both on the same tasks")
     chosen = list(tasks) or common
-    problems = [problem for name in chosen for problem in not_alike(
-        name, before.results.tasks[name], after.results.tasks[name])]
-    problems += [problem for name in chosen for problem in _other_items(name, before, after)]
+    problems = [problem for name in chosen for problem in (
+        *find_other_measures(name, before.results.tasks[name], after.results.tasks[name]),
+        *_other_items(name, before, after))]
     if problems:
         raise UserError(list_problems(f"{before.path} and {after.path}", problems,
                                       "evaluate both in the same way, or name other --tasks"))
@@ -135,7 +132,7 @@ def differences(before: ScoredItem, after: ScoredItem, tasks: Sequence[str] = ()
             for name in chosen for metric in before.results.tasks[name].metrics]
 
 
-def not_alike(name: str, before: TaskScores, after: TaskScores) -> list[str]:
+def find_other_measures(name: str, before: TaskScores, after: TaskScores) -> list[str]:
     """Return one sentence for everything by which two scores of a task cannot be compared."""
     found = [f"task {name}: {field} {getattr(before, field)!r} is not {getattr(after, field)!r}"
              for field in SAME if getattr(before, field) != getattr(after, field)]
@@ -172,20 +169,19 @@ def _difference(task: str, metric: Metric, before: ScoredItem, after: ScoredItem
     # Paired: an item that one model has no score for says nothing about the difference.
     both = [item for item in was if item in now]
     left_out = len({*before.items[task], *after.items[task]}) - len(both)
-    # a corpus' figure, e.g. a perplexity, is no mean of its items, and theirs would tell another story
-    are_means = is_mean(metric, was) and (other is None or is_mean(other, now))
-    if other is None or metric.value is None or other.value is None or not both or not are_means:
-        values = (metric.value, None if other is None else other.value)
-        note = "is no mean of its items"
-        if other is None:
-            note = "the second has no such figure"
-        elif None in values:
-            note = "a figure is missing"
-        elif not both:
-            note = "no item has both"
-        known = values[0] is not None and values[1] is not None
-        return Difference(task, key, metric.higher_is_better, *values,
-                          values[1] - values[0] if known else None,  # type: ignore[operator]
+    note = ""
+    if other is None:
+        note = "the second has no such figure"
+    elif metric.value is None or other.value is None:
+        note = "a figure is missing"
+    elif not both:
+        note = "no item has both"
+    elif not is_mean(metric, was) or not is_mean(other, now):
+        note = "is no mean of its items"  # such as a perplexity of a corpus
+    if note:
+        first, second = metric.value, other.value if other else None
+        return Difference(task, key, metric.higher_is_better, first, second,
+                          None if first is None or second is None else second - first,
                           None, None, len(both), 0, left_out, note)
     clusters = [before.items[task][item].cluster for item in both]
     found = paired_difference([was[item] for item in both], [now[item] for item in both],

@@ -176,7 +176,7 @@ COMMANDS = {
          'generate runs/sft --chat --prompt "What is a list?"')),
     "eval": Command(
         "megatron_sov.commands.evaluate.eval",
-        "ppl, needle, pairs, passk, lm, media, logits: judge a checkpoint or a Hugging Face folder",
+        "ppl, needle, pairs, passk, lm, media: judge a checkpoint or a Hugging Face folder",
         EVALUATE, "eval.md",
         ("eval ppl runs/pretrain --data tokens",
          "eval lm hf --tasks quiz --task-dir tasks --output scores.json")),
@@ -236,22 +236,10 @@ COMMANDS = {
         OPERATE, "watching.md",
         ("logs runs/pretrain",
          "logs runs/pretrain --rank 3 --tail 20")),
-    "bundle": Command(
-        "megatron_sov.commands.operate.bundle",
-        "gather wheels, code and folders for a cluster without a network",
-        OPERATE, "install.md",
-        ("bundle --output sov-bundle",
-         "bundle --output sov-bundle --with tokenizer")),
     "doctor": Command(
         "megatron_sov.commands.operate.doctor",
         "say what this machine has, what is missing, and how to add it",
         OPERATE, "install.md",
         ("doctor",
          "doctor --json")),
-    "completion": Command(
-        "megatron_sov.commands.operate.completion",
-        "print what bash, zsh or fish needs to complete commands and options",
-        OPERATE, "options.md",
-        ("completion bash",
-         "completion zsh sov-data")),
 }

@@ -79,7 +79,7 @@ def _check(loaded: LoadedPlugin) -> None:
     check_methods(loaded.value, loaded.reference, "a step", {"do": ("row",)})
 
 
-STEPS: Registry[type[Any]] = Registry("step", "megatron_sov.steps", {}, _check)
+STEPS: Registry[type[Any]] = Registry("step", {}, _check)
 """Classes of the user's own."""
 
 

@@ -46,8 +46,6 @@ def words_of(options: Any) -> list[str]:
     return [*arguments, *named]
 
 
-PARITY_LENGTHS = (1, 7, 64, 200)
-"""Tokens of the documents on which two forms of a model are compared."""
 TARGET_HELP = "Checkpoint, run (its newest one) or Hugging Face folder."
 ModelPath = Annotated[Path, Flag("TARGET", help=TARGET_HELP)]
 AnyTarget = Annotated[str, Flag("TARGET", help="Checkpoint, run (its newest one), Hugging Face folder, or "

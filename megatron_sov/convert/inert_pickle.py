@@ -6,8 +6,8 @@ A pickle is a program.  Here it runs on a machine that has no way to import, cal
 Names that are not allowed are refused where they stand, and opcodes that no writer of plain values emits are
 not known at all.
 
-Index and settings of `torch_dist` checkpoints, and weights that `torch.save` wrote (`pytorch_model.bin`), are
-read so in a process of its own, whose limits stop a file that would fill the memory or never end.
+Index and settings of `torch_dist` checkpoints are read so in a process of its own, whose limits stop a file
+that would fill the memory or never end.
 """
 
 from __future__ import annotations
@@ -510,19 +510,7 @@ class TorchArchive:
         return dtype, shape, begin + first * itemsize, count * itemsize
 
 
-def read_weights(file: Any) -> dict[str, Any]:
-    """Return name -> [dtype, shape, first byte, bytes] of each tensor in a file that `torch.save` wrote;
-    ValueError where it holds anything but a dict from names to tensors."""
-    archive = TorchArchive(file)
-    made, found = archive.header, {}
-    for name, value in text_keys(made.items if isinstance(made, InertCall) else made).items():
-        try:
-            found[name] = archive.find(value)
-        except ValueError as e:
-            raise ValueError(f"{name[:200]!r} is no tensor of weights: {e}") from None
-    return found
-
-
+REMEDY = "restore the checkpoint from its source"
 READERS = {"index": read_index, "settings": read_settings}
 MAX_FILE_BYTES = 1 << 30
 BASE_MEMORY_BYTES, MEMORY_PER_BYTE = 1 << 29, 60
@@ -535,16 +523,14 @@ _CODE = ("import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
          "from megatron_sov.convert.inert_pickle import main; main(sys.argv[1])")
 
 
-def read_apart(what: str, path: Path, start: int = 0, length_bytes: int | None = None,
-               remedy: str = "restore the checkpoint from its source") -> dict[str, Any]:
+def read_apart(what: str, path: Path, start: int = 0, length_bytes: int | None = None) -> dict[str, Any]:
     """Return what a file of a checkpoint says.
 
     Args:
-        what: name in `READERS`, or "weights" for `read_weights`.
+        what: name in `READERS`.
         path: the file.
         start: the first byte that is read.
         length_bytes: how many are; None: all.
-        remedy: end of a message.
 
     Raises:
         UserError: it holds what it should not, is too large, or the process was ended for what it took.
@@ -552,11 +538,10 @@ def read_apart(what: str, path: Path, start: int = 0, length_bytes: int | None =
     try:
         size_bytes = path.stat().st_size if length_bytes is None else length_bytes
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); {remedy}") from None
+        raise UserError(f"{path}: cannot be read ({e.strerror}); {REMEDY}") from None
     if not path.is_file() or size_bytes > MAX_FILE_BYTES:
         raise UserError(f"{path}: has {format_size(size_bytes)}, and at most {format_size(MAX_FILE_BYTES)} "
-                        "are read; "
-                        f"{remedy}")
+                        f"are read; {REMEDY}")
     time_s = BASE_TIME_S + size_bytes // BYTES_PER_S
     order = json.dumps({"what": what, "path": str(path.absolute()), "start": start,
                         "size_bytes": size_bytes,
@@ -570,7 +555,7 @@ def read_apart(what: str, path: Path, start: int = 0, length_bytes: int | None =
     except (subprocess.TimeoutExpired, ValueError):
         answer = {"error": "it takes more memory or time than a file of its size can need"}
     if "error" in answer:
-        raise UserError(f"{path}: is not read, for {answer['error']}; {remedy}")
+        raise UserError(f"{path}: is not read, for {answer['error']}; {REMEDY}")
     return dict(answer["found"])
 
 
@@ -584,8 +569,7 @@ def main(order: str) -> None:
     try:
         with open(asked["path"], "rb") as f:
             f.seek(asked["start"])
-            found = (read_weights(f) if asked["what"] == "weights"
-                     else READERS[asked["what"]](f.read(asked["size_bytes"])))
+            found = READERS[asked["what"]](f.read(asked["size_bytes"]))
         # as a whole, in this memory: one text that is named again and again would fill that of the reader
         answer = json.dumps({"found": found})
     except MemoryError:

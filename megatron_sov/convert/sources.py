@@ -18,8 +18,7 @@ import torch
 from megatron_sov.base.artifacts import MANIFEST, damaged_files, read_manifest
 from megatron_sov.base.errors import UserError, find_misspelt
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
-from megatron_sov.checkpoint.writer import SAFETENSORS_DTYPES, TensorEntry, TensorFile
-from megatron_sov.convert.inert_pickle import read_apart
+from megatron_sov.checkpoint.writer import TensorFile
 from megatron_sov.convert.low_bit import FIELD, low_bit_weights
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.families import supported as models
@@ -91,18 +90,6 @@ class FileTensor:
 
     def read(self) -> torch.Tensor:
         return self.file.read(self.name)
-
-
-class PickledFile(TensorFile):
-    """The tensors of a file that `torch.save` wrote: a process that cannot run the pickle finds where their
-    bytes stand."""
-
-    def __init__(self, path: Path, remedy: str) -> None:
-        """Read the pickle as data; `UserError` where it is anything but a dict from names to tensors."""
-        self.path, self._remedy = path, remedy
-        found = read_apart("weights", path, length_bytes=16 << 20, remedy=remedy)  # of a header
-        self.entries = {name: TensorEntry(SAFETENSORS_DTYPES[getattr(torch, dtype)], tuple(shape), *place)
-                        for name, (dtype, shape, *place) in found.items()}
 
 
 @dataclass(frozen=True)
@@ -376,11 +363,10 @@ def open_shards(path: Path) -> dict[str, TensorFile]:
     opened: dict[str, TensorFile] = {}
 
     def names_in(file: Path, remedy: str) -> Iterable[str]:
-        kind = TensorFile if file.suffix == ".safetensors" else PickledFile
-        opened[file.name] = kind(file, remedy)
+        opened[file.name] = TensorFile(file, remedy)
         return opened[file.name].entries
 
-    return {name: opened[file] for name, file in tensor_files(path, names_in, pickled=True).items()}
+    return {name: opened[file] for name, file in tensor_files(path, names_in).items()}
 
 
 def tensors_left_out(folder: Path) -> tuple[str, ...]:

@@ -72,22 +72,6 @@ def random_prompts(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> li
     return [generator.integers(0, vocab_size, n).tolist() for n in lengths]
 
 
-def compare_hf_logits(a: Path, b: Path, prompts: Sequence[Sequence[int]]) -> list[ParityCheck]:
-    """Compare the logits of two Hugging Face folders in fp32, both run by transformers, one after the other.
-
-    Raises:
-        UserError: a folder cannot be loaded.
-    """
-    difference = _Difference()
-    first = load_hf(a, torch.float32)
-    logits = [_hf_logits(first, prompt) for prompt in prompts]
-    del first  # memory holds one model at a time
-    second = load_hf(b, torch.float32)
-    for i, (prompt, found) in enumerate(zip(prompts, logits, strict=True)):
-        difference.add(i, found, _hf_logits(second, prompt))
-    return difference.checks()
-
-
 class _Difference:
     """The difference of two models' logits over documents."""
 
@@ -190,9 +174,9 @@ def prove_logits(a: Path, b: Path, lengths: Sequence[int], settings: Sequence[st
     if len(checkpoints) == 2:
         return LogitsProof([], {"not compared": "both sides are checkpoints, run by one program: "
                                                 "equal weights, equal logits"})
-    if len(folders) == 2 and _bits(folders[0]) != _bits(folders[1]):
-        return LogitsProof([], {"not compared": "both sides are run by transformers and differ in dtype: "
-                                                "see the weights"})
+    if len(folders) == 2:
+        return LogitsProof([], {"not compared": "both sides are Hugging Face folders, run by one program: "
+                                                "equal weights, equal logits"})
     _check_memory(sides)
     fitting = [n for n in lengths if n <= sides[0].model.max_position_tokens]
     prompts = random_prompts(fitting, min(side.model.vocab_size for side in sides), SEED)
@@ -200,8 +184,6 @@ def prove_logits(a: Path, b: Path, lengths: Sequence[int], settings: Sequence[st
               "largest difference allowed": f"{MAX_DIFFERENCE} of the largest logit, or of 1",
               "run by": {str(side.path): "transformers" if side in folders else "megatron-core"
                          for side in sides}}
-    if len(folders) == 2:
-        return LogitsProof(compare_hf_logits(folders[0].path, folders[1].path, prompts), method)
     with _same_weights(checkpoints[0], folders[0]) as (checkpoint, folder):
         checks = compare_logits(checkpoint, folder, prompts, settings=settings, nproc=nproc)
         if (checkpoint, folder) != (checkpoints[0].path, folders[0].path):

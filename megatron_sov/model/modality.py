@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from megatron_sov.base.command_line import check_part
 from megatron_sov.chat.encode import InlineTokens
 from megatron_sov.model.config import AudioEncoderConfig, ModelConfig, VisionEncoderConfig
 
@@ -268,11 +267,6 @@ PROVIDER = "megatron_sov.omni.modality"
 
 @cache
 def modality() -> Modality:
-    """Return the part that knows pictures and sounds.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    check_part(PROVIDER)
+    """Return the part that knows pictures and sounds."""
     found: Modality = import_module(PROVIDER).Omni()
     return found

@@ -50,7 +50,7 @@ def _check(loaded: LoadedPlugin) -> None:
                         "behind it, by name and with defaults")
 
 
-OWN: Registry[Callable[..., Any]] = Registry("objective", "megatron_sov.objectives", BUILT_IN, _check)
+OWN: Registry[Callable[..., Any]] = Registry("objective", BUILT_IN, _check)
 """Objectives that are not built in."""
 
 

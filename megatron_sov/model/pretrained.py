@@ -20,8 +20,8 @@ from typing import Any
 from megatron_sov.base.errors import UserError, told_in_a_line
 
 CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-"""Weights that `torch.save` wrote."""
+PICKLED = "pytorch_model*.bin"
+"""Pattern of weights that `torch.save` wrote."""
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 RECOMPUTED = re.compile(r"(.*\.)?(rotary_emb\.(original_)?(inv_freq|(cos|sin)_cached)|rope\.freqs"
                         r"|(attn|attention|self_attn)\.(masked_)?bias)")
@@ -55,7 +55,7 @@ def is_hf_folder(path: Path) -> bool:
     """Return whether a folder holds a Hugging Face model (a run folder has a config.json as well, but no
     weights beside it)."""
     return (path / CONFIG).is_file() and any(
-        next(path.glob(pattern), None) for pattern in ("*.safetensors", "pytorch_model*.bin"))
+        next(path.glob(pattern), None) for pattern in ("*.safetensors", PICKLED))
 
 
 def hub_name(folder: Path) -> str:
@@ -66,9 +66,9 @@ def hub_name(folder: Path) -> str:
     return cached[-1].removeprefix("models--").replace("--", "/") if cached else folder.resolve().name
 
 
-def weight_files(folder: Path, *, pickled: bool = False) -> dict[str, list[str]]:
+def weight_files(folder: Path) -> dict[str, list[str]]:
     """Return the files of weights in a model's folder -> the tensors that the index says are in each ([]:
-    there is no index).  Without safetensors files, `pickled` ones are taken.
+    there is no index).
 
     Raises:
         UserError: there are none, the index is damaged or names files elsewhere, or two readers would take
@@ -78,54 +78,51 @@ def weight_files(folder: Path, *, pickled: bool = False) -> dict[str, list[str]]
         raise UserError(f"{folder}: holds {ADAPTER_CONFIG} beside a model's weights, and transformers adds "
                         "such an adapter to them; merge it with PEFT, or move it to a folder of its own")
     # Two readers must never take different weights: all below refuses a folder where they could.
-    single, index = (SINGLE_FILE, INDEX) if any((folder / name).is_file() for name in (
-        SINGLE_FILE, INDEX)) else (PICKLED, PICKLED_INDEX)
-    read = index if (folder / index).is_file() else single
+    read = INDEX if (folder / INDEX).is_file() else SINGLE_FILE
     named = read_json(folder / CONFIG).get(OTHER_WEIGHTS, read) if (folder / CONFIG).is_file() else read
     if named not in (read, None):
         raise UserError(f"{folder / CONFIG}: {OTHER_WEIGHTS} = {named!r} has transformers read that file, "
                         f"and everything else reads {read}; take the key out, and call the weights that are "
                         f"wanted {SINGLE_FILE}")
     if not (folder / read).is_file():
-        raise UserError(f"{folder}: has neither {SINGLE_FILE} nor {PICKLED}, nor the index of several such "
-                        "files; save the model with safetensors")
-    if single == PICKLED and not pickled:
-        raise UserError(f"{folder / read}: pickled weights are not read here; write the folder with "
-                        "safetensors first (`megatron-sov convert from-hf`, then `convert to-hf`)")
-    if read == single:
-        return {single: []}
-    weight_map = read_json(folder / index).get("weight_map")
+        if pickled := sorted(folder.glob(PICKLED)):
+            raise UserError(f"{pickled[0]}: is a pickle, which is not read; if you trust it, write the "
+                            "folder with safetensors (transformers: from_pretrained(FOLDER)"
+                            ".save_pretrained(NEW))")
+        raise UserError(f"{folder}: has neither {SINGLE_FILE} nor the index of several such files; save the "
+                        "model with safetensors")
+    if read == SINGLE_FILE:
+        return {SINGLE_FILE: []}
+    weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{folder / index}: lacks a weight_map from tensor names to files; "
+        raise UserError(f"{folder / INDEX}: lacks a weight_map from tensor names to files; "
                         "restore it from its source")
     # The index is hostile input: "../x" would read files outside of the folder.
     outside = [f"{name} to {file}"
                for name, file in weight_map.items() if not isinstance(file, str)
-               or Path(file).name != file or Path(file).suffix != Path(single).suffix]
+               or Path(file).name != file or Path(file).suffix != ".safetensors"]
     if outside:
-        raise UserError(f"{folder / index}: weight_map must name {Path(single).suffix} files in the same "
-                        f"folder, but it sends {listed(outside)}; restore it from its source")
+        raise UserError(f"{folder / INDEX}: weight_map must name .safetensors files in the same folder, "
+                        f"but it sends {listed(outside)}; restore it from its source")
     files = sorted(set(weight_map.values()))
-    if (folder / single).is_file() and files != [single]:
-        raise UserError(f"{folder}: holds {single} and {index}, which names other files: two sets of "
+    if (folder / SINGLE_FILE).is_file() and files != [SINGLE_FILE]:
+        raise UserError(f"{folder}: holds {SINGLE_FILE} and {INDEX}, which names other files: two sets of "
                         "weights, and transformers reads the first alone; remove the one that is not wanted")
     return {file: [name for name, place in weight_map.items() if place == file] for file in files}
 
 
-def tensor_files(folder: Path, names_in: Callable[[Path, str], Iterable[str]], *,
-                 pickled: bool = False) -> dict[str, str]:
+def tensor_files(folder: Path, names_in: Callable[[Path, str], Iterable[str]]) -> dict[str, str]:
     """Return for each tensor of a model's folder the file that holds it; index and files must agree in both
     directions.
 
     Args:
         folder: with the files of `weight_files`.
         names_in: (file, what to do where it is damaged) -> the names of its tensors.
-        pickled: as of `weight_files`.
 
     Raises:
         UserError: as `weight_files`; a tensor is in two files, or index and files disagree.
     """
-    files = weight_files(folder, pickled=pickled)
+    files = weight_files(folder)
     file_of: dict[str, str] = {}
     for file, held in files.items():
         remedy = f"it should hold {listed(held)}; {DAMAGED_HF}" if held else DAMAGED_HF

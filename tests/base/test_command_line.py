@@ -14,11 +14,11 @@ import pytest
 from data_prep.cli import build_parser as sov_data
 from megatron_sov import cli
 from megatron_sov.base import errors
-from megatron_sov.base.command_line import Parser, check_part, exit_code, is_installed
+from megatron_sov.base.command_line import Parser, exit_code
 from megatron_sov.base.errors import (
     ExitCode, GateFailed, StopRequested, UserError, download, how_to_install, list_problems, nearest)
 from megatron_sov.operate.slurm.stages import work_of
-from megatron_sov.version import PARTS, __version__
+from megatron_sov.version import __version__
 from tokenizer.cli import build_parser as sov_tokenizer
 
 ENTRIES = {"megatron-sov": "megatron_sov.cli", "sov-tokenizer": "tokenizer.cli", "sov-data": "data_prep.cli"}
@@ -99,7 +99,7 @@ def test_a_defect_keeps_its_traceback() -> None:
     ("eval ppl t --data d train.steps=3", "write --set train.steps=3"),
     ("pretrain tiny-solar-open --run r more", "megatron-sov pretrain: more: nothing takes this (--help"),
     ("pretrain tiny-solar-open --run r --resmue", "nothing takes this; did you mean '--resume'?"),
-    ("eval logits c h --output f", "--output: nothing takes this (--help"),
+    ("eval ppl c h --data d", "h: nothing takes this (--help"),
     ("eval ppl", "megatron-sov eval ppl: the following arguments are required: "),
     ("report sft --ouput c", "--ouput: nothing takes this; did you mean '--output'?"),
     ("report '' --output c", "RUN: is empty, where a file or folder is to be named"),
@@ -147,20 +147,6 @@ def test_no_failure_becomes_a_success_by_its_lowest_byte(code: int, kept: int) -
     with pytest.raises(SystemExit) as ended:
         exit_code(child_fails)
     assert ended.value.code == kept
-
-
-def test_a_folder_that_an_uninstalled_part_left_is_no_part(tmp_path: Path,
-                                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, file in (("left_over", "__pycache__/cli.cpython-311.pyc"), ("whole_part", "__init__.py")):
-        (tmp_path / name / file).parent.mkdir(parents=True)
-        (tmp_path / name / file).touch()
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(PARTS, "old", ("left_over",))
-    monkeypatch.setitem(PARTS, "new", ("whole_part",))
-    assert (is_installed("left_over"), is_installed("whole_part")) == (False, True)
-    check_part("whole_part.cli")
-    with pytest.raises(UserError, match=r"needs the part 'old', .* wheel megatron_sov_old-"):
-        check_part("left_over.cli")
 
 
 @pytest.mark.parametrize(("said", "policy"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])

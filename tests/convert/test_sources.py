@@ -97,7 +97,7 @@ def test_folders_that_are_no_models(solar_dir: Path, tmp_path: Path) -> None:
     assert "is empty, so it is not a Hugging Face folder" in refused(tmp_path / "empty", tmp_path)
     shutil.copytree(solar_dir, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
     (tmp_path / "pickled/pytorch_model.bin").write_bytes(b"")
-    assert "it is no archive of torch.save" in refused(tmp_path / "pickled", tmp_path)
+    assert "is a pickle, which is not read" in refused(tmp_path / "pickled", tmp_path)
 
 
 # Tensors that older programs saved and none computes with, heads that are tied, and what a message advises.

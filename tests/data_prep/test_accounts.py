@@ -29,12 +29,6 @@ CHATS = [
     '{"id": 1, "prompt": "Why?", "chosen": "A good answer", "rejected": "A bad answer"}',
     '{"id": 2, "prompt": "How?", "chosen": "This way", "rejected": "That way"}', "{", "[]",
     '{"id": 3, "prompt": "Who?", "chosen": "", "rejected": 5}', '{"id": 4, "prompt": "When?"}']
-STEP = """from megatron_sov import LeftOut
-
-
-def no_short(document):
-    return document if len(document.text) > 2 else LeftOut("short")
-"""
 
 
 def row(prompt: str, response: Any, reward: Any, **more: Any) -> dict[str, Any]:
@@ -65,8 +59,6 @@ def accounts(told: str) -> list[tuple[int, str, int, dict[str, int]]]:
 
 @pytest.mark.parametrize(("lines", "more", "num_written", "reasons"), [
     (TEXTS, (), 3, {"json": 4, "fields": 2, "empty": 1, "duplicate_id": 1, "too_long": 1, "utf8": 1}),
-    (TEXTS, ("--step", "FOLDER/step.py:no_short"), 2,
-     {"json": 4, "fields": 2, "empty": 1, "duplicate_id": 1, "too_long": 1, "utf8": 1, "short": 1}),
     (TEXTS, ("--bucket-by", "level"), 3, None),
     (CHATS, ("--format", "preference"), 2, None),
 ])
@@ -74,13 +66,12 @@ def test_packing_accounts_for_every_line(tokenizers: dict[str, Path], tmp_path: 
                                          more: tuple[str, ...], num_written: int,
                                          reasons: dict[str, int] | None,
                                          capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "step.py").write_text(STEP)
     (tmp_path / "mixed.jsonl").write_text("\n".join(lines) + "\n")
     num_read = sum(bool(line.strip()) for line in lines)
     assert main(["pack", "--tokenizer", str(tokenizers["solar-open"]), "--output", str(tmp_path / "out"),
                  "--input", str(tmp_path / "mixed.jsonl"), "--on-bad", "quarantine", "--workers", "1",
                  "--max-document-bytes", "500", "--heldout", "0.5",
-                 *(word.replace("FOLDER", str(tmp_path)) for word in more)]) == 0
+                 *more]) == 0
     ((found, noun, written, aside),) = accounts(capsys.readouterr().out)
     assert (found, noun, written) == (num_read, "records", num_written)
     if reasons is not None:
@@ -90,8 +81,8 @@ def test_packing_accounts_for_every_line(tokenizers: dict[str, Path], tmp_path: 
     stored: Counter[str] = Counter()
     for source in sources:
         documents = sum(s["num_documents"] for s in source["splits"].values()) // source["group_documents"]
-        stored += Counter(source["num_bad"]) + Counter(source.get("num_left_out", {}))
-        bad = sum(source["num_bad"].values()) + sum(source.get("num_left_out", {}).values())
+        stored += Counter(source["num_bad"])
+        bad = sum(source["num_bad"].values())
         assert source["num_read"] == documents + bad
     assert stored == aside
 

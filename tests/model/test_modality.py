@@ -2,56 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.base import command_line
-from megatron_sov.base.errors import UserError
 from megatron_sov.model import modality as seam
-from megatron_sov.model.config import VisionEncoderConfig
 from megatron_sov.train.data.token_shards import open_sources
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture()
-def no_part(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The part `omni` is not installed."""
-    there = command_line.is_installed
-    monkeypatch.setattr(command_line, "is_installed",
-                        lambda module: not module.startswith("megatron_sov.omni") and there(module))
-    seam.modality.cache_clear()
-    yield
-    seam.modality.cache_clear()
-
-
-def test_data_of_text_need_no_part(no_part: None, packed_data: Any) -> None:
+def test_data_of_text_need_no_encoder(packed_data: Any) -> None:
     model = recipes.get("tiny-qwen3").model
     sources = open_sources({str(packed_data.text): 1.0}, model.vocab_size)
     seam.check_encoders(model, sources)
     documents = sources[0].shard("train")
     assert len(documents.tokens(0, 0, 3)) == 3 and seam.inputs_of(documents, 0, 0, 3) == {}
     assert not model.is_multimodal
-
-
-def test_what_reads_pictures_names_the_part_that_is_missing(no_part: None) -> None:
-    said = r"needs the part 'omni', which is not installed: .* megatron_sov_omni-"
-    with pytest.raises(UserError, match=said):
-        seam.read_banks({"pictures": {}}, "a source")
-    plain = recipes.get("tiny-qwen3").model
-    sees = dataclasses.replace(plain, vision=VisionEncoderConfig("siglip", (5,), image_size=24, patch_size=8))
-    assert sees.is_multimodal
-    with pytest.raises(UserError, match=said):
-        seam.check_encoders(sees, [SimpleNamespace(name="a", banks={"pictures": None})])
 
 
 PROGRAM = """

@@ -1,4 +1,4 @@
-"""`sov-tokenizer media`: tokens of media behind those of text, and rows for them in a model."""
+"""`sov-tokenizer media`: tokens of media behind those of text."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer
 
 from megatron_sov.base.artifacts import damaged_files, new_artifact, read_manifest, sha256_file
 from megatron_sov.chat.media_tokens import (
@@ -80,37 +78,15 @@ def test_placeholders_are_where_the_recipe_has_them(num_ids: int) -> None:
     (("--audio-tokens", -1), "--audio-tokens -1: must be at least 0"),
     (("--audio-tokens", 4, "--image-first", 900), "--image-first 900: is only for --image-tokens"),
     (("--audio-tokens", 4, "--audio-first", 10), "the ids up to 297 are taken"),
-    (("--audio-tokens", 4, "--audio-first", 10**9), "no more than"),
-    (("--image-tokens", 4, "--noise", 0.1), "is no model")])
+    (("--audio-tokens", 4, "--audio-first", 10**9), "no more than")])
 def test_what_cannot_be_is_one_sentence(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                         options: tuple[object, ...], words: str) -> None:
     assert run(plain, *options, "--output", tmp_path / "omni") == 2
     assert words in capsys.readouterr().err and not (tmp_path / "omni").exists()
 
 
-@pytest.mark.deep
-def test_a_model_gets_rows_near_the_mean_of_the_old_ones(plain: Path, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = Qwen2Config(vocab_size=264, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                         num_attention_heads=2, num_key_value_heads=1, initializer_range=0.5,
-                         tie_word_embeddings=False)
-    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(plain / name, tmp_path / "model")
-    raw = json.loads((plain / "tokenizer.json").read_text())
-    raw["normalizer"] = {"type": "NFC"}
-    (tmp_path / "model/tokenizer.json").write_text(json.dumps(raw))
-    (tmp_path / "model/config.json").write_text(
-        (tmp_path / "model/config.json").read_text().replace('"qwen2"', '"llama"').replace("Qwen2", "Llama"))
-    assert run(tmp_path / "model", "--audio-tokens", 4, "--image-tokens", 400, "--noise", 0.1, "--output",
-               tmp_path / "omni") == 0
-    old, new = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", tmp_path / "omni"))
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        assert torch.equal(new[name][:264], old[name])
-        fresh, mean, deviation = new[name][264:], old[name].mean(0), old[name].std(0, unbiased=False)
-        scaled = (fresh - mean) / deviation
-        assert len(fresh) == len(MARKS) + 404 and len(torch.unique(fresh, dim=0)) == len(fresh)
-        assert abs(float(scaled.mean())) < 0.01 and float(scaled.std()) == pytest.approx(0.1, rel=0.05)
-    content = read_manifest(tmp_path / "omni", "hf_model").content
-    assert read_blocks(content["media"], "it")[IMAGE].size == 400
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "omni").config.vocab_size == 264 + len(MARKS) + 404
+def test_a_model_is_refused_with_what_resizes_it(plain: Path, tmp_path: Path,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    (plain / "config.json").write_text("{}")
+    assert run(plain, "--image-tokens", 4, "--output", tmp_path / "omni") == 2
+    assert "is a model; pass the tokenizer" in capsys.readouterr().err

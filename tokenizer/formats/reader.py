@@ -249,15 +249,6 @@ class Opened(ABC):
         """Return the text that `decode(encode(text))` is meant to give."""
         return text
 
-    def merged_alone(self, id_: int) -> list[int] | None:
-        """Return what a token's own bytes become by merges alone, unsplit;
-        None where the library does not tell.
-
-        In byte-pair encoding a token that its own bytes do not become is never given for any text: merges
-        inside it come in the same order whatever stands around it.
-        """
-        return None
-
 
 class HuggingFace(Opened):
     """A tokenizer.json, by `tokenizers`."""
@@ -317,12 +308,6 @@ class HuggingFace(Opened):
             return text
         normal = str(normalizer.normalize_str(text)).replace(SPACE, " ")
         return normal.removeprefix(" ") if self._prepends else normal
-
-    def merged_alone(self, id_: int) -> list[int] | None:
-        model = self._raw["model"]
-        if model["type"] != "BPE" or model.get("ignore_merges"):
-            return None
-        return [token.id for token in self._tokenizer.model.tokenize(self._spelled[id_])]
 
 
 class Tiktoken(Opened):

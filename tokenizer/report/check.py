@@ -1,16 +1,13 @@
-"""What a check of a tokenizer says: a verdict, numbers, and tables and charts made of them."""
+"""What a check of a tokenizer says: a verdict, numbers, and tables made of them."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from markupsafe import Markup
 
-from megatron_sov.base.pages.page import Chapter, Chart, PageSection, PageTable, render as render_page
-from megatron_sov.base.pages.plots import Axis, BarPlot, BarSeries, LinePlot, Series, colour
+from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render as render_page
 from tokenizer.formats.reader import Opened
 
 Verdict = Literal["good", "note", "bad"]
@@ -37,7 +34,6 @@ class TokenizerCheck:
     numbers: dict[str, Any]
     """Everything that was measured, as plain JSON values."""
     tables: list[PageTable] = field(default_factory=list)
-    charts: list[Chart] = field(default_factory=list)
 
 
 def shown(token: bytes | str) -> str:
@@ -74,7 +70,7 @@ def render(tokenizer: Opened, checks: list[TokenizerCheck]) -> str:
     bad = sum(c.verdict == "bad" for c in checks)
     subtitle = f"{tokenizer.vocab_size:,} ids, opened by {tokenizer.library}; {len(checks)} checks, " + (
         f"{bad} of them bad." if bad else "none of them bad.")
-    sections = [PageSection(c.title, f"{c.summary[0].upper()}{c.summary[1:]}.", c.charts, c.tables)
+    sections = [PageSection(c.title, f"{c.summary[0].upper()}{c.summary[1:]}.", [], c.tables)
                 for c in checks]
     chapter = Chapter(tokenizer.name, "", _figures(tokenizer, checks), sections)
     return render_page("Tokenizer report", tokenizer.name, subtitle, [chapter],
@@ -93,24 +89,4 @@ def _figures(tokenizer: Opened, checks: list[TokenizerCheck]) -> list[tuple[str,
                         "of all tokens, on these texts"))
     if "superwords" in by_name:
         figures.append(("Superwords", f"{by_name['superwords'].numbers['share']:.1%}", "of the vocabulary"))
-    if "reach" in by_name:
-        figures.append(("Unreachable", f"{by_name['reach'].numbers['num_unreachable']:,}", "tokens"))
     return figures
-
-
-def bars(labels: Sequence[str], series: Mapping[str, Sequence[float]], axis: str, caption: str) -> Chart:
-    """Return horizontal bars: one group for each label, one colour for each series."""
-    drawn = [BarSeries(name, list(values), colour(i)) for i, (name, values) in enumerate(series.items())]
-    return Chart(BarPlot(labels, drawn, Axis(axis)), caption)
-
-
-def lines(x: Sequence[float], series: Mapping[str, Sequence[float]], axes: tuple[str, str], caption: str,
-          log: bool = False) -> Chart:
-    """Return lines over x, on logarithmic axes where `log`."""
-    drawn = []
-    for i, (name, values) in enumerate(series.items()):
-        points = [(at, value) for at, value in zip(x, values, strict=False)
-                  if math.isfinite(value) and (not log or (at > 0 and value > 0))]
-        if points:
-            drawn.append(Series(name, [at for at, _ in points], [value for _, value in points], colour(i)))
-    return Chart(LinePlot(drawn, Axis(axes[0], is_log=log), Axis(axes[1], is_log=log)), caption)

@@ -1,14 +1,12 @@
 """How much text a token holds, the figures by which tokenizers are compared, and what a tokenizer covers: its
-tokens, characters, scripts, and text that comes in pieces."""
+tokens and characters."""
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +19,8 @@ from megatron_sov.base.documents import Document, RecordReading, cut_text, list_
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.pages.page import PageTable
 from megatron_sov.base.settings import AboveZero, Flag
-from tokenizer.formats.reader import Opened, open_tokenizer
-from tokenizer.report.check import TokenizerCheck, bars, cut, is_text, shown, verdict_of
+from tokenizer.formats.reader import Opened
+from tokenizer.report.check import TokenizerCheck, is_text, shown, verdict_of
 
 NUM_EXAMPLES = 20
 """Shown of what a check finds."""
@@ -229,9 +227,11 @@ def check_texts(tokenizer: Opened, measured: list[TokenizerMeasures]) -> Tokeniz
     for m in measured:
         # tokens are what a model computes: a text's share of them over its share of bytes is its cost
         share_bytes, share_tokens = m.text.num_bytes / all_bytes, m.num_tokens / all_tokens
+        cost = share_tokens / share_bytes
+        num_partial = int(m.counts[partial].sum())
         numbers[m.text.name] = m.numbers() | {
-            "share_of_bytes": share_bytes, "share_of_flops": share_tokens, "cost_against_mean": share_tokens
-            / share_bytes, "share_of_partial_characters": int(m.counts[partial].sum()) / max(1, m.num_tokens)}
+            "share_of_bytes": share_bytes, "share_of_flops": share_tokens, "cost_against_mean": cost,
+            "share_of_partial_characters": num_partial / max(1, m.num_tokens)}
     changed = sum(m.num_changed for m in measured)
     best, worst = (pick(measured, key=lambda m: m.bytes_per_token) for pick in (max, min))
     summary = (f"{all_bytes / 1e6:.2f} MB in {len(measured)} texts, {all_bytes / all_tokens:.3f} bytes per "
@@ -239,15 +239,8 @@ def check_texts(tokenizer: Opened, measured: list[TokenizerMeasures]) -> Tokeniz
                f"({worst.bytes_per_token:.3f}); "
                + (f"{changed} pieces of text are not given back by decoding" if changed
                   else "decoding gives all of it back"))
-    names = [m.text.name for m in measured]
-    cost = [1000 * (m.tokens_per_word or m.tokens_per_char) for m in measured]
-    charts = [bars(names, {"bytes per token": [m.bytes_per_token for m in measured]}, "bytes per token",
-                   "UTF-8 bytes of text in a token: more is cheaper."),
-              bars([n if m.text.has_words else f"{n} (characters)"
-                    for n, m in zip(names, measured, strict=True)], {"tokens": cost}, "tokens",
-                   "Context that 1,000 words take; 1,000 characters where spaces do not part words.")]
     return TokenizerCheck("texts", "Texts", "bad" if changed else "good", summary, {"texts": numbers},
-                          [table(measured)], charts)
+                          [table(measured)])
 
 
 def table(measured: list[TokenizerMeasures]) -> PageTable:
@@ -301,12 +294,8 @@ def check_inventory(tokenizer: Opened) -> TokenizerCheck:
         rows = [[shown(t), f"{i:,}", "special" if i in tokenizer.special else "added"]
                 for i, t in named[:3 * NUM_EXAMPLES]]
         tables.insert(0, PageTable(["special and added tokens", "id", "kind"], rows))
-    lengths = Counter(min(len(t), 24) for t in tokens.values())
-    labels = [f"{n}" if n < 24 else "24 and more" for n in sorted(lengths)]
-    drawn = bars(labels, {"tokens": [lengths[n] for n in sorted(lengths)]}, "tokens",
-                 "Tokens by their bytes.")
     return TokenizerCheck("inventory", "Vocabulary", "note" if unused_ids or twins else "good", summary,
-                          numbers, tables, [drawn])
+                          numbers, tables)
 
 
 def words_in(token: bytes) -> int:
@@ -345,10 +334,8 @@ SEPARATORS = {"side by side": "", "behind a letter": "a", "behind a space": " "}
 
 @dataclass
 class Scalars:
-    """What became of all of Unicode."""
+    """Characters of Unicode that do not come back as they were."""
 
-    seen: NDArray[np.bool_]
-    """Ids that came up, [vocab]."""
     num_tried: int = 0
     changed: list[int] = field(default_factory=list)
     """Code points that the normalizer writes in another, equivalent way (NFC)."""
@@ -358,18 +345,15 @@ class Scalars:
     """Blocks that do not come back although each of their characters does."""
 
 
-def try_scalars(tokenizer: Opened, progress: Callable[[int], object], end: int = END) -> Scalars:
-    """Encode and decode all 1,112,064 scalar values, or those below `end`;
-    `progress` is told of each block."""
-    found = Scalars(np.zeros(tokenizer.vocab_size, np.bool_))
+def try_scalars(tokenizer: Opened, end: int = END) -> Scalars:
+    """Encode and decode all 1,112,064 scalar values, or those below `end`."""
+    found = Scalars()
     for codes in _blocks(end):
         found.num_tried += len(codes)
         # planes without characters once: they are large, and no text has them
         names = list(SEPARATORS)[:1] if codes[0] in EMPTY_PLANES else list(SEPARATORS)
         texts = [SEPARATORS[name].join(map(chr, codes)) for name in names]
         encoded = tokenizer.encode_many(texts)
-        for ids in encoded:
-            found.seen[ids] = True
         same = [tokenizer.decode(ids) == text for text, ids in zip(texts, encoded, strict=True)]
         if not all(same):
             before = len(found.lost)
@@ -380,7 +364,6 @@ def try_scalars(tokenizer: Opened, progress: Callable[[int], object], end: int =
                 # characters that are fine alone and not together
                 if not explained and not _equivalent(tokenizer.decode(ids), text):
                     found.lost_blocks.append(f"U+{codes[0]:04X} to U+{codes[-1]:04X}, {name}")
-        progress(1)
     return found
 
 
@@ -398,19 +381,15 @@ def _equivalent(a: str, b: str) -> bool:
     return unicodedata.normalize("NFC", a) == unicodedata.normalize("NFC", b)
 
 
-def num_blocks() -> int:
-    """Return how often `try_scalars` tells of its progress."""
-    return sum(1 for _ in _blocks(END))
-
-
 def _blocks(end: int) -> Iterator[list[int]]:
     for start in range(0, end, BLOCK):
         if not 0xD800 <= start < 0xE000:
             yield list(range(start, min(start + BLOCK, end)))
 
 
-def check_scalars(found: Scalars) -> TokenizerCheck:
+def check_scalars(tokenizer: Opened) -> TokenizerCheck:
     """Say whether all of Unicode survives."""
+    found = try_scalars(tokenizer)
     bad = bool(found.lost or found.lost_blocks)
     summary = f"{found.num_tried:,} characters tried"
     if found.lost:
@@ -430,147 +409,3 @@ def check_scalars(found: Scalars) -> TokenizerCheck:
     tables = [PageTable(["lost", "name", "character"], rows)] if rows else []
     return TokenizerCheck("scalars", "All of Unicode", verdict_of(bad, found.changed),
                           summary, numbers, tables)
-
-
-# Writing that tokenizers treat badly: Hangul in its parts, Thai marks, emoji sequences,
-# and how dear each syllable is.
-
-HANGUL_SYLLABLES = range(0xAC00, 0xD7A4)
-DEAR_DECOMPOSED = 2.0
-"""Tokens of decomposed Korean over those of composed Korean, from which it is worth a remark."""
-KOREAN = "한국어 문서를 읽고 쓰는 데에는 많은 낱말이 필요하다."
-
-SAMPLES: dict[str, dict[str, str]] = {
-    "Hangul": {
-        "composed (NFC)": KOREAN, "decomposed (NFD)": unicodedata.normalize("NFD", KOREAN),
-        "compatibility jamo": "ㅋㅋㅋ ㅎㅎ ㅠㅠ",
-        "halfwidth jamo": "ﾤﾷﾱ", "old Hangul": "나랏말ᄊᆞ미 듕귁에 달아", "jamo alone": "ᄀ ᅡ ᆨ ᄀᅠ",
-    },
-    "Thai": {
-        "tone and vowel marks": "กำลังที่นี้ ผู้ใหญ่ เก็บน้ำผึ้ง", "sara am in two parts": "นํ้า กํา",
-        "marks out of order": "ก่ี ก้ิ", "mark without a letter": "่ ี", "digits": "๑๒๓๔๕๖",
-    },
-    "Emoji": {
-        "joined family (ZWJ)": "👨\u200d👩\u200d👧\u200d👦", "flags": "🇰🇷🇹🇭🇯🇵", "skin tones": "👍🏻👍🏽👍🏿",
-        "keycap": "1\ufe0f\u20e3 #\ufe0f\u20e3",
-        "variation selectors": "❤\ufe0f ❤\ufe0e",
-        "subdivision flag (tags)": "🏴\U000e0067\U000e0062\U000e0073\U000e0063\U000e0074\U000e007f",
-        "profession with skin tone": "👩🏽\u200d🔬 🏳\ufe0f\u200d🌈",
-    },
-    "Others": {
-        "combining accents": "e\u0301 a\u0323\u0302 n\u0303", "Vietnamese": "Tiếng Việt",
-        "Arabic marks": "العَرَبِيَّة", "Hebrew points": "שָׁלוֹם",
-        "Devanagari": "क्षत्रिय हिन्दी", "direction marks": "a\u200eb\u200fc\u202ed\u202c",
-        "zero width": "a\u200bb\u2060c\ufeffd", "ligature and width forms": "ﬁ Ａ Å ½ ㎏",
-        "kana with marks": "か\u3099 がﾊﾟ",
-        "rare Han": "𠮷野家 㐀 﨎", "mathematics": "𝒜𝟙 ∑∫√",
-        "replacement and noncharacters": "\ufffd \ufffe \uffff", "controls": "\x00\x01\x1b\x7f\x85",
-    },
-}
-
-
-def check_scripts(tokenizer: Opened) -> TokenizerCheck:
-    """Encode and decode each sample; count the tokens of Hangul syllables and of decomposed Korean."""
-    rows, found, lost, changed = [], {}, [], []
-    for group, samples in SAMPLES.items():
-        for name, text in samples.items():
-            ids = tokenizer.encode(text)
-            back = tokenizer.decode(ids)
-            state = "same"
-            if back != text:
-                state = "equivalent" if _nfc(back) == _nfc(text) else "lost"
-            if state == "lost":
-                lost.append(f"{group}: {name}")
-            elif state == "equivalent":
-                changed.append(f"{group}: {name}")
-            found[f"{group}: {name}"] = {
-                "text": text, "num_chars": len(text), "num_bytes": len(text.encode()), "num_tokens": len(ids),
-                "num_tokens_nfc": len(tokenizer.encode(_nfc(text))), "back": state}
-            rows.append([group, name, text, f"{len(text)}", f"{len(ids)}", state,
-                         cut(pieces(tokenizer, text))])
-    syllables = Counter(len(ids) for ids in tokenizer.encode_many([chr(c) for c in HANGUL_SYLLABLES]))
-    decomposed, composed = (len(tokenizer.encode(SAMPLES["Hangul"][form]))
-                            for form in ("decomposed (NFD)", "composed (NFC)"))
-    ratio = decomposed / max(1, composed)
-    dear = ratio > DEAR_DECOMPOSED
-    verdict = verdict_of(lost, changed or dear)
-    summary = (f"{syllables[1]:,} of {len(HANGUL_SYLLABLES):,} Hangul syllables are one token; "
-               f"decomposed Korean costs {ratio:.1f} times as much as composed"
-               + (", so normalize the corpus to NFC" if dear else "")
-               + (f"; {len(lost)} samples are lost: {', '.join(lost[:3])}" if lost
-                  else "; all samples come back")
-               + (f", {len(changed)} in an equivalent form" if changed else ""))
-    numbers = {"hangul_syllables_by_tokens": {str(n): count for n, count in sorted(syllables.items())},
-               "decomposed_over_composed": ratio, "samples": found, "lost": lost, "equivalent": changed}
-    by_tokens = [[str(n), f"{c:,}"] for n, c in sorted(syllables.items())]
-    tables = [PageTable(["tokens of a Hangul syllable", "syllables"], by_tokens),
-              PageTable(["script", "sample", "text", "characters", "tokens", "comes back", "cut"], rows)]
-    return TokenizerCheck("scripts", "Hangul, Thai, emoji and others", verdict, summary, numbers, tables)
-
-
-def _nfc(text: str) -> str:
-    return unicodedata.normalize("NFC", text)
-
-
-# Text and tokens that arrive one by one, and the same text encoded again.
-
-SAMPLE_CHARS = 300
-"""Of each text, character by character."""
-LONG_REWIND = 8
-NUM_CHUNKS, CHUNK_CHARS = 200, 10_000
-"""Text that is encoded again."""
-MIXED = ("The quick brown fox isn't here, it's 2026.  def f(x):\n    return x ** 2\n\n"
-         "한국어 문장은 띄어쓰기가 있다. 日本語と中文。 "
-         "กำลังที่นี้ 👨\u200d👩\u200d👧 naïve e\u0301 <|end|> https://example.org/a?b=1&c=2")
-
-
-def check_streaming(tokenizer: Opened, texts: Sequence[NamedText]) -> TokenizerCheck:
-    """Let text grow by a character and see how many tokens are taken back; decode tokens as they come.
-
-    A server that shows text while it is made, or caches the tokens of a prompt, meets both.
-    """
-    samples = {"mixed": MIXED} | {t.name: t.chunks[len(t.chunks) // 2].strip()[:SAMPLE_CHARS] for t in texts}
-    found, rows, broken = {}, [], []
-    for name, text in samples.items():
-        if not text:
-            continue
-        grown = tokenizer.encode_many([text[:n] for n in range(1, len(text) + 1)])
-        back = [len(a) - _common(a, b) for a, b in itertools.pairwise(grown)]
-        whole = tokenizer.decode(grown[-1])
-        decoded = [tokenizer.decode(grown[-1][:k]).rstrip("\ufffd") for k in range(1, len(grown[-1]) + 1)]
-        if not all(whole.startswith(part) for part in decoded):
-            broken.append(name)
-        most = max(back, default=0)
-        where = text[:back.index(most) + 2] if back else text
-        found[name] = {"num_chars": len(text), "num_tokens": len(grown[-1]), "most_taken_back": most,
-                       "mean_taken_back": sum(back) / max(1, len(back)),
-                       "prefixes_decode": name not in broken}
-        rows.append([name, f"{len(grown[-1])}", f"{most}", f"{sum(back) / max(1, len(back)):.2f}",
-                     shown(where[-24:]), "no" if name in broken else "yes"])
-    most = max(int(f["most_taken_back"]) for f in found.values())
-    summary = f"one character more takes back at most {most} tokens; " + (
-        f"decoding the first tokens gives other text than the beginning in {', '.join(broken)}" if broken
-        else "the first tokens always decode to the beginning of the text")
-    verdict = verdict_of(broken, most > LONG_REWIND)
-    return TokenizerCheck("streaming", "Streaming", verdict, summary, {"texts": found}, [
-        PageTable(["text", "tokens", "most taken back", "mean", "where", "prefixes decode"], rows)])
-
-
-def _common(a: list[int], b: list[int]) -> int:
-    """Return how many ids two lists begin with in common."""
-    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def check_determinism(tokenizer: Opened, texts: Sequence[NamedText]) -> TokenizerCheck:
-    """Encode the same text alone, among others, and by the same files opened again."""
-    chunks = [MIXED] + [chunk[:CHUNK_CHARS] for text in texts
-                        for chunk in text.chunks[:max(1, NUM_CHUNKS // len(texts))]]
-    together = tokenizer.encode_many(chunks)
-    again = open_tokenizer(tokenizer.path).encode_many(list(reversed(chunks)))[::-1]
-    differ = [i for i, chunk in enumerate(chunks) if not together[i] == again[i] == tokenizer.encode(chunk)]
-    digest = hashlib.sha256(repr(together).encode()).hexdigest()
-    summary = f"{len(chunks):,} pieces of text encoded three times: " + (
-        f"{len(differ)} differ, the first {shown(chunks[differ[0]][:40])}" if differ
-        else f"the same ids (SHA-256 {digest[:12]})")
-    numbers = {"num_chunks": len(chunks), "num_different": len(differ), "ids_sha256": digest}
-    return TokenizerCheck("determinism", "Determinism", "bad" if differ else "good", summary, numbers)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge
 from pydantic import TypeAdapter
 
-from data_prep.curate.pipeline.step import SOURCE_COLUMNS, ColumnType, Step, step_class, step_names
+from data_prep.curate.pipeline.step import SOURCE_COLUMNS, STEPS, ColumnType, Step, step_class
 from data_prep.curate.pipelines import READY
 from data_prep.curate.sources.source import KINDS, SourceSettings
 from megatron_sov.base.artifacts import MANIFEST
@@ -268,10 +268,10 @@ class _FileReader:
             if len(kinds) != 1:
                 self.tell(place, f"step {i + 1}: must be the name of one step with its settings, and at most "
                                  "`only` beside it")
-            elif kinds[0] not in (known := step_names()):
-                close = was_removed(kinds[0], PIPELINE) or nearest(kinds[0], known)
+            elif kinds[0] not in STEPS:
+                close = was_removed(kinds[0], PIPELINE) or nearest(kinds[0], STEPS)
                 self.tell((*place, kinds[0]), f"{kinds[0]}: is no step{close} "
-                                              f"(there are: {', '.join(known)})")
+                                              f"(there are: {', '.join(STEPS)})")
             else:
                 only = self._part(Only, entry.get("only") or {}, (*place, "only"))
                 if only is not None:
@@ -344,7 +344,7 @@ class _FileReader:
 
 
 def _givers(column: str) -> list[str]:
-    return [kind for kind in step_names() if column in step_class(kind).adds]
+    return [kind for kind in STEPS if column in step_class(kind).adds]
 
 
 # Names of the output's sources, made of documents' columns.

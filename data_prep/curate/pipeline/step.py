@@ -14,9 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins.loading import LoadedPlugin
-from megatron_sov.base.plugins.registry import Registry
+from megatron_sov.base.plugins.registry import load_built_in
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -180,26 +178,11 @@ STEPS: dict[str, str] = {
 """Name in pipeline files -> module:class."""
 
 
-def _check(loaded: LoadedPlugin) -> None:
-    if not (isinstance(loaded.value, type) and issubclass(loaded.value, Step)):
-        raise UserError(f"{loaded.reference}: is {str(loaded.value)[:80]}; a step of a pipeline is a "
-                        f"subclass of {Step.__module__}.Step")
-
-
-OWN: Registry[type[Step]] = Registry("step of a pipeline", "megatron_sov.pipeline_steps", STEPS, _check,
-                                     lambda step: str(step.kind))
-"""Those of installed packages."""
-
-
-def step_names() -> list[str]:
-    """Return the names that pipeline files may use."""
-    return [*STEPS, *(name for name, _ in OWN.listing())]
-
-
 def step_class(kind: str) -> type[Step]:
-    """Return the class of a step that `step_names` has.
+    """Return the class of a step of `STEPS`.
 
     Raises:
-        UserError: a library that it needs is not installed, or an installed package's is no step.
+        UserError: a library that it needs is not installed.
     """
-    return OWN.loaded(kind, STEPS, "data")
+    step: type[Step] = load_built_in(f"step {kind}", STEPS[kind], "data")
+    return step

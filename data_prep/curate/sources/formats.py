@@ -15,8 +15,7 @@ from data_prep.libraries import require
 from megatron_sov.base.documents.files import is_about, is_records
 from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.base.hints.removed import PIPELINE, was_removed
-from megatron_sov.base.plugins.loading import LoadedPlugin
-from megatron_sov.base.plugins.registry import Registry
+from megatron_sov.base.plugins.registry import load_built_in
 from megatron_sov.base.settings import (
     ProblemCode, SettingsError, SettingsProblem, as_problem, find_problems, problems_of)
 
@@ -39,24 +38,14 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
 """Format -> modules that the process which reads imports; without one every file would be told as broken."""
 
 
-def _check(loaded: LoadedPlugin) -> None:
-    if not (isinstance(loaded.value, type) and issubclass(loaded.value, FileReader)):
-        raise UserError(f"{loaded.reference}: is {str(loaded.value)[:80]}; the reader of a format is a "
-                        f"subclass of {FileReader.__module__}.FileReader")
-
-
-OWN: Registry[type[FileReader]] = Registry("format", "megatron_sov.source_formats", FORMATS, _check,
-                                           lambda reader: str(reader.format))
-"""Readers of installed packages."""
-
-
 def reader_class(format_: str) -> type[FileReader]:
-    """Return the reader of a format.
+    """Return the reader of a format of `FORMATS`.
 
     Raises:
-        UserError: an installed package's is no reader.
+        UserError: a library that it needs is not installed.
     """
-    return OWN.loaded(format_, FORMATS, "data")
+    found: type[FileReader] = load_built_in(f"format {format_}", FORMATS[format_], "data")
+    return found
 
 
 def reader(source: SourceSettings) -> Reader:
@@ -71,10 +60,9 @@ def reader(source: SourceSettings) -> Reader:
 
 
 def format_problems(format_: str, options: Mapping[str, Any]) -> list[SettingsProblem]:
-    known = [*FORMATS, *(name for name, _ in OWN.listing())]
-    if format_ not in known:
-        close = was_removed(format_, PIPELINE) or nearest(format_, known)
-        return [SettingsProblem(ProblemCode.CHOICE, "format", f"must be one of {', '.join(known)}", format_,
+    if format_ not in FORMATS:
+        close = was_removed(format_, PIPELINE) or nearest(format_, FORMATS)
+        return [SettingsProblem(ProblemCode.CHOICE, "format", f"must be one of {', '.join(FORMATS)}", format_,
                                 close.removeprefix("; "))]
     problems = find_problems(reader_class(format_).Options, options,
                              lambda key: was_removed(f"{format_}.{key}", PIPELINE).removeprefix("; "))[1]

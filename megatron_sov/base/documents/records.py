@@ -227,7 +227,7 @@ class Document:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What a data step returns for a document that is not to be packed.
+    """Result of a data step (the step `code` of a pipeline) for a document that is dropped.
 
     >>> long_enough = lambda document: document if len(document.text) >= 60 else LeftOut("short")
     """

@@ -28,20 +28,35 @@ def unknown_command(program: str, word: str, choices: Sequence[str], typed: Sequ
     rows = table()["commands"].get(program, {})
     by_word = {one: text for words, text in rows.items() for one in words.split()}
     begin = f"{program} {word}: does not exist"
-    if text := by_word.get(word.lower()):
+    if (text := by_word.get(word.lower())) and kind_of_folder(Path(word)) == "other":
         return UserError(f"{begin}; {text}")
+    options = table()["by_option"].get(program, {})
+    given = {normalize(one.partition("=")[0]) for one in (word, *typed) if one.startswith("--")}
+    meant = next((command for option, command in options.items() if normalize(option) in given), "")
+    if word.startswith("-") and meant:
+        return UserError(f"{program}: a command comes before its options; write\n"
+                         f"  {program} {meant} {shlex.join([word, *typed])}")
     path = Path(word)
     paths = table()["paths"].get(program)
     if paths and (os.sep in word or path.exists()):
         kind = kind_of_folder(path)
         ways = [way.format(path=shlex.quote(word)) for way in paths.get(kind, paths["other"])]
         directions = [value for name, value in pairwise(typed) if name in _DIRECTION_OPTIONS]
-        ways = [way for way in ways if way.split()[0] in {f"to-{value}" for value in directions}] or ways
+        wanted = {meant, *(f"to-{value}" for value in directions)}
+        ways = [way for way in ways if way.split()[0] in wanted] or ways
+        ways = [_without_typed(way, typed) for way in ways] if len(ways) == 1 else ways
         if len(ways) == 1 and typed:
             ways = [_with_output(ways[0], typed)]
         return UserError(f"{program}: {word} is a path, and an action comes first; write\n" + "\n".join(
             f"  {program} {way}" for way in ways))
     return UserError(f"{begin}{nearest(word, choices)} (`{program} --help` lists what there is)")
+
+
+def _without_typed(way: str, typed: Sequence[str]) -> str:
+    """Return a line without the options, with their values, that were typed."""
+    words = way.split(" --")
+    names = {one.partition("=")[0] for one in typed}
+    return " --".join([words[0], *(word for word in words[1:] if f"--{word.split()[0]}" not in names)])
 
 
 def _with_output(line: str, typed: Sequence[str]) -> str:
@@ -92,12 +107,12 @@ def kind_of_folder(path: Path) -> str:
         return "peft"
     if "latest_checkpointed_iteration.txt" in names or any(name.startswith("iter_") for name in names):
         return "megatron"
+    if "config.json" in names and any(name.endswith(".safetensors") for name in names):
+        return "hf"
     if "manifest.json" in names:
         try:
             kind = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["kind"]
         except (OSError, ValueError, TypeError, KeyError):
             kind = "other"
         return str(kind)
-    if "config.json" in names and any(name.endswith(".safetensors") for name in names):
-        return "hf"
     return "tokenizer" if "tokenizer.json" in names else "other"

@@ -14,6 +14,9 @@ from megatron_sov.base.errors import UserError
 
 COMMANDS = {
     "megatron-sov audit": "`megatron-sov inspect RUN --verify` checks the hashes of a run's manifests",
+    "megatron-sov bundle": "`pip wheel` and `pip install --no-index` install without a network "
+                           "(docs/install.md)",
+    "megatron-sov completion": "--help lists commands and options",
     "megatron-sov counterfactual": "train a second run on shards that `sov-data pack` makes without the "
                                    "documents, and compare their `megatron-sov report` pages",
     "megatron-sov card": "`megatron-sov convert to-hf` writes a README.md with the model's origins",
@@ -24,6 +27,7 @@ COMMANDS = {
     "megatron-sov convert to-gguf": "use convert_hf_to_gguf.py of llama.cpp on the folder of `convert to-hf`",
     "megatron-sov convert upcycle": "use mergekit-moe on the folder of `convert to-hf`",
     "megatron-sov eval bigram": "`megatron-sov eval ppl` has bits per byte, which compare tokenizers",
+    "megatron-sov eval logits": "`megatron-sov convert verify CHECKPOINT HF_DIR` compares weights and logits",
     **dict.fromkeys(("megatron-sov eval inspect", "megatron-sov eval play"),
                     "serve the model with `megatron-sov serve` and run inspect-ai on its address"),
     "megatron-sov distill rounds": "use `megatron-sov rl run ... --teacher TEACHER --reward none --set "
@@ -44,7 +48,7 @@ COMMANDS = {
                     "of `sov-data difficulty label`, and `sov-data scorer check`"),
     "sov-data card": "manifest.json and summary.json of the output have sources, counts and hashes",
     "sov-tokenizer graft": "resize the model with transformers' `resize_token_embeddings`; `sov-tokenizer "
-                           "media` adds tokens of pictures and sounds",
+                           "media` adds tokens of pictures and sounds to a tokenizer",
 }
 """Program and command -> what to use in its place."""
 OPTIONS = {
@@ -56,6 +60,9 @@ OPTIONS = {
         "ask an endpoint with lm-eval's own command `lm_eval --model local-chat-completions`"),
     **dict.fromkeys(("megatron-sov inspect --page", "sov-data inspect --page"),
                     "redirect the text: `megatron-sov inspect PATH > facts.txt`"),
+    "megatron-sov eval needle --text": "pack the text with `sov-data pack --heldout 0.5` for --data",
+    **dict.fromkeys(("megatron-sov eval passk --sampled", "megatron-sov eval passk --group-by"),
+                    "`megatron-sov score` judges responses that are there"),
     "megatron-sov score --disagreements": "the command prints the lines where two rewards disagree",
     "megatron-sov tools play --page": "redirect the text: `megatron-sov tools play ENV ... > play.txt`",
     **dict.fromkeys(("megatron-sov plan --calibrate-engine", "megatron-sov plan --engine-gpus"),
@@ -90,6 +97,8 @@ OPTIONS = {
     **dict.fromkeys((f"sov-data synth --{name}" for name in ("input-price", "output-price", "max-cost",
                                                              "judge-input-price", "judge-output-price")),
                     "limit tokens with --max-tokens-total; summary.json counts them"),
+    "sov-data pack --step": "apply the function with `megatron-sov map`, or as the step `code` of a pipeline "
+                            "(`sov-data run`), before you pack",
     "sov-data synth --judge-max-tokens-field": "--max-tokens-field holds for both models",
     "sov-data synth --prompts": "copy the generator's YAML file, change its prompts, and name the copy",
     **dict.fromkeys(("sov-data synth --benchmarks", "sov-data synth --languages"),
@@ -97,6 +106,12 @@ OPTIONS = {
     **dict.fromkeys(("sov-data probing-sets --against", "sov-data probing-sets --per-domain"),
                     "take the problems out of the training input: `sov-data decontaminate --benchmarks "
                     "SETS`"),
+    **dict.fromkeys(("sov-tokenizer media --noise", "sov-tokenizer media --seed"),
+                    "resize a model with transformers' `resize_token_embeddings`"),
+    **dict.fromkeys(("sov-data verify --tokens", "sov-data verify --blend"),
+                    "`megatron-sov plan RECIPE --data DIR` says how often a run reads its data"),
+    "megatron-sov generate --compare-speed": "run the command twice, with and without --speculative",
+    "sov-tokenizer compare --output": "the command prints its tables; --json FILE has all numbers",
     **dict.fromkeys(("sov-data synth --labels", "sov-data synth --min-kappa"),
                     "compare kept.jsonl and rejected.jsonl with scikit-learn's `cohen_kappa_score`"),
 }
@@ -207,6 +222,9 @@ def without_removed(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of saved settings of a run without removed settings that have their default: the run
     did not use them."""
     kept = copy.deepcopy(dict(raw))
+    for code in kept.get("code") or ():
+        if isinstance(code, dict):
+            code.pop("package", None)
     for name, (default, _) in SETTINGS.items():
         *groups, last = name.split(".")
         block: Any = kept

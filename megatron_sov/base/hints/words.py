@@ -4,10 +4,11 @@ paste; the table of words is asked before any guess by similar letters."""
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from itertools import pairwise
@@ -15,19 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.errors import UserError, nearest, warn
-from megatron_sov.base.hints.foreign import (
-    blend_of, is_translated, option_of_path, read_foreign, recipe_of, shards_of)
-from megatron_sov.base.hints.table import by_word, last_part, normalize, note_on, settings_called, table
+from megatron_sov.base.hints.foreign import blend_of, is_translated, option_of_path, read_foreign, recipe_of
+from megatron_sov.base.hints.search import describe_found, find_by_meaning
+from megatron_sov.base.hints.table import by_word, last_part, normalize, note_on, table
+from megatron_sov.base.hints.values import (
+    GPUS_OF_A_NODE, SWITCHED, FindSetting, name_cluster, setting_with_value, value_after, value_of_option)
 
 _OPTION = re.compile(r"--?[A-Za-z][\w.-]*\Z")
 _NEXT_SETTING = re.compile(r",\s*(?=[a-z]\w*(?:\.\w+)+=)")
 _CONFIG_WORDS = ("config", "config_file", "config_path")
-_SWITCHED = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False,
-             "off": False}
-GPUS_OF_A_NODE = 8
+MIN_SIMILARITY = 0.8
+"""Least share of letters in common of an unknown option and one that it is taken for."""
 NEED_A_RECIPE = ("pretrain", "extend", "plan")
-FindSetting = Callable[[str], str]
-"""Word or setting, without a value -> the setting that it means; "": it exists, or nothing is known."""
 
 
 # Options and settings of a command line.
@@ -40,6 +40,8 @@ class _Rewrite:
     positionals: Sequence[str]
     find: FindSetting | None
     typed: Sequence[str]
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """Option or setting of the command -> its help."""
     command: str = ""
     """The program, if it is not megatron-sov, and its command."""
     exists: FindSetting | None = None
@@ -72,6 +74,10 @@ class _Rewrite:
         known = {word for words in (table()["options"]["--cluster"], *rows) for word in words.split()}
         return any(normalize(word.partition("=")[0]) in known for word in self.typed if word.startswith("-"))
 
+    def search(self, word: str) -> str:
+        """Return the end of a sentence: the options and settings nearest in meaning to an unknown word."""
+        return describe_found(find_by_meaning(word, self.texts), self.texts)
+
     def is_our_setting(self, key: str) -> bool:
         return self.exists is None or bool(self.exists(key))
 
@@ -94,14 +100,14 @@ class _Rewrite:
             return False
         in_tokens = re.fullmatch(r"(\d+)[kK]", value)
         value = str(1024 * int(in_tokens[1])) if in_tokens and self.command == "extend" else value
-        holes = {"value": value, "stem": Path(value).stem, "cluster": _cluster(value),
+        holes = {"value": value, "stem": Path(value).stem, "cluster": name_cluster(value),
                  "run": re.sub(r"/checkpoints(/[^/]*)?/?$", "", value)}
-        if not value or value.lower() in _SWITCHED:
-            holes["run"] = _value_after(self.typed, "--run", "--output_dir", "--output-dir") or "RUN"
-        holes["output"] = _value_after(self.typed, "--output") or "DIR"
+        if not value or value.lower() in SWITCHED:
+            holes["run"] = value_after(self.typed, "--run", "--output_dir", "--output-dir") or "RUN"
+        holes["output"] = value_after(self.typed, "--output") or "DIR"
         holes["folder"] = next((word for word in self.typed if Path(word).is_dir()), "DIR")
         written = [word.format(**holes) for word in shlex.split(row.get("write", ""))]
-        if value and value == _value_after(self.typed, row.get("unless_value_of", "")):
+        if value and value == value_after(self.typed, row.get("unless_value_of", "")):
             written = []  # prefer --ref_model MODEL --from MODEL
         self.weak |= set(written) if row.get("weak") else set()
         if "line" in row:
@@ -117,7 +123,7 @@ class _Rewrite:
         if "." in word and not note_on(word) and word not in by_word("settings"):
             word = last_part(word)  # torchtitan: --training.steps
         ours = f"--{word.replace('_', '-')}"
-        if word == "load" and values and values[0] == _value_after(self.typed, "--save", "--run"):
+        if word == "load" and values and values[0] == value_after(self.typed, "--save", "--run"):
             self.add(f"{option}: the run of a folder goes on by --resume", "--run", values[0], "--resume")
             self.resumes = values[0]
             return
@@ -129,7 +135,7 @@ class _Rewrite:
             self.add(f"{option} is {ours} here", ours, *values)
             return
         if self.find is not None and word in by_word("settings") and (
-                setting := _setting(word, values, self.find, self.typed)):
+                setting := setting_with_value(word, values, self.find, self.typed)):
             self.set(option, setting)
             return
         meant = next((one for one in by_word("options").get(word, ())
@@ -139,11 +145,11 @@ class _Rewrite:
         if word in ("input", "data", "inputs") and "DIR[:WEIGHT]" in self.positionals:
             meant = "DIR"
         if meant and not meant.startswith("-"):
-            self.first += [_value_of(word, meant, value) for value in values]
+            self.first += [value_of_option(word, meant, value) for value in values]
             self.add(f"{option} is {meant} here, without an option")
         elif meant:
             alone = table()["values"].get(word, {}).get("")
-            given = [_value_of(word, meant, value) for value in values] or [alone] * bool(alone)
+            given = [value_of_option(word, meant, value) for value in values] or [alone] * bool(alone)
             if meant == "--nodes" and given and values[0].isdigit() and int(values[0]) % GPUS_OF_A_NODE:
                 self.said.append(f"{values[0]} GPUs are no whole nodes of {GPUS_OF_A_NODE}: "
                                  f"--nodes {given[0]} is {int(given[0]) * GPUS_OF_A_NODE}")
@@ -151,14 +157,14 @@ class _Rewrite:
                 self.add(f"{option} is --data here, with weights behind a colon", *blend)
                 return
             self.add(f"{option} is {meant} here", meant, *given)
-        elif self.find is not None and (setting := _setting(word, values, self.find, self.typed)):
+        elif self.find is not None and (setting := setting_with_value(word, values, self.find, self.typed)):
             self.set(option, setting)
         elif note := note_on(option):
             self.add(f"{option}: {note}")
-        elif close := nearest(option, self.options):
+        elif close := nearest_option(option, self.options):
             self.add(f"{option}: nothing takes this{close}", close.split("'")[1], *values)
         else:
-            self.said.append(f"{option}: nothing takes this")
+            self.said.append(f"{option}: nothing takes this{self.search(option)}")
 
 
 def check_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -> list[str]:
@@ -185,13 +191,22 @@ def check_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -> list[s
     positionals = [str(action.metavar or action.dest) for action in parser._actions
                    if not action.option_strings]
     made = _Rewrite([name for name in options if name != "--run" or name not in optional], positionals,
-                    find if "--set" in options else None, typed, parser.prog.removeprefix("megatron-sov "),
+                    find if "--set" in options else None, typed, texts_of(parser),
+                    parser.prog.removeprefix("megatron-sov "),
                     getattr(parser.get_default("options_class"), "is_setting", None))
     _read_words(parser, made)
     _move_model(parser, made)
     if made.said:
         raise UserError(_answer(parser, made))
     return list(typed)
+
+
+def texts_of(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """Return option of a command, and setting as --set takes it -> its help."""
+    texts = {action.option_strings[0]: action.help or ""
+             for action in parser._actions if action.option_strings}
+    settings: Mapping[str, str] = getattr(parser.get_default("options_class"), "setting_texts", dict)()
+    return texts | {f"--set {name}=VALUE": text for name, text in settings.items()}
 
 
 def _read_words(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
@@ -300,18 +315,6 @@ def _several(option: str, given: Sequence[str]) -> list[str]:
     return parts if are_there else []
 
 
-def _cluster(name: str) -> str:
-    """Return the profile of a GPU that others name e.g. NVIDIA-A100-80GB."""
-    found = re.search(r"gb200|gb300|[abhv]\d{3}", name.lower())
-    return found.group() if found else name.lower()
-
-
-def _value_after(words: Sequence[str], *options: str) -> str:
-    """Return the value of the first option of some that was typed; "": none was."""
-    given = [part for word in words for part in word.split("=", 1)]
-    return next((value for word, value in pairwise(given) if word in options), "")
-
-
 def _move_model(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
     """Let the model be the positional argument of a command whose --model is something else."""
     if "TARGET" not in made.positionals or "--model" not in made.words or _split_words(parser, made.words)[0]:
@@ -374,7 +377,7 @@ def _add_settings(made: _Rewrite, given: Sequence[str], is_bare: bool = False) -
             key, equals, value = part.partition("=")
             find = made.find
             assert find is not None
-            setting = _setting(key, [value], find, made.typed) if equals and find(key) else ""
+            setting = setting_with_value(key, [value], find, made.typed) if equals and find(key) else ""
             if key == "lora.targets" and value[:1] not in ("[", ""):
                 setting = f"{key}={json.dumps([one.strip() for one in value.split(',')])}"
             if equals and "." in key and (note := note_on(key)):
@@ -393,65 +396,14 @@ def _add_unknown(made: _Rewrite, key: str, value: str) -> None:
     """Add what is meant by a setting that does not exist: an option, or nothing."""
     last = key.rpartition(".")[2]
     if option := _option_of(made, last):
-        made.add(f"{key} is {option} here", option, _value_of(normalize(last), option, value))
+        made.add(f"{key} is {option} here", option, value_of_option(normalize(last), option, value))
     elif note := note_on(last):
         made.add(f"{key}: {note}")
+    elif not _is_misspelt(key, made.texts) and (found := made.search(key)):
+        made.said.append(f"{key}: there is no such setting{found}")
     else:
         made.unknown[f"{key}={value}"] = f"{key}: there is no such setting"
         made.words += ["--set", f"{key}={value}"]
-
-
-def _setting(word: str, values: list[str], find: FindSetting, typed: Sequence[str]) -> str:
-    """Return `name=value` for a word of another program and its values; "": no setting is known."""
-    last = last_part(word)
-    given = values[0] if values else ""
-    by_value = table()["values"].get(last, {})
-    known = by_value.get(given.lower()) if given else None
-    if known and "=" in str(known):
-        return str(known)
-    name = find(word)
-    if not name:
-        return ""
-    fixed = next((one for one in settings_called(last) if one.startswith(f"{name}=")), "")
-    if fixed and given.lower() in {"", *_SWITCHED} and _SWITCHED.get(given.lower(), True):
-        return fixed
-    if last in table()["computed"]:
-        return f"{name}={_computed(last, given, typed)}"
-    if name == "lora.targets" and "," in given and given[0] != "[":
-        values = [part.strip() for part in given.split(",")]
-    if len(values) > 1:
-        return f"{name}={json.dumps(values)}"
-    known = known or table()["values"].get(name, {}).get(given.lower(), given or "VALUE")
-    return f"{name}={known}"
-
-
-def _computed(word: str, given: str, typed: Sequence[str]) -> str:
-    """Return the value of a setting that follows from several of theirs; a letter if a number is missing."""
-    def number(*names: str) -> float | None:
-        words = [word for text in typed for word in text.split("=") if word and word != "--set"]
-        for name, value in pairwise(words):
-            if last_part(name) in names and re.fullmatch(r"[\d.]+(e\d+)?", value):
-                return float(value)
-        return None
-
-    if word == "warmup_ratio" or word == "lr_warmup_fraction":
-        steps = number("max_steps", "train_iters", "steps", "num_steps", "num_iterations")
-        return str(round(float(given) * steps)) if steps and re.fullmatch(r"[\d.]+", given) else "STEPS"
-    micro = number("per_device_train_batch_size", "micro_batch_size") or 1
-    processes = number("nproc", "nproc_per_node", "num_processes") or 1
-    return str(round(int(given) * micro * processes)) if given.isdigit() else "SAMPLES"
-
-
-def _value_of(word: str, option: str, value: str) -> str:
-    """Return the value that an option of ours takes for one of theirs."""
-    if word == "model_args":  # lm-eval: pretrained=FOLDER,dtype=bfloat16
-        return next((part.partition("=")[2] for part in value.split(",") if part.startswith("pretrained=")),
-                    value)
-    if option == "--data":
-        return shards_of(value)
-    if option == "--nodes" and ("gpu" in word or word == "world_size") and value.isdigit():
-        return str(-(-int(value) // GPUS_OF_A_NODE))
-    return str(table()["values"].get(word, {}).get(value.lower(), value))
 
 
 def _add_companions(made: _Rewrite) -> None:
@@ -472,6 +424,21 @@ def _add_companions(made: _Rewrite) -> None:
                                          sizes.get("ep", 1) * sizes.get("etp", 1))
     if processes > 1 and "--nproc" not in made.words and len(sizes) == 5:
         made.add(f"this layout needs {processes} processes", "--nproc", str(processes))
+
+
+def nearest_option(option: str, options: Sequence[str]) -> str:
+    """Return what `nearest` says of an option, if at most a fifth of the letters differ: a word that is only
+    similar is another thing."""
+    close = nearest(option, options)
+    share = difflib.SequenceMatcher(None, option, close.split("'")[1]).ratio() if close else 0.0
+    return close if share >= MIN_SIMILARITY else ""
+
+
+def _is_misspelt(key: str, texts: Mapping[str, str]) -> bool:
+    """Return whether a setting of the same group has a similar name."""
+    group, _, last = key.rpartition(".")
+    names = [name.removeprefix("--set ").removesuffix("=VALUE") for name in texts]
+    return bool(nearest(last, [name.rpartition(".")[2] for name in names if name.startswith(f"{group}.")]))
 
 
 def _answer(parser: argparse.ArgumentParser, made: _Rewrite) -> str:
@@ -495,7 +462,7 @@ def _answer(parser: argparse.ArgumentParser, made: _Rewrite) -> str:
                   if not action.option_strings and (action.required or (
                       action.dest == "recipe" and made.command in NEED_A_RECIPE
                       and not {"--config", *["--from"] * (made.command == "plan")} & set(written)))]
-        recipe = recipe_of(Path(_value_after(words, "--from")))
+        recipe = recipe_of(Path(value_after(words, "--from")))
         first = [recipe if name == "RECIPE" and recipe else name for name in needed]
         if needed and "RECIPE" in first + needed[1:]:
             made.said.append(f"{' and '.join(needed)} {'is' if len(needed) == 1 else 'are'} missing"
@@ -575,7 +542,7 @@ def _without_repeated(parser: argparse.ArgumentParser, made: _Rewrite) -> list[s
                 continue
         elif name in once:
             key = name
-            typed = _value_after(made.typed, name)
+            typed = value_after(made.typed, name)
             typed = made.resumes if name == "--run" and made.resumes else typed
             if (key in kept or made.resumes) and typed and len(group) > 1 and group[1] != typed:
                 continue

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from megatron_sov.base.errors import visible
-from megatron_sov.base.pages.plots import BarPlot, HeatMap, LinePlot
+from megatron_sov.base.pages.plots import HeatMap, LinePlot
 from megatron_sov.version import __version__
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Chart:
     """A chart with its caption."""
 
-    plot: LinePlot | BarPlot | HeatMap
+    plot: LinePlot | HeatMap
     caption: str
     """One sentence below the chart."""
     note: str = ""

@@ -1,4 +1,4 @@
-"""Charts as HTML with inline SVG: lines, bars and heat maps that need no script and load nothing.
+"""Charts as HTML with inline SVG: lines and heat maps that need no script and load nothing.
 
 The marks of a chart are SVG that stretches to the width of the page; its labels are HTML text, so that they
 have the same size on a phone and on a wide screen.  Colours are CSS variables of the page: charts follow its
@@ -26,7 +26,7 @@ GRID = 1000
 MAX_TICKS = 5
 MAX_DOTS, MAX_NOTED_DOTS = 40, 12
 """A line of at most so many points shows each as a dot; of fewer ones each dot has its values."""
-BAR_PX, ROW_GAP_PX, CELL_PX = 14, 10, 26
+CELL_PX = 26
 SHADES = 12
 """Shades of a heat map; cells of one shade are drawn as one path."""
 
@@ -257,72 +257,6 @@ def draw_legend(entries: Sequence[tuple[str, str, bool]]) -> Markup:
         Markup(' class="faint"') if is_faint else "", stroke, visible(name))
         for name, stroke, is_faint in entries)
     return Markup('<ul class="legend">{}</ul>').format(Markup("").join(items))
-
-
-@dataclass(frozen=True)
-class BarSeries:
-    """Lengths of the bars of one colour, one for each label."""
-
-    name: str
-    values: Sequence[float]
-    colour: str = colour(0)
-    texts: Sequence[str] = ()
-    """Text at the end of each bar."""
-    starts: Sequence[float] = ()
-    """Where each bar begins; empty: at 0, or at the end of the one before it in a stack."""
-
-
-@dataclass(frozen=True)
-class BarPlot:
-    """Horizontal bars: a row for each label."""
-
-    labels: Sequence[str]
-    series: Sequence[BarSeries]
-    axis: Axis = field(default_factory=Axis)
-    is_stacked: bool = False
-    rule: float | None = None
-    """Value of a dotted line across all rows."""
-
-    def draw(self) -> Markup:
-        """Return the chart's HTML."""
-        totals = [sum(max(0.0, one.values[i]) for one in self.series) if self.is_stacked
-                  else max(one.values[i] + (one.starts[i] if one.starts else 0.0) for one in self.series)
-                  for i in range(len(self.labels))]
-        lowest = min([0.0, *(value for one in self.series for value in one.values)])
-        has_text = any(one.texts for one in self.series)
-        rule = [self.rule] if self.rule is not None else []
-        scale = Scale(self.axis, [lowest, *totals, *rule])
-        rows = [Markup('<span class="name">{}</span>{}').format(visible(label), self._row(i, scale))
-                for i, label in enumerate(self.labels)]
-        legend = draw_legend([(one.name, one.colour, False) for one in self.series]) if len(
-            self.series) > 1 else ""
-        return Markup('<div class="bars{}">{}<span></span><div class="ticks">{}</div></div>'
-                      '<p class="axis below">{}</p>{}').format(
-            " texts" if has_text else "", Markup("").join(rows), _labels("across", "left", scale.ticks()),
-            visible(self.axis.title), legend)
-
-    def _row(self, i: int, scale: Scale) -> Markup:
-        height_px = BAR_PX * (1 if self.is_stacked or any(s.starts for s in self.series)
-                              else len(self.series))
-        parts, end = [], 0.0
-        for number, one in enumerate(self.series):
-            value = one.values[i]
-            start = one.starts[i] if one.starts else end if self.is_stacked else 0.0
-            end = start + value if self.is_stacked else end
-            low, high = sorted((100 * scale.place(start), 100 * scale.place(start + value)))
-            y = 0 if height_px == BAR_PX else number * BAR_PX
-            text = one.texts[i] if one.texts else ""
-            said = f"{one.name}, {self.labels[i]}: {text or format_value(value)}"
-            parts.append(Markup('<rect x="{:.2f}%" y="{}" width="{:.2f}%" height="{}" style="--c:{}">'
-                                '<title>{}</title></rect>').format(low, y + 1, high - low, BAR_PX - 2,
-                                                                   one.colour, visible(said)))
-            if text:
-                parts.append(Markup('<text x="{:.2f}%" y="{}" dx="4">{}</text>').format(
-                    high, y + BAR_PX - 3, visible(text)))
-        if self.rule is not None:
-            at = Markup("{:.2f}%").format(100 * scale.place(self.rule))
-            parts.append(Markup('<line class="rule" x1="{0}" x2="{0}" y2="{1}"/>').format(at, height_px))
-        return Markup('<svg height="{}">{}</svg>').format(height_px, Markup("").join(parts))
 
 
 @dataclass(frozen=True)

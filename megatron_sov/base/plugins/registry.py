@@ -1,13 +1,14 @@
-"""What is known by name of one kind of code: what is built in, what a person named, what installed packages
-declare; and orders for it, plain values from which any process builds the same.
+"""Code by name, of one kind: built in, or named by a person as FILE.py:NAME; and orders for it, plain values
+from which any process builds the same.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import shlex
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
@@ -15,27 +16,6 @@ from megatron_sov.base.errors import UserError, find_misspelt, how_to_install, n
 from megatron_sov.base.hints.removed import was_removed
 from megatron_sov.base.plugins.loading import Kind, LoadedPlugin, PluginCode, is_reference, load, telling
 from megatron_sov.base.settings import SettingsError, read_arguments, rules_of
-
-
-@dataclass(frozen=True)
-class Declared:
-    """One entry point of an installed package, not imported yet."""
-
-    name: str
-    reference: str
-    """MODULE:NAME, or MODULE."""
-    package: str
-    """Package and version."""
-
-
-def declared(group: str) -> list[Declared]:
-    """Return what installed packages declare in a group of entry points, by name; nothing is imported."""
-    from importlib.metadata import entry_points
-
-    # a set: a package that is found by two paths declares the same twice
-    found = {Declared(p.name, p.value, f"{p.dist.name} {p.dist.version}" if p.dist else "unknown package")
-             for p in entry_points(group=group)}
-    return sorted(found, key=lambda d: (d.name, d.package))
 
 
 def takes(function: Any, names: tuple[str, ...]) -> bool:
@@ -74,6 +54,8 @@ def check_methods(value: Any, reference: str, what: str, methods: Mapping[str, t
 
 
 T = TypeVar("T")
+MAX_PROPOSED = 3
+"""Names that a message about an unknown one proposes."""
 ABSENT = {"model family": ("is not supported", "families")}
 """What is said of an unknown one, and how several are called, where that is not "does not exist" and an s."""
 
@@ -96,20 +78,19 @@ class Registry(Generic[T]):
     and is for what configs and checkpoints say.
     """
 
-    def __init__(self, kind: Kind, group: str, built_in: Collection[str],
+    def __init__(self, kind: Kind, built_in: Collection[str],
                  check: Callable[[LoadedPlugin], None], own_name: Callable[[Any], str] | None = None,
                  adapt: Callable[[LoadedPlugin], LoadedPlugin] | None = None) -> None:
         """Nothing is looked for yet.
 
         Args:
             kind: what it holds.
-            group: group of entry points.
             built_in: names that are taken.
             check: raises `UserError` for what is none of this kind.
-            own_name: what it calls itself; without, its name in the file or the entry point's counts.
+            own_name: what it calls itself; without, its name in the file counts.
             adapt: makes one of what other libraries take for one; comes before `check`.
         """
-        self.kind, self.group = kind, group
+        self.kind = kind
         self._adapt = adapt
         self._built_in, self._check, self._own_name = built_in, check, own_name
         self._known: dict[str, _Known[T]] = {}
@@ -139,11 +120,12 @@ class Registry(Generic[T]):
         if known is not None and known.code.reference != loaded.reference:
             raise UserError(f"{loaded.reference}: is called {name!r} like {known.code.reference}; "
                             "give one of them another name")
-        self._keep(name, loaded)
+        code = PluginCode(self.kind, name, loaded.reference, loaded.files)
+        self._known[name] = _Known(cast(T, loaded.value), code)
         return name
 
     def get(self, name: str, recorded: Sequence[PluginCode] = ()) -> T:
-        """Return what has a name: named by a person before, or declared by an installed package.
+        """Return what has a name, if a person named its file or module before.
 
         Args:
             name: as settings have it.
@@ -155,74 +137,20 @@ class Registry(Generic[T]):
         """
         if name in self._known:
             return self._known[name].value
-        found = [d for d in declared(self.group) if d.name == name]
-        if len(found) > 1:
-            raise UserError(f"{self.kind} {name!r}: is declared by "
-                            f"{' and by '.join(d.package for d in found)}; uninstall one of them")
-        if not found:
-            raise UserError(self._unknown(name, recorded))
-        # an entry point is code that somebody installed, which a config may use by its name
-        self._import(found[0])
-        return self._known[name].value
-
-    def loaded(self, name: str, places: Mapping[str, str], extra: str) -> T:
-        """Return what is built in, by its module:class and loaded now, or what `get` has.
-
-        Raises:
-            UserError: there is none, or a library that it needs is not installed; the extra has it.
-        """
-        if name not in places:
-            return self.get(name)
-        module, _, attribute = places[name].partition(":")
-        try:
-            # by name: one whose library is missing takes no other one along
-            return cast(T, getattr(importlib.import_module(module), attribute))
-        except ModuleNotFoundError as e:
-            raise UserError(f"{self.kind} {name}: needs {e.name}, which is not installed; "
-                            f"{how_to_install(extra)}") from None
-
-    def refuse_namesakes(self, built_in: str) -> None:
-        """Refuse a name of what is built in where an installed package declares it too: nobody could tell
-        which of the two a person means.
-
-        Raises:
-            UserError: one does.
-        """
-        for namesake in (d for d in declared(self.group) if d.name == built_in):
-            raise UserError(f"{self.kind} {built_in!r}: is built in, and {namesake.package} declares one of "
-                            f"that name; name {namesake.reference} for that one, uninstall the package for "
-                            "the built-in one")
+        raise UserError(self._unknown(name, recorded))
 
     def code(self, name: str) -> PluginCode | None:
         """Return the record of something that `load` or `get` has found; None for what is built in."""
         return self._known[name].code if name in self._known else None
 
     def listing(self) -> list[tuple[str, str]]:
-        """Return (name, origin) of all that is known, and of all that installed packages
-        declare; imports nothing."""
-        return [*((name, f"file {known.code.reference}") for name, known in self._known.items()
-                  if not known.code.package), *((d.name, f"package {d.package}") for d in declared(self.group)
-                                                if d.name not in self._built_in)]
+        """Return (name, origin) of all that a person named."""
+        return [(name, f"file {known.code.reference}") for name, known in self._known.items()]
 
     def named(self) -> list[str]:
         """Return the references that a person named, so that a process started from this one
         can be given them."""
-        return [known.code.reference for known in self._known.values() if not known.code.package]
-
-    def _import(self, entry: Declared) -> None:
-        try:
-            loaded = load(entry.reference)
-            self._check(loaded)
-            called = self._own_name(loaded.value) if self._own_name else entry.name
-            if called != entry.name:
-                raise UserError(f"calls itself {called!r}; its entry point must have that name")
-        except UserError as e:
-            raise UserError(f"{self.kind} {entry.name!r} of package {entry.package}: {e}") from None
-        self._keep(entry.name, loaded, entry.package)
-
-    def _keep(self, name: str, loaded: LoadedPlugin, package: str = "") -> None:
-        code = PluginCode(self.kind, name, loaded.reference, package, loaded.files)
-        self._known[name] = _Known(cast(T, loaded.value), code)
+        return [known.code.reference for known in self._known.values()]
 
     def _unknown(self, name: str, recorded: Sequence[PluginCode]) -> str:
         if is_reference(name):
@@ -230,17 +158,58 @@ class Registry(Generic[T]):
                     "itself names it; if you know it and trust it, name it with --set or --plugin")
         for code in recorded:
             # printable alone: the hint is a command to copy, and the reference is a stranger's
-            if ((code.kind, code.name) == (self.kind, name) and not code.package
-                    and code.reference.isprintable()):
+            if (code.kind, code.name) == (self.kind, name) and code.reference.isprintable():
                 return (f"{self.kind} {name!r}: stands in {code.reference}, which is run only when the "
                         "command line itself names it; if you know it and trust it, "
                         f"add --plugin {shlex.quote(code.reference)}")
-        known = [*self._built_in, *(n for n, _ in self.listing())]
+        known = [*self._built_in, *self._known]
         absent, plural = ABSENT.get(self.kind, ("does not exist", f"{self.kind}s"))
         listed = LISTED_BY.get(self.kind, f"{plural}: {', '.join(known)}")
         hint = find_misspelt if self.kind in ABSENT else nearest
-        close = was_removed(name) or hint(name, known)
+        close = (was_removed(name) or longer_names(name, known) or hint(name, known)
+                 or same_family(name, known))
         return f"{self.kind} {name!r}: {absent}{close} ({listed}; your own are named FILE.py:NAME)"
+
+
+def longer_names(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x' or 'y'?"`` for names that begin with the parts of a shorter one, in any
+    case and with any separator."""
+    found = _beginning_with(_parts_of(name), known)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def same_family(name: str, known: Iterable[str]) -> str:
+    """Return ``"; its family has 'x' and 'y'"`` for names that begin with the same two parts: another number
+    is another model, and no guess."""
+    found = _beginning_with(_parts_of(name)[:2], known)
+    return f"; its family has {' and '.join(found)}" if found else ""
+
+
+def _beginning_with(parts: Sequence[str], known: Iterable[str]) -> list[str]:
+    begins = [repr(one) for one in known if parts and _parts_of(one)[:len(parts)] == parts]
+    return begins[:MAX_PROPOSED]
+
+
+def _parts_of(name: str) -> list[str]:
+    return re.findall(r"[a-z]+|\d+", name.lower())
+
+
+def load_built_in(what: str, place: str, extra: str) -> Any:
+    """Import MODULE:CLASS of a built-in plug-in.
+
+    Args:
+        what: kind and name, for the message.
+        place: MODULE:CLASS.
+        extra: extra of our package that has the libraries of the class.
+
+    Raises:
+        UserError: a library is not installed.
+    """
+    module, _, attribute = place.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as e:
+        raise UserError(f"{what}: needs {e.name}, which is not installed; {how_to_install(extra)}") from None
 
 
 BuiltIn = Mapping[str, Sequence[str]]
@@ -252,7 +221,7 @@ class PluginOrder:
     """Something that was asked for."""
 
     name: str
-    """As it is built in, or an installed package has it."""
+    """As it is built in."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     reference: str = ""
     """FILE.py:NAME or MODULE:NAME of one that a person named; empty: it is known by name."""
@@ -280,7 +249,6 @@ def ordered(name: str, settings: Mapping[str, Any], built_in: BuiltIn,
         UserError: there is none of that name, two have it, or its file cannot be run.
     """
     if name in built_in:
-        own.refuse_namesakes(name)
         return PluginOrder(name, settings)
     if is_reference(name):
         known_as = own.load(name)

@@ -268,7 +268,7 @@ def _foreign(key: str, value: str) -> str:
     """Return the end of a sentence about a value of another program: ours, a note, or of an algorithm the
     command that trains by it; "" if the table has none."""
     if ours := table()["values"].get(key, {}).get(value.lower()):
-        return f"; it is {ours} here"
+        return f"; {'pass --set' if '=' in str(ours) else 'it is'} {ours} here"
     rows = table()["commands"]["megatron-sov"] if key.rpartition(".")[2] == "method" else {}
     command = next((text for words, text in rows.items() if value.lower() in words.split()), "")
     found = note_on(value) or command

@@ -15,14 +15,13 @@ import os
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.artifacts import disk_errors
-from megatron_sov.base.errors import UserError
 from megatron_sov.work.progress.journal import Journal, later_records
 from megatron_sov.work.progress.locks import taking
 
@@ -87,10 +86,6 @@ class Write:
 Request = AnswerScore | Write
 
 
-def distinct(requests: Iterable[Request]) -> list[Request]:
-    return list({request.key: request for request in requests}.values())
-
-
 def readings(scores: Sequence[AnswerScore]) -> list[list[AnswerScore]]:
     """Return scores in groups for which the model reads the same tokens, the longest first: choices of one
     token behind one question are read once."""
@@ -120,9 +115,6 @@ class Answers(dict[str, Answer]):
 
     Args:
         folder: this model's, see `folder_of`.
-
-    Raises:
-        UserError: it has answers of an earlier version.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -130,9 +122,6 @@ class Answers(dict[str, Answer]):
         self.folder = folder
         self._journal: Journal | None = None
         self._ends: dict[Path, int] = {}
-        if earlier := next(folder.glob("*.jsonl"), None):
-            raise UserError(f"--cache: {earlier} holds answers of an earlier version, which this one does "
-                            "not read; delete it, or name another --cache")
         self.reread()
 
     def keep(self, answers: Mapping[str, Answer]) -> None:

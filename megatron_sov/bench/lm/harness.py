@@ -51,31 +51,10 @@ def cage_templates() -> None:
     lm_eval.utils.env = caged
 
 
-class _WarningList(logging.Handler):
-    """Collects the warnings of a library as one-line texts, each once."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = " ".join(record.getMessage().split())
-        # lm-eval says this of every `custom_dataset`; it names options of its own command line
-        if text not in self.texts and "Custom kwargs can be passed" not in text:
-            self.texts.append(text)
-
-
 @contextlib.contextmanager
-def quiet() -> Iterator[list[str]]:
-    """Keep the output of lm-eval and its libraries off the terminal; yield the list of lm-eval's warnings."""
-    for name in ("datasets", "evaluate"):
+def quiet() -> Iterator[None]:
+    """Keep the output of lm-eval and its libraries off the terminal, below errors."""
+    for name in ("datasets", "evaluate", "lm_eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    harness, handler = logging.getLogger("lm_eval"), _WarningList()
-    harness.setLevel(logging.WARNING)
-    harness.addHandler(handler)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            yield handler.texts
-    finally:
-        harness.removeHandler(handler)
-        harness.setLevel(logging.ERROR)
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        yield

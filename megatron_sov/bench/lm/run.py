@@ -13,14 +13,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_sov.base.errors import StopRequested, UserError, told_in_a_line, visible
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import SettingsError, problems_of
-from megatron_sov.bench.lm.answers import Answers, Request, distinct, folder_of
+from megatron_sov.bench.lm.answers import Answers, Request, folder_of
 from megatron_sov.bench.lm.harness import offline, quiet, require_harness
 from megatron_sov.bench.lm.results import DEFAULT, ResultItem, Results, write_results
 from megatron_sov.bench.lm.settings import Settings
@@ -33,7 +33,7 @@ from megatron_sov.work.progress.locks import holding, taking
 
 if TYPE_CHECKING:
     from megatron_sov.bench.lm.scoring import BuiltTask
-    from megatron_sov.bench.lm.subject import Bridge, Subject
+    from megatron_sov.bench.lm.subject import EvaluatedLM, Subject
 
 FEWSHOT_SEED, PYTHON_SEED = 1234, 0
 """As in lm-eval, whose examples they choose."""
@@ -97,28 +97,29 @@ def _run_only(target: str, settings: Settings, flag: StopFlag) -> None:
 def _measure(target: str, names: Sequence[str], settings: Settings, flag: StopFlag
              ) -> tuple[Results, list[ResultItem], list[str]]:
     with quiet():
-        from megatron_sov.bench.lm.subject import Bridge, subject_of
+        from megatron_sov.bench.lm.subject import EvaluatedLM, subject_of
     from megatron_sov.bench.lm.scoring import score
 
     subject = subject_of(target, settings)
     loaded = load_tasks(names, settings.sources, settings)
     kept = folder_of(settings.cache_folder, subject.identity)
     answers = Answers(kept)
-    bridge = Bridge(subject.reading, answers)
-    tasks = [_build(name, loaded, bridge, settings) for name in loaded.tasks]
+    lm = EvaluatedLM(subject.tokenizer, subject.max_length, answers, settings.max_gen_tokens, settings.seed)
+    tasks = [_build(name, loaded, lm, settings) for name in loaded.tasks]
     given = [*([] if settings.samples is None else [f"--samples {settings.samples}"]),
              *(f"--judge {setting}" for setting in settings.judge)]
     if given and all(task.judge is None for task in tasks):
         raise UserError(f"{', '.join(given)}: none of the tasks samples answers for a reward to judge; leave "
                         "it out")
-    _ask(subject, distinct(request for task in tasks for request in task.requests), answers, flag)
-    scores, items, notes = score(tasks, loaded.groups, bridge, settings)
+    requests = {request.key: request for task in tasks for request in task.requests}
+    _ask(subject, list(requests.values()), answers, flag)
+    scores, items, notes = score(tasks, loaded.groups, lm, settings)
     import lm_eval
 
     return Results(subject.model, scores, {"lm_eval": lm_eval.__version__}), items, notes
 
 
-def _build(name: str, loaded: LoadedTasks, bridge: Bridge, settings: Settings) -> BuiltTask:
+def _build(name: str, loaded: LoadedTasks, lm: EvaluatedLM, settings: Settings) -> BuiltTask:
     """Return a task with its prompts, as lm-eval makes them, and its requests."""
     from megatron_sov.bench.lm.scoring import BuiltTask, hash_of_prompts, refuse_unscored
 
@@ -127,40 +128,46 @@ def _build(name: str, loaded: LoadedTasks, bridge: Bridge, settings: Settings) -
     field = judge.judging.messages_field if judge else ""
     if field and not settings.chat_template:
         raise UserError(f"task {name}: asks whole conversations; pass --apply-chat-template")
-    own = task.get_config("num_fewshot")
-    num_fewshot = own or 0
-    if settings.num_fewshot is not None and own != 0:  # 0 in its file means that it is never to have any
-        num_fewshot = settings.num_fewshot
-    task.set_config("num_fewshot", num_fewshot)
-    task.set_fewshot_seed(FEWSHOT_SEED)
-    examples = getattr(task, "fewshot_cfg", None)  # none where a task is code
-    if num_fewshot and examples is not None and (examples.split, examples.samples) == (None, None) and not (
-            task.has_training_docs() or task.has_validation_docs()):
-        examples.split = task.config.test_split  # lm-eval then leaves the item itself out
-    # before each task, so that its examples do not depend on the tasks before it
-    random.seed(PYTHON_SEED)
-    np.random.seed(FEWSHOT_SEED)  # what lm-eval's samplers and metrics draw from
+    num_fewshot = _set_examples(task, settings.num_fewshot)
     mode = settings.mode or (judge.judging.mode if judge else DEFAULT)
-    bridge.template_kwargs = {} if mode == DEFAULT else {"enable_thinking": mode == "thinking"}
+    lm.template_kwargs = {} if mode == DEFAULT else {"enable_thinking": mode == "thinking"}
     try:
-        with quiet() as warnings:
+        with quiet():
             task.build_all_requests(
                 limit=settings.num_items, apply_chat_template=settings.chat_template,
                 fewshot_as_multiturn=settings.chat_template,
-                chat_template=bridge.apply_chat_template if settings.chat_template else None,
-                tokenizer_name=bridge.tokenizer_name if settings.chat_template else "")
+                chat_template=lm.apply_chat_template if settings.chat_template else None,
+                tokenizer_name=lm.tokenizer_name if settings.chat_template else "")
+            for instance in task.instances if field else ():
+                messages = json.loads(instance.doc[field])
+                instance.arguments = (lm.apply_chat_template(messages), instance.args[1])
+            requests = lm.collect(task.instances)
     except UserError:
         raise
-    except Exception as e:  # whatever a definition and its data make lm-eval do
+    except Exception as e:  # of a definition and its data in lm-eval
         raise UserError(f"task {name}: its prompts cannot be made ({told_in_a_line(e):.300}); look at its "
                         "definition and its data") from e
-    for instance in task.instances if field else ():
-        messages = json.loads(instance.doc[field])
-        instance.arguments = (bridge.apply_chat_template(messages), instance.args[1])
-    requests = [request for instance in task.instances for sample in range(int(instance.repeats or 1))
-                for request in bridge.requests_of(instance, sample)]
+    if not requests:
+        raise UserError(f"task {name}: has no items; look at its data")
     return BuiltTask(name, task, judge, loaded.files[name], num_fewshot, requests,
-                     hash_of_prompts(task.instances), [*loaded.warnings[name], *warnings])
+                     hash_of_prompts(task.instances))
+
+
+def _set_examples(task: Any, wanted: int | None) -> int:
+    """Set the number of examples in front of each item as lm-eval's command does; return it."""
+    own = task.get_config("num_fewshot")
+    # 0 in the task's file means that it never has any.
+    num_fewshot = wanted if wanted is not None and own != 0 else own or 0
+    task.set_config("num_fewshot", num_fewshot)
+    task.set_fewshot_seed(FEWSHOT_SEED)
+    examples = getattr(task, "fewshot_cfg", None)  # None where a task is code
+    if num_fewshot and examples is not None and (examples.split, examples.samples) == (None, None) and not (
+            task.has_training_docs() or task.has_validation_docs()):
+        examples.split = task.config.test_split  # lm-eval then leaves the item itself out
+    # Before each task, so that its examples do not depend on the tasks before it.
+    random.seed(PYTHON_SEED)
+    np.random.seed(FEWSHOT_SEED)
+    return num_fewshot
 
 
 def _ask(subject: Subject, requests: Sequence[Request], answers: Answers, flag: StopFlag) -> None:

@@ -1,15 +1,15 @@
-"""The model that is evaluated: a checkpoint or a Hugging Face folder; and lm-eval's model
-interface over its answers: what lm-eval asks becomes requests, and their answers what it expects.
+"""The model that is evaluated, a checkpoint or a Hugging Face folder, as lm-eval's `TemplateLM` over answers.
 
-Tokens follow lm-eval's own `HFLM` to the letter (0.4.13): the pair of context and continuation is encoded
-whole and cut at the context's length, spaces move to the continuation, what is too long loses its beginning,
-and text that is judged as a whole does so in windows of the longest context.
+lm-eval calls the model twice: first to collect requests, then, when a process has answered them, for the
+answers. Tokens are those of lm-eval's own `HFLM` (0.4.13): text that is too long loses its beginning, and
+text that is scored as a whole is read in windows of the longest context.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,10 +44,13 @@ UNKNOWN_LENGTH = 2048
 @dataclass(frozen=True)
 class Subject:
     model: EvaluatedModel
-    """What the results say of it."""
+    """The model as the results name it."""
     identity: dict[str, Any]
-    """On what its answers depend beside the requests."""
-    reading: SubjectReading
+    """Values on which answers depend in addition to the requests."""
+    tokenizer: Any
+    """transformers' tokenizer."""
+    max_length: int
+    """Longest sequence, in tokens."""
     running: LocalEvaluation
 
 
@@ -81,15 +84,12 @@ def subject_of(target: str, settings: Settings, whole: bool = True) -> Subject:
                            found.step, str(settings.run) if settings.run else None)
     # layouts agree up to rounding, so that answers are shared among them
     how = sorted(setting for setting in settings.settings if not setting.startswith("parallel."))
-    reading = SubjectReading(tokenizer, max_length, settings.chat_template, settings.max_gen_tokens,
-                             settings.seed)
-
     decode = text_decoder(found.tokenizer_folder / TOKENIZER_JSON, ends,
                           lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)))
     running = LocalEvaluation(found, engine, tuple(settings.settings), settings.nproc,
                               Batching(settings.batch_size), ends, special, decode)
     return Subject(model, {"model": digest, "engine": engine, "settings": how, "ends": list(ends),
-                           "precision": inference_precision()}, reading, running)
+                           "precision": inference_precision()}, tokenizer, max_length, running)
 
 
 def _tokens(target: Target, chat: bool) -> tuple[Any, tuple[int, ...], dict[str, int]]:
@@ -139,52 +139,65 @@ def _may_differ(file: Path, record: FileRecord, written_ns: int) -> bool:
 
 
 DEFAULT_MAX_TOKENS = 256
-"""Longest continuation of a task that says none, as in lm-eval."""
+"""Longest continuation where a task sets none, as in lm-eval."""
+UNANSWERED: Answer = {"logprob": 0.0, "greedy": False, "text": "", "finish_reason": ""}
+"""Placeholder while requests are collected."""
 
 
-class NotAnswered(Exception):
-    """A request has no usable answer; the message says why."""
+class EvaluatedLM(TemplateLM):
+    """lm-eval's model interface over answers.
 
+    Args:
+        tokenizer: transformers' tokenizer.
+        max_length: longest sequence, in tokens.
+        answers: key of a request -> its answer.
+        max_gen_tokens: longest continuation, where it is to be shorter than a task's own.
+        seed: of sampled continuations.
+    """
 
-@dataclass(frozen=True)
-class SubjectReading:
-    tokenizer: Any
-    """transformers' tokenizer."""
-    max_length_tokens: int
-    chat: bool = False
-    max_gen_tokens: int | None = None
-    """Longest continuation, where it is to be shorter than a task's own."""
-    seed: int = 0
-
-
-class Bridge(TemplateLM):
-    def __init__(self, reading: SubjectReading, answers: Mapping[str, Answer]) -> None:
+    def __init__(self, tokenizer: Any, max_length: int, answers: Mapping[str, Answer],
+                 max_gen_tokens: int | None = None, seed: int = 0) -> None:
         super().__init__()
-        self._reading, self._answers = reading, answers
-        self.tokenizer = reading.tokenizer
-        self._made: dict[tuple[int, int], list[Request]] = {}  # of instances that live as long as this
+        self.tokenizer, self.max_length, self.max_gen_tokens = tokenizer, max_length, max_gen_tokens
+        self._answers, self._seed = answers, seed
+        self._writes: dict[tuple[int, int], Write] = {}
+        self.requests: dict[str, Request] = {}
+        """Requests by key, since the last call of `collect`."""
         self.template_kwargs: Mapping[str, Any] = {}
-        """Given to the chat template beside the messages: the mode of a reasoning model."""
+        """Arguments of the chat template in addition to the messages: the mode of a reasoning model."""
 
-    @property
-    def max_length(self) -> int:
-        return self._reading.max_length_tokens
+    def collect(self, instances: Sequence[Instance]) -> list[Request]:
+        """Return the requests of a task's instances.
 
-    @property
-    def max_gen_tokens(self) -> int | None:
-        """Longest continuation, where it is to be shorter than a task's own."""
-        return self._reading.max_gen_tokens
+        Raises:
+            UserError: one cannot be made.
+        """
+        self.requests = {}
+        if instances:
+            repeated = [instance for instance in instances for _ in range(int(instance.repeats or 1))]
+            getattr(self, instances[0].request_type)(repeated, disable_tqdm=True)
+        return list(self.requests.values())
+
+    def _answer(self, request: Request) -> Answer:
+        self.requests[request.key] = request
+        answer = self._answers.get(request.key, UNANSWERED)
+        if isinstance(request, AnswerScore) and math.isnan(float(answer["logprob"] or 0.0)):
+            # lm-eval would take the first of several choices for the best one.
+            raise UserError("a likelihood is NaN: the model's weights or activations are no numbers; look at "
+                            "the model with `megatron-sov inspect`, or at its training")
+        return answer
 
     @property
     def eot_token_id(self) -> int:
-        return self._token("eos_token_id")
+        return self._special_token("eos_token_id")
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has nothing before it."""
-        return self._token("bos_token_id" if self.tokenizer.bos_token_id is not None else "eos_token_id")
+        """Token in front of a text that has nothing before it."""
+        return self._special_token("bos_token_id" if self.tokenizer.bos_token_id is not None
+                                   else "eos_token_id")
 
-    def _token(self, name: str) -> int:
+    def _special_token(self, name: str) -> int:
         found = getattr(self.tokenizer, name)
         if found is None:
             raise UserError(f"{self.tokenizer.name_or_path}: its tokenizer has no eos_token, which stands "
@@ -197,16 +210,14 @@ class Bridge(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Return a text's tokens; a beginning that is there already is not put there again."""
-        chosen = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        if add_special_tokens is None and self._begins(string):
-            chosen = {"add_special_tokens": False}
-        return [int(token) for token in self.tokenizer.encode(string, **chosen)]
-
-    def _begins(self, text: str) -> bool:
+        """Return a text's tokens; a begin-of-text token that the text has is not added again."""
         tokenizer = self.tokenizer
-        known = tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
-        return known and has_bos_prefix(text, tokenizer.decode(self.prefix_token_id))
+        has_prefix = (tokenizer.bos_token_id, tokenizer.eos_token_id) != (None, None)
+        if add_special_tokens is None and has_prefix and has_bos_prefix(
+                string, tokenizer.decode(self.prefix_token_id)):
+            add_special_tokens = False
+        chosen = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return [int(token) for token in tokenizer.encode(string, **chosen)]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
                             ) -> str:
@@ -219,48 +230,18 @@ class Bridge(TemplateLM):
             return str(self.tokenizer.apply_chat_template(
                 chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt, **self.template_kwargs))
-        except Exception as e:  # whatever a foreign template does
-            # One more try without them; what fails then is refused.
+        except Exception as e:  # of a foreign template
+            # Many templates refuse a system message: as lm-eval does, try once more without it.
             without = [message for message in chat_history if message["role"] != "system"]
-            if len(without) < len(chat_history):  # many templates know no system message, as lm-eval has it
+            if len(without) < len(chat_history):
                 return self.apply_chat_template(without, add_generation_prompt)
             raise UserError(f"{self.tokenizer.name_or_path}: its chat template refuses a prompt "
                             f"({first_line(e)}); leave "
                             "--apply-chat-template out, or mend the template") from None
 
-    def requests_of(self, instance: Instance, sample: int = 0) -> list[Request]:
-        """Return what the model has to be asked for an instance.
-
-        Args:
-            instance: lm-eval's.
-            sample: which of several continuations.
-
-        Raises:
-            UserError: it cannot be asked like this.
-        """
-        made = self._made.get((id(instance), sample))
-        if made is None:
-            made = self._made[id(instance), sample] = self._requests(instance, sample)
-        return made
-
-    def _requests(self, instance: Instance, sample: int) -> list[Request]:
-        if instance.request_type == "loglikelihood":
-            context, continuation = instance.args
-            return [self._score(*self._pair(str(context), str(continuation)))]
-        if instance.request_type == "loglikelihood_rolling":
-            windows = get_rolling_token_windows(
-                token_list=self.tok_encode(str(instance.args[0])), prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length, context_len=1)
-            return [self._score(*make_disjoint_window(window)) for window in windows]
-        return [self._write(str(instance.args[0]), dict(instance.args[1]), sample, instance)]
-
-    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        if context:
-            return self._encode_pair(context, continuation)
-        tokens = self.tok_encode(continuation, add_special_tokens=False)
-        if tokens and tokens[0] == self.prefix_token_id:
-            return tokens[:1], tokens[1:]
-        return [self.prefix_token_id], tokens
+    def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        answers = [self._answer(self._score(context, continuation)) for _, context, continuation in requests]
+        return [(float(answer["logprob"] or 0.0), bool(answer["greedy"])) for answer in answers]
 
     def _score(self, context: Sequence[int], continuation: Sequence[int]) -> AnswerScore:
         if not continuation:
@@ -269,100 +250,72 @@ class Bridge(TemplateLM):
         if len(continuation) > self.max_length:
             raise UserError(f"a continuation whose likelihood is asked for has {len(continuation)} tokens, "
                             f"and the model ends at {self.max_length}; leave the task out")
-        # The last token is judged and never read, hence the + 1.
-        kept = max(1, self.max_length + 1 - len(continuation))
-        # cut at its beginning, as lm-eval does: what is next to the continuation decides most
-        return AnswerScore(tuple(context[-kept:]), tuple(continuation))
+        # The last token is scored and never read, hence the + 1.
+        room = max(1, self.max_length + 1 - len(continuation))
+        return AnswerScore(tuple(context[-room:]), tuple(continuation))
 
-    def _write(self, prompt: str, given: dict[str, Any], sample: int, instance: Instance) -> Write:
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Return the likelihoods of whole texts."""
+        totals = []
+        for request in requests:
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(str(request.args[0])), prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length, context_len=1)
+            scored = self._loglikelihood_tokens([(None, *make_disjoint_window(w)) for w in windows])
+            totals.append(sum(logprob for logprob, _ in scored))
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Return the continuations of instances; an instance that comes several times gets other samples."""
+        num_seen: Counter[int] = Counter()
+        texts = []
+        for request in requests:
+            texts.append(str(self.sample(request, num_seen[id(request)])["text"]))
+            num_seen[id(request)] += 1
+        return texts
+
+    def sample(self, instance: Instance, number: int) -> Answer:
+        """Return the answer to a sample of an instance, which lives as long as this object."""
+        key = (id(instance), number)
+        if key not in self._writes:
+            self._writes[key] = self._write(str(instance.args[0]), dict(instance.args[1]), number,
+                                            str(instance.task_name))
+        return self._answer(self._writes[key])
+
+    def _write(self, prompt: str, given: dict[str, Any], sample: int, task: str) -> Write:
         try:
-            asked = self._read_generation(given, sample)
+            write = self._read_generation(given, sample)
         except (TypeError, ValueError, OverflowError) as e:
-            told = visible(str(given))
-            raise UserError(f"task {instance.task_name}: generation_kwargs {told:.200}: cannot be used "
+            raise UserError(f"task {task}: generation_kwargs {visible(str(given)):.200}: cannot be used "
                             f"({told_in_a_line(e):.200}); write numbers there, or leave them out") from None
-        max_tokens = asked.max_tokens
-        room = self.max_length - max_tokens
+        room = self.max_length - write.max_tokens
         if room <= 0:
-            raise UserError(f"task {instance.task_name}: asks for answers of {max_tokens} tokens, and the "
-                            f"model ends at {self.max_length}; pass --max-new-tokens N to cut them shorter")
-        tokens = self._prompt_tokens(prompt)
-        return replace(asked, prompt=tuple((tokens or [self.prefix_token_id])[-room:]))
+            raise UserError(f"task {task}: asks for answers of {write.max_tokens} tokens, and the model ends "
+                            f"at {self.max_length}; pass --max-new-tokens N to cut them shorter")
+        return replace(write, prompt=tuple((self._prompt_tokens(prompt) or [self.prefix_token_id])[-room:]))
 
     def _read_generation(self, given: dict[str, Any], sample: int) -> Write:
         """Return a continuation as lm-eval's `generation_kwargs` ask for it, without its prompt.
 
         Raises:
-            TypeError, ValueError, OverflowError: one of them is no number.
+            TypeError, ValueError, OverflowError: a value is no number.
         """
         until = given.get("until") or []
         given = {**given, "until": [until] if isinstance(until, str) else [str(text) for text in until]}
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(given, DEFAULT_MAX_TOKENS))
-        max_tokens = min(int(kwargs["max_gen_toks"]), self._reading.max_gen_tokens or int(1e9))
+        max_tokens = min(int(kwargs["max_gen_toks"]), self.max_gen_tokens or int(1e9))
         temperature = float(kwargs.get("temperature") or 0.0) if kwargs["do_sample"] else 0.0
         if max_tokens < 1 or not 0 <= temperature < math.inf:
             raise ValueError("it asks for no token, or a temperature that is none")
-        asked = Write((), tuple(dict.fromkeys(text for text in given["until"] if text)), max_tokens)
-        # at temperature 0 all samples are one request: seed and number stay out of its key
-        if temperature:
-            asked = replace(asked, temperature=temperature, top_k=max(0, int(kwargs.get("top_k") or 0)),
-                            top_p=float(kwargs.get("top_p") or 1.0), sample=sample,
-                            seed=int(given.get("seed", self._reading.seed)))
-        return asked
+        greedy = Write((), tuple(dict.fromkeys(text for text in given["until"] if text)), max_tokens)
+        if not temperature:  # all samples are one request: seed and number stay out of its key
+            return greedy
+        return replace(greedy, temperature=temperature, top_k=max(0, int(kwargs.get("top_k") or 0)),
+                       top_p=float(kwargs.get("top_p") or 1.0), sample=sample,
+                       seed=int(given.get("seed", self._seed)))
 
     def _prompt_tokens(self, prompt: str) -> list[int]:
         """Return a prompt's tokens as `HFLM.tok_batch_encode` does, which looks for the bos token alone."""
         bos = self.tokenizer.bos_token
         chosen = {"add_special_tokens": False} if bos and prompt.startswith(bos) else {}
         return [int(token) for token in self.tokenizer.encode(prompt, **chosen)]
-
-    # what lm-eval calls, once everything is answered
-
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False
-                      ) -> list[tuple[float, bool]]:
-        """Return the likelihoods of instances.
-
-        Raises:
-            NotAnswered: one has no answer.
-        """
-        found = [self.answer(self.requests_of(request)[0]) for request in requests]
-        return [(float(answer["logprob"] or 0.0), bool(answer["greedy"])) for answer in found]
-
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Return the likelihoods of whole texts.
-
-        Raises:
-            NotAnswered: one has no answer.
-        """
-        return [sum(float(self.answer(window)["logprob"] or 0.0) for window in self.requests_of(request))
-                for request in requests]
-
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Return the continuations of instances; of those that are asked several times one after the other,
-        different samples.
-
-        Raises:
-            NotAnswered: one has no answer.
-        """
-        seen: dict[int, int] = {}
-        texts = []
-        for request in requests:
-            sample = seen[id(request)] = seen.get(id(request), -1) + 1
-            texts.append(str(self.answer(self.requests_of(request, sample)[0])["text"]))
-        return texts
-
-    def answer(self, request: Request) -> Answer:
-        """Return the answer to a request.
-
-        Raises:
-            NotAnswered: there is none.
-        """
-        found = self._answers[request.key]
-        if isinstance(request, AnswerScore) and math.isnan(float(found["logprob"] or 0.0)):
-            # of several choices the first would count as the best one, and a broken model as one that guesses
-            raise NotAnswered("its likelihood is NaN: the model's weights or activations are no numbers")
-        return found
-
-    def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
-        found = [self.answer(self._score(context, continuation)) for _, context, continuation in requests]
-        return [(float(answer["logprob"] or 0.0), bool(answer["greedy"])) for answer in found]

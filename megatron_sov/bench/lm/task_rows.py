@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 LOADERS = {"json": (".json", ".jsonl"), "csv": (".csv", ".tsv"), "parquet": (".parquet",)}
 """What may stand as `dataset_path` -> the files that it reads; others are fetched, or are code."""
-OPTIONS = {"json": ("field",), "csv": ("delimiter",), "parquet": ()}
-"""Loader (`dataset_path`) -> the `dataset_kwargs` that it reads in addition to `data_files`."""
 MAX_FILE_BYTES = 4 << 30
 """Largest data file; a task's rows are held in memory."""
 MAX_CELL_CHARS = 64 << 20
@@ -43,12 +41,9 @@ class TaskFileReader:
     """Reads the data files of a task when lm-eval builds it; the value of the task's `custom_dataset`."""
 
     loader: str
-    """Key of `OPTIONS`."""
+    """Key of `LOADERS`."""
     files: Mapping[str, Sequence[str]]
     """Split -> its files."""
-    options: Mapping[str, Any]
-    index_fields: frozenset[str] = frozenset()
-    """CSV columns that hold the index of a choice where all their cells are integers."""
     to_dataset: bool = False
     """Whether to return `datasets.Dataset` objects, which the `process_docs` of a task expect."""
 
@@ -66,24 +61,20 @@ class TaskFileReader:
         return {split: Dataset.from_list(list(rows)) for split, rows in splits.items()}
 
     def _read_split(self, files: Sequence[str]) -> TaskRows:
-        rows = TaskRows(row for name in files for row in read_rows(self.loader, Path(name), self.options))
+        rows = TaskRows(row for name in files for row in read_rows(self.loader, Path(name)))
         missing = dict.fromkeys(rows.features)
         rows[:] = [{**missing, **row} for row in rows]  # a template may test a field that some rows lack
-        for field in self.index_fields.intersection(missing) if self.loader == "csv" else ():
-            if all(isinstance(row[field], str) and _is_index(row[field]) for row in rows):
-                for row in rows:
-                    row[field] = int(row[field])
         return rows
 
 
-def read_rows(loader: str, file: Path, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def read_rows(loader: str, file: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file.
 
     Raises:
         UserError: it cannot be read as the loader's format.
     """
     read = {"json": _read_json, "csv": _read_csv, "parquet": _read_parquet}
-    return read[loader](file, options)
+    return read[loader](file)
 
 
 def group_files(data_files: Any) -> dict[str, list[str]]:
@@ -92,23 +83,9 @@ def group_files(data_files: Any) -> dict[str, list[str]]:
     return {split: files if isinstance(files, list) else [files] for split, files in splits.items()}
 
 
-def find_option_problem(loader: str, options: Mapping[str, Any]) -> str | None:
-    """Check the `dataset_kwargs` of a loader other than `data_files`; return a problem, or None."""
-    if unknown := sorted(map(str, set(options) - set(OPTIONS[loader]))):
-        return (f"dataset_kwargs has {', '.join(unknown)}, which `dataset_path: {loader}` does not read; "
-                f"leave it out, or use {', '.join(('data_files', *OPTIONS[loader]))}")
-    if not isinstance(options.get("field", ""), str):
-        return f"dataset_kwargs.field is {options['field']!r:.80}; write a text"
-    delimiter = options.get("delimiter", ",")
-    if not (isinstance(delimiter, str) and len(delimiter) == 1):
-        return f"dataset_kwargs.delimiter is {delimiter!r:.80}; write one character"
-    return None
-
-
-def _read_json(file: Path, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the objects of JSON Lines, of a JSON list, or of the list under `field`."""
-    field = options.get("field")
-    if field is None and not _begins_with_bracket(file):
+def _read_json(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of JSON Lines, or of a JSON list."""
+    if not _begins_with_bracket(file):
         for line, raw in read_lines(file, "data file"):
             row = parse_row(raw, "")
             if isinstance(row, str):
@@ -116,38 +93,32 @@ def _read_json(file: Path, options: Mapping[str, Any]) -> Iterator[dict[str, Any
             yield dict(row)
         return
     try:
-        found = json.loads(_read_whole(file))
+        rows = json.loads(_read_whole(file))
     except (ValueError, RecursionError) as e:
         raise UserError(f"{file}: is no valid JSON ({str(e)[:200]}); mend it") from None
-    if field is not None:
-        if not isinstance(found, dict) or field not in found:
-            raise UserError(f"{file}: has no {field!r}; set dataset_kwargs.field to a key of the file")
-        found = found[field]
-    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{file}: must hold a list of JSON objects, one for each item")
-    yield from found
+    yield from rows
 
 
-def _read_csv(file: Path, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    delimiter = options.get("delimiter") or ("\t" if file.suffix == ".tsv" else ",")
+def _read_csv(file: Path) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(MAX_CELL_CHARS)
-    reader = csv.DictReader(io.StringIO(_read_whole(file), newline=""), delimiter=delimiter, strict=True)
+    text = io.StringIO(_read_whole(file), newline="")
+    reader = csv.DictReader(text, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
     try:
         names = reader.fieldnames or ()
         if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise UserError(f"{file}: has two columns named {twice!r:.80}; rename one of them")
+            raise UserError(f"{file}: has two columns of one name ({', '.join(names):.200}); rename one")
         for row in reader:
             if None in row or None in row.values():
                 raise UserError(f"{file}: line {reader.line_num} has another number of cells than the "
-                                f"{len(reader.fieldnames or ())} columns; mend it, or quote the cell with "
-                                f"{delimiter!r} in it")
+                                f"{len(names)} columns; mend it, or quote a cell with the separator in it")
             yield row
     except csv.Error as e:
         raise UserError(f"{file}: line {reader.line_num} is no valid CSV ({e}); mend it") from None
 
 
-def _read_parquet(file: Path, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _read_parquet(file: Path) -> Iterator[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -173,7 +144,3 @@ def _read_whole(file: Path) -> str:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
         raise UserError(f"{file}: is no UTF-8 text ({e}); write it in UTF-8") from None
-
-
-def _is_index(cell: str) -> bool:
-    return cell.isascii() and cell.isdigit() and len(cell) < 10 and (cell == "0" or not cell.startswith("0"))

@@ -26,7 +26,7 @@ from megatron_sov.base.errors import UserError, nearest, told_in_a_line
 from megatron_sov.base.settings import parse_nested
 from megatron_sov.bench.lm.harness import cage_templates, quiet
 from megatron_sov.bench.lm.settings import Settings, TaskSources
-from megatron_sov.bench.lm.task_rows import LOADERS, TaskFileReader, find_option_problem, group_files
+from megatron_sov.bench.lm.task_rows import LOADERS, TaskFileReader, group_files
 
 if TYPE_CHECKING:
     from megatron_sov.bench.suites.judging import AnswerJudge
@@ -184,13 +184,13 @@ def _place(path: Path, said: str) -> Path:
     return place
 
 
-def prepared(definition: Definition, data_dir: Path | None, *, may_download: bool,
-             metrics: Mapping[str, Any]) -> tuple[dict[str, Any], list[Path]]:
+def prepare_task(definition: Definition, data_dir: Path | None, *, may_download: bool,
+                 metrics: Mapping[str, Any]) -> tuple[dict[str, Any], list[Path]]:
     """Return a task's settings with its data files as absolute paths, and these files.
 
     Args:
         definition: the task.
-        data_dir: what `${DATA}` stands for.
+        data_dir: the folder that `${DATA}` stands for.
         may_download: whether data may be fetched.
         metrics: names that lm-eval knows.
 
@@ -205,39 +205,46 @@ def prepared(definition: Definition, data_dir: Path | None, *, may_download: boo
             raise UserError(f"{said}: {key} is {config[key]!r:.80}; write {what}")
     if not definition.folder.trusted:
         _refuse_code(config, said, metrics)
-    path = config.get("dataset_path")
-    if path is None and definition.folder.trusted:  # its own code reads the data
-        files: list[Path] = []
-        given = dict(config.get("dataset_kwargs") or {})
-        if "data_files" in given:
-            given["data_files"] = _locate(given["data_files"], definition, data_dir, said, files)
-        return config | {"dataset_kwargs": given}, files
-    if path is None or path not in LOADERS:
-        if path is not None and not may_download:
-            raise UserError(f"{said}: dataset_path {path!r} would be fetched; put its items into a JSON "
-                            "Lines file and write `dataset_path: json` with data_files, or pass "
-                            "--allow-download")
-        if path in ("pandas", "pickle", "webdataset") or (path and Path(str(path)).exists()):
-            raise UserError(f"{said}: dataset_path {path!r} could run code; use one of {', '.join(LOADERS)}")
+    path, kwargs = config.get("dataset_path"), dict(config.get("dataset_kwargs") or {})
+    is_own = config.get("custom_dataset") is not None or (path is None and definition.folder.trusted)
+    if not is_own and path not in LOADERS:
+        _refuse_fetched(path, said, may_download)
         return config, []
-    given = dict(config.get("dataset_kwargs") or {})
-    options = {key: value for key, value in given.items() if key not in ("data_files", "trust_remote_code")}
-    if problem := find_option_problem(path, options):
-        raise UserError(f"{said}: {problem}")
-    files = []
-    data_files = _locate(given.get("data_files"), definition, data_dir, said, files)
-    is_own = config.get("custom_dataset") is not None  # of our suites, which read every format
-    if wrong := [f for f in files if f.suffix not in LOADERS[path] and not is_own]:
-        raise UserError(f"{said}: {wrong[0]} is no file of {path}, which end in "
-                        f"{' or '.join(LOADERS[path])}; name them so")
-    is_choice = config.get("output_type") == "multiple_choice"
-    index_fields = {str(config.get(key)) for key in ("doc_to_target", "doc_to_text")} if is_choice else set()
-    if not is_own:
-        config["custom_dataset"] = TaskFileReader(path, group_files(data_files), options,
-                                                  frozenset(index_fields),
+    files: list[Path] = []
+    if path in LOADERS or "data_files" in kwargs:
+        kwargs["data_files"] = _locate(kwargs.get("data_files"), definition, data_dir, said, files)
+    config["dataset_kwargs"] = kwargs
+    if not is_own:  # code of its own reads the data, as in our suites
+        _check_data(config, said, files)
+        config["custom_dataset"] = TaskFileReader(path, group_files(kwargs["data_files"]),
                                                   to_dataset=config.get("process_docs") is not None)
-    config["dataset_kwargs"] = options | {"data_files": data_files}
     return config, files
+
+
+def _refuse_fetched(path: str | None, said: str, may_download: bool) -> None:
+    if path is not None and not may_download:
+        raise UserError(f"{said}: dataset_path {path!r} would be fetched; put its items into a JSON "
+                        "Lines file and write `dataset_path: json` with data_files, or pass "
+                        "--allow-download")
+    if path in ("pandas", "pickle", "webdataset") or (path and Path(path).exists()):
+        raise UserError(f"{said}: dataset_path {path!r} could run code; use one of {', '.join(LOADERS)}")
+
+
+def _check_data(config: Mapping[str, Any], said: str, files: Sequence[Path]) -> None:
+    """Raise `UserError` where data files have another format, or would be read otherwise than meant."""
+    loader = config["dataset_path"]
+    if unknown := sorted(map(str, set(config["dataset_kwargs"]) - {"data_files", "trust_remote_code"})):
+        raise UserError(f"{said}: dataset_kwargs has {', '.join(unknown)}, which `dataset_path: {loader}` "
+                        "does not read; leave it out, and write the items it stands for as JSON Lines")
+    if wrong := [file for file in files if file.suffix not in LOADERS[loader]]:
+        raise UserError(f"{said}: {wrong[0]} is no file of {loader}, which end in "
+                        f"{' or '.join(LOADERS[loader])}; name them so")
+    target = config.get("doc_to_target")
+    # lm-eval takes a text "0" for no choice at all, and every answer would be wrong.
+    if loader == "csv" and config.get("output_type") == "multiple_choice" and isinstance(
+            target, str) and "{" not in target:
+        raise UserError(f"{said}: doc_to_target {target!r:.80} names a column of text; write "
+                        f"'{{{{{target:.80}}}}}', which lm-eval reads as an index where it is a number")
 
 
 def _locate(value: Any, definition: Definition, data_dir: Path | None, said: str, files: list[Path]) -> Any:
@@ -309,8 +316,6 @@ class LoadedTasks:
     """Name -> lm-eval's group of those that were asked for by its name."""
     files: dict[str, dict[str, str]] = field(default_factory=dict)
     """Name of a task -> name of each of its data files -> its SHA-256."""
-    warnings: dict[str, list[str]] = field(default_factory=dict)
-    """Name of a task -> warnings of lm-eval while it was built."""
     judges: dict[str, AnswerJudge] = field(default_factory=dict)
     """Name of a task that a reward judges -> what judges it."""
 
@@ -347,17 +352,15 @@ def load_tasks(names: Sequence[str], sources: TaskSources, asked: Settings | Non
             manager.task_index[name] = entry
     tasks: dict[str, Any] = {}
     groups: dict[str, Any] = {}
-    warnings: dict[str, list[str]] = {}
     for name in names:
-        loaded, heard = _load(manager, name)
-        warnings |= dict.fromkeys(loaded["tasks"], heard)
+        loaded = _load(manager, name)
         # A task and its group would be asked and counted twice.
         if twice := sorted(set(loaded["tasks"]) & set(tasks)):
             raise UserError(f"--tasks {','.join(names)}: {twice[0]} is asked for twice; name it once")
         tasks |= loaded["tasks"]
         groups |= loaded.get("groups", {})
     hashes = {name: _hashes(files.get(name, [])) for name in tasks}
-    return LoadedTasks(tasks, groups, hashes, warnings, judges)
+    return LoadedTasks(tasks, groups, hashes, judges)
 
 
 def _judge(config: Mapping[str, Any], folder: TaskFolder, asked: Settings | None) -> AnswerJudge | None:
@@ -389,10 +392,10 @@ def _find_named(names: Sequence[str], sources: TaskSources) -> tuple[FoundTasks,
                                                         else found.tags.get(given, [given]))]
 
 
-def _load(manager: Any, name: str) -> tuple[Any, list[str]]:
-    """Return lm-eval's tasks and groups of a name, and its warnings while they were built."""
+def _load(manager: Any, name: str) -> Any:
+    """Return lm-eval's tasks and groups of a name."""
     try:
-        with quiet() as warnings:
+        with quiet():
             loaded = manager.load([name])
             unknown = [(task, metric) for task, made in loaded["tasks"].items()
                        for metric, aggregate in dict(made.aggregation()).items() if not callable(aggregate)]
@@ -404,7 +407,7 @@ def _load(manager: Any, name: str) -> tuple[Any, list[str]]:
     if unknown:
         raise UserError(f"task {unknown[0][0]!r}: the aggregation of its metric {unknown[0][1]!r} is none "
                         "that lm-eval has; name one, such as mean")
-    return loaded, warnings
+    return loaded
 
 
 def _closure(names: Sequence[str], found: FoundTasks, built_in: Mapping[str, Any]) -> list[str]:
@@ -459,8 +462,8 @@ def _entry(definition: Definition, sources: TaskSources) -> tuple[Any, list[Path
                             "write it into each of them")
         return Entry(name=config["group"], kind=Kind.GROUP, yaml_path=None, cfg=config), []
     data_dir = sources.data_dir and sources.data_dir.absolute()  # paths of a file begin at its folder
-    config, files = prepared(definition, data_dir, may_download=sources.allow_download,
-                                        metrics=metric_registry)
+    config, files = prepare_task(definition, data_dir, may_download=sources.allow_download,
+                                 metrics=metric_registry)
     if definition.folder.trusted:
         config = _resolve(config)
     return Entry(name=config["task"], kind=Kind.PY_TASK if "class" in config else Kind.TASK, yaml_path=None,

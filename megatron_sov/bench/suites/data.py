@@ -43,7 +43,7 @@ def load(data_files: Mapping[str, Any] | None = None, sov: Mapping[str, Any] | N
     for split, given in (data_files or {}).items():
         for path in map(Path, [given] if isinstance(given, str) else given):
             loader = next(name for name, endings in LOADERS.items() if path.suffix in endings)
-            for number, row in enumerate(read_rows(loader, path, {}), 1):
+            for number, row in enumerate(read_rows(loader, path), 1):
                 row = renamed(row, aliases)
                 if wrong := [text for name, rule in rules.items() if (text := problem(name, rule, row))]:
                     raise UserError(f"--data-dir {path}: row {number}: {'; '.join(wrong)}")

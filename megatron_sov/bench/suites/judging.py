@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from statistics import fmean
@@ -42,14 +42,6 @@ WRONG = checked(Score(0.0, {"extracted": None}))
 DESCRIBING = frozenset(("suite", "source", "licence", "release", "items", "prompt_source", "remarks",
                         "fields", "aliases", "group_field", "shots_file", "shots_per_group", "kind"))
 """Keys of `metadata.sov` that describe the task and its data."""
-_GENERATION = "`generation_kwargs` of the task (do_sample, temperature, top_p, top_k, max_gen_toks)"
-_INSPECT = "eval lm asks one question an item; use inspect-ai for conversations and tools"
-MOVED = {"samples": "`repeats` of the task", "temperature": _GENERATION, "top_p": _GENERATION,
-         "top_k": _GENERATION, "max_tokens": _GENERATION, "seed": "--seed", "turns_field": _INSPECT,
-         "published_as": "nothing reads it",
-         "environment": _INSPECT, "environment_settings": _INSPECT, "limits": _INSPECT}
-"""Keys of earlier versions -> what to write in their place."""
-
 
 def _no_pattern(text: str) -> Breach | None:
     if text in ("", BOXED):
@@ -82,9 +74,7 @@ class Judging:
     mode: Literal["default", "thinking", "no-thinking"] = "default"
     """Of a reasoning model: `enable_thinking` of its chat template."""
     right_from: Finite = 1.0
-    """Least reward of a right answer, for pass@k, cons@k and `counts`."""
-    counts: Literal["reward", "right"] = "reward"
-    """Whether avg@k is the mean of rewards, or of right answers."""
+    """Least reward of a right answer, for pass@k and cons@k."""
     extract: Annotated[str, Bound(_no_pattern)] = ""
     """Pattern whose last match's first group is the final answer; an answer without a match is wrong.
     `boxed`: the last \\boxed{...}.  Empty: the reward reads the answer itself."""
@@ -127,8 +117,6 @@ def judging_of(config: Mapping[str, Any], *, allow_code: bool, samples: int | No
     where = f"task {config.get('task')}: metadata.{KEY}"
     if given is not None and not isinstance(given, Mapping):
         raise UserError(f"{where} must be an object of settings")
-    if moved := [name for name in MOVED if name in (given or {})]:
-        raise UserError(f"{where}.{moved[0]}: is no setting any more; {MOVED[moved[0]]}")
     if "reward" not in (given or {}):
         return None
     settings = {str(name): value for name, value in (given or {}).items() if name not in DESCRIBING}
@@ -175,10 +163,8 @@ class AnswerJudge:
 
     def __init__(self, judging: Judging, workers: int = 0) -> None:
         self.judging, self.workers = judging, workers
-        self.prompts: Sequence[str] = ()
-        """What each item asked, in the order of the task's items; set when they are made."""
         self.judges: dict[str, Any] = {}
-        """Variant -> name and version of what judged."""
+        """Variant -> name and version of the reward."""
 
     def __deepcopy__(self, memo: object) -> AnswerJudge:
         return self  # lm-eval copies configurations, and the task keeps the judge that is asked here
@@ -198,28 +184,21 @@ class AnswerJudge:
         Raises:
             UserError: the reward cannot be made: a setting is wrong, a judge has no address.
         """
-        prompts = self.prompts or [""] * len(docs)
-        rows = [_row(self.judging, prompt, doc, answer)
-                for prompt, doc, texts in zip(prompts, docs, answers, strict=True) for answer in texts]
-        by_variant: dict[str, list[Result]] = {}
-        for name, settings in (self.judging.variants or {"": {}}).items():
-            by_variant[name] = self._results(name, {**self.judging.reward_settings, **settings}, rows)
-        places = {name: iter(results) for name, results in by_variant.items()}
-        return [{name: list(islice(found, len(texts))) for name, found in places.items()}
+        rows = [make_row(self.judging, doc, answer)
+                for doc, texts in zip(docs, answers, strict=True) for answer in texts]
+        by_variant = {name: iter(self._results(name, {**self.judging.reward_settings, **settings}, rows))
+                      for name, settings in (self.judging.variants or {"": {}}).items()}
+        return [{name: list(islice(results, len(texts))) for name, results in by_variant.items()}
                 for texts in answers]
 
-    def _results(self, variant: str, settings: Mapping[str, Any], rows: Iterable[Row | Result]
+    def _results(self, variant: str, settings: Mapping[str, Any], rows: Sequence[Row | Result]
                  ) -> list[Result]:
         name = self.judging.reward
-        if name in SCORERS:
-            try:
-                own = SCORERS[name](**settings)
-            except TypeError:
-                raise UserError(f"task {self.judging.task}: reward {name} does not take the settings "
-                                f"{', '.join(settings)}; leave them out") from None
-            self.judges[variant] = f"{name} {version_of(own, settings)}"
-            return [row if isinstance(row, Result) else judged(own, row) for row in rows]
         try:
+            if name in SCORERS:
+                scorer = SCORERS[name](**settings)
+                self.judges[variant] = f"{name} {version_of(scorer, settings)}"
+                return [row if isinstance(row, Result) else judged(scorer, row) for row in rows]
             order = registry.order(name, settings)
             made = registry.make(order)
         except (UserError, TypeError) as e:
@@ -229,17 +208,17 @@ class AnswerJudge:
             raise UserError(f"task {self.judging.task}: {e}{hint}") from None
         self.judges[variant] = f"{name} {made.version}"
         results: list[Result] = []
-        left = iter(rows)
         with runner(order, made, self.workers or num_cores()) as judging:
-            while batch := list(islice(left, BATCH_ROWS)):
-                # rows that cannot be judged have a result already, and keep their place
-                given = iter(judging.score([row for row in batch if not isinstance(row, Result)]))
-                results += [row if isinstance(row, Result) else next(given) for row in batch]
+            for begin in range(0, len(rows), BATCH_ROWS):
+                batch = rows[begin:begin + BATCH_ROWS]
+                # Rows that cannot be judged have a result already, and keep their place.
+                scored = iter(judging.score([row for row in batch if not isinstance(row, Result)]))
+                results += [row if isinstance(row, Result) else next(scored) for row in batch]
         return results
 
     def count(self, doc: Mapping[str, Any], results: Sequence[Judged]) -> dict[str, float]:
-        """Return the figures of one item (lm-eval's `process_results`); one without enough judged answers is
-        left out."""
+        """Return the figures of one item (lm-eval's `process_results`), without those that too few judged
+        answers are there for."""
         return {f"{variant}:{name}" if variant else name: value for variant, found in results[0].items()
                 for name, value in metrics_of(self.judging, found).items()}
 
@@ -258,7 +237,7 @@ def metrics_of(judging: Judging, results: Sequence[Result]) -> dict[str, float]:
     found: dict[str, float] = {}
     # a mean over fewer answers than asked for would have another name
     if "avg" in judging.metrics and len(rewards) >= judging.samples:
-        found[f"avg@{judging.samples}"] = float(fmean(right if judging.counts == "right" else rewards))
+        found[f"avg@{judging.samples}"] = fmean(rewards)
     votes = PromptCounts()
     for result, is_right in zip(scored, right, strict=True):
         answer = result.components.get("extracted")
@@ -289,28 +268,28 @@ def consensus(votes: PromptCounts, k: int) -> float:
     return 1 / (1 + sum(count == votes.num_right for count in votes.wrong.values()))
 
 
-def _row(judging: Judging, prompt: str, doc: Mapping[str, Any], answer: str) -> Row | Result:
-    """Return what the reward reads of an answer, or its result where nothing can be judged."""
-    said = without_thoughts(answer, judging.mode)
-    made: dict[str, Any] = {"prompt": prompt}
+def make_row(judging: Judging, doc: Mapping[str, Any], answer: str) -> Row | Result:
+    """Return the row that the reward reads for an answer, or its result where nothing can be judged."""
+    response = without_thoughts(answer, judging.mode)
+    row: dict[str, Any] = {}
     try:
         if judging.extract:
-            final = extracted(judging.extract, said)
+            final = extract_answer(judging.extract, response)
             if final is None:
                 return WRONG
-            said = final
+            response = final
         for name, source in judging.row.items():
             if source not in doc:
                 raise Refused(f"the data have no {source!r}")
             value = doc[source]
-            made[name] = value if value is None or isinstance(value, (str, list, dict)) else json.dumps(value)
+            row[name] = value if value is None or isinstance(value, (str, list, dict)) else json.dumps(value)
         if judging.row_maker:
-            made |= ROW_MAKERS[judging.row_maker](doc)
+            row |= ROW_MAKERS[judging.row_maker](doc)
     except Refused as e:
         return Result(None, "refused", {}, str(e))
     except TimeoutError as e:
         return Result(None, "timeout", {}, str(e))
-    return {**made, "response": said}
+    return {**row, "response": response}
 
 
 def without_thoughts(text: str, mode: str) -> str:
@@ -322,7 +301,7 @@ def without_thoughts(text: str, mode: str) -> str:
     return "" if mode == "thinking" or text.lstrip().startswith(THINKING_BEGIN) else text
 
 
-def extracted(pattern: str, text: str) -> str | None:
+def extract_answer(pattern: str, text: str) -> str | None:
     """Return the first group of a pattern's last match; None: there is no match.
 
     With `BOXED` for a pattern it is the last box, and a text without one as it is: math-verify, which the

@@ -1,11 +1,10 @@
-"""`megatron-sov eval ppl | needle | pairs | passk | media | lm | logits`."""
+"""`megatron-sov eval ppl | needle | pairs | passk | media | lm`."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from megatron_sov.base.command_line import Command
@@ -13,8 +12,7 @@ from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import Actions, AtLeastOne, Flag, add_actions, run_action
 from megatron_sov.commands.evaluate.task import (
     HeldoutOptions, OutOptions, begin_task, measure_target, show_figures, write_figures)
-from megatron_sov.commands.shared_options import (
-    PARITY_LENGTHS, CheckpointPath, ModelPath, RecordOptions, step_of)
+from megatron_sov.commands.shared_options import ModelPath, step_of
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.model.config import Language, NeedleConfig, NeedleKind, data_paths
 from megatron_sov.runs.launch_environment import is_first
@@ -48,10 +46,8 @@ class PplOptions(CutOptions, OutOptions, RankOptions):
 class NeedleOptions(OutOptions, RankOptions):
     """Needle-in-a-haystack accuracy by length and depth, among other needles."""
 
-    data: Annotated[tuple[str, ...], Flag(value="DIR")] = ()
+    data: Annotated[tuple[str, ...], Flag(value="DIR")]
     """Token shards with held-out documents."""
-    text: Annotated[tuple[str, ...], Flag(value="LANGUAGE=FILE")] = ()
-    """A text file that needles are hidden in; languages: english, korean, thai, code."""
     language: Annotated[tuple[str, ...], Flag(value="SOURCE=LANGUAGE")] = ()
     """A source's language, where its text does not show it."""
     kinds: Annotated[tuple[NeedleKind, ...], Flag(many=True)] = ()
@@ -71,18 +67,6 @@ class NeedleOptions(OutOptions, RankOptions):
     seed: int = 0
     """Of keys, values and text (default 0)."""
     target: ModelPath
-
-
-@dataclass(frozen=True, kw_only=True)
-class LogitsOptions(RecordOptions, RankOptions):
-    """Compare a checkpoint's logits with those of its Hugging Face folder in transformers; exit code 3 where
-    they differ."""
-
-    checkpoint: CheckpointPath
-    hf_dir: Annotated[Path, Flag("HF_DIR")]
-    """Hugging Face folder of the same model."""
-    lengths: Annotated[tuple[AtLeastOne, ...], Flag(many=True)] = PARITY_LENGTHS
-    """Tokens of the random documents that are compared."""
 
 
 def _ppl(args: PplOptions) -> int:
@@ -134,28 +118,6 @@ def _needle(args: NeedleOptions) -> int:
     return ExitCode.OK
 
 
-def _logits(args: LogitsOptions) -> int:
-    events = begin_task(args, args.checkpoint, args.hf_dir)
-    from megatron_sov.convert import is_hf_folder
-    from megatron_sov.eval.parity import compare_logits, random_prompts
-    from megatron_sov.infer.engines.target import Target
-    from megatron_sov.runs.checkpoints import find_checkpoint
-
-    if not is_hf_folder(args.hf_dir):
-        raise UserError(f"{args.hf_dir}: is not a Hugging Face folder; "
-                        "pass what `megatron-sov convert to-hf` wrote")
-    checkpoint = find_checkpoint(args.checkpoint)
-    prompts = random_prompts(args.lengths, Target(checkpoint, False).vocab_size)
-    checks = compare_logits(checkpoint, args.hf_dir, prompts, settings=args.settings, nproc=args.nproc)
-    if not checks:
-        return ExitCode.OK
-    events.add("conversion", target="the logits", checks=[asdict(c) for c in checks])
-    lines = [f"{'ok  ' if c.passed else 'FAIL'}  {c.name}: {c.value:g} (limit "
-             f"{c.limit:g}) {c.detail}".rstrip() for c in checks]
-    show_figures(args.json, [asdict(c) for c in checks], "\n".join(lines))
-    return ExitCode.OK if all(c.passed for c in checks) else ExitCode.GATE_FAILED
-
-
 def _loss_table(found: dict[str, dict[str, Any]]) -> str:
     width = max(map(len, [*found, "source"]))
     rows = [f"{name:<{width}}  {r['tokens']:>9,}  {r['loss']:>8.4f}  {r['bits_per_byte']:>13.4f}"
@@ -179,17 +141,11 @@ def suite_of(args: NeedleOptions, target: Target) -> NeedleSuite:
     from megatron_sov.eval.needle.text import open_haystacks
     from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
 
-    if not args.data and not args.text:
-        raise UserError("there is no text to hide needles in: pass --data DIR or --text LANGUAGE=FILE")
-    sources = open_sources(data_paths(args.data), target.vocab_size or sys.maxsize,
-                           is_fixed=True) if args.data else []
+    sources = open_sources(data_paths(args.data), target.vocab_size or sys.maxsize, is_fixed=True)
     refuse_other_tokens(tokenizer_folder(sources), target.tokenizer_folder)
     config = _config(args, target.config.needle if target.config else NeedleConfig())
-    told = {name: language for language, name in (_named(word, "--language", True) for word in args.language)}
-    files = [(language, Path(name))
-             for language, name in (_named(word, "--text", False) for word in args.text)]
     haystacks = open_haystacks(sources, "heldout", target.tokenizer_folder, languages=config.languages,
-                               told=told, files=files)
+                               told=dict(map(_source_language, args.language)))
     return make_suite(config, haystacks, seed=args.seed, by=args.by)
 
 
@@ -200,13 +156,13 @@ def _config(args: NeedleOptions, defaults: NeedleConfig) -> NeedleConfig:
     return replace(defaults, **{k: v for k, v in given.items() if v not in (None, ())})
 
 
-def _named(word: str, option: str, language_last: bool) -> tuple[Language, str]:
-    """Return language and name of LANGUAGE=NAME or NAME=LANGUAGE."""
-    name, found, language = word.rpartition("=") if language_last else word.partition("=")[::-1]
-    if not found or language not in LANGUAGES or not name:
-        form = "SOURCE=LANGUAGE" if language_last else "LANGUAGE=FILE"
-        raise UserError(f"{option} {word}: must be {form}; languages are {', '.join(LANGUAGES)}")
-    return next(known for known in LANGUAGES if known == language), name
+def _source_language(word: str) -> tuple[str, Language]:
+    """Return name and language of SOURCE=LANGUAGE."""
+    name, _, language = word.rpartition("=")
+    known = next((known for known in LANGUAGES if known == language), None)
+    if known is None or not name:
+        raise UserError(f"--language {word}: must be SOURCE=LANGUAGE; languages are {', '.join(LANGUAGES)}")
+    return name, known
 
 
 ACTIONS: Actions = {
@@ -219,7 +175,6 @@ ACTIONS: Actions = {
                      "From text, pictures and speech to one another, judged by what is recognised"),
     "lm": Command("megatron_sov.commands.evaluate.benchmarks:LM",
                   "Score a model on tasks of lm-eval's form, by its own prompts and metrics, offline",
-                  page="eval_lm.md"),
-    "logits": (LogitsOptions, _logits)}
+                  page="eval_lm.md")}
 add_arguments = partial(add_actions, actions=ACTIONS)
 run = partial(run_action, ACTIONS)

@@ -51,9 +51,6 @@ KIND = "passk"
 RESULTS, SAMPLES = "results.json", "samples.jsonl"
 """Files of the artifact: the figures, and every response with its reward."""
 PROMPT, PROMPT_INDEX = "prompt", "prompt_index"
-OF_A_PROBLEM = (PROMPT, "answer", "choices", "tests", "entry_point", "instructions", "instruction_id_list",
-                "kwargs", "rubric")
-"""Fields in which the responses to one problem do not differ: what is asked, and what rewards read of it."""
 CALL_SAMPLES = 1024
 """Responses that an engine is asked for at a time, and lost at most when the command is killed."""
 
@@ -97,15 +94,10 @@ class EvalPasskOptions(JudgedSamplingOptions, RecordOptions, RankOptions, Overwr
                        RedoOptions):
     """Sample responses to prompts, have a reward judge them, estimate pass@k and maj@k."""
 
-    target: Annotated[Path | None, Flag("TARGET")] = None
+    target: Annotated[Path, Flag("TARGET")]
     """Checkpoint, run (its newest one) or Hugging Face folder that answers --input."""
-    input: Annotated[Path | None, Flag(value="PROMPTS.jsonl")] = None
+    input: Annotated[Path, Flag(value="PROMPTS.jsonl")]
     """A JSON object per line, with `prompt` (text, or messages with --chat) and what the reward needs."""
-    sampled: Annotated[Path | None, Flag(value="ROWS.jsonl")] = None
-    """In place of TARGET and --input: responses that are there already, a row each."""
-    group_by: Annotated[str | None, Flag(value="FIELD")] = None
-    """Field that --sampled responses to one prompt share (default prompt_index where rows have it, as those
-    of this command do, else prompt)."""
     k: Annotated[tuple[AtLeastOne, ...], Flag(value="K", many=True)] = ()
     """Sizes of the draws (default 1, 2, 4, ... up to the fewest scored samples of a prompt)."""
     output: Annotated[Path, Flag(value="DIR")]
@@ -113,21 +105,10 @@ class EvalPasskOptions(JudgedSamplingOptions, RecordOptions, RankOptions, Overwr
 
     def problems(self) -> list[SettingsProblem]:
         p = super().problems()
-        if self.sampled is None and max(self.k, default=1) > self.samples:
+        if max(self.k, default=1) > self.samples:
             p.append(SettingsProblem(ProblemCode.RULE, "k", f"is more than --samples {self.samples}",
                                      max(self.k)))
-        if (self.sampled is None) == (self.target is None) or (self.input is None) == (self.sampled is None):
-            p.append(SettingsProblem(ProblemCode.RULE, "",
-                                     "pass TARGET and --input PROMPTS.jsonl, or --sampled ROWS.jsonl "
-                                     "alone"))
         return p
-
-    @property
-    def source(self) -> Path:
-        """Return the file of rows: prompts, or responses that are there."""
-        found = self.sampled or self.input
-        assert found is not None
-        return found
 
 
 @dataclass(frozen=True)
@@ -135,21 +116,15 @@ class _Plan:
     args: EvalPasskOptions
     order: PluginOrder
     reward: MadeReward
-    target: Target | None
-    """None: the responses are there already."""
-    group_by: str = PROMPT_INDEX
-    """Field that the responses to one prompt share."""
+    target: Target
 
     @property
     def engine(self) -> str:
-        assert self.target is not None
         return self.args.engine or engine_for(self.target)
 
     @cached_property
-    def model(self) -> dict[str, Any] | None:
-        """Which responses are sampled, and how; None: they are there already."""
-        if self.target is None:
-            return None
+    def model(self) -> dict[str, Any]:
+        """Values on which the responses depend."""
         return {"path": str(self.target.path), "step": self.target.step, "engine": self.engine,
                 "settings": list(self.args.settings), "chat": self.args.chat, "stop": list(self.args.stop),
                 "samples": self.args.samples, "samples_a_call": CALL_SAMPLES,
@@ -159,15 +134,15 @@ class _Plan:
 
     @cached_property
     def responses(self) -> dict[str, Any]:
-        source = self.args.source
+        source = self.args.input
         return {"model": self.model, "rows": {"path": str(source), "digest": file_digest(source)}}
 
     @property
     def whole(self) -> dict[str, Any]:
         """What every byte of the artifact depends on."""
         return {**self.responses, "right_from": self.args.right_from, "k": sorted(set(self.args.k)),
-                "group_by": self.group_by, "reward": {"name": self.order.name, "version": self.reward.version,
-                                                      "settings": dict(self.order.settings)}}
+                "reward": {"name": self.order.name, "version": self.reward.version,
+                           "settings": dict(self.order.settings)}}
 
     @property
     def sampled_file(self) -> Path:
@@ -184,29 +159,24 @@ def run_passk(args: EvalPasskOptions) -> int:
         UserError: what is asked for contradicts itself, bad rows, or nothing can be written there.
     """
     events = RunEvents(args.run)
-    if args.target is not None:
-        refuse_missing(args.target)
-    # everything that can be refused is refused before a model is loaded
+    refuse_missing(args.target)
+    # Everything that can be refused is refused before a model is loaded.
     plan = _checked(args)
     if not is_first():  # of a torchrun, or of ranks that run this command again
-        if plan.target is not None:
-            _sample(plan)
+        _sample(plan)
         return ExitCode.OK
     from megatron_sov.work.progress.resumable import resumable_artifact
 
-    # the artifact appears whole; what was sampled stays beside it until then
+    # The artifact appears whole; responses stay next to it until then.
     with resumable_artifact(args.output, KIND, "megatron-sov eval passk", plan.responses,
                             overwrite=args.overwrite, redo=args.redo) as artifact:
-        responses = args.source if plan.target is None else _sample(plan)
-        figures = _judge(plan, responses, artifact.path)
+        figures = _judge(plan, _sample(plan), artifact.path)
         artifact.writer.content = figures
         artifact.writer.settings = plan.whole
-        if plan.target is not None and (plan.target.path / MANIFEST).is_file():
+        if (plan.target.path / MANIFEST).is_file():
             artifact.writer.add_input(plan.target.path)
-    # rows that were sampled elsewhere name no checkpoint: they count for the run's last step
-    step = events.last_step() if plan.target is None else step_of(plan.target, events)
-    events.add(KIND, step=step, input=str(args.source), reward=plan.order.name,
-               reward_version=plan.reward.version, sampling=plan.model and plan.model["sampling"], **figures)
+    events.add(KIND, step=step_of(plan.target, events), input=str(args.input), reward=plan.order.name,
+               reward_version=plan.reward.version, sampling=plan.model["sampling"], **figures)
     from megatron_sov.eval.pass_at_k import table
 
     print(to_json(figures).rstrip() if args.json
@@ -217,62 +187,24 @@ def run_passk(args: EvalPasskOptions) -> int:
 def _checked(args: EvalPasskOptions) -> _Plan:
     asked = order(args.reward, parse_nested(args.reward_set, "--reward-set"))
     made = make(asked)
-    # rows are checked before Megatron is imported, which takes seconds
-    if args.sampled is None:
-        check_rows(args.source, field=PROMPT)
-    else:
-        group_by = _grouped_by(args.sampled, args.group_by)
+    # Rows are checked before Megatron is imported, which takes seconds.
+    check_rows(args.input, field=PROMPT)
     from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
-    if args.sampled is not None:
-        return _Plan(args, asked, made, None, group_by)
     from megatron_sov.infer.engines.target import find_target
 
-    assert args.target is not None
     return _Plan(args, asked, made, find_target(args.target))
-
-
-def _grouped_by(file: Path, asked: str | None) -> str:
-    """Return the field that tells the prompts of sampled rows apart.
-
-    Raises:
-        UserError: bad rows, one without that field, or two of different problems that have it in common.
-    """
-    check_rows(file, "--sampled")
-    group_by = asked or ""
-    first: dict[str, tuple[int, dict[str, str]]] = {}
-    for line, row in read_rows(file, "--sampled"):
-        group_by = group_by or (PROMPT_INDEX if PROMPT_INDEX in row else PROMPT)
-        if group_by not in row:
-            raise UserError(f"--sampled {file}: line {line} has no {group_by!r}, by which the responses to "
-                            "one prompt are known; name the field that they share with --group-by")
-        # digests and not values: rows may hold long texts, and all first ones are kept
-        problem = {name: _digest(row[name]) for name in OF_A_PROBLEM if row.get(name) is not None}
-        first_line, known = first.setdefault(_digest(row[group_by]), (line, {}))
-        differs = next((name for name in problem if known.get(name, problem[name]) != problem[name]), None)
-        if differs is not None:
-            raise UserError(f"--sampled {file}: lines {first_line} and {line} have one {group_by!r} and "
-                            f"differ in {differs!r}, so they answer two problems; name a field that tells "
-                            "problems apart with --group-by")
-        # a field that the first row lacks is taken from a later one, and holds for all after it
-        known.update(problem)
-    return group_by
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _sample(plan: _Plan) -> Path:
     """Return the file with all responses, of which an engine writes what is not there yet."""
     args, target, file, identity = plan.args, plan.target, plan.sampled_file, plan.responses
-    assert target is not None
     # read before the file is looked for, see below
     done = done_items(file, identity)
     if file.exists():  # asked behind what is done: the first process may publish in between
         return file
-    rows = [dict(row) for _, row in read_rows(args.source, field=PROMPT)]
+    rows = [dict(row) for _, row in read_rows(args.input, field=PROMPT)]
     asked = asked_of(target, [_prompt(row[PROMPT]) for row in rows], args.chat)
     # no engine can continue nothing
     if empty := [i for i, ids in enumerate(asked.ids, 1) if not ids]:
@@ -342,12 +274,12 @@ def _judge(plan: _Plan, responses: Path, folder: Path) -> dict[str, Any]:
     from megatron_sov.eval.pass_at_k import read_judged
 
     scored = folder.parent / "scored.jsonl"
-    with work_bar("score", check_rows(responses, "--sampled"), "row") as bar:
+    with work_bar("score", check_rows(responses, "--input"), "row") as bar:
         summary = score_file(plan.order, plan.reward, responses, scored, plan.args.workers, bar.update,
                              redo=True)  # what was judged otherwise is of no use
     for told in summary.tally.told:
         print(visible(told), file=sys.stderr)
-    figures = read_judged(scored, plan.group_by, plan.args.right_from).figures(plan.args.k)
+    figures = read_judged(scored, PROMPT_INDEX, plan.args.right_from).figures(plan.args.k)
     # within the artifact under way, so nothing half-written is visible
     os.replace(scored, folder / SAMPLES)
     (folder / RESULTS).write_text(to_json({**plan.whole, **figures}), encoding="utf-8")

@@ -4,8 +4,6 @@ recognises, judged by what is recognised in it."""
 from __future__ import annotations
 
 import json
-import shlex
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,33 +102,24 @@ def figures(rows: Sequence[MediaRow], heard: Sequence[str]) -> dict[str, Any]:
 
 Judge = Callable[[Sequence[Path], Sequence[Sequence[str]]], Sequence[str]]
 """Files and the labels of each to choose from -> what is recognised in each, "" where nothing is."""
-JUDGE_LIMIT_S = 3600.0
-
 
 def judge_of(said: str) -> Judge:
     """Return a judge: FILE.py:NAME is a function (files, labels) -> texts; the folder of a codec of kind
-    nemo-asr hears files; anything else is a command that reads a JSON line {"file", "labels"} for each file
-    and prints a JSON string for each.
+    nemo-asr hears files.
 
     Raises:
-        UserError: there is no such code, or the command is none.
+        UserError: there is no such code or codec.
     """
-    file, _, name = said.rpartition(":")
-    if file.endswith(".py") and name.isidentifier():
-        loaded = load(said)
-        if not callable(loaded.value):
-            raise UserError(f"--judge {said}: is {loaded.value!r}; a judge is a function of files and labels")
-        return lambda files, labels: _check_texts(
-            said, calling(said, lambda: loaded.value(files, labels)), len(files))
     if (Path(said) / MANIFEST).is_file():
         return _hearing(Path(said))
-    try:
-        words = shlex.split(said)
-    except ValueError as e:
-        raise UserError(f"--judge {said!r}: is no command ({e})") from None
-    if not words:
-        raise UserError("--judge '': name code of your own, FILE.py:NAME, or a command")
-    return lambda files, labels: _check_texts(said, _run_judge(words, files, labels), len(files))
+    file, _, name = said.rpartition(":")
+    if not file.endswith(".py") or not name.isidentifier():
+        raise UserError(f"judge {said!r}: is no code FILE.py:NAME and no folder of a codec; name one")
+    loaded = load(said)
+    if not callable(loaded.value):
+        raise UserError(f"judge {said}: is {loaded.value!r}; a judge is a function of files and labels")
+    return lambda files, labels: _check_texts(
+        said, calling(said, lambda: loaded.value(files, labels)), len(files))
 
 
 def _hearing(folder: Path) -> Judge:
@@ -156,25 +145,10 @@ def _hearing(folder: Path) -> Judge:
     return lambda files, labels: [hear(file) for file in files]
 
 
-def _run_judge(words: list[str], files: Sequence[Path], labels: Sequence[Sequence[str]]) -> list[object]:
-    lines = "".join(json.dumps({"file": str(file), "labels": list(of)}, ensure_ascii=False) + "\n"
-                    for file, of in zip(files, labels, strict=True))
-    try:
-        done = subprocess.run(words, input=lines, capture_output=True, encoding="utf-8",
-                              timeout=JUDGE_LIMIT_S)
-        if done.returncode:
-            raise UserError(f"--judge {shlex.join(words)}: ended with code {done.returncode}: "
-                            f"{done.stderr.strip()[-300:]}")
-        return [json.loads(line) for line in done.stdout.split("\n") if line.strip()]
-    except (OSError, subprocess.TimeoutExpired, ValueError) as e:
-        raise UserError(f"--judge {shlex.join(words)}: {e}; it reads JSON lines and prints a JSON string for "
-                        "each") from None
-
-
 def _check_texts(said: str, found: object, count: int) -> list[str]:
     if not isinstance(found, (list, tuple)) or len(found) != count \
             or not all(isinstance(text, str) for text in found):
-        raise UserError(f"--judge {said}: gave {str(found)[:200]} for {count} files; one text is needed for "
+        raise UserError(f"judge {said}: gave {str(found)[:200]} for {count} files; one text is needed for "
                         "each")
     return list(found)
 
@@ -190,9 +164,9 @@ class EvalMediaOptions(CodecsOptions, RecordOptions, RankOptions):
     repeated."""
     media_root: Annotated[Path, Flag(value="DIR")]
     """Folder that paths of media begin from; nothing outside of it is read."""
-    image_judge: Annotated[str | None, Flag(value="FILE.py:NAME|COMMAND")] = None
-    """Recognises what the model draws: a function (files, labels) -> texts, or a program."""
-    audio_judge: Annotated[str | None, Flag(value="FILE.py:NAME|CODEC|COMMAND")] = None
+    image_judge: Annotated[str | None, Flag(value="FILE.py:NAME")] = None
+    """Recognises what the model draws: a function (files, labels) -> texts."""
+    audio_judge: Annotated[str | None, Flag(value="FILE.py:NAME|CODEC")] = None
     """Recognises what the model says, likewise, or a codec of kind nemo-asr."""
     files: Annotated[Path | None, Flag(value="DIR", writes=True)] = None
     """Folder for what the model draws and says, where a pair asks for that."""

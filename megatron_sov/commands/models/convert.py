@@ -21,7 +21,7 @@ from megatron_sov.base.errors import ExitCode, UserError, nearest
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import Actions, AtLeastOne, Flag, add_actions, parse_nested, run_action
 from megatron_sov.commands.shared_options import (
-    PARITY_LENGTHS, CheckpointOut, CheckpointPath, OverwriteOptions, RecordOptions, RedoOptions)
+    CheckpointOut, CheckpointPath, OverwriteOptions, RecordOptions, RedoOptions)
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.model import recipes
@@ -153,7 +153,7 @@ class VerifyOptions(PluginOptions, RankOptions, WorkersOptions, RecordOptions):
     """The other."""
     no_load: bool = False
     """Compare files alone: load and run no model (saves memory)."""
-    lengths: Annotated[tuple[AtLeastOne, ...], Flag(many=True)] = PARITY_LENGTHS
+    lengths: Annotated[tuple[AtLeastOne, ...], Flag(many=True)] = (1, 7, 64, 200)
     """Tokens of the random prompts that both sides are run on."""
     card: Annotated[Path | None, Flag(value="FILE")] = None
     """Also write a verification card, e.g. OUT.verification.json."""

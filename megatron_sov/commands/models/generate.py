@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -104,8 +102,6 @@ class GenerateOptions(CodecsOptions, PluginOptions, RankOptions):
     """Continuations of each prompt, with --temperature above 0."""
     stop: tuple[Annotated[str, MinLen(1)], ...] = ()
     """Text that ends a continuation; repeat it."""
-    compare_speed: bool = False
-    """With --speculative: decode without drafts as well and tell how much faster drafts are."""
     image: Annotated[tuple[Path, ...], Flag(value="FILE")] = ()
     """Show it a picture before the prompt; repeat it."""
     audio: Annotated[tuple[Path, ...], Flag(value="FILE")] = ()
@@ -137,9 +133,7 @@ class GenerateOptions(CodecsOptions, PluginOptions, RankOptions):
 
     def _text_problems(self) -> list[SettingsProblem]:
         temperature = f"is of use with --temperature above 0, and it is {self.sampling.temperature:g}"
-        rules = [(self.compare_speed and not self.sampling.num_drafts, "compare_speed", UNSET,
-                  "has no drafts to compare with", "add --speculative 1"),
-                 (self.samples > 1 and not self.sampling.temperature, "samples", self.samples, temperature,
+        rules = [(self.samples > 1 and not self.sampling.temperature, "samples", self.samples, temperature,
                   "add --temperature 1"),
                  (self.output is not None and self.json, "output", self.output, "goes without --json",
                   "leave one of them out"),
@@ -212,23 +206,16 @@ def _continue(options: GenerateOptions, target: Target, asked: SamplingRequest,
     check_engine(engine_name, target, options.settings, options.nproc, num_drafts=sampling.num_drafts)
 
     def work(engine: Engine) -> dict[str, object]:
-        def timed(sampling: Sampling) -> tuple[Generated, float]:
-            began_s = time.monotonic()
-            return engine.generate(asked.ids, sampling, stop=stop), time.monotonic() - began_s
-
-        plain_s = timed(dataclasses.replace(sampling, num_drafts=0))[1] if options.compare_speed else 0.0
-        found, took_s = timed(sampling)
-        return {"found": vars(found), "faster": plain_s / took_s}
+        return vars(engine.generate(asked.ids, sampling, stop=stop))
 
     answer = run_engine(engine_name, target, work, longest=longest, batching=options.batching,
                         settings=options.settings, nproc=options.nproc)
     if answer is None:
         return None
-    found = Generated(**answer["found"])
+    found = Generated(**answer)
     if sampling.num_drafts:
         share = found.accepted / found.drafted if found.drafted else 0.0
-        speed = f", {answer['faster']:.2f} times the speed without drafts" if options.compare_speed else ""
-        print(f"drafts: {found.drafted}, accepted {share:.1%}{speed}", file=sys.stderr)
+        print(f"drafts: {found.drafted}, accepted {share:.1%}", file=sys.stderr)
     return found
 
 

@@ -12,7 +12,6 @@ from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import format_count
 from megatron_sov.base.plugins.loading import is_reference
-from megatron_sov.base.plugins.registry import declared
 from megatron_sov.base.settings import add_options, not_with, read_options
 from megatron_sov.model import objectives, recipes
 from megatron_sov.model.config import RunConfig
@@ -89,7 +88,7 @@ def _sources(name: str, base: RunConfig, config: RunConfig) -> Sources:
 
 def listing(tiny: bool = False) -> str:
     """Return a line for each recipe, under the job that it is for and by size; then the model families, the
-    objectives, and what packages and files add.
+    objectives, and what files add.
 
     Args:
         tiny: list the `tiny-` recipes, which train on a laptop, in place of the others.
@@ -107,12 +106,9 @@ def listing(tiny: bool = False) -> str:
     rows = [(name, origin, _tried(name)) for name, origin in recipes.OWN.listing()]
     rows += [(name, origin, "model family") for name, origin in models.OWN.listing()]
     rows += [(name, origin, "objective") for name, origin in objectives.OWN.listing()]
-    for what, group in (("data step of `sov-data pack`", "megatron_sov.data_steps"),
-                        ("command", "megatron_sov.commands")):
-        rows += [(d.name, f"package {d.package}", what) for d in declared(group)]
     if rows:
         widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
-        lines += ["", "from packages and files:",
+        lines += ["", "from files:",
                   *(f"  {name:<{widths[0]}}  {origin:<{widths[1]}}  {text}" for name, origin, text in rows)]
     more = "without --tiny: the recipes of whole models" if tiny else (
         f"--tiny: {len(recipes.names()) - len(configs)} recipes of the same structures for a laptop")

@@ -29,7 +29,7 @@ from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.errors import ExitCode, UserError, how_to_install
 from megatron_sov.base.settings import add_options, read_options
 from megatron_sov.sandbox.sandbox import machine_enclosure
-from megatron_sov.version import OUR_PACKAGES, PARTS, part_of
+from megatron_sov.version import OUR_PACKAGES
 from megatron_sov.work.clusters.units import GIB
 
 Status = Literal["ok", "missing", "warning", "broken"]
@@ -50,8 +50,6 @@ DEEP_EP_REMEDY = ("build the commit that containers/install.sh names: DEEPEP_ARC
 ENCLOSED_BY = {"namespaces": "programs have processes, files and a network of their own",
                "landlock": "programs are kept to their folder and away from the network by Landlock and a "
                            "filter of system calls; namespaces, which hold better, are not allowed"}
-_DISTRIBUTIONS = {"megatron-sov", *(f"megatron-sov-{part}" for part in PARTS)}
-"""Ours: the whole or the core, and the parts."""
 _COMMAND_TIMEOUT_S = 60
 
 
@@ -74,8 +72,8 @@ def all_checks() -> list[MachineCheck]:
     """Look at everything, in the order in which it is read: what is needed first,
     then accelerators, cluster, machine."""
     groups = (python_checks, package_checks, shadow_checks, torch_checks, transformer_engine_checks,
-              quantization_checks, deep_ep_checks, linear_attention_checks, apex_checks, optional_checks,
-              sandbox_checks, slurm_checks, compiler_checks, machine_checks)
+              quantization_checks, deep_ep_checks, linear_attention_checks, optional_checks, sandbox_checks,
+              slurm_checks, machine_checks)
     return [check for group in groups for check in group()]
 
 
@@ -116,11 +114,8 @@ def shadow_checks() -> Iterator[MachineCheck]:
         # found and not imported: a foreign package would run here
         spec = importlib.util.find_spec(name)
         found = Path(spec.origin).parent if spec and spec.origin else None
-        foreign = sorted(set(owners.get(name, [])) - _DISTRIBUTIONS)
-        if found is None and (part := part_of(name)):
-            yield MachineCheck(name, "missing", f"the part '{part}' is not installed; optional",
-                               f"make parts, then pip install dist/parts/megatron_sov_{part}-*.whl")
-        elif found != root / name:
+        foreign = sorted(set(owners.get(name, [])) - {"megatron-sov"})
+        if found != root / name:
             # a folder on the path belongs to no distribution that pip could take away
             remedy = (f"pip uninstall {' '.join(foreign)}" if foreign
                       else "remove that folder from PYTHONPATH, or start elsewhere")
@@ -161,31 +156,11 @@ def torch_checks() -> Iterator[MachineCheck]:
         memory_gib = gpu.total_memory / GIB
         yield MachineCheck(f"GPU {i}", "ok",
                            f"{gpu.name}, {memory_gib:.0f} GiB, compute capability {gpu.major}.{gpu.minor}")
-    yield from _determinism_checks()
     if dist.is_nccl_available():
         yield MachineCheck("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
     else:
         yield MachineCheck("NCCL", "broken", "this torch has no NCCL, which GPUs need",
                            "pip install torch from the default index")
-
-
-def _determinism_checks() -> Iterator[MachineCheck]:
-    """What attends under `train.deterministic`, and whether Transformer Engine's fused attention could
-    (its pull requests 2130, 2584, and `SM90_DET_FUSED_THD_BWD_MAX_BHSS` of 2.20.2)."""
-    import torch
-
-    from megatron_sov.engine.parallel.device import BLACKWELL, HOPPER, REPEATS_CUDNN
-
-    majors = [torch.cuda.get_device_properties(i).major for i in range(torch.cuda.device_count())]
-    version = torch.backends.cudnn.version() or 0
-    fused = "could repeat its bits, too"
-    if HOPPER in majors:
-        fused = "does not on these GPUs, where the two are refused together"
-    elif max(majors, default=0) >= BLACKWELL and version < REPEATS_CUDNN:
-        fused = (f"does so on these GPUs from cuDNN {_cudnn(REPEATS_CUDNN)} on, and here is "
-                 f"{_cudnn(version)}")
-    yield MachineCheck("deterministic", "ok", "train.deterministic=true repeats its bits by this framework's "
-                       f"own attention; that of Transformer Engine (gpu.attention=fused) {fused}")
 
 
 def _cudnn(version: int) -> str:
@@ -300,24 +275,6 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def apex_checks() -> Iterator[MachineCheck]:
-    """NVIDIA's apex is not needed; PyPI's `apex` is another project and misleads libraries that
-    look for the name."""
-    spec = importlib.util.find_spec("apex")
-    if spec is None:
-        yield MachineCheck("NVIDIA apex", "missing", "is not installed and not needed; "
-                           "PyPI's 'apex' is another project, do not install it")
-        return
-    folders = [Path(p) for p in spec.submodule_search_locations or []]
-    # by what only NVIDIA's has: a built extension, or its package of norms
-    if importlib.util.find_spec("amp_C") is not None or any((f / "normalization").is_dir() for f in folders):
-        yield MachineCheck("NVIDIA apex", "ok", "is installed; it is not needed")
-    else:
-        yield MachineCheck("NVIDIA apex", "warning",
-                           f"the 'apex' at {', '.join(map(str, folders)) or spec.origin} is not NVIDIA's",
-                           "pip uninstall apex")
-
-
 def optional_checks() -> Iterator[MachineCheck]:
     """Trackers and rollout engines, by their metadata."""
     for name, extra in OPTIONAL_PACKAGES.items():
@@ -363,22 +320,6 @@ def slurm_checks() -> Iterator[MachineCheck]:
                            "run on a login node of the cluster, or load its Slurm module")
     else:
         yield MachineCheck("Slurm", "ok", version)
-
-
-def compiler_checks() -> Iterator[MachineCheck]:
-    """A C++ compiler and the CUDA compiler, which only the GPU extra needs."""
-    compiler = first_line_of(["c++", "--version"])
-    if compiler is None:
-        yield MachineCheck("C++ compiler", "missing", "is not on PATH; only building the GPU extra needs it",
-                           "Debian, Ubuntu: apt-get install g++")
-    else:
-        yield MachineCheck("C++ compiler", "ok", compiler)
-    if first_line_of(["nvcc", "--version"]) is None:
-        yield MachineCheck("CUDA compiler", "missing",
-                           "nvcc is not on PATH; only building the GPU extra needs it",
-                           "install the CUDA toolkit that matches torch, or load its module")
-    else:
-        yield MachineCheck("CUDA compiler", "ok", f"nvcc at {shutil.which('nvcc')}")
 
 
 def machine_checks() -> Iterator[MachineCheck]:

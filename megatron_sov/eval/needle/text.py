@@ -4,13 +4,12 @@ and the sentences around them.
 A key is two words, and so is a value.  Pairs and sentences for training and for testing never mix
 (`is_for_tests`).  Phrases are text with places ``{}`` for keys and values; a value stands right behind its
 key, so that repeating the sentence up to the key asks for the value.  Needles are hidden in a split of packed
-sources, or in files of the user's, each source in a language of its own.
+sources, each in a language of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -239,7 +238,6 @@ CODE_SHARE = 0.06
 code 8 % and more."""
 SCRIPT_SHARE = 0.3
 """Part of the letters that are Hangul or Thai, from which on a text counts as Korean or Thai."""
-READ_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,7 +245,7 @@ class Haystack:
     """All text of one language."""
 
     form: NeedleForm
-    texts: tuple[DocumentsText | FileText, ...]
+    texts: tuple[DocumentsText, ...]
     sizes: tuple[float, ...]
     """Their sizes, by which they are drawn."""
 
@@ -266,17 +264,16 @@ def pick(generator: np.random.Generator, sizes: Sequence[float]) -> int:
 
 
 def open_haystacks(sources: Sequence[Source], split: str, tokenizer_folder: Path, *,
-                   languages: Sequence[Language] = (), told: dict[str, Language] | None = None,
-                   files: Sequence[tuple[Language, Path]] = ()) -> tuple[Haystack, ...]:
+                   languages: Sequence[Language] = (), told: dict[str, Language] | None = None
+                   ) -> tuple[Haystack, ...]:
     """Return a haystack for each language that there is text of, in the order of `LANGUAGES`.
 
     Args:
         sources: of token artifacts; chats are left out.
         split: "train" or "heldout".
-        tokenizer_folder: what packed the sources, and packs the files.
+        tokenizer_folder: what packed the sources.
         languages: these only; all by default.
         told: source -> its language, where neither its name is one nor the text itself shows it well.
-        files: language, UTF-8 text file.
 
     Raises:
         UserError: there is no text, or none of a language that is asked for, or `told` names no source.
@@ -288,10 +285,10 @@ def open_haystacks(sources: Sequence[Source], split: str, tokenizer_folder: Path
     if unknown:
         raise UserError(f"--language {unknown[0]}={told[unknown[0]]}: the data has no such source with "
                         f"'{split}' text (sources: {', '.join(s.name for s in usable)})")
-    if not usable and not files:
+    if not usable:
         raise UserError(f"--data: its sources hold no '{split}' text to hide needles in; "
                         "pack text with --heldout 0.02")
-    found: dict[Language, list[tuple[DocumentsText | FileText, float]]] = {}
+    found: dict[Language, list[tuple[DocumentsText, float]]] = {}
     for source in usable:
         documents = source.shard(split)
         named = next((name for name in LANGUAGES if name == source.name), None)
@@ -299,9 +296,6 @@ def open_haystacks(sources: Sequence[Source], split: str, tokenizer_folder: Path
         language = told.get(source.name) or named or detect_language(_sample(documents, tokenizer))
         special = np.array(special_tokens(tokenizer), np.int64)
         found.setdefault(language, []).append((DocumentsText(documents, special), source.num_tokens[split]))
-    for language, file in files:
-        text = FileText(file, tokenizer)
-        found.setdefault(language, []).append((text, text.size_bytes))
     for language in languages:
         if language not in found:
             raise UserError(f"needle languages {list(languages)}: no '{split}' text is {language} (there is "
@@ -361,47 +355,3 @@ class DocumentsText:
             found += len(ids)
             document, start = (document + 1) % len(lengths), 0
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
-
-
-class FileText:
-    """A text file: a line anywhere, and the ones after it, until there is enough;
-    no more than that is ever read."""
-
-    def __init__(self, file: Path, tokenizer: Tokenizer) -> None:
-        """Look at the file.
-
-        Raises:
-            UserError: it cannot be read as UTF-8, or holds no text.
-        """
-        self._file, self._tokenizer = file, tokenizer
-        self._special = special_tokens(tokenizer)
-        try:
-            self.size_bytes = os.path.getsize(file)
-            with open(file, encoding="utf-8") as f:
-                start = f.read(READ_BYTES)
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"--text {file}: cannot be read as UTF-8 text ({e})") from None
-        if not len(self._ids(start)) or not start.strip():
-            raise UserError(f"--text {file}: starts with {len(start)} characters that are no text; "
-                            "pass a file of text")
-
-    def take(self, generator: np.random.Generator, count: int) -> np.ndarray:
-        place = int(generator.integers(self.size_bytes))
-        parts: list[np.ndarray] = []
-        found = 0
-        with open(self._file, "rb") as f:
-            f.seek(place)
-            f.readline()  # the rest of a line that was cut
-            while found < count:
-                text = f.read(READ_BYTES) + f.readline()
-                if not text:
-                    # At the end it goes on from the beginning, as a split does.
-                    f.seek(0)
-                    continue
-                parts.append(self._ids(text.decode("utf-8", "replace"))[:count - found])
-                found += len(parts[-1])
-        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
-
-    def _ids(self, text: str) -> np.ndarray:
-        ids = np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
-        return ids[~np.isin(ids, self._special)]

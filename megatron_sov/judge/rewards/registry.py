@@ -117,7 +117,7 @@ def _check(loaded: LoadedPlugin) -> None:
     check_methods(loaded.value, loaded.reference, "a reward", {"score": ("row",)})
 
 
-OWN: Registry[type[Any]] = Registry("reward", "megatron_sov.rewards", BUILT_IN, _check, adapt=_adapted)
+OWN: Registry[type[Any]] = Registry("reward", BUILT_IN, _check, adapt=_adapted)
 """Rewards that are not built in."""
 
 

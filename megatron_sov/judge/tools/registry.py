@@ -41,7 +41,7 @@ def _check(loaded: LoadedPlugin) -> None:
     check_methods(loaded.value, loaded.reference, "a tool environment", METHODS)
 
 
-OWN: Registry[type[Any]] = Registry("tool environment", "megatron_sov.environments", BUILT_IN, _check)
+OWN: Registry[type[Any]] = Registry("tool environment", BUILT_IN, _check)
 """Environments that are not built in."""
 
 

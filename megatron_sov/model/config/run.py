@@ -119,7 +119,7 @@ class RunConfig:
     media: MediaConfig = MediaConfig()
     """Which weights of encoders of pictures and sounds are trained."""
     code: tuple[PluginCode, ...] = ()
-    """Code of your own, or of installed packages, that the settings above name; written by the command."""
+    """Code of your own that the settings above name; written by the command."""
 
     @property
     def documents_of_unit(self) -> int:

@@ -341,6 +341,5 @@ def _check(loaded: LoadedPlugin) -> None:
                         "(as KV_HEADS for num_kv_heads), or the field to structure")
 
 
-OWN: Registry[Family] = Registry("model family", "megatron_sov.families", FAMILIES, _check,
-                                 lambda family: family.name)
+OWN: Registry[Family] = Registry("model family", FAMILIES, _check, lambda family: family.name)
 """Families that are not built in."""

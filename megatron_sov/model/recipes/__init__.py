@@ -317,7 +317,7 @@ def _check(loaded: LoadedPlugin) -> None:
                         "that returns a RunConfig")
 
 
-OWN: Registry[Callable[[], RunConfig]] = Registry("recipe", "megatron_sov.recipes", RECIPES, _check)
+OWN: Registry[Callable[[], RunConfig]] = Registry("recipe", RECIPES, _check)
 """Recipes that are not built in."""
 
 

@@ -20,6 +20,7 @@ from megatron_sov.base.plugins.registry import Registry
 from megatron_sov.base.settings import (
     Flag, Place, ProblemCode, SettingsError, SettingsProblem, fields_of, find_inert, hint_below, read_located,
     read_text, value_at)
+from megatron_sov.base.settings.options import field_docs
 from megatron_sov.base.settings.problem import show
 from megatron_sov.model import objectives, recipes
 from megatron_sov.model.config import (
@@ -64,6 +65,11 @@ class RecipeOptions(PluginOptions):
         return correct_setting(word, cls.groups)
 
     is_setting = staticmethod(is_setting)
+
+    @staticmethod
+    def setting_texts() -> dict[str, str]:
+        """Return setting -> its help, of items of lists those of the first."""
+        return dict(_texts_below(RunConfig, ""))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -369,3 +375,16 @@ def _named(setting: str) -> str:
     key, _, value = setting.partition("=")
     registry, value = NAMED_BY_SETTINGS.get(key), value.strip('"')
     return f"{key}={registry.load(value)}" if registry is not None and is_reference(value) else setting
+
+
+def _texts_below(cls: Any, prefix: str) -> Iterator[tuple[str, str]]:
+    docs = field_docs(cls)
+    for name in fields_of(cls):
+        inner = hint_below(cls, name)
+        items = hint_below(inner, "0")
+        if dataclasses.is_dataclass(inner):
+            yield from _texts_below(inner, f"{prefix}{name}.")
+        elif dataclasses.is_dataclass(items):
+            yield from _texts_below(items, f"{prefix}{name}.0.")
+        else:
+            yield f"{prefix}{name}", docs.get(name, "")

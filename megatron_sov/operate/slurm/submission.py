@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import megatron_sov
 from megatron_sov.base.artifacts import atomic_write, disk_errors, new_folder, to_json
-from megatron_sov.base.command_line import Parser, check_part
+from megatron_sov.base.command_line import Parser
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import apply_settings
 from megatron_sov.operate.slurm.stages import ENGINE_SET, Commands, StageWork, fitting_nodes, work_of
@@ -291,9 +291,7 @@ def prepare(request: SubmitRequest, commands: Commands,
     _check_side_jobs(work)
     if request.engine_nodes:
         _check_engines(work, request)
-    # the job runs a copy of the code here; a ready script runs the code of its own Python
-    if not request.ready:
-        check_part(work.kind.program[0])
+    # the job runs a copy of the code here; a ready script runs the code of its own Python. It is
     # named by its content: two submissions of the same code share a copy
     code = None if request.ready else work.records / _code_name(ROOT)
     script = request.ready.script if request.ready else work.records / f"{request.stage}.sbatch"

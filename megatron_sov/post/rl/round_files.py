@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_sov.base.artifacts import FileRecord, disk_errors, fsync_path
-from megatron_sov.base.digests import BLAKE3
 from megatron_sov.base.documents.shard_files import (
     OF_DOCUMENTS, ROUTES, WRITTEN, IndexedWriter, RouteShape, bits)
 from megatron_sov.base.errors import UserError
@@ -125,7 +124,7 @@ class ShardWriter:
             for ending in ("bin", "idx", *self.sidecars):
                 file = Path(f"{prefix}.{ending}")
                 fsync_path(file)
-                files[f"{shard.prefix}.{ending}"] = FileRecord.of(file, BLAKE3)
+                files[f"{shard.prefix}.{ending}"] = FileRecord.of(file)
         return WrittenShard(counts, files)
 
     def _documents(self, piece: RoundPiece) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:

@@ -20,7 +20,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megatron_sov.base.artifacts import MANIFEST, atomic_write, disk_errors, to_json
-from megatron_sov.base.command_line import check_part
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.documents import BadRecord, RecordReading, plan_units, read_span
 from megatron_sov.base.documents.reading import place
@@ -40,6 +39,15 @@ LEARNED_BY = {"a preference": "is a pair of responses; `megatron-sov prefer` lea
                         "`megatron-sov sft` learns from chats",
               "plain text": "is plain text, which has no responses; `megatron-sov pretrain` learns from text"}
 """What a record is, as `sov-data pack` calls it -> what it is and which command learns from it."""
+OTHER_FILES = {
+    ".csv .tsv .xlsx": "is a table; save its rows as JSON lines, e.g. pandas.read_csv(FILE).to_json(OUT, "
+                       "orient='records', lines=True)",
+    ".pdf .docx .html .epub .warc": "is a document; `sov-data run PIPELINE.yaml --output DIR` extracts its "
+                                    "text",
+    ".bin .idx": "is one file of token shards or of Megatron-LM; pass the folder of shards, or make one by "
+                 "`sov-data adopt FILE.bin --tokenizer DIR --output DIR`",
+    ".arrow": "is an Arrow file of datasets; save it by to_json or to_parquet"}
+"""Suffixes of files that --data does not take -> what they are and the way to data that it takes."""
 RESERVED_NAME = "tokenizer"
 """Name that `sov-data pack` refuses for a source: its folder of the tokenizer has it."""
 BEGUN = {"tokenizer": ""}
@@ -101,6 +109,9 @@ def find_files(data: Sequence[str], run: Path, formats: Sequence[str]) -> list[D
         was_packed = named.recorded(run).get("file") == str(named.file.absolute())
         if not named.file.is_file() and (named.file.exists() or not was_packed):
             continue
+        suffix = named.file.suffix.lower()
+        if said := next((text for names, text in OTHER_FILES.items() if suffix in names.split()), ""):
+            raise UserError(f"--data {argument}: {said}")
         if named.name in found:
             raise UserError(f"--data {argument}: has the name {named.name!r} of --data "
                             f"{found[named.name].argument}; name one of them, e.g. --data "
@@ -134,8 +145,7 @@ class FilePacking:
             Argument of --data -> the argument that names the packed folder.
 
         Raises:
-            UserError: a file has changed since the run began, many processes would pack, or a part of the
-                installation is missing.
+            UserError: a file has changed since the run began, or many processes would pack.
             SystemExit: a command failed, and printed why; or it was stopped.
         """
         records = {named: self._record_of(named) for named in self.files}
@@ -153,8 +163,6 @@ class FilePacking:
             raise UserError(f"--data {stale[0].argument}: many processes would pack it at once; run before: "
                             f"{'; '.join(map(shlex.join, commands))}; and pass "
                             + " ".join(f"--data {named.packed_argument(self.run)}" for named in stale))
-        for module in PROGRAMS.values():
-            check_part(module)
         target = Path(tempfile.mkdtemp(prefix="packed-")) if self.dry_run else self.run
         if self.dry_run:
             atexit.register(shutil.rmtree, target, ignore_errors=True)

@@ -8,13 +8,13 @@ import pytest
 
 from megatron_sov.base.pages.page import (
     MAX_CARDS, Chapter, Chart, Comparison, PageSection, PageTable, Panel, render)
-from megatron_sov.base.pages.plots import Axis, BarPlot, BarSeries
+from megatron_sov.base.pages.plots import Axis, LinePlot, Series
 
 HOSTILE = "</script><script>window.hacked = 1</script>"
 
 
 def test_text_is_escaped_and_only_the_files_own_scripts_are_allowed() -> None:
-    drawn = Chart(BarPlot([HOSTILE], [BarSeries(HOSTILE, [1.0], HOSTILE, [HOSTILE])], Axis(HOSTILE)), HOSTILE,
+    drawn = Chart(LinePlot([Series(HOSTILE, [1.0], [1.0], HOSTILE)], Axis(HOSTILE), has_legend=True), HOSTILE,
                   HOSTILE)
     page = render("Report", HOSTILE, HOSTILE, [Chapter(HOSTILE, HOSTILE, [(HOSTILE,) * 3], [
         PageSection(HOSTILE, HOSTILE, [drawn], [PageTable([HOSTILE], [[HOSTILE]])],

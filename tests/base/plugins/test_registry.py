@@ -1,22 +1,15 @@
-"""What is known by name: built in, named by a person, declared by packages;
-and that a record runs nothing."""
+"""Code by name: built in, or named by a person; and that a record runs nothing."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import LoadedPlugin, PluginCode
-from megatron_sov.base.plugins.registry import PluginOrder, Registry, check_methods, takes
-from megatron_sov.judge.rewards import registry as rewards
-from megatron_sov.judge.tools import registry as environments
-
-GROUP = "test_sov.shapes"
+from megatron_sov.base.plugins.registry import Registry, check_methods, load_built_in, takes
 
 
 def check(loaded: LoadedPlugin) -> None:
@@ -25,7 +18,7 @@ def check(loaded: LoadedPlugin) -> None:
 
 
 def registry(**more) -> Registry:
-    return Registry("objective", GROUP, ("round", "square"), check, **more)
+    return Registry("objective", ("round", "square"), check, **more)
 
 
 @pytest.fixture
@@ -36,30 +29,13 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Install a package by hand: its folder on sys.path, with metadata that declares entry points."""
-
-    def install(name: str, entries: str, code: str = "", version: str = "1.2") -> None:
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / f"{name}_code.py").write_text(code)
-        info = folder / f"{name}-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        (info / "entry_points.txt").write_text(f"[{GROUP}]\n{entries}\n")
-        monkeypatch.syspath_prepend(folder)
-
-    return install
-
-
 def test_a_file_that_a_person_named_is_known_by_its_name(file: Path) -> None:
     shapes = registry()
     assert shapes.load(f"{file}:flat") == "flat"
     assert shapes.get("flat") == {"name": "level"}
     code = shapes.code("flat")
     assert code is not None
-    assert (code.kind, code.name, code.reference, code.package) == ("objective", "flat", f"{file}:flat", "")
+    assert (code.kind, code.name, code.reference) == ("objective", "flat", f"{file}:flat")
     assert shapes.listing() == [("flat", f"file {file}:flat")]
     assert shapes.named() == [f"{file}:flat"]
     assert shapes.load(f"{file}:flat") == "flat"  # again: the same
@@ -108,64 +84,11 @@ def test_a_record_cannot_slip_a_command_into_what_is_copied_from_the_message() -
         registry().get("flat", [PluginCode("objective", "flat", "/a.py:x; rm -rf ~")])
 
 
-def test_an_unknown_name_is_answered_with_the_nearest(package) -> None:
-    package("shapely", "cube = shapely_code:cube", "raise SystemExit('imported')")
+def test_an_unknown_name_is_answered_with_the_nearest() -> None:
     with pytest.raises(UserError, match=r"objective 'squar': does not exist; "
-                                        r"did you mean 'square'\? \(objectives: round, square, cube; "
+                                        r"did you mean 'square'\? \(objectives: round, square; "
                                         r"your own are named FILE.py:NAME\)"):
         registry().get("squar")
-
-
-def test_packages_declare_and_are_imported_when_their_name_is_asked_for(package) -> None:
-    package("shapes_a", "cube = shapes_a_code:cube", "cube = {'sides': 6}")
-    shapes = registry()
-    assert shapes.listing() == [("cube", "package shapes_a 1.2")]
-    assert shapes.code("cube") is None
-    assert shapes.get("cube") == {"sides": 6}
-    code = shapes.code("cube")
-    assert code is not None and list(code.files) == ["shapes_a_code.py"]
-    assert (code.package, code.reference) == ("shapes_a 1.2", "shapes_a_code:cube")
-    assert shapes.named() == []
-
-
-def test_what_is_wrong_with_a_package_names_it(package) -> None:
-    package("shapes_b", "bad = shapes_b_code:none\ntext = shapes_b_code:text\ntwice = shapes_b_code:good\n"
-                        "other = shapes_b_code:good\nwhole = shapes_b_code",
-            "text = ''\ngood = {'name': 'good'}")
-    package("shapes_c", "twice = shapes_c_code:good")
-    shapes = registry(own_name=lambda shape: shape["name"])
-    for name, message in {
-        "bad": "objective 'bad' of package shapes_b 1.2: shapes_b_code:none: shapes_b_code has no 'none'",
-        "text": "of package shapes_b 1.2: shapes_b_code:text: is no dict",
-        "twice": "objective 'twice': is declared by shapes_b 1.2 and by shapes_c 1.2; uninstall one of them",
-        "other": "objective 'other' of package shapes_b 1.2: calls itself 'good'; "
-                 "its entry point must have that name",
-        "whole": "of package shapes_b 1.2: shapes_b_code: must have the form FILE.py:NAME or MODULE:NAME",
-    }.items():
-        with pytest.raises(UserError, match=message):
-            shapes.get(name)
-        assert shapes.code(name) is None
-
-
-# What a person named of rewards and tool environments, known by one name alone.
-
-
-@pytest.mark.parametrize("order, kind, group, name", [
-    (rewards.order, "reward", "megatron_sov.rewards", "length"),
-    (environments.order, "tool environment", "megatron_sov.environments", "calculator")])
-def test_a_package_cannot_take_the_name_of_what_is_built_in(
-        order: Callable[[str, dict[str, Any]], PluginOrder], kind: str, group: str, name: str, tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch) -> None:
-    assert order(name, {}) == PluginOrder(name)
-    (info := tmp_path / "namesake-1.2.dist-info").mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: namesake\nVersion: 1.2\n")
-    (info / "entry_points.txt").write_text(f"[{group}]\n{name} = namesake_code:Other\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError) as raised:
-        order(name, {})
-    assert str(raised.value) == (
-        f"{kind} '{name}': is built in, and namesake 1.2 declares one of that name; name namesake_code:Other "
-        "for that one, uninstall the package for the built-in one")
 
 
 # What is called wrongly fails when it is loaded, with what it should have taken.
@@ -201,10 +124,6 @@ def test_methods_of_a_class() -> None:
 
 
 def test_what_is_built_in_is_loaded_by_its_place_and_says_what_it_lacks() -> None:
-    own: Registry[Any] = Registry("data step", "megatron_sov.data_steps", (), lambda loaded: None)
-    places = {"decoder": "json:JSONDecoder", "lacking": "no_such_library.part:Class"}
-    assert own.loaded("decoder", places, "data") is json.JSONDecoder
-    with pytest.raises(UserError, match="lacking: needs no_such_library, which is not installed"):
-        own.loaded("lacking", places, "data")
-    with pytest.raises(UserError, match="data step 'other'"):
-        own.loaded("other", places, "data")
+    assert load_built_in("format json", "json:JSONDecoder", "data") is json.JSONDecoder
+    with pytest.raises(UserError, match="format odd: needs no_such_library, which is not installed"):
+        load_built_in("format odd", "no_such_library.part:Class", "data")

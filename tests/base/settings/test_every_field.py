@@ -12,9 +12,8 @@ import pytest
 
 import data_prep.cli
 from megatron_sov import cli
-from megatron_sov.base.command_line import fill_commands
+from megatron_sov.base.command_line import PROGRAMS, fill_commands, parser_with_all
 from megatron_sov.base.settings import SettingsError, read_options
-from megatron_sov.commands.operate.completion import PROGRAMS, parser_with_all
 from tests.base.settings.every_field import classes_below, find_wrongs
 
 

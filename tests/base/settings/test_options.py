@@ -11,13 +11,12 @@ import pytest
 
 from data_prep import cli as data_cli
 from megatron_sov import cli
-from megatron_sov.base.command_line import Parser, fill_commands
+from megatron_sov.base.command_line import PROGRAMS, Parser, fill_commands, parser_with_all
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     NO_FLAG, AtLeastOne, Flag, Fraction, ProblemCode, SettingsError, SettingsProblem, add_options, options,
     read_options)
 from megatron_sov.base.settings.options import core_quotas, num_cores
-from megatron_sov.commands.operate.completion import PROGRAMS, parser_with_all
 from tokenizer import cli as tokenizer_cli
 
 

@@ -1,4 +1,4 @@
-"""From answers to figures: what divides by zero, has no items or fails is named, never 0."""
+"""From answers to figures: a figure that divides by zero or fails is named, never 0."""
 
 from __future__ import annotations
 
@@ -16,27 +16,24 @@ from scipy import stats
 from megatron_sov.base.artifacts import MANIFEST, new_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.bench.lm import scoring
-from megatron_sov.bench.lm.answers import Answers, AnswerScore
+from megatron_sov.bench.lm.answers import AnswerScore
 from megatron_sov.bench.lm.results import (
     Contamination, EvaluatedModel, Metric, ResultItem, Results, ResultSample, TaskScores, items_file,
     read_items, read_results, table, write_results)
 from megatron_sov.bench.lm.settings import Settings, TaskSources
-from megatron_sov.bench.lm.subject import Bridge, NotAnswered, SubjectReading, content_hash
+from megatron_sov.bench.lm.subject import EvaluatedLM, content_hash
 from megatron_sov.bench.lm.tasks import load_tasks
 
 
-class Scripted(Bridge):
-    """Answers all but items whose data say so."""
+class Scripted(EvaluatedLM):
+    """Answers each prompt with itself."""
 
     def __init__(self) -> None:
         tokens = SimpleNamespace(encode=lambda text, **_: list(map(ord, text)), bos_token=None)
-        super().__init__(SubjectReading(tokens, 1000), {})
+        super().__init__(tokens, 1000, {})
 
-    def answer(self, request: Any) -> Any:
-        text = "".join(map(chr, request.prompt))
-        if text == "unanswered":
-            raise NotAnswered("its likelihood is NaN")
-        return {"text": text, "finish_reason": "stop"}
+    def _answer(self, request: Any) -> Any:
+        return {"text": "".join(map(chr, request.prompt)), "finish_reason": "stop"}
 
 
 def score(folder: Path, values: Sequence[Any], aggregate: Callable[[Any], Any], cluster_field: str = ""
@@ -54,9 +51,8 @@ def score(folder: Path, values: Sequence[Any], aggregate: Callable[[Any], Any], 
     task._aggregation_list["exact_match"] = aggregate
     task.set_config("num_fewshot", 0)
     task.build_all_requests()
-    settings = Settings(output=folder / "out.json")
     scores, items, notes = scoring.score([scoring.BuiltTask("t", task, None, {"d": "h"}, 0)], {}, Scripted(),
-                                         settings)
+                                         Settings(output=folder / "out.json"))
     return scores["t"], items, notes
 
 
@@ -64,29 +60,21 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-@pytest.mark.parametrize(("values", "aggregate", "why"), [
-    ([1, 2], lambda values: 1 / 0, "it divides by zero"),
-    ([1, 2], lambda values: math.exp(1e9), "it is too large for a number"),
-    ([1, 2], lambda values: math.nan, "it is nan, which is no number"),
-    ([1, 2], lambda values: values.lost, "its metric fails (AttributeError"),
-    (["unanswered", "bad"], mean, "there is no item with a score"),
-])
-def test_a_figure_that_cannot_be_computed_is_none_and_says_why(values: Any, aggregate: Any, why: str,
-                                                               tmp_path: Path) -> None:
-    found, _, notes = score(tmp_path, values, aggregate)
+@pytest.mark.parametrize("aggregate", [
+    lambda values: 1 / 0, lambda values: math.exp(1e9), lambda values: math.nan])
+def test_a_figure_that_cannot_be_computed_is_none_and_says_why(aggregate: Any, tmp_path: Path) -> None:
+    found, _, notes = score(tmp_path, [1, 2], aggregate)
     assert [(m.name, m.value, m.interval) for m in found.metrics] == [("exact_match", None, None)]
-    assert why in notes[0]
+    assert notes == ["t: exact_match is not known: it has no item with a score, divides by zero or is too "
+                     "large for a number"]
 
 
-def test_items_without_a_score_are_left_out_and_named(tmp_path: Path) -> None:
-    found, items, _ = score(tmp_path, [1.0, "unanswered", 0.0, "bad", 1.0], mean)
-    assert found.metrics[0].value == 2 / 3
-    assert [item.item for item in items] == list("01234")
-    assert [str(item.failed)[:40] for item in items] == [
-        "None", "its likelihood is NaN", "None", "its metric fails (ValueError: could not ", "None"]
-    assert [item.scores for item in items] == [{"exact_match": 1.0}, {}, {"exact_match": 0.0}, {},
-                                               {"exact_match": 1.0}]
-    assert [len(item.samples) for item in items] == [1, 0, 1, 1, 1]
+@pytest.mark.parametrize(("values", "aggregate", "said"), [
+    (["bad"], mean, "could not convert string to float"),
+    ([1], lambda values: values.lost, "AttributeError")])
+def test_a_metric_that_fails_is_named(values: Any, aggregate: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"tasks t: lm-eval cannot score the answers \(.*{said}"):
+        score(tmp_path, values, aggregate)
 
 
 def test_items_of_a_cluster_count_together(tmp_path: Path) -> None:
@@ -104,23 +92,24 @@ def test_what_is_no_mean_of_its_items_has_no_interval(tmp_path: Path) -> None:
     assert found.metrics[0].interval is None
 
 
-def test_a_likelihood_that_is_nan_is_no_score() -> None:
-    asked, other = AnswerScore((1,), (2,)), AnswerScore((1,), (3,))
-    answers: Any = {asked.key: {"logprob": math.nan, "greedy": False},
-                    other.key: {"logprob": -math.inf, "greedy": False}}
-    model = Bridge(SubjectReading(None, 8), answers)
-    with pytest.raises(NotAnswered, match="NaN"):
-        model.answer(asked)
-    assert model.answer(other)["logprob"] == -math.inf
+def test_a_likelihood_that_is_nan_is_refused() -> None:
+    broken, impossible = AnswerScore((1,), (2,)), AnswerScore((1,), (3,))
+    answers: Any = {broken.key: {"logprob": math.nan, "greedy": False},
+                    impossible.key: {"logprob": -math.inf, "greedy": False}}
+    model = EvaluatedLM(None, 8, answers)
+    with pytest.raises(UserError, match="a likelihood is NaN"):
+        model._loglikelihood_tokens([(None, [1], [2])])
+    assert model._loglikelihood_tokens([(None, [1], [3])]) == [(-math.inf, False)]
 
 
 @pytest.mark.parametrize("given", [
     {"temperature": None}, {"max_gen_toks": "many"}, {"max_gen_toks": 0},
     {"do_sample": True, "temperature": -1}])
-def test_generation_settings_that_are_no_numbers_are_told(given: dict[str, Any], tmp_path: Path) -> None:
-    instance: Any = SimpleNamespace(request_type="generate_until", task_name="t", args=("?", given))
+def test_generation_settings_that_are_no_numbers_are_told(given: dict[str, Any]) -> None:
+    instance: Any = SimpleNamespace(request_type="generate_until", task_name="t", args=("?", given),
+                                    repeats=1)
     with pytest.raises(UserError, match=r"task t: generation_kwargs .* cannot be used"):
-        Bridge(SubjectReading(None, 64), Answers(tmp_path)).requests_of(instance)
+        EvaluatedLM(None, 64, {}).collect([instance])
 
 
 FOUND = Results(EvaluatedModel("model", "abc", "huggingface"), {"t": TaskScores(
@@ -159,17 +148,10 @@ def test_other_files_are_refused(tmp_path: Path, text: str, said: str) -> None:
     assert said in str(told.value)
 
 
-def test_a_figure_that_is_no_number_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", ["NaN", "1" + "0" * 400])
+def test_a_figure_that_is_no_number_is_refused(tmp_path: Path, number: str) -> None:
     write_results(tmp_path / "out.json", FOUND, ITEMS)
-    text = (tmp_path / "out.json").read_text().replace(str(0.1 + 0.2), "NaN")
-    (tmp_path / "out.json").write_text(text)
-    with pytest.raises(UserError, match=r"tasks.t.metrics.0.value: Input should be"):
-        read_results(tmp_path / "out.json")
-
-
-def test_a_figure_that_is_too_large_for_a_number_is_refused(tmp_path: Path) -> None:
-    write_results(tmp_path / "out.json", FOUND, ITEMS)
-    text = (tmp_path / "out.json").read_text().replace(str(0.1 + 0.2), "1" + "0" * 400)
+    text = (tmp_path / "out.json").read_text().replace(str(0.1 + 0.2), number)
     (tmp_path / "out.json").write_text(text)
     with pytest.raises(UserError, match="is damaged"):
         read_results(tmp_path / "out.json")

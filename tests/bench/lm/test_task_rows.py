@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,7 +11,7 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.bench.lm.settings import TaskSources
-from megatron_sov.bench.lm.task_rows import TaskFileReader, TaskRows, find_option_problem
+from megatron_sov.bench.lm.task_rows import TaskFileReader, TaskRows
 from megatron_sov.bench.lm.tasks import load_tasks
 
 LOOKS_TYPED = ["1945-08-15", "1446-10-09T00:00:00", "NA", "null", "None", "nan", "007", "1e5", "True", "-",
@@ -20,9 +19,8 @@ LOOKS_TYPED = ["1945-08-15", "1446-10-09T00:00:00", "NA", "null", "None", "nan",
 """Texts that the builders of `datasets` and pandas turn into other values."""
 
 
-def read(loader: str, file: Path, **options: Any) -> TaskRows:
-    assert find_option_problem(loader, options) is None
-    rows = TaskFileReader(loader, {"test": [str(file)]}, options)()["test"]
+def read(loader: str, file: Path) -> TaskRows:
+    rows = TaskFileReader(loader, {"test": [str(file)]})()["test"]
     assert isinstance(rows, TaskRows)
     return rows
 
@@ -54,27 +52,27 @@ def test_values_of_json_keep_their_types_where_rows_differ(tmp_path: Path) -> No
     assert isinstance(read_rows[0]["a"], int)
 
 
-def test_other_formats_are_read_as_datasets_reads_them(tmp_path: Path) -> None:
+def test_parquet_is_read_as_datasets_reads_it(tmp_path: Path) -> None:
     from datasets import load_dataset
 
-    pq.write_table(pa.table({"q": ["a", "b"], "n": [1, 2], "r": [0.5, None]}), tmp_path / "d.parquet")
-    (tmp_path / "d.json").write_text(json.dumps({"items": [{"q": "a"}, {"q": "b"}]}))
-    cases: list[tuple[str, str, dict[str, Any]]] = [
-        ("parquet", "d.parquet", {}), ("json", "d.json", {"field": "items"})]
-    for loader, name, options in cases:
-        reference = load_dataset(loader, data_files={"test": str(tmp_path / name)}, split="test",
-                                 cache_dir=str(tmp_path / "cache"), **options)
-        assert list(read(loader, tmp_path / name, **options)) == reference.to_list(), (loader, options)
+    file = tmp_path / "d.parquet"
+    pq.write_table(pa.table({"q": ["a", "b"], "n": [1, 2], "r": [0.5, None]}), file)
+    reference = load_dataset("parquet", data_files={"test": str(file)}, split="test",
+                             cache_dir=str(tmp_path / "cache"))
+    assert list(read("parquet", file)) == reference.to_list()
 
 
-def test_a_column_of_indices_is_one_for_a_task_with_choices(tmp_path: Path) -> None:
+def test_an_index_of_a_choice_in_csv_is_read_by_a_template_alone(tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_text("country,right\nKorea,0\nThailand,1\n")
-    (tmp_path / "t.yaml").write_text(
-        "task: t\ndataset_path: csv\ndataset_kwargs: {data_files: {test: d.csv}}\ntest_split: test\n"
-        "output_type: multiple_choice\ndoc_to_text: '{{country}}'\ndoc_to_choice: [Seoul, Bangkok]\n"
-        "doc_to_target: right\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n")
+    text = ("task: t\ndataset_path: csv\ndataset_kwargs: {data_files: {test: d.csv}}\ntest_split: test\n"
+            "output_type: multiple_choice\ndoc_to_text: '{{country}}'\ndoc_to_choice: [Seoul, Bangkok]\n"
+            "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\ndoc_to_target: ")
+    (tmp_path / "t.yaml").write_text(text + "'{{right}}'")
     task = load_tasks(["t"], TaskSources((tmp_path,))).tasks["t"]
     assert [task.doc_to_target(doc) for doc in task.eval_docs] == [0, 1]
+    (tmp_path / "t.yaml").write_text(text + "right")
+    with pytest.raises(UserError, match=r"write '\{\{right\}\}'"):
+        load_tasks(["t"], TaskSources((tmp_path,)))
 
 
 BAD_FILES = [
@@ -84,7 +82,7 @@ BAD_FILES = [
     ("json", "d.json", "[{", "is no valid JSON"),
     ("csv", "d.csv", "q,a\nx,1,2\n", "line 2 has another number of cells than the 2 columns"),
     ("csv", "d.csv", "q,a\nx\n", "line 2 has another number of cells"),
-    ("csv", "d.csv", "q,a,q\nx,1,y\n", "has two columns named 'q'"),
+    ("csv", "d.csv", "q,a,q\nx,1,y\n", "has two columns of one name (q, a, q)"),
     ("csv", "d.csv", 'q,a\n"x,1\n', "is no valid CSV"),
     ("csv", "d.csv", b"\xff\xfe\x00", "is no UTF-8 text"),
     ("parquet", "d.parquet", "no table", "is no Parquet file that can be read"),
@@ -99,12 +97,3 @@ def test_a_damaged_file_is_named_with_its_line(tmp_path: Path, loader: str, name
     with pytest.raises(UserError) as refused:
         read(loader, tmp_path / name)
     assert said in str(refused.value) and str(tmp_path / name) in str(refused.value)
-
-
-@pytest.mark.parametrize(("loader", "options", "said"), [
-    ("json", {"delimiter": ";"}, "dataset_kwargs has delimiter"),
-    ("csv", {"delimiter": "ab"}, "write one character"),
-    ("csv", {"features": {}}, "dataset_kwargs has features"),
-    ("json", {"field": 5}, "write a text")])
-def test_wrong_options_are_named(loader: str, options: dict[str, Any], said: str) -> None:
-    assert said in str(find_option_problem(loader, options))

@@ -13,7 +13,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.bench.lm import tasks as task_files
 from megatron_sov.bench.lm.run import _build
 from megatron_sov.bench.lm.settings import Settings, TaskSources
-from megatron_sov.bench.lm.subject import Bridge, SubjectReading
+from megatron_sov.bench.lm.subject import EvaluatedLM
 from megatron_sov.bench.lm.tasks import TaskFolder, hash_of, load_tasks
 
 PLAIN = ("task: plain\ndataset_path: json\ndataset_kwargs: {data_files: {test: d.jsonl}}\ntest_split: test\n"
@@ -62,7 +62,8 @@ EVIL = [
     ("dataset_path: [a]", "dataset_path is ['a']; write a text"),
     ("metric_list: 5", "metric_list is 5; write a list"), ("metric_list: [{metric: [a]}]", "metric ['a']"),
     ("dataset_kwargs: [a]", "dataset_kwargs is ['a']; write names and values"),
-    ("dataset_kwargs: {5: 1}", "dataset_kwargs has 5, which `dataset_path: json` does not read"),
+    ("dataset_kwargs: {data_files: {test: d.jsonl}, field: easy}", "dataset_kwargs has field, which"),
+    ("dataset_kwargs: {data_files: {test: d.jsonl}, 5: 1}", "dataset_kwargs has 5, which"),
     ('dataset_kwargs: {data_files: "\\ud800.json"}', "no path of this machine"),
     ("include: plain.yaml", "go round in a circle"),
     ("doc_to_text: !!python/object/apply:os.system ['true']", "is no YAML of a task"),
@@ -125,16 +126,6 @@ def test_data_that_changed_under_the_same_name_and_time_are_read_anew(folder: Pa
     assert [loaded.tasks["plain"].eval_docs[0]["a"] for loaded in (first, second)] == ["2", "4"]
 
 
-def test_another_part_of_the_same_file_is_another_task(folder: Path) -> None:
-    (folder / "d.json").write_text(json.dumps({part: [{"q": part, "a": "2"}] for part in ("easy", "hard")}))
-    hashes = []
-    for part in ("easy", "hard"):
-        text = PLAIN.replace("{test: d.jsonl}}", f"{{test: d.json}}, field: {part}}}")
-        loaded = load(folder, text)
-        hashes.append(hash_of(loaded.tasks["plain"], loaded.files["plain"]))
-    assert hashes[0] != hashes[1]
-
-
 def test_a_hash_knows_no_place_in_memory() -> None:
     made = [SimpleNamespace(dump_config=lambda place=place: {"doc_to_text": f"partial(<f at {place}>)"},
                             eval_docs=[]) for place in ("0x7f00", "0x7f01")]
@@ -172,18 +163,12 @@ def test_names_that_mean_two_things_are_refused(folder: Path) -> None:
 @pytest.mark.parametrize("split", ["test_split", "validation_split"])
 def test_no_prompt_holds_its_own_answer(folder: Path, split: str,
                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Bridge, "_prompt_tokens", lambda self, prompt: [1])
+    monkeypatch.setattr(EvaluatedLM, "_prompt_tokens", lambda self, prompt: list(map(ord, prompt)))
     rows = [{"q": f"question {i}", "a": f"answer {i}"} for i in range(6)]
     (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     loaded = load(folder, PLAIN.replace("test_split", split))
     settings = Settings(output=folder / "out.json", num_fewshot=5)
-    built = _build("plain", loaded, Bridge(SubjectReading(None, 512), {}), settings)  # type: ignore[arg-type]
+    built = _build("plain", loaded, EvaluatedLM(None, 512, {}), settings)  # type: ignore[arg-type]
     assert len(built.requests) == 6
     for instance in built.task.instances:
         assert instance.args[0].count("question") == 6 and instance.doc["a"] not in instance.args[0]
-
-
-def test_warnings_of_lm_eval_are_kept_with_the_task(folder: Path) -> None:
-    warnings = load(folder, PLAIN.replace(", higher_is_better: true", "")).warnings["plain"]  # type: ignore[attr-defined]
-    assert any("higher_is_better is not" in text for text in warnings)
-    assert not any("Custom kwargs" in text for text in warnings)

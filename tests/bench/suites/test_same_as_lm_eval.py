@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -215,27 +214,3 @@ def test_math500_is_judged_as_math_verify_does() -> None:
     expected = [float(verify(parse(f"${gold}$"), parse(answer))) for answer in answers]
     assert ours("math500", {"problem": "p", "answer": gold}, answers, "avg@1") == expected
     assert expected == [1, 1, 1, 0, 0, 1, 0]
-
-
-def test_ifeval_counts_prompts_as_lm_eval_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    # two libraries that the checks below do not ask
-    for name in ("immutabledict", "nltk"):
-        monkeypatch.setitem(
-            sys.modules,
-            name,
-            SimpleNamespace(immutabledict=dict, __version__="3.9.1",
-                            data=SimpleNamespace(find=lambda path: path)),
-        )
-    monkeypatch.setattr(metadata, "version", lambda name: "3.9.1")
-    process = _load_module_with_cache(THEIRS / "ifeval/utils.py").process_results
-    doc = {"key": 1, "prompt": "p",
-           "instruction_id_list": ["punctuation:no_comma", "detectable_format:title", "startend:quotation"],
-           "kwargs": [{}, {}, {}]}
-    answers = ['"<<a>> b"', '"<<a>>, b"', "<<a>>", 'Sure:\n"<<a>>"', '*"<<a>>"*', ""]
-    expected = [process(doc, [answer]) for answer in answers]
-    for metric, name in (
-        ("strict:avg@1", "prompt_level_strict_acc"),
-        ("loose:avg@1", "prompt_level_loose_acc"),
-    ):
-        assert ours("ifeval", doc, answers, metric) == [float(found[name]) for found in expected]
-    assert [found["prompt_level_loose_acc"] for found in expected] == [True, False, False, True, True, False]

@@ -52,11 +52,12 @@ def test_answers_get_what_they_deserve(name: str, tmp_path: Path, load: Load,
     if name == "gpqa-diamond":
         other = LETTERS[(LETTERS.index(doc["answer"]) + 1) % 4]
         answers = [f"Answer: {doc['answer']}", f"Answer: {other}", case.unreadable]
+    if judge.judging.reward == "ifeval":
+        pytest.importorskip("if_verifiable", reason="extra rl")
     if judge.judging.reward == "judge":
         settings = {"endpoint": "http://localhost:1/v1", "model": "judge"}
         object.__setattr__(judge.judging, "reward_settings", {**judge.judging.reward_settings, **settings})
     k = judge.judging.samples
-    judge.prompts = [prompt] * 3
     judged = judge.judge([[answer] * k for answer in answers], [doc] * 3)
     scores = [task.process_results(doc, [found]) for found in judged]
     assert [set(score) for score in scores] == [set(judge.judging.metric_names)] * 3

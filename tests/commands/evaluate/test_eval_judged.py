@@ -35,20 +35,27 @@ def write(name: str, rows: list[dict]) -> None:
     Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_sampled(**more: object) -> None:
-    write("sampled.jsonl", [{"prompt": prompt, "answer": GOLD[prompt], "response": text, **more}
-                            for prompt, texts in ANSWERS.items() for text in texts])
-
-
 def passk(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
     assert main(["eval", "passk", *JUDGE, *arguments]) == 0
     return json.loads(capsys.readouterr().out)
 
 
-def test_responses_that_are_there_are_judged_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    write_sampled(finish_reason="stop")
+def judge_rows(rows: list[dict], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+               model: Path, *more: str) -> dict:
+    """Return the figures of rows in place of a model's responses."""
+    write("prompts.jsonl", [{"prompt": "x"}])
+    write("sampled.jsonl", rows)
+    monkeypatch.setattr(eval_judged, "_sample", lambda plan: Path("sampled.jsonl"))
+    return passk(capsys, str(model), "--input", "prompts.jsonl", "--output", "out", *more)
+
+
+def test_responses_are_judged_and_counted(hf_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
     EventLog(Path(EVENTS)).close()
-    found = passk(capsys, "--sampled", "sampled.jsonl", "--output", "out", "--run", ".")
+    responses = [{"prompt": prompt, "prompt_index": i, "answer": GOLD[prompt], "response": text,
+                  "finish_reason": "stop"}
+                 for i, (prompt, texts) in enumerate(ANSWERS.items()) for text in texts]
+    found = judge_rows(responses, capsys, monkeypatch, hf_models["solar_open"], "--run", ".")
     assert (found["num_prompts"], found["num_samples"], found["num_right"]) == (2, 8, 3)
     assert found["mean_reward"] == pytest.approx((2 / 4 + 1 / 4) / 2)
     assert found["share_at_limit"] == 0.0
@@ -58,61 +65,46 @@ def test_responses_that_are_there_are_judged_and_counted(capsys: pytest.CaptureF
     assert all(e["interval"][0] <= e["value"] <= e["interval"][1] for e in found["pass_at_k"])
     # two fours against two fives are a tie; the one six loses against two sevens
     assert found["maj_at_k"][-1]["value"] == pytest.approx(0.25)
-
     manifest = read_manifest("out", "passk")
     assert damaged_files("out") == [] and set(manifest.files) == {"results.json", "samples.jsonl"}
     assert manifest.content == found
-    assert json.loads(Path("out/results.json").read_text())["reward"]["name"] == "stem"
     rows = [json.loads(line) for line in Path("out/samples.jsonl").read_text().splitlines()]
     assert [row["reward"] for row in rows] == [1, 1, 0, 0, 0, 1, 0, 0]
     (event,) = read_events(Path(EVENTS))
     section = SECTIONS["pass@k"].of(Run("r", {}, events={"passk": [event]}))
     assert (event["event"], event["pass_at_k"]) == ("passk", found["pass_at_k"])
-    assert "sampled.jsonl, stem" in section.charts[0].caption
-    assert section.tables[0].rows[0][-1] == "sampled elsewhere"
+    assert "prompts.jsonl, stem" in section.charts[0].caption
 
 
-def test_a_response_without_a_reward_is_no_wrong_one(capsys: pytest.CaptureFixture[str]) -> None:
-    write("sampled.jsonl", [{"id": 1, "answer": "4", "response": "The answer is 4"},
-                            {"id": 1, "response": "4"}])
-    found = passk(capsys, "--sampled", "sampled.jsonl", "--group-by", "id", "--output", "out")
+def test_a_response_without_a_reward_is_no_wrong_one(
+        hf_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt_index": 1, "answer": "4", "response": "The answer is 4"},
+            {"prompt_index": 1, "response": "4"}]
+    found = judge_rows(rows, capsys, monkeypatch, hf_models["solar_open"])
     assert found["statuses"] == {"scored": 1, "refused": 1}
     assert [e["value"] for e in found["pass_at_k"]] == [1.0]
     assert [e["value"] for e in found["pass_at_k_if_unscored_is_wrong"]] == [0.5]
     assert "if all without a reward were wrong, pass@1 would be 50.00%" in table(found)
 
 
-def test_two_problems_of_one_text_are_two_problems(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [{"prompt": "Which?", "prompt_index": i, "answer": answer, "response": f"The answer is {answer}"}
-            for i, answer in enumerate("AB")]
-    write("ours.jsonl", rows)
-    assert passk(capsys, "--sampled", "ours.jsonl", "--output", "ours")["num_prompts"] == 2
-    write("others.jsonl", [{name: row[name] for name in ("prompt", "answer", "response")} for row in rows])
-    assert main(["eval", "passk", *JUDGE, "--sampled", "others.jsonl", "--output", "others"]) == 2
-    assert ("others.jsonl: lines 1 and 2 have one 'prompt' and differ in 'answer', so they answer two "
-            "problems; name a field that tells problems apart with --group-by") in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(("arguments", "said"), [
-    (["--sampled", "sampled.jsonl", "--input", "sampled.jsonl"], "pass TARGET and --input PROMPTS.jsonl, or"),
-    ([], "pass TARGET and --input PROMPTS.jsonl, or --sampled"),
-    (["--sampled", "sampled.jsonl", "--group-by", "id"], "sampled.jsonl: line 1 has no 'id'"),
-    (["--sampled", "sampled.jsonl", "--k", "5"], "--k 5: no prompt has more than 4 scored samples"),
-    (["model", "--input", "sampled.jsonl", "--k", "9"], "--k 9: is more than --samples 8"),
-    (["model", "--input", "sampled.jsonl", "--temperature", "0"], "the same response again and again"),
-    (["model", "--input", "empty.jsonl"], "line 1: has no 'prompt'"),
-    (["model", "--input", "half.jsonl"], "has '\\ud800' at character 3, half of a surrogate pair"),
-    (["--sampled", "sampled.jsonl", "--reward", "stemm"], "did you mean 'stem'?"),
+    (["--k", "9"], "--k 9: is more than --samples 8"),
+    (["--temperature", "0"], "the same response again and again"),
+    (["--input", "empty.jsonl"], "line 1: has no 'prompt'"),
+    (["--input", "half.jsonl"], "has '\\ud800' at character 3, half of a surrogate pair"),
+    (["--reward", "stemm"], "did you mean 'stem'?"),
 ])
 def test_mistakes_are_one_sentence(arguments: list[str], said: str,
                                    capsys: pytest.CaptureFixture[str]) -> None:
-    write_sampled()
+    write("prompts.jsonl", [{"prompt": "x"}])
     write("empty.jsonl", [{"answer": "1"}])
     write("half.jsonl", [{"prompt": "a \ud800", "answer": "1"}])
     Path("model").mkdir()
     for name in ("config.json", "model.safetensors"):
         Path("model", name).touch()
-    assert main(["eval", "passk", *JUDGE, *arguments, "--output", "out"]) == 2
+    command = ["eval", "passk", *JUDGE, "model", "--input", "prompts.jsonl", "--output", "out"]
+    assert main([*command, *arguments]) == 2
     assert said in capsys.readouterr().err
     assert not Path("out").exists()
 

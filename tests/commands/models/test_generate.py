@@ -120,9 +120,6 @@ def test_drafts_change_nothing_but_the_speed(one_rank: None, imported: dict[str,
     shown = capsys.readouterr()
     assert json.loads(shown.out) == expected
     assert re.search(r"^drafts: \d+, accepted \d+\.\d%$", shown.err, re.MULTILINE)
-    assert main(["generate", *ask, "--compare-speed"]) == 0
-    assert re.search(r"^drafts: .*%, \d\.\d\d times the speed without drafts$", capsys.readouterr().err,
-                     re.MULTILINE)
 
 
 def add_prediction_layer(folder: Path) -> None:
@@ -146,7 +143,6 @@ WRONG = [
     (["--prompt", "a", "--speculative", "1"], "has no multi-token prediction layer to draft with"),
     (["--prompt", "a", "--logprobs"], "--logprobs: goes with --json"),
     (["--prompt", "a", "--samples", "2"], "--samples 2: is of use with --temperature above 0"),
-    (["--prompt", "a", "--compare-speed"], "--compare-speed: has no drafts"),
     (["--prompt", "a", "--engine", "vllm"], "is a checkpoint; convert it first"),
     (["--prompt", "a", "--max-new-tokens", "512"], "the model ends at 512"),
     (["--prompt", "a", "--engine", "transformers"], "convert it first"),

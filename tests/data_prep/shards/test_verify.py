@@ -82,16 +82,12 @@ def test_who_waits_sees_how_far_it_is(module: ModuleType, titles: list[str], sou
 
 
 def test_sound_shards_pass(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", str(sound), "--tokens", "1e6", "--blend", "chat=2"]) == 0
-    held = read_manifest(sound).content["sources"][0]["splits"]["train"]["num_tokens"]
-    assert capsys.readouterr().out.splitlines() == [
-        f"{sound}: sound",
-        f"chat: 100.0% of 1,000,000 tokens is {1e6 / held:.2f} epochs of {held:,}; more than 4 teach little: "
-        "add text or lower its weight"]
+    assert main(["verify", str(sound)]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{sound}: sound"]
 
 
-def test_duplicates_are_counted_and_an_unknown_blend_is_refused(tokenizers: dict[str, Path], tmp_path: Path,
-                                                                capsys: pytest.CaptureFixture[str]) -> None:
+def test_duplicates_are_counted(tokenizers: dict[str, Path], tmp_path: Path,
+                                capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "same"}\n{"text": "other"}\n'
                                       '{"text": "same"}\n{"text": "same"}\n')
     pack(tokenizers["solar-open"], [PackSource("a", tmp_path / "a.jsonl")], tmp_path / "out",
@@ -100,17 +96,6 @@ def test_duplicates_are_counted_and_an_unknown_blend_is_refused(tokenizers: dict
     assert main(["verify", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == [
         "train: 2 of 4 documents repeat an earlier one, token by token"]
-    for blend, rule in (("b=1", "there is no source 'b'"), ("a=-1", "must be a positive"),
-                        ("a", "must be a positive")):
-        assert main(["verify", str(tmp_path / "out"), "--blend", blend]) == 2
-        assert rule in capsys.readouterr().err
-
-
-def test_epochs_are_of_a_number_of_tokens(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for number, rule in (("-1", "above 0"), ("0", "above 0"), ("nan", "a finite number"),
-                         ("inf", "a finite number")):
-        assert main(["verify", str(sound), "--tokens", number]) == 2
-        assert f"--tokens {number}: must be {rule}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("damage", "sentence"), [

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.base import command_line
 from megatron_sov.base.errors import UserError
 from megatron_sov.commands.operate.submit import COMMANDS
 from megatron_sov.model import recipes
@@ -132,20 +131,6 @@ def test_code_that_changes_while_it_is_copied_is_not_submitted(tmp_path: Path,
     with pytest.raises(UserError, match="the code changed while it was copied"):
         submission.submit(prepared, [])
     assert list((tmp_path / "hf.slurm").iterdir()) == []
-
-
-def test_a_stage_whose_part_is_not_installed_is_not_submitted(tmp_path: Path,
-                                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    """The job runs a copy of the code here; a ready script runs what its own Python has."""
-    monkeypatch.setattr(command_line, "is_installed", lambda module: not module.startswith("data_prep"))
-    request = submission.SubmitRequest("data", PACK, load("local"))
-    with pytest.raises(UserError, match="needs the part 'data'"):
-        submission.prepare(request, COMMANDS)
-    ready = submission.ReadySubmission("pack", tmp_path / "01-pack.sbatch", "submit chain")
-    words = (*PACK[:-1], f"{submission.READY_ROOT}/out")
-    submission.prepare(dataclasses.replace(request, arguments=words, ready=ready), COMMANDS)
-    submission.prepare(submission.SubmitRequest("convert", ("to-hf", "run", str(tmp_path / "hf")),
-                                                load("local")), COMMANDS)
 
 
 @pytest.mark.parametrize(("arguments", "path"), [

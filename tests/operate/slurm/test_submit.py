@@ -65,7 +65,7 @@ BESIDE = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.backgr
      "/nowhere does not exist; make it before"),
     (("data", *HERE, "pack", "--input", "a"), "submit data: the following arguments are required: --output"),
     (("convert", *HERE, "inspect", "a"), "submit convert inspect: writes no folder"),
-    (("eval", *HERE, "passk", "--sampled", "rows.jsonl", "--reward", "math", "--output", "o"),
+    (("eval", *HERE, "passk", "model", "--input", "rows.jsonl", "--reward", "math", "--output", "o"),
      "submit eval passk: names no model or run; pass --run"),
     (("pretrain", *HERE, "--continue", *RUN), "--continue: belongs to a chain"),
     (("pretrain", *HERE, *RUN, *BESIDE, "evaluate.background.cluster=h100"),

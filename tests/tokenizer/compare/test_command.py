@@ -13,8 +13,7 @@ from tokenizers import Tokenizer
 
 from tokenizer.cli import main
 from tokenizer.compare import command
-from tokenizer.compare.command import (
-    ModelSize, costs, different_lines, different_words, names_of, overlap, speeds)
+from tokenizer.compare.command import ModelSize, costs, names_of, overlap, speeds
 from tokenizer.report.measures import NamedText, measure
 
 Toy = Callable[..., Any]
@@ -74,46 +73,6 @@ def test_speed_is_the_best_round_of_each_taken_in_turn(monkeypatch: pytest.Monke
     assert order == (["slow"] * 3 + ["fast"] * 3) * command.SPEED_ROUNDS
 
 
-def text(*chunks: str) -> NamedText:
-    return NamedText("t", "t", list(chunks), True)
-
-
-def test_words_come_by_their_count_times_what_the_difference_costs(toy: Toy) -> None:
-    both = [toy(" the", " longest", " of"), toy(" the", " lon", " ofx")]
-    found = different_words(both, text("the the of of of longest", "of off the\nfoo"))
-    assert found == [
-        {"text": "of", "count": 4, "cuts": ["␣of", "␣|o|f"]},          # 4 times 2 tokens
-        {"text": "longest", "count": 1, "cuts": ["␣longest", "␣lon|g|e|s|t"]},  # 4 tokens once
-        # 2 tokens once; `the` and `foo` are alike
-        {"text": "off", "count": 1, "cuts": ["␣of|f", "␣|o|f|f"]}]
-
-
-def test_the_same_number_of_tokens_may_still_be_another_cut(toy: Toy) -> None:
-    (found,) = different_words([toy(" a"), toy("ab")], text("ab"))
-    assert found["cuts"] == ["␣a|b", "␣|ab"]
-
-
-def test_where_spaces_part_no_words_there_are_none(toy: Toy) -> None:
-    both = [toy("กำ"), toy()]
-    assert different_words(both, text("กำลังที่นี้")) == [] != different_lines(
-        both, text("กำลังที่นี้กำลังที่นี้"))
-
-
-def test_lines_come_by_the_ratio_of_tokens_and_only_those_that_fit(toy: Toy) -> None:
-    lines = ["b" * 40 + "a" * 36, "a" * 30, "b" * 40, "a" * 19, "a" * 121, "  " + "a" * 30 + " "]
-    found = different_lines([toy("aa"), toy()], text("\n".join(lines), "a" * 31))
-    assert [line["text"] for line in found] == ["a" * 30, "a" * 31, "b" * 40 + "a" * 36], (
-        "each once, without its margins")
-    assert [line["num_tokens"] for line in found] == [[15, 30], [16, 31], [58, 76]]
-    assert found[0]["cuts"] == ["|".join(["aa"] * 15), "|".join("a" * 30)]
-
-
-def test_no_more_than_a_page_shows(toy: Toy) -> None:
-    words = " ".join(f"x{chr(ord('a') + i)}" for i in range(26))
-    assert len(different_words([toy(*(f" x{chr(ord('a') + i)}" for i in range(26))), toy()],
-                               text(words))) == command.NUM_WORDS
-
-
 Build = Callable[..., Path]
 
 
@@ -121,8 +80,8 @@ def test_the_command_writes_what_plain_counting_gives(build: Build, heldout: dic
                                                       capsys: pytest.CaptureFixture[str]) -> None:
     plain, none = build("plain"), build("none", pairs=[])
     arguments = ["compare", str(plain), str(none), "--text", *(f"{n}={p}" for n, p in heldout.items())]
-    assert main([*arguments, "--json", str(tmp_path / "out/c.json"), "--output", str(tmp_path / "out/c.html"),
-                 "--hidden-size", "64", "--body-params", "1e5"]) == 0
+    assert main([*arguments, "--json", str(tmp_path / "out/c.json"), "--hidden-size", "64",
+                 "--body-params", "1e5"]) == 0
     found = json.loads((tmp_path / "out/c.json").read_text())
     texts = [json.loads(line)["text"] for line in heldout["english"].read_text().splitlines()]
     counts, sizes = {}, {}
@@ -145,13 +104,13 @@ def test_the_command_writes_what_plain_counting_gives(build: Build, heldout: dic
 
 def test_mistakes_cost_one_sentence_and_leave_nothing(build: Build, heldout: dict[str, Path], tmp_path: Path,
                                                       capsys: pytest.CaptureFixture[str]) -> None:
-    it, text, output = str(build()), ["--text", str(heldout["english"])], tmp_path / "new.html"
+    it, text, output = str(build()), ["--text", str(heldout["english"])], tmp_path / "new.json"
     mistakes = {"is the only tokenizer": [it, *text], "--text is missing": [it, it],
                 "does not exist": [it, "none", *text],
                 "--hidden-size 0: must be at least 1": [it, it, *text, "--hidden-size", "0"],
                 "--max-text-mb 0: must be above 0": [it, it, *text, "--max-text-mb", "0"],
                 "--body-params nan: must be a finite number": [it, it, *text, "--body-params", "nan"]}
     for sentence, arguments in mistakes.items():
-        assert main(["compare", *arguments, "--output", str(output)]) == 2
+        assert main(["compare", *arguments, "--json", str(output)]) == 2
         assert sentence in capsys.readouterr().err
     assert not output.exists()

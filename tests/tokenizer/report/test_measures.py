@@ -9,7 +9,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
@@ -17,9 +16,8 @@ from megatron_sov.base.errors import UserError
 from tokenizer.formats.reader import open_tokenizer
 from tokenizer.report import measures
 from tokenizer.report.measures import (
-    CHUNK_BYTES, HANGUL_SYLLABLES, KOREAN, LONG_REWIND, SAMPLES, NamedText, Scalars, check_determinism,
-    check_inventory, check_scalars, check_scripts, check_streaming, check_superwords, check_texts, measure,
-    num_blocks, parse_text, read_text, read_texts, try_scalars, words_in)
+    CHUNK_BYTES, NamedText, check_inventory, check_scalars, check_superwords, check_texts, measure,
+    parse_text, read_text, read_texts, try_scalars, words_in)
 
 # Held-out texts: their figures, how much of them is read, and in which pieces.
 
@@ -134,18 +132,16 @@ def test_bad_text_costs_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
 Toy = Callable[..., Any]
 
 
-def tried(opened: Any, end: int = 0x1000) -> Scalars:
-    return try_scalars(opened, lambda num_blocks: None, end)
+@pytest.fixture(autouse=True)
+def few_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first 4,096 characters stand for all."""
+    every = measures.try_scalars
+    monkeypatch.setattr(measures, "try_scalars", lambda opened: every(opened, 0x1000))
 
 
-def test_everything_that_came_up_is_seen_and_all_come_back(toy: Toy) -> None:
+def test_all_come_back(toy: Toy) -> None:
     opened = toy("가", "abc", "d\u00e9")
-    found = tried(opened)
-    assert (found.num_tried, found.lost, found.changed, found.lost_blocks) == (0x1000, [], [], [])
-    assert found.seen[opened.encode("abc")].all(), "neighbours stand side by side"
-    assert not found.seen[256] and not found.seen[258], ("neither a Hangul syllable nor these two "
-                                                         "letters came up")
-    check = check_scalars(found)
+    check = check_scalars(opened)
     assert (check.verdict, check.summary) == ("good", "4,096 characters tried, all come back")
 
 
@@ -153,30 +149,27 @@ def test_all_scalar_values_stand_in_blocks_and_surrogates_are_none() -> None:
     blocks = list(measures._blocks(measures.END))
     every = chain(range(0xD800), range(0xE000, 0x110000))
     assert all(a == b for a, b in zip(chain.from_iterable(blocks), every, strict=True))
-    assert num_blocks() == len(blocks)
 
 
 def test_a_lost_character_is_named_once_and_its_block_is_explained_by_it(toy: Toy) -> None:
-    found = tried(toy(change=lambda text: text.replace("ß", "ss").replace("\u0e01", "")))
-    assert found.lost == [0xDF, 0xE01] and found.lost_blocks == []
-    check = check_scalars(found)
+    check = check_scalars(toy(change=lambda text: text.replace("ß", "ss").replace("\u0e01", "")))
+    assert check.numbers["lost_blocks"] == []
     assert check.verdict == "bad" and check.summary == "4,096 characters tried, 2 lost, the first U+00DF"
     assert check.tables[0].rows == [["U+00DF", "LATIN SMALL LETTER SHARP S", "ß"],
                                     ["U+0E01", "THAI CHARACTER KO KAI", "ก"]]
 
 
 def test_what_is_written_in_an_equivalent_way_is_a_remark(toy: Toy) -> None:
-    found = tried(toy(change=lambda text: text.replace("\u0344", unicodedata.normalize("NFC", "\u0344"))))
-    assert found.changed == [0x344] and found.lost == []
-    check = check_scalars(found)
+    opened = toy(change=lambda text: text.replace("\u0344", unicodedata.normalize("NFC", "\u0344")))
+    check = check_scalars(opened)
+    assert check.numbers["normalized"] == ["U+0344"] and check.numbers["lost"] == []
     assert (check.verdict == "note"
             and check.summary.endswith("1 written in another, equivalent way (normalization)"))
 
 
 def test_a_block_that_only_neighbours_spoil_is_told_with_how_it_was_written(toy: Toy) -> None:
-    found = tried(toy(change=lambda text: text.replace(" \u0e01 ", " ")))
-    assert found.lost == [] and found.lost_blocks == ["U+0800 to U+0FFF, behind a space"]
-    check = check_scalars(found)
+    check = check_scalars(toy(change=lambda text: text.replace(" \u0e01 ", " ")))
+    assert check.numbers["lost_blocks"] == ["U+0800 to U+0FFF, behind a space"] and not check.numbers["lost"]
     assert check.verdict == "bad" and "1 blocks do not come back" in check.summary
 
 
@@ -186,102 +179,7 @@ def test_planes_without_characters_are_tried_side_by_side_only(toy: Toy,
     opened, texts = toy(), []
     encoded = opened.encode_many
     opened.encode_many = lambda several: texts.append(len(several)) or encoded(several)
-    told: list[int] = []
-    found = try_scalars(opened, told.append, 0x1800)
-    assert texts == [3, 1, 3] and told == [1, 1, 1] and found.num_tried == 0x1800
-    assert np.count_nonzero(found.seen) > 128
-
-
-@pytest.fixture(autouse=True)
-def few_syllables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first ten Hangul syllables stand for all."""
-    monkeypatch.setattr(measures, "HANGUL_SYLLABLES", HANGUL_SYLLABLES[:10])
-
-
-def test_bytes_alone_lose_nothing(toy: Toy) -> None:
-    check = check_scripts(toy())
-    assert check.numbers["lost"] == check.numbers["equivalent"] == []
-    assert set(check.numbers["samples"]) == {f"{group}: {name}" for group, named in SAMPLES.items()
-                                             for name in named}
-    vietnamese = check.numbers["samples"]["Others: Vietnamese"]
-    assert ((vietnamese["num_chars"], vietnamese["num_bytes"], vietnamese["num_tokens"], vietnamese["back"])
-            == (10, 14, 14, "same"))
-    assert check.numbers["hangul_syllables_by_tokens"] == {"3": 10}
-    bytes_of = {form: len(unicodedata.normalize(form, KOREAN).encode()) for form in ("NFC", "NFD")}
-    assert check.numbers["decomposed_over_composed"] == pytest.approx(bytes_of["NFD"] / bytes_of["NFC"])
-
-
-def test_a_vocabulary_of_syllables_makes_decomposed_korean_dear(toy: Toy) -> None:
-    check = check_scripts(toy(*sorted(set(KOREAN) - {" ", "."}), "각"))
-    assert check.numbers["hangul_syllables_by_tokens"] == {"1": 1, "3": 9}
-    assert check.verdict == "note" and check.numbers["decomposed_over_composed"] > 5
-    assert ("so normalize the corpus to NFC" in check.summary
-            and "1 of 10 Hangul syllables are one token" in check.summary)
-
-
-def test_a_sample_that_does_not_come_back_is_bad_and_an_equivalent_one_a_remark(toy: Toy) -> None:
-    lost = check_scripts(toy(change=lambda text: text.replace("\u200d", "")))
-    assert lost.verdict == "bad"
-    assert lost.numbers["lost"] == ["Emoji: joined family (ZWJ)", "Emoji: profession with skin tone"]
-    assert "2 samples are lost: Emoji: joined family (ZWJ), Emoji: profession with skin tone" in lost.summary
-    composed = check_scripts(toy(change=lambda text: unicodedata.normalize("NFC", text)))
-    assert composed.verdict == "note" and composed.numbers["lost"] == []
-    assert "Hangul: decomposed (NFD)" in composed.numbers["equivalent"]
-    assert "Others: Vietnamese" not in composed.numbers["equivalent"], "it is composed as it stands"
-
-
-def text(*chunks: str, name: str = "t") -> NamedText:
-    return NamedText(name, name, list(chunks), True)
-
-
-@pytest.mark.parametrize(("ids", "others", "common"), [
-    ([1, 2, 3], [1, 2, 4], 2), ([1], [1, 2], 1), ([], [1], 0), ([1, 2], [1, 2], 2), ([5, 2], [1, 2], 0)])
-def test_the_beginning_that_two_encodings_have_in_common(ids: list[int], others: list[int],
-                                                         common: int) -> None:
-    assert measures._common(ids, others) == common
-
-
-def test_tokens_that_a_longer_one_swallows_are_counted_by_hand(toy: Toy) -> None:
-    """x | x,a | x,a,b | x,a,b,c | x,abcd | x,abcd,e: the d takes back three tokens,
-    no other character takes back any."""
-    check = check_streaming(toy("abcd"), [text("", "xabcde", "")])
-    assert check.numbers["texts"]["t"] == {"num_chars": 6, "num_tokens": 3, "most_taken_back": 3,
-                                           "mean_taken_back": 3 / 5, "prefixes_decode": True}
-    assert check.verdict == "good" and "mixed" in check.numbers["texts"]
-    row = next(row for row in check.tables[0].rows if row[0] == "t")
-    assert row == ["t", "3", "3", "0.60", "xabcd", "yes"], "and where: behind the d"
-
-
-def test_a_long_rewind_is_a_remark(toy: Toy) -> None:
-    long = "".join(chr(ord("a") + i) for i in range(LONG_REWIND + 2))
-    assert check_streaming(toy(long[:-1]), [text(long)]).verdict == "good"
-    assert check_streaming(toy(long), [text(long)]).verdict == "note"
-
-
-def test_parts_of_characters_at_the_end_are_no_defect_and_other_text_is(toy: Toy) -> None:
-    opened = toy()
-    assert check_streaming(opened, [text("한국")]).verdict == "good", "bytes of a character come one by one"
-    decode = opened.decode
-    opened.decode = lambda ids: decode(ids).lstrip("h") if len(ids) == 3 else decode(ids)
-    check = check_streaming(opened, [text("hello"), text("abc def", name="plain")])
-    assert check.verdict == "bad" and not check.numbers["texts"]["t"]["prefixes_decode"]
-    assert check.summary.endswith("gives other text than the beginning in t")
-
-
-def test_ids_that_depend_on_company_or_order_are_found(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = toy("the")
-    monkeypatch.setattr(measures, "open_tokenizer", lambda path: opened)
-    texts = [text("the first", "the second", "last")]
-    good = check_determinism(opened, texts)
-    assert (good.verdict, good.numbers["num_chunks"], good.numbers["num_different"]) == ("good", 4, 0)
-    assert check_determinism(opened, texts).numbers["ids_sha256"] == good.numbers["ids_sha256"]
-    alone = opened.encode_many
-    opened.encode_many = lambda texts: [*alone(texts)[:-1], [7]]
-    bad = check_determinism(opened, texts)
-    assert (bad.verdict, bad.numbers["num_different"]) == ("bad", 2), "the last of both orders"
-    one = opened.encode
-    opened.encode_many, opened.encode = lambda texts: list(map(one, texts)), lambda text: [7]
-    assert check_determinism(opened, texts).numbers["num_different"] == 4, "alone and among others"
+    assert try_scalars(opened, 0x1800).num_tried == 0x1800 and texts == [3, 1, 3]
 
 
 def test_every_part_is_counted(toy: Toy) -> None:

@@ -1,0 +1,86 @@
+"""The step `code` of a pipeline: a function of one's own changes documents or drops them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_prep.curate.code_step import CodeStep, StepCodeSettings
+from data_prep.curate.pipeline.plan import file_hashes
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import problems_of
+from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, outcomes
+from tests.typed_words import keys_of
+
+OWN = """import dataclasses
+from words import BAD
+from megatron_sov.base.documents import LeftOut, Message
+
+def judge(document):
+    if BAD in document.text:
+        return LeftOut("bad word")
+    return dataclasses.replace(document, text=document.text + "!", where="nowhere")
+
+def text(document):
+    return document.text
+
+def chat(document):
+    return dataclasses.replace(document, text="", messages=(Message("user", "x"),))
+
+def essay(document):
+    return LeftOut("because " * 20)
+
+def fails(document):
+    return document.nothing
+
+number = 3
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "words.py").write_text("BAD = 'darn'")
+    (tmp_path / "own.py").write_text(OWN)
+    return tmp_path / "own.py"
+
+
+def test_a_function_drops_and_changes(file: Path, tmp_path: Path) -> None:
+    settings = StepCodeSettings(tmp_path / "own.py:judge")
+    assert problems_of(settings) == []
+    assert CodeStep(settings).files() == [tmp_path / "own.py", tmp_path / "words.py"], "its imports too"
+    (tmp_path / "work").mkdir()
+    found = outcomes(CodeStep, settings, MemoryView.of([docs("fine", "oh darn")], tmp_path / "work"))
+    assert [(o.reason, o.text) for o in found.values()] == [("", "fine!"), ("bad word", None)]
+
+
+@pytest.mark.parametrize(("name", "sentence"), [
+    ("own.py", "must have the form"), ("own.py:nothing", "has no 'nothing'"),
+    ("own.py:number", "is 3; a data step"),
+    ("gone.py:judge", "cannot be read"),
+])
+def test_what_is_no_function_is_told(file: Path, tmp_path: Path, name: str, sentence: str) -> None:
+    (problem,) = problems_of(StepCodeSettings(tmp_path / name))
+    assert problem.key == "function" and sentence in problem.rule
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("text", r"a/page.html: data step .*own.py:text returned 'x'; it must return a Document of kind text"),
+    ("chat", "returned Document"), ("essay", "with a reason of at most 80 characters"),
+    ("fails", r"a/page.html: data step .*own.py:\d+: AttributeError: 'Document' object has no attribute"),
+])
+def test_what_fails_is_told_by_its_document(file: Path, tmp_path: Path, name: str, message: str) -> None:
+    step = CodeStep(StepCodeSettings(tmp_path / f"own.py:{name}"))
+    step.start(MemoryView({}, tmp_path))
+    with pytest.raises(UserError, match=message):
+        step.outcomes(docs("x", where="a/page.html"))
+
+
+def test_named_files_are_part_of_the_step(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("a")
+    step = CodeStep(StepCodeSettings(tmp_path / "own.py:judge", (tmp_path / "list.txt",)))
+    assert [Path(name).name for name in step.files()] == ["list.txt", "own.py", "words.py"]
+    before = file_hashes(step)
+    (tmp_path / "list.txt").write_text("b")
+    assert file_hashes(step) != before
+    assert keys_of(StepCodeSettings(tmp_path / "own.py:judge", (tmp_path / "gone",))) == ["files"]
