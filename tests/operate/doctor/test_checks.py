@@ -120,12 +120,26 @@ def test_transformer_engine_is_what_imports(site: Path, monkeypatch: pytest.Monk
     assert [(c.status, c.detail) for c in doctor.transformer_engine_checks()] == [(status, detail)]
 
 
-def test_another_version_of_transformer_engine_is_told(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module(site, "transformer_engine", pytorch="")
-    monkeypatch.setattr(doctor, "installed_version", lambda name: "2.4.0")
-    check = only(doctor.transformer_engine_checks())
-    assert (check.status, check.remedy) == ("warning", doctor.TE_COMMAND)
-    assert check.detail == f"2.4.0 is not {doctor.TE_VERSION}, which this project was read and tried with"
+def test_signatures_are_compared_with_those_that_this_project_calls(
+        site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Transformer Engine one class is there, with other arguments, and the rest is gone."""
+    module(site, "transformer_engine",
+           pytorch="class Fp8Padding:\n    def __init__(self, num, alignment=16): ...")
+    monkeypatch.setattr(doctor, "installed_version", lambda name: "2.4.0" if "vllm" not in name else None)
+    warning, ok = doctor.contract_checks()
+    assert (warning.status, warning.remedy) == ("warning", doctor.TE_COMMAND)
+    assert warning.detail.startswith(
+        "transformer-engine 2.4.0 differs from 2.20.2, against which this project was read: transformer_engine.")
+    assert (ok.status, ok.detail) == ("ok", "megatron-core, torch: as this project calls them")
+
+
+def test_sources_that_cannot_be_read_are_told(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "CONTRACT_LIBRARIES", {"transformer_engine": "transformer-engine"})
+    monkeypatch.setattr(doctor, "installed_version", lambda name: "2.20.2")
+    module(site, "transformer_engine", "if 0:\n    from .broken import *", pytorch="")
+    (site / "transformer_engine/broken.py").write_text("(")
+    check = only(doctor.contract_checks())
+    assert check.status == "warning" and " cannot be read (SyntaxError: " in check.detail
 
 
 def test_a_machine_with_gpus_cannot_train_without_transformer_engine(

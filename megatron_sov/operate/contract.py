@@ -10,6 +10,8 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ CONTRACT = Path(__file__).with_name("contract.json")
 tests/te_double/contract.py."""
 COMPUTED = "..."
 """Stands for a default that is the result of a call or a condition."""
+
+_MARK = re.compile(r"\bis deprecated|^deprecated\b|deprecated\(|deprecated and will be", re.IGNORECASE)
 
 
 class Sources:
@@ -246,7 +250,40 @@ def differences(symbols: dict[str, Any], sources: Sources) -> Iterator[str]:
 
 def installed(package: str) -> Sources | None:
     """Return the sources of an installed package; None: it is not here."""
-    spec = importlib.util.find_spec(package)
+    spec = importlib.util.find_spec(package.partition(".")[0])
     if spec is None or not spec.submodule_search_locations:
         return None
     return Sources(Path(next(iter(spec.submodule_search_locations))).parent)
+
+
+def first_difference(package: str) -> tuple[str, str]:
+    """Return the version of a library that the contract has, and the first name of which the installed
+    library has another shape; "": there is none, or the library is not installed.
+
+    Raises:
+        OSError, SyntaxError, ValueError, RecursionError: its sources cannot be read.
+    """
+    part = json.loads(CONTRACT.read_text(encoding="utf-8"))[package]
+    sources = installed(package)
+    return part["version"], "" if sources is None else next(differences(part["symbols"], sources), "")
+
+
+def deprecation(sources: Sources, path: str) -> str:
+    """Return the text by which a library marks a class or function as deprecated; "": it does not.
+
+    The mark is a decorator, the docstring, or a warning among the unconditional statements of the function,
+    of a class: of its `__init__`.
+    """
+    found = sources.find(path)
+    if found is None or not isinstance(found[1], (ast.ClassDef, ast.FunctionDef)):
+        return ""
+    node = found[1]
+    functions = [node] if isinstance(node, ast.FunctionDef) else [
+        method for name, method in sources.methods(found[0], node) if name == "__init__"]
+    marks = [ast.unparse(decorator) for decorator in node.decorator_list]
+    marks.append(ast.get_docstring(node) or "")
+    for function in functions:
+        marks += [constant.value for statement in function.body if isinstance(statement, ast.Expr)
+                  for constant in ast.walk(statement)
+                  if isinstance(constant, ast.Constant) and isinstance(constant.value, str)]
+    return next((mark for mark in marks if _MARK.search(mark)), "")
