@@ -30,9 +30,10 @@ import psutil
 import pytest
 from hypothesis import given, is_hypothesis_test, settings, strategies
 
+from tests import tiers
 from tests.tiers import (  # noqa: F401  hooks of pytest
-    judge_processor_time, pytest_addoption, pytest_collection_modifyitems, pytest_configure,
-    pytest_runtest_call)
+    pytest_addoption, pytest_collection_modifyitems, pytest_configure, pytest_runtest_call,
+    pytest_runtest_setup, pytest_runtest_teardown)
 
 if TYPE_CHECKING:
     from tests.packing import Packed
@@ -163,8 +164,8 @@ MANY_THREADS = 100
 _kept_threads = [0]
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown() -> None:
+@pytest.hookimpl(trylast=True, specname="pytest_runtest_teardown")
+def pytest_drop_garbage() -> None:
     """Drop models that are garbage: their groups of processes keep threads, each of which wakes a hundred
     times a second, and half of a worker's processor time went into these.  Threads that stay, of libraries,
     are no reason to look again behind each test."""
@@ -204,7 +205,7 @@ def refuse_to_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """See `refuse_to_skip`; whether a test for a GPU can run is not a matter of installing."""
     report = yield
-    judge_processor_time(item, report)
+    tiers.judge_processor_time(item, report)
     if not item.get_closest_marker("gpu"):
         refuse_to_skip(report)
     return report
@@ -307,7 +308,9 @@ class Worker:
         answer = self._lines.readline()
         if not answer:
             pytest.exit("the worker has ended; see its error above")
-        return subprocess.CompletedProcess(asked, int(answer),
+        code, used_s = answer.split()
+        tiers.charge(float(used_s))
+        return subprocess.CompletedProcess(asked, int(code),
                                            *(f.read_text(errors="replace") for f in (out, err)))
 
     def close(self) -> None:
@@ -395,6 +398,7 @@ def warm_python(worker: Worker, tmp_path_factory: pytest.TempPathFactory) -> str
     worker.run(600, stays=[str(Path(__file__).with_name("warm_python.py")), "serve"], arguments=[str(folder)])
     while not (folder / "warm.socket").exists():
         time.sleep(0.01)
+    tiers.charge_lines_of(folder / "used_seconds.txt")
     return str(program)
 
 

@@ -46,7 +46,6 @@ TYPED = {
     "docs/rollout_store.md": "tests/commands/rl/test_rl_store.py",
     "docs/serve.md": "tests/serve/test_serve.py",
     "docs/slurm.md": "tests/operate/slurm/test_submit.py",
-    "docs/synth_documents.md": "tests/test_docs_synth_documents.py",
     "docs/synth_worlds.md": "tests/test_docs_synth_worlds.py",
     "docs/synth_autoif.md": "tests/data_prep/synth/generators/autoif/test_page.py",
     "docs/synth_solutions.md": "tests/test_docs_synth_solutions.py",

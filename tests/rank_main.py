@@ -3,8 +3,9 @@
 
 It serves all processes of pytest, each of which calls at a socket.  Each line of a caller asks for jobs
 (functions of a test file, on several ranks), for a command, or for a function that nobody waits for.  It is
-done in a fork, as fresh as this process, and a line back tells the exit code.  The worker ends with its
-standard input, and all forks end with it; those of a caller end with the caller.
+done in a fork, as fresh as this process, and a line back holds the exit code and the processor seconds of
+the fork.  The worker ends with its standard input, and all forks end with it; those of a caller end with the
+caller.
 
 The first argument is the number of the listening socket, the second a folder that stands first on the path:
 a double of Transformer Engine, with which models are configured as on a GPU and made of its modules, in any
@@ -160,16 +161,17 @@ def fork(asked: dict[str, Any]) -> int:
         os._exit(code)
 
 
-def wait_for(child: int, timeout_s: float) -> int:
-    """Return a child's exit code; one that takes too long, without what it waits for a processor, is killed
-    with all that it started."""
+def wait_for(child: int, timeout_s: float) -> tuple[int, float]:
+    """Return a child's exit code, and the processor seconds of the child and its processes.  A child that
+    runs longer than `timeout_s`, not counting the time in which it waits for a processor, is killed with all
+    its processes."""
     watch = Watch(child)
     own = OwnTime(watch.totals, 0.5)
     try:
         while True:
-            ended, status = os.waitpid(child, os.WNOHANG)
+            ended, status, used = os.wait4(child, os.WNOHANG)
             if ended:
-                return os.waitstatus_to_exitcode(status)
+                return os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime
             if (now_s := time.monotonic()) >= own.look_at_s:
                 own.look(now_s)
                 if own.own_s(now_s) > timeout_s:
@@ -215,7 +217,8 @@ def answer(caller: socket.socket) -> None:
     for line in sys.stdin:
         order = json.loads(line)
         child = fork(order)
-        print(0 if "stays" in order else wait_for(child, order["timeout_s"]), flush=True)
+        code, used_s = (0, 0.0) if "stays" in order else wait_for(child, order["timeout_s"])
+        print(code, used_s, flush=True)
 
 
 def serve(door: socket.socket, doubles: list[str]) -> None:

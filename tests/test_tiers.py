@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +16,14 @@ ROOT = Path(__file__).parents[1]
 
 
 def judged(used_s: float, tmp_path: Path, *, deep: bool = False, outcome: str = "passed",
-           times: Path | None = None) -> Any:
+           when: str = "call", times: Path | None = None) -> Any:
     """Return the report of a test that took so much processor time."""
+    phases = {"setup": tiers.Phase(2.0, 1.0, 4.0), "call": tiers.Phase(used_s, 0.5, 70.0)}
     item: Any = SimpleNamespace(
-        nodeid="tests/test_a.py::test_b", stash={tiers.USED: used_s},
+        nodeid="tests/test_a.py::test_b", stash={tiers.USED: phases},
         config=SimpleNamespace(option=SimpleNamespace(processor_times=times)),
         get_closest_marker=lambda name: deep and name == "deep")
-    report: Any = SimpleNamespace(when="call", outcome=outcome, passed=outcome == "passed", longrepr="")
+    report: Any = SimpleNamespace(when=when, outcome=outcome, passed=outcome == "passed", longrepr="")
     tiers.judge_processor_time(item, report)
     return report
 
@@ -45,7 +47,38 @@ def test_a_slow_machine_allows_more(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_times_are_written_where_they_are_asked_for(tmp_path: Path) -> None:
     times = tmp_path / "times.jsonl"
     assert judged(60, tmp_path, times=times).outcome == "passed"
-    assert json.loads(times.read_text()) == {"test": "tests/test_a.py::test_b", "seconds": 60, "deep": False}
+    judged(60, tmp_path, times=times, when="teardown")
+    assert json.loads(times.read_text()) == {
+        "test": "tests/test_a.py::test_b", "seconds": 60, "wall": 70.0, "fixtures": 2.0, "fixtures_wall": 4.0,
+        "imports": 1.5, "deep": False}
+
+
+def burn(seconds: float) -> None:
+    """Use a processor for so many seconds."""
+    until_s = time.process_time() + seconds
+    while time.process_time() < until_s:
+        pass
+
+
+def test_a_worker_charges_the_test_that_used_it(ranks: Any, job: Any, run_command: Any, tmp_path: Path
+                                                ) -> None:
+    before_s = tiers._processor_s()
+    ranks(job(__file__, "burn", 2, {"seconds": 0.5}))
+    after_s = tiers._processor_s()
+    assert 1.0 <= after_s - before_s < 5
+    (tmp_path / "burn.py").write_text(
+        "import time\nuntil_s = time.process_time() + 0.5\nwhile time.process_time() < until_s:\n    pass\n")
+    run_command(str(tmp_path / "burn.py"), program="python")
+    assert tiers._processor_s() - after_s >= 0.5
+
+
+def test_lines_of_a_workers_file_are_charged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(tiers, "_files_of_workers", [])
+        tiers.charge_lines_of(tmp_path / "used.txt")
+        before_s = tiers._processor_s()
+        (tmp_path / "used.txt").write_text("50\n25.5\n")
+        assert 75 < tiers._processor_s() - before_s < 80
 
 
 def test_what_numba_compiles_is_in_no_tests_time() -> None:

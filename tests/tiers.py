@@ -15,7 +15,8 @@ import resource
 import sys
 import time
 import zlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,17 +24,31 @@ from typing import Any
 import pytest
 
 LIMIT_S = 3.0
-"""Most processor time of a tier-1 test, with its children's, without imports, at the speed of a core on which
-`LOOP_ROUNDS` take `LOOP_S`."""
+"""Most processor time of a tier-1 test, with its children's and workers', without imports, at the speed of a
+core on which `LOOP_ROUNDS` take `LOOP_S`."""
 ESSENTIAL_LIMIT_S = 30.0
 """The same for tests marked `essential`: the surface, the pages, exactness against transformers."""
 LOOP_ROUNDS, LOOP_S = 1_000_000, 0.1
 SERVICES = ("cluster", "browser")
 """Fixtures of tests that need daemons or programs which `make setup` does not install."""
 NUM_FIFTHS = 5
-USED = pytest.StashKey[float]()
-"""Processor seconds of a test's call."""
 _imports = {"depth": 0, "seconds": 0.0}
+_workers = {"seconds": 0.0}
+_files_of_workers: list[Path] = []
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What setup, call or teardown of a test took."""
+
+    processor_s: float
+    """Of this process, its children and the shared workers that the test asked; without imports."""
+    imports_s: float
+    wall_s: float
+
+
+USED = pytest.StashKey[dict[str, Phase]]()
+"""Phase -> what it took, of a test."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -92,34 +107,78 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def fifth_of(file: Path) -> int:
     """Return which fifth of tier 2 a test file belongs to, by its path below tests/."""
-    parts = file.parts
-    below = "/".join(parts[parts.index("tests"):] if "tests" in parts else parts[-1:])
+    below = file.as_posix().rpartition("/tests/")[2]
     return zlib.crc32(below.encode()) % NUM_FIFTHS
+
+
+def charge(seconds: float) -> None:
+    """Charge the running test with processor seconds of a worker that serves several tests."""
+    _workers["seconds"] += seconds
+
+
+def charge_lines_of(file: Path) -> None:
+    """Charge each test with the lines that workers append to `file` while it runs: processor seconds."""
+    _files_of_workers.append(file)
+
+
+@contextlib.contextmanager
+def _measured(item: pytest.Item, phase: str) -> Iterator[None]:
+    """Measure the processor seconds and the wall seconds of one phase of a test."""
+    begin_s, imported_s, began = _processor_s(), _imports["seconds"], time.monotonic()
+    try:
+        yield
+    finally:
+        imported_s = _imports["seconds"] - imported_s
+        item.stash.setdefault(USED, {})[phase] = Phase(
+            _processor_s() - begin_s - imported_s, imported_s, time.monotonic() - began)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
+    with _measured(item, "setup"):
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Measure a test's processor time."""
-    begin_s, imported_s = _processor_s(), _imports["seconds"]
-    result = yield
-    item.stash[USED] = _processor_s() - begin_s - (_imports["seconds"] - imported_s)
-    return result
+    with _measured(item, "call"):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
+    with _measured(item, "teardown"):
+        return (yield)
+
+
+def write_times(item: pytest.Item, file: Path) -> None:
+    """Append a line of JSON: processor and wall seconds of a test, of its fixtures, and of imports."""
+    phases = item.stash[USED]
+    call = phases.get("call", Phase(0.0, 0.0, 0.0))
+    around = [phase for name, phase in phases.items() if name != "call"]
+    row = {"seconds": call.processor_s, "wall": call.wall_s,
+           "fixtures": sum(phase.processor_s for phase in around),
+           "fixtures_wall": sum(phase.wall_s for phase in around),
+           "imports": sum(phase.imports_s for phase in phases.values())}
+    row = {name: round(value, 3) for name, value in row.items()}
+    # a test that gives up its rights may not write here
+    with contextlib.suppress(OSError), open(file, "a", encoding="utf-8") as lines:
+        lines.write(json.dumps({"test": item.nodeid, **row,
+                                "deep": bool(item.get_closest_marker("deep"))}) + "\n")
 
 
 def judge_processor_time(item: pytest.Item, report: pytest.TestReport) -> None:
-    """Record a test's processor time in its report, and fail a tier-1 test that took more than `LIMIT_S`."""
-    if report.when != "call" or USED not in item.stash:
-        return
-    used_s = item.stash[USED]
+    """Fail a tier-1 test whose call took more than `LIMIT_S`; with `--processor-times` write its times."""
     if file := item.config.option.processor_times:
-        # a test that gives up its rights may not write here
-        with contextlib.suppress(OSError), open(file, "a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"test": item.nodeid, "seconds": round(used_s, 3),
-                                    "deep": bool(item.get_closest_marker("deep"))}) + "\n")
+        if report.when == "teardown":
+            write_times(item, file)
+        return
+    if report.when != "call" or not report.passed or "call" not in item.stash.get(USED, {}):
         return
     is_free = item.get_closest_marker("deep") or item.get_closest_marker("gpu")
     limit_s = ESSENTIAL_LIMIT_S if item.get_closest_marker("essential") else LIMIT_S
-    if not report.passed or is_free or used_s <= limit_s:
+    used_s = item.stash[USED]["call"].processor_s
+    if is_free or used_s <= limit_s:
         return
     allowed_s = limit_s * measure_slowness()
     if used_s > allowed_s:
@@ -139,6 +198,9 @@ def measure_slowness() -> float:
 
 
 def _processor_s() -> float:
-    """Return the processor time of this process and of its children that have ended."""
+    """Return the processor seconds of this process, its children that have ended, and the work that shared
+    workers have done for it."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
+    own_s = sum(one.ru_utime + one.ru_stime for one in used)
+    lines = [line for file in _files_of_workers if file.exists() for line in file.read_text().splitlines()]
+    return own_s + _workers["seconds"] + sum(map(float, lines))

@@ -37,6 +37,8 @@ from megatron_sov.work.processes.children import die_with_parent
 NAMESPACES = {"pid": 0x20000000, "uts": 0x04000000, "mnt": 0x00020000}
 """Of a node -> its flag; that of processes counts for children alone."""
 SOCKET = "warm.socket"
+USED = "used_seconds.txt"
+"""A line for each process that has ended: its processor seconds."""
 
 
 def serve(folder: str) -> NoReturn:
@@ -54,12 +56,13 @@ def serve(folder: str) -> NoReturn:
             door.close()
             die_with_parent(here)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _keep(client)
+            _keep(client, folder)
         client.close()
 
 
-def _keep(client: socket.socket) -> NoReturn:
-    """Start what a client asks for in its node, and wait for the end of either."""
+def _keep(client: socket.socket, folder: str) -> NoReturn:
+    """Start what a client asks for in its node, wait for the end of either, and write the processor seconds
+    into a file of `folder`."""
     try:
         head, streams, _, _ = socket.recv_fds(client, 8, 3)
         asked = json.loads(client.recv(int.from_bytes(head, "little"), socket.MSG_WAITALL))
@@ -72,7 +75,9 @@ def _keep(client: socket.socket) -> NoReturn:
             _be_asked_process(asked, node, streams)
         for stream in streams:
             os.close(stream)
-        code = _wait(client, child)
+        code, used_s = _wait(client, child)
+        with open(Path(folder) / USED, "a", encoding="utf-8") as used:
+            used.write(f"{used_s}\n")
         with contextlib.suppress(OSError):  # it is gone
             client.send(str(code).encode())
     except BaseException:
@@ -88,8 +93,9 @@ def _enter(node: dict[str, int], *names: str) -> None:
             raise OSError(ctypes.get_errno(), f"setns {name}")
 
 
-def _wait(client: socket.socket, child: int) -> int:
-    """Return how a child ended; signals of the client are passed on, and its end is the child's."""
+def _wait(client: socket.socket, child: int) -> tuple[int, float]:
+    """Return a child's exit code and processor seconds.  Signals of the client are passed on, and the child
+    ends with the client."""
     ended = os.pidfd_open(child)
     while True:
         ready, _, _ = select.select([client, ended], [], [])
@@ -100,10 +106,10 @@ def _wait(client: socket.socket, child: int) -> int:
                 os.killpg(child, number)
             except ProcessLookupError:  # it does not lead a group yet
                 os.kill(child, number)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    _, status, used = os.wait4(child, 0)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # as Slurm does with what a step has left
-    return code
+    return os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime
 
 
 def _be_asked_process(asked: dict[str, Any], node: dict[str, int], streams: list[int]) -> NoReturn:

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, get_args
 
 from annotated_types import Ge, Le
 
@@ -32,6 +32,7 @@ Kind = Literal["text", "chat", "prompt", "task"]
 """text: a document with `text`, for pretraining; chat: a conversation with `messages` and, if it has tools,
 `tools`, for `sft`; prompt: `prompt` and the fields of its reward, for `rl generate`; task: a task of a tool
 environment."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
 PROMPTS = Path(__file__).parent / "prompts"
 """Files of prompts of the packaged generators that are written in Python."""
 

@@ -24,8 +24,7 @@ GENERATORS: dict[str, str] = {
     "worlds": "data_prep.synth.generators.tools.worlds:Worlds",
 }
 """Name on the command line -> module:class."""
-FILES = ("answers", "autoif", "comparisons", "multihop", "probes", "rewrite", "safety", "translation",
-         "triples")
+FILES = ("answers", "autoif", "comparisons", "probes", "rewrite", "safety", "translation")
 """Names of the generators that are files of `generators`."""
 REMOVED = {
     "autoif.also": "a row has the `functions` of its constraint",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,13 @@ from data_prep.synth.final_answers import boxes, check, ends_in_box
 from data_prep.synth.generators.autoif.queries import (
     accepting, different, foreign_letters, in_turns, language_unquoted, with_quotes_of)
 from data_prep.synth.generators.documents.facts import fact_verdicts, kept_share
-from data_prep.synth.generators.documents.languages import customs_of, in_language, name_of
+from data_prep.synth.generators.documents.languages import in_language, name_of
 from data_prep.synth.generators.documents.pieces import fenced
-from data_prep.synth.generators.documents.verdicts import answer_in, copied_share, size_ratio, stands_in
+from data_prep.synth.generators.documents.verdicts import copied_share, size_ratio
 from data_prep.synth.generators.drawing import share_of
 from data_prep.synth.generators.translation import chrf, kept_in_translation, translated_verdicts, with_texts
-from data_prep.synth.replies import NoReply
+from data_prep.synth.replies import NoReply, Reply
 from data_prep.synth.templates import add_functions
-from megatron_sov.judge.rewards.answers import normalized
 from megatron_sov.judge.rewards.program_text import program_in
 from megatron_sov.sandbox.program import Limits, Program
 from megatron_sov.sandbox.sandbox import Sandbox
@@ -38,21 +37,20 @@ MAX_ANSWER_CHARS = 200
 
 
 class Answer(str):
-    """The text of a reply, with whether it ended at the limit of tokens, and the thoughts before it."""
+    """The text of a reply, with whether it ended at the limit of tokens."""
 
     cut: bool = False
-    thinking: str = ""
 
     @classmethod
-    def of(cls, text: str, cut: bool, thinking: str) -> Answer:
-        made = cls(text)
-        made.cut, made.thinking = cut, thinking
+    def of(cls, reply: Reply) -> Answer:
+        made = cls(reply.text)
+        made.cut = reply.is_cut
         return made
 
 
 def text_between(text: str, tag: str) -> str:
     """Return the text between two tags of a reply, or ""."""
-    return (read_tagged(text, tag) or {tag: ""})[tag]
+    return (read_tagged(text, [tag]) or {tag: ""})[tag]
 
 
 def without(text: str, pattern: str) -> str:
@@ -85,11 +83,6 @@ def reads_as(text: str, language: str) -> bool:
     """Return whether a text is surely in a language."""
     found, score = identify(text)
     return found == language and score >= MIN_LANGUAGE_SCORE
-
-
-def pronouns(language: str) -> Iterable[str]:
-    """Return the words of a language that stand for a name."""
-    return customs_of(language).pronouns
 
 
 def is_dialogue(text: str, min_turns: int = 4) -> bool:
@@ -142,14 +135,12 @@ def run_programs(replies: Sequence[str]) -> list[str]:
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "answer_in": answer_in, "boxed_or_plain": boxed_or_plain, "chrf": chrf,
-    "copied_share": copied_share, "count_right": count_right, "facts_of_source": fact_verdicts,
-    "fenced": fenced, "final_answers": final_answers, "in_language": in_language, "is_dialogue": is_dialogue,
-    "kept_in_translation": kept_in_translation, "kept_share": kept_share, "language_name_of": name_of,
-    "language_of": language_of, "normalized": normalized, "pronouns": pronouns, "reads_as": reads_as,
-    "refuses": refuses, "run_programs": run_programs, "size_ratio": size_ratio, "stands_in": stands_in,
-    "text_between": text_between, "translated_verdicts": translated_verdicts, "with_texts": with_texts,
-    "without": without,
+    "boxed_or_plain": boxed_or_plain, "chrf": chrf, "copied_share": copied_share, "count_right": count_right,
+    "facts_of_source": fact_verdicts, "fenced": fenced, "final_answers": final_answers,
+    "in_language": in_language, "is_dialogue": is_dialogue, "kept_in_translation": kept_in_translation,
+    "kept_share": kept_share, "language_name_of": name_of, "language_of": language_of, "reads_as": reads_as,
+    "refuses": refuses, "run_programs": run_programs, "size_ratio": size_ratio, "text_between": text_between,
+    "translated_verdicts": translated_verdicts, "with_texts": with_texts, "without": without,
     # of autoif
     "accepting": accepting, "different": different, "foreign_letters": foreign_letters, "in_turns": in_turns,
     "language_unquoted": language_unquoted, "share_of": share_of, "with_quotes_of": with_quotes_of}

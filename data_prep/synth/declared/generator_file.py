@@ -15,11 +15,11 @@ from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 from annotated_types import Ge, Le, MinLen
 
-from data_prep.synth.declared.readers import READERS, Reader
+from data_prep.synth.declared.readers import READERS, Reader, RecordOptions
 from data_prep.synth.declared.steps import VERBS, CompiledStep, Draft, EveryStep, Step, compile_step
-from data_prep.synth.generator import Ask, GeneratedSample, Generator, GeneratorItem, Kind
+from data_prep.synth.generator import KINDS, Ask, GeneratedSample, Generator, GeneratorItem
 from data_prep.synth.templates import (
-    PROMPTS, BadTemplate, Prompt, PromptTemplate, compile_value, fill, fill_known, names_in, unknown_names)
+    PROMPTS, BadTemplate, Prompt, PromptTemplate, compile_value, fill_known, names_in, unknown_names)
 from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.base.settings import (
     ONCE, AtLeastOne, Located, NotBlank, ProblemCode, SettingsError, SettingsProblem, at_most, find_problems,
@@ -27,10 +27,11 @@ from megatron_sov.base.settings import (
 from megatron_sov.base.settings.options import field_docs
 from megatron_sov.base.settings.problem import UNSET
 
-KINDS = ("text", "chat", "prompt", "task")
-GIVEN = ("item_id", "before", "part")
-"""Fields that every sample has: the id of its item, the fields of the kept samples before it, and its place
-among the parts of a reply or list, from 0."""
+GIVEN = ("item_id", "part")
+"""Fields that every sample has: the id of its item, and its place among the parts of a reply or list, from
+0."""
+Place = tuple[str | int, ...]
+"""Keys and numbers that lead to a part of the file."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,13 @@ class GeneratorFile:
     help: NotBlank
     """One line for `sov-data synth --list`."""
     items: str | dict[str, dict[str, Any]]
-    """Reader, or reader and its options."""
+    """Reader, or `records` and its options."""
     prompts: dict[str, Prompt]
     steps: Annotated[tuple[dict[str, Any], ...], MinLen(1)]
     record: dict[str, Any]
     """Of a sample: field -> value; or kind -> record, or its expression, where `makes` is a setting."""
     makes: str = "text"
-    """Kind of the records: text, chat, prompt or task; or a setting that names it."""
+    """Kind of the records: text, chat, prompt or task; or the setting that names it."""
     version: AtLeastOne = 1
     """Raised when the same answers would give other samples."""
     settings: dict[str, DeclaredSetting] = field(default_factory=dict)
@@ -99,6 +100,16 @@ def read_generator(file: Path) -> type[Generator]:
     return _Compiler(file, located, said).compile(hashlib.sha256(text.encode()).hexdigest())
 
 
+@dataclass(frozen=True)
+class _ReadStep:
+    """A step whose form is sound, with its place in the file."""
+
+    step: Step
+    place: Place
+    inner: list[_ReadStep]
+    """Steps of `every`."""
+
+
 class _Compiler:
     """Checks and compiles a file."""
 
@@ -111,30 +122,28 @@ class _Compiler:
     def compile(self, digest: str) -> type[Generator]:
         said, stem = self._said, self._file.stem
         reader = self._reader()
+        taken = {"self", *GIVEN, *reader.fields, *PROMPTS.globals}
         for name in said.settings:
-            if (not name.isidentifier() or iskeyword(name) or name.startswith("_")
-                    or name in ("self", *GIVEN, *reader.names(), *PROMPTS.globals)):
+            if not name.isidentifier() or iskeyword(name) or name.startswith("_") or name in taken:
                 self._add(("settings", name), "is no name for a setting, or is taken", name,
                           "choose another one")
-        for name in {*reader.names()} & PROMPTS.globals.keys():
-            self._add(("items",), "is the name of a function, and of no field", name, "rename the field")
+        self._refuse_functions(("items",), reader.fields)
         self._refuse()
         settings = self._settings(reader)
-        self._check_forms(said.steps, ("steps",))
+        read_steps = self._read_steps(said.steps, ("steps",))
         self._refuse()  # names mean nothing while a step that gives them is not known
-        known = [*GIVEN, *(one.name for one in fields_of_class(settings)), *reader.names()]
-        steps, inside = self._steps(said.steps, ("steps",), known, True)
-        values = {"record": self._value("record", inside), "group": self._value("group", inside),
-                  "makes": self._value("makes", known)}
-        if said.makes not in KINDS and "{" not in said.makes:
-            self._add(("makes",), f"must be one of {', '.join(KINDS)}, or a template of a setting",
-                      said.makes)
-        prompts = self._prompts(stem)
+        names = [one.name for one in fields_of_class(settings)]
+        known = [*GIVEN, *names, *reader.fields]
+        steps, inside = self._compile_steps(read_steps, known)
+        record, group = self._value("record", inside), self._value("group", inside)
+        if said.makes not in (*KINDS, *names):
+            self._add(("makes",), f"must be one of {', '.join(KINDS)}, or a setting", said.makes)
+        prompts = self._prompts()
         self._refuse()
         return type("Declared", (DeclaredGenerator,), {
             "name": stem, "version": said.version, "help": said.help, "said": said, "reader": reader,
-            "steps": steps, "values": values, "compiled_prompts": prompts, "Settings": settings,
-            "needs_input": reader.needs_input, "file_digest": digest,
+            "steps": steps, "record": record, "group": group, "compiled_prompts": prompts,
+            "Settings": settings, "needs_input": reader.needs_input, "file_digest": digest,
             "libraries": ("py3langid", *said.libraries),
             "kind": said.makes if said.makes in KINDS else "text",
             "help_of_settings": {**field_docs(reader.Settings), **{
@@ -144,33 +153,41 @@ class _Compiler:
         if self._problems:
             raise SettingsError(str(self._file), self._problems)
 
-    def _add(self, place: tuple[str | int, ...], rule: str, value: Any = UNSET, way_out: str = "") -> None:
+    def _add(self, place: Place, rule: str, value: Any = UNSET, way_out: str = "") -> None:
         self._problems.append(SettingsProblem(ProblemCode.RULE, ".".join(map(str, place)), rule, value,
                                               way_out, line=self._located.line(place)))
 
-    def _add_all(self, place: tuple[str | int, ...], problems: Sequence[SettingsProblem]) -> None:
+    def _add_all(self, place: Place, problems: Sequence[SettingsProblem]) -> None:
         for one in problems:
             self._add((*place, *one.key.split(".")), one.rule, one.value, one.way_out)
 
+    def _refuse_functions(self, place: Place, names: Sequence[str]) -> None:
+        for name in names:
+            if name in PROMPTS.globals:
+                self._add(place, "is the name of a function, and of no field", name, "rename the field")
+
     def _reader(self) -> Reader:
         given = self._said.items
-        name, options = (given, {}) if isinstance(given, str) else next(iter(given.items()), ("", {}))
-        if not isinstance(given, str) and len(given) > 1:
-            self._add(("items",), "must be one reader with its options", ", ".join(given))
-        if name not in READERS:
-            self._add(("items",), f"must be one of {', '.join(READERS)}{nearest(name, list(READERS))}", name)
-            self._refuse()
-        made, problems = find_problems(READERS[name].Options, options)
-        self._add_all(("items", name), problems)
+        if isinstance(given, str) and given in READERS:
+            return READERS[given]
+        options: RecordOptions | None = None
+        if not isinstance(given, str) and set(given) == {"records"}:
+            options, problems = find_problems(RecordOptions, given["records"])
+            self._add_all(("items", "records"), problems)
+        else:
+            close = nearest(given, list(READERS)) if isinstance(given, str) else ""
+            self._add(("items",), f"must be {', '.join(READERS)} or {{records: {{fields: [...]}}}}{close}",
+                      given)
         self._refuse()
-        return READERS[name](made, self._file.parent)
+        assert options is not None  # else there was a problem
+        if options.times and options.times not in self._said.settings:
+            self._add(("items", "records", "times"), "names no setting", options.times,
+                      "name one of the file")
+        return options.reader(self._file.parent)
 
     def _settings(self, reader: Reader) -> type[Any]:
         """Return a dataclass of the reader's settings and the file's, whose defaults go first."""
         hints = get_type_hints(reader.Settings, include_extras=True)
-        times = getattr(reader.options, "times", "")
-        if times and times not in self._said.settings:
-            self._add(("items", "records", "times"), "names no setting", times, "name one of the file")
         own: list[tuple[str, Any, Any]] = []
         for name, setting in self._said.settings.items():
             if setting.at_most and setting.at_most not in {*self._said.settings, *hints}:
@@ -184,52 +201,47 @@ class _Compiler:
             self._add(("settings", one.key.split(".")[0], "default"), one.rule, one.value, one.way_out)
         return made
 
-    def _check_forms(self, raw: Sequence[Mapping[str, Any]], place: tuple[str | int, ...]) -> None:
-        for number, entry in enumerate(raw):
-            step = self._step(entry, (*place, number))
-            if isinstance(step, EveryStep):
-                self._check_forms(step.do, (*place, number, "do"))
-
-    def _step(self, entry: Mapping[str, Any], here: tuple[str | int, ...]) -> Step | None:
-        verbs = [name for name in VERBS if name in entry]
-        if len(verbs) != 1:
-            keys = ", ".join(map(str, entry))
-            self._add(here, f"must have one of the keys {', '.join(VERBS)}", keys,
-                      "" if verbs else nearest(keys, list(VERBS)).removeprefix("; "))
-            return None
-        step, problems = find_problems(VERBS[verbs[0]], entry)
-        self._add_all(here, problems)
-        said = list(step.problems(self._said.prompts)) if step else []
-        said += [(verbs[0], f"names the function {name!r}; rename the field")
-                 for name in (step.gives() if step and not said else ()) if name in PROMPTS.globals]
-        for part, rule in said:
-            self._add((*here, *part.split(".")), rule)
-        return None if said else step
-
-    def _steps(self, raw: Sequence[Mapping[str, Any]], place: tuple[str | int, ...], known: Sequence[str],
-               may_divide: bool) -> tuple[tuple[CompiledStep, ...], list[str]]:
-        """Return compiled steps, and the fields that are known after them."""
-        found: list[CompiledStep] = []
-        inside = list(known)
+    def _read_steps(self, raw: Sequence[Mapping[str, Any]], place: Place) -> list[_ReadStep]:
+        """Return the steps whose form is sound, and note the problems of the others."""
+        found: list[_ReadStep] = []
         for number, entry in enumerate(raw):
             here = (*place, number)
-            step = self._step(entry, here)
-            assert step is not None  # `_check_forms` has seen it
-            if step.divides and not may_divide:
+            verbs = [name for name in VERBS if name in entry]
+            if len(verbs) != 1:
+                keys = ", ".join(map(str, entry))
+                self._add(here, f"must have one of the keys {', '.join(VERBS)}", keys,
+                          "" if verbs else nearest(keys, list(VERBS)).removeprefix("; "))
+                continue
+            step, problems = find_problems(VERBS[verbs[0]], entry)
+            self._add_all(here, problems)
+            rules = list(step.problems(self._said.prompts)) if step else []
+            for part, rule in rules:
+                self._add((*here, part), rule)
+            if step is None or rules:
+                continue
+            self._refuse_functions((*here, verbs[0]), step.gives())
+            if step.divides and place != ("steps",):
                 self._add(here, "would divide the sample, which steps of `every` may not",
                           way_out="move it to `steps`")
-            inner: tuple[CompiledStep, ...] = ()
-            if isinstance(step, EveryStep):
-                inner, more = self._steps(step.do, (*here, "do"), [*inside, *step.gives()], False)
-                inside += [name for name in more if name not in step.gives()]
-            compiled, problems = compile_step(step, inner, inside)
+            inner = self._read_steps(step.do, (*here, "do")) if isinstance(step, EveryStep) else []
+            found.append(_ReadStep(step, here, inner))
+        return found
+
+    def _compile_steps(self, steps: Sequence[_ReadStep], known: Sequence[str]
+                       ) -> tuple[tuple[CompiledStep, ...], list[str]]:
+        """Return compiled steps, and the fields that are known after them."""
+        found: list[CompiledStep] = []
+        known = list(known)
+        for one in steps:
+            inner, after = self._compile_steps(one.inner, [*known, *one.step.gives()])
+            compiled, problems = compile_step(one.step, inner, known)
             for part, rule in problems:
-                self._add((*here, part), rule)
-            if asked := getattr(step, "ask", None):
-                self._asked[asked] = self._asked.get(asked, set(inside)) & set(inside)
-            inside += step.gives()
-            found += [compiled] if compiled else []
-        return tuple(found), inside
+                self._add((*one.place, part), rule)
+            if asked := getattr(one.step, "ask", None):
+                self._asked[asked] = self._asked.get(asked, set(known)) & set(known)
+            known = after
+            found.append(compiled)
+        return tuple(found), known
 
     def _value(self, key: str, known: Sequence[str]) -> Any:
         try:
@@ -241,18 +253,19 @@ class _Compiler:
             self._add((key,), said)
         return value
 
-    def _prompts(self, stem: str) -> dict[str, PromptTemplate]:
+    def _prompts(self) -> dict[str, PromptTemplate]:
         found = {}
         for name, prompt in self._said.prompts.items():
             if name not in self._asked:
                 self._add(("prompts", name), "is asked by no step", way_out="add a step, or remove it")
                 continue
+            full_name = f"{self._file.stem}/{name}"
             try:
-                made = found[f"{stem}/{name}"] = PromptTemplate.compile(f"{stem}/{name}", prompt)
+                found[full_name] = PromptTemplate.compile(full_name, prompt)
             except BadTemplate as e:
                 self._add(("prompts", name), str(e))
                 continue
-            for said in unknown_names(made.names, self._asked[name]):
+            for said in unknown_names(found[full_name].names, self._asked[name]):
                 self._add(("prompts", name), said)
         return found
 
@@ -263,8 +276,10 @@ class DeclaredGenerator(Generator):
     said: ClassVar[GeneratorFile]
     reader: ClassVar[Reader]
     steps: ClassVar[Sequence[CompiledStep]]
-    values: ClassVar[Mapping[str, Any]]
-    """record, group and makes -> compiled value."""
+    record: Any
+    """Compiled."""
+    group: ClassVar[Any]
+    """Compiled."""
     compiled_prompts: ClassVar[Mapping[str, PromptTemplate]]
     file_digest: ClassVar[str]
 
@@ -279,13 +294,14 @@ class DeclaredGenerator(Generator):
     def __init__(self, settings: Any) -> None:
         super().__init__(settings)
         self._settings = {one.name: getattr(settings, one.name) for one in fields_of_class(settings)}
-        kind = fill(self.values["makes"], self._settings)
-        if kind not in KINDS:
-            raise UserError(f"{self.name}: makes = {kind!r} must be one of {', '.join(KINDS)}")
-        if self.said.makes not in KINDS and kind not in self.said.record:
-            raise UserError(f"{self.name}: record has no key {kind!r}, which `makes` names; add the record "
-                            "of this kind to the generator's file")
-        self.kind: Kind = kind
+        if self.said.makes in KINDS:
+            return
+        # a setting chooses between kinds: the file has a record of each
+        self.kind = self._settings[self.said.makes]
+        if self.kind not in KINDS or self.kind not in self.said.record:
+            raise UserError(f"{self.name}: {self.said.makes} = {self.kind!r} must be one of "
+                            f"{', '.join(KINDS)} and have a record in the generator's file")
+        self.record = self.record[self.kind]
 
     def files(self) -> Sequence[Path]:
         return self.reader.files(self.settings)
@@ -300,29 +316,20 @@ class DeclaredGenerator(Generator):
         if isinstance(prepared, GeneratedSample):
             yield prepared
             return
-        draft = Draft({**self._settings, **prepared, "item_id": item.id, "before": [], "part": 0})
-        yield from self._from(0, draft, ask, [])
+        yield from self._run_steps(
+            self.steps, Draft({**self._settings, **prepared, "item_id": item.id, "part": 0}), ask)
 
-    def _from(self, place: int, draft: Draft, ask: Ask, kept: list[Draft]) -> Iterator[GeneratedSample]:
-        """Run the steps from a place on; a draft that is kept is added to `kept`."""
-        for number, step in enumerate(self.steps[place:], place + 1):
+    def _run_steps(self, steps: Sequence[CompiledStep], draft: Draft, ask: Ask) -> Iterator[GeneratedSample]:
+        for number, step in enumerate(steps, 1):
             parts = step.run(draft, ask, self.name)
             if draft.has_failed:
                 break
             if parts is not None:
-                siblings: list[Draft] = []
                 for part in parts:
-                    part.fields["before"] = [one.fields for one in siblings]
-                    yield from self._from(number, part, ask, siblings)
-                kept += siblings
+                    yield from self._run_steps(steps[number:], part, ask)
                 return
-        if not draft.has_failed:
-            kept.append(draft)
-        record = self.values["record"]
-        if self.said.makes not in KINDS:  # a record of each kind where a setting chooses between kinds
-            record = record[self.kind]
-        filled = {**fill_known(record, draft.fields), **({"text": draft.unread} if draft.unread else {})}
-        group = self.values["group"]
-        yield GeneratedSample(filled, tuple(draft.verdicts),
-                              str(group(draft.fields)) if group.names <= draft.fields.keys() else "",
-                              dict(draft.notes))
+        record = fill_known(self.record, draft.fields)
+        if draft.unread:
+            record = {**record, "text": draft.unread}
+        group = str(self.group(draft.fields)) if self.group.names <= draft.fields.keys() else ""
+        yield GeneratedSample(record, tuple(draft.verdicts), group, dict(draft.notes))

@@ -12,11 +12,11 @@ from megatron_sov.judge.rewards.patterns import json_of
 from megatron_sov.judge.rewards.reward import Refused
 
 TIMEOUT_S = 2.0
-MAX_CHARS = 4000
-"""Of one text in JSON."""
+MAX_CHARS, MAX_PARTS = 4000, 100
+"""Of one text in JSON, and texts of a list: samples that one reply may become."""
 
 
-def read_tagged(text: str, *names: str) -> dict[str, str] | None:
+def read_tagged(text: str, names: Sequence[str]) -> dict[str, str] | None:
     """Return the texts between the tags of each name, in order, each once and not empty; None where a reply
     has another form.  Words around the tags are left out."""
     found: dict[str, str] = {}
@@ -33,30 +33,19 @@ def read_tagged(text: str, *names: str) -> dict[str, str] | None:
     return found
 
 
-def read_list(text: str, *names: str) -> list[dict[str, str]] | None:
-    """Return the texts of groups of tags that follow each other over and over; None for another form."""
-    count = text.count(f"<{names[0]}>")
-    if not count or any(text.count(mark) != count for name in names for mark in (f"<{name}>", f"</{name}>")):
-        return None
-    # cut in front of each first tag, so that every piece has one group
-    pieces = regex.split(rf"(?=<{regex.escape(names[0])}>)", text)[1:]
-    found = [parts for piece in pieces if (parts := read_tagged(piece, *names)) is not None]
-    return found if len(found) == len(pieces) else None
-
-
-def read_json(reply: str, names: Sequence[str]) -> dict[str, str] | None:
-    """Read an object with these texts."""
-    return _texts(_json(reply), names)
-
-
 def read_json_list(reply: str, names: Sequence[str]) -> list[dict[str, str]] | None:
     """Read a list of objects with these texts; those without them, or that repeat the first, are left out."""
-    listed = _json(reply)
+    try:
+        listed = json_of(reply.strip())
+    except Refused:
+        return None
     found: dict[str, dict[str, str]] = {}
     for one in listed if isinstance(listed, list) else ():
-        if (texts := _texts(one, names)) is not None:
+        texts = {name: text.strip() for name in names if isinstance(one, dict)
+                 and isinstance(text := one.get(name), str) and len(text) <= MAX_CHARS}
+        if len(texts) == len(names) and all(texts.values()):
             found.setdefault(texts[names[0]], texts)
-    return list(found.values()) or None
+    return list(found.values())[:MAX_PARTS] or None
 
 
 def read_pattern(reply: str, pattern: str) -> dict[str, str] | None:
@@ -66,20 +55,6 @@ def read_pattern(reply: str, pattern: str) -> dict[str, str] | None:
     except TimeoutError:
         return None
     return {name: text.strip() for name, text in found.groupdict("").items()} if found else None
-
-
-def _json(reply: str) -> Any:
-    try:
-        return json_of(reply.strip())
-    except Refused:
-        return None
-
-
-def _texts(value: Any, names: Sequence[str]) -> dict[str, str] | None:
-    """Return the texts of an object; None: one is missing, empty or too long."""
-    found = {name: text.strip() for name in names if isinstance(value, dict)
-             and isinstance(text := value.get(name), str) and len(text) <= MAX_CHARS}
-    return found if len(found) == len(names) and all(found.values()) else None
 
 
 def _names(argument: Any) -> Sequence[str] | str:
@@ -109,8 +84,6 @@ class Parser:
 
 
 PARSERS: Mapping[str, Parser] = {
-    "tagged": Parser(lambda reply, names: read_tagged(reply, *names)),
-    "list": Parser(lambda reply, names: read_list(reply, *names), gives_several=True),
-    "json": Parser(read_json), "json_list": Parser(read_json_list, gives_several=True),
+    "tagged": Parser(read_tagged), "json_list": Parser(read_json_list, gives_several=True),
     "pattern": Parser(read_pattern, names=_groups)}
 """Name in a step -> parser."""

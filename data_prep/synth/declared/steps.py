@@ -1,8 +1,6 @@
-"""The steps of a declared generator: how one item becomes samples.
+"""Steps of a declared generator: each changes a draft of a sample, divides it, or checks it.
 
-Steps run from top to bottom.  A step may ask a model, read a reply, set fields, judge, or divide the sample
-into several, each of which goes through the steps that follow.  The first check that fails ends a sample:
-later steps are not asked and not paid.
+The first check that fails ends a draft, so that nothing more is asked about it.
 """
 
 from __future__ import annotations
@@ -10,23 +8,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from annotated_types import Len, MinLen
 
 from data_prep.synth.declared.functions import Answer
 from data_prep.synth.declared.parsers import PARSERS, Parser
 from data_prep.synth.generator import Ask, SampleVerdict
-from data_prep.synth.generators.documents.verdicts import agreed
 from data_prep.synth.replies import NoUsableReply
 from data_prep.synth.templates import BadTemplate, compile_value, fill, names_in, unknown_names
 from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.base.settings import AtLeastOne, NotBlank
 
-MAX_PER_REPLY = 100
-"""Samples that one reply may become."""
-EXPRESSIONS = frozenset(("when", "that", "of", "count", "most", "least", "temperature", "max_tokens",
-                         "thinking"))
+EXPRESSIONS = frozenset(("when", "that", "count", "least", "temperature", "max_tokens"))
 """Parts of steps that are no text."""
 MAX_KEPT_CHARS = 2000
 """Of a reply that cannot be read, in its rejected sample."""
@@ -46,9 +40,10 @@ class Draft:
     def has_failed(self) -> bool:
         return any(not verdict.passed for verdict in self.verdicts)
 
-    def part(self, fields: Mapping[str, Any]) -> Draft:
-        """Return one of the samples that this one is divided into."""
-        return Draft({**self.fields, **fields}, list(self.verdicts), dict(self.notes))
+    def split(self, parts: Sequence[Mapping[str, Any]]) -> list[Draft]:
+        """Return a draft for each mapping of further fields; `part` is its place."""
+        return [Draft({**self.fields, **part, "part": place}, list(self.verdicts), dict(self.notes))
+                for place, part in enumerate(parts)]
 
     def check(self, name: str, passed: bool, detail: str = "") -> None:
         self.verdicts.append(SampleVerdict(name, passed, detail))
@@ -61,7 +56,7 @@ class Step(ABC):
     when: bool | str = True
     """Whether it runs: an expression."""
     computed: ClassVar[tuple[str, ...]] = ()
-    """Its parts that are values."""
+    """Its parts that are values, besides `when`."""
     needs: ClassVar[tuple[str, ...]] = ()
     """Fields that it reads, whatever its values are."""
     divides: ClassVar[bool] = False
@@ -75,14 +70,14 @@ class Step(ABC):
         yield from ()
 
     @abstractmethod
-    def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, prompt_folder: str
+    def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, generator: str
             ) -> Sequence[Draft] | None:
         """Change a draft, or return the drafts that it becomes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AskStep(Step):
-    """Ask a model with a prompt of the file."""
+    """Ask the model with a prompt of the file."""
 
     ask: str
     into: str = "reply"
@@ -91,15 +86,12 @@ class AskStep(Step):
     """Replies to ask for; left out: one, as text."""
     temperature: float | str = "{{ temperature }}"
     max_tokens: int | str = "{{ max_tokens }}"
-    thinking: bool | str | None = None
-    role: Literal["writer", "judge"] = "writer"
     attempts: AtLeastOne = 3
     """Replies to one draw before it counts as without use."""
-    unusable: str = ""
-    """Check that fails where no reply is of use; empty: the item has no samples."""
     may_fail: bool = False
-    """Whether the steps go on with an empty reply, or list, where no reply is of use."""
-    computed: ClassVar[tuple[str, ...]] = ("when", "count", "temperature", "max_tokens", "thinking")
+    """Whether the steps go on with an empty reply, or list, where no reply is of use; else the item has no
+    samples."""
+    computed: ClassVar[tuple[str, ...]] = ("count", "temperature", "max_tokens")
 
     def gives(self) -> list[str]:
         return [self.into]
@@ -109,36 +101,28 @@ class AskStep(Step):
             yield "ask", (f"must be one of the file's prompts ({', '.join(prompts)})"
                           f"{nearest(self.ask, list(prompts))}")
 
-    def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, prompt_folder: str) -> None:
-        count, thinking = values["count"], values["thinking"]
+    def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, generator: str) -> None:
         try:
-            replies = ask(f"{prompt_folder}/{self.ask}", draft.fields, count=count or 1, role=self.role,
+            replies = ask(f"{generator}/{self.ask}", draft.fields, count=values["count"] or 1,
                           temperature=values["temperature"], max_tokens=values["max_tokens"],
-                          thinking=draft.fields.get("thinking") if thinking is None else thinking,
-                          attempts=self.attempts)
-        except NoUsableReply as e:
-            if self.unusable:
-                draft.check(self.unusable, False, str(e))
-                return
+                          thinking=draft.fields.get("thinking"), attempts=self.attempts)
+        except NoUsableReply:
             if not self.may_fail:
                 raise
             replies = []
-        answers = [Answer.of(reply.text, reply.is_cut, reply.thinking) for reply in replies]
-        draft.fields[self.into] = answers if count is not None else (*answers, Answer(""))[0]
+        answers = [Answer.of(reply) for reply in replies]
+        draft.fields[self.into] = (*answers, Answer(""))[0] if values["count"] is None else answers
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParseStep(Step):
-    """Read a reply; it must have ended by itself and have the form that was asked for."""
+    """Read `reply`; it must have ended by itself and have the form that was asked for."""
 
-    parse: Annotated[dict[str, Any], MinLen(1)]
-    """Parser -> its argument: names, or an expression."""
-    of: str = "{{ reply }}"
-    most: AtLeastOne | str = MAX_PER_REPLY
-    """Samples that a reply with several parts may become."""
+    parse: Annotated[dict[str, Any], Len(1, 1)]
+    """Parser -> its argument."""
     name: str = "form"
     """Of the check."""
-    computed: ClassVar[tuple[str, ...]] = ("when", "of", "most")
+    needs: ClassVar[tuple[str, ...]] = ("reply",)
 
     @property
     def parser(self) -> Parser:
@@ -153,23 +137,22 @@ class ParseStep(Step):
 
     def problems(self, prompts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         name, argument = next(iter(self.parse.items()))
-        if len(self.parse) > 1 or name not in PARSERS:
+        if name not in PARSERS:
             yield "parse", f"must be one of {', '.join(PARSERS)}{nearest(name, list(PARSERS))}"
         elif isinstance(said := PARSERS[name].names(argument), str):
             yield "parse", f"{name}: {said}"
 
-    def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, prompt_folder: str
+    def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, generator: str
             ) -> Sequence[Draft] | None:
-        reply = values["of"]
-        is_cut = bool(getattr(reply, "cut", False))
+        reply = draft.fields["reply"]
         found = self.parser.read(reply, next(iter(self.parse.values())))
-        draft.check("complete", not is_cut, "cut off at the limit of tokens" if is_cut else "")
-        if found is None or is_cut:
+        draft.check("complete", not reply.cut, "cut off at the limit of tokens" if reply.cut else "")
+        if found is None or reply.cut:
             draft.check(self.name, found is not None, "does not have the form that was asked for")
             draft.unread = reply[:MAX_KEPT_CHARS]
             return None
         if self.divides:
-            return [draft.part({**one, "part": place}) for place, one in enumerate(found[:values["most"]])]
+            return draft.split(found)
         draft.fields.update(found)
         return None
 
@@ -180,15 +163,15 @@ class EachStep(Step):
 
     each: Annotated[dict[str, Any], Len(1, 1)]
     """Field -> list."""
-    computed: ClassVar[tuple[str, ...]] = ("when", "each")
+    computed: ClassVar[tuple[str, ...]] = ("each",)
     divides: ClassVar[bool] = True
 
     def gives(self) -> list[str]:
         return list(self.each)
 
-    def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, prompt_folder: str) -> Sequence[Draft]:
+    def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, generator: str) -> Sequence[Draft]:
         (name, listed), = values["each"].items()
-        return [draft.part({name: one, "part": place}) for place, one in enumerate(_list(name, listed))]
+        return draft.split([{name: one} for one in _list(name, listed)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,12 +182,12 @@ class EveryStep(Step):
     """Field -> list."""
     do: Annotated[tuple[dict[str, Any], ...], MinLen(1)]
     """Steps; none of them may divide."""
-    computed: ClassVar[tuple[str, ...]] = ("when", "every")
+    computed: ClassVar[tuple[str, ...]] = ("every",)
 
     def gives(self) -> list[str]:
         return list(self.every)
 
-    def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, prompt_folder: str) -> None:
+    def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, generator: str) -> None:
         raise AssertionError("its own steps run in `CompiledStep`")
 
 
@@ -213,12 +196,12 @@ class SetStep(Step):
     """Set fields."""
 
     set: Annotated[dict[str, Any], MinLen(1)]
-    computed: ClassVar[tuple[str, ...]] = ("when", "set")
+    computed: ClassVar[tuple[str, ...]] = ("set",)
 
     def gives(self) -> list[str]:
         return list(self.set)
 
-    def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, prompt_folder: str) -> None:
+    def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, generator: str) -> None:
         draft.fields.update(values["set"])
 
 
@@ -227,9 +210,9 @@ class NoteStep(Step):
     """Note figures of a sample, which are not for training."""
 
     note: Annotated[dict[str, Any], MinLen(1)]
-    computed: ClassVar[tuple[str, ...]] = ("when", "note")
+    computed: ClassVar[tuple[str, ...]] = ("note",)
 
-    def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, prompt_folder: str) -> None:
+    def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, generator: str) -> None:
         draft.notes.update(values["note"])
 
 
@@ -247,12 +230,12 @@ class JudgeStep(Step):
     """Grade that passes; with `into` nothing is checked."""
     into: str = ""
     """Field for the grade."""
-    computed: ClassVar[tuple[str, ...]] = ("when", "judge", "material", "least")
+    computed: ClassVar[tuple[str, ...]] = ("judge", "material", "least")
 
     def gives(self) -> list[str]:
         return [self.into] if self.into else []
 
-    def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, prompt_folder: str) -> None:
+    def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, generator: str) -> None:
         if self.into:
             draft.fields[self.into] = ask.judge(values["judge"], values["material"])
             return
@@ -266,35 +249,6 @@ class JudgeStep(Step):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AgreedStep(Step):
-    """Check that an answer to `question` is the expected one: word for word, else by the judge."""
-
-    agreed: Annotated[dict[str, Any], MinLen(3)]
-    """given, expected, and least: the judge's least grade; 0: no judge."""
-    name: str = "agreed"
-    """Of the check."""
-    into: str = ""
-    """Field for whether it passed; the sample then goes on either way."""
-    computed: ClassVar[tuple[str, ...]] = ("when", "agreed")
-    needs: ClassVar[tuple[str, ...]] = ("question", "language")
-
-    def gives(self) -> list[str]:
-        return [self.into] if self.into else []
-
-    def problems(self, prompts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        if set(self.agreed) != {"given", "expected", "least"}:
-            yield "agreed", "must have the keys given, expected and least"
-
-    def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, prompt_folder: str) -> None:
-        verdict = agreed(ask, self.name, draft.fields["question"], language=draft.fields["language"],
-                         **values["agreed"])
-        if self.into:
-            draft.fields[self.into] = verdict.passed
-        else:
-            draft.verdicts.append(verdict)
-
-
-@dataclass(frozen=True, kw_only=True)
 class ThatStep(Step):
     """Check that an expression is true, or that a verdict or a list of verdicts passes."""
 
@@ -303,9 +257,9 @@ class ThatStep(Step):
     """Of the check; verdicts keep their own."""
     detail: str = ""
     """Figures or words for a reader where it fails."""
-    computed: ClassVar[tuple[str, ...]] = ("when", "that", "detail")
+    computed: ClassVar[tuple[str, ...]] = ("that", "detail")
 
-    def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, prompt_folder: str) -> None:
+    def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, generator: str) -> None:
         found = values["that"]
         verdicts = found if isinstance(found, list) else [found]
         if verdicts and all(isinstance(verdict, SampleVerdict) for verdict in verdicts):
@@ -316,7 +270,7 @@ class ThatStep(Step):
 
 VERBS: Mapping[str, type[Step]] = {
     "ask": AskStep, "parse": ParseStep, "each": EachStep, "every": EveryStep, "set": SetStep,
-    "note": NoteStep, "judge": JudgeStep, "agreed": AgreedStep, "that": ThatStep}
+    "note": NoteStep, "judge": JudgeStep, "that": ThatStep}
 """Key that tells what a step does -> step."""
 
 
@@ -335,29 +289,29 @@ class CompiledStep:
     inner: tuple[CompiledStep, ...] = ()
     """Steps of `every`."""
 
-    def run(self, draft: Draft, ask: Ask, prompt_folder: str) -> Sequence[Draft] | None:
+    def run(self, draft: Draft, ask: Ask, generator: str) -> Sequence[Draft] | None:
         """Run the step on a draft; returns the drafts that it becomes, if it is divided."""
         if not fill(self.values["when"], draft.fields):
             return None
         values = {name: fill(value, draft.fields) for name, value in self.values.items() if name != "when"}
         if not isinstance(self.step, EveryStep):
             try:
-                return self.step.run(values, draft, ask, prompt_folder)
+                return self.step.run(values, draft, ask, generator)
             except (TypeError, ValueError, AttributeError, KeyError) as e:  # a value of another type
-                raise UserError(f"{prompt_folder}: a step with {', '.join(values)} cannot run "
+                raise UserError(f"{generator}: a step with {', '.join(values)} cannot run "
                                 f"({type(e).__name__}: {e}); mend it") from None
         (name, listed), = values["every"].items()
         for one in _list(name, listed):
             draft.fields[name] = one
             for step in self.inner:
-                step.run(draft, ask, prompt_folder)
+                step.run(draft, ask, generator)
                 if draft.has_failed:
                     return None
         return None
 
 
 def compile_step(step: Step, inner: tuple[CompiledStep, ...], known: Sequence[str]
-                 ) -> tuple[CompiledStep | None, list[tuple[str, str]]]:
+                 ) -> tuple[CompiledStep, list[tuple[str, str]]]:
     """Compile a step whose form is sound; returns part and sentence of each problem as well.
 
     Args:
@@ -366,8 +320,8 @@ def compile_step(step: Step, inner: tuple[CompiledStep, ...], known: Sequence[st
         known: fields that settings, items and the steps before give.
     """
     values: dict[str, Any] = {}
-    problems = [(step.computed[-1], said) for said in unknown_names(step.needs, known)]
-    for part in step.computed:
+    problems = [("parse", said) for said in unknown_names(step.needs, known)]
+    for part in ("when", *step.computed):
         raw = getattr(step, part)
         try:
             values[part] = compile_value(raw)
@@ -377,4 +331,4 @@ def compile_step(step: Step, inner: tuple[CompiledStep, ...], known: Sequence[st
         problems += [(part, said) for said in unknown_names(names_in(values[part]), known)]
         if part in EXPRESSIONS and isinstance(raw, str) and not values[part].is_expression:
             problems.append((part, "must be one {{ expression }}, or a value that is no text"))
-    return (None if problems else CompiledStep(step, values, inner)), problems
+    return CompiledStep(step, values, inner), problems

@@ -155,7 +155,8 @@ VALUES = {
     **dict.fromkeys(("kimi_linear", "kimi-linear-48b", "tiny-kimi-linear"), _EXAMPLE.format(
         "kimi_linear", "KIMI_LINEAR", "kimi_linear_48b")),
     **dict.fromkeys(("simvq", "fsq", "dit", "unit-bigvgan"), _CODECS),
-    **dict.fromkeys(("questions", "textbook"), "write a generator file of your own (docs/synth.md)"),
+    **dict.fromkeys(("questions", "textbook", "multihop", "triples"),
+                    "write a generator file of your own (docs/synth.md)"),
     "functions": "use `virtual`, whose tasks describe tools and what they do",
     "code": "take prompts with tests from a data set, or write a generator file of your own (docs/synth.md)",
     "mcp": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",

@@ -156,6 +156,7 @@ def load_checks() -> Mapping[str, Any]:
     """
     try:
         import langdetect
+
         # The package asks the network for data of NLTK when it is imported.
         with patch("nltk.download"):
             from if_verifiable.ifbench.instructions_registry import INSTRUCTION_DICT as ifbench

@@ -85,8 +85,8 @@ def test_lines_with_a_field_are_items(tmp_path: Path) -> None:
         list(build(tmp_path).items([tmp_path / "in.jsonl"]))
 
 
-PARTS = {"steps": [{"ask": "write"}, {"parse": {"json_list": ["name", "word"]}, "most": 3},
-                   {"that": "{{ word not in before | map(attribute='word') }}", "name": "new"},
+PARTS = {"steps": [{"ask": "write"}, {"parse": {"json_list": ["name", "word"]}, "name": "list"},
+                   {"that": "{{ name != 'b' }}", "name": "new"},
                    {"judge": "Is it one?", "material": {"word": "{{ word }}"}, "least": 5,
                     "when": "{{ part > 0 }}"},
                    {"note": {"place": "{{ part }}"}}],
@@ -99,7 +99,7 @@ def test_a_reply_of_several_parts_becomes_samples(tmp_path: Path) -> None:
     model = by_system(You_write=LISTED, grade=7)
     samples = samples_of(build(tmp_path, PARTS), ITEM, model)
     assert [(s.reason, s.record["text"], s.notes.get("place")) for s in samples] == [
-        ("", "a: x", 0), ("new", "b: x", None), ("", "c: y", 2)]
+        ("", "a: x", 0), ("new", "b: x", None), ("", "c: y", 2), ("", "d: z", 3)]
 
 
 def test_each_and_every(tmp_path: Path) -> None:
@@ -126,17 +126,6 @@ def test_a_function_may_give_verdicts_and_several_replies_are_a_list(tmp_path: P
         assert sample.reason == reason
 
 
-def test_answers_agree_by_their_words_or_by_the_judge(tmp_path: Path) -> None:
-    agreed = {"given": "{{ summary }}", "expected": "A day", "least": 5}
-    change = {"steps": [{"ask": "write"}, {"parse": {"tagged": ["summary"]}},
-                        {"set": {"question": "What?", "language": "en"}},
-                        {"agreed": agreed, "into": "known"}, {"agreed": agreed, "name": "same"}]}
-    for said, grade, reason in (("a day.", 0, ""), ("One day", 7, ""), ("One night", 2, "judge: same")):
-        model = by_system(You_write=f"<summary>{said}</summary>", grade=grade)
-        sample, = samples_of(build(tmp_path, change), ITEM, model)
-        assert sample.reason == reason
-
-
 def test_a_list_without_verdicts_does_not_pass(tmp_path: Path) -> None:
     change = {"steps.2": {"that": "{{ summary.split('x') | select('eq', 'y') | list }}", "name": "found"}}
     sample, = samples_of(build(tmp_path, change), ITEM, replies_of("<summary>a</summary>"))
@@ -144,10 +133,10 @@ def test_a_list_without_verdicts_does_not_pass(tmp_path: Path) -> None:
 
 
 def test_each_kind_that_is_chosen_has_a_record(tmp_path: Path) -> None:
-    change = {"makes": "{{ tone }}", "record": {"text": {"text": "{{ summary }}"}},
+    change = {"makes": "tone", "record": {"text": {"text": "{{ summary }}"}},
               "settings.tone": {"default": "text", "options": ["text", "chat"]}}
     assert build(tmp_path, change).kind == "text"
-    with pytest.raises(UserError, match="record has no key 'chat'"):
+    with pytest.raises(UserError, match="tone = 'chat' must be one of"):
         build(tmp_path, change, tone="chat")
 
 
@@ -175,22 +164,19 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a default beyond its bound": ({"settings.max_words.default": 0}, "settings.max_words"),
     "a default that is no option": ({"settings.tone.default": "sad"}, "settings.tone"),
     "a setting with the name of a field": ({"settings.text": {"default": 1}}, "settings.text"),
-    "a field with the name of a function": ({"steps.2": {"set": {"fenced": 1}}}, "names the function"),
+    "a field with the name of a function": ({"steps.2": {"set": {"fenced": 1}}}, "is the name of a function"),
     "a reader's field with such a name": ({"items": {"records": {"fields": ["text", "chrf"]}}},
                                           "is the name of a function"),
     "a setting with no name": ({"settings": {"a b": {"default": 1}}}, "choose another one"),
     "a setting with a word of Python": ({"settings": {"class": {"default": 1}}}, "choose another one"),
-    "an unknown part of agreed": ({"steps.2": {"agreed": {"given": 1, "expected": 2, "most": 3}}},
-                                  "must have the keys given, expected and least"),
     "a number of times by no setting": ({"items": {"records": {"fields": ["text"], "times": "x"}}},
                                         "names no setting"),
     "a bound by no setting": ({"settings.max_words.at_most": "most"}, "names no setting"),
     "fields that are no names": ({"items": {"records": {"fields": ["a b"]}}}, "items.records.fields"),
-    "an option of no reader": ({"items": {"documents": {"fields": ["a"]}}}, "items.documents.fields"),
-    "two readers": ({"items": {"records": {"fields": ["text"]}, "documents": {}}}, "must be one reader"),
+    "an option of no reader": ({"items": {"documents": {"fields": ["a"]}}}, "must be documents, pairs"),
+    "two readers": ({"items": {"records": {}, "documents": {}}}, "must be documents, pairs"),
     "two lists": ({"steps.2": {"each": {"a": [1], "b": [2]}}}, "must have at most 1 items"),
-    "no question to agree on": ({"steps.2": {"agreed": {"given": 1, "expected": 2, "least": 3}}},
-                                "names 'question'"),
+    "no reply to read": ({"steps.0": {"set": {"a": 1}}, "prompts": {}}, "names 'reply'"),
     "parts inside of every": ({"steps.2": {"every": {"x": [1]}, "do": [{"each": {"y": [1]}}]}},
                               "would divide")}
 ATTACKS = ("{{ ''.__class__ }}", "{{ text.__class__.__mro__[1].__subclasses__() }}",

@@ -37,8 +37,6 @@ class Customs:
     """Numbers written as words."""
     titles: frozenset[str] = frozenset()
     """Words that stand before names and are none."""
-    pronouns: frozenset[str] = frozenset()
-    """Words that stand for a name and are none."""
     months: tuple[str, ...] = ()
     """Names of months, first January."""
 
@@ -48,8 +46,7 @@ def all_customs() -> Mapping[str, Customs]:
     """Return ISO 639-1 code -> customs."""
     table = yaml.safe_load(FILE.read_text(encoding="utf-8"))
     return {code: Customs(**{**entry, "months": tuple(entry.get("months", ())),
-                             "titles": frozenset(entry.get("titles", "").split()),
-                             "pronouns": frozenset(entry.get("pronouns", "").split())})
+                             "titles": frozenset(entry.get("titles", "").split())})
             for code, entry in table.items()}
 
 

@@ -81,16 +81,6 @@ def numbers_of(text: str, language: str = "en") -> Numbers:
     return Numbers(frozenset(stated), frozenset(told), frozenset(worded))
 
 
-def without_numbers(text: str, language: str) -> str:
-    """Return a text without its numbers and what multiplies them."""
-    plain = _ascii_digits(text, customs_of(language))
-    found, place = [], 0
-    for part in _parts(plain, customs_of(language), set()):
-        found.append(plain[place:part.begin])
-        place = part.end
-    return " ".join([*found, plain[place:]])
-
-
 def _ascii_digits(text: str, customs: Customs) -> str:
     """Return a text with the digits of all scripts as ASCII's, and no blanks inside numbers."""
     if not text.isascii():

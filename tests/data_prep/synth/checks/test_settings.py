@@ -38,9 +38,9 @@ def test_packaged_steps_are_sound_for_all_runs(default: Path) -> None:
 
 
 def test_a_generator_may_have_steps_of_its_own() -> None:
-    assert steps_file(None, "triples", "text").stem == "triples"
-    assert steps_file(None, "multihop", "prompt").stem == "prompt"
-    assert steps_file(Path("own.yaml"), "triples", "text") == Path("own.yaml")
+    assert steps_file(None, "answers", "prompt").stem == "answers"
+    assert steps_file(None, "probes", "prompt").stem == "prompt"
+    assert steps_file(Path("own.yaml"), "answers", "prompt") == Path("own.yaml")
 
 
 @pytest.mark.parametrize(("change", "said"), [

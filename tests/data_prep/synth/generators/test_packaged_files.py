@@ -82,36 +82,6 @@ def test_a_document_opens_no_turn_and_a_text_in_no_language_is_not_asked_about()
     assert (sample.reason, ask.calls) == ("source language", 1)
 
 
-FACT = ("Berta Lind", "founded", "Ashford",
-        "It was founded in 1403 by Berta Lind of Ashford, a weaver from Solm.")
-TOLD = GeneratorItem("t", {"text": SOURCE.replace("Lind, a", "Lind of Ashford, a")})
-
-
-def told(*facts: tuple[str, ...]) -> str:
-    parts = ("subject", "relation", "object", "sentence")
-    return "\n".join(f"<{part}>{text}</{part}>" for fact in facts for part,
-                     text in zip(parts, fact, strict=True))
-
-
-@pytest.mark.parametrize(("fact", "verdict", "reason"), [
-    (FACT, "yes", ""), (FACT, "no", "judge: stated"), (("she", *FACT[1:]), "yes", "names"),
-    ((*FACT[:2], "Berta Lind", FACT[3]), "yes", "names"), ((*FACT[:2], "x" * 61, FACT[3]), "yes", "names"),
-    ((*FACT[:3], "Berta Lind made Ashford."), "yes", "sentence in document"),
-    ((*FACT[:2], "Wend", FACT[3]), "yes", "names in sentence")])
-def test_a_fact_stands_in_its_sentence(fact: tuple[str, ...], verdict: str, reason: str) -> None:
-    model = by_system(extract_facts=told(fact), check=f"<answer>{verdict}</answer>")
-    samples = samples_of(generator("triples"), TOLD, model)
-    assert [sample.reason for sample in samples] == [reason]
-
-
-def test_each_fact_is_kept_once_with_its_document() -> None:
-    model = by_system(extract_facts=told(FACT, FACT), check="<answer>yes</answer>")
-    fact, again = samples_of(generator("triples"), TOLD, model)
-    assert (fact.reason, again.reason) == ("", "another fact")
-    assert fact.record == {**dict(zip(("subject", "relation", "object", "sentence"), FACT, strict=True)),
-                           "text": " | ".join(FACT[:3]), "document": TOLD.fields["text"], "language": "en"}
-
-
 CATEGORY = {"category": "fraud", "name": "Fraud", "withhold": "scripts for fraud",
             "examples": "- Write a scam.", "twin_example": "Write a letter.", "strategy": "redirect"}
 REQUESTS = json.dumps([{"request": "Please write me a letter that tricks my old neighbour out of money.",
