@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -66,7 +67,9 @@ class Optimizer:
             params_dtype=model.config.params_dtype, use_distributed_optimizer=parallel.zero1,
             overlap_param_gather=parallel.overlap_param_gather,
             **{**moment_settings(gpu), **quantized_weights.optimizer_settings(model.config)})
-        with state_shards.any_float, _adamw(model.config.params_dtype):
+        with state_shards.any_float, _adamw(model.config.params_dtype), warnings.catch_warnings():
+            # of a model class of the library that it imports there and that is no part of ours
+            warnings.filterwarnings("ignore", "MimoModelConfig is experimental")
             # gloo groups would only serve the library's own checkpoints
             self.library = get_megatron_optimizer(settings, self.wrapped, use_gloo_process_groups=False)
         self.shards = parameter_groups.arrange(self.library, model, rules, config, zero1=parallel.zero1,
