@@ -116,7 +116,7 @@ class Optimizer:
     def _update(self) -> None:
         """Update masters, and bring what was made of them to all processes unless that waits.
 
-        Defect of 0.16: where gradients share the memory of what is gathered, the first optimizer's gather
+        Where gradients share the memory of what is gathered, the first optimizer's gather
         writes over the gradients of the next one, the experts'.
         """
         if not self._shares_gradients:
