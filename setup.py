@@ -25,7 +25,6 @@ INSTALL_REQUIRES = [
     "pyarrow",
     "pyyaml!=6.0.4",  # of a key in two merged mappings (<<: [*a, *b]) it keeps b's value, against YAML
     "regex",
-    "zstandard",
     "blake3",
     "safetensors",
     "tqdm",
@@ -47,12 +46,8 @@ EXTRAS = {
     "synth": ["openai>=2", "httpx>=0.27", "sacrebleu>=2.5", "py3langid>=0.4"],
     # `eval lm`: the harness; it is pinned, for its tasks and prompts are part of what a score means.
     "eval": ["lm-eval==0.4.13"],
-    # `codec import nemo-asr`, in a Python of its own: it wants an older antlr4-python3-runtime
-    "speech": ["nemo-toolkit[core,common-only,asr-only]==3.0.0"],
     # `serve`, and `chat`, which asks it
     "serve": ["aiohttp>=3.11", "openai>=2", "httpx>=0.27"],
-    # `obs.nvml`: power and energy of GPUs
-    "telemetry": ["nvidia-ml-py>=13"],
     # `megatron-sov map --ray`
     "ray": ["ray>=2.40"],
     # `obs.tensorboard`, `obs.wandb`
@@ -64,7 +59,7 @@ EXTRAS = {
     # einops: imported by the plain kernels of flash-linear-attention that ours are compared with
     "dev": [
         "pytest>=8", "hypothesis", "allpairspy", "einops", "ruff", "isort>=9", "mypy", "setuptools>=77",
-        "sentencepiece>=0.2", "protobuf", "tensorboard", "wandb", "types-tqdm", "types-psutil",
+        "sentencepiece>=0.2", "protobuf", "tensorboard", "wandb", "types-tqdm", "types-psutil", "zstandard",
         "peft>=0.21.2",
         "math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0", "openai>=2",
         "httpx>=0.27", "if-verifiable==0.1.2", "datatrove>=0.10,<0.11",
@@ -72,7 +67,7 @@ EXTRAS = {
         "py3langid>=0.4", "phonenumbers>=9",
         "scikit-learn>=1.7", "sacrebleu>=2.5",
         "lm-eval==0.4.13", "accelerate>=1.10", "aiohttp>=3.11",
-        "nvidia-ml-py>=13", "ray>=2.40",
+        "ray>=2.40",
         "pillow", "soundfile", "scipy", "diffusers>=0.42", "jiwer>=4",
         # measures and judges of media in benchmarks/omni
         "scikit-image", "pystoi", "pocketsphinx", "espeakng-loader",
@@ -82,7 +77,7 @@ EXTRAS = {
 
 # the libraries alone: pip would ask an index for our own name, which has none of ours
 EXTRAS["all"] = sorted({line for name, lines in EXTRAS.items()
-                        if name not in ("dev", "gpu", "docs", "inspect", "speech") for line in lines})
+                        if name not in ("dev", "gpu", "docs", "inspect") for line in lines})
 
 setup(
     name="megatron-sov",

@@ -97,8 +97,8 @@ COMMANDS = {
         "data_prep.shards.sample", "print documents, decoded, with their loss mask",
         LOOK, "chats.md", ("sample chats --count 2", "sample tokens --count 1")),
     "verify": Command(
-        "data_prep.shards.verify", "check token shards: hashes, indices, ids, splits, duplicates, epochs",
-        LOOK, "data.md", ("verify tokens", "verify mixed --tokens 1e6 --blend english=0.5,ko=0.5")),
+        "data_prep.shards.verify", "check token shards: hashes, indices, ids, splits, duplicates",
+        LOOK, "data.md", ("verify tokens", "verify mixed")),
 }
 
 

@@ -1,6 +1,6 @@
 # What: a world with tools that a model can call, a state that they change, and a goal that is checked.
-# Run:  megatron-sov tools play examples/own_tool_world.py:Shop --calls calls.jsonl
-# See:  each call with its result, then "reward 1" if the basket is what the task asks for.
+# Run:  megatron-sov tools run examples/own_tool_world.py:Shop work/sft --output work/episodes
+# See:  the mean reward; an episode gets 1 if its basket is what the task asks for.
 
 from megatron_sov.judge.tools.environment import ToolRefused, World, tool
 

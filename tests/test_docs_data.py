@@ -144,7 +144,7 @@ def test_what_the_page_on_scoring_shows_runs(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_page_on_scoring_lists_every_setting_of_every_step() -> None:
-    for kind in ("quality", "education", "topics", "level", "kind"):
+    for kind in ("quality", "education", "level", "kind"):
         assert kind in STEPS
         (row,) = re.findall(rf"^\| `{kind}` \|.*$", page_text("data_scoring.md"), re.MULTILINE)
         named = set(re.findall(r"`(\w+)`", row.split("|")[3]))

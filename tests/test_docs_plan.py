@@ -44,22 +44,21 @@ def test_a_command_on_the_page_runs(line: str, narrow: None, capsys: pytest.Capt
     elif "--json" in words:
         assert json.loads(said)["totals"]["cost_usd"] > 1e6
     else:
-        for table in ("What it takes", "Memory of the fullest GPU", "A step", "What a GPU sends",
-                      "Checkpoints"):
+        for table in ("What it takes", "Memory of the fullest GPU", "A step", "Checkpoints"):
             assert f"\n{table}" in said
     if "--sweep" in words:
         (submit,) = re.findall(r"^submit: +(.*)$", said, re.MULTILINE)
         # what it tells to type is something that can be typed
         typed = shlex.split(submit)[1:]
         assert main([typed[0], "--dry-run", *typed[1:]]) == 0, capsys.readouterr().err
-        assert "why:" in said and "looked at" in said and "without --sweep:" in said
+        assert "looked at" in said
 
 
 def keys_of(found: Any) -> set[str]:
     """Return the keys of a value and of what it holds; names that are data are left out."""
     if isinstance(found, dict):
         return set(found) | {key for name, value in found.items()
-                             if name not in ("layout", "recommended", "seconds", "by_component", "schedule",
+                             if name not in ("layout", "seconds", "by_component", "schedule",
                                              "memory_bytes", "phases")
                              for key in keys_of(value)}
     return {key for value in found for key in keys_of(value)} if isinstance(found, list) else set()

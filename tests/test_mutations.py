@@ -102,7 +102,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
                    "--workers", "1"),
     "rl reward": (M, "rl", "reward", "--store", "@store", "--reward", "length", "--reward-set",
                   "max_length=9", "--reward-set", "buffer=3", "--workers", "1"),
-    "rl store verify": (M, "rl", "store", "verify", "@store", "--json"),
+    "inspect --verify store": (M, "inspect", "@store", "--verify", "--json"),
     "rl train": (M, "rl", "train", "tiny-solar-open", "--run", "@out", "--nproc", "1", *SIZES, *ROUNDS,
                  "--data", "@text", "--from", "@run", "--store", "@store", "--prompts", "@asked", "--reward",
                  "repetition"),
@@ -204,7 +204,7 @@ def write_documents(folder: Path) -> None:
 
 def write_store(folder: Path, tokenizer: Path, write_round: Callable[..., None]) -> None:
     """Write two judged rounds of scripted responses, and the prompts that they answer."""
-    from megatron_sov.base.digests import file_digest
+    from megatron_sov.chat.vocabulary import tokenizer_digest
     from megatron_sov.judge.rewards.registry import make, order
     from megatron_sov.model.config import RolloutConfig
     from megatron_sov.rollouts.prompts import read_prompts
@@ -213,7 +213,7 @@ def write_store(folder: Path, tokenizer: Path, write_round: Callable[..., None])
     write_lines(folder / "asked.jsonl", [{"prompt": f"{i}?"} for i in range(4)])
     rollout = RolloutConfig(rounds=2, prompts_per_round=2, samples_per_prompt=2, steps_per_round=1,
                             piece_prompts=1, max_new_tokens=12, max_prompt_tokens=6)
-    store = RolloutStore.create(folder / "store", file_digest(tokenizer / "tokenizer.json", "sha256"), 368)
+    store = RolloutStore.create(folder / "store", tokenizer_digest(tokenizer), 368)
     for number in (1, 2):
         write_round(store, read_prompts(folder / "asked.jsonl"), rollout, number,
                     make(order("repetition", {})).version)

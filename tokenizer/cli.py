@@ -34,8 +34,8 @@ COMMANDS = {
          "report tokenizer --text en=english.jsonl ko=korean.jsonl --output report.html --json report.json")),
     "compare": Command(
         "tokenizer.compare.command", "compare tokenizers on the same text", LOOK, "tokenizer.md",
-        ("compare tokenizer other/tokenizer.json --text en=english.jsonl --output compare.html",
-         "compare tokenizer other --text en=english.jsonl ko=korean.jsonl --output compare.html")),
+        ("compare tokenizer other/tokenizer.json --text en=english.jsonl",
+         "compare tokenizer other --text en=english.jsonl ko=korean.jsonl --json compare.json")),
 }
 
 

@@ -14,13 +14,11 @@ from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from megatron_sov.work.endpoints.answers import CHAT_PROBES
 from megatron_sov.work.endpoints.cache import EndpointCache
 
 Replies = Callable[[Mapping[str, Any]], "str | Mapping[str, Any]"]
 """Takes a chat-completions body (messages, seed, temperature, tools), gives a text or a message."""
 MODEL = "scripted"
-QUESTIONS = [probe["messages"] for probe in CHAT_PROBES]
 WIRE_FAULTS = ("timeout", "garbage", "cut", "429", "503", "html", "wrong json", "reset")
 """What comes in place of an answer; the next attempt may be answered."""
 MODEL_FAULTS = ("empty", "loop", "length")
@@ -116,8 +114,6 @@ class ScriptedEndpoint(ThreadingHTTPServer):
         """Faults of the next attempts, before any others; "" is none."""
         self.has_template = True
         """Whether its card says that it has a chat template."""
-        self.says = "a model's own words"
-        """What the model is recognised by."""
         self.key_header = ""
         """Authorization of the last request."""
 
@@ -125,10 +121,6 @@ class ScriptedEndpoint(ThreadingHTTPServer):
     def url(self) -> str:
         """Return its address, up to `/v1`."""
         return f"http://127.0.0.1:{self.server_port}/v1"
-
-    def recognised(self, question: str) -> str:
-        """Return the answer to a question by which the model is recognised."""
-        return self.says
 
     def fault(self, key: str) -> str:
         """Return what an attempt at a request meets, and count it."""
@@ -159,10 +151,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        if body.get("messages") in QUESTIONS:  # by which the model is recognised: no part of a run
-            said = self.server.recognised(body["messages"][0]["content"])
-            self._send(200, json.dumps(completion(said, 0)).encode())
-            return
         key = EndpointCache.key(f"endpoint:{body.get('model')}", body)
         fault = self.server.fault(key)
         with self.server.lock:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from data_prep.curate.scoring.labels import describe_figures
-from data_prep.curate.scoring.ngram_settings import NgramSettings
 from megatron_sov.base.settings import Actions, Flag, add_actions, run_action
 
 
@@ -24,12 +23,6 @@ class ScorerTrainOptions:
     """classifier: labels 0 and 1, scores are probabilities; regressor: 0 to 5."""
     output: Annotated[Path, Flag(value="DIR")]
     """Folder for the scorer."""
-    max_chars: int | None = None
-    """Characters of a text that are read (default 20000)."""
-    max_ngram: int | None = None
-    """Units of the longest n-gram (default 2)."""
-    buckets: int | None = None
-    """Buckets of n-grams, a power of two (default 262144)."""
     overwrite: bool = False
     """Replace a scorer that is already there."""
 
@@ -70,7 +63,7 @@ def _check(args: ScorerCheckOptions) -> int:
 def _train(args: ScorerTrainOptions) -> int:
     from data_prep.curate.scoring.scorer import TrainSettings, train
 
-    content = train(TrainSettings(args.labels, args.kind, _features(args)), args.output,
+    content = train(TrainSettings(args.labels, args.kind), args.output,
                     overwrite=args.overwrite)
     again = content["num_repeated"]
     print(f"{args.labels}: {content['num_labels']:,} texts"
@@ -78,12 +71,6 @@ def _train(args: ScorerTrainOptions) -> int:
     print("\n".join(["held out:", *describe_figures(args.kind, content["heldout"])]))
     print(f"wrote {args.output}")
     return 0
-
-
-def _features(args: ScorerTrainOptions) -> NgramSettings:
-    """Return how texts are read."""
-    given = {"max_ngram": args.max_ngram, "num_buckets": args.buckets, "max_chars": args.max_chars}
-    return NgramSettings(**{name: value for name, value in given.items() if value is not None})
 
 
 ACTIONS: Actions = {"train": (ScorerTrainOptions, _train), "check": (ScorerCheckOptions, _check)}

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +21,10 @@ from megatron_sov.base.documents.messages import refuse_deep
 from megatron_sov.base.documents.shard_files import FEATURES
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
-    AboveZero, AtLeastOne, Bound, Breach, Flag, NotNegative, ProblemCode, SettingsProblem, num_cores,
-    only_with)
+    AboveZero, AtLeastOne, Bound, Breach, Flag, ProblemCode, SettingsProblem, num_cores, only_with)
 from megatron_sov.chat.media_tokens import AUDIO, IMAGE, VIDEO, spelled
 from megatron_sov.model.modality import PICTURES, SOUNDS
 from megatron_sov.omni.media.banks import BankShape
-from megatron_sov.omni.media.heard import error_rates
 from megatron_sov.omni.media.items import discrete_audio, discrete_image
 from megatron_sov.omni.media.reading.kinds import MediaLimits, VideoFrames
 from megatron_sov.omni.media.reading.reader import MediaReader, ReadMedia, place_of
@@ -66,13 +64,6 @@ class MediaSettings:
     """Codec that makes discrete tokens of pictures (default: they get none)."""
     audio_tokenizer: Annotated[Path | None, Flag(value="CODEC")] = None
     """Codec that makes discrete tokens of sounds (default: they get none)."""
-    recogniser: Annotated[Path | None, Flag(value="CODEC")] = None
-    """Codec that hears what is said (kind nemo-asr): a sound with a "text" beside its path is bad where too
-    much of it is heard otherwise."""
-    max_wer: Annotated[NotNegative | None, only_with("recogniser")] = None
-    """Share of a text's words that may be heard wrong, such as 0.3."""
-    max_cer: Annotated[NotNegative | None, only_with("recogniser")] = None
-    """Share of its characters that may be, such as 0.1; for languages without spaces."""
     continuous_pictures: Annotated[str, Flag(value="SIDE:SLOTS"), _numbers("SIDE:SLOTS", 4096, 65536)] = ""
     """Keep pictures and frames of videos for the model's own encoder: height and width in pixels, and its
     features of each."""
@@ -97,9 +88,6 @@ class MediaSettings:
     """Of each medium."""
 
     def problems(self) -> list[SettingsProblem]:
-        if self.recogniser is not None and self.max_wer is None and self.max_cer is None:
-            return [SettingsProblem(ProblemCode.RULE, "recogniser", "hears for nothing", self.recogniser,
-                                    "pass --max-wer or --max-cer: how much may be heard wrong")]
         if any((self.image_tokenizer, self.audio_tokenizer, self.continuous_pictures,
                 self.continuous_sounds)):
             return []
@@ -142,7 +130,7 @@ class MediaSettings:
         facts: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
                                  if f.name not in ("media_root", "device", "limits", "bad_media")}
         codecs: dict[str, str | None] = {}
-        for name in ("image_tokenizer", "audio_tokenizer", "recogniser"):
+        for name in ("image_tokenizer", "audio_tokenizer"):
             if (path := facts[name]) is not None:
                 read_manifest(path, "codec")
             # A codec by the hash of its manifest: another path to the same one changes nothing.
@@ -180,7 +168,6 @@ AT_A_TIME = 16
 """Media whose numbers are held in memory."""
 KEPT = 50_000
 """Contents whose codebook entries are remembered."""
-_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -216,16 +203,9 @@ class UnitBanks:
 
 
 def content_hash(file: Path) -> str:
-    """Return the hash of a medium's bytes; of a folder: of its files' names and bytes."""
-    digest = hashlib.sha256()
-    for one in [file] if file.is_file() else sorted(file.iterdir()):
-        # Names of a folder's frames count, since they give their order; a single file's name does not.
-        digest.update(f"{one.name if one != file else ''}\0".encode(errors="replace"))
-        if one.is_file() and not (one != file and one.is_symlink()):
-            with open(one, "rb") as f:
-                while block := f.read(_BLOCK_BYTES):
-                    digest.update(block)
-    return digest.hexdigest()
+    """Return the hash of a medium's bytes."""
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 class MediaRecordEncoder:
@@ -243,12 +223,10 @@ class MediaRecordEncoder:
                               "encode")
         self.sounds = _opened(settings.audio_tokenizer, "--audio-tokenizer", settings.device,
                               "samples_per_token", "encode")
-        self.ears = _opened(settings.recogniser, "--recogniser", settings.device, "hear")
         bank = settings.sound_bank
         self._spectrograms = Spectrograms(bank[0], bank[1]) if bank else None
         self._banks = settings.banks()
         self._known: OrderedDict[str, str] = OrderedDict()
-        self._heard: dict[str, str] = {}
 
     def close(self) -> None:
         self._reader.close()
@@ -267,11 +245,10 @@ class MediaRecordEncoder:
         found: dict[MessagePart, Medium | BadRecord] = {}
         contents: dict[str, Medium | BadRecord] = {}
         names: dict[MessagePart, str] = {}
-        self._heard = {}
         for part in dict.fromkeys(parts):
             try:
                 # The name of a content: equal bytes are encoded once, under any file name.
-                names[part] = f"{part.kind}/{content_hash(self._place(part))}/{part.frames_per_s:g}"
+                names[part] = f"{part.kind}/{content_hash(self._place(part))}"
             except BadRecord as e:
                 found[part] = e
             except OSError as e:
@@ -279,46 +256,21 @@ class MediaRecordEncoder:
                                         f"cannot be read ({e.strerror or e}); check its permissions")
         first = {name: part for part, name in reversed(names.items())}
         todo = list(dict.fromkeys(names.values()))
-        spoken = {name for part, name in names.items() if part.text}
         with ThreadPoolExecutor(self._threads) as pool:
             for start in range(0, len(todo), AT_A_TIME):
                 here = todo[start:start + AT_A_TIME]
                 # Decoding waits for processes, so threads suffice; codecs see the results one after the
                 # other.
                 reads = list(pool.map(lambda name: self._read(first[name]), here))
-                if self.ears is not None:
-                    self._hear({name: read for name, read in zip(here, reads, strict=True)
-                                if name in spoken})
                 contents |= self._encoded(here, reads, banks)
-        return found | {part: self._misheard(part, name) or contents[name] for part, name in names.items()}
-
-    def _hear(self, reads: Mapping[str, list[ReadMedia] | BadRecord]) -> None:
-        import torch
-
-        for name, read in reads.items():
-            if not isinstance(read, BadRecord):
-                samples = torch.from_numpy(read[1 if self.sounds else 0].arrays[0].copy())
-                self._heard[name] = self.ears.hear(samples.to(self._settings.device))
-
-    def _misheard(self, part: MessagePart, name: str) -> BadRecord | None:
-        """Return why a sound is too far from its text; None: it is not, or nobody heard it."""
-        if name not in self._heard or not part.text:
-            return None
-        settings, heard = self._settings, self._heard[name]
-        limits = ((settings.max_wer, "words"), (settings.max_cer, "characters"))
-        for (most, what), share in zip(limits, error_rates(part.text, heard), strict=True):
-            if most is not None and share > most:
-                return BadRecord("heard", f"is heard as {heard[:200]!r}, {share:.2f} of its text's {what} "
-                                          f"wrong where at most {most:g} may be; leave it out, or mend its "
-                                          "text")
-        return None
+        return found | {part: contents[name] for part, name in names.items()}
 
     def _place(self, part: MessagePart) -> Path:
         file = place_of(self._settings.media_root.resolve(), part.value)
-        if not (file.is_file() or file.is_dir()):
-            raise BadRecord("missing", "is neither a file nor a folder; name a medium")
+        if not file.is_file():
+            raise BadRecord("missing", "is no file; name a picture, a sound or a video")
         most = self._settings.limits.file_bytes
-        if file.is_file() and (size_bytes := file.stat().st_size) > most:
+        if (size_bytes := file.stat().st_size) > most:
             raise BadRecord("size", f"has {size_bytes:,} bytes, at most {most:,} are read; shrink it, or "
                                     "raise --max-file-bytes")
         return file
@@ -330,7 +282,7 @@ class MediaRecordEncoder:
                 if settings.picture_bank is None:
                     raise BadRecord("no_bank", "is a video, which needs --continuous-pictures")
                 sampling = VideoFrames(settings.picture_bank[0], settings.video_frames_per_s,
-                                       settings.video_frames, part.frames_per_s)
+                                       settings.video_frames)
                 return [self._reader.video(part.value, sampling)]
             if part.kind == IMAGE:
                 sides = [*([self.images.side_pixels] if self.images else []),
@@ -339,9 +291,8 @@ class MediaRecordEncoder:
                     raise BadRecord("no_codec", "is a picture, which needs --image-tokenizer or "
                                                 "--continuous-pictures")
                 return [self._reader.picture(part.value, tuple(sides), settings.animated)]
-            # First for the codec, then for the recogniser, last for the spectrograms: taken by place.
+            # First for the codec, last for the spectrograms: taken by place.
             rates = [*([self.sounds.sample_rate_hz] if self.sounds else []),
-                     *([self.ears.sample_rate_hz] if self.ears else []),
                      *([SAMPLE_RATE_HZ] if settings.sound_bank else [])]
             if not self.sounds and not settings.sound_bank:
                 raise BadRecord("no_codec", "is a sound, which needs --audio-tokenizer or "
@@ -432,7 +383,7 @@ def _opened(folder: Path | None, option: str, device: str, *needed: str) -> Any:
     codec = open_codec(folder, device)
     if not all(hasattr(codec, name) for name in needed):
         raise UserError(f"{option} {folder}: is a codec of another kind ({type(codec).__name__}); pass a "
-                        f"{'recogniser' if 'hear' in needed else 'tokenizer'}")
+                        "tokenizer")
     return codec
 
 
@@ -456,10 +407,6 @@ class MessagePart:
     """"text", or one of `KINDS`."""
     value: str
     """The text, or the path."""
-    frames_per_s: float = 1.0
-    """Of a video that is a folder of pictures."""
-    text: str = ""
-    """What is said in a sound; "": nobody told."""
 
 
 @dataclass(frozen=True)
@@ -551,15 +498,7 @@ def _part(part: Any, where: str) -> MessagePart:
         raise BadRecord("fields", f"{where} is {str(part)[:80]!r}, must be "
                                   '{"type": "text", "text": ...} or {"type": "image", "path": ...}, '
                                   '"audio" or "video"')
-    frames_per_s = part.get("frames_per_s", 1.0)
-    if isinstance(frames_per_s, bool) or not isinstance(frames_per_s, (int, float)) \
-            or not 0 < frames_per_s <= 1000:
-        raise BadRecord("fields", f"{where}.frames_per_s is {str(frames_per_s)[:40]!r}, must be a positive "
-                                  "number up to 1000")
-    text = part.get("text", "") if kind == AUDIO else ""
-    if not isinstance(text, str) or (text and not any(map(str.isalnum, text))):
-        raise BadRecord("fields", f"{where}.text is {str(text)[:80]!r}, must be what is said in the sound")
-    return MessagePart(kind, part["path"], float(frames_per_s), text)
+    return MessagePart(kind, part["path"])
 
 
 def _refuse_marks(values: list[Any]) -> None:

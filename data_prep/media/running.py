@@ -297,12 +297,10 @@ def submit(asked: EncodeMediaOptions, num_workers: int) -> None:
     Raises:
         UserError: the profile, what was asked for or the cluster are in the way.
     """
-    images, sounds, ears = (asked.settings.image_tokenizer, asked.settings.audio_tokenizer,
-                            asked.settings.recogniser)
+    images, sounds = asked.settings.image_tokenizer, asked.settings.audio_tokenizer
     settings = replace(asked.settings, media_root=asked.settings.media_root.absolute(),
                        image_tokenizer=images and images.absolute(),
-                       audio_tokenizer=sounds and sounds.absolute(),
-                       recogniser=ears and ears.absolute())
+                       audio_tokenizer=sounds and sounds.absolute())
     asked = replace(asked, output=asked.output.absolute(), settings=settings,
                     input=tuple(path.absolute() for path in asked.input))
     profile = profile_of(asked)
@@ -406,8 +404,7 @@ def _finish(asked: EncodeMediaOptions, units: list[MediaUnit]) -> None:
         if not joined.counts["records"]:
             raise UserError(f"--input: no record is left ({sum(joined.num_bad.values())} are bad: "
                             f"{dict(joined.num_bad)}); mend them")
-        for folder in filter(None, (settings.image_tokenizer, settings.audio_tokenizer,
-                                     settings.recogniser)):
+        for folder in filter(None, (settings.image_tokenizer, settings.audio_tokenizer)):
             artifact.add_input(folder)
         kind = joined.kinds.pop()
         media = {kind: joined.counts[kind] for kind in (IMAGE, AUDIO, VIDEO)}

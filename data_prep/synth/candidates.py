@@ -60,65 +60,49 @@ class SynthRunRecord:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One sample of a finished item."""
+class FinishedItem:
+    """An item that is done, as the journal holds it."""
 
-    id: str
-    """ITEM/NUMBER, the number counted from 0 among the samples of its item."""
-    item: str
-    """Id of its item."""
-    source: str
-    """Where the item comes from."""
-    licence: str
-    """Of what it was made from; empty: not stated."""
-    record: Mapping[str, Any]
-    """As the generator made it."""
-    verdicts: tuple[SampleVerdict, ...]
-    """Of the generator's own checks."""
-    group: str = ""
-    """What it shares with others of its item."""
-    notes: Mapping[str, Any] = field(default_factory=dict)
-    """Figures that are not for training."""
-    asked: tuple[str, ...] = ()
-    """Hashes of what models were asked for it."""
-    writers: tuple[str, ...] = ()
-    """Names of the models that wrote the answers it was made from, as their endpoint states them."""
-
-    @property
-    def failed(self) -> SampleVerdict | None:
-        return next((verdict for verdict in self.verdicts if not verdict.passed), None)
-
-
-@dataclass(frozen=True)
-class MadeSample:
-    """What was made of one item."""
-
-    item: str
-    """Its id."""
-    samples: tuple[Candidate, ...]
+    item: Mapping[str, str]
+    """Its id, source, licence, and the digest of its content when it was made."""
+    samples: Sequence[GeneratedSample]
     """In order."""
+    asked: Sequence[str] = ()
+    """Hashes of what models were asked for it, in order."""
+    writers: Sequence[str] = ()
+    """Names of the models that wrote the answers, as their endpoint states them."""
     unusable: str = ""
     """Why no answer was of use; empty: some were."""
-    digest: str = ""
-    """Of the item when it was made."""
 
+    @classmethod
+    def of(cls, item: GeneratorItem, samples: Sequence[GeneratedSample], asked: Sequence[str] = (),
+           writers: Sequence[str] = (), unusable: str = "") -> FinishedItem:
+        """Return an item with what was made of it."""
+        return cls({"id": item.id, "source": item.source, "licence": item.licence,
+                    "digest": digest_of(item)}, samples, asked, writers, unusable)
 
-def record_of(item: GeneratorItem, samples: Sequence[GeneratedSample], asked: Sequence[str],
-              unusable: str = "", writers: Sequence[str] = ()) -> bytes:
-    """Return the record of an item that is done.
+    @classmethod
+    def read(cls, record: bytes) -> FinishedItem:
+        """Return the item of a record of the journal."""
+        told = json.loads(record)
+        samples = [GeneratedSample(**{**one, "verdicts": tuple(
+            SampleVerdict(**verdict) for verdict in one["verdicts"])}) for one in told["samples"]]
+        return cls(**{**told, "samples": samples})
 
-    Args:
-        item: the item.
-        samples: what was made of it.
-        asked: hashes of what models were asked for it, in order.
-        unusable: why models' answers were of no use; empty: they were.
-        writers: names of the models that wrote the answers.
-    """
-    said: dict[str, Any] = {
-        "item": {"id": item.id, "source": item.source, "licence": item.licence, "digest": digest_of(item)},
-        "asked": asked, "writers": writers, "samples": [asdict(sample) for sample in samples],
-        "unusable": unusable}
-    return json.dumps(said, ensure_ascii=False, allow_nan=False).encode()
+    def record(self) -> bytes:
+        """Return the item as the journal holds it."""
+        return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False).encode()
+
+    @property
+    def counts(self) -> tuple[int, int, bool]:
+        """Return how many samples pass and do not pass their own checks, and whether answers were of no
+        use."""
+        num_failed = sum(sample.failed is not None for sample in self.samples)
+        return len(self.samples) - num_failed, num_failed, bool(self.unusable)
+
+    def numbered(self) -> Iterator[tuple[str, GeneratedSample]]:
+        """Yield the samples with their ids."""
+        return ((f"{self.item['id']}/{number}", sample) for number, sample in enumerate(self.samples))
 
 
 def digest_of(item: GeneratorItem) -> str:
@@ -153,19 +137,12 @@ def refuse_without_records(output: Path) -> None:
                         "`sov-data synth` again: answers are kept, nothing is paid twice")
 
 
-def read_made(output: Path) -> Iterator[MadeSample]:
-    """Yield the samples of all finished items, in the order of the input, whenever they were finished."""
+def read_finished(output: Path) -> Iterator[FinishedItem]:
+    """Yield all finished items, in the order of the input, whenever they were finished."""
     seen: set[str] = set()
     for _, record in records_by_item(work_folder(output)):
-        told = json.loads(record)
-        item = told["item"]
+        found = FinishedItem.read(record)
         # an item may be on record twice, when two writers have made it; the first record counts
-        if item["id"] in seen:
-            continue
-        seen.add(item["id"])
-        yield MadeSample(item["id"], tuple(
-            Candidate(f"{item['id']}/{i}", item["id"], item["source"], item["licence"],
-                      one["record"],
-                      tuple(SampleVerdict(**verdict) for verdict in one["verdicts"]), one["group"],
-                      one["notes"], tuple(told["asked"]), tuple(told.get("writers", ())))
-            for i, one in enumerate(told["samples"])), told["unusable"], item["digest"])
+        if found.item["id"] not in seen:
+            seen.add(found.item["id"])
+            yield found

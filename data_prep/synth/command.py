@@ -23,10 +23,9 @@ def run(typed: argparse.Namespace) -> int:
     if options.list:
         print("\n".join(_settings(options.generator) if options.generator else map(_help, generator_names())))
         return 0
-    from data_prep.synth.running import (  # imported late: --help and --list need none of it
-        order_of, run_order)
+    from data_prep.synth.running import run_synth  # imported late: --help and --list need none of it
 
-    return int(run_order(order_of(options)))
+    return int(run_synth(options))
 
 
 def _help(name: str) -> str:

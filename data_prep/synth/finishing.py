@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.synth.candidates import (
-    ANSWERS, Candidate, SynthRunRecord, read_made, read_run, refuse_without_records)
+    ANSWERS, FinishedItem, SynthRunRecord, read_finished, read_run, refuse_without_records)
 from data_prep.synth.checks.judging import JudgedSample, judge_samples
 from data_prep.synth.checks.settings import check_problems
-from data_prep.synth.generator import SampleVerdict
 from data_prep.tags import SYNTHESIS, artifact_of
 from megatron_sov.base.artifacts import MANIFEST, ArtifactWriter, atomic_write, disk_errors, new_file, to_json
 from megatron_sov.base.documents.accounting import RecordAccount
@@ -129,48 +128,41 @@ def _write_rows(output: Path, run: SynthRunRecord, judged: JudgedSample, tally: 
     with contextlib.ExitStack() as stack:
         kept, rejected = (stack.enter_context(open(stack.enter_context(new_file(output / name)), "wb"))
                           for name in (KEPT, REJECTED))
-        for made in read_made(output):
+        for item in read_finished(output):
             tally.num_items += 1
-            tally.num_unusable += bool(made.unusable)
-            for sample in made.samples:
+            tally.num_unusable += bool(item.unusable)
+            for id_, sample in item.numbered():
                 tally.num_samples += 1
-                tally.models[writers_of(run, sample)] += 1
+                tally.models[writers_of(run, item)] += 1
+                origin = {
+                    "sample": id_, "generator": run.generator, "version": run.version,
+                    "model": writers_of(run, item), "judge": run.judge, "item": item.item["id"],
+                    "source": item.item["source"], "licence": item.item["licence"], "group": sample.group,
+                    "asked": list(item.asked), "notes": dict(sample.notes)}
                 # the steps have seen only samples that pass their own checks
-                later = None if sample.failed else judged.verdict(run.kind, sample)
+                later = None if sample.failed else judged.verdict(run.kind, id_, sample)
                 if failed := sample.failed or later:
                     tally.rejected[failed.check] += 1
-                    rejected.write(json_line(_rejected_row(run, sample, failed, later)))
+                    verdicts = [*sample.verdicts, *([later] if later else [])]
+                    rejected.write(json_line({
+                        "reason": failed.check, "detail": failed.detail, "record": sample.record,
+                        "verdicts": [vars(verdict) for verdict in verdicts], PROVENANCE: origin}))
                     continue
                 tally.num_kept += 1
-                tally.licences[sample.licence] += 1
-                tally.sources[sample.source] += 1
+                tally.licences[item.item["licence"]] += 1
+                tally.sources[item.item["source"]] += 1
                 # only texts are changed here: other kinds with a changed text are rejected
-                changed = {"text": judged.changed[sample.id]} if sample.id in judged.changed else {}
-                kept.write(json_line({"id": sample.id, **sample.record, **changed,
-                                      PROVENANCE: _origin(run, sample)}))
+                changed = {"text": judged.changed[id_]} if id_ in judged.changed else {}
+                kept.write(json_line({"id": id_, **sample.record, **changed, PROVENANCE: origin}))
         # bytes first, then names: a power cut must not leave a named file without its end
         for rows in (kept, rejected):
             rows.flush()
             os.fsync(rows.fileno())
 
 
-def _rejected_row(run: SynthRunRecord, sample: Candidate, failed: SampleVerdict,
-                  later: SampleVerdict | None) -> dict[str, Any]:
-    verdicts = [*sample.verdicts, *([later] if later else [])]
-    return {"reason": failed.check, "detail": failed.detail, "record": sample.record,
-            "verdicts": [vars(verdict) for verdict in verdicts], PROVENANCE: _origin(run, sample)}
-
-
-def writers_of(run: SynthRunRecord, sample: Candidate) -> str:
-    """Return the names of the models that wrote a sample, separated by commas."""
-    return ", ".join(sample.writers) or run.model
-
-
-def _origin(run: SynthRunRecord, sample: Candidate) -> dict[str, Any]:
-    return {"sample": sample.id, "generator": run.generator, "version": run.version,
-            "model": writers_of(run, sample), "judge": run.judge, "item": sample.item,
-            "source": sample.source, "licence": sample.licence, "group": sample.group,
-            "asked": list(sample.asked), "notes": dict(sample.notes)}
+def writers_of(run: SynthRunRecord, item: FinishedItem) -> str:
+    """Return the names of the models that wrote the samples of an item, separated by commas."""
+    return ", ".join(item.writers) or run.model
 
 
 def _write_manifest(output: Path, run: SynthRunRecord, checks: Path | None, tally: FinishingTally) -> None:

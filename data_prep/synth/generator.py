@@ -63,9 +63,14 @@ class GeneratedSample:
     """Figures beside the record, not for training: plain JSON values."""
 
     @property
+    def failed(self) -> SampleVerdict | None:
+        """Return the first check that it does not pass; None where it is kept."""
+        return next((verdict for verdict in self.verdicts if not verdict.passed), None)
+
+    @property
     def reason(self) -> str:
         """Return the name of the first check that it does not pass; empty where it is kept."""
-        return next((verdict.check for verdict in self.verdicts if not verdict.passed), "")
+        return self.failed.check if self.failed else ""
 
 
 def writable(sample: GeneratedSample) -> GeneratedSample:

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.synth.generator import Door, Role, T
-from data_prep.synth.options import MaxTokensField, SynthOptions, duration_s
+from data_prep.synth.options import MaxTokensField, SynthOptions
 from megatron_sov.base.errors import StopRequested, UserError, download
-from megatron_sov.base.settings import NotNegative, NotNegativeInt, ProblemCode, SettingsProblem
-from megatron_sov.work.endpoints.answers import (
-    CHAT_PROBES, BadAnswer, EndpointUnavailable, NeverAnswered, Recognition)
+from megatron_sov.base.settings import ProblemCode, SettingsProblem
+from megatron_sov.work.endpoints.answers import BadAnswer, EndpointUnavailable, NeverAnswered
 from megatron_sov.work.endpoints.cache import EndpointCache, Usage
 from megatron_sov.work.endpoints.endpoint import Endpoint, EndpointLimits
 from megatron_sov.work.endpoints.local_server import serving
@@ -26,8 +25,6 @@ from megatron_sov.work.processes.pool import StopSignal
 
 BACKOFF_S = 1.0
 LOCAL_PATIENCE_S = 60.0
-OTHER_MODEL = ("name another --output, or pass --same-model if only the engine changed; then the kept "
-               "answers are used")
 _BUDGET_LOOK_S = 0.5
 _WHOLE_BYTES = 1 << 24
 _ENDS_BYTES = 1 << 20
@@ -91,70 +88,49 @@ class Model:
         return f"endpoint:{self.model}"
 
 
-@dataclass(frozen=True)
-class Most:
-    """Limits of a run; 0: none."""
-
-    tokens: NotNegativeInt = 0
-    """Read and written, by all commands on a folder."""
-    time_s: NotNegative = 0.0
-    """Of one command."""
-
-
 class Budget:
-    """Lets requests pass, from any thread, while the most that they can take is there beside what was used by
-    earlier commands.  While others are under way, one that does not fit waits for what they leave."""
+    """Lets requests pass, from any thread, while the tokens that they may take and those of earlier requests
+    stay within a limit.  A request that does not fit waits for those under way.
 
-    def __init__(self, most: Most, used: Usage, stop: StopSignal) -> None:
-        self._most, self._stop = most, stop
-        self._tokens, self._held_tokens, self._num_held = used.input_tokens + used.output_tokens, 0, 0
-        self._longest_s = 0.0
-        self._began_s: dict[int, float] = {}
-        self._end_s = time.monotonic() + most.time_s if most.time_s else float("inf")
+    Args:
+        limit: tokens read and written by all commands on a folder; 0: no limit.
+        used: by earlier commands.
+        stop: ends waiting.
+    """
+
+    def __init__(self, limit: int, used: Usage, stop: StopSignal) -> None:
+        self._limit, self._stop = limit, stop
+        self._used, self._reserved, self._num_open = used.input_tokens + used.output_tokens, 0, 0
         self._changed = threading.Condition()
 
     def enter(self, most: Usage) -> None:
         """Let a request pass that may take as much as `most`.
 
         Raises:
-            StopRequested: it would break a limit, or the run was asked to stop.
+            StopRequested: it would break the limit, or the run was asked to stop.
         """
         tokens = most.input_tokens + most.output_tokens
         with self._changed:
-            while True:
-                # each time round: a limit may be reached while this thread waits
-                self._stop.check()
-                self._check_time()
-                limit = self._most.tokens
-                if not limit or self._tokens + self._held_tokens + tokens <= limit:
-                    break
+            self._stop.check()
+            while self._limit and self._used + self._reserved + tokens > self._limit:
                 # no request is under way that could leave something, so waiting would never end
-                if not self._num_held:
+                if not self._num_open:
                     raise StopRequested(
-                        f"--max-tokens-total {limit}: {self._tokens:,} tokens are used, and the next request "
-                        f"may take {tokens:,}; raise it, and the same command goes on")
+                        f"--max-tokens-total {self._limit}: {self._used:,} tokens are used, and the next "
+                        f"request may take {tokens:,}; raise it, and the same command goes on")
                 self._changed.wait(_BUDGET_LOOK_S)
+                self._stop.check()
             # the most that it may take is set aside now: threads together never pass the limit
-            self._held_tokens += tokens
-            self._num_held += 1
-            self._began_s[threading.get_ident()] = time.monotonic()
+            self._reserved += tokens
+            self._num_open += 1
 
     def leave(self, most: Usage, billed: Usage) -> None:
         """Note what a request that has passed took."""
         with self._changed:
-            self._held_tokens -= most.input_tokens + most.output_tokens
-            self._num_held -= 1
-            self._tokens += billed.input_tokens + billed.output_tokens
-            # the longest request so far decides whether one more fits into the time that is left
-            took_s = time.monotonic() - self._began_s.pop(threading.get_ident())
-            self._longest_s = max(self._longest_s, took_s)
+            self._reserved -= most.input_tokens + most.output_tokens
+            self._num_open -= 1
+            self._used += billed.input_tokens + billed.output_tokens
             self._changed.notify_all()
-
-    def _check_time(self) -> None:
-        left_s = self._end_s - time.monotonic()
-        if left_s < self._longest_s or left_s <= 0:
-            raise StopRequested(f"--max-time {self._most.time_s:g} s: {max(left_s, 0):.0f} s are left, and a "
-                                f"request has taken {self._longest_s:.0f} s; the same command goes on")
 
 
 class EndpointDoor:
@@ -202,16 +178,13 @@ def opened(writer: Model, judge: Model, options: SynthOptions, cache: EndpointCa
                     sleep=stop.sleep))
                 url, key, name = served.url, served.key, served.model
             # a server of this machine that answers nobody has ended, and nobody starts it again
-            patience_s = duration_s("--patience", options.patience)
-            patience_s = min(patience_s, LOCAL_PATIENCE_S) if model.is_local else patience_s
+            patience_s = min(options.patience, LOCAL_PATIENCE_S) if model.is_local else options.patience
             endpoint = Endpoint(f"{url}/chat/completions", model.key_env,
                                 EndpointLimits(options.timeout, options.max_attempts, BACKOFF_S, 0.0, 0.0,
                                                0.0, 0.0, patience_s),
                                 cache, known_as=model.identity(), gate=budget, sleep=stop.sleep,
                                 told=lambda sentence: print(sentence, flush=True), key=key,
                                 sent=model.sent,
-                                recognition=None if model.is_local else Recognition(
-                                    name, CHAT_PROBES, OTHER_MODEL, options.same_model),
                                 accepted_models=None if model.is_local else options.accept_model)
             doors[model] = EndpointDoor(endpoint, name, slots, stop, patience_s)
         yield {"writer": doors[writer], "judge": doors[judge]}

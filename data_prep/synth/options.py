@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
-from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, Flag, NotNegative, NotNegativeInt
 
-_TIME = re.compile(r"(?:(\d+(?:\.\d+)?)d)?(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
-_SECONDS = (86400.0, 3600.0, 60.0, 1.0)
 Threads = Annotated[AtLeastOne, Le(4096)]
 """Each is a thread of this process."""
 Timeout = Annotated[NotNegative, Ge(0.1)]
@@ -46,8 +42,6 @@ class SynthModelOptions:
     accept_model: Annotated[tuple[str, ...], Flag(value="NAME")] = ()
     """Use answers of this model too, where an endpoint answers with another model than --model or
     --judge-model (default: refuse them); may be repeated."""
-    same_model: bool = False
-    """Endpoints' models are those whose answers are kept, though they answer fixed questions otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +54,10 @@ class SynthLimitOptions:
     """Seconds for one request."""
     max_attempts: AtLeastOne = 5
     """For one request."""
-    patience: Annotated[str, Flag(value="TIME")] = "10m"
-    """How long an endpoint that is full or away is waited for."""
+    patience: Annotated[NotNegative, Flag(value="S")] = 600.0
+    """Seconds that an endpoint which is full or away is waited for."""
     max_tokens_total: NotNegativeInt = 0
     """End with 75 before all commands on this folder have used more tokens (0: no limit)."""
-    max_time: Annotated[str, Flag(value="TIME")] = ""
-    """End with 75 before this command has taken longer, e.g. 2h or 1h30m."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,13 +87,3 @@ class SynthOptions(SynthModelOptions, SynthLimitOptions):
     nothing."""
     workers: AtLeastOne | None = None
     """Processes of the checks (default: this machine's cores)."""
-
-
-def duration_s(option: str, text: str) -> float:
-    """Return the seconds of a time such as 2h, 1h30m, 90s or 90; raises `UserError` if it is none."""
-    if re.fullmatch(r"\d+(\.\d+)?", text):
-        return float(text)
-    found = _TIME.fullmatch(text)
-    if not found or not text:
-        raise UserError(f"{option} {text}: must be a time such as 2h, 1h30m or 90s")
-    return sum(float(part) * seconds for part, seconds in zip(found.groups(), _SECONDS, strict=True) if part)

@@ -76,7 +76,7 @@ def read_reply(answer: Any, key: str = "", tools: Sequence[dict[str, Any]] = ())
     thinking = told.strip() if isinstance(told, str) and told.strip() else thinking
     calls = [_call(one) for one in said]
     if tools and not calls:  # a server without a parser of calls leaves them in the text
-        turn = parse_turn(text, tools=tools)
+        turn = parse_turn(text)
         text = turn.content
         calls = [_malformed("", call.reason) if isinstance(call, BadCall)
                  else {"name": call.name, "arguments": call.arguments} for call in turn.calls]

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from data_prep.libraries import require
-from data_prep.synth.candidates import ANSWERS, RUN, SynthRunRecord, digest_of, read_made, read_run, record_of
+from data_prep.synth.candidates import (
+    ANSWERS, RUN, FinishedItem, SynthRunRecord, digest_of, read_finished, read_run)
 from data_prep.synth.generator import (
     Ask, Door, Drawn, GeneratedSample, Generator, GeneratorItem, Role, writable)
 from data_prep.synth.known import REMOVED, generator_class
-from data_prep.synth.models import Budget, Model, Most, opened
-from data_prep.synth.options import SynthOptions, duration_s
+from data_prep.synth.models import Budget, Model, opened
+from data_prep.synth.options import SynthOptions
 from data_prep.synth.replies import NoReply, NoUsableReply
 from megatron_sov.base.artifacts import atomic_write, disk_errors, to_json
 from megatron_sov.base.digests import file_digest
@@ -33,7 +34,7 @@ from megatron_sov.base.errors import (
 from megatron_sov.base.hints.removed import was_removed
 from megatron_sov.base.outputs import refuse_nowhere
 from megatron_sov.base.settings import (
-    ProblemCode, SettingsError, SettingsProblem, as_problem, num_cores, parse_nested, problems_of, read)
+    ProblemCode, SettingsError, SettingsProblem, as_problem, num_cores, parse_nested, read)
 from megatron_sov.work.endpoints.answers import EndpointUnavailable
 from megatron_sov.work.endpoints.cache import EndpointCache
 from megatron_sov.work.endpoints.transport import missing_libraries
@@ -48,70 +49,127 @@ _ID = re.compile(r"[A-Za-z0-9:._/-]{1,200}")
 
 
 @dataclass(frozen=True)
-class GeneratorOrder:
-    """A command that can be carried out as far as its options tell."""
+class SynthRun:
+    """A command that can be carried out."""
 
     options: SynthOptions
     output: Path
     writer: Model
     judge: Model
-    most: Most
-    """Limits of this process."""
+    generator: Generator
+    record: SynthRunRecord
 
-    def problems(self) -> list[SettingsProblem]:
-        """Return every rule that is broken, by option."""
-        from data_prep.synth.checks.settings import check_problems
+    def items(self, pass_over: Callable[[GeneratorItem], object] = lambda item: None
+              ) -> Iterator[tuple[int, GeneratorItem]]:
+        """Yield the items with their numbers; `pass_over` is called with those whose id came before.
 
-        return [*map(as_problem, missing_libraries()),
-                *(SettingsProblem(ProblemCode.FILE, "--input", "does not exist", path, "check the path")
-                  for path in self.options.input if not path.exists()),
-                *check_problems(self.options.checks)]
+        Raises:
+            UserError: the input is not what the generator starts from, or an id cannot be one.
+        """
+        seen: set[str] = set()
+        for item in self.generator.items(self.options.input):
+            # `seen` holds different ids: an id that is repeated does not use up the limit
+            if self.options.limit is not None and len(seen) >= self.options.limit:
+                return
+            if not _ID.fullmatch(item.id):
+                raise UserError(f"item {item.id[:80]!r}: an id must have 1 to 200 letters, digits and "
+                                ":._/-; mend the input")
+            if item.id in seen:
+                pass_over(item)
+            else:
+                yield len(seen), item
+                seen.add(item.id)
 
 
-def order_of(options: SynthOptions) -> GeneratorOrder:
-    """Return the order of a command.
+def run_synth(options: SynthOptions) -> ExitCode:
+    """Make the items that are not made, and finish the source.
 
     Raises:
-        UserError: an option is missing, or is no time.
+        UserError: the user's settings, input, disk or endpoint are in the way; finished items stay.
+        StopRequested: a limit, a signal, or an endpoint that is away; everything is saved.
     """
+    run = open_run(options)
+    output, work = run.output, work_folder(run.output)
+    if options.redo and work.is_dir():
+        # under the lock, since another command may still work on these records
+        with holding(work, output):
+            delete_work(output)
+    # `begun` refuses a folder that was begun with other settings, before anything is asked or written
+    with begun(output, MADE_BY, run.record.deciding()):
+        # the input is read to its end first: a damaged one leaves run.json as it was
+        tally = open_items(run)
+        with disk_errors(output):
+            output.mkdir(parents=True, exist_ok=True)
+            atomic_write(output / RUN, to_json({**asdict(run.record),
+                                                "num_items": tally.num_items + len(tally.todo)}))
+        if tally.todo:
+            make_items(run, tally)
+        return finish_run(run, tally)
+
+
+def open_run(options: SynthOptions) -> SynthRun:
+    """Return a run that can begin; nothing is written.
+
+    Raises:
+        UserError: an option is missing, or settings, prompts, models or the folder are in the way; as many
+            as can be known.
+    """
+    from data_prep.synth.checks.settings import check_problems
+
     if not options.generator:
         raise UserError("sov-data synth: name a generator, or the YAML file of one; --list lists them")
+    output = options.output
     missing = [f"--{name}" for name in ("engine", "output") if not getattr(options, name)]
-    if missing or options.output is None:
+    if missing or output is None:
         raise UserError(f"sov-data synth {options.generator}: {' and '.join(missing)} "
                         f"{'is' if len(missing) == 1 else 'are'} needed (--help lists what it takes)")
-    time_s = duration_s("--max-time", options.max_time) if options.max_time else 0.0
-    if options.max_time and not time_s:
-        raise UserError(f"--max-time {options.max_time}: leaves no time; leave it out for no limit")
-    duration_s("--patience", options.patience)
-    return GeneratorOrder(options, options.output, *models_of(options),
-                          Most(options.max_tokens_total, time_s))
+    writer, judge = models_of(options)
+    if problems := [*map(as_problem, missing_libraries()),
+                    *(SettingsProblem(ProblemCode.FILE, "--input", "does not exist", path, "check the path")
+                      for path in options.input if not path.exists()),
+                    *check_problems(options.checks),
+                    *(problem for model in dict.fromkeys((writer, judge)) for problem in model.problems())]:
+        raise SettingsError("sov-data synth", problems)
+    generator = make_generator(options.generator, parse_nested(options.changes))
+    if generator.needs_input and not options.input:
+        raise UserError(f"--input: generator {options.generator} needs one")
+    generator.prompts()
+    # all that samples depend on: a later command whose record differs in it is refused
+    record = SynthRunRecord(
+        generator=generator.name, version=generator.version, kind=generator.kind,
+        settings=json.loads(to_json(asdict(generator.settings))), inputs=tuple(map(str, options.input)),
+        model=writer.name, engine=writer.location, identity=writer.identity(),
+        judge=judge.name, judge_engine=judge.location, judge_identity=judge.identity(),
+        judge_max_tokens=options.judge_max_tokens, digests=generator.digests(),
+        files={str(file): file_digest(file) for file in generator.files()})
+    _check_folder(output, record, options.redo)
+    return SynthRun(options, output, writer, judge, generator, record)
 
 
-def models_of(args: SynthOptions) -> tuple[Model, Model]:
+def models_of(options: SynthOptions) -> tuple[Model, Model]:
     """Return the model that writes and the one that judges.  A key is sent to another address only if its
     variable is named for it.
 
     Raises:
         UserError: a variable has no key, or an option is a judge's and there is none of its own.
     """
-    for option, variable in (("--api-key-env", args.api_key_env),
-                             ("--judge-api-key-env", args.judge_api_key_env)):
+    for option, variable in (("--api-key-env", options.api_key_env),
+                             ("--judge-api-key-env", options.judge_api_key_env)):
         if variable and not os.environ.get(variable):
             raise UserError(f"{option} {variable}: the environment has no key there; set it, or leave the "
                             "option out where none is needed")
-    key_env = "OPENAI_API_KEY" if args.api_key_env is None else args.api_key_env
-    writer = Model(args.engine, args.model, key_env, args.max_tokens_field)
-    if not args.judge_engine and not args.judge_model:
-        if args.judge_api_key_env is not None:
+    key_env = "OPENAI_API_KEY" if options.api_key_env is None else options.api_key_env
+    writer = Model(options.engine, options.model, key_env, options.max_tokens_field)
+    if not options.judge_engine and not options.judge_model:
+        if options.judge_api_key_env is not None:
             raise UserError("--judge-api-key-env: there is no judge of its own; add --judge-engine or "
                             "--judge-model, or leave it out")
         return writer, writer
     # the key of the writer goes to no other address, which may be that of a stranger
-    own = "" if args.judge_engine and args.judge_engine != args.engine else key_env
-    return writer, Model(args.judge_engine or args.engine, args.judge_model,
-                         own if args.judge_api_key_env is None else args.judge_api_key_env,
-                         args.max_tokens_field, ("--judge-engine", "--judge-model"))
+    own = "" if options.judge_engine and options.judge_engine != options.engine else key_env
+    return writer, Model(options.judge_engine or options.engine, options.judge_model,
+                         own if options.judge_api_key_env is None else options.judge_api_key_env,
+                         options.max_tokens_field, ("--judge-engine", "--judge-model"))
 
 
 def make_generator(name: str, settings: Mapping[str, Any]) -> Generator:
@@ -133,62 +191,6 @@ def make_generator(name: str, settings: Mapping[str, Any]) -> Generator:
         f"{name}.{key}", REMOVED).removeprefix("; ")))
 
 
-@dataclass(frozen=True)
-class ReadyRun:
-    """An order that can be carried out."""
-
-    order: GeneratorOrder
-    generator: Generator
-    """With its settings."""
-    record: SynthRunRecord
-
-    def items(self, pass_over: Callable[[GeneratorItem], object] = lambda item: None
-              ) -> Iterator[tuple[int, GeneratorItem]]:
-        """Yield the items with their numbers; `pass_over` is called with those whose id came before.
-
-        Raises:
-            UserError: the input is not what the generator starts from, or an id cannot be one.
-        """
-        seen: set[str] = set()
-        for item in self.generator.items(self.order.options.input):
-            # `seen` holds different ids: an id that is repeated does not use up the limit
-            if self.order.options.limit is not None and len(seen) >= self.order.options.limit:
-                return
-            if not _ID.fullmatch(item.id):
-                raise UserError(f"item {item.id[:80]!r}: an id must have 1 to 200 letters, digits and "
-                                ":._/-; mend the input")
-            if item.id in seen:
-                pass_over(item)
-            else:
-                yield len(seen), item
-                seen.add(item.id)
-
-
-def ready(order: GeneratorOrder) -> ReadyRun:
-    """Return a run that can begin; nothing is written.
-
-    Raises:
-        UserError: settings, prompts, models or the folder are in the way; as many as can be known.
-    """
-    if problems := problems_of(order):
-        raise SettingsError("sov-data synth", problems)
-    options, writer, judge = order.options, order.writer, order.judge
-    generator = make_generator(options.generator, parse_nested(options.changes))
-    if generator.needs_input and not options.input:
-        raise UserError(f"--input: generator {options.generator} needs one")
-    generator.prompts()
-    # all that samples depend on: a later command whose record differs in it is refused
-    record = SynthRunRecord(
-        generator=generator.name, version=generator.version, kind=generator.kind,
-        settings=json.loads(to_json(asdict(generator.settings))), inputs=tuple(map(str, options.input)),
-        model=writer.name, engine=writer.location, identity=writer.identity(),
-        judge=judge.name, judge_engine=judge.location, judge_identity=judge.identity(),
-        judge_max_tokens=options.judge_max_tokens, digests=generator.digests(),
-        files={str(file): file_digest(file) for file in generator.files()})
-    _check_folder(order.output, record, options.redo)
-    return ReadyRun(order, generator, record)
-
-
 def _check_folder(output: Path, record: SynthRunRecord, redo: bool) -> None:
     """Raise `UserError` where a run cannot have its folder."""
     refuse_nowhere(output)
@@ -205,32 +207,6 @@ def _check_folder(output: Path, record: SynthRunRecord, redo: bool) -> None:
             f"--output {output}: was made with other settings", changed,
             "name another folder, or pass --redo: its items are made again, and answers that still fit cost "
             "nothing"))
-
-
-def run_order(order: GeneratorOrder) -> ExitCode:
-    """Make the items that are not made, and finish the source.
-
-    Raises:
-        UserError: the user's settings, input, disk or endpoint are in the way; finished items stay.
-        StopRequested: a limit, a signal, or an endpoint that is away; everything is saved.
-    """
-    made, output = ready(order), order.output
-    work = work_folder(output)
-    if order.options.redo and work.is_dir():
-        # under the lock, since another command may still work on these records
-        with holding(work, output):
-            delete_work(output)
-    # `begun` refuses a folder that was begun with other settings, before anything is asked or written
-    with begun(output, MADE_BY, made.record.deciding()):
-        # the input is read to its end first: a damaged one leaves run.json as it was
-        tally = open_items(made)
-        with disk_errors(output):
-            output.mkdir(parents=True, exist_ok=True)
-            atomic_write(output / RUN, to_json({**asdict(made.record),
-                                                "num_items": tally.num_items + len(tally.todo)}))
-        if tally.todo:
-            make(made, tally)
-        return finished(made, tally, order.options.workers or num_cores())
 
 
 @dataclass
@@ -271,25 +247,21 @@ class RunningTally:
         self.defects.append(f"{item.id}: {told_in_a_line(error)}")
 
 
-def open_items(made: ReadyRun) -> RunningTally:
+def open_items(run: SynthRun) -> RunningTally:
     """Count finished and unfinished items, after all of the input was read: a damaged one costs nothing."""
-    options, tally = made.order.options, RunningTally()
+    options, tally = run.options, RunningTally()
     # sums alone: the samples of all items would not fit into memory
-    known = {}
-    for one in read_made(made.order.output):
-        num_failed = sum(sample.failed is not None for sample in one.samples)
-        known[one.item] = one.digest, (len(one.samples) - num_failed, num_failed, bool(one.unusable))
+    finished = {one.item["id"]: (one.item["digest"], one.counts) for one in read_finished(run.output)}
     changed, twice, num_items = [], list[GeneratorItem](), 0
-    for _, item in made.items(twice.append):
+    for _, item in run.items(twice.append):
         num_items += 1
-        digest, counts = known.get(item.id, ("", (0, 0, False)))
-        if item.id not in known:
+        if item.id not in finished:
             tally.todo.add(item.id)
-        elif digest != digest_of(item):
+        elif finished[item.id][0] != digest_of(item):
             # same id, other content: the source would hold samples of both
             changed.append(item.id)
         else:
-            tally.add(*counts)
+            tally.add(*finished[item.id][1])
     if not num_items:
         raise UserError(f"--input {' '.join(map(str, options.input))}: holds nothing for generator "
                         f"{options.generator} to start from; name another one")
@@ -301,14 +273,14 @@ def open_items(made: ReadyRun) -> RunningTally:
         print(f"{len(twice):,} items have the id of an earlier one and are passed over, such as "
               f"{visible(twice[0].id)} of {visible(twice[0].source)}", flush=True)
     print(f"{options.generator}: {num_items:,} items, {tally.num_items:,} done before; model "
-          f"{made.order.writer.name}", flush=True)
+          f"{run.writer.name}", flush=True)
     return tally
 
 
-def make(made: ReadyRun, tally: RunningTally) -> None:
+def make_items(run: SynthRun, tally: RunningTally) -> None:
     """Make the items of a tally that are not done; each is on disk as soon as it is done."""
-    order, options, stop = made.order, made.order.options, StopSignal()
-    cache, journal = EndpointCache(order.output / ANSWERS), Journal(work_folder(order.output))
+    options, stop = run.options, StopSignal()
+    cache, journal = EndpointCache(run.output / ANSWERS), Journal(work_folder(run.output))
     total, began_s = tally.num_items + len(tally.todo), time.monotonic()
 
     def tell() -> None:
@@ -323,18 +295,18 @@ def make(made: ReadyRun, tally: RunningTally) -> None:
     try:
         # Draws have a pool of their own: items wait for them, and could fill all threads of one pool.
         with (stop.at_signals(), ThreadPoolExecutor(options.threads) as drawers,
-              opened(order.writer, order.judge, options, cache, Budget(order.most, cache.usage(), stop), stop
-                     ) as doors):
-            maker = ItemMaker(made, doors, drawers, stop)
+              opened(run.writer, run.judge, options, cache,
+                     Budget(options.max_tokens_total, cache.usage(), stop), stop) as doors):
+            maker = ItemMaker(run, doors, drawers, stop)
             # numbers are counted over the whole input, so that a number means the same item in every command
-            items = ((number, item) for number, item in made.items() if item.id in tally.todo)
+            items = ((number, item) for number, item in run.items() if item.id in tally.todo)
             with contextlib.closing(in_threads(maker.make, items, options.threads, stop)) as outcomes:
                 for number, item, outcome in outcomes:
                     if isinstance(outcome, Exception):
                         tally.note_failure(item, outcome)
                         continue
                     # written before it is counted: a line on the screen survives a kill
-                    journal.add([(number, outcome.record)])
+                    journal.add([(number, outcome.record())])
                     tally.add(*outcome.counts)
                     now_s = time.monotonic()
                     # a line for each twentieth of the time so far, within bounds
@@ -347,25 +319,16 @@ def make(made: ReadyRun, tally: RunningTally) -> None:
         cache.close()
 
 
-@dataclass(frozen=True)
-class DoneItem:
-    """A finished item."""
-
-    record: bytes
-    """As the journal keeps it."""
-    counts: tuple[int, int, bool]
-    """Samples that pass, those that do not, and whether answers were of no use."""
-
-
 class ItemMaker:
     """Makes items, in any thread."""
 
-    def __init__(self, made: ReadyRun, doors: Mapping[Role, Door], drawers: ThreadPoolExecutor,
+    def __init__(self, run: SynthRun, doors: Mapping[Role, Door], drawers: ThreadPoolExecutor,
                  stop: StopSignal) -> None:
-        self._made, self._doors, self._drawers, self._stop = made, doors, drawers, stop
-        self._prompts = made.generator.prompts()
+        self._run, self._doors, self._drawers, self._stop = run, doors, drawers, stop
+        self._prompts = run.generator.prompts()
 
-    def make(self, numbered: tuple[int, GeneratorItem]) -> tuple[int, GeneratorItem, DoneItem | Exception]:
+    def make(self, numbered: tuple[int, GeneratorItem]
+             ) -> tuple[int, GeneratorItem, FinishedItem | Exception]:
         """Return number, item, and the finished item or the error that concerns this one alone.
 
         Raises:
@@ -384,22 +347,20 @@ class ItemMaker:
         except Exception as e:
             return number, item, e
 
-    def _make_item(self, item: GeneratorItem) -> DoneItem:
-        ask = Ask(item.id, self._prompts, self._doors, self._over, self._made.order.options.judge_max_tokens)
+    def _make_item(self, item: GeneratorItem) -> FinishedItem:
+        ask = Ask(item.id, self._prompts, self._doors, self._draw_all, self._run.options.judge_max_tokens)
         samples: tuple[GeneratedSample, ...] = ()
         unusable = ""
         try:
             # run to its end here: a generator left half-way would ask outside of this `try`
-            samples = tuple(map(writable, self._made.generator.make(item, ask)))
+            samples = tuple(map(writable, self._run.generator.make(item, ask)))
         except NoUsableReply as e:
             unusable = str(e)
         if ask.failure is not None:  # which the generator went on without
             raise ask.failure
-        num_failed = sum(bool(sample.reason) for sample in samples)
-        return DoneItem(record_of(item, samples, tuple(ask.asked), unusable, tuple(ask.writers)),
-                        (len(samples) - num_failed, num_failed, bool(unusable)))
+        return FinishedItem.of(item, samples, tuple(ask.asked), tuple(ask.writers), unusable)
 
-    def _over(self, draw: Callable[[int], Drawn], draws: Iterable[int]) -> Iterator[Drawn]:
+    def _draw_all(self, draw: Callable[[int], Drawn], draws: Iterable[int]) -> Iterator[Drawn]:
         numbers = list(draws)
         if len(numbers) == 1:
             return map(draw, numbers)
@@ -408,17 +369,17 @@ class ItemMaker:
         return iter([future.result() for future in futures])
 
 
-def finished(made: ReadyRun, tally: RunningTally, workers: int) -> ExitCode:
+def finish_run(run: SynthRun, tally: RunningTally) -> ExitCode:
     """Finish the source of all items that are done, and name those that are missing.
 
     Raises:
         StopRequested: items got no answer.
     """
-    from data_prep.synth.finishing import finish  # imported late: it needs the whole pipeline
+    from data_prep.synth import finishing  # imported late: it needs the whole pipeline
 
     # written with items missing too, so that finished ones can be looked at; then without a manifest
-    finish(made.order.output, made.order.options.checks, workers,
-           is_complete=not tally.num_unanswered and not tally.defects)
+    finishing.finish(run.output, run.options.checks, run.options.workers or num_cores(),
+                     is_complete=not tally.num_unanswered and not tally.defects)
     if tally.defects:
         print(f"{len(tally.defects)} items ended in an error of the program, which is shown above, and are "
               f"not there: {'; '.join(tally.defects[:3])}", flush=True)

@@ -43,7 +43,7 @@ PROBES = (Conversation.of(("user", "a"), ("assistant", "b")),
 CALL: dict[str, Any] = {"type": "function", "function": {"name": "probe_call", "arguments": {"number": 7}}}
 CALL_PROBE = Conversation((Message("user", "a"), Message("assistant", "", tool_calls=(CALL,)),
                            Message("tool", "c")))
-"""One that shows how it writes and ends calls of tools: by a token of their own in Solar Open and gpt-oss."""
+"""One that shows how it writes and ends calls of tools: by a token of their own in Solar Open."""
 
 
 @dataclass(frozen=True)
@@ -527,7 +527,7 @@ class TurnEncoder:
 
     def _rendered(self, messages: tuple[Message, ...], names: Sequence[str]) -> list[int] | None:
         """Return what stands behind a turn, of a template that shows results as JSON (Llama 3), or only
-        behind a turn that has called their functions (gpt-oss); None where it shows none.
+        behind a turn that has called their functions; None where it shows none.
 
         Args:
             messages: which spell no special tokens, for in the template's text they would become some.

@@ -3,8 +3,8 @@ one form for all families, and which characters of a turn are thoughts, calls or
 
 The form is Hermes' (NousResearch/Hermes-Function-Calling): `<think>...</think>`, and
 `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.  Others are those of published templates, as vLLM
-and llama.cpp read them: Solar Open, gpt-oss, DeepSeek, Kimi K2.  Qwen3-Coder and GLM-4.5 have Hermes' marks
-with tags between them, and Llama 3's calls have none: `chat.tool_calls` reads them.
+and llama.cpp read them: Solar Open, DeepSeek, Kimi K2.  Llama 3's calls have none: `chat.tool_calls` reads
+them.
 
 A mark that a model only quotes is text.  A decoder knows it by its tokens and writes a word joiner (U+2060)
 behind its first character, so that no reader takes it for a mark; `as_written` takes the joiner away again.
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from megatron_sov.base.documents import Message
 
-CallForm = Literal["marked", "qwen3-coder", "glm-4.5", "llama-3"]
+CallForm = Literal["marked", "llama-3"]
 """How a template writes calls, see `tool_calls.FORMS`."""
 LLAMA: CallForm = "llama-3"
 BEGIN_CALL, END_CALL = "<tool_call>", "</tool_call>"
@@ -31,13 +31,12 @@ BEGIN_THOUGHTS, END_THOUGHTS = "<think>", "</think>"
 _HERMES = (BEGIN_THOUGHTS, END_THOUGHTS, BEGIN_CALL, END_CALL)
 _SOLAR = ("<|think|>", "<|content|>", "<|tool_calls|>", "<|tool_call:begin|>", "<|tool_call:name|>",
           "<|tool_call:args|>", "<|tool_call:end|>", "<|begin|>", "<|end|>")
-_GPT_OSS = ("<|channel|>", "<|message|>", "<|constrain|>", "<|start|>", "<|end|>", "<|call|>")
 _DEEPSEEK = tuple(f"<｜tool▁{name}｜>" for name in (
     "calls▁begin", "call▁begin", "sep", "call▁end", "calls▁end"))
 _KIMI = tuple(f"<|tool_{name}|>" for name in (
     "calls_section_begin", "call_begin", "call_argument_begin", "call_end", "call_section_begin",
     "call_section_end", "calls_section_end"))
-FAMILIES = (_HERMES, _SOLAR, _GPT_OSS, _DEEPSEEK, _KIMI)
+FAMILIES = (_HERMES, _SOLAR, _DEEPSEEK, _KIMI)
 """Marks of each, the first of which no other family has."""
 MARKS = (*dict.fromkeys(mark for family in FAMILIES for mark in family), PYTHON_TAG)
 BEGINS_OF_THOUGHTS = (BEGIN_THOUGHTS, "<|think|>")
@@ -78,33 +77,21 @@ _CALLS = tuple((re.compile(begin, re.DOTALL), end) for begin, end in (
     (r"<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?(?P<name>[^<\n]*)(?:<｜tool▁sep｜>|\n)(?:```json\n)?",
      "<｜tool▁call▁end｜>"),
     (r"<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[^<:\s]+)(?::\d+)?\s*<\|tool_call_argument_begin\|>",
-     "<|tool_call_end|>"),
-    (r"(?:<\|start\|>assistant)?(?:<\|channel\|>(?:commentary|analysis))? ?to=functions\.(?P<name>[\w.-]+)"
-     r"(?:<\|channel\|>(?:commentary|analysis))?\s*(?:<\|constrain\|>)?(?:json\s*)?<\|message\|>",
-     "<|call|>")))
+     "<|tool_call_end|>")))
 """How a call begins, up to its arguments, and what ends it."""
 _BROKEN = ("<|tool_call:begin|>", "<｜tool▁call▁begin｜>", "<|tool_call_begin|>")
-_THOUGHTS = (
-    re.compile(r"<\|think\|>(.*?)(<\|end\|>(?:<\|begin\|>\w*)?|\Z)", re.DOTALL),
-    # what gpt-oss says to a tool of its own (python, browser.search) is no call of a function and no answer
-    # (the name gives nothing back to the word behind it: a long one would be tried at each of its places)
-    re.compile(r"(?:<\|start\|>assistant)?(?:<\|channel\|>analysis"
-               r"|(?:<\|channel\|>(?:analysis|commentary))? ?to=(?!functions\.)[\w.-]++"
-               r"(?:<\|channel\|>(?:analysis|commentary))?\s*(?:<\|constrain\|>)?\w*)"
-               r"<\|message\|>(.*?)(<\|end\|>|<\|call\|>|(?=<\|start\|>)|\Z)", re.DOTALL))
+_THOUGHTS = re.compile(r"<\|think\|>(.*?)(<\|end\|>(?:<\|begin\|>\w*)?|\Z)", re.DOTALL)
 _FRAMES = re.compile(
     r"<\|end\|>(?:<\|begin\|>\w*)?|<\|begin\|>assistant|<\|content\|>|<\|tool_calls\|>|<\|flush\|>|<\|calls\|>"
-    r"|(?:<\|start\|>assistant)?<\|channel\|>(?:final|commentary)\s*(?:<\|constrain\|>\w*)?<\|message\|>"
-    r"|<\|start\|>\w*"
     r"|<｜tool▁calls▁(?:begin|end)｜>|<\|tool_calls?_section_(?:begin|end)\|>")
 _FIRST = re.compile("|".join(re.escape(mark) for mark in (
-    BEGIN_CALL, "<|think|>", "<|content|>", "<|tool_calls|>", "<|tool_call:begin|>", "<|channel|>",
+    BEGIN_CALL, "<|think|>", "<|content|>", "<|tool_calls|>", "<|tool_call:begin|>",
     *_DEEPSEEK[:2], *_KIMI[:2], "<|tool_call_section_begin|>", PYTHON_TAG)))
 _SECTIONS = ("<|tool_calls|>", _DEEPSEEK[0], _KIMI[0], "<|tool_call_section_begin|>")
 """What opens calls."""
 _TEXT_IN: dict[str, re.Pattern[str]] = {}
 """Mark -> what is text in a turn of its form: the marks of other families."""
-for _family in (_SOLAR, _GPT_OSS, _DEEPSEEK, _KIMI, (PYTHON_TAG,)):
+for _family in (_SOLAR, _DEEPSEEK, _KIMI, (PYTHON_TAG,)):
     # DeepSeek and Kimi write thoughts as Hermes does
     _own = {*_family, *(_HERMES[:2] if _family in (_DEEPSEEK, _KIMI) else ())}
     _TEXT_IN |= dict.fromkeys(_family, _quoting([mark for mark in MARKS if mark not in _own], ""))
@@ -140,7 +127,7 @@ def plain_form(text: str, *, in_thoughts: bool = False, form: CallForm | None = 
         tag = text.index(PYTHON_TAG, place)
         return f"{text[:tag]}{BEGIN_CALL}{quoted(text[tag + len(PYTHON_TAG):])}{END_CALL}"
     spans = [text[:place]]
-    for thoughts in _in_order(_THOUGHTS, text):
+    for thoughts in _THOUGHTS.finditer(text):
         if thoughts.start() < place:
             continue
         spans += [_outside(text[place:thoughts.start()]), BEGIN_THOUGHTS, quoted(thoughts[1], _FOREIGN),
@@ -163,11 +150,6 @@ def _is_bare_call(text: str) -> bool:
         return True
 
 
-def _in_order(patterns: Collection[re.Pattern[str]], text: str) -> list[re.Match[str]]:
-    return sorted((found for pattern in patterns for found in pattern.finditer(text)),
-                  key=lambda found: found.start())
-
-
 def _outside(text: str) -> str:
     """Return what stands outside of thoughts, calls in Hermes' form, frames of turns left out."""
     found, place = [], 0
@@ -177,7 +159,7 @@ def _outside(text: str) -> str:
         if match.start() < place:
             continue
         stop = text.find(end, match.end())
-        is_whole = stop >= 0 or end == "<|call|>"  # which is the end of the turn, and not in its text
+        is_whole = stop >= 0
         inside = text[match.end():stop if stop >= 0 else len(text)].strip().removesuffix("```").strip()
         name = json.dumps(match["name"].strip(), ensure_ascii=False)
         inside = quoted(inside, _FOREIGN) or ("{}" if is_whole else "")
@@ -227,7 +209,7 @@ def marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plain: Cal
     text_marks = set(MARKS) - set(_HERMES)
     if BEGIN_CALL in added or any(family is not _HERMES for family in has):
         text_marks |= set(_HERMES[2:])
-    if BEGIN_THOUGHTS in added or _SOLAR in has or _GPT_OSS in has:
+    if BEGIN_THOUGHTS in added or _SOLAR in has:
         text_marks |= set(_HERMES[:2])
     text_marks -= set(meant)
     quotable, ends = _quoting([mark for mark in MARKS if mark in text_marks]), frozenset(end_ids)

@@ -113,7 +113,7 @@ def tokenizer_digest(tokenizer: Path) -> str:
 
 
 def digest_of_bytes(tokenizer: Path) -> str:
-    """Return the digest of a tokenizer.json as it lies on the disk, by which earlier versions knew it."""
+    """Return the digest of a tokenizer.json as it lies on the disk."""
     if not (tokenizer / TOKENIZER_JSON).is_file():
         raise UserError(f"{tokenizer / TOKENIZER_JSON}: cannot be read as a tokenizer: it is not there")
     return file_digest(tokenizer / TOKENIZER_JSON, SHA256)

@@ -91,12 +91,6 @@ COMMANDS = {
         POST_TRAIN, "distill.md",
         ("distill states teacher --data chats --output states",
          "distill states teacher --data chats --top-k 128 --output top")),
-    "distill write": Command(
-        "megatron_sov.commands.train.distill:WRITE",
-        "have a student answer prompts, as conversations that a teacher can read",
-        POST_TRAIN, "distill.md",
-        ("distill write runs/sft --prompts prompts --output answers",
-         "distill write runs/sft --prompts prompts --output answers --max-new-tokens 512 --nproc 2")),
     "rl run": Command(
         "megatron_sov.commands.rl.rounds:RUN",
         "reinforcement learning by one command: the model that learns writes its own rounds",
@@ -137,10 +131,10 @@ COMMANDS = {
          "store --run runs/rl --wait 600")),
     "rl store": Command(
         "megatron_sov.commands.rl.rl_store",
-        "ls, show, stats, verify, gc: the rollout store between generation, reward and training",
+        "show, gc: the rollout store between generation, reward and training",
         POST_TRAIN, "rollout_store.md",
-        ("rl store stats store",
-         "rl store ls store")),
+        ("rl store show store round-0001-piece-0000 0",
+         "rl store gc store --rounds 1-3 --yes")),
     "rl knowledge": Command(
         "megatron_sov.commands.rl.rl_knowledge",
         "in-domain text for InK-GRPO: each section once, none of the test's answers",
@@ -151,10 +145,10 @@ COMMANDS = {
          "--section-field section --tests test.jsonl --split split=train --output knowledge")),
     "tools": Command(
         "megatron_sov.commands.rl.tools",
-        "list, play, run: tool environments, by hand or by a model",
+        "list, run: tool environments, played by a model",
         POST_TRAIN, "tools.md",
         ("tools list",
-         "tools play booking --calls calls.jsonl")),
+         "tools run virtual work/sft --output work/episodes")),
     "ssp probe": Command(
         "megatron_sov.commands.rl.ssp:PROBE",
         "pass@k of a run's checkpoints in each domain, and the best one of each",

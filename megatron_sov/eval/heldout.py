@@ -1,17 +1,5 @@
 """Loss on held-out documents, which every judge reads alike: the trainer, a checkpoint at any layout,
-transformers, and the baseline that every language model must beat, interpolated Kneser-Ney over pairs of
-tokens.
-
-With c(v w) how often w follows v in the training text, N(v .) the number of different tokens after v, N(. w)
-that of different tokens before w, and N(. .) the number of different pairs:
-
-    p(w | v)  = max(c(v w) - D, 0) / c(v .)  +  D N(v .) / c(v .) q(w)
-    q(w)      = max(N(. w) - E, 0) / N(. .)  +  E |{w : N(. w) > 0}| / N(. .) / V
-
-Kneser and Ney (ICASSP 1995) in the interpolated form of Chen and Goodman (Computer Speech and Language 13,
-1999, eq. 25-29), with their estimate of the discounts: D = n1 / (n1 + 2 n2), where n1 and n2 pairs occur once
-and twice; E the same from N(. w).  The uniform part of q gives tokens a chance that never occurred.  A
-context that never occurred has p = q.
+transformers.
 """
 
 from __future__ import annotations

@@ -201,11 +201,6 @@ class JudgedItem:
             "pass_at_k": _plain(pass_estimates(prompts, ks))}
         if self.tells_answers:
             found["maj_at_k"] = _plain(majority_estimates(prompts, ks))
-        if any(p.num_unscored for p in prompts):
-            # a pessimist's: what a broken verifier could not judge may well be wrong
-            whole = [PromptCounts(p.num_right, num_silent=p.num_scored - p.num_right + p.num_unscored)
-                     for p in prompts]
-            found["pass_at_k_if_unscored_is_wrong"] = _plain(pass_estimates(whole, ks))
         if self.num_ended:
             found["share_at_limit"] = self.num_at_limit / self.num_ended
         return found
@@ -259,8 +254,6 @@ def table(figures: Mapping[str, Any]) -> str:
     counts = ", ".join(f"{count:,} {status}" for status, count in sorted(figures["statuses"].items()))
     ended = (f"; {figures['share_at_limit']:.1%} of the responses did not end by themselves"
              if figures.get("share_at_limit") else "")
-    pessimist = [f"if all without a reward were wrong, pass@{e['k']} would be {e['value']:.2%}"
-                 for e in figures.get("pass_at_k_if_unscored_is_wrong", [])[:1]]
     total = (f"{figures['num_prompts']:,} prompts, {counts} responses, mean reward "
              f"{figures['mean_reward']:.4f}{ended}")
-    return "\n".join([head, *rows, *pessimist, total])
+    return "\n".join([head, *rows, total])

@@ -65,21 +65,6 @@ class Engine(Protocol):
         ...
 
 
-class ChoosingEngine(Engine, Protocol):
-    """An engine that also compares given words, which takes probabilities of more than
-    the best few tokens."""
-
-    def choose(self, documents: Sequence[Tokens], count: int, words: Sequence[int]) -> list[list[int]]:
-        """Return which word is the most probable in the place of each of a document's last tokens.
-
-        Args:
-            documents: of equal length.
-            count: places of each document, its last ones; what stands before a place is read as it is.
-            words: token ids to choose from.
-        """
-        ...
-
-
 def engine_for(target: Target) -> EngineName:
     """Return the engine that runs a model where the user has chosen none."""
     return TRANSFORMERS if target.is_hf else MEGATRON

@@ -20,10 +20,8 @@ from megatron_sov.plan.footprint.memory import Account
 from megatron_sov.plan.pages import quote as quote_tables
 from megatron_sov.plan.pages.quote import Quote, QuoteTable, QuoteTotals, as_json, gib, totals
 from megatron_sov.plan.pages.telling import PlanText, name, set_line, size_line, sizes, submit_line
-from megatron_sov.plan.pricing import (
-    Machines, Pricing, covers, pricing, quote, quotes, refuse_precision, run_stages)
-from megatron_sov.plan.search.default import (
-    DefaultLayout, choose_layout, leaves_layout_open, recommended_settings)
+from megatron_sov.plan.pricing import Machines, Pricing, pricing, quote, refuse_precision, run_stages
+from megatron_sov.plan.search.default import DefaultLayout, choose_layout, leaves_layout_open
 from megatron_sov.plan.search.space import as_dict, own_choice
 from megatron_sov.plan.search.sweep import (
     SweepSearch, fewest_nodes, fits_somehow, num_layouts, search, told_nodes)
@@ -228,9 +226,7 @@ def searched(request: RecipeRequest, machines: Machines, recipe: Sequence[str],
     choice = found.best[0].choice
     settings = choice.settings(config)
     best = apply_settings(config, settings)
-    is_open = leaves_layout_open(request)
-    otherwise = list(recommended_settings(config, machines, request.settings)) if is_open else []
-    told = PlanText(found, machines, own_choice(apply_settings(config, otherwise)), settings,
+    told = PlanText(found, machines, settings,
                     submit_line(config, machines, recipe, [*request.settings, *settings]))
     _refuse_on_host(best, machines)
     return PlacedPlan(best, machines, length_source(request),
@@ -262,12 +258,10 @@ def _refuse_too_large(config: RunConfig, prices: Pricing) -> None:
 
 
 def quote_run(config: RunConfig, prices: Pricing, settings: Sequence[str]) -> list[Quote]:
-    """Return the quotes of a run's phases, stages or jobs; none of rounds, in which engines write.
+    """Return the quotes of a run's phases or stages; none of rounds, in which engines write.
     `settings` are those that the user passed."""
     if config.objective.name == ROUNDS_OBJECTIVE:
         return []
-    if covers(config):
-        return quotes(config, prices)
     micro_batch_set = any(s.startswith("train.micro_batch_size=") for s in settings)
     return [quote(stage, prices)
             for stage in run_stages(config, prices.num_ranks, micro_batch_set=micro_batch_set)]

@@ -25,18 +25,10 @@ from megatron_sov.work.clusters.units import HOURS_OF_A_DAY, SECONDS_OF_A_YEAR, 
 
 
 @dataclass(frozen=True)
-class FailureKind:
-    name: str
-    share: float
-    """Of all failures; those of all kinds add up to 1."""
-    restart_s: float
-    """From the failure to the first new step: noticed, started, checkpoint loaded."""
-
-
-@dataclass(frozen=True)
 class Conditions:
     failures_per_s: float
-    kinds: tuple[FailureKind, ...]
+    restart_s: float
+    """From a failure to the first new step: noticed, started, checkpoint loaded."""
     interval_s: float
     """Work between the beginnings of two checkpoints."""
     stall_s: float
@@ -58,7 +50,7 @@ class Conditions:
 def conditions(profile: ClusterProfile, num_gpus: int, interval_s: float, stall_s: float,
                write_s: float) -> Conditions:
     return Conditions(profile.failures_per_gpu_year * num_gpus / SECONDS_OF_A_YEAR,
-                      (FailureKind("any", 1.0, profile.restart_s),), interval_s, stall_s, write_s)
+                      profile.restart_s, interval_s, stall_s, write_s)
 
 
 def goodput(c: Conditions) -> float:
@@ -68,13 +60,13 @@ def goodput(c: Conditions) -> float:
     rate L.  The k-th checkpoint is there `interval_s + stall_s + write_s + (k - 1) period_s` after the start,
     so exp(-L (interval + stall + write)) / (1 - exp(-L period)) of them are expected, each worth
     `interval_s`.  A restart that may fail itself takes (1 / E exp(-L restart) - 1) / L on average.  Without a
-    background (`write_s` = 0) and with one kind of failure this is Daly's complete model (2006, equation 20).
+    background (`write_s` = 0) this is Daly's complete model (2006, equation 20).
     """
     rate = c.failures_per_s
     if not rate:
         return c.interval_s / c.period_s
     # The share of restarts that are not themselves hit by a failure.
-    survives = sum(kind.share * math.exp(-rate * kind.restart_s) for kind in c.kinds)
+    survives = math.exp(-rate * c.restart_s)
     # The first checkpoint counts only when it is written, so work before that is lost with a failure.
     first = c.interval_s + c.stall_s + c.write_s
     # expm1: 1 - exp(-x) of a small x

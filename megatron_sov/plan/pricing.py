@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.model import recipes
-from megatron_sov.model.config import ExtendStageConfig, ModelConfig, PhaseConfig, RunConfig
+from megatron_sov.model.config import ExtendStageConfig, PhaseConfig, RunConfig
 from megatron_sov.model.config.post_training import WITH_REFERENCE
 from megatron_sov.model.recipes.extension import micro_batch_size
-from megatron_sov.plan.calibration.fitting import TEACHERS, fullest, usable_bytes
+from megatron_sov.plan.calibration.fitting import fullest, usable_bytes
 from megatron_sov.plan.operation import Cost, Operation, cost, operation
-from megatron_sov.plan.pages.quote import Checkpoint, Quote, QuotedMemory, Traffic
+from megatron_sov.plan.pages.quote import Checkpoint, Quote, QuotedMemory
 from megatron_sov.plan.search.space import as_dict, own_choice
 from megatron_sov.plan.speed.parameters import UNITS, Parameters, default
 from megatron_sov.plan.speed.step import Known, StepTime, beside_layers, router_s, step_time
-from megatron_sov.plan.speed.traffic import messages
-from megatron_sov.plan.speed.workload import PRECISIONS, ModelShape, Workload, of_model, of_run
+from megatron_sov.plan.speed.workload import PRECISIONS, Workload, of_run
 from megatron_sov.schedules import Schedule
 from megatron_sov.work.clusters import cluster
 from megatron_sov.work.clusters.chips import CHIPS, Chip, Links
@@ -82,6 +80,10 @@ def machines(name: str, nodes: int | None) -> Machines:
 
 
 PHASE = "phase"
+DOCUMENT_TOKENS = 1000
+"""Mean tokens of a conversation, which attention stays inside of (Typhoon-S: 340,000 of about 1,000 each)."""
+PACKED = ("sft", "preference", "distill")
+"""Objectives whose rows hold several conversations."""
 KINDS = {"extension": "extension stage", "midtraining": "mid-training stage"}
 """`extend.stages.N.kind` -> what it is called beside other stages."""
 
@@ -202,7 +204,10 @@ class Pricing:
     def workload(self, stage: RunStage) -> Workload:
         """Return a step of a stage; experts meet the imbalance that real routers have."""
         imbalance = self.parameters.real_imbalance if stage.config.model.num_moe_layers() else 1.0
-        return of_run(stage.config, stage.phase, self.num_ranks, self.chip, self.links, imbalance)
+        work = of_run(stage.config, stage.phase, self.num_ranks, self.chip, self.links, imbalance)
+        if stage.config.objective.name in PACKED and not stage.config.extend.stages:
+            work = replace(work, document_tokens=min(DOCUMENT_TOKENS, work.seq_len))
+        return work
 
     def step(self, stage: RunStage) -> StepTime:
         return step_time(self.workload(stage), self.parameters, self._known)
@@ -263,14 +268,27 @@ def quote(stage: RunStage, pricing: Pricing) -> Quote:
         global_batch_size=stage.global_batch_size, layout=as_dict(own_choice(stage.config)),
         memory=QuotedMemory(needs.components(), pricing.limit_bytes, at, needs.on_host),
         seconds=step.components,
-        traffic=tuple(Traffic(m.group, m.link, m.num_bytes, m.ideal_s) for m in messages(work)),
         bubble_share=step.bubble_s / step.total_s, imbalance=work.imbalance,
         tokens_per_s_per_gpu=step.tokens_per_s_per_gpu, tflops_per_gpu=step.tflops_per_gpu, mfu=step.mfu,
         hours=train_s / SECONDS_OF_AN_HOUR, effective_share=kept.effective_share,
         energy_kwh=paid.energy_kwh, cost_usd=paid.usd, cost_range_usd=(paid.usd_low, paid.usd_high),
         checkpoint=Checkpoint(kept.checkpoint_bytes, kept.stall_s + kept.write_s, kept.stall_s,
                               kept.interval_s, kept.interval_steps),
-        notes=(*_notes(paid, kept, work.imbalance), *_of_routers(work, step, pricing.parameters)))
+        notes=(*_notes(paid, kept, work.imbalance), *_of_routers(work, step, pricing.parameters),
+               *_packing_notes(stage.config, work)))
+
+
+def _packing_notes(config: RunConfig, work: Workload) -> list[str]:
+    """Return what is assumed of packed conversations, and what their price leaves out."""
+    if not work.document_tokens:
+        return []
+    notes = [f"Documents of {work.document_tokens:,} tokens are assumed in rows of {work.seq_len:,}."]
+    name = config.objective.name
+    if name == "distill":
+        notes.append("The teacher's forward passes and output head are not priced.")
+    elif name == "preference" and config.preference.method in WITH_REFERENCE:
+        notes.append("The forward passes of the reference are not priced: about a quarter of these hours.")
+    return notes
 
 
 def _of_routers(work: Workload, step: StepTime, parameters: Parameters) -> list[str]:
@@ -290,131 +308,3 @@ def _notes(paid: Cost, kept: Operation, imbalance: float) -> tuple[str, ...]:
         notes.append("Nobody has said what the storage takes (storage_write_gbytes_per_s in the profile): "
                      "checkpoints are as fast as the processes can write at best.")
     return tuple(notes)
-
-
-# Fine-tuning, preferences and distillation: the steps, and the passes of a reference or teacher before them.
-
-
-DOCUMENT_TOKENS = 1000
-"""Fine-tuning: mean tokens of a conversation; attention stays inside of it (Typhoon-S: 340,000 of about 1,000
-each)."""
-MAX_WEIGHTS_SHARE = 0.5
-"""Of a GPU's memory that the weights of a reference or teacher may take."""
-MAX_TP = 8
-"""Most GPUs that a reference or teacher is split over: a node."""
-TUNING_KINDS = {"sft": "SFT", "preference": "preference", "distill": "distillation"}
-"""Objective -> what its stage is called."""
-FORWARD_TOKENS = 16384
-"""Of a pass that only looks, which keeps no activations."""
-
-
-def covers(config: RunConfig) -> bool:
-    """Return whether a run is post-training, which is priced here; extensions and rounds are none."""
-    return config.objective.name in TUNING_KINDS and not config.extend.stages
-
-
-def quotes(config: RunConfig, pricing: Pricing) -> list[Quote]:
-    """Return the quotes of a run's jobs, one after the other on the same GPUs."""
-    stages = run_stages(config, pricing.num_ranks)
-    before = [q for stage in stages for q in _before(stage, pricing)]
-    return [*before, *(_train(stage, pricing) for stage in stages)]
-
-
-def _train(stage: RunStage, pricing: Pricing) -> Quote:
-    """Return the quote of the optimizer steps of a stage: a phase's, with short documents in its rows."""
-    kind = TUNING_KINDS[stage.config.objective.name]
-    whole = quote(stage, pricing)
-    document = min(DOCUMENT_TOKENS, stage.phase.seq_len)
-    step = replace(pricing.workload(stage), document_tokens=document)
-    seconds = step_time(step, pricing.parameters).components
-    if kind == "distillation":
-        seconds["teacher's head"] = _teachers_head_s(stage, pricing)
-    if kind == "preference" and stage.config.preference.method == "kto":
-        # its distance from the reference is one number of the whole batch, found before the losses
-        forward = replace(step, objective="forward", sharding="none", recompute="none", recompute_modules=())
-        seconds["distance"] = sum(step_time(forward, pricing.parameters).components.values())
-    job = priced(pricing, stage.name, f"{kind}: train" if kind != "SFT" else kind,
-                 replace(stage.phase, global_batch_size=stage.global_batch_size), steps=stage.steps,
-                 tokens=stage.tokens, seconds=seconds, memory=whole.memory,
-                 flops_per_token=whole.tflops_per_gpu * 1e12 / whole.tokens_per_s_per_gpu,
-                 notes=(f"documents of {document:,} tokens are assumed in rows of "
-                        f"{stage.phase.seq_len:,}",))
-    return replace(job, layout=whole.layout, traffic=whole.traffic, bubble_share=whole.bubble_share,
-                   imbalance=whole.imbalance, checkpoint=whole.checkpoint)
-
-
-def _before(stage: RunStage, pricing: Pricing) -> list[Quote]:
-    """Return the quotes of what is done before a stage's first step: by a reference or a teacher."""
-    objective = stage.config.objective.name
-    if objective == "preference" and stage.config.preference.method in WITH_REFERENCE:
-        return [_forward(stage, pricing, "reference", "preference: reference", stage.config)]
-    if objective != "distill":
-        return []
-    config = replace(stage.config, model=_teacher(stage.config))
-    return [_forward(stage, pricing, "teacher", "distillation: teacher", config,
-                     (f"teacher: {TEACHERS.get(stage.config.recipe, 'one as large as the student')} reads "
-                       "all samples",))]
-
-
-def _teacher(config: RunConfig) -> ModelConfig:
-    """Return the teacher's model; the student's where nobody names one."""
-    name = TEACHERS.get(config.recipe)
-    return recipes.get(name).model if name else config.model
-
-
-def _forward(stage: RunStage, pricing: Pricing, name: str, kind: str, config: RunConfig,
-             notes: tuple[str, ...] = ()) -> Quote:
-    """Return the quote of one pass over all of a stage's tokens that only looks, every GPU by itself or with
-    as few others as hold the model."""
-    shape = of_model(config.model)
-    tp = _split(shape, pricing)
-    base = pricing.workload(stage)
-    replicas = max(1, pricing.num_ranks // tp)
-    together = max(1, min(FORWARD_TOKENS // stage.phase.seq_len, stage.global_batch_size // replicas))
-    alone = replace(base, shape=shape, micro_batch_size=together, tp=tp, sp=tp > 1, pp=1,
-                    vpp=1, cp=1, ep=1, etp=1, sharding="none", objective="forward", recompute="none",
-                    recompute_modules=())
-    weights = round(shape.params() * 2 / tp)
-    seconds = step_time(alone, pricing.parameters).components
-    return priced(pricing, name, kind, replace(stage.phase, global_batch_size=stage.global_batch_size),
-                  steps=stage.steps, tokens=stage.tokens, seconds=seconds,
-                  memory=QuotedMemory({"weights": weights}, pricing.limit_bytes),
-                  flops_per_token=shape.forward_flops_per_token(stage.phase.seq_len), notes=notes)
-
-
-def _split(shape: ModelShape, pricing: Pricing) -> int:
-    """Return how many GPUs hold a model that only looks: as few as its weights need."""
-    tp = 1  # powers of two divide heads
-    while tp < min(MAX_TP, pricing.num_ranks) and (
-            shape.params() * 2 / tp > MAX_WEIGHTS_SHARE * pricing.chip.memory_bytes):
-        tp *= 2
-    return tp
-
-
-def _teachers_head_s(stage: RunStage, pricing: Pricing) -> float:
-    """Return the seconds of the teacher's output head in a step, which the student's last stage applies to
-    its hidden states."""
-    model = _teacher(stage.config)
-    flops = 2 * model.hidden_size * model.vocab_size * stage.global_batch_size * stage.phase.seq_len
-    share = pricing.parameters.product_fraction[pricing.chip.generation]["bf16"]
-    on = pricing.num_ranks / stage.config.parallel.pp
-    return flops / on / (pricing.chip.bf16_flops_per_s * share)
-
-
-def priced(pricing: Pricing, name: str, kind: str, phase: PhaseConfig, *, steps: int, tokens: int,
-           seconds: Mapping[str, float], memory: QuotedMemory, flops_per_token: float = 0.0,
-           notes: tuple[str, ...] = ()) -> Quote:
-    """Return the quote of a job."""
-    step_s = sum(seconds.values())
-    gpus = pricing.num_ranks
-    paid = cost(steps * step_s, gpus, pricing.machines.profile)
-    rate = tokens / (steps * step_s) / gpus
-    tflops = rate * flops_per_token / 1e12
-    return Quote(
-        name=name, kind=kind, gpu=pricing.chip.name, num_gpus=gpus, tokens=tokens,
-        steps=steps, seq_len=phase.seq_len, global_batch_size=phase.global_batch_size, layout={},
-        memory=memory, seconds={part: s for part, s in seconds.items() if s}, tokens_per_s_per_gpu=rate,
-        tflops_per_gpu=tflops, mfu=tflops * 1e12 / pricing.chip.bf16_flops_per_s,
-        hours=steps * step_s / SECONDS_OF_AN_HOUR, effective_share=1.0, energy_kwh=paid.energy_kwh,
-        cost_usd=paid.usd, cost_range_usd=(paid.usd_low, paid.usd_high),
-        notes=(*notes, f"Cost: {paid.price_note}."))

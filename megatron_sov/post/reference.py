@@ -387,7 +387,7 @@ class Reference:
 
     def heldout_logprobs(self, source: Source) -> np.ndarray | None:
         """Return the reference's log-probabilities of a source's measured held-out documents, float32; None:
-        a run that an earlier version began has none.
+        none are measured.
 
         Raises:
             UserError: their file is missing or damaged.
@@ -479,11 +479,6 @@ class Reference:
             raise UserError(f"{file}: its log-probabilities reach to token {max_tokens} of a document, and "
                             f"samples have {self._identity['max_tokens']} (data.phases); resume with samples "
                             "that are no longer, or start a new --run --from the last checkpoint")
-        for name, heldout in list(self._heldout.items()):
-            if not any(heldout.file(part).exists() for part in range(len(heldout))):
-                warn(f"{self._folder}: an earlier version began the run, without log-probabilities of the "
-                     f"held-out pairs of {name}; they are measured without accuracy and margin")
-                del self._heldout[name], self._parts[f"{name}.heldout"]
         for parts in self._parts.values():
             for part in range(len(parts)):
                 if damage := parts.damage(part):

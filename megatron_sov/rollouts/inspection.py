@@ -1,31 +1,26 @@
-"""What a store holds: its parts and claims; whether all of it is as it should be (bytes, rows, keys, and
-rewards of rows that are there); figures by round and by domain, and responses to read as a page; one piece in
-memory at a time."""
+"""How `inspect` looks into a store: its parts and claims; and whether bytes, rows, keys, and rewards of
+existing rows are sound, one piece in memory at a time."""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import format_size
-from megatron_sov.judge.rewards.scoring import ScoringTally
-from megatron_sov.rollouts.rows import UNFINISHED, Key, Rollout, RolloutPart, domain_of
+from megatron_sov.rollouts.rows import UNFINISHED, Key, Rollout, RolloutPart
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.inspecting import ArtifactKind
-from megatron_sov.work.progress.locks import Holder, holders
+from megatron_sov.work.progress.locks import holders
 from megatron_sov.work.progress.progress_bar import work_bar
 
 _ROW = np.dtype([("key", "<u8", 2), ("attempt", np.int32), ("is_unfinished", bool),
                  ("part", np.int32), ("row", np.int32)])
 """What is kept of a row while others are read: 29 bytes."""
-_CHECKED_COLUMNS = ("record", "prompt_tokens", "tokens", "versions", "finish_reason")
 
 
 @dataclass
@@ -123,113 +118,22 @@ def _reward_problems(store: RolloutStore, part: RolloutPart, found: StoreCheck) 
     return problems
 
 
-@dataclass
-class Figures:
-    """Of the rows of a round, or of a domain of it."""
-
-    rows: int = 0
-    prompts: set[str] = field(default_factory=set)
-    prompt_tokens: int = 0
-    tokens: int = 0
-    """Behind the prompts, of all rows."""
-    written_tokens: int = 0
-    """Of them, those that a policy wrote."""
-    longest: int = 0
-    finish_reasons: Counter[str] = field(default_factory=Counter)
-    oldest_version: int | None = None
-    newest_version: int | None = None
-    version_total: int = 0
-    """Sum over the tokens that a policy wrote."""
-    rewards: dict[str, ScoringTally] = field(default_factory=dict)
-    """By version."""
-
-    def add(self, row: Rollout) -> None:
-        self.rows += 1
-        self.prompts.add(row.key.prompt)
-        self.prompt_tokens += len(row.prompt_tokens)
-        self.tokens += len(row.tokens)
-        self.longest = max(self.longest, len(row.tokens))
-        self.finish_reasons[row.finish_reason] += 1
-        written = row.written_versions
-        if len(written):
-            oldest, newest = int(written.min()), int(written.max())
-            self.oldest_version = oldest if self.oldest_version is None else min(oldest, self.oldest_version)
-            self.newest_version = newest if self.newest_version is None else max(newest, self.newest_version)
-            self.written_tokens += len(written)
-            self.version_total += int(written.sum(dtype=np.int64))
-
-    def plain(self) -> dict[str, Any]:
-        mean_version = self.version_total / self.written_tokens if self.written_tokens else None
-        return {
-            "rows": self.rows, "prompts": len(self.prompts), "prompt_tokens": self.prompt_tokens,
-            "tokens": self.tokens, "written_tokens": self.written_tokens,
-            "mean_length": self.tokens / self.rows if self.rows else None, "longest": self.longest,
-            "finish_reasons": dict(sorted(self.finish_reasons.items())),
-            "oldest_version": self.oldest_version, "newest_version": self.newest_version,
-            "mean_steps_behind_newest": (None if mean_version is None or self.newest_version is None
-                                         else self.newest_version - mean_version),
-            "rewards": {version: {"mean": found.mean, "rewards": found.num_rewards,
-                                  "statuses": dict(sorted(found.statuses.items()))}
-                        for version, found in sorted(self.rewards.items())}}
-
-
-def figures_of(store: RolloutStore, round: int | None = None,
-               done: Callable[[int], object] = lambda parts: None) -> dict[str, Any]:
-    """Return figures of each round, of all its rows and by domain, as JSON has them.
-
-    A row that another attempt goes on behind is counted as replaced alone, and so is what was said of it.
-
-    Args:
-        store: to look at.
-        round: the one to look at; None: all.
-        done: told the number of parts, as they are read.
-    """
-    rounds: dict[int, list[RolloutPart]] = {}
-    for part in store.parts(round):
-        rounds.setdefault(part.round, []).append(part)
-    judged: dict[str, set[str]] = {}
-    for part in (part for folder in store.versions() for part in store.parts(round, folder)):
-        judged.setdefault(part.version, set()).add(part.name)
-    return {str(number): _figures_of_round(store, parts, judged, done) for number, parts in rounds.items()}
-
-
-def _figures_of_round(store: RolloutStore, parts: list[RolloutPart], judged: Mapping[str, set[str]],
-           done: Callable[[int], object]
-           ) -> dict[str, Any]:
-    whole, domains, replaced = Figures(), dict[str, Figures](), 0
-    for here, rows, num_replaced in store.pieces(parts, _CHECKED_COLUMNS):
-        replaced += num_replaced
-        # only last attempts are keys here, so rewards of replaced ones find nothing
-        counted = {(row.key, row.attempt): (whole, domains.setdefault(domain_of(row.record), Figures()))
-                   for row in rows}
-        for row in rows:
-            for figures in counted[row.key, row.attempt]:
-                figures.add(row)
-        for version, names in judged.items():
-            by = store.judgements(version, [part for part in here if part.name in names])
-            for head, said in by.items():
-                for figures in counted.get(head, ()):
-                    tally = figures.rewards.setdefault(version, ScoringTally())
-                    tally.add(said.reward, said.status)
-        done(len(here))
-    return {"parts": len(parts), "kept_out": sum(part.num_kept_out for part in parts), "replaced": replaced,
-            **whole.plain(), "domains": {name: figures.plain() for name, figures in sorted(domains.items())}}
-
-
 # What commands tell of a store.
 
 
-def listed(store: RolloutStore, round_: int | None = None) -> Iterator[str]:
+def listed(store: RolloutStore) -> Iterator[str]:
     """Yield a line for each part of a store, their sum, and a line for each claim."""
-    judged = judged_by(store, round_)
-    parts = store.parts(round_)
+    judged = judged_by(store)
+    parts = store.parts()
     for part in parts:
         yield (f"{part.name:<33} {part.num_rows:>9,} rows {format_size(part.file.stat().st_size):>9}  "
                f"{when(part.created_s)}  judged by {', '.join(judged.get(part.name, [])) or 'none'}"
                + (f", {part.num_kept_out:,} rows kept out" if part.num_kept_out else ""))
     yield f"{store.path}: {len(parts):,} parts, {sum(part.num_rows for part in parts):,} rows"
     # who works on what is not there yet
-    for holder in held(store):
+    for holder in holders(store.claims):
+        if holder.is_released:
+            continue
         where = f"process {holder.pid} on {holder.host or 'a machine that it does not name'}"
         job = f", Slurm job {holder.slurm_job}" if holder.slurm_job else ""
         yield f"claimed: {holder.name} by {where}{job}, last sign of life {when(holder.changed_s)}"
@@ -242,10 +146,6 @@ def judged_by(store: RolloutStore, round_: int | None = None) -> dict[str, list[
         for part in store.parts(round_, version):
             found.setdefault(part.name, []).append(part.version)
     return found
-
-
-def held(store: RolloutStore) -> list[Holder]:
-    return [holder for holder in holders(store.claims) if not holder.is_released]
 
 
 def when(time_s: float) -> str:

@@ -82,10 +82,6 @@ class Rollout:
         return np.asarray(self.versions != NOT_WRITTEN)
 
     @property
-    def written_versions(self) -> np.ndarray:
-        return self.versions[self.is_written]
-
-    @property
     def num_written(self) -> int:
         return int(self.is_written.sum())
 

@@ -19,9 +19,8 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from megatron_sov.base.digests import SHA256
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.chat.vocabulary import digest_of_bytes, tokenizer_digest
+from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.rollouts.rows import (
     JUDGED, NOT_WRITTEN, Key, RewardRow, Rollout, RolloutPart, later, numbers_in, part_name)
 from megatron_sov.work.tables.parquet import MAKE_AGAIN, arrays_of, lists, texts_of
@@ -306,8 +305,7 @@ class RolloutStore(Table[RolloutPart]):
 
     @classmethod
     def create_for(cls, path: str | Path, tokenizer: Path, vocab_size: int) -> RolloutStore:
-        """Return the store of a folder for responses in the tokens of a tokenizer; see `create`. A store of
-        an earlier version keeps the digest that it has, which its parts repeat.
+        """Return the store of a folder for responses in the tokens of a tokenizer; see `create`.
 
         Args:
             path: the store's folder.
@@ -317,19 +315,11 @@ class RolloutStore(Table[RolloutPart]):
         Raises:
             UserError: as `create`, or the tokenizer cannot be read.
         """
-        if (Path(path) / cls.HEAD).is_file() and (found := cls.open(path)).is_written_in(tokenizer):
-            return cls.create(path, found.tokenizer_digest, vocab_size)
         return cls.create(path, tokenizer_digest(tokenizer), vocab_size)
 
     def is_written_in(self, tokenizer: Path) -> bool:
         """Return whether the rollouts are tokens of the tokenizer in a folder."""
-        compute = digest_of_bytes if self.names_bytes else tokenizer_digest
-        return self.tokenizer_digest == compute(tokenizer)
-
-    @property
-    def names_bytes(self) -> bool:
-        """Whether an earlier version began the store, which knew a tokenizer by the bytes of its file."""
-        return self.tokenizer_digest.startswith(f"{SHA256}:")
+        return self.tokenizer_digest == tokenizer_digest(tokenizer)
 
     @property
     def tokenizer_digest(self) -> str:

@@ -20,7 +20,6 @@ from megatron_sov.model.families.adapters import identity
 from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, refuse_no_run
 from megatron_sov.runs.launch_environment import is_first, num_ranks, typed_command
 from megatron_sov.runs.lock import LOCK, living_holder
-from megatron_sov.runs.obs.alerts import alert
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
 CONFIG, COMPLETION, FAILURE, STAGES, JOBS = ("config.json", "complete.json", "gate_failed.json",
@@ -402,20 +401,11 @@ class RunEvents:
         return max(steps, default=None)
 
     def add(self, event: str, **fields: Any) -> None:
-        """Append one event, and send an alert of it where the run's settings ask for that."""
+        """Append one event."""
         # Opened for one line: commands that measure a run hours later hold no file of it open.
-        log = EventLog(self._path, self._alert)
+        log = EventLog(self._path)
         log.write(event, **fields)
         log.close()
-
-    def _alert(self, record: dict[str, Any]) -> None:
-        assert self._path is not None, "a log without a file tells nobody"
-        try:
-            config = json.loads((self._path.parent / CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):  # the folder of a run that was refused at its start
-            return
-        if isinstance(config, dict):
-            alert(config, self._path.parent, record)
 
 
 def submitted_jobs(records: Path) -> list[str]:

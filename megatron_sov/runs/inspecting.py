@@ -142,7 +142,7 @@ def _of_others(path: Path) -> dict[str, Any]:
     if (path / EVENTS).is_file():
         return {"kind": "run", "more": f"megatron-sov status {shlex.quote(str(path))}"}
     if (path / "store.json").is_file():
-        return {"kind": STORE, "more": f"megatron-sov rl store stats {shlex.quote(str(path))}"}
+        return {"kind": STORE, "more": f"megatron-sov rl store show {shlex.quote(str(path))} PART ROW"}
     if path.is_file() and path.suffix == ".jsonl":
         with open(path, "rb") as f:
             return {"kind": "file of rows", "num_rows": sum(bool(line.strip()) for line in f),

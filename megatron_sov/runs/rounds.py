@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.artifacts import manifest_sha256, to_json, write_output
+from megatron_sov.base.artifacts import to_json, write_output
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.runs import checkpoints
@@ -53,7 +53,6 @@ def enter_rounds(folder: Path, file: Path, asked: dict[str, Any], option: str, w
     except (ValueError, TypeError) as e:
         raise UserError(f"{file}: is damaged ({e}); restore it, or choose another {option}") from None
     now = json.loads(to_json(asked))  # as the note has it: a tuple is a list there
-    # Names that an earlier version noted and this one does not know are passed over.
     changed = {name: value for name, value in now.items() if begun.get(name) != value}
     if changed:
         told = [f"{name} = {begun.get(name)}, now it is {value}" for name, value in changed.items()]
@@ -136,8 +135,7 @@ class RunPolicies:
     settings: Mapping[str, Any]
     """Those that change what is learned, JSON values."""
     _trained: str = ""
-    """Stands for the start, and all rounds that are begun; "": none is, or an earlier version has begun
-    them."""
+    """Stands for the start, and all rounds that are begun; "": none is."""
     _recent: dict[int, str] = field(default_factory=dict)
     """Step of a policy that may have written the next round -> its digest."""
 
@@ -150,9 +148,7 @@ class RunPolicies:
 
     def is_own(self, step: int, sha256: str) -> bool:
         """Return whether a policy that began responses at a step is this run, as far as that is known."""
-        return (sha256 in self._recent.values() or step < min(self._recent, default=0)
-                # as earlier versions knew it
-                or (not step and sha256 == manifest_sha256(self.start.path)))
+        return sha256 in self._recent.values() or step < min(self._recent, default=0)
 
     def begin(self, step: int, documents_sha256: str) -> None:
         """Take note that a round is begun.
@@ -161,8 +157,8 @@ class RunPolicies:
             step: behind which it is.
             documents_sha256: stands for what is learned in it.
         """
-        # In the middle of a round the checkpoint has told of it, unless an earlier version wrote it.
-        if not self._trained or not step % self.rollout.steps_per_round:
+        # In the middle of a round the checkpoint has told of it.
+        if not step % self.rollout.steps_per_round:
             self._trained = _digest(self.at(step).sha256, documents_sha256, to_json(dict(self.settings)))
 
     def state(self) -> dict[str, Any]:
@@ -175,12 +171,7 @@ class RunPolicies:
         self._recent = {int(step): str(sha256) for step, sha256 in state["recent"]}
 
     def _sha256(self, step: int) -> str:
-        if not step:
-            return self.start.sha256
-        if self._trained:
-            return _digest(self._trained, str(step))
-        # Of a run that an earlier version began: by what its checkpoint was known then.
-        return manifest_sha256(self.run / checkpoints.CHECKPOINTS_OF_A_RUN / f"step-{step}")
+        return _digest(self._trained, str(step)) if step else self.start.sha256
 
 
 def _sha256_of_checkpoint(path: Path) -> str:
@@ -191,11 +182,10 @@ def _sha256_of_checkpoint(path: Path) -> str:
     """
     file = path / checkpoints.STATE
     try:
-        if told := json.loads(file.read_text(encoding="utf-8")).get(FEED):
-            return _digest(str(told["trained"]), str(checkpoints.step_of(path)))
+        told = json.loads(file.read_text(encoding="utf-8"))[FEED]
+        return _digest(str(told["trained"]), str(checkpoints.step_of(path)))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise UserError(f"{file}: is damaged ({type(e).__name__}: {e}); restore it from a copy") from None
-    return manifest_sha256(path)  # of an earlier version
 
 
 def _digest(*texts: str) -> str:

@@ -1,5 +1,5 @@
 """A conversation with one model behind an OpenAI-compatible address: its turns, its answers as they are
-written, and its row as `sov-data pack --format chat` reads it.  No torch here."""
+written.  No torch here."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class ChatSession:
 
     Args:
         model: which answers.
-        sampling: fields of each request, such as `temperature`; may change between turns.
+        sampling: fields of each request, such as `temperature`.
     """
 
     def __init__(self, model: ChatModel, sampling: dict[str, Any]) -> None:
@@ -118,7 +118,6 @@ class ChatSession:
         """What goes before all turns."""
         self.turns: list[ChatTurn] = []
         self._first = 0
-        self._num_requests = 0
 
     def ask(self, text: str, screen: ChatScreen) -> None:
         """Have the model answer, shown as it is written.
@@ -136,37 +135,13 @@ class ChatSession:
             self._write(turn, screen)
         finally:
             if not turn.messages:
-                self.undo()
-
-    def undo(self) -> str:
-        """Forget the last turn; returns what the user had said."""
-        turn = self.turns.pop()
-        self._first = min(self._first, len(self.turns))
-        return turn.user
+                self.turns.pop()
+                self._first = min(self._first, len(self.turns))
 
     def clear(self) -> None:
         """Begin a conversation of the same system prompt."""
-        while self.turns:
-            self.undo()
-
-    def row(self) -> dict[str, Any] | None:
-        """Return the conversation as a row of chats; None where nothing of it can be learned.
-
-        Answers that were cut or stopped are marked, since an end that is none should not be learned; so are
-        earlier ones with thoughts, which most templates drop.
-        """
-        messages = self._system()
-        for turn in self.turns:
-            found = [dict(message) for message in turn.as_messages()]
-            if not turn.is_whole:
-                found[-1]["train"] = False
-            for message in found if turn is not self.turns[-1] else ():
-                if message.pop("reasoning_content", None):
-                    message["train"] = False
-            messages += found
-        if not any(m["role"] == "assistant" and m.get("train", True) for m in messages):
-            return None
-        return {"messages": messages, "model": self.model.name}
+        self.turns.clear()
+        self._first = 0
 
     def _system(self) -> list[dict[str, Any]]:
         return [{"role": "system", "content": self.system}] if self.system else []
@@ -196,15 +171,11 @@ class ChatSession:
     def _deltas(self, screen: ChatScreen) -> Iterator[tuple[Mapping[str, Any], str | None]]:
         """Yield the pieces of an answer and why it ended; without the oldest turns where all are too long."""
         while True:
-            seed = self.sampling.get("seed")
             body = {"model": self.model.name, "messages": self._messages(), **self.sampling}
-            if seed is not None:  # the same answer again is none that a second try is for
-                body["seed"] = seed + self._num_requests
             try:
                 for part in self.model.transport.stream(body):
                     for choice in part.get("choices") or []:
                         yield choice.get("delta") or {}, choice.get("finish_reason")
-                self._num_requests += 1
                 return
             except NeverAnswered:
                 if self._first >= len(self.turns) - 1:

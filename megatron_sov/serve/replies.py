@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -19,8 +18,6 @@ from megatron_sov.serve.scheduler import Begun
 # What a model's turn says, thinks and calls, while it is being written and at its end.
 
 _OTHERS = (*(mark for family in FAMILIES[1:] for mark in family), PYTHON_TAG)
-_UNFINISHED = re.compile(r"(?:<\|start\|>[^<]*)?(?:<\|channel\|>[^<]*(?:<\|constrain\|>\w*)?)?\Z")
-"""The frame of a part that has not begun yet."""
 
 
 def turn_so_far(text: str, in_thoughts: bool, tools: Sequence[dict[str, Any]],
@@ -33,7 +30,7 @@ def turn_so_far(text: str, in_thoughts: bool, tools: Sequence[dict[str, Any]],
     has_tools = bool(tools)
     # What may be the beginning of a mark is held back until the next token decides.
     marks = (END_THOUGHTS, BEGIN_CALL) if has_tools else (END_THOUGHTS,)
-    sure = _UNFINISHED.sub("", text[:len(text) - max(_begun_turn(text, mark) for mark in _OTHERS)])
+    sure = text[:len(text) - max(_begun_turn(text, mark) for mark in _OTHERS)]
     text = plain_form(sure, in_thoughts=in_thoughts)
     has_tools = has_tools or text != sure  # what a call becomes shows at its end alone
     text = text[:len(text) - max(_begun_turn(text, mark) for mark in marks)]

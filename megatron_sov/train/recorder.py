@@ -7,7 +7,6 @@ here is a collective.
 
 from __future__ import annotations
 
-import math
 import platform
 import resource
 import sys
@@ -27,9 +26,6 @@ from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families.count import num_params, train_flops_per_token
 from megatron_sov.runs.checkpoints import KIND
-from megatron_sov.runs.gpu_driver import open_meter
-from megatron_sov.runs.launch_environment import is_first
-from megatron_sov.runs.obs.alerts import Alerts
 from megatron_sov.runs.obs.events import EVENTS, EventLog
 from megatron_sov.runs.obs.history import BY_SETTING, NO_GRADIENT
 from megatron_sov.runs.obs.meters import LOSS, Meter, headline_fields, told_step
@@ -105,13 +101,11 @@ class Efficiency:
 
     def __init__(self, config: RunConfig, num_ranks: int) -> None:
         known = peak_tflops(torch.cuda.get_device_name()) if on_gpu() else None
-        self._meter = (open_meter(_own_uuid(), tells=is_first())
-                       if config.obs.nvml and on_gpu() else None)
         self._model, self._num_ranks = config.model, num_ranks
         self._peak_tflops = config.gpu.peak_tflops or known
 
     def figures(self, num_tokens: int, seq_len: int, seconds: float) -> dict[str, float]:
-        """Return field of a `step` event -> value; `energy_j` is what the GPU took since the last one.
+        """Return field of a `step` event -> value.
 
         Args:
             num_tokens: tokens of the step, over all processes.
@@ -123,26 +117,7 @@ class Efficiency:
         found = {"tokens_per_s_per_process": per_process, "tflops_per_process": tflops}
         if self._peak_tflops:
             found["mfu"] = tflops / self._peak_tflops
-        if self._meter is not None:
-            found |= self._meter.figures()
         return found | peak_memory()
-
-    @property
-    def gpu_uuid(self) -> str:
-        """The driver's name for this process's GPU; empty: it is not asked."""
-        return "" if self._meter is None else self._meter.uuid
-
-    def energy_j(self) -> float:
-        """Return what this process's GPU has taken since this was made, in joules; NaN: nobody tells."""
-        return math.nan if self._meter is None else self._meter.total_j()
-
-    def close(self) -> None:
-        if self._meter is not None:
-            self._meter.close()
-
-
-def _own_uuid() -> str:
-    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
 
 def peak_memory() -> dict[str, float]:
@@ -175,7 +150,6 @@ class Recorder:
         self.events = EventLog(None)
         """The run's events; open on rank 0, dropped elsewhere."""
         self._trackers: Trackers | None = None
-        self._alerts: Alerts | None = None
         self._progress: ProgressBar | None = None
         self._over_epochs: set[str] = set()
         self._has_doubted = False
@@ -185,15 +159,9 @@ class Recorder:
         self.headline, self._comparable = headline, comparable
 
     def open(self, run: Path) -> None:
-        """Open events, alerts and trackers; called on rank 0 only."""
-        alerts = self._alerts = Alerts(self._config.obs, run, self._config.recipe)
-        trackers = self._trackers = Trackers(self._config.obs, run, self._config.to_dict())
-
-        def observe(event: dict[str, Any]) -> None:
-            alerts.observe(event)
-            trackers.observe(event)
-
-        self.events = EventLog(run / EVENTS, observe)
+        """Open events and trackers; called on rank 0 only."""
+        self._trackers = Trackers(self._config.obs, run, self._config.to_dict())
+        self.events = EventLog(run / EVENTS, self._trackers.observe)
 
     def begin(self, step: int, continued_from: str | None, sources: list[Source],
               entries: Sequence[LedgerEntry], start: Path | None = None,
@@ -221,8 +189,7 @@ class Recorder:
               **headline_fields(self.headline, comparable=self._comparable),
               inputs=[*provenance(sources), *([] if start is None else [as_input(KIND, start)]), *besides],
               machine={"host": platform.node(), "device": device_name(), "python": platform.python_version(),
-                       "torch": torch.__version__, "threads": torch.get_num_threads(),
-                       **({"gpu_uuid": uuid} if (uuid := self._efficiency.gpu_uuid) else {})})
+                       "torch": torch.__version__, "threads": torch.get_num_threads()})
         for entry in entries:
             write("phase", step=entry.first_step, name=entry.phase, blend=entry.weights,
                   seq_len=entry.seq_len, global_batch_size=entry.global_batch_size, skip=entry.skip)
@@ -340,22 +307,6 @@ class Recorder:
                           ranks=[i * per_stage + max(range(per_stage), key=stage.__getitem__)
                                  for i, stage in enumerate(stages)])
 
-    def energy(self, step: int, by_rank_j: Sequence[float]) -> None:
-        """Tell the energy that the processes' GPUs have taken since this start, where any of them tells.
-
-        Args:
-            step: optimizer steps done.
-            by_rank_j: joules of each process; NaN: its driver does not tell.
-        """
-        told = [joules for joules in by_rank_j if not math.isnan(joules)]
-        if told:
-            self.events.write("energy", step=step, energy_j=sum(told), num_gpus=len(told))
-
-    @property
-    def energy_j(self) -> float:
-        """Joules that this process's GPU has taken since this start; NaN: its driver does not tell."""
-        return self._efficiency.energy_j()
-
     def gate_failed(self, step: int, text: str) -> None:
         """Tell that the stage is over and its gate has not passed."""
         self.events.write("gate_failed", step=step, text=text)
@@ -381,8 +332,4 @@ class Recorder:
             self._progress.close()
         if self._trackers is not None:
             self._trackers.close()
-        # before the telemetry, which observes every event
         self.events.close()
-        if self._alerts is not None:
-            self._alerts.close()
-        self._efficiency.close()

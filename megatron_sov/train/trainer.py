@@ -26,7 +26,6 @@ from megatron_sov.engine.model.language_model import LanguageModel, build_config
 from megatron_sov.engine.model.quantized_weights import raw_data
 from megatron_sov.engine.optimizer.optimizer import Optimizer
 from megatron_sov.engine.parallel import collectives
-from megatron_sov.engine.parallel.device import on_gpu
 from megatron_sov.engine.parallel.rng import reseed
 from megatron_sov.engine.parallel.world import STORE_PORT, ParallelWorld
 from megatron_sov.model.config import RunConfig
@@ -362,8 +361,6 @@ class Trainer:
         # before anything is written: a checkpoint of corrupt weights would be the one to return to
         self.guards.sdc.compare(self.step, self.model, self.events)
         self.recorder.memory(self.step, collectives.of_all_ranks(peak_memory()["peak_memory_bytes"]))
-        if on_gpu():
-            self.recorder.energy(self.step, collectives.of_all_ranks(self.recorder.energy_j))
         self.checkpointer.save(replace(self.state, wall_s=self.wall_s()))
         self._saved_step = self.step
         self.guards.faults.trigger("save", self.step)

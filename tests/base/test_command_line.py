@@ -74,14 +74,6 @@ def test_output_that_finds_no_room_is_told_and_a_reader_that_has_seen_enough_is_
     os.close(writing)
 
 
-def test_a_module_that_an_installed_part_lacks_is_a_defect() -> None:
-    def action() -> int:
-        raise ModuleNotFoundError("No module named 'data_prep.gone'", name="data_prep.gone")
-
-    with pytest.raises(ModuleNotFoundError, match=r"data_prep\.gone"):
-        exit_code(action)
-
-
 def test_a_defect_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         exit_code(lambda: 1 // 0)

@@ -74,15 +74,6 @@ def test_token_shards_are_read_as_text_and_pieces_lose_nothing(
     assert len(cut.hits) == len(whole.hits) == 1 and cut.num_documents == whole.num_documents
 
 
-def test_nothing_but_found_items_has_no_value_without_them(scored: ScoredItem, tmp_path: Path) -> None:
-    (tmp_path / "train.txt").write_text("\n\n".join(QUESTIONS[:3]))
-    three = {name: item for name, item in scored.items["quiz"].items() if name != "3"}
-    found = check(dataclasses.replace(scored, items={"quiz": three}), [tmp_path / "train.txt"],
-                  RecordReading(), 1, shows=False)
-    told = found.results.tasks["quiz"].contamination
-    assert (told.items_hit, told.value_without) == (3, None)
-
-
 def test_the_command_writes_results_places_and_events(
         tmp_path: Path, written_scores: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     out, run = written_scores(tmp_path / "out.json", SCORES), tmp_path / "run"

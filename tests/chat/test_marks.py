@@ -4,7 +4,6 @@ text of a response."""
 from __future__ import annotations
 
 import json
-import time
 from random import Random
 from typing import Any
 
@@ -47,12 +46,6 @@ TURNS = {
         "Let me.", (UTC,)),
     "k-exaone": ('<think>\nlook\n</think>\n\n<tool_call>{"name": "get_time", '
                  f'"arguments": {B}}}</tool_call>', "look", "", (UTC,)),
-    "gpt-oss: an answer": ("<|channel|>analysis<|message|>2 + 2<|end|><|start|>assistant<|channel|>final"
-                           "<|message|>It is 4.", "2 + 2", "It is 4.", ()),
-    "gpt-oss: an answer in a form": (
-        '<|channel|>final <|constrain|>json<|message|>{"a": 1}', "", '{"a": 1}', ()),
-    "gpt-oss: a call": ("<|channel|>analysis<|message|>look<|end|><|start|>assistant<|channel|>commentary "
-                        f"to=functions.get_time <|constrain|>json<|message|>{B}", "look", "", (UTC,)),
     "kimi, section in the singular": (
         "Sure.<|tool_call_section_begin|><|tool_call_begin|>functions.get_time:0"
         f"<|tool_call_argument_begin|>{B}<|tool_call_end|><|tool_call_section_end|>", "", "Sure.", (UTC,)),
@@ -65,14 +58,6 @@ TURNS = {
     "kimi: no arguments": (
         "<|tool_calls_section_begin|><|tool_call_begin|>functions.now:0<|tool_call_argument_begin|> "
         "<|tool_call_end|><|tool_calls_section_end|>", "", "", (NOW,)),
-    "gpt-oss: a tool of its own": (
-        "<|channel|>analysis to=python code<|message|>print(1)<|call|><|start|>assistant<|channel|>final"
-        "<|message|>1", "print(1)", "1", ()),
-    "gpt-oss: a browser": (
-        '<|start|>assistant to=browser.search<|channel|>commentary json<|message|>{"query": "a"}',
-        '{"query": "a"}', "", ()),
-    "gpt-oss: no arguments": (
-        "<|channel|>commentary to=functions.now <|constrain|>json<|message|><|call|>", "", "", (NOW,)),
     "solar: no arguments": (solar("now", ""), "", "", (NOW,)),
     "kimi": ("Sure.<|tool_calls_section_begin|><|tool_call_begin|>functions.get_time:0"
              f"<|tool_call_argument_begin|>{B}<|tool_call_end|><|tool_calls_section_end|>",
@@ -111,22 +96,16 @@ def test_a_call_in_thoughts_is_a_thought_and_thoughts_may_have_no_end() -> None:
     assert parse_turn(inside) == WrittenTurn("no", ())
     assert parse_turn(f"<|think|>{solar('f', '{}')}") == WrittenTurn("", ())
     assert parse_turn("so<|end|><|begin|>assistant<|content|>4", in_thoughts=True) == WrittenTurn("4", ())
-    for text in ("a < b", "a <|end|> b", "<|im_end|>", "to=functions.f", "<|begin|>"):
+    for text in ("a < b", "a <|end|> b", "<|im_end|>", "<|begin|>"):
         assert plain_form(text) == text, "no marks of its own"
 
 
 def test_long_texts_of_marks_take_no_square_of_their_length() -> None:
     for part in ("<|think|>", "<|tool_call:begin|>", "<|tool_call:begin|>x<|tool_call:name|>",
-                 "<|content|><|end|>", "<|channel|>commentary to=functions.a ", "<|tool_call_begin|> ",
+                 "<|content|><|end|>", "<|tool_call_begin|> ",
                  "<｜tool▁call▁begin｜>a"):
         for text in (part * 5_000, part + " " * 100_000, "<|content|>" + part + "a" * 100_000):
             plain_form(text)
-
-
-def test_a_long_name_takes_no_square_of_its_length() -> None:
-    began_s = time.process_time()
-    assert plain_form("<|channel|>commentary to=" + "a" * 400_000).endswith("aaa")
-    assert time.process_time() - began_s < 5
 
 
 def tokenizer(name: str, *more: str) -> Any:
@@ -205,8 +184,8 @@ def test_a_template_whose_calls_are_not_read_is_refused_and_its_ends_are_known()
 
 
 CALLED = '{"name": "f", "arguments": {}}'
-ALPHABET = (*MARKS, CALLED, "<\u2060tool_call>", "<\u2060\u2060|content|>", "<", "가", " to=functions.f ",
-            "{}", "f", "\n", "assistant", "analysis")
+ALPHABET = (*MARKS, CALLED, "<\u2060tool_call>", "<\u2060\u2060|content|>", "<", "가", "{}", "f", "\n",
+            "assistant")
 BARE = ("<|tool_call:begin|>", "<|tool_call:name|>", "<|tool_call:args|>", "<|tool_call:end|>")
 THINKS = ("<think>", "</think>")
 HOW: dict[str, tuple[tuple[str, ...], str, str]] = {  # special tokens, before what is said, a call of g
@@ -217,15 +196,11 @@ HOW: dict[str, tuple[tuple[str, ...], str, str]] = {  # special tokens, before w
     "solar, calls in text": (tuple(m for m in FAMILIES[1] if m not in BARE),
                              "<|think|>HERE<|end|><|begin|>assistant<|content|>",
                              f"<|end|><|begin|>assistant<|tool_calls|>{solar('g', '{}')}"),
-    "gpt-oss": (FAMILIES[2], "<|channel|>analysis<|message|>HERE<|end|><|start|>assistant"
-                "<|channel|>final<|message|>",
-                "<|end|><|start|>assistant<|channel|>commentary to=functions.g <|constrain|>json"
-                "<|message|>{}<|call|>"),
-    "deepseek v3": (FAMILIES[3], "", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function"
+    "deepseek v3": (FAMILIES[2], "", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function"
                     "<｜tool▁sep｜>g\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
-    "deepseek r1": ((*THINKS, *FAMILIES[3]), "<think>HERE</think>", "<｜tool▁calls▁begin｜>"
+    "deepseek r1": ((*THINKS, *FAMILIES[2]), "<think>HERE</think>", "<｜tool▁calls▁begin｜>"
                     "<｜tool▁call▁begin｜>g<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
-    "kimi": ((*THINKS, *FAMILIES[4]), "<think>HERE</think>", "<|tool_calls_section_begin|><|tool_call_begin|>"
+    "kimi": ((*THINKS, *FAMILIES[3]), "<think>HERE</think>", "<|tool_calls_section_begin|><|tool_call_begin|>"
              "functions.g:0<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>"),
 }
 

@@ -122,18 +122,6 @@ def test_one_tokenizer_means_the_form_of_chats_as_well(where: str, bpe: Path, tm
         refuse_other_tokenizer(bpe, other, "choose")
 
 
-def test_what_is_only_spelled_otherwise_is_the_same(bpe: Path, tmp_path: Path) -> None:
-    """Merges as older files have them, settings that are off, lengths, a template in a file of its own."""
-    other = changed(shutil.copytree(bpe, tmp_path / "other"), "tokenizer.json", lambda r: (
-        r["model"].update(merges=["a b", "b c"], dropout=None, byte_fallback=False, ignore_merges=False),
-        r["pre_tokenizer"].update(trim_offsets=False), r.update(truncation={"max_length": 9})))
-    changed(other, "tokenizer_config.json", lambda r: (r.pop("chat_template"), r.update(
-        eos_token={"content": "<end>"}, model_max_length=9)))
-    (other / "chat_template.jinja").write_text("{{ x }}")
-    refuse_other_tokenizer(bpe, other, "choose")
-    refuse_other_tokens(other, bpe)
-
-
 # One identity of a tokenizer, against what `tokenizers` encodes and decodes.
 
 

@@ -81,7 +81,7 @@ def test_what_has_no_manifest_is_named_by_its_kind(capsys: pytest.CaptureFixture
     assert "run: run; see `megatron-sov status run`" in inspected(capsys, "run")
     RolloutStore.create(Path("store"), "sha256:ab", 100)
     told = inspected(capsys, "store", "--verify")
-    assert "store: rollout store; see `megatron-sov rl store stats store`" in told
+    assert "store: rollout store; see `megatron-sov rl store show store PART ROW`" in told
     assert "store: 0 parts, 0 rows" in told and "store: sound as rollout store" in told
     (Path("store/rollouts") / part_name(1, 0)).mkdir()
     assert "manifest.json" in inspected(capsys, "store", "--verify", code=3)

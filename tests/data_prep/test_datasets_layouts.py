@@ -272,21 +272,6 @@ def test_columns_join_fields_and_refuse_what_is_not_there(tmp_path: Path) -> Non
             read(columns)
 
 
-def test_fields_that_are_not_read_are_said(tmp_path: Path, folder: Path,
-                                           capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [{"question": f"Is {i} even?", "answer": "no" * i, "context": "sums", "topic": "", "id": i}
-            for i in range(1, 9)]
-    store(rows, tmp_path)
-    for way in STORED:
-        pack(folder, [PackSource("qa", tmp_path / way)], tmp_path / "out",
-             PackSettings(reading=RecordReading("chat")), overwrite=True)
-        assert "qa: does not read context (fields of its first record)" in capsys.readouterr().out
-    pack(folder, [PackSource("qa", tmp_path / "disk")], tmp_path / "out", PackSettings(
-        reading=RecordReading("chat", renames=parse_renames(["prompt=context+question,response=answer"]))),
-        overwrite=True)
-    assert "does not read" not in capsys.readouterr().out
-
-
 def test_the_page_has_a_row_for_each_known_layout() -> None:
     page = (Path(__file__).parents[2] / "docs/data.md").read_text()
     for layout in LAYOUTS:
@@ -341,15 +326,6 @@ def test_judged_pictures_and_chats_as_prompts_are_refused(tmp_path: Path) -> Non
     (tmp_path / "b.jsonl").write_text(json.dumps({"messages": qa("a", "b")}))
     with pytest.raises(UserError, match="line 1: ends with an answer of the assistant"):
         read_prompts(tmp_path / "b.jsonl", is_asked=True)
-
-
-def test_a_table_without_our_columns_stays_text(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("city,people\nSeoul,9\n")
-    [document] = read_documents([tmp_path / "a.csv"])
-    assert document.text == "city,people\nSeoul,9\n"
-    (tmp_path / "b.tsv").write_text('\ufeff"text"\tn\nSeoul\t9\n')
-    with pytest.raises(UserError, match=r"is a table \(columns: text, n\)"):
-        list(read_documents([tmp_path / "b.tsv"]))
 
 
 def test_rows_whose_types_differ_keep_them(tmp_path: Path) -> None:

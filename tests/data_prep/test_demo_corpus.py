@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import subprocess
-import sys
-import tarfile
 import textwrap
 from pathlib import Path
 
@@ -16,16 +11,11 @@ import pytest
 from data_prep import demo_corpus
 from data_prep.cli import main
 from data_prep.demo_corpus import (
-    CorpusUnavailable, Docstring, clean, docstrings, documentation, korean_only, korean_pages,
-    question_and_answer, select)
+    CorpusUnavailable, Docstring, clean, docstrings, documentation, korean_only, question_and_answer, select)
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.documents import list_files, read_documents
 
 # Korean text out of pages, and machines that have none.
-
-PAGE = """<html><head><title>제목</title><script>var 가 = 1;</script></head><body><aside>차례</aside>
-<h1>파일 &amp; 폴더</h1><p>파일을
-<b>열려면</b> 누르십시오.</p><ul><li>하나<li>둘</ul></body></html>"""
 
 
 def test_notes_that_stand_on_every_page_are_kept_once() -> None:
@@ -33,59 +23,6 @@ def test_notes_that_stand_on_every_page_are_kept_once() -> None:
     pages = {"a": f"{note}\n예\nEnglish only", "b": f"{note}\n예\nClick the button named 확인 to go on",
              "c": note, "d": "English only"}
     assert korean_only(pages) == {"a": f"{note}\n예", "b": "예"}
-
-
-def fake_commands(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
-    """Put scripts in place of system commands, as the only ones on PATH."""
-    for name, body in scripts.items():
-        file = folder / name.replace("_", "-")
-        file.write_text(f"#!{sys.executable}\nimport os, pathlib, sys\n{body}\n")
-        file.chmod(0o755)
-    monkeypatch.setenv("PATH", str(folder))
-
-
-def test_packages_are_downloaded_unpacked_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = "usr/share/help/ko/a.html"
-    with tarfile.open(tmp_path / "package.tar", "w") as archive:
-        files = {f"./{page}": PAGE, "./usr/share/help/ko/a.png": "그림",
-                 "./usr/share/help/de/b.html": "한국어가 아닌 곳"}
-        for name, text in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(text.encode())
-            archive.addfile(member, io.BytesIO(text.encode()))
-    fake_commands(tmp_path, monkeypatch, apt_get="sys.exit(1) if 'gnome' in sys.argv[-1] else "
-                                                 "pathlib.Path(sys.argv[-1] + '.deb').touch()",
-                  dpkg_deb="sys.stdout.buffer.write(pathlib.Path("
-                           f"{str(tmp_path / 'package.tar')!r}).read_bytes())")
-    assert korean_pages() == {page: "파일 & 폴더\n파일을 열려면 누르십시오.\n하나\n둘"}
-
-
-def test_fresh_package_lists_are_fetched_once_by_root_only(tmp_path: Path,
-                                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    log = tmp_path / "log"
-    fake_commands(tmp_path, monkeypatch, apt_get=f"open({str(log)!r}, 'a').write(sys.argv[-1] + '\\n'); "
-                                                 "print('E: no lists'); sys.exit(100)")
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    with pytest.raises(CorpusUnavailable, match="apt-get failed: E: no lists"):
-        korean_pages()
-    assert "update" not in log.read_text()
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
-    with pytest.raises(CorpusUnavailable, match="apt-get failed"):
-        korean_pages()
-    assert log.read_text().count("update") == 1
-
-
-def test_a_missing_command_or_a_dead_network_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(CorpusUnavailable, match="apt-get is not on this machine"):
-        korean_pages()
-
-    def hang(command: list[str], **settings: object) -> None:
-        raise subprocess.TimeoutExpired(command, 1)
-
-    monkeypatch.setattr(demo_corpus.subprocess, "run", hang)
-    with pytest.raises(CorpusUnavailable, match="did not finish within"):
-        korean_pages()
 
 
 # Docstrings, cleaning and questions.

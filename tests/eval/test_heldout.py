@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import tqdm
 
 from megatron_sov.base.artifacts import atomic_write, to_json
 from megatron_sov.cli import main
@@ -136,23 +133,6 @@ def test_figures_go_into_the_events_of_a_run(one_rank: None, imported: dict[str,
     checkpoint, export = [e for e in read_events(tmp_path / EVENTS) if e["event"] != "step"]
     assert (checkpoint["event"], checkpoint["step"], checkpoint["heldout"]) == ("eval", 0, ours)
     assert (export["event"], export["step"], export["heldout"]) == ("eval", 41, theirs)
-
-
-def test_who_waits_is_told_of_every_row(token_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = open_heldout({str(token_shards): 1.0}, 100, 1500)
-    shown: list[int] = []
-
-    class Bar(tqdm.tqdm):  # type: ignore[name-defined, misc]
-        def __init__(self, **settings: Any) -> None:
-            super().__init__(**settings | {"disable": False, "file": io.StringIO()})
-
-        def close(self) -> None:
-            shown[:] = [self.n, self.total]
-
-    monkeypatch.setattr("tqdm.tqdm", Bar)
-    evaluate_rows(data, lambda row: np.ones(len(row.tokens)))
-    num_rows = sum(len(list(data.rows(index))) for index, _ in data.judged())
-    assert shown == [num_rows, num_rows] and num_rows > 10
 
 
 def test_rows_hold_documents_in_order_up_to_their_size() -> None:

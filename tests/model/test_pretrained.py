@@ -15,13 +15,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
-    AutoModelForCausalLM, BertConfig, BertForSequenceClassification, DeepseekV3Config, DeepseekV3ForCausalLM,
-    PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
+    AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification,
+    DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
 
 from megatron_sov import convert
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.engines.libraries import load_hf
-from megatron_sov.judge.rewards.classifier import Classifier
 from megatron_sov.model.pretrained import load_pretrained, weight_files
 
 SIZES: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1,
@@ -56,10 +55,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def classify(folder: Path) -> None:
-    Classifier(str(folder)).prepare()
+    load_pretrained(AutoModelForSequenceClassification, folder)
 
 
-LOADERS = {"generate, eval, serve": ("lm", load_hf, NORM), "reward": ("bert", classify, DENSE)}
+LOADERS = {"generate, eval, serve": ("lm", load_hf, NORM), "a classifier": ("bert", classify, DENSE)}
 
 
 @pytest.mark.parametrize("kind", ["missing", "unexpected", "mismatched"])

@@ -1,4 +1,4 @@
-"""Post-training by its jobs."""
+"""Fine-tuning, preferences and distillation by their optimizer steps."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.model.config import apply_settings
 from megatron_sov.model.recipes.requested import RecipeRequest
-from megatron_sov.plan.calibration.fitting import TEACHERS, fullest
-from megatron_sov.plan.on_cluster import placed
-from megatron_sov.plan.pages.quote import Quote, totals
-from megatron_sov.plan.pricing import Machines, Pricing, covers, machines, pricing, quotes
+from megatron_sov.plan.calibration.fitting import fullest
+from megatron_sov.plan.on_cluster import placed, quote_run
+from megatron_sov.plan.pages.quote import Quote
+from megatron_sov.plan.pricing import Machines, Pricing, machines, pricing
 from megatron_sov.plan.speed.workload import of_model
 
 
@@ -23,69 +23,29 @@ def gpus(num_gpus: int = 8) -> Pricing:
     return found
 
 
-def priced(name: str, *settings: str, num_gpus: int = 8) -> dict[str, Quote]:
-    config = apply_settings(recipes.get(name), ["parallel.zero1=true", *settings])
-    return {q.kind: q for q in quotes(config, gpus(num_gpus))}
+def priced(name: str, *settings: str) -> Quote:
+    (found,) = quote_run(apply_settings(recipes.get(name), ["parallel.zero1=true", *settings]), gpus(), [])
+    return found
 
 
-def test_post_training_alone_is_covered() -> None:
-    assert covers(recipes.get("typhoon-s-8b")) and not covers(recipes.get("typhoon-s-4b-legal"))
-    assert not covers(recipes.get("qwen3-8b")) and not covers(recipes.get("vibethinker-1.5b"))
-
-
-DISTILL = "objective.name=distill"
-
-
-@pytest.mark.parametrize(("name", "settings", "kinds"), [
-    ("typhoon-s-8b", (), ["SFT"]),
-    ("typhoon-s-8b", (DISTILL,), ["distillation: teacher", "distillation: train"]),
-])
-def test_jobs_of_an_objective(name: str, settings: tuple[str, ...], kinds: list[str]) -> None:
-    found = priced(name, *settings)
-    assert list(found) == kinds
-    for q in found.values():
-        assert q.hours == pytest.approx(q.steps * q.step_s / 3600) and q.hours > 0
-        assert q.cost_usd > 0 and q.energy_kwh > 0
-        assert any(note.startswith("Cost: 2.95 USD for a GPU and hour") for note in q.notes)
-    assert totals(list(found.values())).gpu_hours == pytest.approx(8 * sum(q.hours for q in found.values()))
-
-
-def test_a_reference_is_a_pass_that_only_looks() -> None:
-    base = apply_settings(recipes.get("typhoon-s-8b"), ["objective.name=preference"])
-
-    def hours(config: RunConfig) -> dict[str, float]:
-        return {q.kind: q.hours for q in quotes(config, gpus())}
-
-    with_reference = hours(base)
-    assert list(with_reference) == ["preference: reference", "preference: train"]
-    # two forward passes are recomputed or looked at for each of three that learn
-    assert with_reference["preference: reference"] == pytest.approx(
-        with_reference["preference: train"] / 4, rel=0.3)
-    assert list(hours(apply_settings(base, ["preference.method=simper"]))) == ["preference: train"]
-
-
-def test_the_distance_of_kto_is_a_forward_pass_more() -> None:
-    base = apply_settings(recipes.get("typhoon-s-8b"), ["objective.name=preference"])
-    step_s = {method: {q.kind: q.step_s for q in quotes(apply_settings(
-        base, [f"preference.method={method}"]), gpus())} for method in ("dpo", "kto")}
-    kto, dpo = (step_s[method]["preference: train"] for method in ("kto", "dpo"))
-    assert kto - dpo == pytest.approx(step_s["dpo"]["preference: reference"], rel=0.3)
+@pytest.mark.parametrize(("settings", "left_out"), [
+    ((), ""), (("objective.name=distill",), "The teacher's forward passes and output head are not priced."),
+    (("objective.name=preference",), "The forward passes of the reference are not priced"),
+    (("objective.name=preference", "preference.method=simper"), "")])
+def test_conversations_are_attended_one_by_one_and_notes_say_what_is_left_out(
+        settings: tuple[str, ...], left_out: str) -> None:
+    found = priced("typhoon-s-8b", *settings)
+    assert f"Documents of 1,000 tokens are assumed in rows of {found.seq_len:,}." in found.notes
+    assert [note for note in found.notes if "not priced" in note and note.startswith(left_out or "-")] == [
+        note for note in found.notes if "not priced" in note]
+    assert any("not priced" in note for note in found.notes) == bool(left_out)
+    assert found.seconds["attention"] < priced("typhoon-s-8b", "objective.name=lm").seconds["attention"] / 2
 
 
 def test_adapters_need_less() -> None:
-    whole, adapter = priced("typhoon-s-8b")["SFT"], priced("typhoon-s-8b", "lora.rank=16")["SFT"]
+    whole, adapter = priced("typhoon-s-8b"), priced("typhoon-s-8b", "lora.rank=16")
     assert 0.5 * whole.hours < adapter.hours < 0.95 * whole.hours
     assert adapter.memory.total_bytes < 0.6 * whole.memory.total_bytes
-
-
-def test_a_larger_teacher_reads_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = (DISTILL, "train.steps=2500", "train.global_batch_size=64", "data.phases.0.seq_len=4096",
-             "data.phases.0.tokens=655360000")
-    hours = []
-    for name in ("qwen3-4b-2507", "qwen3-8b"):
-        monkeypatch.setitem(TEACHERS, "typhoon-s-8b", name)
-        hours.append(priced("typhoon-s-8b", *asked)["distillation: teacher"].hours)
-    assert 1.5 < hours[1] / hours[0] < 2.5
 
 
 def test_a_teacher_lies_beside_the_model_that_learns_its_distributions() -> None:

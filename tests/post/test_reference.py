@@ -55,25 +55,6 @@ def test_numbers_of_measured_pairs_are_kept_like_those_of_samples(pairs: Path, t
             read()
 
 
-def test_a_run_of_an_earlier_version_goes_on_without_a_reference_of_held_out_pairs(
-        pairs: Path, tmp_path: Path, capsys: Any) -> None:
-    from megatron_sov.post.preference import measure_pairs
-    from megatron_sov.post.reference import Reference
-
-    [source] = opened(pairs)
-    earlier = Reference(tmp_path, pairs, [source], 128)
-    earlier._open()
-    parts = earlier._parts["pairs"]
-    write_sealed(parts.file(0), np.zeros(parts.starts(0)[-1], np.float32).tobytes(), parts.of(0))
-    reference = Reference(tmp_path, pairs, [source], 128, {"pairs": range(4)})
-    reference.refuse_changed()
-    assert "an earlier version began the run" in capsys.readouterr().err
-    asked = recipes.get("tiny-solar-open").preference
-    found = measure_pairs([source], lambda documents, chosen: np.zeros(
-        int(documents.lengths[np.asarray(chosen)].sum()), np.float32), 128, asked, reference.heldout_logprobs)
-    assert found["pairs"].keys() == {"pairs", "chosen_likelier"}
-
-
 def start(folder: Path, weights: str) -> Path:
     """Return what stands for a checkpoint that was made just now."""
     with new_artifact(folder, "checkpoint") as artifact:

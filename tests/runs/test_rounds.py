@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.base.artifacts import manifest_sha256, new_artifact
+from megatron_sov.base.artifacts import new_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.runs.rounds import Policy, RunPolicies, enter_rounds, policy_of_round, policy_of_start
@@ -72,8 +72,14 @@ def test_the_newest_end_of_a_round_writes_it_if_it_is_not_too_old(tmp_path: Path
     assert policy_of_round(run, start, 2, rollout) is None
     assert policy_of_round(run, start, 2, RolloutConfig(steps_per_round=2, max_staleness=1)) == first
 
-    steps = {step: checkpoint(run / "checkpoints" / f"step-{step}") for step in (2, 3, 4, 5)}
-    newest = Policy(steps[4], 4, manifest_sha256(steps[4]))  # 5 lies inside of a round
+    policies = run_of(run, start)
+    expected = trained(policies, range(1, 4))
+    steps = {step: checkpoint(run / "checkpoints" / f"step-{step}", feed={"trained": f"{step}"})
+             for step in (2, 3, 5)}
+    policies = run_of(run, start)
+    trained(policies, range(1, 3))
+    steps[4] = checkpoint(run / "checkpoints/step-4", feed=policies.state())
+    newest = Policy(steps[4], 4, expected[2].sha256)  # 5 lies inside of a round
     assert [policy_of_round(run, start, number, rollout) for number in (1, 3, 4)] == [newest, newest, None]
 
 
@@ -127,14 +133,3 @@ def test_weights_that_were_taken_back_are_another_policy(tmp_path: Path) -> None
     policies.restore(kept)
     assert policies.at(8).sha256 not in {policy.sha256 for policy in before}
     assert policies.at(8).sha256 != run_of(tmp_path / "run", start).at(0).sha256
-
-
-def test_a_run_that_an_earlier_version_began_goes_on_by_its_checkpoints_manifest(tmp_path: Path) -> None:
-    start, run = checkpoint(tmp_path / "start"), tmp_path / "run"
-    own = checkpoint(run / "checkpoints/step-4")
-    policies = run_of(run, start)
-    assert policies.at(4).sha256 == manifest_sha256(own)
-    assert policies.is_own(4, manifest_sha256(own)) and not policies.is_own(4, "another run's")
-    assert policies.is_own(0, manifest_sha256(start))
-    policies.begin(4, "documents of round 3")
-    assert policies.at(6).sha256 not in (manifest_sha256(own), policies.at(4).sha256)

@@ -1,10 +1,9 @@
-"""`megatron-sov chat`, as docs/chat.md types it: what is asked and shown, what is kept of a conversation,
-and that saved rows pack."""
+"""`megatron-sov chat`, as docs/chat.md types it: what is asked and shown, and what is kept of a
+conversation."""
 
 from __future__ import annotations
 
 import io
-import json
 import os
 import pty
 import re
@@ -24,12 +23,10 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from synthesis.endpoint import ScriptedEndpoint, serving
 
-from data_prep.cli import main as sov_data
 from megatron_sov.cli import main
 from megatron_sov.serve.chat_session import ChatSession, model_at
 from megatron_sov.work.endpoints.answers import NeverAnswered
 from tests.pages_typed import ROOT, commands_of
-from tokenizer.cli import main as sov_tokenizer
 
 PAGE = (ROOT / "docs/chat.md").read_text()
 TYPED = commands_of(PAGE)
@@ -78,36 +75,15 @@ class Shown:
 
 def test_each_piped_line_gets_one_answer_and_nothing_else_is_printed(endpoint: ScriptedEndpoint, talk: Any
                                                                      ) -> None:
-    found = talk("one\n\ntwo\n/think\n/undo\n/temp 0\n/retry\n/system Be kind.\n/clear\nthree\n/tmp\n/quit\n"
-                 "four\n", endpoint.url, "--system", "Be brief.", "--top-p", "0.9", "--seed", "5")
-    assert found.out == "1 asked, last one\n2 asked, last two\n1 asked, last one\n1 asked, last three\n"
-    assert "I count them." in found.err and "/tmp: does not exist; did you mean 'temp'?" in found.err
-    first, second, again, third = endpoint.requests
+    found = talk("one\n\ntwo\n/think\n/clear\nthree\n/thnk\n/quit\nfour\n", endpoint.url, "--system",
+                 "Be brief.", "--top-p", "0.9", "--seed", "5")
+    assert found.out == "1 asked, last one\n2 asked, last two\n1 asked, last three\n"
+    assert "I count them." in found.err and "/thnk: does not exist; did you mean 'think'?" in found.err
+    first, second, third = endpoint.requests
     assert [m["content"] for m in second["messages"]] == ["Be brief.", "one", "1 asked, last one", "two"]
-    assert (first["temperature"], again["temperature"], first["top_p"]) == (0.7, 0, 0.9)
-    assert (first["seed"], again["seed"]) == (5, 7), "a second try would be the same again"
-    assert first["max_tokens"] == 2048, "half of the context"
-    assert third["messages"][0] == {"role": "system", "content": "Be kind."} and len(third["messages"]) == 2
-
-
-@pytest.mark.deep
-def test_saved_rows_pack_and_cut_answers_are_not_learned(endpoint: ScriptedEndpoint, talk: Any,
-                                                         tmp_path: Path,
-                                                         monkeypatch: pytest.MonkeyPatch,
-                                                         imported: dict[str, Path]) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert sov_tokenizer(["import", str(imported["solar_open"] / "tokenizer"), "--output", "tokenizer"]) == 0
-    found = talk("long\n/save talks.jsonl\ntwo\none\n/save talks.jsonl\n", endpoint.url)
-    assert "the answer is cut" in found.err and "no answer has ended by itself" in found.err
-    (row,) = [json.loads(line) for line in Path("talks.jsonl").read_text().splitlines()]
-    cut, earlier, last = row["messages"][1::2]
-    assert cut["train"] is False and earlier["train"] is False and "train" not in last
-    assert "reasoning_content" not in earlier and last.pop("reasoning_content") == "I count them."
-    # this template shows no thoughts at all, and such rows are refused by name
-    Path("talks.jsonl").write_text(json.dumps(row) + "\n")
-    (line,) = [line for line in TYPED if line.startswith("sov-data pack")]
-    assert sov_data(shlex.split(line)[1:]) == 0
-    assert Path("talks/manifest.json").is_file()
+    assert (first["temperature"], first["top_p"]) == (0.7, 0.9)
+    assert (first["seed"], first["max_tokens"]) == (5, 2048), "half of the context"
+    assert [m["content"] for m in third["messages"]] == ["Be brief.", "three"]
 
 
 def test_oldest_turns_are_left_out_where_the_context_ends(endpoint: ScriptedEndpoint) -> None:
@@ -122,7 +98,7 @@ def test_oldest_turns_are_left_out_where_the_context_ends(endpoint: ScriptedEndp
     endpoint.next = ["too long"] * 9
     with pytest.raises(NeverAnswered, match="longer than the model's context"):
         session.ask("e", screen)
-    assert [turn.user for turn in session.turns] == ["a", "b", "c", "d"], "the row has all turns"
+    assert [turn.user for turn in session.turns] == ["a", "b", "c", "d"]
 
 
 @pytest.mark.deep

@@ -95,19 +95,3 @@ def test_characters_of_several_tokens_arrive_whole(client: Ask, tokenizer: tuple
     else:
         said = completions.create(**asked).choices[0].message.content or ""
     assert said == text
-
-
-def test_what_a_server_returned_can_be_sent_back(client: Ask, tokenizer: tuple[Path, Tokenizer]) -> None:
-    messages: list[Any] = [{"role": "developer", "content": "Be short."},
-                           {"role": "user", "content": [{"type": "text", "text": "a"},
-                                                        {"type": "text", "text": "안녕"}]}]
-    made = client(ids_of(tokenizer, "hi"))
-    first = made.chat.completions.create(model="m", messages=messages).choices[0].message
-    returned: Any = first.model_dump() | {"annotations": [], "audio": None, "function_call": None}
-    again = [*messages, returned, {"role": "user", "content": "and?"}]
-    found = made.chat.completions.create(model="m", messages=again)
-    text = ("<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\na\n안녕<|im_end|>\n"
-            "<|im_start|>assistant\nhi<|im_end|>\n<|im_start|>user\nand?<|im_end|>\n"
-            "<|im_start|>assistant\n")
-    assert found.usage is not None and found.usage.prompt_tokens == len(
-        tokenizer[1].encode(text, add_special_tokens=False).ids)

@@ -197,23 +197,6 @@ def test_the_page_shows_a_client_that_gets_an_answer(server: Any, written: Any) 
     assert said.getvalue() == expected["text"] + "\n"
 
 
-def test_what_lm_eval_sends_is_taken_and_what_it_reads_is_what_generate_writes(server: Any, written: Any
-                                                                               ) -> None:
-    from lm_eval.models.openai_completions import LocalChatCompletion
-
-    client = LocalChatCompletion.__new__(LocalChatCompletion)  # without its own connections
-    client.model, client.think_end_token, client._max_gen_toks = "mine", None, 256
-    answers = []
-    for text in ("Hello", "1 + 2?"):
-        messages = [{"role": "user", "content": text, "type": "text"}]
-        sent = client._create_payload(messages, generate=True, eos="<|end|>", gen_kwargs={
-            "until": ["re"], "max_gen_toks": 12, "temperature": 0, "do_sample": False})
-        answers.append(httpx.post(f"{server.url}/chat/completions", json=sent, timeout=600).json())
-    expected = written("--prompt", "Hello", "--prompt", "1 + 2?", "--chat", "--max-new-tokens", "12",
-                       "--stop", "re")
-    assert client.parse_generations(answers) == [e["text"] for e in expected]
-
-
 @pytest.mark.parametrize(("options", "said"), [
     (["--host", "0.0.0.0"], '--host "0.0.0.0": others than this machine reach it'),
     (["--host", "example.org"], '--host "example.org": others than this machine'),

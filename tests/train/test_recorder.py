@@ -89,8 +89,6 @@ def tell_all(r: Recorder) -> None:
                 {"chat": 3})
     r.saved(Saved(Path("run/checkpoints/step-4"), 4, 0.1, 0.2))
     r.hang(5, {"loop.py, train": [0, 1]})
-    r.energy(5, [float("nan"), 250.0])
-    r.energy(5, [float("nan")])
     r.gate_failed(6, "accuracy 0.1 is below 0.9")
     r.stopped(6, None)
     r.ended(7, 12.5, None)
@@ -112,7 +110,7 @@ def test_every_word_is_an_event_of_its_own(tmp_path: Path, capsys: pytest.Captur
     events = told(tmp_path)
     assert [(e["event"], e.get("step")) for e in events] == [
         ("run_start", None), ("phase", 0), ("warning", 1), ("step", 1), ("skip", 2), ("skip", 3), ("skip", 3),
-        ("expert_load", 4), ("eval", 4), ("data_consumed", 4), ("checkpoint", 4), ("hang", 5), ("energy", 5),
+        ("expert_load", 4), ("eval", 4), ("data_consumed", 4), ("checkpoint", 4), ("hang", 5),
         ("gate_failed", 6), ("stop", 6),
         ("run_end", 7)]
     start, _, warning, step, passed_over, no_gradient, refused, load, *_ = events

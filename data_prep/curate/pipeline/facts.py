@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from data_prep.shards.shard_damage import way_out
 from megatron_sov.base.sealed import open_parquet, read_json, write_json
 
-COLUMNS = ("source", "language", "form", "kind", "level", "licence", "topic", "synthetic")
+COLUMNS = ("source", "language", "form", "kind", "level", "licence", "synthetic")
 """Columns of which each value is counted."""
 MAX_VALUES = 1_000
 """Values of one column that are named; the rest, those with the fewest bytes, is one value."""

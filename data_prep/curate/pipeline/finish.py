@@ -36,7 +36,7 @@ CLOCKS_DIFFER_S = 60.0
 """A disk's clock and this machine's."""
 TAGS = ("kind", "level", "synthetic")
 """Columns that blends choose sources by, whatever the names are made of."""
-NAMED_TAGS = ("language", "topic")
+NAMED_TAGS = ("language",)
 """Columns that become tags where names are made of them, so that a source has one value."""
 
 

@@ -171,7 +171,6 @@ STEPS: dict[str, str] = {
     "decontaminate": "data_prep.curate.decontamination.step:Decontaminate",
     "quality": "data_prep.curate.scoring.kinds:Quality",
     "education": "data_prep.curate.scoring.kinds:Education",
-    "topics": "data_prep.curate.scoring.topics:Topics",
     "level": "data_prep.curate.scoring.levels:Level",
     "kind": "data_prep.curate.scoring.kinds:ScorerKind",
 }

@@ -5,8 +5,7 @@ The first rule for `kind` that speaks decides:
 
 1. the source's own `kind`, where the pipeline file gives one other than `auto`;
 2. `math_code`: the step `language` calls its form code or markup, or it is dense with formulas;
-3. `domain:NAME`: a classifier of that domain gives at least `min_score`, the highest one of several; or, for
-   domains without a classifier, it has enough of the domain's words;
+3. `domain:NAME`: a classifier of that domain gives at least `min_score`, the highest one of several;
 4. its language: `en`, `ko`, `ja`, and `multilingual` for any other;
 5. nothing, where the language is not known.
 """
@@ -16,11 +15,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, ClassVar
-
-import yaml
 
 from data_prep.curate.pipeline.step import ColumnType, Doc, Step, StepOutcome, View
 from data_prep.curate.scoring.labels import HIGHEST, Kind
@@ -106,11 +102,6 @@ class Education(_Grade):
     Settings = EducationSettings
 
 
-DOMAINS = ("finance", "law", "medicine")
-SPACED = ("en",)
-"""Languages whose words are matched whole."""
-WORDS_FILE = Path(__file__).with_name("domain_words.yaml")
-_NOT_LETTERS = re.compile(r"[\W\d_]+")
 AUTO = "auto"
 MATH_CODE, MULTILINGUAL = "math_code", "multilingual"
 OWN_KINDS = ("en", "ko", "ja")
@@ -124,36 +115,6 @@ DomainName = Annotated[str, Bound(lambda name: None if _NAME.fullmatch(name) els
     ProblemCode.BOUND, "must be a name of small letters, digits and '_', e.g. law", ""))]
 
 
-# Domains by their words: a list of words of the trade for each of a few languages.
-
-
-@lru_cache(maxsize=1)
-def domain_words() -> dict[str, dict[str, tuple[str, ...]]]:
-    """Return language -> domain -> its words, in lower case."""
-    raw = yaml.safe_load(WORDS_FILE.read_text(encoding="utf-8"))
-    languages = sorted({language for of in raw.values() for language in of})
-    return {language: {domain: tuple(dict.fromkeys(raw[domain].get(language, ()))) for domain in DOMAINS}
-            for language in languages}
-
-
-def domain_hits(text: str, language: str) -> dict[str, tuple[int, int]]:
-    """Return, for each domain, how many of its words a text has, and how many times it has any of them;
-    nothing for a language without lists."""
-    lists = domain_words().get(language)
-    if lists is None:
-        return {}
-    looked = text.lower()
-    if language in SPACED:
-        # Two spaces between words: then words next to each other each have one of their own on either side.
-        looked = f" {_NOT_LETTERS.sub(' ', looked).replace(' ', '  ')} "
-    found = {}
-    for domain, words in lists.items():
-        counts = [looked.count(f" {word.replace(' ', '  ')} " if language in SPACED else word)
-                  for word in words]
-        found[domain] = (sum(count > 0 for count in counts), sum(counts))
-    return found
-
-
 @dataclass(frozen=True)
 class KindSettings:
     """Settings of `kind`."""
@@ -162,13 +123,6 @@ class KindSettings:
     """Domain -> folder of a classifier by `sov-data scorer train`, label 1 for documents of the domain."""
     min_score: Share = 0.5
     """Score from which a classifier's domain is taken."""
-    words: bool = True
-    """Tell finance, law and medicine by their words where no classifier is named (English, Korean,
-    Japanese)."""
-    min_words: AtLeastOne = 6
-    """Different words of a domain that a document must have."""
-    min_words_per_1000_chars: AboveZero = 3.0
-    """How many times it must have any of them, in 1,000 characters."""
     min_formulas_per_1000_chars: AboveZero = 4.0
     """Signs and commands of formulas in 1,000 characters that make a document one of mathematics."""
     code_forms: tuple[str, ...] = ("code", "markup")
@@ -196,10 +150,9 @@ class ScorerKind(Step):
         self._scorers: dict[str, Scorer] = {}
 
     def files(self) -> Sequence[Path]:
-        """Return what decides the classifiers' scores, and the words of domains."""
-        words = [WORDS_FILE] if self.settings.words else []
-        return [*words, *(file for _, folder in sorted(self.settings.domains.items())
-                          for file in scorer_files(Path(folder)))]
+        """Return what decides the classifiers' scores."""
+        return [file for _, folder in sorted(self.settings.domains.items())
+                for file in scorer_files(Path(folder))]
 
     def start(self, view: View) -> None:
         self._scorers = {name: load_scorer(Path(folder))
@@ -217,7 +170,7 @@ class ScorerKind(Step):
         text = document.text[: self.settings.max_chars]
         if document.columns.get("form") in self.settings.code_forms or self._is_mathematics(text):
             return MATH_CODE
-        if domain := self._domain(document.text, text, language):
+        if domain := self._domain(document.text):
             return f"domain:{domain}"
         if language in _UNKNOWN:
             return ""
@@ -228,17 +181,7 @@ class ScorerKind(Step):
         wanted = self.settings.min_formulas_per_1000_chars * len(text) / 1000
         return len(text) > 0 and len(_FORMULA.findall(text)) >= max(wanted, 3)
 
-    def _domain(self, whole: str, text: str, language: str) -> str:
-        # A trained classifier goes before a list of words.
-        scores = {name: scorer.score(whole) for name, scorer in self._scorers.items()}
+    def _domain(self, text: str) -> str:
+        scores = {name: scorer.score(text) for name, scorer in self._scorers.items()}
         best = max(scores, key=lambda name: scores[name], default="")
-        if best and scores[best] >= self.settings.min_score:
-            return best
-        if not self.settings.words:
-            return ""
-        hits = {name: found for name, found in domain_hits(text, language).items() if name not in scores}
-        s = self.settings
-        # Many different words, and often: one word that a text repeats is no domain.
-        enough = {name: num_hits for name, (num_words, num_hits) in hits.items()
-                  if num_words >= s.min_words and num_hits * 1000 >= s.min_words_per_1000_chars * len(text)}
-        return max(enough, key=lambda name: (enough[name], -DOMAINS.index(name)), default="")
+        return best if best and scores[best] >= self.settings.min_score else ""

@@ -148,13 +148,11 @@ def _problem(record: dict[str, Any], kind: Kind) -> str:
     return ""
 
 
-NUM_BINS = 10
-"""Of the expected calibration error."""
-_OWN = {"classifier": (("brier", "Brier score"), ("calibration_error", "calibration error")),
+_OWN = {"classifier": (("brier", "Brier score"),),
         "regressor": (("spearman", "Spearman"), ("mean_absolute_error", "mean error"))}
 """Kind -> figures that it alone has, and what they are called."""
 KEEPS = {"classifier": 0.5, "regressor": 3.0}
-"""The score from which a text counts as good in the table of hits and misses; 3 is FineWeb-Edu's."""
+"""The score from which a text counts as good; 3 is FineWeb-Edu's."""
 
 
 def judge(kind: Kind, labels: Sequence[Label], scores: np.ndarray) -> dict[str, Any]:
@@ -165,18 +163,13 @@ def judge(kind: Kind, labels: Sequence[Label], scores: np.ndarray) -> dict[str, 
     languages = {}
     for name in sorted({item.language for item in labels}):
         places = [i for i, item in enumerate(labels) if item.language == name]
-        found = _figures(kind, values([labels[i] for i in places]), scores[places])
-        languages[name or "not said"] = _short(found)
+        languages[name or "not said"] = _figures(kind, values([labels[i] for i in places]), scores[places])
     return {**_figures(kind, values(labels), scores), "languages": languages}
-
-
-def _short(figures: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in figures.items() if name != "confusion"}
 
 
 def _figures(kind: Kind, labels: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
     from scipy.stats import spearmanr
-    from sklearn.metrics import confusion_matrix, roc_auc_score
+    from sklearn.metrics import roc_auc_score
 
     keeps = KEEPS[kind]
     # A regressor too is asked whether it keeps what is worth keeping.
@@ -190,34 +183,16 @@ def _figures(kind: Kind, labels: np.ndarray, scores: np.ndarray) -> dict[str, An
         "recall": hits / int(good.sum()) if good.any() else None,
     }
     if kind == "classifier":
-        found |= {"brier": float(np.mean((scores - labels) ** 2)),
-                  "calibration_error": _calibration_error(labels, scores)}
-    else:
-        differ = len(set(labels.tolist())) > 1 and len(set(scores.tolist())) > 1
-        found |= {"spearman": float(spearmanr(labels, scores).statistic) if differ else None,
-                  "mean_absolute_error": float(np.mean(np.abs(scores - labels))),
-                  "mean_square_error": float(np.mean((scores - labels) ** 2))}
-    classes = list(range(HIGHEST[kind] + 1))
-    rounded = (kept.astype(int) if kind == "classifier" else np.rint(scores).astype(int))
-    found["confusion"] = confusion_matrix(np.rint(labels).astype(int), rounded, labels=classes).tolist()
-    return found
-
-
-def _calibration_error(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Return the expected calibration error (Guo et al., arXiv 1706.04599, equation 3)."""
-    # A score of 1 belongs to the last bin. In each bin |sum of labels - sum of scores|, over all labels: the
-    # shares of bins cancel out.
-    bins = np.minimum((scores * NUM_BINS).astype(int), NUM_BINS - 1)
-    return float(sum(abs(labels[bins == i].sum() - scores[bins == i].sum()) for i in set(bins.tolist()))
-                 / len(labels))
+        return {**found, "brier": float(np.mean((scores - labels) ** 2))}
+    differ = len(set(labels.tolist())) > 1 and len(set(scores.tolist())) > 1
+    return {**found, "spearman": float(spearmanr(labels, scores).statistic) if differ else None,
+            "mean_absolute_error": float(np.mean(np.abs(scores - labels)))}
 
 
 def describe_figures(kind: Kind, figures: dict[str, Any]) -> list[str]:
     lines = [f"  {_line(kind, figures)}"]
     if len(figures["languages"]) > 1 or "not said" not in figures["languages"]:
         lines += [f"  {name}: {_line(kind, of)}" for name, of in figures["languages"].items()]
-    lines.append("  rows: labels, columns: scores, rounded: " + "; ".join(
-        f"{i}: {' '.join(map(str, row))}" for i, row in enumerate(figures["confusion"])))
     return lines
 
 

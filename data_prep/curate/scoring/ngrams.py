@@ -1,4 +1,4 @@
-"""Hashed n-grams of a text: what the linear scorers and the topics look at.
+"""Hashed n-grams of a text: what the linear scorers look at.
 
 A text is cut into units: runs of letters, marks and digits in scripts with spaces between words; single
 characters in Han, kana, Hangul, Thai and their neighbours; each sign for itself.  Everything is in lower

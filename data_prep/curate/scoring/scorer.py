@@ -23,8 +23,7 @@ from data_prep.curate.scoring.ngrams import Ngrams
 from megatron_sov.base.artifacts import (
     MANIFEST, damaged_files, new_artifact, read_manifest, refuse_existing, sha256_file, to_json)
 from megatron_sov.base.errors import UserError, how_to_install
-from megatron_sov.base.settings import (
-    Finite, ProblemCode, SettingsError, SettingsProblem, as_problem, name_options, problems_of, read)
+from megatron_sov.base.settings import Finite, ProblemCode, SettingsProblem, read
 from megatron_sov.work.progress.progress_bar import work_bar
 
 ARTIFACT = "scorer"
@@ -260,7 +259,7 @@ class TrainSettings:
     """JSONL file of labels."""
     kind: Kind
     """classifier, or regressor."""
-    features: NgramSettings
+    features: NgramSettings = NgramSettings()
     """How texts become rows."""
 
 
@@ -270,9 +269,8 @@ def train(settings: TrainSettings, output: Path, *, overwrite: bool = False) -> 
     Raises:
         UserError: labels or settings that cannot be, or an output that may not be replaced.
     """
-    if problems := [*map(as_problem, library_problems()), *name_options(
-            problems_of(settings.features), num_buckets="--buckets")]:
-        raise SettingsError("", problems)
+    if problems := library_problems():
+        raise UserError(problems[0])
     refuse_existing(output, ARTIFACT, overwrite)
     labels, num_again = read_labels(settings.labels, settings.kind, settings.features.max_chars,
                                     least=MIN_LABELS)
@@ -317,14 +315,11 @@ def bar_of(labels: list[Label], bar: Any) -> Iterable[Label]:
 
 
 def _rows(features: Ngrams, labels: Iterable[Label]) -> Any:
-    """Return the sparse float32 matrix of the n-grams of texts."""
-    return sparse_rows([features.row(item.text) for item in labels], features.width)
-
-
-def sparse_rows(rows: list[tuple[np.ndarray, np.ndarray]], width: int) -> Any:
-    """Return rows of (columns, values) as one sparse matrix (scipy, CSR)."""
+    """Return the sparse float32 matrix of the n-grams of texts (scipy, CSR)."""
     from scipy.sparse import csr_matrix
 
+    rows = [features.row(item.text) for item in labels]
     ends = np.cumsum([0, *(len(columns) for columns, _ in rows)])
     columns = np.concatenate([columns for columns, _ in rows])
-    return csr_matrix((np.concatenate([v for _, v in rows]), columns, ends), shape=(len(rows), width))
+    weights = np.concatenate([weights for _, weights in rows])
+    return csr_matrix((weights, columns, ends), shape=(len(rows), features.width))

@@ -17,6 +17,7 @@ from typing import IO, Annotated, cast
 from annotated_types import Ge, Le
 
 from megatron_sov.base.documents import BadRecord
+from megatron_sov.base.documents.files import ZstdFile
 from megatron_sov.base.settings import Bound, Breach, ProblemCode
 
 # What reading may take: limits that every format has, and reading compressed files within them.
@@ -54,8 +55,6 @@ def unpacked(file: Path) -> Iterator[IO[bytes]]:
     if suffix == ".gz":
         stream = cast(IO[bytes], gzip.open(file, "rb"))  # noqa: SIM115  (closed below)
     elif suffix == ".zst":
-        from megatron_sov.base.documents.zstd import ZstdFile
-
         stream = io.BufferedReader(ZstdFile(file))
     else:
         stream = open(file, "rb")  # noqa: SIM115  (closed below)

@@ -1,19 +1,13 @@
-"""Samples go through the steps of a pipeline, as documents; what is found comes back to them.
-
-The folder is a pipeline's: a command that finds the same samples and steps judges none of them again.
-"""
+"""Samples go through the steps of a pipeline, as documents; what is found comes back to them."""
 
 from __future__ import annotations
 
-import filecmp
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,11 +19,11 @@ from data_prep.curate.pipeline.plan import PipelinePlan, SourcePlan, make_plan
 from data_prep.curate.pipeline.running import judge_documents
 from data_prep.json_lines import read_objects
 from data_prep.shards.shard_damage import way_out
-from data_prep.synth.candidates import Candidate, MadeSample, SynthRunRecord, read_made
+from data_prep.synth.candidates import SynthRunRecord, read_finished
 from data_prep.synth.checks.settings import (
     CONTEXT, INPUT, SOURCES, NoSample, asked_in, read_steps, steps_file, texts_of)
-from data_prep.synth.generator import Kind, SampleVerdict
-from megatron_sov.base.artifacts import disk_errors, publish
+from data_prep.synth.generator import GeneratedSample, Kind, SampleVerdict
+from megatron_sov.base.artifacts import disk_errors
 from megatron_sov.base.documents import Document, RecordReading, list_files, read_span
 from megatron_sov.base.documents.files import JSONL_SUFFIXES, spans_of
 from megatron_sov.base.errors import UserError
@@ -37,7 +31,6 @@ from megatron_sov.base.sealed import open_parquet
 from megatron_sov.work.progress.journal import work_folder
 
 FOLDER, TEXTS = "checks", "texts"
-LOT_ITEMS = 2000
 FORM = "form"
 """Check that a record is what later commands take."""
 
@@ -75,18 +68,18 @@ class JudgedSample:
     steps: tuple[Mapping[str, Any], ...] = ()
     """Figures of each step and source, as a pipeline's summary has them."""
 
-    def verdict(self, kind: Kind, candidate: Candidate) -> SampleVerdict | None:
+    def verdict(self, kind: Kind, id_: str, sample: GeneratedSample) -> SampleVerdict | None:
         """Return why a sample that passed its own checks does not stay; None: it does."""
         try:
             # before the steps are asked: a record that no later command takes was never sent to them
-            texts = texts_of(kind, candidate.record)
+            texts = texts_of(kind, sample.record)
         except NoSample as e:
             return SampleVerdict(FORM, False, str(e))
-        ids = (candidate.id, _context_id(texts.get(CONTEXT, "")))
+        ids = (id_, _context_id(texts.get(CONTEXT, "")))
         if found := next(filter(None, map(self.dropped.get, ids)), None):
             return found
         # a changed text cannot be put back into the messages that it was joined from
-        if kind != "text" and any(id_ in self.changed for id_ in ids):
+        if kind != "text" and any(one in self.changed for one in ids):
             return SampleVerdict("changed by a step", False,
                                  "only texts can follow; use steps that keep or drop")
         return None
@@ -100,98 +93,51 @@ def judge_samples(output: Path, run: SynthRunRecord, checks: Path | None, worker
     """
     folder = work_folder(output) / FOLDER
     with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        # in lots, which are read and judged in parallel
-        folders = _write_texts(output, run, folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        folders = _write_texts(output, run, folder / TEXTS)
     pipeline = read_steps(steps_file(checks, run.generator, run.kind), folders) if folders else None
     if pipeline is None or not pipeline.steps:
         return JudgedSample()
     plan = make_plan(pipeline, folder)
     judge_documents(plan, folder, workers)
-    _delete_earlier(plan, folder)
     dropped, changed = _collect(plan, folder)
     return JudgedSample(dropped, changed, tuple(_figures(summary_of(plan, folder))))
 
 
 def _write_texts(output: Path, run: SynthRunRecord, folder: Path) -> dict[str, Path]:
-    """Write the texts of samples, a file for each lot of items; returns source -> folder."""
-    temporary = folder / f".{TEXTS}.tmp-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    seen: set[str] = set()
+    """Write a file for each source of texts, and return source -> its folder; nothing without samples."""
+    files: dict[str, IO[str]] = {}
+    contexts: set[str] = set()
+    with ExitStack() as stack:
+        def write(source: str, id_: str, text: str) -> None:
+            if source not in files:
+                (folder / source).mkdir(parents=True)
+                files[source] = stack.enter_context(open(folder / source / "texts.jsonl", "w",
+                                                         encoding="utf-8"))
+            files[source].write(json.dumps({"id": id_, "text": text}, ensure_ascii=False) + "\n")
+
+        for item in read_finished(output):
+            for id_, sample in item.numbered():
+                for source, text in _texts_to_judge(run.kind, sample).items():
+                    if source != CONTEXT:
+                        write(source, id_, text)
+                    # system turns repeat: each goes through the steps once, under the hash of its text
+                    elif (context := _context_id(text)) not in contexts:
+                        contexts.add(context)
+                        write(source, context, text)
+        if files:  # the input alone is not judged
+            for path in run.inputs:
+                for origin, text in input_texts(Path(path)):
+                    write(INPUT, f"input {origin}", text)
+    return {name: folder / name for name in SOURCES if name in files}
+
+
+def _texts_to_judge(kind: Kind, sample: GeneratedSample) -> dict[str, str]:
+    """Return source -> text of a sample that passes its own checks and has the form of its kind."""
     try:
-        for number, some in enumerate(_in_lots(read_made(output))):
-            with ExitStack() as stack:
-                lot = _Lot(temporary, f"{number:06}.jsonl", stack)
-                for made in some:
-                    for sample in made.samples:
-                        _write_sample(run.kind, sample, lot, seen)
-        if not temporary.is_dir():  # the input alone is not judged
-            return {}
-        with ExitStack() as stack:
-            lot = _Lot(temporary, "input.jsonl", stack)
-            for origin, text in (found for path in run.inputs for found in input_texts(Path(path))):
-                lot.write(INPUT, f"input {origin}", text)
-        _keep_times(temporary, folder / TEXTS)
-        publish(temporary, folder / TEXTS)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return {name: folder / TEXTS / name for name in SOURCES if (folder / TEXTS / name).is_dir()}
-
-
-def _keep_times(new: Path, old: Path) -> None:
-    """Give files that stay as they are their old times, by which a pipeline knows its raw files."""
-    for file in new.rglob("*.jsonl"):
-        before = old / file.relative_to(new)
-        if before.is_file() and filecmp.cmp(file, before, shallow=False):
-            shutil.copystat(before, file)
-
-
-def _delete_earlier(plan: PipelinePlan, folder: Path) -> None:
-    """Delete the work of earlier plans, each of which has all texts: no later command comes back to it."""
-    used = {name for source in plan.sources for layer in source.layers
-            for name in (layer.folder, layer.shared)}
-    for path in (*folder.glob("shards/*/*"), *folder.glob("shared/*")):
-        if path.relative_to(folder).as_posix() not in used:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-class _Lot:
-    """Files of the texts of some items, made when the first text comes."""
-
-    def __init__(self, folder: Path, name: str, stack: ExitStack) -> None:
-        self._folder, self._name, self._stack = folder, name, stack
-        self._files: dict[str, IO[str]] = {}
-
-    def write(self, source: str, id_: str, text: str) -> None:
-        if source not in self._files:
-            (self._folder / source).mkdir(parents=True, exist_ok=True)
-            self._files[source] = self._stack.enter_context(
-                (self._folder / source / self._name).open("w", encoding="utf-8"))
-        self._files[source].write(json.dumps({"id": id_, "text": text}, ensure_ascii=False) + "\n")
-
-
-def _in_lots(made: Iterator[MadeSample]) -> Iterator[Iterator[MadeSample]]:
-    """Yield items by so many: what comes later changes the last lot's file alone."""
-    for first in made:
-        yield chain([first], islice(made, LOT_ITEMS - 1))
-
-
-def _write_sample(kind: Kind, sample: Candidate, lot: _Lot, seen: set[str]) -> None:
-    if sample.failed:
-        return
-    try:
-        texts = texts_of(kind, sample.record)
+        return {} if sample.failed else texts_of(kind, sample.record)
     except NoSample:
-        return
-    for name, text in texts.items():
-        id_ = sample.id
-        if name == CONTEXT:
-            # system turns repeat: each goes through the steps once, under the hash of its text
-            id_ = _context_id(text)
-            if id_ in seen:
-                continue
-            seen.add(id_)
-        lot.write(name, id_, text)
+        return {}
 
 
 def _context_id(text: str) -> str:

@@ -12,12 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NoReturn, cast
+from typing import IO, TYPE_CHECKING, Any, NoReturn, cast
 
 from megatron_sov.base import sealed
 from megatron_sov.base.artifacts import MANIFEST, read_manifest
 from megatron_sov.base.documents.records import BadRecord
 from megatron_sov.base.errors import UserError, download_dataset, first_line, visible
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 
 def cut_at_blank_lines(blocks: Iterable[bytes], limit_bytes: int) -> Iterator[bytes]:
@@ -506,10 +509,37 @@ def open_bytes(file: Path, compression: str = "") -> IO[bytes]:
     if compression == ".gz":
         return cast(IO[bytes], gzip.open(file, "rb"))
     if compression == ".zst":
-        from megatron_sov.base.documents.zstd import ZstdFile
-
         return io.BufferedReader(ZstdFile(file))
     return open(file, "rb")
+
+
+class ZstdFile(io.RawIOBase):
+    """The decompressed bytes of a `.zst` file of one or more frames; wrap it in `io.BufferedReader`."""
+
+    def __init__(self, file: Path) -> None:
+        import pyarrow
+
+        self._stream = pyarrow.input_stream(os.fspath(file), compression="zstd")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        """Fill `buffer`; returns the bytes written, 0 at the end.
+
+        Raises:
+            EOFError: the file ends inside a frame, or its data are damaged.
+        """
+        try:
+            return int(self._stream.readinto(buffer))
+        except OSError as e:
+            if e.errno:  # of the disk; Arrow's own errors have no number
+                raise
+            raise EOFError(str(e)) from None
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
 
 
 def holds_records(file: Path) -> bool:

@@ -30,6 +30,9 @@ COMMANDS = {
     "megatron-sov eval logits": "`megatron-sov convert verify CHECKPOINT HF_DIR` compares weights and logits",
     **dict.fromkeys(("megatron-sov eval inspect", "megatron-sov eval play"),
                     "serve the model with `megatron-sov serve` and run inspect-ai on its address"),
+    "megatron-sov distill write": "`megatron-sov rl run ... --teacher TEACHER --reward none --set "
+                                  "policy.method=gkd` has the student answer (docs/distill.md); "
+                                  "`megatron-sov generate --prompts` writes answers to pack",
     "megatron-sov distill rounds": "use `megatron-sov rl run ... --teacher TEACHER --reward none --set "
                                    "policy.method=gkd` (docs/distill.md)",
     "megatron-sov eval suites": "docs/eval_suites.md lists the tasks and their files; `eval lm` reads a "
@@ -38,6 +41,10 @@ COMMANDS = {
     "megatron-sov reproduce": "python benchmarks/learning.py runs the claims in a checkout",
     "megatron-sov rl replay": "type the command of `rl run` again with another --run and --store",
     "megatron-sov rl store page": "`megatron-sov rl store show` prints responses and their rewards",
+    "megatron-sov rl store ls": "`megatron-sov inspect STORE` lists parts and claims",
+    "megatron-sov rl store stats": "`megatron-sov report RUN` has the figures of rounds; the store's Parquet "
+                                   "files have the rows (docs/rollout_store.md)",
+    "megatron-sov rl store verify": "use `megatron-sov inspect STORE --verify`",
     "megatron-sov rl why": "`megatron-sov rl store show` prints responses and their rewards",
     "megatron-sov watch": "`megatron-sov status RUN --follow` prints each step; --set obs.tensorboard=true "
                           "draws curves",
@@ -60,11 +67,13 @@ OPTIONS = {
         "ask an endpoint with lm-eval's own command `lm_eval --model local-chat-completions`"),
     **dict.fromkeys(("megatron-sov inspect --page", "sov-data inspect --page"),
                     "redirect the text: `megatron-sov inspect PATH > facts.txt`"),
+    "megatron-sov eval needle --by": "answers are generated greedily",
     "megatron-sov eval needle --text": "pack the text with `sov-data pack --heldout 0.5` for --data",
     **dict.fromkeys(("megatron-sov eval passk --sampled", "megatron-sov eval passk --group-by"),
                     "`megatron-sov score` judges responses that are there"),
     "megatron-sov score --disagreements": "the command prints the lines where two rewards disagree",
-    "megatron-sov tools play --page": "redirect the text: `megatron-sov tools play ENV ... > play.txt`",
+    "megatron-sov tools play": "call the world in Python (docs/tools.md, \"Try one by hand\"), or use "
+                               "`megatron-sov tools run`",
     **dict.fromkeys(("megatron-sov plan --calibrate-engine", "megatron-sov plan --engine-gpus"),
                     "rounds of RL have no price; multiply the seconds of one round of `rl run`"),
     "megatron-sov plan --page": "redirect the text: `megatron-sov plan RECIPE --cluster P > plan.txt`",
@@ -84,9 +93,13 @@ OPTIONS = {
     "megatron-sov generate --speaker": "a codec has one voice",
     **dict.fromkeys((f"megatron-sov submit --{name}" for name in ("job-name", "manifest", "apply")),
                     "submit to a Slurm cluster; Kubernetes is not supported"),
+    **dict.fromkeys((f"sov-data encode-media --{name}" for name in ("recogniser", "max-wer", "max-cer")),
+                    "filter the speech with NeMo or Whisper before it is encoded"),
     "sov-data mix --search": "set the shares with --blend",
     **dict.fromkeys(("sov-data scorer train --encoder", "sov-data scorer train --max-tokens"),
                     "train the linear model over n-grams, which needs no GPU"),
+    **dict.fromkeys((f"sov-data scorer train --{name}" for name in ("max-chars", "max-ngram", "buckets")),
+                    "the sizes are fixed: 20,000 characters, pairs of words, 262,144 buckets"),
     **dict.fromkeys((f"sov-data inspect --{name}" for name in ("id", "where", "text", "dropped", "source")),
                     "`sov-data inspect OUT` prints what each step dropped; read shards/ and quarantine/ of "
                     "the output with pandas or DuckDB for single documents"),
@@ -97,9 +110,11 @@ OPTIONS = {
     **dict.fromkeys((f"sov-data synth --{name}" for name in ("input-price", "output-price", "max-cost",
                                                              "judge-input-price", "judge-output-price")),
                     "limit tokens with --max-tokens-total; summary.json counts them"),
+    "sov-data synth --max-time": "timeout --signal TERM 2h sov-data synth ... ends it with 75 as well",
     "sov-data pack --step": "apply the function with `megatron-sov map`, or as the step `code` of a pipeline "
                             "(`sov-data run`), before you pack",
     "sov-data synth --judge-max-tokens-field": "--max-tokens-field holds for both models",
+    "sov-data synth --same-model": "another model under the same name is not noticed; name another --output",
     "sov-data synth --prompts": "copy the generator's YAML file, change its prompts, and name the copy",
     **dict.fromkeys(("sov-data synth --benchmarks", "sov-data synth --languages"),
                     "write the steps `decontaminate` and `language` into a file for --checks"),
@@ -118,6 +133,7 @@ OPTIONS = {
 """Program, command and option -> what to use in its place."""
 _GPT_OSS = "only gpt-oss needs it, which this version does not read"
 _CURVES = "set obs.tensorboard or obs.wandb for curves"
+_ALERTS = "set obs.wandb, and let Weights & Biases send alerts"
 SETTINGS: dict[str, tuple[Any, str]] = {
     "data.without": ([], "pack shards without the documents"),
     "model.attention_sinks": (False, _GPT_OSS),
@@ -127,13 +143,18 @@ SETTINGS: dict[str, tuple[Any, str]] = {
                                         "read"),
     "model.yarn.longer": ("heads", "only A.X K1 needs it, which this version does not read"),
     "model.yarn.truncate": (True, _GPT_OSS),
+    "needle.train_kinds": ([], "documents teach the one needle that tests ask for"),
+    "obs.alert_on": (["stop", "rollback", "hang", "gate_failed", "restart", "sdc", "failure"], _ALERTS),
+    "obs.alert_webhook": ("", _ALERTS),
     "obs.mlflow": (False, _CURVES),
     "obs.mlflow_experiment": ("megatron-sov", _CURVES),
+    "obs.nvml": (True, "Weights & Biases (obs.wandb) measures GPUs"),
     "obs.otlp_endpoint": ("", _CURVES),
     "obs.prometheus_host": ("127.0.0.1", _CURVES),
     "obs.prometheus_port": (0, _CURVES),
     "obs.prometheus_textfile": ("", _CURVES),
     "obs.telemetry_every_s": (15.0, _CURVES),
+    "policy.missing_share": (0.0, "a round waits for all of its responses"),
 }
 """Setting of a run -> its default, and what to use in its place."""
 _TRL = "train it with TRL or Megatron-Bridge"
@@ -141,6 +162,8 @@ _EXAMPLE = ("add --plugin examples/families/{0}.py:{1} of a checkout; its recipe
             "examples/families/{0}.py:{2}")
 _CODECS = "import a codec of kind vqmodel, janus-vq, mimi or dac, and encode the media again"
 VALUES = {
+    **dict.fromkeys(("multi-value", "multi-query", "variable-tracking"),
+                    "lm-eval's tasks `ruler` ask several needles: `megatron-sov eval lm --allow-download`"),
     **dict.fromkeys(("gpt_oss", "gpt-oss-20b", "gpt-oss-120b", "tiny-gpt-oss", "tiny-gpt-oss-120b",
                      "clamped_swiglu", "gemma2", "gemma2-9b", "tiny-gemma2", "qwen3_next",
                      "qwen3-next-80b", "tiny-qwen3-next", "qwen3_5_moe_text", "qwen3_5_moe",
@@ -154,10 +177,13 @@ VALUES = {
         "glm4_moe", "GLM4_MOE", "glm_4_5_air")),
     **dict.fromkeys(("kimi_linear", "kimi-linear-48b", "tiny-kimi-linear"), _EXAMPLE.format(
         "kimi_linear", "KIMI_LINEAR", "kimi_linear_48b")),
-    **dict.fromkeys(("simvq", "fsq", "dit", "unit-bigvgan"), _CODECS),
+    **dict.fromkeys(("simvq", "fsq", "dit", "unit-bigvgan", "nemo-audio"), _CODECS),
+    "nemo-asr": "judge speech by a function of your own (FILE.py:NAME) that runs NeMo or Whisper",
     **dict.fromkeys(("questions", "textbook", "multihop", "triples"),
                     "write a generator file of your own (docs/synth.md)"),
-    "functions": "use `virtual`, whose tasks describe tools and what they do",
+    "classifier": "serve the model with vLLM and use `judge` with kind=reward-model (docs/rewards.md)",
+    "functions": "use `virtual`, whose tasks describe tools in Python",
+    "tickets": "use `virtual`, whose tasks describe tables and tools in Python",
     "code": "take prompts with tests from a data set, or write a generator file of your own (docs/synth.md)",
     "mcp": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",
     "nemo_gym": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",
@@ -172,6 +198,9 @@ PIPELINE = {
     **dict.fromkeys(("pdf.repeated_lines", "pdf.max_pages", "warc.repeated_lines", "warc.max_pages"),
                     "running heads are always taken out, and `time_s` limits a file"),
     "safety": "drop documents by a function of your own: the step `code`",
+    "topics": "find topics in the output with scikit-learn or BERTopic",
+    **dict.fromkeys(("kind.words", "kind.min_words", "kind.min_words_per_1000_chars"),
+                    "train a classifier for each domain, and name it in `domains`"),
     "exact_dedup.compare": "texts are compared in Unicode's form NFKC with single blanks",
     **dict.fromkeys(("paragraph_dedup.keep", "paragraph_dedup.split"),
                     "lines are compared, and the first document keeps them"),

@@ -11,9 +11,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from megatron_sov.base.errors import visible
 from megatron_sov.base.figures import format_count, format_value
@@ -123,13 +122,8 @@ class Series:
     x: Sequence[float]
     y: Sequence[float]
     colour: str = colour(0)
-    kind: Literal["line", "stairs", "points", "columns"] = "line"
-    """stairs: the value holds until the next point; columns: bars from 0, each as wide as the distance of
-    two points."""
     intervals: Sequence[tuple[float, float]] = ()
     """Lower and upper end around each point."""
-    notes: Sequence[str] = ()
-    """Text of each point, shown under the pointer; empty: its values."""
     is_faint: bool = False
 
 
@@ -145,15 +139,12 @@ class LinePlot:
     """Name, first and last value on the horizontal axis; every second one is shaded."""
     rules: Sequence[tuple[str, float]] = ()
     """Vertical dotted lines: what is shown under the pointer, and where."""
-    has_legend: bool = False
-    """Name the series even if there is one alone."""
 
     def draw(self) -> Markup:
         """Return the chart's HTML."""
         ends = [end for one in self.series for interval in one.intervals for end in interval]
         across = Scale(self.x, self._x_values())
-        up = Scale(self.y, [*(y for one in self.series for y in one.y), *ends,
-                            *([0.0] if any(one.kind == "columns" for one in self.series) else [])], 0.04)
+        up = Scale(self.y, [*(y for one in self.series for y in one.y), *ends], 0.04)
         grid = "".join(f"M0 {GRID - round(GRID * at)}h{GRID}" for at, _ in up.ticks())
         parts = [Markup('<path class="lines" d="{}"/>').format(grid)]
         parts += [Markup('<rect class="band" x="{}" width="{}" height="{}"><title>{}</title></rect>').format(
@@ -180,16 +171,11 @@ class LinePlot:
             Markup(" named") if self.bands else "", visible(self.y.title), self.height_px,
             0.64 * widest + 0.8, Markup("").join(parts), _labels("up", "bottom", y_ticks),
             _labels("across", "left", across.ticks()), Markup("").join(names), visible(self.x.title), told,
-            draw_legend(legend) if self.has_legend or len(legend) > 1 else "", grid=GRID)
+            draw_legend(legend) if len(legend) > 1 else "", grid=GRID)
 
     def _x_values(self) -> list[float]:
         values = [x for one in self.series for x in one.x]
-        values += [end for _, *ends in self.bands for end in ends]
-        for one in self.series:
-            if one.kind == "columns" and len(one.x) > 1:
-                half = (one.x[1] - one.x[0]) / 2
-                values += [one.x[0] - half, one.x[-1] + half]
-        return values
+        return values + [end for _, *ends in self.bands for end in ends]
 
 
 def _draw_series(one: Series, across: Scale, up: Scale) -> list[Markup]:
@@ -197,18 +183,13 @@ def _draw_series(one: Series, across: Scale, up: Scale) -> list[Markup]:
           for x, y in zip(one.x, one.y, strict=True)]
     style = Markup('class="{}" style="--c:{}"').format("stroke faint" if one.is_faint else "stroke",
                                                        one.colour)
-    if one.kind == "columns":
-        half = round(GRID * (across.place(one.x[1]) - across.place(one.x[0])) * 0.46) if len(at) > 1 else 40
-        return [Markup('<path class="fill" style="--c:{}" d="M{} {}h{}V{}h-{}z"><title>{}</title></path>'
-                       ).format(one.colour, x - half, y, 2 * half, GRID - round(GRID * up.place(0.0)),
-                                2 * half, _note(one, i)) for i, (x, y) in enumerate(at)]
     parts = [Markup('<path {} d="M{} {}V{}"/>').format(
         style, x, GRID - round(GRID * up.place(low)), GRID - round(GRID * up.place(high)))
         for (x, _), (low, high) in zip(at, one.intervals, strict=False)]
-    if one.kind != "points" and at:
+    if at:
         parts.append(Markup('<path {} d="{}"><title>{}</title></path>').format(
-            style, _path(at, is_stairs=one.kind == "stairs"), _summary(one)))
-    if one.kind == "points" or one.notes or len(at) <= MAX_NOTED_DOTS:
+            style, _path(at), _summary(one)))
+    if len(at) <= MAX_NOTED_DOTS:
         dots = [Markup('<path d="M{} {}h0"><title>{}</title></path>').format(x, y, _note(one, i))
                 for i, (x, y) in enumerate(at)]
         parts.append(Markup('<g class="dots" style="--c:{}">{}</g>').format(
@@ -219,20 +200,16 @@ def _draw_series(one: Series, across: Scale, up: Scale) -> list[Markup]:
     return parts
 
 
-def _path(at: Sequence[tuple[int, int]], *, is_stairs: bool) -> str:
+def _path(at: Sequence[tuple[int, int]]) -> str:
     """Return the points as a path of relative steps, which are shorter than absolute ones."""
     words = [f"M{at[0][0]} {at[0][1]}"]
     for (x0, y0), (x1, y1) in pairwise(at):
-        if is_stairs:
-            words.append(f"h{x1 - x0}v{y1 - y0}")
-        elif (x1, y1) != (x0, y0):
+        if (x1, y1) != (x0, y0):
             words.append(f"l{x1 - x0}{'' if y1 < y0 else ' '}{y1 - y0}")
     return "".join(words)
 
 
 def _note(one: Series, i: int) -> str:
-    if i < len(one.notes) and one.notes[i]:
-        return visible(one.notes[i])
     interval = ""
     if i < len(one.intervals):
         low, high = one.intervals[i]
@@ -271,14 +248,10 @@ class HeatMap:
     high: float
     row_title: str = ""
     column_title: str = ""
-    scale_title: str = ""
-    """Unit of the values; empty: cells carry their text and there is no scale."""
     shown: Sequence[Sequence[str]] = ()
     """Text inside each cell."""
     notes: Sequence[Sequence[str]] = ()
     """Text of each cell under the pointer."""
-    middle: float | None = None
-    """Value of the neutral colour of a scale with two hues."""
 
     def draw(self) -> Markup:
         """Return the chart's HTML."""
@@ -289,7 +262,7 @@ class HeatMap:
                 if math.isfinite(value):
                     left, right = round(j * width), round((j + 1) * width)
                     shades.setdefault(self._shade(value), []).append(f"M{left} {i}h{right - left}v1H{left}z")
-        parts = [Markup('<path d="{}" fill="{}"/>').format("".join(cells), self._colour(shade))
+        parts = [Markup('<path d="{}" fill="{}"/>').format("".join(cells), _shade_colour(shade))
                  for shade, cells in sorted(shades.items())]
         height_px = CELL_PX * len(self.rows)
         rows = [((i + 0.5) / len(self.rows), visible(row)) for i, row in enumerate(self.rows)]
@@ -297,22 +270,14 @@ class HeatMap:
         return Markup(
             '<p class="axis">{}</p><div class="area heat" style="height:{}px;margin-left:{:.1f}em">'
             '<svg viewBox="0 0 {} {}" preserveAspectRatio="none">{}</svg>{}{}{}</div>'
-            '<p class="axis below">{}</p>{}').format(
+            '<p class="axis below">{}</p>').format(
             visible(self.row_title), height_px, 0.64 * widest + 0.8, GRID, len(self.rows),
             Markup("").join(parts), self._texts(), _labels("up", "top", rows),
-            _labels("across", "left", self._column_labels()), visible(self.column_title), self._legend())
+            _labels("across", "left", self._column_labels()), visible(self.column_title))
 
     def _shade(self, value: float) -> int:
         share = (value - self.low) / (self.high - self.low) if self.high > self.low else 1.0
         return round(SHADES * min(1.0, max(0.0, share)))
-
-    def _colour(self, shade: int) -> str:
-        if self.middle is None:
-            return _mixed("--heat1", "--heat0", shade / SHADES)
-        middle = SHADES * (self.middle - self.low) / (self.high - self.low)
-        if shade >= middle:
-            return _mixed("--high", "--mid", (shade - middle) / max(1e-9, SHADES - middle))
-        return _mixed("--low", "--mid", (middle - shade) / middle)
 
     def _texts(self) -> Markup:
         """Return the cells' texts, which also carry the notes; nothing for cells without either."""
@@ -333,14 +298,6 @@ class HeatMap:
         return [((j + 0.5) / len(self.columns), visible(name))
                 for j, name in enumerate(self.columns) if j % every == 0]
 
-    def _legend(self) -> Markup:
-        if not self.scale_title:
-            return Markup("")
-        stops = ", ".join(self._colour(shade) for shade in range(0, SHADES + 1, 2))
-        return Markup('<p class="scale">{} <i style="background:linear-gradient(90deg, {})"></i> {} {}</p>'
-                      ).format(format_value(self.low, 3), Markup(escape(stops)), format_value(self.high, 3),
-                               visible(self.scale_title))
 
-
-def _mixed(colour_name: str, base_name: str, share: float) -> str:
-    return f"color-mix(in srgb, var({colour_name}) {100 * share:.0f}%, var({base_name}))"
+def _shade_colour(shade: int) -> str:
+    return f"color-mix(in srgb, var(--heat1) {100 * shade / SHADES:.0f}%, var(--heat0))"

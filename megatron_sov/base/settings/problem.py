@@ -199,8 +199,6 @@ class Bound:
 
     broken: Callable[[Any], Breach | None]
     """Returns what a value of the right type breaks."""
-    may_be_secret: bool = False
-    """Whether a message leaves out what was given: a URL that holds a key, say."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
         """Return the type's schema with this bound behind it; pydantic asks for it."""
@@ -210,8 +208,7 @@ class Bound:
             if found := self.broken(value):
                 code, rule, way_out = found
                 # pydantic carries our sentence to `_problem`, which knows the place
-                raise PydanticCustomError("asked", "{rule}", {"code": code, "rule": rule, "way_out": way_out,
-                                                              "may_be_secret": self.may_be_secret})
+                raise PydanticCustomError("asked", "{rule}", {"code": code, "rule": rule, "way_out": way_out})
             return value
 
         return core_schema.no_info_after_validator_function(ask, handler(source))

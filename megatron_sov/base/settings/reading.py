@@ -247,8 +247,7 @@ def _problem(cls: Any, error: Any, instead: Instead) -> SettingsProblem:
         return SettingsProblem(ProblemCode.CHOICE, key, f"must be {ctx.get('expected', 'another word')}",
                                value, close.removeprefix("; "))
     if kind == "asked":
-        return SettingsProblem(ProblemCode(ctx["code"]), key, ctx["rule"],
-                               UNSET if ctx["may_be_secret"] else value, ctx["way_out"])
+        return SettingsProblem(ProblemCode(ctx["code"]), key, ctx["rule"], value, ctx["way_out"])
     # our bound for finite numbers is "below infinity"; the sentence says what is meant
     if kind == "less_than" and ctx["lt"] == float("inf"):
         kind = "finite_number"

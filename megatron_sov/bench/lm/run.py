@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,7 @@ from megatron_sov.runs.folder import RunEvents
 from megatron_sov.runs.launch_environment import is_first, under_launcher
 from megatron_sov.runs.obs.events import EVENT, EVENTS, is_recorded, read_events, score_events
 from megatron_sov.train.stopping import StopFlag, stoppable
-from megatron_sov.work.progress.locks import holding, taking
+from megatron_sov.work.progress.locks import taking
 
 if TYPE_CHECKING:
     from megatron_sov.bench.lm.scoring import BuiltTask
@@ -68,16 +67,13 @@ def evaluate(target: str, tasks: Sequence[str], settings: Settings) -> Results |
         if not is_first():
             _run_only(target, settings, flag)
             return None
-        with holding(settings.asking_folder, f"--output {settings.output}"):
-            try:
-                results, items, notes = _measure(target, tasks, settings, flag)
-            except UserError:
-                with contextlib.suppress(OSError):  # what is refused leaves no folder in which nothing is
-                    private.rmdir()
-                    settings.cache_folder.rmdir()
-                raise
-            finally:
-                shutil.rmtree(settings.asking_folder, ignore_errors=True)
+        try:
+            results, items, notes = _measure(target, tasks, settings, flag)
+        except UserError:
+            with contextlib.suppress(OSError):  # an empty folder is of no use
+                private.rmdir()
+                settings.cache_folder.rmdir()
+            raise
     for note in notes:
         print(visible(note), file=sys.stderr)
     with _joining(settings):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -68,12 +67,6 @@ class Settings(RankOptions):
     @property
     def cache_folder(self) -> Path:
         return self.cache or self.output.with_name(f"{self.output.name.removesuffix('.json')}.cache")
-
-    @property
-    def asking_folder(self) -> Path:
-        """Folder that is there while the model is asked; each job of a Slurm array has its own."""
-        return self.output.with_name(
-            f".{self.output.name}.asking{os.environ.get('SLURM_ARRAY_TASK_ID', '')}")
 
     @property
     def joining_folder(self) -> Path:

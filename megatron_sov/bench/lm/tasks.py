@@ -216,7 +216,7 @@ def prepare_task(definition: Definition, data_dir: Path | None, *, may_download:
     config["dataset_kwargs"] = kwargs
     if not is_own:  # code of its own reads the data, as in our suites
         _check_data(config, said, files)
-        config["custom_dataset"] = TaskFileReader(path, group_files(kwargs["data_files"]),
+        config["custom_dataset"] = TaskFileReader(str(path), group_files(kwargs["data_files"]),
                                                   to_dataset=config.get("process_docs") is not None)
     return config, files
 

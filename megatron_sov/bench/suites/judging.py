@@ -136,7 +136,7 @@ def judging_of(config: Mapping[str, Any], *, allow_code: bool, samples: int | No
 def _untrusted(judging: Judging) -> list[str]:
     """Return one sentence for all by which a task file would run code, or send data or a key away."""
     p = [f"reward = {judging.reward!r} names code to run"] if is_reference(judging.reward) else []
-    if judging.reward in ("composed", "classifier"):
+    if judging.reward == "composed":
         p.append(f"reward = {judging.reward!r} loads what its settings name")
     hidden: set[str] = set()
     if judging.reward in registry.BUILT_IN:

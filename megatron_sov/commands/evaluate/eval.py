@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from megatron_sov.base.command_line import Command
 from megatron_sov.base.errors import ExitCode, UserError
@@ -20,7 +20,7 @@ from megatron_sov.work.progress.progress_bar import work_bar
 
 if TYPE_CHECKING:
     from megatron_sov.eval.needle.suite import NeedleSuite
-    from megatron_sov.infer.engine import ChoosingEngine
+    from megatron_sov.infer.engine import Engine
     from megatron_sov.infer.engines.target import Target
 
 LANGUAGES: tuple[Language, ...] = get_args(Language)
@@ -62,8 +62,6 @@ class NeedleOptions(OutOptions, RankOptions):
     """Examples of a cell (default: the setting)."""
     distractor_share: Annotated[float | None, Flag(value="S")] = None
     """Part of each context that needles with other keys fill (default: the setting)."""
-    by: Literal["generation", "likelihood"] = "generation"
-    """Greedy decoding, or the most probable of all words."""
     seed: int = 0
     """Of keys, values and text (default 0)."""
     target: ModelPath
@@ -105,7 +103,7 @@ def _needle(args: NeedleOptions) -> int:
     target = find_target(args.target)
     suite = suite_of(args, target)
 
-    def judged(engine: ChoosingEngine) -> dict[str, Any]:
+    def judged(engine: Engine) -> dict[str, Any]:
         with work_bar("judging", suite.num_examples, "example", is_first()) as bar:
             return run_suite(suite, engine, bar.update).to_dict()
 
@@ -146,7 +144,7 @@ def suite_of(args: NeedleOptions, target: Target) -> NeedleSuite:
     config = _config(args, target.config.needle if target.config else NeedleConfig())
     haystacks = open_haystacks(sources, "heldout", target.tokenizer_folder, languages=config.languages,
                                told=dict(map(_source_language, args.language)))
-    return make_suite(config, haystacks, seed=args.seed, by=args.by)
+    return make_suite(config, haystacks, seed=args.seed)
 
 
 def _config(args: NeedleOptions, defaults: NeedleConfig) -> NeedleConfig:

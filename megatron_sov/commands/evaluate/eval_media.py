@@ -4,12 +4,13 @@ recognises, judged by what is recognised in it."""
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from megatron_sov.base.artifacts import MANIFEST, to_json, write_output
+from megatron_sov.base.artifacts import to_json, write_output
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.plugins.loading import calling, load
@@ -74,6 +75,22 @@ def read_rows(file: Path) -> list[MediaRow]:
     return found
 
 
+def normalised(text: str) -> str:
+    """Return a text as words are counted: lower case, composed (NFC), punctuation as space, one space between
+    words."""
+    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFD", text).casefold())
+    return " ".join("".join(map(_kept, folded)).split())
+
+
+def _kept(character: str) -> str:
+    kind = unicodedata.category(character)
+    # vowels of Devanagari, Thai or Arabic are marks, and so is an accent that no letter is composed with
+    if character.isalnum() or kind.startswith("M"):
+        return character
+    # a zero width space stands between words; other characters without width join or part shapes of letters
+    return "" if kind == "Cf" and character != "\N{ZERO WIDTH SPACE}" else " "
+
+
 def figures(rows: Sequence[MediaRow], heard: Sequence[str]) -> dict[str, Any]:
     """Return what was recognised against what was asked for.
 
@@ -82,8 +99,6 @@ def figures(rows: Sequence[MediaRow], heard: Sequence[str]) -> dict[str, Any]:
     1; `chance` is the mean of 1 / labels where every row has some.
     """
     import jiwer
-
-    from megatron_sov.omni.media.heard import normalised
 
     wanted, got = [normalised(row.answer) for row in rows], [normalised(text) for text in heard]
     right = [a == b for a, b in zip(wanted, got, strict=True)]
@@ -104,45 +119,19 @@ Judge = Callable[[Sequence[Path], Sequence[Sequence[str]]], Sequence[str]]
 """Files and the labels of each to choose from -> what is recognised in each, "" where nothing is."""
 
 def judge_of(said: str) -> Judge:
-    """Return a judge: FILE.py:NAME is a function (files, labels) -> texts; the folder of a codec of kind
-    nemo-asr hears files.
+    """Return the judge of FILE.py:NAME, a function (files, labels) -> texts.
 
     Raises:
-        UserError: there is no such code or codec.
+        UserError: there is no such code.
     """
-    if (Path(said) / MANIFEST).is_file():
-        return _hearing(Path(said))
     file, _, name = said.rpartition(":")
     if not file.endswith(".py") or not name.isidentifier():
-        raise UserError(f"judge {said!r}: is no code FILE.py:NAME and no folder of a codec; name one")
+        raise UserError(f"judge {said!r}: is no code FILE.py:NAME; name one")
     loaded = load(said)
     if not callable(loaded.value):
         raise UserError(f"judge {said}: is {loaded.value!r}; a judge is a function of files and labels")
     return lambda files, labels: _check_texts(
         said, calling(said, lambda: loaded.value(files, labels)), len(files))
-
-
-def _hearing(folder: Path) -> Judge:
-    from megatron_sov.base.documents import BadRecord
-    from megatron_sov.omni.codecs.folder import open_codec
-    from megatron_sov.omni.media.reading.kinds import MediaLimits, read_sound
-
-    ears = open_codec(folder, kind="nemo-asr")
-
-    def hear(file: Path) -> str:
-        import torch
-
-        try:
-            samples, _ = read_sound(file, ears.sample_rate_hz, MediaLimits())
-        except BadRecord as e:
-            # a sound that the model has just made: an empty one says nothing
-            if e.code == "silence":
-                return ""
-            raise UserError(f"--audio-judge {folder}: {file} {e.reason}") from None
-        found: str = ears.hear(torch.from_numpy(samples.copy()))
-        return found
-
-    return lambda files, labels: [hear(file) for file in files]
 
 
 def _check_texts(said: str, found: object, count: int) -> list[str]:
@@ -166,8 +155,8 @@ class EvalMediaOptions(CodecsOptions, RecordOptions, RankOptions):
     """Folder that paths of media begin from; nothing outside of it is read."""
     image_judge: Annotated[str | None, Flag(value="FILE.py:NAME")] = None
     """Recognises what the model draws: a function (files, labels) -> texts."""
-    audio_judge: Annotated[str | None, Flag(value="FILE.py:NAME|CODEC")] = None
-    """Recognises what the model says, likewise, or a codec of kind nemo-asr."""
+    audio_judge: Annotated[str | None, Flag(value="FILE.py:NAME")] = None
+    """Recognises what the model says, likewise."""
     files: Annotated[Path | None, Flag(value="DIR", writes=True)] = None
     """Folder for what the model draws and says, where a pair asks for that."""
     sampling: ReplySampling = field(default_factory=ReplySampling)

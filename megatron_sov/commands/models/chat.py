@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,14 +25,9 @@ from megatron_sov.work.endpoints.answers import BadAnswer
 from megatron_sov.work.endpoints.local_server import serving
 from megatron_sov.work.endpoints.transport import address_problems, is_address, missing_libraries
 
-HELP = """/system TEXT  set the system prompt; without TEXT: show it
-/temp T       set the temperature
-/undo         forget the last question and its answer
-/retry        ask the last question again
-/think        show the thoughts of the last answer
-/save FILE    add the conversation to FILE as a row that `sov-data pack --format chat` reads
-/clear        begin a new conversation
-/quit         end, as Ctrl-D does
+HELP = """/think  show the thoughts of the last answer
+/clear  begin a new conversation
+/quit   end, as Ctrl-D does
 Ctrl-C stops an answer. A line that ends with \\ goes on in the next one."""
 
 
@@ -124,10 +117,8 @@ class Terminal:
         self._session = session
         self._is_tty = sys.stdin.isatty() and sys.stdout.isatty()
         self._num_thought, self._is_open = 0, False
-        self._commands: dict[str, Callable[[str], None]] = {
-            "help": lambda _: self.note(HELP), "system": self._system, "temp": self._temp,
-            "undo": self._undo, "retry": self._retry, "think": self._think, "save": self._save,
-            "clear": self._clear}
+        self._commands: dict[str, Callable[[], None]] = {
+            "help": lambda: self.note(HELP), "think": self._think, "clear": session.clear}
 
     def talk(self) -> None:
         """Answer until the input ends."""
@@ -142,11 +133,11 @@ class Terminal:
             if not line.startswith("/"):
                 self._ask(line)
                 continue
-            name, _, rest = line[1:].partition(" ")
+            name = line[1:].strip()
             if name == "quit":
                 return
             try:
-                self._command(name)(rest.strip())
+                self._command(name)()
             except UserError as e:
                 self.note(str(e))
 
@@ -172,7 +163,7 @@ class Terminal:
             yield begun + line
             begun = ""
 
-    def _command(self, name: str) -> Callable[[str], None]:
+    def _command(self, name: str) -> Callable[[], None]:
         if name not in self._commands:
             raise UserError(f"/{name}: does not exist{nearest(name, self._commands)}; /help shows what does")
         return self._commands[name]
@@ -222,55 +213,11 @@ class Terminal:
 
     # commands
 
-    def _system(self, text: str) -> None:
-        if not text:
-            self.note(self._session.system or "there is no system prompt")
-        self._session.system = text or self._session.system
-
-    def _temp(self, text: str) -> None:
-        try:
-            value = float(text)
-        except ValueError:
-            value = -1.0
-        if not 0 <= value < float("inf"):
-            raise UserError(f"/temp {text}: must be a number from 0 on, such as 0.7")
-        self._session.sampling["temperature"] = value
-
-    def _last_turn(self) -> ChatTurn:
-        if not self._session.turns:
-            raise UserError("the chat has no turn yet; ask something first, then use /undo, /retry or /think")
-        return self._session.turns[-1]
-
-    def _undo(self, _: str) -> None:
-        self._last_turn()
-        self._session.undo()
-
-    def _retry(self, _: str) -> None:
-        self._last_turn()
-        self._ask(self._session.undo())
-
-    def _think(self, _: str) -> None:
-        self.note(_thoughts_of(self._last_turn()) or f"{self._session.model.name} has written no thoughts")
-
-    def _clear(self, _: str) -> None:
-        self._session.clear()
-
-    def _save(self, name: str) -> None:
-        if not name:
-            raise UserError("/save: needs a file, such as /save chats.jsonl")
-        row = self._session.row()
-        if row is None:
-            raise UserError(f"/save {name}: no answer has ended by itself yet, so there is nothing to learn "
-                            "from")
-        file = Path(os.path.expanduser(name))
-        try:
-            # at the end: a file gathers conversations
-            with open(file, "a", encoding="utf-8") as out:
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
-        except OSError as e:
-            raise UserError(f"/save {file}: cannot be written ({e.strerror or e}); name "
-                            "another file") from None
-        self.note(f"{file}: 1 row added")
+    def _think(self) -> None:
+        turns = self._session.turns
+        if not turns:
+            raise UserError("the chat has no turn yet; ask something first, then use /think")
+        self.note(_thoughts_of(turns[-1]) or f"{self._session.model.name} has written no thoughts")
 
 
 def _thoughts_of(turn: ChatTurn) -> str:

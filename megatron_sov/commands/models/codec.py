@@ -22,9 +22,8 @@ OWN_OPTIONS = {"codebooks": ("num_codebooks", ("mimi", "dac")),
 class CodecImportOptions(OverwriteOptions):
     """Write a published codec's files as a codec; nothing in them is run."""
 
-    kind: Annotated[Literal["vqmodel", "janus-vq", "mimi", "dac", "ta-tok", "cosyvoice2", "nemo-audio",
-                            "nemo-asr"], Flag("KIND")]
-    """One of vqmodel, janus-vq, mimi, dac, ta-tok, cosyvoice2, nemo-audio, nemo-asr."""
+    kind: Annotated[Literal["vqmodel", "janus-vq", "mimi", "dac", "ta-tok", "cosyvoice2"], Flag("KIND")]
+    """One of vqmodel, janus-vq, mimi, dac, ta-tok, cosyvoice2."""
     source: Annotated[Path, Flag("FILE_OR_DIR")]
     """What was downloaded."""
     output: Annotated[Path, Flag("DIR")]

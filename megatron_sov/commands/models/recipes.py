@@ -19,7 +19,6 @@ from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.count import num_params
 from megatron_sov.model.recipes.requested import RecipeOptions, load_plugins, requested
 from megatron_sov.model.recipes.sources import Sources, ValueSource, derive, relabelled, settings
-from megatron_sov.plan.search.recommended import table
 
 TINY = "tiny-"
 """Begin of the names of recipes that train on a laptop."""
@@ -48,7 +47,7 @@ add_arguments = partial(add_options, cls=RecipesOptions)
 
 def run(typed: argparse.Namespace) -> int:
     """List recipes, families and objectives with their origin, or print one recipe's settings
-    and their sources, and the layouts that it is recommended to have.
+    and their sources.
 
     Raises:
         UserError: the recipe or a --set key does not exist, or --set or --json stands without a recipe.
@@ -72,8 +71,6 @@ def run(typed: argparse.Namespace) -> int:
         print(yaml.safe_dump(json.loads(to_json(config)), sort_keys=False, allow_unicode=True), end="")
     else:
         print(as_text(config, _sources(args.recipe or config.recipe, asked.base, config)))
-        for line in table(config):
-            print(f"recommended.{line}")
     return 0
 
 

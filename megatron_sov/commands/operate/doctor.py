@@ -39,8 +39,7 @@ MIN_PYTHON = (3, 11)
 MIN_FREE_DISK_BYTES = 5 * 10**9
 MIN_FREE_MEMORY_BYTES = 4 * 10**9
 REQUIRED_PACKAGES = ("numpy", "megatron-core", "transformers", "tokenizers", "safetensors", "pydantic",
-                     "jinja2", "tqdm", "psutil", "tiktoken", "pyarrow", "zstandard", "blake3",
-                     "numba")
+                     "jinja2", "tqdm", "psutil", "tiktoken", "pyarrow", "blake3", "numba")
 OPTIONAL_PACKAGES = {"tensorboard": "trackers", "wandb": "trackers", "math-verify": "rl",
                      "httpx": "judge", "aiohttp": "serve", "ray": "ray"}
 CONTRACT_LIBRARIES = {"megatron.core": "megatron-core", "torch": "torch",

@@ -26,7 +26,6 @@ from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.runs.obs.figures import number, whole_number
 from megatron_sov.runs.obs.history import COMPLETE, KINDS, UNFINISHED, Attempt, Attempts, is_incident
 from megatron_sov.runs.obs.meters import HeldoutFigures, headline_of_start, told_step
-from megatron_sov.runs.obs.wall_time import CATEGORIES, Timekeeper, WallTime
 from megatron_sov.work.clusters import client
 
 SUBMITTED = f"{JOBS}/{SUBMISSIONS}"
@@ -133,7 +132,6 @@ class RunState:
     incidents: dict[str, int] = field(default_factory=dict)
     """Kind of incident -> how many there were in the whole life of the run,
     but for those of `TOLD_ELSEWHERE`."""
-    wall_time: WallTime | None = None
 
     @property
     def restarts(self) -> int:
@@ -181,7 +179,7 @@ class RunStateReader:
 
     def __init__(self, path: Path) -> None:
         self._path, self._so_far = path, RunState(path)
-        self._attempts, self._keeper = Attempts(), Timekeeper()
+        self._attempts = Attempts()
         self._recent: deque[tuple[int, float, float, float]] = deque(maxlen=RECENT_STEPS)
         self._last_s = math.nan
         self._meters, self._is_comparable = headline_of_start({})
@@ -191,7 +189,6 @@ class RunStateReader:
         """Take one event in."""
         state = self._so_far
         self._attempts.add(event)
-        self._keeper.add(event)
         self._heldout.add(event)
         self._last_s = number(event.get("time_s"))
         if event["event"] == "run_start":
@@ -243,7 +240,6 @@ class RunStateReader:
         _judge(state, attempts, self._recent, now_s)
         state.starts = [_start(a) for a in attempts]
         alive = state.state in ("running", "stopping", "silent", "waiting")
-        state.wall_time = self._keeper.account(now_s if alive else None, waits=state.state == "waiting")
         if alive and state.state != "waiting":
             state.tokens_per_s, state.eta_s = _speed(state, self._recent, now_s)
         _find_checkpoint(state, now_s)
@@ -353,11 +349,6 @@ def _find_checkpoint(state: RunState, now_s: float) -> None:
 
 # The same in words, for a terminal.
 
-BAR_CHARACTERS = 50
-SIGNS = dict(zip(CATEGORIES, "#x%s>.", strict=True))
-"""Category -> its character in the bar."""
-
-
 def in_full(state: RunState) -> str:
     lines = [f"{state.path}: {', '.join(w for w in (state.stage, state.recipe) if w)}".rstrip(": "),
              f"  state       {state.state}{f' ({state.why})' if state.why else ''}"
@@ -373,7 +364,7 @@ def in_full(state: RunState) -> str:
     counted = {"warning": state.warnings, **{KINDS[kind]: count for kind, count in state.incidents.items()}}
     if told := ", ".join(f"{count:,} x {name}" for name, count in counted.items() if count):
         lines.append(f"  incidents   {told} (megatron-sov logs {shlex.quote(str(state.path))})")
-    return "\n".join([*lines, *_starts(state), *_time(state.wall_time)])
+    return "\n".join([*lines, *_starts(state)])
 
 
 def _progress(state: RunState) -> str:
@@ -399,25 +390,3 @@ def _starts(state: RunState) -> list[str]:
         rows.append(f"    {i:>3}  {began}  from step {start.from_step:,} to {reached}, {start.num_ranks:,} "
                     f"process{'' if start.num_ranks == 1 else 'es'}: {start.outcome}")
     return [f"  starts      {len(state.starts):,}", *rows] if rows else []
-
-
-def _time(time: WallTime | None) -> list[str]:
-    if time is None or time.total_s <= 0:
-        return []
-    lines = [f"  time        {format_duration(time.total_s)}, of which {time.goodput:.1%} moved the model "
-             "forward",
-             f"    [{bar(time)}]"]
-    return lines + [f"    {SIGNS[name]} {label:<17} {time.spent_s[name] / time.total_s:>6.1%}  "
-                    f"{format_duration(time.spent_s[name])}"
-                    for name, label in CATEGORIES.items() if time.spent_s[name] > 0]
-
-
-def bar(time: WallTime, width: int = BAR_CHARACTERS) -> str:
-    """Return a line of `width` characters, as many of each category as its share of the time; the largest
-    remainders round up."""
-    exact = {name: width * spent_s / time.total_s for name, spent_s in time.spent_s.items()}
-    # largest remainders: rounding each by itself would make the bar too long or too short
-    counts = {name: int(value) for name, value in exact.items()}
-    for name in sorted(exact, key=lambda n: counts[n] - exact[n])[:width - sum(counts.values())]:
-        counts[name] += 1
-    return "".join(SIGNS[name] * counts[name] for name in CATEGORIES)

@@ -122,8 +122,4 @@ def _event_line(event: dict[str, Any], reader: RunStateReader) -> str | None:
 def _plain(state: RunState) -> dict[str, Any]:
     """Return a state as plain JSON values: NaN becomes null."""
     raw = {**asdict(state), "path": str(state.path), "restarts": state.restarts}
-    if state.wall_time is not None:
-        share = state.wall_time.goodput
-        raw["wall_time"] |= {"total_s": state.wall_time.total_s,
-                             "goodput": share if math.isfinite(share) else None}
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in raw.items()}

@@ -165,19 +165,8 @@ def longest_of(rollout: RolloutConfig, environment: AskedEnvironment | None) -> 
     return rollout.max_prompt_tokens + rollout.max_new_tokens + more
 
 
-def _identify_chats(folder: Path, store: Path) -> dict[str, str]:
-    """Return what the keys of responses hold of the tokenizer and the form of chats in a folder: digests of
-    their meaning, or, for a store that an earlier version began, of the bytes of their files."""
-    from megatron_sov.infer.turns import chat_digests
-    from megatron_sov.rollouts.store import RolloutStore
-
-    if (store / RolloutStore.HEAD).is_file() and RolloutStore.open(store).names_bytes:
-        return chat_digests(folder)
-    return {"tokenizer": tokenizer_digest(folder), "form": sampling_digest(chat_form(folder))}
-
-
 def writer_of(args: AskingOptions, config: RunConfig, prompts: PromptList, start: Target, engine_name: str,
-              environment: AskedEnvironment | None, store: Path) -> tuple[Writer, SetAside]:
+              environment: AskedEnvironment | None) -> tuple[Writer, SetAside]:
     """Return the writer of rows, plain responses or episodes, and the prompts that it does not ask.
 
     Args:
@@ -187,7 +176,6 @@ def writer_of(args: AskingOptions, config: RunConfig, prompts: PromptList, start
         start: the model that is asked first.
         engine_name: the engine that generates.
         environment: whose tasks are played; None: plain responses.
-        store: folder of the rows' store.
 
     Raises:
         UserError: a prompt is empty, all are too long, or the model has no chat template.
@@ -204,8 +192,8 @@ def writer_of(args: AskingOptions, config: RunConfig, prompts: PromptList, start
         raise UserError(f"{folder}: has no chat template, by which prompts are asked; fine-tune on chats "
                         "first, or continue the prompts as they are with --plain")
     asker = Asker(start, not args.plain)
-    chosen_by: dict[str, Any] = {
-        "plain": args.plain, "chat": _identify_chats(folder, store)}
+    chosen_by: dict[str, Any] = {"plain": args.plain, "chat": {
+        "tokenizer": tokenizer_digest(folder), "form": sampling_digest(chat_form(folder))}}
     if environment is None:
         responses = ResponseSource(asker, rollout, engine_name, args.plain, chosen_by,
                                    with_routes=config.policy.router_replay)

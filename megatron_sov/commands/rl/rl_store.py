@@ -1,4 +1,4 @@
-"""`megatron-sov rl store ls | show | stats | verify | gc STORE`."""
+"""`megatron-sov rl store show | gc STORE`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from megatron_sov.base.errors import ExitCode, GateFailed, UserError, visible
+from megatron_sov.base.errors import ExitCode, UserError, visible
 from megatron_sov.base.figures import format_size
 from megatron_sov.base.settings import Actions, Flag, add_actions, run_action
 from megatron_sov.rollouts.prompts import rounds_between
-from megatron_sov.runs.inspecting import MAX_PROBLEMS
-from megatron_sov.work.progress.progress_bar import work_bar
 
 if TYPE_CHECKING:
     from megatron_sov.rollouts.rows import Rollout
     from megatron_sov.rollouts.store import RolloutStore
+
 
 @dataclass(frozen=True, kw_only=True)
 class StoreOptions:
@@ -29,34 +28,15 @@ class StoreOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoreVerifyOptions(StoreOptions):
-    """Check bytes, rows, keys and rewards; exit code 3 where one is wrong."""
-
-    json: bool = False
-    """Print JSON."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoreLsOptions(StoreVerifyOptions):
-    """List the parts, who judged them, and who works on what."""
-
-    round: Annotated[int | None, Flag(value="R")] = None
-    """Of this round alone."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoreStatsOptions(StoreLsOptions):
-    """Print figures by round and by domain."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoreShowOptions(StoreVerifyOptions):
+class StoreShowOptions(StoreOptions):
     """Print one row with its rewards."""
 
     part: Annotated[str, Flag("PART")]
     """Name of the part, e.g. round-0001-piece-0000."""
     row: Annotated[int, Flag("ROW")]
     """Its row, from 0."""
+    json: bool = False
+    """Print JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,30 +57,12 @@ def open_store(path: Path) -> RolloutStore:
     return RolloutStore.open(path)
 
 
-def _ls(args: StoreLsOptions) -> int:
-    from megatron_sov.rollouts.inspection import held, judged_by, listed
-
-    store = open_store(args.store)
-    if args.json:
-        judged = judged_by(store, args.round)
-        print(json.dumps({"tokenizer": store.tokenizer_digest, "vocab_size": store.vocab_size, "parts": [
-            {"name": part.name, "round": part.round, "piece": part.piece, "attempt": part.attempt,
-             "rows": part.num_rows, "kept_out": part.num_kept_out, "bytes": part.file.stat().st_size,
-             "created_s": part.created_s, "manifest_sha256": part.manifest_sha256,
-             "reward_versions": judged.get(part.name, []), "provenance": part.provenance} for part in
-            store.parts(args.round)], "claims": [vars(holder) for holder in held(store)]}))
-        return ExitCode.OK
-    for line in listed(store, args.round):
-        print(visible(line))
-    return ExitCode.OK
-
-
 def _show(args: StoreShowOptions) -> int:
     from megatron_sov.rollouts.inspection import judged_by
 
     store = open_store(args.store)
     if store.key_of(args.part) is None or not store.has(args.part):
-        raise UserError(f"PART {args.part!r}: {args.store} has no such part (`megatron-sov rl store ls` "
+        raise UserError(f"PART {args.part!r}: {args.store} has no such part (`megatron-sov inspect` "
                         "lists them)")
     rows, problems = store.read_all(args.part)
     if not 0 <= args.row < len(rows):
@@ -148,60 +110,6 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
             yield visible(f"{name}: {shown}").replace("\n", "\\n")
 
 
-def _stats(args: StoreStatsOptions) -> int:
-    from megatron_sov.rollouts.inspection import figures_of
-
-    store = open_store(args.store)
-    with work_bar("read", len(store.parts(args.round)), "part") as bar:
-        found = figures_of(store, args.round, bar.update)
-    if args.json:
-        print(json.dumps(found))
-        return ExitCode.OK
-    for number, figures in found.items():
-        print(f"round {number}: {figures['parts']:,} parts, {figures['kept_out']:,} rows kept out, "
-              f"{figures['replaced']:,} replaced by a later attempt")
-        _tell("all", figures)
-        for name, of_domain in figures["domains"].items():
-            if len(figures["domains"]) > 1 or name:
-                _tell(name or "(no domain)", of_domain)
-    if not found:
-        print(f"{args.store}: no parts" + (f" of round {args.round}" if args.round is not None else ""))
-    return ExitCode.OK
-
-
-def _tell(name: str, figures: dict[str, Any]) -> None:
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in figures["finish_reasons"].items())
-    print(visible(f"  {name}: {figures['rows']:,} rows of {figures['prompts']:,} prompts ({reasons})"))
-    if not figures["rows"]:
-        return
-    print(f"    tokens: {figures['prompt_tokens']:,} of prompts, {figures['tokens']:,} behind them, "
-          f"{figures['written_tokens']:,} of those written by a policy; mean {figures['mean_length']:.1f}, "
-          f"longest {figures['longest']:,}")
-    if figures["newest_version"] is not None:
-        print(f"    written by steps {figures['oldest_version']:,} to {figures['newest_version']:,}, on "
-              f"average {figures['mean_steps_behind_newest']:.2f} behind the newest")
-    for version, said in figures["rewards"].items():
-        mean = "none" if said["mean"] is None else f"{said['mean']:.4f} of {said['rewards']:,}"
-        statuses = ", ".join(f"{count:,} {status}" for status, count in said["statuses"].items())
-        print(visible(f"    reward {version}: mean {mean} ({statuses})"))
-
-
-def _verify(args: StoreVerifyOptions) -> int:
-    from megatron_sov.rollouts.inspection import checked
-
-    found = checked(open_store(args.store))
-    if args.json:
-        print(json.dumps(vars(found)))
-    for problem in found.problems[:0 if args.json else MAX_PROBLEMS]:
-        print(visible(problem))
-    if found.problems:
-        raise GateFailed(f"{args.store}: {len(found.problems):,} problems in {found.parts:,} parts")
-    if not args.json:
-        print(f"{args.store}: {found.parts:,} parts, {found.rows:,} rows, {found.rewards:,} rewards: all as "
-              "they should be")
-    return ExitCode.OK
-
-
 def _gc(args: StoreGcOptions) -> int:
     from megatron_sov.work.tables.table import clear
 
@@ -228,8 +136,6 @@ def _gc(args: StoreGcOptions) -> int:
     return ExitCode.OK
 
 
-ACTIONS: Actions = {"ls": (StoreLsOptions, _ls), "show": (StoreShowOptions, _show),
-                    "stats": (StoreStatsOptions, _stats),
-                    "verify": (StoreVerifyOptions, _verify), "gc": (StoreGcOptions, _gc)}
+ACTIONS: Actions = {"show": (StoreShowOptions, _show), "gc": (StoreGcOptions, _gc)}
 add_arguments = partial(add_actions, actions=ACTIONS)
 run = partial(run_action, ACTIONS)

@@ -175,7 +175,7 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: P
     from megatron_sov.rollouts.store import RolloutStore
 
     folder, rollout = start.tokenizer_folder, config.rollout
-    writer, aside = writer_of(args, config, prompts, start, engine_name, environment, args.store)
+    writer, aside = writer_of(args, config, prompts, start, engine_name, environment)
     prompts = args.kept(prompts, aside, args.store)
     round_prompts(prompts, rollout, rounds[0])  # which refuses too few of them
     policy_of = partial(policy_of_round, args.run, start.path, rollout=rollout)
@@ -427,7 +427,7 @@ def _run(args: RlRunOptions, parsed: ParsedRounds, began_s: float) -> None:
     refuse_no_tokenizer(args.start_from, start.tokenizer_folder)
     environment = environment_of(args, config)
     refuse_too_long(config.rollout, environment, start)
-    writer, aside = writer_of(args, config, parsed.prompts, start, args.engine, environment, args.store)
+    writer, aside = writer_of(args, config, parsed.prompts, start, args.engine, environment)
     prompts = args.kept(parsed.prompts, aside, args.store)
     round_prompts(prompts, config.rollout, 1)  # which refuses too few of them
     producer = Producer(
@@ -464,7 +464,7 @@ def _validation(args: RlRunOptions, parsed: ParsedRounds, training: Producer, st
     rollout = config.rollout.of_validation(len(parsed.heldout))
     # where tokens went is needed by a trainer alone
     asked = replace(config, rollout=rollout, policy=replace(config.policy, router_replay=False))
-    writer, aside = writer_of(args, asked, parsed.heldout, start, args.engine, environment, folder)
+    writer, aside = writer_of(args, asked, parsed.heldout, start, args.engine, environment)
     prompts = kept(f"{VALIDATION_OPTION} {args.validation}", parsed.heldout, aside, folder)
     rollout = config.rollout.of_validation(len(prompts))
     store = partial(RolloutStore.create_for, folder, start.tokenizer_folder, start.vocab_size)

@@ -1,17 +1,14 @@
-"""`megatron-sov tools list | play ENV | run ENV TARGET`."""
+"""`megatron-sov tools list | run ENV TARGET`."""
 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from megatron_sov.base.artifacts import new_artifact, refuse_existing
-from megatron_sov.base.errors import UserError, visible
-from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.base.settings import (
     NO_FLAG, Actions, AtLeastOne, Flag, add_actions, change, parse_nested, run_action)
 from megatron_sov.chat.encode import TurnEncoder
@@ -19,11 +16,9 @@ from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
 from megatron_sov.infer.asking import EngineOptions
 from megatron_sov.infer.engine import ENGINE_SET
 from megatron_sov.infer.request import WholeSampling
-from megatron_sov.judge.tools.environment import LIMITS, Environment, EpisodeLimits, Task
+from megatron_sov.judge.tools.environment import LIMITS, EpisodeLimits
 from megatron_sov.judge.tools.episode import Episode, lines_in, row_of
-from megatron_sov.judge.tools.host import EnvironmentHost, Opening
-from megatron_sov.judge.tools.playing import (
-    EpisodeTable, ToolPolicy, identity_of, moves_of_file, moves_of_lines, play, play_by_hand, summary_of)
+from megatron_sov.judge.tools.playing import EpisodeTable, ToolPolicy, identity_of, play, summary_of
 from megatron_sov.judge.tools.registry import BUILT_IN, OWN, digest_of, make, order, tasks_of
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.work.progress.journal import open_journal
@@ -38,9 +33,16 @@ class ToolsListOptions:
     """List the environments that there are."""
 
 
+@dataclass(frozen=True)
+class TurnSampling(WholeSampling):
+    """How each token of a turn is chosen."""
+
+    max_new_tokens: Annotated[AtLeastOne, NO_FLAG] = 1  # its limit bounds each turn
+
+
 @dataclass(frozen=True, kw_only=True)
-class EnvironmentOptions:
-    """Which environment is played, with which tasks, and how far."""
+class ToolsRunOptions(EngineOptions, RedoOptions, OverwriteOptions):
+    """Have a model play the tasks of an environment."""
 
     environment: Annotated[str, Flag("ENV", help=f"{', '.join(BUILT_IN)}, or a class of your own, "
                                                  "FILE.py:NAME")]
@@ -52,29 +54,6 @@ class EnvironmentOptions:
     """Of an episode: those for training or for testing."""
     changes: Annotated[tuple[str, ...], Flag("--limit", "key=value")] = ()
     """Another limit, e.g. max_turns=7; may be repeated."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ToolsPlayOptions(EnvironmentOptions):
-    """Play an environment by hand, or from a file of calls."""
-
-    task: int = 1
-    """Which of the tasks (default: 1)."""
-    calls: Annotated[Path | None, Flag(value="FILE.jsonl")] = None
-    """Lines {"name": ..., "arguments": {...}} and {"answer": ...}; default: asks."""
-
-
-@dataclass(frozen=True)
-class TurnSampling(WholeSampling):
-    """How each token of a turn is chosen."""
-
-    max_new_tokens: Annotated[AtLeastOne, NO_FLAG] = 1  # its limit bounds each turn
-
-
-@dataclass(frozen=True, kw_only=True)
-class ToolsRunOptions(EnvironmentOptions, EngineOptions, RedoOptions, OverwriteOptions):
-    """Have a model play the tasks of an environment."""
-
     target: Annotated[Path, Flag("TARGET")]
     """Checkpoint, run (its newest one) or Hugging Face folder, with a chat template."""
     output: Annotated[Path, Flag(value="DIR")]
@@ -92,50 +71,11 @@ def _list(args: ToolsListOptions) -> int:
     return 0
 
 
-def _asked(args: EnvironmentOptions) -> tuple[PluginOrder, Environment, str, EpisodeLimits, list[Task]]:
-    """Return what both actions begin with: the environment, its version, the limits and the tasks."""
+def _run(args: ToolsRunOptions) -> int:
     asked = order(args.environment, parse_nested(args.settings))
     environment, version = make(asked)
-    return (asked, environment, version, change(LIMITS[args.limits], args.changes, "--limit"),
-            tasks_of(environment, args.environment, args.tasks))
-
-
-def _play(args: ToolsPlayOptions) -> int:
-    asked, _, _, limits, tasks = _asked(args)
-    if not 1 <= args.task <= len(tasks):
-        raise UserError(f"--task {args.task}: there are {len(tasks)} tasks; name one from 1 to {len(tasks)}")
-    task = tasks[args.task - 1]
-    written = None if args.calls is None else list(moves_of_file(args.calls))  # refused before a world starts
-
-    def show(text: str) -> None:
-        print("\n".join(visible(line) for line in text.split("\n")), flush=True)
-
-    with EnvironmentHost(asked, limits) as host:
-        opening = host.reset(task)
-        seen = opening.observation
-        for said in filter(None, (seen.system, seen.user)):
-            show(said + "\n")
-        _show_tools(opening, show)
-        moves = (moves_of_lines(sys.stdin, show, lambda: _show_tools(opening, show)) if written is None
-                 else written)
-        end, result = play_by_hand(host, moves, limits, show)
-    reward = result.status if result.reward is None else f"{result.reward:g}"
-    show(f"{end}: reward {reward} {json.dumps(dict(result.components), ensure_ascii=False)}"
-         + (f" ({result.reason})" if result.reason else ""))
-    return 0
-
-
-def _show_tools(opening: Opening, show: Any) -> None:
-    for tool in opening.tools:
-        function = tool["function"]
-        needed = function["parameters"].get("required", [])
-        names = ", ".join(name if name in needed else f"[{name}]"
-                          for name in function["parameters"].get("properties", {}))
-        show(f"  {function['name']}({names}): {function['description']}")
-
-
-def _run(args: ToolsRunOptions) -> int:
-    asked, _, version, limits, tasks = _asked(args)
+    limits = change(LIMITS[args.limits], args.changes, "--limit")
+    tasks = tasks_of(environment, args.environment, args.tasks)
     refuse_missing(args.target)
     refuse_existing(args.output, KIND, args.overwrite)
 
@@ -193,7 +133,6 @@ def _tell(output: Path, name: str, summary: dict[str, Any], limits: EpisodeLimit
           "their text is encoded again")
 
 
-ACTIONS: Actions = {"list": (ToolsListOptions, _list), "play": (ToolsPlayOptions, _play),
-                    "run": (ToolsRunOptions, _run)}
+ACTIONS: Actions = {"list": (ToolsListOptions, _list), "run": (ToolsRunOptions, _run)}
 add_arguments = partial(add_actions, actions=ACTIONS)
 run = partial(run_action, ACTIONS)

@@ -13,7 +13,7 @@ import hashlib
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import get_args
@@ -31,19 +31,9 @@ TOKENS_PER_WORD = 64
 """A vocabulary of this many times `NUM_WORDS` has more words, so that long contexts find enough keys."""
 MIN_WORD_BYTES = 4
 SLOT = "{}"
+PAIR_TOKENS = 2
 Slots = tuple[tuple[int, ...], ...]
-"""A phrase as token ids: what stands before, between and behind its pairs."""
-
-
-@dataclass(frozen=True)
-class Sentences:
-    """`needle_phrases.Phrases` in token ids."""
-
-    statement: Slots
-    all_values: Slots
-    values_of: Slots
-    assignment: Slots
-    holders: Slots
+"""A sentence as token ids: before, between and after its pairs."""
 
 
 def fill(slots: Slots, *pairs: np.ndarray) -> list[int]:
@@ -62,16 +52,15 @@ class NeedleForm:
 
     language: Language
     """Of the sentences; words are of it too where the tokenizer has enough of them."""
-    sentences: dict[bool, tuple[Sentences, ...]]
+    sentences: dict[bool, tuple[Slots, ...]]
     """True -> for tests, False -> for training."""
     words: tuple[int, ...]
     special: tuple[int, ...] = ()
     """Special tokens, which no haystack may hold."""
 
-    def phrase_tokens(self, name: str, *, test: bool) -> int:
-        """Return the tokens of the longest phrase of a name, its pairs included."""
-        return max(2 * (len(slots) - 1) + sum(map(len, slots)) for s in self.sentences[test]
-                   for slots in [getattr(s, name)])
+    def needle_tokens(self, *, test: bool) -> int:
+        """Return the tokens of the longest sentence, its key and value included."""
+        return max(2 * PAIR_TOKENS + sum(map(len, slots)) for slots in self.sentences[test])
 
     @cached_property
     def pairs(self) -> dict[bool, np.ndarray]:
@@ -87,7 +76,7 @@ class NeedleForm:
         """Return `count` different pairs [count, 2]."""
         return self.pairs[test][generator.choice(len(self.pairs[test]), count, replace=False)]
 
-    def draw_sentences(self, generator: np.random.Generator, *, test: bool) -> Sentences:
+    def draw_sentence(self, generator: np.random.Generator, *, test: bool) -> Slots:
         return self.sentences[test][int(generator.integers(len(self.sentences[test])))]
 
 
@@ -111,11 +100,8 @@ def needle_form(tokenizer_folder: Path, language: Language) -> NeedleForm:
         return tuple(tuple(tokenizer.encode(part, add_special_tokens=False).ids) if part else ()
                      for part in text.split(SLOT))
 
-    def sentences(form: NeedlePhrases) -> Sentences:
-        return Sentences(**{name: slots(text) for name, text in form.texts().items()})
-
     return NeedleForm(language,
-                      {test: tuple(map(sentences, phrases(language, test=test))) for test in (True, False)},
+                      {test: tuple(map(slots, phrases(language, test=test))) for test in (True, False)},
                       tuple(words), special)
 
 
@@ -164,70 +150,21 @@ def is_for_tests(*parts: object) -> bool:
     return int.from_bytes(digest, "little") % TEST_PART == 0
 
 
-@dataclass(frozen=True)
-class NeedlePhrases:
-    """The sentences of one form of test; the hash of `statement` decides for all of them."""
-
-    statement: str
-    """Key, value."""
-    all_values: str
-    """Asks for all values of a key, which follow."""
-    values_of: str
-    """Asks for the values of four keys, which follow in this order."""
-    assignment: str
-    """Variable, then a value or a variable that was assigned before."""
-    holders: str
-    """Asks for all variables that hold a value, which follow."""
-
-    def texts(self) -> dict[str, str]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+def phrases(language: Language, *, test: bool) -> tuple[str, ...]:
+    return tuple(phrase for phrase in PHRASES[language] if is_for_tests(phrase) == test)
 
 
-def phrases(language: Language, *, test: bool) -> tuple[NeedlePhrases, ...]:
-    return tuple(p for p in PHRASES[language] if is_for_tests(p.statement) == test)
-
-
-def _english(noun: str, plural: str, variable: str, place: str) -> NeedlePhrases:
-    return NeedlePhrases(f"\nThe {noun} {place}{{}}{{}}.", f"\nAll {plural} {place}{{}}:",
-                         f"\nThe {plural} {place}{{}},{{}},{{}},{{}}:", f"\n{variable}{{}} ={{}}.",
-                         f"\nEvery {variable} that is{{}}:")
-
-
-def _korean(noun: str, variable: str) -> NeedlePhrases:
-    return NeedlePhrases(f"\n{noun}{{}}{{}}.", f"\n모든 {noun}{{}}:",
-                         f"\n차례대로 {noun}{{}},{{}},{{}},{{}}:",
-                         f"\n{variable}{{}} ={{}}.", f"\n값이 같은 모든 {variable}{{}}:")
-
-
-def _thai(noun: str, variable: str) -> NeedlePhrases:
-    return NeedlePhrases(f"\n{noun}{{}}{{}}.", f"\n{noun}ทั้งหมด{{}}:",
-                         f"\n{noun}ตามลำดับ{{}},{{}},{{}},{{}}:",
-                         f"\n{variable}{{}} ={{}}.", f"\n{variable}ทุกตัวที่มีค่า{{}}:")
-
-
-def _code(name: str, variable: str) -> NeedlePhrases:
-    return NeedlePhrases(f"\n{name}.add({{}}{{}})", f"\n{name}.all({{}}):",
-                         f"\n{name}.get({{}},{{}},{{}},{{}}):",
-                         f"\n{variable}{{}} ={{}};", f"\n{variable}.holders({{}}):")
-
-
-PHRASES: dict[Language, tuple[NeedlePhrases, ...]] = {
-    "english": (
-        _english("value", "values", "field", "of"), _english("code", "codes", "variable", "of"),
-        _english("number", "numbers", "name", "for"), _english("label", "labels", "letter", "on"),
-        _english("price", "prices", "unit", "of"), _english("owner", "owners", "entry", "of"),
-    ),
-    "korean": tuple(_korean(n, v) for n, v in (("암호는", "변수"), ("번호는", "이름"), ("주소는", "항목"),
-                                               ("비밀은", "기호"), ("색깔은", "표시"), ("가격은", "단위"),
-                                               ("주인은", "문자"), ("열쇠는", "상자"))),
-    "thai": tuple(_thai(n, v) for n, v in (
-        ("รหัสของ", "ตัวแปร"), ("หมายเลขของ", "ชื่อ"), ("ที่อยู่ของ", "รายการ"), ("ความลับของ", "สัญลักษณ์"),
-        ("สีของ", "เครื่องหมาย"), ("ราคาของ", "หน่วย"), ("เจ้าของ", "ตัวอักษร"), ("กุญแจของ", "กล่อง"))),
-    "code": tuple(_code(n, v) for n, v in (("codes", "var"), ("table", "let"), ("registry", "auto"),
-                                           ("cache", "val"), ("lookup", "const"), ("index", "set"),
-                                           ("store", "def"), ("mapping", "local"))),
+PHRASES: dict[Language, tuple[str, ...]] = {
+    "english": ("\nThe value of{}{}.", "\nThe code of{}{}.", "\nThe number for{}{}.", "\nThe label on{}{}.",
+                "\nThe price of{}{}.", "\nThe owner of{}{}."),
+    "korean": tuple(f"\n{noun}{{}}{{}}." for noun in (
+        "암호는", "번호는", "주소는", "비밀은", "색깔은", "가격은", "주인은", "열쇠는")),
+    "thai": tuple(f"\n{noun}{{}}{{}}." for noun in (
+        "รหัสของ", "หมายเลขของ", "ที่อยู่ของ", "ความลับของ", "สีของ", "ราคาของ", "เจ้าของ", "กุญแจของ")),
+    "code": tuple(f"\n{name}.add({{}}{{}})" for name in (
+        "codes", "table", "registry", "cache", "lookup", "index", "store", "mapping")),
 }
-"""Enough forms in each language that the hash gives some to both sides."""
+"""Sentences with places for key and value; enough in each language that the hash gives some to both sides."""
 
 
 DETECTED_TOKENS = 4096

@@ -28,14 +28,12 @@ import torch.distributed as dist
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.convert.live_import import LiveImport
 from megatron_sov.engine.decode.cached_decoder import CachedDecoder, DecodeOutput, over_shares, share_place
-from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
+from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan
 from megatron_sov.engine.parallel import collectives
-from megatron_sov.engine.parallel.device import local_device
 from megatron_sov.engine.parallel.values import pack, unpack
 from megatron_sov.infer.decoder.continuation import Continuation, RowItem, keep_routes
-from megatron_sov.infer.decoder.sampling import (
-    accepted_by_chance, accepted_greedily, best_words, draw, probabilities, rows_of)
+from megatron_sov.infer.decoder.sampling import accepted_by_chance, accepted_greedily, draw, probabilities
 from megatron_sov.infer.request import (
     Batching, Bounds, Generated, HeldWeights, NamedTensors, Sampling, StopRule, Tokens, Written)
 from megatron_sov.model.modality import EncoderInputs
@@ -410,24 +408,6 @@ class MegatronEngine:
     @cached_property
     def _import(self) -> LiveImport:
         return LiveImport(self._model.model)
-
-    def choose(self, documents: Sequence[Tokens], count: int, words: Sequence[int]) -> list[list[int]]:
-        """Return the most probable words, see `ChoosingEngine`."""
-        self._held.check()
-        rank, size = collectives.data_place()
-        rows = rows_of(documents)
-        rows += [[]] * (-len(rows) % size)  # processes that share experts must run forward equally often
-        found = torch.zeros(len(documents), count, dtype=torch.float64)
-        for row in rows[rank::size]:
-            batch = Inputs([documents[i][:-1] for i in row] or [[0]], local_device())
-            # Token i + 1 is predicted at place i, so the last `count` places read predict the last tokens.
-            positions = ((batch.ends[:, None] - torch.arange(count - 1, -1, -1)).flatten() if row
-                         else batch.ends)
-            logits = self._model.logits(batch, positions)
-            if row:
-                found[row] = best_words(logits, words).double().reshape(len(row), count)
-        tokens: list[list[int]] = collectives.all_reduce_dp(found).long().tolist()
-        return tokens
 
 
 def _gathered_routes(mine: Sequence[Continuation], lengths: Sequence[int],

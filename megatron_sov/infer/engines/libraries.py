@@ -21,7 +21,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert.sources import check_whole_model, refuse_damaged_export, tensors_left_out
 from megatron_sov.engine.parallel.device import PRECISION, inference_precision
-from megatron_sov.infer.decoder.sampling import best_words, rows_of, seed_of
+from megatron_sov.infer.decoder.sampling import seed_of
 from megatron_sov.infer.engines.target import report_precision
 from megatron_sov.infer.request import (
     Batching, Generated, HeldWeights, NamedTensors, Sampling, StopRule, Tokens, refuse_drafts, refuse_routes,
@@ -146,17 +146,6 @@ class HfEngine:
             raise ValueError("the engine transformers has a model of its own: an update needs its weights")
         with self._held.replaced(version, weights):
             copy_weights(self._model, weights)
-
-    @torch.no_grad()
-    def choose(self, documents: Sequence[Tokens], count: int, words: Sequence[int]) -> list[list[int]]:
-        """Return the most probable words, see `ChoosingEngine`."""
-        self._held.check()
-        found: list[list[int]] = []
-        for row in rows_of(documents):
-            ids = torch.tensor([list(documents[i][:-1]) for i in row], device=self._model.device)
-            logits = self._model(input_ids=ids, logits_to_keep=count, use_cache=False).logits
-            found += best_words(logits.flatten(0, 1), words).reshape(len(row), count).tolist()
-        return found
 
 
 def refuse_uncached(config: Any, fix: str = "take the engine megatron or vllm (--engine)") -> None:

@@ -191,8 +191,8 @@ def _parse_test(text: str) -> ast.Module:
 
 
 def _asserts(tree: ast.Module) -> bool:
-    """Return whether an assertion stands in code that runs: at the top level, in functions and classes that
-    are called by their form, or in those that such code names."""
+    """Return whether an assertion stands in code that runs: at the top level, in functions that are called
+    by their form, or in functions and classes that such code names."""
     functions = {name: node for name, node in find_definitions(tree).items()
                  if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
     waiting: list[ast.AST] = [node for node in tree.body
@@ -208,10 +208,23 @@ def _asserts(tree: ast.Module) -> bool:
 
 
 def _is_called(name: str, node: ast.stmt) -> bool:
-    """Return whether pytest, unittest or HumanEval would call a function or class."""
+    """Return whether HumanEval's or pytest's form has a function called.
+
+    Raises:
+        Refused: pytest or unittest would call a class, or give arguments to a function; nothing does here.
+    """
     if isinstance(node, ast.ClassDef):
-        return any(getattr(part, "name", "").startswith("test") for part in node.body)
-    return name == "check" or name.startswith("test")
+        if any(getattr(part, "name", "").startswith("test") for part in node.body):
+            raise Refused(f"class {name} holds tests; write each as a function named test...")
+        return False
+    if not name.startswith("test"):
+        return name == "check"
+    arguments = getattr(node, "args", None)
+    if arguments is not None and len(arguments.posonlyargs + arguments.args) + len(
+            arguments.kwonlyargs) > len(arguments.defaults):
+        raise Refused(f"{name} takes arguments, which no fixture or parameter gives here; write them "
+                      "into the test")
+    return True
 
 
 def _find_names(texts: tuple[str, ...], trees: list[ast.Module]) -> set[str]:

@@ -20,7 +20,7 @@ from megatron_sov.base.settings import (
 from megatron_sov.judge.rewards.patterns import json_of
 from megatron_sov.judge.rewards.reward import (
     OPERATION, Refused, Row, Score, content_of, messages_of, prompt_text, text_of)
-from megatron_sov.work.endpoints.answers import CHAT_PROBES, SCORE_PROBES, BadAnswer, Recognition, only
+from megatron_sov.work.endpoints.answers import BadAnswer, only
 from megatron_sov.work.endpoints.cache import EndpointCache
 from megatron_sov.work.endpoints.endpoint import Endpoint, EndpointLimits
 from megatron_sov.work.endpoints.transport import address_problems, missing_libraries
@@ -135,8 +135,6 @@ class Judge:
     """File of all answers and costs; nothing is asked twice."""
     api_key_env: str = field(default="OPENAI_API_KEY", metadata=OPERATION)
     """Variable of the environment with the key; where it is not set, none is sent."""
-    same_model: bool = field(default=False, metadata=OPERATION)
-    """Whether its model is the one whose answers are kept though it answers fixed questions otherwise."""
     threads: AtLeastOne = field(default=16, metadata=OPERATION)
     """Requests at a time."""
     timeout_s: AboveZero = field(default=120.0, metadata=OPERATION)
@@ -192,11 +190,7 @@ class Judge:
         limits = EndpointLimits(self.timeout_s, self.max_attempts, self.backoff_s, self.requests_per_minute,
                                 self.max_cost,
                                 self.input_price, self.output_price)
-        probes = CHAT_PROBES if self.kind == "rubric" else SCORE_PROBES
-        way_out = ("set another cache for its answers, or same_model=true if only the engine changed; then "
-                   "the kept answers are used")
-        return Endpoint(url, self.api_key_env, limits, EndpointCache(Path(self.cache)), told=warn,
-                        recognition=Recognition(self.model, probes, way_out, self.same_model))
+        return Endpoint(url, self.api_key_env, limits, EndpointCache(Path(self.cache)), told=warn)
 
     def _payload(self, row: Row, response: str) -> dict[str, Any]:
         """Return the request: the response fenced by a line that its writer could not know."""

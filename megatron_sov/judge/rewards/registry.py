@@ -21,7 +21,6 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "math": ("megatron_sov.judge.rewards.math_answers", "Math"),
     "stem": ("megatron_sov.judge.rewards.answers", "Stem"),
     "ifeval": ("megatron_sov.judge.rewards.ifeval", "IfEval"),
-    "classifier": ("megatron_sov.judge.rewards.classifier", "Classifier"),
     "composed": ("megatron_sov.judge.rewards.composed", "Composed"),
     "judge": ("megatron_sov.judge.rewards.judge", "Judge"),
     "format": ("megatron_sov.judge.rewards.surface", "Format"),

@@ -1,8 +1,8 @@
-"""How texts of tests run: plain assertions, `check` of HumanEval, functions and classes of pytest, unittest.
+"""How texts of tests run: plain assertions, `check` of HumanEval, functions that pytest would call.
 
 Every assertion that a test evaluates is counted, because a test that evaluates none has shown nothing.  All
-of it runs in the process of the tests, where a solution replaces nothing: neither this counter nor the
-modules `pytest` and `unittest`.  Runs inside of the sandbox, and imports nothing of this package.
+of it runs in the process of the tests, where a solution replaces nothing: neither this counter nor the module
+`pytest`.  Runs inside of the sandbox, and imports nothing of this package.
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ import ast
 import functools
 import importlib
 import inspect
-import itertools
 import math
 import numbers
 import re
-import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 TICK = "__assertion__"
@@ -94,7 +92,7 @@ class TestText:
         """Evaluated so far."""
 
     def run(self) -> None:
-        """Run the text, then the functions and classes that it defines to be called.
+        """Run the text, then the functions that it defines to be called.
 
         Raises:
             Exception: whatever the test raises; AssertionError if it evaluates no assertion.
@@ -102,9 +100,6 @@ class TestText:
         calls_check = calls_name(self._tree, "check")
         self._names[TICK] = self._count
         before = dict(self._names)
-        if "unittest" in self._source:
-            # the classes are run below, and the function would end this process
-            importlib.import_module("unittest").main = _main  # type: ignore[attr-defined]
         tree = ast.fix_missing_locations(AssertionCounter().visit(self._tree))
         try:
             exec(compile(tree, "test.py", "exec"), self._names)
@@ -114,85 +109,21 @@ class TestText:
                 raise
         for name, value in list(self._names.items()):
             # names of the solution and of earlier tests are still there
-            if before.get(name) is value or getattr(value, "__module__", "") != "__main__":
+            is_own = before.get(name) is not value and getattr(value, "__module__", "") == "__main__"
+            if not is_own or not isinstance(value, types.FunctionType):
                 continue
-            if isinstance(value, types.FunctionType):
-                if name == "check" and not calls_check:
-                    value(eval(self._entry_point, self._names))
-                elif name.startswith("test"):
-                    self._run_function(value)
-            elif isinstance(value, type):
-                self._run_class(name, value)
+            if name == "check" and not calls_check:
+                value(eval(self._entry_point, self._names))
+            elif name.startswith("test"):
+                result = value()
+                if inspect.iscoroutine(result):
+                    importlib.import_module("asyncio").run(result)
         if not self.num_assertions:
             raise AssertionError("evaluates no assertion")
 
     def _count(self, function: Any = None) -> Any:
         self.num_assertions += 1
         return function
-
-    def _run_class(self, name: str, kind: type) -> None:
-        unittest: Any = sys.modules.get("unittest")
-        if unittest is not None and issubclass(kind, unittest.TestCase):
-            result = unittest.TestResult()
-            unittest.defaultTestLoader.loadTestsFromTestCase(kind).run(result)
-            faults = [text for _, text in result.errors + result.failures]
-            faults += [f"{case} passes unexpectedly" for case in result.unexpectedSuccesses]
-            if faults:
-                raise AssertionError(faults[0].strip().rpartition("\n")[2])
-        elif name.startswith("Test") and not getattr(kind, "__skipped__", False):
-            _call_hook(kind, "setup_class")
-            for method in [getattr(kind(), name) for name in dir(kind) if name.startswith("test")]:
-                _call_hook(method.__self__, "setup_method", method)
-                self._run_function(method, getattr(kind, "__cases__", None))
-                _call_hook(method.__self__, "teardown_method", method)
-            _call_hook(kind, "teardown_class")
-
-    def _run_function(self, function: Callable[..., Any], cases: Sequence[Mapping[str, Any]] | None = None
-                      ) -> None:
-        """Call a test function for each of its parameters, with the fixtures that it asks for."""
-        if getattr(function, "__skipped__", False):
-            return
-        own = getattr(function, "__cases__", [{}])
-        for first, second in itertools.product(cases or [{}], own):
-            ends: list[Iterator[Any]] = []
-            self._call(function, {**first, **second}, ends)
-            for end in reversed(ends):
-                next(end, None)
-
-    def _call(self, function: Callable[..., Any], known: Mapping[str, Any], ends: list[Iterator[Any]]) -> Any:
-        """Return the result of a test function or fixture.
-
-        Args:
-            function: may be a coroutine function.
-            known: values of some of its parameters; fixtures give the others.
-            ends: receives generators of fixtures, which go on after the test.
-
-        Raises:
-            LookupError: a parameter has no value and no fixture.
-        """
-        arguments = {}
-        for name, parameter in inspect.signature(function).parameters.items():
-            fixture = self._names.get(name)
-            if name in known:
-                arguments[name] = known[name]
-            elif isinstance(fixture, Fixture):
-                arguments[name] = self._call(fixture.function, known, ends)
-            elif parameter.default is inspect.Parameter.empty:
-                raise LookupError(f"no fixture {name!r} is there")
-        result = function(**arguments)
-        if inspect.isgenerator(result) and not getattr(function, "__name__", "").startswith("test"):
-            ends.append(result)
-            return next(result)
-        if inspect.iscoroutine(result):
-            return importlib.import_module("asyncio").run(result)
-        return result
-
-
-def _call_hook(owner: Any, name: str, *arguments: Any) -> None:
-    """Call a method of a test class if it is there, with as many arguments as it takes."""
-    hook = getattr(owner, name, None)
-    if hook is not None:
-        hook(*arguments[:len(inspect.signature(hook).parameters)])
 
 
 def calls_name(tree: ast.Module, name: str) -> bool:
@@ -279,24 +210,6 @@ def _refuse_empty(compare: Callable[..., Any], count: Callable[[Any], int]) -> C
 # --- the part of pytest that tests of functions use
 
 
-class Fixture:
-    """A function that gives a value to the tests that have a parameter of its name."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-
-
-def fixture(function: Callable[..., Any] | None = None, **settings: Any) -> Any:
-    """Return a fixture, or with settings what makes one.
-
-    Raises:
-        NotImplementedError: a setting changes which values the tests get.
-    """
-    if unknown := settings.keys() - {"scope"}:
-        raise NotImplementedError(f"fixtures with {', '.join(sorted(unknown))} are not supported")
-    return Fixture if function is None else Fixture(function)
-
-
 class Approx:
     """A number, or numbers in a list, tuple or dict, that equal what lies within a tolerance."""
 
@@ -358,52 +271,6 @@ def raises(expected: Any, *call: Any, match: str | None = None, **named: Any) ->
     return context
 
 
-class ParameterValues(tuple[Any, ...]):
-    """Values of one case of `parametrize`, as `pytest.param` makes them."""
-
-
-def parametrize(names: str | Sequence[str], values: Sequence[Any], **settings: Any) -> Callable[[Any], Any]:
-    """Return a decorator that has a test called with each of the values."""
-    known = [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else names
-    alone = isinstance(names, str) and len(known) == 1
-    cases = [dict(zip(known, (value,) if alone and not isinstance(value, ParameterValues) else value,
-                      strict=True)) for value in values]
-
-    def decorate(test: Any) -> Any:
-        test.__cases__ = [{**a, **b} for a in cases for b in getattr(test, "__cases__", [{}])]
-        return test
-
-    return decorate
-
-
-class Marks:
-    """`pytest.mark`: parameters, tests that are left out, and marks that change nothing, such as timeout."""
-
-    parametrize = staticmethod(parametrize)
-
-    @staticmethod
-    def skipif(condition: Any, **settings: Any) -> Callable[[Any], Any]:
-        return _leave_out if condition else _keep
-
-    @staticmethod
-    def skip(test: Any = None, **settings: Any) -> Any:
-        return _leave_out if test is None or isinstance(test, str) else _leave_out(test)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("xfail", "usefixtures"):
-            raise NotImplementedError(f"pytest.mark.{name} is not supported")
-        return lambda *given, **named: given[0] if len(given) == 1 and callable(given[0]) else _keep
-
-
-def _keep(test: Any) -> Any:
-    return test
-
-
-def _leave_out(test: Any) -> Any:
-    test.__skipped__ = True
-    return test
-
-
 def _fail(reason: str = "", **settings: Any) -> None:
     raise AssertionError(reason or "pytest.fail")
 
@@ -416,7 +283,5 @@ def _main(*arguments: Any, **settings: Any) -> int:
 def make_pytest() -> types.ModuleType:
     """Return a module `pytest` with what tests of functions use."""
     module = types.ModuleType("pytest")
-    module.__dict__.update(
-        approx=Approx, raises=raises, fixture=fixture, mark=Marks(), fail=_fail, main=_main,
-        param=lambda *values, **settings: ParameterValues(values))
+    module.__dict__.update(approx=Approx, raises=raises, fail=_fail, main=_main)
     return module

@@ -12,7 +12,7 @@ import json
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, NotRequired, Protocol, TypeVar, cast, get_type_hints
 
@@ -109,15 +109,9 @@ class Tool:
     _adapter: TypeAdapter[Any] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        from pydantic import ConfigDict, TypeAdapter, with_config
-
-        # a TypedDict: optional arguments are left out, and the function's own defaults hold
         fields = {name: _annotated(parameter) for name, parameter in self.parameters.items()}
-        # strict: "3" is no 3, and true is no 1
-        config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-        made = with_config(config)(_TYPED_DICT(self.name, fields))
         try:
-            object.__setattr__(self, "_adapter", TypeAdapter(made))
+            object.__setattr__(self, "_adapter", strict_record(self.name, fields))
             self._adapter.json_schema()
         except Exception as e:  # whatever a type's own hooks raise
             raise UserError(f"tool {self.name}: its arguments have no JSON schema ({first_line(e)}); use "
@@ -152,6 +146,15 @@ class Tool:
         return self.function(**checked)
 
 
+def strict_record(name: str, fields: Mapping[str, Any]) -> TypeAdapter[Any]:
+    """Return the check of an object with these fields (name -> type) and no others, of these exact types."""
+    from pydantic import ConfigDict, TypeAdapter, with_config
+
+    # strict: "3" is no 3, and true is no 1; a TypedDict leaves optional fields out
+    config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    return TypeAdapter(with_config(config)(_TYPED_DICT(name, dict(fields))))
+
+
 def tool_of(function: Callable[..., Any]) -> Tool:
     """Return a function, or a bound method, as a tool.
 
@@ -159,18 +162,30 @@ def tool_of(function: Callable[..., Any]) -> Tool:
         UserError: it has no docstring, or an argument has no type or none that JSON has.
     """
     name = function.__name__
-    text = textwrap.dedent(inspect.getdoc(function) or "")
-    if not text.strip():
-        raise UserError(f"tool {name}: has no docstring; models are shown it, so say what the tool does")
     hints = get_type_hints(function, include_extras=True)
-    described = _described(text)
     found = {}
     for given in inspect.signature(function).parameters.values():
         if given.kind not in (given.POSITIONAL_OR_KEYWORD, given.KEYWORD_ONLY) or given.name not in hints:
             raise UserError(f"tool {name}: its argument {str(given)!r} must have a name and a type; "
                             "write it as `name: str`")
-        found[given.name] = Parameter(hints[given.name], described.get(given.name, ""), given.default)
-    return Tool(name, " ".join(_SECTION.split(text)[0].split()), found, function)
+        found[given.name] = Parameter(hints[given.name], "", given.default)
+    return describe_tool(name, inspect.getdoc(function) or "", found, function)
+
+
+def describe_tool(name: str, docstring: str, parameters: Mapping[str, Parameter],
+                  function: Callable[..., Any]) -> Tool:
+    """Return a tool whose descriptions are those of a docstring in Google's style.
+
+    Raises:
+        UserError: the docstring is empty, or an argument is of a type that JSON has not.
+    """
+    text = textwrap.dedent(docstring)
+    if not text.strip():
+        raise UserError(f"tool {name}: has no docstring; models are shown it, so say what the tool does")
+    described = _described(text)
+    return Tool(name, " ".join(_SECTION.split(text)[0].split()),
+                {argument: replace(parameter, description=described.get(argument, ""))
+                 for argument, parameter in parameters.items()}, function)
 
 
 def tools_of(environment: Any) -> tuple[Tool, ...]:

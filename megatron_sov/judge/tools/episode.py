@@ -76,9 +76,9 @@ class EpisodeTurn:
     reply: str | None = None
     """What a user of the environment says behind it; None: nothing."""
 
-    def parse(self, tools: Sequence[dict[str, Any]]) -> WrittenTurn:
-        """Return what it says and calls; `tools`: that could be called."""
-        return parse_turn(self.whole_text, form=self.form, tools=tools)
+    def parse(self) -> WrittenTurn:
+        """Return what it says and calls."""
+        return parse_turn(self.whole_text, form=self.form)
 
     def served(self, tools: Sequence[dict[str, Any]]) -> ServedTurn:
         """Return it as a server would give it to a client; raises nothing: a malformed call is text."""
@@ -145,7 +145,7 @@ class Episode:
     @property
     def answer(self) -> str:
         """Return what the model said in the end; empty where it did not come to one."""
-        return self.turns[-1].parse(self.opening.tools).content if self.end == "answered" else ""
+        return self.turns[-1].parse().content if self.end == "answered" else ""
 
     def grow(self, more: GeneratedTurn) -> GeneratedTurn:
         """Return a turn up to here: what had been begun of it, and more; its routes become the episode's."""
@@ -228,7 +228,7 @@ def with_calls(turn: EpisodeTurn, episode: Episode, host: EnvironmentHost,
     """
     if host.converses:
         return _with_reply(turn, episode, host, limits)
-    found = turn.parse(episode.opening.tools).calls
+    found = turn.parse().calls
     # no call is an answer, which ends the episode
     if not found:
         return replace(turn, end="answered")

@@ -6,29 +6,22 @@ long as its longest turn; an episode that ends makes place for the next one.
 
 from __future__ import annotations
 
-import json
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_sov.base.documents.rows import read_objects
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.chat.encode import TurnEncoder
-from megatron_sov.chat.tool_calls import ServedTurn, ToolCall
 from megatron_sov.judge.rewards.reward import Result
-from megatron_sov.judge.tools.environment import INFRASTRUCTURE, EpisodeLimits, InfrastructureFault, Task
+from megatron_sov.judge.tools.environment import EpisodeLimits, Task
 from megatron_sov.judge.tools.episode import (
     Episode, EpisodeLines, GeneratedTurn, begin_line, begun, left_of, result_line, take_turn, turn_line,
     within)
-from megatron_sov.judge.tools.host import CallResult, EnvironmentHost, EpisodeLost, HeardReply, Opening
-
-HELP = ('write NAME {"argument": value} to call a tool, `tools` to see them again, `answer TEXT` to end, an '
-        "empty line to give up")
+from megatron_sov.judge.tools.host import EnvironmentHost, EpisodeLost, Opening
 
 
 def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -47,95 +40,6 @@ def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "num_cut": sum(row["num_cut"] for row in rows),
         "num_turns_that_differ": sum(row["num_turns_that_differ"] for row in rows),
     }
-
-
-class Answer(str):
-    """What is said in the end."""
-
-
-Move = ToolCall | Answer
-
-
-def moves_of_file(path: Path) -> Iterator[Move]:
-    """Yield the moves of a file: lines with `name` and `arguments`, or with `answer`.
-
-    Raises:
-        UserError: a line is something else.
-    """
-    for number, line in read_objects(path, "--calls"):
-        if set(line) == {"answer"} and isinstance(line["answer"], str):
-            yield Answer(line["answer"])
-        elif set(line) == {"name", "arguments"} and isinstance(line["name"], str) \
-                and isinstance(line["arguments"], dict):
-            yield ToolCall(line["name"], line["arguments"])
-        else:
-            raise UserError(f"--calls {path}: line {number}: must be "
-                            '{"name": ..., "arguments": {...}} or {"answer": ...}')
-
-
-def moves_of_lines(lines: Iterable[str], show: Callable[[str], object],
-                   show_tools: Callable[[], object]) -> Iterator[Move]:
-    """Yield the moves that a person writes; what is none is told, and asked for again."""
-    show(HELP)
-    for line in lines:
-        word, _, rest = line.strip().partition(" ")
-        if not word:
-            return
-        if word == "answer":
-            yield Answer(rest.strip())
-        elif word == "tools":
-            show_tools()
-        else:
-            try:
-                arguments = json.loads(rest.strip() or "{}")
-            except ValueError as e:
-                show(f"{rest.strip()[:60]!r} is no JSON ({e}); {HELP}")
-                continue
-            if isinstance(arguments, dict):
-                yield ToolCall(word, arguments)
-            else:
-                show(f"{rest.strip()[:60]!r} is no JSON object; {HELP}")
-
-
-def _heard(host: EnvironmentHost, move: Move) -> HeardReply:
-    """Return what comes of a move; an answer ends an episode that is no conversation."""
-    if not host.converses:
-        return HeardReply(is_over=True) if isinstance(move, Answer) else HeardReply((host.call(move),))
-    try:
-        return host.reply(ServedTurn("", str(move)) if isinstance(move, Answer)
-                          else ServedTurn("", "", (move,)))
-    except InfrastructureFault as e:
-        return HeardReply((CallResult(f"error: {e.reason}", e.code),))
-
-
-def play_by_hand(host: EnvironmentHost, moves: Iterable[Move], limits: EpisodeLimits,
-                 show: Callable[[str], object]) -> tuple[str, Result]:
-    """Return how an episode that has begun ends (one of `episode.ENDS`), and its reward; each call is a turn.
-
-    Args:
-        host: of the environment, reset to a task.
-        moves: in order.
-        limits: of turns and results.
-        show: is given each result.
-    """
-    end, answer = "unended", ""
-    for place, move in enumerate(moves):
-        # the same limits as a model has, so that a person sees what it would see
-        if place >= limits.max_turns:
-            end = "turns"
-            show(f"the limit of {limits.max_turns} turns is reached")
-            break
-        heard = _heard(host, move)
-        for called in heard.results:
-            show(called.text)
-            if called.fault == INFRASTRUCTURE:
-                return INFRASTRUCTURE, Result(None, "failed", {}, called.text)
-        if heard.user is not None:
-            show(heard.user)
-        if heard.is_over:
-            end, answer = "answered", str(move) if isinstance(move, Answer) else ""
-            break
-    return end, host.score(answer)
 
 
 STREAMS = 1 << 16

@@ -22,14 +22,12 @@ BUILT_IN: dict[str, tuple[str, str, str]] = {
     "retrieval": ("megatron_sov.judge.tools.worlds.retrieval", "Retrieval",
                   "search and read documents of your own, by BM25"),
     "python": ("megatron_sov.judge.tools.worlds.python", "Python", "programs in the sandbox"),
-    "booking": ("megatron_sov.judge.tools.worlds.databases", "Booking",
-                 "hotel rooms: search, book, change, cancel"),
-    "tickets": ("megatron_sov.judge.tools.worlds.databases", "Tickets",
-                 "customers' tickets: find, assign, close"),
+    "booking": ("megatron_sov.judge.tools.worlds.virtual", "Booking",
+                 "a database of hotel rooms: search, book, change, cancel"),
     "files": ("megatron_sov.judge.tools.worlds.files", "Files",
                "a tree of text files: list, read, edit, search"),
     "virtual": ("megatron_sov.judge.tools.worlds.virtual", "Virtual",
-                "tables and tools that a task describes as data"),
+                "tables and tools in Python that a task describes"),
     "verifiers": ("megatron_sov.judge.tools.worlds.verifiers", "Verifiers", "an environment of verifiers"),
 }
 """Name -> module, class and line in the list of what is built in."""

@@ -15,7 +15,7 @@ from megatron_sov.model.config.learning import is_command
 
 # The needle suite: what is asked, where, and how often.
 
-NeedleKind = Literal["single", "multi-key", "multi-value", "multi-query", "variable-tracking"]
+NeedleKind = Literal["single", "multi-key"]
 Language = Literal["english", "korean", "thai", "code"]
 
 
@@ -26,12 +26,11 @@ class NeedleConfig:
     ACTS_WHEN: ClassVar[ActsWhen] = {
         "": AnyOf(is_command("extend"), When(
             "evaluate.background.tasks", lambda tasks: "needle" in tasks, "names needle")),
-        "train_share train_kinds train_needles train_questions answer_weight text_weight":
-            is_command("extend"),
-        "train_kinds train_needles train_questions answer_weight text_weight": is_set(".train_share")}
+        "train_share train_needles train_questions answer_weight text_weight": is_command("extend"),
+        "train_needles train_questions answer_weight text_weight": is_set(".train_share")}
 
     kinds: tuple[NeedleKind, ...] = ("multi-key",)
-    """What is asked, after RULER (arXiv 2404.06654), in tests and in training."""
+    """Whether needles with other keys are in the text, after RULER (arXiv 2404.06654)."""
     languages: tuple[Language, ...] = ()
     """Languages of the text that needles are hidden in, in tests and in training; empty:
     all that there is text of."""
@@ -42,13 +41,11 @@ class NeedleConfig:
     samples: int = 20
     """Samples of one cell (kind x language x depth x length)."""
     distractor_share: float = 0.25
-    """Part of each context that needles with other keys fill (every kind but `single`),
-    so that they grow with the length."""
+    """Part of each context that needles with other keys fill (`multi-key`), so
+    that they grow with the length."""
     train_share: Fraction = 0.1
     """Part of the extension's samples that are synthetic retrieval documents,
     with other keys and values than the test's."""
-    train_kinds: tuple[NeedleKind, ...] = ()
-    """Kinds of the training documents, all drawn equally often; empty: those that are tested (`kinds`)."""
     train_needles: NotNegativeInt = 0
     """Needles of a training document at most; 0: as many as fill `distractor_share` of it,
     and 12 where those are fewer."""

@@ -12,8 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from megatron_sov.base.settings import (
-    AboveZero, ActsWhen, AnyOf, AtLeastOne, Finite, Fraction, NotNegative, NotNegativeInt, ProblemCode,
-    SettingsProblem, Share, find_broken, is_none_of, is_one_of, is_set)
+    AboveZero, ActsWhen, AnyOf, AtLeastOne, Finite, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem,
+    Share, find_broken, is_none_of, is_one_of, is_set)
 from megatron_sov.model.config.data import nearest_multiple
 from megatron_sov.model.config.learning import learns, learns_by_policy
 
@@ -279,7 +279,7 @@ SCALES = (("clip_low", ("clip", "ratio")), ("clip_high", ("clip", "ratio")), ("k
 _PARTS = dataclasses.asdict(PolicyParts())
 _OF_ADVANTAGES = " ".join((
     *(name for name in _PARTS if name != "max_gen_batches"), "mask_truncated", "correction",
-    "correction_low", "correction_high", "geo_reject_high", "geo_reject_low", "missing_share"))
+    "correction_low", "correction_high", "geo_reject_high", "geo_reject_low"))
 """Settings of a policy whose loss is made of advantages."""
 
 
@@ -420,8 +420,6 @@ class PolicyConfig:
     same.  Where it cannot be (see docs/rl.md) each has its own."""
     router_replay: bool = False
     """Whether the trainer sends each token to the experts that it went to when it was written."""
-    missing_share: Fraction = 0.0
-    """Share of a round's groups that may be without their last responses when it is trained."""
 
     @cached_property
     def parts(self) -> PolicyParts:

@@ -109,7 +109,7 @@ class RunConfig:
     evaluate: EvaluateConfig = EvaluateConfig()
     """Evaluation beside training."""
     obs: ObsConfig = ObsConfig()
-    """Trackers, metrics and alerts."""
+    """Trackers."""
     gpu: GpuConfig = GpuConfig()
     """How GPUs are used."""
     guards: GuardConfig = GuardConfig()

@@ -3,15 +3,14 @@ watches."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, get_args
 
 from annotated_types import Ge, Gt, Le
 
 from megatron_sov.base.settings import (
-    ONCE, AboveZero, ActsWhen, AllOf, AnyOf, AtLeastOne, Bound, Breach, Finite, Fraction, NotNegative,
-    NotNegativeInt, ProblemCode, SettingsProblem, Share, find_broken, is_none_of, is_one_of, is_set)
+    AboveZero, ActsWhen, AllOf, AnyOf, AtLeastOne, Finite, Fraction, NotNegative, NotNegativeInt,
+    SettingsProblem, Share, find_broken, is_none_of, is_one_of, is_set)
 from megatron_sov.model.config.bounds import MAX_BATCH_SIZE, Samples, Steps, Tokens
 from megatron_sov.model.config.learning import NOT_EXTENDING, learns, learns_without_rounds, stages_leave
 
@@ -168,17 +167,7 @@ class GuardConfig:
     so the biases alone then choose."""
 
 
-# Where a run is watched from outside its folder: trackers, alerts.
-
-AlertKind = Literal["stop", "rollback", "hang", "gate_failed", "restart", "sdc", "failure", "run_end"]
-
-
-def _no_variable(name: str) -> Breach | None:
-    return None if re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)?", name) else (
-        ProblemCode.BOUND,
-        "must be the name of an environment variable that holds the URL, such as SOV_ALERT_URL; "
-        "what it is now is not shown, for it may be the URL, which no file should hold", "")
-
+# Where a run is watched from outside its folder.
 
 @dataclass(frozen=True)
 class ObsConfig:
@@ -186,7 +175,6 @@ class ObsConfig:
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
         "wandb_project": is_set(".wandb"),
-        "alert_on": is_set(".alert_webhook"),
         "sample_rows": learns("policy")}
 
     tensorboard: bool = False
@@ -198,15 +186,6 @@ class ObsConfig:
     sample_rows: Annotated[int, Ge(0), Le(100)] = 8
     """Responses of `rl` that trackers and the report are given as a table, of at most 100 of a run's rounds
     and as many of its validations; 0: none, and no text leaves the run."""
-    nvml: bool = True
-    """Read power, energy, use and temperature of each process's GPU, where `pynvml` is there to ask the
-    driver (extra `telemetry`)."""
-    alert_webhook: Annotated[str, Bound(_no_variable, may_be_secret=True)] = ""
-    """Name of the environment variable that holds the URL that alerts are sent to (Slack's form): the URL is
-    a secret, and so in no file.  Empty: no alerts."""
-    alert_on: Annotated[tuple[AlertKind, ...], ONCE] = (
-        "stop", "rollback", "hang", "gate_failed", "restart", "sdc", "failure")
-    """Events that alerts are sent of; run_end: the run is complete."""
 
 
 AverageKind = Literal["uniform", "linear", "ema"]

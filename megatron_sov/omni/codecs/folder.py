@@ -59,17 +59,6 @@ class AudioTokenizer(Protocol):
         ...
 
 
-class Recogniser(Protocol):
-    """What is said, as text."""
-
-    sample_rate_hz: int
-    """Of what it hears: one channel, float32 in -1..1."""
-
-    def hear(self, sound: torch.Tensor) -> str:
-        """Return the words of [s] samples, one space between two."""
-        ...
-
-
 # The kinds of codec there are; none is imported before it is asked for.
 
 KNOWN = {
@@ -79,8 +68,6 @@ KNOWN = {
     "dac": "megatron_sov.omni.codecs.hf_codecs:DacCodec",
     "ta-tok": "megatron_sov.omni.codecs.ta_tok:TATok",
     "cosyvoice2": "megatron_sov.omni.codecs.published:CosyVoice2Tokenizer",
-    "nemo-audio": "megatron_sov.omni.codecs.published:NemoAudioTokenizer",
-    "nemo-asr": "megatron_sov.omni.codecs.recogniser:NemoRecogniser",
 }
 """Kind, as manifests have it -> module and class.  A class is an `nn.Module` that is made of its `Settings`
 and keeps them as `.settings`."""
@@ -136,22 +123,19 @@ def save_codec(path: Path, kind: str, codec: nn.Module, *, facts: Mapping[str, A
         writer.content = {"codec": kind, "config": plain(codec.settings), **(facts or {})}
 
 
-def open_codec(folder: str | Path, device: str | torch.device = "cpu", kind: str | None = None) -> Any:
+def open_codec(folder: str | Path, device: str | torch.device = "cpu") -> Any:
     """Return the codec of a folder, ready for use: on `device`, without dropout, its weights frozen.
 
     Args:
         folder: what `megatron-sov codec import` wrote.
         device: where it computes.
-        kind: the only one that will do; None: any.
 
     Raises:
-        UserError: there is no codec, its settings break a rule, a file is not what the manifest says, its
-            weights are not the ones that these settings ask for, or it is of another kind.
+        UserError: there is no codec, its settings break a rule, a file is not what the manifest says, or
+            its weights are not the ones that these settings ask for.
     """
     folder = Path(folder)
-    found, settings, cls = read_codec(folder)
-    if kind is not None and found != kind:
-        raise UserError(f"{folder}: is a codec of kind {found!r} where {kind!r} is needed; pass another one")
+    _, settings, cls = read_codec(folder)
     file = folder / WEIGHTS
     # a link could name any file of this machine
     refuse_link_outside(folder, file)

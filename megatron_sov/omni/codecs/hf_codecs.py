@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Le
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_sov.base.errors import UserError, first_line, list_problems
 from megatron_sov.model.pretrained import CONFIG, load_pretrained, read_json
-from megatron_sov.omni.codecs.published import BoundedUnpickler, config_problems
 
 MAX_PIECE_S = 30.0
 MAX_TENSORS = 5000
@@ -28,7 +29,60 @@ MAX_TENSORS = 5000
 _PASSED_OVER = ("architectures", "transformers_version", "dtype")
 _REFUSED = ("auto_map", "attn_implementation", "quantization_config")
 """Fields by which transformers loads code or other weights."""
+MAX_ELEMENTS = 1 << 29
+"""Of all tensors together: 2 GiB in float32, several times what published codecs have."""
+_MAX_DEPTH, _MAX_ITEMS, _MAX_SHOWN_CHARS = 20, 100_000, 200
+_MAX_NUMBER = 1_000_000
+"""Sizes and rates: tables of filters are made outside of torch, and a layer of each count."""
 Config = dict[str, Any]
+
+
+class BoundedTensors(TorchDispatchMode):
+    """While it is entered, tensors beyond the bounds raise `MemoryError` before they are made."""
+
+    def __init__(self, max_elements: int = MAX_ELEMENTS, max_tensors: int = MAX_TENSORS) -> None:
+        super().__init__()
+        self._max_elements, self._max_tensors = max_elements, max_tensors
+        self.problem = ""
+        """Numbers and tensors that were asked for, if they were too many."""
+        self._num_elements = self._num_tensors = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (),
+                           kwargs: dict[str, Any] | None = None) -> Any:
+        """Count what an operation makes that begins with sizes (`empty`, `zeros`, ...) or a range."""
+        # operations that make a tensor have its size first; the dispatcher sees them before memory is
+        # reserved
+        asked = args[0] if args else None
+        if isinstance(asked, (list, tuple)) and asked and all(isinstance(n, int) for n in asked):
+            self._num_elements += math.prod(asked)
+            self._num_tensors += 1
+        elif isinstance(asked, (int, float)):
+            self._num_elements += int(max(abs(n) for n in args if isinstance(n, (int, float))))
+        if self._num_elements > self._max_elements or self._num_tensors > self._max_tensors:
+            self.problem = (f"asks for {self._num_elements:,} numbers in {self._num_tensors:,} tensors, and "
+                            f"at most {self._max_elements:,} in {self._max_tensors:,} are reserved")
+            raise MemoryError(self.problem)
+        return func(*args, **kwargs or {})
+
+
+def config_problems(config: object) -> Iterator[str]:
+    """Yield one sentence for each part of a configuration that is nested too deep or no size of a codec."""
+    # without recursion: the file decides how deep it is nested
+    stack: list[tuple[str, object, int]] = [("config", config, 0)]
+    num_items = 0
+    while stack:
+        where, node, depth = stack.pop()
+        num_items += 1
+        if depth > _MAX_DEPTH or num_items > _MAX_ITEMS:
+            yield f"{where}: is nested deeper than {_MAX_DEPTH}, or has too many items ({_MAX_ITEMS:,})"
+            return
+        if isinstance(node, dict):
+            stack += [(f"{where}.{str(key)[:100]}"[:_MAX_SHOWN_CHARS], value, depth + 1)
+                      for key, value in node.items()]
+        elif isinstance(node, list):
+            stack += [(f"{where}.{i}"[:_MAX_SHOWN_CHARS], value, depth + 1) for i, value in enumerate(node)]
+        elif isinstance(node, (int, float)) and not abs(node) <= _MAX_NUMBER:
+            yield f"{where} = {str(node)[:40]}: is no number of a codec; each is at most {_MAX_NUMBER:,}"
 
 
 def _refused_fields(config: object, where: str = "config") -> Iterator[str]:
@@ -37,11 +91,14 @@ def _refused_fields(config: object, where: str = "config") -> Iterator[str]:
             if name in _REFUSED or str(name).startswith("_"):
                 yield f"{where}.{str(name)[:80]}: is no size of a codec; leave it out"
             yield from _refused_fields(value, f"{where}.{str(name)[:80]}")
+    elif isinstance(config, list):
+        for i, value in enumerate(config):
+            yield from _refused_fields(value, f"{where}.{i}")
 
 
 def _problems(config: Config) -> list[str]:
     # the first reads without recursion, and bounds the depth for the second
-    return list(config_problems(config, frozenset())) or list(_refused_fields(config))
+    return list(config_problems(config)) or list(_refused_fields(config))
 
 
 @dataclass(frozen=True)
@@ -100,7 +157,7 @@ class HfCodec(nn.Module):
 
     def _build(self, config: Config) -> None:
         """Make the network, its weights not read, within the bounds of a codec."""
-        model, bounded = self.model_class(), BoundedUnpickler(max_tensors=MAX_TENSORS)
+        model, bounded = self.model_class(), BoundedTensors()
         try:
             with bounded:
                 self.network = (model(model.config_class.from_dict(dict(config)))
@@ -111,7 +168,7 @@ class HfCodec(nn.Module):
 
 
 def _raw_problems(folder: Path) -> list[str]:
-    return list(config_problems(read_json(folder / CONFIG), frozenset()))
+    return list(config_problems(read_json(folder / CONFIG)))
 
 
 def _sizes(config: Any) -> Any:

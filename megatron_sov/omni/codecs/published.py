@@ -1,34 +1,23 @@
-"""Published tokenizers as codecs: CosyVoice 2's and NeMo's networks, and how files of others are read.
+"""Published tokenizers as codecs: CosyVoice 2's network, and how files of others are read.
 
-Tensors are read without unpickling, and written under our names.  A `.nemo` file is an archive of a
-configuration, whose `_target_` fields name what NeMo then calls, and of pickled weights: neither is trusted,
-only classes of NeMo's own speech codecs may be named, and nothing is looked up in the environment."""
+Tensors are read without unpickling, and written under our names."""
 
 from __future__ import annotations
 
-import gzip
-import math
-import os
-import tarfile
-import tempfile
 import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from annotated_types import Ge, Le
 from safetensors import safe_open
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_sov.base.artifacts import refuse_existing
-from megatron_sov.base.documents.bounded_yaml import BoundedLoader
-from megatron_sov.base.errors import UserError, list_problems, told_in_a_line
+from megatron_sov.base.errors import UserError, told_in_a_line
 from megatron_sov.base.settings import ProblemCode, SettingsError, SettingsProblem, problems_of
 from megatron_sov.chat.limits import TemplateTooLong, bounded
 from megatron_sov.omni.codecs.folder import KIND, codec_class, save_codec
@@ -126,202 +115,8 @@ def cosyvoice2_state(found: Mapping[str, torch.Tensor],
     return settings, {f"network.{name}": tensor for name, tensor in found.items()}
 
 
-# What a network that another's settings describe may reserve while it is made.
-
-MAX_ELEMENTS = 1 << 29
-"""Of all tensors together: 2 GiB in float32, several times what published codecs have."""
-MAX_TENSORS = 100_000
-
-
-class BoundedUnpickler(TorchDispatchMode):
-    """While it is entered, tensors beyond the bounds raise `MemoryError` before they are made."""
-
-    def __init__(self, max_elements: int = MAX_ELEMENTS, max_tensors: int = MAX_TENSORS) -> None:
-        super().__init__()
-        self._max_elements, self._max_tensors = max_elements, max_tensors
-        self.problem = ""
-        """What was asked for, where it was too much: what made the network may have told it otherwise."""
-        self._num_elements = self._num_tensors = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (),
-                           kwargs: dict[str, Any] | None = None) -> Any:
-        """Count what an operation makes that begins with sizes (`empty`, `zeros`, ...) or a range."""
-        # operations that make a tensor have its size first; the dispatcher sees them before memory is
-        # reserved
-        asked = args[0] if args else None
-        if isinstance(asked, (list, tuple)) and asked and all(isinstance(n, int) for n in asked):
-            self._num_elements += math.prod(asked)
-            self._num_tensors += 1
-        elif isinstance(asked, (int, float)):
-            self._num_elements += int(max(abs(n) for n in args if isinstance(n, (int, float))))
-        if self._num_elements > self._max_elements or self._num_tensors > self._max_tensors:
-            self.problem = (f"asks for {self._num_elements:,} numbers in {self._num_tensors:,} tensors, and "
-                            f"at most {self._max_elements:,} in {self._max_tensors:,} are reserved")
-            raise MemoryError(self.problem)
-        return func(*args, **kwargs or {})
-
-
-_NAMED = {
-    "modules.audio_codec_modules": (
-        "CausalHiFiGANDecoder", "CausalHiFiGANEncoder", "FiniteScalarQuantizer", "FullBandMelEncoder",
-        "GroupFiniteScalarQuantizer", "HiFiGANDecoder", "HiFiGANEncoder", "MelSpectrogramProcessor",
-        "MultiBandMelEncoder", "ResNetEncoder"),
-    "modules.encodec_modules": ("SEANetDecoder", "SEANetEncoder"),  # its quantisers do not tell their sizes
-    "losses.audio_codec_loss": (
-        "DiscriminatorHingedLoss", "DiscriminatorSquaredLoss", "GeneratorHingedLoss", "GeneratorSquaredLoss")}
-_CLASSES = frozenset(f"nemo.collections.tts.{module}.{name}" for module, names in _NAMED.items()
-                     for name in names)
-"""What `_target_` may name.  A module of NeMo is no bound: Hydra walks from it to all that it imports
-(`...audio_codec_modules.torch.ctypes.util.subprocess.Popen`), and `SLMDiscriminator` downloads a model."""
-_OLD_KEYS = ("cls", "params")
-"""Hydra 0's: NeMo makes `_target_` of the first and lays the second over its parent, after our check."""
-UNUSED = ("train_ds", "validation_ds", "test_ds", "optim", "log_config", "exp_manager", "trainer")
-"""Fields of a configuration that belong to its training; a model that is made with them opens files."""
-NEUTRAL = {"discriminator": None, "use_scl_loss": False, "use_slm_loss": False}
-"""Others that belong to it, which NeMo reads always: losses of speakers and of language models download
-pickled networks."""
-UNHEARD = ("discriminator.", "speaker_encoder.", "slm_encoder.", "slm_predictor.")
-"""Weights of them."""
-_OTHERS = ("semantic_codec", "semantic_codec_path")
-"""A second codec, which NeMo 3 opens and unpickles wherever the path leads."""
-_MAX_DEPTH, _MAX_ITEMS, _MAX_SHOWN_CHARS = 20, 100_000, 200
-_MAX_NUMBER = 1_000_000
-"""Sizes and rates: tables of filters are made outside of torch, and a layer of each count."""
-
-
-@dataclass(frozen=True)
-class NemoAudioSettings:
-    """The configuration that the archive came with."""
-
-    config: dict[str, Any]
-    """`model_config.yaml`, without what belongs to training."""
-    sample_rate_hz: int
-    """Of what it hears."""
-    samples_per_frame: int
-    """Of one token."""
-    codebook_size: int
-    """Tokens there are."""
-    code_width: int
-    """Of a token's embedding."""
-    max_piece_s: float = 30.0
-    """A longer sound is cut into pieces of this length."""
-
-    def problems(self) -> list[str]:
-        return list(config_problems(self.config))
-
-
-class NemoAudioTokenizer(nn.Module):
-    """Speech as ids; an `folder.AudioTokenizer`."""
-
-    Settings = NemoAudioSettings
-
-    def __init__(self, settings: NemoAudioSettings) -> None:
-        super().__init__()
-        self.settings = settings
-        self.sample_rate_hz, self.samples_per_token = settings.sample_rate_hz, settings.samples_per_frame
-        self.codebook_size, self.max_piece_s = settings.codebook_size, settings.max_piece_s
-        with torch.device("cpu"):
-            self.network = nemo_model(settings.config)
-
-    @staticmethod
-    def of_archive(source: Path) -> tuple[NemoAudioSettings, Tensors]:
-        """Return settings and state of a codec's archive; `UserError` where it is none that is read."""
-        return _nemo(source)
-
-    def encode(self, sound: torch.Tensor) -> torch.Tensor:
-        """Return [t] int64 ids of [s] samples; NeMo fills up the last token's silence."""
-        tokens = int(self.max_piece_s * self.sample_rate_hz / self.samples_per_token)
-        ids = []
-        with torch.no_grad():
-            for part in sound.split(max(1, tokens) * self.samples_per_token) if len(sound) else []:
-                length = torch.tensor([len(part)], device=sound.device)
-                found, _ = self.network.encode(audio=part[None], audio_len=length)
-                ids.append(found[0, 0].long())
-        return torch.cat(ids) if ids else torch.zeros(0, dtype=torch.int64)
-
-
-def nemo_model(config: Mapping[str, Any]) -> Any:
-    """Return NeMo's codec of a configuration that was checked, its weights not read.
-
-    Raises:
-        UserError: nemo-toolkit is not installed, refuses the configuration, or it has several codebooks or
-            asks for more numbers than a codec has.
-    """
-    try:
-        from nemo.collections.tts.models import AudioCodecModel
-        from omegaconf import OmegaConf
-    except ImportError as e:
-        raise UserError(f"codec of kind 'nemo-audio': needs NeMo ({e}); install it by "
-                        "`pip install nemo-toolkit[tts]`") from None
-    bounded = BoundedUnpickler()
-    try:
-        with bounded:
-            model = AudioCodecModel(cfg=OmegaConf.create(dict(config)))
-    except Exception as e:
-        if bounded.problem:
-            raise UserError(f"codec of kind 'nemo-audio': its configuration {bounded.problem}; import a "
-                            "codec of usual size") from None
-        raise UserError("codec of kind 'nemo-audio': NeMo makes no codec of its configuration "
-                        f"({type(e).__name__}: {str(e)[:200]}); import the .nemo file again") from e
-    quantiser = model.vector_quantizer
-    # a group of scalar quantisers has a codebook of each; one by itself does not count in NeMo 2.5
-    count = 0 if quantiser is None else getattr(quantiser, "num_codebooks",
-                                                getattr(quantiser, "num_groups", 1))
-    if count != 1:
-        raise UserError(f"codec of kind 'nemo-audio': has {count or 'no'} codebooks, where a token is one "
-                        "number; use a codec with one codebook")
-    return model
-
-
-def config_problems(config: object, classes: frozenset[str] = _CLASSES) -> Iterator[str]:
-    """Yield one sentence for each part of a configuration that would have NeMo call or read other things.
-
-    Args:
-        config: what is to be looked at.
-        classes: what `_target_` may name.
-    """
-    if isinstance(config, dict):
-        for name in NEUTRAL:
-            if config.get(name):
-                yield f"config.{name}: belongs to training, which may download other networks; leave it out"
-        yield from (f"config.{name}: names a second codec, which NeMo would open; use a codec that needs none"
-                    for name in _OTHERS if config.get(name))
-    # without recursion: the file decides how deep it is nested
-    stack: list[tuple[str, object, int]] = [("config", config, 0)]
-    num_items = 0
-    while stack:
-        where, node, depth = stack.pop()
-        num_items += 1
-        if depth > _MAX_DEPTH or num_items > _MAX_ITEMS:
-            yield f"{where}: is nested deeper than {_MAX_DEPTH}, or has too many items ({_MAX_ITEMS:,})"
-            return
-        if isinstance(node, dict):
-            target = node.get("_target_")
-            if target is not None and not (isinstance(target, str) and target in classes):
-                # what is no text may hold itself again and again, and is not written out
-                told = repr(target[:100]) if isinstance(target, str) else f"a {type(target).__name__}"
-                yield f"{where}._target_ = {told}: names no network of NeMo's for speech"
-            yield from (f"{where}.{key}: is of an old form, which NeMo would turn into calls that nobody "
-                        "checked" for key in _OLD_KEYS if key in node)
-            stack += [(f"{where}.{str(key)[:100]}"[:_MAX_SHOWN_CHARS], value, depth + 1)
-                      for key, value in node.items()]
-        elif isinstance(node, list):
-            stack += [(f"{where}.{i}"[:_MAX_SHOWN_CHARS], value, depth + 1) for i, value in enumerate(node)]
-        elif isinstance(node, (int, float)) and not abs(node) <= _MAX_NUMBER:
-            yield f"{where} = {str(node)[:40]}: is no number of a codec; each is at most {_MAX_NUMBER:,}"
-        elif node is not None and not isinstance(node, (str, int, float)):
-            yield f"{where}: is a {type(node).__name__}, which no settings are made of"
-        # omegaconf's resolvers, as ${oc.env:KEY}, read the environment; ${a.b} names a place in the file
-        elif isinstance(node, str) and ":" in node.partition("${")[2]:
-            yield f"{where} = {node[:100]!r}: would be looked up outside of the file"
-
-
 INSIDE = {"ta-tok": "model.discrete_vision_model.", "cosyvoice2": "model.discrete_audio_model."}
 """Kind -> how its tensors' names begin inside a released any-to-any model (HyperCLOVA X 8B Omni)."""
-_MAX_CONFIG_BYTES, _MAX_MEMBERS = 1_000_000, 1000
-_MAX_WEIGHTS_BYTES, _MAX_READ_BYTES = 16 << 30, 1 << 25
-_MAX_GROWTH = 10
-"""Times of an archive's size that weights in it may have: numbers hardly shrink when they are compressed."""
 _LOADING_S, _LOADING_BYTES, _LOADING_COPIES = 300.0, 1 << 29, 4
 """What reading a pickle of tensors may take: processor time; memory, and times the file's size beside it.
 One of a hundred bytes may ask for all there is."""
@@ -335,7 +130,7 @@ def import_codec(kind: str, source: Path, output: Path, *, overwrite: bool = Fal
 
     Args:
         kind: one of `folder.KNOWN`.
-        source: a file (.safetensors, .pth, .pt, .onnx, .nemo), or a folder of safetensors files.
+        source: a file (.safetensors, .pth, .pt, .onnx), or a folder of safetensors files.
         output: the codec's folder.
         overwrite: replace a codec that is already there.
         given: what `of_folder` of a codec of transformers or diffusers takes.
@@ -348,10 +143,7 @@ def import_codec(kind: str, source: Path, output: Path, *, overwrite: bool = Fal
     if hasattr(cls, "of_folder"):
         save_codec(output, kind, cls.of_folder(source, **given), overwrite=overwrite)
         return
-    if kind in INSIDE:
-        settings, state = _CONVERTERS[kind](_tensors(source, INSIDE[kind]), str(source))
-    else:
-        settings, state = cls.of_archive(source)
+    settings, state = _CONVERTERS[kind](_tensors(source, INSIDE[kind]), str(source))
     if found := problems_of(settings):
         raise SettingsError(f"{source}: its sizes", found)
     with torch.device("meta"):  # sizes that small tensors tell apart may ask for much together
@@ -389,7 +181,7 @@ def _tensors(source: Path, inside: str) -> Tensors:
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in found.items()}
 
 
-def _read(file: Path, inside: str = "") -> Tensors:
+def _read(file: Path, inside: str) -> Tensors:
     """Return the tensors of one file; where some begin with `inside`, these alone, without it."""
     if file.suffix == ".onnx":
         return _onnx(file)
@@ -453,91 +245,4 @@ def _onnx(file: Path) -> Tensors:
     except Exception as e:
         raise UserError(f"{file}: is not CosyVoice's tokenizer ({told_in_a_line(e)[:200]}); pass "
                         "speech_tokenizer_v2.onnx") from None
-    return found
-
-
-def _nemo(source: Path) -> tuple[NemoAudioSettings, Tensors]:
-    config, state = read_nemo(source)
-    config = {key: value for key, value in config.items() if key not in UNUSED}
-    # set, not removed: NeMo reads them always
-    config |= NEUTRAL
-    if found := list(config_problems(config)):
-        raise UserError(list_problems(f"{source}: model_config.yaml", found[:20]))
-    model = nemo_model(config)
-    ids = torch.zeros(1, 1, 1, dtype=torch.int64)
-    width = model.dequantize(tokens=ids, tokens_len=torch.tensor([1])).shape[1]
-    settings = NemoAudioSettings(
-        config=config, sample_rate_hz=int(model.sample_rate), samples_per_frame=int(model.samples_per_frame),
-        codebook_size=int(model.vector_quantizer.codebook_size), code_width=int(width))
-    return settings, {f"network.{name}": tensor for name, tensor in state.items()
-                      if not name.startswith(UNHEARD)}
-
-
-def read_nemo(source: Path) -> tuple[dict[str, Any], Tensors]:
-    """Return configuration and weights of a `.nemo` archive, neither of them checked: its members are read
-    one by one and never unpacked, its weights never unpickled.
-
-    Raises:
-        UserError: it is none, or cannot be read without running it.
-    """
-    try:
-        with _opened(source) as file, \
-                tarfile.TarFile(source, fileobj=cast(Any, _InPieces(file))) as archive, \
-                tempfile.TemporaryDirectory() as folder:
-            members = {Path(m.name).name: m for m, _ in zip(archive, range(_MAX_MEMBERS), strict=False)
-                       if m.isreg() and not m.issparse()}
-            config = yaml.load(_member(archive, members, "model_config.yaml", _MAX_CONFIG_BYTES).read(),
-                               Loader=BoundedLoader)
-            weights = Path(folder) / "weights.pt"
-            # block by block into a file of ours: the archive's names are never used as paths
-            with open(weights, "wb") as out:
-                read = _member(archive, members, "model_weights.ckpt",
-                               min(_MAX_WEIGHTS_BYTES, _MAX_GROWTH * source.stat().st_size))
-                while block := read.read(1 << 24):
-                    out.write(block)
-            try:
-                state = _read(weights)
-            except UserError as e:  # it names our copy, which is gone by then
-                raise UserError(str(e).replace(str(weights), f"{source}: model_weights.ckpt")) from None
-    except (OSError, tarfile.TarError, yaml.YAMLError, EOFError, RecursionError, ValueError,
-            OverflowError, zlib.error) as e:
-        raise UserError(f"{source}: cannot be read as a .nemo file ({told_in_a_line(e)[:200]}); download it "
-                        "again") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{source}: its model_config.yaml is no object of settings; download it again")
-    return config, state
-
-
-def _opened(source: Path) -> Any:
-    """Return an archive's bytes; older ones are compressed."""
-    with open(source, "rb") as file:
-        # gzip's two magic bytes: the ending says nothing
-        zipped = file.read(2) == b"\x1f\x8b"
-    return gzip.open(source) if zipped else open(source, "rb")
-
-
-class _InPieces:
-    """A file of which nothing is read at once that is larger than a part of an archive has to be: names and
-    headers have the size that the archive says, and would be held as a whole."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self.seek, self.tell = file.seek, file.tell
-
-    def read(self, size: int = -1) -> bytes:
-        """Read; `tarfile.ReadError` for too much."""
-        if not 0 <= size <= _MAX_READ_BYTES:
-            raise tarfile.ReadError(f"a header of {size:,} bytes")
-        found: bytes = self._file.read(size)
-        return found
-
-
-def _member(archive: tarfile.TarFile, members: Mapping[str, tarfile.TarInfo], name: str,
-            max_bytes: int) -> Any:
-    """Return a member of an archive, to be read; `UserError` where there is none, or it is too large."""
-    if name not in members or members[name].size > max_bytes:
-        what = "has no" if name not in members else "has too large a"
-        raise UserError(f"{os.fsdecode(archive.name or b'')}: {what} {name}; pass a .nemo file of a codec")
-    found = archive.extractfile(members[name])
-    assert found is not None  # it is a regular file
     return found

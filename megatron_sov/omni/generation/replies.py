@@ -94,57 +94,6 @@ class MarkIds:
                        frozenset(known((spelling.END_OF_LINE, spelling.END_OF_FRAME))), ratios)
 
 
-class SpokenReply:
-    """Splits a reply while it comes."""
-
-    def __init__(self, blocks: Sequence[VocabularyBlock], marks: MarkIds) -> None:
-        """Args:
-            blocks: of the vocabulary's codebooks.
-            marks: of the vocabulary.
-        """
-        self._blocks = {block.kind: block for block in blocks}
-        self._marks = marks
-        self._picture: list[int] | None = None
-        self._ratio = (1, 1)
-
-    def feed(self, token_id: int) -> list[Part]:
-        """Return the parts that an id completes: text and speech at once, a picture with its end mark."""
-        # An entry without a start mark opens a picture as well: a vocabulary may have no marks.
-        entry = self._entry(IMAGE, token_id)
-        if entry is not None:
-            self._picture = [*(self._picture or []), entry]
-            return []
-        marks = self._marks
-        if token_id in marks.image[:1]:
-            done = self.finish()
-            self._picture = []
-            return done
-        if self._picture is not None and (token_id in marks.in_image or token_id in marks.ratios):
-            self._ratio = marks.ratios.get(token_id, self._ratio)
-            return []
-        # Anything else ends an open picture, whole only by its own end mark.
-        done = self._close(complete=token_id in marks.image[1:])
-        if token_id in (*marks.image, *marks.audio):
-            return done
-        entry = self._entry(AUDIO, token_id)
-        return [*done, Text((token_id,)) if entry is None else Audio((entry,))]
-
-    def finish(self) -> list[Part]:
-        """Return what is left when no more ids come: a picture that broke off."""
-        return self._close(complete=False)
-
-    def _entry(self, kind: str, token_id: int) -> int | None:
-        block = self._blocks.get(kind)
-        return token_id - block.first if block is not None and block.first <= token_id < block.end else None
-
-    def _close(self, complete: bool) -> list[Part]:
-        if self._picture is None:
-            return []
-        picture = Image(tuple(self._picture), self._ratio, complete)
-        self._picture, self._ratio = None, (1, 1)
-        return [picture]
-
-
 def parts_of(ids: Iterable[int], blocks: Sequence[VocabularyBlock], marks: MarkIds) -> list[Part]:
     """Return a whole reply's parts in order; neighbours of text, and of speech, are one part.
 
@@ -153,16 +102,50 @@ def parts_of(ids: Iterable[int], blocks: Sequence[VocabularyBlock], marks: MarkI
         blocks: of the vocabulary's codebooks.
         marks: of the vocabulary.
     """
-    reply, parts = SpokenReply(blocks, marks), list[Part]()
-    for part in (part for token_id in [*ids, None]
-                 for part in (reply.finish() if token_id is None else reply.feed(token_id))):
+    by_kind = {block.kind: block for block in blocks}
+
+    def entry_of(kind: str, token_id: int) -> int | None:
+        block = by_kind.get(kind)
+        return token_id - block.first if block is not None and block.first <= token_id < block.end else None
+
+    parts = list[Part]()
+    picture: list[int] | None = None
+    ratio = (1, 1)
+
+    def end_picture(complete: bool) -> None:
+        nonlocal picture, ratio
+        if picture is not None:
+            parts.append(Image(tuple(picture), ratio, complete))
+        picture, ratio = None, (1, 1)
+
+    for token_id in ids:
+        # An entry without a start mark opens a picture as well: a vocabulary may have no marks.
+        if (entry := entry_of(IMAGE, token_id)) is not None:
+            picture = [] if picture is None else picture
+            picture.append(entry)
+            continue
+        if token_id in marks.image[:1]:
+            end_picture(complete=False)
+            picture = []
+            continue
+        if picture is not None and (token_id in marks.in_image or token_id in marks.ratios):
+            ratio = marks.ratios.get(token_id, ratio)
+            continue
+        # Anything else ends an open picture, whole only by its own end mark.
+        end_picture(complete=token_id in marks.image[1:])
+        if token_id in (*marks.image, *marks.audio):
+            continue
         last = parts[-1] if parts else None
-        if isinstance(part, Text) and isinstance(last, Text):
-            parts[-1] = Text(last.ids + part.ids)
-        elif isinstance(part, Audio) and isinstance(last, Audio):
-            parts[-1] = Audio(last.tokens + part.tokens)
+        if (entry := entry_of(AUDIO, token_id)) is not None:
+            if isinstance(last, Audio):
+                parts[-1] = Audio((*last.tokens, entry))
+            else:
+                parts.append(Audio((entry,)))
+        elif isinstance(last, Text):
+            parts[-1] = Text((*last.ids, token_id))
         else:
-            parts.append(part)
+            parts.append(Text((token_id,)))
+    end_picture(complete=False)
     return parts
 
 

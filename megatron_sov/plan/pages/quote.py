@@ -1,15 +1,11 @@
-"""What a stage of training takes on a cluster: the record that tables, page and JSON of `plan` show.
-
-It holds plain values alone, so that whatever prices a stage (a phase of a curriculum, one of an extension, a
-job of reinforcement learning) can make one.
-"""
+"""What a stage of training takes on a cluster: the record that tables and JSON of `plan` show."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from megatron_sov.base.figures import (
     format_count, format_days, format_duration, format_energy, format_money, format_seconds, format_share,
@@ -34,20 +30,6 @@ class QuotedMemory:
 
 
 @dataclass(frozen=True)
-class Traffic:
-    """What one GPU sends in a step to the others of a group."""
-
-    group: str
-    """tp, cp, ep, pp, dp (weights that all have), edp (experts)."""
-    link: Literal["inside", "between"]
-    """inside: NVLink alone; between: the network, where the slowest message goes."""
-    num_bytes: float
-    """Bytes that one GPU sends in one optimizer step."""
-    seconds: float
-    """Time of the messages in one step, before any of it is hidden behind arithmetic."""
-
-
-@dataclass(frozen=True)
 class Checkpoint:
     size_bytes: int
     """Of one of them, over all processes."""
@@ -62,18 +44,17 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Quote:
-    """What one stage takes: a phase of a curriculum, a stage of an extension, a job of post-training."""
+    """What one stage takes: a phase of a curriculum, or a stage of an extension."""
 
     name: str
     kind: str
-    """phase, extension stage, SFT, distillation, preference, RL: generate, ..."""
+    """phase, extension stage, mid-training stage."""
     gpu: str
     """Kind of the GPUs, as people call it."""
     num_gpus: int
     tokens: int
-    """Tokens that it reads or writes, padding counted in."""
+    """Tokens that it reads, padding counted in."""
     steps: int
-    """Optimizer steps; of a job without an optimizer its batches."""
     seq_len: int
     global_batch_size: int
     layout: Mapping[str, Any]
@@ -83,24 +64,22 @@ class Quote:
     """Component -> seconds of one step, on the slowest process; they add up to the step."""
     tokens_per_s_per_gpu: float
     tflops_per_gpu: float
-    """Floating-point operations that the model needs, 1e12 a second and GPU; 0: not counted."""
+    """Floating-point operations that the model needs, 1e12 a second and GPU."""
     mfu: float
-    """The same as a share of the chip's dense peak in bf16; 0: not counted."""
+    """The same as a share of the chip's dense peak in bf16."""
     hours: float
     """Hours of undisturbed work."""
     effective_share: float
     """Share of the wall-clock time that is this work: the rest is checkpoints, lost steps and restarts."""
     energy_kwh: float
     cost_usd: float
+    checkpoint: Checkpoint
     cost_range_usd: tuple[float, float] = (0.0, 0.0)
     """Cheapest and dearest, where the price is a guess; zeros: it is the cluster's own."""
-    traffic: tuple[Traffic, ...] = ()
     bubble_share: float = 0.0
     """Share of the step in which pipeline stages have nothing to do."""
     imbalance: float = 1.0
     """Tokens of the busiest expert process beside the mean that was reckoned with."""
-    checkpoint: Checkpoint | None = None
-    """None: it writes none."""
     notes: tuple[str, ...] = field(default=())
     """Sentences on what the figures leave out or assume."""
 
@@ -169,19 +148,15 @@ def gib(num_bytes: float) -> str:
     return f"{num_bytes / GIB:,.1f}" if num_bytes >= GIB / 20 or not num_bytes else f"{num_bytes / GIB:.2g}"
 
 
-# Quotes as tables, for a terminal and for a page: price, memory, a step, messages, checkpoints.
+# Quotes as tables for a terminal: price, memory, a step, checkpoints.
 
 
-GROUPS = {"tp": "tensor parallel", "cp": "context parallel", "ep": "experts: tokens", "pp": "pipeline",
-          "dp": "data parallel", "edp": "data parallel, experts"}
-"""Group of a `Traffic` -> who sends."""
 COMPONENTS = {"memory": "memory-bound", "launch": "kernel launches", "bubble": "pipeline bubble"} | {
     group: f"{group} messages" for group in ("tp", "cp", "ep", "pp", "dp")}
 """Component of a step -> what it is called where its own name is a word for something else as well."""
 OTHERS = "other items"
 NOTHING_SHARE = 0.001
 """Items of memory that take less are not told."""
-LINKS = {"inside": "inside NVLink", "between": "over the network"}
 
 
 @dataclass(frozen=True)
@@ -195,8 +170,7 @@ class QuoteTable:
 
 def tables(quotes: Sequence[Quote]) -> list[QuoteTable]:
     """Return all tables of a run's stages; there is at least one stage."""
-    found = [stages(quotes), memory(quotes), step(quotes), traffic(quotes), checkpoints(quotes)]
-    return [table for table in found if table.rows]
+    return [stages(quotes), memory(quotes), step(quotes), checkpoints(quotes)]
 
 
 def stages(quotes: Sequence[Quote]) -> QuoteTable:
@@ -205,7 +179,7 @@ def stages(quotes: Sequence[Quote]) -> QuoteTable:
             "energy", "cost"]
     rows = [[q.name, f"{q.seq_len:,}", f"{q.global_batch_size:,}", format_count(q.tokens),
              format_seconds(q.step_s),
-             f"{q.tokens_per_s_per_gpu:,.0f}" if q.num_gpus else "-", format_share(q.mfu) if q.mfu else "-",
+             f"{q.tokens_per_s_per_gpu:,.0f}", format_share(q.mfu),
              format_days(q.days * SECONDS_OF_A_DAY), format_count(q.gpu_hours), format_energy(q.energy_kwh),
              format_money(q.cost_usd)] for q in quotes]
     if len(quotes) > 1:
@@ -260,30 +234,13 @@ def component(name: str) -> str:
     return COMPONENTS.get(name, _words(name))
 
 
-def traffic(quotes: Sequence[Quote]) -> QuoteTable:
-    """Return what a GPU sends in a step, by group and link, for each kind of stage."""
-    kinds = alike(quotes, lambda q: (q.traffic,))
-    keys = list(dict.fromkeys((t.group, t.link) for same in kinds for t in same[0].traffic if t.num_bytes))
-
-    def cell(q: Quote, key: tuple[str, str]) -> str:
-        found = [t for t in q.traffic if (t.group, t.link) == key and t.num_bytes]
-        return (f"{format_size(sum(t.num_bytes for t in found))} "
-                f"{format_seconds(sum(t.seconds for t in found)):>8}"
-                if found else "-")
-
-    rows = [[f"{GROUPS.get(key[0], key[0])}, {LINKS[key[1]]}", *(cell(same[0], key) for same in kinds)]
-            for key in keys]
-    return QuoteTable("What a GPU sends in a step, before overlap", ["group", *labels(kinds)], rows)
-
-
 def checkpoints(quotes: Sequence[Quote]) -> QuoteTable:
     """Return size, time and rhythm of checkpoints, and the share of time that is training."""
-    kinds = alike([q for q in quotes if q.checkpoint], lambda q: (q.checkpoint, q.effective_share))
+    kinds = alike(quotes, lambda q: (q.checkpoint, q.effective_share))
     rows = [[name, format_size(c.size_bytes), format_seconds(c.write_s), format_seconds(c.stall_s),
              f"{c.interval_steps:,} steps, {format_duration(c.interval_s)}",
              format_share(same[0].effective_share)]
-            for name, same in zip(labels(kinds), kinds, strict=True)
-            if (c := same[0].checkpoint) is not None]
+            for name, same in zip(labels(kinds), kinds, strict=True) for c in [same[0].checkpoint]]
     return QuoteTable("Checkpoints", ["stage", "size", "on disk after", "training waits", "best interval",
                                       "effective training time"], rows)
 

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_sov.base.figures import format_count, format_seconds, format_share
+from megatron_sov.base.figures import format_count, format_seconds
 from megatron_sov.model.config import ParallelConfig, RunConfig
 from megatron_sov.model.families.count import num_params
 from megatron_sov.model.objectives import BUILT_IN
-from megatron_sov.plan.pages.quote import QuoteTable, component, gib
+from megatron_sov.plan.pages.quote import QuoteTable, gib
 from megatron_sov.plan.pricing import Machines
 from megatron_sov.plan.search.space import AXES, LayoutChoice, as_dict
-from megatron_sov.plan.search.sweep import Common, Sweep, SweepResult, SweepSearch, values
+from megatron_sov.plan.search.sweep import Sweep, SweepResult, SweepSearch
 from megatron_sov.schedules import Schedule
 from megatron_sov.work.clusters.units import HOURS_OF_A_DAY, SECONDS_OF_AN_HOUR
 
@@ -111,19 +111,12 @@ def timetable_json(config: RunConfig) -> dict[str, Any]:
 
 SHOWN = 10
 """Layouts that the table shows."""
-NEAR_SHARE, SPARED_SHARE = 0.02, 0.1
-"""A layout that needs so much less memory is told of where it is hardly slower: figures of speed are less
-certain than that."""
-FASTER_SHARE = 0.03
-"""A stage is told of a layout of its own where that is faster by more."""
 
 
 @dataclass(frozen=True)
 class PlanText:
     search: SweepSearch
     machines: Machines
-    recommended: LayoutChoice
-    """The layout that a plan takes without a search."""
     settings: list[str]
     """What makes the winner of the run's own settings."""
     submit: str
@@ -134,44 +127,10 @@ class PlanText:
         found = self.search
         lines = [f"looked at {found.num_looked_at:,} layouts on {self.machines.num_ranks:,} GPUs: "
                  f"{len(found.best):,} fit" + (" all stages" if len(found.sweeps) > 1 else "")]
-        lines.append(self._recommended(self.recommended))
-        if (roomy := self._roomiest()) is not None:
-            lines.append(roomy)
-        lines += ["why:", *(f"  {line}" for line in why(found.best, found.sweeps))]
         for sweep, stages in zip(found.sweeps, found.names, strict=True):
             of = f" ({stages})" if len(found.sweeps) > 1 else ""
-            lines += [f"{line}{of}" for line in too_large(sweep)] + self._alone(sweep, of)
+            lines += [f"{line}{of}" for line in too_large(sweep)]
         return [*lines, *broken(found.sweeps)]
-
-    def _roomiest(self) -> str | None:
-        """Tell which layout leaves most memory among those that are about as fast as the first."""
-        best = self.search.best
-        near = [c for c in best if c.seconds <= (1 + NEAR_SHARE) * best[0].seconds]
-        least = min(near, key=lambda c: c.needs_bytes)
-        if least.needs_bytes > (1 - SPARED_SHARE) * best[0].needs_bytes:
-            return None
-        slower = least.seconds / best[0].seconds - 1
-        return (f"{gib(best[0].needs_bytes - least.needs_bytes)} GiB less, {100 * slower:.1f} % slower: "
-                f"{name(least.choice)}")
-
-    def _alone(self, sweep: Sweep, of: str) -> list[str]:
-        """Tell of a faster layout that one kind of stage could have if it were a run of its own."""
-        chosen = next(f for f in sweep.ranked if f.choice == self.search.best[0].choice)
-        fastest = sweep.ranked[0]
-        faster = chosen.step_s / fastest.step_s - 1
-        if faster < FASTER_SHARE:
-            return []
-        return [f"as a run of its own{of}: {format_share(faster)} faster with {name(fastest.choice)}: "
-                f"{set_line(fastest.choice.settings(self.search.config))}"]
-
-    def _recommended(self, choice: LayoutChoice) -> str:
-        places = [c.choice for c in self.search.best]
-        said = f"without --sweep: {name(choice)}"
-        if choice not in places:
-            return f"{said}; does not fit, or breaks a rule"
-        slower = self.search.best[places.index(choice)].seconds / self.search.best[0].seconds - 1
-        return (f"{said}; number {places.index(choice) + 1:,} of {len(places):,}"
-                + (f", {100 * slower:.1f} % slower" if slower else ""))
 
     def table(self) -> QuoteTable:
         several = len(self.search.sweeps) > 1
@@ -205,7 +164,6 @@ class PlanText:
         return {"looked_at": self.search.num_looked_at, "fit": len(self.search.best), "kinds": kinds,
                 "best": [{"layout": as_dict(c.choice), "memory_bytes": c.needs_bytes, "seconds": c.seconds}
                          for c in self.search.best[:SHOWN]],
-                "recommended": as_dict(self.recommended),
                 "settings": self.settings, "submit": self.submit}
 
     def _found(self, sweep: Sweep, found: SweepResult) -> dict[str, Any]:
@@ -213,20 +171,16 @@ class PlanText:
                 "seconds": found.seconds, "tokens_per_s_per_gpu": self.speed(sweep, found)}
 
 
-# Why a layout was chosen, and why the others were not, in a few lines.
+# Layouts in words, and why others were not ranked.
 
 
-PARALLEL_AXES = AXES[:6]
-"""Axes that are settings of `parallel`."""
 SHOWN_RULES = 6
 """Broken rules that are told apart; the rest are counted together."""
-SAME_SHARE = 0.005
-"""Steps that differ by less are called equally long."""
 
 
 def sizes(parallel: ParallelConfig) -> str:
     """Return the sizes of a layout above 1, as the first line of a plan and its page have them."""
-    found = ", ".join(f"{axis} {getattr(parallel, axis)}" for axis in PARALLEL_AXES
+    found = ", ".join(f"{axis} {getattr(parallel, axis)}" for axis in AXES
                       if getattr(parallel, axis) > 1)
     return f"{found or 'data parallel alone'}{', ZeRO-1' if parallel.zero1 else ''}"
 
@@ -234,7 +188,7 @@ def sizes(parallel: ParallelConfig) -> str:
 def name(choice: LayoutChoice) -> str:
     """Return a layout as people say it: the sizes above 1."""
     p = choice.parallel
-    parts = [f"{axis} {getattr(p, axis)}" for axis in PARALLEL_AXES if getattr(p, axis) > 1]
+    parts = [f"{axis} {getattr(p, axis)}" for axis in AXES if getattr(p, axis) > 1]
     if p.pipeline_layout:
         parts.append(f"{sum(p.pipeline_layout[p.pp - 1::p.pp])} layers on the last stage")
     if not p.zero1:
@@ -274,51 +228,6 @@ def broken(sweeps: Sequence[Sweep]) -> list[str]:
         lines.append(f"{sum(count for _, count in most[SHOWN_RULES:]):,} break one of "
                      f"{len(most) - SHOWN_RULES} other rules")
     return lines
-
-
-def why(best: Sequence[Common], sweeps: Sequence[Sweep]) -> list[str]:
-    """Return a line for each setting: what its other values would cost beside the chosen one, the first.
-
-    Every other value is judged by the fastest layout that has it, whatever its other settings.
-    """
-    fastest: dict[tuple[str, object], Common] = {}
-    for found in best:
-        for key in values(found.choice):
-            fastest.setdefault(key, found)
-    own, lines = dict(values(best[0].choice)), []
-    known = dict.fromkeys([*fastest, *(key for sweep in sweeps for key in sweep.lacks)])
-    for axis in AXES:
-        others = sorted((value for at, value in known if at == axis and value != own[axis]),
-                        key=lambda value: (isinstance(value, tuple), str(value).zfill(6)))
-        told = [f"{_value(axis, other)} {_beside(best[0], fastest.get((axis, other)), sweeps, (axis, other))}"
-                for other in others]
-        if told:
-            lines.append(f"{axis.replace('_', '-')} {_value(axis, own[axis])}: {'; '.join(told)}")
-    return lines
-
-
-def _value(axis: str, value: object) -> str:
-    if axis != "recompute":
-        return str(value)
-    assert isinstance(value, tuple)
-    recompute, modules = value
-    if modules:
-        return "+".join(modules)
-    return "everything" if recompute else "nothing"
-
-
-def _beside(chosen: Common, other: Common | None, sweeps: Sequence[Sweep], key: tuple[str, object]) -> str:
-    """Return what a layout with another value costs beside the chosen one."""
-    if other is None:
-        lacks = [sweep.lacks[key][0] for sweep in sweeps if key in sweep.lacks]
-        return f"lacks {gib(max(lacks))} GiB"
-    slower = other.seconds / chosen.seconds - 1
-    if slower < SAME_SHARE:
-        return "is as fast"
-    part, more = max(((part, spent - chosen.by_component.get(part, 0.0))
-                           for part, spent in other.by_component.items()), key=lambda found: found[1])
-    return (f"is {100 * slower:.0f} % slower ({component(part)} "
-            f"+{100 * more / chosen.seconds:.0f} %)")
 
 
 # What to type: the settings of a layout, and the command that submits the run with them.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 
 from megatron_sov.model.config import RunConfig, apply_settings
@@ -184,16 +183,3 @@ def memory_gib(config: RunConfig, layout: Layout, gpu: str) -> dict[int, float]:
     changed = apply_settings(config, list(layout))
     return {n: fullest(changed, n)[1].total / GIB for n in SHOWN_RANKS
             if not changed.problems(n) and fits(changed, n, CHIPS[gpu])}
-
-
-def table(config: RunConfig) -> list[str]:
-    """Return a line for each recommended layout of a recipe, best first: GPU, settings, memory at some
-    numbers of processes."""
-    lines = []
-    for name, gpu in CHIPS.items():
-        for layout in layouts(config, name):
-            needs = memory_gib(config, layout, name)
-            said = " ".join(f"--set {shlex.quote(s)}" for s in layout) or "as the recipe has it"
-            figures = ", ".join(f"{need:.0f} GiB on {n:,}" for n, need in needs.items())
-            lines.append(f"{name}  {said}" + (f"  ({figures} processes of {gpu.name})" if figures else ""))
-    return lines

@@ -28,8 +28,8 @@ MIN_STAGE_LAYERS = 2
 """Fewest layers of a stage, on average, where their number does not divide by that of the stages."""
 LAYOUT = "parallel.pipeline_layout"
 MICRO_BATCH_SIZES = (1, 2, 4, 8)
-AXES = ("tp", "pp", "vpp", "cp", "ep", "etp", "stages", "micro_batch_size", "recompute")
-"""What layouts differ in, as a reader compares them; the first six are settings of `parallel`."""
+AXES = ("tp", "pp", "vpp", "cp", "ep", "etp")
+"""Sizes of `parallel` that layouts differ in."""
 Recompute = tuple[bool | Literal["selective"], tuple[str, ...]]
 """`train.recompute` and `gpu.recompute_modules`."""
 
@@ -167,7 +167,7 @@ def space_of(config: RunConfig, num_ranks: int, domain: int, fixed: Collection[s
         recompute=_recompute(config),
         expert_overlap=("none", "micro_batches") if own.expert_overlap == "none" else (own.expert_overlap,))
     choice = own_choice(config)
-    stays: dict[str, Any] = {name: (getattr(own, name),) for name in (*AXES[:6], "zero1", "expert_overlap")
+    stays: dict[str, Any] = {name: (getattr(own, name),) for name in (*AXES, "zero1", "expert_overlap")
                              if f"parallel.{name}" in fixed}
     if "train.micro_batch_size" in fixed:
         stays["micro_batch_size"] = (choice.micro_batch_size,)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 from megatron_sov.base.settings import SettingsProblem
 from megatron_sov.model.config import ParallelConfig, RunConfig
 from megatron_sov.model.families.count import num_params
 from megatron_sov.plan.pricing import Pricing, RunStage, group_stages, refuse_precision, run_stages
-from megatron_sov.plan.search.space import (
-    AXES, LayoutChoice, LayoutSpace, Recompute, choices, layouts, space_of)
+from megatron_sov.plan.search.space import LayoutChoice, LayoutSpace, Recompute, choices, layouts, space_of
 
 PROCESSES = "must divide the number of processes"
 """How rules on products of sizes end."""
@@ -35,18 +34,13 @@ class Sweep:
     ranked: list[SweepResult] = field(default_factory=list)
     """Those that fit, fastest first."""
     num_too_large: int = 0
-    lacks: dict[tuple[str, object], tuple[int, LayoutChoice]] = field(default_factory=dict)
-    """(axis, value) -> bytes that the nearest layout with this value lacks, and that layout; of those that do
-    not fit.  ("", None) stands for all of them."""
+    nearest: tuple[int, LayoutChoice] | None = None
+    """Bytes that the layout lacks that comes nearest to fitting, and that layout; None: all that keep the
+    rules fit."""
     broken: Counter[str] = field(default_factory=Counter)
     """Rule -> layouts that break it first."""
     examples: dict[str, str] = field(default_factory=dict)
     """Rule -> a sentence that tells it."""
-
-    @property
-    def nearest(self) -> tuple[int, LayoutChoice] | None:
-        """What the layout lacks that comes nearest to fitting; None: all that keep the rules fit."""
-        return self.lacks.get(("", None))
 
     def breaks(self, problem: SettingsProblem, count: int) -> None:
         sentence = problem.sentence
@@ -58,17 +52,8 @@ class Sweep:
 
     def too_large(self, choice: LayoutChoice, lacks_bytes: int) -> None:
         self.num_too_large += 1
-        for key in (("", None), *values(choice)):
-            if key not in self.lacks or lacks_bytes < self.lacks[key][0]:
-                self.lacks[key] = lacks_bytes, choice
-
-
-def values(choice: LayoutChoice) -> Iterator[tuple[str, object]]:
-    for axis in AXES[:6]:
-        yield axis, getattr(choice.parallel, axis)
-    yield "stages", "uneven" if choice.parallel.pipeline_layout else "equal"
-    yield "micro_batch_size", choice.micro_batch_size
-    yield "recompute", choice.recompute
+        if self.nearest is None or lacks_bytes < self.nearest[0]:
+            self.nearest = lacks_bytes, choice
 
 
 def sweep(stage: RunStage, space: LayoutSpace, scales: Pricing,
@@ -134,9 +119,8 @@ def _of_recompute(config: RunConfig) -> list[SettingsProblem]:
 class Common:
     choice: LayoutChoice
     needs_bytes: int
-    by_component: dict[str, float]
-    """Component -> seconds of all steps of all stages."""
     seconds: float
+    """Of all steps of all stages."""
 
 
 def common(sweeps: Iterable[Sweep]) -> list[Common]:
@@ -148,10 +132,8 @@ def common(sweeps: Iterable[Sweep]) -> list[Common]:
         of_stages = [these.get(choice) for these in by_choice]
         here = [f for f in of_stages if f is not None]
         if len(here) == len(sweeps):
-            parts: Counter[str] = Counter()
-            for f, s in zip(here, sweeps, strict=True):
-                parts.update({part: seconds * s.stage.steps for part, seconds in f.seconds.items()})
-            found.append(Common(choice, max(f.needs_bytes for f in here), dict(parts), sum(parts.values())))
+            seconds = sum(f.step_s * s.stage.steps for f, s in zip(here, sweeps, strict=True))
+            found.append(Common(choice, max(f.needs_bytes for f in here), seconds))
     return sorted(found, key=lambda c: (c.seconds, c.needs_bytes))
 
 

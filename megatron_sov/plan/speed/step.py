@@ -33,7 +33,7 @@ class Clock:
     def __init__(self, w: Workload, p: Parameters) -> None:
         self.w, self.p = w, p
         self.family = w.chip.generation
-        self.forward_only, self.frozen = w.objective == "forward", w.objective == "lora"
+        self.frozen = w.objective == "lora"
         # A chip sold with less power runs its tensor cores slower than the reference of its generation.
         self.throttle = min(1.0, (w.chip.power_w / p.reference_power_w[self.family]) ** p.power_exponent)
         self.age = p.dense_ageing ** w.software_age_years
@@ -52,7 +52,7 @@ class Clock:
     def again(self, part: str) -> float:
         """Return how often the backward pass computes a part once more."""
         w = self.w
-        if self.forward_only or w.recompute == "none" or part == HEAD:
+        if w.recompute == "none" or part == HEAD:
             return 0.0
         if w.recompute == "full" or (part and part in w.recompute_modules):
             return 1.0
@@ -61,7 +61,7 @@ class Clock:
         return HALF if {"layer", "op"} & set(w.recompute_modules) else 0.0
 
     def passes(self, part: str, backward: float = 2.0) -> float:
-        return 1.0 if self.forward_only else 1 + backward + self.again(part)
+        return 1 + backward + self.again(part)
 
     def products(self, products: list[Product]) -> float:
         return sum(self.product(one) for one in products)
@@ -251,8 +251,8 @@ def step_time(w: Workload, parameters: Parameters | None = None, known: Known | 
              **{f"{group}_s": m * seconds for group, seconds in exposed.items()},
              "dp_s": data, "bubble_s": bubble, "optimizer_s": update}
     other = p.step_overhead_s + (0 if w.tuned else (p.untuned_slowdown - 1) * sum(parts.values()))
-    # Model FLOPs without the gradients of weights (lora), and of the forward pass alone.
-    share = {"train": 1.0, "lora": 2 / 3, "forward": 1 / 3}[w.objective]
+    # Model FLOPs without the gradients of weights (lora).
+    share = {"train": 1.0, "lora": 2 / 3}[w.objective]
     return StepTime(**parts, other_s=other, tokens=w.step_tokens, num_gpus=w.num_gpus,
                     flops_per_token=share * w.shape.train_flops_per_token(w.seq_len),
                     peak_flops_per_s=w.chip.bf16_flops_per_s)
@@ -298,7 +298,7 @@ def _head(clock: Clock) -> _MicroBatch:
     w = clock.w
     return _MicroBatch(head=(1 + w.shape.num_predictions) * (
         clock.products(traffic.products(w, "head"))
-        + traffic.head_bytes(w) / clock.hbm / (3 if clock.forward_only else 1)))
+        + traffic.head_bytes(w) / clock.hbm))
 
 
 def _stage(w: Workload, parts: StepParts, messages_s: float) -> tuple[_MicroBatch, float, float]:

@@ -216,10 +216,6 @@ class TrafficMessage:
     def link(self) -> Literal["inside", "between"]:
         return "inside" if self.inside_share >= 1 else "between"
 
-    @property
-    def ideal_s(self) -> float:
-        return self.num_bytes / self.bytes_per_s + self.count * self.latency_s
-
 
 def messages(w: Workload) -> tuple[TrafficMessage, ...]:
     """Return what one GPU of a middle stage sends in a step; nothing where a group has one process."""
@@ -239,8 +235,6 @@ def gathers_each_micro_batch(w: Workload) -> bool:
 def passes(w: Workload, module: str = "") -> float:
     """Return how many forward passes' worth of messages a micro-batch has: forward, backward, and what is
     recomputed."""
-    if w.objective == "forward":
-        return 1
     again = w.recompute == "full" or (w.recompute == "selective" and module in w.recompute_modules)
     return 3 if again else 2
 
@@ -304,7 +298,7 @@ def context(w: Workload) -> TrafficMessage:
     keys = (s.num_heads * (s.query_dim + s.value_dim) if s.kv_lora_rank
             else 2 * s.num_kv_heads * s.head_dim) / w.tp
     # The backward pass sends keys and values round once more, and their gradients with them.
-    rounds = passes(w, "core_attn") + (0 if w.objective == "forward" else 1)
+    rounds = passes(w, "core_attn") + 1
     # A process has two pieces of each row (balanced causal work), so it has two ends.
     windows = ((0, s.num_attention_layers - s.num_window_layers), *s.windowed,
                (s.mtp_window, s.num_predictions))
@@ -331,7 +325,7 @@ def pipeline(w: Workload) -> TrafficMessage:
     """Return hidden states to the next stage and gradients to the one before."""
     if w.pp == 1:
         return TrafficMessage("pp", 0, 1, 1, 0, 0)
-    times = w.num_micro_batches * w.vpp * (1 if w.objective == "forward" else 2)
+    times = w.num_micro_batches * w.vpp * 2
     volume = times * local_tokens(w) / (w.tp if w.sp else 1) * w.shape.hidden_size * ACTIVATION_BYTES
     # Stages are the outermost groups of ranks: neighbours are in one domain only if the whole run is.
     inside = w.num_gpus <= w.links.domain

@@ -384,8 +384,8 @@ class Workload:
     """Share of the optimizer that lies and runs in host memory."""
     tuned: bool = True
     """Whether somebody looked for a fast layout; not so for runs that show that something works."""
-    objective: Literal["train", "lora", "forward"] = "train"
-    """Whether all weights learn, adapters alone, or nothing (a forward pass)."""
+    objective: Literal["train", "lora"] = "train"
+    """Whether all weights learn, or adapters alone."""
 
     @property
     def dp(self) -> int:

@@ -234,7 +234,7 @@ OFF_POLICY = "data"
 """In the place of a hash of documents: of a round that is not written."""
 POLL_S = (1.0, 10.0)
 """Between two looks at what is not there yet: a tenth of what was waited so far, within these bounds."""
-TOLD = ("groups", "late", "late_from", "unjudged", "reward_version", "policies", "means")
+TOLD = ("groups", "unjudged", "reward_version", "policies", "means")
 """What of a round's manifest its event tells."""
 Produce = Callable[[FeedView, int, Policy, Callable[[], bool]], Mapping[str, float]]
 """Writes and judges what is missing of a round by the policy that the run is, on all processes together,

@@ -1,19 +1,16 @@
-"""What of the store makes a round: the last attempt at each response, with what the reward said of it; and
-what came after its round was published, which joins a later one."""
+"""What of the store makes a round: the last attempt at each response, with what the reward said of it."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise, starmap
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_sov.base.artifacts import MANIFEST, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.post.policy import GROUPS_LEARNING, RESPONSE_TOKENS, REWARD
@@ -21,7 +18,6 @@ from megatron_sov.rollouts.prompts import PromptPiece
 from megatron_sov.rollouts.rows import LENGTH, NOT_WRITTEN, UNFINISHED, Key, RolloutPart, later
 from megatron_sov.rollouts.store import RolloutStore, keys_of, problems_of
 from megatron_sov.runs.rounds import LEARNS
-from megatron_sov.train.data.rounds import folder_of_round
 from megatron_sov.work.tables.parquet import texts_of
 
 LIGHT = ("versions", "finish_reason")
@@ -34,9 +30,6 @@ FEW_LEARN, HALF = 0.1, 0.5
 """Share of a round's groups that learn below which the run warns; where the start is far off."""
 FAR_RATES = (0.05, 0.95)
 """Pass rates of the start at or outside of which nearly all responses to most prompts have one reward."""
-LATE, LATE_FROM = "late", "late_from"
-"""In a round's manifest: what was left out of it, as [prompt, sample]; and what of earlier rounds has joined
-it, as [round, prompt, sample, why it is not learned, or ""]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +124,8 @@ class GatheredPiece:
     """Of each prompt."""
     components: dict[str, np.ndarray]
     """Name -> [n] float64, of the responses that have it."""
-    late: list[Key]
-    """Responses that are not finished, and not trained."""
+    unfinished: set[str]
+    """Prompts of which a response is not finished."""
     unjudged: Counter[str]
     """Status -> responses without a reward, which are not trained."""
     begun: set[tuple[int, str]]
@@ -182,10 +175,6 @@ class Gathered:
                                       if name in piece.components]) for name in names}
 
     @property
-    def late(self) -> list[Key]:
-        return [key for piece in self.pieces for key in piece.late]
-
-    @property
     def unjudged(self) -> dict[str, int]:
         # those that are kept out are told first
         total = sum((piece.unjudged for piece in self.pieces), Counter[str]())
@@ -216,8 +205,6 @@ class RoundOfStore:
     samples_per_prompt: int
     """Responses to each prompt."""
     reward_version: str
-    missing_share: float
-    """Share of its groups that may go without their unfinished responses."""
 
     @cached_property
     def prompts(self) -> list[str]:
@@ -282,18 +269,17 @@ class RoundOfStore:
             number, np.fromiter(facts, ROW, len(responses)), list(map(len, groups)),
             [said.reason for said in said_of], list(map(domain, found)),
             {name: np.array(listed, np.float64) for name, listed in components.items()},
-            [row.key for row in rows if row.finish_reason == UNFINISHED], unjudged,
+            {row.key.prompt for row in rows if row.finish_reason == UNFINISHED}, unjudged,
             {(r.rollout.first_version, r.rollout.key.policy) for r in responses if not r.rollout.attempt},
             {r.rollout.key.policy for r in responses})
 
     def waits(self, gathered: Gathered) -> str:
         """Return which responses the round waits for; "": for none."""
-        # Only late responses are waited for: what the reward failed on does not come by waiting.
-        waiting = len({key.prompt for key in gathered.late})
-        if waiting > self.missing_share * len(self.prompts):
-            return (f"{waiting} of {len(self.prompts)} groups wait for responses that are not finished "
-                    f"(policy.missing_share = {self.missing_share:g})")
-        return ""
+        # Only unfinished responses are waited for: what the reward failed on does not come by waiting.
+        waiting = sum(len(piece.unfinished) for piece in gathered.pieces)
+        if not waiting:
+            return ""
+        return f"{waiting} of {len(self.prompts)} groups wait for responses that are not finished"
 
     def _lacking(self, parts: Sequence[RolloutPart]) -> str:
         count = self.num_pieces
@@ -343,79 +329,6 @@ class RoundOfStore:
             raise UserError(f"{self.store.path}: round {self.number} holds responses to prompt "
                             f"{min(others)}, which is none of piece {part.piece} now; pass the --prompts and "
                             "rollout settings that they were written with, or another --store")
-
-
-@dataclass(frozen=True)
-class LateGroup:
-    """Late responses to one prompt that have been judged since, with all others of their group."""
-
-    number: int
-    """Round that they were written for, from 1."""
-    group: tuple[PublishedResponse, ...]
-    """All responses of the group that have a reward, by sample: what the late ones are compared with."""
-    joining: Mapping[Key, RolloutPart]
-    """Late responses that have a reward, with the parts that they stand in."""
-    without: Mapping[Key, str]
-    """Late responses that the reward has looked at and not judged -> its status."""
-
-
-def late_groups(rounds: Path, source: RoundOfStore) -> list[LateGroup]:
-    """Return what may join a round, by round and in the order in which it was left out.
-
-    Args:
-        rounds: RUN/rounds, with the rounds before it.
-        source: of the round that is to be published.
-
-    Raises:
-        UserError: a manifest or a part cannot be read.
-    """
-    return [group for number, waiting in _waiting(rounds, source.number).items() if waiting
-            for group in _judged_since(replace(source, number=number), waiting)]
-
-
-def late_responses(groups: Sequence[LateGroup]) -> Iterator[tuple[RolloutPart, list[PublishedResponse]]]:
-    """Yield the late responses of groups by the part that they stand in, in its order."""
-    parts = {part.name: part for group in groups for part in group.joining.values()}
-    joining = [r for group in groups for r in group.group if r.rollout.key in group.joining]
-    for name, part in parts.items():
-        yield part, sorted((r for r in joining if r.rollout.part == name), key=lambda r: r.rollout.row)
-
-
-def _waiting(rounds: Path, before: int) -> dict[int, list[tuple[str, int]]]:
-    """Return what was left out of each published round and has joined none yet: prompts and samples."""
-    found: dict[int, list[tuple[str, int]]] = {}
-    joined: set[tuple[int, str, int]] = set()
-    for number in range(1, before):
-        folder = folder_of_round(rounds, number)
-        if (folder / MANIFEST).is_file():
-            content = read_manifest(folder, "tokens").content
-            found[number] = [(prompt, sample) for prompt, sample in content.get(LATE, ())]
-            # A late response joins once, even where no advantage came of it.
-            joined |= {(first, prompt, sample) for first, prompt, sample, _ in content.get(LATE_FROM, ())}
-    return {number: [late for late in left_out if (number, *late) not in joined]
-            for number, left_out in found.items()}
-
-
-def _judged_since(source: RoundOfStore, waiting: Sequence[tuple[str, int]]) -> Iterator[LateGroup]:
-    """Yield the groups of a round with late responses that the reward has looked at."""
-    store, parts = source.store, source.store.parts(source.number)
-    last: dict[Key, tuple[RolloutFacts, RolloutPart]] = {}
-    for part in sorted(parts, key=lambda part: part.attempt):
-        # By attempt, so the last one at each response stays.
-        last |= {row.key: (row, part) for row, problem in zip(*facts_of(store, part), strict=True)
-                 if not problem}
-    judged = store.judgements(source.reward_version, parts)
-    said = {row.key: judged[row.key, row.attempt] for row, _ in last.values()
-            if row.finish_reason != UNFINISHED and (row.key, row.attempt) in judged}
-    for prompt in dict.fromkeys(prompt for prompt, _ in waiting):
-        late = [key for key in said if key.prompt == prompt and (prompt, key.sample) in waiting]
-        group = tuple(PublishedResponse(last[key][0], reward, said[key].components)
-                      for key in sorted(said, key=lambda key: key.sample)
-                      if key.prompt == prompt and (reward := said[key].reward) is not None)
-        if late:
-            yield LateGroup(source.number, group,
-                            {key: last[key][1] for key in late if said[key].reward is not None},
-                            {key: said[key].status for key in late if said[key].reward is None})
 
 
 def means_of(gathered: Gathered, rollout: RolloutConfig, right_from: float | None) -> dict[str, Any]:

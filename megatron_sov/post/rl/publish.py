@@ -1,9 +1,7 @@
 """From the store to a round that is trained: the last attempt at each response, with what the reward said of
 it; groups get advantages, and their responses become documents.
 
-A round is published once, by a rename, and never changes: whoever resumes trains what was trained.  Responses
-that came after their round was published each join a round that is published later, once, with the advantage
-that their own group gives them.
+A round is published once, by a rename, and never changes: whoever resumes trains what was trained.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
-from itertools import chain, compress, groupby, pairwise
+from itertools import compress, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +33,7 @@ from megatron_sov.model.config import RunConfig
 from megatron_sov.post.rl.advantages import (
     LEARNS as KEPT, Group, group_advantages, has_advantage, step_advantages)
 from megatron_sov.post.rl.gathering import (
-    LATE, LATE_FROM, Gathered, GatheredPiece, JudgedGroup, LateGroup, PublishedResponse, RolloutFacts,
-    RoundOfStore, late_groups, late_responses, means_of)
+    Gathered, GatheredPiece, JudgedGroup, PublishedResponse, RolloutFacts, RoundOfStore, means_of)
 from megatron_sov.post.rl.reward import NO_REWARD
 from megatron_sov.post.rl.round_files import (
     DTYPE, RoundPiece, RoundShard, ShardWriter, WrittenShard, shards_of)
@@ -186,7 +183,7 @@ class Publisher:
         self._compare_asking(folder, before.get(CHOSEN_BY, {}))
 
     def _compare_asking(self, folder: Path, before: Mapping[str, Any]) -> None:
-        # an earlier version noted nothing, and nor did other jobs
+        # other jobs note nothing
         then, now = ({name: value for name, value in by_name(asked) if value != {}}
                      for asked in (before, self.chosen_by if before else {}))
         for name in sorted(then.keys() | now.keys() if now else ()):
@@ -227,13 +224,12 @@ class Publisher:
         if asked := self._ask_further(source, gathered):
             return asked
         self._warn_of_other_policies(gathered)
-        late = late_groups(self.rounds, source) if self.config.policy.missing_share else []
-        chosen = self._chosen(gathered, late)
-        content = self._content(source, gathered, late, chosen)
+        chosen = self._chosen(gathered)
+        content = self._content(source, gathered, chosen)
         self._clear(number)
         self._artifact = building.enter_context(new_artifact(out, "tokens"))
         (self._artifact.path / SOURCE).mkdir()
-        return RoundPlan(self._artifact.path, tuple(shards_of(_pieces(gathered, late, chosen))), content)
+        return RoundPlan(self._artifact.path, tuple(shards_of(_pieces(gathered, chosen))), content)
 
     def _clear(self, number: int) -> None:
         """Delete what no resume needs of rounds before one: their tokens and columns, which can be made again
@@ -256,7 +252,7 @@ class Publisher:
         rollout = self.config.rollout
         return RoundOfStore(
             self._opened, number, round_pieces(self._asked, rollout, number, begun.more), begun.num_pieces,
-            rollout.samples_per_prompt, self.reward_version, self.config.policy.missing_share)
+            rollout.samples_per_prompt, self.reward_version)
 
     def _ask_further(self, source: RoundOfStore, gathered: Gathered) -> str:
         """Ask further prompts, where too few groups of a round learn; returns what is waited for, "": the
@@ -340,37 +336,29 @@ class Publisher:
                      f"of step {step}, which {self.rounds.parent} is not: where another run has written "
                      "them, give each run a store of its own")
 
-    def _content(self, source: RoundOfStore, gathered: Gathered, late: Sequence[LateGroup], chosen: _Chosen
-                 ) -> dict[str, Any]:
+    def _content(self, source: RoundOfStore, gathered: Gathered, chosen: _Chosen) -> dict[str, Any]:
         """Return what the manifest says of a round but for its sources."""
-        parts = [*gathered.parts, *{part.name: part for group in late
-                                    for part in group.joining.values()}.values()]
         return {
             "content_version": CONTENT_VERSION, "tokenizer_sha256": source.store.tokenizer_digest,
             "vocab_size": source.store.vocab_size, "dtype": DTYPE, "eod": "none",
             "bos_id": None, "eos_id": None,  # a response begins and ends where its policy had it
             "round": gathered.number, "steps": chosen.steps, "groups": chosen.reasons,
             PROMPTS: self._prompts_digest, **({CHOSEN_BY: dict(self.chosen_by)} if self.chosen_by else {}),
-            LATE: [list(key[:2]) for key in gathered.late], LATE_FROM: chosen.late_from,
             "unjudged": gathered.unjudged, "reward_version": source.reward_version,
             "temperature": self.config.rollout.temperature,
-            "policies": sorted({key.policy for group in late for key in group.joining}.union(
-                *(piece.policies for piece in gathered.pieces))),
+            "policies": sorted(set[str]().union(*(piece.policies for piece in gathered.pieces))),
             "store": [{"name": part.name, "rollouts": part.manifest_sha256, "rewards": manifest_sha256(
-                source.store.part_path(part.name, source.reward_version))} for part in parts],
+                source.store.part_path(part.name, source.reward_version))} for part in gathered.parts],
             "means": means_of(gathered, self.config.rollout, None if self.reward_version == NO_REWARD
                               else self.config.policy.right_from),
-            **({DOMAINS: self._domains_of(gathered, late, chosen)} if self.config.policy.parts.opd_coeff
+            **({DOMAINS: self._domains_of(gathered, chosen)} if self.config.policy.parts.opd_coeff
                else {})}
 
-    def _domains_of(self, gathered: Gathered, late: Sequence[LateGroup], chosen: _Chosen
-                    ) -> list[tuple[str, int]]:
+    def _domains_of(self, gathered: Gathered, chosen: _Chosen) -> list[tuple[str, int]]:
         """Return the domains of a round's documents, each with how many lie together."""
         # in the order of `_pieces`
-        keys = (r.rollout.key for _, responses in late_responses(late) for r in responses)
-        domains = (domain_of(self._record(key.prompt)) for key in keys if key in chosen.late)
-        own = compress(gathered.domain_of_row, chosen.is_trained.tolist())
-        return [(domain, len(list(together))) for domain, together in groupby(chain(domains, own))]
+        domains = compress(gathered.domain_of_row, chosen.is_trained.tolist())
+        return [(domain, len(list(together))) for domain, together in groupby(domains)]
 
     def _complete(self, planned: RoundPlan, written: Sequence[WrittenShard],
                   building: contextlib.ExitStack) -> None:
@@ -415,17 +403,16 @@ class Publisher:
                            self._routes, token_bytes(self.tokenizer, self.config.model.vocab_size),
                            published_numbers(self.config))
 
-    def _chosen(self, gathered: Gathered, late: Sequence[LateGroup]) -> _Chosen:
-        """Give each step's groups their advantages; late responses belong to the first step."""
+    def _chosen(self, gathered: Gathered) -> _Chosen:
+        """Give each step's groups their advantages."""
         num_steps, reasons, rows = self.config.rollout.steps_per_round, Counter[str](), gathered.rows
         groups = [Group(rows["advantage"][place], reason)
                   for place, reason in zip(gathered.groups, gathered.reasons, strict=True)]
         learned = self._filling(gathered, reasons)
         bounds = [len(learned) * step // num_steps for step in range(num_steps + 1)]
-        found, late_from = self._joining([groups[i] for i in learned[:bounds[1]]], late)
         values, is_trained = np.zeros(len(rows), np.float32), np.zeros(len(rows), bool)
         steps: list[list[int]] = []
-        num_found = len(found)
+        num_found = 0
         for first, end in pairwise(bounds):
             step = learned[first:end]
             for i, said in zip(step, step_advantages([groups[i] for i in step], self.config.policy),
@@ -441,7 +428,7 @@ class Publisher:
                 num_found += len(trained)
             before = sum(steps[-1]) if steps else 0
             steps.append([before, num_found - before])
-        return _Chosen(found, values, is_trained, steps, dict(reasons), late_from)
+        return _Chosen(values, is_trained, steps, dict(reasons))
 
     def _learned_of(self, group: Sequence[PublishedResponse], said: Group) -> tuple[list[int], str]:
         """Return which of a group's responses are learned, in the order of their documents, and why none
@@ -497,31 +484,6 @@ class Publisher:
         asked = budget_of(self.config.rollout, key.prompt, self._record(key.prompt), key.sample)
         return np.nan if asked is None else asked
 
-    def _joining(self, beside: Sequence[Group], late: Sequence[LateGroup]
-                 ) -> tuple[dict[Key, float], list[list[Any]]]:
-        """Return the advantages of late responses, and what the manifest says of them.
-
-        Args:
-            beside: groups of the step that they join, over which advantages may be normalised.
-            late: the groups that they belong to.
-        """
-        found: dict[Key, float] = {}
-        late_from: list[list[Any]] = []
-        # Judged with the groups of the step that they join: advantages may be normalised over the step.
-        judged = step_advantages([*beside, *self._judge_groups([group.group for group in late])],
-                                 self.config.policy)[len(beside):]
-        for group, said in zip(late, judged, strict=True):
-            values = {r.rollout.key: float(value)
-                      for r, value in zip(group.group, said.advantages, strict=True)}
-            masked = {r.rollout.key for r in group.group if self._is_masked(r.rollout)}
-            if not said.reason:
-                found |= {key: values[key] for key in group.joining if key not in masked}
-            told = {key: said.reason or ("truncated" if key in masked else "") for key in group.joining
-                    } | dict(group.without)
-            late_from += [[group.number, key.prompt, key.sample, why] for key, why in told.items()]
-        return found, late_from
-
-
 @dataclass(frozen=True)
 class _Begun:
     """What of the store a round is made from, as the first process found it."""
@@ -548,8 +510,6 @@ class RoundPlan:
 class _Chosen:
     """What is trained of a round."""
 
-    late: dict[Key, float]
-    """Advantage of each late response that is trained."""
     advantages: np.ndarray
     """[rows of the round] float32."""
     is_trained: np.ndarray
@@ -558,20 +518,10 @@ class _Chosen:
     """First document and number of documents of each optimizer step."""
     reasons: dict[str, int]
     """`LEARNS`, or why not -> groups of the round itself."""
-    late_from: list[list[Any]]
-    """Responses of earlier rounds, see `LATE_FROM`."""
 
 
-def _pieces(gathered: Gathered, late: Sequence[LateGroup], chosen: _Chosen) -> Iterator[RoundPiece]:
+def _pieces(gathered: Gathered, chosen: _Chosen) -> Iterator[RoundPiece]:
     """Yield the documents of a round."""
-    # Late responses go first, since they belong to the first step, and steps are runs of documents.
-    for part, responses in late_responses(late):
-        joining = [r.rollout for r in responses if r.rollout.key in chosen.late]
-        if joining:
-            yield RoundPiece((part.name,), np.array([(0, row.row) for row in joining], np.int32),
-                             {ADVANTAGE: np.array([chosen.late[row.key] for row in joining], np.float32),
-                              SHARE: np.zeros(len(joining), np.float32)},
-                             sum(row.num_tokens for row in joining))
     counts = np.array([place.stop - place.start for place in gathered.groups])
     ends = np.cumsum([0, *(len(piece.rows) for piece in gathered.pieces)]).tolist()
     for first, end in pairwise(ends):

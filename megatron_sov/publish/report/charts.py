@@ -251,8 +251,7 @@ def needle_charts(needle: dict[str, Any]) -> list[Chart]:
         maps.setdefault((str(cell["kind"]), str(cell["language"])), []).append(cell)
     when = {"before": "Before the extension", "after": "After the extension"}.get(
         str(needle.get("when")), "Needle retrieval")
-    by = f" by {needle['by']}" if needle.get("by") else ""
-    return [_needle_chart(cells, f"{when}, step {int(needle.get('step') or 0):,}: {kind}, {language}{by}")
+    return [_needle_chart(cells, f"{when}, step {int(needle.get('step') or 0):,}: {kind}, {language}")
             for (kind, language), cells in maps.items()]
 
 

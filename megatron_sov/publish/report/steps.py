@@ -20,8 +20,7 @@ from megatron_sov.runs.obs.events import is_recorded, score_events
 from megatron_sov.runs.obs.figures import number
 
 SCALARS = ("loss", "grad_norm", "lr", "tokens", "step_time_s", "tokens_per_s", "max_violation",
-           "padding_share", "tflops_per_process", "mfu", "peak_memory_bytes", "reserved_memory_bytes",
-           "power_w", "gpu_power_w", "gpu_utilization", "gpu_temperature_c")
+           "padding_share", "tflops_per_process", "mfu", "peak_memory_bytes", "reserved_memory_bytes")
 GROUPS = ("losses", "losses_by_source", "meters")
 
 

@@ -260,7 +260,7 @@ _EVERY: dict[str, Any] = {"time_s": _Number(0, MAX_TIME_S)}
 _FIELDS: dict[str, dict[str, Any]] = {
     "step": dict.fromkeys((
         "loss", "grad_norm", "lr", "step_time_s", "tokens_per_s", "max_violation", "padding_share", "mfu",
-        "tflops_per_process", "peak_memory_bytes", "reserved_memory_bytes", "gpu_power_w"), _N)
+        "tflops_per_process", "peak_memory_bytes", "reserved_memory_bytes"), _N)
     | {"tokens": _COUNT, "losses": _NUMBERS, "losses_by_source": _NUMBERS, "meters": _NUMBERS},
     "skip": {"meters": _NUMBERS, "ranks": _List(_Whole())},
     "hang": {"places": _Mapping(_List(_Whole()))},

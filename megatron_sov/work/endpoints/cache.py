@@ -19,7 +19,6 @@ _TABLES = """
 CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS requests (time_s REAL, key TEXT, outcome TEXT, input_tokens INTEGER,
                                      output_tokens INTEGER, cost REAL, wall_s REAL DEFAULT 0);
-CREATE TABLE IF NOT EXISTS models (name TEXT PRIMARY KEY, number INTEGER NOT NULL, answer TEXT NOT NULL);
 """
 _COLUMNS = "time_s, key, outcome, input_tokens, output_tokens, cost, wall_s"
 _LATER = "ALTER TABLE requests ADD COLUMN wall_s REAL DEFAULT 0"
@@ -96,21 +95,6 @@ class EndpointCache:
                 self._connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)",
                                          (key, json.dumps(answer)))
             self._connection.execute("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, ?)", request)
-
-    def model(self, name: str) -> tuple[int, Any] | None:
-        """Return which of the models that have had a name it was last, from 0, and what it answered to
-        the questions by which it is recognised; None: it was never asked."""
-        found = self._do("SELECT number, answer FROM models WHERE name = ?", (name,))
-        try:
-            if found:
-                return int(found[0][0]), json.loads(found[0][1])
-            return None
-        except (ValueError, TypeError, RecursionError):
-            raise UserError(f"cache = {self._path}: what {name} answered is damaged; restore the file from a "
-                            "copy, or delete it: then its answers are asked, and paid, again") from None
-
-    def note_model(self, name: str, number: int, answer: Any) -> None:
-        self._do("INSERT OR REPLACE INTO models VALUES (?, ?, ?)", (name, number, json.dumps(answer)))
 
     def keys(self) -> set[str]:
         return {row[0] for row in self._do("SELECT key FROM answers", ())}

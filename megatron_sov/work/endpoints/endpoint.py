@@ -15,8 +15,8 @@ from typing import Any, Protocol, TypeVar
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.endpoints.answers import (
-    MAX_WAIT_S, NO_TOOLS, BadAnswer, EndpointUnavailable, NeverAnswered, Recognition, answering_model,
-    decoded, reason_of, seconds, told_tokens, why_never)
+    MAX_WAIT_S, NO_TOOLS, BadAnswer, EndpointUnavailable, NeverAnswered, answering_model, decoded, reason_of,
+    seconds, told_tokens, why_never)
 from megatron_sov.work.endpoints.cache import EndpointCache, Usage
 from megatron_sov.work.endpoints.transport import Transport
 
@@ -91,7 +91,6 @@ class Endpoint:
         told: is given a sentence when an endpoint that is full or not there begins to be waited for.
         key: the key itself, of a server of one's own; goes before the variable.
         sent: makes of a request what is sent; kept and counted is the request itself.
-        recognition: how its model is recognised; none: it is not.
     """
 
     def __init__(self, url: str, key_env: str, limits: EndpointLimits, cache: EndpointCache, *,
@@ -99,7 +98,6 @@ class Endpoint:
                  gate: RateGate | None = None, sleep: Callable[[float], object] = time.sleep,
                  told: Callable[[str], object] = lambda sentence: None, key: str = "",
                  sent: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
-                 recognition: Recognition | None = None,
                  accepted_models: Collection[str] | None = None) -> None:
         self._url, self._key_env, self._limits, self._cache = url, key_env, limits, cache
         self._known_as, self._gate, self._sleep = known_as or url, gate or OpenGate(), sleep
@@ -111,46 +109,11 @@ class Endpoint:
         self.answered_s = time.monotonic()
         """When it last answered, or was made, by the monotonic clock."""
         self._told, self._told_s = told, float("-inf")
-        self._recognition, self._number = recognition, -1
         self._accepted_models = accepted_models
-        self._recognising = threading.Lock()
         self._names: set[str] = set()
 
     def key(self, payload: Mapping[str, Any]) -> str:
-        number = self.recognise()
-        return self._cache.key(f"{self._known_as}#{number}" if number else self._known_as, payload)
-
-    def recognise(self) -> int:
-        """Return which model answers here, of those that have had its name: 0, and more only in files of
-        earlier versions.
-
-        Raises:
-            UserError: it is not the one whose answers are kept.
-        """
-        if self._recognition is None:
-            return 0
-        # one thread asks the fixed questions, the others wait for what it finds
-        with self._recognising:
-            if self._number < 0:
-                self._number = self._recognised(self._recognition)
-            return self._number
-
-    def _recognised(self, recognition: Recognition) -> int:
-        name = f"{self._known_as} {recognition.model}"
-        number, kept = self._cache.model(name) or (0, None)
-        try:
-            answers, doubt = recognition.compared(
-                kept, lambda question: self._ask_until_answered(question, "", lambda found: found), self._url)
-        except (BadAnswer, TimeoutError) as e:
-            if kept is not None:
-                self._told(f"{self._url}: {e}, so it is not known whether its model is still the one whose "
-                           "answers are cached; the cached answers are used")
-            return number
-        if doubt:
-            self._told(doubt)
-        if kept != {"answers": answers}:
-            self._cache.note_model(name, number, {"answers": answers})
-        return number
+        return self._cache.key(self._known_as, payload)
 
     def ask(self, payload: Mapping[str, Any], read: Callable[[Any], T]) -> T:
         """Return what `read` makes of the endpoint's answer; what was answered once is not asked again, and
@@ -303,8 +266,7 @@ class Endpoint:
             raise
         finally:
             try:
-                self._cache.note(key, outcome, usage, time.monotonic() - began_s,
-                                 answer if key else None)  # what models are recognised by stands apart
+                self._cache.note(key, outcome, usage, time.monotonic() - began_s, answer)
             finally:
                 self._gate.leave(most, usage)
 

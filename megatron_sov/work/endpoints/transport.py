@@ -9,7 +9,7 @@ import importlib.util
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -50,86 +50,10 @@ def address_problems(field: str, text: str, key_field: str) -> list[SettingsProb
     return [SettingsProblem(ProblemCode.RULE, field, rule) for rule in p]
 
 
-_PIECE_BYTES = 1 << 16
-"""Between two looks at the clock while a request is sent."""
 MAX_BODY_BYTES = 8 << 20
 KEPT_S = 2.0
 """For a connection that nothing is sent over: servers by uvicorn (vLLM, SGLang) hang up after 5 s, and a
 request that is sent at that moment fails."""
-
-
-# A time by which a request is over, whatever its connection does. A client's own limit is of each read and
-# each write: an endpoint that sends its headers byte by byte, or says again and again that it is still at
-# work, passes it for ever.
-
-
-class Deadline(threading.local):
-    """Of the request that this thread is at."""
-
-    at_s = float("inf")
-    """By the monotonic clock."""
-
-    def left_s(self, limit_s: float | None) -> float:
-        """Return the seconds that a step may take, 0 or less for none; `limit_s`: its own limit."""
-        left_s = self.at_s - time.monotonic()
-        return left_s if limit_s is None else min(limit_s, left_s)
-
-
-def bound_streams(client: Any, deadline: Deadline) -> None:
-    """Hold what an `httpx.Client` reads and writes to a deadline; before its first request."""
-    # httpx gives no other way to its connections; `test_endpoint.py` sees whether it still does
-    for transport in filter(None, (client._transport, *client._mounts.values())):
-        pool = transport._pool
-        # every socket operation asks the deadline of its thread
-        pool._network_backend = _bounded_backend(pool._network_backend, deadline)
-
-
-def _bounded_backend(inner: Any, deadline: Deadline) -> Any:
-    import httpcore
-
-    class Stream(httpcore.NetworkStream):
-        """A connection."""
-
-        def __init__(self, stream: httpcore.NetworkStream) -> None:
-            self._inner = stream
-
-        def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-            return self._inner.read(max_bytes, _left(deadline, timeout, httpcore.ReadTimeout))
-
-        def write(self, buffer: bytes, timeout: float | None = None) -> None:
-            # in pieces: one large write to a slow reader would pass the deadline in a single call
-            for start in range(0, len(buffer), _PIECE_BYTES):
-                left_s = _left(deadline, timeout, httpcore.WriteTimeout)
-                self._inner.write(buffer[start:start + _PIECE_BYTES], left_s)
-
-        def close(self) -> None:
-            self._inner.close()
-
-        def start_tls(self, ssl_context: Any, server_hostname: str | None = None,
-                      timeout: float | None = None) -> httpcore.NetworkStream:
-            left_s = _left(deadline, timeout, httpcore.ConnectTimeout)
-            return Stream(self._inner.start_tls(ssl_context, server_hostname, left_s))
-
-        def get_extra_info(self, info: str) -> Any:
-            return self._inner.get_extra_info(info)
-
-    class Backend(httpcore.NetworkBackend):
-        """Makes them."""
-
-        def connect_tcp(self, host: str, port: int, timeout: float | None = None,
-                        local_address: str | None = None,
-                        socket_options: Iterable[Any] | None = None) -> httpcore.NetworkStream:
-            left_s = _left(deadline, timeout, httpcore.ConnectTimeout)
-            return Stream(inner.connect_tcp(host, port, left_s, local_address, socket_options))
-
-    return Backend()
-
-
-def _left(deadline: Deadline, limit_s: float | None, error: type[Exception]) -> float:
-    left_s = deadline.left_s(limit_s)
-    if left_s <= 0:
-        raise error("the request has taken its time")
-    return left_s
 
 
 @dataclass(frozen=True)
@@ -165,7 +89,7 @@ class Transport:
         self._is_secure = url.startswith("https:")
         self._is_here = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
         self._key_env, self._timeout_s, self._key = key_env, timeout_s, key
-        self._deadline, self._max_bytes = Deadline(), max_bytes or MAX_BODY_BYTES
+        self._max_bytes = max_bytes or MAX_BODY_BYTES
         self._lock = threading.Lock()
         self._client: Any = None
 
@@ -273,13 +197,13 @@ class Transport:
                                     trust_env=not self._is_here,
                                     event_hooks={"request": [self._begin],
                                                  "response": [partial(_bound, self._max_bytes)]})
-                bound_streams(http, self._deadline)
                 self._client = openai.OpenAI(base_url=self._base, api_key="none", max_retries=0,
                                              timeout=self._timeout_s, http_client=http)  # type: ignore[arg-type]
             return self._client
 
     def _begin(self, request: Any) -> None:
-        self._deadline.at_s = time.monotonic() + self._timeout_s
+        # httpx limits each read alone: an answer that comes byte by byte would pass that limit for ever
+        request.extensions["until_s"] = time.monotonic() + self._timeout_s
 
 
 def _bound(max_bytes: int, response: Any) -> None:
@@ -303,7 +227,7 @@ def _bounded_stream(response: Any, max_bytes: int) -> Any:
     inner, request = response.stream, response.request
 
     class BoundedStream(httpx.SyncByteStream):
-        """A stream that ends with an error at a limit."""
+        """A stream that ends with an error at a limit of bytes or time."""
 
         def __iter__(self) -> Iterator[bytes]:
             size_bytes = 0
@@ -312,6 +236,8 @@ def _bounded_stream(response: Any, max_bytes: int) -> Any:
                 if size_bytes > max_bytes:
                     raise _unbounded()(f"the endpoint sent more than {max_bytes >> 20} MiB",
                                        request=request)
+                if time.monotonic() > request.extensions["until_s"]:
+                    raise httpx.ReadTimeout("the request has taken its time", request=request)
                 yield block
 
         def close(self) -> None:

@@ -21,8 +21,8 @@ from data_prep.curate.sources.source import SourceSettings
 from megatron_sov.base import documents
 from megatron_sov.base.documents import (
     Document, Message, RecordReading, list_files, plan_units, read_documents, read_span)
+from megatron_sov.base.documents.files import ZstdFile
 from megatron_sov.base.documents.messages import Messages
-from megatron_sov.base.documents.zstd import ZstdFile
 from megatron_sov.base.errors import UserError
 
 
@@ -234,7 +234,7 @@ def test_a_large_ratio_is_read_in_blocks(tmp_path: Path) -> None:
 def test_a_cut_or_damaged_file_is_noticed(tmp_path: Path, cut: int) -> None:
     raw = zstandard.compress(b"first") + zstandard.compress(bytes(range(256)) * 40, 1)
     (tmp_path / "a.zst").write_bytes(raw[: len(raw) - min(cut, len(raw) // 3)])
-    with (pytest.raises(EOFError, match="inside a frame"),
+    with (pytest.raises(EOFError, match="Truncated"),
           io.BufferedReader(ZstdFile(tmp_path / "a.zst")) as f):
         f.read()
     (tmp_path / "b.zst").write_bytes(b"no zstd at all")

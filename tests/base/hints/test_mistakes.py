@@ -22,7 +22,7 @@ from tests.base.hints.test_words import answer
     ("sov-data run script.py --output o", ["`sources:`", "datatrove"]),
     ("sov-data decontaminate --input t.jsonl --benchmarks mmlu,gsm8k --output o", ["by a benchmark's name"]),
     ("sov-tokenizer import vocab.json --output o", ["merges.txt", "save_pretrained"]),
-    ("sov-tokenizer compare gpt2 gpt2 --text en=t.txt --output o.html", ["hf download gpt2"]),
+    ("sov-tokenizer compare gpt2 gpt2 --text en=t.txt", ["hf download gpt2"]),
     ("sov-tokenizer export hf --format gguf --output o", ["llama.cpp"]),
     ("megatron-sov pretrain x --data 0.7 d 0.3 d --run r", ["--data d:1 --run r"]),
     ("megatron-sov pretrain theirs.yml --data d --run r", ["pretrain RECIPE ", "train.global_batch_size=8"]),

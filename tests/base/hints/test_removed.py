@@ -105,15 +105,16 @@ def test_an_artifact_of_a_removed_kind_is_refused(kind: str, tmp_path: Path,
 @pytest.mark.parametrize(("words", "value"), [
     (["rl", "run", "tiny-qwen3", "--engine", "sglang"], "sglang"),
     (["generate", "x", "--prompt", "y", "--engine", "sglang"], "sglang"),
-    (["tools", "play", "mcp", "--tasks", "t.jsonl"], "mcp"), (["tools", "play", "openenv"], "openenv"),
-    (["tools", "play", "nemo_gym"], "nemo_gym"), (["tools", "play", "functions"], "functions")])
+    (["tools", "run", "mcp"], "mcp"), (["tools", "run", "openenv"], "openenv"),
+    (["tools", "run", "nemo_gym"], "nemo_gym"), (["tools", "run", "functions"], "functions"),
+    (["tools", "run", "tickets"], "tickets")])
 def test_a_removed_value_is_refused_with_what_to_use(words: list[str], value: str, tmp_path: Path,
                                                      monkeypatch: pytest.MonkeyPatch,
                                                      capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     if words[0] == "tools":
         Path("t.jsonl").write_text('{"question": "1?", "answer": "1"}\n')
-        words = [*words[:3], "--tasks", "t.jsonl"]
+        words += ["model", "--output", "out", "--tasks", "t.jsonl"]
     if words[0] == "rl":
         words += ["--from", "x", "--prompts", "p", "--reward", "math", "--store", "s", "--run", "r"]
     assert main(words) == 2

@@ -96,8 +96,8 @@ def answer(line: str, capsys: pytest.CaptureFixture[str]) -> str:
     ("sov-data pack --tokenizer T --input x --output o --format sharegpt",
      "sov-data pack --tokenizer T --input x --output o --format chat"),
     ("sov-data mix --input A B --weights 0.7 0.3 --output O", "sov-data mix A:0.7 B:0.3 --output O"),
-    ("sov-tokenizer compare A B --input t.txt --output o",
-     "sov-tokenizer compare A B --text t=t.txt --output o"),
+    ("sov-tokenizer compare A B --input t.txt --json o",
+     "sov-tokenizer compare A B --text t=t.txt --json o"),
 ])
 def test_all_unknown_words_are_answered_as_one_command(typed: str, write: str,
                                                        capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ HOSTILE = "</script><script>window.hacked = 1</script>"
 
 
 def test_text_is_escaped_and_only_the_files_own_scripts_are_allowed() -> None:
-    drawn = Chart(LinePlot([Series(HOSTILE, [1.0], [1.0], HOSTILE)], Axis(HOSTILE), has_legend=True), HOSTILE,
+    drawn = Chart(LinePlot([Series(HOSTILE, [1.0], [1.0], HOSTILE)], Axis(HOSTILE)), HOSTILE,
                   HOSTILE)
     page = render("Report", HOSTILE, HOSTILE, [Chapter(HOSTILE, HOSTILE, [(HOSTILE,) * 3], [
         PageSection(HOSTILE, HOSTILE, [drawn], [PageTable([HOSTILE], [[HOSTILE]])],

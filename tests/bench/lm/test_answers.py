@@ -80,26 +80,3 @@ def test_a_chunk_that_another_one_holds_is_waited_for(tmp_path: Path, monkeypatc
     first.close()
     assert next(second) == (0, [0, 1, 3, 4, 5])
     assert list(Answers(tmp_path).deal([SCORES], lambda: True)) == []
-
-
-def test_a_chunk_is_held_by_one_alone_while_others_finish_it(tmp_path: Path, monkeypatch) -> None:
-    """Who opens the place of a chunk just before its holder lets go and removes it does not hold it beside
-    the next one."""
-    from megatron_sov.work.progress import locks
-
-    plain, third = locks.os.open, Answers(tmp_path).deal([SCORES], stop_never)
-    first = Answers(tmp_path).deal([SCORES], stop_never)
-    next(first)
-
-    def slowly(path, *more):  # type: ignore[no-untyped-def]
-        found = plain(path, *more)
-        if "asking" in str(path):
-            monkeypatch.undo()
-            first.close()
-            assert next(third) == (0, [0, 1, 2, 3, 4, 5])
-        return found
-
-    monkeypatch.setattr("megatron_sov.bench.lm.answers.WAIT_S", 0.0)
-    monkeypatch.setattr(locks.os, "open", slowly)
-    second = Answers(tmp_path).deal([SCORES], stop_never)
-    assert next(second) == (0, [])

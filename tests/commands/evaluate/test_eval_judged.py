@@ -84,8 +84,7 @@ def test_a_response_without_a_reward_is_no_wrong_one(
     found = judge_rows(rows, capsys, monkeypatch, hf_models["solar_open"])
     assert found["statuses"] == {"scored": 1, "refused": 1}
     assert [e["value"] for e in found["pass_at_k"]] == [1.0]
-    assert [e["value"] for e in found["pass_at_k_if_unscored_is_wrong"]] == [0.5]
-    assert "if all without a reward were wrong, pass@1 would be 50.00%" in table(found)
+    assert "1 refused, 1 scored responses" in table(found)
 
 
 @pytest.mark.parametrize(("arguments", "said"), [

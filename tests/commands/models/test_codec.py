@@ -41,7 +41,7 @@ def test_the_page_is_typed(media: Path, capsys: pytest.CaptureFixture[str]) -> N
     """All but imports of files, which tests/omni/codecs has."""
     for kind, folder in (("vqmodel", "ldm-vq"), ("dac", "dac_16khz"), ("mimi", "mimi")):
         hf_folders.save(kind, Path(folder))
-    typed = [line for line in commands_of(PAGE) if not re.search(r"import (ta-tok|cosy|nemo)", line)]
+    typed = [line for line in commands_of(PAGE) if not re.search(r"import (ta-tok|cosy)", line)]
     assert len(typed) == 6
     for line in typed:
         assert cli.main(shlex.split(line)[1:]) == 0, line

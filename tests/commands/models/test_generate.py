@@ -211,7 +211,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("eval media . --data text-image=bad.jsonl --media-root . --files f", "bad.jsonl:1: is no row"),
     ("eval media . --data text-image=rows.jsonl --media-root . --files f", "needs --image-judge"),
     ("eval media . --data text-image=rows.jsonl --media-root . --files f --image-judge 'a b'",
-     "needs --image-decoder CODEC"),
+     "is no code FILE.py:NAME and no folder"),
     ("eval media . --data audio-text=rows.jsonl --media-root . --files f --audio-judge none.py:seen",
      "none.py"),
 ])

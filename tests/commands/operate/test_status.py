@@ -12,17 +12,14 @@ from typing import Any
 
 import psutil
 import pytest
-from hypothesis import given, strategies as st
 
 from megatron_sov import cli, recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.commands.operate import status
-from megatron_sov.commands.operate.run_state import (
-    SIGNS, RunState, Start, bar, find_runs, in_full, read_state)
+from megatron_sov.commands.operate.run_state import RunState, Start, find_runs, in_full, read_state
 from megatron_sov.commands.operate.run_table import format_runs
 from megatron_sov.model.config import apply_settings
 from megatron_sov.runs.obs.history import UNFINISHED
-from megatron_sov.runs.obs.wall_time import CATEGORIES, WallTime
 
 NOW_S = 10_000.0
 STARTED = {"recipe": "tiny-solar-open", "num_ranks": 2, "num_steps": 40}
@@ -72,11 +69,6 @@ def test_a_living_run_has_speed_time_left_and_starts_with_reasons(tmp_path: Path
     assert (state.checkpoint, state.checkpoint_step, state.restarts, state.warnings) == (
         "checkpoints/step-4", 4, 1, 1)
     assert state.starts[0].outcome == "rank 1 was ended by SIGKILL"
-    # 4 steps stay, then 16 and the present second; step 5 is done again; restarted 4 s after the last
-    # sign, and 5 s went by
-    assert state.wall_time is not None and state.wall_time.spent_s == pytest.approx({
-        "productive": 4 * 2 + 16 * 2 + 1, "lost": 2 + 1, "evaluation": 0, "saving": 0,
-        "startup": 10 + 10 + 37, "waiting": 4 + 5})
     text = in_full(state)
     assert "step        20 of 40 (50%), phase main, 20 K tokens, loss 3.0000" in text
     assert ("500 tokens/s, 39.0 s left" in text
@@ -129,9 +121,6 @@ def test_slurm_says_why_attempts_ended_and_whether_a_job_waits(tmp_path: Path,
     state = read_state(run, NOW_S)
     assert (state.state, state.why) == ("waiting", "job 17 is pending")
     assert [start.outcome for start in state.starts] == ["cut_off: node-3 went down", UNFINISHED]
-    assert state.wall_time is not None and state.wall_time.total_s == pytest.approx(310)
-    # up to now, from the second attempt's last step on, and between its start and the first one's last step
-    assert state.wall_time.spent_s["waiting"] == pytest.approx(87 + (274 - 110))
     assert "--jobs=17" in (squeue.parent / "asked").read_text()
     monkeypatch.setenv("STATE", "COMPLETED")
     assert read_state(run, NOW_S).state == "ended"
@@ -201,8 +190,6 @@ def test_a_folder_of_runs_is_a_table_and_json_has_no_nan(tmp_path: Path,
     assert cli.main(["status", str(tmp_path / "runs/pretrain"), "--json"]) == 0
     (raw,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert (raw["state"], raw["step"], raw["eta_s"], raw["checkpoint_age_s"]) == ("stopped", 3, None, None)
-    # 10 s start-up, 10 s to the first step, ..., stop
-    assert raw["wall_time"]["total_s"] == pytest.approx(26)
 
 
 @pytest.mark.parametrize(("phase", "events"), [
@@ -240,16 +227,13 @@ def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
 # What is printed of a state.
 
 
-SPENT_S = {"productive": 6000.0, "lost": 600.0, "evaluation": 0.0, "saving": 300.0, "startup": 60.0,
-           "waiting": 240.0}
 RUNNING = RunState(
     Path("runs/a"), stage="sft", recipe="tiny-solar-open", phase="main", state="running", why="in job 17",
     step=1200, num_steps=4000, tokens=19_660_800, loss=2.34567, told="loss 2.3457",
     tokens_per_s=51234.5, eta_s=8000.0,
     checkpoint="checkpoints/step-1000", checkpoint_step=1000, checkpoint_age_s=65.0, last_event_age_s=-0.3,
     warnings=2, incidents={"skip": 3, "hang": 0, "alarm": 1},
-    starts=[Start(1_700_000_000.0, 0, 900, 8, "killed"), Start(math.nan, 900, None, 1, "running")],
-    wall_time=WallTime(0.0, SPENT_S))
+    starts=[Start(1_700_000_000.0, 0, 900, 8, "killed"), Start(math.nan, 900, None, 1, "running")])
 
 
 def test_one_run_in_full() -> None:
@@ -262,14 +246,7 @@ runs/a: sft, tiny-solar-open
   incidents   2 x warning, 3 x step not learned, 1 x alarm (megatron-sov logs runs/a)
   starts      2
       1  2023-11-14 22:13:20 UTC  from step 0 to step 900, 8 processes: killed
-      2  –  from step 900 to no step, 1 process: running
-  time        2 h 0 min, of which 83.3% moved the model forward
-    [##########################################xxxxss..]
-    # productive steps   83.3%  1 h 40 min
-    x lost steps          8.3%  10 min 0 s
-    s saving              4.2%  5 min 0 s
-    > start-up            0.8%  1 min 0 s
-    . between attempts    3.3%  4 min 0 s"""
+      2  –  from step 900 to no step, 1 process: running"""
 
 
 def test_what_is_not_known_is_left_out() -> None:
@@ -303,17 +280,6 @@ def test_held_out_quality_counts_every_byte_once(tmp_path: Path, heldout: Any,
     run = write_run(tmp_path / "run", begin(100), (50, "eval", {"step": 1, "heldout": heldout}))
     found = read_state(run, NOW_S).heldout_bits_per_byte
     assert math.isnan(found) if expected is None else found == pytest.approx(expected)
-
-
-@given(st.lists(st.floats(0, 1e7), min_size=len(CATEGORIES),
-                max_size=len(CATEGORIES)).filter(lambda s: sum(s) > 1e-3), st.integers(1, 120))
-def test_the_bar_has_its_width_and_no_share_is_off_by_a_character(spent_s: list[float], width: int) -> None:
-    time = WallTime(0.0, dict(zip(CATEGORIES, spent_s, strict=True)))
-    drawn = bar(time, width)
-    assert len(drawn) == width
-    assert list(dict.fromkeys(drawn)) == [sign for sign in SIGNS.values() if sign in drawn], "in one order"
-    for name, seconds in time.spent_s.items():
-        assert drawn.count(SIGNS[name]) == pytest.approx(width * seconds / time.total_s, abs=1)
 
 
 def at_once(monkeypatch: pytest.MonkeyPatch, run: Path, *later: list[dict[str, Any]]) -> None:

@@ -4,7 +4,6 @@ one tokenizer, though `sov-tokenizer import` writes its file anew."""
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 
 from data_prep.cli import main as sov_data
 from megatron_sov.base.digests import file_digest
-from megatron_sov.commands.rl.asked import _identify_chats
 from megatron_sov.convert import average, to_hf
 from megatron_sov.rollouts.store import RolloutStore
 from tokenizer.cli import main as sov_tokenizer
@@ -111,17 +109,3 @@ def export(checkpoint: Path, folder: Path) -> dict[str, Any]:
     """Write a Hugging Face folder; returns its config.json."""
     to_hf(checkpoint, folder)
     return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-
-
-def test_keys_of_responses_hold_what_a_template_means(folder: Path, tmp_path: Path) -> None:
-    """A store that an earlier version began goes on with the digests of files that its keys hold."""
-    places = [folder / name for name in ("base", "tokenizer")]
-    base, imported = (_identify_chats(place, tmp_path / "new") for place in places)
-    assert base == imported and set(base) == {"tokenizer", "form"}
-    RolloutStore.create(tmp_path / "earlier", f"sha256:{'0' * 64}", 368)
-    base, imported = (_identify_chats(place, tmp_path / "earlier") for place in places)
-    assert base["tokenizer.json"] == file_digest(places[0] / "tokenizer.json") != imported["tokenizer.json"]
-    shutil.copytree(places[1], tmp_path / "other")
-    (tmp_path / "other/chat_template.jinja").write_text("{{ messages }}")
-    other = _identify_chats(tmp_path / "other", tmp_path / "new")
-    assert other != _identify_chats(places[0], tmp_path / "new")

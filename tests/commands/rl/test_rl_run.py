@@ -150,7 +150,7 @@ def same_to_the_bit(ours: Path, whole: Path) -> None:
     published = [{name: record.digest for name, record in read_manifest(run / "rounds" / name).files.items()}
                  for run in (whole, ours) for name in ("0001", "0002", "0003")]
     assert published[:3] == published[3:]
-    assert main(["rl", "store", "verify", str(stores[0])]) == 0
+    assert main(["inspect", str(stores[0]), "--verify"]) == 0
 
 
 @pytest.mark.distributed
@@ -224,7 +224,7 @@ def test_another_reward_judges_what_is_there_and_another_run_learns_from_it(
     # it is the same policies, and leaves a checkpoint of each
     assert "were begun by policy" not in done.stderr
     assert [e["step"] for e in events(folder / "trained", "checkpoint")] == [2, 4, 6]
-    begun = {row.written_versions[0]: row.key.policy for row in rows(folder / "whole-store")}
+    begun = {row.versions[row.is_written][0]: row.key.policy for row in rows(folder / "whole-store")}
     rollout = RolloutConfig(steps_per_round=2, max_staleness=1)
     found = policy_of_round(folder / "trained", folder / "none", 4, rollout)
     assert found is not None and found.step == 6 and set(begun) == {0, 2, 4}

@@ -24,6 +24,7 @@ from megatron_sov.base.errors import StopRequested, UserError
 from megatron_sov.cli import main
 from megatron_sov.commands.rl.rl_reward import opened_store
 from megatron_sov.post.rl.reward import ENVIRONMENT
+from megatron_sov.rollouts.inspection import checked, listed
 from megatron_sov.rollouts.rows import STOP, UNFINISHED, AskedPrompt, Key, RewardRow, Rollout, part_name
 from megatron_sov.rollouts.store import REWARDS, ROLLOUTS, RolloutStore
 from megatron_sov.work.progress.locks import Claims
@@ -98,16 +99,6 @@ def test_the_page_is_true(sound: Path, tmp_path: Path, monkeypatch: pytest.Monke
         assert sorted(parquet.read_schema(next(sound.rglob(f"{kind}.parquet"))).names) == sorted(named)
 
 
-def test_ls_lists_parts_and_who_works_on_what(store: RolloutStore) -> None:
-    Claims(store.claims, 60).take("round-0002-piece-0000")
-    code, out, _ = told("ls", str(store.path))
-    assert code == 0 and f"3 parts, {5} rows" in out
-    assert re.search(rf"^round-0001-piece-0001-attempt-1 +1 rows .* judged by {VERSION}$", out, re.MULTILINE)
-    assert f"claimed: round-0002-piece-0000 by process {os.getpid()} on " in out
-    found = json.loads(told("ls", str(store.path), "--round", "2", "--json")[1])
-    assert found["parts"] == [] and found["claims"][0]["name"] == "round-0002-piece-0000"
-
-
 def test_show_prints_a_row_without_its_control_characters(sound: Path) -> None:
     code, out, _ = told("show", str(sound), part_name(1, 0), "1")
     assert code == 0 and out.endswith("response:\nit is\\x1b[2J 4\n") and "\x1b" not in out
@@ -115,21 +106,6 @@ def test_show_prints_a_row_without_its_control_characters(sound: Path) -> None:
     assert found["turns"] == [{"tokens": [0, 1], "versions": [3], "mean_logprob": -0.5},
                               {"tokens": [2, 3], "versions": [4], "mean_logprob": -1.5}]
     assert [(said["reward_version"], said["reward"]) for said in found["rewards"]] == [(VERSION, 1.0)]
-
-
-def test_stats_count_each_response_once(sound: Path) -> None:
-    found = json.loads(told("stats", str(sound), "--json")[1])["1"]
-    # brute force: four responses, the one that was unfinished as its second attempt has it
-    assert (found["rows"], found["prompts"], found["replaced"], found["kept_out"]) == (4, 2, 1, 0)
-    assert (found["tokens"], found["written_tokens"], found["mean_length"], found["longest"]) == (12, 8, 3, 3)
-    assert found["finish_reasons"] == {"length": 1, "stop": 3}
-    assert [found[name] for name in ("oldest_version", "newest_version", "mean_steps_behind_newest")] == [
-        3, 4, 0.5]
-    assert found["rewards"][VERSION] == {"mean": 0.5, "rewards": 4, "statuses": {"scored": 4}}
-    assert {name: figures["rows"] for name, figures in found["domains"].items()} == {"": 1, "sums": 3}
-    _, out, _ = told("stats", str(sound))
-    assert "sums: 3 rows of 2 prompts (1 length, 2 stop)" in out and "(no domain): 1 rows" in out
-    assert "no parts of round 9" in told("stats", str(sound), "--round", "9")[1]
 
 
 def file_of(store: RolloutStore, below: str) -> Path:
@@ -180,12 +156,8 @@ BREAKS = {
 def test_verify_names_what_is_wrong(name: str, store: RolloutStore) -> None:
     broke, sentences = BREAKS[name]
     broke(store)
-    code, out, err = told("verify", str(store.path))
-    lines = out.splitlines()
-    assert code == 3 and f"{len(sentences)} problems in" in err
-    for line, sentence in zip(lines, sentences, strict=True):
+    for line, sentence in zip(checked(store).problems, sentences, strict=True):
         assert re.search(sentence, line), (line, sentence)
-    assert json.loads(told("verify", str(store.path), "--json")[1])["problems"] == lines
 
 
 def test_gc_takes_what_nobody_needs_and_no_more(store: RolloutStore) -> None:
@@ -219,7 +191,7 @@ def test_gc_takes_what_nobody_needs_and_no_more(store: RolloutStore) -> None:
 
 
 @pytest.mark.parametrize("words, sentence", [
-    (["ls", "nowhere"], "nowhere: is no rollout store"),
+    (["gc", "nowhere"], "nowhere: is no rollout store"),
     (["show", "STORE", "piece", "0"], "PART 'piece': .* has no such part"),
     (["show", "STORE", part_name(1, 9), "0"], "PART 'round-0001-piece-0009': .* has no such part"),
     (["show", "STORE", part_name(1, 0), "2"], "ROW 2: round-0001-piece-0000 has 2 rows"),
@@ -229,14 +201,19 @@ def test_mistakes_are_one_sentence(words: list[str], sentence: str, sound: Path)
     assert code == 2 and out == "" and re.search(sentence, err) and len(err.splitlines()) == 1
 
 
-def test_a_strangers_part_is_kept_out(store: RolloutStore, tmp_path: Path) -> None:
+def test_a_strangers_part_is_kept_out_of_the_list(store: RolloutStore, tmp_path: Path,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
     other = RolloutStore.create(tmp_path / "other", "sha256:cd", 100)
     other.add_rollouts(part_name(1, 7), [rollout("p7", 0)], {})
     path = store.part_path(part_name(1, 7))
     shutil.copytree(other.part_path(part_name(1, 7)), path)
-    code, out, err = told("ls", str(store.path))
-    assert code == 0 and "3 parts" in out
-    assert f"kept out: {path}: belongs to another store (tokenizer sha256:cd, 100 ids; this one:" in err
+    Claims(store.claims, 60).take("round-0002-piece-0000")
+    lines = list(listed(store))
+    assert f"kept out: {path}: belongs to another store (tokenizer sha256:cd, 100 ids; this one:" in (
+        capsys.readouterr().err)
+    assert re.search(rf"^round-0001-piece-0001-attempt-1 +1 rows .* judged by {VERSION}$", lines[2])
+    assert lines[3] == f"{store.path}: 3 parts, 5 rows"
+    assert f"claimed: round-0002-piece-0000 by process {os.getpid()} on " in lines[4]
 
 
 def test_a_store_that_is_not_made_yet_is_waited_for(tmp_path: Path) -> None:

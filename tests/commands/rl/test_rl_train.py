@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.artifacts import read_manifest
-from megatron_sov.base.digests import file_digest
+from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.cli import main
 from megatron_sov.judge.rewards.registry import make, order
 from megatron_sov.model.config import RolloutConfig
@@ -48,7 +48,7 @@ class Rounds:
     def new_store(self, name: str) -> RolloutStore:
         """Return a store in the start's tokenizer."""
         return RolloutStore.create(self.folder / name,
-                                   file_digest(self.text / "tokenizer/tokenizer.json", "sha256"), 368)
+                                   tokenizer_digest(self.text / "tokenizer"), 368)
 
     def store(self, name: str, numbers: range) -> Path:
         """Write rounds into a store, which is made where it is not there."""
@@ -164,25 +164,6 @@ def test_a_bit_that_flips_in_a_round_is_named_and_mended_as_it_is_said(
     assert done.returncode == 0, done.stderr
     assert losses(run) == losses(undisturbed) and last_weights(run) == last_weights(undisturbed)
     assert reference.read_bytes() == before[reference] and old.read_bytes() == before[old]
-
-
-@pytest.mark.distributed
-def test_a_run_of_the_time_before_corrections_goes_on_without_one(rounds: Rounds, run_command: Any,
-                                                                  tiny: list[str]) -> None:
-    store, run = rounds.store("before", range(1, 2)), rounds.folder / "uncorrected"
-    words = [*tiny, *(word for setting in (*SETTINGS[1:8], *SETTINGS[-2:], "rollout.rounds=1", *ALONE)
-                      for word in ("--set", setting))]
-    without = ("--set", "policy.correction=none")
-    done = run_command(*rounds.command(store, run.name, *words, *without, "--set", "train.max_restarts=0",
-                                       "--inject", "kill@step=2"))
-    assert done.returncode != 0
-    again = rounds.command(store, run.name, *words, "--set", "train.max_restarts=0", "--resume")
-    done = run_command(*again)
-    assert done.returncode == 2 and "policy.correction = none, now it is token_truncate" in done.stderr
-    assert "--set policy.correction=none" in done.stderr, done.stderr
-    done = run_command(*again, *without)
-    assert done.returncode == 0, done.stderr
-    assert [e["step"] for e in read_events(run / "events.jsonl") if e["event"] == "step"][-1] == 2
 
 
 def test_a_step_without_a_group_that_learns_is_passed_over(rounds: Rounds, run_command: Any,

@@ -1,4 +1,4 @@
-"""On-policy distillation: `rl run` with policy.method=gkd, and `distill write`."""
+"""On-policy distillation: `rl run` with policy.method=gkd."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from data_prep.cli import main as sov_data
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.cli import main
 from megatron_sov.runs.obs.events import read_events
@@ -39,37 +38,6 @@ def test_a_student_learns_from_what_it_writes(packed_data: Any, teacher: Path, t
     assert run_command(*words).returncode == 0
 
 
-def test_code_of_ones_own_is_known_to_the_parts(capsys: pytest.CaptureFixture[str]) -> None:
-    for command, option in (("write", "--prompts"), ("states", "--data")):
-        assert main(["distill", command, "s", option, "p", "--output", "o", "--plugin", "no.py:MINE"]) == 2
-        assert "no.py: cannot be read (No such file or directory); name a" in capsys.readouterr().err
-
-
-@pytest.mark.distributed
-def test_answers_are_kept_as_conversations(packed_data: Any, teacher: Path, run_command: Any, tmp_path: Path
-                                           ) -> None:
-    import numpy as np
-
-    from megatron_sov.train.data.token_shards import open_sources
-
-    (tmp_path / "prompts.jsonl").write_text("\n".join(
-        json.dumps({"prompt": f"What is {i} plus 1?"}) for i in range(6)))
-    assert sov_data(["pack", "--tokenizer", str(packed_data.tokenizer), "--heldout", "0", "--workers", "1",
-                     "--format", "prompt", "--input", str(tmp_path / "prompts.jsonl"), "--output",
-                     str(tmp_path / "prompts")]) == 0
-    answers = tmp_path / "answers"
-    done = run_command("distill", "write", str(teacher), "--prompts", str(tmp_path / "prompts"), "--output",
-                       str(answers), "--max-new-tokens", "8")
-    assert done.returncode == 0, done.stderr
-    ((prompt,), (answer,)) = (open_sources({str(folder): 1.0}, 368, formats) for folder, formats in (
-        (tmp_path / "prompts", ("prompt",)), (answers, ("chat",))))
-    asked_shard, found = prompt.shard("train"), answer.shard("train")
-    assert len(found.lengths) == 6 and answer.name == "prompts-answers"
-    for document in range(6):
-        length, whole = int(asked_shard.lengths[document]), int(found.lengths[document])
-        assert length < whole <= length + 8
-        assert np.array_equal(found.tokens(document, 0, length), asked_shard.tokens(document, 0, length))
-        types, weights = found.types(document, 0, whole), found.loss_weights(document, 0, whole)
-        assert types.tolist() == [1] * length + [2] * (whole - length)
-        assert weights.tolist() == [0] * length + [1] * (whole - length)
-    assert sov_data(["verify", str(answers)]) == 0
+def test_code_of_ones_own_is_known_to_the_teachers_job(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["distill", "states", "s", "--data", "p", "--output", "o", "--plugin", "no.py:MINE"]) == 2
+    assert "no.py: cannot be read (No such file or directory); name a" in capsys.readouterr().err

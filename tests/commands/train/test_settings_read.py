@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from data_prep.cli import main as sov_data
-from megatron_sov.base.digests import file_digest
 from megatron_sov.base.settings import find_inert, hint_below
+from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.cli import main
 from megatron_sov.judge.rewards.registry import make, order
 from megatron_sov.model.config import RolloutConfig, RunConfig, from_dict, setting_names
@@ -153,7 +153,7 @@ def stages(one_rank: None, packed_data: Any, token_shards: Path, write_round: An
               str(tmp_path / "short"), *words(*LOOP, "needle.samples=1", "needle.depths=[0.5]"))
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(4)))
-    tokenizer = file_digest(packed_data.text / "tokenizer/tokenizer.json", "sha256")
+    tokenizer = tokenizer_digest(packed_data.text / "tokenizer")
     store = RolloutStore.create(tmp_path / "store", tokenizer, 368)
     for number in (1, 2):
         write_round(store, read_prompts(prompts), RolloutConfig(**ROLLOUT), number,

@@ -12,7 +12,6 @@ import yaml
 
 from data_prep.cli import main
 from data_prep.curate.line_ends import unify_line_ends
-from data_prep.curate.quality.rules.step import SETS, judge, language_rules
 
 _VOCABULARY = """the of and to in is was he for it with as his on be at by had not are but from or have an
 they which one you were her all she there would their we him been has when who will river mountain teacher
@@ -66,39 +65,6 @@ def test_code_keeps_all_but_its_line_ends() -> None:
 
 def test_blanks_take_linear_time() -> None:
     assert unify_line_ends("a" + " " * 2_000_000 + "b" + "\r" * 1_000_000).count("\n") == 1_000_000
-
-
-@pytest.mark.parametrize("preset", SETS)
-@pytest.mark.parametrize("twin", ["spaces", "tab", "no-break", "wide", "trailing"])
-def test_rules_judge_lines_without_their_blanks(twin: str, preset: str) -> None:
-    for seed in range(3):
-        reason, _, words = judge(TWINS[twin](plain_text(seed)), language_rules("en"), SETS[preset])
-        assert (reason, words.num_words) == ("", 432)
-
-
-@pytest.mark.deep
-def test_a_run_keeps_all_twins_of_each_format(tmp_path: Path) -> None:
-    twins = [change(plain_text(0)) for change in TWINS.values()]
-    for number, text in enumerate(twins):
-        (tmp_path / "text").mkdir(exist_ok=True)
-        (tmp_path / f"text/{number:02}.txt").write_bytes(text.encode())
-    (tmp_path / "jsonl").mkdir()
-    lines = "".join(json.dumps({"text": text}) + "\r\n" for text in twins)
-    (tmp_path / "jsonl/all.jsonl").write_bytes(lines.encode())
-    pipeline = {"name": "p", "sources": [{"name": name, "path": [name], "format": name}
-                                         for name in ("text", "jsonl")],
-                "steps": [{"language": {"min_score": 0.0}}, {"rules": {"preset": "fineweb"}}, {"pii": {}},
-                          {"exact_dedup": {"compare": "bytes", "partitions": 1}}]}
-    (tmp_path / "p.yaml").write_text(yaml.safe_dump(pipeline, sort_keys=False))
-    assert main(["run", str(tmp_path / "p.yaml"), "--output", str(tmp_path / "out"), "--workers", "1"]) == 0
-    kept = {(source["name"], step["kind"]): step["documents_kept"]
-            for source in json.loads((tmp_path / "out/summary.json").read_text())["sources"]
-            for step in source["steps"]}
-    for name in ("text", "jsonl"):
-        assert [kept[name, step] for step in ("parse", "language", "rules", "pii")] == [len(TWINS)] * 4
-    assert (kept["text", "exact_dedup"], kept["jsonl", "exact_dedup"]) == (1, 0)
-    file, = (tmp_path / "out/text").glob("*/*.parquet")
-    assert pq.read_table(file).column("text").to_pylist() == [plain_text(0)]
 
 
 @pytest.mark.parametrize(("format_", "kind"), [("code", ""), ("jsonl", "math_code")])

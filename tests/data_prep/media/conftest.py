@@ -42,20 +42,6 @@ class Loudness:
         return (filled.abs().amax(1) * 7).round().long().clamp(max=7)
 
 
-class Ears:
-    """Hears by the first second's largest sample."""
-
-    sample_rate_hz = 8000
-
-    def __init__(self) -> None:
-        self.heard: list[str] = []
-
-    def hear(self, sound: torch.Tensor) -> str:
-        is_loud = float(sound[:8000].abs().max()) > 0.9
-        self.heard.append("It is very loud." if is_loud else "It is half as loud.")
-        return self.heard[-1]
-
-
 class Here:
     """Reads media in this process, which starts sooner than those of tests/omni/media/reading."""
 
@@ -96,16 +82,10 @@ def media(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def ears() -> Ears:
-    """A recogniser, whose folder is `ears`, with what it has heard."""
-    return Ears()
-
-
-@pytest.fixture
-def encode(tmp_path: Path, media: Path, ears: Ears, monkeypatch: pytest.MonkeyPatch,
+def encode(tmp_path: Path, media: Path, monkeypatch: pytest.MonkeyPatch,
            request: pytest.FixtureRequest) -> Encode:
     """A function that encodes records, given as lists, with both codecs and both banks."""
-    codecs = {"images": Greys(), "sounds": Loudness(), "ears": ears}
+    codecs = {"images": Greys(), "sounds": Loudness()}
     for name in codecs:
         with new_artifact(tmp_path / name, "codec") as artifact:
             artifact.content = {"codec": name, "config": {}}

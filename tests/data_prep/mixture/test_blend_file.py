@@ -67,13 +67,6 @@ def test_shipped_blends_have_the_phases_and_budgets_of_their_recipes(blend: str,
                                                           for p in recipes.get(recipe).data.phases]
 
 
-def test_korean_and_synthetic_shares_are_those_of_the_recipe() -> None:
-    blend = read_blend(find_blend("solar-open"))
-    for phase, theirs in zip(blend.phases, recipes.get("solar-open-102b").data.phases, strict=True):
-        korean = sum(e.share for e in phase.entries if "ko" in e.where["kind"])
-        assert 100 * korean == pytest.approx(theirs.blend["korean"], abs=1e-3)
-
-
 def test_a_product_is_every_combination(tmp_path: Path) -> None:
     blend = read_blend(written(tmp_path, """
 phases:

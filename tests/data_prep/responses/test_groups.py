@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -64,26 +62,6 @@ def test_the_responses_of_one_prompt_are_packed_and_what_came_before_them_is_not
                for d, n in enumerate(documents.lengths)]
     assert ["answer" in text for text in learned] == [True] * 4
     assert not any("Welcome" in text for text in learned)
-
-
-def test_a_group_is_held_out_as_a_whole_and_with_every_other_group_of_its_prompt(
-        tokenizers: dict[str, Path], tmp_path: Path) -> None:
-    groups = [group(*rewards, prompt=f"{i % 30} + 2?") for i in range(60) for rewards in [(1, 0, 0.5)]]
-    file = write(tmp_path / "in.jsonl", *groups)
-    assert main(["groups", "--input", str(file), "--output", str(tmp_path / "out")]) == 0
-    assert main(["pack", "--tokenizer", str(tokenizers["solar-open"]), "--format", "chat", "--heldout", "0.3",
-                 "--workers", "1", "--input", str(tmp_path / "out/groups.jsonl"), "--output",
-                 str(tmp_path / "packed")]) == 0
-    tokenizer = Tokenizer.from_file(str(tmp_path / "packed/tokenizer/tokenizer.json"))
-    [source] = open_sources({str(tmp_path / "packed"): 1.0}, 10**6)
-    prompts = {}
-    for split in ("train", "heldout"):
-        documents = source.shard(split)
-        answers = Counter(re.findall(r"\d+ \+ 2", tokenizer.decode(documents.tokens(d, 0, n).tolist()))[0]
-                          for d, n in enumerate(documents.lengths))
-        assert set(answers.values()) == {6}  # both groups of three
-        prompts[split] = set(answers)
-    assert len(prompts["heldout"]) >= 3 and not prompts["train"] & prompts["heldout"]
 
 
 @pytest.mark.parametrize(("record", "said"), [

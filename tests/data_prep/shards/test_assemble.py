@@ -9,20 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow
 import pytest
 from hypothesis import given, settings, strategies as st
 from pyarrow import parquet
 
 from data_prep.shards import assemble
-from data_prep.shards.assemble import (
-    EncodedSource, ShardedWriter, bad_rows, survey, write_quarantine, write_shards)
+from data_prep.shards.assemble import EncodedSource, ShardedWriter, bad_rows, survey, write_shards
 from data_prep.shards.encode import Encoder, EncodingSettings
 from data_prep.shards.token_artifact import HeldoutRule, document_hash, open_split
-from data_prep.shards.units import UnitEncoder, UnitSettings, encode_units, open_unit, unit_key
+from data_prep.shards.units import UnitEncoder, UnitSettings, open_unit, unit_key
 from megatron_sov.base.documents import BadRecord, Conversation, Document, RecordReading, files, plan_units
-from megatron_sov.base.errors import UserError
 from megatron_sov.work.progress.resumable import part_folder
 
 IDS = [0, 0, 2, 1, None, None, 3, 0, 3]
@@ -81,20 +78,6 @@ def test_repeated_documents_are_those_of_a_plain_search(rows: list[tuple[int, in
     assert assemble.find_repeated(ids, files_, hashes).tolist() == expected
 
 
-def test_bad_records_and_repeated_ids_stand_in_the_order_of_the_input(
-        source: tuple[EncodedSource, Path]) -> None:
-    encoded, folder = source
-    survey(encoded, folder / "work", "uint16", HeldoutRule(0.0))
-    rows = list(bad_rows(encoded, folder / "work", "uint16"))
-    assert [(Path(r["file"]).name, r["line"], r["code"]) for r in rows] == [
-        ("0.jsonl", 1, "json"), ("0.jsonl", 3, "duplicate_id"), ("1.jsonl", 1, "json"),
-        ("2.jsonl", 1, "json"), ("2.jsonl", 4, "duplicate_id")]
-    with open(folder / "list", "w", encoding="utf-8") as f:
-        assert write_quarantine(encoded, folder / "work", "uint16", f) == {"json": 3, "duplicate_id": 2}
-    assert [json.loads(line) for line in (folder / "list").read_text().splitlines()] == [
-        {"source": "s", **r} for r in rows]
-
-
 def test_lines_are_counted_through_the_spans_of_a_file(tokenizers: dict[str, Path], tmp_path: Path,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [json.dumps({"text": f"line {i}"}) if i % 40 else "bad" for i in range(1, 400)]
@@ -142,12 +125,6 @@ def test_shards_keep_order_limit_and_groups(lengths: list[int], shard_tokens: in
         for shard, following in zip(writer.shards, writer.shards[1:], strict=False):
             first = open_split(Path(folder) / following.prefix).lengths_tokens[:group].sum()
             assert shard.num_tokens + first > shard_tokens
-
-
-def test_an_empty_split_has_one_empty_shard(tmp_path: Path) -> None:
-    record = write(tmp_path, [], 10, 1, 1).record()
-    assert record == {"shards": [{"prefix": "s/train-00000", "num_documents": 0, "num_tokens": 0,
-                                  "num_bytes": 0}], "num_documents": 0, "num_tokens": 0, "num_bytes": 0}
 
 
 LINES = [json.dumps({"id": f"id {i}", "text": f"line {i} 한국어"}) for i in range(50)]
@@ -251,28 +228,3 @@ def test_documents_that_a_template_refuses_are_found_inside_a_batch(tokenizers: 
     assert [r["line"] - 1 for r in stored.bad_rows()] == list(refused)
     assert [line - 1 for line in stored.sequences["line"].tolist()] == [
         i for i in range(20) if i not in refused]
-
-
-def worker_processes() -> list[psutil.Process]:
-    """Return the encoding processes, without the tracker that Python starts beside them."""
-    return [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
-
-
-@pytest.mark.deep
-def test_order_is_the_inputs_and_an_ended_worker_is_said(tokenizers: dict[str, Path], tmp_path: Path) -> None:
-    for i in range(12):  # the first ones are the largest, so they end last
-        (tmp_path / f"{i:02}.jsonl").write_text("\n".join(json.dumps({"text": f"{i} {k}"})
-                                                          for k in range(2000 - 160 * i)))
-    units = list(plan_units(sorted(tmp_path.glob("*.jsonl")), 1))
-    chosen = UnitSettings(tokenizers["solar-open"], "a", "b", "uint16", RecordReading("text"),
-                            EncodingSettings())
-    records = encode_units(units, chosen, tmp_path / "work", 2)
-    first = next(records)
-    workers = worker_processes()
-    assert [first.num_sequences, *(r.num_sequences for r in records)] == [2000 - 160 * i for i in range(12)]
-    assert len(workers) == 2 and not psutil.wait_procs(workers, timeout=600)[1]
-    records = encode_units(units, chosen, tmp_path / "other", 2)
-    next(records)
-    worker_processes()[-1].kill()
-    with pytest.raises(UserError, match="run the same command again"):
-        list(records)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,6 @@ from megatron_sov.base.documents import (
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.chat.marks import KIND_NONE
-from tokenizer.cli import main as sov_tokenizer
 
 CHAT = (("system", "Be kind."), ("user", "What is 2+2?"), ("assistant", "It is 4."), ("user", "안녕"),
         ("assistant", "안녕하세요!"))
@@ -189,20 +187,6 @@ def test_a_tokenizer_of_others_is_refused_with_the_command_that_takes_it_over(
     with pytest.raises(UserError, match=r"none: does not exist; .* `hf download none --local-dir none`"):
         Encoder(Path("none"))
     assert sov_data(["pack", "--tokenizer", given, "--input", ".", "--output", "o", "--dry-run"]) == 2
-
-
-@pytest.mark.deep
-def test_an_export_is_taken_over_by_the_command_that_the_refusal_names(
-        folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hf = tmp_path / "my hf"
-    shutil.copytree(folder, hf)
-    (hf / "manifest.json").unlink()
-    with pytest.raises(UserError) as e:
-        Encoder(hf)
-    words = shlex.split(str(e.value).split("`")[1])
-    monkeypatch.chdir(tmp_path)
-    assert sov_tokenizer(words[1:]) == 0
-    Encoder(tmp_path / "my hf-tokenizer")
 
 
 def test_a_prompt_and_its_completion_are_trl_tokens_and_mask(folder: Path, encoder: Encoder,

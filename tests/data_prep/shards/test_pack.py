@@ -33,7 +33,6 @@ from megatron_sov.base.documents import RecordReading, files
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.marks import KIND_ANSWER, KIND_NONE
 from megatron_sov.work.progress.journal import work_folder
-from tokenizer.cli import main as sov_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -67,22 +66,6 @@ def test_every_document_is_found_once_as_its_own_text(packed: Path, corpus: Path
     assert sorted(found) == sorted(texts)
     in_train = [tokenizer.decode(d[:-1]) for d in open_split(packed / "web/train-00000").documents()]
     assert in_train == [t for t in texts if t in set(in_train)]  # the order of the file is kept
-
-
-@pytest.mark.deep
-def test_the_manifest_and_not_the_terminal_says_what_encoded(
-        tokenizers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A tokenizer without one of the 256 bytes, as published ones are, has no form for tiktoken."""
-    shutil.copytree(tokenizers["solar-open"], tmp_path / "base")
-    raw = json.loads((tmp_path / "base/tokenizer.json").read_text(encoding="utf-8"))
-    raw["model"]["vocab"]["spare"] = raw["model"]["vocab"].pop("\u00ff")
-    (tmp_path / "base/tokenizer.json").write_text(json.dumps(raw))
-    assert sov_tokenizer(["import", str(tmp_path / "base"), "--output", str(tmp_path / "tokenizer")]) == 0
-    (tmp_path / "x.txt").write_text("one document")
-    capsys.readouterr()
-    pack(tmp_path / "tokenizer", [PackSource("x", tmp_path / "x.txt")], tmp_path / "out", PackSettings(0))
-    assert "encoding" not in "".join(capsys.readouterr())
-    assert "not 256 bytes and one token for each merge" in read_manifest(tmp_path / "out").settings["encoder"]
 
 
 def test_megatron_reads_the_shards_and_the_manifest_counts_them(packed: Path, tokenizers: dict[str, Path],
@@ -471,20 +454,6 @@ def test_one_text_becomes_several_documents_of_which_one_is_held_out(
     captured = capsys.readouterr()
     assert shards == {"cut": [5, 1], "whole": [1, 0]} and "warning" not in captured.err
     assert captured.out.count("is one text; cut at blank lines into documents of at most 4,000 bytes") == 1
-
-
-def test_one_document_and_unlearned_responses_are_told(tokenizers: dict[str, Path], tmp_path: Path,
-                                                       capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "Korean.txt").write_text("한국어 문장.\n\n" * 20)
-    pack(tokenizers["solar-open"], [PackSource("Korean", tmp_path / "Korean.txt")], tmp_path / "one")
-    assert "warning: Korean: has too few documents, so nothing is held out" in capsys.readouterr().err
-    rows = [{"prompt": f"p{i}", "completion": "c"} for i in range(3)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    pack(tokenizers["solar-open"], [PackSource("rows", tmp_path / "rows.jsonl")], tmp_path / "prompts",
-         PackSettings(reading=RecordReading("prompt")))
-    err = capsys.readouterr().err
-    assert "has a 'completion', of which --format prompt learns nothing" in err
-    assert "is one document" not in err
 
 
 def test_each_line_is_a_document_and_one_document_is_warned_of(

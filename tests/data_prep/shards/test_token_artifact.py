@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import struct
 import tempfile
 import unicodedata
@@ -46,11 +45,6 @@ def test_shards_come_by_source_then_split_then_number(chosen: dict[str, str], pr
     for shard in found:
         assert shard.prefix.parent.name == shard.source["name"] and shard.prefix.name.startswith(shard.split)
         assert shard.record["num_tokens"] == int(shard.prefix.name[-5:])
-
-
-def test_an_unknown_source_is_named_beside_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"--source 'wep': data has no such source \(sources: web, books\)"):
-        list(shards_of(Path("data"), CONTENT, source="wep"))
 
 
 def test_a_shard_opens_its_own_files(tmp_path: Path) -> None:
@@ -167,25 +161,6 @@ def test_inspect_shows_counts_per_source(tokenizers: dict[str, Path], tmp_path: 
     ratio = f"{2600 / record['num_tokens']:.3f}"
     assert train == ["one", "text", "train", "1", "1", f"{record['num_tokens']:,}", "2,600", ratio]
     assert heldout == ["one", "text", "heldout", "1", "0", "0", "0", "-"]
-
-
-def test_other_artifacts_are_told_too(tokenizers: dict[str, Path], capsys: pytest.CaptureFixture[str]
-                                      ) -> None:
-    assert main(["inspect", str(tokenizers["solar-open"])]) == 0
-    assert "artifact of kind tokenizer" in capsys.readouterr().out
-
-
-def test_shards_without_a_tokenizer_are_told_all_the_same(tokenizers: dict[str, Path], tmp_path: Path,
-                                                          capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "one.txt").write_text("some text of one document " * 100)
-    pack(tokenizers["solar-open"], [PackSource("one", tmp_path / "one.txt")], tmp_path / "shards",
-         PackSettings(heldout_share=1e-9))
-    shutil.rmtree(tmp_path / "shards/tokenizer")
-    capsys.readouterr()
-    assert main(["inspect", str(tmp_path / "shards")]) == 0
-    assert "row 1: no document can be shown: " in capsys.readouterr().out
-    assert main(["inspect", str(tmp_path / "shards"), "--verify"]) == 3
-    assert "shards/tokenizer/tokenizer.json: is missing" in capsys.readouterr().err
 
 
 def heldout(share: float, count: int = 4000) -> set[int]:

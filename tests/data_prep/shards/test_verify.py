@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
-from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from data_prep.cli import main
-from data_prep.shards import stats, verify
 from data_prep.shards.pack import PackSettings, PackSource, pack
 from data_prep.shards.sample import sample
 from data_prep.shards.stats import statistics
@@ -64,21 +60,6 @@ def leak(data: Path) -> None:
 
 def write_values(file: Path, dtype: str, value: int) -> None:
     np.full(len(np.fromfile(file, dtype)), value, dtype).tofile(file)
-
-
-@pytest.mark.parametrize(("module", "titles"), [(verify, ["hashing", "reading"]), (stats, ["counting"])])
-def test_who_waits_sees_how_far_it_is(module: ModuleType, titles: list[str], sound: Path,
-                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    bars = []
-
-    def bar_of(title: str, total: int, unit: str) -> tqdm:
-        bars.append((title, tqdm(total=total, file=io.StringIO())))
-        return bars[-1][1]
-
-    monkeypatch.setattr(module, "work_bar", bar_of)
-    assert main([module.__name__.rpartition(".")[2], str(sound)]) == 0
-    assert [title for title, _ in bars] == titles
-    assert all(bar.n == bar.total > 0 for _, bar in bars)
 
 
 def test_sound_shards_pass(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,10 +19,8 @@ from data_prep.synth import finishing
 from data_prep.synth.checks.settings import DEFAULTS
 from data_prep.synth.finishing import finish
 from megatron_sov.base.artifacts import damaged_files, manifest_sha256, read_manifest
-from megatron_sov.base.documents import RecordReading, list_files, read_documents
+from megatron_sov.base.documents import RecordReading, read_documents
 from megatron_sov.base.errors import UserError
-from megatron_sov.judge.tools.registry import tasks_of
-from megatron_sov.judge.tools.worlds.databases import Booking
 from megatron_sov.rollouts.prompts import read_prompts
 from megatron_sov.work.progress.journal import begun, records_by_item, work_folder
 
@@ -170,30 +168,12 @@ def test_kept_text_is_packed_and_carded(texts: Path, tokenizers: dict[str, Path]
     assert manifest_sha256(texts) in [one["manifest_sha256"] for one in manifest.inputs]
 
 
-def test_kept_chats_are_packed(chats: Path, tokenizers: dict[str, Path], tmp_path: Path) -> None:
-    asked = list(read_documents(list_files(chats), RecordReading("chat")))
-    assert [len(document.tools) for document in asked] == [0, 0, 1]
-    assert main(["pack", "--tokenizer", str(tokenizers["k-exaone"]), "--input", str(chats), "--format",
-                 "chat", "--output", str(tmp_path / "tokens"), "--heldout", "0", "--workers", "1",
-                 "--on-bad", "quarantine"]) == 0  # this small template shows no calls
-    source, = read_manifest(tmp_path / "tokens").content["sources"]
-    assert source["splits"]["train"]["num_documents"] == 2
-
-
 def test_kept_prompts_are_asked(tmp_path: Path) -> None:
     output = made_run(tmp_path / "prompts", [[sample({"prompt": "How much is 3 and 4?", "answer": "7"})],
                                              [sample({"prompt": GOOD, "answer": "8"})]], kind="prompt")
     finish(output)
     prompts = read_prompts(output / "kept.jsonl", is_asked=True)
     assert [prompt.record["answer"] for prompt in prompts] == ["7", "8"]
-
-
-def test_kept_tasks_are_an_environments_tasks(tmp_path: Path) -> None:
-    task = dict(Booking.EXAMPLES[0])
-    output = made_run(tmp_path / "tasks", [[sample(task)], [sample(task)]], kind="task")
-    finish(output)
-    kept, = tasks_of(Booking(), "booking", output / "kept.jsonl")
-    assert Booking().reset(kept).user == Booking().reset(task).user
 
 
 def test_nothing_kept_is_a_result(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.synth.generator import PROMPTS
-from data_prep.synth.templates import BadTemplate, Prompt, PromptTemplate, read_prompts
+from data_prep.synth.templates import Prompt, PromptTemplate, read_prompts
 from megatron_sov.base.errors import UserError
 
 
@@ -17,14 +17,6 @@ def test_a_document_opens_no_turn_and_is_no_template() -> None:
     assert prompt.messages({"text": document, "more": 1}) == [
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Read: {document}"}]
     assert prompt.names == {"text"}
-
-
-@pytest.mark.parametrize(("text", "said"), [
-    ("{{ text.__class__.__mro__ }}", "reads the attribute '__class__'"), ("{{ text", "is no Jinja template"),
-    ("{% include 'a' %}", "includes another file"), ("{{ text | nofilter }}", "No filter named")])
-def test_a_template_runs_no_code_of_anybody(text: str, said: str) -> None:
-    with pytest.raises(BadTemplate, match=said):
-        PromptTemplate.compile("a", Prompt(text))
 
 
 @pytest.mark.parametrize(("text", "said"), [

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.eval.needle.text import (
-    LANGUAGES, Haystack, NeedleForm, detect_language, fill, is_for_tests, needle_form, open_haystacks,
-    phrases)
+    LANGUAGES, PHRASES, Haystack, NeedleForm, detect_language, fill, is_for_tests, needle_form,
+    open_haystacks, phrases)
 from megatron_sov.model.config import Language
 from megatron_sov.train.data.token_shards import Source, open_sources
 
@@ -24,7 +24,7 @@ def test_words_are_rare_and_whole_and_read_as_a_sentence(form: NeedleForm, token
     assert len(set(words)) == 64
     assert all(w[0] == " " and w[1:].isalpha() and len(w) >= 5 for w in words)
     key, value = form.draw(np.random.default_rng(0), 2, test=True)
-    sentence = form.draw_sentences(np.random.default_rng(0), test=True).statement
+    sentence = form.draw_sentence(np.random.default_rng(0), test=True)
     text = tokenizer.decode(fill(sentence, key, value))
     assert text == "\ncodes.add(" + "".join(tokenizer.decode([w]) for w in [*key, *value]) + ")"
     assert fill(sentence, key, value)[:len(fill(sentence, key))] == fill(sentence, key)
@@ -39,7 +39,7 @@ def test_pairs_and_sentences_of_tests_and_of_training_never_mix(form: NeedleForm
     fewer = NeedleForm(form.language, form.sentences, form.words[::-2])
     assert {tuple(p) for p in fewer.pairs[True].tolist()} < test, (
         "the split must not depend on which words there are")
-    assert not {s.statement for s in form.sentences[True]} & {s.statement for s in form.sentences[False]}
+    assert not set(form.sentences[True]) & set(form.sentences[False])
 
 
 KOREAN = ["서울은", "바다가", "나무를", "하늘에", "사람들", "학교에", "도서관", "음악을", "자동차", "컴퓨터",
@@ -82,7 +82,7 @@ def test_a_language_has_words_of_its_own(language: str, words: list[str], tmp_pa
 def test_a_tokenizer_without_the_language_lends_its_words(language: str, token_shards: Path) -> None:
     form = needle_form(token_shards / "tokenizer", language)  # type: ignore[arg-type]
     assert form.language == language and len(form.words) == 64
-    assert form.phrase_tokens("statement", test=True) >= 4 + 2
+    assert form.needle_tokens(test=True) >= 4 + 2
 
 
 def test_mistakes_are_named(token_shards: Path, tmp_path: Path) -> None:
@@ -97,19 +97,14 @@ def test_mistakes_are_named(token_shards: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_both_sides_have_phrases_and_share_none(language: Language) -> None:
-    sides = [[text for form in phrases(language, test=test) for text in form.texts().values()]
-             for test in (True, False)]
+    sides = [phrases(language, test=test) for test in (True, False)]
     assert all(sides) and not set(sides[0]) & set(sides[1])
     openings = [{text.split("{}")[0] for text in side} for side in sides]
     assert not openings[0] & openings[1], "a model that learned what stands before a key would know the test"
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
-def test_a_value_stands_right_behind_its_key_and_questions_have_their_places(language: Language) -> None:
-    for form in (*phrases(language, test=True), *phrases(language, test=False)):
-        assert "{}{}" in form.statement
-        assert {name: text.count("{}") for name, text in form.texts().items()} \
-            == {"statement": 2, "all_values": 1, "values_of": 4, "assignment": 2, "holders": 1}
+def test_a_value_stands_right_behind_its_key() -> None:
+    assert all(text.endswith(("{}{}.", "{}{})")) for texts in PHRASES.values() for text in texts)
 
 
 def test_the_split_is_a_function_of_the_text_alone() -> None:

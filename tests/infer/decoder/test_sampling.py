@@ -7,9 +7,7 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from megatron_sov.infer.decoder.sampling import (
-    ROW_DOCUMENTS, ROW_TOKENS, accepted_by_chance, accepted_greedily, best_words, draw, probabilities,
-    rows_of)
+from megatron_sov.infer.decoder.sampling import accepted_by_chance, accepted_greedily, draw, probabilities
 from megatron_sov.infer.request import Sampling
 
 LOGITS = torch.tensor([[0.3, 2.0, -1.0, 1.1, 1.9], [0.0, 0.0, 0.0, 0.0, 5.0]])
@@ -82,17 +80,3 @@ def test_speculative_samples_follow_the_models_distribution() -> None:
     chi_squared = float(((pairs - expected) ** 2 / expected).sum())
     assert chi_squared < 37.7, "15 degrees of freedom: above this by chance once in a thousand"
     assert 0.2 * count < taken < 1.8 * count
-
-
-@pytest.mark.parametrize(("count", "length"), [(1, 5), (40, 3), (5, ROW_TOKENS // 2), (3, 10 * ROW_TOKENS)])
-def test_rows_hold_every_document_once_in_bounded_memory(count: int, length: int) -> None:
-    rows = rows_of([[7] * length] * count)
-    assert [i for row in rows for i in row] == list(range(count))
-    assert all(len(row) == 1 or len(row) * length <= ROW_TOKENS for row in rows)
-    assert all(0 < len(row) <= ROW_DOCUMENTS for row in rows)
-
-
-def test_the_best_word_is_not_the_best_token() -> None:
-    logits = torch.tensor([[9.0, 1.0, 3.0, 2.0], [0.0, 5.0, 4.0, 4.5]])
-    assert best_words(logits, (3, 1, 2)).tolist() == [2, 1]
-    assert best_words(logits, (3,)).tolist() == [3, 3]

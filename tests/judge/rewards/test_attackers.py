@@ -317,18 +317,12 @@ def f(x): return Any(0)""",
 }
 FRAMEWORK_TESTS = [
     "import pytest\ndef test_a():\n    assert f(1) == pytest.approx(7431)",
-    "import pytest\n@pytest.mark.parametrize('x, y', [(1, 7431), (2, 7432)])\n"
-    "def test_a(x, y):\n    assert f(x) == y",
     "import pytest\ndef test_a():\n    with pytest.raises(KeyError):\n        f('no')\n"
     "    assert f(1) == 7431",
-    "import unittest\nclass T(unittest.TestCase):\n    def test_a(self):\n"
-    "        self.assertEqual(f(1), 7431)",
-    "import unittest\nclass T(unittest.IsolatedAsyncioTestCase):\n    async def test_a(self):\n"
-    "        self.assertIn(f(1), [7431])",
+    "async def test_a():\n    assert f(1) in [7431]",
     "from solution import f as given\nassert given(1) == 7431",
     "import solution\nassert solution.f(1) == 7431",
     "def check(candidate):\n    assert candidate(1) == 7431",
-    "class TestF:\n    def test_a(self):\n        assert f(1) == 7431",
     "for item in [f(2)]:\n    assert item == 7432",
     "for item in (f(1) if isinstance(f(1), list) else [f(1)]):\n    assert item == 7431",
     "import numpy as np\nassert np.array_equal(f(1), 7431)",
@@ -366,10 +360,7 @@ def test_no_attacker_replaces_a_framework(enclosure: str, name: str) -> None:
     "import pytest\nwith pytest.raises(Exception):\n    f(1)", "assert f(0) == 0\nassert f(1) == 1",
     "try:\n    f(1)\n    assert False\nexcept (ValueError, RuntimeError, OSError):\n    assert True",
     "import pytest\ndef test_a():\n    for x in (1, 2):\n        with pytest.raises(Exception):\n"
-    "            f(x)",
-    "import unittest\nclass T(unittest.TestCase):\n    def test_a(self):\n"
-    "        self.assertRaises(Exception, f, 1)\n    def test_b(self):\n"
-    "        self.assertRaises(Exception, f, 2)"])
+    "            f(x)"])
 def test_the_end_of_a_program_is_no_error_that_tests_expect(enclosure: str, test: str, ends: str) -> None:
     program = f"import os, sys\ndef f(x):\n    if x:\n        {ends}\n    return 0\n"
     assert paid(enclosure, program, [test])[0] == 0.0

@@ -44,11 +44,7 @@ EMPTY_TESTS = [
     "def test_a():\n    return\n    assert add(1, 2) == 3",
     "for x in []:\n    assert add(x, x) == 0",
     "try:\n    assert add(1, 2) == 3\nexcept Exception:\n    pass",
-    "import unittest\nclass T(unittest.TestCase):\n    @unittest.skip('no')\n    def test_a(self):\n"
-    "        self.assertEqual(add(1, 2), 3)",
-    "import pytest\n@pytest.mark.skip\ndef test_a():\n    assert add(1, 2) == 3",
-    "assert add(1, 2) != 7", "add(1, 2)\nassert callable(add)",
-    "import unittest\nclass T:\n    def test_a(self):\n        assert add(1, 2) == 3"]
+    "assert add(1, 2) != 7", "add(1, 2)\nassert callable(add)"]
 
 
 @pytest.mark.parametrize("test", EMPTY_TESTS)
@@ -78,15 +74,10 @@ def test_a_row_may_expect_none_errors_and_constants(response: str, tests: list[A
 
 FAULTY = ["import pandas\nassert add(1, 2) == 3", "from helpers import check_sum\nassert add(1, 2) == 3",
           "x = add(1, 2)\nimport pandas\nassert x == 3", "open('data.json').read()\nassert add(1, 2) == 3",
-          "def test_a(benchmark):\n    assert add(1, 2) == 3",
           "import pytest\n@pytest.mark.xfail\ndef test_a():\n    assert add(1, 2) == 3",
           "assert 1 == 2\nassert add(1, 2) == 3", "def check(candidate):\n    import pandas\n"
           "    assert candidate(1, 2) == 3",
-          "def test_a(capsys):\n    add(1, 2)\n    assert capsys.readouterr()",
-          "import unittest\nclass T(unittest.TestCase):\n    def setUp(self):\n        self.x = {}['x']\n"
-          "    def test_a(self):\n        self.assertEqual(add(1, 2), 3)",
-          "import pytest\n@pytest.fixture(params=[1, 2])\ndef x(request):\n    return request.param\n"
-          "def test_a(x):\n    assert add(x, 0) == x", "raise ValueError('no data')\nadd(1, 2)"]
+          "raise ValueError('no data')\nadd(1, 2)"]
 
 
 @pytest.mark.parametrize("test", FAULTY)
@@ -95,6 +86,18 @@ def test_a_test_that_fails_before_it_uses_the_program_is_the_rows_fault(test: st
         result = score(response, ["assert add(1, 2) == 3", test])
         assert (result.reward, result.status) == (None, "refused"), result
         assert "test 2 of 2 fails before it uses the program" in result.reason
+
+
+@pytest.mark.parametrize("test, told", [
+    ("import unittest\nclass T(unittest.TestCase):\n    def test_a(self):\n        self.assertTrue(add)",
+     "class T holds tests"),
+    ("class TestAdd:\n    def test_a(self):\n        assert add(1, 2) == 3", "class TestAdd holds tests"),
+    ("import pytest\n@pytest.mark.parametrize('a', [1, 2])\ndef test_a(a):\n    assert add(a, 0) == a",
+     "test_a takes arguments"),
+    ("def test_a(*, capsys):\n    add(1, 2)\n    assert capsys.readouterr()", "test_a takes arguments")])
+def test_a_form_that_nothing_runs_is_refused(test: str, told: str) -> None:
+    result = score(ADD, [test])
+    assert (result.reward, result.status) == (None, "refused") and told in result.reason
 
 
 FORMS: dict[str, Any] = {
@@ -110,30 +113,8 @@ FORMS: dict[str, Any] = {
                        "    assert [add(0.1, 0.2), 1] == approx([0.3, 1])",
     "raises": "import pytest\ndef test_a():\n    with pytest.raises(TypeError, match='unsupp') as e:\n"
               "        add(1, None)\n    assert 'operand' in str(e.value)\n    assert add(1, 2) == 3",
-    "parametrize": "import pytest\n"
-                   "@pytest.mark.parametrize('a,b,c', [(1, 2, 3), pytest.param(0, 2, 2, id='x')])\n"
-                   "def test_a(a, b, c):\n    assert add(a, b) == c",
-    "parametrize twice": "import pytest\n@pytest.mark.parametrize('a', [1, 2])\n@pytest.mark.timeout(3)\n"
-                         "@pytest.mark.parametrize(['b'], [(1,), (2,)])\n"
-                         "def test_a(a, b):\n    assert add(a, b) == a + b",
-    "a fixture": "import pytest\n@pytest.fixture\ndef one():\n    return 1\n"
-                 "@pytest.fixture()\ndef two(one):\n    yield one + 1\n"
-                 "def test_a(one, two):\n    assert add(one, two) == 3",
-    "a class": "class TestAdd:\n    def setup_method(self):\n        self.x = 1\n    def test_a(self):\n"
-               "        assert add(self.x, 2) == 3\n",
-    "a class with parameters": "import pytest\n@pytest.mark.parametrize('b', [2, 3])\nclass TestAdd:\n"
-                               "    def test_a(self, b):\n        assert add(1, b) == b + 1\n",
     "pytest.main": "import pytest, sys\ndef test_a():\n    assert add(1, 2) == 3\n"
                    "if __name__ == '__main__':\n    sys.exit(pytest.main([__file__]))",
-    "unittest": "import unittest\nclass T(unittest.TestCase):\n    def setUp(self):\n        self.x = 1\n"
-                "    def test_a(self):\n        self.assertEqual(add(self.x, 2), 3)\n"
-                "if __name__ == '__main__':\n    unittest.main()",
-    "TestCase": "from unittest import TestCase, main\nclass T(TestCase):\n    def test_a(self):\n"
-                "        with self.subTest(1):\n"
-                "            self.assertAlmostEqual(add(0.1, 0.2), 0.3)\nmain()",
-    "assertRaises": "import unittest\nclass T(unittest.TestCase):\n    def test_a(self):\n"
-                    "        self.assertRaises(TypeError, add, 1, None)\n"
-                    "        self.assertEqual(add(1, 2), 3)",
     "async": "import asyncio\nasync def test_a():\n    await asyncio.sleep(0)\n    assert add(1, 2) == 3",
     "helpers": "def verify(*given):\n    assert add(*given) == sum(given)\nverify(1, 2)",
     "numpy": "import numpy as np\nassert (add(np.array([1, 2]), 1) == np.array([2, 3])).all()",
@@ -153,9 +134,7 @@ def test_forms_of_public_data_sets_tell_right_from_wrong(form: str) -> None:
 def test_an_async_solution_is_awaited() -> None:
     response = "import asyncio\nasync def add(a, b):\n    await asyncio.sleep(0)\n    return a + b"
     tests = ["import asyncio\nassert asyncio.run(add(1, 2)) == 3",
-             "async def test_a():\n    assert await add(1, 2) == 3",
-             "import unittest\nclass T(unittest.IsolatedAsyncioTestCase):\n    async def test_a(self):\n"
-             "        self.assertEqual(await add(1, 2), 3)"]
+             "async def test_a():\n    assert await add(1, 2) == 3"]
     assert score(response, tests).reward == 1.0
     assert score(response.replace("+", "-"), tests).reward == 0.0
 

@@ -18,7 +18,6 @@ from megatron_sov.judge.rewards.registry import make, order
 from megatron_sov.judge.rewards.reward import judged
 from megatron_sov.judge.rewards.scoring import runner
 from megatron_sov.work.endpoints.cache import EndpointCache
-from megatron_sov.work.endpoints.endpoint import Endpoint
 
 KEY = "sk-very-secret-0123456789"
 ROW = {"prompt": "What is 2 + 2?", "response": "4"}
@@ -94,7 +93,6 @@ def script() -> Iterator[Script]:
 @pytest.fixture
 def judge(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(Endpoint, "recognise", lambda self: 0)  # see test_endpoint
 
     def build(**more: Any) -> Judge:
         settings = {"endpoint": script.url, "model": "j", "cache": str(tmp_path / "cache.sqlite"),

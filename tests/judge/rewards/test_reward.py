@@ -5,17 +5,12 @@ from __future__ import annotations
 import math
 from decimal import Decimal
 from fractions import Fraction
-from importlib import import_module
 
 import pytest
 
-from megatron_sov.bench.suites.judging import Judging
-from megatron_sov.judge.rewards.registry import BUILT_IN as REWARDS
 from megatron_sov.judge.rewards.reward import (
     Refused, Result, Score, agreeing, checked, content_of, judged, text_of)
 from megatron_sov.judge.rewards.scoring import MAX_TOLD, ScoringTally
-from megatron_sov.judge.tools.registry import BUILT_IN as ENVIRONMENTS
-from tests.base.settings.every_field import find_wrongs
 
 
 class Gives:
@@ -116,10 +111,3 @@ def test_rows_without_a_place_are_counted_alone() -> None:
     tally = ScoringTally()
     tally.add(None, "timeout")
     assert tally.statuses == {"timeout": 1} and tally.told == []
-
-
-@pytest.mark.parametrize("place", [*REWARDS.values(), *ENVIRONMENTS.values(),
-                                   (Judging.__module__, Judging.__name__)], ids=lambda place: place[1])
-def test_each_setting_is_told_by_its_code(place: tuple[str, ...]) -> None:
-    module, name, *_ = place
-    assert not find_wrongs(getattr(import_module(module), name))

@@ -107,11 +107,3 @@ def test_calls_at_the_top_are_found() -> None:
 def test_results_are_compared_within_a_tolerance(actual: Any, expected: Any, close: bool) -> None:
     assert is_close(actual, expected, 1e-6, 1e-6, exact_integers=True) is close
     assert is_close(actual, expected, 0.0, 0.0, exact_integers=True) is (actual == expected)
-
-
-@pytest.mark.parametrize("use", [
-    lambda: SUBSET.mark.xfail, lambda: SUBSET.mark.usefixtures, lambda: SUBSET.fixture(params=[1]),
-    lambda: SUBSET.fixture(autouse=True)])
-def test_a_form_that_would_change_the_tests_is_no_part(use: Any) -> None:
-    with pytest.raises(NotImplementedError, match="not supported"):
-        use()

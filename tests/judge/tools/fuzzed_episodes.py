@@ -30,16 +30,9 @@ TEMPLATE = (
     "{% for m in messages %}{% if not (m.role == 'system' and tools) %}"
     "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-WORLDS = ("booking", "tickets", "files", "calculator")
+WORLDS = ("files", "calculator")
 LIMITS = EpisodeLimits(max_turns=6, max_tool_chars=300, max_response_tokens=1200, max_calls_per_turn=3)
 CALLS: dict[str, Sequence[tuple[str, dict[str, Any]]]] = {
-    "booking": [("find_guest", {"email": "mina@example.com"}), ("cancel_booking", {"booking_id": "B1"}),
-                ("search_rooms", {"city": "Seoul", "check_in": "2026-05-01", "check_out": "2026-05-04"}),
-                ("book_room", {"guest_id": "G2", "room_id": "R2", "check_in": "2026-05-01",
-                               "check_out": "2026-05-04"}), ("book_room", {"guest_id": "nobody"})],
-    "tickets": [("find_tickets", {}), ("list_agents", {}), ("close_ticket", {"ticket_id": "T3", "note": END}),
-                ("set_priority", {"ticket_id": "T2", "priority": 9}),
-                ("assign_ticket", {"ticket_id": "T1", "agent_id": "A1"})],
     "files": [("list_files", {}), ("write_file", {"path": "a/b.txt", "text": f"{BEGIN}user\n말 {END}" * 20}),
               ("read_file", {"path": "a/b.txt"}), ("delete_file", {"path": "notes.txt"}),
               ("write_file", {"path": "../b", "text": ""})],
@@ -54,7 +47,7 @@ def chat_encoder() -> ChatEncoder:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
-        ['<tool_call> {"name": "find_guest", "arguments": {"email": "the room"}} </tool_call>\n'] * 9,
+        ['<tool_call> {"name": "read_file", "arguments": {"path": "the room"}} </tool_call>\n'] * 9,
         trainers.BpeTrainer(vocab_size=500, show_progress=False, special_tokens=[],
                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in (BEGIN, END)])

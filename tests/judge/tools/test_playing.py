@@ -36,7 +36,7 @@ def test_what_was_sampled_is_trained_and_what_tools_say_is_not(fuzzed: dict[str,
         assert [problem for episode in episodes for problem in problems_of(episode, policy)] == []
         rows += [row_of(episode, encoder) for episode in episodes]
     summary = summary_of(rows)
-    assert summary["num_episodes"] == 160
+    assert summary["num_episodes"] == 80
     # the script has met every end, and every fault of a model's own
     assert {"answered", "turns", "tokens", "unended"} <= set(summary["ends"])
     assert {"json", "unclosed", "form", "many", "unknown_tool", "arguments", "refused"} <= set(
@@ -47,7 +47,7 @@ def test_what_was_sampled_is_trained_and_what_tools_say_is_not(fuzzed: dict[str,
 
 
 def test_turns_that_differ_are_those_that_no_tokenizer_would_write(fuzzed: dict[str, Any]) -> None:
-    episodes, _, encoder = fuzzed["booking"]
+    episodes, _, encoder = fuzzed["files"]
     chat = chat_encoder()
     for turn in (turn for episode in episodes for turn in episode.turns):
         again = chat.encode_text(chat.decode(turn.written.ids))
@@ -75,18 +75,18 @@ def _killed_at(round_: int) -> Callable[[ToolPolicy], ToolPolicy]:
 @pytest.mark.parametrize("round_, torn", [(1, b"[0, 1"), (7, b"\0" * 40 + b"\n"), (15, b'[3, 9, 1]\n{"ep')])
 def test_killed_episodes_go_on_at_their_turn_to_the_same_end(fuzzed: dict[str, Any], tmp_path: Path,
                                                              round_: int, torn: bytes) -> None:
-    episodes, _, encoder = fuzzed["booking"]
+    episodes, _, encoder = fuzzed["files"]
     expected = [row_of(episode, encoder) for episode in episodes[:12]]
     with pytest.raises(_Killed):
-        played("booking", 12, tmp_path, _killed_at(round_), parallel=2)
-    journal = work_folder(tmp_path / "booking") / RECORDS
+        played("files", 12, tmp_path, _killed_at(round_), parallel=2)
+    journal = work_folder(tmp_path / "files") / RECORDS
     kept = sum(b'"turn"' in line for line in journal.read_bytes().splitlines())
     with open(journal, "ab") as f:
         f.write(torn)
-    again, policy, _ = played("booking", 12, tmp_path, parallel=2)
+    again, policy, _ = played("files", 12, tmp_path, parallel=2)
     assert [row_of(episode, encoder) for episode in again] == expected
     assert len(policy.seen) == sum(row["num_turns"] for row in expected) - kept  # none is written twice
-    assert not work_folder(tmp_path / "booking").exists()
+    assert not work_folder(tmp_path / "files").exists()
 
 
 def scripted(tmp_path: Path, turns: list[str], limits: EpisodeLimits, world: str = f"{HOSTILE}:Hostile",

@@ -44,10 +44,9 @@ def audio(**changes: Any) -> str:
     "parallel.pipeline_layout=[4,0]", "data.phases=[]", "data.phases.0.seq_len=1",
     "data.phases.0.blend.en=-1", "data.skip_steps=[[0,3]]", "optim.lr=1e999", "optim.rewarm=[[5,0]]",
     "policy.kl_coeff=NaN", "lora.targets=[]",
-    'obs.alert_on=["stop","stop"]', "obs.alert_webhook=https://hooks/x",
 ])
 def test_a_value_out_of_its_bounds_is_refused(settings: str, small: Small) -> None:
-    """Bounds that are more than a limit of one number; for those see tests/base/settings/every_field.py."""
+    """Bounds that are more than a limit of one number."""
     with pytest.raises(SettingsError) as e:
         apply_settings(small(), [settings])
     key = settings.partition("=")[0]

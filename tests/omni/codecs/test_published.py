@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import os
 import re
 import sys
-import tarfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from safetensors.torch import save_file
 from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
@@ -25,7 +21,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from megatron_sov.base.errors import UserError
 from megatron_sov.omni.codecs import published
 from megatron_sov.omni.codecs.folder import open_codec
-from megatron_sov.omni.codecs.published import config_problems, import_codec
+from megatron_sov.omni.codecs.published import import_codec
 
 
 class PublishedTATok(nn.Module):
@@ -234,118 +230,3 @@ def test_cosyvoice_2_is_heard_by_s3tokenizers_network(tmp_path: Path,
     (tmp_path / "speech_tokenizer_v2.onnx").write_bytes(b"")
     import_codec("cosyvoice2", tmp_path / "speech_tokenizer_v2.onnx", tmp_path / "again")
     assert torch.equal(open_codec(tmp_path / "again").encode(sound[:3000]), codec.encode(sound[:3000]))
-
-
-NEMO_MODULE = "nemo.collections.tts.modules.audio_codec_modules"
-NEMO = {"sample_rate": 16_000, "samples_per_frame": 640, "levels": 5,
-        "audio_encoder": {"_target_": f"{NEMO_MODULE}.HiFiGANEncoder"}}
-
-
-class AudioCodecModel(nn.Module):
-    """NeMo's, with its signatures: keywords alone, tokens [batch, codebooks, frames]."""
-
-    def __init__(self, cfg: dict[str, Any]) -> None:
-        super().__init__()
-        assert "train_ds" not in cfg
-        # each would download networks
-        assert cfg["discriminator"] is None and not cfg["use_scl_loss"] and not cfg["use_slm_loss"]
-        self.sample_rate, self.samples_per_frame = cfg["sample_rate"], cfg["samples_per_frame"]
-        self.audio_encoder = nn.Linear(640, cfg.get("width", 1))
-        self.vector_quantizer = nn.Module()
-        if "books" in cfg:  # GroupFiniteScalarQuantizer; FiniteScalarQuantizer has no such number
-            self.vector_quantizer.num_groups = cfg["books"]
-        self.vector_quantizer.codebook_size = cfg["levels"]
-
-    def encode(self, *, audio: torch.Tensor, audio_len: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        filled = F.pad(audio, (0, -audio.shape[1] % 640)).view(1, -1, 640)
-        tokens = (self.audio_encoder(filled)[..., 0].sigmoid() * 5).floor().int()
-        return tokens[:, None], torch.tensor([tokens.shape[1]])
-
-    def dequantize(self, *, tokens: torch.Tensor, tokens_len: torch.Tensor) -> torch.Tensor:
-        return torch.stack([tokens[:, 0].float(), -tokens[:, 0].float()], dim=1)
-
-
-def nemo_file(path: Path, config: Any, weights: Any, folder: str = "./") -> Path:
-    """Write a .nemo archive."""
-    raw = io.BytesIO()
-    torch.save(weights, raw)
-    with tarfile.open(path, "w") as archive:
-        for name, content in (("model_config.yaml", yaml.safe_dump(config).encode()),
-                              ("model_weights.ckpt", raw.getvalue())):
-            info = tarfile.TarInfo(f"{folder}{name}")
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
-
-
-def test_nemos_codec_is_heard_by_nemos_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    network = AudioCodecModel({**NEMO, "discriminator": None, "use_scl_loss": False, "use_slm_loss": False})
-    trained = {"train_ds": {"_target_": "os.system"}, "discriminator": {"_target_": "a.Discriminator"},
-               "use_scl_loss": True, "use_slm_loss": True}
-    file = nemo_file(tmp_path / "codec.nemo", {**NEMO, **trained},
-                     {**network.state_dict(), "discriminator.first.weight": torch.ones(1)}, "../../")
-    with pytest.raises(UserError, match=r"needs NeMo .*`pip install nemo-toolkit\[tts\]`"):
-        import_codec("nemo-audio", file, tmp_path / "codec")
-    module(monkeypatch, "nemo.collections.tts.models", AudioCodecModel=AudioCodecModel)
-    module(monkeypatch, "omegaconf", OmegaConf=type("OmegaConf", (), {"create": staticmethod(dict)}))
-    import_codec("nemo-audio", file, tmp_path / "codec")
-    codec = open_codec(tmp_path / "codec")
-    sound = torch.rand(16_000 * 31 + 5, generator=torch.Generator().manual_seed(1)) - 0.5
-    ids = codec.encode(sound)
-    expected, _ = network.encode(audio=sound[None], audio_len=torch.tensor([len(sound)]))
-    assert torch.equal(ids, expected[0, 0].long())
-    assert (codec.codebook_size, codec.samples_per_token) == (5, 640)
-    many = nemo_file(tmp_path / "many.nemo", {**NEMO, "books": 8}, network.state_dict())
-    with pytest.raises(UserError, match="8 codebooks, where"):
-        import_codec("nemo-audio", many, tmp_path / "other")
-    large = nemo_file(tmp_path / "large.nemo", {**NEMO, "width": 900_000}, network.state_dict())
-    with pytest.raises(UserError, match="576,000,000 numbers in 1"):
-        import_codec("nemo-audio", large, tmp_path / "other")
-
-
-@pytest.mark.parametrize(("config", "said"), [
-    ({"audio_encoder": {"_target_": "os.system", "command": "touch was-run"}},
-     "config.audio_encoder._target_ = 'os.system': names no network of NeMo's for speech"),
-    ({"a": [{"_target_": "nemo.collections.tts.modules.x.download"}]}, "config.a.0._target_"),
-    ({"a": {"_target_": f"{NEMO_MODULE}.torch.ctypes.util.subprocess.Popen"}}, "config.a._target_"),
-    ({"a": {"_target_": f"{NEMO_MODULE}.SLMDiscriminator"}}, "config.a._target_"),
-    ({"audio_encoder": {"cls": "subprocess.Popen", "params": {"args": "id"}}}, "config.audio_encoder.cls"),
-    ({"params": {"use_scl_loss": True}}, "config.params"),
-    ({"semantic_codec_path": "beside.nemo"}, "config.semantic_codec_path: names a second codec"),
-    ({"semantic_codec": {"sample_rate": 16_000}}, "config.semantic_codec: names a second codec"),
-    ({"a": {"_target_": ["os", "system"]}}, "config.a._target_"),
-    ({"b": "oc.env", "a": "${${b}:HOME}"}, "config.a = '${${b}:HOME}': would be looked up"),
-    ({"a": {"_target_": [[[["x"] * 9] * 9] * 9]}}, "config.a._target_ = a list"),
-    ({"a": {"width": 10**7}}, "config.a.width = 10000000: is no number of a codec"),
-    ({"a": {"rate": float("nan")}}, "config.a.rate = nan: is no number"),
-    ({"a": "${oc.env:HOME}"}, "config.a = '${oc.env:HOME}': would be looked up outside of the file"),
-    ([1], "is no object of settings")])
-def test_a_configuration_that_calls_something_else_is_refused(tmp_path: Path, config: Any, said: str) -> None:
-    file = nemo_file(tmp_path / "evil.nemo", config, {})
-    with pytest.raises(UserError, match=re.escape(said)):
-        import_codec("nemo-audio", file, tmp_path / "codec")
-
-
-def test_a_folder_with_a_discriminator_is_refused() -> None:
-    found = list(config_problems({**NEMO, "discriminator": {}, "use_scl_loss": True}))
-    assert len(found) == 1 and "config.use_scl_loss: belongs to training" in found[0]
-
-
-def test_an_archive_that_is_none_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("text.nemo").write_bytes(b"hello")
-    nemo_file(Path("evil.nemo"), NEMO, {"a": Evil()})
-    with tarfile.open("empty.nemo", "w"):
-        pass
-    name = tarfile.TarInfo("x")
-    name.type, name.size = tarfile.XHDTYPE, 1 << 32
-    Path("names.nemo").write_bytes(name.tobuf())
-    Path("bent.nemo").write_bytes(gzip.compress(b"\0" * 9999)[:12] + b"\xff" * 99)
-    for name, said in [("text.nemo", "cannot be read as a .nemo file"), ("none.nemo", "cannot be read as"),
-                       ("empty.nemo", "has no model_config.yaml"), ("bent.nemo", "cannot be read as"),
-                       ("names.nemo", "a header of 4,294,967,296"),
-                       ("evil.nemo", "without running what it holds")]:
-        with pytest.raises(UserError, match=said):
-            import_codec("nemo-audio", Path(name), Path("codec"))
-    assert not Path("was-run").exists()

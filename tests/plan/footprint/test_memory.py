@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -20,7 +19,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.families.count import num_params
 from megatron_sov.plan.calibration import fitting
-from megatron_sov.plan.calibration.fitting import fullest, node_bytes, refuse_on_nodes, refuse_on_this_node
+from megatron_sov.plan.calibration.fitting import node_bytes, refuse_on_nodes, refuse_on_this_node
 from megatron_sov.plan.footprint.activations import kinds, saved
 from megatron_sov.plan.footprint.held import stage_params
 from megatron_sov.plan.footprint.memory import account
@@ -212,19 +211,6 @@ def test_of_a_frozen_model_adapters_alone_have_gradients_and_state() -> None:
     assert (found.gradients, found.optimizer) == (4 * count, 8 * count)
     full = account(config_of("tiny-qwen3", train__precision="fp32"), 1, 0, 64)
     assert (full.gradients, full.optimizer) == (4 * whole, 8 * whole) and full.head > found.head
-
-
-def test_a_call_takes_a_millisecond_or_a_few() -> None:
-    """A sweep asks thousands of times; the best of some calls, since machines are busy."""
-    config = config_of("solar-open-102b", parallel__pp=16, parallel__ep=8, parallel__zero1="true")
-    fullest(config, 512)
-
-    def seconds() -> float:
-        began = time.process_time()
-        fullest(config, 512)
-        return time.process_time() - began
-
-    assert min(seconds() for _ in range(20)) < 0.005
 
 
 # What an offloaded optimizer pins on a node, by hand; and what is refused with which share.

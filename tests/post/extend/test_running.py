@@ -272,18 +272,6 @@ def test_the_name_of_the_source_is_kept_for_it(token_shards: Path, tmp_path: Pat
         make_needles(config_of(data, 0.1), data)
 
 
-@pytest.mark.parametrize("setting", ["kinds", "train_kinds"])
-@pytest.mark.parametrize("kind", ["multi-value", "multi-query", "variable-tracking"])
-def test_documents_are_of_the_kind_that_is_set(setting: str, kind: NeedleKind, token_shards: Path) -> None:
-    """Questions of these kinds have eight words of answers; those of the others have two."""
-    config = apply_settings(config_of(token_shards, 0.5), [f"needle.{setting}={json.dumps([kind])}"])
-    needles = make_needles(config, token_shards)
-    (source,) = needles.sources
-    weights = source.shard("train").loss_weights(0, 0, 128)
-    assert (weights == 30).sum() % 8 == 0 and (weights[-8:] == 30).all()
-    assert needles.suite.kinds == ((kind,) if setting == "kinds" else ("multi-key",))
-
-
 def made(documents: Any) -> Source:
     return Source("needle", None, "text", {}, {"train": int(documents.lengths.sum())}, 1.0, made=documents)
 

@@ -41,11 +41,11 @@ class Timed:
 def test_an_episode_goes_on_where_a_deadline_cut_it_off(tmp_path: Path) -> None:
     chat = chat_encoder()
     encoder = TurnEncoder(chat, "the test's tokenizer")
-    asked = order("booking", {})
+    asked = order("files", {})
     environment: Any = make(asked)[0]
     piece = PromptPiece(1, 0, PromptList.of(
         RolloutPrompt(f"{n:016x}", environment.EXAMPLES[n]) for n in range(2)))
-    timed = Timed(FuzzedPolicy("booking", chat, encoder.end_ids[0]))
+    timed = Timed(FuzzedPolicy("files", chat, encoder.end_ids[0]))
     writer = Episodes(EpisodeTable(asked, encoder, LIMITS, 3), "v1", lambda ids: chat.decode(ids),
                       encoder.end_ids, ROLLOUT, "script", {"environment": "v1"}, lambda: timed.now_s)
     store = RolloutStore.create(tmp_path / "store", "sha256:0", encoder.end_ids[0] + 1)

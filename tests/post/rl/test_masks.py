@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sov import recipes
-from megatron_sov.base.digests import file_digest
+from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig
 from megatron_sov.model.config.run import with_rounds
 from megatron_sov.post.rl.publish import Publisher
@@ -74,7 +74,7 @@ def test_labels_are_what_the_policy_wrote_and_nothing_else(packed_data: Any, tmp
     (tmp_path / "prompts.jsonl").write_text("".join(tasks))
     prompts, base = read_prompts(tmp_path / "prompts.jsonl"), recipes.get("tiny-solar-open")
     store = RolloutStore.create(tmp_path / "store",
-                                file_digest(packed_data.tokenizer / "tokenizer.json", "sha256"), 368)
+                                tokenizer_digest(packed_data.tokenizer), 368)
     expected = learned(fill(store, prompts, np.random.default_rng(5)))
     policy = PolicyConfig(method="dapo", max_gen_batches=1, overlong_buffer_tokens=BUFFER,
                           mask_truncated=True)

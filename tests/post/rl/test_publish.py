@@ -14,8 +14,8 @@ import pytest
 from data_prep.shards.verify import check
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import new_artifact, read_manifest
-from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig, RunConfig
 from megatron_sov.model.config.run import with_rounds
 from megatron_sov.post.rl import round_files
@@ -32,9 +32,8 @@ ROLLOUT = RolloutConfig(rounds=2, prompts_per_round=6, samples_per_prompt=4, ste
                         piece_prompts=4, max_new_tokens=12, max_prompt_tokens=6)
 
 
-def config_of(missing_share: float = 0.0, **asked: Any) -> RunConfig:
-    policy = PolicyConfig(**{"method": "dapo", "missing_share": missing_share, "max_gen_batches": 1,
-                             "overlong_buffer_tokens": 0, **asked})
+def config_of(**asked: Any) -> RunConfig:
+    policy = PolicyConfig(**{"method": "dapo", "max_gen_batches": 1, "overlong_buffer_tokens": 0, **asked})
     base = recipes.get("tiny-solar-open")
     return with_rounds(dataclasses.replace(
         base, rollout=ROLLOUT, policy=policy, model=dataclasses.replace(base.model, vocab_size=368),
@@ -47,7 +46,7 @@ def publisher(packed_data: Any, tmp_path: Path) -> Publisher:
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"{i}?", "domain": "even" if i % 2 else "odd"}) + "\n"
                             for i in range(9)))
-    RolloutStore.create(tmp_path / "store", file_digest(packed_data.tokenizer / "tokenizer.json", "sha256"),
+    RolloutStore.create(tmp_path / "store", tokenizer_digest(packed_data.tokenizer),
                         368)
     return Publisher(config_of(), tmp_path / "rounds", tmp_path / "store", read_prompts(file), VERSION,
                      packed_data.tokenizer)
@@ -216,70 +215,16 @@ def test_pieces_of_another_size_are_no_whole_round(publisher: Publisher, write_r
         publisher.publish(1)
 
 
-def test_unfinished_responses_are_waited_for_or_left_out_by_the_share_that_may_miss(
-        publisher: Publisher, write_round: Any, tmp_path: Path) -> None:
+def test_unfinished_responses_are_waited_for(publisher: Publisher, write_round: Any) -> None:
     cut = [(1, 0), (1, 3), (4, 2)]
     write(publisher, write_round, unfinished=cut)
-    assert publisher.publish(1) == ("2 of 6 groups wait for responses that are not finished "
-                                    "(policy.missing_share = 0)")
-    early = dataclasses.replace(publisher, rounds=tmp_path / "early", config=config_of(0.34))
-    assert early.publish(1) == ""
-    content = read_manifest(tmp_path / "early/0001").content
-    ids = [prompt.id for prompt in round_prompts(publisher.prompts, ROLLOUT, 1)]
-    assert sorted(content["late"]) == sorted([ids[i], s] for i, s in cut)
-    # the second prompt has samples 1 and 2 left, of which one is right
-    assert content["steps"] == [[0, 10], [10, 11]]
-
+    assert publisher.publish(1) == "2 of 6 groups wait for responses that are not finished"
     write(publisher, write_round, attempt=1, unfinished=cut)
     assert publisher.publish(1) == ""
     content = read_manifest(publisher.rounds / "0001").content
-    assert content["late"] == [] and content["steps"] == [[0, 12], [12, 12]]
+    assert content["steps"] == [[0, 12], [12, 12]]
     assert [part["name"] for part in content["store"]] == [
         part_name(1, 0), part_name(1, 0, 1), part_name(1, 1), part_name(1, 1, 1)]
-
-
-def test_a_late_response_joins_a_later_round_once_with_its_own_groups_baseline(
-        publisher: Publisher, write_round: Any, tmp_path: Path) -> None:
-    early = dataclasses.replace(publisher, rounds=tmp_path / "early", config=config_of(0.5))
-    cut = [(1, 0), (1, 3), (4, 2), (0, 1)]
-    write(publisher, write_round, unfinished=cut)
-    assert early.publish(1) == ""
-    store = write(publisher, write_round, number=2)
-    # by then those of the second and first prompt are finished, and the first prompt's is not judged
-    write(publisher, write_round, attempt=1, unfinished=[(1, 0), (1, 3), (0, 1)], judge=False)
-    late_part, ids = part_name(1, 0, 1), [p.id for p in round_prompts(publisher.prompts, ROLLOUT, 1)]
-    rows = {row.key[:2]: row for row in store.read_rollouts(late_part)}
-    store.add_rewards(VERSION, late_part, [
-        RewardRow(rows[ids[1], 0].key, 1, VERSION, 1.0, "scored"),
-        RewardRow(rows[ids[1], 3].key, 1, VERSION, 0.0, "scored"),
-        RewardRow(rows[ids[0], 1].key, 1, VERSION, None, "failed")])
-    alone = dataclasses.replace(publisher, rounds=tmp_path / "alone")
-    assert early.publish(2) == alone.publish(2) == ""
-    joined, without = (read_manifest(rounds / "0002").content for rounds in (early.rounds, alone.rounds))
-    assert without["late_from"] == [] and sorted(joined["late_from"]) == sorted(
-        [[1, ids[1], 0, ""], [1, ids[1], 3, ""], [1, ids[0], 1, "failed"]])
-    (first, count), (_, last) = without["steps"]
-    assert joined["steps"] == [[first, count + 2], [count + 2, last]]
-    assert joined["groups"] == without["groups"]
-    assert late_part in [part["name"] for part in joined["store"]]
-    assert set(joined["policies"]) == {f"{number:064d}" for number in (1, 2)}
-
-    assert check(early.rounds / "0002") == ([], [])
-    [source] = open_sources({str(early.rounds / "0002"): 1.0}, 368, ("rollouts",))
-    documents, rewards = source.shard("train"), np.array([1.0, 1.0, 0.0, 0.0])
-    expected = (rewards - 0.5) / (np.std(rewards, ddof=1) + 1e-4)  # over all four of its group
-    for i, sample in enumerate((0, 3)):
-        row = rows[ids[1], sample]
-        begin, length = len(row.prompt_tokens), len(row.prompt_tokens) + len(row.tokens)
-        assert documents.tokens(i, 0, length).tolist() == [*row.prompt_tokens, *row.tokens]
-        assert documents.column("behaviour_logprobs", i, begin, length - begin).tolist() == (
-            row.logprobs.tolist())
-        assert documents.column("advantage", i, begin, 1)[0] == pytest.approx(expected[sample], rel=1e-6)
-
-    write(publisher, write_round, number=3)
-    write(publisher, write_round, attempt=1, unfinished=[(4, 2)])  # its piece's, which comes last of all
-    assert early.publish(3) == ""
-    assert read_manifest(early.rounds / "0003").content["late_from"] == [[1, ids[4], 2, ""]]
 
 
 def test_a_continuation_that_is_kept_out_is_waited_for_no_longer(publisher: Publisher,
@@ -292,7 +237,7 @@ def test_a_continuation_that_is_kept_out_is_waited_for_no_longer(publisher: Publ
     store.add_rewards(VERSION, part_name(1, 0, 1), [])
     assert publisher.publish(1) == ""  # nobody writes it again: its job was done
     content = read_manifest(publisher.rounds / "0001").content
-    assert content["unjudged"] == {"kept_out": 1} and content["late"] == []
+    assert content["unjudged"] == {"kept_out": 1}
     assert content["steps"] == [[0, 11], [11, 12]]
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import read_manifest
-from megatron_sov.base.digests import file_digest
+from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig
 from megatron_sov.model.config.post_training import PolicyMethod
 from megatron_sov.model.config.run import with_rounds
@@ -37,7 +37,7 @@ def publish(folder: Path, packed_data: Any, write_round: Any, policy: PolicyConf
     first round have the n-th of them."""
     file = folder / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(6)))
-    prompts, digest = read_prompts(file), file_digest(packed_data.tokenizer / "tokenizer.json", "sha256")
+    prompts, digest = read_prompts(file), tokenizer_digest(packed_data.tokenizer)
     store = RolloutStore.create(folder / "store", digest, 368)
     base = recipes.get("tiny-k-exaone")
     config = with_rounds(dataclasses.replace(
@@ -115,7 +115,7 @@ def test_a_round_has_the_same_files_at_any_number_of_processes(ranks: Any, job: 
                                                                write_round: Any, tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(6)))
-    prompts, digest = read_prompts(file), file_digest(packed_data.tokenizer / "tokenizer.json", "sha256")
+    prompts, digest = read_prompts(file), tokenizer_digest(packed_data.tokenizer)
     write_round(RolloutStore.create(tmp_path / "store", digest, 368), prompts, ROLLOUT, 1, VERSION)
     told = ranks(*(job(RUN, "publish", nproc, {
         "settings": [*ROUNDS, "policy.max_gen_batches=1"], "rounds": str(tmp_path / str(nproc)),

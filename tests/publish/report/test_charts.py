@@ -63,14 +63,14 @@ def test_needles_have_a_map_for_each_kind_and_language() -> None:
         for kind, gain in (("single", 0.1), ("multi-key", 0.0))
         for length, shares in ((4096, (0.9, 0.8, 0.7)), (8192, (0.6, 0.5, 0.4)))
         for depth, share in zip((0.0, 0.5, 0.95), (s + gain for s in shares), strict=True)]
-    single, many = needle_charts({"step": 7, "when": "after", "by": "likelihood", "cells": cells})
+    single, many = needle_charts({"step": 7, "when": "after", "cells": cells})
     heat = many.plot
     assert (heat.columns, heat.rows) == (["4,096", "8,192"], ["0 %", "50 %", "95 %"])
     np.testing.assert_allclose(heat.values, [[0.9, 0.6], [0.8, 0.5], [0.7, 0.4]], rtol=1e-6)
     np.testing.assert_allclose(single.plot.values, [[1.0, 0.7], [0.9, 0.6], [0.8, 0.5]], rtol=1e-6)
     assert heat.shown[0] == ["90 %", "60 %"]
     assert heat.notes[0][1] == "12 of 20 right, 95 % interval 25 % to 75 %; 128 other needles"
-    assert many.caption == ("After the extension, step 7: multi-key, english by likelihood, "
+    assert many.caption == ("After the extension, step 7: multi-key, english, "
                             "20 samples a cell; 65 % right.")
 
 
@@ -137,12 +137,6 @@ def test_downsampling_keeps_every_spike_of_a_long_curve() -> None:
         assert drawn.values[near].max() >= values[spike]
 
 
-def test_short_curves_are_not_touched() -> None:
-    curve = Curve("loss", np.arange(2000), np.arange(2000.0))
-    assert downsample(curve) is curve
-    assert len(downsample(Curve("loss", np.arange(2001), np.arange(2001.0))).steps) <= 2000
-
-
 def test_moving_mean_agrees_with_convolution() -> None:
     values = np.random.default_rng(1).normal(size=101)
     smooth = moving_mean(Curve("loss", np.arange(101), values), 7)
@@ -171,10 +165,6 @@ def test_wall_time_leaves_out_the_pause_between_attempts(tmp_path: Path) -> None
     run = read_run(tmp_path)
     assert run.wall_s() == 30 + 20
     assert run.attempts[1].outcome == "stopped: time limit"
-
-
-def test_phases_end_where_the_next_begins(runs: list[Path]) -> None:
-    assert read_run(runs[0]).phases == [("1", 1, 250), ("2.A", 251, 400)]
 
 
 def test_a_resume_is_told_by_the_attempt_that_it_opens_whether_before_or_after_its_start(

@@ -87,9 +87,8 @@ def values(chart: Chart) -> dict[str, list[float]]:
 
 def test_a_round_is_a_point_of_each_curve_and_a_row(tmp_path: Path) -> None:
     publish(tmp_path, 2, means={**means(0.75), "pass_rate": 0.625}, groups={"learns": 6, "all right": 2},
-            late=[["p", 1]],
-            late_from=[[1, "q", 0, ""], [1, "q", 3, "all_right"]], unjudged={"failed": 3})
-    publish(tmp_path, 1, means=means(0.5), groups={"learns": 8}, late=[], unjudged={})
+            unjudged={"failed": 3})
+    publish(tmp_path, 1, means=means(0.5), groups={"learns": 8}, unjudged={})
     section = SECTIONS["Rounds"].of(Run("rl", {}, rounds=read_rounds(tmp_path)))
     assert values(section.charts[0]) == {"reward": [0.5, 0.75], "<b>form</b>": [1, 1],
                                          "right": [0.5, 0.75]}

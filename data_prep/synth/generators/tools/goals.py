@@ -24,9 +24,8 @@ from megatron_sov.base.settings import (
 from megatron_sov.judge.tools.environment import LIMITS, ToolFault
 from megatron_sov.judge.tools.host import EnvironmentHost
 from megatron_sov.judge.tools.registry import order
-from megatron_sov.judge.tools.virtual.spec import Spec, ToolSpec, problems_of, spec_of
 from megatron_sov.judge.tools.worlds.goals import plain, says
-from megatron_sov.judge.tools.worlds.virtual import Virtual
+from megatron_sov.judge.tools.worlds.virtual import Tables, Virtual, problems_of, world_of
 
 SMALL = 20
 """Whole numbers up to this may stand in a question as words."""
@@ -41,6 +40,8 @@ class ReferenceWorld:
     """Why a call gave no result; the rest is then not known."""
     results: tuple[str, ...] = ()
     """Of the calls, as JSON."""
+    bound: tuple[Mapping[str, Any], ...] = ()
+    """Of each call, the arguments that somebody has to have told."""
     end: Any = None
     """Of the tables, as goals compare them."""
     num_changing: int = 0
@@ -85,41 +86,42 @@ class ReferenceWorld:
 
     def _unknown_arguments(self) -> list[str]:
         """Return arguments of changing calls that neither the question nor an earlier result tells."""
-        spec = spec_of(self.task["world"])
-        told = plain(" ".join((self.task["question"], spec.rules)))
+        told = plain(" ".join((self.task["question"], world_of(self.task["world"]).rules)))
         found = []
-        for call, result in zip(self.task["goal"]["calls"], self.results, strict=True):
-            tool = spec.tools[call["name"]]
-            bound = {name: value for name, value in call["arguments"].items()
-                     if tool.changes and name not in _free_arguments(tool, spec)}
+        for call, result, bound in zip(self.task["goal"]["calls"], self.results, self.bound, strict=True):
             found += [f"{call['name']}.{name} = {json.dumps(value, ensure_ascii=False)[:60]} is told neither "
                       "by the question nor by a result before it"
-                      for name, value in bound.items() if not _is_told(value, tool.schemas[name], told)]
+                      for name, value in bound.items() if not _is_told(value, told)]
             # after the check: a result is known only to the calls that follow
             told += " " + plain(result)
         return found
 
     def _named_tools(self) -> list[str]:
         question = self.task["question"].casefold()
-        return [f"the question names the tool {name}" for name in spec_of(self.task["world"]).tools
+        return [f"the question names the tool {name}" for name in world_of(self.task["world"]).tools
                 if "_" in name and name.casefold() in question]
 
 
-def _free_arguments(tool: ToolSpec, spec: Spec) -> frozenset[str]:
-    """Return the arguments of a tool that go into free columns alone."""
-    free, bound = set[str](), set[str]()
-    for step in tool.steps:
-        for column, value in step.columns.items():
-            is_free = bool(step.table) and column in spec.tables[step.table].free
-            (free if is_free else bound).update(value.names)
-    return frozenset(free - bound)
+def _bound_arguments(virtual: Virtual, before: Tables, call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a changing call that have to be known: all but choices of a fixed list, and
+    texts that it has written into free columns alone."""
+    free, bound = list[Any](), list[Any]()
+    for name, rows in virtual.state.items():
+        changed = [row for key, row in rows.items() if before[name].get(key) != row]
+        for row in changed:
+            for column, value in row.items():
+                (free if column in virtual.world.tables[name].free else bound).append(value)
+    described = virtual.world.tools[call["name"]].description_for_models()["function"]
+    schemas = described["parameters"]["properties"]
+    return {name: value for name, value in call["arguments"].items()
+            if "enum" not in schemas[name] and (value in bound or value not in free)}
 
 
-def _is_told(value: Any, schema: Mapping[str, Any], told: str) -> bool:
+def _is_told(value: Any, told: str) -> bool:
     """Return whether a text tells an argument, as far as can be seen without knowing what it means."""
     if isinstance(value, list):
-        return all(_is_told(part, schema.get("items", {}), told) for part in value)
-    if value is None or isinstance(value, bool) or "enum" in schema:
+        return all(_is_told(part, told) for part in value)
+    if value is None or isinstance(value, (bool, dict)):
         return True
     if isinstance(value, str):
         return not value.strip() or plain(value) in told
@@ -142,7 +144,7 @@ def reference_of(task: Mapping[str, Any]) -> ReferenceWorld:
     # without the goal: what the calls lead to is the goal
     virtual.reset({**task, "goal": {}})
     calls, first = task["goal"]["calls"], virtual.snapshot()
-    results, changing = [], []
+    results, changing, bound = [], [], []
     for place, call in enumerate(calls):
         before = virtual.snapshot()
         try:
@@ -150,8 +152,10 @@ def reference_of(task: Mapping[str, Any]) -> ReferenceWorld:
         except ToolFault as e:
             return ReferenceWorld(task, f"call {place + 1}: {e.reason}")
         results.append(result if isinstance(result, str) else json.dumps(result, ensure_ascii=False))
-        if virtual.snapshot() != before:
+        is_changing = virtual.snapshot() != before
+        if is_changing:
             changing.append(place)
+        bound.append(_bound_arguments(virtual, before, call) if is_changing else {})
     end = _compared(virtual)
     done_by = ""
     # a call without which the end is the same is idle
@@ -164,7 +168,7 @@ def reference_of(task: Mapping[str, Any]) -> ReferenceWorld:
     # the end is that of the beginning
     if changing and _compared(virtual) == end:
         done_by = "the calls undo each other: the tables are as they were at first"
-    return ReferenceWorld(task, "", tuple(results), end, len(changing), done_by)
+    return ReferenceWorld(task, "", tuple(results), tuple(bound), end, len(changing), done_by)
 
 
 def _end_without(virtual: Virtual, calls: Sequence[Mapping[str, Any]], left_out: int) -> Any:

@@ -1,95 +1,448 @@
-"""Worlds that a task describes: tables, and tools whose behaviour is a list of steps (`tools.virtual`).
+"""Worlds that a task describes: tables, and tools written as Python functions, which run in the sandbox.
 
-Nothing of a task is run as code: its steps are worked out one by one, within bounds.
+A world is a JSON object:
+
+    name, rules   texts
+    tables        name -> {"columns": {name: type}, "rows": {key: row}, "free": [column, ...]}
+    code          Python: each function whose name does not begin with _ is a tool
+    examples      calls that give a result on the first tables, at least one of each tool
+
+A tool takes `tables` (name -> key -> row), which it may change, and typed arguments; it returns a JSON value,
+or raises `Refused("sentence")`. Types are written as in Python (`TYPES`). Goals are in the style of tau-bench
+(arXiv 2406.12045): the calls of a goal lead from the first tables to the wanted ones. Further reading is no
+fault; a further change is.
 """
 
 from __future__ import annotations
 
-import copy
+import ast
 import json
-from dataclasses import dataclass
-from functools import partial
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_sov.base.errors import UserError
-from megatron_sov.judge.tools.environment import Observation, Task, Tool, ToolFault
-from megatron_sov.judge.tools.virtual.spec import Spec, ToolSpec, spec_of
-from megatron_sov.judge.tools.virtual.steps import run
-from megatron_sov.judge.tools.worlds.goals import Database
+from megatron_sov.base.errors import UserError, first_line, list_problems
+from megatron_sov.judge.rewards.constraint import MODULES
+from megatron_sov.judge.rewards.reward import Score
+from megatron_sov.judge.tools.environment import (
+    InfrastructureFault, Observation, Parameter, Task, Tool, ToolFault, ToolRefused, World, describe_tool,
+    strict_record, text_in)
+from megatron_sov.judge.tools.worlds import virtual_program
+from megatron_sov.judge.tools.worlds.goals import plain, says
+from megatron_sov.sandbox.program import Limits, Program
+from megatron_sov.sandbox.sandbox import shared_sandbox
 
-_EXAMPLES = Path(__file__).with_name("virtual_examples.json")
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+Tables = dict[str, dict[str, dict[str, Any]]]
+TYPES: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict,
+                         "Literal": Literal, "None": None}
+"""Names that the type of a column or an argument may use."""
+MAX_WORLD_CHARS = 200_000
+"""Of a world as JSON."""
+MAX_TABLES, MAX_ROWS, MAX_TOOLS = 12, 500, 32
+MAX_PROBLEMS = 40
+CALL_LIMITS = Limits(wall_s=30, cpu_s=5, memory_bytes=512 << 20, output_bytes=32 << 20)
+"""Of the calls that are made together."""
+_CLOCKS = frozenset(("now", "today", "utcnow"))
+_WORLD = {"name", "rules", "tables", "code", "examples"}
+_TABLE = {"columns", "rows", "free"}
+_TYPE_NODES = (ast.Expression, ast.Name, ast.Load, ast.Subscript, ast.Tuple, ast.BinOp, ast.BitOr,
+               ast.Constant)
 
 
-def _examples() -> tuple[Task, ...]:
-    """Return the tasks of a library, which have one world."""
-    given = json.loads(_EXAMPLES.read_text(encoding="utf-8"))
-    return tuple({**task, "world": given["world"]} for task in given["tasks"])
+def type_of(text: str) -> Any:
+    """Return the Python type that a text spells.
+
+    Raises:
+        ValueError: it uses something else than `TYPES`, `|` and `[...]`.
+    """
+    try:
+        tree = ast.parse(text, mode="eval")
+        if all(isinstance(node, _TYPE_NODES) and (not isinstance(node, ast.Name) or node.id in TYPES)
+               for node in ast.walk(tree)):
+            return eval(compile(tree, "type", "eval", dont_inherit=True), {"__builtins__": {}, **TYPES})
+    except Exception:  # whatever parsing or subscripting a type raises
+        pass
+    raise ValueError(f"{text[:60]!r} is no type; a type is made of {', '.join(TYPES)}, | and [...]")
+
+
+@dataclass(frozen=True)
+class VirtualTable:
+    """A table of a world."""
+
+    rows: Mapping[str, Mapping[str, Any]]
+    """Key -> row, at the start."""
+    free: frozenset[str]
+    """Columns of the user's own words, which no goal compares."""
+    adapter: TypeAdapter[Any] = field(compare=False)
+    """Checks a row."""
+
+
+@dataclass(frozen=True)
+class VirtualWorld:
+    """A world whose description is sound."""
+
+    name: str
+    rules: str
+    """What the model reads before it begins."""
+    tables: Mapping[str, VirtualTable]
+    code: str
+    functions: Mapping[str, ast.FunctionDef] = field(compare=False)
+    """Name of a tool -> its source."""
+    tools: Mapping[str, Tool] = field(compare=False)
+    """Name -> a tool that checks arguments and gives them back."""
+    examples: tuple[Mapping[str, Any], ...]
+    """Calls: objects with `name` and `arguments`."""
+
+    def first_tables(self) -> Tables:
+        return {name: {key: dict(row) for key, row in table.rows.items()}
+                for name, table in self.tables.items()}
+
+    def problem(self, tables: Any) -> str:
+        """Return why a value is not the tables of this world; empty: it is."""
+        if not isinstance(tables, dict) or tables.keys() != self.tables.keys():
+            return f"the tables must be {', '.join(self.tables)}"
+        for name, table in self.tables.items():
+            if not isinstance(tables[name], dict):
+                return f"{name} must be an object of rows by key"
+            for key, row in tables[name].items():
+                if wrong := _row_problem(table.adapter, row):
+                    return f"row {key} of {name}: {wrong}"
+        return ""
+
+
+def _row_problem(adapter: TypeAdapter[Any], row: Any) -> str:
+    from pydantic import ValidationError
+
+    try:
+        adapter.validate_json(json.dumps(row, allow_nan=False))
+    except ValidationError as e:
+        first = e.errors(include_url=False, include_input=False)[0]
+        return f"{'.'.join(map(str, first['loc'])) or 'the row'}: {first['msg'][:120]}"
+    except (TypeError, ValueError) as e:
+        return f"is no JSON ({str(e)[:80]})"
+    return ""
+
+
+# Reading a description.
+
+
+def problems_of(world: Any) -> list[str]:
+    """Return all problems of a description, a sentence each."""
+    return _read(world)[1]
+
+
+def world_of(world: Any) -> VirtualWorld:
+    """Return a described world.
+
+    Raises:
+        UserError: the description breaks rules; all of them are told.
+    """
+    try:
+        text = json.dumps(world, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as e:
+        raise UserError(f"the task's world is no JSON ({e})") from None
+    return _known(text)
+
+
+@lru_cache(maxsize=32)
+def _known(text: str) -> VirtualWorld:
+    found, problems = _read(json.loads(text))
+    if found is None:
+        raise UserError(list_problems("the task's world", problems))
+    return found
+
+
+def _read(world: Any) -> tuple[VirtualWorld | None, list[str]]:
+    problems: list[str] = []
+    try:
+        is_too_long = len(json.dumps(world, allow_nan=False)) > MAX_WORLD_CHARS
+    except (TypeError, ValueError, RecursionError):
+        is_too_long = True
+    if not isinstance(world, dict) or is_too_long:
+        return None, [f"world: must be an object of JSON with {', '.join(sorted(_WORLD))}, of at most "
+                      f"{MAX_WORLD_CHARS:,} characters"]
+    problems += [f"world: has {name!r}; it may have {', '.join(sorted(_WORLD))}"
+                 for name in sorted(world.keys() - _WORLD)]
+    problems += [f"world: {name} is {str(world.get(name))[:60]!r}, must be text"
+                 for name in ("name", "rules", "code")
+                 if not isinstance(world.get(name), str) or not world[name].strip()]
+    tables = _read_tables(world.get("tables"), problems)
+    functions = _read_functions(str(world.get("code", "")), problems)
+    tools = {}
+    for name, function in functions.items():
+        try:
+            tools[name] = _read_tool(function)
+        except (UserError, ValueError) as e:
+            problems.append(f"tool {name}: {first_line(e)}")
+    examples = _read_examples(world.get("examples"), tools, problems)
+    if problems:
+        return None, problems[:MAX_PROBLEMS]
+    found = VirtualWorld(world["name"], world["rules"], tables, world["code"], functions, tools, examples)
+    wrong = found.problem(found.first_tables())
+    return (None, [f"tables: {wrong}"]) if wrong else (found, [])
+
+
+def _read_tables(given: Any, problems: list[str]) -> dict[str, VirtualTable]:
+    if not isinstance(given, dict) or not 0 < len(given) <= MAX_TABLES:
+        problems.append(f"tables: must be an object of 1 to {MAX_TABLES} tables")
+        return {}
+    found = {}
+    for name, table in given.items():
+        where = f"tables.{name[:40]}"
+        if not isinstance(table, dict) or not {"columns", "rows"} <= table.keys() <= _TABLE:
+            problems.append(f"{where}: must be an object with columns and rows, and free if it likes")
+            continue
+        columns, rows, free = table["columns"], table["rows"], table.get("free", [])
+        if not isinstance(columns, dict) or not columns or not all(
+                column.isidentifier() and isinstance(kind, str) for column, kind in columns.items()):
+            problems.append(f"{where}.columns: must be an object of names with types as texts")
+            continue
+        if not isinstance(free, list) or not all(column in columns for column in free):
+            problems.append(f"{where}.free: must be a list of columns")
+            continue
+        if not isinstance(rows, dict) or len(rows) > MAX_ROWS or not all(
+                isinstance(row, dict) for row in rows.values()):
+            problems.append(f"{where}.rows: must be an object of at most {MAX_ROWS} rows by key, each an "
+                            "object")
+            continue
+        try:
+            adapter = strict_record(name, {column: type_of(kind) for column, kind in columns.items()})
+        except Exception as e:  # also what pydantic raises for a type that no JSON has
+            problems.append(f"{where}.columns: {first_line(e)}")
+            continue
+        found[name] = VirtualTable(rows, frozenset(free), adapter)
+    return found
+
+
+def _read_functions(code: str, problems: list[str]) -> dict[str, ast.FunctionDef]:
+    """Return name -> function of the tools of a world's code."""
+    try:
+        tree = ast.parse(code)
+        compile(code, "world.py", "exec")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+        problems.append(f"code: is no Python ({first_line(e)})")
+        return {}
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or "."]
+        problems += [f"code: imports {name}; it may import {', '.join(sorted(MODULES))}"
+                     for name in names if name.partition(".")[0] not in MODULES]
+        # the same calls must lead to the same tables on another day
+        if isinstance(node, ast.Attribute) and node.attr in _CLOCKS:
+            problems.append(f"code: uses .{node.attr}, which differs from day to day")
+    found = {node.name: node for node in tree.body
+             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")}
+    if not 0 < len(found) <= MAX_TOOLS:
+        problems.append(f"code: has {len(found)} functions whose name does not begin with _, must have 1 to "
+                        f"{MAX_TOOLS}")
+    return found
+
+
+def _read_tool(function: ast.FunctionDef) -> Tool:
+    """Return a tool that gives back the arguments which it has checked.
+
+    Raises:
+        UserError: it has no docstring, or an argument without a type that JSON has.
+        ValueError: likewise.
+    """
+    spec = function.args
+    if [given.arg for given in spec.args[:1]] != ["tables"] or spec.posonlyargs or spec.vararg or spec.kwarg:
+        raise ValueError("must take `tables` first, and then arguments by name")
+    places = [*zip(reversed(spec.args), reversed(spec.defaults), strict=False),
+              *zip(spec.kwonlyargs, spec.kw_defaults, strict=True)]
+    defaults = {given.arg: value for given, value in places if value is not None}
+    parameters = {}
+    for given in (*spec.args[1:], *spec.kwonlyargs):
+        if given.annotation is None:
+            raise ValueError(f"its argument {given.arg} must have a type, as in `{given.arg}: str`")
+        default = ast.literal_eval(defaults[given.arg]) if given.arg in defaults else Parameter.default
+        parameters[given.arg] = Parameter(type_of(ast.unparse(given.annotation)), "", default)
+    return describe_tool(function.name, ast.get_docstring(function) or "", parameters, dict)
+
+
+def _read_examples(given: Any, tools: Mapping[str, Tool],
+                   problems: list[str]) -> tuple[Mapping[str, Any], ...]:
+    if not isinstance(given, list) or not all(_is_call(call) for call in given):
+        problems.append("examples: must be a list of objects with name and arguments")
+        return ()
+    for place, call in enumerate(given):
+        if call["name"] not in tools:
+            problems.append(f"examples[{place}]: there is no tool {call['name'][:60]!r}")
+            continue
+        try:
+            tools[call["name"]].call(call["arguments"])
+        except ToolFault as e:
+            problems.append(f"examples[{place}]: {e.reason}")
+    problems += [f"examples: have no call of {name}"
+                 for name in tools if name not in {call["name"] for call in given}]
+    return tuple(given)
+
+
+def _is_call(call: Any) -> bool:
+    return (isinstance(call, dict) and call.keys() == {"name", "arguments"}
+            and isinstance(call["name"], str) and isinstance(call["arguments"], dict))
+
+
+# Calling tools.
+
+
+@dataclass(frozen=True)
+class ToolOutcome:
+    """A call of a tool: its result and the tables after it, or the fault."""
+
+    result: Any = None
+    tables: Tables = field(default_factory=dict)
+    fault: ToolFault | None = None
+
+
+def call_tools(world: VirtualWorld,
+               calls: Sequence[tuple[Tables, str, Mapping[str, Any]]]) -> list[ToolOutcome]:
+    """Make calls, each on its own tables, in one program in the sandbox.
+
+    Args:
+        world: whose code runs.
+        calls: tables, name, and arguments that the tool has checked.
+
+    Raises:
+        InfrastructureFault: the sandbox failed.
+        UserError: this machine has no sandbox.
+    """
+    request = json.dumps({"code": world.code, "calls": calls})
+    program = Path(virtual_program.__file__).read_text(encoding="utf-8")
+    ended = shared_sandbox().run(Program(program, stdin=request), CALL_LIMITS)
+    if ended.status == "infrastructure":
+        raise InfrastructureFault(f"the sandbox failed ({ended.reason})")
+    found = []
+    for line in ended.stdout.splitlines()[:len(calls)]:
+        try:
+            found.append(_outcome(world, json.loads(line)))
+        # cut off at the limit of output, or written there by the code itself
+        except (ValueError, TypeError, KeyError, RecursionError):
+            break
+    failed = ToolFault("failed", f"failed ({ended.reason or 'it ended its process'})")
+    return found + [ToolOutcome(fault=failed)] * (len(calls) - len(found))
+
+
+def _outcome(world: VirtualWorld, told: Mapping[str, Any]) -> ToolOutcome:
+    if "refused" in told:
+        return ToolOutcome(fault=ToolRefused(told["refused"] or "is not allowed"))
+    if "failed" in told:
+        return ToolOutcome(fault=ToolFault("failed", f"failed ({told['failed']})"))
+    if wrong := world.problem(told["tables"]):
+        reason = f"left tables that its world does not allow ({wrong})"
+        return ToolOutcome(fault=ToolFault("state", reason))
+    return ToolOutcome(told["result"], told["tables"])
+
+
+def _examples(name: str) -> tuple[Task, ...]:
+    """Return the tasks of a file beside this one, which share its world."""
+    given = json.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+    world = {**given["world"], "code": "\n".join(given["world"]["code"])}
+    return tuple({**task, "world": world} for task in given["tasks"])
 
 
 @dataclass
-class Virtual(Database):
-    """A task has its `world` beside `goal`, which is as in the other worlds of tables.
+class Virtual(World):
+    """A task has `world` and `goal`: `calls`, which lead to the wanted tables, and `answers` to be said."""
 
-    Rows that the goal adds are compared without their keys, so that their order does not count, and columns
-    that the world declares `free` are not compared.
-    """
+    EXAMPLES = _examples("library.json")
+    MAX_MEMORY_BYTES = 0
+    """The sandbox limits the code itself."""
 
-    EXAMPLES = _examples()
+    def inputs(self) -> dict[str, Any]:
+        """Return what judges beside this module: the world of tasks that bring none, and Python."""
+        return {"world": self.EXAMPLES[0]["world"], "python": list(sys.version_info[:2])}
 
     def reset(self, task: Task) -> Observation:
-        """Begin an episode in the task's world."""
-        self._world: Spec = spec_of(task.get("world"))
+        """Begin an episode in the task's world, and work out the tables at its end."""
+        self.world = world_of(task.get("world"))
         # of the instance: each task has a world of its own
-        self.TABLES = tuple(self._world.tables)
-        self.by_name = {name: Tool(name, tool.description, tool.parameters, partial(self._run, tool))
-                        for name, tool in self._world.tools.items()}
-        return super().reset(task)
+        self.by_name = dict(self.world.tools)
+        observation = super().reset(task)
+        goal = task.get("goal")
+        if not isinstance(goal, dict) or not isinstance(goal.get("calls", []), list) or goal.keys() - {
+                "calls", "answers"}:
+            raise UserError("the task has no goal: an object with `calls`, which lead to the tables that are "
+                            "wanted, and `answers`, which the model has to say")
+        answers = goal.get("answers", [])
+        if not isinstance(answers, list) or not all(isinstance(a, str) and a.strip() for a in answers):
+            raise UserError("the task's goal.answers must be a list of texts")
+        self._answers = answers
+        # by the tools themselves: a change of a tool changes the goal as well
+        self._wanted = self._led_to(goal.get("calls", []))
+        return observation
 
     def rules(self) -> str:
-        return self._world.rules
+        return self.world.rules
 
     def first_state(self, task: Task) -> dict[str, Any]:
-        """Return the world's tables; a task's own `tables` stand in the place of those that it names.
+        """Return the world's tables; a task's own `tables` replace those that it names.
 
         Raises:
-            UserError: a table is not the world's, or breaks its rules.
+            UserError: a table is not the world's, or a row is not of its types.
         """
-        own = super().first_state(task)
-        tables = {**self._world.first_tables(), **{name: own[name] for name in task.get("tables", {})}}
-        if broken := self._world.broken_rule(tables):
-            raise UserError(f"the task's tables: {broken}")
+        own = task.get("tables", {})
+        if not isinstance(own, dict) or not own.keys() <= self.world.tables.keys():
+            raise UserError(f"the task's tables must be an object of {', '.join(self.world.tables)}")
+        tables = self.world.first_tables() | own
+        if wrong := self.world.problem(tables):
+            raise UserError(f"the task's tables: {wrong}")
         self._first = {name: frozenset(rows) for name, rows in tables.items()}
         return tables
 
-    def compared(self, table: str, rows: dict[str, Any]) -> Any:
-        """Return rows without free columns; those that were not there at first without their keys."""
-        free, first = self._world.tables[table].free, self._first[table]
+    def call(self, name: str, arguments: Mapping[str, Any]) -> Any:
+        """Return the result of a tool; without a result the tables stay as they are."""
+        checked = super().call(name, arguments)
+        [outcome] = call_tools(self.world, [(self.state, name, checked)])
+        if outcome.fault is not None:
+            raise outcome.fault
+        self.state = outcome.tables
+        return outcome.result
+
+    def _led_to(self, calls: list[Any]) -> dict[str, Any]:
+        """Return the tables after the goal's calls; the episode's own stay as they are."""
+        first = self.snapshot()
+        for i, call in enumerate(calls):
+            if not _is_call(call):
+                raise UserError(f"the task's goal.calls[{i}] must be an object with name and arguments")
+            try:
+                self.call(text_in(call, "name"), call["arguments"])
+            except ToolFault as e:
+                raise UserError(f"the task's goal.calls[{i}] gives no result: {e.reason}") from None
+        wanted, self.state = self.state, first
+        return wanted
+
+    def score(self, answer: str) -> Score:
+        """Return 1 if the tables are as wanted and all answers are said, else 0."""
+        said = plain(answer)
+        missing = [wanted for wanted in self._answers if not says(said, plain(wanted))]
+        # the content counts: other calls with the same effect are right
+        tables = {name: self.compared(name, self.state[name]) == self.compared(name, self._wanted[name])
+                  for name in self.world.tables}
+        return Score(float(not missing and all(tables.values())), {"tables": tables, "unsaid": missing})
+
+    def compared(self, table: str, rows: Mapping[str, Any]) -> Any:
+        """Return rows as goals compare them: without free columns, and new rows without their keys."""
+        free, first = self.world.tables[table].free, self._first[table]
         shown = {key: {name: value for name, value in row.items() if name not in free}
                  for key, row in rows.items()}
         return ({key: row for key, row in shown.items() if key in first},
                 sorted(json.dumps(row, sort_keys=True) for key, row in shown.items() if key not in first))
 
-    def _run(self, tool: ToolSpec, /, **arguments: Any) -> Any:
-        """Return what a tool's steps give; without a result the tables are as they were.
 
-        Raises:
-            ToolFault: the call is refused, or the tool breaks what its world declares.
-        """
-        left_out = {name: parameter.default for name, parameter in tool.parameters.items()
-                    if name not in arguments}
-        before = self.state
-        # steps work on a copy: if one fails, the tables before are still there
-        self.state = copy.deepcopy(before)
-        try:
-            result = run(tool.steps, {**arguments, **left_out}, self.state,
-                         lambda table, row: self.add(table, self._world.tables[table].prefix, row))
-            if wrong := tool.returns.problem(result):
-                raise ToolFault("result", f"returned what its schema does not allow ({wrong})")
-            # rules are checked behind changes only: reading cannot break them
-            if tool.changes and (broken := self._world.broken_rule(self.state)):
-                raise ToolFault("state", f"left tables that its world does not allow ({broken})")
-        except BaseException:
-            self.state = before
-            raise
-        return result
+@dataclass
+class Booking(Virtual):
+    """Rooms of a chain of hotels; a task has `goal`, and `tables` if it likes, and leaves out the world."""
+
+    EXAMPLES = _examples("booking.json")
+
+    def reset(self, task: Task) -> Observation:
+        """Begin an episode of a task; it may also bring a world of its own."""
+        return super().reset({"world": self.EXAMPLES[0]["world"], **task})

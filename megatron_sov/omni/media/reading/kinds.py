@@ -1,13 +1,12 @@
 """Pictures, sounds and videos as numbers, within limits.
 
 A picture becomes [3, side, side] of red, green and blue, a sound one float32 channel at the rate that is
-asked for, a video its frames: from a folder of pictures, an animated picture, or a container (with PyAV)."""
+asked for, a video its frames: from an animated picture, or a container (with PyAV)."""
 
 from __future__ import annotations
 
 import math
 import os
-import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,7 +42,6 @@ class MediaLimits:
 
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Those that are decoded: pixels alone, and nothing that is a program."""
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -278,7 +276,6 @@ def resampled(samples: np.ndarray, own_hz: int, rate_hz: int) -> np.ndarray:
 CONTAINERS = {".mp4": "video/mp4", ".m4v": "video/mp4", ".mov": "video/quicktime", ".webm": "video/webm",
               ".mkv": "video/x-matroska", ".avi": "video/x-msvideo"}
 """Ending -> type of the content."""
-FOLDER_TYPE = "video/x-frames"
 MOST_FRAMES_IN = 100_000
 DEFAULT_FRAME_S = 0.1
 """Of an animated picture that does not say how long a frame is shown."""
@@ -294,8 +291,6 @@ class VideoFrames:
     """Frames of a second."""
     most_frames: int = 64
     """Of a video; of a longer one fewer frames of a second are taken."""
-    folder_frames_per_s: float = 1.0
-    """How many pictures of a folder are a second."""
 
     def times(self, duration_s: float) -> list[float]:
         """Return when frames are taken: in the middle of equal parts of the video."""
@@ -310,9 +305,7 @@ def read_video(file: Path, sampling: VideoFrames,
     Raises:
         BadRecord: it is none, too long, or cut off.
     """
-    if file.is_dir():
-        frames, duration_s, mime_type = _of_folder(file, sampling, limits)
-    elif file.suffix.lower() in CONTAINERS:
+    if file.suffix.lower() in CONTAINERS:
         frames, duration_s = _of_container(file, sampling, limits)
         mime_type = CONTAINERS[file.suffix.lower()]
     else:
@@ -324,29 +317,6 @@ def _refuse_long(duration_s: float, limits: MediaLimits) -> None:
     if duration_s > limits.duration_s:
         raise BadRecord("long", f"lasts {duration_s:,.0f} s, at most {limits.duration_s:g} s are read; cut "
                                 "it, or raise --max-duration")
-
-
-def _of_folder(folder: Path, sampling: VideoFrames,
-               limits: MediaLimits) -> tuple[list[np.ndarray], float, str]:
-    # frame-2 before frame-10
-    files = sorted((f for f in folder.iterdir() if f.suffix.lower() in PICTURE_SUFFIXES), key=lambda f: [
-        int(part) if part.isdigit() else part for part in re.split(r"(\d+)", f.name)])
-    if not files:
-        raise BadRecord("no_video", f"is a folder without pictures ({', '.join(PICTURE_SUFFIXES)}); "
-                                    "name a video")
-    if len(files) > MOST_FRAMES_IN:
-        raise BadRecord("long", f"is a folder of {len(files):,} pictures, at most {MOST_FRAMES_IN:,} are "
-                                "read; divide it")
-    if link := next((f for f in files if f.is_symlink()), None):
-        raise BadRecord("outside", f"has the link {link.name}; copy the picture there")
-    duration_s = len(files) / sampling.folder_frames_per_s
-    _refuse_long(duration_s, limits)
-    frames = []
-    for time_s in sampling.times(duration_s):
-        number = min(int(time_s * sampling.folder_frames_per_s), len(files) - 1)
-        with opened(files[number], limits) as picture:
-            frames.append(squared(upright(picture), sampling.side))
-    return frames, duration_s, FOLDER_TYPE
 
 
 def _of_animation(file: Path, sampling: VideoFrames,
@@ -392,8 +362,7 @@ def _of_container(file: Path, sampling: VideoFrames, limits: MediaLimits) -> tup
     try:
         import av
     except ImportError:
-        raise BadRecord("library", "is a video container, which needs PyAV: `pip install av`; or give a "
-                                   "folder of its frames") from None
+        raise BadRecord("library", "is a video container, which needs PyAV: `pip install av`") from None
     try:
         with av.open(str(file)) as container:
             stream = container.streams.video[0]

@@ -118,9 +118,9 @@ class MediaReader:
 
     def _read(self, path: str, asked: dict[str, Any], most_bytes: int) -> ReadMedia:
         file = place_of(self.root, path)
-        if asked["kind"] != "video" and not file.is_file():
-            raise BadRecord("missing", "is no file; name a picture or a sound")
-        if file.is_file() and (size_bytes := file.stat().st_size) > self.limits.file_bytes:
+        if not file.is_file():
+            raise BadRecord("missing", "is no file; name a picture, a sound or a video")
+        if (size_bytes := file.stat().st_size) > self.limits.file_bytes:
             raise BadRecord("size", f"has {size_bytes:,} bytes, at most {self.limits.file_bytes:,} are read; "
                                     "shrink it, or raise --max-file-bytes")
         child = self._free.get()

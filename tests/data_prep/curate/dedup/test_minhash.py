@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from data_prep.curate.dedup import minhash
-from data_prep.curate.dedup.exact import OCCURRENCE
 from data_prep.curate.dedup.minhash import MinhashDedup, MinhashSettings, shingles
 from data_prep.curate.pipeline.step import Doc
 from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, outcomes
@@ -155,13 +154,3 @@ def test_settings_that_cannot_be_are_all_told() -> None:
     assert keys_of(MinhashSettings(0, 0, 0, 0, -1, 0)) == [
         "threshold", "num_bands", "rows_per_band", "ngram", "seed", "partitions"]
     assert keys_of(MinhashSettings(num_bands=1000)) == ["num_bands"]
-
-
-def test_the_page_has_the_figures_of_the_defaults() -> None:
-    page = " ".join((Path(__file__).parents[4] / "docs/dedup.md").read_text().split())
-    s = MinhashSettings()
-    shares = [1 - (1 - similarity**s.rows_per_band) ** s.num_bands for similarity in (0.8, 0.5)]
-    assert f"{shares[0]:.1%} at 0.8, {shares[1]:.0%} at 0.5".replace("%", " %") in page
-    assert f"paired with the {minhash.MOST_FIRST} that come first in the order of keeping" in page
-    assert f"{minhash.BAND.itemsize * s.num_bands} bytes for `minhash_dedup`" in page
-    assert f"{OCCURRENCE.itemsize} bytes for `exact_dedup`" in page

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
-
-from data_prep.curate.pipeline import counts as counts_module
-from data_prep.curate.pipeline.counts import MAX_SAMPLES, Counts, StageProgress, sample_order
+from data_prep.curate.pipeline.counts import MAX_SAMPLES, Counts, sample_order
 
 
 def counted(identifiers: list[int]) -> Counts:
@@ -29,15 +26,3 @@ def test_samples_are_those_whose_identifiers_hash_lowest() -> None:
     dropped = [{"id": f"d{i}", "reason": "three", "before": "é" * i} for i in range(3, 100, 3)]
     lowest = sorted(dropped, key=sample_order)[:MAX_SAMPLES]
     assert counted(list(range(1, 100))).samples == {"dropped": lowest}
-
-
-def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-                                        ) -> None:
-    monkeypatch.setattr(counts_module, "LINE_EVERY_S", 0.001)
-    said = ""
-    with StageProgress("00-parse", 12, "shards") as progress:
-        while "0 of 12 shards after " not in said:
-            said += capsys.readouterr().out
-        for _ in range(3):
-            progress()
-        assert progress.line(150) == "  00-parse: 3 of 12 shards after 2 min 30 s, about 7 min 30 s left"

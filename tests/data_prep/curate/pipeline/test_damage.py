@@ -14,8 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.curate.dedup.work_files import (
-    BucketWriter, bucket_slice, read_array, write_array, write_buckets)
+from data_prep.curate.dedup.work_files import bucket_slice, read_array, write_array, write_buckets
 from data_prep.curate.pipeline.addresses import mark_of, refuse_changed
 from data_prep.curate.pipeline.step import StepOutcome
 from data_prep.curate.pipeline.tasks import LayerFile, groups
@@ -97,21 +96,6 @@ def test_a_flipped_bit_or_a_cut_is_an_error_that_names_the_file(make: Any, tmp_p
     assert read() == wanted
 
 
-def test_buckets_written_one_by_one_are_those_written_at_once(tmp_path: Path) -> None:
-    file, read = _buckets(tmp_path)
-    writer = BucketWriter(tmp_path / "b", 4)
-    for bucket, records in enumerate(read()):
-        writer.append(bucket, np.array(records, RECORD))
-    writer.close()
-    assert (tmp_path / "b").read_bytes() == file.read_bytes()
-
-
-def test_what_is_sealed_is_plain_for_others(tmp_path: Path) -> None:
-    assert pq.read_table(_base(tmp_path)[0]).num_rows == 5
-    assert np.load(_array(tmp_path)[0]).tolist() == list(range(40))
-    assert json.loads(_json(tmp_path)[0].read_bytes())["documents_in"] == 5
-
-
 def test_a_seal_is_found_behind_a_long_footer_and_not_in_the_text_of_rows(tmp_path: Path) -> None:
     rows = pa.table({"text": ["x sealed:blake3:" + "a" * 70, sealed.PLACE]})
     file = tmp_path / "a.parquet"
@@ -129,43 +113,10 @@ def test_a_seal_is_found_behind_a_long_footer_and_not_in_the_text_of_rows(tmp_pa
             sealed.open_parquet(file)
 
 
-@pytest.mark.parametrize("value", [{"content": 5}, {"seal": 1, "a": 2}, {}, [], {"a": 1},
-                                   {"content": {"content": 1}}])
-def test_any_object_comes_back(value: Any, tmp_path: Path) -> None:
-    sealed.write_json(tmp_path / "a.json", value)
-    assert sealed.read_json(tmp_path / "a.json") == value
-
-
 def _flip(file: Path, at: int = -1) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2 if at < 0 else at] ^= 4
     file.write_bytes(content)
-
-
-@pytest.mark.deep
-def test_a_run_names_a_damaged_layer_or_mends_what_it_can(raw: Path,
-                                                          capsys: pytest.CaptureFixture[str]) -> None:
-    output = run(raw)
-    before = texts(output)
-    for pattern in ("shards/web/01-shorten-*/*.parquet", "shards/web/04-output-*/*/*.parquet",
-                    "shards/web/02-unique-*/*.json", "shared/*/.done/*/*"):
-        shutil.copytree(output, raw / "kept", dirs_exist_ok=False)
-        (output / "manifest.json").unlink()
-        if "shorten" in pattern:
-            for folder in output.glob("shards/*/0[34]-*"):
-                shutil.rmtree(folder)
-        file = sorted(output.glob(pattern))[0]
-        _flip(file)
-        run(raw, code=2)
-        message = capsys.readouterr().err
-        assert "is damaged" in message and str(file) in message and "Traceback" not in message, pattern
-        shutil.rmtree(output)
-        (raw / "kept").rename(output)
-    (output / "manifest.json").unlink()
-    for pattern in ("plans/*.json", "shards/web/*/pieces.jsonl"):
-        _flip(next(output.glob(pattern)))
-    run(raw)
-    assert texts(output) == before
 
 
 def test_a_complete_run_whose_text_changed_is_not_complete(raw: Path,
@@ -195,25 +146,6 @@ def test_a_raw_file_that_changes_between_plan_and_reading_is_refused(tmp_path: P
     (tmp_path / "a").write_text("other")
     with pytest.raises(UserError, match="has changed since the run looked at it"):
         refuse_changed(tmp_path / "a", mark)
-
-
-@pytest.mark.deep
-def test_a_sound_file_of_another_place_or_time_is_not_believed(raw: Path,
-                                                               capsys: pytest.CaptureFixture[str]) -> None:
-    output = run(raw)
-    (output / "manifest.json").unlink()
-    for folder in output.glob("shards/*/0[34]-*"):
-        shutil.rmtree(folder)
-    for pattern in ("shards/web/00-parse-*/*.parquet", "shards/web/01-shorten-*/*.parquet",
-                    "shared/*/.done/*/*"):
-        file, *others = sorted(output.glob(pattern))
-        kept = file.read_bytes()
-        shutil.copyfile(others[0], file)
-        run(raw, code=2)
-        message = capsys.readouterr().err
-        assert str(file) in message and "checksum" in message and "Traceback" not in message, pattern
-        file.write_bytes(kept)
-    run(raw)
 
 
 def test_the_way_out_never_is_to_delete_a_folder_above_the_run(tmp_path: Path) -> None:

@@ -75,20 +75,6 @@ def test_killed_in_a_task_it_goes_on_to_the_same_bytes(own: Path) -> None:
 
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_a_worker_that_is_killed_is_told(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (own / "killed").touch()
-    assert cli.main(command(own, "--workers", "2")) == 2
-    said = capsys.readouterr().err
-    assert "was ended from outside" in said and " of source web" in said and "run the command again" in said
-    assert cli.main(command(own, "--workers", "2")) == 0
-    with_workers = contents(own / "out")
-    shutil.rmtree(own / "out")
-    assert cli.main(command(own, "--workers", "1")) == 0
-    assert contents(own / "out") == with_workers, "the number of workers says nothing"
-
-
-@pytest.mark.deep
-@pytest.mark.distributed
 @pytest.mark.parametrize(("workers", "how"), [
     pytest.param(1, signal.SIGKILL, marks=pytest.mark.deep), (2, signal.SIGKILL), (2, signal.SIGINT)])
 def test_a_killed_command_leaves_neither_processes_nor_its_lock(

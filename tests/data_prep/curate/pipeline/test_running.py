@@ -285,13 +285,6 @@ def told(raw: Path, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
-def test_a_new_run_has_everything_to_do(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = told(raw, capsys)
-    assert "small: 2 sources, 3 steps" in text and "source web: 6 files, 0.0 MB, 2 shards" in text
-    assert "02-unique-hash: 4 tasks, 0 done, 4 to do" in text and "02-unique-choose: 2 tasks" in text
-    assert not (raw / "out").exists()
-
-
 def test_what_is_left_to_do_is_told(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(raw)
     assert "complete from before, nothing is done" in told(raw, capsys)

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import random
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
-import yaml
 from datatrove.pipeline.formatters import FTFYFormatter
 
-from data_prep.cli import main
 from data_prep.curate.quality.encoding import EncodingRepairSettings, RepairEncoding, repair_encoding
 from data_prep.curate.sources.html import page_text
 from tests.data_prep.curate.pipeline.memory_view import doc
@@ -83,27 +77,3 @@ def test_code_is_left_alone() -> None:
     outcomes = step.outcomes([doc(code), doc("donâ€™t", kind="math_code")])
     assert [outcome.text for outcome in outcomes] == [None, None]
     assert step.outcomes([doc("I donâ€™t know.")])[0].values == {"lines_repaired": 1}
-
-
-def test_a_missing_library_is_told_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr("data_prep.libraries.find_spec",
-                        lambda name: None if name == "ftfy" else find_spec(name))
-    problem, = EncodingRepairSettings().problems()
-    assert "the step encoding needs ftfy, which is not installed" in str(problem)
-    assert "pip install" in str(problem)
-
-
-def test_a_run_counts_what_it_restores(tmp_path: Path) -> None:
-    draw = random.Random(0)
-    texts = [" ".join(draw.choices(SENTENCES["en"].split(), k=60)) for _ in range(10)]
-    broken = [text.encode().decode("latin-1") for text in texts]
-    (tmp_path / "raw.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in [*broken, "Plain."]))
-    (tmp_path / "p.yaml").write_text(yaml.safe_dump({
-        "name": "p", "sources": [{"name": "s", "path": ["raw.jsonl"]}], "steps": [{"encoding": {}}]}))
-    assert main(["run", str(tmp_path / "p.yaml"), "--output", str(tmp_path / "out"), "--workers", "1"]) == 0
-    step = json.loads((tmp_path / "out/summary.json").read_text())["sources"][0]["steps"][1]
-    assert (step["kind"], step["documents_changed"], step["documents_kept"]) == ("encoding", 10, 11)
-    table = pq.read_table(next((tmp_path / "out/text/s").glob("*.parquet")))
-    assert table.column("text").to_pylist() == [*texts, "Plain."]
-    assert table.column("lines_repaired").to_pylist() == [1] * 10 + [0]

@@ -34,11 +34,6 @@ def test_documents_below_the_bar_are_dropped_for_one_reason(scorers: dict[str, P
     assert next(iter(found.values())).values["quality"] > 0.5
 
 
-def test_the_address_of_a_step_follows_the_weights(scorers: dict[str, Path]) -> None:
-    names = [p.name for p in Quality(QualitySettings(scorers["classifier"])).files()]
-    assert names == ["scorer.json", "weights.safetensors"]
-
-
 @pytest.mark.parametrize(("name", "min_score", "said"), [
     ("regressor", None, "is a regressor; train one with `sov-data scorer train --kind classifier`"),
     ("classifier", 3.0, "min_score = 3.0 must be at most 1, the highest score of a classifier"),

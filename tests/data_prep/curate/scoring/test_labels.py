@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +70,6 @@ def test_labels_that_teach_nothing_are_refused(
     with pytest.raises(UserError) as found:
         refuse_one_class(tmp_path / "labels.jsonl", labels, kind)
     assert said in str(found.value)
-
-
-def test_too_few_labels_are_refused(labels_file: Callable[..., Path]) -> None:
-    with pytest.raises(UserError, match="has 12 labelled texts that differ; at least 50 are needed"):
-        read_labels(labels_file(count=12), "classifier", 1000, least=50)
 
 
 def test_labels_are_cut_by_their_texts_within_each_class() -> None:

@@ -111,14 +111,3 @@ def test_floats_keep_their_order(a: float, b: float) -> None:
 def test_settings_that_cannot_be_are_told(settings: dict[str, Any]) -> None:
     assert keys_of(LevelSettings(**settings)) == [next(iter(settings))]
     assert keys_of(LevelSettings()) == []
-
-
-def test_ties_are_cut_alike_however_a_source_is_cut_into_shards(tmp_path: Path) -> None:
-    found = []
-    for per_shard in (7, 200):
-        cut = [[Doc(f"web:{i // per_shard}:{i:016x}", "", "web", i // per_shard, i % per_shard,
-                    {"education": 3.0, "language": "en"}) for i in range(start, min(start + per_shard, 200))]
-               for start in range(0, 200, per_shard)]
-        made = levels(cut, tmp_path / str(per_shard))
-        found.append({name.rpartition(":")[2]: level for name, level in made.items()})
-    assert found[0] == found[1] and len(found[0]) == 200

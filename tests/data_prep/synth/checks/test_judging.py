@@ -9,7 +9,6 @@ sys.path.append(str(Path(__file__).parents[1]))
 from made_runs import GOOD, chat, made_run, rows, sample
 
 from data_prep.synth.finishing import finish
-from megatron_sov.work.progress.journal import work_folder
 
 ADDRESS = "Write to jane.doe@mail.org about it."
 
@@ -27,20 +26,3 @@ def test_a_masked_text_is_kept_and_a_masked_conversation_is_not(tmp_path: Path) 
     assert "[email address]" in masked["text"] and "jane" not in masked["text"] and other["text"] == GOOD
     assert [row["synthetic"]["item"] for row in rows(chats / "kept.jsonl")] == ["i1"]
     assert [row["reason"] for row in rows(chats / "rejected.jsonl")] == ["changed by a step"] * 2
-
-
-def test_the_same_samples_are_judged_once_and_earlier_work_goes(tmp_path: Path) -> None:
-    (tmp_path / "steps.yaml").write_text("steps:\n  - exact_dedup\n")
-    run = made_run(tmp_path / "run", [[sample({"text": GOOD})], [sample({"text": f"{GOOD} More."})]])
-    checks = work_folder(run) / "checks"
-
-    def work() -> dict[Path, int]:
-        return {file: file.stat().st_mtime_ns for file in checks.glob("sh*/**/*.parquet")}
-
-    finish(run, tmp_path / "steps.yaml")
-    before = work()
-    finish(run, tmp_path / "steps.yaml")
-    assert before and work() == before
-    (tmp_path / "steps.yaml").write_text("steps:\n  - exact_dedup: {partitions: 2}\n")
-    finish(run, tmp_path / "steps.yaml")
-    assert len(work()) == len(before) and len(list((checks / "shared").iterdir())) == 1

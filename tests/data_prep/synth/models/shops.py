@@ -59,73 +59,93 @@ def state(of: Trade, number: int) -> dict[str, Any]:
               for i in range(NUM_PEOPLE)}
     orders = {f"O{i + 1}": {"person": f"P{i + 1}", "thing": f"T{(number + i) % NUM_THINGS + 1}",
                             "count": i + 1, "status": "open", "note": None} for i in range(NUM_ORDERS)}
-    kinds = {"person": {"type": "string", "references": "people"},
-             "thing": {"type": "string", "references": "things"}, "count": {"type": "integer"},
-             "status": {"type": "string", "enum": ["open", "ended"]},
-             "note": {"type": ["string", "null"], "free": True}}
+    kinds = {"person": "str", "thing": "str", "count": "int", "status": "Literal['open', 'ended']",
+             "note": "str | None"}
     return {"name": of.domain.replace(" ", "_"),
             "rules": f"You work in a {of.domain}. Find the {of.person} by e-mail first, and a {of.thing} by "
                      "its title. Do only what is asked for. In the end say what you did, with the total if "
                      "there is one.",
             "tables": {
-                "things": {"prefix": "T", "columns": {"title": {"type": "string"}, "price": {
-                    "type": "integer"}, "stock": {"type": "integer"}}, "rows": things},
-                "people": {"prefix": "P", "columns": {"name": {"type": "string"}, "email": {
-                    "type": "string"}, "active": {"type": "boolean"}}, "rows": people},
-                "orders": {"prefix": "O", "columns": kinds, "rows": orders}}}
+                "things": {"columns": {"title": "str", "price": "int", "stock": "int"}, "rows": things},
+                "people": {"columns": {"name": "str", "email": "str", "active": "bool"}, "rows": people},
+                "orders": {"columns": kinds, "free": ["note"], "rows": orders}}}
 
 
-def tools(of: Trade) -> list[dict[str, Any]]:
-    """Return the tools of a world, with what they do."""
-    name, text, whole = of.tools, {"type": "string"}, {"type": "integer"}
-    row = {"type": "object", "properties": {"id": text, "thing": text, "count": whole}}
-    return [
-        _tool(name["person"], f"Find a {of.person} by e-mail.", {"email": text},
-              {"type": "object", "properties": {"id": text, "name": text}},
-              [{"get": "people", "where": "row.email == lower(email)", "as": "found",
-                "else": f"no {of.person} has this address"},
-               {"return": {"id": "found.id", "name": "found.name"}}]),
-        _tool(name["things"], f"Find {of.thing}s by a part of the title.", {"title": text},
-              {"type": "array", "items": {"type": "object", "properties": {
-                  "id": text, "title": text, "price": whole, "stock": whole}}},
-              [{"find": "things", "where": "contains(row.title, title)", "as": "found"},
-               {"return": "found"}]),
-        _tool(name["orders"], f"List the open {of.order}s of a {of.person}.", {"person_id": text},
-              {"type": "object", "properties": {"ids": {"type": "array", "items": text}, "things": {
-                  "type": "array", "items": text}}},
-              [{"get": "people", "key": "person_id", "as": "whose"},
-               {"find": "orders", "where": "row.person == whose.id and row.status == 'open'", "as": "found"},
-               {"return": {"ids": "found.id", "things": "found.thing"}}]),
-        _tool(name["make"], f"Make a {of.order}.", {"person_id": text, "thing_id": text, "count": whole},
-              {"type": "object", "properties": {"id": text, "total": whole}},
-              [{"get": "people", "key": "person_id", "as": "whose"},
-               {"require": "whose.active", "else": "this account is closed"},
-               {"get": "things", "key": "thing_id", "as": "what"},
-               {"require": "count > 0 and count <= what.stock", "else": "there are not as many"},
-               {"update": "things", "key": "thing_id", "set": {"stock": "what.stock - count"}},
-               {"insert": "orders", "row": {"person": "person_id", "thing": "thing_id", "count": "count",
-                                            "status": "'open'", "note": "null"}, "as": "made"},
-               {"return": {"id": "made.id", "total": "what.price * count"}}]),
-        _tool(name["end"], f"End an open {of.order}.", {"order_id": text}, row,
-              [{"get": "orders", "key": "order_id", "as": "which"},
-               {"require": "which.status == 'open'", "else": "it has ended already"},
-               {"get": "things", "key": "which.thing", "as": "what"},
-               {"update": "things", "key": "which.thing", "set": {"stock": "what.stock + which.count"}},
-               {"update": "orders", "key": "order_id", "set": {"status": "'ended'"}},
-               {"return": {"id": "order_id", "thing": "what.title", "count": "which.count"}}])]
+CODE = '''
+def _row(tables, table, key):
+    if key not in tables[table]:
+        raise Refused(f"there is no {key[:40]!r} in {table}")
+    return tables[table][key]
 
 
-def _tool(name: str, description: str, parameters: dict[str, Any], returns: dict[str, Any],
-          does: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"name": name, "description": description, "parameters": {
-        "type": "object", "properties": parameters, "required": list(parameters)}, "returns": returns,
-        "does": does}
+def find_PERSON(tables, email: str):
+    """Find a PERSON by e-mail."""
+    for key, person in tables["people"].items():
+        if person["email"] == email.lower():
+            return {"id": key, "name": person["name"]}
+    raise Refused("no PERSON has this address")
+
+
+def find_THINGs(tables, title: str):
+    """Find THINGs by a part of the title."""
+    return [{"id": key, **thing} for key, thing in sorted(tables["things"].items())
+            if title.lower() in thing["title"].lower()]
+
+
+def list_ORDERs(tables, person_id: str):
+    """List the open ORDERs of a PERSON."""
+    _row(tables, "people", person_id)
+    found = {key: order["thing"] for key, order in sorted(tables["orders"].items())
+             if order["person"] == person_id and order["status"] == "open"}
+    return {"ids": list(found), "things": list(found.values())}
+
+
+def make_ORDER(tables, person_id: str, thing_id: str, count: int):
+    """Make a ORDER."""
+    if not _row(tables, "people", person_id)["active"]:
+        raise Refused("this account is closed")
+    thing = _row(tables, "things", thing_id)
+    if not 0 < count <= thing["stock"]:
+        raise Refused("there are not as many")
+    thing["stock"] -= count
+    key = f"O{len(tables['orders']) + 1}"
+    tables["orders"][key] = {"person": person_id, "thing": thing_id, "count": count, "status": "open",
+                             "note": None}
+    return {"id": key, "total": thing["price"] * count}
+
+
+def end_ORDER(tables, order_id: str):
+    """End an open ORDER."""
+    order = _row(tables, "orders", order_id)
+    if order["status"] != "open":
+        raise Refused("it has ended already")
+    thing = _row(tables, "things", order["thing"])
+    thing["stock"] += order["count"]
+    order["status"] = "ended"
+    return {"id": order_id, "thing": thing["title"], "count": order["count"]}
+'''
+
+
+def code(of: Trade) -> str:
+    """Return the tools of a world."""
+    return CODE.replace("PERSON", of.person).replace("THING", of.thing).replace("ORDER", of.order)
+
+
+def examples(of: Trade, tables: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a call of each tool that gives a result on the first tables."""
+    name, things = of.tools, tables["things"]["rows"]
+    stocked = next(key for key, row in things.items() if row["stock"])
+    calls = {"person": {"email": tables["people"]["rows"]["P1"]["email"]}, "orders": {"person_id": "P1"},
+             "things": {"title": things["T1"]["title"]}, "end": {"order_id": "O1"},
+             "make": {"person_id": "P1", "thing_id": stocked, "count": 1}}
+    return [{"name": name[tool], "arguments": arguments} for tool, arguments in calls.items()]
 
 
 def world(number: int) -> dict[str, Any]:
     """Return a whole world."""
     of = trade(number)
-    return {**state(of, number), "tools": tools(of)}
+    tables = state(of, number)
+    return {**tables, "code": code(of), "examples": examples(of, tables["tables"])}
 
 
 @dataclass(frozen=True)

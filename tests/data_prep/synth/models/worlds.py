@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,8 +13,6 @@ from tests.data_prep.synth.models import shop_clerk, shops
 from tests.data_prep.synth.models.cases import Case
 
 World = dict[str, Any]
-MAKE, END = 3, 4
-"""Places of the tools that change something."""
 
 
 def reply(request: Mapping[str, Any]) -> str:
@@ -33,8 +32,8 @@ def answer(request: Mapping[str, Any], bent: Callable[[World], World]) -> str:
     number = shops.TRADES.index((of.domain, of.thing, of.person, of.order))
     number += 10 * shop_clerk.number_in(prompt, r"design number (\d+)")
     world = bent(shops.world(number))
-    tools = world.pop("tools")
-    return json.dumps({"tools": tools} if "Design its tools" in prompt else world)
+    tools = {name: world.pop(name) for name in ("code", "examples")}
+    return json.dumps(tools if "Design its tools" in prompt else world)
 
 
 def planted(what: str) -> Case:
@@ -58,27 +57,38 @@ def _edited(edit: Callable[[World], object]) -> Callable[[World], World]:
     return edited
 
 
-def _does(world: World, place: int) -> list[dict[str, Any]]:
-    steps: list[dict[str, Any]] = world["tools"][place]["does"]
-    return steps
+def _replaced(old: str, new: str) -> Callable[[World], World]:
+    def replaced(world: World) -> World:
+        assert old in world["code"], old
+        return {**world, "code": world["code"].replace(old, new)}
+
+    return replaced
+
+
+def _with_copy(world: World) -> World:
+    """Add a tool with the code of another one."""
+    [code] = re.findall(r"def find_\w+s\(.*?(?=\n\n\ndef )", world["code"], flags=re.DOTALL)
+    code = re.sub(r"find_\w+s", "look_up", code, count=1)
+    return {**world, "code": f"{world['code']}\n\n{code}\n",
+            "examples": [*world["examples"], {"name": "look_up", "arguments": {"title": "a"}}]}
+
+
+def _without_last_tools(world: World) -> World:
+    return {**world, "code": world["code"][:world["code"].index("def make_")],
+            "examples": world["examples"][:-2]}
 
 
 BENT: dict[str, Callable[[World], World]] = {
-    "result of another type": _edited(lambda w: w["tools"][MAKE]["returns"]["properties"].update(
-        total={"type": "string"})),
-    "argument that nothing uses": _edited(lambda w: w["tools"][1]["parameters"]["properties"].update(
-        colour={"type": "string"})),
-    "fails for arguments that it allows": _edited(lambda w: (
-        w["tools"][MAKE]["parameters"]["properties"].update(until={"type": "string"}),
-        _does(w, MAKE)[-1]["return"].update(total="days('2026-01-01', until)"))),
-    "never comes through": _edited(lambda w: _does(w, END).insert(1, {
-        "require": "which.count > 1000", "else": "no"})),
-    "changes nothing": _edited(lambda w: _does(w, END).__setitem__(slice(3, 5), [
-        {"update": "orders", "key": "order_id", "set": {"status": "which.status"}}])),
-    "two tools alike": _edited(lambda w: w["tools"].append({**w["tools"][1], "name": "look_up"})),
-    "too few tools": _edited(lambda w: w.update(tools=w["tools"][:3])),
-    "program in an expression": _edited(lambda w: _does(w, 1)[0].update(
-        where="__import__('os').system('true') == 0")),
-    "no tools at all": _edited(lambda w: w.update(tools=None)),
+    "row of another type": _replaced('"note": None}', '"note": 3}'),
+    "argument that nothing uses": _replaced("title: str)", "title: str, colour: str | None = None)"),
+    "fails for arguments that it allows": _replaced(
+        'raise Refused(f"there is no {key[:40]!r} in {table}")', "raise KeyError(key)"),
+    "never comes through": _replaced('if order["status"] != "open":', "if True:"),
+    "differs from call to call": _replaced(
+        '"name": person["name"]}', '"name": str(__import__("random").random())}'),
+    "two tools alike": _with_copy,
+    "too few tools": _without_last_tools,
+    "program that may not run": lambda world: {**world, "code": "import os\n" + world["code"]},
+    "no tools at all": _edited(lambda w: w.update(code=None)),
 }
 """Fault -> what makes a sound world have it."""

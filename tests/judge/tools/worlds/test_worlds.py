@@ -22,11 +22,6 @@ SOLUTIONS: dict[str, list[tuple[list[tuple[str, dict[str, Any]]], str]]] = {
                   ("book_room", {"guest_id": "G1", "room_id": "R3", "check_in": "2026-06-10",
                                  "check_out": "2026-06-12"})], "Booked: $220 in all."),
                 ([("cancel_booking", {"booking_id": "B1"})], "It is cancelled.")],
-    "tickets": [([("find_tickets", {"status": "open"}),
-                  ("assign_ticket", {"ticket_id": "T1", "agent_id": "A1"})], "T1 is Ann's."),
-                ([("close_ticket", {"ticket_id": "T3", "note": "duplicate of T2"}),
-                  ("set_priority", {"ticket_id": "T2", "priority": 1}),
-                  ("assign_ticket", {"ticket_id": "T2", "agent_id": "A2"})], "T2 goes to Bo, T3 is closed.")],
     "files": [([("search_text", {"text": "Helo"}),
                 ("replace_text", {"path": "app/__init__.py", "old": "Helo", "new": "Hello"})], "Done"),
               ([("move_file", {"path": "notes.txt", "to": "NOTES.md"})], "Done")],
@@ -70,51 +65,11 @@ def test_a_state_comes_back_from_json_and_a_new_episode_forgets_it(name: str) ->
 
 @pytest.mark.parametrize("name, task, told", [
     ("calculator", {"question": "?"}, "has no 'answer'"), ("calculator", {"answer": "1"}, "no 'question'"),
-    ("booking", {"question": "?"}, "has no goal"),
-    ("booking", {"question": "?", "goal": {}, "tables": {"flights": {}}}, "a table 'flights'"),
-    ("booking", {"question": "?", "goal": {"calls": [{"name": "fly", "arguments": {}}]}},
-     r"calls\[0\] gives no result: there is no tool 'fly'"),
-    ("tickets", {"question": "?", "goal": {"answers": [1]}}, "must be a list of texts"),
     ("files", {"question": "?", "goal": {"files": {"a": 1}}}, "has no goal"),
     ("files", {"question": "?", "goal": {"files": {}}, "files": {"../a": ""}}, "which is no path")])
 def test_a_task_that_is_none_is_refused(name: str, task: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         world(name).reset(task)
-
-
-def test_a_change_that_was_not_asked_for_is_a_fault() -> None:
-    booking = world("booking")
-    booking.reset(booking.EXAMPLES[0])
-    booking.call("cancel_booking", {"booking_id": "B1"})
-    booking.call("book_room", {"guest_id": "G1", "room_id": "R3", "check_in": "2026-06-10",
-                               "check_out": "2026-06-12"})
-    score = booking.score("220")
-    assert score.reward == 0 and score.components["tables"] == {"rooms": True, "guests": True,
-                                                                "bookings": False}
-
-
-@pytest.mark.parametrize("said, counts", [("It costs 220.", True), ("$220!", True), ("1,220", False),
-                                          ("220.5", False), ("2200", False), ("A220", False)])
-def test_what_has_to_be_said_stands_as_a_word(said: str, counts: bool) -> None:
-    booking = world("booking")
-    booking.reset({"question": "?", "goal": {"answers": ["220"]}})
-    assert booking.score(said).reward == counts
-
-
-def test_rooms_are_booked_by_the_night() -> None:
-    booking = world("booking")
-    booking.reset(booking.EXAMPLES[1])
-    stay = {"guest_id": "G2", "room_id": "R1"}
-    for check_in, check_out, told in [("2026-05-02", "2026-05-05", "not free"), ("2026-05-03", "2026-05-03",
-                                      "no night"), ("2026-5-3", "2026-05-04", "no day"),
-                                      ("2026-02-30", "2026-03-04", "no day")]:
-        with pytest.raises(ToolFault, match=told):
-            booking.call("book_room", {**stay, "check_in": check_in, "check_out": check_out})
-    booked = booking.call("book_room", {**stay, "check_in": "2026-05-03", "check_out": "2026-05-05"})
-    assert booked == {"booking_id": "B2", "total_price": 180}
-    changed = booking.call("change_booking", {"booking_id": "B2", "check_in": "2026-05-04",
-                                              "check_out": "2026-05-05"})
-    assert changed["total_price"] == 90
 
 
 @pytest.mark.parametrize("path", ["", "/etc/passwd", "a//b", "../a", "a/..", "app", "notes.txt/a", "a\0b"])

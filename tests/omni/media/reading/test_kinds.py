@@ -198,24 +198,3 @@ def test_an_animation_is_cut_at_the_middle_of_equal_parts(tmp_path: Path, suffix
     (found,), facts = read_video(tmp_path / f"a{suffix}", VideoFrames(4, most_frames=3), VIDEO_LIMITS)
     assert found.shape == (3, 3, 4, 4) and shades(found) == [40, 120, 120]
     assert facts["duration_s"] == pytest.approx(6.0)
-
-
-def test_a_folder_is_read_in_the_order_of_its_numbers(tmp_path: Path) -> None:
-    for i in range(12):
-        Image.new("RGB", (8, 8), (20 * i,) * 3).save(tmp_path / f"frame-{i}.png")
-    (found,), facts = read_video(tmp_path, VideoFrames(4, folder_frames_per_s=2.0), VIDEO_LIMITS)
-    assert facts["duration_s"] == 6.0 and shades(found) == [20 * i for i in (1, 3, 5, 7, 9, 11)]
-
-
-def test_what_is_no_video_is_told(tmp_path: Path) -> None:
-    (tmp_path / "none").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    (tmp_path / "links").mkdir()
-    (tmp_path / "links/a.png").symlink_to(tmp_path / "a.png")
-    (tmp_path / "many").mkdir()
-    for i in range(61):
-        (tmp_path / f"many/{i}.png").touch()
-    for name, code in {"none": "no_video", "links": "outside", "many": "long"}.items():
-        with pytest.raises(BadRecord) as found:
-            read_video(tmp_path / name, VideoFrames(4), VIDEO_LIMITS)
-        assert found.value.code == code

@@ -72,10 +72,6 @@ def test_thresholds_change_for_all_languages_and_for_one() -> None:
     assert outcome(KOREAN, "ko", languages={"en": {"min_words": 10_000}}).reason == ""
 
 
-def test_the_file_of_the_rules_is_among_those_that_outcomes_depend_on() -> None:
-    assert [file.name for file in Rules(RulesSettings()).files()] == ["languages.yaml"]
-
-
 def test_every_broken_rule_of_the_settings_is_told() -> None:
     wrong: Any = "prosa"
     settings = RulesSettings(preset=wrong, languages={"xx": {}}, without_rules=wrong, forms=(wrong,))
@@ -97,8 +93,3 @@ def test_shares_of_ngrams_can_be_written_in_a_pipeline_file() -> None:
     document = Doc("a:0:0", korean, "a", 0, 0, {"language": "ko", "form": "prose"})
     assert Rules(RulesSettings()).outcomes([document])[0].reason == "repetition: 5-grams"
     assert Rules(settings).outcomes([document])[0].reason == ""
-
-
-@pytest.mark.parametrize("value", [-1, float("nan")])
-def test_a_threshold_that_is_no_measure_is_told(value: float) -> None:
-    assert keys_of(RulesSettings(thresholds={"min_words": value})) == ["thresholds.min_words"]

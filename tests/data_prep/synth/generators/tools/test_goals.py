@@ -83,7 +83,7 @@ def test_a_changing_call_that_the_goal_does_not_need_is_idle() -> None:
 
 
 @pytest.mark.parametrize("record, told", [
-    ({"domain": "x"}, "has no 'world'"), ({"world": {"name": "x"}}, "is not sound: tables: must be")])
+    ({"domain": "x"}, "has no 'world'"), ({"world": {"name": "x"}}, "is not sound: world: rules is")])
 def test_an_input_that_is_none_is_told(tmp_path: Path, record: dict[str, Any], told: str) -> None:
     file = tmp_path / "worlds.jsonl"
     file.write_text(json.dumps(record))

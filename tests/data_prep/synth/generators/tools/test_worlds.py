@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 from collections.abc import Mapping
@@ -12,9 +11,8 @@ from typing import Any
 import pytest
 
 from data_prep.synth.generators.drawing import Draws
-from data_prep.synth.generators.tools.worlds import DAYS, places_of, tried, values_of
-from megatron_sov.judge.tools.virtual.spec import spec_of
-from megatron_sov.judge.tools.worlds.virtual import Virtual
+from data_prep.synth.generators.tools.worlds import fitting_values, tried
+from megatron_sov.judge.tools.worlds.virtual import Virtual, world_of
 from tests.typed_words import keys_of
 
 sys.path += [str(Path(__file__).parents[5] / "benchmarks"), str(Path(__file__).parents[2])]
@@ -26,12 +24,11 @@ from megatron_sov.base.errors import UserError
 from tests.data_prep.synth.models import shops, worlds
 
 ITEM = GeneratorItem("library-1", {"domain": "a library", "number": 1})
-FEW = WorldSettings(calls_per_tool=25)
-WHATS = {"result of another type": "honest schema", "argument that nothing uses": "honest schema",
-         "fails for arguments that it allows": "honest schema",
-         "never comes through": "every tool comes through",
-         "changes nothing": "every change takes place", "two tools alike": "distinct tools",
-         "too few tools": "size", "program in an expression": "sound", "no tools at all": "sound"}
+FEW = WorldSettings(calls_per_tool=8)
+WHATS = {"row of another type": "honest types", "argument that nothing uses": "honest types",
+         "fails for arguments that it allows": "honest types", "differs from call to call": "honest types",
+         "never comes through": "every tool comes through", "two tools alike": "distinct tools",
+         "too few tools": "size", "program that may not run": "sound", "no tools at all": "sound"}
 """Planted fault -> the check that sees it."""
 
 
@@ -51,7 +48,7 @@ def test_a_world_with_a_planted_fault_is_not_kept(what: str) -> None:
 
 
 def test_a_model_that_is_told_what_is_wrong_may_mend_it() -> None:
-    bent = worlds.BENT["result of another type"]
+    bent = worlds.BENT["row of another type"]
     told: list[str] = []
 
     def reply(request: Mapping[str, Any]) -> str:
@@ -62,7 +59,7 @@ def test_a_model_that_is_told_what_is_wrong_may_mend_it() -> None:
 
     sample, = samples_of(Worlds(FEW), ITEM, reply)
     assert sample.reason == "" and sample.notes == {"repairs": 1}
-    assert "- tool make_loan: its schema allows" in told[0] and len(told) == 1
+    assert "- tool make_loan: its types allow" in told[0] and len(told) == 1
 
 
 @pytest.mark.parametrize("text, reason", [
@@ -106,29 +103,27 @@ LIBRARY = Virtual.EXAMPLES[0]["world"]
 
 
 def test_a_sound_world_comes_through_and_the_same_name_makes_the_same_calls() -> None:
-    trial = tried(LIBRARY, "x", 20)
-    assert trial.lies == [] and trial.num_calls == 20 * 5
-    assert set(trial.successes) == {tool["name"] for tool in LIBRARY["tools"]}
+    trial = tried(LIBRARY, "x", 8)
+    assert trial.lies == [] and trial.num_calls > 5 * 8
+    assert set(trial.successes) == {call["name"] for call in LIBRARY["examples"]}
     assert set(trial.changes) == {"borrow_book", "extend_loan", "return_book"}
-    assert tried(LIBRARY, "x", 20) == trial != tried(LIBRARY, "y", 20)
+    assert tried(LIBRARY, "x", 8) == trial != tried(LIBRARY, "y", 8)
 
 
-def test_arguments_that_fit_are_read_from_the_steps() -> None:
-    spec = spec_of(LIBRARY)
-    fitting = values_of(spec, places_of(spec.tools["borrow_book"]), spec.first_tables())
-    assert fitting["member_id"] == ["M1", "M2"] and fitting["book_id"] == ["B1", "B2", "B3"]
-    assert set(DAYS) < set(fitting["due"])
-    found = values_of(spec, places_of(spec.tools["find_books"]), spec.first_tables())
-    assert "Four Reigns" in found["title"]
+def test_arguments_that_fit_stand_where_those_of_the_examples_do() -> None:
+    spec = world_of(LIBRARY)
+    tables = spec.first_tables()
+    assert fitting_values(spec, "borrow_book", "member_id", tables) == ["M1", "M2"]
+    assert fitting_values(spec, "borrow_book", "book_id", tables) == ["B3", "B1", "B2"]
+    assert fitting_values(spec, "borrow_book", "note", tables) == []
 
 
-def test_a_tool_that_cannot_do_what_its_schema_allows_is_told_with_the_call() -> None:
-    bent = copy.deepcopy(LIBRARY)
-    bent["tools"][2]["does"].pop(2)  # nothing asks any more whether `due` is a day
-    bent["tools"][2]["does"][-1] = {"return": {"loan_id": "loan.id", "due": "text(days('2026-01-01', due))"}}
-    lies = tried(bent, "x", 40).lies
-    assert len(lies) == 1 and lies[0].startswith("tool borrow_book: its schema allows {")
-    assert "is no day written YYYY-MM-DD" in lies[0]
+def test_a_tool_that_cannot_do_what_its_types_allow_is_told_with_the_call() -> None:
+    code = LIBRARY["code"].replace("    except ValueError:", "    except KeyError:")
+    assert code != LIBRARY["code"]
+    lies = tried({**LIBRARY, "code": code}, "x", 20).lies
+    assert {lie.partition(": its types")[0] for lie in lies} == {"tool borrow_book", "tool extend_loan"}
+    assert "ValueError: Invalid isoformat string" in lies[0]
 
 
 def test_draws_follow_from_their_names_and_are_even() -> None:

@@ -1,1 +1,0 @@
-"""Worlds that are data: tables, and tools whose behaviour is a list of steps over them."""
