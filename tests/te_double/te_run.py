@@ -10,8 +10,8 @@ from collections import Counter
 from typing import Any
 
 from megatron_sov.engine.parallel import world
-from megatron_sov.operate.contract import CONTRACT
 from tests.layouts import layout_run
+from tests.te_double.library_shapes import CONTRACT
 
 
 def one_step(recipe: str, settings: list[str], paths: list[str]) -> dict[str, Any]:

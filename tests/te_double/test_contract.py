@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.operate.contract import CONTRACT, Sources, deprecation, described, differences, is_same
 from tests.te_double import contract
+from tests.te_double.library_shapes import CONTRACT, Sources, deprecation, described, differences, is_same
 
 TE_RUN = str(Path(__file__).with_name("te_run.py"))
 THEIRS = json.loads(CONTRACT.read_text())
@@ -123,7 +123,8 @@ def test_our_calls_bind_to_the_real_signatures(part: str) -> None:
     symbols, bound = THEIRS[part]["symbols"], 0
     for name, by_place, keywords in contract.calls_of(part):
         home, _, method = name.rpartition(".")
-        shape = symbols.get(name) or (symbols.get(home) or {}).get(method)
+        owner = symbols.get(home)
+        shape = symbols.get(name) or (owner.get(method) if isinstance(owner, dict) else None)
         text = shape.get("__init__") if isinstance(shape, dict) else shape
         if text and text.startswith("("):
             contract.parsed(text).bind(*[None] * by_place, **dict.fromkeys(keywords))

@@ -19,7 +19,7 @@ from megatron_sov.model.config import (
     RunConfig, TrainConfig, apply_settings, data_paths, from_dict)
 from megatron_sov.model.config.post_training import METHODS
 from megatron_sov.model.config.run import RENAMED
-from megatron_sov.operate.contract import CONTRACT
+from tests.te_double.library_shapes import CONTRACT
 
 Small = Callable[..., RunConfig]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import shutil
 import sys
 from collections import namedtuple
@@ -13,6 +14,7 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.commands.operate import doctor
 from megatron_sov.commands.operate.doctor import MachineCheck
+from megatron_sov.operate import contract
 
 
 def module(folder: Path, name: str, text: str = "", **files: str) -> None:
@@ -121,25 +123,27 @@ def test_transformer_engine_is_what_imports(site: Path, monkeypatch: pytest.Monk
 
 
 def test_signatures_are_compared_with_those_that_this_project_calls(
-        site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of Transformer Engine one class is there, with other arguments, and the rest is gone."""
-    module(site, "transformer_engine",
-           pytorch="class Fp8Padding:\n    def __init__(self, num, alignment=16): ...")
-    monkeypatch.setattr(doctor, "installed_version", lambda name: "2.4.0" if "vllm" not in name else None)
-    warning, ok = doctor.contract_checks()
-    assert (warning.status, warning.remedy) == ("warning", doctor.TE_COMMAND)
-    assert warning.detail.startswith(
-        "transformer-engine 2.4.0 differs from 2.20.2, against which this project was read: transformer_")
-    assert (ok.status, ok.detail) == ("ok", "megatron-core, torch: as this project calls them")
-
-
-def test_sources_that_cannot_be_read_are_told(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "CONTRACT_LIBRARIES", {"transformer_engine": "transformer-engine"})
-    monkeypatch.setattr(doctor, "installed_version", lambda name: "2.20.2")
-    module(site, "transformer_engine", "if 0:\n    from .broken import *", pytorch="")
-    (site / "transformer_engine/broken.py").write_text("(")
-    check = only(doctor.contract_checks())
-    assert check.status == "warning" and " cannot be read (SyntaxError: " in check.detail
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [contract.first_difference(name)[1] for name in ("megatron.core", "torch")] == ["", ""]
+    (tmp_path / "engine_double").mkdir()
+    wanted = {"f": "a, *, b=1", "A": "", "A.g": "self, x"}
+    (tmp_path / "contract.json").write_text(json.dumps(
+        {"engine_double": {"version": "2", "files": {"engine_double/__init__.py": wanted}}}))
+    monkeypatch.setattr(contract, "CONTRACT", tmp_path / "contract.json")
+    monkeypatch.setattr(doctor, "CONTRACT_LIBRARIES", {"engine_double": "engine-double"})
+    monkeypatch.setattr(doctor, "installed_version", lambda name: "1")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    said = []
+    for text in ("try:\n    def f(a: int, *, b: int = 1): ...\nfinally: 0\nclass A:\n    def g(self, x): ...",
+                 "def f(a, *, b=2): ...", "def f(a, *, b=1): ...\nclass A: ..."):
+        (tmp_path / "engine_double/__init__.py").write_text(text)
+        said.append(only(doctor.contract_checks()).detail)
+    read = "engine-double 1 differs from 2, against which this project was read: "
+    assert said == ["engine-double: as this project calls them",
+                    f"{read}f of engine_double/__init__.py takes (a, *, b=2), not (a, *, b=1)",
+                    f"{read}A.g of engine_double/__init__.py is gone"]
+    (tmp_path / "engine_double/__init__.py").write_text("(")
+    assert " cannot be read (SyntaxError: " in only(doctor.contract_checks()).detail
 
 
 def test_a_machine_with_gpus_cannot_train_without_transformer_engine(
