@@ -8,7 +8,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup check test deep suite compiled lint style types slurm browser newest demo docs scripts contract lock wheel clean
+.PHONY: help setup check test deep suite compiled lint style types slurm browser demo docs scripts contract lock wheel clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -45,6 +45,9 @@ $(STAMP):
 	fi; \
 	"$(PY)" -c 'import pip' >/dev/null 2>&1 || { echo "$(VENV): $$("$$python" --version)"; "$$python" -m venv --clear "$(VENV)"; }
 	@echo "$(VENV): installing $$(grep -c == constraints.txt) packages at most, torch among them: 2 to 5 minutes"
+	@if "$(PY)" -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then \
+	  echo "megatron-core: its sources run on Python 3.11, its metadata ask for 3.12; built here with --ignore-requires-python"; \
+	  "$(PY)" $(PIP_INSTALL) --quiet --no-deps --ignore-requires-python "$$(grep '^megatron-core==' constraints.txt)"; fi
 	@for attempt in 1 2 3; do \
 	  if PYTHONUNBUFFERED=1 "$(PY)" $(PIP_INSTALL) --progress-bar off -e '.[dev]' -c constraints.txt | { $(SHOW_PIP); }; \
 	  then break; fi; \
@@ -75,6 +78,7 @@ browser:  ## install Chromium for the tests that open pages in a browser, where 
 
 test: style  ## lint, and beside mypy the tests of tier 1 (tests/tiers.py); installs nothing, asks no index
 	$(MAKE) -j 2 types suite
+	@"$(PY)" tests/releases.py
 
 # What takes longest comes first, and what takes shortest last: then no fork of pytest waits long for the others.
 LONGEST := $(addprefix tests/,operate/slurm e2e benchmarks layouts te_double commands engine post infer train \
@@ -97,10 +101,6 @@ suite: compiled
 deep: slurm browser compiled  ## tier 2: real Slurm, browser, every layout, kills, larger models; FIFTH=0 to 4: of every fifth file
 	$(FREED_AT_ONCE) OMP_NUM_THREADS=1 "$(PY)" tests/made_once.py $(PYTEST) -m deep $(if $(FIFTH),--fifth $(FIFTH))
 
-NEWEST := $(addprefix tests/,te_double engine checkpoint layouts convert train e2e)
-newest: setup  ## the tests of layers that touch megatron-core, on the version that this Python has not installed: build/newest
-	OMP_NUM_THREADS=1 "$(PY)" tests/newest.py -q -p tests.forks --forks 2 $(NEWEST)
-
 demo: setup  ## raw text to a trained, converted and judged model on this machine, minutes on two cores
 	"$(PY)" demo.py $${CORPUS:+--corpus "$$CORPUS"}
 
@@ -120,17 +120,18 @@ scripts: setup  ## renew slurm/scripts from slurm/chains
 	  name=$$(basename "$$chain" .yaml); "$(PY)" -m megatron_sov submit chain "$$name" --scripts "slurm/scripts/$$name"; \
 	done
 
-contract: setup  ## renew tests/te_double/contract.json from the wheels of Transformer Engine and megatron-core
+contract: setup  ## renew megatron_sov/operate/contract.json: signatures of megatron-core, Transformer Engine, vLLM, torch
 	"$(PY)" tests/te_double/contract.py
 
 # torch moves by hand (edit its line first): its builds differ per index, and it pins the CUDA libraries that come with it.
-# megatron-core's two lines do, too.
+# megatron-core moves with its line in setup.py.
 lock: setup  ## renew constraints.txt: newest versions that fit setup.py, in a fresh environment; torch stays
 	rm -rf build/lock
 	"$(PY)" -m venv build/lock
+	build/lock/bin/python $(PIP_INSTALL) --quiet --no-deps --ignore-requires-python "$$(grep -o 'megatron-core==[^"]*' setup.py)"
 	build/lock/bin/python $(PIP_INSTALL) --quiet '.[dev]' "$$(grep '^torch==' constraints.txt)"
-	{ grep '^#' constraints.txt; { grep '^megatron-core' constraints.txt; build/lock/bin/python -m pip freeze --all --exclude pip \
-	  --exclude megatron-sov | sed 's/+[a-z0-9.]*$$//' | grep -v -E '^(nvidia|cuda|triton|megatron-core)'; } | sort -f; } > build/constraints.txt
+	{ grep '^#' constraints.txt | sed "s/^# Locked on .*/# Locked on $$(date +%F)./"; { build/lock/bin/python -m pip freeze --all --exclude pip \
+	  --exclude megatron-sov | sed 's/+[a-z0-9.]*$$//' | grep -v -E '^(nvidia|cuda|triton)'; } | sort -f; } > build/constraints.txt
 	mv build/constraints.txt constraints.txt
 	rm -rf build/lock
 

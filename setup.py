@@ -14,9 +14,7 @@ DATA_FILES = ("j2", "css", "js", "json", "jsonl", "yaml", "sh", "sbatch", "md")
 
 INSTALL_REQUIRES = [
     "torch>=2.6",
-    # two lanes: the last one for Python 3.11, and today's (megatron_sov/engine/lanes.py)
-    "megatron-core==0.16.1; python_version < '3.12'",
-    "megatron-core==0.19.2; python_version >= '3.12'",
+    "megatron-core==0.19.2",  # Python 3.11: docs/install.md
     "numpy",
     "cloudpickle",
     "numba",

@@ -342,18 +342,6 @@ def te_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     yield from _worker(tmp_path_factory.mktemp("te_worker"), "te_worker", TE_DOUBLE)
 
 
-@pytest.fixture(scope="session")
-def newest_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
-    """One worker with the newer version of megatron-core, fetched on first use."""
-    from tests import newest
-
-    try:
-        folder = newest.unpacked()
-    except OSError as e:
-        pytest.skip(str(e))
-    yield from _worker(tmp_path_factory.mktemp("newest_worker"), "newest_worker", folder)
-
-
 @pytest.fixture
 def ranks(tmp_path: Path, worker: Worker) -> Ranks:
     """Return `run(Job, ...)`, which gives each job's results, one per rank."""
@@ -364,12 +352,6 @@ def ranks(tmp_path: Path, worker: Worker) -> Ranks:
 def te_ranks(tmp_path: Path, te_worker: Worker) -> Ranks:
     """Return what `ranks` is, with Transformer Engine's double."""
     return _ranks_of(te_worker, tmp_path / "te_jobs")
-
-
-@pytest.fixture
-def newest_ranks(tmp_path: Path, newest_worker: Worker) -> Ranks:
-    """Return what `ranks` is, with the newer version of megatron-core."""
-    return _ranks_of(newest_worker, tmp_path / "newest_jobs")
 
 
 def _ranks_of(worker: Worker, folder: Path) -> Ranks:

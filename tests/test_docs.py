@@ -252,7 +252,6 @@ def test_make_test_installs_nothing_and_asks_no_index() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = dict(re.findall(r"^(\w+):([^#\n]*)", makefile, re.MULTILINE))
     assert not {"slurm", "browser"} & set(f"{targets['test']} {targets['suite']}".split())
-    assert "newest.py --releases" not in makefile
     for page in ("README.md", "CONTRIBUTING.md", "docs/install.md"):  # `make deep` does
         assert "make deep" in (ROOT / page).read_text(), page
 

@@ -25,7 +25,7 @@ from typing import Any
 from setting import ROOT
 
 sys.path.append(str(ROOT))
-from tests import newest
+from tests import releases
 from tests.te_double.contract import TE_VERSION
 
 TRITON = "3.9.0"
@@ -45,7 +45,7 @@ def triton_folder() -> Path | None:
     """
     if find_spec("triton"):
         return None
-    folder = newest.fetched("triton", TRITON, platform.python_version().rpartition(".")[0], _is_of_triton)
+    folder = releases.fetched("triton", TRITON, platform.python_version().rpartition(".")[0], _is_of_triton)
     for program in folder.glob("triton/backends/nvidia/bin/ptxas*"):
         program.chmod(0o755)  # which zipfile forgets
     return folder
@@ -87,7 +87,7 @@ def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
 
 def stub_transformer_engine() -> None:
     """Let modules of Transformer Engine that hold Triton alone be imported from its wheel."""
-    home = newest.fetched("transformer-engine", TE_VERSION) / "transformer_engine"
+    home = releases.fetched("transformer-engine", TE_VERSION) / "transformer_engine"
     for name in ("", ".common", ".common.triton", ".pytorch", ".pytorch.triton"):
         stub(f"transformer_engine{name}", home / name.replace(".", "/").lstrip("/"))
 
@@ -103,11 +103,10 @@ def stub_megatron(home: Path) -> None:
 
 
 def megatrons() -> dict[str, Path]:
-    """Return the two versions of megatron-core: the installed one, and the newer one from its wheel."""
+    """Return the folder of the installed megatron-core by its version."""
     spec = find_spec("megatron")
     assert spec and spec.submodule_search_locations
-    return {metadata.version("megatron-core"): Path(next(iter(spec.submodule_search_locations))).parent,
-            newest.lane(): newest.fetched("megatron-core", newest.lane())}
+    return {metadata.version("megatron-core"): Path(next(iter(spec.submodule_search_locations))).parent}
 
 
 def error(found: Any, expected: Any) -> float:

@@ -6,9 +6,9 @@ import sys
 import types
 from typing import Any
 
-os.environ.setdefault("NO_VCS_VERSION", "1")  # 0.19 asks git for its commit, and would be told ours
+os.environ.setdefault("NO_VCS_VERSION", "1")  # the library asks git for its commit, and would get ours
 
-# Version 0.19 imports the kernels of its paged stash of experts' inputs whatever is set. They need triton,
+# The library imports the kernels of its paged stash of experts' inputs whatever is set. They need triton,
 # which comes with torch's CUDA builds alone, and no setting here reaches them.
 if importlib.util.find_spec("triton") is None:
     _absent: Any = types.ModuleType("megatron.core.transformer.moe.ops.paged_stash")

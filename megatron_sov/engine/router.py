@@ -1,7 +1,7 @@
 """The router: top-k routing as in transformers, with padding left out and the balancing loss normalised
 over the global batch; and the choice of a generator again, where the step has a table of routes.
 
-Three properties of megatron-core 0.16.1 make an own class necessary: with per-token losses its auxiliary
+Three properties of the library's router make an own class necessary: with per-token losses its auxiliary
 losses are divided by the sequence- and context-parallel sizes (a result that depends on the layout); its
 expert counts cannot take a padding mask (shapes [tokens] and [tokens, experts] do not broadcast); and it does
 not normalise the weight of a single chosen expert.
@@ -247,7 +247,7 @@ class RoutingStep:
 def let_routes_go() -> None:
     """Have the all-to-all dispatcher let go what it has of a micro-batch's routes when the tokens are back.
 
-    Defect of 0.16 and 0.19: it keeps them until the layer's next forward pass, and with the weights the graph
+    Defect of the library: it keeps them until the layer's next forward pass, and with the weights the graph
     of the router.  Where layers are computed again that graph ends in the layer's input, which stays with its
     gradient: of 48 layers, 4,096 tokens and a width of 4,096 the backward pass leaves 1.9 GB more behind.
     """
@@ -259,7 +259,7 @@ _combine = MoEAlltoAllTokenDispatcher.combine_postprocess
 
 def _combined(dispatcher: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     found: torch.Tensor = _combine(dispatcher, *args, **kwargs)
-    # under graphs 0.16 never sets the weights again, and asks those of the capture for their dtype
+    # a replay of a graph does not set the weights again, and the library asks them for their dtype
     dispatcher.probs = dispatcher.probs.new_empty(0)
     dispatcher.routing_map = dispatcher.reversed_local_input_permutation_mapping = None
     return found

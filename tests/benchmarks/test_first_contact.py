@@ -17,7 +17,7 @@ import torch
 
 from megatron_sov import recipes
 from megatron_sov.model.config import apply_settings
-from tests import newest
+from tests import releases
 from tests.te_double.contract import TE, TE_VERSION
 from tests.te_double.library_shapes import CONTRACT, Sources, differences
 
@@ -168,7 +168,7 @@ def test_the_double_has_the_contracts_shape(tmp_path: Path) -> None:
 @pytest.mark.deep
 def test_the_real_library_has_the_contracts_shape() -> None:
     try:
-        sources = Sources(newest.fetched("transformer-engine", TE_VERSION))
+        sources = Sources(releases.fetched("transformer-engine", TE_VERSION))
     except OSError as e:
         pytest.skip(str(e))
     assert list(differences(SYMBOLS, sources)) == []

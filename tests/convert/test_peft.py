@@ -35,7 +35,8 @@ def saved(recipe: str, settings: list[str], folder: str) -> dict[str, Any]:
     from megatron_sov.checkpoint import load
     from megatron_sov.convert import export_weights
     from megatron_sov.engine.decode.forward_only import ForwardModel
-    from megatron_sov.engine.model.language_model import ModelInputs, build
+    from megatron_sov.engine.model.chunk import ModelInputs
+    from megatron_sov.engine.model.language_model import build
     from megatron_sov.engine.model.local_shards import local_shards
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import apply_settings

@@ -117,8 +117,8 @@ def steps(layout: dict[str, Any], settings: list[str], recorded: str, *, records
     import torch
 
     from megatron_sov.engine.decode import forward_only
+    from megatron_sov.engine.model.chunk import ModelInputs
     from megatron_sov.engine.model.expert_load import ExpertLoad
-    from megatron_sov.engine.model.language_model import ModelInputs
     from megatron_sov.engine.model.logprobs import head_of
     from megatron_sov.engine.model.replica_checks import gradients
     from megatron_sov.engine.optimizer.optimizer import Optimizer

@@ -85,7 +85,7 @@ def left_by_a_pass() -> list[bool]:
     import torch
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-    from megatron_sov.engine.model.language_model import ModelInputs
+    from megatron_sov.engine.model.chunk import ModelInputs
     from tests.tiny import tiny_model
 
     _, model = tiny_model("tiny-solar-open", "train.recompute=true")

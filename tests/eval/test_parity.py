@@ -111,7 +111,7 @@ def test_the_card_says_everything_and_the_run_hears_of_it(
     assert card["a"] == {"path": str(checkpoint), "kind": "checkpoint",
                          "manifest_sha256": manifest_sha256(checkpoint)}
     assert card["b"] == {"path": str(hf), "kind": "hf_model"}
-    assert card["logits"]["prompts"]["lengths"] == [3, 30] and card["versions"]["megatron-core"] == "0.16.1"
+    assert card["logits"]["prompts"]["lengths"] == [3, 30] and card["versions"]["megatron-core"] == "0.19.2"
     assert card["tensors"]["model.norm.weight"] | {"sha256": 0} == {
         "shape": [[32], [32]], "dtype": ["float32"] * 2, "sha256": 0, "equal": True, "difference": 0.0}
     (event,) = read_events(tmp_path / EVENTS)

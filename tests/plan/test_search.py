@@ -211,7 +211,7 @@ def test_no_other_cut_has_a_faster_slowest_stage(beside: float) -> None:
 
 def played(pp: int, vpp: int, runs: Sequence[int], beside: float, num_micro_batches: int) -> float:
     """Return the length of a step, a layer's forward pass being 1 and its backward pass 2: the
-    library's order of passes (`megatron.core.pipeline_parallel.schedules`, 0.16.1), each begun when its input
+    library's order of passes (`megatron.core.pipeline_parallel.schedules`, 0.19.2), each begun when its input
     is there."""
     total, length = num_micro_batches * vpp, list(runs)
     orders: list[Iterator[tuple[int, int, int]]] = []

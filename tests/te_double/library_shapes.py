@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,20 +21,31 @@ tests/te_double/contract.py."""
 COMPUTED = "..."
 """Stands for a default that is the result of a call or a condition."""
 
+_MARK = re.compile(r"\bis deprecated|^deprecated\b|deprecated\(|deprecated and will be", re.IGNORECASE)
+
 
 class Sources:
     """Packages below one folder, as their sources say."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self.module = functools.cache(self._module)
 
     def _module(self, name: str) -> ast.Module | None:
-        place = self._folder / name.replace(".", "/")
-        for file in (place / "__init__.py", place.with_suffix(".py")):
-            if file.is_file():
-                return ast.parse(file.read_bytes())  # by the encoding that the file declares
-        return None
+        file = self.file(name)
+        # bytes: by the encoding that the file declares
+        return None if file is None else ast.parse(file.read_bytes())
+
+    def file(self, name: str) -> Path | None:
+        """Return the source file of a module, or None."""
+        place = self.folder / name.replace(".", "/")
+        return next((f for f in (place / "__init__.py", place.with_suffix(".py")) if f.is_file()), None)
+
+    def path_in_wheel(self, name: str) -> str:
+        """Return the path of a module's source file below the folder of the packages."""
+        file = self.file(name)
+        assert file is not None, name
+        return file.relative_to(self.folder).as_posix()
 
     def find(self, path: str, seen: set[str] | None = None) -> tuple[str, ast.AST] | None:
         """Return the module that defines a dotted name, and the definition (of a module: itself); None:
@@ -68,7 +80,7 @@ class Sources:
         if not node.level:
             origin = node.module or ""
         else:
-            package = self._folder / home.replace(".", "/") / "__init__.py"
+            package = self.folder / home.replace(".", "/") / "__init__.py"
             parts = home.split(".")
             parts = parts[:len(parts) - node.level + package.is_file()]
             origin = ".".join([*parts, *([node.module] if node.module else [])])
@@ -246,7 +258,28 @@ def differences(symbols: dict[str, Any], sources: Sources) -> Iterator[str]:
 
 def installed(package: str) -> Sources | None:
     """Return the sources of an installed package; None: it is not here."""
-    spec = importlib.util.find_spec(package)
+    spec = importlib.util.find_spec(package.partition(".")[0])
     if spec is None or not spec.submodule_search_locations:
         return None
     return Sources(Path(next(iter(spec.submodule_search_locations))).parent)
+
+
+def deprecation(sources: Sources, path: str) -> str:
+    """Return the text by which a library marks a class or function as deprecated; "": it does not.
+
+    The mark is a decorator, the docstring, or a warning among the unconditional statements of the function,
+    of a class: of its `__init__`.
+    """
+    found = sources.find(path)
+    if found is None or not isinstance(found[1], (ast.ClassDef, ast.FunctionDef)):
+        return ""
+    node = found[1]
+    functions = [node] if isinstance(node, ast.FunctionDef) else [
+        method for name, method in sources.methods(found[0], node) if name == "__init__"]
+    marks = [ast.unparse(decorator) for decorator in node.decorator_list]
+    marks.append(ast.get_docstring(node) or "")
+    for function in functions:
+        marks += [constant.value for statement in function.body if isinstance(statement, ast.Expr)
+                  for constant in ast.walk(statement)
+                  if isinstance(constant, ast.Constant) and isinstance(constant.value, str)]
+    return next((mark for mark in marks if _MARK.search(mark)), "")

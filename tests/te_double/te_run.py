@@ -7,11 +7,11 @@ import inspect
 import json
 import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from megatron_sov.engine.parallel import world
 from tests.layouts import layout_run
+from tests.te_double.library_shapes import CONTRACT
 
 
 def one_step(recipe: str, settings: list[str], paths: list[str]) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def one_step(recipe: str, settings: list[str], paths: list[str]) -> dict[str, An
 def recorded_calls(recipe: str, settings: list[str], paths: list[str]) -> list[list[Any]]:
     """Train one step; return every call of a name in the contract: [name, method or None, positional
     arguments, names of the others]."""
-    contract = json.loads(Path(__file__).with_name("contract.json").read_text())
+    contract = json.loads(CONTRACT.read_text())
     calls: set[tuple[Any, ...]] = set()
     for name, shape in contract["transformer_engine"]["symbols"].items():
         home, _, last = name.rpartition(".")

@@ -77,8 +77,7 @@ def test_a_process_whose_experts_get_no_token_gives_zeros(te_ranks: Any, job: An
 
 @pytest.mark.distributed
 def test_a_router_multiplies_in_transformer_engine(te_ranks: Any, job: Any, packed_data: Any) -> None:
-    """bf16 operands into float32 logits, and gradients of float32; megatron-core 0.16.1 alone would find no
-    product, and cast the tokens for torch's."""
+    """bf16 operands into float32 logits, and gradients of float32."""
     (found,), = te_ranks(job(TE_RUN, "one_step", 1, {
         "recipe": "tiny-qwen3-moe", "paths": [str(packed_data.text)],
         "settings": ["train.precision=bf16", "model.num_layers=2", "model.num_experts=4"]}))

@@ -1,23 +1,20 @@
-"""What is called has the shape that the real libraries have: contract.json holds theirs, of both versions of
-megatron-core."""
+"""What is called has the shape that the real libraries have: contract.json holds theirs."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests import newest
 from tests.te_double import contract
-from tests.te_double.library_shapes import Sources, differences
+from tests.te_double.library_shapes import CONTRACT, Sources, deprecation, described, differences, is_same
 
 TE_RUN = str(Path(__file__).with_name("te_run.py"))
-THEIRS = json.loads(contract.CONTRACT.read_text())
+THEIRS = json.loads(CONTRACT.read_text())
 TE: dict[str, Any] = THEIRS[contract.TE]["symbols"]
-OURS = contract.Sources(Path(__file__).parent)
+OURS = Sources(Path(__file__).parent)
 RENEW = "make contract renews contract.json; read its difference first"
 NOT_DOUBLED = {
     "attention.rope.apply_fused_qkv_rotary_pos_emb", "constants.TE_DType", "cpp_extensions.cast_to_fp8",
@@ -30,7 +27,7 @@ NOT_DOUBLED = {
 }
 """Names that megatron-core does without here: of inference, its own CUDA graphs, offload, delayed scaling and
 its own loss."""
-NOT_DOUBLED_OF_0_19 = {
+NOT_REACHED = {
     "constants.MXFP8_BLOCK_SCALING_SIZE", "constants.NVFP4_BLOCK_SCALING_SIZE",
     "distributed._NVFP4AllGatherAsyncHandle", "ep", "ep.EpBuffer", "ep._BOOTSTRAPPED", "ep.ep_bootstrap",
     "ep.ep_combine", "ep.ep_dispatch", "ep.ep_finalize", "ep.is_symm_backed", "ep.symm_mem_alloc",
@@ -40,7 +37,7 @@ NOT_DOUBLED_OF_0_19 = {
     "utils.nvtx_range_pop", "utils.nvtx_range_push",
     "utils.round_up_to_nearest_multiple",
 }
-"""Those that 0.19 alone uses: of NCCL's expert dispatcher, grouped weights and other storages of them."""
+"""Of NCCL's expert dispatcher, grouped weights and other storages of them."""
 
 REASONS = {
     "architecture": "no family of models here has it",
@@ -59,17 +56,17 @@ REASONS = {
 
 @pytest.mark.parametrize("name", sorted(TE))
 def test_the_double_has_the_real_signatures(name: str) -> None:
-    ours, theirs = contract.described(OURS, name), TE[name]
+    ours, theirs = described(OURS, name), TE[name]
     if ours is None:
         assert theirs is None or name.removeprefix(f"{contract.TE}.pytorch.") in (
-            NOT_DOUBLED | NOT_DOUBLED_OF_0_19)
+            NOT_DOUBLED | NOT_REACHED)
     elif isinstance(theirs, dict):
         wrong = {method: (text, theirs.get(method)) for method, text in ours.items()
-                 if method not in theirs or not contract.is_same(text, theirs[method])}
+                 if method not in theirs or not is_same(text, theirs[method])}
         assert not wrong, "(the double's, the real one's)"
     elif theirs != "extension":  # a compiled function: its C++ signature is in no Python source
         assert theirs is not None, "the real library has no such name, and megatron-core goes another way"
-        assert contract.is_same(ours, theirs)
+        assert is_same(ours, theirs)
 
 
 @pytest.mark.distributed
@@ -90,11 +87,7 @@ def test_calls_of_a_training_step_bind_to_the_real_signatures(te_ranks: Any, job
 
 @pytest.mark.deep
 def test_the_contract_is_about_what_is_used() -> None:
-    installed = contract.te_names(contract.megatron_folder())
-    # what the other version alone uses is in there, too
-    assert installed <= set(TE), RENEW
-    if newest.is_here():
-        assert set(TE) == installed | contract.te_names(newest.unpacked()), RENEW
+    assert set(TE) == contract.te_names(), RENEW
     assert OURS.module(contract.TE) is not None
     assert [THEIRS[part]["version"] for part in (contract.TE, contract.VLLM, contract.DEEP_EP)] == [
         contract.TE_VERSION, contract.VLLM_VERSION, contract.DEEP_EP_COMMIT], RENEW
@@ -103,10 +96,8 @@ def test_the_contract_is_about_what_is_used() -> None:
 
 
 def test_the_installed_megatron_core_has_the_contracts_shape() -> None:
-    installed = contract.megatron_part(contract.megatron_folder(),
-                                       importlib.metadata.version("megatron-core"))
-    assert installed["version"] in [newest.lane(marker) for marker in newest.PYTHONS]
-    theirs = contract.megatron_contract(THEIRS, installed["version"])
+    installed, theirs = contract.megatron_part(), THEIRS[contract.MEGATRON]
+    assert installed["version"] == theirs["version"]
     for part in ("symbols", "fields"):
         changed = {name: (found, theirs[part].get(name)) for name, found in installed[part].items()
                    if found != theirs[part].get(name)}
@@ -118,23 +109,22 @@ def test_the_installed_megatron_core_has_the_contracts_shape() -> None:
 @pytest.mark.parametrize("config", contract.CONFIGS)
 def test_every_field_is_set_or_was_looked_at(config: str) -> None:
     """A field of a new version may change what is trained, and one that is set is no longer left alone."""
-    fields = contract.fields_of(THEIRS, config)
+    fields = set(THEIRS[contract.MEGATRON]["fields"][config])
     reviewed = json.loads(contract.REVIEWED.read_text())[config]
     by_us = contract.fields_set()
     assert not fields - by_us - set(reviewed), "set it, or write into reviewed_fields.json why not"
     stale = set(reviewed) & by_us | set(reviewed) - fields
-    assert not stale, "python tests/te_double/contract.py --megatron takes them off the list"
+    assert not stale, "python tests/te_double/contract.py --installed takes them off the list"
     assert set(reviewed.values()) <= set(REASONS)
 
 
-@pytest.mark.parametrize("part", [part for part in THEIRS if part not in (contract.TE, contract.DEEP_EP)])
+@pytest.mark.parametrize("part", [contract.MEGATRON, contract.VLLM])
 def test_our_calls_bind_to_the_real_signatures(part: str) -> None:
-    package, _, version = part.partition(" ")
-    symbols = (contract.megatron_contract(THEIRS, version) if version else THEIRS[package])["symbols"]
-    bound = 0
-    for name, by_place, keywords in contract.calls_of(package):
+    symbols, bound = THEIRS[part]["symbols"], 0
+    for name, by_place, keywords in contract.calls_of(part):
         home, _, method = name.rpartition(".")
-        shape = symbols.get(name) or (symbols.get(home) or {}).get(method)
+        owner = symbols.get(home)
+        shape = symbols.get(name) or (owner.get(method) if isinstance(owner, dict) else None)
         text = shape.get("__init__") if isinstance(shape, dict) else shape
         if text and text.startswith("("):
             contract.parsed(text).bind(*[None] * by_place, **dict.fromkeys(keywords))
@@ -143,21 +133,43 @@ def test_our_calls_bind_to_the_real_signatures(part: str) -> None:
     assert bound > (2 if part == contract.VLLM else 5)
 
 
+GPT_MODEL = "megatron.core.models.gpt.gpt_model.GPTModel"
+
+
+def test_nothing_deprecated_of_the_library_is_subclassed_or_called() -> None:
+    sources = Sources(contract.site_folder("megatron"))
+    names = contract.used(contract.ROOT / "megatron_sov", contract.MEGATRON) | set(contract.REACHED)
+    found = {name: mark for name in sorted(names) if (mark := deprecation(sources, name))}
+    assert not found, "the library will remove them: use what it names in their place"
+    assert GPT_MODEL not in names and deprecation(sources, GPT_MODEL).startswith("GPTModel IS DEPRECATED")
+
+
+@pytest.mark.parametrize(("source", "is_marked"), [
+    ("@deprecated('use B')\nclass A: ...", True), ("class A:\n    'Deprecated: use B.'", True),
+    ("class A:\n    def __init__(self):\n        warn('A is deprecated')", True),
+    ("class A:\n    def __init__(self, b=None):\n        if b:\n            warn('b is deprecated')", False),
+    ("def A():\n    warn('A is deprecated')", True),
+    ("class A:\n    def f(self):\n        'is deprecated'", False)])
+def test_a_mark_of_deprecation_is_found(source: str, is_marked: bool, tmp_path: Path) -> None:
+    (tmp_path / "library.py").write_text(source)
+    assert bool(deprecation(Sources(tmp_path), "library.A")) is is_marked
+
+
 def test_sources_may_import_and_inherit_in_a_circle(tmp_path: Path) -> None:
     (tmp_path / "one.py").write_bytes("# coding: latin-1\n# é\nfrom two import *\n".encode("latin-1"))
     (tmp_path / "two.py").write_text("# 가\nfrom one import *\n@dataclass\nclass A(B):\n    a: int = 1\n"
                                      "@dataclass\nclass B(A):\n    b: int = 2\n    def f(self, x): ...\n",
                                      encoding="utf-8")
     sources = Sources(tmp_path)
-    assert contract.described(sources, "one.absent") is None
-    assert contract.described(sources, "one.A") == {"__init__": "(b=2, a=1)", "f": "(x)"}
+    assert described(sources, "one.absent") is None
+    assert described(sources, "one.A") == {"__init__": "(b=2, a=1)", "f": "(x)"}
 
 
 @pytest.mark.parametrize(("ours", "theirs", "same"), [
     ("(a, b=(1, 2), c='x, y')", "(a, b=..., c=...)", True), ("(b=(1, 2))", "(b=(1, 3))", False),
     ("(b=(1, 2), c=3)", "(b=...)", False), ("(*, a=-1, **more)", "(*, a=..., **more)", True)])
 def test_a_computed_default_agrees_with_any(ours: str, theirs: str, same: bool) -> None:
-    assert contract.is_same(ours, theirs) is contract.is_same(theirs, ours) is same
+    assert is_same(ours, theirs) is is_same(theirs, ours) is same
 
 
 def test_an_older_deep_ep_is_told_from_today_s(tmp_path: Path) -> None:

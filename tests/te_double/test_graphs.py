@@ -34,7 +34,7 @@ CASES: dict[str, tuple[str, int, tuple[str, ...], dict[str, Any], list[int]]] = 
         'gpu.recompute_modules=["core_attn", "shared_experts"]'), {"steps": 2}, [2 * 2 * 4] * 2),
     "split layers": ("tiny-k-exaone", 2, ("model.num_layers=3", "parallel.tp=2", "parallel.sp=true",
                                           "parallel.ep=2"), {"steps": 2}, [2 * 2 * 4] * 2),
-    # 0.16 asks the weights of the capture for their dtype
+    # the library asks the weights of the capture for their dtype
     "split experts": ("tiny-k-exaone", 2, ("model.num_layers=3", "parallel.tp=2", "parallel.sp=true",
                                            "parallel.etp=2"), {"steps": 2}, [2 * 2 * 4] * 2),
     "hidden sums and gathers": ("tiny-solar-open", 2, (

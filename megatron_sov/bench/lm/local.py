@@ -23,7 +23,8 @@ import torch
 from megatron_sov.base.errors import UserError
 from megatron_sov.bench.lm.answers import Answer, Answers, AnswerScore, Request, Write, readings
 from megatron_sov.engine.decode.forward_only import Inputs
-from megatron_sov.engine.model.language_model import ModelInputs, states_for_head
+from megatron_sov.engine.model.chunk import ModelInputs
+from megatron_sov.engine.model.language_model import states_for_head
 from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.engine.parallel import collectives, context
 from megatron_sov.engine.parallel.device import local_device

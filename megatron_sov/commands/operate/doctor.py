@@ -26,8 +26,9 @@ from typing import Literal
 import psutil
 
 from megatron_sov.base.artifacts import to_json
-from megatron_sov.base.errors import ExitCode, UserError, how_to_install
+from megatron_sov.base.errors import ExitCode, UserError, how_to_install, told_in_a_line
 from megatron_sov.base.settings import add_options, read_options
+from megatron_sov.operate.contract import first_difference
 from megatron_sov.sandbox.sandbox import machine_enclosure
 from megatron_sov.version import OUR_PACKAGES
 from megatron_sov.work.clusters.units import GIB
@@ -41,8 +42,9 @@ REQUIRED_PACKAGES = ("numpy", "megatron-core", "transformers", "tokenizers", "sa
                      "jinja2", "tqdm", "psutil", "tiktoken", "pyarrow", "blake3", "numba")
 OPTIONAL_PACKAGES = {"tensorboard": "trackers", "wandb": "trackers", "math-verify": "rl",
                      "httpx": "judge", "aiohttp": "serve", "ray": "ray"}
-TE_VERSION = "2.20.2"
-"""Of Transformer Engine, that this project was read and tried with."""
+CONTRACT_LIBRARIES = {"megatron.core": "megatron-core", "torch": "torch",
+                      "transformer_engine": "transformer-engine", "vllm": "vllm"}
+"""Package of `operate/contract.json` -> its distribution."""
 TE_COMMAND = how_to_install("gpu", "--no-build-isolation") + " (needs a CUDA toolchain, see docs/install.md)"
 DEEP_EP_REMEDY = ("build the commit that containers/install.sh names: DEEPEP_ARCH=10.0 sh "
                   "containers/install.sh")
@@ -71,8 +73,8 @@ def all_checks() -> list[MachineCheck]:
     """Look at everything, in the order in which it is read: what is needed first,
     then accelerators, cluster, machine."""
     groups = (python_checks, package_checks, shadow_checks, torch_checks, transformer_engine_checks,
-              quantization_checks, deep_ep_checks, linear_attention_checks, optional_checks, sandbox_checks,
-              slurm_checks, machine_checks)
+              contract_checks, quantization_checks, deep_ep_checks, linear_attention_checks,
+              optional_checks, sandbox_checks, slurm_checks, machine_checks)
     return [check for group in groups for check in group()]
 
 
@@ -183,17 +185,36 @@ def transformer_engine_checks() -> Iterator[MachineCheck]:
         yield MachineCheck("Transformer Engine", "broken" if gpu else "warning",
                            f"is installed but does not import ({type(e).__name__}: {first_line})", TE_COMMAND)
         return
-    version = installed_version("transformer-engine")
-    if version and version.split(".")[:2] != TE_VERSION.split(".")[:2]:
-        yield MachineCheck("Transformer Engine", "warning",
-                           f"{version} is not {TE_VERSION}, which this project was read and tried with",
-                           TE_COMMAND)
-        return
     if gpu and (found := _other_cudnn()):
         yield MachineCheck("Transformer Engine", "warning", found, 'export CUDNN_HOME="$(python -c \'import '
                            'nvidia.cudnn as n; print(n.__path__[0])\')" for all processes: torch\'s own')
         return
-    yield MachineCheck("Transformer Engine", "ok", version or "imports")
+    yield MachineCheck("Transformer Engine", "ok", installed_version("transformer-engine") or "imports")
+
+
+def contract_checks() -> Iterator[MachineCheck]:
+    """Signatures that this project calls, in the sources of each library that is installed."""
+    checked = []
+    for package, distribution in CONTRACT_LIBRARIES.items():
+        version = installed_version(distribution)
+        if version is None:
+            continue
+        remedy = (TE_COMMAND if package == "transformer_engine"
+                  else f"pip install the {distribution} of constraints.txt")
+        try:
+            wanted, difference = first_difference(package)
+        except (OSError, SyntaxError, ValueError, RecursionError) as e:
+            yield MachineCheck("signatures", "warning", f"the sources of {distribution} cannot be read "
+                               f"({told_in_a_line(e)}), so they are not compared with the version that this "
+                               "project was read against", remedy)
+            continue
+        if difference:
+            yield MachineCheck("signatures", "warning", f"{distribution} {version} differs from {wanted}, "
+                               f"against which this project was read: {difference}", remedy)
+            continue
+        checked.append(distribution)
+    if checked:
+        yield MachineCheck("signatures", "ok", f"{', '.join(checked)}: as this project calls them")
 
 
 def _other_cudnn() -> str:

@@ -10,14 +10,12 @@ from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.common.model_chunk_schedule_plan import TransformerModelChunkSchedulePlan
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.pipeline_parallel.utils import ScheduleNode
-from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.utils import get_model_config
 
+from megatron_sov.engine.model.chunk import ModelInputs
 from megatron_sov.engine.model.gpu_settings import in_bf16
-from megatron_sov.engine.model.language_model import Chunk, LanguageModel, ModelInputs, states_for_head
+from megatron_sov.engine.model.language_model import LanguageModel, states_for_head
 from megatron_sov.engine.model.logprobs import Head, head_of
 from megatron_sov.engine.parallel import collectives, context
 from megatron_sov.engine.router import replay_routes
@@ -30,51 +28,6 @@ class HasInputs(Protocol):
     def inputs(self) -> ModelInputs:
         """The model's inputs."""
         ...
-
-
-class OverlappedPasses(TransformerModelChunkSchedulePlan):
-    """A micro-batch's passes through a chunk, cut where tokens travel to experts and back, so that the
-    library computes a part of another micro-batch meanwhile (`parallel.expert_overlap`).
-
-    Its own first and last part know neither padding nor our losses, and it takes no prediction layer of
-    packed rows: such layers, one of many, run behind the trunk in one piece.
-    """
-
-    pre_process: Any
-    post_process: Any
-
-    def __init__(self, chunk: Chunk, inputs: ModelInputs, first_route: int | None) -> None:
-        super().__init__(chunk, None, None, None)
-        state, stream = self.state, self.pre_process.stream
-
-        def begin() -> torch.Tensor:
-            row = state.row = chunk.begin(inputs, first_route)
-            state.rotary_pos_emb, state.packed_seq_params = row.rotary, row.packed
-            state.rotary_pos_cos = state.rotary_pos_sin = state.sequence_len_offset = None
-            chunk.config.routing_step.padding = row.padding
-            states = chunk.decoder.input_tensor if row.embedded is None else row.embedded
-            # of frozen embeddings: a pass back must have something to end at
-            return states if states.requires_grad else states.requires_grad_()
-
-        self.pre_process = ScheduleNode(begin, stream, self.event, name="pre_process")
-        if self.post_process is None:
-            return
-
-        def back(outputs: Any, gradients: Any) -> Any:
-            node.default_backward_func(outputs, gradients)
-            for module in chunk.mtp.modules() if chunk.mtp_process else ():
-                # weight gradients of the trunk that are left for later are the plan's, these are nobody's
-                if hasattr(module, "need_backward_dw") and module.need_backward_dw():
-                    module.backward_dw()
-            return gradients
-
-        node: Any = ScheduleNode(lambda hidden: chunk.end(hidden, inputs, state.row), stream, self.event,
-                                 back, name="post_process")
-        self.post_process = node
-
-    def _build_layer_schedule_plan(self, module: Any, *streams: Any) -> None:
-        if isinstance(module, TransformerBlock):
-            super()._build_layer_schedule_plan(module, *streams)
 
 
 Loss = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
@@ -101,7 +54,7 @@ def run_pipeline(chunks: Sequence[Any], micro_batches: Sequence[HasInputs], loss
     def forward(iterator: Iterator[tuple[HasInputs, int | None]], model: Any,
                 return_schedule_plan: bool = False) -> tuple[Any, Callable[[torch.Tensor], Any]]:
         batch, first_route = next(iterator)
-        run = partial(OverlappedPasses, model) if return_schedule_plan else model
+        run = model.build_schedule_plan if return_schedule_plan else model
         return run(batch.inputs, first_route), partial(_finish, loss, batch)
 
     interleaved = len(chunks) > 1

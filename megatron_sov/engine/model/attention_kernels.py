@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
-from megatron_sov.engine import lanes
 from megatron_sov.engine.parallel.device import on_gpu
 from megatron_sov.model.config import ModelConfig
 
@@ -57,8 +56,8 @@ def head_size(model: ModelConfig) -> tuple[int, int]:
     if latent is None:
         return model.head_dim, model.head_dim
     keys = latent.qk_nope_head_dim + latent.qk_rope_head_dim
-    # 0.19 fills values of packed rows up to the width of queries
-    return keys, max(keys, latent.v_head_dim) if lanes.IS_NEW else latent.v_head_dim
+    # the library pads values of packed rows to the width of queries
+    return keys, max(keys, latent.v_head_dim)
 
 
 ASKED_DOCUMENTS, ASKED_TOKENS = 4, 4096

@@ -6,15 +6,14 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError, find_broken
-from megatron_sov.engine import lanes, router
+from megatron_sov.engine import router
 from megatron_sov.engine.model.attention_kernels import TE_ATTENTION_VARIABLES, head_size, without_kernel
 from megatron_sov.engine.parallel.device import (
     BLACKWELL, DEEP_EP_NAMES, HOPPER, REPEATS_CUDNN, lacking_deep_ep, lacking_fla, lacking_fp8, on_gpu)
@@ -22,7 +21,7 @@ from megatron_sov.model.config import GpuConfig, ModelConfig, ParallelConfig, Ru
 from megatron_sov.model.config.gpu import fp8_format
 
 # Matrix products of the transformer layers in 8 or 4 bits, by Transformer Engine: the library's settings for
-# `train.fp8`, what the machine must have, and a defect of the library in checkpoints.
+# `train.fp8`, and what the machine must have.
 
 FIELDS = ("fp8", "fp4", "moe_router_padding_for_quantization")
 """Fields of the library's configuration that forward passes ask whether to quantise."""
@@ -87,32 +86,6 @@ def in_bf16(config: Any) -> Iterator[None]:
             setattr(config, name, value)
 
 
-def mend_extra_state(grouped_linear: Any) -> None:
-    """Have a layer of experts be saved whose recipe keeps no state.
-
-    Defect of 0.16.1: Transformer Engine's extra state is an empty tensor then, `_split_extra_state` takes it
-    for one that can be decoded, and subscripts None.  A mended library is left alone.
-
-    Args:
-        grouped_linear: the library's class `TEGroupedLinear`.
-    """
-    split: Callable[[Any, torch.Tensor], list[torch.Tensor]] = grouped_linear._split_extra_state
-    empty = torch.empty(0, dtype=torch.uint8)
-    stateless = SimpleNamespace(num_gemms=2, fp8=True, fp8_calibration=False,
-                                fp8_meta={"fp8_checkpoint": True}, _decode_extra_state=lambda state: None)
-    try:
-        split(stateless, empty)
-    except TypeError:
-        pass
-    else:
-        return
-
-    def split_any(self: Any, state: torch.Tensor) -> list[torch.Tensor]:
-        return [state] * self.num_gemms if state.numel() == 0 else split(self, state)
-
-    grouped_linear._split_extra_state = split_any
-
-
 @dataclass(frozen=True)
 class Here:
     """Where a model is to run, as far as settings depend on it."""
@@ -159,7 +132,7 @@ FUSIONS = (
 OVERLAP = ("overlap_moe_expert_parallel_comm", "delay_wgrad_compute")
 """Fields that are set behind the library's validation."""
 OF_DISPATCH = "overlap_dispatch_backward_with_experts_wgrad"
-"""Its field for `parallel.expert_overlap` = weight_gradients, from megatron-core 0.18 on."""
+"""Its field for `parallel.expert_overlap` = weight_gradients."""
 RECOMPUTED_WITH_TE = {"layernorm": "core_attn, mlp or moe", "moe_act": "moe"}
 """Modules that the library recomputes by means of Transformer Engine -> what can be recomputed without."""
 HEADS_256_CUDNN = 92500
@@ -189,7 +162,7 @@ def transformer_settings(gpu: GpuConfig, train: TrainConfig, here: Here) -> dict
         settings |= {"fine_grained_activation_offloading": True, "offload_modules": list(gpu.offload_modules)}
     if gpu.cuda_graphs and here.te:
         # captured before the first step: the capture warms up by itself
-        settings |= {"cuda_graph_impl": "transformer_engine", lanes.GRAPHS_OF: list(gpu.cuda_graphs),
+        settings |= {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": list(gpu.cuda_graphs),
                      "cuda_graph_warmup_steps": 0}
     return settings
 
@@ -201,7 +174,7 @@ def expert_settings(gpu: GpuConfig, here: Here) -> dict[str, Any]:
                "overlap_moe_expert_parallel_comm": parallel.expert_overlap == "micro_batches",
                "delay_wgrad_compute": parallel.delay_weight_grads and here.te,
                **({OF_DISPATCH: True} if parallel.expert_overlap == "weight_gradients" and here.te else {}),
-               **(dict.fromkeys(lanes.EXCHANGE_SMS.values(), gpu.exchange_sms) if gpu.exchange_sms else {})}
+               **({"moe_flex_dispatcher_num_sms": gpu.exchange_sms} if gpu.exchange_sms else {})}
     if dispatcher in DEEP_EP_NAMES:
         if not here.te:
             return overlap | {"moe_token_dispatcher_type": "alltoall"}
@@ -394,23 +367,11 @@ def _overlap_rules(config: RunConfig, te: bool) -> list[tuple[bool, str, str, st
     return [
         (te or not parallel.delay_weight_grads, "delay_weight_grads", NEEDS_TE, "leave it out"),
         (te or not spreads, "expert_overlap", f"= weight_gradients {NEEDS_TE}", "use micro_batches"),
-        (not spreads or _has_field(OF_DISPATCH), "expert_overlap",
-         "= weight_gradients needs megatron-core 0.18, for Python 3.12 and newer", "use micro_batches"),
-        # its plan of 0.16 quantises for recipes of 8 bits alone
-        (lanes.IS_NEW or not passes or train.fp8 != "nvfp4", "expert_overlap",
-         "= micro_batches would compute in bf16 before megatron-core 0.19, and train.fp8 = nvfp4",
-         "use another format, or leave it out"),
-        # 0.19 frees what experts give wherever anything is quantised; a layer in bf16 still needs it, and
-        # this dispatcher hands on the same tensor
-        (not lanes.IS_NEW or not passes or parallel.expert_dispatcher != "hybridep" or not has_bf16_ends,
+        # the library's plan frees the experts' output in every layer of a quantised run; a layer in bf16
+        # still needs it, and this dispatcher returns the same tensor
+        (not passes or parallel.expert_dispatcher != "hybridep" or not has_bf16_ends,
          "expert_overlap", "= micro_batches frees what layers in bf16 (train.fp8_bf16_layers_at_start and "
          "_at_end) still need, with parallel.expert_dispatcher = hybridep", "use deepep, or set both to 0")]
-
-
-def _has_field(name: str) -> bool:
-    from megatron.core.transformer import TransformerConfig
-
-    return name in {field.name for field in fields(TransformerConfig)}
 
 
 def _attention_rules(config: RunConfig, here: Here) -> list[tuple[bool, str, str, str]]:

@@ -184,7 +184,7 @@ def keep(model: Any, size: CacheSize) -> Iterator[list[CachedAttention | KeptSta
 # The library has angles of its own, in float32, for rows of one document; here each token is given
 # those of its position, as in all other layers. Its unfused module cuts the projections to the narrow
 # vectors over the tensor-parallel group, and of the rotated key's gradient each process keeps what
-# its own heads found (0.16.1, `_GatherFromModelParallelRegion.backward`); here every process has them
+# its own heads found (`_GatherFromModelParallelRegion.backward`); here every process has them
 # whole, as with Transformer Engine.
 
 NORM_EPS = 1e-6
@@ -272,7 +272,7 @@ class LatentAttention(MLASelfAttention):
         return not (plain and plain[self.layer_number - 1])
 
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
-        # where queries are made without a narrow vector 0.19 would normalise what they are made of, or refuse
+        # where queries are made without a narrow vector the library would normalise their input, or refuse
         if self.config.q_lora_rank is not None:
             return dict(super()._resolve_qk_norm_config(submodules))
         self.config.q_lora_rank = self.config.kv_lora_rank
@@ -286,8 +286,8 @@ class LatentAttention(MLASelfAttention):
     def _run_core_attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                             attention_mask: None, packed_seq_params: Any = None, attn_mask_type: Any = None,
                             **kwargs: Any) -> torch.Tensor:
-        # 0.19 fills values up and cuts what comes back, which ours does by itself, and from values that are
-        # wider than queries it would cut channels
+        # the library pads values and cuts the result, which ours does by itself, and of values that are wider
+        # than queries it would cut channels
         attend = super()._run_core_attention
         if isinstance(self.core_attention, DocumentAttention) or value.shape[-1] > query.shape[-1]:
             attend = self.core_attention

@@ -66,7 +66,8 @@ class LinearAttention(MegatronModule):
     """
 
     def __init__(self, config: Any, layer_number: int, projections: tuple[Any, Any, Any],
-                 sizes: LinearAttentionConfig, pg_collection: Any, cp_comm_type: str | None = None) -> None:
+                 sizes: LinearAttentionConfig, pg_collection: Any, cp_comm_type: str | None = None,
+                 name: str | None = None) -> None:
         """Make this process's part.
 
         Args:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from megatron.core.models.common.embeddings import rope_utils
 
-from megatron_sov.engine import lanes
 from megatron_sov.engine.parallel.device import CPU
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.config.model import Llama3RopeConfig
@@ -125,7 +124,7 @@ def _rotate(t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, rota
     """[tokens, heads, head_dim] by angles [tokens, 1, 1, channels] -> [tokens, heads, head_dim]."""
     if not freqs.shape[-1]:
         return t
-    if not rotary_interleaved and not paired.get(lanes.PAIRED):
+    if not rotary_interleaved and not paired.get("mla_rotary_interleaved"):
         rotated: torch.Tensor = _Rotation.apply(t, *_cosine_sine(freqs, t.dtype, mscale))
         return rotated
     rows: torch.Tensor = rope_utils._apply_rotary_pos_emb_bshd(

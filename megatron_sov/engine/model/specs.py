@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.spec_utils import get_submodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.nn.functional import dropout, gelu, rms_norm, silu
 
 from megatron_sov.base.errors import UserError, told_in_a_line
-from megatron_sov.engine import lanes
 from megatron_sov.engine.model.attention_kernels import keep_attention_decisions
 from megatron_sov.engine.model.gpu_settings import (
     OVERLAP, Here, exchanges_heads, expert_settings, keep_ends_in_bf16, library_settings,
@@ -187,7 +187,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         "calculate_per_token_loss": True, "deterministic_mode": train.deterministic,
         "masked_softmax_fusion": False, "bias_dropout_fusion": te,
         # every message would have the host wait, for the sake of an older torch
-        "hetereogenous_dist_checkpoint": True, lanes.GRAPHS_OF: [], "batch_p2p_sync": False,
+        "hetereogenous_dist_checkpoint": True, "cuda_graph_modules": [], "batch_p2p_sync": False,
         **transformer_settings(gpu, train, here),
     }
     if not te and not on_gpu():
@@ -319,10 +319,24 @@ def mtp_layer_spec(config: Any, model: ModelConfig) -> Any:
         spec = get_gpt_layer_local_spec(
             qk_layernorm=config.qk_layernorm, multi_latent_attention=config.multi_latent_attention,
             normalization="RMSNorm")
-    spec = lanes.numbered_behind_trunk(_finish_spec(config, spec, model.mtp_layer_type(),
-                                                    model.mtp_window(), model))
+    spec = _finish_spec(config, spec, model.mtp_layer_type(), model.mtp_window(), model)
+    spec.module = _numbered_after_trunk(spec.module)
     spec.module = _told_of_padding(spec.module)
     return spec
+
+
+def _numbered_after_trunk(layer: Any) -> Any:
+    """Return the class of a prediction layer's transformer layer whose number follows those of the trunk.
+
+    The library counts prediction layers from 1 and looks windows and rotations up by that number, in lists
+    whose entry of the prediction layer follows the trunk's: the layer would get the first layer's attention
+    without any error.
+    """
+    class NumberedAfterTrunk(layer):
+        def __init__(self, config: Any, *args: Any, layer_number: int, **kwargs: Any) -> None:
+            super().__init__(config, *args, layer_number=config.num_layers + layer_number, **kwargs)
+
+    return NumberedAfterTrunk
 
 
 def _told_of_padding(layer: Any) -> Any:
@@ -356,7 +370,7 @@ def _finish_spec(config: Any, spec: Any, kind: str, window: int, model: ModelCon
         _finish_attention(config, spec, kind, window, model)
     _place_norms(config, spec, kind, model)
     if has_experts(spec):
-        lanes.parts(spec.submodules.mlp).router = BalancedRouter
+        get_submodules(spec.submodules.mlp).router = BalancedRouter
         if config.cuda_graph_impl != "none":
             spec.module = graphed(spec.module)
         # with Transformer Engine this norm keeps its own name in checkpoints; one name for both
@@ -480,7 +494,7 @@ def has_experts(spec: Any) -> bool:
     """Return whether a layer's feed-forward network has experts."""
     from megatron.core.transformer.moe.moe_layer import MoESubmodules
 
-    return isinstance(lanes.parts(spec.submodules.mlp), MoESubmodules)
+    return isinstance(get_submodules(spec.submodules.mlp), MoESubmodules)
 
 
 def _without_norm_inside(layer: Any) -> None:
@@ -489,7 +503,7 @@ def _without_norm_inside(layer: Any) -> None:
     from megatron.core.transformer.mlp import MLPSubmodules
 
     layer.self_attention.submodules.linear_qkv = TEColumnParallelLinear
-    block = lanes.parts(layer.mlp)
+    block = get_submodules(layer.mlp)
     if isinstance(block, MLPSubmodules):  # before experts the norm stands by itself
         block.linear_fc1 = TEColumnParallelLinear
 

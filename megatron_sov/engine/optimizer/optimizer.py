@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -12,7 +13,6 @@ import megatron.core.optimizer as library_optimizer
 import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-from megatron_sov.engine import lanes
 from megatron_sov.engine.model import quantized_weights
 from megatron_sov.engine.model.gpu_settings import moment_settings
 from megatron_sov.engine.model.language_model import LanguageModel
@@ -67,7 +67,9 @@ class Optimizer:
             params_dtype=model.config.params_dtype, use_distributed_optimizer=parallel.zero1,
             overlap_param_gather=parallel.overlap_param_gather,
             **{**moment_settings(gpu), **quantized_weights.optimizer_settings(model.config)})
-        with state_shards.any_float, _adamw(model.config.params_dtype):
+        with state_shards.any_float, _adamw(model.config.params_dtype), warnings.catch_warnings():
+            # of a model class of the library that it imports there and that is no part of ours
+            warnings.filterwarnings("ignore", "MimoModelConfig is experimental")
             # gloo groups would only serve the library's own checkpoints
             self.library = get_megatron_optimizer(settings, self.wrapped, use_gloo_process_groups=False)
         self.shards = parameter_groups.arrange(self.library, model, rules, config, zero1=parallel.zero1,
@@ -114,7 +116,7 @@ class Optimizer:
     def _update(self) -> None:
         """Update masters, and bring what was made of them to all processes unless that waits.
 
-        Defect of 0.16: where gradients share the memory of what is gathered, the first optimizer's gather
+        Where gradients share the memory of what is gathered, the first optimizer's gather
         writes over the gradients of the next one, the experts'.
         """
         if not self._shares_gradients:
@@ -159,7 +161,7 @@ class Optimizer:
         total = torch.zeros((), dtype=torch.float64, device=local_device())
         for optimizer in self.library.chained_optimizers:
             norms = [torch.linalg.vector_norm(part, dtype=torch.float64)
-                     for gradient in lanes.gradients_for_norm(optimizer)
+                     for gradient in optimizer.get_grads_for_grad_norm()
                      for part in (gradient.view(-1).split(NORM_ELEMENTS) if gradient.is_cpu else [gradient])]
             norms = [norm.to(total.device) for norm in norms]  # some were taken in host memory
             squares = torch.stack(norms).square().sum() if norms else torch.zeros_like(total)

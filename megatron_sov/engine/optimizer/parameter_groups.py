@@ -11,7 +11,6 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine import lanes
 from megatron_sov.engine.model import graphs, quantized_weights
 from megatron_sov.engine.model.gpu_settings import gradient_settings
 from megatron_sov.engine.model.language_model import VOCABULARY_WEIGHTS, LanguageModel
@@ -48,8 +47,6 @@ def wrap(model: LanguageModel, parallel: ParallelConfig, gpu: GpuConfig = AUTO) 
     with graphs.off_the_default_stream(model.config):
         wrapped = [DistributedDataParallel(model.config, settings, chunk, disable_bucketing=i > 0)
                    for i, chunk in enumerate(model.chunks)]
-    for chunk in wrapped:
-        lanes.mend_places(chunk)
     if parallel.overlap_grad_reduce:
         model.config.no_sync_func = _per_chunk([w.no_sync for w in wrapped])
         model.config.grad_sync_func = _per_chunk([w.start_grad_sync for w in wrapped])
@@ -79,7 +76,6 @@ def gather(wrapped: list[Any]) -> None:
     """Bring every process's part of the weights to all of them."""
     for chunk in wrapped:
         chunk.start_param_sync(force_sync=True)
-        lanes.finish_forced_sync(chunk)
 
 
 def has_gathered(wrapped: list[Any]) -> bool:

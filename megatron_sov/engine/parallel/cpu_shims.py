@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import logging
 import sys
 import warnings
@@ -22,50 +21,16 @@ import torch
 from megatron_sov.engine.parallel.device import (
     CPU, compute_on_cpu, computes_on_cpu, hide_broken_deep_ep, on_gpu)
 
-# Defects of megatron-core 0.16.1 that a model without Transformer Engine meets on any device, mended in
-# place.
+# Defects of megatron-core that a model meets on any device, mended in place.
 #
-# Each is one function whose docstring names it, and which leaves a mended library alone.
+# Each is one function whose docstring names it; tests/engine/parallel/test_cpu_shims.py fails when the
+# library no longer has it.
 
 @functools.cache
 def mend() -> None:
     """Mend the library in this process; called before a model is built."""
-    _products_of_routers()
     _norms_under_sequence_parallelism()
-    _latent_attention_alone()
     _experts_without_tokens()
-
-
-def _products_of_routers() -> None:
-    """Transformer Engine 2.20.2 has lost what the library imports together with `general_gemm`, so that its
-    routers multiply in float32; without Transformer Engine the name that they read is not bound."""
-    import megatron.core.transformer.moe.moe_utils as moe_utils
-
-    product: Any = getattr(moe_utils, "te_general_gemm", None)
-    if product is None:
-        try:
-            from transformer_engine.pytorch.cpp_extensions import general_gemm
-        except ImportError:
-            moe_utils.te_general_gemm = None
-            return
-        product = general_gemm
-
-    @functools.wraps(product)
-    def multiply(A: Any, B: Any, out_dtype: torch.dtype, bias: Any = None, **asked: Any) -> Any:
-        # the kernel reads a bias's bytes as the product's type
-        bias = None if bias is None else bias.to(out_dtype)
-        return product(A, B, out_dtype=out_dtype, bias=bias, **asked)
-
-    moe_utils.te_general_gemm = multiply
-
-
-def _latent_attention_alone() -> None:
-    """Latent attention takes Transformer Engine to be there where its stand-ins are, and asks whether a layer
-    is an instance of one, which is no class."""
-    import megatron.core.transformer.multi_latent_attention as latent
-
-    if not isinstance(latent.TELinear, type):
-        latent.HAVE_TE = False
 
 
 def _experts_without_tokens() -> None:
@@ -96,9 +61,6 @@ def _norms_under_sequence_parallelism() -> None:
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     original = WrappedTorchNorm.__new__
-    if "sequence_parallel" not in inspect.getsource(original):
-        return
-
     def marked(cls: Any, config: Any, hidden_size: int, eps: float = 1e-5, *args: Any, **kwargs: Any) -> Any:
         wanted, config.sequence_parallel = config.sequence_parallel, False
         try:
@@ -133,7 +95,6 @@ def prepare_without_gpu() -> None:
     with _eager_jit(), _without_trackers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each missing GPU extension is announced on import
         import megatron.core.models.gpt.gpt_layer_specs
-        import megatron.core.models.gpt.gpt_model
         import megatron.core.optimizer
         import megatron.core.pipeline_parallel
         import megatron.core.transformer.multi_token_prediction  # noqa: F401
@@ -303,9 +264,6 @@ def _dispatcher_split_sizes() -> None:
     gloo then gets tensors."""
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as dispatcher
-
-    if "is_cuda" not in inspect.getsource(moe_utils.maybe_move_tensor_to_cpu):
-        return
 
     def to_numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor

@@ -17,7 +17,7 @@ from megatron_sov.model.config.model import ModelConfig
 from megatron_sov.model.config.train import OptimConfig, TrainConfig
 
 # What matrix products in 8 or 4 bits ask of precision, model, layout and rows: the rules of Transformer
-# Engine 2.20 and megatron-core 0.16.1, told before anything starts.
+# Engine 2.20 and megatron-core, told before anything starts.
 
 @dataclass(frozen=True)
 class Fp8Recipe:
@@ -54,8 +54,8 @@ def weight_problems(train: TrainConfig, parallel: ParallelConfig, optim: OptimCo
         return []
     return find_broken(
         train, "train",
-        (train.fp8 not in ("none", "nvfp4"), "fp8_weights", f"is for recipes of 8 bits, and train.fp8 = "
-         f"{train.fp8}: megatron-core 0.16.1 gathers no weights in 4 bits",
+        (train.fp8 not in ("none", "nvfp4"), "fp8_weights",
+         f"is for recipes of 8 bits, and train.fp8 = {train.fp8}",
          "choose another recipe, or leave it out"),
         (parallel.zero1, "fp8_weights", "needs parallel.zero1 = true, whose optimizer makes weights of their "
          "masters", "set it, or leave this out"),
@@ -223,7 +223,7 @@ class GpuConfig:
     """Compute shared experts while tokens travel to the routed ones."""
     exchange_sms: Annotated[int, Ge(0), Le(256)] = 0
     """Multiprocessors that the kernels of `parallel.expert_dispatcher` = deepep or hybridep take, an even
-    number; 0: the library's own (20 and 16 in 0.16.1)."""
+    number; 0: the kernels' own."""
     grad_dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype in which a bf16 model's gradients are accumulated and summed over processes; bf16 halves memory
     and messages, and rounds at each addition."""

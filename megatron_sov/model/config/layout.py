@@ -39,7 +39,7 @@ class ParallelConfig:
     expert_overlap: Literal["none", "micro_batches", "weight_gradients"] = "none"
     """Send tokens to experts and back while something else is computed: a part of another micro-batch, by the
     library's 1F1B plan (micro_batches), or, in the backward pass alone, the experts' weight gradients
-    (weight_gradients; megatron-core 0.18, Transformer Engine on a GPU)."""
+    (weight_gradients; Transformer Engine on a GPU)."""
     delay_weight_grads: bool = False
     """Compute weight gradients apart from the rest of a backward pass, while tokens travel; goes with
     `expert_overlap` = micro_batches and Transformer Engine."""

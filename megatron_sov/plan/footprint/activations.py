@@ -2,7 +2,7 @@
 
 Counted by what the modules save: Transformer Engine's in bf16 (its 2.20.2: a norm inside a linear layer its
 input and its output, a linear layer its input, SwiGLU its input, fused attention queries, keys, values and
-output), megatron-core's own and ours elsewhere (0.16.1; unfused, so that norms and SwiGLU save more; the
+output), megatron-core's own and ours elsewhere (0.19.2; unfused, so that norms and SwiGLU save more; the
 angles of rotations, which all layers share, are left out).  The second kind is measured in
 `benchmarks/plan_activations.py`.
 """
@@ -304,7 +304,7 @@ def under_way(pp: int, vpp: int, stage: int, num_micro_batches: int, *, overlapp
     """Return how many micro-batches wait at most for the backward pass of each of a stage's chunks.
 
     1F1B (arXiv 2104.04473, section 2.2), interleaved (section 2.3): forward passes run ahead by the library's
-    number (`schedules.get_pp_rank_microbatches`, 0.16.1), in groups of `pp` for each chunk.
+    number (`schedules.get_pp_rank_microbatches`, 0.19.2), in groups of `pp` for each chunk.
 
     Args:
         pp: pipeline stages.

@@ -269,7 +269,7 @@ def quantized_weight_bytes(config: RunConfig, stage: int) -> int:
 def without_bf16(config: RunConfig, stage: int, elements: int) -> int:
     """Return the bytes of weights in bf16 that `train.fp8_weights` does without on a process of a stage.
 
-    Under mxfp8 megatron-core 0.16.1 keeps the memory that other weights are gathered in beside them.
+    Under mxfp8 megatron-core keeps the memory that other weights are gathered in beside them.
 
     Args:
         elements: of all weights of the process.

@@ -39,7 +39,7 @@ PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; without it gaps of a tenth and
 def communicators(config: RunConfig, num_ranks: int) -> int:
     """Return how many NCCL communicators of more than one process a process is in.
 
-    Those that a step with AdamW uses (`megatron.core.parallel_state`, 0.16.1), one for groups of the same
+    Those that a step with AdamW uses (`megatron.core.parallel_state`, 0.19.2), one for groups of the same
     members that serve the same (`engine.parallel.world.make_groups`).
     """
     p, m, stage = config.parallel, config.model, num_ranks // config.parallel.pp

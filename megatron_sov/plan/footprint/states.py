@@ -25,7 +25,7 @@ HOST = 4 * FLOAT32_BYTES
 two moments and gradient."""
 DEFAULT_BUCKET, DEFAULT_BUCKET_OF_RANK = 40_000_000, 1_000_000
 """Elements of a bucket under `parallel.overlap_grad_reduce`: the larger one of the first and as many times
-the second as there are data-parallel processes (`DistributedDataParallel`, 0.16.1)."""
+the second as there are data-parallel processes (`DistributedDataParallel`, 0.19.2)."""
 START_MULTIPLE = 64
 """Elements; a parameter's beginning, under ZeRO-1."""
 END_MULTIPLE = 128
@@ -36,7 +36,7 @@ FAST_END_MULTIPLE = 1 << 16
 
 # The buffers in which the library lays parameters and gradients end to end, and what of them each
 # data-parallel process updates: the arithmetic of `_ParamAndGradBuffer` in `param_and_grad_buffer.py`
-# (0.16.1) over runs of parameters of one size, of which a stage has hundreds where it has ten thousands of
+# (0.19.2) over runs of parameters of one size, of which a stage has hundreds where it has ten thousands of
 # parameters.  Parameters lie in the reverse order of their registration.  Under ZeRO-1 each begins at a
 # multiple of 64 elements, and each bucket, which all processes of the data-parallel group share in equal
 # stretches, ends at a multiple of their number and of 128.
@@ -333,7 +333,7 @@ class StageBuffers:
 
     def _counters(self) -> int:
         """Return the bytes of buffers, float32 each: of a router every expert's tokens and bias, of a chunk
-        cosine and sine of the original context's positions under YaRN (`YarnRotaryEmbedding`, 0.16.1); and
+        cosine and sine of the original context's positions under YaRN (`YarnRotaryEmbedding`, 0.19.2); and
         those of encoders."""
         m = self._config.model
         layers = (layer for runs in self._chunks for layer, parts in runs if len(parts) > 1

@@ -259,7 +259,7 @@ def tensor(w: Workload) -> TrafficMessage:
 def expert_exchange(w: Workload) -> TrafficMessage:
     """Return dispatch and combination of tokens, forward and backward.  Processes that share a cut expert
     each have all of its tokens: all-to-all is followed by a gathering among them (`token_dispatcher` of
-    megatron-core, 0.16.1), the other dispatchers send every one its own copy."""
+    megatron-core, 0.19.2), the other dispatchers send every one its own copy."""
     s, size, choices = w.shape, w.ep * w.etp, w.shape.num_experts_per_token
     moe = s.num_moe_layers + (s.num_predictions if s.mtp_moe else 0)
     if not moe or size == 1:

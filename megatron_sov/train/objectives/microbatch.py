@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from megatron_sov.engine.model.language_model import ModelInputs
+from megatron_sov.engine.model.chunk import ModelInputs
 from megatron_sov.engine.parallel.device import CPU, local_device, to_device
 from megatron_sov.train.data.rows import PackedRow, RowOrigin
 

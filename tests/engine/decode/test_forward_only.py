@@ -19,8 +19,8 @@ def step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) ->
     import torch
 
     from megatron_sov.engine.decode import forward_only
+    from megatron_sov.engine.model.chunk import ModelInputs
     from megatron_sov.engine.model.expert_load import ExpertLoad
-    from megatron_sov.engine.model.language_model import ModelInputs
     from megatron_sov.engine.model.logprobs import head_of
     from megatron_sov.engine.optimizer.optimizer import Optimizer
     from megatron_sov.engine.parallel import collectives

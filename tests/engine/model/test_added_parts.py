@@ -40,7 +40,7 @@ def micro_batches(vocab_size: int) -> list[Any]:
     import torch
     from megatron.core import parallel_state
 
-    from megatron_sov.engine.model.language_model import ModelInputs
+    from megatron_sov.engine.model.chunk import ModelInputs
     from megatron_sov.train.objectives.microbatch import MicroBatch
 
     found = []

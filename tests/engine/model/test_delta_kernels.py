@@ -18,7 +18,7 @@ from megatron_sov.engine.model import delta_rule
 from megatron_sov.engine.model.delta_rule import chunk_documents, in_chunks
 from megatron_sov.engine.parallel import context
 from megatron_sov.engine.parallel.device import FLA_KERNEL
-from tests import newest
+from tests import releases
 from tests.engine.model.test_delta_rule import HEADS, VALUES, R, drawn
 from tests.engine.model.test_linear_attention import OF_KIMI, made, row, states
 
@@ -30,7 +30,7 @@ TOKENS = DOCUMENTS[-1][2]
 @pytest.fixture(scope="module")
 def fla() -> Path:
     """Folder with the kernels' sources, which import on GPUs alone."""
-    return newest.fetched("fla-core", "0.6.0") / "fla/ops"
+    return releases.fetched("fla-core", "0.6.0") / "fla/ops"
 
 
 def arguments(file: Path, function: str) -> Callable[..., dict[str, Any]]:

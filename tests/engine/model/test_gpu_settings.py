@@ -16,11 +16,10 @@ import torch
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError
-from megatron_sov.engine import lanes
 from megatron_sov.engine.model import attention_kernels, gpu_settings
 from megatron_sov.engine.model.gpu_settings import (
     FUSIONS, Here, expert_settings, gradient_settings, in_bf16, keep_ends_in_bf16, library_settings,
-    mend_extra_state, moment_settings, refuse_without_chip, transformer_settings)
+    moment_settings, refuse_without_chip, transformer_settings)
 from megatron_sov.engine.parallel import device
 from megatron_sov.model.config import GpuConfig, RunConfig, TrainConfig, apply_settings
 
@@ -99,33 +98,6 @@ def test_what_is_only_read_is_not_quantised() -> None:
     assert (config.fp8, config.fp4, config.moe_router_padding_for_quantization) == ("e4m3", None, True)
 
 
-class Grouped:
-    """A layer of three experts as the library's `TEGroupedLinear`, as far as saving its extra state goes."""
-
-    def __init__(self) -> None:
-        self.num_gemms, self.fp8, self.fp8_calibration = 3, True, False
-        self.fp8_meta = {"fp8_checkpoint": True}
-
-    def _decode_extra_state(self, state: torch.Tensor) -> dict[str, Any] | None:
-        return {"extra_fp8_variables": {}} if state.numel() else None
-
-    def _split_extra_state(self, state: torch.Tensor) -> list[torch.Tensor]:
-        decoded: Any = self._decode_extra_state(state)
-        return [state + len(decoded["extra_fp8_variables"]) for _ in range(self.num_gemms)]
-
-
-def test_experts_whose_recipe_keeps_no_state_are_saved() -> None:
-    empty, full = torch.empty(0, dtype=torch.uint8), torch.ones(4, dtype=torch.uint8)
-    with pytest.raises(TypeError, match="not subscriptable"):
-        Grouped()._split_extra_state(empty)
-    mend_extra_state(Grouped)
-    mended = Grouped._split_extra_state
-    assert [part.numel() for part in Grouped()._split_extra_state(empty)] == [0, 0, 0]
-    assert [part.tolist() for part in Grouped()._split_extra_state(full)] == [[1, 1, 1, 1]] * 3
-    mend_extra_state(Grouped)  # and a mended library is left alone
-    assert Grouped._split_extra_state is mended
-
-
 ROOT = Path(__file__).parents[3]
 OURS_ALONE = {"gc_every_steps", "profile_first_step", "profile_last_step", "profiler", "peak_tflops",
               "optimizer_offload", "linear_attention"}
@@ -140,7 +112,7 @@ CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "gpu.grad_accumulation_fusion": (["gpu.grad_accumulation_fusion=off"],
                                      {"gradient_accumulation_fusion": False}),
     "gpu.cuda_graphs": (['gpu.cuda_graphs=["moe_router"]'], {
-        "cuda_graph_impl": "transformer_engine", lanes.GRAPHS_OF: ["moe_router"],
+        "cuda_graph_impl": "transformer_engine", "cuda_graph_modules": ["moe_router"],
         "cuda_graph_warmup_steps": 0}),
     "gpu.shared_expert_overlap": (["gpu.shared_expert_overlap=on"], {"moe_shared_expert_overlap": True}),
     "gpu.offload_modules": (['gpu.offload_modules=["moe_act"]'], {
@@ -155,7 +127,7 @@ CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "parallel.expert_overlap": (["parallel.expert_overlap=micro_batches"], {
         "overlap_moe_expert_parallel_comm": True}),
     "parallel.delay_weight_grads": (["parallel.delay_weight_grads=true"], {"delay_wgrad_compute": True}),
-    "gpu.exchange_sms": (["gpu.exchange_sms=32"], dict.fromkeys(lanes.EXCHANGE_SMS.values(), 32)),
+    "gpu.exchange_sms": (["gpu.exchange_sms=32"], {"moe_flex_dispatcher_num_sms": 32}),
     "gpu.grad_dtype": (["gpu.grad_dtype=bf16"], {"grad_reduce_in_fp32": False}),
     "gpu.moment_dtype": (["gpu.moment_dtype=bf16"], {
         "use_precision_aware_optimizer": True, "exp_avg_dtype": torch.bfloat16,
@@ -324,21 +296,17 @@ def test_what_cannot_be_here_is_refused(changes: str, te: bool, environment: dic
     assert [key for _, key in refused.value.codes] == keys.split()
 
 
-@pytest.mark.parametrize(("is_new", "changes"), [
-    (False, "train.fp8=nvfp4"),
-    (True, "train.fp8=mxfp8 train.fp8_bf16_layers_at_end=1 parallel.expert_dispatcher=hybridep")])
-def test_what_a_version_computes_wrongly_is_refused_there(is_new: bool, changes: str,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overlapped_passes_that_free_what_layers_in_bf16_need_are_refused(
+        monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_settings, "lacking_deep_ep", lambda name: "")
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
     for name in gpu_settings.TE_ATTENTION_VARIABLES.values():
         monkeypatch.delenv(name, raising=False)
-    config = config_with(["parallel.ep=2", "parallel.expert_overlap=micro_batches", *changes.split()])
-    monkeypatch.setattr(gpu_settings.lanes, "IS_NEW", not is_new)
-    gpu_settings.refuse(config, te=True)
-    monkeypatch.setattr(gpu_settings.lanes, "IS_NEW", is_new)
+    asked = ["parallel.ep=2", "parallel.expert_overlap=micro_batches", "train.fp8=mxfp8",
+             "parallel.expert_dispatcher=hybridep"]
+    gpu_settings.refuse(config_with(asked), te=True)
     with pytest.raises(UserError, match=r"parallel\.expert_overlap = .*micro_batches"):
-        gpu_settings.refuse(config, te=True)
+        gpu_settings.refuse(config_with([*asked, "train.fp8_bf16_layers_at_end=1"]), te=True)
 
 
 @pytest.mark.parametrize(("says", "told"), [

@@ -21,7 +21,7 @@ def devices(recipe: str, precision: str) -> dict[str, list[str]]:
 
     from megatron_sov import recipes
     from megatron_sov.engine import router
-    from megatron_sov.engine.model import language_model, specs
+    from megatron_sov.engine.model import chunk, language_model, specs
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig, apply_settings
 
@@ -32,6 +32,7 @@ def devices(recipe: str, precision: str) -> dict[str, list[str]]:
           mock.patch.object(specs, "on_gpu", lambda: True),
           mock.patch.object(specs, "uses_transformer_engine", lambda dtype: False),
           mock.patch.object(language_model, "uses_transformer_engine", lambda dtype: False),
+          mock.patch.object(chunk, "uses_transformer_engine", lambda dtype: False),
           mock.patch.object(language_model, "on_gpu", lambda: True),
           mock.patch.object(language_model, "local_device", lambda: meta),
           mock.patch.object(router, "local_device", lambda: meta)):
@@ -90,53 +91,3 @@ def test_values_and_gradients_are_autograds(dtype: torch.dtype, weighted: bool) 
     for ours, autograds in zip(torch.autograd.grad(found, inputs, upstream),
                                torch.autograd.grad(expected, inputs, upstream), strict=True):
         assert torch.equal(ours, autograds)
-
-
-# The output head beside fused accumulation of weight gradients, which the library's own would refuse.
-
-def heads() -> list[Any]:
-    """Return the fusion's value in a head and in the model's config, and the library's refusal of its own."""
-    import torch
-    from megatron.core import tensor_parallel
-    from megatron.core.transformer import TransformerConfig
-
-    from megatron_sov.engine.model import language_model
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.config import ParallelConfig
-
-    world.join(ParallelConfig())
-    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1,
-                               use_cpu_initialization=True, perform_initialization=False,
-                               gradient_accumulation_fusion=True)
-
-    def make() -> Any:
-        return tensor_parallel.ColumnParallelLinear(8, 16, config=config, init_method=torch.nn.init.zeros_,
-                                                    bias=False, skip_bias_add=False)
-
-    with language_model.without_fusion():
-        head = make()
-    try:
-        make()
-    except RuntimeError as e:
-        return [head.gradient_accumulation_fusion, config.gradient_accumulation_fusion, str(e)]
-    return []
-
-
-def built_head() -> list[Any]:
-    """Return the type of a model's output head, as it is built."""
-    from megatron_sov import recipes
-    from megatron_sov.engine.model.language_model import build
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.config import ParallelConfig
-
-    config = recipes.get("tiny-qwen3")
-    world.join(ParallelConfig())
-    return [type(build(config.model, ParallelConfig(), config.train).chunks[0].output_layer).__name__]
-
-
-@pytest.mark.distributed
-def test_the_head_of_a_model_has_a_config_of_its_own(ranks: Any, job: Any) -> None:
-    ((of_head, of_model, refusal),), ((built,),) = ranks(job(__file__, "heads", 1, {}),
-                                                        job(__file__, "built_head", 1, {}))
-    assert (of_head, of_model, built) == (False, True, "OutputHead")
-    assert "gradient_accumulation_fusion" in refusal and "APEX" in refusal

@@ -12,8 +12,9 @@ from megatron_sov.base.errors import UserError
 
 def settings(recipe: str, changes: list[str]) -> dict[str, Any]:
     """Return what the library's configuration and module specs say about each layer."""
+    from megatron.core.transformer.spec_utils import get_submodules
+
     from megatron_sov import recipes
-    from megatron_sov.engine import lanes
     from megatron_sov.engine.model import specs
     from megatron_sov.engine.router import BalancedRouter
     from megatron_sov.model.config import ParallelConfig, apply_settings
@@ -23,7 +24,7 @@ def settings(recipe: str, changes: list[str]) -> dict[str, Any]:
     layers = specs.layer_specs(library, config.model)
     if config.model.num_mtp_layers:
         layers.append(specs.mtp_layer_spec(library, config.model))
-    routers = [getattr(lanes.parts(s.submodules.mlp), "router", None) for s in layers]
+    routers = [getattr(get_submodules(s.submodules.mlp), "router", None) for s in layers]
     names = ("window_attn_skip_freq", "no_rope_freq", "window_size", "moe_layer_freq", "qk_layernorm",
              "moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size",
              "calculate_per_token_loss", "batch_p2p_comm", "recompute_granularity",

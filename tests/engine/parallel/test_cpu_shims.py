@@ -8,8 +8,6 @@ import sys
 
 import pytest
 
-from megatron_sov.engine import lanes
-
 
 def opened() -> dict:
     """Return what a process behind the door sees."""
@@ -70,8 +68,8 @@ def test_behind_the_door_everything_is_on_the_cpu(ranks, job) -> None:
     assert seen["marked"] and seen["flag"]
     assert seen["split"] == [1.0, 1.0] and seen["same_generator"] and seen["compiled"] == "torch"
     assert unmarked["expert"], "the library marks experts itself now: so much of mark_parameters can go"
-    # 0.19 marks split weights itself, but for those of Transformer Engine's grouped layers
-    assert bool(unmarked["split"]) != lanes.IS_NEW
+    # but for those of Transformer Engine's grouped layers
+    assert not unmarked["split"], "the library no longer marks split weights: mark_parameters has to"
 
 
 # What is wrong in the library still is, and is mended on any device, without the stand-ins for a CPU.
@@ -82,7 +80,6 @@ import json, torch
 torch.cuda.is_available = lambda: True  # as on a GPU: nothing but the defects is touched
 from megatron_sov.engine.parallel import cpu_shims
 import megatron.core.transformer.moe.moe_utils as moe_utils
-import megatron.core.transformer.multi_latent_attention as latent
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
@@ -94,8 +91,7 @@ def look():
         norms = not WrappedTorchNorm(config, 8).weight.sequence_parallel
     except AssertionError:
         norms = True
-    return {"router gemm name": not hasattr(moe_utils, "te_general_gemm"), "norms": norms,
-            "latent attention": latent.HAVE_TE and not isinstance(latent.TELinear, type),
+    return {"norms": norms,
             "split sizes": torch.is_tensor(moe_utils.maybe_move_tensor_to_cpu(torch.ones(2), as_numpy=True))}
 
 cpu_shims.prepare_megatron()
@@ -104,9 +100,6 @@ cpu_shims.mend()
 cpu_shims.mend()
 print(json.dumps([before, look(), config.sequence_parallel]))
 """
-
-
-MENDED_IN_0_19 = ("router gemm name", "latent attention")
 
 
 @pytest.fixture(scope="module")
@@ -119,17 +112,10 @@ def looks() -> list[dict[str, bool]]:
     return [before, after]
 
 
-@pytest.mark.parametrize(("defect", "file"), [("router gemm name", "cpu_shims"),
-                                              ("norms", "cpu_shims"),
-                                              ("latent attention", "cpu_shims"),
-                                              ("split sizes", "cpu_shims")])
-def test_the_library_still_needs_the_patch(defect: str, file: str, looks: list[dict[str, bool]]) -> None:
-    if lanes.IS_NEW and defect in MENDED_IN_0_19:
-        assert not looks[0][defect]
-        return
-    assert looks[0][defect], f"{defect}: the library is mended; its patch in engine/parallel/{file}.py can go"
+@pytest.mark.parametrize("defect", ["norms", "split sizes"])
+def test_the_library_still_needs_the_patch(defect: str, looks: list[dict[str, bool]]) -> None:
+    assert looks[0][defect], f"{defect}: the library is mended; its patch in cpu_shims.py can go"
 
 
 def test_the_defects_are_mended_where_the_cpu_shims_are_not_in_place(looks: list[dict[str, bool]]) -> None:
-    assert looks[1] == {"router gemm name": False, "norms": False, "latent attention": False,
-                        "split sizes": True}
+    assert looks[1] == {"norms": False, "split sizes": True}

@@ -19,6 +19,7 @@ from megatron_sov.model.config import (
     RunConfig, TrainConfig, apply_settings, data_paths, from_dict)
 from megatron_sov.model.config.post_training import METHODS
 from megatron_sov.model.config.run import RENAMED
+from tests.te_double.library_shapes import CONTRACT
 
 Small = Callable[..., RunConfig]
 
@@ -137,9 +138,8 @@ def test_what_is_not_offered_says_why_and_is_the_librarys(small: Small) -> None:
         apply_settings(small(), ["gpu.cuda_graph_impl=local"])
     with pytest.raises(UserError, match=r"_for_mxfp8_param_ag: no such setting; .*train\.fp8_weights"):
         from_dict({**small().to_dict(), "train": {"reuse_grad_buf_for_mxfp8_param_ag": 1}})
-    contract = json.loads((Path(__file__).parents[2] / "te_double" / "contract.json").read_text())
-    theirs = {name for library, part in contract.items() if library.startswith("megatron.core")
-              for fields in part["fields"].values() for name in fields}
+    contract = json.loads(CONTRACT.read_text())["megatron.core"]
+    theirs = {name for fields in contract["fields"].values() for name in fields}
     not_offered = (
         "num_distributed_optimizer_instances", "overlap_param_gather_with_optimizer_step",
         "fp8_dot_product_attention", "cross_entropy_loss_fusion", "cross_entropy_fusion_impl",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import shutil
 import sys
 from collections import namedtuple
@@ -13,6 +14,7 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.commands.operate import doctor
 from megatron_sov.commands.operate.doctor import MachineCheck
+from megatron_sov.operate import contract
 
 
 def module(folder: Path, name: str, text: str = "", **files: str) -> None:
@@ -113,12 +115,28 @@ def test_transformer_engine_is_what_imports(site: Path, monkeypatch: pytest.Monk
     assert [(c.status, c.detail) for c in doctor.transformer_engine_checks()] == [(status, detail)]
 
 
-def test_another_version_of_transformer_engine_is_told(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module(site, "transformer_engine", pytorch="")
-    monkeypatch.setattr(doctor, "installed_version", lambda name: "2.4.0")
-    check = only(doctor.transformer_engine_checks())
-    assert (check.status, check.remedy) == ("warning", doctor.TE_COMMAND)
-    assert check.detail == f"2.4.0 is not {doctor.TE_VERSION}, which this project was read and tried with"
+def test_signatures_are_compared_with_those_that_this_project_calls(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [contract.first_difference(name)[1] for name in ("megatron.core", "torch")] == ["", ""]
+    (tmp_path / "engine_double").mkdir()
+    wanted = {"f": "a, *, b=1", "A": "", "A.g": "self, x"}
+    (tmp_path / "contract.json").write_text(json.dumps(
+        {"engine_double": {"version": "2", "files": {"engine_double/__init__.py": wanted}}}))
+    monkeypatch.setattr(contract, "CONTRACT", tmp_path / "contract.json")
+    monkeypatch.setattr(doctor, "CONTRACT_LIBRARIES", {"engine_double": "engine-double"})
+    monkeypatch.setattr(doctor, "installed_version", lambda name: "1")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    said = []
+    for text in ("try:\n    def f(a: int, *, b: int = 1): ...\nfinally: 0\nclass A:\n    def g(self, x): ...",
+                 "def f(a, *, b=2): ...", "def f(a, *, b=1): ...\nclass A: ..."):
+        (tmp_path / "engine_double/__init__.py").write_text(text)
+        said.append(only(doctor.contract_checks()).detail)
+    read = "engine-double 1 differs from 2, against which this project was read: "
+    assert said == ["engine-double: as this project calls them",
+                    f"{read}f of engine_double/__init__.py takes (a, *, b=2), not (a, *, b=1)",
+                    f"{read}A.g of engine_double/__init__.py is gone"]
+    (tmp_path / "engine_double/__init__.py").write_text("(")
+    assert " cannot be read (SyntaxError: " in only(doctor.contract_checks()).detail
 
 
 def test_a_machine_with_gpus_cannot_train_without_transformer_engine(

@@ -1,0 +1,106 @@
+"""A run of layers as the library numbers it and as our lists have it, and its output head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+
+def layers_built() -> dict[str, Any]:
+    """Build a model whose layers are of two kinds, its prediction layer with experts, and say what each is;
+    then what is said of a wrong number, and of the library's own router."""
+    from unittest import mock
+
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    from megatron_sov import recipes
+    from megatron_sov.engine.model import language_model, specs
+    from megatron_sov.engine.parallel import world
+    from megatron_sov.model.config import ParallelConfig, apply_settings
+
+    config = apply_settings(recipes.get("tiny-k-exaone"), ["model.mtp_experts=true"])
+    world.join(ParallelConfig())
+    model, (chunk,) = config.model, language_model.build_configured(config).chunks
+    layers = [*chunk.decoder.layers, chunk.mtp.layers[0].transformer_layer]
+    found = [{"number": layer.layer_number, "attention": layer.self_attention.layer_number,
+              "router": layer.mlp.router.layer_number if layer.is_moe_layer else None,
+              "window": layer.self_attention.core_attention.window_tokens}
+             for layer in layers]
+    kinds = [*model.layer_types(), model.mtp_layer_type()]
+    windows = [*model.windows(), model.mtp_window()]
+    wanted = [{"number": n, "attention": n, "router": n if n > model.num_dense_layers else None,
+               "window": window} for n, window in enumerate(windows, 1)]
+    stands_still = [bool(chunk.config.no_rope_freq[layer.layer_number - 1]) for layer in layers]
+    refusals = []
+    layers[-1].mlp.router.layer_number = 1
+    with pytest.raises(RuntimeError) as told:
+        language_model.check_layers(chunk, 0)
+    refusals.append(str(told.value))
+    with mock.patch.object(specs, "BalancedRouter", TopKRouter), pytest.raises(RuntimeError) as told:
+        language_model.build_configured(config)
+    return {"found": found, "wanted": wanted, "stands_still": stands_still, "kinds": kinds,
+            "parameters": [n for n, _ in chunk.named_parameters() if n.startswith("mtp.")],
+            "refusals": [*refusals, str(told.value)]}
+
+
+@pytest.mark.distributed
+def test_every_layer_has_the_number_of_its_entry_in_our_lists(ranks: Any, job: Any) -> None:
+    (built,), = ranks(job(__file__, "layers_built", 1))
+    assert built["found"] == built["wanted"]
+    assert built["stands_still"] == [kind == "full_attention" for kind in built["kinds"]]
+    assert built["kinds"][0] != built["kinds"][-1]  # a prediction layer numbered 1 would be seen
+    # the names of weights in checkpoints, between those of the norms
+    inside = ["transformer_layer" in name for name in built["parameters"]]
+    assert inside == [*sorted(inside[:-1]), False] and any(inside)
+    last = len(built["kinds"])
+    assert built["refusals"] == [f"layer {last}: BalancedRouter has number 1",
+                                 "layer 2: its router is the library's TopKRouter"]
+
+
+# The output head beside fused accumulation of weight gradients, which the library's own would refuse.
+
+def heads() -> list[Any]:
+    """Return the fusion's value in a head and in the model's config, and the library's refusal of its own."""
+    import torch
+    from megatron.core import tensor_parallel
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_sov.engine.model.chunk import OutputHead
+    from megatron_sov.engine.parallel import world
+    from megatron_sov.model.config import ParallelConfig
+
+    world.join(ParallelConfig())
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1,
+                               use_cpu_initialization=True, perform_initialization=False,
+                               gradient_accumulation_fusion=True)
+
+    def make(head: Any) -> Any:
+        return head(8, 16, config=config, init_method=torch.nn.init.zeros_, bias=False, skip_bias_add=False)
+
+    head = make(OutputHead)
+    try:
+        make(tensor_parallel.ColumnParallelLinear)
+    except RuntimeError as e:
+        return [head.gradient_accumulation_fusion, config.gradient_accumulation_fusion, str(e)]
+    return []
+
+
+def built_head() -> list[Any]:
+    """Return the type of a model's output head, as it is built."""
+    from megatron_sov import recipes
+    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.parallel import world
+    from megatron_sov.model.config import ParallelConfig
+
+    config = recipes.get("tiny-qwen3")
+    world.join(ParallelConfig())
+    return [type(build(config.model, ParallelConfig(), config.train).chunks[0].output_layer).__name__]
+
+
+@pytest.mark.distributed
+def test_the_head_of_a_model_has_a_config_of_its_own(ranks: Any, job: Any) -> None:
+    ((of_head, of_model, refusal),), ((built,),) = ranks(job(__file__, "heads", 1, {}),
+                                                        job(__file__, "built_head", 1, {}))
+    assert (of_head, of_model, built) == (False, True, "OutputHead")
+    assert "gradient_accumulation_fusion" in refusal and "APEX" in refusal
