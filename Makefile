@@ -94,8 +94,8 @@ compiled: setup
 suite: compiled
 	$(FREED_AT_ONCE) OMP_NUM_THREADS=1 "$(PY)" tests/made_once.py $(PYTEST) $(LONGEST) tests
 
-deep: slurm browser compiled  ## tier 2: real Slurm, browser, every layout, kills, larger models; FIFTH=0 to 4: of every fifth file
-	$(FREED_AT_ONCE) OMP_NUM_THREADS=1 "$(PY)" tests/made_once.py $(PYTEST) -m deep $(if $(FIFTH),--fifth $(FIFTH))
+deep: slurm browser compiled  ## tier 2: real Slurm, browser, every layout, kills, larger models; PART=N/COUNT: some of the files
+	$(FREED_AT_ONCE) OMP_NUM_THREADS=1 "$(PY)" tests/made_once.py $(PYTEST) -m deep $(if $(PART),--part $(PART))
 
 NEWEST := $(addprefix tests/,te_double engine checkpoint layouts convert train e2e)
 newest: setup  ## the tests of layers that touch megatron-core, on the version that this Python has not installed: build/newest

@@ -141,6 +141,7 @@ def test_a_kill_changes_no_bit(whole: Path, folder: Path, command: Command, run_
     assert weights(folder / "killed") == weights(whole) and weights(whole)
 
 
+@pytest.mark.deep
 @pytest.mark.distributed
 def test_the_most_probable_tokens_alone_are_learned(folder: Path, command: Command, run_command: Any) -> None:
     top = ["--set", "distillation.top_k=8", "--set", "rollout.rounds=2"]

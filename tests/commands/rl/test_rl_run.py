@@ -200,6 +200,7 @@ def test_each_policy_is_validated_once_under_the_runs_own_reward(killed: Path) -
     assert len({row["prompt"] for row in sampled[0]["rows"]}) == 5, "the first sample of each prompt first"
 
 
+@pytest.mark.deep
 def test_another_reward_judges_what_is_there_and_another_run_learns_from_it(
         whole: Path, folder: Path, command: Command, run_command: Any) -> None:
     store = RolloutStore.open(folder / "whole-store")
@@ -233,6 +234,7 @@ def test_another_reward_judges_what_is_there_and_another_run_learns_from_it(
         folder / "trained/checkpoints/step-4", 4, begun[4])
 
 
+@pytest.mark.deep
 def test_a_policy_may_write_several_rounds_at_once_and_its_tokens_find_their_experts_again(
         folder: Path, command: Command, run_command: Any) -> None:
     done = run_command(*command("stale", "--plain", "--workers", "1", "--set", "rollout.max_staleness=1",

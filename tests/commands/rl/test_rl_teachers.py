@@ -138,6 +138,7 @@ def test_each_token_is_worth_what_its_teacher_gives_it_more_than_the_student(
     assert abs(told["reverse_kl_domains"]["a"]) > 1e-4, "two checkpoints are two models"
 
 
+@pytest.mark.deep
 @pytest.mark.distributed
 def test_two_processes_that_are_killed_change_little(whole: Path, folder: Path, command: Command,
                                                      run_command: Any) -> None:

@@ -114,6 +114,7 @@ def test_damaged_data_is_named(capsys: Any, packed_data: Any, tmp_path: Path) ->
     assert "damaged/manifest.json: is damaged" in refused(capsys, [damaged], tmp_path / "run")
 
 
+@pytest.mark.deep
 def test_chats_without_an_answer_are_no_perfect_score(run_command: Any, packed_data: Any, tmp_path: Path,
                                                       capsys: Any) -> None:
     """A loss of 0 over no tokens is refused: samples end before the answers begin."""
