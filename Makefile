@@ -98,8 +98,8 @@ compiled: setup
 suite: compiled
 	$(FREED_AT_ONCE) OMP_NUM_THREADS=1 "$(PY)" tests/made_once.py $(PYTEST) $(LONGEST) tests
 
-deep: slurm browser compiled  ## tier 2: real Slurm, browser, every layout, kills, larger models; FIFTH=0 to 4: of every fifth file
-	$(FREED_AT_ONCE) OMP_NUM_THREADS=1 "$(PY)" tests/made_once.py $(PYTEST) -m deep $(if $(FIFTH),--fifth $(FIFTH))
+deep: slurm browser compiled  ## tier 2: real Slurm, browser, every layout, kills, larger models; PART=N/COUNT: some of the files
+	$(FREED_AT_ONCE) OMP_NUM_THREADS=1 "$(PY)" tests/made_once.py $(PYTEST) -m deep $(if $(PART),--part $(PART))
 
 demo: setup  ## raw text to a trained, converted and judged model on this machine, minutes on two cores
 	"$(PY)" demo.py $${CORPUS:+--corpus "$$CORPUS"}

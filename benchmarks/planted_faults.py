@@ -1,6 +1,6 @@
 """Plant faults in the source, and measure which of them `make test` and all tests of the same files find.
 
-Usage: python benchmarks/planted_faults.py FOUND.jsonl [--most N] [--hours H] [--area AREA]
+Usage: python benchmarks/planted_faults.py FOUND.jsonl [--sample N] [--seed S] [--hours H] [--area AREA]
        python benchmarks/planted_faults.py FOUND.jsonl --table
 
 `benchmarks/data/planted_faults.yaml` names source files and the tests beside them.  Of each file a seeded
@@ -8,6 +8,9 @@ draw takes faults, spread over its functions: a comparison, an operator, a condi
 changed.  Each fault is planted in a copy of the repository, where the tests run without the `deep` mark and,
 if these pass, with it.  A fault that neither finds may change nothing; the figure is what `make test` finds
 of what all tests find.  A second start goes on where the first stopped.
+
+`--sample N` draws N faults by `--seed`, in turns from each area.  Of the tests in the table only those files
+run that import the faulted module, where there are any.
 
 `layout_proofs.py` plants faults of the same form in functions of its own process (`mutated`).
 """
@@ -188,6 +191,44 @@ def faults_of(area: str, file: str, count: int) -> list[Fault]:
     return turns[:count]
 
 
+def module_name(file: str) -> str:
+    """Return the dotted name of a source file."""
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def imported_modules(file: Path) -> set[str]:
+    """Return the modules that a file imports anywhere: `from a.b import c` counts as a.b and as a.b.c."""
+    modules = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return modules
+
+
+def focused_tests(fault: Fault, tests: list[str]) -> list[str]:
+    """Return the test files below `tests` that import the faulted module; all of `tests` if none does."""
+    faulted = module_name(fault.place.rpartition(":")[0])
+    files = sorted({file for name in tests for file in (
+        (ROOT / name).rglob("test_*.py") if (ROOT / name).is_dir() else [ROOT / name]) if file.is_file()})
+    importing = [file.relative_to(ROOT).as_posix() for file in files if faulted in imported_modules(file)]
+    return importing or tests
+
+
+def sampled(count: int, seed: int) -> list[tuple[Fault, list[str]]]:
+    """Draw `count` faults, in turns from each area, with their focused tests."""
+    areas: dict[str, list[tuple[Fault, list[str]]]] = {}
+    for fault, tests in drawn():
+        areas.setdefault(fault.kind, []).append((fault, tests))
+    draw = random.Random(seed)
+    for faults in areas.values():
+        draw.shuffle(faults)
+    turns = [faults[turn] for turn in range(max(map(len, areas.values()))) for faults in areas.values()
+             if turn < len(faults)]
+    return [(fault, focused_tests(fault, tests)) for fault, tests in turns[:count]]
+
+
 def drawn() -> list[tuple[Fault, list[str]]]:
     """Return all faults of the table with the tests beside them, in an order of which any beginning is a
     random sample."""
@@ -226,7 +267,8 @@ def copied(folder: Path) -> None:
             shutil.copy(ROOT / name, folder / name)
 
 
-def measure(out: Path, most: int, hours: float, area: str | None) -> None:
+def measure(out: Path, faults: list[tuple[Fault, list[str]]], most: int, hours: float, area: str | None
+            ) -> None:
     """Plant faults one by one; a line of JSON each."""
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     done = {row["fault"] for row in rows}
@@ -236,7 +278,7 @@ def measure(out: Path, most: int, hours: float, area: str | None) -> None:
     with tempfile.TemporaryDirectory() as name, out.open("a", encoding="utf-8") as file:
         folder = Path(name)
         copied(folder)
-        for fault, tests in drawn():
+        for fault, tests in faults:
             if len(done) >= most or time.monotonic() > until:
                 break
             if str(fault) in done or area not in (None, fault.kind):
@@ -280,13 +322,16 @@ def main(argv: list[str]) -> int:
     """Measure, or print what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("found", type=Path)
+    parser.add_argument("--sample", type=int, help="faults to draw, in turns from each area; default: all")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--most", type=int, default=10**9, help="faults, those of an earlier start included")
     parser.add_argument("--hours", type=float, default=24.0)
     parser.add_argument("--area")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args(argv)
     if not args.table:
-        measure(args.found, args.most, args.hours, args.area)
+        faults = sampled(args.sample, args.seed) if args.sample else drawn()
+        measure(args.found, faults, args.most, args.hours, args.area)
     print("\n".join(table([json.loads(line) for line in args.found.read_text().splitlines()])))
     return 0
 

@@ -507,6 +507,9 @@ def _made_folder(name: str, factory: pytest.TempPathFactory,
     """Return the folder of a fixture: made now, or a copy of what SOV_TESTS_DATA has of that name."""
     folder = factory.mktemp(name)
     if kept := os.environ.get("SOV_TESTS_DATA"):
+        deadline_s = time.monotonic() + 600
+        while not (Path(kept) / name).is_dir() and time.monotonic() < deadline_s:
+            time.sleep(0.1)  # made_once.py is still making the folder
         shutil.copytree(Path(kept) / name, folder, dirs_exist_ok=True)
         return folder
     from tests.packing import MAKERS

@@ -12,22 +12,37 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 
 def main(command: list[str]) -> int:
-    """Return the exit code of a command that finds workers and data in its environment."""
+    """Return the exit code of a command that finds workers and data in its environment.  The data are made
+    while the command starts."""
     from tests.conftest import NO_RANK, SHARED, Worker, shared_workers
     from tests.packing import MAKERS
 
     with (tempfile.TemporaryDirectory() as made, shared_workers() as shared,
           tempfile.TemporaryDirectory() as said, closing(Worker(Path(said), shared["worker"])) as worker):
-        for name, make in MAKERS.items():
-            (folder := Path(made) / name).mkdir()
-            make(folder, lambda *argv, program: worker.run(600, None, NO_RANK, program=program, argv=argv))
-        return subprocess.run(command, check=False, env={
-            **os.environ, SHARED: json.dumps(shared), "SOV_TESTS_DATA": made}).returncode
+        environment = {**os.environ, SHARED: json.dumps(shared), "SOV_TESTS_DATA": made}
+        with subprocess.Popen(command, env=environment) as process:
+            try:
+                _make_data(Path(made), MAKERS, lambda *argv, program: worker.run(
+                    600, None, NO_RANK, program=program, argv=argv))
+            except BaseException:
+                process.kill()
+                raise
+        return process.returncode
+
+
+def _make_data(made: Path, makers: dict[str, Callable[..., None]], run: Callable[..., Any]) -> None:
+    """Make each folder of data under another name, and rename it when it is whole: tests wait for that."""
+    for name, make in makers.items():
+        (folder := made / f"unfinished-{name}").mkdir()
+        make(folder, run)
+        folder.rename(made / name)
 
 
 if __name__ == "__main__":

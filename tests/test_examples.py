@@ -127,6 +127,7 @@ def test_notebook_cell_by_cell(site: Path, monkeypatch: pytest.MonkeyPatch, warm
     assert "model.safetensors" in capsys.readouterr().out
 
 
+@pytest.mark.deep
 def test_chat_template(typed: Typed, site: Path, run_command: Any) -> None:
     typed("chat_template.py")
     chats = [{"messages": [{"role": "user", "content": f"Say {i}"},

@@ -53,6 +53,7 @@ def gather(folder: Path) -> None:
             "".join(json.dumps({"messages": messages}) + "\n" for messages in said))
 
 
+@pytest.mark.essential
 @pytest.mark.distributed
 def test_the_way_of_a_model_works_as_it_is_typed(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., Any],

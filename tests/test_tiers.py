@@ -89,9 +89,16 @@ def test_what_numba_compiles_is_in_no_tests_time() -> None:
     assert tiers._imports["seconds"] > before_s
 
 
-def test_the_fifths_share_all_files_and_depend_on_no_folder_above() -> None:
+@pytest.mark.parametrize("count", [5, 20])
+def test_the_parts_share_all_files_and_depend_on_no_folder_above(count: int) -> None:
     files = sorted((ROOT / "tests").rglob("test_*.py"))
-    fifths = [tiers.fifth_of(file) for file in files]
-    assert set(fifths) == set(range(tiers.NUM_FIFTHS))
-    assert max(map(fifths.count, fifths)) < len(files) / 3
-    assert fifths == [tiers.fifth_of(Path("/elsewhere") / file.relative_to(ROOT)) for file in files]
+    parts = [tiers.part_of(file, count) for file in files]
+    assert set(parts) == set(range(count))
+    assert max(map(parts.count, parts)) < 2 * len(files) / count
+    assert parts == [tiers.part_of(Path("/elsewhere") / file.relative_to(ROOT), count) for file in files]
+
+
+@pytest.mark.parametrize("text", ["5/5", "-1/5", "1", "a/b", "0/0"])
+def test_a_part_that_does_not_exist_is_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        tiers._part(text)

@@ -32,6 +32,7 @@ def under(heading: str, text: str) -> list[str]:
     return list(lines_of(shell_blocks(text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0])))
 
 
+@pytest.mark.deep
 @pytest.mark.distributed
 def test_what_the_tutorials_do_on_a_laptop_works_as_it_is_typed(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., Any]) -> None:
@@ -77,6 +78,7 @@ def test_what_is_sent_to_a_cluster_would_be_taken(line: str, tmp_path: Path, mon
     assert capsys.readouterr().out
 
 
+@pytest.mark.deep
 @pytest.mark.distributed
 def test_lora_on_a_hugging_face_model_works_as_it_is_typed(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., Any],

@@ -2,7 +2,7 @@
 
 A test belongs to tier 2 if it needs a real Slurm, a Ray cluster or a browser, or takes more than
 `LIMIT_S` of processor time: then a tier-1 test fails, and is to be made cheaper or marked `deep`.
-`--fifth N` chooses a fifth of the files of tier 2.
+`--part N/COUNT` chooses the files of one of COUNT parts of tier 2.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ ESSENTIAL_LIMIT_S = 30.0
 LOOP_ROUNDS, LOOP_S = 1_000_000, 0.1
 SERVICES = ("cluster", "browser")
 """Fixtures of tests that need daemons or programs which `make setup` does not install."""
-NUM_FIFTHS = 5
 _imports = {"depth": 0, "seconds": 0.0}
 _workers = {"seconds": 0.0}
 _files_of_workers: list[Path] = []
@@ -52,8 +51,8 @@ USED = pytest.StashKey[dict[str, Phase]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fifth", type=int, metavar="N", help="of the tests marked deep, those of every fifth "
-                     "file: 0 to 4")
+    parser.addoption("--part", type=_part, metavar="N/COUNT",
+                     help="only the test files of part N, from 0, of COUNT parts")
     parser.addoption("--processor-times", type=Path, metavar="FILE.jsonl",
                      help="write each test's processor seconds into this file, and fail none for them")
 
@@ -94,21 +93,29 @@ def left_out(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark tests that need services as deep, and keep one fifth of the files if `--fifth` asks for it."""
+    """Mark tests that need services as deep, and keep one part of the files if `--part` asks for it."""
     for item in items:
         if set(SERVICES) & set(getattr(item, "fixturenames", ())):
             item.add_marker("deep")
-    fifth = config.option.fifth
-    if fifth is not None:
-        kept = [item for item in items if fifth_of(item.path) == fifth]
-        config.hook.pytest_deselected(items=[item for item in items if fifth_of(item.path) != fifth])
-        items[:] = kept
+    if config.option.part is not None:
+        part, count = config.option.part
+        selected = [item for item in items if part_of(item.path, count) == part]
+        config.hook.pytest_deselected(items=[item for item in items if part_of(item.path, count) != part])
+        items[:] = selected
 
 
-def fifth_of(file: Path) -> int:
-    """Return which fifth of tier 2 a test file belongs to, by its path below tests/."""
+def _part(text: str) -> tuple[int, int]:
+    """Parse N/COUNT."""
+    part, count = map(int, text.split("/"))
+    if not 0 <= part < count:
+        raise ValueError(text)
+    return part, count
+
+
+def part_of(file: Path, count: int) -> int:
+    """Return which of `count` parts of tier 2 a test file belongs to, by its path below tests/."""
     below = file.as_posix().rpartition("/tests/")[2]
-    return zlib.crc32(below.encode()) % NUM_FIFTHS
+    return zlib.crc32(below.encode()) % count
 
 
 def charge(seconds: float) -> None:

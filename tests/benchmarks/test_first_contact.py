@@ -50,6 +50,7 @@ def quick(out: str) -> None:
         first_contact.run_here(part, Setting(Path(out), dry=True))
 
 
+@pytest.mark.deep
 def test_parts_pass_and_are_kept(te_ranks: Any, job: Any, tmp_path: Path) -> None:
     te_ranks(job(__file__, "quick", 1, {"out": str(tmp_path)}))
     done = started(tmp_path, "--parts", ",".join(QUICK))

@@ -22,6 +22,7 @@ def files_of(checkpoint: Path, part: str) -> dict[str, bytes]:
             for p in sorted((checkpoint / part).rglob("*")) if p.is_file()}
 
 
+@pytest.mark.essential
 def test_an_adapter_is_trained_resumed_and_merged(packed_data: Any, tmp_path: Path, run_command: Any) -> None:
     def command(run: Path, *arguments: str, settings: tuple[str, ...]) -> Any:
         chosen = [part for s in (*SMALL, *settings) for part in ("--set", s)]

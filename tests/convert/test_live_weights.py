@@ -68,6 +68,7 @@ def exported(recipe: str, precision: str, layout: dict[str, Any], path: str) -> 
     return result
 
 
+@pytest.mark.essential
 @pytest.mark.distributed
 @pytest.mark.parametrize("chosen", [
     {"tiny-k-exaone": ("one", "EP2 x PP2 of two chunks", "TP2+SP x EP2 x PP2"), "tiny-qwen2": ("PP2",)},
@@ -169,6 +170,7 @@ def taken_in(recipe: str, layout: dict[str, Any], precision: str) -> dict[str, A
     return result
 
 
+@pytest.mark.essential
 @pytest.mark.distributed
 def test_a_model_takes_in_what_another_exports(ranks, job) -> None:
     found = ranks(*(job(__file__, "taken_in", n, {"recipe": recipe, "layout": x, "precision": precision})

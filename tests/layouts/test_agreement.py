@@ -78,7 +78,7 @@ def _tried(model: str, *, all_pairs: bool) -> list[Any]:
     return [x for i, x in enumerate(tried) if i % 2 == turn]
 
 
-FIRST = "experts, sliding windows, multi-token prediction"
+FIRST = "experts, YaRN"
 """Model in `make test`, at one product of eight processes."""
 
 

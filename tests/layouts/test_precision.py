@@ -12,6 +12,7 @@ LAYOUT = ["parallel.tp=2", "parallel.sp=true", "parallel.ep=2"]
 
 
 @pytest.mark.distributed
+@pytest.mark.essential
 def test_bf16_keeps_master_weights_gradients_routing_and_loss_in_float32(ranks: Any, job: Any,
                                                                          packed_data: Any) -> None:
     arguments = {"recipe": "tiny-k-exaone", "data": str(packed_data.text)}

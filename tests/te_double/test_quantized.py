@@ -97,6 +97,7 @@ def test_weights_are_quantised_anew_in_each_step(te_ranks: Any, job: Any, packed
 
 
 @pytest.mark.distributed
+@pytest.mark.essential
 @pytest.mark.parametrize("cases", [
     [("tiny-solar-open", ["train.fp8=mxfp8"])],
     pytest.param([

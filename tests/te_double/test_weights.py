@@ -37,6 +37,7 @@ def test_losses_are_those_of_bf16_weights(te_ranks: Any, job: Any, packed_data: 
 
 
 @pytest.mark.distributed
+@pytest.mark.essential
 @pytest.mark.parametrize(("recipe", "nproc", "settings"), [
     ("tiny-k-exaone", 1, ["train.fp8=mxfp8", *OVERLAP, "model.num_layers=2",
                           "train.fp8_bf16_layers_at_end=1"]),

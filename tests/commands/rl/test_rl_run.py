@@ -219,6 +219,7 @@ def test_another_reward_judges_what_is_there_and_another_run_learns_from_it(
         folder / "trained/checkpoints/step-4", 4, begun[4])
 
 
+@pytest.mark.deep
 def test_a_policy_may_write_several_rounds_at_once_and_its_tokens_find_their_experts_again(
         folder: Path, command: Command, run_command: Any) -> None:
     done = run_command(*command("stale", "--plain", "--workers", "1", "--set", "rollout.max_staleness=1",

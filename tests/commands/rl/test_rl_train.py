@@ -95,6 +95,7 @@ def last_weights(run: Path) -> dict[str, str]:
             if name.endswith(".safetensors")}
 
 
+@pytest.mark.essential
 @pytest.mark.distributed
 def test_rounds_that_come_later_and_a_kill_change_no_bit(undisturbed: Path, rounds: Rounds, run_command: Any,
                                                          tiny: list[str]) -> None:

@@ -19,6 +19,7 @@ def steps_of(run: Path) -> dict[int, Any]:
             for e in read_events(run / "events.jsonl") if e["event"] == "step"}
 
 
+@pytest.mark.essential
 @pytest.mark.distributed
 def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: list[str], run_command: Any,
                                          tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,7 @@ def test_data_of_another_tokenizer_than_the_weights(capsys: Any, packed_data: An
             and "pack the data with the checkpoint's tokenizer" in message)
 
 
+@pytest.mark.deep
 def test_chats_without_an_answer_are_no_perfect_score(run_command: Any, packed_data: Any, tmp_path: Path,
                                                       capsys: Any) -> None:
     """A loss of 0 over no tokens is refused: samples end before the answers begin."""

@@ -142,6 +142,7 @@ def check_ways(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.essential
 @pytest.mark.parametrize("names", [
     ["TP2+SP x CP2, EP4"], pytest.param(["PP2 VPP2", "EP2, experts by gathering"], marks=pytest.mark.deep)],
     ids=["all kinds", "gathering"])
