@@ -128,6 +128,7 @@ def test_data_are_learned_as_distill_learns_them(whole: Path, folder: Path, stud
     assert read_manifest(folder / "kept.states", "teacher_states").settings["teacher"]
 
 
+@pytest.mark.deep
 @pytest.mark.distributed
 def test_the_most_probable_tokens_alone_are_learned(folder: Path, command: Command, run_command: Any) -> None:
     top = ["--set", "distillation.top_k=8", "--set", "rollout.rounds=2"]
