@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -37,16 +36,6 @@ MAX_BOXES = 20
 """Boxes of a solution that are looked at."""
 MAX_PRINTED_CHARS = 200
 """Of the line that a program prints."""
-
-
-@dataclass(frozen=True)
-class FinalAnswerCheck:
-    """Whether an answer is the wanted one."""
-
-    right: bool
-    """It is."""
-    why: str = ""
-    """Why it could not be judged, where it could not."""
 
 
 def boxes(text: str) -> list[str]:
@@ -87,11 +76,9 @@ class Verifier:
         self._runner: Runner = runner(asked, make(asked), 1)
         self._lock = threading.Lock()
 
-    def check(self, answers: Sequence[str], wanted: str,
-              choices: Sequence[str] = ()) -> list[FinalAnswerCheck]:
+    def check(self, answers: Sequence[str], wanted: str, choices: Sequence[str] = ()) -> list[bool]:
         # equal texts need no process
-        known = {answer: FinalAnswerCheck(True) for answer in answers
-                 if normalized(answer) == normalized(wanted) != ""}
+        known = {answer: True for answer in answers if normalized(answer) == normalized(wanted) != ""}
         asked = [answer for answer in dict.fromkeys(answers) if answer not in known]
         rows = [{"response": f"\\boxed{{{answer}}}", "answer": wanted, "choices": list(choices)}
                 for answer in asked]
@@ -99,7 +86,7 @@ class Verifier:
             with self._lock:
                 results = self._runner.score(rows)
             for answer, result in zip(asked, results, strict=True):
-                known[answer] = FinalAnswerCheck(result.reward == 1.0, result.reason)
+                known[answer] = result.reward == 1.0
         return [known[answer] for answer in answers]
 
 
@@ -110,7 +97,7 @@ def verifier(name: Literal["math", "stem"]) -> Verifier:
 
 
 def check(answers: Sequence[str], wanted: str, choices: Sequence[str] = (), way: Way = "auto"
-          ) -> list[FinalAnswerCheck]:
+          ) -> list[bool]:
     """Return whether each of some final answers is the wanted one."""
     return verifier(way_of(wanted, choices) if way == "auto" else way).check(answers, wanted, choices)
 
@@ -124,7 +111,7 @@ def right_solutions(solutions: Sequence[str], wanted: str, choices: Sequence[str
     asked = [answer for solution in sound for answer in boxes(solution)]
     # one call for all: each is a round trip to the process that compares
     checked = dict(zip(asked, check(asked, wanted, choices, way), strict=True)) if asked else {}
-    return [solution for solution in sound if all(checked[answer].right for answer in boxes(solution))]
+    return [solution for solution in sound if all(checked[answer] for answer in boxes(solution))]
 
 
 def different_solutions(solutions: Sequence[str], most: int, max_similarity: float) -> list[str]:
@@ -148,7 +135,7 @@ def boxed_or_plain(text: str) -> str:
 
 def count_right(answers: Sequence[str], wanted: str, choices: Sequence[str] = (), way: Way = "auto") -> int:
     """Return how many final answers are the wanted one, by the rewards `math` and `stem`."""
-    return sum(checked.right for checked in check(list(answers), wanted, choices, way))
+    return sum(check(list(answers), wanted, choices, way))
 
 
 @lru_cache(maxsize=1)

@@ -47,15 +47,12 @@ def run(typed: argparse.Namespace) -> int:
     args = read_options(ProbingSetsOptions, typed)
     refuse_existing(args.output, KIND, args.overwrite)
     found: dict[bytes, dict[str, str]] = {}
-    models: set[str] = set()
     num_lines = 0
     for where, row in (line for file in line_files(args.input) for line in read_objects(file)):
         num_lines += 1
         problem = _problem(row, where)
         # by the hashes of its words: case and punctuation make no other problem
         found.setdefault(find_units(problem["prompt"]).hashes.tobytes(), problem)
-        made = row.get("synthetic")
-        models |= {str(made["model"])} if isinstance(made, dict) and made.get("model") else set()
     if not found:
         raise UserError(f"{', '.join(map(str, args.input))}: has no problems; run `sov-data synth probes` "
                         "first")
@@ -66,8 +63,7 @@ def run(typed: argparse.Namespace) -> int:
                 out.writelines(json.dumps(problem, ensure_ascii=False) + "\n" for problem in found.values()
                                if problem["domain"] == domain)
         artifact.settings = {"inputs": list(args.input)}
-        artifact.content = {"domains": dict(counts), "num_repeated": num_lines - len(found),
-                            "models": sorted(models)}
+        artifact.content = {"domains": dict(counts), "num_repeated": num_lines - len(found)}
     for domain, count in counts.items():
         print(f"{domain}: {count:,} problems")
     print(f"left out: {num_lines - len(found):,} repeated\n"

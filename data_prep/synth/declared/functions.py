@@ -13,7 +13,7 @@ import yaml
 from data_prep.synth.declared.parsers import read_tagged
 from data_prep.synth.final_answers import (
     boxed_or_plain, boxes, count_right, different_solutions, final_answers, right_solutions, run_programs)
-from data_prep.synth.generators.constraints import cases_of, cross_check, list_items, wording_problem
+from data_prep.synth.generators.constraints import cross_check, list_items, wording_problem
 from data_prep.synth.generators.documents import fenced
 from data_prep.synth.generators.drawing import choose, share_of
 from data_prep.synth.generators.queries import accepted_by
@@ -95,7 +95,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "different_solutions": different_solutions, "final_answers": final_answers,
     "right_solutions": right_solutions, "run_programs": run_programs,
     # of constraints
-    "accepted_by": accepted_by, "cases_of": cases_of, "choose": choose, "cross_check": cross_check,
+    "accepted_by": accepted_by, "choose": choose, "cross_check": cross_check,
     "list_items": list_items, "share_of": share_of, "wording_problem": wording_problem,
     # of worlds
     "draft_problem": draft_problem, "task_problem": task_problem, "task_verdicts": task_verdicts,

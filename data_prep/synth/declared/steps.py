@@ -271,7 +271,7 @@ class ThatStep(Step):
 
 @dataclass(frozen=True, kw_only=True)
 class PlayStep(Step):
-    """Play a conversation with tools about a task of `virtual`, with the sample's `max_turns`."""
+    """Play a conversation about a task of `virtual`, with the sample's `max_turns`, into `played`."""
 
     play: str
     """The task: an expression."""
@@ -279,13 +279,11 @@ class PlayStep(Step):
     """Of the conversation among those of its item, which sets its draws apart."""
     user: str = ""
     """Prompt by which the model plays the user, with `heard`; empty: the user asks the task's question."""
-    into: str = "played"
-    """Field for the conversation."""
     computed: ClassVar[tuple[str, ...]] = ("play", "number")
     needs: ClassVar[tuple[str, ...]] = ("max_turns", "temperature", "max_tokens")
 
     def gives(self) -> list[str]:
-        return [self.into]
+        return ["played"]
 
     def problems(self, prompts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if self.user and self.user not in prompts:
@@ -294,7 +292,7 @@ class PlayStep(Step):
 
     def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, generator: str) -> None:
         prompt = f"{generator}/{self.user}" if self.user else ""
-        draft.fields[self.into] = Player(ask, draft.fields, values["number"], prompt).play(values["play"])
+        draft.fields["played"] = Player(ask, draft.fields, values["number"], prompt).play(values["play"])
 
 
 VERBS: Mapping[str, type[Step]] = {

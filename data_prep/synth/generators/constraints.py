@@ -61,8 +61,8 @@ class CheckedFunctions:
     """Sources, the best first."""
     accuracies: tuple[float, ...] = ()
     """Share of the kept cases that each function agrees with."""
-    cases: tuple[Case, ...] = ()
-    """Cases that one function or another agrees with."""
+    cases: tuple[dict[str, Any], ...] = ()
+    """Cases that one function or another agrees with, as records have them."""
     faults: tuple[str, ...] = ()
     """Why replies could not be read."""
 
@@ -145,7 +145,7 @@ def cross_check(replies: Sequence[str], ordinary: Sequence[str], *, min_function
     cases = list(dict.fromkeys(case for draft in drafts for case in draft.cases))
 
     def failed(check: str, detail: str, kept: Sequence[Case] = ()) -> CheckedFunctions:
-        return CheckedFunctions(SampleVerdict(check, False, detail), cases=tuple(kept), faults=faults)
+        return CheckedFunctions(SampleVerdict(check, False, detail), cases=_records(kept), faults=faults)
 
     if len(sources) < min_functions:
         why = f"; one {faults[0]}" if faults else ""
@@ -170,7 +170,11 @@ def cross_check(replies: Sequence[str], ordinary: Sequence[str], *, min_function
         return failed("tells apart", f"{len(exact)} functions accept, or reject, each text", kept)
     telling.sort(key=lambda source: -accuracies[source])  # stable: the writer's order among equals
     return CheckedFunctions(SampleVerdict("tells apart", True), tuple(telling),
-                           tuple(round(accuracies[source], 4) for source in telling), tuple(kept), faults)
+                           tuple(round(accuracies[source], 4) for source in telling), _records(kept), faults)
+
+
+def _records(cases: Sequence[Case]) -> tuple[dict[str, Any], ...]:
+    return tuple({"input": case.text, "output": case.keeps} for case in cases)
 
 
 def _run_all(sources: Sequence[str], texts: Sequence[str]) -> dict[str, dict[str, bool | None]] | None:
@@ -194,8 +198,3 @@ def _tells_apart(accepts: dict[str, bool | None], kept: Sequence[Case], ordinary
     right = [case.text for case in kept if case.keeps]
     return (any(accepts[text] is False for text in wrong if text.strip())
             and any(accepts[text] is True for text in right if text.strip()))
-
-
-def cases_of(tested: CheckedFunctions) -> list[dict[str, Any]]:
-    """Return the cases as a record has them."""
-    return [{"input": case.text, "output": case.keeps} for case in tested.cases]

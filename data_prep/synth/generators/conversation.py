@@ -45,28 +45,18 @@ class Conversation:
     user_problems: list[str] = field(default_factory=list)
     """Turns in which the model that plays the user fell out of its role."""
 
-    @property
-    def answers(self) -> list[str]:
-        return [message["content"] for message in self.messages
-                if message["role"] == "assistant" and message["content"].strip()]
-
 
 @dataclass(frozen=True)
 class Player:
-    """Plays one conversation.
-
-    Args:
-        ask: the door to models.
-        fields: of the sample: `max_turns`, `temperature`, `max_tokens`, `thinking`, and those of the user's
-            prompt.
-        number: of the conversation among those of its item.
-        user_prompt: by which a model plays the user; empty: the user asks the task's question alone.
-    """
+    """Plays one conversation."""
 
     ask: Ask
     fields: Mapping[str, Any]
+    """Of the sample: `max_turns`, `temperature`, `max_tokens`, `thinking`, and those of the user's prompt."""
     number: int
+    """Of the conversation among those of its item."""
     user_prompt: str = ""
+    """By which a model plays the user; empty: the user asks the task's question alone."""
 
     def play(self, task: Mapping[str, Any]) -> Conversation:
         """Return a conversation about a task with its reward.
@@ -84,9 +74,11 @@ class Player:
             played.end = self._play_turns(played, virtual)
         except NoUsableReply:
             played.end = "unusable"
-        if played.end == "answered" and played.answers:
+        answers = [message["content"] for message in played.messages
+                   if message["role"] == "assistant" and message["content"].strip()]
+        if played.end == "answered" and answers:
             # a user hears every turn; who asks once reads the last one
-            heard = played.answers if self.user_prompt else played.answers[-1:]
+            heard = answers if self.user_prompt else answers[-1:]
             played.reward = virtual.score("\n".join(heard)).reward
         return played
 

@@ -18,7 +18,6 @@ from data_prep.synth.known import generator_class
 from megatron_sov.judge.rewards.constraint import ConstraintVerdict
 from tests.data_prep.synth.models import constraints as actor
 from tests.data_prep.synth.scripted import ScriptedAsk, generator, samples_of
-from tests.typed_words import keys_of
 
 CASES = {case.what: case for case in reversed(actor.cases())}
 REASONS = {
@@ -58,14 +57,10 @@ def test_a_call_invents_constraints_and_one_bad_answer_costs_one_of_them() -> No
     assert "Write 50 different instructions" in ask.requests[0]["messages"][-1]["content"]
 
 
-def test_settings_are_bounded_and_kinds_have_thirty_seeds() -> None:
+def test_the_packaged_kinds_have_thirty_seeds() -> None:
     made = generator("constraints", rounds=1)
     seeds = [seed for item in made.items([]) for seed in list_items(item.fields["seeds"])]
     assert len(seeds) == len(set(seeds)) == 30 and not any(map(wording_problem, seeds))
-    settings = type(made).Settings
-    assert keys_of(settings(min_accuracy=0, min_agreement=11, language="kr")) == [
-        "language", "min_accuracy", "min_agreement"]
-    assert keys_of(settings(min_functions=6)) == ["min_functions"]
 
 
 EVERYTHING, NOTHING, HANGS = "accepts", "rejects", "hangs"

@@ -10,11 +10,9 @@ import pytest
 
 from data_prep.responses.trajectories import read_queries
 from data_prep.synth.generator import GeneratorItem
-from data_prep.synth.known import generator_class
 from data_prep.synth.replies import NoUsableReply
 from megatron_sov.base.documents.accounting import RecordTally
 from tests.data_prep.synth.scripted import generator, samples_of
-from tests.typed_words import keys_of
 
 WAYS = ("Two and three are counted on the fingers of one hand.", "Three, then four, then five: two steps on.",
         "Since 2 + 3 = 3 + 2, it is enough to know what follows three and four.")
@@ -98,9 +96,3 @@ def test_a_problem_needs_its_answer(tmp_path: Path) -> None:
     file.write_text('{"problem": "Why?"}\n')
     with pytest.raises(UserError, match=r"problems.jsonl:1: has no answer; add it"):
         list(generator("solutions").items([file]))
-
-
-def test_all_problems_of_settings_are_told() -> None:
-    settings = generator_class("solutions").Settings
-    assert keys_of(settings(max_similarity=2, temperature=9)) == ["temperature", "max_similarity"]
-    assert keys_of(settings(num_draws=1)) == ["most"]

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_prep.synth.generator import GeneratorItem
-from tests.data_prep.synth.models.cases import Case, asked as asked_of
+from tests.data_prep.synth.models.cases import PLEA, Case, asked as asked_of, grade, graded_in
 from tests.data_prep.synth.models.constraints import RULES, rule_of
-from tests.data_prep.synth.models.graded import PLEA, grade, graded_in
 
 TOPICS = ("김치", "한강", "도자기", "한글", "지하철", "온돌", "탈춤", "제주도", "떡국", "거문고")
 FAULTS = ("breaks its constraint", "answers in English", "answers in Thai", "slips into Chinese",

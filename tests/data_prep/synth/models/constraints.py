@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_prep.synth.generator import GeneratorItem
-from tests.data_prep.synth.models.cases import Case, asked as asked_of
-from tests.data_prep.synth.models.graded import grade, graded_in
+from tests.data_prep.synth.models.cases import Case, asked as asked_of, grade, graded_in
 from tests.data_prep.synth.models.rules import Rule, rules
 
 RULES = {rule.text: rule for rule in rules()}

@@ -48,17 +48,8 @@ def _around(before: str, after: str) -> Writing:
     return lambda topic, number: before + plain(topic, number) + after
 
 
-def _lines(*beginnings: str) -> Writing:
-    return lambda topic, number: "\n".join(f"{beginning}{plain(topic, number + place)}"
-                                           for place, beginning in enumerate(beginnings))
-
-
-def _repeated(times: int) -> Writing:
-    return lambda topic, number: (plain(topic, number) + " ") * times
-
-
 def rules() -> Iterator[Rule]:
-    """Yield fifty rules."""
+    """Yield different rules."""
     for word in ("이유", "여름", "바다", "시장", "기차", "사과", "나무", "학교"):
         for times in (1, 2, 3):
             yield Rule(f'Use the word "{word}" at least {times} times.',
@@ -71,17 +62,3 @@ def rules() -> Iterator[Rule]:
     for end in ("이상입니다.", "[END]", "감사합니다!", "-끝-"):
         yield Rule(f'End the answer with "{end}".', f"response.rstrip().endswith({end!r})",
                    f'The last words must be "{end}".', _around("", f" {end}"), _around(f"{end} ", ""))
-    for begin in ("요약하면", "답:", "첫째", ">>"):
-        yield Rule(f'Begin the answer with "{begin}".', f"response.lstrip().startswith({begin!r})",
-                   f'The first words must be "{begin}".', _around(f"{begin} ", ""), _around("", f" {begin}"))
-    for lines in (2, 3, 4, 5):
-        yield Rule(f"Write exactly {lines} lines.",
-                   f"len([line for line in response.splitlines() if line.strip()]) == {lines}",
-                   f"There must be {lines} lines.", _lines(*[""] * lines), _lines(*[""] * (lines + 1)))
-    for most in (100, 120, 140):
-        yield Rule(f"Use at most {most} characters.", f"len(response.strip()) <= {most}",
-                   f"There must be {most} characters or fewer.", plain, _repeated(most // 40 + 1))
-    for mark in ("- ", "* ", "• ", "1. ", "## "):
-        yield Rule(f'Begin each line with "{mark}".',
-                   f"all(line.startswith({mark!r}) for line in response.strip().splitlines())",
-                   f'Every line must begin with "{mark}".', _lines(mark, mark), _lines(mark, ""))
