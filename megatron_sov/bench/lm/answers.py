@@ -101,12 +101,8 @@ def _digest(value: list[object]) -> str:
 
 
 def folder_of(cache: Path, identity: Mapping[str, Any]) -> Path:
-    """Return where a model's answers lie.
-
-    Args:
-        cache: folder of all models' answers.
-        identity: JSON values on which answers depend beside the request: the model, and how it is run.
-    """
+    """Return the folder of a model's answers in a cache; `identity` has the JSON values on which answers
+    depend in addition to the request: the model, and how it runs."""
     return cache / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
 
 

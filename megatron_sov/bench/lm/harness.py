@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
 from megatron_sov.base.errors import UserError, how_to_install, visible
 
@@ -55,27 +54,23 @@ def cage_templates() -> None:
     lm_eval.utils.env = caged
 
 
-class _WarningPrinter(logging.Handler):
-    """Prints the first warnings of a library, each once and in one line."""
-
-    def __init__(self, stream: TextIO) -> None:
-        super().__init__(logging.WARNING)
-        self._stream, self._texts = stream, set[str]()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = f"lm-eval: {' '.join(record.getMessage().split()):.300}"
-        # lm-eval warns of every `custom_dataset`, with options of its own command line.
-        if len(self._texts) < MAX_WARNINGS and text not in self._texts and "Custom kwargs can be" not in text:
-            self._texts.add(text)
-            print(visible(text), file=self._stream)
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the output of lm-eval and its libraries off the terminal, except lm-eval's warnings."""
+    """Keep the output of lm-eval and its libraries off the terminal, except lm-eval's first warnings."""
     for name in ("datasets", "evaluate"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    logger, printer = logging.getLogger("lm_eval"), _WarningPrinter(sys.stderr)
+    shown: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        record.msg, record.args = visible(" ".join(record.getMessage().split()))[:300], ()
+        # lm-eval warns of every `custom_dataset`, with options of its own command line.
+        is_known = record.msg in shown or "Custom kwargs can be" in record.msg
+        shown.add(record.msg)
+        return not is_known and len(shown) <= MAX_WARNINGS
+
+    logger, printer = logging.getLogger("lm_eval"), logging.StreamHandler(sys.stderr)
+    printer.setFormatter(logging.Formatter("lm-eval: %(message)s"))
+    printer.addFilter(is_new)
     logger.setLevel(logging.WARNING)
     logger.addHandler(printer)
     try:

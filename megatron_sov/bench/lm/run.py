@@ -204,11 +204,12 @@ def _tell(events: RunEvents, settings: Settings, results: Results) -> None:
 @contextlib.contextmanager
 def _joining(settings: Settings) -> Iterator[None]:
     """Hold the output while it is written: jobs of an array all come here, in no order, with the same."""
+    folder = settings.output.with_name(f".{settings.output.name}.joining")
     for _ in range(JOIN_ATTEMPTS):
-        with taking(settings.joining_folder) as is_ours:
+        with taking(folder) as is_ours:
             if is_ours:
                 yield
                 return
         time.sleep(1)
-    raise UserError(f"--output {settings.output}: another process writes it ({settings.joining_folder} is "
+    raise UserError(f"--output {settings.output}: another process writes it ({folder} is "
                     "held); wait for it, or name another output")

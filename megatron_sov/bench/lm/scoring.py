@@ -122,7 +122,7 @@ def _items(task: BuiltTask, samples: Sequence[Mapping[str, Any]], lm: EvaluatedL
             scores = {name: scores.get(name) for name in task.judge.judging.metric_names}
         answers = _answers(next(instances), rewards, lm) if task.task.OUTPUT_TYPE == TEXT else ()
         question, answer = question_and_answer(task.task, sample["doc"])
-        cluster = sample["doc"].get(sov_of(task.task).get("cluster_field"))
+        cluster = sample["doc"].get(str(sov_of(task.task).get("cluster_field")))
         items[number] = ResultItem(task.name, str(number), doc_hash(sample["doc"]),
                                    None if cluster is None else str(cluster), question, answer, scores,
                                    answers, failed)

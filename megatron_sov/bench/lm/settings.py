@@ -67,8 +67,3 @@ class Settings(RankOptions):
     @property
     def cache_folder(self) -> Path:
         return self.cache or self.output.with_name(f"{self.output.name.removesuffix('.json')}.cache")
-
-    @property
-    def joining_folder(self) -> Path:
-        """Folder that is there while the results are written."""
-        return self.output.with_name(f".{self.output.name}.joining")

@@ -40,7 +40,8 @@ THINKING_BEGIN, THINKING_END = "<think>", "</think>"
 WRONG = checked(Score(0.0, {"extracted": None}))
 """Of an answer without a final answer."""
 DESCRIBING = frozenset(("suite", "source", "licence", "release", "items", "prompt_source", "remarks",
-                        "fields", "aliases", "group_field", "shots_file", "shots_per_group", "kind"))
+                        "fields", "aliases", "group_field", "cluster_field", "shots_file",
+                        "shots_per_group", "kind"))
 """Keys of `metadata.sov` that describe the task and its data."""
 
 def _no_pattern(text: str) -> Breach | None:
@@ -84,8 +85,6 @@ class Judging:
     """Key of `ROW_MAKERS`, which makes such fields where copying is not enough."""
     messages_field: str = ""
     """Field with a whole conversation as JSON, which is the prompt, framed by the chat template."""
-    cluster_field: str = ""
-    """Field that items which belong together share; standard errors are clustered by it."""
 
     @property
     def ks(self) -> tuple[int, ...]:
@@ -252,20 +251,8 @@ def metrics_of(judging: Judging, results: Sequence[Result]) -> dict[str, float]:
             if "pass" in judging.metrics:
                 found[f"pass@{k}"] = float(pass_at_k(len(rewards), sum(right), k))
             if "cons" in judging.metrics:
-                found[f"cons@{k}"] = float(consensus(votes, k))
+                found[f"cons@{k}"] = majority_at_k(votes.num_right, votes.wrong, votes.num_silent, k)
     return found
-
-
-def consensus(votes: PromptCounts, k: int) -> float:
-    """Return the probability that the most frequent answer of k samples is right; of all samples there is one
-    draw alone, and nothing to count."""
-    if k < votes.num_scored:
-        return majority_at_k(votes.num_right, votes.wrong, votes.num_silent, k)
-    most = max(votes.wrong.values(), default=0)
-    if not votes.num_right or votes.num_right < most:
-        return 0.0
-    # a tie is broken by lot
-    return 1 / (1 + sum(count == votes.num_right for count in votes.wrong.values()))
 
 
 def make_row(judging: Judging, doc: Mapping[str, Any], answer: str) -> Row | Result:

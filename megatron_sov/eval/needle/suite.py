@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -94,10 +95,7 @@ class NeedleSuite:
             distractors_of(kind, haystack.form, length, self.distractor_share)
 
     def _rows(self) -> Iterator[tuple[NeedleKind, Haystack, int]]:
-        for kind in self.kinds:
-            for haystack in self.haystacks:
-                for length in self.lengths:
-                    yield kind, haystack, length
+        return product(self.kinds, self.haystacks, self.lengths)
 
     def example(self, kind: NeedleKind, haystack: Haystack, length: int, depth: float,
                 sample: int) -> Example:
