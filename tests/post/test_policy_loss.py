@@ -228,13 +228,6 @@ def test_a_token_is_worth_what_its_teacher_gives_it_more_than_the_student_did() 
         assert meters["reverse_kl"] == pytest.approx(sum(x - t for t, x, _ in apart) / len(apart), rel=1e-12)
 
 
-def test_mgpo_and_ink_grpo_without_their_terms_are_grpo() -> None:
-    same: Any = {"clip_low": 0.2, "clip_high": 0.2, "aggregation": "sequence", "kl": "none"}
-    grpo = ours(PolicyConfig("grpo", **same), *row())
-    assert ours(PolicyConfig("mgpo", mgpo_lambda=0.0, **same), *row()) == grpo
-    assert ours(PolicyConfig("ink_grpo", knowledge_coeff=0.0, **same), *row()) == grpo
-
-
 def of_trl(asked: dict[str, Any], columns: Any, logprobs: Any, index: Any) -> Any:
     """Return the loss as `GRPOTrainer` of TRL 1.16 computes it with vLLM, in words of ours: over padded
     responses, `vllm_importance_sampling_mode` as the correction."""

@@ -16,8 +16,7 @@ from megatron_sov.base.documents.layouts import parse_renames
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.rollouts.prompts import (
-    PromptList, RolloutPrompt, budget_of, list_set_aside, pieces, read_prompts, round_prompts, set_aside,
-    too_long_in)
+    PromptList, RolloutPrompt, budget_of, list_set_aside, read_prompts, round_prompts, set_aside, too_long_in)
 from megatron_sov.rollouts.rows import domain_of
 
 
@@ -173,22 +172,6 @@ def test_every_prompt_once_in_an_epoch_and_never_twice_in_a_round(count: int, wa
     in_order = [p.id for found in rounds for p in found][:num_epochs * count]
     for epoch in range(num_epochs):
         assert Counter(in_order[epoch * count:(epoch + 1) * count]) == Counter(p.id for p in prompts)
-
-
-def test_the_order_is_a_function_of_seed_and_round() -> None:
-    prompts, rollout = made(50), RolloutConfig(prompts_per_round=8)
-    first = round_prompts(prompts, rollout, 9)
-    assert first == round_prompts(prompts, rollout, 9)
-    assert first != round_prompts(prompts, RolloutConfig(prompts_per_round=8, seed=1), 9)
-    assert [p.id for n in range(1, 7) for p in round_prompts(prompts, rollout, n)] != [
-        p.id for p in prompts[:48]]
-
-
-def test_pieces_are_parts_of_the_store() -> None:
-    found = pieces(made(7), 12, 3)
-    assert [p.part() for p in found] == [f"round-0012-piece-000{n}" for n in range(3)]
-    assert found[1].part(2) == "round-0012-piece-0001-attempt-2"
-    assert [len(p.prompts) for p in found] == [3, 3, 1]
 
 
 def test_ids_are_the_records_own_hash(tmp_path: Path) -> None:

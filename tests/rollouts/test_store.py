@@ -8,7 +8,6 @@ import json
 import math
 import multiprocessing
 import os
-import random
 import resource
 import shutil
 import signal
@@ -119,33 +118,6 @@ def test_whatever_a_row_holds_comes_back_to_the_bit(rows: list[Rollout],
     table = read_table(file, ROLLOUTS)
     assert [bits(row) for row in rollouts_of(table, NAMES)] == [bits(row) for row in rows]
     assert problems_of(table) == ["; ".join(row.problems(VOCAB_SIZE)) for row in rows]
-
-
-def test_a_store_is_what_a_dictionary_would_be(store: RolloutStore) -> None:
-    draw, parts, said = random.Random(7), {}, {}
-    for _ in range(30):
-        name = part_name(draw.randint(1, 2), draw.randint(0, 2), draw.randint(0, 1))
-        number = numbers_in(name)
-        rows = [rollout(i, round=number[0], attempt=number[2], response=f"r{draw.randint(0, 1)}",
-                        key=Key(name[:21], i, "f", "s"), temperature=draw.choice([1.0, 1.0, 1.0, 0.0]))
-                for i in range(draw.randint(0, 2))]
-        if name in parts and list(map(bits, parts[name])) != list(map(bits, rows)):
-            with pytest.raises(AlreadyPublished):
-                store.add_rollouts(name, rows, {})
-        else:
-            store.add_rollouts(name, rows, {})
-        rows = parts.setdefault(name, rows)
-        if draw.random() < 0.3 and name not in said:
-            said[name] = [judged(row, draw.choice([None, 0.1])) for row in rows]
-            store.add_rewards("v1" * 8, name, said[name])
-    parts = {name: [row for row in rows if row.temperature] for name, rows in parts.items()}
-    for number in (None, 1, 2):
-        found = [name for name in sorted(parts, key=numbers_in) if number in (None, numbers_in(name)[0])]
-        assert [part.name for part in store.parts(number)] == found
-    for name, rows in parts.items():
-        assert list(map(bits, store.read_rollouts(name))) == list(map(bits, rows))
-        assert store.has(name, "v1" * 8) == (name in said)
-        assert name not in said or store.read_rewards("v1" * 8, name) == said[name]
 
 
 def test_the_first_part_of_a_name_stays(store: RolloutStore) -> None:

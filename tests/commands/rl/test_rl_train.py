@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,45 +128,6 @@ def test_rounds_that_come_later_and_a_kill_change_no_bit(undisturbed: Path, roun
     assert terms[0]["kl"] == pytest.approx(0, abs=1e-9) and terms[2]["kl"] > 1e-3
 
 
-@pytest.mark.deep
-@pytest.mark.distributed
-def test_a_bit_that_flips_in_a_round_is_named_and_mended_as_it_is_said(
-        undisturbed: Path, rounds: Rounds, run_command: Any, tiny: list[str]) -> None:
-    run, store = rounds.folder / "flipped", rounds.folder / "whole"
-    folder, old, reference = (run / "rounds" / name for name in (
-        "0002", "0002.old_logprobs.f32", "0002.reference_logprobs.f32"))
-
-    def resumed(*more: str) -> Any:
-        return run_command(*rounds.command(store, "flipped", *tiny, *WORDS, "--resume", *more, "--set",
-                                           "train.keep_checkpoints=0", "--set", "train.max_restarts=0"))
-
-    def flip(file: Path) -> bytes:
-        whole = file.read_bytes()
-        file.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
-        return whole
-
-    assert resumed("--inject", "kill@step=4").returncode != 0  # it stands inside of round 2
-    before = {file: file.read_bytes() for file in (run / "rounds").rglob("*") if file.is_file()}
-    anew = f"delete {folder}, and the round is published anew"
-    for file, way in ((next(folder.rglob("*.bin")), anew), (next(folder.rglob("*.written")), anew),
-                      (old, "delete the checkpoints behind step-2 in ")):
-        whole = flip(file)
-        done = resumed()
-        assert done.returncode == 2 and str(file) in done.stderr and way in done.stderr, done.stderr
-        file.write_bytes(whole)
-        assert {file: file.read_bytes() for file in before} == before, "nothing else is touched"
-
-    # all at once, and as the messages say
-    shutil.rmtree(folder)
-    flip(old)
-    flip(reference)
-    shutil.rmtree(run / "checkpoints/step-3")
-    done = resumed()
-    assert done.returncode == 0, done.stderr
-    assert losses(run) == losses(undisturbed) and last_weights(run) == last_weights(undisturbed)
-    assert reference.read_bytes() == before[reference] and old.read_bytes() == before[old]
-
-
 def test_a_step_without_a_group_that_learns_is_passed_over(rounds: Rounds, run_command: Any,
                                                            tiny: list[str]) -> None:
     from megatron_sov.rollouts.rows import RewardRow
@@ -189,46 +149,6 @@ def test_a_step_without_a_group_that_learns_is_passed_over(rounds: Rounds, run_c
     assert [e["step"] for e in events if e["event"] == "skip"] == [1]
     assert ("step 1 is passed over, for no group of it learns (groups of the round: 2 all wrong, 2 learns)"
             in done.stderr)
-
-
-@pytest.mark.deep
-def test_a_step_whose_advantages_are_0_is_passed_over_and_resumed_behind(rounds: Rounds, run_command: Any,
-                                                                         tiny: list[str]) -> None:
-    """All groups are kept; those of the first step have equal rewards, and no other term has a gradient."""
-    from megatron_sov.rollouts.rows import RewardRow
-
-    store, version = rounds.new_store("solved"), make(order("repetition", {})).version
-    rounds.write(store, read_prompts(rounds.folder / "prompts.jsonl"), ROLLOUT, 1, version, judge=False)
-    for part in store.parts(1):
-        store.add_rewards(version, part.name, [
-            RewardRow(row.key, 0, version, 1.0 if not part.piece else float(row.key.sample == 0), "scored")
-            for row in store.read_rollouts(part.name)])
-    settings = [*tiny, *(word for setting in (
-        *SETTINGS[1:8], *SETTINGS[-2:], "rollout.rounds=1", "policy.method=grpo",
-        "model.seq_aux_loss_coeff=0", "model.router_bias_update_rate=0", "model.num_mtp_layers=0",
-        "optim.weight_decay=0.1", "train.checkpoint_every_steps=1", "train.keep_checkpoints=0")
-        for word in ("--set", setting))]
-    done = run_command(*rounds.command(store.path, "solved-run", *settings))
-    assert done.returncode == 0, done.stderr
-    assert ("pass rate before the first step: 62.5% of 16 responses have a reward of at least "
-            "policy.right_from = 1") in done.stderr
-    stopped = run_command(*rounds.command(store.path, "solved-stopped", *settings, "--until", "1"))
-    assert stopped.returncode == 75, stopped.stderr
-    again = run_command(*rounds.command(store.path, "solved-stopped", *settings, "--resume"))
-    assert again.returncode == 0, again.stderr
-
-    def weights(run: str, step: int) -> dict[str, str]:
-        files = read_manifest(rounds.folder / run / f"checkpoints/step-{step}").files
-        return {name: record.digest for name, record in files.items() if name.endswith(".safetensors")}
-
-    assert weights("solved-run", 1) == weights("solved-stopped", 1) != weights("solved-run", 2)
-    assert weights("solved-run", 2) == weights("solved-stopped", 2)
-    for run in ("solved-run", "solved-stopped"):
-        events = list(read_events(rounds.folder / run / "events.jsonl"))
-        assert [e["step"] for e in events if e["event"] == "step"] == [2]
-        [skipped] = [e for e in events if e["event"] == "skip"]
-        assert skipped["step"] == 1 and skipped["meters"]["groups_learning"] == 0.5
-    assert losses(rounds.folder / "solved-run") == losses(rounds.folder / "solved-stopped")
 
 
 def test_mistakes_are_told_before_anything_begins(rounds: Rounds, tmp_path: Path, capsys: Any,

@@ -367,25 +367,6 @@ def test_what_goes_on_of_several_pieces_is_written_together(tmp_path: Path,
         assert row.tokens.tolist() == expected(int(row.prompt_tokens[0]))[:len(row.tokens)]
 
 
-def test_a_killed_job_leaves_what_is_published(tmp_path: Path, prompts: PromptList) -> None:
-    job = Job(tmp_path / "store", prompts, lambda: 2)
-
-    def dies(*asked: Any, **more: Any) -> Generated:
-        if len(rows_of(job.store)) >= 8:
-            raise KeyboardInterrupt
-        return Counting.generate(job.engine, *asked, **more)
-
-    job.engine.generate = dies  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        job.run()
-    kept = {part.name: part.manifest_sha256 for part in job.store.parts()}
-    again = Job(tmp_path / "store", prompts, lambda: 2)
-    assert again.run()["parts"] > 0
-    check_whole(again.store, prompts, (1, 2, 3))
-    now = {part.name: part.manifest_sha256 for part in again.store.parts()}
-    assert len(kept) == 2 and kept.items() <= now.items()
-
-
 def test_two_jobs_share_the_pieces_and_the_first_of_two_stays(tmp_path: Path, prompts: PromptList,
                                                              capsys: pytest.CaptureFixture[str]) -> None:
     slept: list[float] = []

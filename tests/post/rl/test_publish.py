@@ -20,8 +20,7 @@ from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig, 
 from megatron_sov.model.config.run import with_rounds
 from megatron_sov.post.rl import round_files
 from megatron_sov.post.rl.publish import Publisher, further_pieces
-from megatron_sov.rollouts.prompts import (
-    PromptList, RolloutPrompt, list_set_aside, read_prompts, round_pieces, round_prompts, set_aside)
+from megatron_sov.rollouts.prompts import list_set_aside, read_prompts, round_pieces, round_prompts, set_aside
 from megatron_sov.rollouts.rows import Key, RewardRow, Rollout, part_name
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.train.data.rounds import RoundDocuments
@@ -398,17 +397,6 @@ def test_prompts_that_the_store_sets_aside_are_in_no_round(publisher: Publisher,
     forgets = dataclasses.replace(publisher, rounds=tmp_path / "forgets")
     with pytest.raises(UserError, match="none of piece 0"):
         forgets.publish(1)
-
-
-def test_further_prompts_are_the_same_however_many_are_asked() -> None:
-    prompts = PromptList.of(RolloutPrompt(f"{i:016x}", {"prompt": str(i)}) for i in range(40))
-    whole = round_pieces(prompts, ROLLOUT, 2, 99)
-    ids = [prompt.id for piece in whole for prompt in piece.prompts]
-    assert sorted(ids) == [prompt.id for prompt in prompts] and ids[6:] != sorted(ids[6:])
-    assert [piece.number for piece in whole] == list(range(11)) and [len(p.prompts) for p in whole[1:4]] == [
-        2, 4, 4]
-    assert all(round_pieces(prompts, ROLLOUT, 2, more) == whole[:2 + more] for more in range(9))
-    assert whole[2:] != round_pieces(prompts, ROLLOUT, 3, 99)[2:]
 
 
 def test_what_was_cut_off_teaches_nothing_and_counts_in_its_group(filling: Publisher) -> None:

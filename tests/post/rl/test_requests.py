@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.base.errors import UserError
 from megatron_sov.infer.engines.fleet import Fleet
 from megatron_sov.infer.engines.server_engine import ServerEngine, ServerPlaces
 from megatron_sov.infer.engines.server_process import EngineServers
@@ -25,7 +24,7 @@ from megatron_sov.post.rl.generate import Missing, PieceQueue
 from megatron_sov.post.rl.requests import LiveServers, ResponseQueue, row_requests, write_by_requests
 from megatron_sov.post.rl.responses import ResponseSource, key_digest
 from megatron_sov.rollouts.prompts import PromptList, SetAside, read_prompts
-from megatron_sov.rollouts.rows import LENGTH, UNFINISHED, Rollout, later
+from megatron_sov.rollouts.rows import LENGTH, Rollout
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.rounds import Policy
 from megatron_sov.work.endpoints import transport
@@ -180,19 +179,6 @@ def test_a_round_asks_a_server_for_no_more_than_it_needs(desks: Callable[..., De
     assert len(desk.fleet._threads) <= 2 + 1
 
 
-def test_a_server_that_dies_in_the_middle_costs_nothing_and_doubles_nothing(
-        desks: Callable[..., Desk]) -> None:
-    keepers = [DoubleKeeper(0.02), DoubleKeeper(0.02)]
-    desk = desks(keepers, replace(ROLLOUT, rounds=1))
-    requests = ResponseQueue(desk.requests, desk.queue, desk.take, 4)
-    while not (asked := [double for keeper in keepers for double in keeper.doubles if double.asked]):
-        assert requests.advance(0.02, lambda: True)
-    asked[0].is_dead = True
-    while requests.advance(1.0, lambda: True):
-        pass
-    check_whole(desk.rows(1))
-
-
 def test_a_stop_gives_the_claims_back_and_the_next_command_writes_the_rest(
         desks: Callable[..., Desk]) -> None:
     desk = desks([DoubleKeeper(0.05)], replace(ROLLOUT, rounds=1))
@@ -206,37 +192,6 @@ def test_a_stop_gives_the_claims_back_and_the_next_command_writes_the_rest(
     asked.clear()
     write_by_requests(desk.requests, desk.take, desk.queue, 4)
     check_whole(desk.rows(1))
-
-
-def test_a_deadline_keeps_what_is_written_and_the_next_policy_goes_on(desks: Callable[..., Desk]) -> None:
-    keeper, now_s = DoubleKeeper(0.4), [0.0]
-    desk = desks([keeper], replace(ROLLOUT, rounds=1, deadline_s=10.0))
-    requests = ResponseQueue(desk.requests, desk.queue, desk.take, 8, lambda: now_s[0])
-    requests.advance(1.0, lambda: keeper.doubles[0].num_written < 6
-                     or sum(len(piece.ends_s) for piece in requests.under_way) < 4)
-    now_s[0] = 20.0
-    requests.advance(1.0, lambda: keeper.doubles[0].orders.count("/abort_requests") < 2)
-    keeper.doubles[0].token_s = 0.01
-    requests.advance(1.0, lambda: len(list(desk.store.parts(1))) < 3)
-    # the servers have room for two of the three prompts: the time of the last one began when these were cut
-    assert [[row.finish_reason for row in desk.store.read_rollouts(part.name)]
-            for part in desk.store.parts(1)] == [[UNFINISHED] * 2, [UNFINISHED] * 2, [LENGTH] * 2]
-    desk.newest = 1
-    while requests.advance(1.0, lambda: True):
-        pass
-    rows = desk.rows(1)
-    assert any(row.finish_reason == UNFINISHED and 0 < len(row.tokens) < 6 for row in rows)
-    check_whole(last := later(rows))
-    assert {0, 1} <= {int(v) for row in last for v in row.versions}
-
-
-def test_a_token_out_of_the_vocabulary_is_refused_before_a_server_dies_of_it(
-        desks: Callable[..., Desk]) -> None:
-    desk = desks([DoubleKeeper()], replace(ROLLOUT, rounds=1))
-    desk.fleet._vocab_size = 12
-    with pytest.raises(UserError, match="vocab_size = 12"):
-        write_by_requests(desk.requests, desk.take, desk.queue, 4)
-    assert not list(desk.store.parts(1))
 
 
 def test_validations_ask_the_servers_that_training_has_at_work(
