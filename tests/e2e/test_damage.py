@@ -62,6 +62,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory, pretrain: Any, run_command: A
 
 
 @pytest.mark.distributed
+@pytest.mark.essential
 def test_the_newest_sound_checkpoint_goes_on_to_the_same_bits(
         tmp_path: Path, pretrain: Any, run_command: Any, kept: Path) -> None:
     """One kind of file and of damage after the other stands in the way,

@@ -99,6 +99,7 @@ def last_checkpoint(run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.distributed
+@pytest.mark.essential
 @pytest.mark.parametrize("faults", [ONE_OF_EACH, pytest.param(STORM_FAULTS, marks=pytest.mark.deep)],
                          ids=["one of each", "all"])
 def test_whatever_comes_the_run_ends_as_one_from_which_the_same_samples_were_left_out(

@@ -63,7 +63,8 @@ def test_ctrl_c_is_answered_before_the_step_has_ended(tmp_path: Path, pretrain: 
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("nproc", ["1", "2"])
+@pytest.mark.essential
+@pytest.mark.parametrize("nproc", [pytest.param("1", marks=pytest.mark.deep), "2"])
 def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path, pretrain: Any, run_command: Any, start: Any,
                                         until: Any, nproc: str) -> None:
     run = tmp_path / "run"

@@ -62,6 +62,7 @@ def packed_pairs(packed_data: Any, run_command: Any, tmp_path: Path) -> str:
     return str(pairs)
 
 
+@pytest.mark.deep
 @pytest.mark.distributed
 def test_a_run_of_ranks_that_are_new_processes_is_that_of_forked_ones(ranks: Any, job: Any, pretrain: Any,
                                                                       tmp_path: Path) -> None:

@@ -192,12 +192,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], list[str]]] = {
     "PP2 VPP2, recomputed": (2, {"pp": 2, "vpp": 2}, RECOMPUTED),
     "CP2": (2, {"cp": 2}, []),
 }
-CROSSED = {"TP2+SP, experts recomputed", "PP2 x EP2", "CP2"}
+FIRST = {"TP2+SP, experts recomputed"}
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("names", [CROSSED, pytest.param(LAYOUTS.keys() - CROSSED, marks=pytest.mark.deep)],
-                         ids=["crossed", "others"])
+@pytest.mark.essential
+@pytest.mark.parametrize("names", [FIRST, pytest.param(LAYOUTS.keys() - FIRST, marks=pytest.mark.deep)],
+                         ids=["tensors", "others"])
 def test_a_step_along_recorded_routes_is_the_step_itself_at_every_layout(
         names: set[str], ranks, job, tmp_path: Path) -> None:
     recorded = str(tmp_path / "routes.npy")

@@ -32,7 +32,7 @@ RECIPES["tiny-solar-open2"] = ["model.num_experts=4", "model.expert_ffn_dim=16",
                                'model.linear_attention={"num_key_heads": 4, "num_value_heads": 4, '
                                '"key_head_dim": 6, "value_head_dim": 6, "gate_rank": 6, '
                                '"negative_eigenvalues": true}']
-FURTHER = ("tiny-exaone4-1.2b", "tiny-exaone4", "tiny-hyperclovax", "tiny-gemma3")
+FURTHER = ("tiny-kimi-k2", "tiny-exaone4-1.2b", "tiny-exaone4", "tiny-hyperclovax", "tiny-gemma3")
 """Whose caches hold what those of others hold."""
 CUT_IN_ITS_OWN_WAY = ("tiny-deepseek-v3",)
 """Of which two processes hold halves of what no other has: latent attention, prediction layers.  The others
@@ -78,6 +78,7 @@ def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:
 
 
 @pytest.mark.distributed
+@pytest.mark.essential
 @pytest.mark.parametrize(("further", "cut"), [
     ((), CUT_IN_ITS_OWN_WAY),
     pytest.param(FURTHER, ("tiny-k-exaone2",), marks=pytest.mark.deep)],

@@ -16,7 +16,8 @@ def test_bf16_keeps_master_weights_gradients_routing_and_loss_in_float32(ranks: 
                                                                          packed_data: Any) -> None:
     arguments = {"recipe": "tiny-k-exaone", "data": str(packed_data.text)}
     jobs = [job(RUN, "dtypes", 2 if p == "bf16" else 1,
-                {**arguments, "settings": [f"train.precision={p}", "model.num_experts=8"]})
+                {**arguments,
+                 "settings": [f"train.precision={p}", "model.num_experts=8", "model.num_layers=3"]})
             for p in ("bf16", "fp32", "fp64")]
     (bf16, _), (fp32,), (fp64,) = ranks(*jobs)
     single = ["torch.float32"]
@@ -34,8 +35,11 @@ def test_bf16_keeps_master_weights_gradients_routing_and_loss_in_float32(ranks: 
 
 
 @pytest.mark.distributed
-def test_deterministic_runs_repeat_their_bits(ranks: Any, job: Any, packed_data: Any) -> None:
-    cases = [(1, 2, []), (2, 1, [*LAYOUT, "train.precision=bf16"])]
+@pytest.mark.parametrize("cases", [
+    [(1, 2, [])],
+    pytest.param([(1, 2, []), (2, 1, [*LAYOUT, "train.precision=bf16"])], marks=pytest.mark.deep)],
+    ids=["threads", "layouts"])
+def test_deterministic_runs_repeat_their_bits(ranks: Any, job: Any, packed_data: Any, cases: Any) -> None:
     jobs = [
         job(RUN, "repeatable", n, {"settings": settings, "data": str(packed_data.text), "threads": threads})
         for n, threads, settings in cases for _ in range(2)]

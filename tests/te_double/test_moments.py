@@ -11,32 +11,43 @@ import pytest
 RUN = str(Path(__file__).with_name("quantized_run.py"))
 
 
+SETTINGS = {"fp32": "gpu.moment_dtype=fp32", "bf16": "gpu.moment_dtype=bf16",
+            "host": "gpu.optimizer_offload=0.5"}
+CONTINUED = (("fp32", "bf16", "bfloat16"), ("bf16", "bf16", "bfloat16"), ("fp32", "host", "float32"))
+"""Run whose checkpoint is loaded, run that loads the checkpoint, and dtype of its moments."""
+
+
 @pytest.mark.distributed
-def test_moments_in_bf16_are_exact_over_checkpoints(te_ranks: Any, job: Any, packed_data: Any,
-                                                    tmp_path: Path) -> None:
+@pytest.mark.parametrize(("names", "nproc"), [
+    (("bf16",), 1), pytest.param(tuple(SETTINGS), 2, marks=pytest.mark.deep)], ids=["bf16", "all"])
+def test_moments_in_bf16_are_exact_over_checkpoints(te_ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
+                                                    names: tuple[str, ...], nproc: int) -> None:
     """A resumed run has the bits of one that was not stopped, one in float32 can go on in bf16 or on the
     host, and a step rounds the formula's moments once."""
-    settings = {"fp32": "gpu.moment_dtype=fp32", "bf16": "gpu.moment_dtype=bf16",
-                "host": "gpu.optimizer_offload=0.5"}
     common = ["parallel.zero1=true", "model.num_layers=2"]
-    runs = {name: {"recipe": "tiny-k-exaone", "path": str(packed_data.text), "settings": [*common, setting]}
-            for name, setting in settings.items()}
-    found = te_ranks(*(job(RUN, "continued", 2, {**arguments, "run": str(tmp_path / name)})
+    runs = {name: {"recipe": "tiny-k-exaone", "path": str(packed_data.text),
+                   "settings": [*common, SETTINGS[name]]}
+            for name in names}
+    found = te_ranks(*(job(RUN, "continued", nproc, {**arguments, "run": str(tmp_path / name)})
                        for name, arguments in runs.items()))
-    wide, narrow, host = (ranks[0] for ranks in found)
     for rank in (rank for ranks in found for rank in ranks):
         assert rank["resumed"] == rank["straight"][2:] and rank["resumed ends"] == rank["straight ends"]
+    if len(names) == len(SETTINGS):
+        _check_differences(*(ranks[0] for ranks in found))
+    for before, after, dtype in (case for case in CONTINUED if {*case[:2]} <= {*names}):
+        folder = str(tmp_path / before / "checkpoints" / "step-2")
+        for rank in te_ranks(job(RUN, "moments", nproc, {**runs[after], "before": folder}))[0]:
+            assert rank["dtypes"] == [f"exp_avg {dtype}", f"exp_avg_sq {dtype}", "master float32"]
+            assert rank["wrong"] == 0
+            # whole pieces of parameters, until it is half or more
+            assert 0.5 <= rank["on the host"] < 0.9 if after == "host" else rank["on the host"] == 0
+
+
+def _check_differences(wide: dict[str, Any], narrow: dict[str, Any], host: dict[str, Any]) -> None:
+    """Compare losses of runs with moments in float32, in bf16 and in host memory."""
     assert narrow["straight ends"] != wide["straight ends"]
     # sums of a host's optimizer are in another order, and bf16 weights round to one side or the other by that
     assert host["straight"] == pytest.approx(wide["straight"], rel=5e-4)
     # AdamW's first step is a sign, whatever the dtype, up to rounding
     assert narrow["straight"][:2] == pytest.approx(wide["straight"][:2], rel=1e-4)
     assert narrow["straight"] == pytest.approx(wide["straight"], rel=1e-2)
-    for before, after, dtype in (("fp32", "bf16", "bfloat16"), ("bf16", "bf16", "bfloat16"),
-                                 ("fp32", "host", "float32")):
-        folder = str(tmp_path / before / "checkpoints" / "step-2")
-        for rank in te_ranks(job(RUN, "moments", 2, {**runs[after], "before": folder}))[0]:
-            assert rank["dtypes"] == [f"exp_avg {dtype}", f"exp_avg_sq {dtype}", "master float32"]
-            assert rank["wrong"] == 0
-            # whole pieces of parameters, until it is half or more
-            assert 0.5 <= rank["on the host"] < 0.9 if after == "host" else rank["on the host"] == 0

@@ -43,13 +43,15 @@ def test_which_products_are_quantised(te_ranks: Any, job: Any, packed_data: Any)
 
 
 @pytest.mark.distributed
-def test_losses_follow_bf16(te_ranks: Any, job: Any, packed_data: Any) -> None:
+@pytest.mark.parametrize("kinds", [("mxfp8",), pytest.param((*CLASSES,), marks=pytest.mark.deep)],
+                         ids=["mxfp8", "all"])
+def test_losses_follow_bf16(te_ranks: Any, job: Any, packed_data: Any, kinds: tuple[str, ...]) -> None:
     """Losses stay near those without 8 bits."""
     found = te_ranks(*(job(RUN, "losses", 1, {
         "recipe": "tiny-solar-open", "path": str(packed_data.text), "steps": 2,
-        "settings": [f"train.fp8={fp8}", "model.num_layers=2"]}) for fp8 in ("none", *CLASSES)))
+        "settings": [f"train.fp8={fp8}", "model.num_layers=2"]}) for fp8 in ("none", *kinds)))
     bf16, *others = (rank["losses"] for (rank,) in found)
-    for fp8, losses in zip(CLASSES, others, strict=True):
+    for fp8, losses in zip(kinds, others, strict=True):
         apart = [abs(a / b - 1) for a, b in zip(losses, bf16, strict=True)]
         assert 0 < max(apart) < (0.02 if fp8 == "nvfp4" else 0.01), (fp8, apart)
 
@@ -68,11 +70,12 @@ def test_passes_that_are_cut_where_tokens_travel_quantise_the_same(te_ranks: Any
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("fp8", [pytest.param("tensorwise", marks=pytest.mark.deep), "nvfp4"])
+@pytest.mark.deep  # test_weights.py resumes a run in 8 bits
+@pytest.mark.parametrize("fp8", ["tensorwise", "nvfp4"])
 def test_a_resumed_run_has_the_same_bits(te_ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
                                          fp8: str) -> None:
     """Experts are saved although their recipe keeps no state; an evaluation, of rows of any length, is not
-    quantised; stochastic rounding draws what it drew.  test_weights.py goes on in 8 bits."""
+    quantised; stochastic rounding draws what it drew."""
     (found,), = te_ranks(job(RUN, "continued", 1, {
         "recipe": "tiny-k-exaone",
         "settings": [f"train.fp8={fp8}", "train.recompute=true", "model.num_layers=2"],
@@ -83,23 +86,23 @@ def test_a_resumed_run_has_the_same_bits(te_ranks: Any, job: Any, packed_data: A
 
 
 @pytest.mark.distributed
-def test_weights_are_quantised_anew_in_each_step(te_ranks: Any, job: Any, packed_data: Any) -> None:
+@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.deep)])
+def test_weights_are_quantised_anew_in_each_step(te_ranks: Any, job: Any, packed_data: Any, nproc: int
+                                                 ) -> None:
     """Transformer Engine keeps quantised weights until the library says that they have changed."""
-    found = te_ranks(*(
-        job(RUN, "quantises_weights", nproc, {
-            "recipe": "tiny-solar-open", "path": str(packed_data.text),
-            "settings": ["train.fp8=blockwise", "model.num_layers=2", f"parallel.pp={nproc}"]})
-        for nproc in (1, 2)))
-    for ranks in found:
-        assert ranks == [[True, False] * 2] * len(ranks)
+    (found,) = te_ranks(job(RUN, "quantises_weights", nproc, {
+        "recipe": "tiny-solar-open", "path": str(packed_data.text),
+        "settings": ["train.fp8=blockwise", "model.num_layers=2", f"parallel.pp={nproc}"]}))
+    assert found == [[True, False] * 2] * nproc
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("cases", [
-    [("tiny-solar-open", ["train.fp8=mxfp8"]),
-     ("tiny-k-exaone", ["parallel.zero1=true", "gpu.optimizer_offload=0.5", "gpu.router_fusion=on"])],
-    pytest.param([("tiny-qwen3-moe", ["parallel.expert_dispatcher=allgather"])], marks=pytest.mark.deep)],
-    ids=["8 bits, offloaded", "gathered experts"])
+    [("tiny-solar-open", ["train.fp8=mxfp8"])],
+    pytest.param([
+        ("tiny-k-exaone", ["parallel.zero1=true", "gpu.optimizer_offload=0.5", "gpu.router_fusion=on"]),
+        ("tiny-qwen3-moe", ["parallel.expert_dispatcher=allgather"])], marks=pytest.mark.deep)],
+    ids=["8 bits", "offloaded, gathered experts"])
 def test_what_a_gpu_computes_with_was_sent_to_it(te_ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
                                                  cases: list[tuple[str, list[str]]]) -> None:
     """Tensors without a device, or read from numpy, are refused beside a GPU's, in kernels and by torch."""

@@ -19,8 +19,8 @@ RUN = str(Path(__file__).with_name("quantized_run.py"))
 TINY = {"solar_open": "tiny-solar-open", "solar_open2": "tiny-solar-open2", "exaone_moe": "tiny-k-exaone",
         "qwen2": "tiny-qwen2", "qwen3": "tiny-qwen3", "qwen3_moe": "tiny-qwen3-moe"}
 """Family -> recipe that stands for its large ones."""
-LOW_PRECISION = ("tiny-solar-open", "tiny-k-exaone")
-"""Whose large recipes are trained in low precision; of the others two precisions are enough."""
+FIRST = {"tiny-solar-open": ("mxfp8",), "tiny-k-exaone": ("none", "mxfp8"), "tiny-solar-open2": ("none",)}
+"""Recipe -> precisions in `make test`.  All other pairs are deep."""
 QUICK = ("model.num_layers=2", "train.global_batch_size=1")
 SELECTIVE = ("train.recompute=selective", 'gpu.recompute_modules=["layernorm", "moe_act"]')
 OVERLAPPED = ("parallel.zero1=true", "parallel.overlap_grad_reduce=true",
@@ -77,9 +77,9 @@ def _compared(te_ranks: Any, job: Any, path: Path, cases: list[tuple[str, tuple[
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("recipe", "precisions"), [
-    *((recipe, ("none", "mxfp8")) for recipe in sorted(LAYOUTS)),
-    *(pytest.param(recipe, tuple(name for name in RECIPES if name != "mxfp8"), marks=pytest.mark.deep)
-      for recipe in LOW_PRECISION)])
+    *FIRST.items(),
+    *(pytest.param(recipe, tuple(name for name in ("none", *RECIPES) if name not in FIRST.get(recipe, ())),
+                   marks=pytest.mark.deep) for recipe in sorted(LAYOUTS))])
 def test_every_recommended_layout_in_every_precision(te_ranks: Any, job: Any, packed_data: Any,
                                                      recipe: str, precisions: tuple[str, ...]) -> None:
     _compared(te_ranks, job, packed_data.text, [
@@ -88,12 +88,16 @@ def test_every_recommended_layout_in_every_precision(te_ranks: Any, job: Any, pa
 
 
 @pytest.mark.distributed
-def test_selective_recomputation_beside_other_settings(te_ranks: Any, job: Any, packed_data: Any) -> None:
-    fp8 = "train.fp8=mxfp8"
-    cases = [("tiny-qwen3-moe", (*SELECTIVE, f"train.fp8={name}")) for name in ("none", *RECIPES)]
-    cases += [("tiny-solar-open", (*SELECTIVE, fp8, *more)) for more in (
+@pytest.mark.parametrize("cases", [
+    [("tiny-solar-open", (*SELECTIVE, "train.fp8=mxfp8", *more)) for more in (
         ("train.fp8_pad_routed_tokens=true", *OVERLAPPED, "gpu.router_fusion=on"),
-        ("gpu.grad_dtype=bf16", "parallel.expert_dispatcher=allgather"), ("gpu.shared_expert_overlap=on",))]
+        ("gpu.grad_dtype=bf16", "parallel.expert_dispatcher=allgather"))],
+    pytest.param([
+        ("tiny-solar-open", (*SELECTIVE, "train.fp8=mxfp8", "gpu.shared_expert_overlap=on")),
+        *(("tiny-qwen3-moe", (*SELECTIVE, f"train.fp8={name}")) for name in ("none", *RECIPES))],
+        marks=pytest.mark.deep)], ids=["mxfp8", "every precision"])
+def test_selective_recomputation_beside_other_settings(te_ranks: Any, job: Any, packed_data: Any, cases: Any
+                                                       ) -> None:
     _compared(te_ranks, job, packed_data.text, cases)
 
 

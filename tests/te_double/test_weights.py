@@ -37,13 +37,15 @@ def test_losses_are_those_of_bf16_weights(te_ranks: Any, job: Any, packed_data: 
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("recipe", "settings"), [
-    ("tiny-k-exaone", ["train.fp8=mxfp8", *OVERLAP, "model.num_layers=2", "train.fp8_bf16_layers_at_end=1"]),
-    pytest.param("tiny-solar-open", ["train.fp8=tensorwise", *OVERLAP], marks=pytest.mark.deep)])
+@pytest.mark.parametrize(("recipe", "nproc", "settings"), [
+    ("tiny-k-exaone", 1, ["train.fp8=mxfp8", *OVERLAP, "model.num_layers=2",
+                          "train.fp8_bf16_layers_at_end=1"]),
+    pytest.param("tiny-solar-open", 2, ["train.fp8=tensorwise", *OVERLAP], marks=pytest.mark.deep)])
 def test_what_is_saved_and_exported_is_that_of_bf16_weights(
-        te_ranks: Any, job: Any, packed_data: Any, tmp_path: Path, recipe: str, settings: list[str]) -> None:
+        te_ranks: Any, job: Any, packed_data: Any, tmp_path: Path, recipe: str, nproc: int,
+        settings: list[str]) -> None:
     """A checkpoint loads into any layout, with the setting and without, and a resumed run is exact."""
-    bf16, in_8_bits = te_ranks(*(job(RUN, "continued", 2, {
+    bf16, in_8_bits = te_ranks(*(job(RUN, "continued", nproc, {
         "recipe": recipe, "path": str(packed_data.text), "run": str(tmp_path / str(len(more))),
         "settings": [*settings, "parallel.zero1=true", "train.global_batch_size=4", *more]})
         for more in ([], [IN_8_BITS])))

@@ -128,6 +128,7 @@ def test_rounds_that_come_later_and_a_kill_change_no_bit(undisturbed: Path, roun
     assert terms[0]["kl"] == pytest.approx(0, abs=1e-9) and terms[2]["kl"] > 1e-3
 
 
+@pytest.mark.deep
 @pytest.mark.distributed
 def test_a_bit_that_flips_in_a_round_is_named_and_mended_as_it_is_said(
         undisturbed: Path, rounds: Rounds, run_command: Any, tiny: list[str]) -> None:
@@ -189,6 +190,7 @@ def test_a_step_without_a_group_that_learns_is_passed_over(rounds: Rounds, run_c
             in done.stderr)
 
 
+@pytest.mark.deep
 def test_a_step_whose_advantages_are_0_is_passed_over_and_resumed_behind(rounds: Rounds, run_command: Any,
                                                                          tiny: list[str]) -> None:
     """All groups are kept; those of the first step have equal rewards, and no other term has a gradient."""

@@ -227,16 +227,17 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("recipe", "layouts", "settings"), [
-    # of each family and kind of parallelism one, and each target; the others are deep
     ("tiny-qwen3", [PP2, {"cp": 2}], ['lora.targets=["all-linear", "embed_tokens"]']),
     pytest.param("tiny-qwen3", [TP2], ['lora.targets=["all-linear", "embed_tokens"]'],
                  marks=pytest.mark.deep),
     pytest.param("tiny-qwen3", [TP2, {"tp": 2}], ["lora.dora=true"], marks=pytest.mark.deep),
-    ("tiny-solar-open", [ETP2], ['lora.targets=["all-linear", "lm_head"]']),
+    pytest.param("tiny-solar-open", [ETP2], ['lora.targets=["all-linear", "lm_head"]'],
+                 marks=pytest.mark.deep),
     pytest.param("tiny-solar-open", [EP2], ['lora.targets=["all-linear", "lm_head"]'],
                  marks=pytest.mark.deep),
     # narrow vectors, which every process makes whole
-    ("tiny-solar-open2", [TP2], DELTA), ("tiny-deepseek-v3", [TP2], LATENT),
+    pytest.param("tiny-solar-open2", [TP2], DELTA, marks=pytest.mark.deep),
+    pytest.param("tiny-deepseek-v3", [TP2], LATENT, marks=pytest.mark.deep),
     pytest.param("tiny-solar-open2", [{**TP2, "ep": 2}], DELTA, marks=pytest.mark.deep),
     pytest.param("tiny-deepseek-v3", [{**TP2, "ep": 2}, {"cp": 2}, PP2], LATENT, marks=pytest.mark.deep),
     pytest.param("tiny-solar-open2", [TP2], [

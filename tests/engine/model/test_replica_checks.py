@@ -99,11 +99,14 @@ def repeated(settings: list[str], data: str, run: str) -> list[Any]:
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("layouts", [
+    {"tp": ["parallel.tp=2", "parallel.sp=true"]},
+    pytest.param({"pp": ["parallel.pp=2"],
+                  "zero1": ["parallel.zero1=true", "parallel.overlap_grad_reduce=true",
+                            "parallel.overlap_param_gather=true"]}, marks=pytest.mark.deep)],
+    ids=["tensors", "stages, ZeRO-1"])
 def test_a_process_that_computes_otherwise_the_second_time_is_named_and_probing_changes_nothing(
-        ranks: Any, job: Any, packed_data: Any, tmp_path: Any) -> None:
-    layouts = {"tp": ["parallel.tp=2", "parallel.sp=true"], "pp": ["parallel.pp=2"],
-               "zero1": ["parallel.zero1=true", "parallel.overlap_grad_reduce=true",
-                         "parallel.overlap_param_gather=true"]}
+        ranks: Any, job: Any, packed_data: Any, tmp_path: Any, layouts: dict[str, list[str]]) -> None:
     data = str(packed_data.text)
     found = ranks(
         *[job(__file__, "repeated", 2, {"settings": settings, "data": data, "run": str(tmp_path / name)})

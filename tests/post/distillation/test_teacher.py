@@ -131,6 +131,7 @@ def read(model: str, data: str, out: str, settings: list[str], top_too: bool) ->
 
 
 @pytest.mark.distributed
+@pytest.mark.essential
 @pytest.mark.parametrize("split", [
     {"tp": ["parallel.tp=2", "parallel.sp=true"]},
     pytest.param({"pp": ["parallel.pp=2", "parallel.pipeline_layout=[2,3]"], "ep": ["parallel.ep=2"]},

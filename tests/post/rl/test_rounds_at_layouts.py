@@ -99,7 +99,8 @@ ROWS: dict[str, Layout] = {
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("method", ["grpo", "dapo"])
+@pytest.mark.essential
+@pytest.mark.parametrize("method", ["grpo", pytest.param("dapo", marks=pytest.mark.deep)])
 def test_rounds_are_the_same_steps_in_rows_of_any_length(method: PolicyMethod, ranks: Any, job: Any,
                                                          packed_data: Any, write_round: Any, tmp_path: Path
                                                          ) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from data_prep.json_lines import read_objects
-from data_prep.synth.declared.functions import refuses, run_programs
+from data_prep.synth.declared.functions import refuses
+from data_prep.synth.final_answers import run_programs
 from data_prep.synth.generator import GeneratorItem
 from data_prep.synth.known import FILES, FOLDER, generator_class
 from data_prep.synth.replies import NoReply
@@ -36,7 +37,8 @@ def reasons(name: str, item: GeneratorItem, reply: Any, **settings: Any) -> list
 
 
 def test_all_files_are_known_and_sound() -> None:
-    assert sorted(FILES) == sorted(file.stem for file in FOLDER.glob("*.yaml") if file.stem != "refusals")
+    assert sorted(FILES) == sorted(file.stem for file in FOLDER.glob("*.yaml") if file.stem not in (
+        "languages", "refusals"))
     for name in FILES:
         cls = generator_class(name)
         assert keys_of(cls.Settings()) == (["constraints"] if name == "autoif" else [])
@@ -45,7 +47,7 @@ def test_all_files_are_known_and_sound() -> None:
 
 @pytest.mark.parametrize(("said", "reason"), [
     (OTHER_WORDS, ""), (OTHER_WORDS.replace("1464", "1465"), "numbers"),
-    (OTHER_WORDS.replace("Berta Lind", "Carla Lind"), "names"), (SOURCE, "copied"), (GERMAN, "language"),
+    (SOURCE, "copied"), (GERMAN, "language"),
     (OTHER_WORDS + " “Water wins”, they say.", "quotes"), ("Ashford lies on the Wend.", "length"),
     ({"content": "<rewrite>Ashford", "finish_reason": "length"}, "complete")])
 def test_a_rewrite_states_what_its_document_states(said: Any, reason: str) -> None:
@@ -215,6 +217,6 @@ def test_a_program_that_had_no_processor_is_run_again(monkeypatch: pytest.Monkey
         def run(self, program: object, limits: object) -> Outcome:
             return Outcome("infrastructure", None, "", "", "the machine is too busy", 630.0, 1.0, 600.0)
 
-    monkeypatch.setattr("data_prep.synth.declared.functions._sandbox", Busy)
+    monkeypatch.setattr("data_prep.synth.final_answers._sandbox", Busy)
     with pytest.raises(NoReply, match="the machine is too busy"):
         run_programs(["```python\nprint(1)\n```"])
