@@ -342,7 +342,7 @@ class LatentAttention(MLASelfAttention):
             return channels
         turned: torch.Tensor = apply_rotary_pos_emb(
             channels, angles, self.config, cu_seqlens=spans.cu_seqlens_q,
-            cp_group=parallel_state.get_context_parallel_group())
+            cp_group=parallel_state.get_context_parallel_group(), mla_rotary_interleaved=True)
         return turned
 
 
