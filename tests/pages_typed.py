@@ -47,7 +47,7 @@ TYPED = {
     "docs/serve.md": "tests/serve/test_serve.py",
     "docs/slurm.md": "tests/operate/slurm/test_submit.py",
     "docs/synth_worlds.md": "tests/test_docs_synth_worlds.py",
-    "docs/synth_autoif.md": "tests/data_prep/synth/generators/autoif/test_page.py",
+    "docs/synth_autoif.md": "tests/test_docs_synth_autoif.py",
     "docs/synth_solutions.md": "tests/test_docs_synth_solutions.py",
     "docs/tokenizer.md": "tests/test_docs_data.py",
     "docs/tools.md": "tests/commands/rl/test_tools.py",

@@ -103,7 +103,6 @@ class UnitEncoder:
         # The record is written last, and the folder gets its name by a rename.
         folder, is_new = make_part(self.work, key, RECORD, partial(self._write, unit, key))
         raw = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        raw.pop("num_left_out", None)  # an earlier version wrote it
         return UnitRecord(**{**raw, "num_lines": tuple(raw["num_lines"]), "encoded_now": is_new})
 
     def _write(self, unit: Unit, key: str, folder: Path) -> None:

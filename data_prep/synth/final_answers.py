@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
+from data_prep.responses.trajectories import Solution, diverse
 from megatron_sov.judge.rewards.answers import last_boxed, normalized, read_quantity
 from megatron_sov.judge.rewards.composed import Runner
 from megatron_sov.judge.rewards.registry import make, order
@@ -106,3 +107,22 @@ def check(answers: Sequence[str], wanted: str, choices: Sequence[str] = (), way:
           ) -> list[FinalAnswerCheck]:
     """Return whether each of some final answers is the wanted one."""
     return verifier(way_of(wanted, choices) if way == "auto" else way).check(answers, wanted, choices)
+
+
+def right_solutions(solutions: Sequence[str], wanted: str, choices: Sequence[str] = (), way: Way = "auto"
+                    ) -> list[str]:
+    """Return the solutions that were not cut off, end with their answer in a box, and say the wanted one in
+    each of their boxes."""
+    sound = [solution for solution in solutions
+             if not getattr(solution, "cut", False) and ends_in_box(solution)]
+    asked = [answer for solution in sound for answer in boxes(solution)]
+    # one call for all: each is a round trip to the process that compares
+    checked = dict(zip(asked, check(asked, wanted, choices, way), strict=True)) if asked else {}
+    return [solution for solution in sound if all(checked[answer].right for answer in boxes(solution))]
+
+
+def different_solutions(solutions: Sequence[str], most: int, max_similarity: float) -> list[str]:
+    """Return up to so many solutions that differ, as `sov-data trajectories` compares them."""
+    compared = [Solution(solution, getattr(solution, "thinking", "")) for solution in solutions]
+    chosen = {id(solution) for solution in diverse(compared, most, max_similarity)}
+    return [text for text, solution in zip(solutions, compared, strict=True) if id(solution) in chosen]

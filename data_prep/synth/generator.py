@@ -33,8 +33,6 @@ Kind = Literal["text", "chat", "prompt", "task"]
 `tools`, for `sft`; prompt: `prompt` and the fields of its reward, for `rl generate`; task: a task of a tool
 environment."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
-PROMPTS = Path(__file__).parent / "prompts"
-"""Files of prompts of the packaged generators that are written in Python."""
 
 
 @dataclass(frozen=True)
@@ -301,7 +299,7 @@ class Generator(ABC):
     help: ClassVar[str]
     """One line for `sov-data synth --list`."""
     prompts_file: ClassVar[Path | None] = None
-    """YAML file of its prompts; None: that of its name in the package, if there is one."""
+    """YAML file of its prompts, of a generator that is written in Python."""
     help_of_settings: ClassVar[Mapping[str, str]] = {}
     """Setting -> help in `--list`, of a generator that is a file."""
     libraries: ClassVar[Sequence[str]] = ()
@@ -316,22 +314,14 @@ class Generator(ABC):
         self.settings = settings
 
     @classmethod
-    def own_file(cls) -> Path | None:
-        """Return the file of its prompts."""
-        file = cls.prompts_file or PROMPTS / f"{cls.name}.yaml"
-        return file if cls.prompts_file or file.is_file() else None
-
-    @classmethod
     def prompts(cls) -> dict[str, PromptTemplate]:
         """Read the prompts, as NAME/PROMPT; raises `UserError` where the file cannot be used."""
-        file = cls.own_file()
-        return read_prompts(file) if file else {}
+        return read_prompts(cls.prompts_file) if cls.prompts_file else {}
 
     @classmethod
     def digests(cls) -> dict[str, str]:
         """Return name -> hash of the file with its prompts."""
-        file = cls.own_file()
-        return {file.name: file_digest(file)} if file else {}
+        return {cls.prompts_file.name: file_digest(cls.prompts_file)} if cls.prompts_file else {}
 
     def files(self) -> Sequence[Path]:
         """Return files beside the input that samples depend on, such as the constraints of `autoif`."""

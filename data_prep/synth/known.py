@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent / "generators"
 """Files of the packaged generators."""
 ENDINGS = (".yaml", ".yml")
-GENERATORS: dict[str, str] = {
-    "constraints": "data_prep.synth.generators.autoif.constraints:Constraints",
-    "goals": "data_prep.synth.generators.tools.goals:Goals",
-    "solutions": "data_prep.synth.generators.solutions:Solutions",
-    "tool-trajectories": "data_prep.synth.generators.tools.trajectories:ToolTrajectories",
-    "worlds": "data_prep.synth.generators.tools.worlds:Worlds",
-}
-"""Name on the command line -> module:class."""
-FILES = ("answers", "autoif", "comparisons", "probes", "rewrite", "safety", "translation")
+GENERATORS: dict[str, str] = {}
+"""Packaged generators that are written in Python: name on the command line -> module:class."""
+FILES = ("answers", "autoif", "comparisons", "constraints", "goals", "probes", "rewrite", "safety",
+         "solutions", "tool-trajectories", "translation", "worlds")
 """Names of the generators that are files of `generators`."""
 REMOVED = {
     "autoif.also": "a row has the `functions` of its constraint",
+    "autoif.constraints_per_query": "a query has one constraint",
+    "autoif.foreign_scripts": "set `foreign`, a regular expression",
     **dict.fromkeys(("autoif.call_time_s", "constraints.call_time_s"), "a call may take 5 s of a processor"),
     **dict.fromkeys(("autoif.modules", "constraints.modules"), "functions compute on texts alone"),
     "probes.benchmarks": "write the step `decontaminate` into a file for --checks",
     "safety.also": "rows are chats", "translation.glossary": "name the terms in a prompt of your own file",
+    "solutions.min_judge": "right answers and differences are checked, and no judge reads solutions",
+    "tool-trajectories.environment": "tasks are those of `virtual`; `megatron-sov tools run` plays others",
+    "tool-trajectories.min_judged": "set `min_score`",
     **dict.fromkeys(("solutions.vote", "solutions.min_votes", "solutions.min_agreement"),
                     "each problem needs its `answer`"),
     **dict.fromkeys((f"tool-trajectories.{name}" for name in ("fault_share", "max_malformed", "max_repeats")),

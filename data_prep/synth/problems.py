@@ -19,7 +19,7 @@ TEXT_FIELDS = ("problem", "question", "query", "prompt", "instruction", "task", 
 MAX_CHARS = 20_000
 """Of a problem: a longer one is a document."""
 MAX_CHOICES = 10
-_ID = re.compile(r"[A-Za-z0-9:._-]{1,100}", re.ASCII)
+_ID = re.compile(r"[A-Za-z0-9:._/-]{1,150}", re.ASCII)
 
 
 def read_problems(inputs: Sequence[Path], *, needs_answer: str = "") -> Iterator[GeneratorItem]:
@@ -120,5 +120,5 @@ def stated_id(record: Mapping[str, Any], text: str, where: str) -> str:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
     if isinstance(given, (str, int)) and not isinstance(given, bool) and _ID.fullmatch(str(given)):
         return str(given)
-    raise UserError(f"{where}: id = {str(given)[:60]!r} must be 1 to 100 of the letters, digits and :._-; "
+    raise UserError(f"{where}: id = {str(given)[:60]!r} must be 1 to 150 of the letters, digits and :._/-; "
                     "change it, or leave it out")

@@ -28,7 +28,6 @@ from megatron_sov.base.outputs import behind_links, refuse_nowhere
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
-"""1: files had a `sha256` in place of a `digest`."""
 _TEMPORARY_NAME = re.compile(r"\.(.+)\.tmp-.+-\d+")
 MADE_BY = {"corpus": "`sov-data run` or `sov-data demo-corpus`",
            "tokenizer": "`sov-tokenizer train` or `sov-tokenizer import`",
@@ -56,14 +55,13 @@ class FileRecord:
 
     @staticmethod
     def read(raw: dict[str, Any]) -> FileRecord:
-        """Return what stands in a manifest of any version.
+        """Return what stands in a manifest.
 
         Raises:
             ValueError, KeyError, TypeError, AttributeError: it is no record.
         """
-        digest = raw["digest"] if "digest" in raw else f"{SHA256}:{raw['sha256']}"
-        algorithm_of(digest)
-        return FileRecord(digest, raw["size_bytes"])
+        algorithm_of(raw["digest"])
+        return FileRecord(raw["digest"], raw["size_bytes"])
 
     @staticmethod
     def of(file: Path) -> FileRecord:
@@ -88,8 +86,8 @@ class Manifest:
     format_version: int = FORMAT_VERSION
     """Version of this layout; a newer one than the code knows is refused."""
     sha256: str = ""
-    """Hash of the manifest's own bytes with zeros in this place; empty in manifests of earlier
-    versions.  Stays last."""
+    """Hash of the manifest's own bytes with zeros in this place; empty in manifests that
+    were written by hand.  Stays last."""
 
 
 def sha256_file(path: Path) -> str:

@@ -116,7 +116,7 @@ def differences(before: ScoredItem, after: ScoredItem, tasks: Sequence[str] = ()
     common = [name for name in before.results.tasks if name in after.results.tasks]
     if lacking := [f"{side.path} has no task {name}" for name in tasks for side in (before, after)
                    if name not in side.results.tasks]:
-        raise UserError(f"{'; '.join(lacking)}: evaluate it too, or leave it out")
+        raise UserError(f"--tasks: {'; '.join(lacking)}; evaluate it too, or leave it out")
     if not common:
         raise UserError(f"{before.path} and {after.path}: have no task in common "
                         f"({', '.join(before.results.tasks) or 'none'}; "

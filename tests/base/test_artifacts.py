@@ -270,32 +270,10 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
 
 
 def rewritten(path: Path, **changes: Any) -> Path:
-    """Change fields of an artifact's manifest by hand, which has no hash of itself then,
-    as in earlier versions."""
+    """Change fields of an artifact's manifest by hand, which has no hash of itself then."""
     manifest = json.loads((path / MANIFEST).read_text())
     (path / MANIFEST).write_text(json.dumps(manifest | {"sha256": ""} | changes))
     return path
-
-
-def test_an_artifact_of_the_first_format_is_read_and_checked_as_ever(tmp_path: Path) -> None:
-    """Its files have the hash that was used then, and keep it where they are handed on."""
-    path = build(tmp_path / "a")
-    old = {"sha256": hashlib.sha256(b"hello").hexdigest(), "size_bytes": 5}
-    rewritten(path, format_version=1, files={"sub/data.bin": old})
-    record = read_manifest(path).files["sub/data.bin"]
-    assert record == FileRecord(f"sha256:{old['sha256']}", 5) and damaged_files(path) == []
-    with new_artifact(tmp_path / "b", "tokens") as writer:
-        (writer.path / "taken.bin").write_text("hello")
-        writer.known_files["taken.bin"] = record
-        (writer.path / "new.bin").write_bytes(b"abc")
-    found = json.loads((tmp_path / "b" / MANIFEST).read_text())
-    assert found["format_version"] == 2 and found["files"] == {
-        "taken.bin": {"digest": f"sha256:{old['sha256']}", "size_bytes": 5},
-        "new.bin": {"digest": f"blake3:{BLAKE3_OF_ABC}", "size_bytes": 3}}
-    assert damaged_files(tmp_path / "b") == []
-    for folder in (path / "sub/data.bin", tmp_path / "b/taken.bin"):
-        folder.write_text("hullo")
-    assert len(damaged_files(path)) == len(damaged_files(tmp_path / "b")) == 1
 
 
 @pytest.mark.parametrize("record", [{"digest": "md5:12", "size_bytes": 5}, {"digest": 3, "size_bytes": 5},
@@ -370,9 +348,9 @@ def test_json_of_dataclasses_and_paths(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("files", [{"../outside": 1}, {"/etc/passwd": 1}, {"": 1}, {"a/../../b": 1}])
 def test_a_manifest_names_no_file_outside_of_its_folder(tmp_path: Path, files: dict[str, int]) -> None:
-    record = {"size_bytes": 1, "sha256": "0" * 64}
+    record = {"size_bytes": 1, "digest": f"blake3:{BLAKE3_OF_ABC}"}
     (tmp_path / "manifest.json").write_text(json.dumps({
-        "format_version": 1, "kind": "tokens", "files": dict.fromkeys(files, record)}))
+        "format_version": 2, "kind": "tokens", "files": dict.fromkeys(files, record)}))
     with pytest.raises(UserError, match=r"is damaged .it names the file .*, which is not inside the folder"):
         read_manifest(tmp_path)
 

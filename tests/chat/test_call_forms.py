@@ -87,12 +87,6 @@ def test_an_object_that_a_llama_answers_with_is_no_call(text: str) -> None:
     assert whole_turn(text, False, TOOLS, "llama-3").content == text
 
 
-def test_many_broken_calls_take_no_square_of_their_length() -> None:
-    for part in ("<tool_call></tool_call>", '<tool_call>{"name": "f"', "<tool_call>["):
-        for end in ("", "</tool_call>"):
-            parse_turn(part * 20_000 + end)
-
-
 SPECIAL = ("<|im_start|>", "<|im_end|>")
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
           "{% for c in m.tool_calls %}CALL{% endfor %}<|im_end|>\n{% endfor %}"

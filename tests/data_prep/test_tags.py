@@ -36,17 +36,6 @@ def test_pack_records_what_each_source_is(tokenizers: dict[str, Path], tmp_path:
                        "en-True": {"synthetic": ["true"]}}
 
 
-def test_buckets_have_tags_of_their_own(tokenizers: dict[str, Path], tmp_path: Path) -> None:
-    rows = [{"text": f"text {i}", "level": ("low", "high")[i % 2], "kind": ("ko", "en")[i % 2]}
-            for i in range(40)]
-    (tmp_path / "web.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert main(["pack", "--tokenizer", str(tokenizers["solar-open"]), "--input", str(tmp_path / "web.jsonl"),
-                 "--tag", "kind", "--bucket-by", "level", "--output", str(tmp_path / "out")]) == 0
-    found = {s["name"]: tags_of(s) for s in read_manifest(tmp_path / "out").content["sources"]}
-    assert found == {"web-high": {"level": ["high"], "kind": ["en"]},
-                     "web-low": {"level": ["low"], "kind": ["ko"]}}
-
-
 @pytest.mark.parametrize(("argument", "said"), [
     ("Kind", "--tag 'Kind': 'Kind' cannot name a tag"), ("source=x", "'source' cannot name a tag"),
     ("kind=", "--tag 'kind=': '' cannot be a tag"), ("kind=a b", "'a b' cannot be a tag"),

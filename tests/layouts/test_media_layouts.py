@@ -71,12 +71,12 @@ def test_layouts_agree_with_one_rank(ranks: Any, job: Any, tmp_path: Path, names
                       for name, (recipe, n, layout) in every.items()))
     losses = {name: per_rank[0]["losses"] | per_rank[0]["meters"]
               for name, per_rank in zip(every, results, strict=True)}
-    assert {"lm", "text_loss", "audio_loss", "image_loss"} <= set(losses[[*one][0]])
+    assert {"lm", "text_loss", "audio_loss", "image_loss"} <= set(losses[next(iter(one))])
     for name, (recipe, _, _) in layouts.items():
         assert losses[name] == pytest.approx(losses[recipe], rel=1e-12), name
         apart = _apart(tmp_path / name / "gradients", tmp_path / recipe / "gradients")
         assert max(apart.values()) < 1e-10, (name, {k: v for k, v in apart.items() if v > 1e-10})
-    gradients = TensorReader(tmp_path / [*one][0] / "gradients", "model")
+    gradients = TensorReader(tmp_path / next(iter(one)) / "gradients", "model")
     for key in ("vision.encoder.embeddings.patch_embedding.weight", "audio.encoder.conv1.weight",
                 "audio.compressor.query_token", "vision.adapter.fc2.weight"):
         assert float(gradients.read(key).abs().max()) > 1e-6, key

@@ -17,7 +17,8 @@ def test_bf16_keeps_master_weights_gradients_routing_and_loss_in_float32(ranks: 
                                                                          packed_data: Any) -> None:
     arguments = {"recipe": "tiny-k-exaone", "data": str(packed_data.text)}
     jobs = [job(RUN, "dtypes", 2 if p == "bf16" else 1,
-                {**arguments, "settings": [f"train.precision={p}", "model.num_experts=8", "model.num_layers=3"]})
+                {**arguments,
+                 "settings": [f"train.precision={p}", "model.num_experts=8", "model.num_layers=3"]})
             for p in ("bf16", "fp32", "fp64")]
     (bf16, _), (fp32,), (fp64,) = ranks(*jobs)
     single = ["torch.float32"]

@@ -16,7 +16,7 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.base.settings import ProblemCode, SettingsProblem
 from megatron_sov.commands.operate.submit import COMMANDS
-from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
+from megatron_sov.model.config import ParallelConfig, apply_settings
 from megatron_sov.operate.slurm.stages import work_of
 from megatron_sov.plan.pages.telling import (
     SHOWN_RULES, PlanText, broken, name, recomputes, set_line, sizes, submit_line, too_large)
@@ -364,27 +364,3 @@ def test_what_is_set_stays() -> None:
     assert {c.choice.parallel.tp for c in found.best} == {4}
     assert {c.choice.recompute for c in found.best} == {(True, ())}
     assert len({c.choice.parallel.pp for c in found.best}) > 1
-
-
-def built(config: dict[str, Any], num_ranks: int) -> list[int]:
-    """Build the stages of a run on meta tensors, as one rank after the other; returns their layers."""
-    from megatron_sov.engine.optimizer.meta import built_stage
-    from megatron_sov.model.config import from_dict
-
-    run: RunConfig = from_dict(config)
-    return [built_stage(run, num_ranks, stage).params.layers for stage in range(run.parallel.pp)]
-
-
-@pytest.mark.distributed
-def test_proposed_layouts_can_be_built(ranks: Any, job: Any) -> None:
-    """The fastest of each pipeline size, by the modules that training builds."""
-    of, config = prices_of_sweep("h100", 1), recipes.get("tiny-k-exaone")
-    fastest = {}
-    for one in search(config, of).best:
-        if one.choice.parallel.tp * one.choice.parallel.ep > 1:
-            fastest.setdefault((one.choice.parallel.pp, one.choice.parallel.vpp), one.choice.of(config))
-    assert len(fastest) >= 3
-    jobs = [job(__file__, "built", 1, {"config": run.to_dict(), "num_ranks": of.num_ranks})
-            for run in fastest.values()]
-    layers = config.model.num_layers + config.model.num_mtp_layers
-    assert [sum(found) for (found,) in ranks(*jobs)] == [layers] * len(jobs)

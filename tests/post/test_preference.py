@@ -98,8 +98,8 @@ def trl_meters(method: str, pairs: list[tuple[float, float, float, float, int, i
 
 
 def written_out(data: str, run: str, methods: list[str]) -> list[dict[str, Any]]:
-    """Return, for each of the methods, the loss and the meters of a batch after a step, and the same with each
-    response passed through the model alone, in numpy."""
+    """Return, for each of the methods, the loss and the meters of a batch after a step, and the same with
+    each response passed through the model alone, in numpy."""
     import torch
 
     from megatron_sov.engine.decode.forward_only import Inputs

@@ -167,8 +167,8 @@ def test_thoughts_and_calls_are_told_apart_from_what_is_said(opened: Any) -> Non
             assert choice["finish_reason"] == whole["finish_reason"]
             return whole["message"] | {"ended": whole["finish_reason"]}
 
-        plain = both("2 곰 </b>")
-        assert (plain["content"], plain["ended"], "tool_calls" in plain) == ("2 곰 </b>", "stop", False)
+        plain = both(several := "2 곰 안녕 สวัสดี 🐻‍❄️ é ﷽ 𝒳\n\t\ufffd? </b>")  # characters of several tokens
+        assert (plain["content"], plain["ended"], "tool_calls" in plain) == (several, "stop", False)
         # the user's special tokens are text: the model here is one that repeats them as text
         found = both("<think> 1+1 </think> 2")
         assert (found["reasoning_content"], found["content"]) == (" 1+1 ", " 2"), "line feeds alone go"

@@ -25,7 +25,8 @@ def test_moments_in_bf16_are_exact_over_checkpoints(te_ranks: Any, job: Any, pac
     """A resumed run has the bits of one that was not stopped, one in float32 can go on in bf16 or on the
     host, and a step rounds the formula's moments once."""
     common = ["parallel.zero1=true", "model.num_layers=2"]
-    runs = {name: {"recipe": "tiny-k-exaone", "path": str(packed_data.text), "settings": [*common, SETTINGS[name]]}
+    runs = {name: {"recipe": "tiny-k-exaone", "path": str(packed_data.text),
+                   "settings": [*common, SETTINGS[name]]}
             for name in names}
     found = te_ranks(*(job(RUN, "continued", nproc, {**arguments, "run": str(tmp_path / name)})
                        for name, arguments in runs.items()))

@@ -10,17 +10,17 @@ from typing import Any
 import regex
 import yaml
 
-from data_prep.curate.quality.identify import identify
 from data_prep.synth.declared.parsers import read_tagged
-from data_prep.synth.final_answers import boxes, check, ends_in_box
-from data_prep.synth.generators.autoif.queries import (
-    accepting, different, foreign_letters, in_turns, language_unquoted, with_quotes_of)
-from data_prep.synth.generators.documents.facts import fact_verdicts, kept_share
-from data_prep.synth.generators.documents.languages import in_language, name_of
-from data_prep.synth.generators.documents.pieces import fenced
-from data_prep.synth.generators.documents.verdicts import copied_share, size_ratio
-from data_prep.synth.generators.drawing import share_of
-from data_prep.synth.generators.translation import chrf, kept_in_translation, translated_verdicts, with_texts
+from data_prep.synth.final_answers import boxes, check, different_solutions, ends_in_box, right_solutions
+from data_prep.synth.generators.constraints import cases_of, cross_check, list_items, wording_problem
+from data_prep.synth.generators.documents import fenced
+from data_prep.synth.generators.drawing import choose, share_of
+from data_prep.synth.generators.queries import accepted_by
+from data_prep.synth.generators.texts import (
+    changed_numbers, chrf, code_in, copied_share, fill_phrasing, in_language, language_name, language_of,
+    numbers_in, prose_of, quotations, size_ratio, with_texts)
+from data_prep.synth.generators.worlds import (
+    draft_problem, json_object, json_text, task_problem, task_verdicts, world_verdicts)
 from data_prep.synth.replies import NoReply, Reply
 from data_prep.synth.templates import add_functions
 from megatron_sov.judge.rewards.program_text import program_in
@@ -31,20 +31,20 @@ REFUSALS = Path(__file__).parents[1] / "generators/refusals.yaml"
 BEGINNING_CHARS = 240
 """A refusal comes first; a text further on may quote one."""
 TIMEOUT_S = 2.0
-MIN_LANGUAGE_SCORE = 0.5
 MAX_ANSWER_CHARS = 200
 """Of the line that a program prints."""
 
 
 class Answer(str):
-    """The text of a reply, with whether it ended at the limit of tokens."""
+    """The text of a reply, with whether it ended at the limit of tokens, and the thoughts before it."""
 
     cut: bool = False
+    thinking: str = ""
 
     @classmethod
     def of(cls, reply: Reply) -> Answer:
         made = cls(reply.text)
-        made.cut = reply.is_cut
+        made.cut, made.thinking = reply.is_cut, reply.thinking
         return made
 
 
@@ -56,6 +56,11 @@ def text_between(text: str, tag: str) -> str:
 def without(text: str, pattern: str) -> str:
     """Return a text without the parts that match a regular expression."""
     return str(regex.sub(pattern, "", text, timeout=TIMEOUT_S))
+
+
+def matches(text: str, pattern: str) -> list[str]:
+    """Return the parts of a text that match a regular expression."""
+    return [match[0] for match in regex.finditer(pattern, text, timeout=TIMEOUT_S)]
 
 
 @lru_cache(maxsize=1)
@@ -72,17 +77,6 @@ def refuses(answer: str, language: str) -> bool:
     beginning = " ".join(answer[:2 * BEGINNING_CHARS].replace("’", "'").split())[:BEGINNING_CHARS]
     return any(pattern.search(beginning, timeout=TIMEOUT_S)
                for name in dict.fromkeys((language, "en")) for pattern in _refusals().get(name, ()))
-
-
-def language_of(text: str) -> str:
-    """Return the language that a text reads as, as an ISO 639-1 code."""
-    return identify(text)[0]
-
-
-def reads_as(text: str, language: str) -> bool:
-    """Return whether a text is surely in a language."""
-    found, score = identify(text)
-    return found == language and score >= MIN_LANGUAGE_SCORE
 
 
 def is_dialogue(text: str, min_turns: int = 4) -> bool:
@@ -135,14 +129,22 @@ def run_programs(replies: Sequence[str]) -> list[str]:
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "boxed_or_plain": boxed_or_plain, "chrf": chrf, "copied_share": copied_share, "count_right": count_right,
-    "facts_of_source": fact_verdicts, "fenced": fenced, "final_answers": final_answers,
-    "in_language": in_language, "is_dialogue": is_dialogue, "kept_in_translation": kept_in_translation,
-    "kept_share": kept_share, "language_name_of": name_of, "language_of": language_of, "reads_as": reads_as,
-    "refuses": refuses, "run_programs": run_programs, "size_ratio": size_ratio, "text_between": text_between,
-    "translated_verdicts": translated_verdicts, "with_texts": with_texts, "without": without,
-    # of autoif
-    "accepting": accepting, "different": different, "foreign_letters": foreign_letters, "in_turns": in_turns,
-    "language_unquoted": language_unquoted, "share_of": share_of, "with_quotes_of": with_quotes_of}
+    # of texts
+    "changed_numbers": changed_numbers, "chrf": chrf, "code_in": code_in, "copied_share": copied_share,
+    "fenced": fenced, "fill_phrasing": fill_phrasing, "in_language": in_language, "is_dialogue": is_dialogue,
+    "json_object": json_object, "json_text": json_text, "language_name_of": language_name,
+    "language_of": language_of, "matches": matches, "numbers_in": numbers_in, "prose_of": prose_of,
+    "quotations": quotations, "refuses": refuses, "size_ratio": size_ratio, "text_between": text_between,
+    "with_texts": with_texts, "without": without,
+    # of problems
+    "boxed_or_plain": boxed_or_plain, "boxes": boxes, "count_right": count_right,
+    "different_solutions": different_solutions, "final_answers": final_answers,
+    "right_solutions": right_solutions, "run_programs": run_programs,
+    # of constraints
+    "accepted_by": accepted_by, "cases_of": cases_of, "choose": choose, "cross_check": cross_check,
+    "list_items": list_items, "share_of": share_of, "wording_problem": wording_problem,
+    # of worlds
+    "draft_problem": draft_problem, "task_problem": task_problem, "task_verdicts": task_verdicts,
+    "world_verdicts": world_verdicts}
 """Name in a template -> function."""
 add_functions(FUNCTIONS)

@@ -237,7 +237,7 @@ class _Compiler:
             compiled, problems = compile_step(one.step, inner, known)
             for part, rule in problems:
                 self._add((*one.place, part), rule)
-            if asked := getattr(one.step, "ask", None):
+            if asked := getattr(one.step, "ask", "") or getattr(one.step, "user", ""):
                 self._asked[asked] = self._asked.get(asked, set(known)) & set(known)
             known = after
             found.append(compiled)
@@ -313,9 +313,6 @@ class DeclaredGenerator(Generator):
     def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
         """Run the steps on one item."""
         prepared = self.reader.prepare(item, self.settings)
-        if isinstance(prepared, GeneratedSample):
-            yield prepared
-            return
         yield from self._run_steps(
             self.steps, Draft({**self._settings, **prepared, "item_id": item.id, "part": 0}), ask)
 

@@ -15,11 +15,10 @@ from typing import Annotated, Any, Literal
 from annotated_types import Le, MinLen
 
 from data_prep.json_lines import read_objects
-from data_prep.synth.generator import GeneratedSample, GeneratorItem, Temperature
-from data_prep.synth.generators.autoif.queries import FILE as CONSTRAINTS, QuerySettings, query_items
-from data_prep.synth.generators.documents.languages import ToldApart, language_of, name_of
-from data_prep.synth.generators.documents.pieces import ID_CHARS, DocumentSettings, document_items, fenced
-from data_prep.synth.generators.documents.verdicts import unknown_language
+from data_prep.synth.generator import GeneratorItem, Temperature
+from data_prep.synth.generators.documents import ID_CHARS, DocumentSettings, document_items, fenced
+from data_prep.synth.generators.queries import QuerySettings, constraints_file, query_items
+from data_prep.synth.generators.texts import ToldApart, language_name, sure_language
 from data_prep.synth.problems import line_files, read_problems, stated_id
 from megatron_sov.base.documents import RecordReading, list_files, read_documents
 from megatron_sov.base.errors import UserError
@@ -50,9 +49,8 @@ class Reader:
     fields: tuple[str, ...]
     """Fields of an item, as steps know them."""
     Settings: type[Any] = DrawSettings
-    prepare: Callable[[GeneratorItem, Any], dict[str, Any] | GeneratedSample] = (
-        lambda item, settings: dict(item.fields))
-    """Item and settings -> its fields, or the sample that says why nothing is asked about it."""
+    prepare: Callable[[GeneratorItem, Any], dict[str, Any]] = lambda item, settings: dict(item.fields)
+    """Item and settings -> its fields."""
     files: Callable[[Any], Sequence[Path]] = lambda settings: ()
     """Settings -> files beside the input that items depend on."""
     needs_input: bool = True
@@ -65,6 +63,8 @@ class RecordOptions:
     fields: Annotated[tuple[Annotated[str, Bound(lambda name: None if name.isidentifier() else (
         ProblemCode.BOUND, "must be a name of letters, digits and _", ""))], ...], MinLen(1), ONCE]
     """Fields that each line has, as text."""
+    objects: tuple[str, ...] = ()
+    """Fields that each line has, as JSON objects."""
     default: str = ""
     """File beside the generator's whose lines are read where no input is given."""
     times: str = ""
@@ -75,23 +75,30 @@ class RecordOptions:
         files = [folder / self.default] if self.default else []
         number = ("number",) if self.times else ()
         return Reader(lambda inputs, settings: self._items(inputs or files, settings),
-                      (*self.fields, *number), files=lambda settings: files, needs_input=not files)
+                      (*self.fields, *self.objects, *number), files=lambda settings: files,
+                      needs_input=not files)
 
     def _items(self, inputs: Sequence[Path], settings: Any) -> Iterator[GeneratorItem]:
-        """Yield an item of each line of JSON with fields of text, or as many as the setting `times` says."""
+        """Yield an item of each line of JSON with these fields, or as many as the setting `times` says."""
         seen: dict[str, str] = {}
         for file in line_files(inputs):
             for where, record in read_objects(file):
-                for name in self.fields:
-                    if not isinstance(record.get(name), str):
-                        raise UserError(f"{where}: {name} = {str(record.get(name))[:60]!r} must be text; add "
-                                        "it, or leave the line out")
-                fields = {name: record[name] for name in self.fields}
-                id_ = stated_id(record, "\n".join(fields.values()), where)
+                fields: dict[str, Any] = {name: record.get(name) for name in (*self.fields, *self.objects)}
+                for name, value in fields.items():
+                    kind, form = (str, "text") if name in self.fields else (dict, "an object")
+                    if not isinstance(value, kind):
+                        raise UserError(f"{where}: {name} = {str(value)[:60]!r} must be {form}; add it, or "
+                                        "leave the line out")
+                content = (value if name in self.fields else json.dumps(value, sort_keys=True)
+                           for name, value in fields.items())
+                id_ = stated_id(record, "\n".join(content), where)
                 if seen.setdefault(id_, where) != where:
                     continue
-                source = str(record.get("source") or file.stem)
-                licence = str(record.get("licence") or record.get("license") or "")
+                # a sample of an earlier generator has its origin beside its record
+                made = record.get("synthetic")
+                origin = made if isinstance(made, dict) else record
+                source = str(origin.get("source") or file.stem)
+                licence = str(origin.get("licence") or origin.get("license") or "")
                 if not self.times:
                     yield GeneratorItem(id_, fields, source, licence)
                     continue
@@ -99,14 +106,12 @@ class RecordOptions:
                     yield GeneratorItem(f"{id_}.{number}", {**fields, "number": number}, source, licence)
 
 
-def _prepare_document(item: GeneratorItem, settings: DocumentSettings) -> dict[str, Any] | GeneratedSample:
+def _prepare_document(item: GeneratorItem, settings: DocumentSettings) -> dict[str, Any]:
     source = item.fields["text"]
-    found = language_of(source)
-    if not found:
-        return unknown_language(source)
+    found = sure_language(source)
     language = settings.language or found
     return {"source": source, "document": fenced(source), "source_language": found,
-            "language": language, "language_name": name_of(language)}
+            "language": language, "language_name": language_name(language)}
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,7 @@ def _prepare_texts(item: GeneratorItem, settings: TextSettings) -> dict[str, Any
     return {"texts": texts, "messages": messages, "beside": item.fields.get("beside", {}),
             "has_more": item.fields.get("has_tools", False) or has_more,
             "longest": max(len(text.encode()) for text in texts), "language": settings.language,
-            "source_language": settings.source_language or language_of("\n".join(texts)[:LANGUAGE_CHARS])}
+            "source_language": settings.source_language or sure_language("\n".join(texts)[:LANGUAGE_CHARS])}
 
 
 @dataclass(frozen=True)
@@ -179,11 +184,6 @@ def _pair_items(inputs: Sequence[Path], settings: PairSettings) -> Iterator[Gene
                                 one.source, one.licence)
 
 
-def _constraint_files(settings: QuerySettings) -> Sequence[Path]:
-    path = Path(settings.constraints)
-    return [path / CONSTRAINTS if path.is_dir() else path]
-
-
 READERS: Mapping[str, Reader] = {
     "documents": Reader(document_items, ("source", "document", "source_language", "language",
                                          "language_name"), DocumentSettings, _prepare_document),
@@ -194,8 +194,8 @@ READERS: Mapping[str, Reader] = {
         ("problem", "answer", "choices", "domain")),
     "queries": Reader(
         query_items, ("query", "constraint", "functions", "language_name"), QuerySettings,
-        lambda item, settings: {**item.fields, "language_name": name_of(settings.language)},
-        _constraint_files),
+        lambda item, settings: {**item.fields, "language_name": language_name(settings.language)},
+        lambda settings: [constraints_file(settings)]),
     "texts": Reader(_text_items, ("texts", "messages", "beside", "has_more", "longest", "source_language",
                                   "language"), TextSettings, _prepare_texts)}
 """Name in a generator's file -> reader, besides `records`, which has options."""

@@ -15,12 +15,13 @@ from annotated_types import Len, MinLen
 from data_prep.synth.declared.functions import Answer
 from data_prep.synth.declared.parsers import PARSERS, Parser
 from data_prep.synth.generator import Ask, SampleVerdict
+from data_prep.synth.generators.conversation import Player
 from data_prep.synth.replies import NoUsableReply
 from data_prep.synth.templates import BadTemplate, compile_value, fill, names_in, unknown_names
 from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.base.settings import AtLeastOne, NotBlank
 
-EXPRESSIONS = frozenset(("when", "that", "count", "least", "temperature", "max_tokens"))
+EXPRESSIONS = frozenset(("play", "number", "when", "that", "count", "least", "temperature", "max_tokens"))
 """Parts of steps that are no text."""
 MAX_KEPT_CHARS = 2000
 """Of a reply that cannot be read, in its rejected sample."""
@@ -268,9 +269,37 @@ class ThatStep(Step):
             draft.check(self.name, bool(found), "" if found else str(values["detail"]))
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlayStep(Step):
+    """Play a conversation with tools about a task of `virtual`, with the sample's `max_turns`."""
+
+    play: str
+    """The task: an expression."""
+    number: int | str = 0
+    """Of the conversation among those of its item, which sets its draws apart."""
+    user: str = ""
+    """Prompt by which the model plays the user, with `heard`; empty: the user asks the task's question."""
+    into: str = "played"
+    """Field for the conversation."""
+    computed: ClassVar[tuple[str, ...]] = ("play", "number")
+    needs: ClassVar[tuple[str, ...]] = ("max_turns", "temperature", "max_tokens")
+
+    def gives(self) -> list[str]:
+        return [self.into]
+
+    def problems(self, prompts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        if self.user and self.user not in prompts:
+            yield "user", (f"must be one of the file's prompts ({', '.join(prompts)})"
+                           f"{nearest(self.user, list(prompts))}")
+
+    def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, generator: str) -> None:
+        prompt = f"{generator}/{self.user}" if self.user else ""
+        draft.fields[self.into] = Player(ask, draft.fields, values["number"], prompt).play(values["play"])
+
+
 VERBS: Mapping[str, type[Step]] = {
     "ask": AskStep, "parse": ParseStep, "each": EachStep, "every": EveryStep, "set": SetStep,
-    "note": NoteStep, "judge": JudgeStep, "that": ThatStep}
+    "note": NoteStep, "judge": JudgeStep, "play": PlayStep, "that": ThatStep}
 """Key that tells what a step does -> step."""
 
 

@@ -17,7 +17,6 @@ from megatron_sov.base.artifacts import MANIFEST, atomic_write, disk_errors, to_
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.pretrained import hub_name, is_hf_folder
-from megatron_sov.runs import checkpoints
 from megatron_sov.work.progress.locks import in_turn
 
 SHARED, SEEN = ".from-hf", "seen"
@@ -29,10 +28,6 @@ SUFFIXES = (*WEIGHTS, ".json", ".jinja", ".model", ".txt")
 def find_copy(start: Path, run: Path) -> Path | None:
     """Return the checkpoint that a Hugging Face folder became for `run` or a run beside it, without reading
     weights; None: there is none, or the folder's files have other times."""
-    # an earlier version made a copy for each run, to whose digest its adapters and rollouts are bound
-    own = run.with_name(run.name + SHARED)
-    if (own / MANIFEST).is_file() and checkpoints.latest(run / checkpoints.CHECKPOINTS_OF_A_RUN) is not None:
-        return own
     notes = (run.parent / SHARED / SEEN).glob(f"*/{_stamp(start)}")
     copies = [run.parent / SHARED / note.parent.name for note in notes]
     return next((copy for copy in copies if (copy / MANIFEST).is_file()), None)

@@ -21,8 +21,6 @@ CREATE TABLE IF NOT EXISTS requests (time_s REAL, key TEXT, outcome TEXT, input_
                                      output_tokens INTEGER, cost REAL, wall_s REAL DEFAULT 0);
 """
 _COLUMNS = "time_s, key, outcome, input_tokens, output_tokens, cost, wall_s"
-_LATER = "ALTER TABLE requests ADD COLUMN wall_s REAL DEFAULT 0"
-"""What files of earlier versions lack."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,6 @@ class EndpointCache:
             self._connection = sqlite3.connect(path, timeout=60, check_same_thread=False,
                                                isolation_level=None)
             self._connection.executescript(_TABLES)
-            if "wall_s" not in {row[1] for row in self._connection.execute("PRAGMA table_info(requests)")}:
-                self._connection.execute(_LATER)
         except (OSError, sqlite3.Error) as e:
             raise UserError(f"cache = {path}: is no cache that can be used ({e}); name another "
                             "file") from None

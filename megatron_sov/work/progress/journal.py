@@ -50,8 +50,6 @@ PARTS = "[0-9a-f][0-9a-f]/*"
 FORMAT_VERSION = 1
 REDO = "--redo"
 """Flag of a command that begins anew where something else is unfinished."""
-EARLIER = ("scoring", "playing", "partial")
-"""Endings of folders that versions before this layout have left."""
 SYNC_EVERY_S = 1.0
 MAX_DIFFERENCES = 20
 """That are told."""
@@ -165,7 +163,6 @@ def begin_journal(output: Path, made_by: str, identity: Mapping[str, Any], *, re
 def begun(output: Path, made_by: str, identity: Mapping[str, Any], redo: bool = False) -> Iterator[None]:
     """Hold the folder of an output's work, which is of this identity then; arguments and errors as of
     `open_journal`.  An error behind which there is nothing to go on with leaves no folder."""
-    _refuse_earlier(output)
     folder = work_folder(output)
     now = json.loads(to_json(dict(identity)))  # as the file has it: a tuple is a list there
     with holding(folder, output):
@@ -187,8 +184,8 @@ def begun(output: Path, made_by: str, identity: Mapping[str, Any], redo: bool = 
 
 
 def _read_job_file(folder: Path) -> tuple[str, dict[str, Any] | None]:
-    """Return the command and what the records of a folder depend on; None behind a kill before anything was
-    done, and in a folder of an earlier version."""
+    """Return the command and what the records of a folder depend on; None after a kill before anything was
+    done."""
     try:
         told = json.loads((folder / JOB).read_bytes())
         return str(told["made_by"]), dict(told["identity"])
@@ -279,14 +276,6 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     found = [f"{name} was {old}, and is {new}" for name, old, new in changed_values(before, now)]
     more = len(found) - MAX_DIFFERENCES
     return [*found[:MAX_DIFFERENCES], f"and {more:,} more"] if more > 0 else found
-
-
-def _refuse_earlier(output: Path) -> None:
-    for ending in EARLIER:
-        folder = output.with_name(f".{output.name}.{ending}")
-        if folder.is_dir():
-            raise UserError(f"{output}: {folder} holds unfinished work of an earlier version, which "
-                            "this one does not go on with; finish it with that version, or delete it")
 
 
 def _files(folder: Path) -> list[Path]:

@@ -77,6 +77,3 @@ def test_what_stands_first_comes_before_all_chapters_and_can_be_reached() -> Non
     places = [page.index(text)
               for text in ('id="overview"', "In short", "2 M", "In words", "Why?", 'id="part-1"')]
     assert places == sorted(places)
-
-
-# Small media inside a page: what goes in comes out again, and nothing else is taken for it.

@@ -94,16 +94,6 @@ def test_what_an_offloaded_optimizer_pins_has_to_fit_the_profiles_memory(
             in capsys.readouterr().err)
 
 
-def test_a_profile_that_does_not_say_what_joins_its_nodes_prices_no_run_on_several(
-        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    profile = tmp_path / "islands.yaml"
-    profile.write_text("description: nodes without a network\ngpu: b200\naccount: ''\n")
-    assert main(["plan", "qwen3-8b", "--cluster", str(profile)]) == 0
-    capsys.readouterr()
-    assert main(["plan", "qwen3-8b", "--cluster", str(profile), "--nodes", "2"]) == 2
-    assert "network_gbits_per_gpu is missing in the profile" in capsys.readouterr().err
-
-
 def test_gpus_that_nobody_has_named_have_a_layout_and_no_price(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "tiny-solar-open", "--cluster", "one-node", "--set",
                  "train.micro_batch_size=2"]) == 0

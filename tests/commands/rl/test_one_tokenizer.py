@@ -11,16 +11,13 @@ import pytest
 
 from data_prep.cli import main as sov_data
 from megatron_sov.base.digests import file_digest
-from megatron_sov.convert import average, to_hf
+from megatron_sov.convert import to_hf
 from megatron_sov.rollouts.store import RolloutStore
 from tokenizer.cli import main as sov_tokenizer
 
 SETTINGS = ("model.hidden_size=48", "rollout.rounds=1", "rollout.prompts_per_round=2",
             "rollout.samples_per_prompt=2", "rollout.max_new_tokens=4", "rollout.max_prompt_tokens=24",
             "train.eval_every_steps=0", 'data.phases=[{"name": "main", "seq_len": 32}]')
-
-PASSED_OVER = {"unsloth_version": "2026.1", "transformers.js_config": {"dtype": "q4"}}
-"""Fields of config.json that transformers never reads."""
 
 
 def words(*settings: str) -> list[str]:
@@ -34,8 +31,7 @@ def folder(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one-tokenizer")
     to_hf(teacher / "checkpoints/step-2", folder / "base", "float32")
     (folder / "base/manifest.json").unlink()
-    for name, more in (("config.json", PASSED_OVER),
-                       ("generation_config.json", {"temperature": 0.6, "pad_token_id": 3}),
+    for name, more in (("generation_config.json", {"temperature": 0.6, "pad_token_id": 3}),
                        ("tokenizer_config.json", {"unk_token": "<unk>", "model_max_length": 512})):
         file = folder / "base" / name
         file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | more))
@@ -81,31 +77,8 @@ def test_a_fine_tuned_folder_teaches_that_folder_and_uses_its_store(
 
 def test_a_fine_tuned_folder_gives_back_the_settings_of_its_base(folder: Path, sft: Path) -> None:
     """Generation defaults, and all that `sov-tokenizer import` does not carry."""
-    export(sft, folder / "export")
+    to_hf(sft, folder / "export")
     for name in ("generation_config.json", "tokenizer_config.json"):
         own, its = (json.loads((folder / place / name).read_text(encoding="utf-8"))
                     for place in ("export", "base"))
         assert own == its, name
-
-
-def test_a_run_gives_back_the_passed_over_fields_of_its_base(
-        folder: Path, sft: Path, tiny: list[str], run_command: Any, tmp_path: Path) -> None:
-    """So do a run that starts from that run, its resumption, and the mean of its checkpoints."""
-    for more in (("--until", "1"), ("--resume",)):
-        done = run_command("sft", "tiny-solar-open", *tiny, *words(
-            "train.steps=2", "model.hidden_size=48", "train.keep_checkpoints=2"), "--from", str(sft),
-            "--data", str(folder / "chats"), "--run", str(tmp_path / "run"), *more)
-        assert done.returncode in (0, 75), done.stderr
-    checkpoints = tmp_path / "run/checkpoints"
-    average([(checkpoints / f"step-{step}", 1.0) for step in (1, 2)], tmp_path / "mean")
-    places = {"first": sft, "second": checkpoints / "step-1", "resumed": checkpoints / "step-2",
-              "averaged": tmp_path / "mean"}
-    for name, place in places.items():
-        config = export(place, tmp_path / name)
-        assert config | PASSED_OVER == config, name
-
-
-def export(checkpoint: Path, folder: Path) -> dict[str, Any]:
-    """Write a Hugging Face folder; returns its config.json."""
-    to_hf(checkpoint, folder)
-    return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))

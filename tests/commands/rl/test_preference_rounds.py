@@ -76,11 +76,6 @@ def losses(run: Path) -> list[tuple[float, float]]:
     return [(e["loss"], e["grad_norm"]) for e in steps(run)]
 
 
-def weights(run: Path) -> dict[str, str]:
-    files = read_manifest(run / "checkpoints/step-4").files
-    return {name: record.digest for name, record in files.items() if name.endswith(".safetensors")}
-
-
 def documents(run: Path, number: int) -> list[list[tuple[list[int], list[bool], dict[str, float]]]]:
     """Return the documents of each step of a round: tokens, which are learned, and what each is one of."""
     path = run / f"rounds/{number:04d}"

@@ -161,21 +161,6 @@ def test_kills_with_and_without_a_checkpoint_and_validations_change_no_bit(whole
     same_to_the_bit(killed, whole)
 
 
-@pytest.mark.deep
-@pytest.mark.distributed
-def test_kills_inside_of_rounds_and_of_a_validation_change_no_bit(whole: Path, folder: Path, command: Command,
-                                                                  run_command: Any) -> None:
-    """Inside of round 1, inside of round 3, and while the last policy is validated."""
-    run = folder / "often"
-    with killed_while_it_writes(run / "validation/claims/round-0004-piece-0000/1.json") as pids:
-        done = run_command(*command("often", "--plain", "--workers", "1", "--inject",
-                                    "kill@step=2,kill@step=6", *validated(folder)))
-    assert done.returncode == 0 and pids, done.stderr
-    assert [e["step"] for e in events(run, "restart")] == [0, 4, 6]
-    same_to_the_bit(run, whole)
-    assert [e["step"] for e in events(run, "validation")] == [0, 2, 4, 6], "none is done again behind a kill"
-
-
 @pytest.mark.distributed
 def test_each_policy_is_validated_once_under_the_runs_own_reward(killed: Path) -> None:
     told = events(killed, "validation")

@@ -324,36 +324,6 @@ def test_a_kill_while_units_are_deleted_leaves_none_to_trust(tokenizers: dict[st
     assert main(["verify", str(tmp_path / "out")]) == 0
 
 
-def test_units_of_other_input_or_settings_are_not_trusted(tokenizers: dict[str, Path], tmp_path: Path,
-                                                          capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [json.dumps({"id": i, "text": f"line {i}"}) for i in range(20)]
-    (tmp_path / "good.jsonl").write_text("\n".join(lines))
-    (tmp_path / "bad.jsonl").write_text("{")
-    refused = [PackSource("good", tmp_path / "good.jsonl"), PackSource("bad", tmp_path / "bad.jsonl")]
-
-    def leave_units() -> None:
-        with pytest.raises(UserError, match=r"bad\.jsonl:1: is not valid JSON"):
-            pack(tokenizers["solar-open"], refused, tmp_path / "out")
-        assert len(complete_units(tmp_path / "out")) == 2
-
-    for text, settings, kept in ((None, PackSettings(), True), ("changed", PackSettings(), False),
-                                 (None, PackSettings(bos="start"), False),
-                                 (None, PackSettings(heldout_share=0.5), True)):
-        (tmp_path / "good.jsonl").write_text("\n".join(lines))
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        leave_units()
-        if text is not None:
-            (tmp_path / "good.jsonl").write_text("\n".join([*lines[:-1],
-                                                            json.dumps({"id": 19, "text": text})]))
-        capsys.readouterr()
-        pack(tokenizers["solar-open"], refused[:1], tmp_path / "out", settings)
-        assert ("1 of 1 units were complete from before" in capsys.readouterr().out) == kept
-        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
-        texts = {tokenizer.decode(d) for s in ("train", "heldout")
-                 for d in open_split(tmp_path / f"out/good/{s}-00000").documents()}
-        assert any((text or "line 19") in t for t in texts)
-
-
 BAD_LINES = {
     '{"id": 1, "text": "cut off': ("json", 2), '["list"]': ("json", 3), '{"id": 2}': ("fields", 4),
     '{"id": 3, "text": 5}': ("fields", 5),

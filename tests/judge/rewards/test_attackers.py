@@ -286,15 +286,6 @@ peer.send({**dict.fromkeys(names, own), "pytest": ["shared", ["unittest", "mock"
            "np": ["module", "pytest"],
            "unittest": ["error class", ["unittest", "Exception"]]})
 peer.serve()""",
-    "skipped tests": """
-import unittest
-class Skipped(Exception): pass
-class SkipTest(unittest.SkipTest): pass
-def f(x): raise unittest.SkipTest("no") if x else Skipped("no")""",
-    "a skip by its name alone": """
-class Skipped(BaseException): pass
-Skipped.__name__ = "SkipTest"
-def f(x): raise Skipped("no")""",
     "an exit without an error": "def f(x): sys.exit(0)",
     "an end of its process": "def f(x): os._exit(0)",
     "a closed socket": "def f(x): os.closerange(3, 64)",

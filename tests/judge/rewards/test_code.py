@@ -83,9 +83,7 @@ def test_verdicts_are_those_of_a_plain_interpreter(enclosure: str, name: str) ->
     assert right and (right < len(tests) or name == "containers")
 
 
-CHEATS = {  # forged messages, and ends of other processes: test_attackers.py
-    "an exit": "import os\nos._exit(0)",
-    "an exit when called": "import os\ndef f(x):\n    os._exit(0)",
+CHEATS = {  # forged messages, exits and ends of other processes: test_attackers.py
     "what equals everything": """
 class All:
     def __eq__(self, other): return True
@@ -126,20 +124,6 @@ def f(x):
         frame = frame.f_back
     assert not seen
     return 1234 if seen else 0""",
-    "tests in the input of the process that tests": """
-import sys
-def texts(value, depth):
-    if depth == 0:
-        return []
-    if isinstance(value, dict):
-        return [text for part in [*value, *value.values()] for text in texts(part, depth - 1)]
-    return [str(value)] if isinstance(value, (str, bytes)) else []
-frame, seen = sys._getframe(), []
-while frame:
-    seen += texts(dict(frame.f_locals), 4)
-    frame = frame.f_back
-def f(x):
-    return 1200 + 34 if any("1" + "234" in text for text in seen) else 0""",
     "built-in functions for the tests": """
 import sys
 frame = sys._getframe()

@@ -182,10 +182,10 @@ def test_names_that_tests_take_from_the_program() -> None:
 
     assert names("assert f(1) == g.x + abs(2)") == {"f", "g"}
     assert names("import math\nfrom os import path\nassert f(math.pi, path) == [x for x in y]") == {"f", "y"}
-    assert names("def test_a(f):\n    x = h()\n    assert f(x)") == {"h"}
+    assert names("def test_a(f=1):\n    x = h()\n    assert f(x)") == {"h"}
     assert names("from solution import a as b, c\nassert b(c)") == {"a", "c"}
     assert names("import solution as s\nassert s.a(s.b)") == {"a", "b"}
-    assert names("class T:\n    def test_a(self):\n        assert f(lambda z: z + k)") == {"f", "k"}
+    assert names("def test_a():\n    class T:\n        assert f(lambda z: z + k)") == {"f", "k"}
     assert names("x = 1\nassert f(x)", "assert g(x)") == {"f", "g"}
     with pytest.raises(Refused):
         names("x = 1")

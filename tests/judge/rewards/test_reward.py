@@ -30,7 +30,7 @@ ROW = {"response": "4"}
 
 @pytest.mark.parametrize(("response", "said"), [
     ("It is 4.", "It is 4."), ("<think>3?</think>\nIt is 4.", "It is 4."), ("3?</think>It is 4.", "It is 4."),
-    ("<think>It is 4.", ""), ("<|think|>It is 4.", ""), ("<|channel|>analysis<|message|>It is 4.", ""),
+    ("<think>It is 4.", ""), ("<|think|>It is 4.", ""),
     ("<|think|>3?<|end|><|begin|>assistant<|content|>It is 4.", "It is 4."),
     ("<think>3?</think>It is 4.<think>5?", "It is 4."),
     ('It is 4.<tool_call>{"name": "f", "arguments": {"a": 5}}</tool_call>', "It is 4."),

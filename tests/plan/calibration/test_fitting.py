@@ -174,9 +174,3 @@ def test_modules_at_size_hold_what_the_account_counts(ranks: Any, job: Any, ever
         copies = tables * run.model.vocab_size * run.model.hidden_size
         assert sum(whole[kind_of(run, stage)] for stage in range(p.pp)) == (
             count.total + count.mtp + copies), p
-
-
-def test_an_interleaved_stage_holds_a_run_of_each_turn() -> None:
-    run = apply_settings(recipes.get("solar-open-102b"), ["parallel.pp=4", "parallel.vpp=3"])
-    layers = run.parallel.layers_of_stage(1, run.model.num_layers)
-    assert layers == [4, 5, 6, 7, 20, 21, 22, 23, 36, 37, 38, 39]

@@ -210,13 +210,6 @@ def test_the_short_context_stays_within_the_tolerance(loss: float, passes: bool)
     assert bool(verdict.lines()) == (not passes)
 
 
-# The gate on a model that really learns: it fails while retrieval is not there, and passes when it is.
-
-
-def words(settings: dict[str, Any]) -> list[str]:
-    return [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
-
-
 # Needles in an extension: their share in blends, their documents, and names that are taken.
 
 prepare_megatron()

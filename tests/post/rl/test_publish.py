@@ -426,25 +426,16 @@ def test_what_was_cut_off_teaches_nothing_and_counts_in_its_group(filling: Publi
     assert found == pytest.approx(expected[:3], rel=1e-6)
 
 
-def test_a_round_without_any_reward_is_not_passed_over(publisher: Publisher, write_round: Any) -> None:
+@pytest.mark.parametrize(("status", "reason", "told"), [
+    ("failed", "no server answers", r"reward \(24 failed"),
+    ("refused", "has no 'answer'", r"another --run and --store$")])
+def test_a_round_without_any_reward_is_not_passed_over(status: str, reason: str, told: str,
+                                                       publisher: Publisher, write_round: Any) -> None:
     store = write(publisher, write_round, judge=False)
     for name in (part_name(1, 0), part_name(1, 1)):
-        store.add_rewards(VERSION, name, [
-            RewardRow(row.key, 0, VERSION, None, "failed", {}, "no server answers")
-            for row in store.read_rollouts(name)])
-    with pytest.raises(UserError, match=r"reward \(24 failed"):
-        publisher.publish(1)
-    assert not publisher.rounds.exists()
-
-
-def test_a_round_of_prompts_that_lack_a_field_says_what_to_give(publisher: Publisher, write_round: Any
-                                                                ) -> None:
-    store = write(publisher, write_round, judge=False)
-    for name in (part_name(1, 0), part_name(1, 1)):
-        store.add_rewards(VERSION, name, [
-            RewardRow(row.key, 0, VERSION, None, "refused", {}, "has no 'answer'")
-            for row in store.read_rollouts(name)])
-    with pytest.raises(UserError, match=r"another --run and --store$"):
+        store.add_rewards(VERSION, name, [RewardRow(row.key, 0, VERSION, None, status, {}, reason)
+                                          for row in store.read_rollouts(name)])
+    with pytest.raises(UserError, match=told):
         publisher.publish(1)
     assert not publisher.rounds.exists()
 

@@ -206,12 +206,6 @@ def test_needles_and_samples_are_the_newest(tmp_path: Path) -> None:
     assert [s["text"] for s in run.samples] == ["20", "20"]
 
 
-def test_a_line_cut_off_by_a_kill_is_passed_over(tmp_path: Path) -> None:
-    (tmp_path / "events.jsonl").write_text('{"event": "step", "time_s": 1.0, "step": 1, "loss": '
-                                           '2.0}\n{"event": "step", "time_')
-    assert read_run(tmp_path).curve("loss").values.tolist() == [2.0]
-
-
 def test_what_is_no_run_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no events.jsonl.*--run"):
         read_run(tmp_path / "missing")

@@ -245,14 +245,3 @@ def test_mistakes_end_with_one_sentence(runs: list[Path], tmp_path: Path,
     assert main(["report", str(runs[0]), "--output", str(tmp_path)]) == 2
     assert "is a folder; name the file" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_report_of_an_export_is_refused_and_nothing_is_written(tmp_path: Path,
-                                                                  capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
-    assert main(["report", str(tmp_path)]) == 2
-    assert "holds no events.jsonl, so it is no run folder" in capsys.readouterr().err
-    (tmp_path / "model.safetensors").touch()
-    assert main(["report", str(tmp_path)]) == 2
-    assert "is a Hugging Face folder, not a run; `megatron-sov convert from-hf " in capsys.readouterr().err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]

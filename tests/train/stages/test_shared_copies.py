@@ -141,17 +141,6 @@ def test_a_copy_that_was_deleted_is_made_again(start: Path, tmp_path: Path, conv
     assert convert_start(start, tmp_path / "runs/a") == copy and len(converted) == 2
 
 
-def test_a_run_of_an_earlier_version_keeps_its_own_copy(start: Path, tmp_path: Path,
-                                                        converted: list[str]) -> None:
-    run, own = tmp_path / "runs/a", tmp_path / "runs/a.from-hf"
-    with new_artifact(own, KIND):
-        pass
-    assert find_copy(start, run) is None, "nothing stands on it yet"
-    with new_artifact(run / "checkpoints/step-3", KIND) as artifact:
-        artifact.content = {"step": 3}
-    assert convert_start(start, run) == own and converted == []
-
-
 def test_many_processes_may_share_a_copy_that_is_there(start: Path, tmp_path: Path, converted: list[str],
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "runs/a"

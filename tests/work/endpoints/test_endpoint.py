@@ -185,18 +185,6 @@ def test_a_name_may_stand_for_the_address_in_what_answers_are_kept_by(tmp_path: 
     assert moved.ask(ASKED, lambda raw: raw["choices"][0]["message"]["content"]) == "yes"
 
 
-def test_a_file_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
-    old = sqlite3.connect(tmp_path / "a")
-    old.executescript("CREATE TABLE answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL);"
-                      "CREATE TABLE requests (time_s REAL, key TEXT, outcome TEXT, input_tokens INTEGER,"
-                      " output_tokens INTEGER, cost REAL);"
-                      "INSERT INTO requests VALUES (1, 'k', '200', 1, 2, 3);")
-    old.close()
-    cache = EndpointCache(tmp_path / "a")
-    cache.note("new", "200", Usage(1, 1, 1.0), 0.5, {"a": json.loads("1")})
-    assert (cache.usage(), cache.keys()) == (Usage(2, 3, 4.0), {"new"})
-
-
 def test_waiting_for_an_endpoint_that_is_away_is_told_once(monkeypatch: pytest.MonkeyPatch,
                                                            tmp_path: Path) -> None:
     from megatron_sov.work.endpoints import endpoint as asking

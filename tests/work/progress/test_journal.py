@@ -87,13 +87,6 @@ def test_where_nothing_was_done_anything_may_begin(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_unfinished_work_of_an_earlier_version_is_named(tmp_path: Path) -> None:
-    (tmp_path / ".out.scoring").mkdir()
-    with pytest.raises(UserError, match=r"\.out\.scoring holds unfinished work of an earlier version"), \
-            open_journal(tmp_path / "out", "score", {}):
-        raise AssertionError("it is refused")
-
-
 def test_of_many_differences_the_first_are_told(tmp_path: Path) -> None:
     begin(tmp_path / "out", (0, b""))
     with pytest.raises(UserError) as raised, open_journal(tmp_path / "out", "score", {

@@ -88,13 +88,6 @@ def test_a_disk_that_has_no_room_is_left_as_it_was(tmp_path: Path, monkeypatch: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_of_an_earlier_version_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / ".out.partial").mkdir()
-    with (pytest.raises(UserError, match=r"\.out\.partial holds unfinished work of an earlier version"),
-          resumable_artifact(tmp_path / "out", "kind", "sov make", {})):
-        raise AssertionError("unreachable")
-
-
 def test_a_fingerprint_tells_a_file_that_was_written_again(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     before = fingerprint(tmp_path)

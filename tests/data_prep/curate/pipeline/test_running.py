@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -129,35 +127,6 @@ def test_kinds_are_told_row_by_row(raw: Path) -> None:
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("where", ["write_json", "TableFile.write"])
-def test_a_full_disk_is_a_sentence_and_loses_nothing(raw: Path, where: str, monkeypatch: pytest.MonkeyPatch,
-                                                     capsys: pytest.CaptureFixture[str]) -> None:
-    import data_prep.curate.pipeline.tasks as layers
-
-    number = 0
-    really: Any = tasks.write_json if where == "write_json" else layers.TableFile.write
-
-    def full(*arguments: Any) -> None:
-        nonlocal number
-        number += 1
-        if number == 9:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        really(*arguments)
-
-    with monkeypatch.context() as patched:
-        if where == "write_json":
-            patched.setattr(tasks, "write_json", full)
-        else:
-            patched.setattr(layers.TableFile, "write", full)
-        run(raw, code=2)
-    assert "no space left on the device; free some space" in capsys.readouterr().err
-    assert not (raw / "out/manifest.json").exists()
-    half = contents(run(raw))
-    (raw / "out").rename(raw / "before")
-    assert contents(run(raw)) == half
-
-
-@pytest.mark.deep
 def test_what_passes_have_left_is_made_again_where_it_is_gone(raw: Path, done: Done,
                                                               capsys: pytest.CaptureFixture[str]) -> None:
     output = run(raw)
@@ -184,16 +153,6 @@ def test_what_passes_have_left_is_made_again_where_it_is_gone(raw: Path, done: D
     assert f"{chosen} is missing" in said and f"delete {chosen.parent} and run the command again" in said
     shutil.rmtree(chosen.parent)
     assert contents(run(raw)) == first
-
-
-def test_half_a_file_of_ours_is_told_with_the_way_out(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = run(raw)
-    parsed = next((output / "shards/web").glob("00-parse-*/*.parquet"))
-    parsed.write_bytes(parsed.read_bytes()[:-100])
-    change(raw, "longest: 400", "longest: 350")
-    run(raw, code=2)
-    said = capsys.readouterr().err
-    assert "source web, shard " in said and f" -samefile {parsed} -delete`) and run the command again" in said
 
 
 def test_broken_records_are_listed_or_stop_the_run(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,7 +36,8 @@ def reasons(name: str, item: GeneratorItem, reply: Any, **settings: Any) -> list
 
 
 def test_all_files_are_known_and_sound() -> None:
-    assert sorted(FILES) == sorted(file.stem for file in FOLDER.glob("*.yaml") if file.stem != "refusals")
+    assert sorted(FILES) == sorted(file.stem for file in FOLDER.glob("*.yaml") if file.stem not in (
+        "languages", "refusals"))
     for name in FILES:
         cls = generator_class(name)
         assert keys_of(cls.Settings()) == (["constraints"] if name == "autoif" else [])
@@ -45,7 +46,7 @@ def test_all_files_are_known_and_sound() -> None:
 
 @pytest.mark.parametrize(("said", "reason"), [
     (OTHER_WORDS, ""), (OTHER_WORDS.replace("1464", "1465"), "numbers"),
-    (OTHER_WORDS.replace("Berta Lind", "Carla Lind"), "names"), (SOURCE, "copied"), (GERMAN, "language"),
+    (SOURCE, "copied"), (GERMAN, "language"),
     (OTHER_WORDS + " “Water wins”, they say.", "quotes"), ("Ashford lies on the Wend.", "length"),
     ({"content": "<rewrite>Ashford", "finish_reason": "length"}, "complete")])
 def test_a_rewrite_states_what_its_document_states(said: Any, reason: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from data_prep.responses.trajectories import read_queries
 from data_prep.synth.generator import GeneratorItem
-from data_prep.synth.generators.solutions import SolutionsSettings
+from data_prep.synth.known import generator_class
 from data_prep.synth.replies import NoUsableReply
 from megatron_sov.base.documents.accounting import RecordTally
 from tests.data_prep.synth.scripted import generator, samples_of
@@ -52,10 +52,10 @@ def test_a_kept_solution_is_a_chat_with_its_thoughts_and_trajectories_take_it(tm
 
 
 @pytest.mark.parametrize(("reply", "reason"), [
-    ("So it is \\boxed{5} apples.", "ending"), ("\\boxed{5}\n\nI hope that helps!", "ending"),
-    ("\\boxed{}", "ending"), ("It is 5.", "ending"), ("$$\\boxed{5}.$$", ""), ("\\boxed{4}", "answer"),
-    ("First \\boxed{4}, no: \\boxed{5}", "consistent"), ("First \\boxed{5}, so \\boxed{5}", ""),
-    ({"content": "\\boxed{5}", "finish_reason": "length"}, "finished"),
+    ("So it is \\boxed{5} apples.", "answer"), ("It is 5.", "answer"), ("$$\\boxed{5}.$$", ""),
+    ("\\boxed{4}", "answer"), ("First \\boxed{4}, no: \\boxed{5}", "answer"),
+    ("First \\boxed{5}, so \\boxed{5}", ""),
+    ({"content": "\\boxed{5}", "finish_reason": "length"}, "answer"),
 ])
 def test_a_solution_ends_with_its_one_answer(reply: Any, reason: str) -> None:
     assert reasons(says(reply), num_draws=1, most=1) == [reason]
@@ -73,8 +73,11 @@ def test_a_draw_of_no_use_is_a_wrong_one_and_takes_no_other_with_it() -> None:
 
 def test_solutions_that_are_the_same_count_once() -> None:
     same = f"{WAYS[0]}\n\\boxed{{5}}"
-    assert reasons(says(same, same, f"{WAYS[1]}\n\\boxed{{5}}"), least=2) == ["", "different", ""]
-    assert reasons(says(same, same, same), least=2) == ["enough", "different", "different"]
+    other = f"Look:\n{same}"
+    third = f"{WAYS[1]}\n\\boxed{{5}}"
+    assert reasons(says(same, other, third), least=2, max_similarity=0.7) == ["", "different", ""]
+    assert reasons(says(same, other, other), least=2,
+                   max_similarity=0.7) == ["enough", "different", "different"]
 
 
 def test_a_choice_is_asked_for_with_its_letters_and_judged_by_them() -> None:
@@ -88,28 +91,16 @@ def test_a_choice_is_asked_for_with_its_letters_and_judged_by_them() -> None:
     assert samples[0].record["messages"][0]["content"] == "What is 2 + 3?\n\nA. four\nB. five"
 
 
-def test_the_judge_reads_the_working_where_it_is_asked() -> None:
-    grades = {WAYS[0]: 9, WAYS[1]: 3}
-
-    def replies(request: Any) -> str:
-        text = request["messages"][-1]["content"]
-        if "rubric" in request["messages"][0]["content"]:
-            return json.dumps({"score": next(grade for way, grade in grades.items() if way in text)})
-        return f"{WAYS[request['seed'] % 2]}\n\\boxed{{5}}"
-
-    found = reasons(replies, num_draws=6, most=6, min_judge=7.0, max_similarity=1.0)
-    assert set(found) == {"", "judge"}
-
-
 def test_a_problem_needs_its_answer(tmp_path: Path) -> None:
     from megatron_sov.base.errors import UserError
 
     file = tmp_path / "problems.jsonl"
     file.write_text('{"problem": "Why?"}\n')
-    with pytest.raises(UserError, match=r"problems.jsonl:1: has no answer; solutions are compared with it"):
+    with pytest.raises(UserError, match=r"problems.jsonl:1: has no answer; add it"):
         list(generator("solutions").items([file]))
 
 
 def test_all_problems_of_settings_are_told() -> None:
-    assert keys_of(SolutionsSettings(max_similarity=2, min_judge=11)) == ["max_similarity", "min_judge"]
-    assert keys_of(SolutionsSettings(num_draws=1)) == ["most"]
+    settings = generator_class("solutions").Settings
+    assert keys_of(settings(max_similarity=2, temperature=9)) == ["temperature", "max_similarity"]
+    assert keys_of(settings(num_draws=1)) == ["most"]

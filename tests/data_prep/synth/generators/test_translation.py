@@ -1,7 +1,4 @@
-"""Translations: what is kept, and why others are not.
-
-What a translation has to keep.
-"""
+"""Translations: what is kept, and why others are not."""
 
 from __future__ import annotations
 
@@ -10,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sacrebleu import sentence_chrf
 
 from data_prep.synth.generator import GeneratorItem
-from data_prep.synth.generators.translation import KEPT, chrf, kept_in_translation, translated_verdicts
 from data_prep.synth.known import generator_class
 from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.documents.records import parse_record
@@ -101,12 +96,6 @@ def test_what_is_in_the_language_already_costs_nothing() -> None:
     assert (sample.reason, ask.calls) == ("source language", 0)
 
 
-def test_chrf_is_sacrebleus() -> None:
-    one, other = "이 도시는 강을 끼고 있다.", "이 도시는 강가에 있다."
-    assert chrf(one, other) == sentence_chrf(one, [other]).score
-    assert (chrf(one, one), chrf("", one)) == (pytest.approx(100), 0)
-
-
 def test_problems_of_settings(tmp_path: Path) -> None:
     settings = generator_class("translation").Settings
     assert problems_of(settings(language="ko")) == []
@@ -116,39 +105,17 @@ def test_problems_of_settings(tmp_path: Path) -> None:
     assert keys_of(settings(language="ko", min_ratio=5)) == ["min_ratio"]
 
 
-def failed(made: str, source: str, keep_quotes: bool = True) -> set[str]:
-    """Return the checks that a translation from English into Korean does not pass."""
-    return {v.check for v in (*kept_in_translation(made, source, "ko", "en", keep_quotes),
-                              *translated_verdicts(made, source, "ko", keep_quotes)) if not v.passed}
-
-
-@pytest.mark.parametrize(("source", "made", "checks"), [
-    ("Sum `a + b` for {name} at https://a.example/x?y=1.",
-     "{name}을 위해 https://a.example/x?y=1 에서 `a + b`를 더하라.", set()),
-    ("Sum `a + b`.", "`a + c`를 더하라.", {"code and placeholders"}),
-    ("Hello %s, see <b>this</b>.", "안녕하세요 %s님, 이것을 보세요.", {"code and placeholders"}),
-    ("Pay 5 euros by March 3.", "3월 3일까지 5유로를 내시오.", set()),
-    ("It costs $5 or $6, and $x^2$ is x squared.", "5달러나 6달러이며 $x^2$은 엑스의 제곱이다.", set()),
-    ("Pay 5 euros.", "6유로를 내시오.", {"numbers"}),
-    ("Pay five euros.", "5유로를 내시오.", set()),
-    ("What does “break a leg” mean?", "“break a leg”은 무슨 뜻인가?", set()),
-    ("What does “break a leg” mean?", "“다리를 부러뜨려라”는 무슨 뜻인가?", {"quotes"}),
-    ("This is a text that nobody translated.", "This is a text that nobody translated.",
-     {"language", "untranslated"}),
+@pytest.mark.parametrize(("source", "made", "quotes", "reason"), [
+    ("What does “break a leg” mean?", "“break a leg”은 무슨 뜻인가?", True, ""),
+    ("What does “break a leg” mean?", "“다리를 부러뜨려라”는 무슨 뜻인가?", True, "quotes"),
+    ("What does “break a leg” mean?", "“다리를 부러뜨려라”는 무슨 뜻인가?", False, ""),
+    ("This is a text that nobody translated.", "This is a text that nobody translated.", False, "language"),
     ("The house is old. Nobody lives in it, and the roof has long since fallen down.",
      "집이 낡았고 오래전부터 아무도 그곳에 살지 않으며 지붕도 무너졌다. "
-     "and the roof has long since fallen down", {"untranslated"}),
-])
-def test_what_is_lost_is_seen(source: str, made: str, checks: set[str]) -> None:
-    assert failed(made, source) == checks
-
-
-def test_quotes_are_kept_by_wish_alone() -> None:
-    source = "What does “break a leg” mean?"
-    assert failed("“다리를 부러뜨려라”는 무슨 뜻인가?", source, keep_quotes=False) == set()
-
-
-@pytest.mark.parametrize("piece", [
-    "`", "$", "{", "<a", "\\(", "http://", "a@a.", "%(", "```", "$$", "[A", "{{", "a."])
-def test_hostile_texts_end(piece: str) -> None:
-    assert KEPT.findall(piece * 20_000) is not None
+     "and the roof has long since fallen down", False, "untranslated")])
+def test_what_is_lost_is_seen(source: str, made: str, quotes: bool, reason: str) -> None:
+    model = by_system(You_translate_exactly=f"<translation>{source}</translation>",
+                      You_translate=f"<translation>{made}</translation>", grade=9)
+    sample, = samples_of(build("translation", language="ko", source_language="en", keep_quotes=quotes),
+                         GeneratorItem("x", {"text": source}), model)
+    assert sample.reason == reason

@@ -35,28 +35,3 @@ def asked(request: Mapping[str, Any]) -> tuple[str, str]:
 def is_judge(request: Mapping[str, Any]) -> bool:
     """Return whether a grade is asked for."""
     return "You grade a response by a rubric" in asked(request)[0]
-
-
-def material(request: Mapping[str, Any]) -> dict[str, str]:
-    """Return name -> text of what a judge is shown."""
-    _, text = asked(request)
-    found: dict[str, str] = {}
-    lines = text.splitlines()
-    for number, line in enumerate(lines[:-1]):
-        if line.endswith(":") and line == line.upper() and lines[number + 1].startswith("=== "):
-            fence = lines[number + 1]
-            end = lines.index(fence, number + 2)
-            found[line[:-1].lower()] = "\n".join(lines[number + 2:end])
-    return found
-
-
-def fenced_text(text: str) -> list[str]:
-    """Return what stands between fences in a prompt, in order."""
-    lines, found, start = text.splitlines(), [], -1
-    for number, line in enumerate(lines):
-        if start < 0 and line.startswith("=== ") and line.endswith(" ==="):
-            start = number
-        elif start >= 0 and line == lines[start]:
-            found.append("\n".join(lines[start + 1:number]))
-            start = -1
-    return found

@@ -27,7 +27,6 @@ FAULTS: Mapping[str, str] = {
     "does not parse": "response ==",
     "checks something else": "len(response) % 7 == 3",
     "told back as the contrary": "",
-    "told back by too few": "",
     "cases that say the contrary": "",
 }
 """What is wrong -> what the function returns, where that is what is wrong."""
@@ -46,12 +45,11 @@ def reply(request: Mapping[str, Any]) -> str:
     _, asked = asked_of(request)
     if "different instructions" in asked:
         wanted = int(re.findall(r"Write (\d+) different", asked)[0])
-        return "\n".join(f"- {text}" for text in list(RULES)[:wanted])
+        return "\n".join(["Sure:", *(f"- {text}" for text in list(RULES)[:wanted - 1])])
     if found := _CONSTRAINT.search(asked):
         return _check(found[1].strip(), request["seed"])
-    told = [_RULE.search(source) for source in _FUNCTION.findall(asked)]
-    backs = [_told_back(match[1]) if match else "Say something." for match in told]
-    return json.dumps(backs[:1] if any("too few" in match[1] for match in told if match) else backs)
+    source = _RULE.search(_FUNCTION.findall(asked)[0])
+    return _told_back(source[1]) if source else "Say something."
 
 
 def _told_back(constraint: str) -> str:
@@ -88,7 +86,8 @@ def cases() -> list[Case]:
 
 def _item(constraint: str) -> GeneratorItem:
     digest = hashlib.sha256(constraint.encode()).hexdigest()[:16]
-    return GeneratorItem(f"case.{digest}", {"constraint": constraint}, "planted")
+    fields = {"kind": "form", "seeds": f"- {constraint}", "number": 1}
+    return GeneratorItem(f"case.{digest}", fields, "planted")
 
 
 def rule_of(constraint: str) -> Rule:

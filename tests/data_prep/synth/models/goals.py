@@ -40,7 +40,7 @@ def answer(request: Mapping[str, Any], bent: Callable[[Draft], Draft | str],
 def planted(what: str) -> Case:
     """Return a task with a fault of `BENT`."""
     kind, bent = BENT[what]
-    fields = {"domain": shops.trade(0).domain, "world": shops.world(0)}
+    fields = {"domain": shops.trade(0).domain, "world": shops.world(0), "number": 1}
     return Case(GeneratorItem("bad-0", fields), _bent(bent, kind), False, what)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.synth.generators.documents.pieces import DocumentSettings, document_items, fenced
+from data_prep.synth.generators.documents import DocumentSettings, document_items, fenced
 from megatron_sov.base.errors import UserError
 from tests.typed_words import keys_of
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,16 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from data_prep.synth.generators.autoif.queries import queries_of, query_in, quoted, with_quotes_of
+from data_prep.synth.generator import GeneratorItem
+from data_prep.synth.generators.queries import first_user_turn
+from data_prep.synth.known import generator_class
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import problems_of
-from tests.typed_words import keys_of
-
-sys.path.append(str(Path(__file__).parents[5] / "benchmarks"))
-from data_prep.synth.generator import GeneratorItem
-from data_prep.synth.known import generator_class
 from megatron_sov.judge.rewards.constraint import Constraint
 from megatron_sov.judge.rewards.reward import judged
 from tests.data_prep.synth.models import autoif as actor
 from tests.data_prep.synth.scripted import samples_of
+from tests.typed_words import keys_of
 
 CASES = {case.what: case for case in reversed(actor.cases())}
 REASONS = {
@@ -31,10 +28,6 @@ REASONS = {
     "is off the topic": "judge", "talks to the judge": "judge", "translation loses quotations": "translation",
     "translation stays English": "translation"}
 NO_COMMA = "def evaluate(response):\n    return ',' not in response"
-ITEM = GeneratorItem("x.0", {"query": "한글은 언제 만들어졌나요?", "constraint": 'Do not use the sign ",".',
-                             "functions": [NO_COMMA]})
-
-
 AUTOIF = generator_class("autoif")
 
 
@@ -59,16 +52,22 @@ def test_a_row_holds_the_functions_of_the_reward() -> None:
     assert judged(Constraint(), {**record, "response": "다른 말입니다."}).reward == 0
 
 
-def test_half_of_the_constraints_stand_in_the_system_turn() -> None:
-    fields = {**ITEM.fields, "constraint": "쉼표를 쓰지 마세요.", "functions": []}
+def test_half_of_the_constraints_stand_in_the_system_turn_and_half_are_plain() -> None:
+    query, constraint = "한글이란\n{constraint} 무엇인가요?", "쉼표를 {query} 쓰지 마세요."
 
     def reply(request: dict[str, object]) -> str:
         is_judge = "grade a response" in json.dumps(request["messages"])
         return '{"score": 8}' if is_judge else "한글은 글자입니다."
-    generator = autoif(num_responses=1)
-    places = [samples_of(generator, GeneratorItem(f"{number}.0", fields), reply)[0].notes["in_system"]
-              for number in range(60)]
-    assert 18 <= sum(places) <= 42
+
+    num_in_system, num_plain = 0, 0
+    for number in range(80):
+        item = GeneratorItem(f"{number}", {"query": query, "constraint": constraint, "functions": []})
+        sample, = samples_of(autoif(num_responses=1), item, reply)
+        first, *_ = [turn["content"] for turn in sample.record["messages"]]
+        assert constraint in first  # a place inside of a query or constraint is nothing to fill in
+        num_in_system += sample.notes["in_system"]
+        num_plain += first in (constraint, f"{query}\n\n{constraint}", f"{constraint} {query}")
+    assert 24 <= num_in_system <= 56 and 24 <= num_plain <= 56
 
 
 def written(folder: Path, **record: object) -> Path:
@@ -93,7 +92,7 @@ def test_items_are_queries_with_a_constraint_and_follow_from_their_text(tmp_path
 @pytest.mark.parametrize(("record", "sentence"), [
     ({"functions": ["import os"]}, "constraints.jsonl:1: functions[0] has no function evaluate"),
     ({"functions": None}, "constraints.jsonl:1: functions = None"),
-    ({"prompt": 3}, "prompt must be the constraint"), ({"prompt": "a\nb"}, "prompt must be the constraint")])
+    ({"prompt": "a\nb"}, "prompt must be the constraint")])
 def test_constraints_that_are_none_are_refused(record: dict[str, object], sentence: str,
                                                tmp_path: Path) -> None:
     generator = autoif(constraints=str(written(tmp_path, **record)))
@@ -104,38 +103,13 @@ def test_constraints_that_are_none_are_refused(record: dict[str, object], senten
 
 def test_all_problems_of_settings_are_told(tmp_path: Path) -> None:
     assert 'constraints = "" is not set' in str(problems_of(AUTOIF.Settings())[0])
-    assert "has no kept.jsonl" in str(problems_of(AUTOIF.Settings(constraints=str(tmp_path)))[0])
+    assert "has no file" in str(problems_of(AUTOIF.Settings(constraints=str(tmp_path)))[0])
     (tmp_path / "kept.jsonl").touch()
     assert problems_of(AUTOIF.Settings(constraints=str(tmp_path))) == []
     assert keys_of(AUTOIF.Settings(constraints="/nowhere", min_query_chars=9, max_query_chars=8)) == [
         "constraints", "min_query_chars"]
-    assert keys_of(AUTOIF.Settings(language="xx", foreign_scripts=("CHINESE",), system_share=2,
-                                  min_score=11)) == [
-        "language", "foreign_scripts.0", "system_share", "min_score"]
-
-
-@pytest.mark.parametrize(("text", "words"), [
-    ('Use "a" and “b c”.', ["a", "b c"]), ("Use 「가」 and `x y`.", ["가", "x y"]),
-    ("Don't use 'it' or it's.", ["it"]),
-    ("A title between <<T>> marks", ["<<T>>"]), ("nothing", []), ('"', []), ('an "open\nquote"', [])])
-def test_quotations(text: str, words: list[str]) -> None:
-    assert quoted(text) == words
-
-
-@pytest.mark.parametrize(("text", "translation", "expected"), [
-    ('Use the word "reason".', '"reason"이라는 말을 쓰세요.', '"reason"이라는 말을 쓰세요.'),
-    ('Use the word "reason".', "“reason”이라는 말을 쓰세요.", "“reason”이라는 말을 쓰세요."),
-    ('Use the word "reason".', '"이유"라는 말을 쓰세요.', '"reason"라는 말을 쓰세요.'),
-    ('Put "a" before "b".', '"b" 앞에 "a"를 두세요.', '"b" 앞에 "a"를 두세요.'),
-    ('Put "a" before "b".', '"가"를 "나" 앞에 두세요.', '"a"를 "b" 앞에 두세요.'),
-    ('Use the word "reason".', "이유라는 말을 쓰세요.", None),
-    ('Use the word "reason".', '"이유"와 "까닭"을 쓰세요.', None),
-    ('Use "a" and "a".', '"a"를 쓰세요.', None),
-    ("Use no commas.", "쉼표를 쓰지 마세요.", "쉼표를 쓰지 마세요."),
-])
-def test_a_translation_has_the_quotations_of_its_text(text: str, translation: str,
-                                                      expected: str | None) -> None:
-    assert with_quotes_of(text, translation) == expected
+    assert keys_of(AUTOIF.Settings(language="xx", system_share=2, min_score=11, segmenter="spaces")) == [
+        "language", "system_share", "segmenter", "min_score"]
 
 
 TURNS = [{"role": "system", "content": "s"}, {"role": "user", "content": "first"},
@@ -143,31 +117,31 @@ TURNS = [{"role": "system", "content": "s"}, {"role": "user", "content": "first"
 
 
 @pytest.mark.parametrize("record", [
-    {"conversation": TURNS}, {"messages": TURNS}, {"prompt": TURNS}, {"prompt": "first"}, {"query": "first"},
+    {"conversation": TURNS}, {"prompt": TURNS}, {"prompt": "first"},
     {"conversations": [{"from": "human", "value": "first"}]}, {"messages": [], "instruction": "first"}])
 def test_the_first_turn_of_the_user(record: dict[str, Any]) -> None:
-    assert query_in(record, "x:1") == "first"
+    assert first_user_turn(record, "x:1") == "first"
 
 
 @pytest.mark.parametrize("record", [
-    {}, {"text": "first"}, {"messages": [{"role": "assistant", "content": "a"}]}, {"prompt": 3},
-    {"messages": "first"}, {"conversation": [3, None]}])
+    {}, {"messages": [{"role": "assistant", "content": "a"}]}, {"prompt": 3}, {"conversation": [3, None]}])
 def test_a_record_without_one_is_refused_with_its_place(record: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="x:1: has no prompt of a user"):
-        query_in(record, "x:1")
+        first_user_turn(record, "x:1")
 
 
 def test_a_table_of_wildchat_reads_as_its_lines(tmp_path: Path) -> None:
     rows = [{"conversation": [{"role": "user", "content": f"물음 {i}"}], "toxic": i % 3 == 0,
              "license": "odc-by", "hashed_ip": "x"} for i in range(9)]
-    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=2)
-    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    table = list(queries_of([tmp_path / "a.parquet"], 1, 100, False))
-    lines = list(queries_of([tmp_path / "b.jsonl"], 1, 100, False))
-    assert [(q.text, q.digest, q.licence) for q in table] == [(q.text, q.digest, q.licence) for q in lines]
-    assert [q.text for q in lines] == [f"물음 {i}" for i in (1, 2, 4, 5, 7, 8)]
-    assert len(list(queries_of([tmp_path], 1, 100, True))) == 9  # each once, though it stands in both
-    assert list(queries_of([tmp_path], 5, 100, True)) == []
-    (tmp_path / "a.parquet").write_bytes(b"PAR1 broken")
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    parquet.write_table(pa.Table.from_pylist(rows), inputs / "a.parquet", row_group_size=2)
+    (inputs / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    generator = autoif(constraints=str(written(tmp_path)), toxic=True)
+    table, lines = (list(generator.items([inputs / name])) for name in ("a.parquet", "b.jsonl"))
+    assert [(item.id, item.fields, item.licence) for item in table] == [
+        (item.id, item.fields, item.licence) for item in lines]
+    assert len(table) == len(list(generator.items([inputs]))) == 9  # each once, though it stands in both
+    (inputs / "a.parquet").write_bytes(b"PAR1 broken")
     with pytest.raises(UserError, match=r"a\.parquet"):
-        list(queries_of([tmp_path], 1, 100, True))
+        list(generator.items([inputs]))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 from data_prep.synth.generator import GeneratorItem, Temperature
-from data_prep.synth.generators.documents.languages import ToldApart
+from data_prep.synth.generators.texts import ToldApart
 from megatron_sov.base.documents import Document, RecordReading, list_files, read_documents
 from megatron_sov.base.documents.files import cut_text
 from megatron_sov.base.errors import UserError

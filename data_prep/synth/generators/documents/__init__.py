@@ -1,1 +1,0 @@
-"""What generators that start from documents share: their pieces, and checks that nothing was made up."""

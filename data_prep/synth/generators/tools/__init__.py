@@ -1,1 +1,0 @@
-"""Generators of tool data: worlds that are data, goals in them, and conversations that reach the goals."""

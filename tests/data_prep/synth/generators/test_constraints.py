@@ -1,0 +1,173 @@
+"""Constraints with tested functions: planted faults, and cross-validation beside the authors' rule."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from data_prep.synth.generator import GeneratorItem
+from data_prep.synth.generators import constraints
+from data_prep.synth.generators.constraints import (
+    Case, CheckedFunctions, FunctionDraft, cross_check, list_items, read_draft, wording_problem)
+from data_prep.synth.known import generator_class
+from megatron_sov.judge.rewards.constraint import ConstraintVerdict
+from tests.data_prep.synth.models import constraints as actor
+from tests.data_prep.synth.scripted import ScriptedAsk, generator, samples_of
+from tests.typed_words import keys_of
+
+CASES = {case.what: case for case in reversed(actor.cases())}
+REASONS = {
+    "a sound constraint": "", "accepts everything": "agreement", "rejects everything": "tells apart",
+    "accepts all but blanks": "agreement", "never ends": "ends", "reads a file": "functions",
+    "reaches the network": "functions", "gives no truth value": "agreement", "does not parse": "functions",
+    "checks something else": "tells apart", "told back as the contrary": "judge: consistent",
+    "cases that say the contrary": "agreement"}
+
+
+@pytest.mark.parametrize("what", CASES)
+def test_each_fault_is_caught_by_its_check(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constraints, "CALL_TIME_S", 0.5)
+    sample, = samples_of(generator("constraints", per_call=1), CASES[what].item, CASES[what].replies)
+    assert sample.reason == REASONS[what]
+    if CASES[what].good:
+        record = json.loads(json.dumps(sample.record))
+        assert len(record["functions"]) == 5 and len(record["cases"]) == 15 and len(record["back"]) == 5
+        assert sample.notes["accuracies"] == [1.0] * 5
+
+
+def test_a_call_invents_constraints_and_one_bad_answer_costs_one_of_them() -> None:
+    one, other = list(actor.RULES)[:2]
+
+    def reply(request: Mapping[str, Any]) -> str:
+        text = request["messages"][-1]["content"]
+        if "different instructions" in text:
+            return f"Sure:\n- {one}\n2. {other}\n* {one}\n- Repeat {{x}} twice.\n"
+        return "" if other in text and "Write a function" in text else actor.reply(request)
+
+    ask = ScriptedAsk(reply, "form.2", generator_class("constraints"))
+    item = GeneratorItem("form.2", {"kind": "form", "seeds": "- a seed", "number": 2})
+    samples = list(generator("constraints").make(item, ask))
+    assert [(sample.record["prompt"], sample.reason) for sample in samples] == [
+        (one, ""), (other, "functions"), ("Repeat {x} twice.", "wording")]
+    assert [request["temperature"] for request in ask.requests[:6]] == [0.7, *[0.2] * 5]
+    assert "Write 50 different instructions" in ask.requests[0]["messages"][-1]["content"]
+
+
+def test_settings_are_bounded_and_kinds_have_thirty_seeds() -> None:
+    made = generator("constraints", rounds=1)
+    seeds = [seed for item in made.items([]) for seed in list_items(item.fields["seeds"])]
+    assert len(seeds) == len(set(seeds)) == 30 and not any(map(wording_problem, seeds))
+    settings = type(made).Settings
+    assert keys_of(settings(min_accuracy=0, min_agreement=11, language="kr")) == [
+        "language", "min_accuracy", "min_agreement"]
+    assert keys_of(settings(min_functions=6)) == ["min_functions"]
+
+
+EVERYTHING, NOTHING, HANGS = "accepts", "rejects", "hangs"
+
+
+@pytest.fixture
+def letters(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let functions be the letters that they accept, or a word, and return those that were run."""
+    run: list[str] = []
+
+    def check(source: str, texts: Sequence[str]) -> list[ConstraintVerdict]:
+        run.append(source)
+        if source.startswith(HANGS):
+            return [ConstraintVerdict(None, "did not end", ended=False) for _ in texts]
+        if source in (EVERYTHING, NOTHING):
+            return [ConstraintVerdict(source == EVERYTHING) for _ in texts]
+        return [ConstraintVerdict(text in source) for text in texts]
+
+    monkeypatch.setattr(constraints, "run_check", check)
+    monkeypatch.setattr(constraints, "read_draft", lambda draft: draft)
+    return run
+
+
+def crossed(drafts: Sequence[Any], ordinary: Sequence[str] = ("z",), **more: Any) -> CheckedFunctions:
+    return cross_check(drafts, ordinary, **{"min_functions": 1, "min_cases": 1, "min_kept_share": 0,
+                                            "min_accuracy": 0.8, **more})
+
+
+def authors(drafts: Sequence[FunctionDraft], accuracy: float) -> set[str]:
+    """The functions that AutoIF's released step 3 keeps (a case stays if one function agrees)."""
+    cases = {(case.text, case.keeps) for draft in drafts for case in draft.cases}
+    sources = {draft.source for draft in drafts}
+    kept = {(text, keeps) for text, keeps in cases if any((text in source) == keeps for source in sources)}
+    return {source for source in sources if kept and
+            sum((text in source) == keeps for text, keeps in kept) / len(kept) >= accuracy}
+
+
+def test_the_same_functions_stay_as_with_the_authors_code(letters: list[str]) -> None:
+    rng = random.Random(0)
+    sets = ["".join(some) for size in (1, 2, 3, 4) for some in itertools.combinations("abcd", size)]
+    compared = 0
+    for _ in range(300):
+        truth = rng.choice(sets)
+        drafts = [FunctionDraft(rng.choice([truth, truth, rng.choice(sets)]), tuple(
+            Case(text, (text in truth) != (rng.random() < 0.15)) for text in rng.choices("abcd", k=3)))
+            for _ in range(5)]
+        telling = {source for source in authors(drafts, 0.8) if any(
+            case.keeps and case.text in source for draft in drafts for case in draft.cases)}
+        assert set(crossed(drafts).functions) == telling  # no letter is "z": each rejects an ordinary text
+        compared += bool(telling)
+    assert compared > 50
+
+
+def test_functions_that_tell_nothing_are_refused_where_autoif_keeps_them(letters: list[str]) -> None:
+    cases = (Case("a", True), Case("b", False), Case("c", False))
+    assert crossed([FunctionDraft(EVERYTHING, cases)]).verdict.check == "tells apart"
+    assert crossed([FunctionDraft(EVERYTHING, cases)], min_kept_share=0.5).verdict.check == "agreement"
+    assert crossed([FunctionDraft(NOTHING, cases)]).verdict.check == "tells apart"
+    not_blank = [FunctionDraft("abz", (Case("a", True), Case(" ", False)))]
+    assert crossed(not_blank).verdict.check == "tells apart"
+    assert crossed(not_blank, ["y"]).functions == ("abz",)
+
+
+@pytest.mark.parametrize(("more", "check"), [
+    ({"min_functions": 3}, "functions"), ({"min_cases": 9}, "cases"), ({"min_accuracy": 0.9}, "accuracy")])
+def test_a_failed_check_is_named(more: dict[str, Any], check: str, letters: list[str]) -> None:
+    disagreeing = [FunctionDraft("a", (Case("a", True), Case("b", True))),
+                   FunctionDraft("b", (Case("c", False),)), "has no block of JSON"]
+    found = crossed(disagreeing, **more)
+    assert (found.verdict.check, found.verdict.passed, found.faults) == (check, False,
+                                                                         ("has no block of JSON",))
+
+
+def test_functions_that_do_not_end_are_few(letters: list[str]) -> None:
+    found = crossed([FunctionDraft(f"{HANGS} {i}", (Case("a", True),)) for i in range(5)])
+    assert (found.verdict.check, letters) == ("ends", [f"{HANGS} 0", f"{HANGS} 1"])
+
+
+SOURCE = "def evaluate(response):\n    return True"
+
+
+def write(cases: object, source: str = SOURCE) -> str:
+    return f"Here:\n```python\n{source}\n```\nand\n```json\n{json.dumps(cases)}\n```"
+
+
+def test_a_reply_is_a_block_of_python_and_one_of_json() -> None:
+    cases = [{"input": "a", "output": True}, {"input": "b", "output": " False"},
+             {"input": "c", "output": "maybe"}, {"input": 3, "output": True}, {"output": True}, "x",
+             {"input": "d", "output": 1}]
+    assert read_draft(write(cases)) == FunctionDraft(SOURCE, (Case("a", True), Case("b", False)))
+
+
+@pytest.mark.parametrize(("reply", "fault"), [
+    (write({"input": "a"}), "has no block of JSON"), (f"```python\n{SOURCE}\n```", "has no block of JSON"),
+    (write([], "import os\n" + SOURCE), "imports os"), ("I cannot do that.", "is no Python"),
+    ("", "has no function"), (write([]).replace("[]", "[" * 100_000), "has no block of JSON")])
+def test_a_reply_of_another_form_is_described(reply: str, fault: str) -> None:
+    assert fault in str(read_draft(reply))
+
+
+@pytest.mark.parametrize(("text", "fault"), [
+    ("Use no commas.", ""), (" ", "is empty"), ("x" * 301, "has 301 characters"), ("a\nb", "several lines"),
+    ("Use {x} twice.", "has the placeholder {x}")])
+def test_a_constraint_is_a_line_without_placeholders(text: str, fault: str) -> None:
+    assert fault in wording_problem(text) and bool(wording_problem(text)) is bool(fault)
