@@ -87,8 +87,7 @@ def test_difficulty(folder: Path) -> None:
         if words[1] == "synth":
             build_parser().parse_args(words[1:])
         else:
-            fewer = ["--buckets", "4096"] if words[1] == "scorer" else []
-            assert main([*words[1:], *fewer]) == 0, words
+            assert main(words[1:]) == 0, words
     assert (folder / "work/graded/problems.jsonl").is_file()
 
 

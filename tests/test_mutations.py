@@ -69,7 +69,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
                "tiny-solar-open", "--run", "@out", *SMALL, "--data", "@text"),
     "submit chain": (M, "submit", "chain", "@chain", "--dry-run"),
     "status": (M, "status", "@run", "--json"),
-    "logs": (M, "logs", "@run", "--tail", "5", "--grep", "step"),
+    "logs": (M, "logs", "@run", "--tail", "5"),
     "plan": (M, "plan", "tiny-solar-open", *SMALL, "--nproc", "2", "--json"),
     "plan of a file": (M, "plan", "--config", "@config", "--json"),
     "report": (M, "report", "@run", "--output", "@out"),

@@ -1,4 +1,4 @@
-"""Final answers of solutions: whether they are in a box at the end, and right.
+"""Final answers of solutions and programs: whether they are in a box at the end, and right.
 
 The rewards `math` and `stem` compare answers in processes of their own: an answer such as 10**10**10 would
 stop this one.
@@ -14,10 +14,14 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from data_prep.responses.trajectories import Solution, diverse
+from data_prep.synth.replies import NoReply
 from megatron_sov.judge.rewards.answers import last_boxed, normalized, read_quantity
 from megatron_sov.judge.rewards.composed import Runner
+from megatron_sov.judge.rewards.program_text import program_in
 from megatron_sov.judge.rewards.registry import make, order
 from megatron_sov.judge.rewards.scoring import runner
+from megatron_sov.sandbox.program import Limits, Program
+from megatron_sov.sandbox.sandbox import Sandbox
 
 Way = Literal["auto", "math", "stem"]
 """How answers are compared: by mathematics; as choices, quantities and words; auto: as the answer looks."""
@@ -31,6 +35,8 @@ _SETTINGS: dict[str, Mapping[str, Any]] = {"math": {"literal": False}, "stem": {
 """Of the rewards: 6/2 and 3 say the same."""
 MAX_BOXES = 20
 """Boxes of a solution that are looked at."""
+MAX_PRINTED_CHARS = 200
+"""Of the line that a program prints."""
 
 
 @dataclass(frozen=True)
@@ -126,3 +132,45 @@ def different_solutions(solutions: Sequence[str], most: int, max_similarity: flo
     compared = [Solution(solution, getattr(solution, "thinking", "")) for solution in solutions]
     chosen = {id(solution) for solution in diverse(compared, most, max_similarity)}
     return [text for text, solution in zip(solutions, compared, strict=True) if id(solution) in chosen]
+
+
+def final_answers(replies: str | Sequence[str]) -> list[str]:
+    """Return the final answers of replies that were not cut off and end with one in a box."""
+    listed = [replies] if isinstance(replies, str) else replies
+    return [boxes(reply)[0] for reply in listed if not getattr(reply, "cut", False) and ends_in_box(reply)]
+
+
+def boxed_or_plain(text: str) -> str:
+    """Return the last box of a short answer, else the answer without marks around it."""
+    text = text.strip().strip("*").strip()
+    return (boxes(text) or [text.rstrip(".").strip("$").strip()])[0]
+
+
+def count_right(answers: Sequence[str], wanted: str, choices: Sequence[str] = (), way: Way = "auto") -> int:
+    """Return how many final answers are the wanted one, by the rewards `math` and `stem`."""
+    return sum(checked.right for checked in check(list(answers), wanted, choices, way))
+
+
+@lru_cache(maxsize=1)
+def _sandbox() -> Sandbox:
+    return Sandbox()
+
+
+def run_programs(replies: Sequence[str]) -> list[str]:
+    """Return the only lines that the programs in replies print, of those that end well in the sandbox.
+
+    Raises:
+        NoReply: the machine could not run one: the item is made again.
+    """
+    printed = []
+    for reply in replies:
+        source = "" if getattr(reply, "cut", False) else program_in(reply)
+        if not source:
+            continue
+        outcome = _sandbox().run(Program(source), Limits(wall_s=30, cpu_s=10))
+        if outcome.status == "infrastructure":
+            raise NoReply(f"the sandbox: {outcome.reason}")
+        line = outcome.stdout.strip()
+        if outcome.status == "ok" and line and "\n" not in line and len(line) <= MAX_PRINTED_CHARS:
+            printed.append(line)
+    return printed

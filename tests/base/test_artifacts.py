@@ -200,13 +200,6 @@ def test_atomic_write_keeps_the_old_content_when_the_disk_refuses(
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_atomic_write_takes_text_and_bytes(tmp_path: Path) -> None:
-    atomic_write(tmp_path / "a", "한국어")
-    assert (tmp_path / "a").read_bytes() == "한국어".encode()
-    atomic_write(tmp_path / "a", b"\x00\xff")
-    assert (tmp_path / "a").read_bytes() == b"\x00\xff"
-
-
 @pytest.mark.parametrize(("path", "sentence"), [
     (".", "has no name of its own"), ("..", "has no name of its own"),
     ("file/x", "file is a file, so nothing can lie in it")])
@@ -262,11 +255,6 @@ def test_foreign_folders_and_files_are_never_replaced(tmp_path: Path) -> None:
             build(tmp_path / name, overwrite=True)
     assert (tmp_path / "home/thesis.txt").read_text() == "years of work"
     assert (tmp_path / "file").read_text() == "a file"
-
-
-def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    assert damaged_files(build(tmp_path / "a")) == []
 
 
 def rewritten(path: Path, **changes: Any) -> Path:

@@ -216,13 +216,6 @@ def test_a_call_of_any_length_is_read(num_chars: int) -> None:
             ToolCall("f", arguments),)
 
 
-def test_thoughts_call_nothing() -> None:
-    thought = call('{"name": "f", "arguments": {}}')
-    assert parse_turn(f"<think>{thought}</think>so").calls == ()
-    assert parse_turn(f"so <think>{thought}").content == "so"
-    assert parse_turn(f"{thought}</think>{thought}").calls == (ToolCall("f", {}),)
-
-
 @pytest.mark.parametrize(("text", "content"), [
     ("<think>\nplan\n</think>\n\n    return 42\n", "    return 42"), ("    return 42\n", "    return 42"),
     ("\n\tx = 1", "\tx = 1"), ("plan</think>\n  - a\n    - b", "  - a\n    - b"),

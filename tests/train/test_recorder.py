@@ -38,10 +38,6 @@ def test_figures_of_a_step() -> None:
     assert 1e7 < found["peak_memory_bytes"] < 1e11 and "reserved_memory_bytes" not in found
 
 
-def test_a_cpu_has_no_peak_unless_one_is_given() -> None:
-    assert "mfu" not in Efficiency(recipes.get("tiny-solar-open"), 1).figures(8, 8, 1.0)
-
-
 @pytest.mark.parametrize(("name", "bf16"), [
     ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989.4),
     ("NVIDIA H200 NVL", 835.5), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA B200", 2250),

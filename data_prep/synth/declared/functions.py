@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ import regex
 import yaml
 
 from data_prep.synth.declared.parsers import read_tagged
-from data_prep.synth.final_answers import boxes, check, different_solutions, ends_in_box, right_solutions
+from data_prep.synth.final_answers import (
+    boxed_or_plain, boxes, count_right, different_solutions, final_answers, right_solutions, run_programs)
 from data_prep.synth.generators.constraints import cases_of, cross_check, list_items, wording_problem
 from data_prep.synth.generators.documents import fenced
 from data_prep.synth.generators.drawing import choose, share_of
@@ -21,18 +22,13 @@ from data_prep.synth.generators.texts import (
     numbers_in, prose_of, quotations, size_ratio, with_texts)
 from data_prep.synth.generators.worlds import (
     draft_problem, json_object, json_text, task_problem, task_verdicts, world_verdicts)
-from data_prep.synth.replies import NoReply, Reply
+from data_prep.synth.replies import Reply
 from data_prep.synth.templates import add_functions
-from megatron_sov.judge.rewards.program_text import program_in
-from megatron_sov.sandbox.program import Limits, Program
-from megatron_sov.sandbox.sandbox import Sandbox
 
 REFUSALS = Path(__file__).parents[1] / "generators/refusals.yaml"
 BEGINNING_CHARS = 240
 """A refusal comes first; a text further on may quote one."""
 TIMEOUT_S = 2.0
-MAX_ANSWER_CHARS = 200
-"""Of the line that a program prints."""
 
 
 class Answer(str):
@@ -84,48 +80,6 @@ def is_dialogue(text: str, min_turns: int = 4) -> bool:
     lines = [line for line in text.split("\n") if line.strip()]
     return len(lines) >= min_turns and all(
         regex.fullmatch(rf"{'AB'[number % 2]}: \S.*", line) for number, line in enumerate(lines))
-
-
-def final_answers(replies: str | Sequence[str]) -> list[str]:
-    """Return the final answers of replies that were not cut off and end with one in a box."""
-    listed = [replies] if isinstance(replies, str) else replies
-    return [boxes(reply)[0] for reply in listed if not getattr(reply, "cut", False) and ends_in_box(reply)]
-
-
-def boxed_or_plain(text: str) -> str:
-    """Return the last box of a short answer, else the answer without marks around it."""
-    text = text.strip().strip("*").strip()
-    return (boxes(text) or [text.rstrip(".").strip("$").strip()])[0]
-
-
-def count_right(answers: Sequence[str], wanted: str, choices: Sequence[str] = (), way: Any = "auto") -> int:
-    """Return how many final answers are the wanted one, by the rewards `math` and `stem`."""
-    return sum(checked.right for checked in check(list(answers), wanted, choices, way))
-
-
-@lru_cache(maxsize=1)
-def _sandbox() -> Sandbox:
-    return Sandbox()
-
-
-def run_programs(replies: Sequence[str]) -> list[str]:
-    """Return the only lines that the programs in replies print, of those that end well in the sandbox.
-
-    Raises:
-        NoReply: the machine could not run one: the item is made again.
-    """
-    printed = []
-    for reply in replies:
-        source = "" if getattr(reply, "cut", False) else program_in(reply)
-        if not source:
-            continue
-        outcome = _sandbox().run(Program(source), Limits(wall_s=30, cpu_s=10))
-        if outcome.status == "infrastructure":
-            raise NoReply(f"the sandbox: {outcome.reason}")
-        line = outcome.stdout.strip()
-        if outcome.status == "ok" and line and "\n" not in line and len(line) <= MAX_ANSWER_CHARS:
-            printed.append(line)
-    return printed
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {

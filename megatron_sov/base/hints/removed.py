@@ -67,6 +67,7 @@ OPTIONS = {
         "ask an endpoint with lm-eval's own command `lm_eval --model local-chat-completions`"),
     **dict.fromkeys(("megatron-sov inspect --page", "sov-data inspect --page"),
                     "redirect the text: `megatron-sov inspect PATH > facts.txt`"),
+    "megatron-sov logs --grep": "pipe the lines: `megatron-sov logs RUN | grep PATTERN`",
     "megatron-sov eval needle --by": "answers are generated greedily",
     "megatron-sov eval needle --text": "pack the text with `sov-data pack --heldout 0.5` for --data",
     **dict.fromkeys(("megatron-sov eval passk --sampled", "megatron-sov eval passk --group-by"),

@@ -10,8 +10,12 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
-from megatron_sov.base.errors import UserError, how_to_install
+from megatron_sov.base.errors import UserError, how_to_install, visible
+
+MAX_WARNINGS = 10
+"""Warnings of lm-eval that are printed at most while tasks are loaded, built or scored."""
 
 
 def require_harness() -> None:
@@ -51,10 +55,32 @@ def cage_templates() -> None:
     lm_eval.utils.env = caged
 
 
+class _WarningPrinter(logging.Handler):
+    """Prints the first warnings of a library, each once and in one line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(logging.WARNING)
+        self._stream, self._texts = stream, set[str]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = f"lm-eval: {' '.join(record.getMessage().split()):.300}"
+        # lm-eval warns of every `custom_dataset`, with options of its own command line.
+        if len(self._texts) < MAX_WARNINGS and text not in self._texts and "Custom kwargs can be" not in text:
+            self._texts.add(text)
+            print(visible(text), file=self._stream)
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the output of lm-eval and its libraries off the terminal, below errors."""
-    for name in ("datasets", "evaluate", "lm_eval"):
+    """Keep the output of lm-eval and its libraries off the terminal, except lm-eval's warnings."""
+    for name in ("datasets", "evaluate"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        yield
+    logger, printer = logging.getLogger("lm_eval"), _WarningPrinter(sys.stderr)
+    logger.setLevel(logging.WARNING)
+    logger.addHandler(printer)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.removeHandler(printer)
+        logger.setLevel(logging.ERROR)

@@ -173,9 +173,10 @@ class EvaluatedLM(TemplateLM):
             UserError: one cannot be made.
         """
         self.requests = {}
-        if instances:
-            repeated = [instance for instance in instances for _ in range(int(instance.repeats or 1))]
-            getattr(self, instances[0].request_type)(repeated, disable_tqdm=True)
+        for kind in dict.fromkeys(instance.request_type for instance in instances):
+            repeated = [instance for instance in instances if instance.request_type == kind
+                        for _ in range(int(instance.repeats or 1))]
+            getattr(self, kind)(repeated, disable_tqdm=True)
         return list(self.requests.values())
 
     def _answer(self, request: Request) -> Answer:

@@ -1,5 +1,5 @@
-"""`megatron-sov logs RUN [--rank N] [--grep PATTERN] [--tail N] [--follow]`: the log files of a run, in order
-of its starts, and their lines, now and as they grow.
+"""`megatron-sov logs RUN [--rank N] [--tail N] [--follow]`: the log files of a run, in order of its starts,
+and their lines, now and as they grow.
 
 Under Slurm every start of a job writes `RUN/slurm/logs/<job>-<restart>/`: a file for each rank, srun's own
 words, and the check of the nodes; the job's script writes `RUN/slurm/<job>.log`; jobs that judge an export do
@@ -142,8 +142,6 @@ class LogsOptions:
     """Run folder."""
     rank: tuple[int, ...] = ()
     """Only what this rank wrote, in all its starts; may be given several times."""
-    grep: Annotated[str | None, Flag(value="PATTERN")] = None
-    """Only lines in which this regular expression is found."""
     tail: NotNegativeInt = 0
     """Only the last N lines of each file (default: all)."""
     follow: bool = False
@@ -157,7 +155,7 @@ def run(typed: argparse.Namespace) -> int:
     """Print a run's lines, each marked with start and rank.
 
     Raises:
-        UserError: the folder holds no run, the pattern is none, or no file is the rank's.
+        UserError: the folder holds no run, or no file is the rank's.
     """
     args = read_options(LogsOptions, typed)
     from megatron_sov.commands.operate.run_state import find_runs
@@ -165,11 +163,6 @@ def run(typed: argparse.Namespace) -> int:
     if find_runs(args.run)[-1] != args.run:
         raise UserError(f"{args.run}: holds runs and is none; name one of them: "
                         f"{', '.join(map(str, find_runs(args.run)))}")
-    try:
-        wanted = re.compile(args.grep or "")
-    except re.error as e:
-        raise UserError(f"--grep {args.grep}: is no regular expression ({e}); "
-                        "put a backslash before its signs") from None
     files = log_files(args.run)
     ranks = sorted({f.rank for f in files if f.rank is not None})
     if args.rank and not set(args.rank) & set(ranks) and not args.follow:
@@ -179,8 +172,7 @@ def run(typed: argparse.Namespace) -> int:
                         "leave --rank out")
     try:
         for line in _Reader(args.run, set(args.rank), args.tail).everything(args.follow):
-            if wanted.search(line.text):
-                print(f"[{line.label}] {line.text}", flush=True)
+            print(f"[{line.label}] {line.text}", flush=True)
     except KeyboardInterrupt:
         pass
     return 0

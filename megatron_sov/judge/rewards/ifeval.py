@@ -138,11 +138,11 @@ def follows(name: str, text: str, arguments: Mapping[str, Any]) -> bool:
     try:
         check.build_description(**arguments)
         return bool(check.check_following(text))
-    except LookupError as e:
-        if "NLTK" not in str(e):  # of an index: the text is shorter than the check takes for granted
-            return False
-        raise Refused(f"instruction {name}: needs data of NLTK; run `{NLTK_DATA}`") from None
-    except (TypeError, ValueError, AttributeError) as e:
+    except IndexError:  # the text is shorter than the check takes for granted
+        return False
+    except (TypeError, ValueError, AttributeError, LookupError) as e:
+        if isinstance(e, LookupError) and "NLTK" in str(e):
+            raise Refused(f"instruction {name}: needs data of NLTK; run `{NLTK_DATA}`") from None
         raise Refused(f"instruction {name}: cannot be checked with {told_short(dict(arguments))} "
                       f"({told_in_a_line(e):.200})") from None
 

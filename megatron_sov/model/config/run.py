@@ -306,6 +306,9 @@ class RunConfig:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
+RENAMED = {"evaluate.beside": "evaluate.background",
+           "evaluate.background.judges": "evaluate.background.tasks", "guards.on_corruption": "guards.on_sdc"}
+"""Setting of an earlier version -> what it is called now."""
 SWITCHES = (("policy.method", tuple(f"policy.{part.name}" for part in dataclasses.fields(PolicyParts))),
             ("preference.method", ("preference.beta", "preference.simpo_gamma")))
 """A setting that says which method is used, and the numbers that belong to the method: a recipe's are those
@@ -327,6 +330,8 @@ def from_dict(raw: dict[str, Any], where: str = "config") -> RunConfig:
 
 
 def _instead(key: str) -> str:
+    if key in RENAMED:
+        return f"it is called {RENAMED[key]} now"
     if key in REMOVED_SETTINGS:
         return f"it was removed in this version; {REMOVED_SETTINGS[key][1]}"
     last = key.rpartition(".")[2]

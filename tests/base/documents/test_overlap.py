@@ -108,11 +108,6 @@ def read(text: str) -> object:
     return json.loads(text, parse_constant=no_constant, parse_float=finite)
 
 
-def test_json_is_read_as_ever() -> None:
-    text = '{"a": [1, -0.5, 1e308, null, true, "NaN"], "b": 5e-324}'
-    assert read(text) == json.loads(text)
-
-
 @pytest.mark.parametrize(("text", "why"), [
     ("NaN", "NaN is no JSON"), ("[-Infinity]", "-Infinity is no JSON"),
     ('{"a": 1e999}', "1e999 is more than")])
@@ -128,14 +123,6 @@ def test_control_characters_are_shown() -> None:
     assert visible("a\x1b[2Jb\x1b]0;title\x07\r\x9b") == r"a\x1b[2Jb\x1b]0;title\x07\r\x9b"
     # right to left, and the byte of a name that is no UTF-8
     assert visible("a\u202e\u2066\udcff") == r"a\u202e\u2066\udcff"
-
-
-def test_all_else_stays() -> None:
-    kept = "".join(chr(c) for c in range(0x3000) if unicodedata.category(chr(c)) != "Cc"
-                   and not re.match("[\u202a-\u202e\u2066-\u2069]", chr(c))) + "\n\t한국어😀"
-    assert visible(kept) == kept
-    assert not [c for c in visible("".join(map(chr, range(256)))) if unicodedata.category(c) == "Cc"
-                and c not in "\n\t"]
 
 
 # Cutting text at blank lines: nothing is lost, and pieces keep their limit.

@@ -81,11 +81,6 @@ def test_compressed_files_of_one_or_more_frames_read_as_plain_ones(tmp_path: Pat
             read(tmp_path / name)
 
 
-def test_a_byte_order_mark_is_no_text_of_jsonl_either(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n')
-    assert read(tmp_path / "a.jsonl") == ["one", "two"]
-
-
 def test_rows_of_parquet_are_records_with_their_numbers(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     parquet.write_table(pyarrow.table({"id": ["a", "b"], "messages": [chat, chat[1:]]}),
@@ -222,12 +217,6 @@ def test_frames_join_to_their_content(frames: list[bytes], size: int) -> None:
         file.write_bytes(b"".join(map(zstandard.compress, frames)))
         with io.BufferedReader(ZstdFile(file)) as f:
             assert b"".join(iter(lambda: f.read(size), b"")) == b"".join(frames)
-
-
-def test_a_large_ratio_is_read_in_blocks(tmp_path: Path) -> None:
-    (tmp_path / "a.zst").write_bytes(zstandard.compress(bytes(50_000_000)))
-    with io.BufferedReader(ZstdFile(tmp_path / "a.zst")) as f:
-        assert sum(map(len, iter(lambda: f.read(1 << 16), b""))) == 50_000_000
 
 
 @pytest.mark.parametrize("cut", [1, 5, 500])

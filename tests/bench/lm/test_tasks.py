@@ -172,3 +172,9 @@ def test_no_prompt_holds_its_own_answer(folder: Path, split: str,
     assert len(built.requests) == 6
     for instance in built.task.instances:
         assert instance.args[0].count("question") == 6 and instance.doc["a"] not in instance.args[0]
+
+
+def test_warnings_of_lm_eval_are_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load(folder, PLAIN.replace(", higher_is_better: true", ""))
+    told = capsys.readouterr().err
+    assert "lm-eval: " in told and "higher_is_better is not" in told and "Custom kwargs" not in told

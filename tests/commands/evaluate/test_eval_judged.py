@@ -16,7 +16,6 @@ from megatron_sov.infer.engines.libraries import HfEngine
 from megatron_sov.publish.report.run_data import Run
 from megatron_sov.publish.report.sections import SECTIONS
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
-from megatron_sov.work.progress.journal import Journal
 
 ANSWERS = {"2+2?": ["The answer is 4", "The answer is 4", "The answer is 5", "The answer is 5"],
            "3+3?": ["The answer is 7", "The answer is 6", "The answer is 7", "The answer is 8"]}
@@ -146,29 +145,6 @@ def test_a_killed_command_goes_on_where_it_was(hf_models: dict[str, Path], monke
     assert len({row["response"] for row in responses("out")[:4]}) > 1
     assert read_manifest("out").settings["model"]["sampling"]["temperature"] == 1.0
     assert sorted(p.name for p in Path().iterdir()) == ["out", "prompts.jsonl", "whole"]
-
-
-def test_where_all_is_sampled_no_process_waits_for_the_first(
-        hf_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str]) -> None:
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    def asked(*_: object, **__: object) -> None:
-        raise AssertionError("an engine was asked")
-
-    write("prompts.jsonl", PROMPTS[:2])
-    command = [str(hf_models["solar_open"]), *ASK, "--output", "out"]
-    with monkeypatch.context() as patched:
-        patched.setattr(Journal, "write_to", killed)  # behind the last response
-        assert main(["eval", "passk", *JUDGE, *command]) == ExitCode.INTERRUPTED
-    monkeypatch.setattr("megatron_sov.commands.evaluate.eval_judged.run_engine", asked)
-    with monkeypatch.context() as second:
-        second.setenv("RANK", "1")
-        second.setenv("WORLD_SIZE", "2")
-        assert main(["eval", "passk", *JUDGE, *command]) == 0
-    capsys.readouterr()
-    assert passk(capsys, *command)["num_samples"] == 8
 
 
 def test_a_checkpoint_on_two_processes_writes_what_one_writes(

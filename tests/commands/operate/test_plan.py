@@ -217,15 +217,6 @@ def test_a_config_json_that_no_family_has_is_refused_by_its_field(
     assert f"--from {own_model}: " in captured.err and sentence in captured.err and not captured.out
 
 
-def test_how_weights_are_packed_decides_nothing_of_a_plan(
-        own_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plain = own_plan(own_model, capsys, "--set", "lora.rank=16")
-    file = own_model / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text())
-                               | {"quantization_config": {"quant_method": "fp8"}}))
-    assert own_plan(own_model, capsys, "--set", "lora.rank=16") == plain
-
-
 def test_epochs_of_data_are_the_length_of_a_stage(
         own_model: Path, token_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["plan", "distill", "--from", str(own_model), "--data", f"web={token_shards}",

@@ -128,19 +128,6 @@ def test_slurm_says_why_attempts_ended_and_whether_a_job_waits(tmp_path: Path,
     assert read_state(run, NOW_S).state == "ended"
 
 
-def test_slurm_says_why_it_sent_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path / "empty"))  # no Slurm here
-    run = write_run(tmp_path / "run", begin(300), *steps(1, 9, 290),
-                    (270, "stop", {"step": 9, "reason": "SIGUSR1"}))
-    (run / "slurm").mkdir()
-    (run / "slurm/attempts.jsonl").write_text(json.dumps(
-        {"event": "end", "job": "17", "outcome": "stopped", "reason": "its time limit came near",
-         "time_s": NOW_S - 268}) + "\n")
-    state = read_state(run, NOW_S)
-    assert state.starts[0].outcome == "stopped: SIGUSR1 (its time limit came near)"
-    assert (state.state, state.why) == ("stopped", "SIGUSR1 (its time limit came near), everything is saved")
-
-
 def test_a_run_that_was_only_submitted_has_a_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                    capsys: pytest.CaptureFixture[str]) -> None:
     records = tmp_path / "runs/first/slurm"
@@ -203,18 +190,6 @@ def test_an_extension_without_stages_or_gate_is_called_one(
     assert read_state(run, NOW_S).stage == "extend"
 
 
-@pytest.mark.parametrize(("event", "field"), [
-    ("run_start", "recipe"), ("run_start", "num_ranks"), ("run_start", "num_steps"),
-    ("run_start", "resumed_from"), ("step", "tokens"), ("eval", "step")])
-@pytest.mark.parametrize("value", ["x", None, [1], {"a": 1}])
-def test_odd_events_of_a_run_do_not_end_the_table_of_all(tmp_path: Path, event: str, field: str,
-                                                         value: Any) -> None:
-    odd = {**begin(9)[2], "heldout": {"web": {"loss": 1.0}}, "step": 4, field: value}
-    run = write_run(tmp_path / "a $(id)", begin(100), *steps(1, 3, 98), (9, event, odd))
-    state = read_state(run)
-    assert in_full(state) and format_runs([state])
-
-
 def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is empty, so it is not a run; pass the folder given to --run"):
         find_runs(tmp_path)
@@ -247,14 +222,6 @@ runs/a: sft, tiny-solar-open
   starts      2
       1  2023-11-14 22:13:20 UTC  from step 0 to step 900, 8 processes: killed
       2  –  from step 900 to no step, 1 process: running"""
-
-
-def test_what_is_not_known_is_left_out() -> None:
-    assert in_full(RunState(Path("runs/new"))) == """\
-runs/new
-  state       not started
-  step        0 of 0
-  checkpoint  none yet"""
 
 
 def test_several_runs_are_a_table_with_dashes_for_unknown_figures() -> None:

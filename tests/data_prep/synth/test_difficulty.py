@@ -27,7 +27,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words, _ = write_measurements(folder, 400, num_pairs=300)
     assert main(["difficulty", "label", *words, "--output", str(folder / "labels")]) == 0
     assert main(["scorer", "train", "--kind", "regressor", "--labels", str(folder / "labels/labels.jsonl"),
-                 "--output", str(folder / "model"), "--buckets", "4096"]) == 0
+                 "--output", str(folder / "model")]) == 0
     return folder
 
 

@@ -12,8 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.eval.needle.text import (
-    LANGUAGES, PHRASES, Haystack, NeedleForm, detect_language, fill, is_for_tests, needle_form,
-    open_haystacks, phrases)
+    LANGUAGES, PHRASES, Haystack, NeedleForm, detect_language, fill, needle_form, open_haystacks, phrases)
 from megatron_sov.model.config import Language
 from megatron_sov.train.data.token_shards import Source, open_sources
 
@@ -105,12 +104,6 @@ def test_both_sides_have_phrases_and_share_none(language: Language) -> None:
 
 def test_a_value_stands_right_behind_its_key() -> None:
     assert all(text.endswith(("{}{}.", "{}{})")) for texts in PHRASES.values() for text in texts)
-
-
-def test_the_split_is_a_function_of_the_text_alone() -> None:
-    assert is_for_tests("\nThe value of{}{}.") and not is_for_tests("\nThe code of{}{}.")
-    share = sum(is_for_tests(a, b) for a in range(60) for b in range(60)) / 3600
-    assert 0.17 < share < 0.23
 
 
 PROSE = {

@@ -18,6 +18,7 @@ from megatron_sov.model.config import (
     DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, ParallelConfig, PhaseConfig, PolicyConfig,
     RunConfig, TrainConfig, apply_settings, data_paths, from_dict)
 from megatron_sov.model.config.post_training import METHODS
+from megatron_sov.model.config.run import RENAMED
 
 Small = Callable[..., RunConfig]
 
@@ -86,6 +87,18 @@ def test_unknown_settings_and_wrong_types_of_a_file_are_all_named_in_the_order_o
         from_dict(raw, "config.json")
     assert e.value.codes == [("unknown", "model.num_expert"), ("type", "train.micro_batch_size"),
                              ("unknown", "train.stepz")]
+
+
+@pytest.mark.parametrize(("old", "now"), RENAMED.items())
+def test_a_setting_of_an_earlier_version_is_refused_with_its_name_of_today(old: str, now: str, small: Small
+                                                                           ) -> None:
+    with pytest.raises(SettingsError, match=f"{old}: no such setting; it is called {now} now$"):
+        apply_settings(small(), [f"{old}=1"])
+    raw = small().to_dict()
+    group, _, name = old.partition(".")
+    raw[group] |= {name: 1} if "." not in name else {name.split(".")[0]: {name.split(".")[1]: 1}}
+    with pytest.raises(SettingsError, match=f"it is called {now} now"):
+        from_dict(raw)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from megatron_sov.model.config import (
     OptimConfig, PhaseConfig, RunConfig, YarnConfig, apply_settings, from_dict)
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import PLAIN, text_config
-from megatron_sov.model.recipes import RECIPES, SHRUNK, TINY, get, names, sources
+from megatron_sov.model.recipes import SHRUNK, TINY, get, names, sources
 from megatron_sov.model.recipes.extension import extended
 from megatron_sov.model.recipes.sources import (
     DEFAULT, YOURS, Sources, derive, in_effect, ours, published, relabelled, settings)
@@ -85,12 +85,6 @@ def test_k_exaone_as_published() -> None:
     assert sum(p.tokens for p in phases) == 11e12 and {p.seq_len for p in phases} == {8192}
     six = {"web", "korean", "spanish", "german", "japanese", "vietnamese"}
     assert six <= set(phases[0].blend), "English is the rest of the web"
-
-
-def test_the_large_recipes_pretrain_in_8_bits_as_published_and_nothing_else_does() -> None:
-    in_8_bits = {name for name in names() if get(name).train.fp8 != "none"}
-    assert in_8_bits == {"solar-open-102b", "k-exaone-236b"}
-    assert {get(name).train.fp8 for name in in_8_bits} == {"blockwise"}, "which Hopper and Blackwell have"
 
 
 def test_solar_open_as_published() -> None:
@@ -248,14 +242,6 @@ def test_a_tiny_recipe_inherits_what_it_did_not_shrink(name: str) -> None:
     assert not any(s == big.get(s.key) for s in tiny if s.source == SHRUNK)
 
 
-def test_values_that_nobody_published_do_not_claim_to_be() -> None:
-    kinds = {s.key: s.source.kind for s in settings(get("k-exaone-236b"), sources("k-exaone-236b"))}
-    assert {kinds[f"optim.{field}"] for field in ("name", "lr", "schedule")} == {"published"}
-    chosen = ("optim.min_lr", "optim.warmup_steps", "optim.decay_share", "optim.weight_decay",
-              "train.global_batch_size", "parallel.ep", "data.phases.0.blend.web")
-    assert {kinds[key] for key in chosen} == {"ours"}
-
-
 def test_values_are_named_as_settings_are() -> None:
     """Nested, in lists and in tables; the last match holds; what is None by default is set as a whole."""
     config = get("solar-open-102b")
@@ -279,7 +265,3 @@ def test_a_derived_table_changes_what_it_says() -> None:
     after = apply_settings(before, ["optim.lr=1", 'data.phases.0.blend={"a": 1}'])
     assert relabelled(before, after, YOURS) == {"optim.lr": YOURS, "optim.min_lr": YOURS,
                                                 "data.phases.0.blend.a": YOURS}
-
-
-def test_a_recipe_is_an_entry_of_a_table() -> None:
-    assert all(recipe.build().recipe == name for name, recipe in RECIPES.items())

@@ -40,13 +40,6 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         del sys.modules[name]
 
 
-def test_an_old_python_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [c.status for c in doctor.python_checks()] == ["ok"]
-    monkeypatch.setattr(doctor, "MIN_PYTHON", (9, 1))
-    (check,) = doctor.python_checks()
-    assert (check.status, check.remedy) == ("broken", "install Python 9.1 or newer")
-
-
 def test_a_missing_library_is_broken_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {c.name: c.status for c in doctor.package_checks()} == dict.fromkeys(
         doctor.REQUIRED_PACKAGES, "ok")
@@ -155,12 +148,6 @@ def test_two_versions_of_cudnn_in_one_process_are_told(
         assert "has loaded cuDNN 9.14.0, and torch 9.19.0" in check.detail and "CUDNN_HOME" in check.remedy
 
 
-def test_without_transformer_engine_its_command_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
-    (check,) = doctor.transformer_engine_checks()
-    assert (check.status, check.remedy) == ("missing", doctor.TE_COMMAND)
-
-
 @pytest.mark.parametrize(("gpu", "text", "status", "detail"), [
     (False, "", "missing", "none of its recipes: there is no GPU here"),
     (True, "raise OSError", "missing", "none of its recipes: Transformer Engine does not work"),
@@ -204,13 +191,6 @@ def test_what_encloses_programs_is_found_by_enclosing_one(monkeypatch: pytest.Mo
     monkeypatch.setattr(doctor, "machine_enclosure", refuse)
     check = only(doctor.sandbox_checks())
     assert check.status == "missing" and "namespaces: not allowed; landlock: version 0" in check.detail
-
-
-def test_a_program_that_hangs_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program(tmp_path, "sbatch", "exec sleep 60")
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setattr(doctor, "_COMMAND_TIMEOUT_S", 0.2)
-    assert only(doctor.slurm_checks()).status == "missing"
 
 
 def test_little_disk_is_a_warning_with_the_figure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,11 +58,6 @@ def test_a_tiny_twin_learns_by_the_recipes_of_the_big_one(big: str, tiny: str) -
     assert [recipes.TINY[recipe] for recipe in of_tiny] == of_big
 
 
-def test_the_page_names_scripts_that_are_there() -> None:
-    named = re.findall(r"slurm/scripts/[\w/-]+\.sbatch", (ROOT / "slurm/README.md").read_text())
-    assert named and all((ROOT / script).is_file() for script in named), named
-
-
 @pytest.mark.parametrize("name", [*BIG, *TINY])
 def test_what_submit_does_not_look_at_is_sound(name: str) -> None:
     """Options of `sov-data` and `sov-tokenizer`, the rewards of rounds, the names of benchmarks."""

@@ -13,7 +13,6 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.figures import format_days
 from megatron_sov.cli import main
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.recipes.requested import RecipeRequest
@@ -306,23 +305,6 @@ def test_a_layout_that_is_set_stays_and_one_that_is_not_is_recommended() -> None
     assert (open_.config.parallel.pp, open_.config.parallel.ep) == (2, 64)
     assert own.config.parallel.pp == 16
     assert own.config.parallel.ep == recipes.get("k-exaone-236b").parallel.ep
-
-
-@pytest.mark.deep
-def test_a_script_reads_what_people_read() -> None:
-    found = placed(of("k-exaone-236b"), machines("h100", 64))
-    plan = found.as_json()
-    total = sum(n for item, n in plan["memory_bytes"].items() if item != "total")
-    assert plan["memory_bytes"]["total"] == total == plan["totals"]["peak_memory_bytes"]
-    headline, search, first, second = found.as_text().splitlines()[:4]
-    total_days = plan["totals"]["days"]
-    assert headline.startswith("k-exaone-236b: 236.6 B parameters (23.7 B active), 528.5 M of multi-token "
-                               "prediction on 11 T tokens (the recipe's), 64 x 8 H100-80GB: "
-                               f"{format_days(86400 * total_days)}, ")
-    assert search.startswith("layout: fastest of ") and plan["layout_search"]["num_priced"] > 1000
-    assert first == "512 GPUs: tp 4, pp 2, vpp 4, ep 64, ZeRO-1, experts by hybridep"
-    assert second.startswith(f"memory: {total / (1 << 30):.1f} of ")
-    assert plan["totals"]["days"] == pytest.approx(sum(stage["days"] for stage in plan["stages"]))
 
 
 def test_a_search_needs_gpus_that_are_known() -> None:

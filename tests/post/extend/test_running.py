@@ -15,17 +15,15 @@ from typing import Any
 
 import pytest
 
-from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.eval.needle.suite import Cell
 from megatron_sov.eval.statistics import wilson_interval
 from megatron_sov.model.config import GateConfig, NeedleKind, PhaseConfig, RunConfig, apply_settings
 from megatron_sov.model.recipes import get
-from megatron_sov.post.extend import running, running as gate_module
+from megatron_sov.post.extend import running
 from megatron_sov.post.extend.running import (
     StageGate, asks_too_little, decide, make_needles, mean_loss, run_stages, with_needles_in_blends)
-from megatron_sov.train.data.token_shards import Source
 from megatron_sov.train.stages.evaluate import HeldoutLoss
 
 # A stage's gate: when it looks, what it takes for a pass, and what it leaves in events,
@@ -71,9 +69,9 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> Callable[..., StageGate]:
     whose losses and needles are the run's."""
 
     def made(run: Run, start_loss: float | None = 2.0, min_steps: int = 4) -> StageGate:
-        monkeypatch.setattr(gate_module, "evaluate_forward_model", lambda loaded, short: {"text": HeldoutLoss(
+        monkeypatch.setattr(running, "evaluate_forward_model", lambda loaded, short: {"text": HeldoutLoss(
             loss=run.loss, bits_per_byte=1.0, tokens=100)})
-        monkeypatch.setattr(gate_module.collectives, "all_reduce_world", lambda values: values)
+        monkeypatch.setattr(running.collectives, "all_reduce_world", lambda values: values)
         clean: Any = SimpleNamespace(fields=lambda: {"questions_found": 0})
         needles: Any = SimpleNamespace(measure=run.measure, record=run.record)
         run.gate = StageGate(SETTINGS, needles, SimpleNamespace(seq_len=64), start_loss, min_steps, clean)
@@ -119,10 +117,10 @@ def test_it_looks_and_may_pass_from_the_stages_fewest_steps_on(judged: Any, caps
 def test_a_short_context_that_got_worse_is_no_pass(judged: Any) -> None:
     run = Run()
     gate = judged(run)
-    for run.loss, passes in ((2.11, False), (math.nan, False), (2.09, True)):
+    for run.loss, passes in ((2.11, False), (math.nan, False), (1.9, True), (2.09, True)):
         steps(run, (4, 20))
-        assert gate.passed == passes
-    (event,) = [e for e in run.told if e["event"] == "gate" and e["passed"]]
+        assert gate.passed == passes == (not gate.state()["checks"][-1]["failures"])
+    (_, event) = [e for e in run.told if e["event"] == "gate" and e["passed"]]
     assert (event["start_loss"], event["losses"], event["seq_len"], event["min_steps"]) == (
         2.0, {"text": 2.09}, 64, 4)
 
@@ -131,7 +129,7 @@ def test_other_processes_take_the_loss_of_the_first_one_and_say_nothing(
         judged: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run, sent = Run(is_main=False), []
     judged(run, start_loss=None)
-    monkeypatch.setattr(gate_module.collectives, "all_reduce_world",
+    monkeypatch.setattr(running.collectives, "all_reduce_world",
                         lambda values: sent.append(values.tolist()) or values + 2.0)
     steps(run, (4, 20))
     assert sent == [[0.0]] and run.gate.passed and capsys.readouterr().out == ""
@@ -203,16 +201,7 @@ def test_every_length_and_kind_is_a_row_of_its_own() -> None:
             in verdict.lines())
 
 
-@pytest.mark.parametrize(("loss", "passes"), [(1.9, True), (2.04, True), (2.051, False), (math.nan, False)])
-def test_the_short_context_stays_within_the_tolerance(loss: float, passes: bool) -> None:
-    verdict = decide(cells(20, 20, 20, 20, 20), loss, 2.0, GATE)
-    assert verdict.passed == passes
-    assert bool(verdict.lines()) == (not passes)
-
-
 # Needles in an extension: their share in blends, their documents, and names that are taken.
-
-prepare_megatron()
 
 
 def config_of(data: Path, share: float, **blend: float) -> RunConfig:
@@ -265,13 +254,6 @@ def test_the_name_of_the_source_is_kept_for_it(token_shards: Path, tmp_path: Pat
         make_needles(config_of(data, 0.1), data)
 
 
-def made(documents: Any) -> Source:
-    return Source("needle", None, "text", {}, {"train": int(documents.lengths.sum())}, 1.0, made=documents)
-
-
-prepare_megatron()
-
-
 class Folder:
     """Stands for the folder of a stage, complete or not."""
 
@@ -286,7 +268,7 @@ class Folder:
                          [(0, [1000, 5000, 6000]), (1, [1000, 1000, 6000]), (3, [1000] * 3)])
 def test_the_first_stage_that_works_began_with_the_command_and_each_later_one_with_the_end_of_the_one_before(
         complete: int, begins_s: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    config = apply_settings(recipes.get("tiny-solar-open"), ["extend.gate.every_steps=0"])
+    config = apply_settings(get("tiny-solar-open"), ["extend.gate.every_steps=0"])
     stages = [SimpleNamespace(config=config, folder=Folder(f"stage-{i}", i < complete)) for i in range(3)]
     ran: list[tuple[str, Path, float]] = []
 
@@ -312,6 +294,6 @@ def test_the_first_stage_that_works_began_with_the_command_and_each_later_one_wi
     ("[1024]", None)])
 def test_a_gate_that_asks_less_than_its_stage_has_is_said(lengths: str, said: str | None) -> None:
     phases = 'data.phases=[{"name": "a", "seq_len": 128}, {"name": "b", "seq_len": 512}]'
-    config = apply_settings(recipes.get("tiny-solar-open"), [phases, f"needle.lengths_tokens={lengths}"])
+    config = apply_settings(get("tiny-solar-open"), [phases, f"needle.lengths_tokens={lengths}"])
     found = asks_too_little(config)
     assert found is None if said is None else said in str(found)

@@ -147,14 +147,6 @@ def test_mgpo_prefers_groups_of_which_half_is_right() -> None:
         assert ours.advantages.tolist() == theirs.advantages.tolist()
 
 
-def test_pkpo_credits_right_answers_where_they_are_rare() -> None:
-    """Of c right among n: k C(n - c, k - 1) / C(n - 1, k - 1) each, and nothing for those that are wrong."""
-    for right in range(1, 8):
-        found = parts.pass_at_k(np.array([1.0] * right + [0.0] * (8 - right)), 4)
-        each = 4 * math.comb(8 - right, 3) / math.comb(7, 3)
-        assert found.tolist() == pytest.approx([each] * right + [0.0] * (8 - right), abs=1e-12)
-
-
 def test_long_responses_are_penalised_as_in_dapo() -> None:
     policy = PolicyConfig("dapo", overlong_buffer_tokens=4096)
     lengths = np.array([1, 16384, 17408, 20480, 30000])

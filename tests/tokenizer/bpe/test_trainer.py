@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import random
-import re
 import textwrap
 import unicodedata
 from collections.abc import Callable
@@ -18,8 +17,7 @@ from hypothesis import given, strategies as st
 from tokenizers import Tokenizer, pre_tokenizers, trainers
 
 from tokenizer.bpe import trainer
-from tokenizer.bpe.merging import (
-    BEGINS_NEXT_WORD, ENDS_IN_WORD, INNER_SPACES, SIZE_BYTES, SPACES, SUPERWORD, JoinRule, LowestPieces)
+from tokenizer.bpe.merging import JoinRule, LowestPieces
 from tokenizer.bpe.segmenting import merge_of, merged
 from tokenizer.bpe.split_pattern import untrained
 from tokenizer.bpe.trainer import Merge, MergeLearner, PretokenWords
@@ -84,12 +82,6 @@ def test_few_letters_many_ties_and_overlaps(learn: Callable[..., Vocabulary],
     assert merges_of(learn(preset, 256 + 40, texts)) == brute_force(preset, 256 + 40, texts)
 
 
-def test_real_text_as_in_the_textbook(learn: Callable[..., Vocabulary],
-                                      brute_force: Callable[..., list]) -> None:
-    text = [TEXT[0][:4000], *TEXT[1:]]
-    assert merges_of(learn(SOLAR_OPEN, 700, text)) == brute_force(SOLAR_OPEN, 700, text)
-
-
 @pytest.mark.parametrize("room", [3, 50_000])
 @pytest.mark.parametrize("preset", [SOLAR_OPEN, replace(K_EXAONE, superword_pattern="")],
                          ids=lambda p: p.name)
@@ -107,15 +99,6 @@ def test_hugging_faces_trainer_gives_the_same(learn: Callable[..., Vocabulary], 
     assert [[spelled(a), spelled(b)] for a, b in found] == [list(e) for e in expected]
 
 
-def test_order_of_texts_does_not_matter(learn: Callable[..., Vocabulary]) -> None:
-    shuffled = random.Random(0).sample(TEXT, len(TEXT))
-    assert learn(SOLAR_OPEN, 400, TEXT).merges == learn(SOLAR_OPEN, 400, shuffled).merges
-
-
-def test_a_smaller_vocabulary_is_the_beginning_of_a_larger_one(learn: Callable[..., Vocabulary]) -> None:
-    assert learn(SOLAR_OPEN, 600, TEXT).merges[:100] == learn(SOLAR_OPEN, 356, TEXT).merges
-
-
 def test_counts_are_those_of_the_text() -> None:
     # "abab" five times, "ab" twice, "aaa" three times
     words = PretokenWords(np.array([0, 1, 0, 1, 0, 0, 0, 0, 1]), np.array([4, 3, 2]), np.array([5, 3, 2]))
@@ -127,11 +110,6 @@ def test_counts_beyond_32_bits() -> None:
     words = PretokenWords(np.array([0, 1, 1, 0]), np.array([2, 2]), np.array([1 << 40, (1 << 40) - 1]))
     learner = MergeLearner(words, [b"a", b"b"], ANY, 2, 9)
     assert list(learner.learn()) == [Merge(0, 1, 1 << 40), Merge(1, 0, (1 << 40) - 1)]
-
-
-def test_no_words_no_merges() -> None:
-    words = PretokenWords(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))
-    assert list(MergeLearner(words, [b"a"], ANY, 2, 9).learn()) == []
 
 
 def test_long_tokens_are_bounded(learn: Callable[..., Vocabulary]) -> None:
@@ -179,18 +157,6 @@ def test_no_more_than_a_bucket_above_the_limit_is_held() -> None:
 
 
 LETTER = rb"[A-Za-z\x80-\xff]"
-
-
-@given(st.lists(st.text(alphabet=" ab가1.", min_size=1, max_size=6).map(str.encode), min_size=1, max_size=8))
-def test_traits_are_those_of_the_bytes(tokens: list[bytes]) -> None:
-    nothing = PretokenWords(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))
-    traits = MergeLearner(nothing, tokens, JoinRule(9, 0, False, False), 2, 1)._store.traits
-    for token, row in zip(tokens, traits, strict=False):
-        assert row[SIZE_BYTES] == len(token)
-        assert row[SPACES] == token.count(b" ") and row[INNER_SPACES] == token[1:].count(b" ")
-        assert row[ENDS_IN_WORD] == bool(re.search(LETTER + rb"\Z", token))
-        assert row[BEGINS_NEXT_WORD] == bool(re.match(rb" (" + LETTER + rb"|\Z)", token))
-        assert row[SUPERWORD] == bool(re.search(LETTER + b" " + LETTER, token))
 
 
 def merges(rule: JoinRule) -> list[Merge]:
@@ -289,11 +255,6 @@ def test_solar_gives_every_text_back(solar: Tokenizer, text: str) -> None:
 def test_exaone_gives_back_the_composed_text(superwords: Tokenizer, text: str) -> None:
     assert (superwords.decode(superwords.encode(text, add_special_tokens=False).ids)
             == unicodedata.normalize("NFC", text))
-
-
-def test_a_superword_is_one_token(superwords: Tokenizer) -> None:
-    assert " of the" in [superwords.decode([i]) for i in superwords.encode("one of the birds").ids] or \
-        "one of the" in [superwords.decode([i]) for i in superwords.encode("one of the birds").ids]
 
 
 def test_decomposed_hangul_meets_composed_only_with_nfc(solar: Tokenizer, superwords: Tokenizer) -> None:

@@ -12,7 +12,6 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import new_artifact
-from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig, RunConfig
 from megatron_sov.model.config.run import with_rounds
 from megatron_sov.train.data import rounds as rounds_module
@@ -195,25 +194,3 @@ def test_a_blend_of_its_own_over_these_sources_stays(mixed: Path) -> None:
     own = {"ko-L3@64": 1.0, "en-basic/32": 2.0}
     phases = (PhaseConfig("1", blend=own), PhaseConfig("2.C"), PhaseConfig("main"))
     assert blends(run_on(mixed, phases=phases)) == {"1": own, "2.C": SHARES["2.C"], "main": {}}
-
-
-def test_what_set_says_is_not_changed(mixed: Path) -> None:
-    """A name that it gets wrong is refused where the run is planned."""
-    own = {"en-basik": 1.0}
-    config = run_on(mixed, phases=(PhaseConfig("1", blend=own), PhaseConfig("2.C", blend=own)))
-    assert blends(config, run_on(mixed)) == {"1": own, "2.C": own}
-
-
-def test_other_data_changes_nothing(mixed: Path, tmp_path: Path) -> None:
-    with new_artifact(tmp_path / "plain", "tokens") as artifact:
-        artifact.content = {"sources": [{"name": "web"}]}
-    for paths in ((), (mixed, tmp_path / "plain"), (tmp_path / "plain",), (tmp_path / "none",)):
-        config = run_on(*paths)
-        assert with_mixed_phases(config, config) == config
-
-
-def test_phases_that_cannot_be_read_are_told(tmp_path: Path) -> None:
-    with new_artifact(tmp_path / "odd", "tokens") as artifact:
-        artifact.content = {"sources": [], "phases": [{"name": "1"}]}
-    with pytest.raises(UserError, match="odd: its phases cannot"):
-        blends(run_on(tmp_path / "odd"))

@@ -18,10 +18,8 @@ from megatron_sov.model.families.adapters import adapted_modules
 from megatron_sov.model.families.count import num_params
 from megatron_sov.plan.footprint.memory import Account
 from megatron_sov.runs.obs.meters import Meter
-from megatron_sov.train import recorder
 from megatron_sov.train.data.ledger import LedgerEntry
 from megatron_sov.train.data.token_shards import Source
-from megatron_sov.train.recorder import device_name
 
 prepare_megatron()
 from megatron_sov.train.checkpointer import TrainState  # noqa: E402
@@ -49,16 +47,6 @@ def test_a_run_says_what_it_is_about_to_do(monkeypatch: pytest.MonkeyPatch) -> N
     told = banner(config, 2, Path("runs/a"), range(2, 6), ENTRIES[:1], chats,
                   memory_of(config, 2)).splitlines()
     assert told[2] == "  data       web 800 tokens with padding"
-
-
-def test_rounds_are_told_in_responses_since_nobody_knows_their_tokens() -> None:
-    config = apply_settings(recipes.get("tiny-solar-open"), ["rollout.rounds=4"])
-    told = banner(config, 1, Path("runs/a"), range(4),
-                  (LedgerEntry(0, "round-0001", 100, 2, {"rollouts": 1.0}),), [],
-                  Account(1, 1, 1, 1, 1, 1)).splitlines()
-    assert told[0].endswith("steps 1 to 4")
-    assert told[2] == "  data       4 rounds of 64 prompts, each with 8 responses"
-    assert told[3].startswith("  run        runs/a, a checkpoint at least every ")
 
 
 def test_a_run_tells_the_account_of_its_first_process() -> None:
@@ -127,12 +115,3 @@ def test_an_adapter_says_how_much_learns() -> None:
     learning = f"{format_count(learn)} of {format_count(total)} parameters learn"
     assert told[2] == (f"  adapter    of rank 4: {learning} "
                        f"({format_share(learn / total)}); `megatron-sov convert to-peft` writes it for PEFT")
-
-
-def test_a_processor_has_a_name_where_the_system_tells_none(monkeypatch: pytest.MonkeyPatch,
-                                                            tmp_path: Path) -> None:
-    monkeypatch.setattr(recorder, "CPU_INFO", tmp_path / "nowhere")
-    assert device_name()
-    (tmp_path / "cpuinfo").write_text("processor : 0\nmodel name\t: AMD EPYC 9654\nmodel name\t: other\n")
-    monkeypatch.setattr(recorder, "CPU_INFO", tmp_path / "cpuinfo")
-    assert device_name() == "AMD EPYC 9654"

@@ -87,14 +87,6 @@ def test_where_nothing_was_done_anything_may_begin(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_of_many_differences_the_first_are_told(tmp_path: Path) -> None:
-    begin(tmp_path / "out", (0, b""))
-    with pytest.raises(UserError) as raised, open_journal(tmp_path / "out", "score", {
-            **ASKED, "files": dict.fromkeys(map(str, range(100)))}):
-        raise AssertionError("it is refused")
-    assert str(raised.value).count("\n") <= 21
-
-
 @pytest.mark.parametrize("content", [b"", b"[" * 100_000, b'{"identity": 3}', b"\xff", b"null"])
 def test_a_damaged_job_file_is_none(tmp_path: Path, content: bytes) -> None:
     begin(tmp_path / "out", (0, b""))

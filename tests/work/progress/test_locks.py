@@ -226,12 +226,6 @@ def test_a_thread_shows_signs_of_life(tmp_path: Path) -> None:
     assert take(other).renew()
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises((UserError, NotADirectoryError), match="file"):
-        Claims(tmp_path / "file", 60).take("a")
-
-
 def take_all(number: int, folder: Path, log: Path, names: list[str], started: Any) -> None:
     """Take all claims at the same moment as others do, and die with them: those of the dead are free.
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from data_prep.json_lines import read_objects
-from data_prep.synth.declared.functions import refuses, run_programs
+from data_prep.synth.declared.functions import refuses
+from data_prep.synth.final_answers import run_programs
 from data_prep.synth.generator import GeneratorItem
 from data_prep.synth.known import FILES, FOLDER, generator_class
 from data_prep.synth.replies import NoReply
@@ -216,6 +217,6 @@ def test_a_program_that_had_no_processor_is_run_again(monkeypatch: pytest.Monkey
         def run(self, program: object, limits: object) -> Outcome:
             return Outcome("infrastructure", None, "", "", "the machine is too busy", 630.0, 1.0, 600.0)
 
-    monkeypatch.setattr("data_prep.synth.declared.functions._sandbox", Busy)
+    monkeypatch.setattr("data_prep.synth.final_answers._sandbox", Busy)
     with pytest.raises(NoReply, match="the machine is too busy"):
         run_programs(["```python\nprint(1)\n```"])
