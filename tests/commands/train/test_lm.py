@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,28 @@ def test_artifacts_of_two_tokenizers(capsys: Any, packed_data: Any, token_shards
     message = refused(capsys, [packed_data.text, token_shards], tmp_path / "run",
                       settings=("model.vocab_size=1024",))
     assert "was packed with tokenizer" in message and "pack all data with the same tokenizer" in message
+
+
+def test_unknown_sources(capsys: Any, packed_data: Any, tmp_path: Path) -> None:
+    text, run = [packed_data.text], tmp_path / "run"
+    blend = ('data.phases=[{"name": "main", "seq_len": 32, "blend": {"evn": 1}}]',)
+    assert "names source 'evn', which the data does not have; did you mean 'even'?" in refused(
+        capsys, text, run, settings=blend)
+
+
+def test_impossible_layouts_list_every_problem(capsys: Any, packed_data: Any, tmp_path: Path) -> None:
+    message = refused(capsys, [packed_data.text], tmp_path / "run", "--nproc", "12",
+                      settings=("parallel.tp=3", "parallel.ep=5", "parallel.pp=4"))
+    for problem in ("parallel.tp = 3 must divide model.num_heads = 4",
+                    "parallel.ep = 5 must divide model.num_experts = 4",
+                    "parallel.pp = 4 must divide model.num_layers = 2",
+                    "etp 1 x ep 5 x pp 4 = 20 must divide the number of"):
+        assert problem in message
+    message = refused(capsys, [packed_data.text], tmp_path / "run", "--nproc", "3")
+    assert ("global_batch_size = 16 (phase main) must be a multiple of train.micro_batch_size 8 x data "
+            "parallel size 3" in message)
+    assert "--nproc 0: must be at least 1" in refused(capsys, [packed_data.text], tmp_path / "run",
+                                                      "--nproc", "0")
 
 
 def test_folders_that_hold_something_else(capsys: Any, packed_data: Any, tmp_path: Path) -> None:
