@@ -107,6 +107,7 @@ def test_a_hugging_face_folder_is_scored_as_lm_eval_does(
     assert len([e for e in read_events(tmp_path / EVENTS) if e["event"] == "eval_lm"]) == 9
 
 
+@pytest.mark.deep
 def test_a_checkpoint_split_over_processes_is_too(
         task_dir: Path, imported: dict[str, Path], reference: dict[str, Any], tmp_path: Path,
         run_command: Callable[..., subprocess.CompletedProcess[str]]) -> None:
