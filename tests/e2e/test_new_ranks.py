@@ -64,19 +64,6 @@ def packed_pairs(packed_data: Any, run_command: Any, tmp_path: Path) -> str:
 
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_a_run_of_ranks_that_are_new_processes_is_that_of_forked_ones(ranks: Any, job: Any, pretrain: Any,
-                                                                      tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text(OWN)
-    own = (*SETTINGS, f"objective.name={tmp_path}/own.py:Own", "parallel.ep=2")
-    for way in ("forked", "new"):
-        ((codes,),) = ranks(job(__file__, "run_commands", 1, {
-            "commands": [pretrain(tmp_path / way, "--nproc", "2", settings=own)], "as_on_gpu": way == "new"}))
-        assert codes == [0], way
-    assert files_of(tmp_path / "forked/checkpoints/step-2") == files_of(tmp_path / "new/checkpoints/step-2")
-
-
-@pytest.mark.deep
-@pytest.mark.distributed
 @pytest.mark.parametrize("stage", ["distill", "prefer"])
 def test_ranks_that_are_new_processes_do_what_forked_ones_do(
         stage: str, ranks: Any, job: Any, pretrain: Any, packed_data: Any, run_command: Any,
