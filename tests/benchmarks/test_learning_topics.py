@@ -15,7 +15,6 @@ from lessons import (
 from loops import NUM_TIMES, Sound, WithLoops
 from topics import TOPICS, WORDINGS, TopicChats, TopicQuestions, right_answer
 from walks import WalkChats, WalkQuestions
-from written import Measured
 
 
 def test_topics_have_the_shares_that_are_planted_and_half_of_the_wordings_is_kept() -> None:
@@ -55,11 +54,6 @@ def test_loops_are_planted_and_cost_1_where_they_are_minded() -> None:
     assert [Sound(minded).score(looping).reward for minded in (False, True)] == [1, 0]
     assert Sound(True).score({"answer": "red", "response": "red red"}).reward == 1
     assert Sound(True).score({"answer": "red", "response": ""}).components == {"right": 0, "loops": 0}
-
-
-def test_a_judged_response_is_a_measurement_of_its_own() -> None:
-    row = {"prompt": "colour?", "prompt_index": 3, "sample": 1, "reward": 1.0}
-    assert Measured().do(row) == {"problem_id": "3-1", "prompt": "colour?", "num_right": 1, "num_answers": 1}
 
 
 def test_walks_end_where_they_should_and_wrong_steps_make_some_longer() -> None:
