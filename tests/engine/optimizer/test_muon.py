@@ -132,28 +132,17 @@ class Reference:
         self.adamw.step()
 
 
-def on_shards_alone(exchange: Any, read: Any, compute: Any, write: Any, dtype: Any) -> None:
-    """What a Muon does that takes every process's piece for a matrix."""
-    from megatron_sov.engine.optimizer.muon import orthogonalise
-
-    for number in range(len(exchange._places)):
-        write(number, orthogonalise(read(number), 5, (3.4445, -4.7750, 2.0315)))
-
-
-def updates(settings: list[str], seed: int, shards_alone: bool = False) -> dict[str, Any]:
+def updates(settings: list[str], seed: int) -> dict[str, Any]:
     """Do some steps on given gradients beside torch's optimizers; return how far each tensor is from
     torch's after each."""
     import torch
 
-    from megatron_sov.engine.optimizer import muon
     from megatron_sov.engine.optimizer.optimizer import Optimizer
     from megatron_sov.engine.parallel import world
 
     config, model = tiny_model("tiny-k-exaone", *SETTINGS, *settings, seed=seed)
     optimizer = Optimizer(model, config.optim, config.parallel)
     optimizer.sync_master_weights()
-    if shards_alone:
-        mock.patch.object(muon.MatrixExchange, "run", on_shards_alone).start()
     start = gathered(model, optimizer)
     full = torch.float64 if config.train.precision == "fp64" else torch.float32
     reference = Reference(start, config.optim, full)
@@ -257,6 +246,3 @@ def test_scales_are_those_of_the_papers() -> None:
             == pytest.approx(0.2))
     assert update_scale("original", 200, 50) == update_scale("spectral", 200, 50) == 2.0
     assert update_scale("original", 50, 200) == 1.0 and update_scale("spectral", 50, 200) == math.sqrt(0.25)
-
-
-# Pieces of matrices come together, are computed once, and every holder gets its piece of the result.
