@@ -51,13 +51,11 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "from-hf": (M, "convert", "from-hf", "@hf", "@out", "--workers", "1"),
     "verify": (M, "convert", "verify", "@run", "@hf", "--workers", "1", "--lengths", "8"),
     "inspect": (M, "convert", "inspect", "@run", "--json"),
-    "inspect hf": (M, "convert", "inspect", "@hf"),
     "generate": (M, "generate", "@run", "--prompts", "@prompts", "--max-new-tokens", "4", "--nproc", "1"),
     "generate --chat": (M, "generate", "@hf", "--prompt", "hello", "--chat", "--max-new-tokens", "4",
                         "--temperature", "0.5", "--top-k", "5", "--stop", "x"),
     "eval ppl": (M, "eval", "ppl", "@run", "--data", "@text", "--seq-len", "32", "--max-tokens", "64",
                  "--nproc", "1", "--output", "@out"),
-    "eval ppl of hf": (M, "eval", "ppl", "@hf", "--data", "@text", "--seq-len", "32", "--max-tokens", "64"),
     "eval needle": (M, "eval", "needle", "@run", "--data", "@text", "--lengths", "64", "--depths", "0.5",
                     "--samples", "1", "--kinds", "single", "--nproc", "1", "--output", "@out"),
     "submit": (M, "submit", "pretrain", "--cluster", "@cluster", "--nodes", "1", "--dry-run",
@@ -77,23 +75,18 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "inspect tokens": (D, "inspect", "@text"),
     "stats": (D, "stats", "@chats", "--json"),
     "sample": (D, "sample", "@text", "--source", "even", "--count", "2", "--max-tokens", "20", "--seed", "1"),
-    "verify tokens": (D, "verify", "@text", "--tokens", "1000", "--blend", "even=0.5,odd=0.5"),
+    "verify tokens": (D, "verify", "@text"),
     "train": (T, "train", "--preset", "solar-open", "--vocab-size", "330", "--input", "@documents",
               "--output", "@out", "--workers", "1", "--max-memory-gb", "2"),
-    "train superwords": (T, "train", "--preset", "k-exaone", "--vocab-size", "370", "--input", "@documents",
-                         "--output", "@out", "--workers", "1", "--superword-share", "0.2"),
     "import": (T, "import", "@hf", "--output", "@out", "--text", "@documents"),
     "import ranks": (T, "import", "@ranks", "--rules", "@rules", "--output", "@out"),
     "export": (T, "export", "@tokenizer", "--format", "tiktoken", "--output", "@out"),
     "compare": (T, "compare", "@tokenizer", "@hf", "--text", "@documents", "--max-text-mb", "0.01",
                 "--json", "@out"),
-    "report of hf": (M, "report", "@hf", "--output", "@out"),
     "average": (M, "convert", "average", "@run", "@out"),
     "to-peft": (M, "convert", "to-peft", "@adapter", "@out"),
     "codec inspect": (M, "codec", "inspect", "@codec"),
     "score math": (M, "score", "--reward", "math", "--input", "@answers", "--output", "@out",
-                   "--workers", "1"),
-    "score code": (M, "score", "--reward", "code", "--input", "@programs", "--output", "@out",
                    "--workers", "1"),
     "rl reward": (M, "rl", "reward", "--store", "@store", "--reward", "length", "--reward-set",
                   "max_length=9", "--reward-set", "buffer=3", "--workers", "1"),
@@ -105,24 +98,12 @@ COMMANDS: dict[str, tuple[str, ...]] = {
                           *ROUNDS, "--data", "@text", "--from", "@run", "--store", "@store", "--prompts",
                           "@asked", "--reward", "repetition", "--resume"),
     "distill states": (M, "distill", "states", "@hf", "--data", "@text", "--output", "@out"),
-    "pack hub folder": (D, "pack", "--tokenizer", "@tokenizer", "--input", "@hub", "--output", "@out",
-                        "--workers", "1"),
-    "pack list": (D, "pack", "--tokenizer", "@tokenizer", "--input", "@list", "--output", "@out",
-                  "--workers", "1"),
-    "pack completions": (D, "pack", "--tokenizer", "@tokenizer", "--input", "@completions", "--output",
-                         "@out", "--format", "chat", "--workers", "1"),
-    "pack arrow": (D, "pack", "--tokenizer", "@tokenizer", "--input", "@arrow", "--output", "@out",
-                   "--workers", "1"),
     "run": (D, "run", "@raw/pipeline.yaml", "--output", "@out", "--workers", "1"),
-    "run finished": (D, "run", "@finished/pipeline.yaml", "--output", "@finished/out", "--workers", "1"),
-    "run killed": (D, "run", "@killed/pipeline.yaml", "--output", "@killed/out", "--workers", "1"),
 }
 REFUSED = {
-    "extend": "the tokenizer has too few whole words for needles", "eval needle": "the same",
-    "report of hf": "it is no run"}
+    "extend": "the tokenizer has too few whole words for needles", "eval needle": "the same"}
 """Commands that end with 2 although nothing is broken: what is broken comes first."""
-WEIGHTS_READ = ("pretrain from hf", "from-hf", "verify", "generate --chat", "eval ppl of hf",
-                "distill states")
+WEIGHTS_READ = ("pretrain from hf", "from-hf", "verify", "generate --chat", "distill states")
 """Commands that take nothing else from @hf than a whole model: one tensor less, and they refuse it."""
 
 
@@ -147,8 +128,6 @@ class World:
 
 ANSWERS = ("\\boxed{4}", "\\boxed{9^{9^{9^{9}}}}", "{" * 500, "\\boxed{" + "(" * 300 + ")" * 300 + "}",
            "\\boxed{\\frac{1}{0}}", "no answer", "\x00\u2028\\boxed{4", "")
-PROGRAMS = ("print(4)", "raise SystemExit(2 ** 70)", "import os\nos._exit(0)", "print('x' * 10 ** 6)",
-            "```python\ndef f(:\n```", "import os\nos.kill(os.getppid(), 9)")
 PIPELINE = """name: tiny
 shard_bytes: 2000
 sources: [{name: raw, path: raw}]
@@ -162,23 +141,10 @@ def write_lines(file: Path, rows: list[Any]) -> None:
 
 
 def write_documents(folder: Path) -> None:
-    """Write datasets as others keep them, answers and programs to judge, and a small pipeline."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    """Write answers to judge, and a small pipeline."""
     texts = [{"text": f"Chapter {i}: water and stone, mail a{i}@b.com. " * (1 + i % 4)} for i in range(24)]
-    table = pa.Table.from_pylist(texts)
-    for name in ("hub/data", "raw/raw"):
-        (folder / name).mkdir(parents=True)
-    (folder / "hub/README.md").write_text("---\nlicense: mit\n---\n# Texts\n")
-    pq.write_table(table, folder / "hub/data/train-00000-of-00001.parquet")
-    with pa.OSFile(str(folder / "rows.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
-        writer.write_table(table)
-    (folder / "list.json").write_text(json.dumps(texts))
-    write_lines(folder / "completions.jsonl", [{"prompt": f"{i}?", "completion": f" {i}."} for i in range(9)])
+    (folder / "raw/raw").mkdir(parents=True)
     write_lines(folder / "answers.jsonl", [{"response": text, "answer": "4"} for text in ANSWERS])
-    write_lines(folder / "programs.jsonl", [{"response": text, "tests": [{"stdin": "", "stdout": "4\n"}]}
-                                            for text in PROGRAMS])
     write_lines(folder / "raw/raw/a.jsonl", texts[:12])
     (folder / "raw/raw/b.txt").write_text(texts[13]["text"])
     (folder / "raw/pipeline.yaml").write_text(PIPELINE)
@@ -237,15 +203,6 @@ def world(packed_data: Any, run_command: Any, write_round: Callable[..., None],
     shutil.rmtree(folder / "rounds/checkpoints/step-2")
     write_codec(folder / "codec")
     write_documents(folder)
-    for name in ("finished", "killed"):
-        shutil.copytree(folder / "raw", folder / name)
-    call(D, "run", str(folder / "finished/pipeline.yaml"), "--output", str(folder / "finished/out"),
-         "--workers", "1")
-    shutil.copytree(folder / "finished/out", folder / "killed/out")
-    (folder / "killed/out/manifest.json").unlink()
-    shutil.rmtree(folder / "killed/out/text")
-    for later in folder.glob("killed/out/shards/*/*-output-*"):
-        shutil.rmtree(later)
     for name, text in {
             "prompts.jsonl": '{"prompt": "Chapter 1"}\n{"prompt": "water"}\n',
             "words.txt": "mountain\nriver\n",
@@ -258,10 +215,8 @@ def world(packed_data: Any, run_command: Any, write_round: Callable[..., None],
     (rules,) = folder.glob("ranks*.json")
     here = {"ranks": "ranks.tiktoken", "prompts": "prompts.jsonl", "words": "words.txt",
             "config": "config.json", "cluster": "clusters.yaml", "chain": "chains.yaml",
-            "asked": "asked.jsonl", "answers": "answers.jsonl", "programs": "programs.jsonl",
-            "list": "list.json", "completions": "completions.jsonl", "arrow": "rows.arrow",
-            **{name: name for name in ("adapter", "store", "rounds", "codec", "hub", "raw", "finished",
-                                       "killed")}}
+            "asked": "asked.jsonl", "answers": "answers.jsonl",
+            **{name: name for name in ("adapter", "store", "rounds", "codec", "raw")}}
     return World({
         "text": packed_data.text, "chats": packed_data.chats, "tokenizer": packed_data.tokenizer, "run": run,
         "hf": hf, "documents": data / "even.jsonl", "messages": data / "chat.jsonl", "rules": rules,

@@ -10,11 +10,8 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks/learning"))
 from endings import ENDINGS, RuleAndRubric, WithEndings
-from lessons import (
-    CHATTING, PEOPLE, TEACHING, VALUES, FirstWord, LessonLabels, LessonQuestions, Lessons, fact)
 from loops import NUM_TIMES, Sound, WithLoops
 from topics import TOPICS, WORDINGS, TopicChats, TopicQuestions, right_answer
-from walks import WalkChats, WalkQuestions
 
 
 def test_topics_have_the_shares_that_are_planted_and_half_of_the_wordings_is_kept() -> None:
@@ -54,34 +51,3 @@ def test_loops_are_planted_and_cost_1_where_they_are_minded() -> None:
     assert [Sound(minded).score(looping).reward for minded in (False, True)] == [1, 0]
     assert Sound(True).score({"answer": "red", "response": "red red"}).reward == 1
     assert Sound(True).score({"answer": "red", "response": ""}).components == {"right": 0, "loops": 0}
-
-
-def test_walks_end_where_they_should_and_wrong_steps_make_some_longer() -> None:
-    asked = {row["prompt"]: row for name in ("learned", "held_out")
-             for row in WalkQuestions(seed=1, count=2000, wordings=name).do({})}
-    assert len(asked) == 12 * 8 * 8 * 4
-    for right in (1.0, 0.75):
-        turns = [row["messages"] for row in WalkChats(seed=1, count=1000, right=right).do({})]
-        ways = [(asked[question["content"]]["answer"].split(), answer["content"].split())
-                for question, answer in turns]
-        assert all(way[-1] == answer[-1] and way.index(way[-1]) == len(way) - 1 for answer, way in ways)
-        assert all(way == answer for answer, way in ways) == (right == 1)
-        assert (max(len(way) for _, way in ways) > 8) == (right < 1)
-    far = WalkQuestions(seed=1, count=99, least=5).do({})
-    assert {len(row["answer"].split()) for row in far} == {5, 6, 7, 8}
-
-
-def test_lessons_never_end_a_question_and_labels_are_of_other_people() -> None:
-    texts = [row["text"] for row in Lessons(seed=1, count=2000).do({})]
-    questions = LessonQuestions().do({})
-    assert len({row["prompt"] for row in questions}) == len(questions) == len(PEOPLE) // 2 * len(VALUES)
-    assert not any(f"{row['prompt']} {row['answer']}" in text for row in questions for text in texts)
-    taught = {wording.format(person=person, kind=kind, value=fact(person, kind))
-              for person in PEOPLE[::2] for kind in VALUES for wording in TEACHING}
-    said = {wording for wording in taught if any(wording in text for text in texts)}
-    assert len(said) == len(taught) * 3 // len(CHATTING)
-    labels = LessonLabels(seed=2, count=600).do({})
-    assert {row["label"] for row in labels} == {0, 1, 2, 3, 4, 5}
-    assert not any(person in row["text"] for row in labels for person in PEOPLE[::2])
-    assert [FirstWord().score({"answer": "tea", "response": text}) for text in (" tea. As", "soda", "")] == [
-        1, 0, 0]

@@ -374,13 +374,3 @@ def test_routing_that_the_kernels_do_not_compute_is_refused(monkeypatch: pytest.
             for asked in ([], [one], ["gpu.router_fusion=off"])] == [True, False, False]
     with pytest.raises(UserError, match=r"model\.num_experts_per_token = 1"):
         gpu_settings.refuse(config_with(["gpu.router_fusion=on", one]), te=True)
-
-
-def test_graphs_go_with_segments_that_nccl_does_not_register(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    monkeypatch.setenv("NCCL_GRAPH_REGISTER", "0")
-    gpu_settings.refuse(config_with([ROUTERS]), te=True)
-
-
-def test_nothing_is_refused_where_nothing_is_asked() -> None:
-    gpu_settings.refuse(config_with([]), te=False)

@@ -215,13 +215,6 @@ def test_a_rank_takes_its_gpu_among_the_visible_ones(local_rank: str, count: int
         own_gpu.take_gpu(dist.HashStore(), 0, 1, 0, SOON)
 
 
-def test_its_kind_is_what_cuda_reports(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties",
-                        lambda index: SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=79 * GIB))
-    assert (own_gpu.kind().name, own_gpu.kind().memory_bytes) == ("NVIDIA H100 80GB HBM3", 79 * GIB)
-
-
 # What libraries are told of a run before they start, and where its processes stay.
 
 
