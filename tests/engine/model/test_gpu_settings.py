@@ -192,14 +192,6 @@ def test_without_transformer_engine_auto_is_off_and_the_library_builds_its_confi
     assert not any(fields(config_with(everything), te=False)[fusion.field] for fusion in FUSIONS)
 
 
-def test_with_transformer_engine_auto_is_on_where_model_and_layout_can() -> None:
-    found = fields(config_with([]), te=True)
-    assert [f.setting for f in FUSIONS if not found[f.field]] == ["router_fusion"], "its kernels are not here"
-    yarn = 'model.yarn={"factor": 4.0, "original_max_position_tokens": 512}'
-    assert fields(config_with([yarn]), te=True)["apply_rope_fusion"], "its factor is in the softmax"
-    assert not fields(config_with(["parallel.cp=2"]), te=True)["apply_rope_fusion"]
-
-
 def test_kernels_of_linear_attention_serve_where_they_import_and_bits_need_not_repeat(
         monkeypatch: pytest.MonkeyPatch) -> None:
     def serve(*changes: str, te: bool = True) -> bool:

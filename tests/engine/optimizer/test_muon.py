@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from megatron_sov.engine.optimizer.muon import Matrix, orthogonalise, parts, update_scale
+from megatron_sov.engine.optimizer.muon import orthogonalise, update_scale
 from tests.tiny import tiny_model
 
 STEPS, LR = 3, 0.02
@@ -209,23 +208,6 @@ def test_every_matrix_moves_as_torchs_muon_moves_it_and_all_else_as_its_adamw(
 
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-CONFIG = SimpleNamespace(num_attention_heads=4, num_query_groups=2, kv_channels=3, gated_linear_unit=True)
-
-
-def test_a_fused_qkv_is_three_matrices_with_interleaved_rows() -> None:
-    found = parts(Matrix("decoder.layers.0.self_attention.linear_qkv.weight", (), 24, 5), CONFIG)
-    # two groups of: two query heads, a key head, a value head, three rows each
-    assert [rows.tolist() for rows in found] == [[0, 1, 2, 3, 4, 5, 12, 13, 14, 15, 16, 17],
-                                                 [6, 7, 8, 18, 19, 20], [9, 10, 11, 21, 22, 23]]
-
-
-def test_gate_and_up_are_two_matrices_and_others_one() -> None:
-    expert = Matrix("decoder.layers.2.mlp.experts.experts.linear_fc1.weight", (3,), 6, 5)
-    assert [rows.tolist() for rows in parts(expert, CONFIG)] == [[0, 1, 2], [3, 4, 5]]
-    plain = SimpleNamespace(**{**vars(CONFIG), "gated_linear_unit": False})
-    assert [rows.tolist() for rows in parts(expert, plain)] == [list(range(6))]
-    assert ([rows.tolist() for rows in parts(Matrix("decoder.layers.2.mlp.router.weight", (), 4, 9), CONFIG)]
-            == [[0, 1, 2, 3]])
 
 
 @pytest.mark.parametrize("shape", [(12, 40), (40, 12), (16, 16)])
