@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.te_double import contract
-from tests.te_double.library_shapes import CONTRACT, Sources, deprecation, described, differences, is_same
+from tests.te_double.library_shapes import CONTRACT, Sources, deprecation, described, is_same
 
 TE_RUN = str(Path(__file__).with_name("te_run.py"))
 THEIRS = json.loads(CONTRACT.read_text())
@@ -142,13 +142,3 @@ def test_nothing_deprecated_of_the_library_is_subclassed_or_called() -> None:
     found = {name: mark for name in sorted(names) if (mark := deprecation(sources, name))}
     assert not found, "the library will remove them: use what it names in their place"
     assert GPT_MODEL not in names and deprecation(sources, GPT_MODEL).startswith("GPTModel IS DEPRECATED")
-
-
-def test_an_older_deep_ep_is_told_from_today_s(tmp_path: Path) -> None:
-    """Version 2 keeps the events in another file, which megatron-core does not look into."""
-    (tmp_path / "deep_ep/utils").mkdir(parents=True)
-    (tmp_path / "deep_ep/__init__.py").write_text("")
-    (tmp_path / "deep_ep/utils/__init__.py").write_text("from .event import EventHandle\n")
-    (tmp_path / "deep_ep/utils/event.py").write_text("class EventHandle: ...\n")
-    symbols = {name: shape for name, shape in THEIRS[contract.DEEP_EP]["symbols"].items() if "utils" in name}
-    assert "deep_ep.utils.EventOverlap is gone" in list(differences(symbols, Sources(tmp_path)))
