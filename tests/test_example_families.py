@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -152,12 +151,6 @@ def test_full_size_tensors_are_those_of_transformers(family: str) -> None:
     assert {name: value for name, value in ours.items() if not of_prediction(name, model)} == theirs
 
 
-def test_a_recipe_is_shown_with_its_family(capsys: pytest.CaptureFixture[str]) -> None:
-    for family, (name, *_) in RECIPES.items():
-        assert main(["recipes", f"{FILES[family]}:{name}"]) == 0
-        assert family in capsys.readouterr().out
-
-
 def test_names_that_transformers_gives_dense_layers_are_read_too(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
@@ -206,9 +199,3 @@ def test_a_folder_of_a_family_that_is_not_built_in_is_refused_with_what_to_use(
         told = capsys.readouterr().err
         assert f"model family '{family}': is not supported" in told and instead in told
         assert not (tmp_path / "out").exists()
-
-
-def test_headers_are_commands(tmp_path: Path) -> None:
-    for file in FILES.values():
-        header = HEADER.match(file.read_text())
-        assert header and shlex.split(header[1])[:2] == ["convert", "from-hf"]

@@ -205,7 +205,6 @@ def world(packed_data: Any, run_command: Any, write_round: Callable[..., None],
     write_documents(folder)
     for name, text in {
             "prompts.jsonl": '{"prompt": "Chapter 1"}\n{"prompt": "water"}\n',
-            "words.txt": "mountain\nriver\n",
             "config.json": (run / "config.json").read_text()}.items():
         (folder / name).write_text(text)
     for kind, name in (("clusters", "local"), ("chains", "tiny-solar-open")):
@@ -213,7 +212,7 @@ def world(packed_data: Any, run_command: Any, write_round: Callable[..., None],
         (folder / f"{kind}.yaml").write_text(text.replace("$WORK", str(folder)))
     data = packed_data.text.parent
     (rules,) = folder.glob("ranks*.json")
-    here = {"ranks": "ranks.tiktoken", "prompts": "prompts.jsonl", "words": "words.txt",
+    here = {"ranks": "ranks.tiktoken", "prompts": "prompts.jsonl",
             "config": "config.json", "cluster": "clusters.yaml", "chain": "chains.yaml",
             "asked": "asked.jsonl", "answers": "answers.jsonl",
             **{name: name for name in ("adapter", "store", "rounds", "codec", "raw")}}

@@ -160,17 +160,6 @@ def write_part(folder: Path, code: str) -> None:
         f"exec(compile(open({str(GPU / 'first_contact.py')!r}).read(), __file__, 'exec'))")
 
 
-@pytest.mark.deep
-def test_a_part_that_fails_is_told(tmp_path: Path) -> None:
-    assert started(tmp_path, "--parts", "fp9").returncode == 2
-    write_part(tmp_path, "import transformer_engine  # the double\nfrom setting import Failed\n"
-                         "def measure(setting):\n    yield 'found', 1\n    raise Failed('no')\n")
-    subprocess.run([sys.executable, tmp_path / "first_contact.py", "--out", tmp_path, "--dry",
-                    "--in-process", "fp8"], check=True)
-    found = json.loads((tmp_path / "fp8.json").read_text())
-    assert (found["status"], found["problem"], found["figures"]) == ("FAIL", "no", {"found": 1})
-
-
 ENDLESS = ("import subprocess, time\ndef measure(setting):\n"
            "    yield 'child', subprocess.Popen(['sleep', '1000']).pid\n    time.sleep(1000)\n")
 
