@@ -12,6 +12,7 @@ from data_prep.cli import build_parser as sov_data
 from megatron_sov import cli, recipes
 from megatron_sov.base.command_line import Parser
 from megatron_sov.base.settings import find_inert, options_of
+from megatron_sov.commands import COMMANDS
 from megatron_sov.judge.rewards.surface import Format
 from megatron_sov.model.config import apply_settings
 from tokenizer.cli import build_parser as sov_tokenizer
@@ -66,7 +67,8 @@ def test_every_command_is_one_that_its_program_knows(tmp_path: Path, sources: li
         program, name, *rest = stage.command
         if program == "megatron-sov":
             parser = Parser()
-            cli._command(name, rest)[0].add_arguments(parser)
+            command, rest = cli.named([name, *rest])
+            COMMANDS[command].load().add_arguments(parser)
             args = options_of(parser.parse_args(rest))
             if hasattr(args, "recipe"):
                 config = apply_settings(recipes.get(args.recipe), args.settings)
