@@ -30,7 +30,6 @@ from megatron_sov.work.clusters.chips import Gpu
 
 prepare_megatron()
 from megatron_sov.engine.parallel.launcher import Restarts  # noqa: E402
-from megatron_sov.train.guards.fault_injection import parse  # noqa: E402
 from megatron_sov.train.objectives.data_objective import LanguageModelling  # noqa: E402
 from megatron_sov.train.stages import stage as stage_module  # noqa: E402
 from megatron_sov.train.stages.gate import EndVerdict  # noqa: E402
@@ -241,23 +240,6 @@ def test_under_a_launcher_ranks_leave_in_peace_and_the_first_says_why(
     assert capsys.readouterr().err == said.format(run=ready.folder.path)
 
 
-def test_faults_on_purpose_that_never_came_are_named_at_the_end(
-        stage: Callable[..., Stage], launcher: Launcher, capsys: pytest.CaptureFixture[str]) -> None:
-    faults = parse(["nan@step=2,kill@step=9"], 1)
-    ready = stage(faults=faults)
-
-    def completes(main: Callable[[], int], restarts: Restarts) -> int:
-        open_run(ready)
-        stage_module.Faults(faults, ready.folder.path, 0).loss_factor(2)
-        ready.folder.complete({"step": 4})
-        return 0
-
-    launcher.does = completes
-    assert run_stage(ready, 1)
-    assert [line for line in capsys.readouterr().err.splitlines() if "never came" in line] == [
-        f"warning: --inject {faults[1].name}: never came"]
-
-
 def with_views_and_skips(data: Path) -> RunConfig:
     phases = 'data.phases=[{"name": "main", "seq_len": 32, "blend": {"even": 1, "even/16": 1}}]'
     return apply_settings(recipes.get("tiny-solar-open"), [
@@ -271,36 +253,6 @@ def test_data_is_opened_and_planned_with_its_views(packed_data: Any) -> None:
     expected = with_views(settings, open_sources(settings.data.paths, 368))
     assert [s.name for s in data.sources] == [s.name for s in expected] == ["even", "odd", "even/16"]
     assert data.planned == plan(settings, expected) and [e.skip for e in data.planned] == [False, True, False]
-
-
-def test_what_a_command_has_opened_is_not_opened_again(packed_data: Any,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = with_views_and_skips(packed_data.text)
-    opened = tuple(open_sources(settings.data.paths, 368))
-    monkeypatch.setattr(stage_module, "open_sources", None)
-    extra = opened[0].__class__("made", None, False, {}, {"train": 9}, 0.0)
-    data = stage_module._open_data(Stage(settings, RunFolder(Path("run")), LanguageModelling, sources=opened,
-                                         extra_sources=(extra,)))
-    assert [s.name for s in data.sources] == ["even", "odd", "even/16", "made"]
-    assert data.sources[0] is opened[0] and data.sources[-1] is extra
-
-
-def test_ranks_that_end_before_the_run_has_begun_are_started_again(
-        stage: Callable[..., Stage], launcher: Launcher, capsys: pytest.CaptureFixture[str]) -> None:
-    """Such as those that find no room for the model: there is no folder to write into yet."""
-
-    def fails(main: Callable[[], int], restarts: Restarts) -> int:
-        restarts.note(1, "rank 0 ended with exit code 1")
-        restarts.give_up(1, "rank 0 ended with exit code 1")
-        return 1
-
-    launcher.does = fails
-    made = stage()
-    with pytest.raises(SystemExit):
-        run_stage(made, 2)
-    said = capsys.readouterr().err
-    assert "all processes are started again, from the beginning" in said and "Traceback" not in said
-    assert not made.folder.path.exists()
 
 
 def test_what_was_checked_is_checked_again_under_the_lock(stage: Callable[..., Stage]) -> None:
