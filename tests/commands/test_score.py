@@ -151,12 +151,6 @@ def test_a_pipe_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "is no regular file, and it is read more than once" in capsys.readouterr().err
 
 
-def test_half_of_a_surrogate_pair_travels_on() -> None:
-    write([{"response": "a \ud800"}])
-    assert score("--set", "language=en") == 0
-    assert read()[0]["response"] == "a \ud800"
-
-
 OWN_REWARD = '''
 import os, pathlib, signal, time
 
