@@ -10,8 +10,7 @@ import pytest
 
 from data_prep import demo_corpus
 from data_prep.cli import main
-from data_prep.demo_corpus import (
-    CorpusUnavailable, clean, docstrings, documentation, select)
+from data_prep.demo_corpus import CorpusUnavailable, clean, docstrings, documentation, select
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.documents import list_files, read_documents
 

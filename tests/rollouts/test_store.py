@@ -8,9 +8,7 @@ import json
 import math
 import multiprocessing
 import os
-import resource
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -273,32 +271,6 @@ def test_of_many_writers_of_one_name_one_stays_whole(tmp_path: Path) -> None:
     assert [part.piece for part in store.parts()] == list(range(6))
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
     assert len(list((tmp_path / "store/rollouts").iterdir())) == 6
-
-
-def fill_the_disk(number: int, path: Path) -> None:
-    """Publish what is larger than a file may be."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
-    row = long_rollout(20_000, -np.random.default_rng(0).random(20_000, np.float32))
-    with pytest.raises(UserError, match=rf"{NAME}: larger than the limit on file sizes.*the same command"):
-        RolloutStore.open(path).add_rollouts(NAME, [row], {})
-
-
-def die(number: int, path: Path) -> None:
-    """Be killed behind the last byte and before the rename."""
-    os.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
-    RolloutStore.open(path).add_rollouts(NAME, [rollout()], {})
-
-
-@pytest.mark.parametrize("work, code", [(fill_the_disk, 0), (die, -signal.SIGKILL)])
-def test_a_writer_that_fails_leaves_no_part(work: Callable[..., None], code: int,
-                                            store: RolloutStore) -> None:
-    assert in_processes(1, work, store.path) == [code]
-    assert not store.has(NAME) and store.parts() == []
-    if not code:
-        assert list((store.path / "rollouts").iterdir()) == []
-    store.add_rollouts(NAME, [rollout()], {})
-    assert len(store.read_rollouts(NAME)) == 1
 
 
 def foreign(store: RolloutStore, table: pa.Table, dictionary: bool = False) -> None:

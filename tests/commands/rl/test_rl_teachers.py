@@ -72,11 +72,6 @@ def events(run: Path, name: str) -> list[dict[str, Any]]:
     return [event for event in read_events(run / "events.jsonl") if event["event"] == name]
 
 
-def losses(run: Path) -> list[tuple[float, float]]:
-    """Return loss and gradient norm of each step; a killed run may have done one twice."""
-    return list({e["step"]: (e["loss"], e["grad_norm"]) for e in events(run, "step")}.values())
-
-
 def column(run: Path, number: int = 1) -> np.ndarray:
     count = sum(len(ids) for ids, _ in documents(run, number))
     return np.fromfile(run / f"rounds/{number:04d}.teacher_logprobs.f32", np.float32, count)

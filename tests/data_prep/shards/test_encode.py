@@ -15,8 +15,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from data_prep.cli import main as sov_data
-from data_prep.shards.encode import (
-    EncodedBatch, Encoder, EncodingSettings, FastBpe, load_fast)
+from data_prep.shards.encode import EncodedBatch, Encoder, EncodingSettings, FastBpe, load_fast
 from megatron_sov.base.documents import (
     BadRecord, Conversation, Document, Message, RecordReading, read_documents)
 from megatron_sov.base.errors import UserError

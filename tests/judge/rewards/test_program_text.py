@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 
 from megatron_sov.judge.rewards.program_text import (
-    find_definitions, find_entry_points, iter_blocks, parse_python, program_in)
+    find_definitions, find_entry_points, parse_python, program_in)
 
 P = "print(5)\n"
 F = "def f(x):\n    return x + 1\n"
@@ -86,25 +84,6 @@ def test_the_text_of_a_response_without_a_block_is_the_program() -> None:
     ids=range(10))
 def test_long_lines_take_linear_time(response: str) -> None:
     assert isinstance(program_in(response, ("f",)), str)
-
-
-def test_blocks_are_those_of_a_reference_for_plain_fences() -> None:
-    """Random blocks of words, written with fences longer than any inside, come back as they were."""
-    drawn = random.Random(1)
-    for _ in range(200):
-        blocks, text = [], ""
-        for _ in range(drawn.randrange(4)):
-            inside = "\n".join(drawn.choice(["x = 1", "    y", "```", "~~~", "``", "", "    ```"])
-                               for _ in range(drawn.randrange(1, 5)))
-            if not inside.strip():
-                continue
-            fence = drawn.choice("`~") * 4
-            language = drawn.choice(["python", "", "c"])
-            text += f"{drawn.choice(['', 'So:'])}\n{fence}{language}\n{inside}\n{fence}\n"
-            blocks.append((language, inside.rstrip()))
-        found = [(language, block.rstrip()) for language, block in iter_blocks(text)]
-        assert [language for language, _ in found] == [language for language, _ in blocks]
-        assert [b.split() for _, b in found] == [b.split() for _, b in blocks]
 
 
 def test_definitions_stand_at_the_top() -> None:

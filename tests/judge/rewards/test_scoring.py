@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from multiprocessing import forkserver
 from pathlib import Path
 from unittest.mock import Mock
@@ -20,7 +19,7 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards import scoring as room
 from megatron_sov.judge.rewards.registry import make, order
-from megatron_sov.judge.rewards.scoring import BATCH_ROWS, ProcessRunner, score_file, whole_batches
+from megatron_sov.judge.rewards.scoring import BATCH_ROWS, ProcessRunner, score_file
 from megatron_sov.work.processes import workers
 from megatron_sov.work.processes.channel import send
 from megatron_sov.work.processes.children import forget_other_variables
@@ -263,15 +262,3 @@ def test_a_part_of_a_composition_and_a_file_are_judged_in_whole_groups(tmp_path:
         rewards = [json.loads(line)["reward"] for line in written]
         assert rewards == [1.0] * (BATCH_ROWS - 1) + [0.0, 0.0, 1.0]
         (tmp_path / "out.jsonl").unlink()
-
-
-@pytest.mark.parametrize("sizes", [[1] * 300, [3] * 100, [128, 1], [127, 2, 5], [129], [400, 1], [64] * 3])
-def test_batches_end_with_groups(sizes: list[int]) -> None:
-    items = [i for i, size in enumerate(sizes) for _ in range(size)]
-    batches = list(whole_batches(items, str))
-    assert [item for batch in batches for item in batch] == items
-    assert all(batch[-1] != other[0] for batch, other in pairwise(batches))
-    assert all(len(batch) >= BATCH_ROWS for batch in batches[:-1])
-    assert all(len(batch) <= BATCH_ROWS + max(sizes) for batch in batches)
-    alone = list(whole_batches(items, lambda item: ""))
-    assert {len(batch) for batch in alone[:-1]} <= {BATCH_ROWS}

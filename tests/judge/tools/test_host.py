@@ -38,15 +38,6 @@ def test_a_call_that_fails_is_named_and_changes_nothing(host: EnvironmentHost, h
     assert host.call(ToolCall("add", {})).text == "2"
 
 
-def test_a_tool_that_never_returns_is_ended(host: EnvironmentHost) -> None:
-    with EnvironmentHost(order(f"{FILE}:Hostile", {}), EpisodeLimits(call_timeout_s=0.5)) as short:
-        short.reset(TASK)
-        short.call(ToolCall("add", {}))
-        assert short.call(ToolCall("misbehave", {"how": "hang"})).fault == "timeout"
-        assert json.loads(short.state) == {"count": 1}
-        assert short.score("").reward == 1
-
-
 def test_a_result_is_cut_to_the_limit_and_says_so(host: EnvironmentHost) -> None:
     host.reset(TASK)
     found = host.call(ToolCall("misbehave", {"how": "megabytes"}))
@@ -74,15 +65,6 @@ def test_a_score_that_is_no_number_is_a_failure_and_never_0(host: EnvironmentHos
     host.reset(TASK)
     result = host.score(answer)
     assert (result.reward, result.status) == (None, "failed") and result.reason
-
-
-def test_an_episode_goes_on_from_a_state_in_another_process(host: EnvironmentHost) -> None:
-    host.reset(TASK)
-    host.call(ToolCall("add", {}))
-    state = host.state
-    host.reset(TASK)
-    host.resume(TASK, state)
-    assert host.call(ToolCall("add", {})).text == "2"
 
 
 def test_a_task_that_is_none_is_named(host: EnvironmentHost) -> None:

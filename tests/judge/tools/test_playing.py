@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import TurnEncoder
 from megatron_sov.judge.tools.environment import EpisodeLimits
 from megatron_sov.judge.tools.episode import Episode, GeneratedTurn, lines_in, row_of
@@ -163,8 +162,3 @@ def test_an_episode_ends_at_its_limits(tmp_path: Path) -> None:
         assert whole.ids[:len(episode.ids)] == episode.ids
         assert episode.num_response_tokens <= limit and episode.result is not None
         assert episode.result.reward == (2 if end == "tokens" else 1)
-
-
-def test_a_prompt_beyond_its_limit_is_named_before_a_model_is_asked(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"task 1: its question and tools .*max_prompt_tokens 9"):
-        scripted(tmp_path, [], EpisodeLimits(max_prompt_tokens=9))

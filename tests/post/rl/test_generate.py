@@ -3,26 +3,21 @@ says which policy wrote it, whatever comes in between."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.infer.request import Batching, Bounds, Generated, Sampling, StopRule, Tokens
-from megatron_sov.judge.rewards.reward import Result
+from megatron_sov.infer.request import Bounds, Generated, Sampling, StopRule, Tokens
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.generate import Missing, PieceQueue, SampleAttempt, write_rounds
 from megatron_sov.post.rl.responses import ResponseSource, key_digest
-from megatron_sov.rollouts.prompts import (
-    PromptList, PromptPiece, read_prompts, round_pieces, round_prompts, set_aside)
+from megatron_sov.rollouts.prompts import PromptList, PromptPiece, read_prompts, round_pieces, round_prompts
 from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Rollout, later
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.rounds import Policy
@@ -410,37 +405,3 @@ def test_an_empty_prompt_is_named(tmp_path: Path, prompts: PromptList) -> None:
     with pytest.raises(UserError, match=r"--prompts: line \d+"):
         job.run()
     assert job.missing.take(), "the claim was given back"
-
-
-def test_a_run_that_writes_by_itself_stops_behind_a_piece_and_goes_on(
-        tmp_path: Path, prompts: PromptList, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_sov.post.rl import feed
-
-    @contextlib.contextmanager
-    def judging() -> Iterator[Callable[[Sequence[Rollout]], list[Result]]]:
-        yield lambda rows: [Result(1.0, "scored") for _ in rows]
-
-    advanced: list[int] = []
-    engine: Any = Counting()
-    engine.update = lambda weights, version: None
-    monkeypatch.setattr(feed, "MegatronEngine", lambda model, batching: engine)
-    monkeypatch.setattr(feed, "on_main", lambda world, action: action())
-    view: Any = SimpleNamespace(world=SimpleNamespace(is_main=True), policy=None, step=0,
-                                checkpointer=SimpleNamespace(advance=lambda: advanced.append(1)),
-                                events=SimpleNamespace(write=lambda *_, **__: None))
-    rollout = replace(ROLLOUT, deadline_s=0.0)
-    writer = ResponseSource(Numbers(), rollout, "counting", False, {})  # type: ignore[arg-type]
-    producer = feed.Producer(
-        partial(RolloutStore.create, tmp_path / "store", "sha256:0", 1000), prompts,
-        set_aside(prompts, {}, 1), rollout,
-        tmp_path / "run", writer, Batching(), "v1", judging, {})
-    store = producer.store()
-    producer.produce(view, 1, policy(0), lambda: bool(store.parts()))
-    assert (len(store.parts()), len(store.parts(version="v1"))) == (1, 0)
-    producer.produce(view, 1, policy(0), lambda: bool(store.parts(version="v1")))
-    assert (len(store.parts()), len(store.parts(version="v1"))) == (2, 1)
-    assert set(producer.produce(view, 1, policy(0), lambda: False)) == {"write_s", "judge_s"}
-    assert len(store.parts(version="v1")) == 2
-    assert len(advanced) == 5, "a checkpoint goes on behind each piece and each part that is judged"
-    check_whole(store, prompts, (1,))
-    producer.close()

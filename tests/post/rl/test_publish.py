@@ -132,30 +132,6 @@ def test_a_round_is_the_same_documents_in_however_many_shards(
                     == two.documents.column(name, i, 1, count - 1).tobytes())
 
 
-def test_a_publication_that_ends_in_its_middle_leaves_nothing(
-        publisher: Publisher, write_round: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(publisher, write_round)
-    monkeypatch.setattr(round_files, "SHARD_TOKENS", 1)
-
-    def full(self: Any, folder: Path, shard: Any) -> Any:
-        if shard.prefix.endswith("1"):
-            raise UserError("no space left")
-        return whole(self, folder, shard)
-
-    whole = round_files.ShardWriter.write
-    with monkeypatch.context() as patch:
-        patch.setattr(round_files.ShardWriter, "write", full)
-        with pytest.raises(UserError, match="no space left"):
-            publisher.publish(1)
-    assert not list(publisher.rounds.iterdir())
-    killed = publisher.rounds / ".0001.tmp-4194305/rollouts"  # of a number that no process has
-    killed.mkdir(parents=True)
-    (killed / "train-00000.bin").write_bytes(b"half")
-    assert publisher.publish(1) == ""
-    assert [f.name for f in publisher.rounds.iterdir()] == ["0001"] and check(publisher.rounds / "0001") == (
-        [], [])
-
-
 def test_rounds_that_no_resume_needs_are_manifests_alone(publisher: Publisher, write_round: Any) -> None:
     rollout = dataclasses.replace(ROLLOUT, rounds=5, keep_rounds=1)
     publisher = dataclasses.replace(publisher, config=dataclasses.replace(publisher.config, rollout=rollout))

@@ -13,8 +13,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.engine.parallel import launcher
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.recipes.requested import training_request
-from megatron_sov.train.stages.stage_config import (
-    StageOptions, find_start, parse_stage, stage_request)
+from megatron_sov.train.stages.stage_config import StageOptions, find_start, parse_stage, stage_request
 from tests.packing import Packed
 from tests.typed_words import typed
 

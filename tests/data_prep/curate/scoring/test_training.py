@@ -11,8 +11,7 @@ from scipy.sparse import csr_matrix
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from data_prep.curate.scoring.ngram_settings import NgramSettings
-from data_prep.curate.scoring.scorer import (
-    INVERSE_PENALTIES, PENALTIES, TrainSettings, fit, train)
+from data_prep.curate.scoring.scorer import INVERSE_PENALTIES, PENALTIES, TrainSettings, fit, train
 from megatron_sov.base.artifacts import damaged_files, read_manifest
 
 # Fits: the best penalty, probabilities that hold, and embeddings of any size.
