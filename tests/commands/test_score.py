@@ -194,17 +194,6 @@ def test_a_killed_command_goes_on_where_it_was(capsys: pytest.CaptureFixture[str
     assert not work_folder(Path("out.jsonl")).exists()
 
 
-def test_a_journal_that_another_command_has_just_removed_is_not_held(
-        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def holds(fd: int) -> bool:
-        os.rename(work_folder(Path("out.jsonl")), "published")
-        return True
-
-    monkeypatch.setattr("megatron_sov.work.progress.locks.holds", holds)
-    assert score("--set", "language=ko") == 2
-    assert "is being written by another process" in capsys.readouterr().err
-
-
 def test_what_the_page_shows_runs() -> None:
     for name, content in shown_files(PAGE).items():
         Path(name).write_text(content)

@@ -18,7 +18,6 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig, RunConfig
 from megatron_sov.model.config.run import with_rounds
-from megatron_sov.post.rl import round_files
 from megatron_sov.post.rl.publish import Publisher, further_pieces
 from megatron_sov.rollouts.prompts import list_set_aside, read_prompts, round_pieces, round_prompts, set_aside
 from megatron_sov.rollouts.rows import Key, RewardRow, Rollout, part_name
@@ -109,27 +108,6 @@ def test_a_flipped_bit_in_any_file_of_a_round_is_named(publisher: Publisher, wri
             rounds.verify(1)
         file.write_bytes(whole)
     rounds.verify(1)
-
-
-def test_a_round_is_the_same_documents_in_however_many_shards(
-        publisher: Publisher, write_round: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(publisher, write_round, unfinished=[(0, 1), (5, 2)])
-    write(publisher, write_round, attempt=1, unfinished=[(0, 1), (5, 2)])  # a piece of two parts
-    assert publisher.publish(1) == ""
-    monkeypatch.setattr(round_files, "SHARD_TOKENS", 1)
-    shared = dataclasses.replace(publisher, rounds=tmp_path / "shared")
-    assert shared.publish(1) == "" and check(tmp_path / "shared/0001") == ([], [])
-    one, two = (RoundDocuments(rounds, columns=()).read(1, 32, 2) for rounds in (publisher.rounds,
-                                                                                shared.rounds))
-    assert len(list((tmp_path / "shared/0001/rollouts").glob("*.bin"))) == 2
-    assert one.starts.tolist() == two.starts.tolist() and one.steps == two.steps
-    for i, count in enumerate(np.diff(one.starts).tolist()):
-        for name in ("tokens", "loss_weights", "types"):
-            assert (getattr(one.documents, name)(i, 1, count - 1).tobytes()
-                    == getattr(two.documents, name)(i, 1, count - 1).tobytes())
-        for name in ("behaviour_logprobs", "advantage"):
-            assert (one.documents.column(name, i, 1, count - 1).tobytes()
-                    == two.documents.column(name, i, 1, count - 1).tobytes())
 
 
 def test_rounds_that_no_resume_needs_are_manifests_alone(publisher: Publisher, write_round: Any) -> None:

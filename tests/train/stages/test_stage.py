@@ -340,38 +340,3 @@ def test_a_stage_is_complete_when_its_last_checkpoint_has_passed(
     assert made.folder.failure() is None and made.folder.held() is None
     assert run_stage(dataclasses.replace(made, end_gate=dataclasses.replace(gate, name="other")), 1)
     assert "was complete before a gate was asked for" in capsys.readouterr().err
-
-
-def values_made(run: str, data: str, settings: list[str], start_from: str | None) -> dict[str, Any]:
-    """Run a stage in this rank, and return how many initial values were made and the steps of the run."""
-    from megatron_sov.checkpoint import load
-
-    made, normals = [], load.normals
-
-    def counted(seed: int, key: str, start: int, count: int) -> Any:
-        made.append(count)
-        return normals(seed, key, start, count)
-
-    load.normals = counted
-    paths = f"data.paths={json.dumps({data: 1.0})}"
-    config = apply_settings(recipes.get("tiny-solar-open"), [*SMALL, paths, "model.num_layers=1", *settings])
-    run_stage(Stage(config, RunFolder(Path(run)), LanguageModelling, resume=True,
-                    start_from=Path(start_from) if start_from else None), None)
-    return {"values": sum(made), "steps": len(events(RunFolder(Path(run)), "step"))}
-
-
-def test_no_weights_are_made_where_a_checkpoint_is_loaded(ranks: Any, job: Any, packed_data: Any,
-                                                          tmp_path: Path) -> None:
-    """The initial values of a model of 100 B parameters take minutes, at every restart."""
-    def runs(name: str, start_from: Path | None = None) -> dict[str, Any]:
-        ((found,),) = ranks(job(__file__, "values_made", 1, {
-            "run": str(tmp_path / name), "data": str(packed_data.text), "settings": ["train.steps=1"],
-            "start_from": str(start_from) if start_from else None}))
-        return found
-
-    new = runs("new")
-    assert new["values"] > 100_000
-    completion = next(p for p in (tmp_path / "new").iterdir() if "complet" in p.name)
-    completion.unlink()
-    assert runs("new") == {"values": 0, "steps": 1}, "it goes on, and has nothing left to do"
-    assert runs("next", tmp_path / "new/checkpoints/step-1") == {"values": 0, "steps": 1}
