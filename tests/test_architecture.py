@@ -87,7 +87,7 @@ CUT_ANYWHERE = {
     "data_prep/curate/quality/rules/step.py": _PUBLISHED}
 """File whose lines may be cut at any sign that ends one -> what they are."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 60
-MAX_SOURCE_LINES = 133_028
+MAX_SOURCE_LINES = 133_020
 """Of megatron_sov, data_prep and tokenizer; this number only falls."""
 MIN_LINES_OF_ONE_USER = 150
 ALONE = {
@@ -111,6 +111,7 @@ ALONE = {
     "data_prep/synth/declared/functions.py": "functions of templates; steps are another subject",
     "megatron_sov/train/guards/watchdog.py": "a thread that watches for steps that hang",
     "megatron_sov/proof/given.py": "data of objectives; proving a layout is another subject",
+    "megatron_sov/operate/contract.py": "parses sources of libraries; a machine is another subject",
 }
 """File that is short, has one user, and is not merged into it -> why."""
 
@@ -477,41 +478,29 @@ BAD = [
     ("megatron_sov/train/data/order.py", "def f():\n    from megatron_sov.train.guards import watchdog",
      "wing 'data' of megatron_sov/train may not import 'guards'"),
     ("megatron_sov/convert/peft.py", "from ..train import loop", "hall 'convert' may not import 'train'"),
-    ("megatron_sov/engine/model/specs.py", "from megatron_sov.train import data",
-     "hall 'engine' may not import 'train'"),
-    ("megatron_sov/train/loop.py", "from megatron_sov import post", "hall 'train' may not import 'post'"),
     ("tokenizer/train.py", "def f():\n    from megatron_sov.plan import pricing",
      "hall 'tokenizer' may not import 'plan'"),
     ("data_prep/shards/pack.py", "def f():\n    import tokenizer.train",
      "halls meet 'tokenizer' in artifacts only"),
     ("data_prep/shards/pack.py", "def f():\n    import megatron.core",
      "only megatron_sov/engine imports megatron"),
-    ("demo.py", "from megatron.core import parallel_state",
-     "only megatron_sov/engine imports megatron"),
     ("megatron_sov/engine/model/specs.py", "from megatron.training import get_args",
      "only megatron.core is used"),
     ("megatron_sov/engine/model/specs.py", "import apex", "apex is not used"),
-    ("megatron_sov/publish/report/state.py", "from megatron_sov.train import stage",
-     "hall 'publish' may not import 'train'"),
     ("megatron_sov/publish/report/page.py", "def f():\n    from megatron_sov.engine import router",
      "hall 'publish' may not import 'engine'"),
     ("megatron_sov/train/data/order.py", "import pickle", "not unpickled"),
     ("megatron_sov/model/recipes/sources.py", "try:\n    import torch\nexcept ImportError:\n    torch = None",
      "at module level"),
     ("megatron_sov/commands/train/lm.py", "from transformers import AutoTokenizer", "at module level"),
-    ("megatron_sov/commands/train/lm.py", "import torch.distributed as dist", "at module level"),
     ("megatron_sov/train/loop.py", "x = torch.load(f)", "weights_only=True"),
-    ("megatron_sov/train/loop.py", "x = torch.load(f, weights_only=False)", "weights_only=True"),
     ("megatron_sov/train/data/order.py", "x = np.load(f, allow_pickle=True)", "allow_pickle"),
     ("megatron_sov/bench/lm/local.py", "m = AutoModelForCausalLM.from_pretrained(f)", "makes up weights"),
-    ("data_prep/shards/pack.py", "from_f = transformers.AutoModel.from_pretrained", "makes up weights"),
     ("megatron_sov/train/data/order.py", "x = text.splitlines()", "cuts data at more than newlines"),
     ("megatron_sov/train/data/utils.py", "", "named after nothing"),
     ("megatron_sov/cellar/wine.py", "", "has no place"),
     ("megatron_sov/operate/slurm/stages.py", "from megatron_sov.commands import eval",
      "hall 'operate' may not import 'commands'"),
-    ("megatron_sov/operate/slurm/submission.py", "from megatron_sov.train import stage_config",
-     "hall 'operate' may not import 'train'"),
     ("slurm/__init__.py", "import megatron_sov.version", "slurm holds data alone"),
     ("slurm/chains.py", "", "slurm holds data alone"),
     ("megatron_sov/train/data/order.py", "x = 1\n" * 601, "has 601 lines"),
@@ -528,27 +517,3 @@ def test_each_rule_sees_its_breach(tmp_path: Path, name: str, text: str, expecte
     assert len(problems) == 1
     assert expected in problems[0]
     assert problems[0].startswith(name)
-
-
-def test_a_wing_sees_only_what_lies_below_it(tmp_path: Path) -> None:
-    for wing in ("parallel", "model", "optimizer", "decode"):
-        (tmp_path / "megatron_sov/engine" / wing).mkdir(parents=True)
-    engine = tmp_path / "megatron_sov/engine"
-    (engine / "parallel/world.py").write_text("from megatron_sov.engine.model import specs")
-    (engine / "model/specs.py").write_text("from megatron_sov.engine.parallel import world")
-    (engine / "decode/cached.py").write_text(
-        "def f():\n    from megatron_sov.engine.optimizer.muon import Muon")
-    assert [problem for source in sources(tmp_path) for problem in wing_problems(source)] == [
-        "megatron_sov/engine/decode/cached.py:2: imports "
-        "megatron_sov.engine.optimizer.muon.Muon: wing 'decode' of megatron_sov/engine "
-        "may not import 'optimizer'",
-        "megatron_sov/engine/parallel/world.py:1: imports megatron_sov.engine.model.specs: "
-        "wing 'parallel' of megatron_sov/engine may not import 'model'"]
-
-
-def test_lazy_and_type_checking_imports_are_allowed_where_torch_is_not(tmp_path: Path) -> None:
-    path = tmp_path / "megatron_sov/commands/train/lm.py"
-    path.parent.mkdir(parents=True)
-    path.write_text("from typing import TYPE_CHECKING\n"
-                    "if TYPE_CHECKING:\n    import torch\ndef run():\n    import torch\n")
-    assert [problem for source in sources(tmp_path) for rule in RULES for problem in rule(source)] == []

@@ -75,13 +75,3 @@ def test_every_command_is_one_that_its_program_knows(tmp_path: Path, sources: li
                     assert not find_inert(config, keys, {"command": name}), stage.name
         elif program != sys.executable:
             {"sov-data": sov_data, "sov-tokenizer": sov_tokenizer}[program]().parse_args([name, *rest])
-
-
-def test_the_answer_of_most_frequent_words_is_shown_first(tmp_path: Path) -> None:
-    (tmp_path / "corpus").mkdir()
-    (tmp_path / "corpus/chat.jsonl").write_text("return the value of an item " * demo.FREQUENT + "roup\n")
-    answers = {"a": "Return the roup of an item.", "b": "Return the value.",
-               "c": "Return the value of an item.", "d": "An item", "e": ""}
-    (tmp_path / "answers-dpo.jsonl").write_text("".join(
-        json.dumps({"prompt": prompt, "response": text}) + "\n" for prompt, text in answers.items()))
-    assert demo.readable_question(tmp_path) == "c"

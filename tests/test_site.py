@@ -38,20 +38,6 @@ def test_the_navigation_has_every_page_once_under_the_heading_of_the_index() -> 
     assert "pretrain.md" in train and "sft.md" not in train
 
 
-def test_a_page_that_the_index_does_not_list_has_a_place() -> None:
-    index = "# All\n\n## One\n\n| page | job |\n|---|---|\n| [a.md](a.md) | x |\n| [gone.md](gone.md) | y |\n"
-    pages = ["index.md", "a.md", "b/new.md", "reference/x.md", "commands.md"]
-    nav = hook("navigation").navigation(index, pages)
-    assert nav == [{"Home": "index.md"}, {"One": ["a.md"]}, {"Reference": ["reference/x.md"]},
-                   {"Project": ["commands.md"]}, {"More": ["b/new.md"]}]
-
-
-def test_the_home_page_names_pages_by_their_titles() -> None:
-    titled = hook("navigation").titled
-    assert titled("| [a/b.md](a/b.md) | x |\n| [c.md](c.md) | y |", {"a/b.md": "A title"}) == (
-        "| [A title](a/b.md) | x |\n| [c.md](c.md) | y |")
-
-
 @pytest.mark.parametrize(("page", "link", "led"), [
     ("plan.md", "../benchmarks/a.txt", "repository/benchmarks/a.txt"),
     ("tutorials/company.md", "../../README.md", "../repository/README.md"),

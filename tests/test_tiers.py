@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,15 +43,6 @@ def test_a_slow_machine_allows_more(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert tiers.measure_slowness() >= 1
 
 
-def test_times_are_written_where_they_are_asked_for(tmp_path: Path) -> None:
-    times = tmp_path / "times.jsonl"
-    assert judged(60, tmp_path, times=times).outcome == "passed"
-    judged(60, tmp_path, times=times, when="teardown")
-    assert json.loads(times.read_text()) == {
-        "test": "tests/test_a.py::test_b", "seconds": 60, "wall": 70.0, "fixtures": 2.0, "fixtures_wall": 4.0,
-        "imports": 1.5, "deep": False}
-
-
 def burn(seconds: float) -> None:
     """Use a processor for so many seconds."""
     until_s = time.process_time() + seconds
@@ -72,23 +62,6 @@ def test_a_worker_charges_the_test_that_used_it(ranks: Any, job: Any, run_comman
     assert tiers._processor_s() - after_s >= 0.5
 
 
-def test_lines_of_a_workers_file_are_charged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(tiers, "_files_of_workers", [])
-        tiers.charge_lines_of(tmp_path / "used.txt")
-        before_s = tiers._processor_s()
-        (tmp_path / "used.txt").write_text("50\n25.5\n")
-        assert 75 < tiers._processor_s() - before_s < 80
-
-
-def test_what_numba_compiles_is_in_no_tests_time() -> None:
-    import numba
-
-    before_s = tiers._imports["seconds"]
-    assert numba.njit(lambda x: x + 1)(1) == 2
-    assert tiers._imports["seconds"] > before_s
-
-
 @pytest.mark.parametrize("count", [5, 20])
 def test_the_parts_share_all_files_and_depend_on_no_folder_above(count: int) -> None:
     files = sorted((ROOT / "tests").rglob("test_*.py"))
@@ -96,9 +69,3 @@ def test_the_parts_share_all_files_and_depend_on_no_folder_above(count: int) -> 
     assert set(parts) == set(range(count))
     assert max(map(parts.count, parts)) < 2 * len(files) / count
     assert parts == [tiers.part_of(Path("/elsewhere") / file.relative_to(ROOT), count) for file in files]
-
-
-@pytest.mark.parametrize("text", ["5/5", "-1/5", "1", "a/b", "0/0"])
-def test_a_part_that_does_not_exist_is_refused(text: str) -> None:
-    with pytest.raises(ValueError):
-        tiers._part(text)

@@ -53,12 +53,6 @@ def test_what_the_tutorials_do_on_a_laptop_works_as_it_is_typed(
     assert len(typed) == 6  # and what is gathered
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_the_pages_begin_alike(name: str) -> None:
-    """Who has done one has done the beginning of the others."""
-    assert under("On a laptop", PAGES[name])[:3] == under("On a laptop", PAGES["national_lab"])[:3]
-
-
 CLUSTER = [pytest.param(line, id=f"{name}: {line[:60]}") for name, text in PAGES.items()
            for line in lines_of(shell_blocks(text)) if line not in under("On a laptop", text)
            and re.match(r"megatron-sov (submit (?!chain .*--continue)|plan (?!.*--sweep))", line)]

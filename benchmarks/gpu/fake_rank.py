@@ -57,6 +57,8 @@ def prepare() -> None:
     import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.multi_token_prediction  # noqa: F401
 
+    import megatron_sov.engine  # noqa: F401  before the library, for which it stands in for kernels of triton
+
     torch.compile = compile_
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.cuda.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)

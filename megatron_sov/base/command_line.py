@@ -28,6 +28,8 @@ from megatron_sov.version import __version__
 
 PROGRAMS = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
 """Program -> its module with `build_parser` and `main`."""
+MAX_PROPOSALS = 4
+"""Times that a proposed line is parsed, and mended, before it is shown."""
 MAX_PATH_CHARS = 300
 """Of a path that is shown; the longest that a disk takes are longer than a screen."""
 
@@ -96,9 +98,44 @@ class Parser(argparse.ArgumentParser):
         """Return the arguments.
 
         Raises:
-            UserError: words that nothing takes, with the command line that is meant (`check_words`).
+            UserError: words that nothing takes, with the command line that is meant (`check_words`).  That
+                line is parsed as well, and all that is wrong with it is in the same message.
         """
-        found, rest = self.parse_known_args(self._checked(sys.argv[1:] if args is None else args), namespace)
+        typed = list(sys.argv[1:] if args is None else args)
+        said: list[str] = []
+        command = self.prog
+        for _ in range(MAX_PROPOSALS):
+            try:
+                found = self._parse_once(typed, namespace)
+            except UserError as e:
+                command, sentence, line = self._split_proposal(str(e))
+                said.append(sentence)
+                if not line:
+                    raise UserError(f"{command}: {'; '.join(said)}") if len(said) > 1 else e from None
+                proposed = shlex.split(line)
+                if proposed == typed:
+                    break
+                typed = proposed
+            else:
+                if not said:
+                    return found
+                said += _wrong_values(found)
+                break
+        raise UserError(f"{command}: {'; '.join(dict.fromkeys(said))}; write\n"
+                        f"  {self.prog} {shlex.join(typed)}".rstrip())
+
+    def _split_proposal(self, message: str) -> tuple[str, str, str]:
+        """Return the command that a message is about, its sentence, and the arguments of the one line that
+        it proposes; "": it proposes none, or several."""
+        named = re.match(rf"({re.escape(self.prog)}[a-z -]*): ", message)
+        command = named[1] if named else self.prog
+        sentence, _, line = message.removeprefix(f"{command}: ").partition("; write\n  ")
+        if not f"{line} ".startswith(f"{self.prog} ") or "\n" in line:
+            return command, message.removeprefix(f"{command}: "), ""
+        return command, sentence, line.removeprefix(self.prog).strip()
+
+    def _parse_once(self, typed: Sequence[str], namespace: Any) -> argparse.Namespace:
+        found, rest = self.parse_known_args(self._checked(typed), namespace)
         if not rest:
             return found
         # a shell splits `--set a.b=1 c.d=2`; the second word has no option of its own
@@ -117,6 +154,20 @@ class Parser(argparse.ArgumentParser):
         if any(isinstance(action, argparse._SubParsersAction) for action in self._actions):
             return typed
         return check_words(self, typed)
+
+
+def _wrong_values(found: argparse.Namespace) -> list[str]:
+    """Return the sentence about values of a proposed line that the command refuses; empty: it takes them."""
+    from megatron_sov.base.settings import SettingsError, read_options
+
+    options_class = getattr(found, "options_class", None)
+    if options_class is None:
+        return []
+    try:
+        read_options(options_class, found)
+    except SettingsError as e:
+        return [str(e)]
+    return []
 
 
 def _path(text: str) -> Path:

@@ -40,7 +40,8 @@ def signatures(file: Path) -> dict[str, str]:
     """Return the arguments of each function and method that a source file defines, by its qualified name,
     without annotations; a class is in there with none."""
     found: dict[str, str] = {}
-    waiting = [("", statement) for statement in ast.parse(file.read_bytes()).body]
+    waiting: list[tuple[str, ast.stmt | ast.ExceptHandler]] = [
+        ("", statement) for statement in ast.parse(file.read_bytes()).body]
     while waiting:
         prefix, node = waiting.pop(0)
         if isinstance(node, ast.FunctionDef):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import subprocess
 import sys
 import time
@@ -25,12 +24,11 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
 import first_contact
 import part_big_rank
 import part_fp8
-import part_installation
 import part_losses
 import part_post
 import part_transfers
 from part_big_rank import LADDER, LAYOUT, NUM_RANKS, RECIPE
-from setting import Cost, Failed, Machine, Setting, largest
+from setting import Failed, Setting, largest
 
 ROOT = Path(__file__).parents[2]
 GPU = ROOT / "benchmarks/gpu"
@@ -63,35 +61,12 @@ def test_parts_pass_and_are_kept(te_ranks: Any, job: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.deep
-def test_a_big_rank_trains_the_same_with_all_off_overlapped_and_in_fp8(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In all of them each switch of the ladder is turned; its first step is deep."""
-    steps = dict(LADDER)
-    monkeypatch.setattr(part_big_rank, "LADDER", tuple(
-        (name, steps[name]) for name in ("overlapped messages", "FP8")))
-    _is_a_ladder(dict(part_big_rank.measure(Setting(tmp_path, dry=True))))
-
-
-@pytest.mark.deep
 def test_a_big_rank_trains_at_each_step_of_the_ladder(tmp_path: Path) -> None:
     assert started(tmp_path, "--parts", "big_rank").returncode == 0
     result = json.loads((tmp_path / "big_rank.json").read_text())
     assert result["status"] == "PASS"
     assert {name for name, _ in LADDER} - {part_big_rank.GRAPHS} < result["figures"].keys()
     _is_a_ladder(result["figures"])
-
-
-def test_a_problem_is_told_with_the_one_that_came_first() -> None:
-    try:
-        try:
-            math.sqrt(-1)
-        finally:
-            {}["capture"]
-    except KeyError as e:
-        found = part_big_rank.whole(e)
-    first, _, second = found.partition("; then ")
-    assert first.startswith("ValueError: ")
-    assert second.startswith("KeyError: 'capture' (test_first_contact.py:")
 
 
 def _is_a_ladder(found: dict[str, Any]) -> None:
@@ -150,22 +125,6 @@ def test_each_step_of_the_big_rank_is_one_that_training_takes(name: str, words: 
     assert [p for p in problems if "global_batch_size" not in p.key] == [], name
 
 
-def test_the_double_has_the_contracts_shape(tmp_path: Path) -> None:
-    """As the real library is compared on the first GPU; the double has no more than it needs."""
-    double = ROOT / "tests/te_double"
-    found = list(differences(SYMBOLS, Sources(double)))
-    assert [d for d in found if not d.endswith(part_installation.OF_A_DOUBLE)] == []
-    reached = {d.partition(" ")[0] for d in found} & SYMBOLS.keys()
-    assert len(reached) < len(SYMBOLS) / 2
-    other = shutil.copytree(double / "transformer_engine", tmp_path / "transformer_engine")
-    file = other / "pytorch/permutation.py"
-    file.write_text(file.read_text().replace("max_token_num: int = -1", "max_token_num: int = 0"))
-    assert set(differences(SYMBOLS, Sources(tmp_path))) - set(found) == {
-        f"{TE}.pytorch.permutation.moe_permute is (inp, routing_map, num_out_tokens, max_token_num=0, "
-        "map_type='mask'), and the contract says (inp, routing_map, num_out_tokens, max_token_num=-1, "
-        "map_type='mask')"}
-
-
 @pytest.mark.deep
 def test_the_real_library_has_the_contracts_shape() -> None:
     try:
@@ -193,33 +152,6 @@ def test_what_is_no_number_does_not_pass(tmp_path: Path, monkeypatch: pytest.Mon
     assert problem.startswith("tiny-solar-open, fp32: losses differ by nan")
 
 
-def test_hopper_adds_up_too_roughly_for_the_usual_limit() -> None:
-    """Sums of 8-bit products that keep 14 bits, as DeepSeek-V3 found them on Hopper (arXiv 2412.19437)."""
-    from quantizers.scaling import tensorwise
-
-    torch.manual_seed(0)
-    x, w = tensorwise(torch.randn(64, 1024), "e4m3"), tensorwise(torch.randn(96, 1024) * 0.02, "e4m3")
-    total = torch.zeros(64, 96)
-    for a, b in zip(x.split(32, 1), w.split(32, 1), strict=True):  # one instruction's share of the sum
-        terms = torch.cat([total[None], (a[:, None] * b).permute(2, 0, 1)])
-        unit = torch.exp2(torch.frexp(terms.abs().amax(0))[1].float() - 14)  # all are aligned to the largest
-        total = ((terms / unit).trunc() * unit).sum(0)
-    error = float((total - x @ w.t()).norm() / (x @ w.t()).norm())
-    assert part_fp8.LIMIT / 10 < error < part_fp8.FAST_LIMIT / 2
-
-
-def test_a_budget_is_reckoned_from_what_a_part_does() -> None:
-    machine = Machine(start_s=20, flops_per_s=1e15, cpu_flops_per_s=1e11)
-    assert Cost(starts=2).budget_s(machine) == 3 * 60
-    assert Cost(steps=10).budget_s(machine) == 3 * 30
-    assert Cost(flops=2e15, cpu_flops=1e11).budget_s(machine) == pytest.approx(3 * (20 + 150))
-    real = Setting(Path(), dry=False)
-    [losses, big] = [__import__(f"part_{part}").cost(real) for part in ("losses", "big_rank")]
-    assert losses.starts == 3 and losses.steps == 2 * 10 * 20 + 60
-    # eight steps of the ladder, each with seven training steps of 4,096 tokens of 102B, 12B of them active
-    assert big.starts == 8 and big.flops == pytest.approx(8 * 7 * 4096 * 6 * 13e9, rel=0.1)
-
-
 def write_part(folder: Path, code: str) -> None:
     """Write a part that stands for `fp8`, and a program that runs it there."""
     (folder / "part_fp8.py").write_text(code)
@@ -228,34 +160,8 @@ def write_part(folder: Path, code: str) -> None:
         f"exec(compile(open({str(GPU / 'first_contact.py')!r}).read(), __file__, 'exec'))")
 
 
-@pytest.mark.deep
-def test_a_part_that_fails_is_told(tmp_path: Path) -> None:
-    assert started(tmp_path, "--parts", "fp9").returncode == 2
-    write_part(tmp_path, "import transformer_engine  # the double\nfrom setting import Failed\n"
-                         "def measure(setting):\n    yield 'found', 1\n    raise Failed('no')\n")
-    subprocess.run([sys.executable, tmp_path / "first_contact.py", "--out", tmp_path, "--dry",
-                    "--in-process", "fp8"], check=True)
-    found = json.loads((tmp_path / "fp8.json").read_text())
-    assert (found["status"], found["problem"], found["figures"]) == ("FAIL", "no", {"found": 1})
-
-
 ENDLESS = ("import subprocess, time\ndef measure(setting):\n"
            "    yield 'child', subprocess.Popen(['sleep', '1000']).pid\n    time.sleep(1000)\n")
-
-
-def test_a_program_that_is_ended_leaves_no_process(tmp_path: Path, ends: Any) -> None:
-    """As `timeout` and Slurm end one."""
-    write_part(tmp_path, ENDLESS)
-    program = ("import sys; from pathlib import Path\n"
-               f"sys.path.append({str(GPU)!r}); import first_contact as f\n"
-               f"f.__file__ = {str(tmp_path / 'first_contact.py')!r}\n"
-               f"f.run_process('fp8', f.Setting(Path({str(tmp_path)!r}), dry=True), 1000)")
-    with subprocess.Popen([sys.executable, "-c", program]) as process:
-        while not (tmp_path / "fp8.json").exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.terminate()
-    assert ends(json.loads((tmp_path / "fp8.json").read_text())["figures"]["child"])
 
 
 def test_a_part_without_end_leaves_its_figures_and_no_process(tmp_path: Path, ends: Any,

@@ -1,17 +1,14 @@
-"""The driver of recipes: its files, figures, curves and verdicts."""
+"""The driver of recipes: its files, figures and verdicts."""
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from learning import (
-    PLACE, RECIPES, Recipe, interval_of, print_curve, read_curve, read_figure, run_commands, verdict)
+from learning import PLACE, RECIPES, Recipe, interval_of, read_figure, verdict
 
 FILES = sorted(RECIPES.glob("*.yaml"))
 
@@ -49,19 +46,6 @@ def test_a_figure_is_what_its_keys_lead_to(text: str, measure: dict[str, str], e
     assert read_figure(tmp_path, measure) == expected
 
 
-def test_a_curve_is_the_mean_over_seeds_of_a_field_of_events(
-        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/events.jsonl").write_text("".join(
-        json.dumps({"event": event, "a": {"loss": 10.0 - i}}) + "\n"
-        for i in range(10) for event in ("step", "other")))
-    curve = read_curve(tmp_path, {"event": "step", "value": "a/loss"})
-    assert curve == [10.0 - i for i in range(10)]
-    print_curve("loss", {"arm": [curve, [value + 1 for value in curve]]})
-    figures = capsys.readouterr().out.splitlines()[1].split()[1:]
-    assert [float(figure) for figure in figures] == [10.5, 9.5, 7.5, 6.5, 5.5, 4.5, 2.5, 1.5]
-
-
 @pytest.mark.parametrize(("differences", "bound", "seeds", "expected"), [
     ([1.0, 1.1, 0.9], 0.0, 3, "holds"), ([1.0, 1.1, 0.9], 2.0, 3, "does not hold"),
     ([1.0, -1.0, 0.1], 0.0, 3, "undecided"), ([1.0, 1.1], 0.0, 3, "undecided"), ([1.0], 0.0, 1, "undecided"),
@@ -72,28 +56,6 @@ def test_a_verdict_follows_from_the_interval(differences: list[float], bound: fl
     assert verdict(differences, bound, seeds) == expected
 
 
-def test_equal_differences_decide_at_a_ceiling_alone() -> None:
-    assert [verdict([1.0] * 3, 0.8, 3, may_be_equal=at_ceiling) for at_ceiling in (True, False)] == [
-        "holds", "undecided"]
-
-
 def test_the_interval_is_students() -> None:
     low, high = interval_of([1.0, 2.0, 3.0]) or (0, 0)
     assert (low, high) == (pytest.approx(2 - 2.4841, abs=1e-3), pytest.approx(2 + 2.4841, abs=1e-3))
-
-
-def test_commands_that_ended_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[Any] = []
-
-    def run(words: list[str], **options: Any) -> Any:
-        ran.append(words[5:])
-        options["stdout"].write(json.dumps(words[-1]).encode())
-        return type("Done", (), {"returncode": 1 if words[-1] == "bad" else 0})
-
-    monkeypatch.setattr("learning.subprocess.run", run)
-    commands = ["sov-data one {seed}", "sov-data two {here}/x > {here}/out.json", "sov-data bad"]
-    for _ in range(2):
-        with pytest.raises(SystemExit, match="ended with exit code 1"):
-            run_commands(tmp_path / "a", commands, {"seed": "7"})
-    assert [words[-1] for words in ran] == ["7", f"{tmp_path}/a/x", "bad", "bad"]
-    assert json.loads((tmp_path / "a/out.json").read_text()) == f"{tmp_path}/a/x"

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -128,15 +128,6 @@ def test_processes_that_disagree_are_refused(tmp_path: Path) -> None:
         indices.append(writer.finish())
     with pytest.raises(ValueError, match="written as float32"):
         write_index(tmp_path, "model", indices)
-
-
-def test_expert_matrices_are_blocks_of_one_tensor(tmp_path: Path) -> None:
-    whole = torch.arange(4 * 3 * 2.0).reshape(4, 3, 2)
-    writer = TensorWriter(tmp_path, "model")
-    for expert, half in product(range(4), range(2)):
-        writer.add("experts", whole[expert, :, half:half + 1], (4, 3, 2), (expert, 0, half))
-    write_index(tmp_path, "model", [writer.finish()])
-    assert TensorReader(tmp_path).read("experts", (2, 1, 0), (1, 2, 2)).equal(whole[2:3, 1:])
 
 
 def test_large_parts_are_spread_over_files_and_none_stays_open(tmp_path: Path,

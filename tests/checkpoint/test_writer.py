@@ -105,15 +105,6 @@ def test_the_library_reads_it(tmp_path_factory: pytest.TempPathFactory,
     assert record == FileRecord(f"blake3:{blake3(path.read_bytes()).hexdigest()}", path.stat().st_size)
 
 
-def test_pieces_of_a_large_tensor_are_hashed_in_order(tmp_path: Path,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "_CHUNK_BYTES", 7)
-    tensor = torch.arange(100, dtype=torch.int32)
-    record = write_file(tmp_path / "t", [TensorSpec("a", (100,), torch.int32)], lambda spec: tensor)
-    assert record.digest == f"blake3:{blake3((tmp_path / 't').read_bytes()).hexdigest()}"
-    assert load_file(tmp_path / "t")["a"].equal(tensor)
-
-
 def test_the_next_tensor_is_read_while_one_is_written(tmp_path: Path,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     """The first is not written before the second one is asked for, nor the third asked for before that."""

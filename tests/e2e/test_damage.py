@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ STEPS = 8
 SETTINGS = (f"train.steps={STEPS}", "train.checkpoint_every_steps=1", "train.keep_checkpoints=0",
             "train.eval_every_steps=0", "train.hidden_dropout=0.1")
 EP2 = ("--nproc", "2", "--set", "parallel.ep=2")
-Damage = Callable[[Path], None]
 
 
 def truncated(file: Path) -> None:

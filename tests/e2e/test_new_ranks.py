@@ -3,7 +3,6 @@ there is a GPU, they are so on CPUs, and write what forked ones write."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -51,57 +50,26 @@ def files_of(checkpoint: Path) -> dict[str, Any]:
     return {name: record for name, record in read_manifest(checkpoint).files.items() if name != "state.json"}
 
 
-def packed_pairs(packed_data: Any, run_command: Any, tmp_path: Path) -> str:
-    """Return the path of preferences, packed."""
-    pairs = tmp_path / "pairs"
-    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps({
-        "prompt": f"What is {i} plus 1?", "chosen": f"{i + 1}.", "rejected": f"It is {i}."})
-        for i in range(40)))
-    run_command("pack", "--tokenizer", str(packed_data.tokenizer), "--workers", "1", "--format", "preference",
-                "--input", f"{pairs}.jsonl", "--output", str(pairs), program="sov-data").check_returncode()
-    return str(pairs)
-
-
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_a_run_of_ranks_that_are_new_processes_is_that_of_forked_ones(ranks: Any, job: Any, pretrain: Any,
-                                                                      tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text(OWN)
-    own = (*SETTINGS, f"objective.name={tmp_path}/own.py:Own", "parallel.ep=2")
-    for way in ("forked", "new"):
-        ((codes,),) = ranks(job(__file__, "run_commands", 1, {
-            "commands": [pretrain(tmp_path / way, "--nproc", "2", settings=own)], "as_on_gpu": way == "new"}))
-        assert codes == [0], way
-    assert files_of(tmp_path / "forked/checkpoints/step-2") == files_of(tmp_path / "new/checkpoints/step-2")
-
-
-@pytest.mark.deep
-@pytest.mark.distributed
-@pytest.mark.parametrize("stage", ["distill", "prefer"])
 def test_ranks_that_are_new_processes_do_what_forked_ones_do(
-        stage: str, ranks: Any, job: Any, pretrain: Any, packed_data: Any, run_command: Any,
-        tmp_path: Path) -> None:
-    """A stage that does more than to train, too: a teacher's states, or the reference's probabilities."""
+        ranks: Any, job: Any, pretrain: Any, tmp_path: Path) -> None:
+    """A stage that does more than to train, too: a teacher's states."""
     (tmp_path / "own.py").write_text(OWN)
-    data = packed_pairs(packed_data, run_command, tmp_path) if stage == "prefer" else ""
     own = (*SETTINGS, f"objective.name={tmp_path}/own.py:Own", "parallel.ep=2")
 
     def commands(folder: Path) -> list[list[str]]:
-        start = ("--from", str(folder / "base"))
+        base = str(folder / "base")
         longer = (*SETTINGS, "data.phases.0.seq_len=128", "optim.lr=4e-3")
-        teacher = ("--teacher", str(folder / "base")) if stage == "distill" else ()
-        then = pretrain(folder / stage, *start, *teacher, settings=longer)
-        then[0] = stage
-        if data:
-            then[then.index("--data") + 1] = data
+        then = pretrain(folder / "distill", "--from", base, "--teacher", base, settings=longer)
+        then[0] = "distill"
         return [pretrain(folder / "base", "--nproc", "2", settings=own), then]
 
     for way in ("forked", "new"):
         ((codes,),) = ranks(job(__file__, "run_commands", 1, {"commands": commands(tmp_path / way),
                                                                "as_on_gpu": way == "new"}))
         assert codes == [0, 0], way
-    for run in ("base", stage):
+    for run in ("base", "distill"):
         forked, new = (files_of(tmp_path / way / run / "checkpoints/step-2") for way in ("forked", "new"))
         assert forked == new, run
-    made = {"distill": "distill.states", "prefer": "prefer/reference"}[stage]
-    assert (tmp_path / "new" / made).is_dir()
+    assert (tmp_path / "new/distill.states").is_dir()

@@ -224,23 +224,6 @@ def test_bf16_logits_are_summed_in_float32_as_in_transformers(ranks, job) -> Non
     assert (logits - logits.bfloat16()).abs().max() > 1e-3
 
 
-def test_the_formula_is_the_one_of_transformers() -> None:
-    import torch
-    from transformers import SolarOpenConfig
-    from transformers.models.solar_open.modeling_solar_open import SolarOpenTopkRouter
-
-    router = SolarOpenTopkRouter(SolarOpenConfig(n_routed_experts=EXPERTS, num_experts_per_tok=TOP_K,
-                                                 hidden_size=EXPERTS, routed_scaling_factor=FACTOR))
-    logits, bias, _ = whole()
-    with torch.no_grad():
-        router.weight.copy_(torch.eye(EXPERTS))
-        router.e_score_correction_bias.copy_(bias)
-        seen, weights, index = router(logits)
-    assert torch.allclose(seen, logits)
-    dense = torch.zeros(len(logits), EXPERTS).scatter(1, index, weights)
-    assert torch.allclose(dense.double(), expected([])["weights"], atol=1e-6)
-
-
 def test_a_pass_leaves_no_routes_and_so_no_inputs_of_recomputed_layers(ranks: Any, job: Any) -> None:
     ((found,),) = ranks(job(__file__, "left_by_a_pass"))
     assert len(found) >= 2 and all(found)

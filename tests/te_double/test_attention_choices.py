@@ -14,10 +14,6 @@ import torch
 
 from megatron_sov.engine.model.attention import PackedDocuments, pack
 from megatron_sov.engine.model.attention_kernels import keep_attention_decisions
-from megatron_sov.engine.model.gpu_settings import Here, own_attention_serves
-from megatron_sov.model import recipes
-from megatron_sov.model.config import apply_settings
-from megatron_sov.plan.search.recommended import RECOMMENDED
 
 
 @pytest.fixture(scope="module")
@@ -91,30 +87,3 @@ def test_the_unfused_attention_gets_no_more_than_a_row_has(te: Any) -> None:
         again = PackedDocuments(bounds=bound, longest_tokens=5, row_tokens=15, bucketed=bucketed).whole
         assert (len(again.cu_seqlens_q) - 1, again.max_seqlen_q) == sizes[-1]
     assert sizes == [(4, 8), (3, 5)]
-
-
-def recommended_attention() -> dict[str, tuple[Any, str]]:
-    """Return what each recommended layout that leaves attention to the library asks of it, and of which
-    chip."""
-    found = {}
-    for name, by_gpu in RECOMMENDED.items():
-        for gpu, layout in {(gpu, layout) for gpu, layouts in by_gpu.items() for layout in layouts}:
-            run = apply_settings(recipes.get(name), list(layout))
-            model, parallel = run.model, run.parallel
-            if not own_attention_serves(Here(True, model, parallel), run.gpu.attention,
-                                        run.train.deterministic):
-                longest = max(phase.seq_len for phase in run.data.phases)
-                call = {"dtype": torch.bfloat16, "heads": model.num_heads // parallel.tp,
-                        "head_dims": (model.head_dim, model.head_dim), "longest_tokens": longest,
-                        "documents": run.train.micro_batch_size,
-                        "deterministic": run.train.deterministic}
-                found[f"{name} {gpu} {' '.join(layout)}"] = (
-                    call, "BLACKWELL" if gpu == "b200" else "HOPPER")
-    return found
-
-
-def test_the_fast_attention_serves_every_recommended_layout(te: Any) -> None:
-    asked = recommended_attention()
-    refused = {name: te.backends.refusals(te.backends.AttentionCall(**call), getattr(te.machine, chip))
-               for name, (call, chip) in asked.items()}
-    assert len(asked) > 50 and not {name: why for name, why in refused.items() if why}

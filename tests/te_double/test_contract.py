@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.te_double import contract
-from tests.te_double.library_shapes import CONTRACT, Sources, deprecation, described, differences, is_same
+from tests.te_double.library_shapes import CONTRACT, Sources, deprecation, described, is_same
 
 TE_RUN = str(Path(__file__).with_name("te_run.py"))
 THEIRS = json.loads(CONTRACT.read_text())
@@ -142,41 +142,3 @@ def test_nothing_deprecated_of_the_library_is_subclassed_or_called() -> None:
     found = {name: mark for name in sorted(names) if (mark := deprecation(sources, name))}
     assert not found, "the library will remove them: use what it names in their place"
     assert GPT_MODEL not in names and deprecation(sources, GPT_MODEL).startswith("GPTModel IS DEPRECATED")
-
-
-@pytest.mark.parametrize(("source", "is_marked"), [
-    ("@deprecated('use B')\nclass A: ...", True), ("class A:\n    'Deprecated: use B.'", True),
-    ("class A:\n    def __init__(self):\n        warn('A is deprecated')", True),
-    ("class A:\n    def __init__(self, b=None):\n        if b:\n            warn('b is deprecated')", False),
-    ("def A():\n    warn('A is deprecated')", True),
-    ("class A:\n    def f(self):\n        'is deprecated'", False)])
-def test_a_mark_of_deprecation_is_found(source: str, is_marked: bool, tmp_path: Path) -> None:
-    (tmp_path / "library.py").write_text(source)
-    assert bool(deprecation(Sources(tmp_path), "library.A")) is is_marked
-
-
-def test_sources_may_import_and_inherit_in_a_circle(tmp_path: Path) -> None:
-    (tmp_path / "one.py").write_bytes("# coding: latin-1\n# é\nfrom two import *\n".encode("latin-1"))
-    (tmp_path / "two.py").write_text("# 가\nfrom one import *\n@dataclass\nclass A(B):\n    a: int = 1\n"
-                                     "@dataclass\nclass B(A):\n    b: int = 2\n    def f(self, x): ...\n",
-                                     encoding="utf-8")
-    sources = Sources(tmp_path)
-    assert described(sources, "one.absent") is None
-    assert described(sources, "one.A") == {"__init__": "(b=2, a=1)", "f": "(x)"}
-
-
-@pytest.mark.parametrize(("ours", "theirs", "same"), [
-    ("(a, b=(1, 2), c='x, y')", "(a, b=..., c=...)", True), ("(b=(1, 2))", "(b=(1, 3))", False),
-    ("(b=(1, 2), c=3)", "(b=...)", False), ("(*, a=-1, **more)", "(*, a=..., **more)", True)])
-def test_a_computed_default_agrees_with_any(ours: str, theirs: str, same: bool) -> None:
-    assert is_same(ours, theirs) is is_same(theirs, ours) is same
-
-
-def test_an_older_deep_ep_is_told_from_today_s(tmp_path: Path) -> None:
-    """Version 2 keeps the events in another file, which megatron-core does not look into."""
-    (tmp_path / "deep_ep/utils").mkdir(parents=True)
-    (tmp_path / "deep_ep/__init__.py").write_text("")
-    (tmp_path / "deep_ep/utils/__init__.py").write_text("from .event import EventHandle\n")
-    (tmp_path / "deep_ep/utils/event.py").write_text("class EventHandle: ...\n")
-    symbols = {name: shape for name, shape in THEIRS[contract.DEEP_EP]["symbols"].items() if "utils" in name}
-    assert "deep_ep.utils.EventOverlap is gone" in list(differences(symbols, Sources(tmp_path)))

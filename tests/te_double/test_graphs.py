@@ -27,21 +27,15 @@ CASES: dict[str, tuple[str, int, tuple[str, ...], dict[str, Any], list[int]]] = 
     "larger batches": ("tiny-solar-open", 1, (*RAMP, "model.num_layers=3", "train.recompute=selective",
                                               'gpu.recompute_modules=["layernorm", "moe_act"]'), {},
                        [2 * 3 * n for n in (2, 4, 6)]),
-    # the number of micro-batches in flight changes
-    "stages, larger batches": ("tiny-solar-open", 2, (*PP2, *RAMP), {}, [2 * 2 * n for n in (2, 4, 6)]),
     "interleaved stages": ("tiny-solar-open", 2, (
         *PP2, "parallel.vpp=2", "train.recompute=selective",
         'gpu.recompute_modules=["core_attn", "shared_experts"]'), {"steps": 2}, [2 * 2 * 4] * 2),
-    "split layers": ("tiny-k-exaone", 2, ("model.num_layers=3", "parallel.tp=2", "parallel.sp=true",
-                                          "parallel.ep=2"), {"steps": 2}, [2 * 2 * 4] * 2),
     # the library asks the weights of the capture for their dtype
     "split experts": ("tiny-k-exaone", 2, ("model.num_layers=3", "parallel.tp=2", "parallel.sp=true",
                                            "parallel.etp=2"), {"steps": 2}, [2 * 2 * 4] * 2),
     "hidden sums and gathers": ("tiny-solar-open", 2, (
         "model.num_layers=2", "parallel.ep=2", "parallel.zero1=true", "parallel.overlap_grad_reduce=true",
         "parallel.overlap_param_gather=true"), {"steps": 2}, [2 * 2 * 2] * 2),
-    # experts of a prediction layer
-    "prediction": ("tiny-deepseek-v3", 1, ("model.num_layers=4",), {"steps": 2}, [2 * 2 * 4] * 2),
     "router alone": ("tiny-qwen3-moe", 1, ("model.num_layers=2", "gpu.permute_fusion=off"),
                      {"graphs": KEPT, "steps": 2}, [2 * 2 * 4] * 2),
     "8 bits": ("tiny-solar-open", 1, ("model.num_layers=2", "train.fp8=mxfp8",

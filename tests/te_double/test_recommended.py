@@ -1,58 +1,22 @@
-"""Every recommended layout, as far as one process has it, in bf16 and each recipe of low precision: what is
+"""Selective recomputation and overlapped shared experts, in bf16 and each recipe of low precision: what is
 computed again has the bits of what was kept."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_sov.model import recipes
-from megatron_sov.model.config import RunConfig, apply_settings
-from megatron_sov.model.config.gpu import AUTO, RECIPES
-from megatron_sov.plan.search.recommended import RECOMMENDED
+from megatron_sov.model.config.gpu import RECIPES
 
 RUN = str(Path(__file__).with_name("quantized_run.py"))
-TINY = {"solar_open": "tiny-solar-open", "solar_open2": "tiny-solar-open2", "exaone_moe": "tiny-k-exaone",
-        "qwen2": "tiny-qwen2", "qwen3": "tiny-qwen3", "qwen3_moe": "tiny-qwen3-moe"}
-"""Family -> recipe that stands for its large ones."""
-FIRST = {"tiny-solar-open": ("mxfp8",), "tiny-k-exaone": ("none", "mxfp8"), "tiny-solar-open2": ("none",)}
-"""Recipe -> precisions in `make test`.  All other pairs are deep."""
 QUICK = ("model.num_layers=2", "train.global_batch_size=1")
 SELECTIVE = ("train.recompute=selective", 'gpu.recompute_modules=["layernorm", "moe_act"]')
 OVERLAPPED = ("parallel.zero1=true", "parallel.overlap_grad_reduce=true",
               "parallel.overlap_param_gather=true")
 
 
-def _written(value: Any) -> str:
-    return json.dumps(value) if not isinstance(value, str) else value
-
-
-def _of_one_process(config: RunConfig) -> tuple[str, ...]:
-    """Return the settings of a run that one process has, too; which attention serves rows that are cut is
-    none of them."""
-    gpu = [f"gpu.{f.name}={_written(getattr(config.gpu, f.name))}" for f in fields(config.gpu)
-           if f.name != "attention" and getattr(config.gpu, f.name) != getattr(AUTO, f.name)]
-    parallel = [f"parallel.{name}={_written(getattr(config.parallel, name))}"
-                for name in ("zero1", "overlap_grad_reduce", "overlap_param_gather")]
-    return (f"train.recompute={_written(config.train.recompute)}", *gpu, *parallel)
-
-
-def layouts_of_one_process() -> dict[str, set[tuple[str, ...]]]:
-    """Return tiny recipe -> settings that differ among its recommended layouts."""
-    found: dict[str, set[tuple[str, ...]]] = {}
-    for name, by_gpu in RECOMMENDED.items():
-        config = recipes.get(name)
-        for layout in {layout for layouts in by_gpu.values() for layout in layouts}:
-            found.setdefault(TINY[config.model.family], set()).add(
-                _of_one_process(apply_settings(config, list(layout))))
-    return found
-
-
-LAYOUTS = layouts_of_one_process()
 
 
 def _stored(settings: tuple[str, ...]) -> tuple[str, ...]:
@@ -73,18 +37,6 @@ def _compared(te_ranks: Any, job: Any, path: Path, cases: list[tuple[str, tuple[
         more = sum(ours["products"].values()) > sum(kept["products"].values())
         assert (more or ours["again"] > 0) == ("train.recompute=false" not in settings), (recipe, settings)
         assert not kept["again"]
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize(("recipe", "precisions"), [
-    *FIRST.items(),
-    *(pytest.param(recipe, tuple(name for name in ("none", *RECIPES) if name not in FIRST.get(recipe, ())),
-                   marks=pytest.mark.deep) for recipe in sorted(LAYOUTS))])
-def test_every_recommended_layout_in_every_precision(te_ranks: Any, job: Any, packed_data: Any,
-                                                     recipe: str, precisions: tuple[str, ...]) -> None:
-    _compared(te_ranks, job, packed_data.text, [
-        (recipe, (*settings, f"train.fp8={fp8}")) for settings in sorted(LAYOUTS[recipe])
-        for fp8 in precisions])
 
 
 @pytest.mark.distributed

@@ -140,6 +140,9 @@ class _Rewrite:
             return
         meant = next((one for one in by_word("options").get(word, ())
                       if one in self.options or one in self.positionals), "")
+        is_name = bool(values) and re.fullmatch(r"[\w.-]+", values[0]) and not Path(values[0]).exists()
+        if meant == "--from" and self.command == "plan" and is_name:
+            meant = "RECIPE"
         if meant == "--nodes" and "gpu" in word and "--nproc" in self.options and not self.has_cluster:
             meant = "--nproc"  # without a profile nobody knows how many GPUs a node has
         if word in ("input", "data", "inputs") and "DIR[:WEIGHT]" in self.positionals:
@@ -212,6 +215,9 @@ def texts_of(parser: argparse.ArgumentParser) -> dict[str, str]:
 def _read_words(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
     """Read the words one after the other, and write those that are meant."""
     typed, options = made.typed, list(parser._option_string_actions)
+    if "DIR[:WEIGHT]" in made.positionals and (blend := blend_of(typed)):
+        made.add("a weight follows its folder behind a colon", *(word for word in blend if word != "--data"))
+        typed = typed[next((n for n, word in enumerate(typed) if word.startswith("-")), len(typed)):]
     alone = {name for action in parser._actions if action.nargs == 0 for name in action.option_strings}
     i = 0
     while i < len(typed):
@@ -311,7 +317,8 @@ def _option_of(made: _Rewrite, word: str) -> str:
 def _several(option: str, given: Sequence[str]) -> list[str]:
     """Return the files of a list with commas, if each of them exists."""
     parts = given[0].split(",") if given and option in ("--data", "--input", "--prompts") else []
-    are_there = bool(parts) and not Path(given[0]).exists() and all(Path(part).exists() for part in parts)
+    are_there = bool(parts) and not Path(given[0]).exists() and all(
+        Path(re.sub(r":[\d.]+$", "", part)).exists() for part in parts)
     return parts if are_there else []
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
@@ -242,8 +242,10 @@ def _problem(cls: Any, error: Any, instead: Instead) -> SettingsProblem:
         return _missing(key)
     if kind in ("literal_error", "enum"):
         known = [word for word in _choices(hint) if isinstance(word, str)]
-        close = was_removed(value) or _foreign(key, value) or nearest(value, known) if isinstance(
-            value, str) else ""
+        close = ""
+        if isinstance(value, str):
+            close = (was_removed(value) or _other_case(value, known) or _foreign(key, value)
+                     or nearest(value, known))
         return SettingsProblem(ProblemCode.CHOICE, key, f"must be {ctx.get('expected', 'another word')}",
                                value, close.removeprefix("; "))
     if kind == "asked":
@@ -261,6 +263,11 @@ def _problem(cls: Any, error: Any, instead: Instead) -> SettingsProblem:
     return SettingsProblem(ProblemCode.RULE if kind in ("value_error",
                                                         "assertion_error") else ProblemCode.TYPE, key, rule,
                            value)
+
+
+def _other_case(value: str, known: Collection[str]) -> str:
+    """Return the end of a sentence about a value that is known in another case."""
+    return f"; write {value.lower()}" if value.lower() in known else ""
 
 
 def _foreign(key: str, value: str) -> str:

@@ -137,7 +137,9 @@ class GenerateOptions(CodecsOptions, PluginOptions, RankOptions):
                   "add --temperature 1"),
                  (self.output is not None and self.json, "output", self.output, "goes without --json",
                   "leave one of them out"),
-                 (self.logprobs and not self.json, "logprobs", UNSET, "goes with --json", "add it")]
+                 (self.logprobs and not self.json, "logprobs", UNSET, "goes with --json", "add it"),
+                 *((os.path.isfile(text), "prompt", text, "names a file, whose name would be continued",
+                    f"pass --prompts {text}, lines of JSON with \"prompt\"") for text in self.prompt)]
         return [SettingsProblem(ProblemCode.RULE, key, rule, value, way_out) for broken, key, value, rule,
                 way_out in rules
                 if broken]

@@ -228,33 +228,20 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
 @pytest.mark.distributed
 @pytest.mark.parametrize(("recipe", "layouts", "settings"), [
     ("tiny-qwen3", [PP2, {"cp": 2}], ['lora.targets=["all-linear", "embed_tokens"]']),
-    pytest.param("tiny-qwen3", [TP2], ['lora.targets=["all-linear", "embed_tokens"]'],
-                 marks=pytest.mark.deep),
     pytest.param("tiny-qwen3", [TP2, {"tp": 2}], ["lora.dora=true"], marks=pytest.mark.deep),
-    pytest.param("tiny-solar-open", [ETP2], ['lora.targets=["all-linear", "lm_head"]'],
+    pytest.param("tiny-solar-open", [ETP2, EP2], ['lora.targets=["all-linear", "lm_head"]'],
                  marks=pytest.mark.deep),
-    pytest.param("tiny-solar-open", [EP2], ['lora.targets=["all-linear", "lm_head"]'],
-                 marks=pytest.mark.deep),
-    # narrow vectors, which every process makes whole
-    pytest.param("tiny-solar-open2", [TP2], DELTA, marks=pytest.mark.deep),
-    pytest.param("tiny-deepseek-v3", [TP2], LATENT, marks=pytest.mark.deep),
-    pytest.param("tiny-solar-open2", [{**TP2, "ep": 2}], DELTA, marks=pytest.mark.deep),
+    # narrow vectors, which every process makes whole; gates of a matrix among queries, keys and values
+    pytest.param("tiny-solar-open2", [{**TP2, "ep": 2}, {"cp": 2}, PP2], DELTA, marks=pytest.mark.deep),
     pytest.param("tiny-deepseek-v3", [{**TP2, "ep": 2}, {"cp": 2}, PP2], LATENT, marks=pytest.mark.deep),
     pytest.param("tiny-solar-open2", [TP2], [
-        *DELTA, "lora.dora=true", 'lora.targets=["q_proj", "b_proj", "f_a_proj", "g_b_proj", "o_proj"]'],
+        *DELTA, "lora.dora=true",
+        'lora.targets=["q_proj", "g_proj", "b_proj", "f_a_proj", "g_b_proj", "o_proj"]'],
                  marks=pytest.mark.deep),
     pytest.param("tiny-deepseek-v3", [TP2], [
         *LATENT, "lora.dora=true", 'lora.targets=["kv_a_proj_with_mqa", "kv_b_proj"]'],
                  marks=pytest.mark.deep),
-    # gates of a matrix of their own among queries, keys and values
-    pytest.param("tiny-solar-open2", [TP2, {"cp": 2}, PP2], ["model.attention_pattern=GD"],
-                 marks=pytest.mark.deep),
-    pytest.param("tiny-solar-open2", [TP2], ["model.attention_pattern=GD", "lora.dora=true",
-                                             'lora.targets=["q_proj", "g_proj", "o_proj"]'],
-                 marks=pytest.mark.deep),
     ("tiny-k-exaone", [EP2], ['lora.targets=["q_proj", "v_proj", "up_proj", "experts"]']),
-    pytest.param("tiny-k-exaone", [PP2], ['lora.targets=["q_proj", "v_proj", "up_proj", "experts"]'],
-                 marks=pytest.mark.deep),
 ])
 def test_the_same_adapter_at_every_layout(recipe: str, layouts: list[dict[str, Any]], settings: list[str],
                                           ranks: Any, job: Any) -> None:

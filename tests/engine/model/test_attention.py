@@ -134,5 +134,3 @@ def test_the_librarys_attention_is_told_few_different_lengths(longest: int, tabl
 
     packed = attention.pack(torch.tensor([0, longest, 100]), longest, 100, own=False)
     assert packed.max_seqlen_q == packed.max_seqlen_kv == tabled
-
-

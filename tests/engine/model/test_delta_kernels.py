@@ -16,11 +16,9 @@ import torch
 
 from megatron_sov.engine.model import delta_rule
 from megatron_sov.engine.model.delta_rule import chunk_documents, in_chunks
-from megatron_sov.engine.parallel import context
 from megatron_sov.engine.parallel.device import FLA_KERNEL
 from tests import releases
 from tests.engine.model.test_delta_rule import HEADS, VALUES, R, drawn
-from tests.engine.model.test_linear_attention import OF_KIMI, made, row, states
 
 DOCUMENTS = [(0, 0, 70), (70, 100, 171), (171, 171, 172), (172, 172, 200)]
 """Start, first token whose output is asked for, end."""
@@ -87,19 +85,6 @@ def test_what_is_asked_for_and_its_gradients_are_those_of_torch() -> None:
         (outputs * torch.linspace(-1, 1, VALUES)).sum().backward()
     for one, other in zip(*rows, strict=True):
         torch.testing.assert_close(one.grad, other.grad, atol=2e-5, rtol=2e-5)
-
-
-@pytest.mark.usefixtures("plain_kernel")
-def test_a_layer_asks_for_them_where_its_model_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(context, "size", lambda: 1)
-    layer = made(OF_KIMI).float()
-    x, packed = states().float(), row([0, 70, 150])
-    expected = layer(x, packed_seq_params=packed)[0]
-    layer.config.delta_kernels = True
-    found = layer(x, packed_seq_params=packed)[0]
-
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
-    assert not torch.equal(found, expected), "they were not asked"
 
 
 @pytest.mark.usefixtures("plain_kernel")

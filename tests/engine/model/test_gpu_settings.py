@@ -192,14 +192,6 @@ def test_without_transformer_engine_auto_is_off_and_the_library_builds_its_confi
     assert not any(fields(config_with(everything), te=False)[fusion.field] for fusion in FUSIONS)
 
 
-def test_with_transformer_engine_auto_is_on_where_model_and_layout_can() -> None:
-    found = fields(config_with([]), te=True)
-    assert [f.setting for f in FUSIONS if not found[f.field]] == ["router_fusion"], "its kernels are not here"
-    yarn = 'model.yarn={"factor": 4.0, "original_max_position_tokens": 512}'
-    assert fields(config_with([yarn]), te=True)["apply_rope_fusion"], "its factor is in the softmax"
-    assert not fields(config_with(["parallel.cp=2"]), te=True)["apply_rope_fusion"]
-
-
 def test_kernels_of_linear_attention_serve_where_they_import_and_bits_need_not_repeat(
         monkeypatch: pytest.MonkeyPatch) -> None:
     def serve(*changes: str, te: bool = True) -> bool:
@@ -374,13 +366,3 @@ def test_routing_that_the_kernels_do_not_compute_is_refused(monkeypatch: pytest.
             for asked in ([], [one], ["gpu.router_fusion=off"])] == [True, False, False]
     with pytest.raises(UserError, match=r"model\.num_experts_per_token = 1"):
         gpu_settings.refuse(config_with(["gpu.router_fusion=on", one]), te=True)
-
-
-def test_graphs_go_with_segments_that_nccl_does_not_register(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    monkeypatch.setenv("NCCL_GRAPH_REGISTER", "0")
-    gpu_settings.refuse(config_with([ROUTERS]), te=True)
-
-
-def test_nothing_is_refused_where_nothing_is_asked() -> None:
-    gpu_settings.refuse(config_with([]), te=False)

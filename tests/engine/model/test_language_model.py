@@ -61,9 +61,6 @@ def test_a_weight_elsewhere_is_named() -> None:
         refuse_elsewhere(module, torch.device("cpu"))
 
 
-# A stage is built without memory wherever one plans: on a machine with a GPU CUDA is not started.
-
-
 # The gate of a feed-forward block against the library's own line, to the bit.
 
 

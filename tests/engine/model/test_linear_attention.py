@@ -74,41 +74,6 @@ def by_kind(rows: torch.Tensor, widths: tuple[int, ...]) -> list[torch.Tensor]:
     return [part.flatten(0, 1) for part in rows.unflatten(0, (3, -1)).split(widths, 1)]
 
 
-def test_rates_of_up_to_2_are_a_loop_over_tokens(one_process: None) -> None:
-    """Solar Open 2's layer, of two documents, and all its gradients, in float64."""
-    from tests.solar_open2 import DeltaAttention
-
-    sizes = {"num_heads": 3, "head_dim": 8, "short_conv_kernel_size": 4}
-    theirs = DeltaAttention(SimpleNamespace(
-        hidden_size=HIDDEN, linear_attn_config=sizes, rms_norm_eps=1e-6, kda_allow_neg_eigval=True)).double()
-    ours = made(OF_SOLAR)
-
-    def named(of: Any) -> dict[str, torch.Tensor]:
-        q, k, v, b = by_kind(of(ours.in_proj.weight), OF_SOLAR.projected)
-        taps = dict(zip("qkv", by_kind(of(ours.conv1d.weight), OF_SOLAR.projected[:3]), strict=True))
-        decay, gate = of(ours.gates_down_proj.weight).chunk(2)
-        return {
-            "q_proj.weight": q, "k_proj.weight": k, "v_proj.weight": v, "b_proj.weight": b,
-            **{f"{name}_conv1d.weight": rows for name, rows in taps.items()},
-            "f_a_proj.weight": decay, "g_a_proj.weight": gate,
-            "f_b_proj.weight": of(ours.decay_up_proj.weight),
-            "g_b_proj.weight": of(ours.output_up_proj.weight), "dt_bias": of(ours.dt_bias),
-            "A_log": of(ours.A_log)[None, None, :, None], "o_norm.weight": of(ours.out_norm.weight),
-            "o_proj.weight": of(ours.out_proj.weight)}
-
-    theirs.load_state_dict(named(lambda parameter: parameter.data))
-    x, weights = states(), torch.linspace(-1, 1, HIDDEN, dtype=torch.float64)
-    found = ours(x, packed_seq_params=row([0, 70, TOKENS]))[0][:, 0]
-    expected = torch.cat([theirs(part.transpose(0, 1))[0][0] for part in (x[:70], x[70:])])
-    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-10)
-    rates = 2 * torch.sigmoid(x[:, 0] @ theirs.b_proj.weight.detach().T)
-    assert (rates > 1.5).any() and (rates < 0.5).any()
-    (found * weights).sum().backward()
-    (expected * weights).sum().backward()
-    for name, gradient in named(lambda parameter: parameter.grad).items():
-        torch.testing.assert_close(gradient, theirs.get_parameter(name).grad, atol=1e-11, rtol=1e-9, msg=name)
-
-
 def test_kimis_layer_and_its_gradients_are_transformers_module(one_process: None) -> None:
     from transformers import KimiLinearConfig
     from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from megatron_sov.engine.optimizer.muon import Matrix, orthogonalise, parts, update_scale
+from megatron_sov.engine.optimizer.muon import orthogonalise, update_scale
 from tests.tiny import tiny_model
 
 STEPS, LR = 3, 0.02
@@ -132,28 +131,17 @@ class Reference:
         self.adamw.step()
 
 
-def on_shards_alone(exchange: Any, read: Any, compute: Any, write: Any, dtype: Any) -> None:
-    """What a Muon does that takes every process's piece for a matrix."""
-    from megatron_sov.engine.optimizer.muon import orthogonalise
-
-    for number in range(len(exchange._places)):
-        write(number, orthogonalise(read(number), 5, (3.4445, -4.7750, 2.0315)))
-
-
-def updates(settings: list[str], seed: int, shards_alone: bool = False) -> dict[str, Any]:
+def updates(settings: list[str], seed: int) -> dict[str, Any]:
     """Do some steps on given gradients beside torch's optimizers; return how far each tensor is from
     torch's after each."""
     import torch
 
-    from megatron_sov.engine.optimizer import muon
     from megatron_sov.engine.optimizer.optimizer import Optimizer
     from megatron_sov.engine.parallel import world
 
     config, model = tiny_model("tiny-k-exaone", *SETTINGS, *settings, seed=seed)
     optimizer = Optimizer(model, config.optim, config.parallel)
     optimizer.sync_master_weights()
-    if shards_alone:
-        mock.patch.object(muon.MatrixExchange, "run", on_shards_alone).start()
     start = gathered(model, optimizer)
     full = torch.float64 if config.train.precision == "fp64" else torch.float32
     reference = Reference(start, config.optim, full)
@@ -220,23 +208,6 @@ def test_every_matrix_moves_as_torchs_muon_moves_it_and_all_else_as_its_adamw(
 
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-CONFIG = SimpleNamespace(num_attention_heads=4, num_query_groups=2, kv_channels=3, gated_linear_unit=True)
-
-
-def test_a_fused_qkv_is_three_matrices_with_interleaved_rows() -> None:
-    found = parts(Matrix("decoder.layers.0.self_attention.linear_qkv.weight", (), 24, 5), CONFIG)
-    # two groups of: two query heads, a key head, a value head, three rows each
-    assert [rows.tolist() for rows in found] == [[0, 1, 2, 3, 4, 5, 12, 13, 14, 15, 16, 17],
-                                                 [6, 7, 8, 18, 19, 20], [9, 10, 11, 21, 22, 23]]
-
-
-def test_gate_and_up_are_two_matrices_and_others_one() -> None:
-    expert = Matrix("decoder.layers.2.mlp.experts.experts.linear_fc1.weight", (3,), 6, 5)
-    assert [rows.tolist() for rows in parts(expert, CONFIG)] == [[0, 1, 2], [3, 4, 5]]
-    plain = SimpleNamespace(**{**vars(CONFIG), "gated_linear_unit": False})
-    assert [rows.tolist() for rows in parts(expert, plain)] == [list(range(6))]
-    assert ([rows.tolist() for rows in parts(Matrix("decoder.layers.2.mlp.router.weight", (), 4, 9), CONFIG)]
-            == [[0, 1, 2, 3]])
 
 
 @pytest.mark.parametrize("shape", [(12, 40), (40, 12), (16, 16)])
@@ -257,6 +228,3 @@ def test_scales_are_those_of_the_papers() -> None:
             == pytest.approx(0.2))
     assert update_scale("original", 200, 50) == update_scale("spectral", 200, 50) == 2.0
     assert update_scale("original", 50, 200) == 1.0 and update_scale("spectral", 50, 200) == math.sqrt(0.25)
-
-
-# Pieces of matrices come together, are computed once, and every holder gets its piece of the result.

@@ -113,14 +113,6 @@ def test_a_range_of_elements_is_a_few_rectangles_in_the_order_of_the_elements(sh
     assert all(part.size for part in taken)
 
 
-def test_a_range_is_cut_at_rows_and_no_finer() -> None:
-    assert list(flat_ranges([4, 3], 0, 12)) == [((0, 0), (4, 3))]
-    assert list(flat_ranges([4, 3], 2, 10)) == [((0, 2), (1, 1)), ((1, 0), (2, 3)), ((3, 0), (1, 1))]
-    assert list(flat_ranges([4, 3], 4, 5)) == [((1, 1), (1, 1))]
-    assert list(flat_ranges([7], 2, 5)) == [((2,), (3,))]
-    assert list(flat_ranges([4, 3], 5, 5)) == []
-
-
 def test_processes_that_take_turns_change_the_names_of_types_once() -> None:
     import torch
 

@@ -31,18 +31,6 @@ def test_another_number_of_elements_is_refused() -> None:
         unpack(torch.zeros(3), {"a": (), "b": (1,)})
 
 
-def test_sums_are_found_under_their_names_and_travel_together() -> None:
-    messages: list[torch.Tensor] = []
-
-    def two_processes(values: torch.Tensor) -> torch.Tensor:
-        messages.append(values)
-        return 2 * values
-
-    found = sum_dict({"stopped": 1.0, "written": 0.5}, two_processes)
-    assert (found == {"stopped": 2.0, "written": 1.0} and len(messages) == 1
-            and messages[0].dtype == torch.float64)
-
-
 def sums() -> list[Any]:
     """Runs inside ranks: what each says, by name."""
     from megatron_sov.engine.parallel import world

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import pickle
-import pickletools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ...common.recipe import DelayedScaling, Recipe
+from ...common.recipe import Recipe
 from ..placement import on_host, require_cuda
 from ..quantization import FP8GlobalStateManager
 from ..quantized_tensor import Quantizer
@@ -19,14 +15,9 @@ from ..tensor.float8_blockwise_tensor import Float8BlockwiseQTensor
 from ..tensor.float8_tensor import Float8Tensor
 from ..tensor.mxfp8_tensor import MXFP8Tensor
 
-UNSAFE_PICKLE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
-DELAYED_STATE = {"scale_fwd", "amax_history_fwd", "scale_bwd", "amax_history_bwd"}
-RECIPES = {"DelayedScaling", "Float8CurrentScaling", "MXFP8BlockScaling", "Float8BlockScaling",
-           "NVFP4BlockScaling", "CustomRecipe"}
 KINDS: dict[str, Any] = {"Float8CurrentScaling": Float8Tensor, "Float8BlockScaling": Float8BlockwiseQTensor,
                          "MXFP8BlockScaling": MXFP8Tensor}
 """Recipe -> kind of its weights in 8 bits."""
-PLAIN_VALUES = (bool, int, float, str, tuple, list)
 _dummies: dict[Any, torch.Tensor] = {}
 
 
@@ -34,36 +25,6 @@ def get_dummy_wgrad(shape: list[int], dtype: torch.dtype, zero: bool = False) ->
     """Return what stands for the gradient of a weight whose true one was added to `main_grad`."""
     found = _dummies.setdefault((*shape, dtype), torch.empty(shape, dtype=dtype))
     return found.zero_() if zero else found.detach()
-
-
-@dataclass
-class DelayedState:
-    """Scales and earlier largest values, one column per operand and product."""
-
-    scale: torch.Tensor
-    amax_history: torch.Tensor
-
-
-def _is_stateless(data: bytes) -> bool:
-    """Return whether a pickle is of a recipe that keeps nothing, or names nothing that could run, as its
-    opcodes say; it is not loaded."""
-    strings: list[str] = []
-    recipes: set[str] = set()
-    has_global = False
-    try:
-        for opcode, argument, _ in pickletools.genops(data):
-            if "STRING" in opcode.name or "UNICODE" in opcode.name:
-                strings.append(argument if isinstance(argument, str) else argument.decode())
-            elif opcode.name in ("GLOBAL", "STACK_GLOBAL"):
-                has_global = True
-                home, name = argument.split() if opcode.name == "GLOBAL" else strings[-2:]
-                recipes |= {name} & RECIPES if home == "transformer_engine.common.recipe" else set()
-    except Exception:
-        return False
-    delayed = not DELAYED_STATE.isdisjoint(strings)
-    if not has_global and not delayed:
-        return True
-    return "recipe" in strings and not delayed and bool(recipes) and "DelayedScaling" not in recipes
 
 
 def _local_size(size: int, parts: int) -> int:
@@ -193,41 +154,13 @@ class TransformerEngineBaseModule(torch.nn.Module):
         meta |= {"recipe": recipe, "num_gemms": num_gemms, "fp8_group": manager.get_fp8_group(),
                  "fp8_max_fwd": recipe.fp8_format.value.max_fwd,  # type: ignore[attr-defined]
                  "fp8_max_bwd": recipe.fp8_format.value.max_bwd}  # type: ignore[attr-defined]
-        if isinstance(recipe, DelayedScaling):
-            for name, operands in (("scaling_fwd", 3), ("scaling_bwd", 2)):
-                meta[name] = DelayedState(torch.ones(operands * num_gemms),
-                                          torch.zeros(recipe.amax_history_len, operands * num_gemms))
         self.fp8_initialized = True
 
     def get_extra_state(self) -> torch.Tensor:
-        """Return bytes: none without quantisation and for recipes without a history, else a pickle."""
-        recipe = self.fp8_meta.get("recipe")
-        on = self.fp8_meta["fp8_checkpoint"] or self.fp8 or self.fp8_calibration
-        if not on or not isinstance(recipe, DelayedScaling):
-            return torch.empty(0, dtype=torch.uint8)
-        state: dict[str, Any] = {"recipe": recipe}
-        for part in ("fwd", "bwd"):
-            state[f"scale_{part}"] = self.fp8_meta[f"scaling_{part}"].scale.clone()
-            state[f"amax_history_{part}"] = self.fp8_meta[f"scaling_{part}"].amax_history.clone()
-        state["extra_fp8_variables"] = {name: value for name, value in self.fp8_meta.items()
-                                        if isinstance(value, PLAIN_VALUES)}
-        return torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8)
+        """Return no bytes: no recipe here has a history."""
+        return torch.empty(0, dtype=torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        """Take what `get_extra_state` gave: nothing, or the pickle of a recipe with a history where the
-        environment says that it is trusted."""
-        if state is None or (torch.is_tensor(state) and state.numel() == 0):
-            return
-        if not torch.is_tensor(state):
+        """Take what `get_extra_state` gave: nothing."""
+        if state is not None and state.numel():
             raise RuntimeError("Unsupported checkpoint format.")
-        data = bytes(state.numpy())
-        if _is_stateless(data):
-            return
-        if os.environ.get(UNSAFE_PICKLE, "0") != "1":
-            raise RuntimeError(f"Refusing to load pickled Transformer Engine extra state for "
-                               f"{type(self).__name__}. To load it anyway, set {UNSAFE_PICKLE}=1.")
-        found = pickle.loads(data)
-        self.fp8_meta |= found["extra_fp8_variables"] | {"recipe": found["recipe"]}
-        for part in ("fwd", "bwd"):
-            self.fp8_meta[f"scaling_{part}"] = DelayedState(found[f"scale_{part}"],
-                                                            found[f"amax_history_{part}"])
