@@ -114,16 +114,6 @@ def test_each_stage_of_an_extension_is_told_with_its_needles(
     assert sum(line.startswith("  converts ") for line in lines) == 1
 
 
-def test_many_processes_are_told_what_they_would_be_told(
-    capsys: Any, start: Start, monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main([*words_beside_start("pretrain", start), "--from", str(start.starts["hf"]), "--run",
-                 str(start.folder / "new"), "--dry-run"]) == 2
-    assert "many processes would convert it at once" in capsys.readouterr().err
-
-
 def test_mistakes_are_those_of_the_run(capsys: Any, packed_data: Any, tmp_path: Path) -> None:
     assert main(["pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run",
                  str(tmp_path / "run"), "--set", "model.vocab_size=100", "--dry-run"]) == 2
@@ -138,7 +128,3 @@ def test_mistakes_are_those_of_the_run(capsys: Any, packed_data: Any, tmp_path: 
     ServeOptions(target=Path("m"))])
 def test_words_are_read_as_the_same_options(options: Any) -> None:
     assert typed(type(options), words_of(options)) == options
-
-
-def test_defaults_take_no_words() -> None:
-    assert words_of(ServeOptions(target=Path("m"))) == ["m"]

@@ -151,12 +151,6 @@ def test_a_pipe_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "is no regular file, and it is read more than once" in capsys.readouterr().err
 
 
-def test_half_of_a_surrogate_pair_travels_on() -> None:
-    write([{"response": "a \ud800"}])
-    assert score("--set", "language=en") == 0
-    assert read()[0]["response"] == "a \ud800"
-
-
 OWN_REWARD = '''
 import os, pathlib, signal, time
 
@@ -198,17 +192,6 @@ def test_a_killed_command_goes_on_where_it_was(capsys: pytest.CaptureFixture[str
     again = set(map(int, Path("judged").read_text().split()))
     assert again == set(range(256, 400))
     assert not work_folder(Path("out.jsonl")).exists()
-
-
-def test_a_journal_that_another_command_has_just_removed_is_not_held(
-        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def holds(fd: int) -> bool:
-        os.rename(work_folder(Path("out.jsonl")), "published")
-        return True
-
-    monkeypatch.setattr("megatron_sov.work.progress.locks.holds", holds)
-    assert score("--set", "language=ko") == 2
-    assert "is being written by another process" in capsys.readouterr().err
 
 
 def test_what_the_page_shows_runs() -> None:

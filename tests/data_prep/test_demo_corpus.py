@@ -10,20 +10,11 @@ import pytest
 
 from data_prep import demo_corpus
 from data_prep.cli import main
-from data_prep.demo_corpus import (
-    CorpusUnavailable, Docstring, clean, docstrings, documentation, korean_only, question_and_answer, select)
+from data_prep.demo_corpus import CorpusUnavailable, clean, docstrings, documentation, select
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.documents import list_files, read_documents
 
 # Korean text out of pages, and machines that have none.
-
-
-def test_notes_that_stand_on_every_page_are_kept_once() -> None:
-    note = "이 안내문은 모든 쪽에 똑같이 나오는 아주 긴 문장입니다. 한 번이면 됩니다."
-    pages = {"a": f"{note}\n예\nEnglish only", "b": f"{note}\n예\nClick the button named 확인 to go on",
-             "c": note, "d": "English only"}
-    assert korean_only(pages) == {"a": f"{note}\n예", "b": "예"}
-
 
 # Docstrings, cleaning and questions.
 
@@ -65,19 +56,6 @@ def test_markup_noise_goes_and_words_stay() -> None:
 
         See :ref:`the guide <guide>`.""")
     assert clean(text) == "Title\n\nUse os.walk and `x`:\n\nSee the guide."
-
-
-def test_questions_are_about_public_names_and_answers_are_sentences() -> None:
-    text = "Remove any common leading whitespace\nfrom every line in text.\n\nMore."
-    question, answer = question_and_answer(Docstring("textwrap", "dedent", text)) or ("", "")
-    assert ("`textwrap.dedent`" in question
-            and answer == "Remove any common leading whitespace from every line in text.")
-    assert question_and_answer(Docstring("textwrap", "dedent", text)) == (question, answer)
-    assert question_and_answer(Docstring("textwrap", "_private", text)) is None
-    assert question_and_answer(Docstring("_collections", "f", text)) is None
-    assert question_and_answer(Docstring("m", "f", "Too short.")) is None
-    assert question_and_answer(Docstring("m", "f",
-                                         "no capital letter stands at the beginning of this one.")) is None
 
 
 @pytest.fixture(autouse=True)

@@ -149,21 +149,6 @@ def test_routes_of_data_are_replayed_and_the_share_is_told(make: Make, packed_da
     assert abs(found["recorded"][0] / found["live"][0] - 1) > 1e-5, "drawn experts answer otherwise"
 
 
-def test_a_term_may_be_called_meters(make: Make) -> None:
-    run = make("train.micro_batch_size=8")
-    plain = run.objective.loss
-    expected = run.computation.sums(run.batch, run.objective, 1).terms["lm"]
-    run.objective.loss = lambda hidden, head, batch: dataclasses.replace(
-        found := plain(hidden, head, batch), terms={"meters": found.terms["lm"]})
-    run.objective.coefficients = {"meters": 1.0}
-    (micro_batch,) = run.batch.micro_batches
-    counted = dataclasses.replace(micro_batch, denominators={"meters": micro_batch.denominators["lm"]})
-    batch = dataclasses.replace(run.batch, micro_batches=(counted,))
-    found = run.computation.sums(batch, run.objective, 2).terms
-    # each call moves the routers' biases a little
-    assert found == {"meters": pytest.approx(expected, rel=1e-4)}
-
-
 def test_a_loss_that_is_no_number_is_known_to_the_process_that_computed_it(make: Make) -> None:
     run = make("train.micro_batch_size=2", faults="nan@step=2")
     finite = []

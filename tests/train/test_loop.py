@@ -127,10 +127,6 @@ def test_evaluations_and_checkpoints_come_when_they_are_due_and_at_the_end() -> 
                             "saved 7", "run_end 7"])
 
 
-def test_without_a_rhythm_there_is_one_of_each_at_the_end() -> None:
-    assert actions(Recorded(3)) == (True, ["evaluate 3", "save 3", "saved 3", "run_end 3"])
-
-
 @pytest.mark.parametrize("step", [1, 2])
 def test_a_stop_saves_once_and_leaves(step: int) -> None:
     assert actions(Recorded(5, checkpoint_every_steps=2), step) == (
@@ -206,24 +202,6 @@ def test_data_that_are_not_there_end_the_run_with_what_is_saved_already() -> Non
 
 
 # A signal that asks for a stop is remembered, and ends nothing by itself.
-
-
-PROGRAM = """
-import os, sys
-from megatron_sov.train.stopping import StopFlag
-stop = StopFlag()
-before = stop.reason
-os.kill(os.getpid(), int(sys.argv[1]))
-print(before, stop.reason)
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_sets_the_flag(number: signal.Signals) -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(int(number))], capture_output=True, text=True,
-                          env=os.environ, check=False)
-    assert (done.returncode, done.stdout.split()) == (0, ["None", number.name]), done.stderr
-
 
 ANSWERED = """
 import os, signal, sys, time

@@ -56,29 +56,6 @@ def objective(recipe: str) -> LanguageModelling:
     return LanguageModelling(context)
 
 
-def test_each_label_counts_with_its_weight(batch: MicroBatch) -> None:
-    logits = torch.randn(8, 9, generator=torch.Generator().manual_seed(0))
-    sums = objective("tiny-solar-open").loss([logits], Logits(), batch)  # type: ignore[arg-type]
-    losses = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none")
-    assert set(sums.terms) == {"lm"}
-    assert float(sums.terms["lm"]) == pytest.approx(float((losses * batch.weights).sum()))
-    first = losses[:2].double().sum()
-    assert sums.by_source[0].tolist() == pytest.approx([float(first), 2.0])
-    assert float(sums.by_source[1, 1]) == 2.5
-
-
-def test_the_token_after_the_next_counts_inside_a_document_only(batch: MicroBatch) -> None:
-    """Position 0 predicts 3, position 3 predicts 6 and position 4 predicts 7,
-    with the weights of those labels."""
-    logits = [torch.randn(8, 9, generator=torch.Generator().manual_seed(s)) for s in range(2)]
-    found = objective("tiny-k-exaone")
-    sums = found.loss(logits, Logits(), batch)  # type: ignore[arg-type]
-    logprobs = logits[1].log_softmax(-1)
-    assert float(sums.terms["mtp"]) == pytest.approx(
-        -float(logprobs[0, 3] + logprobs[3, 6] + 0.5 * logprobs[4, 7]))
-    assert found.coefficients == {"lm": 1.0, "mtp": 0.05}
-
-
 # What objectives over the data order share: their batches, and the prediction term by brute force over
 # documents.
 
@@ -128,10 +105,6 @@ def test_without_prediction_layers_there_is_no_such_term() -> None:
     batch: Any = SimpleNamespace(weights=torch.ones(1))
     assert found._mtp_coefficient == {} and found._mtp_targets([]) == {}
     assert found._mtp_sum([], None, batch) == {}  # type: ignore[arg-type]
-
-
-def test_batches_come_from_the_order() -> None:
-    assert objective_with(0).collect(None, 7) == "the next batch"  # type: ignore[comparison-overlap]
 
 
 # Losses by type of label, against sums taken label by label.

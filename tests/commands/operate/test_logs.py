@@ -141,17 +141,6 @@ def test_a_run_that_may_go_on_is_followed_until_its_reader_goes(
     assert lines[-1] == "[job 17 rank 2] goes on"
 
 
-def test_only_the_ranks_asked_for_also_in_files_that_come_later(run: Path, follow: Follow) -> None:
-    def starts_again() -> None:
-        (run / "slurm/logs/17-2").mkdir()
-        for rank in (0, 2):
-            (run / f"slurm/logs/17-2/rank-{rank}.log").write_text("two again\nsays more\n")
-
-    lines = follow([starts_again, nothing], "--rank", "2")
-    assert lines[-2:] == ["[job 17 start 3 rank 2] two again", "[job 17 start 3 rank 2] says more"]
-    assert not [line for line in lines if "rank 0]" in line]
-
-
 def test_what_is_no_text_stays_harmless(tmp_path: Path) -> None:
     (file := tmp_path / "rank-0.log").write_bytes(b"\x1b[31m\xff" + b"x" * (LONGEST_LINE_BYTES + 10))
     lines = list(Tail(LogFile(file, "x", 0)).lines(whole=True))

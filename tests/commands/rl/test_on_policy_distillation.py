@@ -128,18 +128,6 @@ def test_data_are_learned_as_distill_learns_them(whole: Path, folder: Path, stud
     assert read_manifest(folder / "kept.states", "teacher_states").settings["teacher"]
 
 
-@pytest.mark.deep
-@pytest.mark.distributed
-def test_the_most_probable_tokens_alone_are_learned(folder: Path, command: Command, run_command: Any) -> None:
-    top = ["--set", "distillation.top_k=8", "--set", "rollout.rounds=2"]
-    layout = ["--nproc", "2", "--set", "parallel.tp=2", "--set", "parallel.sp=true"]
-    for name, more in (("top", []), ("top2", layout)):
-        done = run_command(*command(name, *top, *more))
-        assert done.returncode == 0, done.stderr
-    assert np.allclose(losses(folder / "top"), losses(folder / "top2"), rtol=1e-3, atol=1e-5)
-    assert all(loss > 0 for loss, _ in losses(folder / "top"))
-
-
 def test_a_share_of_rounds_is_of_answers_by_the_seed_alone() -> None:
     policy = PolicyConfig("gkd", on_policy_share=0.25)
     drawn = [[policy.is_on_policy(seed, number) for number in range(1, 4001)] for seed in (0, 0, 1)]

@@ -30,8 +30,6 @@ SETTINGS = ("rollout.rounds=3", "rollout.prompts_per_round=4", "rollout.samples_
             "policy.knowledge_coeff=0.1", "policy.knowledge_share=0.5", "policy.knowledge_batch_size=2",
             'data.phases=[{"name": "main", "seq_len": 32}]', "model.hidden_size=48")
 
-
-ALONE = ("policy.method=dapo", "policy.max_gen_batches=1")
 WORDS = [word for setting in SETTINGS for word in ("--set", setting)]
 
 
@@ -126,29 +124,6 @@ def test_rounds_that_come_later_and_a_kill_change_no_bit(undisturbed: Path, roun
     assert [abs(of_step["ratio"] - 1) < 1e-6 for of_step in meters] == [True, False] * 3
     # the reference is the start, also when the run's weights are others
     assert terms[0]["kl"] == pytest.approx(0, abs=1e-9) and terms[2]["kl"] > 1e-3
-
-
-def test_a_step_without_a_group_that_learns_is_passed_over(rounds: Rounds, run_command: Any,
-                                                           tiny: list[str]) -> None:
-    from megatron_sov.rollouts.rows import RewardRow
-
-    store = rounds.new_store("equal")
-    prompts = read_prompts(rounds.folder / "prompts.jsonl")
-    version = make(order("repetition", {})).version
-    rounds.write(store, prompts, ROLLOUT, 1, version, judge=False)
-    for part in store.parts(1):
-        store.add_rewards(version, part.name, [
-            RewardRow(row.key, 0, version, float(part.piece and row.key.sample), "scored")
-            for row in store.read_rollouts(part.name)])
-    settings = [*tiny, *(word for setting in (*SETTINGS[1:8], *SETTINGS[-2:], "rollout.rounds=1", *ALONE)
-                      for word in ("--set", setting))]
-    done = run_command(*rounds.command(store.path, "equal-run", *settings))
-    assert done.returncode == 0, done.stderr
-    events = list(read_events(rounds.folder / "equal-run/events.jsonl"))
-    assert [e["step"] for e in events if e["event"] == "step"] == [2]
-    assert [e["step"] for e in events if e["event"] == "skip"] == [1]
-    assert ("step 1 is passed over, for no group of it learns (groups of the round: 2 all wrong, 2 learns)"
-            in done.stderr)
 
 
 def test_mistakes_are_told_before_anything_begins(rounds: Rounds, tmp_path: Path, capsys: Any,

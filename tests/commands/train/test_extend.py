@@ -69,21 +69,6 @@ def test_a_run_becomes_a_longer_one_with_needles(short_run: Path, token_shards: 
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("short_run", ["tiny-k-exaone"], indirect=True)
-def test_a_hybrid_without_needle_documents(short_run: Path, token_shards: Path, tmp_path: Path) -> None:
-    run = tmp_path / "long"
-    assert extend("tiny-k-exaone", short_run, token_shards, run, needle__train_share=0,
-                  data__phases='[{"name":"far","seq_len":96,"blend":{"second":1.0}}]') == 0
-    config = json.loads((run / "config.json").read_text())
-    assert config["model"]["yarn"] is None
-    assert (config["data"]["phases"][0]["blend"], config["needle"]["lengths_tokens"]) == (
-        {"second": 1.0}, [64, 96])
-    assert [e["when"] for e in events_of(run, "needle")] == ["before", "after"]
-    consumed = events_of(run, "data_consumed")[-1]["tokens"]
-    assert {name for name, tokens in consumed.items() if tokens} == {"second"}
-
-
-@pytest.mark.deep
 @pytest.mark.parametrize("short_run", ["tiny-solar-open"], indirect=True)
 def test_needles_keep_their_share_in_a_blend_and_mistakes_are_named(short_run: Path, token_shards: Path,
                                                                     tmp_path: Path, capsys) -> None:

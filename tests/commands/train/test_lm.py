@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,20 +41,6 @@ def test_missing_and_wrong_data(capsys: Any, packed_data: Any, tmp_path: Path) -
     assert "its tokenizer has 368 ids, the model only model.vocab_size = 100" in small
 
 
-def test_artifacts_of_two_tokenizers(capsys: Any, packed_data: Any, token_shards: Path,
-                                     tmp_path: Path) -> None:
-    message = refused(capsys, [packed_data.text, token_shards], tmp_path / "run",
-                      settings=("model.vocab_size=1024",))
-    assert "was packed with tokenizer" in message and "pack all data with the same tokenizer" in message
-
-
-def test_unknown_sources(capsys: Any, packed_data: Any, tmp_path: Path) -> None:
-    text, run = [packed_data.text], tmp_path / "run"
-    blend = ('data.phases=[{"name": "main", "seq_len": 32, "blend": {"evn": 1}}]',)
-    assert "names source 'evn', which the data does not have; did you mean 'even'?" in refused(
-        capsys, text, run, settings=blend)
-
-
 def test_impossible_layouts_list_every_problem(capsys: Any, packed_data: Any, tmp_path: Path) -> None:
     message = refused(capsys, [packed_data.text], tmp_path / "run", "--nproc", "12",
                       settings=("parallel.tp=3", "parallel.ep=5", "parallel.pp=4"))
@@ -91,52 +76,6 @@ def test_weights_to_start_from_must_fit(capsys: Any, packed_data: Any, token_sha
     assert "--from none: does not exist" in refused(capsys, [token_shards], run, "--from", "none")
     assert "is a folder of token shards, not a checkpoint" in refused(capsys, [token_shards], run, "--from",
                                                                     str(token_shards))
-
-
-def test_data_of_another_tokenizer_than_the_weights(capsys: Any, packed_data: Any, imported: Any,
-                                                    tmp_path: Path) -> None:
-    """The ids fit into the vocabulary, and mean other tokens: nothing but this check would notice."""
-    same_sizes = ("model.vocab_size=1024", "model.hidden_size=32", "model.expert_ffn_dim=24",
-                  "model.head_dim=16")
-    message = refused(capsys, [packed_data.text], tmp_path / "run", "--from", str(imported["solar_open"]),
-                      settings=same_sizes)
-    assert ("ids mean other tokens than in" in message
-            and "pack the data with the checkpoint's tokenizer" in message)
-
-
-@pytest.mark.deep
-def test_chats_without_an_answer_are_no_perfect_score(run_command: Any, packed_data: Any, tmp_path: Path,
-                                                      capsys: Any) -> None:
-    """A loss of 0 over no tokens is refused: samples end before the answers begin."""
-    from data_prep.cli import main as sov_data
-
-    questions, data = tmp_path / "questions.jsonl", tmp_path / "data"
-    questions.write_text("".join(
-        json.dumps({"messages": [{"role": "user", "content": f"question {i} about things " * 40},
-                                 {"role": "assistant", "content": "behind the end of a sample"}]}) + "\n"
-        for i in range(40)))
-    assert sov_data(["pack", "--tokenizer", str(packed_data.tokenizer), "--heldout", "0.1", "--workers", "1",
-                     "--format", "chat", "--input", str(questions), "--output", str(data)]) == 0
-    settings = [part for s in (*SMALL, "train.global_batch_size=2", "train.micro_batch_size=1")
-                for part in ("--set", s)]
-    done = run_command("pretrain", "tiny-solar-open", "--data", str(data), "--run", str(tmp_path / "run"),
-                       *settings)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "questions: holds conversations, of which the answers alone are learned" in done.stderr
-    assert "error: step 1: none of its" in done.stderr and "lm: 0 targets" in done.stderr
-    assert not (tmp_path / "run").exists(), "the mended command finds the folder as it was"
-    capsys.readouterr()
-    run = tmp_path / "good"
-    done = run_command("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run", str(run),
-                       *settings)
-    assert done.returncode == 0
-    told = done.stderr.splitlines()
-    assert re.match(r"tiny-solar-open: .* parameters \(.* active\), steps 1 to 2, 128 tokens", told[0])
-    assert "  data       even " in told[2] and "epochs)" in told[2]
-    assert f"  run        {run}, a checkpoint every " in told[3]
-    assert re.match("complete: step 2, [0-9]+ tokens in .* min; held-out loss even .* -> .*, odd .* -> .*; "
-                    "loss ", told[-5]), told
-    assert told[-4] == f"  checkpoint  {run}/checkpoints/step-2" and "convert to-hf" in told[-1]
 
 
 SMALL_CHATS = ("train.steps=2", 'data.phases=[{"name": "main", "seq_len": 64}]', "train.global_batch_size=4",

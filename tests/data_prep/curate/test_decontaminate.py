@@ -27,15 +27,10 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(("words", "told"), [
     ("--input text.jsonl --benchmarks none.jsonl", "none.jsonl: is no file"),
     ("--input text.jsonl --benchmarks odd.jsonl", "odd.jsonl:1: has text in none of the fields question,"),
-    ("--input text.jsonl --benchmarks empty.jsonl", "empty.jsonl: has no records"),
     ("--input text.jsonl --benchmarks cut.jsonl --fields text", "cut.jsonl:2: is not valid JSON"),
-    ("--input none.jsonl --benchmarks bench.jsonl", "none.jsonl: cannot be read"),
-    ("--input cut.jsonl --benchmarks bench.jsonl", "cut.jsonl:2: is not valid JSON"),
     ("--input text.txt --benchmarks bench.jsonl", "text.txt: is no .jsonl file"),
     ("--input text.jsonl ./text.jsonl --benchmarks bench.jsonl", "2 files are named text.jsonl"),
-    ("--input text.jsonl --benchmarks bench.jsonl --format chat", "text.jsonl:1: is plain text, but"),
     ("--input text.jsonl --benchmarks bench.jsonl --text-field body", "has no string field 'body'"),
-    ("--input text.jsonl --benchmarks bench.jsonl --ngram 0", "--ngram 0: must be at least 1"),
     ("--input text.jsonl --benchmarks bench.jsonl --min-words 11",
      "--min-words 11: must be at most --ngram = 10"),
 ])

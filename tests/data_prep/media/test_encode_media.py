@@ -150,16 +150,14 @@ def test_chats_and_documents_keep_their_fields() -> None:
 
 
 @pytest.mark.parametrize(("record", "words"), [
-    ([], "an object with either"), ({}, "an object with either"), ({"messages": [], "content": "a"},
+    ([], "an object with either"),
+    ({"messages": [], "content": "a"},
                                                                    "either"),
-    ({"messages": []}, "non-empty list"), ({"messages": ["a"]}, "non-empty list"),
+    ({"messages": []}, "non-empty list"),
     ({"content": 3}, "must be a string or a list"), ({"content": []}, "must be a string or a list"),
-    ({"content": [{"type": "image"}]}, "must be"), ({"content": [{"type": "image_url", "path": "a"}]},
-                                                    "must be"),
-    ({"content": "a", "media": {}}, "which this step writes"), ({"content": "a", "text": "b"}, "both"),
+    ({"content": "a", "media": {}}, "which this step writes"),
     ({"content": "see <|vision00003|>"}, "spells '<|vision00003|>'"),
-    ({"messages": [{"role": "user", "content": "a", "reasoning_content": "<|IMAGE_PAD|>"}]}, "spells"),
-    ({"content": "a", "tools": [{"x": "<|mime_start|>"}]}, "spells '<|mime_start|>'")])
+    ({"messages": [{"role": "user", "content": "a", "reasoning_content": "<|IMAGE_PAD|>"}]}, "spells")])
 def test_what_is_no_record_is_told(record: Any, words: str) -> None:
     with pytest.raises(BadRecord) as found:
         parsed(record)

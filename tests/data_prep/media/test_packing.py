@@ -3,10 +3,8 @@ feature."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +15,13 @@ from tokenizers import Tokenizer
 from data_prep.cli import main
 from data_prep.shards.token_artifact import open_split
 from data_prep.shards.verify import check
-from megatron_sov import recipes
 from megatron_sov.base.artifacts import new_artifact, read_manifest
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.shard_files import FEATURES, NO_FEATURE
-from megatron_sov.base.errors import UserError
 from megatron_sov.chat.media_tokens import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD
-from megatron_sov.model.config import VisionEncoderConfig
-from megatron_sov.model.modality import MediaEncoding, check_encoders
+from megatron_sov.model.modality import MediaEncoding
 from megatron_sov.omni.media.banks import open_bank, read_shapes
 from megatron_sov.omni.media.items import MediaVocabulary
-from megatron_sov.train.data.order import OrderedSample
-from megatron_sov.train.data.rows import sample_row
-from megatron_sov.train.data.streams import PackedSegment
-from megatron_sov.train.data.token_shards import open_sources
 from tests.data_prep.media.chats import Encode, shown
 
 CHATS = [shown(("image", "light.png")),
@@ -178,28 +169,3 @@ def test_damage_to_banks_is_found(encode: Encode, omni: Path, tmp_path: Path) ->
                for p in check(tmp_path / "shards")[0])
     file.write_bytes(b"abc")
     assert any("no whole records" in p for p in check(tmp_path / "shards")[0])
-
-
-def test_rows_have_the_pictures_and_sounds_of_their_placeholders(encode: Encode, omni: Path,
-                                                                 tmp_path: Path) -> None:
-    assert encode(CHATS) == 0
-    assert pack(omni, tmp_path / "corpus", tmp_path / "shards", "--format", "chat") == 0
-    (source,) = open_sources({str(tmp_path / "shards"): 1.0}, sys.maxsize)
-    documents, shades, slots = source.shard("train"), [], []
-    for document, length in enumerate(documents.lengths):
-        row = sample_row(OrderedSample(0, (PackedSegment(document, 0, int(length)),)), documents, int(length))
-        assert row.encoder_inputs is not None
-        for kind, part in row.encoder_inputs.items():
-            ids = source.banks[kind].placeholder_ids
-            assert np.flatnonzero(np.isin(row.tokens, ids)).tolist() == part.places.tolist()
-            assert not row.weights[part.places[part.places > 0] - 1].any(), "a placeholder is no target"
-            if kind == "pictures":
-                shades += [int(part.records[n // 3].max()) for n in part.features[::3]]
-            else:
-                slots += part.features.tolist()
-    assert sorted(shades) == [0, 0, 255, 255, 255] and len(slots) == 8
-    with pytest.raises(UserError, match=r"no model\.vision"):
-        check_encoders(recipes.get("tiny-qwen3").model, [source])
-    vision = VisionEncoderConfig("siglip", image_size=8, patch_size=4, placeholder_ids=(1,))
-    with pytest.raises(UserError, match="write the data for this encoder again"):
-        check_encoders(dataclasses.replace(recipes.get("tiny-qwen3").model, vision=vision), [source])

@@ -15,8 +15,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from data_prep.cli import main as sov_data
-from data_prep.shards.encode import (
-    LONGEST_WHITESPACE_CHARS, EncodedBatch, Encoder, EncodingSettings, FastBpe, load_fast)
+from data_prep.shards.encode import EncodedBatch, Encoder, EncodingSettings, FastBpe, load_fast
 from megatron_sov.base.documents import (
     BadRecord, Conversation, Document, Message, RecordReading, read_documents)
 from megatron_sov.base.errors import UserError
@@ -256,13 +255,6 @@ def test_a_very_long_run_is_no_problem(pair: Pair, unit: str) -> None:
     fast, tokenizer = pair
     text = f"x{unit * (200_000 // len(unit))}y"
     assert fast.encode(text) == tokenizer.encode(text, add_special_tokens=False).ids
-
-
-def test_the_longest_whitespace_left_to_tiktoken_is_within_its_stack(pair: Pair) -> None:
-    fast, tokenizer = pair
-    for unit in (" ", "\n", "\u3000", " \n", "\t"):
-        text = "x" + (unit * LONGEST_WHITESPACE_CHARS)[: LONGEST_WHITESPACE_CHARS - 1] + "y"
-        assert fast.encode(text) == tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def edited(source: Path, target: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:

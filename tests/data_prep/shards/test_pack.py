@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -27,7 +26,6 @@ from transformers import AutoTokenizer
 from data_prep.cli import main
 from data_prep.shards.pack import PackSettings, PackSource, pack, parse_sources
 from data_prep.shards.token_artifact import open_split
-from megatron_sov.base import artifacts
 from megatron_sov.base.artifacts import FileRecord, manifest_sha256, read_manifest
 from megatron_sov.base.documents import RecordReading, files
 from megatron_sov.base.errors import UserError
@@ -303,27 +301,6 @@ def test_a_killed_command_leaves_no_worker_and_goes_on_where_it_was(
     assert read_manifest(output).files == read_manifest(tmp_path / "undisturbed").files
 
 
-def test_a_kill_while_units_are_deleted_leaves_none_to_trust(tokenizers: dict[str, Path], tmp_path: Path,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
-
-    def killed(folder: Path, ignore_errors: bool) -> None:
-        if found := next(folder.glob("*/*/tokens"), None):
-            found.unlink()
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(artifacts, "shutil", SimpleNamespace(rmtree=killed))
-        pack(tokenizers["solar-open"], [PackSource("a", tmp_path / "a.jsonl")], tmp_path / "out",
-             PackSettings(heldout_share=0))
-    assert (tmp_path / "out/manifest.json").is_file() and not work_folder(tmp_path / "out").exists()
-    # cleared by the next command once its process is gone; here it is this one
-    [left] = tmp_path.glob(".out.tmp-*")
-    shutil.rmtree(left)
-    pack(tokenizers["solar-open"], [PackSource("a", tmp_path / "a.jsonl")], tmp_path / "out", overwrite=True)
-    assert main(["verify", str(tmp_path / "out")]) == 0
-
-
 BAD_LINES = {
     '{"id": 1, "text": "cut off': ("json", 2), '["list"]': ("json", 3), '{"id": 2}': ("fields", 4),
     '{"id": 3, "text": 5}': ("fields", 5),
@@ -391,26 +368,6 @@ def test_a_chat_that_the_template_refuses_is_named(tokenizers: dict[str, Path], 
     assert "what is trained on chats is asked behind other tokens" in capsys.readouterr().err
 
 
-@pytest.mark.deep
-def test_a_line_of_many_megabytes_is_passed_over_in_bounded_memory(tokenizers: dict[str, Path],
-                                                                   tmp_path: Path) -> None:
-    with open(tmp_path / "huge.jsonl", "wb") as f:
-        f.write(b'{"text": "before"}\n{"text": "')
-        for _ in range(300):
-            f.write(b"word " * 200_000)
-        f.write(b'"}\n{"text": "after"}\n')
-    command = [sys.executable, "-c", "import sys; from data_prep.cli import main; code = main(sys.argv[1:]);"
-                                     "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]); "
-                                     "sys.exit(code)", "pack", "--tokenizer", str(tokenizers["solar-open"]),
-               "--input", str(tmp_path / "huge.jsonl"), "--output", str(tmp_path / "out"), "--on-bad",
-               "quarantine", "--max-document-bytes", "1000000", "--heldout", "0", "--workers", "1"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=True)
-    assert int(done.stdout.split()[-1]) < 250 * 1024  # KiB; the line alone has 286 MiB
-    assert [len(d) > 1 for d in open_split(tmp_path / "out/huge/train-00000").documents()] == [True, True]
-    [row] = map(json.loads, (tmp_path / "out/quarantine.jsonl").read_text().splitlines())
-    assert (row["line"], row["code"]) == (2, "too_long")
-
-
 def test_one_text_becomes_several_documents_of_which_one_is_held_out(
         tokenizers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "".join(f"{i} 번째 문장입니다.\n\n" for i in range(800))
@@ -444,21 +401,3 @@ def test_each_line_is_a_document_and_one_document_is_warned_of(
     assert main([*command, "--input", str(tmp_path / "a.txt"), "--lines", "--format", "chat", "--output",
                  str(tmp_path / "x")]) == 2
     assert "--lines: is for text, and the format is chat" in capsys.readouterr().err
-
-
-def test_files_that_number_their_texts_alike_are_packed_whole(
-        tokenizers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The dumps of two wikis, and a copy of one record in a third file."""
-    folder = tmp_path / "wiki"
-    folder.mkdir()
-    for name in ("en", "ko"):
-        (folder / f"{name}.jsonl").write_text("".join(
-            json.dumps({"id": str(i), "text": f"page {i} in {name}"}) + "\n" for i in range(4)))
-    sources, settings = [PackSource("wiki", folder)], PackSettings(0.0)
-    pack(tokenizers["solar-open"], sources, tmp_path / "out", settings)
-    assert "4 documents have the id of a document with another text in" in capsys.readouterr().out
-    splits = read_manifest(tmp_path / "out").content["sources"][0]["splits"]
-    assert splits["train"]["num_documents"] == 8
-    (folder / "copy.jsonl").write_text(json.dumps({"id": "2", "text": "page 2 in ko"}) + "\n")
-    with pytest.raises(UserError, match=r"ko.jsonl:3: has the id of an earlier record in its file, or"):
-        pack(tokenizers["solar-open"], sources, tmp_path / "again", settings)

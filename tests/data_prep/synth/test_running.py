@@ -244,14 +244,6 @@ def test_items_without_an_answer_are_left_for_the_next_command(run: Run, endpoin
     assert len(run.kept()) == 2
 
 
-def test_a_request_that_no_model_can_take_is_no_reason_to_come_again(run: Run, endpoint: ScriptedEndpoint
-                                                                     ) -> None:
-    run.write([{"id": "a", "text": "line a"}])
-    endpoint.next = ["too long"] * 2
-    assert run(endpoint) == 0
-    assert run.candidates()[0]["unusable"].startswith("the request is longer than the model's context")
-
-
 def test_a_wrong_key_ends_the_run_in_a_sentence(run: Run, endpoint: ScriptedEndpoint,
                                                 capsys: pytest.CaptureFixture[str]) -> None:
     endpoint.next = ["401"] * 100
@@ -288,26 +280,17 @@ def test_generators_and_their_settings_are_listed(capsys: pytest.CaptureFixture[
 
 
 BAD = {
-    "no engine": (["--engine", ""], "--engine is needed"),
     "no address": (["--engine", "ftp://x"], "must be an address such as"),
     "no folder": (["--engine", "nowhere"], "is neither an address"),
     "a key in it": (["--engine", f"http://u:{KEY}@h/v1"], "holds a key or a query"),
     "no model": (["--model", ""], "say which model of the endpoint is asked"),
     "no time": (["--max-time", "2h"], "timeout --signal TERM"),
-    "money": (["--max-cost", "1"], "limit tokens with --max-tokens-total"),
     "no input": (["--input", "missing.jsonl"], "does not exist"),
-    "no threads": (["--threads", "0"], "--threads 0: must be at least 1"),
     "a setting": (["--set", "tome=x"], "no such setting; did you mean 'tone'"),
     "a value": (["--set", "min_score=11"], "min_score = 11 must be at most 10"),
-    "negative": (["--max-tokens-total", "-1"], "--max-tokens-total -1: must be at least 0"),
-    "all of an address": (["--engine", "http://h/v1/chat/completions"], "must end before /chat/completions"),
-    "no judge's folder": (["--judge-engine", "nowhere"], "--judge-engine nowhere: is neither an address"),
     "a judge's key": (["--judge-api-key-env", "OPENAI_API_KEY"], "there is no judge of its own"),
-    "no key": (["--api-key-env", "KEY_OF_NOBODY"], "--api-key-env KEY_OF_NOBODY: the environment has no key"),
     "a patience with a unit": (["--patience", "10m"], '--patience "10m": must be'),
-    "all threads": (["--threads", "100000"], "--threads 100000: must be at most 4,096"),
     "prompts": (["--prompts", "."], "was removed in this version; copy the generator's YAML file"),
-    "a country": (["--languages", "kr"], "was removed in this version"),
     "no steps": (["--checks", "nowhere.yaml"], '--checks "nowhere.yaml": does not exist'),
 }
 
@@ -416,12 +399,6 @@ def test_what_cannot_be_written_is_rejected(sample: GeneratedSample) -> None:
     found = writable(sample)
     assert (found.reason, found.record) == ("form", {})
     assert json.loads(FinishedItem.of(GeneratorItem("a"), (found,)).record())["samples"][0]["record"] == {}
-
-
-def test_what_can_be_written_stays() -> None:
-    sample = GeneratedSample({"text": "\U0001f600 \x00 \u202e"}, (SampleVerdict("a", True),),
-                             notes={"score": 1.5})
-    assert writable(sample) is sample
 
 
 def test_what_a_model_wrote_as_half_a_character_is_asked_about_as_utf_8_can_hold_it() -> None:

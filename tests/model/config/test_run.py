@@ -13,7 +13,7 @@ import pytest
 
 from megatron_sov.base.settings import SettingsProblem
 from megatron_sov.model import config as config_module
-from megatron_sov.model.config import DataConfig, ParallelConfig, PhaseConfig, RunConfig, TrainConfig
+from megatron_sov.model.config import DataConfig, ParallelConfig, PhaseConfig, RunConfig
 
 Small = Callable[..., RunConfig]
 
@@ -59,11 +59,3 @@ def test_a_row_must_split_over_the_processes_that_share_it(small: Small) -> None
 def test_processes_that_share_a_row_need_no_batch_of_their_own(small: Small) -> None:
     for num_ranks, cp in ((8, 1), (16, 2), (16, 4)):
         assert replace(small(), parallel=ParallelConfig(cp=cp)).problems(num_ranks) == []
-
-
-def test_steps_follow_from_the_token_budget_unless_they_are_given(small: Small) -> None:
-    """3/4 of the tokens at 100 tokens a sample and 1/4 at 200, 8 samples a step: 30 and 5 steps."""
-    config = replace(small(), train=TrainConfig(tokens=32_000, global_batch_size=8), data=DataConfig(
-        phases=(PhaseConfig("a", share=3, seq_len=100), PhaseConfig("b", share=1, seq_len=200))))
-    assert (config.num_steps(), config.phase_starts()) == (35, [0, 30])
-    assert replace(config, train=TrainConfig(steps=8)).num_steps() == 8

@@ -11,8 +11,7 @@ from megatron_sov.base.settings import SettingsError
 from megatron_sov.model.config import LoraConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.adapters import adaptable, adapted, adapted_modules, places
-from megatron_sov.model.families.count import (
-    layer_weights, mean_keys, multiplied_weights, num_params, train_flops_per_token)
+from megatron_sov.model.families.count import mean_keys, multiplied_weights, num_params, train_flops_per_token
 from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.recipes import get, names
 
@@ -22,19 +21,7 @@ pytestmark = pytest.mark.usefixtures("solar_open2")
 @pytest.mark.parametrize(("recipe", "total_b", "active_b", "mtp_b"), [
     ("solar-open-102b", 102.65, 12.05, 0.0),
     ("k-exaone-236b", 236.57, 23.67, 0.53),
-    ("qwen2-1.5b", 1.54, 1.54, 0.0),
-    ("qwen3-8b", 8.19, 8.19, 0.0),
     ("qwen3-moe-30b", 30.53, 3.35, 0.0),
-    ("qwen3-4b", 4.02, 4.02, 0.0),
-    ("qwen3-4b-2507", 4.02, 4.02, 0.0),
-    ("qwen3-30b-a3b-2507", 30.53, 3.35, 0.0),
-    ("typhoon-s-8b", 8.19, 8.19, 0.0),
-    ("vibethinker-1.5b", 1.54, 1.54, 0.0),
-    ("exaone-4.0-32b", 32.0, 32.0, 0.0),
-    ("exaone-4.0-1.2b", 1.28, 1.28, 0.0),
-    ("hyperclovax-14b", 14.75, 14.75, 0.0),
-    ("gemma-3-1b", 1.0, 1.0, 0.0),
-    ("gemma3-27b", 27.01, 27.01, 0.0),
     ("deepseek-v3", 671.03, 37.55, 11.61),
     ("kimi-k2", 1026.41, 32.86, 0.0),
     ("solar-open2-250b", 250.29, 14.74, 0.0),
@@ -42,14 +29,6 @@ pytestmark = pytest.mark.usefixtures("solar_open2")
 def test_published_figures(recipe: str, total_b: float, active_b: float, mtp_b: float) -> None:
     count = num_params(get(recipe).model)
     assert [round(n / 1e9, 2) for n in (count.total, count.active, count.mtp)] == [total_b, active_b, mtp_b]
-
-
-def test_latent_attention_is_counted_matrix_by_matrix() -> None:
-    """With the sizes of DeepSeek-V3 (arXiv 2412.19437, section 4.2)."""
-    v3 = get("deepseek-v3").model
-    found = sum(w.numel for w in layer_weights(v3) if ".self_attention." in w.key and not w.predicts)
-    down, up = 7168 * (1536 + 576), 1536 * 128 * 192 + 512 * 128 * 256
-    assert found == down + up + 128 * 128 * 7168 + 1536 + 512
 
 
 def test_linear_attention_costs_a_token_the_same_at_any_length() -> None:

@@ -128,11 +128,6 @@ def test_numbers_that_cannot_be_divided_by_or_counted_to_are_told(field: str, va
         models.get("gemma3_text").check(model)
 
 
-def test_an_unknown_family_is_answered_with_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"'solar_open'\? \(families: solar_open, exaone_moe"):
-        models.get("solar-open")
-
-
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}
 
 

@@ -96,7 +96,6 @@ def test_windows_and_bounds_of_k_exaone_2_are_those_of_its_lists() -> None:
 @pytest.mark.parametrize(("recipe", "fields", "sentence"), [
     ("tiny-qwen2", {"use_sliding_window": True, "sliding_window": None},
      "use_sliding_window = True needs sliding_window"),
-    ("tiny-qwen2", {"use_mrope": True}, "use_mrope = True, but only False"),
     ("tiny-qwen3", {"layer_types": ["sliding_attention"] * 4}, "layer_types = .* names sliding layers, but"),
     ("tiny-qwen3", {"attention_bias": True}, "attention_bias = True, but only False"),
     ("tiny-qwen3-moe", {"decoder_sparse_step": 2},
@@ -105,13 +104,9 @@ def test_windows_and_bounds_of_k_exaone_2_are_those_of_its_lists() -> None:
     ("tiny-qwen3-moe", {"num_local_experts": 4}, "num_experts = 8 and num_local_experts = 4 disagree"),
     ("tiny-k-exaone", {"sliding_windows": [16, 16, 16, 0]},
      "sliding_windows = .* disagree with layer_types or with sliding_window = 32"),
-    ("tiny-k-exaone", {"sliding_windows": [32, 16, 0, 16]}, "sliding_windows = .* disagree with layer_types"),
     ("tiny-k-exaone2", {"swiglu_limits": [7.0]}, "swiglu_limits = .* must have an entry of 0 or more for"),
-    ("tiny-k-exaone2", {"swiglu_limits": [-1.0] * 6}, "swiglu_limits = .* must have an entry of 0 or more"),
     ("tiny-k-exaone", {"mtp_sliding_windows": [32]},
      r"mtp_sliding_windows = \[32\], but only 0 is supported"),
-    ("tiny-k-exaone", {"mtp_layer_types": ["full_attention"] * 2},
-     "mtp_layer_types must name .* for each of 1 layers"),
     ("tiny-k-exaone", {"mtp_num_speculative_steps": 0},
      "mtp_num_speculative_steps = 0 beside num_nextn_predict_layers = 1"),
 ])
@@ -152,11 +147,6 @@ def test_widths_that_transformers_writes_are_those_that_follow() -> None:
     assert read_latent(theirs) == read_latent(latent_config_of())
 
 
-def test_queries_may_be_made_of_the_layers_input() -> None:
-    latent = read_latent(latent_config_of(q_lora_rank=None)).latent_attention
-    assert latent is not None and latent.q_lora_rank is None
-
-
 def test_yarns_factor_is_in_the_scale_of_the_softmax_as_in_transformers() -> None:
     from transformers import AutoConfig
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
@@ -177,19 +167,12 @@ def test_yarns_factor_is_in_the_scale_of_the_softmax_as_in_transformers() -> Non
 @pytest.mark.parametrize(("fields", "said"), [
     ({"kv_lora_rank": None}, "lacks kv_lora_rank; add them"),
     ({"num_key_value_heads": 2}, "num_key_value_heads = 2, but only 4 is supported"),
-    ({"qk_head_dim": 48}, "qk_head_dim = 48, but only 32 is supported"),
     ({"head_dim": 32}, "head_dim = 32, but only 16 is supported"),
-    ({"rope_interleave": False}, "rope_interleave = False, but only True"),
-    ({"attention_bias": True}, "attention_bias = True, but only False"),
-    ({"moe_layer_freq": 2}, "moe_layer_freq = 2, but only 1"),
     ({"topk_method": "greedy"}, "topk_method = 'greedy', but only 'noaux_tc'"),
     ({"rope_parameters": YARN | {"mscale_all_dim": 1.0}}, "mscale and mscale_all_dim that are equal"),
-    ({"rope_parameters": YARN | {"mscale": None, "mscale_all_dim": None}}, "mscale_all_dim that are equal"),
     ({"rope_parameters": {**YARN, "mscale": None, "mscale_all_dim": 1.0}}, "mscale_all_dim = 1.0 without ms"),
     ({"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.0, "attention_factor": 1.0}},
      r"attention_factor = 1\.0, but only 0\.1 ln"),
-    ({"rope_parameters": YARN | {"mscale": 0.0, "mscale_all_dim": 0.0}}, "that are equal and not 0"),
-    # transformers multiplies the softmax's scale by them beside these rotations, too
     ({"rope_parameters": YARN | {"rope_type": "linear"}}, "mscale, mscale_all_dim, .* are unknown for"),
     ({"rope_parameters": YARN | {"factor": 0.0}}, r"model\.yarn\.factor = 0\.0 must be above 0"),
     ({"num_hidden_layers": 10**12}, "num_hidden_layers = 10+ must be at most 10,000; count its zeros"),

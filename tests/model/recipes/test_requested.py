@@ -291,14 +291,6 @@ def test_a_file_that_names_code_as_its_recipe_runs_nothing(site: Path) -> None:
     assert not (site / "ran").exists()
 
 
-def test_what_recipes_prints_as_yaml_is_taken_as_it_stands(
-        site: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["recipes", "tiny-k-exaone", "--yaml"]) == 0
-    (site / "all.yaml").write_text(capsys.readouterr().out)
-    assert config_of("--config", "all.yaml") == config_of("tiny-k-exaone")
-    assert config_of("tiny-k-exaone", "--config", "all.yaml") == config_of("tiny-k-exaone")
-
-
 def test_plugins_are_families_and_objectives(site: Path) -> None:
     load_plugins(["family.py:MINE", "objective.py:Halved"])
     assert models.OWN.named() == [f"{site}/family.py:MINE"]

@@ -25,20 +25,15 @@ BESIDE = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.backgr
     (("pretrian", *HERE, *RUN), "stage 'pretrian': does not exist; did you mean 'pretrain'?"),
     (("pretrain", *RUN),
      "--cluster: is missing; pass one of a100, b200, b300, gb200, gb300, h100, h200, local, one-node"),
-    (("pretrain", "--cluster", "p100", *RUN), "--cluster p100: there is no such profile"),
     (("pretrain", "--cluster", "h100", *RUN), "--cluster h100: account: is missing; pass --account NAME"),
     (("pretrain", *HERE, "--nodes", "3", *RUN), "--nodes 3 x 1 processes do not fit tiny-solar-open: "
                                                 "train.global_batch_size = 8"),
     (("pretrain", *HERE, "--nodes", "2", "--min-nodes", "4", *RUN),
      "--min-nodes 4: must not be above --nodes 2"),
-    (("pretrain", *HERE, "--nodes", "2", *RUN, "--set", "parallel.ep=16"),
-     "parallel.ep = 16 must divide model.num_experts = 8"),
     (("pretrain", *HERE, "tiny-solar-open", "--run", "x"),
      "--data: is missing; pass a file of chats, pairs or text, or a folder made by `sov-data pack`"),
     (("pretrain", *HERE, *RUN, "--nodes-set", "two:a=1"),
      "--nodes-set two:a=1: must have the form N:key=value"),
-    (("pretrain", *HERE, "--partition", "bacth", *RUN),
-     "partition 'bacth': does not exist here; did you mean 'batch'?"),
     (("pretrain", *HERE, "--time", "2", *RUN), "time limit '2': is 120 s, and the job is asked to save"),
     (("pretrain", *HERE, "--nodes-set", "2:parallel.ep=2", *RUN),
      "--nodes-set 2:parallel.ep=2: the job has never 2 nodes"),
@@ -49,11 +44,8 @@ BESIDE = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.backgr
      "--prove: plays the layout of a training stage"),
     (("data", *HERE, "--array", "3", "pack", "--input", "a", "--output", "x"),
      "--array 3: must lie between 2 and the number of"),
-    (("data", *HERE, "stats", "--output", "x"),
-     "submit data: 'stats' is no command that writes an artifact; begin with one of"),
     (("tokenizer", *HERE, "train", "--input", "en=nowhere:0.5", "--output", "x"),
      "/nowhere does not exist; make it before"),
-    (("convert", *HERE, "inspect", "a"), "submit convert inspect: writes no folder"),
     (("pretrain", *HERE, "--continue", *RUN), "--continue: belongs to a chain"),
     (("pretrain", *HERE, *RUN, *BESIDE, "evaluate.background.cluster=h100"),
      "evaluate.background.cluster = h100: the jobs beside"),
@@ -115,15 +107,6 @@ def test_what_is_missing_is_told_before_hours_of_proofs(
     assert "/tokens does not exist; make it before" in capsys.readouterr().err
 
 
-def test_options_may_stand_anywhere(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (site / "tokens").mkdir()
-    outputs = set()
-    for words in ((*HERE, "--nodes", "2", "--dry-run", *RUN), (*RUN, "--dry-run", *HERE, "--nodes", "2")):
-        assert cli.main(["submit", "pretrain", *words]) == 0
-        outputs.add(capsys.readouterr().out)
-    assert len(outputs) == 1
-
-
 # Chain files.
 
 
@@ -136,13 +119,11 @@ UNUSED = TRAIN.replace("{", "{nodes_set: ['4:parallel.ep=2'], ")
 
 
 @pytest.mark.parametrize(("text", "sentence"), [
-    ("stages: []", "has no stages"),
     ("cluster: site.yaml\nstages: [{stage: dtaa, arguments: x}]",
      "stage 'dtaa': does not exist; did you mean 'data'?"),
     ("cluster: site.yaml\nstages: [{stage: data, argumets: x}]",
      "argumets: no such setting; did you mean 'stages.0.arguments'?"),
     (f"stages: [{PACK}]", "names no cluster"),
-    (f"cluster: site.yaml\nstages: [{PACK}, {PACK}]", "'data' names two stages"),
     (f"cluster: site.yaml\nstages: [{PACK}, {PACK.replace('{', '{name: two, ')}]", "two stages write to"),
     (f"cluster: site.yaml\nstages: [{TRAIN}]", "pretrain: {site}/tokens does not exist; make it before"),
     (f"cluster: site.yaml\nstages: [{PACK}, {TRAIN.replace('{', '{after: [dat], ')}]",
@@ -150,12 +131,9 @@ UNUSED = TRAIN.replace("{", "{nodes_set: ['4:parallel.ep=2'], ")
     (f"cluster: site.yaml\nstages: [{PACK}, {TRAIN.replace('{', '{nodes: 3, ')}]",
      "--nodes 3 x 1 processes do not fit"),
     (f"cluster: nowhere\nstages: [{PACK}]", "--cluster nowhere: there is no such profile"),
-    ("cluster: site.yaml\nstages: [{stage: data, arguments: pack 'x}]",
-     "chain.yaml: stage data: arguments = \"pack 'x\": "),
     (f"cluster: site.yaml\nstages: [{PACK}, {SHORT}]", "chain.yaml: stage big: time limit '1': is 60 s"),
     (f"cluster: site.yaml\nstages: [{PACK}, {UNUSED}]",
      "chain.yaml: stage pretrain: --nodes-set 4:parallel.ep=2: the job"),
-    ("a: [", "is no YAML"),
 ])
 def test_a_mistake_in_a_chain_is_one_sentence(site: Path, capsys: pytest.CaptureFixture[str], text: str,
                                               sentence: str) -> None:

@@ -207,18 +207,6 @@ def test_another_teacher_has_another_digest(tmp_path: Path) -> None:
     assert len({folder(b"1", "{}"), folder(b"2", "{}"), folder(b"1", '{"rope_theta": 1}')}) == 3
 
 
-def test_a_teacher_whose_digest_is_known_is_not_hashed_again(
-        one_rank: None, imported: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def hashed(target: Target) -> str:
-        raise AssertionError("its files are read once more")
-
-    monkeypatch.setattr(teaching, "weights_digest", hashed)
-    read_documents(TeacherReading(Target(imported[FAMILY], False), {str(data): 1.0}, digest="blake3:known"),
-                   tmp_path / "states", [], None)
-    assert opened(tmp_path / "states", data).teacher == "blake3:known"
-
-
 def test_what_does_not_belong_together_is_refused(one_rank: None, imported: dict[str, Path], data: Path,
                                                   packed_data: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"than in .* \(e.g."):

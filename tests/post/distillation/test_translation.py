@@ -38,11 +38,6 @@ def translation(student: Path, teacher: Path) -> TokenTranslation:
                             opened(teacher).get_vocab_size())
 
 
-def said(size: int, rows: int, seed: int = 0) -> torch.Tensor:
-    """Return [rows, size] log-probabilities."""
-    return torch.randn(rows, size, generator=torch.Generator().manual_seed(seed)).double().log_softmax(-1)
-
-
 SENTENCES = {"say a brown": 0.3, "say a black": 0.1, "say an apple": 0.24, "say an angle": 0.16, "sat": 0.2}
 SHORT = ["l e", "Ġ a", "p p", "Ġa pp", "Ġapp le", "Ġ b", "r o", "w n", "s a"]
 LONG = ["s a", "Ġ a", "Ġa Ġ", "Ġa n", "b r", "y Ġan", "l e"]
@@ -89,59 +84,6 @@ def test_a_teacher_that_knows_the_texts_says_how_probable_the_students_tokens_ar
                 exact = wanted[tuple(ids[:row + 1])].get(i, 0.0)
                 assert value == pytest.approx(exact, abs=1e-5) or (i != ids[row + 1] and value < 1e-9)
     assert num_heard > 0.6 * num_own
-
-
-def test_events_are_texts_that_mean_the_same_to_both(tmp_path: Path) -> None:
-    """The student's tokens are longer here and shorter there; what each is written with is looked up one by
-    one."""
-    student = tokenizer(tmp_path / "s", ["a b", "c d", "ab cd"])
-    teacher = tokenizer(tmp_path / "t", ["e f", "ef a", "a b", "c d"], end="</s>")
-    both, ours, theirs = translation(student, teacher), opened(student), opened(teacher)
-    text = "xabcdefab"
-    ids, other = ours.encode(text).ids, theirs.encode(text).ids
-    assert [ours.id_to_token(t) for t in ids] == ["x", "abcd", "e", "f", "ab"]
-    assert [theirs.id_to_token(t) for t in other] == ["x", "ab", "cd", "efa", "b"]
-    document = both.document(ids)
-    assert document.at.tolist() == [0, 2, -1, -1, 4], "where tokens of both end at the same byte"
-    size = theirs.get_vocab_size()
-    whole = said(size, len(other))
-    logprobs, token = whole.sort(descending=True)
-    of_next = whole.gather(1, torch.tensor([[*other[1:], 0]]).T)[:, 0]
-    got, values = both.rows(document, ids, token, logprobs.float(), of_next, size - 2)
-
-    names = {name: index for name, index in ours.get_vocab().items() if name.isascii()}
-    first_of_ours = [theirs.id_to_token(theirs.encode(name).ids[0]) for name in names if name != END]
-    first_of_theirs = [ours.id_to_token(ours.encode(name).ids[0]) for name in theirs.get_vocab()
-                       if name.isascii() and name != "</s>"]
-    alike = [name for name in names if name in theirs.get_vocab()
-             and first_of_ours.count(name) == first_of_theirs.count(name) == 1]
-    assert "cd" in alike and "x" in alike, "and not what is hidden by longer ones:"
-    assert "ab" not in alike and "e" not in alike
-
-    def found(row: int) -> dict[str, float]:
-        return {ours.id_to_token(int(i)): math.exp(v)
-                for i, v in zip(got[row], values[row].tolist(), strict=True) if v > NOTHING}
-
-    for row, own, probability in ((0, "abcd", math.exp(of_next[0] + of_next[1])),  # one token spans two
-                                  (1, "e", sum(math.exp(whole[2, theirs.token_to_id(name)])
-                                               for name in ("e", "ef", "efa")))):  # or begins longer ones
-        wanted = {name: math.exp(whole[document.at[row], theirs.token_to_id(name)]) for name in alike}
-        wanted |= {END: math.exp(whole[document.at[row], theirs.token_to_id("</s>")]), own: probability}
-        assert {k: v for k, v in found(row).items() if k.isascii()} == pytest.approx(wanted, rel=1e-5)
-        assert sum(found(row).values()) < 1, "the rest of both is one event more"
-    assert values[2, 0] == UNHEARD, "of efa e and ef may have ended, and what is behind these nobody asked"
-    # what may be part of a longer token is not heard of, nor what stands behind it
-    begun = translation(tokenizer(tmp_path / "b", ["a b", "ab c"]), tokenizer(tmp_path / "c", []))
-    ids = opened(tmp_path / "b").encode("xabd").ids
-    whole = said(257, 4).fill_(math.log(1 / 257))
-    for share, says in ((0.5, [False, False, False]), (0.01, [True, True, False])):
-        whole[2] = math.log((1 - share) / 256)
-        whole[2, opened(tmp_path / "c").token_to_id("c")] = math.log(share)
-        logprobs, token = whole.sort(descending=True)
-        of_next = whole.gather(1, torch.tensor([[*begun.document(ids).ids[1:], 0]]).T)[:, 0]
-        values = begun.rows(begun.document(ids), ids, token, logprobs.float(), of_next, 8)[1]
-        assert (values[:, 0] <= 0).tolist() == says
-    assert all(len(set(row)) == size - 2 for row in got.tolist()), "ids are distinct in each row"
 
 
 def test_a_special_token_that_the_teacher_lacks_is_read_as_its_text(tmp_path: Path) -> None:

@@ -252,23 +252,6 @@ def test_the_stages_of_a_recipe_are_its_own(short_run: Path, token_shards: Path,
     assert near.extend.gate.every_steps == 20
 
 
-def test_an_objective_of_ones_own_says_which_data_it_learns_from(short_run: Path, token_shards: Path,
-                                                                 tmp_path: Path, capsys) -> None:
-    (tmp_path / "mine.py").write_text("""
-class OfChatsAlone:
-    formats = ("chat",)
-    def __init__(self, context): ...
-    def collect(self, policy, step): ...
-    def prepare(self, batch): ...
-    def loss(self, hidden, head, batch): ...
-""")
-    own = ("--set", f"objective.name={tmp_path}/mine.py:OfChatsAlone")
-    for stages in ([{"name": "near", "seq_len": 96, "steps": 2}], []):
-        assert main(command(short_run, token_shards, tmp_path / "long", stages, *own)) == 2
-        assert ("holds data of format 'text', this stage learns from chat; `megatron-sov pretrain`"
-                in capsys.readouterr().err)
-
-
 @pytest.mark.parametrize(("stage", "said"), [
     ({"seq_len": 96, "kind": "midtraining"}, "needs a part named trajectories"),
     ({"seq_len": 96, "parts": [{"name": "replay", "share": 0.1}]},

@@ -128,15 +128,6 @@ def test_a_group_learns_by_any_advantage_beyond_the_tolerance(advantages: list[f
     assert parts.has_advantage(np.array(advantages)) is learns
 
 
-def test_a_group_that_is_all_wrong_is_pushed_away_where_it_is_kept() -> None:
-    policy = PolicyConfig("agapo_exaone4", all_wrong_reward=-0.1)
-    wrong, mixed, right = of([[0.0] * 4, [0.0, 1.0, 1.0, 1.0], [1.0] * 4], policy)
-    assert (wrong.advantages < 0).all() and right.reason == "all_right" and not right.advantages.any()
-    together = np.concatenate([wrong.advantages, mixed.advantages])
-    assert together.mean() == pytest.approx(0, abs=1e-12)
-    assert together.std(ddof=1) == pytest.approx(1, abs=1e-3)
-
-
 def test_mgpo_prefers_groups_of_which_half_is_right() -> None:
     assert parts.mgpo_weight(1 / 8, 1.0) == pytest.approx(0.7288, abs=1e-4)
     assert parts.mgpo_weight(0.5, 3.0) == 1.0

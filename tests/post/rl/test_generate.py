@@ -3,13 +3,11 @@ says which policy wrote it, whatever comes in between."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +15,10 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.request import Bounds, Generated, Sampling, StopRule, Tokens
 from megatron_sov.model.config.post_training import RolloutConfig
-from megatron_sov.post.rl import generate
 from megatron_sov.post.rl.generate import Missing, PieceQueue, SampleAttempt, write_rounds
 from megatron_sov.post.rl.responses import ResponseSource, key_digest
-from megatron_sov.rollouts.prompts import (
-    PromptList, PromptPiece, RolloutPrompt, read_prompts, round_pieces, round_prompts)
-from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Rollout, later, part_name
+from megatron_sov.rollouts.prompts import PromptList, PromptPiece, read_prompts, round_pieces, round_prompts
+from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Rollout, later
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.rounds import Policy
 from megatron_sov.work.progress.locks import Claims, Patience
@@ -409,33 +405,3 @@ def test_an_empty_prompt_is_named(tmp_path: Path, prompts: PromptList) -> None:
     with pytest.raises(UserError, match=r"--prompts: line \d+"):
         job.run()
     assert job.missing.take(), "the claim was given back"
-
-
-def test_open_pieces_are_looked_up_a_few_for_each_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "LOOK_UPS", 4)
-    written, looked = set[str](), list[str]()
-
-    class Store:
-        def has(self, name: str) -> bool:
-            looked.append(name)
-            return name in written
-
-        def read_rollouts(self, name: str, fields: Any) -> list[Any]:
-            return []
-
-    claim = SimpleNamespace(renewing=contextlib.nullcontext, release=lambda: None)
-    rollout = RolloutConfig(rounds=1, prompts_per_round=300, samples_per_prompt=2, piece_prompts=1)
-    prompts = PromptList.of(RolloutPrompt(f"{i:016x}", {"prompt": str(i)}) for i in range(300))
-    policy, store = Policy(Path(), 0, "a" * 64), cast(Any, Store())
-    missing = Missing(store, cast(Any, SimpleNamespace(take=lambda name: claim)), prompts, rollout,
-                               range(1, 2), lambda number: policy, lambda number: "")
-    names = []
-    while attempts := missing.take():
-        names += [attempt.name for attempt in attempts]
-        written |= {attempt.name for attempt in attempts}
-        if len(names) == 100:
-            written.add(part_name(1, 200))  # by another job
-        missing.leave()
-    assert missing.is_done and missing.num_done == 300
-    assert names == [part_name(1, piece) for piece in range(300) if piece != 200]
-    assert len(looked) < 300 * (4 + 4)  # of 45,000

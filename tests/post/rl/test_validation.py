@@ -159,18 +159,3 @@ def test_without_a_reward_lengths_are_told(tmp_path: Path, store: RolloutStore) 
     assert (figures["num_samples"], figures["reward"], figures["pass_at_k"]) == (2, None, [])
     assert curves_of(figures) == {"response_tokens": 2.5, "truncated": 0.5}
     assert told_validation(figures) == "no response has a reward (2 responses to 1 prompt)"
-
-
-def test_tables_are_bounded_in_number(store: RolloutStore, view: Any) -> None:
-    from megatron_sov.post.rl.validation import MAX_TABLES, SampledRounds
-
-    told = []
-    for number in range(1, 10_002):
-        one = SampledRounds(1, 10_001)
-        store.parts = lambda number: []  # type: ignore[method-assign,assignment,misc]
-        one.tell(view, store, number, VERSION)
-        told += [number] if view.told else []
-        view.told.clear()
-    assert len(told) <= MAX_TABLES + 1 and told[0] == 1 and told[-1] == 10_001
-    SampledRounds(0, 1).tell(view, store, 1, VERSION)
-    assert not view.told

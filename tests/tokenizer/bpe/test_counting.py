@@ -137,11 +137,6 @@ def test_memory_is_for_the_words_that_are_kept(tmp_path: Path) -> None:
     assert peak_bytes < 8 * len(once)  # not even the counts of all words
 
 
-def test_no_words(tmp_path: Path) -> None:
-    table = gather_words([write_runs(tmp_path / "a.arrow", [Counter()])], tmp_path, None)
-    assert len(table.raw) == len(table.lengths_bytes) == len(table.counts) == 0
-
-
 ONCE = Share(1, 0)
 LETTERS = str.maketrans("0123456789", "ghijklmnop")
 
@@ -171,13 +166,6 @@ def expected(corpus: Path, times: int = 1) -> Counter[bytes]:
              for line in file.read_text().splitlines()]
     return Counter({word.encode(): times * n
                     for word, n in Counter(w for t in texts for w in splitter.split(t)).items()})
-
-
-@pytest.mark.deep
-@pytest.mark.parametrize("workers", [1, 2])
-def test_words_are_counted_as_one_table_would(corpus: Path, tmp_path: Path, workers: int) -> None:
-    counts = count(corpus, tmp_path / "work", workers=workers)
-    assert as_counter(gather_words([c.file for c in counts], tmp_path / "work", None)) == expected(corpus)
 
 
 def test_a_table_that_is_written_out_many_times_gives_the_same(corpus: Path, tmp_path: Path,

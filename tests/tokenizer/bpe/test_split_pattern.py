@@ -71,17 +71,6 @@ def test_any_text_is_split_as_by_oniguruma(pattern: str, text: str) -> None:
     assert split(pattern, text) == by_oniguruma(pattern, text)
 
 
-@pytest.mark.deep
-@pytest.mark.parametrize("pattern", [r"\p{Co}+|\P{Co}{1,9}", r"\p{Cn}+|.", r"(?i:k)+|[^k]",
-                                     r"\p{Greek}+|\P{Greek}{1,9}"])
-def test_classes_are_onigurumas_on_every_code_point(pattern: str) -> None:
-    """Who is in a class stands in one run, and who is not in pieces of nine: a character on the wrong side
-    moves a cut."""
-    for start in range(0, 0x110000, 1 << 15):
-        text = "".join(chr(c) for c in range(start, start + (1 << 15)) if not 0xD800 <= c < 0xE000)
-        assert split(pattern, text) == by_oniguruma(pattern, text), hex(start)
-
-
 def test_the_first_alternative_wins_not_the_longest() -> None:
     assert split("a|ab|b", "ab") == ["a", "b"]
     assert split("(?:a|ab)c|.", "abc") == ["abc"]

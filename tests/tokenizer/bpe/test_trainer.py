@@ -52,10 +52,6 @@ def test_one_pair_for_each_token_says_all_that_ranks_say(seed: int) -> None:
             assert [ranks[p] for p in parts] == encoding.encode_ordinary(text.decode())
 
 
-def test_the_leftmost_of_equal_pairs_merges_first() -> None:
-    assert merged(["a"] * 5, lambda a, b: 0 if a == b == "a" else None) == ["aa", "aa", "a"]
-
-
 def test_a_token_that_merging_cannot_make_has_no_pair() -> None:
     ranks: dict[str, float] = {"bc": 3, "ab": 4, "abc": 5, "cab": 6, "cabc": 2, "acac": 7}
     assert merge_of(list("abc"), ranks) == ("a", "bc")
@@ -99,22 +95,10 @@ def test_hugging_faces_trainer_gives_the_same(learn: Callable[..., Vocabulary], 
     assert [[spelled(a), spelled(b)] for a, b in found] == [list(e) for e in expected]
 
 
-def test_counts_are_those_of_the_text() -> None:
-    # "abab" five times, "ab" twice, "aaa" three times
-    words = PretokenWords(np.array([0, 1, 0, 1, 0, 0, 0, 0, 1]), np.array([4, 3, 2]), np.array([5, 3, 2]))
-    learner = MergeLearner(words, [b"a", b"b"], ANY, 2, 9)
-    assert list(learner.learn()) == [Merge(0, 1, 12), Merge(0, 0, 6), Merge(2, 2, 5), Merge(3, 0, 3)]
-
-
 def test_counts_beyond_32_bits() -> None:
     words = PretokenWords(np.array([0, 1, 1, 0]), np.array([2, 2]), np.array([1 << 40, (1 << 40) - 1]))
     learner = MergeLearner(words, [b"a", b"b"], ANY, 2, 9)
     assert list(learner.learn()) == [Merge(0, 1, 1 << 40), Merge(1, 0, (1 << 40) - 1)]
-
-
-def test_long_tokens_are_bounded(learn: Callable[..., Vocabulary]) -> None:
-    vocabulary = learn(replace(SOLAR_OPEN, max_token_bytes=8), 300, [("=" * 64 + "\n") * 3000, *TEXT])
-    assert max(map(len, vocabulary.tokens)) == 8
 
 
 # A sample of a group, gathered from its units before the group's size is known.
@@ -157,30 +141,6 @@ def test_no_more_than_a_bucket_above_the_limit_is_held() -> None:
 
 
 LETTER = rb"[A-Za-z\x80-\xff]"
-
-
-def merges(rule: JoinRule) -> list[Merge]:
-    """Learn from "a b" thirty times and "b." twenty times."""
-    tokens = [b"a", b" ", b"b", b"."]
-    words = PretokenWords(np.array([0, 1, 2, 2, 3]), np.array([3, 2]), np.array([30, 20]))
-    return list(MergeLearner(words, tokens, rule, 2, 9).learn())
-
-
-@pytest.mark.parametrize(("rule", "expected"), [
-    (JoinRule(9, 0, False, False), [Merge(0, 1, 30), Merge(4, 2, 30), Merge(2, 3, 20)]),
-    (JoinRule(2, 0, False, False), [Merge(0, 1, 30), Merge(2, 3, 20)]),
-    (JoinRule(9, 0, True, False), [Merge(1, 2, 30), Merge(2, 3, 20)]),
-    (JoinRule(9, 1, False, False), [Merge(1, 2, 30), Merge(2, 3, 20)]),
-    (JoinRule(9, 0, False, True), []),
-], ids=["any", "short", "words apart", "one word", "superwords alone"])
-def test_rules_say_which_pairs_merge(rule: JoinRule, expected: list[Merge]) -> None:
-    assert merges(rule) == expected
-
-
-def test_no_more_merges_than_asked_for() -> None:
-    words = PretokenWords(np.array([0, 1, 0, 1, 0, 1]), np.array([6]), np.array([5]))
-    assert len(list(MergeLearner(words, [b"a", b"b"], JoinRule(9, 0, False, False), 2, 1).learn())) == 1
-
 
 NOUNS = ["cat", "dog", "bird", "고양이", "강아지", "año", "Straße"]
 drawn = random.Random(4)

@@ -241,12 +241,6 @@ def test_models_that_have_no_form_are_refused(tmp_path: Path, capsys: pytest.Cap
     assert [p.name for p in tmp_path.iterdir()] == ["bad.model"]
 
 
-def test_an_empty_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "a.model").write_bytes(b"")
-    assert main(["import", str(tmp_path / "a.model"), "--output", str(tmp_path / "out")]) == 2
-    assert "none of its pieces is the unknown one, so it is empty or damaged" in capsys.readouterr().err
-
-
 def test_mistakes_cost_one_sentence(trained: Path, tmp_path: Path,
                                     capsys: pytest.CaptureFixture[str]) -> None:
     ranks = ranks_text(learned_ranks())
@@ -316,17 +310,15 @@ def _without_end(file: str) -> Callable[[Path, Path], Path]:
 
 
 @pytest.mark.parametrize("write", [
-    _ranks_of(b"YWI= 3000000000"), _ranks_of(b"YWI= " + b"9" * 6000), _ranks_of(b"YWI= 99999999"),
-    _rules_of(special_tokens={"<e>": 2**32}), _rules_of(special_tokens={"<e>": 2**70}), _rules_of(pat_str=""),
+    _ranks_of(b"YWI= 3000000000"),
+    _rules_of(special_tokens={"<e>": 2**32}),
+    _rules_of(pat_str=""),
     _rules_of(pat_str="(?=(a+))*"),
     _edited("tokenizer.json", lambda raw: raw["added_tokens"].append(raw["added_tokens"][0] | {
         "id": 3 * 10**9, "content": "<far>"})),
     _edited("tokenizer.json", lambda raw: raw["model"]["vocab"].update(abc="x")),
-    _edited("tokenizer.json", lambda raw: raw.update(added_tokens=[7])),
-    _edited("tokenizer_config.json", lambda config: config.update(eos_token=5)),
     _edited("tokenizer_config.json", lambda config: config.update(eos_token=["a"])),
-    _edited("tokenizer_config.json", lambda config: config.update(chat_template=5)),
-    _without_end("tokenizer.json"), _without_end("tokenizer_config.json"),
+    _without_end("tokenizer.json"),
 ])
 def test_hostile_files_cost_a_sentence(write: Callable[[Path, Path], Path], trained: Path, tmp_path: Path,
                                        capsys: pytest.CaptureFixture[str]) -> None:

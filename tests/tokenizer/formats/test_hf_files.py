@@ -3,8 +3,6 @@ library spells them."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -93,12 +91,3 @@ def test_a_step_that_does_not_apply_is_seen(learn: Callable[..., Vocabulary], tm
     vocabulary.merges[290 - 256] = vocabulary.merges[0]
     with pytest.raises(CheckFailed, match="two steps differ from one on"):
         check(tokenizer, K_EXAONE, vocabulary, 290, tmp_path, CHECKED)
-
-
-@pytest.mark.deep
-def test_what_is_loaded_ahead_is_whole_when_it_is_used() -> None:
-    """In a fresh process, since a module is loaded once; a tiny training is done long before its import."""
-    script = ("from tokenizer import train; train.load_ahead(); "
-              "print(callable(train._transformers().PreTrainedTokenizerFast))")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert (done.stdout.strip(), done.returncode) == ("True", 0), done.stderr

@@ -30,13 +30,6 @@ def test_every_part_that_is_not_there_is_named(place: tuple[Any, ...], said: str
         check_described("shards", content)
 
 
-@pytest.mark.parametrize("sources", [5, [5], ["web"], [None],
-                                     [{"name": "a", "format": "text", "splits": [1]}]])
-def test_sources_of_another_kind_are_refused(sources: Any) -> None:
-    with pytest.raises(UserError, match="shards: its manifest lacks"):
-        check_described("shards", {**WHOLE, "sources": sources})
-
-
 # The record of a source that models have written.
 
 

@@ -160,14 +160,6 @@ def test_every_entry_has_the_samples_of_its_weights(seed: int, make_source: Make
         assert all(abs(since[name] - weight * since.total()) < 1 for name, weight in weights.items())
 
 
-def test_a_source_may_be_called_as_rounds_of_reinforcement_learning_are(make_source: MakeSource) -> None:
-    config = dataclasses.replace(
-        recipes.get("tiny-solar-open"), data=DataConfig(phases=(PhaseConfig("main", seq_len=16),)),
-        train=TrainConfig(steps=2, global_batch_size=3))
-    _, samples = SampleOrder(config, [make_source("rollouts", [9, 7, 16, 5, 8, 20, 11], 1.0)]).next_batch()
-    assert len(samples) == 3 and all(sample.segments for sample in samples)
-
-
 def test_held_out_documents_never_occur(packed_data: Any) -> None:
     """Two epochs of real shards give every training document twice, and none of the other split."""
     sources = open_sources({str(packed_data.text): 1.0, str(packed_data.chats): 1.0}, 368)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-import pytest
 from hypothesis import given, settings, strategies as st
 
 from megatron_sov.train.data.streams import (
@@ -42,14 +40,6 @@ def fewest_rows(counts: list[int], seq_len: int) -> int:
 
     place(0, ())
     return best
-
-
-def test_the_optimum_by_hand() -> None:
-    """6 3 3 | 4 4 4 fills two rows of 12; best fit puts 6 4 | 4 4 3 and needs a third for the last 3."""
-    assert fewest_rows([6, 4, 4, 4, 3, 3], 12) == 2
-    assert len(best_fit([PackedSegment(i, 0, n) for i, n in enumerate([6, 4, 4, 4, 3, 3])], 12)) == 3
-    assert fewest_rows([7, 7, 7], 12) == 3
-    assert fewest_rows([3] * 8, 12) == 2
 
 
 @given(st.lists(st.integers(1, SEQ_LEN), min_size=1, max_size=11))
@@ -119,25 +109,6 @@ def test_units_lie_near_those_before_them(counts: list[tuple[int, int]], num_ope
                     for r in range(max(0, row - num_open), row)]
             assert all(SEQ_LEN - tokens_held < sum(counts[i]) for tokens_held in held)
         opened = max(opened, row)
-
-
-@pytest.mark.parametrize("responses", [4, 8, 16])
-@pytest.mark.parametrize(("prompt", "response"), [(40, 10), (30, 30), (10, 60)])
-def test_nearby_rows_share_more_prompts_in_a_micro_batch(prompt: int, response: int, responses: int) -> None:
-    """Tokens that are computed where each prompt counts once in a micro-batch, padding too."""
-    random, seq_len, rows_of_batch = np.random.default_rng(responses), 128, 4
-    counts = [prompt + int(random.integers(1, response + 1)) for _ in range(32 * responses)]
-    units = [(PackedSegment(i, 0, n),) for i, n in enumerate(counts)]
-
-    def computed(rows: list[Row]) -> int:
-        batches = [rows[i:i + rows_of_batch] for i in range(0, len(rows), rows_of_batch)]
-        shared = sum((len(of_batch) - len({d // responses for d in of_batch})) * prompt for of_batch in (
-            [s.document for row in batch for s in row] for batch in batches))
-        return len(rows) * seq_len - shared
-
-    nearby, scattered = best_fit_nearby(units, seq_len, rows_of_batch), best_fit_units(units, seq_len)
-    assert computed(nearby) < computed(scattered)
-    assert len(nearby) <= 1.15 * len(scattered)
 
 
 @given(documents)

@@ -57,16 +57,6 @@ def test_every_label_counts_once_with_as_much_context_as_fits(numbered: Any, len
                           for d, length in enumerate(lengths) for label in range(1, length)}
 
 
-@given(st.permutations([5, 9, 16, 2, 7, 12]), st.integers(16, 64))
-@settings(max_examples=20)
-def test_documents_that_fit_are_whole_in_any_order_and_row(numbered: Any, lengths: list[int],
-                                                           seq_len: int) -> None:
-    samples = heldout_samples(numbered(lengths), 0, seq_len, 10**9)
-    assert sorted(s for sample in samples for s in sample.segments) == [
-        PackedSegment(d, 0, n) for d, n in enumerate(lengths)]
-    assert not any(any(sample.contexts) for sample in samples)
-
-
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 40))
 @settings(max_examples=50)
 def test_held_out_samples_stop_at_their_budget(numbered: Any, lengths: list[int], max_tokens: int) -> None:

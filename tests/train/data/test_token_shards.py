@@ -21,39 +21,6 @@ from megatron_sov.model.config import data_paths
 from megatron_sov.train.data.token_shards import (
     ShardChain, TokenShard, open_sources, provenance, tokenizer_folder)
 
-LENGTHS = [3, 1, 0, 700, 12]
-
-
-def written_by_the_library(folder: str, lengths: list[int]) -> None:
-    """Runs inside a rank: Megatron's own builder writes documents of random tokens,
-    and its reader reads them."""
-    import torch
-    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
-
-    for dtype in ("uint16", "int32"):
-        builder = IndexedDatasetBuilder(f"{folder}/{dtype}.bin", dtype=np.dtype(dtype).type)
-        rng = np.random.default_rng(0)
-        for n in lengths:
-            builder.add_item(torch.from_numpy(rng.integers(0, 60000, n)))
-            builder.end_document()
-        builder.finalize(f"{folder}/{dtype}.idx")
-        read = IndexedDataset(f"{folder}/{dtype}")
-        Path(f"{folder}/{dtype}.json").write_text(json.dumps([read[i].tolist() for i in range(len(read))]))
-
-
-def test_shards_of_the_library_read_the_same(ranks: Any, job: Any, tmp_path: Path) -> None:
-    ranks(job(__file__, "written_by_the_library", 1, {"folder": str(tmp_path), "lengths": LENGTHS}))
-    for dtype in ("uint16", "int32"):
-        shard = TokenShard(tmp_path / dtype)
-        expected = json.loads((tmp_path / f"{dtype}.json").read_text())
-        assert shard.dtype == dtype
-        assert shard.lengths.tolist() == LENGTHS
-        assert [shard.tokens(d, 0, n).tolist() for d, n in enumerate(LENGTHS)] == expected
-        assert shard.tokens(3, 600, 50).tolist() == expected[3][600:650]
-        assert shard.tokens(3, 0, 2).dtype == np.int64
-        assert shard.loss_weights(3, 5, 2).tolist() == [1.0, 1.0]
-        assert shard.types(3, 5, 2).tolist() == [0, 0]
-
 
 def write_shard(prefix: Path, documents: list[list[int]]) -> None:
     lengths = np.array([len(d) for d in documents], np.int32)
@@ -96,20 +63,6 @@ def test_a_negative_id_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(np.array([-5], np.int32).tobytes())
     with pytest.raises(UserError, match="document 0 has token"):
         TokenShard(tmp_path / "a", 9).tokens(0, 0, 1)
-
-
-def test_sidecars_have_the_geometry_of_the_tokens(tmp_path: Path) -> None:
-    write_shard(tmp_path / "a", [[1, 2], [3, 4, 5]])
-    (tmp_path / "a.loss").write_bytes(np.float32([0, 1, 0, 0.5, 1]).tobytes())
-    (tmp_path / "a.type").write_bytes(bytes([1, 2, 1, 2, 2]))
-    shard = TokenShard(tmp_path / "a")
-    assert shard.loss_weights(1, 1, 2).tolist() == [0.5, 1.0]
-    assert shard.types(1, 0, 3).tolist() == [1, 2, 2]
-
-
-def test_an_empty_split_has_no_documents(tmp_path: Path) -> None:
-    write_shard(tmp_path / "a", [])
-    assert len(TokenShard(tmp_path / "a").lengths) == 0
 
 
 @pytest.mark.parametrize(("suffix", "damage", "said"), [

@@ -28,9 +28,8 @@ def test_several_faults_stand_in_one_argument() -> None:
     ("kil@step=5", "there is no fault 'kil'; did you mean 'kill'?"),
     ("kill", "'' must be start=NUMBER or load=NUMBER or step=NUMBER or save=NUMBER or rank=NUMBER"),
     ("kill@rank=1", "must say once when it comes, by start=N or load=N or step=N or save=N"),
-    ("nan@save=3", "'save=3' must be step=NUMBER or rank=NUMBER"),
-    ("nan@step=x", "'step=x' must be"), ("nan@step=-1", "'step=-1' must be"),
-    ("nan@step=1.5", "'step=1.5' must be"), ("kill@step=1,load=2", "must say once when it comes"),
+    ("nan@step=x", "'step=x' must be"),
+    ("kill@step=1,load=2", "must say once when it comes"),
     ("nan@step=1,rank=2", "rank 2 does not exist; the run has 2"),
     ("nan@step=1,nan@step=1", "is given twice"),
 ])

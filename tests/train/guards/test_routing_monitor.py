@@ -94,9 +94,3 @@ def test_the_slow_are_those_far_above_the_median(monkeypatch: pytest.MonkeyPatch
 def test_of_many_processes_the_slowest_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     (measured,) = reported(monkeypatch, [0.2 + 0.0001 * i for i in range(200)], [0.1, 0.1])
     assert [int(rank) for rank in measured["seconds"]] == list(range(201 - MAX_SHOWN_RANKS, 201))
-
-
-def test_switched_off_nothing_is_measured() -> None:
-    watch = Stragglers(GuardConfig(straggler_every_steps=0))
-    assert watch.clock is None
-    watch.report(4, None)  # type: ignore[arg-type]

@@ -15,8 +15,6 @@ from hypothesis import given, strategies as st
 from megatron_sov import recipes
 from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import RunConfig, apply_settings
-from megatron_sov.train.data import order
-from megatron_sov.train.data.ledger import plan
 from megatron_sov.train.data.order import SampleOrder
 from megatron_sov.train.data.token_shards import open_sources
 
@@ -64,21 +62,6 @@ def test_what_a_checkpoint_holds_is_behind_the_last_batch_that_was_given(packed_
         assert resumed.state() == batches.state() and resumed.next_entry() == order.ledger.at(step + 1)
         resumed.close()
     batches.close()
-
-
-def test_a_plan_that_was_made_is_not_made_again(packed_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    sources, place = open_sources({str(packed_data.text): 1.0}, 368), ParallelWorld(0, 1, 0, 1, True, True)
-    settings = config("train.micro_batch_size=1")
-    planned = plan(settings, sources)
-    alone = DataBatches(settings, sources, place)
-    monkeypatch.setattr(order, "plan", None)
-    batches = DataBatches(settings, sources, place, planned)
-    assert batches.ledger.entries == alone.ledger.entries == planned
-    batches.next()
-    batches.restore(alone.state())
-    assert batches.state() == alone.state()
-    for one in (batches, alone):
-        one.close()
 
 
 # Rows on the device, and the targets of multi-token prediction.

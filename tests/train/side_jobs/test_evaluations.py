@@ -175,22 +175,6 @@ def test_jobs_bring_their_figures_when_they_do(run: Run, monkeypatch: pytest.Mon
                            "its job gave no result within evaluate.background.timeout_s = 100; see its log")]
 
 
-def test_commands_are_what_the_parsers_take(tmp_path: Path) -> None:
-    config = settings(f"data.paths={json.dumps({str(tmp_path): 1.0})}", "data.heldout_tokens=512",
-                      "needle.lengths_tokens=[64, 96]")
-    for judge in ("pairs", "ppl", "needle"):
-        _, *program, first = (argv := eval_command(config, EvalJob(10, judge), tmp_path / "export",
-                                                   tmp_path / "out.json"))[:4]
-        assert program == ["-m", "megatron_sov"] and first == "eval"
-        parser = argparse.ArgumentParser()
-        eval.add_arguments(parser)
-        typed = parser.parse_args(argv[4:])
-        found = options_of(typed)
-        assert (typed.action, found.target, found.out) == (judge, tmp_path / "export", tmp_path / "out.json")
-        assert found.data == (str(tmp_path),)
-    assert found.lengths == (64, 96) and found.samples == config.needle.samples
-
-
 def test_settings_of_benchmarks_are_the_options_of_eval_lm(tmp_path: Path) -> None:
     config = settings("evaluate.lm=" + json.dumps({
         "tasks": ["capitals", "-odd"], "task_dirs": ["a b", "c"], "data_dir": "d", "limit": 3,

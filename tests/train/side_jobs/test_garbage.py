@@ -22,11 +22,3 @@ def test_garbage_is_collected_every_so_many_steps_and_never_between(monkeypatch:
         garbage.close()
     assert gc.isenabled() and gc.get_freeze_count() == 0
     gc.freeze()  # as all other tests have it, see tests/conftest.py
-
-
-def test_by_default_it_is_left_to_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gc, "collect", lambda: pytest.fail("nobody asked"))
-    garbage = Garbage(every_steps=0)
-    garbage.after_step(1)
-    assert gc.isenabled()
-    garbage.close()

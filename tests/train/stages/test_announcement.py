@@ -49,12 +49,6 @@ def test_a_run_says_what_it_is_about_to_do(monkeypatch: pytest.MonkeyPatch) -> N
     assert told[2] == "  data       web 800 tokens with padding"
 
 
-def test_a_run_tells_the_account_of_its_first_process() -> None:
-    config = recipes.get("tiny-qwen3")
-    found = memory_of(config, 1)
-    assert found.weights == 4 * num_params(config.model).total and found.nccl == 0
-
-
 @pytest.mark.parametrize(("steps", "web", "code"), [
     (range(6), 1000, 600), (range(4), 800, 0), (range(5, 6), 100, 300)])
 def test_tokens_are_those_of_the_ledger(steps: range, web: float, code: float) -> None:

@@ -82,14 +82,11 @@ def test_a_file_is_packed_once_by_the_commands_that_are_printed(
     ("chats.jsonl", [CHAT], SFT, ("chats", "chat")),
     ("chats.jsonl.gz", [CHAT], SFT, ("chats", "chat")),
     ("deep/my chats (1).jsonl", [CHAT], SFT, ("my-chats-1-", "chat")),
-    ("v1.2.jsonl", [ALPACA], SFT, ("v1.2", "chat")),
     ("wiki.txt", ["A plain text."], SFT, ("wiki", "text")),
     ("대화.jsonl", ["", CHAT], SFT, ("대화", "chat")),
     ("pairs.json", [json.dumps([PAIR])], PREFER, ("pairs", "preference")),
-    ("web.jsonl", [{"text": "A text."}], LM, ("web", "text")),
     ("chats.jsonl", [CHAT], LM, ("chats", "chat")),
-    ("tokenizer.jsonl", [CHAT], SFT, ("data", "chat")),  # `sov-data pack` refuses that name for a source
-    ("empty.jsonl", [], SFT, ("empty", "chat"))])
+    ("tokenizer.jsonl", [CHAT], SFT, ("data", "chat"))])
 def test_name_and_format_follow_from_the_file(run: Path, file: str, records: list[object],
                                               formats: tuple[str, ...], expected: tuple[str, str]) -> None:
     [found] = find_files([write(file, *records)], run, formats)

@@ -82,15 +82,11 @@ def replace_by_rename(folder: Path) -> None:
 
 CHANGES: dict[str, tuple[Callable[[Path], object], int]] = {
     "nothing": (lambda folder: None, 1), "times": (touch, 1),
-    "a file that no conversion reads": (lambda folder: (folder / "README.md").write_text("changed"), 1),
     "a copy of the folder": (lambda folder: (
         shutil.copytree(folder, folder.parent / "x"), shutil.rmtree(folder),
         (folder.parent / "x").rename(folder)), 1),
     "weights, under their size and time": (write_in_place, 2), "weights, by a rename": (replace_by_rename, 2),
     "settings": (lambda folder: (folder / "config.json").write_text('{"a": 1}'), 2),
-    "tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{ }"), 2),
-    "a file more": (lambda folder: (folder / "generation_config.json").write_text("{}"), 2),
-    "pickled weights": (lambda folder: (folder / "pytorch_model.bin").write_text("x"), 2),
     "a file less": (lambda folder: (folder / "tokenizer.json").unlink(), 2),
     "a shard of another name": (lambda folder: (folder / "model.safetensors").rename(folder / "m.safetensors")
                                 and (folder / "model.safetensors").write_text("x"), 2)}

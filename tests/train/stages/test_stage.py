@@ -30,7 +30,6 @@ from megatron_sov.work.clusters.chips import Gpu
 
 prepare_megatron()
 from megatron_sov.engine.parallel.launcher import Restarts  # noqa: E402
-from megatron_sov.train.guards.fault_injection import parse  # noqa: E402
 from megatron_sov.train.objectives.data_objective import LanguageModelling  # noqa: E402
 from megatron_sov.train.stages import stage as stage_module  # noqa: E402
 from megatron_sov.train.stages.gate import EndVerdict  # noqa: E402
@@ -241,23 +240,6 @@ def test_under_a_launcher_ranks_leave_in_peace_and_the_first_says_why(
     assert capsys.readouterr().err == said.format(run=ready.folder.path)
 
 
-def test_faults_on_purpose_that_never_came_are_named_at_the_end(
-        stage: Callable[..., Stage], launcher: Launcher, capsys: pytest.CaptureFixture[str]) -> None:
-    faults = parse(["nan@step=2,kill@step=9"], 1)
-    ready = stage(faults=faults)
-
-    def completes(main: Callable[[], int], restarts: Restarts) -> int:
-        open_run(ready)
-        stage_module.Faults(faults, ready.folder.path, 0).loss_factor(2)
-        ready.folder.complete({"step": 4})
-        return 0
-
-    launcher.does = completes
-    assert run_stage(ready, 1)
-    assert [line for line in capsys.readouterr().err.splitlines() if "never came" in line] == [
-        f"warning: --inject {faults[1].name}: never came"]
-
-
 def with_views_and_skips(data: Path) -> RunConfig:
     phases = 'data.phases=[{"name": "main", "seq_len": 32, "blend": {"even": 1, "even/16": 1}}]'
     return apply_settings(recipes.get("tiny-solar-open"), [
@@ -271,36 +253,6 @@ def test_data_is_opened_and_planned_with_its_views(packed_data: Any) -> None:
     expected = with_views(settings, open_sources(settings.data.paths, 368))
     assert [s.name for s in data.sources] == [s.name for s in expected] == ["even", "odd", "even/16"]
     assert data.planned == plan(settings, expected) and [e.skip for e in data.planned] == [False, True, False]
-
-
-def test_what_a_command_has_opened_is_not_opened_again(packed_data: Any,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = with_views_and_skips(packed_data.text)
-    opened = tuple(open_sources(settings.data.paths, 368))
-    monkeypatch.setattr(stage_module, "open_sources", None)
-    extra = opened[0].__class__("made", None, False, {}, {"train": 9}, 0.0)
-    data = stage_module._open_data(Stage(settings, RunFolder(Path("run")), LanguageModelling, sources=opened,
-                                         extra_sources=(extra,)))
-    assert [s.name for s in data.sources] == ["even", "odd", "even/16", "made"]
-    assert data.sources[0] is opened[0] and data.sources[-1] is extra
-
-
-def test_ranks_that_end_before_the_run_has_begun_are_started_again(
-        stage: Callable[..., Stage], launcher: Launcher, capsys: pytest.CaptureFixture[str]) -> None:
-    """Such as those that find no room for the model: there is no folder to write into yet."""
-
-    def fails(main: Callable[[], int], restarts: Restarts) -> int:
-        restarts.note(1, "rank 0 ended with exit code 1")
-        restarts.give_up(1, "rank 0 ended with exit code 1")
-        return 1
-
-    launcher.does = fails
-    made = stage()
-    with pytest.raises(SystemExit):
-        run_stage(made, 2)
-    said = capsys.readouterr().err
-    assert "all processes are started again, from the beginning" in said and "Traceback" not in said
-    assert not made.folder.path.exists()
 
 
 def test_what_was_checked_is_checked_again_under_the_lock(stage: Callable[..., Stage]) -> None:
@@ -388,38 +340,3 @@ def test_a_stage_is_complete_when_its_last_checkpoint_has_passed(
     assert made.folder.failure() is None and made.folder.held() is None
     assert run_stage(dataclasses.replace(made, end_gate=dataclasses.replace(gate, name="other")), 1)
     assert "was complete before a gate was asked for" in capsys.readouterr().err
-
-
-def values_made(run: str, data: str, settings: list[str], start_from: str | None) -> dict[str, Any]:
-    """Run a stage in this rank, and return how many initial values were made and the steps of the run."""
-    from megatron_sov.checkpoint import load
-
-    made, normals = [], load.normals
-
-    def counted(seed: int, key: str, start: int, count: int) -> Any:
-        made.append(count)
-        return normals(seed, key, start, count)
-
-    load.normals = counted
-    paths = f"data.paths={json.dumps({data: 1.0})}"
-    config = apply_settings(recipes.get("tiny-solar-open"), [*SMALL, paths, "model.num_layers=1", *settings])
-    run_stage(Stage(config, RunFolder(Path(run)), LanguageModelling, resume=True,
-                    start_from=Path(start_from) if start_from else None), None)
-    return {"values": sum(made), "steps": len(events(RunFolder(Path(run)), "step"))}
-
-
-def test_no_weights_are_made_where_a_checkpoint_is_loaded(ranks: Any, job: Any, packed_data: Any,
-                                                          tmp_path: Path) -> None:
-    """The initial values of a model of 100 B parameters take minutes, at every restart."""
-    def runs(name: str, start_from: Path | None = None) -> dict[str, Any]:
-        ((found,),) = ranks(job(__file__, "values_made", 1, {
-            "run": str(tmp_path / name), "data": str(packed_data.text), "settings": ["train.steps=1"],
-            "start_from": str(start_from) if start_from else None}))
-        return found
-
-    new = runs("new")
-    assert new["values"] > 100_000
-    completion = next(p for p in (tmp_path / "new").iterdir() if "complet" in p.name)
-    completion.unlink()
-    assert runs("new") == {"values": 0, "steps": 1}, "it goes on, and has nothing left to do"
-    assert runs("next", tmp_path / "new/checkpoints/step-1") == {"values": 0, "steps": 1}

@@ -13,8 +13,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.engine.parallel import launcher
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.recipes.requested import training_request
-from megatron_sov.train.stages.stage_config import (
-    StageOptions, find_start, parse_stage, refuse_many_converters, stage_request)
+from megatron_sov.train.stages.stage_config import StageOptions, find_start, parse_stage, stage_request
 from tests.packing import Packed
 from tests.typed_words import typed
 
@@ -138,12 +137,3 @@ def test_from_must_be_something_to_start_from(data: Path) -> None:
     (data / "c" / "checkpoints").mkdir()
     with pytest.raises(UserError, match="complete checkpoint yet"):
         find_start(data / "c")
-
-
-def test_many_processes_do_not_convert_at_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (data / "a" / "config.json").write_text("{}")
-    (data / "a" / "model.safetensors").write_text("")
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="run `megatron-sov convert from-hf` before"):
-        refuse_many_converters(data / "a", data / "run")

@@ -15,10 +15,3 @@ def test_a_unit_stands_in_its_place(text: str) -> None:
     for (i, _), (start, stop) in zip(stretches, places(text, found, stretches), strict=True):
         assert 0 <= start < stop <= len(text)
         assert found.hashes[i] in find_units(text[start:stop]).hashes
-
-
-def test_a_place_in_full_width_is_told_in_characters_of_the_text() -> None:
-    text = "Ｎ.B. ﬁne, Ｈｅ said: ½ of it"
-    found = find_units(text)
-    assert [text[start:stop] for start, stop in places(text, found, [(2, 3), (3, 5), (5, 8)])] == [
-        "ﬁne", "Ｈｅ said", "½ of"]

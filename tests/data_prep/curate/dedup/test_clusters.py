@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_prep.curate.dedup import clusters as clusters_module
-from data_prep.curate.dedup.clusters import DROPPED, EDGE, Clusters, DocumentOrder, sorted_edges
+from data_prep.curate.dedup.clusters import DROPPED, Clusters, DocumentOrder, sorted_edges
 from data_prep.curate.dedup.work_files import Register, bucket_slice, write_array
 from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs
 
@@ -74,17 +74,3 @@ def test_selection_is_that_of_a_greedy_search(tmp_path: Path, monkeypatch: pytes
     expected = _by_plain_search(sorted(lengths, key=place), pairs)
     found = [bucket_slice(tmp_path / "dropped", DROPPED, rank).read() for rank in range(len(COUNTS))]
     assert {int(r["doc"]): int(r["keeper"]) for part in found for r in part} == expected
-
-
-def test_ranges_have_about_as_many_pairs_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clusters_module, "EDGES_IN_MEMORY", 1000)
-    draw = np.random.Generator(np.random.PCG64(0))
-    edges = np.empty(20_000, EDGE)
-    edges["order"] = draw.zipf(1.3, len(edges)) % 50  # a few lengths are very frequent
-    edges["first"], edges["second"] = draw.integers(0, 1 << 40, (2, len(edges)), np.uint64)
-    for part in range(7):
-        write_array(tmp_path / f"{part}.npy", edges[part::7])
-    found = list(clusters_module.edges_in_order([tmp_path / f"{part}.npy" for part in range(7)],
-                                                tmp_path / "ranges"))
-    assert max(map(len, found)) < 1500
-    assert (np.concatenate(found) == sorted_edges(edges)).all()

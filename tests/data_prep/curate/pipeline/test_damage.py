@@ -15,12 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.curate.dedup.work_files import bucket_slice, read_array, write_array, write_buckets
-from data_prep.curate.pipeline.addresses import mark_of, refuse_changed
 from data_prep.curate.pipeline.step import StepOutcome
 from data_prep.curate.pipeline.tasks import LayerFile, groups
 from data_prep.shards.shard_damage import way_out
 from megatron_sov.base import sealed
-from megatron_sov.base.documents import read_documents
 from megatron_sov.base.errors import UserError
 from tests.data_prep.curate.pipeline.test_running import run, texts
 from tests.data_prep.curate.pipeline.test_tasks import write_base
@@ -41,11 +39,6 @@ def _layer(folder: Path) -> tuple[Path, Callable[[], Any]]:
     return folder / "b.parquet", lambda: list(groups("s", [folder / "a.parquet", folder / "b.parquet"]))
 
 
-def _final_text(folder: Path) -> tuple[Path, Callable[[], Any]]:
-    write_base(folder / "a.parquet", [5])
-    return folder / "a.parquet", lambda: [d.text for d in read_documents([folder / "a.parquet"])]
-
-
 def _array(folder: Path) -> tuple[Path, Callable[[], Any]]:
     write_array(folder / "a.npy", np.arange(40))
     return folder / "a.npy", lambda: read_array(folder / "a.npy").tolist()
@@ -63,11 +56,6 @@ def _json(folder: Path) -> tuple[Path, Callable[[], Any]]:
     return folder / "a.json", lambda: sealed.read_json(folder / "a.json")
 
 
-def _json_list(folder: Path) -> tuple[Path, Callable[[], Any]]:
-    sealed.write_json(folder / "a.json", [["web", ["a.txt"]]])
-    return folder / "a.json", lambda: sealed.read_json(folder / "a.json")
-
-
 def _lines(folder: Path) -> tuple[Path, Callable[[], Any]]:
     (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (
         {"document": "s:0:1", "item": "x"}, {sealed.SEAL: sealed.PLACE})))
@@ -75,7 +63,7 @@ def _lines(folder: Path) -> tuple[Path, Callable[[], Any]]:
     return folder / "a.jsonl", lambda: sealed.read_lines(folder / "a.jsonl")
 
 
-KINDS = [_base, _layer, _final_text, _array, _buckets, _json, _json_list, _lines]
+KINDS = [_base, _layer, _array, _buckets, _json, _lines]
 
 
 @pytest.mark.parametrize("make", KINDS)
@@ -137,15 +125,6 @@ def test_a_file_of_an_output_shard_that_is_gone_is_missed(raw: Path,
     next(output.glob("shards/web/*-output-*/*/web-long.parquet")).unlink()
     run(raw, code=2)
     assert "documents where" in capsys.readouterr().err
-
-
-def test_a_raw_file_that_changes_between_plan_and_reading_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("one")
-    mark = mark_of(tmp_path / "a")
-    refuse_changed(tmp_path / "a", mark)
-    (tmp_path / "a").write_text("other")
-    with pytest.raises(UserError, match="has changed since the run looked at it"):
-        refuse_changed(tmp_path / "a", mark)
 
 
 def test_the_way_out_never_is_to_delete_a_folder_above_the_run(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import pytest
 
 from data_prep import cli
 from data_prep.curate.inspect import steps_table
-from data_prep.curate.pipeline import tasks
 from megatron_sov.base.artifacts import damaged_files, read_manifest
 
 Done = list[tuple[str, str, int]]
@@ -126,35 +125,6 @@ def test_kinds_are_told_row_by_row(raw: Path) -> None:
     assert lengths == {"books-long": {400}, "web-long": {20}}
 
 
-@pytest.mark.deep
-def test_what_passes_have_left_is_made_again_where_it_is_gone(raw: Path, done: Done,
-                                                              capsys: pytest.CaptureFixture[str]) -> None:
-    output = run(raw)
-    first, everything = contents(output), sorted(done)
-    (output / "manifest.json").unlink()
-    shutil.rmtree(output / "shared")
-    done.clear()
-    run(raw)
-    assert done == [], "each document's outcome stands: nobody asks for the passes"
-    for folder in (output / "shards").glob("*/02-unique-*"):
-        shutil.rmtree(folder)
-    (output / "manifest.json").unlink()
-    run(raw)
-    assert sorted(done) == [task for task in everything if task[0].startswith("02-unique")]
-    for folder in (output / "shards").glob("*/02-unique-*"):
-        shutil.rmtree(folder)
-    (output / "manifest.json").unlink()
-    (chosen,) = output.glob("shared/02-unique-*/chosen-1")
-    chosen.unlink()
-    tasks._built.cache_clear()  # as in another process
-    capsys.readouterr()
-    run(raw, code=2)
-    said = capsys.readouterr().err
-    assert f"{chosen} is missing" in said and f"delete {chosen.parent} and run the command again" in said
-    shutil.rmtree(chosen.parent)
-    assert contents(run(raw)) == first
-
-
 def test_broken_records_are_listed_or_stop_the_run(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (raw / "web/bad.jsonl").write_text('{"text": "fine, and long enough"}\n{"text": 3\n')
     output = run(raw)
@@ -172,20 +142,6 @@ def test_nothing_kept_is_told(raw: Path, capsys: pytest.CaptureFixture[str]) -> 
     said = capsys.readouterr().err
     assert "no document is kept" in said and "shorten (too short)" in said
     assert not (output / "manifest.json").exists() and (output / "summary.json").is_file()
-
-
-def test_where_nothing_can_be_read_the_sentence_says_why(raw: Path, capsys: pytest.CaptureFixture[str]
-                                                         ) -> None:
-    for file in raw.glob("*/*"):
-        file.unlink()
-    (raw / "web/a.jsonl").write_text('{"content": "the text is in another field"}\n' * 3)
-    (raw / "books/a.jsonl").write_text("")
-    output = run(raw, code=2)
-    said = capsys.readouterr().err
-    assert f"the first of 3 'fields' in {output / 'quarantine/web.jsonl'}: a.jsonl:1 " in said, said
-    (raw / "web/a.jsonl").write_text("\n")
-    run(raw, code=2)
-    assert "the sources' files are empty; name others" in capsys.readouterr().err
 
 
 @pytest.mark.deep

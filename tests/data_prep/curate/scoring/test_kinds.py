@@ -26,20 +26,15 @@ def kind_of(work: Path, text: str, settings: KindSettings, **columns: Any) -> st
 
 @pytest.mark.parametrize(("text", "columns", "kind"), [
     (COURT, {"kind": "ko", "language": "en", "form": "code"}, "ko"),
-    (COURT, {"kind": "auto", "language": "en"}, "en"),
     (COURT, {"language": "en", "form": "code"}, "math_code"),
     (COURT, {"language": "en", "form": "prose"}, "en"),
     (COURT, {"language": "de"}, "multilingual"),
     (PROSE, {"language": "en", "form": "markup"}, "math_code"),
     (FORMULAS, {"language": "en"}, "math_code"),
     (PROSE + r" \frac", {"language": "en"}, "en"),
-    (PROSE + COURT[:60], {"language": "en"}, "en"),
     (PROSE, {"language": "ko", "kind": ""}, "ko"),
-    (PROSE, {"language": "ja"}, "ja"),
     (PROSE, {"language": "th"}, "multilingual"),
     (PROSE, {"language": "und"}, ""),
-    (PROSE, {"language": None}, ""),
-    ("", {"language": "en"}, "en"),
 ])
 def test_the_first_rule_that_speaks_decides(tmp_path: Path, text: str, columns: dict[str, Any],
                                             kind: str) -> None:

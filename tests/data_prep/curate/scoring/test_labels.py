@@ -16,22 +16,15 @@ TEXT = '{"text": "a text", "label": %s}\n'
 
 @pytest.mark.parametrize(("kind", "line", "said"), [
     ("classifier", TEXT % "2", "label = 2 must be 0 or 1 (a scale from 0 to 5 is for --kind regressor)"),
-    ("classifier", TEXT % "0.5", "label = 0.5 must be 0 or 1"),
     ("classifier", TEXT % "true", "label = True must be a number"),
-    ("classifier", TEXT % '"1"', "label = '1' must be a number"),
     ("regressor", TEXT % "NaN", "label = nan must be a number"),
-    ("regressor", TEXT % "1e999", "label = inf must be from 0 to 5"),
     ("regressor", TEXT % ("9" * 400), "label = " + "9" * 40 + " must be from 0 to 5"),
-    ("regressor", TEXT % "-1", "label = -1 must be from 0 to 5"),
     ("regressor", TEXT % "5.5", "label = 5.5 must be from 0 to 5"),
     ("regressor", '{"text": "a"}\n', "has no field 'label'"),
     ("regressor", '{"text": " ", "label": 1}\n', "text = ' ' must be a text that is not empty"),
-    ("regressor", '{"label": 1}\n', "text = 'None' must be a text that is not empty"),
-    ("regressor", '{"text": "a", "label": 1, "language": 5}\n', 'language = 5 must be a code such as "ko"'),
     ("regressor", '{"text": "a", "label": 1, "language": "\\u001b[31m"}\n',
      "language = '\\x1b[31m' must be a code"),
     ("regressor", '{"text": "a", "label"\n', "is not valid JSON"),
-    ("regressor", "[1]\n", "is a JSON list"),
 ])
 def test_a_wrong_line_is_told_with_its_place(tmp_path: Path, kind: Kind, line: str, said: str) -> None:
     file = tmp_path / "labels.jsonl"

@@ -88,11 +88,6 @@ def test_all_documents_together_and_another_column(tmp_path: Path) -> None:
     assert Level(LevelSettings()).needs == ("education", "language")
 
 
-def test_no_documents_at_all_are_no_mistake(tmp_path: Path) -> None:
-    alone = doc("", 0, education=None, language="en")
-    assert levels([[alone]], tmp_path) == {alone.id: "basic"}
-
-
 def test_a_column_that_holds_no_numbers_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"level: by = name: document web:0:0{16} has 'web' there"):
         levels([[doc("", 0, language="en", name="web")]], tmp_path, by="name")

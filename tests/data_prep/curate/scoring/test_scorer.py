@@ -60,16 +60,10 @@ def with_weights(array: np.ndarray) -> Callable[[Path], object]:
 @pytest.mark.parametrize(("change", "said"), [
     (with_settings(bias=float("nan")), "bias = nan must be a finite number"),
     (with_settings(kind="pickle"), 'kind = "pickle" must be'),
-    (with_settings(content_version=2), "this version reads content_version 1"),
     (with_settings(num_buckets=1 << 60), "num_buckets = 1152921504606846976 must be at most"),
-    (with_settings(num_buckets=1000), "must be a power of two"),
-    (with_settings(num_buckets=True), "num_buckets = true must be a whole number"),
     (with_settings(unknown=1), "unknown: no such setting"),
     (with_weights(np.zeros(7, np.float32)), "must be 4096 finite float32, and are float32 of shape [7]"),
-    (with_weights(np.full(4096, np.inf, np.float32)), "weights must be 4096 finite"),
-    (with_weights(np.zeros(4096, np.float64)), "and are float64"),
     (lambda folder: (folder / WEIGHTS_FILE).write_bytes(b"\x80\x04junk"), "is damaged"),
-    (lambda folder: (folder / SETTINGS_FILE).write_text("[" * 100_000), "is damaged"),
     (lambda folder: (folder / WEIGHTS_FILE).unlink(), "its manifest lists no weights.safetensors"),
 ])
 def test_files_that_cannot_be_are_refused(scorers: dict[str, Path], tmp_path: Path,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from data_prep.curate.sources.code import header_licence, language_of, unwanted
+from data_prep.curate.sources.code import header_licence, language_of
 from data_prep.curate.sources.source import Broken, Raw
 
 TEXTS = {"MIT": "MIT License\n\nCopyright (c) 2026 Some Body\n\nPermission is hereby granted, free\n"
@@ -80,12 +80,3 @@ def test_the_head_of_a_licence_file_names_it(text: str, expected: str) -> None:
     ("noending", ""), (".py", ""), ("a.h", "c"), ("CMakeLists.txt", "cmake"), ("a.unknown", "")])
 def test_languages_by_name(name: str, language: str) -> None:
     assert language_of(name) == language
-
-
-def test_ordinary_code_is_wanted() -> None:
-    from pathlib import Path
-
-    for file in Path(__file__).parent.glob("*.py"):
-        text = file.read_text()
-        if "DO NOT" not in text:
-            assert unwanted(file.name, text) == ("", ""), file

@@ -9,10 +9,8 @@ import pytest
 
 from data_prep import cli
 from data_prep.curate.sources.formats import LIBRARIES
-from data_prep.curate.sources.source import SourceSettings
 from data_prep.libraries import require
 from megatron_sov.base.errors import how_to_install
-from megatron_sov.base.settings import problems_of
 
 PIPELINE = """name: small
 sources:
@@ -43,9 +41,3 @@ def test_what_formats_need_is_here() -> None:
     assert all(require(name, *libraries) == [] for name, libraries in LIBRARIES.items())
     assert require("it", "json", "no_such_one", "nor_this") == [
         f"it needs no_such_one and nor_this, which are not installed; {how_to_install('data')}"]
-
-
-def test_a_format_tells_its_own_libraries_alone(pages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "warcio", None)
-    assert problems_of(SourceSettings("s", ("pages",), pages, "html")) == []
-    assert "format warc needs warcio" in str(SourceSettings("s", ("pages",), pages, "warc").problems()[0])

@@ -126,13 +126,6 @@ def test_nothing_to_read_is_refused(tmp_path: Path) -> None:
         reader(SourceSettings("s", ("b.png",), tmp_path))
 
 
-def test_names_that_are_no_utf8_are_read_and_shown(tmp_path: Path) -> None:
-    (tmp_path / os.fsdecode(b"na\xefve.txt")).write_text("text")
-    found = reader(SourceSettings("s", (".",), tmp_path))
-    (document,) = [one for piece in found.pieces() for one in found.read(piece)]
-    assert document == Raw("text", "na\\xefve.txt") and show_name("plain") == "plain"
-
-
 def test_no_two_names_are_shown_alike_and_none_moves_a_cursor(tmp_path: Path) -> None:
     names = [b"a\xff.txt", b"a\\xff.txt", b"a\\\\xff.txt", b"a\x1b[2J.txt", b"a\\x1b[2J.txt", b"a\nb.txt",
              b"a\\nb.txt"]

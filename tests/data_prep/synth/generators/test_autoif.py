@@ -6,9 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
-from pyarrow import parquet
 
 from data_prep.synth.generator import GeneratorItem
 from data_prep.synth.generators.queries import first_user_turn
@@ -128,20 +126,3 @@ def test_the_first_turn_of_the_user(record: dict[str, Any]) -> None:
 def test_a_record_without_one_is_refused_with_its_place(record: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="x:1: has no prompt of a user"):
         first_user_turn(record, "x:1")
-
-
-def test_a_table_of_wildchat_reads_as_its_lines(tmp_path: Path) -> None:
-    rows = [{"conversation": [{"role": "user", "content": f"물음 {i}"}], "toxic": i % 3 == 0,
-             "license": "odc-by", "hashed_ip": "x"} for i in range(9)]
-    inputs = tmp_path / "inputs"
-    inputs.mkdir()
-    parquet.write_table(pa.Table.from_pylist(rows), inputs / "a.parquet", row_group_size=2)
-    (inputs / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    generator = autoif(constraints=str(written(tmp_path)), toxic=True)
-    table, lines = (list(generator.items([inputs / name])) for name in ("a.parquet", "b.jsonl"))
-    assert [(item.id, item.fields, item.licence) for item in table] == [
-        (item.id, item.fields, item.licence) for item in lines]
-    assert len(table) == len(list(generator.items([inputs]))) == 9  # each once, though it stands in both
-    (inputs / "a.parquet").write_bytes(b"PAR1 broken")
-    with pytest.raises(UserError, match=r"a\.parquet"):
-        list(generator.items([inputs]))

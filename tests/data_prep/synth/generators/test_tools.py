@@ -11,7 +11,6 @@ import pytest
 
 from data_prep.synth.generator import GeneratorItem
 from data_prep.synth.generators import worlds as trials
-from data_prep.synth.generators.drawing import choose, share_of
 from data_prep.synth.generators.worlds import fitting_values, json_object
 from data_prep.synth.known import generator_class
 from data_prep.synth.replies import NoReply
@@ -91,14 +90,6 @@ def test_a_sandbox_that_fails_says_nothing_about_a_world(monkeypatch: pytest.Mon
         sample_of("worlds", DOMAIN, worlds.reply)
 
 
-def test_draws_follow_from_their_names_and_are_even() -> None:
-    shares = [share_of("a", number) for number in range(400)]
-    assert shares == [share_of("a", number) for number in range(400)]
-    assert 160 < sum(share < 0.5 for share in shares) < 240
-    counts = [choose("abcd", "x", number) for number in range(400)]
-    assert all(70 < counts.count(letter) < 130 for letter in "abcd")
-
-
 def test_a_world_becomes_tasks_that_play_and_are_not_done_yet() -> None:
     for number, changes in ((1, True), (2, True), (3, False)):
         item = GeneratorItem("shop", {**WORLD.fields, "number": number})
@@ -124,11 +115,6 @@ def test_a_task_with_a_planted_fault_is_not_kept(what: str, check: str) -> None:
     case = goals.planted(what)
     sample = sample_of("goals", case.item, case.replies, num_solvers=1)
     assert sample.reason == check, sample.verdicts
-
-
-def test_solvers_play_from_the_question_alone() -> None:
-    sample = sample_of("goals", WORLD, goals.reply, num_solvers=1)
-    assert (sample.reason, sample.notes["solved"], sample.notes["solvers"]) == ("", 1, 1)
 
 
 def test_a_changing_call_that_the_goal_does_not_need_is_idle() -> None:

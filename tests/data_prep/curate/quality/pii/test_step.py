@@ -21,18 +21,11 @@ def outcome(text: str, language: str = "en", form: str = "prose", **settings) ->
 @pytest.mark.parametrize(("language", "text", "masked", "pii"), [
     ("en", "Write to jane.doe+x@mail.co.uk, or call (415) 555-2671.",
      "Write to [email address], or call [phone number].", "email=1 phone=1"),
-    ("en", "Call +1 415-555-2671 or +44 20 7946 0958 now",
-     "Call [phone number] or [phone number] now", "phone=2"),
     ("ko", "연락처:010-1234-5678 02-123-4567입니다", "연락처:[전화번호] [전화번호]입니다", "phone=2"),
     ("ko", "주민번호는 900101-1234568이다", "주민번호는 [주민등록번호]이다", "korean_rrn=1"),
-    ("ko", "01012345678로 연락", "[전화번호]로 연락", "phone=1"),
     ("th", "โทร 081-234-5678 เลข 1-1017-00230-70-8",
      "โทร [หมายเลขโทรศัพท์] เลข [เลขประจำตัวประชาชน]", "thai_id=1 phone=1"),
     ("ja", "電話は03-3580-3311、090-1234-5678です", "電話は[電話番号]、[電話番号]です", "phone=2"),
-    ("de", "IBAN DE89 3704 0044 0532 0130 00, Tel. 030 12345678", "IBAN [Kontonummer], Tel. [Telefonnummer]",
-     "iban=1 phone=1"),
-    ("es", "Teléfono: 612 345 678", "Teléfono: [número de teléfono]", "phone=1"),
-    ("vi", "Điện thoại 091 234 56 78", "Điện thoại [số điện thoại]", "phone=1"),
     ("en", "card 4111 1111 1111 1111 or 4111-1111-1111-1111",
      "card [card number] or [card number]", "card=2"),
     ("en", "from 81.2.69.142 and 2001:4860:4860::8888", "from [IP address] and [IP address]", "ip=2"),
@@ -40,11 +33,7 @@ def outcome(text: str, language: str = "en", form: str = "prose", **settings) ->
     ("en", "-----BEGIN RSA PRIVATE KEY-----\nMIIE\nab==\n-----END RSA PRIVATE KEY-----",
      "[secret key]", "api_key=1"),
     ("de", "AT61 1904 3002 3457 3201 BIC BKAUATWW, BE68539007547034 DE89 3704 0044 0532 0130 00",
-     "[Kontonummer] BIC BKAUATWW, [Kontonummer] [Kontonummer]", "iban=3"),
-    ("ko", "이메일:jane@mail.co.kr", "이메일:[이메일 주소]", "email=1"),
-    ("en", "E-mail:jane@mail.org or mailto:joe@mail.org", "E-mail:[email address] or mailto:[email address]",
-     "email=2"),
-    ("sw", "Andika jane@mail.co.tz", "Andika [email address]", "email=1")])
+     "[Kontonummer] BIC BKAUATWW, [Kontonummer] [Kontonummer]", "iban=3")])
 def test_personal_data_is_masked_by_its_name(language: str, text: str, masked: str, pii: str) -> None:
     assert outcome(text, language) == StepOutcome(text=masked, values={"pii": pii})
 
