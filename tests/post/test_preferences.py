@@ -26,6 +26,19 @@ def test_dpo_is_the_papers(beta: float, smoothing: float) -> None:
         assert slope == pytest.approx(beta * (right - (1 - smoothing)), abs=1e-12)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_simpo_asks_for_a_lead(smoothing: float) -> None:
+    import torch
+
+    from megatron_sov.post.preference import simpo
+
+    chosen, rejected = torch.tensor([-1.0, -2.0]).double(), torch.tensor([-3.0, -0.5]).double()
+    # r = beta * mean log p; the chosen one has to lead by gamma
+    right = [1 / (1 + math.exp(-(2.5 * lead - 1.5))) for lead in (2.0, -1.5)]
+    assert simpo(chosen, rejected, 2.5, 1.5, smoothing).tolist() == pytest.approx(
+        [-(1 - smoothing) * math.log(p) - smoothing * math.log(1 - p) for p in right], abs=1e-12)
+
+
 def test_orpo_weighs_odds_and_stays_finite_where_a_response_is_certain() -> None:
     import torch
 
@@ -40,3 +53,16 @@ def test_orpo_weighs_odds_and_stays_finite_where_a_response_is_certain() -> None
     losses = orpo(certain, rejected) + orpo(rejected, certain)
     (slopes,) = torch.autograd.grad(losses.sum(), certain)
     assert losses.isfinite().all() and slopes.isfinite().all()
+
+
+def test_simper_and_grouper_weigh_inverse_perplexities() -> None:
+    import torch
+
+    from megatron_sov.post.preference import grouper, simper
+
+    chosen, rejected = torch.tensor([-1.0, -2.0]).double(), torch.tensor([-3.0, -0.5]).double()
+    expected = [math.exp(-3) - math.exp(-1), math.exp(-0.5) - math.exp(-2)]
+    assert simper(chosen, rejected).tolist() == pytest.approx(expected, abs=1e-12)
+    both = torch.stack([chosen, rejected], dim=1).flatten()
+    assert grouper(both, torch.tensor([1.0, -1.0, 1.0, -1.0])).tolist() == pytest.approx(
+        [-math.exp(-1), math.exp(-3), -math.exp(-2), math.exp(-0.5)], abs=1e-12)
