@@ -30,6 +30,7 @@ import psutil
 import pytest
 from hypothesis import given, is_hypothesis_test, settings, strategies
 
+import megatron_sov.engine  # noqa: F401  prepares the import of megatron-core without triton
 from tests import tiers
 from tests.tiers import (  # noqa: F401  hooks of pytest
     pytest_addoption, pytest_collection_modifyitems, pytest_configure, pytest_runtest_call,
