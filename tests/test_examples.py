@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 
+from megatron_sov.judge.tools.environment import ToolRefused
+from megatron_sov.judge.tools.registry import make, order
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 HEADER = re.compile(r"# What: (.+)\n# Run:  (.+)\n# See:  (.+)\n\n")
 CELL = re.compile(r"^# %% .*$", re.MULTILINE)
@@ -40,9 +43,6 @@ def site(packed_data: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"prompt": "1 + 1?", "response": "3", "answer": 2},
             {"prompt": "1 + 1?", "response": "2 " * 12, "answer": 2}]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    calls: list[dict[str, Any]] = [{"name": "buy", "arguments": {"fruit": fruit, "count": count}}
-                                   for fruit, count in (("pear", 9), ("apple", 2), ("pear", 1))]
-    (folder / "calls.jsonl").write_text("".join(json.dumps(c) + "\n" for c in [*calls, {"answer": "Done."}]))
     return folder
 
 
@@ -96,10 +96,15 @@ def test_own_reward(typed: Typed, site: Path) -> None:
     assert [round(score["reward"], 3) for score in scores] == [1.0, 0.0, 0.8]
 
 
-def test_own_tool_world(typed: Typed) -> None:
-    said = typed("own_tool_world.py")
-    assert "there are 1 of pear" in said and "2 apple in the basket" in said
-    assert re.search(r"reward 1\b", said)
+def test_own_tool_world() -> None:
+    world, _ = make(order(f"{EXAMPLES}/own_tool_world.py:Shop", {}))
+    world.reset(world.EXAMPLES[0])
+    with pytest.raises(ToolRefused, match="there are 1 of pear"):
+        world.call("buy", {"fruit": "pear", "count": 9})
+    assert "2 apple in the basket" in str(world.call("buy", {"fruit": "apple", "count": 2}))
+    world.call("buy", {"fruit": "pear", "count": 1})
+    assert world.score("Done.") == 1
+    assert command_of("own_tool_world.py")[:2] == ["megatron-sov", "tools"]
 
 
 def test_own_data_step(typed: Typed, site: Path) -> None:

@@ -33,7 +33,8 @@ SERVICES = ("cluster", "browser")
 """Fixtures of tests that need daemons or programs which `make setup` does not install."""
 _imports = {"depth": 0, "seconds": 0.0}
 _workers = {"seconds": 0.0}
-_files_of_workers: list[Path] = []
+_files_of_workers: dict[Path, tuple[int, float]] = {}
+"""File of workers' processor seconds -> bytes that were read, and their sum."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def charge(seconds: float) -> None:
 
 def charge_lines_of(file: Path) -> None:
     """Charge each test with the lines that workers append to `file` while it runs: processor seconds."""
-    _files_of_workers.append(file)
+    _files_of_workers[file] = (0, 0.0)
 
 
 @contextlib.contextmanager
@@ -209,5 +210,17 @@ def _processor_s() -> float:
     workers have done for it."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     own_s = sum(one.ru_utime + one.ru_stime for one in used)
-    lines = [line for file in _files_of_workers if file.exists() for line in file.read_text().splitlines()]
-    return own_s + _workers["seconds"] + sum(map(float, lines))
+    for file in _files_of_workers:
+        with contextlib.suppress(OSError):  # not there yet, or the test has given up its rights
+            _read_new_lines(file)
+    return own_s + _workers["seconds"] + sum(seconds for _, seconds in _files_of_workers.values())
+
+
+def _read_new_lines(file: Path) -> None:
+    """Add what workers have appended to a file since it was read."""
+    place, seconds = _files_of_workers[file]
+    with file.open("rb") as lines:
+        lines.seek(place)
+        text = lines.read()
+    complete = text[:text.rfind(b"\n") + 1]
+    _files_of_workers[file] = (place + len(complete), seconds + sum(map(float, complete.split())))

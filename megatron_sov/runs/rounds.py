@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.artifacts import to_json, write_output
+from megatron_sov.base.artifacts import manifest_sha256, to_json, write_output
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.runs import checkpoints
@@ -182,7 +182,9 @@ def _sha256_of_checkpoint(path: Path) -> str:
     """
     file = path / checkpoints.STATE
     try:
-        told = json.loads(file.read_text(encoding="utf-8"))[FEED]
+        told = json.loads(file.read_text(encoding="utf-8")).get(FEED)
+        if not told:  # of another command, which knows no rounds
+            return manifest_sha256(path)
         return _digest(str(told["trained"]), str(checkpoints.step_of(path)))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise UserError(f"{file}: is damaged ({type(e).__name__}: {e}); restore it from a copy") from None

@@ -165,9 +165,11 @@ class Registry(Generic[T]):
         known = [*self._built_in, *self._known]
         absent, plural = ABSENT.get(self.kind, ("does not exist", f"{self.kind}s"))
         listed = LISTED_BY.get(self.kind, f"{plural}: {', '.join(known)}")
-        hint = find_misspelt if self.kind in ABSENT else nearest
-        close = (was_removed(name) or longer_names(name, known) or hint(name, known)
-                 or same_family(name, known))
+        if self.kind in ABSENT:
+            close = was_removed(name) or find_misspelt(name, known)
+        else:
+            close = (was_removed(name) or longer_names(name, known) or nearest(name, known)
+                     or same_family(name, known))
         return f"{self.kind} {name!r}: {absent}{close} ({listed}; your own are named FILE.py:NAME)"
 
 

@@ -55,7 +55,7 @@ def test_a_problem_is_what_the_user_says(record: Any, found: str | None) -> None
     ({"problem": "a", "answer": True}, "must be text or a number"),
     ({"problem": "a", "choices": "ab"}, "must be a list of up to 10"),
     ({"problem": "a", "id": "a b"}, "id = 'a b' must be"),
-    ({"problem": "a", "id": "../x" * 30}, "must be 1 to"),
+    ({"problem": "a", "id": "../x" * 40}, "must be 1 to"),
 ])
 def test_what_is_no_problem_is_refused_by_line(record: Any, said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"in.jsonl:1: .*{said}"):
