@@ -130,6 +130,7 @@ def test_an_objective(site: Path, typed: Run) -> None:
     assert 0 < losses[-1] < plain[-1]  # what the model knows already counts less
 
 
+@pytest.mark.essential
 def test_a_policy_or_a_pair(site: Path, typed: Run) -> None:
     if not (site / "runs/tiny/complete.json").is_file():
         done(site, typed, "A recipe")

@@ -70,7 +70,7 @@ def pytest_configure(config: pytest.Config) -> None:
             module.Dispatcher.compile = left_out(module.Dispatcher.compile)
 
     if numba := sys.modules.get("numba.core.dispatcher"):  # imported by a plugin or a conftest
-        numba.Dispatcher.compile = left_out(numba.Dispatcher.compile)  # type: ignore[attr-defined]
+        numba.Dispatcher.compile = left_out(numba.Dispatcher.compile)
     loader.exec_module = left_out(execute_module)  # type: ignore[method-assign]
     config.add_cleanup(lambda: setattr(loader, "exec_module", execute))
 

@@ -6,7 +6,6 @@ that is read from anywhere else gives other losses, and what waits for the GPU e
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,21 +46,14 @@ CASES: dict[str, tuple[str, int, tuple[str, ...], dict[str, Any], list[int]]] = 
 forward and backward, layers, micro-batches."""
 
 
-FIRST = ("larger batches",)
-"""In `make test`."""
-
-
+@pytest.mark.deep
 @pytest.mark.distributed
-@pytest.mark.parametrize("names", [
-    FIRST, pytest.param([name for name in CASES if name not in FIRST], marks=pytest.mark.deep)],
-    ids=["larger batches", "further"])
 def test_losses_counts_biases_and_weights_have_the_bits_of_a_run_without(
-        te_ranks: Any, job: Any, packed_data: Any, names: Collection[str]) -> None:
-    cases = {name: CASES[name] for name in names}
+        te_ranks: Any, job: Any, packed_data: Any) -> None:
     found = te_ranks(*(job(RUN, "both", nproc, {
         "recipe": recipe, "settings": ["train.precision=bf16", *settings], "path": str(packed_data.text),
-        **more}) for recipe, nproc, settings, more, _ in cases.values()))
-    for (name, (*_, replays)), per_rank in zip(cases.items(), found, strict=True):
+        **more}) for recipe, nproc, settings, more, _ in CASES.values()))
+    for (name, (*_, replays)), per_rank in zip(CASES.items(), found, strict=True):
         assert [step["replays"] for step in per_rank[0][1]["steps"]] == replays, name
         for plain, with_graphs in per_rank:
             assert plain["padding"] > 0, f"{name}: no row had padding"
