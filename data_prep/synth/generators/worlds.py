@@ -111,7 +111,12 @@ def _repeated_tools(spec: VirtualWorld) -> list[str]:
     found, known = [], dict[str, str]()
     for name, tool in spec.tools.items():
         function = spec.functions[name]
-        code = ast.dump(ast.Module([ast.Expr(ast.Constant(ast.dump(function.args))), *function.body[1:]], []))
+        try:
+            code = ast.dump(ast.Module([ast.Expr(ast.Constant(ast.dump(function.args))), *function.body[1:]],
+                                       []))
+        except RecursionError:
+            found.append(f"tool {name}: is nested too deeply")
+            continue
         for what, value in (("says", " ".join(tool.description.casefold().split())), ("does", code)):
             if value in known:
                 found.append(f"tool {name}: {what} the same as {known[value]}")

@@ -161,6 +161,7 @@ class EvaluatedLM(TemplateLM):
         self.tokenizer, self.max_length, self.max_gen_tokens = tokenizer, max_length, max_gen_tokens
         self._answers, self._seed = answers, seed
         self._writes: dict[tuple[int, int], Write] = {}
+        self._is_collecting = False
         self.requests: dict[str, Request] = {}
         """Requests by key, since the last call of `collect`."""
         self.template_kwargs: Mapping[str, Any] = {}
@@ -172,15 +173,19 @@ class EvaluatedLM(TemplateLM):
         Raises:
             UserError: one cannot be made.
         """
-        self.requests = {}
+        self.requests, self._is_collecting = {}, True
         for kind in dict.fromkeys(instance.request_type for instance in instances):
             repeated = [instance for instance in instances if instance.request_type == kind
                         for _ in range(int(instance.repeats or 1))]
             getattr(self, kind)(repeated, disable_tqdm=True)
+        self._is_collecting = False
         return list(self.requests.values())
 
     def _answer(self, request: Request) -> Answer:
         self.requests[request.key] = request
+        if request.key not in self._answers and not self._is_collecting:
+            raise UserError(f"a task asks a request that it did not ask before: {request.key}; its metric "
+                            "makes requests of its own, which are not supported")
         answer = self._answers.get(request.key, UNANSWERED)
         if isinstance(request, AnswerScore) and math.isnan(float(answer["logprob"] or 0.0)):
             # lm-eval would take the first of several choices for the best one.

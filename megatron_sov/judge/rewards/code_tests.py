@@ -220,8 +220,8 @@ def _is_called(name: str, node: ast.stmt) -> bool:
     if not name.startswith("test"):
         return name == "check"
     arguments = getattr(node, "args", None)
-    if arguments is not None and len(arguments.posonlyargs + arguments.args) + len(
-            arguments.kwonlyargs) > len(arguments.defaults):
+    if arguments is not None and (len(arguments.posonlyargs + arguments.args) > len(arguments.defaults)
+                                  or None in arguments.kw_defaults):
         raise Refused(f"{name} takes arguments, which no fixture or parameter gives here; write them "
                       "into the test")
     return True

@@ -186,6 +186,7 @@ def worst(result: dict[str, Any]) -> tuple[float, str]:
     return max((apart, name) for name, apart in result["apart"].items())
 
 
+@pytest.mark.essential
 @pytest.mark.distributed
 @pytest.mark.parametrize("names", [FIRST, pytest.param(LAYOUTS.keys() - FIRST, marks=pytest.mark.deep)],
                          ids=["at once", "each alone"])

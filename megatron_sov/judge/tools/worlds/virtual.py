@@ -22,7 +22,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, get_origin
 
 from megatron_sov.base.errors import UserError, first_line, list_problems
 from megatron_sov.judge.rewards.constraint import MODULES
@@ -58,17 +59,34 @@ _TYPE_NODES = (ast.Expression, ast.Name, ast.Load, ast.Subscript, ast.Tuple, ast
 def type_of(text: str) -> Any:
     """Return the Python type that a text spells.
 
+    A text constant stands in `Literal[...]` alone: anywhere else typing makes a forward reference of it,
+    which pydantic evaluates as Python in this process.
+
     Raises:
-        ValueError: it uses something else than `TYPES`, `|` and `[...]`.
+        ValueError: it uses something else than `TYPES`, `|` and `[...]`, or is no type.
     """
     try:
         tree = ast.parse(text, mode="eval")
-        if all(isinstance(node, _TYPE_NODES) and (not isinstance(node, ast.Name) or node.id in TYPES)
-               for node in ast.walk(tree)):
-            return eval(compile(tree, "type", "eval", dont_inherit=True), {"__builtins__": {}, **TYPES})
+        in_literals = {id(part) for node in ast.walk(tree) if _is_literal(node) for part in ast.walk(node)}
+        if all(_is_part_of_type(node, id(node) in in_literals) for node in ast.walk(tree)):
+            found = eval(compile(tree, "type", "eval", dont_inherit=True), {"__builtins__": {}, **TYPES})
+            if found is None or isinstance(found, (type, UnionType)) or get_origin(found):
+                return found
     except Exception:  # whatever parsing or subscripting a type raises
         pass
     raise ValueError(f"{text[:60]!r} is no type; a type is made of {', '.join(TYPES)}, | and [...]")
+
+
+def _is_literal(node: ast.AST) -> bool:
+    return isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == "Literal"
+
+
+def _is_part_of_type(node: ast.AST, is_in_literal: bool) -> bool:
+    if isinstance(node, ast.Name):
+        return node.id in TYPES
+    if isinstance(node, ast.Constant) and node.value is not None:
+        return is_in_literal and isinstance(node.value, (str, int, bool))
+    return isinstance(node, _TYPE_NODES)
 
 
 @dataclass(frozen=True)
@@ -178,7 +196,7 @@ def _read(world: Any) -> tuple[VirtualWorld | None, list[str]]:
     for name, function in functions.items():
         try:
             tools[name] = _read_tool(function)
-        except (UserError, ValueError) as e:
+        except Exception as e:  # whatever typing, pydantic and literals raise for a model's code
             problems.append(f"tool {name}: {first_line(e)}")
     examples = _read_examples(world.get("examples"), tools, problems)
     if problems:
@@ -203,7 +221,8 @@ def _read_tables(given: Any, problems: list[str]) -> dict[str, VirtualTable]:
                 column.isidentifier() and isinstance(kind, str) for column, kind in columns.items()):
             problems.append(f"{where}.columns: must be an object of names with types as texts")
             continue
-        if not isinstance(free, list) or not all(column in columns for column in free):
+        if not isinstance(free, list) or not all(
+                isinstance(column, str) and column in columns for column in free):
             problems.append(f"{where}.free: must be a list of columns")
             continue
         if not isinstance(rows, dict) or len(rows) > MAX_ROWS or not all(
@@ -414,6 +433,8 @@ class Virtual(World):
                 raise UserError(f"the task's goal.calls[{i}] must be an object with name and arguments")
             try:
                 self.call(text_in(call, "name"), call["arguments"])
+            except InfrastructureFault:
+                raise
             except ToolFault as e:
                 raise UserError(f"the task's goal.calls[{i}] gives no result: {e.reason}") from None
         wanted, self.state = self.state, first

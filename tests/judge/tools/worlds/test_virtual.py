@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -166,6 +167,22 @@ def test_the_example_is_sound_and_shows_types_and_descriptions() -> None:
 def test_a_rule_that_is_broken_is_told(told: str, edit: Callable[[Any], object]) -> None:
     problems = problems_of(edited(edit))
     assert any(told in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize("kind", [
+    "'{}'", "list['{}']", "str | '{}'", "dict[str, '{}']", "list[Literal['a'], '{}']", "(str, int)", "3"])
+def test_no_type_of_a_world_is_evaluated_in_this_process(kind: str, tmp_path: Path) -> None:
+    """Pydantic evaluates the text of a forward reference as Python."""
+    kind = kind.format(f"open({str(tmp_path / 'made')!r}, chr(119)).close()".replace("'", '"'))
+    column = edited(lambda w: w["tables"]["books"]["columns"].update(x=kind))
+    for world in (column, edited(code("title: str", f"title: {kind}"))):
+        assert any("is no type" in problem for problem in problems_of(world))
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_tool_that_no_schema_describes_is_a_problem_of_the_world() -> None:
+    assert problems_of(edited(code("title: str", "title: Literal[('a',)]")))
+    assert problems_of(edited(lambda w: w["tables"]["books"].update(free=[["x"]])))
 
 
 @pytest.mark.parametrize("world", [
