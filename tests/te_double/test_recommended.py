@@ -47,7 +47,8 @@ def _compared(te_ranks: Any, job: Any, path: Path, cases: list[tuple[str, tuple[
         ("gpu.grad_dtype=bf16", "parallel.expert_dispatcher=allgather"))],
     pytest.param([
         ("tiny-solar-open", (*SELECTIVE, "train.fp8=mxfp8", "gpu.shared_expert_overlap=on")),
-        *(("tiny-qwen3-moe", (*SELECTIVE, f"train.fp8={name}")) for name in ("none", *RECIPES))])], ids=["mxfp8", "every precision"])
+        *(("tiny-qwen3-moe", (*SELECTIVE, f"train.fp8={name}")) for name in ("none", *RECIPES))])],
+    ids=["mxfp8", "every precision"])
 def test_selective_recomputation_beside_other_settings(te_ranks: Any, job: Any, packed_data: Any, cases: Any
                                                        ) -> None:
     _compared(te_ranks, job, packed_data.text, cases)
