@@ -8,9 +8,10 @@ import difflib
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,8 @@ class _Rewrite:
     positionals: Sequence[str]
     find: FindSetting | None
     typed: Sequence[str]
-    texts: Mapping[str, str] = field(default_factory=dict)
-    """Option or setting of the command -> its help."""
+    read_texts: Callable[[], Mapping[str, str]] = dict
+    """Returns option or setting of the command -> its help; reads sources, so for unknown words alone."""
     command: str = ""
     """The program, if it is not megatron-sov, and its command."""
     exists: FindSetting | None = None
@@ -76,7 +77,8 @@ class _Rewrite:
 
     def search(self, word: str) -> str:
         """Return the end of a sentence: the options and settings nearest in meaning to an unknown word."""
-        return describe_found(find_by_meaning(word, self.texts), self.texts)
+        texts = self.read_texts()
+        return describe_found(find_by_meaning(word, texts), texts)
 
     def is_our_setting(self, key: str) -> bool:
         return self.exists is None or bool(self.exists(key))
@@ -194,7 +196,7 @@ def check_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -> list[s
     positionals = [str(action.metavar or action.dest) for action in parser._actions
                    if not action.option_strings]
     made = _Rewrite([name for name in options if name != "--run" or name not in optional], positionals,
-                    find if "--set" in options else None, typed, texts_of(parser),
+                    find if "--set" in options else None, typed, partial(texts_of, parser),
                     parser.prog.removeprefix("megatron-sov "),
                     getattr(parser.get_default("options_class"), "is_setting", None))
     _read_words(parser, made)
@@ -217,7 +219,7 @@ def _read_words(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
     typed, options = made.typed, list(parser._option_string_actions)
     if "DIR[:WEIGHT]" in made.positionals and (blend := blend_of(typed)):
         made.add("a weight follows its folder behind a colon", *(word for word in blend if word != "--data"))
-        typed = typed[next((n for n, word in enumerate(typed) if word.startswith("-")), len(typed)):]
+        typed = typed[_count_values(typed):]
     alone = {name for action in parser._actions if action.nargs == 0 for name in action.option_strings}
     i = 0
     while i < len(typed):
@@ -259,7 +261,7 @@ def _read_words(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
                 i += not equals
             elif word == "--data" and (blend := blend_of(typed[i:])):
                 made.add("--data is given once for each, with its weight behind a colon", *blend)
-                i += next((n for n, one in enumerate(typed[i:]) if one.startswith("-")), len(typed) - i)
+                i += _count_values(typed[i:])
             else:
                 made.words.append(typed[i - 1])
         else:
@@ -307,6 +309,11 @@ def _is_override(made: _Rewrite, key: str, equals: str, before: Sequence[str], a
     last, key = key.rpartition(".")[2], key.lstrip("+")
     is_theirs = "." in key and not made.is_our_setting(key) and (note_on(last) or _option_of(made, last))
     return is_free and bool(made.find(key) or is_theirs)
+
+
+def _count_values(words: Sequence[str]) -> int:
+    """Return the number of words before the next option."""
+    return next((n for n, word in enumerate(words) if word.startswith("-")), len(words))
 
 
 def _option_of(made: _Rewrite, word: str) -> str:
@@ -406,7 +413,7 @@ def _add_unknown(made: _Rewrite, key: str, value: str) -> None:
         made.add(f"{key} is {option} here", option, value_of_option(normalize(last), option, value))
     elif note := note_on(last):
         made.add(f"{key}: {note}")
-    elif not _is_misspelt(key, made.texts) and (found := made.search(key)):
+    elif not _is_misspelt(key, made.read_texts()) and (found := made.search(key)):
         made.said.append(f"{key}: there is no such setting{found}")
     else:
         made.unknown[f"{key}={value}"] = f"{key}: there is no such setting"
