@@ -3,12 +3,9 @@ docs/generate_config.py`."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
-import itertools
 import math
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
@@ -18,6 +15,7 @@ from annotated_types import Gt, Lt
 
 from megatron_sov.base.artifacts import atomic_write
 from megatron_sov.base.settings import Bound
+from megatron_sov.base.settings.options import field_texts
 from megatron_sov.model.config import RunConfig
 
 PAGE = Path(__file__).parent / "config.md"
@@ -41,15 +39,6 @@ Values are JSON if they parse, else text; of a key given twice the last one coun
 refused with the nearest known one, and a value that nothing would read ("acts when" below) with the setting
 that decides; in a file of `--config` if it differs from the recipe's.
 """
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """Return field name -> the string that stands under the field in the source."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
-    return {field.target.id: " ".join(inspect.cleandoc(text.value.value).split())
-            for field, text in itertools.pairwise(body)
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-            and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)}
 
 
 def nested_class(hint: Any) -> type | None:
@@ -96,7 +85,7 @@ def acting(cls: type, name: str, path: str) -> str:
 def sections(cls: type, path: str, title: str) -> Iterator[str]:
     """Yield one table of a class's settings, then the tables of the classes that it holds;
     `path` ends with a dot."""
-    docs, hints = field_docs(cls), get_type_hints(cls, include_extras=True)
+    docs, hints = field_texts(cls), get_type_hints(cls, include_extras=True)
     rows, tables = [], []
     for field in dataclasses.fields(cls):
         key, annotation = path + field.name, spelled(hints[field.name])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from data_prep.synth.known import generator_class, generator_names
+from data_prep.synth.known import FILES, generator_class
 from data_prep.synth.options import SynthOptions
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import add_options, read_options
@@ -21,7 +21,7 @@ def run(typed: argparse.Namespace) -> int:
     """Run `sov-data synth`; returns the exit code."""
     options = read_options(SynthOptions, typed)
     if options.list:
-        print("\n".join(_settings(options.generator) if options.generator else map(_help, generator_names())))
+        print("\n".join(_settings(options.generator) if options.generator else map(_help, FILES)))
         return 0
     from data_prep.synth.running import run_synth  # imported late: --help and --list need none of it
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.base.hints.removed import was_removed
-from megatron_sov.base.plugins.registry import load_built_in
 
 if TYPE_CHECKING:
     from data_prep.synth.generator import Generator
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent / "generators"
 """Files of the packaged generators."""
 ENDINGS = (".yaml", ".yml")
-GENERATORS: dict[str, str] = {}
-"""Packaged generators that are written in Python: name on the command line -> module:class."""
 FILES = ("answers", "autoif", "comparisons", "constraints", "goals", "probes", "rewrite", "safety",
          "solutions", "tool-trajectories", "translation", "worlds")
 """Names of the generators that are files of `generators`."""
@@ -40,27 +37,18 @@ REMOVED = {
 """GENERATOR.setting of an earlier version -> what to use in its place."""
 
 
-def generator_names() -> list[str]:
-    """Return the names that the command line may use, in order."""
-    return sorted([*GENERATORS, *FILES])
-
-
 def generator_class(name: str) -> type[Generator]:
     """Return the class of a generator, by its name or its file.
 
     Raises:
-        UserError: there is none of that name, its file has mistakes, or a library that it needs is not
-            installed.
+        UserError: there is none of that name, or its file has mistakes.
     """
     if name.endswith(ENDINGS):
         return _of_file(Path(name))
-    if name not in (known := generator_names()):
-        raise UserError(f"{name}: is no generator{was_removed(name) or nearest(name, known)}; known are "
-                        f"{', '.join(known)}, and files that end with {' or '.join(ENDINGS)}")
     if name in FILES:
         return _packaged(name)
-    found: type[Generator] = load_built_in(f"generator {name}", GENERATORS[name], "synth")
-    return found
+    raise UserError(f"{name}: is no generator{was_removed(name) or nearest(name, FILES)}; known are "
+                    f"{', '.join(FILES)}, and files that end with {' or '.join(ENDINGS)}")
 
 
 @lru_cache(maxsize=len(FILES))

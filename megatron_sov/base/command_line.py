@@ -160,11 +160,9 @@ def _wrong_values(found: argparse.Namespace) -> list[str]:
     """Return the sentence about values of a proposed line that the command refuses; empty: it takes them."""
     from megatron_sov.base.settings import SettingsError, read_options
 
-    options_class = getattr(found, "options_class", None)
-    if options_class is None:
-        return []
     try:
-        read_options(options_class, found)
+        if options_class := getattr(found, "options_class", None):
+            read_options(options_class, found)
     except SettingsError as e:
         return [str(e)]
     return []

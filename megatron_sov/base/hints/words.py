@@ -208,7 +208,7 @@ def check_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -> list[s
 
 def texts_of(parser: argparse.ArgumentParser) -> dict[str, str]:
     """Return option of a command, and setting as --set takes it -> its help."""
-    texts = {action.option_strings[0]: action.help or ""
+    texts = {action.option_strings[0]: (action.help or "").replace("%%", "%")
              for action in parser._actions if action.option_strings}
     settings: Mapping[str, str] = getattr(parser.get_default("options_class"), "setting_texts", dict)()
     return texts | {f"--set {name}=VALUE": text for name, text in settings.items()}

@@ -476,13 +476,18 @@ def _module_docs(module: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def field_docs(cls: type) -> dict[str, str]:
-    """Return field -> help, of a class and of those that it is made from."""
+def field_texts(cls: type) -> dict[str, str]:
+    """Return field -> the string under it in the source, of a class and of those that it is made from."""
     found: dict[str, str] = {}
     for each in reversed(cls.__mro__):
         if dataclasses.is_dataclass(each):
             found |= _module_docs(each.__module__)[each.__name__]
-    return {name: _as_help(text) for name, text in found.items()}
+    return found
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """Return field -> help, see `field_texts`."""
+    return {name: _as_help(text) for name, text in field_texts(cls).items()}
 
 
 def _as_help(text: str) -> str:

@@ -20,7 +20,7 @@ from megatron_sov.base.plugins.registry import Registry
 from megatron_sov.base.settings import (
     Flag, Place, ProblemCode, SettingsError, SettingsProblem, fields_of, find_inert, hint_below, read_located,
     read_text, value_at)
-from megatron_sov.base.settings.options import field_docs
+from megatron_sov.base.settings.options import field_texts
 from megatron_sov.base.settings.problem import show
 from megatron_sov.model import objectives, recipes
 from megatron_sov.model.config import (
@@ -378,7 +378,7 @@ def _named(setting: str) -> str:
 
 
 def _texts_below(cls: Any, prefix: str) -> Iterator[tuple[str, str]]:
-    docs = field_docs(cls)
+    docs = field_texts(cls)
     for name in fields_of(cls):
         inner = hint_below(cls, name)
         items = hint_below(inner, "0")

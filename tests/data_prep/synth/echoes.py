@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_prep.cli import main
 from data_prep.json_lines import read_objects
+from data_prep.synth import known
 from data_prep.synth.generator import Ask, GeneratedSample, Generator, GeneratorItem, Grade, SampleVerdict
-from data_prep.synth.known import GENERATORS
 
 NAME, REFERENCE = "echoes", f"{Path(__file__).stem}:Echoes"
 
@@ -59,6 +59,13 @@ def reply(request: Mapping[str, Any]) -> str:
     return f"{user.partition(': ')[2]} ({request['seed']})"
 
 
+def add_generator(set_attribute: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Let `sov-data` know the generator by its name."""
+    packaged = known._packaged
+    set_attribute(known, "FILES", (*known.FILES, NAME))
+    set_attribute(known, "_packaged", lambda name: Echoes if name == NAME else packaged(name))
+
+
 if __name__ == "__main__":
-    GENERATORS[NAME] = REFERENCE
+    add_generator()
     sys.exit(main())

@@ -29,7 +29,6 @@ from data_prep.cli import main
 from data_prep.synth import finishing, models
 from data_prep.synth.candidates import FinishedItem
 from data_prep.synth.generator import Ask, GeneratedSample, GeneratorItem, SampleVerdict, writable
-from data_prep.synth.known import GENERATORS
 from data_prep.synth.running import make_generator
 from megatron_sov.work.endpoints.cache import EndpointCache
 from megatron_sov.work.progress.journal import records_by_item, work_folder
@@ -41,7 +40,7 @@ FINISH = finishing.finish
 @pytest.fixture(autouse=True)
 def setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finishing, "finish", lambda *args, **more: None)  # test_finishing.py has it
-    monkeypatch.setitem(GENERATORS, echoes.NAME, echoes.REFERENCE)
+    echoes.add_generator(monkeypatch.setattr)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setattr(models, "BACKOFF_S", 0.001)
 
