@@ -3,8 +3,9 @@ ends in hidden states, so that objectives apply the head in chunks."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -147,6 +148,23 @@ class ModelInputs:
     """Pictures and sounds whose features stand over placeholders, on the host; None: there are none."""
 
 
+@contextlib.contextmanager
+def offloaded_activations(config: Any) -> Iterator[None]:
+    """Let the library offload activations (`gpu.offload_modules`) in training passes alone.
+
+    The library fixes its plan of groups in the first pass and walks through that plan in every later pass,
+    with or without gradients: an evaluation would become the plan, or leave it at another place.
+    """
+    if not config.fine_grained_activation_offloading:
+        yield
+        return
+    FineGrainedActivationOffloadingInterface.enable_offload()
+    try:
+        yield
+    finally:
+        FineGrainedActivationOffloadingInterface.disable_offload()
+
+
 class BegunRow(NamedTuple):
     """A row in front of a chunk's first layer, as far as this process has it."""
 
@@ -221,10 +239,10 @@ class Chunk(LanguageModule):
         """Take the hidden states that the stage before has sent: a tensor, or a list with one."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the library's declaration of the weights, without the head's extra state, which is empty."""
-        declared: dict[str, Any] = super().sharded_state_dict(*args, **kwargs)
-        declared.pop("output_layer._extra_state", None)
+        declared: dict[str, Any] = super().sharded_state_dict(prefix, *args, **kwargs)
+        declared.pop(f"{prefix}output_layer._extra_state", None)
         return declared
 
     def forward(self, inputs: ModelInputs, first_route: int | None = None) -> torch.Tensor:
@@ -248,7 +266,7 @@ class Chunk(LanguageModule):
 
     def begin(self, inputs: ModelInputs, first_route: int | None) -> BegunRow:
         """Return what layers take of a row, see `forward`."""
-        if self.config.fine_grained_activation_offloading:
+        if self.config.fine_grained_activation_offloading and torch.is_grad_enabled():
             self._begin_offloading()
         own, bucketed = self.config.own_attention, self.config.attention_backend.name != "unfused"
         packed = pack(inputs.cu_seqlens, inputs.max_document_tokens, len(inputs.tokens), own=own,
