@@ -9,7 +9,8 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,22 @@ def to_exit_code(code: object) -> int:
     return code if isinstance(code, int) and 0 <= code <= 255 else ExitCode.CRASH
 
 
+@dataclass(frozen=True)
+class Fix:
+    """How a command line is mended.  The message that it belongs to says why."""
+
+    line: str = ""
+    """The whole line, program first; the other fields are empty then."""
+    options: tuple[str, ...] = ()
+    """Options with their values, in place of typed ones or added: `("--set", "train.epochs=3")`."""
+    left_out: tuple[str, ...] = ()
+    """Typed words to leave out."""
+    words: Mapping[str, str] = field(default_factory=dict)
+    """Typed word, or a part of it that is a path -> the word in its place."""
+    before: tuple[str, ...] = ()
+    """Commands to run before the line."""
+
+
 class UserError(Exception):
     """A mistake in the user's input, settings or files.
 
@@ -90,6 +107,11 @@ class UserError(Exception):
     ...     print(str(e)[:18])
     recipe 'tiny-qwen'
     """
+
+    def __init__(self, sentence: str = "", fix: Fix | None = None) -> None:
+        """Keep the sentence, and how the command line is mended; a whole line ends the message."""
+        self.sentence, self.fix = sentence, fix
+        super().__init__(f"{sentence}; write\n  {fix.line}" if fix and fix.line else sentence)
 
 
 class DryRun(Exception):

@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.errors import UserError, nearest, warn
+from megatron_sov.base.errors import Fix, UserError, nearest, warn
 from megatron_sov.base.hints.foreign import blend_of, is_translated, option_of_path, read_foreign, recipe_of
 from megatron_sov.base.hints.search import describe_found, find_by_meaning
 from megatron_sov.base.hints.table import by_word, last_part, normalize, note_on, table
@@ -202,7 +202,7 @@ def check_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -> list[s
     _read_words(parser, made)
     _move_model(parser, made)
     if made.said:
-        raise UserError(_answer(parser, made))
+        raise _answer(parser, made)
     return list(typed)
 
 
@@ -455,11 +455,11 @@ def _is_misspelt(key: str, texts: Mapping[str, str]) -> bool:
     return bool(nearest(last, [name.rpartition(".")[2] for name in names if name.startswith(f"{group}.")]))
 
 
-def _answer(parser: argparse.ArgumentParser, made: _Rewrite) -> str:
+def _answer(parser: argparse.ArgumentParser, made: _Rewrite) -> UserError:
     if made.line:
-        return f"{parser.prog}: {'; '.join(dict.fromkeys(made.said))}; write\n  {made.line}"
+        return UserError(f"{parser.prog}: {'; '.join(dict.fromkeys(made.said))}", Fix(made.line))
     if not made.is_changed:
-        return f"{parser.prog}: {'; '.join(dict.fromkeys(made.said))} (--help lists what it takes)"
+        return UserError(f"{parser.prog}: {'; '.join(dict.fromkeys(made.said))} (--help lists what it takes)")
     _add_companions(made)
     words = _without_repeated(parser, made)
     written = [word.partition("=")[0] for word in words]
@@ -489,11 +489,11 @@ def _answer(parser: argparse.ArgumentParser, made: _Rewrite) -> str:
     said = "; ".join(f"{', '.join(words)}{why.partition(chr(0))[0]}" for why, words in names.items())
     if parser.prog.startswith("submit "):  # it has parsed its own options before
         said, command = f"{said}; keep the options of submit", f"megatron-sov {command}"
-    return f"{parser.prog}: {said}; write\n  {' '.join([command, *missing])}"
+    return UserError(f"{parser.prog}: {said}", Fix(" ".join([command, *missing])))
 
 
-def missing_words(parser: argparse.ArgumentParser, typed: Sequence[str], names: str) -> str:
-    """Return the end of a message about arguments that are required: their choices, and a line with them.
+def missing_words(parser: argparse.ArgumentParser, typed: Sequence[str], names: str) -> tuple[str, str]:
+    """Return the end of a message about arguments that are required: their choices; and a line with them.
 
     Args:
         parser: of the command.
@@ -515,7 +515,7 @@ def missing_words(parser: argparse.ArgumentParser, typed: Sequence[str], names: 
         rest, named = [*rest, option, *named], []
         last = [word for word in last if not word.startswith(f"{option} ")]
     line = " ".join(filter(None, [parser.prog, shlex.join(named), *first, shlex.join(rest), *last]))
-    return "".join(f"; {text}" for text in choices) + f"; write\n  {line}"
+    return "".join(f"; {text}" for text in choices), line
 
 
 def text_option(parser: argparse.ArgumentParser, word: str, typed: Sequence[str]) -> str:
