@@ -84,6 +84,12 @@ class Fix:
 
     line: str = ""
     """The whole line, program first; the other fields are empty then."""
+    command: str = ""
+    """Command in place of the typed one: `"prefer"`, `"convert to-hf"`."""
+    prefix: str = ""
+    """Word before the command: `"submit"`."""
+    arguments: tuple[str, ...] = ()
+    """Positional arguments to add after the command."""
     options: tuple[str, ...] = ()
     """Options with their values, in place of typed ones or added: `("--set", "train.epochs=3")`."""
     left_out: tuple[str, ...] = ()
@@ -194,6 +200,27 @@ def download(path: str | os.PathLike[str], is_bare: bool = False) -> str:
     name = shlex.quote(found[1])
     return (f"; nothing is fetched from the Hugging Face hub: run `hf download {os.fspath(path)} --local-dir "
             f"{name}` where there is a network, and pass {name}")
+
+
+def fix_missing(path: str | os.PathLike[str], *, is_bare: bool = False, is_data: bool = False) -> Fix | None:
+    """Return the fix for a path that does not exist: a folder or file next to it with nearly the same name,
+    else the download of what the path names on the Hugging Face hub; None: neither.
+
+    Args:
+        path: as it was typed.
+        is_bare: see `download`.
+        is_data: whether it would be a dataset.
+    """
+    text = os.fspath(path)
+    folder, name = os.path.split(text)
+    names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    if close := find_misspelt(name, (one for one in names if one != name and not one.startswith("."))):
+        return Fix(words={text: os.path.join(folder, close.split("'")[1])})
+    hint = download_dataset(text) if is_data else download(text, is_bare)
+    if not hint:
+        return None
+    kind = " --repo-type dataset" if is_data else ""
+    return Fix(words={text: name}, before=(f"hf download {text}{kind} --local-dir {shlex.quote(name)}",))
 
 
 def download_dataset(path: str | os.PathLike[str]) -> str:

@@ -16,8 +16,11 @@ MAX_FAULTS = 8
 """Faults of one command line that are collected."""
 _PROGRAM = re.compile(r"(?:megatron-sov|sov-data|sov-tokenizer|submit)[a-z -]*: ")
 """Begin of a parser's sentence."""
-_PLACEHOLDER = re.compile(r"[A-Z][A-Z_]+\Z|\[NAME=\].*")
-"""Word of a proposed line that stands for a value that nobody typed: DIR, [NAME=]PATH."""
+_GROUPS = ("convert", "eval", "rl", "submit", "tools", "codec")
+"""First words of commands of two words."""
+_PLACEHOLDER = re.compile(r"(?!ACCOUNT\Z)[A-Z][A-Z_]+\Z|\[NAME=\].*")
+"""Word of a proposed line that stands for a value that nobody typed: DIR, [NAME=]PATH.  Checks accept any
+ACCOUNT."""
 
 
 def propose_line(program: str, typed: Sequence[str], error: UserError,
@@ -59,7 +62,10 @@ def mend_line(program: str, line: Sequence[str], fix: Fix) -> list[str] | None:
     if fix.line:
         words = shlex.split(fix.line)
         return words[1:] if words[0] == program and "\n" not in fix.line else None
-    mended = [_replace_path(word, fix) for word in line if word not in fix.left_out]
+    num_words = 2 if line[0] in _GROUPS else 1
+    command = [*line[:1], fix.command] if line[0] == "submit" and fix.command else fix.command.split()
+    mended = [*fix.prefix.split(), *(command or line[:num_words]), *fix.arguments,
+              *(_replace_path(word, fix) for word in line[num_words:] if word not in fix.left_out)]
     options = list(fix.options)
     while options:
         name = options.pop(0)

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.errors import Fix, UserError, nearest, warn
-from megatron_sov.base.hints.foreign import blend_of, is_translated, option_of_path, read_foreign, recipe_of
+from megatron_sov.base.hints.foreign import (
+    OPTIONS_OF_KIND, blend_of, is_translated, kind_of_word, option_of_path, read_foreign, recipe_of)
 from megatron_sov.base.hints.search import describe_found, find_by_meaning
 from megatron_sov.base.hints.table import by_word, last_part, normalize, note_on, table
 from megatron_sov.base.hints.values import (
@@ -169,7 +170,7 @@ class _Rewrite:
         elif close := nearest_option(option, self.options):
             self.add(f"{option}: nothing takes this{close}", close.split("'")[1], *values)
         else:
-            self.said.append(f"{option}: nothing takes this{self.search(option)}")
+            self.add(f"{option}: nothing takes this{self.search(option)}; leave it out")
 
 
 def check_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -> list[str]:
@@ -185,6 +186,7 @@ def check_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -> list[s
     """
     options = list(parser._option_string_actions)
     if any(action.nargs == argparse.REMAINDER for action in parser._actions):
+        _move_run(parser, typed)
         return list(typed)
     typed = [_renamed(word, parser.prog, options) for word in typed]
     # where --run may be left out it is no place for output: `eval` adds its figures to the run's events
@@ -201,9 +203,23 @@ def check_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -> list[s
                     getattr(parser.get_default("options_class"), "is_setting", None))
     _read_words(parser, made)
     _move_model(parser, made)
+    _place_free_words(parser, made)
     if made.said:
         raise _answer(parser, made)
     return list(typed)
+
+
+def _move_run(parser: argparse.ArgumentParser, typed: Sequence[str]) -> None:
+    """Raise `UserError` where the first argument of a command that passes words on comes after an option."""
+    first = next((str(action.metavar) for action in parser._actions if not action.option_strings), "")
+    if not typed or not typed[0].startswith("-") or typed[0] in parser._option_string_actions:
+        return
+    name, equals, value = typed[0].partition("=")
+    rest = typed[1:] if equals else typed[2:]
+    value = value if equals else "".join(typed[1:2])
+    if value and (normalize(name) == first.lower() or first in by_word("options").get(normalize(name), ())):
+        raise UserError(f"{parser.prog}: {name} is {first} here, without an option",
+                        Fix(f"{parser.prog} {shlex.join([value, *rest])}"))
 
 
 def texts_of(parser: argparse.ArgumentParser) -> dict[str, str]:
@@ -300,7 +316,7 @@ def _is_row(row: Mapping[str, Any], command: str, option: str, value: str, is_kn
 
 def _is_override(made: _Rewrite, key: str, equals: str, before: Sequence[str], alone: set[str]) -> bool:
     """Return whether a word is a setting as Hydra and NeMo take them, without an option: a.b=c."""
-    our = made.is_our_setting(key.lstrip("+")) and made.exists is not None
+    our = made.exists is not None and "." in key and made.is_our_setting(key.lstrip("+"))
     if key.startswith("+") and equals and our:
         return True
     if not equals or not re.fullmatch(r"\+{0,2}[a-z]\w*(\.\w+)*", key) or made.find is None:
@@ -308,7 +324,7 @@ def _is_override(made: _Rewrite, key: str, equals: str, before: Sequence[str], a
     is_free = not before or not before[-1].startswith("-") or "=" in before[-1] or before[-1] in alone
     last, key = key.rpartition(".")[2], key.lstrip("+")
     is_theirs = "." in key and not made.is_our_setting(key) and (note_on(last) or _option_of(made, last))
-    return is_free and bool(made.find(key) or is_theirs)
+    return is_free and bool(our or made.find(key) or is_theirs)
 
 
 def _count_values(words: Sequence[str]) -> int:
@@ -358,6 +374,39 @@ def _split_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple
         else:
             free.append(word)
     return free, others
+
+
+def _place_free_words(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
+    """Give words without an option, which no positional argument takes, to the option of their kind: model
+    folder, data file, tokenizer, or a path that does not exist for the output."""
+    positionals = [action for action in parser._actions if not action.option_strings]
+    if any(action.nargs in ("+", "*", argparse.REMAINDER) for action in positionals):
+        return
+    free, others = _split_words(parser, made.words)
+    room = max(0, len(positionals) - len(made.first))
+    lacks = any(action.required and not set(action.option_strings) & {word.partition("=")[0] for word in others}
+                for action in parser._actions if action.option_strings)
+    is_recipe = bool(made.positionals) and made.positionals[0] == "RECIPE"
+    misplaced = [word for word in free if is_recipe and kind_of_word(word) in ("model", "data", "tokens", "hub")]
+    if len(free) <= room and not misplaced and not (lacks and len(free) > sum(
+            bool(action.required) for action in positionals)):
+        return
+    stays: list[str] = []
+    written = {word.partition("=")[0] for word in others}
+    for number, word in enumerate(free):
+        kind = kind_of_word(word)
+        # TARGET, RUN and others come first, whatever they are
+        is_taken = number < room and not (is_recipe and kind not in ("recipe", "code"))
+        option = "" if is_taken else next((one for one in OPTIONS_OF_KIND[kind] if one in parser._option_string_actions
+                                           and (one not in written or one == "--data")), "")
+        if not option:
+            stays.append(word)
+            continue
+        written.add(option)
+        others += [option, word]
+        made.add(f"{word} is {option} here")
+    if len(stays) < len(free):
+        made.words = [*stays, *others]
 
 
 def _is_unknown(word: str, made: _Rewrite) -> bool:
@@ -488,7 +537,7 @@ def _answer(parser: argparse.ArgumentParser, made: _Rewrite) -> UserError:
         names.setdefault(colon + why if word.startswith("-") else f"{colon}{why}\0{word}", []).append(word)
     said = "; ".join(f"{', '.join(words)}{why.partition(chr(0))[0]}" for why, words in names.items())
     if parser.prog.startswith("submit "):  # it has parsed its own options before
-        said, command = f"{said}; keep the options of submit", f"megatron-sov {command}"
+        said = f"{said}"
     return UserError(f"{parser.prog}: {said}", Fix(" ".join([command, *missing])))
 
 

@@ -16,7 +16,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast, get_args
 
-from megatron_sov.base.errors import UserError, download_dataset, nearest
+from megatron_sov.base.errors import UserError, download_dataset, fix_missing, nearest
 from megatron_sov.base.hints.removed import SETTINGS as REMOVED_SETTINGS, without_removed
 from megatron_sov.base.hints.table import instead_of, note_on, settings_called
 from megatron_sov.base.plugins.loading import PluginCode
@@ -237,7 +237,8 @@ class RunConfig:
     def position_problems(self) -> list[SettingsProblem]:
         """Return phases whose samples are longer than the model's positions."""
         most = self.model.max_position_tokens
-        return [problem for i, phase in enumerate(self.data.phases) for problem in find_broken(
+        return [dataclasses.replace(problem, fix=f"{problem.key}={most}")
+                for i, phase in enumerate(self.data.phases) for problem in find_broken(
             phase, f"data.phases.{i}",
             (phase.seq_len <= most, "seq_len", f"exceeds model.max_position_tokens = {most}",
              f"set it to at most {most}; `megatron-sov extend` trains a model on longer texts"))]
@@ -283,7 +284,8 @@ class RunConfig:
         micro = next((m for m in range(t.micro_batch_size, 0, -1) if size % (m * shares) == 0), 0)
         smaller = f", or train.micro_batch_size={micro}" if micro else ""
         return SettingsProblem(Kind.RULE, key, f"(phase {phase.name}) must be {multiple}", size,
-                               f"set {key}={nearest_multiple(size, unit)}{smaller}")
+                               f"set {key}={nearest_multiple(size, unit)}{smaller}",
+                               fix=f"{key}={nearest_multiple(size, unit)}")
 
     def check(self, num_ranks: int = 1) -> None:
         """Raise `SettingsError` listing every value out of its bounds, or else every rule that is broken."""
@@ -524,7 +526,7 @@ def data_paths(data: Sequence[str]) -> dict[str, float]:
             raise UserError(f"--data {argument!r}: names no folder; pass one made by `sov-data pack`")
         folder = named_shards(path)[1]
         if not Path(folder).exists():
-            raise UserError(f"--data {path}: {_explain_missing(folder)}")
+            raise UserError(f"--data {path}: {_explain_missing(folder)}", fix_missing(folder, is_data=True))
         if not Path(folder).is_dir():
             raise UserError(f"--data {path}: is a file, and token shards are read; pass a folder made by "
                             f"`sov-data pack --tokenizer DIR --input {shlex.quote(folder)} --output FOLDER` "

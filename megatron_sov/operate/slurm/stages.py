@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.command_line import Parser
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import Fix, UserError, nearest
 from megatron_sov.base.plugins.loading import is_reference
 from megatron_sov.base.settings import AtLeastOne, Flag, NotNegativeInt, change, options_of
 from megatron_sov.model import recipes
@@ -214,14 +214,13 @@ def check_stage(stage: str) -> None:
     if stage in STAGES:
         return
     if stage in recipes.names() or is_reference(stage):
-        raise UserError(f"submit {stage}: a stage comes before the recipe; write\n"
-                        f"  megatron-sov submit pretrain {stage} --cluster NAME --nodes 1 --data DIR "
-                        "--run DIR")
+        raise UserError(f"submit {stage}: a stage comes before the recipe",
+                        Fix(command="pretrain", arguments=(stage,)))
     if Path(stage).suffix in (".sh", ".sbatch", ".slurm", ".job", ".py"):
         raise UserError(f"submit {stage}: `submit` writes the job's script itself; name the stage and its "
-                        "arguments; write\n  megatron-sov submit pretrain --cluster NAME --account NAME "
-                        "--nodes 1 RECIPE --data DIR --run DIR\n  (a script of your own: sbatch "
-                        f"{stage})")
+                        f"arguments (a script of your own: sbatch {stage})",
+                        Fix("megatron-sov submit pretrain --cluster NAME --account NAME --nodes 1 RECIPE "
+                            "--data DIR --run DIR"))
     raise UserError(f"stage {stage!r}: does not exist{nearest(stage, STAGES)} (stages: "
                     f"{', '.join(STAGES)}, chain)")
 
@@ -259,7 +258,8 @@ def _teachers(args: Any) -> list[Path | None]:
 
 def _training(stage: str, arguments: list[str], args: Any) -> StageWork:
     if args.nproc is not None:
-        raise UserError(f"--nproc {args.nproc}: under Slurm the nodes and the profile decide; leave it out")
+        raise UserError(f"--nproc {args.nproc}: under Slurm the nodes and the profile decide; leave it out",
+                        Fix(left_out=("--nproc", str(args.nproc), f"--nproc={args.nproc}")))
     if args.dry_run:  # in a chain's file; from a command line `submit` takes it
         raise UserError(f"--dry-run: the job would train nothing; leave it out of the arguments of {stage}, "
                         "and type it to `megatron-sov submit chain`")
