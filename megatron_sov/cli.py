@@ -84,7 +84,7 @@ def run_command(argv: list[str], began_s: float) -> int:
 
 
 def _run_once(argv: list[str], began_s: float, only_checks: bool = False) -> int:
-    """Run a command line as it was typed; `only_checks`: by --dry-run, or parse it if its command has none."""
+    """Run a command line as it was typed; `only_checks`: by --dry-run, or only parse it."""
     if argv[:1] == ["help"] and len(argv) > 1:
         argv = [*argv[1:], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help"):

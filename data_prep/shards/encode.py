@@ -275,9 +275,9 @@ class Encoder:
 
 def fix_foreign(path: Path) -> Fix:
     """Return the fix for a tokenizer that is not imported yet, or not downloaded."""
-    if fix := None if path.exists() else fix_missing(path, is_bare=True):
-        if not fix.before:
-            return fix
+    fix = None if path.exists() else fix_missing(path, is_bare=True)
+    if fix is not None and not fix.before:
+        return fix
     name = path.stem if path.is_file() else path.resolve().name
     output = f"{name}-tokenizer"
     source = path if path.exists() else path.name

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Lt
 
 from data_prep.shards.assemble import EncodedSource, bad_rows, survey, write_quarantine, write_shards
-from data_prep.shards.encode import CONFIG_JSON, TOKENIZER_JSON, Encoder, EncodingSettings, explain_foreign, fix_foreign
+from data_prep.shards.encode import (
+    CONFIG_JSON, TOKENIZER_JSON, Encoder, EncodingSettings, explain_foreign, fix_foreign)
 from data_prep.shards.token_artifact import (
     CONTENT_VERSION, HELDOUT, KIND, QUARANTINE, TRAIN, HeldoutRule, sidecars_of, token_dtype)
 from data_prep.shards.units import GROUP, Unit, UnitSettings, encode_units

@@ -64,8 +64,8 @@ FOUND_AT = {RUN: "the folder given to --run", KIND: "RUN/checkpoints/step-N",
 NO_CHECKPOINTS = (".gguf", ".ggml", ".nemo", ".onnx", ".pt", ".pth", ".ckpt")
 """Suffixes of the files in which other programs have a whole model."""
 _TAKEN_BY_COMMAND = {(RUN, (HF_MODEL,)): "convert to-hf", (KIND, (HF_MODEL,)): "convert to-hf",
-                     (PEFT_ADAPTER, (HF_MODEL,)): "convert from-peft", (HF_MODEL, (KIND, RUN)): "convert from-hf",
-                     (HF_MODEL, (RUN, KIND)): "convert from-hf"}
+                     (PEFT_ADAPTER, (HF_MODEL,)): "convert from-peft",
+                     (HF_MODEL, (KIND, RUN)): "convert from-hf", (HF_MODEL, (RUN, KIND)): "convert from-hf"}
 """Kind of a folder and the kinds that a command takes -> the command that converts in the other direction."""
 TOKENIZER = "tokenizer.json"
 TEXTS = (".txt", ".jsonl", ".parquet", ".jsonl.gz", ".jsonl.zst", ".html", ".csv")

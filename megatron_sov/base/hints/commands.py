@@ -63,9 +63,9 @@ def _fill_template(begin: str, text: str, typed: Sequence[str]) -> UserError:
         return UserError(f"{begin}; {text}")
     words = shlex.split(found[1])
     at = next((n for n, word in enumerate(words) if word.startswith("-") or is_placeholder(word)), len(words))
-    values = [word for option, value in pairwise(words[at:]) for word in (option, value)
-              if option.startswith("--") and not value.startswith("--") and not is_placeholder(value)
-              and option not in typed or option == "--set"]
+    values = [word for option, value in pairwise(words[at:]) if option.startswith("--")
+              and not value.startswith("--") and not is_placeholder(value)
+              and (option not in typed or option == "--set") for word in (option, value)]
     sentence = text.replace(found[1], " ".join(words[:at]))
     return UserError(f"{begin}; {sentence}", Fix(shlex.join([*words[:at], *values, *typed])))
 

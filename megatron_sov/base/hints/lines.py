@@ -1,5 +1,5 @@
-"""Mends a refused command line by the fixes of its errors, until a check passes, and reports all of its faults
-in one message with the line that works."""
+"""Mends a refused command line by the fixes of its errors until a check passes, and reports all faults in one
+message with the line that works."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -384,27 +384,27 @@ def _place_free_words(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
         return
     free, others = _split_words(parser, made.words)
     room = max(0, len(positionals) - len(made.first))
-    lacks = any(action.required and not set(action.option_strings) & {word.partition("=")[0] for word in others}
+    written = {word.partition("=")[0] for word in others}
+    lacks = any(action.required and not set(action.option_strings) & written
                 for action in parser._actions if action.option_strings)
     is_recipe = bool(made.positionals) and made.positionals[0] == "RECIPE"
-    misplaced = [word for word in free if is_recipe and kind_of_word(word) in ("model", "data", "tokens", "hub")]
+    misplaced = is_recipe and {"model", "data", "tokens", "hub"} & {kind_of_word(word) for word in free}
     if len(free) <= room and not misplaced and not (lacks and len(free) > sum(
             bool(action.required) for action in positionals)):
         return
     stays: list[str] = []
-    written = {word.partition("=")[0] for word in others}
     for number, word in enumerate(free):
         kind = kind_of_word(word)
         # TARGET, RUN and others come first, whatever they are
         is_taken = number < room and not (is_recipe and kind not in ("recipe", "code"))
-        option = "" if is_taken else next((one for one in OPTIONS_OF_KIND[kind] if one in parser._option_string_actions
-                                           and (one not in written or one == "--data")), "")
-        if not option:
+        options = [one for one in OPTIONS_OF_KIND[kind] if one in parser._option_string_actions
+                   and (one not in written or one == "--data")]
+        if is_taken or not options:
             stays.append(word)
             continue
-        written.add(option)
-        others += [option, word]
-        made.add(f"{word} is {option} here")
+        written.add(options[0])
+        others += [options[0], word]
+        made.add(f"{word} is {options[0]} here")
     if len(stays) < len(free):
         made.words = [*stays, *others]
 
@@ -524,7 +524,7 @@ def _answer(parser: argparse.ArgumentParser, made: _Rewrite) -> UserError:
         needed = [str(action.metavar or action.dest) for action in parser._actions
                   if not action.option_strings and (action.required or (
                       action.dest == "recipe" and made.command in NEED_A_RECIPE
-                      and not {"--config", *["--from"] * (made.command == "plan")} & set(written)))]
+                      and not {"--config", "--from"} & set(written)))]
         recipe = recipe_of(Path(value_after(words, "--from")))
         first = [recipe if name == "RECIPE" and recipe else name for name in needed]
         if needed and "RECIPE" in first + needed[1:]:
@@ -554,7 +554,8 @@ def missing_words(parser: argparse.ArgumentParser, typed: Sequence[str], names: 
         or (not action.option_strings and str(action.metavar or action.dest) in names.split(", ")))]
     rows = table()["missing"]
     choices = [f"{name} takes {rows.get(name, {}).get('takes') or ', '.join(map(str, action.choices or ()))}"
-               for action in lacking for name in action.option_strings[:1] if action.choices or name in rows]
+               for action in lacking for name in action.option_strings[:1]
+               if action.choices or rows.get(name, {}).get("takes")]
     first = [str(action.metavar or action.dest) for action in lacking if not action.option_strings]
     last = [f"{action.option_strings[0]} {placeholder(action)}" for action in lacking
             if action.option_strings]
@@ -577,8 +578,11 @@ def text_option(parser: argparse.ArgumentParser, word: str, typed: Sequence[str]
 
 
 def placeholder(action: argparse.Action) -> str:
-    """Return what a line has for the value of an option that is missing: its first choice, or its name."""
+    """Return what a line has for the value of an option that is missing: a new folder, its first choice, or its
+    name."""
     row = table()["missing"].get(action.option_strings[0], {})
+    if new := row.get("new"):
+        return next(name for name in (new, *(f"{new}-{n}" for n in count(2))) if not Path(name).exists())
     choices = list(action.choices or ())
     return str(row.get("write") or (choices[0] if choices else action.metavar or action.dest.upper()))
 

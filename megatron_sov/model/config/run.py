@@ -353,19 +353,25 @@ def _instead(key: str) -> str:
 def setting_names() -> tuple[str, ...]:
     """Return the name of every setting that has a value of its own, in the order of the fields; those of
     items of lists are left out, since their number is open."""
-    return tuple(_names_below(RunConfig, ""))
+    return tuple(name for name, _, _ in iter_settings(RunConfig) if ".0." not in name)
 
 
-def _names_below(cls: Any, prefix: str) -> Iterator[str]:
+def iter_settings(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+    """Yield each setting of a class of settings: its name, the class of its field, and whether settings in it
+    follow, as of a block that may be off, or of a list, whose first item's settings follow."""
     hints = hints_of(cls)
-    for name in fields_of(cls):
-        inner = hint_below(cls, name)
+    for field_name in fields_of(cls):
+        name, inner = f"{prefix}{field_name}", hint_below(cls, field_name)
+        items = hint_below(inner, "0")
         if dataclasses.is_dataclass(inner):
-            if type(None) in get_args(hints[name]):  # a block that may be off is a value as well
-                yield f"{prefix}{name}"
-            yield from _names_below(inner, f"{prefix}{name}.")
+            if type(None) in get_args(hints[field_name]):  # a block that may be off is a value as well
+                yield name, cls, True
+            yield from iter_settings(inner, f"{name}.")
+        elif dataclasses.is_dataclass(items):
+            yield name, cls, True
+            yield from iter_settings(items, f"{name}.0.")
         else:
-            yield f"{prefix}{name}"
+            yield name, cls, False
 
 
 def find_settings(word: str, groups: Sequence[str] = ()) -> list[str]:

@@ -193,6 +193,8 @@ class StageWork:
     """What a training stage was asked for."""
     start_from: Path | None = None
     """--from of a training stage; None: initial weights."""
+    num_ranks: int = 0
+    """Processes of a training stage; 0: unknown."""
     data_tokens: int = 0
     """Training tokens of its data; 0: unknown."""
     epochs: float = 0.0
@@ -225,13 +227,14 @@ def check_stage(stage: str) -> None:
                     f"{', '.join(STAGES)}, chain)")
 
 
-def work_of(stage: str, arguments: list[str], commands: Commands) -> StageWork:
+def work_of(stage: str, arguments: list[str], commands: Commands, has_gpus: bool | None = None) -> StageWork:
     """Return what a job has to do; looks at the arguments alone, not at what they name.
 
     Args:
         stage: name in `STAGES`.
         arguments: what follows its command.
         commands: the parsers of those commands.
+        has_gpus: whether the nodes have GPUs; None: those of this machine decide.
 
     Raises:
         UserError: there is no such stage, or its arguments or settings are wrong.
@@ -246,7 +249,7 @@ def work_of(stage: str, arguments: list[str], commands: Commands) -> StageWork:
         return _sharing(stage, arguments, options_of(parser.parse_args(arguments)))
     reader = {"convert": _convert, "eval": _eval}.get(stage)
     typed = parser.parse_args(arguments)
-    return reader(arguments, typed) if reader else _training(stage, arguments, options_of(typed))
+    return reader(arguments, typed) if reader else _training(stage, arguments, options_of(typed), has_gpus)
 
 
 def _teachers(args: Any) -> list[Path | None]:
@@ -256,7 +259,7 @@ def _teachers(args: Any) -> list[Path | None]:
     return [Path(named_shards(text)[1]) for text in getattr(args, "teacher", ())]
 
 
-def _training(stage: str, arguments: list[str], args: Any) -> StageWork:
+def _training(stage: str, arguments: list[str], args: Any, has_gpus: bool | None) -> StageWork:
     if args.nproc is not None:
         raise UserError(f"--nproc {args.nproc}: under Slurm the nodes and the profile decide; leave it out",
                         Fix(left_out=("--nproc", str(args.nproc), f"--nproc={args.nproc}")))
@@ -266,7 +269,8 @@ def _training(stage: str, arguments: list[str], args: Any) -> StageWork:
     has_rounds = STAGES[stage].objective == "policy"
     objective = STAGES[stage].objective
     request = training_request(args, objective, needs_data=not has_rounds, lengthens=stage == "extend",
-                               of_model=args.model_settings(None if stage == "extend" else objective),
+                               of_model=args.model_settings(None if stage == "extend" else objective,
+                                                            has_gpus),
                                resumed=resumed_settings(args.run) if args.resume else None)
     config = with_rounds(request.config()) if has_rounds else request.config()
     run = args.run.absolute()

@@ -274,8 +274,8 @@ def _fix_table(file: Path) -> Fix | None:
         return None
     target = str(file.with_suffix(".parquet"))
     options = "" if separator == "," else f", parse_options=c.ParseOptions({separator!r})"
-    code = (f"import pyarrow.csv as c, pyarrow.parquet as p; p.write_table(c.read_csv({str(file)!r}{options}), "
-            f"{target!r})")
+    code = ("import pyarrow.csv as c, pyarrow.parquet as p; "
+            f"p.write_table(c.read_csv({str(file)!r}{options}), {target!r})")
     return Fix(words={str(file): target}, before=(f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}",))
 
 

@@ -75,15 +75,17 @@ class StageOptions(TrainingOptions):
     """Check all that can be checked without processes, print what would be read, run and written, and do
     nothing."""
 
-    def model_settings(self, objective: BuiltIn | None) -> Callable[[], RunConfig] | None:
+    def model_settings(self, objective: BuiltIn | None, has_gpus: bool | None = None
+                       ) -> Callable[[], RunConfig] | None:
         """Return what gives the settings where no recipe is named: the model of --from; None: one has to be.
 
         Args:
             objective: what is learned; None: the stage needs a recipe's own settings.
+            has_gpus: whether the run has GPUs; None: those of this machine decide.
         """
         if self.start_from is None or objective is None or objective == "lm":
             return None
-        return partial(_settings_of_model, self.start_from, objective)
+        return partial(_settings_of_model, self.start_from, objective, has_gpus)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,14 +209,14 @@ def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = 
 
 
 def _propose_recipe(start_from: Path) -> None:
-    """Raise `UserError` for a model that goes on learning from text without RECIPE, with one of its family."""
+    """Raise `UserError` for a model that learns from text without RECIPE, with a recipe of its family."""
     from megatron_sov import convert
 
     start = find_start(start_from)
     family = (convert.open_weights(start).model if is_hf_folder(start) else settings_of(start).model).family
     if known := recipes.of_family(family):
-        raise UserError(f"RECIPE: is missing; steps, batches and learning rate come from a recipe of the model's "
-                        f"family, {family}: {', '.join(known)}", Fix(arguments=(known[-1],)))
+        raise UserError("RECIPE: is missing; steps, batches and learning rate come from a recipe of the "
+                        f"model's family, {family}: {', '.join(known)}", Fix(arguments=(known[-1],)))
 
 
 def _packing_of(args: StageOptions, objective: BuiltIn) -> FilePacking:
@@ -279,13 +281,14 @@ def request_with_model(args: RecipeOptions, start_from: Path, stage: Stage) -> R
     return dataclasses.replace(asked, base=dataclasses.replace(asked.base, objective=learned))
 
 
-def _settings_of_model(start_from: Path, stage: Stage) -> RunConfig:
-    """Return the settings of a stage that starts from a model."""
+def _settings_of_model(start_from: Path, stage: Stage, has_gpus: bool | None = None) -> RunConfig:
+    """Return the settings of a stage that starts from a model; `has_gpus`: see `StageOptions.model_settings`.
+    """
     start = find_start(start_from)
     if is_hf_folder(start):
         from megatron_sov import convert
 
-        on_gpu = bool(visible_gpus())
+        on_gpu = bool(visible_gpus()) if has_gpus is None else has_gpus
         return base_of_model(hub_name(start), convert.open_weights(start).model,
                              "bf16" if on_gpu else "fp32", stage)
     settings = settings_of(start)
@@ -333,7 +336,10 @@ def refuse_many_converters(start: Path, run: Path) -> None:
     """Raise `UserError` where many processes would convert a Hugging Face folder at once."""
     if num_ranks(None) > 1 and is_hf_folder(start) and find_copy(start, run) is None:
         raise UserError(f"--from {start}: many processes would convert it at once; "
-                        "run `megatron-sov convert from-hf` before, and pass its output")
+                        "run `megatron-sov convert from-hf` before, and pass its output",
+                        Fix(words={str(start): f"{start.name}-checkpoint"},
+                            before=(f"megatron-sov convert from-hf {shlex.quote(str(start))} "
+                                    f"{shlex.quote(start.name)}-checkpoint",)))
 
 
 def tokenizer_of(start: Path) -> Path:
