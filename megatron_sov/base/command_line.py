@@ -23,8 +23,9 @@ from megatron_sov.base.errors import (
     DryRun, ExitCode, Fix, GateFailed, StopRequested, UserError, to_exit_code, visible)
 from megatron_sov.base.hints.commands import unknown_command
 from megatron_sov.base.hints.lines import join_sentences, propose_line
+from megatron_sov.base.hints.missing import missing_words, text_option
 from megatron_sov.base.hints.removed import check_command
-from megatron_sov.base.hints.words import check_words, missing_words, text_option
+from megatron_sov.base.hints.words import check_words
 from megatron_sov.version import __version__
 
 PROGRAMS = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}

@@ -40,7 +40,8 @@ def read_foreign(file: Path, exists: Callable[[str], Any]) -> dict[str, list[str
 
 OPTIONS_OF_KIND = {
     "model": ("--from", "--tokenizer"), "hub": ("--from", "--tokenizer", "--data"),
-    "tokenizer": ("--tokenizer",), "config": ("--config",), "tokens": ("--data",), "data": ("--prompts", "--data", "--input", "--text"),
+    "tokenizer": ("--tokenizer",), "config": ("--config",), "tokens": ("--data",),
+    "data": ("--prompts", "--data", "--input", "--text"),
     "absent": ("--run", "--output"), "folder": ("--input", "--data", "--run"), "text": ("--prompt",),
     "code": (), "recipe": ()}
 """Kind of a word without an option -> the options that it may belong to, the likeliest first."""
@@ -49,8 +50,7 @@ _HUB = re.compile(r"[A-Za-z][\w.-]*/[\w.-]*\d[\w.-]*")
 
 
 def kind_of_word(word: str) -> str:
-    """Return the kind of a word without an option, a key of `OPTIONS_OF_KIND`: what is at its path, or its form
-    says."""
+    """Return the kind of a word without an option, a key of `OPTIONS_OF_KIND`."""
     path = Path(re.sub(r"(?<=.):[\d.]+$", "", word))
     if path.is_dir():
         kinds = {"run": "model", "checkpoint": "model", "hf": "model", "peft": "model", "tokens": "tokens",

@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import partial
-from itertools import count, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.errors import Fix, UserError, nearest, warn
 from megatron_sov.base.hints.foreign import (
     OPTIONS_OF_KIND, blend_of, is_translated, kind_of_word, option_of_path, read_foreign, recipe_of)
+from megatron_sov.base.hints.missing import placeholder, split_words
 from megatron_sov.base.hints.search import describe_found, find_by_meaning
 from megatron_sov.base.hints.table import by_word, last_part, normalize, note_on, table
 from megatron_sov.base.hints.values import (
@@ -244,7 +245,7 @@ def _read_words(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
         if made.find and _is_override(made, word, equals, typed[:i - 1], alone):
             _add_settings(made, [typed[i - 1].lstrip("+")], is_bare=True)
         elif "RECIPE" in made.positionals and (option := option_of_path(Path(typed[i - 1]))) in options and (
-                _split_words(parser, [*made.words, typed[i - 1]])[0] == [typed[i - 1]]):
+                split_words(parser, [*made.words, typed[i - 1]])[0] == [typed[i - 1]]):
             if option == "--config" and made.exists and (leaves := read_foreign(Path(word), made.exists)):
                 _add_foreign(made, "RECIPE", word, leaves)
             else:
@@ -347,7 +348,7 @@ def _several(option: str, given: Sequence[str]) -> list[str]:
 
 def _move_model(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
     """Let the model be the positional argument of a command whose --model is something else."""
-    if "TARGET" not in made.positionals or "--model" not in made.words or _split_words(parser, made.words)[0]:
+    if "TARGET" not in made.positionals or "--model" not in made.words or split_words(parser, made.words)[0]:
         return
     at = made.words.index("--model")
     if not made.first and at + 1 < len(made.words):
@@ -356,33 +357,13 @@ def _move_model(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
         made.add("--model is TARGET here, without an option")
 
 
-def _split_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split words into those of positional arguments, and options with their values."""
-    takes = {name: action.nargs for action in parser._actions for name in action.option_strings}
-    free: list[str] = []
-    others: list[str] = []
-    room = 0.0
-    for word in words:
-        name, equals, _ = word.partition("=")
-        if name in takes:
-            nargs = takes[name]
-            room = 0 if equals or nargs == 0 else 1 if nargs in (None, "?") else float("inf")
-            others.append(word)
-        elif room:
-            room -= 1
-            others.append(word)
-        else:
-            free.append(word)
-    return free, others
-
-
 def _place_free_words(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
     """Give words without an option, which no positional argument takes, to the option of their kind: model
     folder, data file, tokenizer, or a path that does not exist for the output."""
     positionals = [action for action in parser._actions if not action.option_strings]
     if any(action.nargs in ("+", "*", argparse.REMAINDER) for action in positionals):
         return
-    free, others = _split_words(parser, made.words)
+    free, others = split_words(parser, made.words)
     room = max(0, len(positionals) - len(made.first))
     written = {word.partition("=")[0] for word in others}
     lacks = any(action.required and not set(action.option_strings) & written
@@ -515,12 +496,12 @@ def _answer(parser: argparse.ArgumentParser, made: _Rewrite) -> UserError:
     missing = [f"{action.option_strings[0]} {placeholder(action)}" for action in parser._actions
                if action.required and action.option_strings and not set(action.option_strings) & set(written)]
     first = list(made.first)
-    free, others = _split_words(parser, words)
+    free, others = split_words(parser, words)
     folders = first or free
     if made.weights and len(made.weights) == len(folders):
         words = words if first else others
         first = [f"{folder}:{weight}" for folder, weight in zip(folders, made.weights, strict=True)]
-    if not first and not _split_words(parser, words)[0]:
+    if not first and not split_words(parser, words)[0]:
         needed = [str(action.metavar or action.dest) for action in parser._actions
                   if not action.option_strings and (action.required or (
                       action.dest == "recipe" and made.command in NEED_A_RECIPE
@@ -539,52 +520,6 @@ def _answer(parser: argparse.ArgumentParser, made: _Rewrite) -> UserError:
     if parser.prog.startswith("submit "):  # it has parsed its own options before
         said = f"{said}"
     return UserError(f"{parser.prog}: {said}", Fix(" ".join([command, *missing])))
-
-
-def missing_words(parser: argparse.ArgumentParser, typed: Sequence[str], names: str) -> tuple[str, str]:
-    """Return the end of a message about arguments that are required: their choices; and a line with them.
-
-    Args:
-        parser: of the command.
-        typed: what follows the command's name.
-        names: the arguments, as argparse names them.
-    """
-    lacking = [action for action in parser._actions if action.required and (
-        set(action.option_strings) & set(re.split(r"[/,\s]+", names))
-        or (not action.option_strings and str(action.metavar or action.dest) in names.split(", ")))]
-    rows = table()["missing"]
-    choices = [f"{name} takes {rows.get(name, {}).get('takes') or ', '.join(map(str, action.choices or ()))}"
-               for action in lacking for name in action.option_strings[:1]
-               if action.choices or rows.get(name, {}).get("takes")]
-    first = [str(action.metavar or action.dest) for action in lacking if not action.option_strings]
-    last = [f"{action.option_strings[0]} {placeholder(action)}" for action in lacking
-            if action.option_strings]
-    named, rest = _split_words(parser, typed)  # argparse fills positional arguments in their order
-    takes_none = all(action.option_strings for action in parser._actions)
-    if takes_none and len(named) == 1 and (option := text_option(parser, named[0], typed)):
-        rest, named = [*rest, option, *named], []
-        last = [word for word in last if not word.startswith(f"{option} ")]
-    line = " ".join(filter(None, [parser.prog, shlex.join(named), *first, shlex.join(rest), *last]))
-    return "".join(f"; {text}" for text in choices), line
-
-
-def text_option(parser: argparse.ArgumentParser, word: str, typed: Sequence[str]) -> str:
-    """Return the option that a word without one belongs to, as a prompt or a file of text; "": none."""
-    known = parser._option_string_actions
-    order = ("--prompts", "--input", "--text", "--data", "--prompt")
-    return next((one for one in (order if Path(word).is_file() else ("--prompt", *order))
-                 if one in known and one not in typed and not word.startswith("-")
-                 and (one == "--prompt" or Path(word).exists())), "")
-
-
-def placeholder(action: argparse.Action) -> str:
-    """Return what a line has for the value of an option that is missing: a new folder, its first choice, or its
-    name."""
-    row = table()["missing"].get(action.option_strings[0], {})
-    if new := row.get("new"):
-        return next(name for name in (new, *(f"{new}-{n}" for n in count(2))) if not Path(name).exists())
-    choices = list(action.choices or ())
-    return str(row.get("write") or (choices[0] if choices else action.metavar or action.dest.upper()))
 
 
 def _without_repeated(parser: argparse.ArgumentParser, made: _Rewrite) -> list[str]:
