@@ -20,7 +20,7 @@ from pathlib import Path
 from megatron_sov.base.artifacts import (
     MANIFEST, atomic_write, delete_folder, disk_errors, file_damage, fsync_path, manifest_sha256,
     read_manifest, to_json)
-from megatron_sov.base.errors import UserError, download, warn
+from megatron_sov.base.errors import Fix, UserError, download, fix_missing, warn
 from megatron_sov.base.hints.removed import check_folder
 from megatron_sov.base.outputs import TRYING
 from megatron_sov.model.config import RunConfig, from_dict
@@ -63,6 +63,10 @@ FOUND_AT = {RUN: "the folder given to --run", KIND: "RUN/checkpoints/step-N",
 """Kind of a folder that commands take -> where it is found."""
 NO_CHECKPOINTS = (".gguf", ".ggml", ".nemo", ".onnx", ".pt", ".pth", ".ckpt")
 """Suffixes of the files in which other programs have a whole model."""
+_TAKEN_BY_COMMAND = {(RUN, (HF_MODEL,)): "convert to-hf", (KIND, (HF_MODEL,)): "convert to-hf",
+                     (PEFT_ADAPTER, (HF_MODEL,)): "convert from-peft",
+                     (HF_MODEL, (KIND, RUN)): "convert from-hf", (HF_MODEL, (RUN, KIND)): "convert from-hf"}
+"""Kind of a folder and the kinds that a command takes -> the command that converts in the other direction."""
 TOKENIZER = "tokenizer.json"
 TEXTS = (".txt", ".jsonl", ".parquet", ".jsonl.gz", ".jsonl.zst", ".html", ".csv")
 """Ends of the names of files of text."""
@@ -151,9 +155,10 @@ def refuse_missing(path: Path, option: str = "") -> None:
                             "whose weights are *.safetensors: hf download OWNER/NAME --local-dir NAME, and "
                             f"pass {option}NAME")
         if path.is_file() and is_hf_folder(path.parent):
-            raise UserError(f"{option}{path}: {what}; pass its folder, {path.parent}")
+            raise UserError(f"{option}{path}: {what}; pass its folder, {path.parent}",
+                            Fix(words={str(path): str(path.parent)}))
         raise UserError(f"{option}{path}: {what}; pass a checkpoint, a run or a Hugging Face "
-                        f"folder{download(path)}")
+                        f"folder{download(path)}", fix_missing(path))
 
 
 def refuse_other_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
@@ -178,7 +183,9 @@ def refuse_other_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
         kind = read_manifest(path).kind if (path / MANIFEST).is_file() else ""
     if kind in TAKEN_BY and kind not in kinds:
         called, taken_by = TAKEN_BY[kind]
-        raise UserError(f"{path}: is {called}, not {wanted}; {taken_by.format(path=path, name=path.name)}")
+        command = _TAKEN_BY_COMMAND.get((kind, tuple(kinds)), "")
+        raise UserError(f"{path}: is {called}, not {wanted}; {taken_by.format(path=path, name=path.name)}",
+                        Fix(command=command) if command else None)
     if not kind:
         check_folder(path)
     if not kind and RUN in kinds and (runs := runs_below(path)):

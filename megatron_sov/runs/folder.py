@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.artifacts import MANIFEST, atomic_write, disk_errors, to_json
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, fix_missing
 from megatron_sov.base.outputs import refuse_unwritable
 from megatron_sov.model.config import OptimConfig, RolloutConfig, RunConfig, from_dict
 from megatron_sov.model.config.post_training import BETAS
 from megatron_sov.model.families.adapters import identity
 from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, refuse_no_run
-from megatron_sov.runs.launch_environment import is_first, num_ranks, typed_command
+from megatron_sov.runs.launch_environment import is_first, num_ranks, typed_command, under_launcher
 from megatron_sov.runs.lock import LOCK, living_holder
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
@@ -144,6 +144,8 @@ class RunFolder:
         """
         earlier = self.refuse_taken(resume)
         if earlier is None:
+            if resume:
+                self._refuse_misspelt()
             return
         # Before settings: a changed file of code explains changed settings, not the other way round.
         refuse_changed_code(self.path, earlier, config)
@@ -163,6 +165,17 @@ class RunFolder:
         if completion is not None and completion["step"] < config.num_steps() and not ended_early:
             raise UserError(f"{self.path}: is complete at step {completion['step']}, and train.steps = "
                             f"{config.num_steps()} asks for more; start a new --run --from it")
+
+    def _refuse_misspelt(self) -> None:
+        """Refuse --resume of a folder that holds no run, next to a run with nearly the same name.  Jobs pass
+        --resume at their first start, too."""
+        if under_launcher() or "SLURM_JOB_ID" in os.environ:
+            return
+        fix = fix_missing(self.path)
+        other = Path(fix.words[str(self.path)]) if fix and not fix.before else None
+        if other is not None and (other / EVENTS).is_file():
+            raise UserError(f"--run {self.path}: holds no run to resume; {other} does (without --resume a "
+                            "new run begins)", fix)
 
     def refuse_taken(self, resume: bool) -> RunConfig | None:
         """Return the settings of the run in the folder, None if it holds no run yet; leaves it as it was.

@@ -89,8 +89,9 @@ class ParallelConfig:
         processes."""
         p = []
 
-        def refuse(key: str, rule: str, way_out: str = "") -> None:
-            p.append(SettingsProblem(ProblemCode.RULE, f"parallel.{key}", rule, getattr(self, key), way_out))
+        def refuse(key: str, rule: str, way_out: str = "", fix: str = "") -> None:
+            p.append(SettingsProblem(ProblemCode.RULE, f"parallel.{key}", rule, getattr(self, key), way_out,
+                                     fix=fix))
 
         for name in ("num_heads", "num_kv_heads"):
             value = getattr(model, name)
@@ -103,7 +104,7 @@ class ParallelConfig:
                   "experts meet": model.num_moe_layers() > 0}
         if self.tp > 1 and not self.sp and any(narrow.values()):
             what = next(what for what, meets in narrow.items() if meets)
-            refuse("sp", f"must be true when {what} parallel.tp = {self.tp} > 1")
+            refuse("sp", f"must be true when {what} parallel.tp = {self.tp} > 1", fix="parallel.sp=true")
         if self.sp and self.tp == 1:
             refuse("sp", "needs parallel.tp > 1", "leave it out or raise tp")
         if self.vpp > 1 and self.pp == 1:

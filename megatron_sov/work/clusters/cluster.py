@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import Fix, UserError, nearest
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Bound, Breach, NotNegative, NotNegativeInt, ProblemCode, SettingsError,
     SettingsProblem, find_broken, read_text, read_yaml, rules_of)
@@ -330,7 +330,8 @@ def load(name: str, *, account: str | None = None, partition: str | None = None,
     if profile.account is None and needs_account:
         problems.append(SettingsProblem(ProblemCode.MISSING, "account", "is missing",
                                         way_out="pass --account NAME, or put "
-                                        'it into a profile of your own ("" where the cluster asks for none)'))
+                                        'it into a profile of your own ("" where the cluster asks for none)',
+                                        fix=Fix(options=("--account", "ACCOUNT"))))
     if problems:
         raise SettingsError(f"--cluster {name}", problems)
     return profile
