@@ -83,7 +83,7 @@ def test_what_is_no_time_limit_is_refused(text: str) -> None:
 
 def test_a_profile_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"mine.yaml: is no text in UTF-8 \(byte 0 is 0xff\)"):
+    with pytest.raises(UserError, match=r"mine.yaml: is not valid UTF-8 \(byte 0 is 0xff\)"):
         cluster.load(str(tmp_path / "mine.yaml"))
 
 
