@@ -114,7 +114,8 @@ def in_chunks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay
         state = v.new_zeros(chunks.steps[0], *v.shape[1:3], k.shape[-1], v.shape[-1])
     outputs, final_states = [], []
     # split once: the backward pass of a slice per step would allocate a zero row for each
-    steps = (t.split(chunks.steps) for t in (new_values, read_keys, scaled_queries, query_products, state_decay, scaled_keys))
+    tensors = new_values, read_keys, scaled_queries, query_products, state_decay, scaled_keys
+    steps = (t.split(chunks.steps) for t in tensors)
     for number, *parts in zip(chunks.steps, *steps, strict=True):
         new_values, read_keys, scaled_queries, query_products, state_decay, scaled_keys = parts
         if len(state) > number:

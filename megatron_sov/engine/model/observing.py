@@ -30,7 +30,7 @@ _PARTIAL = re.compile(r"\.mlp\.experts(\.local_experts\.\d+(\.linear_fc2)?)?$")
 MOST_EXPERTS = 16
 """Largest number of local experts per layer that are observed one by one."""
 _REPLICA_TOLERANCE = 1e-12
-"""Relative tolerance: sums this close belong to replicas of one tensor; sums of different parts differ more."""
+"""Relative tolerance: sums this close belong to replicas of a tensor; sums of two parts differ more."""
 
 
 @dataclass
@@ -94,14 +94,16 @@ def locate(expected: Observed, seen: Sequence[Observed], step: int,
         First differing modules, as `forward of MODULE` and `backward of MODULE`; and sorted call sites of
         the messages between the last correct module and the first wrong one.
     """
-    first_modules = {kind: _first_difference(_of_step(getattr(expected, kind), step),
-                                     _joined([_of_step(getattr(process, kind), step) for process in seen], seen),
-                                     tolerance)
-             for kind in ("forward", "backward")}
+    first_modules = {}
+    for kind in ("forward", "backward"):
+        parts = [_of_step(getattr(process, kind), step) for process in seen]
+        first_modules[kind] = _first_difference(
+            _of_step(getattr(expected, kind), step), _joined(parts, seen), tolerance)
     first = next(((LEFT if kind == "forward" else CAME) + module for kind, module in first_modules.items()
                   if module is not None), "")
     sites = {str(site) for process in seen for site in _sent_before(process, step, first)}
-    return [f"{kind} of {module}" for kind, module in first_modules.items() if module is not None], sorted(sites)
+    wrong = [f"{kind} of {module}" for kind, module in first_modules.items() if module is not None]
+    return wrong, sorted(sites)
 
 
 def _sent_before(process: Observed, step: int, first: str) -> Iterator[CallSite]:
@@ -121,7 +123,8 @@ def _sent_before(process: Observed, step: int, first: str) -> Iterator[CallSite]
                 default=0)
     if first.startswith(CAME) and (left := LEFT + first.removeprefix(CAME)) in names:
         first_use = names.index(left)  # a message at the use may be wrong only in its gradient
-        stop = next((i for i, name in enumerate(names) if i > first_use and name.startswith(LEFT)), first_use + 1)
+        stop = next((i for i, name in enumerate(names) if i > first_use and name.startswith(LEFT)),
+                    first_use + 1)
         yield from (site for _, sites in parts[first_use:stop] for site in sites)
     if first.startswith(CAME) and not names[start].startswith(CAME):
         yield from dict(parts).get(BEFORE, {})  # the divisor of the loss may be wrong
@@ -159,7 +162,8 @@ def _first_difference(expected: Mapping[str, Sums], observed: Mapping[str, Sums]
             continue  # not observed in this layout
         # values may cancel in a plain sum: compare relative to the size of its terms
         scale = squares ** 0.5 + abs(total)
-        differences = (abs(total - observed_sums[0]) / max(scale, 1e-30), abs(squares - observed_sums[1]) / max(squares, 1e-30))
+        differences = (abs(total - observed_sums[0]) / max(scale, 1e-30),
+                       abs(squares - observed_sums[1]) / max(squares, 1e-30))
         # `not all(<=)` also catches NaN
         if not all(value <= tolerance for value in differences):
             return name
