@@ -136,7 +136,8 @@ class ForwardModel:
         row_logits = self.map([micro_batch], outputs)
         shape = (len(positions), self.model.vocab_size)
         dtype = torch.promote_types(self.config.params_dtype, torch.float32)
-        return collectives.broadcast_from_last_stage(row_logits[0] if row_logits else torch.zeros(shape, dtype=dtype))
+        local = row_logits[0] if row_logits else torch.zeros(shape, dtype=dtype)
+        return collectives.broadcast_from_last_stage(local)
 
 
 class Inputs:
