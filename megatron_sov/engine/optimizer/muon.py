@@ -20,7 +20,6 @@ from megatron_sov.engine.parallel.values import gather_objects
 from megatron_sov.model.config import OptimConfig
 
 
-
 @dataclass(frozen=True, order=True)
 class Matrix:
     """A two-dimensional weight, or one expert's slice of a three-dimensional one."""

@@ -27,7 +27,6 @@ from megatron_sov.model.families.adapters import PREFIX
 from megatron_sov.model.families.encoders import is_frozen, is_table
 
 
-
 def wrap(model: LanguageModel, parallel: ParallelConfig, gpu: GpuConfig = AUTO) -> list[Any]:
     """Wrap every chunk in the data-parallel wrapper and set the schedules' communication hooks.
 
