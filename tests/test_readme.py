@@ -1,7 +1,5 @@
-"""The commands of "From raw text to a chat" in the README, typed line by line into an empty folder that has the `.venv` of `make demo`.
-
-What is gathered is a few small documents instead of the machine's own, and two steps of few samples are
-trained: the rest is what stands there.
+"""The commands of "From raw text to a chat" in the README, typed line by line into an empty folder that has the
+`.venv` of `make demo`.  The corpus is a few small documents, and two steps of few samples are trained.
 """
 
 from __future__ import annotations
