@@ -1,4 +1,4 @@
-"""The commands of "From raw text to a chat" in the README, typed line by line into an empty folder that has the
+"""Types the commands of "From raw text to a chat" in the README, line by line, in an empty folder that has the
 `.venv` of `make demo`.  The corpus is a few small documents, and two steps of few samples are trained.
 """
 
