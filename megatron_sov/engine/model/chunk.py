@@ -55,8 +55,9 @@ class OutputHead(ColumnParallelLinear):
 class PredictionLayer(MultiTokenPredictionLayer):
     """Multi-token prediction (MTP) layer for rows of packed documents.
 
-    Megatron-Core shifts tokens in a loop over documents, splits each document separately under context
-    parallelism, and passes no padding mask to the experts. This class shifts and splits whole rows.
+    Megatron-Core shifts tokens in a loop over documents and splits each document separately under context
+    parallelism. This class shifts and splits whole rows. Test:
+    `test_gradients.py::test_loss_and_all_gradients_equal_transformers`.
 
     With `ModelConfig.mtp_depths` > 1 the layer runs several times and concatenates the states of all depths
     along the token axis. Recomputation repeats all depths together, so that the gradient of a weight arrives
@@ -283,10 +284,10 @@ class Chunk(LanguageModule):
         """Append the hidden states of the MTP layers to those of the trunk, and wait for the head weight."""
         if self.mtp_process:
             # MTP layers have no rows in the route table: generation records trunk routes only
-            row.packed.padding = self._local_padding(inputs.padding, None)
             hidden = self.mtp(input_ids=inputs.tokens, position_ids=row.positions, hidden_states=hidden,
                               attention_mask=None, rotary_pos_emb=row.rotary, packed_seq_params=row.packed,
-                              embedding=self.embedding)
+                              embedding=self.embedding,
+                              padding_mask=self._local_padding(inputs.padding, None))
         if self.before_head is not None:
             self.before_head()
         return hidden
