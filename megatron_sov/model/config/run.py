@@ -128,15 +128,22 @@ class RunConfig:
 
     @property
     def may_share_prompts(self) -> bool:
-        """Whether rows of a round may hold a prompt once for all of its responses, where the attention is
-        ours: no row is cut over processes, nothing is predicted further ahead, left out by lot or rounded in
-        blocks of tokens, no route is replayed (each response has routes of its own for the prompt), and rows
-        may have other lengths than those of other processes."""
+        """Whether settings let rows of a round hold a prompt once for all of its responses."""
+        return not self.why_prompts_not_shared()
+
+    def why_prompts_not_shared(self) -> list[str]:
+        """Return the settings that give each response of a round its own copy of the prompt."""
         p, train = self.parallel, self.train
-        return (self.policy.share_prompts and p.tp == p.pp == p.cp == 1
-                and (p.ep * p.etp == 1 or p.expert_dispatcher == "alltoall")
-                and not self.model.num_mtp_layers and not train.hidden_dropout and train.fp8 == "none"
-                and not self.policy.router_replay)
+        has_other_lengths = p.ep * p.etp > 1 and p.expert_dispatcher != "alltoall"
+        reasons = (
+            (not self.policy.share_prompts, "policy.share_prompts = false"),
+            (p.tp * p.pp * p.cp > 1, f"parallel tp = {p.tp}, pp = {p.pp}, cp = {p.cp}: ranks split each row"),
+            (has_other_lengths, f"parallel.expert_dispatcher = {p.expert_dispatcher}: needs equal rows"),
+            (self.model.num_mtp_layers > 0, "model.num_mtp_layers > 0: prompt tokens predict further ahead"),
+            (train.hidden_dropout > 0, "train.hidden_dropout > 0: copies of a prompt differ"),
+            (train.fp8 != "none", f"train.fp8 = {train.fp8}: tokens are quantized in blocks"),
+            (self.policy.router_replay, "policy.router_replay = true: each response has its own routes"))
+        return [reason for is_broken, reason in reasons if is_broken]
 
     def problems(self, num_ranks: int = 1) -> list[SettingsProblem]:
         """Return every rule between settings that this config, whose values lie within their bounds, breaks
