@@ -94,9 +94,9 @@ class ParallelConfig:
         """Return every layout rule violated for `model` on `num_ranks` processes."""
         problems = []
 
-        def reject(key: str, rule: str, way_out: str = "") -> None:
+        def reject(key: str, rule: str, way_out: str = "", fix: str = "") -> None:
             problems.append(SettingsProblem(ProblemCode.RULE, f"parallel.{key}", rule, getattr(self, key),
-                                            way_out))
+                                            way_out, fix=fix))
 
         for name in ("num_heads", "num_kv_heads"):
             value = getattr(model, name)
@@ -110,7 +110,7 @@ class ParallelConfig:
             ("model.linear_attention", model.linear_attention is not None),
             ("experts", model.num_moe_layers() > 0)) if is_used]
         if self.tp > 1 and not self.sp and need_sp:
-            reject("sp", f"must be true with parallel.tp = {self.tp} > 1 and {need_sp[0]}")
+            reject("sp", f"must be true with parallel.tp = {self.tp} > 1 and {need_sp[0]}", fix="parallel.sp=true")
         if self.sp and self.tp == 1:
             reject("sp", "needs parallel.tp > 1", "leave it out or raise tp")
         if self.vpp > 1 and self.pp == 1:

@@ -16,7 +16,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast, get_args
 
-from megatron_sov.base.errors import UserError, download_dataset, nearest
+from megatron_sov.base.errors import UserError, download_dataset, fix_missing, nearest
 from megatron_sov.base.hints.removed import SETTINGS as REMOVED_SETTINGS, without_removed
 from megatron_sov.base.hints.table import instead_of, note_on, settings_called
 from megatron_sov.base.plugins.loading import PluginCode
@@ -128,16 +128,22 @@ class RunConfig:
 
     @property
     def may_share_prompts(self) -> bool:
-        """Whether packed rows of a round may store a prompt once for all its responses.
+        """Whether the settings allow packed rows of a round to store a prompt once for all its responses."""
+        return not self.why_prompts_not_shared()
 
-        This needs our attention kernel, rows that are not divided over processes, and the same computation
-        for every copy of a prompt. It also lets row lengths differ between processes.
-        """
+    def why_prompts_not_shared(self) -> list[str]:
+        """Return the settings that force every response of a round to have a separate copy of the prompt."""
         p, train = self.parallel, self.train
-        return (self.policy.share_prompts and p.tp == p.pp == p.cp == 1
-                and (p.ep * p.etp == 1 or p.expert_dispatcher == "alltoall")
-                and not self.model.num_mtp_layers and not train.hidden_dropout and train.fp8 == "none"
-                and not self.policy.router_replay)
+        has_other_lengths = p.ep * p.etp > 1 and p.expert_dispatcher != "alltoall"
+        reasons = (
+            (not self.policy.share_prompts, "policy.share_prompts = false"),
+            (p.tp * p.pp * p.cp > 1, f"parallel tp = {p.tp}, pp = {p.pp}, cp = {p.cp}: ranks split each row"),
+            (has_other_lengths, f"parallel.expert_dispatcher = {p.expert_dispatcher}: needs equal rows"),
+            (self.model.num_mtp_layers > 0, "model.num_mtp_layers > 0: prompt tokens predict further ahead"),
+            (train.hidden_dropout > 0, "train.hidden_dropout > 0: copies of a prompt differ"),
+            (train.fp8 != "none", f"train.fp8 = {train.fp8}: tokens are quantized in blocks"),
+            (self.policy.router_replay, "policy.router_replay = true: each response has its own routes"))
+        return [reason for is_broken, reason in reasons if is_broken]
 
     def problems(self, num_ranks: int = 1) -> list[SettingsProblem]:
         """Return every violated rule between settings for `num_ranks` processes; single values must be within
@@ -236,7 +242,8 @@ class RunConfig:
     def position_problems(self) -> list[SettingsProblem]:
         """Return the phases whose samples are longer than `model.max_position_tokens`."""
         limit = self.model.max_position_tokens
-        return [problem for i, phase in enumerate(self.data.phases) for problem in find_broken(
+        return [dataclasses.replace(problem, fix=f"{problem.key}={limit}")
+                for i, phase in enumerate(self.data.phases) for problem in find_broken(
             phase, f"data.phases.{i}",
             (phase.seq_len <= limit, "seq_len", f"exceeds model.max_position_tokens = {limit}",
              f"set it to at most {limit}; `megatron-sov extend` trains a model on longer texts"))]
@@ -282,7 +289,8 @@ class RunConfig:
         micro = next((m for m in range(t.micro_batch_size, 0, -1) if size % (m * micro_batches) == 0), 0)
         smaller = f", or train.micro_batch_size={micro}" if micro else ""
         return SettingsProblem(Kind.RULE, key, f"(phase {phase.name}) must be {multiple}", size,
-                               f"set {key}={nearest_multiple(size, unit)}{smaller}")
+                               f"set {key}={nearest_multiple(size, unit)}{smaller}",
+                               fix=f"{key}={nearest_multiple(size, unit)}")
 
     def check(self, num_ranks: int = 1) -> None:
         """Raise `SettingsError` for all values out of bounds, or else for all violated rules."""
@@ -350,19 +358,27 @@ def _instead(key: str) -> str:
 @cache
 def setting_names() -> tuple[str, ...]:
     """Return the dotted names of all settings in field order, without settings of list items."""
-    return tuple(_names_below(RunConfig, ""))
+    return tuple(name for name, _, _ in iter_settings(RunConfig) if ".0." not in name)
 
 
-def _names_below(cls: Any, prefix: str) -> Iterator[str]:
+def iter_settings(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+    """Yield (dotted name, class of the field, whether nested settings follow) for all settings of `cls`.
+
+    Nested settings follow an optional group, and a list (settings of item 0).
+    """
     hints = hints_of(cls)
-    for name in fields_of(cls):
-        inner = hint_below(cls, name)
+    for field_name in fields_of(cls):
+        name, inner = f"{prefix}{field_name}", hint_below(cls, field_name)
+        items = hint_below(inner, "0")
         if dataclasses.is_dataclass(inner):
-            if type(None) in get_args(hints[name]):  # an optional group can itself be set to null
-                yield f"{prefix}{name}"
-            yield from _names_below(inner, f"{prefix}{name}.")
+            if type(None) in get_args(hints[field_name]):  # an optional group can itself be set to null
+                yield name, cls, True
+            yield from iter_settings(inner, f"{name}.")
+        elif dataclasses.is_dataclass(items):
+            yield name, cls, True
+            yield from iter_settings(items, f"{name}.0.")
         else:
-            yield f"{prefix}{name}"
+            yield name, cls, False
 
 
 def find_settings(word: str, groups: Sequence[str] = ()) -> list[str]:
@@ -525,7 +541,7 @@ def data_paths(data: Sequence[str]) -> dict[str, float]:
             raise UserError(f"--data {argument!r}: names no folder; pass one made by `sov-data pack`")
         folder = named_shards(path)[1]
         if not Path(folder).exists():
-            raise UserError(f"--data {path}: {_explain_missing(folder)}")
+            raise UserError(f"--data {path}: {_explain_missing(folder)}", fix_missing(folder, is_data=True))
         if not Path(folder).is_dir():
             raise UserError(f"--data {path}: is a file, not a folder of token shards; pass a folder made by "
                             f"`sov-data pack --tokenizer DIR --input {shlex.quote(folder)} --output FOLDER` "
