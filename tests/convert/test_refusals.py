@@ -198,7 +198,7 @@ CHECKPOINT = {
     "a block twice": (in_index(lambda i: i[FC1]["pieces"].append(i[FC1]["pieces"][3])),
                       rf"a part of {FC1} .* several pieces"),
     "outside": (in_index(lambda i: i[ROUTER]["pieces"][0].update(file="model/../../x")),
-                rf"{ROUTER} would stand in model"),
+                rf"{ROUTER} points to model"),
 }
 
 
