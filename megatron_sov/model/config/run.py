@@ -16,7 +16,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast, get_args
 
-from megatron_sov.base.errors import UserError, download_dataset, nearest
+from megatron_sov.base.errors import UserError, download_dataset, fix_missing, nearest
 from megatron_sov.base.hints.removed import SETTINGS as REMOVED_SETTINGS, without_removed
 from megatron_sov.base.hints.table import instead_of, note_on, settings_called
 from megatron_sov.base.plugins.loading import PluginCode
@@ -128,15 +128,22 @@ class RunConfig:
 
     @property
     def may_share_prompts(self) -> bool:
-        """Whether rows of a round may hold a prompt once for all of its responses, where the attention is
-        ours: no row is cut over processes, nothing is predicted further ahead, left out by lot or rounded in
-        blocks of tokens, no route is replayed (each response has routes of its own for the prompt), and rows
-        may have other lengths than those of other processes."""
+        """Whether settings let rows of a round hold a prompt once for all of its responses."""
+        return not self.why_prompts_not_shared()
+
+    def why_prompts_not_shared(self) -> list[str]:
+        """Return the settings that give each response of a round its own copy of the prompt."""
         p, train = self.parallel, self.train
-        return (self.policy.share_prompts and p.tp == p.pp == p.cp == 1
-                and (p.ep * p.etp == 1 or p.expert_dispatcher == "alltoall")
-                and not self.model.num_mtp_layers and not train.hidden_dropout and train.fp8 == "none"
-                and not self.policy.router_replay)
+        has_other_lengths = p.ep * p.etp > 1 and p.expert_dispatcher != "alltoall"
+        reasons = (
+            (not self.policy.share_prompts, "policy.share_prompts = false"),
+            (p.tp * p.pp * p.cp > 1, f"parallel tp = {p.tp}, pp = {p.pp}, cp = {p.cp}: ranks split each row"),
+            (has_other_lengths, f"parallel.expert_dispatcher = {p.expert_dispatcher}: needs equal rows"),
+            (self.model.num_mtp_layers > 0, "model.num_mtp_layers > 0: prompt tokens predict further ahead"),
+            (train.hidden_dropout > 0, "train.hidden_dropout > 0: copies of a prompt differ"),
+            (train.fp8 != "none", f"train.fp8 = {train.fp8}: tokens are quantized in blocks"),
+            (self.policy.router_replay, "policy.router_replay = true: each response has its own routes"))
+        return [reason for is_broken, reason in reasons if is_broken]
 
     def problems(self, num_ranks: int = 1) -> list[SettingsProblem]:
         """Return every rule between settings that this config, whose values lie within their bounds, breaks
@@ -237,7 +244,8 @@ class RunConfig:
     def position_problems(self) -> list[SettingsProblem]:
         """Return phases whose samples are longer than the model's positions."""
         most = self.model.max_position_tokens
-        return [problem for i, phase in enumerate(self.data.phases) for problem in find_broken(
+        return [dataclasses.replace(problem, fix=f"{problem.key}={most}")
+                for i, phase in enumerate(self.data.phases) for problem in find_broken(
             phase, f"data.phases.{i}",
             (phase.seq_len <= most, "seq_len", f"exceeds model.max_position_tokens = {most}",
              f"set it to at most {most}; `megatron-sov extend` trains a model on longer texts"))]
@@ -283,7 +291,8 @@ class RunConfig:
         micro = next((m for m in range(t.micro_batch_size, 0, -1) if size % (m * shares) == 0), 0)
         smaller = f", or train.micro_batch_size={micro}" if micro else ""
         return SettingsProblem(Kind.RULE, key, f"(phase {phase.name}) must be {multiple}", size,
-                               f"set {key}={nearest_multiple(size, unit)}{smaller}")
+                               f"set {key}={nearest_multiple(size, unit)}{smaller}",
+                               fix=f"{key}={nearest_multiple(size, unit)}")
 
     def check(self, num_ranks: int = 1) -> None:
         """Raise `SettingsError` listing every value out of its bounds, or else every rule that is broken."""
@@ -351,19 +360,25 @@ def _instead(key: str) -> str:
 def setting_names() -> tuple[str, ...]:
     """Return the name of every setting that has a value of its own, in the order of the fields; those of
     items of lists are left out, since their number is open."""
-    return tuple(_names_below(RunConfig, ""))
+    return tuple(name for name, _, _ in iter_settings(RunConfig) if ".0." not in name)
 
 
-def _names_below(cls: Any, prefix: str) -> Iterator[str]:
+def iter_settings(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+    """Yield each setting of a class of settings: its name, the class of its field, and whether settings in it
+    follow, as of a block that may be off, or of a list, whose first item's settings follow."""
     hints = hints_of(cls)
-    for name in fields_of(cls):
-        inner = hint_below(cls, name)
+    for field_name in fields_of(cls):
+        name, inner = f"{prefix}{field_name}", hint_below(cls, field_name)
+        items = hint_below(inner, "0")
         if dataclasses.is_dataclass(inner):
-            if type(None) in get_args(hints[name]):  # a block that may be off is a value as well
-                yield f"{prefix}{name}"
-            yield from _names_below(inner, f"{prefix}{name}.")
+            if type(None) in get_args(hints[field_name]):  # a block that may be off is a value as well
+                yield name, cls, True
+            yield from iter_settings(inner, f"{name}.")
+        elif dataclasses.is_dataclass(items):
+            yield name, cls, True
+            yield from iter_settings(items, f"{name}.0.")
         else:
-            yield f"{prefix}{name}"
+            yield name, cls, False
 
 
 def find_settings(word: str, groups: Sequence[str] = ()) -> list[str]:
@@ -524,7 +539,7 @@ def data_paths(data: Sequence[str]) -> dict[str, float]:
             raise UserError(f"--data {argument!r}: names no folder; pass one made by `sov-data pack`")
         folder = named_shards(path)[1]
         if not Path(folder).exists():
-            raise UserError(f"--data {path}: {_explain_missing(folder)}")
+            raise UserError(f"--data {path}: {_explain_missing(folder)}", fix_missing(folder, is_data=True))
         if not Path(folder).is_dir():
             raise UserError(f"--data {path}: is a file, and token shards are read; pass a folder made by "
                             f"`sov-data pack --tokenizer DIR --input {shlex.quote(folder)} --output FOLDER` "
