@@ -86,7 +86,7 @@ class Assembled(ABC):
                          for key, blocks in self._pieces.items()}
 
     @abstractmethod
-    def slice_of(self, key: str, piece: StoredBlock, block: tuple[slice, ...]) -> torch.Tensor:
+    def read_slice(self, key: str, piece: StoredBlock, block: tuple[slice, ...]) -> torch.Tensor:
         """Read `block` (slices relative to the piece) from one stored piece.
 
         Raises:
@@ -114,17 +114,17 @@ class Assembled(ABC):
     def keys(self) -> list[str]:
         return list(self._shapes)
 
-    def shape(self, key: str) -> tuple[int, ...]:
+    def get_shape(self, key: str) -> tuple[int, ...]:
         return self._shapes[key]
 
-    def dtype(self, key: str) -> torch.dtype:
+    def get_dtype(self, key: str) -> torch.dtype:
         return self._dtypes[key]
 
-    def held_in(self, file: str) -> list[str]:
+    def list_keys_in(self, file: str) -> list[str]:
         """Return the keys with a piece in `file` (path relative to the checkpoint folder)."""
         return [key for key, pieces in self._pieces.items() if any(piece.file == file for piece in pieces)]
 
-    def files_of(self, key: str) -> set[str]:
+    def list_files(self, key: str) -> set[str]:
         """Return the files (paths relative to the checkpoint folder) with a piece of tensor `key`."""
         return {piece.file for piece in self._pieces[key]}
 
@@ -142,7 +142,7 @@ class Assembled(ABC):
         for piece in candidates:
             if (piece.offset, piece.shape) == (start, extent):
                 # The piece is the block: return its tensor without a copy.
-                return self.slice_of(key, piece, tuple(slice(0, n) for n in extent))
+                return self.read_slice(key, piece, tuple(slice(0, n) for n in extent))
         out = torch.empty(extent, dtype=self._dtypes[key])
         num_read = 0
         for piece in candidates:
@@ -152,7 +152,7 @@ class Assembled(ABC):
             if all(a < b for a, b in zip(low, high, strict=True)):
                 target = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, start, strict=True))
                 source = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, piece.offset, strict=True))
-                out[target] = self.slice_of(key, piece, source)
+                out[target] = self.read_slice(key, piece, source)
                 # Pieces do not overlap (`check_complete`), so the element count is enough to detect a hole.
                 num_read += math.prod(b - a for a, b in zip(low, high, strict=True))
         if num_read != out.numel():

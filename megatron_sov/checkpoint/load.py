@@ -359,8 +359,8 @@ def _copy_blocks(path: Path, reader: TensorReader, blocks: list[LocalShard]) -> 
         if block.key not in stored_keys:
             raise UserError(f"{path}: has no tensor {block.key}; was it written with another optimizer, "
                             "precision or model?")
-        if reader.shape(block.key) != block.global_shape:
-            raise UserError(f"{path}: {block.key} has shape {reader.shape(block.key)}, the model needs "
+        if reader.get_shape(block.key) != block.global_shape:
+            raise UserError(f"{path}: {block.key} has shape {reader.get_shape(block.key)}, the model needs "
                             f"{block.global_shape}; use the recipe and settings that the "
                             "checkpoint was made with")
         block.data.copy_(reader.read(block.key, block.offset, block.shape).reshape(block.data.shape))

@@ -167,15 +167,15 @@ class TensorReader(Assembled):
             raise UserError(f"{file}: is damaged ({e}); {REMEDY}") from None
         super().__init__(self.folder, shapes, dtypes, pieces, REMEDY)
 
-    def slice_of(self, key: str, piece: StoredBlock, block: tuple[slice, ...]) -> torch.Tensor:
+    def read_slice(self, key: str, piece: StoredBlock, block: tuple[slice, ...]) -> torch.Tensor:
         if piece.file not in self._files:
             self._files[piece.file] = TensorFile(self.folder / piece.file, REMEDY)
         file = self._files[piece.file]
         stored = file.entries.get(piece.name)
         if (stored is None or math.prod(stored.shape) != math.prod(piece.shape)
-                or file.dtype(piece.name) != self.dtype(key)):
+                or file.get_dtype(piece.name) != self.get_dtype(key)):
             problem = f"stores {stored.dtype} {list(stored.shape)}" if stored else "lacks it"
-            raise UserError(f"{file.path}: {key} at {piece.offset} is {self.dtype(key)} "
+            raise UserError(f"{file.path}: {key} at {piece.offset} is {self.get_dtype(key)} "
                             f"{list(piece.shape)} in the index, but the file {problem}; {REMEDY}")
         # The file stores the block without its leading axes of extent 1.
         missing_axes = len(piece.shape) - len(stored.shape)

@@ -81,7 +81,7 @@ class TensorFile:
     def _build_error(self, why: object) -> UserError:
         return UserError(f"{self.path}: cannot be read as a safetensors file ({why}); {self._remedy}")
 
-    def dtype(self, name: str) -> torch.dtype:
+    def get_dtype(self, name: str) -> torch.dtype:
         """Return the dtype of tensor `name`; raises `UserError` if it is not in `DTYPES`."""
         stored_dtype = self.entries[name].dtype
         if stored_dtype not in DTYPES:
@@ -103,7 +103,7 @@ class TensorFile:
         """
         if name not in self.entries:
             raise self._build_error(f"it lacks {name}")
-        entry, dtype = self.entries[name], dtype or self.dtype(name)
+        entry, dtype = self.entries[name], dtype or self.get_dtype(name)
         cut = list(block) if block is not None else [slice(0, n) for n in entry.shape]
         try:
             return read_block(self.path, entry.start, entry.shape, cut, dtype)

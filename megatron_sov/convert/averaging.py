@@ -224,10 +224,10 @@ def mean_block(sources: Sequence[OpenCheckpoint], weights: Sequence[float], link
 
 
 def _average_adapted(sources: Sequence[OpenCheckpoint], weights: Sequence[float], name: str) -> torch.Tensor:
-    if not any(source.files_of(name) for source in sources):  # no adapter changes this tensor
+    if not any(source.list_files(name) for source in sources):  # no adapter changes this tensor
         return sources[0].read(name)
     tensors = (convert_tensor(source.read(name), torch.float64, source.path, name) for source in sources)
-    return _compute_mean(tensors, weights).to(sources[0].dtype(name))
+    return _compute_mean(tensors, weights).to(sources[0].get_dtype(name))
 
 
 def _compute_mean(tensors: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:

@@ -146,7 +146,8 @@ def _differing_ids(a: Weights, b: Weights) -> list[str]:
 def _tensor_checks(a: Weights, b: Weights, records: dict[str, TensorRecord], loss: str) -> list[ParityCheck]:
     largest = max((record.difference for record in records.values()), default=0.0)
     return [
-        _check_none("tensors that only one side has", sorted(set(a.names()).symmetric_difference(b.names()))),
+        _check_none("tensors that only one side has",
+                    sorted(set(a.list_names()).symmetric_difference(b.list_names()))),
         _check_none("tensors whose values differ",
                     [name for name, record in records.items() if not record.equal]),
         ParityCheck("largest difference of a weight", largest, 0.0, largest == 0.0, loss),
@@ -157,13 +158,13 @@ def _compare_all(sides: Sequence[Weights], roundings: Sequence[UpdateRounding], 
              ) -> dict[str, TensorRecord]:
     """Return a record for each tensor in both models; `workers` tensors are in memory at a time."""
     a, b = sides
-    b_names = set(b.names())
-    common = [name for name in a.names() if name in b_names]
+    b_names = set(b.list_names())
+    common = [name for name in a.list_names() if name in b_names]
 
     def compare_tensor(name: str) -> TensorRecord:
         a_tensor, b_tensor = a.read(name), b.read(name)
-        roundings[0].add(name, a_tensor, b.dtype(name))
-        roundings[1].add(name, b_tensor, a.dtype(name))
+        roundings[0].add(name, a_tensor, b.get_dtype(name))
+        roundings[1].add(name, b_tensor, a.get_dtype(name))
         return _compare_tensors(a_tensor, b_tensor)
 
     with ThreadPoolExecutor(workers) as pool:
@@ -371,7 +372,7 @@ def _check_order(checkpoint: Path, dtype: str, max_shard_bytes: int) -> None:
 
 def planned_tensors(source: Weights, dtype: str, copies: Mapping[str, str]) -> list[TensorSpec]:
     """Return the tensors to export; duplicated tensors come last."""
-    specs = {name: TensorSpec(name, shape, exported_dtype(dtype, link.fp32, source.dtype(name)))
+    specs = {name: TensorSpec(name, shape, exported_dtype(dtype, link.fp32, source.get_dtype(name)))
              for link in source.links for name, shape in link.hf_shapes().items()}
     specs |= {name: replace(specs[original], name=name) for name, original in copies.items()}
     return list(specs.values())

@@ -132,7 +132,7 @@ class SourceCheck:
         names = list(names)
         if self._base is not None:
             self._base.require(names)
-        files = {file for name in names for file in self._weights.files_of(name)}
+        files = {file for name in names for file in self._weights.list_files(name)}
         self._refuse_damage(file for file in self._damage if file in files)
 
     def require_all(self) -> None:
@@ -142,7 +142,7 @@ class SourceCheck:
     def _refuse_damage(self, files: Iterable[str]) -> None:
         for file in files:
             if problem := self._damage[file].result():
-                names = self._weights.held_in(file)
+                names = self._weights.list_keys_in(file)
                 raise UserError(f"{problem}{f' (it holds {listed(names)})' if names else ''}; {self._remedy}")
 
 

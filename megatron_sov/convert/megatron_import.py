@@ -254,15 +254,15 @@ class TorchDistTensors(Assembled):
         for file in {piece[0] for _, _, pieces in tensors.values() for piece in pieces}:
             if not (folder / file).is_file():
                 raise UserError(f"{folder / file}: is missing; according to the index it contains "
-                                f"{listed(self.held_in(file))}; {REMEDY}")
+                                f"{listed(self.list_keys_in(file))}; {REMEDY}")
             refuse_link_outside(folder, folder / file)
         self._find = functools.lru_cache(_CACHED_HEADERS)(self._find_uncached)
 
-    def slice_of(self, key: str, piece: StoredBlock, block: tuple[slice, ...]) -> torch.Tensor:
+    def read_slice(self, key: str, piece: StoredBlock, block: tuple[slice, ...]) -> torch.Tensor:
         try:
             tensor = self._find(piece)
             missing_axes = len(piece.shape) - len(tensor.shape)
-            if ((1,) * missing_axes + tensor.shape) != piece.shape or tensor.dtype != self.dtype(key):
+            if ((1,) * missing_axes + tensor.shape) != piece.shape or tensor.dtype != self.get_dtype(key):
                 raise ValueError(f"it is {tensor.dtype} {list(tensor.shape)} there")
             return tensor.read(block[missing_axes:]).reshape(tuple(s.stop - s.start for s in block))
         except (OSError, ValueError) as e:
@@ -294,19 +294,19 @@ class TorchDistWeights:
         self.tensors.check_complete()
         self._thread_state = threading.local()
 
-    def names(self) -> list[str]:
+    def list_names(self) -> list[str]:
         return list(self._links_by_name)
 
-    def dtype(self, name: str) -> torch.dtype:
-        return self.tensors.dtype(self._get_sources(self._links_by_name[name])[0].key)
+    def get_dtype(self, name: str) -> torch.dtype:
+        return self.tensors.get_dtype(self._get_sources(self._links_by_name[name])[0].key)
 
-    def held_in(self, file: str) -> list[str]:
+    def list_keys_in(self, file: str) -> list[str]:
         """Return Megatron's keys with a block in `file`."""
-        return self.tensors.held_in(file)
+        return self.tensors.list_keys_in(file)
 
-    def files_of(self, name: str) -> set[str]:
+    def list_files(self, name: str) -> set[str]:
         return {file for source in self._get_sources(self._links_by_name[name])
-                for file in self.tensors.files_of(source.key)}
+                for file in self.tensors.list_files(source.key)}
 
     def read(self, name: str) -> torch.Tensor:
         link = self._links_by_name[name]
@@ -349,7 +349,7 @@ class TorchDistWeights:
             matched[link.key, link.offset] = block_sources
             for source in block_sources:
                 expected[source.key] = self._get_stored_shape(link, source, len(block_sources))
-        shapes = {key: self.tensors.shape(key) for key in stored_keys}
+        shapes = {key: self.tensors.get_shape(key) for key in stored_keys}
         for key in VOCABULARY_WEIGHTS:  # Megatron pads rows to a multiple that depends on the layout
             if key in expected and key in shapes and shapes[key][0] >= expected[key][0]:
                 expected[key] = (shapes[key][0], *expected[key][1:])
@@ -367,7 +367,7 @@ class TorchDistWeights:
 
 def num_padded_rows(weights: TorchDistWeights) -> int:
     """Return the number of vocabulary rows without a token id."""
-    return max((weights.tensors.shape(key)[0] - weights.model.vocab_size
+    return max((weights.tensors.get_shape(key)[0] - weights.model.vocab_size
                 for key in _list_vocabulary_keys(weights.tensors.keys())), default=0)
 
 

@@ -238,24 +238,24 @@ class AdaptedWeights:
         expected: dict[str, tuple[int, ...]] = {}
         for module in adapted_modules(self.model, self.lora):
             expected |= module.shapes(self.lora)
-        shapes = {key: self.reader.shape(key)
+        shapes = {key: self.reader.get_shape(key)
                  for key in self.reader.keys()}  # noqa: SIM118  (a method of the reader, not a dict)
         check_exact(path, shapes, expected, "the checkpoint is damaged or of another version")
         self.reader.check_complete()
 
-    def names(self) -> list[str]:
-        return self.base.names()
+    def list_names(self) -> list[str]:
+        return self.base.list_names()
 
-    def dtype(self, name: str) -> torch.dtype:
+    def get_dtype(self, name: str) -> torch.dtype:
         # Applies to all weights: config.json names one dtype, and programs cast to it.
-        return merged_dtype(self.base.dtype(name))
+        return merged_dtype(self.base.get_dtype(name))
 
-    def held_in(self, file: str) -> list[str]:
+    def list_keys_in(self, file: str) -> list[str]:
         """Return the adapter keys with a block in `file`."""
-        return self.reader.held_in(file)
+        return self.reader.list_keys_in(file)
 
-    def files_of(self, name: str) -> set[str]:
-        return {file for key in self._list_factor_keys(name) for file in self.reader.files_of(key)}
+    def list_files(self, name: str) -> set[str]:
+        return {file for key in self._list_factor_keys(name) for file in self.reader.list_files(key)}
 
     def _list_factor_keys(self, name: str) -> list[str]:
         return list(self._places[name].of.shapes(self.lora)) if name in self._places else []
@@ -263,7 +263,7 @@ class AdaptedWeights:
     def read(self, name: str) -> torch.Tensor:
         weight = self.base.read(name)
         if name not in self._places:
-            return weight.to(self.dtype(name))
+            return weight.to(self.get_dtype(name))
         module = self._places[name].of
         # Experts of a layer come from the same stacked factors: keep the last factors per thread.
         last: tuple[Adapted, dict[str, torch.Tensor]] | None = getattr(self._thread_state, "last", None)
@@ -371,7 +371,7 @@ def to_peft(checkpoint: str | Path, out: str | Path, *, base_name: str | None = 
         warn(f"{Path(out) / CONFIG}: base_model_name_or_path = {name!r}, the local name of the base; PEFT "
              "loads the base by this name, so pass --base-name if it has another name on the Hub")
     with new_artifact(out, PEFT_ADAPTER, overwrite=overwrite) as artifact:
-        specs = [TensorSpec(name, tuple(read(name).shape), reader.dtype(module.key(tensor)))
+        specs = [TensorSpec(name, tuple(read(name).shape), reader.get_dtype(module.key(tensor)))
                  for name, (module, tensor) in sorted(factors.items())]
         write_file(artifact.path / WEIGHTS, specs,
                    lambda spec: convert_tensor(read(spec.name), spec.dtype, checkpoint, spec.name))
@@ -451,7 +451,7 @@ def _check_frozen_weights(weights: TensorFile, frozen: dict[str, str], base: Che
     """Raise `UserError` if a weight that PEFT saved as frozen differs from the base."""
     for peft_key, base_name in frozen.items():
         saved = weights.read(peft_key)
-        if base_name not in base.names() or not saved.equal(base.read(base_name).to(saved.dtype)):
+        if base_name not in base.list_names() or not saved.equal(base.read(base_name).to(saved.dtype)):
             raise UserError(f"{weights.path}: {peft_key} differs from the base's {base_name}, so it was "
                             "trained together with the adapter or belongs to another model; merge it with "
                             "PEFT, and convert the merged model")

@@ -76,7 +76,7 @@ class FileTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.file.dtype(self.name)
+        return self.file.get_dtype(self.name)
 
     @property
     def files(self) -> set[str]:
@@ -114,13 +114,13 @@ class Weights(Protocol):
     model: ModelConfig
     links: list[Link]
 
-    def names(self) -> list[str]:
+    def list_names(self) -> list[str]:
         """Return the names of all tensors, in the order of `links`."""
-    def dtype(self, name: str) -> torch.dtype:
+    def get_dtype(self, name: str) -> torch.dtype:
         """Return the dtype in which `read` returns the tensor."""
-    def held_in(self, file: str) -> list[str]:
+    def list_keys_in(self, file: str) -> list[str]:
         """Return the tensors stored in `file`."""
-    def files_of(self, name: str) -> set[str]:
+    def list_files(self, name: str) -> set[str]:
         """Return the files that store tensor `name`."""
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor."""
@@ -222,24 +222,24 @@ class HfWeights:
         self._exclude_tensors([HEAD], f"{CONFIG} ties it to {EMBEDDING}, which it equals")
         return True
 
-    def _rename_tensors(self, spellings: Sequence[tuple[str, str]]) -> dict[str, StoredTensor]:
+    def _rename_tensors(self, replacements: Sequence[tuple[str, str]]) -> dict[str, StoredTensor]:
         """Return the tensors under the names of the weight map, for folders with other spellings."""
         tensors = {}
         for name, tensor in self._stored.items():
-            spellings = (name, *(name.replace(their_part, our_part) for their_part, our_part in spellings))
-            tensors[next((ours_name for ours_name in spellings if ours_name in self._shapes), name)] = tensor
+            spellings = (name, *(name.replace(theirs, ours) for theirs, ours in replacements))
+            tensors[next((spelling for spelling in spellings if spelling in self._shapes), name)] = tensor
         return tensors
 
-    def names(self) -> list[str]:
+    def list_names(self) -> list[str]:
         return list(self._shapes)
 
-    def dtype(self, name: str) -> torch.dtype:
+    def get_dtype(self, name: str) -> torch.dtype:
         return self._stored[name].dtype
 
-    def held_in(self, file: str) -> list[str]:
+    def list_keys_in(self, file: str) -> list[str]:
         return [name for name, shard in self._shards.items() if shard.path == self.path / file]
 
-    def files_of(self, name: str) -> set[str]:
+    def list_files(self, name: str) -> set[str]:
         return {*self._stored[name].files}
 
     def read(self, name: str) -> torch.Tensor:
@@ -290,25 +290,25 @@ class CheckpointWeights:
         self.links = models.get(self.model.family, settings.code).links(self.model)
         self._reader = TensorReader(path, PART)
         self._links_by_name = {name: link for link in self.links for name in link.hf_names}
-        shapes = {key: self._reader.shape(key)
+        shapes = {key: self._reader.get_shape(key)
                  for key in self._reader.keys()}  # noqa: SIM118  (a method of the reader, not a dict)
         check_exact(path, shapes, {link.key: link.shape for link in self.links},
                     "the checkpoint is damaged or of another version")
         self._reader.check_complete()
         self._thread_state = threading.local()
 
-    def names(self) -> list[str]:
+    def list_names(self) -> list[str]:
         return list(self._links_by_name)
 
-    def dtype(self, name: str) -> torch.dtype:
-        return self._reader.dtype(self._links_by_name[name].key)
+    def get_dtype(self, name: str) -> torch.dtype:
+        return self._reader.get_dtype(self._links_by_name[name].key)
 
-    def held_in(self, file: str) -> list[str]:
+    def list_keys_in(self, file: str) -> list[str]:
         """Return the checkpoint keys with a block in `file`."""
-        return self._reader.held_in(file)
+        return self._reader.list_keys_in(file)
 
-    def files_of(self, name: str) -> set[str]:
-        return self._reader.files_of(self._links_by_name[name].key)
+    def list_files(self, name: str) -> set[str]:
+        return self._reader.list_files(self._links_by_name[name].key)
 
     def read(self, name: str) -> torch.Tensor:
         link = self._links_by_name[name]
@@ -335,16 +335,16 @@ def check_dtypes(weights: Weights) -> None:
     first_names: dict[str, str] = {}
     for link in weights.links:
         for name in link.hf_names:
-            dtype, first_name = weights.dtype(name), first_names.setdefault(link.key, name)
+            dtype, first_name = weights.get_dtype(name), first_names.setdefault(link.key, name)
             if dtype not in FLOATS:
                 raise UserError(f"{weights.path}: {name} has dtype {dtype}; "
                                 "weights must be floating-point numbers")
             if link.fp32 and dtype.itemsize < torch.float32.itemsize:
                 raise UserError(f"{weights.path}: {name} has dtype {dtype}, but it must be torch.float32: "
                                 "rounding loses its small updates; save this tensor in float32")
-            if dtype != weights.dtype(first_name):
+            if dtype != weights.get_dtype(first_name):
                 raise UserError(f"{weights.path}: {name} has dtype {dtype} and {first_name} "
-                                f"{weights.dtype(first_name)}, but they are parts of one tensor; "
+                                f"{weights.get_dtype(first_name)}, but they are parts of one tensor; "
                                 "save the model in one dtype")
 
 

@@ -63,7 +63,7 @@ def test_any_grid_is_read_in_any_block(tmp_path_factory, grid: tuple[tuple[int, 
     whole = torch.arange(math.prod(shape)).reshape(shape).to(dtype)
     write(folder, whole, blocks, num_ranks)
     reader = TensorReader(folder)
-    assert (reader.keys(), reader.shape("w"), reader.dtype("w")) == (["w"], shape, dtype)
+    assert (reader.keys(), reader.get_shape("w"), reader.get_dtype("w")) == (["w"], shape, dtype)
     assert reader.read("w").equal(whole)
     offset = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
     extent = tuple(data.draw(st.integers(1, n - o)) for n, o in zip(shape, offset, strict=True))

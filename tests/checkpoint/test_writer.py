@@ -36,7 +36,7 @@ def test_any_block_has_the_bits_that_were_saved(tmp_path_factory, data: st.DataO
         patch.setattr(writer, "_COVER_BYTES", cover_bytes)  # small: each row by itself
         patch.setattr(writer, "_READ_BYTES", 7)
         file = TensorFile(path, "")
-        assert file.read("t").equal(whole) and file.dtype("t") == dtype
+        assert file.read("t").equal(whole) and file.get_dtype("t") == dtype
         found = file.read("t", block)
     assert found.equal(whole[tuple(block)]) and found.shape == whole[tuple(block)].shape
 
