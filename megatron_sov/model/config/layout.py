@@ -110,7 +110,8 @@ class ParallelConfig:
             ("model.linear_attention", model.linear_attention is not None),
             ("experts", model.num_moe_layers() > 0)) if is_used]
         if self.tp > 1 and not self.sp and need_sp:
-            reject("sp", f"must be true with parallel.tp = {self.tp} > 1 and {need_sp[0]}", fix="parallel.sp=true")
+            reject("sp", f"must be true with parallel.tp = {self.tp} > 1 and {need_sp[0]}",
+                   fix="parallel.sp=true")
         if self.sp and self.tp == 1:
             reject("sp", "needs parallel.tp > 1", "leave it out or raise tp")
         if self.vpp > 1 and self.pp == 1:
