@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.errors import Fix, UserError, nearest, warn
-from megatron_sov.base.hints.foreign import (
-    OPTIONS_OF_KIND, blend_of, is_translated, kind_of_word, option_of_path, read_foreign, recipe_of)
+from megatron_sov.base.hints.foreign import blend_of, is_translated, read_foreign, recipe_of
+from megatron_sov.base.hints.kinds import OPTIONS_OF_KIND, kind_of_word, option_of_path
 from megatron_sov.base.hints.missing import placeholder, split_words
 from megatron_sov.base.hints.search import describe_found, find_by_meaning
 from megatron_sov.base.hints.table import by_word, last_part, normalize, note_on, table
@@ -59,6 +59,8 @@ class _Rewrite:
     """Settings that give way to the same ones with values that were typed."""
     first: list[str] = field(default_factory=list)
     """Values of positional arguments, which go before all options."""
+    named: dict[str, list[str]] = field(default_factory=dict)
+    """Positional argument -> its values in `first`."""
     words: list[str] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
     is_changed: bool = False
@@ -152,7 +154,9 @@ class _Rewrite:
         if word in ("input", "data", "inputs") and "DIR[:WEIGHT]" in self.positionals:
             meant = "DIR"
         if meant and not meant.startswith("-"):
-            self.first += [value_of_option(word, meant, value) for value in values]
+            given = [value_of_option(word, meant, value) for value in values]
+            self.first += given
+            self.named[meant] = given
             self.add(f"{option} is {meant} here, without an option")
         elif meant:
             alone = table()["values"].get(word, {}).get("")
@@ -170,6 +174,9 @@ class _Rewrite:
             self.add(f"{option}: {note}")
         elif close := nearest_option(option, self.options):
             self.add(f"{option}: nothing takes this{close}", close.split("'")[1], *values)
+        elif len(found := find_by_meaning(option, texts := self.read_texts())) == 1 and values and (
+                found[0] in self.options):
+            self.add(f"{option}: nothing takes this{describe_found(found, texts)}", found[0], *values)
         else:
             self.add(f"{option}: nothing takes this{self.search(option)}; leave it out")
 
@@ -497,6 +504,10 @@ def _answer(parser: argparse.ArgumentParser, made: _Rewrite) -> UserError:
                if action.required and action.option_strings and not set(action.option_strings) & set(written)]
     first = list(made.first)
     free, others = split_words(parser, words)
+    if made.named and free and len(made.named) + len(free) == len(made.positionals):
+        left = iter(free)
+        first = [value for name in made.positionals for value in made.named.get(name) or [next(left)]]
+        words = others
     folders = first or free
     if made.weights and len(made.weights) == len(folders):
         words = words if first else others
