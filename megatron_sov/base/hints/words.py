@@ -513,12 +513,15 @@ def _answer(parser: argparse.ArgumentParser, made: _Rewrite) -> UserError:
         words = words if first else others
         first = [f"{folder}:{weight}" for folder, weight in zip(folders, made.weights, strict=True)]
     if not first and not split_words(parser, words)[0]:
+        is_priced = made.command == "plan" and "--from" in written
         needed = [str(action.metavar or action.dest) for action in parser._actions
                   if not action.option_strings and (action.required or (
                       action.dest == "recipe" and made.command in NEED_A_RECIPE
-                      and not {"--config", "--from"} & set(written)))]
+                      and "--config" not in written and not is_priced))]
         recipe = recipe_of(Path(value_after(words, "--from")))
-        first = [recipe if name == "RECIPE" and recipe else name for name in needed]
+        # of a model without a run the command proposes a recipe
+        first = [recipe if name == "RECIPE" and recipe else name for name in needed
+                 if name != "RECIPE" or recipe or "--from" not in written]
         if needed and "RECIPE" in first + needed[1:]:
             made.said.append(f"{' and '.join(needed)} {'is' if len(needed) == 1 else 'are'} missing"
                              + "; `megatron-sov recipes` lists the recipes" * ("RECIPE" in needed))

@@ -23,7 +23,7 @@ from tests.base.hints.test_words import answer
     ("sov-tokenizer import vocab.json --output o", ["merges.txt", "save_pretrained"]),
     ("sov-tokenizer compare gpt2 gpt2 --text en=t.txt", ["hf download gpt2"]),
     ("megatron-sov pretrain x --data 0.7 d 0.3 d --run r", ["--data d:1 --run r"]),
-    ("megatron-sov pretrain theirs.yml --data d --run r", ["pretrain RECIPE ", "train.global_batch_size=8"]),
+    ("megatron-sov pretrain theirs.yml --data d --run r", ["pretrain --from M ", "train.global_batch_size=8"]),
     ("megatron-sov sft theirs.yml --run r", ["write\n  megatron-sov sft --from M"]),
     ("megatron-sov extend run --data d --run r", ["extend tiny-solar-open --from run --data d"]),
     ("megatron-sov plan hf --cluster h100 --nodes 8", ["plan --from hf --cluster"]),
