@@ -149,12 +149,12 @@ class Parser(argparse.ArgumentParser):
 
 def _wrong_values(found: argparse.Namespace) -> list[str]:
     """Return the sentence about values of a proposed line that the command refuses; empty: it takes them."""
-    from megatron_sov.base.settings import SettingsError, read_options
+    from megatron_sov.base.settings import read_options
 
     try:
         if options_class := getattr(found, "options_class", None):
             read_options(options_class, found)
-    except SettingsError as e:
+    except UserError as e:
         return [str(e)]
     return []
 

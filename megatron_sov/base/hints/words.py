@@ -385,7 +385,7 @@ def _place_free_words(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
         kind = kind_of_word(word)
         # TARGET, RUN and others come first, whatever they are
         is_taken = number < room and not (is_recipe and kind not in ("recipe", "code"))
-        options = [one for one in OPTIONS_OF_KIND[kind] if one in parser._option_string_actions
+        options = [one for one in OPTIONS_OF_KIND[kind] if one in made.options
                    and (one not in written or one == "--data")]
         if is_taken or not options:
             stays.append(word)

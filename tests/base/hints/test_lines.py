@@ -14,7 +14,7 @@ from tests.base.hints.test_words import answer
 
 def lines(said: str) -> list[str]:
     """Return the commands that a message proposes."""
-    return [line.strip() for line in said.splitlines()[1:] if line.startswith("  ")]
+    return [line.strip() for line in said.partition("; write\n")[2].splitlines()]
 
 
 @pytest.mark.parametrize(("typed", "fix", "mended"), [
@@ -83,11 +83,11 @@ def test_a_fault_without_a_fix_is_in_the_message_too() -> None:
     # kinds of files and folders
     ("megatron-sov convert to-hf hf o", ["megatron-sov convert from-hf hf o"]),
     ("megatron-sov chat hff", ["megatron-sov chat hf"]),
-    ("megatron-sov chat Org/Name-1B --max_tokens 5",
-     ["hf download Org/Name-1B --local-dir Name-1B", "megatron-sov chat Name-1B --max-new-tokens 5"]),
+    ("megatron-sov chat Org/Name-1B --temperature 1",
+     ["hf download Org/Name-1B --local-dir Name-1B", "megatron-sov chat Name-1B --temperature 1"]),
     ("sov-data pack --tokenizer hf --input t.jsonl --output o",
      ["sov-tokenizer import hf --output hf-tokenizer",
-      "sov-data pack --input t.jsonl --output o --tokenizer hf-tokenizer"])])
+      "sov-data pack --tokenizer hf-tokenizer --input t.jsonl --output o"])])
 def test_the_proposed_line_has_all_that_was_typed(typed: str, write: list[str], tmp_path: Path,
                                                   monkeypatch: pytest.MonkeyPatch,
                                                   capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,8 +95,7 @@ def test_the_proposed_line_has_all_that_was_typed(typed: str, write: list[str], 
     for name, text in {"hf/model.safetensors": "", "hf/config.json": "{}", "hf/tokenizer.json": "{}",
                        "t.jsonl": '{"messages": []}', "t.txt": "a", "run/events.jsonl": "",
                        "run/config.json": "{}",
-                       "tokens/manifest.json": json.dumps({"kind": "tokens"}),
-                       "tok/manifest.json": json.dumps({"kind": "tokenizer"})}.items():
+                       "tokens/manifest.json": json.dumps({"kind": "tokens"})}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert lines(answer(typed, capsys)) == write
