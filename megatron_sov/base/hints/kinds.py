@@ -11,7 +11,8 @@ OPTIONS_OF_KIND = {
     "model": ("--from", "--tokenizer"), "hub": ("--from", "--tokenizer", "--data"),
     "tokenizer": ("--tokenizer",), "config": ("--config",), "tokens": ("--data",),
     "data": ("--prompts", "--data", "--input", "--text"),
-    "absent": ("--run", "--prompt", "--output"), "folder": ("--input", "--data", "--run"), "text": ("--prompt",),
+    "absent": ("--run", "--prompt", "--output"),
+    "folder": ("--input", "--data", "--run"), "text": ("--prompt",),
     "code": (), "recipe": ()}
 """Kind of a word without an option -> the options that it may belong to, the likeliest first."""
 _DATA = (".jsonl", ".json", ".parquet", ".txt", ".csv", ".tsv", ".gz", ".zst", ".arrow", ".md")
