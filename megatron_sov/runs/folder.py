@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import shlex
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.artifacts import MANIFEST, atomic_write, disk_errors, to_json
-from megatron_sov.base.errors import UserError, fix_missing
+from megatron_sov.base.errors import Fix, UserError, fix_missing
 from megatron_sov.base.outputs import refuse_unwritable
 from megatron_sov.model.config import OptimConfig, RolloutConfig, RunConfig, from_dict
 from megatron_sov.model.config.post_training import BETAS
@@ -167,6 +168,11 @@ class RunFolder:
             raise UserError(f"{self.path}: is complete at step {completion['step']}, and train.steps = "
                             f"{config.num_steps()} asks for more; start a new --run --from it")
 
+    def _next_free(self) -> Path:
+        """Return the first of RUN-2, RUN-3, ... that does not exist."""
+        return next(path for n in itertools.count(2)
+                    if not (path := self.path.with_name(f"{self.path.name}-{n}")).exists())
+
     def _refuse_misspelt(self) -> None:
         """Refuse --resume of a folder that holds no run, next to a run with nearly the same name.  Jobs pass
         --resume at their first start, too."""
@@ -203,7 +209,8 @@ class RunFolder:
             return None
         if not resume:
             raise UserError(f"{self.path}: already holds a run of {earlier.recipe}; "
-                            "pass --resume to continue it, or choose another --run")
+                            "pass --resume to continue it, or choose another --run",
+                            Fix(options=("--run", str(self._next_free()))))
         return earlier
 
     def has_begun(self) -> bool:

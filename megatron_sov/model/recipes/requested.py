@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from megatron_sov.base.errors import UserError, download, nearest
+from megatron_sov.base.errors import Fix, UserError, download, nearest
 from megatron_sov.base.plugins.loading import is_reference, load
 from megatron_sov.base.plugins.registry import Registry
 from megatron_sov.base.settings import (
@@ -265,7 +265,7 @@ def training_request(args: TrainingOptions, objective: BuiltIn, *, needs_data: b
     asked = requested(args, of_model)
     if needs_data and not args.data and not asked.base.data.paths:
         raise UserError("--data: is missing; pass a file of chats, pairs or text, or a folder made by "
-                        "`sov-data pack`")
+                        "`sov-data pack`", Fix(options=("--data", "DIR")))
     learned = asked.base.objective
     before = lengthens and asked.base.extend.stages and not asked.from_file
     if learned.name == "lm" or before:  # "lm" is what every recipe says that leaves it open

@@ -4,6 +4,7 @@ until --from is read."""
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from megatron_sov.base.settings import AtLeastOne, Flag, SettingsError
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ModelConfig, RunConfig, data_paths, weighted_path
 from megatron_sov.model.config.data import named_shards
+from megatron_sov.model.families.count import num_params
 from megatron_sov.model.objectives import LEARNS_FROM
 from megatron_sov.model.pretrained import hub_name, is_hf_folder
 from megatron_sov.model.recipes.requested import (
@@ -213,10 +215,15 @@ def _propose_recipe(start_from: Path) -> None:
     from megatron_sov import convert
 
     start = find_start(start_from)
-    family = (convert.open_weights(start).model if is_hf_folder(start) else settings_of(start).model).family
-    if known := recipes.of_family(family):
+    model = convert.open_weights(start).model if is_hf_folder(start) else settings_of(start).model
+    configs = [recipes.get(name) for name in recipes.of_family(model.family)]
+    known = [config for config in configs if config.objective.name == "lm" and not config.extend.stages]
+    size = num_params(model).total
+    known.sort(key=lambda config: (abs(math.log(num_params(config.model).total / size)), len(config.recipe)))
+    if known:
         raise UserError("RECIPE: is missing; steps, batches and learning rate come from a recipe of the "
-                        f"model's family, {family}: {', '.join(known)}", Fix(arguments=(known[-1],)))
+                        f"model's family, {model.family}: {', '.join(config.recipe for config in known[:4])}",
+                        Fix(arguments=(known[0].recipe,)))
 
 
 def _packing_of(args: StageOptions, objective: BuiltIn) -> FilePacking:
