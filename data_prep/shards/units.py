@@ -29,8 +29,8 @@ from megatron_sov.base.documents.reading import CountedSpan
 from megatron_sov.base.documents.shard_files import FEATURES
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.media_tokens import SPELLED
-from megatron_sov.work.processes.pool import in_processes
-from megatron_sov.work.progress.resumable import make_part, part_folder
+from megatron_sov.work.processes.pool import map_in_processes
+from megatron_sov.work.progress.resumable import build_part, part_folder
 
 Unit = tuple[FileSpan, ...]
 RECORD = "record.json"
@@ -101,7 +101,7 @@ class UnitEncoder:
         """
         key = unit_key(unit, self.settings)
         # The record is written last, and the folder gets its name by a rename.
-        folder, is_new = make_part(self.work, key, RECORD, partial(self._write, unit, key))
+        folder, is_new = build_part(self.work, key, RECORD, partial(self._write, unit, key))
         raw = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         return UnitRecord(**{**raw, "num_lines": tuple(raw["num_lines"]), "encoded_now": is_new})
 
@@ -337,7 +337,7 @@ def encode_units(units: list[Unit], settings: UnitSettings, work: Path,
     Raises:
         UserError: a file cannot be read, the disk refuses, or a worker was ended from outside.
     """
-    yield from in_processes(_unit_encoder, (settings, work), units, workers)
+    yield from map_in_processes(_unit_encoder, (settings, work), units, workers)
 
 
 def _unit_encoder(settings: UnitSettings, work: Path) -> Callable[[Unit], UnitRecord]:

@@ -12,7 +12,7 @@ from megatron_sov.base.documents.rows import finite, no_constant
 from megatron_sov.chat.marks import BEGIN_THOUGHTS, END_THOUGHTS, as_written, plain_form
 from megatron_sov.chat.tool_calls import BadCall, parse_turn
 from megatron_sov.judge.rewards.surface import loop_at_end
-from megatron_sov.work.endpoints.answers import BadAnswer, answering_model
+from megatron_sov.work.endpoints.answers import BadAnswer, read_model_name
 
 MIN_LOOP_REPEATS = 8
 MIN_LOOP_CHARS = 200
@@ -81,7 +81,7 @@ def read_reply(answer: Any, key: str = "", tools: Sequence[dict[str, Any]] = ())
         calls = [_malformed("", call.reason) if isinstance(call, BadCall)
                  else {"name": call.name, "arguments": call.arguments} for call in turn.calls]
     return Reply(text, thinking, tuple(calls), choices[0].get("finish_reason") == "length", key,
-                 answering_model(answer))
+                 read_model_name(answer))
 
 
 def fault_of(reply: Reply) -> str:

@@ -27,7 +27,7 @@ from megatron_sov.train.data.token_bytes import token_bytes
 from megatron_sov.train.data.token_shards import TEXTS, Documents, Source, open_sources, tokenizer_folder
 from megatron_sov.train.stages.evaluate import (
     PARTS, SUMS, HeldoutEvaluator, HeldoutLoss, heldout_row, result_of)
-from megatron_sov.work.progress.progress_bar import work_bar
+from megatron_sov.work.progress.progress_bar import create_bar
 
 ROW_TOKENS = 8192
 """Tokens of a row, unless one document alone is longer."""
@@ -112,7 +112,7 @@ def evaluate_rows(data: HeldoutData, losses_of: Callable[[PackedRow], np.ndarray
     """
     results = {}
     sizes = data.bytes_of_token(data.vocab_size)
-    with work_bar("judging", data.num_rows, "row") as bar:
+    with create_bar("judging", data.num_rows, "row") as bar:
         for index, source in data.judged():
             sums = dict.fromkeys(SUMS, 0.0)
             for row in data.rows(index):
@@ -138,7 +138,7 @@ def evaluate_forward_model(loaded: Loaded, data: HeldoutData) -> dict[str, Heldo
     sizes = data.bytes_of_token(loaded.config.model.vocab_size)
     evaluator = HeldoutEvaluator(data.sources, sizes, data.seq_len, rows, data.max_tokens, loaded.world)
     shows = loaded.world.rank == loaded.world.size - 1  # of the last pipeline stage, whatever the layout
-    with work_bar("judging", evaluator.num_micro_batches, "row", shows) as bar:
+    with create_bar("judging", evaluator.num_micro_batches, "row", shows) as bar:
         return evaluator.run(loaded.policy, done=bar.update)
 
 

@@ -18,7 +18,7 @@ from megatron_sov.chat.folder import TOKENIZER_JSON, read_chat_encoder
 from megatron_sov.chat.marks import text_decoder, with_opening
 from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, PRECISION_KEY, SERVED, TRANSFORMERS, ChosenEngine
 from megatron_sov.infer.request import Generated
-from megatron_sov.work.endpoints.transport import address_problems
+from megatron_sov.work.endpoints.transport import find_address_problems
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.server_engine import ServerPlaces
@@ -121,7 +121,7 @@ class ServerOptions:
         from megatron_sov.infer.engines.server_engine import ServerPlaces
 
         for url in self.engine_url:
-            if problems := address_problems("--engine-url", url, "the environment"):
+            if problems := find_address_problems("--engine-url", url, "the environment"):
                 raise SettingsError("", problems)
         return ServerPlaces(run / "engines", self.engine_url, self.engine_python)
 

@@ -29,7 +29,7 @@ from megatron_sov.plan.speed.parameters import Parameters
 from megatron_sov.schedules import Schedule
 from megatron_sov.work.clusters.chips import Chip
 from megatron_sov.work.clusters.units import GIB, SECONDS_OF_A_DAY
-from megatron_sov.work.progress.progress_bar import work_bar
+from megatron_sov.work.progress.progress_bar import create_bar
 
 LEAST_SHOWN_SHARE = 0.0005
 """Items of memory that one line has no place for are smaller."""
@@ -219,7 +219,7 @@ def searched(request: RecipeRequest, machines: Machines, recipe: Sequence[str],
     config = request.config()
     fixed = {setting.partition("=")[0] for setting in request.settings}
     prices.links  # noqa: B018  # told before the search, not in its middle
-    with work_bar("layouts", num_layouts(config, prices, fixed), "layout") as bar:
+    with create_bar("layouts", num_layouts(config, prices, fixed), "layout") as bar:
         found = search(config, prices, fixed, bar.update)
     if not found.best:
         raise UserError(_fits_nowhere(config, prices, found, fixed))
@@ -354,7 +354,7 @@ def budget_rows(requests: Mapping[str, RecipeRequest], machines: Machines, days:
     if machines.chip is None:
         raise UserError(f"--cluster {machines.cluster}: {_unknown(machines)}")
     rows = []
-    with work_bar("recipes", len(requests), "recipe") as bar:
+    with create_bar("recipes", len(requests), "recipe") as bar:
         for name, request in requests.items():
             rows.append(_budget_row(name, request, machines, days, usd, learned))
             bar.update()

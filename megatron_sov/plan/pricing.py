@@ -50,7 +50,7 @@ class Machines:
             UserError: the profile does not say it.
         """
         try:
-            return cluster.links(self.profile, self.num_ranks)
+            return cluster.compute_links(self.profile, self.num_ranks)
         except UserError as e:
             raise UserError(f"--cluster {self.cluster}: {e}") from None
 
@@ -73,7 +73,7 @@ def machines(name: str, nodes: int | None) -> Machines:
     if not 1 <= number <= MAX_NODES:
         raise UserError(f"--nodes {number}: must be at least 1"
                         + (f" and at most {MAX_NODES:,}" if number > 1 else ""))
-    return Machines(name, cluster.load(name, needs_account=False), number)
+    return Machines(name, cluster.load_profile(name, needs_account=False), number)
 
 
 # The stages of a run that are priced apart: phases of its curriculum, or the stages of its extension.

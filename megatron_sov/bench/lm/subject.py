@@ -34,8 +34,8 @@ from megatron_sov.infer.asking import check_engine, stop_ids
 from megatron_sov.infer.engine import MEGATRON, TRANSFORMERS
 from megatron_sov.infer.engines.target import Target, find_target
 from megatron_sov.infer.request import Batching
-from megatron_sov.runs.checkpoints import refuse_missing
-from megatron_sov.work.endpoints.transport import is_address
+from megatron_sov.runs.checkpoints import check_model_path
+from megatron_sov.work.endpoints.transport import is_url
 
 UNKNOWN_LENGTH = 2048
 """Longest sequence where a folder says none, as in lm-eval."""
@@ -65,11 +65,11 @@ def subject_of(target: str, settings: Settings, whole: bool = True) -> Subject:
     Raises:
         UserError: there is no such model, or it cannot be asked like this.
     """
-    if is_address(target):
+    if is_url(target):
         raise UserError(f"{target}: `eval lm` runs checkpoints and Hugging Face folders; ask an endpoint "
                         "with lm-eval's own command: lm_eval --model local-chat-completions --model_args "
                         "base_url=URL,model=NAME")
-    refuse_missing(Path(target))
+    check_model_path(Path(target))
     found = find_target(Path(target))
     engine = settings.engine or (TRANSFORMERS if found.is_hf and not settings.settings
                                  and settings.nproc is None else MEGATRON)

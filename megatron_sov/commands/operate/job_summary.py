@@ -24,7 +24,7 @@ from megatron_sov.train.stages.feasibility import count_epochs, count_tokens, re
 from megatron_sov.train.stages.packed_files import find_files, fix_by_packing
 from megatron_sov.train.stages.stage_config import find_start, tokenizer_of
 from megatron_sov.train.stages.stage_defaults import complete_stage
-from megatron_sov.work.clusters.cluster import ClusterProfile, time_limit_s
+from megatron_sov.work.clusters.cluster import ClusterProfile, parse_time_limit
 from megatron_sov.work.clusters.units import SECONDS_OF_A_DAY
 
 
@@ -136,6 +136,6 @@ def _cost(total: QuoteTotals) -> str:
 
 def _jobs(total: QuoteTotals, profile: ClusterProfile, time_limit: str) -> str:
     """Return how often a job is requeued until the work is done."""
-    work_s = time_limit_s(time_limit) - profile.signal_lead_s
+    work_s = parse_time_limit(time_limit) - profile.signal_lead_s
     requeues = max(0, math.ceil(total.days * SECONDS_OF_A_DAY / work_s) - 1)
     return f"{requeues:,} requeue{'' if requeues == 1 else 's'} at the time limit {time_limit}"

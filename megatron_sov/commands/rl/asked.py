@@ -22,7 +22,7 @@ from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.rollouts.prompts import (
     SET_ASIDE, PromptList, SetAside, asked_too, read_prompts, sampling_digest, set_aside)
-from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.runs.launch_environment import is_first_rank
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
@@ -81,7 +81,7 @@ class PromptOptions:
 def kept(given: str, prompts: PromptList, aside: SetAside, store: Path) -> PromptList:
     """Return the prompts of a file that are asked, and print the account of the file; `given`: option and
     file."""
-    if is_first():
+    if is_first_rank():
         listed = f"; {store / SET_ASIDE} lists them" if aside.rows else ""
         print(f"{given}: {aside.account.describe()}{listed}", file=sys.stderr)
     return prompts.without(aside.too_long)
@@ -107,7 +107,7 @@ def read_heldout(file: Path, renames: Sequence[str], trained: PromptList, *, is_
                 f"{', ...' if len(known) > MAX_TOLD else ''})")
         if len(known) == len(found):
             raise UserError(f"{told}; give prompts that --prompts does not have")
-        if is_first():
+        if is_first_rank():
             warn(f"{told}; they are left out of the validation")
     return replace(found.without(prompt.id for prompt in known), num_trained=len(known))
 

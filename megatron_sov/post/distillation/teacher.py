@@ -36,8 +36,8 @@ from megatron_sov.infer.engines.target import Target
 from megatron_sov.post.distillation.state_files import (
     DTYPES, HEAD, HEAD_WEIGHT, KIND, Kept, StatesPart, content_of, lengths_of, packed, parts_of, unpacked)
 from megatron_sov.post.distillation.translation import TokenTranslation, TranslatedStates
-from megatron_sov.runs.checkpoints import ADAPTER, KIND as CHECKPOINT, MODEL, adapter_base
-from megatron_sov.runs.launch_environment import is_first, num_ranks
+from megatron_sov.runs.checkpoints import ADAPTER, CHECKPOINT_KIND as CHECKPOINT, MODEL, read_adapter_base
+from megatron_sov.runs.launch_environment import is_first_rank, num_ranks
 from megatron_sov.train.data.token_shards import Source, open_sources, provenance, tokenizer_folder
 from megatron_sov.work.progress.resumable import ResumableArtifact, resumable_artifact
 
@@ -109,7 +109,7 @@ def read_documents(reading: TeacherReading, out: Path, settings: Sequence[str], 
             cannot be read.
     """
     _check_kept(reading)
-    if is_first():  # else it would be found behind the loading of a large model
+    if is_first_rank():  # else it would be found behind the loading of a large model
         refuse_existing(out, KIND, overwrite)
     translated = reading.kept.translated
     # A translated teacher knows other ids, so its vocabulary bounds nothing here.
@@ -149,7 +149,7 @@ def weights_digest(target: Target) -> str:
         model: dict[str, Any] = {p.name: file_digest(p) for p in target.path.glob("*.safetensors")}
         model["config.json"] = file_digest(target.path / "config.json")
     else:
-        manifest, base = read_manifest(target.path, CHECKPOINT), adapter_base(target.path)
+        manifest, base = read_manifest(target.path, CHECKPOINT), read_adapter_base(target.path)
         model = {name: record.digest for name, record in manifest.files.items()
                  if name.startswith((MODEL, ADAPTER))}
         model |= {f"settings.{name}": manifest.settings.get(name) for name in ("model", "lora")}

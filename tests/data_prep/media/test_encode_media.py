@@ -20,7 +20,7 @@ from megatron_sov.chat.media_tokens import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD, entr
 from megatron_sov.model.modality import PICTURES, SOUNDS
 from megatron_sov.omni.media.banks import open_bank, read_shapes
 from megatron_sov.work.clusters import client
-from megatron_sov.work.submit.arrays import WORK, Jobs
+from megatron_sov.work.submit.arrays import WORK_FILE, Jobs
 from tests.data_prep.media.chats import Encode, shown
 
 
@@ -189,15 +189,15 @@ def noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ..
     found: list[tuple[Any, ...]] = []
 
     def submit(script: Path, *, after: list[str]) -> str:
-        found.append((*pickle.loads((script.parent / WORK).read_bytes()), after, script.parent))
+        found.append((*pickle.loads((script.parent / WORK_FILE).read_bytes()), after, script.parent))
         return str(100 + len(found))
 
-    monkeypatch.setattr(client, "submit", submit)
+    monkeypatch.setattr(client, "submit_script", submit)
     monkeypatch.setattr(client, "check_script", lambda text: None)
-    monkeypatch.setattr(client, "ask", lambda *words: SimpleNamespace(stdout=""))
+    monkeypatch.setattr(client, "run_slurm_program", lambda *words: SimpleNamespace(stdout=""))
     monkeypatch.setattr(client, "check_partition", lambda name: None)
-    monkeypatch.setattr(client, "states", lambda numbers: {})
-    monkeypatch.setattr(running, "refuse_many_restarts", lambda *words: None)
+    monkeypatch.setattr(client, "read_active_states", lambda numbers: {})
+    monkeypatch.setattr(running, "check_restarts", lambda *words: None)
     (tmp_path / "profile.yaml").write_text(PROFILE)
     return found
 
