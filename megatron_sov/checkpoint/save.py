@@ -132,7 +132,8 @@ class Saver:
         """
         # The snapshot reuses the memory of the previous checkpoint.
         self.finish()
-        writing = _PendingSave(path, temporary_folder(path, self._token), companions.state["step"], time.monotonic())
+        writing = _PendingSave(path, temporary_folder(path, self._token), companions.state["step"],
+                               time.monotonic())
         sources = _collect_weights(model) | ({"optimizer": optimizer.state_shards()} if optimizer else {})
         # Serialize now: the loop changes these values while the thread writes.
         parts, state, base = list(sources), to_json(companions.state), model.adapter_base

@@ -79,7 +79,8 @@ def write_derived(out: Path, what: str, derived: Derived, plan: Mapping[str, Any
     """
     files, links = dict(derived.files), dict(derived.links)
     full_plan = {**plan, "files": digest_of(files)}
-    with resumable_artifact(out, CHECKPOINT_KIND, f"megatron-sov convert {what}", full_plan, overwrite=overwrite,
+    with resumable_artifact(out, CHECKPOINT_KIND, f"megatron-sov convert {what}", full_plan,
+                            overwrite=overwrite,
                             redo=redo) as artifact, ExitStack() as stack, tqdm(
                 total=len(links), desc=what, unit="block", disable=None) as bar:
         missing = {name: blocks for name, blocks in files.items() if name not in artifact.finished}
@@ -144,7 +145,8 @@ def choose_checkpoints(run: Path, last: int | None, steps: Sequence[int | None] 
     check_model_path(run)
     first, end = steps
     checkpoints = [path for path in list_complete(run / CHECKPOINTS_FOLDER)
-             if (first is None or checkpoint_step(path) >= first) and (end is None or checkpoint_step(path) <= end)]
+             if (first is None or checkpoint_step(path) >= first)
+             and (end is None or checkpoint_step(path) <= end)]
     bounds = ""
     if first is not None or end is not None:
         bounds = f" between steps {first or 0} and {'the last' if end is None else end}"

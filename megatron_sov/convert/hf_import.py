@@ -408,7 +408,8 @@ def write_imported(out: Path, source: Imported, dtype: str, *, workers: int, ove
     files = planned_files(links, weights.dtype, dtype)
     plan = {"from": fingerprint(folder), "dtype": dtype, "model": dataclasses.asdict(weights.model),
             "files": digest_of(files)}
-    with resumable_artifact(out, CHECKPOINT_KIND, f"megatron-sov convert {source.what}", plan, overwrite=overwrite,
+    with resumable_artifact(out, CHECKPOINT_KIND, f"megatron-sov convert {source.what}", plan,
+                            overwrite=overwrite,
                             redo=redo) as artifact, \
             tqdm(total=len(links), desc=source.what, unit="block", disable=None) as bar:
         missing = {name: blocks for name, blocks in files.items() if name not in artifact.finished}
@@ -436,7 +437,8 @@ def write_imported(out: Path, source: Imported, dtype: str, *, workers: int, ove
             carry(source.tokenizer, artifact.path / "tokenizer", source.tokens)
         artifact.writer.content = {"step": 0, "parts": [PART], "tokens": 0, **source.content}
         code = models.OWN.code(weights.model.family)
-        artifact.writer.settings = RunConfig(IMPORTED_RECIPE, weights.model, code=(code,) if code else ()).to_dict()
+        codes = (code,) if code else ()
+        artifact.writer.settings = RunConfig(IMPORTED_RECIPE, weights.model, code=codes).to_dict()
 
 
 def planned_files(links: dict[str, Link], dtype_of: Callable[[str], torch.dtype],

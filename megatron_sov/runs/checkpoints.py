@@ -47,8 +47,8 @@ RUN, HF_MODEL, PEFT_ADAPTER = "run", "hf_model", "peft_adapter"
 """Other folder kinds that commands accept."""
 KIND_CONSUMERS = {
     RUN: ("a run", "`megatron-sov report` shows it, `convert to-hf` exports its newest checkpoint"),
-    CHECKPOINT_KIND: ("a checkpoint", "`megatron-sov convert to-hf` exports it, `generate` and `eval` take it as it "
-                           "is, `resume` takes the folder of its run"),
+    CHECKPOINT_KIND: ("a checkpoint", "`megatron-sov convert to-hf` exports it, `generate` and `eval` take "
+                                      "it as it is, `resume` takes the folder of its run"),
     HF_MODEL: ("a Hugging Face folder", "`megatron-sov convert from-hf {path} {name}-checkpoint` makes a "
                                         "checkpoint of it, `generate` and `eval` take it as it is"),
     PEFT_ADAPTER: ("a PEFT adapter", "`megatron-sov convert from-peft` makes a checkpoint of it"),
@@ -65,7 +65,8 @@ FOREIGN_MODEL_SUFFIXES = (".gguf", ".ggml", ".nemo", ".onnx", ".pt", ".pth", ".c
 """Suffixes of whole-model files from other programs."""
 _TAKEN_BY_COMMAND = {(RUN, (HF_MODEL,)): "convert to-hf", (CHECKPOINT_KIND, (HF_MODEL,)): "convert to-hf",
                      (PEFT_ADAPTER, (HF_MODEL,)): "convert from-peft",
-                     (HF_MODEL, (CHECKPOINT_KIND, RUN)): "convert from-hf", (HF_MODEL, (RUN, CHECKPOINT_KIND)): "convert from-hf"}
+                     (HF_MODEL, (CHECKPOINT_KIND, RUN)): "convert from-hf",
+                     (HF_MODEL, (RUN, CHECKPOINT_KIND)): "convert from-hf"}
 """Kind of a folder and the kinds that a command takes -> the command that converts in the other direction."""
 TOKENIZER = "tokenizer.json"
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".jsonl.gz", ".jsonl.zst", ".html", ".csv")
@@ -191,7 +192,8 @@ def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
     if not kind and RUN in kinds and (runs := find_runs(path)):
         raise UserError(f"{path}: is not {wanted}; it holds the runs {', '.join(map(str, runs))}: pass one "
                         "of them")
-    is_run = (path / CHECKPOINTS_FOLDER).exists() or (CHECKPOINT_KIND not in kinds and (path / CONFIG).exists())
+    has_config = CHECKPOINT_KIND not in kinds and (path / CONFIG).exists()
+    is_run = (path / CHECKPOINTS_FOLDER).exists() or has_config
     if not kind and path.is_dir() and not is_run and (contents := _describe_unknown_folder(path)):
         description, advice = contents
         expected = " or ".join(KIND_LOCATIONS[kind] for kind in kinds)
@@ -340,7 +342,8 @@ def protect_adapter_base(base: Path) -> None:
     if base.parent.name != CHECKPOINTS_FOLDER or (base / ADAPTER_BASE_MARKER).exists():
         return
     try:
-        atomic_write(base / ADAPTER_BASE_MARKER, "An adapter stands on this checkpoint, so its run does not prune it.\n"
+        atomic_write(base / ADAPTER_BASE_MARKER,
+                     "An adapter uses this checkpoint as base, so its run does not prune it.\n"
                                   "When no adapter needs it any more, delete this file.\n")
     except (OSError, UserError) as e:
         warn(f"{base}: an adapter needs this checkpoint, and the note for its run cannot be written ({e}); "
@@ -463,5 +466,6 @@ def prune_checkpoints(folder: Path, keep: int, keep_every_steps: int = 0) -> Non
     bases of adapters."""
     # Ignore incomplete checkpoints: they would displace a sound one from the newest `keep`.
     for path in list_complete(folder)[:-keep] if keep else []:
-        if not (keep_every_steps and checkpoint_step(path) % keep_every_steps == 0) and not (path / ADAPTER_BASE_MARKER).exists():
+        is_kept_step = keep_every_steps and checkpoint_step(path) % keep_every_steps == 0
+        if not is_kept_step and not (path / ADAPTER_BASE_MARKER).exists():
             _delete_checkpoint(path)

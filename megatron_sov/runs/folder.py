@@ -56,7 +56,8 @@ FIXED_ROLLOUT_SETTINGS = tuple(f.name for f in dataclasses.fields(RolloutConfig)
                 if f.name not in ("rounds", "max_staleness", "deadline_s", "lease_s", "keep_rounds")
                 # validation settings do not change training
                 and not f.name.startswith(VALIDATION))
-FIXED_SETTINGS: dict[str, tuple[str, ...] | None] = {"model": None, "objective": None, "optim": FIXED_OPTIM_SETTINGS,
+FIXED_SETTINGS: dict[str, tuple[str, ...] | None] = {"model": None, "objective": None,
+                                                     "optim": FIXED_OPTIM_SETTINGS,
                                             "train": ("seed", "precision", "hidden_dropout"),
                                              "data": ("packing", "over_long"), "lora": None,
                                              "preference": None, "distillation": None, "policy": None,
@@ -247,8 +248,9 @@ class RunFolder:
         """Delete the files of a run that was refused before its first step."""
         events = self.path / EVENTS
         # Each condition means that another process uses the folder, or that it contains results.
-        if find_living_holder(self.path) or self.completion() is not None or any(self.checkpoints.glob("*")) or (
-                events.is_file() and any(event.get("step", 0) for event in read_events(events))):
+        has_steps = events.is_file() and any(event.get("step", 0) for event in read_events(events))
+        is_used = has_steps or self.completion() is not None or any(self.checkpoints.glob("*"))
+        if is_used or find_living_holder(self.path):
             return
         with contextlib.suppress(OSError):
             for file in (events, self.path / CONFIG, self.path / COMMAND):

@@ -24,7 +24,8 @@ TRAINED_GROUPS = "learns"
 """Field in a round's manifest: name for the count of trained groups."""
 
 
-def record_or_check_settings(folder: Path, file: Path, settings: dict[str, Any], option: str, noun: str = "rounds",
+def record_or_check_settings(folder: Path, file: Path, settings: dict[str, Any], option: str,
+                             noun: str = "rounds",
                  rewritten_files: Collection[Path] = ()) -> None:
     """Write a rounds folder's settings to `file`, or check that they equal the recorded settings.
 
@@ -110,7 +111,9 @@ def find_round_policy(run: Path, start: Path, number: int, rollout: RolloutConfi
     step = 0 if newest is None else checkpoints.checkpoint_step(newest)
     if not can_generate_round(step, number, rollout):
         return None
-    return build_start_policy(start) if newest is None else Policy(newest, step, _hash_checkpoint_policy(newest))
+    if newest is None:
+        return build_start_policy(start)
+    return Policy(newest, step, _hash_checkpoint_policy(newest))
 
 
 def build_start_policy(start: Path) -> Policy:

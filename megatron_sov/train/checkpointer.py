@@ -62,7 +62,8 @@ def newest_sound(folder: RunFolder, place: ParallelWorld, not_after: int = ANY_S
     A damaged one is set aside, loudly, for the one before.
     """
     # one process looks: on a network file system the others may still see an older listing
-    while ((newest := on_main(place, lambda: checkpoints.latest_checkpoint_until(folder.checkpoints, not_after)))
+    while ((newest := on_main(
+            place, lambda: checkpoints.latest_checkpoint_until(folder.checkpoints, not_after)))
            is not None):
         problem = load.damage(newest)
         if problem is None:
@@ -340,7 +341,8 @@ class Checkpointer:
                 part.restore(state[name])
         if data_too:
             self._batches.restore(state["order"])
-        return TrainState(state["step"], state["tokens"], state["wall_s"], checkpoints.read_trained_tokens(path))
+        return TrainState(state["step"], state["tokens"], state["wall_s"],
+                          checkpoints.read_trained_tokens(path))
 
     def _load_model(self, path: Path, *, new_encoders: bool = False) -> None:
         # read now: a checkpoint that the run goes on from may be pruned before the next one is written

@@ -187,7 +187,8 @@ class Recorder:
               began_s=self._began_s, on_gpu=on_gpu(),
               gpu=gpu_settings.resolve_auto(config, te),
               **build_headline_fields(self.headline, comparable=self._comparable),
-              inputs=[*provenance(sources), *([] if start is None else [as_input(CHECKPOINT_KIND, start)]), *besides],
+              inputs=[*provenance(sources), *([] if start is None else [as_input(CHECKPOINT_KIND, start)]),
+                      *besides],
               machine={"host": platform.node(), "device": device_name(), "python": platform.python_version(),
                        "torch": torch.__version__, "threads": torch.get_num_threads()})
         for entry in entries:

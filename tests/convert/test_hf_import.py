@@ -48,7 +48,8 @@ def test_companions_travel(solar_dir: Path, tmp_path: Path) -> None:
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
 
 
-@pytest.mark.parametrize("content", ["", "hello", "[1]", '{"a": 1', "version https://git-lfs.github.com/spec/v1"])
+@pytest.mark.parametrize("content", ["", "hello", "[1]", '{"a": 1',
+                                     "version https://git-lfs.github.com/spec/v1"])
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
 def test_a_damaged_companion_is_refused_by_its_own_name(name: str, content: str, solar_dir: Path,
                                                         tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ def test_a_file_that_is_not_what_was_written_is_named(run: Path) -> None:
             (artifact.path / name).write_text(name)
     assert find_damage(path) is None and find_damage(run / "checkpoints/step-5") is None
     (path / "optimizer.index.json").write_text("optimizer.inDex.json")
-    assert find_damage(path) == f"{path}/optimizer.index.json: its content differs from the hash in the manifest"
+    assert find_damage(path) == (
+        f"{path}/optimizer.index.json: its content differs from the hash in the manifest")
     assert find_damage(path, weights_only=True) is None
     (path / "model/b").unlink()
     assert [find_damage(path, rank=r, size=2, weights_only=True) for r in range(2)] == [

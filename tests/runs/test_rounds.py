@@ -21,7 +21,8 @@ def test_what_is_done_holds_rounds_to_what_they_were_begun_with(tmp_path: Path) 
 
     def enter(samples: int) -> None:
         # an option that repeats is a tuple, which the note has as a list
-        record_or_check_settings(folder, note, {"samples": samples, "from": "base", "reward_set": ("a=1",)}, "--run")
+        record_or_check_settings(folder, note, {"samples": samples, "from": "base", "reward_set": ("a=1",)},
+                                 "--run")
 
     enter(4)
     (folder / "rounds/.answers.work").mkdir()
@@ -38,7 +39,8 @@ def test_what_is_done_holds_rounds_to_what_they_were_begun_with(tmp_path: Path) 
     with pytest.raises(UserError, match="rounds; choose another --run"):
         enter(8)
     with pytest.raises(UserError, match=r"--run .*answers:"):
-        record_or_check_settings(folder / "rounds/answers", folder / "rounds/answers/rounds.json", {}, "--run")
+        record_or_check_settings(folder / "rounds/answers", folder / "rounds/answers/rounds.json", {},
+                                 "--run")
 
 
 def test_files_that_each_command_makes_are_nothing_that_was_done(tmp_path: Path) -> None:

@@ -143,8 +143,8 @@ def _do_stage(pool: WorkerPool[tuple[PipelineStage, Task], None], stage: Pipelin
     except WorkerLost:
         named = ", ".join(f"{number} of source {source}" for source, number in islice(under_way, MAX_NAMED))
         more = f" and {len(under_way) - MAX_NAMED} more" if len(under_way) > MAX_NAMED else ""
-        raise UserError(f"step {stage.kind}: {LOST_WORKER} while tasks were done of which these are not: {named}"
-                        f"{more}; take fewer --workers or smaller shard_bytes, and run the command again"
+        raise UserError(f"step {stage.kind}: {LOST_WORKER}; these tasks are not finished: {named}{more}; "
+                        "take fewer --workers or smaller shard_bytes, and run the command again"
                         ) from None
 
 

@@ -67,7 +67,8 @@ def groups(source: str, files: Sequence[Path], seals: Sequence[str] = ()) -> Ite
     Raises:
         UserError: a file is missing, damaged, or of another shard.
     """
-    yield from (_rows(source, tables) for tables in iter_row_groups(files, seals or [None] * len(files), way_out))
+    yield from (_rows(source, tables) for tables in iter_row_groups(files, seals or [None] * len(files),
+                                                                    way_out))
 
 
 def _rows(source: str, tables: list[pa.Table]) -> list[LayerRow | None]:

@@ -137,7 +137,8 @@ class Answers(dict[str, Answer]):
 
     def reread(self) -> None:
         """Take in what has been written since, by this process or others."""
-        self.update((str(key), json.loads(answer)) for key, answer in iter_later_records(self.folder, self._ends))
+        records = iter_later_records(self.folder, self._ends)
+        self.update((str(key), json.loads(answer)) for key, answer in records)
 
     def close(self) -> None:
         if self._journal is not None:

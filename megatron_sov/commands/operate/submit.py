@@ -509,7 +509,8 @@ def _cluster_name(options: SubmitOptions, stage: str = "", argv: Sequence[str] =
     arguments too, e.g. options of sbatch."""
     if options.cluster is not None:
         return options.cluster
-    sentence = (f"--cluster: is missing; pass one of {', '.join(cluster.list_profiles())}, or a YAML file of your own"
+    sentence = (f"--cluster: is missing; pass one of {', '.join(cluster.list_profiles())}, "
+                "or a YAML file of your own"
                 + "; --account NAME if your Slurm asks for one" * (options.account is None)
                 + "; --nodes N (default 1)" * (options.nodes is None)
                 + "; --partition and --time replace the profile's")

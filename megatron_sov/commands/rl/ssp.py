@@ -69,7 +69,8 @@ def run_probe(typed: argparse.Namespace) -> int:
     from megatron_sov.post import ssp
 
     candidates = ssp.candidates_of(args.checkpoints)
-    record_or_check_settings(args.output, args.output / ssp.ASKED, _asked(args, domains), "--output", "answers",
+    record_or_check_settings(args.output, args.output / ssp.ASKED, _asked(args, domains), "--output",
+                             "answers",
                  {args.output / ssp.PROBLEMS})
     # also those of earlier commands in this folder: the table is of all
     known = ssp.known_candidates(args.output, candidates)

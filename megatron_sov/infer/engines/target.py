@@ -57,7 +57,9 @@ class Target:
     @property
     def model(self) -> ModelConfig:
         """The architecture; `UserError` for a Hugging Face folder of a family that we do not know."""
-        return convert.open_weights(self.path).model if self.is_hf else read_checkpoint_settings(self.path).model
+        if self.is_hf:
+            return convert.open_weights(self.path).model
+        return read_checkpoint_settings(self.path).model
 
     @property
     def vocab_size(self) -> int:

@@ -146,7 +146,8 @@ class ProcessRunner(Runner):
         # `waiting` grows while answers come: a row goes back into it at most twice
         limit_s = self._time_limit_s * max((len(row) for row in rows if isinstance(row, list)), default=1)
         for i, answer in self._workers.answers(waiting, limit_s):
-            result = self._lost(answer.exit_code, limit_s) if isinstance(answer, LostAnswer) else Result(**answer)
+            is_lost = isinstance(answer, LostAnswer)
+            result = self._lost(answer.exit_code, limit_s) if is_lost else Result(**answer)
             # the second answer for a suspect is the one to its control response
             if i in suspects:
                 results[i] = _blamed(suspects[i], result)

@@ -59,7 +59,9 @@ def look_alone(report: Report, scratch: Path, transformer_engine: bool = False) 
             importlib.import_module("transformer_engine.pytorch")
         except Exception as e:  # it fails in many ways: missing libraries, wrong CUDA
             report.transformer_engine_error = told_in_a_line(e)
-    device = torch.device("cuda", local_gpu_index(report.num_gpus)) if report.num_gpus else torch.device("cpu")
+    device = torch.device("cpu")
+    if report.num_gpus:
+        device = torch.device("cuda", local_gpu_index(report.num_gpus))
     size, dtype = MATMUL_SIZE[device.type], torch.bfloat16 if device.type == "cuda" else torch.float32
     # small whole numbers: their sums are exact, so all healthy ranks get the same checksum
     generator = torch.Generator().manual_seed(0)

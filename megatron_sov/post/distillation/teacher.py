@@ -55,8 +55,8 @@ class ArtifactOnRanks:
 
 
 @contextlib.contextmanager
-def artifact_on_ranks(world: ParallelWorld, opened: Callable[[],
-                                                             contextlib.AbstractContextManager[ResumableArtifact]]
+def artifact_on_ranks(world: ParallelWorld,
+                      opened: Callable[[], contextlib.AbstractContextManager[ResumableArtifact]]
                       ) -> Iterator[ArtifactOnRanks]:
     """Give an artifact that the first rank opens; called by all together."""
     with contextlib.ExitStack() as held:

@@ -179,7 +179,8 @@ def _short(models: Mapping[str, str]) -> str:
 def _way_back(opened: Round) -> str:
     run = RunFolder(opened.path.parents[1])
     # Published rounds are trained again from whatever checkpoint there is, or from the start.
-    before = checkpoints.latest_checkpoint_until(run.checkpoints, (int(opened.path.name) - 1) * len(opened.steps))
+    before = checkpoints.latest_checkpoint_until(run.checkpoints,
+                                                 (int(opened.path.name) - 1) * len(opened.steps))
     which = "all checkpoints" if before is None else f"the checkpoints behind {before.name}"
     return f"delete {which} in {run.checkpoints}, and give the same command with --resume"
 
@@ -539,7 +540,9 @@ class Producer:
     def _policy_of(self, number: int) -> Policy | None:
         """Return the policy that the run is, where it may write a round."""
         policy = self._policy
-        return policy if policy is not None and can_generate_round(policy.step, number, self.rollout) else None
+        if policy is None or not can_generate_round(policy.step, number, self.rollout):
+            return None
+        return policy
 
     def _desk(self, rounds: range, asked_to_stop: Callable[[], bool]) -> PieceQueue:
         store = self.store()

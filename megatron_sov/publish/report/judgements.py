@@ -130,8 +130,8 @@ def _needle_row(run: Run) -> list[list[str]]:
     if run.gate_checks or not found:
         return []
     longest = max(int(cell["length_tokens"]) for cell in found[-1]["cells"])
-    return [["Needles", NOT_SET,
-             f"{run.name}: {format_share(parse_number(found[-1].get('score')))} found, up to {longest:,} tokens"]]
+    score = format_share(parse_number(found[-1].get("score")))
+    return [["Needles", NOT_SET, f"{run.name}: {score} found, up to {longest:,} tokens"]]
 
 
 def _exports(run: Run) -> list[list[str]]:
@@ -162,7 +162,8 @@ def passk_charts(run: Run) -> list[Chart]:
 def passk_tables(run: Run) -> list[PageTable]:
     """Return what the responses to each set of prompts were."""
     def share(event: Event, at: int) -> str:
-        return f"{format_share(parse_number(event['pass_at_k'][at]['value']))} (k = {event['pass_at_k'][at]['k']})"
+        estimate = event["pass_at_k"][at]
+        return f"{format_share(parse_number(estimate['value']))} (k = {estimate['k']})"
 
     def of(cell: Callable[[Event], str]) -> Callable[[tuple[str, Event]], str]:
         return lambda named: cell(named[1])
@@ -183,7 +184,8 @@ def _passk_chart(event: Event, name: str) -> Chart:
     for name_of_field, label in (("pass_at_k", "pass@k"), ("maj_at_k", "maj@k")):
         rows = [r for r in event.get(name_of_field) or [] if len(r.get("interval") or ()) == 2]
         if rows:
-            series.append(Series(label, [parse_number(r["k"]) for r in rows], [parse_number(r["value"]) for r in rows],
+            series.append(Series(label, [parse_number(r["k"]) for r in rows],
+                                 [parse_number(r["value"]) for r in rows],
                                  colour(len(series)), intervals=[
                 (parse_number(r["interval"][0]), parse_number(r["interval"][1])) for r in rows]))
     return Chart(LinePlot(series, Axis("k", is_log=True), Axis("share of prompts", low=0.0, is_share=True)),
@@ -202,7 +204,8 @@ def round_charts(run: Run) -> list[Chart]:
                      "Mean length of responses, in tokens that the policy wrote."),
         _round_chart(rounds, {"truncated": _values(means, "truncated")}, "share",
                      "Share of responses that were as long as allowed and did not end."),
-        _round_chart(rounds, {reason: np.array([parse_number(c.get("groups", {}).get(reason, 0)) for c in rounds])
+        _round_chart(rounds, {reason: np.array([
+            parse_number(c.get("groups", {}).get(reason, 0)) for c in rounds])
                               for reason in _reasons(rounds)}, "groups",
                      "What became of each group of responses.")]
     return [c for c in charts if c is not None]
@@ -220,7 +223,8 @@ def _of_names(means: Sequence[dict[str, Any]], field: str,
         for name in m.get(field) or {}:
             counts[name] = counts.get(name, 0) + 1
     kept = sorted(counts, key=lambda name: (-counts[name], name))[:MAX_CURVES]
-    return {name: np.array([parse_number(of((m.get(field) or {}).get(name))) for m in means]) for name in kept}
+    return {name: np.array([parse_number(of((m.get(field) or {}).get(name))) for m in means])
+            for name in kept}
 
 
 def _reasons(rounds: Sequence[dict[str, Any]]) -> list[str]:

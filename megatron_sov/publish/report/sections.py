@@ -103,7 +103,8 @@ def _checkpoint_tables(run: Run) -> list[PageTable]:
     save_s = [parse_number(c["save_s"]) for c in run.checkpoints if c.get("save_s") is not None]
     if not save_s:
         return []
-    stall_s = [parse_number(c.get("stall_s", c["save_s"])) for c in run.checkpoints if c.get("save_s") is not None]
+    stall_s = [parse_number(c.get("stall_s", c["save_s"])) for c in run.checkpoints
+               if c.get("save_s") is not None]
     row = [f"{len(save_s):,}", f"{int(run.checkpoints[-1]['step']):,}",
            format_duration(float(np.mean(save_s))), format_duration(max(save_s)),
            format_duration(float(np.mean(stall_s)))]

@@ -70,7 +70,8 @@ def validation_tables(run: Run) -> list[PageTable]:
         return []
     return tables(events[-MAX_VALIDATIONS:], {
         "step": field_formatter("step", ",.0f"), "prompts": field_formatter("num_prompts", ",.0f"),
-        "responses": field_formatter("num_samples", ",.0f"), "mean reward": field_formatter("reward", ".4f", "–"),
+        "responses": field_formatter("num_samples", ",.0f"),
+        "mean reward": field_formatter("reward", ".4f", "–"),
         "pass@k (95 %)": _told_passes, "mean tokens": field_formatter("response_tokens", ",.1f"),
         "did not end": field_formatter("truncated", format_share)})
 

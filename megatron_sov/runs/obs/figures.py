@@ -25,7 +25,8 @@ NumberFormat = str | Callable[[float], str]
 """A format specification or a function that formats a float."""
 
 
-def field_formatter(name: str, form: NumberFormat = "", none: str | None = None) -> Callable[[Mapping[str, Any]], str]:
+def field_formatter(name: str, form: NumberFormat = "",
+                    none: str | None = None) -> Callable[[Mapping[str, Any]], str]:
     """Return a function that formats field `name` of an event, or returns `none` if the field is missing."""
     def cell(event: Mapping[str, Any]) -> str:
         value = event.get(name)

@@ -128,7 +128,8 @@ class StepTimings:
         elif event["event"] == "phase" and self._start is not None:
             self._entries.append((parse_whole_number(event.get("step")), event))
         elif event["event"] == "step" and parse_whole_number(event.get("step")) and self._start is not None:
-            self._add_step(self._start, parse_whole_number(event["step"]), parse_number(event.get("step_time_s")))
+            self._add_step(self._start, parse_whole_number(event["step"]),
+                           parse_number(event.get("step_time_s")))
 
     def _add_step(self, start: dict[str, Any], step: int, seconds: float) -> None:
         # Steps are 1-based; a phase event names its 0-based first step.

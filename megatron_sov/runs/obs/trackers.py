@@ -60,12 +60,14 @@ class _TensorBoard:
     def log_table(self, step: int, name: str, rows: Sequence[Sequence[Any]]) -> None:
         if self._samples is None:
             # TensorBoard reads only the newest event file in a folder, so samples need their own folder.
-            files = _import_package("tensorboard.summary.writer.event_file_writer", "obs.tensorboard", "tensorboard")
+            files = _import_package("tensorboard.summary.writer.event_file_writer", "obs.tensorboard",
+                                    "tensorboard")
             self._samples = files.EventFileWriter(str(self._folder / "samples"))
         texts = _import_package("tensorboard.plugins.text.summary_v2", "obs.tensorboard", "tensorboard")
         event = _import_package("tensorboard.compat.proto.event_pb2", "obs.tensorboard", "tensorboard")
         # TensorBoard renders Markdown; indent the text so that it appears verbatim.
-        cells = [RESPONSE_COLUMNS, *([f"    {_format_cell(cell)}".replace("\n", "\n    ") for cell in row] for row in rows)]
+        cells = [RESPONSE_COLUMNS, *([f"    {_format_cell(cell)}".replace("\n", "\n    ") for cell in row]
+                                     for row in rows)]
         self._samples.add_event(event.Event(step=step, wall_time=time.time(), summary=texts.text_pb(
             f"samples/{name}", np.array(cells, dtype=object))))
 
@@ -148,7 +150,8 @@ class Trackers:
             self.log_step(event["step"], {f"{VALIDATION}/{name}": value
                                           for name, value in extract_curves(event).items()})
         elif event["event"] == RESPONSES:
-            self._call_each(lambda tracker: tracker.log_table(event["step"], event["of"], response_rows(event)))
+            self._call_each(lambda tracker: tracker.log_table(event["step"], event["of"],
+                                                              response_rows(event)))
 
     def close(self) -> None:
         """Send pending data and close all trackers."""

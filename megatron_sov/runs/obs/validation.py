@@ -22,7 +22,8 @@ def extract_curves(event: Mapping[str, Any]) -> dict[str, float]:
     """Return curve name -> finite value for a validation event."""
     curves = {name: parse_number(event.get(name)) for name in ("reward", "response_tokens", "truncated")}
     curves |= {f"pass_at_{k}": value for k, value in read_pass_at_k(event).items()}
-    curves |= {f"component/{name}": parse_number(value) for name, value in _read_mapping(event, "components").items()}
+    components = _read_mapping(event, "components")
+    curves |= {f"component/{name}": parse_number(value) for name, value in components.items()}
     for domain, figures in _read_mapping(event, "domains").items():
         curves[f"domain/{domain}/reward"] = parse_number(figures.get("reward"))
         curves |= {f"domain/{domain}/pass_at_{k}": value for k, value in read_pass_at_k(figures).items()}
@@ -32,7 +33,8 @@ def extract_curves(event: Mapping[str, Any]) -> dict[str, float]:
 def read_pass_at_k(figures: Mapping[str, Any]) -> dict[int, float]:
     """Return k -> pass@k for a validation event or one of its domains."""
     estimates = figures.get("pass_at_k") or []
-    return {int(parse_number(estimate.get("k"))): parse_number(estimate.get("value")) for estimate in estimates}
+    return {int(parse_number(estimate.get("k"))): parse_number(estimate.get("value"))
+            for estimate in estimates}
 
 
 def format_validation(figures: Mapping[str, Any]) -> str:

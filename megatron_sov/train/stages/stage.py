@@ -176,7 +176,9 @@ def _run_ranks(stage: Stage, data: _Data, begin: _Begin, nproc: int | None) -> b
 def _way_on(folder: RunFolder) -> str:
     """Return the step of a run's last checkpoint and the command that continues the run."""
     newest = checkpoints.latest_checkpoint(folder.checkpoints)
-    step = "no checkpoint yet" if newest is None else f"last checkpoint: step {checkpoints.checkpoint_step(newest)}"
+    step = "no checkpoint yet"
+    if newest is not None:
+        step = f"last checkpoint: step {checkpoints.checkpoint_step(newest)}"
     # A stage of an extension is continued with the whole run.
     run = folder.path.parents[1] if folder.path.parent.name == STAGES else folder.path
     return f"{step}; continue with: megatron-sov resume {shlex.quote(str(run))}"
@@ -219,8 +221,8 @@ def _check_start(stage: Stage, data: _Data) -> None:
     """Raise `UserError` where a run cannot start from what it is to start from."""
     newest = checkpoints.latest_checkpoint(stage.folder.checkpoints)
     if stage.until is not None and newest is not None and checkpoints.checkpoint_step(newest) >= stage.until:
-        raise UserError(f"--until {stage.until}: the run is at step {checkpoints.checkpoint_step(newest)} already; "
-                        "name a later step")
+        raise UserError(f"--until {stage.until}: the run is at step {checkpoints.checkpoint_step(newest)} "
+                        "already; name a later step")
     if (start := newest or stage.start_from) is not None:
         refuse_other_tokens(tokenizer_folder(data.sources), tokenizer_of(start))
     elif stage.config.lora.on:

@@ -214,7 +214,8 @@ def _propose_recipe(start_from: Path) -> None:
     from megatron_sov import convert
 
     start = find_start(start_from)
-    family = (convert.open_weights(start).model if is_hf_folder(start) else read_checkpoint_settings(start).model).family
+    family = (convert.open_weights(start).model if is_hf_folder(start)
+              else read_checkpoint_settings(start).model).family
     if known := recipes.of_family(family):
         raise UserError("RECIPE: is missing; steps, batches and learning rate come from a recipe of the "
                         f"model's family, {family}: {', '.join(known)}", Fix(arguments=(known[-1],)))

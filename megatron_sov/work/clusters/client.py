@@ -10,7 +10,8 @@ from pathlib import Path
 from megatron_sov.base.errors import UserError, nearest
 
 TIMEOUT_S = 60
-ACTIVE_STATES = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "STOPPED"}
+ACTIVE_STATES = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING",
+                 "STOPPED"}
 JOB_VARIABLE_PREFIXES = ("SLURM_", "SBATCH_")
 THIS_JOB = '"${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"'
 """Shell word that names the running job, or the running task of an array. In a task SLURM_JOB_ID
@@ -25,10 +26,12 @@ def environment_outside_jobs() -> dict[str, str]:
     sbatch prefers SBATCH_ACCOUNT to the script's account; inside an allocation variables such as
     SLURM_MEM_PER_CPU are inherited and conflict with the job's own options.
     """
-    return {k: v for k, v in os.environ.items() if k in CLIENT_VARIABLES or not k.startswith(JOB_VARIABLE_PREFIXES)}
+    return {k: v for k, v in os.environ.items() if k in CLIENT_VARIABLES
+            or not k.startswith(JOB_VARIABLE_PREFIXES)}
 
 
-def run_slurm_program(program: str, *arguments: str, script: str | None = None) -> subprocess.CompletedProcess[str]:
+def run_slurm_program(program: str, *arguments: str,
+                      script: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run a Slurm program.
 
     Raises:
@@ -50,7 +53,8 @@ def check_partition(partition: str) -> None:
     """Raise `UserError` if Slurm has no such partition; "" means the default."""
     result = run_slurm_program("sinfo", "--noheader", "--format=%R")
     if result.returncode:
-        raise UserError(f"sinfo: {format_error(result.stderr)}; see to it that Slurm's controller can be reached")
+        raise UserError(f"sinfo: {format_error(result.stderr)}; make sure that Slurm's controller can be "
+                        "reached")
     known = sorted(set(result.stdout.split()))
     if partition and partition not in known:
         raise UserError(f"partition {partition!r}: does not exist here{nearest(partition, known)} "

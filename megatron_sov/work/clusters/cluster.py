@@ -22,7 +22,8 @@ from megatron_sov.base.settings import (
 from megatron_sov.work.clusters.chips import (
     CHIPS, INFINIBAND_LATENCY_S, INSIDE_LATENCY_S, Chip, Links, find_device_chip)
 
-SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|PRIVATE_KEY)S?$", re.IGNORECASE)
+SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|PRIVATE_KEY)S?$",
+                         re.IGNORECASE)
 """Pattern of variable names whose values must not appear in scripts."""
 VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 TIME_LIMIT = re.compile(r"(?P<d>\d+)-(?P<dh>\d+)(:(?P<dm>\d+)(:(?P<ds>\d+))?)?"
@@ -143,7 +144,8 @@ class ClusterProfile:
     """Environment modules to load."""
     setup: tuple[str, ...] = ()
     """Shell lines to run first, verbatim."""
-    environment: dict[Annotated[VariableName, Bound(_check_not_secret)], str] = dataclasses.field(default_factory=dict)
+    environment: dict[Annotated[VariableName, Bound(_check_not_secret)], str] = dataclasses.field(
+        default_factory=dict)
     """Environment variables for all ranks, such as NCCL settings. Never secrets."""
     container: ContainerConfig = ContainerConfig()
     """Container for a job's Python."""
@@ -315,13 +317,14 @@ def load_profile(name: str, *, account: str | None = None, partition: str | None
     if name.endswith((".yaml", ".yml")):
         file = Path(name)
         if not file.is_file():
-            raise UserError(f"--cluster {name}: does not exist; pass a file, or one of {', '.join(list_profiles())}")
+            raise UserError(f"--cluster {name}: does not exist; pass a file, or one of "
+                            f"{', '.join(list_profiles())}")
         text = read_text(file, f"--cluster {name}")
     elif name in list_profiles():
         text = list_packaged_files("clusters")[name].read_text(encoding="utf-8")
     else:
-        raise UserError(f"--cluster {name}: there is no such profile{nearest(name, list_profiles())} (profiles: "
-                        f"{', '.join(list_profiles())}; your own: a path that ends with .yaml)")
+        raise UserError(f"--cluster {name}: there is no such profile{nearest(name, list_profiles())} "
+                        f"(profiles: {', '.join(list_profiles())}; your own: a path that ends with .yaml)")
     # check rules only after applying account and partition
     profile = read_yaml(ClusterProfile, text, f"--cluster {name}", rules=False)
     profile = dataclasses.replace(profile, account=profile.account if account is None else account,

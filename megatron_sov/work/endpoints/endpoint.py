@@ -279,10 +279,12 @@ class Endpoint:
             raise UserError(f"{self._url}: {FATAL_STATUSES[status]} (HTTP {status}); check the address, the "
                             f"model and the key in {self._key_env}, and run the same command again")
         if status in RETRIED_STATUSES:
-            raise BadAnswer(f"the endpoint answered HTTP {status}", parse_retry_after(retry_after), status in UNAVAILABLE_STATUSES)
+            raise BadAnswer(f"the endpoint answered HTTP {status}", parse_retry_after(retry_after),
+                            status in UNAVAILABLE_STATUSES)
         if status in REFUSED_STATUSES and (why := find_permanent_refusal(body)):
             raise RequestRefused(f"the request is {why} (HTTP {status})")
-        reason = read_error_text(body, os.environ.get(self._key_env, "")) if status in REFUSED_STATUSES else ""
+        key = os.environ.get(self._key_env, "")
+        reason = read_error_text(body, key) if status in REFUSED_STATUSES else ""
         if any(word in reason for word in NO_TOOLS_PHRASES):
             raise UserError(f"{self._url}: is not set up for calls of tools (HTTP {status}); start vLLM with "
                             "--enable-auto-tool-choice --tool-call-parser NAME (hermes for Qwen), llama.cpp "

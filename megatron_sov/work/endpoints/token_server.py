@@ -166,7 +166,8 @@ class ServerCalls:
 
     def tell(self, path: str, payload: Mapping[str, Any] | None = None) -> Any:
         """Send a control request; return its JSON."""
-        return self._parse_response(path, self._get_transport(CONTROL_TIMEOUT_S).post(payload or {}, path[1:]))
+        return self._parse_response(path,
+                                    self._get_transport(CONTROL_TIMEOUT_S).post(payload or {}, path[1:]))
 
     def look(self, path: str) -> Any:
         """Fetch a status path; return its JSON."""

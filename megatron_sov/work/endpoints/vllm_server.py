@@ -53,7 +53,8 @@ class VllmServer:
                     "stop_token_ids": list(request.stop_ids), "detokenize": False, "n": request.count}
         if self._path == GENERATE_PATH and not request.others:  # the route accepts a single prompt
             try:
-                reply = self._calls.ask(GENERATE_PATH, {"request_id": request.name, "token_ids": list(request.ids),
+                reply = self._calls.ask(GENERATE_PATH,
+                                        {"request_id": request.name, "token_ids": list(request.ids),
                                                 "sampling_params": sampling, "model": self._model or None})
                 return check_answers(_parse_choices(reply, self.url), request.num_answers, self.url)
             except RequestRefused as e:
@@ -82,7 +83,8 @@ class VllmServer:
                     return [float(place[str(token)]["logprob"])
                             for place, token in zip(reply["prompt_logprobs"][1:], ids[1:], strict=True)]
         # completions echo the prompt followed by one new token
-        reply = self._calls.ask(COMPLETIONS_PATH, {"prompt": list(ids), "model": self._get_model_name(), "max_tokens": 1,
+        reply = self._calls.ask(COMPLETIONS_PATH,
+                                {"prompt": list(ids), "model": self._get_model_name(), "max_tokens": 1,
                                               "temperature": 1.0, "echo": True, "logprobs": 0,
                                               "request_id": uuid.uuid4().hex})
         with AnswerParsing(self.url):

@@ -206,8 +206,8 @@ class WorkerPool(Generic[Item, Result]):
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool:
-            raise WorkerLost(f"{LOST_WORKER}; run the same command again, with fewer --workers: what is done is kept"
-                             ) from None
+            raise WorkerLost(f"{LOST_WORKER}; run the same command again with fewer --workers: finished work "
+                             "is kept") from None
 
 
 def map_in_processes(build: Callable[..., Callable[[Item], Result]], arguments: tuple[Any, ...],

@@ -241,7 +241,8 @@ def _run_worker(channel: socket.socket, make: Callable[..., Answer], arguments: 
     serve_requests(channel, make, arguments)
 
 
-def serve_requests(channel: socket.socket, make: Callable[..., Answer], arguments: tuple[object, ...]) -> None:
+def serve_requests(channel: socket.socket, make: Callable[..., Answer],
+                   arguments: tuple[object, ...]) -> None:
     """Answer requests until the other side closes the channel."""
     with contextlib.suppress(EOFError, ConnectionError):
         try:
@@ -250,6 +251,7 @@ def serve_requests(channel: socket.socket, make: Callable[..., Answer], argument
             while True:
                 for request in receive_message(channel):
                     # answer one by one: if the process dies, the first unanswered request is the cause
-                    send_message(channel, ("answer", answer(request, lambda: send_message(channel, ("again", "")))))
+                    send_message(channel,
+                                 ("answer", answer(request, lambda: send_message(channel, ("again", "")))))
         except UserError as e:
             send_message(channel, ("problem", str(e)))

@@ -161,7 +161,8 @@ def begin_journal(output: Path, made_by: str, identity: Mapping[str, Any], *, re
 
 
 @contextlib.contextmanager
-def lock_work_folder(output: Path, made_by: str, identity: Mapping[str, Any], redo: bool = False) -> Iterator[None]:
+def lock_work_folder(output: Path, made_by: str, identity: Mapping[str, Any],
+                     redo: bool = False) -> Iterator[None]:
     """Lock an output's work folder and write or check its `job.json`; see `open_journal`.
 
     If an exception escapes and the folder contains no records, delete it.

@@ -251,7 +251,8 @@ class Claim:
                 return False
             self._beat += 1
             self._is_over = is_released
-            record = {**process_identity(), "beat": self._beat, "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
+            record = {**process_identity(), "beat": self._beat,
+                      "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
                       "is_released": is_released}
             try:
                 atomic_write(file, json.dumps(record))

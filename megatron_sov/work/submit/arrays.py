@@ -110,8 +110,8 @@ def check_quotable(output: Path) -> None:
 def check_restarts(subject: str, hint: str) -> None:
     """Raise `UserError` if Slurm has requeued this job more than `MAX_RESTARTS` times."""
     if int(os.environ.get("SLURM_RESTART_COUNT", "0")) > MAX_RESTARTS:
-        raise UserError(f"{subject}: this job has been requeued {MAX_RESTARTS} times and is not done; give it a "
-                        f"longer time limit, or {hint}")
+        raise UserError(f"{subject}: this job has been requeued {MAX_RESTARTS} times and is not done; "
+                        f"give it a longer time limit, or {hint}")
 
 
 @contextlib.contextmanager
@@ -140,7 +140,9 @@ def print_failures(folder: Path, names: Sequence[str]) -> None:
         if failures:
             defects = [failure for failure in failures if not failure["is_user_error"]]
             first = defects[0] if defects else failures[0]
-            more = f" (and {len(failures) - 1} other tasks: {logs / FAILED_FOLDER})" if len(failures) > 1 else ""
+            more = ""
+            if len(failures) > 1:
+                more = f" (and {len(failures) - 1} other tasks: {logs / FAILED_FOLDER})"
             text = first["sentence"] if first["is_user_error"] else first["trace"]
             print(f"the jobs before were stopped by: {text.strip()}{more}")
             return

@@ -95,7 +95,8 @@ def _check_columns(file: Path, opened: parquet.ParquetFile, schema: pa.Schema) -
                             f"{field.type}; the store did not write it")
     row_groups = [opened.metadata.row_group(i) for i in range(opened.num_row_groups)]
     leaves = [group.column(k) for group in row_groups for k in range(group.num_columns)]
-    size_bytes = sum(_leaf_bytes(leaf) for leaf in leaves if leaf.path_in_schema.split(".")[0] in schema.names)
+    size_bytes = sum(_leaf_bytes(leaf) for leaf in leaves
+                     if leaf.path_in_schema.split(".")[0] in schema.names)
     if problem := _find_excess(opened.metadata.num_rows, size_bytes):
         raise UserError(f"{file}: {problem}")
     for leaf in leaves:
@@ -116,7 +117,8 @@ def _find_excess(rows: int, size_bytes: int) -> str:
     if rows > MAX_ROWS:
         return f"has {rows:,} rows, at most {MAX_ROWS:,}; {_SMALLER_PARTS}"
     if size_bytes > MAX_BYTES:
-        return f"takes {size_bytes / 2**30:.1f} GiB in memory, at most {MAX_BYTES / 2**30:g}; {_SMALLER_PARTS}"
+        size_gib, limit_gib = size_bytes / 2**30, MAX_BYTES / 2**30
+        return f"takes {size_gib:.1f} GiB in memory, at most {limit_gib:g}; {_SMALLER_PARTS}"
     return ""
 
 

@@ -365,7 +365,8 @@ class Table(Generic[P]):
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
 
-    def clearable(self, versions: Collection[str] = (), firsts: Collection[int] = ()) -> list[DeletableFolder]:
+    def clearable(self, versions: Collection[str] = (),
+                  firsts: Collection[int] = ()) -> list[DeletableFolder]:
         """Return folders that may be deleted: leftovers of killed jobs, claims on finished
         work, selected parts.
 
@@ -396,7 +397,8 @@ class Table(Generic[P]):
                 if key is not None and key[0] in firsts:
                     yield path, f"of {self.FIRST} {key[0]}"
         for version in folders:
-            finished_claims |= {self.claim_name(path.name, version) for path in self._version_folder(version).iterdir()}
+            finished_claims |= {self.claim_name(path.name, version)
+                                for path in self._version_folder(version).iterdir()}
             yield self._version_folder(version), "of that version"
         yield from ((path, "what it claims is done") for path in sorted(self.claims.iterdir())
                     if path.name in finished_claims)

@@ -98,7 +98,8 @@ def test_what_the_gpus_have_no_room_for_is_refused_before_anything_is_started(
         stage: Callable[..., Stage], launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the launcher, from what the driver says; it starts no CUDA."""
     lacks_zero1 = int(fullest(stage().config, 2)[1].total / USABLE_SHARE) - 1
-    seen = [VisibleGpu(i, f"GPU-{i}", "NVIDIA Tiny", size, 0) for i, size in enumerate((40 << 30, lacks_zero1))]
+    seen = [VisibleGpu(i, f"GPU-{i}", "NVIDIA Tiny", size, 0) for i,
+            size in enumerate((40 << 30, lacks_zero1))]
     monkeypatch.setattr(fitting, "list_visible_gpus", lambda: seen)
     with pytest.raises(UserError, match=r"fits: --set parallel\.zero1=true$"):
         run_stage(stage(), 2)

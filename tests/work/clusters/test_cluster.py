@@ -16,7 +16,8 @@ from megatron_sov.work.clusters.units import GIB
 
 
 def test_nine_profiles_come_with_the_package() -> None:
-    assert cluster.list_profiles() == ["a100", "b200", "b300", "gb200", "gb300", "h100", "h200", "local", "one-node"]
+    assert cluster.list_profiles() == ["a100", "b200", "b300", "gb200", "gb300", "h100", "h200", "local",
+                                       "one-node"]
     for name in cluster.list_profiles():
         profile = cluster.load_profile(name, account="me")
         assert profile.problems() == [] and len(profile.description) > 20
@@ -165,7 +166,8 @@ def test_a_chip_is_found_by_any_of_its_names(written: str, key: str) -> None:
 
 
 def test_other_chips_are_not_guessed() -> None:
-    assert find_device_chip("NVIDIA H100 PCIe") is find_device_chip("NVIDIA GeForce RTX 4090") is find_device_chip("") is None
+    for name in ("NVIDIA H100 PCIe", "NVIDIA GeForce RTX 4090", ""):
+        assert find_device_chip(name) is None
     with pytest.raises(UserError, match=r"'H10': is not in the table; did you mean 'h100'\? \(GPUs: a100"):
         find_chip("H10")
 

@@ -180,7 +180,8 @@ def test_what_a_refusal_says_is_told_and_what_never_helps_is_not_tried(
 def test_a_name_may_stand_for_the_address_in_what_answers_are_kept_by(tmp_path: Path) -> None:
     cache = EndpointCache(tmp_path / "a")
     with serving(ScriptedEndpoint(lambda request: "yes")) as server:
-        Endpoint(f"{server.url}/chat/completions", "", LIMITS, cache, cache_name="m").ask(ASKED, lambda raw: 1)
+        Endpoint(f"{server.url}/chat/completions", "", LIMITS, cache, cache_name="m").ask(ASKED,
+                                                                                          lambda raw: 1)
     moved = Endpoint("http://127.0.0.1:9/v1/chat/completions", "", LIMITS, cache, cache_name="m")
     assert moved.ask(ASKED, lambda raw: raw["choices"][0]["message"]["content"]) == "yes"
 

@@ -123,7 +123,8 @@ def test_its_code_is_returned_and_a_stop_is_passed_on(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("workers", [1, 2])
 def test_results_come_in_order(workers: int) -> None:
     items = ["b", "a", *"xyz" * 10]
-    assert list(map_in_processes(operator.methodcaller, ("upper",), items, workers)) == [i.upper() for i in items]
+    assert list(map_in_processes(operator.methodcaller, ("upper",), items, workers)) == [i.upper()
+                                                                                         for i in items]
     assert list(map_in_processes(operator.methodcaller, ("upper",), [], workers)) == []
 
 

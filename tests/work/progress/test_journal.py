@@ -141,7 +141,8 @@ def test_a_job_that_failed_goes_on_behind_what_is_done(workers: int, tmp_path: P
     log = tmp_path / "log"
 
     def executor(until: int) -> Executor[int]:
-        return worker_executor(squares, (log, until), workers) if workers else local_executor(squares(log, until))
+        return worker_executor(squares, (log, until),
+                               workers) if workers else local_executor(squares(log, until))
 
     with pytest.raises(UserError, match="this far"):
         run_job(job(tmp_path, executor(11)))
