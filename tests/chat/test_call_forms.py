@@ -49,7 +49,7 @@ TURNS: dict[str, tuple[CallForm, str, bool, str, tuple[ToolCall, ...]]] = {
 
 
 @pytest.mark.parametrize("name", TURNS)
-def test_calls_of_released_templates_are_read_back(name: str) -> None:
+def test_calls_of_released_templates_round_trip(name: str) -> None:
     form, text, in_thoughts, thoughts, calls = TURNS[name]
     said = "Let me check." if "Let me check." in text else ""
     # without a template a Llama's call has no mark
@@ -76,13 +76,13 @@ def test_calls_of_released_templates_are_read_back(name: str) -> None:
     ("llama-3", '{"name": "book"}', "form"), ("llama-3", '{"name": "book", "arguments": {}}', "form"),
     ("llama-3", '<|python_tag|>search.call(query="a")', "json"),
 ])
-def test_what_is_nearly_a_call_of_a_form_is_told(form: CallForm, text: str, code: str) -> None:
+def test_malformed_calls_of_each_form_are_reported(form: CallForm, text: str, code: str) -> None:
     (call,) = parse_turn(text, form=form).calls
     assert isinstance(call, BadCall) and call.code == code and len(call.reason) < 200
 
 
 @pytest.mark.parametrize("text", ['{"city": "Seoul"}', '{"name": "Kim", "age": 7}', "a {b}", '["name"]'])
-def test_an_object_that_a_llama_answers_with_is_no_call(text: str) -> None:
+def test_json_answer_of_llama_is_no_call(text: str) -> None:
     assert parse_turn(text, form="llama-3") == WrittenTurn(text, ())
     assert whole_turn(text, False, TOOLS, "llama-3").content == text
 
@@ -109,7 +109,7 @@ def encoder(template: str, *more: str) -> ChatEncoder:
 
 
 @pytest.mark.parametrize("form", CALLS)
-def test_a_folders_template_says_in_which_form_its_model_calls(form: CallForm) -> None:
+def test_call_form_of_folder_template(form: CallForm) -> None:
     chat = encoder(CHATML.replace("CALL", CALLS[form]))
     assert chat.form_of_calls()[0] == form == TurnEncoder(chat, "tok").call_form
     assert encoder(CHATML.replace("CALL", "")).form_of_calls() == (None, "")
@@ -120,7 +120,7 @@ def test_a_folders_template_says_in_which_form_its_model_calls(form: CallForm) -
     assert parse_turn(turns.text(written), form=turns.call_form).calls == (NOW,)
 
 
-def test_results_are_shown_as_json_or_beside_the_name_of_their_function() -> None:
+def test_results_are_shown_as_json_or_with_function_name() -> None:
     """As the template of Llama 3 shows them, and those that name the function."""
     said = "{% if m.role == 'tool' %}SHOWN{% else %}{{ m.content }}{% endif %}"
     framed = CHATML.replace("{{ m.content }}", said).replace("CALL", CALLS["llama-3"])

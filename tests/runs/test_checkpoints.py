@@ -30,7 +30,7 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_newest_counts_and_a_torn_one_is_named_with_the_one_before(run: Path) -> None:
+def test_damaged_newest_checkpoint_suggests_previous(run: Path) -> None:
     newest = run / "checkpoints" / "step-100"
     assert latest_checkpoint(run / "checkpoints") == find_checkpoint(run) == find_checkpoint(newest) == newest
     (run / "checkpoints" / "step-200").mkdir()  # without a manifest
@@ -39,13 +39,13 @@ def test_the_newest_counts_and_a_torn_one_is_named_with_the_one_before(run: Path
     assert latest_checkpoint(run / "checkpoints") == run / "checkpoints" / "step-200"
 
 
-def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_run_without_checkpoint_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="has no complete checkpoint yet"):
         find_checkpoint(tmp_path)
 
 
-def test_a_file_that_is_not_what_was_written_is_named(run: Path) -> None:
+def test_find_damage_names_changed_file(run: Path) -> None:
     path = run / "checkpoints/step-7"
     with new_artifact(path, "checkpoint") as artifact:
         for name in ("state.json", "optimizer.index.json", "model/a", "model/b"):
@@ -70,7 +70,7 @@ def test_a_file_that_is_not_what_was_written_is_named(run: Path) -> None:
     ("num_layers", None, "model.num_layers = null"),
     ("no_such_field", 1, "model.no_such_field: no such setting"),
 ])
-def test_settings_that_make_no_model_are_one_sentence(name: str, value: object, said: str,
+def test_invalid_model_settings_raise_user_error(name: str, value: object, said: str,
                                                       tmp_path: Path) -> None:
     raw = recipes.get("tiny-solar-open").to_dict()
     raw["model"][name] = value
@@ -82,14 +82,14 @@ def test_settings_that_make_no_model_are_one_sentence(name: str, value: object, 
 
 
 @pytest.mark.parametrize("raw", [{}, {"recipe": "x", "model": None}, {"recipe": "x", "model": []}], ids=str)
-def test_settings_of_another_kind_are_one_sentence(raw: dict[str, object], tmp_path: Path) -> None:
+def test_settings_of_other_artifacts_raise_user_error(raw: dict[str, object], tmp_path: Path) -> None:
     with new_artifact(tmp_path / "step-1", CHECKPOINT_KIND) as artifact:
         artifact.settings = raw
     with pytest.raises(UserError, match="its settings cannot be used"):
         read_checkpoint_settings(tmp_path / "step-1")
 
 
-def test_damaged_ones_are_set_aside_and_never_taken_for_a_beginning(run: Path) -> None:
+def test_run_with_only_damaged_checkpoints_is_rejected(run: Path) -> None:
     folder = run / "checkpoints"
     assert rename_damaged_checkpoint(folder / "step-100").name == "damaged-step-100"
     (folder / "step-100").mkdir()
@@ -103,7 +103,7 @@ def test_damaged_ones_are_set_aside_and_never_taken_for_a_beginning(run: Path) -
         check_sound_checkpoint_exists(folder)
 
 
-def test_leftovers_of_killed_processes_go_and_checkpoints_stay(run: Path) -> None:
+def test_delete_leftovers_keeps_checkpoints(run: Path) -> None:
     folder = run / "checkpoints"
     before = sorted(folder.iterdir())
     for name in (".writing-step-200-1f", ".deleting-step-1-2e", ".try-ab"):
@@ -114,7 +114,7 @@ def test_leftovers_of_killed_processes_go_and_checkpoints_stay(run: Path) -> Non
 
 @given(st.sets(st.integers(1, 40), max_size=12), st.sets(st.integers(1, 40)), st.integers(0, 4),
        st.integers(0, 7))
-def test_what_stays_is_what_brute_force_keeps(tmp_path_factory, steps: set[int], torn: set[int], keep: int,
+def test_prune_agrees_with_brute_force(tmp_path_factory, steps: set[int], torn: set[int], keep: int,
                                               every: int) -> None:
     """Newest `keep` of the complete ones, multiples of `every`,
     and everything that is no complete checkpoint."""
@@ -133,7 +133,7 @@ def test_what_stays_is_what_brute_force_keeps(tmp_path_factory, steps: set[int],
             == {f"step-{s}" for s in expected} | {".writing-step-41-aa", "damaged-step-1"})
 
 
-def test_what_an_adapter_stands_on_is_not_pruned(run: Path, tmp_path: Path) -> None:
+def test_prune_keeps_adapter_bases(run: Path, tmp_path: Path) -> None:
     folder = run / "checkpoints"
     protect_adapter_base(folder / "step-5")
     prune_checkpoints(folder, 1)
@@ -148,7 +148,7 @@ def test_what_an_adapter_stands_on_is_not_pruned(run: Path, tmp_path: Path) -> N
     assert not (tmp_path / "imported" / ADAPTER_BASE_MARKER).exists(), "nothing prunes it"
 
 
-def test_weights_that_are_taken_back_stay_for_the_adapters_that_stand_on_them(run: Path) -> None:
+def test_rollback_renames_adapter_bases(run: Path) -> None:
     folder = run / "checkpoints"
     base = AdapterBase.of(folder / "step-100")
     protect_adapter_base(folder / "step-100")
@@ -170,7 +170,7 @@ def test_weights_that_are_taken_back_stay_for_the_adapters_that_stand_on_them(ru
         find_adapter_base(adapter, AdapterBase(folder / "step-7", base.sha256))
 
 
-def test_a_kill_while_deleting_leaves_no_torn_checkpoint_under_its_name(
+def test_kill_during_deletion_leaves_no_partial_checkpoint(
         run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(path: Path, **options: bool) -> None:
         (path / "manifest.json").unlink()
@@ -213,7 +213,7 @@ UNKNOWN = {"empty": ((), "is empty"), "read": (("README.md",), "holds README.md 
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_folder_of_nothing_known_is_told_what_it_holds_and_what_to_pass(command: str, tmp_path: Path
+def test_unknown_folder_error_describes_content(command: str, tmp_path: Path
                                                                          ) -> None:
     for name, (files, said) in UNKNOWN.items():
         (tmp_path / name).mkdir()
@@ -225,7 +225,7 @@ def test_a_folder_of_nothing_known_is_told_what_it_holds_and_what_to_pass(comman
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_another_kind_of_folder_is_told_what_it_is_and_what_takes_it(command: str, tmp_path: Path) -> None:
+def test_other_folder_kind_error_names_command(command: str, tmp_path: Path) -> None:
     kinds, call = COMMANDS[command]
     for kind in sorted(set(KIND_CONSUMERS) - set(kinds)):
         folder = folder_of(tmp_path / kind, kind)

@@ -15,7 +15,7 @@ from megatron_sov.runs.rounds import (
     Policy, RunPolicies, build_start_policy, find_round_policy, record_or_check_settings)
 
 
-def test_what_is_done_holds_rounds_to_what_they_were_begun_with(tmp_path: Path) -> None:
+def test_rounds_with_results_reject_other_settings(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     note = folder / "rounds" / "rounds.json"
 
@@ -43,7 +43,7 @@ def test_what_is_done_holds_rounds_to_what_they_were_begun_with(tmp_path: Path) 
                                  "--run")
 
 
-def test_files_that_each_command_makes_are_nothing_that_was_done(tmp_path: Path) -> None:
+def test_rewritten_files_do_not_count_as_results(tmp_path: Path) -> None:
     folder, made = tmp_path / "probe", tmp_path / "probe/problems.jsonl"
 
     def enter(k: int) -> None:
@@ -67,7 +67,7 @@ def checkpoint(path: Path, **state: Any) -> Path:
     return path
 
 
-def test_the_newest_end_of_a_round_writes_it_if_it_is_not_too_old(tmp_path: Path) -> None:
+def test_round_policy_respects_max_staleness(tmp_path: Path) -> None:
     start, run = checkpoint(tmp_path / "start"), tmp_path / "run"
     rollout = RolloutConfig(steps_per_round=2)
     first = build_start_policy(start)
@@ -100,7 +100,7 @@ def trained(policies: RunPolicies, rounds: range) -> list[Policy]:
     return found
 
 
-def test_a_run_is_known_by_what_it_was_trained_on_and_goes_on_as_the_same_from_any_checkpoint(
+def test_policy_digests_survive_resume_from_any_checkpoint(
         tmp_path: Path) -> None:
     start, run = checkpoint(tmp_path / "start"), tmp_path / "run"
     whole = run_of(run, start, lr=1)
@@ -127,7 +127,7 @@ def test_a_run_is_known_by_what_it_was_trained_on_and_goes_on_as_the_same_from_a
         run / "checkpoints/step-4", 4, expected[2].sha256)
 
 
-def test_weights_that_were_taken_back_are_another_policy(tmp_path: Path) -> None:
+def test_rollback_gives_another_policy(tmp_path: Path) -> None:
     start = checkpoint(tmp_path / "start")
     policies = run_of(tmp_path / "run", start)
     before = trained(policies, range(1, 3))

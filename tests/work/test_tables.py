@@ -34,7 +34,7 @@ def words(*given: str) -> pa.Table:
     return pa.table({"word": pa.array(given)}, WORDS)
 
 
-def test_rows_and_added_columns_of_a_declared_table(tmp_path: Path) -> None:
+def test_rows_and_added_columns_of_table(tmp_path: Path) -> None:
     table = Words.create(tmp_path / "words", "ko")
     assert table.publish("10", "", words("a", "bc"), {"job": 1}) and table.publish("2", "", words("d"), {})
     assert not table.publish("2", "", words("other"), {})  # the first one stays

@@ -347,10 +347,10 @@ def _time_limit(request: SubmitRequest, work: StageWork) -> str:
     limit = request.time_limit if request.time_limit is not None else min(defaults, key=parse_time_limit)
     lead_s = request.profile.signal_lead_s
     if parse_time_limit(limit) <= lead_s + SIGNAL_TOLERANCE_S:
-        raise UserError(f"time limit {limit!r}: is {parse_time_limit(limit):g} s, and the job is asked "
-                        f"to save signal_lead_s = {lead_s} before it ends, by Slurm up to {SIGNAL_TOLERANCE_S} s "
-                        "earlier, so no work would be done; pass a longer --time, or a profile with a "
-                        "shorter signal_lead_s")
+        raise UserError(f"time limit {limit!r}: is {parse_time_limit(limit):g} s, and the job is asked to "
+                        f"save signal_lead_s = {lead_s} before it ends, by Slurm up to "
+                        f"{SIGNAL_TOLERANCE_S} s earlier, so no work would be done; pass a longer --time, or a "
+                        "profile with a shorter signal_lead_s")
     return limit
 
 

@@ -33,7 +33,7 @@ def begin(out: Path, *records: tuple[int | str, bytes]) -> bytes:
 
 @pytest.mark.parametrize("torn", [b"", b"[2, 1", b"[2, 1, 1]\n{", b"[2, 2, 1]\n{}\n", b"\0" * 40 + b"\n",
                                   b"[2, -1, 0]\n", b"7\n{}\n"])
-def test_whole_records_are_kept_and_what_a_kill_left_of_one_is_not(torn: bytes, tmp_path: Path) -> None:
+def test_incomplete_record_is_dropped(torn: bytes, tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
     begin(out, (0, b"a\nb\n"), ("key", b""))
     with open(work_folder(out) / RECORDS, "ab") as f:
@@ -48,7 +48,7 @@ def test_whole_records_are_kept_and_what_a_kill_left_of_one_is_not(torn: bytes, 
     assert os.listdir(tmp_path) == [out.name]
 
 
-def test_every_beginning_of_a_journal_is_a_journal(tmp_path: Path) -> None:
+def test_every_prefix_of_journal_is_valid(tmp_path: Path) -> None:
     whole = begin(tmp_path / "a", *((n, b"x" * n) for n in range(9)))
     found = []
     for size_bytes in range(len(whole) + 1):
@@ -57,7 +57,7 @@ def test_every_beginning_of_a_journal_is_a_journal(tmp_path: Path) -> None:
     assert found == sorted(found) and set(found) == set(range(10))
 
 
-def test_work_of_another_command_is_refused_with_what_differs_unless_it_is_to_begin_anew(
+def test_other_identity_is_rejected_unless_redo(
         tmp_path: Path) -> None:
     out, other = tmp_path / "out", {**ASKED, "sampling": {"top_p": 1.0, "seed": 2}}
     begin(out, (0, b""))
@@ -76,7 +76,7 @@ def test_work_of_another_command_is_refused_with_what_differs_unless_it_is_to_be
         assert journal.done == set()
 
 
-def test_where_nothing_was_done_anything_may_begin(tmp_path: Path) -> None:
+def test_journal_without_records_accepts_other_identity(tmp_path: Path) -> None:
     begin(tmp_path / "out")
     assert not work_folder(tmp_path / "out").exists()
     work_folder(tmp_path / "out").mkdir()
@@ -89,7 +89,7 @@ def test_where_nothing_was_done_anything_may_begin(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"[" * 100_000, b'{"identity": 3}', b"\xff", b"null"])
-def test_a_damaged_job_file_is_none(tmp_path: Path, content: bytes) -> None:
+def test_damaged_job_file_counts_as_missing(tmp_path: Path, content: bytes) -> None:
     begin(tmp_path / "out", (0, b""))
     (work_folder(tmp_path / "out") / JOB).write_bytes(content)
     assert read_job(work_folder(tmp_path / "out"))["num_done"] == 1
@@ -100,7 +100,8 @@ def test_a_damaged_job_file_is_none(tmp_path: Path, content: bytes) -> None:
         assert not journal.done
 
 
-def test_a_kill_while_work_is_deleted_bars_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kill_during_deletion_does_not_block_later_work(tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     unlink = Path.unlink
 
     def killed(file: Path, missing_ok: bool = False) -> None:
@@ -137,7 +138,7 @@ def job(folder: Path, do: Executor[int], **more: Callable[..., object]) -> Job[i
 
 @pytest.mark.deep
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_a_job_that_failed_goes_on_behind_what_is_done(workers: int, tmp_path: Path) -> None:
+def test_failed_job_resumes_after_finished_items(workers: int, tmp_path: Path) -> None:
     log = tmp_path / "log"
 
     def executor(until: int) -> Executor[int]:
@@ -155,7 +156,7 @@ def test_a_job_that_failed_goes_on_behind_what_is_done(workers: int, tmp_path: P
     assert sorted(os.listdir(tmp_path)) == ["log", "out"]
 
 
-def test_shares_of_several_processes_become_one_output(tmp_path: Path) -> None:
+def test_shares_of_processes_form_output(tmp_path: Path) -> None:
     log = tmp_path / "log"
     job_ = job(tmp_path, local_executor(squares(log, 7)))
     with pytest.raises(KeyboardInterrupt), open_journal(job_.output, "square", job_.identity):
@@ -170,7 +171,7 @@ def test_shares_of_several_processes_become_one_output(tmp_path: Path) -> None:
     assert sorted(map(int, log.read_text().split())) == [*range(20)]
 
 
-def test_items_are_read_as_they_are_needed(tmp_path: Path) -> None:
+def test_items_are_read_lazily(tmp_path: Path) -> None:
     read: list[int] = []
 
     def items() -> Iterator[int]:
