@@ -39,11 +39,11 @@ MOST_IDS_OF_A_MARK = 16
 """Maximum length of `<think>` with following blanks in tokens, if the tokenizer has no token for it."""
 PROBES = (Conversation.of(("user", "a"), ("assistant", "b")),
           Conversation.of(("user", "a"), ("assistant", "b"), ("user", "c")))
-"""Probe chats that show how a template ends an assistant turn: at the end, and before another turn."""
+"""Probe chats for a template's end of assistant turns: at the end, and before a user turn."""
 CALL: dict[str, Any] = {"type": "function", "function": {"name": "probe_call", "arguments": {"number": 7}}}
 CALL_PROBE = Conversation((Message("user", "a"), Message("assistant", "", tool_calls=(CALL,)),
                            Message("tool", "c")))
-"""Probe chat that shows how a template formats and ends tool calls (Solar Open has its own end token)."""
+"""Probe chat for a template's tool calls and end token (Solar Open ends calls with a separate token)."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class EncodedChat:
 
     ids: list[int]
     kinds: bytearray
-    """Learning kind of each token (`chat.marks`); `KIND_NONE` marks prompt tokens."""
+    """Learning kind per token (`chat.marks`); `KIND_NONE` marks prompt tokens."""
     is_open: bool
     """Whether the conversation ends in a response without final special token, which later text must end."""
 
@@ -75,19 +75,19 @@ class _ChatPart:
 
 
 class InlineTokens(Protocol):
-    """Special tokens that contents may contain, such as image and audio tokens."""
+    """Special tokens allowed in contents, e.g. image and audio tokens."""
 
     @property
     def ids(self) -> frozenset[int]:
         ...
 
     def split(self, text: str) -> list[tuple[str, int | None]]:
-        """Split a content into ordinary texts and such tokens with their ids; never empty."""
+        """Split a content into (text, None) and (token text, token id) pieces; never empty."""
         ...
 
 
 class _Joined(BadRecord):
-    """The first token of a response differs between training and a later prompt."""
+    """A response merges with template text into a different first token in later prompts."""
 
 
 Run = list[_ChatPart]
@@ -110,7 +110,7 @@ class ChatEncoder:
 
         self._inline = inline
         self._template, self._with_special = template, tokenizer
-        # private copy, because the switch below changes the tokenizer for all its users
+        # private copy: `encode_special_tokens` would change the tokenizer for other users
         self._plain = Tokenizer.from_str(tokenizer.to_str())
         self._plain.encode_special_tokens = True
         self._encode_plain = encode_plain or self._plain_ids
@@ -142,7 +142,7 @@ class ChatEncoder:
                 a model prompted
                 with earlier turns would see other ids.
         """
-        # imported here because of Jinja, which --help does not need
+        # imported late: --help does not need Jinja
         from megatron_sov.chat.template import around_contents
 
         learned = {i for i, m in enumerate(chat.messages)
@@ -205,7 +205,7 @@ class ChatEncoder:
                                              "the contents cannot be told from it") from error
 
     def _spelled(self, texts: Iterable[str], allowed: Collection[int] = ()) -> str | None:
-        """Return the first special token in texts, except `allowed` ones, or None."""
+        """Return the first special token in texts outside `allowed`, or None."""
         for text in texts:
             ids = self._with_special.encode(text, add_special_tokens=False).ids
             for id_ in ids:
@@ -241,12 +241,12 @@ class ChatEncoder:
         return ids
 
     def opened_thoughts(self, asked: Sequence[int]) -> str:
-        """Return the thought mark that a prompt ends with, or ""."""
+        """Return the thought mark (`<think>`) at the end of a prompt, or ""."""
         end = self.decode(asked[-MOST_IDS_OF_A_MARK:]).rstrip()
         return next((mark for mark in BEGINS_OF_THOUGHTS if end.endswith(mark)), "")
 
     def added_ids(self) -> dict[str, int]:
-        """Return text -> id of added tokens, special or not."""
+        """Return text -> id for `added_tokens` in tokenizer.json, special or not."""
         return {token.content: id_ for id_, token in self._with_special.get_added_tokens_decoder().items()}
 
     def form_of_calls(self, template_kwargs: Mapping[str, Any] | None = None) -> tuple[CallForm | None, str]:
@@ -278,8 +278,7 @@ class ChatEncoder:
         return tuple(self._special.values())
 
     def end_ids(self) -> tuple[int, ...]:
-        """Return the special tokens that end assistant turns: within a chat, at its end, and
-        after tool calls.
+        """Return the end tokens of assistant turns: within a chat, at the end, and after tool calls.
 
         Empty if the template refuses such chats or ends turns with text.
         """
@@ -339,7 +338,7 @@ class ChatEncoder:
                     parts.append(_ChatPart(text, special, kinds[place:place + len(text)], first,
                                            first and later and special is None))
                     place += len(text)
-                # a content has no end; the template's text after it may contain one
+                # a content has no end token; the following template text may contain an end
                 is_open = learned[i]
                 continue
             split = (self._split if len(segment.text) < SHORT_TEXT else self._split_at_special)(segment.text)
@@ -409,7 +408,7 @@ class ChatEncoder:
 
 
 def _end_of_turn(split: tuple[tuple[str, int | None], ...], is_last: bool) -> int:
-    """Return the number of leading parts of the template's text after a response that end its turn."""
+    """Return how many leading parts of the template text after a response belong to the turn."""
     first = next((n for n, (_, special) in enumerate(split) if special is not None), None)
     if first is None:
         return len(split) if is_last else 0
@@ -422,7 +421,7 @@ def _form_in(text: str) -> CallForm | None:
 
 
 def _runs(parts: list[_ChatPart]) -> Iterator[Run]:
-    """Yield groups of adjacent texts, starting a new group at a response, and special tokens one by one."""
+    """Yield groups of adjacent texts, split at responses, and separate special tokens."""
     run: Run = []
     for part in parts:
         if run and (part.special is not None or part.begins_response or run[0].special is not None):
@@ -476,7 +475,7 @@ class TurnEncoder:
         # fail now, at the start of a run, instead of in the first conversation with tools
         self.behind_turn(["c"])
         self.call_form, shown = encoder.form_of_calls(self._template_kwargs)
-        """Form of tool calls; None: the template shows none, and any form is parsed."""
+        """Form of tool calls; None: no calls in the template, parse every form."""
         if shown and self.call_form is None:  # calls would be mistaken for answers
             raise UserError(f"{where}: its chat template writes calls of tools in a form that is not "
                             f"read here ({shown.strip()[:80]!r}); {_REMEDY}")
@@ -534,7 +533,7 @@ class TurnEncoder:
         return self._encoder.encode(chat, awaits_response=True)
 
     def _rendered(self, messages: tuple[Message, ...], names: Sequence[str]) -> list[int] | None:
-        """Encode messages for templates that show results as JSON (Llama 3) or only after calls.
+        """Encode messages for templates with JSON results (Llama 3) or with results only after calls.
 
         Args:
             messages: messages without special tokens, which would become real in the template's text.
@@ -568,11 +567,11 @@ class TurnEncoder:
         return self._encoder.opened_thoughts(asked)
 
     def text(self, written: Sequence[int]) -> str:
-        """Decode a model's turn without its end token."""
+        """Decode a model's turn without the end token."""
         return self._text(list(written))
 
     def encode(self, text: str) -> list[int]:
-        """Encode a text as a model's turn with its end token."""
+        """Encode a text followed by the end token `end_ids[0]`."""
         return [*self._encoder.encode_text(text), self.end_ids[0]]
 
     def differs(self, written: Sequence[int]) -> bool:

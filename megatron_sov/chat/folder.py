@@ -77,7 +77,7 @@ def chat_form(folder: Path) -> dict[str, Any]:
 
 
 def special_text(folder: Path, name: str) -> str:
-    """Return the text of a special token such as "eos_token" from the config files, or ""."""
+    """Return the text of special token `name` ("eos_token") from `tokenizer_config.json`, or ""."""
     text = _text(_config(folder).get(name))
     return text if isinstance(text, str) else ""
 

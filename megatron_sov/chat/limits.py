@@ -1,4 +1,4 @@
-"""Limits on CPU time and memory for untrusted code such as chat templates."""
+"""CPU time and memory limits for untrusted code, e.g. chat templates."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""Marks around thoughts and tool calls: decode them, convert all model families to one form,
-and classify characters
-of a turn as thought, call or answer.
+"""Marks around thoughts and tool calls: decoding, conversion of model families to Hermes' form, and
+classification of a turn's characters as thought, call or answer.
 
 The common form is Hermes' (NousResearch/Hermes-Function-Calling): `<think>...</think>` and
 `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`. Further families follow published templates
@@ -40,7 +39,7 @@ _KIMI = tuple(f"<|tool_{name}|>" for name in (
     "calls_section_begin", "call_begin", "call_argument_begin", "call_end", "call_section_begin",
     "call_section_end", "calls_section_end"))
 FAMILIES = (_HERMES, _SOLAR, _DEEPSEEK, _KIMI)
-"""Marks per family; the first of each is unique to its family."""
+"""Marks per model family; each first mark is unique to the family."""
 MARKS = (*dict.fromkeys(mark for family in FAMILIES for mark in family), PYTHON_TAG)
 BEGINS_OF_THOUGHTS = (BEGIN_THOUGHTS, "<|think|>")
 """Marks with which a template may open thoughts."""
@@ -59,7 +58,7 @@ _QUOTED = re.compile(_ALL_MARKS.pattern.replace("(?=", f"{_JOINER}(?=", 1))
 
 
 def quoted(text: str, marks: re.Pattern[str] = _ALL_MARKS) -> str:
-    """Quote all marks in a text; inverse of `as_written`."""
+    """Quote the marks in a text; inverse of `unquote_marks`."""
     return marks.sub(f"<{_JOINER}", text)
 
 
@@ -69,7 +68,7 @@ def as_written(text: str) -> str:
 
 
 def with_opening(text: str, opened: str) -> str:
-    """Prepend the thought mark that the template opened before a turn; an empty `opened` changes nothing."""
+    """Prepend the thought mark opened by the template before a turn, if any."""
     return text if text.lstrip().startswith(opened) else opened + text
 
 
@@ -80,7 +79,7 @@ _CALLS = tuple((re.compile(begin, re.DOTALL), end) for begin, end in (
      "<｜tool▁call▁end｜>"),
     (r"<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[^<:\s]+)(?::\d+)?\s*<\|tool_call_argument_begin\|>",
      "<|tool_call_end|>")))
-"""Pattern of a call up to its arguments, and the mark at its end."""
+"""Pattern of a call up to the arguments, and the end mark."""
 _BROKEN = ("<|tool_call:begin|>", "<｜tool▁call▁begin｜>", "<|tool_call_begin|>")
 _THOUGHTS = re.compile(r"<\|think\|>(.*?)(<\|end\|>(?:<\|begin\|>\w*)?|\Z)", re.DOTALL)
 _FRAMES = re.compile(
@@ -92,7 +91,7 @@ _FIRST = re.compile("|".join(re.escape(mark) for mark in (
 _SECTIONS = ("<|tool_calls|>", _DEEPSEEK[0], _KIMI[0], "<|tool_call_section_begin|>")
 """Marks that open a section of calls."""
 _TEXT_IN: dict[str, re.Pattern[str]] = {}
-"""Mark -> pattern of other families' marks, which are text in such a turn."""
+"""First mark of a turn -> pattern of foreign marks, which count as text."""
 for _family in (_SOLAR, _DEEPSEEK, _KIMI, (PYTHON_TAG,)):
     # DeepSeek and Kimi use Hermes' thought marks
     _own = {*_family, *(_HERMES[:2] if _family in (_DEEPSEEK, _KIMI) else ())}
@@ -101,9 +100,8 @@ _FOREIGN = _quoting([mark for mark in MARKS if mark not in _HERMES], "")
 
 
 def plain_form(text: str, *, in_thoughts: bool = False, form: CallForm | None = None) -> str:
-    """Return a model's turn with its thoughts and calls in Hermes' form; a text without another family's
-    marks stays as it is.  What is no whole call stays none, and marks of Hermes' form in another family's
-    turn are text.
+    """Convert a turn of any model family to Hermes' form. Turns in Hermes' form stay unchanged; incomplete
+    calls stay incomplete; Hermes marks in a turn of a different family become text.
 
     Args:
         text: of the turn, special tokens of `MARKS` spelled out.
@@ -194,7 +192,8 @@ def text_decoder(tokenizer: Path, end_ids: Collection[int], plain: Callable[[lis
 
 def marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plain: Callable[[list[int]], str],
                   meant: Collection[str] = ()) -> Callable[[list[int]], str]:
-    """Build a decoder that quotes marks written in ordinary tokens if the tokenizer has tokens for them.
+    """Build a decoder for turns; marks spelled in ordinary tokens are quoted if the tokenizer
+    has mark tokens.
 
     Args:
         added: text -> id of the tokenizer's added tokens, special or not.
@@ -280,7 +279,7 @@ def _end_of_thoughts(text: str, thoughts: str) -> int:
 
 
 def _begin_of_calls(text: str, message: Message, behind: int) -> int:
-    """Return the index of the calls after `behind`, or the text's length without visible calls."""
+    """Return the begin of the calls at or after `start`; without visible calls, the text's length."""
     names = [call["function"]["name"] for call in message.tool_calls]
     return behind if names and text.find(names[0], behind) >= 0 else len(text)
 
@@ -290,7 +289,7 @@ def _spelled(text: str, message: Message) -> bytes:
     and vice versa."""
     kinds = bytearray([KIND_ANSWER]) * len(text)
     patterns = [*([] if message.reasoning.strip() else [_THOUGHT]), *([] if message.tool_calls else [_CALL])]
-    # one pattern for both parts: the earlier begin wins, so a call inside thoughts stays a thought
+    # a joint pattern: the earlier begin wins, and a call inside thoughts stays a thought
     for part in re.finditer("|".join(patterns), text, re.DOTALL) if patterns else ():
         begin, end = part.span()
         kinds[begin:end] = bytes([KINDS[str(part.lastgroup)]]) * (end - begin)

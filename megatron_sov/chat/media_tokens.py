@@ -1,4 +1,4 @@
-"""Tokens for images, audio and video: their spelling and their ids in a vocabulary.
+"""Tokens for images, audio and video: spelling, and ids in a vocabulary.
 
 The spelling follows HyperCLOVA X 8B Omni: marks and placeholders from the chat template in its
 serving code (github
@@ -74,7 +74,7 @@ CONTINUOUS_IMAGE, CONTINUOUS_AUDIO, CONTINUOUS_VIDEO = (
 IMAGE_PAD, AUDIO_PAD, VIDEO_PAD = "<|IMAGE_PAD|>", "<|AUDIO_PAD|>", "<|VIDEO_PAD|>"
 """Placeholders, one per continuous feature."""
 END_OF_LINE, END_OF_FRAME = "<|vision_eol|>", "<|vision_eof|>"
-"""After each row of a discrete image, and after its last row."""
+"""After each row of a discrete image, and after the last row."""
 _HALF = ((1, 1), (1, 2), (3, 4), (3, 5), (4, 5), (6, 9), (9, 16))
 RATIOS = (*_HALF, *((h, w) for w, h in _HALF if w != h))
 """Width:height ratios of the published image decoder (decoder/vision/track_b/serve.py)."""
@@ -95,7 +95,7 @@ def entries(kind: str, text: str) -> list[int]:
 
 
 def name_of(token: str) -> str:
-    """Return a token's name for messages: codebook tokens as `<|vision...|>`, others unchanged."""
+    """Return a token's name for messages; codebook tokens are abbreviated to `<|vision...|>`."""
     kind = next((kind for kind, pattern in _ENTRY.items() if pattern.fullmatch(token)), None)
     return f"<|{_NAMES[kind]}...|>" if kind else token
 

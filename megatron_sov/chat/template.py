@@ -62,8 +62,7 @@ class _Generation(Extension):
 
 
 class _Namespace(Namespace):
-    """Jinja's `namespace()` without names that begin with an underscore, which give access
-    to Python internals."""
+    """Jinja's `namespace()` without underscore names, which would expose Python internals."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, *arguments = args
@@ -135,7 +134,7 @@ class ChatTemplate:
         turns = [message.to_dict() for message in conversation.messages]
         for turn, content in zip(turns, contents or (), strict=contents is not None):
             turn["content"] = content
-        # record variables first, so that they cannot override standard ones
+        # record variables first: standard variables override them
         variables: dict[str, Any] = {**conversation.template_kwargs, **self._globals,
                                      "tools": list(conversation.tools) or None, "documents": None}
         try:
@@ -183,7 +182,7 @@ class ChatSegment:
 
     text: str
     message: int | None
-    """Index of the message whose content or turn this is; None: template text, nothing to learn."""
+    """Index of the message; None: template text, not learned."""
     is_turn: bool = False
     """Whether the text is a whole turn from the template, where special tokens are real;
     otherwise a message's
@@ -261,7 +260,7 @@ def _with_openings(template: ChatTemplate, conversation: Conversation, segments:
 
 @lru_cache(maxsize=1024)
 def _asked_with(template: ChatTemplate, roles: tuple[str, ...], beside: str) -> str:
-    """Return the template's generation prompt after given roles, or "" if it has or allows none."""
+    """Return the template's generation prompt after messages with given `roles`, or ""."""
     tools, kwargs = json.loads(beside)
     marks = [_MARK.format(i) for i in range(len(roles))]
     prompt = Conversation(tuple(Message(role) for role in roles), tuple(tools), kwargs)
@@ -377,8 +376,8 @@ def _in_order(pieces: Sequence[str], text: str) -> bool:
 
 def _generated(template: ChatTemplate, conversation: Conversation, awaits_response: bool, text: str,
                ends: Sequence[str]) -> dict[int, tuple[int, int]] | None:
-    """Return message index -> (begin, end) by generation blocks, or None unless each assistant turn
-    has a block."""
+    """Return message index -> (begin, end) by generation blocks; None unless all assistant
+    turns have blocks."""
     parts = _GENERATED.split(template.render(conversation, awaits_response, marks_generation=True))
     turns = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]
     # each assistant turn needs a block, and the text without marks must equal the real text
@@ -394,7 +393,7 @@ def _generated(template: ChatTemplate, conversation: Conversation, awaits_respon
 
 def _begun(template: ChatTemplate, conversation: Conversation, number: int, text: str, begin: int,
            end: int) -> int:
-    """Return a turn's begin: the end of its generation prompt if inside its block, else the block's begin."""
+    """Return a turn's begin: the end of the generation prompt if inside the block, else the block's begin."""
     try:
         prompt = template.render(replace(conversation, messages=conversation.messages[:number]),
                                  awaits_response=True)
@@ -404,7 +403,7 @@ def _begun(template: ChatTemplate, conversation: Conversation, number: int, text
 
 
 def _trimmed(text: str, begin: int, end: int, ends: Sequence[str]) -> int:
-    """Return a turn's end: after its special token, although its block may include trailing white space."""
+    """Return a turn's end: after the end token, without the block's trailing white space."""
     turn = text[begin:end].rstrip()
     return begin + len(turn) if turn.endswith(tuple(ends)) and ends else end
 
@@ -414,7 +413,7 @@ def _by_prefix(template: ChatTemplate, conversation: Conversation, number: int, 
     """Return (begin, end) of a message's turn by prefixes."""
     messages = conversation.messages
     prompt = template.render(replace(conversation, messages=messages[:number]), awaits_response=True)
-    # templates that drop earlier thoughts show another prefix than the original prompt
+    # templates that drop earlier thoughts change the prefix of later turns
     if not text.startswith(prompt):
         raise BadRecord("template", f"is shown by the chat template of {template.where} with turn "
                                     f"{number + 1} behind another text than a model is asked for it with; "
@@ -468,7 +467,7 @@ def odd_opening(template: ChatTemplate) -> str | None:
     try:
         prompt = around_contents(template, Conversation.of(("user", "a")), awaits_response=True)
         shown = around_contents(template, Conversation.of(("user", "a"), ("assistant", "b")))
-    except BadRecord:  # no such chats; data are checked one by one
+    except BadRecord:  # no plain chats; each record is checked later
         return None
     text_before = _text_before(shown, 1)
     prompt_text = "".join(s.text for s in prompt)

@@ -22,9 +22,8 @@ Fault = Literal["json", "form", "unclosed"]
 FORMS: dict[CallForm, str] = {
     "marked": '{"name": ..., "arguments": {...}}',
     LLAMA: '{"name": ..., "parameters": {...}}'}
-"""Call form -> JSON between `<tool_call>` and `</tool_call>`. marked: Hermes' form and all
-forms that `chat.marks`
-converts to it (Solar Open, DeepSeek, Kimi K2). Llama 3 calls have no marks: the whole turn is the call."""
+"""Call form -> JSON between `<tool_call>` and `</tool_call>`. marked: Hermes' form, and forms converted by
+`to_hermes_form` (Solar Open, DeepSeek, Kimi K2). Llama 3 calls have no marks: the whole turn is the call."""
 _SPACE = " \t\r\n"
 _MARK = re.compile(f"{BEGIN_CALL}|{BEGIN_THOUGHTS}")
 _PIECE_CHARS = 1024
@@ -74,7 +73,7 @@ def parse_turn(text: str, *, in_thoughts: bool = False, form: CallForm | None = 
         in_thoughts: the template has opened thoughts before the turn.
         form: call form; None: decided by the marks.
     """
-    # convert to one form first, so that parsing knows a single pair of marks
+    # convert to Hermes' form: parsing handles a single pair of marks
     text = plain_form(text, in_thoughts=in_thoughts, form=form)
     place, last_end = _first_place(text, in_thoughts), text.rfind(END_CALL)
     texts: list[str] = []
@@ -93,7 +92,7 @@ def parse_turn(text: str, *, in_thoughts: bool = False, form: CallForm | None = 
 
 @dataclass(frozen=True)
 class ServedTurn:
-    """A turn for API clients, complete or as far as known."""
+    """A turn for API clients, complete or partial."""
 
     thoughts: str
     """Thoughts before the content."""
@@ -142,7 +141,7 @@ def served_turn(thoughts: str, said: str, calls: tuple[ToolCall, ...] = (), more
 
 
 def split_thoughts(text: str, in_thoughts: bool) -> tuple[str, str]:
-    """Split a turn into thoughts at its start and the content after them.
+    """Split a turn into leading thoughts and content.
 
     Newlines around thoughts come from the template and are dropped; other white space, such
     as code indentation,
@@ -172,7 +171,7 @@ def _behind_thoughts(text: str, start: int) -> int:
 
 
 def _call(text: str, start: int, last_end: int, form: CallForm | None) -> tuple[ToolCall | BadCall, int]:
-    """Parse the call whose opening tag ends at `start`; return it with the index after it.
+    """Parse the call after an opening tag at `start`; return (call, end index).
 
     Args:
         text: text of the turn.
@@ -207,7 +206,7 @@ def _refuse_unfit(value: Any) -> None:
 
 
 def _value(text: str, start: int) -> tuple[Any, int]:
-    """Decode the JSON value at `start`; return it with its end. Raises like `JSONDecoder.raw_decode`.
+    """Decode the JSON value at `start`; return (value, end index). Raises like `JSONDecoder.raw_decode`.
 
     Decode a growing window: on errors json counts the lines of its whole input, so that many malformed
     calls in a

@@ -28,7 +28,7 @@ IMPLIED: dict[str, dict[str, Any]] = {
     "Punctuation": {"behavior": "Isolated"}}
 """Step type -> fields missing in older files, with the defaults of `tokenizers`."""
 FALSE_IS_NOT_NULL = ("strip_accents",)
-"""Fields whose null differs from false: with null, `tokenizers` decides by another field."""
+"""Fields in which null differs from false: for null, `tokenizers` decides by the `lowercase` field."""
 IDLE = {"ByteLevel": {"trim_offsets"}, "Metaspace": {"str_rep", "add_prefix_space"}}
 """Step type -> fields without effect on ids: offsets only, or copies of other fields."""
 IDLE_IN_DECODERS = IDLE | {"ByteLevel": {"trim_offsets", "add_prefix_space", "use_regex"}}
@@ -156,7 +156,7 @@ def refuse_other_tokens(data: Path | None, weights: Path) -> None:
     if data is None or not (weights / TOKENIZER_JSON).is_file():
         return
     data_file, weights_file = read_tokenizer(data), read_tokenizer(weights)
-    # a missing id is no contradiction: vocabularies may differ in length
+    # ignore missing ids: vocabularies may differ in length
     differing = [i for i, name in data_file.ordinary.items() if weights_file.ordinary.get(i, name) != name]
     problem = _difference_of_ids(data, weights, differing, data_file, weights_file)
     problem = problem or _difference_of_fields(data, weights, data_file.cutting, weights_file.cutting)

@@ -41,10 +41,10 @@ SOURCE = "imported_from"
 MERGED = "merged"
 """Manifest field: the averaged checkpoints with their weights."""
 ADAPTER_BASE_MARKER = "base-of-adapters.txt"
-"""File in a checkpoint that adapters use as base; `prune` skips a checkpoint with this file."""
+"""Marker file in the base checkpoint of an adapter; `prune_checkpoints` skips marked checkpoints."""
 WRITING, DELETING, DAMAGED = ".writing-", ".deleting-", "damaged-"
 RUN, HF_MODEL, PEFT_ADAPTER = "run", "hf_model", "peft_adapter"
-"""Other folder kinds that commands accept."""
+"""Further folder kinds in command arguments."""
 KIND_CONSUMERS = {
     RUN: ("a run", "`megatron-sov report` shows it, `convert to-hf` exports its newest checkpoint"),
     CHECKPOINT_KIND: ("a checkpoint", "`megatron-sov convert to-hf` exports it, `generate` and `eval` take "
@@ -57,7 +57,7 @@ KIND_CONSUMERS = {
     "tokenizer": ("a tokenizer", "`sov-data pack` takes it as --tokenizer"),
     "corpus": ("a corpus", "`sov-data pack --input` takes it"),
     "codec": ("a codec", "`sov-data encode-media --codec` takes it")}
-"""Folder kind -> name in messages, and the commands that accept a folder with this `path` and `name`."""
+"""Folder kind -> name in messages, and commands for a folder with `path` and `name`."""
 KIND_LOCATIONS = {RUN: "the folder given to --run", CHECKPOINT_KIND: "RUN/checkpoints/step-N",
             HF_MODEL: "a folder with config.json and *.safetensors", PEFT_ADAPTER: "what PEFT has saved"}
 """Folder kind -> description of the expected folder."""
@@ -72,21 +72,20 @@ TOKENIZER = "tokenizer.json"
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".jsonl.gz", ".jsonl.zst", ".html", ".csv")
 """Suffixes of text files."""
 ROLLED_BACK = "taken-back-"
-"""Name prefix for a checkpoint after a rollback, if adapters use it as base."""
+"""Name prefix for the base checkpoint of an adapter after a rollback."""
 OPTIMIZER_FILES = ("optimizer/", "optimizer.index.json")
 """Prefixes of file names that inference does not need."""
 
 
 def temporary_folder(path: Path, token: str) -> Path:
-    """Return the folder in which to build checkpoint `path`; a random `token` separates it from remains of
-    killed processes."""
+    """Return the build folder for checkpoint `path`; a random `token` avoids remains of killed processes."""
     return path.with_name(f"{WRITING}{path.name}-{token}")
 
 
 def delete_leftovers(folder: Path) -> None:
     """Delete half-written and half-deleted folders of killed processes. The caller must hold
     the run's lock."""
-    # These folders have no manifest. Only the lock holder knows that no living process still writes to them.
+    # The folders have no manifest. Only the lock holder knows that no living process uses them.
     for prefix in (WRITING, DELETING, TRYING):
         for leftover in sorted(folder.glob(f"{prefix}*")):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -124,7 +123,7 @@ def delete_checkpoints_after(folder: Path, step: int) -> None:
 
 
 def _delete_checkpoint(path: Path) -> None:
-    """Rename a checkpoint, then delete its files: a killed process leaves no partial `step-N`."""
+    """Rename a checkpoint, then delete the files: a killed process leaves no partial `step-N`."""
     # Renaming is atomic; deleting thousands of files is not. The random token avoids names
     # of earlier remains.
     delete_folder(path, path.with_name(f"{DELETING}{path.name}-{secrets.token_hex(4)}"))
@@ -145,7 +144,7 @@ def list_complete(folder: Path) -> list[Path]:
 
 
 def check_model_path(path: Path, option: str = "") -> None:
-    """Raise `UserError` if `path` is no folder; suggest existing checkpoints or a download. Runs
+    """Raise `UserError` if folder `path` is missing; suggest existing checkpoints or a download. Runs
     before torch loads."""
     if not path.is_dir():
         problem = "is no folder" if path.exists() else "does not exist"
@@ -165,8 +164,7 @@ def check_model_path(path: Path, option: str = "") -> None:
 
 
 def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
-    """Raise `UserError` if a folder contains another artifact than the command accepts; name
-    a fitting command.
+    """Check the artifact kind of a folder; the error names a command for the kind found.
 
     Args:
         path: the folder. Missing or incomplete folders pass; the reader reports them later.
@@ -211,7 +209,7 @@ def check_model_folder(path: Path) -> None:
 
 
 def _describe_unknown_folder(path: Path) -> tuple[str, str] | None:
-    """Describe the files in an unrecognized folder and name the command that accepts them ("" if none does).
+    """Describe the files in an unrecognized folder and name a command for them, or "".
 
     Returns None if the folder has only subfolders, because a model may be in a subfolder.
     """
@@ -301,7 +299,7 @@ class AdapterBase:
 
 
 def read_adapter_base(path: Path) -> AdapterBase | None:
-    """Read the base that an adapter checkpoint names, or None for a checkpoint with all weights.
+    """Read the `AdapterBase` of an adapter checkpoint; None for full weights.
 
     Raises:
         UserError: the manifest is damaged.
@@ -320,7 +318,8 @@ def find_adapter_base(path: Path, base: AdapterBase) -> Path:
     Raises:
         UserError: the folder is missing or contains another checkpoint.
     """
-    # A rollback renames bases (`drop_after`), so the folder may have moved; the hash identifies it.
+    # A rollback renames bases (`delete_checkpoints_after`), so the folder may have moved; the
+    # hash identifies it.
     renamed = base.path.parent.glob(f"{ROLLED_BACK}{base.path.name}*")
     candidates = [folder for folder in (base.path, *sorted(renamed)) if (folder / MANIFEST).is_file()]
     for candidate in candidates:
@@ -335,7 +334,7 @@ def find_adapter_base(path: Path, base: AdapterBase) -> Path:
 
 
 def protect_adapter_base(base: Path) -> None:
-    """Write `base-of-adapters.txt` into the adapter's base, so that its run does not prune it.
+    """Write `base-of-adapters.txt` into an adapter's base to protect the checkpoint from pruning.
 
     Only checkpoints inside a run need it. If the folder is read-only, warn.
     """
@@ -407,7 +406,7 @@ def find_damage(path: Path, *, rank: int = 0, size: int = 1, weights_only: bool 
     if problem is not None:
         return problem
     files = read_manifest(path, CHECKPOINT_KIND).files
-    # Sorted, so that all ranks split the same list and exactly one rank hashes each file.
+    # Sorted: all ranks split the same list, and a file is hashed by exactly one rank.
     names = sorted(name for name in files if not (weights_only and name.startswith(OPTIMIZER_FILES)))
     for name in names[rank::size]:
         try:

@@ -28,7 +28,7 @@ CONFIG, COMPLETION, FAILURE, STAGES, JOBS = ("config.json", "complete.json", "ga
 COMMAND = "command.json"
 """File with the command line of the last start, for `megatron-sov resume`."""
 SETTINGS_CHANGED = "settings"
-"""Event: the run continues with other settings or another command."""
+"""Event: settings or command differ from the previous start."""
 MONITORING_GROUPS = ("obs", "evaluate")
 """Settings groups for monitoring; they do not affect training."""
 ATTEMPTS, SUBMISSIONS = "attempts.jsonl", "jobs.jsonl"
@@ -62,9 +62,9 @@ FIXED_SETTINGS: dict[str, tuple[str, ...] | None] = {"model": None, "objective":
                                              "data": ("packing", "over_long"), "lora": None,
                                              "preference": None, "distillation": None, "policy": None,
                                              "rollout": FIXED_ROLLOUT_SETTINGS}
-"""Settings group -> settings that a resumed run must not change (None: all)."""
+"""Settings group -> settings fixed on resume; None fixes the whole group."""
 MAX_LISTED_SETTINGS = 8
-"""Maximum number of settings that an error message lists as --set options."""
+"""Maximum number of --set options in an error message."""
 MAX_LISTED_CHARS = 160
 """Maximum total length of the old and new value in an event, in characters."""
 
@@ -116,7 +116,7 @@ class RunFolder:
     def clear_gate_failure(self) -> None:
         """Delete `gate_failed.json` and `awaiting_gate.json` before training continues."""
         if is_first_rank():
-            # Only rank 0: other ranks might delete files that rank 0 has written since.
+            # Only rank 0: a later rank might delete new files of rank 0.
             (self.path / FAILURE).unlink(missing_ok=True)
             self.release()
 
@@ -136,7 +136,7 @@ class RunFolder:
                             "restore it or choose another --run") from None
 
     def enter(self, config: RunConfig, resume: bool) -> None:
-        """Check that training with `config` may start in this folder, without changing files.
+        """Check whether training with `config` may start in the folder; changes no files.
 
         Raises:
             UserError: the folder contains another artifact, an unexpected run, a run with
@@ -216,7 +216,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
 
     def declare(self, config: RunConfig, step: int = 0) -> None:
-        """Write the resolved `config.json`, which marks the folder as a run.
+        """Write the resolved `config.json`; from then on the folder is a run.
 
         Args:
             config: the run's settings.
@@ -245,9 +245,9 @@ class RunFolder:
             RunEvents(self.path).add(SETTINGS_CHANGED, step=step, was=changes, command=earlier, **text)
 
     def remove_unstarted(self) -> None:
-        """Delete the files of a run that was refused before its first step."""
+        """Delete the files of a run without any step after a refused start."""
         events = self.path / EVENTS
-        # Each condition means that another process uses the folder, or that it contains results.
+        # A used folder has a living holder or contains results.
         has_steps = events.is_file() and any(event.get("step", 0) for event in read_events(events))
         is_used = has_steps or self.completion() is not None or any(self.checkpoints.glob("*"))
         if is_used or find_living_holder(self.path):
@@ -402,13 +402,13 @@ def changed_settings(before: RunConfig, now: RunConfig) -> dict[str, list[Any]]:
 
 
 def describe_changes(changes: Mapping[str, Sequence[Any]]) -> list[str]:
-    """Format each change from `changed_settings` as a sentence."""
+    """Format the result of `changed_settings`, a sentence per setting."""
     return [f"{name} was {old}, is {new}" if len(f"{old}{new}") <= MAX_LISTED_CHARS else
             f"{name} has changed" for name, (old, new) in changes.items()]
 
 
 class RunEvents:
-    """Appends events to an existing run's `events.jsonl`; with `run=None` it drops them."""
+    """Event log of an existing run; with `run=None`, `add` does nothing."""
 
     def __init__(self, run: Path | None) -> None:
         """Check that the folder contains a run.
@@ -448,6 +448,6 @@ def read_last_log_line(records: Path, number: str) -> str:
 
 
 def read_started_settings(run: Path) -> RunConfig | None:
-    """Return the settings of a run or of its first stage, or None."""
+    """Return the settings of a run or its first stage, or None."""
     folders = (run, *sorted((run / STAGES).glob("*")))
     return next((config for folder in folders if (config := RunFolder(folder).config())), None)

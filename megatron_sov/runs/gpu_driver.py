@@ -13,7 +13,7 @@ _FAULT_FIELDS = {
     "clocks_throttle_reasons.hw_slowdown": "a hardware slowdown (heat or lack of power)",
     "clocks_throttle_reasons.sw_thermal_slowdown": "a slowdown by its driver for heat",
 }
-"""Field of `nvidia-smi --query-gpu` -> fault that a value other than 0, inactive or unknown means."""
+"""Field of `nvidia-smi --query-gpu` -> fault, reported for "Active" and positive values."""
 _TIMEOUT_S = 120
 
 

@@ -53,7 +53,7 @@ class ArtifactKind:
     problems: Callable[[Path], list[str]]
     """Problems in the content, including wrong hashes."""
     rows: Callable[[Path, int], Iterable[Any]] | None = None
-    """Return the first N rows. None: read them from the artifact's row files."""
+    """Return the first N rows. None: read `ROW_FILES`."""
 
 
 def inspect_path(path: Path, options: InspectionOptions, kinds: Mapping[str, ArtifactKind]) -> None:
@@ -219,7 +219,7 @@ def _clear_unfinished_work(path: Path) -> str:
     work = work_folder(path)
     if not work.is_dir():
         raise UserError(f"--clear: no work on {path} is unfinished")
-    # Hold the work's lock, so that no running command loses its files.
+    # Hold the work's lock: a running command must not lose files.
     with lock_folder(work, path), disk_errors(work):
         delete_work(path)
     return f"{path}: its unfinished work is deleted"

@@ -32,11 +32,11 @@ def process_started_s() -> float:
 
 
 COMMAND_VARIABLE = "MEGATRON_SOV_COMMAND"
-"""Environment variable with the arguments after `megatron-sov` as JSON; child processes inherit it."""
+"""Environment variable with the arguments after `megatron-sov` in JSON, inherited by child processes."""
 
 
 def export_command(words: Sequence[str]) -> None:
-    """Store the command's arguments in the environment for this process and its children."""
+    """Store the command's arguments in `COMMAND_VARIABLE` for `typed_command`, also in child processes."""
     # Arguments may contain bytes outside UTF-8, or a zero byte if no shell started the process.
     os.environ[COMMAND_VARIABLE] = json.dumps(list(words))
 
@@ -66,10 +66,10 @@ def is_first_rank() -> bool:
 
 
 def local_gpu_index(num_gpus: int) -> int:
-    """Return this rank's index among the GPUs that it can see."""
+    """Return the rank's GPU index, LOCAL_RANK modulo the visible GPUs."""
     return int(os.environ.get("LOCAL_RANK", "0")) % num_gpus
 
 
 def has_launcher() -> bool:
-    """Return whether torchrun or Slurm started this process as a rank."""
+    """Return whether torchrun or Slurm started the process (RANK and WORLD_SIZE exist)."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ

@@ -27,7 +27,7 @@ LOCK = "lock.json"
 LEASE_S = 60.0
 """Seconds without a heartbeat after which an unreachable holder counts as dead."""
 RENEWALS = 4
-"""Heartbeats per lease, so that some may be late."""
+"""Heartbeats per lease; late heartbeats do not lose the lock."""
 
 
 class RunLock:
@@ -132,7 +132,7 @@ def _slurm_job() -> dict[str, Any]:
 
 
 def find_living_holder(run: Path) -> dict[str, Any] | None:
-    """Return the record of a lock holder that seems alive, or None.
+    """Return the record of a probably living lock holder, or None.
 
     For display only: if the process cannot be looked up, compare the file's time with this machine's clock.
     """
@@ -147,7 +147,7 @@ def find_living_holder(run: Path) -> dict[str, Any] | None:
 
 
 def _is_alive(record: dict[str, Any]) -> bool | None:
-    """Return whether the process in `record` is alive, or None if it cannot be looked up from here.
+    """Return whether the process in `record` is alive; None on other machines and containers.
 
     Slurm restarts a job only after releasing the nodes of its previous start, so earlier restarts are dead.
     """

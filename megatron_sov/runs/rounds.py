@@ -19,7 +19,7 @@ from megatron_sov.model.config import RolloutConfig
 from megatron_sov.runs import checkpoints
 
 HASHED_SETTINGS = ("reward_version",)
-"""Settings that are hashes, which messages do not suggest as options."""
+"""Hashed settings, left out of the options in messages."""
 TRAINED_GROUPS = "learns"
 """Field in a round's manifest: name for the count of trained groups."""
 
@@ -27,7 +27,7 @@ TRAINED_GROUPS = "learns"
 def record_or_check_settings(folder: Path, file: Path, settings: dict[str, Any], option: str,
                              noun: str = "rounds",
                  rewritten_files: Collection[Path] = ()) -> None:
-    """Write a rounds folder's settings to `file`, or check that they equal the recorded settings.
+    """Write a rounds folder's settings to `file`, or compare with the recorded settings.
 
     While the folder contains no results, settings may still change.
 
@@ -92,7 +92,7 @@ class Policy:
 
 
 def find_round_policy(run: Path, start: Path, number: int, rollout: RolloutConfig) -> Policy | None:
-    """Return the newest end-of-round checkpoint if it may generate a round, else None.
+    """Return the policy of the newest end-of-round checkpoint if fresh enough for a round, else None.
 
     Newer policies than necessary are allowed: unfinished responses in an old round come from
     the newest policy.
@@ -128,7 +128,7 @@ def can_generate_round(step: int, number: int, rollout: RolloutConfig) -> bool:
 
 @dataclass
 class RunPolicies:
-    """Digests of a run's policies, one policy per round; each process computes the same.
+    """Digests of a run's policies, a policy per round, equal on every rank.
 
     A policy's digest covers the starting checkpoint, the settings that change training, and the
     documents of all
@@ -141,9 +141,9 @@ class RunPolicies:
     """The policy before the first round."""
     rollout: RolloutConfig
     settings: Mapping[str, Any]
-    """Settings that change training, as JSON values."""
+    """Settings with an effect on training, in JSON values."""
     _trained: str = ""
-    """Digest of the start and of all rounds begun so far; "" before the first."""
+    """Digest of the start and the previous rounds; "" before the first round."""
     _recent: dict[int, str] = field(default_factory=dict)
     """Step -> digest, for policies that may have generated the next round."""
 
@@ -155,7 +155,7 @@ class RunPolicies:
         return Policy(self.run, step, self._recent[step]) if step else self.start
 
     def is_own(self, step: int, sha256: str) -> bool:
-        """Return whether a policy from `step` belongs to this run, as far as recent digests show."""
+        """Return whether a policy from `step` belongs to the run, judged by recent digests."""
         return sha256 in self._recent.values() or step < min(self._recent, default=0)
 
     def begin(self, step: int, documents_sha256: str) -> None:
@@ -170,7 +170,7 @@ class RunPolicies:
             self._trained = _hash_texts(self.at(step).sha256, documents_sha256, to_json(dict(self.settings)))
 
     def state(self) -> dict[str, Any]:
-        """Return JSON values for the checkpoint."""
+        """Return JSON values for `state.json`."""
         return {"trained": self._trained, "recent": [*self._recent.items()]}
 
     def restore(self, state: dict[str, Any]) -> None:

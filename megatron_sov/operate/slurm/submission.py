@@ -349,8 +349,8 @@ def _time_limit(request: SubmitRequest, work: StageWork) -> str:
     if parse_time_limit(limit) <= lead_s + SIGNAL_TOLERANCE_S:
         raise UserError(f"time limit {limit!r}: is {parse_time_limit(limit):g} s, and the job is asked to "
                         f"save signal_lead_s = {lead_s} before it ends, by Slurm up to "
-                        f"{SIGNAL_TOLERANCE_S} s earlier, so no work would be done; pass a longer --time, or a "
-                        "profile with a shorter signal_lead_s")
+                        f"{SIGNAL_TOLERANCE_S} s earlier, so no work would be done; "
+                        "pass a longer --time, or a profile with a shorter signal_lead_s")
     return limit
 
 

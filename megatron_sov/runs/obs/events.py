@@ -60,7 +60,7 @@ EVENTS = "events.jsonl"
 
 
 class EventLog:
-    """Appends events to `events.jsonl`; with `path=None` it drops them.
+    """Writer for `events.jsonl`; with `path=None`, `write` does nothing.
 
     Args:
         path: the file.
@@ -124,7 +124,7 @@ def _encode_nonfinite(value: Any) -> Any:
 
 
 def _terminate_last_line(path: Path) -> None:
-    """Terminate the incomplete last line of a killed process, so that the next event starts on a new line."""
+    """Terminate the incomplete last line of a killed process with a newline."""
     if path.exists() and path.stat().st_size:
         with open(path, "rb+") as f:
             # Read only the last byte; the file may be long.
@@ -144,7 +144,7 @@ def read_events(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def parse_event(line: bytes) -> dict[str, Any] | None:
-    """Parse a line as an event without its invalid fields; return None for other lines."""
+    """Parse an event and drop invalid fields; return None for invalid lines."""
     try:
         record = json.loads(line.decode(errors="replace"))
     # RecursionError: deeply nested brackets
@@ -163,7 +163,7 @@ MAX_NUMBER, MAX_TIME_S = 1e100, 1e11
 
 def _is_number(value: Any) -> bool:
     if isinstance(value, str):
-        return value in ("nan", "inf", "-inf")  # as `_finite` spells them
+        return value in ("nan", "inf", "-inf")  # written by `_encode_nonfinite`
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER
 
 
@@ -188,7 +188,7 @@ class _Whole:
 @dataclass(frozen=True)
 class _Pair:
     def check(self, value: Any) -> Any:
-        """Return an interval as [low, high], else None."""
+        """Return an interval [low, high], else None."""
         return value if isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)) else None
 
 
@@ -344,8 +344,7 @@ def _is_step(step: Any) -> bool:
 
 
 def final_step_events(events: list[dict[str, Any]], event: str = "step") -> list[dict[str, Any]]:
-    """Return events of one kind sorted by step; a step repeated after a restart appears once, with
-    its last event."""
+    """Return the events of a kind sorted by step; for repeated steps, the last event."""
     # Later dict entries replace earlier ones.
     by_step = {e["step"]: e for e in events if e["event"] == event and e.get("step") is not None}
     return [by_step[s] for s in sorted(by_step)]

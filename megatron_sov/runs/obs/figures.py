@@ -27,7 +27,7 @@ NumberFormat = str | Callable[[float], str]
 
 def field_formatter(name: str, form: NumberFormat = "",
                     none: str | None = None) -> Callable[[Mapping[str, Any]], str]:
-    """Return a function that formats field `name` of an event, or returns `none` if the field is missing."""
+    """Build a formatter for field `name` of an event; a missing field gives `none`."""
     def cell(event: Mapping[str, Any]) -> str:
         value = event.get(name)
         if value is None and none is not None:

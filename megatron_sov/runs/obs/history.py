@@ -44,7 +44,7 @@ class Attempts:
         self._resume_reason = ""
 
     def add(self, event: dict[str, Any]) -> None:
-        """Process one event; events after an attempt's end (a later conversion) change nothing."""
+        """Process an event; events after an attempt's end (a later conversion) have no effect."""
         # `resume` may precede or follow its `run_start`.
         kind, last = event["event"], self.all[-1] if self.all else None
         if kind == "run_start":
@@ -154,7 +154,7 @@ INCIDENT_NAMES = {"skip": "step not learned", "attribution": "why it was not lea
          "damaged_checkpoint": "damaged checkpoint", "failure": "ended by an error"}
 """Incident event -> name in reports."""
 SKIPPED_BY_SETTING, NO_GRADIENT = INTENDED_SKIPS = ("data.skip_steps", "no advantages and no other gradient")
-"""Skip reasons that count as no incident: named in the settings, or an RL round without any gradient."""
+"""Intended skip reasons: `data.skip_steps`, and RL rounds without gradient."""
 
 
 def is_incident(event: dict[str, Any]) -> bool:
@@ -186,7 +186,7 @@ EVENT_TEXTS = {"run_start": "the run starts from step {resumed_from}, with {num_
 
 
 def describe_event(event: dict[str, Any]) -> str | None:
-    """Format an event for people, or return None for events that only programs read."""
+    """Format an event for people; None for purely technical events."""
     kind = event["event"]
     text = describe_incident(event) if is_incident(event) else event.get("text") or event.get("error")
     if text is not None:

@@ -33,8 +33,8 @@ class Meter:
     better: Better = ""
     """Direction of progress, empty for none."""
     heldout: str = ""
-    """Held-out event and field with the same quantity before the first and after the last step, such as
-    "heldout_pairs.right"; empty for none."""
+    """Held-out event and field of the same quantity before the first and after the last step, e.g.
+    "heldout_pairs.right"; may be empty."""
 
     @property
     def title(self) -> str:

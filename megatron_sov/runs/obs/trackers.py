@@ -22,8 +22,7 @@ from megatron_sov.runs.obs.validation import (
     RESPONSE_COLUMNS, RESPONSES, VALIDATION, extract_curves, response_rows)
 
 WANDB_ID = "wandb-id"
-"""File in the run folder with the Weights & Biases run id, so that a resumed run continues
-the same curves."""
+"""File in the run folder with the Weights & Biases run id; a resumed run continues the same curves."""
 _PASSWORD = re.compile(r"//[^/\s]*@")
 
 
@@ -65,7 +64,7 @@ class _TensorBoard:
             self._samples = files.EventFileWriter(str(self._folder / "samples"))
         texts = _import_package("tensorboard.plugins.text.summary_v2", "obs.tensorboard", "tensorboard")
         event = _import_package("tensorboard.compat.proto.event_pb2", "obs.tensorboard", "tensorboard")
-        # TensorBoard renders Markdown; indent the text so that it appears verbatim.
+        # TensorBoard renders Markdown; indented text appears verbatim.
         cells = [RESPONSE_COLUMNS, *([f"    {_format_cell(cell)}".replace("\n", "\n    ") for cell in row]
                                      for row in rows)]
         self._samples.add_event(event.Event(step=step, wall_time=time.time(), summary=texts.text_pb(

@@ -1,5 +1,4 @@
-"""RL events for trackers and reports: validation metrics as curves, sampled responses as tables.
-No torch here."""
+"""Convert RL events to curves (validation) and tables (sampled responses), without torch."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ def extract_curves(event: Mapping[str, Any]) -> dict[str, float]:
 
 
 def read_pass_at_k(figures: Mapping[str, Any]) -> dict[int, float]:
-    """Return k -> pass@k for a validation event or one of its domains."""
+    """Return k -> pass@k for a validation event or a domain."""
     estimates = figures.get("pass_at_k") or []
     return {int(parse_number(estimate.get("k"))): parse_number(estimate.get("value"))
             for estimate in estimates}

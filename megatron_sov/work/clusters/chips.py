@@ -28,7 +28,7 @@ class Gpu:
     name: str
     """Marketing name, or CUDA's device name."""
     memory_bytes: int
-    """Memory as reported by CUDA, which is below the nominal size."""
+    """Memory reported by CUDA, below the nominal size."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Chip(Gpu):
     fp4_flops_per_s: float
     """Dense FP4 peak; 0 if unsupported."""
     nvlink_bytes_per_s: float
-    """NVLink (or Infinity Fabric) bandwidth to the domain's other GPUs in total, one direction."""
+    """NVLink (or Infinity Fabric) bandwidth of a GPU, one direction."""
     nvlink_domain: int
     """Number of GPUs connected by NVLink."""
     network_bytes_per_s: float
@@ -111,7 +111,7 @@ class Links:
 
 
 def _read_chips() -> dict[str, Chip]:
-    """Read the packaged table and its aliases."""
+    """Read `slurm/chips.yaml`."""
     text = importlib.resources.files("slurm").joinpath("chips.yaml").read_text(encoding="utf-8")
     rows: dict[str, dict[str, Any]] = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     # map every spelling to a key: the table's, the vendor's, CUDA's
@@ -142,7 +142,7 @@ CHIPS = _read_chips()
 
 
 def find_chip(name: str) -> Chip:
-    """Return a chip by key, name or alias in any spelling.
+    """Return the `Chip` with a key, name or alias, ignoring case and punctuation.
 
     Raises:
         UserError: unknown name; the message suggests the nearest.
@@ -155,12 +155,12 @@ def find_chip(name: str) -> Chip:
 
 
 def find_device_chip(name: str) -> Chip | None:
-    """Return the chip for CUDA's device name, or None if the table lacks it (such as PCIe variants)."""
+    """Return the `Chip` for CUDA's device name; None for unknown devices, e.g. PCIe variants."""
     key = _aliases.get(_normalize_name(name))
     return CHIPS[key] if key else None
 
 
 def default_links(chip: Chip) -> Links:
-    """Return the links of the vendor's own servers: NVLink within a domain, an InfiniBand adapter per GPU."""
+    """Return the `Links` of the vendor's servers: NVLink within a domain, an InfiniBand adapter per GPU."""
     return Links(chip.nvlink_domain, chip.nvlink_bytes_per_s, chip.network_bytes_per_s,
                  INSIDE_LATENCY_S, INFINIBAND_LATENCY_S)

@@ -14,14 +14,13 @@ ACTIVE_STATES = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED",
                  "STOPPED"}
 JOB_VARIABLE_PREFIXES = ("SLURM_", "SBATCH_")
 THIS_JOB = '"${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"'
-"""Shell word that names the running job, or the running task of an array. In a task SLURM_JOB_ID
-may equal the
-array's number, with which `scontrol` and `squeue` would act on all tasks."""
+"""Shell word for the running job or array task. In a task SLURM_JOB_ID may equal the array's number, and
+`scontrol` and `squeue` would act on the whole array."""
 CLIENT_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SBATCH_CLUSTERS", "SLURM_JWT")
 
 
 def environment_outside_jobs() -> dict[str, str]:
-    """Return this process's environment without Slurm job variables, which would override a script.
+    """Return the environment without Slurm job variables (`SLURM_*`, `SBATCH_*`), which override scripts.
 
     sbatch prefers SBATCH_ACCOUNT to the script's account; inside an allocation variables such as
     SLURM_MEM_PER_CPU are inherited and conflict with the job's own options.
@@ -32,7 +31,7 @@ def environment_outside_jobs() -> dict[str, str]:
 
 def run_slurm_program(program: str, *arguments: str,
                       script: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a Slurm program.
+    """Run a Slurm program such as `sinfo` or `sbatch`.
 
     Raises:
         UserError: the program is not installed, or the controller does not answer.
@@ -50,7 +49,7 @@ def run_slurm_program(program: str, *arguments: str,
 
 
 def check_partition(partition: str) -> None:
-    """Raise `UserError` if Slurm has no such partition; "" means the default."""
+    """Check a partition name with `sinfo`; "" means the default. Raises `UserError`."""
     result = run_slurm_program("sinfo", "--noheader", "--format=%R")
     if result.returncode:
         raise UserError(f"sinfo: {format_error(result.stderr)}; make sure that Slurm's controller can be "
@@ -63,7 +62,7 @@ def check_partition(partition: str) -> None:
 
 
 def check_script(text: str) -> None:
-    """Raise `UserError` if Slurm would refuse a script; submits nothing."""
+    """Check a script with `sbatch --test-only`. Raises `UserError`."""
     result = run_slurm_program("sbatch", "--test-only", script=text)
     if result.returncode:
         raise UserError(f"Slurm refuses the job: {format_error(result.stderr)}; "
@@ -71,7 +70,7 @@ def check_script(text: str) -> None:
 
 
 def submit_script(script: Path, *, after: list[str]) -> str:
-    """Submit a script and return the job's number.
+    """Submit a script with `sbatch`; return the job's number.
 
     Args:
         script: path of the script.
@@ -88,7 +87,8 @@ def submit_script(script: Path, *, after: list[str]) -> str:
 
 
 def read_active_states(jobs: list[str]) -> dict[str, str]:
-    """Return job number -> state for waiting and running jobs; for an array, the state of any task."""
+    """Return job number -> state from `squeue` for waiting and running jobs; for an array, the state
+    of a task."""
     if not jobs:
         return {}
     # squeue fails if a job is long gone

@@ -75,8 +75,8 @@ class ContainerConfig:
     """Container for a job's Python."""
 
     kind: Literal["none", "apptainer", "enroot", "pyxis"] = "none"
-    """none: the login node's Python; apptainer and enroot: started on each node; pyxis: enroot through
-    srun options."""
+    """none: the login node's Python; apptainer, enroot: started on the nodes; pyxis: enroot
+    through srun options."""
     image: str = ""
     """Image file or address for the container program."""
     mounts: tuple[str, ...] = ()
@@ -100,9 +100,9 @@ class PreflightConfig:
     max_gpu_used_bytes: NotNegativeInt = 2_000_000_000
     """Maximum memory in use on a rank's GPU before the start."""
     transformer_engine: bool = True
-    """Check that each rank with a GPU can import Transformer Engine, which bf16 needs on GPUs."""
+    """Check that ranks with a GPU can import Transformer Engine (required for bf16 on GPUs)."""
     max_allreduce_s: AboveZero = 10.0
-    """Maximum time of a 64 MiB all-reduce over all ranks, after a warm-up that opens connections."""
+    """Maximum time of a 64 MiB all-reduce over the whole job, after a warm-up."""
     timeout_min: AtLeastOne = 10
     """Minutes after which the check itself counts as failed."""
 
@@ -116,7 +116,7 @@ class ClusterProfile:
     partition: str = ""
     """Slurm partition; empty: the cluster's default."""
     account: str | None = None
-    """Slurm account; empty: the cluster needs none; null: required as --account."""
+    """Slurm account; empty: not needed; null: must be passed with --account."""
     qos: str = ""
     """Slurm quality of service; empty: the default."""
     constraint: str = ""
@@ -128,7 +128,7 @@ class ClusterProfile:
     """Seconds before the time limit at which training saves and stops; Slurm may signal up to a minute
     earlier."""
     gpus_per_node: NotNegativeInt = 8
-    """GPUs per node, with one rank each. 0: train on CPUs."""
+    """GPUs (and ranks) per node. 0: train on CPUs."""
     gpu: KnownChip = ""
     """GPU model, by its name in `slurm/chips.yaml`. Enables memory checks, recommended layouts and prices
     in `plan`; empty: unknown model, no checks."""
@@ -146,7 +146,7 @@ class ClusterProfile:
     """Shell lines to run first, verbatim."""
     environment: dict[Annotated[VariableName, Bound(_check_not_secret)], str] = dataclasses.field(
         default_factory=dict)
-    """Environment variables for all ranks, such as NCCL settings. Never secrets."""
+    """Environment variables for the ranks, e.g. NCCL settings. Never secrets."""
     container: ContainerConfig = ContainerConfig()
     """Container for a job's Python."""
     python: str = ""
@@ -183,7 +183,7 @@ class ClusterProfile:
     """Seconds from such a failure to the first new step: detection, node checks, start, checkpoint loading.
     Below 10 minutes in MegaScale (arXiv 2402.15627, section 4)."""
     max_strikes: AtLeastOne = 2
-    """Failures of a node after which the job excludes it."""
+    """Failures of a node before the job excludes the node."""
     max_failures: AtLeastOne = 3
     """Consecutive failures without a new checkpoint after which the job stops."""
 
@@ -259,7 +259,7 @@ def compute_links(profile: ClusterProfile, num_gpus: int) -> Links:
 
 
 def list_packaged_files(folder: str) -> dict[str, Traversable]:
-    """Return name -> packaged YAML file in `slurm/clusters` or `slurm/chains`."""
+    """Return name -> YAML file in `slurm/clusters` or `slurm/chains`."""
     files = importlib.resources.files("slurm").joinpath(folder).iterdir()
     return {file.name.removesuffix(".yaml"): file for file in sorted(files, key=lambda file: file.name)
             if file.name.endswith(".yaml")}

@@ -25,7 +25,7 @@ _COLUMNS = "time_s, key, outcome, input_tokens, output_tokens, cost, wall_s"
 
 @dataclass(frozen=True)
 class Usage:
-    """Billed tokens and cost of a request."""
+    """Billed tokens and cost of a request (`input_price`, `output_price`)."""
 
     input_tokens: int
     output_tokens: int
@@ -73,7 +73,7 @@ class EndpointCache:
         return None
 
     def note(self, key: str, outcome: str, usage: Usage, wall_s: float, answer: Any | None = None) -> None:
-        """Log a request and store its answer, in one transaction.
+        """Insert a row into `requests`, and the answer into `answers`, in a single transaction.
 
         Args:
             key: request hash.

@@ -51,16 +51,16 @@ class EndpointLimits:
     output_price: float
     """Price per million tokens."""
     patience_s: float = 0.0
-    """Seconds since the endpoint's last answer to any request during which an overloaded or
-    unreachable endpoint is
-    retried beyond `max_attempts`."""
+    """Seconds since the endpoint's last answer to any request, for retries beyond `max_attempts` while
+    the endpoint is
+    overloaded or unreachable."""
 
 
 class RateGate(Protocol):
-    """Gate that each attempt passes, such as a budget."""
+    """Admission control for attempts, e.g. a budget."""
 
     def enter(self, most: Usage) -> None:
-        """Admit a request with worst-case billing `most`; may wait or raise."""
+        """Admit a request with maximum billing `most`; may wait or raise."""
         ...
 
     def leave(self, most: Usage, billed: Usage) -> None:
@@ -145,8 +145,7 @@ class Endpoint:
 
     @contextlib.contextmanager
     def _lock_request(self, key: str) -> Iterator[None]:
-        """Lock a request key, so that a single thread requests an answer and the others find it
-        in the cache."""
+        """Lock a request key: the first thread sends the request, waiting threads read `EndpointCache`."""
         with self._lock:
             # one lock per request in progress, dropped with its last waiter, so that the table does not grow
             lock, num_waiting = self._asking.get(key, (threading.Lock(), 0))
@@ -187,14 +186,15 @@ class Endpoint:
                 return answer
 
     def _find_substitute_model(self, payload: Mapping[str, Any], answer: Any) -> str | None:
-        """Return the model that answered, if it is neither requested nor accepted."""
+        """Return the name of an answering model outside `payload["model"]` and
+        `accepted_models`, else None."""
         if self._accepted_models is None:
             return None
         name = read_model_name(answer)
         return None if name in ("", payload.get("model"), *self._accepted_models) else name
 
     def _check_model(self, payload: Mapping[str, Any], answer: Any) -> None:
-        """Report each substitute model once.
+        """Report a substitute model, once per name.
 
         Raises:
             UserError: `accepted_models` do not contain it.
@@ -223,7 +223,7 @@ class Endpoint:
         self._told(f"{self._url}: {why}; waiting up to {self._limits.patience_s:.0f} s for it")
 
     def _wait_for_turn(self) -> None:
-        """Wait until the rate limit allows another request.
+        """Wait for the next slot of `requests_per_minute`.
 
         Raises:
             UserError: the cost limit is reached.
@@ -242,7 +242,8 @@ class Endpoint:
         self._sleep(turn_s - now_s)
 
     def _send_request(self, payload: Mapping[str, Any], key: str, read: Callable[[Any], T]) -> T:
-        """Send a request and return `read` applied to its answer; log and cache both in one transaction."""
+        """Send a request; return `read` applied to the answer. `EndpointCache` stores answer
+        and cost together."""
         most = self._max_usage(payload)
         # a budget reserves the worst case before sending; `leave` corrects it
         self._gate.enter(most)
@@ -274,7 +275,7 @@ class Endpoint:
                 self._gate.leave(most, usage)
 
     def _check_status(self, status: int, retry_after: str | None, body: bytes) -> None:
-        """Raise for a status other than 200."""
+        """Raise `UserError`, `BadAnswer` or `RequestRefused` unless the status is 200."""
         if status in FATAL_STATUSES:
             raise UserError(f"{self._url}: {FATAL_STATUSES[status]} (HTTP {status}); check the address, the "
                             f"model and the key in {self._key_env}, and run the same command again")

@@ -1,4 +1,4 @@
-"""Serve a local model as an endpoint: `megatron-sov serve` as a child process with a private API key."""
+"""Serve a local model with `megatron-sov serve` in a child process, protected by a private API key."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class LocalServer:
 def serve_model(folder: Path, problem: str, *, options: Sequence[str] = (),
             sleep: Callable[[float], object] = time.sleep, program: Sequence[str] = ()
             ) -> Iterator[LocalServer]:
-    """Serve a checkpoint or Hugging Face folder during the context, by a child that ends with this process.
+    """Serve a checkpoint or Hugging Face folder during the context, in a child process.
 
     Args:
         folder: the model.

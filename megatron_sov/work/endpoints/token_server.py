@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 STOP, LENGTH, ABORTED = "stop", "length", "abort"
 """Finish reasons: a stop token, the length limit, an abort request."""
 INITIAL_VERSION = 0
-"""Version of the weights loaded at the engine's start, which may have any name."""
+"""Version number for the weights loaded at the engine's start."""
 CONTROL_TIMEOUT_S = 600.0
 """Timeout of control requests; answers have their own."""
 STATUS_TIMEOUT_S = 10.0
@@ -49,14 +49,13 @@ class TokenRequest:
     """0: no limit."""
     top_p: float = 1.0
     stop_ids: tuple[int, ...] = ()
-    """Token ids that end an answer and are included as its last token."""
+    """Token ids at which an answer ends, inclusive."""
     with_routes: bool = False
     """Return the expert routes of tokens."""
     count: int = 1
     """Answers per prompt; must be 1 at temperature 0."""
     others: tuple[Sequence[int], ...] = ()
-    """Further prompts. Weights must not change during such a request, because its answers do
-    not report versions."""
+    """Further prompts; weights must not change meanwhile, because multi-prompt answers report no versions."""
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -113,15 +112,15 @@ class TokenServer(Protocol):
     url: str
 
     def write(self, request: TokenRequest) -> list[TokenAnswer]:
-        """Generate all requested answers; blocks until the last has ended."""
+        """Generate `request.num_answers` answers; blocks until the last has ended."""
         ...
 
     def score(self, ids: Sequence[int]) -> list[float]:
-        """Return the log-probability of each token except the first, at temperature 1."""
+        """Return the log-probabilities of `ids[1:]` at temperature 1."""
         ...
 
     def abort(self, requests: Sequence[TokenRequest]) -> None:
-        """Abort requests; their answers return with the tokens so far."""
+        """Abort requests; blocked `write` calls return the partial answers."""
         ...
 
     def pause(self) -> None:
@@ -181,7 +180,7 @@ class ServerCalls:
             return False
 
     def _get_transport(self, limit_s: float) -> Transport:
-        """Return the transport for a timeout; all paths share its connections."""
+        """Return the `Transport` for a timeout, shared by the paths."""
         with self._lock:
             if limit_s not in self._opened:
                 self._opened[limit_s] = Transport(f"{self.url}/", self._key_env, limit_s,
@@ -240,7 +239,7 @@ def _check_answer(answer: TokenAnswer, where: str) -> None:
 
 
 def parse_version(value: Any) -> int:
-    """Parse the weights version from a server; names of initial weights give `LOADED`."""
+    """Parse a weights version; names of initial weights give `INITIAL_VERSION`."""
     version = int(value) if isinstance(value, (int, str)) and str(value).isdigit() else INITIAL_VERSION
     if version >= _INT32:
         raise ValueError("a version of the weights that is too large")

@@ -26,7 +26,7 @@ def is_url(text: str) -> bool:
 
 
 def find_address_problems(field: str, text: str, key_field: str) -> list[SettingsProblem]:
-    """Return problems of an address up to `/v1`, without quoting it because it may contain a key.
+    """Return the problems of an address up to `/v1`; the messages never quote the address (possible keys).
 
     Args:
         field: name of the setting.
@@ -69,7 +69,7 @@ class HttpResponse:
 
 
 def find_missing_libraries() -> list[str]:
-    """Return a sentence per required library that is not installed."""
+    """Return a sentence per missing library (`openai`, `httpx`)."""
     return [f"{name} is not installed; {how_to_install('judge')}" for name in ("openai", "httpx")
             if importlib.util.find_spec(name) is None]
 
@@ -173,7 +173,7 @@ class Transport:
                         {name.lower(): value for name, value in response.headers.items()}, response.content)
 
     def _convert_error(self, error: Exception) -> Exception:
-        """Convert an exception for a request without response."""
+        """Convert a client exception to `TimeoutError` or `BadAnswer`."""
         import httpx
         import openai
 
@@ -185,7 +185,7 @@ class Transport:
         return BadAnswer(f"the connection failed ({type(cause).__name__})", is_away=True)
 
     def _get_client(self) -> Any:
-        """Return the openai client, created once, over an httpx client with our limits."""
+        """Return the `openai.OpenAI` client, created on first use over an `httpx.Client` with our limits."""
         import httpx
         import openai
 
@@ -209,7 +209,7 @@ class Transport:
 
 
 def _limit_response(max_bytes: int, response: Any) -> None:
-    """Limit a response to `max_bytes`; refuse compressed ones, which may expand to any size."""
+    """Limit a response to `max_bytes` and refuse compressed responses (zip bombs)."""
     if response.headers.get("content-encoding", "identity") != "identity":
         response.close()
         raise _decoding_error_class()("the endpoint sent a packed answer, which was not asked for",

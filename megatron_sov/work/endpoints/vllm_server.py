@@ -158,7 +158,7 @@ class VllmServer:
                                 str(choice["finish_reason"])) for choice in reply["choices"]]
 
     def _get_model_name(self) -> str:
-        """Return the name of the server's model."""
+        """Return the server's model name from `/v1/models`."""
         if not self._model:
             reply = self._calls.look("/v1/models")
             with AnswerParsing(self.url):
@@ -183,7 +183,7 @@ def _parse_choice(choice: Mapping[str, Any]) -> TokenAnswer:
 
 
 def _decode_routes(encoded: str | None) -> np.ndarray | None:
-    """Decode a base64 .npy array without unpickling."""
+    """Decode a base64 `.npy` array with `allow_pickle=False`."""
     import numpy as np
 
     if encoded is None:

@@ -24,7 +24,7 @@ Work = TypeVar("Work")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 QUEUED_PER_THREAD = 2
-"""Queued items per thread; small, so that little is read ahead."""
+"""Queued items per thread; small to limit read-ahead."""
 _POLL_S = 0.5
 """Interval between checks for a stop request."""
 
@@ -39,8 +39,7 @@ class StopSignal:
 
     @contextlib.contextmanager
     def stop_on_signals(self) -> Iterator[None]:
-        """Request a stop on SIGTERM, SIGINT or SIGUSR1 during the block; a repeated signal
-        ends the process."""
+        """Request a stop on `STOP_SIGNALS` during the block; a repeated signal ends the process."""
         handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         # keep signals ignored that nohup ignores
         handlers = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
@@ -129,9 +128,9 @@ def _yield_finished(pending: set[Future[Result]], stop: StopSignal) -> Iterator[
 
 
 _work: Callable[[Any], Any]
-"""Function of this worker process, applied to each item."""
+"""Function applied to items in the worker process, returned by `build`."""
 WAITING_PER_WORKER = 4
-"""Queued items per worker, so that no worker waits for input."""
+"""Queued items per worker; enough to keep workers busy."""
 LOST_WORKER = "a worker process was ended from outside (for want of memory?)"
 
 
@@ -222,7 +221,7 @@ def map_in_processes(build: Callable[..., Callable[[Item], Result]], arguments: 
 
 @contextlib.contextmanager
 def _block_interrupts() -> Iterator[None]:
-    """Block SIGINT in processes started here: on Ctrl-C only this process reacts, and ends them."""
+    """Block SIGINT in workers started during the block: on Ctrl-C the main process ends the workers."""
     previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -239,7 +238,7 @@ def _start_worker(build: Callable[..., Callable[[Any], Any]], arguments: tuple[A
 
 
 def _end_with_parent() -> None:
-    """End this worker when its parent has died, so that a killed command leaves no waiting workers."""
+    """End the worker process when the parent process has died."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,4 +1,4 @@
-"""Run a command together with all its descendants, which end with this process.
+"""Run a command and end the command with all descendants when the calling process ends.
 
 A keeper process between the two adopts orphaned descendants (PR_SET_CHILD_SUBREAPER, prctl(2)),
 so neither process
@@ -31,7 +31,7 @@ _POLL_MS = 20
 
 
 class SupervisedCommand:
-    """A running command with its descendants; ends when this object is garbage collected."""
+    """A running command with descendants; ended when the `SupervisedCommand` is garbage collected."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], output: IO[Any]) -> None:
         """Start the command.
@@ -69,7 +69,7 @@ class SupervisedCommand:
 
 
 def kill_descendants() -> None:
-    """Kill all descendants: orphans of killed children become children of this process."""
+    """Kill all descendants; PR_SET_CHILD_SUBREAPER turns orphans into children."""
     while children := _list_children():
         for child in children:
             with contextlib.suppress(ProcessLookupError):
@@ -86,7 +86,7 @@ def _list_children() -> list[int]:
 
 
 def _supervise_command(until: int, command: Sequence[str]) -> int:
-    """Run a command until it ends or `until` is closed, then kill its descendants.
+    """Run a command until the exit or a message on `until`, then kill all descendants.
 
     Args:
         until: read end of a pipe that the owner writes to or closes.

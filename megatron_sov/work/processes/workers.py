@@ -1,4 +1,4 @@
-"""Worker processes that answer requests within a time limit and are replaced when they end.
+"""Worker processes for requests with a time limit; ended workers are replaced.
 
 Workers are forks of a server process that has imported the needed modules and nothing else:
 replacement is fast,
@@ -31,14 +31,13 @@ START_LIMIT_S = 120.0
 END_LIMIT_S = 60.0
 """Limit for the kernel to report a worker's exit code."""
 FAST_REQUEST_S, MAX_BATCH_REQUESTS = 0.01, 64
-"""Requests faster than `QUICK_S` are sent in batches of up to `MOST_AT_ONCE`, because a round trip
-takes longer than
-the work."""
+"""Requests faster than `FAST_REQUEST_S` are sent in batches of up to `MAX_BATCH_REQUESTS` to
+save round trips."""
 _PRELOADED: dict[str, None] = {}
 """Modules that the shared fork server imports, in order."""
 Key = TypeVar("Key")
 Answer = Callable[[Any, Callable[[], None]], Any]
-"""Answers a request: called with the request and a function that restarts its time limit; returns JSON."""
+"""Answers a request: called with the request and a function to restart the time limit; returns JSON."""
 
 
 class _WorkerProcess(Child):
@@ -119,7 +118,7 @@ class LostAnswer:
 
 
 class Workers:
-    """Worker processes that answer requests one by one; use `end` to stop them.
+    """Worker processes for requests; `answers` yields results, `end` stops the workers.
 
     They end with this process, and so do their children unless `may_start_processes`.
     """
@@ -187,7 +186,7 @@ class Workers:
                 worker.give([waiting.popleft() for _ in range(count)], limit_s)
 
     def _receive_answers(self, worker: _WorkerProcess, has_sent: bool) -> list[Any]:
-        """Return a worker's answer as [answer], or [] if it continues."""
+        """Return [answer] from a worker with a message or a timeout, or []."""
         code: int | None = None
         try:
             if has_sent:
@@ -226,9 +225,7 @@ class Workers:
 
 
 def _run_worker(channel: socket.socket, make: Callable[..., Answer], arguments: tuple[object, ...]) -> None:
-    """Serve until the fork server ends, which ends with the command; ignore Ctrl-C, because the
-    command ends its
-    workers itself."""
+    """Serve requests until the fork server ends; ignore Ctrl-C, because the main process ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_parent_death_signal()
     # The fork server ends when nobody holds this pipe open. A worker that inherits the pipe would
@@ -250,7 +247,7 @@ def serve_requests(channel: socket.socket, make: Callable[..., Answer],
             send_message(channel, ("ready", ""))
             while True:
                 for request in receive_message(channel):
-                    # answer one by one: if the process dies, the first unanswered request is the cause
+                    # separate answers: if the process dies, the first unanswered request is the cause
                     send_message(channel,
                                  ("answer", answer(request, lambda: send_message(channel, ("again", "")))))
         except UserError as e:

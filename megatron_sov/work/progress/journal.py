@@ -38,9 +38,8 @@ def slurm_folder(output: Path) -> Path:
 
 
 def delete_work(output: Path) -> None:
-    """Delete the work folder of a finished output: rename it first, so that a killed process
-    leaves no partial
-    work that a later command would trust."""
+    """Rename and delete the work folder of a finished output; a kill leaves no partial work under
+    the old name."""
     # `new_artifact` deletes folders with this name after a kill
     delete_folder(work_folder(output), output.with_name(f".{output.name}.tmp-{os.getpid()}"))
 
@@ -50,7 +49,7 @@ PARTS = "[0-9a-f][0-9a-f]/*"
 """Pattern of part folders, which are named by a hash."""
 FORMAT_VERSION = 1
 REDO = "--redo"
-"""Option that discards unfinished work of another command."""
+"""Option for discarding unfinished work with a different identity."""
 SYNC_EVERY_S = 1.0
 MAX_DIFFERENCES = 20
 """Maximum number of differences in an error message."""
@@ -94,7 +93,7 @@ class Journal:
         self._synced_s = time.monotonic()
 
     def add(self, records: Iterable[tuple[Item, bytes]]) -> None:
-        """Append records. A killed process loses none; a power failure may lose those of the last second.
+        """Append records. A killed process loses no records, a power failure up to `SYNC_EVERY_S`.
 
         Raises:
             UserError: the disk is full or not writable.
@@ -107,7 +106,7 @@ class Journal:
                 self.done.add(item)
             # flush protects against a kill; fsync once a second against power failures
             self._file.flush()
-            if time.monotonic() - self._synced_s >= SYNC_EVERY_S:  # fsync costs as much as many records
+            if time.monotonic() - self._synced_s >= SYNC_EVERY_S:  # fsync is slow
                 os.fsync(self._file.fileno())
                 self._synced_s = time.monotonic()
 
@@ -117,7 +116,7 @@ class Journal:
             yield item, payload
 
     def write_payloads(self, file: Path) -> None:
-        """Write all payloads in sequence to a file, which appears when complete."""
+        """Write the payloads in sequence to a new file, created atomically."""
         with new_file(file) as temporary, open(temporary, "wb") as f:
             for _, payload in self.records():
                 f.write(payload)
@@ -132,7 +131,7 @@ class Journal:
 @contextlib.contextmanager
 def open_journal(output: Path, made_by: str, identity: Mapping[str, Any], *, redo: bool = False
                  ) -> Iterator[Journal]:
-    """Open an output's journal as a context; delete it at the end unless an exception escapes.
+    """Open an output's journal as a context; a successful end deletes the journal.
 
     Args:
         output: path of the output.
@@ -188,7 +187,7 @@ def lock_work_folder(output: Path, made_by: str, identity: Mapping[str, Any],
 
 
 def _read_job_file(folder: Path) -> tuple[str, dict[str, Any] | None]:
-    """Return command and identity from `job.json`, or None as identity if it is missing or damaged."""
+    """Return command and identity from `job.json`; the identity is None for a missing or damaged file."""
     try:
         content = json.loads((folder / JOB).read_bytes())
         return str(content["made_by"]), dict(content["identity"])
@@ -212,7 +211,7 @@ def _write_job_file(folder: Path, made_by: str, identity: dict[str, Any]) -> Non
 
 
 def _empty_folder(folder: Path) -> None:
-    """Delete a folder's content, `JOB` last, so that `JOB` still describes the rest after a kill."""
+    """Delete a folder's content, `JOB` last: after a kill `JOB` still describes the rest."""
     for file in sorted(folder.iterdir(), key=lambda file: file.name == JOB):
         if file.is_file():
             file.unlink()
@@ -273,7 +272,7 @@ def read_job(folder: Path) -> dict[str, Any]:
 
 
 def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Describe each value that differs between two identities, up to `MAX_DIFFERENCES`."""
+    """Describe the differences between two identities, up to `MAX_DIFFERENCES`."""
     lines = [f"{name} was {old}, and is {new}" for name, old, new in changed_values(before, now)]
     more = len(lines) - MAX_DIFFERENCES
     return [*lines[:MAX_DIFFERENCES], f"and {more:,} more"] if more > 0 else lines

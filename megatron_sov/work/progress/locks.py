@@ -1,4 +1,4 @@
-"""Folder locks, leased claims on work items, and identification of the process behind a record.
+"""Folder locks, leased claims on work items, and process identities in lock files.
 
 Folder locks are kernel locks: visible in other containers and on most network file systems, released when the
 process ends.
@@ -37,12 +37,12 @@ CLOCK_TOLERANCE_S = 5.0
 
 
 def process_identity() -> dict[str, Any]:
-    """Return host, process_table (namespace of the pid), pid and started_s, which identify this process."""
+    """Return the identity of the current process: host, process_table (pid namespace), pid, started_s."""
     return {"host": socket.gethostname(), "process_table": process_table(), **_own_process(os.getpid())}
 
 
 def has_ended(record: Mapping[str, Any]) -> bool | None:
-    """Return whether a process has ended, or None if another machine or container runs it.
+    """Return whether a process has ended; None for processes on other machines and in other containers.
 
     Args:
         record: `identity()` of the process, possibly from an untrusted file.
@@ -66,7 +66,7 @@ def has_ended(record: Mapping[str, Any]) -> bool | None:
 
 @cache
 def process_table() -> str:
-    """Return kernel boot id and pid namespace, which separate containers; empty if the kernel hides them."""
+    """Return boot id and pid namespace, distinct per container; "" if /proc is not readable."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -85,7 +85,7 @@ def _own_process(pid: int) -> dict[str, Any]:
 POLL_S = 5.0
 """Interval between attempts to find available work."""
 RENEWALS = 4
-"""Heartbeats per lease, so that some may be late."""
+"""Heartbeats per lease; late heartbeats do not lose the claim."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class IdleTimeout:
 
 
 class Claims:
-    """Claims in a folder, as seen by one job. Call `take` repeatedly: an expired lease shows
+    """A job's view on the claims in a folder. Call `take` repeatedly: an expired lease shows
     only over time."""
 
     def __init__(self, folder: Path, lease_s: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -145,7 +145,7 @@ class Claims:
         self._watched: set[str] = set()
 
     def take(self, name: str) -> Claim | None:
-        """Claim an item; return None if another job holds it.
+        """Claim an item; return None for items of living jobs.
 
         A claim without heartbeat for a whole lease since this job's first look is taken over, as is
         a claim whose
@@ -169,8 +169,8 @@ class Claims:
             return Claim(self._folder, name, number + 1, self._lease_s)
 
     def may_be_dead(self, name: str) -> bool:
-        """Return whether a refused claim has shown no heartbeat yet: its holder may be dead,
-        so keep watching."""
+        """Return whether a refused claim has shown no heartbeat yet: the holder may be
+        dead, keep watching."""
         return name in self._watched
 
     def _is_available(self, name: str, number: int) -> bool:
@@ -183,7 +183,7 @@ class Claims:
         record = _read_claim(content)
         if record.get("is_released") or has_ended(record):
             return True
-        # the time since this job first saw this content, by its own clock
+        # time of the first look at the unchanged content, by the local clock
         seen_number, seen, since_s = self._seen.get(name, (0, b"", 0.0))
         # a heartbeat or the first look restarts the lease
         if (seen_number, seen) != (number, content):
@@ -245,7 +245,7 @@ class Claim:
         file = _claim_file(self._folder, self.name, self._number)
         next_file = _claim_file(self._folder, self.name, self._number + 1)
         with self._lock:
-            # if file n + 1 exists, another job took over; rewriting file n would change nothing
+            # if file n + 1 exists, the claim is lost; rewriting file n would not help
             if self._is_over or not file.exists() or next_file.exists():
                 self._is_over = True
                 return False
@@ -319,7 +319,7 @@ def lock_folder(folder: Path, label: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def try_lock_folder(folder: Path) -> Iterator[bool]:
-    """Lock a folder that exists only while locked; yield whether this block holds the lock.
+    """Lock a folder that exists only while locked; yield whether the lock succeeded.
 
     Raises:
         UserError: the folder cannot be created.
@@ -346,13 +346,13 @@ def _lock_until_close(folder: Path, stack: contextlib.ExitStack) -> bool:
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         stack.callback(os.close, fd)
-        # lock the folder itself, so that outputs contain no lock file
+        # lock the folder itself to keep outputs free of lock files
         is_ours = holds(fd)
         if is_ours is None:  # NFS only locks files open for writing
             lock = os.open(folder / LOCK, os.O_WRONLY | os.O_CREAT, 0o666)
             stack.callback(os.close, lock)
             is_ours = holds(lock)
-        # a holder may just have deleted the folder, and another process created it again
+        # the folder may have been deleted and created again meanwhile
         return is_ours is not False and os.path.samestat(os.stat(folder), os.fstat(fd))
     except FileNotFoundError:
         return False

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 SHOWN_AFTER_S = 2.0
-"""Work shorter than this shows no bar."""
+"""Delay in seconds before a bar appears."""
 
 
 def create_bar(title: str, total: int, unit: str, visible: bool = True) -> tqdm[Never]:
-    """Return a bar for use as a context; `update(n)` advances it by n parts.
+    """Create a `tqdm` bar for use in a with statement; `update(n)` advances by n parts.
 
     Args:
         title: one word for the activity.
@@ -59,7 +59,7 @@ class ProgressBar:
                              dynamic_ncols=True, file=self._stream)
 
     def update(self, step: int, metrics_text: str, tokens_per_s: float) -> None:
-        """Display step `step` with its metrics text and the tokens per second of all ranks."""
+        """Display `step` with `metrics_text` and the total tokens per second."""
         if self._bar is not None:
             self._bar.set_postfix_str(f"{metrics_text}, {tokens_per_s:,.0f} tokens/s", refresh=False)
             self._bar.update(step - self._bar.n)
@@ -67,7 +67,7 @@ class ProgressBar:
         from tqdm import tqdm
 
         now_s = time.monotonic()
-        # Average over this process's steps only: steps before a resume ran at another time.
+        # Average over steps since the start of the process: steps before a resume ran earlier.
         num_steps = step - self._first_step
         step_s = (now_s - self._start_s) / num_steps if num_steps > 0 else 0.0
         remaining_s = step_s * (self._total_steps - step)

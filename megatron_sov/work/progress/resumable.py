@@ -1,4 +1,4 @@
-"""Outputs built from parts, so that a killed command resumes without repeating finished parts.
+"""Outputs built from parts: a killed command resumes without repeating finished parts.
 
 Parts are folders named by a hash of everything they depend on: the same command, or a command with
 more input or
@@ -81,7 +81,7 @@ def resumable_artifact(path: Path, kind: str, made_by: str, plan: dict[str, Any]
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(path)
         refuse_existing(path, kind, overwrite)
-        # another version may write other bytes for the same plan
+        # different versions may write different bytes for the same plan
         identity = {"kind": kind, "version": __version__, **plan}
         with open_journal(path, made_by, identity, redo=redo) as journal:
             content = journal.folder / CONTENT
@@ -99,7 +99,7 @@ def part_folder(work: Path, key: str) -> Path:
 
 
 def build_part(work: Path, key: str, marker: str, build: Callable[[Path], object]) -> tuple[Path, bool]:
-    """Return a part's folder, and whether this call built it.
+    """Return a part's folder, and whether the call built the part.
 
     Args:
         work: folder of all parts.
@@ -135,5 +135,5 @@ def open_parts(output: Path, made_by: str) -> Iterator[Path]:
 
 
 def begin_parts(output: Path, made_by: str) -> None:
-    """Create the parts folder of an output for jobs that build some parts; see `open_parts`."""
+    """Create the parts folder of an output before jobs build parts in parallel; see `open_parts`."""
     begin_journal(output, made_by, {"command": made_by})

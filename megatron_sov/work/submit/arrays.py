@@ -35,14 +35,14 @@ FINISH = "finish"
 FINISH_CPUS = 16
 """Cores of the final job, which builds the output."""
 MAX_RESTARTS = 20
-"""Number of requeues after which a job's time limit counts as too short."""
+"""Maximum requeues; beyond, the job's time limit counts as too short."""
 DEFAULT_MAX_ARRAY = 1001
 _NOT_IN_SCRIPTS = re.compile(r"""[\s%\\"'$`;&|<>()*?\[\]{}!#~]""")
 """Characters with special meaning in Slurm's log names or in scripts."""
 
 
 def load_array_profile(options: ClusterOptions) -> ClusterProfile:
-    """Load the profile for a command's jobs.
+    """Load the `ClusterProfile` for a command's jobs.
 
     Raises:
         UserError: the profile is invalid, or arrays do not support its container.
@@ -80,7 +80,7 @@ class Jobs:
 
 
 def check_no_active_jobs(output: Path) -> None:
-    """Raise `UserError` if known jobs are running in a run folder."""
+    """Check a run folder for running Slurm jobs (`slurm/jobs.json`, `squeue`); raises `UserError`."""
     jobs = Jobs.read(output)
     try:
         # without Slurm's programs on this machine, allow the command
@@ -101,14 +101,14 @@ class TaskFailed(Exception):
 
 
 def check_quotable(output: Path) -> None:
-    """Raise `UserError` if a run folder's path has characters that job scripts cannot contain."""
+    """Check a run folder's path for characters outside shell and Slurm syntax; raises `UserError`."""
     if match := _NOT_IN_SCRIPTS.search(str(output)):
         raise UserError(f"--output {output}: {match[0]!r} cannot appear in the scripts of Slurm jobs; "
                         "choose a folder without blanks and shell characters")
 
 
 def check_restarts(subject: str, hint: str) -> None:
-    """Raise `UserError` if Slurm has requeued this job more than `MAX_RESTARTS` times."""
+    """Check SLURM_RESTART_COUNT against `MAX_RESTARTS`; raises `UserError`."""
     if int(os.environ.get("SLURM_RESTART_COUNT", "0")) > MAX_RESTARTS:
         raise UserError(f"{subject}: this job has been requeued {MAX_RESTARTS} times and is not done; "
                         f"give it a longer time limit, or {hint}")
@@ -197,7 +197,7 @@ class Arrays:
             UserError: Slurm refuses the script.
         """
         profile, logs = self._profile, self._folder / "logs" / name
-        # with more tasks than the cluster's maximum array size, each job runs several tasks
+        # beyond MaxArraySize, jobs run several tasks
         tasks_per_job = math.ceil(num_tasks / _max_array_size())
         array = _Array(logs, math.ceil(num_tasks / tasks_per_job), tasks_per_job, cpus, gpus, self._before)
         # old failure files would be reported as this array's
@@ -317,7 +317,7 @@ def _environment_lines(profile: ClusterProfile) -> Iterator[str]:
 
 
 def _step_lines(profile: ClusterProfile, logs: Path, cpus: int, tasks_per_job: int) -> Iterator[str]:
-    """Yield shell lines that run the job step and requeue the job before its time limit.
+    """Yield shell lines: start the step with `srun`, and requeue the job before the time limit.
 
     The shell requeues, because a container may lack `scontrol`.
     """

@@ -1,4 +1,4 @@
-"""Command-line options for submission to a cluster; separate from `arrays` so that `--help` stays fast."""
+"""Command-line options for submission to a cluster; separate from `arrays` for a fast `--help`."""
 
 from __future__ import annotations
 

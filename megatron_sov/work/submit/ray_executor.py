@@ -20,12 +20,12 @@ from megatron_sov.work.processes.pool import WAITING_PER_WORKER
 from megatron_sov.work.progress.jobs import Executor, Numbered, Work
 
 MAX_LOSSES = 3
-"""Lost processes per item after which the item counts as the cause."""
+"""Maximum lost processes per item; beyond, the item counts as the cause."""
 
 
 def ray_executor(build: Callable[..., Callable[[Work], bytes]], arguments: tuple[Any, ...], workers: int,
            address: str, *, gpus: float = 0.0) -> Executor[Work]:
-    """Return an executor that runs items on a Ray cluster.
+    """Return an executor with Ray actors on a cluster.
 
     Args:
         build: see `pool.WorkerPool`; its module must be importable on all nodes.
@@ -41,13 +41,13 @@ def ray_executor(build: Callable[..., Callable[[Work], bytes]], arguments: tuple
             processes = _RayProcesses(ray, lambda: kind.remote(build, arguments), workers)
             yield from _iter_records(processes, items)
         finally:
-            ray.shutdown()  # ends the processes, as does the end of this process
+            ray.shutdown()  # ends the actors
 
     return execute
 
 
 class _RayWorker:
-    """Ray actor; builds its function with the first item, so that build errors are reported with an item."""
+    """Ray actor. The first item triggers `build`, and build errors surface as `RayTaskError`."""
 
     def __init__(self, build: Callable[..., Callable[[Any], bytes]], arguments: tuple[Any, ...]) -> None:
         self._build, self._arguments = build, arguments
@@ -94,9 +94,8 @@ class _RayTask:
 
 
 class _RayProcesses:
-    """Processes of a command. A lost process is replaced and its item goes to the next free process:
-    with Ray's own
-    restarts, the item would wait for a slot that the other processes occupy."""
+    """The command's Ray actors. A lost actor is replaced, and the next free actor repeats the lost item: with
+    Ray's own restarts the item would wait for an occupied slot."""
 
     def __init__(self, ray: Any, start: Callable[[], Any], workers: int) -> None:
         self._ray, self._start, self.most = ray, start, WAITING_PER_WORKER * workers
@@ -126,7 +125,7 @@ class _RayProcesses:
 
     def wait(self) -> None:
         """Wait until a process has started, finished its item, or died; requeue items of dead processes."""
-        # one event at a time: starts and items share the wait, and the tables tell them apart
+        # wait for a single event: a start in `_starting` or a record in `_working`
         (reference,), _ = self._ray.wait([*self._working, *self._starting], num_returns=1)
         actor, task = self._working.pop(reference, (self._starting.pop(reference, None), None))
         try:

@@ -59,7 +59,7 @@ def find_table_problem(table: pa.Table) -> str:
 
 
 def read_table(file: Path, schema: pa.Schema) -> pa.Table:
-    """Read columns of a file; strings become dictionary arrays, which hold each value once.
+    """Read columns of a file; string columns become dictionary arrays with distinct values.
 
     Args:
         file: path to read.
@@ -123,7 +123,7 @@ def _find_excess(rows: int, size_bytes: int) -> str:
 
 
 def read_strings(column: pa.ChunkedArray) -> list[str | None]:
-    """Return a string column as list; equal strings share an object.
+    """Return a string column as list; equal strings share a `str` object.
 
     Raises:
         ValueError: invalid UTF-8.
@@ -137,7 +137,7 @@ def read_strings(column: pa.ChunkedArray) -> list[str | None]:
 
 
 def read_arrays(column: pa.ChunkedArray) -> list[np.ndarray]:
-    """Return each row's list as a read-only view."""
+    """Return the row lists of a column as read-only views."""
     arrays: list[np.ndarray] = []
     for chunk in column.chunks:
         values, ends = chunk.values.to_numpy(), chunk.offsets.to_numpy().tolist()
@@ -190,7 +190,7 @@ class TableFile:
                 self._writer.write_table(table, row_group_size=table.num_rows)
 
     def close(self) -> str:
-        """Seal and sync the file under its temporary name; return its checksum."""
+        """Seal and sync the file under the temporary name; return the checksum."""
         if not self._seal:
             with disk_errors(self.path):
                 seal_parquet(self._writer)
@@ -214,7 +214,7 @@ class TableFile:
 
 def iter_row_groups(files: Sequence[Path], seals: Sequence[str | None], hint: Callable[[Path], str]
                 ) -> Iterator[list[pa.Table]]:
-    """Yield the row groups of a file together with those of files that later jobs added as columns.
+    """Yield row groups of a file, each with the corresponding row groups of files with added columns.
 
     Args:
         files: `TableFile` paths: the first file, then files with further columns for the same rows.

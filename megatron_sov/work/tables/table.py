@@ -39,13 +39,13 @@ FORMAT_VERSION = 1
 VERSION_CHARS = 12
 """Length of a version in its folder's name."""
 LEFTOVER_S = 3600.0
-"""Seconds without change after which a temporary folder counts as left by a killed job."""
+"""Minimum age in seconds of an abandoned temporary folder."""
 EXCLUDED_FIELD = "num_kept_out"
 _REBUILD_HINT = "restore it from a copy, or delete it to have it made again"
 
 
 class AlreadyPublished(UserError):
-    """Another job published a part with this name first; its rows stay."""
+    """A part with the same name exists already; the published rows stay."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ P = TypeVar("P", bound=TablePart)
 
 
 class Table(Generic[P]):
-    """An existing table, from `open` or `create` of a subclass that declares its content."""
+    """An existing table, from `open` or `create` of a subclass with a declared schema."""
 
     WHAT: ClassVar[str]
     """Noun for messages."""
@@ -99,7 +99,7 @@ class Table(Generic[P]):
     ADDED: ClassVar[str]
     """Kinds of parts, in manifests and in names of folders and files."""
     VERSION: ClassVar[str]
-    """Manifest field of added columns: version of the program that added them."""
+    """Manifest field of added columns: version of the writing program."""
     CLAIM: ClassVar[str]
     """Prefix of claims on adding columns."""
     IDENTITY: ClassVar[Mapping[str, type]]
@@ -122,7 +122,7 @@ class Table(Generic[P]):
 
     @staticmethod
     def key_of(name: str) -> tuple[int, ...] | None:
-        """Return the numbers in a part's name (the sort key), or None for other names.
+        """Parse the numbers in a part's name (the sort key); None for invalid names.
 
         The first number selects parts in `parts` and `clearable`.
         """
@@ -160,7 +160,7 @@ class Table(Generic[P]):
 
     @classmethod
     def create(cls, path: str | Path, *identity: Any) -> Self:
-        """Open the table in a folder, creating it if missing; several processes may call this at once.
+        """Open or create the table in a folder; safe for concurrent calls.
 
         Args:
             path: the folder.
