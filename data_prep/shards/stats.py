@@ -19,7 +19,7 @@ from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Flag, add_options, read_options
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
-from megatron_sov.chat.media_tokens import name_of
+from megatron_sov.chat.media_tokens import display_name
 from megatron_sov.work.progress.progress_bar import create_bar
 
 _BLOCK_ITEMS = 1 << 22
@@ -117,7 +117,7 @@ def _occurring(special: dict[int, str], counts: np.ndarray) -> dict[str, int]:
     found: Counter[str] = Counter()
     for id_, token in sorted(special.items()):
         if id_ < len(counts) and counts[id_]:
-            found[name_of(token)] += int(counts[id_])
+            found[display_name(token)] += int(counts[id_])
     return dict(found)
 
 

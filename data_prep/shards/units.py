@@ -28,7 +28,7 @@ from megatron_sov.base.documents.files import PARQUET_SUFFIX, open_parquet
 from megatron_sov.base.documents.reading import CountedSpan
 from megatron_sov.base.documents.shard_files import FEATURES
 from megatron_sov.base.errors import UserError
-from megatron_sov.chat.media_tokens import SPELLED
+from megatron_sov.chat.media_tokens import MEDIA_TOKEN
 from megatron_sov.work.processes.pool import map_in_processes
 from megatron_sov.work.progress.resumable import build_part, part_folder
 
@@ -221,7 +221,7 @@ class _UnitWriter:
 
 def _sizes_bytes(document: Document) -> list[int]:
     if document.media is not None:  # of what people wrote: bytes of media would be of another kind
-        return [sum(len(SPELLED.sub("", text).encode()) for text in document.texts())]
+        return [sum(len(MEDIA_TOKEN.sub("", text).encode()) for text in document.texts())]
     if document.kind != "preference":
         return [sum(len(text.encode()) for text in document.texts())]
     return [sum(len(text.encode()) for message in (*document.messages, *side) for text in message.texts())

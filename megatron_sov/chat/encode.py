@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from megatron_sov.base.documents import BadRecord, Conversation, Message
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.marks import (
-    BEGIN_CALL, BEGINS_OF_THOUGHTS, END_CALL, KIND_ANSWER, KIND_NONE, CallForm, kinds_of_turn, marks_decoder)
+    BEGIN_CALL, END_CALL, KIND_ANSWER, KIND_NONE, THOUGHT_MARKS, CallForm, build_marks_decoder, classify_turn)
 from megatron_sov.chat.tool_calls import FORMS, ToolCall, parse_turn
 
 if TYPE_CHECKING:
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 TYPE_TEXT, TYPE_PROMPT, TYPE_RESPONSE = 0, 1, 2
 """Token types: plain text, prompt (template, system, user, tools), response to learn."""
 # table for `bytes.translate`: kind 0 is a prompt, every other kind a response
-_TYPE_OF_KIND = bytes([TYPE_PROMPT, *[TYPE_RESPONSE] * 255])
-SPLIT_TEXTS = 4096
+_KIND_TO_TYPE = bytes([TYPE_PROMPT, *[TYPE_RESPONSE] * 255])
+SPLIT_CACHE_SIZE = 4096
 """Cache size: template texts split at their special tokens."""
-SHORT_TEXT = 1000
+MAX_CACHED_CHARS = 1000
 """Maximum length in characters of a cached template text; longer texts contain messages."""
-MOST_IDS_OF_A_MARK = 16
+MAX_MARK_TOKENS = 16
 """Maximum length of `<think>` with following blanks in tokens, if the tokenizer has no token for it."""
 PROBES = (Conversation.of(("user", "a"), ("assistant", "b")),
           Conversation.of(("user", "a"), ("assistant", "b"), ("user", "c")))
 """Probe chats for a template's end of assistant turns: at the end, and before a user turn."""
-CALL: dict[str, Any] = {"type": "function", "function": {"name": "probe_call", "arguments": {"number": 7}}}
-CALL_PROBE = Conversation((Message("user", "a"), Message("assistant", "", tool_calls=(CALL,)),
+SAMPLE_CALL: dict[str, Any] = {"type": "function", "function": {"name": "probe_call", "arguments": {"number": 7}}}
+CALL_PROBE = Conversation((Message("user", "a"), Message("assistant", "", tool_calls=(SAMPLE_CALL,)),
                            Message("tool", "c")))
 """Probe chat for a template's tool calls and end token (Solar Open ends calls with a separate token)."""
 
@@ -58,7 +58,7 @@ class EncodedChat:
 
     @property
     def types(self) -> bytes:
-        return bytes(self.kinds.translate(_TYPE_OF_KIND))
+        return bytes(self.kinds.translate(_KIND_TO_TYPE))
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class _ChatPart:
     kinds: bytes
     """Kind of each character."""
     begins_response: bool = False
-    is_asked_again: bool = False
+    is_repeated_in_prompt: bool = False
     """Whether the part belongs to a response that is part of a later prompt."""
 
 
@@ -86,7 +86,7 @@ class InlineTokens(Protocol):
         ...
 
 
-class _Joined(BadRecord):
+class _JointTokenError(BadRecord):
     """A response merges with template text into a different first token in later prompts."""
 
 
@@ -119,7 +119,7 @@ class ChatEncoder:
         # Such tokens absorb surrounding white space, so texts encoded separately differ from the whole text.
         self._takes_spaces = any(t.lstrip or t.rstrip or t.single_word for t in special.values())
         # template texts are few and recur in every chat
-        self._split = lru_cache(SPLIT_TEXTS)(self._split_at_special)
+        self._split = lru_cache(SPLIT_CACHE_SIZE)(self._split_at_special)
 
     def __reduce__(self) -> tuple[Any, ...]:  # pickle without caches
         own = None if self._encode_plain == self._plain_ids else self._encode_plain
@@ -143,39 +143,39 @@ class ChatEncoder:
                 with earlier turns would see other ids.
         """
         # imported late: --help does not need Jinja
-        from megatron_sov.chat.template import around_contents
+        from megatron_sov.chat.template import split_at_contents
 
         learned = {i for i, m in enumerate(chat.messages)
                    if i >= num_prompt and m.role == "assistant" and m.is_learned}
-        self._check_beside(chat)
+        self._check_extra_texts(chat)
         try:
-            return self._encode_segments(*self._segments(chat, learned, awaits_response), learned)
-        except _Joined as joined:
+            return self._encode_segments(*self._split_segments(chat, learned, awaits_response), learned)
+        except _JointTokenError as joined:
             # leave the template's text before the response to the template, see `odd_opening`
             try:
-                segments = around_contents(self._template, chat, awaits_response)
+                segments = split_at_contents(self._template, chat, awaits_response)
             except BadRecord:
                 raise joined from None
             return self._encode_segments(segments, chat, learned)
 
-    def _check_beside(self, chat: Conversation) -> None:
+    def _check_extra_texts(self, chat: Conversation) -> None:
         """Raise `BadRecord` if tools, variables or names would insert special tokens into
         the template's text."""
         extra_text = "\n".join(chat.beside())
-        if extra_text and (spelled := self._spelled([extra_text])):
+        if extra_text and (spelled := self._find_special_token([extra_text])):
             raise BadRecord("special_token", f"spells the special token {spelled!r} in its tools, its "
                                              "chat_template_kwargs or a name, where it would become one; "
                                              "remove it")
 
     def _encode_segments(self, segments: Segments, chat: Conversation, learned: set[int]) -> EncodedChat:
-        parts, is_open = self._parts(segments, chat, learned)
+        parts, is_open = self._split_parts(segments, chat, learned)
         ids: list[int] = []
         kinds = bytearray()
         previous: Run = []
-        for run in _runs(parts):
+        for run in _group_runs(parts):
             new_ids, new_kinds = self._encode_run(run)
             # a preceding special token separates the texts
-            if run[0].is_asked_again and previous and previous[0].special is None:
+            if run[0].is_repeated_in_prompt and previous and previous[0].special is None:
                 self._check_joint(previous, run, new_ids)
             ids += new_ids
             kinds += new_kinds
@@ -184,27 +184,27 @@ class ChatEncoder:
             self._check_spaces(segments, chat, ids)
         return EncodedChat(ids, kinds, is_open)
 
-    def _segments(self, chat: Conversation, learned: set[int], awaits_response: bool
+    def _split_segments(self, chat: Conversation, learned: set[int], awaits_response: bool
                   ) -> tuple[Segments, Conversation]:
         """Return a conversation's segments, and the conversation with thoughts separated from contents."""
-        from megatron_sov.chat.template import around_contents, around_turns, separate_thoughts
+        from megatron_sov.chat.template import separate_thoughts, split_at_contents, split_at_turns
 
         try:
-            return around_contents(self._template, chat, awaits_response, learned), chat
+            return split_at_contents(self._template, chat, awaits_response, learned), chat
         except BadRecord as error:
             if (separated := separate_thoughts(self._template, chat, awaits_response)) is not chat:
-                return self._segments(separated, learned, awaits_response)
+                return self._split_segments(separated, learned, awaits_response)
             # prefixes locate turns by text alone, so contents must not spell a turn's end
             allowed: Collection[int] = self._inline.ids if self._inline else ()
-            spelled = self._spelled((text for message in chat.messages for text in message.texts()), allowed)
+            spelled = self._find_special_token((text for message in chat.messages for text in message.texts()), allowed)
             if spelled is None:
-                return around_turns(self._template, chat, learned, self._ends, awaits_response), chat
+                return split_at_turns(self._template, chat, learned, self._end_texts, awaits_response), chat
             raise BadRecord("special_token", f"spells the special token {spelled!r}, which would become one: "
                                              f"where the chat template of {self._template.where} shows "
                                              "messages otherwise than they are, or with thoughts and calls, "
                                              "the contents cannot be told from it") from error
 
-    def _spelled(self, texts: Iterable[str], allowed: Collection[int] = ()) -> str | None:
+    def _find_special_token(self, texts: Iterable[str], allowed: Collection[int] = ()) -> str | None:
         """Return the first special token in texts outside `allowed`, or None."""
         for text in texts:
             ids = self._with_special.encode(text, add_special_tokens=False).ids
@@ -214,14 +214,14 @@ class ChatEncoder:
         return None
 
     @cached_property
-    def _ends(self) -> tuple[str, ...]:
-        return tuple(self._special[id_] for id_ in self._answer_ends())
+    def _end_texts(self) -> tuple[str, ...]:
+        return tuple(self._special[id_] for id_ in self._find_end_tokens())
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._with_special.decode(list(ids), skip_special_tokens=False)
         return text
 
-    def text_behind(self, before: Conversation, chat: Conversation) -> str:
+    def text_after_turn(self, before: Conversation, chat: Conversation) -> str:
         """Return the template's text of `chat` after the last turn end in `before`, up to
         the generation prompt.
 
@@ -242,14 +242,14 @@ class ChatEncoder:
 
     def opened_thoughts(self, asked: Sequence[int]) -> str:
         """Return the thought mark (`<think>`) at the end of a prompt, or ""."""
-        end = self.decode(asked[-MOST_IDS_OF_A_MARK:]).rstrip()
-        return next((mark for mark in BEGINS_OF_THOUGHTS if end.endswith(mark)), "")
+        end = self.decode(asked[-MAX_MARK_TOKENS:]).rstrip()
+        return next((mark for mark in THOUGHT_MARKS if end.endswith(mark)), "")
 
     def added_ids(self) -> dict[str, int]:
         """Return text -> id for `added_tokens` in tokenizer.json, special or not."""
         return {token.content: id_ for id_, token in self._with_special.get_added_tokens_decoder().items()}
 
-    def form_of_calls(self, template_kwargs: Mapping[str, Any] | None = None) -> tuple[CallForm | None, str]:
+    def find_call_form(self, template_kwargs: Mapping[str, Any] | None = None) -> tuple[CallForm | None, str]:
         """Return the template's tool call form, and the text of a sample call.
 
         The form is the first that parses the sample call back. It is None if none does, or if
@@ -269,10 +269,10 @@ class ChatEncoder:
                 shown = self._template.render(chat)
             except BadRecord:
                 return None, ""
-            form = _form_in(shown)
+            form = _find_form(shown)
             return form, shown if form else ""
-        visible = response if CALL["function"]["name"] in response else shown
-        return (_form_in(visible), visible) if CALL["function"]["name"] in visible else (None, "")
+        visible = response if SAMPLE_CALL["function"]["name"] in response else shown
+        return (_find_form(visible), visible) if SAMPLE_CALL["function"]["name"] in visible else (None, "")
 
     def special_texts(self) -> tuple[str, ...]:
         return tuple(self._special.values())
@@ -283,7 +283,7 @@ class ChatEncoder:
         Empty if the template refuses such chats or ends turns with text.
         """
         # a dict keeps order: `TurnEncoder.encode` writes the first id
-        end_tokens = dict.fromkeys(self._answer_ends())
+        end_tokens = dict.fromkeys(self._find_end_tokens())
         try:
             encoded = self.encode(CALL_PROBE)
         except BadRecord:
@@ -293,22 +293,22 @@ class ChatEncoder:
             end_tokens[encoded.ids[last]] = None
         return tuple(end_tokens)
 
-    def _answer_ends(self) -> tuple[int, ...]:
-        from megatron_sov.chat.template import around_contents
+    def _find_end_tokens(self) -> tuple[int, ...]:
+        from megatron_sov.chat.template import split_at_contents
 
         end_tokens: dict[int, None] = {}
         # probe contents are single letters, so special tokens in a learned part come from the template
         for chat in PROBES:
             try:
-                segments = around_contents(self._template, chat)
+                segments = split_at_contents(self._template, chat)
             except BadRecord:
                 continue
-            parts, _ = self._parts(segments, chat, {1})
+            parts, _ = self._split_parts(segments, chat, {1})
             end_tokens |= {p.special: None for p in parts
                            if p.special is not None and p.kinds[0] != KIND_NONE}
         return tuple(end_tokens)
 
-    def _parts(self, segments: Segments, chat: Conversation, learned_messages: set[int]
+    def _split_parts(self, segments: Segments, chat: Conversation, learned_messages: set[int]
                ) -> tuple[list[_ChatPart], bool]:
         """Split a chat into texts and special tokens; return whether it ends in an open response."""
         parts: list[_ChatPart] = []
@@ -321,7 +321,7 @@ class ChatEncoder:
             begins = learned[i] and not (i and learned[i - 1] and segments[i - 1].message == segment.message)
             kinds = bytes(len(segment.text))
             if segment.message is not None and learned[i]:
-                kinds = kinds_of_turn(segment.text, chat.messages[segment.message])
+                kinds = classify_turn(segment.text, chat.messages[segment.message])
             # a complete turn from the template: its special tokens are real
             if segment.is_turn:
                 split, place = self._split_at_special(segment.text), 0
@@ -333,7 +333,7 @@ class ChatEncoder:
                 continue
             if segment.message is not None:
                 place = 0
-                for n, (text, special) in enumerate(self._pieces(segment.text)):
+                for n, (text, special) in enumerate(self._split_content(segment.text)):
                     first = begins and n == 0
                     parts.append(_ChatPart(text, special, kinds[place:place + len(text)], first,
                                            first and later and special is None))
@@ -341,17 +341,17 @@ class ChatEncoder:
                 # a content has no end token; the following template text may contain an end
                 is_open = learned[i]
                 continue
-            split = (self._split if len(segment.text) < SHORT_TEXT else self._split_at_special)(segment.text)
+            split = (self._split if len(segment.text) < MAX_CACHED_CHARS else self._split_at_special)(segment.text)
             # a turn that already contains its end does not receive the template's following text
             ends_here = i > 0 and learned[i - 1] and (is_open or not segments[i - 1].is_turn)
-            end = _end_of_turn(split, i == last) if ends_here else 0
+            end = _find_turn_end(split, i == last) if ends_here else 0
             ended = (parts[-1].kinds[-1:] or bytes([KIND_ANSWER])) if end else b""
             parts += [_ChatPart(text, special, (ended if n < end else bytes([KIND_NONE])) * len(text))
                       for n, (text, special) in enumerate(split)]
             is_open = is_open and all(special is None for _, special in split[:end])
         return parts, is_open
 
-    def _pieces(self, text: str) -> list[tuple[str, int | None]]:
+    def _split_content(self, text: str) -> list[tuple[str, int | None]]:
         return [(text, None)] if self._inline is None else self._inline.split(text)
 
     def _encode_run(self, run: Run) -> tuple[list[int], bytes]:
@@ -376,14 +376,14 @@ class ChatEncoder:
         # in a later prompt both are one text; in generation the prompt was encoded alone
         text = "".join(p.text for p in previous)
         if self._encode_plain(text + "".join(p.text for p in run)) != self._encode_plain(text) + ids:
-            raise _Joined("template", f"has a response ({run[0].text[:20]!r}...) that joins the template's "
+            raise _JointTokenError("template", f"has a response ({run[0].text[:20]!r}...) that joins the template's "
                                         f"{text[-20:]!r} before it in one token when it is asked again, and "
                                         "does not when it is written; remove the white space it begins "
                                         "with, or let the template put a special token there")
 
     def _check_spaces(self, segments: Segments, chat: Conversation, ids: list[int]) -> None:
         """Raise `BadRecord` if a special token absorbs white space when the whole text is encoded."""
-        if self._spelled(text for message in chat.messages for text in message.texts()):
+        if self._find_special_token(text for message in chat.messages for text in message.texts()):
             return
         if self._with_special.encode("".join(s.text for s in segments), add_special_tokens=False).ids != ids:
             raise BadRecord("template", "has white space that a special token of this tokenizer takes when a "
@@ -407,7 +407,7 @@ class ChatEncoder:
         return ids
 
 
-def _end_of_turn(split: tuple[tuple[str, int | None], ...], is_last: bool) -> int:
+def _find_turn_end(split: tuple[tuple[str, int | None], ...], is_last: bool) -> int:
     """Return how many leading parts of the template text after a response belong to the turn."""
     first = next((n for n, (_, special) in enumerate(split) if special is not None), None)
     if first is None:
@@ -415,12 +415,12 @@ def _end_of_turn(split: tuple[tuple[str, int | None], ...], is_last: bool) -> in
     return first + 1 if is_last or not "".join(text for text, _ in split[:first]).strip() else 0
 
 
-def _form_in(text: str) -> CallForm | None:
-    call = ToolCall(**CALL["function"])
+def _find_form(text: str) -> CallForm | None:
+    call = ToolCall(**SAMPLE_CALL["function"])
     return next((form for form in FORMS if call in parse_turn(text, form=form).calls), None)
 
 
-def _runs(parts: list[_ChatPart]) -> Iterator[Run]:
+def _group_runs(parts: list[_ChatPart]) -> Iterator[Run]:
     """Yield groups of adjacent texts, split at responses, and separate special tokens."""
     run: Run = []
     for part in parts:
@@ -432,7 +432,7 @@ def _runs(parts: list[_ChatPart]) -> Iterator[Run]:
         yield run
 
 
-def _is_shown(text: str, rendered: str) -> bool:
+def _contains_result(text: str, rendered: str) -> bool:
     """Return whether a rendered text contains a result verbatim or as a JSON string."""
     spellings = (text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1])
     return any(spelling in rendered for spelling in spellings)
@@ -440,7 +440,7 @@ def _is_shown(text: str, rendered: str) -> bool:
 
 _NAME = re.compile(r"[\w.-]{1,64}")
 """Valid function name."""
-_ASKED, _SAID = Message("user", "a"), Message("assistant", "b")
+_USER_MESSAGE, _ASSISTANT_MESSAGE = Message("user", "a"), Message("assistant", "b")
 _REMEDY = "take a model whose chat template knows tools, such as Qwen3's"
 
 
@@ -473,8 +473,8 @@ class TurnEncoder:
             raise UserError(f"{where}: its chat template ends no turn with a special token, so nothing tells "
                             f"where a turn ends; {_REMEDY}")
         # fail now, at the start of a run, instead of in the first conversation with tools
-        self.behind_turn(["c"])
-        self.call_form, shown = encoder.form_of_calls(self._template_kwargs)
+        self.encode_after_turn(["c"])
+        self.call_form, shown = encoder.find_call_form(self._template_kwargs)
         """Form of tool calls; None: no calls in the template, parse every form."""
         if shown and self.call_form is None:  # calls would be mistaken for answers
             raise UserError(f"{where}: its chat template writes calls of tools in a form that is not "
@@ -482,7 +482,7 @@ class TurnEncoder:
         added = encoder.added_ids()
         # If the tokenizer (of another family) has no tokens for the template's marks, text marks count.
         text_marks = [mark for mark in (BEGIN_CALL, END_CALL) if mark in shown and mark not in added]
-        self._text = marks_decoder(added, self.end_ids, encoder.decode, text_marks)
+        self._text = build_marks_decoder(added, self.end_ids, encoder.decode, text_marks)
 
     def opening(self, chat: Conversation) -> list[int]:
         """Encode the first prompt for the model.
@@ -493,7 +493,7 @@ class TurnEncoder:
         prompt = replace(chat, template_kwargs={**chat.template_kwargs, **self._template_kwargs})
         return self._encoder.encode(prompt, awaits_response=True).ids
 
-    def behind_turn(self, results: Sequence[str], names: Sequence[str] = (),
+    def encode_after_turn(self, results: Sequence[str], names: Sequence[str] = (),
                     user: str | None = None) -> list[int]:
         """Encode the text after a model's turn: tool results, a user message and the next generation prompt.
 
@@ -510,13 +510,13 @@ class TurnEncoder:
         user_messages = (() if user is None else (Message("user", user),))
         following = (*(Message("tool", result) for result in results), *user_messages)
         try:
-            encoded = self._encoded(following)
+            encoded = self._encode_messages(following)
         except BadRecord:
-            plain = tuple(replace(message, content=self._plain(message.content)) for message in following)
+            plain = tuple(replace(message, content=self._break_special_tokens(message.content)) for message in following)
             try:
-                encoded = self._encoded(plain)
+                encoded = self._encode_messages(plain)
             except BadRecord as e:
-                rendered_ids = self._rendered(plain, names or ["unknown"] * len(results))
+                rendered_ids = self._encode_rendered(plain, names or ["unknown"] * len(results))
                 if rendered_ids is None:
                     raise UserError(f"{self._where}: its chat template shows no results of tools (a "
                                     f"conversation with one {e.reason}); {_REMEDY}") from None
@@ -528,11 +528,11 @@ class TurnEncoder:
                             f"result ends; {_REMEDY}")
         return encoded.ids[end:]
 
-    def _encoded(self, following: tuple[Message, ...]) -> EncodedChat:
-        chat = Conversation((_ASKED, _SAID, *following), (), self._template_kwargs)
+    def _encode_messages(self, following: tuple[Message, ...]) -> EncodedChat:
+        chat = Conversation((_USER_MESSAGE, _ASSISTANT_MESSAGE, *following), (), self._template_kwargs)
         return self._encoder.encode(chat, awaits_response=True)
 
-    def _rendered(self, messages: tuple[Message, ...], names: Sequence[str]) -> list[int] | None:
+    def _encode_rendered(self, messages: tuple[Message, ...], names: Sequence[str]) -> list[int] | None:
         """Encode messages for templates with JSON results (Llama 3) or with results only after calls.
 
         Args:
@@ -545,19 +545,19 @@ class TurnEncoder:
         calls = tuple({"type": "function", "function": {"name": name if _NAME.fullmatch(name) else "unknown",
                                                         "arguments": {}}}
                       for name in names)
-        for turn in (_SAID, Message("assistant", "", tool_calls=calls)):
-            prefix = Conversation((_ASKED, turn), (), self._template_kwargs)
+        for turn in (_ASSISTANT_MESSAGE, Message("assistant", "", tool_calls=calls)):
+            prefix = Conversation((_USER_MESSAGE, turn), (), self._template_kwargs)
             extended = replace(prefix, messages=(*prefix.messages, *messages))
             try:
-                shown = self._encoder.text_behind(prefix, extended)
+                shown = self._encoder.text_after_turn(prefix, extended)
             except BadRecord:
                 continue
             texts = [message.content for message in messages]
-            if shown and all(_is_shown(text, shown) for text in texts):
+            if shown and all(_contains_result(text, shown) for text in texts):
                 return self._encoder.encode_text(shown)
         return None
 
-    def _plain(self, result: str) -> str:
+    def _break_special_tokens(self, result: str) -> str:
         # a blank after the first character keeps the text readable and breaks the special token
         for special in self._encoder.special_texts():
             result = result.replace(special, f"{special[0]} {special[1:]}")

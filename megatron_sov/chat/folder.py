@@ -14,7 +14,7 @@ from megatron_sov.chat.encode import ChatEncoder, InlineTokens
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-TOKENIZER_JSON, CONFIG_JSON, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+TOKENIZER_JSON, CONFIG_JSON, TEMPLATE_FILE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 SPECIAL_JSON = "special_tokens_map.json"
 """File for bos and eos tokens in older folders."""
 
@@ -51,47 +51,47 @@ def read_chat_encoder(folder: Path, inline: InlineTokens | None = None) -> ChatE
     tokenizer_file = folder / TOKENIZER_JSON
     if not tokenizer_file.is_file():
         return None
-    config = _config(folder)
+    config = _read_config(folder)
     try:
-        template = _template(folder, config)
+        template = _read_template(folder, config)
         if not template:
             return None
         tokenizer = Tokenizer.from_file(str(tokenizer_file))
     except Exception as e:  # the binding raises a bare Exception
         raise UserError(f"{folder}: its tokenizer cannot be read ({e}); restore it from its source") from None
     # a missing token becomes "", because templates concatenate it with strings
-    bos, eos = (_text(config.get(name)) for name in ("bos_token", "eos_token"))
+    bos, eos = (_token_text(config.get(name)) for name in ("bos_token", "eos_token"))
     return ChatEncoder(ChatTemplate(template, bos, eos, str(folder), datetime.now()), tokenizer,
                        inline=inline)
 
 
-def chat_form(folder: Path) -> dict[str, Any]:
+def read_chat_fields(folder: Path) -> dict[str, Any]:
     """Return "file: field" -> value for bos token, eos token and chat template; "" for missing fields.
 
     Raises:
         UserError: a file is unreadable.
     """
-    config = _config(folder)
-    return {**{f"{CONFIG_JSON}: {name}": _text(config.get(name)) for name in ("bos_token", "eos_token")},
-            f"{TEMPLATE} (or chat_template in {CONFIG_JSON})": chat_template(folder)}
+    config = _read_config(folder)
+    return {**{f"{CONFIG_JSON}: {name}": _token_text(config.get(name)) for name in ("bos_token", "eos_token")},
+            f"{TEMPLATE_FILE} (or chat_template in {CONFIG_JSON})": read_chat_template(folder)}
 
 
-def special_text(folder: Path, name: str) -> str:
+def read_special_token(folder: Path, name: str) -> str:
     """Return the text of special token `name` ("eos_token") from `tokenizer_config.json`, or ""."""
-    text = _text(_config(folder).get(name))
+    text = _token_text(_read_config(folder).get(name))
     return text if isinstance(text, str) else ""
 
 
-def chat_template(folder: Path) -> str:
+def read_chat_template(folder: Path) -> str:
     """Return a folder's default chat template, or "".
 
     Raises:
         UserError: a file is unreadable.
     """
-    return _template(folder, _config(folder)) or ""
+    return _read_template(folder, _read_config(folder)) or ""
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = {}
     try:
         for file in (folder / SPECIAL_JSON, folder / CONFIG_JSON):  # the second takes precedence
@@ -101,18 +101,18 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _template(folder: Path, config: dict[str, Any]) -> Any:
-    return ((folder / TEMPLATE).read_text(encoding="utf-8") if (folder / TEMPLATE).is_file()
-            else _default(config.get("chat_template")))
+def _read_template(folder: Path, config: dict[str, Any]) -> Any:
+    return ((folder / TEMPLATE_FILE).read_text(encoding="utf-8") if (folder / TEMPLATE_FILE).is_file()
+            else _select_default_template(config.get("chat_template")))
 
 
-def _default(template: Any) -> Any:
+def _select_default_template(template: Any) -> Any:
     """Return the template named default from a list of named templates, or the template itself."""
     if isinstance(template, list):
         return next((t.get("template") for t in template if t.get("name") == "default"), None)
     return template
 
 
-def _text(token: Any) -> str:
+def _token_text(token: Any) -> str:
     """Return a special token's text from a string or an object."""
     return (token.get("content") if isinstance(token, dict) else token) or ""

@@ -13,12 +13,12 @@ from types import FrameType
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
-class TemplateTooLong(Exception):
+class TemplateTimeout(Exception):
     """The code exceeded its CPU time."""
 
 
 @contextmanager
-def bounded(cpu_s: float, memory_bytes: int) -> Iterator[None]:
+def limit_resources(cpu_s: float, memory_bytes: int) -> Iterator[None]:
     """Limit CPU time and address space growth of the block.
 
     The kernel enforces both through signals, which only reach the main thread: other threads are unlimited.
@@ -34,7 +34,7 @@ def bounded(cpu_s: float, memory_bytes: int) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = _address_space_bytes() + memory_bytes
     # CPU time instead of wall time: a busy machine must not fail a template
-    previous_handler = signal.signal(signal.SIGVTALRM, _stop)
+    previous_handler = signal.signal(signal.SIGVTALRM, _raise_timeout)
     # Repeat the signal: exceptions inside `__del__` or garbage collection callbacks are lost.
     signal.setitimer(signal.ITIMER_VIRTUAL, cpu_s, cpu_s)
     if soft == resource.RLIM_INFINITY or limit < soft:
@@ -52,5 +52,5 @@ def _address_space_bytes() -> int:
         return int(file.read().split()[0]) * PAGE_BYTES
 
 
-def _stop(signum: int, frame: FrameType | None) -> None:
-    raise TemplateTooLong
+def _raise_timeout(signum: int, frame: FrameType | None) -> None:
+    raise TemplateTimeout

@@ -41,35 +41,35 @@ _KIMI = tuple(f"<|tool_{name}|>" for name in (
 FAMILIES = (_HERMES, _SOLAR, _DEEPSEEK, _KIMI)
 """Marks per model family; each first mark is unique to the family."""
 MARKS = (*dict.fromkeys(mark for family in FAMILIES for mark in family), PYTHON_TAG)
-BEGINS_OF_THOUGHTS = (BEGIN_THOUGHTS, "<|think|>")
+THOUGHT_MARKS = (BEGIN_THOUGHTS, "<|think|>")
 """Marks with which a template may open thoughts."""
 
 _JOINER = "\u2060"
 
 
-def _quoting(marks: Collection[str], more: str = f"{_JOINER}*") -> re.Pattern[str]:
+def _build_mark_pattern(marks: Collection[str], more: str = f"{_JOINER}*") -> re.Pattern[str]:
     """Return a pattern for marks, including quoted ones: a quote of a quote differs from a quote."""
     return re.compile(f"<(?={more}(?:{'|'.join(re.escape(mark[1:]) for mark in marks)}))")
 
 
 # the look-ahead consumes only `<`, so that substitution keeps the rest of the mark
-_ALL_MARKS = _quoting(MARKS)
+_ALL_MARKS = _build_mark_pattern(MARKS)
 _QUOTED = re.compile(_ALL_MARKS.pattern.replace("(?=", f"{_JOINER}(?=", 1))
 
 
-def quoted(text: str, marks: re.Pattern[str] = _ALL_MARKS) -> str:
+def quote_marks(text: str, marks: re.Pattern[str] = _ALL_MARKS) -> str:
     """Quote the marks in a text; inverse of `unquote_marks`."""
     return marks.sub(f"<{_JOINER}", text)
 
 
-def as_written(text: str) -> str:
+def unquote_marks(text: str) -> str:
     """Remove the word joiners from quoted marks."""
     return _QUOTED.sub("<", text) if _JOINER in text else text
 
 
-def with_opening(text: str, opened: str) -> str:
+def prepend_mark(text: str, mark: str) -> str:
     """Prepend the thought mark opened by the template before a turn, if any."""
-    return text if text.lstrip().startswith(opened) else opened + text
+    return text if text.lstrip().startswith(mark) else mark + text
 
 
 _CALLS = tuple((re.compile(begin, re.DOTALL), end) for begin, end in (
@@ -80,26 +80,26 @@ _CALLS = tuple((re.compile(begin, re.DOTALL), end) for begin, end in (
     (r"<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[^<:\s]+)(?::\d+)?\s*<\|tool_call_argument_begin\|>",
      "<|tool_call_end|>")))
 """Pattern of a call up to the arguments, and the end mark."""
-_BROKEN = ("<|tool_call:begin|>", "<｜tool▁call▁begin｜>", "<|tool_call_begin|>")
+_CALL_MARKS = ("<|tool_call:begin|>", "<｜tool▁call▁begin｜>", "<|tool_call_begin|>")
 _THOUGHTS = re.compile(r"<\|think\|>(.*?)(<\|end\|>(?:<\|begin\|>\w*)?|\Z)", re.DOTALL)
 _FRAMES = re.compile(
     r"<\|end\|>(?:<\|begin\|>\w*)?|<\|begin\|>assistant|<\|content\|>|<\|tool_calls\|>|<\|flush\|>|<\|calls\|>"
     r"|<｜tool▁calls▁(?:begin|end)｜>|<\|tool_calls?_section_(?:begin|end)\|>")
-_FIRST = re.compile("|".join(re.escape(mark) for mark in (
+_FIRST_MARK = re.compile("|".join(re.escape(mark) for mark in (
     BEGIN_CALL, "<|think|>", "<|content|>", "<|tool_calls|>", "<|tool_call:begin|>",
     *_DEEPSEEK[:2], *_KIMI[:2], "<|tool_call_section_begin|>", PYTHON_TAG)))
 _SECTIONS = ("<|tool_calls|>", _DEEPSEEK[0], _KIMI[0], "<|tool_call_section_begin|>")
 """Marks that open a section of calls."""
-_TEXT_IN: dict[str, re.Pattern[str]] = {}
+_FOREIGN_MARKS: dict[str, re.Pattern[str]] = {}
 """First mark of a turn -> pattern of foreign marks, which count as text."""
 for _family in (_SOLAR, _DEEPSEEK, _KIMI, (PYTHON_TAG,)):
     # DeepSeek and Kimi use Hermes' thought marks
     _own = {*_family, *(_HERMES[:2] if _family in (_DEEPSEEK, _KIMI) else ())}
-    _TEXT_IN |= dict.fromkeys(_family, _quoting([mark for mark in MARKS if mark not in _own], ""))
-_FOREIGN = _quoting([mark for mark in MARKS if mark not in _HERMES], "")
+    _FOREIGN_MARKS |= dict.fromkeys(_family, _build_mark_pattern([mark for mark in MARKS if mark not in _own], ""))
+_FOREIGN = _build_mark_pattern([mark for mark in MARKS if mark not in _HERMES], "")
 
 
-def plain_form(text: str, *, in_thoughts: bool = False, form: CallForm | None = None) -> str:
+def to_hermes_form(text: str, *, in_thoughts: bool = False, form: CallForm | None = None) -> str:
     """Convert a turn of any model family to Hermes' form. Turns in Hermes' form stay unchanged; incomplete
     calls stay incomplete; Hermes marks in a turn of a different family become text.
 
@@ -109,7 +109,7 @@ def plain_form(text: str, *, in_thoughts: bool = False, form: CallForm | None = 
         form: of calls; None: that of the text's marks.
     """
     if form == LLAMA and _is_bare_call(text):
-        return f"{BEGIN_CALL}{quoted(text)}{END_CALL}"
+        return f"{BEGIN_CALL}{quote_marks(text)}{END_CALL}"
     # Solar's template opened the thoughts in the prompt; the turn starts inside them
     if in_thoughts and "<|think|>" not in text and "<|begin|>" in text:
         text = f"<|think|>{text}"
@@ -118,22 +118,22 @@ def plain_form(text: str, *, in_thoughts: bool = False, form: CallForm | None = 
         # thoughts already have Hermes' form; only the rest may have another family's
         place = text.find(END_THOUGHTS)
         place = len(text) if place < 0 else place + len(END_THOUGHTS)
-    first = _FIRST.search(text, place)
+    first = _FIRST_MARK.search(text, place)
     if first is None or first[0] == BEGIN_CALL:  # the first mark determines the turn's form
         return text
     # marks of other families in this turn are text and must not open anything below
-    text = text[:place] + quoted(text[place:], _TEXT_IN[first[0]])
+    text = text[:place] + quote_marks(text[place:], _FOREIGN_MARKS[first[0]])
     if first[0] == PYTHON_TAG:  # the call extends to the end of the turn
         tag = text.index(PYTHON_TAG, place)
-        return f"{text[:tag]}{BEGIN_CALL}{quoted(text[tag + len(PYTHON_TAG):])}{END_CALL}"
+        return f"{text[:tag]}{BEGIN_CALL}{quote_marks(text[tag + len(PYTHON_TAG):])}{END_CALL}"
     spans = [text[:place]]
     for thoughts in _THOUGHTS.finditer(text):
         if thoughts.start() < place:
             continue
-        spans += [_outside(text[place:thoughts.start()]), BEGIN_THOUGHTS, quoted(thoughts[1], _FOREIGN),
+        spans += [_convert_outside_thoughts(text[place:thoughts.start()]), BEGIN_THOUGHTS, quote_marks(thoughts[1], _FOREIGN),
                   END_THOUGHTS if thoughts[2] or thoughts.end() < len(text) else ""]
         place = thoughts.end()
-    return "".join([*spans, _outside(text[place:])])
+    return "".join([*spans, _convert_outside_thoughts(text[place:])])
 
 
 _BARE_CALL = re.compile(r'\s*\{\s*"(?:type"\s*:\s*"function"\s*,\s*")?name"\s*:')
@@ -150,7 +150,7 @@ def _is_bare_call(text: str) -> bool:
         return True
 
 
-def _outside(text: str) -> str:
+def _convert_outside_thoughts(text: str) -> str:
     """Convert text outside thoughts: calls to Hermes' form, without turn frames."""
     parts, place = [], 0
     begins = [(match, end) for pattern, end in _CALLS for match in pattern.finditer(text)]
@@ -162,20 +162,20 @@ def _outside(text: str) -> str:
         is_whole = stop >= 0
         inside = text[match.end():stop if stop >= 0 else len(text)].strip().removesuffix("```").strip()
         name = json.dumps(match["name"].strip(), ensure_ascii=False)
-        inside = quoted(inside, _FOREIGN) or ("{}" if is_whole else "")
-        parts += [_without_frames(text[place:match.start()]), f'{BEGIN_CALL}{{"name": {name}, "arguments": ',
+        inside = quote_marks(inside, _FOREIGN) or ("{}" if is_whole else "")
+        parts += [_remove_frames(text[place:match.start()]), f'{BEGIN_CALL}{{"name": {name}, "arguments": ',
                   f"{inside}}}{END_CALL}" if is_whole else inside]
         place = stop + len(end) if stop >= 0 else len(text)
-    return "".join([*parts, _without_frames(text[place:])])
+    return "".join([*parts, _remove_frames(text[place:])])
 
 
-def _without_frames(text: str) -> str:
-    for mark in _BROKEN:  # call marks without a parsable call
+def _remove_frames(text: str) -> str:
+    for mark in _CALL_MARKS:  # call marks without a parsable call
         text = text.replace(mark, BEGIN_CALL)
-    return quoted(_FRAMES.sub("", text), _FOREIGN)
+    return quote_marks(_FRAMES.sub("", text), _FOREIGN)
 
 
-def text_decoder(tokenizer: Path, end_ids: Collection[int], plain: Callable[[list[int]], str]
+def build_text_decoder(tokenizer: Path, end_ids: Collection[int], plain: Callable[[list[int]], str]
                  ) -> Callable[[list[int]], str]:
     """Build the decoder for responses: removes special tokens that end or frame turns, keeps thought
     and call marks.
@@ -187,11 +187,11 @@ def text_decoder(tokenizer: Path, end_ids: Collection[int], plain: Callable[[lis
     """
     spelled: dict[str, Any] = json.loads(tokenizer.read_text(encoding="utf-8"))
     ids = {str(token["content"]): int(token["id"]) for token in spelled.get("added_tokens", [])}
-    return marks_decoder(ids, end_ids, plain)
+    return build_marks_decoder(ids, end_ids, plain)
 
 
-def marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plain: Callable[[list[int]], str],
-                  meant: Collection[str] = ()) -> Callable[[list[int]], str]:
+def build_marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plain: Callable[[list[int]], str],
+                  intended_marks: Collection[str] = ()) -> Callable[[list[int]], str]:
     """Build a decoder for turns; marks spelled in ordinary tokens are quoted if the tokenizer
     has mark tokens.
 
@@ -199,7 +199,7 @@ def marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plain: Cal
         added: text -> id of the tokenizer's added tokens, special or not.
         end_ids: tokens that end a turn; a final one is dropped.
         plain: decoder for tokens other than marks.
-        meant: marks that count even in ordinary tokens.
+        intended_marks: marks that count even in ordinary tokens.
     """
     # a tokenizer supports a family if its first or last mark is a token
     families = [family for family in FAMILIES if family[0] in added or family[-1] in added]
@@ -212,11 +212,11 @@ def marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plain: Cal
         text_marks |= set(_HERMES[2:])
     if BEGIN_THOUGHTS in added or _SOLAR in families:
         text_marks |= set(_HERMES[:2])
-    text_marks -= set(meant)
-    quotable, ends = _quoting([mark for mark in MARKS if mark in text_marks]), frozenset(end_ids)
+    text_marks -= set(intended_marks)
+    quotable, ends = _build_mark_pattern([mark for mark in MARKS if mark in text_marks]), frozenset(end_ids)
     # inside a call section opened by a token, marks of its family without tokens count as text marks
     text_only_marks = {mark for family in families for mark in family if mark not in added}
-    in_calls = _quoting([mark for mark in MARKS if mark in text_marks - text_only_marks])
+    in_calls = _build_mark_pattern([mark for mark in MARKS if mark in text_marks - text_only_marks])
 
     def decode(tokens: list[int]) -> str:
         whole = list(tokens[:-1] if tokens and tokens[-1] in ends else tokens)
@@ -224,7 +224,7 @@ def marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plain: Cal
         parts, start, marks = [], 0, quotable
         for place in [*(n for n, id_ in enumerate(whole) if id_ in mark_of_id), len(whole)]:
             if place > start:
-                parts.append(quoted(plain(whole[start:place]), marks))
+                parts.append(quote_marks(plain(whole[start:place]), marks))
             if place < len(whole):
                 parts.append(mark_of_id[whole[place]])
                 marks = in_calls if parts[-1] in _SECTIONS else quotable
@@ -247,7 +247,7 @@ _THOUGHT = (f"(?P<thought>\\A(?:(?!{BEGIN_THOUGHTS}).)*?{END_THOUGHTS}|"
 _CALL = f"(?P<call>{BEGIN_CALL}.*?(?:{END_CALL}|\\Z))"
 
 
-def kinds_of_turn(text: str, message: Message) -> bytes:
+def classify_turn(text: str, message: Message) -> bytes:
     """Classify each character of a learned turn.
 
     Opening marks belong to the part they open, closing tags to the part they close (`</think>`,
@@ -259,16 +259,16 @@ def kinds_of_turn(text: str, message: Message) -> bytes:
         message: the message of the turn.
     """
     # strip because templates trim; search in order because texts may repeat
-    answer = _end_of_thoughts(text, message.reasoning.strip())
+    answer = _find_thoughts_end(text, message.reasoning.strip())
     content = message.content.strip()
     place = text.find(content, answer)
-    calls = _begin_of_calls(text, message, place + len(content) if place >= 0 else answer)
+    calls = _find_calls_begin(text, message, place + len(content) if place >= 0 else answer)
     spoken = text[answer:calls]
-    return (bytes([KIND_THOUGHT]) * answer + _spelled(spoken, message)
+    return (bytes([KIND_THOUGHT]) * answer + _classify_text(spoken, message)
             + bytes([KIND_CALL]) * (len(text) - answer - len(spoken)))
 
 
-def _end_of_thoughts(text: str, thoughts: str) -> int:
+def _find_thoughts_end(text: str, thoughts: str) -> int:
     """Return the index after thoughts and their closing tag, 0 without thoughts."""
     begin = text.find(thoughts) if thoughts else -1
     if begin < 0:
@@ -278,13 +278,13 @@ def _end_of_thoughts(text: str, thoughts: str) -> int:
     return tag.end() if tag else end
 
 
-def _begin_of_calls(text: str, message: Message, behind: int) -> int:
+def _find_calls_begin(text: str, message: Message, start: int) -> int:
     """Return the begin of the calls at or after `start`; without visible calls, the text's length."""
     names = [call["function"]["name"] for call in message.tool_calls]
-    return behind if names and text.find(names[0], behind) >= 0 else len(text)
+    return start if names and text.find(names[0], start) >= 0 else len(text)
 
 
-def _spelled(text: str, message: Message) -> bytes:
+def _classify_text(text: str, message: Message) -> bytes:
     """Classify an answer that may spell thoughts or calls; calls inside thoughts are thoughts,
     and vice versa."""
     kinds = bytearray([KIND_ANSWER]) * len(text)

@@ -84,38 +84,38 @@ _NAMES = {AUDIO: "audio", IMAGE: "vision"}
 _ENTRY = {kind: re.compile(rf"<\|{name}(\d{{{DIGITS[kind]},}})\|>") for kind, name in _NAMES.items()}
 
 
-def entry(kind: str, number: int) -> str:
+def codebook_token(kind: str, number: int) -> str:
     """Return the token text of a codebook index; `kind`: AUDIO or IMAGE."""
     return f"<|{_NAMES[kind]}{number:0{DIGITS[kind]}d}|>"
 
 
-def entries(kind: str, text: str) -> list[int]:
+def parse_codebook_tokens(kind: str, text: str) -> list[int]:
     """Return the codebook indices in a text, in order."""
     return [int(number) for number in _ENTRY[kind].findall(text)]
 
 
-def name_of(token: str) -> str:
+def display_name(token: str) -> str:
     """Return a token's name for messages; codebook tokens are abbreviated to `<|vision...|>`."""
     kind = next((kind for kind, pattern in _ENTRY.items() if pattern.fullmatch(token)), None)
     return f"<|{_NAMES[kind]}...|>" if kind else token
 
 
-def ratio(width: int, height: int) -> str:
+def ratio_token(width: int, height: int) -> str:
     return f"<|vision_ratio_{width}:{height}|>"
 
 
 # the order determines ids in new vocabularies: append only
 MARKS = (*MIME, *AUDIO_AUX, *VIDEO_AUX, *DISCRETE_IMAGE, *DISCRETE_AUDIO, *CONTINUOUS_IMAGE,
          *CONTINUOUS_AUDIO, *CONTINUOUS_VIDEO, IMAGE_PAD, AUDIO_PAD, VIDEO_PAD,
-         *(ratio(w, h) for w, h in RATIOS), END_OF_LINE, END_OF_FRAME)
+         *(ratio_token(w, h) for w, h in RATIOS), END_OF_LINE, END_OF_FRAME)
 """All media tokens except codebook tokens, in vocabulary order."""
 # longest first, because a mark may be a prefix of another
-SPELLED = re.compile("|".join([*map(re.escape, sorted(MARKS, key=len, reverse=True)),
+MEDIA_TOKEN = re.compile("|".join([*map(re.escape, sorted(MARKS, key=len, reverse=True)),
                                *(pattern.pattern.replace("(", "(?:") for pattern in _ENTRY.values())]))
 """Pattern of any media token."""
 
 
-def spelled(text: str) -> str:
+def find_media_token(text: str) -> str:
     """Return the first media token in a text, or ""."""
-    match = SPELLED.search(text)
+    match = MEDIA_TOKEN.search(text)
     return match.group() if match else ""

@@ -32,7 +32,7 @@ from jinja2.utils import Namespace
 
 from megatron_sov.base.documents import BadRecord, Conversation, Message
 from megatron_sov.base.errors import UserError
-from megatron_sov.chat.limits import TemplateTooLong, bounded
+from megatron_sov.chat.limits import TemplateTimeout, limit_resources
 from megatron_sov.chat.marks import BEGIN_THOUGHTS, END_THOUGHTS
 from megatron_sov.chat.tool_calls import split_thoughts
 
@@ -94,12 +94,12 @@ class ChatTemplate:
         Raises:
             UserError: invalid Jinja.
         """
-        self._made_of = template, bos_token, eos_token, where, today
+        self._arguments = template, bos_token, eos_token, where, today
         # settings of transformers' `apply_chat_template`, which determine white space
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                     extensions=[_Generation, loopcontrols])
         environment.filters["tojson"] = _to_json
-        environment.globals |= {"raise_exception": _refuse, "namespace": _Namespace,
+        environment.globals |= {"raise_exception": _raise_template_error, "namespace": _Namespace,
                                 "dict": lambda *given, **named: dict(*given, **named)}
         self.where = where
         """Name of the template's source in messages."""
@@ -109,14 +109,14 @@ class ChatTemplate:
                             "keep the one that is meant as a string")
         try:
             # compiling evaluates constant expressions, which can be arbitrarily large
-            with bounded(CPU_S, MEMORY_BYTES):
+            with limit_resources(CPU_S, MEMORY_BYTES):
                 self._template = environment.from_string(template)
         except Exception as e:
-            raise UserError(f"{where}: its chat_template is not valid Jinja ({_reason(e)}); "
+            raise UserError(f"{where}: its chat_template is not valid Jinja ({_describe_error(e)}); "
                             "mend the template") from None
 
     def __reduce__(self) -> tuple[Any, ...]:  # compiled again after unpickling
-        return ChatTemplate, self._made_of
+        return ChatTemplate, self._arguments
 
     def render(self, conversation: Conversation, awaits_response: bool = False, *,
                contents: Sequence[str] | None = None, marks_generation: bool = False) -> str:
@@ -138,14 +138,14 @@ class ChatTemplate:
         variables: dict[str, Any] = {**conversation.template_kwargs, **self._globals,
                                      "tools": list(conversation.tools) or None, "documents": None}
         try:
-            with bounded(CPU_S, MEMORY_BYTES):
+            with limit_resources(CPU_S, MEMORY_BYTES):
                 return self._template.render(messages=turns, add_generation_prompt=awaits_response,
                                              marks_generation=marks_generation, **variables)
         except TemplateError as e:
             raise BadRecord("template", f"is refused by the chat template of {self.where} ({e}); "
                                         "change its roles") from None
         except Exception as e:  # template code may raise anything
-            raise BadRecord("template", f"makes the chat template of {self.where} fail ({_reason(e)}); "
+            raise BadRecord("template", f"makes the chat template of {self.where} fail ({_describe_error(e)}); "
                                         "mend the template") from None
 
 
@@ -156,22 +156,22 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None,
                       sort_keys=sort_keys)
 
 
-def _reason(error: BaseException) -> str:
-    if isinstance(error, TemplateTooLong):
+def _describe_error(error: BaseException) -> str:
+    if isinstance(error, TemplateTimeout):
         return f"it took more than {CPU_S:g} s"
     if isinstance(error, MemoryError):
         return f"it asked for more than {MEMORY_BYTES >> 20} MiB"
     return f"{type(error).__name__}: {error}" if not isinstance(error, TemplateError) else str(error)
 
 
-def _refuse(message: str) -> None:
+def _raise_template_error(message: str) -> None:
     raise TemplateError(message)
 
 
 _MARK = "\ue000{}\ue001"
 _MARKS = re.compile("\ue000(\\d+)\ue001")
 _GENERATED = re.compile(f"({BEGIN}|{END})")
-SHORT_BESIDE = 10_000
+MAX_CACHED_CONTEXT = 10_000
 """Maximum characters of tools and variables for caching generation prompts; longer ones would
 fill the memory."""
 
@@ -192,7 +192,7 @@ class ChatSegment:
 Segments = list[ChatSegment]
 
 
-def around_contents(template: ChatTemplate, conversation: Conversation, awaits_response: bool = False,
+def split_at_contents(template: ChatTemplate, conversation: Conversation, awaits_response: bool = False,
                     learned: Collection[int] = ()) -> Segments:
     """Split a rendered conversation at contents, located by marks.
 
@@ -235,10 +235,10 @@ def around_contents(template: ChatTemplate, conversation: Conversation, awaits_r
     if start != len(shown):
         raise BadRecord("template", f"is changed by the chat template of {template.where}, which adds text "
                                     "for these contents")
-    return list(_with_openings(template, conversation, segments, learned)) if learned else segments
+    return list(_assign_openings(template, conversation, segments, learned)) if learned else segments
 
 
-def _with_openings(template: ChatTemplate, conversation: Conversation, segments: Segments,
+def _assign_openings(template: ChatTemplate, conversation: Conversation, segments: Segments,
                    learned: Collection[int]) -> Iterator[ChatSegment]:
     """Yield segments, assigning text between a generation prompt and a learned content to the turn."""
     # hashable, so that the prompt is rendered once for all chats with equal roles, tools and variables
@@ -246,9 +246,9 @@ def _with_openings(template: ChatTemplate, conversation: Conversation, segments:
     roles = tuple(m.role for m in conversation.messages)
     for segment, following in zip(segments, [*segments[1:], None], strict=True):
         if segment.message is None and following is not None and following.message in learned:
-            render_prompt: Callable[..., str] = _asked_with
-            if len(context) >= SHORT_BESIDE:
-                render_prompt = _asked_with.__wrapped__
+            render_prompt: Callable[..., str] = _generation_prompt
+            if len(context) >= MAX_CACHED_CONTEXT:
+                render_prompt = _generation_prompt.__wrapped__
             prompt = render_prompt(template, roles[:following.message], context)
             # the model writes template text before a content that is absent from the generation prompt
             if prompt and segment.text.startswith(prompt) and segment.text != prompt:
@@ -259,9 +259,9 @@ def _with_openings(template: ChatTemplate, conversation: Conversation, segments:
 
 
 @lru_cache(maxsize=1024)
-def _asked_with(template: ChatTemplate, roles: tuple[str, ...], beside: str) -> str:
+def _generation_prompt(template: ChatTemplate, roles: tuple[str, ...], context: str) -> str:
     """Return the template's generation prompt after messages with given `roles`, or ""."""
-    tools, kwargs = json.loads(beside)
+    tools, kwargs = json.loads(context)
     marks = [_MARK.format(i) for i in range(len(roles))]
     prompt = Conversation(tuple(Message(role) for role in roles), tuple(tools), kwargs)
     try:
@@ -302,7 +302,7 @@ def _separate_thoughts(message: Message) -> Message:
     return replace(message, reasoning=thoughts, content=rest)
 
 
-def around_turns(template: ChatTemplate, conversation: Conversation, learned: Collection[int],
+def split_at_turns(template: ChatTemplate, conversation: Conversation, learned: Collection[int],
                  ends: Sequence[str], awaits_response: bool = False) -> Segments:
     """Split a rendered conversation at learned turns, located by generation blocks or prefixes.
 
@@ -318,14 +318,14 @@ def around_turns(template: ChatTemplate, conversation: Conversation, learned: Co
     """
     text = template.render(conversation, awaits_response)
     # a prompt dropped or changed by the template would silently enter training
-    _refuse_hidden(template, conversation, text, learned)
-    spans = _generated(template, conversation, awaits_response, text, ends)
+    _check_contents_shown(template, conversation, text, learned)
+    spans = _find_generation_spans(template, conversation, awaits_response, text, ends)
     if spans is None:
-        spans = {i: _by_prefix(template, conversation, i, text, ends) for i in sorted(learned)}
+        spans = {i: _find_prefix_span(template, conversation, i, text, ends) for i in sorted(learned)}
     segments, start = [], 0
     for i in sorted(learned):
         first, end = spans[i]
-        _refuse_dropped(template, conversation.messages[i], i, text[first:end])
+        _check_turn_complete(template, conversation.messages[i], i, text[first:end])
         segments += [ChatSegment(text[start:first], None), ChatSegment(text[first:end], i, is_turn=True)]
         start = end
     segments = [s for s in (*segments, ChatSegment(text[start:], None)) if s.text]
@@ -336,7 +336,7 @@ def around_turns(template: ChatTemplate, conversation: Conversation, learned: Co
     return segments
 
 
-def _refuse_hidden(template: ChatTemplate, conversation: Conversation, text: str,
+def _check_contents_shown(template: ChatTemplate, conversation: Conversation, text: str,
                    learned: Collection[int]) -> None:
     """Raise `BadRecord` if a content is missing or out of order. Turns that are not learned
     may lose thoughts."""
@@ -352,18 +352,18 @@ def _refuse_hidden(template: ChatTemplate, conversation: Conversation, text: str
         place = position + len(content)
 
 
-def _refuse_dropped(template: ChatTemplate, message: Message, number: int, turn: str) -> None:
+def _check_turn_complete(template: ChatTemplate, message: Message, number: int, turn: str) -> None:
     """Raise `BadRecord` if a learned turn lacks its thoughts, content or a call."""
     names = [call["function"]["name"] for call in message.tool_calls]
-    for what, pieces in (("thoughts", [message.reasoning.strip()]), ("content", [message.content.strip()]),
+    for part, pieces in (("thoughts", [message.reasoning.strip()]), ("content", [message.content.strip()]),
                          ("calls", names)):
-        if not _in_order(pieces, turn):
-            raise BadRecord("template", f"has {what} in message {number + 1} that the chat template of "
+        if not _contains_in_order(pieces, turn):
+            raise BadRecord("template", f"has {part} in message {number + 1} that the chat template of "
                                         f"{template.where} does not show there; mark the message \"train\": "
-                                        f"false, or remove its {what}")
+                                        f"false, or remove its {part}")
 
 
-def _in_order(pieces: Sequence[str], text: str) -> bool:
+def _contains_in_order(pieces: Sequence[str], text: str) -> bool:
     """Return whether a text contains pieces in order; two calls may name the same function."""
     place = 0
     for piece in pieces:
@@ -374,7 +374,7 @@ def _in_order(pieces: Sequence[str], text: str) -> bool:
     return True
 
 
-def _generated(template: ChatTemplate, conversation: Conversation, awaits_response: bool, text: str,
+def _find_generation_spans(template: ChatTemplate, conversation: Conversation, awaits_response: bool, text: str,
                ends: Sequence[str]) -> dict[int, tuple[int, int]] | None:
     """Return message index -> (begin, end) by generation blocks; None unless all assistant
     turns have blocks."""
@@ -387,11 +387,11 @@ def _generated(template: ChatTemplate, conversation: Conversation, awaits_respon
     for part in parts[:-1:2]:
         start += len(part)
         places.append(start)
-    return {i: (_begun(template, conversation, i, text, *places[2 * n:2 * n + 2]),
-                _trimmed(text, places[2 * n], places[2 * n + 1], ends)) for n, i in enumerate(turns)}
+    return {i: (_find_turn_begin(template, conversation, i, text, *places[2 * n:2 * n + 2]),
+                _find_turn_end(text, places[2 * n], places[2 * n + 1], ends)) for n, i in enumerate(turns)}
 
 
-def _begun(template: ChatTemplate, conversation: Conversation, number: int, text: str, begin: int,
+def _find_turn_begin(template: ChatTemplate, conversation: Conversation, number: int, text: str, begin: int,
            end: int) -> int:
     """Return a turn's begin: the end of the generation prompt if inside the block, else the block's begin."""
     try:
@@ -402,13 +402,13 @@ def _begun(template: ChatTemplate, conversation: Conversation, number: int, text
     return len(prompt) if begin < len(prompt) < end and text.startswith(prompt) else begin
 
 
-def _trimmed(text: str, begin: int, end: int, ends: Sequence[str]) -> int:
+def _find_turn_end(text: str, begin: int, end: int, ends: Sequence[str]) -> int:
     """Return a turn's end: after the end token, without the block's trailing white space."""
     turn = text[begin:end].rstrip()
     return begin + len(turn) if turn.endswith(tuple(ends)) and ends else end
 
 
-def _by_prefix(template: ChatTemplate, conversation: Conversation, number: int, text: str,
+def _find_prefix_span(template: ChatTemplate, conversation: Conversation, number: int, text: str,
                ends: Sequence[str]) -> tuple[int, int]:
     """Return (begin, end) of a message's turn by prefixes."""
     messages = conversation.messages
@@ -419,7 +419,7 @@ def _by_prefix(template: ChatTemplate, conversation: Conversation, number: int, 
                                     f"{number + 1} behind another text than a model is asked for it with; "
                                     "mark its earlier turns \"train\": false, give each turn a chat of its "
                                     "own, or change the template")
-    header = _unasked_header(template, conversation, number, prompt)
+    header = _find_header(template, conversation, number, prompt)
     begin = len(prompt) + (len(header) if text.startswith(header, len(prompt)) else 0)
     shown = template.render(replace(conversation, messages=messages[:number + 1]))
     # the last end token after the turn's begin: end tokens of calls inside come before it
@@ -434,7 +434,7 @@ def _by_prefix(template: ChatTemplate, conversation: Conversation, number: int, 
     return begin, end
 
 
-def _unasked_header(template: ChatTemplate, conversation: Conversation, number: int, asked: str) -> str:
+def _find_header(template: ChatTemplate, conversation: Conversation, number: int, asked: str) -> str:
     """Return the text between prompt and response for templates without `add_generation_prompt`.
 
     It is computed for messages with contents only, so that prefixes learn as much as marks do.
@@ -443,7 +443,7 @@ def _unasked_header(template: ChatTemplate, conversation: Conversation, number: 
         return ""
     plain = tuple(Message(m.role, "a") for m in conversation.messages[:number + 1])
     try:
-        prompt, shown = (around_contents(template, replace(conversation, messages=messages))
+        prompt, shown = (split_at_contents(template, replace(conversation, messages=messages))
                          for messages in (plain[:number], plain))
     except BadRecord:
         return ""
@@ -457,7 +457,7 @@ def _text_before(segments: Segments, number: int) -> str:
     return "".join(s.text for s in itertools.takewhile(lambda s: s.message != number, segments))
 
 
-def odd_opening(template: ChatTemplate) -> str | None:
+def find_odd_opening(template: ChatTemplate) -> str | None:
     """Return a warning if the template's generation prompt differs from the text before a learned
     response, else None.
 
@@ -465,8 +465,8 @@ def odd_opening(template: ChatTemplate) -> str | None:
     is no error.
     """
     try:
-        prompt = around_contents(template, Conversation.of(("user", "a")), awaits_response=True)
-        shown = around_contents(template, Conversation.of(("user", "a"), ("assistant", "b")))
+        prompt = split_at_contents(template, Conversation.of(("user", "a")), awaits_response=True)
+        shown = split_at_contents(template, Conversation.of(("user", "a"), ("assistant", "b")))
     except BadRecord:  # no plain chats; each record is checked later
         return None
     text_before = _text_before(shown, 1)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from megatron_sov.base.documents.messages import BadRecord, refuse_deep
 from megatron_sov.base.documents.rows import finite, no_constant
 from megatron_sov.chat.marks import (
-    BEGIN_CALL, BEGIN_THOUGHTS, END_CALL, END_THOUGHTS, LLAMA, CallForm, as_written, plain_form)
+    BEGIN_CALL, BEGIN_THOUGHTS, END_CALL, END_THOUGHTS, LLAMA, CallForm, to_hermes_form, unquote_marks)
 
 Fault = Literal["json", "form", "unclosed"]
 FORMS: dict[CallForm, str] = {
@@ -74,20 +74,20 @@ def parse_turn(text: str, *, in_thoughts: bool = False, form: CallForm | None = 
         form: call form; None: decided by the marks.
     """
     # convert to Hermes' form: parsing handles a single pair of marks
-    text = plain_form(text, in_thoughts=in_thoughts, form=form)
-    place, last_end = _first_place(text, in_thoughts), text.rfind(END_CALL)
+    text = to_hermes_form(text, in_thoughts=in_thoughts, form=form)
+    place, last_end = _skip_opened_thoughts(text, in_thoughts), text.rfind(END_CALL)
     texts: list[str] = []
     calls: list[ToolCall | BadCall] = []
     while mark := _MARK.search(text, place):
         texts.append(text[place:mark.start()])
         if mark[0] == BEGIN_CALL:
-            call, place = _call(text, mark.end(), last_end, form)
+            call, place = _parse_call(text, mark.end(), last_end, form)
             calls.append(call)
         else:
-            place = _behind_thoughts(text, mark.end())
+            place = _skip_thoughts(text, mark.end())
     texts.append(text[place:])
     # keep indentation: an answer may be code
-    return WrittenTurn(as_written("".join(texts)).lstrip("\n").rstrip(), tuple(calls))
+    return WrittenTurn(unquote_marks("".join(texts)).lstrip("\n").rstrip(), tuple(calls))
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,12 @@ class ServedTurn:
     """Well-formed tool calls."""
 
     @classmethod
-    def of(cls, fields: Mapping[str, Any]) -> ServedTurn:
+    def from_dict(cls, fields: Mapping[str, Any]) -> ServedTurn:
         """Build a turn from the values of `asdict`."""
         return cls(fields["thoughts"], fields["content"], tuple(ToolCall(**call) for call in fields["calls"]))
 
 
-def whole_turn(text: str, in_thoughts: bool, tools: Sequence[Mapping[str, Any]],
+def parse_served_turn(text: str, in_thoughts: bool, tools: Sequence[Mapping[str, Any]],
                form: CallForm | None = None) -> ServedTurn:
     """Parse a finished turn for an API client.
 
@@ -121,23 +121,23 @@ def whole_turn(text: str, in_thoughts: bool, tools: Sequence[Mapping[str, Any]],
         tools: available functions in OpenAI's format; without any, calls are not parsed.
         form: call form; None: decided by the marks.
     """
-    text = plain_form(text, in_thoughts=in_thoughts, form=form if tools else None)
+    text = to_hermes_form(text, in_thoughts=in_thoughts, form=form if tools else None)
     thoughts, rest = split_thoughts(text, in_thoughts)
     # text before the first call remains content
     place = rest.find(BEGIN_CALL) if tools else -1
     if place < 0:
-        return served_turn(thoughts, rest)
+        return build_served_turn(thoughts, rest)
     parsed = parse_turn(rest[place:], form=form)
     calls = tuple(call for call in parsed.calls if isinstance(call, ToolCall))
     if not calls or any(isinstance(call, BadCall) for call in parsed.calls):
-        return served_turn(thoughts, rest)
+        return build_served_turn(thoughts, rest)
     suffix = f"\n{parsed.content}" if parsed.content else ""
-    return served_turn(thoughts, rest[:place].rstrip(), calls, suffix)
+    return build_served_turn(thoughts, rest[:place].rstrip(), calls, suffix)
 
 
-def served_turn(thoughts: str, said: str, calls: tuple[ToolCall, ...] = (), more: str = "") -> ServedTurn:
-    """Build a turn, restoring quoted marks; `more` is appended verbatim."""
-    return ServedTurn(as_written(thoughts), as_written(said) + more, calls)
+def build_served_turn(thoughts: str, content: str, calls: tuple[ToolCall, ...] = (), suffix: str = "") -> ServedTurn:
+    """Build a turn, restoring quoted marks; `suffix` is appended verbatim."""
+    return ServedTurn(unquote_marks(thoughts), unquote_marks(content) + suffix, calls)
 
 
 def split_thoughts(text: str, in_thoughts: bool) -> tuple[str, str]:
@@ -157,20 +157,20 @@ def split_thoughts(text: str, in_thoughts: bool) -> tuple[str, str]:
     return thoughts.strip("\n"), rest.lstrip("\n")
 
 
-def _first_place(text: str, in_thoughts: bool) -> int:
+def _skip_opened_thoughts(text: str, in_thoughts: bool) -> int:
     """Return the index after thoughts that the template opened."""
     end, begin = text.find(END_THOUGHTS), text.find(BEGIN_THOUGHTS)
     if in_thoughts or (end >= 0 and not 0 <= begin < end):
-        return _behind_thoughts(text, 0)
+        return _skip_thoughts(text, 0)
     return 0
 
 
-def _behind_thoughts(text: str, start: int) -> int:
+def _skip_thoughts(text: str, start: int) -> int:
     end = text.find(END_THOUGHTS, start)
     return len(text) if end < 0 else end + len(END_THOUGHTS)
 
 
-def _call(text: str, start: int, last_end: int, form: CallForm | None) -> tuple[ToolCall | BadCall, int]:
+def _parse_call(text: str, start: int, last_end: int, form: CallForm | None) -> tuple[ToolCall | BadCall, int]:
     """Parse the call after an opening tag at `start`; return (call, end index).
 
     Args:
@@ -182,30 +182,30 @@ def _call(text: str, start: int, last_end: int, form: CallForm | None) -> tuple[
     while start < len(text) and text[start] in _SPACE:
         start += 1
     try:
-        value, end = _value(text, start)
+        value, end = _decode_value(text, start)
         # restore quoted marks inside arguments
-        if (inside := as_written(text[start:end])) != text[start:end]:
-            value, _ = _value(inside, 0)
-        _refuse_unfit(value)
+        if (inside := unquote_marks(text[start:end])) != text[start:end]:
+            value, _ = _decode_value(inside, 0)
+        _check_value(value)
     except (ValueError, RecursionError, BadRecord) as e:
-        return _no_json(text, start, e)
+        return _report_bad_json(text, start, e)
     while end < len(text) and text[end] in _SPACE:
         end += 1
     if not text.startswith(END_CALL, end):
         # If an end tag follows anywhere, the object is wrong; otherwise the turn was cut off.
         if last_end >= end:
-            return _no_json(text, start, ValueError("more stands behind the object"))
+            return _report_bad_json(text, start, ValueError("more stands behind the object"))
         return BadCall("unclosed", f"a tool call has no {END_CALL} behind its object"), end
-    return _checked(value, form), end + len(END_CALL)
+    return _build_call(value, form), end + len(END_CALL)
 
 
-def _refuse_unfit(value: Any) -> None:
+def _check_value(value: Any) -> None:
     """Raise `BadRecord` or `ValueError` for values that cannot be processed further."""
     refuse_deep(value)  # later functions recurse deeper than the JSON parser
     json.dumps(value, ensure_ascii=False).encode()  # lone surrogates are invalid text
 
 
-def _value(text: str, start: int) -> tuple[Any, int]:
+def _decode_value(text: str, start: int) -> tuple[Any, int]:
     """Decode the JSON value at `start`; return (value, end index). Raises like `JSONDecoder.raw_decode`.
 
     Decode a growing window: on errors json counts the lines of its whole input, so that many malformed
@@ -230,7 +230,7 @@ def _value(text: str, start: int) -> tuple[Any, int]:
         num_chars *= 2
 
 
-def _no_json(text: str, start: int, error: Exception) -> tuple[BadCall, int]:
+def _report_bad_json(text: str, start: int, error: Exception) -> tuple[BadCall, int]:
     """Return a `BadCall` for missing JSON, and the index after the call."""
     end = text.find(END_CALL, start)
     if end < 0:
@@ -240,7 +240,7 @@ def _no_json(text: str, start: int, error: Exception) -> tuple[BadCall, int]:
                             f"({reason})"), end + len(END_CALL))
 
 
-def _checked(value: Any, form: CallForm | None) -> ToolCall | BadCall:
+def _build_call(value: Any, form: CallForm | None) -> ToolCall | BadCall:
     # infer the key from the object if the form is unknown
     word = "parameters" if form == LLAMA or (
         form is None and isinstance(value, dict) and "parameters" in value) else "arguments"
@@ -253,7 +253,7 @@ def _checked(value: Any, form: CallForm | None) -> ToolCall | BadCall:
     return ToolCall(value["name"], value[word])
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     object_ = dict(pairs)
     # Python keeps the last of two equal keys; the intended one is unknown
     if len(object_) != len(pairs):
@@ -261,4 +261,4 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return object_
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=no_constant, parse_float=finite)
+_DECODER = json.JSONDecoder(object_pairs_hook=_build_object, parse_constant=no_constant, parse_float=finite)

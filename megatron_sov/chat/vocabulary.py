@@ -19,19 +19,19 @@ from typing import Any
 
 from megatron_sov.base.digests import SHA256, file_digest
 from megatron_sov.base.errors import UserError
-from megatron_sov.chat.folder import TOKENIZER_JSON, chat_form
+from megatron_sov.chat.folder import TOKENIZER_JSON, read_chat_fields
 
 CANONICAL = "tokenizer-v1"
 """Prefix of the digest of a tokenizer's canonical form."""
-IMPLIED: dict[str, dict[str, Any]] = {
+IMPLIED_FIELDS: dict[str, dict[str, Any]] = {
     "ByteLevel": {"use_regex": True}, "Metaspace": {"prepend_scheme": "always", "split": True},
     "Punctuation": {"behavior": "Isolated"}}
 """Step type -> fields missing in older files, with the defaults of `tokenizers`."""
 FALSE_IS_NOT_NULL = ("strip_accents",)
 """Fields in which null differs from false: for null, `tokenizers` decides by the `lowercase` field."""
-IDLE = {"ByteLevel": {"trim_offsets"}, "Metaspace": {"str_rep", "add_prefix_space"}}
+INEFFECTIVE_FIELDS = {"ByteLevel": {"trim_offsets"}, "Metaspace": {"str_rep", "add_prefix_space"}}
 """Step type -> fields without effect on ids: offsets only, or copies of other fields."""
-IDLE_IN_DECODERS = IDLE | {"ByteLevel": {"trim_offsets", "add_prefix_space", "use_regex"}}
+INEFFECTIVE_DECODER_FIELDS = INEFFECTIVE_FIELDS | {"ByteLevel": {"trim_offsets", "add_prefix_space", "use_regex"}}
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TokenizerFile:
     """Id -> text ("content") and set flags of added tokens."""
     parts: list[dict[str, Any]]
     """Pre-tokenizer and decoder steps as in the file, sequences flattened."""
-    cutting: dict[str, Any]
+    splitting: dict[str, Any]
     """Canonical fields of model, normalizer and pre-tokenizer."""
     decoder: Any
     """Canonical decoder."""
@@ -60,28 +60,28 @@ def read_tokenizer(tokenizer: Path) -> TokenizerFile:
             names = dict(enumerate(piece for piece, _ in vocabulary))
         else:
             names = {token: name for name, token in vocabulary.items()}
-        added = {token["id"]: _canonical(token) for token in raw.get("added_tokens") or []}
+        added = {token["id"]: _canonicalize(token) for token in raw.get("added_tokens") or []}
         texts = [*names.items(), *((id_, token["content"]) for id_, token in added.items())]
         if not all(type(token) is int and isinstance(text, str) for token, text in texts):
             raise ValueError("an id is no number, or a token is no text")
         return TokenizerFile({token: name for token, name in names.items() if token not in added}, added,
-                             [*_steps(raw.get("pre_tokenizer")), *_steps(raw.get("decoder"))],
-                             _cutting(raw), _canonical(raw.get("decoder"), IDLE_IN_DECODERS))
+                             [*_flatten_steps(raw.get("pre_tokenizer")), *_flatten_steps(raw.get("decoder"))],
+                             _canonical_fields(raw), _canonicalize(raw.get("decoder"), INEFFECTIVE_DECODER_FIELDS))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, struct.error,
             RecursionError) as e:
         raise UserError(f"{file}: cannot be read as a tokenizer ({e!r}); restore it from its "
                         "source") from None
 
 
-def _steps(part: Any) -> list[dict[str, Any]]:
+def _flatten_steps(part: Any) -> list[dict[str, Any]]:
     if not isinstance(part, dict):
         return []
     inner = [*(part.get("pretokenizers") or []), *(part.get("decoders") or [])]
-    return [part, *(step for one in inner for step in _steps(one))]
+    return [part, *(step for one in inner for step in _flatten_steps(one))]
 
 
-def _cutting(raw: dict[str, Any]) -> dict[str, Any]:
-    model = _canonical({"type": "BPE", **raw["model"], "vocab": None})
+def _canonical_fields(raw: dict[str, Any]) -> dict[str, Any]:
+    model = _canonicalize({"type": "BPE", **raw["model"], "vocab": None})
     vocabulary = raw["model"]["vocab"]
     if isinstance(vocabulary, list):  # unigram
         # in sentencepiece's precision: `tokenizers` may write doubles with other last digits
@@ -89,19 +89,19 @@ def _cutting(raw: dict[str, Any]) -> dict[str, Any]:
         model["scores"] = list(struct.unpack(f"{len(scores)}f", struct.pack(f"{len(scores)}f", *scores)))
     if "merges" in model:  # older files join the pair with a space
         model["merges"] = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    steps = {name: _canonical(raw.get(name)) for name in ("normalizer", "pre_tokenizer")}
+    steps = {name: _canonicalize(raw.get(name)) for name in ("normalizer", "pre_tokenizer")}
     return model | {name: step for name, step in steps.items() if step}
 
 
-def _canonical(value: Any, idle: dict[str, set[str]] = IDLE) -> Any:
+def _canonicalize(value: Any, idle: dict[str, set[str]] = INEFFECTIVE_FIELDS) -> Any:
     """Normalize a part of a tokenizer.json: drop ineffective, empty and false fields,
     add implied defaults."""
     if isinstance(value, list):
-        return [_canonical(part, idle) for part in value]
+        return [_canonicalize(part, idle) for part in value]
     if not isinstance(value, dict):
         return value
     kind = str(value.get("type"))
-    fields = {name: _canonical(part, idle) for name, part in (IMPLIED.get(kind, {}) | value).items()
+    fields = {name: _canonicalize(part, idle) for name, part in (IMPLIED_FIELDS.get(kind, {}) | value).items()
               if name not in idle.get(kind, ())}
 
     def is_empty(name: str, part: Any) -> bool:
@@ -112,10 +112,10 @@ def _canonical(value: Any, idle: dict[str, set[str]] = IDLE) -> Any:
 
 def tokenizer_digest(tokenizer: Path) -> str:
     """Return the digest of a tokenizer's canonical form; raises like `read_tokenizer`."""
-    return _canonical_digest(tokenizer, digest_of_bytes(tokenizer))
+    return _canonical_digest(tokenizer, hash_tokenizer_file(tokenizer))
 
 
-def digest_of_bytes(tokenizer: Path) -> str:
+def hash_tokenizer_file(tokenizer: Path) -> str:
     """Return the digest of the tokenizer.json file."""
     if not (tokenizer / TOKENIZER_JSON).is_file():
         raise UserError(f"{tokenizer / TOKENIZER_JSON}: cannot be read as a tokenizer: it is not there")
@@ -127,7 +127,7 @@ def _canonical_digest(tokenizer: Path, content: str) -> str:
     """Return `tokenizer_digest`, cached by the file's digest `content`."""
     tokenizer_file = read_tokenizer(tokenizer)
     form = [sorted(tokenizer_file.ordinary.items()), sorted(tokenizer_file.added.items()),
-            tokenizer_file.cutting, tokenizer_file.decoder]
+            tokenizer_file.splitting, tokenizer_file.decoder]
     return f"{CANONICAL}:{hashlib.sha256(json.dumps(form, sort_keys=True).encode()).hexdigest()}"
 
 
@@ -136,16 +136,16 @@ def find_difference(folder: Path, other: Path) -> str | None:
     for file in (folder / TOKENIZER_JSON, other / TOKENIZER_JSON):
         if not file.is_file():
             return f"{file} is not there"
-    if any(digest(folder) == digest(other) for digest in (digest_of_bytes, tokenizer_digest)):
+    if any(digest(folder) == digest(other) for digest in (hash_tokenizer_file, tokenizer_digest)):
         return None
     first, second = read_tokenizer(folder), read_tokenizer(other)
     differing = list(dict(first.ordinary.items() ^ second.ordinary.items()))
     further_fields = [{"added_tokens": file.added, "decoder": file.decoder} for file in (first, second)]
-    return _difference_of_ids(folder, other, differing, first, second) or _difference_of_fields(
-        folder, other, first.cutting | further_fields[0], second.cutting | further_fields[1])
+    return _describe_id_difference(folder, other, differing, first, second) or _describe_field_difference(
+        folder, other, first.splitting | further_fields[0], second.splitting | further_fields[1])
 
 
-def refuse_other_tokens(data: Path | None, weights: Path) -> None:
+def check_same_tokens(data: Path | None, weights: Path) -> None:
     """Raise `UserError` if token ids of data contradict the tokenizer of a checkpoint, or text
     is split differently.
 
@@ -158,13 +158,13 @@ def refuse_other_tokens(data: Path | None, weights: Path) -> None:
     data_file, weights_file = read_tokenizer(data), read_tokenizer(weights)
     # ignore missing ids: vocabularies may differ in length
     differing = [i for i, name in data_file.ordinary.items() if weights_file.ordinary.get(i, name) != name]
-    problem = _difference_of_ids(data, weights, differing, data_file, weights_file)
-    problem = problem or _difference_of_fields(data, weights, data_file.cutting, weights_file.cutting)
+    problem = _describe_id_difference(data, weights, differing, data_file, weights_file)
+    problem = problem or _describe_field_difference(data, weights, data_file.splitting, weights_file.splitting)
     if problem:
         raise UserError(f"{problem}; pack the data with the checkpoint's tokenizer")
 
 
-def refuse_other_tokenizer(first: Path, other: Path, remedy: str) -> None:
+def check_same_tokenizer(first: Path, other: Path, remedy: str) -> None:
     """Raise `UserError` if two folders differ in tokenizer or chat format; the message ends with `remedy`.
 
     Without tokenizer.json nothing is compared.
@@ -173,15 +173,15 @@ def refuse_other_tokenizer(first: Path, other: Path, remedy: str) -> None:
         return
     problem = find_difference(other, first)
     if problem is None:
-        chat_fields = chat_form(first)
-        differing = [name for name, value in chat_form(other).items() if chat_fields[name] != value]
+        chat_fields = read_chat_fields(first)
+        differing = [name for name, value in read_chat_fields(other).items() if chat_fields[name] != value]
         if not differing:
             return
         problem = f"{other}: {differing[0]} differs from that of {first}"
     raise UserError(f"{problem}; {remedy}")
 
 
-def _difference_of_ids(folder: Path, other: Path, differing: list[int], ours: TokenizerFile,
+def _describe_id_difference(folder: Path, other: Path, differing: list[int], ours: TokenizerFile,
                        theirs: TokenizerFile) -> str | None:
     if not differing:
         return None
@@ -190,21 +190,21 @@ def _difference_of_ids(folder: Path, other: Path, differing: list[int], ours: To
             f"{ours.ordinary.get(token)!r} here, {theirs.ordinary.get(token)!r} there)")
 
 
-def _difference_of_fields(folder: Path, other: Path, ours: dict[str, Any], theirs: dict[str, Any]
+def _describe_field_difference(folder: Path, other: Path, ours: dict[str, Any], theirs: dict[str, Any]
                           ) -> str | None:
     for name in {**ours, **theirs}:
-        if (mine := ours.get(name)) != (its := theirs.get(name)):
+        if (left := ours.get(name)) != (right := theirs.get(name)):
             effect = "ids have another text" if name == "decoder" else "the same text has other ids"
             return (f"{folder / TOKENIZER_JSON}: its {name} differs from that of {other} "
-                    f"({_first_difference(mine, its)}), so {effect}")
+                    f"({_describe_first_difference(left, right)}), so {effect}")
     return None
 
 
-def _first_difference(mine: Any, its: Any, place: str = "") -> str:
+def _describe_first_difference(left: Any, right: Any, place: str = "") -> str:
     """Return the path and values of the first difference between two JSON values."""
-    if isinstance(mine, list) and isinstance(its, list):
-        mine, its = dict(enumerate(mine)), dict(enumerate(its))
-    if not isinstance(mine, dict) or not isinstance(its, dict):
-        return f"{place}{mine!r:.80} here, {its!r:.80} there"
-    key = next(key for key in {**mine, **its} if mine.get(key) != its.get(key))
-    return _first_difference(mine.get(key), its.get(key), f"{place}{key}: ")
+    if isinstance(left, list) and isinstance(right, list):
+        left, right = dict(enumerate(left)), dict(enumerate(right))
+    if not isinstance(left, dict) or not isinstance(right, dict):
+        return f"{place}{left!r:.80} here, {right!r:.80} there"
+    key = next(key for key in {**left, **right} if left.get(key) != right.get(key))
+    return _describe_first_difference(left.get(key), right.get(key), f"{place}{key}: ")

@@ -24,7 +24,7 @@ from megatron_sov.base.settings import (
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
 from megatron_sov.work.processes.pool import map_in_threads
 from megatron_sov.work.progress.jobs import Executor, Job, run_job, run_share, worker_executor
-from megatron_sov.work.progress.journal import Journal, begin_journal, list_done_items, slurm_folder
+from megatron_sov.work.progress.journal import Journal, begin_journal, list_finished_items, slurm_folder
 from megatron_sov.work.progress.progress_bar import create_bar
 from megatron_sov.work.submit.arrays import (
     ClusterOptions, SharedWork, check_no_active_jobs, check_restarts, load_array_profile, submit_shares)
@@ -244,6 +244,6 @@ def _submit(order: MapOrder) -> None:
     job = order.job(1)
     submit_shares(options.output, SharedWork(
         SHARES, to_json(job.identity), -(-order.num_rows // BATCH_ROWS), "batches",
-        num_done=lambda: len(list_done_items(job.output, job.identity)),
+        num_done=lambda: len(list_finished_items(job.output, job.identity)),
         begin=lambda: begin_journal(job.output, job.made_by, job.identity, redo=options.redo),
         share=partial(MapShare, order), finish=MapFinish(order)), profile, options.workers)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from megatron_sov.base.artifacts import MANIFEST, FileRecord, manifest_sha256, read_manifest, refuse_existing
 from megatron_sov.base.errors import UserError
-from megatron_sov.chat.vocabulary import refuse_other_tokenizer
+from megatron_sov.chat.vocabulary import check_same_tokenizer
 from megatron_sov.checkpoint.sharded_tensors import block_name, write_index
 from megatron_sov.checkpoint.writer import TensorSpec
 from megatron_sov.convert.dtypes import KEEP, check_space, convert_tensor
@@ -279,7 +279,7 @@ def _check_compatible(first: Path, path: Path) -> None:
         contents = ["all weights" if base is None else f"an adapter of {base.path}" for base in bases]
         raise UserError(f"{path}: contains {contents[1]}, but {first} contains {contents[0]}; convert "
                         "adapters to full checkpoints first (`megatron-sov convert to-hf`, then `from-hf`)")
-    refuse_other_tokenizer(first / "tokenizer", path / "tokenizer",
+    check_same_tokenizer(first / "tokenizer", path / "tokenizer",
                            "only checkpoints with the same tokenizer can be averaged")
 
 

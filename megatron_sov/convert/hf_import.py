@@ -21,7 +21,8 @@ from megatron_sov.base.artifacts import (
 from megatron_sov.base.digests import fingerprint
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.outputs import refuse_link_outside
-from megatron_sov.chat.folder import CONFIG_JSON, TEMPLATE, TOKENIZER_JSON, read_chat_encoder, special_text
+from megatron_sov.chat.folder import (
+    CONFIG_JSON, TEMPLATE_FILE, TOKENIZER_JSON, read_chat_encoder, read_special_token)
 from megatron_sov.chat.vocabulary import read_tokenizer
 from megatron_sov.checkpoint.assembling import StoredBlock
 from megatron_sov.checkpoint.sharded_tensors import (
@@ -233,7 +234,7 @@ def carry(source: Path, target: Path, tokens: TokenIds) -> None:
 
 def move_chat_template(folder: Path) -> None:
     """Move the chat template from tokenizer_config.json to its own file, as transformers 5 does."""
-    config_file, template_file = folder / CONFIG_JSON, folder / TEMPLATE
+    config_file, template_file = folder / CONFIG_JSON, folder / TEMPLATE_FILE
     config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     template = config.pop("chat_template", None)
     # A list has several named templates, which transformers reads from tokenizer_config.json.
@@ -303,7 +304,7 @@ def ids_beside(folder: Path) -> TokenIds:
 
 def _ids_of_texts(folder: Path, names: list[str]) -> dict[str, int]:
     """Return the ids of the special tokens that tokenizer_config.json names by text."""
-    texts = {name: text for name in names if (text := special_text(folder, f"{name}_token"))}
+    texts = {name: text for name in names if (text := read_special_token(folder, f"{name}_token"))}
     if not texts or not (folder / TOKENIZER_JSON).is_file():
         return {}
     tokenizer = read_tokenizer(folder)

@@ -17,7 +17,7 @@ import torch
 
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
-from megatron_sov.chat.vocabulary import refuse_other_tokens
+from megatron_sov.chat.vocabulary import check_same_tokens
 from megatron_sov.infer.engines.load import Loaded
 from megatron_sov.model.config.data import named_shards
 from megatron_sov.model.modality import check_encoders
@@ -99,7 +99,7 @@ def open_heldout(paths: dict[str, float], seq_len: int, max_tokens: int, *,
         raise UserError(f"--data {', '.join(paths)}: none of its held-out tokens is learned (prompts alone), "
                         "so there is nothing to judge by; look at them with `sov-data sample`")
     if model_tokenizer is not None:
-        refuse_other_tokens(tokenizer_folder(sources), model_tokenizer)
+        check_same_tokens(tokenizer_folder(sources), model_tokenizer)
     return data
 
 

@@ -128,7 +128,7 @@ def listed(store: RolloutStore) -> Iterator[str]:
     for part in parts:
         yield (f"{part.name:<33} {part.num_rows:>9,} rows {format_size(part.file.stat().st_size):>9}  "
                f"{when(part.created_s)}  judged by {', '.join(judged.get(part.name, [])) or 'none'}"
-               + (f", {part.num_kept_out:,} rows kept out" if part.num_kept_out else ""))
+               + (f", {part.num_excluded:,} rows kept out" if part.num_excluded else ""))
     yield f"{store.path}: {len(parts):,} parts, {sum(part.num_rows for part in parts):,} rows"
     # who works on what is not there yet
     for holder in list_holders(store.claims):

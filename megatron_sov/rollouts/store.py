@@ -293,10 +293,10 @@ class RolloutStore(Table[RolloutPart]):
     2048
     """
 
-    WHAT, HEAD, ROWS, ADDED, VERSION = "rollout store", "store.json", "rollouts", "rewards", "reward_version"
+    NOUN, HEAD, ROWS, ADDED, VERSION = "rollout store", "store.json", "rollouts", "rewards", "reward_version"
     CLAIM, FIRST, EXAMPLE, PART = "reward", "round", part_name(1, 0), RolloutPart
     IDENTITY = {"tokenizer": str, "vocab_size": int}
-    MADE_BY = "pass a folder that `megatron-sov rl run` or `rl generate` wrote"
+    CREATE_HINT = "pass a folder that `megatron-sov rl run` or `rl generate` wrote"
     REPEATED, SPLIT = REPEATED, SPLIT
     key_of = staticmethod(numbers_in)
 

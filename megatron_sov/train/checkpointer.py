@@ -14,7 +14,7 @@ import torch
 from megatron_sov.base.artifacts import MANIFEST, manifest_sha256, to_json
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.chat.folder import (
-    CONFIG_JSON, TEMPLATE, TOKENIZER_JSON, chat_form, chat_template, special_text)
+    CONFIG_JSON, TEMPLATE_FILE, TOKENIZER_JSON, read_chat_fields, read_chat_template, read_special_token)
 from megatron_sov.chat.vocabulary import find_difference
 from megatron_sov.checkpoint import load
 from megatron_sov.checkpoint.load import agreement
@@ -196,19 +196,19 @@ def _read_companions(start: Path, data: Path) -> dict[str, bytes]:
         return {}
     files = {file.name: file.read_bytes() for file in sorted(start.iterdir())
              if file.is_file() and file.name not in (TOKENIZER_JSON, MANIFEST)}
-    if chat_form(data) == chat_form(start):
+    if read_chat_fields(data) == read_chat_fields(start):
         return files
     config, defaults = (read_json(start / name) if name in files else {} for name in (
         CONFIG_JSON, GENERATION_CONFIG))
     for name in ("bos_token", "eos_token"):
-        text = special_text(data, name)
-        if text and text != special_text(start, name):
+        text = read_special_token(data, name)
+        if text and text != read_special_token(start, name):
             config[name] = text
             defaults.pop(f"{name}_id", None)
-    template = chat_template(data)
-    if template and template != chat_template(start):
+    template = read_chat_template(data)
+    if template and template != read_chat_template(start):
         config["chat_template"] = template
-        files.pop(TEMPLATE, None)
+        files.pop(TEMPLATE_FILE, None)
     changed = {CONFIG_JSON: config, **({GENERATION_CONFIG: defaults} if GENERATION_CONFIG in files else {})}
     return files | {name: to_json(content).encode() for name, content in changed.items()}
 

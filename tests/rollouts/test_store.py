@@ -74,7 +74,7 @@ def test_a_part_is_written_and_read(store: RolloutStore, monkeypatch: pytest.Mon
     assert store.has_part(name) and (store.path / "rollouts/round-0001-piece-0003").is_dir()
     assert [bits(row) for row in store.read_rollouts(name)] == [bits(row) for row in rows]
     (part,) = store.parts()
-    assert (part.round, part.piece, part.attempt, part.num_rows, part.num_kept_out) == (1, 3, 0, 2, 0)
+    assert (part.round, part.piece, part.attempt, part.num_rows, part.num_excluded) == (1, 3, 0, 2, 0)
     assert part.provenance == {"job": 7}
     store.add_rewards("v1" * 8, name, [judged(row) for row in rows])
     assert store.read_rewards("v1" * 8, name) == [judged(row) for row in rows]
@@ -184,7 +184,7 @@ def test_a_row_with_a_problem_is_kept_out_and_counted(changes: dict[str, Any], s
     store.add_rollouts(NAME, [rollout(0), rollout(1, **changes)], {})
     for _ in range(2):
         assert [row.key.sample for row in store.read_rollouts(NAME)] == [0]
-    assert store.parts()[0].num_kept_out == 1
+    assert store.parts()[0].num_excluded == 1
     assert capsys.readouterr().err.count(f"1 of 2 rows are kept out; the first is row 1: {sentence}") == 1
 
 

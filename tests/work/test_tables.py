@@ -17,8 +17,8 @@ LENGTHS = pa.schema([pa.field("length", pa.int32(), nullable=False)])
 class Words(Table[TablePart]):
     """Words of files, and how long they are."""
 
-    WHAT, HEAD, ROWS, ADDED, VERSION, CLAIM = "word table", "words.json", "words", "lengths", "by", "length"
-    FIRST, EXAMPLE, MADE_BY, PART = "file", "7", "make one", TablePart
+    NOUN, HEAD, ROWS, ADDED, VERSION, CLAIM = "word table", "words.json", "words", "lengths", "by", "length"
+    FIRST, EXAMPLE, CREATE_HINT, PART = "file", "7", "make one", TablePart
     IDENTITY, REPEATED, SPLIT = {"language": str}, ("word",), ()
 
     @staticmethod

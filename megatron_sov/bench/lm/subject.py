@@ -28,7 +28,7 @@ from megatron_sov.bench.lm.local import LocalEvaluation
 from megatron_sov.bench.lm.results import EvaluatedModel
 from megatron_sov.bench.lm.settings import Settings
 from megatron_sov.chat.folder import TOKENIZER_JSON
-from megatron_sov.chat.marks import text_decoder
+from megatron_sov.chat.marks import build_text_decoder
 from megatron_sov.engine.parallel.device import inference_precision
 from megatron_sov.infer.asking import check_engine, stop_ids
 from megatron_sov.infer.engine import MEGATRON, TRANSFORMERS
@@ -84,7 +84,7 @@ def subject_of(target: str, settings: Settings, whole: bool = True) -> Subject:
                            found.step, str(settings.run) if settings.run else None)
     # layouts agree up to rounding, so that answers are shared among them
     how = sorted(setting for setting in settings.settings if not setting.startswith("parallel."))
-    decode = text_decoder(found.tokenizer_folder / TOKENIZER_JSON, ends,
+    decode = build_text_decoder(found.tokenizer_folder / TOKENIZER_JSON, ends,
                           lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)))
     running = LocalEvaluation(found, engine, tuple(settings.settings), settings.nproc,
                               Batching(settings.batch_size), ends, special, decode)

@@ -134,13 +134,13 @@ def suite_of(args: NeedleOptions, target: Target) -> NeedleSuite:
     Raises:
         UserError: there is no text, it does not fit the model, or the numbers make no test.
     """
-    from megatron_sov.chat.vocabulary import refuse_other_tokens
+    from megatron_sov.chat.vocabulary import check_same_tokens
     from megatron_sov.eval.needle.suite import make_suite
     from megatron_sov.eval.needle.text import open_haystacks
     from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
 
     sources = open_sources(data_paths(args.data), target.vocab_size or sys.maxsize, is_fixed=True)
-    refuse_other_tokens(tokenizer_folder(sources), target.tokenizer_folder)
+    check_same_tokens(tokenizer_folder(sources), target.tokenizer_folder)
     config = _config(args, target.config.needle if target.config else NeedleConfig())
     haystacks = open_haystacks(sources, "heldout", target.tokenizer_folder, languages=config.languages,
                                told=dict(map(_source_language, args.language)))

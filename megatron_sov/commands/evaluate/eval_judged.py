@@ -40,7 +40,7 @@ from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.runs.folder import RunEvents
 from megatron_sov.runs.launch_environment import is_first_rank
 from megatron_sov.work.progress.jobs import Job, local_executor, run_job
-from megatron_sov.work.progress.journal import list_done_items, work_folder
+from megatron_sov.work.progress.journal import list_finished_items, work_folder
 from megatron_sov.work.progress.progress_bar import create_bar
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def _sample(plan: _Plan) -> Path:
     """Return the file with all responses, of which an engine writes what is not there yet."""
     args, target, file, identity = plan.args, plan.target, plan.sampled_file, plan.responses
     # read before the file is looked for, see below
-    done = list_done_items(file, identity)
+    done = list_finished_items(file, identity)
     if file.exists():  # asked behind what is done: the first process may publish in between
         return file
     rows = [dict(row) for _, row in read_rows(args.input, field=PROMPT)]
@@ -295,7 +295,7 @@ class PairsOptions(HeldoutOptions, OutOptions, RankOptions):
 
 def run_pairs(args: PairsOptions) -> int:
     events = begin_task(args, args.target, out=args.out)
-    from megatron_sov.chat.vocabulary import refuse_other_tokens
+    from megatron_sov.chat.vocabulary import check_same_tokens
     from megatron_sov.eval.heldout import rows_per_batch
     from megatron_sov.infer.engines.target import find_target
     from megatron_sov.post.preference import CHOSEN_LIKELIER, HELDOUT_PAIRS, measure_pairs
@@ -305,7 +305,7 @@ def run_pairs(args: PairsOptions) -> int:
     target = find_target(args.target)
     seq_len = args.seq_len or target.trained_tokens
     sources = open_sources(data_paths(args.data), target.vocab_size, ("preference",))
-    refuse_other_tokens(tokenizer_folder(sources), target.tokenizer_folder)
+    check_same_tokens(tokenizer_folder(sources), target.tokenizer_folder)
     if not any(s.num_tokens.get("heldout") for s in sources):
         raise UserError(f"--data {', '.join(args.data)}: holds no pairs out, so there is nothing to judge "
                         "by; pack with --heldout 0.02")

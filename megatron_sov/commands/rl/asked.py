@@ -12,7 +12,7 @@ from megatron_sov.base.documents.layouts import parse_renames
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.base.settings import Flag, change, not_with, only_with, parse_nested
-from megatron_sov.chat.folder import chat_form, read_chat_encoder
+from megatron_sov.chat.folder import read_chat_encoder, read_chat_fields
 from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.infer.asking import check_length
 from megatron_sov.infer.request import Batching, BatchSize
@@ -193,7 +193,7 @@ def writer_of(args: AskingOptions, config: RunConfig, prompts: PromptList, start
                         "first, or continue the prompts as they are with --plain")
     asker = Asker(start, not args.plain)
     chosen_by: dict[str, Any] = {"plain": args.plain, "chat": {
-        "tokenizer": tokenizer_digest(folder), "form": sampling_digest(chat_form(folder))}}
+        "tokenizer": tokenizer_digest(folder), "form": sampling_digest(read_chat_fields(folder))}}
     if environment is None:
         responses = ResponseSource(asker, rollout, engine_name, args.plain, chosen_by,
                                    with_routes=config.policy.router_replay)

@@ -140,7 +140,7 @@ def run(typed: argparse.Namespace) -> int:
     gate = gate_of(args, parsed.config, parsed.start)
     readers = _readers_of(args, parsed.config.data.paths)
 
-    from megatron_sov.chat.vocabulary import refuse_other_tokens
+    from megatron_sov.chat.vocabulary import check_same_tokens
     from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
     from megatron_sov.train.data.token_shards import as_input, open_sources, tokenizer_folder
 
@@ -157,7 +157,7 @@ def run(typed: argparse.Namespace) -> int:
     sources = open_sources(config.data.paths, config.model.vocab_size, formats_of(made))
     _refuse_views(config, sources)
     if parsed.start is not None:
-        refuse_other_tokens(tokenizer_folder(sources), tokenizer_of(parsed.start))
+        check_same_tokens(tokenizer_folder(sources), tokenizer_of(parsed.start))
     states: list[Path] = []
     # a complete run needs no states any more: they may have been deleted
     if folder.completion() is None:

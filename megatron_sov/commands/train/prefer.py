@@ -131,7 +131,7 @@ def _reference(args: PreferOptions, parsed: ParsedStage, sources: tuple[Source, 
     Raises:
         UserError: the folder may not be entered, holds another reference, or one that lacks what is needed.
     """
-    from megatron_sov.chat.vocabulary import refuse_other_tokens
+    from megatron_sov.chat.vocabulary import check_same_tokens
     from megatron_sov.post.preference import heldout_documents
     from megatron_sov.post.reference import Reference
     from megatron_sov.runs import checkpoints
@@ -143,7 +143,7 @@ def _reference(args: PreferOptions, parsed: ParsedStage, sources: tuple[Source, 
     reference = Reference(args.run, fixed or parsed.start, sources, config.data.max_seq_len(),
                           {source.name: heldout_documents(source) for source in pairs})
     if fixed is not None:
-        refuse_other_tokens(tokenizer_folder(list(sources)), fixed / "tokenizer")
+        check_same_tokens(tokenizer_folder(list(sources)), fixed / "tokenizer")
         folder.enter(config, args.resume)
         if not args.dry_run:
             reference.make_apart(fixed, config, args.nproc)

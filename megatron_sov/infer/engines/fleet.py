@@ -411,7 +411,7 @@ class Fleet:
         server = member.server
         try:
             if server is None:
-                raise BadAnswer("it is gone", is_away=True)
+                raise BadAnswer("it is gone", is_unavailable=True)
             answers = server.write(task.request)
         except RequestRefused as e:
             self._answer(member, task, UserError(f"the engine refuses a request: {e}"))

@@ -23,7 +23,7 @@ from megatron_sov import convert
 from megatron_sov.base.artifacts import FileRecord, new_file, read_manifest, refuse_existing, to_json
 from megatron_sov.base.digests import BLAKE3, Digest, file_digest
 from megatron_sov.base.errors import UserError
-from megatron_sov.chat.vocabulary import refuse_other_tokens
+from megatron_sov.chat.vocabulary import check_same_tokens
 from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
 from megatron_sov.engine.model.language_model import states_for_head
 from megatron_sov.engine.model.logprobs import Head
@@ -115,7 +115,7 @@ def read_documents(reading: TeacherReading, out: Path, settings: Sequence[str], 
     # A translated teacher knows other ids, so its vocabulary bounds nothing here.
     sources = open_sources(reading.data, sys.maxsize if translated else reading.target.vocab_size, FORMATS)
     if not translated:
-        refuse_other_tokens(tokenizer_folder(sources), reading.target.tokenizer_folder)
+        check_same_tokens(tokenizer_folder(sources), reading.target.tokenizer_folder)
     translation = _translation(reading, sources)
     parts = parts_of(sources, reading.splits, reading.part_tokens)
     # the layout moves the last digits at most, so that a killed job may go on at another

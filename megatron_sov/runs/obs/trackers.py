@@ -141,7 +141,7 @@ class Trackers:
 
     def log_step(self, step: int, values: dict[str, float]) -> None:
         """Send the metrics of one optimizer step, e.g. ``{"loss": 2.1, "learning_rate": 1e-4}``."""
-        self._call_each(lambda tracker: tracker.log_step(step, values))
+        self._call_trackers(lambda tracker: tracker.log_step(step, values))
 
     def observe(self, event: dict[str, Any]) -> None:
         """Send the content of an RL event: validation metrics, or a table of sampled responses."""
@@ -149,12 +149,12 @@ class Trackers:
             self.log_step(event["step"], {f"{VALIDATION}/{name}": value
                                           for name, value in extract_curves(event).items()})
         elif event["event"] == RESPONSES:
-            self._call_each(lambda tracker: tracker.log_table(event["step"], event["of"],
+            self._call_trackers(lambda tracker: tracker.log_table(event["step"], event["of"],
                                                               response_rows(event)))
 
     def close(self) -> None:
         """Send pending data and close all trackers."""
-        self._call_each(lambda tracker: tracker.close())
+        self._call_trackers(lambda tracker: tracker.close())
         self._active = []
 
     def _start_tracker(self, name: str, create: Callable[[], Tracker]) -> None:
@@ -165,7 +165,7 @@ class Trackers:
         except Exception as e:  # a missing network or login must not stop a requeued run
             _warn_failure(name, e)
 
-    def _call_each(self, action: Callable[[Tracker], None]) -> None:
+    def _call_trackers(self, action: Callable[[Tracker], None]) -> None:
         for tracker in list(self._active):
             try:
                 action(tracker)

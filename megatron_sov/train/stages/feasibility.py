@@ -20,7 +20,7 @@ from megatron_sov.runs.launch_environment import has_launcher, num_ranks
 from megatron_sov.train.data.token_shards import Source
 from megatron_sov.train.stages.stage_defaults import epoch_samples, open_all_sources, said_settings
 from megatron_sov.work.clusters.chips import find_device_chip
-from megatron_sov.work.clusters.units import SECONDS_OF_AN_HOUR
+from megatron_sov.work.clusters.units import SECONDS_PER_HOUR
 
 CONSENTS = ("train.steps", "train.epochs")
 """Settings by which a user agrees to many epochs; a budget of tokens is none, since it names no data."""
@@ -150,7 +150,7 @@ def least_hours(config: RunConfig, count: int) -> float:
              else len(os.sched_getaffinity(0)) * CPU_FLOPS_PER_S)
     flops = sum(train_flops_per_token(config.model, seq_len) * tokens
                 for seq_len, tokens in _tokens_by_length(config).items())
-    return flops / speed / SECONDS_OF_AN_HOUR
+    return flops / speed / SECONDS_PER_HOUR
 
 
 def _tokens_by_length(config: RunConfig) -> Mapping[int, float]:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_sov.base.artifacts import manifest_sha256
 from megatron_sov.base.errors import ExitCode, GateFailed, StopRequested, UserError, warn
-from megatron_sov.chat.vocabulary import read_tokenizer, refuse_other_tokens
+from megatron_sov.chat.vocabulary import check_same_tokens, read_tokenizer
 from megatron_sov.engine.model import gpu_settings, specs
 from megatron_sov.engine.model.gpu_settings import refuse_without_chip
 from megatron_sov.engine.parallel import device, launcher, world
@@ -224,7 +224,7 @@ def _check_start(stage: Stage, data: _Data) -> None:
         raise UserError(f"--until {stage.until}: the run is at step {checkpoints.checkpoint_step(newest)} "
                         "already; name a later step")
     if (start := newest or stage.start_from) is not None:
-        refuse_other_tokens(tokenizer_folder(data.sources), tokenizer_of(start))
+        check_same_tokens(tokenizer_folder(data.sources), tokenizer_of(start))
     elif stage.config.lora.on:
         raise UserError(f"lora.rank = {stage.config.lora.rank}: adapters are trained beside a model that "
                         "exists; name it by --from")

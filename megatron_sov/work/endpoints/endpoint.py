@@ -169,7 +169,7 @@ class Endpoint:
             except RequestRefused:
                 raise
             except (TimeoutError, BadAnswer) as e:
-                is_away = getattr(e, "is_away", False)
+                is_away = getattr(e, "is_unavailable", False)
                 # patience counts from the endpoint's last answer to any request
                 if attempt >= limits.max_attempts:
                     waited_s = time.monotonic() - max(began_s, self.answered_s)

@@ -201,7 +201,7 @@ class ServerCalls:
         if response.status in (400, 404, 413, 422):
             raise RequestRefused(message)
         # an engine whose worker has died answers 500 until it is restarted
-        raise BadAnswer(message, is_away=response.status >= 500)
+        raise BadAnswer(message, is_unavailable=response.status >= 500)
 
 
 def check_answers(answers: list[TokenAnswer], expected: int, where: str) -> list[TokenAnswer]:

@@ -182,7 +182,7 @@ class Transport:
         cause = error.__cause__ or error
         if isinstance(cause, _decoding_error_class()):
             return BadAnswer(str(cause))
-        return BadAnswer(f"the connection failed ({type(cause).__name__})", is_away=True)
+        return BadAnswer(f"the connection failed ({type(cause).__name__})", is_unavailable=True)
 
     def _get_client(self) -> Any:
         """Return the `openai.OpenAI` client, created on first use over an `httpx.Client` with our limits."""

@@ -143,7 +143,7 @@ class VllmServer:
                  lambda group: self._calls.tell("/update_weights", {"update_info": {"group": dict(group)}}))
         except (RuntimeError, OSError) as e:
             raise BadAnswer(f"{self.url}: the weights did not arrive ({first_line(e)})",
-                            is_away=True) from None
+                            is_unavailable=True) from None
 
     def _request_completions(self, request: TokenRequest, sampling: Mapping[str, Any]) -> list[TokenAnswer]:
         # send ids instead of text: our servers have no tokenizer

@@ -96,11 +96,11 @@ def _supervise_command(until: int, command: Sequence[str]) -> int:
     """
     os.set_inheritable(until, False)
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    is_asked = False
+    is_terminating = False
 
     def ask(number: int, frame: Any) -> None:
-        nonlocal is_asked
-        is_asked = True
+        nonlocal is_terminating
+        is_terminating = True
         leader.terminate()
 
     try:
@@ -114,7 +114,7 @@ def _supervise_command(until: int, command: Sequence[str]) -> int:
         watched.register(fd, select.POLLIN)
     watched.poll()
     code = leader.poll()
-    if is_asked and code is not None:
+    if is_terminating and code is not None:
         # let children remove their shared memory
         watched = select.poll()
         watched.register(until, select.POLLIN)

@@ -225,7 +225,7 @@ def _delete_folder(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def list_done_items(output: Path, identity: Mapping[str, Any]) -> set[Item]:
+def list_finished_items(output: Path, identity: Mapping[str, Any]) -> set[Item]:
     """Return the items with records for this identity; read-only."""
     folder = work_folder(output)
     _, recorded = _read_job_file(folder)

@@ -60,7 +60,7 @@ class TablePart:
     """Numbers in the part's name, see `Table.key_of`."""
     num_rows: int
     """Number of rows, including excluded ones."""
-    num_kept_out: int
+    num_excluded: int
     """Rows with a problem, which readers skip."""
     manifest_sha256: str
     """Hash of the manifest, which identifies the whole part."""
@@ -91,7 +91,7 @@ P = TypeVar("P", bound=TablePart)
 class Table(Generic[P]):
     """An existing table, from `open` or `create` of a subclass with a declared schema."""
 
-    WHAT: ClassVar[str]
+    NOUN: ClassVar[str]
     """Noun for messages."""
     HEAD: ClassVar[str]
     """Name of the file with values shared by all parts."""
@@ -108,7 +108,7 @@ class Table(Generic[P]):
     """Example of a part's name."""
     FIRST: ClassVar[str]
     """Noun for the first number in a part's name."""
-    MADE_BY: ClassVar[str]
+    CREATE_HINT: ClassVar[str]
     """Hint for a missing table."""
     REPEATED: ClassVar[Collection[str]]
     """Leaf columns with repeated values."""
@@ -150,7 +150,7 @@ class Table(Generic[P]):
             if mistyped := [name for name, kind in cls.IDENTITY.items() if type(identity[name]) is not kind]:
                 raise ValueError(f"{mistyped[0]} = {identity[mistyped[0]]!r}")
         except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"{path}: is no {cls.WHAT} (it has no {cls.HEAD}); {cls.MADE_BY}") from None
+            raise UserError(f"{path}: is no {cls.NOUN} (it has no {cls.HEAD}); {cls.CREATE_HINT}") from None
         except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise UserError(f"{file}: is damaged ({e}); restore it from a copy") from None
         for name in (cls.ROWS, cls.ADDED, CLAIMS):  # copying may have dropped empty folders
@@ -175,7 +175,7 @@ class Table(Generic[P]):
             cls._create_folder(path, expected)
         table = cls.open(path)
         if table.identity != expected:
-            raise UserError(f"{path}: is a {cls.WHAT} of {cls.tell(table.identity)}, and this is of "
+            raise UserError(f"{path}: is a {cls.NOUN} of {cls.tell(table.identity)}, and this is of "
                             f"{cls.tell(expected)}; choose another store")
         return table
 
@@ -196,7 +196,7 @@ class Table(Generic[P]):
                 if (path / cls.HEAD).is_file():
                     return
                 if e.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                    raise UserError(f"{path}: is not empty and no {cls.WHAT}; choose another folder"
+                    raise UserError(f"{path}: is not empty and no {cls.NOUN}; choose another folder"
                                     ) from None
                 raise
             finally:
@@ -327,7 +327,7 @@ class Table(Generic[P]):
         return table
 
     def publish(self, name: str, version: str, table: pa.Table, provenance: Mapping[str, Any],
-                num_kept_out: int | None = None) -> bool:
+                num_excluded: int | None = None) -> bool:
         """Publish a part; return False if another job published the same name first.
 
         Args:
@@ -335,7 +335,7 @@ class Table(Generic[P]):
             version: version of added columns; "": rows.
             table: the rows.
             provenance: description of the writing program, as JSON values.
-            num_kept_out: number of rows with a problem.
+            num_excluded: number of rows with a problem.
 
         Raises:
             UserError: too many rows, or the disk is not writable; no files remain.
@@ -356,7 +356,7 @@ class Table(Generic[P]):
                     write_table(artifact.path / f"{kind}.parquet", table, repeated, split)
                     artifact.content = {
                         "num_rows": table.num_rows,
-                        **({self.VERSION: version} if version else {EXCLUDED_FIELD: num_kept_out or 0}),
+                        **({self.VERSION: version} if version else {EXCLUDED_FIELD: num_excluded or 0}),
                         "store": self.identity}
                     artifact.settings = dict(provenance)
                 return rename_unless_taken(temporary, path)

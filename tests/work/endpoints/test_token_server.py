@@ -126,7 +126,7 @@ def test_temporary_and_permanent_failures_differ(double: VllmDouble) -> None:
     server = VllmServer(double.url)
     with pytest.raises(BadAnswer, match="HTTP 500: EngineCore") as told:
         server.write(TokenRequest("a", PROMPT, 4))
-    assert told.value.is_away and not server.is_healthy()
+    assert told.value.is_unavailable and not server.is_healthy()
 
 
 @pytest.mark.parametrize(("choice", "told"), [

@@ -14,7 +14,7 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.progress.jobs import Executor, Job, local_executor, run_job, run_share, worker_executor
 from megatron_sov.work.progress.journal import (
-    JOB, RECORDS, list_done_items, open_journal, read_job, work_folder)
+    JOB, RECORDS, list_finished_items, open_journal, read_job, work_folder)
 
 ASKED = {"stop": ("\n",), "sampling": {"top_p": 1.0, "seed": 1}}
 
@@ -38,7 +38,7 @@ def test_incomplete_record_is_dropped(torn: bytes, tmp_path: Path) -> None:
     begin(out, (0, b"a\nb\n"), ("key", b""))
     with open(work_folder(out) / RECORDS, "ab") as f:
         f.write(torn)
-    assert list_done_items(out, ASKED) == {0, "key"}
+    assert list_finished_items(out, ASKED) == {0, "key"}
     with open_journal(out, "score", ASKED) as journal:
         assert journal.done == {0, "key"}
         journal.add([(2, b"c\n"), (0, b"d")])
@@ -53,7 +53,7 @@ def test_every_prefix_of_journal_is_valid(tmp_path: Path) -> None:
     found = []
     for size_bytes in range(len(whole) + 1):
         (work_folder(tmp_path / "a") / RECORDS).write_bytes(whole[:size_bytes])
-        found.append(len(list_done_items(tmp_path / "a", ASKED)))
+        found.append(len(list_finished_items(tmp_path / "a", ASKED)))
     assert found == sorted(found) and set(found) == set(range(10))
 
 
@@ -61,14 +61,14 @@ def test_other_identity_is_rejected_unless_redo(
         tmp_path: Path) -> None:
     out, other = tmp_path / "out", {**ASKED, "sampling": {"top_p": 1.0, "seed": 2}}
     begin(out, (0, b""))
-    assert list_done_items(out, other) == set()
+    assert list_finished_items(out, other) == set()
     with pytest.raises(UserError) as raised, open_journal(out, "score", other):
         raise AssertionError("it is refused")
     assert str(raised.value) == (
         f"{out}: {work_folder(out)} holds unfinished work of another command: 1 problem; ask for the same to "
         f"go on, begin anew (--redo, or megatron-sov inspect {out} --clear), or name another output\n"
         "  sampling.seed was 1, and is 2")
-    assert list_done_items(out, ASKED) == {0}
+    assert list_finished_items(out, ASKED) == {0}
     with open_journal(out, "score", ASKED, redo=True) as journal:  # the same: there is nothing to do anew
         assert journal.done == {0}
     begin(out, (0, b""))
