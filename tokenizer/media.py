@@ -59,7 +59,8 @@ def laid_out(asked: MediaTokens, known: Collection[str], num_ids: int) -> tuple[
     Raises:
         UserError: there are codebook entries already, or an id that was asked for is taken.
     """
-    if taken := next((codebook_token(kind, 0) for kind in (AUDIO, IMAGE) if codebook_token(kind, 0) in known), None):
+    first_tokens = (codebook_token(kind, 0) for kind in (AUDIO, IMAGE))
+    if taken := next((token for token in first_tokens if token in known), None):
         raise UserError(f"{taken} is a token already: this tokenizer has tokens of media; take the one "
                         "that it was made of")
     words = [mark for mark in MARKS if mark not in known]

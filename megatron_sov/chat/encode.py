@@ -40,7 +40,8 @@ MAX_MARK_TOKENS = 16
 PROBES = (Conversation.of(("user", "a"), ("assistant", "b")),
           Conversation.of(("user", "a"), ("assistant", "b"), ("user", "c")))
 """Probe chats for a template's end of assistant turns: at the end, and before a user turn."""
-SAMPLE_CALL: dict[str, Any] = {"type": "function", "function": {"name": "probe_call", "arguments": {"number": 7}}}
+SAMPLE_CALL: dict[str, Any] = {"type": "function",
+                               "function": {"name": "probe_call", "arguments": {"number": 7}}}
 CALL_PROBE = Conversation((Message("user", "a"), Message("assistant", "", tool_calls=(SAMPLE_CALL,)),
                            Message("tool", "c")))
 """Probe chat for a template's tool calls and end token (Solar Open ends calls with a separate token)."""
@@ -48,7 +49,7 @@ CALL_PROBE = Conversation((Message("user", "a"), Message("assistant", "", tool_c
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """Token ids and kinds of a conversation."""
+    """Token ids and learning kinds for a conversation."""
 
     ids: list[int]
     kinds: bytearray
@@ -71,7 +72,7 @@ class _ChatPart:
     """Kind of each character."""
     begins_response: bool = False
     is_repeated_in_prompt: bool = False
-    """Whether the part belongs to a response that is part of a later prompt."""
+    """Whether the part belongs to a response repeated in a later prompt."""
 
 
 class InlineTokens(Protocol):
@@ -196,7 +197,8 @@ class ChatEncoder:
                 return self._split_segments(separated, learned, awaits_response)
             # prefixes locate turns by text alone, so contents must not spell a turn's end
             allowed: Collection[int] = self._inline.ids if self._inline else ()
-            spelled = self._find_special_token((text for message in chat.messages for text in message.texts()), allowed)
+            spelled = self._find_special_token((text for message in chat.messages
+                                                for text in message.texts()), allowed)
             if spelled is None:
                 return split_at_turns(self._template, chat, learned, self._end_texts, awaits_response), chat
             raise BadRecord("special_token", f"spells the special token {spelled!r}, which would become one: "
@@ -341,7 +343,8 @@ class ChatEncoder:
                 # a content has no end token; the following template text may contain an end
                 is_open = learned[i]
                 continue
-            split = (self._split if len(segment.text) < MAX_CACHED_CHARS else self._split_at_special)(segment.text)
+            split = (self._split if len(segment.text) < MAX_CACHED_CHARS
+                     else self._split_at_special)(segment.text)
             # a turn that already contains its end does not receive the template's following text
             ends_here = i > 0 and learned[i - 1] and (is_open or not segments[i - 1].is_turn)
             end = _find_turn_end(split, i == last) if ends_here else 0
@@ -376,7 +379,8 @@ class ChatEncoder:
         # in a later prompt both are one text; in generation the prompt was encoded alone
         text = "".join(p.text for p in previous)
         if self._encode_plain(text + "".join(p.text for p in run)) != self._encode_plain(text) + ids:
-            raise _JointTokenError("template", f"has a response ({run[0].text[:20]!r}...) that joins the template's "
+            raise _JointTokenError("template",
+                                   f"has a response ({run[0].text[:20]!r}...) that joins the template's "
                                         f"{text[-20:]!r} before it in one token when it is asked again, and "
                                         "does not when it is written; remove the white space it begins "
                                         "with, or let the template put a special token there")
@@ -512,7 +516,8 @@ class TurnEncoder:
         try:
             encoded = self._encode_messages(following)
         except BadRecord:
-            plain = tuple(replace(message, content=self._break_special_tokens(message.content)) for message in following)
+            plain = tuple(replace(message, content=self._break_special_tokens(message.content))
+                          for message in following)
             try:
                 encoded = self._encode_messages(plain)
             except BadRecord as e:

@@ -72,7 +72,8 @@ def read_chat_fields(folder: Path) -> dict[str, Any]:
         UserError: a file is unreadable.
     """
     config = _read_config(folder)
-    return {**{f"{CONFIG_JSON}: {name}": _token_text(config.get(name)) for name in ("bos_token", "eos_token")},
+    return {**{f"{CONFIG_JSON}: {name}": _token_text(config.get(name))
+               for name in ("bos_token", "eos_token")},
             f"{TEMPLATE_FILE} (or chat_template in {CONFIG_JSON})": read_chat_template(folder)}
 
 

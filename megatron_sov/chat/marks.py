@@ -1,5 +1,5 @@
-"""Marks around thoughts and tool calls: decoding, conversion of model families to Hermes' form, and
-classification of a turn's characters as thought, call or answer.
+"""Decode marks around thoughts and tool calls, convert model families to Hermes' form, and classify a turn's
+characters as thought, call or answer.
 
 The common form is Hermes' (NousResearch/Hermes-Function-Calling): `<think>...</think>` and
 `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`. Further families follow published templates
@@ -89,19 +89,20 @@ _FIRST_MARK = re.compile("|".join(re.escape(mark) for mark in (
     BEGIN_CALL, "<|think|>", "<|content|>", "<|tool_calls|>", "<|tool_call:begin|>",
     *_DEEPSEEK[:2], *_KIMI[:2], "<|tool_call_section_begin|>", PYTHON_TAG)))
 _SECTIONS = ("<|tool_calls|>", _DEEPSEEK[0], _KIMI[0], "<|tool_call_section_begin|>")
-"""Marks that open a section of calls."""
+"""Marks at the start of call sections."""
 _FOREIGN_MARKS: dict[str, re.Pattern[str]] = {}
 """First mark of a turn -> pattern of foreign marks, which count as text."""
 for _family in (_SOLAR, _DEEPSEEK, _KIMI, (PYTHON_TAG,)):
     # DeepSeek and Kimi use Hermes' thought marks
     _own = {*_family, *(_HERMES[:2] if _family in (_DEEPSEEK, _KIMI) else ())}
-    _FOREIGN_MARKS |= dict.fromkeys(_family, _build_mark_pattern([mark for mark in MARKS if mark not in _own], ""))
+    _FOREIGN_MARKS |= dict.fromkeys(_family,
+                                    _build_mark_pattern([mark for mark in MARKS if mark not in _own], ""))
 _FOREIGN = _build_mark_pattern([mark for mark in MARKS if mark not in _HERMES], "")
 
 
 def to_hermes_form(text: str, *, in_thoughts: bool = False, form: CallForm | None = None) -> str:
-    """Convert a turn of any model family to Hermes' form. Turns in Hermes' form stay unchanged; incomplete
-    calls stay incomplete; Hermes marks in a turn of a different family become text.
+    """Convert a turn from any model family to Hermes' form; Hermes turns stay unchanged. Incomplete calls
+    stay incomplete, and Hermes marks in other families' turns become text.
 
     Args:
         text: of the turn, special tokens of `MARKS` spelled out.
@@ -130,7 +131,8 @@ def to_hermes_form(text: str, *, in_thoughts: bool = False, form: CallForm | Non
     for thoughts in _THOUGHTS.finditer(text):
         if thoughts.start() < place:
             continue
-        spans += [_convert_outside_thoughts(text[place:thoughts.start()]), BEGIN_THOUGHTS, quote_marks(thoughts[1], _FOREIGN),
+        spans += [_convert_outside_thoughts(text[place:thoughts.start()]), BEGIN_THOUGHTS,
+                  quote_marks(thoughts[1], _FOREIGN),
                   END_THOUGHTS if thoughts[2] or thoughts.end() < len(text) else ""]
         place = thoughts.end()
     return "".join([*spans, _convert_outside_thoughts(text[place:])])
@@ -235,7 +237,7 @@ def build_marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plai
 
 
 KIND = "kind"
-"""Column of token tables: learning kind of each token."""
+"""Token table column: learning kind per token."""
 KIND_NONE, KIND_THOUGHT, KIND_CALL, KIND_ANSWER = 0, 1, 2, 3
 """Learning kinds: outside learned turns, or a part of a turn."""
 KINDS = {"thought": KIND_THOUGHT, "call": KIND_CALL, "answer": KIND_ANSWER}

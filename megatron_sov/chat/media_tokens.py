@@ -19,21 +19,21 @@ from typing import Any
 from megatron_sov.base.errors import UserError
 
 MEDIA = "media"
-"""Field of a tokenizer's manifest: kind -> first id and size of the block."""
+"""Field in a tokenizer's manifest: kind -> first id and block size."""
 AUDIO, IMAGE, VIDEO = "audio", "image", "video"
 """Media kinds; video has no discrete tokens."""
 
 
 @dataclass(frozen=True)
 class VocabularyBlock:
-    """Range of token ids of a codebook."""
+    """Token id range for a codebook."""
 
     kind: str
     """`AUDIO` or `IMAGE`."""
     first: int
     """Id of codebook index 0."""
     size: int
-    """Number of codebook entries."""
+    """Codebook size."""
 
     @property
     def end(self) -> int:
@@ -70,7 +70,7 @@ DISCRETE_AUDIO = ("<|discrete_audio_start|>", "<|discrete_audio_end|>")
 CONTINUOUS_IMAGE, CONTINUOUS_AUDIO, CONTINUOUS_VIDEO = (
     ("<|image_start|>", "<|image_end|>"), ("<|audio_start|>", "<|audio_end|>"),
     ("<|video_start|>", "<|video_end|>"))
-"""Around placeholders of continuous features."""
+"""Around continuous-feature placeholders."""
 IMAGE_PAD, AUDIO_PAD, VIDEO_PAD = "<|IMAGE_PAD|>", "<|AUDIO_PAD|>", "<|VIDEO_PAD|>"
 """Placeholders, one per continuous feature."""
 END_OF_LINE, END_OF_FRAME = "<|vision_eol|>", "<|vision_eof|>"
@@ -79,7 +79,7 @@ _HALF = ((1, 1), (1, 2), (3, 4), (3, 5), (4, 5), (6, 9), (9, 16))
 RATIOS = (*_HALF, *((h, w) for w, h in _HALF if w != h))
 """Width:height ratios of the published image decoder (decoder/vision/track_b/serve.py)."""
 DIGITS = {AUDIO: 4, IMAGE: 5}
-"""Number of digits in a codebook token, zero-padded."""
+"""Zero-padded digits in a codebook token."""
 _NAMES = {AUDIO: "audio", IMAGE: "vision"}
 _ENTRY = {kind: re.compile(rf"<\|{name}(\d{{{DIGITS[kind]},}})\|>") for kind, name in _NAMES.items()}
 

@@ -113,7 +113,7 @@ class ChatTemplate:
                 self._template = environment.from_string(template)
         except Exception as e:
             raise UserError(f"{where}: its chat_template is not valid Jinja ({_describe_error(e)}); "
-                            "mend the template") from None
+                            "fix the template") from None
 
     def __reduce__(self) -> tuple[Any, ...]:  # compiled again after unpickling
         return ChatTemplate, self._arguments
@@ -145,8 +145,8 @@ class ChatTemplate:
             raise BadRecord("template", f"is refused by the chat template of {self.where} ({e}); "
                                         "change its roles") from None
         except Exception as e:  # template code may raise anything
-            raise BadRecord("template", f"makes the chat template of {self.where} fail ({_describe_error(e)}); "
-                                        "mend the template") from None
+            raise BadRecord("template", f"makes the chat template of {self.where} fail "
+                                        f"({_describe_error(e)}); fix the template") from None
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None,
@@ -374,7 +374,8 @@ def _contains_in_order(pieces: Sequence[str], text: str) -> bool:
     return True
 
 
-def _find_generation_spans(template: ChatTemplate, conversation: Conversation, awaits_response: bool, text: str,
+def _find_generation_spans(template: ChatTemplate, conversation: Conversation, awaits_response: bool,
+                           text: str,
                ends: Sequence[str]) -> dict[int, tuple[int, int]] | None:
     """Return message index -> (begin, end) by generation blocks; None unless all assistant
     turns have blocks."""

@@ -54,7 +54,7 @@ class BadCall:
 
 @dataclass(frozen=True)
 class WrittenTurn:
-    """Content and calls of a model's turn."""
+    """Content and calls in a model's turn."""
 
     content: str
     """Text without thoughts and calls."""
@@ -135,7 +135,8 @@ def parse_served_turn(text: str, in_thoughts: bool, tools: Sequence[Mapping[str,
     return build_served_turn(thoughts, rest[:place].rstrip(), calls, suffix)
 
 
-def build_served_turn(thoughts: str, content: str, calls: tuple[ToolCall, ...] = (), suffix: str = "") -> ServedTurn:
+def build_served_turn(thoughts: str, content: str, calls: tuple[ToolCall, ...] = (),
+                      suffix: str = "") -> ServedTurn:
     """Build a turn, restoring quoted marks; `suffix` is appended verbatim."""
     return ServedTurn(unquote_marks(thoughts), unquote_marks(content) + suffix, calls)
 
@@ -170,7 +171,8 @@ def _skip_thoughts(text: str, start: int) -> int:
     return len(text) if end < 0 else end + len(END_THOUGHTS)
 
 
-def _parse_call(text: str, start: int, last_end: int, form: CallForm | None) -> tuple[ToolCall | BadCall, int]:
+def _parse_call(text: str, start: int, last_end: int, form: CallForm | None
+                ) -> tuple[ToolCall | BadCall, int]:
     """Parse the call after an opening tag at `start`; return (call, end index).
 
     Args:

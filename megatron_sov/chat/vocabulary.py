@@ -1,4 +1,4 @@
-"""Vocabulary and identity of tokenizers, and comparison of two tokenizers.
+"""Read tokenizer vocabularies, compute tokenizer identities, and compare two tokenizers.
 
 The identity covers everything that maps text to ids and back: vocabulary, added tokens with flags,
 merges and other
@@ -22,7 +22,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.chat.folder import TOKENIZER_JSON, read_chat_fields
 
 CANONICAL = "tokenizer-v1"
-"""Prefix of the digest of a tokenizer's canonical form."""
+"""Prefix for digests over canonical tokenizers."""
 IMPLIED_FIELDS: dict[str, dict[str, Any]] = {
     "ByteLevel": {"use_regex": True}, "Metaspace": {"prepend_scheme": "always", "split": True},
     "Punctuation": {"behavior": "Isolated"}}
@@ -31,7 +31,8 @@ FALSE_IS_NOT_NULL = ("strip_accents",)
 """Fields in which null differs from false: for null, `tokenizers` decides by the `lowercase` field."""
 INEFFECTIVE_FIELDS = {"ByteLevel": {"trim_offsets"}, "Metaspace": {"str_rep", "add_prefix_space"}}
 """Step type -> fields without effect on ids: offsets only, or copies of other fields."""
-INEFFECTIVE_DECODER_FIELDS = INEFFECTIVE_FIELDS | {"ByteLevel": {"trim_offsets", "add_prefix_space", "use_regex"}}
+INEFFECTIVE_DECODER_FIELDS = INEFFECTIVE_FIELDS | {"ByteLevel": {"trim_offsets", "add_prefix_space",
+                                                                 "use_regex"}}
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def read_tokenizer(tokenizer: Path) -> TokenizerFile:
             raise ValueError("an id is no number, or a token is no text")
         return TokenizerFile({token: name for token, name in names.items() if token not in added}, added,
                              [*_flatten_steps(raw.get("pre_tokenizer")), *_flatten_steps(raw.get("decoder"))],
-                             _canonical_fields(raw), _canonicalize(raw.get("decoder"), INEFFECTIVE_DECODER_FIELDS))
+                             _canonical_fields(raw),
+                             _canonicalize(raw.get("decoder"), INEFFECTIVE_DECODER_FIELDS))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, struct.error,
             RecursionError) as e:
         raise UserError(f"{file}: cannot be read as a tokenizer ({e!r}); restore it from its "
@@ -116,7 +118,7 @@ def tokenizer_digest(tokenizer: Path) -> str:
 
 
 def hash_tokenizer_file(tokenizer: Path) -> str:
-    """Return the digest of the tokenizer.json file."""
+    """Return the SHA-256 digest of tokenizer.json."""
     if not (tokenizer / TOKENIZER_JSON).is_file():
         raise UserError(f"{tokenizer / TOKENIZER_JSON}: cannot be read as a tokenizer: it is not there")
     return file_digest(tokenizer / TOKENIZER_JSON, SHA256)
@@ -146,7 +148,7 @@ def find_difference(folder: Path, other: Path) -> str | None:
 
 
 def check_same_tokens(data: Path | None, weights: Path) -> None:
-    """Raise `UserError` if token ids of data contradict the tokenizer of a checkpoint, or text
+    """Raise `UserError` if the data's token ids contradict a checkpoint's tokenizer, or text
     is split differently.
 
     Compares ordinary tokens; added tokens may be renamed (reserved ids in chat templates), and either
@@ -159,7 +161,8 @@ def check_same_tokens(data: Path | None, weights: Path) -> None:
     # ignore missing ids: vocabularies may differ in length
     differing = [i for i, name in data_file.ordinary.items() if weights_file.ordinary.get(i, name) != name]
     problem = _describe_id_difference(data, weights, differing, data_file, weights_file)
-    problem = problem or _describe_field_difference(data, weights, data_file.splitting, weights_file.splitting)
+    problem = problem or _describe_field_difference(data, weights, data_file.splitting,
+                                                    weights_file.splitting)
     if problem:
         raise UserError(f"{problem}; pack the data with the checkpoint's tokenizer")
 

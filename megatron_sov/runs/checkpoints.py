@@ -30,14 +30,14 @@ from megatron_sov.runs.obs.events import EVENTS
 CHECKPOINT_KIND = "checkpoint"
 CHECKPOINTS_FOLDER = "checkpoints"
 IMPORTED_RECIPE = "from-hf"
-"""Recipe name in the settings of a converted Hugging Face model."""
+"""Recipe name for converted Hugging Face models."""
 STATE_FILE = "state.json"
 MODEL, ADAPTER = "model", "adapter"
-"""Parts of a checkpoint: all weights, or the weights of an adapter alone."""
+"""Checkpoint parts: full weights, or adapter weights alone."""
 BASE = "base"
-"""Manifest field: the checkpoint with the frozen weights of an adapter."""
+"""Manifest field: an adapter's base checkpoint with the frozen weights."""
 SOURCE = "imported_from"
-"""Manifest field: the name of the Hugging Face model before conversion."""
+"""Manifest field: the original Hugging Face model name."""
 MERGED = "merged"
 """Manifest field: the averaged checkpoints with their weights."""
 ADAPTER_BASE_MARKER = "base-of-adapters.txt"
@@ -60,9 +60,9 @@ KIND_CONSUMERS = {
 """Folder kind -> name in messages, and commands for a folder with `path` and `name`."""
 KIND_LOCATIONS = {RUN: "the folder given to --run", CHECKPOINT_KIND: "RUN/checkpoints/step-N",
             HF_MODEL: "a folder with config.json and *.safetensors", PEFT_ADAPTER: "what PEFT has saved"}
-"""Folder kind -> description of the expected folder."""
+"""Folder kind -> description for messages."""
 FOREIGN_MODEL_SUFFIXES = (".gguf", ".ggml", ".nemo", ".onnx", ".pt", ".pth", ".ckpt")
-"""Suffixes of whole-model files from other programs."""
+"""Suffixes: whole-model files from other programs."""
 _TAKEN_BY_COMMAND = {(RUN, (HF_MODEL,)): "convert to-hf", (CHECKPOINT_KIND, (HF_MODEL,)): "convert to-hf",
                      (PEFT_ADAPTER, (HF_MODEL,)): "convert from-peft",
                      (HF_MODEL, (CHECKPOINT_KIND, RUN)): "convert from-hf",
@@ -70,11 +70,11 @@ _TAKEN_BY_COMMAND = {(RUN, (HF_MODEL,)): "convert to-hf", (CHECKPOINT_KIND, (HF_
 """Kind of a folder and the kinds that a command takes -> the command that converts in the other direction."""
 TOKENIZER = "tokenizer.json"
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".jsonl.gz", ".jsonl.zst", ".html", ".csv")
-"""Suffixes of text files."""
+"""Text file suffixes."""
 ROLLED_BACK = "taken-back-"
-"""Name prefix for the base checkpoint of an adapter after a rollback."""
+"""Name prefix for an adapter's base checkpoint after a rollback."""
 OPTIMIZER_FILES = ("optimizer/", "optimizer.index.json")
-"""Prefixes of file names that inference does not need."""
+"""File name prefixes for optimizer state."""
 
 
 def temporary_folder(path: Path, token: str) -> Path:
@@ -130,7 +130,7 @@ def _delete_checkpoint(path: Path) -> None:
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """Return the optimizer step in the name of a `step-N` checkpoint."""
+    """Return the optimizer step N from a `step-N` path."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
@@ -286,9 +286,9 @@ class AdapterBase:
     """Reference from an adapter checkpoint to the checkpoint with its frozen weights."""
 
     path: Path
-    """Folder of the base checkpoint."""
+    """Base checkpoint folder."""
     sha256: str
-    """Hash of the base's manifest, which contains the hash of every file."""
+    """Hash of the base's manifest, which contains all file hashes."""
 
     def to_dict(self) -> dict[str, str]:
         return {"path": str(self.path), "sha256": self.sha256}
@@ -299,7 +299,7 @@ class AdapterBase:
 
 
 def read_adapter_base(path: Path) -> AdapterBase | None:
-    """Read the `AdapterBase` of an adapter checkpoint; None for full weights.
+    """Read the `AdapterBase` from an adapter checkpoint; None for full weights.
 
     Raises:
         UserError: the manifest is damaged.
@@ -309,7 +309,7 @@ def read_adapter_base(path: Path) -> AdapterBase | None:
 
 
 def find_adapter_base(path: Path, base: AdapterBase) -> Path:
-    """Find the folder of an adapter's base by manifest hash.
+    """Find an adapter's base folder by manifest hash.
 
     Args:
         path: the adapter's checkpoint, for messages.
@@ -451,7 +451,7 @@ def _rename_with_prefix(path: Path, prefix: str) -> Path:
 
 
 def check_sound_checkpoint_exists(folder: Path) -> None:
-    """Raise `UserError` if all checkpoints of a run are damaged."""
+    """Raise `UserError` if a run has only damaged checkpoints."""
     # Restarting from step 0 would look like a fresh run with the old run's events in its folder.
     damaged = sorted(p.name for p in folder.glob(f"{DAMAGED}*"))
     if damaged and not _numbered_checkpoints(folder):
@@ -460,11 +460,10 @@ def check_sound_checkpoint_exists(folder: Path) -> None:
 
 
 def prune_checkpoints(folder: Path, keep: int, keep_every_steps: int = 0) -> None:
-    """Delete complete checkpoints except the newest `keep` (0 keeps all), multiples
-    of `keep_every_steps`, and
-    bases of adapters."""
+    """Delete complete checkpoints except the newest `keep` (0 keeps all), multiples of `keep_every_steps`,
+    and adapter bases."""
     # Ignore incomplete checkpoints: they would displace a sound one from the newest `keep`.
     for path in list_complete(folder)[:-keep] if keep else []:
-        is_kept_step = keep_every_steps and checkpoint_step(path) % keep_every_steps == 0
-        if not is_kept_step and not (path / ADAPTER_BASE_MARKER).exists():
+        is_multiple = keep_every_steps and checkpoint_step(path) % keep_every_steps == 0
+        if not is_multiple and not (path / ADAPTER_BASE_MARKER).exists():
             _delete_checkpoint(path)

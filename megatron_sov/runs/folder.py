@@ -26,7 +26,7 @@ from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 CONFIG, COMPLETION, FAILURE, STAGES, JOBS = ("config.json", "complete.json", "gate_failed.json",
                                              "stages", "slurm")
 COMMAND = "command.json"
-"""File with the command line of the last start, for `megatron-sov resume`."""
+"""File with the last start's command line, for `megatron-sov resume`."""
 SETTINGS_CHANGED = "settings"
 """Event: settings or command differ from the previous start."""
 MONITORING_GROUPS = ("obs", "evaluate")
@@ -34,19 +34,19 @@ MONITORING_GROUPS = ("obs", "evaluate")
 ATTEMPTS, SUBMISSIONS = "attempts.jsonl", "jobs.jsonl"
 """Files in a folder of Slurm jobs: attempts with their exit states, and submissions."""
 AWAITING_GATE = "awaiting_gate.json"
-"""Completion manifest of a stage whose final gate has not finished."""
+"""Completion manifest for a stage with an unfinished final gate."""
 GATE = "gate"
-"""Results of a forgetting gate; written before the run's config.json."""
+"""Forgetting gate results; written before the run's config.json."""
 DATA, TOKENIZER = "data", "tokenizer"
 """Token shards packed from the text files of --data, and their tokenizer."""
 ROUNDS = "rounds"
-"""Training documents of each round of `megatron-sov rl train`."""
+"""Training documents per round (`megatron-sov rl train`)."""
 FAULTS = "faults"
 """One file per injected fault; may exist before the run's config.json."""
 REFERENCE = "reference"
 """Reference log-probabilities; remain if a run is refused before its first step."""
 AVERAGE = "average"
-"""Average of the newest checkpoints of a complete run."""
+"""Average over a complete run's newest checkpoints."""
 VALIDATION = "validation"
 """Rollout store with responses to held-out prompts (`megatron-sov rl run --validation`)."""
 EXPORTS, EVALUATIONS = "exports", "evaluations"
@@ -64,9 +64,9 @@ FIXED_SETTINGS: dict[str, tuple[str, ...] | None] = {"model": None, "objective":
                                              "rollout": FIXED_ROLLOUT_SETTINGS}
 """Settings group -> settings fixed on resume; None fixes the whole group."""
 MAX_LISTED_SETTINGS = 8
-"""Maximum number of --set options in an error message."""
+"""Maximum --set options in an error message."""
 MAX_LISTED_CHARS = 160
-"""Maximum total length of the old and new value in an event, in characters."""
+"""Maximum length in characters for old plus new value in an event."""
 
 class RunFolder:
     """Paths and state files in `RUN/`."""
@@ -83,7 +83,7 @@ class RunFolder:
         return self.checkpoints / f"step-{step}"
 
     def completion(self) -> dict[str, Any] | None:
-        """Read `complete.json` of a finished stage, or return None."""
+        """Read a finished stage's `complete.json`, or return None."""
         file = self.path / COMPLETION
         if not file.is_file():
             return None
@@ -245,7 +245,7 @@ class RunFolder:
             RunEvents(self.path).add(SETTINGS_CHANGED, step=step, was=changes, command=earlier, **text)
 
     def remove_unstarted(self) -> None:
-        """Delete the files of a run without any step after a refused start."""
+        """After a refused start, delete the run's files if no step was trained."""
         events = self.path / EVENTS
         # A used folder has a living holder or contains results.
         has_steps = events.is_file() and any(event.get("step", 0) for event in read_events(events))
@@ -278,12 +278,12 @@ def _format_command(words: Sequence[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class TypedCommand:
-    """Content of `command.json`."""
+    """The arguments, folder and rank count in `command.json`."""
 
     words: tuple[str, ...]
     """Arguments after `megatron-sov`."""
     folder: Path
-    """Working directory of the command."""
+    """Working directory."""
     processes: int
     """Number of ranks."""
 
@@ -293,7 +293,7 @@ class TypedCommand:
 
 
 def read_command(run: Path) -> TypedCommand:
-    """Read `command.json` of a run, or of its latest stage.
+    """Read a run's `command.json`, or the latest stage's.
 
     Raises:
         UserError: no run, a run started from Python or by an earlier version, or a damaged file.
@@ -402,13 +402,13 @@ def changed_settings(before: RunConfig, now: RunConfig) -> dict[str, list[Any]]:
 
 
 def describe_changes(changes: Mapping[str, Sequence[Any]]) -> list[str]:
-    """Format the result of `changed_settings`, a sentence per setting."""
+    """Format `changed_settings`, a sentence per setting."""
     return [f"{name} was {old}, is {new}" if len(f"{old}{new}") <= MAX_LISTED_CHARS else
             f"{name} has changed" for name, (old, new) in changes.items()]
 
 
 class RunEvents:
-    """Event log of an existing run; with `run=None`, `add` does nothing."""
+    """Event log for an existing run; with `run=None`, `add` does nothing."""
 
     def __init__(self, run: Path | None) -> None:
         """Check that the folder contains a run.
@@ -448,6 +448,6 @@ def read_last_log_line(records: Path, number: str) -> str:
 
 
 def read_started_settings(run: Path) -> RunConfig | None:
-    """Return the settings of a run or its first stage, or None."""
+    """Return the settings from a run or its first stage, or None."""
     folders = (run, *sorted((run / STAGES).glob("*")))
     return next((config for folder in folders if (config := RunFolder(folder).config())), None)

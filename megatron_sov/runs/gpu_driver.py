@@ -19,7 +19,7 @@ _TIMEOUT_S = 120
 
 @dataclass(frozen=True)
 class VisibleGpu:
-    """Index, name and memory of a GPU from `nvidia-smi`."""
+    """GPU index, name and memory from `nvidia-smi`."""
 
     index: int
     """Index in this machine."""
@@ -27,7 +27,7 @@ class VisibleGpu:
     name: str
     memory_bytes: int
     used_bytes: int
-    """Memory used by processes of all users."""
+    """Memory used by any process."""
 
 
 def list_visible_gpus() -> list[VisibleGpu]:

@@ -21,18 +21,18 @@ from megatron_sov.work.progress.journal import delete_work, read_job, work_folde
 from megatron_sov.work.progress.locks import lock_folder
 
 MAX_CHARS = 160
-"""Maximum displayed length of a value or row."""
+"""Maximum characters per displayed value or row."""
 MAX_TIME_S = 1e11
-"""Upper limit of a plausible creation time."""
+"""Maximum plausible creation time."""
 MAX_PROBLEMS = 20
-"""Maximum number of problems in an error message."""
+"""Maximum problems in an error message."""
 ROW_FILES = ("*.jsonl", "*.parquet")
 STORE = "rollout store"
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectionOptions:
-    """Options of the inspect command."""
+    """Options for `inspect`."""
 
     rows: NotNegativeInt = 3
     """Rows to show."""
@@ -49,7 +49,7 @@ class ArtifactKind:
     """Display and verification functions for one artifact kind."""
 
     lines: Callable[[Path], Iterable[str]]
-    """Summary lines of the content."""
+    """Content summary lines."""
     problems: Callable[[Path], list[str]]
     """Problems in the content, including wrong hashes."""
     rows: Callable[[Path, int], Iterable[Any]] | None = None
@@ -111,7 +111,7 @@ def _verify_artifact(path: Path, facts: Mapping[str, Any], kind: ArtifactKind | 
 
 
 def _describe_artifact(path: Path) -> dict[str, Any]:
-    """Return the fields of a manifest, or {} without manifest."""
+    """Return the manifest fields, or {} without manifest."""
     if not (path / MANIFEST).is_file():
         return {}
     manifest = read_manifest(path)
@@ -155,7 +155,7 @@ def _describe_path(path: Path) -> dict[str, Any]:
 
 
 def _read_rows(path: Path, count: int) -> Iterator[Any]:
-    """Yield the first rows of a row file, or of the first row file in a folder."""
+    """Yield the first rows from a row file, or from the first row file in a folder."""
     files = [path]
     if path.is_dir():
         files = sorted(file for pattern in ROW_FILES for file in path.rglob(pattern)

@@ -1,4 +1,4 @@
-"""Number of ranks, rank index, start time and typed command of this process, without torch."""
+"""Number of ranks, rank index, start time and typed command, available without torch."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def typed_command() -> list[str] | None:
 
 
 MAX_LOCAL_RANKS = 4096
-"""Upper limit of --nproc; larger values are typing errors."""
+"""Maximum --nproc; larger values are typing errors."""
 
 
 def num_ranks(nproc: int | None) -> int:

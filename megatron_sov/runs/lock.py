@@ -120,7 +120,7 @@ def read_lock(run: Path) -> dict[str, Any] | None:
 
 
 def delete_lock(run: Path) -> None:
-    """Delete `lock.json` of a holder that the caller knows to be dead."""
+    """Delete `lock.json` after the holder's death, which the caller has checked."""
     with disk_errors(run):
         (run / LOCK).unlink(missing_ok=True)
 
@@ -132,7 +132,7 @@ def _slurm_job() -> dict[str, Any]:
 
 
 def find_living_holder(run: Path) -> dict[str, Any] | None:
-    """Return the record of a probably living lock holder, or None.
+    """Return the `lock.json` record if the holder is probably alive, else None.
 
     For display only: if the process cannot be looked up, compare the file's time with this machine's clock.
     """

@@ -1,4 +1,4 @@
-"""RL rounds of a run: the recorded settings of a rounds folder, and the policy for each round's responses.
+"""RL rounds: recorded settings in a rounds folder, and the policy for each round's responses.
 
 No torch here.
 """
@@ -19,9 +19,9 @@ from megatron_sov.model.config import RolloutConfig
 from megatron_sov.runs import checkpoints
 
 HASHED_SETTINGS = ("reward_version",)
-"""Hashed settings, left out of the options in messages."""
+"""Hashed settings; messages do not suggest options for hashes."""
 TRAINED_GROUPS = "learns"
-"""Field in a round's manifest: name for the count of trained groups."""
+"""Field in a round's manifest: counts trained groups."""
 
 
 def record_or_check_settings(folder: Path, file: Path, settings: dict[str, Any], option: str,
@@ -76,7 +76,7 @@ def _has_other_files(folder: Path, known: Collection[Path]) -> bool:
 
 
 FEED_STATE = "feed"
-"""Field in a checkpoint's `state.json` with the state of `RunPolicies`."""
+"""Field in `state.json` for `RunPolicies.state`."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def can_generate_round(step: int, number: int, rollout: RolloutConfig) -> bool:
 
 @dataclass
 class RunPolicies:
-    """Digests of a run's policies, a policy per round, equal on every rank.
+    """Digests for a run's policies, a policy per round, equal on every rank.
 
     A policy's digest covers the starting checkpoint, the settings that change training, and the
     documents of all
@@ -143,7 +143,7 @@ class RunPolicies:
     settings: Mapping[str, Any]
     """Settings with an effect on training, in JSON values."""
     _trained: str = ""
-    """Digest of the start and the previous rounds; "" before the first round."""
+    """Digest over start and previous rounds; "" before the first round."""
     _recent: dict[int, str] = field(default_factory=dict)
     """Step -> digest, for policies that may have generated the next round."""
 

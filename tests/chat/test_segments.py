@@ -70,7 +70,8 @@ def test_odd_opening_is_reported() -> None:
 def test_prompt_ends_at_response() -> None:
     form = ChatTemplate("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
                     "{% if add_generation_prompt %}<assistant>{% endif %}", "", "", "tok")
-    assert [p.text for p in split_at_contents(form, Conversation.of(("user", "hi")), awaits_response=True)] == [
+    assert [p.text for p in split_at_contents(form, Conversation.of(("user", "hi")),
+                                              awaits_response=True)] == [
         "<user>", "hi", "<assistant>"]
 
 

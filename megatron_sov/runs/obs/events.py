@@ -1,4 +1,4 @@
-"""Event log of a run: `events.jsonl` with one JSON object per line.
+"""Event log: `events.jsonl` in the run folder, one JSON object per line.
 
 Each line contains `event` and `time_s` (Unix time), usually `step`. Floats use their shortest
 exact decimal form
@@ -124,7 +124,7 @@ def _encode_nonfinite(value: Any) -> Any:
 
 
 def _terminate_last_line(path: Path) -> None:
-    """Terminate the incomplete last line of a killed process with a newline."""
+    """Terminate an incomplete last line (killed process) with a newline."""
     if path.exists() and path.stat().st_size:
         with open(path, "rb+") as f:
             # Read only the last byte; the file may be long.
@@ -226,7 +226,7 @@ class _Any:
 
 @dataclass(frozen=True)
 class _Shape:
-    """A dict with typed fields; `check` drops fields of wrong types."""
+    """A dict with typed fields; `check` drops wrong types."""
 
     fields: Mapping[str, Any]
     needs: tuple[str, ...] = ()
@@ -283,7 +283,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "conversion": {"checks": _List(_Mapping(_Any()))},
     "checkpoint": {"save_s": _N, "stall_s": _N},
 }
-"""Event -> types of the fields that readers use in computations."""
+"""Event -> field types for fields used in computations."""
 _COMMON_SHAPE = _Shape(_COMMON_FIELDS)
 _SHAPES = {event: _Shape(_COMMON_FIELDS | fields) for event, fields in _FIELDS.items()}
 

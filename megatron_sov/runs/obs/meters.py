@@ -141,7 +141,7 @@ class HeldoutFigures:
 
 
 MEAN_STEPS = 10
-"""Number of steps in the mean of a closing line."""
+"""Number of steps averaged in a closing line."""
 
 
 def format_recent_means(events: Iterable[Mapping[str, Any]], headline: Sequence[Meter]) -> str:

@@ -1,4 +1,4 @@
-"""Load statistics of MoE experts, for the trainer's alarms and for reports."""
+"""MoE expert load statistics for the trainer's alarms and for reports."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ class Trackers:
         self._call_trackers(lambda tracker: tracker.log_step(step, values))
 
     def observe(self, event: dict[str, Any]) -> None:
-        """Send the content of an RL event: validation metrics, or a table of sampled responses."""
+        """Send an RL event: validation metrics, or sampled responses (`log_table`)."""
         if event["event"] == VALIDATION:
             self.log_step(event["step"], {f"{VALIDATION}/{name}": value
                                           for name, value in extract_curves(event).items()})

@@ -12,9 +12,9 @@ from megatron_sov.runs.obs.figures import parse_number
 VALIDATION, RESPONSES = "validation", "responses"
 """Event names."""
 ROUND_SAMPLES = "round"
-"""Value of field `of` for training samples; validation samples have `validation`."""
+"""Field `of` for training samples; validation samples have `validation`."""
 RESPONSE_COLUMNS = ("prompt", "response", "reward", "components", "tokens", "ended")
-"""Columns of a table of sampled responses."""
+"""Column names for sampled responses."""
 
 
 def extract_curves(event: Mapping[str, Any]) -> dict[str, float]:

@@ -87,7 +87,8 @@ class Chip(Gpu):
         peak = {"bf16": self.bf16_flops_per_s, "fp8": self.fp8_flops_per_s, "fp4": self.fp4_flops_per_s}
         if not peak.get(precision):
             supported = [name for name in PRECISIONS if peak[name]]
-            alternatives = [chip.key for chip in CHIPS.values() if getattr(chip, f"{precision}_flops_per_s", 0)]
+            alternatives = [chip.key for chip in CHIPS.values()
+                            if getattr(chip, f"{precision}_flops_per_s", 0)]
             raise UserError(f"{precision} on {self.name}: is not supported by its tensor cores (they support "
                             f"{' and '.join(supported)}); plan with {supported[-1]}"
                             + (f", or with one of {', '.join(alternatives)}" if alternatives else ""))
