@@ -1,10 +1,8 @@
 """Encode conversations as token ids and learning kinds.
 
-Template text and contents are encoded together between special tokens, as in inference. A response
-starts its own
-text, because the prompt was encoded before the response existed. Special tokens come only from
-the template: a
-content that spells a special token encodes it as ordinary text.
+Template text and contents are encoded together between special tokens, as in inference. A response starts its
+own text, because the prompt was encoded before the response existed. Special tokens come only from the
+template: a content that spells a special token encodes it as ordinary text.
 """
 
 from __future__ import annotations
@@ -49,8 +47,6 @@ CALL_PROBE = Conversation((Message("user", "a"), Message("assistant", "", tool_c
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """Token ids and learning kinds for a conversation."""
-
     ids: list[int]
     kinds: bytearray
     """Learning kind per token (`chat.marks`); `KIND_NONE` marks prompt tokens."""
@@ -123,15 +119,15 @@ class ChatEncoder:
         self._split = lru_cache(SPLIT_CACHE_SIZE)(self._split_at_special)
 
     def __reduce__(self) -> tuple[Any, ...]:  # pickle without caches
-        own = None if self._encode_plain == self._plain_ids else self._encode_plain
-        return ChatEncoder, (self._template, self._with_special, own, self._inline)
+        encode_plain = None if self._encode_plain == self._plain_ids else self._encode_plain
+        return ChatEncoder, (self._template, self._with_special, encode_plain, self._inline)
 
     def encode(self, chat: Conversation, num_prompt: int = 0, awaits_response: bool = False) -> EncodedChat:
         """Encode a conversation.
 
-        A response consists of an assistant turn (thoughts, content and calls as shown by the template)
-        and its end:
-        white space plus a special token, or after the last message all text up to the first special token.
+        A response consists of an assistant turn (thoughts, content and calls as shown by the template) and
+        its end: white space plus a special token, or after the last message all text up to the first special
+        token.
 
         Args:
             chat: the conversation.
@@ -139,9 +135,8 @@ class ChatEncoder:
             awaits_response: open an assistant turn at the end.
 
         Raises:
-            BadRecord: the template refuses the chat or hides the position of a learned turn, or
-                a model prompted
-                with earlier turns would see other ids.
+            BadRecord: the template refuses the chat or hides the position of a learned turn, or a model
+                prompted with earlier turns would see other ids.
         """
         # imported late: --help does not need Jinja
         from megatron_sov.chat.template import split_at_contents
@@ -152,7 +147,7 @@ class ChatEncoder:
         try:
             return self._encode_segments(*self._split_segments(chat, learned, awaits_response), learned)
         except _JointTokenError as joined:
-            # leave the template's text before the response to the template, see `odd_opening`
+            # leave the template's text before the response to the template, see `find_odd_opening`
             try:
                 segments = split_at_contents(self._template, chat, awaits_response)
             except BadRecord:
@@ -160,8 +155,8 @@ class ChatEncoder:
             return self._encode_segments(segments, chat, learned)
 
     def _check_extra_texts(self, chat: Conversation) -> None:
-        """Raise `BadRecord` if tools, variables or names would insert special tokens into
-        the template's text."""
+        """Raise `BadRecord` if tools, variables or names would insert special tokens into the template's
+        text."""
         extra_text = "\n".join(chat.beside())
         if extra_text and (spelled := self._find_special_token([extra_text])):
             raise BadRecord("special_token", f"spells the special token {spelled!r} in its tools, its "
@@ -224,8 +219,8 @@ class ChatEncoder:
         return text
 
     def text_after_turn(self, before: Conversation, chat: Conversation) -> str:
-        """Return the template's text of `chat` after the last turn end in `before`, up to
-        the generation prompt.
+        """Return the template's text of `chat` after the last turn end in `before`, up to the generation
+        prompt.
 
         Returns "" if the position is unknown.
 
@@ -254,26 +249,25 @@ class ChatEncoder:
     def find_call_form(self, template_kwargs: Mapping[str, Any] | None = None) -> tuple[CallForm | None, str]:
         """Return the template's tool call form, and the text of a sample call.
 
-        The form is the first that parses the sample call back. It is None if none does, or if
-        the template ignores
-        calls, in which case the text is empty.
+        The form is the first that parses the sample call back. It is None if none does, or if the template
+        ignores calls, in which case the text is empty.
         """
         chat = replace(CALL_PROBE, template_kwargs=dict(template_kwargs or {}))
         try:
             encoded = self.encode(chat)
             # Use the whole text: if contents cannot be located in it, calls may lie outside the response.
-            shown = self.decode(encoded.ids)
+            full_text = self.decode(encoded.ids)
             ids = [i for i, kind in zip(encoded.ids, encoded.types, strict=True) if kind == TYPE_RESPONSE]
             response = self.decode(ids[:-1] if ids and ids[-1] in self.end_ids() else ids)
         except BadRecord:
             # a template that shows earlier turns differently may still show its call
             try:
-                shown = self._template.render(chat)
+                full_text = self._template.render(chat)
             except BadRecord:
                 return None, ""
-            form = _find_form(shown)
-            return form, shown if form else ""
-        visible = response if SAMPLE_CALL["function"]["name"] in response else shown
+            form = _find_form(full_text)
+            return form, full_text if form else ""
+        visible = response if SAMPLE_CALL["function"]["name"] in response else full_text
         return (_find_form(visible), visible) if SAMPLE_CALL["function"]["name"] in visible else (None, "")
 
     def special_texts(self) -> tuple[str, ...]:
@@ -346,8 +340,8 @@ class ChatEncoder:
             split = (self._split if len(segment.text) < MAX_CACHED_CHARS
                      else self._split_at_special)(segment.text)
             # a turn that already contains its end does not receive the template's following text
-            ends_here = i > 0 and learned[i - 1] and (is_open or not segments[i - 1].is_turn)
-            end = _find_turn_end(split, i == last) if ends_here else 0
+            follows_response = i > 0 and learned[i - 1] and (is_open or not segments[i - 1].is_turn)
+            end = _find_turn_end(split, i == last) if follows_response else 0
             ended = (parts[-1].kinds[-1:] or bytes([KIND_ANSWER])) if end else b""
             parts += [_ChatPart(text, special, (ended if n < end else bytes([KIND_NONE])) * len(text))
                       for n, (text, special) in enumerate(split)]
@@ -372,7 +366,7 @@ class ChatEncoder:
                                     or bytes([KIND_NONE]))[0] for start, end in encoding.offsets)
 
     def _check_joint(self, previous: Run, run: Run, ids: list[int]) -> None:
-        """Raise `_Joined` if the response's first token would merge with the template's preceding text.
+        """Raise `_JointTokenError` if the response's first token would merge with preceding template text.
 
         Later turns would then be trained after other ids than the model sees in inference.
         """
@@ -381,9 +375,9 @@ class ChatEncoder:
         if self._encode_plain(text + "".join(p.text for p in run)) != self._encode_plain(text) + ids:
             raise _JointTokenError("template",
                                    f"has a response ({run[0].text[:20]!r}...) that joins the template's "
-                                        f"{text[-20:]!r} before it in one token when it is asked again, and "
-                                        "does not when it is written; remove the white space it begins "
-                                        "with, or let the template put a special token there")
+                                   f"{text[-20:]!r} before it in one token when it is asked again, and "
+                                   "does not when it is written; remove the white space it begins "
+                                   "with, or let the template put a special token there")
 
     def _check_spaces(self, segments: Segments, chat: Conversation, ids: list[int]) -> None:
         """Raise `BadRecord` if a special token absorbs white space when the whole text is encoded."""
@@ -449,12 +443,11 @@ _REMEDY = "take a model whose chat template knows tools, such as Qwen3's"
 
 
 class TurnEncoder:
-    """Encodes conversations with tools turn by turn: keeps the model's token ids and appends
-    the template's text.
+    """Encodes conversations with tools turn by turn: keeps the model's token ids and appends the template's
+    text.
 
-    Encoding the whole conversation again would replace the model's ids (many texts have
-    several tokenizations) and
-    train on tokens that were never sampled.
+    Encoding the whole conversation again would replace the model's ids (many texts have several
+    tokenizations) and train on tokens that were never sampled.
     """
 
     def __init__(self, encoder: ChatEncoder, where: str,
@@ -478,14 +471,14 @@ class TurnEncoder:
                             f"where a turn ends; {_REMEDY}")
         # fail now, at the start of a run, instead of in the first conversation with tools
         self.encode_after_turn(["c"])
-        self.call_form, shown = encoder.find_call_form(self._template_kwargs)
+        self.call_form, call_text = encoder.find_call_form(self._template_kwargs)
         """Form of tool calls; None: no calls in the template, parse every form."""
-        if shown and self.call_form is None:  # calls would be mistaken for answers
+        if call_text and self.call_form is None:  # calls would be mistaken for answers
             raise UserError(f"{where}: its chat template writes calls of tools in a form that is not "
-                            f"read here ({shown.strip()[:80]!r}); {_REMEDY}")
+                            f"read here ({call_text.strip()[:80]!r}); {_REMEDY}")
         added = encoder.added_ids()
         # If the tokenizer (of another family) has no tokens for the template's marks, text marks count.
-        text_marks = [mark for mark in (BEGIN_CALL, END_CALL) if mark in shown and mark not in added]
+        text_marks = [mark for mark in (BEGIN_CALL, END_CALL) if mark in call_text and mark not in added]
         self._text = build_marks_decoder(added, self.end_ids, encoder.decode, text_marks)
 
     def opening(self, chat: Conversation) -> list[int]:
@@ -498,7 +491,7 @@ class TurnEncoder:
         return self._encoder.encode(prompt, awaits_response=True).ids
 
     def encode_after_turn(self, results: Sequence[str], names: Sequence[str] = (),
-                    user: str | None = None) -> list[int]:
+                          user: str | None = None) -> list[int]:
         """Encode the text after a model's turn: tool results, a user message and the next generation prompt.
 
         Special tokens spelled by a result remain text; if the template mixes both, a space breaks them.
@@ -554,12 +547,12 @@ class TurnEncoder:
             prefix = Conversation((_USER_MESSAGE, turn), (), self._template_kwargs)
             extended = replace(prefix, messages=(*prefix.messages, *messages))
             try:
-                shown = self._encoder.text_after_turn(prefix, extended)
+                rendered = self._encoder.text_after_turn(prefix, extended)
             except BadRecord:
                 continue
             texts = [message.content for message in messages]
-            if shown and all(_contains_result(text, shown) for text in texts):
-                return self._encoder.encode_text(shown)
+            if rendered and all(_contains_result(text, rendered) for text in texts):
+                return self._encoder.encode_text(rendered)
         return None
 
     def _break_special_tokens(self, result: str) -> str:
@@ -580,5 +573,4 @@ class TurnEncoder:
         return [*self._encoder.encode_text(text), self.end_ids[0]]
 
     def differs(self, written: Sequence[int]) -> bool:
-        """Return whether encoding the decoded ids gives other ids."""
         return self._encoder.encode_text(self._encoder.decode(written)) != list(written)

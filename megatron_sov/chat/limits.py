@@ -24,7 +24,7 @@ def limit_resources(cpu_s: float, memory_bytes: int) -> Iterator[None]:
     The kernel enforces both through signals, which only reach the main thread: other threads are unlimited.
 
     Raises:
-        TemplateTooLong: more than `cpu_s` seconds of CPU time.
+        TemplateTimeout: more than `cpu_s` seconds of CPU time.
         MemoryError: more memory.
     """
     if threading.current_thread() is not threading.main_thread():

@@ -2,13 +2,13 @@
 characters as thought, call or answer.
 
 The common form is Hermes' (NousResearch/Hermes-Function-Calling): `<think>...</think>` and
-`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`. Further families follow published templates
-as read by
-vLLM and llama.cpp: Solar Open, DeepSeek, Kimi K2. Llama 3 calls have no marks; `chat.tool_calls` parses them.
+`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`. Further families follow published templates as
+read by vLLM and llama.cpp: Solar Open, DeepSeek, Kimi K2. Llama 3 calls have no marks; `chat.tool_calls`
+parses them.
 
-A mark that a model quotes is text. The decoder recognizes quotes by their tokens and inserts a
-word joiner (U+2060)
-after the first character, so that no parser takes them for marks; `as_written` removes the joiner.
+A mark that a model quotes is text. The decoder recognizes quotes by their tokens and inserts a word joiner
+(U+2060) after the first character, so that no parser takes them for marks; `unquote_marks` removes the
+joiner.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ _BARE_CALL = re.compile(r'\s*\{\s*"(?:type"\s*:\s*"function"\s*,\s*")?name"\s*:'
 
 
 def _is_bare_call(text: str) -> bool:
-    """Return whether a turn without marks is a Llama 3 call, complete or malformed, rather than
-    a JSON answer."""
+    """Return whether a turn without marks is a Llama 3 call, complete or malformed, rather than a JSON
+    answer."""
     if not _BARE_CALL.match(text):
         return False
     try:
@@ -161,12 +161,12 @@ def _convert_outside_thoughts(text: str) -> str:
         if match.start() < place:
             continue
         stop = text.find(end, match.end())
-        is_whole = stop >= 0
+        is_complete = stop >= 0
         inside = text[match.end():stop if stop >= 0 else len(text)].strip().removesuffix("```").strip()
         name = json.dumps(match["name"].strip(), ensure_ascii=False)
-        inside = quote_marks(inside, _FOREIGN) or ("{}" if is_whole else "")
+        inside = quote_marks(inside, _FOREIGN) or ("{}" if is_complete else "")
         parts += [_remove_frames(text[place:match.start()]), f'{BEGIN_CALL}{{"name": {name}, "arguments": ',
-                  f"{inside}}}{END_CALL}" if is_whole else inside]
+                  f"{inside}}}{END_CALL}" if is_complete else inside]
         place = stop + len(end) if stop >= 0 else len(text)
     return "".join([*parts, _remove_frames(text[place:])])
 
@@ -179,8 +179,8 @@ def _remove_frames(text: str) -> str:
 
 def build_text_decoder(tokenizer: Path, end_ids: Collection[int], plain: Callable[[list[int]], str]
                  ) -> Callable[[list[int]], str]:
-    """Build the decoder for responses: removes special tokens that end or frame turns, keeps thought
-    and call marks.
+    """Build the decoder for responses: removes special tokens that end or frame turns, keeps thought and call
+    marks.
 
     Args:
         tokenizer: tokenizer.json.
@@ -193,9 +193,9 @@ def build_text_decoder(tokenizer: Path, end_ids: Collection[int], plain: Callabl
 
 
 def build_marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plain: Callable[[list[int]], str],
-                  intended_marks: Collection[str] = ()) -> Callable[[list[int]], str]:
-    """Build a decoder for turns; marks spelled in ordinary tokens are quoted if the tokenizer
-    has mark tokens.
+                        intended_marks: Collection[str] = ()) -> Callable[[list[int]], str]:
+    """Build a decoder for turns; marks spelled in ordinary tokens are quoted if the tokenizer has mark
+    tokens.
 
     Args:
         added: text -> id of the tokenizer's added tokens, special or not.
@@ -207,7 +207,7 @@ def build_marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plai
     families = [family for family in FAMILIES if family[0] in added or family[-1] in added]
     # Llama's mark implies no family: models of all forms use its tokenizer
     family_marks = (*itertools.chain.from_iterable(families), PYTHON_TAG)
-    mark_of_id = {added[mark]: mark for mark in family_marks if mark in added}
+    id_to_mark = {added[mark]: mark for mark in family_marks if mark in added}
     # if the tokenizer has no tokens for Hermes' marks, text marks count
     text_marks = set(MARKS) - set(_HERMES)
     if BEGIN_CALL in added or any(family is not _HERMES for family in families):
@@ -221,14 +221,14 @@ def build_marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plai
     in_calls = _build_mark_pattern([mark for mark in MARKS if mark in text_marks - text_only_marks])
 
     def decode(tokens: list[int]) -> str:
-        whole = list(tokens[:-1] if tokens and tokens[-1] in ends else tokens)
+        ids = list(tokens[:-1] if tokens and tokens[-1] in ends else tokens)
         # quote ordinary tokens, keep mark tokens
         parts, start, marks = [], 0, quotable
-        for place in [*(n for n, id_ in enumerate(whole) if id_ in mark_of_id), len(whole)]:
+        for place in [*(n for n, id_ in enumerate(ids) if id_ in id_to_mark), len(ids)]:
             if place > start:
-                parts.append(quote_marks(plain(whole[start:place]), marks))
-            if place < len(whole):
-                parts.append(mark_of_id[whole[place]])
+                parts.append(quote_marks(plain(ids[start:place]), marks))
+            if place < len(ids):
+                parts.append(id_to_mark[ids[place]])
                 marks = in_calls if parts[-1] in _SECTIONS else quotable
             start = place + 1
         return "".join(parts)
@@ -252,9 +252,9 @@ _CALL = f"(?P<call>{BEGIN_CALL}.*?(?:{END_CALL}|\\Z))"
 def classify_turn(text: str, message: Message) -> bytes:
     """Classify each character of a learned turn.
 
-    Opening marks belong to the part they open, closing tags to the part they close (`</think>`,
-    `<|end|>`, end of
-    turn). A message with content alone may spell thoughts and calls in the marks of `tool_calls.parse_turn`.
+    Opening marks belong to the part they open, closing tags to the part they close (`</think>`, `<|end|>`,
+    end of turn). A message with content alone may spell thoughts and calls in the marks of
+    `tool_calls.parse_turn`.
 
     Args:
         text: the turn as shown by the template, or a message's content.
@@ -287,8 +287,8 @@ def _find_calls_begin(text: str, message: Message, start: int) -> int:
 
 
 def _classify_text(text: str, message: Message) -> bytes:
-    """Classify an answer that may spell thoughts or calls; calls inside thoughts are thoughts,
-    and vice versa."""
+    """Classify an answer that may spell thoughts or calls; calls inside thoughts are thoughts, and vice
+    versa."""
     kinds = bytearray([KIND_ANSWER]) * len(text)
     patterns = [*([] if message.reasoning.strip() else [_THOUGHT]), *([] if message.tool_calls else [_CALL])]
     # a joint pattern: the earlier begin wins, and a call inside thoughts stays a thought

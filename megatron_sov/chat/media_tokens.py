@@ -1,10 +1,8 @@
 """Tokens for images, audio and video: spelling, and ids in a vocabulary.
 
-The spelling follows HyperCLOVA X 8B Omni: marks and placeholders from the chat template in its
-serving code (github
-NAVER-Cloud-HyperCLOVA-X/OmniServe, omni_chainer/tests/chat_template/track_b), codebook tokens from
-its released model
-code (`<|vision00000|>` to `<|vision65535|>`, `<|audio0000|>`).
+The spelling follows HyperCLOVA X 8B Omni: marks and placeholders from the chat template in its serving code
+(github NAVER-Cloud-HyperCLOVA-X/OmniServe, omni_chainer/tests/chat_template/track_b), codebook tokens from
+its released model code (`<|vision00000|>` to `<|vision65535|>`, `<|audio0000|>`).
 
 Text tokens come first; each medium has a block of ids after them: codebook index `i` has id `first + i`.
 """
@@ -111,11 +109,10 @@ MARKS = (*MIME, *AUDIO_AUX, *VIDEO_AUX, *DISCRETE_IMAGE, *DISCRETE_AUDIO, *CONTI
 """All media tokens except codebook tokens, in vocabulary order."""
 # longest first, because a mark may be a prefix of another
 MEDIA_TOKEN = re.compile("|".join([*map(re.escape, sorted(MARKS, key=len, reverse=True)),
-                               *(pattern.pattern.replace("(", "(?:") for pattern in _ENTRY.values())]))
+                                   *(pattern.pattern.replace("(", "(?:") for pattern in _ENTRY.values())]))
 """Pattern of any media token."""
 
 
 def find_media_token(text: str) -> str:
-    """Return the first media token in a text, or ""."""
     match = MEDIA_TOKEN.search(text)
     return match.group() if match else ""

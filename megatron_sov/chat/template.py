@@ -1,8 +1,7 @@
 """Render chat templates in a sandbox, and locate the messages in the rendered text.
 
-The rendered text is always the template's output for the real messages. Learned turns are located by
-the first method
-that works:
+The rendered text is always the template's output for the real messages. Learned turns are located by the
+first method that works:
 
 1. Marks in place of contents, for messages with content only: each character belongs to the template or
 to a message.
@@ -172,42 +171,37 @@ _MARK = "\ue000{}\ue001"
 _MARKS = re.compile("\ue000(\\d+)\ue001")
 _GENERATED = re.compile(f"({BEGIN}|{END})")
 MAX_CACHED_CONTEXT = 10_000
-"""Maximum characters of tools and variables for caching generation prompts; longer ones would
-fill the memory."""
+"""Maximum characters of tools and variables for caching generation prompts; longer ones would fill the
+memory."""
 
 
 @dataclass(frozen=True)
 class ChatSegment:
-    """A part of a rendered conversation."""
-
     text: str
     message: int | None
     """Index of the message; None: template text, not learned."""
     is_turn: bool = False
-    """Whether the text is a whole turn from the template, where special tokens are real;
-    otherwise a message's
-    content, where they are text."""
+    """Whether the text is a whole turn from the template, where special tokens are real; otherwise a
+    message's content, where they are text."""
 
 
 Segments = list[ChatSegment]
 
 
 def split_at_contents(template: ChatTemplate, conversation: Conversation, awaits_response: bool = False,
-                    learned: Collection[int] = ()) -> Segments:
+                      learned: Collection[int] = ()) -> Segments:
     """Split a rendered conversation at contents, located by marks.
 
     Args:
         template: the template.
         conversation: messages with contents only.
         awaits_response: open an assistant turn at the end.
-        learned: indices of learned messages. Template text before their content that is not part
-            of the generation
-            prompt is the model's to write (such as an empty block of thoughts).
+        learned: indices of learned messages. Template text before their content that is not part of the
+            generation prompt is the model's to write (such as an empty block of thoughts).
 
     Raises:
-        BadRecord: the template refuses the roles, omits, repeats, reorders or changes a content, or
-            a message has
-            thoughts or calls.
+        BadRecord: the template refuses the roles, omits, repeats, reorders or changes a content, or a message
+            has thoughts or calls.
     """
     messages = conversation.messages
     roles = ", ".join(m.role for m in messages)
@@ -223,23 +217,23 @@ def split_at_contents(template: ChatTemplate, conversation: Conversation, awaits
     segments = [ChatSegment(messages[int(part)].content if i % 2 else part, int(part) if i % 2 else None)
                 for i, part in enumerate(parts) if i % 2 or part]
     # the marks locate contents; the real text shows whether the template changes them
-    shown = template.render(conversation, awaits_response)
+    rendered = template.render(conversation, awaits_response)
     start = 0
     for i, segment in enumerate(segments):
-        if not shown.startswith(segment.text, start):
+        if not rendered.startswith(segment.text, start):
             number = next((s.message for s in segments[i:] if s.message is not None), len(messages) - 1)
             raise BadRecord("template", f"is changed by the chat template of {template.where} at message "
                                         f"{number + 1} ({messages[number].role}), which it shows otherwise "
                                         "than it is")
         start += len(segment.text)
-    if start != len(shown):
+    if start != len(rendered):
         raise BadRecord("template", f"is changed by the chat template of {template.where}, which adds text "
                                     "for these contents")
     return list(_assign_openings(template, conversation, segments, learned)) if learned else segments
 
 
 def _assign_openings(template: ChatTemplate, conversation: Conversation, segments: Segments,
-                   learned: Collection[int]) -> Iterator[ChatSegment]:
+                     learned: Collection[int]) -> Iterator[ChatSegment]:
     """Yield segments, assigning text between a generation prompt and a learned content to the turn."""
     # hashable, so that the prompt is rendered once for all chats with equal roles, tools and variables
     context = json.dumps([conversation.tools, dict(conversation.template_kwargs)], sort_keys=True)
@@ -265,21 +259,21 @@ def _generation_prompt(template: ChatTemplate, roles: tuple[str, ...], context: 
     marks = [_MARK.format(i) for i in range(len(roles))]
     prompt = Conversation(tuple(Message(role) for role in roles), tuple(tools), kwargs)
     try:
-        shown = template.render(prompt, awaits_response=True, contents=marks)
+        rendered = template.render(prompt, awaits_response=True, contents=marks)
         # templates without `add_generation_prompt` add nothing
-        if shown == template.render(prompt, contents=marks):
+        if rendered == template.render(prompt, contents=marks):
             return ""
     except BadRecord:
         return ""
-    return shown.rpartition(marks[-1])[2] if marks else shown
+    return rendered.rpartition(marks[-1])[2] if marks else rendered
 
 
 def separate_thoughts(template: ChatTemplate, conversation: Conversation, awaits_response: bool = False
                       ) -> Conversation:
     """Move thoughts at the start of assistant contents (`<think>...</think>`) into `reasoning`.
 
-    Returns the conversation unchanged without such thoughts, or if the template renders the
-    two forms differently.
+    Returns the conversation unchanged without such thoughts, or if the template renders the two forms
+    differently.
     """
     messages = tuple(map(_separate_thoughts, conversation.messages))
     if messages == conversation.messages:
@@ -303,7 +297,7 @@ def _separate_thoughts(message: Message) -> Message:
 
 
 def split_at_turns(template: ChatTemplate, conversation: Conversation, learned: Collection[int],
-                 ends: Sequence[str], awaits_response: bool = False) -> Segments:
+                   ends: Sequence[str], awaits_response: bool = False) -> Segments:
     """Split a rendered conversation at learned turns, located by generation blocks or prefixes.
 
     Args:
@@ -337,9 +331,9 @@ def split_at_turns(template: ChatTemplate, conversation: Conversation, learned: 
 
 
 def _check_contents_shown(template: ChatTemplate, conversation: Conversation, text: str,
-                   learned: Collection[int]) -> None:
-    """Raise `BadRecord` if a content is missing or out of order. Turns that are not learned
-    may lose thoughts."""
+                          learned: Collection[int]) -> None:
+    """Raise `BadRecord` if a content is missing or out of order. Turns that are not learned may lose
+    thoughts."""
     place = 0
     for i, message in enumerate(conversation.messages):
         content = message.content.strip()
@@ -377,8 +371,8 @@ def _contains_in_order(pieces: Sequence[str], text: str) -> bool:
 def _find_generation_spans(template: ChatTemplate, conversation: Conversation, awaits_response: bool,
                            text: str,
                ends: Sequence[str]) -> dict[int, tuple[int, int]] | None:
-    """Return message index -> (begin, end) by generation blocks; None unless all assistant
-    turns have blocks."""
+    """Return message index -> (begin, end) by generation blocks; None unless all assistant turns have
+    blocks."""
     parts = _GENERATED.split(template.render(conversation, awaits_response, marks_generation=True))
     turns = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]
     # each assistant turn needs a block, and the text without marks must equal the real text
@@ -393,7 +387,7 @@ def _find_generation_spans(template: ChatTemplate, conversation: Conversation, a
 
 
 def _find_turn_begin(template: ChatTemplate, conversation: Conversation, number: int, text: str, begin: int,
-           end: int) -> int:
+                     end: int) -> int:
     """Return a turn's begin: the end of the generation prompt if inside the block, else the block's begin."""
     try:
         prompt = template.render(replace(conversation, messages=conversation.messages[:number]),
@@ -410,7 +404,7 @@ def _find_turn_end(text: str, begin: int, end: int, ends: Sequence[str]) -> int:
 
 
 def _find_prefix_span(template: ChatTemplate, conversation: Conversation, number: int, text: str,
-               ends: Sequence[str]) -> tuple[int, int]:
+                      ends: Sequence[str]) -> tuple[int, int]:
     """Return (begin, end) of a message's turn by prefixes."""
     messages = conversation.messages
     prompt = template.render(replace(conversation, messages=messages[:number]), awaits_response=True)
@@ -422,12 +416,12 @@ def _find_prefix_span(template: ChatTemplate, conversation: Conversation, number
                                     "own, or change the template")
     header = _find_header(template, conversation, number, prompt)
     begin = len(prompt) + (len(header) if text.startswith(header, len(prompt)) else 0)
-    shown = template.render(replace(conversation, messages=messages[:number + 1]))
+    rendered = template.render(replace(conversation, messages=messages[:number + 1]))
     # the last end token after the turn's begin: end tokens of calls inside come before it
-    places = [shown.rfind(end, begin) + len(end) for end in ends if end in shown[begin:]]
+    places = [rendered.rfind(end, begin) + len(end) for end in ends if end in rendered[begin:]]
     is_last = number == len(messages) - 1
-    end = max(places, default=len(shown) if is_last else len(shown.rstrip()))
-    if text[:end] != shown[:end] or end <= begin:
+    end = max(places, default=len(rendered) if is_last else len(rendered.rstrip()))
+    if text[:end] != rendered[:end] or end <= begin:
         raise BadRecord("template", f"is shown by the chat template of {template.where} with turn "
                                     f"{number + 1} changed once others follow (its thoughts left out, say); "
                                     "mark its earlier turns \"train\": false, or give each turn a chat of "
@@ -444,33 +438,32 @@ def _find_header(template: ChatTemplate, conversation: Conversation, number: int
         return ""
     plain = tuple(Message(m.role, "a") for m in conversation.messages[:number + 1])
     try:
-        prompt, shown = (split_at_contents(template, replace(conversation, messages=messages))
-                         for messages in (plain[:number], plain))
+        prompt, segments = (split_at_contents(template, replace(conversation, messages=messages))
+                            for messages in (plain[:number], plain))
     except BadRecord:
         return ""
-    text_before = _text_before(shown, number)
+    text_before = _text_before(segments, number)
     prompt_text = "".join(s.text for s in prompt)
     return text_before[len(prompt_text):] if text_before.startswith(prompt_text) else ""
 
 
 def _text_before(segments: Segments, number: int) -> str:
-    """Return the text before a message's first segment."""
     return "".join(s.text for s in itertools.takewhile(lambda s: s.message != number, segments))
 
 
 def find_odd_opening(template: ChatTemplate) -> str | None:
-    """Return a warning if the template's generation prompt differs from the text before a learned
-    response, else None.
+    """Return a warning if the template's generation prompt differs from the text before a learned response,
+    else None.
 
-    Templates of reasoning models may intend the difference (prompted to think, trained without), so it
-    is no error.
+    Templates of reasoning models may intend the difference (prompted to think, trained without), so it is no
+    error.
     """
     try:
         prompt = split_at_contents(template, Conversation.of(("user", "a")), awaits_response=True)
-        shown = split_at_contents(template, Conversation.of(("user", "a"), ("assistant", "b")))
+        segments = split_at_contents(template, Conversation.of(("user", "a"), ("assistant", "b")))
     except BadRecord:  # no plain chats; each record is checked later
         return None
-    text_before = _text_before(shown, 1)
+    text_before = _text_before(segments, 1)
     prompt_text = "".join(s.text for s in prompt)
     if prompt_text == text_before:
         return None

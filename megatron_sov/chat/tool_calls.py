@@ -1,8 +1,7 @@
 """Parse tool calls in model output, in the form of the model's chat template; see `FORMS`.
 
-Parsing is strict: malformed calls are reported separately from calls and from plain text, so that the
-model can be
-informed and such turns counted.
+Parsing is strict: malformed calls are reported separately from calls and from plain text, so that the model
+can be informed and such turns counted.
 """
 
 from __future__ import annotations
@@ -38,24 +37,19 @@ class ToolCall:
 
     name: str
     arguments: dict[str, Any]
-    """Argument name -> JSON value."""
 
 
 @dataclass(frozen=True)
 class BadCall:
-    """A malformed call."""
-
     code: Fault
-    """json: invalid JSON inside the marks; form: JSON without exactly a name and arguments; unclosed:
-    no end mark."""
+    """json: invalid JSON inside the marks; form: JSON without exactly a name and arguments; unclosed: no end
+    mark."""
     reason: str
     """Explanation for the model."""
 
 
 @dataclass(frozen=True)
 class WrittenTurn:
-    """Content and calls in a model's turn."""
-
     content: str
     """Text without thoughts and calls."""
     calls: tuple[ToolCall | BadCall, ...]
@@ -64,9 +58,8 @@ class WrittenTurn:
 def parse_turn(text: str, *, in_thoughts: bool = False, form: CallForm | None = None) -> WrittenTurn:
     """Parse a model's turn; calls inside thoughts are thoughts.
 
-    The first `</think>` ends thoughts at the start, as in the reasoning parsers of vLLM and
-    SGLang; thoughts without
-    end extend to the end of the turn.
+    The first `</think>` ends thoughts at the start, as in the reasoning parsers of vLLM and SGLang; thoughts
+    without end extend to the end of the turn.
 
     Args:
         text: text of the turn.
@@ -95,25 +88,20 @@ class ServedTurn:
     """A turn for API clients, complete or partial."""
 
     thoughts: str
-    """Thoughts before the content."""
     content: str
-    """Visible text."""
     calls: tuple[ToolCall, ...] = ()
-    """Well-formed tool calls."""
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> ServedTurn:
-        """Build a turn from the values of `asdict`."""
         return cls(fields["thoughts"], fields["content"], tuple(ToolCall(**call) for call in fields["calls"]))
 
 
 def parse_served_turn(text: str, in_thoughts: bool, tools: Sequence[Mapping[str, Any]],
-               form: CallForm | None = None) -> ServedTurn:
+                      form: CallForm | None = None) -> ServedTurn:
     """Parse a finished turn for an API client.
 
-    Thoughts lie between `<think>` at the beginning and the first `</think>`, or extend to the end. If
-    any call is
-    malformed, return no calls and leave the text as written, so that the client sees it.
+    Thoughts lie between `<think>` at the beginning and the first `</think>`, or extend to the end. If any
+    call is malformed, return no calls and leave the text as written, so that the client sees it.
 
     Args:
         text: text of the turn.
@@ -144,9 +132,8 @@ def build_served_turn(thoughts: str, content: str, calls: tuple[ToolCall, ...] =
 def split_thoughts(text: str, in_thoughts: bool) -> tuple[str, str]:
     """Split a turn into leading thoughts and content.
 
-    Newlines around thoughts come from the template and are dropped; other white space, such
-    as code indentation,
-    is kept.
+    Newlines around thoughts come from the template and are dropped; other white space, such as code
+    indentation, is kept.
     """
     stripped = text.lstrip()
     # a model may repeat the mark that the template has opened
@@ -210,9 +197,8 @@ def _check_value(value: Any) -> None:
 def _decode_value(text: str, start: int) -> tuple[Any, int]:
     """Decode the JSON value at `start`; return (value, end index). Raises like `JSONDecoder.raw_decode`.
 
-    Decode a growing window: on errors json counts the lines of its whole input, so that many malformed
-    calls in a
-    long text would take quadratic time.
+    Decode a growing window: on errors json counts the lines of its whole input, so that many malformed calls
+    in a long text would take quadratic time.
     """
     num_chars = _PIECE_CHARS
     while True:

@@ -1,10 +1,8 @@
 """Read tokenizer vocabularies, compute tokenizer identities, and compare two tokenizers.
 
-The identity covers everything that maps text to ids and back: vocabulary, added tokens with flags,
-merges and other
-model fields, normalizer, pre-tokenizer, decoder. It ignores file layout, `padding`,
-`truncation`, post-processor and
-chat template.
+The identity covers everything that maps text to ids and back: vocabulary, added tokens with flags, merges and
+other model fields, normalizer, pre-tokenizer, decoder. It ignores file layout, `padding`, `truncation`,
+post-processor and chat template.
 """
 
 from __future__ import annotations
@@ -79,7 +77,7 @@ def _flatten_steps(part: Any) -> list[dict[str, Any]]:
     if not isinstance(part, dict):
         return []
     inner = [*(part.get("pretokenizers") or []), *(part.get("decoders") or [])]
-    return [part, *(step for one in inner for step in _flatten_steps(one))]
+    return [part, *(step for inner_step in inner for step in _flatten_steps(inner_step))]
 
 
 def _canonical_fields(raw: dict[str, Any]) -> dict[str, Any]:
@@ -96,8 +94,8 @@ def _canonical_fields(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _canonicalize(value: Any, idle: dict[str, set[str]] = INEFFECTIVE_FIELDS) -> Any:
-    """Normalize a part of a tokenizer.json: drop ineffective, empty and false fields,
-    add implied defaults."""
+    """Normalize a part of a tokenizer.json: drop ineffective, empty and false fields, add implied
+    defaults."""
     if isinstance(value, list):
         return [_canonicalize(part, idle) for part in value]
     if not isinstance(value, dict):
@@ -118,7 +116,6 @@ def tokenizer_digest(tokenizer: Path) -> str:
 
 
 def hash_tokenizer_file(tokenizer: Path) -> str:
-    """Return the SHA-256 digest of tokenizer.json."""
     if not (tokenizer / TOKENIZER_JSON).is_file():
         raise UserError(f"{tokenizer / TOKENIZER_JSON}: cannot be read as a tokenizer: it is not there")
     return file_digest(tokenizer / TOKENIZER_JSON, SHA256)
@@ -148,12 +145,11 @@ def find_difference(folder: Path, other: Path) -> str | None:
 
 
 def check_same_tokens(data: Path | None, weights: Path) -> None:
-    """Raise `UserError` if the data's token ids contradict a checkpoint's tokenizer, or text
-    is split differently.
+    """Raise `UserError` if the data's token ids contradict a checkpoint's tokenizer, or text is split
+    differently.
 
-    Compares ordinary tokens; added tokens may be renamed (reserved ids in chat templates), and either
-    side may have
-    more. Both paths are tokenizer folders; without tokenizer.json nothing is compared.
+    Compares ordinary tokens; added tokens may be renamed (reserved ids in chat templates), and either side
+    may have more. Both paths are tokenizer folders; without tokenizer.json nothing is compared.
     """
     if data is None or not (weights / TOKENIZER_JSON).is_file():
         return
@@ -185,7 +181,7 @@ def check_same_tokenizer(first: Path, other: Path, remedy: str) -> None:
 
 
 def _describe_id_difference(folder: Path, other: Path, differing: list[int], ours: TokenizerFile,
-                       theirs: TokenizerFile) -> str | None:
+                            theirs: TokenizerFile) -> str | None:
     if not differing:
         return None
     token = min(differing)

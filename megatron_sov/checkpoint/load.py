@@ -309,7 +309,7 @@ def load_model(path: Path, model: LanguageModel, *, new_encoders: bool = False) 
         _load_part(path, ADAPTER, model)
     model.finish_writing()
     if model.lora.on:
-        model.adapter_base = base or checkpoints.AdapterBase.of(path)
+        model.adapter_base = base or checkpoints.AdapterBase.from_checkpoint(path)
     if model.lora.dora and base is None:
         for chunk in model.chunks:
             chunk.adapters.set_magnitudes(chunk)

@@ -439,7 +439,8 @@ def from_peft(peft_dir: str | Path, out: str | Path, base: str | Path, *, overwr
             shutil.copytree(base / "tokenizer", artifact.path / "tokenizer",
                             ignore=shutil.ignore_patterns(MANIFEST))
         artifact.add_input(base)
-        artifact.content = {"step": 0, "tokens": 0, "parts": [ADAPTER], BASE: AdapterBase.of(base).to_dict()}
+        artifact.content = {"step": 0, "tokens": 0, "parts": [ADAPTER],
+                            BASE: AdapterBase.from_checkpoint(base).to_dict()}
         artifact.settings = dataclasses.replace(settings, recipe=IMPORTED_RECIPE, lora=lora).to_dict()
 
 

@@ -135,7 +135,7 @@ class SamplingRequest:
     end_ids: tuple[int, ...]
     """Tokens that end an answer."""
     decode: Callable[[list[int]], str]
-    """From token ids to text (`chat.marks.text_decoder`)."""
+    """From token ids to text (`chat.marks.build_text_decoder`)."""
     opened: list[str]
     """The mark of thoughts that the template has opened at the end of each prompt; empty: none."""
 

@@ -1,8 +1,7 @@
 """The `checkpoints` folder of a run: find, check, protect, rename and prune checkpoints, without torch.
 
-Entries of `RUN/checkpoints`: `step-N` (complete when written), `damaged-step-N` (renamed after
-a failed check),
-`.writing-*` (under construction), `.deleting-*` (deletion in progress).
+Entries of `RUN/checkpoints`: `step-N` (complete when written), `damaged-step-N` (renamed after a failed
+check), `.writing-*` (under construction), `.deleting-*` (deletion in progress).
 """
 
 from __future__ import annotations
@@ -83,8 +82,8 @@ def temporary_folder(path: Path, token: str) -> Path:
 
 
 def delete_leftovers(folder: Path) -> None:
-    """Delete half-written and half-deleted folders of killed processes. The caller must hold
-    the run's lock."""
+    """Delete half-written and half-deleted folders of killed processes. The caller must hold the run's
+    lock."""
     # The folders have no manifest. Only the lock holder knows that no living process uses them.
     for prefix in (WRITING, DELETING, TRYING):
         for leftover in sorted(folder.glob(f"{prefix}*")):
@@ -100,7 +99,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 def latest_checkpoint_until(folder: Path, step: int) -> Path | None:
     """Return the newest `step-N` with N <= `step`, damaged or not, or None."""
-    # `_steps` sorts ascending: the last match is the newest.
+    # `_numbered_checkpoints` sorts ascending: the last match is the newest.
     candidates = [path for number, path in _numbered_checkpoints(folder) if number <= step]
     return candidates[-1] if candidates else None
 
@@ -108,9 +107,8 @@ def latest_checkpoint_until(folder: Path, step: int) -> Path | None:
 def delete_checkpoints_after(folder: Path, step: int) -> None:
     """Delete checkpoints after `step`, newest first, when a rollback discards their weights.
 
-    If adapters use a checkpoint as base, rename it with prefix `TAKEN_BACK`: the run does not resume
-    from it and
-    `found_base` still finds it.
+    If adapters use a checkpoint as base, rename it with prefix `ROLLED_BACK`: the run does not resume from it
+    and `find_adapter_base` still finds it.
     """
     # Newest first: if the process dies midway, the run can still resume from the newest remaining checkpoint.
     for number, path in reversed(_numbered_checkpoints(folder)):
@@ -124,8 +122,8 @@ def delete_checkpoints_after(folder: Path, step: int) -> None:
 
 def _delete_checkpoint(path: Path) -> None:
     """Rename a checkpoint, then delete the files: a killed process leaves no partial `step-N`."""
-    # Renaming is atomic; deleting thousands of files is not. The random token avoids names
-    # of earlier remains.
+    # Renaming is atomic; deleting thousands of files is not. The random token avoids names of earlier
+    # remains.
     delete_folder(path, path.with_name(f"{DELETING}{path.name}-{secrets.token_hex(4)}"))
 
 
@@ -144,8 +142,8 @@ def list_complete(folder: Path) -> list[Path]:
 
 
 def check_model_path(path: Path, option: str = "") -> None:
-    """Raise `UserError` if folder `path` is missing; suggest existing checkpoints or a download. Runs
-    before torch loads."""
+    """Raise `UserError` if folder `path` is missing; suggest existing checkpoints or a download. Runs before
+    torch loads."""
     if not path.is_dir():
         problem = "is no folder" if path.exists() else "does not exist"
         entries = path.parent.glob("*") if path.parent.name == CHECKPOINTS_FOLDER else ()
@@ -168,7 +166,7 @@ def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
 
     Args:
         path: the folder. Missing or incomplete folders pass; the reader reports them later.
-        kinds: accepted keys of `TAKEN_BY`.
+        kinds: accepted keys of `KIND_CONSUMERS`.
         wanted: description of the accepted kinds for the message.
     """
     # Order matters: a run contains a config.json, and a converted folder may have a manifest next to it.
@@ -286,7 +284,6 @@ class AdapterBase:
     """Reference from an adapter checkpoint to the checkpoint with its frozen weights."""
 
     path: Path
-    """Base checkpoint folder."""
     sha256: str
     """Hash of the base's manifest, which contains all file hashes."""
 
@@ -318,8 +315,8 @@ def find_adapter_base(path: Path, base: AdapterBase) -> Path:
     Raises:
         UserError: the folder is missing or contains another checkpoint.
     """
-    # A rollback renames bases (`delete_checkpoints_after`), so the folder may have moved; the
-    # hash identifies it.
+    # A rollback renames bases (`delete_checkpoints_after`), so the folder may have moved; the hash identifies
+    # it.
     renamed = base.path.parent.glob(f"{ROLLED_BACK}{base.path.name}*")
     candidates = [folder for folder in (base.path, *sorted(renamed)) if (folder / MANIFEST).is_file()]
     for candidate in candidates:
@@ -343,7 +340,7 @@ def protect_adapter_base(base: Path) -> None:
     try:
         atomic_write(base / ADAPTER_BASE_MARKER,
                      "An adapter uses this checkpoint as base, so its run does not prune it.\n"
-                                  "When no adapter needs it any more, delete this file.\n")
+                     "When no adapter needs it any more, delete this file.\n")
     except (OSError, UserError) as e:
         warn(f"{base}: an adapter needs this checkpoint, and the note for its run cannot be written ({e}); "
              "make sure that train.keep_checkpoints does not delete it")
@@ -352,8 +349,8 @@ def protect_adapter_base(base: Path) -> None:
 def hash_checkpoint_files(start: Path) -> str:
     """Hash the file digests in a checkpoint's (or token folder's) manifest.
 
-    Repeated conversion of a Hugging Face folder gives the same hash: creation time does not count.
-    A Hugging Face folder itself (dry run) gives "".
+    Repeated conversion of a Hugging Face folder gives the same hash: creation time does not count. A Hugging
+    Face folder itself (dry run) gives "".
     """
     if is_hf_folder(start):
         return ""
@@ -364,8 +361,8 @@ def hash_checkpoint_files(start: Path) -> str:
 
 
 def read_trained_tokens(path: Path) -> int:
-    """Return the longest training context in tokens, including earlier stages; imported models
-    state their own.
+    """Return the longest training context in tokens, including earlier stages; imported models state their
+    own.
 
     Raises:
         UserError: `state.json` is damaged.
@@ -426,7 +423,7 @@ def suggest_replacement(path: Path) -> str:
     """Suggest a replacement for a damaged checkpoint: the previous sound one, or a copy."""
     step = path.name[5:]
     earlier = [p for number, p in _numbered_checkpoints(path.parent)
-              if step.isdigit() and number < int(step) and find_manifest_damage(p) is None]
+               if step.isdigit() and number < int(step) and find_manifest_damage(p) is None]
     return (f"use the checkpoint before it, {earlier[-1]}" if earlier
             else "there is no checkpoint before it; restore it from a copy")
 
@@ -439,8 +436,8 @@ def rename_damaged_checkpoint(path: Path) -> Path:
 def _rename_with_prefix(path: Path, prefix: str) -> Path:
     """Rename a checkpoint to an unused name with a prefix; return the new path."""
     renamed = path.with_name(prefix + path.name)
-    # The same step may have been damaged before: os.rename fails on a filled folder and replaces
-    # an empty one.
+    # The same step may have been damaged before: os.rename fails on a filled folder and replaces an empty
+    # one.
     if renamed.exists():
         renamed = path.with_name(f"{prefix}{path.name}-{secrets.token_hex(4)}")
     with disk_errors(path):

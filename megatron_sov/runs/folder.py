@@ -1,5 +1,5 @@
-"""The folder of a training run: paths, settings, completion state, recorded command, and checks
-before a start."""
+"""The folder of a training run: paths, settings, completion state, recorded command, and checks before a
+start."""
 
 from __future__ import annotations
 
@@ -79,7 +79,6 @@ class RunFolder:
         return self.path / CHECKPOINTS_FOLDER
 
     def checkpoint(self, step: int) -> Path:
-        """Return the folder of `step-N`."""
         return self.checkpoints / f"step-{step}"
 
     def completion(self) -> dict[str, Any] | None:
@@ -93,8 +92,8 @@ class RunFolder:
         atomic_write(self.path / COMPLETION, to_json(content))
 
     def mark_awaiting_gate(self, content: dict[str, Any]) -> None:
-        """Write `awaiting_gate.json`, the content for `complete` after the last checkpoint
-        passes its gate."""
+        """Write `awaiting_gate.json`, the content for `complete` after the last checkpoint passes its
+        gate."""
         atomic_write(self.path / AWAITING_GATE, to_json(content))
 
     def held(self) -> dict[str, Any] | None:
@@ -105,7 +104,6 @@ class RunFolder:
         (self.path / AWAITING_GATE).unlink(missing_ok=True)
 
     def mark_gate_failed(self, failure: str) -> None:
-        """Write `gate_failed.json`."""
         atomic_write(self.path / FAILURE, to_json({"failure": failure}))
 
     def failure(self) -> str | None:
@@ -139,8 +137,8 @@ class RunFolder:
         """Check whether training with `config` may start in the folder; changes no files.
 
         Raises:
-            UserError: the folder contains another artifact, an unexpected run, a run with
-                other fixed settings, or a complete run with fewer steps.
+            UserError: the folder contains another artifact, an unexpected run, a run with other fixed
+                settings, or a complete run with fewer steps.
         """
         earlier = self.check_available(resume)
         if earlier is None:
@@ -208,7 +206,6 @@ class RunFolder:
         return earlier
 
     def has_started(self) -> bool:
-        """Return whether the folder contains a run or the stages of a run."""
         return any((self.path / name).exists() for name in (CONFIG, STAGES))
 
     def create(self) -> None:
@@ -230,8 +227,8 @@ class RunFolder:
             self.checkpoints.mkdir(exist_ok=True)
 
     def _record_settings_change(self, config: RunConfig, step: int) -> None:
-        """Record the previous settings and command as an event, because both files are about
-        to be replaced."""
+        """Record the previous settings and command as an event, because both files are about to be
+        replaced."""
         before = self.config()
         if before is None or not (self.path / EVENTS).is_file():
             return
@@ -260,7 +257,6 @@ class RunFolder:
             self.path.rmdir()
 
     def remove_if_empty(self) -> None:
-        """Delete the folder if it contains no files."""
         with contextlib.suppress(OSError):
             self.path.rmdir()
 
@@ -278,14 +274,10 @@ def _format_command(words: Sequence[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class TypedCommand:
-    """The arguments, folder and rank count in `command.json`."""
-
     words: tuple[str, ...]
     """Arguments after `megatron-sov`."""
     folder: Path
-    """Working directory."""
     processes: int
-    """Number of ranks."""
 
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> TypedCommand:
@@ -308,7 +300,7 @@ def read_command(run: Path) -> TypedCommand:
         raise UserError(f"{run}: has no {COMMAND}: no command line of this version began it; type the whole "
                         "command again with --resume")
     try:
-        return TypedCommand.of(json.loads(files[-1].read_text(encoding="utf-8")))
+        return TypedCommand.from_dict(json.loads(files[-1].read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
         raise UserError(f"{files[-1]}: is damaged ({str(e)[:200]}); type the whole command again with "
                         "--resume") from None
@@ -355,8 +347,8 @@ def _read_completion(file: Path) -> dict[str, Any]:
 
 
 def _comparable_settings(config: RunConfig) -> dict[str, Any]:
-    """Return settings in comparable form: equal adapters have equal entries, and unused new
-    defaults are removed."""
+    """Return settings in comparable form: equal adapters have equal entries, and unused new defaults are
+    removed."""
     # `all-linear` equals the list of modules it expands to.
     settings = config.to_dict() | {"lora": identity(config.lora, config.model)}
     has_beta = config.preference.method in BETAS
@@ -375,7 +367,7 @@ def fixed_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def _changed_fixed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return name, old and new value for each changed setting in `FIXED`."""
+    """Return name, old and new value for each changed setting in `FIXED_SETTINGS`."""
     changes = []
     for part, names in FIXED_SETTINGS.items():
         for name in names or before[part]:
@@ -387,7 +379,7 @@ def _changed_fixed_settings(before: dict[str, Any], now: dict[str, Any]) -> list
 
 
 def changed_settings(before: RunConfig, now: RunConfig) -> dict[str, list[Any]]:
-    """Return setting name -> [old, new] for each difference outside the `WATCHED` groups."""
+    """Return setting name -> [old, new] for each difference outside the `MONITORING_GROUPS` groups."""
     old_groups, new_groups = before.to_dict(), now.to_dict()
     changes: dict[str, list[Any]] = {}
     for part, value in old_groups.items():
@@ -402,7 +394,6 @@ def changed_settings(before: RunConfig, now: RunConfig) -> dict[str, list[Any]]:
 
 
 def describe_changes(changes: Mapping[str, Sequence[Any]]) -> list[str]:
-    """Format `changed_settings`, a sentence per setting."""
     return [f"{name} was {old}, is {new}" if len(f"{old}{new}") <= MAX_LISTED_CHARS else
             f"{name} has changed" for name, (old, new) in changes.items()]
 
@@ -439,12 +430,12 @@ def list_submitted_jobs(records: Path) -> list[str]:
 
 
 def read_last_log_line(records: Path, number: str) -> str:
-    """Return the last line in the logs of a Slurm job ("" without logs), for jobs that
-    recorded no attempt."""
+    """Return the last line in the logs of a Slurm job ("" without logs), for jobs that recorded no
+    attempt."""
     logs = [file for pattern in (f"{number}.log", f"{number}_*.log")
             for file in sorted(records.glob(pattern))]
-    text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in logs).strip()
-    return text.splitlines()[-1].strip().removeprefix("job: ") if text else ""
+    shown = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in logs).strip()
+    return shown.splitlines()[-1].strip().removeprefix("job: ") if shown else ""
 
 
 def read_started_settings(run: Path) -> RunConfig | None:

@@ -19,10 +19,7 @@ _TIMEOUT_S = 120
 
 @dataclass(frozen=True)
 class VisibleGpu:
-    """GPU index, name and memory from `nvidia-smi`."""
-
     index: int
-    """Index in this machine."""
     uuid: str
     name: str
     memory_bytes: int
@@ -62,7 +59,7 @@ def _query_nvidia_smi(fields: str) -> list[list[str]]:
     try:
         # A driver may hang after losing a GPU.
         result = subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"],
-                              capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
+                                capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
     rows = [[value.strip() for value in line.split(",")] for line in result.stdout.splitlines()]

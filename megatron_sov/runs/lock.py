@@ -1,10 +1,9 @@
 """Lock of a run folder: `lock.json` admits one living process tree, and a killed run can continue.
 
-The holder increments a counter in `lock.json` as a heartbeat. If the holder's process can be looked
-up in this
-machine's process table, a dead holder frees the lock at once. On another machine or in
-another container, watch
-the file for one lease by this process's clock: clocks of different machines are never compared.
+The holder increments a counter in `lock.json` as a heartbeat. If the holder's process can be looked up in
+this machine's process table, a dead holder frees the lock at once. On another machine or in another
+container, watch the file for one lease by this process's clock: clocks of different machines are never
+compared.
 """
 
 from __future__ import annotations
@@ -69,8 +68,8 @@ class RunLock:
         return json.dumps({**process_identity(), "beat": self._beat, "token": self._token, **_slurm_job()})
 
     def _has_living_holder(self, record: dict[str, Any]) -> bool:
-        """Return whether the process in `record` is alive; if it cannot be looked up, wait
-        for a heartbeat."""
+        """Return whether the process in `record` is alive; if it cannot be looked up, wait for a
+        heartbeat."""
         # The local process table is exact and fast; watching takes up to a minute.
         if (lives := _is_alive(record)) is not None:
             return lives

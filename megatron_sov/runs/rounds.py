@@ -94,8 +94,8 @@ class Policy:
 def find_round_policy(run: Path, start: Path, number: int, rollout: RolloutConfig) -> Policy | None:
     """Return the policy of the newest end-of-round checkpoint if fresh enough for a round, else None.
 
-    Newer policies than necessary are allowed: unfinished responses in an old round come from
-    the newest policy.
+    Newer policies than necessary are allowed: unfinished responses in an old round come from the newest
+    policy.
 
     Args:
         run: folder of `rl train`, which may not exist yet.
@@ -121,8 +121,8 @@ def build_start_policy(start: Path) -> Policy:
 
 
 def can_generate_round(step: int, number: int, rollout: RolloutConfig) -> bool:
-    """Return whether the policy after `step` is at most `rollout.max_staleness` rounds older than
-    the round needs."""
+    """Return whether the policy after `step` is at most `rollout.max_staleness` rounds older than the round
+    needs."""
     return step // rollout.steps_per_round >= number - 1 - rollout.max_staleness
 
 
@@ -130,10 +130,9 @@ def can_generate_round(step: int, number: int, rollout: RolloutConfig) -> bool:
 class RunPolicies:
     """Digests for a run's policies, a policy per round, equal on every rank.
 
-    A policy's digest covers the starting checkpoint, the settings that change training, and the
-    documents of all
-    rounds so far. It needs no checkpoint and no layout: after a rollback, training the published rounds again
-    gives the same policies.
+    A policy's digest covers the starting checkpoint, the settings that change training, and the documents of
+    all rounds so far. It needs no checkpoint and no layout: after a rollback, training the published rounds
+    again gives the same policies.
     """
 
     run: Path
@@ -174,7 +173,6 @@ class RunPolicies:
         return {"trained": self._trained, "recent": [*self._recent.items()]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Restore the values from `state`."""
         self._trained = str(state["trained"])
         self._recent = {int(step): str(sha256) for step, sha256 in state["recent"]}
 

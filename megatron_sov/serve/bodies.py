@@ -355,7 +355,7 @@ class BodyReader:
         return tuple(text for text in question.stops if text not in self._special)
 
     def decoder(self, question: ServedQuestion) -> Decode:
-        """Return what gives the text of an answer (`chat.marks.text_decoder`)."""
+        """Return what gives the text of an answer (`chat.marks.build_text_decoder`)."""
         if question.is_chat and self._chat is not None:
             return self._chat.decode
         return lambda ids: unquote_marks(self._plain.decode(ids))

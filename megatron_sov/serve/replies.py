@@ -23,8 +23,8 @@ _OTHERS = (*(mark for family in FAMILIES[1:] for mark in family), PYTHON_TAG)
 
 def turn_so_far(text: str, in_thoughts: bool, tools: Sequence[dict[str, Any]],
                 form: CallForm | None = None) -> ServedTurn:
-    """Return what is sure of a turn that is being written: the beginning of what `whole_turn` will say of
-    it, without calls."""
+    """Return what is sure of a turn that is being written: the beginning of the result of
+    `parse_served_turn`, without calls."""
     # Llama 3's calls have no mark: what they are shows at their end.
     if form == LLAMA and tools and text.lstrip()[:1] in ("{", ""):
         return ServedTurn("", "")

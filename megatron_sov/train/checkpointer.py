@@ -88,7 +88,8 @@ def refuse_other_base(newest: Path, start_from: Path) -> None:
     """Raise `UserError` where an adapter's run would go on beside other frozen weights."""
     base = checkpoints.read_adapter_base(newest)
     if base is not None:
-        start = checkpoints.read_adapter_base(start_from) or checkpoints.AdapterBase.of(start_from)
+        start = (checkpoints.read_adapter_base(start_from)
+                 or checkpoints.AdapterBase.from_checkpoint(start_from))
         if start.sha256 != base.sha256:
             raise UserError(f"--from {start_from}: is another model than {base.path}, beside which {newest} "
                             "was trained; resume with that, or start a new --run")

@@ -163,7 +163,8 @@ def rollback(trainer: Trainer) -> None:
     # taken before the load below, which gives the guard its memory of the checkpoint's time
     refusal, refused, rollbacks = guard.refusal, guard.in_a_row, guard.rollbacks
     assert refusal is not None, f"{refused} steps were refused, and none says why"
-    # one that is still being written may be the newest good one, and must not appear behind `drop_after`
+    # a checkpoint being written may be the newest good one, and must not appear after
+    # `delete_checkpoints_after`
     trainer.checkpointer.finish()
     target = _target(trainer, now - refused)
     if target is None:

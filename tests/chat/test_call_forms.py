@@ -37,12 +37,12 @@ TURNS: dict[str, tuple[CallForm, str, bool, str, tuple[ToolCall, ...]]] = {
     "Llama 3.1 with its tag": ("llama-3", f'<|python_tag|>{{"name": "book", "parameters": {SAID}}}', False,
                                "", (BOOK,)),
     "DeepSeek V3": ("marked", "Let me check.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>"
-                    f"book\n```json\n{SAID}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function"
+                              f"book\n```json\n{SAID}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function"
                     "<｜tool▁sep｜>now\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>", False, "",
                     (BOOK, NOW)),
     "DeepSeek V3.1": ("marked", "Let me check.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>book<｜tool▁sep｜>"
                       f"{SAID}<｜tool▁call▁end｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{{}}<｜tool▁call▁end｜>"
-                      "<｜tool▁calls▁end｜>", False, "", (BOOK, NOW)),
+                                "<｜tool▁calls▁end｜>", False, "", (BOOK, NOW)),
     "Solar Open": ("marked", "<|think|>look at it<|end|><|begin|>assistant<|tool_calls|>"
                    + SOLAR.format("book", SAID) + SOLAR.format("now", "{}"), False, "look at it",
                    (BOOK, NOW)),

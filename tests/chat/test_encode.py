@@ -59,7 +59,7 @@ def learned(tokenizer: PreTrainedTokenizerFast, template: str,
 @pytest.mark.parametrize("template", [PLAIN, CHATML], ids=["plain", "chatml"])
 @pytest.mark.parametrize("content", ["hello", "  hello \n", "\nhello", "", "hello\n\n", "안녕"])
 def test_prompt_ids_equal_inference_ids(tokenizer: PreTrainedTokenizerFast, template: str,
-                                                         content: str) -> None:
+                                        content: str) -> None:
     ours = encoder(tokenizer, template).encode(Conversation.of(("user", content)), awaits_response=True)
     theirs = asked(tokenizer, template, ("user", content))
     assert ours.ids == theirs
@@ -202,7 +202,7 @@ def test_generation_blocks_locate_turns(tokenizer: PreTrainedTokenizerFast) -> N
      "has content in message 2"),
 ])
 def test_turn_without_position_is_rejected(tokenizer: PreTrainedTokenizerFast, template: str,
-                                                chat: Conversation, says: str) -> None:
+                                           chat: Conversation, says: str) -> None:
     with pytest.raises(BadRecord, match=says):
         encoder(tokenizer, template).encode(chat)
 
@@ -245,7 +245,7 @@ def user_and(*answers: Message) -> Conversation:
 
 @pytest.mark.parametrize("content", THOUGHTS)
 def test_thoughts_in_content_are_learned_as_thoughts(tokenizer: PreTrainedTokenizerFast,
-                                                                    content: str) -> None:
+                                                     content: str) -> None:
     thoughts, said = content.split("<think>", 1)[1].split("</think>", 1)
     apart = Message("assistant", said.lstrip("\n"), thoughts.strip("\n"))
     whole, encode = Message("assistant", content), encoder(tokenizer, QWEN3).encode
@@ -262,7 +262,7 @@ def test_thoughts_in_content_are_learned_as_thoughts(tokenizer: PreTrainedTokeni
                                          "{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content")])
 @pytest.mark.parametrize("content", THOUGHTS[:4])
 def test_templates_receive_contents_unchanged(tokenizer: PreTrainedTokenizerFast,
-                                                              template: str, content: str) -> None:
+                                              template: str, content: str) -> None:
     """Other white space than that of the content would be another text than transformers shows."""
     chat = user_and(Message("assistant", content.strip()))
     assert content.strip() in learned_of(tokenizer, template, chat)
@@ -271,7 +271,7 @@ def test_templates_receive_contents_unchanged(tokenizer: PreTrainedTokenizerFast
 @pytest.mark.parametrize("dropped", ["<think>b</think>c", "b\n</think>\n\nc",
                                      "<think>b</think><think>x</think>c"])
 def test_unlearned_turn_may_lose_thoughts(tokenizer: PreTrainedTokenizerFast,
-                                                          dropped: str) -> None:
+                                          dropped: str) -> None:
     r1 = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
     cuts = CHATML.replace("m.content", "m.content.split('</think>')[-1] | replace('c', '')")
     chat = user_and(Message("assistant", dropped, is_learned=False), Message("assistant", "d"))

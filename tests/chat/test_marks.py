@@ -128,7 +128,7 @@ def decode(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     made.save(str(file))
     found = build_text_decoder(file, [made.token_to_id(PRESETS[request.param].eos_token)],
-                         lambda ids: str(made.decode(ids, skip_special_tokens=True)))
+                               lambda ids: str(made.decode(ids, skip_special_tokens=True)))
     return request.param, lambda text: made.encode(text).ids, found
 
 
@@ -198,7 +198,7 @@ HOW: dict[str, tuple[tuple[str, ...], str, str]] = {  # special tokens, before w
                              "<|think|>HERE<|end|><|begin|>assistant<|content|>",
                              f"<|end|><|begin|>assistant<|tool_calls|>{solar('g', '{}')}"),
     "deepseek v3": (FAMILIES[2], "", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function"
-                    "<｜tool▁sep｜>g\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
+                                     "<｜tool▁sep｜>g\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
     "deepseek r1": ((*THINKS, *FAMILIES[2]), "<think>HERE</think>", "<｜tool▁calls▁begin｜>"
                     "<｜tool▁call▁begin｜>g<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
     "kimi": ((*THINKS, *FAMILIES[3]), "<think>HERE</think>", "<|tool_calls_section_begin|><|tool_call_begin|>"

@@ -69,7 +69,7 @@ def test_odd_opening_is_reported() -> None:
 
 def test_prompt_ends_at_response() -> None:
     form = ChatTemplate("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
-                    "{% if add_generation_prompt %}<assistant>{% endif %}", "", "", "tok")
+                        "{% if add_generation_prompt %}<assistant>{% endif %}", "", "", "tok")
     assert [p.text for p in split_at_contents(form, Conversation.of(("user", "hi")),
                                               awaits_response=True)] == [
         "<user>", "hi", "<assistant>"]

@@ -54,7 +54,7 @@ def test_templates_have_functions_of_transformers(template: str, says: str) -> N
     ("{% set ns = namespace(__class__=1) %}", "may not hold '__class__'"),
 ])
 def test_failing_or_endless_templates_raise_bad_record(template: str, says: str,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_sov.chat.template.CPU_S", 0.2)
     with pytest.raises(BadRecord, match=says):
         shown(template, ("user", "a"))

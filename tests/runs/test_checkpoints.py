@@ -71,7 +71,7 @@ def test_find_damage_names_changed_file(run: Path) -> None:
     ("no_such_field", 1, "model.no_such_field: no such setting"),
 ])
 def test_invalid_model_settings_raise_user_error(name: str, value: object, said: str,
-                                                      tmp_path: Path) -> None:
+                                                 tmp_path: Path) -> None:
     raw = recipes.get("tiny-solar-open").to_dict()
     raw["model"][name] = value
     with new_artifact(tmp_path / "step-1", CHECKPOINT_KIND) as artifact:
@@ -115,7 +115,7 @@ def test_delete_leftovers_keeps_checkpoints(run: Path) -> None:
 @given(st.sets(st.integers(1, 40), max_size=12), st.sets(st.integers(1, 40)), st.integers(0, 4),
        st.integers(0, 7))
 def test_prune_agrees_with_brute_force(tmp_path_factory, steps: set[int], torn: set[int], keep: int,
-                                              every: int) -> None:
+                                       every: int) -> None:
     """Newest `keep` of the complete ones, multiples of `every`,
     and everything that is no complete checkpoint."""
     folder = tmp_path_factory.mktemp("run")
@@ -150,7 +150,7 @@ def test_prune_keeps_adapter_bases(run: Path, tmp_path: Path) -> None:
 
 def test_rollback_renames_adapter_bases(run: Path) -> None:
     folder = run / "checkpoints"
-    base = AdapterBase.of(folder / "step-100")
+    base = AdapterBase.from_checkpoint(folder / "step-100")
     protect_adapter_base(folder / "step-100")
     delete_checkpoints_after(folder, 5)
     assert {p.name for p in folder.iterdir()} == {"step-5", "taken-back-step-100"}
@@ -160,7 +160,7 @@ def test_rollback_renames_adapter_bases(run: Path) -> None:
     with new_artifact(folder / "step-100", "checkpoint") as again:  # the run comes by once more
         again.content = {"step": 100}
     assert find_adapter_base(adapter, base) == folder / "taken-back-step-100"
-    assert find_adapter_base(adapter, AdapterBase.of(folder / "step-100")) == folder / "step-100"
+    assert find_adapter_base(adapter, AdapterBase.from_checkpoint(folder / "step-100")) == folder / "step-100"
     protect_adapter_base(folder / "step-100")
     delete_checkpoints_after(folder, 5)
     assert len(list(folder.glob("taken-back-step-100*"))) == 2

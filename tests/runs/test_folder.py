@@ -58,7 +58,7 @@ def test_existing_run_requires_resume(tmp_path: Path) -> None:
 
 
 def test_start_records_previous_settings_and_command(tmp_path: Path,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(COMMAND_VARIABLE, json.dumps(["pretrain", "tiny-solar-open"]))
     folder = started(tmp_path / "run")
     EventLog(folder.path / EVENTS).close()

@@ -125,7 +125,7 @@ def test_containers_with_equal_host_names_differ(tmp_path: Path) -> None:
     """Both are process 1 of their own namespace."""
     code = ("import sys, time; from pathlib import Path; from megatron_sov.runs.lock import RunLock\n"
             "lock = RunLock(Path(sys.argv[1]), 12); lock.acquire(); print('held', flush=True)\n"
-            "sys.stdin.readline(); print(lock._is_lost(), flush=True)")
+            "sys.stdin.readline(); print(lock._is_taken_over(), flush=True)")
     command = ["unshare", "-pf", "--mount-proc", "--kill-child", sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdin is not None and first.stdout is not None and first.stdout.readline() == "held\n"
@@ -191,7 +191,7 @@ def test_concurrent_starts_give_single_holder(tmp_path: Path) -> None:
 
 
 def test_earlier_restart_of_slurm_job_does_not_hold_lock(tmp_path: Path,
-                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     """Slurm gave up that start's nodes; without it the lease of a node that died would have to run out."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")

@@ -115,7 +115,7 @@ class ProcessRunner(Runner):
         time_limit_s: for a row.
         workers: processes.
         modules: what the reward needs and can be found by name; imported once for all processes.
-        variables: of the environment that it needs, beside those of `children.KEPT_VARIABLES`.
+        variables: of the environment that it needs, beside those of `children.SAFE_VARIABLES`.
         cpu_limit_s: of a processor, for a row; infinite: the clock alone counts.
         control: a response that takes nothing to judge: where a row passes a limit with its own response and
             not with this one, its response is worth 0; None: rows that pass a limit have no reward.

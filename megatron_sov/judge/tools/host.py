@@ -247,7 +247,7 @@ def _call(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
 
 def _reply(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
     try:
-        said = cast(Conversing, environment).reply(ServedTurn.of(request["turn"]))
+        said = cast(Conversing, environment).reply(ServedTurn.from_dict(request["turn"]))
         results = [_shown(text, request["max_tool_chars"]) for text in said.results]
         return {"results": results, "user": said.user, "is_over": said.is_over,
                 "state": _state(environment, request)}

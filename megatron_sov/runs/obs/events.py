@@ -1,8 +1,7 @@
 """Event log: `events.jsonl` in the run folder, one JSON object per line.
 
-Each line contains `event` and `time_s` (Unix time), usually `step`. Floats use their shortest
-exact decimal form
-and read back bit for bit. Reports, `status` and trackers read this file.
+Each line contains `event` and `time_s` (Unix time), usually `step`. Floats use their shortest exact decimal
+form and read back bit for bit. Reports, `status` and trackers read this file.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def build_score_events(results: Mapping[str, Any], step: int | None, output: Pat
 def is_score_recorded(event: Mapping[str, Any], known: list[dict[str, Any]]) -> bool:
     """Return whether the run's events already contain a score, ignoring the path of its results file."""
     fields = {name: value for name, value in event.items() if name != "output"}
-    return any(fields.items() <= other.items() for other in known)
+    return any(fields.items() <= recorded.items() for recorded in known)
 
 
 EVENTS = "events.jsonl"
@@ -97,8 +96,8 @@ class EventLog:
                 line = json.dumps(record, ensure_ascii=False)
                 # File names outside UTF-8 contain lone surrogates, which need ASCII escapes.
                 self._file.write((line if _SURROGATE.search(line) is None else json.dumps(record)) + "\n")
-                # Flush, not fsync: a killed process loses nothing, and steps do not wait for the
-                # disk. `close` syncs.
+                # Flush, not fsync: a killed process loses nothing, and steps do not wait for the disk.
+                # `close` syncs.
                 self._file.flush()
             if self._listener is not None:
                 self._listener(record)
@@ -181,8 +180,8 @@ class _Number:
 @dataclass(frozen=True)
 class _Whole:
     def check(self, value: Any) -> Any:
-        is_whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
-        return value if is_whole else None
+        is_valid = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
+        return value if is_valid else None
 
 
 @dataclass(frozen=True)

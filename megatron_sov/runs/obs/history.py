@@ -37,8 +37,6 @@ class Attempt:
 
 
 class Attempts:
-    """Collects a run's attempts from its events in order."""
-
     def __init__(self) -> None:
         self.all: list[Attempt] = []
         self._resume_reason = ""
@@ -85,7 +83,6 @@ class StepTiming:
     """Timed steps with the same phase, batch size and process start."""
 
     start: dict[str, Any]
-    """The `run_start` event."""
     phase: str
     seq_len: int
     """Tokens per sample."""
@@ -112,8 +109,6 @@ class StepTiming:
 
 
 class StepTimings:
-    """Collects a run's stretches from its events in order."""
-
     def __init__(self) -> None:
         self.all: list[StepTiming] = []
         self._start: dict[str, Any] | None = None
@@ -149,9 +144,9 @@ class StepTimings:
 
 
 INCIDENT_NAMES = {"skip": "step not learned", "attribution": "why it was not learned",
-         "rollback": "weights taken back", "restart": "started again",
-         "hang": "hang", "sdc": "silent corruption", "alarm": "alarm", "fault": "fault on purpose",
-         "damaged_checkpoint": "damaged checkpoint", "failure": "ended by an error"}
+                  "rollback": "weights taken back", "restart": "started again",
+                  "hang": "hang", "sdc": "silent corruption", "alarm": "alarm", "fault": "fault on purpose",
+                  "damaged_checkpoint": "damaged checkpoint", "failure": "ended by an error"}
 """Incident event -> name in reports."""
 SKIPPED_BY_SETTING, NO_GRADIENT = INTENDED_SKIPS = ("data.skip_steps", "no advantages and no other gradient")
 """Intended skip reasons: `data.skip_steps`, and RL rounds without gradient."""
@@ -163,7 +158,6 @@ def is_incident(event: dict[str, Any]) -> bool:
 
 
 def describe_incident(event: dict[str, Any]) -> str:
-    """Format an incident event as text."""
     kind = event["event"]
     if kind == "skip":
         ranks = event.get("ranks") or []

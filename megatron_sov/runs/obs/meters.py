@@ -1,8 +1,7 @@
 """Headline meters: the columns of `step` events that show whether training works.
 
-The objective defines the meters and `run_start` records them. Progress bar, `status` and
-reports display them.
-This module must import quickly and access no files.
+The objective defines the meters and `run_start` records them. Progress bar, `status` and reports display
+them. This module must import quickly and access no files.
 """
 
 from __future__ import annotations
@@ -48,13 +47,12 @@ class Meter:
         return math.nan
 
     def text(self, value: float) -> str:
-        """Format a value with its unit."""
         if self.unit == "share":
             return f"{100 * value:.3g} %"
         if self.unit in NATS:
             return f"{value:.4f}"
-        shown = f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-        return f"{shown} {self.unit}".rstrip()
+        number = f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+        return f"{number} {self.unit}".rstrip()
 
 
 NATS = ("nats per token", "nats")
@@ -67,8 +65,8 @@ def build_headline_fields(headline: Sequence[Meter], *, comparable: bool) -> dic
 
 
 def read_headline(start: Mapping[str, Any]) -> tuple[tuple[Meter, ...], bool]:
-    """Return the meters in a `run_start` event, and whether to display its loss; older runs have
-    only a loss."""
+    """Return the meters in a `run_start` event, and whether to display its loss; older runs have only a
+    loss."""
     try:
         meters = tuple(Meter(**fields) for fields in start["headline"])
     except (KeyError, TypeError):
@@ -90,16 +88,14 @@ def format_step(event: Mapping[str, Any], headline: Sequence[Meter], *, comparab
 
 
 class HeldoutFigures:
-    """Collects held-out figures from events. Values before the first step and after the last use
-    the same data,
-    unlike training losses."""
+    """Collects held-out figures from events. Values before the first step and after the last use the same
+    data, unlike training losses."""
 
     def __init__(self) -> None:
         self._by_kind: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
         self._losses: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
 
     def add(self, event: Mapping[str, Any]) -> None:
-        """Process one event."""
         if event["event"] == "eval" and isinstance(event.get("heldout"), Mapping):
             for source, figures in event["heldout"].items():
                 if not isinstance(figures, Mapping):
@@ -165,7 +161,6 @@ def format_recent_means(events: Iterable[Mapping[str, Any]], headline: Sequence[
 
 
 def _has_meters(event: Mapping[str, Any]) -> bool:
-    """Return whether an event is a `step`, or a `skip` with meters."""
     return event["event"] == "step" or (event["event"] == "skip" and "meters" in event)
 
 

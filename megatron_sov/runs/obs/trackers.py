@@ -150,7 +150,7 @@ class Trackers:
                                           for name, value in extract_curves(event).items()})
         elif event["event"] == RESPONSES:
             self._call_trackers(lambda tracker: tracker.log_table(event["step"], event["of"],
-                                                              response_rows(event)))
+                                                                  response_rows(event)))
 
     def close(self) -> None:
         """Send pending data and close all trackers."""

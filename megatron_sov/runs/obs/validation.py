@@ -37,7 +37,6 @@ def read_pass_at_k(figures: Mapping[str, Any]) -> dict[int, float]:
 
 
 def format_validation(figures: Mapping[str, Any]) -> str:
-    """Format a validation event as a short text."""
     reward = figures.get("reward")
     shares = read_pass_at_k(figures)
     parts = ["no response has a reward" if reward is None else f"held-out reward {reward:.4g}",

@@ -419,7 +419,7 @@ def _restore(stage: Stage, trainer: Trainer, newest: Path | None) -> bool:
     start = newest or stage.start_from
     if stage.config.lora.on and start is not None:  # before it is read: its run may be pruning
         on_main(trainer.world, lambda: checkpoints.protect_adapter_base(
-            (checkpoints.read_adapter_base(start) or checkpoints.AdapterBase.of(start)).path))
+            (checkpoints.read_adapter_base(start) or checkpoints.AdapterBase.from_checkpoint(start)).path))
     if newest is not None:
         if stage.start_from is not None:
             refuse_other_base(newest, stage.start_from)

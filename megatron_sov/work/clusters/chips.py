@@ -112,7 +112,6 @@ class Links:
 
 
 def _read_chips() -> dict[str, Chip]:
-    """Read `slurm/chips.yaml`."""
     text = importlib.resources.files("slurm").joinpath("chips.yaml").read_text(encoding="utf-8")
     rows: dict[str, dict[str, Any]] = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     # map every spelling to a key: the table's, the vendor's, CUDA's
@@ -148,11 +147,11 @@ def find_chip(name: str) -> Chip:
     Raises:
         UserError: unknown name; the message suggests the nearest.
     """
-    known_chip = find_device_chip(name)
-    if known_chip is None:
+    match = find_device_chip(name)
+    if match is None:
         raise UserError(f"GPU {name!r}: is not in the table{nearest(name.lower(), CHIPS)} "
                         f"(GPUs: {', '.join(sorted(CHIPS))})")
-    return known_chip
+    return match
 
 
 def find_device_chip(name: str) -> Chip | None:

@@ -54,10 +54,10 @@ def check_partition(partition: str) -> None:
     if result.returncode:
         raise UserError(f"sinfo: {format_error(result.stderr)}; make sure that Slurm's controller can be "
                         "reached")
-    known = sorted(set(result.stdout.split()))
-    if partition and partition not in known:
-        raise UserError(f"partition {partition!r}: does not exist here{nearest(partition, known)} "
-                        f"(partitions: {', '.join(known)}); pass --partition, "
+    partitions = sorted(set(result.stdout.split()))
+    if partition and partition not in partitions:
+        raise UserError(f"partition {partition!r}: does not exist here{nearest(partition, partitions)} "
+                        f"(partitions: {', '.join(partitions)}); pass --partition, "
                         "or put it into a profile of your own")
 
 
@@ -87,8 +87,8 @@ def submit_script(script: Path, *, after: list[str]) -> str:
 
 
 def read_active_states(jobs: list[str]) -> dict[str, str]:
-    """Return job number -> state from `squeue` for waiting and running jobs; for an array, the state
-    of a task."""
+    """Return job number -> state from `squeue` for waiting and running jobs; for an array, the state of a
+    task."""
     if not jobs:
         return {}
     # squeue fails if a job is long gone

@@ -45,8 +45,8 @@ Amount = Annotated[float, Ge(0), Le(MAX_AMOUNT)]
 def _check_chip(key: str) -> Breach | None:
     if not key or key in CHIPS:
         return None
-    known = find_device_chip(key)  # known under another spelling
-    suggestion = f"; did you mean {known.key!r}?" if known else nearest(key.lower(), CHIPS)
+    alias_chip = find_device_chip(key)  # known under another spelling
+    suggestion = f"; did you mean {alias_chip.key!r}?" if alias_chip else nearest(key.lower(), CHIPS)
     rule = f"must be one of {', '.join(sorted(CHIPS))}, or empty for another kind"
     return ProblemCode.CHOICE, rule, suggestion[2:]
 
@@ -75,8 +75,8 @@ class ContainerConfig:
     """Container for a job's Python."""
 
     kind: Literal["none", "apptainer", "enroot", "pyxis"] = "none"
-    """none: the login node's Python; apptainer, enroot: started on the nodes; pyxis: enroot
-    through srun options."""
+    """none: the login node's Python; apptainer, enroot: started on the nodes; pyxis: enroot through srun
+    options."""
     image: str = ""
     """Image file or address for the container program."""
     mounts: tuple[str, ...] = ()
@@ -130,8 +130,8 @@ class ClusterProfile:
     gpus_per_node: NotNegativeInt = 8
     """GPUs (and ranks) per node. 0: train on CPUs."""
     gpu: KnownChip = ""
-    """GPU model, by its name in `slurm/chips.yaml`. Enables memory checks, recommended layouts and prices
-    in `plan`; empty: unknown model, no checks."""
+    """GPU model, by its name in `slurm/chips.yaml`. Enables memory checks, recommended layouts and prices in
+    `plan`; empty: unknown model, no checks."""
     ranks_per_node: AtLeastOne = 1
     """Ranks per node without GPUs."""
     cpus_per_node: int = 96
@@ -175,10 +175,9 @@ class ClusterProfile:
     node_power_w: Amount = 0.0
     """Maximum power of a node including GPUs, CPUs and fans; 0: as the vendor's own server."""
     failures_per_gpu_year: Amount = 0.17
-    """Failures that end a whole run, per GPU and year. Published: 0.173 (Llama 3 405B, 419 in 54
-    days on 16,384
-    H100, arXiv 2407.21783, section 3.3.4), 0.30 and 0.11 (6.5 and 2.34 per 1,000 node-days with 8 A100 in
-    Meta's two research clusters, arXiv 2410.21680)."""
+    """Failures that end a whole run, per GPU and year. Published: 0.173 (Llama 3 405B, 419 in 54 days on
+    16,384 H100, arXiv 2407.21783, section 3.3.4), 0.30 and 0.11 (6.5 and 2.34 per 1,000 node-days with 8 A100
+    in Meta's two research clusters, arXiv 2410.21680)."""
     restart_s: Amount = 600.0
     """Seconds from such a failure to the first new step: detection, node checks, start, checkpoint loading.
     Below 10 minutes in MegaScale (arXiv 2402.15627, section 4)."""
@@ -189,7 +188,6 @@ class ClusterProfile:
 
     @property
     def tasks_per_node(self) -> int:
-        """Ranks per node."""
         return self.gpus_per_node or self.ranks_per_node
 
     @property
@@ -302,7 +300,7 @@ def parse_node_settings(arguments: Sequence[str]) -> dict[int, tuple[str, ...]]:
 
 
 def load_profile(name: str, *, account: str | None = None, partition: str | None = None,
-         needs_account: bool = True) -> ClusterProfile:
+                 needs_account: bool = True) -> ClusterProfile:
     """Load a packaged profile or a YAML file.
 
     Args:

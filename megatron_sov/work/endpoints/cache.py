@@ -99,7 +99,7 @@ class EndpointCache:
 
     def usage(self) -> Usage:
         return Usage(*self._execute("SELECT coalesce(sum(input_tokens), 0), coalesce(sum(output_tokens), 0), "
-                               "coalesce(sum(cost), 0.0) FROM requests", ())[0])
+                                    "coalesce(sum(cost), 0.0) FROM requests", ())[0])
 
     def num_requests(self) -> int:
         return int(self._execute("SELECT count(*) FROM requests", ())[0][0])

@@ -25,7 +25,7 @@ UNAVAILABLE_STATUSES = frozenset([429, 502, 503, 504, 529])
 """HTTP status codes of an overloaded or unreachable endpoint."""
 RETRIED_STATUSES = UNAVAILABLE_STATUSES | {408, 409, 425, 500}
 FATAL_STATUSES = {401: "the key is not accepted", 402: "the account has no money", 403: "access is denied",
-            404: "there is no such address or model"}
+                  404: "there is no such address or model"}
 """Errors that affect every request: the command stops, and resumes when run again."""
 REFUSED_STATUSES = frozenset([400, 413, 422])
 REPORT_AFTER_S = 5.0
@@ -34,12 +34,8 @@ REPORT_AFTER_S = 5.0
 
 @dataclass(frozen=True)
 class EndpointLimits:
-    """Limits for the use of an endpoint."""
-
     timeout_s: float
-    """Limit of an attempt."""
     max_attempts: int
-    """Attempts per request."""
     backoff_s: float
     """Wait before the second attempt; doubled before each further attempt."""
     requests_per_minute: float
@@ -49,11 +45,9 @@ class EndpointLimits:
     input_price: float
     """Price per million tokens."""
     output_price: float
-    """Price per million tokens."""
     patience_s: float = 0.0
-    """Seconds since the endpoint's last answer to any request, for retries beyond `max_attempts` while
-    the endpoint is
-    overloaded or unreachable."""
+    """Seconds since the endpoint's last answer to any request, for retries beyond `max_attempts` while the
+    endpoint is overloaded or unreachable."""
 
 
 class RateGate(Protocol):
@@ -124,14 +118,13 @@ class Endpoint:
 
         Args:
             payload: the request.
-            read: converts the decoded JSON. It raises `BadAnswer` for unusable answers to retry,
-                and other exceptions
-                for valid answers without use, which are cached.
+            read: converts the decoded JSON. It raises `BadAnswer` for unusable answers to retry, and other
+                exceptions for valid answers without use, which are cached.
 
         Raises:
             TimeoutError: the last attempt timed out.
-            BadAnswer: no usable answer; `NeverAnswered`: permanently refused;
-                `EndpointUnavailable`: patience ended.
+            BadAnswer: no usable answer; `RequestRefused`: permanently refused; `EndpointUnavailable`:
+                patience ended.
             Exception: raised by `read`, also for a cached answer.
             UserError: no request can succeed, or the cost limit is reached.
         """
@@ -186,8 +179,8 @@ class Endpoint:
                 return answer
 
     def _find_substitute_model(self, payload: Mapping[str, Any], answer: Any) -> str | None:
-        """Return the name of an answering model outside `payload["model"]` and
-        `accepted_models`, else None."""
+        """Return the name of an answering model outside `payload["model"]` and `accepted_models`, else
+        None."""
         if self._accepted_models is None:
             return None
         name = read_model_name(answer)
@@ -215,7 +208,7 @@ class Endpoint:
                    "are recorded with that name")
 
     def _report_wait(self, why: str) -> None:
-        """Report a wait once, when the endpoint has not answered any request for `TOLD_S`."""
+        """Report a wait once, when the endpoint has not answered any request for `REPORT_AFTER_S`."""
         with self._lock:
             if time.monotonic() - self.answered_s < REPORT_AFTER_S or self._told_s > self.answered_s:
                 return
@@ -242,8 +235,8 @@ class Endpoint:
         self._sleep(turn_s - now_s)
 
     def _send_request(self, payload: Mapping[str, Any], key: str, read: Callable[[Any], T]) -> T:
-        """Send a request; return `read` applied to the answer. `EndpointCache` stores answer
-        and cost together."""
+        """Send a request; return `read` applied to the answer. `EndpointCache` stores answer and cost
+        together."""
         most = self._max_usage(payload)
         # a budget reserves the worst case before sending; `leave` corrects it
         self._gate.enter(most)

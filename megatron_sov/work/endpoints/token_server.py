@@ -1,8 +1,7 @@
 """Interface of HTTP inference engines that accept and return token ids.
 
-No text is exchanged: training uses exactly the sampled ids, with their log-probabilities and the
-version of the
-weights that generated each token.
+No text is exchanged: training uses exactly the sampled ids, with their log-probabilities and the version of
+the weights that generated each token.
 """
 
 from __future__ import annotations
@@ -59,7 +58,6 @@ class TokenRequest:
 
     @property
     def prompts(self) -> list[list[int]]:
-        """All prompts in order."""
         return [list(ids) for ids in (self.ids, *self.others)]
 
     @property
@@ -80,8 +78,6 @@ class VersionSpan:
 
 @dataclass(frozen=True)
 class TokenAnswer:
-    """Generated continuation of a prompt."""
-
     tokens: list[int]
     logprobs: list[float]
     """Log-probability per token under the sampling distribution."""
@@ -93,8 +89,8 @@ class TokenAnswer:
     """Expert indices, shape [prompt and answer tokens, layers, experts per token]."""
 
     def token_versions(self, count: int, otherwise: int) -> list[int]:
-        """Return the weights version of the first `count` tokens; `otherwise` if the engine does
-        not report it."""
+        """Return the weights version of the first `count` tokens; `otherwise` if the engine does not report
+        it."""
         versions = [otherwise] * count
         for span in self.versions:
             versions[span.start:span.end] = [span.version] * (min(span.end, count) - span.start)
@@ -104,9 +100,8 @@ class TokenAnswer:
 class TokenServer(Protocol):
     """An inference engine at an address; methods are thread-safe.
 
-    Methods raise `TimeoutError`, `BadAnswer` for unusable replies (`is_away` if unreachable),
-    or `NeverAnswered` for
-    permanent refusals.
+    Methods raise `TimeoutError`, `BadAnswer` for unusable replies (`is_away` if unreachable), or
+    `RequestRefused` for permanent refusals.
     """
 
     url: str

@@ -53,9 +53,8 @@ def find_address_problems(field: str, text: str, key_field: str) -> list[Setting
 
 MAX_BODY_BYTES = 8 << 20
 KEEPALIVE_S = 2.0
-"""Keep-alive time of idle connections: uvicorn servers (vLLM, SGLang) close after 5 s, and a request
-sent at that
-moment fails."""
+"""Keep-alive time of idle connections: uvicorn servers (vLLM, SGLang) close after 5 s, and a request sent at
+that moment fails."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ class Transport:
 
         Raises:
             TimeoutError: timeout.
-            NeverAnswered: the endpoint refuses the request permanently, for example as too long.
+            RequestRefused: the endpoint refuses the request permanently, for example as too long.
             BadAnswer: no connection, a refusal, or an interrupted answer.
         """
         import httpx
@@ -213,7 +212,7 @@ def _limit_response(max_bytes: int, response: Any) -> None:
     if response.headers.get("content-encoding", "identity") != "identity":
         response.close()
         raise _decoding_error_class()("the endpoint sent a packed answer, which was not asked for",
-                           request=response.request)
+                                      request=response.request)
     response.stream = _limit_stream(response, max_bytes)
 
 
@@ -237,7 +236,7 @@ def _limit_stream(response: Any, max_bytes: int) -> Any:
                 size_bytes += len(block)
                 if size_bytes > max_bytes:
                     raise _decoding_error_class()(f"the endpoint sent more than {max_bytes >> 20} MiB",
-                                       request=request)
+                                                  request=request)
                 if time.monotonic() > request.extensions["until_s"]:
                     raise httpx.ReadTimeout("the request has taken its time", request=request)
                 yield block

@@ -24,9 +24,8 @@ GENERATE_PATH = "/inference/v1/generate"
 COMPLETIONS_PATH = "/v1/completions"
 """Route of every vLLM server; reports neither weight versions nor routes of prompt tokens."""
 SendFiles = Callable[[Sequence[str], str, int, Callable[[Mapping[str, Any]], Any]], None]
-"""Sends the tensors in files to a server's workers: (files, address, number of workers, call
-that passes transfer
-settings to the workers). Raises RuntimeError or OSError on failure."""
+"""Sends the tensors in files to a server's workers: (files, address, number of workers, call that passes
+transfer settings to the workers). Raises RuntimeError or OSError on failure."""
 
 
 class VllmServer:
@@ -46,7 +45,6 @@ class VllmServer:
         self._path, self._model, self._send = GENERATE_PATH, "", send
 
     def write(self, request: TokenRequest) -> list[TokenAnswer]:
-        """Generate answers, see `TokenServer`."""
         # no seed: on CPUs vLLM crashes with a seed when a prompt is prefilled in chunks
         sampling = {"max_tokens": request.max_new_tokens, "temperature": request.temperature,
                     "top_p": request.top_p, "top_k": request.top_k or -1, "logprobs": 0, "ignore_eos": True,
@@ -65,7 +63,6 @@ class VllmServer:
         return check_answers(self._request_completions(request, sampling), request.num_answers, self.url)
 
     def score(self, ids: Sequence[int]) -> list[float]:
-        """Compute log-probabilities of given tokens, see `TokenServer`."""
         if self._path == GENERATE_PATH:
             try:
                 reply = self._calls.ask(GENERATE_PATH, {
@@ -85,13 +82,12 @@ class VllmServer:
         # completions echo the prompt followed by one new token
         reply = self._calls.ask(COMPLETIONS_PATH,
                                 {"prompt": list(ids), "model": self._get_model_name(), "max_tokens": 1,
-                                              "temperature": 1.0, "echo": True, "logprobs": 0,
-                                              "request_id": uuid.uuid4().hex})
+                                 "temperature": 1.0, "echo": True, "logprobs": 0,
+                                 "request_id": uuid.uuid4().hex})
         with AnswerParsing(self.url):
             return [float(value) for value in reply["choices"][0]["logprobs"]["token_logprobs"][1:len(ids)]]
 
     def abort(self, requests: Sequence[TokenRequest]) -> None:
-        """Abort requests, see `TokenServer`."""
         # each route prefixes request ids; vLLM ignores unknown ids
         self._calls.tell("/abort_requests", {
             "request_ids": [name for request in requests for name in (
@@ -99,11 +95,9 @@ class VllmServer:
                 *(f"cmpl-{request.name}-{place}" for place in range(len(request.prompts))))]})
 
     def pause(self) -> None:
-        """Suspend running requests, see `TokenServer`."""
         self._calls.tell("/pause?mode=keep&clear_cache=false")
 
     def update(self, files: Sequence[str], version: int) -> None:
-        """Load files in the server, or receive their tensors, see `TokenServer`."""
         self._calls.tell("/init_weight_transfer_engine", {"init_info": {}})
         self._start_update()
         if self._send is None:
@@ -113,7 +107,6 @@ class VllmServer:
         self._calls.tell("/finish_weight_update", {"weight_version": str(version)})
 
     def resume(self) -> None:
-        """Continue with keys and values of the new weights, see `TokenServer`."""
         # without this reset, running requests would continue from keys and values of the old weights
         reply = self._calls.tell("/reset_prefix_cache?reset_running_requests=true")
         if isinstance(reply, Mapping) and reply.get("success") is False:
@@ -121,7 +114,6 @@ class VllmServer:
         self._calls.tell("/resume")
 
     def is_healthy(self) -> bool:
-        """Return whether the model is loaded and the engine's processes are alive."""
         return self._calls.is_there("/health")
 
     def _start_update(self) -> None:
@@ -158,7 +150,6 @@ class VllmServer:
                                 str(choice["finish_reason"])) for choice in reply["choices"]]
 
     def _get_model_name(self) -> str:
-        """Return the server's model name from `/v1/models`."""
         if not self._model:
             reply = self._calls.look("/v1/models")
             with AnswerParsing(self.url):

@@ -57,17 +57,14 @@ class BackgroundProcess:
 
     @property
     def took_s(self) -> float:
-        """Seconds since the start."""
         return time.monotonic() - self.began_s
 
     @property
     def exit_code(self) -> int | None:
-        """Exit code, or None while running."""
         return self._process.poll()
 
     @property
     def last_words(self) -> str:
-        """Last line in the log, usually the error message."""
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[1:]
         return (lines[-1].removeprefix("error: ") if lines
                 else f"its process ended with {self._process.returncode}")

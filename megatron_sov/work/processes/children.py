@@ -30,7 +30,7 @@ SAFE_VARIABLES = frozenset((
     "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TRANSFORMERS_CACHE"))
 """Environment variables kept in processes for untrusted model outputs: no API keys."""
 SAFE_VARIABLE_PREFIXES = ("LC_", "PYTHON", "XDG_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "CUDA_", "CUBLAS_",
-                           "TORCH_", "TRITON_", "COVERAGE_", "COV_CORE_")
+                          "TORCH_", "TRITON_", "COVERAGE_", "COV_CORE_")
 """Prefixes of further allowed variables."""
 FOREIGN_VARIABLES = ("HOME", "LOGNAME", "PATH", "SHELL", "TERM", "USER")
 """Variables passed to third-party programs."""
@@ -113,7 +113,7 @@ class Child:
 
 
 def _end_child(channel: socket.socket, kill: Callable[[], None], wait: Callable[[float | None], int | None],
-         patience_s: float, owner: int) -> None:
+               patience_s: float, owner: int) -> None:
     channel.close()
     if os.getpid() != owner:  # in a fork of the owner
         return
@@ -192,9 +192,8 @@ def end_commands(commands: Sequence[subprocess.Popen[Any]], wait_s: float) -> No
 def run_command(argv: list[str], resume_hint: str) -> int:
     """Run `python -m ARGV`; return the exit code, or `ExitCode.STOPPED` after a stop signal.
 
-    Stop signals are forwarded to the command, which saves its state; the command ends with this
-    process. After a
-    stop signal return STOPPED even if the command succeeded, so that no further command starts.
+    Stop signals are forwarded to the command, which saves its state; the command ends with this process.
+    After a stop signal return STOPPED even if the command succeeded, so that no further command starts.
 
     Args:
         argv: module and arguments.

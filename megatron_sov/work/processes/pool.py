@@ -79,7 +79,7 @@ class StopSignal:
 
 
 def map_in_threads(do: Callable[[Work], Result], items: Iterable[Work], threads: int,
-               stop: StopSignal | None = None) -> Generator[Result, None, None]:
+                   stop: StopSignal | None = None) -> Generator[Result, None, None]:
     """Apply `do` to items in threads; yield results on completion.
 
     After the first failure or a stop request no item starts, running items finish and are yielded, then the
@@ -146,8 +146,8 @@ class WorkerPool(Generic[Item, Result]):
         """Configure the pool without starting processes.
 
         Args:
-            build: module-level function; called once per process with `arguments`, returns the
-                function for items.
+            build: module-level function; called once per process with `arguments`, returns the function for
+                items.
             arguments: picklable values.
             workers: number of processes.
         """
@@ -210,7 +210,7 @@ class WorkerPool(Generic[Item, Result]):
 
 
 def map_in_processes(build: Callable[..., Callable[[Item], Result]], arguments: tuple[Any, ...],
-                 items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
+                     items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
     """Yield the result for each item in order; see `WorkerPool`."""
     pool = WorkerPool(build, arguments, workers)
     try:

@@ -47,7 +47,6 @@ class ProcessTree:
         os.close(self._proc)
 
     def totals(self) -> ProcessTotals:
-        """Return the totals over all current processes."""
         totals = ProcessTotals()
         queue = self._read_children(self._root)[0] if self._forks else [self._root]
         # a process reparented during the walk must not count twice
@@ -96,9 +95,8 @@ class ProcessTree:
             return False
 
     def _read_stat(self, path: str) -> list[str]:
-        """Return the fields of a `stat` file from the third on (state, ppid, ...); the name
-        before may contain
-        spaces and brackets."""
+        """Return the fields of a `stat` file from the third on (state, ppid, ...); the name before may
+        contain spaces and brackets."""
         return self._read_proc_file(path).rpartition(")")[2].split()
 
     def _resident_bytes(self, pid: int) -> int:

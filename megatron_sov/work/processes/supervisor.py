@@ -1,10 +1,8 @@
 """Run a command and end the command with all descendants when the calling process ends.
 
-A keeper process between the two adopts orphaned descendants (PR_SET_CHILD_SUBREAPER, prctl(2)),
-so neither process
-groups, sessions nor daemons escape. The keeper is a separate program because a fork of a trainer
-would retain the
-trainer's memory.
+A keeper process between the two adopts orphaned descendants (PR_SET_CHILD_SUBREAPER, prctl(2)), so neither
+process groups, sessions nor daemons escape. The keeper is a separate program because a fork of a trainer
+would retain the trainer's memory.
 """
 
 from __future__ import annotations
@@ -41,15 +39,15 @@ class SupervisedCommand:
             environment: its environment.
             output: file for standard output and error.
         """
-        until, wanted = os.pipe()  # the keeper ends the command when this pipe closes
-        self._wanted = os.fdopen(wanted, "wb", buffering=0)
+        read_end, write_end = os.pipe()  # the keeper ends the command when this pipe closes
+        self._wanted = os.fdopen(write_end, "wb", buffering=0)
         try:
             self._keeper = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(until), *command], stdin=subprocess.DEVNULL,
-                stdout=output, stderr=subprocess.STDOUT, env=environment, pass_fds=[until],
+                [sys.executable, "-m", __name__, str(read_end), *command], stdin=subprocess.DEVNULL,
+                stdout=output, stderr=subprocess.STDOUT, env=environment, pass_fds=[read_end],
                 start_new_session=True)
         finally:
-            os.close(until)
+            os.close(read_end)
 
     @property
     def is_alive(self) -> bool:

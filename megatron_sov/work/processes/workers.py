@@ -1,8 +1,7 @@
 """Worker processes for requests with a time limit; ended workers are replaced.
 
-Workers are forks of a server process that has imported the needed modules and nothing else:
-replacement is fast,
-and no thread of the caller's libraries is ever forked.
+Workers are forks of a server process that has imported the needed modules and nothing else: replacement is
+fast, and no thread of the caller's libraries is ever forked.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ START_LIMIT_S = 120.0
 END_LIMIT_S = 60.0
 """Limit for the kernel to report a worker's exit code."""
 FAST_REQUEST_S, MAX_BATCH_REQUESTS = 0.01, 64
-"""Requests faster than `FAST_REQUEST_S` are sent in batches of up to `MAX_BATCH_REQUESTS` to
-save round trips."""
+"""Requests faster than `FAST_REQUEST_S` are sent in batches of up to `MAX_BATCH_REQUESTS` to save round
+trips."""
 _PRELOADED: dict[str, None] = {}
 """Modules that the shared fork server imports, in order."""
 Key = TypeVar("Key")
@@ -41,8 +40,6 @@ Answer = Callable[[Any, Callable[[], None]], Any]
 
 
 class _WorkerProcess(Child):
-    """A worker process."""
-
     def __init__(self, make: Callable[..., Answer], arguments: tuple[object, ...],
                  may_start_processes: bool) -> None:
         ours, theirs = socket.socketpair()
@@ -97,7 +94,6 @@ class _WorkerProcess(Child):
         return key
 
     def is_late(self) -> bool:
-        """Return whether the time limit has passed without answer."""
         now_s = time.monotonic()
         if now_s >= self._time.look_at_s:
             self._time.look(now_s)
@@ -111,8 +107,6 @@ class _WorkerProcess(Child):
 
 @dataclass(frozen=True)
 class LostAnswer:
-    """Result of a request whose worker ended without answer."""
-
     exit_code: int | None
     """Exit code of the worker; None after a timeout."""
 
@@ -130,9 +124,8 @@ class Workers:
 
         Args:
             name: purpose of the workers, for messages.
-            make: module-level function, called in each worker with `arguments`; returns the
-                `Answer` function. A
-                `UserError` from either ends the work.
+            make: module-level function, called in each worker with `arguments`; returns the `Answer`
+                function. A `UserError` from either ends the work.
             arguments: plain values.
             num: number of workers.
             modules: modules to import once in the fork server.
@@ -142,13 +135,13 @@ class Workers:
         self._name, self._make, self._arguments, self._num = name, make, arguments, num
         self._most_bytes, self._may_start_processes = most_bytes, may_start_processes
         self._workers: list[_WorkerProcess] = []
-        # All workers share a server: it imports modules known before its start; later ones are
-        # imported per fork.
+        # All workers share a server: it imports modules known before its start; later ones are imported per
+        # fork.
         _PRELOADED.update(dict.fromkeys([__name__, make.__module__, *modules]))
         multiprocessing.get_context("forkserver").set_forkserver_preload([*_PRELOADED])
 
     def answers(self, waiting: deque[tuple[Key, Any]], limit_s: float) -> Iterator[tuple[Key, Any]]:
-        """Yield (key, answer) on completion; an answer may be `Lost`.
+        """Yield (key, answer) on completion; an answer may be `LostAnswer`.
 
         Args:
             waiting: queue of (key, request); the caller may append until all are answered.
@@ -177,8 +170,8 @@ class Workers:
                 self._stop_worker(worker)
 
     def _send_requests(self, waiting: deque[tuple[Key, Any]], limit_s: float) -> None:
-        wanted = len(waiting) + sum(bool(worker.given) for worker in self._workers)
-        while len(self._workers) < min(self._num, wanted):
+        num_needed = len(waiting) + sum(bool(worker.given) for worker in self._workers)
+        while len(self._workers) < min(self._num, num_needed):
             self._workers.append(_WorkerProcess(self._make, self._arguments, self._may_start_processes))
         for worker in self._workers:
             if waiting and worker.is_ready and not worker.given:
@@ -228,9 +221,8 @@ def _run_worker(channel: socket.socket, make: Callable[..., Answer], arguments: 
     """Serve requests until the fork server ends; ignore Ctrl-C, because the main process ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_parent_death_signal()
-    # The fork server ends when nobody holds this pipe open. A worker that inherits the pipe would
-    # keep both alive
-    # after the command is killed.
+    # The fork server ends when nobody holds this pipe open. A worker that inherits the pipe would keep both
+    # alive after the command is killed.
     shared: Any = forkserver._forkserver
     if shared._forkserver_alive_fd is not None:
         os.close(shared._forkserver_alive_fd)

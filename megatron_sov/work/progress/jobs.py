@@ -24,7 +24,7 @@ class Job(Generic[Work]):
     >>> output = Path("doubled.txt")
     >>> run_job(Job(made_by="a script", output=output, identity={"factor": 2}, items=[1, 2, 3],
     ...             do=lambda items: ((n, f"{2 * item}\\n".encode()) for n, item in items),
-    ...             sink=lambda journal: journal.write_to(output)))
+    ...             sink=lambda journal: journal.write_payloads(output)))
     >>> output.read_text().split()
     ['2', '4', '6']
     """
@@ -37,7 +37,7 @@ class Job(Generic[Work]):
     items: Iterable[Work]
     """Items in order."""
     do: Executor[Work]
-    """Computes records from items: `here`, `in_workers` or a custom executor."""
+    """Computes records from items: `local_executor`, `worker_executor` or a custom executor."""
     sink: Callable[[Journal], None]
     """Writes the output from all records."""
     known: Callable[[Work, bytes], object] = lambda item, record: None

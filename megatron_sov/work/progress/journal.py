@@ -38,8 +38,8 @@ def slurm_folder(output: Path) -> Path:
 
 
 def delete_work(output: Path) -> None:
-    """Rename and delete the work folder of a finished output; a kill leaves no partial work under
-    the old name."""
+    """Rename and delete the work folder of a finished output; a kill leaves no partial work under the old
+    name."""
     # `new_artifact` deletes folders with this name after a kill
     delete_folder(work_folder(output), output.with_name(f".{output.name}.tmp-{os.getpid()}"))
 
@@ -81,14 +81,14 @@ class Journal:
         self.folder = folder
         self.done: set[Item] = set()
         """Items that have a record."""
-        own_file = folder / (f"{RECORDS}-{writer}" if writer else RECORDS)
+        writer_file = folder / (f"{RECORDS}-{writer}" if writer else RECORDS)
         size_bytes = 0
         for file in _record_files(folder):
             for item, _, end in _iter_records(file):
                 self.done.add(item)
-                size_bytes = end if file == own_file else size_bytes
+                size_bytes = end if file == writer_file else size_bytes
         # Truncate an incomplete last record, or readers could not reach later records.
-        self._file = open(own_file, "ab")  # noqa: SIM115  (closed by `close`)
+        self._file = open(writer_file, "ab")  # noqa: SIM115  (closed by `close`)
         self._file.truncate(size_bytes)
         self._synced_s = time.monotonic()
 
@@ -122,7 +122,6 @@ class Journal:
                 f.write(payload)
 
     def close(self) -> None:
-        """Sync and close the file."""
         with contextlib.suppress(OSError):  # `add` already reported a full disk
             os.fsync(self._file.fileno())
             self._file.close()
@@ -153,8 +152,8 @@ def open_journal(output: Path, made_by: str, identity: Mapping[str, Any], *, red
 
 
 def begin_journal(output: Path, made_by: str, identity: Mapping[str, Any], *, redo: bool = False) -> None:
-    """Create an output's journal for jobs that compute shares; see `open_journal` for
-    arguments and errors."""
+    """Create an output's journal for jobs that compute shares; see `open_journal` for arguments and
+    errors."""
     with lock_work_folder(output, made_by, identity, redo):
         return
 
@@ -199,8 +198,10 @@ def _find_differences(folder: Path, recorded: dict[str, Any] | None, current: di
     """Return differences between recorded and requested identity, or [] without recorded work."""
     if recorded is not None:
         return describe_differences(recorded, current) if _has_work(folder) else []
-    others = sorted({file.name for file in folder.iterdir()} - {JOB, LOCK})
-    return [f"it contains {others[0]!r} but no readable {JOB}, so its command is unknown"] if others else []
+    file_names = sorted({file.name for file in folder.iterdir()} - {JOB, LOCK})
+    if not file_names:
+        return []
+    return [f"it contains {file_names[0]!r} but no readable {JOB}, so its command is unknown"]
 
 
 def _write_job_file(folder: Path, made_by: str, identity: dict[str, Any]) -> None:
@@ -233,7 +234,6 @@ def list_finished_items(output: Path, identity: Mapping[str, Any]) -> set[Item]:
 
 
 def list_recorded_items(folder: Path) -> set[Item]:
-    """Return the items in a journal, even while writers append."""
     return {item for file in _record_files(folder) for item, _, _ in _iter_records(file)}
 
 
@@ -284,9 +284,9 @@ def _record_files(folder: Path) -> list[Path]:
 
 def _has_work(folder: Path) -> bool:
     """Return whether a folder contains records, parts, job files or nested work."""
-    known_files = {JOB, LOCK, *(file.name for file in _record_files(folder))}
+    journal_files = {JOB, LOCK, *(file.name for file in _record_files(folder))}
     return (any(next(_iter_records(file), None) is not None for file in _record_files(folder))
-            or any(file.is_file() and file.name not in known_files for file in folder.iterdir())
+            or any(file.is_file() and file.name not in journal_files for file in folder.iterdir())
             or any(folder.glob(PARTS)) or any(map(_has_work, folder.glob(".*.work"))))
 
 

@@ -3,12 +3,11 @@
 Folder locks are kernel locks: visible in other containers and on most network file systems, released when the
 process ends.
 
-Claims are files: the n-th holder of a claim is the process that created file n exclusively, on
-any file system.
-The holder increments a counter in its file as a heartbeat; other processes watch it by their own clocks, so
-clocks of machines are never compared. If the holder's process can be looked up and has ended, the claim
-is free at
-once. A claim only avoids duplicate work: if two jobs compute the same part, the table keeps the first.
+Claims are files: the n-th holder of a claim is the process that created file n exclusively, on any file
+system. The holder increments a counter in its file as a heartbeat; other processes watch it by their own
+clocks, so clocks of machines are never compared. If the holder's process can be looked up and has ended, the
+claim is free at once. A claim only avoids duplicate work: if two jobs compute the same part, the table keeps
+the first.
 
     CLAIMS/NAME/1.json                    first holder; the highest number is current
 """
@@ -50,9 +49,9 @@ def has_ended(record: Mapping[str, Any]) -> bool | None:
     import psutil
 
     pid, started_s = record.get("pid"), record.get("started_s")
-    here = (socket.gethostname(), process_table())
+    own_place = (socket.gethostname(), process_table())
     # a pid is only meaningful in its own process table
-    if (record.get("host"), record.get("process_table")) != here or not isinstance(pid, int) \
+    if (record.get("host"), record.get("process_table")) != own_place or not isinstance(pid, int) \
             or not isinstance(started_s, float):
         return None
     try:
@@ -93,13 +92,10 @@ class Holder:
     """Last holder of a claim, read from its file."""
 
     name: str
-    """Name of the claimed item."""
     host: str
     """Machine; empty if unknown."""
     pid: int
-    """Process id on that machine."""
     slurm_job: str
-    """Slurm job id; empty outside Slurm."""
     is_released: bool
     """Whether the holder released the claim."""
     changed_s: float
@@ -121,18 +117,18 @@ class IdleTimeout:
             most_s: limit in seconds.
             watches: wait beyond the limit, because a claim may belong to a dead job.
         """
-        left_s = most_s - self.waited_s
-        if left_s <= 0 and not watches:
+        remaining_s = most_s - self.waited_s
+        if remaining_s <= 0 and not watches:
             return False
-        pause_s = min(POLL_S, left_s) if left_s > 0 else POLL_S
+        pause_s = min(POLL_S, remaining_s) if remaining_s > 0 else POLL_S
         self.sleep(pause_s)
         self.waited_s += pause_s
         return True
 
 
 class Claims:
-    """A job's view on the claims in a folder. Call `take` repeatedly: an expired lease shows
-    only over time."""
+    """A job's view on the claims in a folder. Call `take` repeatedly: an expired lease shows only over
+    time."""
 
     def __init__(self, folder: Path, lease_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         """Args:
@@ -147,9 +143,8 @@ class Claims:
     def take(self, name: str) -> Claim | None:
         """Claim an item; return None for items of living jobs.
 
-        A claim without heartbeat for a whole lease since this job's first look is taken over, as is
-        a claim whose
-        process has ended on this machine.
+        A claim without heartbeat for a whole lease since this job's first look is taken over, as is a claim
+        whose process has ended on this machine.
 
         Raises:
             UserError: the folder is not writable.
@@ -169,13 +164,13 @@ class Claims:
             return Claim(self._folder, name, number + 1, self._lease_s)
 
     def may_be_dead(self, name: str) -> bool:
-        """Return whether a refused claim has shown no heartbeat yet: the holder may be
-        dead, keep watching."""
+        """Return whether a refused claim has shown no heartbeat yet: the holder may be dead, keep
+        watching."""
         return name in self._watched
 
     def _is_available(self, name: str, number: int) -> bool:
-        """Return whether a claim's last holder released it, has ended, or missed a whole
-        lease of heartbeats."""
+        """Return whether a claim's last holder released it, has ended, or missed a whole lease of
+        heartbeats."""
         try:
             content = _claim_file(self._folder, name, number).read_bytes()
         except FileNotFoundError:
@@ -184,9 +179,9 @@ class Claims:
         if record.get("is_released") or has_ended(record):
             return True
         # time of the first look at the unchanged content, by the local clock
-        seen_number, seen, since_s = self._seen.get(name, (0, b"", 0.0))
+        seen_number, seen_content, since_s = self._seen.get(name, (0, b"", 0.0))
         # a heartbeat or the first look restarts the lease
-        if (seen_number, seen) != (number, content):
+        if (seen_number, seen_content) != (number, content):
             (self._watched.discard if seen_number else self._watched.add)(name)
             self._seen[name] = (number, content, self._clock())
             return False
@@ -194,8 +189,6 @@ class Claims:
 
 
 class Claim:
-    """A claim of this job, from `Claims.take`."""
-
     def __init__(self, folder: Path, name: str, number: int, lease_s: float) -> None:
         self.name = name
         self._folder, self._number, self._lease_s = folder, number, lease_s

@@ -1,8 +1,7 @@
 """Outputs built from parts: a killed command resumes without repeating finished parts.
 
-Parts are folders named by a hash of everything they depend on: the same command, or a command with
-more input or
-other settings, reuses matching parts and builds the rest.
+Parts are folders named by a hash of everything they depend on: the same command, or a command with more input
+or other settings, reuses matching parts and builds the rest.
 
 An artifact built file by file has a journal in its work folder with size and hash of each synced file, and a
 folder `content/` that becomes the output by renaming.
@@ -125,8 +124,8 @@ def open_parts(output: Path, made_by: str) -> Iterator[Path]:
         made_by: command line, for messages.
 
     Raises:
-        UserError: another process holds the folder, it belongs to another command, or the disk
-            is not writable.
+        UserError: another process holds the folder, it belongs to another command, or the disk is not
+            writable.
     """
     with lock_work_folder(output, made_by, {"command": made_by}):
         # delete after success only: after an error the next attempt reuses the parts

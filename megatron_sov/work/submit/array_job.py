@@ -18,7 +18,6 @@ from megatron_sov.work.submit.arrays import WORK_FILE, record_failure
 
 
 def main() -> None:
-    """Call the pickled work with the job's task numbers (SLURM_ARRAY_TASK_ID)."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # for the job's shell, which requeues the job
     logs, tasks_per_job = Path(sys.argv[1]), int(sys.argv[2])
     work, num_tasks = pickle.loads((logs / WORK_FILE).read_bytes())  # noqa: S301

@@ -216,15 +216,12 @@ class Arrays:
 
 @dataclass
 class _Array:
-    """An array before submission."""
-
     logs: Path
     num_jobs: int
     tasks_per_job: int
     cpus: int
     gpus: int
     before: _Array | None
-    """Array to wait for."""
     number: str = ""
 
     def submit(self, profile: ClusterProfile) -> str:
@@ -268,7 +265,6 @@ class SharedWork:
     """Cores per job of the array."""
     gpus: int = 0
     finish_cpus: int = 1
-    """Cores of the final job."""
 
 
 def submit_shares(output: Path, shared: SharedWork, profile: ClusterProfile,

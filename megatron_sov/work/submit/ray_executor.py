@@ -1,8 +1,7 @@
 """Execute items in processes of a Ray cluster, for sites without Slurm and for steps that hold GPUs.
 
-Ray schedules: each process requests a core and GPUs and receives items once placed. The command
-alone writes the
-journal. A process lost with its node is restarted elsewhere, and its item is repeated.
+Ray schedules: each process requests a core and GPUs and receives items once placed. The command alone writes
+the journal. A process lost with its node is restarted elsewhere, and its item is repeated.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ MAX_LOSSES = 3
 
 
 def ray_executor(build: Callable[..., Callable[[Work], bytes]], arguments: tuple[Any, ...], workers: int,
-           address: str, *, gpus: float = 0.0) -> Executor[Work]:
+                 address: str, *, gpus: float = 0.0) -> Executor[Work]:
     """Return an executor with Ray actors on a cluster.
 
     Args:
@@ -84,8 +83,6 @@ def _connect_ray(address: str) -> Any:
 
 @dataclass(eq=False)
 class _RayTask:
-    """An item with its record after completion."""
-
     number: int
     item: Any
     record: bytes | None = None
@@ -116,7 +113,6 @@ class _RayProcesses:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no process is busy or starting."""
         return not self._working and not self._starting
 
     def give(self, task: _RayTask) -> None:
@@ -151,7 +147,6 @@ class _RayProcesses:
 
 
 def _iter_records(processes: _RayProcesses, items: Numbered[Any]) -> Iterator[tuple[int, bytes]]:
-    """Yield records in item order."""
     remaining = iter(items)
     order: deque[_RayTask] = deque()
     is_exhausted = False

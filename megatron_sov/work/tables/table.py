@@ -5,9 +5,8 @@
     TABLE/ADDED/VERSION/NAME/             columns that a later job added to a part
     TABLE/claims/                         claims of running jobs, see `progress.locks`
 
-A part is a Parquet file with a manifest. It appears by a rename and never changes; if two jobs
-publish the same
-part, the first stays. Readers need no lock.
+A part is a Parquet file with a manifest. It appears by a rename and never changes; if two jobs publish the
+same part, the first stays. Readers need no lock.
 """
 
 from __future__ import annotations
@@ -65,11 +64,9 @@ class TablePart:
     manifest_sha256: str
     """Hash of the manifest, which identifies the whole part."""
     created_s: float
-    """Unix time."""
     provenance: Mapping[str, Any]
     """Description of the program that wrote the part."""
     version: str = ""
-    """Version of added columns."""
 
     @property
     def file(self) -> Path:
@@ -78,8 +75,6 @@ class TablePart:
 
 @dataclass(frozen=True)
 class DeletableFolder:
-    """A folder that may be deleted, with the reason."""
-
     path: Path
     why: str
     size_bytes: int
@@ -130,7 +125,6 @@ class Table(Generic[P]):
 
     @staticmethod
     def tell(identity: Mapping[str, Any]) -> str:
-        """Format the shared values for messages."""
         raise NotImplementedError
 
     @classmethod
@@ -207,7 +201,6 @@ class Table(Generic[P]):
         return self.path / CLAIMS
 
     def claim_name(self, name: str, version: str = "") -> str:
-        """Return the claim name for a part, or for a version's columns of the part."""
         return f"{self.CLAIM}-{version[:VERSION_CHARS]}-{name}" if version else name
 
     def part_path(self, name: str, version: str = "") -> Path:
@@ -284,8 +277,8 @@ class Table(Generic[P]):
             raise UserError(f"{path}: {problem}; {_REBUILD_HINT}")
         content = manifest.content
         part: P = self.PART(path.name, path, kind, key, content["num_rows"], content.get(EXCLUDED_FIELD, 0),
-                              manifest_sha256(path), manifest.created_s, manifest.settings,
-                              content.get(self.VERSION, ""))
+                            manifest_sha256(path), manifest.created_s, manifest.settings,
+                            content.get(self.VERSION, ""))
         return part
 
     def _find_problem(self, path: Path, manifest: Manifest) -> str:
@@ -367,8 +360,8 @@ class Table(Generic[P]):
 
     def clearable(self, versions: Collection[str] = (),
                   firsts: Collection[int] = ()) -> list[DeletableFolder]:
-        """Return folders that may be deleted: leftovers of killed jobs, claims on finished
-        work, selected parts.
+        """Return folders that may be deleted: leftovers of killed jobs, claims on finished work, selected
+        parts.
 
         Args:
             versions: versions, or names of their folders, whose added columns to delete.

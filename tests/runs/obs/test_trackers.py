@@ -35,7 +35,7 @@ def test_tensorboard_reads_back_logged_values(tmp_path: Path) -> None:
         return float(event.tensor_proto.float_val[0])
 
     assert [(e.step, value(e)) for e in events.Tensors("learning_rate")] == [(s, pytest.approx(1e-3 * s))
-                                                                  for s in (1, 2, 3)]
+                                                                             for s in (1, 2, 3)]
     loss = events.Tensors("loss")
     assert [value(e) for e in loss[:3]] == pytest.approx([1, 0.5, 1 / 3])
     assert math.isnan(value(loss[3])) and loss[3].step == 4
@@ -114,7 +114,7 @@ def read_wandb(file: Path) -> tuple[str, list[dict[str, float]]]:
 
 
 def test_wandb_offline_continues_run_with_repeated_steps(tmp_path: Path,
-                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     attempts = []
     for steps in ((1, 2, 3), (2, 3, 4)):  # the second attempt goes back to a checkpoint after step 1
@@ -141,7 +141,7 @@ def test_wandb_offline_continues_run_with_repeated_steps(tmp_path: Path,
 
 
 def test_failing_tracker_is_reported_once_and_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                     capsys: pytest.CaptureFixture[str]) -> None:
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tensorboard")
     trackers = Trackers(ObsConfig(tensorboard=True), tmp_path, {})
     calls = []
@@ -156,11 +156,11 @@ def test_failing_tracker_is_reported_once_and_dropped(tmp_path: Path, monkeypatc
     trackers.close()
     assert len(calls) == 1
     assert capsys.readouterr().err == (
-        "warning: TensorBoard failed (OSError: no space left on the device); the run goes on without it\n")
+        "warning: TensorBoard failed (OSError: no space left on the device); the run continues without it\n")
 
 
 def test_wandb_start_failure_does_not_stop_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                      capsys: pytest.CaptureFixture[str]) -> None:
+                                               capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("wandb")
     def unreachable(**kwargs: object) -> None:
         raise ConnectionError("no route to host")
@@ -172,12 +172,12 @@ def test_wandb_start_failure_does_not_stop_run(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb"])
 def test_missing_package_error_names_install_command(package: str, tmp_path: Path,
-                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [n for n in sys.modules if n.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=rf"obs\.{package} = true needs the package {package}.*"
-                                        + re.escape(how_to_install("trackers"))):
+                       + re.escape(how_to_install("trackers"))):
         Trackers(ObsConfig(**{package: True}), tmp_path, {})
 
 

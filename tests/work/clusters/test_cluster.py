@@ -113,7 +113,7 @@ def test_missing_network_bandwidth_is_rejected_beyond_domain() -> None:
                                         r"of its maker: 400\), or plan with at most 8 GPUs$"):
         cluster.compute_links(silent, 16)
     for name, lacks in (("one-node", "gpu is empty"), ("local", "gpus_per_node is 0")):
-        with pytest.raises(UserError, match=f"{lacks} in the profile, .* take a profile with gpu set to one "
+        with pytest.raises(UserError, match=f"{lacks} in the profile, .* use a profile with gpu set to one "
                                             "of a100, "):
             cluster.compute_links(cluster.load_profile(name, needs_account=False), 1)
 

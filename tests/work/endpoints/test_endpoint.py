@@ -71,7 +71,7 @@ def hostile() -> Iterator[ThreadingHTTPServer]:
     ("endless 500", "sent more than 1 MiB"), ("dripping", "longer than 0.3 s"),
     ("dripping 500", "longer than 0.3 s")])
 def test_answers_are_limited_in_time_and_size(way: str, sentence: str, hostile: ThreadingHTTPServer,
-                                          monkeypatch: pytest.MonkeyPatch) -> None:
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "MAX_BODY_BYTES", 1 << 20)
     hostile.way = way  # type: ignore[attr-defined]
     importlib.import_module("openai")  # seconds on a busy machine
@@ -95,7 +95,7 @@ def test_concurrent_equal_requests_are_sent_once(tmp_path: Path) -> None:
 
 
 def test_localhost_bypasses_proxy(tmp_path: Path,
-                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+                                  monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     with serving(ScriptedEndpoint(lambda request: "yes")) as server:
         Endpoint(f"{server.url}/chat/completions", "", LIMITS, EndpointCache(tmp_path / "a")).ask(
@@ -110,7 +110,7 @@ def test_answer_without_usage_is_billed_at_maximum(tmp_path: Path) -> None:
         endpoint.ask(ASKED, lambda raw: None)
         assert cache.usage() == Usage(8, 9, pytest.approx(26e-6))
         for usage in ({}, {"prompt_tokens": -1, "completion_tokens": 1}, {"prompt_tokens": 1}):
-            assert endpoint._billed({"usage": usage}, Usage(100, 8, 1.0)) == Usage(100, 8, 1.0)
+            assert endpoint._read_billing({"usage": usage}, Usage(100, 8, 1.0)) == Usage(100, 8, 1.0)
 
 
 def test_unusable_answer_is_billed(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_unusable_answer_is_billed(tmp_path: Path) -> None:
         server.next = ["garbage"]
         endpoint = Endpoint(f"{server.url}/chat/completions", "", LIMITS, cache)
         endpoint.ask(ASKED, lambda raw: None)
-        most = endpoint._most(ASKED)
+        most = endpoint._max_usage(ASKED)
         assert cache.usage().input_tokens == 8 + most.input_tokens
         assert cache.usage().output_tokens == 9 + most.output_tokens
 
@@ -174,7 +174,7 @@ def test_permanent_refusal_is_reported_without_retry(
     ask = Endpoint("http://127.0.0.1:9/v1/chat/completions", "A_KEY", LIMITS, EndpointCache(tmp_path / "a"))
     for body in ({"error": {"message": message}}, {"object": "error", "message": message}):
         with pytest.raises(kind, match=sentence):
-            ask._refuse(400, None, json.dumps(body).encode())
+            ask._check_status(400, None, json.dumps(body).encode())
 
 
 def test_cache_name_replaces_address_in_keys(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_cache_name_replaces_address_in_keys(tmp_path: Path) -> None:
 
 
 def test_wait_for_unreachable_endpoint_is_reported_once(monkeypatch: pytest.MonkeyPatch,
-                                                           tmp_path: Path) -> None:
+                                                        tmp_path: Path) -> None:
     from megatron_sov.work.endpoints import endpoint as asking
 
     monkeypatch.setattr(asking, "REPORT_AFTER_S", 0.0)
@@ -226,7 +226,7 @@ def test_substitute_model_is_reported_once(tmp_path: Path) -> None:
     ("soon", 0, 0), ("", 0, 0), (None, 0, 0), ("nan", 0, 0), ("inf", 60, 60), ("-3", 0, 0),
     ("Wed, 99 Oct 2015 07:28:00 GMT", 0, 0)])
 def test_retry_after_accepts_date(text: str | None, low: float, high: float,
-                                        monkeypatch: pytest.MonkeyPatch) -> None:
+                                  monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_sov.work.endpoints.answers.time.time", lambda: 1767225600.0)  # 2026 begins
     monkeypatch.setenv("TZ", "KST-9")
     time.tzset()

@@ -207,4 +207,4 @@ def test_hostile_answers_are_rejected(lie: dict[str, Any]) -> None:
 
 def test_deeply_nested_json_is_rejected() -> None:
     with pytest.raises(BadAnswer, match="http://x/p: answered JSON that is nested too deep"):
-        ServerCalls("http://x", "", 1.0)._read("/p", HttpResponse(200, {}, b"[" * 200_000))
+        ServerCalls("http://x", "", 1.0)._parse_response("/p", HttpResponse(200, {}, b"[" * 200_000))

@@ -42,7 +42,7 @@ time.sleep(600)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a child that ends with its parent is Linux's")
 def test_background_process_has_lowest_priority_and_ends_with_parent(tmp_path: Path,
-                                                             ends: Callable[[int], bool]) -> None:
+                                                                     ends: Callable[[int], bool]) -> None:
     parent = subprocess.Popen([sys.executable, "-c", PARENT, CHILD, str(tmp_path / "state")])
 
     def wait_for(name: str) -> None:

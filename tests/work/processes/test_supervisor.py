@@ -29,8 +29,8 @@ time.sleep(600)
 """
 OWNER = """
 import os, sys, time
-from megatron_sov.work.processes.supervisor import KeptCommand
-kept = KeptCommand([sys.executable, "-c", sys.argv[1]], os.environ, sys.stderr)
+from megatron_sov.work.processes.supervisor import SupervisedCommand
+kept = SupervisedCommand([sys.executable, "-c", sys.argv[1]], os.environ, sys.stderr)
 time.sleep(600)
 """
 

@@ -76,7 +76,7 @@ sys.stdin.read()
 
 
 def test_file_system_without_locks_is_tolerated(tmp_path: Path,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(fd: int, operation: int) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
@@ -96,7 +96,7 @@ def test_file_system_without_locks_is_tolerated(tmp_path: Path,
 
 
 def test_lock_file_replaces_unlockable_folder(tmp_path: Path,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
     real = artifacts.holds
 
     def holds_files(fd: int) -> bool | None:  # as NFS does

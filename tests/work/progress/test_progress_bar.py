@@ -77,7 +77,7 @@ def test_close_before_first_step_writes_nothing() -> None:
     (0.0, True, Terminal(), True), (60.0, True, Terminal(), False), (0.0, False, Terminal(), False),
     (0.0, True, io.StringIO(), False)], ids=["terminal", "a moment", "another process", "log file"])
 def test_progress_files_show_completed_work(delay_s: float, shows: bool, screen: io.StringIO, seen: bool,
-                                         monkeypatch: pytest.MonkeyPatch) -> None:
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress_bar, "SHOWN_AFTER_S", delay_s)
     monkeypatch.setattr("sys.stderr", screen)
     with bar_of("hashing", 2_000_000, "B", shows) as bar:
@@ -94,7 +94,7 @@ def test_invalid_numbers_are_ignored() -> None:
 
 
 def test_warning_is_printed_and_recorded_equally(tmp_path: Path,
-                                                          capsys: pytest.CaptureFixture[str]) -> None:
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
     events = EventLog(tmp_path / "events.jsonl")
     warn("the disk is slow", events.write, step=3)
     warn("weights went back", events.write, "rollback", step=4, back_to=2)

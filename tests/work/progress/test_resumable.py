@@ -100,11 +100,11 @@ def test_matching_parts_are_reused(tmp_path: Path) -> None:
 def test_parts_of_other_commands_are_kept(tmp_path: Path) -> None:
     make(tmp_path / "out", ["ab1"])
     with (pytest.raises(UserError, match=r"out: .* unfinished work of another command: .*inspect .* --clear"
-                        r"(.|\n)*command was .sov-data pack., and is .sov-tokenizer train."),
+                                         r"(.|\n)*command was .sov-data pack., and is .sov-tokenizer train."),
           open_parts(tmp_path / "out", "sov-tokenizer train")):
         raise AssertionError("unreachable")
     (work_folder(tmp_path / "old") / "ab" / "ab1").mkdir(parents=True)
-    with (pytest.raises(UserError, match=r"it has .ab., and no job.json tells"),
+    with (pytest.raises(UserError, match=r"it contains .ab. but no readable job.json"),
           open_parts(tmp_path / "old", "sov-data pack")):
         raise AssertionError("unreachable")
     assert make(tmp_path / "out", ["ab1"]) == ["ab1"] and (work_folder(tmp_path / "old") / "ab/ab1").is_dir()

@@ -104,7 +104,7 @@ def test_lost_node_loses_no_items(cluster: Any) -> None:
 
 @pytest.mark.distributed
 def test_missing_cluster_raises_user_error(capsys: pytest.CaptureFixture[str],
-                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
     Path("rows.jsonl").write_text('{"n": 1}\n')
     monkeypatch.setenv("RAY_ADDRESS", "")
     words = ["map", "rows.jsonl", "mine.py:Step", "--output", "out", "--ray", "nonsense"]

@@ -148,7 +148,7 @@ class Verifiers(World):
             if self.state["turns"]:
                 self.reset(self.task)
             for turn in state["turns"]:
-                self.reply(ServedTurn.of(turn))
+                self.reply(ServedTurn.from_dict(turn))
             # through JSON, as the state has come
             if json.loads(json.dumps(self.state)) != state:
                 raise InfrastructureFault("the environment does not repeat itself: its conversation is "
