@@ -69,6 +69,18 @@ def test_killed_compilation_stops_no_later_run(library: Any, monkeypatch: pytest
     assert library._share_storage_ext == "compiled share_storage"
 
 
+def test_second_process_of_a_node_compiles_nothing(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_extension, "on_each", lambda action: action(1, 2))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(cpp_extension, "load_inline", None)
+    with pytest.raises(UserError, match="set TORCH_EXTENSIONS_DIR to a folder that all processes of a node"):
+        load_storage_extension(["layernorm"])
+    monkeypatch.setattr(cpp_extension, "load_inline", compile_text)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    load_storage_extension(["layernorm"])
+    assert library._share_storage_ext == "compiled share_storage"
+
+
 def test_missing_tools_and_failed_compilations_are_named(
     library: Any, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
