@@ -37,7 +37,7 @@ def test_a_malformed_line_is_named_by_number(tmp_path: Path, line: str, sentence
 
 
 def test_nothing_to_ask_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is nothing to continue"):
+    with pytest.raises(UserError, match="no prompts"):
         read_prompts([], None)
     with pytest.raises(UserError, match="prompt 2 is empty"):
         read_prompts(["a", ""], None)

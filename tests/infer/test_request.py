@@ -74,7 +74,7 @@ def test_what_follows_from_what_was_asked_stands_beside_the_tokens() -> None:
 @pytest.mark.parametrize("part", [{"top_k": 5}, {"top_p": 0.9}])
 def test_samples_to_train_on_come_from_the_whole_distribution(part: dict[str, float]) -> None:
     cut = Sampling(4, 0.7, for_training=True, **part)
-    with pytest.raises(UserError, match="samples that are trained"):
+    with pytest.raises(UserError, match="samples for training"):
         cut.check()
     Sampling(4, 0.7, **part).check()
     Sampling(4, 0.7, for_training=True).check()

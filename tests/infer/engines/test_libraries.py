@@ -118,7 +118,7 @@ def test_log_probabilities_are_of_what_was_drawn_from(temperature: float, hf_mod
 def test_a_cut_distribution_is_for_training_where_it_is_asked_for(hf_models: dict[str, Path]) -> None:
     engine = HfEngine(load_hf(hf_models["solar_open"]))
     cut = Sampling(3, 1.0, top_k=1, for_training=True)
-    with pytest.raises(UserError, match="samples that are trained"):
+    with pytest.raises(UserError, match="samples for training"):
         engine.generate(PROMPTS, cut)
     found = engine.generate(PROMPTS, dataclasses.replace(cut, allow_truncation=True))
     assert all(logprob == 0 for told in found.logprobs for logprob in told), "of one token, it is certain"
