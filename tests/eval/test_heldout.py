@@ -40,7 +40,7 @@ def test_no_learned_token_is_no_perfect_score(token_shards: Path, monkeypatch: p
     rows = HeldoutData.rows
     monkeypatch.setattr(HeldoutData, "rows", lambda self, index: (
         dataclasses.replace(row, weights=0 * row.weights) for row in rows(self, index)))
-    with pytest.raises(UserError, match="held-out tokens is learned"):
+    with pytest.raises(UserError, match="held-out tokens have loss weight 0"):
         open_heldout({str(token_shards): 1.0}, 90, 2000)
 
 

@@ -162,7 +162,7 @@ def test_a_server_that_dies_under_a_transfer_is_given_weights_anew(
     assert torch.equal(keeper.doubles[1].received["w"], torch.arange(3.0))
     # its process is looked at meanwhile too: either is the first to know
     told = capsys.readouterr().err
-    assert f"{keeper.doubles[0].url}: " in told and "it is started again" in told
+    assert f"{keeper.doubles[0].url}: " in told and "it is restarted" in told
     engine.close()
 
 
@@ -188,7 +188,7 @@ def test_a_server_that_does_not_score_a_text_is_left_out(
     assert len(fleet.score([5, 6])) == 2
     monkeypatch.setattr(keepers[0].doubles[0], "_generate", lambda body: (500, {}))
     assert len(fleet.score([5, 6])) == 1
-    assert f"{keepers[0].doubles[0].url}: says nothing of a known text" in capsys.readouterr().err
+    assert f"{keepers[0].doubles[0].url}: cannot score a text" in capsys.readouterr().err
 
 
 def test_ids_that_would_end_a_server_are_not_sent(fleets: Callable[..., Fleet]) -> None:
@@ -302,8 +302,8 @@ def test_a_closed_fleet_leaves_nobody_waiting() -> None:
 
 
 @pytest.mark.parametrize("script, said", [
-    (None, "is no program that can be started; name the interpreter that has vLLM by SOV_ENGINE_PYTHON"),
-    (f'exec {sys.executable} "$@"', "python has no vLLM; install it into an environment of its own")])
+    (None, "is not an executable program; set the interpreter with vLLM by SOV_ENGINE_PYTHON"),
+    (f'exec {sys.executable} "$@"', "python has no vLLM; install it into its own environment")])
 def test_an_interpreter_without_vllm_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                              script: str | None, said: str) -> None:
     python = tmp_path / "python"
