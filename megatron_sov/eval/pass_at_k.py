@@ -231,8 +231,8 @@ def read_judged(path: Path, group_by: str, right_from: float) -> JudgedItem:
     return read_judged_parts(path, None, group_by, right_from).get("", JudgedItem())
 
 
-def read_judged_parts(path: Path, part_by: str | None, group_by: str, right_from: float) -> dict[str,
-                      JudgedItem]:
+def read_judged_parts(path: Path, part_by: str | None, group_by: str,
+                      right_from: float) -> dict[str, JudgedItem]:
     """Count rows for each value of the field `part_by`, in file order; None counts all rows under ""."""
     parts: dict[str, JudgedItem] = {}
     with open(path, "rb") as f:

@@ -59,7 +59,7 @@ def test_data_that_cannot_judge_is_refused(one_rank: None, imported: dict[str, P
         source["splits"]["heldout"]["num_tokens"] = 0
     (other / "manifest.json").write_text(json.dumps(manifest | {"sha256": ""}))
     assert main(["eval", "ppl", str(imported["solar_open"]), "--data", str(other)]) == 2
-    assert "holds no documents out" in capsys.readouterr().err
+    assert "has no held-out documents" in capsys.readouterr().err
 
 
 CUT = ["--seq-len", "100", "--max-tokens", "1500"]

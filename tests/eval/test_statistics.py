@@ -108,7 +108,7 @@ def test_it_holds_the_truth_in_about_95_of_100_draws() -> None:
 
 @pytest.mark.parametrize(("correct", "samples"), [(0, 0), (3, 2), (-1, 5)])
 def test_what_is_no_share_is_refused(correct: int, samples: int) -> None:
-    with pytest.raises(ValueError, match=f"{correct} of {samples} is no share"):
+    with pytest.raises(ValueError, match=f"{correct} of {samples} is not a share"):
         wilson_interval(correct, samples)
 
 

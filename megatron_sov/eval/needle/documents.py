@@ -106,7 +106,8 @@ def _build_document(documents: NeedleDocuments, document: int) -> tuple[np.ndarr
     tokens = weave(text, statements, places.tolist())
     weights = weave(text_weights, [statement_weights] * num_needles, places.tolist())
     questions = (statements[i] for i in question_order[:num_questions])
-    return np.concatenate([tokens, *questions]), np.concatenate([weights, *[question_weights] * num_questions])
+    weights_of_questions = [question_weights] * num_questions
+    return np.concatenate([tokens, *questions]), np.concatenate([weights, *weights_of_questions])
 
 
 def _compute_weights(settings: NeedleConfig, slots: Slots, pair_weights: Sequence[float]) -> np.ndarray:

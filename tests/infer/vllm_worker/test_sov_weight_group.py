@@ -128,7 +128,8 @@ def test_all_tensors_reach_each_worker_then_others_over_another_group_until_one_
 
 def test_a_worker_that_stands_still_holds_nobody_up_for_longer_than_patience() -> None:
     trainer, worker = pair()
-    for patience_s, is_over, said in ((0.2, False, "was not transferred within 0.2 s"), (60, True, "transfer was cancelled")):
+    for patience_s, is_over, said in ((0.2, False, "was not transferred within 0.2 s"),
+                                      (60, True, "transfer was cancelled")):
         trainer._patience_s, over = patience_s, threading.Event()
         if is_over:
             over.set()
