@@ -41,8 +41,8 @@ def tensors() -> dict[str, torch.Tensor]:
             "bias": torch.randn(5, generator=generator), "empty": torch.zeros(4, 0)}
 
 
-def test_what_was_taken_is_written_whatever_happens_to_the_live_tensors(
-        tmp_path: Path, tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_snapshot_is_independent_of_live_tensors(tmp_path: Path, tensors: dict[str, torch.Tensor],
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_snapshot, "MIN_FILE_BYTES", 1)
     monkeypatch.setattr(host_snapshot, "num_writers", lambda: 3)
     before = {key: t.clone() for key, t in tensors.items()}
@@ -63,8 +63,7 @@ def test_what_was_taken_is_written_whatever_happens_to_the_live_tensors(
         assert load_file(tmp_path / name), "the library reads it as well"
 
 
-def test_where_nothing_changes_meanwhile_the_tensors_themselves_are_written(
-        tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def test_unchanged_tensors_are_written_without_copy(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
     copied, uncopied = Snapshot(), Snapshot()
     copied.take({"model": blocks_of(tensors)})
     uncopied.take({"model": blocks_of(tensors)}, changes=False)
@@ -77,7 +76,7 @@ def test_where_nothing_changes_meanwhile_the_tensors_themselves_are_written(
     assert files[0] == files[1]
 
 
-def test_memory_is_kept_and_given_back_with_its_block(tensors: dict[str, torch.Tensor]) -> None:
+def test_snapshot_memory_is_reused_and_freed_with_its_block(tensors: dict[str, torch.Tensor]) -> None:
     copy = Snapshot()
 
     def addresses(whole: dict[str, torch.Tensor]) -> dict[tuple[object, ...], int]:
@@ -92,7 +91,7 @@ def test_memory_is_kept_and_given_back_with_its_block(tensors: dict[str, torch.T
     assert all(a[1] <= b[0] for a, b in pairwise(spans)), "no two blocks share memory"
 
 
-def test_the_first_failure_of_a_thread_is_raised_when_all_have_ended() -> None:
+def test_run_in_threads_raises_the_first_error_at_the_end() -> None:
     done: list[int] = []
 
     def fails() -> None:
@@ -105,7 +104,7 @@ def test_the_first_failure_of_a_thread_is_raised_when_all_have_ended() -> None:
     assert 99 not in done, "nothing is begun after a failure"
 
 
-def test_threads_share_the_cores_with_the_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writer_threads_share_cores_between_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_snapshot.os, "sched_getaffinity", lambda pid: range(16))
     for ranks, threads in (("1", 4), ("8", 4), ("16", 2), ("64", 2)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)

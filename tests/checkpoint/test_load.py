@@ -109,7 +109,7 @@ def continued(path: str) -> dict[str, Any]:
 
 @pytest.mark.distributed
 @pytest.mark.essential
-def test_any_layout_reads_what_another_wrote_to_the_bit_and_goes_on(ranks, job, tmp_path: Path) -> None:
+def test_checkpoint_is_bit_equal_across_layouts_and_resumes(ranks, job, tmp_path: Path) -> None:
     from megatron_sov.base.artifacts import damaged_files, read_manifest
     from megatron_sov.checkpoint.sharded_tensors import TensorReader
 
@@ -204,7 +204,7 @@ def other_model(path: str) -> str:
 
 
 @pytest.mark.distributed
-def test_where_one_process_fails_all_are_told(ranks, job, tmp_path: Path) -> None:
+def test_error_of_one_process_is_raised_on_all(ranks, job, tmp_path: Path) -> None:
     for name in ("failures", "sound"):
         (tmp_path / name).mkdir()
     failed, _, other = ranks(job(__file__, "failures", 2, {"folder": str(tmp_path / "failures")}),

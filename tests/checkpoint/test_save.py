@@ -160,7 +160,7 @@ def _defect(*args: Any) -> None:
 
 
 @pytest.mark.distributed
-def test_the_copy_is_written_and_failures_reach_everyone(ranks: Any, job: Any, tmp_path: Path) -> None:
+def test_background_save_writes_the_copy_and_reports_errors(ranks: Any, job: Any, tmp_path: Path) -> None:
     from megatron_sov.base.artifacts import damaged_files, read_manifest
     from megatron_sov.checkpoint.sharded_tensors import TensorReader
 
@@ -200,7 +200,7 @@ def test_the_copy_is_written_and_failures_reach_everyone(ranks: Any, job: Any, t
 
 
 @pytest.mark.distributed
-def test_behind_an_error_what_all_have_written_becomes_complete(ranks: Any, job: Any, tmp_path: Path) -> None:
+def test_finish_after_error_completes_written_checkpoints(ranks: Any, job: Any, tmp_path: Path) -> None:
     from megatron_sov.base.artifacts import damaged_files
 
     (found,) = ranks(job(__file__, "behind_an_error", 2, {"folder": str(tmp_path)}))
@@ -244,7 +244,7 @@ def gathered(everywhere: bool) -> dict[str, Any]:
 
 
 @pytest.mark.distributed
-def test_any_grid_becomes_the_tensor(ranks: Any, job: Any) -> None:
+def test_gather_assembles_blocks_of_any_grid(ranks: Any, job: Any) -> None:
     main_only, everywhere = ranks(job(__file__, "gathered", 2, {"everywhere": False}),
                                   job(__file__, "gathered", 2, {"everywhere": True}))
     spread = [[[float(15 * i + 5 * j + k) for k in range(5)] for j in range(3)] for i in range(2)]

@@ -25,8 +25,8 @@ from megatron_sov.checkpoint.writer import SAFETENSORS_DTYPES, TensorFile, Tenso
 
 @given(st.data(), st.lists(st.integers(0, 6), max_size=4),
        st.sampled_from([torch.bfloat16, torch.float64, torch.bool]), st.sampled_from([1, 24, 1 << 25]))
-def test_any_block_has_the_bits_that_were_saved(tmp_path_factory, data: st.DataObject, shape: list[int],
-                                                dtype: torch.dtype, cover_bytes: int) -> None:
+def test_any_block_equals_the_saved_tensor(tmp_path_factory, data: st.DataObject, shape: list[int],
+                                           dtype: torch.dtype, cover_bytes: int) -> None:
     path = tmp_path_factory.mktemp("file") / "t.safetensors"
     whole = (torch.arange(math.prod(shape)) % 251).reshape(shape).to(dtype)
     save_file({"before": torch.ones(3, dtype=torch.uint8), "t": whole}, path, metadata={"format": "pt"})
@@ -66,13 +66,13 @@ def _with_header(path: Path, change: Callable[[dict[str, Any]], Any], tail: byte
     (lambda h: "[" * 100_000, b"", "recursion"),
     (lambda h: "{", b"", "its header would have 1 of"),
 ])
-def test_damaged_headers_are_refused_by_name(tmp_path: Path, change, tail: bytes, expected: str) -> None:
+def test_damaged_headers_name_the_tensor(tmp_path: Path, change, tail: bytes, expected: str) -> None:
     with pytest.raises(UserError, match=r"t\.safetensors: cannot be read as a safetensors file "
                                         rf".*{expected}.*; copy it again"):
         TensorFile(_with_header(tmp_path / "t.safetensors", change, tail), "copy it again")
 
 
-def test_files_that_change_or_hold_other_kinds_of_numbers(tmp_path: Path) -> None:
+def test_changed_files_and_unsupported_dtypes_raise_user_error(tmp_path: Path) -> None:
     path = _with_header(tmp_path / "t.safetensors", lambda h: h["b"].update(dtype="F8_E4M3", shape=[8]))
     file = TensorFile(path, "copy it again")
     with pytest.raises(UserError, match="dtype F8_E4M3,"):
@@ -92,8 +92,9 @@ SHAPES = st.lists(st.tuples(st.lists(st.integers(0, 5), max_size=3),
 
 
 @given(SHAPES, st.booleans())
-def test_the_library_reads_it(tmp_path_factory: pytest.TempPathFactory,
-                              drawn: list[tuple[list[int], torch.dtype]], beside: bool) -> None:
+def test_safetensors_library_reads_written_files(tmp_path_factory: pytest.TempPathFactory,
+                                                 drawn: list[tuple[list[int], torch.dtype]],
+                                                 beside: bool) -> None:
     path = tmp_path_factory.mktemp("file") / "t.safetensors"
     tensors = {f"t{i}": (torch.randn(shape) * 9).to(dtype) for i, (shape, dtype) in enumerate(drawn)}
     specs = [TensorSpec(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
@@ -105,7 +106,7 @@ def test_the_library_reads_it(tmp_path_factory: pytest.TempPathFactory,
     assert record == FileRecord(f"blake3:{blake3(path.read_bytes()).hexdigest()}", path.stat().st_size)
 
 
-def test_the_next_tensor_is_read_while_one_is_written(tmp_path: Path,
+def test_next_tensor_is_read_while_current_is_written(tmp_path: Path,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     """The first is not written before the second one is asked for, nor the third asked for before that."""
     asked, order = threading.Event(), list[str]()
@@ -129,8 +130,8 @@ def test_the_next_tensor_is_read_while_one_is_written(tmp_path: Path,
     assert order.index("read b") < order.index("written") < order.index("read c")
 
 
-def test_bytes_are_those_of_the_library_and_the_disk_begins_before_the_end(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_equal_safetensors_and_write_back_starts_early(tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[tuple[int, int]] = []
     monkeypatch.setattr(writer, "_start_write_back", lambda fd, start, size: begun.append((start, size)))
     monkeypatch.setattr(writer, "_WRITE_BACK_BYTES", 100)
@@ -146,7 +147,7 @@ def test_bytes_are_those_of_the_library_and_the_disk_begins_before_the_end(
     assert sum(size for _, size in begun) > record.size_bytes - 100
 
 
-def test_the_disk_is_really_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sync_file_range_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if writer._SYNC_FILE_RANGE is None:
         pytest.skip("only Linux can")
     told: list[int] = []

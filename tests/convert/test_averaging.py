@@ -46,8 +46,8 @@ def experts(exaone_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     return [folder / str(seed) for seed in range(3)]
 
 
-def test_equal_weights_are_the_plain_mean_bit_for_bit(experts: list[Path], tmp_path: Path,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_weights_give_the_bit_exact_mean(experts: list[Path], tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(averaging, "SLAB_ELEMENTS", 700)  # less than a matrix has, and no multiple of a row
     convert.average([(path, 1.0) for path in experts], tmp_path / "merged")
     found, parts = written(tmp_path / "merged"), read_parts(experts)
@@ -62,8 +62,8 @@ def test_equal_weights_are_the_plain_mean_bit_for_bit(experts: list[Path], tmp_p
     assert (tmp_path / "merged/tokenizer/tokenizer.json").is_file()
 
 
-def test_weights_are_shares_of_their_sum_and_a_killed_merge_goes_on(
-        experts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_normalized_and_killed_averaging_resumes(experts: list[Path], tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     weights = [3.0, 0.5]
     monkeypatch.setattr("megatron_sov.convert.hf_import.MAX_FILE_BYTES", 100_000)
     read, blocks = averaging.mean_block, 0
@@ -107,7 +107,8 @@ def refused(said: str, *paths: Path) -> None:
     assert not out.exists() and not out.with_name(".never.work").exists()
 
 
-def test_what_has_no_mean_is_refused(experts: list[Path], solar_dir: Path, tmp_path: Path) -> None:
+def test_incompatible_checkpoints_are_not_averaged(experts: list[Path], solar_dir: Path,
+                                                   tmp_path: Path) -> None:
     convert.from_hf(solar_dir, tmp_path / "solar")
     refused("a mean needs at least two checkpoints", experts[0])
     refused("model.family = solar_open, and .* has exaone_moe", experts[0], tmp_path / "solar")
@@ -128,7 +129,7 @@ def test_what_has_no_mean_is_refused(experts: list[Path], solar_dir: Path, tmp_p
         convert.average([(experts[0], 1.0), (experts[1], -1.0)], tmp_path / "never")
 
 
-def test_a_damaged_source_leaves_nothing(experts: list[Path], tmp_path: Path) -> None:
+def test_damaged_source_writes_no_checkpoint(experts: list[Path], tmp_path: Path) -> None:
     shutil.copytree(experts[1], tmp_path / "damaged")
     (file,) = (tmp_path / "damaged/model").rglob("*.safetensors")
     with open(file, "r+b") as f:
@@ -137,8 +138,7 @@ def test_a_damaged_source_leaves_nothing(experts: list[Path], tmp_path: Path) ->
     refused("differs from the hash", experts[0], tmp_path / "damaged")
 
 
-def test_adapters_of_one_base_give_the_mean_of_the_models_that_they_make(solar_dir: Path,
-                                                                        tmp_path: Path) -> None:
+def test_adapters_are_averaged_as_merged_models(solar_dir: Path, tmp_path: Path) -> None:
     convert.from_hf(solar_dir, tmp_path / "base")
     paths = [adapter(tmp_path, tmp_path / "base", seed) for seed in range(2)]
     convert.average([(path, 1.0) for path in paths], tmp_path / "merged")
@@ -155,7 +155,7 @@ def test_adapters_of_one_base_give_the_mean_of_the_models_that_they_make(solar_d
 # Which of a run's checkpoints are averaged, and how much each counts.
 
 
-def test_a_moving_average_over_many_checkpoints_has_these_weights() -> None:
+def test_ema_weights_equal_a_moving_average() -> None:
     values, decay, moving = [float(i % 7) for i in range(60)], 0.8, 0.0
     for value in values:
         moving = decay * moving + (1 - decay) * value
@@ -165,7 +165,7 @@ def test_a_moving_average_over_many_checkpoints_has_these_weights() -> None:
     assert weights_of(3, "uniform", decay) == [1, 1, 1] and weights_of(3, "linear", decay) == [1, 2, 3]
 
 
-def test_a_window_of_steps_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_checkpoints_in_a_window_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = [tmp_path / f"step-{n}" for n in (10, 20, 30, 40)]
     monkeypatch.setattr(averaging, "complete", lambda folder: steps)
     assert choose_checkpoints(tmp_path, None, (20, None)) == [(p, 1.0) for p in steps[1:]]

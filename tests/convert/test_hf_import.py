@@ -34,7 +34,7 @@ from megatron_sov.runs.checkpoints import settings_of
 from tests.omni_model import NUM_PICTURE_TOKENS, save_omni_model
 
 
-def test_companions_travel(solar_dir: Path, tmp_path: Path) -> None:
+def test_companion_files_are_copied(solar_dir: Path, tmp_path: Path) -> None:
     (source := tmp_path / "source").mkdir()
     for file in solar_dir.iterdir():
         shutil.copy(file, source)
@@ -50,8 +50,7 @@ def test_companions_travel(solar_dir: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", "hello", "[1]", '{"a": 1', "version https://git-lfs.github.com/spec/v1"])
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
-def test_a_damaged_companion_is_refused_by_its_own_name(name: str, content: str, solar_dir: Path,
-                                                        tmp_path: Path) -> None:
+def test_damaged_companion_file_is_named(name: str, content: str, solar_dir: Path, tmp_path: Path) -> None:
     source = shutil.copytree(solar_dir, tmp_path / "source")
     (source / name).write_text(content)
     with pytest.raises(UserError, match=f"source/{name}: .*; restore it from its source"):
@@ -59,7 +58,7 @@ def test_a_damaged_companion_is_refused_by_its_own_name(name: str, content: str,
     assert not (tmp_path / "ckpt").exists()
 
 
-def test_a_link_is_not_followed_out_of_a_foreign_folder(solar_dir: Path, tmp_path: Path) -> None:
+def test_links_to_outside_the_folder_are_rejected(solar_dir: Path, tmp_path: Path) -> None:
     source = shutil.copytree(solar_dir, tmp_path / "source")
     (tmp_path / "secret").write_text("secret")
     (source / "added_tokens.json").symlink_to("../secret")
@@ -68,8 +67,7 @@ def test_a_link_is_not_followed_out_of_a_foreign_folder(solar_dir: Path, tmp_pat
     assert not (tmp_path / "ckpt").exists()
 
 
-def test_token_ids_come_from_the_tokenizer_where_nothing_else_says_them(solar_dir: Path,
-                                                                        tmp_path: Path) -> None:
+def test_token_ids_fall_back_to_the_tokenizer(solar_dir: Path, tmp_path: Path) -> None:
     source = shutil.copytree(solar_dir, tmp_path / "source",
                              ignore=shutil.ignore_patterns("generation_config.json"))
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
@@ -80,7 +78,7 @@ def test_token_ids_come_from_the_tokenizer_where_nothing_else_says_them(solar_di
         "bos_token_id": 0, "eos_token_id": 1}
 
 
-def test_what_ends_a_turn_ends_generation(solar_dir: Path, tmp_path: Path) -> None:
+def test_turn_ends_are_stop_tokens_of_the_export(solar_dir: Path, tmp_path: Path) -> None:
     """Engines take their stop tokens from generation_config.json."""
     source = shutil.copytree(solar_dir, tmp_path / "source",
                              ignore=shutil.ignore_patterns("generation_config.json"))
@@ -130,7 +128,7 @@ NAMED: dict[str, tuple[dict[str, dict[str, Any]], TokenIds]] = {
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_each_special_id_is_of_the_first_file_that_has_it(name: str, tmp_path: Path) -> None:
+def test_special_ids_come_from_the_first_file(name: str, tmp_path: Path) -> None:
     """Where transformers' generate finds one it is that; where it finds none it would never stop."""
     files, expected = NAMED[name]
     (tmp_path / "tokenizer.json").write_text(json.dumps({
@@ -147,7 +145,7 @@ def test_each_special_id_is_of_the_first_file_that_has_it(name: str, tmp_path: P
             assert theirs in (None, [], value), token
 
 
-def test_a_special_token_without_an_id_is_refused_where_it_is_needed(tmp_path: Path) -> None:
+def test_unknown_eos_token_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
     (tmp_path / TEXTS).write_text('{"eos_token": "<gone>"}')
     with pytest.raises(UserError, match="eos_token = '<gone>'"):
@@ -160,8 +158,8 @@ def test_a_special_token_without_an_id_is_refused_where_it_is_needed(tmp_path: P
 
 @pytest.mark.parametrize("defaults", [
     {"temperature": 0.6}, {"temperature": 0.6, "eos_token_id": None}, {}, None])
-def test_ids_that_generation_defaults_lack_come_back(defaults: dict[str, Any] | None, solar_dir: Path,
-                                                     tmp_path: Path) -> None:
+def test_missing_ids_are_added_to_generation_config(defaults: dict[str, Any] | None, solar_dir: Path,
+                                                    tmp_path: Path) -> None:
     source = shutil.copytree(solar_dir, tmp_path / "source", ignore=shutil.ignore_patterns(GENERATION))
     if defaults is not None:
         (source / GENERATION).write_text(json.dumps(defaults))
@@ -179,7 +177,7 @@ def test_ids_that_generation_defaults_lack_come_back(defaults: dict[str, Any] | 
     assert [check.detail for check in failed] == ["eos ([2] and [1])"]
 
 
-def test_what_ends_a_turn_is_added_to_the_defaults_of_a_base(solar_dir: Path, tmp_path: Path) -> None:
+def test_turn_ends_are_added_to_base_defaults(solar_dir: Path, tmp_path: Path) -> None:
     """As after fine-tuning of a base whose own defaults stop at its end of text alone."""
     source = shutil.copytree(solar_dir, tmp_path / "source")
     tokenizer = json.loads((source / "tokenizer.json").read_text())
@@ -194,8 +192,8 @@ def test_what_ends_a_turn_is_added_to_the_defaults_of_a_base(solar_dir: Path, tm
     assert json.loads((tmp_path / "hf" / GENERATION).read_text()) == before | {"eos_token_id": [2, 3]}
 
 
-def test_a_tokenizer_that_transformers_would_read_otherwise_is_told(
-        solar_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_different_pre_tokenizer_is_warned_about(solar_dir: Path, tmp_path: Path,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
     """transformers splits the text of every qwen2 folder its own way."""
     from transformers import (
         AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer)
@@ -247,8 +245,8 @@ def ours(checkpoint: Path, ids: list[int], records: dict[str, np.ndarray]) -> to
 
 
 @pytest.mark.deep
-def test_the_page_computes_what_the_model_computes(tmp_path: Path, packed_data: Any, one_rank: None,
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_multimodal_export_equals_our_model(tmp_path: Path, packed_data: Any, one_rank: None,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_omni_model(tmp_path / "model", packed_data.tokenizer, ("model.init_std=0.1",))
     to_hf("model", "omni-hf")
@@ -277,7 +275,7 @@ def test_the_page_computes_what_the_model_computes(tmp_path: Path, packed_data: 
     assert all(any(name.startswith(prefix) for name in tensors) for prefix in prefixes)
 
 
-def test_other_kinds_have_their_own_classes(tmp_path: Path) -> None:
+def test_multimodal_export_has_processor_classes(tmp_path: Path) -> None:
     from transformers import AutoFeatureExtractor, AutoImageProcessor
 
     model = dataclasses.replace(get("tiny-qwen3").model, vision=VisionEncoderConfig(
@@ -347,8 +345,8 @@ def respelled(folder: Path, names: str, out: Path, change: Callable[[dict[str, A
 
 
 @pytest.mark.parametrize("names", NAMES)
-def test_the_text_model_computes_what_it_computes_inside(seeing: Path, names: str, tmp_path: Path,
-                                                         capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_model_of_a_multimodal_folder_is_equal(seeing: Path, names: str, tmp_path: Path,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import AutoModelForCausalLM, Gemma3ForConditionalGeneration
 
     source = respelled(seeing, names, tmp_path / "hf")
@@ -388,15 +386,16 @@ def part(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
     (part("intermediate_size", 25), r"its tensors do not match the model: .* of another shape"),
     (part("is_causal", False), r"is_causal = False \(transformers reads it, and it is not supported here\)"),
 ])
-def test_other_folders_are_refused_in_one_sentence(seeing: Path, change: Callable[[dict[str, Any]], Any],
-                                                   expected: str, tmp_path: Path) -> None:
+def test_unsupported_multimodal_folders_raise_user_error(seeing: Path,
+                                                         change: Callable[[dict[str, Any]], Any],
+                                                         expected: str, tmp_path: Path) -> None:
     source = respelled(seeing, "as released", tmp_path / "hf", change)
     with pytest.raises(UserError, match=expected):
         convert.from_hf(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tensor_that_is_there_twice_or_unknown_is_refused(seeing: Path, tmp_path: Path) -> None:
+def test_duplicate_and_unknown_tensors_are_rejected(seeing: Path, tmp_path: Path) -> None:
     source = respelled(seeing, "as released", tmp_path / "hf")
     tensors = load_file(source / "model.safetensors")
     norm = tensors["language_model.model.norm.weight"]

@@ -120,14 +120,14 @@ def compare(name: str, tmp_path: Path) -> tuple[float, float, list[str]]:
     return difference.value, difference.limit, list(passed)
 
 
-def test_the_configs_are_those_of_many_models_and_say_where_they_come_from() -> None:
+def test_hub_configs_name_their_sources() -> None:
     entries = json.loads(Path(__file__).with_name("hub_configs.json").read_text())
     assert len(HUB) >= 40 and len(QUICK) >= 9
     assert sum(entry["from"] != "from memory" for entry in entries.values()) >= 20
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_config_of_a_public_model_is_read(name: str) -> None:
+def test_public_config_is_parsed(name: str) -> None:
     config = CONFIGS[name]
     family = models.get(config["model_type"])
     model = family.from_hf_config(config)
@@ -141,6 +141,6 @@ def test_the_config_of_a_public_model_is_read(name: str) -> None:
 @pytest.mark.parametrize("name", [
     *QUICK.values(),
     *(pytest.param(name, marks=pytest.mark.deep) for name in CONFIGS if name not in QUICK.values())])
-def test_a_public_model_computes_what_transformers_does(name: str, tmp_path: Path) -> None:
+def test_public_model_equals_transformers(name: str, tmp_path: Path) -> None:
     value, _, passed = compare(name, tmp_path)
     print(f"{name} | imported | {value:.1e} | {', '.join(passed) or '-'}")

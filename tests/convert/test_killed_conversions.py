@@ -63,8 +63,8 @@ def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.deep
-def test_a_killed_conversion_goes_on_to_the_same_bytes(solar_dir: Path, tmp_path: Path, small_files: None,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_conversion_resumes_to_equal_bytes(solar_dir: Path, tmp_path: Path, small_files: None,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     convert.from_hf(solar_dir, tmp_path / "ckpt")
     sources = {"from_hf": solar_dir, "to_hf": tmp_path / "ckpt"}
     jobs = [(action, str(source), str(tmp_path / action), kill_after) for action, source in sources.items()

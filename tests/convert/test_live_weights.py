@@ -74,7 +74,8 @@ def exported(recipe: str, precision: str, layout: dict[str, Any], path: str) -> 
     {"tiny-k-exaone": ("one", "EP2 x PP2 of two chunks", "TP2+SP x EP2 x PP2"), "tiny-qwen2": ("PP2",)},
     pytest.param({recipe: names for recipe, (_, names) in RECIPES.items()}, marks=pytest.mark.deep)],
     ids=["all at once", "each"])
-def test_live_export_is_file_export(ranks, job, tmp_path: Path, chosen: dict[str, tuple[str, ...]]) -> None:
+def test_live_export_equals_file_export(ranks, job, tmp_path: Path,
+                                        chosen: dict[str, tuple[str, ...]]) -> None:
     from safetensors.torch import load_file
 
     from megatron_sov import convert
@@ -172,7 +173,7 @@ def taken_in(recipe: str, layout: dict[str, Any], precision: str) -> dict[str, A
 
 @pytest.mark.essential
 @pytest.mark.distributed
-def test_a_model_takes_in_what_another_exports(ranks, job) -> None:
+def test_live_import_equals_live_export(ranks, job) -> None:
     found = ranks(*(job(__file__, "taken_in", n, {"recipe": recipe, "layout": x, "precision": precision})
                     for recipe, n, x, precision in TAKEN_IN))
     for where, per_rank in zip(TAKEN_IN, found, strict=True):
@@ -184,7 +185,7 @@ def test_a_model_takes_in_what_another_exports(ranks, job) -> None:
             assert "is given twice" in twice and "1 unexpected (model.odd)" in unknown
 
 
-def test_a_model_with_an_adapter_takes_nothing_in() -> None:
+def test_live_import_rejects_a_model_with_adapter() -> None:
     """What an export gives has its adapter inside: it would be added twice."""
     from types import SimpleNamespace
 

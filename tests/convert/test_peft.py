@@ -90,7 +90,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
 @pytest.mark.usefixtures("solar_open2")
 @pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.deep] * (case == "DeepSeek-V3"))
                                   for case in CASES])
-def test_peft_loads_ours_and_ours_peft(case: str, ranks: Any, job: Any, tmp_path: Path) -> None:
+def test_adapter_round_trip_with_peft(case: str, ranks: Any, job: Any, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
@@ -138,8 +138,8 @@ def test_peft_loads_ours_and_ours_peft(case: str, ranks: Any, job: Any, tmp_path
 
 
 @pytest.mark.parametrize(("precision", "tp"), [("bf16", 1), ("bf16", 2), ("fp32", 2)])
-def test_live_merge_equals_merge_of_the_checkpoint(precision: str, tp: int, ranks: Any, job: Any,
-                                                   tmp_path: Path) -> None:
+def test_live_merge_equals_checkpoint_merge(precision: str, tp: int, ranks: Any, job: Any,
+                                            tmp_path: Path) -> None:
     settings = [f"train.precision={precision}", f"parallel.tp={tp}", "lora.alpha=0.01"]
     ranks(job(__file__, "saved", tp, {"recipe": "tiny-qwen3", "settings": settings, "folder": str(tmp_path)}))
     live = torch.load(tmp_path / "live.pt")["live"]
@@ -170,7 +170,7 @@ GOOD = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}
      "score.lora_A.weight (1 such tensors) is not an adapter"),
     ({}, [], "has no adapter tensors"),
 ])
-def test_what_we_have_no_like_of_is_refused(config: dict[str, Any], names: list[str], said: str) -> None:
+def test_unsupported_adapters_are_rejected(config: dict[str, Any], names: list[str], said: str) -> None:
     model = get("tiny-qwen3").model
     names = [name for name in names if ".layers." not in name or int(name.split(".")[4]) < model.num_layers]
     with pytest.raises(UserError) as refused:
@@ -178,13 +178,13 @@ def test_what_we_have_no_like_of_is_refused(config: dict[str, Any], names: list[
     assert said in str(refused.value) and str(refused.value).startswith("here: ")
 
 
-def test_an_adapter_of_one_side_of_a_tied_weight_is_refused_by_its_reason() -> None:
+def test_adapter_of_a_tied_weight_is_rejected() -> None:
     names = ["base_model.model.model.embed_tokens.lora_embedding_A"]
     with pytest.raises(UserError, match=r".*embed_tokens.* adapts"):
         lora_of(GOOD, names, get("tiny-qwen2").model, "here")
 
 
-def test_dora_beside_a_head_of_its_own_is_read_and_dora_of_the_head_is_refused() -> None:
+def test_dora_of_the_head_is_rejected() -> None:
     model = get("tiny-qwen3").model
     folder = "base_model.model.model.layers.{}.self_attn.q_proj"
     ends = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
@@ -196,13 +196,13 @@ def test_dora_beside_a_head_of_its_own_is_read_and_dora_of_the_head_is_refused()
         lora_of({**GOOD, "use_dora": True}, names + head, model, "here")
 
 
-def test_rank_stabilised_scaling_becomes_alpha() -> None:
+def test_rslora_is_converted_to_alpha() -> None:
     model = get("tiny-qwen3").model
     names = [name for name in NAMES if int(name.split(".")[4]) < model.num_layers]
     assert lora_of({**GOOD, "use_rslora": True}, names, model, "") == LoraConfig(4, 16.0, ("q_proj",))
 
 
-def test_the_base_is_named_as_it_was_converted(tmp_path: Path) -> None:
+def test_base_name_is_the_hub_or_run_name(tmp_path: Path) -> None:
     """By its name on the hub where it lies in the hub's cache, of a run by the run's; never by a path."""
     assert hub_name(Path("/root/.cache/hub/models--Qwen--Qwen3-8B/snapshots/12ab")) == "Qwen/Qwen3-8B"
     assert hub_name(tmp_path / "mymodel") == "mymodel"
@@ -214,7 +214,7 @@ def test_the_base_is_named_as_it_was_converted(tmp_path: Path) -> None:
     assert base_name_of(tmp_path, lost) == "gone"
 
 
-def test_a_folder_without_settings_is_refused(tmp_path: Path) -> None:
+def test_peft_folder_without_config_is_rejected(tmp_path: Path) -> None:
     (tmp_path / CONFIG).write_text(json.dumps(GOOD))
     with pytest.raises(UserError, match=f"has no {WEIGHTS}"):
         from_peft(tmp_path, tmp_path / "out", tmp_path)
@@ -223,7 +223,7 @@ def test_a_folder_without_settings_is_refused(tmp_path: Path) -> None:
 # An adapter inside its base's weights.
 
 
-def test_lengths_that_were_not_trained_leave_a_weight_as_it_is() -> None:
+def test_untrained_dora_leaves_weights_unchanged() -> None:
     """In bf16 too, where a trained length is rounded and that of the row is not."""
     config = apply_settings(get("tiny-qwen2"), ["lora.rank=2", "lora.dora=true"])
     place = places(config.model, config.lora)["model.layers.0.self_attn.q_proj.weight"]
@@ -287,8 +287,8 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("case", MERGES)
-def test_merge_into_bfloat16_base_rounds_once_to_written_dtype(
-        case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_merge_rounds_once_to_the_written_dtype(case: str, tmp_path: Path,
+                                                capfd: pytest.CaptureFixture[str]) -> None:
     kind, settings = MERGES[case]
     adapted_by_peft(tmp_path, kind, settings, torch.bfloat16)
     convert.from_hf(tmp_path / "hf", tmp_path / "base")
@@ -315,8 +315,7 @@ def test_merge_into_bfloat16_base_rounds_once_to_written_dtype(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_verify_accepts_own_export_and_names_rounding_of_the_update(
-        dtype: torch.dtype, tmp_path: Path) -> None:
+def test_verify_reports_rounding_of_the_update(dtype: torch.dtype, tmp_path: Path) -> None:
     adapted_by_peft(tmp_path, "Llama", {"target_modules": ["q_proj", "up_proj"]}, dtype)
     convert.from_hf(tmp_path / "hf", tmp_path / "base")
     from_peft(tmp_path / "peft", tmp_path / "adapter", tmp_path / "base")

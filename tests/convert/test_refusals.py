@@ -119,7 +119,7 @@ def refused(call: Callable[[Path], None], out: Path) -> str:
 
 
 @pytest.mark.parametrize("case", HF)
-def test_hugging_face_folders(case: str, sound: dict[str, Path], tmp_path: Path) -> None:
+def test_damaged_hf_folders_are_rejected(case: str, sound: dict[str, Path], tmp_path: Path) -> None:
     damage, expected = HF[case]
     folder = shutil.copytree(sound["hf"], tmp_path / "bad")
     damage(folder)
@@ -203,14 +203,14 @@ CHECKPOINT = {
 
 
 @pytest.mark.parametrize("case", CHECKPOINT)
-def test_checkpoints(case: str, sound: dict[str, Path], tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_rejected(case: str, sound: dict[str, Path], tmp_path: Path) -> None:
     damage, expected = CHECKPOINT[case]
     folder = shutil.copytree(sound["ckpt"], tmp_path / "bad")
     damage(folder)
     assert re.search(expected, refused(lambda out: convert.to_hf(folder, out), tmp_path / "out"))
 
 
-def test_a_value_that_does_not_fit_the_dtype(sound: dict[str, Path], tmp_path: Path) -> None:
+def test_overflowing_value_is_rejected(sound: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(sound["ckpt"], tmp_path / "large")
     in_file(with_value(f"{ROUTER}@0,0", 1e6))(folder)
     message = refused(lambda out: convert.to_hf(folder, out, "float16"), tmp_path / "out")
@@ -219,8 +219,8 @@ def test_a_value_that_does_not_fit_the_dtype(sound: dict[str, Path], tmp_path: P
 
 
 @pytest.mark.parametrize("action", ["from_hf", "to_hf"])
-def test_a_disk_that_fills_up_under_a_writing_thread(action: str, sound: dict[str, Path], tmp_path: Path,
-                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_during_writing_is_reported(action: str, sound: dict[str, Path], tmp_path: Path,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
     def full(fd: int, raw: memoryview) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -23,7 +23,7 @@ SPECS = st.lists(st.tuples(st.lists(st.integers(1, 5), min_size=1, max_size=3),
 
 @settings(max_examples=30, deadline=None)
 @given(SPECS, st.integers(1, 600))
-def test_the_library_reads_what_we_write(tmp_path_factory, shapes, max_shard_bytes: int) -> None:
+def test_safetensors_library_reads_our_shards(tmp_path_factory, shapes, max_shard_bytes: int) -> None:
     folder: Path = tmp_path_factory.mktemp("shards")
     specs = [TensorSpec(f"t{i}", tuple(shape), dtype) for i, (shape, dtype) in enumerate(shapes)]
     tensors = {spec.name: torch.randn(spec.shape).to(spec.dtype) for spec in specs}
@@ -46,7 +46,7 @@ def test_the_library_reads_what_we_write(tmp_path_factory, shapes, max_shard_byt
     assert all(found[name].dtype == t.dtype and torch.equal(found[name], t) for name, t in tensors.items())
 
 
-def test_memory_holds_one_tensor_of_each_file(tmp_path: Path) -> None:
+def test_writer_holds_at_most_two_tensors_per_file(tmp_path: Path) -> None:
     """Forty tensors of one megabyte pass through while at most two of each file (one is written,
     the next one read) are alive."""
     import weakref
@@ -68,7 +68,7 @@ def test_memory_holds_one_tensor_of_each_file(tmp_path: Path) -> None:
     assert most <= 4
 
 
-def test_a_tensor_stands_in_a_file_once_and_as_planned(tmp_path: Path) -> None:
+def test_writer_rejects_duplicate_and_unplanned_tensors(tmp_path: Path) -> None:
     spec = TensorSpec("t", (2,), torch.float32)
     with pytest.raises(ValueError, match="t: would be"):
         write_files(tmp_path, {"f": [TensorSpec("s", (1,), torch.float32), spec, spec]},

@@ -83,8 +83,8 @@ def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:
     ((), CUT_IN_ITS_OWN_WAY),
     pytest.param(FURTHER, ("tiny-k-exaone2",), marks=pytest.mark.deep)],
     ids=["caches of their own", "further"])
-def test_cached_generation_is_what_full_forward_passes_say(ranks: Any, job: Any, further: tuple[str, ...],
-                                                           cut: tuple[str, ...]) -> None:
+def test_cached_generation_equals_full_forward_passes(ranks: Any, job: Any, further: tuple[str, ...],
+                                                      cut: tuple[str, ...]) -> None:
     names = [*dict.fromkeys([*further, *cut, "tiny-deepseek-v3"])] if further else [
         name for name in RECIPES if name not in FURTHER]
     experts_of = ["tiny-deepseek-v3"]

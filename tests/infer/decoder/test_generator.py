@@ -146,7 +146,7 @@ def check_ways(found: dict[str, Any]) -> None:
 @pytest.mark.parametrize("names", [
     ["TP2+SP x CP2, EP4"], pytest.param(["PP2 VPP2", "EP2, experts by gathering"], marks=pytest.mark.deep)],
     ids=["all kinds", "gathering"])
-def test_every_way_and_every_layout_write_the_same(ranks, job, names: list[str]) -> None:
+def test_generation_is_equal_at_every_layout(ranks, job, names: list[str]) -> None:
     alone, *others = ranks(
         job(__file__, "continuations", 1, {"layout": {}, "full": True, "pieces": True}),
         *(job(__file__, "continuations", n, {"layout": x}) for n, x in map(LAYOUTS.get, names)))
@@ -242,7 +242,7 @@ WHERE = [("k-exaone", 1, {}, ["greedy", "T 1", "T 0.7", "drafted", "drafted T 1"
 @pytest.mark.essential
 @pytest.mark.parametrize("further", [[1], pytest.param([2, 3], marks=pytest.mark.deep)],
                          ids=["tensors", "stages and experts"])
-def test_log_probabilities_are_those_of_the_trainer(ranks, job, further: list[int]) -> None:
+def test_logprobs_equal_those_of_the_trainer(ranks, job, further: list[int]) -> None:
     """At the first of WHERE, and further ones."""
     chosen = [WHERE[i] for i in (0, *further)]
     alone, *others = ranks(*(
@@ -261,8 +261,8 @@ def test_log_probabilities_are_those_of_the_trainer(ranks, job, further: list[in
 
 @pytest.mark.essential
 @pytest.mark.parametrize("family", ["solar_open", "exaone_moe"])
-def test_greedy_text_is_that_of_transformers(family: str, hf_models: dict[str, Path],
-                                             imported: dict[str, Path], one_rank: None) -> None:
+def test_greedy_text_equals_transformers(family: str, hf_models: dict[str, Path], imported: dict[str, Path],
+                                         one_rank: None) -> None:
     """Token by token on an exported folder, prompts of mixed lengths, far past the sliding
     window of 8 tokens."""
     prepare_megatron()

@@ -117,7 +117,7 @@ def send(workers: list[Any], tensors: dict[str, torch.Tensor]) -> list[BaseExcep
     return ended
 
 
-def test_all_workers_of_all_copies_take_their_parts(engine: type, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_workers_of_all_replicas_receive_weights(engine: type, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_sov.infer.vllm_worker.sov_weight_group.BUCKET_BYTES", 16)
     tensors = {name: torch.full((4,), float(place)) for place, name in enumerate("abcd")}
     models = [Model(), Model(ends_at="b"), Model(), Model()]
@@ -132,7 +132,7 @@ def test_all_workers_of_all_copies_take_their_parts(engine: type, monkeypatch: p
     assert DONE == ["initialized"] * 4 + ["finalized"] * 4
 
 
-def test_what_is_half_loaded_does_not_stay_for_the_next_update(engine: type, tmp_path: Path) -> None:
+def test_partial_update_is_discarded(engine: type, tmp_path: Path) -> None:
     # more than sockets hold, so that what is sent has no end without a receiver
     tensors = {"a": torch.ones(1), "b": torch.ones(1 << 22), "c": torch.ones(1 << 22)}
     broken = worker(engine, Model(fails_at="a"))
@@ -148,7 +148,7 @@ def test_what_is_half_loaded_does_not_stay_for_the_next_update(engine: type, tmp
 
 
 @pytest.mark.parametrize(("engine", "seen"), [(False, "None"), (True, "first")], indirect=["engine"])
-def test_kernels_of_experts_are_made_anew_on_a_cpu_alone(engine: type, seen: str) -> None:
+def test_expert_kernels_are_rebuilt_on_cpus_only(engine: type, seen: str) -> None:
     # graphs of a GPU go on to read what the first kernel has
     Kernel()._setup_kernel()
     assert [seen] == DONE

@@ -88,8 +88,8 @@ def line_of(worker: subprocess.Popen[str]) -> str:
     return worker.stdout.readline().strip()
 
 
-def test_all_tensors_reach_each_worker_then_others_over_another_group_until_one_dies(
-        workers: list[subprocess.Popen[str]], tmp_path: Path) -> None:
+def test_each_update_uses_a_new_group_until_a_worker_dies(workers: list[subprocess.Popen[str]],
+                                                          tmp_path: Path) -> None:
     first, second = dict(list(TENSORS.items())[:3]), dict(list(TENSORS.items())[3:])
     before = threading.active_count()
     for sent in ([saved(tmp_path, first), saved(tmp_path, second, "1")], [saved(tmp_path, first, "2")]):
@@ -126,7 +126,7 @@ def test_all_tensors_reach_each_worker_then_others_over_another_group_until_one_
     never.set()
 
 
-def test_a_worker_that_stands_still_holds_nobody_up_for_longer_than_patience() -> None:
+def test_stalled_worker_blocks_at_most_patience() -> None:
     trainer, worker = pair()
     for patience_s, is_over, said in ((0.2, False, "was not transferred within 0.2 s"),
                                       (60, True, "transfer was cancelled")):
@@ -139,7 +139,7 @@ def test_a_worker_that_stands_still_holds_nobody_up_for_longer_than_patience() -
     trainer.close()
 
 
-def test_what_the_server_says_ends_the_sending_though_no_worker_has_come(tmp_path: Path) -> None:
+def test_server_error_ends_the_transfer(tmp_path: Path) -> None:
     def receive(meeting: Mapping[str, Any]) -> None:
         raise ValueError("the engine is dead")
 
@@ -149,7 +149,7 @@ def test_what_the_server_says_ends_the_sending_though_no_worker_has_come(tmp_pat
     wait_until(lambda: threading.active_count() <= before)
 
 
-def test_a_worker_that_a_trainer_leaves_is_told() -> None:
+def test_worker_gets_an_error_when_the_trainer_leaves() -> None:
     trainer, worker = pair()
     trainer.close()
     del trainer
@@ -157,7 +157,7 @@ def test_a_worker_that_a_trainer_leaves_is_told() -> None:
         list(worker.receive())
 
 
-def test_the_address_that_the_other_sees_is_told() -> None:
+def test_own_host_is_the_address_seen_by_the_peer() -> None:
     with socket.create_server(("127.0.0.1", 0)) as there:
         assert own_host("localhost", there.getsockname()[1]) == "127.0.0.1"
 
