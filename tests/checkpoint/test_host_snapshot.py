@@ -1,5 +1,4 @@
-"""A copy of blocks in host memory: written as it was taken, in memory that is used again,
-by several threads."""
+"""Host snapshots: independent copies, reused memory, and writing by several threads."""
 
 from __future__ import annotations
 
@@ -21,8 +20,7 @@ from megatron_sov.engine.model.local_shards import LocalShard  # noqa: E402
 
 
 def blocks_of(whole: dict[str, torch.Tensor]) -> list[LocalShard]:
-    """Halves of each tensor's rows, of which both are owned, and once more a half that
-    another process owns."""
+    """Return two owned halves of each tensor, and one half that another process owns."""
     found = []
     for key, tensor in whole.items():
         middle = len(tensor) // 2

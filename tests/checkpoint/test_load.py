@@ -1,4 +1,4 @@
-"""Checkpoints: written at one layout and read at another to the same bits; whole or not at all."""
+"""Checkpoints are bit-equal across layouts, and errors reach every process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def parts(layout: dict[str, Any], precision: str = "fp32", vocab_size: int = 96)
 
 
 def fill(model: Any, optimizer: Any) -> None:
-    """Give every number of weights and state a value that its name and place in the whole tensor decide."""
+    """Fill weights and optimizer state with values that depend on key and global index only."""
     import torch
 
     from megatron_sov.checkpoint.load import normals
@@ -44,7 +44,7 @@ def fill(model: Any, optimizer: Any) -> None:
 
 
 def written(layout: dict[str, Any], path: str) -> None:
-    """Write a checkpoint with known numbers."""
+    """Write a checkpoint with known values."""
     from megatron_sov.checkpoint import load
 
     model, optimizer = parts(layout)
@@ -53,7 +53,7 @@ def written(layout: dict[str, Any], path: str) -> None:
 
 
 def copied(layout: dict[str, Any], source: str, target: str) -> dict[str, Any]:
-    """Load a checkpoint at a layout and write it again from there."""
+    """Load a checkpoint at a layout and write it again."""
     from megatron_sov.checkpoint import load
 
     model, optimizer = parts(layout)
@@ -65,8 +65,7 @@ def copied(layout: dict[str, Any], source: str, target: str) -> dict[str, Any]:
 
 
 def continued(path: str) -> dict[str, Any]:
-    """In bf16: update, save, update again; then load into a new model and update that:
-    return whether they agree."""
+    """Update, save and update in bf16; then load into a new model and repeat the second update."""
     import torch
 
     from megatron_sov.checkpoint import load
@@ -140,7 +139,7 @@ def test_checkpoint_is_bit_equal_across_layouts_and_resumes(ranks, job, tmp_path
 
 
 def failures(folder: str) -> dict[str, str]:
-    """Return what this process is told when saving or loading goes wrong somewhere."""
+    """Return the errors of this process for failed saves and loads."""
     import torch.distributed as dist
 
     from megatron_sov.base.errors import UserError
@@ -191,7 +190,7 @@ def failures(folder: str) -> dict[str, str]:
 
 
 def other_model(path: str) -> str:
-    """Return what is said when a checkpoint belongs to a larger vocabulary."""
+    """Return the error for a checkpoint with a larger vocabulary."""
     from megatron_sov.base.errors import UserError
     from megatron_sov.checkpoint import load
 

@@ -1,5 +1,4 @@
-"""Checkpoints written beside the training: what was copied is what is written,
-and what goes wrong reaches every process."""
+"""Background saves write the copied values, and errors reach every process."""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ def parts(layout: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def beside_the_training(folder: str) -> dict[str, Any]:
-    """Save at once and in the background, the second time into files for several threads,
-    while the model changes."""
+    """Save synchronously, then in the background while the model changes."""
     import torch
 
     from megatron_sov.checkpoint import host_snapshot, load, sharded_tensors
@@ -60,8 +58,8 @@ def beside_the_training(folder: str) -> dict[str, Any]:
 
 
 def problems(folder: str) -> dict[str, Any]:
-    """Return what this process is told when a process cannot complete a checkpoint, hangs,
-    or finds the name taken."""
+    """Return the errors of this process if a process cannot complete a checkpoint, hangs, or the name is
+    taken."""
     import os
 
     import torch.distributed as dist
@@ -117,8 +115,8 @@ def problems(folder: str) -> dict[str, Any]:
 
 
 def behind_an_error(folder: str) -> dict[str, Any]:
-    """Return what is there when every process has looked after its own part: where the other one is slower,
-    and where it never writes, for which nobody may wait."""
+    """Return the completed checkpoints after an error, with a slow process and with a process that never
+    writes."""
     import time
 
     import torch.distributed as dist
@@ -212,7 +210,7 @@ def test_finish_after_error_completes_written_checkpoints(ranks: Any, job: Any, 
 
 
 def gathered(everywhere: bool) -> dict[str, Any]:
-    """Gather two tensors of which the ranks own uneven parts; "lonely" lives on rank 1 alone."""
+    """Gather two tensors that the ranks own in uneven parts; only rank 1 has `lonely`."""
     import torch
 
     from megatron_sov.checkpoint.gather import Gatherer, in_order

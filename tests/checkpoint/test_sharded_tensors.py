@@ -1,5 +1,4 @@
-"""Tensors on disk: any grid of blocks is read back in any other, and what does not fit
-together is refused."""
+"""Sharded tensors: any grid of blocks is read in any other grid, and invalid indices are rejected."""
 
 from __future__ import annotations
 
@@ -27,8 +26,7 @@ LocalShard = tuple[tuple[int, ...], tuple[int, ...]]
 
 @st.composite
 def grids(draw: st.DrawFn) -> tuple[tuple[int, ...], list[LocalShard]]:
-    """A tensor's shape and blocks that cover it: cut anew inside each block,
-    so that most grids are irregular."""
+    """Draw a tensor shape and irregular blocks that cover it."""
     shape = tuple(draw(st.lists(st.integers(1, 7), min_size=1, max_size=3)))
     blocks: list[LocalShard] = [((0,) * len(shape), shape)]
     for _ in range(draw(st.integers(0, 4))):
@@ -76,8 +74,7 @@ def test_reader_returns_any_block_of_any_grid(tmp_path_factory,
 def test_write_index_rejects_gaps_and_overlaps(tmp_path_factory,
                                                grid: tuple[tuple[int, ...], list[LocalShard]],
                                                data: st.DataObject) -> None:
-    """Brute force over elements decides whether blocks that were shifted,
-    dropped or repeated still own each exactly once."""
+    """Compare with a brute-force count of owners per element."""
     shape, blocks = grid
     i = data.draw(st.integers(0, len(blocks) - 1))
     offset, extent = blocks[i]
@@ -100,7 +97,7 @@ def test_write_index_rejects_gaps_and_overlaps(tmp_path_factory,
 
 
 def test_write_index_rejects_a_gap_hidden_by_an_overlap(tmp_path: Path) -> None:
-    """As many elements as the tensor has, at two starts, and yet one is missing."""
+    """The element count equals that of the tensor, but one element is missing."""
     writer = TensorWriter(tmp_path, "model")
     for start in (0, 1):
         writer.add("w", torch.zeros(2), (4,), (start,))
@@ -109,7 +106,7 @@ def test_write_index_rejects_a_gap_hidden_by_an_overlap(tmp_path: Path) -> None:
 
 
 def test_many_overlapping_blocks_are_rejected_early() -> None:
-    """Counting each would take the square of their number: minutes here."""
+    """Counting all overlaps would take quadratic time: minutes here."""
     own = [{"offset": [i], "shape": [1]} for i in range(20_000)]
     assert (owners([20_000], own) == 1).all()
     with pytest.raises(ValueError, match="40000 blocks overlap"):

@@ -1,5 +1,4 @@
-"""Safetensors files read block by block: the same bits as the library's, for any block,
-and damage is named."""
+"""Safetensors files: bits equal those of the safetensors library, and damage is named."""
 
 from __future__ import annotations
 
@@ -108,7 +107,7 @@ def test_safetensors_library_reads_written_files(tmp_path_factory: pytest.TempPa
 
 def test_next_tensor_is_read_while_current_is_written(tmp_path: Path,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first is not written before the second one is asked for, nor the third asked for before that."""
+    """The first tensor is written after the second is requested, and before the third is requested."""
     asked, order = threading.Event(), list[str]()
 
     def read(spec: TensorSpec) -> torch.Tensor:

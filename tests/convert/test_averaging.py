@@ -1,4 +1,4 @@
-"""The mean of checkpoints is, bit for bit, that of their tensors as torch computes it in float64."""
+"""The mean of checkpoints equals, bit for bit, the mean that torch computes in float64."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from megatron_sov.convert.peft import from_peft
 
 
 def written(folder: Path) -> dict[str, torch.Tensor]:
-    """A checkpoint's tensors under their Hugging Face names."""
+    """Return the tensors of a checkpoint under their Hugging Face names."""
     out = folder.with_name(f"{folder.name}-hf")
     convert.to_hf(folder, out)
     return load_file(out / "model.safetensors")
 
 
 def read_parts(experts: list[Path]) -> list[dict[str, torch.Tensor]]:
-    """The tensors that they were made from."""
+    """Return the source tensors."""
     return [load_file(path.with_name(f"hf-{path.name}") / "model.safetensors") for path in experts]
 
 
@@ -87,7 +87,7 @@ def test_weights_are_normalized_and_killed_averaging_resumes(experts: list[Path]
 
 
 def adapter(folder: Path, base: Path, seed: int) -> Path:
-    """An adapter of the queries, through PEFT's format."""
+    """Write an adapter of the queries in PEFT's format."""
     generator, peft = torch.Generator().manual_seed(seed), folder / f"peft-{seed}"
     peft.mkdir()
     name = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"

@@ -1,4 +1,4 @@
-"""Values on their way into files: checked, rounded once, and only where there is room."""
+"""Values are checked and rounded once, and a full disk is detected before writing."""
 
 from __future__ import annotations
 

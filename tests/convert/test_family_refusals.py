@@ -1,5 +1,4 @@
-"""What conversion refuses of families with norms behind blocks, factors and other parts of their own: by the
-tensor's or the field's name."""
+"""Conversion rejects unsupported tensors and fields of special families by name."""
 
 from __future__ import annotations
 
@@ -92,8 +91,8 @@ def test_unsupported_folders_name_the_tensor_or_field(recipe: str,
 
 
 def behind(name: str, folder: Path, **config: Any) -> Path:
-    """Write a folder of two layers and a prediction layer without its tensor `name` ("": with all), whose
-    config says something else."""
+    """Write a folder with two layers and a prediction layer without tensor `name` ("": complete) and a
+    changed config."""
     model = apply_settings(recipes.get("tiny-deepseek-v3"), [
         "model.vocab_size=16", "model.hidden_size=8", "model.dense_ffn_dim=8", "model.num_layers=2",
         "model.num_dense_layers=1", "model.num_expert_groups=1", "model.num_groups_per_token=1",
@@ -111,7 +110,7 @@ def behind(name: str, folder: Path, **config: Any) -> Path:
 
 
 def test_prediction_layer_round_trip_is_bit_exact(tmp_path: Path) -> None:
-    """With its copies of embedding and head, which are written even where they were not read."""
+    """Including its copies of embedding and head, which an export writes even if the import had none."""
     hf = behind("", tmp_path / "hf")
     expected = load_file(hf / "model.safetensors")
     assert "model.layers.2.mlp.experts.7.down_proj.weight" in expected
@@ -127,7 +126,7 @@ def test_prediction_layer_round_trip_is_bit_exact(tmp_path: Path) -> None:
 
 
 def test_prediction_layer_is_detected_from_tensors(tmp_path: Path) -> None:
-    """transformers drops such a layer, and says in what it saves that there is one."""
+    """transformers drops the layer, but its saved config still counts it."""
     without = behind("model.layers.2.", tmp_path / "without", num_nextn_predict_layers=1)
     assert not convert.open_weights(without).model.num_mtp_layers
     silent = behind("", tmp_path / "silent", num_nextn_predict_layers=0)

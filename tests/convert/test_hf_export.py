@@ -1,4 +1,4 @@
-"""`verify` passes for the same model and says what differs otherwise."""
+"""`verify` passes for equal models, and reports differences."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_inspect_counts_parameters_from_headers(pair, capsys) -> None:
 
 
 def test_verify_fails_if_transformers_cannot_load(solar_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever it raises, as for 8 bits where a package is not installed."""
+    """For any exception, e.g. if a package for 8-bit weights is missing."""
     from transformers import AutoModelForCausalLM
 
     def lacks(*args: object, **kwargs: object) -> None:

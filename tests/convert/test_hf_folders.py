@@ -1,4 +1,4 @@
-"""Hugging Face folders: what from-hf and to-hf write, in which dtype, and what they do not overwrite."""
+"""Files and dtypes that from-hf and to-hf write, and outputs that they do not overwrite."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_float32_routers_of_transformers_round_trip(solar_dir: Path, tmp_path: P
 
 
 def test_stacked_experts_are_split_on_import(tmp_path: Path) -> None:
-    """As transformers has them in memory."""
+    """The layout of transformers in memory."""
     model = replace(recipes.get("tiny-deepseek-v3").model, vocab_size=16, hidden_size=24, num_layers=3,
                     num_heads=2, num_kv_heads=2, head_dim=10, dense_ffn_dim=20, num_dense_layers=1,
                     num_experts=4, num_expert_groups=2, num_groups_per_token=1, expert_ffn_dim=6,

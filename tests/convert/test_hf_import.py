@@ -1,4 +1,4 @@
-"""Tokenizer, chat template and token ids travel with the weights; code does not."""
+"""Tokenizer, chat template and token ids are copied with the weights; code is not."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ NAMED: dict[str, tuple[dict[str, dict[str, Any]], TokenIds]] = {
 
 @pytest.mark.parametrize("name", NAMED)
 def test_special_ids_come_from_the_first_file(name: str, tmp_path: Path) -> None:
-    """Where transformers' generate finds one it is that; where it finds none it would never stop."""
+    """transformers' generate uses the same order of files; without an id it would never stop."""
     files, expected = NAMED[name]
     (tmp_path / "tokenizer.json").write_text(json.dumps({
         "added_tokens": [{"id": 7, "content": "<end>"}], "model": {"vocab": {"<s>": 0, "</s>": 1, "a": 2}}}))
@@ -178,7 +178,7 @@ def test_missing_ids_are_added_to_generation_config(defaults: dict[str, Any] | N
 
 
 def test_turn_ends_are_added_to_base_defaults(solar_dir: Path, tmp_path: Path) -> None:
-    """As after fine-tuning of a base whose own defaults stop at its end of text alone."""
+    """As after fine-tuning a base whose defaults stop at eos only."""
     source = shutil.copytree(solar_dir, tmp_path / "source")
     tokenizer = json.loads((source / "tokenizer.json").read_text())
     tokenizer["added_tokens"] = [{"id": 3, "content": "<end>", "single_word": False, "lstrip": False,
@@ -194,7 +194,7 @@ def test_turn_ends_are_added_to_base_defaults(solar_dir: Path, tmp_path: Path) -
 
 def test_different_pre_tokenizer_is_warned_about(solar_dir: Path, tmp_path: Path,
                                                  capsys: pytest.CaptureFixture[str]) -> None:
-    """transformers splits the text of every qwen2 folder its own way."""
+    """transformers replaces the pre-tokenizer of every qwen2 folder."""
     from transformers import (
         AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer)
 
@@ -227,7 +227,7 @@ PAGE = (Path(__file__).parents[2] / "docs/omni.md").read_text(encoding="utf-8")
 
 
 def ours(checkpoint: Path, ids: list[int], records: dict[str, np.ndarray]) -> torch.Tensor:
-    """Return the logits of a row in which all placeholders of a kind stand for records in order."""
+    """Return the logits of a row whose placeholders of one kind stand for records in order."""
     config = settings_of(checkpoint)
     assert config.model.vision is not None and config.model.audio is not None
     pads = {PICTURES: config.model.vision, SOUNDS: config.model.audio}
@@ -329,7 +329,7 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def respelled(folder: Path, names: str, out: Path, change: Callable[[dict[str, Any]], Any] = bool) -> Path:
-    """Write the folder with its tensors named so, and its config.json changed."""
+    """Write the folder with renamed tensors and a changed config.json."""
     out.mkdir()
     tensors = {}
     for name, tensor in load_file(folder / "model.safetensors").items():

@@ -1,5 +1,4 @@
-"""Checkpoints that somebody has made to do harm are refused by one sentence; nothing of them runs, and
-nothing is written."""
+"""Malicious checkpoints raise one error; none of their code runs, and no output is written."""
 
 from __future__ import annotations
 
@@ -45,7 +44,7 @@ def touch() -> str:
 
 
 def laughs(levels: int) -> Any:
-    """Return tuples that hold the one before twice: 2 ** levels values."""
+    """Return nested tuples, each with the previous tuple twice: 2 ** levels values."""
     found: Any = (1,)
     for _ in range(levels):
         found = (found, found)
@@ -53,7 +52,7 @@ def laughs(levels: int) -> Any:
 
 
 def nested(levels: int) -> bytes:
-    """Return a pickle of tuples inside one another."""
+    """Return a pickle of deeply nested tuples."""
     return b"\x80\x04)" + b"\x85" * levels + b"."
 
 
@@ -226,7 +225,7 @@ def test_reader_process_has_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.deep
 def test_reply_is_bounded_by_the_memory_limit(tmp_path: Path) -> None:
-    """A text of a megabyte, named a thousand times: a gigabyte of JSON out of one megabyte."""
+    """A text of a megabyte, referenced a thousand times, would become a gigabyte of JSON."""
     long = "x" * (1 << 20)
     file = tmp_path / "common.pt"
     file.write_bytes(_saved({"args": made_by_hand.argparse.Namespace(a=[long] * 1000)}))
@@ -290,7 +289,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, bool]]] = {
 
 
 def logits(folder: Path) -> torch.Tensor:
-    """Return transformers' logits of the text that the library's were taken on."""
+    """Return transformers' logits for the same text as the library's."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,

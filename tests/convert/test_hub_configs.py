@@ -53,7 +53,7 @@ OF_WEIGHTS = ("quantization_config", "num_nextn_predict_layers", "mtp_layer_type
 
 
 def shrink(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config with all its fields, and sizes of a tiny model; ratios of heads stay."""
+    """Return a config with all fields but the sizes of a tiny model; ratios of heads are kept."""
     small = {name: value for name, value in config.items() if name not in OF_WEIGHTS}
     small |= {name: size for name, size in SIZES.items() if config.get(name)}
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
@@ -77,7 +77,7 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(config: dict[str, Any], folder: Path) -> Path:
-    """Write a random model of a shrunk config as transformers does, with the config.json as it is."""
+    """Write a random model of a shrunk config as transformers does, with the config.json unchanged."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -95,8 +95,8 @@ def write(config: dict[str, Any], folder: Path) -> Path:
 
 
 def compare(name: str, tmp_path: Path) -> tuple[float, float, list[str]]:
-    """Import and export a shrunk model; return the largest difference of a logit, its limit, and the fields
-    that were passed over."""
+    """Import and export a shrunk model; return the largest logit difference, its limit, and the ignored
+    fields."""
     from transformers import AutoConfig
 
     config = shrink(CONFIGS[name])

@@ -1,5 +1,4 @@
-"""A killed conversion leaves nothing under its name, goes on where it was, and gives the bytes of an
-uninterrupted one."""
+"""A killed conversion leaves no output, resumes, and gives the bytes of an uninterrupted conversion."""
 
 from __future__ import annotations
 
@@ -49,7 +48,7 @@ and waits to be told to go on."""
 
 
 def content(folder: Path) -> dict[str, object]:
-    """Return the bytes of every file; of the manifest all but its time."""
+    """Return the bytes of every file, and the manifest without its time."""
     found: dict[str, object] = {p.relative_to(folder).as_posix(): p.read_bytes()
                                 for p in folder.rglob("*") if p.is_file()}
     found[MANIFEST] = {k: v for k, v in json.loads((folder / MANIFEST).read_text()).items()

@@ -1,4 +1,4 @@
-"""Weights of a live model: exported as to-hf would write them, and taken in by another, at every layout."""
+"""Weights of a live model: exports equal to-hf, and imports are the inverse, at every layout."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def bits(tensor: Any) -> str:
 
 
 def exported(recipe: str, precision: str, layout: dict[str, Any], path: str) -> dict[str, Any]:
-    """Write a checkpoint and return what live export gives: to rank 0, everywhere, in another dtype,
-    and stopped early."""
+    """Write a checkpoint, and return live exports: to rank 0, to all ranks, in another dtype, and stopped
+    early."""
     import torch
     import torch.distributed as dist
 
@@ -113,7 +113,7 @@ TAKEN_IN = [("tiny-k-exaone", 2, {"tp": 2, "sp": True}, "fp32"), ("tiny-solar-op
 
 
 def taken_in(recipe: str, layout: dict[str, Any], precision: str) -> dict[str, Any]:
-    """Return what one model holds that has taken in another's tensors, and what it refuses."""
+    """Return the weights of a model after importing another model, and the errors of invalid imports."""
     import torch
 
     from megatron_sov import recipes
@@ -186,7 +186,7 @@ def test_live_import_equals_live_export(ranks, job) -> None:
 
 
 def test_live_import_rejects_a_model_with_adapter() -> None:
-    """What an export gives has its adapter inside: it would be added twice."""
+    """Exports contain the merged adapter, which would be applied twice."""
     from types import SimpleNamespace
 
     from megatron_sov.base.errors import UserError

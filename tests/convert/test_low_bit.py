@@ -1,4 +1,4 @@
-"""FP8 of compressed-tensors is read as the product of numbers and scale, and other formats are refused."""
+"""FP8 weights of compressed-tensors are values times scale, and other formats are rejected."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ FIELD = {"quant_method": "compressed-tensors", "format": "float-quantized",
 
 
 def in_fp8(source: Path, folder: Path, field: Any = FIELD) -> dict[str, torch.Tensor]:
-    """Write a copy of a Hugging Face folder with its projections in FP8, one scale each; return the products
-    of numbers and scales."""
+    """Write a copy of a Hugging Face folder with FP8 projections, one scale each; return values times
+    scale."""
     folder.mkdir()
     tensors = {name: t for file in source.glob("*.safetensors") for name, t in load_file(file).items()}
     products = {}

@@ -1,5 +1,5 @@
-"""A run, an adapter and exports that were written with megatron-core 0.16.1: the run and the adapter
-continue to the losses that they had there, and the exports are written and read as they were."""
+"""Artifacts written with megatron-core 0.16.1: run and adapter continue with equal losses, exports are
+equal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RunCommand = Callable[..., Any]
 
 @pytest.fixture
 def made(tmp_path: Path) -> Path:
-    """A copy of all, in which the adapter names the base that lies beside it."""
+    """Copy all artifacts; the adapter names the base next to it."""
     shutil.copytree(MADE, tmp_path / "made")
     manifest = tmp_path / "made/lora/checkpoints/step-2/manifest.json"
     text = manifest.read_text()

@@ -1,5 +1,5 @@
-"""An adapter in PEFT's format: PEFT loads ours, gives our logits, and comes back bit-equal; merged into the
-base it is the model that the adapted layers are."""
+"""Adapters in PEFT's format: PEFT loads ours with equal logits, the round trip is bit-exact, and merging is
+exact."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TOKENS = [(7 * i + 3) % 95 for i in range(41)]
 
 
 def saved(recipe: str, settings: list[str], folder: str) -> dict[str, Any]:
-    """Write a base and an adapter of random numbers; return logits, and hashes of the live export."""
+    """Write a base and a random adapter; return logits and hashes of the live export."""
     from megatron_sov import recipes
     from megatron_sov.checkpoint import load
     from megatron_sov.convert import export_weights
@@ -203,7 +203,7 @@ def test_rslora_is_converted_to_alpha() -> None:
 
 
 def test_base_name_is_the_hub_or_run_name(tmp_path: Path) -> None:
-    """By its name on the hub where it lies in the hub's cache, of a run by the run's; never by a path."""
+    """The Hub name for models in the Hub's cache, the run's name for runs, never a path."""
     assert hub_name(Path("/root/.cache/hub/models--Qwen--Qwen3-8B/snapshots/12ab")) == "Qwen/Qwen3-8B"
     assert hub_name(tmp_path / "mymodel") == "mymodel"
     step, lost = tmp_path / "RUN/checkpoints/step-3", AdapterBase(tmp_path / "gone/checkpoints/step-3", "0")
@@ -224,7 +224,7 @@ def test_peft_folder_without_config_is_rejected(tmp_path: Path) -> None:
 
 
 def test_untrained_dora_leaves_weights_unchanged() -> None:
-    """In bf16 too, where a trained length is rounded and that of the row is not."""
+    """In bf16 too, where the stored magnitude is rounded and the row's length is not."""
     config = apply_settings(get("tiny-qwen2"), ["lora.rank=2", "lora.dora=true"])
     place = places(config.model, config.lora)["model.layers.0.self_attn.q_proj.weight"]
     generator = torch.Generator().manual_seed(1)
@@ -257,8 +257,8 @@ SPACING = {"float32": 2**-23, "bfloat16": 2**-8, "float16": 2**-11}
 
 
 def adapted_by_peft(folder: Path, kind: str, settings: dict[str, Any], dtype: torch.dtype) -> None:
-    """Write FOLDER/hf, a random model in `dtype`, FOLDER/peft, an adapter with updates below the spacing of
-    bfloat16, and FOLDER/reference, which PEFT merges in float32."""
+    """Write FOLDER/hf, a random model in `dtype`, FOLDER/peft, an adapter with updates below the bfloat16
+    spacing, and FOLDER/reference, merged by PEFT in float32."""
     import peft
     import transformers
 

@@ -1,4 +1,4 @@
-"""Published weights in eight and four bits, with the scales of their blocks."""
+"""Published FP8 weights with block scales."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def small() -> ModelConfig:
 
 
 def released(folder: Path, quantised: dict[str, Any] | None = RELEASED) -> dict[str, torch.Tensor]:
-    """Write a folder in 8 bits, and return the values that its weights stand for, in float32."""
+    """Write a folder in FP8, and return the values of its weights in float32."""
     model = small()
     family, expected, stored = models.get(model.family), {}, {}
     draw = torch.Generator().manual_seed(3)

@@ -1,5 +1,4 @@
-"""Everything that conversion refuses, in both directions: by the tensor's name,
-and with nothing left behind."""
+"""Conversion rejects damaged inputs in both directions, by tensor name, and leaves no output."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ Tensors = dict[str, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def sound(solar_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder of several shards without a manifest, as published ones are, and a checkpoint."""
+    """A folder of several shards without a manifest, as published, and a checkpoint."""
     folder = tmp_path_factory.mktemp("sound")
     convert.from_hf(solar_dir, folder / "ckpt")
     convert.to_hf(folder / "ckpt", folder / "hf", max_shard_bytes=SHARD_BYTES)
@@ -48,7 +47,7 @@ def edit_json(file: Path, change: Callable[[Any], Any]) -> None:
 
 
 def in_shard(name: str, change: Callable[[Tensors], Any]) -> Callable[[Path], None]:
-    """Change the tensors of the file that holds `name`, and let the index say so."""
+    """Change the tensors in the file of `name`, and update the index."""
     def damage(folder: Path) -> None:
         file = file_of(folder, name)
         tensors = load_file(file)
@@ -132,7 +131,7 @@ def weights_of(folder: Path) -> Path:
 
 
 def in_file(change: Callable[[Tensors], Any]) -> Callable[[Path], None]:
-    """Change the tensors in the checkpoint's file; the hashes in the manifest follow."""
+    """Change the tensors of the checkpoint's file, and update the hashes of the manifest."""
     def damage(folder: Path) -> None:
         tensors = load_file(weights_of(folder))
         change(tensors)

@@ -1,5 +1,4 @@
-"""The streaming writer: files that the safetensors library reads, within their size,
-with the hash of their bytes."""
+"""The streaming writer: files have the right size and hash, and the safetensors library reads them."""
 
 from __future__ import annotations
 
@@ -47,8 +46,7 @@ def test_safetensors_library_reads_our_shards(tmp_path_factory, shapes, max_shar
 
 
 def test_writer_holds_at_most_two_tensors_per_file(tmp_path: Path) -> None:
-    """Forty tensors of one megabyte pass through while at most two of each file (one is written,
-    the next one read) are alive."""
+    """Of forty tensors of one megabyte, at most two per file are alive: one written, one read."""
     import weakref
 
     alive: list[weakref.ref] = []

@@ -1,4 +1,4 @@
-"""Folders whose tensors or config are not exactly those of a supported model are refused by name."""
+"""Folders whose tensors or config do not match a supported model are rejected by name."""
 
 from __future__ import annotations
 
@@ -272,7 +272,7 @@ def test_ignored_fields_are_warned_about_and_exported(tmp_path: Path,
 
 
 class Folder:
-    """Weights of which the files `a` and `b` hold one tensor each, `A` and `B`."""
+    """Weights in two files, `a` and `b`, with one tensor each, `A` and `B`."""
 
     def __init__(self, path: Path) -> None:
         self.path: Any = path

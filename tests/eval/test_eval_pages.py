@@ -1,4 +1,4 @@
-"""Every command of docs/generate.md and of eval's pages runs, in order; what they say of suites is so."""
+"""Commands of docs/generate.md and the evaluation pages run in order, and the table of suites is correct."""
 
 from __future__ import annotations
 

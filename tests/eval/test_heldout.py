@@ -1,4 +1,4 @@
-"""Held-out documents: cut into rows, weighed in bytes, and refused where they cannot judge."""
+"""Held-out documents are cut into rows, and unusable data are rejected."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_sov.train.data.token_shards import open_sources  # noqa: E402
 
 
 def test_loss_per_byte_of_known_losses(token_shards: Path) -> None:
-    """With ln 2 nats for every byte of a target, each source must give exactly 1 bit per byte."""
+    """With ln 2 nats per target byte, each source has exactly 1 bit per byte."""
     data = open_heldout({str(token_shards): 1.0}, 90, 2000)
     sizes = data.bytes_of_token(1024)
     assert sizes is not None

@@ -1,5 +1,4 @@
-"""Our model is transformers' model: logits agree to rounding for both families,
-and a wrong detail is seen."""
+"""Logits agree with transformers up to rounding for two families, and wrong details are detected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pass@k and maj@k at their ends; tests/bench/suites/test_folding.py counts every draw one by one."""
+"""pass@k and maj@k at their limits; tests/bench/suites/test_folding.py counts every draw."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors of means and of paired differences agree with numpy, scipy, a regression and with counting draws."""
+"""Standard errors and intervals agree with numpy, scipy, a regression, and exhaustive counts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_single_cluster_has_no_standard_error() -> None:
 
 
 def test_paired_interval_equals_bonett_and_price() -> None:
-    """Their equation, by the counts of a table of right and wrong."""
+    """Their equation, from the counts of a 2 x 2 table."""
     won, lost, both, neither = 9, 3, 20, 8
     before = [0.0] * won + [1.0] * lost + [1.0] * both + [0.0] * neither
     after = [1.0] * won + [0.0] * lost + [1.0] * both + [0.0] * neither
@@ -60,7 +60,7 @@ def test_paired_interval_equals_bonett_and_price() -> None:
 
 
 def test_paired_intervals_have_coverage_at_every_rate() -> None:
-    """Counted over all tables of 20 items, not drawn."""
+    """Counted over all tables of 20 items."""
     n = 20
     tables = [(won, lost) for won in range(n + 1) for lost in range(n + 1 - won)]
     intervals = {}

@@ -1,4 +1,4 @@
-"""One piece of work, whichever engine does it."""
+"""Work runs equally on every engine."""
 
 from __future__ import annotations
 

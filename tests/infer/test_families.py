@@ -1,4 +1,4 @@
-"""Every way that a layer can be made is generated from with the same tokens as a full forward pass."""
+"""Cached generation equals full forward passes for every kind of layer."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ are cut as these; test_gradients.py has all that cut, against transformers."""
 
 
 def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:
-    """Return, for each recipe, what is generated greedily with a cache, what full forward passes say, and
-    what is generated with drafts of a prediction layer, where there is one."""
+    """Return, for each recipe, greedy continuations with a cache, by full forward passes, and with drafts if
+    it has a prediction layer."""
     import torch
 
     from megatron_sov import recipes

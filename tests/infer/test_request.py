@@ -1,4 +1,4 @@
-"""What is asked: values without a meaning, and what ends a continuation."""
+"""Sampling settings and stop rules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_sov.infer.request import Batching, Generated, Sampling, StopRule
 
 
 class OddAlone:
-    """Rules of which tokens may stand next."""
+    """Rules that allow only odd tokens."""
 
     def allowed(self, written: Sequence[int]) -> np.ndarray:
         return np.arange(4) % 2 == 1

@@ -1,5 +1,5 @@
-"""Documents that teach retrieval: what they ask follows from what they tell, weights are on the answers, and
-a number gives the document."""
+"""Retrieval documents: questions repeat needles, weights are on answers, and each is a function of its
+index."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def documents(haystacks: dict[str, Haystack]) -> NeedleDocuments:
 
 
 def statements_in(form: NeedleForm, ids: list[int]) -> list[tuple[int, tuple[int, ...]]]:
-    """Place and words of every statement; a document has sentences of one form."""
+    """Return position and words of every statement; a document has sentences of one form."""
     for sentences in form.sentences[False]:
         opening, _, closing = sentences
         size, width = len(opening), len(opening) + 4 + len(closing)
@@ -96,15 +96,14 @@ def test_document_is_a_function_of_seed_and_index(haystacks: dict[str, Haystack]
 
 
 class Numbers:
-    """Text whose tokens count on from a random number."""
+    """Text whose tokens count up from a random number."""
 
     def take(self, generator: np.random.Generator, count: int) -> np.ndarray:
         return int(generator.integers(1000)) + np.arange(count, dtype=np.int64) + 1000
 
 
 def test_single_needle_documents_are_unchanged() -> None:
-    """Runs that were begun with them resume, and figures measured with them stay comparable:
-    bits, not manners."""
+    """Runs resume with equal documents, and earlier results stay comparable: bits are pinned."""
     def sentence(k: int) -> Slots:
         return (k, k + 1), (), (k + 2,)
 

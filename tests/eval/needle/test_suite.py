@@ -1,4 +1,4 @@
-"""The suite: its cells, its judgement and its questions."""
+"""The needle suite: cells, scoring and questions."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from megatron_sov.infer.request import Generated, Sampling, StopRule  # noqa: E4
 
 
 def answer_by_looking(prompts: list[list[int]], count: int) -> list[list[int]]:
-    """A perfect reader: what followed the longest suffix that occurred before, again and again."""
+    """A perfect reader: repeat the tokens after an earlier occurrence of the longest suffix."""
     def shared(ids: list[int], end: int) -> int:
-        """How many tokens before `end` are those at the end of the text."""
+        """Count the tokens before `end` that equal those at the end of the text."""
         size = 0
         while size < end and ids[end - 1 - size] == ids[-1 - size]:
             size += 1
@@ -55,7 +55,7 @@ def answer_by_looking(prompts: list[list[int]], count: int) -> list[list[int]]:
 
 @dataclasses.dataclass(frozen=True)
 class Looking:
-    """An engine that answers by looking, and may spoil its answers."""
+    """Engine that answers by looking, and may corrupt its answers."""
 
     spoil: Callable[[list[list[int]]], list[list[int]]] = lambda found: found
 
@@ -149,7 +149,7 @@ Pair = tuple[int, int]
 
 
 def needles_in(form: NeedleForm, ids: list[int]) -> list[tuple[int, Pair, Pair]]:
-    """Return (place, key, value) of all needles in a text."""
+    """Return (position, key, value) of all needles in a text."""
     found = []
     for slots in form.sentences[True]:
         opening, between, closing = slots
@@ -187,7 +187,7 @@ def batches(haystack: Haystack) -> list[list[Example]]:
 
 @torch.no_grad()
 def plain_answer(model: Any, example: Example) -> list[int]:
-    """What transformers says to one prompt, without any of our code."""
+    """Return transformers' answer to one prompt, without our code."""
     ids = torch.tensor([example.prompt])
     found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2,
                            do_sample=False, eos_token_id=None, pad_token_id=0)

@@ -1,5 +1,4 @@
-"""What needles are made of: whole rare words of the language where there are any,
-and pairs that never mix."""
+"""Needle words are rare whole words of the language, and pairs of tests and training are disjoint."""
 
 from __future__ import annotations
 
@@ -48,7 +47,7 @@ THAI = ["น้ำ", "ภูเขา", "ต้นไม้", "บ้าน", "�
 
 
 def word_tokenizer(folder: Path, words: list[str]) -> Path:
-    """A tokenizer whose tokens are single bytes and whole words with a space before."""
+    """A tokenizer of single bytes and whole words with a leading space."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     vocabulary = {sign: i for i, sign in enumerate(alphabet)}

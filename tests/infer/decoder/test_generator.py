@@ -1,5 +1,4 @@
-"""Cached generation: what a full forward pass says, at every layout, however prompts are cut,
-with drafts and without."""
+"""Cached generation equals full forward passes at every layout, with and without drafts."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "
 
 def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = False,
                   family: str = "k-exaone", settings: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return what a drawn model writes, in several ways, on this process."""
+    """Return the continuations of a random model, computed in several ways, on this process."""
     from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
     from megatron_sov.engine.parallel import world
     from megatron_sov.infer import request
@@ -87,8 +86,8 @@ def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = 
 
 
 def _repeated(policy: Any, warm: Any, routed: Any) -> dict[str, Any]:
-    """Return what is written behind prompts that several sequences have, in rows of several sizes and one by
-    one, with routes; and the tokens of prompts that were read."""
+    """Return continuations of repeated prompts, in rows of several sizes and alone, with routes, and the
+    tokens read."""
     from megatron_sov.engine.decode.cached_decoder import CachedDecoder
     from megatron_sov.infer.decoder.generator import MegatronEngine
     from megatron_sov.infer.request import Batching
@@ -121,7 +120,7 @@ LAYOUTS = {
 
 
 def check_ways(found: dict[str, Any]) -> None:
-    """Hold all that one process wrote against what it wrote greedily."""
+    """Compare all continuations of a process with its greedy continuations."""
     greedy = found["greedy"]
     assert greedy == found["full"], "cached differs from a full forward pass"
     assert found["routes"] == found["drafted routes"] == found["full routes"]
@@ -168,8 +167,8 @@ FAMILIES = {"k-exaone": SETTINGS[:-1], "solar-open": [*SETTINGS[:-1], "model.sli
 
 
 def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[str, Any]:
-    """Return for each chosen way to sample how far the engine's log-probabilities are from the trainer's
-    (fp32), and what an engine of another model writes before and after an update."""
+    """Return the distance of the engine's log-probabilities from the trainer's (fp32) for each sampling
+    setting, and the continuations of another model before and after an update."""
     from megatron_sov import recipes
     from megatron_sov.checkpoint import load
     from megatron_sov.convert import export_weights
@@ -188,7 +187,7 @@ def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[
     policy = ForwardModel(model, 7)
 
     def trainers(row: list[int], temperature: float) -> torch.Tensor:
-        """Log-probability of each token of a row but the first."""
+        """Return the log-probability of each token of a row except the first."""
         batch = Inputs([row], torch.device("cpu"))
         if temperature not in (0, 1):
             logits = policy.logits(batch, torch.arange(len(row) - 1)).double() / temperature
@@ -243,7 +242,7 @@ WHERE = [("k-exaone", 1, {}, ["greedy", "T 1", "T 0.7", "drafted", "drafted T 1"
 @pytest.mark.parametrize("further", [[1], pytest.param([2, 3], marks=pytest.mark.deep)],
                          ids=["tensors", "stages and experts"])
 def test_logprobs_equal_those_of_the_trainer(ranks, job, further: list[int]) -> None:
-    """At the first of WHERE, and further ones."""
+    """At the first layout of WHERE, and further layouts."""
     chosen = [WHERE[i] for i in (0, *further)]
     alone, *others = ranks(*(
         job(__file__, "logprobs_of", n, {"layout": layout, "family": family, "chosen": ways})
@@ -263,8 +262,8 @@ def test_logprobs_equal_those_of_the_trainer(ranks, job, further: list[int]) -> 
 @pytest.mark.parametrize("family", ["solar_open", "exaone_moe"])
 def test_greedy_text_equals_transformers(family: str, hf_models: dict[str, Path], imported: dict[str, Path],
                                          one_rank: None) -> None:
-    """Token by token on an exported folder, prompts of mixed lengths, far past the sliding
-    window of 8 tokens."""
+    """Token by token on an exported folder, with prompts of mixed lengths beyond the sliding window of 8
+    tokens."""
     prepare_megatron()
     from megatron_sov.engine.parallel import world
     from megatron_sov.infer.decoder.generator import MegatronEngine

@@ -1,4 +1,4 @@
-"""Which weights an engine holds: a version, or nothing that may be used."""
+"""Version of an engine's weights, and errors after failed updates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draws follow the tempered, truncated distribution; drafts that are taken by chance leave it as it is."""
+"""Samples follow the truncated distribution; speculative sampling does not change it."""
 
 from __future__ import annotations
 
@@ -52,8 +52,7 @@ def test_greedy_drafts_are_accepted_up_to_a_mismatch() -> None:
 
 @pytest.mark.deep
 def test_speculative_samples_follow_the_models_distribution() -> None:
-    """All pairs of tokens that two drafts lead to, against the product of the model's own
-    conditional distributions."""
+    """All pairs of tokens from two drafts, against the product of the model's conditional distributions."""
     generator = torch.Generator().manual_seed(1)
     vocab, count = 4, 12000
     first = torch.rand(vocab, generator=generator).double().pow(3)

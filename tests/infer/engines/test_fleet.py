@@ -25,7 +25,7 @@ from tests.token_servers import VOCAB, VllmDouble, token_at
 
 
 class DoubleKeeper:
-    """Starts a new double each time, as a process would be started."""
+    """Starts a new server double each time, like a process."""
 
     def __init__(self, token_s: float = 0.0, lives: int = 99, settings: EngineServers | None = None) -> None:
         self.doubles: list[VllmDouble] = []

@@ -1,4 +1,4 @@
-"""transformers as an engine: what the folder's defaults say does not change what was asked for."""
+"""transformers as an engine: generation defaults of the folder do not change the request."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_latent_attention_is_rejected() -> None:
 
 
 def redrawn(folder: Path) -> Any:
-    """The folder's model with other numbers."""
+    """Return the folder's model with other random weights."""
     model = load_hf(folder)
     torch.manual_seed(7)
     with torch.no_grad():

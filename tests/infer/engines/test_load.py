@@ -1,4 +1,4 @@
-"""Loading: what is damaged is refused by name, on the processes as well."""
+"""Loading a model: damage is reported by name, on other processes as well."""
 
 from __future__ import annotations
 

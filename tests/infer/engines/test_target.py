@@ -1,4 +1,4 @@
-"""What TARGET means, and how a checkpoint is run."""
+"""Models that TARGET can name, and the settings to run a checkpoint."""
 
 from __future__ import annotations
 

@@ -22,14 +22,14 @@ DONE: list[str] = []
 
 
 class Base:
-    """vLLM's engine, as far as it is of use to ours."""
+    """The part of vLLM's engine class that our subclass uses."""
 
     def __class_getitem__(cls, _: object) -> type:
         return cls
 
 
 class Model:
-    """Takes tensors, and no further ones behind one by the name of `ends_at`; `fails_at` ends all."""
+    """Model that loads tensors until `ends_at`, and fails at `fails_at`."""
 
     def __init__(self, ends_at: str = "", fails_at: str = "") -> None:
         self.ends_at, self.fails_at = ends_at, fails_at
@@ -45,7 +45,7 @@ class Model:
 
 
 class Kernel:
-    """vLLM's way to set an experts' kernel up, which tells whether there was none."""
+    """vLLM's expert kernel setup, recording whether a kernel existed."""
 
     moe_kernel: Any = "first"
 
@@ -55,8 +55,8 @@ class Kernel:
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> type:
-    """Give the engine as vLLM's worker makes it, in which the worker's folder alone is there; the parameter
-    says whether on a GPU."""
+    """Create the engine as vLLM's worker does, with only the worker's folder on its path; parametrized by
+    GPU."""
     DONE.clear()
     factory = types.SimpleNamespace(register_engine=lambda name, made: REGISTERED.update({name: made}))
     monkeypatch.setattr(Kernel, "_setup_kernel", Kernel._setup_kernel)
@@ -90,7 +90,7 @@ def worker(engine: type, model: Model, rank: int = 0, world_size: int = 1, copy:
 
 
 def send(workers: list[Any], tensors: dict[str, torch.Tensor]) -> list[BaseException | None]:
-    """Send tensors to workers, each of which is a thread; returns what they end with."""
+    """Send tensors to workers, one thread each; return their results."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     meeting = Meeting("127.0.0.1", store.port, 1 + len(workers), "gloo", 30)
     ended: list[BaseException | None] = [None] * len(workers)

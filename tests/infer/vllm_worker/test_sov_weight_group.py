@@ -44,7 +44,7 @@ TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(2.5, dtype=to
 
 @pytest.fixture
 def workers() -> Iterator[list[subprocess.Popen[str]]]:
-    """Give two processes as vLLM has them: with the worker's folder, and nothing else of the project."""
+    """Start two processes as vLLM does, with only the worker's folder on their path."""
     environment = {**os.environ, "PYTHONPATH": str(WORKER_FOLDER), "OMP_NUM_THREADS": "1"}
     found = [subprocess.Popen([sys.executable, "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                               text=True, env=environment, cwd="/") for _ in range(2)]
@@ -73,7 +73,7 @@ def call(workers: list[subprocess.Popen[str]], meeting: Mapping[str, Any]) -> No
 
 
 def pair() -> tuple[WeightGroup, WeightGroup]:
-    """Return a trainer and a worker, both of this process."""
+    """Return a trainer and a worker, both in this process."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     meeting, cpu, found = Meeting("127.0.0.1", store.port, 2, "gloo", 60), torch.device("cpu"), []
     trainer = threading.Thread(target=lambda: found.append(WeightGroup(meeting, 0, "127.0.0.1", cpu, store)))
