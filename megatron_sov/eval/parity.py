@@ -20,7 +20,7 @@ from megatron_sov.base.artifacts import MANIFEST, manifest_sha256
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.figures import format_size
 from megatron_sov.convert import ParityCheck
-from megatron_sov.convert.hf_export import Proof
+from megatron_sov.convert.hf_export import ConversionProof
 from megatron_sov.convert.sources import Weights
 from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
 from megatron_sov.engine.parallel import launcher
@@ -225,7 +225,7 @@ def _check_memory(sides: Sequence[Weights]) -> None:
                         f"but {format_size(free_bytes)} are free; pass --no-load to compare files only")
 
 
-def card(a: Path, b: Path, weights: Proof, logits: LogitsProof) -> dict[str, Any]:
+def card(a: Path, b: Path, weights: ConversionProof, logits: LogitsProof) -> dict[str, Any]:
     """Return the verification card: inputs, tolerances, versions, checks, and checksums of every tensor."""
     checks = [*weights.checks, *logits.checks]
     return {

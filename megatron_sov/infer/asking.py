@@ -252,9 +252,9 @@ def stop_ids(target: Target, eos: int | None, encoder: ChatEncoder | None) -> tu
         eos: eos id of the tokenizer.
         encoder: chat encoder, for prompts with a chat template.
     """
-    from megatron_sov.convert.hf_import import generation_ids, ids_as_list
+    from megatron_sov.convert.hf_import import read_generation_ids, to_id_list
 
-    configured = ids_as_list(generation_ids(target.tokenizer_folder).eos)
+    configured = to_id_list(read_generation_ids(target.tokenizer_folder).eos)
     turn_ends = () if encoder is None else encoder.end_ids()
     return tuple(sorted({*configured, *turn_ends, *(() if eos is None else (int(eos),))}))
 

@@ -32,11 +32,11 @@ def fill(model: Any, optimizer: Any) -> None:
     """Fill weights and optimizer state with values that depend on key and global index only."""
     import torch
 
-    from megatron_sov.checkpoint.load import normals
+    from megatron_sov.checkpoint.load import generate_normals
     from megatron_sov.engine.model.local_shards import local_shards
 
     for block in [*local_shards(model), *optimizer.state_shards()]:
-        whole = normals(9, block.key, 0, math.prod(block.global_shape)).reshape(block.global_shape)
+        whole = generate_normals(9, block.key, 0, math.prod(block.global_shape)).reshape(block.global_shape)
         sizes = (1,) * (len(block.offset) - block.data.dim()) + tuple(block.data.shape)  # one expert, say
         own = tuple(slice(a, a + n) for a, n in zip(block.offset, sizes, strict=True))
         with torch.no_grad():
@@ -49,7 +49,7 @@ def written(layout: dict[str, Any], path: str) -> None:
 
     model, optimizer = parts(layout)
     fill(model, optimizer)
-    load.save(Path(path), model, optimizer, {"step": 7, "tokens": 70}, {"made": "here"}, None)
+    load.save_checkpoint(Path(path), model, optimizer, {"step": 7, "tokens": 70}, {"made": "here"}, None)
 
 
 def copied(layout: dict[str, Any], source: str, target: str) -> dict[str, Any]:
@@ -57,10 +57,10 @@ def copied(layout: dict[str, Any], source: str, target: str) -> dict[str, Any]:
     from megatron_sov.checkpoint import load
 
     model, optimizer = parts(layout)
-    load.check(Path(source))
+    load.check_weights(Path(source))
     load.load_model(Path(source), model)
     load.load_optimizer(Path(source), optimizer, 7)
-    load.save(Path(target), model, optimizer, load.read_state(Path(source)), {}, None)
+    load.save_checkpoint(Path(target), model, optimizer, load.read_state(Path(source)), {}, None)
     return {"updates": optimizer.num_updates, "state": load.read_state(Path(target))}
 
 
@@ -87,7 +87,7 @@ def continued(path: str) -> dict[str, Any]:
         if name.endswith("expert_bias"):
             buffer.fill_(0.123456789)
     update(model, optimizer, 1)
-    load.save(Path(path), model, optimizer, {"step": 1, "tokens": 1}, {}, None)
+    load.save_checkpoint(Path(path), model, optimizer, {"step": 1, "tokens": 1}, {}, None)
     update(model, optimizer, 2)
     expected = everything(model, optimizer)
     model, optimizer = parts({}, "bf16")
@@ -156,23 +156,23 @@ def failures(folder: str) -> dict[str, str]:
             said[name] = str(e)
 
     def save(path: Path) -> None:
-        load.save(path, model, optimizer, {"step": 1, "tokens": 1}, {}, None)
+        load.save_checkpoint(path, model, optimizer, {"step": 1, "tokens": 1}, {}, None)
 
-    path, original = Path(folder) / "step-1", sharded_tensors.write_file
+    path, original = Path(folder) / "step-1", sharded_tensors.write_tensors
 
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if dist.get_rank() == 1:
-        sharded_tensors.write_file = full
+        sharded_tensors.write_tensors = full
     told("full disk", lambda: save(path))
-    sharded_tensors.write_file = original
+    sharded_tensors.write_tensors = original
     said["left over"] = ",".join(sorted(p.name for p in Path(folder).iterdir()))
     dist.barrier()
     (Path(folder) / "foreign" / "notes").mkdir(parents=True, exist_ok=True)
     told("foreign", lambda: save(Path(folder) / "foreign"))
     save(path)
-    told("sound", lambda: load.check(path))
+    told("sound", lambda: load.check_weights(path))
     dist.barrier()
     if dist.get_rank() == 0:
         damaged = path / "model/00000/rank-00001-00000.safetensors"
@@ -180,7 +180,7 @@ def failures(folder: str) -> dict[str, str]:
         content[-1] ^= 1
         damaged.write_bytes(content)
     dist.barrier()
-    told("damaged", lambda: load.check(path))
+    told("damaged", lambda: load.check_weights(path))
     dist.barrier()
     if dist.get_rank() == 0:
         (path / "model/00000/rank-00001-00000.safetensors").unlink()

@@ -17,8 +17,8 @@ from hypothesis import given, strategies as st
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint import sharded_tensors
-from megatron_sov.checkpoint.assembling import owners
 from megatron_sov.checkpoint.sharded_tensors import TensorReader, TensorWriter, write_index
+from megatron_sov.checkpoint.stored_tensors import count_owners
 
 LocalShard = tuple[tuple[int, ...], tuple[int, ...]]
 """Offset and shape."""
@@ -108,9 +108,9 @@ def test_write_index_rejects_a_gap_hidden_by_an_overlap(tmp_path: Path) -> None:
 def test_many_overlapping_blocks_are_rejected_early() -> None:
     """Counting all overlaps would take quadratic time: minutes here."""
     own = [{"offset": [i], "shape": [1]} for i in range(20_000)]
-    assert (owners([20_000], own) == 1).all()
+    assert (count_owners([20_000], own) == 1).all()
     with pytest.raises(ValueError, match="40000 blocks overlap"):
-        owners([20_000], own + [{"offset": [0], "shape": [20_000]}] * 20_000)
+        count_owners([20_000], own + [{"offset": [0], "shape": [20_000]}] * 20_000)
 
 
 def test_block_outside_its_tensor_is_rejected(tmp_path: Path) -> None:

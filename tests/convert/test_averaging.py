@@ -15,7 +15,7 @@ from megatron_sov import convert
 from megatron_sov.base.artifacts import damaged_files, manifest_sha256, new_artifact, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert import averaging
-from megatron_sov.convert.averaging import choose_checkpoints, weights_of
+from megatron_sov.convert.averaging import choose_checkpoints, compute_weights
 from megatron_sov.convert.peft import from_peft
 
 
@@ -48,7 +48,7 @@ def experts(exaone_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 def test_equal_weights_give_the_bit_exact_mean(experts: list[Path], tmp_path: Path,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(averaging, "SLAB_ELEMENTS", 700)  # less than a matrix has, and no multiple of a row
+    monkeypatch.setattr(averaging, "MAX_SLAB_ELEMENTS", 700)  # less than a matrix, not a multiple of a row
     convert.average([(path, 1.0) for path in experts], tmp_path / "merged")
     found, parts = written(tmp_path / "merged"), read_parts(experts)
     assert any("e_score_correction_bias" in name for name in found) and "mtp.fc.weight" in found
@@ -66,7 +66,7 @@ def test_weights_are_normalized_and_killed_averaging_resumes(experts: list[Path]
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     weights = [3.0, 0.5]
     monkeypatch.setattr("megatron_sov.convert.hf_import.MAX_FILE_BYTES", 100_000)
-    read, blocks = averaging.mean_block, 0
+    read, blocks = averaging.average_block, 0
 
     def killed(*arguments: object) -> torch.Tensor:
         nonlocal blocks
@@ -75,7 +75,7 @@ def test_weights_are_normalized_and_killed_averaging_resumes(experts: list[Path]
         return read(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(averaging, "mean_block", killed)
+        patched.setattr(averaging, "average_block", killed)
         with pytest.raises(KeyboardInterrupt):
             convert.average(list(zip(experts, weights, strict=False)), tmp_path / "merged")
     assert (tmp_path / ".merged.work/records").read_bytes()
@@ -159,10 +159,11 @@ def test_ema_weights_equal_a_moving_average() -> None:
     values, decay, moving = [float(i % 7) for i in range(60)], 0.8, 0.0
     for value in values:
         moving = decay * moving + (1 - decay) * value
-    weights = weights_of(len(values), "ema", decay)
+    weights = compute_weights(len(values), "ema", decay)
     mean = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
     assert mean == pytest.approx(moving, rel=1e-5)
-    assert weights_of(3, "uniform", decay) == [1, 1, 1] and weights_of(3, "linear", decay) == [1, 2, 3]
+    assert compute_weights(3, "uniform", decay) == [1, 1, 1]
+    assert compute_weights(3, "linear", decay) == [1, 2, 3]
 
 
 def test_choose_checkpoints_in_a_window_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

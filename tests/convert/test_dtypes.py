@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.convert.dtypes import DTYPES, check_space, convert_tensor, exported_dtype, planned_dtype
+from megatron_sov.convert.dtypes import DTYPES, check_space, choose_dtype, choose_export_dtype, convert_tensor
 
 # One NaN or infinity anywhere is found, whatever the dtype; values that fit are converted as torch does it.
 
@@ -36,10 +36,10 @@ def test_finite_values_are_kept_or_rounded_once() -> None:
 
 
 def test_planned_dtypes() -> None:
-    assert planned_dtype("keep", False, torch.float64) == torch.float64
-    assert exported_dtype("keep", False, torch.float64) == torch.float32
-    assert exported_dtype("float64", False, torch.bfloat16) == torch.float64
-    assert (planned_dtype("bfloat16", True, torch.float32) == exported_dtype("keep", True, torch.float64)
+    assert choose_dtype("keep", False, torch.float64) == torch.float64
+    assert choose_export_dtype("keep", False, torch.float64) == torch.float32
+    assert choose_export_dtype("float64", False, torch.bfloat16) == torch.float64
+    assert (choose_dtype("bfloat16", True, torch.float32) == choose_export_dtype("keep", True, torch.float64)
             == torch.float32)
 
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from megatron_sov import convert
 from megatron_sov.base.artifacts import manifest_sha256
 from megatron_sov.cli import main
-from megatron_sov.convert.hf_export import Proof, TensorRecord
+from megatron_sov.convert.hf_export import ConversionProof, TensorRecord
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def pair(exaone_dir: Path, tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "ckpt", tmp_path / "hf"
 
 
-def failed(proof: Proof) -> dict[str, float]:
+def failed(proof: ConversionProof) -> dict[str, float]:
     checks = proof.checks
     assert all(check.passed == (check.value <= check.limit) for check in checks)
     return {check.name: check.value for check in checks if not check.passed}

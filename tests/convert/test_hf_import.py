@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 from megatron_sov import convert
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert.hf_export import to_hf
-from megatron_sov.convert.hf_import import ids_beside
+from megatron_sov.convert.hf_import import read_token_ids
 from megatron_sov.engine.decode.forward_only import Inputs
 from megatron_sov.engine.parallel import world
 from megatron_sov.infer.engines.load import load_forward_model
@@ -135,7 +135,7 @@ def test_special_ids_come_from_the_first_file(name: str, tmp_path: Path) -> None
         "added_tokens": [{"id": 7, "content": "<end>"}], "model": {"vocab": {"<s>": 0, "</s>": 1, "a": 2}}}))
     for file, content in files.items():
         (tmp_path / file).write_text(json.dumps(content))
-    found = ids_beside(tmp_path)
+    found = read_token_ids(tmp_path)
     assert found == expected
     if name != "values that are no ids" and {GENERATION, CONFIG} & set(files):
         used = (GenerationConfig.from_pretrained(tmp_path) if GENERATION in files
@@ -149,11 +149,11 @@ def test_unknown_eos_token_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
     (tmp_path / TEXTS).write_text('{"eos_token": "<gone>"}')
     with pytest.raises(UserError, match="eos_token = '<gone>'"):
-        ids_beside(tmp_path)
+        read_token_ids(tmp_path)
     (tmp_path / GENERATION).write_text('{"eos_token_id": 0}')
-    assert ids_beside(tmp_path) == TokenIds(eos=0)
+    assert read_token_ids(tmp_path) == TokenIds(eos=0)
     (tmp_path / TEXTS).write_text('{"bos_token": "a", "pad_token": "<unused>"}')
-    assert ids_beside(tmp_path) == TokenIds(bos=0, eos=0)
+    assert read_token_ids(tmp_path) == TokenIds(bos=0, eos=0)
 
 
 @pytest.mark.parametrize("defaults", [

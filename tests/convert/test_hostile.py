@@ -21,7 +21,7 @@ from megatron_sov import convert
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.convert.inert_pickle import read_apart, read_index, read_settings
+from megatron_sov.convert.inert_pickle import read_in_subprocess, read_index, read_settings
 from megatron_sov.convert.megatron_import import find_tensor
 from tests.convert import made_by_hand
 
@@ -220,7 +220,7 @@ def test_reader_process_has_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name in ("BASE_MEMORY_BYTES", "MEMORY_PER_BYTE"):
         monkeypatch.setattr(f"megatron_sov.convert.inert_pickle.{name}", 0)
     with pytest.raises(UserError, match="takes more memory"):
-        read_apart("index", tmp_path / "x")
+        read_in_subprocess("index", tmp_path / "x")
 
 
 @pytest.mark.deep
@@ -231,7 +231,7 @@ def test_reply_is_bounded_by_the_memory_limit(tmp_path: Path) -> None:
     file.write_bytes(_saved({"args": made_by_hand.argparse.Namespace(a=[long] * 1000)}))
     assert file.stat().st_size < 2 << 20
     with pytest.raises(UserError, match="takes more memory"):
-        read_apart("settings", file)
+        read_in_subprocess("settings", file)
 
 
 def _link_outside(folder: Path) -> None:

@@ -78,14 +78,14 @@ def test_killed_conversion_resumes_to_equal_bytes(solar_dir: Path, tmp_path: Pat
             finished[action].append(set(map(str, items_on_record(work_folder(Path(out))))))
             killer.stdin.write("go on\n")
             killer.stdin.flush()
-    real = hf_import.write_file
+    real = hf_import.write_tensors
     for action, source in sources.items():
         first, second = finished[action]
         assert first and first < second, "the second attempt went on from the first"
         out, written = tmp_path / action, []
         work = work_folder(out) / CONTENT
         (work / "half-written").write_text("stray")
-        monkeypatch.setattr(hf_import, "write_file",
+        monkeypatch.setattr(hf_import, "write_tensors",
                             lambda path, *rest, written=written: (written.append(path), real(path, *rest))[1])
         arguments = {} if action == "from_hf" else {"max_shard_bytes": FILE_BYTES}
         with pytest.raises(UserError, match=r".keep., and is .float64."):

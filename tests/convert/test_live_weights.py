@@ -51,7 +51,7 @@ def exported(recipe: str, precision: str, layout: dict[str, Any], path: str) -> 
     for block in local_shards(model):
         if block.key.endswith("expert_bias"):
             block.data.copy_(torch.arange(block.data.numel()) / 7)
-    load.save(Path(path), model, None, {"step": 1, "tokens": 1}, config.to_dict(), None)
+    load.save_checkpoint(Path(path), model, None, {"step": 1, "tokens": 1}, config.to_dict(), None)
     result = {"main": {name: bits(t) for name, t in export_weights(model)},
               "bf16": {name: str(t.dtype) for name, t in export_weights(model, "bfloat16")}}
     early = export_weights(model)
@@ -134,7 +134,7 @@ def taken_in(recipe: str, layout: dict[str, Any], precision: str) -> dict[str, A
     models = []
     for seed in (1, 2):
         models.append(build(config.model, ParallelConfig(**layout), config.train))
-        load.initialise(models[-1], config.model, seed)
+        load.initialize_weights(models[-1], config.model, seed)
     source, target = models
     for block in local_shards(source):
         if block.key.endswith("expert_bias"):
@@ -152,11 +152,11 @@ def taken_in(recipe: str, layout: dict[str, Any], precision: str) -> dict[str, A
 
     result: dict[str, Any] = {"before": all(same())}
     weights, way = dict(export_weights(source, everywhere=True)), LiveImport(target)
-    way.whole(weights.items())
+    way.import_all(weights.items())
     result["after"] = all(same())
     drift()
     result["drifted"] = all(same())
-    way.whole(export_weights(source, everywhere=True))
+    way.import_all(export_weights(source, everywhere=True))
     result["again"] = all(same())
     result["refused"] = []
     some = next(name for name in weights if "k_proj" in name)

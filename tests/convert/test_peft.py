@@ -17,7 +17,8 @@ from megatron_sov.base.artifacts import new_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.convert.peft import (
-    CONFIG, WEIGHTS, base_name_of, from_peft, frozen_copies, lora_of, merge_adapter, open_weights, to_peft)
+    CONFIG, WEIGHTS, find_frozen_copies, from_peft, get_base_name, merge_adapter, open_weights,
+    parse_lora_config, to_peft)
 from megatron_sov.model.config import LoraConfig, apply_settings
 from megatron_sov.model.families.adapters import MAGNITUDE, A, B, places
 from megatron_sov.model.pretrained import hub_name
@@ -47,8 +48,8 @@ def saved(recipe: str, settings: list[str], folder: str) -> dict[str, Any]:
     base, adapter, n = Path(folder) / "base", Path(folder) / "adapter", len(TOKENS)
     world.join(config.parallel)
     model = build(config.model, config.parallel, config.train)
-    load.initialise(model, config.model, 1)
-    load.save(base, model, None, {"step": 0, "tokens": 0}, frozen.to_dict(), None)
+    load.initialize_weights(model, config.model, 1)
+    load.save_checkpoint(base, model, None, {"step": 0, "tokens": 0}, frozen.to_dict(), None)
     model = build(config.model, config.parallel, config.train, lora=config.lora)
     load.load_model(base, model)
     for block in local_shards(model):
@@ -57,7 +58,7 @@ def saved(recipe: str, settings: list[str], folder: str) -> dict[str, Any]:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{block.key} {block.offset}".encode()))
             noise = torch.randn(block.data.shape, generator=generator) * 0.2
             block.data.copy_(block.data * (1 + noise) if block.key.endswith("magnitude") else noise)
-    load.save(adapter, model, None, {"step": 3, "tokens": 9}, config.to_dict(), None)
+    load.save_checkpoint(adapter, model, None, {"step": 3, "tokens": 9}, config.to_dict(), None)
     zeros = torch.zeros(n, dtype=torch.int64)
     inputs = ModelInputs(tokens=torch.tensor(TOKENS), positions=torch.arange(n), max_document_tokens=n,
                          cu_seqlens=torch.tensor([0, n], dtype=torch.int32),
@@ -123,7 +124,7 @@ def test_adapter_round_trip_with_peft(case: str, ranks: Any, job: Any, tmp_path:
 
     wrapped.save_pretrained(tmp_path / "again")
     saved = load_file(tmp_path / "again" / WEIGHTS)
-    frozen = frozen_copies(saved)
+    frozen = find_frozen_copies(saved)
     assert len(frozen) == (2 if case == "dense" else 0), "PEFT saves the weights of embedding and head, too"
     assert saved.keys() - frozen.keys() == load_file(tmp_path / "peft" / WEIGHTS).keys()
     from_peft(tmp_path / "again", tmp_path / "back", base)
@@ -174,14 +175,14 @@ def test_unsupported_adapters_are_rejected(config: dict[str, Any], names: list[s
     model = get("tiny-qwen3").model
     names = [name for name in names if ".layers." not in name or int(name.split(".")[4]) < model.num_layers]
     with pytest.raises(UserError) as refused:
-        lora_of({**GOOD, **config}, names, model, "here")
+        parse_lora_config({**GOOD, **config}, names, model, "here")
     assert said in str(refused.value) and str(refused.value).startswith("here: ")
 
 
 def test_adapter_of_a_tied_weight_is_rejected() -> None:
     names = ["base_model.model.model.embed_tokens.lora_embedding_A"]
     with pytest.raises(UserError, match=r".*embed_tokens.* adapts"):
-        lora_of(GOOD, names, get("tiny-qwen2").model, "here")
+        parse_lora_config(GOOD, names, get("tiny-qwen2").model, "here")
 
 
 def test_dora_of_the_head_is_rejected() -> None:
@@ -190,16 +191,18 @@ def test_dora_of_the_head_is_rejected() -> None:
     ends = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
     names = [folder.format(i) + end for i in range(model.num_layers) for end in ends]
     assert not model.tied_embeddings
-    assert lora_of({**GOOD, "use_dora": True}, names, model, "") == LoraConfig(4, 8.0, ("q_proj",), True)
+    config = parse_lora_config({**GOOD, "use_dora": True}, names, model, "")
+    assert config == LoraConfig(4, 8.0, ("q_proj",), True)
     head = [f"base_model.model.lm_head{end}" for end in ends]
     with pytest.raises(UserError, match=r"lm_head.lora_A.weight under use_dora"):
-        lora_of({**GOOD, "use_dora": True}, names + head, model, "here")
+        parse_lora_config({**GOOD, "use_dora": True}, names + head, model, "here")
 
 
 def test_rslora_is_converted_to_alpha() -> None:
     model = get("tiny-qwen3").model
     names = [name for name in NAMES if int(name.split(".")[4]) < model.num_layers]
-    assert lora_of({**GOOD, "use_rslora": True}, names, model, "") == LoraConfig(4, 16.0, ("q_proj",))
+    config = parse_lora_config({**GOOD, "use_rslora": True}, names, model, "")
+    assert config == LoraConfig(4, 16.0, ("q_proj",))
 
 
 def test_base_name_is_the_hub_or_run_name(tmp_path: Path) -> None:
@@ -210,8 +213,8 @@ def test_base_name_is_the_hub_or_run_name(tmp_path: Path) -> None:
     for content, name in (({"imported_from": "Qwen/Qwen3-8B"}, "Qwen/Qwen3-8B"), ({}, "RUN")):
         with new_artifact(step, "checkpoint", overwrite=True) as artifact:
             artifact.content = content
-        assert base_name_of(tmp_path, AdapterBase.of(step)) == name
-    assert base_name_of(tmp_path, lost) == "gone"
+        assert get_base_name(tmp_path, AdapterBase.of(step)) == name
+    assert get_base_name(tmp_path, lost) == "gone"
 
 
 def test_peft_folder_without_config_is_rejected(tmp_path: Path) -> None:

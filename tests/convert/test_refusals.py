@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from megatron_sov import convert
 from megatron_sov.base.artifacts import MANIFEST, FileRecord
 from megatron_sov.base.errors import UserError
-from megatron_sov.checkpoint import writer
+from megatron_sov.checkpoint import safetensors_files
 
 SHARD_BYTES = 20_000
 Tensors = dict[str, torch.Tensor]
@@ -223,7 +223,7 @@ def test_full_disk_during_writing_is_reported(action: str, sound: dict[str, Path
     def full(fd: int, raw: memoryview) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(writer, "_write", full)
+    monkeypatch.setattr(safetensors_files, "_write", full)
     with pytest.raises(UserError, match="device; free some space"):
         getattr(convert, action)(sound["hf" if action == "from_hf" else "ckpt"], tmp_path / "out")
     assert not list(tmp_path.iterdir())

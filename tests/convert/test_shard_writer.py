@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 
 from megatron_sov.base.artifacts import FileRecord
-from megatron_sov.checkpoint.writer import SAFETENSORS_DTYPES, TensorSpec
+from megatron_sov.checkpoint.safetensors_files import SAFETENSORS_DTYPES, TensorSpec
 from megatron_sov.convert.hf_import import plan_shards, write_files
 
 SPECS = st.lists(st.tuples(st.lists(st.integers(1, 5), min_size=1, max_size=3),

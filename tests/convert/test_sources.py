@@ -17,7 +17,7 @@ from megatron_sov import convert
 from megatron_sov.base.artifacts import MANIFEST, FileRecord, file_damage, new_artifact, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert import hf_import
-from megatron_sov.convert.hf_import import checked_source
+from megatron_sov.convert.hf_import import verify_source
 from megatron_sov.model.pretrained import load_pretrained
 from megatron_sov.work.progress.resumable import ResumableArtifact
 
@@ -308,36 +308,36 @@ def test_conversion_runs_while_sources_are_hashed(folder: Folder, monkeypatch: p
         return file_damage(file, record)
 
     monkeypatch.setattr(hf_import, "file_damage", later)
-    with checked_source(folder, workers=1) as check:
+    with verify_source(folder, workers=1) as check:
         begun.set()
-        check.require(["A"])
+        check.wait_for(["A"])
 
 
 def test_verification_rejects_only_damaged_files(folder: Folder) -> None:
     (folder.path / "b").write_text("B")
     with (pytest.raises(UserError, match="b: its content differs"),
-          checked_source(folder, workers=2) as check):
-        check.require(["A"])
+          verify_source(folder, workers=2) as check):
+        check.wait_for(["A"])
         with pytest.raises(UserError, match="b: its content differs"):
-            check.require(["A", "B"])
+            check.wait_for(["A", "B"])
 
 
 def test_damage_replaces_other_errors(folder: Folder) -> None:
-    with pytest.raises(ZeroDivisionError), checked_source(folder, workers=2):
+    with pytest.raises(ZeroDivisionError), verify_source(folder, workers=2):
         raise ZeroDivisionError
     (folder.path / "a").unlink()
-    with pytest.raises(UserError, match="a: is missing"), checked_source(folder, workers=2):
+    with pytest.raises(UserError, match="a: is missing"), verify_source(folder, workers=2):
         raise ZeroDivisionError
 
 
 def test_other_parts_and_unhashed_folders_are_not_verified(folder: Folder) -> None:
     (folder.path / "optimizer/o").write_text("?")
-    with checked_source(folder, workers=1):
+    with verify_source(folder, workers=1):
         pass
     (folder.path / MANIFEST).unlink()
     (folder.path / "a").unlink()
-    with checked_source(folder, workers=1) as check:
-        check.require(["A"])
+    with verify_source(folder, workers=1) as check:
+        check.wait_for(["A"])
 
 
 def test_export_finishes_a_file_after_its_sources_are_verified(solar_dir: Path, tmp_path: Path,
@@ -350,7 +350,7 @@ def test_export_finishes_a_file_after_its_sources_are_verified(solar_dir: Path, 
             too_early.append(counted.wait(0.1))
         return file_damage(file, record)
 
-    def write(*arguments: Any, now: Any = hf_import.write_file) -> FileRecord:
+    def write(*arguments: Any, now: Any = hf_import.write_tensors) -> FileRecord:
         record: FileRecord = now(*arguments)
         written.set()
         return record
@@ -361,7 +361,7 @@ def test_export_finishes_a_file_after_its_sources_are_verified(solar_dir: Path, 
 
     convert.from_hf(solar_dir, tmp_path / "ckpt")
     monkeypatch.setattr(hf_import, "file_damage", after_the_writing)
-    monkeypatch.setattr(hf_import, "write_file", write)
+    monkeypatch.setattr(hf_import, "write_tensors", write)
     monkeypatch.setattr(ResumableArtifact, "finish", finish)
     convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
     assert counted.is_set() and too_early == [False]

@@ -59,7 +59,7 @@ def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:
     for recipe in names:
         config = apply_settings(recipes.get(recipe), [*SETTINGS, *RECIPES[recipe]])
         model = build(config.model, parallel, config.train, lora=config.lora)
-        load.initialise(model, config.model, 1)
+        load.initialize_weights(model, config.model, 1)
         with torch.no_grad():
             for factors in (m for m in model.modules() if isinstance(m, Factors)):
                 factors.B.normal_(generator=torch.Generator().manual_seed(1))

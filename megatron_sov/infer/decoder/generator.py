@@ -403,7 +403,7 @@ class MegatronEngine:
         """Import weights, or count the live weights as a new version, see `Engine`."""
         with self._weight_version.replaced(version, weights):
             if weights is not None:
-                self._importer.whole(weights)
+                self._importer.import_all(weights)
 
     @cached_property
     def _importer(self) -> LiveImport:

@@ -19,7 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.convert.sources import check_whole_model, refuse_damaged_export, tensors_left_out
+from megatron_sov.convert.sources import check_export, check_whole_model, list_ignored_prefixes
 from megatron_sov.engine.parallel.device import PRECISION, inference_precision
 from megatron_sov.infer.decoder.sampling import seed_of
 from megatron_sov.infer.engines.target import report_precision
@@ -62,9 +62,10 @@ def load_hf(folder: Path, dtype: torch.dtype | None = None) -> Any:
     """
     dtype = dtype or PRECISION[inference_precision()]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    refuse_damaged_export(folder)
+    check_export(folder)
     options = {"dtype": dtype, **low_bit_options(folder)}
-    model: Any = load_pretrained(AutoModelForCausalLM, folder, left_out=tensors_left_out(folder), **options)
+    model: Any = load_pretrained(AutoModelForCausalLM, folder, left_out=list_ignored_prefixes(folder),
+                                 **options)
     if options["dtype"] != dtype:
         model = model.to(dtype)
     _check_ignored_fields(folder, model)

@@ -40,7 +40,7 @@ def load_forward_model(path: Path, config: RunConfig) -> ForwardModel:
     Raises:
         UserError: the checkpoint is damaged, or `config.model` has another architecture.
     """
-    load.check(path)
+    load.check_weights(path)
     # Keep the GPU settings of the training: Megatron refuses a second attention backend in one process.
     # Settings for backward passes are dropped.
     gpu = replace(config.gpu, recompute_modules=(), offload_modules=())

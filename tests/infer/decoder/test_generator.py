@@ -183,7 +183,7 @@ def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[
     config = apply_settings(recipes.get(f"tiny-{family}"), [*FAMILIES[family], "train.precision=fp32"])
     world.join(parallel)
     model = build(config.model, parallel, config.train)
-    load.initialise(model, config.model, 1)
+    load.initialize_weights(model, config.model, 1)
     policy = ForwardModel(model, 7)
 
     def trainers(row: list[int], temperature: float) -> torch.Tensor:
@@ -216,7 +216,7 @@ def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[
             "drafted T 1": Sampling(NEW, 1.0, seed=3, num_drafts=drafts)}
     found = {name: furthest(ways[name]) for name in chosen}
     other = build(config.model, parallel, config.train)
-    load.initialise(other, config.model, 2)
+    load.initialize_weights(other, config.model, 2)
     engine = MegatronEngine(ForwardModel(other, 7))
     versions = []
     for weights, version in ((None, 1), (export_weights(model, everywhere=True), 7)):

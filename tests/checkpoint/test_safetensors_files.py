@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sov.base.artifacts import FileRecord
 from megatron_sov.base.errors import UserError
-from megatron_sov.checkpoint import writer
-from megatron_sov.checkpoint.writer import SAFETENSORS_DTYPES, TensorFile, TensorSpec, write_file
+from megatron_sov.checkpoint import safetensors_files
+from megatron_sov.checkpoint.safetensors_files import (
+    SAFETENSORS_DTYPES, TensorFile, TensorSpec, write_tensors)
 
 
 @given(st.data(), st.lists(st.integers(0, 6), max_size=4),
@@ -32,8 +33,8 @@ def test_any_block_equals_the_saved_tensor(tmp_path_factory, data: st.DataObject
     bounds = [sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in shape]
     block = [slice(*b) for b in bounds]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "_COVER_BYTES", cover_bytes)  # small: each row by itself
-        patch.setattr(writer, "_READ_BYTES", 7)
+        patch.setattr(safetensors_files, "_COVER_BYTES", cover_bytes)  # small: each row by itself
+        patch.setattr(safetensors_files, "_READ_BYTES", 7)
         file = TensorFile(path, "")
         assert file.read("t").equal(whole) and file.get_dtype("t") == dtype
         found = file.read("t", block)
@@ -98,7 +99,7 @@ def test_safetensors_library_reads_written_files(tmp_path_factory: pytest.TempPa
     tensors = {f"t{i}": (torch.randn(shape) * 9).to(dtype) for i, (shape, dtype) in enumerate(drawn)}
     specs = [TensorSpec(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
     with ThreadPoolExecutor(1) as reader:
-        record = write_file(path, specs, lambda spec: tensors[spec.name], reader if beside else None)
+        record = write_tensors(path, specs, lambda spec: tensors[spec.name], reader if beside else None)
     found = load_file(path)
     assert found.keys() == tensors.keys()
     assert all(found[name].dtype == t.dtype and found[name].equal(t) for name, t in tensors.items())
@@ -116,28 +117,29 @@ def test_next_tensor_is_read_while_current_is_written(tmp_path: Path,
             asked.set()
         return torch.zeros(9)
 
-    def write(fd: int, raw: memoryview, now: Any = writer._write_bytes) -> None:
+    def write(fd: int, raw: memoryview, now: Any = safetensors_files._write_bytes) -> None:
         if len(raw) == 36:
             assert asked.wait(600)
             order.append("written")
         now(fd, raw)
 
-    monkeypatch.setattr(writer, "_write_bytes", write)
+    monkeypatch.setattr(safetensors_files, "_write_bytes", write)
     specs = [TensorSpec(name, (9,), torch.float32) for name in "abc"]
     with ThreadPoolExecutor(1) as reader:
-        write_file(tmp_path / "t", specs, read, reader)
+        write_tensors(tmp_path / "t", specs, read, reader)
     assert order.index("read b") < order.index("written") < order.index("read c")
 
 
 def test_bytes_equal_safetensors_and_write_back_starts_early(tmp_path: Path,
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[tuple[int, int]] = []
-    monkeypatch.setattr(writer, "_start_write_back", lambda fd, start, size: begun.append((start, size)))
-    monkeypatch.setattr(writer, "_WRITE_BACK_BYTES", 100)
-    monkeypatch.setattr(writer, "_CHUNK_BYTES", 40)
+    monkeypatch.setattr(safetensors_files, "_start_write_back",
+                        lambda fd, start, size: begun.append((start, size)))
+    monkeypatch.setattr(safetensors_files, "_WRITE_BACK_BYTES", 100)
+    monkeypatch.setattr(safetensors_files, "_CHUNK_BYTES", 40)
     tensors = {"a": torch.randn(6, 10), "b": torch.randn(30), "c": torch.randn(5, 3).bfloat16()}
     specs = [TensorSpec(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
-    record = write_file(tmp_path / "ours", specs, lambda spec: tensors[spec.name])
+    record = write_tensors(tmp_path / "ours", specs, lambda spec: tensors[spec.name])
     save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
     assert record == FileRecord.of(tmp_path / "theirs")
@@ -147,15 +149,15 @@ def test_bytes_equal_safetensors_and_write_back_starts_early(tmp_path: Path,
 
 
 def test_sync_file_range_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if writer._SYNC_FILE_RANGE is None:
+    if safetensors_files._SYNC_FILE_RANGE is None:
         pytest.skip("only Linux can")
     told: list[int] = []
 
-    def tell(*arguments: object, now: Any = writer._SYNC_FILE_RANGE) -> int:
+    def tell(*arguments: object, now: Any = safetensors_files._SYNC_FILE_RANGE) -> int:
         told.append(now(*arguments))
         return told[-1]
 
-    monkeypatch.setattr(writer, "_SYNC_FILE_RANGE", tell)
-    monkeypatch.setattr(writer, "_WRITE_BACK_BYTES", 1)
-    write_file(tmp_path / "t", [TensorSpec("a", (9,), torch.float32)], lambda spec: torch.zeros(9))
+    monkeypatch.setattr(safetensors_files, "_SYNC_FILE_RANGE", tell)
+    monkeypatch.setattr(safetensors_files, "_WRITE_BACK_BYTES", 1)
+    write_tensors(tmp_path / "t", [TensorSpec("a", (9,), torch.float32)], lambda spec: torch.zeros(9))
     assert set(told) == {0}
