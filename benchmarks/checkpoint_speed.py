@@ -79,20 +79,20 @@ def measure(folder: Path, config: RunConfig, rounds: int) -> int:
     import torch
     import torch.distributed as dist
 
-    from megatron_sov.checkpoint.save import Companions, Saved, Saver
+    from megatron_sov.checkpoint.save import CheckpointMetadata, CheckpointSaver, SavedCheckpoint
     from megatron_sov.engine.model.language_model import build
     from megatron_sov.engine.optimizer.optimizer import Optimizer
 
     place = world.join(ParallelConfig())
     model = build(config.model, config.parallel, config.train)
-    load.initialise(model, config.model, 1)
+    load.initialize_weights(model, config.model, 1)
     optimizer = Optimizer(model, config.optim)
     for block in optimizer.state_shards():
         with torch.no_grad():
             block.data.normal_()
-    saved = list[Saved]()
-    saver, waiting = Saver(saved.append), Saver(saved.append)  # a run has one of them
-    companions = Companions({"step": 1, "tokens": 1, "num_updates": 1}, {}, None)
+    saved = list[SavedCheckpoint]()
+    saver, waiting = CheckpointSaver(saved.append), CheckpointSaver(saved.append)  # a run has one of them
+    companions = CheckpointMetadata({"step": 1, "tokens": 1, "num_updates": 1}, {}, None)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in MEASURES}
 
     def timed(name: str, action: Callable[[], object]) -> None:
@@ -106,7 +106,7 @@ def measure(folder: Path, config: RunConfig, rounds: int) -> int:
         saver.begin(folder / name, model, optimizer, companions)
 
     def save_waiting(name: str) -> None:
-        waiting.begin(folder / name, model, optimizer, companions, waits=True)
+        waiting.begin(folder / name, model, optimizer, companions, wait=True)
         waiting.finish()
 
     begin("step-0")  # takes the memory, which later ones have
@@ -121,7 +121,7 @@ def measure(folder: Path, config: RunConfig, rounds: int) -> int:
         timed(SAVE, lambda: save_waiting("step-1"))
         timed(STALL, lambda: begin("step-2"))
         saver.finish()
-        timed(CHECK, lambda: load.damage(path))
+        timed(CHECK, lambda: load.find_damage(path))
         timed(LOAD, lambda: (load.load_model(path, model), load.load_optimizer(path, optimizer, 1)))
         for old in ("step-1", "step-2") if place.is_main else ():
             shutil.rmtree(folder / old)

@@ -48,7 +48,7 @@ from pathlib import Path
 import torch
 from megatron_sov import convert, recipes
 from megatron_sov.convert.hf_import import plan_shards, write_files
-from megatron_sov.checkpoint.writer import TensorSpec
+from megatron_sov.checkpoint.safetensors_files import TensorSpec
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 folder, size_bytes = Path(sys.argv[1]), float(sys.argv[2])

@@ -87,7 +87,7 @@ def ours(base: Path, config: RunConfig, tokens: Any) -> tuple[Way, Any, Any]:
     from megatron_sov.engine.parallel.device import local_device
 
     model = build(config.model, config.parallel, config.train, config.gpu, config.lora)
-    load.initialise(model, config.model, 1)
+    load.initialize_weights(model, config.model, 1)
     load.load_model(base, model)
     optimizer = Optimizer(model, config.optim)
     model.config.finalize_model_grads_func = ExpertLoad(model).finalize
@@ -161,14 +161,15 @@ def measure(turns: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = build(full.model, full.parallel, full.train)
-        load.initialise(model, full.model, 1)
-        load.save(folder / "base", model, None, {"step": 0, "tokens": 0}, full.to_dict(), None)
+        load.initialize_weights(model, full.model, 1)
+        load.save_checkpoint(folder / "base", model, None, {"step": 0, "tokens": 0}, full.to_dict(), None)
         convert.to_hf(folder / "base", folder / "hf")
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(full.model.vocab_size, (TOKENS + 1,), generator=generator)
         lora, lora_model, lora_optimizer = ours(folder / "base", adapted, tokens)
         whole, whole_model, whole_optimizer = ours(folder / "base", full, tokens)
-        load.save(folder / "begin", lora_model, None, {"step": 0, "tokens": 0}, adapted.to_dict(), None)
+        load.save_checkpoint(folder / "begin", lora_model, None, {"step": 0, "tokens": 0},
+                             adapted.to_dict(), None)
         to_peft(folder / "begin", folder / "peft")
 
         def loaded() -> Any:
@@ -181,7 +182,8 @@ def measure(turns: int) -> None:
         sizes = {}
         for kind, its_model, optimizer, config in (("LoRA", lora_model, lora_optimizer, adapted),
                                                    ("full", whole_model, whole_optimizer, full)):
-            load.save(folder / kind, its_model, optimizer, {"step": 1, "tokens": 1}, config.to_dict(), None)
+            load.save_checkpoint(folder / kind, its_model, optimizer, {"step": 1, "tokens": 1},
+                                 config.to_dict(), None)
             sizes[kind] = folder_bytes(folder / kind)
         print(f"\ncheckpoint with the optimizer's state: LoRA {sizes['LoRA'] / MIB:.2f} MiB, full "
               f"{sizes['full'] / MIB:.2f} MiB ({sizes['full'] / sizes['LoRA']:.1f} times as much); PEFT's "

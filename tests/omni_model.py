@@ -58,12 +58,12 @@ def save_omni_model(path: Path, plain_tokenizer: Path, settings: tuple[str, ...]
     world.join(config.parallel)
     try:
         model = build_configured(config)
-        load.initialise(model, config.model, 1)
+        load.initialize_weights(model, config.model, 1)
         if likes:
             with torch.no_grad():  # states all point one way, and so do the rows of what it likes
                 model.chunks[0].embedding.word_embeddings.weight.add_(1.0)
                 for name in likes:
                     model.chunks[0].output_layer.weight[words.token_to_id(name)] = 0.2
-        load.save(path, model, None, {"step": 1, "tokens": 0}, config.to_dict(), tokenizer)
+        load.save_checkpoint(path, model, None, {"step": 1, "tokens": 0}, config.to_dict(), tokenizer)
     finally:
         world.leave()

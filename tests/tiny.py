@@ -28,7 +28,7 @@ def tiny_model(recipe: str, *settings: str, layout: dict[str, Any] | None = None
         config = replace(config, parallel=ParallelConfig(**layout))
     world.join(config.parallel)
     model = build(config.model, config.parallel, config.train, config.gpu)
-    load.initialise(model, config.model, seed)
+    load.initialize_weights(model, config.model, seed)
     return config, model
 
 

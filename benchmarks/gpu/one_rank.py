@@ -41,7 +41,7 @@ class OneRank:
         self.world = world.join(config.parallel)
         self.model = build(config.model, config.parallel, config.train, config.gpu)
         with patch.object(load, "_made_ahead", _made_there):
-            load.initialise(self.model, config.model, config.train.seed)
+            load.initialize_weights(self.model, config.model, config.train.seed)
         self.optimizer = Optimizer(self.model, config.optim, config.parallel, config.gpu)
         self.expert_load = ExpertLoad(self.model)
         self.model.config.finalize_model_grads_func = self.expert_load.finalize

@@ -14,7 +14,7 @@ from megatron_sov.engine.parallel.values import gather_objects
 
 
 @dataclass(frozen=True)
-class _GatherPlace:
+class _BlockPosition:
     """Position of a block in its global tensor."""
 
     key: str
@@ -28,7 +28,7 @@ class _GatherPlace:
         return tuple(slice(o, o + n) for o, n in zip(self.offset, self.shape, strict=True))
 
 
-class Gatherer:
+class TensorGatherer:
     """Gathers global tensors from the blocks of all processes. Every method is collective.
 
     Args:
@@ -43,14 +43,14 @@ class Gatherer:
             # Replicas are skipped: each element must arrive exactly once.
             if block.owned:
                 self._local_shards.setdefault(block.key, []).append(block)
-        places = [_GatherPlace(b.key, b.global_shape, b.offset, b.shape, b.data.dtype)
+        places = [_BlockPosition(b.key, b.global_shape, b.offset, b.shape, b.data.dtype)
                   for shards in self._local_shards.values() for b in shards]
-        self._places: dict[str, dict[int, list[_GatherPlace]]] = {}
+        self._places: dict[str, dict[int, list[_BlockPosition]]] = {}
         for owner, remote in enumerate(gather_objects(places)):
             for place in remote:
                 self._places.setdefault(place.key, {}).setdefault(owner, []).append(place)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def get_shapes(self) -> dict[str, tuple[int, ...]]:
         return {key: next(iter(owners.values()))[0].global_shape for key, owners in self._places.items()}
 
     @torch.no_grad()
@@ -77,7 +77,7 @@ class Gatherer:
                 start += part.numel()
         return whole
 
-    def _send_share(self, key: str, owner: int, places: list[_GatherPlace]) -> torch.Tensor | None:
+    def _send_share(self, key: str, owner: int, places: list[_BlockPosition]) -> torch.Tensor | None:
         """Send the share of `owner` to the receiving ranks; returns the flat share on these ranks."""
         share: torch.Tensor | None = None
         if self._rank == owner:
@@ -96,7 +96,8 @@ class Gatherer:
         return share
 
 
-def in_order(gatherer: Gatherer, keys: Sequence[str]) -> Generator[tuple[str, torch.Tensor | None]]:
+def iter_gathered(gatherer: TensorGatherer,
+                  keys: Sequence[str]) -> Generator[tuple[str, torch.Tensor | None]]:
     """Yield (key, tensor). If the caller stops early, the remaining tensors are still gathered."""
     left = iter(keys)
     try:

@@ -22,19 +22,19 @@ def check_dtype_name(dtype: str) -> None:
                         f"{', '.join(DTYPES)}, {KEEP})")
 
 
-def planned_dtype(dtype: str, fp32: bool, own: torch.dtype) -> torch.dtype:
+def choose_dtype(dtype: str, fp32: bool, stored_dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of a tensor in a checkpoint; `fp32` tensors are always float32."""
-    return torch.float32 if fp32 else DTYPES.get(dtype, own)
+    return torch.float32 if fp32 else DTYPES.get(dtype, stored_dtype)
 
 
-def exported_dtype(dtype: str, fp32: bool, own: torch.dtype) -> torch.dtype:
+def choose_export_dtype(dtype: str, fp32: bool, stored_dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of a tensor in an export; float64 only on request, because few programs read it."""
-    return planned_dtype(dtype, fp32, torch.float32 if own == torch.float64 else own)
+    return choose_dtype(dtype, fp32, torch.float32 if stored_dtype == torch.float64 else stored_dtype)
 
 
 def convert_tensor(tensor: torch.Tensor, dtype: torch.dtype, path: Path, name: str,
-                   instead: str = "use --dtype bfloat16 or keep") -> torch.Tensor:
-    """Cast a tensor to `dtype`; `instead` is the advice in the overflow message.
+                   fix: str = "use --dtype bfloat16 or keep") -> torch.Tensor:
+    """Cast a tensor to `dtype`; `fix` is the advice in the overflow message.
 
     Raises:
         UserError: `tensor` has NaN or infinity, or a value overflows `dtype` (float16: above 65504).
@@ -47,7 +47,7 @@ def convert_tensor(tensor: torch.Tensor, dtype: torch.dtype, path: Path, name: s
     if result is not tensor and not _is_finite(result):
         largest, kind = tensor.abs().max().item(), str(dtype).removeprefix("torch.")
         raise UserError(f"{name}: its largest value {largest:g} does not fit {kind} "
-                        f"({torch.finfo(dtype).max:g}); {instead}")
+                        f"({torch.finfo(dtype).max:g}); {fix}")
     return result
 
 

@@ -21,16 +21,17 @@ from megatron_sov.base.digests import fingerprint
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.figures import format_size
 from megatron_sov.base.pages.markdown import md
-from megatron_sov.checkpoint.writer import TensorSpec
+from megatron_sov.checkpoint.safetensors_files import TensorSpec
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
-from megatron_sov.convert.dtypes import KEEP, check_dtype_name, check_space, convert_tensor, exported_dtype
+from megatron_sov.convert.dtypes import (
+    KEEP, check_dtype_name, check_space, choose_export_dtype, convert_tensor)
 from megatron_sov.convert.hf_import import (
-    CARRIED_FIELDS, carry, check_copies, checked_source, copies_of, copy_carried_fields, differing_copies,
-    digest_of, generation_ids, ids_as_list, ids_beside, move_chat_template, plan_shards, split_conflict,
-    with_turn_ends, write_files)
-from megatron_sov.convert.peft import AdaptedWeights, UpdateRounding, add_inputs, open_weights
+    CARRIED_FIELDS, add_turn_ends, check_copies, copy_carried_fields, copy_companions,
+    describe_split_conflict, find_differing_copies, get_duplicates, hash_file_plan, move_chat_template,
+    plan_shards, read_generation_ids, read_token_ids, to_id_list, verify_source, write_files)
+from megatron_sov.convert.peft import AdaptedWeights, UpdateRounding, open_weights, record_inputs
 from megatron_sov.convert.sources import (
-    HfWeights, Weights, check_dtypes, has_same_bits, newest_of_run, tensors_left_out)
+    HfWeights, Weights, check_dtypes, has_same_bits, list_ignored_prefixes, resolve_run)
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.modality import modality
@@ -82,7 +83,7 @@ class TensorRecord:
 
 
 @dataclass(frozen=True)
-class Proof:
+class ConversionProof:
     """Result of a comparison."""
 
     checks: list[ParityCheck]
@@ -95,7 +96,8 @@ class Proof:
         return all(check.passed for check in self.checks)
 
 
-def verify(a: str | Path, b: str | Path, *, load: bool = True, workers: int = DEFAULT_WORKERS) -> Proof:
+def verify(a: str | Path, b: str | Path, *, load: bool = True,
+           workers: int = DEFAULT_WORKERS) -> ConversionProof:
     """Compare the weights of two models, each a checkpoint or a Hugging Face folder.
 
     Args:
@@ -117,13 +119,13 @@ def verify(a: str | Path, b: str | Path, *, load: bool = True, workers: int = DE
     checks.append(_check_none("special token ids that differ", _differing_ids(*sides)))
     records = _compare_all(sides, (first, second), workers)
     checks += _tensor_checks(sides[0], sides[1], records, first.describe() or second.describe())
-    checks += [_check_none(f"{side.path}: copies that differ", differing_copies(side))
+    checks += [_check_none(f"{side.path}: copies that differ", find_differing_copies(side))
                for side in sides if isinstance(side, HfWeights) and side.copies]
     if load:
         for side in sides:
             if isinstance(side, HfWeights):
                 checks += _loading_checks(side)
-    return Proof(checks, records)
+    return ConversionProof(checks, records)
 
 
 def _differing_fields(a: Weights, b: Weights) -> list[str]:
@@ -139,8 +141,8 @@ def _differing_ids(a: Weights, b: Weights) -> list[str]:
     sides = []
     for side in (a, b):
         folder = side.path if isinstance(side, HfWeights) else side.path / "tokenizer"
-        sides.append(vars(generation_ids(folder)))
-    pairs = {name: [ids_as_list(ids[name]) for ids in sides] for name in sides[0]}
+        sides.append(vars(read_generation_ids(folder)))
+    pairs = {name: [to_id_list(ids[name]) for ids in sides] for name in sides[0]}
     return [f"{name} ({a_ids} and {b_ids})" for name, (a_ids, b_ids) in pairs.items()
             if set(a_ids) != set(b_ids)]
 
@@ -204,7 +206,7 @@ def _loading_checks(side: HfWeights) -> list[ParityCheck]:
     from transformers import AutoModelForCausalLM
 
     try:
-        _, keys = load_and_compare(AutoModelForCausalLM, side.path, left_out=tensors_left_out(side.path),
+        _, keys = load_and_compare(AutoModelForCausalLM, side.path, left_out=list_ignored_prefixes(side.path),
                                     **{"dtype": "auto", **low_bit_options(side.path)})
     except UserError as e:
         return [ParityCheck(f"{side.path}: transformers loads it", 1, 0, False, str(e))]
@@ -243,14 +245,14 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
         UserError: the checkpoint is damaged, the family cannot express the model, a value is not finite or
             overflows `dtype`, the disk is full, or other work on `out` is unfinished.
     """
-    _check_order(Path(checkpoint), dtype, max_shard_bytes)
-    checkpoint, out = newest_of_run(Path(checkpoint)), Path(out)
+    _check_arguments(Path(checkpoint), dtype, max_shard_bytes)
+    checkpoint, out = resolve_run(Path(checkpoint)), Path(out)
     refuse_existing(out, KIND, overwrite)
     source = open_weights(checkpoint)
     check_dtypes(source)
-    copies = copies_of(source)
-    specs = planned_tensors(source, dtype, copies)
-    files = planned_files(specs, max_shard_bytes)
+    copies = get_duplicates(source)
+    specs = plan_tensors(source, dtype, copies)
+    files = plan_export_files(specs, max_shard_bytes)
     source_names = {spec.name: spec.name for spec in specs} | copies
     companions, tokens = _find_companions(source)
     family = models.get(source.model.family)
@@ -260,20 +262,20 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
     settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
     has_manifest = (checkpoint / MANIFEST).is_file()  # foreign Hugging Face folders have none
     plan = {"from": fingerprint(checkpoint), "manifest": manifest_sha256(checkpoint) if has_manifest else "",
-            **settings, "files": digest_of(files)}
+            **settings, "files": hash_file_plan(files)}
     with resumable_artifact(out, KIND, "megatron-sov convert to-hf", plan, overwrite=overwrite,
                             redo=redo) as artifact:
         _write_tensors(artifact, source, files, source_names, workers)
         _write_companions(artifact.path, files, json_files, companions, tokens)
         if has_manifest:
-            add_inputs(artifact.writer, source, leaves=True)
+            record_inputs(artifact.writer, source, leaves=True)
         artifact.writer.content = {
             "family": source.model.family, "num_tensors": sum(map(len, files.values())),
             "dtype": config["dtype"],
             "num_parameters": sum(math.prod(spec.shape) for spec in specs if spec.name not in copies)}
         artifact.writer.settings = settings
     _write_readme(out, checkpoint)
-    if conflict := split_conflict(out, family.reader_split):
+    if conflict := describe_split_conflict(out, family.reader_split):
         warn(conflict)
 
 
@@ -295,9 +297,9 @@ def _write_tensors(artifact: ResumableArtifact, source: Weights, files: dict[str
             bar.update()
             return tensor
 
-        with checked_source(source, workers) as check:
+        with verify_source(source, workers) as check:
             def finish(name: str, record: FileRecord) -> None:
-                check.require(source_names[spec.name] for spec in files[name])
+                check.wait_for(source_names[spec.name] for spec in files[name])
                 artifact.finish(name, record)
 
             write_files(artifact.path, missing, read, workers, finish)
@@ -318,8 +320,8 @@ def _find_companions(source: Weights) -> tuple[Path, TokenIds]:
     """Return the tokenizer folder and the special token ids."""
     if isinstance(source, HfWeights):
         check_copies(source)
-        return source.path, ids_beside(source.path)
-    return source.path / "tokenizer", ids_beside(source.path / "tokenizer")
+        return source.path, read_token_ids(source.path)
+    return source.path / "tokenizer", read_token_ids(source.path / "tokenizer")
 
 
 def _write_readme(export: Path, source: Path) -> None:
@@ -365,22 +367,22 @@ def _iter_provenance(source: Path) -> Iterator[str]:
                        f"{split['num_tokens']:,} tokens")
 
 
-def _check_order(checkpoint: Path, dtype: str, max_shard_bytes: int) -> None:
-    check_folder_kind(checkpoint, (CHECKPOINT, RUN), "a checkpoint or a run")
+def _check_arguments(checkpoint: Path, dtype: str, max_shard_bytes: int) -> None:
+    refuse_other_kind(checkpoint, (CHECKPOINT, RUN), "a checkpoint or a run")
     check_dtype_name(dtype)
     if max_shard_bytes <= 0:
         raise UserError(f"--max-shard-bytes {max_shard_bytes}: must be positive")
 
 
-def planned_tensors(source: Weights, dtype: str, copies: Mapping[str, str]) -> list[TensorSpec]:
+def plan_tensors(source: Weights, dtype: str, copies: Mapping[str, str]) -> list[TensorSpec]:
     """Return the tensors to export; duplicated tensors come last."""
-    specs = {name: TensorSpec(name, shape, exported_dtype(dtype, link.fp32, source.get_dtype(name)))
+    specs = {name: TensorSpec(name, shape, choose_export_dtype(dtype, link.fp32, source.get_dtype(name)))
              for link in source.links for name, shape in link.hf_shapes().items()}
     specs |= {name: replace(specs[original], name=name) for name, original in copies.items()}
     return list(specs.values())
 
 
-def planned_files(specs: list[TensorSpec], max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
+def plan_export_files(specs: list[TensorSpec], max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
     """Return file name -> tensors."""
     shards = plan_shards(specs, max_shard_bytes)
     if len(shards) == 1:
@@ -399,7 +401,7 @@ def _build_processors(source: Weights, checkpoint: Path) -> dict[str, dict[str, 
 def _write_companions(folder: Path, files: dict[str, list[TensorSpec]], json_files: dict[str, dict[str, Any]],
                       tokenizer: Path, tokens: TokenIds) -> None:
     """Write tokenizer, chat template, JSON files and, for several shards, the index of tensors."""
-    carry(tokenizer, folder, with_turn_ends(tokenizer, tokens))
+    copy_companions(tokenizer, folder, add_turn_ends(tokenizer, tokens))
     move_chat_template(folder)
     for name, content in json_files.items():
         atomic_write(folder / name, to_json(content))

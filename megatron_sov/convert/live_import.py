@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.checkpoint.gather import Gatherer, in_order
-from megatron_sov.convert.dtypes import KEEP, check_dtype_name, exported_dtype
-from megatron_sov.convert.peft import merge_adapter, merged_dtype
-from megatron_sov.convert.sources import check_exact, check_whole_model
+from megatron_sov.checkpoint.gather import TensorGatherer, iter_gathered
+from megatron_sov.convert.dtypes import KEEP, check_dtype_name, choose_export_dtype
+from megatron_sov.convert.peft import get_merged_dtype, merge_adapter
+from megatron_sov.convert.sources import check_shapes, check_whole_model
 from megatron_sov.engine.model.language_model import LanguageModel
 from megatron_sov.engine.model.local_shards import LocalShard, local_shards
 from megatron_sov.engine.parallel.device import local_device
@@ -55,13 +55,13 @@ def export_weights(model: LanguageModel, dtype: str = KEEP, *,
     adapters: dict[str, dict[str, tuple[int, ...]]] = {}
     for module in adapted_modules(model.architecture, model.lora):
         adapters[module.link.key] = adapters.get(module.link.key, {}) | module.shapes(model.lora)
-    gatherer = Gatherer(local_shards(model, rounded=True), everywhere=everywhere)
+    gatherer = TensorGatherer(local_shards(model, rounded=True), everywhere=everywhere)
     expected = {link.key: link.shape for link in links}
     for shapes in adapters.values():
         expected |= shapes
-    check_exact("the running model", gatherer.shapes(), expected, "correct the weight map of its family")
+    check_shapes("the running model", gatherer.shapes(), expected, "correct the weight map of its family")
     # Adapter factors come directly before the weight that they change.
-    tensors = in_order(gatherer, [k for key in by_key for k in (*adapters.get(key, ()), key)])
+    tensors = iter_gathered(gatherer, [k for key in by_key for k in (*adapters.get(key, ()), key)])
     adapted_places = places(model.architecture, model.lora)
     factors: dict[str, torch.Tensor] = {}
     try:
@@ -72,8 +72,8 @@ def export_weights(model: LanguageModel, dtype: str = KEEP, *,
                 factors[key] = whole
                 continue
             for link in by_key[key]:
-                model_dtype = merged_dtype(whole.dtype) if model.lora.on else whole.dtype
-                target = exported_dtype(dtype, link.fp32, model_dtype)
+                model_dtype = get_merged_dtype(whole.dtype) if model.lora.on else whole.dtype
+                target = choose_export_dtype(dtype, link.fp32, model_dtype)
                 for name, tensor in _split_block(link, whole):
                     yield name, (merge_adapter(tensor, adapted_places[name], factors, model.lora)
                                  if name in adapted_places else tensor).to(target)
@@ -139,7 +139,7 @@ class LiveImport:
                 self._regions[link.hf_names[0]] = _find_regions(local, link.offset, link.extent)
 
     @torch.no_grad()
-    def whole(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def import_all(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Import every tensor of the model; interleaved tensors are buffered until their block is complete.
 
         Args:
@@ -166,7 +166,7 @@ class LiveImport:
 
 def import_weights(model: LanguageModel, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Import every tensor of a model once, see `LiveImport`."""
-    LiveImport(model).whole(weights)
+    LiveImport(model).import_all(weights)
 
 
 def _get_group(key: str, offset: tuple[int, ...]) -> tuple[str, int]:

@@ -17,9 +17,9 @@ import torch
 
 from megatron_sov.base.artifacts import MANIFEST, damaged_files, read_manifest
 from megatron_sov.base.errors import UserError, find_misspelt
+from megatron_sov.checkpoint.safetensors_files import TensorFile
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
-from megatron_sov.checkpoint.writer import TensorFile
-from megatron_sov.convert.low_bit import FIELD, low_bit_weights
+from megatron_sov.convert.low_bit import FIELD, find_low_bit_weights
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TEXT_INSIDE, text_config
@@ -126,18 +126,18 @@ class Weights(Protocol):
         """Read one tensor."""
 
 
-def newest_of_run(path: Path) -> Path:
+def resolve_run(path: Path) -> Path:
     """Return the newest checkpoint if `path` is the folder of a run, otherwise `path`."""
     return find_checkpoint(path) if (path / CHECKPOINTS_FOLDER).is_dir() else path
 
 
-def check_exact(where: object, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]],
+def check_shapes(where: object, actual: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]],
                 remedy: str) -> None:
     """Raise `UserError` with all missing and unexpected tensors and those with a wrong shape."""
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected]
-    shapes = [f"{name} {list(found[name])} instead of {list(shape)}"
-              for name, shape in expected.items() if name in found and found[name] != shape]
+    missing = [name for name in expected if name not in actual]
+    unexpected = [name for name in actual if name not in expected]
+    shapes = [f"{name} {list(actual[name])} instead of {list(shape)}"
+              for name, shape in expected.items() if name in actual and actual[name] != shape]
     problems = [f"{len(names)} {problem} ({listed(names)})" for problem, names in (
         ("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)) if names]
     if problems:
@@ -151,7 +151,7 @@ class HfWeights:
         self.path = path
         config = read_json(path / CONFIG)
         self._shards = open_shards(path)
-        self.left_out: list[str] = []
+        self.encoder_tensors: list[str] = []
         """Tensors of image and audio encoders."""
         self.notes: list[str] = []
         """Warnings about ignored fields and tensors."""
@@ -162,10 +162,10 @@ class HfWeights:
             self._stored = _stored_tensors(self._shards, config)
             """Hugging Face name -> stored tensor."""
             if text_inside is not None:
-                text_names, self.left_out = text_inside.names(self._stored)
-                if self.left_out:
-                    self.notes.append(f"the {len(self.left_out)} tensors of the image encoder ("
-                                      f"{self.left_out[0]}, ...) are not converted")
+                text_names, self.encoder_tensors = text_inside.names(self._stored)
+                if self.encoder_tensors:
+                    self.notes.append(f"the {len(self.encoder_tensors)} tensors of the image encoder ("
+                                      f"{self.encoder_tensors[0]}, ...) are not converted")
                 self._stored = {name: self._stored[other] for name, other in text_names.items()}
             known_config = {name: value for name, value in self.config.items() if name != FIELD}
             if ignored_fields := family.find_passed_over(known_config):
@@ -198,7 +198,7 @@ class HfWeights:
             remedy = f"correct {CONFIG}, or remove the unexpected tensors if no program reads them"
         if expected.keys() - shapes:
             remedy = f"correct {CONFIG} if the model has no such tensors, otherwise {DAMAGED_HF}"
-        check_exact(path, shapes, expected, remedy)
+        check_shapes(path, shapes, expected, remedy)
 
     def _exclude_tensors(self, names: Iterable[str], reason: str) -> None:
         """Remove tensors that need no conversion, and add a note."""
@@ -254,7 +254,7 @@ def has_same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _stored_tensors(shards: dict[str, TensorFile], config: dict[str, Any]) -> dict[str, StoredTensor]:
     """Return name -> stored tensor for all files; raises `UserError` for an unknown storage format."""
-    low_bit: dict[str, StoredTensor] = {**low_bit_weights(config, shards)}
+    low_bit: dict[str, StoredTensor] = {**find_low_bit_weights(config, shards)}
     parts = {part for tensor in low_bit.values() for part in tensor.parts}
     return {name: FileTensor(file, name) for name, file in shards.items() if name not in parts} | low_bit
 
@@ -292,7 +292,7 @@ class CheckpointWeights:
         self._links_by_name = {name: link for link in self.links for name in link.hf_names}
         shapes = {key: self._reader.get_shape(key)
                  for key in self._reader.keys()}  # noqa: SIM118  (a method of the reader, not a dict)
-        check_exact(path, shapes, {link.key: link.shape for link in self.links},
+        check_shapes(path, shapes, {link.key: link.shape for link in self.links},
                     "the checkpoint is damaged or of another version")
         self._reader.check_complete()
         self._thread_state = threading.local()
@@ -359,7 +359,7 @@ def open_shards(path: Path) -> dict[str, TensorFile]:
     return {name: files[file] for name, file in tensor_files(path, read_names).items()}
 
 
-def tensors_left_out(folder: Path) -> tuple[str, ...]:
+def list_ignored_prefixes(folder: Path) -> tuple[str, ...]:
     """Return name prefixes of tensors in `folder` that transformers' language model class ignores.
 
     These are prediction layers after the last layer (transformers knows them for published sizes only) and,
@@ -379,7 +379,7 @@ def tensors_left_out(folder: Path) -> tuple[str, ...]:
     return (*prefixes, *(f"model.layers.{layers + i}." for i in range(num_predictions)))
 
 
-def refuse_damaged_export(folder: Path) -> None:
+def check_export(folder: Path) -> None:
     """Raise `UserError` if weight files of our own export differ from its manifest.
 
     Files that users edit, such as templates and generation defaults, are not checked.
@@ -392,10 +392,10 @@ def refuse_damaged_export(folder: Path) -> None:
 
 
 
-WHERE = "the weights to take in"
+IMPORTED_WEIGHTS = "the weights to take in"
 
 
-class Shaped(Protocol):
+class HasShape(Protocol):
     """A tensor, or a message that announces a tensor."""
 
     @property
@@ -404,7 +404,7 @@ class Shaped(Protocol):
         ...
 
 
-_Tensor = TypeVar("_Tensor", bound=Shaped)
+_Tensor = TypeVar("_Tensor", bound=HasShape)
 
 
 def check_whole_model(weights: Iterable[tuple[str, _Tensor]], shapes: Mapping[str, tuple[int, ...]],
@@ -425,10 +425,10 @@ def check_whole_model(weights: Iterable[tuple[str, _Tensor]], shapes: Mapping[st
         if name not in shapes and any(re.search(pattern, name) for pattern in ignored):
             continue
         if name in seen:
-            raise UserError(f"{WHERE}: {name} is given twice; give each tensor once")
+            raise UserError(f"{IMPORTED_WEIGHTS}: {name} is given twice; give each tensor once")
         seen[name] = tuple(tensor.shape)
         if shapes.get(name) != seen[name]:
-            check_exact(WHERE, {name: seen[name]}, {n: s for n, s in shapes.items() if n == name},
+            check_shapes(IMPORTED_WEIGHTS, {name: seen[name]}, {n: s for n, s in shapes.items() if n == name},
                         "take a model of the same family and sizes")
         yield name, tensor
-    check_exact(WHERE, seen, dict(shapes), "give every tensor of the model")
+    check_shapes(IMPORTED_WEIGHTS, seen, dict(shapes), "give every tensor of the model")

@@ -1,5 +1,4 @@
-"""A model that plays episodes with tools: its engine writes the turns, on one process or on all of a layout
-together."""
+"""Play tool-use episodes with a model on an inference engine."""
 
 from __future__ import annotations
 
@@ -27,117 +26,117 @@ from megatron_sov.judge.tools.playing import ToolPolicy
 
 
 class EnginePolicy:
-    """An engine that writes turns."""
+    """Generates turns with an engine.
+
+    Args:
+        engine: inference engine.
+        sampling: sampling settings; each turn sets its own `max_new_tokens`.
+        stop: ends a turn.
+    """
 
     def __init__(self, engine: Engine, sampling: Sampling, stop: StopRule) -> None:
-        """Take an engine.
-
-        Args:
-            engine: which.
-            sampling: how tokens are chosen; each turn says itself how long it may be.
-            stop: what ends a turn.
-        """
         self._engine, self._sampling, self._stop = engine, sampling, stop
 
     def sample(self, prompts: Sequence[Tokens], max_new_tokens: int,
                streams: Sequence[int]) -> list[GeneratedTurn]:
-        found = self._engine.generate(prompts, replace(self._sampling, max_new_tokens=max_new_tokens),
+        generated = self._engine.generate(prompts, replace(self._sampling, max_new_tokens=max_new_tokens),
                                       stop=self._stop, streams=streams)
-        routes = [None] * len(prompts) if found.routes is None else found.routes
-        return [GeneratedTurn(ids, logprobs, routes=its)
-                for ids, logprobs, its in zip(found.continuations, found.logprobs, routes, strict=True)]
+        routes = [None] * len(prompts) if generated.routes is None else generated.routes
+        return [GeneratedTurn(ids, logprobs, routes=route)
+                for ids, logprobs, route in zip(generated.continuations, generated.logprobs, routes,
+                                                strict=True)]
 
 
-class _Shared:
-    """A policy whose other processes are told what to sample, since an engine runs on all together."""
+class _BroadcastPolicy:
+    """Policy of the first process, which broadcasts each request to the other processes of its engine."""
 
     def __init__(self, policy: EnginePolicy) -> None:
         self._policy = policy
 
     def sample(self, prompts: Sequence[Tokens], max_new_tokens: int,
                streams: Sequence[int]) -> list[GeneratedTurn]:
-        # The pair is (what to sample, a problem); a problem comes with None and ends the others' loop.
+        # (request, error): an error comes with request None and ends the loop of the other processes.
         return self._policy.sample(*broadcast_object(((prompts, max_new_tokens, streams), ""))[0])
 
 
 def with_policy(policy: EnginePolicy, work: Callable[[ToolPolicy], Any]) -> Any:
-    """Return what some work with a policy gives; called by all processes of the engine together.
+    """Run `work` with a policy and return its result (collective over the processes of the engine).
 
-    The work runs on the first process alone, so that tools act once; the others sample along, and get None.
+    Only the first process runs `work`, so that tools act once; the other processes join its sampling and
+    return None.
 
     Raises:
-        UserError: the work has met it; on every process, so that none waits for another.
+        UserError: `work` raised it; on every process, so that none hangs.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return work(policy)
     if dist.get_rank() == 0:
         problem = ""
         try:
-            return work(_Shared(policy))
+            return work(_BroadcastPolicy(policy))
         except UserError as e:
             problem = str(e)
             raise
         finally:
-            # However the work ends: the others wait for this message.
+            # The other processes wait for this message in any case.
             broadcast_object((None, problem))
-    return _sample_along(policy)
+    return _join_sampling(policy)
 
 
-def _sample_along(policy: EnginePolicy) -> None:
-    own: UserError | None = None
+def _join_sampling(policy: EnginePolicy) -> None:
+    local_error: UserError | None = None
     while True:
-        asked, problem = broadcast_object(None)
-        # The first process has finished, or failed.
-        if asked is None:
+        request, problem = broadcast_object(None)
+        # The first process has finished or failed.
+        if request is None:
             break
         try:
-            policy.sample(*asked)
-        except UserError as e:  # the first process has met it as well, and ends the work
-            own = e
+            policy.sample(*request)
+        except UserError as e:  # the first process raises it too, and ends the loop
+            local_error = e
     if problem:
         raise UserError(problem)
-    # An error that the first process did not meet is this one's own.
-    if own is not None:
-        raise own
+    # The first process did not raise this error.
+    if local_error is not None:
+        raise local_error
 
 
 def chat_digests(folder: Path) -> dict[str, str]:
-    """Return the digests of the files that say how a folder's chats become ids, by their names."""
-    files = [folder / name for name in (TOKENIZER_JSON, CONFIG_JSON, TEMPLATE_FILE, SPECIAL_JSON)]
+    """Return name -> digest of the files that determine the chat encoding of a folder."""
+    files = [folder / name for name in (TOKENIZER_JSON, CONFIG_JSON, TEMPLATE, SPECIAL_JSON)]
     return {file.name: file_digest(file) for file in files if file.is_file()}
 
 
 @dataclass(frozen=True)
 class Runs:
-    """How an engine runs the model."""
+    """Engine and its settings."""
 
     engine: EngineName | None
-    """None: the one that fits."""
+    """None selects the default engine of the model."""
     settings: Sequence[str]
     """`key=value` changes of layout and precision."""
     nproc: int | None
     """Local processes."""
     option: str = "--set"
-    """That the settings are given by."""
+    """Option that gives the settings."""
 
 
 class Player:
-    """A model with its chat template, and an engine."""
+    """A model with chat template and engine, checked before the model is loaded.
+
+    Args:
+        path: the model.
+        runs: engine and its settings.
+        limits: limits of an episode.
+        way_out: advice if the context of the model is too short.
+        template: variables of the chat template.
+
+    Raises:
+        UserError: the engine cannot run the model, its context is too short, or it has no chat template.
+    """
 
     def __init__(self, path: Path, runs: Runs, limits: EpisodeLimits, way_out: str,
                  template: dict[str, Any] | None = None) -> None:
-        """Check what can be checked before the model is loaded.
-
-        Args:
-            path: the model.
-            runs: how.
-            limits: of an episode.
-            way_out: what a user does whose model ends before an episode may.
-            template: variables of the chat template.
-
-        Raises:
-            UserError: the engine cannot run the model, it is too short, or has no chat template.
-        """
         self.target: Target = find_target(path)
         self.engine = runs.engine or engine_for(self.target)
         self._runs = runs
@@ -150,16 +149,16 @@ class Player:
         if chat is None:
             raise UserError(f"{folder}: has no chat template; fine-tune on chats first")
         self.encoder = TurnEncoder(chat, str(folder), template or {})
-        # a turn that eos ends is no whole one
+        # Turn ends only: a turn that ends with eos is incomplete.
         self._ends = stop_ids(self.target, load_tokenizer(folder).eos_token_id, chat)
         self.chat = chat_digests(folder)
-        """File of the chat template -> its hash."""
+        """Chat file -> digest."""
 
     def run(self, sampling: Sampling, num_parallel: int, played: Callable[[ToolPolicy], Any]) -> Any:
-        """Return what is played by the model as a policy; None on other processes than the first."""
-        def work(engine: Engine) -> Any:
+        """Run `played` with the model as its policy; returns None on processes other than the first."""
+        def run_policy(engine: Engine) -> Any:
             return with_policy(EnginePolicy(engine, sampling, StopRule(self._ends)), played)
 
-        return run_engine(self.engine, self.target, work, longest=self._longest,
+        return run_engine(self.engine, self.target, run_policy, longest=self._longest,
                           batching=Batching(num_parallel), settings=self._runs.settings,
                           nproc=self._runs.nproc, option=self._runs.option)

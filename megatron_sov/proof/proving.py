@@ -26,7 +26,7 @@ import torch
 from megatron_sov.base.artifacts import ArtifactWriter
 from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint import load
-from megatron_sov.checkpoint.host_snapshot import Snapshot, WrittenSnapshot
+from megatron_sov.checkpoint.host_snapshot import HostSnapshot, SnapshotRecord
 from megatron_sov.checkpoint.sharded_tensors import TensorReader, write_index
 from megatron_sov.engine.model.local_shards import LocalShard, local_shards
 from megatron_sov.engine.model.observing import Observed, locate, observe
@@ -452,13 +452,13 @@ def _write(trainer: Trainer, place: ParallelWorld, folder: Path) -> None:
     Raises:
         ValueError: an element of a tensor is written by nobody, or by several.
     """
-    snapshot = Snapshot()
-    snapshot.take({MODEL: local_shards(trainer.model, rounded=True),
-                   _OPTIMIZER: trainer.optimizer.state_shards()}, changes=False)
+    snapshot = HostSnapshot()
+    snapshot.copy_blocks({MODEL: local_shards(trainer.model, rounded=True),
+                   _OPTIMIZER: trainer.optimizer.state_shards()}, tensors_change=False)
     snapshot.write(folder, place.rank)
     torch.distributed.barrier()
     if place.is_main:
-        written = [WrittenSnapshot.read(folder, rank) for rank in range(place.size)]
+        written = [SnapshotRecord.read(folder, rank) for rank in range(place.size)]
         for part in (MODEL, _OPTIMIZER):
             write_index(folder, part, [index for one in written for index in one.indices[part]])
         artifact = ArtifactWriter(folder, CHECKPOINT_KIND)

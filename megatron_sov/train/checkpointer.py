@@ -17,9 +17,9 @@ from megatron_sov.chat.folder import (
     CONFIG_JSON, TEMPLATE_FILE, TOKENIZER_JSON, read_chat_fields, read_chat_template, read_special_token)
 from megatron_sov.chat.vocabulary import find_difference
 from megatron_sov.checkpoint import load
-from megatron_sov.checkpoint.load import agreement
-from megatron_sov.checkpoint.save import Companions, Saved, Saver
-from megatron_sov.checkpoint.writer import TensorFile
+from megatron_sov.checkpoint.load import raise_on_all_ranks
+from megatron_sov.checkpoint.safetensors_files import TensorFile
+from megatron_sov.checkpoint.save import CheckpointMetadata, CheckpointSaver, SavedCheckpoint
 from megatron_sov.convert.hf_import import GENERATION_CONFIG, copy_carried_fields
 from megatron_sov.convert.sources import open_shards
 from megatron_sov.engine.model.language_model import LanguageModel
@@ -65,7 +65,7 @@ def newest_sound(folder: RunFolder, place: ParallelWorld, not_after: int = ANY_S
     while ((newest := on_main(
             place, lambda: checkpoints.latest_checkpoint_until(folder.checkpoints, not_after)))
            is not None):
-        problem = load.damage(newest)
+        problem = load.find_damage(newest)
         if problem is None:
             return Path(newest)
         on_main(place, partial(_set_aside, folder, newest, problem))
@@ -130,7 +130,7 @@ def start_encoders(model: LanguageModel, config: RunConfig) -> None:
             continue
         files, found = encoder_in(Path(folder), prefix, config.model)
         blocks = [block for block in local_shards(model) if block.key in found]
-        with agreement():
+        with raise_on_all_ranks():
             for block in blocks:
                 name = found[block.key]
                 block.data.copy_(files[name].read(name).reshape(block.data.shape))
@@ -231,7 +231,7 @@ class Checkpointer:
 
     def __init__(self, config: RunConfig, folder: RunFolder, sources: list[Source], model: LanguageModel,
                  optimizer: Optimizer, batches: Stateful, parts: Mapping[str, Stateful],
-                 on_saved: Callable[[Saved], None]) -> None:
+                 on_saved: Callable[[SavedCheckpoint], None]) -> None:
         """Begin without a checkpoint.
 
         Args:
@@ -250,7 +250,7 @@ class Checkpointer:
         self._tokenizer = tokenizer_folder(sources)
         self._beside: dict[str, bytes] = {}
         self._carried: dict[str, Any] = {}
-        self._saver = Saver(on_saved, config.train.save_timeout_s)
+        self._saver = CheckpointSaver(on_saved, config.train.save_timeout_s)
 
     def save(self, done: TrainState) -> None:
         """Take a checkpoint, which is written in the background; waits for the one before.  Where
@@ -265,12 +265,12 @@ class Checkpointer:
                  "order": self._batches.state(), "data": self._data,
                  **{name: part.state() for name, part in self._parts.items()}}
         self._saver.begin(self._folder.checkpoint(done.step), self._model, self._optimizer,
-                          Companions(state, self._config.to_dict(), self._tokenizer, self._beside,
+                          CheckpointMetadata(state, self._config.to_dict(), self._tokenizer, self._beside,
                                      self._carried),
                           # behind the rename: a crash while the new one is written must leave the one before
                           then=lambda: checkpoints.prune_checkpoints(folder, settings.keep_checkpoints,
                                                          settings.keep_every_steps),
-                          waits=not settings.async_save)
+                          wait=not settings.async_save)
 
     def sync(self, stop: StopFlag) -> bool:
         """Do the all-reduce at the end of a step: who was asked to stop,
@@ -314,7 +314,7 @@ class Checkpointer:
         self._saver.finish_alone()
 
     def load_weights(self, path: Path) -> None:
-        load.check(path)
+        load.check_weights(path)
         self._load_model(path, new_encoders=True)
 
     def load(self, path: Path, *, data_too: bool = True) -> TrainState:

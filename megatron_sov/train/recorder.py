@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from megatron_sov.base.errors import warn
-from megatron_sov.checkpoint.save import Saved
+from megatron_sov.checkpoint.save import SavedCheckpoint
 from megatron_sov.engine.model import gpu_settings, specs
 from megatron_sov.engine.parallel.device import on_gpu
 from megatron_sov.engine.parallel.world import ParallelWorld
@@ -290,7 +290,7 @@ class Recorder:
                           **({"over_long": over_long, "over_long_are": self._config.data.over_long}
                              if over_long else {}))
 
-    def saved(self, saved: Saved) -> None:
+    def saved(self, saved: SavedCheckpoint) -> None:
         self.events.write("checkpoint", step=saved.step, path=f"{saved.path.parent.name}/{saved.path.name}",
                           save_s=saved.save_s, stall_s=saved.stall_s)
 

@@ -18,7 +18,7 @@ import torch._dynamo  # torch would import it with the first optimizer: here, fo
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint import load
-from megatron_sov.checkpoint.save import Saved
+from megatron_sov.checkpoint.save import SavedCheckpoint
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model import replica_checks
 from megatron_sov.engine.model.expert_load import ExpertLoad
@@ -369,7 +369,7 @@ class Trainer:
         if not self.config.train.async_save:
             self.checkpointer.finish()
 
-    def _note_saved(self, saved: Saved) -> None:
+    def _note_saved(self, saved: SavedCheckpoint) -> None:
         self.recorder.saved(saved)
         if self.guards.faults.due("corrupt-checkpoint", "save", saved.step):
             corrupt(saved.path)
@@ -399,7 +399,7 @@ class Trainer:
 
 def _begin(model: LanguageModel, config: RunConfig, initial_weights: bool) -> None:
     """Give a model its initial weights; without them those of new adapters and encoders alone."""
-    load.initialise(model, config.model, config.train.seed,
+    load.initialize_weights(model, config.model, config.train.seed,
                     only="" if initial_weights else (PREFIX, *ENCODERS))
     if initial_weights:
         start_encoders(model, config)

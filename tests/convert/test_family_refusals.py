@@ -1,5 +1,4 @@
-"""What conversion refuses of families with norms behind blocks, factors and other parts of their own: by the
-tensor's or the field's name."""
+"""Conversion rejects unsupported tensors and fields of special families by name."""
 
 from __future__ import annotations
 
@@ -71,8 +70,9 @@ def say(**fields: Any) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
     ("tiny-hyperclovax", say(logit_scale=2.0), r"logit_scale = 2\.0, but only 1\.0 is supported"),
     ("tiny-hyperclovax", say(attention_multiplier="x"), r"attention_multiplier = 'x' cannot be understood"),
 ])
-def test_folders_are_refused_by_name(recipe: str, damage: Callable[[dict[str, Any], dict[str, Any]], Any],
-                                     expected: str, tmp_path: Path) -> None:
+def test_unsupported_folders_name_the_tensor_or_field(recipe: str,
+                                                      damage: Callable[[dict[str, Any], dict[str, Any]], Any],
+                                                      expected: str, tmp_path: Path) -> None:
     model = apply_settings(recipes.get(recipe), SIZES).model
     if model.family.startswith("gemma"):
         model = replace(model, embedding_multiplier=math.sqrt(model.hidden_size))
@@ -91,8 +91,8 @@ def test_folders_are_refused_by_name(recipe: str, damage: Callable[[dict[str, An
 
 
 def behind(name: str, folder: Path, **config: Any) -> Path:
-    """Write a folder of two layers and a prediction layer without its tensor `name` ("": with all), whose
-    config says something else."""
+    """Write a folder with two layers and a prediction layer without tensor `name` ("": complete) and a
+    changed config."""
     model = apply_settings(recipes.get("tiny-deepseek-v3"), [
         "model.vocab_size=16", "model.hidden_size=8", "model.dense_ffn_dim=8", "model.num_layers=2",
         "model.num_dense_layers=1", "model.num_expert_groups=1", "model.num_groups_per_token=1",
@@ -109,8 +109,8 @@ def behind(name: str, folder: Path, **config: Any) -> Path:
     return folder
 
 
-def test_a_prediction_layer_behind_the_trunk_comes_back_to_the_bit(tmp_path: Path) -> None:
-    """With its copies of embedding and head, which are written even where they were not read."""
+def test_prediction_layer_round_trip_is_bit_exact(tmp_path: Path) -> None:
+    """Including its copies of embedding and head, which an export writes even if the import had none."""
     hf = behind("", tmp_path / "hf")
     expected = load_file(hf / "model.safetensors")
     assert "model.layers.2.mlp.experts.7.down_proj.weight" in expected
@@ -125,8 +125,8 @@ def test_a_prediction_layer_behind_the_trunk_comes_back_to_the_bit(tmp_path: Pat
     assert written["num_nextn_predict_layers"] == 1 and written["mtp_mlp_layer_types"] == ["sparse"]
 
 
-def test_what_tensors_say_of_a_prediction_layer_counts(tmp_path: Path) -> None:
-    """transformers drops such a layer, and says in what it saves that there is one."""
+def test_prediction_layer_is_detected_from_tensors(tmp_path: Path) -> None:
+    """transformers drops the layer, but its saved config still counts it."""
     without = behind("model.layers.2.", tmp_path / "without", num_nextn_predict_layers=1)
     assert not convert.open_weights(without).model.num_mtp_layers
     silent = behind("", tmp_path / "silent", num_nextn_predict_layers=0)
@@ -143,14 +143,14 @@ def test_what_tensors_say_of_a_prediction_layer_counts(tmp_path: Path) -> None:
     ("", {"n_group": 8}, "num_expert_groups = 8 must divide model.num_experts = 8 into groups of at least"),
     ("", {"n_group": 4, "num_experts_per_tok": 3}, "leaves 2 experts to choose from, fewer than model.num_"),
 ])
-def test_a_prediction_layer_behind_is_refused_by_name(missing: str, config: dict[str, Any], expected: str,
-                                                      tmp_path: Path) -> None:
+def test_unsupported_prediction_layer_is_named(missing: str, config: dict[str, Any], expected: str,
+                                               tmp_path: Path) -> None:
     folder = behind(missing, tmp_path / "hf", **config)
     with pytest.raises(UserError, match=expected):
         convert.from_hf(folder, tmp_path / "out")
 
 
-def test_a_copy_that_is_another_tensor_is_refused(tmp_path: Path) -> None:
+def test_differing_duplicate_is_rejected(tmp_path: Path) -> None:
     folder = behind("", tmp_path / "hf")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.2.embed_tokens.weight"][3, 4] += 1
@@ -161,7 +161,7 @@ def test_a_copy_that_is_another_tensor_is_refused(tmp_path: Path) -> None:
             if not check.passed and "copies that differ" in check.name]
 
 
-def test_other_families_refuse_what_only_some_have() -> None:
+def test_families_reject_parts_of_other_families() -> None:
     run = recipes.get("tiny-llama")
     for setting in ("block_norms=both", "embedding_multiplier=2", "attention_multiplier=0.5",
                     "residual_multiplier=0.5", "logits_multiplier=2", "logits_softcap=30"):

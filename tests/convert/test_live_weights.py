@@ -1,4 +1,4 @@
-"""Weights of a live model: exported as to-hf would write them, and taken in by another, at every layout."""
+"""Weights of a live model: exports equal to-hf, and imports are the inverse, at every layout."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def bits(tensor: Any) -> str:
 
 
 def exported(recipe: str, precision: str, layout: dict[str, Any], path: str) -> dict[str, Any]:
-    """Write a checkpoint and return what live export gives: to rank 0, everywhere, in another dtype,
-    and stopped early."""
+    """Write a checkpoint, and return live exports: to rank 0, to all ranks, in another dtype, and stopped
+    early."""
     import torch
     import torch.distributed as dist
 
@@ -51,7 +51,7 @@ def exported(recipe: str, precision: str, layout: dict[str, Any], path: str) -> 
     for block in local_shards(model):
         if block.key.endswith("expert_bias"):
             block.data.copy_(torch.arange(block.data.numel()) / 7)
-    load.save(Path(path), model, None, {"step": 1, "tokens": 1}, config.to_dict(), None)
+    load.save_checkpoint(Path(path), model, None, {"step": 1, "tokens": 1}, config.to_dict(), None)
     result = {"main": {name: bits(t) for name, t in export_weights(model)},
               "bf16": {name: str(t.dtype) for name, t in export_weights(model, "bfloat16")}}
     early = export_weights(model)
@@ -74,7 +74,8 @@ def exported(recipe: str, precision: str, layout: dict[str, Any], path: str) -> 
     {"tiny-k-exaone": ("one", "EP2 x PP2 of two chunks", "TP2+SP x EP2 x PP2"), "tiny-qwen2": ("PP2",)},
     pytest.param({recipe: names for recipe, (_, names) in RECIPES.items()}, marks=pytest.mark.deep)],
     ids=["all at once", "each"])
-def test_live_export_is_file_export(ranks, job, tmp_path: Path, chosen: dict[str, tuple[str, ...]]) -> None:
+def test_live_export_equals_file_export(ranks, job, tmp_path: Path,
+                                        chosen: dict[str, tuple[str, ...]]) -> None:
     from safetensors.torch import load_file
 
     from megatron_sov import convert
@@ -112,7 +113,7 @@ TAKEN_IN = [("tiny-k-exaone", 2, {"tp": 2, "sp": True}, "fp32"), ("tiny-solar-op
 
 
 def taken_in(recipe: str, layout: dict[str, Any], precision: str) -> dict[str, Any]:
-    """Return what one model holds that has taken in another's tensors, and what it refuses."""
+    """Return the weights of a model after importing another model, and the errors of invalid imports."""
     import torch
 
     from megatron_sov import recipes
@@ -133,7 +134,7 @@ def taken_in(recipe: str, layout: dict[str, Any], precision: str) -> dict[str, A
     models = []
     for seed in (1, 2):
         models.append(build(config.model, ParallelConfig(**layout), config.train))
-        load.initialise(models[-1], config.model, seed)
+        load.initialize_weights(models[-1], config.model, seed)
     source, target = models
     for block in local_shards(source):
         if block.key.endswith("expert_bias"):
@@ -151,11 +152,11 @@ def taken_in(recipe: str, layout: dict[str, Any], precision: str) -> dict[str, A
 
     result: dict[str, Any] = {"before": all(same())}
     weights, way = dict(export_weights(source, everywhere=True)), LiveImport(target)
-    way.whole(weights.items())
+    way.import_all(weights.items())
     result["after"] = all(same())
     drift()
     result["drifted"] = all(same())
-    way.whole(export_weights(source, everywhere=True))
+    way.import_all(export_weights(source, everywhere=True))
     result["again"] = all(same())
     result["refused"] = []
     some = next(name for name in weights if "k_proj" in name)
@@ -172,7 +173,7 @@ def taken_in(recipe: str, layout: dict[str, Any], precision: str) -> dict[str, A
 
 @pytest.mark.essential
 @pytest.mark.distributed
-def test_a_model_takes_in_what_another_exports(ranks, job) -> None:
+def test_live_import_equals_live_export(ranks, job) -> None:
     found = ranks(*(job(__file__, "taken_in", n, {"recipe": recipe, "layout": x, "precision": precision})
                     for recipe, n, x, precision in TAKEN_IN))
     for where, per_rank in zip(TAKEN_IN, found, strict=True):
@@ -184,8 +185,8 @@ def test_a_model_takes_in_what_another_exports(ranks, job) -> None:
             assert "is given twice" in twice and "1 unexpected (model.odd)" in unknown
 
 
-def test_a_model_with_an_adapter_takes_nothing_in() -> None:
-    """What an export gives has its adapter inside: it would be added twice."""
+def test_live_import_rejects_a_model_with_adapter() -> None:
+    """Exports contain the merged adapter, which would be applied twice."""
     from types import SimpleNamespace
 
     from megatron_sov.base.errors import UserError

@@ -1,4 +1,4 @@
-"""Errors of means and of paired differences agree with numpy, scipy, a regression and with counting draws."""
+"""Standard errors and intervals agree with numpy, scipy, a regression, and exhaustive counts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_sov.eval.statistics import (
     difference_interval, mean_interval, mean_of, paired_difference, student_quantile, wilson_interval)
 
 
-def test_without_clusters_it_is_the_error_of_every_textbook() -> None:
+def test_standard_error_without_clusters() -> None:
     values = np.random.default_rng(0).normal(3, 2, 40)
     found = mean_of(values.tolist())
     assert found.standard_error == pytest.approx(stats.sem(values), rel=1e-12)
@@ -22,7 +22,7 @@ def test_without_clusters_it_is_the_error_of_every_textbook() -> None:
     assert (found.num_items, found.num_clusters) == (40, 40)
 
 
-def test_with_clusters_it_is_the_robust_error_of_a_regression_on_a_constant() -> None:
+def test_clustered_error_equals_robust_regression() -> None:
     """(X'X)^-1 sum_c X_c' r_c r_c' X_c (X'X)^-1 with G / (G - 1), as statsmodels has it for one column."""
     draw = np.random.default_rng(1)
     clusters = draw.integers(0, 12, 60)
@@ -39,15 +39,15 @@ def test_with_clusters_it_is_the_robust_error_of_a_regression_on_a_constant() ->
     assert found.standard_error > 1.3 * stats.sem(values)  # what a naive error leaves out
 
 
-def test_one_cluster_tells_nothing_about_others() -> None:
+def test_single_cluster_has_no_standard_error() -> None:
     assert mean_of([-3.0, 5.0], ["a", "a"]).interval is None
     assert mean_of([2.5]).standard_error is None
     assert paired_difference([4.0], [2.0]).interval is None
     assert mean_of([1.0, 0.0], ["a", "a"]).interval == pytest.approx((0.05462, 0.94538), abs=1e-5)
 
 
-def test_a_paired_interval_is_that_of_bonett_and_price() -> None:
-    """Their equation, by the counts of a table of right and wrong."""
+def test_paired_interval_equals_bonett_and_price() -> None:
+    """Their equation, from the counts of a 2 x 2 table."""
     won, lost, both, neither = 9, 3, 20, 8
     before = [0.0] * won + [1.0] * lost + [1.0] * both + [0.0] * neither
     after = [1.0] * won + [0.0] * lost + [1.0] * both + [0.0] * neither
@@ -59,8 +59,8 @@ def test_a_paired_interval_is_that_of_bonett_and_price() -> None:
     assert found.interval == pytest.approx((p12 - p21 - half, p12 - p21 + half), rel=1e-5)
 
 
-def test_paired_intervals_of_right_and_wrong_hold_the_truth_for_every_rate_of_change() -> None:
-    """Counted over all tables of 20 items, not drawn."""
+def test_paired_intervals_have_coverage_at_every_rate() -> None:
+    """Counted over all tables of 20 items."""
     n = 20
     tables = [(won, lost) for won in range(n + 1) for lost in range(n + 1 - won)]
     intervals = {}
@@ -77,7 +77,7 @@ def test_paired_intervals_of_right_and_wrong_hold_the_truth_for_every_rate_of_ch
 
 
 @pytest.mark.parametrize("values", [[], [1.0, float("nan")]])
-def test_what_is_no_score_is_refused(values: list[float]) -> None:
+def test_invalid_scores_raise_value_error(values: list[float]) -> None:
     with pytest.raises(ValueError, match="finite scores"):
         mean_of(values)
     with pytest.raises(ValueError, match="shorter"):
@@ -85,20 +85,20 @@ def test_what_is_no_score_is_refused(values: list[float]) -> None:
 
 
 @pytest.mark.parametrize(("correct", "samples"), [(1, 20), (19, 20), (10, 20), (7, 100), (1, 2)])
-def test_the_ends_solve_the_score_equation(correct: int, samples: int) -> None:
+def test_wilson_ends_solve_the_score_equation(correct: int, samples: int) -> None:
     share = correct / samples
     for end in wilson_interval(correct, samples):
         assert abs(share - end) == pytest.approx(1.959963984540054 * math.sqrt(end * (1 - end) / samples),
                                                  rel=1e-9)
 
 
-def test_nothing_and_everything_right_leave_one_end_open() -> None:
+def test_wilson_interval_of_zero_and_all() -> None:
     low, high = wilson_interval(0, 20)
     assert low == 0 and high == pytest.approx(0.16113, abs=1e-5)
     assert wilson_interval(20, 20) == (pytest.approx(1 - 0.16113, abs=1e-5), 1.0)
 
 
-def test_it_holds_the_truth_in_about_95_of_100_draws() -> None:
+def test_wilson_interval_has_nominal_coverage() -> None:
     held = []
     for truth in (k / 50 for k in range(3, 48)):
         held.append(sum(math.comb(20, k) * truth**k * (1 - truth)**(20 - k) for k in range(21)
@@ -107,24 +107,24 @@ def test_it_holds_the_truth_in_about_95_of_100_draws() -> None:
 
 
 @pytest.mark.parametrize(("correct", "samples"), [(0, 0), (3, 2), (-1, 5)])
-def test_what_is_no_share_is_refused(correct: int, samples: int) -> None:
-    with pytest.raises(ValueError, match=f"{correct} of {samples} is no share"):
+def test_invalid_counts_of_a_share_raise_value_error(correct: int, samples: int) -> None:
+    with pytest.raises(ValueError, match=f"{correct} of {samples} is not a share"):
         wilson_interval(correct, samples)
 
 
 @pytest.mark.parametrize(("freedom", "quantile"), [(1, 12.7062), (2, 4.30265), (5, 2.57058), (10, 2.22814),
                                                    (39, 2.02269), (120, 1.97993), (10_000, 1.95996)])
-def test_quantiles_of_students_t_are_those_of_the_tables(freedom: int, quantile: float) -> None:
+def test_student_quantiles_equal_tables(freedom: int, quantile: float) -> None:
     assert student_quantile(0.975, freedom) == pytest.approx(quantile, rel=2e-5)
 
 
 @pytest.mark.parametrize("shares", [[], [1.5], [-0.1, 0.5]])
-def test_a_mean_of_what_is_no_share_is_refused(shares: list[float]) -> None:
+def test_mean_of_invalid_shares_raises_value_error(shares: list[float]) -> None:
     with pytest.raises(ValueError, match="shares from 0 to 1"):
         mean_interval(shares)
 
 
-def test_an_interval_of_differences_lies_around_their_mean_and_turns_with_their_sign() -> None:
+def test_difference_interval_is_centered_and_antisymmetric() -> None:
     shares = [0.5, -0.25, 0.75, 0.0, 0.25]
     low, high = difference_interval(shares)
     assert -1 <= low < fmean(shares) < high <= 1

@@ -1,4 +1,4 @@
-"""One piece of work, whichever engine does it."""
+"""Work runs equally on every engine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_sov.infer.request import Sampling  # noqa: E402
 PROMPTS = [[5, 9, 2, 70], [300], [8, 8, 8, 8]]
 
 
-def test_precision_of_transformers_is_set_as_that_of_megatron(hf_models: dict[str, Path]) -> None:
+def test_precision_setting_is_equal_for_both_engines(hf_models: dict[str, Path]) -> None:
     target = find_target(hf_models["solar_open"])
 
     def logprobs(*settings: str) -> Any:

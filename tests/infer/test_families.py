@@ -1,4 +1,4 @@
-"""Every way that a layer can be made is generated from with the same tokens as a full forward pass."""
+"""Cached generation equals full forward passes for every kind of layer."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ are cut as these; test_gradients.py has all that cut, against transformers."""
 
 
 def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:
-    """Return, for each recipe, what is generated greedily with a cache, what full forward passes say, and
-    what is generated with drafts of a prediction layer, where there is one."""
+    """Return, for each recipe, greedy continuations with a cache, by full forward passes, and with drafts if
+    it has a prediction layer."""
     import torch
 
     from megatron_sov import recipes
@@ -59,7 +59,7 @@ def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:
     for recipe in names:
         config = apply_settings(recipes.get(recipe), [*SETTINGS, *RECIPES[recipe]])
         model = build(config.model, parallel, config.train, lora=config.lora)
-        load.initialise(model, config.model, 1)
+        load.initialize_weights(model, config.model, 1)
         with torch.no_grad():
             for factors in (m for m in model.modules() if isinstance(m, Factors)):
                 factors.B.normal_(generator=torch.Generator().manual_seed(1))
@@ -83,8 +83,8 @@ def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:
     ((), CUT_IN_ITS_OWN_WAY),
     pytest.param(FURTHER, ("tiny-k-exaone2",), marks=pytest.mark.deep)],
     ids=["caches of their own", "further"])
-def test_cached_generation_is_what_full_forward_passes_say(ranks: Any, job: Any, further: tuple[str, ...],
-                                                           cut: tuple[str, ...]) -> None:
+def test_cached_generation_equals_full_forward_passes(ranks: Any, job: Any, further: tuple[str, ...],
+                                                      cut: tuple[str, ...]) -> None:
     names = [*dict.fromkeys([*further, *cut, "tiny-deepseek-v3"])] if further else [
         name for name in RECIPES if name not in FURTHER]
     experts_of = ["tiny-deepseek-v3"]

@@ -1,4 +1,4 @@
-"""An engine on several processes writes the turns of episodes that only the first process plays."""
+"""An engine on several processes generates turns while only the first process plays episodes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_sov.infer.request import Generated, Sampling, StopRule, Tokens
 
 
 class Echo:
-    """An engine that repeats each prompt's last token, and remembers what it was asked."""
+    """Engine that repeats the last token of each prompt, and records its prompts."""
 
     def __init__(self) -> None:
         self.asked: list[Any] = []
@@ -42,7 +42,7 @@ def play() -> dict[str, Any]:
 
 
 def fail() -> list[str]:
-    """Play what fails on the first process, between turns, and in the engine of all; runs on each rank."""
+    """Fail on the first process, between turns, and in the engine of all processes; runs on each rank."""
     from megatron_sov.base.errors import UserError
     from megatron_sov.engine.parallel import world
     from megatron_sov.infer.turns import EnginePolicy, with_policy
@@ -68,7 +68,7 @@ def fail() -> list[str]:
     return told
 
 
-def test_tools_act_once_and_all_processes_sample_along(ranks: Any, job: Any) -> None:
+def test_tools_run_once_while_all_processes_sample(ranks: Any, job: Any) -> None:
     (first, second), failed = ranks(job(__file__, "play", nproc=2), job(__file__, "fail", nproc=2))
     assert first["result"] == [[[2, 2], [3, 3]], [[4]]] and second["result"] is None
     assert first["asked"] == second["asked"] == [[[[1, 2], [3]], 2, 5, [9], [7, 8]], [[[4]], 1, 5, [9], [9]]]

@@ -104,7 +104,7 @@ def one_batch(recipe: str, settings: list[str], paths: list[str], objective: str
     trainer = _trainer(config)
     # before the step, which moves router biases
     state = {"step": 0, "tokens": 0}
-    load.save(Path(out) / "weights", trainer.model, None, state, config.to_dict(),
+    load.save_checkpoint(Path(out) / "weights", trainer.model, None, state, config.to_dict(),
               tokenizer_folder(trainer.sources))
     batch = trainer.objective.prepare(trainer.objective.collect(trainer.policy, 0))
     sums = trainer.computation.sums(batch, trainer.objective, 1)
@@ -112,7 +112,7 @@ def one_batch(recipe: str, settings: list[str], paths: list[str], objective: str
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter.copy_(parameter.main_grad)
-    load.save(Path(out) / "gradients", trainer.model, None, state, config.to_dict(),
+    load.save_checkpoint(Path(out) / "gradients", trainer.model, None, state, config.to_dict(),
               tokenizer_folder(trainer.sources))
     world.leave()
     return {"losses": losses, "loss": sum(trainer.objective.coefficients[t] * v for t, v in losses.items()),

@@ -193,12 +193,12 @@ def written(folder: str, case: str) -> dict[str, Any]:
     config, parallel = apply_settings(recipes.get(recipe), list(settings)), ParallelConfig(**layout)
     world.join(parallel)
     model = build(config.model, parallel, config.train, config.gpu, lora=config.lora)
-    load.initialise(model, config.model, 1)
+    load.initialize_weights(model, config.model, 1)
     if config.lora.on:
         model.adapter_base = AdapterBase(Path("nowhere"), "0" * 64)
     path = Path(folder) / "step-1"
-    load.save(path, model, Optimizer(model, config.optim, parallel, config.gpu), {"step": 1, "tokens": 1}, {},
-              None)
+    optimizer = Optimizer(model, config.optim, parallel, config.gpu)
+    load.save_checkpoint(path, model, optimizer, {"step": 1, "tokens": 1}, {}, None)
     if dist.get_rank():
         return {}
     sizes = {"float32": 4, "bfloat16": 2}

@@ -13,7 +13,7 @@ import torch
 
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import manifest_sha256, new_artifact
-from megatron_sov.checkpoint.save import Saved
+from megatron_sov.checkpoint.save import SavedCheckpoint
 from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig, apply_settings
@@ -83,7 +83,7 @@ def tell_all(r: Recorder) -> None:
     r.expert_load(4, LOAD)
     r.evaluated(4, {"web": HeldoutLoss(2.0, 1.0, 10)}, {"web": 128}, {"web": 130},
                 {"chat": 3})
-    r.saved(Saved(Path("run/checkpoints/step-4"), 4, 0.1, 0.2))
+    r.saved(SavedCheckpoint(Path("run/checkpoints/step-4"), 4, 0.1, 0.2))
     r.hang(5, {"loop.py, train": [0, 1]})
     r.gate_failed(6, "accuracy 0.1 is below 0.9")
     r.stopped(6, None)

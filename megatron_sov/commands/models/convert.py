@@ -332,7 +332,7 @@ def _inspect(args: ConvertInspectOptions) -> int:
 def _facts(path: Path) -> dict[str, Any]:
     """Return what `inspect` shows, from headers alone."""
     from megatron_sov import convert
-    from megatron_sov.convert.peft import adapter_facts
+    from megatron_sov.convert.peft import describe_adapter
 
     weights = convert.open_weights(path)
     dtypes: dict[str, int] = {}
@@ -346,7 +346,7 @@ def _facts(path: Path) -> dict[str, Any]:
     return {
         "weights": {"path": str(path), "num_tensors": len(weights.list_names()), "size_bytes": size_bytes,
                     "dtypes": ", ".join(f"{label} x {n:,}" for label, n in sorted(dtypes.items())),
-                    **adapter_facts(weights)},
+                    **describe_adapter(weights)},
         "parameters": dataclasses.asdict(num_params(weights.model)),
         "model": dataclasses.asdict(weights.model),
     }

@@ -192,7 +192,7 @@ def run_fuse(typed: argparse.Namespace) -> int:
     from megatron_sov import convert
 
     convert.average(found, args.output, workers=args.workers, overwrite=args.overwrite, redo=args.redo,
-                    fewest=fewest)
+                    min_checkpoints=fewest)
     total = sum(weight for _, weight in found)
     for path, weight in found:
         print(f"{weight / total:.4g} of {path}")

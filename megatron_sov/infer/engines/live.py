@@ -1,8 +1,8 @@
-"""A model that goes on for as long as it is asked: sequences join those that are under way, and are told
-token by token.
+"""Generate continuously: sequences join and leave while others are in progress, and tokens are reported one
+by one.
 
-All processes of a layout run `continue_live` together.  The first one has an `Office`, which says before each
-row who joins and who leaves, and is told what was written; the others do as they are told.
+All processes of a layout run `continue_live`. The first process has an `Office`, which decides before each
+row which sequences join and leave, and receives the new tokens; the other processes follow its orders.
 """
 
 from __future__ import annotations
@@ -25,167 +25,167 @@ from megatron_sov.infer.request import LENGTH, STOP, Batching, Sampling, StopRul
 
 @dataclass(frozen=True)
 class Joining:
-    """A sequence that joins."""
+    """A sequence that joins the batch."""
 
     number: int
-    """Names it, no other one before or after."""
+    """Unique id of the sequence."""
     prompt: Sequence[int]
     """Token ids, at least one."""
     sampling: Sampling
-    """How its tokens are chosen, without drafts or routes, and how many there may be."""
+    """Sampling settings, without drafts and routes."""
     stream: int
-    """Number of its stream of random numbers."""
+    """Random stream of the sequence."""
     end_ids: tuple[int, ...]
-    """Tokens that end it."""
+    """Stop tokens."""
 
 
 @dataclass(frozen=True)
 class Orders:
-    """What is to happen before the next row."""
+    """Changes of the batch before the next row."""
 
     joining: Sequence[Joining] = ()
-    """Sequences that join, not more than there is room for."""
+    """New sequences, at most as many as there are free slots."""
     leaving: Sequence[int] = ()
-    """Numbers of sequences that are no longer wanted; those that have ended are passed over."""
+    """Ids of cancelled sequences; finished sequences are ignored."""
     ends: bool = False
-    """Whether all ends here."""
+    """Stop generating."""
 
 
 @dataclass(frozen=True)
 class News:
-    """A token that was written."""
+    """A new token of a sequence."""
 
     number: int
-    """Of its sequence."""
+    """Id of the sequence."""
     token: int
-    """Its id."""
+    """Token id."""
     logprob: float
-    """Its log-probability under the distribution that it was drawn from, see `Generated.logprobs`."""
+    """Log-probability of the token, see `Generated.logprobs`."""
     reason: str | None
-    """`STOP` or `LENGTH` where it is the last one."""
+    """`STOP` or `LENGTH` for the last token of the sequence."""
 
 
 class Office(Protocol):
-    """Who asks."""
+    """Queue of requests on the first process."""
 
     def orders(self, num_free: int, is_idle: bool) -> Orders:
-        """Return what is to happen next.
+        """Return the changes before the next row.
 
         Args:
-            num_free: sequences that there is room for.
-            is_idle: nothing is under way: the call may wait for a while, and must come back within a
-                collective's time limit, since the other processes wait for it.
+            num_free: number of free slots.
+            is_idle: no sequence is in progress; the call may then wait for requests, but must return within
+                the timeout of a collective, because other processes wait for it.
         """
         ...
 
     def tell(self, news: Sequence[News]) -> None:
-        """Take what a row has brought."""
+        """Receive the tokens of a row."""
         ...
 
 
 @dataclass(frozen=True)
-class _EnginePlace:
-    """A sequence that is under way somewhere."""
+class _LiveSequence:
+    """A sequence in progress on some process."""
 
     share: int
-    """Rank among the processes with sequences of their own that has it."""
+    """Rank, among processes with sequences of their own, of the process with the sequence."""
     limit: int
-    """Longest continuation."""
+    """Limit of new tokens."""
     end_ids: tuple[int, ...]
-    """Tokens that end it."""
-    own: Continuation | None
-    """The sequence where it is this process's."""
+    """Stop tokens."""
+    continuation: Continuation | None
+    """State of the sequence, on its own process only."""
 
 
 def continue_live(model: ForwardModel, batching: Batching, longest: int, office: Office | None) -> None:
-    """Continue what the first process's office asks for, until it orders the end.
+    """Generate until the office orders the end (collective).
 
     Args:
-        model: which continues.
-        batching: what bounds memory.
+        model: model that generates.
+        batching: memory limits.
         longest: tokens of the longest sequence, prompt and continuation.
-        office: who asks; None on all other processes.
+        office: queue of requests; None on all processes except the first.
     """
     room = batching.slots(batching.batch_size, longest, model.model.architecture.state_tokens())
     cache = CacheSize(room, longest)
     with CachedDecoder(model, cache) as decoder:
         live = _Live(Decoding(decoder, cache, batching.prefill_tokens), cache.slots)
-        while live.follow(office):
-            if (news := live.row()) and office is not None:
+        while live.follow_orders(office):
+            if (news := live.decode_row()) and office is not None:
                 office.tell(news)
 
 
 class _Live:
-    """What one process knows of all sequences that are under way."""
+    """State of all sequences in progress, kept identically on each process."""
 
     def __init__(self, decoding: Decoding, num_slots: int) -> None:
         self._decoding, self._num_slots = decoding, num_slots
         self._rank, self._size = share_place()
-        self._places: dict[int, _EnginePlace] = {}
+        self._sequences: dict[int, _LiveSequence] = {}
         self._written: dict[int, int] = {}
 
-    def follow(self, office: Office | None) -> bool:
-        """Do what is ordered; returns whether to go on."""
+    def follow_orders(self, office: Office | None) -> bool:
+        """Apply the orders of the first process; return False at the end."""
         orders = Orders()
         if office is not None:
-            orders = office.orders(self._num_slots * self._size - len(self._places), not self._places)
+            orders = office.orders(self._num_slots * self._size - len(self._sequences), not self._sequences)
         if dist.get_world_size() > 1:
-            # All processes do the same in the same order: it decides the rows that they read together.
+            # All processes apply the same orders, which determine the rows that they run together.
             orders = broadcast_object(orders)
         for number in orders.leaving:
-            place = self._forget(number)
-            if place is not None and place.own is not None:
-                self._decoding.leave(place.own)
+            place = self._remove_sequence(number)
+            if place is not None and place.continuation is not None:
+                self._decoding.leave(place.continuation)
         for joining in orders.joining:
-            self._join(joining)
+            self._add_sequence(joining)
         return not orders.ends
 
-    def _join(self, joining: Joining) -> None:
-        held = [place.share for place in self._places.values()]
-        # The process with the fewest sequences; all of them count alike, so that nobody has to say which.
-        share = min(range(self._size), key=held.count)
-        own = None
+    def _add_sequence(self, joining: Joining) -> None:
+        shares = [place.share for place in self._sequences.values()]
+        # The process with the fewest sequences; every process computes the same choice.
+        share = min(range(self._size), key=shares.count)
+        continuation = None
         if share == self._rank:
-            own = Continuation(joining.number, list(joining.prompt), len(joining.prompt),
+            continuation = Continuation(joining.number, list(joining.prompt), len(joining.prompt),
                                joining.sampling.max_new_tokens, joining.sampling, StopRule(joining.end_ids),
                                joining.stream)
-            self._decoding.join(own)
-        self._places[joining.number] = _EnginePlace(share, joining.sampling.max_new_tokens, joining.end_ids,
-                                                    own)
+            self._decoding.join(continuation)
+        self._sequences[joining.number] = _LiveSequence(share, joining.sampling.max_new_tokens,
+                                                        joining.end_ids, continuation)
         self._written[joining.number] = 0
 
-    def _forget(self, number: int) -> _EnginePlace | None:
+    def _remove_sequence(self, number: int) -> _LiveSequence | None:
         self._written.pop(number, None)
-        return self._places.pop(number, None)
+        return self._sequences.pop(number, None)
 
-    def row(self) -> list[News]:
-        """Read a row on all processes, and return the tokens that it brought on any of them."""
-        if not self._places:
+    def decode_row(self) -> list[News]:
+        """Run a row on all processes, and return the new tokens of all processes."""
+        if not self._sequences:
             return []
         self._decoding.iterate()
-        # whether there is a token, its id, the bits of its log-probability in float64; a sequence is on one
-        # process, and zeros on the others: the sums are its token
-        table = torch.zeros(len(self._places), 3, dtype=torch.int64)
-        for row, (number, place) in zip(table, self._places.items(), strict=True):
-            # There are no drafts, so a row brings at most one token of a sequence.
-            if place.own is not None and len(place.own.logprobs) > self._written[number]:
-                bits = torch.tensor([place.own.logprobs[-1]], dtype=torch.float64).view(torch.int64)
-                row[:] = torch.tensor([1, place.own.tokens[-1], int(bits[0])])
+        # Per sequence: token count (0 or 1), token id, float64 bits of its log-probability. Each sequence is
+        # on one process and zero on the others, so the sum is its token.
+        table = torch.zeros(len(self._sequences), 3, dtype=torch.int64)
+        for decode_row, (number, place) in zip(table, self._sequences.items(), strict=True):
+            # Without drafts, a row yields at most one token per sequence.
+            if place.continuation is not None and len(place.continuation.logprobs) > self._written[number]:
+                bits = torch.tensor([place.continuation.logprobs[-1]], dtype=torch.float64).view(torch.int64)
+                decode_row[:] = torch.tensor([1, place.continuation.tokens[-1], int(bits[0])])
         table = over_shares(table)
         logprobs = table[:, 2].contiguous().view(torch.float64).tolist()
-        # A count of 0: the sequence waits, or its prompt is still being read.
+        # Count 0: the sequence waits, or its prompt is still being read.
         written = {number: (token, logprob) for number, (count, token, _), logprob in zip(
-            self._places, table.tolist(), logprobs, strict=True) if count}
-        return [self._news(number, token, logprob) for number, (token, logprob) in written.items()]
+            self._sequences, table.tolist(), logprobs, strict=True) if count}
+        return [self._build_event(number, token, logprob) for number, (token, logprob) in written.items()]
 
-    def _news(self, number: int, token: int, logprob: float) -> News:
-        place, reason = self._places[number], None
+    def _build_event(self, number: int, token: int, logprob: float) -> News:
+        place, reason = self._sequences[number], None
         self._written[number] += 1
-        # Every process finds the end from the token, and forgets the sequence at the same row.
+        # Every process detects the end from the token, so all remove the sequence after the same row.
         if token in place.end_ids:
             reason = STOP
         elif self._written[number] >= place.limit:
             reason = LENGTH
         if reason is not None:
-            self._forget(number)
+            self._remove_sequence(number)
         return News(number, token, logprob, reason)

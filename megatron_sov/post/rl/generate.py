@@ -519,7 +519,7 @@ def _load(policy: Policy, loaded: Loaded, engine: MegatronEngine) -> None:
         # the run trains an adapter, and what it starts from has none: weights with the adapter inside
         engine.update(_tensors_of(policy), policy.step)
         return
-    load.check(policy.path)
+    load.check_weights(policy.path)
     load.load_model(policy.path, model)
     engine.update(None, policy.step)
 

@@ -14,18 +14,18 @@ def numbers() -> dict[str, Any]:
     """Return statistics of the normals, and whether any range is the slice of the whole."""
     import numpy as np
 
-    from megatron_sov.checkpoint.load import normals
+    from megatron_sov.checkpoint.load import generate_normals
 
-    whole = normals(5, "w", 0, 200_003)
+    whole = generate_normals(5, "w", 0, 200_003)
     ranges = [(0, 1), (1, 1), (7, 2), (8, 8), (1001, 50_000), (199_990, 13)]
     with_itself = float(np.corrcoef(whole[:-1], whole[1:])[0, 1])
-    with_other = float(np.corrcoef(whole, normals(5, "v", 0, 200_003))[0, 1])
-    return {"slices": all((normals(5, "w", a, n) == whole[a:a + n]).all() for a, n in ranges),
+    with_other = float(np.corrcoef(whole, generate_normals(5, "v", 0, 200_003))[0, 1])
+    return {"slices": all((generate_normals(5, "w", a, n) == whole[a:a + n]).all() for a, n in ranges),
             "dtype": str(whole.dtype), "mean": float(whole.mean()), "std": float(whole.std()),
             "kurtosis": float((whole.astype(float) ** 4).mean()), "beyond_2": float((abs(whole) > 2).mean()),
             "with_itself": with_itself, "with_other": with_other,
-            "same": bool((normals(5, "w", 0, 99) == normals(5, "w", 0, 99)).all()),
-            "seeds": int((normals(5, "w", 0, 99) == normals(6, "w", 0, 99)).sum())}
+            "same": bool((generate_normals(5, "w", 0, 99) == generate_normals(5, "w", 0, 99)).all()),
+            "seeds": int((generate_normals(5, "w", 0, 99) == generate_normals(6, "w", 0, 99)).sum())}
 
 
 def initial(recipe: str, layout: dict[str, Any], folder: str, *, reference: bool = False) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def initial(recipe: str, layout: dict[str, Any], folder: str, *, reference: bool
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
-    load.initialise(model, config.model, 11)
+    load.initialize_weights(model, config.model, 11)
     local = local_shards(model)
     file = Path(folder) / f"{recipe}.safetensors"
     if reference:
@@ -80,7 +80,7 @@ def with_threads(num_threads: int) -> dict[str, Any]:
     config = apply_settings(recipes.get("tiny-k-exaone"), SETTINGS)
     world.join(ParallelConfig())
     torch.set_num_threads(num_threads)
-    threads, normals = set(), load.normals
+    threads, normals = set(), load.generate_normals
     calls, meeting = itertools.count(), threading.Barrier(num_threads)
 
     def noted(*args: Any) -> Any:
@@ -89,9 +89,9 @@ def with_threads(num_threads: int) -> dict[str, Any]:
             meeting.wait(600)  # else one fast thread might do it all
         return normals(*args)
 
-    load.normals, load._CHUNK = noted, 1000
+    load.generate_normals, load._CHUNK = noted, 1000
     model = build(config.model, ParallelConfig(), config.train)
-    load.initialise(model, config.model, 11)
+    load.initialize_weights(model, config.model, 11)
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
     return {"digest": digest, "threads": len(threads)}
 
@@ -108,10 +108,10 @@ def _place(block: Any) -> tuple[slice, ...]:
 
 def unknown() -> str:
     """Return what is said about a tensor that no rule knows."""
-    from megatron_sov.checkpoint.load import rule_for
+    from megatron_sov.checkpoint.load import find_init_rule
 
     try:
-        return rule_for("decoder.layers.0.mystery.weight")
+        return find_init_rule("decoder.layers.0.mystery.weight")
     except ValueError as e:
         return str(e)
 

@@ -59,14 +59,14 @@ def gathered(model: Any, optimizer: Any) -> dict[str, Any]:
 
     import torch
 
-    from megatron_sov.checkpoint.gather import Gatherer
+    from megatron_sov.checkpoint.gather import TensorGatherer
     from megatron_sov.engine.model.local_shards import local_shards
 
     blocks = local_shards(model)
     if model.config.params_dtype == torch.bfloat16:
         blocks = [dataclasses.replace(b, key=b.key.removeprefix("master/")) for b in optimizer.state_shards()
                   if b.key.startswith("master/")]
-    gatherer = Gatherer(blocks, everywhere=True)
+    gatherer = TensorGatherer(blocks, everywhere=True)
     return {key: gatherer.gather(key) for key in sorted(gatherer.shapes())}
 
 

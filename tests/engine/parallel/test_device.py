@@ -107,7 +107,7 @@ def pieces(data: str, run: str, layout: dict[str, Any], dropout: float,
     first.save()
     first.checkpointer.finish()
     second = trainer()
-    assert load.damage(folder.checkpoint(FIRST)) is None
+    assert load.find_damage(folder.checkpoint(FIRST)) is None
     second.resume(folder.checkpoint(FIRST))
     found += steps(second, STEPS - FIRST)
     tensors = [{b.key: b.data for b in [*local_shards(t.model), *t.optimizer.state_shards()]}

@@ -1,5 +1,4 @@
-"""Cached generation: what a full forward pass says, at every layout, however prompts are cut,
-with drafts and without."""
+"""Cached generation equals full forward passes at every layout, with and without drafts."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "
 
 def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = False,
                   family: str = "k-exaone", settings: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return what a drawn model writes, in several ways, on this process."""
+    """Return the continuations of a random model, computed in several ways, on this process."""
     from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
     from megatron_sov.engine.parallel import world
     from megatron_sov.infer import request
@@ -87,8 +86,8 @@ def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = 
 
 
 def _repeated(policy: Any, warm: Any, routed: Any) -> dict[str, Any]:
-    """Return what is written behind prompts that several sequences have, in rows of several sizes and one by
-    one, with routes; and the tokens of prompts that were read."""
+    """Return continuations of repeated prompts, in rows of several sizes and alone, with routes, and the
+    tokens read."""
     from megatron_sov.engine.decode.cached_decoder import CachedDecoder
     from megatron_sov.infer.decoder.generator import MegatronEngine
     from megatron_sov.infer.request import Batching
@@ -121,7 +120,7 @@ LAYOUTS = {
 
 
 def check_ways(found: dict[str, Any]) -> None:
-    """Hold all that one process wrote against what it wrote greedily."""
+    """Compare all continuations of a process with its greedy continuations."""
     greedy = found["greedy"]
     assert greedy == found["full"], "cached differs from a full forward pass"
     assert found["routes"] == found["drafted routes"] == found["full routes"]
@@ -146,7 +145,7 @@ def check_ways(found: dict[str, Any]) -> None:
 @pytest.mark.parametrize("names", [
     ["TP2+SP x CP2, EP4"], pytest.param(["PP2 VPP2", "EP2, experts by gathering"], marks=pytest.mark.deep)],
     ids=["all kinds", "gathering"])
-def test_every_way_and_every_layout_write_the_same(ranks, job, names: list[str]) -> None:
+def test_generation_is_equal_at_every_layout(ranks, job, names: list[str]) -> None:
     alone, *others = ranks(
         job(__file__, "continuations", 1, {"layout": {}, "full": True, "pieces": True}),
         *(job(__file__, "continuations", n, {"layout": x}) for n, x in map(LAYOUTS.get, names)))
@@ -168,8 +167,8 @@ FAMILIES = {"k-exaone": SETTINGS[:-1], "solar-open": [*SETTINGS[:-1], "model.sli
 
 
 def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[str, Any]:
-    """Return for each chosen way to sample how far the engine's log-probabilities are from the trainer's
-    (fp32), and what an engine of another model writes before and after an update."""
+    """Return the distance of the engine's log-probabilities from the trainer's (fp32) for each sampling
+    setting, and the continuations of another model before and after an update."""
     from megatron_sov import recipes
     from megatron_sov.checkpoint import load
     from megatron_sov.convert import export_weights
@@ -184,11 +183,11 @@ def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[
     config = apply_settings(recipes.get(f"tiny-{family}"), [*FAMILIES[family], "train.precision=fp32"])
     world.join(parallel)
     model = build(config.model, parallel, config.train)
-    load.initialise(model, config.model, 1)
+    load.initialize_weights(model, config.model, 1)
     policy = ForwardModel(model, 7)
 
     def trainers(row: list[int], temperature: float) -> torch.Tensor:
-        """Log-probability of each token of a row but the first."""
+        """Return the log-probability of each token of a row except the first."""
         batch = Inputs([row], torch.device("cpu"))
         if temperature not in (0, 1):
             logits = policy.logits(batch, torch.arange(len(row) - 1)).double() / temperature
@@ -217,7 +216,7 @@ def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[
             "drafted T 1": Sampling(NEW, 1.0, seed=3, num_drafts=drafts)}
     found = {name: furthest(ways[name]) for name in chosen}
     other = build(config.model, parallel, config.train)
-    load.initialise(other, config.model, 2)
+    load.initialize_weights(other, config.model, 2)
     engine = MegatronEngine(ForwardModel(other, 7))
     versions = []
     for weights, version in ((None, 1), (export_weights(model, everywhere=True), 7)):
@@ -242,8 +241,8 @@ WHERE = [("k-exaone", 1, {}, ["greedy", "T 1", "T 0.7", "drafted", "drafted T 1"
 @pytest.mark.essential
 @pytest.mark.parametrize("further", [[1], pytest.param([2, 3], marks=pytest.mark.deep)],
                          ids=["tensors", "stages and experts"])
-def test_log_probabilities_are_those_of_the_trainer(ranks, job, further: list[int]) -> None:
-    """At the first of WHERE, and further ones."""
+def test_logprobs_equal_those_of_the_trainer(ranks, job, further: list[int]) -> None:
+    """At the first layout of WHERE, and further layouts."""
     chosen = [WHERE[i] for i in (0, *further)]
     alone, *others = ranks(*(
         job(__file__, "logprobs_of", n, {"layout": layout, "family": family, "chosen": ways})
@@ -261,10 +260,10 @@ def test_log_probabilities_are_those_of_the_trainer(ranks, job, further: list[in
 
 @pytest.mark.essential
 @pytest.mark.parametrize("family", ["solar_open", "exaone_moe"])
-def test_greedy_text_is_that_of_transformers(family: str, hf_models: dict[str, Path],
-                                             imported: dict[str, Path], one_rank: None) -> None:
-    """Token by token on an exported folder, prompts of mixed lengths, far past the sliding
-    window of 8 tokens."""
+def test_greedy_text_equals_transformers(family: str, hf_models: dict[str, Path], imported: dict[str, Path],
+                                         one_rank: None) -> None:
+    """Token by token on an exported folder, with prompts of mixed lengths beyond the sliding window of 8
+    tokens."""
     prepare_megatron()
     from megatron_sov.engine.parallel import world
     from megatron_sov.infer.decoder.generator import MegatronEngine

@@ -1,4 +1,4 @@
-"""Which weights an engine holds: a version, or nothing that may be used."""
+"""Version of an engine's weights, and errors after failed updates."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.infer.request import HeldWeights
 
 
-def test_an_update_counts_when_it_has_ended() -> None:
+def test_version_changes_after_the_update() -> None:
     held = HeldWeights("own")
     assert held.version == 0
     with held.replaced(3, None), pytest.raises(UserError, match="update to version 3"):
@@ -18,7 +18,7 @@ def test_an_update_counts_when_it_has_ended() -> None:
     assert held.version == 3
 
 
-def test_after_a_failure_there_are_no_weights_until_an_update_succeeds() -> None:
+def test_failed_update_invalidates_weights() -> None:
     closed = []
 
     def weights() -> Iterator[tuple[str, None]]:

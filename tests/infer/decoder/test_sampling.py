@@ -1,4 +1,4 @@
-"""Draws follow the tempered, truncated distribution; drafts that are taken by chance leave it as it is."""
+"""Samples follow the truncated distribution; speculative sampling does not change it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SAMPLINGS = [Sampling(temperature=0.7), Sampling(temperature=1.3, top_k=3),
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_distributions_are_those_of_transformers(sampling: Sampling) -> None:
+def test_distributions_equal_transformers(sampling: Sampling) -> None:
     logits = torch.randn(40, 50, generator=torch.Generator().manual_seed(0)) * 2
     expected = TemperatureLogitsWarper(sampling.temperature)(None, logits.double())
     if sampling.top_k:
@@ -29,12 +29,12 @@ def test_distributions_are_those_of_transformers(sampling: Sampling) -> None:
     assert torch.allclose(probabilities(logits, sampling), expected.softmax(-1), atol=1e-12)
 
 
-def test_of_equally_probable_tokens_the_first_ones_stay() -> None:
+def test_truncation_keeps_the_lowest_tied_ids() -> None:
     assert (probabilities(LOGITS[1:], Sampling(temperature=1.0, top_k=3))[0].nonzero()[:, 0].tolist()
             == [0, 1, 4])
 
 
-def test_a_draw_is_a_quantile() -> None:
+def test_draw_returns_the_token_at_a_quantile() -> None:
     shares = probabilities(LOGITS, Sampling(temperature=0.7, top_k=3))
     places = ((np.arange(3000) + 0.5) / 3000).tolist()
     for number in range(2):
@@ -46,14 +46,13 @@ def test_a_draw_is_a_quantile() -> None:
         assert draw(7 * shares[[number, number]], [0.0, last]) == ends
 
 
-def test_greedy_drafts_are_taken_up_to_the_first_other_token() -> None:
+def test_greedy_drafts_are_accepted_up_to_a_mismatch() -> None:
     assert [accepted_greedily(d, [5, 6, 7]) for d in ([5, 6], [5, 9], [9, 6], [])] == [2, 1, 0, 0]
 
 
 @pytest.mark.deep
 def test_speculative_samples_follow_the_models_distribution() -> None:
-    """All pairs of tokens that two drafts lead to, against the product of the model's own
-    conditional distributions."""
+    """All pairs of tokens from two drafts, against the product of the model's conditional distributions."""
     generator = torch.Generator().manual_seed(1)
     vocab, count = 4, 12000
     first = torch.rand(vocab, generator=generator).double().pow(3)

@@ -50,8 +50,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_process, "_LOOK_S", 0.05)
 
 
-def test_a_server_is_started_as_asked_and_ends_with_all_that_it_started(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_starts_and_stops_with_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("PYTHONPATH", "/mine")
@@ -72,8 +71,8 @@ def test_a_server_is_started_as_asked_and_ends_with_all_that_it_started(
     assert not own.is_alive() and not any(map(psutil.pid_exists, told["pids"]))
 
 
-def test_what_a_killed_server_leaves_is_killed_before_the_next_start(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_of_a_killed_server_are_killed_on_restart(tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     own = server(tmp_path)
     own.start(never)
@@ -84,7 +83,7 @@ def test_what_a_killed_server_leaves_is_killed_before_the_next_start(
     own.end()
 
 
-def test_a_server_that_does_not_start_tells_its_last_lines(tmp_path: Path) -> None:
+def test_failed_start_reports_last_log_lines(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="server 0 ended;"):
         server(tmp_path, "--fails").start(never)
 
@@ -93,12 +92,12 @@ def test_a_server_that_does_not_start_tells_its_last_lines(tmp_path: Path) -> No
     (["tp=0"], "tp"), (["memory_share=1.5"], "memory_share"), (["nothing=1"], "nothing"),
     (["dtype=bf17"], "dtype"), (["quantization=fp9"], "vLLM has auto_awq, .*fp8"),
     (["servers=2", 'devices=["0"]'], "must be 2, servers x tp x dp"), (["transfer=disk"], "transfer")])
-def test_settings_that_make_no_servers_are_refused(given: list[str], told: str) -> None:
+def test_invalid_server_settings_are_rejected(given: list[str], told: str) -> None:
     with pytest.raises(UserError, match=told):
         server_settings("vllm", given, "--engine-set")
 
 
-def test_copies_inside_of_a_server_have_one_door(tmp_path: Path) -> None:
+def test_data_parallel_server_has_one_api_server(tmp_path: Path) -> None:
     # vLLM opens as many as copies, and a request that came in by one cannot be ended by another
     settings = server_settings("vllm", ["dp=2", "requests=8"], "--engine-set")
     words = OwnServer("vllm", 0, Path("model"), 99, settings, tmp_path).words(5)

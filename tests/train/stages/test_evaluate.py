@@ -29,8 +29,8 @@ def evaluation(data: str, out: str | None, cp: int = 1, recipe: str = "tiny-sola
         f"parallel.cp={cp}", recipe=recipe)
     results = {name: asdict(r) for name, r in trainer.evaluate().items()}
     if out is not None:
-        load.save(Path(out), trainer.model, None, {"step": 0, "tokens": 0}, trainer.config.to_dict(),
-                  tokenizer_folder(trainer.sources))
+        load.save_checkpoint(Path(out), trainer.model, None, {"step": 0, "tokens": 0},
+                             trainer.config.to_dict(), tokenizer_folder(trainer.sources))
     world.leave()
     return results
 
