@@ -1,5 +1,5 @@
-"""Types the commands of "From raw text to a chat" in the README, line by line, in an empty folder that has the
-`.venv` of `make demo`.  The corpus is a few small documents, and two steps of few samples are trained.
+"""Types the commands of "From raw text to a chat" in the README, line by line, in an empty folder that has
+the `.venv` of `make demo`.  The corpus is a few small documents, and two steps of few samples are trained.
 """
 
 from __future__ import annotations
