@@ -66,7 +66,7 @@ def test_types_that_are_known_to_checkers_alone_are_not_checked(tmp_path: Path) 
     (f"class Mine:\n    def __init__(self, config, batches): ...\n{METHODS}",
      r"is made by Mine\(config, batches\); an objective is made by Mine\(context\)"),
     (f"class Mine:\n    def __init__(self, context, *, must): ...\n{METHODS}",
-     r"by name and with defaults"),
+     r"\(context, \*, setting=default"),
     ("class Mine:\n    def loss(self, hidden, head): ...",
      r"needs collect\(.*prepare\(.*loss\(self, hidden, head, batch\); it has loss\(self, hidden, head\)"),
     (f"class Mine:\n    formats = ('chat', 'film')\n    def __init__(self, context): ...\n{METHODS}",

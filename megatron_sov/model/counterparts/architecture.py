@@ -1,7 +1,7 @@
-"""The architecture that settings of Megatron-LM or Megatron-Bridge describe, as `ModelConfig`.
+"""Infer a `ModelConfig` from Megatron-LM or Megatron-Bridge settings.
 
-Names are those of megatron-core's `TransformerConfig` and of Bridge's providers; `of_arguments` brings the
-arguments of Megatron-LM, which say some things otherwise, to them.
+Setting names are those of Megatron-Core's `TransformerConfig` and of Bridge's providers.
+`normalize_arguments` converts Megatron-LM's command line arguments, some of which differ.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ RENAMED = {
     "share_embeddings_and_output_weights": "tied_embeddings", "init_method_std": "init_std",
     "rotary_base": "rope_theta",
 }
-"""Theirs -> ours, where they mean the same."""
+"""Megatron name -> our name, for settings with equal meaning."""
 UNSAID = {"add_qkv_bias": False, "qk_layernorm": False, "share_embeddings_and_output_weights": True,
           "rotary_base": 10_000, "layernorm_epsilon": 1e-5, "init_method_std": 0.02}
-"""What Megatron takes where nothing is said."""
+"""Megatron's defaults."""
 OF_EXPERTS = {
     "num_moe_experts": "num_experts", "moe_router_topk": "num_experts_per_token",
     "moe_router_score_function": "router_score", "moe_router_enable_expert_bias": "router_bias",
@@ -53,7 +53,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "rotary_scaling_factor": (None, 1.0),
     "moe_apply_probs_on_input": (False,), "moe_expert_capacity_factor": (None,), "mrope_section": (None,),
 }
-"""Theirs -> the values with which the model is one that we have."""
+"""Megatron name -> values for which the model is supported."""
 DERIVED = ("num_query_groups", "kv_channels", "ffn_hidden_size", "moe_ffn_hidden_size", "moe_layer_freq",
            "moe_shared_expert_intermediate_size", "moe_router_topk_scaling_factor",
            "moe_router_pre_softmax", "moe_router_load_balancing_type", "moe_aux_loss_coeff", "window_size",
@@ -64,7 +64,7 @@ DERIVED = ("num_query_groups", "kv_channels", "ffn_hidden_size", "moe_ffn_hidden
            "yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow", "yarn_mscale",
            "yarn_mscale_all_dim", "mtp_enabled",
            "group_query_attention", "moe_router_num_groups", "moe_router_group_topk")
-"""What is read besides, together with others."""
+"""Megatron names read in combination with others."""
 KNOWN = frozenset({*RENAMED, *OF_EXPERTS, *FIXED, *DERIVED})
 MAX_COUNT = 1 << 53
 COUNTS = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
@@ -73,21 +73,20 @@ COUNTS = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_gr
           "train_samples", "global_batch_size", "lr_warmup_iters", "lr_warmup_samples", "lr_decay_iters",
           "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples", "pipeline_model_parallel_size",
           "virtual_pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage")
-"""Theirs that count something: what is computed with them has to be possible."""
-"""All names that say something of the architecture."""
+"""Megatron names that must be non-negative integers."""
 
 
 def refuse_odd_counts(stated: Stated) -> None:
-    """Raise `UserError` where what counts something is no count, or is one that no run has."""
+    """Raise `UserError` for counts that are not integers or far too large."""
     limits = {"num_layers": MAX_LAYERS, "mtp_num_layers": MAX_LAYERS} | dict.fromkeys(COUNTS, MAX_COUNT)
     if problems := [f"{name} = {str(value)[:80]!r}: must be a whole number from 0 to {most:,}"
                     for name, most in limits.items() if (value := stated.get(name)) is not None
                     and not (type(value) is int and 0 <= value <= most)]:
-        raise UserError(f"their settings: {'; '.join(problems)}; mend them where they are from")
+        raise UserError(f"Megatron settings: {'; '.join(problems)}; correct them in their source")
 
 
 def of_arguments(args: Stated) -> dict[str, Any]:
-    """Return arguments of Megatron-LM (as its Namespace has them) under the names of `TransformerConfig`."""
+    """Return Megatron-LM arguments (a Namespace's `vars`) under `TransformerConfig` names."""
     stated = dict(args)
 
     def moved(theirs: str, name: str, of: Callable[[Any], Any] = lambda value: value) -> None:
@@ -113,34 +112,34 @@ def of_arguments(args: Stated) -> dict[str, Any]:
 
 
 def architecture(stated: Stated, family: str = "", overrides: Mapping[str, Any] | None = None) -> ModelConfig:
-    """Return the architecture, of the one family that has it.
+    """Return the architecture in its only matching family.
 
     Args:
-        stated: names of `TransformerConfig` and of Bridge's providers, with their values.
-        family: name of ours; empty: the only one that fits.
-        overrides: fields of `ModelConfig` that are known otherwise.
+        stated: Megatron-Core or Bridge setting -> value.
+        family: our family name; "": find the only match.
+        overrides: `ModelConfig` fields that take precedence.
 
     Raises:
-        UserError: it says too little, or what no family has; all of it is told.
+        UserError: missing settings, or no matching family; the message lists all problems.
     """
     refuse_odd_counts(stated)
     fields, problems = model_fields(stated)
     given = dict(overrides or {})
     missing = [name for name in ("num_layers", "hidden_size", "num_heads", "vocab_size")
                if name not in {**fields, **given}]
-    problems += [f"model.{name} is not said; pass --set model.{name}=N" for name in missing]
+    problems += [f"model.{name} is missing; pass --set model.{name}=N" for name in missing]
     if problems:
         raise UserError(list_problems("the model's settings", problems))
     fields |= given
-    # one that may have experts has models without any, which nobody means
+    # Families with experts are skipped for dense models, although their number of experts could be 0.
     names = [family] if family else [
         name for name, one in models.FAMILIES.items()
         if (fields["num_experts"] or one.structure.get("num_experts") == 0)
-        # nor is what says nothing of norms behind blocks, say, a family that always has them
+        # Families with a fixed uncommon value, such as output norms, need a setting that says so.
         and all(field in fields or one.structure.get(field, plain) == plain
                 for field, plain in PLAIN.items())]
     fitting = {name: model for name in names if (model := _as_family(name, fields)) is not None}
-    # a family whose models may have more, and here have nothing of it, has the same model as a plainer one
+    # If several families can express the model, prefer families with the fewest optional features.
     fewest = min((len(models.get(name).varies) for name in fitting), default=0)
     fitting = {name: model for name, model in fitting.items() if len(models.get(name).varies) == fewest}
     if len(fitting) == 1:
@@ -151,13 +150,12 @@ def architecture(stated: Stated, family: str = "", overrides: Mapping[str, Any] 
     reasons = {name: _reasons(name, fields) for name in names}
     nearest = min(reasons, key=lambda name: len(reasons[name]))
     raise UserError(list_problems(f"the model's settings: fit no family; the nearest is '{nearest}'",
-                                  reasons[nearest], "pass --family and --set model.NAME=VALUE where they say "
-                                                    "it wrongly"))
+                                  reasons[nearest], "pass --family, and --set model.NAME=VALUE to correct a "
+                                                    "setting"))
 
 
 def model_fields(stated: Stated) -> tuple[dict[str, Any], list[str]]:
-    """Return the fields of `ModelConfig` that settings say, and a sentence for each that no model of ours
-    has."""
+    """Return `ModelConfig` fields, and a sentence for each unsupported setting."""
     problems = [f"{name} = {stated[name]!r}: only {' or '.join(map(repr, allowed))} is read"
                 for name, allowed in FIXED.items() if name in stated and not _one_of(stated[name], allowed)]
     fields = {ours: UNSAID.get(theirs) if stated.get(theirs) is None else stated[theirs]
@@ -168,7 +166,7 @@ def model_fields(stated: Stated) -> tuple[dict[str, Any], list[str]]:
             fields |= part(stated)
         except (TypeError, ValueError, KeyError, IndexError, ArithmeticError) as e:
             problems.append(str(e) if type(e) is ValueError
-                            else f"a value cannot be understood ({type(e).__name__}: {e})")
+                            else f"a value cannot be read ({type(e).__name__}: {e})")
     for name in ("vocab_size", "padded_vocab_size"):
         if stated.get(name) is not None:
             fields["vocab_size"] = stated[name]
@@ -195,7 +193,7 @@ def _attention(stated: Stated) -> dict[str, Any]:
 
 
 def _feed_forward(stated: Stated) -> dict[str, Any]:
-    """Return widths, experts and routing."""
+    """Return feed-forward widths, experts and routing."""
     ffn, experts = stated.get("ffn_hidden_size"), stated.get("num_moe_experts")
     if not experts:
         return {"num_experts": 0, "num_shared_experts": 0, "num_dense_layers": 0,
@@ -223,7 +221,7 @@ def _feed_forward(stated: Stated) -> dict[str, Any]:
 
 
 def _groups(stated: Stated) -> dict[str, Any]:
-    """Return groups of experts, where its score of a group is ours."""
+    """Return expert groups, if Megatron scores groups as we do."""
     groups, kept = stated.get("moe_router_num_groups") or 1, stated.get("moe_router_group_topk")
     if groups == 1 or not kept:
         return {}
@@ -234,7 +232,7 @@ def _groups(stated: Stated) -> dict[str, Any]:
 
 
 def _leading_dense(frequency: Any, num_layers: int) -> int:
-    """Return how many leading layers are dense."""
+    """Return the number of leading dense layers."""
     if isinstance(frequency, str):
         frequency = _list(frequency)
     if isinstance(frequency, int):
@@ -249,8 +247,8 @@ def _leading_dense(frequency: Any, num_layers: int) -> int:
 
 
 def _list(text: str) -> list[int]:
-    """Return a list that Megatron-LM writes as a Python expression: numbers, and products and sums of lists
-    (`[0]*3+[1]*58`), which are read and not evaluated."""
+    """Return the numbers in Megatron-LM's list syntax, with products and sums of lists such as
+    `[0]*3+[1]*58`; the text is parsed, not evaluated."""
     found: list[int] = []
     for term in text.replace(" ", "").strip("()").split("+"):
         # Parsed by hand: the text comes from a checkpoint of others, and eval would run it.
@@ -284,7 +282,7 @@ def _positions(stated: Stated) -> dict[str, Any]:
 
 
 def _pattern(stated: Stated) -> dict[str, Any]:
-    """Return which layers slide, and which rotate."""
+    """Return which layers have sliding windows, and which use RoPE."""
     window, num_layers = stated.get("window_size"), stated.get("num_layers") or 0
     frequency, no_rope = stated.get("window_attn_skip_freq"), stated.get("no_rope_freq")
     if window is None:
@@ -307,8 +305,7 @@ def _pattern(stated: Stated) -> dict[str, Any]:
 
 
 def _per_layer(frequency: Any, num_layers: int) -> list[tuple[bool, bool]]:
-    """Return for each layer whether a frequency means it (every n-th, or those that a list marks), and
-    whether it is every n-th."""
+    """Return (flag, is every n-th layer) per layer, for a frequency (every n-th layer) or a list of flags."""
     if isinstance(frequency, str):
         frequency = int(frequency) if frequency.isdigit() else _list(frequency)
     if isinstance(frequency, int):
@@ -325,7 +322,7 @@ def _prediction(stated: Stated) -> dict[str, Any]:
 
 
 def _complete(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a family's model: what it fixes stands where nothing is said."""
+    """Return all fields of a family's model; the family's fixed values are defaults."""
     family = models.get(name)
     return {**family.training, **family.structure, **fields, "family": name}
 
@@ -336,7 +333,7 @@ def _as_family(name: str, fields: Mapping[str, Any]) -> ModelConfig | None:
 
 
 def _reasons(name: str, fields: Mapping[str, Any]) -> list[str]:
-    """Return why a model is not one of a family."""
+    """Return the reasons for which a model does not belong to a family."""
     try:
         model = from_dict({"recipe": "from-megatron", "model": _complete(name, fields)}).model
     except SettingsError as e:
@@ -344,17 +341,17 @@ def _reasons(name: str, fields: Mapping[str, Any]) -> list[str]:
     return [problem.sentence for problem in model.problems() + models.get(name).problems(model)]
 
 
-# Reading a YAML file of Megatron-Bridge (`ConfigContainer`) as plain values: `_target_` is text here.
 
 MAX_BYTES = 8 << 20
-"""A run's whole configuration has some 100 kB."""
+"""Limit of a Bridge YAML file; a run's whole configuration has about 100 kB."""
 
 
 def read_sections(file: Path) -> dict[str, dict[str, Any]]:
-    """Return the sections (model, train, optimizer, ...) of a file.
+    """Return the sections (model, train, optimizer, ...) of a Megatron-Bridge YAML file (`ConfigContainer`);
+    `_target_` stays text.
 
     Raises:
-        UserError: it is no YAML of plain values, or has no sections.
+        UserError: the file is not YAML with plain values, or has no sections.
     """
     try:
         if file.stat().st_size > MAX_BYTES:

@@ -1,10 +1,9 @@
-"""The weights of encoders of pictures and sounds: names and shapes from a config alone, and what they are
-called in a Hugging Face folder.
+"""Names and shapes of image and audio encoder weights, in checkpoints and in Hugging Face folders.
 
-Names are those of checkpoints: `vision.encoder.` or `audio.encoder.` and transformers' own name of the
-tensor, `*.adapter.`, and `audio.compressor.` with the authors' names.  Every process of the first pipeline
-stage holds all of them whole.  In a Hugging Face folder they have the prefixes of the released HyperCLOVA X
-8B Omni (OmniServe, model_converter/README.md).
+Checkpoint names are `vision.encoder.` or `audio.encoder.` plus the tensor's transformers name, `*.adapter.`,
+and `audio.compressor.` plus the authors' names. All processes of the first pipeline stage hold full copies.
+Hugging Face folders use the prefixes of the released HyperCLOVA X 8B Omni (OmniServe,
+model_converter/README.md).
 """
 
 from __future__ import annotations
@@ -17,21 +16,21 @@ from megatron_sov.model.families.weights import Layout, Link
 
 VISION, AUDIO = "vision.", "audio."
 PREFIXES = (VISION, AUDIO)
-"""What the names of all these tensors begin with."""
+"""Prefixes of all encoder tensors."""
 ENCODER, ADAPTER, COMPRESSOR = "encoder.", "adapter.", "compressor."
 HF_PREFIXES = {
     VISION + ENCODER: "model.vision_model.", VISION + ADAPTER: "model.mm_projector.",
     AUDIO + ENCODER: "model.audio_model.", AUDIO + ADAPTER: "model.audio_projector.",
     AUDIO + COMPRESSOR: "model.video_audio_compressor.",
 }
-"""Beginning of a name in checkpoints -> in a Hugging Face folder."""
+"""Prefix in checkpoints -> prefix in Hugging Face folders."""
 _PLACES = "encoder.embed_positions.weight"
 _TABLES = (_PLACES, "encoder.embeddings.position_embedding.weight")
 Shapes = dict[str, tuple[int, ...]]
 
 
 def encoder_tensors(model: ModelConfig) -> Shapes:
-    """Return the shape of each tensor by its name, in the order in which the modules register them."""
+    """Return tensor name -> shape, in the order in which modules register the tensors."""
     found: Shapes = {}
     if model.vision is not None:
         found |= {VISION + name: shape for name, shape in _vision(model.vision, model.hidden_size)}
@@ -45,17 +44,15 @@ def is_encoder(key: str) -> bool:
 
 
 def is_table(key: str) -> bool:
-    """Return whether it has a row per place, and is no matrix that vectors are multiplied with."""
+    """Return whether a tensor is a table with a row per position."""
     return is_encoder(key) and key.endswith(_TABLES)
 
 
 def is_frozen(key: str, media: MediaConfig) -> bool:
-    """Return whether a tensor does not learn by what `media` says, or because it never does: Whisper's
-    places, which are sines."""
+    """Return whether an encoder tensor is not trained: frozen by `media`, or a sinusoidal position table."""
     if not is_encoder(key):
         return False
-    # Before the settings: Whisper computes these sines, and training them would change what the frozen
-    # encoder means.
+    # Whisper's positions are fixed sinusoids and are never trained.
     if key.endswith(_PLACES):
         return True
     encodes = key.startswith((VISION + ENCODER, AUDIO + ENCODER))
@@ -63,15 +60,15 @@ def is_frozen(key: str, media: MediaConfig) -> bool:
 
 
 def encoder_links(model: ModelConfig) -> list[Link]:
-    """Return every tensor with its name in a Hugging Face folder."""
+    """Return the links of all encoder tensors to Hugging Face names."""
     return [Link(key, shape, (0,) * len(shape), (hf_name(key, model),), Layout(shape, 0, (shape[0],), 1),
                  fp32=False)
             for key, shape in encoder_tensors(model).items()]
 
 
 def hf_name(key: str, model: ModelConfig) -> str:
-    """Return the name of a tensor in a Hugging Face folder; a linear adapter has none of its own."""
-    # No prefix begins another one, so the first match is the only one.
+    """Return the Hugging Face name of a tensor; a linear adapter has no submodule name."""
+    # No prefix is the beginning of another prefix.
     prefix = next(prefix for prefix in HF_PREFIXES if key.startswith(prefix))
     name = key.removeprefix(prefix)
     of = model.vision if prefix.startswith(VISION) else model.audio
@@ -136,12 +133,11 @@ def _audio(c: AudioEncoderConfig, hidden: int) -> Iterator[tuple[str, tuple[int,
     yield "encoder.conv1.bias", (w,)
     yield "encoder.conv2.weight", (w, w, 3)
     yield "encoder.conv2.bias", (w,)
-    # The second convolution has stride 2, so there are half as many places as frames.
+    # The second convolution has stride 2, so the table has a position per two frames.
     yield _PLACES, (c.num_frames // 2, w)
     for i in range(c.num_layers):
         layer = f"encoder.layers.{i}."
-        # Whisper's keys have no bias: it would add the same to all scores of a query, which softmax
-        # ignores.
+        # Whisper's keys have no bias: softmax ignores a constant added to all scores of a query.
         yield from _linear(layer + "self_attn.k_proj", w, w, bias=False)
         for name in ("v_proj", "q_proj", "out_proj"):
             yield from _linear(f"{layer}self_attn.{name}", w, w)
@@ -151,7 +147,7 @@ def _audio(c: AudioEncoderConfig, hidden: int) -> Iterator[tuple[str, tuple[int,
         yield from _norm(layer + "final_layer_norm", w)
     yield from _norm("encoder.layer_norm", w)
     yield from _adapter(c.adapter, w, hidden)
-    # Without compression there is no module, so there may be no tensors of it either.
+    # Without compression the module does not exist.
     if c.compression > 1:
         for name, shape in _compressor(c, hidden):
             yield COMPRESSOR + name, shape
@@ -188,8 +184,8 @@ def _compressor(c: AudioEncoderConfig, hidden: int) -> Iterator[tuple[str, tuple
 
 
 def encoder_buffer_bytes(model: ModelConfig) -> int:
-    """Return the bytes of what encoders have beside parameters: SigLIP's numbers of places, and Qwen2.5-VL's
-    rotary frequencies, which transformers keeps twice."""
+    """Return the bytes of encoder buffers: SigLIP's position ids, Qwen2.5-VL's rotary frequencies (stored
+    twice)."""
     c = model.vision
     if c is None:
         return 0

@@ -1,5 +1,5 @@
-"""What families with linear attention declare: tensors whose rows stand by heads, and which layers have it
-(Kimi Delta Attention)."""
+"""Weight and config items for linear attention (Kimi Delta Attention), whose tensors have rows ordered by
+head."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from megatron_sov.model.families.weights import (
 
 @dataclass(frozen=True)
 class HeadRows:
-    """A tensor with rows for each head of linear attention, one kind behind the other
+    """A Megatron tensor that stacks several Hugging Face tensors per head
     (`LinearAttentionConfig.projected`)."""
 
     megatron: str
     hf: tuple[tuple[str, int], ...]
-    """Hugging Face tensors, and which kind each holds of all heads."""
+    """(Hugging Face tensor, index in `projected`)."""
     columns: str
-    """Letters of the other axes."""
+    """Sizes of the other axes, in letters."""
     fp32: bool = False
 
     @property
@@ -31,7 +31,7 @@ class HeadRows:
         return tuple(name for name, _ in self.hf)
 
     def layout(self, model: ModelConfig) -> Layout:
-        """Return the parts of [heads, rows of each, columns]."""
+        """Return the division of [heads, rows of a head, columns]."""
         linear = linear_of(model)
         lengths = tuple(linear.projected[kind] for _, kind in self.hf)
         return Layout((linear.num_key_heads, sum(lengths), *shape_of(self.columns, model)), 1, lengths, 2)
@@ -39,19 +39,19 @@ class HeadRows:
 
 @dataclass(frozen=True)
 class TapRows(HeadRows):
-    """The taps of a convolution: [channels, 1, taps]."""
+    """Weights of the causal convolution, [channels, 1, taps]."""
 
     columns: str = ""
 
     def layout(self, model: ModelConfig) -> Layout:
-        """Return the parts of [heads, channels of each, 1, taps]."""
+        """Return the division of [heads, channels of a head, 1, taps]."""
         whole = super().layout(model)
         return replace(whole, view=(*whole.view, 1, linear_of(model).conv_taps))
 
 
 @dataclass(frozen=True)
 class GateBesideQKV:
-    """Query, key and value, and the gate of each query head in a tensor of its own, rows by head in all."""
+    """Query, key and value with an output gate per query head, which is a separate Hugging Face tensor."""
 
     megatron: str
     hf_names: tuple[str, str, str, str]
@@ -59,8 +59,7 @@ class GateBesideQKV:
     fp32: bool = False
 
     def layout(self, model: ModelConfig) -> Layout:
-        """Return the parts of [groups, query heads + their gates + key + value, head_dim, hidden]: all gates
-        of a group stand behind its query heads."""
+        """Return the division of [groups, query heads + gates + key + value, head_dim, hidden]."""
         heads = model.num_heads // model.num_kv_heads
         view = (model.num_kv_heads, 2 * heads + 2, model.head_dim, model.hidden_size)
         return Layout(view, 1, (heads, heads, 1, 1), 3)
@@ -72,7 +71,7 @@ GATE_BESIDE: tuple[WeightEntry, ...] = (
         "self_attn.q_proj.weight", "self_attn.g_proj.weight", "self_attn.k_proj.weight",
         "self_attn.v_proj.weight")),
     Same("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H A"))
-"""Attention whose gates have a matrix of their own."""
+"""Attention with output gates in a separate matrix."""
 
 KIMI_DELTA: tuple[WeightEntry, ...] = (
     Same("input_layernorm.weight", "input_layernorm.weight", "H"),
@@ -90,11 +89,10 @@ KIMI_DELTA: tuple[WeightEntry, ...] = (
     Same("self_attention.dt_bias", "self_attn.dt_bias", "X"),
     Same("self_attention.out_norm.weight", "self_attn.o_norm.weight", "U"),
     Same("self_attention.out_proj.weight", "self_attn.o_proj.weight", "H W"))
-"""Kimi Delta Attention."""
 
 
 def count_layers(config: dict[str, Any]) -> int:
-    """Return how many layers there are; `UserError` where lists with an entry for each would fill memory."""
+    """Return `num_hidden_layers`; `UserError` for numbers whose per-layer lists would fill memory."""
     count = int(config.get("num_hidden_layers", 0))
     if count > MAX_LAYERS:
         raise UserError(f"config.json: num_hidden_layers = {count} must be at most {MAX_LAYERS:,}; count its "
@@ -103,15 +101,15 @@ def count_layers(config: dict[str, Any]) -> int:
 
 
 def whole_number(name: str, value: Any) -> int:
-    """Return a size; `UserError` where it is no whole number, which `int` would make of 4.9."""
+    """Return `value`; `UserError` if it is not an integer (`int` would accept 4.9)."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise UserError(f"config.json: {name} = {value!r} must be a whole number; restore it from its source")
     return value
 
 
 def layer_pattern(types: list[Any], count: int) -> dict[str, Any]:
-    """Return the shortest pattern that gives the list; `UserError` where it is not one known type per
-    layer."""
+    """Return the shortest `attention_pattern` for layer types; `UserError` unless every layer has a known
+    type."""
     letter = {kind: letter for letter, kind in LAYER_TYPES.items() if letter in "DG"}
     letters = "".join(letter.get(kind, "?") for kind in types)
     if len(letters) != count or "?" in letters:
@@ -121,8 +119,8 @@ def layer_pattern(types: list[Any], count: int) -> dict[str, Any]:
 
 
 def delta_sizes(model: ModelConfig, *, negative: bool) -> tuple[int, int, int]:
-    """Return heads, their width and taps of Kimi Delta Attention; `UserError` where heads differ, gates have
-    another rank, or rates are above 1 and may not be."""
+    """Return (heads, head size, taps) of Kimi Delta Attention; `UserError` for sizes that the family cannot
+    express."""
     linear = linear_of(model)
     width = linear.key_head_dim
     if linear != LinearAttentionConfig(linear.num_key_heads, linear.num_key_heads, width, width, width,

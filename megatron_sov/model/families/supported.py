@@ -1,5 +1,5 @@
-"""The built-in families, each a declaration: dense ones first, then those with a mixture of experts.
-`get(name)` finds them, and those of packages, by the `model_type` that transformers has."""
+"""Built-in model families, dense families first. `get_family(name)` finds them and plug-ins by
+`model_type`."""
 
 from __future__ import annotations
 
@@ -150,8 +150,8 @@ _CONFIG: tuple[ConfigItem, ...] = (*_DECODER, KV_HEADS, Renamed("rms_norm_eps", 
 
 QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-"""PRETOKENIZE_REGEX of transformers 5.24's tokenization_qwen2.py, whose class reads every folder
-of model type qwen2."""
+"""PRETOKENIZE_REGEX in tokenization_qwen2.py of transformers 5.24, which its class applies to every qwen2
+folder."""
 
 QWEN2 = Family(
     name="qwen2",
@@ -308,15 +308,14 @@ FAMILIES = {family.name: family for family in (
 
 
 def get(name: str, recorded: Sequence[PluginCode] = ()) -> Family:
-    """Return the family of that name: built in, declared by an installed package,
-    or named on the command line.
+    """Return the family called `name`: built-in, from an installed package, or from `--plugin`.
 
     Args:
-        name: as `model.family` and transformers' `model_type` have it.
-        recorded: what a config or checkpoint says about its code, for the message alone.
+        name: `model.family`, equal to transformers' `model_type`.
+        recorded: code recorded in a config or checkpoint, for the error message.
 
     Raises:
-        UserError: there is none; the message names the nearest and lists all.
+        UserError: unknown family; the message names the nearest family and lists all.
     """
     return FAMILIES[name] if name in FAMILIES else OWN.get(name, recorded)
 
@@ -342,4 +341,4 @@ def _check(loaded: LoadedPlugin) -> None:
 
 
 OWN: Registry[Family] = Registry("model family", FAMILIES, _check, lambda family: family.name)
-"""Families that are not built in."""
+"""Families from plug-ins."""

@@ -1,6 +1,6 @@
-"""Recipes: functions that return one `RunConfig`, each with a table of where its values come from.
+"""Recipes: functions that return a `RunConfig`, each with a table of sources for its values.
 
-`get(name)` finds them; `names()` lists the built-in ones; `sources(name)` returns the table.
+`get(name)` returns a recipe's config, `names()` lists built-in recipes, `sources(name)` returns the table.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from megatron_sov.model.recipes.sources import UNCOMPARED, Sources, derive, ours
 
 @dataclass(frozen=True)
 class Recipe:
-    """One entry of the list."""
+    """A recipe's function and sources."""
 
     build: Callable[[], RunConfig]
-    """Returns the configuration, whose `recipe` is the entry's name."""
+    """Function that returns the config, with `recipe` set to the recipe's name."""
     sources: Sources = field(default_factory=dict)
-    """Where its values come from; empty: they are the user's."""
+    """Sources of values; {} for a user's recipe."""
 
 
 RECIPES: dict[str, Recipe] = {
@@ -124,24 +124,22 @@ TINY = {
     "tiny-exaone4-1.2b": "exaone-4.0-1.2b",
     "tiny-hyperclovax": "hyperclovax-14b",
 }
-"""Tiny recipe -> the one whose structure it has."""
-
-
-# Tiny recipes: the big models' structure at a size for two CPU cores, derived from the big recipes.
+"""Tiny recipe -> full-size recipe with the same structure."""
 
 
 SEQ_LEN, WIDTH, HEAD_DIM = 256, 128, 32
 TINY_LAYERS = 6
-"""Of models whose layers follow no short pattern."""
+"""Layers of tiny models without a repeating layer pattern."""
 SHRUNK = ours("a size for two CPU cores, and what goes with it")
-"""Where every value comes from that shrinking changes; the others come from where the big recipe has them."""
+"""Source of all values that `shrink_recipe` changes; other values keep the full-size recipe's source."""
 
 
 def shrink(name: str, run: RunConfig) -> RunConfig:
-    """Return `run` as recipe `name`, with every size reduced and every structural choice kept.
+    """Return recipe `name`: `run` at a size for two CPU cores, with the same routing, attention, norms and
+    prediction layers.
 
-    Routing, attention, norms and multi-token prediction are such choices.  The optimizer is AdamW, which is
-    quicker at this size; `--set optim.name=muon` takes the same rates.
+    The optimizer is AdamW, which is faster at this size; `--set optim.name=muon` works with the same learning
+    rate.
     """
     model = run.model
     rope = model.llama3_rope and replace(model.llama3_rope, original_max_position_tokens=SEQ_LEN)
@@ -196,7 +194,7 @@ def shrink(name: str, run: RunConfig) -> RunConfig:
 
 
 def _small_attention(model: ModelConfig) -> ModelConfig:
-    """Return a model whose attention, where it is latent or linear, is narrow."""
+    """Return `model` with small latent and linear attention."""
     if model.latent_attention is not None:
         latent = replace(model.latent_attention, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16,
                          v_head_dim=24, q_lora_rank=48 if model.has_query_latent else None)
@@ -209,7 +207,8 @@ def _small_attention(model: ModelConfig) -> ModelConfig:
 
 
 def _small_media(model: ModelConfig) -> ModelConfig:
-    """Return a model whose codebooks end a vocabulary of 2,048, with encoders of 16 x 16 pixels and 2 s."""
+    """Return `model` with media tokens in a vocabulary of 2,048, and encoders for 16 x 16 pixels and 2
+    seconds."""
     audio, image = IdBlock(1280, 512), IdBlock(1792, 256)
     small = replace(model, audio_tokens=audio, image_tokens=image)
     if model.vision and model.audio:
@@ -228,7 +227,7 @@ def _small_media(model: ModelConfig) -> ModelConfig:
 
 
 def _small_rounds(run: RunConfig) -> RunConfig:
-    """Return two short rounds of a method that is kept, at a steady rate that is lower than pretraining's."""
+    """Return two short rounds with the recipe's method and a constant learning rate."""
     policy, rollout = run.policy, run.rollout
     lr = 4e-4 if policy.learns_preferences else 2e-3
     return replace(
@@ -242,9 +241,9 @@ def _small_rounds(run: RunConfig) -> RunConfig:
 
 
 def _small_extension(extend: ExtendConfig) -> ExtendConfig:
-    """Return an extension of as many stages, each twice as long as what was trained before.
+    """Return an extension with the same number of stages, each twice as long as the previous.
 
-    Its gate counts needles and judges the loss alone: a model of this size, trained for minutes, finds none.
+    The gate counts needles but decides by the loss: a model trained for minutes finds no needle.
     """
     if not extend.stages:
         return extend
@@ -254,7 +253,7 @@ def _small_extension(extend: ExtendConfig) -> ExtendConfig:
 
 
 def _small_stage(stage: ExtendStageConfig, seq_len: int) -> ExtendStageConfig:
-    """Return a stage of that length with its parts, over whatever sources the data has."""
+    """Return `stage` at length `seq_len` with its parts, independent of source names."""
     return replace(
         stage, seq_len=seq_len, steps=20, max_steps=40, tokens=0, global_batch_size=0, blend={},
         yarn_original_tokens=seq_len // 2 if stage.yarn_original_tokens else 0,
@@ -262,7 +261,7 @@ def _small_stage(stage: ExtendStageConfig, seq_len: int) -> ExtendStageConfig:
 
 
 def _small(phase: PhaseConfig, seq_len: int) -> PhaseConfig:
-    """Return a phase with its part of the run kept, over whatever sources the data has."""
+    """Return `phase` with its share of the run, independent of source names."""
     return replace(phase, tokens=0, share=phase.tokens or phase.share, blend={}, seq_len=seq_len,
                    global_batch_size=0, lr=0.0, min_lr=0.0, rewarm_steps=0)
 
@@ -283,22 +282,22 @@ def of_family(family: str) -> list[str]:
 
 
 def get(name: str) -> RunConfig:
-    """Return the recipe of that name: built in, declared by an installed package,
-    or named on the command line.
+    """Return the config of recipe `name`: built-in, from an installed package, or from the command line.
 
-    A tiny one has the big one's whole name too: `tiny-solar-open-102b`.
+    Tiny recipes also have long names, such as `tiny-solar-open-102b`.
 
     Raises:
-        UserError: there is none (the message names the nearest and lists all), or it makes no config.
+        UserError: unknown recipe (the message names the nearest and lists all), or a plug-in that returns no
+            config.
     """
     return _find(name).build()
 
 
 def sources(name: str) -> Sources:
-    """Return where the values of a recipe come from; empty where its author did not say.
+    """Return the sources of a recipe's values; {} if its author gave none.
 
     Raises:
-        UserError: there is no such recipe; the message names the nearest and lists all.
+        UserError: unknown recipe; the message names the nearest and lists all.
     """
     recipe = _find(name)
     if big := TINY.get(recipe.build().recipe if name.startswith("tiny-") else ""):
@@ -318,11 +317,11 @@ def _check(loaded: LoadedPlugin) -> None:
 
 
 OWN: Registry[Callable[[], RunConfig]] = Registry("recipe", RECIPES, _check)
-"""Recipes that are not built in."""
+"""Recipes from plug-ins."""
 
 
 def _made(name: str, recipe: Callable[[], RunConfig]) -> RunConfig:
-    """Return what somebody's recipe makes, with every value of the type that its setting has."""
+    """Return a plug-in recipe's config, with values checked against the types of settings."""
     code = OWN.code(name)
     assert code is not None, name
     config = calling(code.reference, recipe)

@@ -1,4 +1,5 @@
-"""Models whose weights are published, to be trained further: data, rate and batch are for fine-tuning."""
+"""Recipes for continued training of models with published weights; data, learning rate and batch size suit
+fine-tuning."""
 
 from __future__ import annotations
 
@@ -24,13 +25,14 @@ AUDIO, IMAGE = IdBlock(128_606, 6_561), IdBlock(135_168, 65_536)
 
 
 def _placeholders(first_block_id: int, *names: str) -> tuple[int, ...]:
-    """Return the ids of _placeholders where `sov-tokenizer media` writes all marks right before the first
-    block."""
+    """Return the ids of media marks, which `sov-tokenizer media` places right before the first block of media
+    tokens."""
     return tuple(first_block_id - len(MARKS) + MARKS.index(name) for name in names)
 
 
 def _hyperclova() -> ModelConfig:
-    """Return the architecture: 36 layers of Llama's shape, one MTP layer, a ViT and a Whisper encoder."""
+    """Return the architecture: 36 Llama layers, one MTP layer, an image encoder (ViT) and a Whisper
+    encoder."""
     return ModelConfig(
         family="llama", vocab_size=200_704, hidden_size=4096, num_layers=36, num_heads=32, num_kv_heads=8,
         head_dim=128, dense_ffn_dim=12288, num_experts=0, rope_theta=5e6, norm_eps=1e-5, num_mtp_layers=1,
@@ -64,7 +66,7 @@ _HYPERCLOVA_SFT = (
 
 
 def hyperclova_omni_8b() -> RunConfig:
-    """Return pretraining stage 1: text, then discrete tokens of pictures and speech among it."""
+    """Return pretraining stage 1: text, then text with discrete image and speech tokens."""
     return RunConfig(
         recipe="hyperclova-omni-8b", model=_hyperclova(),
         parallel=ParallelConfig(zero1=True, overlap_grad_reduce=True, overlap_param_gather=True),
@@ -76,7 +78,7 @@ def hyperclova_omni_8b() -> RunConfig:
 
 
 def hyperclova_omni_8b_continuous() -> RunConfig:
-    """Return pretraining stage 2, to be run --from the first: features of encoders, and 32K."""
+    """Return pretraining stage 2, run with --from stage 1: encoder features and 32K context."""
     run = hyperclova_omni_8b()
     return replace(
         run, recipe="hyperclova-omni-8b-continuous", data=DataConfig(phases=_HYPERCLOVA_CONTINUOUS),
@@ -86,8 +88,8 @@ def hyperclova_omni_8b_continuous() -> RunConfig:
 
 
 def hyperclova_omni_8b_sft() -> RunConfig:
-    """Return fine-tuning in four stages, for `sft`: conversation, multimodal instructions at scale, video and
-    long context, intent and thinking; plain text goes along, or the model forgets how to write it."""
+    """Return fine-tuning in four stages, for `sft`: conversation, multimodal instructions, video and long
+    context, intent and thinking; plain text is mixed in to keep the model's ability to write it."""
     run = hyperclova_omni_8b_continuous()
     return replace(
         run, recipe="hyperclova-omni-8b-sft", data=DataConfig(phases=_HYPERCLOVA_SFT),
@@ -149,7 +151,7 @@ PHASES = (PhaseConfig("continued", tokens=1_000_000_000, seq_len=4096),)
 
 
 def continued(recipe: str, model: ModelConfig, parallel: ParallelConfig) -> RunConfig:
-    """Return a run that goes on from a trained model: a low rate, a short warm-up."""
+    """Return a run that continues a trained model, with a low learning rate and a short warm-up."""
     return RunConfig(
         recipe=recipe, model=model, parallel=parallel, data=DataConfig(phases=PHASES),
         optim=OptimConfig(lr=2e-5, min_lr=2e-6, schedule="cosine", warmup_steps=50, weight_decay=0.1),
@@ -174,7 +176,7 @@ def qwen3_8b() -> RunConfig:
 
 
 def qwen3_4b() -> RunConfig:
-    """Return Qwen3-4B: as the 8B, narrower, with tied embeddings."""
+    """Return Qwen3-4B: like the 8B, narrower, with tied embeddings."""
     return continued("qwen3-4b", ModelConfig(
         family="qwen3", vocab_size=151936, hidden_size=2560, num_layers=36, num_heads=32, num_kv_heads=8,
         head_dim=128, dense_ffn_dim=9728, num_experts=0, rope_theta=1e6, qk_norm=True, norm_eps=1e-6,
@@ -182,14 +184,14 @@ def qwen3_4b() -> RunConfig:
 
 
 def qwen3_4b_2507() -> RunConfig:
-    """Return Qwen3-4B-Instruct-2507: the 4B with slower rotations, 256K."""
+    """Return Qwen3-4B-Instruct-2507: the 4B with a larger RoPE base, 256K."""
     run = qwen3_4b()
     return replace(run, recipe="qwen3-4b-2507",
                    model=replace(run.model, rope_theta=5e6, max_position_tokens=262144))
 
 
 def qwen3_moe_30b() -> RunConfig:
-    """Return Qwen3-30B-A3B: 8 of 128 experts in every layer by a softmax router, no shared expert, 40K."""
+    """Return Qwen3-30B-A3B: 8 of 128 experts in every layer, softmax router, no shared expert, 40K."""
     return continued("qwen3-moe-30b", ModelConfig(
         family="qwen3_moe", vocab_size=151936, hidden_size=2048, num_layers=48, num_heads=32, num_kv_heads=4,
         head_dim=128, dense_ffn_dim=6144, num_experts=128, num_experts_per_token=8, num_shared_experts=0,
@@ -198,7 +200,7 @@ def qwen3_moe_30b() -> RunConfig:
 
 
 def qwen3_30b_a3b_2507() -> RunConfig:
-    """Return Qwen3-30B-A3B-Instruct-2507: the 30B-A3B with slower rotations, 256K."""
+    """Return Qwen3-30B-A3B-Instruct-2507: the 30B-A3B with a larger RoPE base, 256K."""
     run = qwen3_moe_30b()
     return replace(run, recipe="qwen3-30b-a3b-2507",
                    model=replace(run.model, rope_theta=1e7, max_position_tokens=262144))
@@ -216,11 +218,11 @@ TRAINING_SOURCES: Sources = {
     "train.micro_batch_size": ours("memory"),
     "train.recompute": ours("memory"),
 }
-"""What the published models were trained by is not what continuing them asks for."""
+"""Sources of training settings, which differ from the published models' own training."""
 
 
 def moe_sources(released: str) -> Sources:
-    """Return the table of a model with experts."""
+    """Return the sources for a model with experts."""
     return {
         "model.*": config_json(released),
         "model.router_bias_update_rate": DEFAULT,
@@ -231,7 +233,7 @@ def moe_sources(released: str) -> Sources:
 
 
 def dense_sources(released: str) -> Sources:
-    """Return the table of a dense model, whose config.json has nothing to say about experts."""
+    """Return the sources for a dense model, whose config.json has no expert fields."""
     without = ("num_experts_per_token", "num_shared_experts", "expert_ffn_dim", "router_*", "routed_*",
                "norm_topk_prob", "seq_aux_loss_coeff")
     return derive(moe_sources(released), dict.fromkeys((f"model.{name}" for name in without), DEFAULT))
@@ -241,7 +243,7 @@ def dense_sources(released: str) -> Sources:
 
 LATENT = LatentAttentionConfig(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
                                q_lora_rank=1536)
-"""Of both."""
+"""Latent attention of DeepSeek-V3 and Kimi K2."""
 DEEPSEEK_RELEASED = "deepseek-ai/DeepSeek-V3, compared with Megatron-Bridge's test_deepseek_bridges.py"
 REPORT = "arXiv 2412.19437, section 4.2"
 DEEPSEEK_SOURCES = derive(moe_sources(DEEPSEEK_RELEASED), {
@@ -254,7 +256,7 @@ KIMI_SOURCES = derive(
 
 
 def deepseek_v3() -> RunConfig:
-    """Return DeepSeek-V3: 8 of 256 experts, from 4 of 8 groups, by a sigmoid router, one shared, latent
+    """Return DeepSeek-V3: 8 of 256 experts from 4 of 8 groups, sigmoid router, one shared expert, latent
     attention, one MTP layer with experts, 160K by YaRN."""
     return continued("deepseek-v3", ModelConfig(
         family="deepseek_v3", vocab_size=129280, hidden_size=7168, num_layers=61, num_heads=128,
@@ -280,7 +282,7 @@ def kimi_k2() -> RunConfig:
 # Gemma.
 
 def gemma_3_1b() -> RunConfig:
-    """Return Gemma-3-1B: windows of 512 in five layers of six, norms before and behind blocks, 32K."""
+    """Return Gemma-3-1B: 512-token windows in five of six layers, norms before and after blocks, 32K."""
     return continued("gemma-3-1b", ModelConfig(
         family="gemma3_text", vocab_size=262144, hidden_size=1152, num_layers=26, num_heads=4, num_kv_heads=1,
         head_dim=256, dense_ffn_dim=6912, num_experts=0, attention_pattern="LLLLLG",
@@ -291,8 +293,8 @@ def gemma_3_1b() -> RunConfig:
 
 
 def gemma3_27b() -> RunConfig:
-    """Return Gemma-3-27B's text model: windows of 1,024 in five layers of six, positions of global layers
-    divided by 8, 128K."""
+    """Return Gemma-3-27B's text model: 1,024-token windows in five of six layers, linear RoPE scaling by 8 in
+    global layers, 128K."""
     return continued("gemma3-27b", ModelConfig(
         family="gemma3_text", vocab_size=262208, hidden_size=5376, num_layers=62, num_heads=32,
         num_kv_heads=16, head_dim=128, dense_ffn_dim=21504, num_experts=0, attention_pattern="LLLLLG",
@@ -305,7 +307,7 @@ def gemma3_27b() -> RunConfig:
 # Llama's shape.
 
 def llama_3_1_8b() -> RunConfig:
-    """Return Llama-3.1-8B: rotations scaled for 128K."""
+    """Return Llama-3.1-8B: RoPE scaled to 128K."""
     return continued("llama-3.1-8b", ModelConfig(
         family="llama", vocab_size=128256, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8,
         head_dim=128, dense_ffn_dim=14336, num_experts=0, rope_theta=5e5, llama3_rope=Llama3RopeConfig(),
@@ -315,7 +317,7 @@ def llama_3_1_8b() -> RunConfig:
 # Dense Korean models.
 
 def exaone_4_32b() -> RunConfig:
-    """Return EXAONE-4.0-32B: three sliding layers of four, global ones without positions, 128K."""
+    """Return EXAONE-4.0-32B: three of four layers slide, global layers without positions, 128K."""
     return continued("exaone-4.0-32b", ModelConfig(
         family="exaone4", vocab_size=102400, hidden_size=5120, num_layers=64, num_heads=40, num_kv_heads=8,
         head_dim=128, dense_ffn_dim=27392, num_experts=0, attention_pattern="LLLG",
@@ -325,7 +327,7 @@ def exaone_4_32b() -> RunConfig:
 
 
 def exaone_4_1_2b() -> RunConfig:
-    """Return EXAONE-4.0-1.2B: global attention with rotations, tied embeddings, 64K."""
+    """Return EXAONE-4.0-1.2B: global attention with RoPE, tied embeddings, 64K."""
     return continued("exaone-4.0-1.2b", ModelConfig(
         family="exaone4", vocab_size=102400, hidden_size=2048, num_layers=30, num_heads=32, num_kv_heads=8,
         head_dim=64, dense_ffn_dim=4096, num_experts=0, rope_theta=1e6,
@@ -334,8 +336,8 @@ def exaone_4_1_2b() -> RunConfig:
 
 
 def hyperclovax_14b() -> RunConfig:
-    """Return HyperCLOVAX-SEED-Think-14B: norms before and behind blocks, multiplied embeddings, attention and
-    logits."""
+    """Return HyperCLOVAX-SEED-Think-14B: norms before and after blocks; embedding, attention and logits
+    multipliers."""
     return continued("hyperclovax-14b", ModelConfig(
         family="hyperclovax", vocab_size=110592, hidden_size=6144, num_layers=38, num_heads=48,
         num_kv_heads=8, head_dim=128, dense_ffn_dim=14336, num_experts=0, rope_theta=1e8, block_norms="both",
@@ -343,16 +345,16 @@ def hyperclovax_14b() -> RunConfig:
         init_std=0.012727922061357855, max_position_tokens=131072), ParallelConfig(tp=4, sp=True))
 
 
-# Typhoon-S 8B (arXiv 2601.18129): ThaiLLM-8B or Qwen3-8B-Base is fine-tuned, as the authors' scripts do it;
-# what it learns then from a teacher is a recipe of `policies`.
+# Typhoon-S 8B (arXiv 2601.18129): fine-tuning of ThaiLLM-8B or Qwen3-8B-Base, as in the authors' scripts.
+# `policies` has the recipe for on-policy distillation after it.
 
 TYPHOON_SCRIPT = "scb-10x/typhoon-s, trl/train_sft.sh"
 TYPHOON_TOKENS = 680_000_000
-"""Two epochs of about 340,000 conversations of a thousand tokens."""
+"""Two epochs of about 340,000 conversations with a thousand tokens each."""
 
 
 def typhoon_s_8b() -> RunConfig:
-    """Return the run, for `sft`: two epochs packed to 16K, 32 samples a step, cosine from 2e-5 to 0."""
+    """Return the run for `sft`: two epochs packed to 16K, 32 samples per step, cosine from 2e-5 to 0."""
     return RunConfig(
         recipe="typhoon-s-8b",
         model=replace(qwen3_8b().model, max_position_tokens=32768),
@@ -382,13 +384,14 @@ TYPHOON_SOURCES: Sources = derive(dense_sources("Qwen/Qwen3-8B-Base"), {
 })
 
 
-# VibeThinker-1.5B (arXiv 2511.06221): Qwen2.5-Math-1.5B made ready for 40,960 tokens in three stages, then
-# fine-tuned.  `extend` lengthens the base, `sft` trains on from there.  The report has no rates and no
-# batches.
+# VibeThinker-1.5B (arXiv 2511.06221): Qwen2.5-Math-1.5B, extended to 40,960 tokens in three stages by
+# `extend`, then fine-tuned by `sft`. The report has no learning rates and batch sizes.
 
 VIBETHINKER_REPORT = "arXiv 2511.06221"
 LENGTHS, THETA = {"16k": 16384, "32k": 32768, "40k": 40960}, 500_000.0
 VIBETHINKER_LENGTH = LENGTHS["40k"]
+"""Response lengths in the report's reinforcement learning and generation; text training covers every position
+that responses reach."""
 VIBETHINKER_STAGES = tuple(
     ExtendStageConfig(name, seq_len=seq_len, steps=500, max_steps=2000, global_batch_size=128,
                       rope_theta=THETA, parts=(PartConfig("long", 0.5), PartConfig("rehearsal", 0.25)))
@@ -398,7 +401,8 @@ learned at no position that the model has not met in text."""
 
 
 def vibethinker_1_5b() -> RunConfig:
-    """Return the extension 4K -> 16K -> 32K -> 40,960 by slower rotations, gated, and fine-tuning at 16K."""
+    """Return the gated extension 4K -> 16K -> 32K -> 40,960 with a larger RoPE base, and fine-tuning at
+    16K."""
     return RunConfig(
         recipe="vibethinker-1.5b",
         model=replace(qwen2_1_5b().model, rope_theta=THETA, max_position_tokens=VIBETHINKER_LENGTH),

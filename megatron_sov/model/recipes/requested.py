@@ -1,7 +1,7 @@
-"""RECIPE or --config, --plugin, --set: what all commands that start from a recipe share.  No torch here.
+"""Options RECIPE, --config, --plugin and --set of all commands that start from a recipe (no torch).
 
-Here, and nowhere else, stands which code is run: what the command line names, and what code so named says
-itself.  A config file is data; what it names is looked up among what is known already.
+This module alone decides which user code runs: code named on the command line, and code named by that code. A
+--config file is data; names in it are only looked up among registered plug-ins.
 """
 
 from __future__ import annotations
@@ -32,65 +32,65 @@ from megatron_sov.model.families.family import Family
 from megatron_sov.model.recipes.stage_defaults import base_of_model
 
 BuiltIn = Literal["lm", "sft", "preference", "distill", "policy"]
-"""Objectives that come with the framework (`objectives.BUILT_IN`)."""
+"""Built-in objectives (`objectives.BUILT_IN`)."""
 NAMED_BY_SETTINGS: dict[str, Registry] = {"model.family": models.OWN, "objective.name": objectives.OWN}
-"""Settings whose value may be code: FILE.py:NAME."""
+"""Settings whose value may be code, FILE.py:NAME -> registry."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PluginOptions:
-    """Code of the user's own."""
+    """Your own code."""
 
     plugins: Annotated[tuple[str, ...], Flag("--plugin", "FILE.py:NAME")] = ()
-    """Run this file of yours, for a model family or objective that a checkpoint or --config has."""
+    """Run your Python file, for a model family or objective named in a checkpoint or --config."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecipeOptions(PluginOptions):
-    """What is trained, and how."""
+    """Recipe and settings."""
 
     recipe: Annotated[str | None, Flag("RECIPE")] = None
-    """Name of a recipe (`megatron-sov recipes` lists them), or FILE.py:FUNCTION of your own; sft, prefer,
-    distill and rl need none: the model is that of --from."""
+    """Recipe name (`megatron-sov recipes` lists all), or your own FILE.py:FUNCTION. Optional for sft, prefer,
+    distill and rl: they take the model from --from."""
     configs: Annotated[tuple[Path, ...], Flag("--config", "FILE")] = ()
-    """Settings from a YAML or JSON file: a part of them over RECIPE, or over the recipe that the file names,
-    or all of them, as a run's config.json has them; may be repeated, later files win."""
+    """YAML or JSON file with settings: some settings, applied to RECIPE or to the recipe named in the file,
+    or all settings, such as a run's config.json. Repeat the option for more files; later files win."""
     settings: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
     """Change a setting, e.g. --set train.steps=100 --set parallel.ep=2."""
     groups: ClassVar[tuple[str, ...]] = ()
-    """Groups of settings that the command is about: of several of one name theirs is meant."""
+    """Groups of settings preferred when a name exists in several groups."""
 
     @classmethod
     def find_setting(cls, word: str) -> str:
-        """Return the setting that an unknown option, or the key of a --set, may mean; "": none is known."""
+        """Return the setting that an unknown option or --set key may mean; "" without a match."""
         return correct_setting(word, cls.groups)
 
     is_setting = staticmethod(is_setting)
 
     @staticmethod
     def setting_texts() -> dict[str, str]:
-        """Return setting -> its help, of items of lists those of the first."""
+        """Return setting -> help text; for list items, settings of item 0."""
         return {name: field_texts(cls).get(name.rpartition(".")[2], "")
                 for name, cls, has_settings in iter_settings(RunConfig) if not has_settings}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingOptions(RecipeOptions):
-    """What is trained, on which data."""
+    """Recipe, settings and training data."""
 
     data: Annotated[tuple[str, ...], Flag(value="[NAME=]DIR|FILE[:weight]")] = ()
-    """Token shards made by `sov-data pack`, or a file of chats, pairs or text (.jsonl, .json, .parquet,
-    .txt), which is packed into RUN/data with the tokenizer of --from; several are mixed by weight, and NAME
-    renames their sources (needed, unless --config names them)."""
+    """Token shards from `sov-data pack`, or a file with chats, pairs or text (.jsonl, .json, .parquet, .txt),
+    packed into RUN/data with the tokenizer of --from. Repeat the option to mix data by weight. NAME renames
+    the sources."""
     deterministic: bool = False
-    """The same bits in every run (--set train.deterministic=true)."""
+    """Produce identical bits in every run (--set train.deterministic=true)."""
 
 
 def load_plugins(references: Sequence[str]) -> None:
-    """Run the files that --plugin names; from then on their families and objectives are known by name.
+    """Run the files named by --plugin and register their families and objectives.
 
     Raises:
-        UserError: a file cannot be run, or what it names is neither.
+        UserError: a file fails, or names neither a family nor an objective.
     """
     for reference in references:
         loaded = load(reference)
@@ -99,41 +99,42 @@ def load_plugins(references: Sequence[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class RecipeRequest:
-    """What a command was asked for."""
+    """Settings requested on the command line, before they are resolved."""
 
     base: RunConfig
-    """The recipe's settings, or those of --config."""
+    """Settings of the recipe or of --config."""
     settings: tuple[str, ...]
-    """--set, with names in place of files."""
+    """--set values, with code replaced by registered names."""
     from_file: bool
-    """Whether it is --config."""
+    """Whether `base` is a complete --config file."""
     of_model: bool = False
-    """Whether it is neither: the model of --from, and what the stage takes by default."""
+    """Whether `base` is the model of --from with stage defaults (no recipe)."""
     trains_by: BuiltIn | None = None
-    """Objective of a training command; None: any."""
+    """Objective of a training command; None for other commands."""
     layered: frozenset[str] = frozenset()
-    """Settings that files of --config name."""
+    """Settings named in --config files."""
     changed: frozenset[str] = frozenset()
-    """Settings to which files of --config give another value than the recipe."""
+    """Settings whose value in --config files differs from the recipe."""
     command: str = ""
-    """Training command; "": any."""
+    """Training command; "" for other commands."""
     resumed: RunConfig | None = None
-    """Settings of the run that is resumed; its values are no requests."""
+    """Settings of a resumed run; repeating its values is not a request."""
 
     @property
     def said(self) -> frozenset[str]:
-        """Keys that --set and files of --config name."""
+        """Keys named by --set and --config files."""
         return self.layered | {setting.partition("=")[0] for setting in self.settings}
 
     def refuse_inert(self, config: RunConfig, **options: Any) -> None:
-        """Refuse settings that were asked for and that no part of the run would read.
+        """Reject requested settings that no part of the run reads.
 
         Args:
             config: resolved settings.
-            options: option that decides over settings -> its value; of `data` the formats of its sources.
+            options: option name -> value, for options that decide whether settings act; `data` gives source
+                formats.
 
         Raises:
-            SettingsError: naming each with the setting that decides.
+            SettingsError: for each inert setting, with the deciding setting.
         """
         facts = {f"--{name}": value for name, value in options.items()}
         if self.command:
@@ -145,15 +146,15 @@ class RecipeRequest:
             raise SettingsError("", problems)
 
     def config(self, defaults: Sequence[str] = (), own: Sequence[str] = ()) -> RunConfig:
-        """Return the resolved settings, with the code that they name on record.
+        """Return the resolved settings, and record the code they name.
 
         Args:
-            defaults: settings that --set goes before.
-            own: settings that go before --set.
+            defaults: settings that --set overrides.
+            own: settings that override --set.
 
         Raises:
-            UserError: a setting does not exist or cannot act, a family or objective that nobody has named,
-                or one of another command; or the length of the run is set twice.
+            UserError: unknown or inert settings, an unknown family or objective, another command's objective,
+                or two settings for the run's length.
         """
         # Later settings win.
         config = apply_settings(self.base, [*defaults, *self.settings, *own])
@@ -169,14 +170,14 @@ class RecipeRequest:
 
 
 def requested(args: RecipeOptions, of_model: Callable[[], RunConfig] | None = None) -> RecipeRequest:
-    """Return what the options ask for; runs the code that they name.
+    """Return the settings requested by options; runs the code they name.
 
     Args:
-        args: what was typed.
-        of_model: gives the settings where neither RECIPE nor --config is named; None: one has to be.
+        args: parsed options.
+        of_model: returns the settings if neither RECIPE nor --config is given; None: a recipe is required.
 
     Raises:
-        UserError: there is no recipe, or it, --config, --plugin or --set cannot be used.
+        UserError: no recipe, or an unusable recipe, --config, --plugin or --set.
     """
     # First: the recipe and the settings may name what these files declare.
     load_plugins(args.plugins)
@@ -215,11 +216,11 @@ def requested(args: RecipeOptions, of_model: Callable[[], RunConfig] | None = No
 
 
 DERIVED = ("recipe", "code", "data.phases", "train.steps", "train.tokens", "train.epochs")
-"""Settings of a run's config.json that its command derives from others."""
+"""Settings in config.json that a command computes from others."""
 
 
 def _changed_by_whole(config: RunConfig) -> set[str]:
-    """Return the settings of a run's config.json that neither its recipe nor the defaults have."""
+    """Return the settings in a run's config.json that differ from its recipe and from defaults."""
     of_model = base_of_model(config.recipe, config.model, config.train.precision, "sft")
     usual = (RunConfig(config.recipe, config.model),
              recipes.get(config.recipe) if config.recipe in recipes.names() else of_model)
@@ -228,11 +229,11 @@ def _changed_by_whole(config: RunConfig) -> set[str]:
 
 
 LENGTHS = ("rollout.rounds", "train.epochs", "train.steps", "train.tokens")
-"""Settings that say how long a run is; one goes before those behind it."""
+"""Settings for the run's length, by precedence."""
 
 
 def _refuse_two_lengths(config: RunConfig, said: Collection[str]) -> None:
-    """Refuse a length of the run that another setting overrules."""
+    """Reject a run length that another setting overrides."""
     lengths = [key for key in LENGTHS if key in said and value_at(config, key)]
     budgets = [f"data.phases.{i}.tokens" for i, phase in enumerate(config.data.phases)
                if phase.tokens and {"data.phases", f"data.phases.{i}.tokens"} & set(said)]
@@ -248,19 +249,19 @@ def _refuse_two_lengths(config: RunConfig, said: Collection[str]) -> None:
 def training_request(args: TrainingOptions, objective: BuiltIn, *, needs_data: bool = True,
                      lengthens: bool = False, of_model: Callable[[], RunConfig] | None = None,
                      resumed: RunConfig | None = None) -> RecipeRequest:
-    """Return what a training command was asked for; neither its data nor its checkpoint need be there.
+    """Return the settings requested from a training command, without reading data or checkpoint.
 
     Args:
-        args: what was typed.
-        objective: what the command trains by; objectives of your own go by commands that train by "lm".
-        needs_data: whether data must be named.
-        lengthens: whether the command lengthens contexts: a recipe with stages for that says in its objective
-            what is trained behind them.
-        of_model: as of `requested`.
-        resumed: settings of the run that is resumed.
+        args: parsed options.
+        objective: objective of the command; plug-in objectives use commands with "lm".
+        needs_data: whether --data is required.
+        lengthens: whether the command extends contexts; the objective of a recipe with stages then applies
+            after the stages.
+        of_model: see `request_recipe`.
+        resumed: settings of the resumed run.
 
     Raises:
-        UserError: as `requested`, or no data is named.
+        UserError: as `request_recipe`, or --data is missing.
     """
     asked = requested(args, of_model)
     if needs_data and not args.data and not asked.base.data.paths:
@@ -305,17 +306,17 @@ def _of_recipe(recipe: str) -> RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ConfigLayer:
-    """What a --config file says, which is data from wherever it comes."""
+    """Settings from a --config file."""
 
     where: str
     value: dict[str, Any]
     lines: Mapping[Place, int]
 
     def over(self, base: RunConfig) -> RunConfig:
-        """Return settings with those of the file in their places.
+        """Return `base` with the file's settings.
 
         Raises:
-            SettingsError: all that is wrong with them, with its line.
+            SettingsError: all invalid settings, with line numbers.
         """
         changes = {".".join(place): value for place, value in _leaves(RunConfig, self.value, ())}
         changes.pop("recipe", None)
@@ -347,7 +348,7 @@ def _read_layer(path: Path) -> ConfigLayer:
 
 
 def _is_whole(value: Mapping[str, Any]) -> bool:
-    """Return whether a file says all that a run needs, as its config.json does: an architecture above all."""
+    """Return whether a file has all required settings, like a run's config.json."""
     model = value.get("model")
     needed = [f.name for f in dataclasses.fields(ModelConfig) if f.default is dataclasses.MISSING
               and f.default_factory is dataclasses.MISSING]
@@ -362,8 +363,7 @@ def _of_whole(file: ConfigLayer) -> RunConfig:
 
 
 def _leaves(cls: Any, value: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield the place and the value of each setting of a file: what a class of settings holds is walked
-    through, and a list or a table of names is one value."""
+    """Yield (place, value) of each setting in a file; lists, and tables of names, are single values."""
     if not dataclasses.is_dataclass(cls) or not isinstance(value, dict):
         yield place, value
         return
@@ -373,7 +373,7 @@ def _leaves(cls: Any, value: Any, place: tuple[str, ...]) -> Iterator[tuple[tupl
 
 
 def _named(setting: str) -> str:
-    """Return a setting with a name in place of the file that it names, which is run."""
+    """Return a `key=value` setting with FILE.py:NAME replaced by a registered name; runs the file."""
     key, _, value = setting.partition("=")
     registry, value = NAMED_BY_SETTINGS.get(key), value.strip('"')
     return f"{key}={registry.load(value)}" if registry is not None and is_reference(value) else setting

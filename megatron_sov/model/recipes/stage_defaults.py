@@ -1,9 +1,8 @@
-"""What stages of post-training take where neither the command line nor a post-training recipe says it: one
-table, each value with its source.  No torch here.
+"""Defaults of post-training stages, with sources, for settings that neither command line nor recipe sets (no
+torch).
 
-The architecture comes from --from.  Rate, schedule and passes over the data come from this table, by the
-stage and the model's size; the lengths of samples and batches come from the data
-(`train.stages.stage_defaults`).
+The architecture comes from --from. Learning rate, schedule and epochs come from this table, by stage and
+model size. Sample lengths and batch sizes follow from the data (`train.stages.stage_defaults`).
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from megatron_sov.model.config import LoraConfig, ModelConfig, OptimConfig, RunC
 
 Stage = Literal["sft", "preference", "distill", "policy"]
 COMMANDS: dict[str, str] = {"sft": "sft", "preference": "prefer", "distill": "distill", "policy": "rl"}
-"""Objective of a stage -> what people call the stage."""
+"""Objective of a stage -> name of the stage in messages."""
 MOST_EPOCHS = 20.0
-"""Passes over the data that a plan may have without being asked for."""
+"""Maximum passes over the data unless the user sets the length."""
 PRETRAINING_RATE = 5.0
-"""A pretraining recipe's rate is refused from so many times the stage's own on."""
+"""Ratio to the stage's learning rate at which a pretraining recipe's rate is rejected."""
 QLORA, REGRET = "QLoRA, arXiv 2305.14314", "ten times the full rate: LoRA Without Regret (2025)"
 TULU, TRL, OURS = "Tülu 3, arXiv 2411.15124", "default of TRL 1.16", "ours"
 
@@ -32,31 +31,31 @@ class Rate:
 
     lr: float
     source: str
-    """Where it is from."""
+    """Source of the value."""
     from_params: float = 0.0
-    """Parameters of the smallest model that it is for; of several rates the last that fits holds."""
+    """Smallest number of parameters it applies to; the last matching rate is used."""
 
 
 @dataclass(frozen=True)
 class StageDefaults:
-    """What a stage takes."""
+    """Defaults of a stage."""
 
     rates: tuple[Rate, ...]
-    """By size, ascending."""
+    """Learning rates by model size, ascending."""
     lora: tuple[Rate, ...]
-    """The same where `lora.rank` is set."""
+    """Learning rates with `lora.rank` set."""
     epochs: float
     """Passes over the data."""
     schedule: Literal["cosine", "linear", "constant"]
     warmup_share: float
-    """Part of the run."""
+    """Warm-up as a share of the run."""
     batch_size: int
-    """Samples of a step at most; less where the data is small."""
+    """Maximum samples per step; small data sets get fewer."""
     source: str
-    """Where epochs, schedule, warm-up and batch are from."""
+    """Source of epochs, schedule, warm-up and batch size."""
 
     def rate(self, num_params: float, *, lora: bool) -> Rate:
-        """Return the rate for a model of so many parameters."""
+        """Return the learning rate for a model with `num_params` parameters."""
         return [rate for rate in (self.lora if lora else self.rates) if rate.from_params <= num_params][-1]
 
 
@@ -83,11 +82,11 @@ DEFAULTS: dict[str, StageDefaults] = {
                             (Rate(1e-5, REGRET),), 3.0, "constant", 0.0, 0,
                             f"three passes over the prompts: {TRL} of GRPO; a constant rate: {OURS}"),
 }
-"""Stage, or stage and `preference.method`, -> what it takes."""
+"""Stage, or stage and `preference.method` -> defaults."""
 
 
 def defaults_of(config: RunConfig, stage: Stage) -> StageDefaults:
-    """Return what a stage takes, by the method that the settings name."""
+    """Return the defaults of a stage with the method in `config`."""
     if stage == "policy" and config.policy.learns_preferences:
         stage = "preference"
     return DEFAULTS.get(f"{stage}.{config.preference.method}", DEFAULTS[stage])
@@ -95,14 +94,14 @@ def defaults_of(config: RunConfig, stage: Stage) -> StageDefaults:
 
 def base_of_model(name: str, model: ModelConfig, precision: Literal["fp32", "bf16", "fp64"], stage: Stage,
                   lora: LoraConfig | None = None) -> RunConfig:
-    """Return the settings that a stage begins with where no recipe is named.
+    """Return a stage's settings without a recipe.
 
     Args:
-        name: of the model, in the recipe's place.
-        model: the architecture of --from.
-        precision: of weights and activations.
-        stage: which.
-        lora: of an adapter that is trained on; None: there is none.
+        name: model name, used as recipe name.
+        model: architecture of --from.
+        precision: dtype of weights and activations.
+        stage: stage name.
+        lora: LoRA settings of an adapter that is trained further; None: no adapter.
     """
     # AdamW as libraries of fine-tuning have it; the rate itself depends on settings that are still to come
     return RunConfig(
@@ -113,13 +112,13 @@ def base_of_model(name: str, model: ModelConfig, precision: Literal["fp32", "bf1
 
 def rate_settings(config: RunConfig, stage: Stage, num_params: float, said: Collection[str]
                   ) -> dict[str, str]:
-    """Return the settings of rate and schedule that the table gives -> where each is from.
+    """Return `key=value` settings for learning rate and schedule -> source.
 
     Args:
-        config: the settings with what was said.
-        stage: which.
-        num_params: of the model.
-        said: keys that the command line sets.
+        config: settings of the user and recipe.
+        stage: stage name.
+        num_params: model parameters.
+        said: keys set on the command line.
     """
     found = defaults_of(config, stage)
     rate = found.rate(num_params, lora=config.lora.on)
@@ -130,15 +129,15 @@ def rate_settings(config: RunConfig, stage: Stage, num_params: float, said: Coll
 
 
 def refuse_pretraining_rate(config: RunConfig, stage: Stage, num_params: float) -> None:
-    """Refuse the rate that a pretraining recipe brings to a stage of post-training.
+    """Reject a pretraining recipe's learning rate in a post-training stage.
 
     Args:
-        config: the settings, of a recipe of pretraining.
-        stage: which.
-        num_params: of the model.
+        config: settings from a pretraining recipe.
+        stage: stage name.
+        num_params: model parameters.
 
     Raises:
-        UserError: it is far above the stage's own.
+        UserError: the rate is far above the stage's rate.
     """
     rate = defaults_of(config, stage).rate(num_params, lora=config.lora.on)
     if config.optim.lr > PRETRAINING_RATE * rate.lr and not any(phase.lr for phase in config.data.phases):

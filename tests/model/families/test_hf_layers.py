@@ -100,7 +100,7 @@ def test_windows_and_bounds_of_k_exaone_2_are_those_of_its_lists() -> None:
     ("tiny-qwen3", {"attention_bias": True}, "attention_bias = True, but only False"),
     ("tiny-qwen3-moe", {"decoder_sparse_step": 2},
      "mlp_only_layers and decoder_sparse_step must name dense layers first"),
-    ("tiny-qwen3-moe", {"mlp_only_layers": [2]}, "a dense layer behind one with experts is not supported"),
+    ("tiny-qwen3-moe", {"mlp_only_layers": [2]}, "a dense layer after a layer with experts is not"),
     ("tiny-qwen3-moe", {"num_local_experts": 4}, "num_experts = 8 and num_local_experts = 4 disagree"),
     ("tiny-k-exaone", {"sliding_windows": [16, 16, 16, 0]},
      "sliding_windows = .* disagree with layer_types or with sliding_window = 32"),
@@ -108,7 +108,7 @@ def test_windows_and_bounds_of_k_exaone_2_are_those_of_its_lists() -> None:
     ("tiny-k-exaone", {"mtp_sliding_windows": [32]},
      r"mtp_sliding_windows = \[32\], but only 0 is supported"),
     ("tiny-k-exaone", {"mtp_num_speculative_steps": 0},
-     "mtp_num_speculative_steps = 0 beside num_nextn_predict_layers = 1"),
+     "mtp_num_speculative_steps = 0 with num_nextn_predict_layers = 1"),
 ])
 def test_what_we_do_not_compute_is_refused(recipe: str, fields: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
@@ -169,14 +169,14 @@ def test_yarns_factor_is_in_the_scale_of_the_softmax_as_in_transformers() -> Non
     ({"num_key_value_heads": 2}, "num_key_value_heads = 2, but only 4 is supported"),
     ({"head_dim": 32}, "head_dim = 32, but only 16 is supported"),
     ({"topk_method": "greedy"}, "topk_method = 'greedy', but only 'noaux_tc'"),
-    ({"rope_parameters": YARN | {"mscale_all_dim": 1.0}}, "mscale and mscale_all_dim that are equal"),
+    ({"rope_parameters": YARN | {"mscale_all_dim": 1.0}}, "equal mscale and mscale_all_dim"),
     ({"rope_parameters": {**YARN, "mscale": None, "mscale_all_dim": 1.0}}, "mscale_all_dim = 1.0 without ms"),
     ({"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.0, "attention_factor": 1.0}},
      r"attention_factor = 1\.0, but only 0\.1 ln"),
     ({"rope_parameters": YARN | {"rope_type": "linear"}}, "mscale, mscale_all_dim, .* are unknown for"),
     ({"rope_parameters": YARN | {"factor": 0.0}}, r"model\.yarn\.factor = 0\.0 must be above 0"),
     ({"num_hidden_layers": 10**12}, "num_hidden_layers = 10+ must be at most 10,000; count its zeros"),
-    ({"rope_parameters": YARN | {"attention_factor": 1.2}}, "attention_factor: beside mscale"),
+    ({"rope_parameters": YARN | {"attention_factor": 1.2}}, "attention_factor: with mscale"),
     ({"rope_parameters": YARN | {"long_factor": [1.0]}}, "rope parameters long_factor are unknown"),
 ])
 def test_other_attention_is_refused_by_its_field(fields: dict[str, Any], said: str) -> None:

@@ -90,19 +90,19 @@ def test_null_is_refused_where_transformers_takes_it_for_false(recipe: str, name
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("tiny-llama", {"is_causal": False}, r"is_causal = False \(transformers reads it, and it is not supp"),
-    ("tiny-llama", {"is_causal": None}, r"is_causal = None \(transformers reads it, and it is not supp"),
-    ("tiny-llama", {"attention_chunk_size": 8192}, r"attention_chunk_size = 8192 \(transformers reads it"),
-    ("tiny-llama", {"sliding_window": 16}, r"sliding_window = 16 \(transformers reads it"),
-    ("tiny-llama", {"layer_types": ["sliding_attention"] * 4}, r"layer_types = \['sliding_attention', .* r"),
+    ("tiny-llama", {"is_causal": False}, r"is_causal = False \(read by transformers, but not supported"),
+    ("tiny-llama", {"is_causal": None}, r"is_causal = None \(read by transformers, but not supported"),
+    ("tiny-llama", {"attention_chunk_size": 8192}, r"attention_chunk_size = 8192 \(read by transformers"),
+    ("tiny-llama", {"sliding_window": 16}, r"sliding_window = 16 \(read by transformers"),
+    ("tiny-llama", {"layer_types": ["sliding_attention"] * 4}, r"layer_types = \['sliding_attention', .* \(r"),
     ("tiny-llama", {"output_attentions": True}, "output_attentions = True"),
     ("tiny-llama", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor = 0\.5"),
     ("tiny-llama", {"per_layer_config": {"0": {}}}, "per_layer_config = "),
-    ("tiny-deepseek-v3", {"num_local_experts": 9}, r"num_local_experts = 9 \(transformers reads it"),
+    ("tiny-deepseek-v3", {"num_local_experts": 9}, r"num_local_experts = 9 \(read by transformers"),
     ("tiny-solar-open2", {"foo": 1}, r"foo = 1 \(a program that has family 'solar_open2' may read it\)"),
     ("tiny-solar-open2", {"use_rop": True}, r"use_rop = True \(.* may read it; did you mean 'use_rope'\?\)"),
     ("tiny-llama", {"auto_map": {"AutoModelForCausalLM": "x.Y"}, "foo": 1, "bar": 2},
-     r"foo = 1 \(the folder's own code may read it\); bar = 2 \(.*; remove a field if the model computes"),
+     r"foo = 1 \(the folder's own code may read it\); bar = 2 \(.*; remove a field if it has no effect"),
 ]
 
 
