@@ -64,7 +64,7 @@ def test_types_that_are_known_to_checkers_alone_are_not_checked(tmp_path: Path) 
 
 @pytest.mark.parametrize(("text", "message"), [
     (f"class Mine:\n    def __init__(self, config, batches): ...\n{METHODS}",
-     r"is made by Mine\(config, batches\); an objective is made by Mine\(context\)"),
+     r"has the signature Mine\(config, batches\); an objective needs Mine\(context"),
     (f"class Mine:\n    def __init__(self, context, *, must): ...\n{METHODS}",
      r"\(context, \*, setting=default"),
     ("class Mine:\n    def loss(self, hidden, head): ...",

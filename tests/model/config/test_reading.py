@@ -90,12 +90,12 @@ def test_unknown_settings_and_wrong_types_of_a_file_are_all_named_in_the_order_o
 @pytest.mark.parametrize(("old", "now"), RENAMED.items())
 def test_a_setting_of_an_earlier_version_is_refused_with_its_name_of_today(old: str, now: str, small: Small
                                                                            ) -> None:
-    with pytest.raises(SettingsError, match=f"{old}: no such setting; it is called {now} now$"):
+    with pytest.raises(SettingsError, match=f"{old}: no such setting; it is now called {now}$"):
         apply_settings(small(), [f"{old}=1"])
     raw = small().to_dict()
     group, _, name = old.partition(".")
     raw[group] |= {name: 1} if "." not in name else {name.split(".")[0]: {name.split(".")[1]: 1}}
-    with pytest.raises(SettingsError, match=f"it is now called {now} now"):
+    with pytest.raises(SettingsError, match=f"it is now called {now}"):
         from_dict(raw)
 
 
