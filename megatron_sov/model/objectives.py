@@ -120,9 +120,10 @@ class OwnFactory:
     def columns(self) -> Mapping[str, Any]:
         """Required columns, see `train.objectives.objective.columns_of`. A class that derives from a built-in
         objective may define `columns_by(config)` for columns that depend on settings."""
-        by = getattr(self.made, "columns_by", None)
-        found: Mapping[str, Any] = by(self.config) if by is not None else getattr(self.made, "columns", {})
-        return found
+        columns_by = getattr(self.made, "columns_by", None)
+        if columns_by is not None:
+            return columns_by(self.config)
+        return getattr(self.made, "columns", {})
 
     def __call__(self, context: Any) -> Any:
         """Create the objective.

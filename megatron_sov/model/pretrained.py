@@ -117,8 +117,8 @@ def tensor_files(folder: Path, names_in: Callable[[Path, str], Iterable[str]]) -
     """
     files = weight_files(folder)
     file_of: dict[str, str] = {}
-    for file, held in files.items():
-        remedy = f"it should hold {listed(held)}; {DAMAGED_HF}" if held else DAMAGED_HF
+    for file, names in files.items():
+        remedy = f"it should hold {listed(names)}; {DAMAGED_HF}" if names else DAMAGED_HF
         for name in names_in(folder / file, remedy):
             if name in file_of:
                 raise UserError(f"{folder / file}: holds {name}, which {file_of[name]} holds as well; "
@@ -147,8 +147,9 @@ def load_pretrained(model_class: Any, folder: str | Path, *, left_out: Sequence[
     Raises:
         UserError: the library cannot load the folder, or tensors are missing, unexpected or mismatched.
     """
-    model, found = load_and_compare(model_class, folder, left_out=left_out, **options)
-    if problems := [f"{len(names)} {what} ({listed(names)})" for what, names in found.items() if names]:
+    model, names_by_problem = load_and_compare(model_class, folder, left_out=left_out, **options)
+    if problems := [f"{len(names)} {problem} ({listed(names)})"
+                    for problem, names in names_by_problem.items() if names]:
         raise UserError(f"{folder}: its tensors are not those of the {type(model).__name__} that its "
                         f"{CONFIG} describes: {'; '.join(problems)}; compare the two, or {DAMAGED_HF}")
     return model

@@ -124,13 +124,13 @@ def architecture(stated: Stated, family: str = "", overrides: Mapping[str, Any] 
     """
     refuse_odd_counts(stated)
     fields, problems = model_fields(stated)
-    given = dict(overrides or {})
+    overrides_known = dict(overrides or {})
     missing = [name for name in ("num_layers", "hidden_size", "num_heads", "vocab_size")
-               if name not in {**fields, **given}]
+               if name not in {**fields, **overrides_known}]
     problems += [f"model.{name} is missing; pass --set model.{name}=N" for name in missing]
     if problems:
         raise UserError(list_problems("the model's settings", problems))
-    fields |= given
+    fields |= overrides_known
     # Families with experts are skipped for dense models, although their number of experts could be 0.
     names = [family] if family else [
         name for name, one in models.FAMILIES.items()
@@ -184,12 +184,12 @@ def _attention(stated: Stated) -> dict[str, Any]:
     heads = stated.get("num_attention_heads")
     if not heads:
         return {}
-    found = {"num_kv_heads": stated.get("num_query_groups") or heads}
+    fields = {"num_kv_heads": stated.get("num_query_groups") or heads}
     if stated.get("kv_channels"):
-        found["head_dim"] = stated["kv_channels"]
+        fields["head_dim"] = stated["kv_channels"]
     elif stated.get("hidden_size"):
-        found["head_dim"] = stated["hidden_size"] // heads
-    return found
+        fields["head_dim"] = stated["hidden_size"] // heads
+    return fields
 
 
 def _feed_forward(stated: Stated) -> dict[str, Any]:
@@ -205,30 +205,31 @@ def _feed_forward(stated: Stated) -> dict[str, Any]:
                          f"width {inner}")
     dense = _leading_dense(stated.get("moe_layer_freq", 1), stated["num_layers"])
     score = stated.get("moe_router_score_function", "softmax")
-    found: dict[str, Any] = {"num_experts_per_token": 2}  # theirs where nothing is said
-    found |= {ours: stated[theirs] for theirs, ours in OF_EXPERTS.items() if stated.get(theirs) is not None}
-    found |= {"expert_ffn_dim": inner, "num_shared_experts": shared // inner, "num_dense_layers": dense,
+    fields: dict[str, Any] = {"num_experts_per_token": 2}  # Megatron's default
+    fields |= {ours: stated[theirs] for theirs, ours in OF_EXPERTS.items() if stated.get(theirs) is not None}
+    fields |= {"expert_ffn_dim": inner, "num_shared_experts": shared // inner, "num_dense_layers": dense,
               "router_score": score, "router_bias": bool(stated.get("moe_router_enable_expert_bias", False)),
               "routed_scaling_factor": stated.get("moe_router_topk_scaling_factor") or 1.0,
-              # a softmax over the chosen ones alone is one over all, divided by the sum of the chosen
+              # Softmax over chosen experts equals softmax over all experts divided by the chosen sum.
               "norm_topk_prob": score == "sigmoid" or not stated.get("moe_router_pre_softmax", False),
-              # its prediction layer is made as the trunk's last one
+              # Megatron builds the prediction layer like the last transformer layer.
               "dense_ffn_dim": ffn if dense else 0, "mtp_experts": bool(stated.get("mtp_num_layers")),
               **_groups(stated)}
     if stated.get("moe_router_load_balancing_type") == "seq_aux_loss":
-        found["seq_aux_loss_coeff"] = stated.get("moe_aux_loss_coeff", 0.0)
-    return found
+        fields["seq_aux_loss_coeff"] = stated.get("moe_aux_loss_coeff", 0.0)
+    return fields
 
 
 def _groups(stated: Stated) -> dict[str, Any]:
     """Return expert groups, if Megatron scores groups as we do."""
-    groups, kept = stated.get("moe_router_num_groups") or 1, stated.get("moe_router_group_topk")
-    if groups == 1 or not kept:
+    groups, top_groups = stated.get("moe_router_num_groups") or 1, stated.get("moe_router_group_topk")
+    if groups == 1 or not top_groups:
         return {}
-    if (chosen := stated.get("moe_router_topk", 2)) // kept != 2:
-        raise ValueError(f"moe_router_group_topk = {kept} with moe_router_topk = {chosen}: groups are scored "
-                         "by their two best experts here, and there by the quotient of these")
-    return {"num_expert_groups": groups, "num_groups_per_token": kept}
+    if (top_experts := stated.get("moe_router_topk", 2)) // top_groups != 2:
+        raise ValueError(f"moe_router_group_topk = {top_groups} with moe_router_topk = {top_experts}: "
+                         "Megatron scores a group by its best topk / group_topk experts, and only the best "
+                         "two are supported")
+    return {"num_expert_groups": groups, "num_groups_per_token": top_groups}
 
 
 def _leading_dense(frequency: Any, num_layers: int) -> int:
@@ -241,44 +242,44 @@ def _leading_dense(frequency: Any, num_layers: int) -> int:
         pattern = list(frequency)
     dense = pattern.index(1) if 1 in pattern else len(pattern)
     if len(pattern) != num_layers or pattern[dense:] != [1] * (num_layers - dense):
-        raise ValueError(f"moe_layer_freq = {frequency!r}: only dense layers in front of all those with "
-                         "experts are read")
+        raise ValueError(f"moe_layer_freq = {frequency!r}: all dense layers must come before layers with "
+                         "experts")
     return dense
 
 
 def _list(text: str) -> list[int]:
     """Return the numbers in Megatron-LM's list syntax, with products and sums of lists such as
     `[0]*3+[1]*58`; the text is parsed, not evaluated."""
-    found: list[int] = []
+    values: list[int] = []
     for term in text.replace(" ", "").strip("()").split("+"):
-        # Parsed by hand: the text comes from a checkpoint of others, and eval would run it.
+        # Checkpoints are untrusted input, so the text is parsed, not evaluated.
         inner, _, times = term.strip("()").partition("]")
         if not inner.startswith("[") or not re.fullmatch(r"(\*\d{1,5})?", times):
-            raise ValueError(f"{text[:80]!r} is no list of numbers such as [0]*3+[1]*58")
+            raise ValueError(f"{text[:80]!r} is not a list of numbers such as [0]*3+[1]*58")
         numbers = [int(n) for n in inner[1:].split(",") if n]
-        if len(found) + len(numbers) * int(times[1:] or 1) > MAX_LAYERS:
-            raise ValueError(f"{text[:80]!r} is of more than {MAX_LAYERS:,} layers")
-        found += numbers * int(times[1:] or 1)
-    return found
+        if len(values) + len(numbers) * int(times[1:] or 1) > MAX_LAYERS:
+            raise ValueError(f"{text[:80]!r} has more than {MAX_LAYERS:,} layers")
+        values += numbers * int(times[1:] or 1)
+    return values
 
 
 def _positions(stated: Stated) -> dict[str, Any]:
     length = max((stated[name] for name in ("max_position_embeddings", "seq_length") if stated.get(name)),
                  default=None)
-    found: dict[str, Any] = {"max_position_tokens": length} if length else {}
+    fields: dict[str, Any] = {"max_position_tokens": length} if length else {}
     if stated.get("position_embedding_type") == "yarn":
         if any(stated.get(f"yarn_{name}") not in (None, 1.0, 0.0) for name in ("mscale", "mscale_all_dim")):
             raise ValueError("yarn_mscale, yarn_mscale_all_dim: other values than 1 are not read")
         names = {"factor": "rotary_scaling_factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow",
                  "original_max_position_tokens": "original_max_position_embeddings"}
-        found["yarn"] = {ours: stated[f"yarn_{theirs}"] for ours, theirs in names.items()
+        fields["yarn"] = {ours: stated[f"yarn_{theirs}"] for ours, theirs in names.items()
                          if stated.get(f"yarn_{theirs}") is not None}
     if stated.get("rope_scaling"):
-        # its other numbers are constants of megatron-core's RotaryEmbedding
-        found["llama3_rope"] = {"factor": stated.get("rope_scaling_factor") or 8.0}
+        # Other parameters are constants in Megatron-Core's RotaryEmbedding.
+        fields["llama3_rope"] = {"factor": stated.get("rope_scaling_factor") or 8.0}
     if stated.get("seq_len_interpolation_factor") not in (None, 1.0):
-        found["linear_rope_factor"] = float(stated["seq_len_interpolation_factor"])
-    return found
+        fields["linear_rope_factor"] = float(stated["seq_len_interpolation_factor"])
+    return fields
 
 
 def _pattern(stated: Stated) -> dict[str, Any]:
@@ -287,21 +288,21 @@ def _pattern(stated: Stated) -> dict[str, Any]:
     frequency, no_rope = stated.get("window_attn_skip_freq"), stated.get("no_rope_freq")
     if window is None:
         if no_rope:
-            raise ValueError(f"no_rope_freq = {no_rope!r}: layers without rotation are read beside sliding "
-                             "ones alone")
+            raise ValueError(f"no_rope_freq = {no_rope!r}: layers without RoPE are only supported in models "
+                             "with sliding layers")
         return {}
     left = (window if isinstance(window, (list, tuple)) else _list(f"[{str(window).strip('()[]')}]"))[0]
     slides = [True] * num_layers
-    if frequency is not None:  # every n-th is global; a list marks those that slide
-        slides = [said != is_every for said, is_every in _per_layer(frequency, num_layers)]
-    found = {"attention_pattern": shortest_pattern("".join("GL"[bool(one)] for one in slides)),
-             "sliding_window_tokens": left + 1}
+    if frequency is not None:  # a number: every n-th layer is global; a list: flags of sliding layers
+        slides = [flag != is_every for flag, is_every in _per_layer(frequency, num_layers)]
+    letters = "".join("L" if layer_slides else "G" for layer_slides in slides)
+    fields = {"attention_pattern": shortest_pattern(letters), "sliding_window_tokens": left + 1}
     if no_rope:
-        if [not said for said, _ in _per_layer(no_rope, num_layers)] != slides:
-            raise ValueError("no_rope_freq and window_attn_skip_freq: the layers without rotation must be "
-                             "those without a window")
-        found["rope_on_global"] = False
-    return found
+        if [not flag for flag, _ in _per_layer(no_rope, num_layers)] != slides:
+            raise ValueError("no_rope_freq and window_attn_skip_freq: only layers without a window may be "
+                             "without RoPE")
+        fields["rope_on_global"] = False
+    return fields
 
 
 def _per_layer(frequency: Any, num_layers: int) -> list[tuple[bool, bool]]:
@@ -310,7 +311,7 @@ def _per_layer(frequency: Any, num_layers: int) -> list[tuple[bool, bool]]:
         frequency = int(frequency) if frequency.isdigit() else _list(frequency)
     if isinstance(frequency, int):
         return [((layer + 1) % frequency == 0, True) for layer in range(num_layers)]
-    return [(bool(said), False) for said in frequency]
+    return [(bool(flag), False) for flag in frequency]
 
 
 def _prediction(stated: Stated) -> dict[str, Any]:
@@ -355,19 +356,20 @@ def read_sections(file: Path) -> dict[str, dict[str, Any]]:
     """
     try:
         if file.stat().st_size > MAX_BYTES:
-            raise UserError(f"{file}: has {file.stat().st_size:,} bytes, and a file of settings has "
-                            f"{MAX_BYTES:,} at most; pass a YAML file of Megatron-Bridge")
-        found = yaml.load(file.read_text(encoding="utf-8-sig"), Loader=BoundedLoader)
+            raise UserError(f"{file}: has {file.stat().st_size:,} bytes; a settings file has at most "
+                            f"{MAX_BYTES:,}; pass a YAML file of Megatron-Bridge")
+        document = yaml.load(file.read_text(encoding="utf-8-sig"), Loader=BoundedLoader)
     except OSError as e:
         raise UserError(f"{file}: cannot be read ({e.strerror}); see to its permissions") from None
     except (UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as e:
         reason = " ".join(str(e).split())[:200]
-        raise UserError(f"{file}: is no YAML of plain values ({reason}); restore it from its "
+        raise UserError(f"{file}: is not YAML with plain values ({reason}); restore it from its "
                         "source") from None
-    sections = {name: value for name, value in found.items() if isinstance(name, str)} \
-        if isinstance(found, dict) else {}
+    sections = {}
+    if isinstance(document, dict):
+        sections = {name: value for name, value in document.items() if isinstance(name, str)}
     if not any(isinstance(value, dict) for value in sections.values()):
-        raise UserError(f"{file}: has no sections such as model and train, so it is no configuration of "
+        raise UserError(f"{file}: has no sections such as model and train, so it is not a configuration of "
                         "Megatron-Bridge")
     return {name: {str(key): item for key, item in value.items()} for name, value in sections.items()
             if isinstance(value, dict)}

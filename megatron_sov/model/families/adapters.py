@@ -60,14 +60,14 @@ class Adapted:
 
     def shapes(self, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
         """Return checkpoint name -> global shape of the module's adapter tensors."""
-        found: dict[str, tuple[int, ...]] = {
+        shapes: dict[str, tuple[int, ...]] = {
             self.key(A): (lora.rank, self.in_features), self.key(B): (self.out_features, lora.rank)}
         if self.num_experts:
             # Gate and up projections have the same input and share A; B has a half for each.
             halves = () if self.halves == 1 else (self.halves,)
-            found = {self.key(A): (self.num_experts, lora.rank, self.in_features),
+            shapes = {self.key(A): (self.num_experts, lora.rank, self.in_features),
                      self.key(B): (self.num_experts, *halves, self.out_features // self.halves, lora.rank)}
-        return found | ({self.key(MAGNITUDE): (self.out_features,)} if lora.dora else {})
+        return shapes | ({self.key(MAGNITUDE): (self.out_features,)} if lora.dora else {})
 
 
 @lru_cache(maxsize=256)
@@ -177,13 +177,13 @@ class AdapterPlace:
 
 def places(model: ModelConfig, lora: LoraConfig) -> dict[str, AdapterPlace]:
     """Return Hugging Face weight name -> adapter place, for all adapted weights."""
-    found: dict[str, AdapterPlace] = {}
+    adapter_places: dict[str, AdapterPlace] = {}
     # The weight map has a link per expert, an adapter has a module per stack: match them by Megatron key.
     stacks = {of.link.key: of for of in adapted_modules(model, lora) if of.num_experts}
-    found |= {of.link.hf_names[of.part]: AdapterPlace(of, 0, 0)
+    adapter_places |= {of.link.hf_names[of.part]: AdapterPlace(of, 0, 0)
               for of in adapted_modules(model, lora) if not of.num_experts}
     for link in models.get(model.family).links(model) if stacks else ():
         if link.key in stacks:
-            found |= {name: AdapterPlace(stacks[link.key], link.offset[0], half)
+            adapter_places |= {name: AdapterPlace(stacks[link.key], link.offset[0], half)
                       for half, name in enumerate(link.hf_names)}
-    return found
+    return adapter_places

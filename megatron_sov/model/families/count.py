@@ -55,7 +55,7 @@ class LayerWeight:
 @lru_cache(maxsize=256)
 def layer_weights(model: ModelConfig) -> tuple[LayerWeight, ...]:
     """Return the tensors of a model without encoders, each once for all its layers."""
-    found = []
+    weights = []
     for section in models.get(model.family).weights if model.family else PLAIN_DECODER:
         layers = section.layers(model)
         for entry in section.entries if layers else ():
@@ -65,9 +65,9 @@ def layer_weights(model: ModelConfig) -> tuple[LayerWeight, ...]:
             if routed and not isinstance(entry, Experts):  # a stack, whose first axis is the expert
                 shape = shape[1:]
             if math.prod(shape):  # 0 for a model without shared experts
-                found.append(LayerWeight(key, shape, layers, section.where.startswith("mtp"),
+                weights.append(LayerWeight(key, shape, layers, section.where.startswith("mtp"),
                                          model.num_experts if routed else 0, entry.fp32))
-    return tuple(found)
+    return tuple(weights)
 
 
 @dataclass(frozen=True)

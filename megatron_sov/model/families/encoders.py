@@ -31,12 +31,12 @@ Shapes = dict[str, tuple[int, ...]]
 
 def encoder_tensors(model: ModelConfig) -> Shapes:
     """Return tensor name -> shape, in the order in which modules register the tensors."""
-    found: Shapes = {}
+    shapes: Shapes = {}
     if model.vision is not None:
-        found |= {VISION + name: shape for name, shape in _vision(model.vision, model.hidden_size)}
+        shapes |= {VISION + name: shape for name, shape in _vision(model.vision, model.hidden_size)}
     if model.audio is not None:
-        found |= {AUDIO + name: shape for name, shape in _audio(model.audio, model.hidden_size)}
-    return found
+        shapes |= {AUDIO + name: shape for name, shape in _audio(model.audio, model.hidden_size)}
+    return shapes
 
 
 def is_encoder(key: str) -> bool:
@@ -71,8 +71,8 @@ def hf_name(key: str, model: ModelConfig) -> str:
     # No prefix is the beginning of another prefix.
     prefix = next(prefix for prefix in HF_PREFIXES if key.startswith(prefix))
     name = key.removeprefix(prefix)
-    of = model.vision if prefix.startswith(VISION) else model.audio
-    if prefix.endswith(ADAPTER) and of is not None and of.adapter == "linear":
+    encoder = model.vision if prefix.startswith(VISION) else model.audio
+    if prefix.endswith(ADAPTER) and encoder is not None and encoder.adapter == "linear":
         name = name.removeprefix("fc2.")
     return HF_PREFIXES[prefix] + name
 

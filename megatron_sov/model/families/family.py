@@ -278,15 +278,16 @@ class Family:
         behind = range(model.num_mtp_layers if self.predicts_behind() else 0)
         try:
             # Read the written config back, to find a lossy config map before weights are exported.
-            found = self._read(config, [f"model.layers.{model.num_layers + i}." for i in behind])
+            read_back = self._read(config, [f"model.layers.{model.num_layers + i}." for i in behind])
         except UserError as e:
             raise UserError(f"model family {self.name!r}: cannot read back the config.json that it writes "
                             f"({e}); correct the family's items") from None
         defaults = {f.name: None if f.default is MISSING else f.default for f in fields(model)}
-        lost = [f"model.{name} = {getattr(model, name)!r} (reads back as {found.get(name, 'nothing')!r})"
-                for name in sorted(computed_fields(model))
-                if _plain(name, found.get(name, defaults[name]), model) != _plain(name, getattr(model, name),
-                                                                                  model)]
+        lost = []
+        for name in sorted(computed_fields(model)):
+            value = getattr(model, name)
+            if _plain(name, read_back.get(name, defaults[name]), model) != _plain(name, value, model):
+                lost.append(f"model.{name} = {value!r} (reads back as {read_back.get(name, 'nothing')!r})")
         if lost:
             raise UserError(f"model family {self.name!r}: its config.json would describe another model than "
                             f"{', '.join(lost)}; add an item for each to the family's config, or the field "
@@ -335,15 +336,15 @@ class Family:
                 PREDICTION_NAMES[0]: _layers_behind(config.get("num_hidden_layers"), tensor_names)}
         elif "num_mtp_layers" not in self.structure and any(n.startswith("mtp.") for n in tensor_names):
             config.setdefault("num_nextn_predict_layers", 1)
-        found: dict[str, Any] = {"family": self.name, **self.structure, **self.training}
+        model_fields: dict[str, Any] = {"family": self.name, **self.structure, **self.training}
         for item in self.config:
             try:
-                found |= item.read(config)
+                model_fields |= item.read(config)
             except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as e:
                 wrong = ", ".join(f"{name} = {config[name]!r}" for name in item.names if name in config)
                 raise UserError(f"config.json: {wrong} cannot be read ({type(e).__name__}: {e}); "
                                 "restore it from its source") from None
-        return found
+        return model_fields
 
     def find_passed_over(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the config.json fields without a config item and without effect; `UserError` names all other
@@ -386,17 +387,17 @@ class Family:
     def unsaid(self) -> list[str]:
         """Return the `ModelConfig` fields that the family neither fixes nor reads from config.json; [] if its
         items cannot be tried on a small model."""
-        said = {"family", *OF_TRAINING, "mtp_attention", *self.structure, *self.training,
+        defined = {"family", *OF_TRAINING, "mtp_attention", *self.structure, *self.training,
                 *(name for name in PLAIN if name not in self.varies)}
         sizes = {"vocab_size": 64, "hidden_size": 32, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2,
                  "head_dim": 8}
         model = ModelConfig(**{"family": self.name, **sizes, **self.structure, **self.training})
         try:
             written = self._written(model, "float32", TokenIds())
-            said |= self._read(written, ()).keys()
+            defined |= self._read(written, ()).keys()
         except (UserError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError):
             return []  # the family has no model of these sizes; the first export checks the fields
-        return [f.name for f in fields(model) if f.name in computed_fields(model) and f.name not in said]
+        return [f.name for f in fields(model) if f.name in computed_fields(model) and f.name not in defined]
 
 
 def computed_fields(model: ModelConfig) -> set[str]:
@@ -417,8 +418,8 @@ def _plain(name: str, value: Any, model: ModelConfig) -> Any:
     """Return a field's value as JSON; `attention_pattern` is expanded to `model`'s layers."""
     if name == "attention_pattern" and value:
         return (value * model.num_layers)[:model.num_layers]
-    as_data = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-    return json.loads(json.dumps(as_data))
+    plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    return json.loads(json.dumps(plain))
 
 
 def _without(config: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:

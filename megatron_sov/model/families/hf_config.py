@@ -124,9 +124,9 @@ class Encoders:
     names: tuple[str, ...] = ("vision_config", "audio_config", "audio_tokens", "image_tokens")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        found = {"vision_config": model.vision, "audio_config": model.audio,
+        configs = {"vision_config": model.vision, "audio_config": model.audio,
                  "audio_tokens": model.audio_tokens, "image_tokens": model.image_tokens}
-        return {name: asdict(config) for name, config in found.items() if config is not None}
+        return {name: asdict(config) for name, config in configs.items() if config is not None}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the encoder fields of `ModelConfig`; None for absent encoders."""
@@ -254,9 +254,9 @@ class AttentionScale:
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the factor; None for 1 / sqrt(head_dim)."""
         usual = _usual_scale(config.get("head_dim") or hidden_over_heads(config))
-        found = (int(config.get(self.hf, self.scalar)) ** -0.5 if self.scalar
+        factor = (int(config.get(self.hf, self.scalar)) ** -0.5 if self.scalar
                  else float(config.get(self.hf, usual)))
-        return {"attention_multiplier": None if found == usual else found}
+        return {"attention_multiplier": None if factor == usual else factor}
 
 
 def _usual_scale(head_dim: int) -> float:
@@ -310,11 +310,11 @@ class LogitsSoftCap:
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the cap; `UserError` for 0, by which transformers would divide."""
-        found = config.get(self.names[0])
-        if found is not None and not float(found) > 0:
-            raise UserError(f"config.json: {self.names[0]} = {found!r} must be a number greater than 0, or "
+        cap = config.get(self.names[0])
+        if cap is not None and not float(cap) > 0:
+            raise UserError(f"config.json: {self.names[0]} = {cap!r} must be a number greater than 0, or "
                             "null for no cap")
-        return {"logits_softcap": None if found is None else float(found)}
+        return {"logits_softcap": None if cap is None else float(cap)}
 
 
 @dataclass(frozen=True)

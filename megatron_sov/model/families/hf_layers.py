@@ -61,8 +61,8 @@ class SlidingLayers:
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """Return `layer_types`, window, pattern, and `sliding_windows` (0: global) for vLLM. If windows
         differ, only `sliding_windows` has them, as in K-EXAONE 2.0."""
-        one = {} if model.layer_windows else {"sliding_window": model.sliding_window_tokens}
-        return {"layer_types": model.layer_types(), **one,
+        single_window = {} if model.layer_windows else {"sliding_window": model.sliding_window_tokens}
+        return {"layer_types": model.layer_types(), **single_window,
                 "sliding_window_pattern": model.attention_pattern, "sliding_windows": model.windows()}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -71,18 +71,18 @@ class SlidingLayers:
         types = (config.get("layer_types")
                  or self.from_period(config.get("sliding_window_pattern", 4), num_layers))
         letters = _letters(types, "layer_types", num_layers)
-        found = {"attention_pattern": shortest_pattern(letters), "layer_windows": ()}
+        fields = {"attention_pattern": shortest_pattern(letters), "layer_windows": ()}
         listed = [int(w or 0) for w in config.get("sliding_windows", [])]
         window, differ = _main_window(config, self.default_window)
         window = window if "L" in letters else 0
         if not listed or listed == [window if letter == "L" else 0 for letter in letters]:
-            return found | {"sliding_window_tokens": window}
+            return fields | {"sliding_window_tokens": window}
         if not differ or [w > 0 for w in listed] != [letter == "L" for letter in letters]:
             raise UserError(
                 f"config.json: sliding_windows = {config['sliding_windows']} disagree with layer_types or "
                 f"with sliding_window = {config.get('sliding_window')}, and programs read one or the other; "
                 "give each sliding layer a window above 0, the others 0, and leave sliding_window out")
-        return found | {"sliding_window_tokens": window, "layer_windows": tuple(listed)}
+        return fields | {"sliding_window_tokens": window, "layer_windows": tuple(listed)}
 
     @staticmethod
     def from_period(period: Any, num_layers: int) -> list[str]:
@@ -212,16 +212,16 @@ class LeadingDenseLayers:
             "first_k_dense_replace": leading,
             "first_last_k_dense_replace": leading,
         }
-        said = {name: read(config[name]) for name, read in spellings.items() if name in config}
-        if "mlp_layer_types" in said and config.get("first_k_dense_replace") == self.default:
+        by_spelling = {name: read(config[name]) for name, read in spellings.items() if name in config}
+        if "mlp_layer_types" in by_spelling and config.get("first_k_dense_replace") == self.default:
             # transformers' classes use the list, and write the default of an absent count.
-            said.pop("first_k_dense_replace")
+            by_spelling.pop("first_k_dense_replace")
         # Lists of layers come first in `spellings`: they are more precise than a count.
-        dense = next(iter(said.values()), leading(self.default))
-        if any(other != dense for other in said.values()):
-            raise UserError(f"config.json: {' and '.join(said)} disagree about which layers are dense; "
-                            "make them agree")
-        return _leading_dense(config, dense, next(iter(said), "first_k_dense_replace"))
+        dense = next(iter(by_spelling.values()), leading(self.default))
+        if any(other != dense for other in by_spelling.values()):
+            raise UserError(f"config.json: {' and '.join(by_spelling)} disagree about which layers are "
+                            "dense; make them agree")
+        return _leading_dense(config, dense, next(iter(by_spelling), "first_k_dense_replace"))
 
 
 @dataclass(frozen=True)
@@ -298,14 +298,14 @@ class PredictionBehind:
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the number of layers; `UserError` if names disagree or a layer is dense."""
-        said = {name: config[name] for name in PREDICTION_NAMES if name in config}
+        by_name = {name: config[name] for name in PREDICTION_NAMES if name in config}
         if set(config.get("mtp_mlp_layer_types", [])) - {"sparse"}:
             raise UserError(f"config.json: mtp_mlp_layer_types = {config['mtp_mlp_layer_types']}, but only "
                             "prediction layers with experts ('sparse') are supported for this family")
-        if len(set(said.values())) > 1:
-            raise UserError(f"config.json: {' and '.join(f'{n} = {v}' for n, v in said.items())} disagree; "
-                            "remove one of them")
-        count = next(iter(said.values()), 0)
+        if len(set(by_name.values())) > 1:
+            values = " and ".join(f"{name} = {value}" for name, value in by_name.items())
+            raise UserError(f"config.json: {values} disagree; remove one of them")
+        count = next(iter(by_name.values()), 0)
         return {"num_mtp_layers": count, "mtp_experts": bool(count)}
 
 

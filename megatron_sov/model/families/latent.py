@@ -76,22 +76,22 @@ class LatentRope(Rope):
                 if rope.get("rope_type", rope.get("type")) != "yarn":
                     continue
                 # Equal factors in both spellings leave one element in the set.
-                said = [rope.pop(factor, None) for factor in ("mscale", "mscale_all_dim")]
-                if said[0] is None and said[1]:
-                    raise UserError(f"config.json: mscale_all_dim = {said[1]} without mscale: transformers "
+                scales = [rope.pop(factor, None) for factor in ("mscale", "mscale_all_dim")]
+                if scales[0] is None and scales[1]:
+                    raise UserError(f"config.json: mscale_all_dim = {scales[1]} without mscale: transformers "
                                     "and vLLM compute different rotations; add mscale")
-                factors.add((1.0 if said[0] is None else said[0], 0.0 if said[1] is None else said[1]))
-                if said[1] and rope.pop("attention_factor", None) not in (None, 1.0):
+                factors.add((1.0 if scales[0] is None else scales[0], scales[1] or 0.0))
+                if scales[1] and rope.pop("attention_factor", None) not in (None, 1.0):
                     raise UserError("config.json: attention_factor: with mscale and mscale_all_dim only 1.0 "
                                     "is supported; leave it out")
-        found = super().read(config)
+        fields = super().read(config)
         if not factors:
-            return found
-        mscale, of_heads = factors.pop()
-        if factors or mscale != of_heads or not mscale:
+            return fields
+        mscale, mscale_all_dim = factors.pop()
+        if factors or mscale != mscale_all_dim or not mscale:
             raise UserError("config.json: rope_type 'yarn' needs equal mscale and mscale_all_dim, not 0: "
                             "latent attention supports no other values")
-        return found | {"yarn": replace(found["yarn"], mscale=float(mscale))}
+        return fields | {"yarn": replace(fields["yarn"], mscale=float(mscale))}
 
 
 LATENT_ATTENTION: tuple[WeightEntry, ...] = (

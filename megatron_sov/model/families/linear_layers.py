@@ -45,8 +45,8 @@ class TapRows(HeadRows):
 
     def layout(self, model: ModelConfig) -> Layout:
         """Return the division of [heads, channels of a head, 1, taps]."""
-        whole = super().layout(model)
-        return replace(whole, view=(*whole.view, 1, linear_of(model).conv_taps))
+        layout = super().layout(model)
+        return replace(layout, view=(*layout.view, 1, linear_of(model).conv_taps))
 
 
 @dataclass(frozen=True)
@@ -126,45 +126,46 @@ def delta_sizes(model: ModelConfig, *, negative: bool) -> tuple[int, int, int]:
     if linear != LinearAttentionConfig(linear.num_key_heads, linear.num_key_heads, width, width, width,
                                        linear.conv_taps, linear.negative_eigenvalues and negative):
         raise UserError(f"model.linear_attention = {asdict(linear)}: in family '{model.family}' keys and "
-                        "values have as many heads of one width, which is gate_rank too"
-                        + ("" if negative else ", and negative_eigenvalues is false"))
+                        "values must have the same number of heads and the same width, equal to gate_rank"
+                        + ("" if negative else ", and negative_eigenvalues must be false"))
     return linear.num_key_heads, width, linear.conv_taps
 
 
 @dataclass(frozen=True)
 class SolarLayers:
-    """Which layers have softmax attention, counted from 0, and the sizes of Kimi Delta Attention in the
-    others: Solar Open 2.  Programs read one or the other of the lists, so that both are written."""
+    """Layer types and sizes of Solar Open 2: layers with softmax attention, and Kimi Delta Attention in the
+    others. Programs read either of two lists, so exports write both."""
 
     sizes: tuple[str, ...] = ("num_heads", "head_dim", "short_conv_kernel_size")
-    """In the part `linear_attn_config`."""
+    """Fields of `linear_attn_config`."""
     names: tuple[str, ...] = ("layer_types", "gqa_layers", "gqa_interval", "linear_attn_config",
                               "kda_allow_neg_eigval")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return all but the interval; `UserError` where sizes differ, or no layer has softmax attention."""
-        said, types = delta_sizes(model, negative=True), model.layer_types()
+        """Return all fields except the interval; `UserError` for unequal sizes, or without softmax
+        attention."""
+        sizes, types = delta_sizes(model, negative=True), model.layer_types()
         softmax = [i for i, kind in enumerate(types) if kind == "full_attention"]
         if not softmax:
             raise UserError(f"model.attention_pattern = {model.attention_pattern!r}: family '{model.family}' "
                             "needs a layer with softmax attention; add a G")
         return {"layer_types": types, "gqa_layers": softmax,
-                "linear_attn_config": {**dict(zip(self.sizes, said, strict=True)), "num_kv_heads": None},
+                "linear_attn_config": {**dict(zip(self.sizes, sizes, strict=True)), "num_kv_heads": None},
                 "kda_allow_neg_eigval": linear_of(model).negative_eigenvalues}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the shortest pattern that gives the layers, and the sizes; `UserError` where two spellings
-        disagree, or heads of keys and values are fewer."""
-        usual = {"num_heads": config.get("num_attention_heads", 64), "head_dim": config.get("head_dim", 128),
-                 "short_conv_kernel_size": 4}
-        part = dict(config.get("linear_attn_config", usual))
-        of_keys = part.pop("num_kv_heads", None)
+        """Return the shortest pattern and the sizes; `UserError` if two spellings disagree or key/value heads
+        differ from query heads."""
+        default = {"num_heads": config.get("num_attention_heads", 64),
+                   "head_dim": config.get("head_dim", 128), "short_conv_kernel_size": 4}
+        part = dict(config.get("linear_attn_config", default))
+        kv_heads = part.pop("num_kv_heads", None)
         if sorted(part) != sorted(self.sizes):
-            raise UserError(f"config.json: linear_attn_config has {', '.join(sorted(part)) or 'nothing'}, "
-                            f"and beside num_kv_heads it needs {', '.join(self.sizes)} alone")
+            raise UserError(f"config.json: linear_attn_config has {', '.join(sorted(part)) or 'no fields'}; "
+                            f"besides num_kv_heads, it must have exactly {', '.join(self.sizes)}")
         heads, width, taps = (whole_number(f"linear_attn_config.{name}", part[name]) for name in self.sizes)
-        if of_keys and of_keys != heads:
-            raise UserError(f"config.json: linear_attn_config.num_kv_heads = {of_keys}, but only null or "
+        if kv_heads and kv_heads != heads:
+            raise UserError(f"config.json: linear_attn_config.num_kv_heads = {kv_heads}, but only null or "
                             f"num_heads = {heads} is supported: keys and values have as many heads as "
                             "queries")
         negative = config.get("kda_allow_neg_eigval", True)
@@ -182,14 +183,14 @@ class SolarLayers:
         listed = ["full_attention" if i in softmax else "linear_attention" for i in range(count)]
         types = config.get("layer_types", listed)
         pattern = layer_pattern(types, count)
-        # without the list the interval says nothing beside the types; transformers writes its default there
+        # transformers writes a default `gqa_interval`, so the interval counts only without `layer_types`.
         if "gqa_layers" in config and (types != listed or len({*softmax}) != len(softmax)
                                        or listed.count("full_attention") != len(softmax)):
-            raise UserError(f"config.json: gqa_layers = {softmax} must name layers of {count}, counted from "
-                            "0, each once, as layer_types does where it stands beside")
+            raise UserError(f"config.json: gqa_layers = {softmax} must name layers from 0 to {count - 1} "
+                            "once each, and agree with layer_types")
         if "full_attention" not in types:
-            raise UserError("config.json: no layer has softmax attention, and this family needs one; name "
-                            "it in gqa_layers")
+            raise UserError("config.json: no layer has softmax attention; this family needs at least one in "
+                            "gqa_layers")
         return pattern
 
 

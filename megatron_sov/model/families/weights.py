@@ -364,8 +364,8 @@ class Link:
         # If the view is divided along a later axis, rows of the tensors alternate.
         if self.layout.axis:
             return {}
-        each = math.prod(self.layout.view[1:self.layout.merged])
-        return {name: (start * each, length * each) for name, start, length in zip(
+        rows_per_unit = math.prod(self.layout.view[1:self.layout.merged])
+        return {name: (start * rows_per_unit, length * rows_per_unit) for name, start, length in zip(
             self.hf_names, self.layout.starts(), self.layout.lengths, strict=True)}
 
     def _parts(self, viewed: Any) -> Iterator[tuple[str, int, Any]]:
@@ -402,13 +402,13 @@ def links(sections: Sequence[WeightSection], model: ModelConfig) -> list[Link]:
     # In layer order, so a streaming converter holds the tensors of one layer at a time.
     order = ([(s, layer) for layer in (None, *range(model.num_layers)) for s in trunk]
              + [(s, layer) for layer in (None, model.num_layers) for s in prediction])
-    found = [x for s, layer in order if layer in s.layers(model) for x in _expand(s, model, layer)]
+    all_links = [x for s, layer in order if layer in s.layers(model) for x in _expand(s, model, layer)]
     # A repeated name would overwrite a tensor during export.
-    hf_names = [name for link in found for name in link.hf_names]
-    blocks = [(link.key, link.offset) for link in found]
+    hf_names = [name for link in all_links for name in link.hf_names]
+    blocks = [(link.key, link.offset) for link in all_links]
     if len(set(hf_names)) != len(hf_names) or len(set(blocks)) != len(blocks):
         raise ValueError(f"the weight map of {model.family} names a tensor twice")
-    return found
+    return all_links
 
 
 def _expand(section: WeightSection, model: ModelConfig, layer: int | None = None) -> Iterator[Link]:

@@ -145,10 +145,10 @@ def shrink(name: str, run: RunConfig) -> RunConfig:
     rope = model.llama3_rope and replace(model.llama3_rope, original_max_position_tokens=SEQ_LEN)
     by_width = model.embedding_multiplier == model.hidden_size ** 0.5
     scale = model.attention_multiplier and model.attention_multiplier * model.head_dim / HEAD_DIM
-    if scale and by_width and model.attention_multiplier:  # Gemma's, which goes with 1 / the root of it
+    if scale and by_width and model.attention_multiplier:  # Gemma: 1 / sqrt of an integer
         scale = (round(model.attention_multiplier ** -2) * HEAD_DIM / model.head_dim) ** -0.5
     pattern = model.attention_pattern
-    if len(pattern) == model.num_layers:  # follows no short pattern, and begins with every kind of layer
+    if len(pattern) == model.num_layers:  # no repeating pattern; the first layers have all kinds
         pattern = pattern[:4]
     layers = TINY_LAYERS if model.layer_windows else max(4, len(pattern))
     single = {"attention_pattern": pattern} | model.at_depth(layers)
@@ -306,8 +306,8 @@ def sources(name: str) -> Sources:
 
 
 def _find(name: str) -> Recipe:
-    found = next((tiny for tiny, big in TINY.items() if name == f"tiny-{big}"), name)
-    return RECIPES[found] if found in RECIPES else Recipe(partial(_made, name, OWN.get(name)))
+    full_name = next((tiny for tiny, big in TINY.items() if name == f"tiny-{big}"), name)
+    return RECIPES[full_name] if full_name in RECIPES else Recipe(partial(_made, name, OWN.get(name)))
 
 
 def _check(loaded: LoadedPlugin) -> None:

@@ -14,9 +14,9 @@ from megatron_sov.model.config.model import IdBlock, Llama3RopeConfig
 from megatron_sov.model.recipes.extension import SET_IN_A_STAGE
 from megatron_sov.model.recipes.sources import DEFAULT, Sources, config_json, derive, ours, published
 
-# HyperCLOVA X 8B Omni: text, pictures and speech in and out of one decoder; sizes, vocabulary, encoders and
-# the order of its stages as published.  No source at hand has learning rates, batches, token budgets, shares
-# of data, or the scale of the prediction layer's loss: those are ours, and labelled so.
+# HyperCLOVA X 8B Omni: a decoder that reads and writes text, images and speech; sizes, vocabulary, encoders
+# and the order of stages are published. Learning rates, batch sizes, token budgets, data shares and the
+# weight of the prediction loss are not available in any source and are our choice, marked as such.
 
 HYPERCLOVA_REPORT = "HyperCLOVA X 8B Omni report"
 SERVING = "NAVER-Cloud-HyperCLOVA-X/OmniServe"
@@ -145,7 +145,7 @@ HYPERCLOVA_SFT_SOURCES = derive(HYPERCLOVA_CONTINUOUS_SOURCES, {
 })
 
 
-# Qwen: start these `--from` converted weights; sizes are those of the models' own config.json.
+# Qwen: start runs with `--from` converted weights; sizes come from the released config.json files.
 
 PHASES = (PhaseConfig("continued", tokens=1_000_000_000, seq_len=4096),)
 

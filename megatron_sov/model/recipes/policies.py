@@ -59,27 +59,27 @@ def _steady(lr: float) -> Values:
 
 def _ink(run: str, response_tokens: int, batch: int, steps: int, epochs: int) -> Values:
     """Return the values of InK-GRPO's single-turn or agentic run."""
-    told = published(f"{TYPHOON}, InK-GRPO, {run} run and its released script")
+    source = published(f"{TYPHOON}, InK-GRPO, {run} run and its released script")
     return {
-        "objective.name": ("policy", told),
-        "policy.method": ("ink_grpo", told),
-        "policy.aggregation": ("token", told),
-        "policy.clip_low": (0.2, told),
-        "policy.clip_high": (0.24, told),
-        "policy.kl": ("none", told),
-        "policy.knowledge_coeff": (0.1, told),
-        "policy.knowledge_share": (0.6, told),
-        "policy.knowledge_batch_size": (batch, told),
-        "policy.overlong_buffer_tokens": (1024, told),
-        "policy.overlong_penalty": (1.0, told),
-        "rollout.prompts_per_round": (32, told),
-        "rollout.samples_per_prompt": (8, told),
-        "rollout.steps_per_round": (steps, told),
-        "rollout.temperature": (0.7, told),
-        "rollout.max_prompt_tokens": (2048, told),
-        "rollout.max_new_tokens": (response_tokens, told),
+        "objective.name": ("policy", source),
+        "policy.method": ("ink_grpo", source),
+        "policy.aggregation": ("token", source),
+        "policy.clip_low": (0.2, source),
+        "policy.clip_high": (0.24, source),
+        "policy.kl": ("none", source),
+        "policy.knowledge_coeff": (0.1, source),
+        "policy.knowledge_share": (0.6, source),
+        "policy.knowledge_batch_size": (batch, source),
+        "policy.overlong_buffer_tokens": (1024, source),
+        "policy.overlong_penalty": (1.0, source),
+        "rollout.prompts_per_round": (32, source),
+        "rollout.samples_per_prompt": (8, source),
+        "rollout.steps_per_round": (steps, source),
+        "rollout.temperature": (0.7, source),
+        "rollout.max_prompt_tokens": (2048, source),
+        "rollout.max_new_tokens": (response_tokens, source),
         "rollout.rounds": (100, ours(f"{epochs} epochs are published; their rounds follow from the prompts")),
-        "optim.lr": (1e-6, told),
+        "optim.lr": (1e-6, source),
         **_steady(1e-6),
     }
 
@@ -136,12 +136,12 @@ def typhoon_s_8b_opd() -> RunConfig:
 def _mgpo(stage: str, response_tokens: int, length: ValueSource) -> Values:
     """Return a stage of VibeThinker's signal phase; lambda, clip bounds, group size, learning rate and batch
     size were not published."""
-    told = published(f"{VIBETHINKER}, signal phase: {stage}")
+    source = published(f"{VIBETHINKER}, signal phase: {stage}")
     return {
-        "objective.name": ("policy", told),
-        "policy.method": ("mgpo", told),
-        "policy.kl": ("none", told),
-        "policy.aggregation": ("sequence", told),
+        "objective.name": ("policy", source),
+        "policy.method": ("mgpo", source),
+        "policy.kl": ("none", source),
+        "policy.aggregation": ("sequence", source),
         "rollout.max_new_tokens": (response_tokens, length),
         "rollout.samples_per_prompt": (16, ours("not published: enough to tell shares of right answers")),
         "rollout.rounds": (100, ours("not published")),
@@ -177,12 +177,12 @@ def vibethinker_1_5b_code() -> RunConfig:
     return _vibethinker("vibethinker-1.5b-code", CODE)
 
 
-def _large(told: ValueSource) -> Values:
+def _large(source: ValueSource) -> Values:
     """Return the unpublished values of the two large models' runs."""
-    unsaid = ours("not published")
-    return {"objective.name": ("policy", told), "policy.kl": ("none", told),
-            "rollout.max_prompt_tokens": (4096, unsaid), "rollout.max_new_tokens": (28672, unsaid),
-            "rollout.prompts_per_round": (512, unsaid), "optim.lr": (1e-6, unsaid), **_steady(1e-6)}
+    choice = ours("not published")
+    return {"objective.name": ("policy", source), "policy.kl": ("none", source),
+            "rollout.max_prompt_tokens": (4096, choice), "rollout.max_new_tokens": (28672, choice),
+            "rollout.prompts_per_round": (512, choice), "optim.lr": (1e-6, choice), **_steady(1e-6)}
 
 
 _PHASE_A = published(f"{SOLAR}, SnapPO, phase A")

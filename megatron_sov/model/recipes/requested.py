@@ -139,10 +139,11 @@ class RecipeRequest:
         facts = {f"--{name}": value for name, value in options.items()}
         if self.command:
             facts["command"] = self.command
-        asked = self.changed | {setting.partition("=")[0] for setting in self.settings}
+        requested_keys = self.changed | {setting.partition("=")[0] for setting in self.settings}
         if self.resumed is not None:
-            asked = frozenset(key for key in asked if value_at(config, key) != value_at(self.resumed, key))
-        if problems := find_inert(config, sorted(asked), facts):
+            requested_keys = frozenset(key for key in requested_keys
+                                       if value_at(config, key) != value_at(self.resumed, key))
+        if problems := find_inert(config, sorted(requested_keys), facts):
             raise SettingsError("", problems)
 
     def config(self, defaults: Sequence[str] = (), own: Sequence[str] = ()) -> RunConfig:
@@ -179,7 +180,7 @@ def requested(args: RecipeOptions, of_model: Callable[[], RunConfig] | None = No
     Raises:
         UserError: no recipe, or an unusable recipe, --config, --plugin or --set.
     """
-    # First: the recipe and the settings may name what these files declare.
+    # Load plug-ins first: recipe and settings may name their families and objectives.
     load_plugins(args.plugins)
     files = [_read_layer(path) for path in args.configs]
     settings = tuple(_named(setting) for setting in args.settings)
@@ -195,13 +196,13 @@ def requested(args: RecipeOptions, of_model: Callable[[], RunConfig] | None = No
     elif args.recipe is None and not named:
         if files:
             raise UserError(f"{files[0].where}: names no recipe; add a line `recipe: NAME` "
-                            "(`megatron-sov recipes` lists them), or pass RECIPE too")
-        raise UserError("RECIPE: is missing; name a recipe (`megatron-sov recipes` lists them), or pass "
-                        "--config FILE with one in it")
+                            "(`megatron-sov recipes` lists all), or pass RECIPE too")
+        raise UserError("RECIPE: is missing; name a recipe (`megatron-sov recipes` lists all), or pass "
+                        "--config FILE with a recipe in it")
     elif args.recipe is None and is_whole:
         base, files = _of_whole(files[0]), files[1:]
     else:
-        if args.recipe is None and is_reference(named[0][1]):  # a file is data: it runs nothing
+        if args.recipe is None and is_reference(named[0][1]):  # a config file must not run code
             raise UserError(f"{named[0][0].where}: recipe = {named[0][1]!r} is code; pass it as RECIPE")
         base = _of_recipe(args.recipe or named[0][1])
     recipe, from_file = base, args.recipe is None and is_whole
@@ -263,35 +264,34 @@ def training_request(args: TrainingOptions, objective: BuiltIn, *, needs_data: b
     Raises:
         UserError: as `request_recipe`, or --data is missing.
     """
-    asked = requested(args, of_model)
-    if needs_data and not args.data and not asked.base.data.paths:
+    request = requested(args, of_model)
+    if needs_data and not args.data and not request.base.data.paths:
         raise UserError("--data: is missing; pass a file of chats, pairs or text, or a folder made by "
                         "`sov-data pack`")
-    learned = asked.base.objective
-    before = lengthens and asked.base.extend.stages and not asked.from_file
-    if learned.name == "lm" or before:  # "lm" is what every recipe says that leaves it open
+    learned = request.base.objective
+    before = lengthens and request.base.extend.stages and not request.from_file
+    if learned.name == "lm" or before:  # "lm" is the default of recipes without an objective
         learned = dataclasses.replace(learned, name=objective)
     flags = ("train.deterministic=true",) if args.deterministic else ()
-    return dataclasses.replace(asked, base=dataclasses.replace(asked.base, objective=learned),
-                               settings=(*asked.settings, *flags), trains_by=objective,
+    return dataclasses.replace(request, base=dataclasses.replace(request.base, objective=learned),
+                               settings=(*request.settings, *flags), trains_by=objective,
                                command="extend" if lengthens else BUILT_IN[objective],
                                resumed=resumed)
 
 
 def _of_recipe(recipe: str) -> RunConfig:
     if "=" in recipe and not is_reference(recipe):
-        raise UserError(f"{recipe}: stands where the recipe does; write --set {shlex.quote(recipe)}, and "
-                        "name a recipe (`megatron-sov recipes` lists them)")
+        raise UserError(f"{recipe}: is a setting in the place of RECIPE; write --set {shlex.quote(recipe)}, "
+                        "and name a recipe (`megatron-sov recipes` lists all)")
     if download(recipe) and ":" not in recipe:
         close = nearest(recipe.rpartition("/")[2].lower(), recipes.names())
-        raise UserError(f"{recipe}: is a model's name on the Hugging Face hub, and no recipe{close} "
-                        "(`megatron-sov recipes` lists them); weights are named by --from HF_DIR")
+        raise UserError(f"{recipe}: is a model name on the Hugging Face hub, not a recipe{close} "
+                        "(`megatron-sov recipes` lists all); pass weights by --from HF_DIR")
     name = recipes.OWN.load(recipe) if is_reference(recipe) else recipe
     config, code = recipes.get(name), recipes.OWN.code(name)
     if code is None:
         return config
-    # what the command line names may name more: families and objectives beside it,
-    # by paths from its own folder
+    # A recipe's code may name families and objectives by paths relative to the recipe's folder.
     names = {}
     for setting, registry in NAMED_BY_SETTINGS.items():
         part, _, field = setting.partition(".")

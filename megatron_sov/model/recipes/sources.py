@@ -91,8 +91,8 @@ def _leaves(key: str, value: Any, default: Any) -> Iterator[tuple[str, Any, Any]
     """Yield (dotted key, value, default or MISSING) for every setting in `value`."""
     if dataclasses.is_dataclass(value):
         for f in dataclasses.fields(value):
-            if key or f.name != "recipe":  # the recipe's own name is none of its values
-                # what is None by default is set as a whole, whatever its parts would be by themselves
+            if key or f.name != "recipe":  # `recipe` is the name, not a value
+                # An optional group is set as a whole: defaults of its fields do not count.
                 yield from _leaves(f"{key}.{f.name}".lstrip("."), getattr(value, f.name),
                                    dataclasses.MISSING if default is None else _default(f))
     elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):

@@ -103,7 +103,7 @@ def base_of_model(name: str, model: ModelConfig, precision: Literal["fp32", "bf1
         stage: stage name.
         lora: LoRA settings of an adapter that is trained further; None: no adapter.
     """
-    # AdamW as libraries of fine-tuning have it; the rate itself depends on settings that are still to come
+    # AdamW's defaults in fine-tuning libraries; `find_rate_settings` sets the learning rate later.
     return RunConfig(
         name, model, lora=lora or LoraConfig(),
         optim=OptimConfig(min_lr=0.0, warmup_steps=0, weight_decay=0.0, beta2=0.999),
@@ -120,12 +120,12 @@ def rate_settings(config: RunConfig, stage: Stage, num_params: float, said: Coll
         num_params: model parameters.
         said: keys set on the command line.
     """
-    found = defaults_of(config, stage)
-    rate = found.rate(num_params, lora=config.lora.on)
-    given = {f"optim.lr={rate.lr!r}": rate.source, f"optim.schedule={found.schedule}": found.source}
-    if found.epochs != DEFAULTS[stage].epochs:
-        given[f"train.epochs={found.epochs!r}"] = found.source
-    return {setting: source for setting, source in given.items() if setting.partition("=")[0] not in said}
+    defaults = defaults_of(config, stage)
+    rate = defaults.rate(num_params, lora=config.lora.on)
+    values = {f"optim.lr={rate.lr!r}": rate.source, f"optim.schedule={defaults.schedule}": defaults.source}
+    if defaults.epochs != DEFAULTS[stage].epochs:
+        values[f"train.epochs={defaults.epochs!r}"] = defaults.source
+    return {setting: source for setting, source in values.items() if setting.partition("=")[0] not in said}
 
 
 def refuse_pretraining_rate(config: RunConfig, stage: Stage, num_params: float) -> None:

@@ -16,9 +16,9 @@ LLAMA = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidd
 @pytest.mark.parametrize(("stated", "sentence"), [
     ({"normalization": "LayerNorm"}, "normalization = 'LayerNorm': only 'RMSNorm' is read"),
     ({"vocab_size": None}, "model.vocab_size is missing; pass --set model.vocab_size=N"),
-    ({"moe_layer_freq": 2, "num_moe_experts": 4}, "only dense layers in front of all those with experts"),
-    ({"moe_layer_freq": "__import__('os').system('x')", "num_moe_experts": 4}, "is no list of numbers"),
-    ({"moe_layer_freq": "[1]*999999999999", "num_moe_experts": 4}, "is no list of numbers"),
+    ({"moe_layer_freq": 2, "num_moe_experts": 4}, "all dense layers must come before layers with experts"),
+    ({"moe_layer_freq": "__import__('os').system('x')", "num_moe_experts": 4}, "is not a list of numbers"),
+    ({"moe_layer_freq": "[1]*999999999999", "num_moe_experts": 4}, "is not a list of numbers"),
     ({"num_layers": "many"}, "num_layers = 'many': must be a whole number"),
     ({"mtp_num_layers": 10**30}, "must be a whole number from 0 to 10,000"),
     ({"add_bias_linear": True}, "add_bias_linear = True: only False is read"),

@@ -78,8 +78,8 @@ def test_sizes_of_solar_open_2_are_said_in_a_part_or_follow_from_its_heads() -> 
 @pytest.mark.parametrize(("said", "message"), [
     ({"gqa_interval": 0}, "gqa_interval = 0 must be an integer of 1 or more"),
     ({"gqa_interval": 3.5}, "gqa_interval = 3.5 must be a whole number"),
-    ({"gqa_layers": [0, 8]}, r"gqa_layers = \[0, 8\] must name layers of 8, counted from 0, each once"),
-    ({"gqa_layers": [0], "layer_types": ["full_attention"] * 8}, "as layer_types does where it stands"),
+    ({"gqa_layers": [0, 8]}, r"gqa_layers = \[0, 8\] must name layers from 0 to 7 once each"),
+    ({"gqa_layers": [0], "layer_types": ["full_attention"] * 8}, "and agree with layer_types"),
     ({"layer_types": ["full_attention"], "gqa_layers": [0]}, "layer_types must name .* for each of 8 layers"),
     ({"layer_types": ["linear_attention"] * 8}, "no layer has softmax attention"),
     ({"linear_attn_config": PART | {"num_kv_heads": 2}}, "num_kv_heads = 2, but only null or num_heads = 6"),
@@ -102,8 +102,8 @@ def test_a_switch_of_solar_open_2_that_no_released_model_has_is_refused(field: s
 
 
 @pytest.mark.parametrize(("name", "changed", "message"), [
-    ("tiny-solar-open2", {"value_head_dim": 8}, "keys and values have as many heads of one width"),
-    ("tiny-solar-open2", {"gate_rank": 8}, "which is gate_rank too")])
+    ("tiny-solar-open2", {"value_head_dim": 8}, "keys and values must have the same number of heads"),
+    ("tiny-solar-open2", {"gate_rank": 8}, "equal to gate_rank")])
 def test_linear_attention_that_a_family_cannot_write_is_refused(name: str, changed: dict, message: str
                                                                 ) -> None:
     model = recipes.get(name).model
