@@ -24,7 +24,7 @@ from megatron_sov.base.errors import Fix, UserError, fix_missing
 from megatron_sov.chat.encode import ChatEncoder
 from megatron_sov.chat.marks import KIND_ANSWER, KIND_NONE
 from megatron_sov.chat.template import ChatTemplate, odd_opening
-from megatron_sov.model.modality import FeatureTokens, MediaEncoding, modality
+from megatron_sov.model.modality import FeatureTokens, MediaEncoding, load_modality
 
 LONGEST_WHITESPACE_CHARS = 10_000
 """tiktoken's regular expression overflows its stack on a far longer run;
@@ -171,7 +171,7 @@ class Encoder:
         self._fast = FastBpe(self.file, self.plain) if self.settings.fast else None
         self.odd_opening = partial(odd_opening, chat_template)
         encoding = self.settings.media
-        self.feature_tokens = (modality().feature_tokens(self._with_special, encoding)
+        self.feature_tokens = (load_modality().feature_tokens(self._with_special, encoding)
                                if encoding is not None else None)
         """Of pictures and sounds, which documents may spell; None: they are text."""
         self._chat = ChatEncoder(chat_template, self._with_special, self._fast.encode if self._fast else None,

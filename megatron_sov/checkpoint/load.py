@@ -31,7 +31,7 @@ from megatron_sov.engine.model.local_shards import LocalShard, local_shards
 from megatron_sov.engine.optimizer.optimizer import Optimizer
 from megatron_sov.engine.parallel.values import gather_objects
 from megatron_sov.model.config import ModelConfig
-from megatron_sov.model.families.adapters import PREFIX, identity
+from megatron_sov.model.families.adapters import PREFIX, adapter_identity
 from megatron_sov.model.families.encoders import PREFIXES as ENCODERS, is_encoder
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.checkpoints import ADAPTER, MODEL
@@ -317,8 +317,8 @@ def load_model(path: Path, model: LanguageModel, *, new_encoders: bool = False) 
 
 def _check_adapter_settings(path: Path, model: LanguageModel) -> None:
     """Raise `UserError` if the adapter was trained with other LoRA settings, such as another alpha."""
-    ours = identity(model.lora, model.architecture)
-    for name, theirs in identity(checkpoints.settings_of(path).lora, model.architecture).items():
+    ours = adapter_identity(model.lora, model.architecture)
+    for name, theirs in adapter_identity(checkpoints.settings_of(path).lora, model.architecture).items():
         if theirs != ours[name]:
             raise UserError(f"{path}: is an adapter with lora.{name} = {theirs}, not {ours[name]}; "
                             "use the setting that it was made with")

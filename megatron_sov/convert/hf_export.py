@@ -33,13 +33,14 @@ from megatron_sov.convert.sources import (
     HfWeights, Weights, check_dtypes, has_same_bits, newest_of_run, tensors_left_out)
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
-from megatron_sov.model.modality import modality
+from megatron_sov.model.modality import load_modality
 from megatron_sov.model.objectives import BUILT_IN
 from megatron_sov.model.pretrained import (
-    CONFIG, INDEX, SINGLE_FILE, listed, load_and_compare, low_bit_options)
+    CONFIG, INDEX, SINGLE_FILE, find_low_bit_options, format_names, load_and_compare)
 from megatron_sov.runs.checkpoints import HF_MODEL, KIND as CHECKPOINT, RUN, refuse_other_kind, settings_of
 from megatron_sov.version import __version__
 from megatron_sov.work.progress.resumable import ResumableArtifact, resumable_artifact
+
 
 # Verification: two folders hold the same model, and transformers loads an export. Tensors are compared one at
 # a time under their Hugging Face names; if dtypes differ, both tensors are rounded to the narrower dtype.
@@ -60,7 +61,7 @@ class ParityCheck:
 
 
 def _check_none(name: str, items: list[str]) -> ParityCheck:
-    return ParityCheck(name, len(items), 0, not items, listed(items))
+    return ParityCheck(name, len(items), 0, not items, format_names(items))
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def verify(a: str | Path, b: str | Path, *, load: bool = True, workers: int = DE
 
 def _differing_fields(a: Weights, b: Weights) -> list[str]:
     """Compare the config.json of both models; settings that only affect training do not count."""
-    a_config, b_config = (models.get(side.model.family).to_hf_config(side.model, "any", TokenIds())
+    a_config, b_config = (models.get_family(side.model.family).to_hf_config(side.model, "any", TokenIds())
                   for side in (a, b))
     return [f"{name} ({a_config.get(name)} and {b_config.get(name)})"
             for name in {**a_config, **b_config} if a_config.get(name) != b_config.get(name)]
@@ -203,7 +204,7 @@ def _loading_checks(side: HfWeights) -> list[ParityCheck]:
 
     try:
         _, keys = load_and_compare(AutoModelForCausalLM, side.path, left_out=tensors_left_out(side.path),
-                                    **{"dtype": "auto", **low_bit_options(side.path)})
+                                    **{"dtype": "auto", **find_low_bit_options(side.path)})
     except UserError as e:
         return [ParityCheck(f"{side.path}: transformers loads it", 1, 0, False, str(e))]
     return [_check_none(f"{side.path}: transformers reports keys {kind}", names)
@@ -251,7 +252,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
     files = planned_files(specs, max_shard_bytes)
     source_names = {spec.name: spec.name for spec in specs} | copies
     companions, tokens = _find_companions(source)
-    family = models.get(source.model.family)
+    family = models.get_family(source.model.family)
     written_dtype = str(specs[0].dtype).removeprefix("torch.")
     config = _carried_fields(source) | family.to_hf_config(source.model, written_dtype, tokens)
     json_files = {CONFIG: config, **_build_processors(source, checkpoint)}
@@ -390,7 +391,7 @@ def _build_processors(source: Weights, checkpoint: Path) -> dict[str, dict[str, 
     """Return file name -> content of processor configs for multimodal models; {} for text models."""
     if not source.model.is_multimodal:
         return {}
-    return modality().processor_files(source.model, checkpoint / "tokenizer",
+    return load_modality().processor_files(source.model, checkpoint / "tokenizer",
                                       settings_of(checkpoint).data.paths)
 
 

@@ -35,16 +35,17 @@ from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.families.weights import Link
-from megatron_sov.model.pretrained import CONFIG, DAMAGED_HF, hub_name, listed, read_json
+from megatron_sov.model.pretrained import CONFIG, DAMAGED_HF, find_hub_name, format_names, read_json
 from megatron_sov.runs.checkpoints import (
     ADAPTER, HF_MODEL, IMPORTED, KIND, SOURCE, instead_of, refuse_missing, refuse_other_kind)
 from megatron_sov.work.progress.resumable import resumable_artifact
+
 
 # Duplicated tensors: Hugging Face folders store embedding and head of a prediction layer a second time. A
 # checkpoint stores each once.
 def copies_of(weights: Weights) -> dict[str, str]:
     """Return name -> original for all tensors that an export stores twice."""
-    return models.get(weights.model.family).copies_in(weights.model)
+    return models.get_family(weights.model.family).find_copies(weights.model)
 
 
 def differing_copies(folder: HfWeights) -> list[str]:
@@ -143,7 +144,8 @@ class SourceCheck:
         for file in files:
             if problem := self._damage[file].result():
                 names = self._weights.list_keys_in(file)
-                raise UserError(f"{problem}{f' (it holds {listed(names)})' if names else ''}; {self._remedy}")
+                holds = f" (it holds {format_names(names)})" if names else ""
+                raise UserError(f"{problem}{holds}; {self._remedy}")
 
 
 @contextlib.contextmanager
@@ -364,7 +366,7 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
     for note in source.notes:
         warn(f"{hf_dir}: {note}")
     check_copies(source)
-    content = {SOURCE: hub_name(hf_dir)} | ({CARRIED_FIELDS: source.carried} if source.carried else {})
+    content = {SOURCE: find_hub_name(hf_dir)} | ({CARRIED_FIELDS: source.carried} if source.carried else {})
     write_imported(out, Imported(source, "from-hf", hf_dir, ids_beside(hf_dir), content), dtype,
                    workers=workers, overwrite=overwrite, redo=redo)
 
@@ -433,7 +435,7 @@ def write_imported(out: Path, source: Imported, dtype: str, *, workers: int, ove
         if source.tokenizer is not None:
             carry(source.tokenizer, artifact.path / "tokenizer", source.tokens)
         artifact.writer.content = {"step": 0, "parts": [PART], "tokens": 0, **source.content}
-        code = models.OWN.code(weights.model.family)
+        code = models.FAMILY_PLUGINS.code(weights.model.family)
         artifact.writer.settings = RunConfig(IMPORTED, weights.model, code=(code,) if code else ()).to_dict()
 
 

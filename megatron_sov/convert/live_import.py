@@ -19,8 +19,9 @@ from megatron_sov.engine.model.language_model import LanguageModel
 from megatron_sov.engine.model.local_shards import LocalShard, local_shards
 from megatron_sov.engine.parallel.device import local_device
 from megatron_sov.model.families import supported as models
-from megatron_sov.model.families.adapters import adapted_modules, places
+from megatron_sov.model.families.adapters import find_adapted_modules, find_adapter_places
 from megatron_sov.model.families.weights import Link
+
 
 def export_weights(model: LanguageModel, dtype: str = KEEP, *,
                    everywhere: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
@@ -47,12 +48,12 @@ def export_weights(model: LanguageModel, dtype: str = KEEP, *,
             unknown.
     """
     check_dtype_name(dtype)
-    links = models.get(model.architecture.family).links(model.architecture)
+    links = models.get_family(model.architecture.family).links(model.architecture)
     by_key: dict[str, list[Link]] = {}
     for link in links:
         by_key.setdefault(link.key, []).append(link)
     adapters: dict[str, dict[str, tuple[int, ...]]] = {}
-    for module in adapted_modules(model.architecture, model.lora):
+    for module in find_adapted_modules(model.architecture, model.lora):
         adapters[module.link.key] = adapters.get(module.link.key, {}) | module.shapes(model.lora)
     gatherer = Gatherer(local_shards(model, rounded=True), everywhere=everywhere)
     expected = {link.key: link.shape for link in links}
@@ -61,7 +62,7 @@ def export_weights(model: LanguageModel, dtype: str = KEEP, *,
     check_exact("the running model", gatherer.shapes(), expected, "correct the weight map of its family")
     # Adapter factors come directly before the weight that they change.
     tensors = in_order(gatherer, [k for key in by_key for k in (*adapters.get(key, ()), key)])
-    adapted_places = places(model.architecture, model.lora)
+    adapted_places = find_adapter_places(model.architecture, model.lora)
     factors: dict[str, torch.Tensor] = {}
     try:
         for key, whole in tensors:
@@ -116,7 +117,7 @@ class LiveImport:
             raise UserError(f"lora.rank = {model.lora.rank}: imported weights are merged with their adapter, "
                             "and this model would apply its own in addition; import into a model without "
                             "adapter (lora.rank=0)")
-        links = models.get(model.architecture.family).links(model.architecture)
+        links = models.get_family(model.architecture.family).links(model.architecture)
         self._model = model
         self._links_by_name = {name: link for link in links for name in link.hf_names}
         self._shapes = {name: shape for link in links for name, shape in link.hf_shapes().items()}

@@ -74,10 +74,10 @@ def join_inputs(parts: Iterable[tuple[int, EncoderInputs | None]]) -> dict[str, 
     for first, inputs in parts:
         for kind, part in (inputs or {}).items():
             by_kind.setdefault(kind, []).append((first, part))
-    return {kind: _join(kind_parts) for kind, kind_parts in by_kind.items()}
+    return {kind: _join_kind(kind_parts) for kind, kind_parts in by_kind.items()}
 
 
-def _join(parts: list[tuple[int, EncoderInput]]) -> EncoderInput:
+def _join_kind(parts: list[tuple[int, EncoderInput]]) -> EncoderInput:
     if len(parts) == 1 and parts[0][0] == 0:
         return parts[0][1]
     starts = np.cumsum([0, *(len(part.records) for _, part in parts[:-1])])
@@ -113,15 +113,15 @@ Banks = Mapping[str, Any]
 NO_BANKS: Banks = {}
 
 
-def banks_of(documents: Any) -> Banks:
+def get_banks(documents: Any) -> Banks:
     """Return the banks of documents; {} for documents without the attribute."""
     banks: Banks = getattr(documents, "banks", NO_BANKS)
     return banks
 
 
-def inputs_of(documents: Any, document: int, start: int, count: int) -> EncoderInputs:
+def get_encoder_inputs(documents: Any, document: int, start: int, count: int) -> EncoderInputs:
     """Return the encoder inputs of `count` tokens of a document, with positions relative to `start`."""
-    if not banks_of(documents):
+    if not get_banks(documents):
         return {}
     inputs: EncoderInputs = documents.encoder_inputs(document, start, count)
     return inputs
@@ -137,7 +137,7 @@ def read_banks(record: Any, where: str) -> Banks:
     Raises:
         UserError: the record is malformed, or the code that reads banks is not installed.
     """
-    return NO_BANKS if record is None else modality().read_banks(record, where)
+    return NO_BANKS if record is None else load_modality().read_banks(record, where)
 
 
 def check_encoders(model: ModelConfig, sources: Sequence[Any]) -> None:
@@ -147,7 +147,7 @@ def check_encoders(model: ModelConfig, sources: Sequence[Any]) -> None:
         UserError: encoders are missing or do not fit; the message names all sources.
     """
     if banks := {source.name: source.banks for source in sources if source.banks}:
-        modality().check_banks(model, banks)
+        load_modality().check_banks(model, banks)
 
 
 class BankReader(Protocol):
@@ -258,7 +258,7 @@ PROVIDER = "megatron_sov.omni.modality"
 
 
 @cache
-def modality() -> Modality:
+def load_modality() -> Modality:
     """Import and return the implementation of `Modality`."""
     implementation: Modality = import_module(PROVIDER).Omni()
     return implementation

@@ -22,17 +22,17 @@ METHODS = {"collect": ("policy", "step"), "prepare": ("batch",), "loss": ("hidde
 """Required method of an objective -> its arguments (`train/objectives/objective.py`)."""
 FORMATS = (*KINDS, ROLLOUTS)
 """Source formats that an objective may list in `formats`."""
-LEARNS_FROM = {"lm": ("text", "chat"), "sft": ("chat", "text"), "preference": ("preference", "chat"),
+COMMAND_FORMATS = {"lm": ("text", "chat"), "sft": ("chat", "text"), "preference": ("preference", "chat"),
                "distill": ("text", "chat"), "policy": (ROLLOUTS,)}
 """Built-in objective -> source formats that its command accepts."""
-MEMORY = {"state": (), "restore": ("state",)}
+STATE_METHODS = {"state": (), "restore": ("state",)}
 """Methods of objectives with state -> their arguments."""
 
 
-def _check(loaded: LoadedPlugin) -> None:
+def _check_plugin(loaded: LoadedPlugin) -> None:
     check_methods(loaded.value, loaded.reference, "an objective", METHODS)
     if hasattr(loaded.value, "state") or hasattr(loaded.value, "restore"):
-        check_methods(loaded.value, loaded.reference, "an objective with a memory", MEMORY)
+        check_methods(loaded.value, loaded.reference, "an objective with a memory", STATE_METHODS)
     formats = getattr(loaded.value, "formats", FORMATS)
     if not isinstance(formats, tuple) or not formats or not set(formats) <= set(FORMATS):
         raise UserError(f"{loaded.reference}: `formats` is {formats!r}, must be a tuple of "
@@ -49,11 +49,11 @@ def _check(loaded: LoadedPlugin) -> None:
                         f"{loaded.attribute}(context, *, setting=default, ...)")
 
 
-OWN: Registry[Callable[..., Any]] = Registry("objective", BUILT_IN, _check)
+OBJECTIVE_PLUGINS: Registry[Callable[..., Any]] = Registry("objective", BUILT_IN, _check_plugin)
 """Objectives from plug-ins."""
 
 
-def check(config: RunConfig) -> None:
+def check_objective(config: RunConfig) -> None:
     """Check that the objective exists and that `objective.options` match its arguments.
 
     Raises:
@@ -62,11 +62,11 @@ def check(config: RunConfig) -> None:
     name, options = config.objective.name, config.objective.options
     if name in BUILT_IN:
         return
-    made = OWN.get(name, config.code)
+    made = OBJECTIVE_PLUGINS.get(name, config.code)
     read_arguments(made, options, f"objective {name}", prefix="objective.options", num_ours=1)
 
 
-def check_command(config: RunConfig, trains_by: str) -> None:
+def check_command(config: RunConfig, command_objective: str) -> None:
     """Check that a command accepts a source format that the run's objective learns from.
 
     Args:
@@ -78,18 +78,19 @@ def check_command(config: RunConfig, trains_by: str) -> None:
     """
     name = config.objective.name
     if name in BUILT_IN:
-        if name != trains_by:
-            raise UserError(f"objective.name = {name}: this command trains with {trains_by!r}; leave the "
-                            f"setting out, or use `megatron-sov {BUILT_IN[name]}`")
+        if name != command_objective:
+            raise UserError(f"objective.name = {name}: this command trains with {command_objective!r}; "
+                            f"leave the setting out, or use `megatron-sov {BUILT_IN[name]}`")
         return
-    formats, brought = OwnFactory(name, OWN.get(name), config).formats, LEARNS_FROM[trains_by]
+    formats, brought = PluginFactory(name, OBJECTIVE_PLUGINS.get(name),
+                                     config).formats, COMMAND_FORMATS[command_objective]
     if not set(formats) & set(brought):
-        commands = [BUILT_IN[other] for other, found in LEARNS_FROM.items() if set(formats) & set(found)]
+        commands = [BUILT_IN[other] for other, found in COMMAND_FORMATS.items() if set(formats) & set(found)]
         raise UserError(f"objective.name = {name}: learns from {', '.join(formats)}, and this command brings "
                         f"{', '.join(brought)}; use `megatron-sov {'` or `megatron-sov '.join(commands)}`")
 
 
-def factory(config: RunConfig, built_in: Factory) -> Factory:
+def get_factory(config: RunConfig, built_in: Factory) -> Factory:
     """Return the factory of the run's objective.
 
     Args:
@@ -97,16 +98,16 @@ def factory(config: RunConfig, built_in: Factory) -> Factory:
         built_in: factory of the command's objective, used unless the run names a plug-in.
     """
     name = config.objective.name
-    return built_in if name in BUILT_IN else OwnFactory(name, OWN.get(name), config)
+    return built_in if name in BUILT_IN else PluginFactory(name, OBJECTIVE_PLUGINS.get(name), config)
 
 
 @dataclass(frozen=True)
-class OwnFactory:
+class PluginFactory:
     """Factory of an objective from a plug-in, with the class's data requirements."""
 
     name: str
     """`objective.name`."""
-    made: Callable[..., Any]
+    objective_class: Callable[..., Any]
     """Objective class."""
     config: RunConfig
     """Run settings; `objective.options` has the class's keyword arguments."""
@@ -114,16 +115,16 @@ class OwnFactory:
     @property
     def formats(self) -> tuple[str, ...]:
         """Source formats, see `train.objectives.objective.formats_of`."""
-        return tuple(getattr(self.made, "formats", ("text", "chat")))
+        return tuple(getattr(self.objective_class, "formats", ("text", "chat")))
 
     @property
     def columns(self) -> Mapping[str, Any]:
         """Required columns, see `train.objectives.objective.columns_of`. A class that derives from a built-in
         objective may define `columns_by(config)` for columns that depend on settings."""
-        columns_by = getattr(self.made, "columns_by", None)
+        columns_by = getattr(self.objective_class, "columns_by", None)
         if columns_by is not None:
             return columns_by(self.config)
-        return getattr(self.made, "columns", {})
+        return getattr(self.objective_class, "columns", {})
 
     def __call__(self, context: Any) -> Any:
         """Create the objective.
@@ -131,7 +132,7 @@ class OwnFactory:
         Raises:
             UserError: the objective has no `coefficients`.
         """
-        objective = self.made(context, **self.config.objective.options)
+        objective = self.objective_class(context, **self.config.objective.options)
         if not isinstance(getattr(objective, "coefficients", None), Mapping):
             raise UserError(f"objective {self.name}: has no `coefficients`, a dict of term -> its weight in "
                             "the loss; set it in __init__")

@@ -32,7 +32,7 @@ DAMAGED_HF = "copy or download it again"
 NAMES_SHOWN = 5
 
 
-def listed(names: Sequence[str]) -> str:
+def format_names(names: Sequence[str]) -> str:
     """Return the first names, and the number of further names."""
     more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
     return ", ".join(names[:NAMES_SHOWN]) + more
@@ -56,14 +56,14 @@ def is_hf_folder(path: Path) -> bool:
         next(path.glob(pattern), None) for pattern in ("*.safetensors", PICKLED))
 
 
-def hub_name(folder: Path) -> str:
+def find_hub_name(folder: Path) -> str:
     """Return the model name of a folder: the hub name inside the hub cache, else the folder name."""
     folder = folder.absolute()
     cached = [part for part in folder.parts if part.startswith("models--")]
     return cached[-1].removeprefix("models--").replace("--", "/") if cached else folder.resolve().name
 
 
-def weight_files(folder: Path) -> dict[str, list[str]]:
+def find_weight_files(folder: Path) -> dict[str, list[str]]:
     """Return weight file -> tensor names from the index ([] without an index).
 
     Raises:
@@ -97,7 +97,7 @@ def weight_files(folder: Path) -> dict[str, list[str]]:
                or Path(file).name != file or Path(file).suffix != ".safetensors"]
     if outside:
         raise UserError(f"{folder / INDEX}: weight_map must name .safetensors files in the same folder, "
-                        f"but it maps {listed(outside)}; restore it from its source")
+                        f"but it maps {format_names(outside)}; restore it from its source")
     files = sorted(set(weight_map.values()))
     if (folder / SINGLE_FILE).is_file() and files != [SINGLE_FILE]:
         raise UserError(f"{folder}: holds {SINGLE_FILE} and {INDEX}, which names other files: two sets of "
@@ -105,7 +105,7 @@ def weight_files(folder: Path) -> dict[str, list[str]]:
     return {file: [name for name, place in weight_map.items() if place == file] for file in files}
 
 
-def tensor_files(folder: Path, names_in: Callable[[Path, str], Iterable[str]]) -> dict[str, str]:
+def find_tensor_files(folder: Path, names_in: Callable[[Path, str], Iterable[str]]) -> dict[str, str]:
     """Return tensor name -> file; index and files must agree.
 
     Args:
@@ -115,10 +115,10 @@ def tensor_files(folder: Path, names_in: Callable[[Path, str], Iterable[str]]) -
     Raises:
         UserError: as `find_weight_files`; a tensor is in two files, or index and files disagree.
     """
-    files = weight_files(folder)
+    files = find_weight_files(folder)
     file_of: dict[str, str] = {}
     for file, names in files.items():
-        remedy = f"it should hold {listed(names)}; {DAMAGED_HF}" if names else DAMAGED_HF
+        remedy = f"it should hold {format_names(names)}; {DAMAGED_HF}" if names else DAMAGED_HF
         for name in names_in(folder / file, remedy):
             if name in file_of:
                 raise UserError(f"{folder / file}: holds {name}, which {file_of[name]} holds as well; "
@@ -129,7 +129,7 @@ def tensor_files(folder: Path, names_in: Callable[[Path, str], Iterable[str]]) -
                if name in file_of or not name.endswith(HEAD)}
     if indexed and indexed != file_of:
         differing = sorted(name for name in {*file_of, *indexed} if indexed.get(name) != file_of.get(name))
-        raise UserError(f"{folder}: the index disagrees with the files about {listed(differing)}; "
+        raise UserError(f"{folder}: the index disagrees with the files about {format_names(differing)}; "
                         "restore it from its source")
     return file_of
 
@@ -148,7 +148,7 @@ def load_pretrained(model_class: Any, folder: str | Path, *, left_out: Sequence[
         UserError: the library cannot load the folder, or tensors are missing, unexpected or mismatched.
     """
     model, names_by_problem = load_and_compare(model_class, folder, left_out=left_out, **options)
-    if problems := [f"{len(names)} {problem} ({listed(names)})"
+    if problems := [f"{len(names)} {problem} ({format_names(names)})"
                     for problem, names in names_by_problem.items() if names]:
         raise UserError(f"{folder}: its tensors are not those of the {type(model).__name__} that its "
                         f"{CONFIG} describes: {'; '.join(problems)}; compare the two, or {DAMAGED_HF}")
@@ -174,11 +174,11 @@ def load_and_compare(model_class: Any, folder: str | Path, *, left_out: Sequence
     folder = Path(folder)
     is_transformers = model_class.__module__.startswith("transformers.")
     if is_transformers:
-        tensor_files(folder, _names_in)
+        find_tensor_files(folder, _read_tensor_names)
         # Report all mismatched sizes below instead of raising for the first.
         options |= {"trust_remote_code": False, "ignore_mismatched_sizes": True}
     try:
-        with _quiet(model_class.__module__.partition(".")[0]):
+        with _silence_library(model_class.__module__.partition(".")[0]):
             model, info = model_class.from_pretrained(
                 str(folder), output_loading_info=True, local_files_only=True, use_safetensors=True, **options)
     # Libraries raise many types: missing packages, unknown fields, truncated files.
@@ -207,7 +207,7 @@ def _refuse_unknown_type(folder: Path) -> None:
                         "(`convert verify --no-load`, `--engine megatron`)")
 
 
-def low_bit_options(folder: Path) -> dict[str, Any]:
+def find_low_bit_options(folder: Path) -> dict[str, Any]:
     """Return `from_pretrained` arguments that dequantise low-bit weights to bfloat16; {} for other folders.
 
     Raises:
@@ -228,7 +228,7 @@ def low_bit_options(folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _quiet(library: str) -> Iterator[None]:
+def _silence_library(library: str) -> Iterator[None]:
     """Suppress a library's messages about a folder, and progress bars outside of terminals."""
     logging = importlib.import_module(f"{library}.utils.logging")
     before = logging.get_verbosity()
@@ -241,7 +241,7 @@ def _quiet(library: str) -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _names_in(file: Path, remedy: str) -> list[str]:
+def _read_tensor_names(file: Path, remedy: str) -> list[str]:
     from safetensors import SafetensorError, safe_open
 
     try:

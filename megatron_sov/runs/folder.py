@@ -17,7 +17,7 @@ from megatron_sov.base.errors import UserError, fix_missing
 from megatron_sov.base.outputs import refuse_unwritable
 from megatron_sov.model.config import OptimConfig, RolloutConfig, RunConfig, from_dict
 from megatron_sov.model.config.post_training import BETAS
-from megatron_sov.model.families.adapters import identity
+from megatron_sov.model.families.adapters import adapter_identity
 from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, refuse_no_run
 from megatron_sov.runs.launch_environment import is_first, num_ranks, typed_command, under_launcher
 from megatron_sov.runs.lock import LOCK, living_holder
@@ -356,9 +356,9 @@ def _comparable(config: RunConfig) -> dict[str, Any]:
     """Return settings in comparable form: equal adapters have equal entries, and unused new
     defaults are removed."""
     # `all-linear` equals the list of modules it expands to.
-    settings = config.to_dict() | {"lora": identity(config.lora, config.model)}
+    settings = config.to_dict() | {"lora": adapter_identity(config.lora, config.model)}
     has_beta = config.preference.method in BETAS
-    settings["preference"] |= {"beta": config.preference.strength if has_beta else None}
+    settings["preference"] |= {"beta": config.preference.effective_beta if has_beta else None}
     # The default correction changed between versions; only rounds use it.
     if not config.rollout.rounds:
         settings["policy"] |= {"correction": None}

@@ -76,7 +76,7 @@ def test_folders_are_refused_by_name(recipe: str, damage: Callable[[dict[str, An
     model = apply_settings(recipes.get(recipe), SIZES).model
     if model.family.startswith("gemma"):
         model = replace(model, embedding_multiplier=math.sqrt(model.hidden_size))
-    family = models.get(model.family)
+    family = models.get_family(model.family)
     config = family.to_hf_config(model, "float32", TokenIds())
     tensors = {name: torch.ones(shape) for link in family.links(model)
                for name, shape in link.hf_shapes().items()}
@@ -97,10 +97,10 @@ def behind(name: str, folder: Path, **config: Any) -> Path:
         "model.vocab_size=16", "model.hidden_size=8", "model.dense_ffn_dim=8", "model.num_layers=2",
         "model.num_dense_layers=1", "model.num_expert_groups=1", "model.num_groups_per_token=1",
         "model.expert_ffn_dim=8"]).model
-    family = models.get(model.family)
+    family = models.get_family(model.family)
     tensors = {key: torch.rand(shape, generator=torch.Generator().manual_seed(0))
                for link in family.links(model) for key, shape in link.hf_shapes().items()}
-    tensors |= {copy: tensors[other].clone() for copy, other in family.copies_in(model).items()}
+    tensors |= {copy: tensors[other].clone() for copy, other in family.find_copies(model).items()}
     tensors = {key: tensor for key, tensor in tensors.items() if not name or not key.startswith(name)}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(
@@ -168,4 +168,4 @@ def test_other_families_refuse_what_only_some_have() -> None:
         name = setting.partition("=")[0]
         model = apply_settings(run, [f"model.{setting}"]).model
         with pytest.raises(UserError, match=rf"model\.{name} = .*: must be .* in family 'llama'"):
-            models.get("llama").check(model)
+            models.get_family("llama").check(model)

@@ -19,8 +19,8 @@ from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.convert.peft import (
     CONFIG, WEIGHTS, base_name_of, from_peft, frozen_copies, lora_of, merge_adapter, open_weights, to_peft)
 from megatron_sov.model.config import LoraConfig, apply_settings
-from megatron_sov.model.families.adapters import MAGNITUDE, A, B, places
-from megatron_sov.model.pretrained import hub_name
+from megatron_sov.model.families.adapters import MAGNITUDE, A, B, find_adapter_places
+from megatron_sov.model.pretrained import find_hub_name
 from megatron_sov.model.recipes import get
 from megatron_sov.runs.checkpoints import AdapterBase
 
@@ -204,8 +204,8 @@ def test_rank_stabilised_scaling_becomes_alpha() -> None:
 
 def test_the_base_is_named_as_it_was_converted(tmp_path: Path) -> None:
     """By its name on the hub where it lies in the hub's cache, of a run by the run's; never by a path."""
-    assert hub_name(Path("/root/.cache/hub/models--Qwen--Qwen3-8B/snapshots/12ab")) == "Qwen/Qwen3-8B"
-    assert hub_name(tmp_path / "mymodel") == "mymodel"
+    assert find_hub_name(Path("/root/.cache/hub/models--Qwen--Qwen3-8B/snapshots/12ab")) == "Qwen/Qwen3-8B"
+    assert find_hub_name(tmp_path / "mymodel") == "mymodel"
     step, lost = tmp_path / "RUN/checkpoints/step-3", AdapterBase(tmp_path / "gone/checkpoints/step-3", "0")
     for content, name in (({"imported_from": "Qwen/Qwen3-8B"}, "Qwen/Qwen3-8B"), ({}, "RUN")):
         with new_artifact(step, "checkpoint", overwrite=True) as artifact:
@@ -226,7 +226,7 @@ def test_a_folder_without_settings_is_refused(tmp_path: Path) -> None:
 def test_lengths_that_were_not_trained_leave_a_weight_as_it_is() -> None:
     """In bf16 too, where a trained length is rounded and that of the row is not."""
     config = apply_settings(get("tiny-qwen2"), ["lora.rank=2", "lora.dora=true"])
-    place = places(config.model, config.lora)["model.layers.0.self_attn.q_proj.weight"]
+    place = find_adapter_places(config.model, config.lora)["model.layers.0.self_attn.q_proj.weight"]
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(place.of.out_features, place.of.in_features, generator=generator).bfloat16()
     tensors = {place.of.key(A): torch.randn(2, place.of.in_features, generator=generator).bfloat16(),

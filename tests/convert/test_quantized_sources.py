@@ -35,7 +35,7 @@ def small() -> ModelConfig:
 def released(folder: Path, quantised: dict[str, Any] | None = RELEASED) -> dict[str, torch.Tensor]:
     """Write a folder in 8 bits, and return the values that its weights stand for, in float32."""
     model = small()
-    family, expected, stored = models.get(model.family), {}, {}
+    family, expected, stored = models.get_family(model.family), {}, {}
     draw = torch.Generator().manual_seed(3)
     for name, shape in ((n, s) for link in family.links(model) for n, s in link.hf_shapes().items()):
         wide = torch.randn(shape, generator=draw)
@@ -85,7 +85,8 @@ def test_other_quantisations_are_refused(quantised: Any, expected: str, tmp_path
     (lambda t: t.update({f"{ODD}_scale_inv": torch.ones(3, 2)}), r"F32 \[3, 2\] and must be F32 \[2, 3\]"),
     (lambda t: t.update({f"{ODD}_scale_inv": torch.ones(2, 3).half()}), r"is F16 \[2, 3\] and must be F32"),
     (lambda t: t.update({"lm_head.weight_scale_inv": torch.ones(1, 2)}), "is a scale without a tensor"),
-    (lambda t: t.update({f"{ODD}_scale_inv": torch.full((2, 3), float("inf"))}), "contains infinity|contains NaN"),
+    (lambda t: t.update({f"{ODD}_scale_inv": torch.full((2, 3), float("inf"))}),
+     "contains infinity|contains NaN"),
 ])
 def test_scales_that_do_not_fit_are_refused_by_name(change: Any, expected: str, tmp_path: Path) -> None:
     released(tmp_path / "hf")

@@ -27,7 +27,7 @@ from megatron_sov.infer.request import RankOptions
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.config.train import AverageKind
-from megatron_sov.model.families.count import num_params
+from megatron_sov.model.families.count import count_params
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
 from megatron_sov.runs.checkpoints import HF_MODEL, KIND, RUN, refuse_missing, refuse_other_kind
 from megatron_sov.runs.folder import RunEvents
@@ -347,7 +347,7 @@ def _facts(path: Path) -> dict[str, Any]:
         "weights": {"path": str(path), "num_tensors": len(weights.list_names()), "size_bytes": size_bytes,
                     "dtypes": ", ".join(f"{label} x {n:,}" for label, n in sorted(dtypes.items())),
                     **adapter_facts(weights)},
-        "parameters": dataclasses.asdict(num_params(weights.model)),
+        "parameters": dataclasses.asdict(count_params(weights.model)),
         "model": dataclasses.asdict(weights.model),
     }
 

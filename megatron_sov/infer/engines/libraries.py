@@ -26,7 +26,7 @@ from megatron_sov.infer.engines.target import report_precision
 from megatron_sov.infer.request import (
     Batching, Generated, HeldWeights, NamedTensors, Sampling, StopRule, Tokens, refuse_drafts, refuse_routes,
     refuse_rules)
-from megatron_sov.model.pretrained import load_pretrained, low_bit_options
+from megatron_sov.model.pretrained import find_low_bit_options, load_pretrained
 
 PAGE_TOKENS = 16
 """Tokens of a page of transformers' cache."""
@@ -57,7 +57,7 @@ def load_hf(folder: Path, dtype: torch.dtype | None = None) -> Any:
     dtype = dtype or PRECISION[inference_precision()]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     refuse_damaged_export(folder)
-    options = {"dtype": dtype, **low_bit_options(folder)}
+    options = {"dtype": dtype, **find_low_bit_options(folder)}
     model: Any = load_pretrained(AutoModelForCausalLM, folder, left_out=tensors_left_out(folder), **options)
     if options["dtype"] != dtype:
         model = model.to(dtype)

@@ -20,9 +20,9 @@ from megatron_sov.base.settings import SettingsError
 from megatron_sov.engine.parallel import launcher
 from megatron_sov.engine.parallel.device import inference_precision, on_gpu
 from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig, apply_settings
-from megatron_sov.model.families.adapters import identity
-from megatron_sov.model.families.family import text_config
-from megatron_sov.model.pretrained import CONFIG, weight_files
+from megatron_sov.model.families.adapters import adapter_identity
+from megatron_sov.model.families.family import extract_text_config
+from megatron_sov.model.pretrained import CONFIG, find_weight_files
 from megatron_sov.runs.checkpoints import (
     CHECKPOINTS_OF_A_RUN, IMPORTED, KIND, find_checkpoint, refuse_missing, refuse_no_model, settings_of)
 from megatron_sov.runs.launch_environment import is_first, num_ranks
@@ -92,7 +92,7 @@ class Target:
     def _hf_field(self, name: str) -> int:
         try:
             config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-            return int(text_config(config)[name])
+            return int(extract_text_config(config)[name])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
             raise UserError(f"{self.path / 'config.json'}: has no readable {name} ({e!r}); "
                             "restore it from its source") from None
@@ -109,7 +109,7 @@ def find_target(path: Path) -> Target:
         return Target(path, True)
     refuse_no_model(path)
     if (path / CONFIG).is_file() and not (path / CHECKPOINTS_OF_A_RUN).is_dir():
-        weight_files(path)  # which says what it lacks
+        find_weight_files(path)  # which says what it lacks
     return Target(find_checkpoint(path), False)
 
 
@@ -143,7 +143,7 @@ def inference_config(checkpoint: Path, settings: Sequence[str], nproc: int | Non
                                 deterministic=False)
     config = apply_settings(dataclasses.replace(made_with, parallel=ParallelConfig(), train=train), settings,
                             option)
-    if identity(config.lora, made_with.model) != identity(made_with.lora, made_with.model):
+    if adapter_identity(config.lora, made_with.model) != adapter_identity(made_with.lora, made_with.model):
         # new ones would add nothing, and be taken for something
         asked = next(setting for setting in settings if setting.startswith("lora"))
         raise UserError(f"{option} {asked}: adapters are made by training, and {checkpoint} is run with "

@@ -16,7 +16,7 @@ from megatron_sov.base.settings import (
     AboveZero, ActsWhen, AnyOf, AtLeastOne, Finite, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem,
     Share, find_broken, is_none_of, is_one_of, is_set)
 from megatron_sov.model.config.data import nearest_multiple
-from megatron_sov.model.config.learning import learns, learns_by_policy
+from megatron_sov.model.config.learning import has_objective, has_objective_or_method
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class DistillationConfig:
     """Distillation loss of objective `distill`."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
-        "": learns_by_policy("distill", "gkd"),
+        "": has_objective_or_method("distill", "gkd"),
         "keep_remainder": is_set(".top_k")}
 
     beta: Share = 0.0
@@ -46,11 +46,11 @@ class DistillationConfig:
 
 
 PreferenceMethod = Literal["dpo", "ipo", "dpo-norm", "simpo", "orpo", "kto", "simper", "grouper"]
-WITH_REFERENCE = ("dpo", "ipo", "dpo-norm", "kto")
+REFERENCE_METHODS = ("dpo", "ipo", "dpo-norm", "kto")
 """Methods that compare the policy with a reference model."""
 BETAS = {"dpo": 0.1, "ipo": 0.1, "dpo-norm": 5.0, "simpo": 2.0, "orpo": 0.1, "kto": 0.1}
 """Method -> default of `preference.beta`."""
-SMOOTHED = ("dpo", "dpo-norm", "simpo")
+SMOOTHING_METHODS = ("dpo", "dpo-norm", "simpo")
 """Methods with label smoothing."""
 
 
@@ -59,11 +59,11 @@ class PreferenceConfig:
     """Preference loss of objective `preference`."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
-        "": learns_by_policy("preference", "preference"),
+        "": has_objective_or_method("preference", "preference"),
         "beta": is_one_of(".method", *BETAS),
         "simpo_gamma": is_one_of(".method", "simpo"),
         "desirable_weight undesirable_weight": is_one_of(".method", "kto"),
-        "label_smoothing": is_one_of(".method", *SMOOTHED)}
+        "label_smoothing": is_one_of(".method", *SMOOTHING_METHODS)}
 
     method: PreferenceMethod = "dpo"
     """dpo: direct preference optimisation (arXiv 2305.18290); ipo: squared loss (arXiv 2310.12036); dpo-norm:
@@ -91,7 +91,7 @@ class PreferenceConfig:
     2404.19733)."""
 
     @property
-    def strength(self) -> float:
+    def effective_beta(self) -> float:
         """`beta`, or the method's default; 0 for methods without beta."""
         return BETAS.get(self.method, 0.0) if self.beta is None else self.beta
 
@@ -102,7 +102,7 @@ class RolloutConfig:
     the trainer computes log-probabilities at the sampling temperature."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
-        "": learns("policy"),
+        "": has_objective("policy"),
         "validation_every_rounds validation_samples validation_temperature": is_set("--validation")}
 
     rounds: NotNegativeInt = 0
@@ -170,7 +170,7 @@ class RolloutConfig:
             (self.validation_temperature != 0 or self.validation_samples == 1, "validation_samples",
              "must be 1: rollout.validation_temperature = 0 gives each prompt the same response again"))
 
-    def of_validation(self, num_prompts: int) -> RolloutConfig:
+    def for_validation(self, num_prompts: int) -> RolloutConfig:
         """Return the settings for a validation on `num_prompts` held-out prompts.
 
         A validation is a separate round, generated without staleness and deadline.
@@ -227,18 +227,18 @@ class PolicyParts:
 
 _PPO = {"clip_low": 0.2, "clip_high": 0.2}
 """Clip bounds of PPO (arXiv 1707.06347, section 6.1), also used by implementations of GRPO."""
-_DROPPED: dict[str, Any] = {"all_wrong": "drop", "all_right": "drop"}
+_DROP_EQUAL_GROUPS: dict[str, Any] = {"all_wrong": "drop", "all_right": "drop"}
 _LAPO: dict[str, Any] = {
     "aggregation": "sequence", "kl": "k3", "kl_coeff": 1e-4, "kl_weighted": False, **_PPO}
 """Loss settings in the authors' code."""
 METHODS: dict[str, dict[str, Any]] = {
     "grpo": {"aggregation": "sequence", "kl": "k3", "kl_coeff": 0.0, **_PPO},
     "dr_grpo": {"advantage": "group_no_std", "aggregation": "constant", **_PPO},
-    "dapo": {"clip_low": 0.2, "clip_high": 0.28, "max_gen_batches": 10, **_DROPPED},
+    "dapo": {"clip_low": 0.2, "clip_high": 0.28, "max_gen_batches": 10, **_DROP_EQUAL_GROUPS},
     "gspo": {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, "aggregation": "sequence"},
-    "cispo": {"clip": "cispo", **_DROPPED},
+    "cispo": {"clip": "cispo", **_DROP_EQUAL_GROUPS},
     "agapo": {"clip": "cispo", "advantage": "leave_one_out", "normalise_over_batch": True,
-              "aggregation": "sequence", "all_wrong_reward": None, **_DROPPED},
+              "aggregation": "sequence", "all_wrong_reward": None, **_DROP_EQUAL_GROUPS},
     "agapo_exaone4": {"clip": "none", "advantage": "leave_one_out", "normalise_over_batch": True,
                       "aggregation": "sequence", "kl": "sequence", "all_wrong_reward": None,
                       "all_right": "drop"},
@@ -252,17 +252,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "hbpo": {"clip_low": 0.2, "clip_high": 0.28, "length_reward": "budget", "length_reward_coeff": 4.0},
     "opd": {"clip": "none", "advantage": "none", "opd_coeff": 1.0},
     "gkd": {"clip": "none", "advantage": "none"},
-    "preference": {"clip": "none", "advantage": "range", **_DROPPED},
+    "preference": {"clip": "none", "advantage": "range", **_DROP_EQUAL_GROUPS},
 }
 """Method -> parts that differ from the defaults in `PolicyParts`. None: a number the authors did not publish,
 which the run must set."""
-NEEDS = (("clip", ("two_sided",), "clip_low"), ("clip", ("two_sided", "cispo"), "clip_high"),
+REQUIRED_NUMBERS = (("clip", ("two_sided",), "clip_low"), ("clip", ("two_sided", "cispo"), "clip_high"),
          ("kl", ("k1", "k3", "sequence"), "kl_coeff"), ("advantage", ("pass_at_k",), "pkpo_k"),
          ("all_wrong", ("keep",), "all_wrong_reward"), ("method", ("mgpo",), "mgpo_lambda"),
          ("length_reward", ("around_right", "target", "budget"), "length_reward_coeff"),
          ("length_reward", ("around_right", "target"), "length_width_tokens"))
 """(part, values, number): if the part has one of the values, the number is required."""
-NUMBERS = ("clip_low", "clip_high", "kl_coeff", "pkpo_k", "length_reward_coeff", "length_width_tokens")
+NUMBERS_WITHOUT_DEFAULT = ("clip_low", "clip_high", "kl_coeff", "pkpo_k", "length_reward_coeff",
+                           "length_width_tokens")
 """Numbers without a default in `PolicyParts`; method or run must set them."""
 OVERLONG_SHARES = {"dapo": 0.2}
 """Method -> `overlong_buffer_tokens` as a share of `rollout.max_new_tokens`: 4,096 of 20,480 tokens (arXiv
@@ -271,17 +272,17 @@ TOKEN_TRUNCATE_HIGH = 2.0
 """Default of `correction_high` for token_truncate, from "Your efficient RL framework secretly brings you
 off-policy RL training" (Yao et al. 2025). token_truncate is the default correction because on-policy steps
 need no extra forward pass and no response is dropped."""
-SCALES = (("clip_low", ("clip", "ratio")), ("clip_high", ("clip", "ratio")), ("kl_coeff", ("kl",)),
+NUMBER_PARTS = (("clip_low", ("clip", "ratio")), ("clip_high", ("clip", "ratio")), ("kl_coeff", ("kl",)),
           ("length_reward_coeff", ("length_reward",)), ("length_width_tokens", ("length_reward",)))
 """Number -> parts it belongs to. If the run changes such a part, the method's number no longer applies."""
 _PARTS = dataclasses.asdict(PolicyParts())
-_OF_ADVANTAGES = " ".join((
+_ADVANTAGE_SETTINGS = " ".join((
     *(name for name in _PARTS if name != "max_gen_batches"), "mask_truncated", "correction",
     "correction_low", "correction_high", "geo_reject_high", "geo_reject_low"))
 """Settings that only act in losses with advantages."""
 
 
-def _drawn(event: str, share: float) -> bool:
+def _draw_event(event: str, share: float) -> bool:
     # A hash instead of a random generator: all ranks and resumed runs draw the same without any state.
     return int.from_bytes(hashlib.blake2b(event.encode(), digest_size=8).digest()) < share * 2 ** 64
 
@@ -292,7 +293,7 @@ class PolicyConfig:
     precedence (table in docs/policy_methods.md)."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
-        "": learns("policy"),
+        "": has_objective("policy"),
         "clip_low": is_one_of(".parts.clip", "two_sided"),
         "clip_high": is_one_of(".parts.clip", "two_sided", "cispo"),
         "kl_coeff": is_none_of(".parts.kl", "none"),
@@ -307,7 +308,7 @@ class PolicyConfig:
         "overlong_penalty": AnyOf(is_set(".overlong_buffer_tokens"), is_one_of(".method", *OVERLONG_SHARES)),
         "on_policy_share": is_one_of(".method", "gkd"),
         "reference keep_unfinished": is_one_of(".method", "preference"),
-        _OF_ADVANTAGES: is_none_of(".method", "preference")}
+        _ADVANTAGE_SETTINGS: is_none_of(".method", "preference")}
 
     method: PolicyMethod = "grpo"
     """grpo (arXiv 2402.03300), dr_grpo (2503.20783), dapo (2503.14476), gspo (2507.18071), cispo
@@ -476,7 +477,7 @@ class PolicyConfig:
             seed: `rollout.seed`.
             number: round number, from 1.
         """
-        return _drawn(f"on-policy {seed} {number}", self.on_policy_share)
+        return _draw_event(f"on-policy {seed} {number}", self.on_policy_share)
 
     def has_text_at(self, seed: int, step: int) -> bool:
         """Return whether an optimizer step includes text, drawn with probability `knowledge_share` from seed
@@ -486,20 +487,20 @@ class PolicyConfig:
             seed: `rollout.seed`.
             step: optimizer step, from 1.
         """
-        return self.has_text and _drawn(f"knowledge {seed} {step}", self.parts.knowledge_share)
+        return self.has_text and _draw_event(f"knowledge {seed} {step}", self.parts.knowledge_share)
 
     def _resolve(self) -> dict[str, Any]:
         """Return part -> value from the run, else from the method; None for missing numbers."""
         overrides = {name: value for name in _PARTS if (value := getattr(self, name)) is not None}
         # Later entries win: defaults, numbers without a default, the method's parts.
-        method_parts = _PARTS | dict.fromkeys(NUMBERS) | METHODS[self.method]
+        method_parts = _PARTS | dict.fromkeys(NUMBERS_WITHOUT_DEFAULT) | METHODS[self.method]
         # A number belongs to its part: a clip bound of 0.2 for token ratios is wrong for sequence ratios,
         # so the run must set the number again.
-        outdated = {number: None for number, parts in SCALES
+        outdated = {number: None for number, parts in NUMBER_PARTS
                     if any(overrides.get(part, method_parts[part]) != method_parts[part] for part in parts)}
         return method_parts | outdated | overrides
 
-    def _rules_of_distributions(self, resolved: dict[str, Any]) -> list[tuple[bool, str, str]]:
+    def _distillation_rules(self, resolved: dict[str, Any]) -> list[tuple[bool, str, str]]:
         is_gkd = self.learns_distributions
         return [(is_gkd or self.on_policy_share == 1, "on_policy_share",
                  f"needs policy.method = gkd, not {self.method}"),
@@ -508,7 +509,7 @@ class PolicyConfig:
                 (not is_gkd or not resolved["opd_coeff"], "opd_coeff",
                  "must be 0: policy.method = gkd learns the whole distribution")]
 
-    def _problems_of_sampling(self, rollout: RolloutConfig) -> list[SettingsProblem]:
+    def _sampling_problems(self, rollout: RolloutConfig) -> list[SettingsProblem]:
         return find_broken(
             rollout, "rollout",
             (rollout.top_p == 1 or self.learns_distributions or self.learns_preferences, "top_p",
@@ -523,7 +524,7 @@ class PolicyConfig:
         problems = [SettingsProblem(ProblemCode.RULE, f"policy.{number}",
                                     f"is missing: policy.{part} = {resolved[part]} needs it, and "
                                     f"policy.method = {self.method} has no default for it", way_out="set it")
-                    for part, values, number in NEEDS
+                    for part, values, number in REQUIRED_NUMBERS
                     if resolved[part] in values and resolved[number] is None]
         rules = [
             (resolved["clip"] != "two_sided" or (resolved["clip_low"] or 0) <= 1, "clip_low",
@@ -533,7 +534,7 @@ class PolicyConfig:
              f"must be between 1 and rollout.samples_per_prompt = {rollout.samples_per_prompt}"),
             (resolved["advantage"] != "none" or resolved["opd_coeff"] > 0 or self.learns_distributions,
              "opd_coeff", "must be above 0: policy.advantage = none needs a teacher to learn from"),
-            *self._rules_of_distributions(resolved),
+            *self._distillation_rules(resolved),
             ((self.overlong_buffer_tokens or 0) <= rollout.max_new_tokens, "overlong_buffer_tokens",
              f"must be at most rollout.max_new_tokens = {rollout.max_new_tokens}"),
             *((not resolved["knowledge_coeff"] or resolved[name] > 0, name,
@@ -551,7 +552,7 @@ class PolicyConfig:
                 ProblemCode.RULE, "rollout.temperature", f"must be 1: policy.opd_coeff = "
                 f"{resolved['opd_coeff']:g} compares with the teacher's unscaled probabilities",
                 rollout.temperature))
-        problems += self._problems_of_sampling(rollout)
+        problems += self._sampling_problems(rollout)
         if resolved["length_reward"] == "budget" and rollout.rounds and not rollout.budgets_tokens:
             problems.append(SettingsProblem(
                 ProblemCode.RULE, "rollout.budgets_tokens", "is missing: policy.length_reward = budget "

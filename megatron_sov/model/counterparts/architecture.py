@@ -20,7 +20,7 @@ from megatron_sov.model.config import ModelConfig, from_dict
 from megatron_sov.model.config.bounds import MAX_LAYERS
 from megatron_sov.model.config.model import shortest_pattern
 from megatron_sov.model.families import supported as models
-from megatron_sov.model.families.family import PLAIN
+from megatron_sov.model.families.family import COMMON_VALUES
 
 Stated = Mapping[str, Any]
 
@@ -31,15 +31,16 @@ RENAMED = {
     "rotary_base": "rope_theta",
 }
 """Megatron name -> our name, for settings with equal meaning."""
-UNSAID = {"add_qkv_bias": False, "qk_layernorm": False, "share_embeddings_and_output_weights": True,
+MEGATRON_DEFAULTS = {"add_qkv_bias": False, "qk_layernorm": False,
+                     "share_embeddings_and_output_weights": True,
           "rotary_base": 10_000, "layernorm_epsilon": 1e-5, "init_method_std": 0.02}
 """Megatron's defaults."""
-OF_EXPERTS = {
+EXPERT_NAMES = {
     "num_moe_experts": "num_experts", "moe_router_topk": "num_experts_per_token",
     "moe_router_score_function": "router_score", "moe_router_enable_expert_bias": "router_bias",
     "moe_router_bias_update_rate": "router_bias_update_rate",
 }
-FIXED: dict[str, tuple[Any, ...]] = {
+SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm",), "gated_linear_unit": (True,), "activation_func": ("silu", None),
     "add_bias_linear": (False,), "position_embedding_type": ("rope", "yarn"), "rotary_percent": (1.0,),
     "rotary_interleaved": (False,), "layernorm_zero_centered_gamma": (False,),
@@ -54,7 +55,8 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "moe_apply_probs_on_input": (False,), "moe_expert_capacity_factor": (None,), "mrope_section": (None,),
 }
 """Megatron name -> values for which the model is supported."""
-DERIVED = ("num_query_groups", "kv_channels", "ffn_hidden_size", "moe_ffn_hidden_size", "moe_layer_freq",
+COMBINED_NAMES = ("num_query_groups", "kv_channels", "ffn_hidden_size", "moe_ffn_hidden_size",
+                  "moe_layer_freq",
            "moe_shared_expert_intermediate_size", "moe_router_topk_scaling_factor",
            "moe_router_pre_softmax", "moe_router_load_balancing_type", "moe_aux_loss_coeff", "window_size",
            "window_attn_skip_freq", "no_rope_freq", "rope_scaling", "rope_scaling_factor",
@@ -65,7 +67,7 @@ DERIVED = ("num_query_groups", "kv_channels", "ffn_hidden_size", "moe_ffn_hidden
            "yarn_mscale_all_dim", "mtp_enabled",
            "group_query_attention", "moe_router_num_groups", "moe_router_group_topk")
 """Megatron names read in combination with others."""
-KNOWN = frozenset({*RENAMED, *OF_EXPERTS, *FIXED, *DERIVED})
+KNOWN_NAMES = frozenset({*RENAMED, *EXPERT_NAMES, *SUPPORTED_VALUES, *COMBINED_NAMES})
 MAX_COUNT = 1 << 53
 COUNTS = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
           "num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
@@ -76,7 +78,7 @@ COUNTS = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_gr
 """Megatron names that must be non-negative integers."""
 
 
-def refuse_odd_counts(stated: Stated) -> None:
+def check_counts(stated: Stated) -> None:
     """Raise `UserError` for counts that are not integers or far too large."""
     limits = {"num_layers": MAX_LAYERS, "mtp_num_layers": MAX_LAYERS} | dict.fromkeys(COUNTS, MAX_COUNT)
     if problems := [f"{name} = {str(value)[:80]!r}: must be a whole number from 0 to {most:,}"
@@ -85,7 +87,7 @@ def refuse_odd_counts(stated: Stated) -> None:
         raise UserError(f"Megatron settings: {'; '.join(problems)}; correct them in their source")
 
 
-def of_arguments(args: Stated) -> dict[str, Any]:
+def normalize_arguments(args: Stated) -> dict[str, Any]:
     """Return Megatron-LM arguments (a Namespace's `vars`) under `TransformerConfig` names."""
     stated = dict(args)
 
@@ -111,7 +113,8 @@ def of_arguments(args: Stated) -> dict[str, Any]:
     return stated
 
 
-def architecture(stated: Stated, family: str = "", overrides: Mapping[str, Any] | None = None) -> ModelConfig:
+def infer_architecture(stated: Stated, family: str = "",
+                       overrides: Mapping[str, Any] | None = None) -> ModelConfig:
     """Return the architecture in its only matching family.
 
     Args:
@@ -122,8 +125,8 @@ def architecture(stated: Stated, family: str = "", overrides: Mapping[str, Any] 
     Raises:
         UserError: missing settings, or no matching family; the message lists all problems.
     """
-    refuse_odd_counts(stated)
-    fields, problems = model_fields(stated)
+    check_counts(stated)
+    fields, problems = infer_model_fields(stated)
     overrides_known = dict(overrides or {})
     missing = [name for name in ("num_layers", "hidden_size", "num_heads", "vocab_size")
                if name not in {**fields, **overrides_known}]
@@ -137,30 +140,33 @@ def architecture(stated: Stated, family: str = "", overrides: Mapping[str, Any] 
         if (fields["num_experts"] or one.structure.get("num_experts") == 0)
         # Families with a fixed uncommon value, such as output norms, need a setting that says so.
         and all(field in fields or one.structure.get(field, plain) == plain
-                for field, plain in PLAIN.items())]
-    fitting = {name: model for name in names if (model := _as_family(name, fields)) is not None}
+                for field, plain in COMMON_VALUES.items())]
+    fitting = {name: model for name in names if (model := _build_model(name, fields)) is not None}
     # If several families can express the model, prefer families with the fewest optional features.
-    fewest = min((len(models.get(name).varies) for name in fitting), default=0)
-    fitting = {name: model for name, model in fitting.items() if len(models.get(name).varies) == fewest}
+    fewest = min((len(models.get_family(name).varies) for name in fitting), default=0)
+    fitting = {name: model for name,
+               model in fitting.items() if len(models.get_family(name).varies) == fewest}
     if len(fitting) == 1:
         return next(iter(fitting.values()))
     if fitting:
         raise UserError(f"the model's settings: fit the families {', '.join(fitting)}; choose one with "
                         "--family")
-    reasons = {name: _reasons(name, fields) for name in names}
+    reasons = {name: _find_mismatches(name, fields) for name in names}
     nearest = min(reasons, key=lambda name: len(reasons[name]))
     raise UserError(list_problems(f"the model's settings: fit no family; the nearest is '{nearest}'",
                                   reasons[nearest], "pass --family, and --set model.NAME=VALUE to correct a "
                                                     "setting"))
 
 
-def model_fields(stated: Stated) -> tuple[dict[str, Any], list[str]]:
+def infer_model_fields(stated: Stated) -> tuple[dict[str, Any], list[str]]:
     """Return `ModelConfig` fields, and a sentence for each unsupported setting."""
     problems = [f"{name} = {stated[name]!r}: only {' or '.join(map(repr, allowed))} is read"
-                for name, allowed in FIXED.items() if name in stated and not _one_of(stated[name], allowed)]
-    fields = {ours: UNSAID.get(theirs) if stated.get(theirs) is None else stated[theirs]
-              for theirs, ours in RENAMED.items() if theirs in UNSAID or stated.get(theirs) is not None}
-    parts = (_attention, _feed_forward, _positions, _pattern, _prediction)
+                for name, allowed in SUPPORTED_VALUES.items() if name in stated
+                and not _is_supported(stated[name], allowed)]
+    fields = {ours: MEGATRON_DEFAULTS.get(theirs) if stated.get(theirs) is None else stated[theirs]
+              for theirs,
+              ours in RENAMED.items() if theirs in MEGATRON_DEFAULTS or stated.get(theirs) is not None}
+    parts = (_infer_attention, _infer_feed_forward, _infer_positions, _infer_pattern, _infer_prediction)
     for part in parts:
         try:
             fields |= part(stated)
@@ -174,13 +180,13 @@ def model_fields(stated: Stated) -> tuple[dict[str, Any], list[str]]:
     return fields, problems
 
 
-def _one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
+def _is_supported(value: Any, allowed: tuple[Any, ...]) -> bool:
     if isinstance(value, Mapping):  # Bridge's way to name a function: {_target_: torch.nn.functional.silu}
         value = str(value.get("_target_", value.get("class", ""))).rpartition(".")[2]
     return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed)
 
 
-def _attention(stated: Stated) -> dict[str, Any]:
+def _infer_attention(stated: Stated) -> dict[str, Any]:
     heads = stated.get("num_attention_heads")
     if not heads:
         return {}
@@ -192,7 +198,7 @@ def _attention(stated: Stated) -> dict[str, Any]:
     return fields
 
 
-def _feed_forward(stated: Stated) -> dict[str, Any]:
+def _infer_feed_forward(stated: Stated) -> dict[str, Any]:
     """Return feed-forward widths, experts and routing."""
     ffn, experts = stated.get("ffn_hidden_size"), stated.get("num_moe_experts")
     if not experts:
@@ -203,10 +209,11 @@ def _feed_forward(stated: Stated) -> dict[str, Any]:
     if shared % inner:
         raise ValueError(f"moe_shared_expert_intermediate_size = {shared} must be a multiple of the experts' "
                          f"width {inner}")
-    dense = _leading_dense(stated.get("moe_layer_freq", 1), stated["num_layers"])
+    dense = _count_dense_layers(stated.get("moe_layer_freq", 1), stated["num_layers"])
     score = stated.get("moe_router_score_function", "softmax")
     fields: dict[str, Any] = {"num_experts_per_token": 2}  # Megatron's default
-    fields |= {ours: stated[theirs] for theirs, ours in OF_EXPERTS.items() if stated.get(theirs) is not None}
+    fields |= {ours: stated[theirs] for theirs,
+               ours in EXPERT_NAMES.items() if stated.get(theirs) is not None}
     fields |= {"expert_ffn_dim": inner, "num_shared_experts": shared // inner, "num_dense_layers": dense,
               "router_score": score, "router_bias": bool(stated.get("moe_router_enable_expert_bias", False)),
               "routed_scaling_factor": stated.get("moe_router_topk_scaling_factor") or 1.0,
@@ -214,13 +221,13 @@ def _feed_forward(stated: Stated) -> dict[str, Any]:
               "norm_topk_prob": score == "sigmoid" or not stated.get("moe_router_pre_softmax", False),
               # Megatron builds the prediction layer like the last transformer layer.
               "dense_ffn_dim": ffn if dense else 0, "mtp_experts": bool(stated.get("mtp_num_layers")),
-              **_groups(stated)}
+              **_infer_groups(stated)}
     if stated.get("moe_router_load_balancing_type") == "seq_aux_loss":
         fields["seq_aux_loss_coeff"] = stated.get("moe_aux_loss_coeff", 0.0)
     return fields
 
 
-def _groups(stated: Stated) -> dict[str, Any]:
+def _infer_groups(stated: Stated) -> dict[str, Any]:
     """Return expert groups, if Megatron scores groups as we do."""
     groups, top_groups = stated.get("moe_router_num_groups") or 1, stated.get("moe_router_group_topk")
     if groups == 1 or not top_groups:
@@ -232,10 +239,10 @@ def _groups(stated: Stated) -> dict[str, Any]:
     return {"num_expert_groups": groups, "num_groups_per_token": top_groups}
 
 
-def _leading_dense(frequency: Any, num_layers: int) -> int:
+def _count_dense_layers(frequency: Any, num_layers: int) -> int:
     """Return the number of leading dense layers."""
     if isinstance(frequency, str):
-        frequency = _list(frequency)
+        frequency = _parse_list(frequency)
     if isinstance(frequency, int):
         pattern = [int(layer % frequency == 0) for layer in range(num_layers)]
     else:
@@ -247,7 +254,7 @@ def _leading_dense(frequency: Any, num_layers: int) -> int:
     return dense
 
 
-def _list(text: str) -> list[int]:
+def _parse_list(text: str) -> list[int]:
     """Return the numbers in Megatron-LM's list syntax, with products and sums of lists such as
     `[0]*3+[1]*58`; the text is parsed, not evaluated."""
     values: list[int] = []
@@ -263,7 +270,7 @@ def _list(text: str) -> list[int]:
     return values
 
 
-def _positions(stated: Stated) -> dict[str, Any]:
+def _infer_positions(stated: Stated) -> dict[str, Any]:
     length = max((stated[name] for name in ("max_position_embeddings", "seq_length") if stated.get(name)),
                  default=None)
     fields: dict[str, Any] = {"max_position_tokens": length} if length else {}
@@ -282,7 +289,7 @@ def _positions(stated: Stated) -> dict[str, Any]:
     return fields
 
 
-def _pattern(stated: Stated) -> dict[str, Any]:
+def _infer_pattern(stated: Stated) -> dict[str, Any]:
     """Return which layers have sliding windows, and which use RoPE."""
     window, num_layers = stated.get("window_size"), stated.get("num_layers") or 0
     frequency, no_rope = stated.get("window_attn_skip_freq"), stated.get("no_rope_freq")
@@ -291,30 +298,30 @@ def _pattern(stated: Stated) -> dict[str, Any]:
             raise ValueError(f"no_rope_freq = {no_rope!r}: layers without RoPE are only supported in models "
                              "with sliding layers")
         return {}
-    left = (window if isinstance(window, (list, tuple)) else _list(f"[{str(window).strip('()[]')}]"))[0]
+    left = (window if isinstance(window, (list, tuple)) else _parse_list(f"[{str(window).strip('()[]')}]"))[0]
     slides = [True] * num_layers
     if frequency is not None:  # a number: every n-th layer is global; a list: flags of sliding layers
-        slides = [flag != is_every for flag, is_every in _per_layer(frequency, num_layers)]
+        slides = [flag != is_every for flag, is_every in _expand_frequency(frequency, num_layers)]
     letters = "".join("L" if layer_slides else "G" for layer_slides in slides)
     fields = {"attention_pattern": shortest_pattern(letters), "sliding_window_tokens": left + 1}
     if no_rope:
-        if [not flag for flag, _ in _per_layer(no_rope, num_layers)] != slides:
+        if [not flag for flag, _ in _expand_frequency(no_rope, num_layers)] != slides:
             raise ValueError("no_rope_freq and window_attn_skip_freq: only layers without a window may be "
                              "without RoPE")
         fields["rope_on_global"] = False
     return fields
 
 
-def _per_layer(frequency: Any, num_layers: int) -> list[tuple[bool, bool]]:
+def _expand_frequency(frequency: Any, num_layers: int) -> list[tuple[bool, bool]]:
     """Return (flag, is every n-th layer) per layer, for a frequency (every n-th layer) or a list of flags."""
     if isinstance(frequency, str):
-        frequency = int(frequency) if frequency.isdigit() else _list(frequency)
+        frequency = int(frequency) if frequency.isdigit() else _parse_list(frequency)
     if isinstance(frequency, int):
         return [((layer + 1) % frequency == 0, True) for layer in range(num_layers)]
     return [(bool(flag), False) for flag in frequency]
 
 
-def _prediction(stated: Stated) -> dict[str, Any]:
+def _infer_prediction(stated: Stated) -> dict[str, Any]:
     count = stated.get("mtp_num_layers") or 0
     if not count:
         return {"num_mtp_layers": 0}
@@ -322,24 +329,24 @@ def _prediction(stated: Stated) -> dict[str, Any]:
     return {"num_mtp_layers": count, **({"mtp_loss_coeff": coefficient} if coefficient is not None else {})}
 
 
-def _complete(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+def _complete_fields(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return all fields of a family's model; the family's fixed values are defaults."""
-    family = models.get(name)
+    family = models.get_family(name)
     return {**family.training, **family.structure, **fields, "family": name}
 
 
-def _as_family(name: str, fields: Mapping[str, Any]) -> ModelConfig | None:
-    return None if _reasons(name, fields) else from_dict(
-        {"recipe": "from-megatron", "model": _complete(name, fields)}).model
+def _build_model(name: str, fields: Mapping[str, Any]) -> ModelConfig | None:
+    return None if _find_mismatches(name, fields) else from_dict(
+        {"recipe": "from-megatron", "model": _complete_fields(name, fields)}).model
 
 
-def _reasons(name: str, fields: Mapping[str, Any]) -> list[str]:
+def _find_mismatches(name: str, fields: Mapping[str, Any]) -> list[str]:
     """Return the reasons for which a model does not belong to a family."""
     try:
-        model = from_dict({"recipe": "from-megatron", "model": _complete(name, fields)}).model
+        model = from_dict({"recipe": "from-megatron", "model": _complete_fields(name, fields)}).model
     except SettingsError as e:
         return [problem.sentence for problem in e.problems]
-    return [problem.sentence for problem in model.problems() + models.get(name).problems(model)]
+    return [problem.sentence for problem in model.problems() + models.get_family(name).problems(model)]
 
 
 

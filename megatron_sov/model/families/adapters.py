@@ -27,7 +27,7 @@ _STACK = ".experts.experts."
 
 
 @dataclass(frozen=True)
-class Adapted:
+class AdaptedModule:
     """An adapted Hugging Face module: a linear layer, the embedding, or a stack of experts."""
 
     name: str
@@ -71,11 +71,11 @@ class Adapted:
 
 
 @lru_cache(maxsize=256)
-def adaptable(model: ModelConfig) -> frozenset[str]:
+def find_adaptable_modules(model: ModelConfig) -> frozenset[str]:
     """Return the values of `lora.targets` that the model's weight map supports, prediction layers
     excluded."""
     targets = set()
-    for section in models.get(model.family).weights:
+    for section in models.get_family(model.family).weights:
         # Prediction layers are excluded: transformers drops them, so it could not load an adapter.
         for entry in section.entries if not section.where.startswith("mtp") and section.layers(model) else ():
             names = [name.removesuffix(".weight").rpartition(".")[2] for name in entry.hf_names]
@@ -86,7 +86,7 @@ def adaptable(model: ModelConfig) -> frozenset[str]:
     return frozenset(targets)
 
 
-def adapted(lora: LoraConfig, model: ModelConfig) -> frozenset[str]:
+def resolve_targets(lora: LoraConfig, model: ModelConfig) -> frozenset[str]:
     """Return the targets adapted in `model`, with all-linear replaced by module names.
 
     Raises:
@@ -94,7 +94,7 @@ def adapted(lora: LoraConfig, model: ModelConfig) -> frozenset[str]:
     """
     if not lora.on:
         return frozenset()
-    named, having = frozenset(lora.targets) - {ALL_LINEAR}, adaptable(model)
+    named, having = frozenset(lora.targets) - {ALL_LINEAR}, find_adaptable_modules(model)
     # `LoraConfig.problems` reports tied embeddings and heads.
     if missing := sorted(named - having - {HEAD, EMBEDDING}):
         raise SettingsError("settings", [SettingsProblem(
@@ -104,59 +104,60 @@ def adapted(lora: LoraConfig, model: ModelConfig) -> frozenset[str]:
     return named | (having - {HEAD, EMBEDDING} if ALL_LINEAR in lora.targets else frozenset())
 
 
-def identity(lora: LoraConfig, model: ModelConfig) -> dict[str, Any]:
+def adapter_identity(lora: LoraConfig, model: ModelConfig) -> dict[str, Any]:
     """Return the LoRA settings that distinguish adapters, with resolved targets; only `rank` without LoRA."""
     if not lora.on:
         return {"rank": 0}
-    return asdict(lora) | {"targets": sorted(adapted(lora, model))}
+    return asdict(lora) | {"targets": sorted(resolve_targets(lora, model))}
 
 
-def adapted_modules(model: ModelConfig, lora: LoraConfig) -> list[Adapted]:
+def find_adapted_modules(model: ModelConfig, lora: LoraConfig) -> list[AdaptedModule]:
     """Return all adapted modules in weight map order."""
-    return list(_found(model, lora))
+    return list(_iter_adapted_modules(model, lora))
 
 
-def adapter_params(model: ModelConfig, lora: LoraConfig) -> int:
+def count_adapter_params(model: ModelConfig, lora: LoraConfig) -> int:
     """Return the number of adapter parameters, all trained."""
-    return sum(math.prod(shape) for of in adapted_modules(model, lora) for shape in of.shapes(lora).values())
+    return sum(math.prod(shape) for of in find_adapted_modules(model, lora)
+                                                               for shape in of.shapes(lora).values())
 
 
-def _found(model: ModelConfig, lora: LoraConfig) -> Iterator[Adapted]:
-    targets = adapted(lora, model)
-    for link in models.get(model.family).links(model) if lora.on else ():
+def _iter_adapted_modules(model: ModelConfig, lora: LoraConfig) -> Iterator[AdaptedModule]:
+    targets = resolve_targets(lora, model)
+    for link in models.get_family(model.family).links(model) if lora.on else ():
         # A stack of routed experts [experts, rows, columns]; a convolution has three axes, too. Yield a
         # stack once, at expert 0.
         if _STACK in link.key and len(link.shape) == 3:
             if EXPERTS in targets and not link.offset[0] and link.key.startswith(_TRUNK):
-                yield _stack(link, model.family)
+                yield _expert_stack(link, model.family)
         # Transformer layers, output head and embedding; not prediction layers and encoders.
         elif link.key.startswith(_TRUNK) or any(name in link.hf_names[0] for name in (HEAD, EMBEDDING)):
             for part, (name, shape) in enumerate(link.hf_shapes().items()):
                 module = name.removesuffix(".weight")
                 # Norms and biases have one axis and cannot be factored.
                 if len(shape) == 2 and module.rpartition(".")[2] in targets:
-                    yield Adapted(in_memory(module, model.family), link, part, 0, *shape)
+                    yield AdaptedModule(to_memory_name(module, model.family), link, part, 0, *shape)
 
 
-def in_memory(name: str, family: str) -> str:
+def to_memory_name(name: str, family: str) -> str:
     """Return transformers' name for a module called `name` in a folder."""
-    for folder, memory in models.get(family).in_memory:
+    for folder, memory in models.get_family(family).in_memory:
         name = name.replace(folder, memory)
     return name
 
 
-def _stack(link: Link, family: str) -> Adapted:
+def _expert_stack(link: Link, family: str) -> AdaptedModule:
     """Return the stack of experts for the link of expert 0."""
-    folder = in_memory(link.hf_names[0].partition(".experts.0.")[0], family) + ".experts"
+    folder = to_memory_name(link.hf_names[0].partition(".experts.0.")[0], family) + ".experts"
     name = "gate_up_proj" if len(link.hf_names) > 1 else "down_proj"
-    return Adapted(f"{folder}.{name}", link, 0, link.shape[0], *link.block_shape)
+    return AdaptedModule(f"{folder}.{name}", link, 0, link.shape[0], *link.block_shape)
 
 
 @dataclass(frozen=True)
 class AdapterPlace:
     """The adapter matrices that update a Hugging Face weight."""
 
-    of: Adapted
+    of: AdaptedModule
     """Adapted module."""
     expert: int
     """Index in the stack of experts; 0 for other modules."""
@@ -175,14 +176,14 @@ class AdapterPlace:
         return a, b[self.half] if self.of.halves > 1 else b
 
 
-def places(model: ModelConfig, lora: LoraConfig) -> dict[str, AdapterPlace]:
+def find_adapter_places(model: ModelConfig, lora: LoraConfig) -> dict[str, AdapterPlace]:
     """Return Hugging Face weight name -> adapter place, for all adapted weights."""
     adapter_places: dict[str, AdapterPlace] = {}
     # The weight map has a link per expert, an adapter has a module per stack: match them by Megatron key.
-    stacks = {of.link.key: of for of in adapted_modules(model, lora) if of.num_experts}
+    stacks = {of.link.key: of for of in find_adapted_modules(model, lora) if of.num_experts}
     adapter_places |= {of.link.hf_names[of.part]: AdapterPlace(of, 0, 0)
-              for of in adapted_modules(model, lora) if not of.num_experts}
-    for link in models.get(model.family).links(model) if stacks else ():
+              for of in find_adapted_modules(model, lora) if not of.num_experts}
+    for link in models.get_family(model.family).links(model) if stacks else ():
         if link.key in stacks:
             adapter_places |= {name: AdapterPlace(stacks[link.key], link.offset[0], half)
                       for half, name in enumerate(link.hf_names)}

@@ -19,7 +19,7 @@ from functools import cached_property, lru_cache
 
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.families import supported as models
-from megatron_sov.model.families.encoders import encoder_params
+from megatron_sov.model.families.encoders import count_encoder_params
 from megatron_sov.model.families.weights import PLAIN_DECODER, Experts
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -56,7 +56,7 @@ class LayerWeight:
 def layer_weights(model: ModelConfig) -> tuple[LayerWeight, ...]:
     """Return the tensors of a model without encoders, each once for all its layers."""
     weights = []
-    for section in models.get(model.family).weights if model.family else PLAIN_DECODER:
+    for section in models.get_family(model.family).weights if model.family else PLAIN_DECODER:
         layers = section.layers(model)
         for entry in section.entries if layers else ():
             shape, key = entry.layout(model).block, section.megatron + entry.megatron
@@ -85,17 +85,17 @@ class ParamCount:
     """Parameters of image and audio encoders, adapters and compressor."""
 
 
-def num_params(model: ModelConfig) -> ParamCount:
+def count_params(model: ModelConfig) -> ParamCount:
     weights = [w for w in layer_weights(model) if not w.is_buffer]
     # Published figures exclude prediction layers.
     trunk = [w for w in weights if not w.predicts]
     return ParamCount(sum(w.numel * len(w.layers) for w in trunk),
-                      sum(_met(w, model) * len(w.layers) for w in trunk),
+                      sum(_active_elements(w, model) * len(w.layers) for w in trunk),
                       sum(w.numel for w in weights if w.predicts) * model.num_mtp_layers,
-                      encoder_params(model))
+                      count_encoder_params(model))
 
 
-def _met(weight: LayerWeight, model: ModelConfig) -> int:
+def _active_elements(weight: LayerWeight, model: ModelConfig) -> int:
     """Return the elements of a tensor that process a token in one layer."""
     if not weight.num_experts:
         return weight.numel
@@ -103,33 +103,33 @@ def _met(weight: LayerWeight, model: ModelConfig) -> int:
     return weight.numel // weight.num_experts * model.num_experts_per_token
 
 
-def multiplied_weights(model: ModelConfig) -> int:
+def count_multiplied_weights(model: ModelConfig) -> int:
     """Return the number of weights that multiply a token: projections, feed-forward networks, routers, output
     heads."""
     # Every application of a prediction layer applies the output head, too. The embedding is a look-up.
     heads = (1 + model.num_predictions) * model.vocab_size * model.hidden_size
     return heads + sum(
-        _met(w, model) * (model.num_predictions if w.predicts else len(w.layers))
+        _active_elements(w, model) * (model.num_predictions if w.predicts else len(w.layers))
         for w in layer_weights(model) if len(w.shape) == 2 and w.key not in TABLES)
 
 
-def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
+def compute_train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """Return FLOPs per token for forward and backward pass, averaged over a row of `seq_len` tokens."""
     # Causal attention: query i attends to i + 1 keys, at most the window.
-    keys = [mean_keys(seq_len, window)
+    keys = [compute_mean_keys(seq_len, window)
             for window, kind in zip(model.windows(), model.layer_types(), strict=True)
             if kind != "linear_attention"]
-    keys += [mean_keys(seq_len, model.mtp_window())] * model.num_predictions
+    keys += [compute_mean_keys(seq_len, model.mtp_window())] * model.num_predictions
     latent = model.latent_attention
     # Products per query and key: query x key, and weight x value.
     widths = model.head_dim + (model.head_dim if latent is None else latent.v_head_dim)
     linear = model.linear_attention
-    states = 0 if linear is None else linear.token_products
-    return PER_WEIGHT * (multiplied_weights(model) + model.num_heads * widths * sum(keys)
+    states = 0 if linear is None else linear.products_per_token
+    return PER_WEIGHT * (count_multiplied_weights(model) + model.num_heads * widths * sum(keys)
                          + model.num_linear_layers() * states)
 
 
-def mean_keys(seq_len: int, window: int) -> float:
+def compute_mean_keys(seq_len: int, window: int) -> float:
     """Return the mean number of keys per query in a causal row, the query's own key included.
 
     Args:

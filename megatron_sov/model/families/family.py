@@ -16,15 +16,14 @@ from megatron_sov.model.config import ModelConfig, from_dict
 from megatron_sov.model.families.encoders import encoder_links
 from megatron_sov.model.families.hf_config import ConfigItem, Encoders, Fixed, Renamed, Unused
 from megatron_sov.model.families.hf_layers import PREDICTION_NAMES
-from megatron_sov.model.families.weights import Link, WeightSection, links
+from megatron_sov.model.families.weights import Link, WeightSection, build_links
 
-
-OUTER = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "tie_word_embeddings")
+OUTER_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "tie_word_embeddings")
 """Fields of a multimodal folder's config.json that apply to its text model."""
 
 
 @dataclass(frozen=True)
-class TextInside:
+class NestedTextModel:
     """A text model inside a multimodal Hugging Face folder, which is read as the text model alone."""
 
     hf_class: str
@@ -38,7 +37,7 @@ class TextInside:
     defaults: dict[str, Any]
     """Transformers' defaults for fields of `text_config` that the family requires."""
 
-    def config(self, config: dict[str, Any]) -> dict[str, Any]:
+    def extract_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the text model's config.json.
 
         Raises:
@@ -60,11 +59,11 @@ class TextInside:
             raise UserError(f"config.json: tie_word_embeddings = {tied[0]}, and {tied[1]} in text_config; "
                             "make them agree")
         # The outer config's token ids take precedence over the nested ones; its class does not.
-        outer = {name: config[name] for name in OUTER if config.get(name) is not None}
+        outer = {name: config[name] for name in OUTER_FIELDS if config.get(name) is not None}
         inner = {name: value for name, value in nested.items() if name != "architectures"}
         return {**self.defaults, **inner, **outer, "model_type": self.family}
 
-    def names(self, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    def map_tensor_names(self, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
         """Return family name -> folder name for text and unknown tensors, and the folder names of excluded
         tensors.
 
@@ -86,8 +85,8 @@ class TextInside:
         return folder_names, excluded
 
 
-TEXT_INSIDE = {
-    "gemma3": TextInside(
+NESTED_TEXT_MODELS = {
+    "gemma3": NestedTextModel(
         "Gemma3ForConditionalGeneration", "gemma3_text",
         # Names in released folders, then names in transformers 5's model.
         (("language_model.model.", "model."), ("language_model.lm_head.", "lm_head."),
@@ -99,31 +98,31 @@ TEXT_INSIDE = {
 """model_type of a folder -> its text model."""
 
 
-def text_config(config: dict[str, Any]) -> dict[str, Any]:
+def extract_text_config(config: dict[str, Any]) -> dict[str, Any]:
     """Return the config of the text model: the nested config for multimodal folders, else `config`."""
-    inside = TEXT_INSIDE.get(str(config.get("model_type")))
+    inside = NESTED_TEXT_MODELS.get(str(config.get("model_type")))
     return config if inside is None else inside.config(config)
 
 
 
-ANY = object()
-HARMLESS: dict[str, Any] = {
+ANY_VALUE = object()
+HARMLESS_FIELDS: dict[str, Any] = {
     # Execution options, file names, classifier heads and weight initialisation.
     **dict.fromkeys((
         "_attn_implementation", "_attn_implementation_internal", "attn_implementation",
         "_experts_implementation", "_experts_implementation_internal", "experts_implementation",
         "gradient_checkpointing", "_commit_hash", "name_or_path", "id2label", "label2id", "num_labels",
         "problem_type", "classifier_dropout", "hidden_dropout", "token_classification_bias", "sep_token_id",
-        "init_std", "initializer_factor", "return_dict"), ANY),
+        "init_std", "initializer_factor", "return_dict"), ANY_VALUE),
     "chunk_size_feed_forward": 0, "is_causal": True, "is_encoder_decoder": False, "num_mtp_layers": 0,
     "output_attentions": False, "output_hidden_states": False, "partial_rotary_factor": 1.0}
 """Fields that transformers reads for all families -> the value (or `ANY_VALUE`) without effect on logits."""
-OF_OTHER_PROGRAMS = ("_", "transformers.js_", "unsloth_")
+FOREIGN_PREFIXES = ("_", "transformers.js_", "unsloth_")
 """Prefixes of fields that other programs write for their own use."""
 
 
 @cache
-def transformers_fields() -> dict[str, frozenset[str]]:
+def load_transformers_fields() -> dict[str, frozenset[str]]:
     """Return family -> config.json fields declared or read by transformers' source for it; "shared": fields
     read for all families (`tests/freeze_fields.py` writes the table)."""
     table = Path(__file__).with_name("transformers_fields.json")
@@ -131,7 +130,7 @@ def transformers_fields() -> dict[str, frozenset[str]]:
 
 
 MAX_POSITIONS = Renamed("max_position_embeddings", "max_position_tokens")
-OF_EVERY_FOLDER = Unused((
+FOLDER_FIELDS = Unused((
     "model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache",
     "output_router_logits", "bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class",
     "_name_or_path", "auto_map"))
@@ -141,7 +140,7 @@ COMMON_CONFIG: tuple[ConfigItem, ...] = (
     Renamed("num_hidden_layers", "num_layers"), Renamed("num_attention_heads", "num_heads"),
     MAX_POSITIONS, Renamed("initializer_range", "init_std", 0.02),
     Fixed("attention_dropout", 0.0),
-    Encoders(), OF_EVERY_FOLDER,
+    Encoders(), FOLDER_FIELDS,
 )
 """Config items of all families."""
 DECODER_CONFIG: tuple[ConfigItem, ...] = (*COMMON_CONFIG, Fixed("hidden_act", "silu"))
@@ -163,14 +162,14 @@ DEEPSEEK_ROUTER = {"router_score": "sigmoid", "router_bias": True, "norm_topk_pr
 EXPERT_GROUPS = ("num_expert_groups", "num_groups_per_token")
 """Fields of group-limited routing, for `Family.varies`."""
 
-OF_TRAINING = ("router_bias_update_rate", "seq_aux_loss_coeff", "mtp_loss_coeff", "init_std")
+TRAINING_FIELDS = ("router_bias_update_rate", "seq_aux_loss_coeff", "mtp_loss_coeff", "init_std")
 """Fields of `ModelConfig` that only affect training."""
-OF_EXPERTS = ("num_experts_per_token", "num_expert_groups", "num_groups_per_token", "num_shared_experts",
+EXPERT_FIELDS = ("num_experts_per_token", "num_expert_groups", "num_groups_per_token", "num_shared_experts",
               "expert_ffn_dim", "router_score", "norm_topk_prob", "router_bias", "routed_scaling_factor")
-OF_PREDICTION = ("mtp_experts", "mtp_attention", "mtp_depths")
+PREDICTION_FIELDS = ("mtp_experts", "mtp_attention", "mtp_depths")
 """Fields without effect in models without prediction layers; `EXPERT_FIELDS` in models without experts."""
 
-PLAIN: dict[str, Any] = {
+COMMON_VALUES: dict[str, Any] = {
     "block_norms": "pre", "embedding_multiplier": 1.0, "attention_multiplier": None,
     "residual_multiplier": 1.0, "logits_multiplier": 1.0, "rope_share": 1.0,
     "logits_softcap": None, "local_rope_theta": None, "zero_centered_norms": False, "activation": "silu",
@@ -222,15 +221,15 @@ class Family:
 
     def links(self, model: ModelConfig) -> list[Link]:
         """Return the links of all tensors of `model` to Hugging Face tensors."""
-        return links(self.weights, model) + encoder_links(model)
+        return build_links(self.weights, model) + encoder_links(model)
 
-    def copies_in(self, model: ModelConfig) -> dict[str, str]:
+    def find_copies(self, model: ModelConfig) -> dict[str, str]:
         """Return copied tensor -> original tensor for folders of `model`."""
         if not model.num_mtp_layers:
             return {}
         return {name.replace("{l}", str(model.num_layers)): other for name, other in self.copies.items()}
 
-    def predicts_behind(self) -> bool:
+    def has_mtp_after_trunk(self) -> bool:
         """Return whether Hugging Face counts the prediction layer as an additional transformer layer."""
         return any(section.where == "mtp layer behind" for section in self.weights)
 
@@ -238,7 +237,8 @@ class Family:
         """Return every property of `model` that the family cannot express; single values must be within
         bounds."""
         # A field that the config map cannot write must have its common value, or exports would lose it.
-        fixed = {name: value for name, value in PLAIN.items() if name not in self.varies} | self.structure
+        fixed = {name: value for name,
+                 value in COMMON_VALUES.items() if name not in self.varies} | self.structure
         p = find_broken(model, "model", *(
             (getattr(model, name) == value, name, f"must be {show(value)} in family '{self.name}'")
             for name, value in fixed.items()), (
@@ -274,19 +274,20 @@ class Family:
             SettingsError: the family cannot express `model`; the message names every field.
         """
         self.check(model)
-        config = self._written(model, dtype, tokens)
-        behind = range(model.num_mtp_layers if self.predicts_behind() else 0)
+        config = self._write_config(model, dtype, tokens)
+        behind = range(model.num_mtp_layers if self.has_mtp_after_trunk() else 0)
         try:
             # Read the written config back, to find a lossy config map before weights are exported.
-            read_back = self._read(config, [f"model.layers.{model.num_layers + i}." for i in behind])
+            read_back = self._read_config(config, [f"model.layers.{model.num_layers + i}." for i in behind])
         except UserError as e:
             raise UserError(f"model family {self.name!r}: cannot read back the config.json that it writes "
                             f"({e}); correct the family's items") from None
         defaults = {f.name: None if f.default is MISSING else f.default for f in fields(model)}
         lost = []
-        for name in sorted(computed_fields(model)):
+        for name in sorted(find_computed_fields(model)):
             value = getattr(model, name)
-            if _plain(name, read_back.get(name, defaults[name]), model) != _plain(name, value, model):
+            if _normalize_value(name, read_back.get(name, defaults[name]),
+                                model) != _normalize_value(name, value, model):
                 lost.append(f"model.{name} = {value!r} (reads back as {read_back.get(name, 'nothing')!r})")
         if lost:
             raise UserError(f"model family {self.name!r}: its config.json would describe another model than "
@@ -294,7 +295,7 @@ class Family:
                             "to its structure")
         return config
 
-    def _written(self, model: ModelConfig, dtype: str, tokens: TokenIds) -> dict[str, Any]:
+    def _write_config(self, model: ModelConfig, dtype: str, tokens: TokenIds) -> dict[str, Any]:
         config: dict[str, Any] = {
             "architectures": [self.hf_classes[0]], "model_type": self.name, "dtype": dtype, "use_cache": True,
             "bos_token_id": tokens.bos, "eos_token_id": tokens.eos, "pad_token_id": tokens.pad}
@@ -314,26 +315,26 @@ class Family:
         Raises:
             UserError: a field is unknown, missing, of a wrong type or not supported; the message names it.
         """
-        model = from_dict({"recipe": "from-hf", "model": self._read(config, tensor_names)}).model
+        model = from_dict({"recipe": "from-hf", "model": self._read_config(config, tensor_names)}).model
         self.check(model)
         return model
 
-    def _read(self, config: dict[str, Any], tensor_names: Iterable[str]) -> dict[str, Any]:
+    def _read_config(self, config: dict[str, Any], tensor_names: Iterable[str]) -> dict[str, Any]:
         """Return the `ModelConfig` fields described by a config.json, see `from_hf_config`."""
         with_null = {name for item in self.config for name in getattr(item, "null_tells", ())}
         with_null.add("is_causal")  # transformers reads null as false
         config = {name: value for name, value in config.items() if value is not None or name in with_null}
         # Items must not read ignored fields, e.g. `sliding_window_pattern` for families without it.
-        config = _without(config, tuple(self.find_passed_over(config)))
+        config = _drop_fields(config, tuple(self.find_ignored_fields(config)))
         architectures = config.get("architectures", self.hf_classes)
         if not isinstance(architectures, (list, tuple)) or any(
                 name not in self.hf_classes for name in architectures):
             raise UserError(f"config.json: architectures = {config['architectures']}, but model_type "
                             f"'{self.name}' is {self.hf_classes[0]}; make them agree")
         tensor_names = list(tensor_names)
-        if self.predicts_behind() and tensor_names:
-            config = _without(config, PREDICTION_NAMES) | {
-                PREDICTION_NAMES[0]: _layers_behind(config.get("num_hidden_layers"), tensor_names)}
+        if self.has_mtp_after_trunk() and tensor_names:
+            config = _drop_fields(config, PREDICTION_NAMES) | {
+                PREDICTION_NAMES[0]: _count_layers_after_trunk(config.get("num_hidden_layers"), tensor_names)}
         elif "num_mtp_layers" not in self.structure and any(n.startswith("mtp.") for n in tensor_names):
             config.setdefault("num_nextn_predict_layers", 1)
         model_fields: dict[str, Any] = {"family": self.name, **self.structure, **self.training}
@@ -346,7 +347,7 @@ class Family:
                                 "restore it from its source") from None
         return model_fields
 
-    def find_passed_over(self, config: dict[str, Any]) -> dict[str, Any]:
+    def find_ignored_fields(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the config.json fields without a config item and without effect; `UserError` names all other
         unknown fields.
 
@@ -354,20 +355,20 @@ class Family:
         has its value in `HARMLESS_FIELDS`. For families unknown to transformers, and for folders with
         modelling code, only `HARMLESS_FIELDS` and `FOREIGN_PREFIXES` are accepted.
         """
-        table, known = transformers_fields(), {name for item in self.config for name in item.names}
+        table, known = load_transformers_fields(), {name for item in self.config for name in item.names}
         auto_map = config.get("auto_map")
         own_code = isinstance(auto_map, dict) and any(name.startswith("AutoModel") for name in auto_map)
         window = "sliding_attention" if config.get("sliding_window") else "full_attention"
-        harmless = HARMLESS | {"layer_types": [window] * len(config.get("layer_types") or ())}
+        harmless = HARMLESS_FIELDS | {"layer_types": [window] * len(config.get("layer_types") or ())}
         passed, reasons = {}, []
         for name, value in config.items():
             if name in known or (value is None and name != "is_causal"):
                 continue
-            if name in harmless and harmless[name] in (ANY, value):
+            if name in harmless and harmless[name] in (ANY_VALUE, value):
                 passed[name] = value
             elif name in table["shared"] | table.get(self.name, frozenset()):
                 reasons.append(f"{name} = {value!r} (read by transformers, but not supported)")
-            elif name.startswith(OF_OTHER_PROGRAMS) or (self.name in table and not own_code):
+            elif name.startswith(FOREIGN_PREFIXES) or (self.name in table and not own_code):
                 passed[name] = value
             else:
                 whose = "the folder's own code" if own_code else f"a program that has family '{self.name}'"
@@ -377,36 +378,37 @@ class Family:
                             "model, else the model is not supported")
         return passed
 
-    def find_carried(self, config: dict[str, Any]) -> dict[str, Any]:
+    def find_carried_fields(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the config.json fields without meaning for `ModelConfig`, which exports copy."""
-        unused = {name for item in self.config if isinstance(item, Unused) and item is not OF_EVERY_FOLDER
+        unused = {name for item in self.config if isinstance(item, Unused) and item is not FOLDER_FIELDS
                   for name in item.names if name not in PREDICTION_NAMES}
         return {name: value for name, value in config.items() if name in unused and value is not None
-                } | self.find_passed_over(config)
+                } | self.find_ignored_fields(config)
 
-    def unsaid(self) -> list[str]:
+    def find_undefined_fields(self) -> list[str]:
         """Return the `ModelConfig` fields that the family neither fixes nor reads from config.json; [] if its
         items cannot be tried on a small model."""
-        defined = {"family", *OF_TRAINING, "mtp_attention", *self.structure, *self.training,
-                *(name for name in PLAIN if name not in self.varies)}
+        defined = {"family", *TRAINING_FIELDS, "mtp_attention", *self.structure, *self.training,
+                *(name for name in COMMON_VALUES if name not in self.varies)}
         sizes = {"vocab_size": 64, "hidden_size": 32, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2,
                  "head_dim": 8}
         model = ModelConfig(**{"family": self.name, **sizes, **self.structure, **self.training})
         try:
-            written = self._written(model, "float32", TokenIds())
-            defined |= self._read(written, ()).keys()
+            written = self._write_config(model, "float32", TokenIds())
+            defined |= self._read_config(written, ()).keys()
         except (UserError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError):
             return []  # the family has no model of these sizes; the first export checks the fields
-        return [f.name for f in fields(model) if f.name in computed_fields(model) and f.name not in defined]
+        return [f.name
+                for f in fields(model) if f.name in find_computed_fields(model) and f.name not in defined]
 
 
-def computed_fields(model: ModelConfig) -> set[str]:
+def find_computed_fields(model: ModelConfig) -> set[str]:
     """Return the `ModelConfig` fields with an effect on `model`'s output."""
-    unused = {*OF_TRAINING}
+    unused = {*TRAINING_FIELDS}
     if not model.num_moe_layers() and not model.num_mtp_moe_layers():
-        unused |= {*OF_EXPERTS}
+        unused |= {*EXPERT_FIELDS}
     if not model.num_mtp_layers:
-        unused |= {*OF_PREDICTION}
+        unused |= {*PREDICTION_FIELDS}
     if "L" not in model.attention_pattern + model.mtp_attention * model.num_mtp_layers:
         unused.add("sliding_window_tokens")
     if not model.has_dense_layers():
@@ -414,7 +416,7 @@ def computed_fields(model: ModelConfig) -> set[str]:
     return {f.name for f in fields(model)} - unused
 
 
-def _plain(name: str, value: Any, model: ModelConfig) -> Any:
+def _normalize_value(name: str, value: Any, model: ModelConfig) -> Any:
     """Return a field's value as JSON; `attention_pattern` is expanded to `model`'s layers."""
     if name == "attention_pattern" and value:
         return (value * model.num_layers)[:model.num_layers]
@@ -422,11 +424,11 @@ def _plain(name: str, value: Any, model: ModelConfig) -> Any:
     return json.loads(json.dumps(plain))
 
 
-def _without(config: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+def _drop_fields(config: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in names}
 
 
-def _layers_behind(num_layers: Any, tensor_names: list[str]) -> int:
+def _count_layers_after_trunk(num_layers: Any, tensor_names: list[str]) -> int:
     """Return the number of consecutive layers stored after layer `num_layers - 1`.
 
     Folders saved by transformers drop these layers, although config.json still counts them.

@@ -211,7 +211,7 @@ class Rope:
             if original < 1:
                 raise UserError(f"config.json: original_max_position_embeddings = {original} "
                                 "must be at least 1")
-            factor = _given(rope, "factor", config["max_position_embeddings"] / original)
+            factor = _take_number(rope, "factor", config["max_position_embeddings"] / original)
         except KeyError as e:
             raise UserError(f"config.json: rope_type 'yarn' lacks {e}; add it to rope_parameters") from None
         # Default in transformers and in the trainer: arXiv 2309.00071, section 3.4.
@@ -223,7 +223,8 @@ class Rope:
         if rope.pop("truncate", True) is not True:
             raise UserError("config.json: truncate of rope_type 'yarn' must be true or absent: the trainer "
                             "rounds the ends of the ramp to whole channels")
-        return YarnConfig(factor, original, _given(rope, "beta_fast", 32.0), _given(rope, "beta_slow", 1.0))
+        return YarnConfig(factor, original, _take_number(rope, "beta_fast", 32.0),
+                          _take_number(rope, "beta_slow", 1.0))
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ class AttentionScale:
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """Return the factor; `UserError` if Gemma's field cannot express it."""
-        factor = _usual_scale(model.head_dim) if model.attention_multiplier is None else (
+        factor = _default_scale(model.head_dim) if model.attention_multiplier is None else (
             model.attention_multiplier)
         if not self.scalar:
             return {self.hf: factor}
@@ -253,17 +254,17 @@ class AttentionScale:
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the factor; None for 1 / sqrt(head_dim)."""
-        usual = _usual_scale(config.get("head_dim") or hidden_over_heads(config))
+        usual = _default_scale(config.get("head_dim") or hidden_over_heads(config))
         factor = (int(config.get(self.hf, self.scalar)) ** -0.5 if self.scalar
                  else float(config.get(self.hf, usual)))
         return {"attention_multiplier": None if factor == usual else factor}
 
 
-def _usual_scale(head_dim: int) -> float:
+def _default_scale(head_dim: int) -> float:
     return float(head_dim ** -0.5)
 
 
-def _given(rope: dict[str, Any], name: str, default: float) -> float:
+def _take_number(rope: dict[str, Any], name: str, default: float) -> float:
     """Remove a parameter from `rope` and return it; `default` if absent or null."""
     value = rope.pop(name, None)
     return default if value is None else float(value)
@@ -275,13 +276,13 @@ def hidden_over_heads(config: dict[str, Any]) -> int:
 
 
 
-KINDS = ("full_attention", "sliding_attention")
-THETAS = {"full_attention": 1e6, "sliding_attention": 1e4}
+ATTENTION_KINDS = ("full_attention", "sliding_attention")
+DEFAULT_THETAS = {"full_attention": 1e6, "sliding_attention": 1e4}
 """Kind of layer -> transformers' default for `rope_theta`."""
 
 
 @dataclass(frozen=True)
-class EmbeddingsByWidth:
+class ScaledEmbeddings:
     """Embeddings multiplied by sqrt(hidden_size), which config.json does not mention."""
 
     names: tuple[str, ...] = ()
@@ -343,28 +344,28 @@ class TwoThetas:
         """Return both thetas and the linear factor; `UserError` for unsupported scaling and for
         contradictions."""
         by_kind = config.get("rope_parameters", {})
-        if unknown := [name for name in by_kind if name not in KINDS]:
+        if unknown := [name for name in by_kind if name not in ATTENTION_KINDS]:
             raise UserError(f"config.json: rope_parameters has {', '.join(map(str, unknown))}, and in this "
-                            f"family only {' and '.join(KINDS)}; move the parameters there")
+                            f"family only {' and '.join(ATTENTION_KINDS)}; move the parameters there")
         old = {"full_attention": config.get("rope_theta"),
                "sliding_attention": config.get("rope_local_base_freq")}
         thetas, factors = {}, {}
-        for kind in KINDS:
+        for kind in ATTENTION_KINDS:
             rope = dict(by_kind.get(kind) or {})
             theta = rope.pop("rope_theta", None)
-            factors[kind] = _linear_factor(rope, f"rope_parameters of {kind}")
+            factors[kind] = _take_linear_factor(rope, f"rope_parameters of {kind}")
             if None not in (theta, old[kind]) and theta != old[kind]:
                 raise UserError(f"config.json: rope_theta of {kind} is {theta} in rope_parameters and "
                                 f"{old[kind]} outside of it; remove one of them")
             # The newer name, then the older name, then transformers' default.
-            candidates = [value for value in (theta, old[kind], THETAS[kind]) if value is not None]
+            candidates = [value for value in (theta, old[kind], DEFAULT_THETAS[kind]) if value is not None]
             thetas[kind] = float(candidates[0])
         if factors["sliding_attention"] is not None:
             raise UserError(f"config.json: rope_parameters of sliding_attention = "
                             f"{by_kind['sliding_attention']}, but only global layers may be scaled")
         factor = factors["full_attention"]
         if config.get("rope_scaling"):
-            old_factor = _linear_factor(dict(config["rope_scaling"]), "rope_scaling")
+            old_factor = _take_linear_factor(dict(config["rope_scaling"]), "rope_scaling")
             if by_kind.get("full_attention") and old_factor != factor:
                 raise UserError(f"config.json: rope_scaling = {config['rope_scaling']}, and rope_parameters "
                                 f"of full_attention = {by_kind['full_attention']}; remove one of them")
@@ -373,7 +374,7 @@ class TwoThetas:
                 "yarn": None, "llama3_rope": None, "linear_rope_factor": factor}
 
 
-def _linear_factor(rope: dict[str, Any], where: str) -> float | None:
+def _take_linear_factor(rope: dict[str, Any], where: str) -> float | None:
     """Return the factor of linear scaling, None for plain RoPE; `UserError` for other scaling."""
     parameters = dict(rope)
     old_kind = rope.pop("type", "default")

@@ -16,7 +16,7 @@ PREDICTION_NAMES = ("num_nextn_predict_layers", "num_mtp_layers")
 _LETTER = {"sliding_attention": "L", "full_attention": "G"}
 
 
-def _letters(types: list[str], name: str, length: int) -> str:
+def _parse_layer_letters(types: list[str], name: str, length: int) -> str:
     """Return attention types as letters L and G; `UserError` unless every layer has a known type."""
     letters = "".join(_LETTER.get(kind, "?") for kind in types)
     if len(letters) != length or "?" in letters:
@@ -25,18 +25,18 @@ def _letters(types: list[str], name: str, length: int) -> str:
     return letters
 
 
-def _num_layers(config: dict[str, Any]) -> int:
+def _read_num_layers(config: dict[str, Any]) -> int:
     """Return `num_hidden_layers`; `UserError` for numbers whose per-layer lists would fill memory."""
-    return _bounded(int(config.get("num_hidden_layers", 0)), "num_hidden_layers")
+    return _check_layer_count(int(config.get("num_hidden_layers", 0)), "num_hidden_layers")
 
 
-def _bounded(count: int, name: str) -> int:
+def _check_layer_count(count: int, name: str) -> int:
     if count > MAX_LAYERS:
         raise UserError(f"config.json: {name} = {count} must be at most {MAX_LAYERS:,}; count its zeros")
     return count
 
 
-def _main_window(config: dict[str, Any], default: int) -> tuple[int, bool]:
+def _find_main_window(config: dict[str, Any], default: int) -> tuple[int, bool]:
     """Return (window, whether windows differ) from the window lists, else from `sliding_window`.
 
     The prediction layer's window comes first, then the most frequent window of the trunk. `sliding_window`
@@ -67,13 +67,13 @@ class SlidingLayers:
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the shortest pattern and the windows; `UserError` for contradictions."""
-        num_layers = _num_layers(config)
+        num_layers = _read_num_layers(config)
         types = (config.get("layer_types")
                  or self.from_period(config.get("sliding_window_pattern", 4), num_layers))
-        letters = _letters(types, "layer_types", num_layers)
+        letters = _parse_layer_letters(types, "layer_types", num_layers)
         fields = {"attention_pattern": shortest_pattern(letters), "layer_windows": ()}
         listed = [int(w or 0) for w in config.get("sliding_windows", [])]
-        window, differ = _main_window(config, self.default_window)
+        window, differ = _find_main_window(config, self.default_window)
         window = window if "L" in letters else 0
         if not listed or listed == [window if letter == "L" else 0 for letter in letters]:
             return fields | {"sliding_window_tokens": window}
@@ -124,7 +124,7 @@ class SlidingSwitch:
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return pattern and window; `UserError` if switch, window and list disagree."""
-        num_layers = _num_layers(config)
+        num_layers = _read_num_layers(config)
         slides = config.get("use_sliding_window", False)
         if slides and "sliding_window" not in config:
             raise UserError(f"config.json: use_sliding_window = {slides} needs sliding_window; "
@@ -134,7 +134,7 @@ class SlidingSwitch:
                  for i in range(num_layers)]
         if self.by_layer:
             types = config.get("layer_types", types)
-        letters = _letters(types, "layer_types", num_layers)
+        letters = _parse_layer_letters(types, "layer_types", num_layers)
         if "L" in letters and not slides:
             raise UserError(f"config.json: layer_types = {types} names sliding layers, "
                             f"but use_sliding_window is {slides}; make them agree")
@@ -166,11 +166,11 @@ class RotatingWindows:
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return pattern, window and `rope_on_global`; `UserError` for a window without sliding layers, and
         vice versa."""
-        num_layers, window = _num_layers(config), config.get("sliding_window", 4096)
+        num_layers, window = _read_num_layers(config), config.get("sliding_window", 4096)
         types = config.get("layer_types") or (
             SlidingLayers.from_period(config.get("sliding_window_pattern", 4), num_layers) if window
             else ["full_attention"] * num_layers)
-        letters = _letters(types, "layer_types", num_layers)
+        letters = _parse_layer_letters(types, "layer_types", num_layers)
         if bool(window) != ("L" in letters):
             raise UserError(f"config.json: sliding_window = {window}, but layer_types names "
                             f"{'no' if window else 'a'} sliding layer; transformers rotates global layers "
@@ -179,9 +179,9 @@ class RotatingWindows:
                 "rope_on_global": not window}
 
 
-def _leading_dense(config: dict[str, Any], dense: list[bool], what: str) -> dict[str, Any]:
+def _count_dense_layers(config: dict[str, Any], dense: list[bool], what: str) -> dict[str, Any]:
     """Return the number of dense layers; `UserError` unless all dense layers come first."""
-    num_layers = _num_layers(config)
+    num_layers = _read_num_layers(config)
     if len(dense) != num_layers or dense != sorted(dense, reverse=True):
         raise UserError(f"config.json: {what} must name dense layers first and layers with experts after, "
                         f"for num_hidden_layers = {num_layers} layers; a dense layer after a layer with "
@@ -205,7 +205,7 @@ class LeadingDenseLayers:
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the number of dense layers; `UserError` if two spellings disagree."""
         leading: Callable[[Any], list[bool]] = lambda count: [i < count  # noqa: E731
-                                                              for i in range(_num_layers(config))]
+                                                              for i in range(_read_num_layers(config))]
         spellings: dict[str, Callable[[Any], list[bool]]] = {
             "mlp_layer_types": lambda kinds: [kind != "sparse" for kind in kinds],
             "is_moe_layer": lambda flags: [not flag for flag in flags],
@@ -221,7 +221,7 @@ class LeadingDenseLayers:
         if any(other != dense for other in by_spelling.values()):
             raise UserError(f"config.json: {' and '.join(by_spelling)} disagree about which layers are "
                             "dense; make them agree")
-        return _leading_dense(config, dense, next(iter(by_spelling), "first_k_dense_replace"))
+        return _count_dense_layers(config, dense, next(iter(by_spelling), "first_k_dense_replace"))
 
 
 @dataclass(frozen=True)
@@ -236,8 +236,8 @@ class SparseSteps:
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the number of leading dense layers."""
         listed, step = config.get("mlp_only_layers", []), config.get("decoder_sparse_step", 1)
-        dense = [i in listed or (i + 1) % step != 0 for i in range(_num_layers(config))]
-        return _leading_dense(config, dense, "mlp_only_layers and decoder_sparse_step")
+        dense = [i in listed or (i + 1) % step != 0 for i in range(_read_num_layers(config))]
+        return _count_dense_layers(config, dense, "mlp_only_layers and decoder_sparse_step")
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ class HfPredictionLayer:
 
     default_coeff: float = 0.05
     """Published loss weight, used if config.json has none."""
-    said_without: bool = True
+    writes_zero: bool = True
     """Whether exports without prediction layers write the number 0."""
     names: tuple[str, ...] = ("num_nextn_predict_layers", "mtp_layer_types", "mtp_sliding_windows",
                               "mtp_loss_scaling_factor", "mtp_share_layers", "mtp_num_speculative_steps")
@@ -254,7 +254,7 @@ class HfPredictionLayer:
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """Return all fields; without prediction layers at most their number."""
         if not model.num_mtp_layers:
-            return {"num_nextn_predict_layers": 0} if self.said_without else {}
+            return {"num_nextn_predict_layers": 0} if self.writes_zero else {}
         n = model.num_mtp_layers
         repeated = {"mtp_num_speculative_steps": model.mtp_depths, "mtp_share_layers": True}
         return {"num_nextn_predict_layers": n, "mtp_layer_types": [model.mtp_layer_type()] * n,
@@ -263,10 +263,10 @@ class HfPredictionLayer:
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return number, attention (global by default), depths and loss weight."""
-        num_layers = _bounded(config.get("num_nextn_predict_layers", 0), "num_nextn_predict_layers")
-        letters = _letters(config.get("mtp_layer_types", ["full_attention"] * num_layers),
+        num_layers = _check_layer_count(config.get("num_nextn_predict_layers", 0), "num_nextn_predict_layers")
+        letters = _parse_layer_letters(config.get("mtp_layer_types", ["full_attention"] * num_layers),
                            "mtp_layer_types", num_layers)
-        window = _main_window(config, 0)[0] if "L" in letters else 0
+        window = _find_main_window(config, 0)[0] if "L" in letters else 0
         windows = config.get("mtp_sliding_windows", [window] * num_layers)
         if any((found or 0) != window for found in windows):
             raise UserError(f"config.json: mtp_sliding_windows = {windows}, but only {window} is supported: "
@@ -282,7 +282,7 @@ class HfPredictionLayer:
 
 
 @dataclass(frozen=True)
-class PredictionBehind:
+class PredictionAfterTrunk:
     """Number of prediction layers with experts after the last transformer layer."""
 
     names: tuple[str, ...] = (*PREDICTION_NAMES, "mtp_mlp_layer_types")
@@ -323,14 +323,14 @@ class SwigluLimits:
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the clamps; `UserError` unless every layer has a number of at least 0."""
         limits = [float(limit or 0) for limit in config.get("swiglu_limits", [])]
-        if (limits and len(limits) != _num_layers(config)) or any(limit < 0 for limit in limits):
+        if (limits and len(limits) != _read_num_layers(config)) or any(limit < 0 for limit in limits):
             raise UserError(f"config.json: swiglu_limits = {limits} must have an entry of 0 or more for each "
-                            f"of num_hidden_layers = {_num_layers(config)} layers")
+                            f"of num_hidden_layers = {_read_num_layers(config)} layers")
         return {"swiglu_limits": tuple(limits) if any(limits) else ()}
 
 
 @dataclass(frozen=True)
-class NormsBehind:
+class OutputNormSwitch:
     """A switch for norms on block outputs, in addition to norms on inputs."""
 
     hf: str

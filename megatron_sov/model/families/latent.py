@@ -11,10 +11,10 @@ from megatron_sov.model.config import LatentAttentionConfig, ModelConfig
 from megatron_sov.model.families.family import (
     DECODER_CONFIG, DEEPSEEK_ROUTER, EXPERT_GROUPS, EXPERTS_CONFIG, Family)
 from megatron_sov.model.families.hf_config import ConfigItem, Fixed, Renamed, Rope, Unused
-from megatron_sov.model.families.hf_layers import LeadingDenseLayers, PredictionBehind
+from megatron_sov.model.families.hf_layers import LeadingDenseLayers, PredictionAfterTrunk
 from megatron_sov.model.families.weights import (
-    COPIES_BEHIND, DEEPSEEK_EXPERTS, DENSE_FFN, EMBEDDINGS_AND_HEAD, PREDICTION_BEHIND, Same, WeightEntry,
-    inside_prediction, latent_of, trunk)
+    DEEPSEEK_EXPERTS, DENSE_FFN, EMBEDDINGS_AND_HEAD, PREDICTION_AFTER_TRUNK, PREDICTION_COPIES, Same,
+    WeightEntry, get_latent_attention, prediction_layer_section, trunk_section)
 
 _SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
@@ -27,12 +27,12 @@ class LatentHeads:
     names: tuple[str, ...] = (*_SIZES, "q_lora_rank", "num_key_value_heads", "head_dim", "qk_head_dim")
     null_tells: tuple[str, ...] = ("q_lora_rank",)
     """null: no query latent; if absent, transformers assumes 1536."""
-    heads_tell: bool = True
+    checks_head_dim: bool = True
     """Whether `head_dim` must equal `qk_rope_head_dim`; False if the family does not use `head_dim`."""
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """Return the sizes, with equal numbers of query and key/value heads."""
-        latent = latent_of(model)
+        latent = get_latent_attention(model)
         return {**{name: getattr(latent, name) for name in _SIZES}, "q_lora_rank": latent.q_lora_rank,
                 "num_key_value_heads": model.num_kv_heads}
 
@@ -48,7 +48,7 @@ class LatentHeads:
         # transformers' `head_dim` is the number of rotated channels
         for name, follows in (("num_key_value_heads", heads), ("head_dim", latent.qk_rope_head_dim),
                               ("qk_head_dim", latent.query_dim)):
-            if config.get(name, follows) != follows and (name != "head_dim" or self.heads_tell):
+            if config.get(name, follows) != follows and (name != "head_dim" or self.checks_head_dim):
                 raise UserError(f"config.json: {name} = {config[name]}, but only {follows} is supported: it "
                                 "follows from num_attention_heads, qk_nope_head_dim and qk_rope_head_dim")
         return {"latent_attention": latent, "num_kv_heads": heads, "head_dim": latent.query_dim}
@@ -102,12 +102,12 @@ LATENT_ATTENTION: tuple[WeightEntry, ...] = (
     Same("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H O"),
 )
 """Latent attention without queries."""
-QUERIES_OF_A_LATENT: tuple[WeightEntry, ...] = (
+LATENT_QUERIES: tuple[WeightEntry, ...] = (
     Same("self_attention.linear_q_down_proj.weight", "self_attn.q_a_proj.weight", "Q H"),
     Same("self_attention.linear_q_up_proj.layer_norm_weight", "self_attn.q_a_layernorm.weight", "Q"),
     Same("self_attention.linear_q_up_proj.weight", "self_attn.q_b_proj.weight", "A Q"),
 )
-WHOLE_QUERIES: tuple[WeightEntry, ...] = (
+DIRECT_QUERIES: tuple[WeightEntry, ...] = (
     Same("self_attention.linear_q_proj.weight", "self_attn.q_proj.weight", "A H"),
 )
 
@@ -138,24 +138,25 @@ DEEPSEEK_V3 = Family(
     hf_classes=("DeepseekV3ForCausalLM",),
     weights=(
         *EMBEDDINGS_AND_HEAD,
-        trunk("every layer", LATENT_ATTENTION),
-        trunk("every layer", QUERIES_OF_A_LATENT, when="has_query_latent"),
-        trunk("every layer", WHOLE_QUERIES, when="has_whole_queries"),
-        trunk("dense layers", DENSE_FFN),
-        trunk("moe layers", DEEPSEEK_EXPERTS),
-        PREDICTION_BEHIND, inside_prediction(LATENT_ATTENTION, DEEPSEEK_EXPERTS),
-        inside_prediction(QUERIES_OF_A_LATENT, when="has_query_latent"),
-        inside_prediction(WHOLE_QUERIES, when="has_whole_queries"),
+        trunk_section("every layer", LATENT_ATTENTION),
+        trunk_section("every layer", LATENT_QUERIES, when="has_query_latent"),
+        trunk_section("every layer", DIRECT_QUERIES, when="has_whole_queries"),
+        trunk_section("dense layers", DENSE_FFN),
+        trunk_section("moe layers", DEEPSEEK_EXPERTS),
+        PREDICTION_AFTER_TRUNK, prediction_layer_section(LATENT_ATTENTION, DEEPSEEK_EXPERTS),
+        prediction_layer_section(LATENT_QUERIES, when="has_query_latent"),
+        prediction_layer_section(DIRECT_QUERIES, when="has_whole_queries"),
     ),
     config=(
         *_CONFIG, LatentHeads(), Renamed("n_routed_experts", "num_experts", 256),
-        Fixed("topk_method", "noaux_tc", written=False), LeadingDenseLayers(default=3), PredictionBehind(),
+        Fixed("topk_method", "noaux_tc", written=False), LeadingDenseLayers(default=3),
+        PredictionAfterTrunk(),
     ),
     structure={**STRUCTURE, "attention_pattern": "G", "rope_on_global": True},
     varies=("latent_attention", "mtp_experts", *EXPERT_GROUPS),
     training={"router_bias_update_rate": 1e-3, "mtp_loss_coeff": 0.1},
     needs_shared_expert=True,
-    copies=COPIES_BEHIND,
+    copies=PREDICTION_COPIES,
 )
 
 

@@ -11,7 +11,7 @@ from megatron_sov.model.config import LinearAttentionConfig, ModelConfig
 from megatron_sov.model.config.bounds import MAX_LAYERS
 from megatron_sov.model.config.model import LAYER_TYPES, shortest_pattern
 from megatron_sov.model.families.weights import (
-    GateUp, Layout, Reshaped, Same, WeightEntry, linear_of, shape_of)
+    GateUp, Layout, Reshaped, Same, WeightEntry, get_linear_attention, resolve_shape)
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,10 @@ class HeadRows:
 
     def layout(self, model: ModelConfig) -> Layout:
         """Return the division of [heads, rows of a head, columns]."""
-        linear = linear_of(model)
+        linear = get_linear_attention(model)
         lengths = tuple(linear.projected[kind] for _, kind in self.hf)
-        return Layout((linear.num_key_heads, sum(lengths), *shape_of(self.columns, model)), 1, lengths, 2)
+        return Layout((linear.num_key_heads, sum(lengths), *resolve_shape(self.columns, model)), 1, lengths,
+                      2)
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,11 @@ class TapRows(HeadRows):
     def layout(self, model: ModelConfig) -> Layout:
         """Return the division of [heads, channels of a head, 1, taps]."""
         layout = super().layout(model)
-        return replace(layout, view=(*layout.view, 1, linear_of(model).conv_taps))
+        return replace(layout, view=(*layout.view, 1, get_linear_attention(model).conv_taps))
 
 
 @dataclass(frozen=True)
-class GateBesideQKV:
+class GatedQKV:
     """Query, key and value with an output gate per query head, which is a separate Hugging Face tensor."""
 
     megatron: str
@@ -65,9 +66,9 @@ class GateBesideQKV:
         return Layout(view, 1, (heads, heads, 1, 1), 3)
 
 
-GATE_BESIDE: tuple[WeightEntry, ...] = (
+GATED_ATTENTION: tuple[WeightEntry, ...] = (
     Same("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "H"),
-    GateBesideQKV("self_attention.linear_qkv.weight", (
+    GatedQKV("self_attention.linear_qkv.weight", (
         "self_attn.q_proj.weight", "self_attn.g_proj.weight", "self_attn.k_proj.weight",
         "self_attn.v_proj.weight")),
     Same("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H A"))
@@ -100,14 +101,14 @@ def count_layers(config: dict[str, Any]) -> int:
     return count
 
 
-def whole_number(name: str, value: Any) -> int:
+def check_integer(name: str, value: Any) -> int:
     """Return `value`; `UserError` if it is not an integer (`int` would accept 4.9)."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise UserError(f"config.json: {name} = {value!r} must be a whole number; restore it from its source")
     return value
 
 
-def layer_pattern(types: list[Any], count: int) -> dict[str, Any]:
+def parse_layer_pattern(types: list[Any], count: int) -> dict[str, Any]:
     """Return the shortest `attention_pattern` for layer types; `UserError` unless every layer has a known
     type."""
     letter = {kind: letter for letter, kind in LAYER_TYPES.items() if letter in "DG"}
@@ -118,10 +119,10 @@ def layer_pattern(types: list[Any], count: int) -> dict[str, Any]:
     return {"attention_pattern": shortest_pattern(letters)}
 
 
-def delta_sizes(model: ModelConfig, *, negative: bool) -> tuple[int, int, int]:
+def read_delta_sizes(model: ModelConfig, *, negative: bool) -> tuple[int, int, int]:
     """Return (heads, head size, taps) of Kimi Delta Attention; `UserError` for sizes that the family cannot
     express."""
-    linear = linear_of(model)
+    linear = get_linear_attention(model)
     width = linear.key_head_dim
     if linear != LinearAttentionConfig(linear.num_key_heads, linear.num_key_heads, width, width, width,
                                        linear.conv_taps, linear.negative_eigenvalues and negative):
@@ -144,14 +145,14 @@ class SolarLayers:
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """Return all fields except the interval; `UserError` for unequal sizes, or without softmax
         attention."""
-        sizes, types = delta_sizes(model, negative=True), model.layer_types()
+        sizes, types = read_delta_sizes(model, negative=True), model.layer_types()
         softmax = [i for i, kind in enumerate(types) if kind == "full_attention"]
         if not softmax:
             raise UserError(f"model.attention_pattern = {model.attention_pattern!r}: family '{model.family}' "
                             "needs a layer with softmax attention; add a G")
         return {"layer_types": types, "gqa_layers": softmax,
                 "linear_attn_config": {**dict(zip(self.sizes, sizes, strict=True)), "num_kv_heads": None},
-                "kda_allow_neg_eigval": linear_of(model).negative_eigenvalues}
+                "kda_allow_neg_eigval": get_linear_attention(model).negative_eigenvalues}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the shortest pattern and the sizes; `UserError` if two spellings disagree or key/value heads
@@ -163,7 +164,7 @@ class SolarLayers:
         if sorted(part) != sorted(self.sizes):
             raise UserError(f"config.json: linear_attn_config has {', '.join(sorted(part)) or 'no fields'}; "
                             f"besides num_kv_heads, it must have exactly {', '.join(self.sizes)}")
-        heads, width, taps = (whole_number(f"linear_attn_config.{name}", part[name]) for name in self.sizes)
+        heads, width, taps = (check_integer(f"linear_attn_config.{name}", part[name]) for name in self.sizes)
         if kv_heads and kv_heads != heads:
             raise UserError(f"config.json: linear_attn_config.num_kv_heads = {kv_heads}, but only null or "
                             f"num_heads = {heads} is supported: keys and values have as many heads as "
@@ -177,12 +178,12 @@ class SolarLayers:
     @staticmethod
     def _layers(config: dict[str, Any]) -> dict[str, Any]:
         count, interval = count_layers(config), config.get("gqa_interval", 3)
-        if whole_number("gqa_interval", interval) < 1:
+        if check_integer("gqa_interval", interval) < 1:
             raise UserError(f"config.json: gqa_interval = {interval!r} must be an integer of 1 or more")
         softmax = config.get("gqa_layers", [*range(0, count, interval + 1)])
         listed = ["full_attention" if i in softmax else "linear_attention" for i in range(count)]
         types = config.get("layer_types", listed)
-        pattern = layer_pattern(types, count)
+        pattern = parse_layer_pattern(types, count)
         # transformers writes a default `gqa_interval`, so the interval counts only without `layer_types`.
         if "gqa_layers" in config and (types != listed or len({*softmax}) != len(softmax)
                                        or listed.count("full_attention") != len(softmax)):

@@ -15,16 +15,17 @@ from megatron_sov.model.families.family import (
     COMMON_CONFIG, DECODER_CONFIG, DEEPSEEK_ROUTER, DEEPSEEK_ROUTER_CONFIG, EXPERT_GROUPS, EXPERTS_CONFIG,
     KV_HEADS, Family)
 from megatron_sov.model.families.hf_config import (
-    AttentionScale, ConfigItem, EmbeddingsByWidth, Fixed, GemmaLayers, LogitsSoftCap, Renamed, Rope,
-    TwoThetas, Unused, hidden_over_heads)
+    AttentionScale, ConfigItem, Fixed, GemmaLayers, LogitsSoftCap, Renamed, Rope, ScaledEmbeddings, TwoThetas,
+    Unused, hidden_over_heads)
 from megatron_sov.model.families.hf_layers import (
-    HfPredictionLayer, LeadingDenseLayers, NormsBehind, RotatingWindows, SlidingLayers, SlidingSwitch,
+    HfPredictionLayer, LeadingDenseLayers, OutputNormSwitch, RotatingWindows, SlidingLayers, SlidingSwitch,
     SparseSteps, SwigluLimits)
 from megatron_sov.model.families.latent import DEEPSEEK_V3
-from megatron_sov.model.families.linear_layers import GATE_BESIDE, KIMI_DELTA, SolarLayers
+from megatron_sov.model.families.linear_layers import GATED_ATTENTION, KIMI_DELTA, SolarLayers
 from megatron_sov.model.families.weights import (
     ATTENTION, DEEPSEEK_EXPERTS, DENSE_FFN, EMBEDDINGS_AND_HEAD, PROJECTIONS, QK_NORM, QKV_BIAS,
-    ROUTED_EXPERTS, SHARED_EXPERTS, SWIGLU, Same, norms_behind, prediction_layer, router_bias, trunk)
+    ROUTED_EXPERTS, SHARED_EXPERTS, SWIGLU, Same, output_norms, prediction_sections, router_bias_entry,
+    trunk_section)
 
 _DECODER: tuple[ConfigItem, ...] = (
     *DECODER_CONFIG, Renamed("intermediate_size", "dense_ffn_dim"), Rope(default_theta=10_000.0),
@@ -42,13 +43,13 @@ _PLAIN_DENSE: dict[str, Any] = {**_DENSE, "qkv_bias": False, "qk_norm": False}
 LLAMA = Family(
     name="llama",
     hf_classes=("LlamaForCausalLM",),
-    weights=(*EMBEDDINGS_AND_HEAD, trunk("every layer", ATTENTION, DENSE_FFN),
-             *prediction_layer(ATTENTION, DENSE_FFN)),
+    weights=(*EMBEDDINGS_AND_HEAD, trunk_section("every layer", ATTENTION, DENSE_FFN),
+             *prediction_sections(ATTENTION, DENSE_FFN)),
     config=(
         *_DECODER, _HEAD_DIM, Renamed("rms_norm_eps", "norm_eps", 1e-6),
         # Default in transformers; Llama 1 had no grouped-query attention.
         Renamed("num_key_value_heads", "num_kv_heads", lambda config: config["num_attention_heads"]),
-        Fixed("attention_bias", False), Fixed("mlp_bias", False), HfPredictionLayer(said_without=False),
+        Fixed("attention_bias", False), Fixed("mlp_bias", False), HfPredictionLayer(writes_zero=False),
         Unused(("pretraining_tp",)),  # tensor parallel size of the authors' pretraining
     ),
     structure={"rope_on_global": True, "num_experts": 0, "num_dense_layers": 0,
@@ -63,9 +64,9 @@ LLAMA = Family(
 EXAONE4 = Family(
     name="exaone4",
     hf_classes=("Exaone4ForCausalLM",),
-    weights=(*EMBEDDINGS_AND_HEAD, trunk(
+    weights=(*EMBEDDINGS_AND_HEAD, trunk_section(
         "every layer", PROJECTIONS, QK_NORM, SWIGLU,
-        norms_behind("post_attention_layernorm", "post_feedforward_layernorm"))),
+        output_norms("post_attention_layernorm", "post_feedforward_layernorm"))),
     config=(
         *_DECODER, _HEAD_DIM, KV_HEADS, Renamed("rms_norm_eps", "norm_eps", 1e-5), RotatingWindows(),
         Fixed("reorder_qk_norm", True, written=False),  # released configs: norms after blocks
@@ -84,10 +85,10 @@ EXAONE4 = Family(
 GEMMA3 = Family(
     name="gemma3_text",
     hf_classes=("Gemma3ForCausalLM",),
-    weights=(*EMBEDDINGS_AND_HEAD, trunk(
+    weights=(*EMBEDDINGS_AND_HEAD, trunk_section(
         "every layer", ATTENTION, QK_NORM,
         (Same("mlp.linear_fc1.layer_norm_weight", "pre_feedforward_layernorm.weight", "H"),), SWIGLU,
-        norms_behind("post_attention_layernorm", "post_feedforward_layernorm"))),
+        output_norms("post_attention_layernorm", "post_feedforward_layernorm"))),
     config=(
         *COMMON_CONFIG, KV_HEADS, Renamed("intermediate_size", "dense_ffn_dim"),
         Renamed("head_dim", "head_dim", 256),
@@ -95,7 +96,7 @@ GEMMA3 = Family(
         Fixed("hidden_activation", "gelu_pytorch_tanh"), Fixed("attention_bias", False),
         Fixed("attn_logit_softcapping", None), LogitsSoftCap(),
         Fixed("use_bidirectional_attention", False), AttentionScale("query_pre_attn_scalar", scalar=256),
-        EmbeddingsByWidth(), TwoThetas(), GemmaLayers(),
+        ScaledEmbeddings(), TwoThetas(), GemmaLayers(),
         Unused(("cache_implementation", "_sliding_window_pattern")),  # transformers writes the latter
     ),
     structure={"block_norms": "both", "zero_centered_norms": True, "activation": "gelu_tanh", "qk_norm": True,
@@ -112,11 +113,11 @@ GEMMA3 = Family(
 HYPERCLOVAX = Family(
     name="hyperclovax",
     hf_classes=("HyperCLOVAXForCausalLM",),
-    weights=(*EMBEDDINGS_AND_HEAD, trunk("every layer", ATTENTION, DENSE_FFN),
-             trunk("layers with norms behind", norms_behind("post_norm1", "post_norm2"))),
+    weights=(*EMBEDDINGS_AND_HEAD, trunk_section("every layer", ATTENTION, DENSE_FFN),
+             trunk_section("layers with norms behind", output_norms("post_norm1", "post_norm2"))),
     config=(
         *_DECODER, _HEAD_DIM, KV_HEADS, Renamed("rms_norm_eps", "norm_eps", 1e-6),
-        Fixed("attention_bias", False), Fixed("mlp_bias", False), NormsBehind("use_post_norm"),
+        Fixed("attention_bias", False), Fixed("mlp_bias", False), OutputNormSwitch("use_post_norm"),
         AttentionScale("attention_multiplier"),
         Renamed("embedding_multiplier", "embedding_multiplier", 1.0),
         Renamed("residual_multiplier", "residual_multiplier", 1.0),
@@ -146,7 +147,7 @@ folder."""
 QWEN2 = Family(
     name="qwen2",
     hf_classes=("Qwen2ForCausalLM",),
-    weights=(*EMBEDDINGS_AND_HEAD, trunk("every layer", ATTENTION, QKV_BIAS, DENSE_FFN)),
+    weights=(*EMBEDDINGS_AND_HEAD, trunk_section("every layer", ATTENTION, QKV_BIAS, DENSE_FFN)),
     config=(*_CONFIG, SlidingSwitch(by_layer=True), _HEAD_DIM,
             Fixed("use_mrope", False, written=False)),  # present in Qwen2.5 configs
     structure={**_DENSE, "qkv_bias": True, "qk_norm": False},
@@ -156,7 +157,7 @@ QWEN2 = Family(
 QWEN3 = Family(
     name="qwen3",
     hf_classes=("Qwen3ForCausalLM",),
-    weights=(*EMBEDDINGS_AND_HEAD, trunk("every layer", ATTENTION, QK_NORM, DENSE_FFN)),
+    weights=(*EMBEDDINGS_AND_HEAD, trunk_section("every layer", ATTENTION, QK_NORM, DENSE_FFN)),
     config=(*_CONFIG, SlidingSwitch(by_layer=True), Renamed("head_dim", "head_dim", 128),
             Fixed("attention_bias", False)),
     structure={**_DENSE, "qkv_bias": False, "qk_norm": True},
@@ -167,9 +168,9 @@ QWEN3_MOE = Family(
     hf_classes=("Qwen3MoeForCausalLM",),
     weights=(
         *EMBEDDINGS_AND_HEAD,
-        trunk("every layer", ATTENTION, QK_NORM),
-        trunk("dense layers", DENSE_FFN),
-        trunk("moe layers", ROUTED_EXPERTS),
+        trunk_section("every layer", ATTENTION, QK_NORM),
+        trunk_section("dense layers", DENSE_FFN),
+        trunk_section("moe layers", ROUTED_EXPERTS),
     ),
     config=(
         *_CONFIG, *EXPERTS_CONFIG, SlidingSwitch(by_layer=False), SparseSteps(),
@@ -200,10 +201,11 @@ EXAONE_MOE = Family(
     hf_classes=("ExaoneMoeForCausalLM", "ExaoneMoEForCausalLM"),
     weights=(
         *EMBEDDINGS_AND_HEAD,
-        trunk("every layer", ATTENTION, QK_NORM),
-        trunk("dense layers", DENSE_FFN),
-        trunk("moe layers", ROUTED_EXPERTS, SHARED_EXPERTS, (router_bias("mlp.e_score_correction_bias"),)),
-        *prediction_layer(ATTENTION, QK_NORM, DENSE_FFN),
+        trunk_section("every layer", ATTENTION, QK_NORM),
+        trunk_section("dense layers", DENSE_FFN),
+        trunk_section("moe layers", ROUTED_EXPERTS, SHARED_EXPERTS,
+                      (router_bias_entry("mlp.e_score_correction_bias"),)),
+        *prediction_sections(ATTENTION, QK_NORM, DENSE_FFN),
     ),
     config=(
         *DECODER_CONFIG, KV_HEADS, *EXPERTS_CONFIG, *DEEPSEEK_ROUTER_CONFIG,
@@ -230,8 +232,8 @@ SOLAR_OPEN = Family(
     hf_classes=("SolarOpenForCausalLM",),
     weights=(
         *EMBEDDINGS_AND_HEAD,
-        trunk("every layer", ATTENTION),
-        trunk("moe layers", DEEPSEEK_EXPERTS),
+        trunk_section("every layer", ATTENTION),
+        trunk_section("moe layers", DEEPSEEK_EXPERTS),
     ),
     config=(
         *DECODER_CONFIG, KV_HEADS, *EXPERTS_CONFIG, *DEEPSEEK_ROUTER_CONFIG,
@@ -261,9 +263,10 @@ SOLAR_OPEN2 = Family(
     name="solar_open2",
     hf_classes=("SolarOpen2ForCausalLM",),
     weights=(
-        *EMBEDDINGS_AND_HEAD, trunk("linear layers", KIMI_DELTA), trunk("other layers", GATE_BESIDE),
-        trunk("other layers", QK_NORM, when="qk_norm"),
-        trunk("dense layers", DENSE_FFN), trunk("moe layers", DEEPSEEK_EXPERTS),
+        *EMBEDDINGS_AND_HEAD, trunk_section("linear layers", KIMI_DELTA),
+        trunk_section("other layers", GATED_ATTENTION),
+        trunk_section("other layers", QK_NORM, when="qk_norm"),
+        trunk_section("dense layers", DENSE_FFN), trunk_section("moe layers", DEEPSEEK_EXPERTS),
     ),
     config=(
         *DECODER_CONFIG, KV_HEADS, *EXPERTS_CONFIG, *DEEPSEEK_ROUTER_CONFIG,
@@ -294,7 +297,7 @@ FAMILIES = {family.name: family for family in (
     SOLAR_OPEN2)}
 
 
-def get(name: str, recorded: Sequence[PluginCode] = ()) -> Family:
+def get_family(name: str, recorded: Sequence[PluginCode] = ()) -> Family:
     """Return the family called `name`: built-in, from an installed package, or from `--plugin`.
 
     Args:
@@ -304,10 +307,10 @@ def get(name: str, recorded: Sequence[PluginCode] = ()) -> Family:
     Raises:
         UserError: unknown family; the message names the nearest family and lists all.
     """
-    return FAMILIES[name] if name in FAMILIES else OWN.get(name, recorded)
+    return FAMILIES[name] if name in FAMILIES else FAMILY_PLUGINS.get(name, recorded)
 
 
-def _check(loaded: LoadedPlugin) -> None:
+def _check_family(loaded: LoadedPlugin) -> None:
     family = loaded.value
     if not isinstance(family, Family):
         raise UserError(f"{loaded.reference}: is a {type(family).__name__}; a model family is a "
@@ -321,11 +324,12 @@ def _check(loaded: LoadedPlugin) -> None:
     if unknown:
         raise UserError(f"{loaded.reference}: structure and training name unknown settings of the model: "
                         f"{', '.join(unknown)}")
-    if undefined := family.unsaid():
+    if undefined := family.find_undefined_fields():
         raise UserError(f"{loaded.reference}: does not define model.{', model.'.join(undefined)}, so readers "
                         "of config.json would use transformers' default; add an item to config (like "
                         "KV_HEADS for num_kv_heads), or the field to structure")
 
 
-OWN: Registry[Family] = Registry("model family", FAMILIES, _check, lambda family: family.name)
+FAMILY_PLUGINS: Registry[Family] = Registry("model family", FAMILIES, _check_family,
+                                            lambda family: family.name)
 """Families from plug-ins."""

@@ -27,16 +27,17 @@ SIZES: dict[str, Callable[[ModelConfig], int]] = {
     "E": lambda m: m.num_experts,
     "I": lambda m: m.expert_ffn_dim,
     "S": lambda m: m.expert_ffn_dim * m.num_shared_experts,
-    "Q": lambda m: latent_of(m).q_lora_rank or 0,
-    "K": lambda m: latent_of(m).kv_lora_rank,
-    "C": lambda m: latent_of(m).cached_dim,
-    "B": lambda m: m.num_heads * (latent_of(m).qk_nope_head_dim + latent_of(m).v_head_dim),
-    "O": lambda m: m.num_heads * latent_of(m).v_head_dim,
-    "T": lambda m: linear_of(m).num_value_heads,
-    "U": lambda m: linear_of(m).value_head_dim,
-    "W": lambda m: linear_of(m).num_value_heads * linear_of(m).value_head_dim,
-    "X": lambda m: linear_of(m).num_key_heads * linear_of(m).key_head_dim,
-    "R": lambda m: linear_of(m).gate_rank,
+    "Q": lambda m: get_latent_attention(m).q_lora_rank or 0,
+    "K": lambda m: get_latent_attention(m).kv_lora_rank,
+    "C": lambda m: get_latent_attention(m).cached_dim,
+    "B": lambda m: m.num_heads * (get_latent_attention(m).qk_nope_head_dim
+                                  + get_latent_attention(m).v_head_dim),
+    "O": lambda m: m.num_heads * get_latent_attention(m).v_head_dim,
+    "T": lambda m: get_linear_attention(m).num_value_heads,
+    "U": lambda m: get_linear_attention(m).value_head_dim,
+    "W": lambda m: get_linear_attention(m).num_value_heads * get_linear_attention(m).value_head_dim,
+    "X": lambda m: get_linear_attention(m).num_key_heads * get_linear_attention(m).key_head_dim,
+    "R": lambda m: get_linear_attention(m).gate_rank,
     "G": lambda m: 1,
 }
 """Letter in a shape -> size. V: vocabulary; H: hidden; D: head; N: query heads; A: all query channels; F:
@@ -47,7 +48,7 @@ channels; X: all key channels; R: gate rank."""
 _TOKEN = re.compile(r"(\d*)([A-Z])")
 
 
-def latent_of(model: ModelConfig) -> LatentAttentionConfig:
+def get_latent_attention(model: ModelConfig) -> LatentAttentionConfig:
     """Return the sizes of latent attention; `UserError` if the model has none."""
     if model.latent_attention is None:
         raise UserError(f"model.latent_attention = null: family '{model.family}' has latent attention; "
@@ -55,7 +56,7 @@ def latent_of(model: ModelConfig) -> LatentAttentionConfig:
     return model.latent_attention
 
 
-def linear_of(model: ModelConfig) -> LinearAttentionConfig:
+def get_linear_attention(model: ModelConfig) -> LinearAttentionConfig:
     """Return the sizes of linear attention; `UserError` if the model has none."""
     if model.linear_attention is None:
         raise UserError(f"model.linear_attention = null: family '{model.family}' has linear attention; give "
@@ -63,7 +64,7 @@ def linear_of(model: ModelConfig) -> LinearAttentionConfig:
     return model.linear_attention
 
 
-def shape_of(letters: str, model: ModelConfig) -> tuple[int, ...]:
+def resolve_shape(letters: str, model: ModelConfig) -> tuple[int, ...]:
     """Return the sizes of a shape in letters, such as "V H" or "H 2H", for `model`."""
     # `_check_letters` rejected unknown letters when the map was declared, so every token matches.
     matches = [_TOKEN.fullmatch(token) for token in letters.split()]
@@ -152,7 +153,7 @@ class Same:
         return (self.hf,)
 
     def layout(self, model: ModelConfig) -> Layout:
-        shape = shape_of(self.shape, model)
+        shape = resolve_shape(self.shape, model)
         # A single part over the whole axis: joining and splitting are copies.
         return Layout(shape, 0, (shape[0],), 1)
 
@@ -179,8 +180,8 @@ class Reshaped(Same):
     """Shape of the Hugging Face tensor, in letters."""
 
     def layout(self, model: ModelConfig) -> Layout:
-        shape = shape_of(self.shape, model)
-        return ReshapedLayout(shape, 0, (shape[0],), 1, shape_of(self.hf_shape, model))
+        shape = resolve_shape(self.shape, model)
+        return ReshapedLayout(shape, 0, (shape[0],), 1, resolve_shape(self.hf_shape, model))
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ class GateUp:
 
     def layout(self, model: ModelConfig) -> Layout:
         # Megatron computes gate and up in one product and halves the output: gate rows first, then up rows.
-        return Layout((2, *shape_of(self.shape, model)), 0, (1, 1), 2)
+        return Layout((2, *resolve_shape(self.shape, model)), 0, (1, 1), 2)
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ class QKV:
         # Query heads per key/value head. A group is contiguous, so tensor parallelism divides groups.
         heads = model.num_heads // model.num_kv_heads
         # Biases have no columns: `shape_of("")` is (), and the view ends with the head size.
-        view = (model.num_kv_heads, heads + 2, model.head_dim, *shape_of(self.columns, model))
+        view = (model.num_kv_heads, heads + 2, model.head_dim, *resolve_shape(self.columns, model))
         return Layout(view, 1, (heads, 1, 1), 3)
 
 
@@ -368,14 +369,14 @@ class Link:
         return {name: (start * rows_per_unit, length * rows_per_unit) for name, start, length in zip(
             self.hf_names, self.layout.starts(), self.layout.lengths, strict=True)}
 
-    def _parts(self, viewed: Any) -> Iterator[tuple[str, int, Any]]:
+    def _iter_parts(self, viewed: Any) -> Iterator[tuple[str, int, Any]]:
         for name, start, length in zip(self.hf_names, self.layout.starts(), self.layout.lengths, strict=True):
             yield name, length, viewed.narrow(self.layout.axis, start, length)
 
     def split(self, block: Any) -> dict[str, Any]:
         """Return the Hugging Face tensors of a block; the tensors may share the block's memory."""
         viewed = block.reshape(self.layout.view)
-        return {name: self.layout.to_stored(part, n) for name, n, part in self._parts(viewed)}
+        return {name: self.layout.to_stored(part, n) for name, n, part in self._iter_parts(viewed)}
 
     def join(self, tensors: dict[str, Any]) -> Any:
         """Return the block made up of Hugging Face tensors with the same dtype and device."""
@@ -385,12 +386,12 @@ class Link:
             return self.layout.to_view(tensor, self.layout.lengths[0]).reshape(self.block_shape)
         # `new_empty` keeps dtype and device without importing torch.
         viewed = tensors[self.hf_names[0]].new_empty(self.layout.view)
-        for name, length, part in self._parts(viewed):
+        for name, length, part in self._iter_parts(viewed):
             part.copy_(self.layout.to_view(tensors[name], length))
         return viewed.reshape(self.block_shape)
 
 
-def links(sections: Sequence[WeightSection], model: ModelConfig) -> list[Link]:
+def build_links(sections: Sequence[WeightSection], model: ModelConfig) -> list[Link]:
     """Return the links of all tensors of `model`: tensors outside of layers, layers in order, multi-token
     prediction.
 
@@ -402,7 +403,8 @@ def links(sections: Sequence[WeightSection], model: ModelConfig) -> list[Link]:
     # In layer order, so a streaming converter holds the tensors of one layer at a time.
     order = ([(s, layer) for layer in (None, *range(model.num_layers)) for s in trunk]
              + [(s, layer) for layer in (None, model.num_layers) for s in prediction])
-    all_links = [x for s, layer in order if layer in s.layers(model) for x in _expand(s, model, layer)]
+    all_links = [x for s,
+                 layer in order if layer in s.layers(model) for x in _iter_section_links(s, model, layer)]
     # A repeated name would overwrite a tensor during export.
     hf_names = [name for link in all_links for name in link.hf_names]
     blocks = [(link.key, link.offset) for link in all_links]
@@ -411,7 +413,8 @@ def links(sections: Sequence[WeightSection], model: ModelConfig) -> list[Link]:
     return all_links
 
 
-def _expand(section: WeightSection, model: ModelConfig, layer: int | None = None) -> Iterator[Link]:
+def _iter_section_links(section: WeightSection, model: ModelConfig,
+                        layer: int | None = None) -> Iterator[Link]:
     def named(prefix: str, name: str, expert: int | None = None) -> str:
         return (prefix + name).replace("{l}", str(layer)).replace("{e}", str(expert))
 
@@ -485,23 +488,23 @@ SHARED_EXPERTS: tuple[WeightEntry, ...] = (
 )
 
 
-def norms_behind(attention: str, feed_forward: str) -> tuple[WeightEntry, ...]:
+def output_norms(attention: str, feed_forward: str) -> tuple[WeightEntry, ...]:
     """Return entries for the norms on attention and feed-forward outputs, by Hugging Face names."""
     return (Same("self_attn_bda.norm.weight", f"{attention}.weight", "H"),
             Same("mlp_bda.norm.weight", f"{feed_forward}.weight", "H"))
 
 
-def router_bias(hf_name: str) -> Same:
+def router_bias_entry(hf_name: str) -> Same:
     """Return the entry for the router's selection bias; always float32, because bf16 loses its small
     steps."""
     return Same("mlp.router.expert_bias", hf_name, "E", fp32=True)
 
 
-DEEPSEEK_EXPERTS = (*ROUTED_EXPERTS, *SHARED_EXPERTS, router_bias("mlp.gate.e_score_correction_bias"))
+DEEPSEEK_EXPERTS = (*ROUTED_EXPERTS, *SHARED_EXPERTS, router_bias_entry("mlp.gate.e_score_correction_bias"))
 """Mixture-of-experts block of DeepSeek-V3."""
 
 
-def trunk(where: Literal["every layer", "dense layers", "moe layers", "layers with norms behind",
+def trunk_section(where: Literal["every layer", "dense layers", "moe layers", "layers with norms behind",
                          "linear layers", "other layers"],
           *parts: tuple[WeightEntry, ...], when: str = "") -> WeightSection:
     """Return a section of transformer layers with `parts`, under the prefixes common to all families."""
@@ -509,7 +512,7 @@ def trunk(where: Literal["every layer", "dense layers", "moe layers", "layers wi
                          tuple(entry for part in parts for entry in part), when)
 
 
-def prediction_layer(*parts: tuple[WeightEntry, ...]) -> tuple[WeightSection, WeightSection]:
+def prediction_sections(*parts: tuple[WeightEntry, ...]) -> tuple[WeightSection, WeightSection]:
     """Return the sections of a multi-token prediction layer with `parts`, under K-EXAONE's names
     (`mtp.*`)."""
     return (
@@ -523,24 +526,24 @@ def prediction_layer(*parts: tuple[WeightEntry, ...]) -> tuple[WeightSection, We
                       tuple(entry for part in parts for entry in part)))
 
 
-PREDICTION_BEHIND = WeightSection("mtp layer behind", "mtp.layers.0.", "model.layers.{l}.", (
+PREDICTION_AFTER_TRUNK = WeightSection("mtp layer behind", "mtp.layers.0.", "model.layers.{l}.", (
     Same("enorm.weight", "enorm.weight", "H"), Same("hnorm.weight", "hnorm.weight", "H"),
     Same("eh_proj.weight", "eh_proj.weight", "H 2H"),
     Same("final_layernorm.weight", "shared_head.norm.weight", "H"),
 ))
 """Tensors around the transformer layer of multi-token prediction, under DeepSeek-V3's names."""
-COPIES_BEHIND = {"model.layers.{l}.embed_tokens.weight": "model.embed_tokens.weight",
+PREDICTION_COPIES = {"model.layers.{l}.embed_tokens.weight": "model.embed_tokens.weight",
                  "model.layers.{l}.shared_head.head.weight": "lm_head.weight"}
 """Copies in a DeepSeek-V3 prediction layer -> original tensor."""
 
 
-def inside_prediction(*parts: tuple[WeightEntry, ...], when: str = "") -> WeightSection:
+def prediction_layer_section(*parts: tuple[WeightEntry, ...], when: str = "") -> WeightSection:
     """Return the section for `parts` inside DeepSeek-V3's multi-token prediction layer."""
     return WeightSection("mtp layer behind", "mtp.layers.0.transformer_layer.", "model.layers.{l}.",
                          tuple(entry for part in parts for entry in part), when)
 
 
 PLAIN_DECODER = (
-    *EMBEDDINGS_AND_HEAD, trunk("every layer", ATTENTION), trunk("dense layers", DENSE_FFN),
-    trunk("moe layers", ROUTED_EXPERTS, SHARED_EXPERTS), *prediction_layer(ATTENTION, DENSE_FFN))
+    *EMBEDDINGS_AND_HEAD, trunk_section("every layer", ATTENTION), trunk_section("dense layers", DENSE_FFN),
+    trunk_section("moe layers", ROUTED_EXPERTS, SHARED_EXPERTS), *prediction_sections(ATTENTION, DENSE_FFN))
 """Sections of a model without a family, for tables of published runs."""

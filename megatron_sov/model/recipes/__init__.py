@@ -17,7 +17,7 @@ from megatron_sov.model.config import (
     from_dict)
 from megatron_sov.model.config.model import IdBlock, LinearAttentionConfig, ModelConfig
 from megatron_sov.model.recipes import k_exaone, open_models, policies, solar_open
-from megatron_sov.model.recipes.sources import UNCOMPARED, Sources, derive, ours, relabelled
+from megatron_sov.model.recipes.sources import UNCOMPARED, Sources, derive_sources, label_changes, ours
 
 
 @dataclass(frozen=True)
@@ -130,11 +130,11 @@ TINY = {
 SEQ_LEN, WIDTH, HEAD_DIM = 256, 128, 32
 TINY_LAYERS = 6
 """Layers of tiny models without a repeating layer pattern."""
-SHRUNK = ours("a size for two CPU cores, and what goes with it")
+TINY_SOURCE = ours("a size for two CPU cores, and what goes with it")
 """Source of all values that `shrink_recipe` changes; other values keep the full-size recipe's source."""
 
 
-def shrink(name: str, run: RunConfig) -> RunConfig:
+def shrink_recipe(name: str, run: RunConfig) -> RunConfig:
     """Return recipe `name`: `run` at a size for two CPU cores, with the same routing, attention, norms and
     prediction layers.
 
@@ -151,7 +151,7 @@ def shrink(name: str, run: RunConfig) -> RunConfig:
     if len(pattern) == model.num_layers:  # no repeating pattern; the first layers have all kinds
         pattern = pattern[:4]
     layers = TINY_LAYERS if model.layer_windows else max(4, len(pattern))
-    single = {"attention_pattern": pattern} | model.at_depth(layers)
+    single = {"attention_pattern": pattern} | model.fields_for_depth(layers)
     if model.layer_windows:
         single["layer_windows"] = tuple(window and (32 if window == model.sliding_window_tokens else 64)
                                         for window in single["layer_windows"])
@@ -165,14 +165,14 @@ def shrink(name: str, run: RunConfig) -> RunConfig:
         sliding_window_tokens=32 if model.sliding_window_tokens else 0,
         yarn=None, llama3_rope=rope, max_position_tokens=4096, init_std=0.04,
     )
-    small = _small_attention(small)
+    small = _shrink_attention(small)
     if model.num_experts:
         small = replace(small, num_experts=8, num_experts_per_token=2, expert_ffn_dim=128)
     if model.num_expert_groups > 1:
         small = replace(small, num_expert_groups=4, num_groups_per_token=2)
     if model.audio_tokens and model.image_tokens:
-        small = _small_media(small)
-    extend = _small_extension(run.extend)
+        small = _shrink_media(small)
+    extend = _shrink_extension(run.extend)
     lengths = {stage.name: stage.seq_len for stage in extend.stages}
     lr = 4e-4 if run.objective.name == "preference" else 4e-3
     tiny = replace(
@@ -181,7 +181,7 @@ def shrink(name: str, run: RunConfig) -> RunConfig:
         model=small,
         parallel=ParallelConfig(),
         data=replace(run.data, heldout_tokens=16384,
-                     phases=tuple(_small(p, lengths.get(p.name, SEQ_LEN)) for p in run.data.phases)),
+                     phases=tuple(_shrink_phase(p, lengths.get(p.name, SEQ_LEN)) for p in run.data.phases)),
         optim=replace(run.optim, name="adamw", lr=lr, min_lr=lr / 20, warmup_steps=20),
         train=replace(run.train, steps=200, tokens=0, global_batch_size=16, micro_batch_size=8,
                       precision="fp32", fp8="none", recompute=False, checkpoint_every_steps=50,
@@ -190,10 +190,10 @@ def shrink(name: str, run: RunConfig) -> RunConfig:
         needle=NeedleConfig(lengths_tokens=(256, 512), depths=(0.0, 0.5, 0.95), samples=20),
         extend=extend,
     )
-    return _small_rounds(tiny) if run.objective.name == "policy" else tiny
+    return _shrink_rounds(tiny) if run.objective.name == "policy" else tiny
 
 
-def _small_attention(model: ModelConfig) -> ModelConfig:
+def _shrink_attention(model: ModelConfig) -> ModelConfig:
     """Return `model` with small latent and linear attention."""
     if model.latent_attention is not None:
         latent = replace(model.latent_attention, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16,
@@ -206,7 +206,7 @@ def _small_attention(model: ModelConfig) -> ModelConfig:
     return model
 
 
-def _small_media(model: ModelConfig) -> ModelConfig:
+def _shrink_media(model: ModelConfig) -> ModelConfig:
     """Return `model` with media tokens in a vocabulary of 2,048, and encoders for 16 x 16 pixels and 2
     seconds."""
     audio, image = IdBlock(1280, 512), IdBlock(1792, 256)
@@ -226,7 +226,7 @@ def _small_media(model: ModelConfig) -> ModelConfig:
     return small
 
 
-def _small_rounds(run: RunConfig) -> RunConfig:
+def _shrink_rounds(run: RunConfig) -> RunConfig:
     """Return two short rounds with the recipe's method and a constant learning rate."""
     policy, rollout = run.policy, run.rollout
     lr = 4e-4 if policy.learns_preferences else 2e-3
@@ -240,19 +240,19 @@ def _small_rounds(run: RunConfig) -> RunConfig:
                        knowledge_batch_size=4 if policy.knowledge_batch_size else None))
 
 
-def _small_extension(extend: ExtendConfig) -> ExtendConfig:
+def _shrink_extension(extend: ExtendConfig) -> ExtendConfig:
     """Return an extension with the same number of stages, each twice as long as the previous.
 
     The gate counts needles but decides by the loss: a model trained for minutes finds no needle.
     """
     if not extend.stages:
         return extend
-    stages = tuple(_small_stage(stage, SEQ_LEN << i) for i, stage in enumerate(extend.stages, 1))
+    stages = tuple(_shrink_stage(stage, SEQ_LEN << i) for i, stage in enumerate(extend.stages, 1))
     gate = replace(extend.gate, every_steps=20, min_accuracy=0.0, loss_tolerance_nats=0.5)
     return replace(extend, stages=stages, gate=gate)
 
 
-def _small_stage(stage: ExtendStageConfig, seq_len: int) -> ExtendStageConfig:
+def _shrink_stage(stage: ExtendStageConfig, seq_len: int) -> ExtendStageConfig:
     """Return `stage` at length `seq_len` with its parts, independent of source names."""
     return replace(
         stage, seq_len=seq_len, steps=20, max_steps=40, tokens=0, global_batch_size=0, blend={},
@@ -260,24 +260,24 @@ def _small_stage(stage: ExtendStageConfig, seq_len: int) -> ExtendStageConfig:
         parts=tuple(replace(part, blend={}) for part in stage.parts))
 
 
-def _small(phase: PhaseConfig, seq_len: int) -> PhaseConfig:
+def _shrink_phase(phase: PhaseConfig, seq_len: int) -> PhaseConfig:
     """Return `phase` with its share of the run, independent of source names."""
     return replace(phase, tokens=0, share=phase.tokens or phase.share, blend={}, seq_len=seq_len,
                    global_batch_size=0, lr=0.0, min_lr=0.0, rewarm_steps=0)
 
 
-def _shrunk(name: str, big: Recipe) -> RunConfig:
-    return shrink(name, big.build())
+def _build_tiny(name: str, big: Recipe) -> RunConfig:
+    return shrink_recipe(name, big.build())
 
 
-RECIPES |= {name: Recipe(partial(_shrunk, name, RECIPES[big])) for name, big in TINY.items()}
+RECIPES |= {name: Recipe(partial(_build_tiny, name, RECIPES[big])) for name, big in TINY.items()}
 
 
 def names() -> list[str]:
     return sorted(RECIPES)
 
 
-def of_family(family: str) -> list[str]:
+def find_family_recipes(family: str) -> list[str]:
     return [name for name in names() if RECIPES[name].build().model.family == family]
 
 
@@ -290,7 +290,7 @@ def get(name: str) -> RunConfig:
         UserError: unknown recipe (the message names the nearest and lists all), or a plug-in that returns no
             config.
     """
-    return _find(name).build()
+    return _find_recipe(name).build()
 
 
 def sources(name: str) -> Sources:
@@ -299,30 +299,33 @@ def sources(name: str) -> Sources:
     Raises:
         UserError: unknown recipe; the message names the nearest and lists all.
     """
-    recipe = _find(name)
+    recipe = _find_recipe(name)
     if big := TINY.get(recipe.build().recipe if name.startswith("tiny-") else ""):
-        return derive(RECIPES[big].sources, relabelled(RECIPES[big].build(), recipe.build(), SHRUNK))
+        return derive_sources(RECIPES[big].sources,
+                              label_changes(RECIPES[big].build(), recipe.build(), TINY_SOURCE))
     return recipe.sources
 
 
-def _find(name: str) -> Recipe:
+def _find_recipe(name: str) -> Recipe:
     full_name = next((tiny for tiny, big in TINY.items() if name == f"tiny-{big}"), name)
-    return RECIPES[full_name] if full_name in RECIPES else Recipe(partial(_made, name, OWN.get(name)))
+    if full_name in RECIPES:
+        return RECIPES[full_name]
+    return Recipe(partial(_build_plugin, name, RECIPE_PLUGINS.get(name)))
 
 
-def _check(loaded: LoadedPlugin) -> None:
+def _check_recipe(loaded: LoadedPlugin) -> None:
     if not callable(loaded.value) or not takes(loaded.value, ()):
         raise UserError(f"{loaded.reference}: is {loaded.value!r}; a recipe is a function without arguments "
                         "that returns a RunConfig")
 
 
-OWN: Registry[Callable[[], RunConfig]] = Registry("recipe", RECIPES, _check)
+RECIPE_PLUGINS: Registry[Callable[[], RunConfig]] = Registry("recipe", RECIPES, _check_recipe)
 """Recipes from plug-ins."""
 
 
-def _made(name: str, recipe: Callable[[], RunConfig]) -> RunConfig:
+def _build_plugin(name: str, recipe: Callable[[], RunConfig]) -> RunConfig:
     """Return a plug-in recipe's config, with values checked against the types of settings."""
-    code = OWN.code(name)
+    code = RECIPE_PLUGINS.code(name)
     assert code is not None, name
     config = calling(code.reference, recipe)
     if not isinstance(config, RunConfig):

@@ -18,7 +18,7 @@ PHASE_SOURCES: Sources = dict.fromkeys(
      for name in ("name", "tokens", "seq_len", "global_batch_size", "rewarm_steps", "lr")),
     ours("the stage's with all its steps, so that `plan` shows it"))
 """Sources for the values of `stage_phases`."""
-SET_IN_A_STAGE = tuple(
+STAGE_CHOICES = tuple(
     f"extend.stages.*.{name}" for name in ("name", "steps", "max_steps", "global_batch_size"))
 """Stage settings that recipes must choose if only lengths and parts are published."""
 
@@ -34,7 +34,7 @@ def stage_phases(stages: tuple[ExtendStageConfig, ...], optim: OptimConfig) -> t
         rewarm_steps=optim.warmup_steps) for s in stages)
 
 
-def extended(model: ModelConfig, trained_tokens: int, new_tokens: int, rope_theta: float = 0.0,
+def extend_model(model: ModelConfig, trained_tokens: int, new_tokens: int, rope_theta: float = 0.0,
              yarn_factor: float = 0.0, yarn_original_tokens: int = 0) -> ModelConfig:
     """Return `model` with settings for a longer context.
 
@@ -98,12 +98,12 @@ def length_settings(recipe: RunConfig, longer: ModelConfig, trained_tokens: int,
         f"model.max_position_tokens={longer.max_position_tokens}",
         f"model.yarn={to_json(longer.yarn)}",
         f"model.rope_theta={longer.rope_theta}",
-        f"train.micro_batch_size={micro_batch_size(limit_tokens, new_tokens, per_rank)}",
+        f"train.micro_batch_size={find_micro_batch_size(limit_tokens, new_tokens, per_rank)}",
         f"needle.lengths_tokens={sorted({trained_tokens, new_tokens})}",
     )
 
 
-def micro_batch_size(limit_tokens: int, seq_len: int, per_rank: int) -> int:
+def find_micro_batch_size(limit_tokens: int, seq_len: int, per_rank: int) -> int:
     """Return the largest micro-batch size with at most `limit_tokens` tokens that divides `per_rank`; at
     least 1."""
     return max((m for m in range(1, limit_tokens // seq_len + 1) if per_rank % m == 0), default=1)

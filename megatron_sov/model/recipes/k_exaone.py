@@ -13,8 +13,8 @@ from megatron_sov.model.config import (
     DataConfig, ExtendConfig, ExtendStageConfig, GateConfig, GpuConfig, ModelConfig, NeedleConfig,
     ObjectiveConfig, OptimConfig, ParallelConfig, PartConfig, PhaseConfig, PreferenceConfig, RunConfig,
     TrainConfig)
-from megatron_sov.model.recipes.extension import PHASE_SOURCES, SET_IN_A_STAGE, stage_phases
-from megatron_sov.model.recipes.sources import DEFAULT, Sources, config_json, derive, ours, published
+from megatron_sov.model.recipes.extension import PHASE_SOURCES, STAGE_CHOICES, stage_phases
+from megatron_sov.model.recipes.sources import DEFAULT, Sources, config_json, derive_sources, ours, published
 
 REPORT = "arXiv 2601.01739"
 TOKENS = 11_000_000_000_000
@@ -137,7 +137,7 @@ SOURCES: Sources = {
     "train.recompute": ours("memory"),
     "gpu.gc_every_steps": ours("processes collect garbage together"),
 }
-EXTEND_SOURCES = derive(SOURCES, {
+EXTEND_SOURCES = derive_sources(SOURCES, {
     "train.fp8": ours("bf16: 8 bits are published for pretraining"),
     **PHASE_SOURCES,
     "optim.lr": ours("where pretraining ends; not published"),
@@ -147,7 +147,7 @@ EXTEND_SOURCES = derive(SOURCES, {
     "optim.decay_share": DEFAULT,
     "train.global_batch_size": ours("33.6 M tokens a step, as in pretraining; not published"),
     "needle.lengths_tokens": ours("the lengths of pretraining and both stages"),
-    **dict.fromkeys(SET_IN_A_STAGE, ours("not published")),
+    **dict.fromkeys(STAGE_CHOICES, ours("not published")),
     "extend.stages.*.seq_len": published(f"{REPORT}, context length extension: 8K -> 32K -> 256K"),
     "extend.stages.*.kind": published(f"{REPORT}, context length extension"),
     "extend.stages.*.blend.*": published(f"{REPORT}, context length extension: synthetic reasoning"),
@@ -159,7 +159,7 @@ EXTEND_SOURCES = derive(SOURCES, {
     "extend.gate.loss_tolerance_nats": ours("published: short contexts are evaluated, without a bound"),
 })
 _SFT = published(f"{REPORT}, post-training: supervised fine-tuning")
-SFT_SOURCES = derive(SOURCES, {
+SFT_SOURCES = derive_sources(SOURCES, {
     "train.fp8": ours("bf16: 8 bits are published for pretraining"),
     "data.phases.*": ours("not published"),
     "data.phases.*.blend.conversations": ours("the share is not published"),
@@ -172,7 +172,7 @@ SFT_SOURCES = derive(SOURCES, {
     "objective.name": _SFT,
 })
 _GROUPER = published(f"{REPORT}, post-training: preference learning by GrouPER")
-GROUPER_SOURCES = derive(SFT_SOURCES, {
+GROUPER_SOURCES = derive_sources(SFT_SOURCES, {
     "optim.name": ours("not published"),
     "objective.name": _GROUPER,
     "preference.method": _GROUPER,
@@ -232,7 +232,7 @@ def k_exaone2_750b_extend() -> RunConfig:
 
 
 _NOT_READ = "its report was not at hand"
-SOURCES_2: Sources = derive(SOURCES, {
+SOURCES_2: Sources = derive_sources(SOURCES, {
     "model.*": config_json("LGAI-EXAONE/K-EXAONE-2.0-750B-A37B, as Megatron-Bridge, TensorRT-LLM and vLLM "
                            "read it; its count of bytes agrees"),
     "model.router_bias_update_rate": ours(f"as K-EXAONE; {_NOT_READ}"),
@@ -254,7 +254,7 @@ SOURCES_2: Sources = derive(SOURCES, {
     "train.recompute": published(BRIDGE),
     "train.micro_batch_size": published(BRIDGE),
 })
-EXTEND_SOURCES_2 = derive(derive(EXTEND_SOURCES, SOURCES_2), {
+EXTEND_SOURCES_2 = derive_sources(derive_sources(EXTEND_SOURCES, SOURCES_2), {
     "parallel.*": ours("a layout that fits; none is published"),
     **{f"parallel.{name}": ours("a layout that fits; none is published")
        for name in ("tp", "sp", "pp", "ep", "zero1", "pipeline_layout", "overlap_grad_reduce",
@@ -265,7 +265,7 @@ EXTEND_SOURCES_2 = derive(derive(EXTEND_SOURCES, SOURCES_2), {
     "optim.warmup_steps": ours("as K-EXAONE's"),
     "optim.decay_share": DEFAULT,
     **{key: ours(f"as K-EXAONE's; {_NOT_READ}") for key in (
-        *SET_IN_A_STAGE, "extend.stages.*.seq_len", "extend.stages.*.kind", "extend.stages.*.blend.*",
+        *STAGE_CHOICES, "extend.stages.*.seq_len", "extend.stages.*.kind", "extend.stages.*.blend.*",
         "extend.stages.*.parts.*.name", "extend.stages.*.parts.*.share", "extend.stages.*.parts.*.blend.*",
         "extend.gate.every_steps", "extend.gate.min_accuracy", "extend.gate.loss_tolerance_nats")},
 })

@@ -11,8 +11,8 @@ from megatron_sov.model.config import (
     ObjectiveConfig, OptimConfig, ParallelConfig, PartConfig, PhaseConfig, RunConfig, TrainConfig, YarnConfig)
 from megatron_sov.model.config.encoders import AudioEncoderConfig, MediaConfig, VisionEncoderConfig
 from megatron_sov.model.config.model import IdBlock, Llama3RopeConfig
-from megatron_sov.model.recipes.extension import SET_IN_A_STAGE
-from megatron_sov.model.recipes.sources import DEFAULT, Sources, config_json, derive, ours, published
+from megatron_sov.model.recipes.extension import STAGE_CHOICES
+from megatron_sov.model.recipes.sources import DEFAULT, Sources, config_json, derive_sources, ours, published
 
 # HyperCLOVA X 8B Omni: a decoder that reads and writes text, images and speech; sizes, vocabulary, encoders
 # and the order of stages are published. Learning rates, batch sizes, token budgets, data shares and the
@@ -133,10 +133,10 @@ HYPERCLOVA_SOURCES: Sources = {
     "train.recompute": ours("memory"),
     "media.*": published(f"{HYPERCLOVA_REPORT}, pretraining: discrete tokens first, encoders second"),
 }
-HYPERCLOVA_CONTINUOUS_SOURCES = derive(HYPERCLOVA_SOURCES, {
+HYPERCLOVA_CONTINUOUS_SOURCES = derive_sources(HYPERCLOVA_SOURCES, {
     "media.train_encoders": ours("frozen or trained is not published"),
 })
-HYPERCLOVA_SFT_SOURCES = derive(HYPERCLOVA_CONTINUOUS_SOURCES, {
+HYPERCLOVA_SFT_SOURCES = derive_sources(HYPERCLOVA_CONTINUOUS_SOURCES, {
     "data.phases.*.name": published(f"{HYPERCLOVA_REPORT}, fine-tuning: four stages"),
     **dict.fromkeys((f"data.phases.*.{setting}" for setting in ("lr", "min_lr", "rewarm_steps")),
                     _UNPUBLISHED),
@@ -150,7 +150,7 @@ HYPERCLOVA_SFT_SOURCES = derive(HYPERCLOVA_CONTINUOUS_SOURCES, {
 PHASES = (PhaseConfig("continued", tokens=1_000_000_000, seq_len=4096),)
 
 
-def continued(recipe: str, model: ModelConfig, parallel: ParallelConfig) -> RunConfig:
+def continue_pretraining(recipe: str, model: ModelConfig, parallel: ParallelConfig) -> RunConfig:
     """Return a run that continues a trained model, with a low learning rate and a short warm-up."""
     return RunConfig(
         recipe=recipe, model=model, parallel=parallel, data=DataConfig(phases=PHASES),
@@ -160,7 +160,7 @@ def continued(recipe: str, model: ModelConfig, parallel: ParallelConfig) -> RunC
 
 def qwen2_1_5b() -> RunConfig:
     """Return Qwen2.5-Math-1.5B: biases on query, key and value, tied embeddings, 4K."""
-    return continued("qwen2-1.5b", ModelConfig(
+    return continue_pretraining("qwen2-1.5b", ModelConfig(
         family="qwen2", vocab_size=151936, hidden_size=1536, num_layers=28, num_heads=12, num_kv_heads=2,
         head_dim=128, dense_ffn_dim=8960, num_experts=0, rope_theta=10_000.0, qkv_bias=True,
         tied_embeddings=True, norm_eps=1e-6, max_position_tokens=4096), ParallelConfig())
@@ -168,7 +168,7 @@ def qwen2_1_5b() -> RunConfig:
 
 def qwen3_8b() -> RunConfig:
     """Return Qwen3-8B: QK-norm, no biases, 40K."""
-    return continued("qwen3-8b", ModelConfig(
+    return continue_pretraining("qwen3-8b", ModelConfig(
         family="qwen3", vocab_size=151936, hidden_size=4096, num_layers=36, num_heads=32, num_kv_heads=8,
         head_dim=128, dense_ffn_dim=12288, num_experts=0, rope_theta=1e6, qk_norm=True, norm_eps=1e-6,
         max_position_tokens=40960),
@@ -177,7 +177,7 @@ def qwen3_8b() -> RunConfig:
 
 def qwen3_4b() -> RunConfig:
     """Return Qwen3-4B: like the 8B, narrower, with tied embeddings."""
-    return continued("qwen3-4b", ModelConfig(
+    return continue_pretraining("qwen3-4b", ModelConfig(
         family="qwen3", vocab_size=151936, hidden_size=2560, num_layers=36, num_heads=32, num_kv_heads=8,
         head_dim=128, dense_ffn_dim=9728, num_experts=0, rope_theta=1e6, qk_norm=True, norm_eps=1e-6,
         tied_embeddings=True, max_position_tokens=40960), ParallelConfig())
@@ -192,7 +192,7 @@ def qwen3_4b_2507() -> RunConfig:
 
 def qwen3_moe_30b() -> RunConfig:
     """Return Qwen3-30B-A3B: 8 of 128 experts in every layer, softmax router, no shared expert, 40K."""
-    return continued("qwen3-moe-30b", ModelConfig(
+    return continue_pretraining("qwen3-moe-30b", ModelConfig(
         family="qwen3_moe", vocab_size=151936, hidden_size=2048, num_layers=48, num_heads=32, num_kv_heads=4,
         head_dim=128, dense_ffn_dim=6144, num_experts=128, num_experts_per_token=8, num_shared_experts=0,
         expert_ffn_dim=768, router_score="softmax", router_bias=False, seq_aux_loss_coeff=1e-3,
@@ -236,7 +236,8 @@ def dense_sources(released: str) -> Sources:
     """Return the sources for a dense model, whose config.json has no expert fields."""
     without = ("num_experts_per_token", "num_shared_experts", "expert_ffn_dim", "router_*", "routed_*",
                "norm_topk_prob", "seq_aux_loss_coeff")
-    return derive(moe_sources(released), dict.fromkeys((f"model.{name}" for name in without), DEFAULT))
+    return derive_sources(moe_sources(released),
+                          dict.fromkeys((f"model.{name}" for name in without), DEFAULT))
 
 
 # DeepSeek-V3 and Kimi K2.
@@ -246,11 +247,11 @@ LATENT = LatentAttentionConfig(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_h
 """Latent attention of DeepSeek-V3 and Kimi K2."""
 DEEPSEEK_RELEASED = "deepseek-ai/DeepSeek-V3, compared with Megatron-Bridge's test_deepseek_bridges.py"
 REPORT = "arXiv 2412.19437, section 4.2"
-DEEPSEEK_SOURCES = derive(moe_sources(DEEPSEEK_RELEASED), {
+DEEPSEEK_SOURCES = derive_sources(moe_sources(DEEPSEEK_RELEASED), {
     "model.mtp_experts": config_json(DEEPSEEK_RELEASED),
     "model.mtp_loss_coeff": published(f"{REPORT}: 0.3 for the first 10 T tokens, then 0.1"),
 })
-KIMI_SOURCES = derive(
+KIMI_SOURCES = derive_sources(
     moe_sources("moonshotai/Kimi-K2-Instruct, compared with MindSpeed-LLM's script of it"),
     {"model.mtp_loss_coeff": ours("DeepSeek-V3's; it has no prediction layer")})
 
@@ -258,7 +259,7 @@ KIMI_SOURCES = derive(
 def deepseek_v3() -> RunConfig:
     """Return DeepSeek-V3: 8 of 256 experts from 4 of 8 groups, sigmoid router, one shared expert, latent
     attention, one MTP layer with experts, 160K by YaRN."""
-    return continued("deepseek-v3", ModelConfig(
+    return continue_pretraining("deepseek-v3", ModelConfig(
         family="deepseek_v3", vocab_size=129280, hidden_size=7168, num_layers=61, num_heads=128,
         num_kv_heads=128, head_dim=192, latent_attention=LATENT, num_dense_layers=3, dense_ffn_dim=18432,
         num_experts=256, num_experts_per_token=8, num_expert_groups=8, num_groups_per_token=4,
@@ -270,7 +271,7 @@ def deepseek_v3() -> RunConfig:
 
 def kimi_k2() -> RunConfig:
     """Return Kimi K2: DeepSeek-V3 with half the heads, 8 of 384 experts, one dense layer; 128K by YaRN."""
-    return continued("kimi-k2", ModelConfig(
+    return continue_pretraining("kimi-k2", ModelConfig(
         family="deepseek_v3", vocab_size=163840, hidden_size=7168, num_layers=61, num_heads=64,
         num_kv_heads=64, head_dim=192, latent_attention=LATENT, num_dense_layers=1, dense_ffn_dim=18432,
         num_experts=384, num_experts_per_token=8, num_shared_experts=1, expert_ffn_dim=2048,
@@ -283,7 +284,7 @@ def kimi_k2() -> RunConfig:
 
 def gemma_3_1b() -> RunConfig:
     """Return Gemma-3-1B: 512-token windows in five of six layers, norms before and after blocks, 32K."""
-    return continued("gemma-3-1b", ModelConfig(
+    return continue_pretraining("gemma-3-1b", ModelConfig(
         family="gemma3_text", vocab_size=262144, hidden_size=1152, num_layers=26, num_heads=4, num_kv_heads=1,
         head_dim=256, dense_ffn_dim=6912, num_experts=0, attention_pattern="LLLLLG",
         sliding_window_tokens=512, rope_theta=1e6, local_rope_theta=1e4, qk_norm=True,
@@ -295,7 +296,7 @@ def gemma_3_1b() -> RunConfig:
 def gemma3_27b() -> RunConfig:
     """Return Gemma-3-27B's text model: 1,024-token windows in five of six layers, linear RoPE scaling by 8 in
     global layers, 128K."""
-    return continued("gemma3-27b", ModelConfig(
+    return continue_pretraining("gemma3-27b", ModelConfig(
         family="gemma3_text", vocab_size=262208, hidden_size=5376, num_layers=62, num_heads=32,
         num_kv_heads=16, head_dim=128, dense_ffn_dim=21504, num_experts=0, attention_pattern="LLLLLG",
         sliding_window_tokens=1024, rope_theta=1e6, local_rope_theta=1e4, linear_rope_factor=8.0,
@@ -308,7 +309,7 @@ def gemma3_27b() -> RunConfig:
 
 def llama_3_1_8b() -> RunConfig:
     """Return Llama-3.1-8B: RoPE scaled to 128K."""
-    return continued("llama-3.1-8b", ModelConfig(
+    return continue_pretraining("llama-3.1-8b", ModelConfig(
         family="llama", vocab_size=128256, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8,
         head_dim=128, dense_ffn_dim=14336, num_experts=0, rope_theta=5e5, llama3_rope=Llama3RopeConfig(),
         norm_eps=1e-5, max_position_tokens=131072), ParallelConfig())
@@ -318,7 +319,7 @@ def llama_3_1_8b() -> RunConfig:
 
 def exaone_4_32b() -> RunConfig:
     """Return EXAONE-4.0-32B: three of four layers slide, global layers without positions, 128K."""
-    return continued("exaone-4.0-32b", ModelConfig(
+    return continue_pretraining("exaone-4.0-32b", ModelConfig(
         family="exaone4", vocab_size=102400, hidden_size=5120, num_layers=64, num_heads=40, num_kv_heads=8,
         head_dim=128, dense_ffn_dim=27392, num_experts=0, attention_pattern="LLLG",
         sliding_window_tokens=4096, rope_on_global=False, rope_theta=1e6,
@@ -328,7 +329,7 @@ def exaone_4_32b() -> RunConfig:
 
 def exaone_4_1_2b() -> RunConfig:
     """Return EXAONE-4.0-1.2B: global attention with RoPE, tied embeddings, 64K."""
-    return continued("exaone-4.0-1.2b", ModelConfig(
+    return continue_pretraining("exaone-4.0-1.2b", ModelConfig(
         family="exaone4", vocab_size=102400, hidden_size=2048, num_layers=30, num_heads=32, num_kv_heads=8,
         head_dim=64, dense_ffn_dim=4096, num_experts=0, rope_theta=1e6,
         llama3_rope=Llama3RopeConfig(factor=16.0), qk_norm=True, block_norms="post", norm_eps=1e-5,
@@ -338,7 +339,7 @@ def exaone_4_1_2b() -> RunConfig:
 def hyperclovax_14b() -> RunConfig:
     """Return HyperCLOVAX-SEED-Think-14B: norms before and after blocks; embedding, attention and logits
     multipliers."""
-    return continued("hyperclovax-14b", ModelConfig(
+    return continue_pretraining("hyperclovax-14b", ModelConfig(
         family="hyperclovax", vocab_size=110592, hidden_size=6144, num_layers=38, num_heads=48,
         num_kv_heads=8, head_dim=128, dense_ffn_dim=14336, num_experts=0, rope_theta=1e8, block_norms="both",
         embedding_multiplier=10.0, attention_multiplier=0.0078125, logits_multiplier=0.125, norm_eps=1e-5,
@@ -368,7 +369,7 @@ def typhoon_s_8b() -> RunConfig:
 
 
 _TYPHOON_TRAINER = published(f"{TYPHOON_SCRIPT} leaves it to transformers' trainer")
-TYPHOON_SOURCES: Sources = derive(dense_sources("Qwen/Qwen3-8B-Base"), {
+TYPHOON_SOURCES: Sources = derive_sources(dense_sources("Qwen/Qwen3-8B-Base"), {
     "data.phases.*.name": ours("the stage"),
     "data.phases.*.tokens": ours("2 epochs of about 340,000 samples are published, their tokens are not"),
     "data.phases.*.seq_len": published(TYPHOON_SCRIPT),
@@ -418,7 +419,7 @@ def vibethinker_1_5b() -> RunConfig:
 
 
 _VIBETHINKER_SUCCESSOR = ours("not published for the 1.5B; published for the 3B")
-VIBETHINKER_SOURCES: Sources = derive(dense_sources("Qwen/Qwen2.5-Math-1.5B"), {
+VIBETHINKER_SOURCES: Sources = derive_sources(dense_sources("Qwen/Qwen2.5-Math-1.5B"), {
     "model.rope_theta": ours("not published; others lengthen this base by it (NVIDIA-NeMo/Skills)"),
     "model.max_position_tokens": published(f"{VIBETHINKER_REPORT}, evaluation: 40,960 tokens are generated"),
     "data.phases.*.name": ours("the stage"),
@@ -433,7 +434,7 @@ VIBETHINKER_SOURCES: Sources = derive(dense_sources("Qwen/Qwen2.5-Math-1.5B"), {
     "train.keep_every_steps": ours("checkpoints to choose from are published, their distance is not"),
     "objective.name": published(f"{VIBETHINKER_REPORT}, spectrum phase"),
     "needle.lengths_tokens": ours("the base's and the stages'"),
-    **dict.fromkeys(SET_IN_A_STAGE, ours("not published")),
+    **dict.fromkeys(STAGE_CHOICES, ours("not published")),
     "extend.stages.*.seq_len": published(
         f"{VIBETHINKER_REPORT}: 16K and 32K in training, 40,960 in evaluation; that text of these lengths "
         "comes first is ours"),

@@ -15,7 +15,7 @@ from megatron_sov.model.recipes.k_exaone import SOURCES as K_EXAONE_SOURCES, k_e
 from megatron_sov.model.recipes.open_models import (
     TYPHOON_SOURCES, VIBETHINKER_SOURCES, dense_sources, qwen3_4b_2507, typhoon_s_8b, vibethinker_1_5b)
 from megatron_sov.model.recipes.solar_open import DPO_SOURCES, solar_open_102b_dpo
-from megatron_sov.model.recipes.sources import DEFAULT, Sources, ValueSource, derive, ours, published
+from megatron_sov.model.recipes.sources import DEFAULT, Sources, ValueSource, derive_sources, ours, published
 
 TYPHOON, VIBETHINKER = "arXiv 2601.18129", "arXiv 2511.06221"
 SOLAR, K_EXAONE = "arXiv 2601.07022", "arXiv 2601.01739"
@@ -31,7 +31,7 @@ def _run(recipe: str, base: RunConfig, values: Values) -> RunConfig:
         room, _, field = key.partition(".")
         run = replace(run, **{room: replace(getattr(run, room), **{field: value})})
     rollout = run.rollout
-    rows = PhaseConfig("rounds", seq_len=run.documents_of_unit * (
+    rows = PhaseConfig("rounds", seq_len=run.documents_per_unit * (
         rollout.max_prompt_tokens + rollout.max_new_tokens))
     return replace(run, recipe=recipe, data=replace(run.data, phases=(rows,)),
                    train=replace(run.train, steps=rollout.rounds * rollout.steps_per_round))
@@ -39,7 +39,7 @@ def _run(recipe: str, base: RunConfig, values: Values) -> RunConfig:
 
 def _sources(base: Sources, values: Values) -> Sources:
     """Return the sources of such a recipe."""
-    return derive(base, {
+    return derive_sources(base, {
         **{key: source for key, (_, source) in values.items()},
         "data.phases.*": DEFAULT,
         "data.phases.*.name": ours("rounds are the phases"),
@@ -123,7 +123,7 @@ OPD: Values = {
     "optim.warmup_steps": (125, published("scb-10x/typhoon-s: 5 % of the steps")),
     "train.global_batch_size": (64, published("scb-10x/typhoon-s: 64 samples of the data in a step")),
 }
-OPD_SOURCES = derive(_sources(TYPHOON_SOURCES, OPD), {
+OPD_SOURCES = derive_sources(_sources(TYPHOON_SOURCES, OPD), {
     "train.global_batch_size": OPD["train.global_batch_size"][1]})
 
 
@@ -219,7 +219,7 @@ DPO_ROUNDS: Values = {
     "optim.lr": (5e-7, ours("not published")),
     **_steady(5e-7),
 }
-DPO_ROUNDS_SOURCES = derive(_sources(DPO_SOURCES, DPO_ROUNDS), {
+DPO_ROUNDS_SOURCES = derive_sources(_sources(DPO_SOURCES, DPO_ROUNDS), {
     key: DPO_SOURCES[key] for key in ("preference.method", "preference.beta")})
 
 
@@ -241,7 +241,8 @@ AGAPO: Values = {
     "train.fp8": ("none", ours("bf16: 8 bits are published for pretraining")),
     "rollout.rounds": (100, ours("not published")),
 }
-AGAPO_SOURCES = derive(_sources(K_EXAONE_SOURCES, {k: v for k, v in AGAPO.items() if k != "optim.groups"}), {
+AGAPO_SOURCES = derive_sources(_sources(K_EXAONE_SOURCES,
+                                        {k: v for k, v in AGAPO.items() if k != "optim.groups"}), {
     "optim.groups.*": AGAPO["optim.groups"][1], "optim.decay_share": DEFAULT})
 
 

@@ -29,11 +29,12 @@ from megatron_sov.model.config.learning import BUILT_IN
 from megatron_sov.model.config.run import iter_settings
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import Family
-from megatron_sov.model.recipes.stage_defaults import base_of_model
+from megatron_sov.model.recipes.stage_defaults import build_base_config
 
 BuiltIn = Literal["lm", "sft", "preference", "distill", "policy"]
 """Built-in objectives (`objectives.BUILT_IN`)."""
-NAMED_BY_SETTINGS: dict[str, Registry] = {"model.family": models.OWN, "objective.name": objectives.OWN}
+NAMED_BY_SETTINGS: dict[str, Registry] = {"model.family": models.FAMILY_PLUGINS,
+                                          "objective.name": objectives.OBJECTIVE_PLUGINS}
 """Settings whose value may be code, FILE.py:NAME -> registry."""
 
 
@@ -94,7 +95,8 @@ def load_plugins(references: Sequence[str]) -> None:
     """
     for reference in references:
         loaded = load(reference)
-        (models.OWN if isinstance(loaded.value, Family) else objectives.OWN).add(loaded)
+        (models.FAMILY_PLUGINS
+         if isinstance(loaded.value, Family) else objectives.OBJECTIVE_PLUGINS).add(loaded)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +109,7 @@ class RecipeRequest:
     """--set values, with code replaced by registered names."""
     from_file: bool
     """Whether `base` is a complete --config file."""
-    of_model: bool = False
+    is_model_only: bool = False
     """Whether `base` is the model of --from with stage defaults (no recipe)."""
     trains_by: BuiltIn | None = None
     """Objective of a training command; None for other commands."""
@@ -146,7 +148,7 @@ class RecipeRequest:
         if problems := find_inert(config, sorted(requested_keys), facts):
             raise SettingsError("", problems)
 
-    def config(self, defaults: Sequence[str] = (), own: Sequence[str] = ()) -> RunConfig:
+    def resolve_config(self, defaults: Sequence[str] = (), own: Sequence[str] = ()) -> RunConfig:
         """Return the resolved settings, and record the code they name.
 
         Args:
@@ -159,18 +161,19 @@ class RecipeRequest:
         """
         # Later settings win.
         config = apply_settings(self.base, [*defaults, *self.settings, *own])
-        models.get(config.model.family, config.code)
-        objectives.check(config)
+        models.get_family(config.model.family, config.code)
+        objectives.check_objective(config)
         if self.trains_by is not None:
             objectives.check_command(config, self.trains_by)
         self.refuse_inert(config)
         _refuse_two_lengths(config, self.said)
-        used = [models.OWN.code(config.model.family), objectives.OWN.code(config.objective.name)]
+        used = [models.FAMILY_PLUGINS.code(config.model.family),
+                objectives.OBJECTIVE_PLUGINS.code(config.objective.name)]
         code = (*(c for c in config.code if c.kind == "recipe"), *(c for c in used if c is not None))
         return dataclasses.replace(config, code=code)
 
 
-def requested(args: RecipeOptions, of_model: Callable[[], RunConfig] | None = None) -> RecipeRequest:
+def request_recipe(args: RecipeOptions, of_model: Callable[[], RunConfig] | None = None) -> RecipeRequest:
     """Return the settings requested by options; runs the code they name.
 
     Args:
@@ -183,9 +186,9 @@ def requested(args: RecipeOptions, of_model: Callable[[], RunConfig] | None = No
     # Load plug-ins first: recipe and settings may name their families and objectives.
     load_plugins(args.plugins)
     files = [_read_layer(path) for path in args.configs]
-    settings = tuple(_named(setting) for setting in args.settings)
+    settings = tuple(_register_code(setting) for setting in args.settings)
     named = [(file, str(file.value["recipe"])) for file in files if "recipe" in file.value]
-    is_whole = bool(files) and _is_whole(files[0].value)
+    is_whole = bool(files) and _is_whole_config(files[0].value)
     is_of_model = args.recipe is None and not named and of_model is not None
     for file, name in named:
         first = args.recipe or named[0][1]
@@ -200,19 +203,20 @@ def requested(args: RecipeOptions, of_model: Callable[[], RunConfig] | None = No
         raise UserError("RECIPE: is missing; name a recipe (`megatron-sov recipes` lists all), or pass "
                         "--config FILE with a recipe in it")
     elif args.recipe is None and is_whole:
-        base, files = _of_whole(files[0]), files[1:]
+        base, files = _read_whole_config(files[0]), files[1:]
     else:
         if args.recipe is None and is_reference(named[0][1]):  # a config file must not run code
             raise UserError(f"{named[0][0].where}: recipe = {named[0][1]!r} is code; pass it as RECIPE")
-        base = _of_recipe(args.recipe or named[0][1])
+        base = _load_recipe(args.recipe or named[0][1])
     recipe, from_file = base, args.recipe is None and is_whole
     for file in files:
-        base = file.over(base)
-    layered = frozenset(".".join(place) for file in files for place, _ in _leaves(RunConfig, file.value, ()))
+        base = file.apply_to(base)
+    layered = frozenset(".".join(place) for file in files for place,
+                        _ in _iter_leaves(RunConfig, file.value, ()))
     changed = {key for key in layered if value_at(base, key) != value_at(recipe, key)}
     if from_file:
-        changed |= _changed_by_whole(recipe)
-    return RecipeRequest(base, settings, from_file, of_model=is_of_model, layered=layered,
+        changed |= _find_changed_settings(recipe)
+    return RecipeRequest(base, settings, from_file, is_model_only=is_of_model, layered=layered,
                          changed=frozenset(changed - {"recipe", "code"}))
 
 
@@ -220,9 +224,9 @@ DERIVED = ("recipe", "code", "data.phases", "train.steps", "train.tokens", "trai
 """Settings in config.json that a command computes from others."""
 
 
-def _changed_by_whole(config: RunConfig) -> set[str]:
+def _find_changed_settings(config: RunConfig) -> set[str]:
     """Return the settings in a run's config.json that differ from its recipe and from defaults."""
-    of_model = base_of_model(config.recipe, config.model, config.train.precision, "sft")
+    of_model = build_base_config(config.recipe, config.model, config.train.precision, "sft")
     usual = (RunConfig(config.recipe, config.model),
              recipes.get(config.recipe) if config.recipe in recipes.names() else of_model)
     return {key for key in setting_names() if key not in DERIVED and not key.startswith("model.")
@@ -247,7 +251,7 @@ def _refuse_two_lengths(config: RunConfig, said: Collection[str]) -> None:
             "both say how long the run is", value_at(config, others[0]), "set one of them")])
 
 
-def training_request(args: TrainingOptions, objective: BuiltIn, *, needs_data: bool = True,
+def request_training(args: TrainingOptions, objective: BuiltIn, *, needs_data: bool = True,
                      lengthens: bool = False, of_model: Callable[[], RunConfig] | None = None,
                      resumed: RunConfig | None = None) -> RecipeRequest:
     """Return the settings requested from a training command, without reading data or checkpoint.
@@ -264,7 +268,7 @@ def training_request(args: TrainingOptions, objective: BuiltIn, *, needs_data: b
     Raises:
         UserError: as `request_recipe`, or --data is missing.
     """
-    request = requested(args, of_model)
+    request = request_recipe(args, of_model)
     if needs_data and not args.data and not request.base.data.paths:
         raise UserError("--data: is missing; pass a file of chats, pairs or text, or a folder made by "
                         "`sov-data pack`")
@@ -279,7 +283,7 @@ def training_request(args: TrainingOptions, objective: BuiltIn, *, needs_data: b
                                resumed=resumed)
 
 
-def _of_recipe(recipe: str) -> RunConfig:
+def _load_recipe(recipe: str) -> RunConfig:
     if "=" in recipe and not is_reference(recipe):
         raise UserError(f"{recipe}: is a setting in the place of RECIPE; write --set {shlex.quote(recipe)}, "
                         "and name a recipe (`megatron-sov recipes` lists all)")
@@ -287,8 +291,8 @@ def _of_recipe(recipe: str) -> RunConfig:
         close = nearest(recipe.rpartition("/")[2].lower(), recipes.names())
         raise UserError(f"{recipe}: is a model name on the Hugging Face hub, not a recipe{close} "
                         "(`megatron-sov recipes` lists all); pass weights by --from HF_DIR")
-    name = recipes.OWN.load(recipe) if is_reference(recipe) else recipe
-    config, code = recipes.get(name), recipes.OWN.code(name)
+    name = recipes.RECIPE_PLUGINS.load(recipe) if is_reference(recipe) else recipe
+    config, code = recipes.get(name), recipes.RECIPE_PLUGINS.code(name)
     if code is None:
         return config
     # A recipe's code may name families and objectives by paths relative to the recipe's folder.
@@ -312,22 +316,22 @@ class ConfigLayer:
     value: dict[str, Any]
     lines: Mapping[Place, int]
 
-    def over(self, base: RunConfig) -> RunConfig:
+    def apply_to(self, base: RunConfig) -> RunConfig:
         """Return `base` with the file's settings.
 
         Raises:
             SettingsError: all invalid settings, with line numbers.
         """
-        changes = {".".join(place): value for place, value in _leaves(RunConfig, self.value, ())}
+        changes = {".".join(place): value for place, value in _iter_leaves(RunConfig, self.value, ())}
         changes.pop("recipe", None)
         try:
             return apply_settings(base, [f"{key}={json.dumps(value)}" for key, value in changes.items()],
                                   self.where)
         except SettingsError as e:
-            raise SettingsError(self.where, [dataclasses.replace(problem, line=self.line_of(problem.key))
+            raise SettingsError(self.where, [dataclasses.replace(problem, line=self.find_line(problem.key))
                                              for problem in e.problems]) from None
 
-    def line_of(self, key: str) -> int:
+    def find_line(self, key: str) -> int:
         place: Place = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
         while place and place not in self.lines:
             place = place[:-1]
@@ -347,7 +351,7 @@ def _read_layer(path: Path) -> ConfigLayer:
     return ConfigLayer(where, located.value, located.lines)
 
 
-def _is_whole(value: Mapping[str, Any]) -> bool:
+def _is_whole_config(value: Mapping[str, Any]) -> bool:
     """Return whether a file has all required settings, like a run's config.json."""
     model = value.get("model")
     needed = [f.name for f in dataclasses.fields(ModelConfig) if f.default is dataclasses.MISSING
@@ -355,24 +359,24 @@ def _is_whole(value: Mapping[str, Any]) -> bool:
     return isinstance(model, dict) and all(name in model for name in needed)
 
 
-def _of_whole(file: ConfigLayer) -> RunConfig:
+def _read_whole_config(file: ConfigLayer) -> RunConfig:
     try:
         return from_dict(file.value)
     except UserError as e:
         raise UserError(f"{file.where}: {e}") from None
 
 
-def _leaves(cls: Any, value: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _iter_leaves(cls: Any, value: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Yield (place, value) of each setting in a file; lists, and tables of names, are single values."""
     if not dataclasses.is_dataclass(cls) or not isinstance(value, dict):
         yield place, value
         return
     for key, inner in value.items():
         hint = hint_below(cls, key) if key in fields_of(cast(Any, cls)) else None
-        yield from _leaves(hint, inner, (*place, key))
+        yield from _iter_leaves(hint, inner, (*place, key))
 
 
-def _named(setting: str) -> str:
+def _register_code(setting: str) -> str:
     """Return a `key=value` setting with FILE.py:NAME replaced by a registered name; runs the file."""
     key, _, value = setting.partition("=")
     registry, value = NAMED_BY_SETTINGS.get(key), value.strip('"')

@@ -14,8 +14,8 @@ from megatron_sov.model.config import (
     ObjectiveConfig, OptimConfig, ParallelConfig, PartConfig, PhaseConfig, PreferenceConfig, RunConfig,
     TrainConfig, YarnConfig)
 from megatron_sov.model.config.model import LinearAttentionConfig
-from megatron_sov.model.recipes.extension import PHASE_SOURCES, SET_IN_A_STAGE, stage_phases
-from megatron_sov.model.recipes.sources import DEFAULT, Sources, config_json, derive, ours, published
+from megatron_sov.model.recipes.extension import PHASE_SOURCES, STAGE_CHOICES, stage_phases
+from megatron_sov.model.recipes.sources import DEFAULT, Sources, config_json, derive_sources, ours, published
 
 REPORT, RELEASED = "arXiv 2601.07022", "upstage/Solar-Open-100B"
 TRILLION = 1_000_000_000_000
@@ -170,7 +170,7 @@ SOURCES: Sources = {
 }
 _IN_BF16 = {"train.fp8": ours("bf16: 8 bits are published for pretraining")}
 _MID_TRAINING = published(f"{REPORT}, mid-training")
-MID_SOURCES = derive(SOURCES, {
+MID_SOURCES = derive_sources(SOURCES, {
     **_IN_BF16,
     "data.phases.*.name": _MID_TRAINING,
     "data.phases.*.tokens": _MID_TRAINING,
@@ -183,7 +183,7 @@ MID_SOURCES = derive(SOURCES, {
     "optim.schedule": ours("not published"),
     "train.global_batch_size": ours("the phase has its own"),
 })
-EXTEND_SOURCES = derive(SOURCES, {
+EXTEND_SOURCES = derive_sources(SOURCES, {
     **_IN_BF16,
     "model.yarn.*": config_json(RELEASED),
     **PHASE_SOURCES,
@@ -193,7 +193,7 @@ EXTEND_SOURCES = derive(SOURCES, {
     "optim.schedule": ours("not published"),
     "train.global_batch_size": _OPTIMIZER,
     "needle.lengths_tokens": ours("the lengths of pretraining and both stages"),
-    **dict.fromkeys(SET_IN_A_STAGE, ours("not published")),
+    **dict.fromkeys(STAGE_CHOICES, ours("not published")),
     "extend.stages.*.seq_len": published(f"{REPORT}, pretraining: 32K, 100K (102,400 is our reading)"),
     "extend.stages.*.global_batch_size": _OPTIMIZER,
     **dict.fromkeys(("extend.stages.*.yarn_factor", "extend.stages.*.yarn_original_tokens"),
@@ -210,14 +210,14 @@ _OF_CONVERSATIONS: Sources = {
     **dict.fromkeys(("optim.lr", "optim.min_lr", "optim.warmup_steps", "optim.schedule",
                      "train.global_batch_size"), ours("not published")),
 }
-SFT_SOURCES = derive(SOURCES, {
+SFT_SOURCES = derive_sources(SOURCES, {
     **_OF_CONVERSATIONS,
     "data.phases.*.blend.*": ours("the kinds are published, with 161,608 and 177,375 conversations of "
                                   "agents; their shares are not"),
     "objective.name": published(f"{REPORT}, post-training: SFT"),
 })
 _PHASE_B = published(f"{REPORT}, SnapPO, phase B: iterative DPO")
-DPO_SOURCES = derive(SOURCES, {
+DPO_SOURCES = derive_sources(SOURCES, {
     **_OF_CONVERSATIONS,
     "data.phases.*.blend.*": ours("the kinds of pairs are published, with reasoning kept among them; their "
                                   "shares are not"),
@@ -319,13 +319,13 @@ SOURCES_2: Sources = {
     "train.recompute": ours("memory"),
     "gpu.gc_every_steps": ours("processes collect garbage together"),
 }
-EXTEND_SOURCES_2 = derive(SOURCES_2, {
+EXTEND_SOURCES_2 = derive_sources(SOURCES_2, {
     **PHASE_SOURCES,
     "optim.lr": ours(f"about a tenth of pretraining's peak; {_NOT_READ}"),
     "optim.warmup_steps": ours(_NOT_READ),
     "train.global_batch_size": ours(f"33.6 M tokens a step, as in pretraining; {_NOT_READ}"),
     "needle.lengths_tokens": ours("the lengths of pretraining and of all stages"),
-    **dict.fromkeys(SET_IN_A_STAGE, ours(_NOT_READ)),
+    **dict.fromkeys(STAGE_CHOICES, ours(_NOT_READ)),
     "extend.stages.0.seq_len": ours(_NOT_READ),
     "extend.stages.1.seq_len": ours(_NOT_READ),
     "extend.stages.2.seq_len": published(f"{CARD}: 1M"),

@@ -57,47 +57,49 @@ def ours(why: str) -> ValueSource:
     return ValueSource("ours", why)
 
 
-def derive(sources: Sources, changed: Sources) -> Sources:
+def derive_sources(sources: Sources, changed: Sources) -> Sources:
     """Return a derived recipe's table: entries in `changed` replace entries in `sources`."""
     return {key: source for key, source in sources.items() if key not in changed} | changed
 
 
-def settings(config: RunConfig, sources: Sources) -> list[Setting]:
+def list_settings(config: RunConfig, sources: Sources) -> list[Setting]:
     """Return all settings with sources; without an entry the kind is `yours`, or `default` for default
     values."""
     return [
-        Setting(key, value, sources.get(_entry_for(key, sources)) or (DEFAULT if value == default else YOURS))
-        for key, value, default in _leaves("", config, dataclasses.MISSING)]
+        Setting(key, value,
+                sources.get(_find_entry(key, sources)) or (DEFAULT if value == default else YOURS))
+        for key, value, default in _iter_leaves("", config, dataclasses.MISSING)]
 
 
-def in_effect(config: RunConfig, sources: Sources) -> Sources:
+def select_used(config: RunConfig, sources: Sources) -> Sources:
     """Return the entries that match a setting; derived tables may have unused entries."""
-    used = {_entry_for(key, sources) for key, _, _ in _leaves("", config, None)}
+    used = {_find_entry(key, sources) for key, _, _ in _iter_leaves("", config, None)}
     return {key: source for key, source in sources.items() if key in used}
 
 
-def relabelled(before: RunConfig, after: RunConfig, source: ValueSource) -> Sources:
+def label_changes(before: RunConfig, after: RunConfig, source: ValueSource) -> Sources:
     """Return a table with `source` for every value that differs between `before` and `after`."""
-    had = {key: value for key, value, _ in _leaves("", before, None)}
-    return {key: source for key, value, _ in _leaves("", after, None) if key not in had or had[key] != value}
+    had = {key: value for key, value, _ in _iter_leaves("", before, None)}
+    return {key: source for key, value,
+            _ in _iter_leaves("", after, None) if key not in had or had[key] != value}
 
 
-def _entry_for(key: str, sources: Sources) -> str:
+def _find_entry(key: str, sources: Sources) -> str:
     """Return the last key of a table that matches a setting; "" without a match."""
     return next((pattern for pattern in reversed(sources) if fnmatchcase(key, pattern)), "")
 
 
-def _leaves(key: str, value: Any, default: Any) -> Iterator[tuple[str, Any, Any]]:
+def _iter_leaves(key: str, value: Any, default: Any) -> Iterator[tuple[str, Any, Any]]:
     """Yield (dotted key, value, default or MISSING) for every setting in `value`."""
     if dataclasses.is_dataclass(value):
         for f in dataclasses.fields(value):
             if key or f.name != "recipe":  # `recipe` is the name, not a value
                 # An optional group is set as a whole: defaults of its fields do not count.
-                yield from _leaves(f"{key}.{f.name}".lstrip("."), getattr(value, f.name),
-                                   dataclasses.MISSING if default is None else _default(f))
+                yield from _iter_leaves(f"{key}.{f.name}".lstrip("."), getattr(value, f.name),
+                                   dataclasses.MISSING if default is None else _field_default(f))
     elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
         for i, item in enumerate(value):
-            yield from _leaves(f"{key}.{i}", item, dataclasses.MISSING)
+            yield from _iter_leaves(f"{key}.{i}", item, dataclasses.MISSING)
     elif isinstance(value, dict) and value:
         for name, item in value.items():
             yield f"{key}.{name}", item, dataclasses.MISSING
@@ -105,5 +107,5 @@ def _leaves(key: str, value: Any, default: Any) -> Iterator[tuple[str, Any, Any]
         yield key, value, default
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
+def _field_default(field: dataclasses.Field[Any]) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

@@ -17,9 +17,9 @@ from megatron_sov.model.config import LoraConfig, ModelConfig, OptimConfig, RunC
 Stage = Literal["sft", "preference", "distill", "policy"]
 COMMANDS: dict[str, str] = {"sft": "sft", "preference": "prefer", "distill": "distill", "policy": "rl"}
 """Objective of a stage -> name of the stage in messages."""
-MOST_EPOCHS = 20.0
+MAX_DEFAULT_EPOCHS = 20.0
 """Maximum passes over the data unless the user sets the length."""
-PRETRAINING_RATE = 5.0
+MAX_RATE_RATIO = 5.0
 """Ratio to the stage's learning rate at which a pretraining recipe's rate is rejected."""
 QLORA, REGRET = "QLoRA, arXiv 2305.14314", "ten times the full rate: LoRA Without Regret (2025)"
 TULU, TRL, OURS = "Tülu 3, arXiv 2411.15124", "default of TRL 1.16", "ours"
@@ -63,7 +63,7 @@ _LORA = (Rate(2e-4, QLORA), Rate(1e-4, QLORA, 3e10))
 _LORA_PAIRS = (Rate(1e-5, REGRET),)
 
 
-def _pairs(*rates: Rate) -> StageDefaults:
+def _pair_defaults(*rates: Rate) -> StageDefaults:
     return StageDefaults(rates, _LORA_PAIRS, 1.0, "linear", 0.1, 128,
                          f"one epoch, linear, 10 % warm-up, batch 128: {TULU}")
 
@@ -72,10 +72,10 @@ DEFAULTS: dict[str, StageDefaults] = {
     "sft": StageDefaults(
         (Rate(2e-5, f"{TRL}; Alpaca"), Rate(1e-5, "LIMA, arXiv 2305.11206", 3e10), Rate(2e-6, TULU, 6.5e10)),
         _LORA, 3.0, "cosine", 0.03, 128, "three epochs, cosine, 3 % warm-up, batch 128: Stanford Alpaca"),
-    "preference": _pairs(Rate(1e-6, TRL), Rate(5e-7, TULU, 7e9), Rate(2e-7, TULU, 6.5e10)),
-    "preference.dpo-norm": _pairs(Rate(5e-7, TULU), Rate(2e-7, TULU, 6.5e10)),
-    "preference.simpo": _pairs(Rate(5e-7, "arXiv 2405.14734 takes 3e-7 to 1e-6, by the model")),
-    "preference.orpo": _pairs(Rate(8e-6, "arXiv 2403.07691")),
+    "preference": _pair_defaults(Rate(1e-6, TRL), Rate(5e-7, TULU, 7e9), Rate(2e-7, TULU, 6.5e10)),
+    "preference.dpo-norm": _pair_defaults(Rate(5e-7, TULU), Rate(2e-7, TULU, 6.5e10)),
+    "preference.simpo": _pair_defaults(Rate(5e-7, "arXiv 2405.14734 takes 3e-7 to 1e-6, by the model")),
+    "preference.orpo": _pair_defaults(Rate(8e-6, "arXiv 2403.07691")),
     "distill": StageDefaults((Rate(2e-5, f"{OURS}, as sft"), Rate(1e-5, f"{OURS}, as sft", 3e10)), _LORA, 3.0,
                              "cosine", 0.03, 128, f"{OURS}, as sft"),
     "policy": StageDefaults((Rate(1e-6, f"{TRL} of GRPO; DeepSeekMath, arXiv 2402.03300, section 4.2"),),
@@ -85,14 +85,14 @@ DEFAULTS: dict[str, StageDefaults] = {
 """Stage, or stage and `preference.method` -> defaults."""
 
 
-def defaults_of(config: RunConfig, stage: Stage) -> StageDefaults:
+def find_stage_defaults(config: RunConfig, stage: Stage) -> StageDefaults:
     """Return the defaults of a stage with the method in `config`."""
     if stage == "policy" and config.policy.learns_preferences:
         stage = "preference"
     return DEFAULTS.get(f"{stage}.{config.preference.method}", DEFAULTS[stage])
 
 
-def base_of_model(name: str, model: ModelConfig, precision: Literal["fp32", "bf16", "fp64"], stage: Stage,
+def build_base_config(name: str, model: ModelConfig, precision: Literal["fp32", "bf16", "fp64"], stage: Stage,
                   lora: LoraConfig | None = None) -> RunConfig:
     """Return a stage's settings without a recipe.
 
@@ -110,7 +110,7 @@ def base_of_model(name: str, model: ModelConfig, precision: Literal["fp32", "bf1
         train=TrainConfig(epochs=DEFAULTS[stage].epochs, precision=precision, global_batch_size=1))
 
 
-def rate_settings(config: RunConfig, stage: Stage, num_params: float, said: Collection[str]
+def find_rate_settings(config: RunConfig, stage: Stage, num_params: float, said: Collection[str]
                   ) -> dict[str, str]:
     """Return `key=value` settings for learning rate and schedule -> source.
 
@@ -120,7 +120,7 @@ def rate_settings(config: RunConfig, stage: Stage, num_params: float, said: Coll
         num_params: model parameters.
         said: keys set on the command line.
     """
-    defaults = defaults_of(config, stage)
+    defaults = find_stage_defaults(config, stage)
     rate = defaults.rate(num_params, lora=config.lora.on)
     values = {f"optim.lr={rate.lr!r}": rate.source, f"optim.schedule={defaults.schedule}": defaults.source}
     if defaults.epochs != DEFAULTS[stage].epochs:
@@ -139,8 +139,8 @@ def refuse_pretraining_rate(config: RunConfig, stage: Stage, num_params: float) 
     Raises:
         UserError: the rate is far above the stage's rate.
     """
-    rate = defaults_of(config, stage).rate(num_params, lora=config.lora.on)
-    if config.optim.lr > PRETRAINING_RATE * rate.lr and not any(phase.lr for phase in config.data.phases):
+    rate = find_stage_defaults(config, stage).rate(num_params, lora=config.lora.on)
+    if config.optim.lr > MAX_RATE_RATIO * rate.lr and not any(phase.lr for phase in config.data.phases):
         command = COMMANDS[stage]
         raise UserError(f"optim.lr = {config.optim.lr:g}: is the pretraining rate of recipe {config.recipe}, "
                         f"and {command} takes {rate.lr:g}; leave RECIPE out to train by the defaults of "

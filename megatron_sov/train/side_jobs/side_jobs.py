@@ -128,7 +128,7 @@ def make_average(run: Path, train: TrainConfig, record: Callable[..., None]) -> 
         return
     command = ["convert", "average", str(run), str(run / AVERAGE), "--last", str(train.average_last),
                "--weights", train.average_weights, "--decay", str(train.average_decay)]
-    command += [word for reference in models.OWN.named() for word in ("--plugin", reference)]
+    command += [word for reference in models.FAMILY_PLUGINS.named() for word in ("--plugin", reference)]
     step = step_of(newest)
     try:
         process = BackgroundProcess([sys.executable, "-m", "megatron_sov", *command], run / LOG)
@@ -260,7 +260,7 @@ class Exports:
     def _begin(self, step: int) -> _RunningJob:
         argv = ["convert", "to-hf", str(self._source(step)), str(self.folder / f"step-{step}"), "--workers",
                 "1", "--overwrite"]
-        argv += [word for reference in models.OWN.named() for word in ("--plugin", reference)]
+        argv += [word for reference in models.FAMILY_PLUGINS.named() for word in ("--plugin", reference)]
         return _RunningJob(step, BackgroundProcess([sys.executable, "-m", "megatron_sov", *argv],
                                                    self._log(step)))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_sov.base.artifacts import MANIFEST, atomic_write, disk_errors, to_json
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import UserError
-from megatron_sov.model.pretrained import hub_name, is_hf_folder
+from megatron_sov.model.pretrained import find_hub_name, is_hf_folder
 from megatron_sov.work.progress.locks import in_turn
 
 SHARED, SEEN = ".from-hf", "seen"
@@ -43,7 +43,7 @@ def convert_start(start: Path, run: Path) -> Path:
         return start
     if (found := find_copy(start, run)) is not None:
         return found
-    stamp, name = _stamp(start), hub_name(start).replace("/", "--")[:100]
+    stamp, name = _stamp(start), find_hub_name(start).replace("/", "--")[:100]
     copy = run.parent / SHARED / f"{name}-{_digest_of(_files_of(start))}"
     seen = copy.parent / SEEN / copy.name
     with disk_errors(seen):
