@@ -31,7 +31,7 @@ from megatron_sov.base.digests import file_digest
 from megatron_sov.checkpoint import load
 from megatron_sov.engine.parallel import cpu_shims, launcher, world
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
-from megatron_sov.model.families.count import num_params
+from megatron_sov.model.families.count import count_params
 
 BYTES_PER_PARAMETER = 12
 """Weight and two moments in float32."""
@@ -46,7 +46,7 @@ def config_of(num_bytes: float) -> RunConfig:
     config = apply_settings(recipes.get("tiny-solar-open"), [
         "train.precision=fp32", "model.vocab_size=8192", "model.hidden_size=256", "model.num_layers=4"])
     width = 64
-    while num_params(config.model).total * BYTES_PER_PARAMETER < num_bytes:
+    while count_params(config.model).total * BYTES_PER_PARAMETER < num_bytes:
         width += 64
         config = apply_settings(config, [f"model.expert_ffn_dim={width}"])
     return config

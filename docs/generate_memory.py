@@ -93,7 +93,7 @@ def kv_bytes(shape: ModelShape, tokens: int) -> float:
              else 2 * shape.num_kv_heads * shape.head_dim)
     kept = ((shape.num_attention_layers - shape.num_window_layers) * tokens
             + sum(layers * min(tokens, window) for window, layers in shape.windowed))
-    states = 0 if shape.linear is None else shape.num_linear_layers * shape.linear.kept_size
+    states = 0 if shape.linear is None else shape.num_linear_layers * shape.linear.cached_size
     return kept * width * BF16_BYTES + states * FLOAT32_BYTES
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_sov.base.artifacts import atomic_write
 from megatron_sov.commands.models.recipes import summary
 from megatron_sov.model.recipes import RECIPES, TINY, get, sources
-from megatron_sov.model.recipes.sources import DEFAULT, ValueSource, in_effect
+from megatron_sov.model.recipes.sources import DEFAULT, ValueSource, select_used
 from megatron_sov.plan.search import recommended
 from megatron_sov.plan.search.recommended import RECOMMENDED
 from megatron_sov.work.clusters.chips import CHIPS
@@ -129,7 +129,7 @@ def overview() -> str:
 def table(name: str) -> str:
     """Return the sources of one recipe, each with all settings that it gives."""
     keys: dict[ValueSource, list[str]] = {}
-    for key, source in in_effect(get(name), sources(name)).items():
+    for key, source in select_used(get(name), sources(name)).items():
         if source != DEFAULT:
             keys.setdefault(source, []).append(f"`{key}`")
     rows = "".join(f"| {', '.join(found)} | {source.kind} | {source.where} |\n"

@@ -171,7 +171,7 @@ class Encoder:
         self._fast = FastBpe(self.file, self.plain) if self.settings.fast else None
         self.odd_opening = partial(find_odd_opening, chat_template)
         encoding = self.settings.media
-        self.feature_tokens = (modality().feature_tokens(self._with_special, encoding)
+        self.feature_tokens = (load_modality().feature_tokens(self._with_special, encoding)
                                if encoding is not None else None)
         """Of pictures and sounds, which documents may spell; None: they are text."""
         self._chat = ChatEncoder(chat_template, self._with_special, self._fast.encode if self._fast else None,

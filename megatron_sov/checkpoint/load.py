@@ -31,7 +31,7 @@ from megatron_sov.engine.model.local_shards import LocalShard, local_shards
 from megatron_sov.engine.optimizer.optimizer import Optimizer
 from megatron_sov.engine.parallel.values import gather_objects
 from megatron_sov.model.config import ModelConfig
-from megatron_sov.model.families.adapters import PREFIX, identity
+from megatron_sov.model.families.adapters import PREFIX, adapter_identity
 from megatron_sov.model.families.encoders import PREFIXES as ENCODERS, is_encoder
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.checkpoints import ADAPTER, MODEL

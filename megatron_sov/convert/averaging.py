@@ -31,7 +31,7 @@ from megatron_sov.convert.peft import AdaptedWeights, open_checkpoint_weights, r
 from megatron_sov.convert.sources import PART, CheckpointWeights
 from megatron_sov.model.config import LoraConfig, ModelConfig, RunConfig
 from megatron_sov.model.config.train import AVERAGES
-from megatron_sov.model.families.family import OF_TRAINING
+from megatron_sov.model.families.family import TRAINING_FIELDS
 from megatron_sov.model.families.weights import Link
 from megatron_sov.runs.checkpoints import (
     CHECKPOINT_KIND, CHECKPOINTS_FOLDER, IMPORTED_RECIPE, MERGED, check_model_path, checkpoint_step,
@@ -285,5 +285,5 @@ def _check_compatible(first: Path, path: Path) -> None:
 def _iter_differences(first: ModelConfig, other: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
     for field in dataclasses.fields(first):
         pair = getattr(first, field.name), getattr(other, field.name)
-        if pair[0] != pair[1] and field.name not in OF_TRAINING:
+        if pair[0] != pair[1] and field.name not in TRAINING_FIELDS:
             yield field.name, *pair

@@ -34,7 +34,7 @@ from megatron_sov.convert.sources import (
     HfWeights, Weights, check_dtypes, has_same_bits, list_ignored_prefixes, resolve_run)
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
-from megatron_sov.model.modality import modality
+from megatron_sov.model.modality import load_modality
 from megatron_sov.model.objectives import BUILT_IN
 from megatron_sov.model.pretrained import (
     CONFIG, INDEX, SINGLE_FILE, listed, load_and_compare, low_bit_options)
@@ -63,7 +63,7 @@ class ParityCheck:
 
 
 def _check_none(name: str, items: list[str]) -> ParityCheck:
-    return ParityCheck(name, len(items), 0, not items, listed(items))
+    return ParityCheck(name, len(items), 0, not items, format_names(items))
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def verify(a: str | Path, b: str | Path, *, load: bool = True,
 
 def _differing_fields(a: Weights, b: Weights) -> list[str]:
     """Compare the config.json of both models; settings that only affect training do not count."""
-    a_config, b_config = (models.get(side.model.family).to_hf_config(side.model, "any", TokenIds())
+    a_config, b_config = (models.get_family(side.model.family).to_hf_config(side.model, "any", TokenIds())
                   for side in (a, b))
     return [f"{name} ({a_config.get(name)} and {b_config.get(name)})"
             for name in {**a_config, **b_config} if a_config.get(name) != b_config.get(name)]
@@ -255,7 +255,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
     files = plan_export_files(specs, max_shard_bytes)
     source_names = {spec.name: spec.name for spec in specs} | copies
     companions, tokens = _find_companions(source)
-    family = models.get(source.model.family)
+    family = models.get_family(source.model.family)
     written_dtype = str(specs[0].dtype).removeprefix("torch.")
     config = _carried_fields(source) | family.to_hf_config(source.model, written_dtype, tokens)
     json_files = {CONFIG: config, **_build_processors(source, checkpoint)}

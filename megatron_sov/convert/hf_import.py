@@ -36,7 +36,7 @@ from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.families.weights import Link
-from megatron_sov.model.pretrained import CONFIG, DAMAGED_HF, hub_name, listed, read_json
+from megatron_sov.model.pretrained import CONFIG, DAMAGED_HF, find_hub_name, format_names, read_json
 from megatron_sov.runs.checkpoints import (
     ADAPTER, CHECKPOINT_KIND, HF_MODEL, IMPORTED_RECIPE, SOURCE, check_folder_kind, check_model_path,
     suggest_replacement)
@@ -47,7 +47,7 @@ from megatron_sov.work.progress.resumable import resumable_artifact
 # checkpoint stores each once.
 def get_duplicates(weights: Weights) -> dict[str, str]:
     """Return name -> original for all tensors that an export stores twice."""
-    return models.get(weights.model.family).copies_in(weights.model)
+    return models.get_family(weights.model.family).find_copies(weights.model)
 
 
 def find_differing_copies(folder: HfWeights) -> list[str]:
@@ -146,7 +146,8 @@ class SourceCheck:
         for file in files:
             if problem := self._damage[file].result():
                 names = self._weights.list_keys_in(file)
-                raise UserError(f"{problem}{f' (it holds {listed(names)})' if names else ''}; {self._remedy}")
+                holds = f" (it holds {format_names(names)})" if names else ""
+                raise UserError(f"{problem}{holds}; {self._remedy}")
 
 
 @contextlib.contextmanager

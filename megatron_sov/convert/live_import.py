@@ -19,7 +19,7 @@ from megatron_sov.engine.model.language_model import LanguageModel
 from megatron_sov.engine.model.local_shards import LocalShard, local_shards
 from megatron_sov.engine.parallel.device import local_device
 from megatron_sov.model.families import supported as models
-from megatron_sov.model.families.adapters import adapted_modules, places
+from megatron_sov.model.families.adapters import find_adapted_modules, find_adapter_places
 from megatron_sov.model.families.weights import Link
 
 
@@ -48,12 +48,12 @@ def export_weights(model: LanguageModel, dtype: str = KEEP, *,
             unknown.
     """
     check_dtype_name(dtype)
-    links = models.get(model.architecture.family).links(model.architecture)
+    links = models.get_family(model.architecture.family).links(model.architecture)
     by_key: dict[str, list[Link]] = {}
     for link in links:
         by_key.setdefault(link.key, []).append(link)
     adapters: dict[str, dict[str, tuple[int, ...]]] = {}
-    for module in adapted_modules(model.architecture, model.lora):
+    for module in find_adapted_modules(model.architecture, model.lora):
         adapters[module.link.key] = adapters.get(module.link.key, {}) | module.shapes(model.lora)
     gatherer = TensorGatherer(local_shards(model, rounded=True), everywhere=everywhere)
     expected = {link.key: link.shape for link in links}
@@ -117,7 +117,7 @@ class LiveImport:
             raise UserError(f"lora.rank = {model.lora.rank}: imported weights are merged with their adapter, "
                             "and this model would apply its own in addition; import into a model without "
                             "adapter (lora.rank=0)")
-        links = models.get(model.architecture.family).links(model.architecture)
+        links = models.get_family(model.architecture.family).links(model.architecture)
         self._model = model
         self._links_by_name = {name: link for link in links for name in link.hf_names}
         self._shapes = {name: shape for link in links for name, shape in link.hf_shapes().items()}

@@ -27,11 +27,12 @@ from megatron_sov.convert.inert_pickle import TorchArchive, read_in_subprocess
 from megatron_sov.convert.sources import check_dtypes, check_shapes
 from megatron_sov.engine.model.language_model import VOCABULARY_WEIGHTS
 from megatron_sov.model.config import ModelConfig
-from megatron_sov.model.counterparts.architecture import architecture, of_arguments, read_sections
+from megatron_sov.model.counterparts.architecture import (
+    infer_architecture, normalize_arguments, read_sections)
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.families.weights import Link
-from megatron_sov.model.pretrained import listed, read_json
+from megatron_sov.model.pretrained import format_names, read_json
 from megatron_sov.runs.checkpoints import KIND
 
 METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
@@ -76,7 +77,7 @@ def _find_newest(folder: Path) -> Path:
         if not names:
             return folder
         raise UserError(f"{folder}: has no {TRACKER} with the newest iteration; pass one of its checkpoints "
-                        f"({listed(names)})")
+                        f"({format_names(names)})")
     with open(tracker, encoding="utf-8", errors="replace") as f:
         iteration = f.read(MAX_TRACKER_BYTES).strip()
     if not re.fullmatch(r"\d{1,12}|release", iteration):
@@ -253,7 +254,7 @@ class TorchDistTensors(StoredTensors):
         for file in {piece[0] for _, _, pieces in tensors.values() for piece in pieces}:
             if not (folder / file).is_file():
                 raise UserError(f"{folder / file}: is missing; according to the index it contains "
-                                f"{listed(self.list_keys_in(file))}; {REMEDY}")
+                                f"{format_names(self.list_keys_in(file))}; {REMEDY}")
             refuse_link_outside(folder, folder / file)
         self._find = functools.lru_cache(_CACHED_HEADERS)(self._find_uncached)
 
@@ -286,7 +287,7 @@ class TorchDistWeights:
 
     def __init__(self, path: Path, model: ModelConfig) -> None:
         self.path, self.model = path, model
-        self.links = models.get(model.family).links(model)
+        self.links = models.get_family(model.family).links(model)
         self.tensors = TorchDistTensors(path)
         self._links_by_name = {name: link for link in self.links for name in link.hf_names}
         self._sources = self._match_tensors()
@@ -420,7 +421,7 @@ def from_megatron(folder: str | Path, out: str | Path, dtype: str = KEEP, *, fam
     iteration_folder = find_iteration(Path(folder))
     settings, iteration = _read_model_settings(iteration_folder)
     try:
-        model = architecture(settings, family, overrides)
+        model = infer_architecture(settings, family, overrides)
     except UserError as e:
         raise UserError(f"{iteration_folder}: {e}") from None
     weights = TorchDistWeights(iteration_folder, model)
@@ -449,4 +450,4 @@ def _read_model_settings(folder: Path) -> tuple[dict[str, Any], int | None]:
     else:
         return {}, iteration
     stored_iteration = settings["iteration"] if isinstance(settings["iteration"], int) else None
-    return of_arguments(settings["args"]), iteration if stored_iteration is None else stored_iteration
+    return normalize_arguments(settings["args"]), iteration if stored_iteration is None else stored_iteration

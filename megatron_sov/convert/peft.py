@@ -23,7 +23,8 @@ from megatron_sov.convert.sources import (
 from megatron_sov.model.config import LoraConfig, ModelConfig
 from megatron_sov.model.config.lora import EMBEDDING, EXPERTS, FEED_FORWARD, HEAD, TARGETS
 from megatron_sov.model.families.adapters import (
-    MAGNITUDE, A, Adapted, AdapterPlace, B, adaptable, adapted, adapted_modules, places)
+    MAGNITUDE, A, AdaptedModule, AdapterPlace, B, find_adaptable_modules, find_adapted_modules,
+    find_adapter_places, resolve_targets)
 from megatron_sov.model.pretrained import CONFIG as HF_CONFIG, DAMAGED_HF, read_json
 from megatron_sov.runs.checkpoints import (
     ADAPTER, BASE, CHECKPOINT_KIND, CHECKPOINTS_FOLDER, IMPORTED_RECIPE, PEFT_ADAPTER, RUN, SOURCE,
@@ -65,7 +66,7 @@ def format_peft_name(module: Adapted, tensor: str) -> str:
     return f"{_PREFIX}{folder}{_SUFFIXES[tensor]}"
 
 
-def is_embedding(module: Adapted) -> bool:
+def is_embedding(module: AdaptedModule) -> bool:
     return module.name.endswith(f".{EMBEDDING}")
 
 
@@ -75,7 +76,7 @@ def find_frozen_copies(names: Iterable[str]) -> dict[str, str]:
             if name.endswith((f"{HEAD}{_FROZEN}", f"{EMBEDDING}{_FROZEN}"))}
 
 
-def to_peft_shape(module: Adapted, tensor: str, value: torch.Tensor) -> torch.Tensor:
+def to_peft_shape(module: AdaptedModule, tensor: str, value: torch.Tensor) -> torch.Tensor:
     """Convert one of our adapter tensors to its PEFT layout; inverse of `from_peft_shape`."""
     if is_embedding(module):
         return value.T
@@ -87,7 +88,8 @@ def to_peft_shape(module: Adapted, tensor: str, value: torch.Tensor) -> torch.Te
     return stacked.permute(1, 2, 0).reshape(module.out_features, -1)
 
 
-def from_peft_shape(module: Adapted, tensor: str, value: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+def from_peft_shape(module: AdaptedModule, tensor: str, value: torch.Tensor,
+                    shape: Sequence[int]) -> torch.Tensor:
     """Convert a PEFT tensor to our layout with `shape`; inverse of `to_peft_shape`."""
     if is_embedding(module):
         return value.T.contiguous()
@@ -104,7 +106,7 @@ def build_peft_config(model: ModelConfig, lora: LoraConfig, base_name: str) -> d
     """
     modules: set[str] = set()
     parameters: set[str] = set()
-    for module in adapted_modules(model, lora):
+    for module in find_adapted_modules(model, lora):
         kind = module.name.rpartition(".")[2]
         name_in_layer = module.name.removeprefix("model.layers.").partition(".")[2]
         if module.num_experts:
@@ -164,10 +166,10 @@ def _find_targets(names: set[str], model: ModelConfig, dora: bool, where: object
     """Return the targets that the tensor names adapt; each target must be adapted in all layers."""
     names_by_target: dict[str, set[str]] = {}
     tables = (HEAD, EMBEDDING)
-    target_names: Any = adaptable(model)
+    target_names: Any = find_adaptable_modules(model)
     all_targets = LoraConfig(1, 1.0, tuple(
         t for t in target_names if t not in tables or not (model.tied_embeddings or dora)))
-    for module in adapted_modules(model, all_targets):
+    for module in find_adapted_modules(model, all_targets):
         target = EXPERTS if module.num_experts else module.name.rpartition(".")[2]
         names_by_target.setdefault(target, set()).update(
             format_peft_name(module, tensor) for tensor in ((A, B, MAGNITUDE) if dora else (A, B)))
@@ -233,11 +235,11 @@ class AdaptedWeights:
         self.path, self.base = path, CheckpointWeights(find_adapter_base(path, base))
         settings = read_checkpoint_settings(path)
         self.model, self.links, self.lora = settings.model, self.base.links, settings.lora
-        self._places, self._thread_state = places(self.model, self.lora), threading.local()
+        self._places, self._thread_state = find_adapter_places(self.model, self.lora), threading.local()
         self.reader = TensorReader(path, ADAPTER)
         """Reader for the adapter tensors."""
         expected: dict[str, tuple[int, ...]] = {}
-        for module in adapted_modules(self.model, self.lora):
+        for module in find_adapted_modules(self.model, self.lora):
             expected |= module.shapes(self.lora)
         shapes = {key: self.reader.get_shape(key)
                  for key in self.reader.keys()}  # noqa: SIM118  (a method of the reader, not a dict)
@@ -267,7 +269,7 @@ class AdaptedWeights:
             return weight.to(self.get_dtype(name))
         module = self._places[name].of
         # Experts of a layer come from the same stacked factors: keep the last factors per thread.
-        last: tuple[Adapted, dict[str, torch.Tensor]] | None = getattr(self._thread_state, "last", None)
+        last: tuple[AdaptedModule, dict[str, torch.Tensor]] | None = getattr(self._thread_state, "last", None)
         if last is None or last[0] is not module:
             self._thread_state.last = None
             factors = {key: self.reader.read(key) for key in module.shapes(self.lora)}
@@ -326,10 +328,10 @@ def describe_adapter(weights: Any) -> dict[str, Any]:
     if not isinstance(weights, AdaptedWeights):
         return {}
     lora = weights.lora
-    count = sum(math.prod(shape) for module in adapted_modules(weights.model, lora)
+    count = sum(math.prod(shape) for module in find_adapted_modules(weights.model, lora)
                 for shape in module.shapes(lora).values())
     return {"adapter": f"{'DoRA' if lora.dora else 'LoRA'}, rank {lora.rank}, alpha {lora.alpha:g}, of "
-                       f"{', '.join(sorted(adapted(lora, weights.model)))}",
+                       f"{', '.join(sorted(resolve_targets(lora, weights.model)))}",
             "adapter_parameters": count, "base": str(weights.base.path)}
 
 
@@ -459,7 +461,8 @@ def _check_frozen_weights(weights: TensorFile, frozen: dict[str, str], base: Che
                             "PEFT, and convert the merged model")
 
 
-def _read_factor(weights: TensorFile, module: Adapted, tensor: str, shape: tuple[int, ...]) -> torch.Tensor:
+def _read_factor(weights: TensorFile, module: AdaptedModule, tensor: str,
+                 shape: tuple[int, ...]) -> torch.Tensor:
     """Read a tensor of a PEFT folder, and check its dtype and shape."""
     name = format_peft_name(module, tensor)
     value = weights.read(name)

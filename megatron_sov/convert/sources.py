@@ -22,7 +22,7 @@ from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.convert.low_bit import FIELD, find_low_bit_weights
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.families import supported as models
-from megatron_sov.model.families.family import TEXT_INSIDE, text_config
+from megatron_sov.model.families.family import NESTED_TEXT_MODELS, extract_text_config
 from megatron_sov.model.families.hf_layers import MAX_LAYERS, PREDICTION_NAMES
 from megatron_sov.model.families.weights import Link
 from megatron_sov.model.pretrained import (
@@ -155,10 +155,10 @@ class HfWeights:
         """Tensors of image and audio encoders."""
         self.notes: list[str] = []
         """Warnings about ignored fields and tensors."""
-        text_inside = TEXT_INSIDE.get(str(config.get("model_type")))
+        text_inside = NESTED_TEXT_MODELS.get(str(config.get("model_type")))
         try:
-            self.config = text_config(config)
-            family = models.get(str(self.config.get("model_type")))
+            self.config = extract_text_config(config)
+            family = models.get_family(str(self.config.get("model_type")))
             self._stored = _stored_tensors(self._shards, config)
             """Hugging Face name -> stored tensor."""
             if text_inside is not None:
@@ -168,14 +168,14 @@ class HfWeights:
                                       f"{self.encoder_tensors[0]}, ...) are not converted")
                 self._stored = {name: self._stored[other] for name, other in text_names.items()}
             known_config = {name: value for name, value in self.config.items() if name != FIELD}
-            if ignored_fields := family.find_passed_over(known_config):
+            if ignored_fields := family.find_ignored_fields(known_config):
                 field_names = [name for item in family.config for name in item.names]
                 # `find_misspelt` returns "" or "; HINT".
                 hints = {name: find_misspelt(name, field_names)[2:] for name in ignored_fields}
                 fields = ", ".join(f"{name} ({hint})" if hint else name for name, hint in hints.items())
                 self.notes.append(f"{CONFIG}: fields without effect on the computation, which to-hf writes "
                                   f"unchanged: {fields}")
-            self.carried = family.find_carried(known_config)
+            self.carried = family.find_carried_fields(known_config)
             """Fields of config.json that are copied to exports."""
             self.model = family.from_hf_config(known_config, self._stored)
             if self.model.tied_embeddings and not self._tie_head():
@@ -189,7 +189,8 @@ class HfWeights:
         self._exclude_tensors([name for name in self._stored if name not in self._shapes
                                   and RECOMPUTED.fullmatch(name)], f"programs compute them from {CONFIG}")
         shapes = {name: stored.shape for name, stored in self._stored.items()}
-        self.copies = {name: other for name, other in family.copies_in(self.model).items() if name in shapes}
+        self.copies = {name: other for name,
+                       other in family.find_copies(self.model).items() if name in shapes}
         """Duplicated tensors in the folder -> originals (see `hf_import.check_copies`)."""
         copy_shapes = {name: self._shapes[other] for name, other in self.copies.items()}
         expected = self._shapes | copy_shapes
@@ -204,7 +205,7 @@ class HfWeights:
         """Remove tensors that need no conversion, and add a note."""
         removed = [name for name in names if self._stored.pop(name, None)]
         if removed:
-            self.notes.append(f"tensors that are not converted: {listed(removed)} ({reason})")
+            self.notes.append(f"tensors that are not converted: {format_names(removed)} ({reason})")
 
     def _tie_head(self) -> bool:
         """Remove the head if it equals the embedding; return False if `tie_word_embeddings` must be ignored.
@@ -287,7 +288,7 @@ class CheckpointWeights:
         self.path = path
         settings = read_checkpoint_settings(path)
         self.model = settings.model
-        self.links = models.get(self.model.family, settings.code).links(self.model)
+        self.links = models.get_family(self.model.family, settings.code).links(self.model)
         self._reader = TensorReader(path, PART)
         self._links_by_name = {name: link for link in self.links for name in link.hf_names}
         shapes = {key: self._reader.get_shape(key)
@@ -356,7 +357,7 @@ def open_shards(path: Path) -> dict[str, TensorFile]:
         files[file.name] = TensorFile(file, remedy)
         return files[file.name].entries
 
-    return {name: files[file] for name, file in tensor_files(path, read_names).items()}
+    return {name: files[file] for name, file in find_tensor_files(path, read_names).items()}
 
 
 def list_ignored_prefixes(folder: Path) -> tuple[str, ...]:
@@ -367,11 +368,11 @@ def list_ignored_prefixes(folder: Path) -> tuple[str, ...]:
     """
     config = read_json(folder / CONFIG)
     model_type = str(config.get("model_type"))
-    prefixes = TEXT_INSIDE[model_type].others if model_type in TEXT_INSIDE else ()
+    prefixes = NESTED_TEXT_MODELS[model_type].others if model_type in NESTED_TEXT_MODELS else ()
     layers, num_predictions = config.get("num_hidden_layers"), config.get(PREDICTION_NAMES[0])
     try:
         if not isinstance(num_predictions, int):
-            num_predictions = int(models.get(model_type).predicts_behind())
+            num_predictions = int(models.get_family(model_type).has_mtp_after_trunk())
     except UserError:  # a family of transformers that is unknown here
         num_predictions = 0
     if not isinstance(layers, int) or not 0 <= num_predictions <= MAX_LAYERS:

@@ -18,7 +18,7 @@ from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.vocabulary import check_same_tokens
 from megatron_sov.infer.engines.load import Loaded
-from megatron_sov.model.config.data import named_shards
+from megatron_sov.model.config.data import split_source_name
 from megatron_sov.model.modality import check_encoders
 from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.rows import PackedRow, heldout_samples
@@ -88,7 +88,7 @@ def open_heldout(paths: dict[str, float], seq_len: int, max_tokens: int, *,
         UserError: the artifacts differ or do not match the model, or have no held-out documents.
     """
     sources = open_sources(paths, model_vocab_size, formats, is_fixed=True)
-    vocab_size = max(int(read_manifest(named_shards(path)[1], "tokens").content["vocab_size"])
+    vocab_size = max(int(read_manifest(split_source_name(path)[1], "tokens").content["vocab_size"])
                      for path in paths)
     data = HeldoutData(sources, vocab_size, seq_len, max_tokens)
     if not data.judged():

@@ -29,7 +29,7 @@ from megatron_sov.eval.heldout import rows_of
 from megatron_sov.infer.engines.libraries import load_hf
 from megatron_sov.infer.engines.load import Loaded, run_forward_model
 from megatron_sov.infer.engines.target import Target, as_checkpoint
-from megatron_sov.model.families.count import num_params
+from megatron_sov.model.families.count import count_params
 from megatron_sov.version import __version__
 
 MAX_DIFFERENCE = 1e-4
@@ -217,7 +217,7 @@ def _get_dtype(side: Weights) -> torch.dtype:
 
 
 def _check_memory(sides: Sequence[Weights]) -> None:
-    count = num_params(sides[0].model)
+    count = count_params(sides[0].model)
     needed_bytes = (count.total + count.mtp) * 4 * 2
     free_bytes = psutil.virtual_memory().available
     if needed_bytes > free_bytes:

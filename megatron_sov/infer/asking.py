@@ -262,9 +262,9 @@ def stop_ids(target: Target, eos: int | None, encoder: ChatEncoder | None) -> tu
 def _read_feature_tokens(folder: Path, encoding: MediaEncoding) -> FeatureTokens:
     from tokenizers import Tokenizer
 
-    from megatron_sov.model.modality import modality
+    from megatron_sov.model.modality import load_modality
 
-    omni = modality()
+    omni = load_modality()
     try:
         return omni.feature_tokens(Tokenizer.from_file(str(folder / TOKENIZER_JSON)), encoding)
     except Exception as e:  # the binding raises a bare Exception

@@ -29,7 +29,7 @@ from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.engine.parallel import collectives
 from megatron_sov.engine.parallel.values import sum_dict
 from megatron_sov.model.config import RunConfig
-from megatron_sov.model.config.post_training import WITH_REFERENCE, PreferenceConfig
+from megatron_sov.model.config.post_training import REFERENCE_METHODS, PreferenceConfig
 from megatron_sov.post import policy, reference
 from megatron_sov.post.reference import document_logprobs
 from megatron_sov.post.sft import Responses, learned, responses_of
@@ -175,7 +175,7 @@ def pair_meters(asked: PreferenceConfig, values: torch.Tensor) -> dict[str, torc
         asked: the method and its strength.
         values: [2 P] as `compared_values` returns them.
     """
-    strength = 1.0 if asked.method in ("simper", "orpo") else asked.strength
+    strength = 1.0 if asked.method in ("simper", "orpo") else asked.effective_beta
     rewards = strength * values
     margins = rewards[0::2] - rewards[1::2]
     return {PAIRS_RIGHT: (margins > 0).double() + (margins == 0).double() / 2, MARGIN: margins}
@@ -304,7 +304,7 @@ class PairLearning(DataObjective):
         self._asked = context.config.preference
         self.coefficients = {PREFERENCE: 1.0}
         if self._asked.method == "orpo":  # its eq. 6
-            self.coefficients = {PREFERENCE: self._asked.strength, CHOSEN: 1.0}
+            self.coefficients = {PREFERENCE: self._asked.effective_beta, CHOSEN: 1.0}
         if self._asked.chosen_coeff > 0:
             self.coefficients[CHOSEN] = self._asked.chosen_coeff
         self.coefficients |= self._mtp_coefficient
@@ -363,7 +363,7 @@ class PairLearning(DataObjective):
             return simper(chosen, rejected), means
         if asked.method == "orpo":
             return orpo(chosen, rejected), means
-        return simpo(chosen, rejected, asked.strength, asked.simpo_gamma, asked.label_smoothing), means
+        return simpo(chosen, rejected, asked.effective_beta, asked.simpo_gamma, asked.label_smoothing), means
 
 
 class PairLearningWithReference(PairLearning):
@@ -390,8 +390,8 @@ class PairLearningWithReference(PairLearning):
                 one: of whole responses with method dpo, else means over their tokens.
         """
         asked = self._asked
-        return (ipo(margins, asked.strength) if asked.method == "ipo"
-                else dpo(margins, asked.strength, asked.label_smoothing))
+        return (ipo(margins, asked.effective_beta) if asked.method == "ipo"
+                else dpo(margins, asked.effective_beta, asked.label_smoothing))
 
 
 class GroupLearning(DataObjective):
@@ -438,7 +438,7 @@ def objective_of(config: RunConfig) -> type[PairLearning | GroupLearning | Unpai
         return UnpairedLearning
     if method == "grouper":
         return GroupLearning
-    return PairLearningWithReference if method in WITH_REFERENCE else PairLearning
+    return PairLearningWithReference if method in REFERENCE_METHODS else PairLearning
 
 
 def _only(batch: MicroBatch, labels: torch.Tensor) -> MicroBatch:
@@ -481,11 +481,11 @@ class UnpairedLearning(PairLearning):
         # Even documents are the judged responses; the odd ones are mismatched, and `_distance` reads them.
         ratios = _ratios(responses, logprobs, batch)[0::2]
         desirable, whole = _desirable(responses, batch), responses.whole_pairs()
-        losses = kto(ratios, desirable, self._distance, asked.strength, asked.desirable_weight,
+        losses = kto(ratios, desirable, self._distance, asked.effective_beta, asked.desirable_weight,
                                  asked.undesirable_weight)
         terms = self._terms((losses * whole).sum(), logprobs, hidden, head,
                             self._cross_entropy_batch(batch, responses))
-        rewards, sides = asked.strength * ratios.detach(), (desirable.double(), (~desirable).double())
+        rewards, sides = asked.effective_beta * ratios.detach(), (desirable.double(), (~desirable).double())
         own = learned(batch) & responses.of_side(0)
         return LossSums(
             terms, _logged_losses(logprobs, batch, own, self._num_sources),
@@ -586,6 +586,6 @@ def round_objective_of(config: RunConfig) -> policy.PolicyObjective:
     columns: dict[str, NeededColumn] = {}
     if method == "grouper":
         kind, columns = RoundGroups, dict.fromkeys((ADVANTAGE, SHARE), needed)
-    elif method in WITH_REFERENCE:
+    elif method in REFERENCE_METHODS:
         kind, columns = RoundPairsWithReference, {_reference_of(config): needed}
     return policy.PolicyObjective((ROLLOUTS,), columns, kind)

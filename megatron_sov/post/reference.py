@@ -331,7 +331,7 @@ class WithReference:
         self._documents, self._parts = parts.documents, parts
         self.lengths, self.is_plain = parts.documents.lengths, parts.documents.is_plain
         self.columns = (*parts.documents.columns, COLUMN)
-        self.banks = banks_of(parts.documents)
+        self.banks = get_banks(parts.documents)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return WithReference, (self._parts,)
@@ -354,7 +354,7 @@ class WithReference:
         return self._documents.routes(document, start, count)
 
     def encoder_inputs(self, document: int, start: int, count: int) -> EncoderInputs:
-        return inputs_of(self._documents, document, start, count)
+        return get_encoder_inputs(self._documents, document, start, count)
 
 
 class Reference:

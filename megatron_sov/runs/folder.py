@@ -357,9 +357,9 @@ def _comparable_settings(config: RunConfig) -> dict[str, Any]:
     """Return settings in comparable form: equal adapters have equal entries, and unused new defaults are
     removed."""
     # `all-linear` equals the list of modules it expands to.
-    settings = config.to_dict() | {"lora": identity(config.lora, config.model)}
+    settings = config.to_dict() | {"lora": adapter_identity(config.lora, config.model)}
     has_beta = config.preference.method in BETAS
-    settings["preference"] |= {"beta": config.preference.strength if has_beta else None}
+    settings["preference"] |= {"beta": config.preference.effective_beta if has_beta else None}
     # The default correction changed between versions; only rounds use it.
     if not config.rollout.rounds:
         settings["policy"] |= {"correction": None}

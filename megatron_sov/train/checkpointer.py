@@ -29,8 +29,8 @@ from megatron_sov.engine.parallel import collectives
 from megatron_sov.engine.parallel.values import sum_dict
 from megatron_sov.engine.parallel.world import ParallelWorld, on_main
 from megatron_sov.model.config import AudioEncoderConfig, ModelConfig, RunConfig, VisionEncoderConfig
-from megatron_sov.model.families.encoders import AUDIO, ENCODER, VISION, encoder_tensors
-from megatron_sov.model.pretrained import CONFIG, listed, read_json
+from megatron_sov.model.families.encoders import AUDIO, ENCODER, VISION, encoder_shapes
+from megatron_sov.model.pretrained import CONFIG, format_names, read_json
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.runs.folder import RunFolder
@@ -153,7 +153,7 @@ def encoder_in(folder: Path, prefix: str,
     encoder = model.vision if prefix == VISION else model.audio
     assert encoder is not None  # by `RunConfig.problems`
     files = open_shards(folder)
-    wanted = {key: shape for key, shape in encoder_tensors(model).items() if key.startswith(prefix + ENCODER)}
+    wanted = {key: shape for key, shape in encoder_shapes(model).items() if key.startswith(prefix + ENCODER)}
     names = {key: key.removeprefix(prefix + ENCODER) for key in wanted}
     first = next(iter(names.values()))
     places = [name.removesuffix(first) for name in files if name == first or name.endswith("." + first)]
@@ -162,13 +162,14 @@ def encoder_in(folder: Path, prefix: str,
         lacking = [name for name in names.values() if not places or places[0] + name not in files]
         raise UserError(f"{setting}: holds {len(whole)} encoders of kind {encoder.kind!r} with "
                         f"{encoder.num_layers} layers, must hold one"
-                        f"{'' if whole else f' (it lacks {listed(lacking)})'}; compare its {CONFIG} with "
+                        f"{'' if whole else f' (it lacks {format_names(lacking)})'}; "
+                        f"compare its {CONFIG} with "
                         f"model.{prefix[:-1]}")
     found = {key: whole[0] + name for key, name in names.items()}
     others = [f"{name} {list(files[name].entries[name].shape)} instead of {list(wanted[key])}"
               for key, name in found.items() if tuple(files[name].entries[name].shape) != wanted[key]]
     if others:
-        raise UserError(f"{setting}: {listed(others)}; set the sizes of model.{prefix[:-1]} as its "
+        raise UserError(f"{setting}: {format_names(others)}; set the sizes of model.{prefix[:-1]} as its "
                         f"{CONFIG} has them")
     _refuse_other_sizes(folder, setting, encoder)
     return files, found

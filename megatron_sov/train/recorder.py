@@ -113,7 +113,7 @@ class Efficiency:
             seconds: the step's time.
         """
         per_process = num_tokens / seconds / self._num_ranks
-        tflops = per_process * train_flops_per_token(self._model, seq_len) / 1e12
+        tflops = per_process * compute_train_flops_per_token(self._model, seq_len) / 1e12
         found = {"tokens_per_s_per_process": per_process, "tflops_per_process": tflops}
         if self._peak_tflops:
             found["mfu"] = tflops / self._peak_tflops
@@ -179,7 +179,7 @@ class Recorder:
         config, write = self._config, self.events.write
         if continued_from is not None:
             write("resume", step=step, reason=f"continued from {continued_from}")
-        count = num_params(config.model)
+        count = count_params(config.model)
         te = specs.uses_transformer_engine(specs.PRECISION[config.train.precision])
         write("run_start", recipe=config.recipe, num_ranks=self._world.size,
               layout={**asdict(config.parallel), "dp": self._world.dp_size}, num_params=count.total,

@@ -32,7 +32,7 @@ def tensors() -> dict[str, torch.Tensor]:
     """Return the tensors of the model under Megatron's keys."""
     generator = torch.Generator().manual_seed(0)
     return {link.key: torch.randn(link.shape, generator=generator)
-            for link in models.get("llama").links(MODEL)}
+            for link in models.get_family("llama").links(MODEL)}
 
 
 def checkpoint(folder: Path) -> Metadata:

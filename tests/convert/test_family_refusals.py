@@ -46,14 +46,14 @@ def say(**fields: Any) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
      "sliding_window = None, but layer_types names a sliding layer"),
     ("tiny-exaone4", say(layer_types=["full_attention"] * 2),
      "sliding_window = 32, but layer_types names no sliding layer"),
-    ("tiny-exaone4", say(attention_chunk_size=64), r"attention_chunk_size = 64 \(transformers reads it"),
+    ("tiny-exaone4", say(attention_chunk_size=64), r"attention_chunk_size = 64 \(read by transformers"),
     ("tiny-gemma3", drop("model.layers.0.pre_feedforward_layernorm.weight"),
      r"1 missing \(model\.layers\.0\.pre_feedforward_layernorm\.weight\)"),
     ("tiny-gemma3", say(attn_logit_softcapping=50.0), r"attn_logit_softcapping = 50\.0, but only None is"),
     ("tiny-gemma3", say(rope_scaling={"factor": 8.0, "rope_type": "linear"}),
      "rope_scaling = .*, and rope_parameters of full_attention = "),
     ("tiny-gemma3", say(rope_scaling={"factor": 8.0, "rope_type": "dynamic"}),
-     "rope_scaling = .*, but only rope_type 'default', and 'linear' with its factor, are supported"),
+     "rope_scaling = .*, but only rope_type 'default', and 'linear' with a factor, are supported"),
     ("tiny-gemma3", say(rope_parameters={"sliding_attention": {"rope_type": "linear", "factor": 8.0}}),
      "only global layers may be scaled"),
     ("tiny-gemma3", say(rope_parameters={"rope_type": "linear", "factor": 8.0}),
@@ -66,9 +66,9 @@ def say(**fields: Any) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
     ("tiny-hyperclovax", drop(PERI), rf"1 missing \({PERI}\)"),
     ("tiny-hyperclovax", say(use_post_norm=False), r"4 unexpected \(model\.layers\.0\.post_norm1\.weight"),
     ("tiny-hyperclovax", say(use_post_norm=None), "use_post_norm = None must be true or false"),
-    ("tiny-hyperclovax", say(per_layer_config={"0": {}}), r"per_layer_config = .* \(transformers reads it"),
+    ("tiny-hyperclovax", say(per_layer_config={"0": {}}), r"per_layer_config = .* \(read by transformers"),
     ("tiny-hyperclovax", say(logit_scale=2.0), r"logit_scale = 2\.0, but only 1\.0 is supported"),
-    ("tiny-hyperclovax", say(attention_multiplier="x"), r"attention_multiplier = 'x' cannot be understood"),
+    ("tiny-hyperclovax", say(attention_multiplier="x"), r"attention_multiplier = 'x' cannot be read"),
 ])
 def test_unsupported_folders_name_the_tensor_or_field(recipe: str,
                                                       damage: Callable[[dict[str, Any], dict[str, Any]], Any],
@@ -76,7 +76,7 @@ def test_unsupported_folders_name_the_tensor_or_field(recipe: str,
     model = apply_settings(recipes.get(recipe), SIZES).model
     if model.family.startswith("gemma"):
         model = replace(model, embedding_multiplier=math.sqrt(model.hidden_size))
-    family = models.get(model.family)
+    family = models.get_family(model.family)
     config = family.to_hf_config(model, "float32", TokenIds())
     tensors = {name: torch.ones(shape) for link in family.links(model)
                for name, shape in link.hf_shapes().items()}
@@ -97,10 +97,10 @@ def behind(name: str, folder: Path, **config: Any) -> Path:
         "model.vocab_size=16", "model.hidden_size=8", "model.dense_ffn_dim=8", "model.num_layers=2",
         "model.num_dense_layers=1", "model.num_expert_groups=1", "model.num_groups_per_token=1",
         "model.expert_ffn_dim=8"]).model
-    family = models.get(model.family)
+    family = models.get_family(model.family)
     tensors = {key: torch.rand(shape, generator=torch.Generator().manual_seed(0))
                for link in family.links(model) for key, shape in link.hf_shapes().items()}
-    tensors |= {copy: tensors[other].clone() for copy, other in family.copies_in(model).items()}
+    tensors |= {copy: tensors[other].clone() for copy, other in family.find_copies(model).items()}
     tensors = {key: tensor for key, tensor in tensors.items() if not name or not key.startswith(name)}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(
@@ -167,5 +167,5 @@ def test_families_reject_parts_of_other_families() -> None:
                     "residual_multiplier=0.5", "logits_multiplier=2", "logits_softcap=30"):
         name = setting.partition("=")[0]
         model = apply_settings(run, [f"model.{setting}"]).model
-        with pytest.raises(UserError, match=rf"model\.{name} = .*: family 'llama' only knows"):
-            models.get("llama").check(model)
+        with pytest.raises(UserError, match=rf"model\.{name} = .*: must be .* in family 'llama'"):
+            models.get_family("llama").check(model)

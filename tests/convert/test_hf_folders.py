@@ -134,7 +134,7 @@ def test_stacked_experts_are_split_on_import(tmp_path: Path) -> None:
                     num_heads=2, num_kv_heads=2, head_dim=10, dense_ffn_dim=20, num_dense_layers=1,
                     num_experts=4, num_expert_groups=2, num_groups_per_token=1, expert_ffn_dim=6,
                     num_mtp_layers=0, latent_attention=LatentAttentionConfig(8, 6, 4, 6, 10))
-    family = models.get("deepseek_v3")
+    family = models.get_family("deepseek_v3")
     separate = {name: torch.randn(shape) / 8 for link in family.links(model)
                 for name, shape in link.hf_shapes().items()}
     stacked = {name: tensor for name, tensor in separate.items() if ".experts." not in name}

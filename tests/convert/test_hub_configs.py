@@ -105,8 +105,8 @@ def compare(name: str, tmp_path: Path) -> tuple[float, float, list[str]]:
     difference, greedy = compare_logits(tmp_path / "ckpt", folder, PROMPTS)
     convert.to_hf(tmp_path / "ckpt", tmp_path / "back")
     back = json.loads((tmp_path / "back/config.json").read_text())
-    family = models.get(config["model_type"])
-    carried, passed = family.find_carried(config), family.find_passed_over(config)
+    family = models.get_family(config["model_type"])
+    carried, passed = family.find_carried_fields(config), family.find_ignored_fields(config)
     assert {field: back[field] for field in carried} == carried
     assert back["architectures"] == [family.hf_classes[0]] and config["architectures"][0] in family.hf_classes
     # What items read and write may be said in another way.
@@ -129,11 +129,11 @@ def test_hub_configs_name_their_sources() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_public_config_is_parsed(name: str) -> None:
     config = CONFIGS[name]
-    family = models.get(config["model_type"])
+    family = models.get_family(config["model_type"])
     model = family.from_hf_config(config)
     assert (model.num_layers, model.hidden_size) == (config["num_hidden_layers"], config["hidden_size"])
-    carried = family.find_carried(config)
-    assert family.find_passed_over(config).items() <= carried.items()
+    carried = family.find_carried_fields(config)
+    assert family.find_ignored_fields(config).items() <= carried.items()
     assert not {"auto_map", "dtype", "architectures"} & {*carried}
 
 

@@ -20,8 +20,8 @@ from megatron_sov.convert.peft import (
     CONFIG, WEIGHTS, find_frozen_copies, from_peft, get_base_name, merge_adapter, open_weights,
     parse_lora_config, to_peft)
 from megatron_sov.model.config import LoraConfig, apply_settings
-from megatron_sov.model.families.adapters import MAGNITUDE, A, B, places
-from megatron_sov.model.pretrained import hub_name
+from megatron_sov.model.families.adapters import MAGNITUDE, A, B, find_adapter_places
+from megatron_sov.model.pretrained import find_hub_name
 from megatron_sov.model.recipes import get
 from megatron_sov.runs.checkpoints import AdapterBase
 
@@ -229,7 +229,7 @@ def test_peft_folder_without_config_is_rejected(tmp_path: Path) -> None:
 def test_untrained_dora_leaves_weights_unchanged() -> None:
     """In bf16 too, where the stored magnitude is rounded and the row's length is not."""
     config = apply_settings(get("tiny-qwen2"), ["lora.rank=2", "lora.dora=true"])
-    place = places(config.model, config.lora)["model.layers.0.self_attn.q_proj.weight"]
+    place = find_adapter_places(config.model, config.lora)["model.layers.0.self_attn.q_proj.weight"]
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(place.of.out_features, place.of.in_features, generator=generator).bfloat16()
     tensors = {place.of.key(A): torch.randn(2, place.of.in_features, generator=generator).bfloat16(),

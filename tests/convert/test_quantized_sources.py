@@ -35,7 +35,7 @@ def small() -> ModelConfig:
 def released(folder: Path, quantised: dict[str, Any] | None = RELEASED) -> dict[str, torch.Tensor]:
     """Write a folder in FP8, and return the values of its weights in float32."""
     model = small()
-    family, expected, stored = models.get(model.family), {}, {}
+    family, expected, stored = models.get_family(model.family), {}, {}
     draw = torch.Generator().manual_seed(3)
     for name, shape in ((n, s) for link in family.links(model) for n, s in link.hf_shapes().items()):
         wide = torch.randn(shape, generator=draw)

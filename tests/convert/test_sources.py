@@ -55,7 +55,7 @@ def test_prediction_layer_is_found_without_config_field(exaone_dir: Path, tmp_pa
 
 @pytest.mark.parametrize(("fields", "expected"), [
     ({"swiglu_limits": [7.0] * 4}, "swiglu_limits = .* for each of num_hidden_layers = 5 layers"),
-    ({"attention_chunk_size": 3}, r"attention_chunk_size = 3 \(transformers reads it, and it is not supp"),
+    ({"attention_chunk_size": 3}, r"attention_chunk_size = 3 \(read by transformers, but not supported"),
     ({"n_group": 3}, "model.num_expert_groups = 3 must divide model.num_experts = "),
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu', but only 'silu'"),
     ({"tie_word_embeddings": True}, "tie_word_embeddings = True"),
@@ -95,7 +95,7 @@ def test_folders_without_a_model_are_rejected(solar_dir: Path, tmp_path: Path) -
     assert "is empty, so it is not a Hugging Face folder" in refused(tmp_path / "empty", tmp_path)
     shutil.copytree(solar_dir, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
     (tmp_path / "pickled/pytorch_model.bin").write_bytes(b"")
-    assert "is a pickle, which is not read" in refused(tmp_path / "pickled", tmp_path)
+    assert "is a pickle, and pickles can run code" in refused(tmp_path / "pickled", tmp_path)
 
 
 # Tensors that older programs saved and none computes with, heads that are tied, and what a message advises.

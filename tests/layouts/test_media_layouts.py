@@ -19,7 +19,7 @@ from megatron_sov.convert.hf_export import to_hf
 from megatron_sov.convert.hf_import import from_hf
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.config.encoders import CLIP_MEAN, CLIP_STD
-from megatron_sov.model.families.encoders import encoder_tensors
+from megatron_sov.model.families.encoders import encoder_shapes
 from tests.layouts.media_run import AUDIO, SMALL, VISION
 
 RUN = str(Path(__file__).with_name("media_run.py"))
@@ -90,7 +90,7 @@ def test_gradients_reach_encoders_exactly_when_they_are_trained(ranks: Any, job:
         "recipe": "tiny-qwen3", "out": str(tmp_path / name), "settings": [
             *FP64, f"media.train_encoders={encoders}", f"media.train_adapters={adapters}"]})
         for name, (encoders, adapters) in cases.items()))
-    every = set(encoder_tensors(trained_config().model))
+    every = set(encoder_shapes(trained_config().model))
     places = {"audio.encoder.embed_positions.weight"}
     encoders = {key for key in every if ".encoder." in key}
     expected = {"both": places, "adapters": encoders, "none": every}
@@ -126,7 +126,7 @@ def test_a_run_starts_beside_a_model_without_encoders(ranks: Any, job: Any, tmp_
         intermediate_size=24, vision_use_head=False)).save_pretrained(tmp_path / "vit")
     ((found,),) = ranks(job(RUN, "started", 1, {"plain": str(tmp_path / "plain"),
                                                 "encoder": str(tmp_path / "vit")}))
-    every = set(encoder_tensors(trained_config().model))
+    every = set(encoder_shapes(trained_config().model))
     assert not set(found["checkpoint"]) & every and len(found["checkpoint"]) > 20
     assert set(found["folder"]) == {key for key in every if key.startswith("vision.encoder.")}
     assert set(found["neither"]) == every - set(found["folder"])

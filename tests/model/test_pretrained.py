@@ -21,7 +21,7 @@ from transformers import (
 from megatron_sov import convert
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.engines.libraries import load_hf
-from megatron_sov.model.pretrained import load_pretrained, weight_files
+from megatron_sov.model.pretrained import find_weight_files, load_pretrained
 
 SIZES: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1,
                          "num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 32}
@@ -152,7 +152,7 @@ def test_other_formats_beside_are_not_read(models: dict[str, Path], tmp_path: Pa
     names = list(load_file(folder / "model.safetensors"))
     (folder / "model.safetensors.index.json").write_text(json.dumps(
         {"weight_map": dict.fromkeys(names, "model.safetensors")}))
-    assert weight_files(folder) == {"model.safetensors": names}
+    assert find_weight_files(folder) == {"model.safetensors": names}
     load_hf(folder)
     assert convert.open_weights(folder).names()
 
@@ -169,6 +169,6 @@ def test_a_config_that_names_another_file_of_weights_is_refused(named: Any, mode
         (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": value}))
         load_hf(folder)
     (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": named}))
-    for read in (load_hf, weight_files, lambda folder: convert.from_hf(folder, tmp_path / "out")):
+    for read in (load_hf, find_weight_files, lambda folder: convert.from_hf(folder, tmp_path / "out")):
         with pytest.raises(UserError, match=r"config.json: transformers_weights"):
             read(folder)

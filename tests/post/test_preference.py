@@ -71,7 +71,7 @@ def measured_of(trainer: Any, batch: Any) -> dict[str, float]:
     asked = trainer.config.preference
     (found,) = preference.measure_pairs(
         [source], lambda d, chosen: preference.document_logprobs(trainer, d, chosen, 128, 2), 128, asked,
-        (lambda source: numbers) if asked.method in preference.WITH_REFERENCE else None).values()
+        (lambda source: numbers) if asked.method in preference.REFERENCE_METHODS else None).values()
     return found
 
 

@@ -66,7 +66,7 @@ def test_what_is_saved_and_exported_is_that_of_bf16_weights(
     (["parallel.zero1=false", *(f"{s.partition('=')[0]}=false" for s in OVERLAP)],
      "needs parallel.zero1 = true"),
     (['optim.groups=[{"pattern": "*.layers.0.*", "frozen": true}]'], "frozen weight has no master"),
-    (['gpu.cuda_graphs=["moe_router"]'], "made anew"),
+    (['gpu.cuda_graphs=["moe_router"]'], "reallocated"),
     (["gpu.optimizer_offload=1"], "masters in host memory")])
 def test_what_does_not_go_with_it_is_refused(settings: list[str], said: str) -> None:
     config = apply_settings(recipes.get("solar-open-102b"), [

@@ -17,7 +17,7 @@ from megatron_sov.checkpoint.save import SavedCheckpoint
 from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig, apply_settings
-from megatron_sov.model.families.count import train_flops_per_token
+from megatron_sov.model.families.count import compute_train_flops_per_token
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.runs.obs.history import NO_GRADIENT, is_incident
 from megatron_sov.runs.obs.meters import Meter, format_recent_means
@@ -32,7 +32,7 @@ from megatron_sov.train.stages.evaluate import HeldoutLoss
 def test_figures_of_a_step() -> None:
     config = apply_settings(recipes.get("tiny-solar-open"), ["gpu.peak_tflops=2.0"])
     found = Efficiency(config, num_ranks=4).figures(num_tokens=8000, seq_len=128, seconds=0.5)
-    tflops = 4000 * train_flops_per_token(config.model, 128) / 1e12
+    tflops = 4000 * compute_train_flops_per_token(config.model, 128) / 1e12
     assert found["tokens_per_s_per_process"] == 4000 and found["tflops_per_process"] == pytest.approx(tflops)
     assert found["mfu"] == pytest.approx(tflops / 2)
     assert 1e7 < found["peak_memory_bytes"] < 1e11 and "reserved_memory_bytes" not in found

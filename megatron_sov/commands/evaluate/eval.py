@@ -76,7 +76,7 @@ def _ppl(args: PplOptions) -> int:
     config = target.config
     seq_len = args.seq_len or target.trained_tokens
     max_tokens = args.max_tokens or (config.data.heldout_tokens if config else DEFAULT_HELDOUT_TOKENS)
-    data = open_heldout(data_paths(args.data), seq_len, max_tokens, model_vocab_size=target.vocab_size,
+    data = open_heldout(parse_data_paths(args.data), seq_len, max_tokens, model_vocab_size=target.vocab_size,
                         model_tokenizer=target.tokenizer_folder)
 
     def policy_losses(loaded: Any) -> dict[str, Any]:

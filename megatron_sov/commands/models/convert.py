@@ -27,7 +27,7 @@ from megatron_sov.infer.request import RankOptions
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.config.train import AverageKind
-from megatron_sov.model.families.count import num_params
+from megatron_sov.model.families.count import count_params
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
 from megatron_sov.runs.checkpoints import CHECKPOINT_KIND, HF_MODEL, RUN, check_folder_kind, check_model_path
 from megatron_sov.runs.folder import RunEvents

@@ -30,8 +30,8 @@ from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, SERVED, Engine, engi
 from megatron_sov.infer.request import Batching
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import RolloutConfig
-from megatron_sov.model.config.run import with_policies, with_rounds
-from megatron_sov.model.objectives import factory
+from megatron_sov.model.config.run import add_rounds, retain_policies
+from megatron_sov.model.objectives import get_factory
 from megatron_sov.model.recipes.requested import RecipeOptions
 from megatron_sov.post.rl.reward import ENVIRONMENT, judging, refuse_unjudged, reward_version
 from megatron_sov.rollouts.prompts import PromptList, list_set_aside, round_prompts, rounds_between
@@ -256,7 +256,7 @@ def run_train(args: argparse.Namespace) -> int:
     """
     options = read_options(RlTrainOptions, args)
     if not is_complete(options, "policy"):
-        parsed = parse_rounds(options, lambda config: with_policies(with_rounds(config)))
+        parsed = parse_rounds(options, lambda config: retain_policies(add_rounds(config)))
         train_rounds(options, parsed, args.began_s, options.wait)
     return ExitCode.OK
 
@@ -275,7 +275,7 @@ class ParsedRounds:
     """What its policies are validated by; None: they are not."""
 
 
-def parse_rounds(args: RoundsOptions, completed: Callable[[RunConfig], RunConfig] = with_rounds, *,
+def parse_rounds(args: RoundsOptions, completed: Callable[[RunConfig], RunConfig] = add_rounds, *,
                  is_asked: bool = False) -> ParsedRounds:
     """Return what the options ask for.
 
@@ -342,7 +342,7 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
     publisher.refuse_other_store()
     teacher = live_teacher_of(args, config, tokenizer, args.nproc)
     learned = round_objective_of if config.policy.learns_preferences else objective_of
-    objective = factory(config, learned(config) if teacher is None
+    objective = get_factory(config, learned(config) if teacher is None
                         else TaughtFactory(OnPolicyDistillation, [teacher]))
     columns = columns_of_run(config, columns_of(objective), start,
                              teachers_of(args, config, tokenizer) if teacher is None else ())
@@ -462,12 +462,12 @@ def _validation(args: RlRunOptions, parsed: ParsedRounds, training: Producer, st
     from megatron_sov.rollouts.store import RolloutStore
 
     config, folder = parsed.stage.config, args.run / VALIDATION
-    rollout = config.rollout.of_validation(len(parsed.heldout))
+    rollout = config.rollout.for_validation(len(parsed.heldout))
     # where tokens went is needed by a trainer alone
     asked = replace(config, rollout=rollout, policy=replace(config.policy, router_replay=False))
     writer, aside = writer_of(args, asked, parsed.heldout, start, args.engine, environment)
     prompts = kept(f"{VALIDATION_OPTION} {args.validation}", parsed.heldout, aside, folder)
-    rollout = config.rollout.of_validation(len(prompts))
+    rollout = config.rollout.for_validation(len(prompts))
     store = partial(RolloutStore.create_for, folder, start.tokenizer_folder, start.vocab_size)
     asking = Producer(store, prompts, aside, rollout, args.run, writer, training.batching,
                       parsed.reward_version, lambda: nullcontext(training.judge_rows), training.provenance,

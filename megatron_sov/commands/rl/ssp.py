@@ -22,7 +22,7 @@ from megatron_sov.commands.evaluate.eval_judged import PROMPT, EvalPasskOptions,
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions, words_of
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.judge.rewards.registry import make, order
-from megatron_sov.model.config import weighted_path
+from megatron_sov.model.config import split_weight
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
 from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.runs.folder import RunEvents
@@ -188,7 +188,7 @@ def run_fuse(typed: argparse.Namespace) -> int:
         # one may be the best in every domain: whatever a probe finds, the next stage has its start
         found, fewest = experts_of(first), 1
     else:
-        found = [(Path(path), weight) for path, weight in (weighted_path(c, c) for c in args.checkpoints)]
+        found = [(Path(path), weight) for path, weight in (split_weight(c, c) for c in args.checkpoints)]
     from megatron_sov import convert
 
     convert.average(found, args.output, workers=args.workers, overwrite=args.overwrite, redo=args.redo,

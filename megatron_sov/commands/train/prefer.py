@@ -73,7 +73,7 @@ def run(typed: argparse.Namespace) -> int:
     from megatron_sov.train.stages.stage import Stage, run_stage
 
     config = parsed.config
-    objective = factory(config, objective_of(config))
+    objective = get_factory(config, objective_of(config))
     sources = tuple(open_sources(config.data.paths, config.model.vocab_size, formats_of(objective)))
     needed = columns_of(objective)
     if DESIRABLE not in needed:
@@ -117,7 +117,7 @@ def _fixed_reference(path: Path | None, config: RunConfig) -> Path | None:
     """
     if path is None:
         return None
-    if config.preference.method not in WITH_REFERENCE:
+    if config.preference.method not in REFERENCE_METHODS:
         raise UserError(f"--reference {path}: preference.method = {config.preference.method} compares with "
                         "no reference; leave it out")
     check_model_path(path, "--reference ")

@@ -18,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from megatron_sov.engine.parallel import context
 from megatron_sov.engine.parallel.device import to_device
 from megatron_sov.model.config import LoraConfig, ModelConfig
-from megatron_sov.model.families.adapters import MAGNITUDE, A, Adapted, B, adapted_modules
-from megatron_sov.model.modality import ENCODERS, EncoderInput, EncoderInputs, modality, select_placeholders
+from megatron_sov.model.families.adapters import MAGNITUDE, A, AdaptedModule, B, find_adapted_modules
+from megatron_sov.model.modality import (
+    ENCODERS, EncoderInput, EncoderInputs, load_modality, select_placeholders)
 
 # Low-rank adapters at any layout: W x + alpha / rank B A x (LoRA, arXiv 2106.09685), optionally with trained
 # row lengths (DoRA, arXiv 2402.09353).
@@ -45,7 +46,7 @@ OUTPUT_HEAD = "output_layer"
 class Factors(torch.nn.Module):
     """The local parts of A, B and (DoRA) row lengths for one adapted module or one of its experts."""
 
-    def __init__(self, of: Adapted, lora: LoraConfig, config: Any, expert: int | None,
+    def __init__(self, of: AdaptedModule, lora: LoraConfig, config: Any, expert: int | None,
                  rows: int | None) -> None:
         super().__init__()
         self.of, self.expert, self.column = of, expert, is_column(of)
@@ -122,7 +123,8 @@ class Factors(torch.nn.Module):
 class LinearAdapter(torch.nn.Module):
     """The adapters of one fused linear layer, for example of QKV or of one expert's gate and up."""
 
-    def __init__(self, modules: Sequence[Adapted], lora: LoraConfig, config: Any, expert: int | None = None,
+    def __init__(self, modules: Sequence[AdaptedModule], lora: LoraConfig, config: Any,
+                 expert: int | None = None,
                  rows: int | None = None) -> None:
         """Create the factors; `load.initialise` sets their values.
 
@@ -151,7 +153,7 @@ class LinearAdapter(torch.nn.Module):
             parts[factors.of.part] = factors
         return parts
 
-    def _layout(self, first: Adapted) -> tuple[list[int], int, list[int]]:
+    def _layout(self, first: AdaptedModule) -> tuple[list[int], int, list[int]]:
         """Return the local rows of the fused weight as axes, the axis that concatenates the modules, and each
         module's extent there (`families.weights.Layout`)."""
         cut = self._group.size() if self._column else 1
@@ -277,12 +279,12 @@ class LinearAdapter(torch.nn.Module):
         return torch.addmm(weight, b, a, alpha=self.scale)  # allocates one matrix instead of three
 
 
-def is_column(of: Adapted) -> bool:
+def is_column(of: AdaptedModule) -> bool:
     """Return whether the weight is split by rows (column-parallel layer)."""
     return of.linear.endswith(COLUMN)
 
 
-def is_row(of: Adapted) -> bool:
+def is_row(of: AdaptedModule) -> bool:
     """Return whether the weight is split by columns (row-parallel layer)."""
     return not of.linear.endswith((*COLUMN, WHOLE))
 
@@ -308,7 +310,7 @@ _EMBEDDING = "embedding.word_embeddings"
 class EmbeddingAdapter(torch.nn.Module):
     """The adapter of the token embedding."""
 
-    def __init__(self, of: Adapted, lora: LoraConfig, config: Any, rows: int) -> None:
+    def __init__(self, of: AdaptedModule, lora: LoraConfig, config: Any, rows: int) -> None:
         """Create the factors; `load.initialise` sets their values.
 
         Args:
@@ -355,8 +357,8 @@ class Adapters(torch.nn.Module):
         self.head: LinearAdapter | None = None
         """Adapter of the output head, whose weight the losses use."""
         self.embedding: EmbeddingAdapter | None = None
-        by_linear: dict[str, list[Adapted]] = {}
-        for of in adapted_modules(model, lora):
+        by_linear: dict[str, list[AdaptedModule]] = {}
+        for of in find_adapted_modules(model, lora):
             by_linear.setdefault(of.linear, []).append(of)
         for layer in chunk.decoder.layers:
             prefix = f"decoder.layers.{layer.layer_number - 1}."
@@ -371,7 +373,8 @@ class Adapters(torch.nn.Module):
             self.head = LinearAdapter(by_linear[OUTPUT_HEAD], lora, chunk.config,
                                       rows=len(chunk.output_layer.weight))
 
-    def _hang(self, layer: Any, path: str, modules: list[Adapted], lora: LoraConfig, config: Any) -> None:
+    def _hang(self, layer: Any, path: str, modules: list[AdaptedModule], lora: LoraConfig,
+              config: Any) -> None:
         """Attach adapters to one linear layer, or to the same linear layer of each local expert."""
         def create_adapter(expert: int | None = None) -> LinearAdapter:
             adapter = LinearAdapter(modules, lora, config, expert)
@@ -462,7 +465,7 @@ class MediaEncoders(torch.nn.Module):
             config: the library's `TransformerConfig`.
         """
         super().__init__()
-        create_encoder = modality().encoder
+        create_encoder = load_modality().encoder
         self.vision = create_encoder(model.vision, model.hidden_size) if model.vision is not None else None
         self.audio = create_encoder(model.audio, model.hidden_size) if model.audio is not None else None
         # models that scale embeddings scale encoder features as well

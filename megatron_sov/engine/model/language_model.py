@@ -23,7 +23,7 @@ from megatron_sov.engine.parallel.device import local_device, on_gpu
 from megatron_sov.engine.router import BalancedRouter, let_routes_go
 from megatron_sov.model.config import (
     GpuConfig, LoraConfig, MediaConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig)
-from megatron_sov.model.config.gpu import AUTO
+from megatron_sov.model.config.gpu import DEFAULT_GPU
 from megatron_sov.runs.checkpoints import AdapterBase
 
 # Megatron-Core creates some parameters on the CPU regardless of the default device (router weights, torch's
@@ -181,7 +181,7 @@ class LanguageModel(torch.nn.ModuleList):
 
 
 def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
-          gpu: GpuConfig = AUTO, lora: LoraConfig = NO_ADAPTERS,
+          gpu: GpuConfig = DEFAULT_GPU, lora: LoraConfig = NO_ADAPTERS,
           encoder_training: MediaConfig = ENCODER_TRAINING) -> LanguageModel:
     """Build the local part of the model, with uninitialized weights."""
     config = transformer_config(model, parallel, train, gpu)

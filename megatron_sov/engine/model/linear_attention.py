@@ -85,7 +85,7 @@ class LinearAttention(MegatronModule):
         self.in_proj = self._by_heads(projections[0], config.hidden_size,
                                       sizes.num_key_heads * sum(sizes.projected), "fc1")
         dtype = config.params_dtype
-        self.conv1d = Weight((self.heads * sizes.convolved, 1, sizes.conv_taps), dtype)
+        self.conv1d = Weight((self.heads * sizes.convolved_channels, 1, sizes.conv_taps), dtype)
         self.dt_bias, self.A_log = (torch.nn.Parameter(torch.empty(size, dtype=dtype))
                                     for size in (self.heads * sizes.key_head_dim, self.heads))
         self.out_norm = Weight((sizes.value_head_dim,), dtype)
@@ -147,7 +147,7 @@ class LinearAttention(MegatronModule):
                        (self.in_proj, hidden))
         decay, gate, projected = (module(inputs)[0].squeeze(1).unflatten(-1, (self.heads, -1))
                                   for module, inputs in projections)
-        convolved, rate = projected.split([self.sizes.convolved, 1], -1)
+        convolved, rate = projected.split([self.sizes.convolved_channels, 1], -1)
         return convolved, gate, torch.cat([rate, decay], -1)
 
     def gates(self, gates: torch.Tensor, heads: slice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,8 +164,8 @@ class LinearAttention(MegatronModule):
             inputs = context.exchange_tokens(inputs)
         elif packed.shared is not None:
             inputs = inputs.index_select(0, packed.shared.source)
-        convolved = inputs[..., :self.sizes.convolved]
-        gates = inputs[..., self.sizes.convolved:]
+        convolved = inputs[..., :self.sizes.convolved_channels]
+        gates = inputs[..., self.sizes.convolved_channels:]
         local_heads = context.share(inputs.shape[1]) if is_split else slice(None)
         wide = self.convolution(local_heads)
         mixed = short_convolution(convolved.flatten(1).to(wide.dtype), wide, packed.chunks.positions)

@@ -24,7 +24,7 @@ from megatron_sov.engine.parallel import context
 from megatron_sov.engine.parallel.device import PRECISION as PRECISION, on_gpu
 from megatron_sov.engine.router import BalancedRouter, RoutingStep
 from megatron_sov.model.config import GpuConfig, ModelConfig, ParallelConfig, TrainConfig, YarnConfig
-from megatron_sov.model.config.gpu import AUTO
+from megatron_sov.model.config.gpu import DEFAULT_GPU
 
 gelu_tanh = partial(gelu, approximate="tanh")
 """GELU by its tanh approximation (arXiv 1606.08415, section 2)."""
@@ -155,7 +155,7 @@ def uses_transformer_engine(dtype: torch.dtype) -> bool:
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
-                       gpu: GpuConfig = AUTO) -> Any:
+                       gpu: GpuConfig = DEFAULT_GPU) -> Any:
     """Build the library's `TransformerConfig` from model, layout, training and GPU settings."""
     dtype = PRECISION[train.precision]
     te = uses_transformer_engine(dtype)

@@ -20,7 +20,7 @@ from megatron_sov.engine.optimizer import parameter_groups, state_shards
 from megatron_sov.engine.optimizer.adamw import CpuAdamW
 from megatron_sov.engine.parallel.device import local_device, on_gpu
 from megatron_sov.model.config import GpuConfig, OptimConfig, ParallelConfig
-from megatron_sov.model.config.gpu import AUTO
+from megatron_sov.model.config.gpu import DEFAULT_GPU
 
 NOT_SHARDED = ParallelConfig()
 """Layout without ZeRO-1: every process updates all of its parameters."""
@@ -52,7 +52,7 @@ class Optimizer:
     processes."""
 
     def __init__(self, model: LanguageModel, config: OptimConfig,
-                 parallel: ParallelConfig = NOT_SHARDED, gpu: GpuConfig = AUTO) -> None:
+                 parallel: ParallelConfig = NOT_SHARDED, gpu: GpuConfig = DEFAULT_GPU) -> None:
         self.model = model
         rules = parameter_groups.rules(model, config)
         parameter_groups.freeze(model, rules)

@@ -23,13 +23,13 @@ from megatron_sov.engine.optimizer.muon import Muon, holders
 from megatron_sov.engine.optimizer.state_shards import Inner, StateShard, shards
 from megatron_sov.engine.parallel.values import gather_objects
 from megatron_sov.model.config import GpuConfig, OptimConfig, ParallelConfig
-from megatron_sov.model.config.gpu import AUTO
+from megatron_sov.model.config.gpu import DEFAULT_GPU
 from megatron_sov.model.config.train import Algorithm
 from megatron_sov.model.families.adapters import PREFIX
-from megatron_sov.model.families.encoders import is_frozen, is_table
+from megatron_sov.model.families.encoders import is_frozen, is_position_table
 
 
-def wrap(model: LanguageModel, parallel: ParallelConfig, gpu: GpuConfig = AUTO) -> list[Any]:
+def wrap(model: LanguageModel, parallel: ParallelConfig, gpu: GpuConfig = DEFAULT_GPU) -> list[Any]:
     """Wrap every chunk in the data-parallel wrapper and set the schedules' communication hooks.
 
     Gradients are plain sums over processes. With ZeRO-1 the parameters move to one buffer per dtype.
@@ -161,7 +161,7 @@ def rules(model: LanguageModel, config: OptimConfig) -> Rules:
 
 def rule_for(config: OptimConfig, key: str, dim: int) -> GroupRule:
     """Return the rule of the parameter `key` with `dim` axes; the last matching group applies."""
-    is_matrix = dim == 2 and key not in VOCABULARY_WEIGHTS and not is_table(key)
+    is_matrix = dim == 2 and key not in VOCABULARY_WEIGHTS and not is_position_table(key)
     # no weight decay for norms and biases, unless a group sets it
     usual_decay = config.weight_decay if dim > 1 else 0.0
     rule = GroupRule(config.name if is_matrix else "adamw", 1.0, usual_decay, frozen=False)

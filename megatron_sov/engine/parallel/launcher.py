@@ -48,7 +48,7 @@ def plan_file(work: Callable[[], Any], num_threads: int) -> Iterator[int]:
     """
     with tempfile.TemporaryFile() as file:
         # first the part that makes the pickle importable
-        pickle.dump((num_threads, files_that_ran(), models.OWN.named()), file)
+        pickle.dump((num_threads, files_that_ran(), models.FAMILY_PLUGINS.named()), file)
         _Pickler(file).dump(work)
         file.flush()
         yield file.fileno()
@@ -81,7 +81,7 @@ def read_plan(descriptor: int) -> Callable[[], Any]:
     cpu_shims.prepare_megatron()
     run_files(files)
     for reference in families:
-        models.OWN.load(reference)
+        models.FAMILY_PLUGINS.load(reference)
     work: Callable[[], Any] = pickle.load(file)  # noqa: S301
     return work
 

@@ -26,7 +26,7 @@ from megatron_sov.infer.engines.target import report_precision
 from megatron_sov.infer.request import (
     Batching, Generated, HeldWeights, NamedTensors, Sampling, StopRule, Tokens, refuse_drafts, refuse_routes,
     refuse_rules)
-from megatron_sov.model.pretrained import load_pretrained, low_bit_options
+from megatron_sov.model.pretrained import find_low_bit_options, load_pretrained
 
 PAGE_TOKENS = 16
 """Tokens per page of transformers' cache."""

@@ -106,7 +106,7 @@ def continue_live(model: ForwardModel, batching: Batching, longest: int, office:
         longest: tokens of the longest sequence, prompt and continuation.
         office: queue of requests; None on all processes except the first.
     """
-    room = batching.slots(batching.batch_size, longest, model.model.architecture.state_tokens())
+    room = batching.slots(batching.batch_size, longest, model.model.architecture.count_state_tokens())
     cache = CacheSize(room, longest)
     with CachedDecoder(model, cache) as decoder:
         live = _Live(Decoding(decoder, cache, batching.prefill_tokens), cache.slots)

@@ -23,9 +23,9 @@ from megatron_sov.base.settings import SettingsError
 from megatron_sov.engine.parallel import launcher
 from megatron_sov.engine.parallel.device import inference_precision, on_gpu
 from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig, apply_settings
-from megatron_sov.model.families.adapters import identity
-from megatron_sov.model.families.family import text_config
-from megatron_sov.model.pretrained import CONFIG, weight_files
+from megatron_sov.model.families.adapters import adapter_identity
+from megatron_sov.model.families.family import extract_text_config
+from megatron_sov.model.pretrained import CONFIG, find_weight_files
 from megatron_sov.runs.checkpoints import (
     CHECKPOINT_KIND, CHECKPOINTS_FOLDER, IMPORTED_RECIPE, check_model_folder, check_model_path,
     find_checkpoint, read_checkpoint_settings)
@@ -91,7 +91,7 @@ class Target:
     def _hf_field(self, name: str) -> int:
         try:
             config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-            return int(text_config(config)[name])
+            return int(extract_text_config(config)[name])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
             raise UserError(f"{self.path / 'config.json'}: has no readable {name} ({e!r}); "
                             "restore it from its source") from None

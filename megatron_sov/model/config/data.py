@@ -15,13 +15,13 @@ from megatron_sov.base.settings import (
     AboveZero, ActsWhen, AnyOf, AtLeastOne, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, When,
     find_broken, is_set, is_unset)
 from megatron_sov.model.config.bounds import Samples, SeqLen, Steps, Tokens
-from megatron_sov.model.config.learning import NOT_EXTENDING, learns_without_rounds
+from megatron_sov.model.config.learning import NOT_EXTENDING, has_no_rounds
 from megatron_sov.model.config.train import Schedule, TrainConfig
 
 _SOURCE = re.compile(r"\w[\w.-]*")
 
 
-def named_shards(path: str) -> tuple[str, str]:
+def split_source_name(path: str) -> tuple[str, str]:
     """Split [NAME=]FOLDER, a path of token shards, into source name and folder; the name is "" if absent.
 
     Raises:
@@ -41,7 +41,7 @@ class PhaseConfig:
     """A curriculum phase: its length, source mixture, sample length and learning rate."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
-        "tokens share blend global_batch_size rewarm_steps lr": learns_without_rounds(),
+        "tokens share blend global_batch_size rewarm_steps lr": has_no_rounds(),
         "share": is_unset(".tokens"),
         "min_lr schedule": is_set(".lr")}
 
@@ -144,7 +144,7 @@ def nearest_multiple(number: int, unit: int) -> int:
     return max(1, (number + unit // 2) // unit) * unit
 
 
-def ramp_changes(train: TrainConfig, phase: PhaseConfig) -> list[int]:
+def find_ramp_changes(train: TrainConfig, phase: PhaseConfig) -> list[int]:
     """Return the steps at which the ramp changes the batch size."""
     sizes = [batch_size_at(train, phase, step) for step in range(train.ramp_steps + 1)]
     return [step for step in range(1, len(sizes)) if sizes[step] != sizes[step - 1]]

@@ -13,7 +13,7 @@ from megatron_sov.base.settings import (
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Mean and standard deviation per RGB channel, from CLIP; Qwen2.5-VL uses the same values."""
-MOST_SLOTS = 1 << 20
+MAX_FEATURES = 1 << 20
 """Limit of features per image or audio clip."""
 Size = Annotated[int, Ge(1), Le(10_000_000)]
 
@@ -60,7 +60,7 @@ class VisionEncoderConfig:
     @property
     def slots(self) -> int:
         """Features per image."""
-        return (self.image_size // (self.patch_size * self._merged)) ** 2
+        return (self.image_size // (self.patch_size * self._merged_patches)) ** 2
 
     @property
     def record_shape(self) -> tuple[int, ...]:
@@ -73,20 +73,20 @@ class VisionEncoderConfig:
         return self.out_hidden_size if self.kind == "qwen2_5_vl" else self.hidden_size
 
     @property
-    def _merged(self) -> int:
+    def _merged_patches(self) -> int:
         return self.merge_size if self.kind == "qwen2_5_vl" else 1
 
     def problems(self, vocab_size: int) -> list[SettingsProblem]:
         """Return every rule that the image encoder violates."""
-        side, merges = self.patch_size * self._merged, self.kind == "qwen2_5_vl"
+        side, merges = self.patch_size * self._merged_patches, self.kind == "qwen2_5_vl"
         # qwen2_5_vl rotates channel pairs along two image axes, so a head has a multiple of 4 channels.
         per_heads = self.num_heads * (4 if merges else 1)
         return find_broken(
             self, "model.vision", _placeholders(self.placeholder_ids, vocab_size),
             (self.image_size % side == 0, "image_size",
              f"must be a multiple of {side}, the side of one feature in pixels"),
-            (self.image_size % side > 0 or self.slots <= MOST_SLOTS, "image_size",
-             f"gives {self.slots:,} features per image, and the limit is {MOST_SLOTS:,}"),
+            (self.image_size % side > 0 or self.slots <= MAX_FEATURES, "image_size",
+             f"gives {self.slots:,} features per image, and the limit is {MAX_FEATURES:,}"),
             (self.hidden_size % per_heads == 0, "hidden_size",
              f"must be a multiple of {per_heads}: model.vision.num_heads = {self.num_heads}"
              f"{' heads x 4 (channel pairs along two axes)' if merges else ''}"),
@@ -133,7 +133,7 @@ class AudioEncoderConfig:
     @property
     def features(self) -> int:
         """Features per clip before compression."""
-        return self.num_frames // self._stride
+        return self.num_frames // self._frames_per_feature
 
     @property
     def slots(self) -> int:
@@ -155,20 +155,20 @@ class AudioEncoderConfig:
         return 2 * self.compressor_size // self.compressor_head_dim
 
     @property
-    def _stride(self) -> int:
+    def _frames_per_feature(self) -> int:
         """Frames per feature: Whisper's second convolution has stride 2, and Qwen2-Audio averages pairs."""
         return 4 if self.kind == "qwen2_audio" else 2
 
     def problems(self, vocab_size: int) -> list[SettingsProblem]:
         """Return every rule that the audio encoder violates."""
-        frames_per_feature = self._stride * self.compression
+        frames_per_feature = self._frames_per_feature * self.compression
         is_multiple = self.num_frames % frames_per_feature == 0
         return find_broken(
             self, "model.audio", _placeholders(self.placeholder_ids, vocab_size),
             (is_multiple, "num_frames",
              f"must be a multiple of {frames_per_feature}, the frames of one feature"),
-            (not is_multiple or self.slots <= MOST_SLOTS, "num_frames",
-             f"gives {self.slots:,} features per clip, and the limit is {MOST_SLOTS:,}"),
+            (not is_multiple or self.slots <= MAX_FEATURES, "num_frames",
+             f"gives {self.slots:,} features per clip, and the limit is {MAX_FEATURES:,}"),
             (self.hidden_size % self.num_heads == 0, "hidden_size",
              f"must be a multiple of model.audio.num_heads = {self.num_heads}"),
             (self.hidden_size % 2 == 0, "hidden_size", "must be even: positions are sine-cosine pairs"),

@@ -21,7 +21,7 @@ Switch = Literal["auto", "on", "off"]
 RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]
 OffloadModule = Literal["qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act"]
 GraphedPart = Literal["moe_router", "moe_preprocess"]
-OF_EXPERTS = ("layernorm", "moe", "moe_act", "shared_experts", "mlp_norm", "expert_fc1")
+EXPERT_MODULES = ("layernorm", "moe", "moe_act", "shared_experts", "mlp_norm", "expert_fc1")
 """Modules that only layers with experts have. Norms belong here because dense layers fuse them into the next
 Transformer Engine linear layer."""
 
@@ -54,7 +54,7 @@ def fp8_format(train: TrainConfig) -> str:
     return RECIPES[train.fp8].auto_format if train.fp8_format == "auto" else train.fp8_format
 
 
-def weight_problems(train: TrainConfig, parallel: ParallelConfig, optim: OptimConfig,
+def find_fp8_weight_problems(train: TrainConfig, parallel: ParallelConfig, optim: OptimConfig,
                     gpu: GpuConfig) -> list[SettingsProblem]:
     """Return every violated rule of `train.fp8_weights`."""
     if not train.fp8_weights:
@@ -74,7 +74,7 @@ def weight_problems(train: TrainConfig, parallel: ParallelConfig, optim: OptimCo
          "host memory cannot be quantised on the GPU", "leave one of them out"))
 
 
-def quantization_problems(train: TrainConfig, model: ModelConfig, parallel: ParallelConfig,
+def find_fp8_problems(train: TrainConfig, model: ModelConfig, parallel: ParallelConfig,
                           phases: Sequence[PhaseConfig]) -> list[SettingsProblem]:
     """Return every violated rule of `train.fp8`, from Transformer Engine 2.20 and Megatron-Core."""
     if train.fp8 == "none":
@@ -110,10 +110,11 @@ def quantization_problems(train: TrainConfig, model: ModelConfig, parallel: Para
     smaller = " or a smaller parallel.tp" if parallel.tp > 1 else ""
     return problems + find_broken(train, "train", *(
         (width % multiple == 0, "fp8", f"needs a multiple of {multiple}, and {name} = {width:g}",
-         f"choose another recipe{smaller}") for name, width in _widths(train, model, parallel)))
+         f"choose another recipe{smaller}") for name, width in _quantized_widths(train, model, parallel)))
 
 
-def _widths(train: TrainConfig, model: ModelConfig, parallel: ParallelConfig) -> list[tuple[str, float]]:
+def _quantized_widths(train: TrainConfig, model: ModelConfig,
+                      parallel: ParallelConfig) -> list[tuple[str, float]]:
     """Return name and size per process of both dimensions of every quantised weight."""
     # With nvfp4, Megatron-Core keeps the prediction layer in bf16.
     quantizes_mtp = bool(model.num_mtp_layers) and train.fp8 != "nvfp4"
@@ -162,7 +163,7 @@ def _attention_widths(model: ModelConfig, tp: int, divided: str) -> list[tuple[s
               for name, size in by_head.items())]
 
 
-def _heads_divide(model: ModelConfig, parallel: ParallelConfig) -> bool:
+def _can_divide_heads(model: ModelConfig, parallel: ParallelConfig) -> bool:
     """Return whether context parallel processes can divide the heads with their keys and values."""
     heads, kv_heads = model.num_heads // parallel.tp, model.num_kv_heads // parallel.tp
     return (heads % parallel.cp == 0 and (kv_heads % parallel.cp == 0 or parallel.cp % kv_heads == 0)
@@ -266,7 +267,7 @@ class GpuConfig:
             (self.rope_fusion != "on" or parallel.cp == 1, "rope_fusion",
              f"does not support rows divided by parallel.cp = {parallel.cp}",
              "set gpu.rope_fusion to auto, or parallel.cp to 1"),
-            (parallel.cp == 1 or self.attention in ("auto", "local") or _heads_divide(model, parallel),
+            (parallel.cp == 1 or self.attention in ("auto", "local") or _can_divide_heads(model, parallel),
              "attention", f"divides heads over parallel.cp = {parallel.cp} processes, which must divide the "
              f"heads per parallel.tp = {parallel.tp} process; latent attention is not supported",
              "set gpu.attention to auto or local, or parallel.cp to 1"),
@@ -392,13 +393,13 @@ class GpuConfig:
             "leave it out"))
 
 
-AUTO = GpuConfig()
+DEFAULT_GPU = GpuConfig()
 
 
 def _missing_modules(setting: str, chosen: tuple[str, ...], model: ModelConfig
                      ) -> list[tuple[bool, str, str, str]]:
     if not model.num_moe_layers():
-        return [(name not in OF_EXPERTS, setting, f"names {name}, and the model has no experts "
+        return [(name not in EXPERT_MODULES, setting, f"names {name}, and the model has no experts "
                  f"(model.num_experts = {model.num_experts})", "leave it out") for name in chosen]
     return [("shared_experts" not in chosen or model.num_shared_experts > 0, setting,
              "names shared_experts, and model.num_shared_experts = 0", "leave it out")]

@@ -69,7 +69,7 @@ class ParallelConfig:
         """Processes that compute a row together; data parallelism runs copies of this group."""
         return self.tp * self.pp * self.cp
 
-    def layers_of_stage(self, stage: int, num_layers: int) -> list[int]:
+    def stage_layers(self, stage: int, num_layers: int) -> list[int]:
         """Return the layers (from 0) on pipeline stage `stage` (from 0), with all its model chunks."""
         num_chunks = self.pp * self.vpp
         chunks = self.pipeline_layout or (num_layers // num_chunks,) * num_chunks

@@ -105,7 +105,7 @@ class LinearAttentionConfig:
         return (self.key_head_dim, self.key_head_dim, self.value_head_dim, 1)
 
     @property
-    def convolved(self) -> int:
+    def convolved_channels(self) -> int:
         """Convolved channels per head: query, key and value."""
         return sum(self.projected[:3])
 
@@ -115,16 +115,16 @@ class LinearAttentionConfig:
         return self.num_value_heads * self.key_head_dim * self.value_head_dim
 
     @property
-    def kept_size(self) -> int:
+    def cached_size(self) -> int:
         """Values per sequence and layer in the generation cache: the state, and the last `conv_taps - 1`
         inputs of the convolution."""
-        return self.state_size + (self.conv_taps - 1) * self.num_key_heads * self.convolved
+        return self.state_size + (self.conv_taps - 1) * self.num_key_heads * self.convolved_channels
 
     @property
-    def token_products(self) -> int:
+    def products_per_token(self) -> int:
         """Multiplications per token outside of the projections: reading, decaying, writing and querying the
         state (4 passes), and the convolution."""
-        return 4 * self.state_size + self.conv_taps * self.num_key_heads * self.convolved
+        return 4 * self.state_size + self.conv_taps * self.num_key_heads * self.convolved_channels
 
 
 @dataclass(frozen=True)
@@ -318,7 +318,7 @@ class ModelConfig:
     def num_linear_layers(self) -> int:
         return self.layer_types().count("linear_attention")
 
-    def state_tokens(self) -> int:
+    def count_state_tokens(self) -> int:
         """Return the number of cached tokens whose bf16 keys and values take as much memory as the float32
         states of all linear layers. 0 if the model has no linear layers, or no layer caches keys."""
         num_linear, latent = self.num_linear_layers(), self.latent_attention
@@ -327,7 +327,7 @@ class ModelConfig:
         if self.linear_attention is None or not token_cache:
             return 0
         # A float32 state value takes as many bytes as two bf16 values; rounded up.
-        return -(-2 * num_linear * self.linear_attention.kept_size // token_cache)
+        return -(-2 * num_linear * self.linear_attention.cached_size // token_cache)
 
     def mtp_layer_type(self) -> LayerType:
         return "sliding_attention" if self.mtp_attention == "L" else "full_attention"
@@ -345,7 +345,7 @@ class ModelConfig:
         """Return the SwiGLU clamp of every layer; 0 for layers without a clamp."""
         return [*self.swiglu_limits] or [0.0] * self.num_layers
 
-    def at_depth(self, num_layers: int) -> dict[str, Any]:
+    def fields_for_depth(self, num_layers: int) -> dict[str, Any]:
         """Return `ModelConfig` fields for a model with `num_layers` layers. `layer_windows` repeats from the
         first layer; `swiglu_limits` is resampled over the new depth."""
         fields: dict[str, Any] = {"num_layers": num_layers}

@@ -11,7 +11,7 @@ from megatron_sov.base.settings import (
     AboveZero, ActsWhen, AllOf, AnyOf, AtLeastOne, Finite, Fraction, NotNegative, NotNegativeInt,
     SettingsProblem, Share, find_broken, is_none_of, is_one_of, is_set)
 from megatron_sov.model.config.bounds import MAX_BATCH_SIZE, Samples, Steps, Tokens
-from megatron_sov.model.config.learning import NOT_EXTENDING, learns, learns_without_rounds, stages_leave
+from megatron_sov.model.config.learning import NOT_EXTENDING, has_no_rounds, has_objective, is_open_in_stage
 
 Algorithm = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "wsd", "linear", "inverse_sqrt", "constant"]
@@ -43,7 +43,7 @@ class OptimConfig:
     """Optimizer and learning rate schedule."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
-        "lr": stages_leave("lr"),
+        "lr": is_open_in_stage("lr"),
         "min_lr": AnyOf(is_none_of(".schedule", "constant"),
                          is_none_of("data.phases.*.schedule", None, "constant")),
         "warmup_tokens": is_one_of(".schedule_by", "tokens"),
@@ -174,7 +174,7 @@ class ObsConfig:
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
         "wandb_project": is_set(".wandb"),
-        "sample_rows": learns("policy")}
+        "sample_rows": has_objective("policy")}
 
     tensorboard: bool = False
     """Write TensorBoard files into RUN/tensorboard (extra `dev`)."""
@@ -192,11 +192,11 @@ class TrainConfig:
     """The training loop: length, batch size, precision, checkpoints and evaluation intervals."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
-        "steps tokens": AllOf(learns_without_rounds("leave it out, and set rollout.rounds"),
-                               stages_leave("steps"), stages_leave("tokens")),
-        "global_batch_size": stages_leave("global_batch_size"),
+        "steps tokens": AllOf(has_no_rounds("leave it out, and set rollout.rounds"),
+                               is_open_in_stage("steps"), is_open_in_stage("tokens")),
+        "global_batch_size": is_open_in_stage("global_batch_size"),
         "epochs": NOT_EXTENDING,
-        "max_hours": learns("sft", "preference", "distill"),
+        "max_hours": has_objective("sft", "preference", "distill"),
         "ramp_increment ramp_steps": is_set(".ramp_from_batch_size"),
         "fp8_format fp8_bf16_layers_at_start fp8_bf16_layers_at_end fp8_pad_routed_tokens fp8_weights":
             is_none_of(".fp8", "none"),

@@ -21,10 +21,10 @@ from megatron_sov.base.errors import Fix, UserError, nearest
 from megatron_sov.base.plugins.loading import is_reference
 from megatron_sov.base.settings import AtLeastOne, Flag, NotNegativeInt, change, options_of
 from megatron_sov.model import recipes
-from megatron_sov.model.config import RunConfig, apply_settings, data_paths
-from megatron_sov.model.config.data import named_shards
-from megatron_sov.model.config.run import with_rounds
-from megatron_sov.model.recipes.requested import BuiltIn, RecipeRequest, training_request
+from megatron_sov.model.config import RunConfig, apply_settings, parse_data_paths
+from megatron_sov.model.config.data import split_source_name
+from megatron_sov.model.config.run import add_rounds
+from megatron_sov.model.recipes.requested import BuiltIn, RecipeRequest, request_training
 from megatron_sov.plan.calibration.fitting import fits, refuse_on_nodes, refuse_too_large
 from megatron_sov.plan.pricing import Machines
 from megatron_sov.plan.search.default import choose_layout, leaves_layout_open
@@ -256,7 +256,7 @@ def _teachers(args: Any) -> list[Path | None]:
     """Return the folders of teachers: there may be one for each domain, or for the data of each name."""
     if hasattr(args, "given"):
         return [Path(place) for option, _, place in args.given() if option == "--teacher"]
-    return [Path(named_shards(text)[1]) for text in getattr(args, "teacher", ())]
+    return [Path(split_source_name(text)[1]) for text in getattr(args, "teacher", ())]
 
 
 def _training(stage: str, arguments: list[str], args: Any, has_gpus: bool | None) -> StageWork:
@@ -268,7 +268,7 @@ def _training(stage: str, arguments: list[str], args: Any, has_gpus: bool | None
                         "and type it to `megatron-sov submit chain`")
     has_rounds = STAGES[stage].objective == "policy"
     objective = STAGES[stage].objective
-    request = training_request(args, objective, needs_data=not has_rounds, lengthens=stage == "extend",
+    request = request_training(args, objective, needs_data=not has_rounds, lengthens=stage == "extend",
                                of_model=args.model_settings(None if stage == "extend" else objective,
                                                             has_gpus),
                                resumed=read_started_settings(args.run) if args.resume else None)
@@ -380,7 +380,7 @@ def check_inputs(work: StageWork, promised: set[Path]) -> None:
             raise UserError(f"{work.stage}: {path} does not exist; make it before, or submit its stage in "
                             "the same chain")
     # weights are parsed only if the folder is there
-    data_paths([text for text in work.data if path_of(text).absolute() not in made])
+    parse_data_paths([text for text in work.data if path_of(text).absolute() not in made])
 
 
 def fitting_nodes(work: StageWork, profile: ClusterProfile, num_nodes: int, least: int,

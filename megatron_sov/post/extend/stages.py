@@ -18,7 +18,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.eval.needle.documents import SOURCE_NAME
 from megatron_sov.infer.engines.target import Target, find_target
 from megatron_sov.model.config import ExtendStageConfig, ModelConfig, PartConfig, RunConfig
-from megatron_sov.model.recipes.extension import PHASE, extended, length_settings, phase_setting
+from megatron_sov.model.recipes.extension import PHASE, extend_model, length_settings, phase_setting
 from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import STAGES, RunFolder
@@ -185,7 +185,7 @@ def planned_stages(request: RecipeRequest, start_from: Path, run: Path, nproc: i
                             trained_tokens)
         try:
             # Each stage's rotations follow from those of the one before.
-            model = extended(model, before_tokens, stage.seq_len, stage.rope_theta, stage.yarn_factor,
+            model = extend_model(model, before_tokens, stage.seq_len, stage.rope_theta, stage.yarn_factor,
                              stage.yarn_original_tokens)
         except UserError as e:
             raise UserError(f"extend.stages.{number - 1} ({stage.name}): {e}") from None
@@ -211,7 +211,7 @@ def _refuse_shorter(where: str, new_tokens: int, start: Target, trained_tokens: 
 def _as_set(request: RecipeRequest, trained_tokens: int, wanted: RunConfig, nproc: int | None) -> RunConfig:
     """Return the settings of a run of one stage, whose phases and steps stand in `data` and `train`."""
     new_tokens = wanted.data.max_seq_len()
-    longer = length_settings(request.base, extended(request.base.model, trained_tokens, new_tokens),
+    longer = length_settings(request.base, extend_model(request.base.model, trained_tokens, new_tokens),
                              trained_tokens, new_tokens, _per_rank(wanted, nproc))
     # a run's own settings have been through this, all but the checkpoint's architecture
     if request.from_file:

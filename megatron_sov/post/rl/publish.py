@@ -80,7 +80,7 @@ def further_pieces(rounds: Path, number: int) -> int:
 
 def published_numbers(config: RunConfig) -> tuple[str, ...]:
     """Return the columns of a run's rounds that have one number of each response."""
-    groups = config.policy.learns_preferences and config.documents_of_unit == 1
+    groups = config.policy.learns_preferences and config.documents_per_unit == 1
     return (ADVANTAGE, SHARE) if groups else (ADVANTAGE,)
 
 
@@ -439,7 +439,7 @@ class Publisher:
             return [i for i, r in enumerate(group) if not self._is_masked(r.rollout)], ""
         keep, values = self.config.policy.keep_unfinished, said.advantages.tolist()
         ended = [keep or r.rollout.finish_reason not in TRUNCATED for r in group]
-        if self.config.documents_of_unit == 1:
+        if self.config.documents_per_unit == 1:
             return [i for i, (place, whole) in enumerate(zip(values, ended, strict=True))
                     if is_learned(place, whole)], ""
         pair, _ = pair_of(values, ended, lambda i, j: self._is_same(group[i].rollout, group[j].rollout))

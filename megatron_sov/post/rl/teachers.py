@@ -24,7 +24,7 @@ from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import seal_damage, write_sealed
 from megatron_sov.engine.parallel.world import on_main
-from megatron_sov.model.modality import EncoderInputs, banks_of, inputs_of
+from megatron_sov.model.modality import EncoderInputs, get_banks, get_encoder_inputs
 from megatron_sov.post.policy import REVERSE_KL
 from megatron_sov.post.reference import write_logprobs
 from megatron_sov.train.data.rounds import BEHAVIOUR, DOMAINS, Round
@@ -172,7 +172,7 @@ class _ChosenDocuments:
     def __init__(self, documents: Documents, chosen: np.ndarray) -> None:
         self._documents, self._chosen = documents, chosen
         self.lengths = np.asarray(documents.lengths[chosen], np.int64)
-        self.is_plain, self.columns, self.banks = documents.is_plain, documents.columns, banks_of(documents)
+        self.is_plain, self.columns, self.banks = documents.is_plain, documents.columns, get_banks(documents)
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
         return self._documents.tokens(int(self._chosen[document]), start, count)
@@ -190,7 +190,7 @@ class _ChosenDocuments:
         return self._documents.routes(int(self._chosen[document]), start, count)
 
     def encoder_inputs(self, document: int, start: int, count: int) -> EncoderInputs:
-        return inputs_of(self._documents, int(self._chosen[document]), start, count)
+        return get_encoder_inputs(self._documents, int(self._chosen[document]), start, count)
 
 
 def _ask_servers(view: FeedView, teacher: ScoringTeacher, documents: Documents, file: Path, of: str) -> None:

@@ -63,7 +63,7 @@ def plan(config: RunConfig, sources: list[Source]) -> list[LedgerEntry]:
     entries: list[LedgerEntry] = []
     for i, (phase, start, end) in enumerate(zip(config.data.phases, starts, starts[1:], strict=False)):
         weights = _round_weights(config, sources) if rounds else _weights(i, phase, sources)
-        changes = [start, *data.ramp_changes(config.train, phase), *skips]
+        changes = [start, *data.find_ramp_changes(config.train, phase), *skips]
         for step in sorted({s for s in changes if start <= s < end}):
             skip = any(first - 1 <= step < last for first, last in config.data.skip_steps)
             size = data.batch_size_at(config.train, phase, step)

@@ -261,7 +261,7 @@ class Exports:
     def _begin(self, step: int) -> _RunningJob:
         argv = ["convert", "to-hf", str(self._source(step)), str(self.folder / f"step-{step}"), "--workers",
                 "1", "--overwrite"]
-        argv += [word for reference in models.OWN.named() for word in ("--plugin", reference)]
+        argv += [word for reference in models.FAMILY_PLUGINS.named() for word in ("--plugin", reference)]
         return _RunningJob(step, BackgroundProcess([sys.executable, "-m", "megatron_sov", *argv],
                                                    self._log(step)))
 

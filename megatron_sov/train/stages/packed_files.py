@@ -25,8 +25,8 @@ from megatron_sov.base.digests import file_digest
 from megatron_sov.base.documents import BadRecord, RecordReading, plan_units, read_span
 from megatron_sov.base.documents.reading import place
 from megatron_sov.base.errors import Fix, UserError, warn
-from megatron_sov.model.config import weighted_path
-from megatron_sov.model.config.data import named_shards
+from megatron_sov.model.config import split_weight
+from megatron_sov.model.config.data import split_source_name
 from megatron_sov.runs.folder import DATA, TOKENIZER, RunFolder, record_command
 from megatron_sov.runs.launch_environment import is_first_rank, num_ranks
 from megatron_sov.train.stages.shared_copies import digest_tokenizer
@@ -103,8 +103,8 @@ def find_files(data: Sequence[str], run: Path, formats: Sequence[str],
     """
     found: dict[str, DataFile] = {}
     for argument in data:
-        path = weighted_path(argument, f"--data {argument}")[0]
-        name, typed = named_shards(path)
+        path = split_weight(argument, f"--data {argument}")[0]
+        name, typed = split_source_name(path)
         stem = Path(typed.removesuffix(".gz").removesuffix(".zst")).stem
         stem = re.sub(r"[^\w.-]+", "-", stem).lstrip(".-")
         if stem in ("", RESERVED_NAME):
@@ -226,7 +226,7 @@ class FilePacking:
 def warn_of_changed_files(run: Path, folders: Iterable[str]) -> None:
     """Warn of files that have changed since `run` packed them; `folders`: [NAME=]DIR that it reads."""
     for path in folders:
-        shards = Path(named_shards(path)[1])
+        shards = Path(split_source_name(path)[1])
         record = _read_record(shards) if shards.absolute().parent == (run / DATA).absolute() else {}
         file = Path(record.get("file", ""))
         if file.is_file() and file_digest(file) != record.get("digest") and is_first_rank():

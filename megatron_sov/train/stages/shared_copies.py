@@ -43,7 +43,7 @@ def convert_start(start: Path, run: Path) -> Path:
         return start
     if (found := find_copy(start, run)) is not None:
         return found
-    stamp, name = _stamp(start), hub_name(start).replace("/", "--")[:100]
+    stamp, name = _stamp(start), find_hub_name(start).replace("/", "--")[:100]
     copy = run.parent / SHARED / f"{name}-{_digest_of(_files_of(start))}"
     seen = copy.parent / SEEN / copy.name
     with disk_errors(seen):

@@ -116,7 +116,7 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
     """
     begin = _Begin(time.time() if began_s is None else began_s, stage.resume)
     stage.config.check(num_ranks(nproc))
-    models.get(stage.config.model.family).check(stage.config.model)
+    models.get_family(stage.config.model.family).check(stage.config.model)
     # torchrun starts the same command again
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     begin.goes_on = begin.goes_on or restarted

@@ -197,15 +197,15 @@ def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = 
     if packing.files:
         config = asked.config()  # mistakes in the settings are named before anything is packed
         is_length_set = any(key.startswith("data.phases") for key in asked.said)
-        if asked.of_model and is_length_set and (problems := config.position_problems()):
+        if asked.is_model_only and is_length_set and (problems := config.position_problems()):
             raise SettingsError(f"recipe {config.recipe}", problems)
         packed = packing.pack()
-        paths = data_paths([packed.get(text, text) for text in args.data])
+        paths = parse_data_paths([packed.get(text, text) for text in args.data])
     else:
-        paths = shards or {path: base.data.paths[path] for path in data_paths(list(base.data.paths))}
+        paths = shards or {path: base.data.paths[path] for path in parse_data_paths(list(base.data.paths))}
         warn_of_changed_files(args.run, () if shards else paths)
     base = dataclasses.replace(base, data=dataclasses.replace(base.data, paths=paths))
-    if args.start_from is not None and not asked.of_model:
+    if args.start_from is not None and not asked.is_model_only:
         asked.config()  # mistakes in the settings are told before torch is imported for the checkpoint
         base = dataclasses.replace(base, model=_model_of(args.start_from, asked))
     return dataclasses.replace(asked, base=base)
@@ -233,7 +233,7 @@ def _packing_of(args: StageOptions, objective: BuiltIn) -> FilePacking:
     Raises:
         UserError: a file cannot be packed, there is no tokenizer, or the run's folder is taken.
     """
-    formats = [name for name in LEARNS_FROM[objective] if name in KINDS] or ["text"]
+    formats = [name for name in COMMAND_FORMATS[objective] if name in KINDS] or ["text"]
     if objective == "preference":  # chats can only be added to packed pairs
         formats = ["preference"]
     files = find_files(args.data, args.run, formats, _tokenizer_hint(args.start_from))
@@ -252,7 +252,7 @@ def _tokenizer_for(args: StageOptions, first: DataFile) -> Path:
     """Return the folder of the tokenizer that packs files; `UserError` if there is none."""
     if args.start_from is not None:
         return tokenizer_of(find_start(args.start_from))
-    folders = [Path(named_shards(weighted_path(text, "--data")[0])[1]) for text in args.data]
+    folders = [Path(split_source_name(split_weight(text, "--data")[0])[1]) for text in args.data]
     for folder in folders:
         if folder.is_dir():
             return folder / "tokenizer"
@@ -284,7 +284,7 @@ def _tokenizer_hint(start_from: Path | None) -> Path | None:
 
 def request_with_model(args: RecipeOptions, start_from: Path, stage: Stage) -> RecipeRequest:
     """Return what a command beside the training one was asked for, see `requested`."""
-    asked = requested(args, partial(_settings_of_model, start_from, stage))
+    asked = request_recipe(args, partial(_settings_of_model, start_from, stage))
     learned = dataclasses.replace(asked.base.objective, name=stage)
     return dataclasses.replace(asked, base=dataclasses.replace(asked.base, objective=learned))
 
@@ -323,7 +323,8 @@ def _model_of(start_from: Path, asked: RecipeRequest) -> ModelConfig:
         if key == "model.family":
             family = value.strip('"')
     if model.family != family:
-        known = ", ".join(recipes.of_family(model.family)) or "there is none: `megatron-sov recipes`"
+        family_recipes = recipes.find_family_recipes(model.family)
+        known = ", ".join(family_recipes) or "there is none: `megatron-sov recipes`"
         raise UserError(f"--from {start_from}: is a {model.family} model, recipe {asked.base.recipe} is for "
                         f"{family}; leave RECIPE out: the model is that of --from (or choose of {known})",
                         Fix(left_out=(asked.base.recipe,)))

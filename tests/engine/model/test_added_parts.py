@@ -136,7 +136,7 @@ def full_gradients(recipe: str, settings: list[str]) -> dict[str, Any]:
 
     from megatron_sov.engine.model.local_shards import ParameterLookup, local_shards
     from megatron_sov.engine.parallel import world
-    from megatron_sov.model.families.adapters import A, B, adapted_modules
+    from megatron_sov.model.families.adapters import A, B, find_adapted_modules
 
     config = config_of(recipe, {}, settings)
     full = config_of(recipe, {}, [*settings, "lora.rank=0"])
@@ -162,7 +162,7 @@ def full_gradients(recipe: str, settings: list[str]) -> dict[str, Any]:
                 values.setdefault(block.key, torch.zeros_like(whole))[place] = block.data
         found[name] = gradients
     worst, compared, grew = 0.0, [], 0.0
-    for of in adapted_modules(config.model, config.lora):
+    for of in find_adapted_modules(config.model, config.lora):
         whole, scale = found["full"][of.link.key], 7 / 3
         if of.num_experts:
             weight = whole

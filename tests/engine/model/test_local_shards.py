@@ -31,7 +31,7 @@ def full_size(recipe: str) -> dict[str, Any]:
         tensor = found.setdefault(block.key, [0, list(block.global_shape), str(block.data.dtype)])
         tensor[0] += block.data.numel()
     expected: dict[str, list[Any]] = {}
-    for link in models.get(config.model.family).links(config.model):
+    for link in models.get_family(config.model.family).links(config.model):
         tensor = expected.setdefault(link.key, [0, list(link.shape),
                                                 "torch.float32" if link.fp32 else "torch.bfloat16"])
         tensor[0] += torch.Size(link.block_shape).numel()

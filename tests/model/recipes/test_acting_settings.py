@@ -16,7 +16,8 @@ from megatron_sov.base.settings import SettingsError, SettingsProblem, hint_belo
 from megatron_sov.base.settings.problem import show
 from megatron_sov.model.config import RunConfig, apply_settings, setting_names
 from megatron_sov.model.config.data import phase_steps, phase_tokens
-from megatron_sov.model.recipes.requested import RecipeRequest, TrainingOptions, requested, training_request
+from megatron_sov.model.recipes.requested import (
+    RecipeRequest, TrainingOptions, request_recipe, request_training)
 from tests.typed_words import typed
 
 STAGES = {"pretrain": ("tiny-qwen3", "lm", "pretrain"), "experts": ("tiny-solar-open", "lm", "pretrain"),
@@ -158,7 +159,7 @@ def test_own_objectives_may_read_anything(tmp_path: Path) -> None:
     given = (f"objective.name={tmp_path}/own.py:Own", "objective.options.gamma=2", "preference.beta=0.5",
              "rollout.temperature=0.5", "policy.kl=k3", "distillation.beta=1", "objective.text_coeff=0.1")
     settings = [word for one in given for word in ("--set", one)]
-    asked = training_request(typed(TrainingOptions, ["tiny-qwen3", "--data", "d", *settings]), "lm")
+    asked = request_training(typed(TrainingOptions, ["tiny-qwen3", "--data", "d", *settings]), "lm")
     assert asked.config().preference.beta == 0.5
 
 
@@ -177,7 +178,7 @@ def test_files_are_held_to_what_they_change(written: dict[str, Any], refused: st
         full[group] |= values
     whole.write_text(json.dumps(full))
     for file in (part, whole):
-        asked = training_request(typed(TrainingOptions, ["--config", str(file), "--data", "d"]), "lm")
+        asked = request_training(typed(TrainingOptions, ["--config", str(file), "--data", "d"]), "lm")
         found = [problem.key for problem in find_refused(asked)]
         # the phases of a run's own file may be what its command has made of others
         assert found == ([] if file == whole and "data" in written else refused.split())
@@ -187,12 +188,12 @@ def test_the_file_of_another_run_is_taken_and_a_resumed_run_is_never_refused(tmp
     rounds = apply_settings(recipes.get("tiny-solar-open-rl"), ["rollout.rounds=3"])
     (tmp_path / "config.json").write_text(to_json(rounds.to_dict()))
     args = typed(TrainingOptions, ["--config", str(tmp_path / "config.json")])
-    assert find_refused(training_request(args, "policy", needs_data=False)) == []
+    assert find_refused(request_training(args, "policy", needs_data=False)) == []
     args = typed(TrainingOptions, ["tiny-qwen3", "--data", "d", "--set", "lora.alpha=32"])
     old = apply_settings(recipes.get("tiny-qwen3"), ["lora.alpha=32"])
-    assert find_refused(training_request(args, "lm", resumed=old)) == []
+    assert find_refused(request_training(args, "lm", resumed=old)) == []
     args = dataclasses.replace(args, settings=("lora.alpha=8",))
-    assert [p.key for p in find_refused(training_request(args, "lm", resumed=old))] == ["lora.alpha"]
+    assert [p.key for p in find_refused(request_training(args, "lm", resumed=old))] == ["lora.alpha"]
 
 
 @pytest.mark.parametrize("recipe", [name for name in recipes.names()
@@ -234,5 +235,5 @@ def test_two_lengths_of_a_run_are_refused_with_the_winner(settings: str, message
 
 
 def test_a_budget_of_tokens_needs_no_other_setting() -> None:
-    asked = requested(typed(TrainingOptions, ["qwen3-8b", "--data", "d", "--set", "train.tokens=200e9"]))
+    asked = request_recipe(typed(TrainingOptions, ["qwen3-8b", "--data", "d", "--set", "train.tokens=200e9"]))
     assert asked.config().num_steps() == round(200e9 / (128 * 4096)) and len(setting_names()) > 300

@@ -69,13 +69,13 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, text in {"recipe.py": RECIPE, "family.py": FAMILY, "objective.py": OBJECTIVE}.items():
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
-    for registry in (models.OWN, objectives.OWN, recipes.OWN):
+    for registry in (models.FAMILY_PLUGINS, objectives.OBJECTIVE_PLUGINS, recipes.RECIPE_PLUGINS):
         monkeypatch.setattr(registry, "_known", {})
     return tmp_path
 
 
 def config_of(*argv: str) -> RunConfig:
-    return requested.requested(typed(requested.RecipeOptions, argv)).config()
+    return requested.request_recipe(typed(requested.RecipeOptions, argv)).config()
 
 
 def written(path: Path, **fields: Any) -> str:
@@ -108,14 +108,14 @@ def test_what_a_named_recipe_names_is_run_too_from_its_own_folder(site: Path,
     assert [(c.kind, c.reference.rpartition("/")[2]) for c in config.code] == [
         ("recipe", "recipe.py:whole"), ("model family", "family.py:MINE"),
         ("objective", "objective.py:Halved")]
-    assert models.get("mine").name == "mine"
+    assert models.get_family("mine").name == "mine"
 
 
 def test_families_and_objectives_by_set_and_their_settings(site: Path) -> None:
     config = config_of("tiny-qwen3", "--set", "model.family=family.py:MINE", "--set",
                        "objective.name=objective.py:Halved", "--set", "objective.options.share=0.25")
     assert (config.model.family, config.objective.options) == ("mine", {"share": 0.25})
-    made = objectives.factory(config, lambda context: pytest.fail("the built-in one"))
+    made = objectives.get_factory(config, lambda context: pytest.fail("the built-in one"))
     with pytest.raises(UserError, match="objective Halved: has no `coefficients`"):
         made(None)
 
@@ -195,7 +195,7 @@ def test_a_config_whose_recipe_was_a_file_needs_no_file(site: Path) -> None:
 def test_a_config_takes_what_the_command_line_names(site: Path) -> None:
     first = config_of("recipe.py:whole")
     (site / "config.json").write_text(to_json(first.to_dict()))
-    for registry in (models.OWN, objectives.OWN, recipes.OWN):
+    for registry in (models.FAMILY_PLUGINS, objectives.OBJECTIVE_PLUGINS, recipes.RECIPE_PLUGINS):
         registry._known.clear()
     named = ("--plugin", "family.py:MINE", "--plugin", "objective.py:Halved")
     assert config_of("--config", "config.json", *named) == first
@@ -293,8 +293,8 @@ def test_a_file_that_names_code_as_its_recipe_runs_nothing(site: Path) -> None:
 
 def test_plugins_are_families_and_objectives(site: Path) -> None:
     load_plugins(["family.py:MINE", "objective.py:Halved"])
-    assert models.OWN.named() == [f"{site}/family.py:MINE"]
-    assert objectives.OWN.named() == [f"{site}/objective.py:Halved"]
+    assert models.FAMILY_PLUGINS.named() == [f"{site}/family.py:MINE"]
+    assert objectives.OBJECTIVE_PLUGINS.named() == [f"{site}/objective.py:Halved"]
     assert (site / "ran").exists()  # so that its absence elsewhere says something
     with pytest.raises(UserError, match=r"recipe.py:plain: is a function"):
         load_plugins(["recipe.py:plain"])

@@ -17,7 +17,7 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
-from megatron_sov.model.families.count import num_params
+from megatron_sov.model.families.count import count_params
 from megatron_sov.plan.calibration import fitting
 from megatron_sov.plan.calibration.fitting import node_bytes, refuse_on_nodes, refuse_on_this_node
 from megatron_sov.plan.footprint.activations import kinds, saved
@@ -205,7 +205,7 @@ def test_of_a_frozen_model_adapters_alone_have_gradients_and_state() -> None:
     m = config.model
     q, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
     sides = 2 * (m.hidden_size + q) + 2 * (m.hidden_size + kv) + 3 * (m.hidden_size + m.dense_ffn_dim)
-    count, whole = 4 * m.num_layers * sides, num_params(m).total
+    count, whole = 4 * m.num_layers * sides, count_params(m).total
     found = account(config, 1, 0, 64)
     assert found.weights == 4 * (whole + count)
     assert (found.gradients, found.optimizer) == (4 * count, 8 * count)

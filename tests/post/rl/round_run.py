@@ -8,7 +8,7 @@ from typing import Any
 from megatron_sov import recipes
 from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
-from megatron_sov.model.config.run import with_rounds
+from megatron_sov.model.config.run import add_rounds
 from megatron_sov.post.policy import objective_of
 from megatron_sov.post.preference import round_objective_of
 from megatron_sov.post.rl import round_files
@@ -30,7 +30,7 @@ SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_heads=4",
 
 def config_of(settings: list[str]) -> RunConfig:
     """Return settings of a model of some thousand parameters."""
-    return with_rounds(apply_settings(recipes.get("tiny-k-exaone"), [*SETTINGS, *settings]))
+    return add_rounds(apply_settings(recipes.get("tiny-k-exaone"), [*SETTINGS, *settings]))
 
 
 def curve(settings: list[str], folder: str) -> list[dict[str, Any]]:

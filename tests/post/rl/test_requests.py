@@ -212,7 +212,7 @@ def test_validations_ask_the_servers_that_training_has_at_work(
 
     held = RolloutStore.create(tmp_path / "validation", "sha256:0", VOCAB)
     training = producer(desk.prompts, replace(ROLLOUT, max_staleness=1), desk.store)
-    validation = producer(desk.prompts[:2], ROLLOUT.of_validation(2), held)
+    validation = producer(desk.prompts[:2], ROLLOUT.for_validation(2), held)
     view: Any = SimpleNamespace(world=None, step=0, checkpointer=SimpleNamespace(advance=lambda: None),
                                 events=SimpleNamespace(write=lambda *_, **__: None))
     policy = Policy(Path("p"), 0, "0" * 64)

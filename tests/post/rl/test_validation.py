@@ -125,7 +125,7 @@ def test_what_a_validation_is_measured_with() -> None:
     from megatron_sov.post.rl.validation import measured_by
 
     prompts = PromptList.of(RolloutPrompt(f"{i:016x}", {"prompt": str(i)}) for i in range(3))
-    rollout = RolloutConfig().of_validation(3)
+    rollout = RolloutConfig().for_validation(3)
 
     def measured(asked: PromptList = prompts, reward: str = "v", right_from: float = 1.0, **more: Any
                  ) -> dict[str, str]:

@@ -12,7 +12,7 @@ from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.parallel import launcher
 from megatron_sov.model.config import RunConfig, apply_settings
-from megatron_sov.model.recipes.requested import training_request
+from megatron_sov.model.recipes.requested import request_training
 from megatron_sov.train.stages.stage_config import StageOptions, find_start, parse_stage, stage_request
 from tests.packing import Packed
 from tests.typed_words import typed
@@ -72,12 +72,12 @@ def test_a_config_of_pretraining_serves_for_fine_tuning_and_not_the_other_way_ro
 def test_a_recipe_is_lengthened_before_it_is_tuned(data: Path) -> None:
     arguments = parsed("tiny-vibethinker", "--data", f"{data}/a")
     assert recipes.get("tiny-vibethinker").objective.name == "sft"
-    assert training_request(arguments, "lm", lengthens=True).config().objective.name == "lm"
+    assert request_training(arguments, "lm", lengthens=True).config().objective.name == "lm"
     with pytest.raises(UserError, match="this command trains by 'lm'"):
-        training_request(arguments, "lm").config()
+        request_training(arguments, "lm").config()
     tuned = parsed("tiny-typhoon-s", "--data", f"{data}/a")  # which has no stages
     with pytest.raises(UserError, match="this command trains by 'lm'"):
-        training_request(tuned, "lm", lengthens=True).config()
+        request_training(tuned, "lm", lengthens=True).config()
 
 
 def test_the_data_of_a_config_must_still_be_there(data: Path) -> None:
@@ -103,7 +103,7 @@ def test_bad_settings_are_refused(data: Path, recipe: str, setting: str, message
     with pytest.raises(UserError, match=message):
         config_of(recipe, "--data", f"{data}/a", "--set", setting)
     with pytest.raises(UserError, match=message):  # as a job is submitted, before its data is there
-        training_request(parsed(recipe, "--data", "not-yet", "--set", setting), "lm").config()
+        request_training(parsed(recipe, "--data", "not-yet", "--set", setting), "lm").config()
 
 
 def test_mistakes_are_found_before_a_hugging_face_folder_is_converted(
