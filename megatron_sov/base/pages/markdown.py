@@ -1,4 +1,4 @@
-"""Text of strangers in Markdown."""
+"""Escape untrusted text for Markdown."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _SPECIAL = re.compile(r"[\\`*_\[\]|~$]|^[#+=-]|(?<=^\d)[.)]")
 
 
 def md(text: object, chars: int = MAX_CHARS) -> str:
-    """Return a text on one line that is text alone wherever Markdown is read."""
-    # one line: a line break would end a table's row or begin a heading
+    """Escape a text for Markdown on one line, shortened to `chars` characters."""
+    # one line: a line break would end a table row or begin a heading
     line = visible(" ".join(str(text).split()))
     line = line if len(line) <= chars else f"{line[:chars]} …"
     return _SPECIAL.sub(r"\\\g<0>", html.escape(line, quote=False))

@@ -109,7 +109,7 @@ def read(text: str) -> object:
 
 
 @pytest.mark.parametrize(("text", "why"), [
-    ("NaN", "NaN is no JSON"), ("[-Infinity]", "-Infinity is no JSON"),
+    ("NaN", "NaN is not JSON"), ("[-Infinity]", "-Infinity is not JSON"),
     ('{"a": 1e999}', "1e999 is more than")])
 def test_numbers_that_would_be_written_as_none_are_refused(text: str, why: str) -> None:
     with pytest.raises(ValueError, match=why):

@@ -254,7 +254,7 @@ def test_a_hub_dataset_that_is_not_there_is_told_how_to_load(
 def test_json_is_not_read_as_text(tmp_path: Path, name: str, content: str) -> None:
     raw = content.encode()
     (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
-    with pytest.raises(UserError, match="is JSON and no plain text"):
+    with pytest.raises(UserError, match="is JSON and not plain text"):
         list(read_documents([tmp_path / name]))
 
 
@@ -271,7 +271,7 @@ def test_text_with_brackets_stays_text(tmp_path: Path, content: str) -> None:
     ('[{"text": "a"}, {"text": }]', "is not valid JSON", 1),
     ('[{"text": "a"}, {"text": "b', "is not valid JSON", 1),
     ('[{"text": "a"},]', "is not valid JSON", 1),
-    ('[{"text": "a"}] []', "more behind the end", 1),
+    ('[{"text": "a"}] []', "more after the end", 1),
     ('[{"text": "a"}, 3, {"text": "b"}]', "is a JSON int", 2),
     ('[{"text": "a"}, ' + "[" * 200_000, "is not valid JSON", 1),
     ('{"text": "a",\n"b": 1}', "is not valid JSON", 0),

@@ -22,7 +22,7 @@ def test_rows_may_be_any_objects(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="line 1: has no 'prompt'"):
         check_rows(file, "--tests", "prompt")
     file.write_text("[]\n")
-    with pytest.raises(UserError, match="line 1: is no JSON object, but a list"):
+    with pytest.raises(UserError, match="line 1: is not a JSON object, but a list"):
         check_rows(file, "--tests", "")
     file.write_text("\n")
     with pytest.raises(UserError, match=r"has no rows; each line is a JSON object$"):

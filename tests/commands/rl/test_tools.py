@@ -50,7 +50,7 @@ def test_the_page_is_true(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     (["calculator", "--limit", "max_turn=1"], "did you mean 'max_turns'"),
     (["retrieval"], "corpus: is missing; it has no default; set it"),
     (["calculator", "--tasks", "none.jsonl"], "--tasks none.jsonl: cannot be read"),
-    (["calculator", "--tasks", "tasks.jsonl"], "tasks.jsonl: line 2: is no JSON (NaN is no JSON)"),
+    (["calculator", "--tasks", "tasks.jsonl"], "tasks.jsonl: line 2: is not JSON (NaN is not JSON)"),
     (["calculator"], "nowhere")])
 def test_mistakes_are_one_sentence(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("tasks.jsonl").write_text('{"question": "?", "answer": "1"}\n{"question": NaN}\n')
