@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_sov.base.errors import (
-    DryRun, ExitCode, GateFailed, StopRequested, UserError, to_exit_code, visible)
+    DryRun, ExitCode, Fix, GateFailed, StopRequested, UserError, to_exit_code, visible)
 from megatron_sov.base.hints.commands import unknown_command
+from megatron_sov.base.hints.lines import join_sentences, propose_line
+from megatron_sov.base.hints.missing import missing_words, text_option
 from megatron_sov.base.hints.removed import check_command
-from megatron_sov.base.hints.words import check_words, missing_words, text_option
+from megatron_sov.base.hints.words import check_words
 from megatron_sov.version import __version__
 
 PROGRAMS = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
@@ -89,7 +91,8 @@ class Parser(argparse.ArgumentParser):
             message += "; `megatron-sov resume RUN` goes on without them"
         elif "are required: " in message and not self.listing:
             names = message.partition("are required: ")[2]
-            raise UserError(f"{self.prog}: {message}{missing_words(self, self._typed, names)}")
+            choices, line = missing_words(self, self._typed, names)
+            raise UserError(f"{self.prog}: {message}{choices}", Fix(line))
         raise UserError(f"{self.prog}: {message} (--help lists what it takes)")
 
     def parse_args(self, args: Sequence[str] | None = None,  # type: ignore[override]
@@ -102,40 +105,24 @@ class Parser(argparse.ArgumentParser):
         """
         typed = list(sys.argv[1:] if args is None else args)
         sentences: list[str] = []
-        command = self.prog
         for _ in range(MAX_PROPOSALS):
             try:
                 parsed = self._parse_once(typed, namespace)
             except UserError as e:
-                command, sentence, line = self._split_proposal(str(e))
-                sentences.append(sentence)
-                if not line and len(sentences) == 1:
-                    raise
-                if not line:
-                    raise UserError(f"{command}: {'; '.join(sentences)}") from None
-                proposed = shlex.split(line)
-                if proposed == typed:
+                sentences.append(e.sentence)
+                words = shlex.split(e.fix.line) if e.fix else []
+                program = self.prog.split()
+                if words[:len(program)] != program:  # another command is meant, or none
+                    raise UserError(join_sentences(sentences), e.fix) from None
+                if words[len(program):] == typed:
                     break
-                typed = proposed
+                typed = words[len(program):]
             else:
                 if not sentences:
                     return parsed
                 sentences += _find_wrong_values(parsed)
                 break
-        raise UserError(f"{command}: {'; '.join(dict.fromkeys(sentences))}; write\n"
-                        f"  {self.prog} {shlex.join(typed)}".rstrip())
-
-    def _split_proposal(self, message: str) -> tuple[str, str, str]:
-        """Split an error message into the command, the sentence, and the arguments of its proposed line.
-
-        The arguments are "" if the message proposes no line, or several.
-        """
-        prefix = re.match(rf"({re.escape(self.prog)}[a-z -]*): ", message)
-        command = prefix[1] if prefix else self.prog
-        sentence, _, line = message.removeprefix(f"{command}: ").partition("; write\n  ")
-        if not f"{line} ".startswith(f"{self.prog} ") or "\n" in line:
-            return command, message.removeprefix(f"{command}: "), ""
-        return command, sentence, line.removeprefix(self.prog).strip()
+        raise UserError(join_sentences(sentences), Fix(f"{self.prog} {shlex.join(typed)}".rstrip()))
 
     def _parse_once(self, typed: Sequence[str], namespace: Any) -> argparse.Namespace:
         parsed, rest = self.parse_known_args(self._update_words(typed), namespace)
@@ -148,7 +135,7 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"{settings[0]}: every setting needs a --set of its own; write {written}")
         if len(rest) == 1 and (option := text_option(self, rest[0], self._typed)):
             line = shlex.join([*(word for word in self._typed if word != rest[0]), option, rest[0]])
-            raise UserError(f"{self.prog}: {rest[0]}: belongs to an option; write\n  {self.prog} {line}")
+            raise UserError(f"{self.prog}: {rest[0]}: belongs to an option", Fix(f"{self.prog} {line}"))
         self.error(f"{shlex.join(rest)}: nothing takes this")
 
     def _update_words(self, typed: Sequence[str]) -> Sequence[str]:
@@ -324,9 +311,15 @@ def parser_of(program: str, description: str, commands: Mapping[str, Command]) -
 
 def run_program(parser: Parser, commands: Mapping[str, Command], argv: Sequence[str] | None) -> int:
     def action() -> int:
-        check_command(parser.prog, sys.argv[1:] if argv is None else argv)
-        args = parser.parse_args(argv)
-        return int(commands[args.command].load().run(args))
+        typed = list(sys.argv[1:] if argv is None else argv)
+        check_command(parser.prog, typed)
+        try:
+            args = parser.parse_args(typed)
+            return int(commands[args.command].load().run(args))
+        except UserError as e:
+            if e.fix is None:
+                raise
+            raise propose_line(parser.prog, typed, e, parser.parse_args) from None
 
     return exit_code(action)
 

@@ -7,7 +7,8 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,28 @@ def to_exit_code(code: object) -> int:
     return code if isinstance(code, int) and 0 <= code <= 255 else ExitCode.CRASH
 
 
+@dataclass(frozen=True)
+class Fix:
+    """How a command line is mended.  The message that it belongs to says why."""
+
+    line: str = ""
+    """The whole line, program first; the other fields are empty then."""
+    command: str = ""
+    """Command in place of the typed one: `"prefer"`, `"convert to-hf"`."""
+    prefix: str = ""
+    """Word before the command: `"submit"`."""
+    arguments: tuple[str, ...] = ()
+    """Positional arguments to add after the command."""
+    options: tuple[str, ...] = ()
+    """Options with their values, in place of typed ones or added: `("--set", "train.epochs=3")`."""
+    left_out: tuple[str, ...] = ()
+    """Typed words to leave out."""
+    words: Mapping[str, str] = field(default_factory=dict)
+    """Typed word, or a part of it that is a path -> the word in its place."""
+    before: tuple[str, ...] = ()
+    """Commands to run before the line."""
+
+
 class UserError(Exception):
     """A mistake in the user's input, settings or files.
 
@@ -90,6 +113,11 @@ class UserError(Exception):
     ...     print(str(e)[:18])
     recipe 'tiny-qwen'
     """
+
+    def __init__(self, sentence: str = "", fix: Fix | None = None) -> None:
+        """Keep the sentence, and how the command line is mended; a whole line ends the message."""
+        self.sentence, self.fix = sentence, fix
+        super().__init__(f"{sentence}; write\n  {fix.line}" if fix and fix.line else sentence)
 
 
 class DryRun(Exception):
@@ -185,6 +213,27 @@ def download(path: str | os.PathLike[str], is_bare: bool = False) -> str:
     name = shlex.quote(match[1])
     return (f"; nothing is fetched from the Hugging Face hub: run `hf download {os.fspath(path)} --local-dir "
             f"{name}` where there is a network, and pass {name}")
+
+
+def fix_missing(path: str | os.PathLike[str], *, is_bare: bool = False, is_data: bool = False) -> Fix | None:
+    """Return the fix for a path that does not exist: a folder or file next to it with nearly the same name,
+    else the download of what the path names on the Hugging Face hub; None: neither.
+
+    Args:
+        path: as it was typed.
+        is_bare: see `download`.
+        is_data: whether it would be a dataset.
+    """
+    text = os.fspath(path)
+    folder, name = os.path.split(text)
+    names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    if close := find_misspelt(name, (one for one in names if one != name and not one.startswith("."))):
+        return Fix(words={text: os.path.join(folder, close.split("'")[1])})
+    hint = download_dataset(text) if is_data else download(text, is_bare)
+    if not hint:
+        return None
+    kind = " --repo-type dataset" if is_data else ""
+    return Fix(words={text: name}, before=(f"hf download {text}{kind} --local-dir {shlex.quote(name)}",))
 
 
 def download_dataset(path: str | os.PathLike[str]) -> str:

@@ -31,7 +31,8 @@ MOST_LEVELS = 64
 class BadRecord(Exception):
     """A record that cannot become a document; readers report it and continue."""
 
-    def __init__(self, code: str, reason: str, line: int = 0, content: bytes = b"") -> None:
+    def __init__(self, code: str, reason: str, line: int = 0, content: bytes = b"",
+                 options: tuple[str, ...] = ()) -> None:
         """Keep the reason.
 
         Args:
@@ -39,9 +40,11 @@ class BadRecord(Exception):
             reason: rest of a sentence that begins with the record's location.
             line: as in `Document`.
             content: beginning of the record.
+            options: options of `sov-data pack` that read such records.
         """
         super().__init__(reason)
         self.code, self.reason, self.line, self.content = code, reason, line, content
+        self.options = options
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from megatron_sov.base.errors import UserError, list_problems, nearest
+from megatron_sov.base.errors import Fix, UserError, list_problems, nearest
 
 UNSET: Any = object()
 """`SettingsProblem.value` if the problem has no value."""
@@ -61,6 +61,8 @@ class SettingsProblem:
     """The fix, if the rule does not say it."""
     line: int = 0
     """Line in the file, from 1; 0: unknown."""
+    fix: str | Fix = ""
+    """Setting, `key=value`, with which the rule holds; or another change of the command line."""
     other: str = ""
     """The compared setting of the same class; its name ends the rule's sentence."""
     other_value: Any = UNSET
@@ -144,18 +146,29 @@ class SettingsError(UserError):
             problems: at least one.
         """
         self.where, self.problems = where, tuple(problems)
+        fix = _join_fixes([problem.fix for problem in problems])
         if len(problems) == 1:
             line = f", line {problems[0].line}" if problems[0].line else ""
-            super().__init__((f"{where}{line}: " if where else "") + problems[0].sentence)
+            super().__init__((f"{where}{line}: " if where else "") + problems[0].sentence, fix)
             return
         shown = [str(problem) for problem in problems[:MAX_PROBLEMS]]
         if len(problems) > MAX_PROBLEMS:
             shown.append(f"and {len(problems) - MAX_PROBLEMS} more")
-        super().__init__(list_problems(where or "command line", shown))
+        super().__init__(list_problems(where or "command line", shown), fix)
 
     @property
     def codes(self) -> list[tuple[str, str]]:
         return [(str(problem.code), problem.key) for problem in self.problems]
+
+
+def _join_fixes(fixes: Sequence[str | Fix]) -> Fix | None:
+    found = [Fix(options=("--set", fix)) if isinstance(fix, str) else fix for fix in fixes if fix]
+    if not found:
+        return None
+    return Fix(options=tuple(word for fix in found for word in fix.options),
+               left_out=tuple(word for fix in found for word in fix.left_out),
+               words={old: new for fix in found for old, new in fix.words.items()},
+               before=tuple(line for fix in found for line in fix.before))
 
 
 def show(value: Any) -> str:
