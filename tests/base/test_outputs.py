@@ -22,7 +22,7 @@ NOWHERE = "/proc/x"
 """A folder in which not even root makes anything, though nothing forbids it."""
 
 
-def test_where_a_file_cannot_lie_is_said_before_the_work(tmp_path: Path) -> None:
+def test_check_output_refuses_impossible_paths(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path, sentence in ((tmp_path, "is a folder; name the file"),
                            (tmp_path / "file/a/b", "file is a file, so nothing"),
@@ -42,7 +42,7 @@ def test_where_a_file_cannot_lie_is_said_before_the_work(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("nameless", [True, False])
-def test_trying_leaves_nothing(nameless: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_probe_leaves_nothing(nameless: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
 
     def make(prefix: str, dir: Path) -> str:
@@ -80,7 +80,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_refuses_a_place_where_nothing_can_be_made(
+def test_every_command_refuses_unwritable_output(
         name: str, packed_data: Any, capsys: pytest.CaptureFixture[str]) -> None:
     main, line = COMMANDS[name]
     text = packed_data.tokenizer.parent / "even.jsonl"
@@ -91,7 +91,7 @@ def test_every_command_refuses_a_place_where_nothing_can_be_made(
         assert why in error and len(error.splitlines()) == 1, error
 
 
-def test_links_out_of_a_foreign_folder_are_refused(tmp_path: Path) -> None:
+def test_links_out_of_foreign_folder_are_refused(tmp_path: Path) -> None:
     secret, folder = tmp_path / "secret.txt", tmp_path / "model"
     secret.write_text("secret")
     folder.mkdir()
@@ -112,7 +112,7 @@ def test_links_out_of_a_foreign_folder_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.pdf", "a", "a.json"])
-def test_a_page_is_named_as_html(name: str, tmp_path: Path) -> None:
+def test_page_requires_html_suffix(name: str, tmp_path: Path) -> None:
     check_page("--output", None)
     check_page("--output", tmp_path / "a.html")
     with pytest.raises(UserError, match=f"name it {tmp_path}/a.html"):

@@ -289,7 +289,7 @@ class ItemSearch:
         """Return all matches by item and position; touching stretches of an item are merged."""
         matches: dict[int, list[tuple[int, int]]] = defaultdict(list)
         ends = units.run_ends(self.ngram)
-        places = self._runs.places(stretch_hashes(units.hashes, np.arange(len(ends)), ends))
+        places = self._runs.find(stretch_hashes(units.hashes, np.arange(len(ends)), ends))
         for begin, run in places:
             for item in self._owners[run]:
                 stretches = matches[item]
@@ -299,7 +299,7 @@ class ItemSearch:
                 else:
                     stretches.append((begin, int(ends[begin])))
         if self._whole:
-            for begin, run in self._beginnings.places(units.runs(self.min_words)):
+            for begin, run in self._beginnings.find(units.runs(self.min_words)):
                 for count, whole, item in self._whole[run]:
                     end = begin + count
                     # the first words match; compare the hash of the whole item
@@ -321,7 +321,7 @@ class _Keys:
         self._may_be = np.zeros(1 << table_bits, np.bool_)
         self._may_be[self._keys >> self._shift] = True
 
-    def places(self, keys: NDArray[np.uint64]) -> list[tuple[int, int]]:
+    def find(self, keys: NDArray[np.uint64]) -> list[tuple[int, int]]:
         """Return (index, key) of the keys that are in the set."""
         places = np.flatnonzero(self._may_be[keys >> self._shift])
         if not len(places):

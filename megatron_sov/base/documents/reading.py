@@ -34,20 +34,20 @@ def json_items(read: Callable[[int], bytes], limit_bytes: int) -> Iterator[Any]:
     """
     window = _ByteWindow(read, limit_bytes)
     try:
-        if window.sign() != "[":
+        if window.next_char() != "[":
             raise BadRecord("json", "is not a JSON list; pass a list of records, or JSON Lines")
         # parse one value at a time instead of the whole file
         window.at += 1
-        if window.sign() != "]":
-            yield window.item()
-            while window.sign() == ",":
+        if window.next_char() != "]":
+            yield window.parse_item()
+            while window.next_char() == ",":
                 window.at += 1
-                yield window.item()
-        if window.sign() != "]":
+                yield window.parse_item()
+        if window.next_char() != "]":
             raise BadRecord("json", "is not valid JSON: a ',' or the list's ']' must stand before it; "
                                     "correct it, or fetch it again")
         window.at += 1
-        if window.sign():
+        if window.next_char():
             raise BadRecord("json", "has more after the end of its list; keep one list in a file, or write "
                                     "JSON Lines")
     except BadRecord as e:
@@ -62,7 +62,7 @@ class _ByteWindow:
         self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
         self._text, self.at, self._is_whole = "", 0, False
 
-    def sign(self) -> str:
+    def next_char(self) -> str:
         """Move to the next character that is not blank, and return it; "" at the end."""
         while True:
             while self.at < len(self._text):
@@ -73,13 +73,13 @@ class _ByteWindow:
                 return ""
             self._grow()
 
-    def item(self) -> Any:
+    def parse_item(self) -> Any:
         """Parse the item at the current position, and move after it.
 
         Raises:
             BadRecord: the item is not valid JSON, or too long.
         """
-        self.sign()
+        self.next_char()
         while True:
             try:
                 # each attempt starts at the item's beginning; `_grow` doubles the window, so the total work

@@ -71,7 +71,7 @@ class Scale:
         self._low = low if axis.low is not None else low - pad
         self._high = high if axis.high is not None else high + pad
 
-    def place(self, value: float) -> float:
+    def to_fraction(self, value: float) -> float:
         """Return a value's fraction of the axis; values outside are clamped to the ends."""
         position = math.log10(value) if self._axis.is_log else value
         return min(1.0, max(0.0, (position - self._low) / (self._high - self._low)))
@@ -80,13 +80,14 @@ class Scale:
         """Return (fraction of the axis, label) of each tick."""
         if self._axis.is_log:
             values = _log_ticks(self._low, self._high)
-            return [(self.place(value), _tick_text(value, value / 10)) for value in values]
+            return [(self.to_fraction(value), _tick_text(value, value / 10)) for value in values]
         step = round_step((self._high - self._low) / MAX_TICKS)
         first, last = math.ceil(self._low / step - 1e-9), math.floor(self._high / step + 1e-9)
         # multiply instead of adding steps, which would accumulate rounding errors
         values = [i * step for i in range(first, last + 1)]
         factor, unit = (100, " %") if self._axis.is_share else (1, "")
-        return [(self.place(value), _tick_text(value * factor, step * factor) + unit) for value in values]
+        return [(self.to_fraction(value), _tick_text(value * factor, step * factor) + unit)
+                for value in values]
 
 
 def round_step(least: float) -> float:
@@ -148,16 +149,18 @@ class LinePlot:
         grid = "".join(f"M0 {GRID - round(GRID * at)}h{GRID}" for at, _ in up.ticks())
         parts = [Markup('<path class="lines" d="{}"/>').format(grid)]
         parts += [Markup('<rect class="band" x="{}" width="{}" height="{}"><title>{}</title></rect>').format(
-            round(GRID * across.place(low)), round(GRID * (across.place(high) - across.place(low))), GRID,
-            visible(name)) for name, low, high in self.bands[1::2]]
+            round(GRID * across.to_fraction(low)),
+            round(GRID * (across.to_fraction(high) - across.to_fraction(low))), GRID, visible(name))
+            for name, low, high in self.bands[1::2]]
         parts += [Markup('<path class="rule" d="M{} 0v{}"><title>{}</title></path>').format(
-            round(GRID * across.place(at)), GRID, visible(text)) for text, at in self.rules]
+            round(GRID * across.to_fraction(at)), GRID, visible(text)) for text, at in self.rules]
         parts += [part for series in self.series for part in _draw_series(series, across, up)]
         # a name may not fit above its band on the narrowest screen: then show numbers and a legend
-        numbered = any((across.place(high) - across.place(low)) * NARROW_PX < NAME_PX * (len(name) + 1)
-                       for name, low, high in self.bands)
+        numbered = any(
+            (across.to_fraction(high) - across.to_fraction(low)) * NARROW_PX < NAME_PX * (len(name) + 1)
+            for name, low, high in self.bands)
         names = [Markup('<span class="phase" style="left:{:.1f}%;width:{:.1f}%">{}</span>').format(
-            100 * across.place(low), 100 * (across.place(high) - across.place(low)),
+            100 * across.to_fraction(low), 100 * (across.to_fraction(high) - across.to_fraction(low)),
             number if numbered else visible(name)) for number, (name, low, high) in enumerate(self.bands, 1)]
         key = ", ".join(f"{number} {visible(name)}" for number, (name, *_) in enumerate(self.bands, 1))
         key = Markup('<p class="axis below">{}</p>').format(key) if numbered else ""
@@ -179,12 +182,12 @@ class LinePlot:
 
 
 def _draw_series(series: Series, across: Scale, up: Scale) -> list[Markup]:
-    points = [(round(GRID * across.place(x)), GRID - round(GRID * up.place(y)))
+    points = [(round(GRID * across.to_fraction(x)), GRID - round(GRID * up.to_fraction(y)))
           for x, y in zip(series.x, series.y, strict=True)]
     style = Markup('class="{}" style="--c:{}"').format("stroke faint" if series.is_faint else "stroke",
                                                        series.colour)
     parts = [Markup('<path {} d="M{} {}V{}"/>').format(
-        style, x, GRID - round(GRID * up.place(low)), GRID - round(GRID * up.place(high)))
+        style, x, GRID - round(GRID * up.to_fraction(low)), GRID - round(GRID * up.to_fraction(high)))
         for (x, _), (low, high) in zip(points, series.intervals, strict=False)]
     if points:
         parts.append(Markup('<path {} d="{}"><title>{}</title></path>').format(

@@ -220,7 +220,7 @@ class Bound:
         def check_value(value: Any) -> Any:
             if breach := self.broken(value):
                 code, rule, way_out = breach
-                # `reading._problem` reads these fields; pydantic only transports them
+                # `reading._convert_error` reads these fields; pydantic only transports them
                 raise PydanticCustomError("bound", "{rule}", {"code": code, "rule": rule, "way_out": way_out})
             return value
 

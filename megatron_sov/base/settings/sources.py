@@ -164,7 +164,7 @@ def _read_yaml(text: str) -> Located:
         loader = _loader()(text)
         node = loader.get_single_node()
         if node is not None:
-            located.value = _Reading(loader, located).value(node, (), 0)
+            located.value = _Reading(loader, located).convert(node, (), 0)
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
         message = e.problem or e.context or ""
@@ -189,7 +189,7 @@ class _Reading:
     def __init__(self, loader: Any, found: Located) -> None:
         self.loader, self.found, self.num_values = loader, found, 0
 
-    def value(self, node: Any, place: Place, depth: int) -> Any:
+    def convert(self, node: Any, place: Place, depth: int) -> Any:
         import yaml
 
         line = node.start_mark.line + 1
@@ -203,14 +203,14 @@ class _Reading:
         # `_mapping` replaces this line with the line of the key
         self.found.lines.setdefault(place, line)
         if isinstance(node, yaml.SequenceNode):
-            return [self.value(child, (*place, i), depth + 1) for i, child in enumerate(node.value)]
+            return [self.convert(child, (*place, i), depth + 1) for i, child in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, place, depth)
         try:
             value = self.loader.construct_object(node)
         except (yaml.YAMLError, ValueError, OverflowError, LookupError, AttributeError, TypeError):
             # each tag rejects a value with an exception of its own: `!!int ''`, `!!timestamp soon`
-            self._refuse(line, place, f"{node.tag} {str(node.value)[:60]!r} is not a plain value",
+            self._report(line, place, f"{node.tag} {str(node.value)[:60]!r} is not a plain value",
                          "write text, numbers, true or false")
             return None
         if isinstance(value, float) and EXPONENT.match(node.value):
@@ -229,21 +229,21 @@ class _Reading:
                 for part in child.value if isinstance(child, yaml.SequenceNode) else [child]:
                     if isinstance(part, yaml.MappingNode):
                         # YAML: earlier merged mappings win over later ones, and own keys win over merged keys
-                        merged = {**self.value(part, place, depth + 1), **merged}
+                        merged = {**self.convert(part, place, depth + 1), **merged}
                     else:
-                        self._refuse(line, place, "<< takes an alias of a mapping", "")
+                        self._report(line, place, "<< takes an alias of a mapping", "")
             elif not isinstance(key_node, yaml.ScalarNode) or not isinstance(key, str):
-                self._refuse(line, place, "a key must be a word, not a list or a mapping", "")
+                self._report(line, place, "a key must be a word, not a list or a mapping", "")
             elif key in mapping:
                 self.found.problems.append(SettingsProblem(ProblemCode.TWICE,
                                                            ".".join(map(str, (*place, key))),
                                                            "is set twice", way_out="set it once", line=line))
             else:
-                mapping[key] = self.value(child, (*place, key), depth + 1)
+                mapping[key] = self.convert(child, (*place, key), depth + 1)
                 self.found.lines[*place, key] = line
         return {**merged, **mapping}
 
-    def _refuse(self, line: int, place: Place, rule: str, way_out: str) -> None:
+    def _report(self, line: int, place: Place, rule: str, way_out: str) -> None:
         key = ".".join(map(str, place))
         self.found.problems.append(SettingsProblem(ProblemCode.TYPE, key, rule, way_out=way_out, line=line))
 
