@@ -112,7 +112,7 @@ class Parser(argparse.ArgumentParser):
                 sentences.append(e.sentence)
                 words = shlex.split(e.fix.line) if e.fix else []
                 program = self.prog.split()
-                if words[:len(program)] != program:  # another command is meant, or none
+                if words[:len(program)] != program:  # a fix for another program, or no fix
                     raise UserError(join_sentences(sentences), e.fix) from None
                 if words[len(program):] == typed:
                     break
@@ -166,7 +166,7 @@ def _parse_path(text: str) -> Path:
 
 
 def _list_options(parser: Parser) -> list[str]:
-    """Return the options of a parser and its sub-commands; of a program only those of the typed command.
+    """Return the options of a parser and its sub-commands; of a program only the typed command's.
 
     Listing a command's options imports the command.
     """

@@ -80,24 +80,24 @@ def to_exit_code(code: object) -> int:
 
 @dataclass(frozen=True)
 class Fix:
-    """How a command line is mended.  The message that it belongs to says why."""
+    """A correction of the typed command line; the message of its `UserError` says why."""
 
     line: str = ""
-    """The whole line, program first; the other fields are empty then."""
+    """The whole corrected line with the program; all other fields stay empty."""
     command: str = ""
-    """Command in place of the typed one: `"prefer"`, `"convert to-hf"`."""
+    """Replaces the typed command: `"prefer"`, `"convert to-hf"`."""
     prefix: str = ""
-    """Word before the command: `"submit"`."""
+    """Word to insert before the command: `"submit"`."""
     arguments: tuple[str, ...] = ()
     """Positional arguments to add after the command."""
     options: tuple[str, ...] = ()
-    """Options with their values, in place of typed ones or added: `("--set", "train.epochs=3")`."""
+    """Options and values to add or replace: `("--set", "train.epochs=3")`."""
     left_out: tuple[str, ...] = ()
-    """Typed words to leave out."""
+    """Typed words to remove."""
     words: Mapping[str, str] = field(default_factory=dict)
-    """Typed word, or a part of it that is a path -> the word in its place."""
+    """Typed word, or a path in it -> replacement."""
     before: tuple[str, ...] = ()
-    """Commands to run before the line."""
+    """Commands to run first."""
 
 
 class UserError(Exception):
@@ -115,7 +115,7 @@ class UserError(Exception):
     """
 
     def __init__(self, sentence: str = "", fix: Fix | None = None) -> None:
-        """Keep the sentence, and how the command line is mended; a whole line ends the message."""
+        """Create the message: `sentence`, followed by `fix.line` if the fix is a whole line."""
         self.sentence, self.fix = sentence, fix
         super().__init__(f"{sentence}; write\n  {fix.line}" if fix and fix.line else sentence)
 
@@ -216,18 +216,19 @@ def download(path: str | os.PathLike[str], is_bare: bool = False) -> str:
 
 
 def fix_missing(path: str | os.PathLike[str], *, is_bare: bool = False, is_data: bool = False) -> Fix | None:
-    """Return the fix for a path that does not exist: a folder or file next to it with nearly the same name,
-    else the download of what the path names on the Hugging Face hub; None: neither.
+    """Return the fix for a missing path: a neighbour with a similar name, a download from the Hugging Face
+    hub, or None.
 
     Args:
-        path: as it was typed.
-        is_bare: see `download`.
-        is_data: whether it would be a dataset.
+        path: the missing path, as typed.
+        is_bare: as in `download`.
+        is_data: whether the path names a dataset.
     """
     text = os.fspath(path)
     folder, name = os.path.split(text)
     names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
-    if close := find_misspelt(name, (one for one in names if one != name and not one.startswith("."))):
+    neighbours = (other for other in names if other != name and not other.startswith("."))
+    if close := find_misspelt(name, neighbours):
         return Fix(words={text: os.path.join(folder, close.split("'")[1])})
     hint = download_dataset(text) if is_data else download(text, is_bare)
     if not hint:

@@ -59,7 +59,7 @@ _MARKUP = re.compile(
 _SIGNS = {_ESCAPE: re.compile(r"&(?=[#\w])|%(?=[0-9A-Fa-f])|=(?=[0-9A-F\r\n])|\\(?=[ux])"),
           _MARKUP: re.compile(r"<(?=[!/A-Za-z])|\\|\](?=[\](])|\[(?=[^\[\]\n]{1,200}\]\()|!(?=\[)|[~{}$`^*_]|"
                               r"=(?==)|\+(?=\+)")}
-"""With what a match of these begins."""
+"""Pattern -> cheap pattern of the first characters of its matches."""
 _CONFUSABLE = {
     **dict(zip("аеорсухіјѕһԁɡԛԝвкмнтзпгьґүӏ", "aeopcyxijshdgqwbkmht3nrbryl", strict=True)),
     **dict(zip("АВЕКМНОРСТУХІЈЅԌԚԜЗҮӀ", "ABEKMHOPCTYXIJSGQW3YI", strict=True)),
@@ -71,9 +71,9 @@ _CONFUSABLE = {
 _COMBINING = re.compile("[\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]+")
 
 _Places = tuple[NDArray[np.int64], NDArray[np.int64]]
-"""Where the origin of each character begins, and where it ends."""
+"""Start and end (exclusive) of each character's origin in an earlier text."""
 _Step = Callable[[], _Places]
-"""Tells the places of a text that was made of another."""
+"""Computes the origins of a text's characters in the text before a replacement."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _compute_origins(parts: list[str], begins: list[int], stops: list[int]) -> _
     # even parts are unchanged, odd parts replaced
     sizes = np.fromiter(map(len, parts), np.int64, len(parts))
     part = np.repeat(np.arange(len(parts)), sizes)
-    # characters of an unchanged part have consecutive origins, those of a replaced part share its range
+    # characters of an unchanged part have consecutive origins; a replaced part has one range for all
     offset = np.arange(len(part)) - (np.cumsum(sizes) - sizes)[part]
     is_unchanged = part % 2 == 0
     starts = np.array(begins)[part] + offset * is_unchanged

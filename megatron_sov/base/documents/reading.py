@@ -405,7 +405,7 @@ def _chain(first: bytes, blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _columns(names: list[str], reading: RecordReading) -> list[str]:
-    """Return the columns to read: all columns of prompts, otherwise those of the kind.
+    """Return the columns to read: all columns for prompts, otherwise the fields of the kind.
 
     Raises:
         BadRecord: the rows are of another kind, or two columns have the same name.

@@ -113,7 +113,7 @@ class Panel:
 
     title: str
     columns: int
-    """Width on a wide screen, in twelfths of it."""
+    """Width on a wide screen, in twelfths."""
     facts: list[tuple[str, str]] = field(default_factory=list)
     """(label, value)."""
     tables: list[PageTable] = field(default_factory=list)

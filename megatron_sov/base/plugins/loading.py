@@ -210,7 +210,7 @@ def _hash_sibling_modules(path: Path) -> dict[str, str]:
     packages."""
     hashes = {}
     modules = dict(sys.modules)
-    # check top-level packages first: there are few of them, but thousands of modules
+    # check top-level packages first: they are few, modules are thousands
     tops = {name for name in {name.partition(".")[0] for name in modules}
             if _is_in_folder(modules.get(name), str(path.parent))}
     for name in sorted(name for name in modules if name.partition(".")[0] in tops):

@@ -437,7 +437,7 @@ def _fields(cls: Any, above: tuple[str, ...] = ()) -> Iterator[_Option]:
         path = (*above, field.name)
         is_made = field.default_factory is not dataclasses.MISSING
         if dataclasses.is_dataclass(hint):
-            # options show the nested class's own defaults; those of another factory would be lost silently
+            # options show the nested class's own defaults; another factory's defaults would be lost silently
             if is_made and cast(Any, field.default_factory) is not hint:
                 raise TypeError(f"{cls.__name__}.{field.name}: the defaults are those of {hint}")
             yield from _fields(hint, path)

@@ -62,7 +62,7 @@ class SettingsProblem:
     line: int = 0
     """Line in the file, from 1; 0: unknown."""
     fix: str | Fix = ""
-    """Setting, `key=value`, with which the rule holds; or another change of the command line."""
+    """`key=value` of a setting that satisfies the rule, or another change of the command line."""
     other: str = ""
     """The compared setting of the same class; its name ends the rule's sentence."""
     other_value: Any = UNSET
@@ -162,13 +162,13 @@ class SettingsError(UserError):
 
 
 def _join_fixes(fixes: Sequence[str | Fix]) -> Fix | None:
-    found = [Fix(options=("--set", fix)) if isinstance(fix, str) else fix for fix in fixes if fix]
-    if not found:
+    changes = [Fix(options=("--set", fix)) if isinstance(fix, str) else fix for fix in fixes if fix]
+    if not changes:
         return None
-    return Fix(options=tuple(word for fix in found for word in fix.options),
-               left_out=tuple(word for fix in found for word in fix.left_out),
-               words={old: new for fix in found for old, new in fix.words.items()},
-               before=tuple(line for fix in found for line in fix.before))
+    return Fix(options=tuple(word for fix in changes for word in fix.options),
+               left_out=tuple(word for fix in changes for word in fix.left_out),
+               words={old: new for fix in changes for old, new in fix.words.items()},
+               before=tuple(line for fix in changes for line in fix.before))
 
 
 def show(value: Any) -> str:

@@ -125,7 +125,7 @@ def rules_of(settings: Any) -> list[SettingsProblem]:
     own = list(map(as_problem, settings.problems())) if hasattr(settings, "problems") else []
     if not dataclasses.is_dataclass(settings):  # a user's own class
         return own
-    # nested settings first: their problems may cause those of the outer settings
+    # nested settings first: their problems may cause problems of the outer settings
     problems = [problem for field in dataclasses.fields(settings)
              for problem in _rules_inside(field.name, getattr(settings, field.name, None))]
     try:
@@ -352,7 +352,7 @@ def _place(cls: Any, loc: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any]:
     """
     place: list[Any] = []
     hint = _inside(cls)
-    # pydantic inserts names of union members between the keys; walking along the types tells them apart
+    # pydantic inserts names of union members between the keys; walking along the types distinguishes them
     for i, part in enumerate(loc):
         if dataclasses.is_dataclass(hint):
             place.append(part)
