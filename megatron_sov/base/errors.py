@@ -22,16 +22,16 @@ rename windows, bidirectional controls reorder the displayed text, and lone surr
 UTF-8."""
 
 
-def visible(text: str) -> str:
+def escape_controls(text: str) -> str:
     """Escape control characters (except line feed and tab) and bidirectional controls in `text`."""
     return text.translate(_ESCAPES)
 
 
-Record = Callable[..., None]
+EventRecorder = Callable[..., None]
 """Signature of `EventLog.write`: `record(name, **fields)` writes one event."""
 
 
-def warn(text: str, record: Record | None = None, event: str = "warning", **fields: Any) -> None:
+def warn(text: str, record: EventRecorder | None = None, event: str = "warning", **fields: Any) -> None:
     """Print `warning: TEXT` to stderr and record an event with the same text.
 
     Args:
@@ -136,19 +136,19 @@ class SilentCorruption(Exception):
     """A rank computed or stored wrong bits; ranks exit with `ExitCode.CORRUPTION`."""
 
 
-def told_in_a_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
+def format_error(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_error_line(error)}"
 
 
-def first_line(error: BaseException) -> str:
+def first_error_line(error: BaseException) -> str:
     """Return the first line of the error's text; some errors have no text or start with an empty line."""
     return (str(error).strip() or "no further details").splitlines()[0]
 
 
-def list_problems(what: str, problems: Sequence[str], way_out: str = "") -> str:
+def format_problems(subject: str, problems: Sequence[str], remedy: str = "") -> str:
     """Format a list of problems: ``"WHAT: 2 problems; WAY_OUT"``, then one indented line per problem."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return "\n".join([f"{what}: {count}{way_out and f'; {way_out}'}",
+    return "\n".join([f"{subject}: {count}{remedy and f'; {remedy}'}",
                       *(f"  {problem}" for problem in problems)])
 
 
@@ -156,7 +156,7 @@ MIN_SIMILARITY = 0.65
 """Lowest `SequenceMatcher.ratio` of a suggestion; words below it are unrelated, such as days and data."""
 
 
-def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+def suggest_name(name: str, known: Iterable[str], prefix: str = "") -> str:
     """Return ``"; did you mean 'x'?"`` for the name in `known` closest to `name`, or an empty string.
 
     `prefix` precedes the suggested name in the sentence.
@@ -180,7 +180,7 @@ def _has_same_number(name: str, other: str) -> bool:
     return longer.startswith(shorter)
 
 
-def find_misspelt(name: str, known: Iterable[str]) -> str:
+def suggest_spelling(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for a misspelling of a name in `known`, or an empty string.
 
     The two names have the same digits and differ in case, separators and at most one letter. Names that are
@@ -195,7 +195,7 @@ def find_misspelt(name: str, known: Iterable[str]) -> str:
     return ""
 
 
-def download(path: str | os.PathLike[str], is_bare: bool = False) -> str:
+def suggest_download(path: str | os.PathLike[str], is_bare: bool = False) -> str:
     """Return the end of an error message about a missing path that may name a Hugging Face model.
 
     Args:
@@ -228,16 +228,16 @@ def fix_missing(path: str | os.PathLike[str], *, is_bare: bool = False, is_data:
     folder, name = os.path.split(text)
     names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
     neighbours = (other for other in names if other != name and not other.startswith("."))
-    if close := find_misspelt(name, neighbours):
+    if close := suggest_spelling(name, neighbours):
         return Fix(words={text: os.path.join(folder, close.split("'")[1])})
-    hint = download_dataset(text) if is_data else download(text, is_bare)
+    hint = suggest_dataset_download(text) if is_data else suggest_download(text, is_bare)
     if not hint:
         return None
     kind = " --repo-type dataset" if is_data else ""
     return Fix(words={text: name}, before=(f"hf download {text}{kind} --local-dir {shlex.quote(name)}",))
 
 
-def download_dataset(path: str | os.PathLike[str]) -> str:
+def suggest_dataset_download(path: str | os.PathLike[str]) -> str:
     """Return the end of an error message about missing data that may name a Hugging Face dataset.
 
     The text holds the download command; an empty string means that `path` cannot be a dataset name.
@@ -249,7 +249,7 @@ def download_dataset(path: str | os.PathLike[str]) -> str:
             f"{os.fspath(path)} --repo-type dataset --local-dir {match[1]}")
 
 
-def how_to_install(extra: str, options: str = "") -> str:
+def format_install_command(extra: str, options: str = "") -> str:
     """Return the pip command that installs one of the package's extras.
 
     A checkout is reinstalled with the extra and `constraints.txt`. Next to an installed wheel, pip installs

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.digests import SHA256, file_digest
+from megatron_sov.base.digests import SHA256, hash_file
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.folder import TOKENIZER_JSON, chat_form
 
@@ -116,7 +116,7 @@ def digest_of_bytes(tokenizer: Path) -> str:
     """Return the digest of a tokenizer.json as it lies on the disk."""
     if not (tokenizer / TOKENIZER_JSON).is_file():
         raise UserError(f"{tokenizer / TOKENIZER_JSON}: cannot be read as a tokenizer: it is not there")
-    return file_digest(tokenizer / TOKENIZER_JSON, SHA256)
+    return hash_file(tokenizer / TOKENIZER_JSON, SHA256)
 
 
 @lru_cache(maxsize=16)

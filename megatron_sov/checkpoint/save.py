@@ -24,7 +24,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_sov.base.artifacts import (
-    MANIFEST, ArtifactWriter, atomic_write, publish, refuse_existing, to_json)
+    MANIFEST, ArtifactWriter, check_output_folder, format_json, publish_folder, write_atomically)
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.checkpoint.host_snapshot import INDICES, Snapshot, WrittenSnapshot
 from megatron_sov.checkpoint.sharded_tensors import write_index
@@ -134,14 +134,14 @@ class Saver:
         writing = _PendingSave(path, temporary(path, self._token), companions.state["step"], time.monotonic())
         sources = _collect_weights(model) | ({"optimizer": optimizer.state_shards()} if optimizer else {})
         # Serialize now: the loop changes these values while the thread writes.
-        parts, state, base = list(sources), to_json(companions.state), model.adapter_base
+        parts, state, base = list(sources), format_json(companions.state), model.adapter_base
         self._snapshot.take(sources, changes=not waits)
         rank = dist.get_rank()
 
         def write_files() -> None:
             with _convert_os_errors(path, rank):
                 if rank == 0:
-                    refuse_existing(path, KIND, overwrite=False)
+                    check_output_folder(path, KIND, overwrite=False)
                 writing.folder.mkdir(parents=True, exist_ok=True)
                 self._snapshot.write(writing.folder, rank)
 
@@ -305,15 +305,15 @@ def _publish_checkpoint(writing: _PendingSave, parts: list[str], state: str, com
     if companions.tokenizer is not None:
         shutil.copytree(companions.tokenizer, folder / "tokenizer", ignore=shutil.ignore_patterns(MANIFEST))
         for name, content in companions.beside.items():
-            atomic_write(folder / "tokenizer" / name, content)
-    atomic_write(folder / STATE, state)
+            write_atomically(folder / "tokenizer" / name, content)
+    write_atomically(folder / STATE, state)
     artifact = ArtifactWriter(folder, KIND)
     # Files were hashed while they were written; they are not read again.
-    artifact.known_files = {name: record for w in written for name, record in w.files.items()}
+    artifact.hashed_files = {name: record for w in written for name, record in w.files.items()}
     artifact.content = {"step": companions.state["step"], "tokens": companions.state["tokens"],
                         "parts": parts, **({BASE: base.to_dict()} if base is not None else {}),
                         **companions.content}
     artifact.settings = companions.settings
     artifact.complete()
     # The rename is the commit: until now no folder has the name of the checkpoint.
-    publish(folder, writing.path)
+    publish_folder(folder, writing.path)

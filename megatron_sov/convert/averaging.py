@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_sov.base.artifacts import MANIFEST, FileRecord, manifest_sha256, read_manifest, refuse_existing
+from megatron_sov.base.artifacts import (
+    MANIFEST, FileRecord, check_output_folder, manifest_sha256, read_manifest)
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.vocabulary import refuse_other_tokenizer
 from megatron_sov.checkpoint.sharded_tensors import block_name, write_index
@@ -183,7 +184,7 @@ def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, worke
             differ, a checkpoint is damaged, or the disk is full.
     """
     out = Path(out)
-    refuse_existing(out, KIND, overwrite)
+    check_output_folder(out, KIND, overwrite)
     paths = [_find_start(path) for path, _ in checkpoints]
     if len(paths) < fewest:
         raise UserError(f"{', '.join(map(str, paths)) or 'no checkpoint'}: a mean needs at least two "

@@ -17,10 +17,10 @@ import torch
 from tqdm import tqdm
 
 from megatron_sov.base.artifacts import (
-    MANIFEST, FileRecord, atomic_write, file_damage, read_manifest, refuse_existing, to_json)
-from megatron_sov.base.digests import fingerprint
+    MANIFEST, FileRecord, check_output_folder, find_file_damage, format_json, read_manifest, write_atomically)
+from megatron_sov.base.digests import fingerprint_folder
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.base.outputs import refuse_link_outside
+from megatron_sov.base.outputs import refuse_outside_link
 from megatron_sov.chat.folder import CONFIG_JSON, TEMPLATE, TOKENIZER_JSON, read_chat_encoder, special_text
 from megatron_sov.chat.vocabulary import read_tokenizer
 from megatron_sov.checkpoint.assembling import StoredBlock
@@ -39,6 +39,7 @@ from megatron_sov.model.pretrained import CONFIG, DAMAGED_HF, hub_name, listed, 
 from megatron_sov.runs.checkpoints import (
     ADAPTER, HF_MODEL, IMPORTED, KIND, SOURCE, instead_of, refuse_missing, refuse_other_kind)
 from megatron_sov.work.progress.resumable import resumable_artifact
+
 
 # Duplicated tensors: Hugging Face folders store embedding and head of a prediction layer a second time. A
 # checkpoint stores each once.
@@ -177,7 +178,7 @@ def _check_folder(weights: Weights, workers: int, base: SourceCheck | None) -> I
         manifest = read_manifest(path)
         other_parts = tuple(f"{part}/" for part in manifest.content.get("parts", [])
                        if part not in (PART, ADAPTER))
-        damage = {name: pool.submit(file_damage, path / name, record)
+        damage = {name: pool.submit(find_file_damage, path / name, record)
                  for name, record in manifest.files.items() if not name.startswith(other_parts)}
         remedy = instead_of(path) if manifest.kind == KIND else DAMAGED_HF
     check = SourceCheck(weights, damage, remedy, base)
@@ -219,14 +220,14 @@ def carry(source: Path, target: Path, tokens: TokenIds) -> None:
     target.mkdir(exist_ok=True)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
-            refuse_link_outside(source, source / name)
+            refuse_outside_link(source, source / name)
             shutil.copyfile(source / name, target / name)
     defaults = _read_if_there(target / GENERATION_CONFIG)
     present = ids_in(defaults)
     missing = {f"{name}_token_id": value for name, value in vars(tokens).items()
                if not set(ids_as_list(value)) <= set(ids_as_list(getattr(present, name)))}
     if missing:
-        atomic_write(target / GENERATION_CONFIG, to_json(defaults | missing))
+        write_atomically(target / GENERATION_CONFIG, format_json(defaults | missing))
 
 
 def move_chat_template(folder: Path) -> None:
@@ -238,8 +239,8 @@ def move_chat_template(folder: Path) -> None:
     if not isinstance(template, str):
         return
     if not template_file.exists():
-        atomic_write(template_file, template.encode())
-    atomic_write(config_file, to_json(config))
+        write_atomically(template_file, template.encode())
+    write_atomically(config_file, format_json(config))
 
 
 def with_turn_ends(folder: Path, tokens: TokenIds) -> TokenIds:
@@ -348,7 +349,7 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
     """
     hf_dir, out = Path(hf_dir), Path(out)
     check_dtype_name(dtype)
-    refuse_existing(out, KIND, overwrite)
+    check_output_folder(out, KIND, overwrite)
     refuse_missing(hf_dir)
     refuse_other_kind(hf_dir, (HF_MODEL,), "a Hugging Face folder")
     if not (hf_dir / CONFIG).is_file():
@@ -357,7 +358,7 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
     for name in TOKENIZER_FILES:
         # Check now; later errors would blame the copy in the checkpoint.
         if name.endswith(".json"):
-            refuse_link_outside(hf_dir, hf_dir / name)
+            refuse_outside_link(hf_dir, hf_dir / name)
             _read_if_there(hf_dir / name)
     source = HfWeights(hf_dir)
     check_dtypes(source)
@@ -404,7 +405,7 @@ def write_imported(out: Path, source: Imported, dtype: str, *, workers: int, ove
     weights, folder = source.weights, source.weights.path
     links = {block_name(link.key, link.offset): link for link in weights.links}
     files = planned_files(links, weights.dtype, dtype)
-    plan = {"from": fingerprint(folder), "dtype": dtype, "model": dataclasses.asdict(weights.model),
+    plan = {"from": fingerprint_folder(folder), "dtype": dtype, "model": dataclasses.asdict(weights.model),
             "files": digest_of(files)}
     with resumable_artifact(out, KIND, f"megatron-sov convert {source.what}", plan, overwrite=overwrite,
                             redo=redo) as artifact, \

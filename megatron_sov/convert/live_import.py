@@ -22,6 +22,7 @@ from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.adapters import adapted_modules, places
 from megatron_sov.model.families.weights import Link
 
+
 def export_weights(model: LanguageModel, dtype: str = KEEP, *,
                    everywhere: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (Hugging Face name, tensor) for all tensors of a model, in the order of the weight map

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from megatron_sov.base.artifacts import refuse_existing
+from megatron_sov.base.artifacts import check_output_folder
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.outputs import refuse_link_outside
+from megatron_sov.base.outputs import refuse_outside_link
 from megatron_sov.checkpoint.assembling import Assembled, StoredBlock
 from megatron_sov.checkpoint.writer import read_block
 from megatron_sov.convert import DEFAULT_WORKERS
@@ -33,7 +33,6 @@ from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.families.weights import Link
 from megatron_sov.model.pretrained import listed, read_json
 from megatron_sov.runs.checkpoints import KIND
-
 
 METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -255,7 +254,7 @@ class TorchDistTensors(Assembled):
             if not (folder / file).is_file():
                 raise UserError(f"{folder / file}: is missing; according to the index it contains "
                                 f"{listed(self.list_keys_in(file))}; {REMEDY}")
-            refuse_link_outside(folder, folder / file)
+            refuse_outside_link(folder, folder / file)
         self._find = functools.lru_cache(_CACHED_HEADERS)(self._find_uncached)
 
     def read_slice(self, key: str, piece: StoredBlock, block: tuple[slice, ...]) -> torch.Tensor:
@@ -417,7 +416,7 @@ def from_megatron(folder: str | Path, out: str | Path, dtype: str = KEEP, *, fam
     """
     out = Path(out)
     check_dtype_name(dtype)
-    refuse_existing(out, KIND, overwrite)
+    check_output_folder(out, KIND, overwrite)
     iteration_folder = find_iteration(Path(folder))
     settings, iteration = _read_model_settings(iteration_folder)
     try:

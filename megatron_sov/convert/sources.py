@@ -15,8 +15,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from megatron_sov.base.artifacts import MANIFEST, damaged_files, read_manifest
-from megatron_sov.base.errors import UserError, find_misspelt
+from megatron_sov.base.artifacts import MANIFEST, find_damaged_files, read_manifest
+from megatron_sov.base.errors import UserError, suggest_spelling
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.checkpoint.writer import TensorFile
 from megatron_sov.convert.low_bit import FIELD, low_bit_weights
@@ -171,7 +171,7 @@ class HfWeights:
             if ignored_fields := family.find_passed_over(known_config):
                 field_names = [name for item in family.config for name in item.names]
                 # `find_misspelt` returns "" or "; HINT".
-                hints = {name: find_misspelt(name, field_names)[2:] for name in ignored_fields}
+                hints = {name: suggest_spelling(name, field_names)[2:] for name in ignored_fields}
                 fields = ", ".join(f"{name} ({hint})" if hint else name for name, hint in hints.items())
                 self.notes.append(f"{CONFIG}: fields without effect on the computation, which to-hf writes "
                                   f"unchanged: {fields}")
@@ -387,7 +387,7 @@ def refuse_damaged_export(folder: Path) -> None:
     if not (folder / MANIFEST).is_file() or "format_version" not in read_json(folder / MANIFEST):
         return
     weights = [name for name in read_manifest(folder).files if name.endswith(".safetensors")]
-    if problems := damaged_files(folder, weights, HASHED_AT_A_TIME):
+    if problems := find_damaged_files(folder, weights, HASHED_AT_A_TIME):
         raise UserError(f"{problems[0]}; {DAMAGED_HF}")
 
 

@@ -13,7 +13,7 @@ from annotated_types import Gt, Le
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     NO_FLAG, AtLeastOne, Flag, NotNegative, NotNegativeInt, ProblemCode, SettingsError, SettingsProblem,
-    find_problems)
+    try_parse_settings)
 from megatron_sov.model.config import correct_setting
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Sampling:
     def check(self) -> None:
         """Raise `UserError` where a value has no meaning; every engine asks."""
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "rules"}
-        if problems := find_problems(Sampling, given)[1] or self.problems():
+        if problems := try_parse_settings(Sampling, given)[1] or self.problems():
             raise SettingsError("sampling", problems)
 
 

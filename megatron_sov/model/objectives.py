@@ -11,8 +11,8 @@ from megatron_sov.base.documents import KINDS, ROLLOUTS
 from megatron_sov.base.documents.records import column_problems
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import LoadedPlugin
-from megatron_sov.base.plugins.registry import Registry, check_methods, takes
-from megatron_sov.base.settings import read_arguments
+from megatron_sov.base.plugins.registry import Registry, accepts_arguments, check_methods
+from megatron_sov.base.settings import parse_arguments
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.learning import BUILT_IN
 
@@ -43,7 +43,7 @@ def _check(loaded: LoadedPlugin) -> None:
                         "NeededColumn(made_by)")
     if problems := column_problems(columns):
         raise UserError(f"{loaded.reference}: `columns`: {'; '.join(problems)}")
-    if not takes(loaded.value, ("context",)):
+    if not accepts_arguments(loaded.value, ("context",)):
         raise UserError(f"{loaded.reference}: is made by "
                         f"{loaded.attribute}{inspect.signature(loaded.value)}; "
                         f"an objective is made by {loaded.attribute}(context), with its own settings "
@@ -64,7 +64,7 @@ def check(config: RunConfig) -> None:
     if name in BUILT_IN:
         return
     made = OWN.get(name, config.code)
-    read_arguments(made, options, f"objective {name}", prefix="objective.options", num_ours=1)
+    parse_arguments(made, options, f"objective {name}", prefix="objective.options", num_ours=1)
 
 
 def check_command(config: RunConfig, trains_by: str) -> None:

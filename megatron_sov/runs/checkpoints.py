@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sov.base.artifacts import (
-    MANIFEST, atomic_write, delete_folder, disk_errors, file_damage, fsync_path, manifest_sha256,
-    read_manifest, to_json)
-from megatron_sov.base.errors import Fix, UserError, download, fix_missing, warn
+    MANIFEST, delete_folder, find_file_damage, format_json, fsync_path, manifest_sha256, read_manifest,
+    translate_disk_errors, write_atomically)
+from megatron_sov.base.errors import Fix, UserError, fix_missing, suggest_download, warn
 from megatron_sov.base.hints.removed import check_folder
-from megatron_sov.base.outputs import TRYING
+from megatron_sov.base.outputs import PROBE_PREFIX
 from megatron_sov.model.config import RunConfig, from_dict
 from megatron_sov.model.pretrained import ADAPTER_CONFIG, CONFIG, is_hf_folder
 from megatron_sov.runs.obs.events import EVENTS
@@ -86,7 +86,7 @@ def clear_leftovers(folder: Path) -> None:
     """Delete half-written and half-deleted folders of killed processes. The caller must hold
     the run's lock."""
     # These folders have no manifest. Only the lock holder knows that no living process still writes to them.
-    for prefix in (WRITING, DELETING, TRYING):
+    for prefix in (WRITING, DELETING, PROBE_PREFIX):
         for leftover in sorted(folder.glob(f"{prefix}*")):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -160,7 +160,7 @@ def refuse_missing(path: Path, option: str = "") -> None:
             raise UserError(f"{option}{path}: {problem}; pass its folder, {path.parent}",
                             Fix(words={str(path): str(path.parent)}))
         raise UserError(f"{option}{path}: {problem}; pass a checkpoint, a run or a Hugging Face "
-                        f"folder{download(path)}", fix_missing(path))
+                        f"folder{suggest_download(path)}", fix_missing(path))
 
 
 def refuse_other_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
@@ -340,7 +340,7 @@ def keep_as_base(base: Path) -> None:
     if base.parent.name != CHECKPOINTS_OF_A_RUN or (base / KEPT).exists():
         return
     try:
-        atomic_write(base / KEPT, "An adapter stands on this checkpoint, so its run does not prune it.\n"
+        write_atomically(base / KEPT, "An adapter stands on this checkpoint, so its run does not prune it.\n"
                                   "When no adapter needs it any more, delete this file.\n")
     except (OSError, UserError) as e:
         warn(f"{base}: an adapter needs this checkpoint, and the note for its run cannot be written ({e}); "
@@ -358,7 +358,7 @@ def files_sha256(start: Path) -> str:
     manifest = read_manifest(start)
     facts = {"base": manifest.content.get(BASE, {}).get("sha256", ""),
              "files": {name: record.digest for name, record in sorted(manifest.files.items())}}
-    return hashlib.sha256(to_json(facts).encode()).hexdigest()
+    return hashlib.sha256(format_json(facts).encode()).hexdigest()
 
 
 def trained_tokens(path: Path) -> int:
@@ -408,7 +408,7 @@ def damage(path: Path, *, rank: int = 0, size: int = 1, weights_only: bool = Fal
     names = sorted(name for name in files if not (weights_only and name.startswith(NOT_WEIGHTS)))
     for name in names[rank::size]:
         try:
-            problem = file_damage(path / name, files[name])
+            problem = find_file_damage(path / name, files[name])
         except OSError as e:
             # EIO means lost bytes. Other errors (permissions, unmounted disk) say nothing about the file.
             if e.errno != errno.EIO:
@@ -441,7 +441,7 @@ def _set_apart(path: Path, prefix: str) -> Path:
     # an empty one.
     if renamed.exists():
         renamed = path.with_name(f"{prefix}{path.name}-{secrets.token_hex(4)}")
-    with disk_errors(path):
+    with translate_disk_errors(path):
         os.rename(path, renamed)
         # Without fsync a power failure may restore the old name, and the next start would load the damage.
         fsync_path(path.parent)

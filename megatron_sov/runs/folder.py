@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.artifacts import MANIFEST, atomic_write, disk_errors, to_json
+from megatron_sov.base.artifacts import MANIFEST, format_json, translate_disk_errors, write_atomically
 from megatron_sov.base.errors import UserError, fix_missing
 from megatron_sov.base.outputs import refuse_unwritable
 from megatron_sov.model.config import OptimConfig, RolloutConfig, RunConfig, from_dict
@@ -89,12 +89,12 @@ class RunFolder:
         return _declared(file)
 
     def complete(self, content: dict[str, Any]) -> None:
-        atomic_write(self.path / COMPLETION, to_json(content))
+        write_atomically(self.path / COMPLETION, format_json(content))
 
     def hold(self, content: dict[str, Any]) -> None:
         """Write `awaiting_gate.json`, the content for `complete` after the last checkpoint
         passes its gate."""
-        atomic_write(self.path / HELD, to_json(content))
+        write_atomically(self.path / HELD, format_json(content))
 
     def held(self) -> dict[str, Any] | None:
         file = self.path / HELD
@@ -105,7 +105,7 @@ class RunFolder:
 
     def fail(self, failure: str) -> None:
         """Write `gate_failed.json`."""
-        atomic_write(self.path / FAILURE, to_json({"failure": failure}))
+        write_atomically(self.path / FAILURE, format_json({"failure": failure}))
 
     def failure(self) -> str | None:
         """Read the reason in `gate_failed.json`, or return None."""
@@ -211,7 +211,7 @@ class RunFolder:
         return any((self.path / name).exists() for name in (CONFIG, STAGES))
 
     def create(self) -> None:
-        with disk_errors(self.path):
+        with translate_disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
 
     def declare(self, config: RunConfig, step: int = 0) -> None:
@@ -223,9 +223,9 @@ class RunFolder:
         """
         self._tell_change(config, step)
         # Write config.json before creating checkpoints/: after a kill in between, --resume still works.
-        atomic_write(self.path / CONFIG, to_json(config.to_dict()))
+        write_atomically(self.path / CONFIG, format_json(config.to_dict()))
         record_command(self.path)
-        with disk_errors(self.path):
+        with translate_disk_errors(self.path):
             self.checkpoints.mkdir(exist_ok=True)
 
     def _tell_change(self, config: RunConfig, step: int) -> None:
@@ -267,7 +267,7 @@ def record_command(run: Path) -> None:
     """Write `command.json` if a command line started this process."""
     if (words := typed_command()) is not None:
         # ASCII escapes: arguments may contain bytes outside UTF-8.
-        atomic_write(run / COMMAND, _command_now(words))
+        write_atomically(run / COMMAND, _command_now(words))
 
 
 def _command_now(words: Sequence[str]) -> str:

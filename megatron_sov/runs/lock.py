@@ -19,7 +19,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.artifacts import atomic_write, disk_errors
+from megatron_sov.base.artifacts import translate_disk_errors, write_atomically
 from megatron_sov.base.errors import ExitCode, UserError, warn
 from megatron_sov.work.progress.locks import has_ended, identity, in_turn
 
@@ -47,12 +47,12 @@ class RunLock:
             UserError: a living run holds the lock, or the folder is not writable.
         """
         # One critical section: two starters that both find a dead holder must not both write.
-        with disk_errors(self._file), in_turn(self._file.parent):
+        with translate_disk_errors(self._file), in_turn(self._file.parent):
             record = recorded_holder(self._file.parent)
             if record is not None and self._is_held(record):
                 raise UserError(f"{self._file.parent}: is held by a living run (process {record['pid']} on "
                                 f"{record['host']}); wait for it, stop it, or choose another --run")
-            atomic_write(self._file, self._record())
+            write_atomically(self._file, self._record())
         self._thread.start()
 
     def release(self) -> None:
@@ -95,7 +95,7 @@ class RunLock:
                           file=sys.stderr, flush=True)
                     # Two runs must not write into one folder, not even a last checkpoint.
                     os._exit(ExitCode.CRASH)
-                atomic_write(self._file, self._record())
+                write_atomically(self._file, self._record())
             except (UserError, OSError) as e:  # later heartbeats may still renew the lease
                 warn(f"{self._file}: cannot write the heartbeat ({e})")
 
@@ -121,7 +121,7 @@ def recorded_holder(run: Path) -> dict[str, Any] | None:
 
 def forget(run: Path) -> None:
     """Delete `lock.json` of a holder that the caller knows to be dead."""
-    with disk_errors(run):
+    with translate_disk_errors(run):
         (run / LOCK).unlink(missing_ok=True)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.artifacts import manifest_sha256, to_json, write_output
+from megatron_sov.base.artifacts import format_json, manifest_sha256, write_output
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.runs import checkpoints
@@ -45,7 +45,7 @@ def enter_rounds(folder: Path, file: Path, asked: dict[str, Any], option: str, w
         raise UserError(f"{option} {folder}: is a file; choose another one")
     # Without results no setting can contradict anything.
     if not _holds_more(folder, {file, *made_anew}):
-        write_output(file, to_json(asked))
+        write_output(file, format_json(asked))
         return
     if not file.is_file():
         raise UserError(f"{folder}: is not empty and holds no {what}; choose another {option}")
@@ -53,7 +53,7 @@ def enter_rounds(folder: Path, file: Path, asked: dict[str, Any], option: str, w
         recorded = dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as e:
         raise UserError(f"{file}: is damaged ({e}); restore it, or choose another {option}") from None
-    current = json.loads(to_json(asked))  # JSON turns tuples into lists, as in the file
+    current = json.loads(format_json(asked))  # JSON turns tuples into lists, as in the file
     changed = {name: value for name, value in current.items() if recorded.get(name) != value}
     if changed:
         descriptions = [f"{name} = {recorded.get(name)}, now it is {value}"
@@ -164,7 +164,7 @@ class RunPolicies:
         """
         # In the middle of a round the digest came from the checkpoint.
         if not step % self.rollout.steps_per_round:
-            self._trained = _digest(self.at(step).sha256, documents_sha256, to_json(dict(self.settings)))
+            self._trained = _digest(self.at(step).sha256, documents_sha256, format_json(dict(self.settings)))
 
     def state(self) -> dict[str, Any]:
         """Return JSON values for the checkpoint."""

@@ -20,19 +20,19 @@ from blake3 import blake3
 
 from megatron_sov.base import artifacts
 from megatron_sov.base.artifacts import (
-    MANIFEST, FileRecord, atomic_write, damaged_files, manifest_sha256, new_artifact, read_manifest,
-    refuse_existing, sha256_file, to_json)
-from megatron_sov.base.digests import file_digest
+    MANIFEST, FileRecord, check_output_folder, create_artifact, find_damaged_files, format_json,
+    manifest_sha256, read_manifest, sha256_file, write_atomically)
+from megatron_sov.base.digests import hash_file
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import (
-    check_seal, read_json, seal_damage, seal_file, seal_of, write_json, write_sealed)
+    check_seal, find_seal_damage, read_seal, read_sealed_json, seal_file, write_sealed, write_sealed_json)
 
 BLAKE3_OF_ABC = "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"
 """As in the test vectors of other implementations."""
 
 
 def build(path: Path, kind: str = "tokens", text: str = "hello", **options: Any) -> Path:
-    with new_artifact(path, kind, **options) as writer:
+    with create_artifact(path, kind, **options) as writer:
         writer.content["num_documents"] = 1
         writer.settings["seed"] = 7
         (writer.path / "sub").mkdir()
@@ -54,7 +54,7 @@ def killed_in_the_middle(body: str, path: Path) -> None:
 
 def test_artifact_round_trip(tmp_path: Path) -> None:
     source = build(tmp_path / "source", "corpus")
-    with new_artifact(tmp_path / "deep/er/a", "tokens") as writer:
+    with create_artifact(tmp_path / "deep/er/a", "tokens") as writer:
         writer.content["num_tokens"] = 3
         writer.settings["seed"] = 7
         writer.add_input(source)
@@ -64,7 +64,7 @@ def test_artifact_round_trip(tmp_path: Path) -> None:
     assert manifest.files == {"data.bin": FileRecord(f"blake3:{BLAKE3_OF_ABC}", 3)}
     assert manifest.inputs == [{"kind": "corpus", "path": str(source),
                                 "manifest_sha256": manifest_sha256(source)}]
-    assert damaged_files(tmp_path / "deep/er/a") == []
+    assert find_damaged_files(tmp_path / "deep/er/a") == []
     assert [p.name for p in (tmp_path / "deep/er").iterdir()] == ["a"]
 
 
@@ -166,7 +166,7 @@ with artifacts.new_artifact(Path(sys.argv[1]), "tokens") as writer:
 
 
 def test_exception_removes_temporary_folder(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), new_artifact(tmp_path / "a", "tokens") as writer:
+    with pytest.raises(ZeroDivisionError), create_artifact(tmp_path / "a", "tokens") as writer:
         (writer.path / "data.bin").write_text("half")
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
@@ -175,7 +175,7 @@ def test_exception_removes_temporary_folder(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
 def test_full_disk_is_one_sentence_and_removes_temporary_folder(tmp_path: Path) -> None:
     with (pytest.raises(UserError, match="a: no space left on the device; free some"),
-          new_artifact(tmp_path / "a", "tokens")):
+          create_artifact(tmp_path / "a", "tokens")):
         Path("/dev/full").write_text("x")
     assert list(tmp_path.iterdir()) == []
 
@@ -188,14 +188,14 @@ def test_atomic_write_keeps_old_content_on_disk_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, sentence: str,
 ) -> None:
     path = tmp_path / "report.html"
-    atomic_write(path, "old")
+    write_atomically(path, "old")
 
     def refuse(fd: int) -> None:
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(UserError, match=rf"report\.html: {sentence}"):
-        atomic_write(path, "new")
+        write_atomically(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
@@ -209,25 +209,25 @@ def test_impossible_artifact_paths_are_refused(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=sentence):
-        refuse_existing(Path(path), "text", overwrite=True)
-    with pytest.raises(UserError, match=sentence), new_artifact(path, "text"):
+        check_output_folder(Path(path), "text", overwrite=True)
+    with pytest.raises(UserError, match=sentence), create_artifact(path, "text"):
         pytest.fail("it begins to be made")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_unexpected_disk_error_is_not_translated(tmp_path: Path) -> None:
-    with pytest.raises(IsADirectoryError), new_artifact(tmp_path / "a", "tokens") as writer:
+    with pytest.raises(IsADirectoryError), create_artifact(tmp_path / "a", "tokens") as writer:
         writer.path.write_text("a folder cannot be written like a file")
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
-    with new_artifact(tmp_path / "a", "tokens") as writer:
+    with create_artifact(tmp_path / "a", "tokens") as writer:
         for name in ("flipped", "gone", "short", "whole"):
             (writer.path / name).write_text("content")
     (tmp_path / "a/flipped").write_text("cOntent")
     (tmp_path / "a/gone").unlink()
     (tmp_path / "a/short").write_text("cont")
-    assert damaged_files(tmp_path / "a") == [
+    assert find_damaged_files(tmp_path / "a") == [
         f"{tmp_path}/a/flipped: its content differs from the hash in the manifest",
         f"{tmp_path}/a/gone: is missing",
         f"{tmp_path}/a/short: has 4 bytes, the manifest says 7",
@@ -320,7 +320,7 @@ def test_file_hashes_match_libraries_across_blocks(tmp_path: Path) -> None:
         data = bytes(i % 251 for i in range(256)) * (size // 256 + 1)
         (tmp_path / "f").write_bytes(data[:size])
         assert sha256_file(tmp_path / "f") == hashlib.sha256(data[:size]).hexdigest()
-        assert file_digest(tmp_path / "f") == f"blake3:{blake3(data[:size]).hexdigest()}"
+        assert hash_file(tmp_path / "f") == f"blake3:{blake3(data[:size]).hexdigest()}"
 
 
 def test_format_json_of_dataclasses_and_paths(tmp_path: Path) -> None:
@@ -329,9 +329,9 @@ def test_format_json_of_dataclasses_and_paths(tmp_path: Path) -> None:
         x: float
         where: Path
 
-    assert json.loads(to_json({"p": Point(0.1, Path("a/b"))})) == {"p": {"x": 0.1, "where": "a/b"}}
+    assert json.loads(format_json({"p": Point(0.1, Path("a/b"))})) == {"p": {"x": 0.1, "where": "a/b"}}
     with pytest.raises(TypeError, match="set cannot be written as JSON"):
-        to_json({1, 2})
+        format_json({1, 2})
 
 
 @pytest.mark.parametrize("files", [{"../outside": 1}, {"/etc/passwd": 1}, {"": 1}, {"a/../../b": 1}])
@@ -353,7 +353,7 @@ def test_linked_output_is_written_to_target(tmp_path: Path) -> None:
     """As where a folder is a link to a larger disk."""
     (tmp_path / "disk/real").mkdir(parents=True)
     (tmp_path / "out").symlink_to(tmp_path / "disk/real")
-    refuse_existing(tmp_path / "out", "tokens", overwrite=False)
+    check_output_folder(tmp_path / "out", "tokens", overwrite=False)
     build(tmp_path / "out")
     assert (tmp_path / "out").is_symlink() and read_manifest(tmp_path / "disk/real").kind == "tokens"
     with pytest.raises(UserError, match="already exists"):
@@ -363,41 +363,41 @@ def test_linked_output_is_written_to_target(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "disk").iterdir()) == ["real"]
     (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
     lost = tmp_path / "lost"
-    for refuse in (lambda: refuse_existing(lost, "tokens", overwrite=False), lambda: build(lost)):
+    for refuse in (lambda: check_output_folder(lost, "tokens", overwrite=False), lambda: build(lost)):
         with pytest.raises(UserError, match=r"lost: is a link to .*nowhere, which does not exist"):
             refuse()
 
 
 def test_sealed_file_round_trip(tmp_path: Path) -> None:
     file = tmp_path / "numbers.f32"
-    assert "cannot be read (No such file or directory)" in str(seal_damage(file))
+    assert "cannot be read (No such file or directory)" in str(find_seal_damage(file))
     for content in (b"", b"1234", bytes(range(256)) * 9):
         write_sealed(file, content)
         whole = file.read_bytes()
-        assert seal_damage(file) is None and whole.startswith(content)
+        assert find_seal_damage(file) is None and whole.startswith(content)
         for damaged in (*(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1:]
                           for place in {0, len(content) // 2, len(whole) - 1}), whole[:-1], whole + b"x"):
             file.write_bytes(damaged)
-            assert "is damaged (it " in str(seal_damage(file))
+            assert "is damaged (it " in str(find_seal_damage(file))
 
 
 def test_seal_detects_file_of_another_owner(tmp_path: Path) -> None:
     file = tmp_path / "numbers.f32"
     write_sealed(file, b"1234", "round 1")
-    assert seal_damage(file, "round 1") is None
+    assert find_seal_damage(file, "round 1") is None
     for other in ("round 2", ""):
-        assert "differs from its own checksum" in str(seal_damage(file, other))
-    write_json(tmp_path / "a.json", {"a": 1}, "here")
-    assert read_json(tmp_path / "a.json", of="here") == {"a": 1}
+        assert "differs from its own checksum" in str(find_seal_damage(file, other))
+    write_sealed_json(tmp_path / "a.json", {"a": 1}, "here")
+    assert read_sealed_json(tmp_path / "a.json", owner="here") == {"a": 1}
     with pytest.raises(UserError, match=r"a.json: is damaged or belongs elsewhere .it differs"):
-        read_json(tmp_path / "a.json", of="there")
+        read_sealed_json(tmp_path / "a.json", owner="there")
 
 
 def test_seal_detects_older_version(tmp_path: Path) -> None:
     file = tmp_path / "rows"
     file.write_bytes(b"older")
     older = seal_file(file)
-    assert seal_of(file) == older
+    assert read_seal(file) == older
     check_seal(file, seal=older)
     file.write_bytes(b"newer")
     newer = seal_file(file)

@@ -16,7 +16,8 @@ from megatron_sov import cli
 from megatron_sov.base import errors
 from megatron_sov.base.command_line import Parser, exit_code
 from megatron_sov.base.errors import (
-    ExitCode, GateFailed, StopRequested, UserError, download, how_to_install, list_problems, nearest)
+    ExitCode, GateFailed, StopRequested, UserError, format_install_command, format_problems, suggest_download,
+    suggest_name)
 from megatron_sov.operate.slurm.stages import work_of
 from megatron_sov.version import __version__
 from tokenizer.cli import build_parser as sov_tokenizer
@@ -164,23 +165,23 @@ def test_exit_codes_are_stable() -> None:
 
 
 def test_format_problems_counts_and_lists() -> None:
-    assert list_problems("run.json", ["a = 1 is odd"]) == "run.json: 1 problem\n  a = 1 is odd"
-    assert list_problems("data", ["x", "y"], "pack it again") == "data: 2 problems; pack it again\n  x\n  y"
+    assert format_problems("run.json", ["a = 1 is odd"]) == "run.json: 1 problem\n  a = 1 is odd"
+    assert format_problems("data", ["x", "y"], "pack it again") == "data: 2 problems; pack it again\n  x\n  y"
 
 
 def test_suggest_nearest_name() -> None:
-    assert nearest("pretrian", ["pretrain", "extend"]) == "; did you mean 'pretrain'?"
-    assert nearest("zzz", ["pretrain", "extend"]) == ""
-    assert nearest("stepz", ["steps"], "train.") == "; did you mean 'train.steps'?"
+    assert suggest_name("pretrian", ["pretrain", "extend"]) == "; did you mean 'pretrain'?"
+    assert suggest_name("zzz", ["pretrain", "extend"]) == ""
+    assert suggest_name("stepz", ["steps"], "train.") == "; did you mean 'train.steps'?"
 
 
 def test_missing_hub_model_suggests_download(tmp_path: Path,
                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    assert "`hf download Qwen/Qwen3-8B --local-dir Qwen3-8B`" in download(Path("Qwen/Qwen3-8B"))
+    assert "`hf download Qwen/Qwen3-8B --local-dir Qwen3-8B`" in suggest_download(Path("Qwen/Qwen3-8B"))
     for path in ("runs/sft", "sft", "/org/name", "./org/name", "../name", "a/b/c", "org/", "-x/name"):
-        assert download(path) == "", path
+        assert suggest_download(path) == "", path
 
 
 def test_install_command_for_checkout_and_wheel(
@@ -188,14 +189,14 @@ def test_install_command_for_checkout_and_wheel(
     root = Path(errors.__file__).parents[2]
     monkeypatch.setattr(sys, "executable", "/my env/python")
     pip = "'/my env/python' -m pip"
-    assert how_to_install("eval") == f"{pip} install -e '{root}[eval]' -c {root}/constraints.txt"
+    assert format_install_command("eval") == f"{pip} install -e '{root}[eval]' -c {root}/constraints.txt"
     # installed from a wheel
     monkeypatch.setattr(errors, "__file__", str(tmp_path / "megatron_sov/base/errors.py"))
     needs = ["torch>=2.6", 'lm-eval==0.4.13; extra == "eval"', "vllm; extra == 'rollout'",
              'te[a,b]>=2; python_version > "3" and extra == "evals"']
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: needs)
-    assert how_to_install("eval") == f"{pip} install lm-eval==0.4.13"
-    assert how_to_install("rollout") == f"{pip} install vllm"
-    assert how_to_install("evals", "--no-deps") == f"{pip} install --no-deps 'te[a,b]>=2'"
+    assert format_install_command("eval") == f"{pip} install lm-eval==0.4.13"
+    assert format_install_command("rollout") == f"{pip} install vllm"
+    assert format_install_command("evals", "--no-deps") == f"{pip} install --no-deps 'te[a,b]>=2'"
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: None)
-    assert how_to_install("eval") == "install the packages of the extra eval in setup.py"
+    assert format_install_command("eval") == "install the packages of the extra eval in setup.py"

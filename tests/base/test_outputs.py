@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from data_prep.cli import main as sov_data
-from megatron_sov.base.artifacts import refuse_existing, write_output
+from megatron_sov.base.artifacts import check_output_folder, write_output
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.outputs import check_output, check_page, refuse_link_outside, refuse_unwritable
+from megatron_sov.base.outputs import check_output, check_page, refuse_outside_link, refuse_unwritable
 from megatron_sov.cli import main as megatron_sov
 from tokenizer.cli import main as sov_tokenizer
 
@@ -33,9 +33,9 @@ def test_check_output_refuses_impossible_paths(tmp_path: Path) -> None:
             check_output("--output", path)
     check_output("--output", tmp_path / "new/folders/page.html")
     with pytest.raises(UserError, match="File name too long"):
-        refuse_existing(tmp_path / ("a" * 999), "tokens", overwrite=True)
+        check_output_folder(tmp_path / ("a" * 999), "tokens", overwrite=True)
     with pytest.raises(UserError, match=r"udcff': is not valid UTF-8"):
-        refuse_existing(tmp_path / "\udcff", "tokens", overwrite=True)
+        check_output_folder(tmp_path / "\udcff", "tokens", overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     write_output(tmp_path / "new/folders/page.html", "x")
     assert (tmp_path / "new/folders/page.html").read_text() == "x"
@@ -98,17 +98,17 @@ def test_links_out_of_foreign_folder_are_refused(tmp_path: Path) -> None:
     (folder / "own.txt").write_text("own")
     for name, target in (("inside.txt", "own.txt"), ("outside.txt", secret), ("up.txt", "../secret.txt")):
         (folder / name).symlink_to(target)
-    refuse_link_outside(folder, folder / "own.txt")
-    refuse_link_outside(folder, folder / "inside.txt")
+    refuse_outside_link(folder, folder / "own.txt")
+    refuse_outside_link(folder, folder / "inside.txt")
     for name in ("outside.txt", "up.txt"):
         with pytest.raises(UserError, match=f"{name}: is a link to .*secret.txt, outside of its folder"):
-            refuse_link_outside(folder, folder / name)
+            refuse_outside_link(folder, folder / name)
     snapshot, blobs = tmp_path / "models--a/snapshots/abc", tmp_path / "models--a/blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
     (blobs / "123").write_text("{}")
     (snapshot / "config.json").symlink_to("../../blobs/123")
-    refuse_link_outside(snapshot, snapshot / "config.json")
+    refuse_outside_link(snapshot, snapshot / "config.json")
 
 
 @pytest.mark.parametrize("name", ["a.pdf", "a", "a.json"])

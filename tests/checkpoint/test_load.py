@@ -110,7 +110,7 @@ def continued(path: str) -> dict[str, Any]:
 @pytest.mark.distributed
 @pytest.mark.essential
 def test_any_layout_reads_what_another_wrote_to_the_bit_and_goes_on(ranks, job, tmp_path: Path) -> None:
-    from megatron_sov.base.artifacts import damaged_files, read_manifest
+    from megatron_sov.base.artifacts import find_damaged_files, read_manifest
     from megatron_sov.checkpoint.sharded_tensors import TensorReader
 
     names = [tmp_path / n for n in ("written", "split", "alone")]
@@ -125,7 +125,7 @@ def test_any_layout_reads_what_another_wrote_to_the_bit_and_goes_on(ranks, job, 
         first = TensorReader(names[0], part)
         assert len(first.keys()) > count
         for name in names[1:]:
-            assert damaged_files(name) == []
+            assert find_damaged_files(name) == []
             other = TensorReader(name, part)
             assert sorted(other.keys()) == sorted(first.keys())
             for key in first.keys():  # noqa: SIM118  (a reader is no dict)

@@ -82,10 +82,10 @@ def problems(folder: str) -> dict[str, Any]:
             said[name] = f"{type(e).__name__}: {e}"
         said[f"{name}: left"] = sorted(p.name for p in at.iterdir())
 
-    publish, write, index, end = save.publish, Snapshot.write, save.write_index, os._exit
-    save.publish = _no_room
+    publish, write, index, end = save.publish_folder, Snapshot.write, save.write_index, os._exit
+    save.publish_folder = _no_room
     told("no room to complete")
-    save.publish = publish
+    save.publish_folder = publish
     save.write_index = _defect
     told("defect")
     save.write_index = index
@@ -161,7 +161,7 @@ def _defect(*args: Any) -> None:
 
 @pytest.mark.distributed
 def test_the_copy_is_written_and_failures_reach_everyone(ranks: Any, job: Any, tmp_path: Path) -> None:
-    from megatron_sov.base.artifacts import damaged_files, read_manifest
+    from megatron_sov.base.artifacts import find_damaged_files, read_manifest
     from megatron_sov.checkpoint.sharded_tensors import TensorReader
 
     for name in ("beside", "problems"):
@@ -173,7 +173,7 @@ def test_the_copy_is_written_and_failures_reach_everyone(ranks: Any, job: Any, t
     at_once, later, changed = (tmp_path / "beside" / f"step-{n}" for n in (1, 2, 3))
     assert len(list((at_once / "model").rglob("*.safetensors"))) == 2 < 6 <= len(
         list((later / "model").rglob("*.safetensors")))
-    assert damaged_files(at_once) == damaged_files(later) == damaged_files(changed) == []
+    assert find_damaged_files(at_once) == find_damaged_files(later) == find_damaged_files(changed) == []
     assert not (later / "indices").exists() and sorted(p.name for p in (tmp_path / "beside").iterdir()) == [
         "step-1", "step-2", "step-3"]
     for part in ("model", "optimizer"):
@@ -201,10 +201,10 @@ def test_the_copy_is_written_and_failures_reach_everyone(ranks: Any, job: Any, t
 
 @pytest.mark.distributed
 def test_behind_an_error_what_all_have_written_becomes_complete(ranks: Any, job: Any, tmp_path: Path) -> None:
-    from megatron_sov.base.artifacts import damaged_files
+    from megatron_sov.base.artifacts import find_damaged_files
 
     (found,) = ranks(job(__file__, "behind_an_error", 2, {"folder": str(tmp_path)}))
-    assert [f["there"] for f in found] == [["step-1"]] * 2 and damaged_files(tmp_path / "step-1") == []
+    assert [f["there"] for f in found] == [["step-1"]] * 2 and find_damaged_files(tmp_path / "step-1") == []
     assert [f["saved"] for f in found] == [["step-1"], []], "rank 0 tells"
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_sov import convert
-from megatron_sov.base.artifacts import MANIFEST, FileRecord, file_damage, new_artifact, read_manifest
+from megatron_sov.base.artifacts import MANIFEST, FileRecord, create_artifact, find_file_damage, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert import hf_import
 from megatron_sov.convert.hf_import import checked_source
@@ -293,7 +293,7 @@ class Folder:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    with new_artifact(tmp_path / "weights", "hf_model") as artifact:
+    with create_artifact(tmp_path / "weights", "hf_model") as artifact:
         artifact.content = {"parts": ["model", "optimizer"]}
         (artifact.path / "optimizer").mkdir()
         for name in ("a", "b", "optimizer/o"):
@@ -306,9 +306,9 @@ def test_what_is_inside_does_not_wait_for_the_hashes(folder: Folder, monkeypatch
 
     def later(file: Path, record: FileRecord) -> str | None:
         assert begun.wait(600)
-        return file_damage(file, record)
+        return find_file_damage(file, record)
 
-    monkeypatch.setattr(hf_import, "file_damage", later)
+    monkeypatch.setattr(hf_import, "find_file_damage", later)
     with checked_source(folder, workers=1) as check:
         begun.set()
         check.require(["A"])
@@ -349,7 +349,7 @@ def test_an_export_counts_a_file_only_when_what_it_was_made_of_is_whole(
         if file.suffix == ".safetensors":
             assert written.wait(600)
             too_early.append(counted.wait(0.1))
-        return file_damage(file, record)
+        return find_file_damage(file, record)
 
     def write(*arguments: Any, now: Any = hf_import.write_file) -> FileRecord:
         record: FileRecord = now(*arguments)
@@ -361,7 +361,7 @@ def test_an_export_counts_a_file_only_when_what_it_was_made_of_is_whole(
         now(*arguments)
 
     convert.from_hf(solar_dir, tmp_path / "ckpt")
-    monkeypatch.setattr(hf_import, "file_damage", after_the_writing)
+    monkeypatch.setattr(hf_import, "find_file_damage", after_the_writing)
     monkeypatch.setattr(hf_import, "write_file", write)
     monkeypatch.setattr(ResumableArtifact, "finish", finish)
     convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from megatron_sov import convert, recipes
-from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert.peft import from_peft, open_weights, to_peft
 from megatron_sov.infer.engines.target import find_target
@@ -23,7 +23,7 @@ from megatron_sov.runs.checkpoints import (
 def run(tmp_path: Path) -> Path:
     """A run with checkpoints after 5, 10 and 100 steps."""
     for step in (5, 10, 100):
-        with new_artifact(tmp_path / "checkpoints" / f"step-{step}", "checkpoint"):
+        with create_artifact(tmp_path / "checkpoints" / f"step-{step}", "checkpoint"):
             continue
     return tmp_path
 
@@ -45,7 +45,7 @@ def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_that_is_not_what_was_written_is_named(run: Path) -> None:
     path = run / "checkpoints/step-7"
-    with new_artifact(path, "checkpoint") as artifact:
+    with create_artifact(path, "checkpoint") as artifact:
         for name in ("state.json", "optimizer.index.json", "model/a", "model/b"):
             (artifact.path / name).parent.mkdir(exist_ok=True)
             (artifact.path / name).write_text(name)
@@ -71,7 +71,7 @@ def test_settings_that_make_no_model_are_one_sentence(name: str, value: object, 
                                                       tmp_path: Path) -> None:
     raw = recipes.get("tiny-solar-open").to_dict()
     raw["model"][name] = value
-    with new_artifact(tmp_path / "step-1", KIND) as artifact:
+    with create_artifact(tmp_path / "step-1", KIND) as artifact:
         artifact.settings = raw
     with pytest.raises(UserError) as e:
         settings_of(tmp_path / "step-1")
@@ -80,7 +80,7 @@ def test_settings_that_make_no_model_are_one_sentence(name: str, value: object, 
 
 @pytest.mark.parametrize("raw", [{}, {"recipe": "x", "model": None}, {"recipe": "x", "model": []}], ids=str)
 def test_settings_of_another_kind_are_one_sentence(raw: dict[str, object], tmp_path: Path) -> None:
-    with new_artifact(tmp_path / "step-1", KIND) as artifact:
+    with create_artifact(tmp_path / "step-1", KIND) as artifact:
         artifact.settings = raw
     with pytest.raises(UserError, match="its settings cannot be used"):
         settings_of(tmp_path / "step-1")
@@ -139,7 +139,7 @@ def test_what_an_adapter_stands_on_is_not_pruned(run: Path, tmp_path: Path) -> N
     (folder / "step-5" / KEPT).unlink()
     prune(folder, 1)
     assert {p.name for p in folder.iterdir()} == {"step-100"}
-    with new_artifact(tmp_path / "imported", KIND):
+    with create_artifact(tmp_path / "imported", KIND):
         pass
     keep_as_base(tmp_path / "imported")
     assert not (tmp_path / "imported" / KEPT).exists(), "nothing prunes it"
@@ -154,7 +154,7 @@ def test_weights_that_are_taken_back_stay_for_the_adapters_that_stand_on_them(ru
     assert latest(folder) == folder / "step-5", "the run goes on from what is good"
     adapter = folder.parent / "adapter"
     assert found_base(adapter, base) == folder / "taken-back-step-100"
-    with new_artifact(folder / "step-100", "checkpoint") as again:  # the run comes by once more
+    with create_artifact(folder / "step-100", "checkpoint") as again:  # the run comes by once more
         again.content = {"step": 100}
     assert found_base(adapter, base) == folder / "taken-back-step-100"
     assert found_base(adapter, AdapterBase.of(folder / "step-100")) == folder / "step-100"
@@ -191,7 +191,7 @@ def folder_of(path: Path, kind: str) -> Path:
         for name in files[kind]:
             (path / name).touch()
     else:
-        with new_artifact(path, kind):
+        with create_artifact(path, kind):
             pass
     return path
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.runs.rounds import Policy, RunPolicies, enter_rounds, policy_of_round, policy_of_start
@@ -58,7 +58,7 @@ def test_files_that_each_command_makes_are_nothing_that_was_done(tmp_path: Path)
 
 
 def checkpoint(path: Path, **state: Any) -> Path:
-    with new_artifact(path, "checkpoint") as artifact:
+    with create_artifact(path, "checkpoint") as artifact:
         artifact.content = {"step": path.name}
         (artifact.path / "state.json").write_text(json.dumps({"name": path.name, **state}))
     return path

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from megatron_sov.base.errors import visible
+from megatron_sov.base.errors import escape_controls
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class RecordAccount:
     def describe(self) -> str:
         """Format a sentence: "8 records read: 5 written, 3 set aside (2 json, 1 duplicate_id)"."""
         counts = Counter(self.set_aside)
-        reasons = ", ".join(f"{count:,} {visible(reason)}" for reason, count in sorted(
+        reasons = ", ".join(f"{count:,} {escape_controls(reason)}" for reason, count in sorted(
             counts.items(), key=lambda item: (-item[1], item[0])) if count)
         return (f"{self.num_read:,} {self.noun} read: {self.num_written:,} {self.verb}, "
                 f"{counts.total():,} set aside{f' ({reasons})' if reasons else ''}")

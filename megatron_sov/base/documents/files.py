@@ -17,7 +17,8 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn, cast
 from megatron_sov.base import sealed
 from megatron_sov.base.artifacts import MANIFEST, read_manifest
 from megatron_sov.base.documents.records import BadRecord
-from megatron_sov.base.errors import UserError, download_dataset, first_line, fix_missing, visible
+from megatron_sov.base.errors import (
+    UserError, escape_controls, first_error_line, fix_missing, suggest_dataset_download)
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -155,7 +156,7 @@ def _refuse_missing(path: Path) -> NoReturn:
     if longer := [name for name in siblings if name.startswith(f"{path.name} ")]:
         raise UserError(f"{path}: does not exist; {longer[0]!r} does: put a name with a blank in quotes")
     is_file = _is_text(path.name) or is_records(path.name) or _is_json(path.name)
-    hint = "" if is_file else download_dataset(path)
+    hint = "" if is_file else suggest_dataset_download(path)
     raise UserError(f"{path}: does not exist; pass a text file, a .jsonl, .json, .parquet or .arrow "
                     f"file, or a folder of them{hint}", fix_missing(path, is_data=not is_file))
 
@@ -186,7 +187,7 @@ def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None
     unreadable = [entry for entry in skipped if not is_hidden(entry.name)
                   and (entry.is_dir() or _is_text(entry.name) or is_records(entry.name))]
     if unreadable:
-        tell(visible(f"{path}: {len(unreadable):,} left out; the first: {unreadable[0]} "
+        tell(escape_controls(f"{path}: {len(unreadable):,} left out; the first: {unreadable[0]} "
                              f"{why_left_out(unreadable[0])}"))
     texts = [file for file, name in names.items() if _is_text(name)]
     records = [file for file, name in names.items() if is_records(name)]
@@ -209,7 +210,7 @@ def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None
     sentences = [passed_over([name for file, name in names.items() if file not in data], hidden),
                  *(_describe_dataset([names[file] for file in files]) if records else ())]
     if sentence := "; ".join(filter(None, sentences)):
-        tell(visible(f"{path}: {sentence}"))
+        tell(escape_controls(f"{path}: {sentence}"))
     return files
 
 
@@ -443,16 +444,16 @@ def open_parquet(file: Path) -> Any:
     import pyarrow
 
     try:
-        opened = sealed.open_parquet(file)
+        opened = sealed.open_sealed_parquet(file)
         leaves = [opened.schema.column(i) for i in range(len(opened.schema))]
         # read strings as dictionaries: otherwise a page that repeats a string of megabytes copies it per row
         strings = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"
                    and leaf.logical_type.type in ("STRING", "NONE")]
-        return sealed.open_parquet(file, metadata=opened.metadata, read_dictionary=strings)
+        return sealed.open_sealed_parquet(file, metadata=opened.metadata, read_dictionary=strings)
     except UserError as e:
         raise BadRecord("parquet", str(e).removeprefix(f"{file}: ")) from None
     except (pyarrow.ArrowInvalid, pyarrow.ArrowException) as e:
-        reason = first_line(e)
+        reason = first_error_line(e)
         raise BadRecord("parquet",
                         f"is not a Parquet file, or only a part of one ({reason}); fetch it again") from None
 
@@ -480,7 +481,7 @@ def arrow_batches(file: Path) -> Iterator[tuple[list[str], Iterator[Any]]]:
                 batches = _iter_stream(reader, opened, is_old)
             yield reader.schema.names, map(_validate_batch, batches)
     except (pyarrow.ArrowException, OSError) as e:
-        reason = first_line(e)[:200]
+        reason = first_error_line(e)[:200]
         raise BadRecord("arrow", f"is not an Arrow file, or only a part of one ({reason}); the batches "
                                  "before the damage are read; fetch it again") from None
 

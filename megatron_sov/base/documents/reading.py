@@ -19,7 +19,7 @@ from megatron_sov.base.documents.layouts import FOREIGN, Renames, unread_fields
 from megatron_sov.base.documents.records import (
     DIALOGUE, BadRecord, Document, Parse, RecordReading, columns_problem, decode, fields_read, parse_line,
     parse_object, parse_record, too_long)
-from megatron_sov.base.errors import UserError, first_line
+from megatron_sov.base.errors import UserError, first_error_line
 
 _ESCAPE_CHARS = 16
 """Characters at the end of a window that may be the beginning of an escape, word or number."""
@@ -443,7 +443,7 @@ def _batches(file: Any, row_groups: range, columns: list[str]) -> Iterator[Any]:
             yield from file.iter_batches(batch_size=min(max(rows, 1), _ROWS), row_groups=[number],
                                          columns=columns)
     except (pyarrow.ArrowException, OSError) as e:
-        raise BadRecord("parquet", f"is damaged ({first_line(e)}); what came before is read; "
+        raise BadRecord("parquet", f"is damaged ({first_error_line(e)}); what came before is read; "
                                    "fetch it again") from None
 
 

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from megatron_sov.base.documents.files import refuse_tables
 from megatron_sov.base.documents.messages import MOST_LEVELS, BadRecord, refuse_deep
-from megatron_sov.base.errors import UserError, list_problems
+from megatron_sov.base.errors import UserError, format_problems
 
 
 def no_constant(name: str) -> NoReturn:
@@ -88,7 +88,7 @@ def check_rows(path: Path, option: str = "--input", field: str = "response") -> 
     if num_bad > MAX_TOLD:
         problems.append(f"and {num_bad - MAX_TOLD} more")
     if problems:
-        raise UserError(list_problems(f"{option} {path}", problems, "correct or remove these lines"))
+        raise UserError(format_problems(f"{option} {path}", problems, "correct or remove these lines"))
     if not num_rows:
         needs = f" with a {FIELDS[field][1]} `{field}`" if field else ""
         raise UserError(f"{option} {path}: has no rows; each line is a JSON object{needs}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.base.errors import visible
+from megatron_sov.base.errors import escape_controls
 from megatron_sov.base.pages.plots import HeatMap, LinePlot
 from megatron_sov.version import __version__
 
@@ -67,7 +67,7 @@ class PageTable:
         return len(self.head) > 2 and len(self.rows) <= MAX_CARDS
 
 
-def tables(things: Iterable[Any], columns: Mapping[str, Callable[[Any], str]]) -> list[PageTable]:
+def build_tables(things: Iterable[Any], columns: Mapping[str, Callable[[Any], str]]) -> list[PageTable]:
     """Build a table with one row per item; without items return no table.
 
     Args:
@@ -147,7 +147,7 @@ class Chapter:
     """Sections in reading order; empty: the chapter shows a placeholder."""
 
 
-def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *, verdict: str = "",
+def render_page(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *, verdict: str = "",
            opening: Sequence[Panel] = (), overview: tuple[str, PageTable] | None = None,
            anchor: str = "part", nothing: str = "There is nothing to show.",
            now_s: float | None = None) -> str:
@@ -202,7 +202,7 @@ def _templates() -> jinja2.Environment:
 
 def _escape_value(value: object) -> object:
     """Escape control characters in a template's values, except in our own `Markup`."""
-    return value if hasattr(value, "__html__") else visible(str(value))
+    return value if hasattr(value, "__html__") else escape_controls(str(value))
 
 
 def _add_anchors(chapter: Chapter, anchor: str) -> dict[str, object]:

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from markupsafe import Markup
 
-from megatron_sov.base.errors import visible
+from megatron_sov.base.errors import escape_controls
 from megatron_sov.base.figures import format_count, format_value
 
 NUM_COLOURS = 8
@@ -29,7 +29,7 @@ SHADES = 12
 """Shades of a heat map; all cells of one shade form one SVG path."""
 
 
-def colour(i: int) -> str:
+def series_colour(i: int) -> str:
     """Return the CSS colour of the i-th series."""
     return f"var(--c{i % NUM_COLOURS + 1})"
 
@@ -122,7 +122,7 @@ class Series:
     name: str
     x: Sequence[float]
     y: Sequence[float]
-    colour: str = colour(0)
+    colour: str = series_colour(0)
     intervals: Sequence[tuple[float, float]] = ()
     """(lower, upper) end of each point's interval."""
     is_faint: bool = False
@@ -150,10 +150,10 @@ class LinePlot:
         parts = [Markup('<path class="lines" d="{}"/>').format(grid)]
         parts += [Markup('<rect class="band" x="{}" width="{}" height="{}"><title>{}</title></rect>').format(
             round(GRID * across.to_fraction(low)),
-            round(GRID * (across.to_fraction(high) - across.to_fraction(low))), GRID, visible(name))
+            round(GRID * (across.to_fraction(high) - across.to_fraction(low))), GRID, escape_controls(name))
             for name, low, high in self.bands[1::2]]
         parts += [Markup('<path class="rule" d="M{} 0v{}"><title>{}</title></path>').format(
-            round(GRID * across.to_fraction(at)), GRID, visible(text)) for text, at in self.rules]
+            round(GRID * across.to_fraction(at)), GRID, escape_controls(text)) for text, at in self.rules]
         parts += [part for series in self.series for part in _draw_series(series, across, up)]
         # a name may not fit above its band on the narrowest screen: then show numbers and a legend
         numbered = any(
@@ -161,8 +161,10 @@ class LinePlot:
             for name, low, high in self.bands)
         names = [Markup('<span class="phase" style="left:{:.1f}%;width:{:.1f}%">{}</span>').format(
             100 * across.to_fraction(low), 100 * (across.to_fraction(high) - across.to_fraction(low)),
-            number if numbered else visible(name)) for number, (name, low, high) in enumerate(self.bands, 1)]
-        key = ", ".join(f"{number} {visible(name)}" for number, (name, *_) in enumerate(self.bands, 1))
+            number if numbered else escape_controls(name)) for number,
+                 (name, low, high) in enumerate(self.bands, 1)]
+        key = ", ".join(f"{number} {escape_controls(name)}" for number,
+                        (name, *_) in enumerate(self.bands, 1))
         key = Markup('<p class="axis below">{}</p>').format(key) if numbered else ""
         legend = [(series.name, series.colour, series.is_faint) for series in self.series]
         y_ticks = up.ticks()
@@ -171,10 +173,10 @@ class LinePlot:
             '<p class="axis{}">{}</p><div class="area" style="height:{}px;margin-left:{:.1f}em">'
             '<svg viewBox="0 0 {grid} {grid}" preserveAspectRatio="none">{}</svg>{}{}{}</div>'
             '<p class="axis below">{}</p>{}{}').format(
-            Markup(" named") if self.bands else "", visible(self.y.title), self.height_px,
+            Markup(" named") if self.bands else "", escape_controls(self.y.title), self.height_px,
             0.64 * widest + 0.8, Markup("").join(parts), _labels("up", "bottom", y_ticks),
-            _labels("across", "left", across.ticks()), Markup("").join(names), visible(self.x.title), key,
-            draw_legend(legend) if len(legend) > 1 else "", grid=GRID)
+            _labels("across", "left", across.ticks()), Markup("").join(names), escape_controls(self.x.title),
+            key, draw_legend(legend) if len(legend) > 1 else "", grid=GRID)
 
     def _x_values(self) -> list[float]:
         values = [x for series in self.series for x in series.x]
@@ -217,11 +219,12 @@ def _note(series: Series, i: int) -> str:
     if i < len(series.intervals):
         low, high = series.intervals[i]
         interval = f" ({format_value(low)} to {format_value(high)})"
-    return visible(f"{series.name}: {format_value(series.y[i])}{interval} at {format_value(series.x[i], 8)}")
+    return escape_controls(f"{series.name}: {format_value(series.y[i])}{interval} at "
+                           f"{format_value(series.x[i], 8)}")
 
 
 def _summary(series: Series) -> str:
-    return visible(f"{series.name}: {format_value(series.y[0])} to {format_value(series.y[-1])}, "
+    return escape_controls(f"{series.name}: {format_value(series.y[0])} to {format_value(series.y[-1])}, "
                    f"lowest {format_value(min(series.y))}, highest {format_value(max(series.y))}")
 
 
@@ -234,7 +237,7 @@ def _labels(name: str, side: str, ticks: Sequence[tuple[float, str]]) -> Markup:
 def draw_legend(entries: Sequence[tuple[str, str, bool]]) -> Markup:
     """Return a legend as HTML; each entry is (name, colour, is faint)."""
     items = (Markup('<li{}><i style="--c:{}"></i>{}</li>').format(
-        Markup(' class="faint"') if is_faint else "", stroke, visible(name))
+        Markup(' class="faint"') if is_faint else "", stroke, escape_controls(name))
         for name, stroke, is_faint in entries)
     return Markup('<ul class="legend">{}</ul>').format(Markup("").join(items))
 
@@ -268,15 +271,15 @@ class HeatMap:
         parts = [Markup('<path d="{}" fill="{}"/>').format("".join(cells), _shade_colour(shade))
                  for shade, cells in sorted(shades.items())]
         height_px = CELL_PX * len(self.rows)
-        rows = [((i + 0.5) / len(self.rows), visible(row)) for i, row in enumerate(self.rows)]
+        rows = [((i + 0.5) / len(self.rows), escape_controls(row)) for i, row in enumerate(self.rows)]
         widest = max(map(len, self.rows), default=1)
         return Markup(
             '<p class="axis">{}</p><div class="area heat" style="height:{}px;margin-left:{:.1f}em">'
             '<svg viewBox="0 0 {} {}" preserveAspectRatio="none">{}</svg>{}{}{}</div>'
             '<p class="axis below">{}</p>').format(
-            visible(self.row_title), height_px, 0.64 * widest + 0.8, GRID, len(self.rows),
+            escape_controls(self.row_title), height_px, 0.64 * widest + 0.8, GRID, len(self.rows),
             Markup("").join(parts), self._texts(), _labels("up", "top", rows),
-            _labels("across", "left", self._column_labels()), visible(self.column_title))
+            _labels("across", "left", self._column_labels()), escape_controls(self.column_title))
 
     def _shade(self, value: float) -> int:
         share = (value - self.low) / (self.high - self.low) if self.high > self.low else 1.0
@@ -292,13 +295,13 @@ class HeatMap:
                 tone = "strong" if self._shade(value if math.isfinite(value) else 0) > SHADES / 2 else "weak"
                 spans.append(Markup('<span class="{}" title="{}" style="left:{:.2f}%;top:{:.2f}%;width:{:.2f}'
                                     '%">{}</span>').format(
-                    Markup(tone), visible(note), 100 * j / len(self.columns), 100 * i / len(self.rows),
-                    100 / len(self.columns), visible(text)))
+                    Markup(tone), escape_controls(note), 100 * j / len(self.columns),
+                    100 * i / len(self.rows), 100 / len(self.columns), escape_controls(text)))
         return Markup('<div class="cells">{}</div>').format(Markup("").join(spans))
 
     def _column_labels(self) -> list[tuple[float, str]]:
         every = -(-len(self.columns) // (2 * MAX_TICKS))
-        return [((j + 0.5) / len(self.columns), visible(name))
+        return [((j + 0.5) / len(self.columns), escape_controls(name))
                 for j, name in enumerate(self.columns) if j % every == 0]
 
 

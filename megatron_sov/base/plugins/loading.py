@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.version import OUR_PACKAGES
 
 Kind = Literal["recipe", "model family", "objective", "reward",
@@ -53,7 +53,7 @@ def is_reference(text: str) -> bool:
     return ":" in text or "/" in text or text.endswith(".py")
 
 
-def load(reference: str) -> LoadedPlugin:
+def load_plugin(reference: str) -> LoadedPlugin:
     """Execute the file or module of a reference, and return the named object.
 
     This executes code: pass only references from the command line, or from code named there.
@@ -73,25 +73,25 @@ def load(reference: str) -> LoadedPlugin:
                              {path.name: digest, **_hash_sibling_modules(path)})
     else:
         module = _import_module(place)
-        loaded = LoadedPlugin(None, name, reference, files_of(module))
+        loaded = LoadedPlugin(None, name, reference, hash_module_files(module))
     if not hasattr(module, name):
         known = [n for n in vars(module) if not n.startswith("_")]
-        raise UserError(f"{reference}: {place} has no {name!r}{nearest(name, known)}")
+        raise UserError(f"{reference}: {place} has no {name!r}{suggest_name(name, known)}")
     return LoadedPlugin(getattr(module, name), name, loaded.reference, loaded.files)
 
 
-def calling(reference: str, action: Callable[[], Any]) -> Any:
+def call_plugin(reference: str, action: Callable[[], Any]) -> Any:
     """Call a user's function with imports from its own folder allowed.
 
     Raises:
         UserError: the function fails; names the line.
     """
     file = _file_of(reference)
-    with telling(str(file or reference)), _importing_from(file.parent if file else None):
+    with report_plugin_errors(str(file or reference)), _importing_from(file.parent if file else None):
         return action()
 
 
-def files_of(module: ModuleType) -> dict[str, str]:
+def hash_module_files(module: ModuleType) -> dict[str, str]:
     """Return file -> sha256 of an imported module and of all loaded modules of its package; {} without
     files."""
     main = getattr(module, "__file__", None)
@@ -128,7 +128,7 @@ def _execute(path: Path) -> tuple[ModuleType, str]:
     sys.modules[module.__name__] = module
     try:
         # not `importlib`: it may use an outdated .pyc, and the hash would belong to other code
-        with telling(str(path)), _importing_from(path.parent):
+        with report_plugin_errors(str(path)), _importing_from(path.parent):
             exec(compile(source, str(path), "exec", dont_inherit=True), vars(module))
     except BaseException:
         del sys.modules[module.__name__]
@@ -137,12 +137,12 @@ def _execute(path: Path) -> tuple[ModuleType, str]:
     return module, digest
 
 
-def files_that_ran() -> dict[Path, str]:
+def list_executed_files() -> dict[Path, str]:
     """Return file -> sha256 of all files executed by `load_plugin`, in order."""
     return {path: digest for path, (digest, _) in _executed.items()}
 
 
-def run_files(files: Mapping[Path, str]) -> None:
+def execute_files(files: Mapping[Path, str]) -> None:
     """Execute the files that another process executed, so that objects of their classes can be unpickled.
 
     Raises:
@@ -155,14 +155,14 @@ def run_files(files: Mapping[Path, str]) -> None:
 
 def _import_module(name: str) -> ModuleType:
     try:
-        with telling(name):
+        with report_plugin_errors(name):
             return importlib.import_module(name)
     except UserError as e:
         raise UserError(f"{e} (a file of your own is named FILE.py:NAME)") from None
 
 
 @contextlib.contextmanager
-def telling(where: str) -> Iterator[None]:
+def report_plugin_errors(where: str) -> Iterator[None]:
     """Turn any exception of a user's code into a `UserError` that names the line in the user's file.
 
     Args:

@@ -11,13 +11,14 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
-from megatron_sov.base.errors import UserError, find_misspelt, how_to_install, nearest
+from megatron_sov.base.errors import UserError, format_install_command, suggest_name, suggest_spelling
 from megatron_sov.base.hints.removed import was_removed
-from megatron_sov.base.plugins.loading import Kind, LoadedPlugin, PluginCode, is_reference, load, telling
-from megatron_sov.base.settings import SettingsError, read_arguments, rules_of
+from megatron_sov.base.plugins.loading import (
+    Kind, LoadedPlugin, PluginCode, is_reference, load_plugin, report_plugin_errors)
+from megatron_sov.base.settings import SettingsError, find_rule_problems, parse_arguments
 
 
-def takes(function: Any, names: tuple[str, ...]) -> bool:
+def accepts_arguments(function: Any, names: tuple[str, ...]) -> bool:
     """Return whether a function accepts the named arguments by position."""
     try:
         inspect.signature(function).bind(*names)
@@ -44,7 +45,7 @@ def check_methods(value: Any, reference: str, what: str, methods: Mapping[str, t
                         f"{what} is a class with {', '.join(shapes.values())}")
     wrong = [name for name, arguments in methods.items()
              if not callable(getattr(value, name, None))
-             or not takes(getattr(value, name), ("self", *arguments))]
+             or not accepts_arguments(getattr(value, name), ("self", *arguments))]
     if wrong:
         signatures = [f"{name}{inspect.signature(getattr(value, name))}"
                  for name in wrong if callable(getattr(value, name, None))]
@@ -55,7 +56,7 @@ def check_methods(value: Any, reference: str, what: str, methods: Mapping[str, t
 T = TypeVar("T")
 MAX_PROPOSED = 3
 """Number of names suggested for an unknown name."""
-ABSENT = {"model family": ("is not supported", "families")}
+UNKNOWN_WORDINGS = {"model family": ("is not supported", "families")}
 """Kind -> (predicate for an unknown name, plural), if they are not "does not exist" and a plural with s."""
 
 LISTED_BY: dict[str, str] = {"recipe": "`megatron-sov recipes` lists them"}
@@ -100,7 +101,7 @@ class Registry(Generic[T]):
         Raises:
             UserError: the code fails, is not of this kind, or its name is taken.
         """
-        return self.add(load(reference))
+        return self.add(load_plugin(reference))
 
     def add(self, loaded: LoadedPlugin) -> str:
         """Register a loaded object, and return its name.
@@ -161,23 +162,23 @@ class Registry(Generic[T]):
                         "command line itself names it; if you know it and trust it, "
                         f"add --plugin {shlex.quote(code.reference)}")
         known = [*self._built_in, *self._known]
-        absent, plural = ABSENT.get(self.kind, ("does not exist", f"{self.kind}s"))
+        absent, plural = UNKNOWN_WORDINGS.get(self.kind, ("does not exist", f"{self.kind}s"))
         listed = LISTED_BY.get(self.kind, f"{plural}: {', '.join(known)}")
-        if self.kind in ABSENT:
-            close = was_removed(name) or find_misspelt(name, known)
+        if self.kind in UNKNOWN_WORDINGS:
+            close = was_removed(name) or suggest_spelling(name, known)
         else:
-            close = (was_removed(name) or longer_names(name, known) or nearest(name, known)
-                     or same_family(name, known))
+            close = (was_removed(name) or suggest_longer_names(name, known) or suggest_name(name, known)
+                     or suggest_same_family(name, known))
         return f"{self.kind} {name!r}: {absent}{close} ({listed}; your own are named FILE.py:NAME)"
 
 
-def longer_names(name: str, known: Iterable[str]) -> str:
+def suggest_longer_names(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x' or 'y'?"`` for names that extend `name`, ignoring case and separators."""
     matches = _find_by_prefix(_split_name(name), known)
     return f"; did you mean {' or '.join(matches)}?" if matches else ""
 
 
-def same_family(name: str, known: Iterable[str]) -> str:
+def suggest_same_family(name: str, known: Iterable[str]) -> str:
     """Return ``"; its family has 'x' and 'y'"`` for names with the same first two parts.
 
     Another number is another model, so these names are not suggestions.
@@ -211,7 +212,8 @@ def load_built_in(what: str, place: str, extra: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as e:
-        raise UserError(f"{what}: needs {e.name}, which is not installed; {how_to_install(extra)}") from None
+        raise UserError(f"{what}: needs {e.name}, which is not installed; "
+                        f"{format_install_command(extra)}") from None
 
 
 BuiltIn = Mapping[str, Sequence[str]]
@@ -219,7 +221,7 @@ BuiltIn = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
-class PluginOrder:
+class PluginRequest:
     """A serialisable request for a plug-in."""
 
     name: str
@@ -243,26 +245,26 @@ class BuiltPlugin:
     """File -> sha256; None: built-in code."""
 
 
-def ordered(name: str, settings: Mapping[str, Any], built_in: BuiltIn,
-            own: Registry[type[Any]]) -> PluginOrder:
+def request_plugin(name: str, settings: Mapping[str, Any], built_in: BuiltIn,
+            own: Registry[type[Any]]) -> PluginRequest:
     """Create a request from a name or a reference to a user's code.
 
     Raises:
         UserError: the name is unknown or taken, or the file fails.
     """
     if name in built_in:
-        return PluginOrder(name, settings)
+        return PluginRequest(name, settings)
     if is_reference(name):
         known_as = own.load(name)
         code = own.code(known_as)
         assert code is not None, f"{name} was loaded and has no record"
-        return PluginOrder(known_as, settings, code.reference, code.files)
+        return PluginRequest(known_as, settings, code.reference, code.files)
     # fail early for unknown names; each process looks up the name again
     own.get(name)
-    return PluginOrder(name, settings)
+    return PluginRequest(name, settings)
 
 
-def build(request: PluginOrder, built_in: BuiltIn, own: Registry[type[Any]]) -> BuiltPlugin:
+def build_plugin(request: PluginRequest, built_in: BuiltIn, own: Registry[type[Any]]) -> BuiltPlugin:
     """Build a plug-in from a request.
 
     Raises:
@@ -271,16 +273,16 @@ def build(request: PluginOrder, built_in: BuiltIn, own: Registry[type[Any]]) -> 
     """
     plugin_class, files = _find_class(request, built_in, own)
     what = f"{own.kind} {request.reference or request.name}"
-    settings = read_arguments(plugin_class, request.settings, what)
-    with telling(what):
+    settings = parse_arguments(plugin_class, request.settings, what)
+    with report_plugin_errors(what):
         value = plugin_class(**settings)
-        problems = rules_of(value)
+        problems = find_rule_problems(value)
     if problems:
         raise SettingsError(what, problems)
     return BuiltPlugin(value, settings, files)
 
 
-def _find_class(request: PluginOrder, built_in: BuiltIn, own: Registry[type[Any]],
+def _find_class(request: PluginRequest, built_in: BuiltIn, own: Registry[type[Any]],
            ) -> tuple[type[Any], Mapping[str, str] | None]:
     """Return a request's class, and the hashes of its files (None: built-in code)."""
     if request.name in built_in:

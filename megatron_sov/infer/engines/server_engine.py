@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from megatron_sov.base.artifacts import disk_errors
+from megatron_sov.base.artifacts import translate_disk_errors
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import SettingsError, change
+from megatron_sov.base.settings import SettingsError, apply_changes
 from megatron_sov.convert.sources import HfWeights
 from megatron_sov.infer.engines.fleet import AddressKeeper, Fleet, Keeper
 from megatron_sov.infer.engines.server_process import PROGRAMS, EngineServers, OwnServer, refuse_no_engine
@@ -59,7 +59,7 @@ def server_settings(engine: str, settings: Sequence[str], option: str) -> Engine
     Raises:
         UserError: a setting does not exist, the engine does not know it, or they do not go together.
     """
-    found = change(EngineServers(), list(settings), option)
+    found = apply_changes(EngineServers(), list(settings), option)
     if problems := found.problems() + found.problems_of(engine):
         raise SettingsError(option, problems)
     return found
@@ -112,7 +112,7 @@ class WeightFiles:
 
     def write(self, weights: NamedTensors) -> list[str]:
         """Return the files of weights, beside those that were written before."""
-        with disk_errors(self._folder):
+        with translate_disk_errors(self._folder):
             own = self._folder / str(next(self._numbers))
             own.mkdir(parents=True)
             files: list[str] = []

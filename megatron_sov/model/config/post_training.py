@@ -13,7 +13,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from megatron_sov.base.settings import (
     AboveZero, ActsWhen, AnyOf, AtLeastOne, Finite, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem,
-    Share, find_broken, is_none_of, is_one_of, is_set)
+    Share, find_broken_rules, is_none_of, is_one_of, is_set)
 from megatron_sov.model.config.data import nearest_multiple
 from megatron_sov.model.config.learning import learns, learns_by_policy
 
@@ -156,7 +156,7 @@ class RolloutConfig:
         """Return every rule that these settings break."""
         budgets = self.budgets_tokens
         num_prompts = nearest_multiple(self.prompts_per_round, self.steps_per_round)
-        return find_broken(
+        return find_broken_rules(
             self, "rollout",
             (self.prompts_per_round % self.steps_per_round == 0, "prompts_per_round",
              f"must be a multiple of rollout.steps_per_round = {self.steps_per_round}",
@@ -509,7 +509,7 @@ class PolicyConfig:
                  "must be 0: policy.method = gkd learns the whole distribution")]
 
     def _problems_of_sampling(self, rollout: RolloutConfig) -> list[SettingsProblem]:
-        return find_broken(
+        return find_broken_rules(
             rollout, "rollout",
             (rollout.top_p == 1 or self.learns_distributions or self.learns_preferences, "top_p",
              f"must be 1: policy.method = {self.method} compares probabilities of the whole distribution"),
@@ -563,7 +563,7 @@ class PolicyConfig:
         low, high = self.correction_low, self.correction_high
         on, bound = self.correction != "none", self.correction_bound
         has_bound = high is not None or self.correction in ("none", "token_truncate")
-        return p + find_broken(
+        return p + find_broken_rules(
             self, "policy",
             (has_bound, "correction_high", f"must be a number: policy.correction = {self.correction} needs "
              "it", "set it"),

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from megatron_sov.base.documents.bounded_yaml import BoundedLoader
-from megatron_sov.base.errors import UserError, list_problems
+from megatron_sov.base.errors import UserError, format_problems
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.model.config import ModelConfig, from_dict
 from megatron_sov.model.config.bounds import MAX_LAYERS
@@ -130,7 +130,7 @@ def architecture(stated: Stated, family: str = "", overrides: Mapping[str, Any] 
                if name not in {**fields, **given}]
     problems += [f"model.{name} is not said; pass --set model.{name}=N" for name in missing]
     if problems:
-        raise UserError(list_problems("the model's settings", problems))
+        raise UserError(format_problems("the model's settings", problems))
     fields |= given
     # one that may have experts has models without any, which nobody means
     names = [family] if family else [
@@ -150,7 +150,7 @@ def architecture(stated: Stated, family: str = "", overrides: Mapping[str, Any] 
                         "--family")
     reasons = {name: _reasons(name, fields) for name in names}
     nearest = min(reasons, key=lambda name: len(reasons[name]))
-    raise UserError(list_problems(f"the model's settings: fit no family; the nearest is '{nearest}'",
+    raise UserError(format_problems(f"the model's settings: fit no family; the nearest is '{nearest}'",
                                   reasons[nearest], "pass --family and --set model.NAME=VALUE where they say "
                                                     "it wrongly"))
 

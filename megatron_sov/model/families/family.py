@@ -9,9 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.errors import UserError, find_misspelt
-from megatron_sov.base.settings import ProblemCode, SettingsError, SettingsProblem, check, find_broken
-from megatron_sov.base.settings.problem import show
+from megatron_sov.base.errors import UserError, suggest_spelling
+from megatron_sov.base.settings import (
+    ProblemCode, SettingsError, SettingsProblem, find_broken_rules, find_declaration_problems)
+from megatron_sov.base.settings.problem import format_setting
 from megatron_sov.model.config import ModelConfig, from_dict
 from megatron_sov.model.families.encoders import encoder_links
 from megatron_sov.model.families.hf_config import ConfigItem, Encoders, Fixed, Renamed, Unused
@@ -247,8 +248,9 @@ class Family:
         # A rare field that the config map cannot write must have its common value, else it would be lost in
         # silence.
         fixed = {name: value for name, value in PLAIN.items() if name not in self.varies} | self.structure
-        p = find_broken(model, "model", *(
-            (getattr(model, name) == value, name, f"cannot be: family '{self.name}' only knows {show(value)}")
+        p = find_broken_rules(model, "model", *(
+            (getattr(model, name) == value, name,
+             f"cannot be: family '{self.name}' only knows {format_setting(value)}")
             for name, value in fixed.items()), (
                 not self.needs_shared_expert or model.num_shared_experts >= 1, "num_shared_experts",
                 f"must be at least 1 in family '{self.name}'"))
@@ -265,7 +267,7 @@ class Family:
 
     def check(self, model: ModelConfig) -> None:
         """Raise `SettingsError` with every reason why `model` is not sound or not of this family."""
-        problems = ([problem.below("model") for problem in check(model)]
+        problems = ([problem.with_prefix("model") for problem in find_declaration_problems(model)]
                     or model.problems() + self.problems(model))
         if problems:
             raise SettingsError(f"model of family '{self.name}'", problems)
@@ -378,7 +380,7 @@ class Family:
                 passed[name] = value
             else:
                 whose = "the folder's own code" if own_code else f"a program that has family '{self.name}'"
-                reasons.append(f"{name} = {value!r} ({whose} may read it{find_misspelt(name, known)})")
+                reasons.append(f"{name} = {value!r} ({whose} may read it{suggest_spelling(name, known)})")
         if reasons:
             raise UserError(f"config.json: {'; '.join(reasons)}; remove a field if the model computes the "
                             "same without it, else the model is not supported")

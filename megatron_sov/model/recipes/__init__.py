@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins.loading import LoadedPlugin, calling
-from megatron_sov.base.plugins.registry import Registry, takes
+from megatron_sov.base.plugins.loading import LoadedPlugin, call_plugin
+from megatron_sov.base.plugins.registry import Registry, accepts_arguments
 from megatron_sov.model.config import (
     ExtendConfig, ExtendStageConfig, GpuConfig, NeedleConfig, ParallelConfig, PhaseConfig, RunConfig,
     from_dict)
@@ -312,7 +312,7 @@ def _find(name: str) -> Recipe:
 
 
 def _check(loaded: LoadedPlugin) -> None:
-    if not callable(loaded.value) or not takes(loaded.value, ()):
+    if not callable(loaded.value) or not accepts_arguments(loaded.value, ()):
         raise UserError(f"{loaded.reference}: is {loaded.value!r}; a recipe is a function without arguments "
                         "that returns a RunConfig")
 
@@ -325,7 +325,7 @@ def _made(name: str, recipe: Callable[[], RunConfig]) -> RunConfig:
     """Return what somebody's recipe makes, with every value of the type that its setting has."""
     code = OWN.code(name)
     assert code is not None, name
-    config = calling(code.reference, recipe)
+    config = call_plugin(code.reference, recipe)
     if not isinstance(config, RunConfig):
         raise UserError(f"{code.reference}: returns a {type(config).__name__}; a recipe returns a RunConfig")
     try:

@@ -14,14 +14,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from megatron_sov.base.errors import UserError, download, nearest
-from megatron_sov.base.plugins.loading import is_reference, load
+from megatron_sov.base.errors import UserError, suggest_download, suggest_name
+from megatron_sov.base.plugins.loading import is_reference, load_plugin
 from megatron_sov.base.plugins.registry import Registry
 from megatron_sov.base.settings import (
-    Flag, Place, ProblemCode, SettingsError, SettingsProblem, fields_of, find_inert, hint_below, read_located,
-    read_text, value_at)
-from megatron_sov.base.settings.options import field_texts
-from megatron_sov.base.settings.problem import show
+    Flag, Place, ProblemCode, SettingsError, SettingsProblem, find_inert_settings, get_inner_hint,
+    get_setting, list_fields, parse_located_yaml, read_settings_text)
+from megatron_sov.base.settings.options import get_field_docstrings
+from megatron_sov.base.settings.problem import format_setting
 from megatron_sov.model import objectives, recipes
 from megatron_sov.model.config import (
     ModelConfig, RunConfig, apply_settings, correct_setting, from_dict, is_setting, setting_names)
@@ -70,7 +70,7 @@ class RecipeOptions(PluginOptions):
     @staticmethod
     def setting_texts() -> dict[str, str]:
         """Return setting -> its help, of items of lists those of the first."""
-        return {name: field_texts(cls).get(name.rpartition(".")[2], "")
+        return {name: get_field_docstrings(cls).get(name.rpartition(".")[2], "")
                 for name, cls, has_settings in iter_settings(RunConfig) if not has_settings}
 
 
@@ -93,7 +93,7 @@ def load_plugins(references: Sequence[str]) -> None:
         UserError: a file cannot be run, or what it names is neither.
     """
     for reference in references:
-        loaded = load(reference)
+        loaded = load_plugin(reference)
         (models.OWN if isinstance(loaded.value, Family) else objectives.OWN).add(loaded)
 
 
@@ -140,8 +140,9 @@ class RecipeRequest:
             facts["command"] = self.command
         asked = self.changed | {setting.partition("=")[0] for setting in self.settings}
         if self.resumed is not None:
-            asked = frozenset(key for key in asked if value_at(config, key) != value_at(self.resumed, key))
-        if problems := find_inert(config, sorted(asked), facts):
+            asked = frozenset(key for key in asked
+                              if get_setting(config, key) != get_setting(self.resumed, key))
+        if problems := find_inert_settings(config, sorted(asked), facts):
             raise SettingsError("", problems)
 
     def config(self, defaults: Sequence[str] = (), own: Sequence[str] = ()) -> RunConfig:
@@ -207,7 +208,7 @@ def requested(args: RecipeOptions, of_model: Callable[[], RunConfig] | None = No
     for file in files:
         base = file.over(base)
     layered = frozenset(".".join(place) for file in files for place, _ in _leaves(RunConfig, file.value, ()))
-    changed = {key for key in layered if value_at(base, key) != value_at(recipe, key)}
+    changed = {key for key in layered if get_setting(base, key) != get_setting(recipe, key)}
     if from_file:
         changed |= _changed_by_whole(recipe)
     return RecipeRequest(base, settings, from_file, of_model=is_of_model, layered=layered,
@@ -224,7 +225,7 @@ def _changed_by_whole(config: RunConfig) -> set[str]:
     usual = (RunConfig(config.recipe, config.model),
              recipes.get(config.recipe) if config.recipe in recipes.names() else of_model)
     return {key for key in setting_names() if key not in DERIVED and not key.startswith("model.")
-            and value_at(config, key) not in [value_at(other, key) for other in usual]}
+            and get_setting(config, key) not in [get_setting(other, key) for other in usual]}
 
 
 LENGTHS = ("rollout.rounds", "train.epochs", "train.steps", "train.tokens")
@@ -233,7 +234,7 @@ LENGTHS = ("rollout.rounds", "train.epochs", "train.steps", "train.tokens")
 
 def _refuse_two_lengths(config: RunConfig, said: Collection[str]) -> None:
     """Refuse a length of the run that another setting overrules."""
-    lengths = [key for key in LENGTHS if key in said and value_at(config, key)]
+    lengths = [key for key in LENGTHS if key in said and get_setting(config, key)]
     budgets = [f"data.phases.{i}.tokens" for i, phase in enumerate(config.data.phases)
                if phase.tokens and {"data.phases", f"data.phases.{i}.tokens"} & set(said)]
     if "train.tokens" in lengths:
@@ -241,8 +242,9 @@ def _refuse_two_lengths(config: RunConfig, said: Collection[str]) -> None:
     if len(lengths) > 1:
         winner, *others = lengths
         raise SettingsError("", [SettingsProblem(
-            ProblemCode.INERT, others[0], f"has no effect with {winner} = {show(value_at(config, winner))}: "
-            "both say how long the run is", value_at(config, others[0]), "set one of them")])
+            ProblemCode.INERT, others[0],
+            f"has no effect with {winner} = {format_setting(get_setting(config, winner))}: "
+            "both say how long the run is", get_setting(config, others[0]), "set one of them")])
 
 
 def training_request(args: TrainingOptions, objective: BuiltIn, *, needs_data: bool = True,
@@ -281,8 +283,8 @@ def _of_recipe(recipe: str) -> RunConfig:
     if "=" in recipe and not is_reference(recipe):
         raise UserError(f"{recipe}: stands where the recipe does; write --set {shlex.quote(recipe)}, and "
                         "name a recipe (`megatron-sov recipes` lists them)")
-    if download(recipe) and ":" not in recipe:
-        close = nearest(recipe.rpartition("/")[2].lower(), recipes.names())
+    if suggest_download(recipe) and ":" not in recipe:
+        close = suggest_name(recipe.rpartition("/")[2].lower(), recipes.names())
         raise UserError(f"{recipe}: is a model's name on the Hugging Face hub, and no recipe{close} "
                         "(`megatron-sov recipes` lists them); weights are named by --from HF_DIR")
     name = recipes.OWN.load(recipe) if is_reference(recipe) else recipe
@@ -337,7 +339,7 @@ def _read_layer(path: Path) -> ConfigLayer:
     where = f"--config {path}"
     if path.is_dir():
         raise UserError(f"{where}: is a folder; pass a file, such as the config.json in it")
-    located = read_located(read_text(path, where))
+    located = parse_located_yaml(read_settings_text(path, where))
     problems = located.problems
     if not problems and not isinstance(located.value, dict):
         problems = [SettingsProblem(ProblemCode.TYPE, "", "must be an object of settings", located.value)]
@@ -368,7 +370,7 @@ def _leaves(cls: Any, value: Any, place: tuple[str, ...]) -> Iterator[tuple[tupl
         yield place, value
         return
     for key, inner in value.items():
-        hint = hint_below(cls, key) if key in fields_of(cast(Any, cls)) else None
+        hint = get_inner_hint(cls, key) if key in list_fields(cast(Any, cls)) else None
         yield from _leaves(hint, inner, (*place, key))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_sov.base.figures import format_share
-from megatron_sov.base.pages.page import Chart, PageTable, tables
+from megatron_sov.base.pages.page import Chart, PageTable, build_tables
 from megatron_sov.publish.report.charts import DrawnLine, draw_lines
 from megatron_sov.publish.report.run_data import Run
 from megatron_sov.publish.report.steps import Curve, sorted_curve
@@ -67,7 +67,7 @@ def validation_tables(run: Run) -> list[PageTable]:
     events = final_steps(run.of(VALIDATION), VALIDATION)
     if not events:
         return []
-    return tables(events[-MAX_VALIDATIONS:], {
+    return build_tables(events[-MAX_VALIDATIONS:], {
         "step": of_field("step", ",.0f"), "prompts": of_field("num_prompts", ",.0f"),
         "responses": of_field("num_samples", ",.0f"), "mean reward": of_field("reward", ".4f", "–"),
         "pass@k (95 %)": _told_passes, "mean tokens": of_field("response_tokens", ",.1f"),

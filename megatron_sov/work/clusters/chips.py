@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.work.clusters.units import GIB
 
 INSIDE_LATENCY_S = 3.3e-6
@@ -149,7 +149,7 @@ def chip(name: str) -> Chip:
     """
     known_chip = of_device(name)
     if known_chip is None:
-        raise UserError(f"GPU {name!r}: is not in the table{nearest(name.lower(), CHIPS)} "
+        raise UserError(f"GPU {name!r}: is not in the table{suggest_name(name.lower(), CHIPS)} "
                         f"(GPUs: {', '.join(sorted(CHIPS))})")
     return known_chip
 

@@ -7,7 +7,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import UserError, suggest_name
 
 TIMEOUT_S = 60
 LIVING = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "STOPPED"}
@@ -53,7 +53,7 @@ def check_partition(partition: str) -> None:
         raise UserError(f"sinfo: {reason(result.stderr)}; see to it that Slurm's controller can be reached")
     known = sorted(set(result.stdout.split()))
     if partition and partition not in known:
-        raise UserError(f"partition {partition!r}: does not exist here{nearest(partition, known)} "
+        raise UserError(f"partition {partition!r}: does not exist here{suggest_name(partition, known)} "
                         f"(partitions: {', '.join(known)}); pass --partition, "
                         "or put it into a profile of your own")
 

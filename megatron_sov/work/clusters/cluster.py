@@ -15,10 +15,10 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from megatron_sov.base.errors import Fix, UserError, nearest
+from megatron_sov.base.errors import Fix, UserError, suggest_name
 from megatron_sov.base.settings import (
-    AboveZero, AtLeastOne, Bound, Breach, NotNegative, NotNegativeInt, ProblemCode, SettingsError,
-    SettingsProblem, find_broken, read_text, read_yaml, rules_of)
+    AboveZero, AtLeastOne, Bound, NotNegative, NotNegativeInt, ProblemCode, SettingsError, SettingsProblem,
+    Violation, find_broken_rules, find_rule_problems, parse_settings_yaml, read_settings_text)
 from megatron_sov.work.clusters.chips import (
     CHIPS, INFINIBAND_LATENCY_S, INSIDE_LATENCY_S, Chip, Links, of_device)
 
@@ -41,25 +41,25 @@ MAX_SIGNAL_LEAD_S = 65535
 Amount = Annotated[float, Ge(0), Le(MOST)]
 
 
-def _no_chip(key: str) -> Breach | None:
+def _no_chip(key: str) -> Violation | None:
     if not key or key in CHIPS:
         return None
     known = of_device(key)  # known under another spelling
-    suggestion = f"; did you mean {known.key!r}?" if known else nearest(key.lower(), CHIPS)
+    suggestion = f"; did you mean {known.key!r}?" if known else suggest_name(key.lower(), CHIPS)
     rule = f"must be one of {', '.join(sorted(CHIPS))}, or empty for another kind"
     return ProblemCode.CHOICE, rule, suggestion[2:]
 
 
-def _no_variable(name: str) -> Breach | None:
+def _no_variable(name: str) -> Violation | None:
     return None if VARIABLE.fullmatch(name) else (ProblemCode.BOUND, "is not a name of a variable", "")
 
 
-def _secret(name: str) -> Breach | None:
+def _secret(name: str) -> Violation | None:
     return (ProblemCode.BOUND, "looks like the name of a secret, which must not stand in a script",
             "export it in the shell that submits: jobs inherit that") if SECRET.search(name) else None
 
 
-def _no_absolute_path(path: str) -> Breach | None:
+def _no_absolute_path(path: str) -> Violation | None:
     return (ProblemCode.BOUND, "must begin with /, for it is taken as it stands",
             "where a variable names the folder, leave it out and export TMPDIR in a line of setup"
             ) if path and not path.startswith("/") else None
@@ -223,7 +223,7 @@ class ClusterProfile:
         return self.python or (sys.executable if self.container.kind == "none" else "python3")
 
     def problems(self) -> list[SettingsProblem]:
-        return find_broken(
+        return find_broken_rules(
             self, "",
             (self.cpus_per_node >= max(1, self.tasks_per_node), "cpus_per_node",
              f"must be at least one for each of the {self.tasks_per_node} ranks of a node"),
@@ -316,17 +316,17 @@ def load(name: str, *, account: str | None = None, partition: str | None = None,
         file = Path(name)
         if not file.is_file():
             raise UserError(f"--cluster {name}: does not exist; pass a file, or one of {', '.join(names())}")
-        text = read_text(file, f"--cluster {name}")
+        text = read_settings_text(file, f"--cluster {name}")
     elif name in names():
         text = shipped("clusters")[name].read_text(encoding="utf-8")
     else:
-        raise UserError(f"--cluster {name}: there is no such profile{nearest(name, names())} (profiles: "
+        raise UserError(f"--cluster {name}: there is no such profile{suggest_name(name, names())} (profiles: "
                         f"{', '.join(names())}; your own: a path that ends with .yaml)")
     # check rules only after applying account and partition
-    profile = read_yaml(ClusterProfile, text, f"--cluster {name}", rules=False)
+    profile = parse_settings_yaml(ClusterProfile, text, f"--cluster {name}", rules=False)
     profile = dataclasses.replace(profile, account=profile.account if account is None else account,
                                   partition=profile.partition if partition is None else partition)
-    problems = rules_of(profile)
+    problems = find_rule_problems(profile)
     if profile.account is None and needs_account:
         problems.append(SettingsProblem(ProblemCode.MISSING, "account", "is missing",
                                         way_out="pass --account NAME, or put "

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
-from megatron_sov.base.errors import how_to_install
+from megatron_sov.base.errors import format_install_command
 from megatron_sov.base.settings import ProblemCode, SettingsProblem
 from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered, reason_of, why_never
 
@@ -69,7 +69,7 @@ class Answered:
 
 def missing_libraries() -> list[str]:
     """Return a sentence per required library that is not installed."""
-    return [f"{name} is not installed; {how_to_install('judge')}" for name in ("openai", "httpx")
+    return [f"{name} is not installed; {format_install_command('judge')}" for name in ("openai", "httpx")
             if importlib.util.find_spec(name) is None]
 
 
@@ -199,7 +199,8 @@ class Transport:
                                     event_hooks={"request": [self._begin],
                                                  "response": [partial(_bound, self._max_bytes)]})
                 self._client = openai.OpenAI(base_url=self._base, api_key="none", max_retries=0,
-                                             timeout=self._timeout_s, http_client=http)  # type: ignore[arg-type]
+                                             timeout=self._timeout_s,
+                                             http_client=http)  # type: ignore[arg-type]
             return self._client
 
     def _begin(self, request: Any) -> None:

@@ -21,9 +21,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_sov.base.artifacts import atomic_write, delete_folder, disk_errors, new_file, to_json
+from megatron_sov.base.artifacts import (
+    create_file, delete_folder, format_json, translate_disk_errors, write_atomically)
 from megatron_sov.base.documents.rows import changed_values
-from megatron_sov.base.errors import UserError, list_problems
+from megatron_sov.base.errors import UserError, format_problems
 from megatron_sov.work.progress.locks import LOCK, holding
 
 
@@ -99,7 +100,7 @@ class Journal:
         Raises:
             UserError: the disk is full or not writable.
         """
-        with disk_errors(self.folder):
+        with translate_disk_errors(self.folder):
             for item, payload in records:
                 # length and checksum reveal an incomplete record regardless of its content
                 header = json.dumps([item, len(payload), zlib.crc32(payload)])
@@ -118,7 +119,7 @@ class Journal:
 
     def write_to(self, file: Path) -> None:
         """Write all payloads in sequence to a file, which appears when complete."""
-        with new_file(file) as temporary, open(temporary, "wb") as f:
+        with create_file(file) as temporary, open(temporary, "wb") as f:
             for _, payload in self.records():
                 f.write(payload)
 
@@ -167,12 +168,12 @@ def begun(output: Path, made_by: str, identity: Mapping[str, Any], redo: bool = 
     If an exception escapes and the folder contains no records, delete it.
     """
     folder = work_folder(output)
-    current = json.loads(to_json(dict(identity)))  # JSON turns tuples into lists, as in the file
+    current = json.loads(format_json(dict(identity)))  # JSON turns tuples into lists, as in the file
     with holding(folder, output):
         _, recorded = _read_job_file(folder)
         # records of different settings must not mix
         if recorded != current and not redo and (changed := _differing_work(folder, recorded, current)):
-            raise UserError(list_problems(
+            raise UserError(format_problems(
                 f"{output}: {folder} holds unfinished work of another command", changed,
                 f"ask for the same to go on, begin anew ({REDO}, or megatron-sov inspect "
                 f"{shlex.quote(str(output))} --clear), or name another output"))
@@ -204,9 +205,9 @@ def _differing_work(folder: Path, recorded: dict[str, Any] | None, current: dict
 
 
 def _begin(folder: Path, made_by: str, identity: dict[str, Any]) -> None:
-    with disk_errors(folder):
+    with translate_disk_errors(folder):
         _empty(folder)
-        atomic_write(folder / JOB, to_json({"format_version": FORMAT_VERSION, "made_by": made_by,
+        write_atomically(folder / JOB, format_json({"format_version": FORMAT_VERSION, "made_by": made_by,
                                             "identity": identity}))
 
 
@@ -229,7 +230,7 @@ def done_items(output: Path, identity: Mapping[str, Any]) -> set[Item]:
     """Return the items with records for this identity; read-only."""
     folder = work_folder(output)
     _, recorded = _read_job_file(folder)
-    return items_on_record(folder) if recorded == json.loads(to_json(dict(identity))) else set()
+    return items_on_record(folder) if recorded == json.loads(format_json(dict(identity))) else set()
 
 
 def items_on_record(folder: Path) -> set[Item]:

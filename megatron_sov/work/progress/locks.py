@@ -29,7 +29,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.artifacts import atomic_write, disk_errors, holds
+from megatron_sov.base.artifacts import translate_disk_errors, try_lock, write_atomically
 from megatron_sov.base.errors import UserError, warn
 
 CLOCK_TOLERANCE_S = 5.0
@@ -154,7 +154,7 @@ class Claims:
         Raises:
             UserError: the folder is not writable.
         """
-        with disk_errors(self._folder):
+        with translate_disk_errors(self._folder):
             (self._folder / name).mkdir(parents=True, exist_ok=True)
             try:
                 # Exclusive creation of file n + 1 (O_EXCL) is the whole protocol; no lock is needed.
@@ -254,7 +254,7 @@ class Claim:
             record = {**identity(), "beat": self._beat, "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
                       "is_released": is_released}
             try:
-                atomic_write(file, json.dumps(record))
+                write_atomically(file, json.dumps(record))
             except FileNotFoundError:  # deleted: the claimed item is done
                 self._is_over = True
             return not self._is_over
@@ -333,7 +333,7 @@ def taking(folder: Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def _trying(folder: Path) -> Iterator[bool]:
-    with disk_errors(folder):
+    with translate_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         # closing the files releases the lock, also after an exception
@@ -346,11 +346,11 @@ def _hold(folder: Path, stack: contextlib.ExitStack) -> bool:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         stack.callback(os.close, fd)
         # lock the folder itself, so that outputs contain no lock file
-        is_ours = holds(fd)
+        is_ours = try_lock(fd)
         if is_ours is None:  # NFS only locks files open for writing
             lock = os.open(folder / LOCK, os.O_WRONLY | os.O_CREAT, 0o666)
             stack.callback(os.close, lock)
-            is_ours = holds(lock)
+            is_ours = try_lock(lock)
         # a holder may just have deleted the folder, and another process created it again
         return is_ours is not False and os.path.samestat(os.stat(folder), os.fstat(fd))
     except FileNotFoundError:

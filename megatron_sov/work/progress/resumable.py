@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.artifacts import (
-    ArtifactWriter, FileRecord, clear_leftovers, disk_errors, new_folder, publish, refuse_existing)
-from megatron_sov.base.outputs import behind_links
+    ArtifactWriter, FileRecord, check_output_folder, clear_leftovers, create_folder, publish_folder,
+    translate_disk_errors)
+from megatron_sov.base.outputs import resolve_link
 from megatron_sov.version import __version__
 from megatron_sov.work.progress.journal import (
     Journal, begin_journal, begun, delete_work, open_journal, work_folder)
@@ -76,11 +77,11 @@ def resumable_artifact(path: Path, kind: str, made_by: str, plan: dict[str, Any]
         UserError: `path` exists and may not be replaced, another process is building it, its files belong to
             another plan, or the disk is not writable.
     """
-    path = behind_links(path)
-    with disk_errors(path):
+    path = resolve_link(path)
+    with translate_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(path)
-        refuse_existing(path, kind, overwrite)
+        check_output_folder(path, kind, overwrite)
         # another version may write other bytes for the same plan
         identity = {"kind": kind, "version": __version__, **plan}
         with open_journal(path, made_by, identity, redo=redo) as journal:
@@ -88,9 +89,9 @@ def resumable_artifact(path: Path, kind: str, made_by: str, plan: dict[str, Any]
             content.mkdir(exist_ok=True)
             artifact = ResumableArtifact(ArtifactWriter(content, kind), journal)
             yield artifact
-            artifact.writer.known_files |= artifact.finished
+            artifact.writer.hashed_files |= artifact.finished
             artifact.writer.complete()
-            publish(content, path)
+            publish_folder(content, path)
 
 
 def part_folder(work: Path, key: str) -> Path:
@@ -111,7 +112,7 @@ def make_part(work: Path, key: str, told_in: str, make: Callable[[Path], object]
     if (folder / told_in).is_file():
         return folder, False
     # if two jobs build the same part, the first stays: equal keys give equal parts
-    with new_folder(folder, first_stays=True) as temporary:
+    with create_folder(folder, first_stays=True) as temporary:
         make(temporary)
     return folder, True
 

@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
-from megatron_sov.base.artifacts import disk_errors
+from megatron_sov.base.artifacts import translate_disk_errors
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.sealed import read_json, try_read_json, write_json
+from megatron_sov.base.sealed import read_sealed_json, try_read_sealed_json, write_sealed_json
 from megatron_sov.work.clusters import client, cluster
 from megatron_sov.work.clusters.cluster import ClusterProfile
 from megatron_sov.work.progress.journal import slurm_folder
@@ -65,12 +65,12 @@ class Jobs:
 
     @staticmethod
     def read(output: Path) -> Jobs:
-        content = try_read_json(output / JOBS) or {}
+        content = try_read_sealed_json(output / JOBS) or {}
         return Jobs(content.get("address", ""), content.get("numbers", {}))
 
     def write(self, output: Path) -> None:
         (output / JOBS).parent.mkdir(parents=True, exist_ok=True)
-        write_json(output / JOBS, asdict(self))
+        write_sealed_json(output / JOBS, asdict(self))
 
     def living(self) -> list[str]:
         return sorted(client.states(list(self.numbers.values())))
@@ -123,7 +123,7 @@ def keeping_failure(logs: Path, task: int) -> Iterator[None]:
         failed = logs / FAILED / f"{task:05d}.json"
         with contextlib.suppress(OSError, UserError):
             failed.parent.mkdir(exist_ok=True)
-            write_json(failed, {"is_user_error": isinstance(e, UserError), "sentence": str(e),
+            write_sealed_json(failed, {"is_user_error": isinstance(e, UserError), "sentence": str(e),
                                 "trace": "".join(traceback.format_exception(e))})
         raise
 
@@ -136,7 +136,7 @@ def tell_failures(folder: Path, names: Sequence[str]) -> None:
         names: array names in order; report the first failed array.
     """
     for logs in (folder / "logs" / name for name in names):
-        failures = [read_json(file) for file in sorted((logs / FAILED).glob("*.json"))]
+        failures = [read_sealed_json(file) for file in sorted((logs / FAILED).glob("*.json"))]
         if failures:
             defects = [failure for failure in failures if not failure["is_user_error"]]
             first = defects[0] if defects else failures[0]
@@ -200,7 +200,7 @@ class Arrays:
         array = _Array(logs, math.ceil(num_tasks / tasks_per_job), tasks_per_job, cpus, gpus, self._before)
         # old failure files would be reported as this array's
         shutil.rmtree(logs, ignore_errors=True)
-        with disk_errors(logs):
+        with translate_disk_errors(logs):
             (logs / "slurm_logs").mkdir(parents=True)
             (logs / WORK).write_bytes(pickle.dumps((work, num_tasks)))
         array.number = array.submit(profile)
@@ -236,7 +236,7 @@ class _Array:
             "constraint": profile.constraint, "output": f"{self.logs}/slurm_logs/%A_%a.out",
             "signal": f"B:USR1@{profile.signal_lead_s}"}
         script = self.logs / SCRIPT
-        with disk_errors(self.logs):
+        with translate_disk_errors(self.logs):
             script.write_text("\n".join([
                 "#!/bin/bash", *(f"#SBATCH --{name}={value}" for name, value in options.items() if value),
                 "#SBATCH --requeue", *_environment(profile),
@@ -278,7 +278,7 @@ def submit_shares(output: Path, shared: SharedWork, profile: ClusterProfile,
     """
     refuse_unquotable(output)
     slurm = slurm_folder(output)
-    with holding(slurm, output), disk_errors(slurm):
+    with holding(slurm, output), translate_disk_errors(slurm):
         jobs = Jobs.read(slurm)
         if living := jobs.living():
             print(f"{output}: {jobs.describe(living)} are at work; {shared.num_done():,} of "

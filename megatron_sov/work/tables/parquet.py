@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from megatron_sov.base.artifacts import disk_errors, fsync_path, new_file
-from megatron_sov.base.errors import UserError, first_line
-from megatron_sov.base.sealed import open_parquet, seal_file, seal_parquet
+from megatron_sov.base.artifacts import create_file, fsync_path, translate_disk_errors
+from megatron_sov.base.errors import UserError, first_error_line
+from megatron_sov.base.sealed import open_sealed_parquet, seal_file, seal_parquet
 
 MAX_ROWS = 1 << 20
 """Maximum rows per file."""
@@ -35,7 +35,7 @@ def refused_damage(file: Path, way: str) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{file}: cannot be read (it is not there); {way}") from None
     except (pa.ArrowException, OSError, ValueError, IndexError) as e:
-        raise UserError(f"{file}: is damaged, or no Parquet file ({first_line(e)}); {way}") from None
+        raise UserError(f"{file}: is damaged, or no Parquet file ({first_error_line(e)}); {way}") from None
 
 
 def write_table(file: Path, table: pa.Table, dictionary: Sequence[str], split: Sequence[str]) -> None:
@@ -167,11 +167,11 @@ class TableFile:
 
     def __init__(self, path: Path, columns: pa.Schema) -> None:
         self.path, self.columns = path, columns
-        self._seal, self._new = "", new_file(path, makes_parents=True)
+        self._seal, self._new = "", create_file(path, create_parents=True)
 
     def __enter__(self) -> Self:
         self._temporary = self._new.__enter__()
-        with disk_errors(self.path):
+        with translate_disk_errors(self.path):
             self._writer = parquet.ParquetWriter(self._temporary, self.columns, compression="zstd")
         return self
 
@@ -184,13 +184,13 @@ class TableFile:
         """
         table = pa.table([pa.array(columns[f.name], f.type) for f in self.columns], self.columns)
         if table.num_rows:
-            with disk_errors(self.path):
+            with translate_disk_errors(self.path):
                 self._writer.write_table(table, row_group_size=table.num_rows)
 
     def close(self) -> str:
         """Seal and sync the file under its temporary name; return its checksum."""
         if not self._seal:
-            with disk_errors(self.path):
+            with translate_disk_errors(self.path):
                 seal_parquet(self._writer)
                 self._writer.close()
                 self._seal = seal_file(self._temporary)
@@ -225,7 +225,7 @@ def read_groups(files: Sequence[Path], seals: Sequence[str | None], way: Callabl
     opened = []
     for file, seal in zip(files, seals, strict=True):
         with refused_damage(file, way(file)):
-            opened.append(open_parquet(file, way(file), is_required=True, seal=seal))
+            opened.append(open_sealed_parquet(file, way(file), is_required=True, seal=seal))
     for i in range(opened[0].num_row_groups):
         group: list[pa.Table] = []
         for file, parquet_file in zip(files, opened, strict=True):

@@ -16,7 +16,7 @@ from megatron_sov.base.documents import cut_at_blank_lines, cut_text, overlap, s
 from megatron_sov.base.documents.item_search import ItemSearch, SearchItem
 from megatron_sov.base.documents.overlap import WORDS, find_units, runs, stretch_hashes, units, window_hashes
 from megatron_sov.base.documents.rows import finite, no_constant
-from megatron_sov.base.errors import visible
+from megatron_sov.base.errors import escape_controls
 
 LAW = "Section 4. Whoever, by fraud, obtains a licence under this Act shall be liable to a fine."
 THAI = "ผู้ใดกระทำความผิดตามพระราชบัญญัตินี้ต้องระวางโทษจำคุกไม่เกินหนึ่งปี"
@@ -120,9 +120,9 @@ def test_nan_and_infinity_are_refused(text: str, why: str) -> None:
 
 
 def test_control_characters_are_escaped() -> None:
-    assert visible("a\x1b[2Jb\x1b]0;title\x07\r\x9b") == r"a\x1b[2Jb\x1b]0;title\x07\r\x9b"
+    assert escape_controls("a\x1b[2Jb\x1b]0;title\x07\r\x9b") == r"a\x1b[2Jb\x1b]0;title\x07\r\x9b"
     # right to left, and the byte of a name that is no UTF-8
-    assert visible("a\u202e\u2066\udcff") == r"a\u202e\u2066\udcff"
+    assert escape_controls("a\u202e\u2066\udcff") == r"a\u202e\u2066\udcff"
 
 
 # Cutting text at blank lines: nothing is lost, and pieces keep their limit.

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from megatron_sov.base.pages.page import (
-    MAX_CARDS, Chapter, Chart, Comparison, PageSection, PageTable, Panel, render)
+    MAX_CARDS, Chapter, Chart, Comparison, PageSection, PageTable, Panel, render_page)
 from megatron_sov.base.pages.plots import Axis, LinePlot, Series
 
 HOSTILE = "</script><script>window.hacked = 1</script>"
@@ -16,7 +16,7 @@ HOSTILE = "</script><script>window.hacked = 1</script>"
 def test_page_escapes_text_and_allows_own_scripts_only() -> None:
     drawn = Chart(LinePlot([Series(HOSTILE, [1.0], [1.0], HOSTILE)], Axis(HOSTILE)), HOSTILE,
                   HOSTILE)
-    page = render("Report", HOSTILE, HOSTILE, [Chapter(HOSTILE, HOSTILE, [(HOSTILE,) * 3], [
+    page = render_page("Report", HOSTILE, HOSTILE, [Chapter(HOSTILE, HOSTILE, [(HOSTILE,) * 3], [
         PageSection(HOSTILE, HOSTILE, [drawn], [PageTable([HOSTILE], [[HOSTILE]])],
                     comparisons=[Comparison(HOSTILE, [(HOSTILE, HOSTILE)], HOSTILE)])])], opening=[
                 Panel(HOSTILE, 4, [(HOSTILE, HOSTILE)], [PageTable([HOSTILE], [[HOSTILE]])], [drawn],
@@ -37,13 +37,13 @@ def test_page_escapes_text_and_allows_own_scripts_only() -> None:
 def test_number_columns_are_aligned_right(cells: list[str], is_figure: bool) -> None:
     table = PageTable(["name", "x"], [["a", cell] for cell in cells])
     assert table.figure_columns == [False, is_figure]
-    page = render("Report", "t", "", [Chapter("a", "", [], [PageSection("One", tables=[table])])])
+    page = render_page("Report", "t", "", [Chapter("a", "", [], [PageSection("One", tables=[table])])])
     assert page.count('<td class="num">') == len(cells) * is_figure
 
 
 def test_table_rows_become_cards_with_labels() -> None:
     table = PageTable(["stage", "before", "<b>"], [["sft", "1", HOSTILE]])
-    page = render("Report", "t", "", [], verdict="3 of 3 checks passed.", opening=[
+    page = render_page("Report", "t", "", [], verdict="3 of 3 checks passed.", opening=[
         Panel("What", 12, tables=[table, PageTable(["a", "b"], [["1", "2"]]),
                                   PageTable(["a", "b", "c"], [["1", "2", "3"]] * (MAX_CARDS + 1))])])
     assert re.findall(r'data-head="([^"]*)"', page) == ["before", "&lt;b&gt;"]
@@ -52,7 +52,7 @@ def test_table_rows_become_cards_with_labels() -> None:
 
 def test_control_characters_are_escaped() -> None:
     text = "\0\x1b[2J\u202e\ud800"
-    page = render("Report", text, text, [Chapter(text, text, [(text,) * 3], [
+    page = render_page("Report", text, text, [Chapter(text, text, [(text,) * 3], [
         PageSection(text, text, tables=[PageTable([text], [[text]])],
                     comparisons=[Comparison(text, [(text, text)])])])],
                   opening=[Panel(text, 4, [(text, text)])])
@@ -61,7 +61,7 @@ def test_control_characters_are_escaped() -> None:
 
 
 def test_contents_link_sections_and_mark_empty_chapters() -> None:
-    page = render("Report", "t", "",
+    page = render_page("Report", "t", "",
                   [Chapter("a", "", [], [PageSection("One two", "x")]), Chapter("b", "", [], [])],
                   anchor="it", nothing="Nothing here.", now_s=0)
     assert re.findall(r'href="#([^"]*)"', page) == ["it-1", "it-1-one-two", "it-2"]
@@ -70,7 +70,7 @@ def test_contents_link_sections_and_mark_empty_chapters() -> None:
 
 
 def test_opening_precedes_chapters() -> None:
-    page = render("Report", "t", "", [Chapter("a", "", [], [])], opening=[
+    page = render_page("Report", "t", "", [Chapter("a", "", [], [])], opening=[
         Panel("In short", 3, facts=[("Parameters", "2 M")]),
         Panel("In words", 9, comparisons=[Comparison("Why?", [("before", "x"), ("after", "y")])])])
     assert re.findall(r'href="#([^"]*)"', page) == ["overview", "part-1"]

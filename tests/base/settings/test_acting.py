@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.settings import (
-    AllOf, AnyOf, When, find_inert, is_none_of, is_one_of, is_set, is_unset, value_at)
+    AllOf, AnyOf, When, find_inert_settings, get_setting, is_none_of, is_one_of, is_set, is_unset)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ WSD = (Item(), Item(1.0, schedule="wsd"))
     ({}, "decay part.beta decay", "decay part.beta"), ({}, "", ""),
 ])
 def test_find_inert_settings(settings: dict[str, Any], asked: str, refused: str) -> None:
-    problems = find_inert(Settings(**settings), asked.split())
+    problems = find_inert_settings(Settings(**settings), asked.split())
     assert [problem.key for problem in problems] == refused.split()
     assert {problem.code for problem in problems} <= {"inert"}
 
@@ -85,14 +85,14 @@ def test_find_inert_settings(settings: dict[str, Any], asked: str, refused: str)
      "items.*.schedule"),
 ])
 def test_inert_problem_names_deciding_setting(settings: dict[str, Any], key: str, message: str) -> None:
-    [problem] = find_inert(Settings(**settings), [key])
+    [problem] = find_inert_settings(Settings(**settings), [key])
     assert str(problem) == message
 
 
 def test_known_fact_decides_condition() -> None:
-    assert find_inert(Settings(), ["over_long"]) == []
-    assert find_inert(Settings(), ["over_long"], {"--data": ["chat"]}) == []
-    [problem] = find_inert(Settings(), ["over_long"], {"--data": ["text"]})
+    assert find_inert_settings(Settings(), ["over_long"]) == []
+    assert find_inert_settings(Settings(), ["over_long"], {"--data": ["chat"]}) == []
+    [problem] = find_inert_settings(Settings(), ["over_long"], {"--data": ["text"]})
     assert str(problem) == ('over_long = "cut" has no effect with --data = ["text"]: it acts when --data '
                             "holds chats; pack chats")
 
@@ -101,4 +101,4 @@ def test_known_fact_decides_condition() -> None:
     ("part.beta", 0.1), ("items.0.lr", 0.0), ("items.7.lr", None), ("table.en", 2.0), ("table.ko", None),
     ("block.beta", None), ("nothing", None)])
 def test_get_setting_by_dotted_key(key: str, value: Any) -> None:
-    assert value_at(Settings(table={"en": 2.0}), key) == value
+    assert get_setting(Settings(table={"en": 2.0}), key) == value

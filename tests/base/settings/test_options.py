@@ -11,12 +11,12 @@ import pytest
 
 from data_prep import cli as data_cli
 from megatron_sov import cli
-from megatron_sov.base.command_line import PROGRAMS, Parser, fill_commands, parser_with_all
+from megatron_sov.base.command_line import PROGRAMS, Parser, build_full_parser, import_commands
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     NO_FLAG, AtLeastOne, Flag, Fraction, ProblemCode, SettingsError, SettingsProblem, add_options, options,
     read_options)
-from megatron_sov.base.settings.options import core_quotas, num_cores
+from megatron_sov.base.settings.options import count_cores, iter_core_quotas
 from tokenizer import cli as tokenizer_cli
 
 
@@ -146,10 +146,10 @@ def test_core_count_respects_cgroup_quotas(tmp_path: Path) -> None:
                        ("each/cpu/cpu.cfs_quota_us", "300000"), ("each/cpu/cpu.cfs_period_us", "100000")):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(f"{text}\n")
-    assert list(core_quotas("0::/jobs/7\n", one)) == [2.5]
-    assert list(core_quotas("5:pids:/x\n4:cpu,cpuacct:/box\n", each)) == [3.0]
-    assert list(core_quotas("0::/not/seen/here\n", inside)) == [0.5]
-    assert list(core_quotas("0::/\n", tmp_path)) == [] and num_cores() >= 1
+    assert list(iter_core_quotas("0::/jobs/7\n", one)) == [2.5]
+    assert list(iter_core_quotas("5:pids:/x\n4:cpu,cpuacct:/box\n", each)) == [3.0]
+    assert list(iter_core_quotas("0::/not/seen/here\n", inside)) == [0.5]
+    assert list(iter_core_quotas("0::/\n", tmp_path)) == [] and count_cores() >= 1
 
 
 TRAINED = {"pretrain", "extend", "sft", "prefer", "distill", "rl train", "rl run"}
@@ -157,7 +157,8 @@ TRAINED = {"pretrain", "extend", "sft", "prefer", "distill", "rl train", "rl run
 
 def commands() -> dict[str, argparse.ArgumentParser]:
     """Return name -> parser of every command of our programs."""
-    return {parser.prog: parser for program in PROGRAMS for parser in fill_commands(parser_with_all(program))}
+    return {parser.prog: parser for program in PROGRAMS
+            for parser in import_commands(build_full_parser(program))}
 
 
 def test_every_writing_command_has_dry_run() -> None:

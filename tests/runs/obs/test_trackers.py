@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.base.errors import UserError, how_to_install
+from megatron_sov.base.errors import UserError, format_install_command
 from megatron_sov.model.config import ObsConfig
 from megatron_sov.runs.obs.trackers import Trackers
 
@@ -177,7 +177,7 @@ def test_a_missing_package_is_named_with_the_command_that_adds_it(package: str, 
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=rf"obs\.{package} = true needs the package {package}.*"
-                                        + re.escape(how_to_install("trackers"))):
+                                        + re.escape(format_install_command("trackers"))):
         Trackers(ObsConfig(**{package: True}), tmp_path, {})
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov import convert
-from megatron_sov.base.artifacts import MANIFEST, new_artifact
+from megatron_sov.base.artifacts import MANIFEST, create_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.parallel import launcher
 from megatron_sov.runs.checkpoints import KIND
@@ -37,7 +37,7 @@ def converted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
 
     def from_hf(folder: Path, out: Path, *, redo: bool) -> None:
-        with new_artifact(out, KIND) as artifact:
+        with create_artifact(out, KIND) as artifact:
             time.sleep(0.05)
             made.append((folder / "model.safetensors").read_text())
             (artifact.path / "weights").write_text(made[-1])

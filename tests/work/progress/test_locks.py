@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.base import artifacts
-from megatron_sov.base.artifacts import is_held, new_artifact
+from megatron_sov.base.artifacts import create_artifact, is_locked
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.progress import locks
 from megatron_sov.work.progress.locks import Claim, Claims, holders, holding
@@ -43,7 +43,7 @@ def test_one_that_its_holder_removes_before_it_is_held_is_not_held(
             folder.mkdir()
         return True
 
-    monkeypatch.setattr(locks, "holds", holds)
+    monkeypatch.setattr(locks, "try_lock", holds)
     with pytest.raises(UserError, match="another process"), holding(folder, tmp_path / "out"):
         raise AssertionError("two hold the output")
 
@@ -69,10 +69,10 @@ sys.stdin.read()
     with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], text=True, stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, cwd=Path(__file__).parents[3]) as other:
         assert other.stdout is not None and other.stdout.readline() == "True\n"
-        assert is_held(tmp_path)
+        assert is_locked(tmp_path)
         other.kill()
-    assert not is_held(tmp_path)
-    assert not is_held(tmp_path / "missing")
+    assert not is_locked(tmp_path)
+    assert not is_locked(tmp_path / "missing")
 
 
 def test_where_a_file_system_knows_no_locks_the_work_goes_on(tmp_path: Path,
@@ -81,8 +81,8 @@ def test_where_a_file_system_knows_no_locks_the_work_goes_on(tmp_path: Path,
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(artifacts.fcntl, "flock", refuse)
-    assert is_held(tmp_path) is None
-    with new_artifact(tmp_path / "tokens", "tokens") as writer:
+    assert is_locked(tmp_path) is None
+    with create_artifact(tmp_path / "tokens", "tokens") as writer:
         (writer.path / "data.bin").touch()
     with resumable_artifact(tmp_path / "export", "hf_model", "sov make", {}) as artifact:
         (artifact.path / "model.safetensors").touch()
@@ -90,19 +90,19 @@ def test_where_a_file_system_knows_no_locks_the_work_goes_on(tmp_path: Path,
     # of a container that was killed, or of one at work that has the same number
     (other := tmp_path / f".more.tmp-{os.getpid()}").mkdir()
     with (pytest.raises(UserError, match=f"or delete {other} if it is what a killed one left"),
-          new_artifact(tmp_path / "more", "tokens")):
+          create_artifact(tmp_path / "more", "tokens")):
         raise AssertionError("unreachable")
     assert other.is_dir()
 
 
 def test_where_folders_cannot_be_locked_a_file_in_them_is(tmp_path: Path,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    real = artifacts.holds
+    real = artifacts.try_lock
 
     def holds_files(fd: int) -> bool | None:  # as NFS does
         return None if os.path.isdir(f"/proc/self/fd/{fd}") else real(fd)
 
-    monkeypatch.setattr(locks, "holds", holds_files)
+    monkeypatch.setattr(locks, "try_lock", holds_files)
     with (holding(tmp_path / "a", "a"), pytest.raises(UserError, match="is held"),
           holding(tmp_path / "a", "a")):
         raise AssertionError("two hold it")
