@@ -27,7 +27,7 @@ from pathlib import Path
 
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import read_manifest
-from megatron_sov.base.digests import file_digest
+from megatron_sov.base.digests import hash_file
 from megatron_sov.checkpoint import load
 from megatron_sov.engine.parallel import cpu_shims, launcher, world
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
@@ -61,7 +61,7 @@ def copy(source: Path, target: Path, name: str) -> None:
         os.fsync(fd)
         os.close(fd)
     for file in files if "blake3" in name else ():
-        file_digest(file)
+        hash_file(file)
     if "openssl" in name:
         subprocess.run(["openssl", "dgst", "-sha256", *map(str, files)], check=True,
                        stdout=subprocess.DEVNULL)

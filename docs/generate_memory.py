@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_sov import recipes
-from megatron_sov.base.artifacts import atomic_write
+from megatron_sov.base.artifacts import write_atomically
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.plan.footprint.held import BF16_BYTES, FLOAT32_BYTES
 from megatron_sov.plan.footprint.memory import account
@@ -111,4 +111,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    atomic_write(PAGE, page())
+    write_atomically(PAGE, page())

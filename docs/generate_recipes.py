@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
-from megatron_sov.base.artifacts import atomic_write
+from megatron_sov.base.artifacts import write_atomically
 from megatron_sov.commands.models.recipes import summary
 from megatron_sov.model.recipes import RECIPES, TINY, get, sources
 from megatron_sov.model.recipes.sources import DEFAULT, ValueSource, select_used
@@ -158,4 +158,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    atomic_write(PAGE, page())
+    write_atomically(PAGE, page())

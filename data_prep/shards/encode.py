@@ -16,7 +16,7 @@ import tiktoken
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from megatron_sov.base.artifacts import MANIFEST, damaged_files, read_manifest
+from megatron_sov.base.artifacts import MANIFEST, find_damaged_files, read_manifest
 from megatron_sov.base.documents import BadRecord, Conversation, Document
 from megatron_sov.base.documents.byte_bpe import NotByteBpe, adversarial_texts, ranks, split_pattern
 from megatron_sov.base.documents.shard_files import NO_FEATURE
@@ -147,7 +147,7 @@ class Encoder:
             raise UserError(f"--tokenizer {folder}: {problem}", fix_foreign(folder))
         manifest = read_manifest(folder, "tokenizer")
         # Every id depends on these files: they are hashed before the first use.
-        if problems := damaged_files(folder):
+        if problems := find_damaged_files(folder):
             raise UserError(f"{problems[0]}; train the tokenizer again or restore it from a copy")
         self.settings = settings or EncodingSettings()
         self.vocab_size: int = manifest.content["vocab_size"]

@@ -32,7 +32,7 @@ def format_memory(num_bytes: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Format the time of one step or of a part of it: 1.52 s, 31 ms, 4 us, 0 s."""
+    """Format the duration of a step or phase: 1.52 s, 31 ms, 4 us, 0 s."""
     return _scale(seconds, SECOND_UNITS) if seconds else "0 s"
 
 

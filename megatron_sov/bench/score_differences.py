@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.errors import UserError, list_problems
+from megatron_sov.base.errors import UserError, format_problems
 from megatron_sov.bench.lm.results import (
     Metric, ResultItem, Results, TaskScores, aligned, read_items, read_results, score_name)
 from megatron_sov.eval.statistics import CONFIDENCE, paired_difference
@@ -126,7 +126,7 @@ def differences(before: ScoredItem, after: ScoredItem, tasks: Sequence[str] = ()
         *find_other_measures(name, before.results.tasks[name], after.results.tasks[name]),
         *_other_items(name, before, after))]
     if problems:
-        raise UserError(list_problems(f"{before.path} and {after.path}", problems,
+        raise UserError(format_problems(f"{before.path} and {after.path}", problems,
                                       "evaluate both in the same way, or name other --tasks"))
     return [_difference(name, metric, before, after, confidence)
             for name in chosen for metric in before.results.tasks[name].metrics]

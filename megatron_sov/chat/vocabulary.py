@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.digests import SHA256, file_digest
+from megatron_sov.base.digests import SHA256, hash_file
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.folder import TOKENIZER_JSON, read_chat_fields
 
@@ -118,7 +118,7 @@ def tokenizer_digest(tokenizer: Path) -> str:
 def hash_tokenizer_file(tokenizer: Path) -> str:
     if not (tokenizer / TOKENIZER_JSON).is_file():
         raise UserError(f"{tokenizer / TOKENIZER_JSON}: cannot be read as a tokenizer: it is not there")
-    return file_digest(tokenizer / TOKENIZER_JSON, SHA256)
+    return hash_file(tokenizer / TOKENIZER_JSON, SHA256)
 
 
 @lru_cache(maxsize=16)

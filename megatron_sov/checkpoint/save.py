@@ -24,7 +24,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_sov.base.artifacts import (
-    MANIFEST, ArtifactWriter, atomic_write, publish, refuse_existing, to_json)
+    MANIFEST, ArtifactWriter, check_output_folder, format_json, publish_folder, write_atomically)
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.checkpoint.host_snapshot import INDICES, HostSnapshot, SnapshotRecord
 from megatron_sov.checkpoint.sharded_tensors import write_index
@@ -312,11 +312,11 @@ def _publish_checkpoint(writing: _PendingSave, parts: list[str], state: str, com
     atomic_write(folder / STATE_FILE, state)
     artifact = ArtifactWriter(folder, CHECKPOINT_KIND)
     # Files were hashed while they were written; they are not read again.
-    artifact.known_files = {name: record for w in written for name, record in w.files.items()}
+    artifact.hashed_files = {name: record for w in written for name, record in w.files.items()}
     artifact.content = {"step": companions.state["step"], "tokens": companions.state["tokens"],
                         "parts": parts, **({BASE: base.to_dict()} if base is not None else {}),
                         **companions.content}
     artifact.settings = companions.settings
     artifact.complete()
     # The rename is the commit: until now no folder has the name of the checkpoint.
-    publish(folder, writing.path)
+    publish_folder(folder, writing.path)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from megatron_sov.base.artifacts import FileRecord, atomic_write
+from megatron_sov.base.artifacts import FileRecord, write_atomically
 from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint.safetensors_files import TensorFile, TensorSpec, write_tensors
 from megatron_sov.checkpoint.stored_tensors import StoredBlock, StoredTensors, count_owners
@@ -130,7 +130,7 @@ def write_index(folder: Path, part: str, indices: Sequence[Index]) -> None:
         if (num_owners != 1).any():
             raise ValueError(f"{key}: elements of the tensor {entry['shape']} are covered by "
                              f"{num_owners.min()} to {num_owners.max()} blocks, each must be covered by 1")
-    atomic_write(folder / f"{part}.index.json", json.dumps(merged))
+    write_atomically(folder / f"{part}.index.json", json.dumps(merged))
 
 
 def _parse_sizes(value: Any) -> tuple[int, ...]:

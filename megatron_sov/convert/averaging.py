@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_sov.base.artifacts import MANIFEST, FileRecord, manifest_sha256, read_manifest, refuse_existing
+from megatron_sov.base.artifacts import (
+    MANIFEST, FileRecord, check_output_folder, manifest_sha256, read_manifest)
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.vocabulary import refuse_other_tokenizer
 from megatron_sov.checkpoint.safetensors_files import TensorSpec

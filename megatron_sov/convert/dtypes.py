@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.base.figures import format_size
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
@@ -18,7 +18,7 @@ KEEP = "keep"
 def check_dtype_name(dtype: str) -> None:
     """Raise `UserError` if `--dtype` is neither a dtype nor "keep"."""
     if dtype not in (KEEP, *DTYPES):
-        raise UserError(f"--dtype {dtype!r}: does not exist{nearest(dtype, DTYPES)} (dtypes: "
+        raise UserError(f"--dtype {dtype!r}: does not exist{suggest_name(dtype, DTYPES)} (dtypes: "
                         f"{', '.join(DTYPES)}, {KEEP})")
 
 

@@ -15,9 +15,9 @@ import torch
 from tqdm import tqdm
 
 from megatron_sov.base.artifacts import (
-    MANIFEST, FileRecord, atomic_write, damaged_files, manifest_sha256, origins_of, read_manifest,
-    refuse_existing, to_json)
-from megatron_sov.base.digests import fingerprint
+    MANIFEST, FileRecord, check_output_folder, find_damaged_files, format_json, manifest_sha256,
+    read_manifest, trace_origins, write_atomically)
+from megatron_sov.base.digests import fingerprint_folder
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.figures import format_size
 from megatron_sov.base.pages.markdown import md
@@ -113,7 +113,7 @@ def verify(a: str | Path, b: str | Path, *, load: bool = True,
     first, second = (UpdateRounding(side) for side in sides)
     checks = [
         _check_none(f"{side.path}: files that differ from the manifest",
-                    damaged_files(side.path, workers=workers))
+                    find_damaged_files(side.path, workers=workers))
         for side in sides if (side.path / MANIFEST).is_file()]
     checks.append(_check_none("config fields that differ", _differing_fields(*sides)))
     checks.append(_check_none("special token ids that differ", _differing_ids(*sides)))
@@ -331,7 +331,7 @@ def _write_readme(export: Path, source: Path) -> None:
     # Folder names are left out: the same model must give the same bytes.
     content = read_manifest(export).content
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["megatron-sov"])
-    title = md(content["family"])
+    title = escape_md(content["family"])
     lines = [f"{content['num_parameters']:,} parameters in {content['dtype']}, trained with megatron-sov "
              f"{__version__}.", "", "```python",
              "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
@@ -340,7 +340,7 @@ def _write_readme(export: Path, source: Path) -> None:
     if (source / MANIFEST).is_file():
         lines += ["", "## Provenance", "", *_iter_provenance(source)]
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title} model\n\n" + "\n".join(lines) + "\n")
-    atomic_write(export / README, str(card).encode())
+    write_atomically(export / README, str(card).encode())
 
 
 def _iter_provenance(source: Path) -> Iterator[str]:
@@ -350,20 +350,20 @@ def _iter_provenance(source: Path) -> Iterator[str]:
     settings = manifest.settings
     objective = settings.get("objective")
     stage = BUILT_IN.get(objective.get("name", "") if isinstance(objective, dict) else "", "pretrain")
-    yield f"- recipe {md(str(settings.get('recipe', 'unknown')))}, stage {md(stage)}"
+    yield f"- recipe {escape_md(str(settings.get('recipe', 'unknown')))}, stage {escape_md(stage)}"
     counts = [f"{name} {manifest.content[name]:,}" for name in ("step", "tokens")
               if type(manifest.content.get(name)) is int]
     yield f"- checkpoint {manifest_sha256(source)[:16]}" + (f": {', '.join(counts)}" if counts else "")
-    queue = [(1, origin) for origin in origins_of(source, manifest)]
+    queue = [(1, origin) for origin in trace_origins(source, manifest)]
     while queue:
         depth, origin = queue.pop(0)
         indent = "  " * depth
-        yield f"{indent}- made from {md(origin['kind'])} {origin['manifest_sha256'][:16]}"
+        yield f"{indent}- made from {escape_md(origin['kind'])} {origin['manifest_sha256'][:16]}"
         queue = [(depth + 1, parent) for parent in origin["made_from"]] + queue
         if origin["kind"] == "tokens" and origin["state"] == "here":
             for part in read_manifest(origin["path"]).content.get("sources", []):
                 split = part["splits"]["train"]
-                yield (f"{indent}  - source {md(part['name'])}: {split['num_documents']:,} documents, "
+                yield (f"{indent}  - source {escape_md(part['name'])}: {split['num_documents']:,} documents, "
                        f"{split['num_tokens']:,} tokens")
 
 
@@ -404,10 +404,10 @@ def _write_companions(folder: Path, files: dict[str, list[TensorSpec]], json_fil
     copy_companions(tokenizer, folder, add_turn_ends(tokenizer, tokens))
     move_chat_template(folder)
     for name, content in json_files.items():
-        atomic_write(folder / name, to_json(content))
+        write_atomically(folder / name, format_json(content))
     if SINGLE_FILE in files:
         return
     weight_map = {spec.name: name for name, tensors in files.items() for spec in tensors}
     size_bytes = sum(spec.size_bytes for tensors in files.values() for spec in tensors)
-    atomic_write(folder / INDEX, to_json({"metadata": {"total_size": size_bytes},
+    write_atomically(folder / INDEX, format_json({"metadata": {"total_size": size_bytes},
                                           "weight_map": dict(sorted(weight_map.items()))}))

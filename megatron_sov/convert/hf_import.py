@@ -17,8 +17,8 @@ import torch
 from tqdm import tqdm
 
 from megatron_sov.base.artifacts import (
-    MANIFEST, FileRecord, atomic_write, file_damage, read_manifest, refuse_existing, to_json)
-from megatron_sov.base.digests import fingerprint
+    MANIFEST, FileRecord, check_output_folder, find_file_damage, format_json, read_manifest, write_atomically)
+from megatron_sov.base.digests import fingerprint_folder
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.outputs import refuse_link_outside
 from megatron_sov.chat.folder import (
@@ -181,7 +181,7 @@ def _check_folder(weights: Weights, workers: int, base: SourceCheck | None) -> I
         manifest = read_manifest(path)
         other_parts = tuple(f"{part}/" for part in manifest.content.get("parts", [])
                        if part not in (PART, ADAPTER))
-        damage = {name: pool.submit(file_damage, path / name, record)
+        damage = {name: pool.submit(find_file_damage, path / name, record)
                  for name, record in manifest.files.items() if not name.startswith(other_parts)}
         remedy = suggest_replacement(path) if manifest.kind == CHECKPOINT_KIND else DAMAGED_HF
     check = SourceCheck(weights, damage, remedy, base)
@@ -223,14 +223,14 @@ def copy_companions(source: Path, target: Path, tokens: TokenIds) -> None:
     target.mkdir(exist_ok=True)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
-            refuse_link_outside(source, source / name)
+            refuse_outside_link(source, source / name)
             shutil.copyfile(source / name, target / name)
     defaults = _read_optional_json(target / GENERATION_CONFIG)
     present = parse_token_ids(defaults)
     missing = {f"{name}_token_id": value for name, value in vars(tokens).items()
                if not set(to_id_list(value)) <= set(to_id_list(getattr(present, name)))}
     if missing:
-        atomic_write(target / GENERATION_CONFIG, to_json(defaults | missing))
+        write_atomically(target / GENERATION_CONFIG, format_json(defaults | missing))
 
 
 def move_chat_template(folder: Path) -> None:
@@ -242,8 +242,8 @@ def move_chat_template(folder: Path) -> None:
     if not isinstance(template, str):
         return
     if not template_file.exists():
-        atomic_write(template_file, template.encode())
-    atomic_write(config_file, to_json(config))
+        write_atomically(template_file, template.encode())
+    write_atomically(config_file, format_json(config))
 
 
 def add_turn_ends(folder: Path, tokens: TokenIds) -> TokenIds:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_sov.base.artifacts import refuse_existing
+from megatron_sov.base.artifacts import check_output_folder
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import refuse_link_outside
 from megatron_sov.checkpoint.safetensors_files import read_block

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from megatron_sov.base.artifacts import (
-    MANIFEST, ArtifactWriter, atomic_write, damaged_files, new_artifact, read_manifest, to_json)
+    MANIFEST, ArtifactWriter, create_artifact, find_damaged_files, format_json, read_manifest,
+    write_atomically)
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.checkpoint.safetensors_files import TensorFile, TensorSpec, write_tensors
 from megatron_sov.checkpoint.sharded_tensors import TensorReader, TensorWriter, write_index
@@ -373,12 +374,12 @@ def to_peft(checkpoint: str | Path, out: str | Path, *, base_name: str | None = 
         name = config["base_model_name_or_path"]
         warn(f"{Path(out) / CONFIG}: base_model_name_or_path = {name!r}, the local name of the base; PEFT "
              "loads the base by this name, so pass --base-name if it has another name on the Hub")
-    with new_artifact(out, PEFT_ADAPTER, overwrite=overwrite) as artifact:
+    with create_artifact(out, PEFT_ADAPTER, overwrite=overwrite) as artifact:
         specs = [TensorSpec(name, tuple(read(name).shape), reader.get_dtype(module.key(tensor)))
                  for name, (module, tensor) in sorted(factors.items())]
         write_tensors(artifact.path / WEIGHTS, specs,
                    lambda spec: convert_tensor(read(spec.name), spec.dtype, checkpoint, spec.name))
-        atomic_write(artifact.path / CONFIG, to_json(config))
+        write_atomically(artifact.path / CONFIG, format_json(config))
         artifact.add_input(checkpoint, leaves=True)
         artifact.content = {"family": settings.model.family, "num_tensors": len(specs)}
 
@@ -418,7 +419,7 @@ def from_peft(peft_dir: str | Path, out: str | Path, base: str | Path, *, overwr
     if read_adapter_base(base) is not None:
         raise UserError(f"--base {base}: is an adapter itself; pass the checkpoint of its base model")
     model = CheckpointWeights(base).model
-    if (peft_dir / MANIFEST).is_file() and (problems := damaged_files(peft_dir)):
+    if (peft_dir / MANIFEST).is_file() and (problems := find_damaged_files(peft_dir)):
         raise UserError(f"{problems[0]}; {DAMAGED_HF}")
     weights = TensorFile(peft_dir / WEIGHTS, DAMAGED_HF)
     frozen = find_frozen_copies(weights.entries)
@@ -437,7 +438,7 @@ def from_peft(peft_dir: str | Path, out: str | Path, base: str | Path, *, overwr
                 value = _read_factor(weights, module, tensor, shape)
                 writer.add(key, from_peft_shape(module, tensor, value, shape))
         write_index(artifact.path, ADAPTER, [writer.finish()])
-        artifact.known_files |= writer.files
+        artifact.hashed_files |= writer.files
         if (base / "tokenizer").is_dir():
             shutil.copytree(base / "tokenizer", artifact.path / "tokenizer",
                             ignore=shutil.ignore_patterns(MANIFEST))

@@ -171,7 +171,7 @@ class HfWeights:
             if ignored_fields := family.find_ignored_fields(known_config):
                 field_names = [name for item in family.config for name in item.names]
                 # `find_misspelt` returns "" or "; HINT".
-                hints = {name: find_misspelt(name, field_names)[2:] for name in ignored_fields}
+                hints = {name: suggest_spelling(name, field_names)[2:] for name in ignored_fields}
                 fields = ", ".join(f"{name} ({hint})" if hint else name for name, hint in hints.items())
                 self.notes.append(f"{CONFIG}: fields without effect on the computation, which to-hf writes "
                                   f"unchanged: {fields}")
@@ -388,7 +388,7 @@ def check_export(folder: Path) -> None:
     if not (folder / MANIFEST).is_file() or "format_version" not in read_json(folder / MANIFEST):
         return
     weights = [name for name in read_manifest(folder).files if name.endswith(".safetensors")]
-    if problems := damaged_files(folder, weights, HASHED_AT_A_TIME):
+    if problems := find_damaged_files(folder, weights, HASHED_AT_A_TIME):
         raise UserError(f"{problems[0]}; {DAMAGED_HF}")
 
 

@@ -12,7 +12,7 @@ from annotated_types import Gt, Le
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     NO_FLAG, AtLeastOne, Flag, NotNegative, NotNegativeInt, ProblemCode, SettingsError, SettingsProblem,
-    find_problems)
+    try_parse_settings)
 from megatron_sov.model.config import correct_setting
 
 if TYPE_CHECKING:

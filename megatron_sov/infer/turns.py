@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_sov.base.digests import file_digest
+from megatron_sov.base.digests import hash_file
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import TurnEncoder
 from megatron_sov.chat.folder import (
@@ -104,7 +104,7 @@ def _join_sampling(policy: EnginePolicy) -> None:
 def chat_digests(folder: Path) -> dict[str, str]:
     """Return name -> digest of the files that determine the chat encoding of a folder."""
     files = [folder / name for name in (TOKENIZER_JSON, CONFIG_JSON, TEMPLATE, SPECIAL_JSON)]
-    return {file.name: file_digest(file) for file in files if file.is_file()}
+    return {file.name: hash_file(file) for file in files if file.is_file()}
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from megatron_sov.base.documents import KINDS, ROLLOUTS
 from megatron_sov.base.documents.records import column_problems
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import LoadedPlugin
-from megatron_sov.base.plugins.registry import Registry, check_methods, takes
-from megatron_sov.base.settings import read_arguments
+from megatron_sov.base.plugins.registry import Registry, accepts_arguments, check_methods
+from megatron_sov.base.settings import parse_arguments
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.learning import BUILT_IN
 

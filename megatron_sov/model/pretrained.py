@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.errors import UserError, told_in_a_line
+from megatron_sov.base.errors import UserError, format_error
 
 CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLED = "pytorch_model*.bin"
@@ -186,7 +186,7 @@ def load_and_compare(model_class: Any, folder: str | Path, *, left_out: Sequence
         if is_transformers:
             _refuse_unknown_type(folder)
         library = "transformers" if is_transformers else "diffusers"
-        raise UserError(f"{folder}: {library} cannot load it ({told_in_a_line(e)}); "
+        raise UserError(f"{folder}: {library} cannot load it ({format_error(e)}); "
                         "restore it from its source") from None
     mismatched = [name if isinstance(name, str) else f"{name[0]} {list(name[1])} instead of {list(name[2])}"
                   for name in info["mismatched_keys"]]

@@ -22,10 +22,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from megatron_sov.base.artifacts import atomic_write, disk_errors, manifest_sha256, new_file, to_json
+from megatron_sov.base.artifacts import (
+    create_file, format_json, manifest_sha256, translate_disk_errors, write_atomically)
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.base.sealed import seal_damage, seal_file, write_sealed
+from megatron_sov.base.sealed import find_seal_damage, seal_file, write_sealed
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.engine.parallel import collectives
@@ -136,7 +137,7 @@ def write_logprobs(model: RunningLogprobs, documents: Documents, passed: int, se
             problems.append(e)
 
     def end(opened: int, rank: int, size: int) -> None:
-        with disk_errors(file):
+        with translate_disk_errors(file):
             for problem in problems[:1]:
                 raise problem
             os.fsync(opened)
@@ -157,8 +158,8 @@ def write_logprobs(model: RunningLogprobs, documents: Documents, passed: int, se
 def _make_numbers(building: contextlib.ExitStack, file: Path, unasked: int, asked: int) -> Path:
     """Make a file of `unasked` NaN and as many zeros as are asked, which gets its name at the end of
     `building`; returns what it is called until then."""
-    temporary, block = building.enter_context(new_file(file)), np.full(1 << 20, np.nan, "<f4")
-    with disk_errors(file), open(temporary, "wb") as f:
+    temporary, block = building.enter_context(create_file(file)), np.full(1 << 20, np.nan, "<f4")
+    with translate_disk_errors(file), open(temporary, "wb") as f:
         for first in range(0, unasked, len(block)):
             f.write(block[:unasked - first].data)
         f.truncate(4 * (unasked + asked))
@@ -305,7 +306,7 @@ class ReferenceParts:
 
     def damage(self, part: int) -> str | None:
         """Return one sentence where a part's file is missing or is not what was written, else None."""
-        return seal_damage(self.file(part), self.of(part))
+        return find_seal_damage(self.file(part), self.of(part))
 
     def of(self, part: int) -> str:
         """Return what the checksum of a part's file is bound to: the folder's reference, data and lengths."""
@@ -492,9 +493,9 @@ class Reference:
                 raise UserError(f"{file}: log-probabilities of another reference, of other data or for other "
                                 "lengths of samples lie there; delete the folder, and they are computed anew")
             return
-        with disk_errors(self._folder):
+        with translate_disk_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, to_json(self._identity))
+        write_atomically(file, format_json(self._identity))
 
     def _read_identity(self) -> dict[str, Any]:
         file = self._folder / IDENTITY

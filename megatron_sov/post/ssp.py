@@ -18,8 +18,8 @@ from statistics import fmean
 from typing import Any
 
 from megatron_sov.base.artifacts import (
-    MANIFEST, atomic_write, damaged_files, new_artifact, read_manifest, to_json)
-from megatron_sov.base.digests import fingerprint
+    MANIFEST, create_artifact, find_damaged_files, format_json, read_manifest, write_atomically)
+from megatron_sov.base.digests import fingerprint_folder
 from megatron_sov.base.documents.rows import read_rows
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert.sources import is_hf_folder
@@ -130,7 +130,7 @@ class ProbedCheckpoint:
             return False
         model = read_manifest(folder, "passk").settings.get("model")
         asked = model.get("files") if isinstance(model, dict) else None
-        return not self.path.is_dir() or bool(asked == fingerprint(self.path))
+        return not self.path.is_dir() or bool(asked == fingerprint_folder(self.path))
 
 
 def candidates_of(paths: Sequence[Path]) -> list[ProbedCheckpoint]:
@@ -162,7 +162,7 @@ def write_problems(probe: Path, domains: Mapping[str, Path]) -> Path:
     """
     lines = [json.dumps({**row, DOMAIN: domain}) + "\n" for domain, file in domains.items()
              for _, row in read_rows(file, "--problems", "prompt")]
-    atomic_write(probe / PROBLEMS, "".join(lines))
+    write_atomically(probe / PROBLEMS, "".join(lines))
     return probe / PROBLEMS
 
 
@@ -208,8 +208,8 @@ def write_table(probe: Path, candidates: Sequence[ProbedCheckpoint], k: int, rig
         "choice": [choice.row() for choice in chosen],
         "merged": [gain(found[c.name, choice.domain], found[choice.checkpoint, choice.domain], size)
                    for c in candidates if c.is_merged for choice in chosen for size in ks]}
-    with new_artifact(probe / TABLE, TABLE_KIND, overwrite=True) as artifact:
-        atomic_write(artifact.path / RESULTS, to_json(content))
+    with create_artifact(probe / TABLE, TABLE_KIND, overwrite=True) as artifact:
+        write_atomically(artifact.path / RESULTS, format_json(content))
         artifact.content = content
         artifact.settings = dict(json.loads((probe / ASKED).read_text(encoding="utf-8")))
         for candidate in candidates:
@@ -219,7 +219,7 @@ def write_table(probe: Path, candidates: Sequence[ProbedCheckpoint], k: int, rig
 
 def _measure(probe: Path, candidate: ProbedCheckpoint, ks: Sequence[int],
              right_from: float) -> Iterator[MeasuredCheckpoint]:
-    if problems := damaged_files(candidate.folder(probe)):
+    if problems := find_damaged_files(candidate.folder(probe)):
         raise UserError(f"{problems[0]}; delete {candidate.folder(probe)}, and the same command asks again")
     parts = read_judged_parts(candidate.folder(probe) / SAMPLES, DOMAIN, PROBLEM, right_from)
     for domain, judged in parts.items():

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sov.base.artifacts import (
-    MANIFEST, atomic_write, delete_folder, disk_errors, file_damage, fsync_path, manifest_sha256,
-    read_manifest, to_json)
-from megatron_sov.base.errors import Fix, UserError, download, fix_missing, warn
+    MANIFEST, delete_folder, find_file_damage, format_json, fsync_path, manifest_sha256, read_manifest,
+    translate_disk_errors, write_atomically)
+from megatron_sov.base.errors import Fix, UserError, fix_missing, suggest_download, warn
 from megatron_sov.base.hints.removed import check_folder
-from megatron_sov.base.outputs import TRYING
+from megatron_sov.base.outputs import PROBE_PREFIX
 from megatron_sov.model.config import RunConfig, from_dict
 from megatron_sov.model.pretrained import ADAPTER_CONFIG, CONFIG, is_hf_folder
 from megatron_sov.runs.obs.events import EVENTS
@@ -158,7 +158,7 @@ def check_model_path(path: Path, option: str = "") -> None:
             raise UserError(f"{option}{path}: {problem}; pass its folder, {path.parent}",
                             Fix(words={str(path): str(path.parent)}))
         raise UserError(f"{option}{path}: {problem}; pass a checkpoint, a run or a Hugging Face "
-                        f"folder{download(path)}", fix_missing(path))
+                        f"folder{suggest_download(path)}", fix_missing(path))
 
 
 def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
@@ -357,7 +357,7 @@ def hash_checkpoint_files(start: Path) -> str:
     manifest = read_manifest(start)
     facts = {"base": manifest.content.get(BASE, {}).get("sha256", ""),
              "files": {name: record.digest for name, record in sorted(manifest.files.items())}}
-    return hashlib.sha256(to_json(facts).encode()).hexdigest()
+    return hashlib.sha256(format_json(facts).encode()).hexdigest()
 
 
 def read_trained_tokens(path: Path) -> int:
@@ -407,7 +407,7 @@ def find_damage(path: Path, *, rank: int = 0, size: int = 1, weights_only: bool 
     names = sorted(name for name in files if not (weights_only and name.startswith(OPTIMIZER_FILES)))
     for name in names[rank::size]:
         try:
-            problem = file_damage(path / name, files[name])
+            problem = find_file_damage(path / name, files[name])
         except OSError as e:
             # EIO means lost bytes. Other errors (permissions, unmounted disk) say nothing about the file.
             if e.errno != errno.EIO:
@@ -440,7 +440,7 @@ def _rename_with_prefix(path: Path, prefix: str) -> Path:
     # one.
     if renamed.exists():
         renamed = path.with_name(f"{prefix}{path.name}-{secrets.token_hex(4)}")
-    with disk_errors(path):
+    with translate_disk_errors(path):
         os.rename(path, renamed)
         # Without fsync a power failure may restore the old name, and the next start would load the damage.
         fsync_path(path.parent)

@@ -90,7 +90,7 @@ class RunFolder:
         return _read_completion(file)
 
     def complete(self, content: dict[str, Any]) -> None:
-        atomic_write(self.path / COMPLETION, to_json(content))
+        write_atomically(self.path / COMPLETION, format_json(content))
 
     def mark_awaiting_gate(self, content: dict[str, Any]) -> None:
         """Write `awaiting_gate.json`, the content for `complete` after the last checkpoint passes its
@@ -216,7 +216,7 @@ class RunFolder:
         return any((self.path / name).exists() for name in (CONFIG, STAGES))
 
     def create(self) -> None:
-        with disk_errors(self.path):
+        with translate_disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
 
     def declare(self, config: RunConfig, step: int = 0) -> None:
@@ -228,9 +228,9 @@ class RunFolder:
         """
         self._record_settings_change(config, step)
         # Write config.json before creating checkpoints/: after a kill in between, --resume still works.
-        atomic_write(self.path / CONFIG, to_json(config.to_dict()))
+        write_atomically(self.path / CONFIG, format_json(config.to_dict()))
         record_command(self.path)
-        with disk_errors(self.path):
+        with translate_disk_errors(self.path):
             self.checkpoints.mkdir(exist_ok=True)
 
     def _record_settings_change(self, config: RunConfig, step: int) -> None:

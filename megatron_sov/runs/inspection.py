@@ -12,8 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.artifacts import MANIFEST, damaged_files, disk_errors, origins_of, read_manifest
-from megatron_sov.base.errors import GateFailed, UserError, visible
+from megatron_sov.base.artifacts import (
+    MANIFEST, find_damaged_files, read_manifest, trace_origins, translate_disk_errors)
+from megatron_sov.base.errors import GateFailed, UserError, escape_controls
 from megatron_sov.base.hints.removed import check_folder, check_kind
 from megatron_sov.base.settings import NotNegativeInt
 from megatron_sov.runs.obs.events import EVENTS
@@ -103,9 +104,9 @@ def _verify_artifact(path: Path, facts: Mapping[str, Any], kind: ArtifactKind | 
     """
     if kind is None and not (path / MANIFEST).is_file():
         raise UserError(f"{path}: --verify has nothing to compare it with; it has no {MANIFEST}")
-    if problems := damaged_files(path) if kind is None else kind.problems(path):
+    if problems := find_damaged_files(path) if kind is None else kind.problems(path):
         rest = f"\n... and {len(problems) - MAX_PROBLEMS:,} more" if len(problems) > MAX_PROBLEMS else ""
-        raise GateFailed("\n".join(map(visible, problems[:MAX_PROBLEMS])) + rest)
+        raise GateFailed("\n".join(map(escape_controls, problems[:MAX_PROBLEMS])) + rest)
     return f"{path}: " + ("every file has the hash of its manifest" if kind is None else
                           f"sound as {facts['kind']}")
 
@@ -124,7 +125,7 @@ def _describe_artifact(path: Path) -> dict[str, Any]:
     return {"kind": manifest.kind, "created_s": manifest.created_s, "num_files": len(manifest.files),
             "size_bytes": sum(record.size_bytes for record in manifest.files.values()),
             "content": manifest.content, "settings": manifest.settings,
-            "made_from": origins_of(path, manifest)}
+            "made_from": trace_origins(path, manifest)}
 
 
 def _describe_unfinished_work(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.artifacts import atomic_write, disk_errors
+from megatron_sov.base.artifacts import translate_disk_errors, write_atomically
 from megatron_sov.base.errors import ExitCode, UserError, warn
 from megatron_sov.work.progress.locks import critical_section, has_ended, process_identity
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.documents.messages import MESSAGE_FIELDS, read_beside, read_messages, refuse_deep
 from megatron_sov.base.documents.rows import finite, no_constant
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.chat.folder import open_tokenizer, read_chat_encoder
 from megatron_sov.chat.marks import unquote_marks
 from megatron_sov.infer.asking import Asker
@@ -199,7 +199,7 @@ def chat_question(raw: bytes, model: str) -> ServedQuestion:
         if message.unread:
             unknown = message.unread[0][:200]
             raise RefusedRequest(400, f"messages[{number}] has {unknown!r}, which is not known"
-                                      f"{nearest(unknown, MESSAGE_FIELDS)}; leave it out", "messages")
+                                      f"{suggest_name(unknown, MESSAGE_FIELDS)}; leave it out", "messages")
     return body.question((chat,), body.max_completion_tokens or body.max_tokens)
 
 
@@ -250,7 +250,8 @@ def _check_body(kind: type[Any], fields: Mapping[str, Any], model: str) -> Any:
     if unknown := next((name for name in known if name not in kind.model_fields), ""):
         every = [*kind.model_fields, *NEUTRAL, *CHANGE_NOTHING]
         raise RefusedRequest(400,
-                             f"{unknown[:200]} is not known{nearest(unknown[:200], every)}; leave it out",
+                             f"{unknown[:200]} is not known{suggest_name(unknown[:200], every)}; leave it "
+                             "out",
                              unknown[:200])
     try:
         body = kind.model_validate(known)

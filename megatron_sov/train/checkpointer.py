@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_sov.base.artifacts import MANIFEST, manifest_sha256, to_json
+from megatron_sov.base.artifacts import MANIFEST, format_json, manifest_sha256
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.chat.folder import (
     CONFIG_JSON, TEMPLATE_FILE, TOKENIZER_JSON, read_chat_fields, read_chat_template, read_special_token)
@@ -212,7 +212,7 @@ def _read_companions(start: Path, data: Path) -> dict[str, bytes]:
         config["chat_template"] = template
         files.pop(TEMPLATE_FILE, None)
     changed = {CONFIG_JSON: config, **({GENERATION_CONFIG: defaults} if GENERATION_CONFIG in files else {})}
-    return files | {name: to_json(content).encode() for name, content in changed.items()}
+    return files | {name: format_json(content).encode() for name, content in changed.items()}
 
 
 class Stateful(Protocol):

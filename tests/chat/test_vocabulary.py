@@ -14,7 +14,7 @@ import pytest
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_sov.base.digests import file_digest
+from megatron_sov.base.digests import hash_file
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.vocabulary import (
     check_same_tokenizer, check_same_tokens, find_difference, read_tokenizer, tokenizer_digest)
@@ -225,7 +225,7 @@ OTHER: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 def test_identity_ignores_file_layout(name: str, trained: Path, tmp_path: Path) -> None:
     other = rewritten(trained, tmp_path / "other", *SAME[name][:1], **SAME[name][1])
     assert behaviour(other) == behaviour(trained), "the library agrees"
-    assert file_digest(other / "tokenizer.json") != file_digest(trained / "tokenizer.json")
+    assert hash_file(other / "tokenizer.json") != hash_file(trained / "tokenizer.json")
     assert tokenizer_digest(other) == tokenizer_digest(trained) and find_difference(other, trained) is None
 
 

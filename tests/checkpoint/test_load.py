@@ -124,7 +124,7 @@ def test_checkpoint_is_bit_equal_across_layouts_and_resumes(ranks, job, tmp_path
         first = TensorReader(names[0], part)
         assert len(first.keys()) > count
         for name in names[1:]:
-            assert damaged_files(name) == []
+            assert find_damaged_files(name) == []
             other = TensorReader(name, part)
             assert sorted(other.keys()) == sorted(first.keys())
             for key in first.keys():  # noqa: SIM118  (a reader is no dict)

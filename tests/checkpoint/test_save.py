@@ -84,7 +84,7 @@ def problems(folder: str) -> dict[str, Any]:
     publish, write, index, end = save.publish, HostSnapshot.write, save.write_index, os._exit
     save.publish = _no_room
     told("no room to complete")
-    save.publish = publish
+    save.publish_folder = publish
     save.write_index = _defect
     told("defect")
     save.write_index = index
@@ -172,7 +172,7 @@ def test_background_save_writes_the_copy_and_reports_errors(ranks: Any, job: Any
     at_once, later, changed = (tmp_path / "beside" / f"step-{n}" for n in (1, 2, 3))
     assert len(list((at_once / "model").rglob("*.safetensors"))) == 2 < 6 <= len(
         list((later / "model").rglob("*.safetensors")))
-    assert damaged_files(at_once) == damaged_files(later) == damaged_files(changed) == []
+    assert find_damaged_files(at_once) == find_damaged_files(later) == find_damaged_files(changed) == []
     assert not (later / "indices").exists() and sorted(p.name for p in (tmp_path / "beside").iterdir()) == [
         "step-1", "step-2", "step-3"]
     for part in ("model", "optimizer"):
@@ -203,7 +203,7 @@ def test_finish_after_error_completes_written_checkpoints(ranks: Any, job: Any, 
     from megatron_sov.base.artifacts import damaged_files
 
     (found,) = ranks(job(__file__, "behind_an_error", 2, {"folder": str(tmp_path)}))
-    assert [f["there"] for f in found] == [["step-1"]] * 2 and damaged_files(tmp_path / "step-1") == []
+    assert [f["there"] for f in found] == [["step-1"]] * 2 and find_damaged_files(tmp_path / "step-1") == []
     assert [f["saved"] for f in found] == [["step-1"], []], "rank 0 tells"
 
 

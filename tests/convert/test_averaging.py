@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
 from megatron_sov import convert
-from megatron_sov.base.artifacts import damaged_files, manifest_sha256, new_artifact, read_manifest
+from megatron_sov.base.artifacts import create_artifact, find_damaged_files, manifest_sha256, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert import averaging
 from megatron_sov.convert.averaging import choose_checkpoints, compute_weights
@@ -55,7 +55,7 @@ def test_equal_weights_give_the_bit_exact_mean(experts: list[Path], tmp_path: Pa
     for name, tensor in found.items():
         mean = torch.stack([part[name] for part in parts]).double().mean(dim=0)
         assert tensor.equal(mean.to(parts[0][name].dtype)), name
-    assert damaged_files(tmp_path / "merged") == []
+    assert find_damaged_files(tmp_path / "merged") == []
     manifest = read_manifest(tmp_path / "merged", "checkpoint")
     assert [m["manifest_sha256"] for m in manifest.content["merged"]] == list(map(manifest_sha256, experts))
     assert [i["path"] for i in manifest.inputs] == list(map(str, experts))
@@ -121,7 +121,7 @@ def test_incompatible_checkpoints_are_not_averaged(experts: list[Path], solar_di
     refused(r"template/tokenizer: chat_template.jinja .* differs from that of .*; only checkpoints of one "
             "tokenizer can be averaged", experts[0], tmp_path / "template")
     settings = read_manifest(experts[1]).settings
-    with new_artifact(tmp_path / "adapter", "checkpoint") as artifact:
+    with create_artifact(tmp_path / "adapter", "checkpoint") as artifact:
         artifact.content = {"step": 0, "base": {"path": str(experts[0]), "sha256": "0" * 64}}
         artifact.settings = settings
     refused("holds an adapter of .*, and .* all weights", experts[0], tmp_path / "adapter")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_sov import convert
-from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.convert.peft import (
@@ -211,7 +211,7 @@ def test_base_name_is_the_hub_or_run_name(tmp_path: Path) -> None:
     assert hub_name(tmp_path / "mymodel") == "mymodel"
     step, lost = tmp_path / "RUN/checkpoints/step-3", AdapterBase(tmp_path / "gone/checkpoints/step-3", "0")
     for content, name in (({"imported_from": "Qwen/Qwen3-8B"}, "Qwen/Qwen3-8B"), ({}, "RUN")):
-        with new_artifact(step, "checkpoint", overwrite=True) as artifact:
+        with create_artifact(step, "checkpoint", overwrite=True) as artifact:
             artifact.content = content
         assert get_base_name(tmp_path, AdapterBase.of(step)) == name
     assert get_base_name(tmp_path, lost) == "gone"

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_sov import convert
-from megatron_sov.base.artifacts import MANIFEST, FileRecord, file_damage, new_artifact, read_manifest
+from megatron_sov.base.artifacts import MANIFEST, FileRecord, create_artifact, find_file_damage, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert import hf_import
 from megatron_sov.convert.hf_import import verify_source
@@ -292,7 +292,7 @@ class Folder:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    with new_artifact(tmp_path / "weights", "hf_model") as artifact:
+    with create_artifact(tmp_path / "weights", "hf_model") as artifact:
         artifact.content = {"parts": ["model", "optimizer"]}
         (artifact.path / "optimizer").mkdir()
         for name in ("a", "b", "optimizer/o"):
@@ -305,7 +305,7 @@ def test_conversion_runs_while_sources_are_hashed(folder: Folder, monkeypatch: p
 
     def later(file: Path, record: FileRecord) -> str | None:
         assert begun.wait(600)
-        return file_damage(file, record)
+        return find_file_damage(file, record)
 
     monkeypatch.setattr(hf_import, "file_damage", later)
     with verify_source(folder, workers=1) as check:
@@ -348,7 +348,7 @@ def test_export_finishes_a_file_after_its_sources_are_verified(solar_dir: Path, 
         if file.suffix == ".safetensors":
             assert written.wait(600)
             too_early.append(counted.wait(0.1))
-        return file_damage(file, record)
+        return find_file_damage(file, record)
 
     def write(*arguments: Any, now: Any = hf_import.write_tensors) -> FileRecord:
         record: FileRecord = now(*arguments)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_sov.base.artifacts import atomic_write, to_json
+from megatron_sov.base.artifacts import format_json, write_atomically
 from megatron_sov.cli import main
 from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
@@ -127,7 +127,7 @@ def test_heldout_losses_are_recorded_as_events(one_rank: None, imported: dict[st
     config = {"recipe": "tiny", "model": {"family": "solar_open", "vocab_size": 1024, "hidden_size": 32,
                                           "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16},
               "data": {"phases": [{"name": "a", "seq_len": 100}], "heldout_tokens": 1500}}
-    atomic_write(tmp_path / "config.json", to_json(config))
+    write_atomically(tmp_path / "config.json", format_json(config))
     run = ["--data", str(token_shards), "--run", str(tmp_path)]
     ours = ask(capsys, "ppl", str(imported["solar_open"]), *run, *CUT)
     theirs = ask(capsys, "ppl", str(hf_models["solar_open"]), *run, *CUT)

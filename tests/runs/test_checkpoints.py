@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from megatron_sov import convert, recipes
-from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert.peft import from_peft, open_weights, to_peft
 from megatron_sov.infer.engines.target import find_target
@@ -25,7 +25,7 @@ from megatron_sov.runs.checkpoints import (
 def run(tmp_path: Path) -> Path:
     """A run with checkpoints after 5, 10 and 100 steps."""
     for step in (5, 10, 100):
-        with new_artifact(tmp_path / "checkpoints" / f"step-{step}", "checkpoint"):
+        with create_artifact(tmp_path / "checkpoints" / f"step-{step}", "checkpoint"):
             continue
     return tmp_path
 
@@ -47,7 +47,7 @@ def test_run_without_checkpoint_is_rejected(tmp_path: Path) -> None:
 
 def test_find_damage_names_changed_file(run: Path) -> None:
     path = run / "checkpoints/step-7"
-    with new_artifact(path, "checkpoint") as artifact:
+    with create_artifact(path, "checkpoint") as artifact:
         for name in ("state.json", "optimizer.index.json", "model/a", "model/b"):
             (artifact.path / name).parent.mkdir(exist_ok=True)
             (artifact.path / name).write_text(name)
@@ -194,7 +194,7 @@ def folder_of(path: Path, kind: str) -> Path:
         for name in files[kind]:
             (path / name).touch()
     else:
-        with new_artifact(path, kind):
+        with create_artifact(path, kind):
             pass
     return path
 

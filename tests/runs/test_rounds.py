@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.runs.rounds import (
@@ -61,7 +61,7 @@ def test_rewritten_files_do_not_count_as_results(tmp_path: Path) -> None:
 
 
 def checkpoint(path: Path, **state: Any) -> Path:
-    with new_artifact(path, "checkpoint") as artifact:
+    with create_artifact(path, "checkpoint") as artifact:
         artifact.content = {"step": path.name}
         (artifact.path / "state.json").write_text(json.dumps({"name": path.name, **state}))
     return path

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_sov import recipes
-from megatron_sov.base.artifacts import new_artifact, read_manifest
+from megatron_sov.base.artifacts import create_artifact, read_manifest
 from megatron_sov.base.documents.shard_files import IndexedWriter
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import apply_settings
@@ -112,7 +112,7 @@ def with_routes(data: Path, folder: Path, known: float) -> Path:
 
     shape = shape_of(apply_settings(recipes.get("tiny-solar-open"), SETTINGS).model)
     random, manifest = np.random.default_rng(0), read_manifest(data, "tokens")
-    with new_artifact(folder, "tokens") as artifact:
+    with create_artifact(folder, "tokens") as artifact:
         sources = open_sources({str(data): 1.0}, 368)
         for source, record in zip(sources, manifest.content["sources"], strict=True):
             for split in ("train", "heldout"):

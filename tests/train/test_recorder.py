@@ -92,7 +92,7 @@ def tell_all(r: Recorder) -> None:
 
 
 def test_a_start_names_the_checkpoint_that_it_starts_from(tmp_path: Path) -> None:
-    with new_artifact(tmp_path / "start", "checkpoint"):
+    with create_artifact(tmp_path / "start", "checkpoint"):
         pass
     r = recorder(tmp_path)
     r.begin(0, None, [], [LedgerEntry(0, "main", 32, 2, {"web": 1.0})], start=tmp_path / "start")

@@ -16,9 +16,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.errors import Fix, UserError, nearest, warn
-from megatron_sov.base.hints.foreign import blend_of, is_translated, read_foreign, recipe_of
-from megatron_sov.base.hints.kinds import OPTIONS_OF_KIND, kind_of_word, option_of_path
+from megatron_sov.base.errors import Fix, UserError, suggest_name, warn
+from megatron_sov.base.hints.foreign import (
+    OPTIONS_OF_KIND, blend_of, is_translated, kind_of_word, option_of_path, read_foreign, recipe_of)
 from megatron_sov.base.hints.missing import placeholder, split_words
 from megatron_sov.base.hints.search import describe_found, find_by_meaning
 from megatron_sov.base.hints.table import by_word, last_part, normalize, note_on, table
@@ -480,7 +480,7 @@ def _add_companions(made: _Rewrite) -> None:
 def nearest_option(option: str, options: Sequence[str]) -> str:
     """Return what `nearest` says of an option, if at most a fifth of the letters differ: a word that is only
     similar is another thing."""
-    close = nearest(option, options)
+    close = suggest_name(option, options)
     share = difflib.SequenceMatcher(None, option, close.split("'")[1]).ratio() if close else 0.0
     return close if share >= MIN_SIMILARITY else ""
 
@@ -489,7 +489,8 @@ def _is_misspelt(key: str, texts: Mapping[str, str]) -> bool:
     """Return whether a setting of the same group has a similar name."""
     group, _, last = key.rpartition(".")
     names = [name.removeprefix("--set ").removesuffix("=VALUE") for name in texts]
-    return bool(nearest(last, [name.rpartition(".")[2] for name in names if name.startswith(f"{group}.")]))
+    return bool(suggest_name(last,
+                             [name.rpartition(".")[2] for name in names if name.startswith(f"{group}.")]))
 
 
 def _answer(parser: argparse.ArgumentParser, made: _Rewrite) -> UserError:

@@ -11,14 +11,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
-from megatron_sov.base.errors import nearest
+from megatron_sov.base.errors import suggest_name
 from megatron_sov.base.hints.removed import was_removed
 from megatron_sov.base.hints.table import note_on, table
 from megatron_sov.base.settings.problem import (
-    UNSET, ProblemCode, Relation, SettingsError, SettingsProblem, as_problem)
+    UNSET, ProblemCode, Relation, SettingsError, SettingsProblem, to_problem)
 
 S = TypeVar("S")
-Instead = Callable[[str], str]
+KeyHint = Callable[[str], str]
 """Unknown key -> hint for the message; "": suggest the nearest key."""
 _UNKNOWN = {"unexpected_keyword_argument", "extra_forbidden"}
 _MISSING = {"missing", "missing_argument", "missing_keyword_only_argument"}
@@ -44,12 +44,13 @@ _HOURS = {"h": 1, "d": 24, "w": 168}
 _THOUSANDS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
 
-def no_other(key: str) -> str:
+def no_hint(key: str) -> str:
     return ""
 
 
-def read(cls: type[S], raw: object, where: str, *, lines: Mapping[tuple[str | int, ...], int] | None = None,
-         instead: Instead = no_other, rules: bool = True) -> S:
+def parse_settings(cls: type[S], raw: object, where: str, *,
+                   lines: Mapping[tuple[str | int, ...], int] | None = None,
+         instead: KeyHint = no_hint, rules: bool = True) -> S:
     """Build settings from plain values of JSON types.
 
     The only conversions are lists to tuples, integers to floats, and text to paths.
@@ -65,10 +66,10 @@ def read(cls: type[S], raw: object, where: str, *, lines: Mapping[tuple[str | in
     Raises:
         SettingsError: lists every key that is unknown, missing, of a wrong type, or breaks a rule.
     """
-    settings, problems = find_problems(cls, raw, instead)
+    settings, problems = try_parse_settings(cls, raw, instead)
     if settings is not None and rules:
         # only valid fields: rules compare values and rely on their types
-        problems = rules_of(settings)
+        problems = find_rule_problems(settings)
     if problems:
         raise SettingsError(where, [dataclasses.replace(p, line=_line(p.key, lines)) for p in problems])
     return cast(S, settings)
@@ -76,19 +77,19 @@ def read(cls: type[S], raw: object, where: str, *, lines: Mapping[tuple[str | in
 
 def _line(key: str, lines: Mapping[tuple[str | int, ...], int] | None) -> int:
     """Return the line of a key, or the line of the nearest enclosing value."""
-    place = place_of(key)
+    place = split_key(key)
     while lines and place and place not in lines:
         place = place[:-1]
     return (lines or {}).get(place, 0)
 
 
-def place_of(key: str) -> tuple[str | int, ...]:
+def split_key(key: str) -> tuple[str | int, ...]:
     if not key:
         return ()
     return tuple(int(part) if part.isdecimal() else part for part in key.split("."))
 
 
-def find_problems(cls: type[S], raw: object, instead: Instead = no_other) -> tuple[S | None,
+def try_parse_settings(cls: type[S], raw: object, instead: KeyHint = no_hint) -> tuple[S | None,
                                                                                    list[SettingsProblem]]:
     """Return (settings or None, violated declarations in field order), without checking rules between
     fields."""
@@ -101,7 +102,7 @@ def find_problems(cls: type[S], raw: object, instead: Instead = no_other) -> tup
         text = json.dumps(raw, default=_as_fields)
         return _adapter(cast(Any, cls)).validate_json(text, strict=True, extra="forbid"), []
     except ValidationError as e:
-        return None, _in_order(cls, explain(cls, e, instead))
+        return None, _in_order(cls, explain_validation_error(cls, e, instead))
     except (TypeError, ValueError, RecursionError) as e:
         return None, [SettingsProblem(ProblemCode.TYPE, "", f"holds a value that JSON does not have ({e})")]
 
@@ -112,29 +113,29 @@ def _as_fields(value: Any) -> dict[str, Any]:
     return dataclasses.asdict(value)
 
 
-def check(settings: Any) -> list[SettingsProblem]:
+def find_declaration_problems(settings: Any) -> list[SettingsProblem]:
     """Return violated declarations of settings that code built without reading a file."""
-    return find_problems(type(settings), plain(settings))[1]
+    return try_parse_settings(type(settings), to_plain_values(settings))[1]
 
 
-def rules_of(settings: Any) -> list[SettingsProblem]:
+def find_rule_problems(settings: Any) -> list[SettingsProblem]:
     """Return violated rules between settings, in field order.
 
     Checks nested settings, relations declared by fields, and the class's own `problems()`.
     """
-    own = list(map(as_problem, settings.problems())) if hasattr(settings, "problems") else []
+    own = list(map(to_problem, settings.problems())) if hasattr(settings, "problems") else []
     if not dataclasses.is_dataclass(settings):  # a user's own class
         return own
-    # nested settings first: their problems may cause those of the outer settings
+    # nested settings first: their problems may cause problems of the outer settings
     problems = [problem for field in dataclasses.fields(settings)
              for problem in _rules_inside(field.name, getattr(settings, field.name, None))]
     try:
-        hints = hints_of(cast(Any, type(settings)))
+        hints = get_field_hints(cast(Any, type(settings)))
     except (NameError, TypeError):  # a user's class annotates a field with an unknown type
         hints = {}
     for name, hint in hints.items():
         for relation in getattr(hint, "__metadata__", ()):
-            if isinstance(relation, Relation) and (problem := relation.broken_by(settings, name)):
+            if isinstance(relation, Relation) and (problem := relation.find_problem(settings, name)):
                 problems.append(problem)
     problems += own
     return _in_order(type(settings), [p for i, p in enumerate(problems) if p not in problems[:i]])
@@ -144,7 +145,8 @@ def _rules_inside(name: str, value: Any) -> list[SettingsProblem]:
     """Return violated rules of settings in a field's value, single or in a collection."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         # problems of an item in a collection get the item's index or key
-        return [problem.below(name) if problem.key or "." in name else problem for problem in rules_of(value)]
+        return [problem.with_prefix(name) if problem.key or "." in name else problem
+                for problem in find_rule_problems(value)]
     items: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, Mapping):
         items = value.items()
@@ -153,9 +155,9 @@ def _rules_inside(name: str, value: Any) -> list[SettingsProblem]:
     return [problem for key, item in items for problem in _rules_inside(f"{name}.{key}", item)]
 
 
-def problems_of(settings: Any) -> list[SettingsProblem]:
+def find_all_problems(settings: Any) -> list[SettingsProblem]:
     """Return all problems of settings built by code: violated declarations, else violated rules."""
-    return check(settings) or rules_of(settings)
+    return find_declaration_problems(settings) or find_rule_problems(settings)
 
 
 def _declared_types(made: Any) -> dict[str, Any]:
@@ -167,7 +169,7 @@ def _declared_types(made: Any) -> dict[str, Any]:
     return {}
 
 
-def read_arguments(made: Any, given: Mapping[str, Any], where: str, *, prefix: str = "",
+def parse_arguments(made: Any, given: Mapping[str, Any], where: str, *, prefix: str = "",
                    num_ours: int = 0) -> dict[str, Any]:
     """Convert plain values to arguments of a class or function by its declared types.
 
@@ -187,7 +189,7 @@ def read_arguments(made: Any, given: Mapping[str, Any], where: str, *, prefix: s
              if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     hints = _declared_types(made)
     arguments: dict[str, Any] = {}
-    problems = [unknown(name, accepted) for name in given if name not in accepted]
+    problems = [unknown_key_problem(name, accepted) for name in given if name not in accepted]
     for name, parameter in accepted.items():
         if name not in given:
             problems += [_missing(name)] if parameter.default is parameter.empty else []
@@ -197,13 +199,15 @@ def read_arguments(made: Any, given: Mapping[str, Any], where: str, *, prefix: s
             arguments[name] = TypeAdapter(hints.get(name, Any)).validate_json(text, strict=True,
                                                                           extra="forbid")
         except ValidationError as e:
-            problems += [problem.below(name) for problem in explain(hints.get(name, Any), e)]
+            problems += [problem.with_prefix(name)
+                         for problem in explain_validation_error(hints.get(name, Any), e)]
     if problems:
-        raise SettingsError(where, [problem.below(prefix) if prefix else problem for problem in problems])
+        raise SettingsError(where,
+                            [problem.with_prefix(prefix) if prefix else problem for problem in problems])
     return arguments
 
 
-def explain(cls: Any, error: Any, instead: Instead = no_other) -> list[SettingsProblem]:
+def explain_validation_error(cls: Any, error: Any, instead: KeyHint = no_hint) -> list[SettingsProblem]:
     """Convert pydantic's `ValidationError` to one problem per key."""
     problems: dict[str, SettingsProblem] = {}
     errors = error.errors(include_url=False)
@@ -227,7 +231,7 @@ def explain(cls: Any, error: Any, instead: Instead = no_other) -> list[SettingsP
             if problem.code != ProblemCode.MISSING or f"did you mean '{problem.key}'?" not in hints]
 
 
-def _problem(cls: Any, error: Any, instead: Instead) -> SettingsProblem:
+def _problem(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
     kind, ctx = error["type"], error.get("ctx", {})
     place, hint = _place(cls, error["loc"])
     key = ".".join(map(str, place))
@@ -238,8 +242,8 @@ def _problem(cls: Any, error: Any, instead: Instead) -> SettingsProblem:
     if kind == "json_invalid":
         return SettingsProblem(ProblemCode.TYPE, key, f"holds a text that is not valid JSON ({ctx['error']})")
     if kind in _UNKNOWN:
-        fields = fields_of(cast(Any, hint)) if dataclasses.is_dataclass(hint) else ()
-        return unknown(key, fields, instead(key))
+        fields = list_fields(cast(Any, hint)) if dataclasses.is_dataclass(hint) else ()
+        return unknown_key_problem(key, fields, instead(key))
     if kind in _MISSING:
         return _missing(key)
     if kind in ("literal_error", "enum"):
@@ -247,11 +251,7 @@ def _problem(cls: Any, error: Any, instead: Instead) -> SettingsProblem:
         close, meant = "", ""
         if isinstance(value, str):
             close = (was_removed(value) or _other_case(value, known) or _foreign(key, value)
-                     or nearest(value, known))
-            words = re.findall(r"[\w.-]+", value.lower())
-            guess = nearest(value, known).split("'")
-            ours = (value.lower(), table()["values"].get(key, {}).get(value.lower(), ""), *guess[1:2])
-            meant = next((word for word in ours if words and word in known), "")
+                     or suggest_name(value, known))
         return SettingsProblem(ProblemCode.CHOICE, key, f"must be {ctx.get('expected', 'another word')}",
                                value, close.removeprefix("; "), value_to_write=meant)
     if kind == "bound":
@@ -337,7 +337,7 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def unknown(key: str, known: Iterable[str], instead: str = "") -> SettingsProblem:
+def unknown_key_problem(key: str, known: Iterable[str], instead: str = "") -> SettingsProblem:
     """Return the problem of an unknown key.
 
     Args:
@@ -347,7 +347,7 @@ def unknown(key: str, known: Iterable[str], instead: str = "") -> SettingsProble
     """
     group, dot, name = key.rpartition(".")
     names = list(known)
-    close = nearest(name, names, group + dot).removeprefix("; ")
+    close = suggest_name(name, names, group + dot).removeprefix("; ")
     return SettingsProblem(ProblemCode.UNKNOWN, key, "no such setting", way_out=instead or close or (
         f"there are {', '.join(names[:30])}" if names else "there are none"))
 
@@ -363,17 +363,17 @@ def _place(cls: Any, loc: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any]:
     """
     place: list[Any] = []
     hint = _inside(cls)
-    # pydantic inserts names of union members between the keys; walking along the types tells them apart
+    # pydantic inserts names of union members between the keys; walking along the types distinguishes them
     for i, part in enumerate(loc):
         if dataclasses.is_dataclass(hint):
             place.append(part)
-            if part not in fields_of(cast(Any, hint)):
+            if part not in list_fields(cast(Any, hint)):
                 break
-            hint = hint_below(hint, part)
+            hint = get_inner_hint(hint, part)
         elif get_origin(hint) in (tuple, list, dict, set, frozenset, Mapping):
             if part != "[key]":
                 place.append(part)
-            hint = hint_below(hint, part)
+            hint = get_inner_hint(hint, part)
         elif i == 0 or not isinstance(part, str):
             place.append(part)
     return tuple(place), hint
@@ -387,10 +387,10 @@ def _choices(hint: Any) -> tuple[Any, ...]:
     return tuple(choice for inner in get_args(hint) for choice in _choices(inner))
 
 
-def hint_below(hint: Any, part: Any) -> Any:
+def get_inner_hint(hint: Any, part: Any) -> Any:
     """Return the type of a field, an item or a value inside a type; None if unknown."""
     if dataclasses.is_dataclass(hint):
-        return _inside(hints_of(cast(Any, hint)).get(part))
+        return _inside(get_field_hints(cast(Any, hint)).get(part))
     args = get_args(hint)
     if get_origin(hint) is dict or get_origin(hint) is Mapping:
         return _inside(args[1])
@@ -415,13 +415,13 @@ def _inside(hint: Any) -> Any:
 
 
 @cache
-def hints_of(cls: Any) -> dict[str, Any]:
+def get_field_hints(cls: Any) -> dict[str, Any]:
     """Return the resolved types of a class's fields (cached: resolving annotations is slow)."""
     return get_type_hints(cls, include_extras=True)
 
 
 @cache
-def fields_of(cls: Any) -> tuple[str, ...]:
+def list_fields(cls: Any) -> tuple[str, ...]:
     """Return the names of fields that users may set, in declaration order."""
     return tuple(f.name for f in dataclasses.fields(cls) if f.init and f.metadata.get("is_written", True))
 
@@ -441,25 +441,25 @@ def _in_order(cls: Any, problems: list[SettingsProblem]) -> list[SettingsProblem
         for part in problem.key.split("."):
             if dataclasses.is_dataclass(hint):
                 # index of the part among the fields of its class; unknown names go last
-                names = fields_of(cast(Any, hint))
+                names = list_fields(cast(Any, hint))
                 positions.append(float(names.index(part)) if part in names else float("inf"))
             else:
                 positions.append(float(part) if part.isdecimal() else 0.0)
-            hint = hint_below(hint, part) if hint is not None else None
+            hint = get_inner_hint(hint, part) if hint is not None else None
         return tuple(positions)
 
     return sorted(problems, key=position)
 
 
-def by_name(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def iter_leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (full dotted name, value) of nested plain settings; an empty mapping counts as a value."""
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
-            yield from by_name(value, f"{prefix}{name}.")
+            yield from iter_leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
 
-def plain(settings: Any) -> dict[str, Any]:
+def to_plain_values(settings: Any) -> dict[str, Any]:
     """Convert settings to mutable values of JSON types."""
     return cast("dict[str, Any]", json.loads(json.dumps(dataclasses.asdict(settings), default=str)))

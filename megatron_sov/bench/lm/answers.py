@@ -127,7 +127,7 @@ class Answers(dict[str, Answer]):
             UserError: the disk is full, or nothing can be written there.
         """
         if self._journal is None:
-            with disk_errors(self.folder):
+            with translate_disk_errors(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 # a file of its own for each process, so that none writes into another's lines
                 self._journal = Journal(self.folder, uuid.uuid4().hex)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_sov.base.errors import UserError, told_in_a_line
+from megatron_sov.base.errors import UserError, format_error
 from megatron_sov.bench.lm.answers import Request, Write
 from megatron_sov.bench.lm.harness import quiet
 from megatron_sov.bench.lm.results import (
@@ -86,7 +86,7 @@ def _evaluate(tasks: Sequence[BuiltTask], groups: Mapping[str, Any], lm: Evaluat
         raise
     except Exception as e:  # of a metric or filter of a task
         raise UserError(f"tasks {', '.join(task.name for task in tasks)}: lm-eval cannot score the answers "
-                        f"({told_in_a_line(e):.300}); mend the task's metric, or leave the task out: answers "
+                        f"({format_error(e):.300}); mend the task's metric, or leave the task out: answers "
                         "are kept") from e
     assert results is not None
     return dict(results)

@@ -20,9 +20,11 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from megatron_sov.base.artifacts import MANIFEST, FileRecord, damaged_files, manifest_sha256, read_manifest
-from megatron_sov.base.digests import file_digest
-from megatron_sov.base.errors import UserError, first_line, list_problems, told_in_a_line, visible
+from megatron_sov.base.artifacts import (
+    MANIFEST, FileRecord, find_damaged_files, manifest_sha256, read_manifest)
+from megatron_sov.base.digests import hash_file
+from megatron_sov.base.errors import (
+    UserError, escape_controls, first_error_line, format_error, format_problems)
 from megatron_sov.bench.lm.answers import Answer, AnswerScore, Request, Write
 from megatron_sov.bench.lm.local import LocalEvaluation
 from megatron_sov.bench.lm.results import EvaluatedModel
@@ -119,12 +121,12 @@ def content_hash(target: Target) -> str:
         written_ns = (folder / MANIFEST).stat().st_mtime_ns  # behind all files
         looked_at = [name for name, record in read_manifest(folder).files.items()
                      if not name.endswith(".safetensors") or _may_differ(folder / name, record, written_ns)]
-        if damaged := damaged_files(folder, looked_at):
-            raise UserError(list_problems(str(folder), damaged, "restore it from a copy"))
+        if damaged := find_damaged_files(folder, looked_at):
+            raise UserError(format_problems(str(folder), damaged, "restore it from a copy"))
         return manifest_sha256(folder)
     digest = hashlib.sha256()
     for file in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
-        digest.update(f"{file.name} {file_digest(file)}\n".encode())
+        digest.update(f"{file.name} {hash_file(file)}\n".encode())
     return digest.hexdigest()
 
 
@@ -242,7 +244,7 @@ class EvaluatedLM(TemplateLM):
             if len(without) < len(chat_history):
                 return self.apply_chat_template(without, add_generation_prompt)
             raise UserError(f"{self.tokenizer.name_or_path}: its chat template refuses a prompt "
-                            f"({first_line(e)}); leave "
+                            f"({first_error_line(e)}); leave "
                             "--apply-chat-template out, or mend the template") from None
 
     def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
@@ -292,8 +294,9 @@ class EvaluatedLM(TemplateLM):
         try:
             write = self._read_generation(given, sample)
         except (TypeError, ValueError, OverflowError) as e:
-            raise UserError(f"task {task}: generation_kwargs {visible(str(given)):.200}: cannot be used "
-                            f"({told_in_a_line(e):.200}); write numbers there, or leave them out") from None
+            raise UserError(f"task {task}: generation_kwargs {escape_controls(str(given)):.200}: cannot be "
+                            "used "
+                            f"({format_error(e):.200}); write numbers there, or leave them out") from None
         room = self.max_length - write.max_tokens
         if room <= 0:
             raise UserError(f"task {task}: asks for answers of {write.max_tokens} tokens, and the model ends "

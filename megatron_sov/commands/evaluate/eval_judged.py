@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import MinLen
 
-from megatron_sov.base.artifacts import MANIFEST, to_json
-from megatron_sov.base.digests import file_digest, fingerprint
+from megatron_sov.base.artifacts import MANIFEST, format_json
+from megatron_sov.base.digests import fingerprint_folder, hash_file
 from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.documents.messages import read_messages
 from megatron_sov.base.documents.rows import check_rows, read_rows
-from megatron_sov.base.errors import ExitCode, UserError, visible
-from megatron_sov.base.outputs import behind_links
-from megatron_sov.base.plugins.registry import PluginOrder
+from megatron_sov.base.errors import ExitCode, UserError, escape_controls
+from megatron_sov.base.outputs import resolve_link
+from megatron_sov.base.plugins.registry import PluginRequest
 from megatron_sov.base.settings import (
-    AtLeastOne, Finite, Flag, ProblemCode, SettingsProblem, command_of, parse_nested, read_options)
+    AtLeastOne, Finite, Flag, ProblemCode, SettingsProblem, build_command, parse_nested, read_options)
 from megatron_sov.commands.evaluate.task import (
     HeldoutOptions, OutOptions, begin_task, measure_target, show_figures, write_figures)
 from megatron_sov.commands.score import JudgeOptions, RewardName, RewardSet
@@ -114,7 +114,7 @@ class EvalPasskOptions(JudgedSamplingOptions, RecordOptions, RankOptions, Overwr
 @dataclass(frozen=True)
 class _Plan:
     args: EvalPasskOptions
-    order: PluginOrder
+    order: PluginRequest
     reward: MadeReward
     target: Target
 
@@ -130,12 +130,12 @@ class _Plan:
                 "samples": self.args.samples, "samples_a_call": CALL_SAMPLES,
                 # and the batch size: an engine may round otherwise in another batch, and samples then differ
                 "sampling": asdict(self.args.sampling), "batch_size": self.args.batch_size,
-                "files": fingerprint(self.target.path)}
+                "files": fingerprint_folder(self.target.path)}
 
     @cached_property
     def responses(self) -> dict[str, Any]:
         source = self.args.input
-        return {"model": self.model, "rows": {"path": str(source), "digest": file_digest(source)}}
+        return {"model": self.model, "rows": {"path": str(source), "digest": hash_file(source)}}
 
     @property
     def whole(self) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class _Plan:
         """Where responses stand until they are judged; its name tells on what they depend."""
         # another model, sampling or file of prompts makes another name: responses are never mixed
         digest = hashlib.sha256(json.dumps(self.responses, sort_keys=True).encode()).hexdigest()[:16]
-        return work_folder(behind_links(self.args.output)) / f"sampled-{digest}.jsonl"
+        return work_folder(resolve_link(self.args.output)) / f"sampled-{digest}.jsonl"
 
 
 def run_passk(args: EvalPasskOptions) -> int:
@@ -179,7 +179,7 @@ def run_passk(args: EvalPasskOptions) -> int:
                reward_version=plan.reward.version, sampling=plan.model["sampling"], **figures)
     from megatron_sov.eval.pass_at_k import table
 
-    print(to_json(figures).rstrip() if args.json
+    print(format_json(figures).rstrip() if args.json
           else f"{table(figures)}\n{args.output}: reward {plan.order.name} {plan.reward.version}")
     return ExitCode.OK
 
@@ -278,11 +278,11 @@ def _judge(plan: _Plan, responses: Path, folder: Path) -> dict[str, Any]:
         summary = score_file(plan.order, plan.reward, responses, scored, plan.args.workers, bar.update,
                              redo=True)  # what was judged otherwise is of no use
     for told in summary.tally.told:
-        print(visible(told), file=sys.stderr)
+        print(escape_controls(told), file=sys.stderr)
     figures = read_judged(scored, PROMPT_INDEX, plan.args.right_from).figures(plan.args.k)
     # within the artifact under way, so nothing half-written is visible
     os.replace(scored, folder / SAMPLES)
-    (folder / RESULTS).write_text(to_json({**plan.whole, **figures}), encoding="utf-8")
+    (folder / RESULTS).write_text(format_json({**plan.whole, **figures}), encoding="utf-8")
     return figures
 
 
@@ -331,5 +331,5 @@ def run_pairs(args: PairsOptions) -> int:
     return ExitCode.OK
 
 
-PASSK = command_of(EvalPasskOptions, lambda typed: run_passk(read_options(EvalPasskOptions, typed)))
-PAIRS = command_of(PairsOptions, lambda typed: run_pairs(read_options(PairsOptions, typed)))
+PASSK = build_command(EvalPasskOptions, lambda typed: run_passk(read_options(EvalPasskOptions, typed)))
+PAIRS = build_command(PairsOptions, lambda typed: run_pairs(read_options(PairsOptions, typed)))

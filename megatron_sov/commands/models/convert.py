@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Gt, Le
 
-from megatron_sov.base.artifacts import to_json, write_output
-from megatron_sov.base.errors import ExitCode, UserError, nearest
+from megatron_sov.base.artifacts import format_json, write_output
+from megatron_sov.base.errors import ExitCode, UserError, suggest_name
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import Actions, AtLeastOne, Flag, add_actions, parse_nested, run_action
 from megatron_sov.commands.shared_options import (
@@ -208,7 +208,7 @@ def model_settings(settings: Sequence[str]) -> dict[str, Any]:
     parsed = parse_nested(settings)
     given = parsed.pop("model", {})
     for name in [*parsed, *(f"model.{name}" for name in given if name not in known)]:
-        instead = nearest(name.removeprefix("model."), known, "model.")
+        instead = suggest_name(name.removeprefix("model."), known, "model.")
         raise UserError(f"--set {name}: is no field of the architecture{instead}; fields are "
                         "model.num_layers and the like")
     return dict(given)
@@ -300,11 +300,11 @@ def _verify(args: VerifyOptions) -> int:
     checks = [*weights.checks, *logits.checks]
     passed = all(check.passed for check in checks)
     if args.card:
-        write_output(args.card, to_json(card(args.a, args.b, weights, logits)))
+        write_output(args.card, format_json(card(args.a, args.b, weights, logits)))
     events.add("conversion", target=f"{args.a} and {args.b}",
                checks=[dataclasses.asdict(check) for check in checks])
     if args.json:
-        print(to_json({"passed": passed, "checks": checks}), end="")
+        print(format_json({"passed": passed, "checks": checks}), end="")
     else:
         for check in checks:
             mark = "ok  " if check.passed else "FAIL"
@@ -320,7 +320,7 @@ def _inspect(args: ConvertInspectOptions) -> int:
     _begin(args, args.a)
     facts = _facts(args.a)
     if args.json:
-        print(to_json(facts), end="")
+        print(format_json(facts), end="")
     else:
         for section in ("weights", "parameters", "model"):
             print(section)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import MinLen
 
 from megatron_sov.base.artifacts import write_output
-from megatron_sov.base.errors import ExitCode, UserError, visible
+from megatron_sov.base.errors import ExitCode, UserError, escape_controls
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import (
     AtLeastOne, Flag, NotNegativeInt, ProblemCode, SettingsProblem, add_options, read_options)
@@ -236,7 +236,7 @@ def _show(options: GenerateOptions, prompts: list[ModelPrompt], texts: list[str]
         shown = f"user: {prompt.text}\nassistant: {text}" if options.chat else f"{prompt.text}{text}"
         # a terminal obeys control characters; a file or pipe gets the text as it is
         if sys.stdout.isatty():
-            shown = visible(shown)
+            shown = escape_controls(shown)
         print(f"{shown}\n" if len(prompts) > 1 else shown)
 
 

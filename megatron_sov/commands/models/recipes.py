@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
 
-from megatron_sov.base.artifacts import to_json
+from megatron_sov.base.artifacts import format_json
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import format_count
 from megatron_sov.base.plugins.loading import is_reference
-from megatron_sov.base.settings import add_options, not_with, read_options
+from megatron_sov.base.settings import add_options, excludes_field, read_options
 from megatron_sov.model import objectives, recipes
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families import supported as models
@@ -35,7 +35,7 @@ KINDS = {"L": "sliding", "D": "linear", "G": "global"}
 class RecipesOptions(RecipeOptions):
     """List the recipes, or print one with every setting and its source."""
 
-    json: Annotated[bool, not_with("yaml")] = False
+    json: Annotated[bool, excludes_field("yaml")] = False
     """Print RECIPE's settings as JSON, without sources."""
     yaml: bool = False
     """Print RECIPE's settings as YAML that --config takes: change what you like, and leave out the rest."""
@@ -65,11 +65,11 @@ def run(typed: argparse.Namespace) -> int:
     asked = request_recipe(args)
     config = asked.config()
     if args.json:
-        print(to_json(config), end="")
+        print(format_json(config), end="")
     elif args.yaml:
         import yaml
 
-        print(yaml.safe_dump(json.loads(to_json(config)), sort_keys=False, allow_unicode=True), end="")
+        print(yaml.safe_dump(json.loads(format_json(config)), sort_keys=False, allow_unicode=True), end="")
     else:
         print(as_text(config, _sources(args.recipe or config.recipe, asked.base, config)))
     return 0

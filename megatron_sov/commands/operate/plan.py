@@ -198,7 +198,7 @@ def _completed(args: PlanOptions, asked: RecipeRequest, stage: Stage) -> RecipeR
 
 def _within_budget(args: PlanOptions) -> int:
     """Print how many tokens recipes reach within --days and --budget."""
-    from megatron_sov.base.artifacts import to_json
+    from megatron_sov.base.artifacts import format_json
     from megatron_sov.model.recipes.requested import load_plugins
     from megatron_sov.plan.on_cluster import budget_rows, budget_text, pretraining_requests
     from megatron_sov.plan.pricing import machines
@@ -217,7 +217,7 @@ def _within_budget(args: PlanOptions) -> int:
         requests = pretraining_requests(args.settings)
     rows = budget_rows(requests, where, args.days, args.budget, _learned(args.parameters))
     if args.json:
-        print(to_json({"cluster": args.cluster, "nodes": where.nodes, "gpus": where.num_ranks,
+        print(format_json({"cluster": args.cluster, "nodes": where.nodes, "gpus": where.num_ranks,
                        "days": args.days, "budget_usd": args.budget,
                        "recipes": [row.as_json() for row in rows]}))
     else:
@@ -234,7 +234,7 @@ def _prove(args: PlanOptions, request: RecipeRequest) -> int:
 
     # before megatron-core is imported, whatever the machine has
     cpu_shims.prepare_without_gpu()
-    from megatron_sov.base.artifacts import to_json
+    from megatron_sov.base.artifacts import format_json
     from megatron_sov.plan.on_cluster import placed
     from megatron_sov.plan.pricing import machines
     from megatron_sov.proof.proving import EQUAL, as_json, as_text, prove_run
@@ -247,12 +247,12 @@ def _prove(args: PlanOptions, request: RecipeRequest) -> int:
         num_ranks = args.nproc or math.lcm(config.parallel.ranks_per_replica,
                                            config.parallel.ranks_per_expert_replica)
     small, verdict = prove_run(config, num_ranks)
-    print(to_json(as_json(small, verdict)) if args.json else as_text(small, verdict))
+    print(format_json(as_json(small, verdict)) if args.json else as_text(small, verdict))
     return ExitCode.OK if verdict.outcome == EQUAL else ExitCode.GATE_FAILED
 
 
 def _schedule(args: PlanOptions, request: RecipeRequest) -> int:
-    from megatron_sov.base.artifacts import to_json
+    from megatron_sov.base.artifacts import format_json
     from megatron_sov.plan.on_cluster import memory_lines
     from megatron_sov.plan.pages import telling
 
@@ -263,7 +263,7 @@ def _schedule(args: PlanOptions, request: RecipeRequest) -> int:
     config.check(num_ranks)
     data = _data_lines(args, config)
     if args.json:
-        print(to_json(telling.timetable_json(config)))
+        print(format_json(telling.timetable_json(config)))
     else:
         print("\n".join([telling.size_line(config), *data, memory_lines(config, num_ranks)]))
         print(f"\n{telling.timetable_text(config)}")
@@ -272,7 +272,7 @@ def _schedule(args: PlanOptions, request: RecipeRequest) -> int:
 
 def _on_cluster(args: PlanOptions, request: RecipeRequest) -> int:
     """Print what a run takes on a cluster; nothing is built, CUDA is not asked."""
-    from megatron_sov.base.artifacts import to_json
+    from megatron_sov.base.artifacts import format_json
     from megatron_sov.plan.on_cluster import placed, searched
     from megatron_sov.plan.pages import telling
     from megatron_sov.plan.pricing import machines
@@ -284,7 +284,7 @@ def _on_cluster(args: PlanOptions, request: RecipeRequest) -> int:
              else placed(request, where, learned))
     data = _data_lines(args, found.config)
     if args.json:
-        print(to_json(telling.timetable_json(found.config) | found.as_json()))
+        print(format_json(telling.timetable_json(found.config) | found.as_json()))
     else:
         print("\n".join([*data, found.as_text()]))
         if not args.sweep:

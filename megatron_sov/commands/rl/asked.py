@@ -39,14 +39,14 @@ OF_ROLLOUT = {"max_prompt_tokens": "max_prompt_tokens", "max_response_tokens": "
 class AskingOptions:
     """How prompts are asked."""
 
-    plain: Annotated[bool, not_with("environment")] = False
+    plain: Annotated[bool, excludes_field("environment")] = False
     """Continue each prompt as it is, without the chat template."""
     environment: Annotated[str | None, Flag(
         value="ENV", help=f"Play the prompts as tasks of {', '.join(BUILT_IN)}, or of a class of your own, "
                           "FILE.py:NAME")] = None
-    env_set: Annotated[tuple[str, ...], Flag(value="key=value"), only_with("environment")] = ()
+    env_set: Annotated[tuple[str, ...], Flag(value="key=value"), requires_field("environment")] = ()
     """A setting of the environment; may be repeated."""
-    limit: Annotated[tuple[str, ...], Flag(value="key=value"), only_with("environment")] = ()
+    limit: Annotated[tuple[str, ...], Flag(value="key=value"), requires_field("environment")] = ()
     """A limit of an episode, e.g. max_turns=7; may be repeated."""
     batch_size: BatchSize = Batching.batch_size
 
@@ -116,7 +116,7 @@ def read_heldout(file: Path, renames: Sequence[str], trained: PromptList, *, is_
 class AskedEnvironment:
     """The environment that prompts are played in."""
 
-    order: PluginOrder
+    order: PluginRequest
     version: str
     """Of its code and settings."""
     limits: EpisodeLimits
@@ -141,7 +141,7 @@ def environment_of(args: AskingOptions, config: RunConfig) -> AskedEnvironment |
     # a turn is a response: it may not be longer than rollout.max_new_tokens
     most_turn = min(EpisodeLimits.max_turn_tokens, config.rollout.max_new_tokens)
     own = [f"{name}={getattr(config.rollout, setting)}" for name, setting in OF_ROLLOUT.items()]
-    limits = change(LIMITS["train"], [*own, f"max_turn_tokens={most_turn}", *args.limit], "--limit")
+    limits = apply_changes(LIMITS["train"], [*own, f"max_turn_tokens={most_turn}", *args.limit], "--limit")
     asked = order(args.environment, parse_nested(args.env_set, "--env-set"))
     _, version = make(asked)
     return AskedEnvironment(asked, version, limits)

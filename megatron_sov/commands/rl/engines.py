@@ -15,7 +15,7 @@ from typing import Annotated, Any, Protocol
 from annotated_types import Ge, Le
 
 from megatron_sov.base.errors import ExitCode, UserError, warn
-from megatron_sov.base.settings import Flag, command_of, read_options
+from megatron_sov.base.settings import Flag, build_command, read_options
 from megatron_sov.commands.rl.asked import longest_of
 from megatron_sov.commands.rl.rounds import RlRunOptions
 from megatron_sov.infer.engine import ENGINE_SET, MEGATRON
@@ -143,4 +143,4 @@ def _model(options: RlEnginesOptions, is_over: threading.Event) -> Path:
     return model
 
 
-ENGINES = command_of(RlEnginesOptions, run_engines)
+ENGINES = build_command(RlEnginesOptions, run_engines)

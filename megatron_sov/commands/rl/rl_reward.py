@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge, Lt
 
-from megatron_sov.base.errors import ExitCode, GateFailed, StopRequested, visible, warn
-from megatron_sov.base.settings import Flag, NotNegative, command_of, read_options
+from megatron_sov.base.errors import ExitCode, GateFailed, StopRequested, escape_controls, warn
+from megatron_sov.base.settings import Flag, NotNegative, build_command, read_options
 from megatron_sov.commands.score import REWARDS, JudgeOptions, RewardSet
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.reward import (
@@ -96,7 +96,7 @@ def opened_store(path: Path, wait_s: float) -> RolloutStore:
 def _tell_judged(options: RewardOptions, version: str, summary: RewardSummary) -> int:
     tally = summary.tally
     for text in tally.told:
-        print(visible(text), file=sys.stderr)
+        print(escape_controls(text), file=sys.stderr)
     more = f"; {summary.unfinished:,} are unfinished and wait for their end" if summary.unfinished else ""
     print(f"{options.store}: {options.reward} {version}: {summary.parts:,} parts, "
           f"{tally.line('responses')}{more}")
@@ -116,4 +116,4 @@ def _tell_judged(options: RewardOptions, version: str, summary: RewardSummary) -
     return ExitCode.OK
 
 
-REWARD = command_of(RewardOptions, run_reward)
+REWARD = build_command(RewardOptions, run_reward)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from megatron_sov.base.artifacts import MANIFEST
-from megatron_sov.base.errors import ExitCode, UserError, list_problems, warn
+from megatron_sov.base.errors import ExitCode, UserError, format_problems, warn
 from megatron_sov.base.settings import (
-    Flag, NotNegative, ProblemCode, SettingsProblem, command_of, read_options)
+    Flag, NotNegative, ProblemCode, SettingsProblem, build_command, read_options)
 from megatron_sov.chat.vocabulary import TOKENIZER_JSON
 from megatron_sov.commands.rl.asked import (
     VALIDATION_OPTION, AskedEnvironment, AskingOptions, PromptOptions, environment_of, kept, longest_of,
@@ -135,7 +135,7 @@ def _config(args: RlGenerateOptions, num_prompts: int) -> RunConfig:
     config = complete_stage(asked, asked.config(), "policy", None, num_prompts).config
     problems = [*map(str, config.rollout.problems()), *_other_settings(args.run, config.rollout)]
     if problems:
-        raise UserError(list_problems("rl generate", problems))
+        raise UserError(format_problems("rl generate", problems))
     return config
 
 
@@ -220,7 +220,7 @@ def _tell_written(args: RlGenerateOptions, rounds: range, summary: dict[str, Any
     return ExitCode.OK
 
 
-GENERATE = command_of(RlGenerateOptions, run_generate)
+GENERATE = build_command(RlGenerateOptions, run_generate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,7 +364,7 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
                     notes=parsed.stage.notes), args.nproc, began_s)
 
 
-TRAIN = command_of(RlTrainOptions, run_train)
+TRAIN = build_command(RlTrainOptions, run_train)
 
 
 RunEngine = Literal["megatron", "vllm"]
@@ -490,4 +490,4 @@ def _live_servers(args: RlRunOptions, config: RunConfig, start: Target) -> LiveS
                        longest_of(config.rollout, None), start.vocab_size, config.policy.router_replay)
 
 
-RUN = command_of(RlRunOptions, run_all)
+RUN = build_command(RlRunOptions, run_all)

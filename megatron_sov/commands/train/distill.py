@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from megatron_sov.base.artifacts import MANIFEST, manifest_sha256, read_manifest
 from megatron_sov.base.errors import ExitCode, UserError
-from megatron_sov.base.settings import AboveZero, Flag, NotNegativeInt, add_options, command_of, read_options
+from megatron_sov.base.settings import (
+    AboveZero, Flag, NotNegativeInt, add_options, build_command, read_options)
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
 from megatron_sov.commands.train.gate_options import (
     GateOptions, gate_of, is_complete, refuse_unknown_benchmarks)
@@ -88,7 +89,7 @@ def run_states(typed: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
-STATES = command_of(DistillStatesOptions, run_states)
+STATES = build_command(DistillStatesOptions, run_states)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import command_of, read_options
+from megatron_sov.base.settings import build_command, read_options
 from megatron_sov.commands.train.gate_options import (
     TunedOptions, gate_of, is_complete, refuse_unknown_benchmarks)
 from megatron_sov.model.objectives import get_factory
@@ -42,7 +42,7 @@ def run_pretrain(typed: argparse.Namespace) -> int:
     return 0
 
 
-PRETRAIN = command_of(StageOptions, run_pretrain)
+PRETRAIN = build_command(StageOptions, run_pretrain)
 
 
 def run_extend(typed: argparse.Namespace) -> int:
@@ -92,7 +92,7 @@ def run_extend(typed: argparse.Namespace) -> int:
     return 0
 
 
-EXTEND = command_of(TunedOptions, run_extend)
+EXTEND = build_command(TunedOptions, run_extend)
 
 
 def run_sft(typed: argparse.Namespace) -> int:
@@ -124,4 +124,4 @@ def run_sft(typed: argparse.Namespace) -> int:
     return 0
 
 
-SFT = command_of(TunedOptions, run_sft)
+SFT = build_command(TunedOptions, run_sft)

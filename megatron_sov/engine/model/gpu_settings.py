@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import SettingsError, find_broken
+from megatron_sov.base.settings import SettingsError, find_broken_rules
 from megatron_sov.engine import router
 from megatron_sov.engine.model.attention_kernels import TE_ATTENTION_VARIABLES, head_size, without_kernel
 from megatron_sov.engine.parallel.device import (
@@ -295,7 +295,7 @@ def refuse(config: RunConfig, te: bool) -> None:
     dispatcher = config.parallel.expert_dispatcher
     routes = gpu.router_fusion == "on" and te and config.model.num_moe_layers() > 0
     router_problem = router.problem(config.model) if routes else ""
-    problems = find_broken(
+    problems = find_broken_rules(
         gpu, "gpu",
         *((getattr(gpu, fusion.setting) != "on" or fusion.value(gpu, here), fusion.setting,
            "has nothing to do in this model and layout" if te else NEEDS_TE, "leave it out")
@@ -326,9 +326,9 @@ def refuse(config: RunConfig, te: bool) -> None:
            "nccl_user_buffers", f"cannot be with {name} = {os.environ.get(name)}, whose segments NCCL does "
            "not register", "take it out, or leave the setting out")
           for name in ALLOCATOR))
-    problems += find_broken(config.parallel, "parallel", *_overlap_rules(config, te))
+    problems += find_broken_rules(config.parallel, "parallel", *_overlap_rules(config, te))
     if dispatcher in DEEP_EP_NAMES:
-        problems += find_broken(
+        problems += find_broken_rules(
             config.parallel, "parallel",
             (on_gpu(), "expert_dispatcher", "needs GPUs", "use alltoall"),
             (not on_gpu() or not lacking_deep_ep(dispatcher), "expert_dispatcher",

@@ -13,7 +13,7 @@ from megatron.core.transformer.spec_utils import get_submodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.nn.functional import dropout, gelu, rms_norm, silu
 
-from megatron_sov.base.errors import UserError, told_in_a_line
+from megatron_sov.base.errors import UserError, format_error
 from megatron_sov.engine.model.attention_kernels import keep_attention_decisions
 from megatron_sov.engine.model.gpu_settings import (
     OVERLAP, Here, exchanges_heads, expert_settings, keep_ends_in_bf16, library_settings,
@@ -135,7 +135,7 @@ def transformer_engine_error() -> str:
         import transformer_engine.pytorch  # noqa: F401
     # many errors occur: not installed, missing libraries, wrong CUDA, RuntimeError of the bare package
     except Exception as e:
-        return told_in_a_line(e)
+        return format_error(e)
     return ""
 
 

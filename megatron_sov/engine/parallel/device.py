@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from megatron_sov.base.errors import UserError, first_line, told_in_a_line
+from megatron_sov.base.errors import UserError, first_error_line, format_error
 from megatron_sov.model.config import RunConfig
 from megatron_sov.runs.gpu_driver import list_visible_gpus
 from megatron_sov.runs.launch_environment import local_gpu_index
@@ -239,7 +239,7 @@ def take_gpu(store: dist.Store, rank: int, size: int, needs_bytes: int,
         stay_beside(properties)
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     except RuntimeError as e:  # CUDA's own: held by another process alone, fallen off the bus
-        problem = f"cannot be used ({first_line(e)}); `nvidia-smi` shows who has it and how it is"
+        problem = f"cannot be used ({first_error_line(e)}); `nvidia-smi` shows who has it and how it is"
     else:
         if free_bytes < needs_bytes:
             problem = (f"has {free_bytes / GIB:.1f} of {total_bytes / GIB:.1f} GiB free, and the run takes "
@@ -329,7 +329,7 @@ def lacking_deep_ep(dispatcher: str) -> str:
         try:
             getattr(importlib.import_module(module), last)
         except Exception as e:  # newer versions assert that NCCL's library matches their build
-            return told_in_a_line(e)
+            return format_error(e)
     return ""
 
 
@@ -348,7 +348,7 @@ def lacking_fla() -> str:
     try:
         getattr(importlib.import_module(module), name)
     except Exception as e:  # Triton raises its own errors without a driver
-        return told_in_a_line(e)
+        return format_error(e)
     version = str(getattr(sys.modules["fla"], "__version__", "unknown"))
     match = re.match(r"(\d+)\.(\d+)", version)
     if match is None or (int(match[1]), int(match[2])) < FLA_OLDEST:

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_sov.base.errors import ExitCode, SilentCorruption, UserError, first_line, to_exit_code
-from megatron_sov.base.plugins.loading import files_that_ran, run_files
-from megatron_sov.base.settings import num_cores
+from megatron_sov.base.errors import ExitCode, SilentCorruption, UserError, first_error_line, to_exit_code
+from megatron_sov.base.plugins.loading import execute_files, list_executed_files
+from megatron_sov.base.settings import count_cores
 from megatron_sov.engine.parallel import cpu_shims
 from megatron_sov.engine.parallel.device import on_gpu
 from megatron_sov.engine.parallel.world import LOCALHOST, STORE_PORT
@@ -79,7 +79,7 @@ def read_plan(descriptor: int) -> Callable[[], Any]:
     num_threads, files, families = pickle.load(file)  # noqa: S301
     torch.set_num_threads(num_threads)
     cpu_shims.prepare_megatron()
-    run_files(files)
+    execute_files(files)
     for reference in families:
         models.FAMILY_PLUGINS.load(reference)
     work: Callable[[], Any] = pickle.load(file)  # noqa: S301
@@ -172,7 +172,7 @@ def _threads(count: int) -> int:
     setting = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # first nesting level
     if setting.isdecimal() and len(setting) <= 4 and int(setting):  # as OpenMP ignores other values
         return int(setting)
-    return max(1, num_cores() // count)
+    return max(1, count_cores() // count)
 
 
 @dataclass
@@ -286,7 +286,7 @@ def _rank_code(main: Callable[[], Any]) -> int:
         if not is_out_of_memory(e):
             raise
         if _fails_first():
-            reason = first_line(e)
+            reason = first_error_line(e)
             print(f"error: rank {os.environ['RANK']} is out of memory ({reason}); lower "
                   "train.micro_batch_size, set train.recompute=true, or split the model over more processes "
                   "(parallel.*); `megatron-sov plan` tells what a layout needs\n", end="", file=sys.stderr,

@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from megatron_sov.base.artifacts import new_file
-from megatron_sov.base.errors import UserError, first_line
+from megatron_sov.base.artifacts import create_file
+from megatron_sov.base.errors import UserError, first_error_line
 from megatron_sov.engine.parallel.world import on_each
 
 NAME = "share_storage_ext"
@@ -110,10 +110,10 @@ def _compile(file: Path, source: str, setting: str) -> None:
     from torch.utils.cpp_extension import load_inline
 
     try:
-        with new_file(file, makes_parents=True) as finished, tempfile.TemporaryDirectory() as folder:
+        with create_file(file, create_parents=True) as finished, tempfile.TemporaryDirectory() as folder:
             load_inline(NAME, source, functions=["share_storage"], build_directory=folder)
             shutil.copyfile(Path(folder, f"{NAME}.so"), finished)
     except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as e:
-        reason = next((line for line in str(e).splitlines() if "error:" in line), first_line(e))
+        reason = next((line for line in str(e).splitlines() if "error:" in line), first_error_line(e))
         raise UserError(f"{node} cannot compile it ({reason}); `{TOOLS_COMMAND} python3-dev`, or "
                         f"{OTHER_MODULES}") from e

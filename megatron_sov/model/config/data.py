@@ -13,7 +13,7 @@ from annotated_types import Ge, Le, MinLen
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     AboveZero, ActsWhen, AnyOf, AtLeastOne, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, When,
-    find_broken, is_set, is_unset)
+    find_broken_rules, is_set, is_unset)
 from megatron_sov.model.config.bounds import Samples, SeqLen, Steps, Tokens
 from megatron_sov.model.config.learning import NOT_EXTENDING, has_no_rounds
 from megatron_sov.model.config.train import Schedule, TrainConfig
@@ -114,12 +114,12 @@ class DataConfig:
                 ProblemCode.RULE, "data.phases", "some phases have a budget in tokens and some have none",
                 way_out="set tokens in all phases or in none"))
         for i, phase in enumerate(self.phases):
-            problems += find_broken(
+            problems += find_broken_rules(
                 phase, f"data.phases.{i}",
                 (phase.min_lr <= phase.lr, "min_lr", f"must be at most the phase's lr = {phase.lr:g}"),
                 (not phase.blend or any(phase.blend.values()), "blend", "has only zero weights",
                  "give at least one source a weight"))
-        return problems + find_broken(self, "data", (
+        return problems + find_broken_rules(self, "data", (
             all(first <= last for first, last in self.skip_steps), "skip_steps",
             "must contain ranges [first, last] with first <= last"))
 

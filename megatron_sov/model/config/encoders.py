@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge, Le
 
 from megatron_sov.base.settings import (
-    AboveZero, ActsWhen, AnyOf, Finite, NotNegativeInt, SettingsProblem, find_broken, is_set)
+    AboveZero, ActsWhen, AnyOf, Finite, NotNegativeInt, SettingsProblem, find_broken_rules, is_set)
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -81,7 +81,7 @@ class VisionEncoderConfig:
         side, merges = self.patch_size * self._merged_patches, self.kind == "qwen2_5_vl"
         # qwen2_5_vl rotates channel pairs along two image axes, so a head has a multiple of 4 channels.
         per_heads = self.num_heads * (4 if merges else 1)
-        return find_broken(
+        return find_broken_rules(
             self, "model.vision", _placeholders(self.placeholder_ids, vocab_size),
             (self.image_size % side == 0, "image_size",
              f"must be a multiple of {side}, the side of one feature in pixels"),
@@ -163,7 +163,7 @@ class AudioEncoderConfig:
         """Return every rule that the audio encoder violates."""
         frames_per_feature = self._frames_per_feature * self.compression
         is_multiple = self.num_frames % frames_per_feature == 0
-        return find_broken(
+        return find_broken_rules(
             self, "model.audio", _placeholders(self.placeholder_ids, vocab_size),
             (is_multiple, "num_frames",
              f"must be a multiple of {frames_per_feature}, the frames of one feature"),

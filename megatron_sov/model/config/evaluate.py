@@ -9,7 +9,7 @@ from annotated_types import Ge
 
 from megatron_sov.base.settings import (
     AboveZero, ActsWhen, AnyOf, AtLeastOne, Fraction, NotNegative, NotNegativeInt, ProblemCode,
-    SettingsProblem, Share, When, find_broken, is_one_of, is_set, is_unset)
+    SettingsProblem, Share, When, find_broken_rules, is_one_of, is_set, is_unset)
 from megatron_sov.model.config.bounds import Samples, SeqLen, Steps, Tokens
 from megatron_sov.model.config.learning import is_command
 
@@ -153,7 +153,7 @@ class ExtendConfig:
         for i, stage in enumerate(self.stages):
             names, allowed = [part.name for part in stage.parts], PARTS[stage.kind]
             shares = sum(part.share for part in stage.parts)
-            problems += find_broken(
+            problems += find_broken_rules(
                 stage, f"extend.stages.{i}",
                 (stage.name.isprintable() and bool(stage.name.strip()) and "/" not in stage.name
                  and not stage.name.startswith("."), "name", "must be usable as a folder name"),

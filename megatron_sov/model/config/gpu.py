@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge, Le
 
 from megatron_sov.base.settings import (
-    ActsWhen, NotNegative, SettingsProblem, Share, find_broken, is_one_of, is_set)
+    ActsWhen, NotNegative, SettingsProblem, Share, find_broken_rules, is_one_of, is_set)
 from megatron_sov.model.config.bounds import Steps
 from megatron_sov.model.config.data import PhaseConfig
 from megatron_sov.model.config.layout import ParallelConfig
@@ -59,7 +59,7 @@ def find_fp8_weight_problems(train: TrainConfig, parallel: ParallelConfig, optim
     """Return every violated rule of `train.fp8_weights`."""
     if not train.fp8_weights:
         return []
-    return find_broken(
+    return find_broken_rules(
         train, "train",
         (train.fp8 not in ("none", "nvfp4"), "fp8_weights",
          f"needs an 8-bit recipe, and train.fp8 = {train.fp8}", "choose another recipe, or leave it out"),
@@ -80,13 +80,13 @@ def find_fp8_problems(train: TrainConfig, model: ModelConfig, parallel: Parallel
     if train.fp8 == "none":
         return []
     if train.fp8 == "delayed":
-        return find_broken(train, "train", (
+        return find_broken_rules(train, "train", (
             False, "fp8", "is not supported: its scales depend on the largest values of earlier steps, which "
             "checkpoints do not store, so a resumed run would differ", "use tensorwise, which scales each "
             "tensor by its current largest value"))
     start, end = train.fp8_bf16_layers_at_start, train.fp8_bf16_layers_at_end
     pads_tokens = train.fp8_pad_routed_tokens and model.num_moe_layers() > 0
-    problems = find_broken(
+    problems = find_broken_rules(
         train, "train",
         (train.precision == "bf16", "fp8", f"needs train.precision = bf16, not {train.precision}: products "
          "outside of transformer layers stay in bf16"),
@@ -102,13 +102,13 @@ def find_fp8_problems(train: TrainConfig, model: ModelConfig, parallel: Parallel
         f" / parallel.tp {parallel.tp} (parallel.sp)" if parallel.sp else "")
     for i, phase in enumerate(phases):
         tokens = phase.seq_len * train.micro_batch_size
-        problems += find_broken(phase, f"data.phases.{i}", (
+        problems += find_broken_rules(phase, f"data.phases.{i}", (
             tokens % (row_parts * multiple) == 0, "seq_len",
             f"x train.micro_batch_size {train.micro_batch_size}{divided} = {tokens / row_parts:g} tokens on "
             f"each process; train.fp8 = {train.fp8} needs a multiple of {multiple}"))
     multiple = RECIPES[train.fp8].width_multiple
     smaller = " or a smaller parallel.tp" if parallel.tp > 1 else ""
-    return problems + find_broken(train, "train", *(
+    return problems + find_broken_rules(train, "train", *(
         (width % multiple == 0, "fp8", f"needs a multiple of {multiple}, and {name} = {width:g}",
          f"choose another recipe{smaller}") for name, width in _quantized_widths(train, model, parallel)))
 
@@ -253,14 +253,14 @@ class GpuConfig:
         """Return every violated rule that does not depend on the machine."""
         first, last = self.profile_first_step, self.profile_last_step
         dispatcher, has_experts = parallel.expert_dispatcher, model.num_moe_layers() > 0
-        problems = self._recompute_problems(model, train) + find_broken(
+        problems = self._recompute_problems(model, train) + find_broken_rules(
             self, "gpu",
             (first == last == 0 or 0 < first <= last, "profile_first_step",
              f"and gpu.profile_last_step = {last} must both be 0, or steps from 1 in ascending order"))
         problems += self._exchange_problems(parallel, train)
         problems += self._optimizer_problems(parallel, train, optim)
         problems += self._graph_problems(model, parallel, train)
-        return problems + find_broken(
+        return problems + find_broken_rules(
             self, "gpu",
             (self.grad_dtype == "fp32" or train.precision == "bf16", "grad_dtype",
              f"needs train.precision = bf16, not {train.precision}", "leave it out"),
@@ -281,7 +281,7 @@ class GpuConfig:
     def _recompute_problems(self, model: ModelConfig, train: TrainConfig) -> list[SettingsProblem]:
         recomputed, offloaded = self.recompute_modules, self.offload_modules
         parts_of_moe = [part for part in ("moe_act", "shared_experts") if part in recomputed]
-        return find_broken(
+        return find_broken_rules(
             self, "gpu",
             ((train.recompute == "selective") == bool(recomputed), "recompute_modules",
              f"must be set exactly when train.recompute = selective, and it is {train.recompute}",
@@ -304,11 +304,11 @@ class GpuConfig:
 
     def _exchange_problems(self, parallel: ParallelConfig, train: TrainConfig) -> list[SettingsProblem]:
         """Check token exchange kernels, and the overlap of layers with token exchange."""
-        problems = find_broken(
+        problems = find_broken_rules(
             self, "gpu",
             (self.exchange_sms % 2 == 0, "exchange_sms", "must be even", "add one"))
         if parallel.expert_dispatcher in ("deepep", "hybridep"):
-            problems += find_broken(
+            problems += find_broken_rules(
                 parallel, "parallel",
                 (parallel.ep * parallel.etp > 1, "expert_dispatcher", "needs parallel.ep x parallel.etp > 1: "
                  "with 1 no token is sent to another process", "use alltoall"),
@@ -316,7 +316,7 @@ class GpuConfig:
                  f"sends bf16 only, and train.precision = {train.precision}", "use alltoall"))
         if parallel.expert_overlap != "micro_batches":
             return problems
-        return problems + find_broken(
+        return problems + find_broken_rules(
             parallel, "parallel",
             (train.recompute is not True and "moe" not in self.recompute_modules, "expert_overlap",
              "computes layers in pieces, and train.recompute recomputes whole layers",
@@ -332,7 +332,7 @@ class GpuConfig:
         permutes, dispatcher = "moe_preprocess" in self.cuda_graphs, parallel.expert_dispatcher
         recomputed = self.recompute_modules
         syncs_to_permute = dispatcher == "alltoall" and self.permute_fusion == "off"
-        return find_broken(
+        return find_broken_rules(
             self, "gpu",
             (model.num_moe_layers() > 0, "cuda_graphs", "need a model with experts", "leave it out"),
             ("moe_router" in self.cuda_graphs, "cuda_graphs", "names moe_preprocess without moe_router, and "
@@ -379,7 +379,7 @@ class GpuConfig:
         delays_frozen = parallel.delay_weight_grads and any(group.frozen for group in optim.groups)
         needs = ("needs train.precision = bf16 and parallel.zero1 = true, which are "
                  f"{train.precision} and {str(parallel.zero1).lower()}", "set both, or leave it out")
-        return find_broken(
+        return find_broken_rules(
             self, "gpu",
             (self.moment_dtype == "fp32" or is_sharded, "moment_dtype", *needs),
             (not share or is_sharded, "optimizer_offload", *needs),
@@ -388,7 +388,7 @@ class GpuConfig:
             (not share or "muon" not in (optim.name, *(group.optimizer for group in optim.groups)),
              "optimizer_offload", "supports AdamW, and optim selects muon, whose matrix products are too "
              "slow on the CPU", "leave it out, or set adamw")
-        ) + find_broken(parallel, "parallel", (
+        ) + find_broken_rules(parallel, "parallel", (
             not delays_frozen, "delay_weight_grads", "cannot be used if optim.groups freeze weights",
             "leave it out"))
 

@@ -8,7 +8,7 @@ from functools import cache
 from typing import ClassVar, Literal
 
 from megatron_sov.base.settings import (
-    AboveZero, ActsWhen, AtLeastOne, NotNegativeInt, ProblemCode, SettingsProblem, find_broken, is_set)
+    AboveZero, ActsWhen, AtLeastOne, NotNegativeInt, ProblemCode, SettingsProblem, find_broken_rules, is_set)
 from megatron_sov.model.config.model import ModelConfig
 
 
@@ -154,7 +154,7 @@ class ParallelConfig:
     def _layer_problems(self, model: ModelConfig) -> list[SettingsProblem]:
         """Check linear attention, and prediction layers with tied embeddings."""
         heads = 0 if model.linear_attention is None else model.linear_attention.num_key_heads
-        return find_broken(
+        return find_broken_rules(
             self, "parallel",
             (heads % (self.tp * self.cp) == 0, "tp", f"x parallel.cp = {self.cp} must divide "
              f"model.linear_attention.num_key_heads = {heads}", f"for their product {_divisors(heads)}"),
@@ -165,13 +165,13 @@ class ParallelConfig:
 
     def _expert_problems(self, model: ModelConfig) -> list[SettingsProblem]:
         if not model.num_moe_layers():
-            return find_broken(self, "parallel", *(
+            return find_broken_rules(self, "parallel", *(
                 (getattr(self, name) == 1, name, f"must be 1: model.num_experts = {model.num_experts}, so "
                  "there are no experts to divide") for name in ("ep", "etp")),
                 (self.expert_overlap == "none" and not self.delay_weight_grads, "expert_overlap",
                  "and delay_weight_grads need a model with experts", "leave them out"))
         shared, overlaps = model.num_shared_experts * model.expert_ffn_dim, self.expert_overlap != "none"
-        return find_broken(
+        return find_broken_rules(
             self, "parallel",
             (not (overlaps or self.delay_weight_grads) or model.mtp_depths == 1, "expert_overlap",
              "and delay_weight_grads can delay a layer's weight gradients only once per pass, and "

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, get_args
 from annotated_types import MinLen
 
 from megatron_sov.base.settings import (
-    AboveZero, ActsWhen, NotNegativeInt, SettingsProblem, find_broken, is_set)
+    AboveZero, ActsWhen, NotNegativeInt, SettingsProblem, find_broken_rules, is_set)
 from megatron_sov.model.config.gpu import GpuConfig
 from megatron_sov.model.config.layout import ParallelConfig
 from megatron_sov.model.config.model import ModelConfig
@@ -64,7 +64,7 @@ class LoraConfig:
         with_experts = self.adapts_experts(model)
         adapted = {*self.targets, *((EXPERTS,) if with_experts else ())}
         tied = {HEAD: "the embedding", EMBEDDING: "the output head"} if model.tied_embeddings else {}
-        return find_broken(
+        return find_broken_rules(
             self, "lora",
             *((target not in self.targets, "targets", f"names {target}, which is also {other} in this model "
                "(model.tied_embeddings = true); an update of only one of them cannot be merged",

@@ -11,9 +11,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
 
 from megatron_sov.base.settings import (
-    AboveZero, ActsWhen, AtLeastOne, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, find_broken,
-    is_set)
-from megatron_sov.base.settings.problem import show
+    AboveZero, ActsWhen, AtLeastOne, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem,
+    find_broken_rules, is_set)
+from megatron_sov.base.settings.problem import format_setting
 from megatron_sov.model.config.bounds import MAX_LAYERS, MAX_SEQ_LEN
 from megatron_sov.model.config.encoders import AudioEncoderConfig, VisionEncoderConfig
 
@@ -414,7 +414,7 @@ class ModelConfig:
         candidates = chosen_groups * experts // groups
         has_window = self.sliding_window_tokens > 0
         problems = self._position_problems() + self._list_problems() + self._linear_problems()
-        return problems + self._media_problems() + find_broken(
+        return problems + self._media_problems() + find_broken_rules(
             self, "model",
             (self.num_heads % self.num_kv_heads == 0, "num_kv_heads",
              f"must divide model.num_heads = {self.num_heads}"),
@@ -448,7 +448,7 @@ class ModelConfig:
 
     def _linear_problems(self) -> list[SettingsProblem]:
         linear, has_linear_layers = self.linear_attention, "D" in self.attention_pattern
-        problems = find_broken(
+        problems = find_broken_rules(
             self, "model",
             (has_linear_layers == (linear is not None), "linear_attention",
              f"must be set exactly when model.attention_pattern = {self.attention_pattern} has a D"),
@@ -460,7 +460,7 @@ class ModelConfig:
              "does not support model.qkv_bias = true: no family has a bias on the gate", "set it to false"))
         if linear is None:
             return problems
-        return problems + find_broken(
+        return problems + find_broken_rules(
             linear, "model.linear_attention",
             (linear.num_value_heads == linear.num_key_heads, "num_value_heads",
              f"must be num_key_heads = {linear.num_key_heads}"))
@@ -470,7 +470,7 @@ class ModelConfig:
         slides = [kind == "sliding_attention" for kind in self.layer_types()]
         length = f"must have one entry per layer: model.num_layers = {self.num_layers}"
         empty = "set it to []"
-        return find_broken(
+        return find_broken_rules(
             self, "model",
             (len(self.layer_windows) in (0, self.num_layers), "layer_windows", length, empty),
             (len(self.layer_windows) != self.num_layers or [w > 0 for w in self.layer_windows] == slides,
@@ -481,7 +481,7 @@ class ModelConfig:
     def _position_problems(self) -> list[SettingsProblem]:
         """Check RoPE, RoPE scaling and latent attention."""
         yarn, llama3, latent = self.yarn, self.llama3_rope, self.latent_attention
-        problems = find_broken(
+        problems = find_broken_rules(
             self, "model",
             (self.rope_share == 1 or not self.head_dim * self.rope_share % 2, "rope_share",
              f"must rotate an even number of the model.head_dim = {self.head_dim} channels"),
@@ -496,7 +496,7 @@ class ModelConfig:
             (yarn is None or yarn.mscale == 1 or latent is not None, "yarn.mscale",
              "needs model.latent_attention", "set it to 1"))
         if llama3 is not None:
-            problems += find_broken(
+            problems += find_broken_rules(
                 llama3, "model.llama3_rope",
                 (llama3.low_freq_factor < llama3.high_freq_factor, "low_freq_factor",
                  f"must be below model.llama3_rope.high_freq_factor = {llama3.high_freq_factor:g}"),
@@ -506,7 +506,7 @@ class ModelConfig:
             return problems
         unsupported = {"qkv_bias": False, "qk_norm": False, "rope_share": 1.0, "llama3_rope": None,
                        "local_rope_theta": None, "zero_centered_norms": False, "attention_multiplier": None}
-        return problems + find_broken(
+        return problems + find_broken_rules(
             self, "model",
             (self.head_dim == latent.query_dim, "head_dim",
              f"must be model.latent_attention.qk_nope_head_dim {latent.qk_nope_head_dim} + qk_rope_head_dim "
@@ -519,13 +519,13 @@ class ModelConfig:
              "cannot have an L with model.latent_attention, which has no sliding windows",
              "set model.attention_pattern and model.mtp_attention to G"),
             *((getattr(self, name) == value, name, "does not support model.latent_attention",
-               f"set it to {show(value)}") for name, value in unsupported.items()))
+               f"set it to {format_setting(value)}") for name, value in unsupported.items()))
 
     def _media_problems(self) -> list[SettingsProblem]:
         """Check media token ids and encoders."""
         blocks = {name: block for name in ("audio_tokens", "image_tokens")
                   if (block := getattr(self, name)) is not None}
-        problems = find_broken(self, "model", *(
+        problems = find_broken_rules(self, "model", *(
             (block.end <= self.vocab_size, name, f"must end within model.vocab_size = {self.vocab_size}")
             for name, block in blocks.items()))
         by_first_id = sorted(blocks.items(), key=lambda item: item[1].first)

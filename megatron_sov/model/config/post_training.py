@@ -14,7 +14,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from megatron_sov.base.settings import (
     AboveZero, ActsWhen, AnyOf, AtLeastOne, Finite, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem,
-    Share, find_broken, is_none_of, is_one_of, is_set)
+    Share, find_broken_rules, is_none_of, is_one_of, is_set)
 from megatron_sov.model.config.data import nearest_multiple
 from megatron_sov.model.config.learning import has_objective, has_objective_or_method
 
@@ -156,7 +156,7 @@ class RolloutConfig:
         """Return every violated rule between rollout settings."""
         budgets = self.budgets_tokens
         num_prompts = nearest_multiple(self.prompts_per_round, self.steps_per_round)
-        return find_broken(
+        return find_broken_rules(
             self, "rollout",
             (self.prompts_per_round % self.steps_per_round == 0, "prompts_per_round",
              f"must be a multiple of rollout.steps_per_round = {self.steps_per_round}",

@@ -16,13 +16,14 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast, get_args
 
-from megatron_sov.base.errors import UserError, download_dataset, fix_missing, nearest
+from megatron_sov.base.errors import UserError, fix_missing, suggest_dataset_download, suggest_name
 from megatron_sov.base.hints.removed import SETTINGS as REMOVED_SETTINGS, without_removed
 from megatron_sov.base.hints.table import instead_of, note_on, settings_called
 from megatron_sov.base.plugins.loading import PluginCode
 from megatron_sov.base.settings import (
-    ActsWhen, NotNegative, ProblemCode as Kind, SettingsError, SettingsProblem, assign_all, check, fields_of,
-    find_broken, hint_below, hints_of, is_none_of, is_set, parse_changes, read)
+    ActsWhen, NotNegative, ProblemCode as Kind, SettingsError, SettingsProblem, assign_values,
+    find_broken_rules, find_declaration_problems, get_field_hints, get_inner_hint, is_none_of, is_set,
+    list_fields, parse_changes, parse_settings)
 from megatron_sov.model.config.bounds import MAX_STEPS
 from megatron_sov.model.config.data import (
     DataConfig, PhaseConfig, batch_size_at, find_ramp_changes, nearest_multiple, phase_steps, phase_tokens,
@@ -157,7 +158,7 @@ class RunConfig:
         problems += find_fp8_problems(self.train, self.model, self.parallel, self.data.phases)
         problems += find_fp8_weight_problems(self.train, self.parallel, self.optim, self.gpu)
         problems += self.lora.problems(self.model, self.parallel, self.train, self.optim, self.gpu)
-        problems += find_broken(
+        problems += find_broken_rules(
             self, "",
             (not (self.lora.on and self.media.train_encoders), "media.train_encoders",
              "cannot be used with lora.rank, which freezes all weights except adapters",
@@ -168,7 +169,7 @@ class RunConfig:
     def _objective_problems(self) -> list[SettingsProblem]:
         distillation, preference = self.distillation, self.preference
         name, method, vocab_size = self.objective.name, preference.method, self.model.vocab_size
-        return find_broken(
+        return find_broken_rules(
             self, "",
             (not self.gpu.cuda_graphs or name not in ("policy", "preference"), "gpu.cuda_graphs",
              f"cannot be used with objective {name}, whose rows share prompts, replay routes or change "
@@ -201,7 +202,7 @@ class RunConfig:
         evaluates_lm, deterministic = "lm" in jobs.tasks, self.train.deterministic
         needs = ("needs train.deterministic = true: otherwise a healthy process may compute different bits "
                  "the second time")
-        return find_broken(
+        return find_broken_rules(
             self, "",
             (not guards.probe_every_steps or deterministic, "guards.probe_every_steps", needs),
             (not guards.attribute or deterministic, "guards.attribute", needs),
@@ -225,7 +226,7 @@ class RunConfig:
         samples, multiple, tp, cp = (self.train.micro_batch_size, self.parallel.row_multiple,
                                      self.parallel.tp, self.parallel.cp)
         product = f"2 x parallel.cp {cp} x parallel.tp {tp} = {multiple}" if cp > 1 else f"parallel.tp = {tp}"
-        problems = find_broken(self, "", (
+        problems = find_broken_rules(self, "", (
             bool(self.train.steps or self.train.tokens or self.train.epochs
                  or all(phase.tokens for phase in self.data.phases)),
             "train.steps", "needs a token budget",
@@ -233,7 +234,7 @@ class RunConfig:
         for i, phase in enumerate(self.data.phases):
             # A row (the samples of a micro-batch) is divided over context and tensor parallel processes.
             row_tokens = phase.seq_len * samples
-            problems += find_broken(
+            problems += find_broken_rules(
                 phase, f"data.phases.{i}",
                 (row_tokens % multiple == 0, "seq_len", f"x train.micro_batch_size {samples} = {row_tokens} "
                  f"tokens per row must be a multiple of {product}"))
@@ -243,7 +244,7 @@ class RunConfig:
         """Return the phases whose samples are longer than `model.max_position_tokens`."""
         limit = self.model.max_position_tokens
         return [dataclasses.replace(problem, fix=f"{problem.key}={limit}")
-                for i, phase in enumerate(self.data.phases) for problem in find_broken(
+                for i, phase in enumerate(self.data.phases) for problem in find_broken_rules(
             phase, f"data.phases.{i}",
             (phase.seq_len <= limit, "seq_len", f"exceeds model.max_position_tokens = {limit}",
              f"set it to at most {limit}; `megatron-sov extend` trains a model on longer texts"))]
@@ -294,7 +295,7 @@ class RunConfig:
 
     def check(self, num_ranks: int = 1) -> None:
         """Raise `SettingsError` for all values out of bounds, or else for all violated rules."""
-        problems = check(self) or self.problems(num_ranks)
+        problems = find_declaration_problems(self) or self.problems(num_ranks)
         if problems:
             raise SettingsError(f"recipe {self.recipe}", problems)
 
@@ -349,8 +350,8 @@ def _suggest_setting(key: str) -> str:
     # A similar name in the same group is likelier than the same name in another group, unless other
     # programs use the name.
     is_misspelled = "." in key and not settings_called(last) and not note_on(last)
-    group: Any = hint_below(RunConfig, key.partition(".")[0]) if is_misspelled else None
-    if dataclasses.is_dataclass(group) and nearest(last, fields_of(cast(Any, group))):
+    group: Any = get_inner_hint(RunConfig, key.partition(".")[0]) if is_misspelled else None
+    if dataclasses.is_dataclass(group) and suggest_name(last, list_fields(cast(Any, group))):
         return ""
     candidates = find_settings(last)
     return f"did you mean {' or '.join(map(repr, candidates[:4]))}?" if candidates else instead_of(last)
@@ -367,10 +368,10 @@ def iter_settings(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]
 
     Nested settings follow an optional group, and a list (settings of item 0).
     """
-    hints = hints_of(cls)
-    for field_name in fields_of(cls):
-        name, inner = f"{prefix}{field_name}", hint_below(cls, field_name)
-        items = hint_below(inner, "0")
+    hints = get_field_hints(cls)
+    for field_name in list_fields(cls):
+        name, inner = f"{prefix}{field_name}", get_inner_hint(cls, field_name)
+        items = get_inner_hint(inner, "0")
         if dataclasses.is_dataclass(inner):
             if type(None) in get_args(hints[field_name]):  # an optional group can itself be set to null
                 yield name, cls, True
@@ -524,7 +525,7 @@ def _explain_missing(folder: str) -> str:
     if Path(f"{folder}.bin").exists() or Path(f"{folder}.idx").exists():
         return ("is the prefix of a Megatron indexed dataset; pass a folder from `sov-data pack`, or convert "
                 "the dataset by `sov-data adopt`")
-    if not Path(folder).parent.exists() and (hint := download_dataset(folder)):
+    if not Path(folder).parent.exists() and (hint := suggest_dataset_download(folder)):
         return f"does not exist{hint}"
     return "does not exist; check its path (`sov-data pack` writes folders of token shards)"
 

@@ -9,7 +9,7 @@ from annotated_types import Ge, Gt, Le
 
 from megatron_sov.base.settings import (
     AboveZero, ActsWhen, AllOf, AnyOf, AtLeastOne, Finite, Fraction, NotNegative, NotNegativeInt,
-    SettingsProblem, Share, find_broken, is_none_of, is_one_of, is_set)
+    SettingsProblem, Share, find_broken_rules, is_none_of, is_one_of, is_set)
 from megatron_sov.model.config.bounds import MAX_BATCH_SIZE, Samples, Steps, Tokens
 from megatron_sov.model.config.learning import NOT_EXTENDING, has_no_rounds, has_objective, is_open_in_stage
 
@@ -104,7 +104,7 @@ class OptimConfig:
 
     def problems(self) -> list[SettingsProblem]:
         """Return every violated rule between optimizer settings."""
-        return find_broken(
+        return find_broken_rules(
             self, "optim",
             (self.min_lr <= self.lr, "min_lr", f"must be at most optim.lr = {self.lr:g}"),
             (self.schedule_by == "steps" or self.warmup_tokens > 0 or not self.warmup_steps, "schedule_by",
@@ -295,7 +295,7 @@ class TrainConfig:
     def problems(self) -> list[SettingsProblem]:
         """Return every violated rule between these settings."""
         ramp_from, every = self.ramp_from_batch_size, self.checkpoint_every_steps
-        return find_broken(
+        return find_broken_rules(
             self, "train",
             (ramp_from <= self.global_batch_size, "ramp_from_batch_size",
              f"must be at most train.global_batch_size = {self.global_batch_size}"),

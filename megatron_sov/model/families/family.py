@@ -9,9 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.errors import UserError, find_misspelt
-from megatron_sov.base.settings import ProblemCode, SettingsError, SettingsProblem, check, find_broken
-from megatron_sov.base.settings.problem import show
+from megatron_sov.base.errors import UserError, suggest_spelling
+from megatron_sov.base.settings import (
+    ProblemCode, SettingsError, SettingsProblem, find_broken_rules, find_declaration_problems)
+from megatron_sov.base.settings.problem import format_setting
 from megatron_sov.model.config import ModelConfig, from_dict
 from megatron_sov.model.families.encoders import encoder_links
 from megatron_sov.model.families.hf_config import ConfigItem, Encoders, Fixed, Renamed, Unused
@@ -372,7 +373,7 @@ class Family:
                 passed[name] = value
             else:
                 whose = "the folder's own code" if own_code else f"a program that has family '{self.name}'"
-                reasons.append(f"{name} = {value!r} ({whose} may read it{find_misspelt(name, known)})")
+                reasons.append(f"{name} = {value!r} ({whose} may read it{suggest_spelling(name, known)})")
         if reasons:
             raise UserError(f"config.json: {'; '.join(reasons)}; remove a field if it has no effect on the "
                             "model, else the model is not supported")

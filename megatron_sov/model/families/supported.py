@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.base.plugins.loading import LoadedPlugin, PluginCode
 from megatron_sov.base.plugins.registry import Registry
 from megatron_sov.model.config import ModelConfig
@@ -319,7 +319,7 @@ def _check_family(loaded: LoadedPlugin) -> None:
         raise UserError(f"{loaded.reference}: is called {family.name!r}; "
                         "its name must be transformers' model_type, of letters, digits and _")
     fields = [f.name for f in dataclasses.fields(ModelConfig)]
-    unknown = [f"{name!r}{nearest(name, fields)}" for name in (*family.structure, *family.training)
+    unknown = [f"{name!r}{suggest_name(name, fields)}" for name in (*family.structure, *family.training)
                if name not in fields]
     if unknown:
         raise UserError(f"{loaded.reference}: structure and training name unknown settings of the model: "

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins.loading import LoadedPlugin, calling
-from megatron_sov.base.plugins.registry import Registry, takes
+from megatron_sov.base.plugins.loading import LoadedPlugin, call_plugin
+from megatron_sov.base.plugins.registry import Registry, accepts_arguments
 from megatron_sov.model.config import (
     ExtendConfig, ExtendStageConfig, GpuConfig, NeedleConfig, ParallelConfig, PhaseConfig, RunConfig,
     from_dict)
@@ -327,7 +327,7 @@ def _build_plugin(name: str, recipe: Callable[[], RunConfig]) -> RunConfig:
     """Return a plug-in recipe's config, with values checked against the types of settings."""
     code = RECIPE_PLUGINS.code(name)
     assert code is not None, name
-    config = calling(code.reference, recipe)
+    config = call_plugin(code.reference, recipe)
     if not isinstance(config, RunConfig):
         raise UserError(f"{code.reference}: returns a {type(config).__name__}; a recipe returns a RunConfig")
     try:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import replace
 
-from megatron_sov.base.artifacts import to_json
+from megatron_sov.base.artifacts import format_json
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import (
     ExtendStageConfig, ModelConfig, OptimConfig, PhaseConfig, RunConfig, YarnConfig)
@@ -96,7 +96,7 @@ def length_settings(recipe: RunConfig, longer: ModelConfig, trained_tokens: int,
     limit_tokens = recipe.train.micro_batch_size * recipe.data.max_seq_len()
     return (
         f"model.max_position_tokens={longer.max_position_tokens}",
-        f"model.yarn={to_json(longer.yarn)}",
+        f"model.yarn={format_json(longer.yarn)}",
         f"model.rope_theta={longer.rope_theta}",
         f"train.micro_batch_size={find_micro_batch_size(limit_tokens, new_tokens, per_rank)}",
         f"needle.lengths_tokens={sorted({trained_tokens, new_tokens})}",

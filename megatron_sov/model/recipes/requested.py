@@ -18,10 +18,10 @@ from megatron_sov.base.errors import Fix, UserError, download, nearest
 from megatron_sov.base.plugins.loading import is_reference, load
 from megatron_sov.base.plugins.registry import Registry
 from megatron_sov.base.settings import (
-    Flag, Place, ProblemCode, SettingsError, SettingsProblem, fields_of, find_inert, hint_below, read_located,
-    read_text, value_at)
-from megatron_sov.base.settings.options import field_texts
-from megatron_sov.base.settings.problem import show
+    Flag, Place, ProblemCode, SettingsError, SettingsProblem, find_inert_settings, get_inner_hint,
+    get_setting, list_fields, parse_located_yaml, read_settings_text)
+from megatron_sov.base.settings.options import get_field_docstrings
+from megatron_sov.base.settings.problem import format_setting
 from megatron_sov.model import objectives, recipes
 from megatron_sov.model.config import (
     ModelConfig, RunConfig, apply_settings, correct_setting, from_dict, is_setting, setting_names)
@@ -230,7 +230,7 @@ def _find_changed_settings(config: RunConfig) -> set[str]:
     usual = (RunConfig(config.recipe, config.model),
              recipes.get(config.recipe) if config.recipe in recipes.names() else of_model)
     return {key for key in setting_names() if key not in DERIVED and not key.startswith("model.")
-            and value_at(config, key) not in [value_at(other, key) for other in usual]}
+            and get_setting(config, key) not in [get_setting(other, key) for other in usual]}
 
 
 LENGTHS = ("rollout.rounds", "train.epochs", "train.steps", "train.tokens")
@@ -247,8 +247,9 @@ def _refuse_two_lengths(config: RunConfig, said: Collection[str]) -> None:
     if len(lengths) > 1:
         winner, *others = lengths
         raise SettingsError("", [SettingsProblem(
-            ProblemCode.INERT, others[0], f"has no effect with {winner} = {show(value_at(config, winner))}: "
-            "both say how long the run is", value_at(config, others[0]), "set one of them")])
+            ProblemCode.INERT, others[0],
+            f"has no effect with {winner} = {format_setting(get_setting(config, winner))}: "
+            "both say how long the run is", get_setting(config, others[0]), "set one of them")])
 
 
 def request_training(args: TrainingOptions, objective: BuiltIn, *, needs_data: bool = True,
@@ -342,7 +343,7 @@ def _read_layer(path: Path) -> ConfigLayer:
     where = f"--config {path}"
     if path.is_dir():
         raise UserError(f"{where}: is a folder; pass a file, such as the config.json in it")
-    located = read_located(read_text(path, where))
+    located = parse_located_yaml(read_settings_text(path, where))
     problems = located.problems
     if not problems and not isinstance(located.value, dict):
         problems = [SettingsProblem(ProblemCode.TYPE, "", "must be an object of settings", located.value)]

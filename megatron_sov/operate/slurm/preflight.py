@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from megatron_sov.base.artifacts import atomic_write, to_json
-from megatron_sov.base.errors import told_in_a_line
+from megatron_sov.base.artifacts import format_json, write_atomically
+from megatron_sov.base.errors import format_error
 from megatron_sov.base.settings import AboveZero, Flag, add_options, read_options
 from megatron_sov.operate.slurm.node_report import Report
 from megatron_sov.runs.gpu_driver import find_gpu_fault, list_visible_gpus
@@ -161,9 +161,9 @@ def main(argv: list[str] | None = None) -> int:
         try:
             look()
         except Exception as e:  # whatever a sick node raises is what is to be reported
-            report.error = report.error or told_in_a_line(e)
+            report.error = report.error or format_error(e)
         # after each look: a rank that hangs in the second one has left what the first one found
-        atomic_write(file, to_json(asdict(report)))
+        write_atomically(file, format_json(asdict(report)))
     return 0
 
 

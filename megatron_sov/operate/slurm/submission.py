@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import megatron_sov
-from megatron_sov.base.artifacts import atomic_write, disk_errors, new_folder, to_json
+from megatron_sov.base.artifacts import create_folder, format_json, translate_disk_errors, write_atomically
 from megatron_sov.base.command_line import Parser
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import apply_settings
@@ -414,7 +414,7 @@ def submit(prepared: Prepared, after: list[str]) -> list[str]:
         UserError: the folder cannot be written, or Slurm refuses.
     """
     records = prepared.work.records
-    with disk_errors(records):
+    with translate_disk_errors(records):
         try:
             # before the first write, so that a file in the way is told and not a traceback
             records.mkdir(parents=True, exist_ok=True)
@@ -426,8 +426,8 @@ def submit(prepared: Prepared, after: list[str]) -> list[str]:
     log = EventLog(records / SUBMISSIONS)
     try:
         for job, text in zip(prepared.jobs, prepared.texts, strict=True):
-            atomic_write(job.script, text)
-            atomic_write(job.script.with_suffix(".json"), to_json(_settings(job)))
+            write_atomically(job.script, text)
+            write_atomically(job.script.with_suffix(".json"), format_json(_settings(job)))
             # logged at once: a kill between two submissions leaves no job that nobody knows of
             numbers.append(client.submit_script(job.script, after=numbers[-1:] or after))
             log.write("submitted", job=numbers[-1], stage=job.work.stage, script=job.script.name,
@@ -475,7 +475,7 @@ def _copy_code(folder: Path) -> None:
     if folder.is_dir():
         return
     # two submissions at once may copy the same code: the first one stays
-    with new_folder(folder, first_stays=True) as temporary:
+    with create_folder(folder, first_stays=True) as temporary:
         for path, name in _sources(ROOT):
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, temporary / name)

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import safe_open
 
-from megatron_sov.base.artifacts import file_damage, read_manifest
+from megatron_sov.base.artifacts import find_file_damage, read_manifest
 from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError
@@ -129,10 +129,10 @@ class KeptTeacher:
                  for name, record in read_manifest(folder).files.items()]
         # A checksum reads the whole file, so each process takes its share; then all name the same one.
         own = range(world.rank, len(files), world.size)
-        damaged = next((i + 1 for i in own if file_damage(*files[i])), 0)
+        damaged = next((i + 1 for i in own if find_file_damage(*files[i])), 0)
         for number in collectives.of_all_ranks(float(damaged)):
             if number:
-                raise UserError(f"{file_damage(*files[int(number) - 1])}; make the states again with "
+                raise UserError(f"{find_file_damage(*files[int(number) - 1])}; make the states again with "
                                 "`megatron-sov distill states`")
 
     def read(self, batches: Sequence[MicroBatch]) -> tuple[MicroBatch, ...]:

@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_sov import convert
-from megatron_sov.base.artifacts import FileRecord, new_file, read_manifest, refuse_existing, to_json
-from megatron_sov.base.digests import BLAKE3, Digest, file_digest
+from megatron_sov.base.artifacts import (
+    FileRecord, check_output_folder, create_file, format_json, read_manifest)
+from megatron_sov.base.digests import BLAKE3, Digest, hash_file
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.vocabulary import check_same_tokens
 from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
@@ -146,8 +147,8 @@ def weights_digest(target: Target) -> str:
     """Return the digest of a model: of its weights' files by name and content, of what says how they are
     used, and of an adapter's base."""
     if target.is_hf:
-        model: dict[str, Any] = {p.name: file_digest(p) for p in target.path.glob("*.safetensors")}
-        model["config.json"] = file_digest(target.path / "config.json")
+        model: dict[str, Any] = {p.name: hash_file(p) for p in target.path.glob("*.safetensors")}
+        model["config.json"] = hash_file(target.path / "config.json")
     else:
         manifest, base = read_manifest(target.path, CHECKPOINT), read_adapter_base(target.path)
         model = {name: record.digest for name, record in manifest.files.items()
@@ -155,7 +156,7 @@ def weights_digest(target: Target) -> str:
         model |= {f"settings.{name}": manifest.settings.get(name) for name in ("model", "lora")}
         model["base"] = None if base is None else base.sha256
     digest = Digest(BLAKE3)
-    digest.update(to_json(dict(sorted(model.items()))).encode())
+    digest.update(format_json(dict(sorted(model.items()))).encode())
     return digest.text()
 
 
@@ -321,6 +322,6 @@ def whole_states(hidden: torch.Tensor, model: ForwardModel) -> torch.Tensor:
 def _write(file: Path, states: list[torch.Tensor]) -> None:
     """Write rows of what is kept, so that the file is there whole or not at all; `UserError` where the disk
     is full."""
-    with new_file(file) as temporary, open(temporary, "wb") as f:
+    with create_file(file) as temporary, open(temporary, "wb") as f:
         for row in states:
             f.write(row.contiguous().view(torch.uint8).numpy().data)

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_sov.base.artifacts import atomic_write, read_manifest, to_json
+from megatron_sov.base.artifacts import format_json, read_manifest, write_atomically
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.base.sealed import seal_damage
+from megatron_sov.base.sealed import find_seal_damage
 from megatron_sov.checkpoint import load
 from megatron_sov.engine.model.local_shards import local_shards
 from megatron_sov.engine.parallel import collectives
@@ -124,7 +124,7 @@ class TrainerColumns:
         # At the first step the live weights begin the round; later only the file has their numbers.
         is_anew = is_first and name == OLD
         of = on_main(view.world, partial(self._of, opened, name))
-        damage = None if is_anew else on_main(view.world, partial(seal_damage, file, of))
+        damage = None if is_anew else on_main(view.world, partial(find_seal_damage, file, of))
         if is_anew or damage:
             # The weights that could compute it again are gone.
             if damage and name == OLD:
@@ -162,7 +162,7 @@ def _refuse_other(file: Path, given: Mapping[str, str], told: str) -> None:
         told: what is wrong then, with {begun} and {given} in the place of models.
     """
     if not file.is_file():
-        atomic_write(file, to_json(dict(given)))
+        write_atomically(file, format_json(dict(given)))
         return
     try:
         begun = {name: str(digest) for name, digest in json.loads(file.read_text(encoding="utf-8")).items()}

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 
 from megatron_sov.base.artifacts import (
-    MANIFEST, ArtifactWriter, disk_errors, manifest_sha256, new_artifact, read_manifest)
+    MANIFEST, ArtifactWriter, create_artifact, manifest_sha256, read_manifest, translate_disk_errors)
 from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.documents.groups import is_learned, pair_of
 from megatron_sov.base.documents.shard_files import ROUTES, RouteShape
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.base.sealed import read_json, write_json
-from megatron_sov.base.settings import by_name
+from megatron_sov.base.sealed import read_sealed_json, write_sealed_json
+from megatron_sov.base.settings import iter_leaves
 from megatron_sov.chat.vocabulary import TOKENIZER_JSON, tokenizer_digest
 from megatron_sov.engine.parallel.world import on_each, on_first
 from megatron_sov.model.config import RunConfig
@@ -74,7 +74,7 @@ def further_pieces(rounds: Path, number: int) -> int:
         UserError: the note of it is damaged.
     """
     file = _further_file(rounds, number)
-    return int(read_json(file, "delete it, and it is written anew", file.name)["pieces"]) if (
+    return int(read_sealed_json(file, "delete it, and it is written anew", file.name)["pieces"]) if (
         file.is_file()) else 0
 
 
@@ -184,7 +184,7 @@ class Publisher:
 
     def _compare_asking(self, folder: Path, before: Mapping[str, Any]) -> None:
         # other jobs note nothing
-        then, now = ({name: value for name, value in by_name(asked) if value != {}}
+        then, now = ({name: value for name, value in iter_leaves(asked) if value != {}}
                      for asked in (before, self.chosen_by if before else {}))
         for name in sorted(then.keys() | now.keys() if now else ()):
             if (was := then.get(name)) == (given := now.get(name)):
@@ -227,7 +227,7 @@ class Publisher:
         chosen = self._chosen(gathered)
         content = self._content(source, gathered, chosen)
         self._clear(number)
-        self._artifact = building.enter_context(new_artifact(out, "tokens"))
+        self._artifact = building.enter_context(create_artifact(out, "tokens"))
         (self._artifact.path / SOURCE).mkdir()
         return RoundPlan(self._artifact.path, tuple(shards_of(_pieces(gathered, chosen))), content)
 
@@ -243,7 +243,7 @@ class Publisher:
                     (self._opened.part_path(part["name"]) / MANIFEST).is_file()
                     for part in read_manifest(round_).content["store"]):
                 continue
-            with disk_errors(round_):
+            with translate_disk_errors(round_):
                 for column in self.rounds.glob(f"{round_.name}.*.f32"):
                     column.unlink()
                 shutil.rmtree(round_ / SOURCE)
@@ -279,7 +279,7 @@ class Publisher:
         pieces = source.num_pieces - own + more
         file = _further_file(self.rounds, source.number)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"pieces": pieces}, file.name)
+        write_sealed_json(file, {"pieces": pieces}, file.name)
         count = sum(len(piece.prompts) for piece in source.pieces[source.num_pieces:][:more])
         return f"{told}: {count} further prompts are asked"
 
@@ -373,7 +373,7 @@ class Publisher:
         artifact.content = {**planned.content, "sources": [record]}
         artifact.settings = {"rollout": self.config.to_dict()["rollout"],
                              "policy": self.config.to_dict()["policy"]}
-        artifact.known_files = {name: file for made in written for name, file in made.files.items()}
+        artifact.hashed_files = {name: file for made in written for name, file in made.files.items()}
         building.close()
 
     @cached_property

@@ -22,7 +22,7 @@ import numpy as np
 
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.sealed import seal_damage, write_sealed
+from megatron_sov.base.sealed import find_seal_damage, write_sealed
 from megatron_sov.engine.parallel.world import on_main
 from megatron_sov.model.modality import EncoderInputs, get_banks, get_encoder_inputs
 from megatron_sov.post.policy import REVERSE_KL
@@ -105,7 +105,7 @@ def write_teachers(view: FeedView, teachers: Sequence[ScoringTeacher], opened: R
         if not len(chosen):
             continue
         part, part_of = file.with_suffix(f".{place}{file.suffix}"), f"{of} {teacher.domain}"
-        if on_main(view.world, partial(seal_damage, part, part_of)):
+        if on_main(view.world, partial(find_seal_damage, part, part_of)):
             own = _ChosenDocuments(opened.documents, chosen)
             if teacher.checkpoint is None:
                 _ask_servers(view, teacher, own, part, part_of)

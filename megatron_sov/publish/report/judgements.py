@@ -13,8 +13,8 @@ import numpy as np
 from markupsafe import Markup
 
 from megatron_sov.base.figures import format_share, format_value
-from megatron_sov.base.pages.page import Chart, PageTable, tables
-from megatron_sov.base.pages.plots import Axis, LinePlot, Series, colour
+from megatron_sov.base.pages.page import Chart, PageTable, build_tables
+from megatron_sov.base.pages.plots import Axis, LinePlot, Series, series_colour
 from megatron_sov.publish.report.headline import heldout_text
 from megatron_sov.publish.report.run_data import Run
 from megatron_sov.runs.obs.figures import NumberFormat, field_formatter, parse_number, parse_whole_number
@@ -168,7 +168,7 @@ def passk_tables(run: Run) -> list[PageTable]:
     def of(cell: Callable[[Event], str]) -> Callable[[tuple[str, Event]], str]:
         return lambda named: cell(named[1])
 
-    return tables(_passk_events(run), {"prompts, reward": lambda named: named[0], **{
+    return build_tables(_passk_events(run), {"prompts, reward": lambda named: named[0], **{
         head: of(cell) for head, cell in {
             "step": _STEP, "prompts": field_formatter("num_prompts", ",.0f"),
             "responses": field_formatter("num_samples", ",.0f"),
@@ -239,7 +239,7 @@ def _round_chart(rounds: Sequence[dict[str, Any]], curves: dict[str, np.ndarray]
     for i, (name, values) in enumerate(curves.items()):
         known = np.isfinite(values)
         if known.any():
-            series.append(Series(name, at[known].tolist(), values[known].tolist(), colour(i)))
+            series.append(Series(name, at[known].tolist(), values[known].tolist(), series_colour(i)))
     return Chart(LinePlot(series, Axis("round"), Axis(title)), caption) if series else None
 
 
@@ -341,7 +341,7 @@ def score_tables(run: Run) -> list[PageTable]:
         return lambda s: "–" if math.isnan(n := parse_number(s.event.get(name))) else f"{n:,.0f}"
 
     newest = {(s.task, s.metric): s for s in scores_of(run.scores)}
-    return tables(newest.values(), {
+    return build_tables(newest.values(), {
         "task": lambda s: s.task, "metric": lambda s: s.metric,
         "step": lambda s: "–" if s.step is None else f"{s.step:,}", "value": lambda s: s.shown(s.value),
         "95 % interval": lambda s: " to ".join(map(s.shown, s.interval)) if s.interval else "–",
@@ -376,7 +376,8 @@ def score_chart(lines: dict[str, list[ReportedScore]], caption: str, notes: Iter
     for i, (name, points) in enumerate(lines.items()):
         by_step = {s.step: s for s in points if s.step is not None}  # the newest of a step
         newest = list(by_step.values())
-        series.append(Series(_short(name), list(by_step), [s.value for s in newest], colour(i), intervals=[
+        series.append(Series(_short(name), list(by_step), [s.value for s in newest], series_colour(i),
+                             intervals=[
             s.interval or (s.value, s.value) for s in newest]))
     shares = all(s.is_share for points in lines.values() for s in points)
     return Chart(LinePlot(series, Axis("optimizer step"), Axis("score", is_share=shares)), caption,

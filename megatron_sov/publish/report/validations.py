@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_sov.base.figures import format_share
-from megatron_sov.base.pages.page import Chart, PageTable, tables
+from megatron_sov.base.pages.page import Chart, PageTable, build_tables
 from megatron_sov.publish.report.charts import DrawnLine, draw_lines
 from megatron_sov.publish.report.run_data import Run
 from megatron_sov.publish.report.steps import Curve, sorted_curve

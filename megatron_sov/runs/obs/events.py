@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.artifacts import disk_errors
+from megatron_sov.base.artifacts import translate_disk_errors
 from megatron_sov.base.errors import UserError
 
 EVAL_LM_EVENT = "eval_lm"
@@ -71,7 +71,7 @@ class EventLog:
         self._listener = listener
         self._turn = threading.RLock()  # signal handlers write from another thread
         if path is not None:
-            with disk_errors(path):
+            with translate_disk_errors(path):
                 # Keep an incomplete last line: readers skip it, and the log never deletes bytes.
                 _terminate_last_line(path)
                 self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (open for the life of the run)
@@ -106,7 +106,7 @@ class EventLog:
         """Sync the events to disk and close the file."""
         if self._file is not None:
             file, self._file = self._file, None
-            with disk_errors(Path(file.name)):
+            with translate_disk_errors(Path(file.name)):
                 os.fsync(file.fileno())
                 file.close()
 

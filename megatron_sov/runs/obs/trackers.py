@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_sov.base.artifacts import atomic_write
-from megatron_sov.base.errors import UserError, how_to_install, warn
+from megatron_sov.base.artifacts import write_atomically
+from megatron_sov.base.errors import UserError, format_install_command, warn
 from megatron_sov.model.config import ObsConfig
 from megatron_sov.runs.obs.validation import (
     RESPONSE_COLUMNS, RESPONSES, VALIDATION, extract_curves, response_rows)
@@ -85,7 +85,7 @@ class _Wandb:
         wandb = _import_package("wandb", "obs.wandb", "wandb")
         id_file = run_dir / WANDB_ID
         if not id_file.exists():
-            atomic_write(id_file, secrets.token_hex(8))
+            write_atomically(id_file, secrets.token_hex(8))
         run_id = id_file.read_text(encoding="utf-8").strip()
         self._run = wandb.init(project=project, id=run_id, resume="allow", dir=str(run_dir),
                                name=run_dir.resolve().name, config=run_config_dict,
@@ -115,7 +115,7 @@ def _import_package(module: str, setting: str, package: str, extra: str = "track
         return importlib.import_module(module)
     except ImportError as e:
         raise UserError(f"{setting} = true needs the package {package}, which cannot be imported ({e}); "
-                        f"{how_to_install(extra)}, or leave the setting out") from None
+                        f"{format_install_command(extra)}, or leave the setting out") from None
 
 
 class Trackers:

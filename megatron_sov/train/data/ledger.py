@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.model.config import PhaseConfig, RunConfig, data
 from megatron_sov.train.data.rounds import SOURCE, RoundDocuments, rounds_of
 from megatron_sov.train.data.token_shards import ChainedLengths, Lengths, Source
@@ -79,7 +79,7 @@ def _weights(index: int, phase: PhaseConfig, sources: list[Source]) -> dict[str,
     for name, weight in phase.blend.items():
         if name not in tokens:
             raise UserError(f"data.phases.{index}.blend names source {name!r}, which the data does not have"
-                            f"{nearest(name, tokens)} (sources: {', '.join(tokens)})")
+                            f"{suggest_name(name, tokens)} (sources: {', '.join(tokens)})")
         if weight > 0 and not tokens[name]:
             raise UserError(f"data.phases.{index}.blend gives source {name!r} the weight {weight:g}, "
                             "but it has no training tokens; leave it out or pack more of it")

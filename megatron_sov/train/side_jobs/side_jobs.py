@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_sov.base.artifacts import MANIFEST, disk_errors, read_manifest
+from megatron_sov.base.artifacts import MANIFEST, read_manifest, translate_disk_errors
 from megatron_sov.base.errors import warn
 from megatron_sov.engine.parallel.device import on_gpu, record_for_nsys
 from megatron_sov.model.config import GpuConfig, RunConfig, TrainConfig
@@ -94,7 +94,7 @@ class Profiling:
         assert self._profile is not None
         self._profile.stop()
         trace = self._folder / f"steps-{self._began_at}-{step}.json.gz"
-        with disk_errors(trace):
+        with translate_disk_errors(trace):
             self._folder.mkdir(exist_ok=True)
             unfinished = trace.with_name(f".{trace.name}")  # its end says that it is to be compressed
             self._profile.export_chrome_trace(str(unfinished))

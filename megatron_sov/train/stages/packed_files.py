@@ -20,8 +20,9 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from megatron_sov.base.artifacts import MANIFEST, atomic_write, disk_errors, read_manifest, to_json
-from megatron_sov.base.digests import file_digest
+from megatron_sov.base.artifacts import (
+    MANIFEST, format_json, read_manifest, translate_disk_errors, write_atomically)
+from megatron_sov.base.digests import hash_file
 from megatron_sov.base.documents import BadRecord, RecordReading, plan_units, read_span
 from megatron_sov.base.documents.reading import place
 from megatron_sov.base.errors import Fix, UserError, warn
@@ -170,7 +171,7 @@ class FilePacking:
         target = Path(tempfile.mkdtemp(prefix="packed-")) if self.dry_run else self.run
         if self.dry_run:
             atexit.register(shutil.rmtree, target, ignore_errors=True)
-        with disk_errors(self.run):
+        with translate_disk_errors(self.run):
             (target / DATA).mkdir(parents=True, exist_ok=True)
         if not self.dry_run:  # from here on `megatron-sov resume RUN` continues after a kill
             record_command(self.run)
@@ -186,7 +187,7 @@ class FilePacking:
         """Return all that the shards of a file depend on."""
         if not named.file.exists():
             return named.recorded(self.run)
-        return {"file": str(named.file.absolute()), "digest": file_digest(named.file),
+        return {"file": str(named.file.absolute()), "digest": hash_file(named.file),
                 "format": named.format, "tokenizer": digest_tokenizer(self.tokenizer)}
 
     def _refuse_changed(self, stale: Sequence[DataFile], records: dict[DataFile, dict[str, str]]) -> None:
@@ -212,15 +213,15 @@ class FilePacking:
         folder = target / TOKENIZER
         record = {"tokenizer": digest_tokenizer(self.tokenizer)}
         if not (folder / MANIFEST).is_file() or _read_record(folder) != record:
-            atomic_write(_record_file(folder), to_json(BEGUN))
+            write_atomically(_record_file(folder), format_json(BEGUN))
             _run(self._import_command(target), folder)
-            atomic_write(_record_file(folder), to_json(record))
+            write_atomically(_record_file(folder), format_json(record))
 
     def _pack_file(self, target: Path, named: DataFile, record: dict[str, str]) -> None:
         shards = named.shards(target)
-        atomic_write(_record_file(shards), to_json(BEGUN))
+        write_atomically(_record_file(shards), format_json(BEGUN))
         _run(self._pack_command(target, named), shards)
-        atomic_write(_record_file(shards), to_json(record))
+        write_atomically(_record_file(shards), format_json(record))
 
 
 def warn_of_changed_files(run: Path, folders: Iterable[str]) -> None:

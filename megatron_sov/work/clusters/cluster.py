@@ -15,10 +15,10 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from megatron_sov.base.errors import Fix, UserError, nearest
+from megatron_sov.base.errors import Fix, UserError, suggest_name
 from megatron_sov.base.settings import (
-    AboveZero, AtLeastOne, Bound, Breach, NotNegative, NotNegativeInt, ProblemCode, SettingsError,
-    SettingsProblem, find_broken, read_text, read_yaml, rules_of)
+    AboveZero, AtLeastOne, Bound, NotNegative, NotNegativeInt, ProblemCode, SettingsError, SettingsProblem,
+    Violation, find_broken_rules, find_rule_problems, parse_settings_yaml, read_settings_text)
 from megatron_sov.work.clusters.chips import (
     CHIPS, INFINIBAND_LATENCY_S, INSIDE_LATENCY_S, Chip, Links, find_device_chip)
 
@@ -223,7 +223,7 @@ class ClusterProfile:
         return self.python or (sys.executable if self.container.kind == "none" else "python3")
 
     def problems(self) -> list[SettingsProblem]:
-        return find_broken(
+        return find_broken_rules(
             self, "",
             (self.cpus_per_node >= max(1, self.tasks_per_node), "cpus_per_node",
              f"must be at least one for each of the {self.tasks_per_node} ranks of a node"),
@@ -324,10 +324,10 @@ def load_profile(name: str, *, account: str | None = None, partition: str | None
         raise UserError(f"--cluster {name}: there is no such profile{nearest(name, list_profiles())} "
                         f"(profiles: {', '.join(list_profiles())}; your own: a path that ends with .yaml)")
     # check rules only after applying account and partition
-    profile = read_yaml(ClusterProfile, text, f"--cluster {name}", rules=False)
+    profile = parse_settings_yaml(ClusterProfile, text, f"--cluster {name}", rules=False)
     profile = dataclasses.replace(profile, account=profile.account if account is None else account,
                                   partition=profile.partition if partition is None else partition)
-    problems = rules_of(profile)
+    problems = find_rule_problems(profile)
     if profile.account is None and needs_account:
         problems.append(SettingsProblem(ProblemCode.MISSING, "account", "is missing",
                                         way_out="pass --account NAME, or put "

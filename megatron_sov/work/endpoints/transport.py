@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
-from megatron_sov.base.errors import how_to_install
+from megatron_sov.base.errors import format_install_command
 from megatron_sov.base.settings import ProblemCode, SettingsProblem
 from megatron_sov.work.endpoints.answers import (
     BadAnswer, RequestRefused, find_permanent_refusal, read_error_text)
@@ -199,7 +199,8 @@ class Transport:
                                     event_hooks={"request": [self._set_deadline],
                                                  "response": [partial(_limit_response, self._max_bytes)]})
                 self._client = openai.OpenAI(base_url=self._base, api_key="none", max_retries=0,
-                                             timeout=self._timeout_s, http_client=http)  # type: ignore[arg-type]
+                                             timeout=self._timeout_s,
+                                             http_client=http)  # type: ignore[arg-type]
             return self._client
 
     def _set_deadline(self, request: Any) -> None:

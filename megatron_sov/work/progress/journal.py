@@ -21,7 +21,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_sov.base.artifacts import atomic_write, delete_folder, disk_errors, new_file, to_json
+from megatron_sov.base.artifacts import (
+    create_file, delete_folder, format_json, translate_disk_errors, write_atomically)
 from megatron_sov.base.documents.rows import changed_values
 from megatron_sov.base.errors import UserError, list_problems
 from megatron_sov.work.progress.locks import LOCK, lock_folder
@@ -98,7 +99,7 @@ class Journal:
         Raises:
             UserError: the disk is full or not writable.
         """
-        with disk_errors(self.folder):
+        with translate_disk_errors(self.folder):
             for item, payload in records:
                 # length and checksum reveal an incomplete record regardless of its content
                 header = json.dumps([item, len(payload), zlib.crc32(payload)])

@@ -28,7 +28,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.artifacts import atomic_write, disk_errors, holds
+from megatron_sov.base.artifacts import translate_disk_errors, try_lock, write_atomically
 from megatron_sov.base.errors import UserError, warn
 
 CLOCK_TOLERANCE_S = 5.0
@@ -149,7 +149,7 @@ class Claims:
         Raises:
             UserError: the folder is not writable.
         """
-        with disk_errors(self._folder):
+        with translate_disk_errors(self._folder):
             (self._folder / name).mkdir(parents=True, exist_ok=True)
             try:
                 # Exclusive creation of file n + 1 (O_EXCL) is the whole protocol; no lock is needed.
@@ -248,7 +248,7 @@ class Claim:
                       "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
                       "is_released": is_released}
             try:
-                atomic_write(file, json.dumps(record))
+                write_atomically(file, json.dumps(record))
             except FileNotFoundError:  # deleted: the claimed item is done
                 self._is_over = True
             return not self._is_over

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.artifacts import (
-    ArtifactWriter, FileRecord, clear_leftovers, disk_errors, new_folder, publish, refuse_existing)
-from megatron_sov.base.outputs import behind_links
+    ArtifactWriter, FileRecord, check_output_folder, clear_leftovers, create_folder, publish_folder,
+    translate_disk_errors)
+from megatron_sov.base.outputs import resolve_link
 from megatron_sov.version import __version__
 from megatron_sov.work.progress.journal import (
     Journal, begin_journal, delete_work, lock_work_folder, open_journal, work_folder)
@@ -75,8 +76,8 @@ def resumable_artifact(path: Path, kind: str, made_by: str, plan: dict[str, Any]
         UserError: `path` exists and may not be replaced, another process is building it, its files belong to
             another plan, or the disk is not writable.
     """
-    path = behind_links(path)
-    with disk_errors(path):
+    path = resolve_link(path)
+    with translate_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(path)
         refuse_existing(path, kind, overwrite)
@@ -87,9 +88,9 @@ def resumable_artifact(path: Path, kind: str, made_by: str, plan: dict[str, Any]
             content.mkdir(exist_ok=True)
             artifact = ResumableArtifact(ArtifactWriter(content, kind), journal)
             yield artifact
-            artifact.writer.known_files |= artifact.finished
+            artifact.writer.hashed_files |= artifact.finished
             artifact.writer.complete()
-            publish(content, path)
+            publish_folder(content, path)
 
 
 def part_folder(work: Path, key: str) -> Path:

@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
-from megatron_sov.base.artifacts import disk_errors
+from megatron_sov.base.artifacts import translate_disk_errors
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.sealed import read_json, try_read_json, write_json
+from megatron_sov.base.sealed import read_sealed_json, try_read_sealed_json, write_sealed_json
 from megatron_sov.work.clusters import client, cluster
 from megatron_sov.work.clusters.cluster import ClusterProfile
 from megatron_sov.work.progress.journal import slurm_folder
@@ -123,7 +123,7 @@ def record_failure(logs: Path, task: int) -> Iterator[None]:
         failed = logs / FAILED_FOLDER / f"{task:05d}.json"
         with contextlib.suppress(OSError, UserError):
             failed.parent.mkdir(exist_ok=True)
-            write_json(failed, {"is_user_error": isinstance(e, UserError), "sentence": str(e),
+            write_sealed_json(failed, {"is_user_error": isinstance(e, UserError), "sentence": str(e),
                                 "trace": "".join(traceback.format_exception(e))})
         raise
 
@@ -202,7 +202,7 @@ class Arrays:
         array = _Array(logs, math.ceil(num_tasks / tasks_per_job), tasks_per_job, cpus, gpus, self._before)
         # old failure files would be reported as this array's
         shutil.rmtree(logs, ignore_errors=True)
-        with disk_errors(logs):
+        with translate_disk_errors(logs):
             (logs / "slurm_logs").mkdir(parents=True)
             (logs / WORK_FILE).write_bytes(pickle.dumps((work, num_tasks)))
         array.number = array.submit(profile)

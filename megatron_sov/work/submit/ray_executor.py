@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.errors import UserError, how_to_install, told_in_a_line
+from megatron_sov.base.errors import UserError, format_error, format_install_command
 from megatron_sov.work.processes.pool import WAITING_PER_WORKER
 from megatron_sov.work.progress.jobs import Executor, Numbered, Work
 
@@ -67,7 +67,8 @@ def _connect_ray(address: str) -> Any:
     try:
         import ray
     except ImportError:
-        raise UserError(f"--ray {address}: Ray is not installed; install it with {how_to_install('ray')}"
+        raise UserError(f"--ray {address}: Ray is not installed; install it with "
+                        f"{format_install_command('ray')}"
                         ) from None
     # nodes share a file system; prefer this code over installed packages
     code = os.pathsep.join(filter(None, (str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH"))))
@@ -135,7 +136,7 @@ class _RayProcesses:
                 task.losses += 1
                 if task.losses == MAX_LOSSES:
                     raise UserError(f"{MAX_LOSSES} processes were lost with the same item, the last one so: "
-                                    f"{told_in_a_line(e)}; see Ray's logs of it") from None
+                                    f"{format_error(e)}; see Ray's logs of it") from None
                 self._lost.append(task)
             self._start_process()
         else:

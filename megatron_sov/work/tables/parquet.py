@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from megatron_sov.base.artifacts import disk_errors, fsync_path, new_file
-from megatron_sov.base.errors import UserError, first_line
-from megatron_sov.base.sealed import open_parquet, seal_file, seal_parquet
+from megatron_sov.base.artifacts import create_file, fsync_path, translate_disk_errors
+from megatron_sov.base.errors import UserError, first_error_line
+from megatron_sov.base.sealed import open_sealed_parquet, seal_file, seal_parquet
 
 MAX_ROWS = 1 << 20
 """Maximum rows per file."""
@@ -169,11 +169,11 @@ class TableFile:
 
     def __init__(self, path: Path, columns: pa.Schema) -> None:
         self.path, self.columns = path, columns
-        self._seal, self._new = "", new_file(path, makes_parents=True)
+        self._seal, self._new = "", create_file(path, create_parents=True)
 
     def __enter__(self) -> Self:
         self._temporary = self._new.__enter__()
-        with disk_errors(self.path):
+        with translate_disk_errors(self.path):
             self._writer = parquet.ParquetWriter(self._temporary, self.columns, compression="zstd")
         return self
 
@@ -186,13 +186,13 @@ class TableFile:
         """
         table = pa.table([pa.array(columns[f.name], f.type) for f in self.columns], self.columns)
         if table.num_rows:
-            with disk_errors(self.path):
+            with translate_disk_errors(self.path):
                 self._writer.write_table(table, row_group_size=table.num_rows)
 
     def close(self) -> str:
         """Seal and sync the file under the temporary name; return the checksum."""
         if not self._seal:
-            with disk_errors(self.path):
+            with translate_disk_errors(self.path):
                 seal_parquet(self._writer)
                 self._writer.close()
                 self._seal = seal_file(self._temporary)

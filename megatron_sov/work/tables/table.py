@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 from megatron_sov.base.artifacts import (
-    MANIFEST, Manifest, atomic_write, delete_folder, disk_errors, file_damage, fsync_path, is_held,
-    manifest_sha256, new_artifact, read_manifest, rename_unless_taken, to_json)
+    MANIFEST, Manifest, create_artifact, delete_folder, find_file_damage, format_json, fsync_path, is_locked,
+    manifest_sha256, read_manifest, rename_unless_taken, translate_disk_errors, write_atomically)
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.base.outputs import refuse_nowhere
+from megatron_sov.base.outputs import check_creatable
 
 if TYPE_CHECKING:  # pyarrow takes long to import, and names of parts are wanted without it
     import pyarrow as pa
@@ -164,7 +164,7 @@ class Table(Generic[P]):
             UserError: the table has another identity, or the folder contains something else.
         """
         path, expected = Path(path), dict(zip(cls.IDENTITY, identity, strict=True))
-        refuse_nowhere(path)
+        check_creatable(path)
         if not (path / cls.HEAD).is_file():
             cls._create_folder(path, expected)
         table = cls.open(path)
@@ -178,11 +178,12 @@ class Table(Generic[P]):
         """Create an empty table, unless another process is faster."""
         # Build under a temporary name: if several processes create the table, a single rename succeeds.
         temporary = path.with_name(f".{path.name}.new-{uuid.uuid4().hex}")
-        with disk_errors(path):
+        with translate_disk_errors(path):
             try:
                 for name in (cls.ROWS, cls.ADDED, CLAIMS):
                     (temporary / name).mkdir(parents=True)
-                atomic_write(temporary / cls.HEAD, to_json({"format_version": FORMAT_VERSION, **identity}))
+                write_atomically(temporary / cls.HEAD,
+                                 format_json({"format_version": FORMAT_VERSION, **identity}))
                 os.rename(temporary, path)
                 fsync_path(path.parent)
             except OSError as e:
@@ -311,7 +312,7 @@ class Table(Generic[P]):
         from megatron_sov.work.tables.parquet import read_table
 
         record = read_manifest(part.path).files[part.file.name]
-        if damage := file_damage(part.file, record):
+        if damage := find_file_damage(part.file, record):
             raise UserError(f"{damage}; restore it from a copy, or delete {part.path} to have it made again")
         table = read_table(part.file, schema)
         if table.num_rows != part.num_rows:
@@ -340,9 +341,9 @@ class Table(Generic[P]):
             raise UserError(f"{path}: {problem}")
         # a unique temporary name: two writers on any machines only meet in the final rename
         temporary = path.with_name(f".{path.name}.new-{uuid.uuid4().hex}")
-        with disk_errors(path):
+        with translate_disk_errors(path):
             try:
-                with new_artifact(temporary, kind) as artifact:
+                with create_artifact(temporary, kind) as artifact:
                     columns = set(table.column_names)
                     repeated = [leaf for leaf in self.REPEATED if leaf.split(".")[0] in columns]
                     split = [leaf for leaf in self.SPLIT if leaf.split(".")[0] in columns]
@@ -405,7 +406,8 @@ def delete_folders(found: Collection[DeletableFolder]) -> None:
     """
     for item in found:
         hidden = item.path.with_name(f".{item.path.name}.gone-{uuid.uuid4().hex}")
-        with disk_errors(item.path), contextlib.suppress(FileNotFoundError):  # deleted by another process
+        # suppressed: another process has deleted it
+        with translate_disk_errors(item.path), contextlib.suppress(FileNotFoundError):
             delete_folder(item.path, hidden)
 
 
@@ -414,7 +416,7 @@ def _is_abandoned(folder: Path) -> bool:
 
     File systems without locks leave only the time of the last change.
     """
-    if is_held(folder):
+    if is_locked(folder):
         return False
     try:
         newest_s = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))

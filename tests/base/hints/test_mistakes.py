@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.base.errors import nearest
+from megatron_sov.base.errors import suggest_name
 from tests.base.hints.test_words import answer
 
 
@@ -74,4 +74,4 @@ def test_the_answer_names_what_to_type(typed: str, parts: list[str], tmp_path: P
     ("fp16", ["fp64", "fp32"], ""), ("llama-3.1-70b", ["llama-3.1-8b"], ""),
     ("qwen3-8", ["qwen3-8b"], "; did you mean 'qwen3-8b'?"), ("h10", ["h100"], "; did you mean 'h100'?")])
 def test_another_number_is_no_guess(name: str, known: list[str], meant: str) -> None:
-    assert nearest(name, known) == meant
+    assert suggest_name(name, known) == meant

@@ -11,7 +11,7 @@ import pytest
 import data_prep.cli
 import tokenizer.cli
 from megatron_sov import cli
-from megatron_sov.base.errors import nearest
+from megatron_sov.base.errors import suggest_name
 
 PROGRAMS = {"megatron-sov": cli.main, "sov-data": data_prep.cli.main, "sov-tokenizer": tokenizer.cli.main}
 SFT = "megatron-sov sft --from M --data D --run R"
@@ -96,7 +96,7 @@ def test_a_word_that_resembles_nothing_is_not_guessed_at(line: str,
     ("--model", ["--help"]), ("--gpus", ["--no-cache"]), ("--days", ["--data"]), ("prepare", ["report"]),
     ("data", ["tag"])])
 def test_a_distant_word_is_no_guess(word: str, known: list[str]) -> None:
-    assert nearest(word, known) == ""
+    assert suggest_name(word, known) == ""
 
 
 @pytest.mark.parametrize(("files", "command", "write"), [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.base.artifacts import damaged_files, read_manifest
+from megatron_sov.base.artifacts import find_damaged_files, read_manifest
 from megatron_sov.base.errors import ExitCode
 from megatron_sov.cli import main
 from megatron_sov.commands.evaluate import eval_judged
@@ -65,7 +65,7 @@ def test_responses_are_judged_and_counted(hf_models: dict[str, Path], monkeypatc
     # two fours against two fives are a tie; the one six loses against two sevens
     assert found["maj_at_k"][-1]["value"] == pytest.approx(0.25)
     manifest = read_manifest("out", "passk")
-    assert damaged_files("out") == [] and set(manifest.files) == {"results.json", "samples.jsonl"}
+    assert find_damaged_files("out") == [] and set(manifest.files) == {"results.json", "samples.jsonl"}
     assert manifest.content == found
     rows = [json.loads(line) for line in Path("out/samples.jsonl").read_text().splitlines()]
     assert [row["reward"] for row in rows] == [1, 1, 0, 0, 0, 1, 0, 0]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from megatron_sov.base.artifacts import damaged_files, new_artifact, read_manifest
+from megatron_sov.base.artifacts import create_artifact, find_damaged_files, read_manifest
 from megatron_sov.base.errors import ExitCode
 from megatron_sov.cli import main
 from megatron_sov.commands.evaluate import eval_judged
@@ -78,7 +78,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, Path]) -> list[s
 
 def probe(*arguments: str) -> dict[str, Any]:
     assert main(["ssp", "probe", *arguments, *ASK]) == 0
-    assert damaged_files("probe/table") == []
+    assert find_damaged_files("probe/table") == []
     return dict(read_manifest("probe/table", "ssp_probe").content)
 
 
@@ -183,7 +183,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(arguments: list[str], said:
 
 
 def test_frozen_sets_are_taken_as_they_were_frozen(capsys: pytest.CaptureFixture[str]) -> None:
-    with new_artifact("sets", "probing_sets") as artifact:
+    with create_artifact("sets", "probing_sets") as artifact:
         (artifact.path / "statistics.jsonl").write_text(json.dumps({"prompt": "2 + 2?", "answer": "4"}))
         artifact.content = {"domains": {"statistics": 1}}
     assert main(["ssp", "probe", "first", *ASK, "--problems", "sets", "--dry-run"]) == 0

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins.loading import load
+from megatron_sov.base.plugins.loading import load_plugin
 from megatron_sov.engine.parallel import launcher
 from megatron_sov.engine.parallel.launcher import plan_file, read_plan
 from megatron_sov.train.data.token_shards import ShardChain, numbers, open_sources
@@ -46,7 +46,7 @@ def test_shards_are_opened_again_and_a_bare_map_of_a_file_is_not_copied(packed_d
 def test_code_that_a_person_named_is_run_again_as_it_was(tmp_path: Path) -> None:
     file = tmp_path / "own.py"
     file.write_text("class Own:\n    number = 7\n")
-    value = load(f"{file}:Own").value()
+    value = load_plugin(f"{file}:Own").value()
     assert passed_on(value).number == 7
     with plan_file(lambda: value, 1) as plan:
         file.write_text("class Own:\n    number = 8\n")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import LoraConfig
@@ -68,7 +68,7 @@ def test_other_adapter_settings_are_rejected(imported: dict[str, Path]) -> None:
 def test_architecture_change_is_not_an_adapter_change(tmp_path: Path) -> None:
     model = get("tiny-solar-open").model
     made_with = replace(get("tiny-solar-open"), lora=LoraConfig(4))
-    with new_artifact(tmp_path / "adapter", "checkpoint") as artifact:
+    with create_artifact(tmp_path / "adapter", "checkpoint") as artifact:
         artifact.settings = made_with.to_dict()
     asked = inference_config(tmp_path / "adapter", ["model.num_shared_experts=0"], 1)
     assert asked.lora == made_with.lora and asked.model != model, "the checkpoint's tensors tell"

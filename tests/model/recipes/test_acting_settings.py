@@ -11,9 +11,9 @@ from typing import Any, get_origin
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.base.artifacts import to_json
-from megatron_sov.base.settings import SettingsError, SettingsProblem, hint_below, value_at
-from megatron_sov.base.settings.problem import show
+from megatron_sov.base.artifacts import format_json
+from megatron_sov.base.settings import SettingsError, SettingsProblem, get_inner_hint, get_setting
+from megatron_sov.base.settings.problem import format_setting
 from megatron_sov.model.config import RunConfig, apply_settings, setting_names
 from megatron_sov.model.config.data import phase_steps, phase_tokens
 from megatron_sov.model.recipes.requested import (
@@ -47,9 +47,10 @@ def find_refused(asked: RecipeRequest, **options: Any) -> list[SettingsProblem]:
 def keys_below(cls: Any = RunConfig, prefix: str = "") -> Iterator[str]:
     """Yield the settings of a class and those that it holds, of the first item of each list of settings."""
     for field in dataclasses.fields(cls):
-        inner, key = hint_below(cls, field.name), f"{prefix}{field.name}"
+        inner, key = get_inner_hint(cls, field.name), f"{prefix}{field.name}"
         if get_origin(inner) is tuple:
-            inner, key = (item, f"{key}.0") if dataclasses.is_dataclass(item := hint_below(inner, "0")) else (
+            inner, key = (item,
+                f"{key}.0") if dataclasses.is_dataclass(item := get_inner_hint(inner, "0")) else (
                 inner, key)
         if isinstance(inner, type) and dataclasses.is_dataclass(inner):
             yield from keys_below(inner, f"{key}.")
@@ -63,9 +64,9 @@ def test_each_setting_is_taken_or_refused_by_its_decider(stage: str) -> None:
     config = request(stage).config()
     acting = set()
     for key in {*keys_below()} - {"recipe", "code", "objective.name", "data.phases.0.name"}:
-        if value_at(config, key.rpartition(".")[0]) is None:  # of a block that is off
+        if get_setting(config, key.rpartition(".")[0]) is None:  # of a block that is off
             continue
-        given = f"{key}={json.dumps(value_at(config, key), default=dataclasses.asdict)}"
+        given = f"{key}={json.dumps(get_setting(config, key), default=dataclasses.asdict)}"
         problems = find_refused(request(stage, given), **TEXT)
         if not problems:
             acting.add(key)
@@ -74,7 +75,7 @@ def test_each_setting_is_taken_or_refused_by_its_decider(stage: str) -> None:
             deciders = problem.rule.removeprefix("has no effect with ").partition(": it acts when ")[0]
             for decider in deciders.split(" and "):
                 name, _, value = decider.partition(" = ")
-                assert "*" in name or value == show(decided_by(config, stage, name))
+                assert "*" in name or value == format_setting(decided_by(config, stage, name))
     own = {"prefer": {"preference.method"}, "distill": {"distillation.beta"}, "rl": {"rollout.rounds"},
            "extend": {"extend.gate.min_accuracy", "model.num_experts_per_token"},
            "experts": {"model.num_experts_per_token"}}
@@ -87,8 +88,8 @@ def decided_by(config: RunConfig, stage: str, name: str) -> Any:
     options = {"command": STAGES[stage][2], "--data": ["text"], "--validation": None}
     if name in options:
         return options[name]
-    filled_in = value_at(config, name.replace("policy.", "policy.parts."))
-    return value_at(config, name) if filled_in is None else filled_in
+    filled_in = get_setting(config, name.replace("policy.", "policy.parts."))
+    return get_setting(config, name) if filled_in is None else filled_in
 
 
 CANNOT_ACT = [
@@ -173,7 +174,7 @@ def test_own_objectives_may_read_anything(tmp_path: Path) -> None:
 def test_files_are_held_to_what_they_change(written: dict[str, Any], refused: str, tmp_path: Path) -> None:
     part, whole = tmp_path / "part.json", tmp_path / "whole.json"
     part.write_text(json.dumps({"recipe": "tiny-qwen3", **written}))
-    full = json.loads(to_json(recipes.get("tiny-qwen3").to_dict()))
+    full = json.loads(format_json(recipes.get("tiny-qwen3").to_dict()))
     for group, values in written.items():
         full[group] |= values
     whole.write_text(json.dumps(full))
@@ -186,7 +187,7 @@ def test_files_are_held_to_what_they_change(written: dict[str, Any], refused: st
 
 def test_the_file_of_another_run_is_taken_and_a_resumed_run_is_never_refused(tmp_path: Path) -> None:
     rounds = apply_settings(recipes.get("tiny-solar-open-rl"), ["rollout.rounds=3"])
-    (tmp_path / "config.json").write_text(to_json(rounds.to_dict()))
+    (tmp_path / "config.json").write_text(format_json(rounds.to_dict()))
     args = typed(TrainingOptions, ["--config", str(tmp_path / "config.json")])
     assert find_refused(request_training(args, "policy", needs_data=False)) == []
     args = typed(TrainingOptions, ["tiny-qwen3", "--data", "d", "--set", "lora.alpha=32"])

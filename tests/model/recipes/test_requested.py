@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_sov import cli, recipes
-from megatron_sov.base.artifacts import new_artifact, to_json
+from megatron_sov.base.artifacts import create_artifact, format_json
 from megatron_sov.base.errors import UserError
 from megatron_sov.model import objectives
 from megatron_sov.model.config import RunConfig, apply_settings
@@ -187,7 +187,7 @@ def test_a_config_runs_nothing_that_it_names(site: Path, capsys: pytest.CaptureF
 
 def test_a_config_whose_recipe_was_a_file_needs_no_file(site: Path) -> None:
     first = config_of("recipe.py:plain")
-    (site / "config.json").write_text(to_json(first.to_dict()))
+    (site / "config.json").write_text(format_json(first.to_dict()))
     (site / "recipe.py").unlink()
     assert config_of("--config", "config.json") == first
 
@@ -230,7 +230,7 @@ def test_a_hugging_face_folder_runs_nothing_that_it_names(site: Path,
 
 def test_a_checkpoint_runs_nothing_that_it_names(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number, (path, message) in enumerate(attacks(site).items()):
-        with new_artifact(site / f"checkpoint-{number}", "checkpoint") as artifact:
+        with create_artifact(site / f"checkpoint-{number}", "checkpoint") as artifact:
             artifact.content = {"step": 1, "tokens": 0, "parts": ["model"]}
             artifact.settings = json.loads(Path(path).read_text())
         names_family = artifact.settings["model"]["family"] != "qwen3"

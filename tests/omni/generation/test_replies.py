@@ -16,7 +16,7 @@ import soundfile
 from PIL import Image
 
 from megatron_sov import cli
-from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.media_tokens import AUDIO, IMAGE, MARKS, VocabularyBlock, codebook_token
 from megatron_sov.omni.generation import replies
@@ -65,7 +65,7 @@ def site(made: Path, one_rank: None, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def shards_with(media: dict[str, Any]) -> None:
     """Write what is left of the model's data: their manifest."""
-    with new_artifact(Path("shards"), "token_shards", overwrite=True) as shards:
+    with create_artifact(Path("shards"), "token_shards", overwrite=True) as shards:
         shards.content = {"sources": [{"media": media}]}
 
 

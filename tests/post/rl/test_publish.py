@@ -13,7 +13,7 @@ import pytest
 
 from data_prep.shards.verify import check
 from megatron_sov import recipes
-from megatron_sov.base.artifacts import new_artifact, read_manifest
+from megatron_sov.base.artifacts import create_artifact, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig, RunConfig
@@ -126,7 +126,7 @@ def test_rounds_that_no_resume_needs_are_manifests_alone(publisher: Publisher, w
     def keep(*steps: int) -> None:
         shutil.rmtree(rounds.parent / "checkpoints", ignore_errors=True)
         for step in steps:
-            with new_artifact(rounds.parent / f"checkpoints/step-{step}", "checkpoint"):
+            with create_artifact(rounds.parent / f"checkpoints/step-{step}", "checkpoint"):
                 pass
 
     assert [publish(1), publish(2), publish(3)] == [[], [1], [1, 2]]  # from the start all are needed

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.sealed import seal_damage
+from megatron_sov.base.sealed import find_seal_damage
 from megatron_sov.train.data.rounds import Round
 from tests.token_servers import VllmDouble
 
@@ -67,7 +67,7 @@ def told(opened: Round, *teachers: Any) -> list[float]:
 
     file = opened.path.with_name("0001.teacher_logprobs.f32")
     write_teachers(VIEW, teachers, opened, file, "these", no_weights)
-    assert seal_damage(file, "these") is None and [f.name for f in file.parent.iterdir()] == [file.name]
+    assert find_seal_damage(file, "these") is None and [f.name for f in file.parent.iterdir()] == [file.name]
     return (np.fromfile(file, np.float32, sum(LENGTHS)) * -100).round(3).tolist()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.base.errors import UserError, how_to_install
+from megatron_sov.base.errors import UserError, format_install_command
 from megatron_sov.model.config import ObsConfig
 from megatron_sov.runs.obs.trackers import Trackers
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig, RunConfig
 from megatron_sov.model.config.run import add_rounds
 from megatron_sov.train.data import rounds as rounds_module
@@ -158,7 +158,7 @@ SHARES = {"1": {"en-basic": 0.9, "ko-basic": 0.1}, "2.C": {"ko-L3": 1.0}}
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    with new_artifact(tmp_path / "mixed", "tokens") as artifact:
+    with create_artifact(tmp_path / "mixed", "tokens") as artifact:
         artifact.content = {"sources": [{"name": n} for n in ("en-basic", "ko-basic", "ko-L3")],
                             "phases": [{"name": name, "tokens": 10, "blend": blend}
                                        for name, blend in SHARES.items()]}

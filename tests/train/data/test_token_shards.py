@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from data_prep.shards.pack import PackSettings, PackSource, pack
-from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.documents.shard_files import bits
 from megatron_sov.base.errors import UserError
@@ -98,7 +98,7 @@ def test_a_document_beyond_the_end_is_refused_when_it_is_read(tmp_path: Path) ->
 def artifact(path: Path, names: dict[str, int], *, tokenizer: str = "t" * 64, vocab_size: int = 50,
              format_: str = "text", tokens: dict[str, int] | None = None, indent: int | None = None) -> str:
     """An artifact with a training split of so many documents of two tokens for each source."""
-    with new_artifact(path, "tokens") as a:
+    with create_artifact(path, "tokens") as a:
         described = []
         for name, count in names.items():
             write_shard(a.path / name, [[1, 2]] * count)

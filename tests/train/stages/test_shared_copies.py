@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov import convert
-from megatron_sov.base.artifacts import MANIFEST, new_artifact
+from megatron_sov.base.artifacts import MANIFEST, create_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.parallel import launcher
 from megatron_sov.runs.checkpoints import CHECKPOINT_KIND

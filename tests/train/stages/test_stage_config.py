@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.base.artifacts import to_json
+from megatron_sov.base.artifacts import format_json
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.parallel import launcher
 from megatron_sov.model.config import RunConfig, apply_settings
@@ -49,7 +49,7 @@ def test_deterministic_is_a_setting_with_a_flag(data: Path) -> None:
 
 def test_a_run_config_stands_in_for_the_recipe_and_gives_the_same_settings_again(data: Path) -> None:
     first = config_of("tiny-k-exaone", "--data", f"{data}/a:3", "--set", "train.steps=7", "--deterministic")
-    (data / "config.json").write_text(to_json(first.to_dict()))
+    (data / "config.json").write_text(format_json(first.to_dict()))
     assert config_of("--config", str(data / "config.json")) == first
     changed = config_of("--config", str(data / "config.json"), "--data", f"{data}/b:2", "--set",
                         "train.steps=8")
@@ -61,7 +61,7 @@ def test_a_config_of_pretraining_serves_for_fine_tuning_and_not_the_other_way_ro
         data: Path, packed_data: Packed) -> None:
     lm = recipes.get("tiny-qwen3")
     for name, config in {"lm": lm, "sft": apply_settings(lm, ["objective.name=sft"])}.items():
-        (data / f"{name}.json").write_text(to_json(config.to_dict()))
+        (data / f"{name}.json").write_text(format_json(config.to_dict()))
     arguments = ("--data", str(packed_data.chats))
     assert parse_stage(parsed("--config", str(data / "lm.json"), *arguments),
                        "sft").config.objective.name == "sft"
@@ -82,7 +82,7 @@ def test_a_recipe_is_lengthened_before_it_is_tuned(data: Path) -> None:
 
 def test_the_data_of_a_config_must_still_be_there(data: Path) -> None:
     config = apply_settings(recipes.get("tiny-qwen3"), ['data.paths={"/gone": 1}'])
-    (data / "config.json").write_text(to_json(config.to_dict()))
+    (data / "config.json").write_text(format_json(config.to_dict()))
     with pytest.raises(UserError, match=r"--data /gone: does not exist"):
         config_of("--config", str(data / "config.json"))
     with pytest.raises(UserError, match=r"--data: is missing"):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.base import artifacts
-from megatron_sov.base.artifacts import is_held, new_artifact
+from megatron_sov.base.artifacts import create_artifact, is_locked
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.progress import locks
 from megatron_sov.work.progress.locks import Claim, Claims, list_holders, lock_folder
@@ -69,10 +69,10 @@ sys.stdin.read()
     with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], text=True, stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, cwd=Path(__file__).parents[3]) as other:
         assert other.stdout is not None and other.stdout.readline() == "True\n"
-        assert is_held(tmp_path)
+        assert is_locked(tmp_path)
         other.kill()
-    assert not is_held(tmp_path)
-    assert not is_held(tmp_path / "missing")
+    assert not is_locked(tmp_path)
+    assert not is_locked(tmp_path / "missing")
 
 
 def test_file_system_without_locks_is_tolerated(tmp_path: Path,
@@ -81,8 +81,8 @@ def test_file_system_without_locks_is_tolerated(tmp_path: Path,
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(artifacts.fcntl, "flock", refuse)
-    assert is_held(tmp_path) is None
-    with new_artifact(tmp_path / "tokens", "tokens") as writer:
+    assert is_locked(tmp_path) is None
+    with create_artifact(tmp_path / "tokens", "tokens") as writer:
         (writer.path / "data.bin").touch()
     with resumable_artifact(tmp_path / "export", "hf_model", "sov make", {}) as artifact:
         (artifact.path / "model.safetensors").touch()
@@ -90,7 +90,7 @@ def test_file_system_without_locks_is_tolerated(tmp_path: Path,
     # of a container that was killed, or of one at work that has the same number
     (other := tmp_path / f".more.tmp-{os.getpid()}").mkdir()
     with (pytest.raises(UserError, match=f"or delete {other} if it is what a killed one left"),
-          new_artifact(tmp_path / "more", "tokens")):
+          create_artifact(tmp_path / "more", "tokens")):
         raise AssertionError("unreachable")
     assert other.is_dir()
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.base.artifacts import FileRecord, damaged_files
-from megatron_sov.base.digests import fingerprint
+from megatron_sov.base.artifacts import FileRecord, find_damaged_files
+from megatron_sov.base.digests import fingerprint_folder
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.progress.journal import read_job, work_folder
 from megatron_sov.work.progress.resumable import (
@@ -45,7 +45,7 @@ def test_finished_files_are_reused_for_equal_plan(tmp_path: Path) -> None:
         assert not (artifact.path / "half").exists()
         # what is on record is not read again: its hash is believed
         artifact.finished["a"] = dataclasses.replace(artifact.finished["a"], digest="blake3:12")
-    (damaged,) = damaged_files(out)
+    (damaged,) = find_damaged_files(out)
     assert damaged.startswith(f"{out / 'a'}: ") and os.listdir(tmp_path) == ["out"]
 
 
@@ -71,9 +71,9 @@ def test_concurrent_builds_of_artifact_are_rejected(tmp_path: Path) -> None:
 
 def test_fingerprint_detects_rewritten_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    before = fingerprint(tmp_path)
+    before = fingerprint_folder(tmp_path)
     os.utime(tmp_path / "file", ns=(1, 1))
-    assert fingerprint(tmp_path) != before
+    assert fingerprint_folder(tmp_path) != before
 
 
 def make(output: Path, keys: list[str], made_by: str = "sov-data pack") -> list[str]:
