@@ -35,7 +35,7 @@ Loss = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
 
 
 def run_pipeline(chunks: Sequence[Any], micro_batches: Sequence[HasInputs], loss: Loss, row_tokens: int, *,
-        forward_only: bool) -> list[Any]:
+                 forward_only: bool) -> list[Any]:
     """Run all micro-batches through all pipeline stages.
 
     Args:

@@ -181,7 +181,7 @@ class LinearAdapter(torch.nn.Module):
         pieces, start = [], 0
         for part, length in zip(parts, self._lengths, strict=True):
             axis, shape = len(lead) + self._axis, [*self._rows[:self._axis], length,
-                                                 *self._rows[self._axis + 1:]]
+                                                   *self._rows[self._axis + 1:]]
             pieces.append(expanded.narrow(axis, start, length) if part is None
                           else part.unflatten(-1, shape))
             start += length

@@ -81,7 +81,7 @@ def without_kernel(model: ModelConfig, tp: int, attention: str) -> str:
     variables = tuple(os.environ.get(name) for name in TE_ATTENTION_VARIABLES.values())
     for window in sorted(windows):
         flash_serves, reason = _asked(model.num_heads // tp, max(1, groups // tp), head_size(model), window,
-                              variables)
+                                      variables)
         if reason and not (flash_serves and attention == "auto"):
             return reason
     return ""
@@ -95,11 +95,11 @@ def _asked(heads: int, groups: int, size: tuple[int, int], window: int,
     from transformer_engine.pytorch.attention.dot_product_attention import utils
 
     params = {"qkv_layout": "thd_thd_thd", "batch_size": ASKED_DOCUMENTS, "num_heads": heads,
-             "num_gqa_groups": groups, "max_seqlen_q": ASKED_TOKENS, "max_seqlen_kv": ASKED_TOKENS,
-             "num_tokens_q": ASKED_TOKENS, "num_tokens_kv": ASKED_TOKENS, "head_dim_qk": size[0],
-             "head_dim_v": size[1], "attn_mask_type": "padding_causal",
-             "window_size": (window - 1, 0) if window else (-1, 0), "bottom_right_diagonal": False,
-             "core_attention_bias_requires_grad": False, "softmax_scale": size[0] ** -0.5}
+              "num_gqa_groups": groups, "max_seqlen_q": ASKED_TOKENS, "max_seqlen_kv": ASKED_TOKENS,
+              "num_tokens_q": ASKED_TOKENS, "num_tokens_kv": ASKED_TOKENS, "head_dim_qk": size[0],
+              "head_dim_v": size[1], "attn_mask_type": "padding_causal",
+              "window_size": (window - 1, 0) if window else (-1, 0), "bottom_right_diagonal": False,
+              "core_attention_bias_requires_grad": False, "softmax_scale": size[0] ** -0.5}
     field_names = {field.name for field in fields(utils.AttentionParams)}  # older versions have fewer
     with _said_to("DotProductAttention", utils.AttentionLogging) as messages:
         flash_serves, _, fused_serves, *_ = utils.get_attention_backend(

@@ -165,7 +165,7 @@ class Gradients:
         if self.of_states is not None:
             # a hidden state contributes to all sums: add up factor * token weight before the product
             token_factors = torch.stack([f.reshape(1) * w
-                                     for f, w in zip(factors, self.token_weights, strict=True)]).sum(0)
+                                         for f, w in zip(factors, self.token_weights, strict=True)]).sum(0)
             self.of_states.mul_(token_factors[:, None])
         for factor, total in zip(factors, self.of_weight, strict=False):
             total.mul_(factor.reshape(1, 1))

@@ -189,7 +189,7 @@ def _decayed_products(lefts: Sequence[torch.Tensor], right: torch.Tensor,
         decayed_early = (early[..., 0, :, :] * (middle - decay[..., 0, :, :]).exp()).transpose(-1, -2)
         decay_since = (decay[..., 1, :, :] - middle).exp()
         products = [_joined(blocks, (left[..., 1, :, :] * decay_since) @ decayed_early)
-                 for blocks, left in zip(products, late, strict=True)]
+                    for blocks, left in zip(products, late, strict=True)]
         half *= 2
     return [blocks.squeeze(-3) for blocks in products]
 

@@ -249,7 +249,7 @@ class KeptState:
             rows = slice(group.start, group.start + len(group.past) * group.length)
             shape = (len(group.past), group.length)
             outputs[rows] = self._read(group, convolved[rows].flatten(1).to(wide.dtype).unflatten(0, shape),
-                                     gates[rows].unflatten(0, shape), wide).flatten(0, 1)
+                                       gates[rows].unflatten(0, shape), wide).flatten(0, 1)
         return outputs
 
     def _read(self, group: CacheGroup, convolved: torch.Tensor, gates: torch.Tensor,
@@ -259,7 +259,7 @@ class KeptState:
         slots, length = slice(group.slot, group.slot + len(group.past)), group.length
         self._begin(group)
         num_accepted = torch.tensor([past - self._past[group.slot + i] for i, past in enumerate(group.past)],
-                              device=wide.device)
+                                    device=wide.device)
         if ((num_accepted < 0) | (num_accepted > self._open)).any():
             raise RuntimeError(f"slots from {group.slot} on have read {self._past[slots]} tokens and resume "
                                f"at {group.past}: the state can roll back at most {self._open} tokens")

@@ -87,8 +87,8 @@ class Head:
             Term -> its sum over the whole row, as in `cross_entropy`; and the statistics.
         """
         row_values, *sums = DivergenceSums.apply(states_for_head(hidden, self.config), self.weight, teacher,
-                                             divergence, self._chunking, torch.is_grad_enabled(),
-                                             *weights.values())
+                                                 divergence, self._chunking, torch.is_grad_enabled(),
+                                                 *weights.values())
         return dict(zip(weights, sums, strict=True)), Divergences(*row_values.unbind(1))
 
     def logprobs(self, hidden: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0,

@@ -227,7 +227,7 @@ def _named(model: LanguageModel) -> Iterator[tuple[str, torch.nn.Module]]:
                 continue
             # with many local experts only their joint output is observed
             if (expert_match := _EXPERT.search(name)) and len(chunk.get_submodule(name[:expert_match.start()])
-                                                        .local_experts) > MOST_EXPERTS:
+                                                              .local_experts) > MOST_EXPERTS:
                 continue
             # partial output, summed only when it returns to the token
             if _PARTIAL.search(name) and parallel_state.get_expert_tensor_parallel_world_size() > 1:

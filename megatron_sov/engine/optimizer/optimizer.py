@@ -132,7 +132,7 @@ class Optimizer:
         if not self.wrapped[0].ddp_config.overlap_param_gather:
             return None
         return self._gather_masters if self._shares_gradients else partial(parameter_groups.gather,
-                                                                          self.wrapped)
+                                                                           self.wrapped)
 
     def _gather_masters(self) -> None:
         quantized_weights.fill_buffers(self.library.chained_optimizers)

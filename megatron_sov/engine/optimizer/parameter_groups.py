@@ -194,7 +194,7 @@ def arrange(library: Any, model: LanguageModel, rules: Rules, config: OptimConfi
             muon = Muon(config, model, matrices, muon_groups, holders(is_expert, zero1))
             optimizer.optimizer = Combined(adam, muon)
             local_shards = [replace(s, inner=muon) if rules[id(s.parameter)].algorithm == "muon" else s
-                     for s in local_shards]
+                            for s in local_shards]
         elif on_host:
             local_shards = _offload(optimizer, local_shards, on_host)
         all_shards += local_shards

@@ -227,7 +227,7 @@ def pieces(block: LocalShard, shard: StateShard, flat: torch.Tensor) -> Iterator
         inner = (o + p for o, p in zip(block.offset[leading:], place, strict=True))
         begin = start - shard.start
         yield LocalShard(block.key, flat[begin:begin + count].view(extent), block.global_shape,
-                    (*block.offset[:leading], *inner), replica)
+                         (*block.offset[:leading], *inner), replica)
         start += count
 
 

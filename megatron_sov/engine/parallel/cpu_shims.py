@@ -277,7 +277,7 @@ def _uneven_gathers() -> None:
     gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
 
     def gather_uneven(input_: torch.Tensor, group: Any, output_split_sizes: list[int] | None = None,
-                   use_global_buffer: bool = False) -> torch.Tensor:
+                      use_global_buffer: bool = False) -> torch.Tensor:
         if output_split_sizes is None or group.size() == 1:
             even: torch.Tensor = gather(input_, group, output_split_sizes, use_global_buffer)
             return even
@@ -288,7 +288,7 @@ def _uneven_gathers() -> None:
         return torch.cat([part[:n] for part, n in zip(parts, output_split_sizes, strict=True)])
 
     def reduce_scatter_uneven(input_: torch.Tensor, group: Any, input_split_sizes: list[int] | None = None,
-                           use_global_buffer: bool = False) -> torch.Tensor:
+                              use_global_buffer: bool = False) -> torch.Tensor:
         if input_split_sizes is None or group.size() == 1:
             even: torch.Tensor = reduce_scatter(input_, group, input_split_sizes, use_global_buffer)
             return even

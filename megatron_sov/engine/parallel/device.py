@@ -71,17 +71,17 @@ def run_variables(config: RunConfig, gpu_name: str) -> dict[str, str]:
     # one queue keeps kernels of tensor and context parallelism in the order in which they overlap; Blackwell
     # does not need it, and expert messages that overlap with another micro-batch need several queues
     one_queue = ((parallel.tp > 1 or parallel.cp > 1) and parallel.expert_overlap == "none"
-               and not any(name in gpu_name for name in BLACKWELL_NAMES))
+                 and not any(name in gpu_name for name in BLACKWELL_NAMES))
     variables = {"TORCH_NCCL_HIGH_PRIORITY": "1",  # messages overtake matrix products in the queue
-             CONNECTIONS: "1" if one_queue else "32",
-             # NVLink SHARP takes memory for every group, and helps only with registered buffers
-             "NCCL_NVLS_ENABLE": str(int(config.gpu.nccl_user_buffers == "on"))}
+                 CONNECTIONS: "1" if one_queue else "32",
+                 # NVLink SHARP takes memory for every group, and helps only with registered buffers
+                 "NCCL_NVLS_ENABLE": str(int(config.gpu.nccl_user_buffers == "on"))}
     if config.gpu.cuda_graphs:
         variables["NCCL_GRAPH_REGISTER"] = "0"  # registration would pin memory that torch's allocator moves
     if parallel.overlap_grad_reduce or parallel.expert_overlap != "none":
         # norms would occupy all multiprocessors and leave none for NCCL or DeepEP
         variables |= dict.fromkeys(("NVTE_FWD_LAYERNORM_SM_MARGIN", "NVTE_BWD_LAYERNORM_SM_MARGIN"),
-                               "20" if flex else "16")
+                                   "20" if flex else "16")
     return variables
 
 
@@ -262,7 +262,7 @@ def stay_beside(properties: Any, devices: Path = PCI) -> None:
     """
     try:
         pci_address = (f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:"
-                 f"{properties.pci_device_id:02x}.0")
+                       f"{properties.pci_device_id:02x}.0")
         text = (devices / pci_address / "local_cpulist").read_text(encoding="ascii")
         spans = [[int(end) for end in span.split("-")] for span in text.strip().split(",") if span]
         local_cpus = {cpu for span in spans for cpu in range(span[0], span[-1] + 1)} & os.sched_getaffinity(0)

@@ -128,9 +128,9 @@ class SimulatedRanks:
 
     def _check_all_taken(self) -> None:
         unreceived = [f"rank {sender} of {group} sends to rank {to} from {box[0][0].where}"
-                for (group, sender, to, _), box in self.mail.items() if box]
+                      for (group, sender, to, _), box in self.mail.items() if box]
         unreceived += [f"{call.asked} over {group}, which only {len(call.parts)} call"
-                 for (group, _), call in self.calls.items()]
+                       for (group, _), call in self.calls.items()]
         if unreceived:
             raise Standstill(f"{len(unreceived)} messages have no receiver: "
                              + "; ".join(unreceived[:TOLD_WAITING]))

@@ -182,5 +182,5 @@ def test_spans_and_tokens_one_by_one_are_one_pass(layer: LinearAttention, step_t
     torch.testing.assert_close(read(layer, x, long), expected[past[1]:], **close)
     assert sizes == [t.shape for t in (kept._state, kept._inputs, kept._gates)]
     torch.testing.assert_close(read(layer, x, [(1, 0, 9)]), expected[:9], **close)  # another sequence begins
-    with pytest.raises(RuntimeError, match=r"read from \[1\]"):
+    with pytest.raises(RuntimeError, match=r"resume at \[1\]"):
         read(layer, x, [(1, 1, 2)])
