@@ -1,9 +1,10 @@
 """Top-k routing with layout-independent expert counts and balancing loss, and replay of recorded routes.
 
-`BalancedRouter` replaces Megatron-Core's router for three reasons. With per-token losses the library divides
-auxiliary losses by the sequence- and context-parallel sizes, so that the result depends on the layout; its
-expert counts cannot take a padding mask (shapes [tokens] and [tokens, experts] do not broadcast); and it does
-not normalize the weight of a single chosen expert.
+`BalancedRouter` replaces the router of Megatron-Core 0.19.2 for three reasons. With per-token losses the
+library multiplies auxiliary losses by the tokens of the micro-batch, for a division by all tokens that our
+losses do not make; its expert counts cannot take a padding mask (shapes [tokens] and [tokens, experts] do not
+broadcast); and it does not normalize the weight of a single chosen expert. Test:
+`test_router.py::test_routing_is_the_formula_at_every_layout_without_padding`.
 """
 
 from __future__ import annotations
@@ -245,7 +246,8 @@ def let_routes_go() -> None:
 
     Megatron-Core keeps the routes, and with them the router's graph, until the layer's next forward pass.
     With recomputation that graph ends in the layer's input, which stays with its gradient: for 48 layers,
-    4,096 tokens and hidden size 4,096 the backward pass leaves 1.9 GB more.
+    4,096 tokens and hidden size 4,096 the backward pass leaves 1.9 GB more. Test:
+    `test_router.py::test_a_pass_leaves_no_routes_and_so_no_inputs_of_recomputed_layers`.
     """
     MoEAlltoAllTokenDispatcher.combine_postprocess = _combined
 
@@ -331,6 +333,7 @@ class BalancedRouter(TopKRouter):
         Megatron-Core's `topk_routing_with_score_function` rounds scores to float32, does not normalize a
         single expert's weight, and computes a group's score from as many experts as each chosen group
         contributes; DeepSeek-V3 uses two.
+        Test: `test_router.py::test_experts_are_chosen_within_the_best_groups_as_in_transformers`.
         """
         record = self.config.routing_step.record
         # the kernels neither replay nor return the experts' order

@@ -33,6 +33,7 @@ from megatron_sov.model.config.post_training import WITH_REFERENCE, PreferenceCo
 from megatron_sov.post import policy, reference
 from megatron_sov.post.reference import document_logprobs
 from megatron_sov.post.sft import Responses, learned, responses_of
+from megatron_sov.post.shared_prompts import share_prompts
 from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.runs.obs.validation import VALIDATION
 from megatron_sov.train.data.requirements import NeededColumn
@@ -548,7 +549,7 @@ class LearningOfRounds(DataObjective):
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """As the class of losses does; what it counts is counted before prompts are shared."""
         counted = super().prepare(batch)  # type: ignore[misc]  # of the class behind this one
-        return policy.with_shared_prompts(counted, self._config)
+        return share_prompts(counted, self._config)
 
 
 class RoundPairs(LearningOfRounds, PairLearning):

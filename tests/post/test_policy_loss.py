@@ -356,7 +356,7 @@ def test_divergences_have_the_derivatives_that_are_said_of_them() -> None:
     for a, b in itertools.product(range(3), repeat=2):
         both, reference = torch.stack([p[a], p2[a, b]]), torch.stack([q[a], q2[a, b]])
         whole = Responses(torch.tensor([0, 0]), torch.tensor([2.0]).double())
-        estimated = estimated + both.detach().sum().exp() * policy.of_sequences(both, reference, whole).sum()
+        estimated = estimated + both.detach().sum().exp() * policy.sequence_kl(both, reference, whole).sum()
     assert close(estimated, exact) and estimated.item() == pytest.approx(exact.item(), abs=1e-12)
 
 
@@ -372,9 +372,9 @@ def test_log_probabilities_that_are_infinitely_far_apart_leave_gradients_finite(
     for sign in (1, -1):  # the policy, then the other one, holds the tokens for next to impossible
         logprobs = (far - (2000 if sign < 0 else 0)).requires_grad_()
         other = far - (2000 if sign > 0 else 0)
-        ratios = policy.ratios(logprobs, other, responses, kind)
+        ratios = policy.importance_ratios(logprobs, other, responses, kind)
         policy_config = PolicyConfig(method="grpo", correction="sequence_truncate", correction_high=2.0)
-        weights = policy.importance(logprobs.detach(), other, responses, policy_config)
+        weights = policy.engine_correction(logprobs.detach(), other, responses, policy_config)
         # of both a bound makes something finite in the end; an infinite factor on the way would make NaN
         loss = torch.min(ratios * -1.0, ratios.clamp(0.8, 1.2) * -1.0) * weights
         (loss + policy.k3(logprobs, other)).sum().backward()

@@ -154,7 +154,7 @@ def test_only_what_comes_before_what_is_learned_is_left_out() -> None:
     import torch
 
     from megatron_sov.engine.model.chunk import ModelInputs
-    from megatron_sov.post.policy import sharing_prompts
+    from megatron_sov.post.shared_prompts import remove_repeated_prompts
     from megatron_sov.train.objectives.microbatch import MicroBatch
 
     documents = [[7, 8, 9, 1, 4, 4], [7, 8, 9, 1, 5], [7, 8, 9, 2, 4], [7, 8], [0, 0]]
@@ -166,7 +166,7 @@ def test_only_what_comes_before_what_is_learned_is_left_out() -> None:
     inputs = ModelInputs(tokens, positions, bounds, 6, torch.arange(20) >= 18, bounds.tolist())
     batch = MicroBatch(inputs, tokens.roll(-1), weights, torch.full((20,), 2, dtype=torch.uint8),
                        torch.zeros(20, dtype=torch.int64), {"advantage": weights * 3})
-    found = sharing_prompts(batch)
+    found = remove_repeated_prompts(batch)
     shared = found.inputs.shared
     assert shared is not None and found.inputs.host_bounds == [0, 6, 8, 10, 12, 14]
     assert found.inputs.tokens.tolist() == [7, 8, 9, 1, 4, 4, 1, 5, 2, 4, 7, 8, 0, 0]
@@ -178,7 +178,7 @@ def test_only_what_comes_before_what_is_learned_is_left_out() -> None:
         assert torch.equal(found.labels[first:stop], batch.labels[begins:end])
         assert torch.equal(found.columns["advantage"][first:stop], batch.columns["advantage"][begins:end])
         assert not weights[start:begins].any()
-    assert sharing_prompts(found) is found, "what is left is there once"
+    assert remove_repeated_prompts(found) is found, "what is left is there once"
 
 
 @pytest.mark.parametrize("settings", [
@@ -187,8 +187,9 @@ def test_only_what_comes_before_what_is_learned_is_left_out() -> None:
     "parallel.ep=2 parallel.expert_dispatcher=allgather"])
 def test_where_it_would_change_something_each_has_its_own(settings: str) -> None:
     from megatron_sov import recipes
-    from megatron_sov.post.policy import can_share
+    from megatron_sov.post.shared_prompts import why_not_shared
 
     alone = recipes.get("tiny-solar-open")
-    assert can_share(alone) and can_share(apply_settings(alone, ["parallel.ep=2"]))
-    assert not can_share(apply_settings(alone, settings.split()))
+    assert not why_not_shared(alone) and not why_not_shared(apply_settings(alone, ["parallel.ep=2"]))
+    (reason,) = why_not_shared(apply_settings(alone, settings.split()))
+    assert settings.split()[-1].split("=")[0].split(".")[-1] in reason

@@ -3,6 +3,7 @@ and sampling."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
@@ -13,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
-from megatron_sov.engine.model.chunk import ModelInputs
+from megatron_sov.engine.model.chunk import ModelInputs, offloaded_activations
 from megatron_sov.engine.model.gpu_settings import in_bf16
 from megatron_sov.engine.model.language_model import LanguageModel, states_for_head
 from megatron_sov.engine.model.logprobs import Head, head_of
@@ -63,7 +64,9 @@ def run_pipeline(chunks: Sequence[Any], micro_batches: Sequence[HasInputs], loss
     surplus: int = (-count % parallel_state.get_pipeline_model_parallel_world_size()
                     if interleaved and forward_only else 0)
     fed = [*micro_batches, *[micro_batches[-1]] * surplus]
-    with replay_routes(get_model_config(chunks[0]), [batch.inputs.routes for batch in fed]) as firsts:
+    config = get_model_config(chunks[0])
+    with (contextlib.nullcontext() if forward_only else offloaded_activations(config),
+          replay_routes(config, [batch.inputs.routes for batch in fed]) as firsts):
         routed = list(zip(fed, firsts, strict=True))
         try:
             results: list[Any] = get_forward_backward_func()(
@@ -74,7 +77,7 @@ def run_pipeline(chunks: Sequence[Any], micro_batches: Sequence[HasInputs], loss
                 forward_only=forward_only)
         finally:
             # generation passes no mask to the routers, and must not use the last row's
-            get_model_config(chunks[0]).routing_step.padding = None
+            config.routing_step.padding = None
     return results[:count]
 
 

@@ -177,7 +177,8 @@ class PackedDocuments(PackedSeqParams):
     """Packed-sequence parameters with the documents of a row.
 
     If `DocumentAttention` serves, `max_seqlen_q` is the row length, so that the library's rotary table covers
-    every position.
+    every position. The library's class has cumulative lengths on the device alone, and no shared prompts.
+    Test: `test_attention.py::test_each_document_attends_to_itself_alone`.
     """
 
     bounds: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int32))
@@ -196,8 +197,6 @@ class PackedDocuments(PackedSeqParams):
     """Prompts stored once for several documents. None: no shared prompts."""
     bucketed: bool = True
     """Whether lengths are rounded to powers of two, see `pack`."""
-    padding: torch.Tensor | None = None
-    """[1, local tokens] bool padding mask for the experts of an MTP layer. None: not needed."""
     host_bounds: Sequence[int] | None = None
     """`bounds` on the host. None: copied from the device on first use."""
 

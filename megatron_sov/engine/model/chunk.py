@@ -4,8 +4,9 @@ Objectives apply the output head to the hidden states in chunks of tokens."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -54,8 +55,9 @@ class OutputHead(ColumnParallelLinear):
 class PredictionLayer(MultiTokenPredictionLayer):
     """Multi-token prediction (MTP) layer for rows of packed documents.
 
-    Megatron-Core shifts tokens in a loop over documents, splits each document separately under context
-    parallelism, and passes no padding mask to the experts. This class shifts and splits whole rows.
+    Megatron-Core shifts tokens in a loop over documents and splits each document separately under context
+    parallelism. This class shifts and splits whole rows. Test:
+    `test_gradients.py::test_loss_and_all_gradients_equal_transformers`.
 
     With `ModelConfig.mtp_depths` > 1 the layer runs several times and concatenates the states of all depths
     along the token axis. Recomputation repeats all depths together, so that the gradient of a weight arrives
@@ -146,6 +148,23 @@ class ModelInputs:
     """Images and audio clips whose features replace placeholder embeddings, on the host."""
 
 
+@contextlib.contextmanager
+def offloaded_activations(config: Any) -> Iterator[None]:
+    """Let the library offload activations (`gpu.offload_modules`) in training passes alone.
+
+    The library fixes its plan of groups in the first pass and walks through that plan in every later pass,
+    with or without gradients: an evaluation would become the plan, or leave it at another place.
+    """
+    if not config.fine_grained_activation_offloading:
+        yield
+        return
+    FineGrainedActivationOffloadingInterface.enable_offload()
+    try:
+        yield
+    finally:
+        FineGrainedActivationOffloadingInterface.disable_offload()
+
+
 class BegunRow(NamedTuple):
     """Inputs of a chunk's first layer on this process."""
 
@@ -219,10 +238,10 @@ class Chunk(LanguageModule):
         """Set the hidden states received from the previous stage: a tensor, or a list with one tensor."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return Megatron-Core's shards without the head's `_extra_state`, which is empty."""
-        declared: dict[str, Any] = super().sharded_state_dict(*args, **kwargs)
-        declared.pop("output_layer._extra_state", None)
+        declared: dict[str, Any] = super().sharded_state_dict(prefix, *args, **kwargs)
+        declared.pop(f"{prefix}output_layer._extra_state", None)
         return declared
 
     def forward(self, inputs: ModelInputs, first_route: int | None = None) -> torch.Tensor:
@@ -246,7 +265,7 @@ class Chunk(LanguageModule):
 
     def begin(self, inputs: ModelInputs, first_route: int | None) -> BegunRow:
         """Embed the local tokens and compute rotary angles, packing and padding for the first layer."""
-        if self.config.fine_grained_activation_offloading:
+        if self.config.fine_grained_activation_offloading and torch.is_grad_enabled():
             self._begin_offloading()
         own_attention, bucketed = self.config.own_attention, self.config.attention_backend.name != "unfused"
         packed = pack(inputs.cu_seqlens, inputs.max_document_tokens, len(inputs.tokens), own=own_attention,
@@ -265,10 +284,10 @@ class Chunk(LanguageModule):
         """Append the hidden states of the MTP layers to those of the trunk, and wait for the head weight."""
         if self.mtp_process:
             # MTP layers have no rows in the route table: generation records trunk routes only
-            row.packed.padding = self._local_padding(inputs.padding, None)
             hidden = self.mtp(input_ids=inputs.tokens, position_ids=row.positions, hidden_states=hidden,
                               attention_mask=None, rotary_pos_emb=row.rotary, packed_seq_params=row.packed,
-                              embedding=self.embedding)
+                              embedding=self.embedding,
+                              padding_mask=self._local_padding(inputs.padding, None))
         if self.before_head is not None:
             self.before_head()
         return hidden

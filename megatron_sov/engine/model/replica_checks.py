@@ -1,7 +1,10 @@
 """Checks for silent data corruption: replicas of weights, and repeated gradients, must have equal bits.
 
 Faulty hardware may not raise errors. Data-parallel replicas of a weight must agree after every update, and
-the same micro-batch must give the same gradients again.
+the same micro-batch must give the same gradients again. Megatron-Core's function for this,
+`check_param_hashes_across_dp_replicas`, hashes weights on the host, leaves out context parallelism and router
+biases, and names no rank. Test:
+`test_replica_checks.py::test_the_process_whose_weight_changed_is_named_where_a_majority_knows_better`.
 """
 
 from __future__ import annotations

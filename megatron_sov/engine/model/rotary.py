@@ -116,7 +116,8 @@ def rotate_by_token() -> None:
     """Patch Megatron-Core's unfused rotation of packed rows to take per-token angles.
 
     The library's version copies the document lengths from the device, for queries and keys of every layer,
-    and the host waits for all previously launched kernels.
+    and the host waits for all previously launched kernels. Test:
+    `test_rotary.py::test_a_row_is_rotated_without_a_look_at_its_documents`.
     """
     rope_utils._apply_rotary_pos_emb_thd = _rotate
 
@@ -149,7 +150,8 @@ def _cosine_sine(angles: Any, dtype: torch.dtype, factor: float) -> tuple[torch.
 
 
 class _Rotation(torch.autograd.Function):
-    """Rotation of channel pairs with the same bits as Megatron-Core's, which concatenates halves twice."""
+    """Rotation of channel pairs with the same bits as Megatron-Core's, which concatenates halves twice.
+    Test: `test_rotary.py::test_a_rotation_has_the_librarys_bits`."""
 
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:

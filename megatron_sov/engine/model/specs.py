@@ -313,7 +313,6 @@ def mtp_layer_spec(config: Any, model: ModelConfig) -> Any:
             normalization="RMSNorm")
     spec = _finish_spec(config, spec, model.mtp_layer_type(), model.mtp_window(), model)
     spec.module = _numbered_after_trunk(spec.module)
-    spec.module = _told_of_padding(spec.module)
     return spec
 
 
@@ -328,18 +327,6 @@ def _numbered_after_trunk(layer: Any) -> Any:
             super().__init__(config, *args, layer_number=config.num_layers + layer_number, **kwargs)
 
     return NumberedAfterTrunk
-
-
-def _told_of_padding(layer: Any) -> Any:
-    """Return a layer subclass that reads the padding mask from `packed_seq_params`, also in recomputation."""
-    class PaddedLayer(layer):
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            # graph capture passes `padding_mask` itself
-            if "packed_seq_params" in kwargs:
-                kwargs["padding_mask"] = getattr(kwargs["packed_seq_params"], "padding", None)
-            return super().__call__(*args, **kwargs)
-
-    return PaddedLayer
 
 
 def _own_copies(specs: list[Any]) -> list[Any]:

@@ -9,7 +9,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.model import graphs, quantized_weights
@@ -43,7 +45,8 @@ def wrap(model: LanguageModel, parallel: ParallelConfig, gpu: GpuConfig = AUTO) 
         reuse_grad_buf_for_mxfp8_param_ag=quantized_weights.shares_gradients(model.config))
     # gradients of the first chunk are ready last, and only they are sent in several buckets
     with graphs.off_the_default_stream(model.config):
-        wrapped = [DistributedDataParallel(model.config, settings, chunk, disable_bucketing=i > 0)
+        wrapped = [DistributedDataParallel(model.config, settings, chunk, disable_bucketing=i > 0,
+                                           full_param_layout=_zero1_layout(chunk, settings, is_first=i == 0))
                    for i, chunk in enumerate(model.chunks)]
     if parallel.overlap_grad_reduce:
         model.config.no_sync_func = _per_chunk([w.no_sync for w in wrapped])
@@ -54,6 +57,21 @@ def wrap(model: LanguageModel, parallel: ParallelConfig, gpu: GpuConfig = AUTO) 
         if model.chunks[-1].post_process:
             model.chunks[-1].before_head = partial(_wait_for_head, wrapped[-1], model.head_weight)
     return wrapped
+
+
+def _zero1_layout(chunk: Any, settings: DistributedDataParallelConfig, *, is_first: bool) -> Any:
+    """Return the places of a chunk's parameters in the buffers of ZeRO-1, which the library asks of its
+    callers; None without ZeRO-1."""
+    if not settings.use_distributed_optimizer:
+        return None
+    size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    bucket_size = None
+    if settings.overlap_grad_reduce and is_first and parallel_state.get_pipeline_model_parallel_rank() == 0:
+        # the library's own default
+        bucket_size = settings.bucket_size or max(40_000_000, 1_000_000 * size)
+    return DistributedOptimizer.compute_full_param_layout(
+        [parameter for parameter in chunk.parameters() if parameter.requires_grad], bucket_size, size,
+        settings, expert_data_parallel_world_size=parallel_state.get_expert_data_parallel_world_size())
 
 
 def _per_chunk(functions: list[Any]) -> Any:

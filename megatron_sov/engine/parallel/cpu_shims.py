@@ -21,7 +21,8 @@ import torch
 from megatron_sov.engine.parallel.device import (
     CPU, compute_on_cpu, computes_on_cpu, hide_broken_deep_ep, on_gpu)
 
-# Defects on any device. tests/engine/parallel/test_cpu_shims.py fails when the library no longer has one.
+# Defects on any device. `test_cpu_shims.py::test_the_library_still_needs_the_patch` fails when the library no
+# longer has one.
 
 @functools.cache
 def mend() -> None:

@@ -1,0 +1,111 @@
+"""Compute the prompt of a group of responses once per micro-batch (arXiv 2506.05433).
+
+Hidden states of a token depend on the tokens before it alone. So the tokens of a document before its first
+learned label have
+the same hidden states in every response to the prompt. Labels, weights and columns of the removed tokens
+carry no loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import accumulate, pairwise
+
+import numpy as np
+import torch
+
+from megatron_sov.engine.model.attention import SharedPrompts, Span
+from megatron_sov.engine.model.gpu_settings import Here, own_attention_serves
+from megatron_sov.engine.model.specs import PRECISION, uses_transformer_engine
+from megatron_sov.engine.parallel.device import to_device
+from megatron_sov.model.config import RunConfig
+from megatron_sov.train.objectives.microbatch import MicroBatch
+from megatron_sov.train.objectives.objective import GlobalBatch
+
+
+def why_not_shared(config: RunConfig) -> list[str]:
+    """Return the settings that keep prompts from being shared, each with its reason; empty: prompts are
+    shared."""
+    reasons = config.why_prompts_not_shared()
+    place = Here(uses_transformer_engine(PRECISION[config.train.precision]), config.model, config.parallel)
+    if not own_attention_serves(place, config.gpu.attention, config.train.deterministic):
+        reasons.append(f"gpu.attention = {config.gpu.attention}: Transformer Engine needs whole documents")
+    return reasons
+
+
+def share_prompts(batch: GlobalBatch, config: RunConfig) -> GlobalBatch:
+    """Remove repeated prompts from each micro-batch of a batch whose denominators are counted, if `config`
+    allows it."""
+    if why_not_shared(config):
+        return batch
+    return dataclasses.replace(batch, micro_batches=tuple(map(remove_repeated_prompts, batch.micro_batches)))
+
+
+def remove_repeated_prompts(batch: MicroBatch) -> MicroBatch:
+    """Return a micro-batch without the repeated prompts of its documents; without repetitions `batch` itself.
+
+    Micro-batches with images stay whole: the placeholder tokens of two different images are equal.
+    """
+    host = batch.host
+    if host.inputs.encoder_inputs:
+        return batch
+    source, is_kept = np.arange(len(host.labels)), np.ones(len(host.labels), bool)
+    spans = _find_spans(host, source, is_kept)
+    if is_kept.all() or host.inputs.routes is not None:
+        return batch
+    index = torch.from_numpy(is_kept.nonzero()[0])
+    # Map positions in the whole row to positions among the kept tokens.
+    source = (is_kept.cumsum() - 1)[source]
+    host_batch = _select_tokens(host, index, torch.from_numpy(source), spans)
+    if batch.on_host is None:
+        return host_batch
+    device = batch.labels.device
+    device_batch = _select_tokens(
+        batch, to_device(index, device), to_device(torch.from_numpy(source), device), spans)
+    return dataclasses.replace(device_batch, on_host=host_batch)
+
+
+def _find_spans(host: MicroBatch, source: np.ndarray, is_kept: np.ndarray) -> list[Span]:
+    """Return (start, first kept token, end) of each document.
+
+    Args:
+        host: the micro-batch on the host.
+        source: [tokens] int64; entries of repeated tokens are set to the position of their first occurrence.
+        is_kept: [tokens] bool; entries of repeated tokens are set to False.
+    """
+    tokens, positions = host.inputs.tokens.numpy(), host.inputs.positions.numpy()
+    is_learned = (host.weights > 0).numpy()
+    first_starts: dict[tuple[int, bytes], int] = {}
+    spans = []
+    for start, stop in pairwise(host.inputs.cu_seqlens.tolist()):
+        if start == stop:
+            continue
+        prompt_tokens = int(is_learned[start:stop].argmax())  # 0 for padding, which has no learned label
+        # The position is part of the key: equal tokens at other positions have other hidden states.
+        key = int(positions[start]), tokens[start:start + prompt_tokens].tobytes()
+        first = first_starts.setdefault(key, start)
+        if prompt_tokens and first != start:
+            # The first document with this prompt keeps it; this document keeps its remaining tokens.
+            source[start:start + prompt_tokens] = np.arange(first, first + prompt_tokens)
+            is_kept[start:start + prompt_tokens] = False
+            spans.append((start, start + prompt_tokens, stop))
+        else:
+            spans.append((start, start, stop))
+    return spans
+
+
+def _select_tokens(batch: MicroBatch, index: torch.Tensor, source: torch.Tensor, spans: list[Span]
+                   ) -> MicroBatch:
+    """Return a micro-batch of the tokens at `index` ([kept tokens] int64); see `SharedPrompts` for `source`
+    and `spans`."""
+    inputs = batch.inputs
+    bounds = list(accumulate((stop - first for _, first, stop in spans), initial=0))
+    selected = dataclasses.replace(
+        inputs, tokens=inputs.tokens[index], positions=inputs.positions[index],
+        cu_seqlens=to_device(torch.tensor(bounds, dtype=torch.int32), inputs.tokens.device),
+        padding=inputs.padding[index], host_bounds=bounds, shared=SharedPrompts(source, spans,
+        inputs.padding))
+    return dataclasses.replace(
+        batch, inputs=selected, labels=batch.labels[index], weights=batch.weights[index],
+        types=batch.types[index], sources=batch.sources[index],
+        columns={name: column[index] for name, column in batch.columns.items()})
