@@ -195,7 +195,7 @@ EPSILON = 1e-20
 
 @dataclass
 class RoutingStep:
-    """State of the current optimizer step that all routers of a process share.
+    """State of the current optimizer step, shared by the process's routers.
 
     The config holds it as `routing_step`. Inputs are constant within a step, so recomputation in the backward
     pass sees the values of the forward pass.

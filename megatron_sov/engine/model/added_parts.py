@@ -43,7 +43,7 @@ OUTPUT_HEAD = "output_layer"
 
 
 class Factors(torch.nn.Module):
-    """The local parts of A, B and (DoRA) row lengths for one adapted module or one of its experts."""
+    """The local parts of `A`, `B` and (DoRA) `magnitude` for an adapted module or an adapted expert."""
 
     def __init__(self, of: Adapted, lora: LoraConfig, config: Any, expert: int | None,
                  rows: int | None) -> None:
@@ -85,7 +85,7 @@ class Factors(torch.nn.Module):
                 sequence_parallel and not self.sums_itself)
 
     def used(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return A and B for the forward pass, wrapped so that their gradients are summed over the group."""
+        """Return A and B for the forward pass; the backward pass sums their gradients over the group."""
         if not self.sums_itself or self.group().size() == 1:
             return self.A, self.B
         copy_to_group = tensor_parallel.copy_to_tensor_model_parallel_region
@@ -120,7 +120,7 @@ class Factors(torch.nn.Module):
 
 
 class LinearAdapter(torch.nn.Module):
-    """The adapters of one fused linear layer, for example of QKV or of one expert's gate and up."""
+    """The adapters of a fused linear layer, for example QKV, or an expert's gate and up."""
 
     def __init__(self, modules: Sequence[Adapted], lora: LoraConfig, config: Any, expert: int | None = None,
                  rows: int | None = None) -> None:
@@ -152,8 +152,8 @@ class LinearAdapter(torch.nn.Module):
         return parts
 
     def _layout(self, first: Adapted) -> tuple[list[int], int, list[int]]:
-        """Return the local rows of the fused weight as axes, the axis that concatenates the modules, and each
-        module's extent there (`families.weights.Layout`)."""
+        """Return the fused weight's local rows as axes, the axis that concatenates modules, and the modules'
+        extents on that axis (`families.weights.Layout`)."""
         cut = self._group.size() if self._column else 1
         if first.num_experts:
             return [first.out_features // cut], 0, [first.out_features // cut]
@@ -346,7 +346,7 @@ def behind_embedding(adapter: EmbeddingAdapter) -> Callable[..., torch.Tensor]:
 
 
 class Adapters(torch.nn.Module):
-    """Owner of all adapters of a chunk; the adapted layers reference them only through forward hooks."""
+    """The adapters of a chunk. Adapted layers reference adapters only through forward hooks."""
 
     def __init__(self, chunk: Any, model: ModelConfig, lora: LoraConfig) -> None:
         """Create the adapters for the modules of a chunk and register their hooks."""
@@ -440,12 +440,11 @@ def _behind_grouped(adapters: list[LinearAdapter]) -> Callable[..., Any]:
     return add_adapter_outputs
 
 
-# Encoders of images and audio, at any layout; their features replace the embeddings of placeholder tokens.
+# Encoders for images and audio, at any layout. Encoder features replace the embeddings of placeholder tokens.
 #
-# The first pipeline stage holds a full copy of the encoders on every process. Each process encodes the
-# records that its local tokens need (context and sequence parallelism). Under sequence parallelism the
-# library sums the gradient over the tensor-parallel group as it does for norms; without it all processes of
-# the group compute the full gradient.
+# The first pipeline stage replicates the encoders on every process. A process encodes the records that the
+# local tokens need (context and sequence parallelism). Under sequence parallelism the library sums the
+# gradient over the tensor-parallel group as for norms; otherwise every process computes the full gradient.
 # compute the same one.
 
 Block = tuple[str, torch.Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -496,8 +495,8 @@ class MediaEncoders(torch.nn.Module):
                     raise ValueError(f"a row has {kind}, and the model has no model.{name}")
                 embedded = self._over(embedded, encoder, local_part)
             elif encoder is not None and self.overlapped and encoder.trains and torch.is_grad_enabled():
-                # overlapped gradient reduction sends every parameter's gradient as soon as it exists, in an
-                # order that must be equal on all processes, with and without records in their rows
+                # overlapped reduction sends every parameter's gradient as soon as it exists, and the order
+                # must be equal on all processes, with or without records in the row
                 no_tokens = torch.zeros(0, dtype=torch.int64, device=embedded.device)
                 features = self._features(encoder, None)
                 embedded = embedded.index_copy(0, no_tokens, features[no_tokens][:, None])
@@ -531,7 +530,7 @@ class MediaEncoders(torch.nn.Module):
 
 
 def _places(row_tokens: int, sequence_parallel: bool, cut_for_context: bool) -> np.ndarray:
-    """Return [row tokens] int64: the local index of each token of a row, -1 on other processes."""
+    """Return [row tokens] int64: local index of the row's tokens, -1 on other processes."""
     if cut_for_context:
         local_tokens = context.row_index(row_tokens, sequence_parallel, torch.device("cpu")).numpy()
     else:

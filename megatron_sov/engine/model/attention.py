@@ -64,7 +64,7 @@ def first_keys(documents: Sequence[Span], window_tokens: int) -> list[int]:
 
 def piece_bounds(spans: Sequence[Sequence[Span]], window_tokens: int,
                  device: torch.device) -> list[PieceBounds]:
-    """Compute the bounds of all local pieces and copy them to the device in one transfer."""
+    """Compute the bounds of the local pieces and copy them to the device in a single transfer."""
     lengths: list[list[int]] = []  # per piece: query lengths, then key lengths
     for documents in spans:
         firsts = first_keys(documents, window_tokens)
@@ -129,7 +129,7 @@ class SharedPrompts:
     Hidden states depend only on earlier tokens, so only attention reads the prompt once per document."""
 
     source: torch.Tensor
-    """[tokens of the expanded row] int64: index of each token, or of its stored copy, in the packed row."""
+    """[tokens of the expanded row] int64: index of the token, or the stored copy, in the packed row."""
     spans: list[Span]
     """Documents in the expanded row: start, first stored token, end."""
     padding: torch.Tensor
@@ -148,7 +148,7 @@ class Alike:
     groups: list[tuple[int, int, int]]
     """(documents, queries per document, keys per document) of each group."""
     keys: torch.Tensor | None = None
-    """[keys] int64 row index of each key in the grouped order, for shared prompts. None: same as `order`."""
+    """[keys] int64 row index of the keys in grouped order, for shared prompts. None: same as `order`."""
 
 
 def _reordered(values: torch.Tensor, order: torch.Tensor | None, back: torch.Tensor | None) -> torch.Tensor:
@@ -190,7 +190,7 @@ class PackedDocuments(PackedSeqParams):
     spans: list[list[Span]] = field(default_factory=list)
     """For each local piece, its documents or parts of documents, in order."""
     piece_bounds: dict[int, list[PieceBounds]] = field(default_factory=dict)
-    """Window -> bounds of each local piece, computed by the first layer that needs them."""
+    """Window -> bounds of the local pieces, cached by the first layer that needs the window."""
     alike: Alike | None = None
     """Documents grouped by length, computed by the first layer that needs them."""
     shared: SharedPrompts | None = None
@@ -242,7 +242,7 @@ def _alike(documents: Sequence[Span], device: torch.device, shared: SharedPrompt
         torch.arange(start, start + length) for (_, length), starts in by_length.items()
         for _, start in starts]), device)]
     groups = [(len(starts), *lengths) for lengths, starts in by_length.items()]
-    # equal lengths become contiguous, so that each group is a slice
+    # equal lengths become contiguous: a group is a slice
     places = [row_index for starts in by_length.values() for row_index, _ in starts]
     if places == sorted(places):  # for example a single document
         return Alike(None, None, groups, keys)
@@ -387,8 +387,8 @@ def _by_document(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
         begins: row index of each document's first key.
         first: row index of `keys[0]`.
     """
-    # split instead of slices: the backward pass then writes each gradient once, without zeros of row size for
-    # every document
+    # split instead of slices: the backward pass then writes gradients once, without a zero-filled row per
+    # document
     lengths = [begins[0] - first,
                *(stop - begin for begin, (_, _, stop) in zip(begins, documents, strict=True))]
     return zip(queries.split([stop - start for _, start, stop in documents]), keys.split(lengths)[1:],

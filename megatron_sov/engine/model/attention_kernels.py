@@ -15,7 +15,7 @@ from megatron_sov.model.config import ModelConfig
 
 TE_ATTENTION_VARIABLES = {"flash": "NVTE_FLASH_ATTN", "fused": "NVTE_FUSED_ATTN",
                           "unfused": "NVTE_UNFUSED_ATTN"}
-"""Kernel of Transformer Engine -> environment variable that allows it; `gpu.attention` sets them."""
+"""Transformer Engine kernel -> environment variable that allows the kernel, set from `gpu.attention`."""
 
 
 KEPT_DECISIONS = 64
@@ -115,8 +115,8 @@ def _asked(heads: int, groups: int, size: tuple[int, int], window: int,
 
 @contextmanager
 def _said_to(name: str, levels: Any) -> Iterator[list[str]]:
-    """Collect the messages that Transformer Engine logs, without printing them; it sets the log level from
-    `levels._log_level` in each call."""
+    """Collect Transformer Engine's log messages without printing; every call of the library sets the log
+    level from `levels._log_level`."""
     messages: list[str] = []
     handler = logging.Handler(logging.DEBUG)
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]

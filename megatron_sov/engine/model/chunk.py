@@ -259,8 +259,8 @@ class Chunk(LanguageModule):
         return self.end(hidden, inputs, row)
 
     def build_schedule_plan(self, inputs: ModelInputs, first_route: int | None) -> OverlappedPasses:
-        """Return the schedule plan that `parallel.expert_overlap` = micro_batches interleaves with the plan
-        of another micro-batch. Arguments as in `forward`."""
+        """Return the schedule plan for `parallel.expert_overlap` = micro_batches. Arguments as in
+        `forward`."""
         return OverlappedPasses(self, inputs, first_route)
 
     def begin(self, inputs: ModelInputs, first_route: int | None) -> BegunRow:
@@ -281,7 +281,7 @@ class Chunk(LanguageModule):
         return BegunRow(embedded, positions, rotary, packed, self._local_padding(inputs.padding, first_route))
 
     def end(self, hidden: torch.Tensor, inputs: ModelInputs, row: BegunRow) -> torch.Tensor:
-        """Append the hidden states of the MTP layers to those of the trunk, and wait for the head weight."""
+        """Append the MTP layers' hidden states to the trunk's, and wait for the head weight."""
         if self.mtp_process:
             # MTP layers have no rows in the route table: generation records trunk routes only
             hidden = self.mtp(input_ids=inputs.tokens, position_ids=row.positions, hidden_states=hidden,

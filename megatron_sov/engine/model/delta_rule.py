@@ -53,7 +53,7 @@ class Chunks:
 
 
 def chunk_documents(documents: Sequence[tuple[int, int, int]], device: torch.device) -> Chunks:
-    """Cut adjacent documents, the first of which starts at 0.
+    """Cut adjacent documents into chunks; the first document starts at 0.
 
     Args:
         documents: row indices (start, first output token, end) of each.
@@ -87,7 +87,7 @@ def normalised(values: torch.Tensor) -> torch.Tensor:
 def in_chunks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor,
               rate: torch.Tensor, *, chunks: Chunks,
               state: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Apply the delta rule to all documents of a row, each with its own state.
+    """Apply the delta rule to the documents of a row, with one state per document.
 
     Args:
         query, key: [tokens, key heads, key channels], normalized; queries are already scaled.

@@ -96,16 +96,15 @@ class TeacherTopK:
     logprobs: torch.Tensor
     """[n, K] at the divergence's temperature; another temperature would need the other tokens."""
     keep_remainder: bool = True
-    """True: the probability of all other tokens forms one more event (TRL's `loss_add_tail`). False: both
-    distributions are normalized over the K tokens (arXiv 2601.18129), and their total probability receives no
-    gradient."""
+    """True: the remaining probability forms one more event (TRL's `loss_add_tail`). False: both distributions
+    are normalized over the K tokens (arXiv 2601.18129), and the total probability receives no gradient."""
 
     def compare(self, part: Tokens, student: torch.Tensor, divergence: Divergence, token_rows: int
                 ) -> tuple[torch.Tensor, torch.Tensor]:
 
         ids, teacher = self.ids[part].to(student.device), self.logprobs[part].to(student)
-        # ids cover the whole vocabulary, columns the local part: tokens of other processes read column 0 and
-        # are zeroed, so that the sum over the group counts each token once
+        # ids cover the whole vocabulary, columns the local part: foreign tokens read column 0 and are zeroed,
+        # so the sum over the group counts a token once
         column = ids - parallel_state.get_tensor_model_parallel_rank() * student.shape[1]
         is_local = (column >= 0) & (column < student.shape[1])
         column = column.where(is_local, 0)
@@ -251,8 +250,8 @@ def _compare(student: torch.Tensor, teacher: torch.Tensor, beta: float, over_gro
     p, q = student.exp(), teacher.exp()
     teacher_kl = None
     if 0 < beta < 1:
-        # log m = logaddexp(log q + log beta, log p + log(1 - beta)) with log(1 - beta) factored out, so that
-        # it needs only one more tensor
+        # log m = logaddexp(log q + log beta, log p + log(1 - beta)) with log(1 - beta) factored out, which
+        # needs only one more tensor
         mixture = teacher + math.log(beta / (1 - beta))
         torch.logaddexp(student, mixture, out=mixture).add_(math.log(1 - beta))
         teacher_kl = (teacher - mixture).mul_(q).sum(-1)

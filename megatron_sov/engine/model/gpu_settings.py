@@ -73,8 +73,8 @@ def refuse_without_chip(train: TrainConfig, serves: bool) -> None:
 
 @contextmanager
 def in_bf16(config: Any) -> Iterator[None]:
-    """Disable quantization inside the context: rows may then have any length, and outputs equal those of the
-    exported bf16 weights."""
+    """Disable quantization inside the context: rows may then have any length, and outputs match the exported
+    bf16 weights."""
     previous = {name: getattr(config, name) for name in FIELDS}
     config.fp8 = config.fp4 = None
     config.moe_router_padding_for_quantization = False
@@ -108,7 +108,7 @@ class Fusion:
     needs: Callable[[Here], bool]
     """Whether the kernel can be enabled in this model and layout."""
     serves: Callable[[ModelConfig], bool] = lambda model: True
-    """Whether the kernel computes this model correctly, so that `auto` enables it; called only if `needs`."""
+    """Whether `auto` enables the kernel: it computes this model correctly. Called only if `needs` is true."""
 
     def value(self, gpu: GpuConfig, here: Here) -> bool:
         """Return the value of the library's field."""
@@ -182,7 +182,7 @@ def expert_settings(gpu: GpuConfig, here: Here) -> dict[str, Any]:
 
 
 def gradient_settings(gpu: GpuConfig, parallel: ParallelConfig, *, bf16: bool) -> dict[str, Any]:
-    """Return fields of `DistributedDataParallelConfig`; `bf16` tells whether parameters are bf16."""
+    """Return fields of `DistributedDataParallelConfig`; `bf16`: parameters are bf16."""
     # the wrapper must wait for delayed weight gradients before it reduces them
     delayed = parallel.delay_weight_grads or parallel.expert_overlap == "weight_gradients"
     return {"delay_wgrad_compute": delayed,

@@ -27,7 +27,7 @@ from megatron_sov.engine.parallel import context
 from megatron_sov.model.config import LinearAttentionConfig
 
 SPLIT = {"A_log": 0, "dt_bias": 0, "conv1d.weight": 0}
-"""Parameters other than projections that are split by heads -> axis."""
+"""Name -> axis of the parameters split by heads, without projections."""
 
 
 class Weight(torch.nn.Module):
@@ -49,7 +49,7 @@ class WholeLinear(torch.nn.Module):
     def __init__(self, inputs: int, outputs: int, config: Any) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype))
-        # each process computes the gradient of its own tokens; the library sums them as for a norm
+        # the gradient covers local tokens; the library sums over processes as for a norm
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:

@@ -36,7 +36,7 @@ class LocalShard:
 
     @property
     def owned(self) -> bool:
-        """Whether this process, among all with the same block, writes it."""
+        """Whether this process writes the block (replica 0 does)."""
         return not any(self.replica)
 
     @property

@@ -93,7 +93,7 @@ class Head:
 
     def logprobs(self, hidden: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0,
                  wanted: torch.Tensor | None = None) -> torch.Tensor:
-        """Return log p(label) of each position, for losses that are not weighted sums of them.
+        """Return log p(label) at every position, for losses other than weighted sums.
 
         Such a loss knows its derivative only in the backward pass, which applies the head a second time.
 

@@ -94,7 +94,7 @@ def optimizer_settings(config: Any) -> dict[str, Any]:
 
 
 def quantize(optimizers: list[Any]) -> None:
-    """Quantize the local ranges of FP8 weights from their masters; a gather then completes all weights.
+    """Quantize the local ranges of FP8 weights from the masters; a gather then completes the weights.
 
     Args:
         optimizers: the library's distributed optimizers.

@@ -83,8 +83,7 @@ def rotate_by(embedding: Any, model: ModelConfig, dtype: torch.dtype) -> None:
 
 
 def local_turns(model: ModelConfig) -> list[float] | None:
-    """Return the ratio of local to global frequency per rotated channel, for sliding layers with a theta of
-    their own. None: the same frequencies."""
+    """Return local / global frequency per rotated channel if `local_rope_theta` is set, else None."""
     if model.local_rope_theta is None:
         return None
     with CPU:  # the model may be built on meta tensors, but frequencies are needed

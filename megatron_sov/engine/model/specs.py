@@ -414,7 +414,7 @@ def exchanged(core_attention: Any) -> Any:
 
 
 def _with_scale(core_attention: Any, scale: float) -> Any:
-    """Return the spec of a core attention with its own softmax scale."""
+    """Return a core attention's spec with another softmax scale than `config.softmax_scale`."""
     from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 
     class OwnScale(get_module(core_attention)):  # type: ignore[misc]
@@ -425,8 +425,8 @@ def _with_scale(core_attention: Any, scale: float) -> Any:
 
 
 def _with_window(core_attention: Any, window: int) -> Any:
-    """Return the spec of a core attention with its own window in tokens; Megatron-Core has one window for
-    all sliding layers. Never run on a GPU by this project."""
+    """Return a core attention's spec with another window, in tokens; Megatron-Core has one `window_size` for
+    all layers. Never run on a GPU by this project."""
     import copy
 
     from megatron.core.transformer.spec_utils import ModuleSpec, get_module
@@ -495,7 +495,8 @@ def block_norm(config: Any) -> Any:
     return ZeroCenteredNorm if config.zero_centered_norms else LocalSpecProvider().layer_norm(rms_norm=True)
 
 
-# Megatron-Core has one clamp for all layers, and skips it when shared experts overlap with the dispatch.
+# Megatron-Core has a single clamp for all layers, and skips the clamp if shared experts overlap with the
+# dispatch.
 
 
 def bound_gates(chunk: Any, model: ModelConfig) -> None:

@@ -1,5 +1,5 @@
-"""Counts the memory of a training process by building model, gradient buffers and optimizer on meta tensors,
-in one process that plays any rank of any world size."""
+"""Counts a training process's memory: builds model, gradient buffers and optimizer on meta tensors, for any
+rank and world size."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class BuiltStage:
 
 @contextlib.contextmanager
 def fake_world(parallel: ParallelConfig, num_ranks: int, rank: int) -> Iterator[None]:
-    """Make this process one rank of a world without communication; the groups are those of all ranks."""
+    """Make this process one rank of a world without communication."""
     import torch.distributed as dist
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore

@@ -90,11 +90,11 @@ def update_scale(kind: str, rows: int, columns: int) -> float:
     return math.sqrt(max(1.0, rows / columns) if kind == "original" else rows / columns)
 
 
-# Exchange of matrix pieces. Tensor parallelism splits matrices, and ZeRO-1 cuts them at the ends of each
-# process's range. The matrices are distributed over the processes of a group in rounds, with similar costs in
-# one round: each process receives whole matrices of about equal work, and holds one round's matrices in
-# addition to its own pieces. (Moonlight's distributed Muon, arXiv 2502.16982, section 2.3, gathers too, but
-# computes a matrix on every process with a piece.)
+# Exchange of matrix pieces. Tensor parallelism splits matrices, and ZeRO-1 cuts matrices where a process's
+# range ends. Matrices are distributed over the processes of a group in rounds of similar cost: every process
+# receives whole matrices with about equal work, and holds one round's matrices in addition to the local
+# pieces. (Moonlight's distributed Muon, arXiv 2502.16982, section 2.3, gathers too, but computes a matrix on
+# every process with a piece.)
 
 ROUND_ELEMENTS = 1 << 24
 """Elements that a process receives per round, unless one matrix is larger."""
@@ -127,11 +127,11 @@ class _ExchangeRound:
     sent: list[list[int]]
     """Indices of local pieces, by the process that computes their matrix."""
     held: list[list[MatrixPlace]]
-    """Pieces of the matrices computed here, by the process that holds them."""
+    """Places of the pieces whose matrices this process computes, by the holding process."""
 
 
 class MatrixExchange:
-    """Plan of which process computes which matrix. Creation and `run` are collective over the group."""
+    """Assignment of matrices to processes. Creation and `run` are collective over the group."""
 
     def __init__(self, places: list[MatrixPlace], group: dist.ProcessGroup) -> None:
         """Exchange the places of all pieces and plan the rounds.
@@ -178,7 +178,7 @@ class MatrixExchange:
             received = self._send(sent, counts)
             matrices: dict[Matrix, torch.Tensor] = {}
             for peer_places, flat in zip(exchange_round.held, received, strict=True):
-                # one replica of a piece is sent and all receive the result, so replicas keep equal bits
+                # only one replica of a piece is sent; every replica receives the result and keeps equal bits
                 owned = [p for p in peer_places if p.owned]
                 for place, part in zip(owned, flat.split([p.size for p in owned]), strict=True):
                     matrix_key = place.matrix
@@ -341,7 +341,7 @@ def holders(is_expert: bool, zero1: bool) -> dist.ProcessGroup:
     if parallel_state.get_expert_tensor_parallel_world_size() == 1:
         return parallel_state.get_expert_data_parallel_group()
     place = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_expert_model_parallel_rank()
-    # through the module: `optimizer.meta` replaces this file's `gather_objects`, which must not change here
+    # not `gather_objects` as imported above: `optimizer.meta` replaces that name, and this call must stay
     places = values.gather_objects(place)
     ranks = [[rank for rank, other in enumerate(places) if other == group_place]
              for group_place in sorted(set(places))]

@@ -128,7 +128,7 @@ class Optimizer:
             self._gather_masters()
 
     def _deferred_gather(self) -> Callable[[], None] | None:
-        """Return the function that gathers all updated weights, or None if each step gathers."""
+        """Return the function that gathers updated weights, or None if every step gathers."""
         if not self.wrapped[0].ddp_config.overlap_param_gather:
             return None
         return self._gather_masters if self._shares_gradients else partial(parameter_groups.gather,

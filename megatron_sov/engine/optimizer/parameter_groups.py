@@ -115,7 +115,7 @@ Rules = dict[int, GroupRule]
 
 
 class Combined:
-    """Several optimizers behind the interface of one, for Megatron-Core."""
+    """Several optimizers with the interface of a single optimizer, for Megatron-Core."""
 
     def __init__(self, *inners: Inner) -> None:
         self._inners = inners

@@ -68,8 +68,8 @@ def switch_on() -> None:
 def run_variables(config: RunConfig, gpu_name: str) -> dict[str, str]:
     """Return environment variables for a run; `gpu_name` is the driver's name of the GPU."""
     parallel, flex = config.parallel, config.parallel.expert_dispatcher in ("deepep", "hybridep")
-    # one queue keeps kernels of tensor and context parallelism in the order in which they overlap; Blackwell
-    # does not need it, and expert messages that overlap with another micro-batch need several queues
+    # a single queue keeps tensor- and context-parallel kernels in the order in which they overlap; Blackwell
+    # needs no such order, and expert messages that overlap with another micro-batch need several queues
     one_queue = ((parallel.tp > 1 or parallel.cp > 1) and parallel.expert_overlap == "none"
                  and not any(name in gpu_name for name in BLACKWELL_NAMES))
     variables = {"TORCH_NCCL_HIGH_PRIORITY": "1",  # messages overtake matrix products in the queue
@@ -96,12 +96,12 @@ Transformer Engine disables the deterministic kernel from documents x heads x lo
 
 
 _variables: dict[str, str] = {}
-"""Variables that this process has set for its run."""
+"""Variables set by `set_variables` for the current run."""
 
 
 def set_variables(config: RunConfig) -> None:
-    """Set the variables of `run_variables` that the environment lacks; call before CUDA starts. Values set
-    for an earlier run of this process are replaced.
+    """Set the variables of `run_variables` that the environment lacks; call before CUDA starts. Replaces
+    values from an earlier run in this process.
 
     Raises:
         UserError: the environment conflicts with a setting.
@@ -253,8 +253,8 @@ PCI = Path("/sys/bus/pci/devices")
 
 
 def stay_beside(properties: Any, devices: Path = PCI) -> None:
-    """Bind this process and its future threads, and so their memory, to the CPUs near its GPU. Does nothing
-    if the kernel does not list them or the launcher has excluded them.
+    """Bind this process, with future threads and memory, to the CPUs near the GPU. Does nothing if the kernel
+    lists no CPUs or the launcher has excluded them.
 
     Args:
         properties: torch's device properties.
@@ -299,7 +299,7 @@ def agree(store: dist.Store, rank: int, size: int, uuid: str, problem: str,
         raise UserError(store.get("gpu/problem").decode())
 
 
-# FP8 support of this GPU. This module does not import megatron, which would import Transformer Engine itself.
+# FP8 support on this GPU, without importing megatron, which would import Transformer Engine.
 
 FP8_FUNCTIONS = {"tensorwise": "is_fp8_available", "blockwise": "is_fp8_block_scaling_available",
                  "mxfp8": "is_mxfp8_available", "nvfp4": "is_nvfp4_available"}

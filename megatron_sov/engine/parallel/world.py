@@ -86,7 +86,8 @@ def join(parallel: ParallelConfig, needs_bytes: int = 0) -> ParallelWorld:
         store = _rendezvous(rank, size, timeout)
         if on_gpu():
             take_gpu(store, rank, size, needs_bytes, timeout)
-        # not bound to the device: otherwise all processes split off each group one after the other
+        # not bound to the device: otherwise every group would be split off by all processes, one after
+        # another
         dist.init_process_group("nccl" if on_gpu() else "gloo", rank=rank, world_size=size, timeout=timeout,
                                 store=store)
     make_groups(parallel)
@@ -149,7 +150,7 @@ def make_groups(parallel: ParallelConfig) -> None:
 
 
 def _rendezvous(rank: int, size: int, timeout: datetime.timedelta) -> dist.Store:
-    """Return the rendezvous store, with a prefix that no other start of these processes has used."""
+    """Return the rendezvous store with a prefix unique to this start."""
     environment = os.environ
     if STORE_PORT in environment:
         host, port, name = LOCALHOST, environment[STORE_PORT], ""
