@@ -41,10 +41,10 @@ def tables() -> list[list[Any]]:
         routes = shape.absent(10)
         routes[3], routes[9] = [[5, 1], [39, 38]], [[0, shape.num_experts - 1], [2, 7]]
         table = RouteTable(routes, first_layer=4)
-        mask = table.mask(torch.tensor([False, False, False, True]), torch.tensor([9, 3, 0, 9]))
+        mask = table.encode_mask(torch.tensor([False, False, False, True]), torch.tensor([9, 3, 0, 9]))
         assert mask.dtype == torch.bool and mask[0].tolist() == [False, False, False, True]
         for layer in (4, 5):
-            told = table.find(mask.T, layer)
+            told = table.decode_routes(mask.T, layer)
             found.append([told.there.tolist(), told.experts[:2].tolist()])
     return found
 
@@ -73,7 +73,7 @@ def routed() -> dict[str, Any]:
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     with replay_routes(model.config, [None, routes]) as firsts:
         assert firsts == [None, 0]
-        mask = step.table.mask(padding, torch.arange(SEQ_LEN)).T
+        mask = step.table.encode_mask(padding, torch.arange(SEQ_LEN)).T
         weights, chosen = router.routing(logits[:, None], mask)
         assert router.routing(logits[:, None], padding[:, None])[1].equal(
             torch.zeros_like(chosen).scatter(1, logits.topk(TOP_K).indices, True)), "no places, no routes"

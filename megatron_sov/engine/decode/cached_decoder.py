@@ -131,7 +131,7 @@ class CachedDecoder:
                 hidden = torch.empty(shape, dtype=config.pipeline_dtype, device=local_device())
                 dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), group)
             chunk.set_input_tensor(hidden)
-            hidden = chunk.read(row)
+            hidden = chunk.forward_cached(row)
             if stages > 1 and not (self.last_stage and number == len(self._model.chunks) - 1):
                 dist.send(hidden.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group)
         config.routing_step.record = None
@@ -147,7 +147,7 @@ class CachedDecoder:
                 recomputed later.
         """
         ahead = ahead.to(local_device())
-        return DecodeOutput(read.row, self._model.chunks[-1].predict(read.row, read.hidden, ahead))
+        return DecodeOutput(read.row, self._model.chunks[-1].predict_cached(read.row, read.hidden, ahead))
 
     def pick(self, read: DecodeOutput, places: Sequence[int], spans: Sequence[CacheSpan]) -> DecodeOutput:
         """Return the hidden states at row indices as a row with one token per span, on the last stage."""

@@ -265,12 +265,12 @@ class LinearAdapter(torch.nn.Module):
         return self._joined([None if f is None else f.magnitude for f in self._parts], lengths) / lengths
 
     @torch.no_grad()
-    def inside(self, weight: torch.Tensor) -> torch.Tensor:
+    def compute_effective_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the effective weight of the adapted layer, without gradient."""
         adapted = weight + self._update()
         return adapted * self._stretch(weight)[:, None] if self._dora else adapted
 
-    def merged(self, weight: torch.Tensor) -> torch.Tensor:
+    def merge_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """Return W + alpha / rank B A of a row-split layer, differentiable in A and B on every process."""
         (factors,) = self.factors
         a, b = factors.used()
@@ -292,7 +292,7 @@ def adapted_weight(linear: Any) -> torch.Tensor:
     weight: torch.Tensor = linear.weight
     for hook in linear._forward_hooks.values():
         if isinstance(adapter := getattr(hook, "adapter", None), LinearAdapter):
-            weight = adapter.inside(weight)
+            weight = adapter.compute_effective_weight(weight)
     return weight
 
 

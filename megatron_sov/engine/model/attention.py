@@ -143,7 +143,7 @@ class Alike:
 
     order: torch.Tensor | None
     """[tokens] int64 row index of each token in the grouped order. None: the row is already grouped."""
-    back: torch.Tensor | None
+    inverse: torch.Tensor | None
     """[tokens] int64 position of each row token in the grouped order."""
     groups: list[tuple[int, int, int]]
     """(documents, queries per document, keys per document) of each group."""
@@ -151,9 +151,10 @@ class Alike:
     """[keys] int64 row index of the keys in grouped order, for shared prompts. None: same as `order`."""
 
 
-def _reordered(values: torch.Tensor, order: torch.Tensor | None, back: torch.Tensor | None) -> torch.Tensor:
-    """Permute values [n, ...] by `order` [n]; `back` [n] is the inverse permutation."""
-    output: torch.Tensor = values if order is None else _Reordered.apply(values, order, back)
+def _reordered(values: torch.Tensor, order: torch.Tensor | None,
+               inverse: torch.Tensor | None) -> torch.Tensor:
+    """Permute values [n, ...] by `order` [n]; `inverse` [n] is the inverse permutation."""
+    output: torch.Tensor = values if order is None else _Reordered.apply(values, order, inverse)
     return output
 
 
@@ -161,15 +162,15 @@ class _Reordered(torch.autograd.Function):
     """Permutation of rows whose backward pass is a gather by the inverse, not a scatter-add."""
 
     @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, order: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, values: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
         """Permute values [n, ...]."""
-        ctx.save_for_backward(order, back)
+        ctx.save_for_backward(order, inverse)
         return values.index_select(0, order)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        order, back = ctx.saved_tensors
-        return _Reordered.apply(gradient, back, order), None, None
+        order, inverse = ctx.saved_tensors
+        return _Reordered.apply(gradient, inverse, order), None, None
 
 
 @dataclass
@@ -209,7 +210,7 @@ class PackedDocuments(PackedSeqParams):
         return chunk_documents([(a, a, b) for a, b in pairwise(bounds) if b > a], self.bounds.device)
 
     @cached_property
-    def whole(self) -> PackedDocuments:
+    def unsplit(self) -> PackedDocuments:
         """The whole row's documents for Transformer Engine's attention with exchanged heads."""
         return pack(self.bounds, self.longest_tokens, self.row_tokens, own=False, bucketed=self.bucketed)
 
@@ -450,10 +451,10 @@ class DocumentAttention(MegatronModule):
     def _of_whole_documents(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                             alike: Alike) -> torch.Tensor:
         """Return [tokens, heads, head_dim], with one kernel call per document length."""
-        queries = _reordered(query, alike.order, alike.back).split(
+        queries = _reordered(query, alike.order, alike.inverse).split(
             [count * length for count, length, _ in alike.groups])
         if alike.keys is None:
-            key, value = (_reordered(tensor, alike.order, alike.back) for tensor in (key, value))
+            key, value = (_reordered(tensor, alike.order, alike.inverse) for tensor in (key, value))
         else:
             key, value = (tensor.index_select(0, alike.keys) for tensor in (key, value))
         num_keys = [count * length for count, _, length in alike.groups]
@@ -461,7 +462,7 @@ class DocumentAttention(MegatronModule):
         outputs = [attend_whole(q.unflatten(0, (count, -1)), k.unflatten(0, (count, -1)),
                                 v.unflatten(0, (count, -1)), self.softmax_scale).flatten(0, 1)
                    for (count, _, _), q, k, v in zip(alike.groups, queries, keys, values, strict=True)]
-        return _reordered(outputs[0] if len(outputs) == 1 else torch.cat(outputs), alike.back, alike.order)
+        return _reordered(outputs[0] if len(outputs) == 1 else torch.cat(outputs), alike.inverse, alike.order)
 
     def _reachable(self, key: torch.Tensor,
                    value: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, int]]:

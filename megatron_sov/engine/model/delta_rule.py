@@ -48,7 +48,7 @@ class Chunks:
     """[documents + 1] int64 row indices: start of each document and end of the last."""
     host_bounds: torch.Tensor
     """`bounds` on the host, which avoids a device synchronization."""
-    asked: torch.Tensor
+    output_tokens: torch.Tensor
     """[outputs] int64 row indices of the output tokens."""
 
 
@@ -154,7 +154,7 @@ def by_kernels(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, deca
         g=decay.flatten(1, 2)[None], beta=rate.flatten(1)[None], scale=1.0,
         cu_seqlens=chunks.bounds, cu_seqlens_cpu=chunks.host_bounds)
     heads: torch.Tensor = outputs[0].to(value.dtype).unflatten(1, value.shape[1:3])
-    return heads.index_select(0, chunks.asked)
+    return heads.index_select(0, chunks.output_tokens)
 
 
 def _fla_kernel() -> Callable[..., tuple[torch.Tensor, None]]:

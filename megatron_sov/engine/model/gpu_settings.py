@@ -105,16 +105,16 @@ class Fusion:
     """Field of `GpuConfig`."""
     field: str
     """Field of the library's `TransformerConfig`."""
-    needs: Callable[[Here], bool]
+    is_possible: Callable[[Here], bool]
     """Whether the kernel can be enabled in this model and layout."""
-    serves: Callable[[ModelConfig], bool] = lambda model: True
-    """Whether `auto` enables the kernel: it computes this model correctly. Called only if `needs` is true."""
+    is_correct: Callable[[ModelConfig], bool] = lambda model: True
+    """Whether `auto` enables the kernel: it computes this model correctly. Called only if `is_possible`."""
 
     def value(self, gpu: GpuConfig, here: Here) -> bool:
         """Return the value of the library's field."""
         chosen = getattr(gpu, self.setting)
-        return (chosen != "off" and here.te and self.needs(here)
-                and (chosen == "on" or self.serves(here.model)))
+        return (chosen != "off" and here.te and self.is_possible(here)
+                and (chosen == "on" or self.is_correct(here.model)))
 
 
 FUSIONS = (

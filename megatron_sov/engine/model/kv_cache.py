@@ -167,11 +167,11 @@ def keep(model: Any, size: CacheSize) -> Iterator[list[CachedAttention | KeptSta
             module.core_attention = CachedAttention(size, softmax_scale(architecture, layer_type),
                                                     windows[module.layer_number - 1])
         for layer in linear:
-            layer.kept = KeptState(size, layer)
-        yield [m.core_attention for m in attentions] + [layer.kept for layer in linear]
+            layer.state_cache = KeptState(size, layer)
+        yield [m.core_attention for m in attentions] + [layer.state_cache for layer in linear]
     finally:
         for layer in linear:
-            layer.kept = None
+            layer.state_cache = None
         config.apply_rope_fusion = fused
         for module, attention in previous:
             module.core_attention = attention

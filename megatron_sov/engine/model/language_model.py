@@ -177,7 +177,7 @@ class LanguageModel(torch.nn.ModuleList):
         tied = last.share_embeddings_and_output_weights
         weight: torch.Tensor = last.shared_embedding_or_output_weight() if tied else last.output_layer.weight
         adapter = last.adapters.head if last.adapters is not None else None
-        return weight if adapter is None else adapter.merged(weight)
+        return weight if adapter is None else adapter.merge_weight(weight)
 
 
 def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,

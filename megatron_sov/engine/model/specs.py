@@ -94,26 +94,28 @@ class OwnLayer(TransformerLayer):
     graph of every forward pass under `torch.no_grad`.
     """
 
-    def __init__(self, *args: Any, turns: Sequence[float] | None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, frequency_ratios: Sequence[float] | None, **kwargs: Any) -> None:
         """Create the layer.
 
         Args:
-            turns: per rotated channel, ratio between this layer's rotary frequency and the other layers'.
-                None: 1.
+            frequency_ratios: per rotated channel, ratio between this layer's rotary frequency and the other
+                layers'. None: 1.
         """
         super().__init__(*args, **kwargs)
         self.bias_dropout_add_exec_handler = contextlib.nullcontext
-        self._turns = turns
-        self._kept: torch.Tensor | None = None  # no buffer: the library casts buffers to the weights' dtype
+        self._frequency_ratios = frequency_ratios
+        # not a buffer: the library casts buffers to the weights' dtype
+        self._cached_ratios: torch.Tensor | None = None
 
     def _turns_beside(self, angles: torch.Tensor) -> torch.Tensor:
-        """Return `turns` in the dtype and on the device of `angles`; cached, as a copy blocks."""
-        if self._kept is None or (self._kept.device, self._kept.dtype) != (angles.device, angles.dtype):
-            self._kept = angles.new_tensor(self._turns)
-        return self._kept
+        """Return `frequency_ratios` in the dtype and on the device of `angles`; cached, as a copy blocks."""
+        cached = self._cached_ratios
+        if cached is None or (cached.device, cached.dtype) != (angles.device, angles.dtype):
+            cached = self._cached_ratios = angles.new_tensor(self._frequency_ratios)
+        return cached
 
     def _forward_attention(self, *args: Any, **kwargs: Any) -> Any:
-        if self._turns is not None:
+        if self._frequency_ratios is not None:
             angles = kwargs["rotary_pos_emb"]
             kwargs["rotary_pos_emb"] = angles * self._turns_beside(angles)
         return super()._forward_attention(*args, **kwargs)
@@ -407,7 +409,7 @@ def exchanged(core_attention: Any) -> Any:
             if copies > 1:
                 key, value = (t.repeat_interleave(copies, dim=1) for t in (key, value))
             row = super().forward(*(context.exchange_tokens(t) for t in (query, key, value)), attention_mask,
-                                  attn_mask_type, attention_bias, packed_seq_params.whole)
+                                  attn_mask_type, attention_bias, packed_seq_params.unsplit)
             return context.exchange_heads(row.unflatten(-1, (-1, value.shape[-1]))).flatten(1)
 
     return ModuleSpec(module=ExchangedAttention, params=getattr(core_attention, "params", {}))
@@ -417,11 +419,11 @@ def _with_scale(core_attention: Any, scale: float) -> Any:
     """Return a core attention's spec with another softmax scale than `config.softmax_scale`."""
     from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 
-    class OwnScale(get_module(core_attention)):  # type: ignore[misc]
+    class ScaledAttention(get_module(core_attention)):  # type: ignore[misc]
         def __init__(self, *args: Any, softmax_scale: float | None, **kwargs: Any) -> None:
             super().__init__(*args, softmax_scale=scale, **kwargs)
 
-    return ModuleSpec(module=OwnScale, params=getattr(core_attention, "params", {}))
+    return ModuleSpec(module=ScaledAttention, params=getattr(core_attention, "params", {}))
 
 
 def _with_window(core_attention: Any, window: int) -> Any:
@@ -431,13 +433,13 @@ def _with_window(core_attention: Any, window: int) -> Any:
 
     from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 
-    class OwnWindow(get_module(core_attention)):  # type: ignore[misc]
+    class WindowedAttention(get_module(core_attention)):  # type: ignore[misc]
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             own_config = copy.copy(config)
             own_config.window_size = (window - 1, 0)
             super().__init__(own_config, *args, **kwargs)
 
-    return ModuleSpec(module=OwnWindow, params=getattr(core_attention, "params", {}))
+    return ModuleSpec(module=WindowedAttention, params=getattr(core_attention, "params", {}))
 
 
 def _place_norms(config: Any, spec: Any, kind: str, model: ModelConfig) -> None:
@@ -456,11 +458,11 @@ def _place_norms(config: Any, spec: Any, kind: str, model: ModelConfig) -> None:
                            (attention, "q_layernorm"), (attention, "k_layernorm")):
             if getattr(part, name, IdentityOp) is not IdentityOp:  # linear attention lacks these submodules
                 setattr(part, name, ZeroCenteredNorm)
-    turns = local_turns(model) if kind == "sliding_attention" else None
+    frequency_ratios = local_turns(model) if kind == "sliding_attention" else None
     norm_output = model.block_norms in ("post", "both")
-    if turns is None and not norm_output and model.residual_multiplier == 1:
+    if frequency_ratios is None and not norm_output and model.residual_multiplier == 1:
         return
-    spec.module, spec.params = OwnLayer, {"turns": turns}
+    spec.module, spec.params = OwnLayer, {"frequency_ratios": frequency_ratios}
     layer.self_attn_bda, layer.mlp_bda = (ModuleSpec(module=BlockOutput, params={
         "config": config, "multiplier": model.residual_multiplier,
         "norm": block_norm(config) if norm_output else None}) for _ in range(2))
@@ -513,9 +515,9 @@ def bound_gates(chunk: Any, model: ModelConfig) -> None:
 
 def _bounded(limit: float) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
     """Return the forward hook that clamps a linear layer's output [gate, up] to `limit`."""
-    def hook(module: Any, inputs: Any, outputs: tuple[torch.Tensor, torch.Tensor | None]
+    def clamp_output(module: Any, inputs: Any, outputs: tuple[torch.Tensor, torch.Tensor | None]
              ) -> tuple[torch.Tensor, torch.Tensor | None]:
         gate, up = outputs[0].chunk(2, dim=-1)
         return torch.cat([gate.clamp(max=limit), up.clamp(-limit, limit)], dim=-1), outputs[1]
 
-    return hook
+    return clamp_output

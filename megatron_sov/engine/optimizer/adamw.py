@@ -91,7 +91,7 @@ class HostAdamW(CpuAdamW):
         super().__init__(param_groups)
         self._gradients = {main: arena.like(main) for main in mains}
 
-    def receive(self, main: torch.Tensor, gradient: torch.Tensor) -> None:
+    def copy_gradient(self, main: torch.Tensor, gradient: torch.Tensor) -> None:
         """Start copying a master weight's gradient from the GPU; call `wait` before reading it."""
         main.grad = self._gradients[main].copy_(gradient.to(main.dtype), non_blocking=True)
 

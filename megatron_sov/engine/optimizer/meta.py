@@ -141,11 +141,11 @@ def _nothing_has_memory() -> Iterator[None]:
 
     original_type = torch.Tensor.type
 
-    def type_(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def get_type_name(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         type_name = original_type(tensor, *args, **kwargs)
         return type_name.replace(".meta.", ".") if isinstance(type_name, str) else type_name
 
-    with (mock.patch.object(torch.Tensor, "type", type_),
+    with (mock.patch.object(torch.Tensor, "type", get_type_name),
           mock.patch.object(parameter_groups, "gather_objects", lambda value: [value, (_Every(), True)]),
           mock.patch.object(torch.cuda, "current_device", lambda: torch.device("meta")),
           mock.patch.object(parameter_groups, "HostAdamW", _HostDouble),

@@ -115,7 +115,7 @@ class MatrixPlace:
     def size(self) -> int:
         return self.shape[0] * self.shape[1]
 
-    def of(self, whole: torch.Tensor) -> torch.Tensor:
+    def slice_of(self, whole: torch.Tensor) -> torch.Tensor:
         """Return the piece's view of a whole matrix [rows, columns]."""
         return whole[self.row:self.row + self.shape[0], self.column:self.column + self.shape[1]]
 
@@ -126,7 +126,7 @@ class _ExchangeRound:
 
     sent: list[list[int]]
     """Indices of local pieces, by the process that computes their matrix."""
-    held: list[list[MatrixPlace]]
+    computed: list[list[MatrixPlace]]
     """Places of the pieces whose matrices this process computes, by the holding process."""
 
 
@@ -158,7 +158,7 @@ class MatrixExchange:
             for piece in rank_places:
                 position = number[piece.matrix]
                 if position % in_round % size == rank:
-                    self._rounds[position // in_round].held[peer].append(piece)
+                    self._rounds[position // in_round].computed[peer].append(piece)
 
     def run(self, read: Callable[[int], torch.Tensor],
             compute: Callable[[Matrix, torch.Tensor], torch.Tensor],
@@ -174,10 +174,10 @@ class MatrixExchange:
         for exchange_round in self._rounds:
             sent = [_join((read(n) for n in numbers if self._places[n].owned), dtype)
                     for numbers in exchange_round.sent]
-            counts = [sum(p.size for p in peer_places if p.owned) for peer_places in exchange_round.held]
+            counts = [sum(p.size for p in peer_places if p.owned) for peer_places in exchange_round.computed]
             received = self._send(sent, counts)
             matrices: dict[Matrix, torch.Tensor] = {}
-            for peer_places, flat in zip(exchange_round.held, received, strict=True):
+            for peer_places, flat in zip(exchange_round.computed, received, strict=True):
                 # only one replica of a piece is sent; every replica receives the result and keeps equal bits
                 owned = [p for p in peer_places if p.owned]
                 for place, part in zip(owned, flat.split([p.size for p in owned]), strict=True):
@@ -185,10 +185,10 @@ class MatrixExchange:
                     if matrix_key not in matrices:
                         matrices[matrix_key] = torch.empty(matrix_key.rows, matrix_key.columns, dtype=dtype,
                                                            device=local_device())
-                    place.of(matrices[matrix_key]).copy_(part.view(place.shape))
+                    place.slice_of(matrices[matrix_key]).copy_(part.view(place.shape))
             results = {matrix: compute(matrix, matrix_data) for matrix, matrix_data in matrices.items()}
-            returned = [_join((p.of(results[p.matrix]) for p in peer_places), dtype)
-                        for peer_places in exchange_round.held]
+            returned = [_join((p.slice_of(results[p.matrix]) for p in peer_places), dtype)
+                        for peer_places in exchange_round.computed]
             counts = [self._size(numbers) for numbers in exchange_round.sent]
             for numbers, flat in zip(exchange_round.sent, self._send(returned, counts), strict=True):
                 places = [self._places[n] for n in numbers]
@@ -228,7 +228,7 @@ class _MatrixPiece:
     """Index of the first element in the shard."""
     shape: tuple[int, int]
 
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+    def slice_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the piece's view of a tensor with the shard's layout."""
         count = self.shape[0] * self.shape[1]
         return tensor.view(-1)[self.start:self.start + count].view(self.shape)
@@ -292,11 +292,11 @@ class Muon:
         """Return a piece's update before orthogonalization: momentum, or Nesterov's combination."""
         piece = self._pieces[number]
         main = piece.shard.main
-        momentum = piece.of(self.state[main][MOMENTUM])
+        momentum = piece.slice_of(self.state[main][MOMENTUM])
         if not self._config.muon_nesterov:
             return momentum.to(self._dtype)
         assert main.grad is not None, "gradients are taken before the step"
-        return piece.of(main.grad).lerp(momentum, self._config.muon_momentum).to(self._dtype)
+        return piece.slice_of(main.grad).lerp(momentum, self._config.muon_momentum).to(self._dtype)
 
     def _orthogonal(self, matrix: Matrix, update: torch.Tensor) -> torch.Tensor:
         """Return the orthogonalized update of a matrix, part by part."""
@@ -310,7 +310,7 @@ class Muon:
         piece, place = self._pieces[number], self._places[number]
         main = piece.shard.main
         scale = self._scale(place.matrix)[place.row:place.row + place.shape[0], None].to(main.dtype)
-        piece.of(main.detach()).add_(update.to(main.dtype) * scale, alpha=-self._lr[id(main)])
+        piece.slice_of(main.detach()).add_(update.to(main.dtype) * scale, alpha=-self._lr[id(main)])
 
     def _rows(self, matrix: Matrix) -> list[torch.Tensor]:
         if matrix not in self._parts:

@@ -138,7 +138,7 @@ def rules(model: LanguageModel, config: OptimConfig) -> Rules:
     """
     lookup, rule_by_id, matched = ParameterLookup(model), {}, set()
     for block in declared_blocks(model):
-        parameter = lookup.find(block)
+        parameter = lookup.find_parameter(block)
         if parameter is not None:
             rule = rule_for(config, block.key, parameter.dim())
             adapted = model.lora.on and not block.key.startswith(PREFIX)

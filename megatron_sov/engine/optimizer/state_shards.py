@@ -150,7 +150,7 @@ def take_gradients(shards: Iterable[StateShard]) -> None:
         gradient: torch.Tensor = (
             shard.parameter.main_grad.view(-1)[shard.start:shard.stop])  # type: ignore[attr-defined]
         if isinstance(shard.inner, HostAdamW):
-            shard.inner.receive(shard.main, gradient.view(shard.main.shape))
+            shard.inner.copy_gradient(shard.main, gradient.view(shard.main.shape))
             to_host = True
         else:
             shard.main.grad = gradient.view(shard.main.shape).to(shard.main.dtype)
@@ -170,13 +170,13 @@ class _AnyFloat:
         if self._num_inside == 0:
             self._named = original_type = torch.Tensor.type
 
-            def type_(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            def get_type_name(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
                 type_name = original_type(tensor, *args, **kwargs)
                 if isinstance(type_name, str):
                     return type_name.replace("DoubleTensor", "FloatTensor")
                 return type_name
 
-            torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
+            torch.Tensor.type = get_type_name  # type: ignore[method-assign, assignment]
         self._num_inside += 1
 
     def __exit__(self, *_: object) -> None:
@@ -196,7 +196,7 @@ def shard_blocks(model: LanguageModel, shards: Iterable[StateShard]) -> Iterator
     of_parameter = {id(shard.parameter): shard for shard in shards}
     lookup = ParameterLookup(model)
     for block in declared_blocks(model):
-        shard = of_parameter.get(id(lookup.find(block)))
+        shard = of_parameter.get(id(lookup.find_parameter(block)))
         if shard is not None:
             yield block, shard
 

@@ -146,7 +146,7 @@ def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0,
         outcome = _round(main, count, new_processes=on_gpu())
         if outcome.code == ExitCode.INTERRUPTED:
             raise KeyboardInterrupt
-        if restarts is None or outcome.asked_to_stop or outcome.code in FINAL:
+        if restarts is None or outcome.stop_requested or outcome.code in FINAL:
             return outcome.code
         progress = restarts.progress()
         # progress resets the count of failures; a run that fails at the same place gives up
@@ -183,7 +183,7 @@ class _Outcome:
     """Exit code of the first failing rank; a user error takes precedence."""
     cause: str = ""
     """First failing rank and its end."""
-    asked_to_stop: bool = False
+    stop_requested: bool = False
     """Whether the launcher received a signal to stop."""
     leaves_now: bool = False
     """Whether a second SIGINT made the launcher kill the ranks."""
@@ -323,7 +323,7 @@ def _wait(children: list[int]) -> _Outcome:
                 _send(list(alive), signal.SIGKILL)  # checkpoints are atomic
                 return
             interrupted_s = min(interrupted_s, time.monotonic())
-        outcome.asked_to_stop = True
+        outcome.stop_requested = True
         _send(list(alive), number)
 
     previous = {s: signal.signal(s, forward) for s in FORWARDED}

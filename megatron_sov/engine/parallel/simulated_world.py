@@ -45,7 +45,7 @@ TOLD_WAITING = 6
 class _Call:
     """A collective call that some members have not reached yet."""
 
-    asked: str
+    operation: str
     parts: dict[int, Part] = field(default_factory=dict)
     is_done: bool = False
 
@@ -129,7 +129,7 @@ class SimulatedRanks:
     def _check_all_taken(self) -> None:
         unreceived = [f"rank {sender} of {group} sends to rank {to} from {box[0][0].where}"
                       for (group, sender, to, _), box in self.mail.items() if box]
-        unreceived += [f"{call.asked} over {group}, which only {len(call.parts)} call"
+        unreceived += [f"{call.operation} over {group}, which only {len(call.parts)} call"
                        for (group, _), call in self.calls.items()]
         if unreceived:
             raise Standstill(f"{len(unreceived)} messages have no receiver: "
@@ -271,9 +271,9 @@ class SimulatedGroup(_ProcessGroup):
         self._num_calls += 1
         operation = f"{kind} {part.how}".rstrip()
         call = self._ranks.calls.setdefault(key, _Call(operation))
-        if call.asked != operation:
+        if call.operation != operation:
             raise Standstill(f"rank {self._rank} calls {operation} over {self._key} at {site.where}, but "
-                             f"other ranks call {call.asked}")
+                             f"other ranks call {call.operation}")
         call.parts[self._index] = part
         if len(call.parts) == len(self._members):
             parts = [call.parts[index] for index in range(len(self._members))]

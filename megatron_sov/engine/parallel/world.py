@@ -128,8 +128,9 @@ def make_groups(parallel: ParallelConfig) -> None:
         (_REDUCTIONS, tuple(range(dist.get_world_size()))): dist.group.WORLD}
     create = parallel_state.create_group
 
-    def share(ranks: Sequence[int], *, group_desc: str = "", backend: Any = None, pg_options: Any = None,
-              **options: Any) -> Any:
+    def create_shared(ranks: Sequence[int], *, group_desc: str = "", backend: Any = None,
+                      pg_options: Any = None,
+                      **options: Any) -> Any:
         if backend is not None or pg_options is not None:
             return create(ranks, group_desc=group_desc, backend=backend, pg_options=pg_options, **options)
         # groups of one send nothing and need no purpose
@@ -139,7 +140,7 @@ def make_groups(parallel: ParallelConfig) -> None:
             groups[key] = create(ranks, group_desc=group_desc, **options)
         return groups[key]
 
-    with mock.patch.object(parallel_state, "create_group", share):
+    with mock.patch.object(parallel_state, "create_group", create_shared):
         parallel_state.initialize_model_parallel(
             parallel.tp, parallel.pp, parallel.vpp if parallel.vpp > 1 else None,
             context_parallel_size=parallel.cp, expert_model_parallel_size=parallel.ep,

@@ -150,7 +150,7 @@ def full_gradients(recipe: str, settings: list[str]) -> dict[str, Any]:
         lookup = ParameterLookup(learning.model)
         gradients: dict[str, Any] = {}
         for block in local_shards(learning.model):
-            parameter = lookup.find(block)
+            parameter = lookup.find_parameter(block)
             if parameter is None or not parameter.requires_grad:
                 continue
             first = block.data.storage_offset() - parameter.storage_offset()

@@ -157,7 +157,7 @@ def read(layer: LinearAttention, x: torch.Tensor, spans: list[tuple[int, int, in
 def test_spans_and_tokens_one_by_one_are_one_pass(layer: LinearAttention, step_tokens: int) -> None:
     x = states()
     expected = layer(x, packed_seq_params=row([0, TOKENS]))[0]
-    layer.kept = kept = KeptState(CacheSize(3, TOKENS, step_tokens), layer)
+    layer.state_cache = kept = KeptState(CacheSize(3, TOKENS, step_tokens), layer)
     wrong = -states()  # drafts to roll back
     close = {"atol": 1e-12, "rtol": 1e-10}
     torch.testing.assert_close(read(layer, x, [(0, 0, 5), (1, 0, 80)]),

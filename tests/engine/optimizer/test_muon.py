@@ -42,7 +42,7 @@ def put_gradients(optimizer: Any, model: Any, seed: int) -> None:
 
     lookup = ParameterLookup(model)
     for block in local_shards(model):
-        parameter = lookup.find(block)
+        parameter = lookup.find_parameter(block)
         if parameter is None:
             continue
         whole = gradient(block.key, block.global_shape, seed)

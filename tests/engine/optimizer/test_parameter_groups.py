@@ -111,7 +111,7 @@ def grouped(settings: list[str]) -> dict[str, float]:
     config, model = tiny_model("tiny-k-exaone", *SMALL, *settings)
     optimizer = Optimizer(model, config.optim, config.parallel)
     lookup = ParameterLookup(model)
-    key_of = {id(lookup.find(block)): block.key for block in local_shards(model)}
+    key_of = {id(lookup.find_parameter(block)): block.key for block in local_shards(model)}
     parameters = list(model.parameters())
     copies = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
     groups = []
