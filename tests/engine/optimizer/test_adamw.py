@@ -29,7 +29,7 @@ def test_steps_are_the_formulas() -> None:
     for step in (1, 2, 3):
         for i, main in enumerate(mains):
             gradient = (torch.arange(len(main)) - 11.5 * step).to(torch.bfloat16)
-            optimizer.receive(main, gradient)
+            optimizer.copy_gradient(main, gradient)
             weight, first, second = expected[i]
             first = 0.9 * first + 0.1 * gradient.double()
             second = 0.95 * second + 0.05 * gradient.double().square()
