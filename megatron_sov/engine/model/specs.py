@@ -161,7 +161,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     """Build the library's `TransformerConfig` from model, layout, training and GPU settings."""
     dtype = PRECISION[train.precision]
     te = uses_transformer_engine(dtype)
-    here = Here(te, model, parallel)
+    kernel_context = Here(te, model, parallel)
     settings: dict[str, Any] = {
         "num_layers": model.num_layers, "hidden_size": model.hidden_size,
         "num_attention_heads": model.num_heads, "num_query_groups": model.num_kv_heads,
@@ -186,7 +186,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         "masked_softmax_fusion": False, "bias_dropout_fusion": te,
         # the library would synchronize with the host at every message to support an older torch
         "hetereogenous_dist_checkpoint": True, "cuda_graph_modules": [], "batch_p2p_sync": False,
-        **transformer_settings(gpu, train, here),
+        **transformer_settings(gpu, train, kernel_context),
     }
     if not te and not on_gpu():
         settings["bias_activation_fusion"] = model.activation == "silu"  # patched by `gate_without_compiler`
@@ -198,7 +198,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     if model.num_mtp_layers:
         settings |= {"mtp_num_layers": model.num_mtp_layers, "mtp_loss_scaling_factor": model.mtp_loss_coeff}
     if model.num_moe_layers():
-        settings |= _moe_settings(model, te) | expert_settings(gpu, here)
+        settings |= _moe_settings(model, te) | expert_settings(gpu, kernel_context)
         settings["moe_router_dtype"] = "fp64" if dtype == torch.float64 else "fp32"
     # without Transformer Engine the settings are ignored: `refuse` rejects training, `plan` only inspects
     settings |= library_settings(train) if te else {}
@@ -208,9 +208,9 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     _per_layer_lists(config, model, parallel)
     if model.yarn is not None or model.attention_multiplier is not None:
         config.softmax_scale = softmax_scale(model, "sliding_attention")
-    config.own_attention, config.exchanges_heads = (
-        own_attention_serves(here, gpu.attention, train.deterministic), exchanges_heads(here, gpu.attention))
-    config.delta_kernels = uses_delta_kernels(here, gpu, train.deterministic)
+    config.own_attention = own_attention_serves(kernel_context, gpu.attention, train.deterministic)
+    config.exchanges_heads = exchanges_heads(kernel_context, gpu.attention)
+    config.delta_kernels = uses_delta_kernels(kernel_context, gpu, train.deterministic)
     config.routing_step = RoutingStep()
     for name in ("norm_topk_prob", "logits_multiplier", "mtp_depths", "zero_centered_norms"):
         setattr(config, name, getattr(model, name))
