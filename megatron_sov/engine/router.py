@@ -65,7 +65,7 @@ class RouteTable:
         self._experts = to_device(torch.from_numpy(np.ascontiguousarray(indexable)), local_device())
         self._num_bits = max(1, (len(routes) - 1).bit_length())
 
-    def mask(self, padding: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    def encode_mask(self, padding: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Encode table indices into a padding mask.
 
         Args:
@@ -78,7 +78,7 @@ class RouteTable:
         bits = torch.arange(self._num_bits, device=places.device)[:, None]
         return torch.cat([padding[None], (places >> bits) & 1 == 1])
 
-    def find(self, mask: torch.Tensor, layer: int) -> Recorded:
+    def decode_routes(self, mask: torch.Tensor, layer: int) -> Recorded:
         """Decode the indices from a mask [tokens, 1 + bits] bool and return the tokens' records."""
         bits = torch.arange(self._num_bits, device=mask.device)
         # padding has arbitrary indices and is masked below
@@ -195,7 +195,7 @@ EPSILON = 1e-20
 
 @dataclass
 class RoutingStep:
-    """State of the current optimizer step that all routers of a process share.
+    """State of the current optimizer step, shared by the process's routers.
 
     The config holds it as `routing_step`. Inputs are constant within a step, so recomputation in the backward
     pass sees the values of the forward pass.
@@ -323,7 +323,7 @@ class BalancedRouter(TopKRouter):
         if table is None or mask is None or mask.shape[1] == 1:
             return None
         layer: Any = self.layer_number
-        return table.find(mask, layer)
+        return table.decode_routes(mask, layer)
 
     def _choose(self, logits: torch.Tensor,
                 recorded: Recorded | None) -> tuple[torch.Tensor, torch.Tensor]:

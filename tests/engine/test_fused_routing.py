@@ -1,4 +1,4 @@
-"""Routing through a double of Transformer Engine's kernels, against the router's own formula."""
+"""Routing with a double of Transformer Engine's kernels against the router's own formula."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import pytest
 
 EXPERTS, TOKENS, SEQ_LEN = 8, 24, 8
 CASES = [
-    # score, divided by their sum, K, bias, whether the kernels compute the same
+    # score, normalization, K, bias, whether the kernels compute the same
     ("sigmoid", True, 2, True, True), ("sigmoid", True, 2, False, True), ("sigmoid", False, 1, True, True),
     ("softmax", True, 2, False, True), ("softmax", False, 2, False, True), ("softmax", True, 1, False, True),
-    # one sigmoid weight is never divided, several always are
+    # a single sigmoid weight is never normalized, several always are
     ("sigmoid", True, 1, True, False), ("sigmoid", False, 2, True, False),
 ]
 
 
 def _kernels(calls: list[str]) -> dict[str, Any]:
-    """Return doubles in plain torch of what the simple kernels of Transformer Engine compute."""
+    """Return plain torch doubles of Transformer Engine's simple kernels."""
     import torch
 
     def scores_of(logits: torch.Tensor, score_function: str) -> torch.Tensor:
@@ -52,7 +52,7 @@ def _kernels(calls: list[str]) -> dict[str, Any]:
 
 
 def compare(score: str, norm: bool, top_k: int, biased: bool) -> dict[str, Any]:
-    """Route by the router's own formula and by the doubles; return the differences."""
+    """Route by the router's formula and by the doubles; return the differences."""
     import torch
     from megatron.core.extensions import transformer_engine
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler

@@ -1,4 +1,4 @@
-"""Runs inside ranks whose models are made of Transformer Engine's modules, by its double."""
+"""Functions inside ranks: models of Transformer Engine modules, with the double."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.te_double.library_shapes import CONTRACT
 
 
 def one_step(recipe: str, settings: list[str], paths: list[str]) -> dict[str, Any]:
-    """Train one step; return how many modules of which kinds there are, and how many products they made."""
+    """Train one step; return the numbers of modules by kind and of products."""
     from transformer_engine.pytorch.gemm import COUNTS  # the double's own
 
     trainer = layout_run._trainer(layout_run.small_config(recipe, settings, paths, "lm"))
@@ -30,7 +30,7 @@ def one_step(recipe: str, settings: list[str], paths: list[str]) -> dict[str, An
 
 def recorded_calls(recipe: str, settings: list[str], paths: list[str]) -> list[list[Any]]:
     """Train one step; return every call of a name in the contract: [name, method or None, positional
-    arguments, names of the others]."""
+    arguments, keywords]."""
     contract = json.loads(CONTRACT.read_text())
     calls: set[tuple[Any, ...]] = set()
     for name, shape in contract["transformer_engine"]["symbols"].items():
@@ -50,8 +50,8 @@ def recorded_calls(recipe: str, settings: list[str], paths: list[str]) -> list[l
 
 
 def experts_without_tokens() -> list[Any]:
-    """Have all tokens go to the first process's experts; return whether fused permutations and the library's
-    own give the same: the largest difference of outputs and of gradients, beside the largest of them."""
+    """Route all tokens to the first process's experts. Return the largest differences of outputs and
+    gradients between fused permutations and the library's own, relative to the largest value."""
     import torch
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
@@ -88,7 +88,7 @@ def _recorder(function: Any, name: tuple[str, str | None], calls: set[Any], *, b
 
 
 def _replace_everywhere(old: Any, new: Any) -> None:
-    """Put a function in another's place in all modules, which import it by name."""
+    """Replace a function in all modules that import it by name."""
     for module in list(sys.modules.values()):
         for name, value in list(vars(module).items()) if module else []:
             if value is old:

@@ -1,4 +1,4 @@
-"""Which attention Transformer Engine chooses for rows of documents, asked of its double."""
+"""Which attention Transformer Engine's double selects for rows of documents."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_sov.engine.model.attention_kernels import keep_attention_decisions
 
 @pytest.fixture(scope="module")
 def te() -> Iterator[Any]:
-    """Give the double to this file alone: others ask whether Transformer Engine is installed."""
+    """Import the double for this file only: other tests check whether Transformer Engine is installed."""
     sys.path.insert(0, str(Path(__file__).parent))
     import transformer_engine
     from transformer_engine.pytorch import placement
@@ -31,15 +31,15 @@ def te() -> Iterator[Any]:
 
 
 def draw_states() -> torch.Tensor:
-    """Return normal numbers [16 tokens, 4 heads, 8 channels]."""
+    """Return normal values [16 tokens, 4 heads, 8 channels]."""
     return torch.randn(16, 4, 8, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize(("keeps", "decisions"), [(False, 7), (True, 3)])
 def test_decisions_about_attention_are_kept_for_each_window_and_length(
         te: Any, monkeypatch: pytest.MonkeyPatch, keeps: bool, decisions: int) -> None:
-    """The real library keeps one, and asks cuDNN again when documents, window or length change, as they do
-    at each layer of a model with both kinds of attention; other variables are another question."""
+    """The real library caches one decision and queries cuDNN again when documents, window or length change,
+    as between layers with different attention; other environment variables are a separate query."""
     from transformer_engine.pytorch.attention.dot_product_attention import utils
 
     monkeypatch.setattr(utils, "get_attention_backend",
@@ -60,7 +60,7 @@ def test_decisions_about_attention_are_kept_for_each_window_and_length(
 
 
 def test_one_decision_about_attention_serves_rows_of_many_documents(te: Any) -> None:
-    """Documents without tokens at the end of a row change nothing but what the decision is made by."""
+    """Empty documents at the end of a row change only the parameters of the decision."""
     q = draw_states()
     attention = te.pytorch.DotProductAttention(4, 8, attn_mask_type="padding_causal", qkv_format="thd")
     te.backends.CHOSEN.clear()
@@ -78,7 +78,8 @@ def test_one_decision_about_attention_serves_rows_of_many_documents(te: Any) -> 
 
 
 def test_the_unfused_attention_gets_no_more_than_a_row_has(te: Any) -> None:
-    """It makes scores of documents x longest x longest: an empty document costs as much as the longest."""
+    """It allocates scores of documents x longest x longest: an empty document costs as much as the
+    longest."""
     bound = torch.tensor([0, 5, 10, 15], dtype=torch.int32)
     sizes = []
     for bucketed in (True, False):

@@ -28,13 +28,14 @@ from megatron_sov.engine.parallel.device import local_device
 
 
 def share_place() -> tuple[int, int]:
-    """Return this process's rank among the processes that read different sequences, and their number."""
+    """Return (rank, size) in the data-parallel group with context parallelism, whose processes read different
+    sequences."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     return group.rank(), group.size()
 
 
 def over_shares(values: torch.Tensor, operation: Any = dist.ReduceOp.SUM) -> torch.Tensor:
-    """All-reduce a tensor over the processes that read different sequences (default: sum)."""
+    """All-reduce a tensor over the replicas, which read different sequences (default: sum)."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     if group.size() == 1:
         return values
@@ -57,7 +58,7 @@ class DecodeOutput:
 
 
 class CachedDecoder:
-    """A model with KV caches. Use it as a context manager; the model must do nothing else inside.
+    """A model with KV caches, and a context manager: inside, only the decoder may use the model.
 
     All calls are collective over the replica; `read` is collective over all processes that share experts.
     """
@@ -77,8 +78,8 @@ class CachedDecoder:
         self.last_stage = parallel_state.is_pipeline_last_stage()
         """Whether this process computes outputs."""
         self.predicts_together = policy.model.architecture.mtp_experts
-        """Whether `predict` and `pick` are collective over all processes of the last stage, like `read`: the
-        MTP layer has experts, which may be on any of them."""
+        """Whether `predict` and `pick` are collective over the last stage, like `read`: MTP experts may be on
+        any process."""
 
     def __enter__(self) -> CachedDecoder:
         """Switch the model to evaluation mode, with empty caches."""
@@ -96,12 +97,12 @@ class CachedDecoder:
         self._exit.close()
 
     def any_has(self, count: int) -> bool:
-        """Return whether any process that reads other sequences has `count` > 0. Collective over a stage."""
+        """Return whether `count` > 0 on any replica. Collective over a stage."""
         return bool(over_shares(torch.tensor([count]), dist.ReduceOp.MAX)[0])
 
     def common_row_tokens(self, num_tokens: int) -> int:
-        """Agree on the next row over the processes that read other sequences, and return its local length; 0
-        if all are finished. Collective over all processes.
+        """Return the local length of the next row, agreed over all replicas; 0 if every replica has finished.
+        Collective over all processes.
 
         Args:
             num_tokens: new tokens of this process; 0: none.
@@ -130,7 +131,7 @@ class CachedDecoder:
                 hidden = torch.empty(shape, dtype=config.pipeline_dtype, device=local_device())
                 dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), group)
             chunk.set_input_tensor(hidden)
-            hidden = chunk.read(row)
+            hidden = chunk.forward_cached(row)
             if stages > 1 and not (self.last_stage and number == len(self._model.chunks) - 1):
                 dist.send(hidden.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group)
         config.routing_step.record = None
@@ -146,7 +147,7 @@ class CachedDecoder:
                 recomputed later.
         """
         ahead = ahead.to(local_device())
-        return DecodeOutput(read.row, self._model.chunks[-1].predict(read.row, read.hidden, ahead))
+        return DecodeOutput(read.row, self._model.chunks[-1].predict_cached(read.row, read.hidden, ahead))
 
     def pick(self, read: DecodeOutput, places: Sequence[int], spans: Sequence[CacheSpan]) -> DecodeOutput:
         """Return the hidden states at row indices as a row with one token per span, on the last stage."""
@@ -189,8 +190,8 @@ class CachedDecoder:
         return sent.cpu()
 
     def _gathered(self, record: dict[int, list[torch.Tensor]], row_tokens: int) -> torch.Tensor:
-        """Combine the routes of a row over the replica's tp x pp group: each process recorded its own layers,
-        and under sequence parallelism its own tokens."""
+        """Combine a row's routes over the replica's tp x pp group: a process recorded only local layers, and
+        under sequence parallelism only local tokens."""
         config, group = self._model.config, parallel_state.get_model_parallel_group()
         first = 1 + config.moe_layer_freq.index(1)
         # a dtype that all backends can sum

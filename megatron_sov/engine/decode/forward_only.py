@@ -23,7 +23,7 @@ from megatron_sov.engine.router import replay_routes
 
 
 class HasInputs(Protocol):
-    """A micro-batch: the model's inputs and any other fields that the objective needs."""
+    """A micro-batch: model inputs, and more fields as the objective needs."""
 
     @property
     def inputs(self) -> ModelInputs:
@@ -36,7 +36,7 @@ Loss = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
 
 
 def run_pipeline(chunks: Sequence[Any], micro_batches: Sequence[HasInputs], loss: Loss, row_tokens: int, *,
-        forward_only: bool) -> list[Any]:
+                 forward_only: bool) -> list[Any]:
     """Run all micro-batches through all pipeline stages.
 
     Args:
@@ -91,7 +91,7 @@ Outputs = Callable[[list[torch.Tensor], Head, Any], Any]
 
 
 def split_depths(hidden: torch.Tensor, num_predictions: int) -> list[torch.Tensor]:
-    """Split hidden states into the trunk's and those of each MTP depth."""
+    """Split hidden states [depths * tokens, 1, hidden] into one tensor per depth."""
     return list(hidden.chunk(1 + num_predictions, dim=0))
 
 

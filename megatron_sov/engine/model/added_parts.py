@@ -44,7 +44,7 @@ OUTPUT_HEAD = "output_layer"
 
 
 class Factors(torch.nn.Module):
-    """The local parts of A, B and (DoRA) row lengths for one adapted module or one of its experts."""
+    """The local parts of `A`, `B` and (DoRA) `magnitude` for an adapted module or an adapted expert."""
 
     def __init__(self, of: AdaptedModule, lora: LoraConfig, config: Any, expert: int | None,
                  rows: int | None) -> None:
@@ -86,7 +86,7 @@ class Factors(torch.nn.Module):
                 sequence_parallel and not self.sums_itself)
 
     def used(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return A and B for the forward pass, wrapped so that their gradients are summed over the group."""
+        """Return A and B for the forward pass; the backward pass sums their gradients over the group."""
         if not self.sums_itself or self.group().size() == 1:
             return self.A, self.B
         copy_to_group = tensor_parallel.copy_to_tensor_model_parallel_region
@@ -121,7 +121,7 @@ class Factors(torch.nn.Module):
 
 
 class LinearAdapter(torch.nn.Module):
-    """The adapters of one fused linear layer, for example of QKV or of one expert's gate and up."""
+    """The adapters of a fused linear layer, for example QKV, or an expert's gate and up."""
 
     def __init__(self, modules: Sequence[AdaptedModule], lora: LoraConfig, config: Any,
                  expert: int | None = None,
@@ -153,9 +153,9 @@ class LinearAdapter(torch.nn.Module):
             parts[factors.of.part] = factors
         return parts
 
-    def _layout(self, first: AdaptedModule) -> tuple[list[int], int, list[int]]:
-        """Return the local rows of the fused weight as axes, the axis that concatenates the modules, and each
-        module's extent there (`families.weights.Layout`)."""
+    def _layout(self, first: Adapted) -> tuple[list[int], int, list[int]]:
+        """Return the fused weight's local rows as axes, the axis that concatenates modules, and the modules'
+        extents on that axis (`families.weights.Layout`)."""
         cut = self._group.size() if self._column else 1
         if first.num_experts:
             return [first.out_features // cut], 0, [first.out_features // cut]
@@ -183,7 +183,7 @@ class LinearAdapter(torch.nn.Module):
         pieces, start = [], 0
         for part, length in zip(parts, self._lengths, strict=True):
             axis, shape = len(lead) + self._axis, [*self._rows[:self._axis], length,
-                                                 *self._rows[self._axis + 1:]]
+                                                   *self._rows[self._axis + 1:]]
             pieces.append(expanded.narrow(axis, start, length) if part is None
                           else part.unflatten(-1, shape))
             start += length
@@ -267,12 +267,12 @@ class LinearAdapter(torch.nn.Module):
         return self._joined([None if f is None else f.magnitude for f in self._parts], lengths) / lengths
 
     @torch.no_grad()
-    def inside(self, weight: torch.Tensor) -> torch.Tensor:
+    def compute_effective_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the effective weight of the adapted layer, without gradient."""
         adapted = weight + self._update()
         return adapted * self._stretch(weight)[:, None] if self._dora else adapted
 
-    def merged(self, weight: torch.Tensor) -> torch.Tensor:
+    def merge_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """Return W + alpha / rank B A of a row-split layer, differentiable in A and B on every process."""
         (factors,) = self.factors
         a, b = factors.used()
@@ -294,7 +294,7 @@ def adapted_weight(linear: Any) -> torch.Tensor:
     weight: torch.Tensor = linear.weight
     for hook in linear._forward_hooks.values():
         if isinstance(adapter := getattr(hook, "adapter", None), LinearAdapter):
-            weight = adapter.inside(weight)
+            weight = adapter.compute_effective_weight(weight)
     return weight
 
 
@@ -348,7 +348,7 @@ def behind_embedding(adapter: EmbeddingAdapter) -> Callable[..., torch.Tensor]:
 
 
 class Adapters(torch.nn.Module):
-    """Owner of all adapters of a chunk; the adapted layers reference them only through forward hooks."""
+    """The adapters of a chunk. Adapted layers reference adapters only through forward hooks."""
 
     def __init__(self, chunk: Any, model: ModelConfig, lora: LoraConfig) -> None:
         """Create the adapters for the modules of a chunk and register their hooks."""
@@ -443,12 +443,11 @@ def _behind_grouped(adapters: list[LinearAdapter]) -> Callable[..., Any]:
     return add_adapter_outputs
 
 
-# Encoders of images and audio, at any layout; their features replace the embeddings of placeholder tokens.
+# Encoders for images and audio, at any layout. Encoder features replace the embeddings of placeholder tokens.
 #
-# The first pipeline stage holds a full copy of the encoders on every process. Each process encodes the
-# records that its local tokens need (context and sequence parallelism). Under sequence parallelism the
-# library sums the gradient over the tensor-parallel group as it does for norms; without it all processes of
-# the group compute the full gradient.
+# The first pipeline stage replicates the encoders on every process. A process encodes the records that the
+# local tokens need (context and sequence parallelism). Under sequence parallelism the library sums the
+# gradient over the tensor-parallel group as for norms; otherwise every process computes the full gradient.
 # compute the same one.
 
 Block = tuple[str, torch.Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -499,8 +498,8 @@ class MediaEncoders(torch.nn.Module):
                     raise ValueError(f"a row has {kind}, and the model has no model.{name}")
                 embedded = self._over(embedded, encoder, local_part)
             elif encoder is not None and self.overlapped and encoder.trains and torch.is_grad_enabled():
-                # overlapped gradient reduction sends every parameter's gradient as soon as it exists, in an
-                # order that must be equal on all processes, with and without records in their rows
+                # overlapped reduction sends every parameter's gradient as soon as it exists, and the order
+                # must be equal on all processes, with or without records in the row
                 no_tokens = torch.zeros(0, dtype=torch.int64, device=embedded.device)
                 features = self._features(encoder, None)
                 embedded = embedded.index_copy(0, no_tokens, features[no_tokens][:, None])
@@ -534,7 +533,7 @@ class MediaEncoders(torch.nn.Module):
 
 
 def _places(row_tokens: int, sequence_parallel: bool, cut_for_context: bool) -> np.ndarray:
-    """Return [row tokens] int64: the local index of each token of a row, -1 on other processes."""
+    """Return [row tokens] int64: local index of the row's tokens, -1 on other processes."""
     if cut_for_context:
         local_tokens = context.row_index(row_tokens, sequence_parallel, torch.device("cpu")).numpy()
     else:

@@ -64,7 +64,7 @@ def first_keys(documents: Sequence[Span], window_tokens: int) -> list[int]:
 
 def piece_bounds(spans: Sequence[Sequence[Span]], window_tokens: int,
                  device: torch.device) -> list[PieceBounds]:
-    """Compute the bounds of all local pieces and copy them to the device in one transfer."""
+    """Compute the bounds of the local pieces and copy them to the device in a single transfer."""
     lengths: list[list[int]] = []  # per piece: query lengths, then key lengths
     for documents in spans:
         firsts = first_keys(documents, window_tokens)
@@ -129,7 +129,7 @@ class SharedPrompts:
     Hidden states depend only on earlier tokens, so only attention reads the prompt once per document."""
 
     source: torch.Tensor
-    """[tokens of the expanded row] int64: index of each token, or of its stored copy, in the packed row."""
+    """[tokens of the expanded row] int64: index of the token, or the stored copy, in the packed row."""
     spans: list[Span]
     """Documents in the expanded row: start, first stored token, end."""
     padding: torch.Tensor
@@ -143,17 +143,18 @@ class Alike:
 
     order: torch.Tensor | None
     """[tokens] int64 row index of each token in the grouped order. None: the row is already grouped."""
-    back: torch.Tensor | None
+    inverse: torch.Tensor | None
     """[tokens] int64 position of each row token in the grouped order."""
     groups: list[tuple[int, int, int]]
     """(documents, queries per document, keys per document) of each group."""
     keys: torch.Tensor | None = None
-    """[keys] int64 row index of each key in the grouped order, for shared prompts. None: same as `order`."""
+    """[keys] int64 row index of the keys in grouped order, for shared prompts. None: same as `order`."""
 
 
-def _reordered(values: torch.Tensor, order: torch.Tensor | None, back: torch.Tensor | None) -> torch.Tensor:
-    """Permute values [n, ...] by `order` [n]; `back` [n] is the inverse permutation."""
-    output: torch.Tensor = values if order is None else _Reordered.apply(values, order, back)
+def _reordered(values: torch.Tensor, order: torch.Tensor | None,
+               inverse: torch.Tensor | None) -> torch.Tensor:
+    """Permute values [n, ...] by `order` [n]; `inverse` [n] is the inverse permutation."""
+    output: torch.Tensor = values if order is None else _Reordered.apply(values, order, inverse)
     return output
 
 
@@ -161,15 +162,15 @@ class _Reordered(torch.autograd.Function):
     """Permutation of rows whose backward pass is a gather by the inverse, not a scatter-add."""
 
     @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, order: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, values: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
         """Permute values [n, ...]."""
-        ctx.save_for_backward(order, back)
+        ctx.save_for_backward(order, inverse)
         return values.index_select(0, order)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        order, back = ctx.saved_tensors
-        return _Reordered.apply(gradient, back, order), None, None
+        order, inverse = ctx.saved_tensors
+        return _Reordered.apply(gradient, inverse, order), None, None
 
 
 @dataclass
@@ -190,7 +191,7 @@ class PackedDocuments(PackedSeqParams):
     spans: list[list[Span]] = field(default_factory=list)
     """For each local piece, its documents or parts of documents, in order."""
     piece_bounds: dict[int, list[PieceBounds]] = field(default_factory=dict)
-    """Window -> bounds of each local piece, computed by the first layer that needs them."""
+    """Window -> bounds of the local pieces, cached by the first layer that needs the window."""
     alike: Alike | None = None
     """Documents grouped by length, computed by the first layer that needs them."""
     shared: SharedPrompts | None = None
@@ -209,7 +210,7 @@ class PackedDocuments(PackedSeqParams):
         return chunk_documents([(a, a, b) for a, b in pairwise(bounds) if b > a], self.bounds.device)
 
     @cached_property
-    def whole(self) -> PackedDocuments:
+    def unsplit(self) -> PackedDocuments:
         """The whole row's documents for Transformer Engine's attention with exchanged heads."""
         return pack(self.bounds, self.longest_tokens, self.row_tokens, own=False, bucketed=self.bucketed)
 
@@ -242,7 +243,7 @@ def _alike(documents: Sequence[Span], device: torch.device, shared: SharedPrompt
         torch.arange(start, start + length) for (_, length), starts in by_length.items()
         for _, start in starts]), device)]
     groups = [(len(starts), *lengths) for lengths, starts in by_length.items()]
-    # equal lengths become contiguous, so that each group is a slice
+    # equal lengths become contiguous: a group is a slice
     places = [row_index for starts in by_length.values() for row_index, _ in starts]
     if places == sorted(places):  # for example a single document
         return Alike(None, None, groups, keys)
@@ -387,8 +388,8 @@ def _by_document(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
         begins: row index of each document's first key.
         first: row index of `keys[0]`.
     """
-    # split instead of slices: the backward pass then writes each gradient once, without zeros of row size for
-    # every document
+    # split instead of slices: the backward pass then writes gradients once, without a zero-filled row per
+    # document
     lengths = [begins[0] - first,
                *(stop - begin for begin, (_, _, stop) in zip(begins, documents, strict=True))]
     return zip(queries.split([stop - start for _, start, stop in documents]), keys.split(lengths)[1:],
@@ -450,10 +451,10 @@ class DocumentAttention(MegatronModule):
     def _of_whole_documents(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                             alike: Alike) -> torch.Tensor:
         """Return [tokens, heads, head_dim], with one kernel call per document length."""
-        queries = _reordered(query, alike.order, alike.back).split(
+        queries = _reordered(query, alike.order, alike.inverse).split(
             [count * length for count, length, _ in alike.groups])
         if alike.keys is None:
-            key, value = (_reordered(tensor, alike.order, alike.back) for tensor in (key, value))
+            key, value = (_reordered(tensor, alike.order, alike.inverse) for tensor in (key, value))
         else:
             key, value = (tensor.index_select(0, alike.keys) for tensor in (key, value))
         num_keys = [count * length for count, _, length in alike.groups]
@@ -461,7 +462,7 @@ class DocumentAttention(MegatronModule):
         outputs = [attend_whole(q.unflatten(0, (count, -1)), k.unflatten(0, (count, -1)),
                                 v.unflatten(0, (count, -1)), self.softmax_scale).flatten(0, 1)
                    for (count, _, _), q, k, v in zip(alike.groups, queries, keys, values, strict=True)]
-        return _reordered(outputs[0] if len(outputs) == 1 else torch.cat(outputs), alike.back, alike.order)
+        return _reordered(outputs[0] if len(outputs) == 1 else torch.cat(outputs), alike.inverse, alike.order)
 
     def _reachable(self, key: torch.Tensor,
                    value: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, int]]:

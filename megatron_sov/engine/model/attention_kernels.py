@@ -15,7 +15,7 @@ from megatron_sov.model.config import ModelConfig
 
 TE_ATTENTION_VARIABLES = {"flash": "NVTE_FLASH_ATTN", "fused": "NVTE_FUSED_ATTN",
                           "unfused": "NVTE_UNFUSED_ATTN"}
-"""Kernel of Transformer Engine -> environment variable that allows it; `gpu.attention` sets them."""
+"""Transformer Engine kernel -> environment variable that allows the kernel, set from `gpu.attention`."""
 
 
 KEPT_DECISIONS = 64
@@ -81,7 +81,7 @@ def without_kernel(model: ModelConfig, tp: int, attention: str) -> str:
     variables = tuple(os.environ.get(name) for name in TE_ATTENTION_VARIABLES.values())
     for window in sorted(windows):
         flash_serves, reason = _asked(model.num_heads // tp, max(1, groups // tp), head_size(model), window,
-                              variables)
+                                      variables)
         if reason and not (flash_serves and attention == "auto"):
             return reason
     return ""
@@ -95,11 +95,11 @@ def _asked(heads: int, groups: int, size: tuple[int, int], window: int,
     from transformer_engine.pytorch.attention.dot_product_attention import utils
 
     params = {"qkv_layout": "thd_thd_thd", "batch_size": ASKED_DOCUMENTS, "num_heads": heads,
-             "num_gqa_groups": groups, "max_seqlen_q": ASKED_TOKENS, "max_seqlen_kv": ASKED_TOKENS,
-             "num_tokens_q": ASKED_TOKENS, "num_tokens_kv": ASKED_TOKENS, "head_dim_qk": size[0],
-             "head_dim_v": size[1], "attn_mask_type": "padding_causal",
-             "window_size": (window - 1, 0) if window else (-1, 0), "bottom_right_diagonal": False,
-             "core_attention_bias_requires_grad": False, "softmax_scale": size[0] ** -0.5}
+              "num_gqa_groups": groups, "max_seqlen_q": ASKED_TOKENS, "max_seqlen_kv": ASKED_TOKENS,
+              "num_tokens_q": ASKED_TOKENS, "num_tokens_kv": ASKED_TOKENS, "head_dim_qk": size[0],
+              "head_dim_v": size[1], "attn_mask_type": "padding_causal",
+              "window_size": (window - 1, 0) if window else (-1, 0), "bottom_right_diagonal": False,
+              "core_attention_bias_requires_grad": False, "softmax_scale": size[0] ** -0.5}
     field_names = {field.name for field in fields(utils.AttentionParams)}  # older versions have fewer
     with _said_to("DotProductAttention", utils.AttentionLogging) as messages:
         flash_serves, _, fused_serves, *_ = utils.get_attention_backend(
@@ -115,8 +115,8 @@ def _asked(heads: int, groups: int, size: tuple[int, int], window: int,
 
 @contextmanager
 def _said_to(name: str, levels: Any) -> Iterator[list[str]]:
-    """Collect the messages that Transformer Engine logs, without printing them; it sets the log level from
-    `levels._log_level` in each call."""
+    """Collect Transformer Engine's log messages without printing; every call of the library sets the log
+    level from `levels._log_level`."""
     messages: list[str] = []
     handler = logging.Handler(logging.DEBUG)
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]

@@ -252,18 +252,18 @@ class Chunk(LanguageModule):
             first_route: row of its first token in the route table (`router.replay_routes`). None: routers
                 choose the experts.
         """
-        row = self.begin(inputs, first_route)
+        row = self.prepare_layer_inputs(inputs, first_route)
         hidden = self.decoder(
             hidden_states=row.embedded, attention_mask=None, rotary_pos_emb=row.rotary,
             packed_seq_params=row.packed, padding_mask=row.padding)
-        return self.end(hidden, inputs, row)
+        return self.run_mtp_layers(hidden, inputs, row)
 
     def build_schedule_plan(self, inputs: ModelInputs, first_route: int | None) -> OverlappedPasses:
-        """Return the schedule plan that `parallel.expert_overlap` = micro_batches interleaves with the plan
-        of another micro-batch. Arguments as in `forward`."""
+        """Return the schedule plan for `parallel.expert_overlap` = micro_batches. Arguments as in
+        `forward`."""
         return OverlappedPasses(self, inputs, first_route)
 
-    def begin(self, inputs: ModelInputs, first_route: int | None) -> BegunRow:
+    def prepare_layer_inputs(self, inputs: ModelInputs, first_route: int | None) -> BegunRow:
         """Embed the local tokens and compute rotary angles, packing and padding for the first layer."""
         if self.config.fine_grained_activation_offloading and torch.is_grad_enabled():
             self._begin_offloading()
@@ -280,8 +280,8 @@ class Chunk(LanguageModule):
             rotary = rotary[positions[0]]
         return BegunRow(embedded, positions, rotary, packed, self._local_padding(inputs.padding, first_route))
 
-    def end(self, hidden: torch.Tensor, inputs: ModelInputs, row: BegunRow) -> torch.Tensor:
-        """Append the hidden states of the MTP layers to those of the trunk, and wait for the head weight."""
+    def run_mtp_layers(self, hidden: torch.Tensor, inputs: ModelInputs, row: BegunRow) -> torch.Tensor:
+        """Append the MTP layers' hidden states to the trunk's, and wait for the head weight."""
         if self.mtp_process:
             # MTP layers have no rows in the route table: generation records trunk routes only
             hidden = self.mtp(input_ids=inputs.tokens, position_ids=row.positions, hidden_states=hidden,
@@ -292,7 +292,7 @@ class Chunk(LanguageModule):
             self.before_head()
         return hidden
 
-    def read(self, row: ReadRow) -> torch.Tensor:
+    def forward_cached(self, row: ReadRow) -> torch.Tensor:
         """Run the trunk on new tokens of sequences in the KV cache (`kv_cache`).
 
         Returns:
@@ -306,16 +306,16 @@ class Chunk(LanguageModule):
             rotary_pos_emb=self._angles(row.packed)[row.positions],
             packed_seq_params=row.packed, padding_mask=row.padding(self.config.sequence_parallel)[None])
 
-    def predict(self, row: ReadRow, hidden: torch.Tensor, ahead: torch.Tensor) -> torch.Tensor:
+    def predict_cached(self, row: ReadRow, hidden: torch.Tensor, ahead: torch.Tensor) -> torch.Tensor:
         """Run the MTP layer on new tokens of sequences in the KV cache.
 
         Args:
             row: the new tokens.
-            hidden: hidden states of the previous depth, as returned by `read`.
+            hidden: hidden states of the previous depth, as returned by `forward_cached`.
             ahead: [tokens] int64, the successor of each token.
 
         Returns:
-            Hidden states in the shape of `read`; the head predicts one token further from them.
+            Hidden states in the shape of `forward_cached`; the head predicts one token further from them.
         """
         embedded = self.embedding(input_ids=ahead[None], position_ids=row.positions[None])
         return self.mtp.layers[0].transform(hidden, embedded, self._angles(row.packed)[row.positions],
@@ -369,7 +369,7 @@ class Chunk(LanguageModule):
         if first_route is None:
             return padding[local_index][None]
         table = self.config.routing_step.table
-        mask: torch.Tensor = table.mask(padding[local_index], first_route + local_index)
+        mask: torch.Tensor = table.encode_mask(padding[local_index], first_route + local_index)
         return mask
 
 
@@ -389,7 +389,7 @@ class OverlappedPasses(TransformerModelChunkSchedulePlan):
         state, stream = self.state, self.pre_process.stream
 
         def run_first_part() -> torch.Tensor:
-            row = state.row = chunk.begin(inputs, first_route)
+            row = state.row = chunk.prepare_layer_inputs(inputs, first_route)
             state.rotary_pos_emb, state.packed_seq_params = row.rotary, row.packed
             state.rotary_pos_cos = state.rotary_pos_sin = state.sequence_len_offset = None
             chunk.config.routing_step.padding = row.padding
@@ -409,8 +409,8 @@ class OverlappedPasses(TransformerModelChunkSchedulePlan):
                     module.backward_dw()
             return gradients
 
-        node: Any = ScheduleNode(lambda hidden: chunk.end(hidden, inputs, state.row), stream, self.event,
-                                 run_backward, name="post_process")
+        node: Any = ScheduleNode(lambda hidden: chunk.run_mtp_layers(hidden, inputs, state.row), stream,
+                                 self.event, run_backward, name="post_process")
         self.post_process = node
 
     def _build_layer_schedule_plan(self, module: Any, *streams: Any) -> None:

@@ -36,7 +36,7 @@ class Chunking:
     softcap: float | None = None
     """Cap on the logits, applied before the temperature (`ModelConfig.logits_softcap`)."""
 
-    def parts(self, num_tokens: int) -> list[slice]:
+    def split_tokens(self, num_tokens: int) -> list[slice]:
         """Return the chunks of `num_tokens` tokens in order; with 0 tokens, one empty chunk."""
         return [slice(i, i + self.chunk_tokens) for i in range(0, max(1, num_tokens), self.chunk_tokens)]
 
@@ -52,12 +52,12 @@ class CrossEntropySums(torch.autograd.Function):
 
         `differentiable` tells whether gradients are enabled outside: inside `forward` they never are.
         """
-        gradients = Gradients.zeros(states, weight, tuple(context.local(w) for w in token_weights),
-                                    differentiable and ctx.needs_input_grad[0],
-                                    differentiable and ctx.needs_input_grad[1])
+        gradients = Gradients.allocate(states, weight, tuple(context.local(w) for w in token_weights),
+                                       differentiable and ctx.needs_input_grad[0],
+                                       differentiable and ctx.needs_input_grad[1])
         # the same sweep fills the gradients, since the token weights are known: logits are computed once
         losses = context.gather(-_sweep(states, weight, context.local(labels), chunking, gradients))
-        gradients.keep(ctx)
+        gradients.save(ctx)
         ctx.mark_non_differentiable(losses)
         return losses, *((losses * w).sum() for w in token_weights)
 
@@ -65,7 +65,7 @@ class CrossEntropySums(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: torch.Tensor, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Scale the gradients that the forward pass computed."""
-        return *Gradients.kept(ctx, len(upstream)).scaled(upstream), *[None] * (3 + len(upstream))
+        return *Gradients.restore(ctx, len(upstream)).scale(upstream), *[None] * (3 + len(upstream))
 
 
 class LabelLogprobs(torch.autograd.Function):
@@ -84,9 +84,9 @@ class LabelLogprobs(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Apply the head again, now with the token weights `-upstream`."""
         states, weight, labels = ctx.saved_tensors
-        gradients = Gradients.zeros(states, weight, (-upstream,), *ctx.needs_input_grad[:2])
+        gradients = Gradients.allocate(states, weight, (-upstream,), *ctx.needs_input_grad[:2])
         _sweep(states, weight, labels, ctx.chunking, gradients, ctx.temperature)
-        return *gradients.scaled((upstream.new_ones(()),)), None, None, None
+        return *gradients.scale((upstream.new_ones(()),)), None, None, None
 
 
 def project(states: torch.Tensor, weight: torch.Tensor, token_rows: int,
@@ -114,29 +114,29 @@ class Gradients:
     models: a bf16 sum would lose later chunks."""
 
     @classmethod
-    def zeros(cls, states: torch.Tensor, weight: torch.Tensor, token_weights: tuple[torch.Tensor, ...],
-              of_states: bool, of_weight: bool) -> Gradients:
+    def allocate(cls, states: torch.Tensor, weight: torch.Tensor, token_weights: tuple[torch.Tensor, ...],
+                 of_states: bool, of_weight: bool) -> Gradients:
         """Allocate the needed gradients."""
         dtype = torch.promote_types(states.dtype, torch.float32)
         return cls(tuple(w.to(dtype) for w in token_weights), torch.empty_like(states) if of_states else None,
                    tuple(torch.zeros_like(weight, dtype=dtype) for _ in token_weights) if of_weight else ())
 
     @classmethod
-    def kept(cls, ctx: Any, num_sums: int) -> Gradients:
-        """Restore the gradients that `keep` saved for `num_sums` sums."""
+    def restore(cls, ctx: Any, num_sums: int) -> Gradients:
+        """Restore the gradients that `save` saved for `num_sums` sums."""
         of_states, *rest = ctx.saved_tensors
         return cls(tuple(rest[:num_sums]), of_states, tuple(rest[num_sums:]))
 
-    def keep(self, ctx: Any) -> None:
+    def save(self, ctx: Any) -> None:
         """Save the gradients for the backward pass."""
         ctx.save_for_backward(self.of_states, *self.token_weights, *self.of_weight)
 
     @property
-    def are_needed(self) -> bool:
+    def any_needed(self) -> bool:
         return self.of_states is not None or bool(self.of_weight)
 
-    def add(self, part: slice, states: torch.Tensor, weight: torch.Tensor, by_logits: torch.Tensor,
-            sums: torch.Tensor) -> None:
+    def add_chunk(self, part: slice, states: torch.Tensor, weight: torch.Tensor, by_logits: torch.Tensor,
+                  sums: torch.Tensor) -> None:
         """Add the gradients of a chunk.
 
         Args:
@@ -155,7 +155,7 @@ class Gradients:
             weighted = states * (token_weight[part] / sums)[:, None]
             _add_product(total, by_logits.t(), weighted.to(weight.dtype))
 
-    def scaled(self, factors: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def scale(self, factors: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Scale in place and return the gradients of ``sum over k of factors[k] * sum k`` with respect to
         hidden states and head weight.
 
@@ -165,7 +165,7 @@ class Gradients:
         if self.of_states is not None:
             # a hidden state contributes to all sums: add up factor * token weight before the product
             token_factors = torch.stack([f.reshape(1) * w
-                                     for f, w in zip(factors, self.token_weights, strict=True)]).sum(0)
+                                         for f, w in zip(factors, self.token_weights, strict=True)]).sum(0)
             self.of_states.mul_(token_factors[:, None])
         for factor, total in zip(factors, self.of_weight, strict=False):
             total.mul_(factor.reshape(1, 1))
@@ -190,7 +190,7 @@ def _sweep(states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chu
            gradients: Gradients, temperature: float = 1.0) -> torch.Tensor:
     """Return label log-probabilities [n] in float32 or wider, and accumulate gradients."""
     return torch.cat([_chunk(part, states[part], weight, labels[part], chunking, gradients, temperature)
-                      for part in chunking.parts(len(states))])
+                      for part in chunking.split_tokens(len(states))])
 
 
 def _chunk(part: slice, states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunking: Chunking,
@@ -200,7 +200,7 @@ def _chunk(part: slice, states: torch.Tensor, weight: torch.Tensor, labels: torc
     One tensor of logits is reused in place for exponentials and derivatives; a softcap needs a second."""
     group = parallel_state.get_tensor_model_parallel_group()
     logits = project(states, weight, chunking.token_rows, temperature, chunking.softcap)
-    slope = (softcap_slope(logits, chunking.softcap, temperature, chunking.token_rows) if gradients.are_needed
+    slope = (softcap_slope(logits, chunking.softcap, temperature, chunking.token_rows) if gradients.any_needed
              else None)
     # maximum over the whole vocabulary: exp must not overflow, and all processes subtract the same number
     largest = logits.max(dim=-1).values
@@ -218,14 +218,14 @@ def _chunk(part: slice, states: torch.Tensor, weight: torch.Tensor, labels: torc
     if group.size() > 1:
         torch.distributed.all_reduce(sums_to_reduce, group=group)
     chosen, sums = sums_to_reduce
-    if gradients.are_needed:
-        # sums * d(-log p)/d(logits) is exp(x) - sums at the label and exp(x) elsewhere; `Gradients.add`
+    if gradients.any_needed:
+        # sums * d(-log p)/d(logits) is exp(x) - sums at the label and exp(x) elsewhere; `Gradients.add_chunk`
         # divides the small factors instead of this tensor
         exponentials[torch.arange(len(column), device=column.device), column] -= sums.where(is_local, 0.0)
         if slope is not None:
             exponentials *= slope
         # logits are divided by the temperature, so their derivative by the states is too
-        gradients.add(part, states, weight, exponentials, sums * temperature)
+        gradients.add_chunk(part, states, weight, exponentials, sums * temperature)
     return chosen - sums.log()
 
 

@@ -48,12 +48,12 @@ class Chunks:
     """[documents + 1] int64 row indices: start of each document and end of the last."""
     host_bounds: torch.Tensor
     """`bounds` on the host, which avoids a device synchronization."""
-    asked: torch.Tensor
+    output_tokens: torch.Tensor
     """[outputs] int64 row indices of the output tokens."""
 
 
 def chunk_documents(documents: Sequence[tuple[int, int, int]], device: torch.device) -> Chunks:
-    """Cut adjacent documents, the first of which starts at 0.
+    """Cut adjacent documents into chunks; the first document starts at 0.
 
     Args:
         documents: row indices (start, first output token, end) of each.
@@ -87,7 +87,7 @@ def normalised(values: torch.Tensor) -> torch.Tensor:
 def in_chunks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor,
               rate: torch.Tensor, *, chunks: Chunks,
               state: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Apply the delta rule to all documents of a row, each with its own state.
+    """Apply the delta rule to the documents of a row, with one state per document.
 
     Args:
         query, key: [tokens, key heads, key channels], normalized; queries are already scaled.
@@ -154,7 +154,7 @@ def by_kernels(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, deca
         g=decay.flatten(1, 2)[None], beta=rate.flatten(1)[None], scale=1.0,
         cu_seqlens=chunks.bounds, cu_seqlens_cpu=chunks.host_bounds)
     heads: torch.Tensor = outputs[0].to(value.dtype).unflatten(1, value.shape[1:3])
-    return heads.index_select(0, chunks.asked)
+    return heads.index_select(0, chunks.output_tokens)
 
 
 def _fla_kernel() -> Callable[..., tuple[torch.Tensor, None]]:
@@ -189,7 +189,7 @@ def _decayed_products(lefts: Sequence[torch.Tensor], right: torch.Tensor,
         decayed_early = (early[..., 0, :, :] * (middle - decay[..., 0, :, :]).exp()).transpose(-1, -2)
         decay_since = (decay[..., 1, :, :] - middle).exp()
         products = [_joined(blocks, (left[..., 1, :, :] * decay_since) @ decayed_early)
-                 for blocks, left in zip(products, late, strict=True)]
+                    for blocks, left in zip(products, late, strict=True)]
         half *= 2
     return [blocks.squeeze(-3) for blocks in products]
 

@@ -96,16 +96,15 @@ class TeacherTopK:
     logprobs: torch.Tensor
     """[n, K] at the divergence's temperature; another temperature would need the other tokens."""
     keep_remainder: bool = True
-    """True: the probability of all other tokens forms one more event (TRL's `loss_add_tail`). False: both
-    distributions are normalized over the K tokens (arXiv 2601.18129), and their total probability receives no
-    gradient."""
+    """True: the remaining probability forms one more event (TRL's `loss_add_tail`). False: both distributions
+    are normalized over the K tokens (arXiv 2601.18129), and the total probability receives no gradient."""
 
     def compare(self, part: Tokens, student: torch.Tensor, divergence: Divergence, token_rows: int
                 ) -> tuple[torch.Tensor, torch.Tensor]:
 
         ids, teacher = self.ids[part].to(student.device), self.logprobs[part].to(student)
-        # ids cover the whole vocabulary, columns the local part: tokens of other processes read column 0 and
-        # are zeroed, so that the sum over the group counts each token once
+        # ids cover the whole vocabulary, columns the local part: foreign tokens read column 0 and are zeroed,
+        # so the sum over the group counts a token once
         column = ids - parallel_state.get_tensor_model_parallel_rank() * student.shape[1]
         is_local = (column >= 0) & (column < student.shape[1])
         column = column.where(is_local, 0)
@@ -162,15 +161,15 @@ class DivergenceSums(torch.autograd.Function):
 
         `differentiable` tells whether gradients are enabled outside: inside `forward` they never are.
         """
-        gradients = Gradients.zeros(states, weight, tuple(context.local(w) for w in token_weights),
-                                    differentiable and ctx.needs_input_grad[0],
-                                    differentiable and ctx.needs_input_grad[1])
+        gradients = Gradients.allocate(states, weight, tuple(context.local(w) for w in token_weights),
+                                       differentiable and ctx.needs_input_grad[0],
+                                       differentiable and ctx.needs_input_grad[1])
         chunk_values = []
-        for part in chunking.parts(len(states)):
+        for part in chunking.split_tokens(len(states)):
             chunk_values.append(
                 _of_chunk(part, states[part], weight, teacher, divergence, chunking, gradients))
         row_values = context.gather(torch.cat(chunk_values, dim=1).t().contiguous())
-        gradients.keep(ctx)
+        gradients.save(ctx)
         ctx.mark_non_differentiable(row_values)
         return row_values, *((row_values[:, 0] * w).sum() for w in token_weights)
 
@@ -178,7 +177,7 @@ class DivergenceSums(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: torch.Tensor, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Scale the gradients that the forward pass computed."""
-        return *Gradients.kept(ctx, len(upstream)).scaled(upstream), *[None] * (4 + len(upstream))
+        return *Gradients.restore(ctx, len(upstream)).scale(upstream), *[None] * (4 + len(upstream))
 
 
 def _of_chunk(part: slice, states: torch.Tensor, weight: torch.Tensor, teacher: Teacher,
@@ -186,15 +185,15 @@ def _of_chunk(part: slice, states: torch.Tensor, weight: torch.Tensor, teacher: 
     """Compare a chunk: states [C, H], weight [V / tp, H] -> [3, C]. Frees the chunk's logits on return."""
     logits = project(states, weight, chunking.token_rows, divergence.temperature, chunking.softcap)
     slope = (softcap_slope(logits, chunking.softcap, divergence.temperature, chunking.token_rows)
-             if gradients.are_needed else None)
+             if gradients.any_needed else None)
     student = _normalised(logits, chunking.token_rows)
     del logits  # free memory: the comparison needs two chunks
     values, derivative = teacher.compare(part, student, divergence, chunking.token_rows)
-    if gradients.are_needed:
+    if gradients.any_needed:
         if slope is not None:
             derivative *= slope
         temperature = values.new_full((values.shape[1],), divergence.temperature)
-        gradients.add(part, states, weight, derivative, temperature)
+        gradients.add_chunk(part, states, weight, derivative, temperature)
     return values
 
 
@@ -251,8 +250,8 @@ def _compare(student: torch.Tensor, teacher: torch.Tensor, beta: float, over_gro
     p, q = student.exp(), teacher.exp()
     teacher_kl = None
     if 0 < beta < 1:
-        # log m = logaddexp(log q + log beta, log p + log(1 - beta)) with log(1 - beta) factored out, so that
-        # it needs only one more tensor
+        # log m = logaddexp(log q + log beta, log p + log(1 - beta)) with log(1 - beta) factored out, which
+        # needs only one more tensor
         mixture = teacher + math.log(beta / (1 - beta))
         torch.logaddexp(student, mixture, out=mixture).add_(math.log(1 - beta))
         teacher_kl = (teacher - mixture).mul_(q).sum(-1)

@@ -73,8 +73,8 @@ def refuse_without_chip(train: TrainConfig, serves: bool) -> None:
 
 @contextmanager
 def in_bf16(config: Any) -> Iterator[None]:
-    """Disable quantization inside the context: rows may then have any length, and outputs equal those of the
-    exported bf16 weights."""
+    """Disable quantization inside the context: rows may then have any length, and outputs match the exported
+    bf16 weights."""
     previous = {name: getattr(config, name) for name in FIELDS}
     config.fp8 = config.fp4 = None
     config.moe_router_padding_for_quantization = False
@@ -105,28 +105,29 @@ class Fusion:
     """Field of `GpuConfig`."""
     field: str
     """Field of the library's `TransformerConfig`."""
-    needs: Callable[[Here], bool]
+    is_possible: Callable[[Here], bool]
     """Whether the kernel can be enabled in this model and layout."""
-    serves: Callable[[ModelConfig], bool] = lambda model: True
-    """Whether the kernel computes this model correctly, so that `auto` enables it; called only if `needs`."""
+    is_correct: Callable[[ModelConfig], bool] = lambda model: True
+    """Whether `auto` enables the kernel: it computes this model correctly. Called only if `is_possible`."""
 
-    def value(self, gpu: GpuConfig, here: Here) -> bool:
+    def value(self, gpu: GpuConfig, context: Here) -> bool:
         """Return the value of the library's field."""
         chosen = getattr(gpu, self.setting)
-        return (chosen != "off" and here.te and self.needs(here)
-                and (chosen == "on" or self.serves(here.model)))
+        return (chosen != "off" and context.te and self.is_possible(context)
+                and (chosen == "on" or self.is_correct(context.model)))
 
 
 FUSIONS = (
     # the softmax scale contains YaRN's factor, so the kernel only rotates
-    Fusion("rope_fusion", "apply_rope_fusion", lambda here: here.parallel.cp == 1
+    Fusion("rope_fusion", "apply_rope_fusion", lambda context: context.parallel.cp == 1
            # the latent attention kernel would need a table of cosines and sines
-           and here.model.latent_attention is None),
-    Fusion("router_fusion", "moe_router_fusion", lambda here: here.model.num_moe_layers() > 0,
+           and context.model.latent_attention is None),
+    Fusion("router_fusion", "moe_router_fusion", lambda context: context.model.num_moe_layers() > 0,
            lambda model: not router.problem(model)),
-    Fusion("permute_fusion", "moe_permute_fusion", lambda here: here.model.num_moe_layers() > 0),
-    Fusion("swiglu_fusion", "bias_activation_fusion", lambda here: here.model.activation != "gelu_tanh"),
-    Fusion("grad_accumulation_fusion", "gradient_accumulation_fusion", lambda here: True),
+    Fusion("permute_fusion", "moe_permute_fusion", lambda context: context.model.num_moe_layers() > 0),
+    Fusion("swiglu_fusion", "bias_activation_fusion",
+           lambda context: context.model.activation != "gelu_tanh"),
+    Fusion("grad_accumulation_fusion", "gradient_accumulation_fusion", lambda context: True),
 )
 OVERLAP = ("overlap_moe_expert_parallel_comm", "delay_wgrad_compute")
 """Fields set after the config's validation."""
@@ -141,7 +142,7 @@ ALLOCATOR, EXPANDABLE = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"), "expa
 """Both names of torch's allocator variable, and the option that conflicts with NCCL's registration."""
 
 
-def transformer_settings(gpu: GpuConfig, train: TrainConfig, here: Here) -> dict[str, Any]:
+def transformer_settings(gpu: GpuConfig, train: TrainConfig, context: Here) -> dict[str, Any]:
     """Return the `TransformerConfig` fields for kernels, recomputation, offloading and CUDA graphs.
 
     Settings that this process cannot use are off: `refuse` has rejected training with them, so the model is
@@ -149,40 +150,41 @@ def transformer_settings(gpu: GpuConfig, train: TrainConfig, here: Here) -> dict
     """
     from megatron.core.transformer.enums import AttnBackend
 
-    settings: dict[str, Any] = {fusion.field: fusion.value(gpu, here) for fusion in FUSIONS}
-    settings["attention_backend"] = AttnBackend[gpu.attention if here.te else "auto"]
+    settings: dict[str, Any] = {fusion.field: fusion.value(gpu, context) for fusion in FUSIONS}
+    settings["attention_backend"] = AttnBackend[gpu.attention if context.te else "auto"]
     if train.recompute is True:
         settings |= {"recompute_granularity": "full", "recompute_method": "uniform",
                      "recompute_num_layers": 1}
     elif train.recompute == "selective":
         settings |= {"recompute_granularity": "selective", "recompute_modules": [
-            m for m in gpu.recompute_modules if here.te or m not in RECOMPUTED_WITH_TE]}
-    if gpu.offload_modules and here.te:
+            m for m in gpu.recompute_modules if context.te or m not in RECOMPUTED_WITH_TE]}
+    if gpu.offload_modules and context.te:
         settings |= {"fine_grained_activation_offloading": True, "offload_modules": list(gpu.offload_modules)}
-    if gpu.cuda_graphs and here.te:
+    if gpu.cuda_graphs and context.te:
         # graphs are captured before the first step, and the capture includes its own warm-up
         settings |= {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": list(gpu.cuda_graphs),
                      "cuda_graph_warmup_steps": 0}
     return settings
 
 
-def expert_settings(gpu: GpuConfig, here: Here) -> dict[str, Any]:
+def expert_settings(gpu: GpuConfig, context: Here) -> dict[str, Any]:
     """Return the `TransformerConfig` fields of models with experts."""
-    parallel, dispatcher = here.parallel, here.parallel.expert_dispatcher
-    overlap = {"moe_shared_expert_overlap": gpu.shared_expert_overlap == "on" and here.te,
+    parallel, dispatcher = context.parallel, context.parallel.expert_dispatcher
+    overlap = {"moe_shared_expert_overlap": gpu.shared_expert_overlap == "on" and context.te,
                "overlap_moe_expert_parallel_comm": parallel.expert_overlap == "micro_batches",
-               "delay_wgrad_compute": parallel.delay_weight_grads and here.te,
-               **({OF_DISPATCH: True} if parallel.expert_overlap == "weight_gradients" and here.te else {}),
+               "delay_wgrad_compute": parallel.delay_weight_grads and context.te,
                **({"moe_flex_dispatcher_num_sms": gpu.exchange_sms} if gpu.exchange_sms else {})}
+    if parallel.expert_overlap == "weight_gradients" and context.te:
+        overlap[OF_DISPATCH] = True
     if dispatcher in DEEP_EP_NAMES:
-        if not here.te:
+        if not context.te:
             return overlap | {"moe_token_dispatcher_type": "alltoall"}
         return overlap | {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": dispatcher}
     return overlap | {"moe_token_dispatcher_type": dispatcher}
 
 
 def gradient_settings(gpu: GpuConfig, parallel: ParallelConfig, *, bf16: bool) -> dict[str, Any]:
-    """Return fields of `DistributedDataParallelConfig`; `bf16` tells whether parameters are bf16."""
+    """Return fields of `DistributedDataParallelConfig`; `bf16`: parameters are bf16."""
     # the wrapper must wait for delayed weight gradients before it reduces them
     delayed = parallel.delay_weight_grads or parallel.expert_overlap == "weight_gradients"
     return {"delay_wgrad_compute": delayed,
@@ -204,56 +206,57 @@ def moment_settings(gpu: GpuConfig) -> dict[str, Any]:
 
 def resolve_auto(config: RunConfig, te: bool) -> dict[str, Any]:
     """Return the effective value of each setting that may be `auto`: on or off, or the attention."""
-    here = Here(te, config.model, config.parallel)
-    own_attention = own_attention_serves(here, config.gpu.attention, config.train.deterministic)
-    by_name = exchanges_heads(here, config.gpu.attention) or not own_attention
-    return {**{fusion.setting: fusion.value(config.gpu, here) for fusion in FUSIONS},
-            "linear_attention": uses_delta_kernels(here, config.gpu, config.train.deterministic),
+    context = Here(te, config.model, config.parallel)
+    own_attention = own_attention_serves(context, config.gpu.attention, config.train.deterministic)
+    by_name = exchanges_heads(context, config.gpu.attention) or not own_attention
+    return {**{fusion.setting: fusion.value(config.gpu, context) for fusion in FUSIONS},
+            "linear_attention": uses_delta_kernels(context, config.gpu, config.train.deterministic),
             "attention": config.gpu.attention if by_name else "local"}
 
 
-def own_attention_serves(here: Here, attention: str, deterministic: bool) -> bool:
+def own_attention_serves(context: Here, attention: str, deterministic: bool) -> bool:
     """Return whether `DocumentAttention` is used.
 
     Under `auto` it is used if Transformer Engine has no suitable kernel: on Hopper the fused kernel is
     deterministic only for short rows, and some cuDNN versions lack a kernel for packed rows.
 
     Args:
-        here: model, layout and modules.
+        context: model, layout and modules.
         attention: `gpu.attention`.
         deterministic: `train.deterministic`.
     """
-    model = here.model
-    if not here.te or here.parallel.cp > 1 or attention == "local":
+    model = context.model
+    if not context.te or context.parallel.cp > 1 or attention == "local":
         return True
     if attention != "auto":
         return False
-    return deterministic or bool(_without_heads(model) or without_kernel(model, here.parallel.tp, attention))
+    return deterministic or bool(
+        _without_heads(model) or without_kernel(model, context.parallel.tp, attention))
 
 
 FLA_KEYS = 256
 """Largest key head size of flash-linear-attention's kernels."""
 
 
-def uses_delta_kernels(here: Here, gpu: GpuConfig, deterministic: bool) -> bool:
+def uses_delta_kernels(context: Here, gpu: GpuConfig, deterministic: bool) -> bool:
     """Return whether layers with linear attention train with flash-linear-attention's kernels.
 
     Triton autotunes kernels in each process, so results are not deterministic.
 
     Args:
-        here: model, layout and modules.
+        context: model, layout and modules.
         gpu: GPU settings.
         deterministic: `train.deterministic`.
     """
-    linear = here.model.linear_attention
-    return (here.te and linear is not None and not deterministic and gpu.linear_attention != "torch"
+    linear = context.model.linear_attention
+    return (context.te and linear is not None and not deterministic and gpu.linear_attention != "torch"
             and linear.key_head_dim <= FLA_KEYS and not lacking_fla())
 
 
-def exchanges_heads(here: Here, attention: str) -> bool:
+def exchanges_heads(context: Here, attention: str) -> bool:
     """Return whether context parallelism exchanges heads (all-to-all), for attention selected by name;
     otherwise it gathers keys and values."""
-    return here.te and here.parallel.cp > 1 and attention not in ("auto", "local")
+    return context.te and context.parallel.cp > 1 and attention not in ("auto", "local")
 
 
 def _without_heads(model: ModelConfig) -> str:
@@ -291,19 +294,19 @@ def refuse(config: RunConfig, te: bool) -> None:
     Raises:
         SettingsError: one sentence per setting.
     """
-    gpu, here = config.gpu, Here(te, config.model, config.parallel)
+    gpu, context = config.gpu, Here(te, config.model, config.parallel)
     dispatcher = config.parallel.expert_dispatcher
     routes = gpu.router_fusion == "on" and te and config.model.num_moe_layers() > 0
     router_problem = router.problem(config.model) if routes else ""
     problems = find_broken_rules(
         gpu, "gpu",
-        *((getattr(gpu, fusion.setting) != "on" or fusion.value(gpu, here), fusion.setting,
+        *((getattr(gpu, fusion.setting) != "on" or fusion.value(gpu, context), fusion.setting,
            "has nothing to do in this model and layout" if te else NEEDS_TE, "leave it out")
           for fusion in FUSIONS),
         (not router_problem, "router_fusion", router_problem),
         (gpu.shared_expert_overlap == "off" or te, "shared_expert_overlap", NEEDS_TE, "leave it out"),
-        *_attention_rules(config, here),
-        *_linear_attention_rules(config, here),
+        *_attention_rules(config, context),
+        *_linear_attention_rules(config, context),
         *((te or module not in gpu.recompute_modules, "recompute_modules",
            f"names {module}, which {NEEDS_TE}", f"name {instead}")
           for module, instead in RECOMPUTED_WITH_TE.items()),
@@ -338,16 +341,16 @@ def refuse(config: RunConfig, te: bool) -> None:
         raise SettingsError(f"recipe {config.recipe}", problems)
 
 
-def _linear_attention_rules(config: RunConfig, here: Here) -> list[tuple[bool, str, str, str]]:
+def _linear_attention_rules(config: RunConfig, context: Here) -> list[tuple[bool, str, str, str]]:
     """Return the rules of `gpu.linear_attention` = fla as (holds, setting, fault, fix)."""
     if config.gpu.linear_attention != "fla":
         return []
-    sizes = here.model.linear_attention
+    sizes = context.model.linear_attention
     linear = sizes is not None
-    reason = lacking_fla() if here.te and sizes is not None else ""
+    reason = lacking_fla() if context.te and sizes is not None else ""
     return [
         (linear, "linear_attention", "has nothing to do in this model", "leave it out"),
-        (here.te or not linear, "linear_attention", NEEDS_TE, "set it to torch"),
+        (context.te or not linear, "linear_attention", NEEDS_TE, "set it to torch"),
         (not config.train.deterministic, "linear_attention",
          "does not repeat its bits (train.deterministic)", "set it to torch"),
         (sizes is None or sizes.key_head_dim <= FLA_KEYS, "linear_attention",
@@ -373,14 +376,15 @@ def _overlap_rules(config: RunConfig, te: bool) -> list[tuple[bool, str, str, st
          "_at_end) still need, with parallel.expert_dispatcher = hybridep", "use deepep, or set both to 0")]
 
 
-def _attention_rules(config: RunConfig, here: Here) -> list[tuple[bool, str, str, str]]:
+def _attention_rules(config: RunConfig, context: Here) -> list[tuple[bool, str, str, str]]:
     """Return the violated rules of `gpu.attention`."""
     rules: list[tuple[str, str]] = []
     attention = config.gpu.attention
-    if attention not in ("auto", "local") and not here.te:
+    if attention not in ("auto", "local") and not context.te:
         rules.append((NEEDS_TE, "set it to auto or local"))
     elif attention == "fused" and (
-            why := _without_heads(here.model) or without_kernel(here.model, here.parallel.tp, attention)):
+            why := _without_heads(context.model)
+            or without_kernel(context.model, context.parallel.tp, attention)):
         rules.append((f"cannot be: {why}", "install a newer one, or set it to auto or local"))
     elif attention == "fused" and config.train.deterministic and (why := _without_repeats()):
         rules.append((f"cannot be with train.deterministic = true: Transformer Engine's fused attention does "
@@ -388,7 +392,7 @@ def _attention_rules(config: RunConfig, here: Here) -> list[tuple[bool, str, str
     elif attention == "flash" and not any(map(importlib.util.find_spec,
                                               ("flash_attn", "flash_attn_3", "flash_attn_interface"))):
         rules.append(("cannot be: FlashAttention is not installed", "install flash-attn, or set auto"))
-    for kernel, name in TE_ATTENTION_VARIABLES.items() if here.te else ():
+    for kernel, name in TE_ATTENTION_VARIABLES.items() if context.te else ():
         # the library raises an error if these variables contradict the setting
         value, wanted = os.environ.get(name), str(int(attention in ("auto", kernel)))
         if value not in (None, wanted):

@@ -95,8 +95,8 @@ class CachedAttention(torch.nn.Module):
         rows = torch.arange(group.slot, group.slot + count, device=device)[:, None]
         for cache, new in zip(self.stored, (key, value), strict=False):
             cache[rows, :, positions % self.capacity] = new
-        # write before reading, so that new tokens see each other; entries after the longest sequence are
-        # never read
+        # write before reading: new tokens attend to new tokens. Entries after the longest sequence are never
+        # read
         filled = min(self.capacity, max(group.past) + group.length)
         keys, values = (cache[group.slot:group.slot + count, :, :filled]
                         for cache in (self.stored[0], self.stored[-1]))
@@ -167,22 +167,20 @@ def keep(model: Any, size: CacheSize) -> Iterator[list[CachedAttention | KeptSta
             module.core_attention = CachedAttention(size, softmax_scale(architecture, layer_type),
                                                     windows[module.layer_number - 1])
         for layer in linear:
-            layer.kept = KeptState(size, layer)
-        yield [m.core_attention for m in attentions] + [layer.kept for layer in linear]
+            layer.state_cache = KeptState(size, layer)
+        yield [m.core_attention for m in attentions] + [layer.state_cache for layer in linear]
     finally:
         for layer in linear:
-            layer.kept = None
+            layer.state_cache = None
         config.apply_rope_fusion = fused
         for module, attention in previous:
             module.core_attention = attention
 
 
 # Multi-head latent attention for rows of packed documents at every layout, with a cache of compressed
-# vectors.
-#
-# Megatron-Core computes its own float32 angles for rows with one document; here each token gets the angles of
-# its position, as in all other layers. Megatron-Core's unfused module splits the down projections over the
-# tensor-parallel group, and each process would keep only its own heads' part of the rotated key's gradient
+# vectors. Megatron-Core computes float32 angles for rows with one document; this module takes per-token
+# angles. Megatron-Core's unfused module splits the down projections over the tensor-parallel group, and a
+# process would keep only the part of the rotated key's gradient that comes from its heads
 # (`_GatherFromModelParallelRegion.backward`); here, as with Transformer Engine, the projections are
 # replicated.
 
@@ -200,7 +198,7 @@ def latent_settings(model: ModelConfig) -> dict[str, Any]:
             "qk_pos_emb_head_dim": latent.qk_rope_head_dim, "v_head_dim": latent.v_head_dim,
             # width of the rotary table
             "kv_channels": latent.qk_rope_head_dim, "qk_layernorm": True,
-            # with "rope" there is no factor on cosine and sine
+            # "rope" puts no factor on cosine and sine
             "rope_type": "rope"}
 
 

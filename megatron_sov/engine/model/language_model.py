@@ -31,12 +31,12 @@ from megatron_sov.runs.checkpoints import AdapterBase
 # data-parallel wrapper would then watch the old tensor, and the weight would never train.
 
 def made_here() -> contextlib.AbstractContextManager[object]:
-    """Return a context that creates tensors on the local GPU by default; without a GPU it does nothing."""
+    """Return a context that creates tensors on the local GPU by default, or a null context without a GPU."""
     return local_device() if on_gpu() else contextlib.nullcontext()
 
 
 def place(module: torch.nn.Module, device: torch.device) -> None:
-    """Move all parameters and buffers to `device` before other objects hold references to them."""
+    """Move parameters and buffers to `device`, before hooks and buffers reference the old tensors."""
     for part in module.modules():
         for parameter in part._parameters.values():
             if parameter is not None and parameter.device != device:
@@ -144,7 +144,7 @@ class LanguageModel(torch.nn.ModuleList):
         self.config = chunks[0].config
         """The library's `TransformerConfig`."""
         self.vocab_size = architecture.vocab_size
-        """Number of token ids; each chunk pads its `vocab_size` to a multiple of the tensor-parallel size."""
+        """Number of token ids; a chunk's `vocab_size` is padded to a multiple of the tensor-parallel size."""
         self.stand_ins = quantized_weights.stand_ins(self)
         """`id(parameter)` -> meta tensor that stands for an FP8 weight, see `quantized_weights`."""
         self.masters: Callable[[Any, torch.nn.Parameter | None], Iterator[Any]] | None = None
@@ -153,8 +153,8 @@ class LanguageModel(torch.nn.ModuleList):
         self.make_of_masters: Callable[[], None] | None = None
         """Quantizes the FP8 weights from their master weights."""
         self.pending_gather: Callable[[], None] | None = None
-        """Starts the all-gather of the last update for the other data-parallel processes. None: all
-        processes have the updated weights."""
+        """All-gathers the last update over the data-parallel group. None: every process has the updated
+        weights."""
 
     def finish_param_gather(self) -> None:
         """Wait until every process holds the updated weights. Collective.
@@ -177,7 +177,7 @@ class LanguageModel(torch.nn.ModuleList):
         tied = last.share_embeddings_and_output_weights
         weight: torch.Tensor = last.shared_embedding_or_output_weight() if tied else last.output_layer.weight
         adapter = last.adapters.head if last.adapters is not None else None
-        return weight if adapter is None else adapter.merged(weight)
+        return weight if adapter is None else adapter.merge_weight(weight)
 
 
 def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
@@ -260,7 +260,7 @@ def valid_rows(weight: torch.Tensor, vocab_size: int) -> int:
 
 @torch.no_grad()
 def _zero_padding_rows(chunk: Chunk, vocab_size: int) -> None:
-    """Zero the padding rows: nothing writes them later, and they receive no gradient."""
+    """Zero the padding rows: no code writes padding rows later, and no gradient reaches them."""
     for name, weight in chunk.named_parameters():
         if name in VOCABULARY_WEIGHTS:
             weight[valid_rows(weight, vocab_size):] = 0

@@ -27,7 +27,7 @@ from megatron_sov.engine.parallel import context
 from megatron_sov.model.config import LinearAttentionConfig
 
 SPLIT = {"A_log": 0, "dt_bias": 0, "conv1d.weight": 0}
-"""Parameters other than projections that are split by heads -> axis."""
+"""Name -> axis of the parameters split by heads, without projections."""
 
 
 class Weight(torch.nn.Module):
@@ -49,7 +49,7 @@ class WholeLinear(torch.nn.Module):
     def __init__(self, inputs: int, outputs: int, config: Any) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype))
-        # each process computes the gradient of its own tokens; the library sums them as for a norm
+        # the gradient covers local tokens; the library sums over processes as for a norm
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -100,7 +100,7 @@ class LinearAttention(MegatronModule):
         self.decay_up_proj, self.output_up_proj = (
             self._by_heads(projections[2], sizes.gate_rank, sizes.num_key_heads * width, "fc1")
             for width in (sizes.key_head_dim, sizes.value_head_dim))
-        self.kept: KeptState | None = None
+        self.state_cache: KeptState | None = None
         """Cache of generated sequences. None: the layer reads rows of documents."""
 
     def _by_heads(self, kind: Any, inputs: int, outputs: int, buffer: str) -> Any:
@@ -122,9 +122,9 @@ class LinearAttention(MegatronModule):
             [tokens / sequence-parallel size, 1, hidden], and None for the bias.
         """
         assert packed_seq_params is not None, "LinearAttention needs packed documents or spans"
-        convolved, gate, gates = self.projected(hidden_states)
-        if self.kept is not None:
-            output_heads = self.kept.read(convolved, gates, packed_seq_params)
+        convolved, gate, gates = self._project(hidden_states)
+        if self.state_cache is not None:
+            output_heads = self.state_cache.read(convolved, gates, packed_seq_params)
         else:
             output_heads = self._of_documents(torch.cat([convolved, gates], -1), packed_seq_params)
         # each process normalizes its own heads: sum the weight's gradient over the group
@@ -139,7 +139,7 @@ class LinearAttention(MegatronModule):
             output_heads.flatten(1).to(hidden_states.dtype)[:, None])
         return output
 
-    def projected(self, hidden: torch.Tensor) -> Sequence[torch.Tensor]:
+    def _project(self, hidden: torch.Tensor) -> Sequence[torch.Tensor]:
         """Project [tokens / sequence-parallel size, 1, hidden] to convolution inputs, output gates, and
         rate and decay inputs, [tokens, heads, channels] each."""
         narrow = self.gates_down_proj(hidden)[0].chunk(2, -1)
@@ -150,7 +150,7 @@ class LinearAttention(MegatronModule):
         convolved, rate = projected.split([self.sizes.convolved_channels, 1], -1)
         return convolved, gate, torch.cat([rate, decay], -1)
 
-    def gates(self, gates: torch.Tensor, heads: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def _compute_gates(self, gates: torch.Tensor, heads: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Map gate inputs [..., heads, channels], in the dtype of the state, to decays [..., heads, 1, key
         channels] and learning rates [..., heads, 1]."""
         rate, step = gates.split([1, self.sizes.key_head_dim], -1)
@@ -169,7 +169,7 @@ class LinearAttention(MegatronModule):
         local_heads = context.share(inputs.shape[1]) if is_split else slice(None)
         wide = self.convolution(local_heads)
         mixed = short_convolution(convolved.flatten(1).to(wide.dtype), wide, packed.chunks.positions)
-        parts = self.parts(mixed.unflatten(-1, convolved.shape[1:]), gates, local_heads)
+        parts = self.prepare_delta_inputs(mixed.unflatten(-1, convolved.shape[1:]), gates, local_heads)
         if self.config.delta_kernels:
             output_heads = by_kernels(*parts, chunks=packed.chunks, dtype=self.config.params_dtype)
         else:
@@ -184,8 +184,8 @@ class LinearAttention(MegatronModule):
         weight = self.conv1d().unflatten(0, (self.heads, -1))[heads]
         return weight.flatten(0, 1).squeeze(1).to(torch.promote_types(weight.dtype, torch.float32))
 
-    def parts(self, mixed: torch.Tensor, gates: torch.Tensor,
-              heads: slice = slice(None)) -> list[torch.Tensor]:
+    def prepare_delta_inputs(self, mixed: torch.Tensor, gates: torch.Tensor,
+                             heads: slice = slice(None)) -> list[torch.Tensor]:
         """Return query, key, value, decay and learning rate for the delta rule.
 
         Args:
@@ -195,7 +195,7 @@ class LinearAttention(MegatronModule):
         """
         width = self.sizes.key_head_dim
         query, key, value = silu(mixed).split([width, width, self.sizes.value_head_dim], -1)
-        decay, rate = self.gates(gates.to(mixed.dtype), heads)
+        decay, rate = self._compute_gates(gates.to(mixed.dtype), heads)
         if self.sizes.negative_eigenvalues:
             rate = 2 * rate
         return [normalised(query) * width ** -0.5, normalised(key), value[..., None, :], decay, rate]
@@ -249,7 +249,7 @@ class KeptState:
             rows = slice(group.start, group.start + len(group.past) * group.length)
             shape = (len(group.past), group.length)
             outputs[rows] = self._read(group, convolved[rows].flatten(1).to(wide.dtype).unflatten(0, shape),
-                                     gates[rows].unflatten(0, shape), wide).flatten(0, 1)
+                                       gates[rows].unflatten(0, shape), wide).flatten(0, 1)
         return outputs
 
     def _read(self, group: CacheGroup, convolved: torch.Tensor, gates: torch.Tensor,
@@ -259,7 +259,7 @@ class KeptState:
         slots, length = slice(group.slot, group.slot + len(group.past)), group.length
         self._begin(group)
         num_accepted = torch.tensor([past - self._past[group.slot + i] for i, past in enumerate(group.past)],
-                              device=wide.device)
+                                    device=wide.device)
         if ((num_accepted < 0) | (num_accepted > self._open)).any():
             raise RuntimeError(f"slots from {group.slot} on have read {self._past[slots]} tokens and resume "
                                f"at {group.past}: the state can roll back at most {self._open} tokens")
@@ -267,7 +267,7 @@ class KeptState:
         inputs = torch.cat([_moved(self._inputs[slots], self._open - num_accepted), convolved], 1)
         gates = torch.cat([_moved(self._gates[slots], self._open - num_accepted), gates], 1)
         mixed = convolved_windows(inputs, wide).unflatten(-1, (self._layer.heads, -1))
-        query, key, value, decay, rate = self._layer.parts(mixed, gates)
+        query, key, value, decay, rate = self._layer.prepare_delta_inputs(mixed, gates)
         num_rejected = self._open - num_accepted
         is_rejected = torch.arange(mixed.shape[1], device=wide.device) < num_rejected[:, None]
         rate = rate.masked_fill(is_rejected[..., None, None], 0)

@@ -36,7 +36,7 @@ class LocalShard:
 
     @property
     def owned(self) -> bool:
-        """Whether this process, among all with the same block, writes it."""
+        """Whether this process writes the block (replica 0 does)."""
         return not any(self.replica)
 
     @property
@@ -55,7 +55,8 @@ def local_shards(model: LanguageModel, *, rounded: bool = False) -> list[LocalSh
     if not model.stand_ins:
         return blocks
     lookup = ParameterLookup(model)
-    shards = [shard for block in blocks for shard in _at_home(model, block, lookup.find(block), rounded)]
+    shards = [shard for block in blocks
+              for shard in _at_home(model, block, lookup.find_parameter(block), rounded)]
     return sorted(shards, key=lambda b: (b.key, b.offset))
 
 
@@ -113,7 +114,7 @@ class ParameterLookup:
                         key=lambda item: item[0])
         self._parameters, self._starts = [p for _, p in placed], [start for start, _ in placed]
 
-    def find(self, block: LocalShard) -> torch.nn.Parameter | None:
+    def find_parameter(self, block: LocalShard) -> torch.nn.Parameter | None:
         """Return the parameter that contains the block's memory, or None for a buffer."""
         storage, offset = address = _address(block.data)
         i = bisect.bisect_right(self._starts, address) - 1

@@ -87,13 +87,13 @@ class Head:
             Term -> its sum over the whole row, as in `cross_entropy`; and the statistics.
         """
         row_values, *sums = DivergenceSums.apply(states_for_head(hidden, self.config), self.weight, teacher,
-                                             divergence, self._chunking, torch.is_grad_enabled(),
-                                             *weights.values())
+                                                 divergence, self._chunking, torch.is_grad_enabled(),
+                                                 *weights.values())
         return dict(zip(weights, sums, strict=True)), Divergences(*row_values.unbind(1))
 
     def logprobs(self, hidden: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0,
                  wanted: torch.Tensor | None = None) -> torch.Tensor:
-        """Return log p(label) of each position, for losses that are not weighted sums of them.
+        """Return log p(label) at every position, for losses other than weighted sums.
 
         Such a loss knows its derivative only in the backward pass, which applies the head a second time.
 

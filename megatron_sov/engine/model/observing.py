@@ -21,14 +21,14 @@ Sums = tuple[float, float]
 Place = tuple[int, str]
 BEFORE = "before the first module"
 LEFT, CAME = "forward behind ", "backward of "
-"""Prefixes of step parts that begin when a module returns, or when the gradient of its output arrives."""
+"""Prefixes of step parts: a module has returned, or the gradient of a module's output has arrived."""
 REDUCED = "DATA_PARALLEL"
-"""Part of the names of groups that reduce gradients, which may overlap with the backward pass."""
+"""Substring in the names of gradient reduction groups; reduction may overlap with the backward pass."""
 _EXPERT = re.compile(r"\.local_experts\.\d+")
 _PARTIAL = re.compile(r"\.mlp\.experts(\.local_experts\.\d+(\.linear_fc2)?)?$")
 """Expert modules whose output is partial under expert tensor parallelism."""
 MOST_EXPERTS = 16
-"""Largest number of local experts per layer that are observed one by one."""
+"""Maximum number of local experts per layer for sums per expert."""
 _REPLICA_TOLERANCE = 1e-12
 """Relative tolerance: sums this close belong to replicas of a tensor; sums of two parts differ more."""
 
@@ -46,8 +46,9 @@ class Observed:
     forward: dict[Place, Sums] = field(default_factory=dict)
     """(step, module) -> sums of its outputs, in the order of first calls."""
     backward: dict[Place, Sums] = field(default_factory=dict)
-    """(step, module) -> sums of the gradients of its outputs, ordered by the arrival of the last gradient: a
-    module that is called twice, such as an embedding with MTP layers, is complete only then."""
+    """(step, module) -> sums over the gradients of the module's outputs, ordered by the last gradient's
+    arrival: a module called twice, for example an embedding with MTP layers, is complete only after the
+    last."""
     sent: dict[Place, dict[CallSite, None]] = field(default_factory=dict)
     """(step, part), for example part `forward of MODULE`, in the order of first messages -> call sites."""
     part: str = "building"
@@ -227,7 +228,7 @@ def _named(model: LanguageModel) -> Iterator[tuple[str, torch.nn.Module]]:
                 continue
             # with many local experts only their joint output is observed
             if (expert_match := _EXPERT.search(name)) and len(chunk.get_submodule(name[:expert_match.start()])
-                                                        .local_experts) > MOST_EXPERTS:
+                                                              .local_experts) > MOST_EXPERTS:
                 continue
             # partial output, summed only when it returns to the token
             if _PARTIAL.search(name) and parallel_state.get_expert_tensor_parallel_world_size() > 1:

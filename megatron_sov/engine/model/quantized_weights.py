@@ -34,7 +34,7 @@ def stand_ins(module: torch.nn.Module) -> dict[int, torch.nn.Parameter]:
             placeholders[id(parameter)] = placeholder = torch.nn.Parameter(empty, requires_grad=False)
             attributes = ("allreduce", "tensor_model_parallel", "partition_dim", "partition_stride")
             vars(placeholder).update({name: getattr(parameter, name)
-                                   for name in attributes if hasattr(parameter, name)})
+                                      for name in attributes if hasattr(parameter, name)})
     return placeholders
 
 
@@ -42,7 +42,7 @@ def stand_ins(module: torch.nn.Module) -> dict[int, torch.nn.Parameter]:
 def replaced(module: torch.nn.Module, by: dict[int, torch.nn.Parameter]) -> Iterator[None]:
     """Replace FP8 weights by their meta tensors inside the context, for declaring blocks."""
     owners = [(part._parameters, name, parameter) for part in module.modules()
-             for name, parameter in part._parameters.items() if id(parameter) in by]
+              for name, parameter in part._parameters.items() if id(parameter) in by]
     for parameters, name, parameter in owners:
         parameters[name] = by[id(parameter)]
     try:
@@ -94,7 +94,7 @@ def optimizer_settings(config: Any) -> dict[str, Any]:
 
 
 def quantize(optimizers: list[Any]) -> None:
-    """Quantize the local ranges of FP8 weights from their masters; a gather then completes all weights.
+    """Quantize the local ranges of FP8 weights from the masters; a gather then completes the weights.
 
     Args:
         optimizers: the library's distributed optimizers.
@@ -116,7 +116,7 @@ def quantize(optimizers: list[Any]) -> None:
                 target = flat[buffer_range.start:buffer_range.end]
                 # after a checkpoint load, the masters of bf16 weights may be older than the weights
                 target.copy_(main if is_quantized(parameter)
-                           else parameter.detach().view(-1)[local_range.start:local_range.end])
+                             else parameter.detach().view(-1)[local_range.start:local_range.end])
 
 
 def fill_buffers(optimizers: list[Any]) -> None:

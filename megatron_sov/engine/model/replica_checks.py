@@ -28,14 +28,14 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @torch.no_grad()
 def checksum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return the wrap-around sum of all elements read as integers, int64 []; any flipped bit changes it."""
+    """Add up all elements as integers, with wrap-around, int64 []; a flipped bit changes the sum."""
     # integer sums do not depend on the order, unlike float sums, and NaN does not absorb differences
     sums = [t.detach().contiguous().view(_INTEGERS[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
     return torch.stack(sums).sum().cpu() if sums else torch.zeros((), dtype=torch.int64)
 
 
 def gradients(model: LanguageModel) -> list[torch.Tensor]:
-    """Return the local gradient buffers (`main_grad`) of all parameters that have one."""
+    """Return the local gradient buffers (`main_grad`)."""
     return [p.main_grad for p in model.parameters() if hasattr(p, "main_grad")]
 
 
@@ -65,7 +65,7 @@ def _differs(local_checksum: torch.Tensor, group: Any) -> bool:
     dist.all_gather(gathered, tensor, group=group)
     values = Counter(int(t) for t in gathered)
     value, count = values.most_common(1)[0]
-        # two replicas cannot tell which of them is wrong: name both
+        # with two replicas either may be wrong: report both
     return len(values) > 1 and (count * 2 <= group.size() or int(local_checksum) != value)
 
 

@@ -34,12 +34,12 @@ def frequencies(model: ModelConfig) -> torch.Tensor:
         return plain
     yarn = model.yarn
 
-    def channel(rotations: float) -> float:
+    def find_channel(rotations: float) -> float:
         """Return the channel pair that turns `rotations` times over the original context."""
         return (dim * math.log(yarn.original_max_position_tokens / (rotations * 2 * math.pi))
                 / (2 * math.log(base)))
 
-    low, high = channel(yarn.beta_fast), channel(yarn.beta_slow)
+    low, high = find_channel(yarn.beta_fast), find_channel(yarn.beta_slow)
     low, high = max(math.floor(low), 0), min(math.ceil(high), dim - 1)
     # 1: wavelengths beyond the original context, divided by the factor; 0: short ones, unchanged
     interpolated = ((torch.arange(dim // 2, dtype=torch.float64) - low) / max(high - low, 1e-3)).clamp(0, 1)
@@ -83,8 +83,7 @@ def rotate_by(embedding: Any, model: ModelConfig, dtype: torch.dtype) -> None:
 
 
 def local_turns(model: ModelConfig) -> list[float] | None:
-    """Return the ratio of local to global frequency per rotated channel, for sliding layers with a theta of
-    their own. None: the same frequencies."""
+    """Return local / global frequency per rotated channel if `local_rope_theta` is set, else None."""
     if model.local_rope_theta is None:
         return None
     with CPU:  # the model may be built on meta tensors, but frequencies are needed

@@ -94,26 +94,28 @@ class OwnLayer(TransformerLayer):
     graph of every forward pass under `torch.no_grad`.
     """
 
-    def __init__(self, *args: Any, turns: Sequence[float] | None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, frequency_ratios: Sequence[float] | None, **kwargs: Any) -> None:
         """Create the layer.
 
         Args:
-            turns: per rotated channel, ratio between this layer's rotary frequency and the other layers'.
-                None: 1.
+            frequency_ratios: per rotated channel, ratio between this layer's rotary frequency and the other
+                layers'. None: 1.
         """
         super().__init__(*args, **kwargs)
         self.bias_dropout_add_exec_handler = contextlib.nullcontext
-        self._turns = turns
-        self._kept: torch.Tensor | None = None  # no buffer: the library casts buffers to the weights' dtype
+        self._frequency_ratios = frequency_ratios
+        # not a buffer: the library casts buffers to the weights' dtype
+        self._cached_ratios: torch.Tensor | None = None
 
     def _turns_beside(self, angles: torch.Tensor) -> torch.Tensor:
-        """Return `turns` in the dtype and on the device of `angles`; cached, as a copy blocks."""
-        if self._kept is None or (self._kept.device, self._kept.dtype) != (angles.device, angles.dtype):
-            self._kept = angles.new_tensor(self._turns)
-        return self._kept
+        """Return `frequency_ratios` in the dtype and on the device of `angles`; cached, as a copy blocks."""
+        cached = self._cached_ratios
+        if cached is None or (cached.device, cached.dtype) != (angles.device, angles.dtype):
+            cached = self._cached_ratios = angles.new_tensor(self._frequency_ratios)
+        return cached
 
     def _forward_attention(self, *args: Any, **kwargs: Any) -> Any:
-        if self._turns is not None:
+        if self._frequency_ratios is not None:
             angles = kwargs["rotary_pos_emb"]
             kwargs["rotary_pos_emb"] = angles * self._turns_beside(angles)
         return super()._forward_attention(*args, **kwargs)
@@ -159,7 +161,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     """Build the library's `TransformerConfig` from model, layout, training and GPU settings."""
     dtype = PRECISION[train.precision]
     te = uses_transformer_engine(dtype)
-    here = Here(te, model, parallel)
+    kernel_context = Here(te, model, parallel)
     settings: dict[str, Any] = {
         "num_layers": model.num_layers, "hidden_size": model.hidden_size,
         "num_attention_heads": model.num_heads, "num_query_groups": model.num_kv_heads,
@@ -184,7 +186,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         "masked_softmax_fusion": False, "bias_dropout_fusion": te,
         # the library would synchronize with the host at every message to support an older torch
         "hetereogenous_dist_checkpoint": True, "cuda_graph_modules": [], "batch_p2p_sync": False,
-        **transformer_settings(gpu, train, here),
+        **transformer_settings(gpu, train, kernel_context),
     }
     if not te and not on_gpu():
         settings["bias_activation_fusion"] = model.activation == "silu"  # patched by `gate_without_compiler`
@@ -196,7 +198,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     if model.num_mtp_layers:
         settings |= {"mtp_num_layers": model.num_mtp_layers, "mtp_loss_scaling_factor": model.mtp_loss_coeff}
     if model.num_moe_layers():
-        settings |= _moe_settings(model, te) | expert_settings(gpu, here)
+        settings |= _moe_settings(model, te) | expert_settings(gpu, kernel_context)
         settings["moe_router_dtype"] = "fp64" if dtype == torch.float64 else "fp32"
     # without Transformer Engine the settings are ignored: `refuse` rejects training, `plan` only inspects
     settings |= library_settings(train) if te else {}
@@ -206,9 +208,9 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     _per_layer_lists(config, model, parallel)
     if model.yarn is not None or model.attention_multiplier is not None:
         config.softmax_scale = softmax_scale(model, "sliding_attention")
-    config.own_attention, config.exchanges_heads = (
-        own_attention_serves(here, gpu.attention, train.deterministic), exchanges_heads(here, gpu.attention))
-    config.delta_kernels = uses_delta_kernels(here, gpu, train.deterministic)
+    config.own_attention = own_attention_serves(kernel_context, gpu.attention, train.deterministic)
+    config.exchanges_heads = exchanges_heads(kernel_context, gpu.attention)
+    config.delta_kernels = uses_delta_kernels(kernel_context, gpu, train.deterministic)
     config.routing_step = RoutingStep()
     for name in ("norm_topk_prob", "logits_multiplier", "mtp_depths", "zero_centered_norms"):
         setattr(config, name, getattr(model, name))
@@ -407,37 +409,37 @@ def exchanged(core_attention: Any) -> Any:
             if copies > 1:
                 key, value = (t.repeat_interleave(copies, dim=1) for t in (key, value))
             row = super().forward(*(context.exchange_tokens(t) for t in (query, key, value)), attention_mask,
-                                  attn_mask_type, attention_bias, packed_seq_params.whole)
+                                  attn_mask_type, attention_bias, packed_seq_params.unsplit)
             return context.exchange_heads(row.unflatten(-1, (-1, value.shape[-1]))).flatten(1)
 
     return ModuleSpec(module=ExchangedAttention, params=getattr(core_attention, "params", {}))
 
 
 def _with_scale(core_attention: Any, scale: float) -> Any:
-    """Return the spec of a core attention with its own softmax scale."""
+    """Return a core attention's spec with another softmax scale than `config.softmax_scale`."""
     from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 
-    class OwnScale(get_module(core_attention)):  # type: ignore[misc]
+    class ScaledAttention(get_module(core_attention)):  # type: ignore[misc]
         def __init__(self, *args: Any, softmax_scale: float | None, **kwargs: Any) -> None:
             super().__init__(*args, softmax_scale=scale, **kwargs)
 
-    return ModuleSpec(module=OwnScale, params=getattr(core_attention, "params", {}))
+    return ModuleSpec(module=ScaledAttention, params=getattr(core_attention, "params", {}))
 
 
 def _with_window(core_attention: Any, window: int) -> Any:
-    """Return the spec of a core attention with its own window in tokens; Megatron-Core has one window for
-    all sliding layers. Never run on a GPU by this project."""
+    """Return a core attention's spec with another window, in tokens; Megatron-Core has one `window_size` for
+    all layers. Never run on a GPU by this project."""
     import copy
 
     from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 
-    class OwnWindow(get_module(core_attention)):  # type: ignore[misc]
+    class WindowedAttention(get_module(core_attention)):  # type: ignore[misc]
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             own_config = copy.copy(config)
             own_config.window_size = (window - 1, 0)
             super().__init__(own_config, *args, **kwargs)
 
-    return ModuleSpec(module=OwnWindow, params=getattr(core_attention, "params", {}))
+    return ModuleSpec(module=WindowedAttention, params=getattr(core_attention, "params", {}))
 
 
 def _place_norms(config: Any, spec: Any, kind: str, model: ModelConfig) -> None:
@@ -456,11 +458,11 @@ def _place_norms(config: Any, spec: Any, kind: str, model: ModelConfig) -> None:
                            (attention, "q_layernorm"), (attention, "k_layernorm")):
             if getattr(part, name, IdentityOp) is not IdentityOp:  # linear attention lacks these submodules
                 setattr(part, name, ZeroCenteredNorm)
-    turns = local_turns(model) if kind == "sliding_attention" else None
+    frequency_ratios = local_turns(model) if kind == "sliding_attention" else None
     norm_output = model.block_norms in ("post", "both")
-    if turns is None and not norm_output and model.residual_multiplier == 1:
+    if frequency_ratios is None and not norm_output and model.residual_multiplier == 1:
         return
-    spec.module, spec.params = OwnLayer, {"turns": turns}
+    spec.module, spec.params = OwnLayer, {"frequency_ratios": frequency_ratios}
     layer.self_attn_bda, layer.mlp_bda = (ModuleSpec(module=BlockOutput, params={
         "config": config, "multiplier": model.residual_multiplier,
         "norm": block_norm(config) if norm_output else None}) for _ in range(2))
@@ -495,7 +497,8 @@ def block_norm(config: Any) -> Any:
     return ZeroCenteredNorm if config.zero_centered_norms else LocalSpecProvider().layer_norm(rms_norm=True)
 
 
-# Megatron-Core has one clamp for all layers, and skips it when shared experts overlap with the dispatch.
+# Megatron-Core has a single clamp for all layers, and skips the clamp if shared experts overlap with the
+# dispatch.
 
 
 def bound_gates(chunk: Any, model: ModelConfig) -> None:
@@ -512,9 +515,9 @@ def bound_gates(chunk: Any, model: ModelConfig) -> None:
 
 def _bounded(limit: float) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
     """Return the forward hook that clamps a linear layer's output [gate, up] to `limit`."""
-    def hook(module: Any, inputs: Any, outputs: tuple[torch.Tensor, torch.Tensor | None]
+    def clamp_output(module: Any, inputs: Any, outputs: tuple[torch.Tensor, torch.Tensor | None]
              ) -> tuple[torch.Tensor, torch.Tensor | None]:
         gate, up = outputs[0].chunk(2, dim=-1)
         return torch.cat([gate.clamp(max=limit), up.clamp(-limit, limit)], dim=-1), outputs[1]
 
-    return hook
+    return clamp_output

@@ -9,9 +9,9 @@ import torch
 
 from megatron_sov.engine.parallel.device import Arena, num_bytes
 
-# Torch's fused kernel for CPUs processes whole vectors, and the elements after the last whole vector one by
-# one, with different rounding. Where ZeRO-1 splits a tensor decides which elements these are; `CpuAdamW` pads
-# them to a whole vector, so that the split does not change results.
+# Torch's fused CPU kernel processes whole vectors, and rounds the elements after the last whole vector
+# differently. Where ZeRO-1 splits a tensor decides about these elements; `CpuAdamW` pads them to a whole
+# vector, and results no longer depend on the split.
 
 VECTOR_BYTES = 64
 """Vector size of AVX-512, a multiple of the sizes on other machines."""
@@ -91,7 +91,7 @@ class HostAdamW(CpuAdamW):
         super().__init__(param_groups)
         self._gradients = {main: arena.like(main) for main in mains}
 
-    def receive(self, main: torch.Tensor, gradient: torch.Tensor) -> None:
+    def copy_gradient(self, main: torch.Tensor, gradient: torch.Tensor) -> None:
         """Start copying a master weight's gradient from the GPU; call `wait` before reading it."""
         main.grad = self._gradients[main].copy_(gradient.to(main.dtype), non_blocking=True)
 

@@ -1,5 +1,5 @@
-"""Counts the memory of a training process by building model, gradient buffers and optimizer on meta tensors,
-in one process that plays any rank of any world size."""
+"""Counts a training process's memory: builds model, gradient buffers and optimizer on meta tensors, for any
+rank and world size."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class BuiltStage:
 
 @contextlib.contextmanager
 def fake_world(parallel: ParallelConfig, num_ranks: int, rank: int) -> Iterator[None]:
-    """Make this process one rank of a world without communication; the groups are those of all ranks."""
+    """Make this process one rank of a world without communication."""
     import torch.distributed as dist
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -141,11 +141,11 @@ def _nothing_has_memory() -> Iterator[None]:
 
     original_type = torch.Tensor.type
 
-    def type_(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def get_type_name(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         type_name = original_type(tensor, *args, **kwargs)
         return type_name.replace(".meta.", ".") if isinstance(type_name, str) else type_name
 
-    with (mock.patch.object(torch.Tensor, "type", type_),
+    with (mock.patch.object(torch.Tensor, "type", get_type_name),
           mock.patch.object(parameter_groups, "gather_objects", lambda value: [value, (_Every(), True)]),
           mock.patch.object(torch.cuda, "current_device", lambda: torch.device("meta")),
           mock.patch.object(parameter_groups, "HostAdamW", _HostDouble),

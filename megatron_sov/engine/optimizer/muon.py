@@ -90,11 +90,11 @@ def update_scale(kind: str, rows: int, columns: int) -> float:
     return math.sqrt(max(1.0, rows / columns) if kind == "original" else rows / columns)
 
 
-# Exchange of matrix pieces. Tensor parallelism splits matrices, and ZeRO-1 cuts them at the ends of each
-# process's range. The matrices are distributed over the processes of a group in rounds, with similar costs in
-# one round: each process receives whole matrices of about equal work, and holds one round's matrices in
-# addition to its own pieces. (Moonlight's distributed Muon, arXiv 2502.16982, section 2.3, gathers too, but
-# computes a matrix on every process with a piece.)
+# Exchange of matrix pieces. Tensor parallelism splits matrices, and ZeRO-1 cuts matrices where a process's
+# range ends. Matrices are distributed over the processes of a group in rounds of similar cost: every process
+# receives whole matrices with about equal work, and holds one round's matrices in addition to the local
+# pieces. (Moonlight's distributed Muon, arXiv 2502.16982, section 2.3, gathers too, but computes a matrix on
+# every process with a piece.)
 
 ROUND_ELEMENTS = 1 << 24
 """Elements that a process receives per round, unless one matrix is larger."""
@@ -115,7 +115,7 @@ class MatrixPlace:
     def size(self) -> int:
         return self.shape[0] * self.shape[1]
 
-    def of(self, whole: torch.Tensor) -> torch.Tensor:
+    def slice_of(self, whole: torch.Tensor) -> torch.Tensor:
         """Return the piece's view of a whole matrix [rows, columns]."""
         return whole[self.row:self.row + self.shape[0], self.column:self.column + self.shape[1]]
 
@@ -126,12 +126,12 @@ class _ExchangeRound:
 
     sent: list[list[int]]
     """Indices of local pieces, by the process that computes their matrix."""
-    held: list[list[MatrixPlace]]
-    """Pieces of the matrices computed here, by the process that holds them."""
+    computed: list[list[MatrixPlace]]
+    """Places of the pieces whose matrices this process computes, by the holding process."""
 
 
 class MatrixExchange:
-    """Plan of which process computes which matrix. Creation and `run` are collective over the group."""
+    """Assignment of matrices to processes. Creation and `run` are collective over the group."""
 
     def __init__(self, places: list[MatrixPlace], group: dist.ProcessGroup) -> None:
         """Exchange the places of all pieces and plan the rounds.
@@ -158,7 +158,7 @@ class MatrixExchange:
             for piece in rank_places:
                 position = number[piece.matrix]
                 if position % in_round % size == rank:
-                    self._rounds[position // in_round].held[peer].append(piece)
+                    self._rounds[position // in_round].computed[peer].append(piece)
 
     def run(self, read: Callable[[int], torch.Tensor],
             compute: Callable[[Matrix, torch.Tensor], torch.Tensor],
@@ -174,21 +174,21 @@ class MatrixExchange:
         for exchange_round in self._rounds:
             sent = [_join((read(n) for n in numbers if self._places[n].owned), dtype)
                     for numbers in exchange_round.sent]
-            counts = [sum(p.size for p in peer_places if p.owned) for peer_places in exchange_round.held]
+            counts = [sum(p.size for p in peer_places if p.owned) for peer_places in exchange_round.computed]
             received = self._send(sent, counts)
             matrices: dict[Matrix, torch.Tensor] = {}
-            for peer_places, flat in zip(exchange_round.held, received, strict=True):
-                # one replica of a piece is sent and all receive the result, so replicas keep equal bits
+            for peer_places, flat in zip(exchange_round.computed, received, strict=True):
+                # only one replica of a piece is sent; every replica receives the result and keeps equal bits
                 owned = [p for p in peer_places if p.owned]
                 for place, part in zip(owned, flat.split([p.size for p in owned]), strict=True):
                     matrix_key = place.matrix
                     if matrix_key not in matrices:
                         matrices[matrix_key] = torch.empty(matrix_key.rows, matrix_key.columns, dtype=dtype,
                                                            device=local_device())
-                    place.of(matrices[matrix_key]).copy_(part.view(place.shape))
+                    place.slice_of(matrices[matrix_key]).copy_(part.view(place.shape))
             results = {matrix: compute(matrix, matrix_data) for matrix, matrix_data in matrices.items()}
-            returned = [_join((p.of(results[p.matrix]) for p in peer_places), dtype)
-                        for peer_places in exchange_round.held]
+            returned = [_join((p.slice_of(results[p.matrix]) for p in peer_places), dtype)
+                        for peer_places in exchange_round.computed]
             counts = [self._size(numbers) for numbers in exchange_round.sent]
             for numbers, flat in zip(exchange_round.sent, self._send(returned, counts), strict=True):
                 places = [self._places[n] for n in numbers]
@@ -228,7 +228,7 @@ class _MatrixPiece:
     """Index of the first element in the shard."""
     shape: tuple[int, int]
 
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+    def slice_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the piece's view of a tensor with the shard's layout."""
         count = self.shape[0] * self.shape[1]
         return tensor.view(-1)[self.start:self.start + count].view(self.shape)
@@ -292,11 +292,11 @@ class Muon:
         """Return a piece's update before orthogonalization: momentum, or Nesterov's combination."""
         piece = self._pieces[number]
         main = piece.shard.main
-        momentum = piece.of(self.state[main][MOMENTUM])
+        momentum = piece.slice_of(self.state[main][MOMENTUM])
         if not self._config.muon_nesterov:
             return momentum.to(self._dtype)
         assert main.grad is not None, "gradients are taken before the step"
-        return piece.of(main.grad).lerp(momentum, self._config.muon_momentum).to(self._dtype)
+        return piece.slice_of(main.grad).lerp(momentum, self._config.muon_momentum).to(self._dtype)
 
     def _orthogonal(self, matrix: Matrix, update: torch.Tensor) -> torch.Tensor:
         """Return the orthogonalized update of a matrix, part by part."""
@@ -310,7 +310,7 @@ class Muon:
         piece, place = self._pieces[number], self._places[number]
         main = piece.shard.main
         scale = self._scale(place.matrix)[place.row:place.row + place.shape[0], None].to(main.dtype)
-        piece.of(main.detach()).add_(update.to(main.dtype) * scale, alpha=-self._lr[id(main)])
+        piece.slice_of(main.detach()).add_(update.to(main.dtype) * scale, alpha=-self._lr[id(main)])
 
     def _rows(self, matrix: Matrix) -> list[torch.Tensor]:
         if matrix not in self._parts:
@@ -341,7 +341,7 @@ def holders(is_expert: bool, zero1: bool) -> dist.ProcessGroup:
     if parallel_state.get_expert_tensor_parallel_world_size() == 1:
         return parallel_state.get_expert_data_parallel_group()
     place = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_expert_model_parallel_rank()
-    # through the module: `optimizer.meta` replaces this file's `gather_objects`, which must not change here
+    # not `gather_objects` as imported above: `optimizer.meta` replaces that name, and this call must stay
     places = values.gather_objects(place)
     ranks = [[rank for rank, other in enumerate(places) if other == group_place]
              for group_place in sorted(set(places))]

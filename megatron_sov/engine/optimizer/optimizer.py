@@ -128,11 +128,11 @@ class Optimizer:
             self._gather_masters()
 
     def _deferred_gather(self) -> Callable[[], None] | None:
-        """Return the function that gathers all updated weights, or None if each step gathers."""
+        """Return the function that gathers updated weights, or None if every step gathers."""
         if not self.wrapped[0].ddp_config.overlap_param_gather:
             return None
         return self._gather_masters if self._shares_gradients else partial(parameter_groups.gather,
-                                                                          self.wrapped)
+                                                                           self.wrapped)
 
     def _gather_masters(self) -> None:
         quantized_weights.fill_buffers(self.library.chained_optimizers)

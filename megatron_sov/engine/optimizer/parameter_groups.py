@@ -115,7 +115,7 @@ Rules = dict[int, GroupRule]
 
 
 class Combined:
-    """Several optimizers behind the interface of one, for Megatron-Core."""
+    """Several optimizers with the interface of a single optimizer, for Megatron-Core."""
 
     def __init__(self, *inners: Inner) -> None:
         self._inners = inners
@@ -138,7 +138,7 @@ def rules(model: LanguageModel, config: OptimConfig) -> Rules:
     """
     lookup, rule_by_id, matched = ParameterLookup(model), {}, set()
     for block in declared_blocks(model):
-        parameter = lookup.find(block)
+        parameter = lookup.find_parameter(block)
         if parameter is not None:
             rule = rule_for(config, block.key, parameter.dim())
             adapted = model.lora.on and not block.key.startswith(PREFIX)
@@ -212,7 +212,7 @@ def arrange(library: Any, model: LanguageModel, rules: Rules, config: OptimConfi
             muon = Muon(config, model, matrices, muon_groups, holders(is_expert, zero1))
             optimizer.optimizer = Combined(adam, muon)
             local_shards = [replace(s, inner=muon) if rules[id(s.parameter)].algorithm == "muon" else s
-                     for s in local_shards]
+                            for s in local_shards]
         elif on_host:
             local_shards = _offload(optimizer, local_shards, on_host)
         all_shards += local_shards

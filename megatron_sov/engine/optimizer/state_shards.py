@@ -1,4 +1,4 @@
-"""The part of each parameter that a process updates (with ZeRO-1 a range), and its optimizer state as blocks.
+"""The part of a parameter that this process updates (with ZeRO-1 a range), and the optimizer state as blocks.
 
 Megatron-Core's distributed optimizer concatenates all parameters and gives every data-parallel process an
 equal range: of a parameter it updates the elements [start, stop) of the flattened tensor. Within a block such
@@ -108,7 +108,8 @@ class StateShard:
 
 
 def shards(optimizer: Any) -> list[StateShard]:
-    """Return the shards of one of the library's optimizers (routed experts have a separate one).
+    """Return the shards of a library optimizer (dense parameters and routed experts have separate
+    optimizers).
 
     Parameters without a local range are left out.
     """
@@ -149,7 +150,7 @@ def take_gradients(shards: Iterable[StateShard]) -> None:
         gradient: torch.Tensor = (
             shard.parameter.main_grad.view(-1)[shard.start:shard.stop])  # type: ignore[attr-defined]
         if isinstance(shard.inner, HostAdamW):
-            shard.inner.receive(shard.main, gradient.view(shard.main.shape))
+            shard.inner.copy_gradient(shard.main, gradient.view(shard.main.shape))
             to_host = True
         else:
             shard.main.grad = gradient.view(shard.main.shape).to(shard.main.dtype)
@@ -169,13 +170,13 @@ class _AnyFloat:
         if self._num_inside == 0:
             self._named = original_type = torch.Tensor.type
 
-            def type_(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            def get_type_name(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
                 type_name = original_type(tensor, *args, **kwargs)
                 if isinstance(type_name, str):
                     return type_name.replace("DoubleTensor", "FloatTensor")
                 return type_name
 
-            torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
+            torch.Tensor.type = get_type_name  # type: ignore[method-assign, assignment]
         self._num_inside += 1
 
     def __exit__(self, *_: object) -> None:
@@ -185,17 +186,17 @@ class _AnyFloat:
 
 
 any_float = _AnyFloat()
-"""`with any_float:` Megatron-Core also creates its distributed optimizer for float64; it recognizes three
-dtypes by their type names."""
+"""`with any_float:` Megatron-Core also creates the distributed optimizer for float64; the library knows three
+dtypes by type name."""
 
 
 def shard_blocks(model: LanguageModel, shards: Iterable[StateShard]) -> Iterator[tuple[LocalShard,
                                                                                        StateShard]]:
-    """Yield each block that this process updates, completely or in part, with its shard."""
+    """Yield (block, shard) for every block that this process updates, completely or in part."""
     of_parameter = {id(shard.parameter): shard for shard in shards}
     lookup = ParameterLookup(model)
     for block in declared_blocks(model):
-        shard = of_parameter.get(id(lookup.find(block)))
+        shard = of_parameter.get(id(lookup.find_parameter(block)))
         if shard is not None:
             yield block, shard
 
@@ -211,8 +212,7 @@ def state_shards(model: LanguageModel, shards: Iterable[StateShard]) -> Iterator
 
 
 def pieces(block: LocalShard, shard: StateShard, flat: torch.Tensor) -> Iterator[LocalShard]:
-    """Yield the parts of `flat` [elements of the shard] that belong to `block`, as blocks of global
-    tensors."""
+    """Yield the parts of `flat` [shard elements] that belong to `block`, as `LocalShard` objects."""
     if not block.data.is_contiguous():
         raise ValueError(f"{block.key}: its block is not a contiguous part of the parameter, "
                          "so its state cannot be cut alike")
@@ -220,14 +220,14 @@ def pieces(block: LocalShard, shard: StateShard, flat: torch.Tensor) -> Iterator
     first = int(block.data.storage_offset()) - int(shard.parameter.storage_offset())
     start, stop = max(shard.start, first), min(shard.stop, first + block.data.numel())
     leading = len(block.global_shape) - block.data.dim()
-    # under ZeRO-1 only this process updates these elements, so it writes them; otherwise replica 0 does
+    # under ZeRO-1 the updating process writes the elements; otherwise replica 0 writes
     replica = (*block.replica[:-1], 0) if shard.exclusive else block.replica
     for place, extent in flat_ranges(block.data.shape, start - first, stop - first):
         count = math.prod(extent)
         inner = (o + p for o, p in zip(block.offset[leading:], place, strict=True))
         begin = start - shard.start
         yield LocalShard(block.key, flat[begin:begin + count].view(extent), block.global_shape,
-                    (*block.offset[:leading], *inner), replica)
+                         (*block.offset[:leading], *inner), replica)
         start += count
 
 

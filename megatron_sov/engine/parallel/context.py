@@ -72,8 +72,8 @@ def gather_keys(values: torch.Tensor) -> torch.Tensor:
 
 
 def exchange_tokens(values: torch.Tensor) -> torch.Tensor:
-    """Exchange local tokens of all heads for all tokens of local heads: [n / c, heads, dim] -> [n, heads / c,
-    dim] (DeepSpeed Ulysses, arXiv 2309.14509)."""
+    """All-to-all from local tokens with all heads to all tokens with local heads: [n / c, heads, dim] -> [n,
+    heads / c, dim] (DeepSpeed Ulysses, arXiv 2309.14509)."""
     heads: torch.Tensor = _Exchange.apply(values, True)
     return heads
 
@@ -101,7 +101,7 @@ def pick(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     early, late = _own_pieces()
     picked = values[torch.where(piece == late, offset + length, offset)]
     is_local = (piece == early) | (piece == late)
-    # one process has each value; zeros elsewhere make the sum over the group equal to it
+    # only the owner contributes a nonzero value, so the sum over the group equals the owner's value
     picked = torch.where(is_local.reshape(-1, *[1] * (values.dim() - 1)), picked, 0)
     dist.all_reduce(picked, group=_group())
     return picked
@@ -181,5 +181,5 @@ class _GatherKeys(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        # each process computed a partial gradient of these keys, from its own queries
+        # every process computed a partial gradient from the local queries
         return _reduce_scatter(grads[0])

@@ -163,14 +163,14 @@ def _cuda_requests_land_on_cpu() -> None:
 
     def create_on_cpu(function: Any) -> Any:
         @functools.wraps(function)
-        def create(*args: Any, **kwargs: Any) -> Any:
+        def create_with_cpu(*args: Any, **kwargs: Any) -> Any:
             if _is_cuda(kwargs.get("device")):
                 kwargs["device"] = CPU
             # pinned memory needs the CUDA driver
             kwargs.pop("pin_memory", None)
             return function(*args, **kwargs)
 
-        return create
+        return create_with_cpu
 
     from torch.utils._device import _device_constructors
 
@@ -182,14 +182,14 @@ def _cuda_requests_land_on_cpu() -> None:
     tensor: Any = torch.Tensor
     move = tensor.to
 
-    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def move_to_cpu(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args and _is_cuda(args[0]):
             args = (CPU, *args[1:])
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
         return move(self, *args, **kwargs)
 
-    tensor.to = to
+    tensor.to = move_to_cpu
     tensor.cuda = lambda self, *args, **kwargs: self
     tensor.record_stream = lambda self, stream: None
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
@@ -201,12 +201,12 @@ def _tensor_type_names() -> None:
     tensor: Any = torch.Tensor
     original = tensor.type
 
-    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def get_type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs:
             return original(self, *args, **kwargs)
         return original(self).replace("torch.", "torch.cuda.", 1)
 
-    tensor.type = type_
+    tensor.type = get_type_name
 
 
 def _cuda_generator_is_cpu_generator() -> None:
@@ -278,7 +278,7 @@ def _uneven_gathers() -> None:
     gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
 
     def gather_uneven(input_: torch.Tensor, group: Any, output_split_sizes: list[int] | None = None,
-                   use_global_buffer: bool = False) -> torch.Tensor:
+                      use_global_buffer: bool = False) -> torch.Tensor:
         if output_split_sizes is None or group.size() == 1:
             even: torch.Tensor = gather(input_, group, output_split_sizes, use_global_buffer)
             return even
@@ -289,7 +289,7 @@ def _uneven_gathers() -> None:
         return torch.cat([part[:n] for part, n in zip(parts, output_split_sizes, strict=True)])
 
     def reduce_scatter_uneven(input_: torch.Tensor, group: Any, input_split_sizes: list[int] | None = None,
-                           use_global_buffer: bool = False) -> torch.Tensor:
+                              use_global_buffer: bool = False) -> torch.Tensor:
         if input_split_sizes is None or group.size() == 1:
             even: torch.Tensor = reduce_scatter(input_, group, input_split_sizes, use_global_buffer)
             return even

@@ -68,20 +68,20 @@ def switch_on() -> None:
 def run_variables(config: RunConfig, gpu_name: str) -> dict[str, str]:
     """Return environment variables for a run; `gpu_name` is the driver's name of the GPU."""
     parallel, flex = config.parallel, config.parallel.expert_dispatcher in ("deepep", "hybridep")
-    # one queue keeps kernels of tensor and context parallelism in the order in which they overlap; Blackwell
-    # does not need it, and expert messages that overlap with another micro-batch need several queues
+    # a single queue keeps tensor- and context-parallel kernels in the order in which they overlap; Blackwell
+    # needs no such order, and expert messages that overlap with another micro-batch need several queues
     one_queue = ((parallel.tp > 1 or parallel.cp > 1) and parallel.expert_overlap == "none"
-               and not any(name in gpu_name for name in BLACKWELL_NAMES))
+                 and not any(name in gpu_name for name in BLACKWELL_NAMES))
     variables = {"TORCH_NCCL_HIGH_PRIORITY": "1",  # messages overtake matrix products in the queue
-             CONNECTIONS: "1" if one_queue else "32",
-             # NVLink SHARP takes memory for every group, and helps only with registered buffers
-             "NCCL_NVLS_ENABLE": str(int(config.gpu.nccl_user_buffers == "on"))}
+                 CONNECTIONS: "1" if one_queue else "32",
+                 # NVLink SHARP takes memory for every group, and helps only with registered buffers
+                 "NCCL_NVLS_ENABLE": str(int(config.gpu.nccl_user_buffers == "on"))}
     if config.gpu.cuda_graphs:
         variables["NCCL_GRAPH_REGISTER"] = "0"  # registration would pin memory that torch's allocator moves
     if parallel.overlap_grad_reduce or parallel.expert_overlap != "none":
         # norms would occupy all multiprocessors and leave none for NCCL or DeepEP
         variables |= dict.fromkeys(("NVTE_FWD_LAYERNORM_SM_MARGIN", "NVTE_BWD_LAYERNORM_SM_MARGIN"),
-                               "20" if flex else "16")
+                                   "20" if flex else "16")
     return variables
 
 
@@ -96,12 +96,12 @@ Transformer Engine disables the deterministic kernel from documents x heads x lo
 
 
 _variables: dict[str, str] = {}
-"""Variables that this process has set for its run."""
+"""Variables set by `set_variables` for the current run."""
 
 
 def set_variables(config: RunConfig) -> None:
-    """Set the variables of `run_variables` that the environment lacks; call before CUDA starts. Values set
-    for an earlier run of this process are replaced.
+    """Set the variables of `run_variables` that the environment lacks; call before CUDA starts. Replaces
+    values from an earlier run in this process.
 
     Raises:
         UserError: the environment conflicts with a setting.
@@ -253,8 +253,8 @@ PCI = Path("/sys/bus/pci/devices")
 
 
 def stay_beside(properties: Any, devices: Path = PCI) -> None:
-    """Bind this process and its future threads, and so their memory, to the CPUs near its GPU. Does nothing
-    if the kernel does not list them or the launcher has excluded them.
+    """Bind this process, with future threads and memory, to the CPUs near the GPU. Does nothing if the kernel
+    lists no CPUs or the launcher has excluded them.
 
     Args:
         properties: torch's device properties.
@@ -262,7 +262,7 @@ def stay_beside(properties: Any, devices: Path = PCI) -> None:
     """
     try:
         pci_address = (f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:"
-                 f"{properties.pci_device_id:02x}.0")
+                       f"{properties.pci_device_id:02x}.0")
         text = (devices / pci_address / "local_cpulist").read_text(encoding="ascii")
         spans = [[int(end) for end in span.split("-")] for span in text.strip().split(",") if span]
         local_cpus = {cpu for span in spans for cpu in range(span[0], span[-1] + 1)} & os.sched_getaffinity(0)
@@ -299,7 +299,7 @@ def agree(store: dist.Store, rank: int, size: int, uuid: str, problem: str,
         raise UserError(store.get("gpu/problem").decode())
 
 
-# FP8 support of this GPU. This module does not import megatron, which would import Transformer Engine itself.
+# FP8 support on this GPU, without importing megatron, which would import Transformer Engine.
 
 FP8_FUNCTIONS = {"tensorwise": "is_fp8_available", "blockwise": "is_fp8_block_scaling_available",
                  "mxfp8": "is_mxfp8_available", "nvfp4": "is_nvfp4_available"}

@@ -34,8 +34,8 @@ from megatron_sov.model.families import supported as models
 from megatron_sov.runs.launch_environment import has_launcher, is_first_rank, num_ranks
 from megatron_sov.work.processes.children import STOP_SIGNALS, die_with_parent
 
-# Work of a rank that is a new process: the launcher pickles it to an unnamed file, open only in the launcher
-# and its ranks, so that no other process can have written the pickle.
+# Plan files: the launcher pickles the work of new processes to an unnamed file, open only in the launcher and
+# the ranks, so no foreign process can have written the pickle.
 
 @contextlib.contextmanager
 def plan_file(work: Callable[[], Any], num_threads: int) -> Iterator[int]:
@@ -89,7 +89,7 @@ def read_plan(descriptor: int) -> Callable[[], Any]:
 FINAL = (ExitCode.OK, ExitCode.USER_ERROR, ExitCode.STOPPED)
 """Exit codes without restart: complete, user error, stopped with everything saved."""
 SAME_INTERRUPT_S = 0.5
-"""Two SIGINT within this time count as one Ctrl-C."""
+"""Two SIGINT within this interval count as a single Ctrl-C."""
 _NEW_PROCESS = f"""import sys
 sys.path[:] = sys.argv[2:]
 from {__name__} import be_rank
@@ -146,7 +146,7 @@ def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0,
         outcome = _round(main, count, new_processes=on_gpu())
         if outcome.code == ExitCode.INTERRUPTED:
             raise KeyboardInterrupt
-        if restarts is None or outcome.asked_to_stop or outcome.code in FINAL:
+        if restarts is None or outcome.stop_requested or outcome.code in FINAL:
             return outcome.code
         progress = restarts.progress()
         # progress resets the count of failures; a run that fails at the same place gives up
@@ -183,7 +183,7 @@ class _Outcome:
     """Exit code of the first failing rank; a user error takes precedence."""
     cause: str = ""
     """First failing rank and its end."""
-    asked_to_stop: bool = False
+    stop_requested: bool = False
     """Whether the launcher received a signal to stop."""
     leaves_now: bool = False
     """Whether a second SIGINT made the launcher kill the ranks."""
@@ -279,7 +279,7 @@ def _rank_code(main: Callable[[], Any]) -> int:
         return to_exit_code(main() or 0)
     except (UserError, SilentCorruption) as e:
         if _fails_first():
-            # one write, so that lines of other ranks do not mix in
+            # a single write: lines from other ranks cannot interleave
             print(f"error: {e}\n", end="", file=sys.stderr, flush=True)
         return ExitCode.USER_ERROR if isinstance(e, UserError) else ExitCode.CORRUPTION
     except (MemoryError, RuntimeError) as e:
@@ -323,7 +323,7 @@ def _wait(children: list[int]) -> _Outcome:
                 _send(list(alive), signal.SIGKILL)  # checkpoints are atomic
                 return
             interrupted_s = min(interrupted_s, time.monotonic())
-        outcome.asked_to_stop = True
+        outcome.stop_requested = True
         _send(list(alive), number)
 
     previous = {s: signal.signal(s, forward) for s in STOP_SIGNALS}
@@ -349,7 +349,7 @@ def _wait(children: list[int]) -> _Outcome:
                     deadline = time.monotonic() + 10
         if outcome.leaves_now:
             outcome.code = ExitCode.INTERRUPTED
-        # after a user error, killed ranks are those that lost their peer
+        # after a user error, ranks die because a peer is gone
         elif killed and outcome.code != ExitCode.USER_ERROR:
             print(f"error: {outcome.cause}; if nobody sent it, look for a lack of memory\n", end="",
                   file=sys.stderr, flush=True)

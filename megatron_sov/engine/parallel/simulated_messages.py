@@ -37,8 +37,8 @@ class CallSite:
 
 
 Meddle = Callable[[CallSite, Sequence["Part"], Callable[[list["Part"]], None]], bool]
-"""(call site, parts of all members, default work) -> whether it replaced the work; tests plant faults with
-it."""
+"""(call site, all members' parts, default work) -> True if the function replaced the work. Tests plant
+faults."""
 
 
 @dataclass
@@ -73,7 +73,7 @@ def deliver(mine: torch.Tensor, sent: torch.Tensor) -> None:
 
 
 def check_alike(tensors: Sequence[torch.Tensor]) -> None:
-    """Check that all members of a call pass the same number of elements and dtype.
+    """Check that all members pass the same number of elements and the same dtype.
 
     Raises:
         Standstill: they differ; on a cluster the call would hang or mix up values.

@@ -1,4 +1,4 @@
-"""Simulates all processes of a layout in one process: one thread per rank, one running at a time.
+"""Simulates all processes of a layout: one thread per rank, and only one thread runs at a time.
 
 Megatron-Core and this project run unmodified, with groups of the real sizes: messages, receivers and order
 are those of a cluster. A thread yields only while it waits for others, so every run has the same order. If
@@ -45,7 +45,7 @@ TOLD_WAITING = 6
 class _Call:
     """A collective call that some members have not reached yet."""
 
-    asked: str
+    operation: str
     parts: dict[int, Part] = field(default_factory=dict)
     is_done: bool = False
 
@@ -128,9 +128,9 @@ class SimulatedRanks:
 
     def _check_all_taken(self) -> None:
         unreceived = [f"rank {sender} of {group} sends to rank {to} from {box[0][0].where}"
-                for (group, sender, to, _), box in self.mail.items() if box]
-        unreceived += [f"{call.asked} over {group}, which only {len(call.parts)} call"
-                 for (group, _), call in self.calls.items()]
+                      for (group, sender, to, _), box in self.mail.items() if box]
+        unreceived += [f"{call.operation} over {group}, which only {len(call.parts)} call"
+                       for (group, _), call in self.calls.items()]
         if unreceived:
             raise Standstill(f"{len(unreceived)} messages have no receiver: "
                              + "; ".join(unreceived[:TOLD_WAITING]))
@@ -271,9 +271,9 @@ class SimulatedGroup(_ProcessGroup):
         self._num_calls += 1
         operation = f"{kind} {part.how}".rstrip()
         call = self._ranks.calls.setdefault(key, _Call(operation))
-        if call.asked != operation:
+        if call.operation != operation:
             raise Standstill(f"rank {self._rank} calls {operation} over {self._key} at {site.where}, but "
-                             f"other ranks call {call.asked}")
+                             f"other ranks call {call.operation}")
         call.parts[self._index] = part
         if len(call.parts) == len(self._members):
             parts = [call.parts[index] for index in range(len(self._members))]
@@ -330,8 +330,8 @@ class SimulatedGroup(_ProcessGroup):
         return self._call("allgather", Part(plain(inputs), plain(outputs[0])), copy_to_all)
 
     def gather_objects(self, values: list[Any], value: Any) -> dist.Work:
-        """Gather Python objects. Each is copied once for all receivers, which do not change it: with 512
-        ranks, each would otherwise unpickle 512 messages."""
+        """Gather Python objects, copied once for all receivers: with 512 ranks, every rank would otherwise
+        unpickle 512 messages."""
         def copy_objects(parts: list[Part]) -> None:
             sent = [copy.deepcopy(part.value) for part in parts]
             for part in parts:
@@ -520,7 +520,7 @@ def _enter(ranks: SimulatedRanks, rank: int, parallel: ParallelConfig) -> Parall
 
 @functools.cache
 def _own_places() -> tuple[tuple[Any, str], ...]:
-    """Return the module and class attributes that each rank has for itself, as (owner, name)."""
+    """Return the module and class attributes with one value per rank, as (owner, name)."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
@@ -533,8 +533,7 @@ def _own_places() -> tuple[tuple[Any, str], ...]:
 
 
 def _own_at_first(previous: Sequence[Any]) -> Sequence[Any]:
-    """Return the initial values of these attributes; objects that this process already created are not
-    shared.
+    """Return initial values for `_own_places`; objects that this process already created are not shared.
     """
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper

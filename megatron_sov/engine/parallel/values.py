@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Several named numbers share one message, which costs as much as a message with a single number.
+# Named numbers share a message: ten numbers cost as much as a single number.
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Name -> shape, in the order of the flat tensor."""

@@ -34,7 +34,7 @@ _PURPOSE = {
         "INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP"), _REDUCTIONS),
     **dict.fromkeys((
         "TENSOR_MODEL_PARALLEL_GROUP", "CONTEXT_PARALLEL_GROUP", "TENSOR_AND_CONTEXT_PARALLEL_GROUP"),
-        "layers"),
+                    "layers"),
     **dict.fromkeys((
         "EXPERT_MODEL_PARALLEL_GROUP", "EXPERT_TENSOR_PARALLEL_GROUP",
         "EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP"), "experts")}
@@ -86,7 +86,8 @@ def join(parallel: ParallelConfig, needs_bytes: int = 0) -> ParallelWorld:
         store = _rendezvous(rank, size, timeout)
         if on_gpu():
             take_gpu(store, rank, size, needs_bytes, timeout)
-        # not bound to the device: otherwise all processes split off each group one after the other
+        # not bound to the device: otherwise every group would be split off by all processes, one after
+        # another
         dist.init_process_group("nccl" if on_gpu() else "gloo", rank=rank, world_size=size, timeout=timeout,
                                 store=store)
     make_groups(parallel)
@@ -127,8 +128,9 @@ def make_groups(parallel: ParallelConfig) -> None:
         (_REDUCTIONS, tuple(range(dist.get_world_size()))): dist.group.WORLD}
     create = parallel_state.create_group
 
-    def share(ranks: Sequence[int], *, group_desc: str = "", backend: Any = None, pg_options: Any = None,
-              **options: Any) -> Any:
+    def create_shared(ranks: Sequence[int], *, group_desc: str = "", backend: Any = None,
+                      pg_options: Any = None,
+                      **options: Any) -> Any:
         if backend is not None or pg_options is not None:
             return create(ranks, group_desc=group_desc, backend=backend, pg_options=pg_options, **options)
         # groups of one send nothing and need no purpose
@@ -138,7 +140,7 @@ def make_groups(parallel: ParallelConfig) -> None:
             groups[key] = create(ranks, group_desc=group_desc, **options)
         return groups[key]
 
-    with mock.patch.object(parallel_state, "create_group", share):
+    with mock.patch.object(parallel_state, "create_group", create_shared):
         parallel_state.initialize_model_parallel(
             parallel.tp, parallel.pp, parallel.vpp if parallel.vpp > 1 else None,
             context_parallel_size=parallel.cp, expert_model_parallel_size=parallel.ep,
@@ -149,7 +151,7 @@ def make_groups(parallel: ParallelConfig) -> None:
 
 
 def _rendezvous(rank: int, size: int, timeout: datetime.timedelta) -> dist.Store:
-    """Return the rendezvous store, with a prefix that no other start of these processes has used."""
+    """Return the rendezvous store with a prefix unique to this start."""
     environment = os.environ
     if STORE_PORT in environment:
         host, port, name = LOCALHOST, environment[STORE_PORT], ""

@@ -1,4 +1,4 @@
-"""A whole optimizer step: counts and biases of experts, recomputation, and the dtype of gradients' sums."""
+"""A whole optimizer step: expert counts and biases, recomputation, and the dtype of gradient reduction."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SELECTIVE = ["train.recompute=selective",
 
 
 def step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Do one step on four micro-batches of two sequences each and return what it gave."""
+    """Take one step on four micro-batches with two sequences each."""
     import torch
 
     from megatron_sov.engine.decode import forward_only
@@ -76,7 +76,7 @@ def test_biases_follow_counts_without_padding_and_recomputed_passes_have_the_sam
         job(__file__, "step", 1, {"recipe": "tiny-k-exaone", "layout": {}, "settings": settings})
         for settings in (["train.recompute=true"], SELECTIVE, [])))
     assert recomputed == partly == whole
-    assert sum(whole["load"][-1]) == 121 * 2  # 128 tokens less 7 of padding, two experts each
+    assert sum(whole["load"][-1]) == 121 * 2  # 128 tokens minus 7 of padding, two experts each
     for counts, biases in zip(whole["load"], whole["bias"][1:], strict=True):
         mean = sum(counts) / len(counts)
         assert biases == pytest.approx([whole["rate"] * ((c < mean) - (c > mean)) for c in counts])
@@ -94,7 +94,7 @@ def test_gradients_summed_in_bf16_are_those_of_fp32_rounded(ranks, job) -> None:
 
 
 def offloading_plans() -> dict[str, Any]:
-    """Evaluate, train and evaluate with a group of activations that the library plans to offload."""
+    """Evaluate, train and evaluate with a group of offloaded activations."""
     import torch
     from megatron.core.pipeline_parallel import fine_grained_activation_offload as library
 

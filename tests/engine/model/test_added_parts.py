@@ -1,4 +1,4 @@
-"""Low-rank adapters: their first gradient from that of the whole weight, and the same adapter at every
+"""Low-rank adapters: their first gradient follows from the full weight's, and they are equal at every
 layout."""
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROW_TOKENS, ROWS = 24, 4
 
 
 def config_of(recipe: str, layout: dict[str, Any], settings: list[str]) -> Any:
-    """Return a tiny configuration."""
+    """Return a tiny config."""
     from megatron_sov import recipes
     from megatron_sov.model.config import apply_settings
 
@@ -36,7 +36,7 @@ def config_of(recipe: str, layout: dict[str, Any], settings: list[str]) -> Any:
 
 
 def micro_batches(vocab_size: int) -> list[Any]:
-    """Return this data-parallel process's share of four rows of two documents each."""
+    """Return this data-parallel rank's share of four rows with two documents each."""
     import torch
     from megatron.core import parallel_state
 
@@ -59,7 +59,7 @@ def micro_batches(vocab_size: int) -> list[Any]:
 
 
 class Learning:
-    """A model, its optimizer and what it learns, without a run around it."""
+    """A model, its optimizer and its objective, without a run."""
 
     def __init__(self, config: Any, seed: int = 1) -> None:
         from megatron_sov.checkpoint import load
@@ -77,7 +77,7 @@ class Learning:
         self.model.config.finalize_model_grads_func = ExpertLoad(self.model).finalize
 
     def gradients(self) -> float:
-        """Leave the gradients of all rows in the model; returns the loss where the last stage is."""
+        """Compute the gradients of all rows; return the loss on the last stage."""
         import torch
 
         from megatron_sov.engine.decode import forward_only
@@ -99,8 +99,8 @@ class Learning:
         return float(sum(found))
 
     def tensors(self, prefix: str = "adapter.") -> dict[str, Any]:
-        """Return whole tensors, as nested lists, on the first process."""
-        from megatron_sov.checkpoint.gather import TensorGatherer
+        """Gather whole tensors as nested lists on rank 0."""
+        from megatron_sov.checkpoint.gather import Gatherer
         from megatron_sov.engine.model.local_shards import local_shards
 
         gatherer = TensorGatherer([b for b in local_shards(self.model) if b.key.startswith(prefix)])
@@ -109,7 +109,7 @@ class Learning:
 
 
 def trained(recipe: str, layout: dict[str, Any], settings: list[str]) -> dict[str, Any]:
-    """Train three steps; return the adapter, the norms on the way, and what of the frozen has changed."""
+    """Train three steps; return the adapter, its norms, and the frozen tensors that changed."""
     from megatron_sov.engine.model.local_shards import local_shards
     from megatron_sov.engine.parallel import world
 
@@ -131,7 +131,7 @@ def trained(recipe: str, layout: dict[str, Any], settings: list[str]) -> dict[st
 
 
 def full_gradients(recipe: str, settings: list[str]) -> dict[str, Any]:
-    """Return the first gradients of B, and those of the adapted weights when all of them are trained."""
+    """Return the first gradients of B, and the gradients of the adapted weights under full training."""
     import torch
 
     from megatron_sov.engine.model.local_shards import ParameterLookup, local_shards
@@ -150,7 +150,7 @@ def full_gradients(recipe: str, settings: list[str]) -> dict[str, Any]:
         lookup = ParameterLookup(learning.model)
         gradients: dict[str, Any] = {}
         for block in local_shards(learning.model):
-            parameter = lookup.find(block)
+            parameter = lookup.find_parameter(block)
             if parameter is None or not parameter.requires_grad:
                 continue
             first = block.data.storage_offset() - parameter.storage_offset()
@@ -193,8 +193,9 @@ def test_the_first_gradient_of_b_is_the_whole_one_times_a_transposed(
 
 
 def wrong_lengths() -> dict[str, int]:
-    """Return how many trained lengths of a bf16 model are not those of its rows, rounded once; and of how
-    many."""
+    """Return the number of trained lengths of a bf16 model that differ from the rounded row lengths, and the
+    total.
+    """
     import torch
 
     from megatron_sov.engine.model.added_parts import LinearAdapter
@@ -220,7 +221,7 @@ def test_lengths_of_rows_are_rounded_once(ranks: Any, job: Any) -> None:
 
 
 def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """Return the largest difference of two adapters' numbers."""
+    """Return the largest difference between two adapters."""
     assert one.keys() == other.keys()
     return max(float(np.abs(np.array(one[key]) - np.array(other[key])).max()) for key in one)
 
@@ -231,7 +232,7 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
     pytest.param("tiny-qwen3", [TP2, {"tp": 2}], ["lora.dora=true"], marks=pytest.mark.deep),
     pytest.param("tiny-solar-open", [ETP2, EP2], ['lora.targets=["all-linear", "lm_head"]'],
                  marks=pytest.mark.deep),
-    # narrow vectors, which every process makes whole; gates of a matrix among queries, keys and values
+    # latent projections, which every process replicates; gates fused with queries, keys and values
     pytest.param("tiny-solar-open2", [{**TP2, "ep": 2}, {"cp": 2}, PP2], DELTA, marks=pytest.mark.deep),
     pytest.param("tiny-deepseek-v3", [{**TP2, "ep": 2}, {"cp": 2}, PP2], LATENT, marks=pytest.mark.deep),
     pytest.param("tiny-solar-open2", [TP2], [
@@ -286,7 +287,7 @@ def test_the_same_adapter_under_zero1_and_recomputation(ranks: Any, job: Any) ->
 def test_the_same_adapter_behind_transformer_engines_layers(
         recipe: str, layout: dict[str, Any], nproc: int, settings: list[str], ranks: Any, te_ranks: Any,
         job: Any) -> None:
-    """By its double, whose linears have the norm before them inside, and all experts of a process in one."""
+    """With the double's fused norm-and-linear layers, and one grouped layer for all local experts."""
     asked = {"recipe": recipe, "settings": settings}
     ((local,),) = ranks(job(__file__, "trained", 1, {"layout": {}, **asked}))
     ((te, *_),) = te_ranks(job(__file__, "trained", nproc, {"layout": layout, **asked}))

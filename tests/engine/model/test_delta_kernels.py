@@ -1,5 +1,5 @@
-"""Calls of flash-linear-attention's kernel: by its own signature, and with the plain version that stands
-beside it in the kernel's place it gives what our torch does."""
+"""Calls of flash-linear-attention's kernel: they match its signature, and with the package's plain torch
+version in place of the kernel the results equal ours."""
 
 from __future__ import annotations
 import __future__
@@ -21,18 +21,18 @@ from tests import releases
 from tests.engine.model.test_delta_rule import HEADS, VALUES, R, drawn
 
 DOCUMENTS = [(0, 0, 70), (70, 100, 171), (171, 171, 172), (172, 172, 200)]
-"""Start, first token whose output is asked for, end."""
+"""(start, first output token, end)."""
 TOKENS = DOCUMENTS[-1][2]
 
 
 @pytest.fixture(scope="module")
 def fla() -> Path:
-    """Folder with the kernels' sources, which import on GPUs alone."""
+    """Folder with the kernels' sources, which import only on GPUs."""
     return releases.fetched("fla-core", "0.6.0") / "fla/ops"
 
 
 def arguments(file: Path, function: str) -> Callable[..., dict[str, Any]]:
-    """Return a function with the signature of one in a file, that returns what it is given."""
+    """Return a function with the signature of a function in a file; it returns its arguments."""
     [node] = [n for n in ast.parse(file.read_text()).body
               if isinstance(n, ast.FunctionDef) and n.name == function]
     node.body, node.decorator_list = ast.parse("def f():\n  return locals()").body[0].body, []
@@ -42,7 +42,7 @@ def arguments(file: Path, function: str) -> Callable[..., dict[str, Any]]:
 
 
 def plain(file: Path, function: str) -> Callable[..., tuple[torch.Tensor, Any]]:
-    """Return a plain version that stands beside the kernels."""
+    """Return a plain torch version from the kernels' package."""
     spec = importlib.util.spec_from_file_location(f"{function}_module", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -51,7 +51,7 @@ def plain(file: Path, function: str) -> Callable[..., tuple[torch.Tensor, Any]]:
 
 @pytest.fixture
 def plain_kernel(fla: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the kernel be the plain version, document by document."""
+    """Replace the kernel by the plain version, document by document."""
     module, name = FLA_KERNEL
     folder = fla / module.rpartition(".")[2]
     signature = arguments(folder / "chunk.py", name)

@@ -1,4 +1,4 @@
-"""The gated delta rule against transformers' function, and documents of one row against each alone."""
+"""The gated delta rule against transformers' function, and documents of a row against single documents."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEADS, R, KEYS, VALUES = 2, 3, 8, 6
 
 def drawn(tokens: int, dtype: torch.dtype = torch.float64, *, r: int = R,
           fastest: float = 0.3) -> list[torch.Tensor]:
-    """Return queries, keys, values, decays and rates of a row, gradients on."""
+    """Return random queries, keys, values, decays and rates of a row, with gradients enabled."""
     torch.manual_seed(0)
     q, k = (torch.randn(tokens, HEADS, KEYS) for _ in range(2))
     v = torch.randn(tokens, HEADS, r, VALUES)
@@ -34,7 +34,7 @@ def bounds(lengths: list[int]) -> list[tuple[int, int, int]]:
 
 @pytest.mark.parametrize("fastest", [0.3, 40.0])
 def test_a_document_is_what_transformers_makes_of_it(fastest: float) -> None:
-    """As Kimi Delta Attention has them; a chunk of fast ones is e^-2,000 and less."""
+    """Decays as in Kimi Delta Attention; fast ones reach e^-2,000 in a chunk."""
     from transformers.models.kimi_linear import modeling_kimi_linear as theirs
 
     row, again = (drawn(150, torch.float32, r=1, fastest=fastest) for _ in range(2))
@@ -53,7 +53,7 @@ def test_a_document_is_what_transformers_makes_of_it(fastest: float) -> None:
 
 def test_a_backward_pass_costs_as_much_for_each_token_of_a_long_document() -> None:
     class Counting(TorchDispatchMode):
-        """Adds up the numbers that operators return."""
+        """Counts the elements that operators return."""
 
         numbers = 0
 
@@ -81,7 +81,7 @@ def test_documents_of_a_row_are_what_each_is_alone() -> None:
     for number, (start, _, stop) in enumerate(bounds(LENGTHS)):
         alone = [t.detach()[start:stop].requires_grad_() for t in row]
         own, state = in_chunks(*alone, chunks=chunk_documents([(0, 0, stop - start)], CPU))
-        # not to the bit: products of MKL depend on where their numbers lie in memory
+        # not to the bit: MKL's products depend on memory alignment
         torch.testing.assert_close(own, found[start:stop], atol=1e-14, rtol=1e-13)
         torch.testing.assert_close(state[0], states[chunks.order.index(number)], atol=1e-14, rtol=1e-13)
         for gradient, whole in zip(torch.autograd.grad((own * weights[start:stop]).sum(), alone), together,
@@ -97,7 +97,7 @@ def test_tokens_one_by_one_and_a_state_that_goes_on_are_the_same_as_chunks(faste
     singly, states = by_token(*(t[None] for t in row), zeros)
     torch.testing.assert_close(singly[0], found, atol=1e-13, rtol=1e-12)
     torch.testing.assert_close(states[-1], last, atol=1e-13, rtol=1e-12)
-    cut = 37  # where no chunk ends
+    cut = 37  # not a chunk boundary
     _, middle = in_chunks(*(t[:cut] for t in row), chunks=chunk_documents([(0, 0, cut)], CPU))
     rest = chunk_documents([(0, 0, len(row[0]) - cut)], CPU)
     behind, end = in_chunks(*(t[cut:] for t in row), chunks=rest, state=middle)

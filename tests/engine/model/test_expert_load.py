@@ -1,4 +1,4 @@
-"""Tokens per expert in training and in evaluation, and biases that a refused step leaves as they were."""
+"""Tokens per expert in training and evaluation; a rejected step leaves the biases unchanged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.tiny import tiny_trainer
 
 
 def counted(data: str, run: str) -> dict[str, Any]:
-    """Runs inside ranks: a learned step, a refused one, and a forward pass whose tokens are counted."""
+    """Inside ranks: an accepted step, a rejected step, and a forward pass with counted tokens."""
 
     import torch
 

@@ -1,4 +1,4 @@
-"""Each setting arrives in its field of the library, and what cannot be on a machine is refused there."""
+"""Every setting reaches its Megatron-Core field, and settings that a machine cannot use are refused."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from megatron_sov.model.config import GpuConfig, RunConfig, TrainConfig, apply_s
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformer Engine, which is not here, has a kernel for all that it is asked about."""
+    """Transformer Engine, which is not installed, reports a kernel for every query."""
     monkeypatch.setattr(attention_kernels, "_asked", lambda *asked: (False, ""))
 
 
-# 8-bit products: the library's settings, what is refused before anything starts, checkpoints of experts.
+# FP8: library settings, refusals before the start, checkpoints of experts
 
 def test_each_recipe_has_the_librarys_names() -> None:
     assert library_settings(TrainConfig()) == {}
@@ -43,8 +43,8 @@ def test_each_recipe_has_the_librarys_names() -> None:
 
 
 def test_layers_in_bf16_are_asked_by_their_number_in_the_model() -> None:
-    """Three of four at the start, whatever the stages: the library's configuration would refuse them at
-    `parallel.pp` = 2, and is told behind its validation."""
+    """Three of four layers at the start, independent of stages: the library's validation would refuse them at
+    `parallel.pp` = 2, so they are set after it."""
     from megatron.core.fp8_utils import is_first_last_bf16_layer
 
     config = SimpleNamespace(num_layers=4)
@@ -55,7 +55,7 @@ def test_layers_in_bf16_are_asked_by_their_number_in_the_model() -> None:
 
 
 def chip(monkeypatch: pytest.MonkeyPatch, has: set[str]) -> None:
-    """Let Transformer Engine be there, with a GPU that has these recipes."""
+    """Simulate Transformer Engine on a GPU with these recipes."""
     def answer(found: bool) -> Callable[..., Any]:
         reason = "" if found else "compute capability 10.0 or higher required"
         return lambda return_reason=False: (found, reason) if return_reason else found
@@ -72,7 +72,7 @@ def chip(monkeypatch: pytest.MonkeyPatch, has: set[str]) -> None:
 
 
 def test_a_chip_that_cannot_is_told_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    chip(monkeypatch, {"tensorwise", "blockwise"})  # a Hopper
+    chip(monkeypatch, {"tensorwise", "blockwise"})  # as on Hopper
     refuse_without_chip(TrainConfig(fp8="blockwise"), serves=True)
     for fp8 in ("mxfp8", "nvfp4"):
         with pytest.raises(UserError, match=f"{fp8} cannot run on this GPU .*10.0 or higher required.*"
@@ -101,7 +101,7 @@ def test_what_is_only_read_is_not_quantised() -> None:
 ROOT = Path(__file__).parents[3]
 OURS_ALONE = {"gc_every_steps", "profile_first_step", "profile_last_step", "profiler", "peak_tflops",
               "optimizer_offload", "linear_attention"}
-"""Settings that no field of the library stands behind; each has a test of its own."""
+"""Settings without a library field; each has its own test."""
 ROUTERS = 'gpu.cuda_graphs=["moe_router"]'
 CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "gpu.attention": (["gpu.attention=flash"], {"attention_backend": "flash"}),
@@ -135,17 +135,17 @@ CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "gpu.pad_buckets": (["gpu.pad_buckets=on"], {"pad_buckets_for_high_nccl_busbw": True}),
     "gpu.nccl_user_buffers": (["gpu.nccl_user_buffers=on"], {"nccl_ub": True}),
 }
-"""Setting -> a change of it, and what the library's fields are then."""
+"""Setting -> a change of it, and the resulting library fields."""
 
 
 def config_with(changes: list[str]) -> RunConfig:
-    """Return a recipe that has every module: experts with a shared one, in bf16, with plain rotations."""
+    """Return a config with every module: shared and routed experts, bf16, plain RoPE."""
     return apply_settings(recipes.get("tiny-solar-open"),
                           ["train.precision=bf16", "model.yarn=null", *changes])
 
 
 def fields(config: RunConfig, te: bool) -> dict[str, Any]:
-    """Return the library's fields of a config, with Transformer Engine or without."""
+    """Return the library's fields of a config, with or without Transformer Engine."""
     here = Here(te, config.model, config.parallel)
     found = (transformer_settings(config.gpu, config.train, here) | expert_settings(config.gpu, here)
              | gradient_settings(config.gpu, config.parallel, bf16=True) | moment_settings(config.gpu))
@@ -187,7 +187,7 @@ def test_without_transformer_engine_auto_is_off_and_the_library_builds_its_confi
     found = fields(config_with([]), te=False)
     assert not any(found[fusion.field] for fusion in FUSIONS) and found["attention_backend"] == "auto"
     assert found["grad_reduce_in_fp32"] and found["moe_token_dispatcher_type"] == "alltoall"
-    # as `plan` reads the settings of a GPU's run
+    # as `plan` reads the settings of a run on GPUs
     everything = [change for changes, _ in CHANGES.values() for change in changes]
     assert not any(fields(config_with(everything), te=False)[fusion.field] for fusion in FUSIONS)
 
@@ -211,7 +211,7 @@ def test_kernels_of_linear_attention_serve_where_they_import_and_bits_need_not_r
 
 
 def test_keys_that_are_too_wide_for_the_kernels_are_read_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels assert that no head has more than 256 channels of keys."""
+    """The kernels assert key heads of at most 256 channels."""
     monkeypatch.setattr(gpu_settings, "lacking_fla", lambda: "")
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
     for width, serves in ((256, True), (512, False)):
@@ -270,7 +270,7 @@ def test_a_run_tells_what_auto_came_to() -> None:
     ('gpu.offload_modules=["core_attn"]', True, {}, "gpu.offload_modules"),
     ("gpu.nccl_user_buffers=on", True, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
      "gpu.nccl_user_buffers"),
-    # the library has none of its functions where Transformer Engine is not installed, or is an old one
+    # the library lacks the function if Transformer Engine is missing or old
     ("gpu.router_fusion=on", True, {}, "gpu.router_fusion"),
     ("gpu.router_fusion=on", False, {}, "gpu.router_fusion"),
     ("parallel.expert_dispatcher=deepep", True, {}, "parallel.expert_dispatcher"),
@@ -279,7 +279,7 @@ def test_a_run_tells_what_auto_came_to() -> None:
 def test_what_cannot_be_here_is_refused(changes: str, te: bool, environment: dict[str, str], keys: str,
                                         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: te)
-    for name in gpu_settings.TE_ATTENTION_VARIABLES.values():  # the library sets them with a model
+    for name in gpu_settings.TE_ATTENTION_VARIABLES.values():  # set by the library with each model
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -302,7 +302,7 @@ def test_overlapped_passes_that_free_what_layers_in_bf16_need_are_refused(
 
 
 @pytest.mark.parametrize(("says", "told"), [
-    # what its main branch is since April 2026, and what it asserts about NCCL while it is imported
+    # the main branch since April 2026, and its assertion about NCCL at import
     ("", r"AttributeError: module 'deep_ep\.utils' has no attribute 'EventOverlap'"),
     ("raise AssertionError('Invalid NCCL versions: a v.s. b')", "AssertionError: Invalid NCCL versions: a v"),
 ])
@@ -319,7 +319,7 @@ def test_a_deep_ep_that_does_not_serve_is_told_in_its_own_words(
         with pytest.raises(UserError, match=rf"expert_dispatcher .* DeepEP does not import \({told}.*; "
                                             r"install the commit that containers/install\.sh names"):
             gpu_settings.refuse(config_with(["parallel.expert_dispatcher=deepep"]), te=True)
-        device.hide_broken_deep_ep()  # the library would end with it
+        device.hide_broken_deep_ep()  # otherwise importing the library fails
         with pytest.raises(ImportError):
             from deep_ep.utils import EventOverlap  # noqa: F401
     finally:
@@ -330,11 +330,11 @@ def test_a_deep_ep_that_does_not_serve_is_told_in_its_own_words(
 
 @pytest.mark.parametrize(("capability", "cudnn", "changes", "own", "why"), [
     ((9, 0), 92500, "", False, ""), ((10, 0), 92500, "", False, ""),
-    # many documents of a row together are too much for the fused one that repeats its bits
+    # rows with many documents exceed the deterministic fused kernel
     ((9, 0), 92500, "train.deterministic=true", True, "in every row on this GPU"),
     ((10, 0), 91800, "train.deterministic=true", True, "on this GPU before cuDNN 91801"),
     ((10, 0), 91801, "train.deterministic=true", True, ""),
-    # Gemma's heads
+    # Gemma's head size
     ((9, 0), 91900, "model.head_dim=256", False, ""), ((10, 0), 92500, "model.head_dim=256", False, ""),
     ((10, 0), 92401, "model.head_dim=256", True, "no fused kernel of cuDNN 92401 trains heads of 256"),
 ])

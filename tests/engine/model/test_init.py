@@ -1,4 +1,4 @@
-"""Initial weights: numbers that belong to (seed, name, index), the same at every layout."""
+"""Initial weights depend on (seed, name, index) only, and are equal at every layout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "
 
 
 def numbers() -> dict[str, Any]:
-    """Return statistics of the normals, and whether any range is the slice of the whole."""
+    """Return statistics of the normal distribution, and whether ranges equal slices of the whole."""
     import numpy as np
 
     from megatron_sov.checkpoint.load import generate_normals
@@ -29,8 +29,7 @@ def numbers() -> dict[str, Any]:
 
 
 def initial(recipe: str, layout: dict[str, Any], folder: str, *, reference: bool = False) -> dict[str, Any]:
-    """Initialise a model; the reference writes its tensors, the others count the blocks
-    that differ from them."""
+    """Initialize a model. The reference writes its tensors; other layouts count differing blocks."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -64,7 +63,7 @@ def initial(recipe: str, layout: dict[str, Any], folder: str, *, reference: bool
 
 
 def with_threads(num_threads: int) -> dict[str, Any]:
-    """Return a fingerprint of a model's initial weights, and how many threads made them."""
+    """Return a hash of a model's initial weights, and the number of threads that generated them."""
     import hashlib
     import itertools
     import threading
@@ -86,7 +85,7 @@ def with_threads(num_threads: int) -> dict[str, Any]:
     def noted(*args: Any) -> Any:
         threads.add(threading.get_ident())
         if next(calls) < num_threads:
-            meeting.wait(600)  # else one fast thread might do it all
+            meeting.wait(600)  # otherwise one fast thread might generate all
         return normals(*args)
 
     load.generate_normals, load._CHUNK = noted, 1000
@@ -107,8 +106,8 @@ def _place(block: Any) -> tuple[slice, ...]:
 
 
 def unknown() -> str:
-    """Return what is said about a tensor that no rule knows."""
-    from megatron_sov.checkpoint.load import find_init_rule
+    """Return the error for a tensor without an initialization rule."""
+    from megatron_sov.checkpoint.load import rule_for
 
     try:
         return find_init_rule("decoder.layers.0.mystery.weight")
@@ -118,7 +117,7 @@ def unknown() -> str:
 
 @pytest.mark.distributed
 def test_weights_are_functions_of_seed_name_and_index(ranks, job, tmp_path: Path) -> None:
-    """Numbers first, then whole models at several layouts, then a tensor that nobody foresaw."""
+    """Numbers first, then whole models at several layouts, then a tensor without a rule."""
     sp = {"tp": 2, "sp": True}
     layouts = [(2, sp), (2, {"ep": 2}), (2, {"pp": 2}), (2, {**sp, "etp": 2}), (4, {**sp, "pp": 2, "ep": 2})]
     arguments = {"recipe": "tiny-k-exaone", "folder": str(tmp_path)}

@@ -1,4 +1,4 @@
-"""The whole model: documents of a row do not see each other, at any layout, and positions restart."""
+"""Documents of a row do not attend to each other at any layout, and positions restart at each document."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch.nn.functional import silu
 
 from megatron_sov.engine.model.language_model import refuse_elsewhere
 
-# Every weight is on the device of its process; a device without memory shows what is made elsewhere.
+# Every weight must be on its process's device; the meta device reveals weights created on other devices.
 
 def devices(recipe: str, precision: str) -> dict[str, list[str]]:
-    """Build as on a GPU whose place the meta device takes; returns the device of every weight, and of the
-    frequencies of rotations."""
+    """Build as on a GPU, with the meta device in its place; return the devices of all weights and of the
+    rotary frequencies."""
     from unittest import mock
 
     import torch
@@ -61,7 +61,7 @@ def test_a_weight_elsewhere_is_named() -> None:
         refuse_elsewhere(module, torch.device("cpu"))
 
 
-# The gate of a feed-forward block against the library's own line, to the bit.
+# SwiGLU against Megatron-Core's formula, with equal bits.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

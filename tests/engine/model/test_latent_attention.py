@@ -1,4 +1,4 @@
-"""Attention whose values have another width than queries and keys, against a dense softmax."""
+"""Attention with different value and query sizes against a dense softmax."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def test_values_of_any_width_are_attended_to_inside_documents(
 
 
 def generated_while_trained() -> list[tuple[list[list[int]], list[list[int]], int]]:
-    """Return what is generated before and after a training step of an adapter of `kv_b_proj`, what full
-    forward passes say, and how often a whole weight was made."""
+    """Return tokens generated before and after a training step of a `kv_b_proj` adapter, tokens by full
+    forward passes, and the number of merges of the weight."""
     from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
     from megatron_sov.engine.model.added_parts import LinearAdapter
     from megatron_sov.engine.parallel import world

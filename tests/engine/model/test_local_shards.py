@@ -1,4 +1,4 @@
-"""Blocks: every number of the model is in exactly one, and writing into a block changes the model."""
+"""Every element of the model is in exactly one block, and writing to a block changes the model."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 LAYERS = 8
-"""As many of a big model's layers as have every kind."""
+"""Number of layers of a big model that include every kind."""
 
 
 def full_size(recipe: str) -> dict[str, Any]:
-    """Build the first layers of a big recipe's model on meta tensors, which take no memory;
-    return how it differs from its family's map."""
+    """Build the first layers of a big recipe on meta tensors; return the differences from the family's
+    map."""
     import torch
 
     from megatron_sov import recipes

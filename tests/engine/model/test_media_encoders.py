@@ -1,4 +1,5 @@
-"""Features over placeholders: documents stay apart, and a sequence that is read in pieces is the same."""
+"""Encoder features in place of placeholders: documents stay separate, and cached spans give the same
+results."""
 
 from __future__ import annotations
 
@@ -15,12 +16,12 @@ SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.num_heads=4", 
             "model.head_dim=8", "model.dense_ffn_dim=48", "model.init_std=0.3", "train.precision=fp64",
             f"model.vision={json.dumps(VISION)}"]
 DOCUMENT = [11, 5, 5, 5, 5, 12, 13, 5, 5, 14, 15, 16]
-"""A picture, and the first half of another."""
+"""An image, and the first half of another."""
 
 
 def states(layout: dict[str, Any]) -> dict[str, Any]:
-    """Return how far the states of a document are from those of the document alone: behind others, behind the
-    same with another picture, with another picture of its own, and read in pieces."""
+    """Return the differences of a document's hidden states from the document alone: after other documents,
+    after documents with another image, with another image of its own, and read in spans."""
     import dataclasses
 
     import numpy as np
@@ -59,7 +60,7 @@ def states(layout: dict[str, Any]) -> dict[str, Any]:
     with CachedDecoder(policy, CacheSize(1, 16)) as decoder:
         for start in range(0, 12, 3):
             read = decoder.read([CacheSpan(0, start, DOCUMENT[start:start + 3],
-                                          slice_inputs(shown(0, 1), start, 3))],
+                                           slice_inputs(shown(0, 1), start, 3))],
                                 decoder.common_row_tokens(3))
             pieces.append(collectives.broadcast_from_last_stage(
                 gather_sequence(read.hidden, model.config)[:3] if read.hidden is not None

@@ -1,4 +1,4 @@
-"""Bits that should be equal: one flipped bit is seen, and the process that holds it is named."""
+"""A flipped bit is detected, and its process is named."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_a_checksum_is_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def replicas(layout: dict[str, int], flipped_on: list[int], expert: bool) -> list[Any]:
-    """Runs inside ranks: who differs before and after a bit of some ranks is flipped,
-    in a shared weight or a routed expert."""
+    """Inside ranks: differing ranks before and after flipping a bit of some ranks, in a shared weight or a
+    routed expert."""
     from megatron_sov import recipes
     from megatron_sov.checkpoint import load
     from megatron_sov.engine.model import replica_checks
@@ -71,10 +71,10 @@ def test_the_process_whose_weight_changed_is_named_where_a_majority_knows_better
 
 
 def repeated(settings: list[str], data: str, run: str) -> list[Any]:
-    """Runs inside ranks: two steps without and with a probe, and with one process computing wrongly
-    in the second one.
+    """Inside ranks: two steps without a probe, with a probe, and with a process that computes wrong bits in
+    the second step.
 
-    Returns the losses of each, and what is said at the end.
+    Returns the losses of each, and the final error.
     """
 
     from megatron_sov.base.errors import SilentCorruption

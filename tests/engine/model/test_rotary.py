@@ -1,4 +1,4 @@
-"""Float64 angles and YaRN's factor against transformers' own, rotations against the library's."""
+"""Float64 angles and YaRN's factor against transformers, rotations against Megatron-Core."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_float64_models_rotate_by_float64_angles(ranks: Any, job: Any) -> None:
 
 
 def shapes(recipe: str) -> list[int]:
-    """Return the shape of a model's table of angles for a row of 4,096 tokens."""
+    """Return the shape of a model's rotary table for a row of 4,096 tokens."""
     from megatron_sov.engine.model.language_model import build
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig
@@ -56,7 +56,9 @@ def shapes(recipe: str) -> list[int]:
 
 @pytest.mark.distributed
 def test_where_no_layer_rotates_a_row_has_no_angles(ranks: Any, job: Any) -> None:
-    """So that an extension to 1M holds none, and `plan` counts none (tests/plan/footprint/test_memory.py)."""
+    """An extension to 1M tokens then stores no table, and `plan` counts none
+    (tests/plan/footprint/test_memory.py).
+    """
     expected = {"tiny-solar-open2": 0, "tiny-k-exaone": 32, "tiny-deepseek-v3": 16}
     found = ranks(*(job(__file__, "shapes", 1, {"recipe": recipe}) for recipe in expected))
     for (recipe, channels), (shape,) in zip(expected.items(), found, strict=True):
@@ -78,8 +80,8 @@ def test_the_formula_is_the_one_of_transformers(yarn: dict[str, Any] | None) -> 
 
 
 def scales(recipe: str) -> dict[str, Any]:
-    """Return what YaRN does to a model: the library's settings where Transformer Engine serves, and the
-    scale of each layer's softmax, in training and where keys are kept."""
+    """Return YaRN's effect on a model: library settings with Transformer Engine, and each layer's softmax
+    scale in training and with a KV cache."""
     from megatron.core.models.common.embeddings import rope_utils, yarn_rotary_pos_embedding
     from megatron.core.transformer.moe import moe_utils
 
@@ -96,7 +98,7 @@ def scales(recipe: str) -> dict[str, Any]:
     with kv_cache.keep(model, CacheSize(1, 8)) as keeping:
         kept = [layer.softmax_scale for layer in keeping]
     specs.uses_transformer_engine = lambda dtype: True
-    # the library looks whether they are there
+    # the library checks for the attribute
     for module, names in ((rope_utils, ("fused_apply_rotary_pos_emb", "fused_apply_rotary_pos_emb_thd")),
                           (moe_utils, ("fused_permute", "fused_permute_with_probs", "fused_unpermute",
                                        "fused_sort_chunks_by_index",
@@ -122,7 +124,7 @@ def test_yarns_factor_is_in_the_softmax_scale_so_that_fused_rotations_serve(rank
                          "original_max_position_embeddings": 512}), "cpu")
     plain, stretched = head_dim ** -0.5, head_dim ** -0.5 * factor ** 2
     assert math.isclose(factor, 1.1386294361119891)
-    # LLLG and a global prediction layer, which do not rotate
+    # LLLG and a global MTP layer, which do not rotate
     for found, expected in ((solar, [stretched] * 4), (exaone, [stretched] * 3 + [plain] * 2)):
         assert found["layers"] == pytest.approx(expected, rel=1e-12)
         assert found["kept"] == found["layers"], "a cache would apply another factor"
@@ -131,7 +133,7 @@ def test_yarns_factor_is_in_the_softmax_scale_so_that_fused_rotations_serve(rank
 
 
 def rotations() -> dict[str, Any]:
-    """Return how far our rotation of a packed row is from the library's loop over its documents."""
+    """Return the difference between our rotation of a packed row and the library's loop over documents."""
     import inspect
 
     from megatron.core.models.common.embeddings import rope_utils
@@ -152,7 +154,7 @@ def rotations() -> dict[str, Any]:
         recipes.get("tiny-solar-open").model).float()[:4].repeat(2)
     positions = torch.cat([torch.arange(n) for n in (5, 7)])
     expected = theirs(states, torch.tensor([0, 5, 12]), angles_by_position, cp_group=Alone)
-    # nothing is asked of the lengths
+    # the lengths are not read
     found = ours(states, torch.empty(3, device="meta"), angles_by_position[positions], cp_group=Alone)
     return {"same": torch.equal(found, expected), "moved": not torch.equal(found, states),
             "signatures": [list(inspect.signature(f).parameters) for f in (theirs, ours)]}
@@ -162,7 +164,7 @@ def test_a_row_is_rotated_without_a_look_at_its_documents(ranks: Any, job: Any) 
     (found,) = ranks(job(__file__, "rotations", 1))[0]
     assert found["same"] and found["moved"]
     theirs, ours = map(set, found["signatures"])
-    # by one or both of these names, as the version has it
+    # the name differs between versions
     assert theirs - ours <= {"multi_latent_attention", "mla_rotary_interleaved"}
     assert ours - theirs == {"paired"}
 
@@ -180,7 +182,7 @@ def test_a_rotation_has_the_librarys_bits(head_dim: int, dtype: torch.dtype) -> 
     generator = torch.Generator().manual_seed(5)
     angles = torch.rand(9, 1, 1, 16, generator=generator) * 40
     bounds = torch.tensor([0, 9], dtype=torch.int32)
-    for _ in range(2):  # the second time by what stays with the angles
+    for _ in range(2):  # the second time from the cache
         values, upstream = (torch.randn(9, 3, head_dim, generator=generator).to(dtype) for _ in range(2))
         values.requires_grad_()
         expected = rope_utils._apply_rotary_pos_emb_bshd(values[:, None], angles)[:, 0]

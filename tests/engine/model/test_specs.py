@@ -1,4 +1,4 @@
-"""From a recipe to the library's configuration: what slides, what rotates, which layers have experts."""
+"""Recipes in Megatron-Core's config: sliding windows, rotation, MoE layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_sov.base.errors import UserError
 
 
 def settings(recipe: str, changes: list[str]) -> dict[str, Any]:
-    """Return what the library's configuration and module specs say about each layer."""
+    """Return each layer's settings in the library's config and specs."""
     from megatron.core.transformer.spec_utils import get_submodules
 
     from megatron_sov import recipes
@@ -43,7 +43,7 @@ def test_a_recipes_structure_reaches_the_library(ranks, job) -> None:
             {"recipe": "tiny-k-exaone", "changes": ["model.num_layers=6", "train.recompute=true"]}),
         job(__file__, "settings", 1, {"recipe": "tiny-solar-open", "changes": [
             "train.precision=bf16", 'model.yarn={"factor": 4.0, "original_max_position_tokens": 512}']}))
-    # LLLG and a global prediction layer; global layers do not rotate
+    # LLLG and a global MTP layer; global layers do not rotate
     assert exaone["windows"] == [32, 32, 32, 0, 32, 32, 0]
     assert exaone["window_attn_skip_freq"] == [1, 1, 1, 0, 1, 1, 0]
     assert exaone["no_rope_freq"] == [0, 0, 0, 1, 0, 0, 1]
@@ -62,7 +62,7 @@ def test_a_recipes_structure_reaches_the_library(ranks, job) -> None:
 
 def test_on_gpus_16_bit_alone_takes_transformer_engine(monkeypatch: pytest.MonkeyPatch,
                                                        tmp_path: Path) -> None:
-    """A broken one is told in its own words; float32 and float64 do without."""
+    """A broken installation is reported with its own error; float32 and float64 do not need it."""
     import torch
 
     from megatron_sov.engine.model import specs

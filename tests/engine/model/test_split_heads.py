@@ -1,5 +1,5 @@
-"""Cross-entropy, log-probabilities, divergences, best tokens and logits of output heads whose vocabulary or
-rows are cut, with and without a cap, against plain torch over whole logits in float64."""
+"""Cross-entropy, log-probabilities, divergences, best tokens and logits of split heads and rows, with and
+without a softcap, against plain torch over whole logits in float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.head_config import head_config
 CAP, TEMPERATURE = 1.5, 0.7
 LAYOUTS: list[tuple[int, dict[str, Any], int]] = [
     (1, {}, 64), (2, {"tp": 2, "sp": True}, 5), (3, {"tp": 3}, 5), (4, {"tp": 2, "sp": True, "cp": 2}, 4)]
-"""Processes, layout and tokens of a chunk."""
+"""Number of processes, layout and tokens per chunk."""
 IS_ASKED = torch.arange(divergences.TOKENS) % 3 == 0
 FIGURES = ("cross-entropy", "log-probabilities", "log-probabilities of some", *divergences.KINDS)
 
@@ -32,8 +32,8 @@ def cap_logits(values: torch.Tensor, cap: float | None) -> torch.Tensor:
 
 
 def of_a_split_head(layout: dict[str, Any], chunk_tokens: int, cap: float | None) -> dict[str, Any]:
-    """Return figures and this process's parts of the gradients of ``first / 7 + 3 * second``, with their
-    places; rows that pad the vocabulary would beat every token."""
+    """Return values and this process's parts of the gradients of ``first / 7 + 3 * second``, with their
+    offsets. Padding rows of the vocabulary would win over every token."""
     from megatron.core import parallel_state
 
     from megatron_sov.engine.model.divergence import Divergence, TeacherStates, TeacherTopK
@@ -114,7 +114,7 @@ def test_figures_and_gradients_are_those_of_whole_logits(ranks: Any, job: Any, c
     tensors, n = whole(), divergences.VOCABULARY
     logits = cap_logits(tensors["states"] @ tensors["weight"].T, cap)
     best = logits.clone()
-    best[:, 30] = -torch.inf  # of equal logits the lowest id wins
+    best[:, 30] = -torch.inf  # ties go to the lowest id
     assert (best.argmax(-1) == 17).any()
     for (_, layout, _), per_rank in zip(LAYOUTS, results, strict=True):
         for what in FIGURES:

@@ -1,4 +1,4 @@
-"""Muon at any layout: each gathered matrix moves as torch.optim.Muon moves it, step by step."""
+"""Muon at any layout: each gathered matrix follows torch.optim.Muon step by step."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def gradient(key: str, shape: tuple[int, ...], seed: int) -> Any:
 
 
 def put_gradients(optimizer: Any, model: Any, seed: int) -> None:
-    """Write this process's parts of all gradients, as if they had been summed over the data."""
+    """Write this process's parts of all gradients, as if reduced over data-parallel processes."""
     import torch
 
     from megatron_sov.engine.model.local_shards import ParameterLookup, local_shards
 
     lookup = ParameterLookup(model)
     for block in local_shards(model):
-        parameter = lookup.find(block)
+        parameter = lookup.find_parameter(block)
         if parameter is None:
             continue
         whole = gradient(block.key, block.global_shape, seed)
@@ -54,7 +54,7 @@ def put_gradients(optimizer: Any, model: Any, seed: int) -> None:
 
 
 def gathered(model: Any, optimizer: Any) -> dict[str, Any]:
-    """Return the weights that the optimizer updates (under bf16 the masters), whole, on every process."""
+    """Gather the updated weights (under bf16 the masters) on every process."""
     import dataclasses
 
     import torch
@@ -71,12 +71,11 @@ def gathered(model: Any, optimizer: Any) -> dict[str, Any]:
 
 
 def matrices_of(key: str, tensor: Any) -> list[Any]:
-    """Return, as copies of their own, the matrices that a global tensor is made of, by the layout that
-    Megatron documents."""
+    """Return copies of the matrices inside a global tensor, by Megatron's documented layout."""
     if "experts.experts" in key:
         return [part for expert in tensor
                 for part in matrices_of(key.replace("experts.experts", "expert"), expert)]
-    # for each of 2 key heads: its 4 queries, the key, the value, 8 rows each
+    # per key head (2): its 4 queries, the key, the value, 8 rows each
     if key.endswith("linear_qkv.weight"):
         groups = tensor.view(2, 6, 8, -1)
         return [groups[:, a:b].reshape(-1, tensor.shape[1]) for a, b in ((0, 4), (4, 5), (5, 6))]
@@ -85,7 +84,7 @@ def matrices_of(key: str, tensor: Any) -> list[Any]:
 
 
 def is_matrix(key: str, tensor: Any, optim: Any) -> bool:
-    """Whether Muon is to update the tensor."""
+    """Return whether Muon updates the tensor."""
     return optim.name == "muon" and tensor.dim() > 1 and not re.search("word_embeddings|output_layer", key)
 
 
@@ -111,8 +110,8 @@ class Reference:
                                        lr=LR, betas=(optim.beta1, optim.beta2), eps=optim.eps)
 
     def step(self, seed: int, *, low_precision: bool) -> None:
-        """Do one step; unless `low_precision` its Newton-Schulz runs in the weights'
-        dtype, not in bfloat16."""
+        """Take one step. Without `low_precision` Newton-Schulz runs in the weights' dtype, not in
+        bfloat16."""
         import torch
 
         for key, parameters in self.matrices.items():
@@ -132,8 +131,7 @@ class Reference:
 
 
 def updates(settings: list[str], seed: int) -> dict[str, Any]:
-    """Do some steps on given gradients beside torch's optimizers; return how far each tensor is from
-    torch's after each."""
+    """Take some steps next to torch's optimizers; return each tensor's difference after each step."""
     import torch
 
     from megatron_sov.engine.optimizer.optimizer import Optimizer
@@ -178,11 +176,11 @@ LAYOUTS = {
     "PP2 VPP2 x CP2 ZeRO-1 overlapped": (4, ("parallel.pp=2", "parallel.vpp=2", "parallel.cp=2", *OVERLAP)),
 }
 FIRST = {"TP2+SP x EP2 x ZeRO-1 overlapped"}
-"""Layouts in `make test`."""
+"""Layouts that `make test` runs."""
 
 
 def worst(result: dict[str, Any]) -> tuple[float, str]:
-    """Return the largest difference from torch's weights, and where it is."""
+    """Return the largest difference from torch's weights, and its tensor."""
     return max((apart, name) for name, apart in result["apart"].items())
 
 
@@ -204,7 +202,7 @@ def test_every_matrix_moves_as_torchs_muon_moves_it_and_all_else_as_its_adamw(
             assert result["kinds"] == ["exp_avg", "exp_avg_sq", "momentum"]
 
 
-# Which rows are a matrix, and the orthogonal update, beside torch's own Newton-Schulz and a singular value
+# Rows of each matrix, and the orthogonal update against torch's Newton-Schulz and a singular value
 # decomposition.
 
 
@@ -217,7 +215,7 @@ def test_the_update_is_torchs_bit_for_bit(shape: tuple[int, int]) -> None:
     low = update.bfloat16()
     assert orthogonalise(low, 5, COEFFICIENTS).equal(
         _zeropower_via_newtonschulz(update, COEFFICIENTS, 5, 1e-7))
-    # torch's algorithm without its rounding
+    # torch's algorithm without its rounding to bfloat16
     with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
         assert orthogonalise(update, 5, COEFFICIENTS).equal(
             _zeropower_via_newtonschulz(update, COEFFICIENTS, 5, 1e-7))

@@ -1,4 +1,4 @@
-"""What one process updates: ranges of parameters, and the count of updates."""
+"""Ranges of parameters that a process updates, and the number of updates."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from tests.tiny import tiny_model
 
 
 def counted(fused: bool) -> dict[str, Any]:
-    """Return how torch's Adam, or one that counts in its groups as fused ones do,
-    knows the number of updates when restored."""
+    """Return the number of updates after a restore, in torch's Adam or in an optimizer that counts in its
+    groups.
+    """
     import torch
     from torch.optim import AdamW, Optimizer
 
     from megatron_sov.engine.optimizer.state_shards import set_updates, shards
 
     class Fused(Optimizer):
-        """Counts like transformer_engine.pytorch.optimizers.FusedAdam: in the group,
-        from its first update on."""
+        """Counts as transformer_engine.pytorch.optimizers.FusedAdam does: in the group, from the first update
+        on."""
 
     class Library:
         def __init__(self, inner: Optimizer) -> None:
@@ -55,7 +56,7 @@ def test_every_parameter_counts_its_own_updates_and_fused_optimizers_count_in_gr
 
 
 def zero1_shards(precision: str) -> dict[str, Any]:
-    """Return what both data-parallel processes update under ZeRO-1 before the first step."""
+    """Return the ranges of both data-parallel processes under ZeRO-1 before the first step."""
     import torch.distributed as dist
 
     from megatron_sov.engine.optimizer.optimizer import Optimizer
@@ -92,7 +93,7 @@ def test_zero1_gives_every_process_its_part_of_the_parameters_and_no_other(ranks
             assert spans[0][0] == 0 and spans[-1][1] == size and all(a[1] == b[0] for a, b in pairwise(spans))
 
 
-# Flat ranges are rectangles, against numpy's own order of elements.
+# Rectangles of flat ranges against numpy's element order.
 
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4)

@@ -1,4 +1,4 @@
-"""Rows cut over processes come back in order, and gradients count each token once."""
+"""Split rows are gathered in order, and gradients count each token once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TOKENS = 16
 
 
 def cut(cp: int, tp: int) -> dict[str, Any]:
-    """Return what this process holds of a row, and gradients of both kinds of gathering."""
+    """Return this process's part of a row, and the gradients of both kinds of gather."""
     import torch
     from megatron.core import parallel_state
 
@@ -40,7 +40,7 @@ def test_a_row_is_cut_and_put_together(ranks, job) -> None:
     layouts = [(1, 1), (2, 1), (4, 1), (2, 2)]
     for (cp, tp), per_rank in zip(layouts, ranks(*(job(__file__, "cut", cp * tp, {"cp": cp, "tp": tp})
                                                    for cp, tp in layouts)), strict=True):
-        groups = per_rank[::tp]  # tensor-parallel processes stand side by side
+        groups = per_rank[::tp]  # tensor-parallel ranks are adjacent
         assert sorted(t for r in groups for t in r["held"]) == list(range(TOKENS))
         assert sorted(t for r in per_rank for t in r["index"]) == list(range(TOKENS))
         for rank, result in enumerate(per_rank):

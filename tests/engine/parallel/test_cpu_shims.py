@@ -1,4 +1,4 @@
-"""The CPU door: opening it changes what it says it changes."""
+"""CPU shims change what their docstrings say."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 
 def opened() -> dict:
-    """Return what a process behind the door sees."""
+    """Return the state of a process with the shims."""
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import torch
     from megatron.core.transformer import TransformerConfig
@@ -41,8 +41,7 @@ def opened() -> dict:
 
 
 def marks() -> dict[str, list[str]]:
-    """Return which weights the library itself leaves without the marks that gradients are
-    summed and counted by."""
+    """Return the weights that Megatron-Core leaves without attributes for reduction and counting."""
     from unittest import mock
 
     from megatron_sov import recipes
@@ -68,11 +67,11 @@ def test_behind_the_door_everything_is_on_the_cpu(ranks, job) -> None:
     assert seen["marked"] and seen["flag"]
     assert seen["split"] == [1.0, 1.0] and seen["same_generator"] and seen["compiled"] == "torch"
     assert unmarked["expert"], "the library marks experts itself now: so much of mark_parameters can go"
-    # but for those of Transformer Engine's grouped layers
+    # except the weights of Transformer Engine's grouped layers
     assert not unmarked["split"], "the library no longer marks split weights: mark_parameters has to"
 
 
-# What is wrong in the library still is, and is mended on any device, without the stand-ins for a CPU.
+# The library's defects still exist, and are fixed on any device, without the CPU shims.
 
 
 LIBRARY = """
@@ -104,7 +103,7 @@ print(json.dumps([before, look(), config.sequence_parallel]))
 
 @pytest.fixture(scope="module")
 def looks() -> list[dict[str, bool]]:
-    """What a process sees before and after, with a library that has no Transformer Engine."""
+    """Return a process's state before and after, with a library without Transformer Engine."""
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", LIBRARY], capture_output=True,
                           text=True, check=True)
     before, after, flag = json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""What is settled before CUDA starts; tests/layouts/test_precision.py shows that runs repeat."""
+"""Settings before CUDA starts; tests/layouts/test_precision.py shows that runs repeat."""
 
 from __future__ import annotations
 
@@ -58,16 +58,16 @@ def test_started_cuda_is_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
         switch_on()
 
 
-# Randomness is a function of seed and step: a run in two pieces is the run in one piece,
-# and nothing was stored for it.
+# Randomness is a function of seed and step: a run in two pieces equals one run, without stored generator
+# states.
 
 STEPS, FIRST = 2, 1
 
 
 def pieces(data: str, run: str, layout: dict[str, Any], dropout: float,
            recompute: bool = False) -> dict[str, Any]:
-    """Train in one go, then in two pieces with a checkpoint between them;
-    returns the losses and whether all bits agree."""
+    """Train once, then in two pieces with a checkpoint between; return the losses and whether all bits
+    agree."""
     import torch.distributed as dist
 
     from megatron_sov import recipes
@@ -133,7 +133,7 @@ def test_dropout_resumes_to_the_bit(ranks: Any, job: Any, packed_data: Any, tmp_
 
 
 def draws() -> list[Any]:
-    """What the default generator and the library's tensor-parallel one give at some steps, at tp = 2."""
+    """Return draws of the default and the tensor-parallel generator at some steps, at tp = 2."""
     import torch
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
@@ -163,13 +163,13 @@ def test_generators_differ_where_work_is_split(ranks: Any, job: Any) -> None:
     assert len({tuple(rank[at][0]) for rank in found for at in range(3)}) == 6
 
 
-# The GPU of each rank, on a double of `torch.cuda`: which one it takes, and what all ranks are told.
+# The GPU of each rank, with a double of `torch.cuda`.
 
 SOON = datetime.timedelta(seconds=20)
 
 
 def told(uuids: list[str], problems: dict[int, str]) -> list[str]:
-    """Return what each of some ranks, which meet in one store, is told."""
+    """Return the error of each rank; the ranks share a store."""
     store = dist.HashStore()
 
     def rank(number: int) -> str:
@@ -194,8 +194,8 @@ def test_all_ranks_hear_of_one_that_has_no_gpu_of_its_own(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(("local_rank", "count", "index"), [("3", 8, 3), ("3", 1, 0), ("5", 4, 1)])
 def test_a_rank_takes_its_gpu_among_the_visible_ones(local_rank: str, count: int, index: int,
-                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where each task sees its own alone, that is GPU 0."""
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task that sees only its own GPU uses GPU 0."""
     taken = []
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
@@ -215,7 +215,7 @@ def test_a_rank_takes_its_gpu_among_the_visible_ones(local_rank: str, count: int
         own_gpu.take_gpu(dist.HashStore(), 0, 1, 0, SOON)
 
 
-# What libraries are told of a run before they start, and where its processes stay.
+# Environment variables before the start of a run, and CPU affinity.
 
 
 def test_variables_suit_layout_and_chip_and_the_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +223,7 @@ def test_variables_suit_layout_and_chip_and_the_environment_wins(monkeypatch: py
         return own_gpu.run_variables(apply_settings(recipes.get("tiny-solar-open"), list(settings)), gpu)
 
     halves, passes = ("parallel.tp=2", "parallel.sp=true"), ("parallel.ep=2",
-                                                            "parallel.expert_overlap=micro_batches")
+                                                             "parallel.expert_overlap=micro_batches")
     hopper, blackwell = "NVIDIA H100 80GB HBM3", "NVIDIA B200"
     assert of(hopper) == {"TORCH_NCCL_HIGH_PRIORITY": "1", own_gpu.CONNECTIONS: "32", "NCCL_NVLS_ENABLE": "0"}
     assert of(hopper, *halves)[own_gpu.CONNECTIONS] == "1" == of(hopper, "parallel.cp=2")[own_gpu.CONNECTIONS]
@@ -241,7 +241,7 @@ def test_variables_suit_layout_and_chip_and_the_environment_wins(monkeypatch: py
     config = apply_settings(recipes.get("tiny-solar-open"), [*passes])
     own_gpu.set_variables(config)
     assert (os.environ["NCCL_NVLS_ENABLE"], os.environ["TORCH_NCCL_HIGH_PRIORITY"]) == ("1", "1")
-    # a second run of the process has its own, and the environment's words stay
+    # a second run of the process replaces its own values and keeps the user's
     own_gpu.set_variables(apply_settings(recipes.get("tiny-solar-open"), [*halves]))
     assert os.environ[own_gpu.CONNECTIONS] == "1" and "NVTE_FWD_LAYERNORM_SM_MARGIN" not in os.environ
     assert os.environ["NCCL_NVLS_ENABLE"] == "1"
@@ -260,7 +260,7 @@ def test_a_process_stays_beside_its_gpu(tmp_path: Path, monkeypatch: pytest.Monk
     own_gpu.stay_beside(gpu, tmp_path)
     folder = tmp_path / "0000:1b:00.0"
     folder.mkdir()
-    (tmp_path / "0000:00:00.0").mkdir()  # of the bridge
+    (tmp_path / "0000:00:00.0").mkdir()  # the bridge
     (tmp_path / "0000:00:00.0" / "local_cpulist").write_text("0-1\n")
     own_gpu.stay_beside(SimpleNamespace(), tmp_path)
     for text in ("2-5,8\n", "6-7\n", "nothing\n"):

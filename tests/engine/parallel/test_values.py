@@ -1,5 +1,4 @@
-"""Numbers by name: nothing is lost or mixed up on the way through a flat tensor,
-and sums are those of the tensor."""
+"""Named values survive the flat tensor, and sums equal the tensor's."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ def test_another_number_of_elements_is_refused() -> None:
 
 
 def sums() -> list[Any]:
-    """Runs inside ranks: what each says, by name."""
+    """Inside ranks: named values of each rank."""
     from megatron_sov.engine.parallel import world
     from megatron_sov.engine.parallel.collectives import all_reduce_world
     from megatron_sov.model.config import ParallelConfig
@@ -49,11 +48,11 @@ def test_every_process_gets_the_same(ranks: Any, job: Any) -> None:
     assert found == [[2.0, 1.0, 2 / 3]] * 2
 
 
-# Plain values between processes: everybody's by rank, and rank 0's for all.
+# Plain Python values: all ranks' values by rank, and rank 0's value for all.
 
 
 def exchanged() -> list[Any]:
-    """Runs inside ranks: what this process gets of all, of its own group, and of rank 0."""
+    """Inside ranks: gathered values of all ranks, of a group, and rank 0's value."""
     import torch.distributed as dist
 
     from megatron_sov.engine.parallel import world

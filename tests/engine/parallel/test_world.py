@@ -1,4 +1,4 @@
-"""A process knows its place in the layout, and its groups."""
+"""A process's place in the layout, and its groups."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def place(layout: dict[str, int]) -> list[int | bool]:
-    """Return this process's place, after it had another one."""
+    """Return this process's place after it left another layout."""
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig
 
@@ -42,7 +42,7 @@ def test_a_process_knows_its_place_and_can_take_another(ranks, job) -> None:
 
 
 def joining(timeout_s: float) -> list[Any]:
-    """Return what the groups are asked for on a double of a GPU."""
+    """Return the requests for groups on a double of a GPU."""
     import torch
     from megatron.core import parallel_state
 
@@ -52,7 +52,7 @@ def joining(timeout_s: float) -> list[Any]:
     asked: list[Any] = []
 
     class Asked(Exception):
-        """There is no more to see."""
+        """Ends the call after the requests."""
 
     def take(store: Any, rank: int, size: int, needs_bytes: int, timeout: Any) -> torch.device:
         asked.append([rank, size, needs_bytes, timeout.total_seconds()])
@@ -73,14 +73,14 @@ def joining(timeout_s: float) -> list[Any]:
 
 @pytest.mark.distributed
 def test_on_gpus_no_group_is_split_off_all_processes_and_gloo_makes_none(ranks: Any, job: Any) -> None:
-    """A default group that is bound to a device has every process take part in every `new_group`."""
+    """With a default group bound to a device, every process takes part in every `new_group`."""
     ((asked,),) = ranks(job(__file__, "joining", 1, {"timeout_s": 90.0}))
     assert asked == [[0, 1, 7, 90.0], ["nccl", False, 90.0], [False, 2]]
 
 
 def joined(num_ranks: int, layout: dict[str, int], places: list[int]) -> list[Any]:
-    """Return of some ranks of a world that sends nothing, how many groups each helps to make, and the members
-    of those that the library then has."""
+    """Return for some ranks of a world without communication the number of groups that each creates, and the
+    members of the library's groups."""
     from torch import distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -100,7 +100,7 @@ def joined(num_ranks: int, layout: dict[str, int], places: list[int]) -> list[An
 
 
 def members_by_name() -> dict[str, Any]:
-    """Return the members of each of the library's groups that this process is in."""
+    """Return the members of each library group of this process."""
     from megatron.core import parallel_state
     from torch import distributed as dist
 
@@ -109,7 +109,7 @@ def members_by_name() -> dict[str, Any]:
 
 
 def unshared(num_ranks: int, layout: dict[str, int], places: list[int]) -> list[Any]:
-    """Return the same members as the library makes them, each group by itself."""
+    """Return the same members with one separate group each, as the library creates them."""
     from megatron.core import parallel_state
     from torch import distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -132,7 +132,7 @@ def unshared(num_ranks: int, layout: dict[str, int], places: list[int]) -> list[
     (480, {"pp": 2, "ep": 8}), (1024, {"pp": 8, "ep": 64, "cp": 2})])
 def test_a_rank_helps_to_make_few_groups_and_has_those_of_the_library(
         ranks: Any, job: Any, num_ranks: int, layout: dict[str, int]) -> None:
-    places = [0, num_ranks // 2 + 3]  # the second may be in no group of embeddings
+    places = [0, num_ranks // 2 + 3]  # the second may be in no embedding group
     given = {"num_ranks": num_ranks, "layout": layout, "places": places}
     ((shared,),), ((alone,),) = (ranks(job(__file__, name, 1, given)) for name in ("joined", "unshared"))
     assert [members for _, members in shared] == alone
@@ -140,7 +140,7 @@ def test_a_rank_helps_to_make_few_groups_and_has_those_of_the_library(
 
 
 def on_main(fail: bool) -> list[Any]:
-    """Runs inside ranks: rank 0 answers or refuses; returns what each rank saw."""
+    """Inside ranks: rank 0 returns or raises an error; return each rank's result."""
     from megatron_sov.base.errors import UserError
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig
