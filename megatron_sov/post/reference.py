@@ -26,7 +26,9 @@ from megatron_sov.base.artifacts import atomic_write, disk_errors, manifest_sha2
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.sealed import seal_damage, seal_file, write_sealed
+from megatron_sov.checkpoint import load
 from megatron_sov.engine.decode.forward_only import ForwardModel
+from megatron_sov.engine.model.local_shards import local_shards
 from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.engine.parallel import collectives
 from megatron_sov.engine.parallel.world import ParallelWorld, on_each, on_main
@@ -34,6 +36,7 @@ from megatron_sov.eval.heldout import row_losses
 from megatron_sov.infer.engines.load import run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.model.config import RunConfig, layout_settings
+from megatron_sov.model.families.adapters import PREFIX
 from megatron_sov.model.modality import EncoderInputs, banks_of, inputs_of
 from megatron_sov.runs.checkpoints import files_sha256
 from megatron_sov.runs.folder import REFERENCE
@@ -42,6 +45,7 @@ from megatron_sov.train.data.rows import join_rows, rows_per_micro_batch, sample
 from megatron_sov.train.data.streams import PackedSegment, Row, best_fit
 from megatron_sov.train.data.token_shards import Documents, Source
 from megatron_sov.train.objectives.microbatch import MicroBatch, from_row
+from megatron_sov.train.stages.feed import FeedView
 from megatron_sov.train.stages.gate import GateView
 from megatron_sov.work.progress.progress_bar import work_bar
 
@@ -88,34 +92,35 @@ def document_logprobs(model: RunningLogprobs, documents: Documents, chosen: rang
         summed = collectives.broadcast_from_last_stage(collectives.all_reduce_dp(values))
         yield from summed.float().numpy().reshape(len(filled), seq_len)
 
-    _place_numbers(documents, chosen, seq_len, rows_per_batch * model.world.dp_size * MICRO_BATCHES, of_rows,
-                   partial(_put, numbers))
+    _place_numbers(documents, chosen, seq_len, rows_per_batch * model.world.dp_size * MICRO_BATCHES,
+                   score_rows=of_rows, put=partial(_put, numbers))
     return numbers
 
 
-def write_logprobs(model: RunningLogprobs, documents: Documents, passed: int, seq_len: int,
-                   rows_per_batch: int, file: Path, of: str, temperature: float = 1.0,
+def write_logprobs(model: RunningLogprobs, documents: Documents, file: Path, identity: str, *, seq_len: int,
+                   rows_per_batch: int, num_skipped: int = 0, temperature: float = 1.0,
                    routes: RouteShape | None = None) -> None:
-    """Write what `document_logprobs` returns as a sealed file, NaN for each token of the first `passed`
-    documents.  Each process writes the numbers of its own rows in place: nobody holds those of all.
+    """Write log p(label) of documents to a sealed file of float32, one number per token. Each process writes
+    the
+    numbers of its own rows in place, so that no process holds all of them.
 
     Args:
-        model: what is asked; called by all of its processes together.
-        documents: those of a split.
-        passed: documents that are not asked.
+        model: the model; called by all of its processes together.
+        documents: documents of a split.
+        file: the file.
+        identity: text that the checksum covers.
         seq_len: tokens of a row, the longest sample.
-        rows_per_batch: rows of a micro-batch at most.
-        file: of float32, a number for each token.
-        of: what its checksum is bound to.
-        temperature: what logits are divided by before the softmax.
-        routes: shape of the documents' routes, which are replayed; None: each token goes where it goes.
+        rows_per_batch: limit of the rows of a micro-batch.
+        num_skipped: first documents that get NaN instead.
+        temperature: divisor of logits before the softmax.
+        routes: shape of the documents' expert routes, which are replayed; None: no replay.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
     world = model.world
-    chosen = range(passed, len(documents.lengths))
-    unasked = int(_starts(documents, range(passed))[-1])
+    chosen = range(num_skipped, len(documents.lengths))
+    unasked = int(_starts(documents, range(num_skipped))[-1])
     writes = world.last_stage and collectives.is_first_of_row()
     # an error waits until all are done: the others would wait in a collective for whoever ended before
     problems: list[OSError] = []
@@ -147,11 +152,11 @@ def write_logprobs(model: RunningLogprobs, documents: Documents, passed: int, se
         opened = os.open(temporary, os.O_WRONLY)
         try:
             _place_numbers(documents, chosen, seq_len, rows_per_batch * world.dp_size * MICRO_BATCHES,
-                           of_rows, partial(put, opened))
+                           score_rows=of_rows, put=partial(put, opened))
             on_each(partial(end, opened))
         finally:
             os.close(opened)
-        on_main(world, partial(_seal_numbers, building, temporary, of))
+        on_main(world, partial(_seal_numbers, building, temporary, identity))
 
 
 def _make_numbers(building: contextlib.ExitStack, file: Path, unasked: int, asked: int) -> Path:
@@ -173,9 +178,12 @@ def _seal_numbers(building: contextlib.ExitStack, temporary: Path, of: str) -> N
 def document_logprobs_hf(model: Any, documents: Documents, chosen: range, seq_len: int) -> np.ndarray:
     """Return what `document_logprobs` gives, of transformers' model."""
     numbers = np.zeros(_starts(documents, chosen)[-1], np.float32)
-    _place_numbers(documents, chosen, seq_len, 1, lambda rows: (
-        -row_losses(model, sample_row(OrderedSample(0, row), documents, seq_len)) for row in rows),
-        partial(_put, numbers))
+
+    def score_rows(rows: list[Row]) -> Iterator[np.ndarray]:
+        for row in rows:
+            yield -row_losses(model, sample_row(OrderedSample(0, row), documents, seq_len))
+
+    _place_numbers(documents, chosen, seq_len, 1, score_rows=score_rows, put=partial(_put, numbers))
     return numbers
 
 
@@ -190,8 +198,8 @@ def _starts(documents: Documents, chosen: range) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
-def _place_numbers(documents: Documents, chosen: range, seq_len: int, at_a_time: int,
-                   of_rows: Callable[[list[Row]], Iterable[np.ndarray | None]],
+def _place_numbers(documents: Documents, chosen: range, seq_len: int, at_a_time: int, *,
+                   score_rows: Callable[[list[Row]], Iterable[np.ndarray | None]],
                    put: Callable[[int, np.ndarray], None]) -> None:
     """Give the numbers of documents from those of the rows that they are put into.
 
@@ -199,8 +207,8 @@ def _place_numbers(documents: Documents, chosen: range, seq_len: int, at_a_time:
         documents: those of a split.
         chosen: which of them.
         seq_len: tokens of a row.
-        at_a_time: rows that `of_rows` is asked for at most.
-        of_rows: rows -> of at least as many [seq_len] log p(label) of each place, None of one that is
+        at_a_time: limit of the rows of a call of `score_rows`.
+        score_rows: rows -> of at least as many [seq_len] log p(label) of each place, None of one that is
             another process's.
         put: is given numbers, and where they begin.
     """
@@ -211,7 +219,7 @@ def _place_numbers(documents: Documents, chosen: range, seq_len: int, at_a_time:
                      for d, n in zip(chosen, lengths.tolist(), strict=True) if n > 1], seq_len)
     for begin in range(0, len(rows), at_a_time):
         there = rows[begin:begin + at_a_time]
-        for row, found in zip(there, of_rows(there), strict=False):
+        for row, found in zip(there, score_rows(there), strict=False):
             at = 0
             for document, start, count in row if found is not None else ():
                 place = document - chosen.start
@@ -502,3 +510,34 @@ class Reference:
             return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
         except (ValueError, TypeError) as e:
             raise UserError(f"{file}: is damaged ({e}); delete the folder") from None
+
+
+@torch.no_grad()
+def run_with_weights(start: Path, view: FeedView, compute: Callable[[], None]) -> None:
+    """Call `compute` while the model has the weights of a checkpoint; called by all processes between two
+    steps.
+
+    A second model would double the memory. Only a copy of the weights is held, while `compute` runs.
+
+    Args:
+        start: the checkpoint.
+        view: the run; its weights and optimizer are restored afterwards.
+        compute: runs forward passes of the model.
+    """
+    model = view.policy.model
+    # The copy must hold the newest weights, and no gather may overwrite the loaded ones.
+    model.finish_param_gather()
+    blocks = list(local_shards(model))
+    saved, base = [block.data.clone() for block in blocks], model.adapter_base
+    try:
+        for block in blocks:
+            if block.key.startswith(PREFIX):
+                block.data.zero_()  # an adapter outside the checkpoint must not change the model
+        load.load_model(start, model)
+        compute()
+    finally:
+        for block, data in zip(blocks, saved, strict=True):
+            # After a failure too: the optimizer state belongs to these weights.
+            block.data.copy_(data)
+        model.finish_writing()
+        model.adapter_base = base

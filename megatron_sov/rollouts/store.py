@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -278,6 +279,24 @@ def _from_json(texts: Sequence[str | None]) -> list[Any]:
     return [found[text] for text in texts]
 
 
+@dataclass(frozen=True)
+class StoreSettings:
+    """Folder of a rollout store, and the tokenizer of its tokens."""
+
+    path: Path
+    tokenizer: Path
+    """Folder with the tokenizer.json."""
+    vocab_size: int
+
+    def open(self) -> RolloutStore:
+        """Open the store, or create it.
+
+        Raises:
+            UserError: the tokenizer cannot be read, or `path` is no store or has another tokenizer.
+        """
+        return RolloutStore.create(self.path, tokenizer_digest(self.tokenizer), self.vocab_size)
+
+
 _Row = TypeVar("_Row", Rollout, RewardRow)
 Judgements = dict[tuple[Key, int], RewardRow]
 """Key and attempt of a row -> what a reward said of it."""
@@ -302,20 +321,6 @@ class RolloutStore(Table[RolloutPart]):
     @staticmethod
     def tell(identity: Mapping[str, Any]) -> str:
         return f"tokenizer {str(identity.get('tokenizer'))[:24]}, {identity.get('vocab_size')} ids"
-
-    @classmethod
-    def create_for(cls, path: str | Path, tokenizer: Path, vocab_size: int) -> RolloutStore:
-        """Return the store of a folder for responses in the tokens of a tokenizer; see `create`.
-
-        Args:
-            path: the store's folder.
-            tokenizer: folder with the tokenizer.json.
-            vocab_size: number that token ids lie below.
-
-        Raises:
-            UserError: as `create`, or the tokenizer cannot be read.
-        """
-        return cls.create(path, tokenizer_digest(tokenizer), vocab_size)
 
     def is_written_in(self, tokenizer: Path) -> bool:
         """Return whether the rollouts are tokens of the tokenizer in a folder."""

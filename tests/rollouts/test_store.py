@@ -25,7 +25,8 @@ from megatron_sov.rollouts.rows import (
     JUDGED, NOT_WRITTEN, AskedPrompt, Key, RewardRow, Rollout, RolloutPart, not_written, numbers_in,
     part_name)
 from megatron_sov.rollouts.store import (
-    NAMES, REPEATED, ROLLOUTS, SPLIT, RolloutStore, problems_of, rewards_table, rollouts_of, rollouts_table)
+    NAMES, REPEATED, ROLLOUTS, SPLIT, RolloutStore, StoreSettings, problems_of, rewards_table, rollouts_of,
+    rollouts_table)
 from megatron_sov.work.tables import parquet as bounds
 from megatron_sov.work.tables.parquet import read_table, write_table
 from megatron_sov.work.tables.table import AlreadyPublished
@@ -194,12 +195,12 @@ def test_a_store_is_of_a_tokenizer_and_not_of_the_bytes_of_its_file(tmp_path: Pa
     for name, text in texts.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "tokenizer.json").write_text(text)
-    RolloutStore.create_for(tmp_path / "store", tmp_path / "base", 100)
-    store = RolloutStore.create_for(tmp_path / "store", tmp_path / "sft", 100)
+    StoreSettings(tmp_path / "store", tmp_path / "base", 100).open()
+    store = StoreSettings(tmp_path / "store", tmp_path / "sft", 100).open()
     assert store.is_written_in(tmp_path / "base") and not store.is_written_in(tmp_path / "other")
     store.add_rollouts(part_name(1, 0), [rollout()], {})
     with pytest.raises(UserError, match="rollout store of tokenizer"):
-        RolloutStore.create_for(store.path, tmp_path / "other", 100)
+        StoreSettings(store.path, tmp_path / "other", 100).open()
 
 
 def test_a_store_has_one_tokenizer(store: RolloutStore, tmp_path: Path) -> None:

@@ -65,8 +65,10 @@ def run_reward(args: argparse.Namespace) -> int:
     version = reward_version(options.reward, options.reward_set)
     store = opened_store(options.store, options.wait)
     with judging(options.reward, options.reward_set, options.workers) as judge:
-        job = JudgingJob(store, Claims(store.claims, options.lease), version, judge, rounds,
-                         {"reward": options.reward, "settings": list(options.reward_set)}, options.wait)
+        job = JudgingJob(
+            store=store, claims=Claims(store.claims, options.lease), version=version, judge=judge,
+            rounds=rounds, wait_s=options.wait,
+            provenance={"reward": options.reward, "settings": list(options.reward_set)})
         with work_bar("judge", sum(part.num_rows for part in job.missing()), "response") as bar:
             job.progress = bar.update
             summary = job.run()

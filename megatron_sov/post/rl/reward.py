@@ -94,9 +94,30 @@ def refuse_unjudged(name: str, settings: Sequence[str], prompts: Iterable[Rollou
                     "that is called otherwise by --columns TARGET=FIELD")
 
 
+@dataclass
+class RewardJudge:
+    """A reward whose worker processes start with the first rows and end with `close`."""
+
+    name: str
+    """See `reward_version`."""
+    settings: Sequence[str]
+    workers: int
+    version: str
+    _open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    _judge: JudgeRows | None = None
+
+    def judge(self, rows: Sequence[Rollout]) -> Sequence[Result]:
+        if self._judge is None:
+            self._judge = self._open.enter_context(judging(self.name, self.settings, self.workers))
+        return self._judge(rows)
+
+    def close(self) -> None:
+        self._open.close()
+
+
 @contextlib.contextmanager
 def judging(name: str, settings: Sequence[str], workers: int) -> Iterator[JudgeRows]:
-    """Give what judges rows by a reward, in processes of its own; arguments as of `reward_version`."""
+    """Start the worker processes of a reward and yield its judge; arguments as of `reward_version`."""
     if name == ENVIRONMENT:
         yield lambda rows: [_outcome_of(row) for row in rows]
         return

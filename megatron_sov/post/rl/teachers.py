@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,7 @@ from megatron_sov.base.sealed import seal_damage, write_sealed
 from megatron_sov.engine.parallel.world import on_main
 from megatron_sov.model.modality import EncoderInputs, banks_of, inputs_of
 from megatron_sov.post.policy import REVERSE_KL
-from megatron_sov.post.reference import write_logprobs
+from megatron_sov.post.reference import run_with_weights, write_logprobs
 from megatron_sov.train.data.rounds import BEHAVIOUR, DOMAINS, Round
 from megatron_sov.train.data.token_shards import Documents
 from megatron_sov.train.stages.feed import FeedView
@@ -41,8 +41,6 @@ BACKOFF_S = (1.0, 60.0)
 """Before a response is asked again: twice as long each time, within these bounds."""
 STEP_S = 5.0
 """Of asking, while other processes wait for a message."""
-WithWeights = Callable[[Path, FeedView, Callable[[], None]], None]
-"""(checkpoint, run, compute): calls `compute` where the model has the checkpoint's weights."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +79,9 @@ def document_domains(opened: Round) -> list[str]:
     return domains
 
 
-def write_teachers(view: FeedView, teachers: Sequence[ScoringTeacher], opened: Round, file: Path, of: str,
-                   with_weights: WithWeights) -> None:
+def write_teachers(view: FeedView, teachers: Sequence[ScoringTeacher], opened: Round, file: Path, identity:
+str
+                   ) -> None:
     """Write the teachers' log p(label) of each token of a round, as a sealed file; called by all processes
     together.
 
@@ -91,8 +90,7 @@ def write_teachers(view: FeedView, teachers: Sequence[ScoringTeacher], opened: R
         teachers: one for each domain.
         opened: the round.
         file: of float32.
-        of: what its checksum is bound to.
-        with_weights: puts a checkpoint's weights into the model.
+        identity: text that the checksum covers.
 
     Raises:
         UserError: a domain has no teacher, a server refuses or is away for too long, or the disk is full.
@@ -104,17 +102,17 @@ def write_teachers(view: FeedView, teachers: Sequence[ScoringTeacher], opened: R
         chosen = np.flatnonzero(owners == place)
         if not len(chosen):
             continue
-        part, part_of = file.with_suffix(f".{place}{file.suffix}"), f"{of} {teacher.domain}"
+        part, part_of = file.with_suffix(f".{place}{file.suffix}"), f"{identity} {teacher.domain}"
         if on_main(view.world, partial(seal_damage, part, part_of)):
             own = _ChosenDocuments(opened.documents, chosen)
             if teacher.checkpoint is None:
                 _ask_servers(view, teacher, own, part, part_of)
             else:
-                with_weights(teacher.checkpoint, view, partial(
-                    write_logprobs, view, own, 0, view.config.data.phases[0].seq_len,
-                    view.config.train.micro_batch_size, part, part_of))
+                run_with_weights(teacher.checkpoint, view, partial(
+                    write_logprobs, view, own, part, part_of, seq_len=view.config.data.phases[0].seq_len,
+                    rows_per_batch=view.config.train.micro_batch_size))
         parts.append((chosen, part))
-    on_main(view.world, partial(_join, opened.starts, parts, file, of))
+    on_main(view.world, partial(_join, opened.starts, parts, file, identity))
 
 
 def _owners(opened: Round, teachers: Sequence[ScoringTeacher]) -> np.ndarray:

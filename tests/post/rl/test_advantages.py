@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from megatron_sov.model.config import PolicyConfig
-from megatron_sov.post.rl import advantages as parts
-from megatron_sov.post.rl.advantages import group_advantages, step_advantages
+from megatron_sov.post.rl.publish import advantages as parts
+from megatron_sov.post.rl.publish.advantages import group_advantages, step_advantages
 
 REWARDS = st.lists(st.sampled_from([0.0, 0.0, 0.3, 0.5, 1.0, 1.0, 1.2]), min_size=2, max_size=7)
 STEP = st.lists(REWARDS, min_size=1, max_size=4)

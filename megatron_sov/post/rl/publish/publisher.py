@@ -30,13 +30,14 @@ from megatron_sov.base.settings import by_name
 from megatron_sov.chat.vocabulary import TOKENIZER_JSON, tokenizer_digest
 from megatron_sov.engine.parallel.world import on_each, on_first
 from megatron_sov.model.config import RunConfig
-from megatron_sov.post.rl.advantages import (
+from megatron_sov.post.rl.publish.advantages import (
     LEARNS as KEPT, Group, group_advantages, has_advantage, step_advantages)
-from megatron_sov.post.rl.gathering import (
-    Gathered, GatheredPiece, JudgedGroup, PublishedResponse, RolloutFacts, RoundOfStore, means_of)
-from megatron_sov.post.rl.reward import NO_REWARD
-from megatron_sov.post.rl.round_files import (
+from megatron_sov.post.rl.publish.groups import (
+    Gathered, GatheredPiece, JudgedGroup, PublishedResponse, RolloutFacts, RoundOfStore)
+from megatron_sov.post.rl.publish.metrics import compute_means
+from megatron_sov.post.rl.publish.shards import (
     DTYPE, RoundPiece, RoundShard, ShardWriter, WrittenShard, shards_of)
+from megatron_sov.post.rl.reward import NO_REWARD
 from megatron_sov.rollouts.prompts import PromptList, budget_of, round_pieces, sampling_digest, too_long_in
 from megatron_sov.rollouts.rows import LENGTH, Key, RolloutPart, domain_of
 from megatron_sov.rollouts.store import RolloutStore
@@ -93,7 +94,7 @@ def _further_file(rounds: Path, number: int) -> Path:
     return folder.with_name(f"{folder.name}.further.json")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Publisher:
     """What the rounds of a run are published from."""
 
@@ -251,8 +252,9 @@ class Publisher:
     def _source(self, number: int, begun: _Begun) -> RoundOfStore:
         rollout = self.config.rollout
         return RoundOfStore(
-            self._opened, number, round_pieces(self._asked, rollout, number, begun.more), begun.num_pieces,
-            rollout.samples_per_prompt, self.reward_version)
+            store=self._opened, number=number, num_pieces=begun.num_pieces,
+            pieces=round_pieces(self._asked, rollout, number, begun.more),
+            samples_per_prompt=rollout.samples_per_prompt, reward_version=self.reward_version)
 
     def _ask_further(self, source: RoundOfStore, gathered: Gathered) -> str:
         """Ask further prompts, where too few groups of a round learn; returns what is waited for, "": the
@@ -349,7 +351,7 @@ class Publisher:
             "policies": sorted(set[str]().union(*(piece.policies for piece in gathered.pieces))),
             "store": [{"name": part.name, "rollouts": part.manifest_sha256, "rewards": manifest_sha256(
                 source.store.part_path(part.name, source.reward_version))} for part in gathered.parts],
-            "means": means_of(gathered, self.config.rollout, None if self.reward_version == NO_REWARD
+            "means": compute_means(gathered, self.config.rollout, None if self.reward_version == NO_REWARD
                               else self.config.policy.right_from),
             **({DOMAINS: self._domains_of(gathered, chosen)} if self.config.policy.parts.opd_coeff
                else {})}
@@ -399,9 +401,11 @@ class Publisher:
 
     @cached_property
     def _writer(self) -> ShardWriter:
-        return ShardWriter(self._opened, self.config.rollout.temperature, self.config.data.phases[0].seq_len,
-                           self._routes, token_bytes(self.tokenizer, self.config.model.vocab_size),
-                           published_numbers(self.config))
+        return ShardWriter(
+            store=self._opened, temperature=self.config.rollout.temperature,
+            seq_len=self.config.data.phases[0].seq_len, routes=self._routes,
+            bytes_of_token=token_bytes(self.tokenizer, self.config.model.vocab_size),
+            numbers=published_numbers(self.config))
 
     def _chosen(self, gathered: Gathered) -> _Chosen:
         """Give each step's groups their advantages."""

@@ -7,29 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise, starmap
-from typing import Any
 
 import numpy as np
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.model.config import RolloutConfig
-from megatron_sov.post.policy import GROUPS_LEARNING, RESPONSE_TOKENS, REWARD
 from megatron_sov.rollouts.prompts import PromptPiece
 from megatron_sov.rollouts.rows import LENGTH, NOT_WRITTEN, UNFINISHED, Key, RolloutPart, later
 from megatron_sov.rollouts.store import RolloutStore, keys_of, problems_of
-from megatron_sov.runs.rounds import LEARNS
 from megatron_sov.work.tables.parquet import texts_of
 
 LIGHT = ("versions", "finish_reason")
 """Columns that say what is there and how long it is."""
 KEPT_OUT = "kept_out"
 """Status of a response whose last attempt breaks a rule of the store."""
-PASS_RATE = "pass_rate"
-"""Among the means of a round: share of its responses whose reward is `policy.right_from` or more."""
-FEW_LEARN, HALF = 0.1, 0.5
-"""Share of a round's groups that learn below which the run warns; where the start is far off."""
-FAR_RATES = (0.05, 0.95)
-"""Pass rates of the start at or outside of which nearly all responses to most prompts have one reward."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,80 +319,3 @@ class RoundOfStore:
             raise UserError(f"{self.store.path}: round {self.number} holds responses to prompt "
                             f"{min(others)}, which is none of piece {part.piece} now; pass the --prompts and "
                             "rollout settings that they were written with, or another --store")
-
-
-def means_of(gathered: Gathered, rollout: RolloutConfig, right_from: float | None) -> dict[str, Any]:
-    """Return means over the responses of a round that have a reward, trained or not.
-
-    Args:
-        gathered: the round.
-        rollout: says which optimizer step the round is trained from.
-        right_from: least reward of a right response; None: nothing judges, so that there is no reward to tell
-            rather than one of 0.
-    """
-    rows, has_reward = gathered.rows, right_from is not None
-    if not len(rows):
-        return {"responses": 0}
-    num_written = int(rows["written"].sum())
-    trained_steps = (gathered.number - 1) * rollout.steps_per_round
-    # Steps between the policy that wrote a token and the one that begins to train on it.
-    behind = trained_steps * num_written - int(rows["versions"].sum())
-    rewards = defaultdict[str, list[float]](list)
-    for domain, reward in zip(gathered.domain_of_row, rows["reward"].tolist(), strict=True):
-        rewards[domain].append(reward)
-    return {
-        "responses": len(rows), **({} if right_from is None else {
-            "reward": _mean(rows["reward"]), PASS_RATE: _mean(rows["reward"] >= right_from)}),
-        "components": {name: _mean(values) for name, values in gathered.components.items()},
-        "response_tokens": _mean(rows["written"]), "truncated": _mean(rows["is_cut"]),
-        "staleness_steps": behind / max(1, num_written), "domains": {
-            name: {"responses": len(values), **({"reward": _mean(values)} if has_reward else {})}
-            for name, values in sorted(rewards.items()) if name}}
-
-
-def _mean(values: np.ndarray | Sequence[float]) -> float:
-    # side by side, since a sum over places apart may add in another order
-    return float(np.array(values, np.float64).mean())
-
-
-def meters_of_round(content: Mapping[str, Any]) -> dict[str, float]:
-    """Return the headline meters of a round, by its manifest."""
-    means, groups = content.get("means") or {}, content.get("groups") or {}
-    found = {REWARD: means.get("reward"), RESPONSE_TOKENS: means.get("response_tokens")}
-    count = sum(groups.values())
-    if count:
-        found[GROUPS_LEARNING] = groups.get(LEARNS, 0) / count
-    return {name: float(value) for name, value in found.items() if value is not None}
-
-
-def describe_groups(groups: Mapping[str, int]) -> str:
-    """Return the groups of a round in words: "3 learns, 2 no advantage"."""
-    return ", ".join(f"{number:,} {reason.replace('_', ' ')}" for reason, number in groups.items())
-
-
-def doubt_of_round(content: Mapping[str, Any], *, is_first: bool) -> str:
-    """Return a sentence on a round of which few groups learn, with the remedy; "" where enough do.
-
-    Args:
-        content: of the round's manifest.
-        is_first: whether the model that the run starts from wrote it: then a pass rate near 0 or 1 is told as
-            soon as it leaves less than half of the groups to learn.
-    """
-    groups, rate = content.get("groups") or {}, (content.get("means") or {}).get(PASS_RATE)
-    count = sum(groups.values())
-    share = groups.get(LEARNS, 0) / count if count else 1.0
-    is_far = rate is not None and not FAR_RATES[0] < rate < FAR_RATES[1]
-    if share >= (HALF if is_first and is_far else FEW_LEARN):
-        return ""
-    told = f"{groups.get(LEARNS, 0):,} of {count:,} groups learn ({describe_groups(groups)})"
-    if rate is None:
-        return f"{told}; the others have responses of equal worth, or too few"
-    measured = "`sov-data difficulty` measures pass rates and selects by them"
-    if not is_far:
-        return (f"{told}, and {rate:.1%} of the responses are right: each prompt is solved always or never; "
-                f"take prompts in between ({measured})")
-    if rate < HALF:
-        return (f"{told}, and only {rate:.1%} of the responses are right: take easier prompts ({measured}), "
-                "or fine-tune on right answers first (`megatron-sov sft`)")
-    return (f"{told}, and {rate:.1%} of the responses are right already: take harder prompts ({measured}), "
-            "or end the run")
