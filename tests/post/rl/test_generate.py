@@ -244,11 +244,11 @@ def test_responses_that_are_told_their_length_begin_with_it_as_their_prompt(
     narrow = ResponseSource(Telling(), replace(rollout, max_prompt_tokens=2), "", False,
                             {})  # type: ignore[arg-type]
     with pytest.raises(UserError, match="2, the shortest"):
-        narrow.too_long(prompts)
+        narrow.measure_long_prompts(prompts)
     told = replace(prompts[5], record={"prompt": "60", "target_tokens": 4}, id="told")
     short = ResponseSource(Telling(), replace(rollout, max_prompt_tokens=2, budgets_tokens=()), "", False,
                            {})  # type: ignore[arg-type]
-    assert short.too_long([*prompts, told]) == {"told": 3}, "with the words that are put behind it"
+    assert short.measure_long_prompts([*prompts, told]) == {"told": 3}, "with the words that are put behind it"
     own = replace(prompts[5], record={"prompt": "60", "target_tokens": 4})
     alone = replace(rollout, budgets_tokens=())
     writer = ResponseSource(Telling(), alone, "counting", False, {})  # type: ignore[arg-type]
