@@ -69,7 +69,7 @@ def run_reward(args: argparse.Namespace) -> int:
             store=store, claims=Claims(store.claims, options.lease), version=version, judge=judge,
             rounds=rounds, wait_s=options.wait,
             provenance={"reward": options.reward, "settings": list(options.reward_set)})
-        with work_bar("judge", sum(part.num_rows for part in job.missing()), "response") as bar:
+        with work_bar("judge", sum(part.num_rows for part in job.find_unjudged()), "response") as bar:
             job.progress = bar.update
             summary = job.run()
     return _tell_judged(options, version, summary)

@@ -310,16 +310,7 @@ def parse_rounds(args: RoundsOptions, completed: Callable[[RunConfig], RunConfig
 
 def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, *, wait_s: float = 0.0,
                  rollouts: LiveRollouts | None = None, validation: Validation | None = None) -> None:
-    """Run the stage.
-
-    Args:
-        args: of the command.
-        parsed: the same, checked.
-        began_s: Unix time at which the command began.
-        wait_s: how long a round is waited for.
-        rollouts: writes and judges rounds; None: other jobs do.
-        validation: of its policies; None: there is none.
-    """
+    """Train the rounds; without `rollouts` other jobs generate and judge them, for at most `wait_s` seconds."""
     from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
     from megatron_sov.train.data.rounds import BEHAVIOUR, rounds_of, rounds_source
 
@@ -349,7 +340,7 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, *, w
         reward_version=parsed.reward_version, tokenizer=tokenizer, is_own=policies.is_own,
         chosen_by={} if rollouts is None else rollouts.settings.source.chosen_by)
     # rounds that were published from another store would be trained as if they were of this one
-    publisher.refuse_other_store()
+    publisher.check_store()
     teacher = live_teacher_of(args, config, tokenizer, args.nproc)
     learned = round_objective_of if config.policy.learns_preferences else objective_of
     objective = factory(config, learned(config) if teacher is None

@@ -140,7 +140,7 @@ def test_what_a_round_asks_further_is_produced_too(view: Any, tmp_path: Path,
     assert "saved" not in dict(view.told), "no checkpoint is waited for"
     assert (told["write_s"], told["judge_s"]) == (6.0, 1.5)
     view.step = 2
-    feed.publish = lambda number: "2 pieces"  # it was asked to stop, and wrote nothing
+    feed.publisher.publish = lambda number: "2 pieces"  # it was asked to stop, and wrote nothing
     assert feed.bring(view, lambda: True) == "asked to stop while waiting for round 2: 2 pieces"
     assert produced == [1, 1, 1, 2]
 

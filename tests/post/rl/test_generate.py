@@ -248,7 +248,7 @@ def test_responses_that_are_told_their_length_begin_with_it_as_their_prompt(
     told = replace(prompts[5], record={"prompt": "60", "target_tokens": 4}, id="told")
     short = ResponseSource(Telling(), replace(rollout, max_prompt_tokens=2, budgets_tokens=()), "", False,
                            {})  # type: ignore[arg-type]
-    assert short.measure_long_prompts([*prompts, told]) == {"told": 3}, "with the words that are put behind it"
+    assert short.measure_long_prompts([*prompts, told]) == {"told": 3}, "with the longest budget text"
     own = replace(prompts[5], record={"prompt": "60", "target_tokens": 4})
     alone = replace(rollout, budgets_tokens=())
     writer = ResponseSource(Telling(), alone, "counting", False, {})  # type: ignore[arg-type]
@@ -312,7 +312,7 @@ def test_what_hangs_comes_last_once_for_each_policy_and_makes_way(tmp_path: Path
     (first, *_) = round_prompts(prompts, rollout, 1)
     job.engine = engine = Hanging(int(first.record["prompt"]))
     assert job.run()["waits_for"] == (
-        "round 1 waits for responses of which a whole attempt did not get one token")
+        "round 1 waits for responses that got no token in a whole attempt")
     assert [(engine.hangs in texts, length_s) for texts, length_s in engine.asked] == [
         (True, 20.0), (False, engine.asked[1][1]), (True, 20.0)], "with others, then alone, and no more"
     engine.asked.clear()

@@ -338,7 +338,7 @@ def test_prompts_that_the_store_sets_aside_are_in_no_round(publisher: Publisher,
     assert publisher.publish(1) == ""
     (store.path / "set_aside.json").unlink()
     forgets = dataclasses.replace(publisher, rounds=tmp_path / "forgets")
-    with pytest.raises(UserError, match="none of piece 0"):
+    with pytest.raises(UserError, match="not in piece 0"):
         forgets.publish(1)
 
 

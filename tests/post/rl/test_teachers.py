@@ -106,10 +106,10 @@ def test_a_server_that_is_away_is_asked_again_and_one_that_refuses_is_told(opene
 
 
 def test_what_is_no_probability_is_no_answer() -> None:
-    from megatron_sov.post.rl.teachers import _checked
+    from megatron_sov.post.rl.teachers import _check_scores
     from megatron_sov.work.endpoints.answers import BadAnswer
 
     with pytest.raises(BadAnswer, match="and tells 2, 1"):
-        _checked([-1.0, float("-inf")], 2, "http://a")
+        _check_scores([-1.0, float("-inf")], 2, "http://a")
     with pytest.raises(BadAnswer, match="tell 3 log-probabilities"):
-        _checked([-1.0], 3, "http://a")
+        _check_scores([-1.0], 3, "http://a")
