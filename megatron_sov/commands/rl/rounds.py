@@ -310,7 +310,7 @@ def parse_rounds(args: RoundsOptions, completed: Callable[[RunConfig], RunConfig
 
 def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, *, wait_s: float = 0.0,
                  rollouts: LiveRollouts | None = None, validation: Validation | None = None) -> None:
-    """Train the rounds; without `rollouts` other jobs generate and judge them, for at most `wait_s` seconds."""
+    """Train the rounds. Without `rollouts` other jobs generate and judge each within `wait_s` seconds."""
     from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
     from megatron_sov.train.data.rounds import BEHAVIOUR, rounds_of, rounds_source
 
