@@ -130,7 +130,8 @@ def same_model_step(config: RunConfig, place: world.ParallelWorld, source: Sourc
 
 
 def stock_step(config: RunConfig, place: world.ParallelWorld) -> Callable[[], None]:
-    """Return Megatron-LM's train_step over the library's GPTModel."""
+    """Return Megatron-LM's train_step over the library's GPTModel, which is imported for this comparison
+    alone."""
     import torch
     from megatron.core.distributed import (
         DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads)

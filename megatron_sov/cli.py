@@ -9,15 +9,17 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from functools import partial
 from typing import Any
 
 from megatron_sov.base.command_line import (
     HelpText, Parser, end_help, exit_code, fill_commands, list_commands, parser_of, version_of)
-from megatron_sov.base.errors import ExitCode
+from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.hints.commands import command_comes_first, unknown_command
+from megatron_sov.base.hints.lines import propose_line
 from megatron_sov.base.hints.removed import check_command
 from megatron_sov.commands import COMMANDS
-from megatron_sov.runs.launch_environment import note_command, process_started_s
+from megatron_sov.runs.launch_environment import note_command, process_started_s, under_launcher
 
 PROGRAM = "megatron-sov"
 
@@ -69,7 +71,20 @@ def run_command(argv: list[str], began_s: float) -> int:
     Args:
         argv: its name and arguments.
         began_s: Unix time at which it began; commands find it in their arguments.
+
+    Raises:
+        UserError: if its fix is known, with all faults of the command line and the line that works.
     """
+    try:
+        return _run_once(argv, began_s)
+    except UserError as e:
+        if e.fix is None or under_launcher():
+            raise
+        raise propose_line(PROGRAM, argv, e, partial(_run_once, began_s=began_s, only_checks=True)) from None
+
+
+def _run_once(argv: list[str], began_s: float, only_checks: bool = False) -> int:
+    """Run a command line as it was typed; `only_checks`: by --dry-run, or only parse it."""
     if argv[:1] == ["help"] and len(argv) > 1:
         argv = [*argv[1:], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -97,7 +112,11 @@ def run_command(argv: list[str], began_s: float) -> int:
         listed = list_commands(children, dict.fromkeys(children, heading))
         sub.epilog = "\n\n".join(filter(None, (listed, sub.epilog)))
     sub.set_defaults(began_s=began_s)
+    if only_checks and "--dry-run" in sub._option_string_actions:
+        rest = [*(word for word in rest if word != "--dry-run"), "--dry-run"]
     args = sub.parse_args(rest)
+    if only_checks and "--dry-run" not in rest:
+        return ExitCode.OK
     note_command(argv)
     return int(module.run(args))
 

@@ -200,8 +200,8 @@ def warm(doubles: list[str]) -> None:
     if of_te:
         specs.on_gpu = lambda: True
         specs.transformer_engine_serves = lambda dtype: True
-        from megatron.core.tensor_parallel import random
-        random._get_share_storage()  # megatron-core compiles this C++ extension once per home folder: 27 s
+        from megatron_sov.engine.parallel.storage_extension import load_storage_extension
+        load_storage_extension(["layernorm"])  # compiles 27 s, once per home folder
     elif not doubles:
         import_everything()
     make_what_is_kept()

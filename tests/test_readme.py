@@ -1,7 +1,5 @@
-"""The README's way of a model, typed line by line into an empty folder that has the `.venv` of `make demo`.
-
-What is gathered is a few small documents instead of the machine's own, and two steps of few samples are
-trained: the rest is what stands there.
+"""Types the commands of "From raw text to a chat" in the README, line by line, in an empty folder that has
+the `.venv` of `make demo`.  The corpus is a few small documents, and two steps of few samples are trained.
 """
 
 from __future__ import annotations
@@ -58,7 +56,7 @@ def gather(folder: Path) -> None:
 def test_the_way_of_a_model_works_as_it_is_typed(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., Any],
         warm_python: str) -> None:
-    activate, demo_corpus, *lines, serve = block_under("The way of a model")
+    activate, demo_corpus, *lines, serve = block_under("From raw text to a chat")
     (tmp_path / ".venv").symlink_to(sys.prefix)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SOV_TESTS_PYTHON", warm_python)  # by which `chat` starts a server

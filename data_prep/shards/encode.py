@@ -20,7 +20,7 @@ from megatron_sov.base.artifacts import MANIFEST, damaged_files, read_manifest
 from megatron_sov.base.documents import BadRecord, Conversation, Document
 from megatron_sov.base.documents.byte_bpe import NotByteBpe, adversarial_texts, ranks, split_pattern
 from megatron_sov.base.documents.shard_files import NO_FEATURE
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import Fix, UserError, fix_missing
 from megatron_sov.chat.encode import ChatEncoder
 from megatron_sov.chat.marks import KIND_ANSWER, KIND_NONE
 from megatron_sov.chat.template import ChatTemplate, odd_opening
@@ -144,7 +144,7 @@ class Encoder:
             UserError: there is none, its files are damaged, or it has no token that the settings ask for.
         """
         if problem := explain_foreign(folder):
-            raise UserError(f"--tokenizer {folder}: {problem}")
+            raise UserError(f"--tokenizer {folder}: {problem}", fix_foreign(folder))
         manifest = read_manifest(folder, "tokenizer")
         # Every id depends on these files: they are hashed before the first use.
         if problems := damaged_files(folder):
@@ -271,6 +271,18 @@ class Encoder:
     def decode_batch(self, sequences: list[list[int]]) -> list[str]:
         found: list[str] = self._with_special.decode_batch(sequences, skip_special_tokens=False)
         return found
+
+
+def fix_foreign(path: Path) -> Fix:
+    """Return the fix for a tokenizer that is not imported yet, or not downloaded."""
+    fix = None if path.exists() else fix_missing(path, is_bare=True)
+    if fix is not None and not fix.before:
+        return fix
+    name = path.stem if path.is_file() else path.resolve().name
+    output = f"{name}-tokenizer"
+    source = path if path.exists() else path.name
+    words = ["sov-tokenizer", "import", str(source), "--output", output]
+    return Fix(words={str(path): output}, before=(*(fix.before if fix else ()), shlex.join(words)))
 
 
 def explain_foreign(path: Path) -> str:

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Lt
 
 from data_prep.shards.assemble import EncodedSource, bad_rows, survey, write_quarantine, write_shards
-from data_prep.shards.encode import CONFIG_JSON, TOKENIZER_JSON, Encoder, EncodingSettings, explain_foreign
+from data_prep.shards.encode import (
+    CONFIG_JSON, TOKENIZER_JSON, Encoder, EncodingSettings, explain_foreign, fix_foreign)
 from data_prep.shards.token_artifact import (
     CONTENT_VERSION, HELDOUT, KIND, QUARANTINE, TRAIN, HeldoutRule, sidecars_of, token_dtype)
 from data_prep.shards.units import GROUP, Unit, UnitSettings, encode_units
@@ -32,14 +33,15 @@ from data_prep.tags import (
     GivenTag, artifact_of, parse_tags, refuse_unknown_sources, source_tags, with_written)
 from megatron_sov.base.artifacts import (
     ArtifactWriter, new_artifact, read_manifest, refuse_existing, sha256_file)
-from megatron_sov.base.documents import Document, FileSpan, RecordReading, list_files, plan_units, read_span
+from megatron_sov.base.documents import (
+    BadRecord, Document, FileSpan, RecordReading, list_files, plan_units, read_span)
 from megatron_sov.base.documents.accounting import RecordAccount
 from megatron_sov.base.documents.files import CORPUS_RECORDS, JSON_SUFFIX, RECORD_SUFFIXES, media_corpus_of
 from megatron_sov.base.documents.layouts import completion_of, parse_renames
 from megatron_sov.base.documents.reading import TABLE_SUFFIXES, first_unread
 from megatron_sov.base.documents.records import column_problems
 from megatron_sov.base.documents.shard_files import FEATURES
-from megatron_sov.base.errors import UserError, warn
+from megatron_sov.base.errors import Fix, UserError, warn
 from megatron_sov.base.settings import (
     AtLeastOne, Flag, Fraction, ProblemCode, SettingsError, SettingsProblem, add_options, name_options,
     num_cores, problems_of, read_options)
@@ -159,7 +161,8 @@ class PackOptions:
 
     def problems(self) -> list[SettingsProblem]:
         problem = explain_foreign(self.tokenizer) if self.tokenizer.exists() else ""
-        return [SettingsProblem(ProblemCode.FILE, "tokenizer", problem, self.tokenizer)] if problem else []
+        return [SettingsProblem(ProblemCode.FILE, "tokenizer", problem, self.tokenizer,
+                                fix=fix_foreign(self.tokenizer))] if problem else []
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -201,6 +204,8 @@ def parse_sources(arguments: Sequence[str]) -> list[PackSource]:
         if colon and re.fullmatch(r"[0-9.]+", weight) and not Path(path).exists() and Path(file).exists():
             raise UserError(f"--input {argument!r}: packing takes no weight; pack {file}, and pass --data "
                             f"SHARDS:{weight} to the training command")
+        if "*" in path and not Path(path).exists():  # a shell passes a pattern on if nothing matches
+            raise UserError(f"--input {argument!r}: no file matches it; check the folder")
         if not _NAME.fullmatch(name) or name == "tokenizer":
             raise UserError(f"--input {argument!r}: {name!r} cannot name a source (letters, digits, '.', "
                             f"'_', '-', and not 'tokenizer'); give a name, e.g. --input "
@@ -377,7 +382,7 @@ def _encode(sources: list[PackSource], units: list[tuple[PackSource, Unit]], set
                 kept += 1
             if on_bad == "refuse" and set(record.num_bad) - {"empty"}:
                 records.close()
-                raise _refusal(encoded[source.name], work, settings.dtype)
+                raise _refusal(encoded[source.name], work, settings.dtype, settings.reading)
     _tell_unread(units, settings.reading)
     _tell_unread_of_messages(encoded.values())
     if kept:
@@ -385,10 +390,13 @@ def _encode(sources: list[PackSource], units: list[tuple[PackSource, Unit]], set
     return list(encoded.values())
 
 
-def _refusal(source: EncodedSource, work: Path, dtype: str) -> UserError:
+def _refusal(source: EncodedSource, work: Path, dtype: str, reading: RecordReading) -> UserError:
     row = next(r for r in bad_rows(source, work, dtype) if r["code"] != "empty")
     place = row["file"] if row["line"] is None else f"{row['file']}:{row['line']}"
-    return UserError(f"{place}: {row['reason']}; or list such records and go on: --on-bad quarantine")
+    items = (item for unit, _ in source.units for span in unit for item in read_span(span, reading))
+    first = next((item for item in items if isinstance(item, BadRecord) and item.code != "empty"), None)
+    fix = Fix(options=first.options) if first is not None and first.options else None
+    return UserError(f"{place}: {row['reason']}; or list such records and go on: --on-bad quarantine", fix)
 
 
 def _write(artifact: Path, encoded: list[EncodedSource], settings: UnitSettings, work: Path,
@@ -400,7 +408,7 @@ def _write(artifact: Path, encoded: list[EncodedSource], settings: UnitSettings,
     for source in encoded:
         left = survey(source, work, settings.dtype, rule)
         if source.dropped and pack_settings.on_bad == "refuse":
-            raise _refusal(source, work, settings.dtype)
+            raise _refusal(source, work, settings.dtype, settings.reading)
         if source.num_shared_ids:
             print(f"{source.name}: {source.num_shared_ids:,} documents have the id of a document with "
                   "another text in another file, and are kept")

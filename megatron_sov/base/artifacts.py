@@ -1,8 +1,8 @@
 """Artifacts: folders with a hashed `manifest.json`, written atomically.
 
-A tokenizer, a set of token shards, a checkpoint: each is a folder whose manifest holds a format version, the
-hash of every file, the settings and the manifests that it was made from.  An artifact is built under a
-temporary name, synced to disk, and renamed; a half-written artifact therefore does not exist.
+A tokenizer, a set of token shards or a checkpoint is a folder whose manifest lists the format version, the
+hash of every file, the settings and the manifests of its inputs. A writer fills a temporary folder, syncs it
+to disk and renames it; half-written artifacts therefore never exist under the final name.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MADE_BY = {"corpus": "`sov-data run` or `sov-data demo-corpus`",
            "teacher_states": "`megatron-sov distill states`",
            "codec": "`megatron-sov codec import`",
            "checkpoint": "a run (RUN/checkpoints/step-N) or `megatron-sov convert from-hf`"}
-"""Kind of an artifact -> the commands that write one."""
+"""Kind of an artifact -> the commands that write it."""
 MAX_ORIGINS = 200
 _NO_HASH = "0" * 64
 _NO_ROOM = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "the disk quota is used up",
@@ -47,18 +47,18 @@ _NO_ROOM = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "the disk
 
 @dataclasses.dataclass(frozen=True)
 class FileRecord:
-    """What the manifest holds about one file of an artifact."""
+    """Digest and size of one file, as listed in the manifest."""
 
     digest: str
-    """Name of the algorithm and hash of the content (`digests.py`)."""
+    """"blake3:HEX" or "sha256:HEX" of the content (`digests.py`)."""
     size_bytes: int
 
     @staticmethod
     def read(raw: dict[str, Any]) -> FileRecord:
-        """Return what stands in a manifest.
+        """Parse a file's entry in `manifest.json`.
 
         Raises:
-            ValueError, KeyError, TypeError, AttributeError: it is no record.
+            ValueError, KeyError, TypeError, AttributeError: the entry is malformed.
         """
         algorithm_of(raw["digest"])
         return FileRecord(raw["digest"], raw["size_bytes"])
@@ -73,21 +73,20 @@ class Manifest:
     """The content of an artifact's `manifest.json`."""
 
     kind: str
-    """What the artifact is: "tokenizer", "tokens", "checkpoint", "hf_model"."""
+    """Type of the artifact: "tokenizer", "tokens", "checkpoint", "hf_model"."""
     content: dict[str, Any]
-    """Counts and facts that readers of this kind rely on."""
+    """Counts and metadata for readers of this kind."""
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     inputs: list[dict[str, str]] = dataclasses.field(default_factory=list)
-    """The artifacts that it was made from: kind, path and manifest hash of each."""
+    """Source artifacts: `kind`, `path` and `manifest_sha256` of each."""
     files: dict[str, FileRecord] = dataclasses.field(default_factory=dict)
-    """Relative path -> hash and size of every file except the manifest."""
+    """Relative path -> digest and size of every file except the manifest."""
     created_s: float = 0.0
-    """Unix time at which it was completed."""
+    """Unix time of completion."""
     format_version: int = FORMAT_VERSION
-    """Version of this layout; a newer one than the code knows is refused."""
+    """Version of the manifest's layout; readers refuse newer versions."""
     sha256: str = ""
-    """Hash of the manifest's own bytes with zeros in this place; empty in manifests that
-    were written by hand.  Stays last."""
+    """SHA-256 of `manifest.json` with zeros as this value; "": hand-written. Must stay the last field."""
 
 
 def sha256_file(path: Path) -> str:
@@ -95,7 +94,7 @@ def sha256_file(path: Path) -> str:
 
 
 def fsync_path(path: Path) -> None:
-    """Flush a file or folder to the disk, so that a later rename cannot come before its bytes."""
+    """Flush a file or folder to disk, so that a later rename cannot become durable before the bytes."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -104,10 +103,10 @@ def fsync_path(path: Path) -> None:
 
 
 def atomic_write(path: Path, data: str | bytes) -> None:
-    """Write a file so that readers see the old or the new content, never a part.
+    """Replace the content of `path` atomically: readers see the old or the new bytes, never a mixture.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written.
+        UserError: the disk is full or the folder is not writable.
     """
     with new_file(Path(path)) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
@@ -115,27 +114,25 @@ def atomic_write(path: Path, data: str | bytes) -> None:
 
 @contextlib.contextmanager
 def new_file(path: Path, *, makes_parents: bool = False) -> Iterator[Path]:
-    """Give a temporary name beside `path` to write to: the file gets its own when it is whole and on the
-    disk, and takes the place of what is there.
+    """Yield a temporary path next to `path`; on success, sync the file and rename it to `path`.
 
     Args:
-        path: where it comes to lie.
-        makes_parents: whether folders above it are made.
+        path: the final file; an existing one is replaced.
+        makes_parents: create missing parent folders.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written.
+        UserError: the disk is full or the folder is not writable.
     """
     temporary = _temporary(path)
     with disk_errors(path):
         if makes_parents:
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            # the bytes reach the disk before the name does: a power cut may leave the old file, never a torn
-            # new one
+            # sync before the rename: after a power cut `path` holds the old file or the whole new one
             yield temporary
             fsync_path(temporary)
             os.replace(temporary, path)
-            # a rename is durable only when its folder is on the disk too
+            # a rename is durable only after its folder is synced
             fsync_path(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
@@ -143,22 +140,22 @@ def new_file(path: Path, *, makes_parents: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(path: Path, *, first_stays: bool = False) -> Iterator[Path]:
-    """Give an empty temporary folder beside `path`: it gets its own name when its files are on the disk.
+    """Yield an empty temporary folder next to `path`; on success, sync its files and rename it to `path`.
 
     Args:
-        path: where it comes to lie.
-        first_stays: where there is one by then, it is an equal one, and stays; else it is replaced.
+        path: the final folder.
+        first_stays: keep an equal folder that another process wrote meanwhile; otherwise replace it.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written.
+        UserError: the disk is full or the folder is not writable.
     """
     temporary = _temporary(path)
     with disk_errors(path):
         try:
-            shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had this number
+            shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process with the same PID
             temporary.mkdir(parents=True)
             yield temporary
-            # files and sub-folders first, so that the rename below cannot come before their bytes
+            # sync files and sub-folders before the rename below
             for file in temporary.rglob("*"):
                 fsync_path(file)
             if first_stays:
@@ -170,9 +167,9 @@ def new_folder(path: Path, *, first_stays: bool = False) -> Iterator[Path]:
 
 
 def rename_unless_taken(built: Path, path: Path) -> bool:
-    """Give a folder its final name; returns False where there is one of that name, which stays."""
+    """Rename a folder to `path`; if `path` exists, change nothing and return False."""
     try:
-        # rename(2) refuses a folder that is not empty: of two writers exactly one gets the name
+        # rename(2) refuses a non-empty target: exactly one of two writers succeeds
         os.rename(built, path)
     except OSError:
         if not path.is_dir():
@@ -183,20 +180,21 @@ def rename_unless_taken(built: Path, path: Path) -> bool:
 
 
 def delete_folder(path: Path, hidden: Path) -> None:
-    """Delete a folder that has become `hidden` before: a kill on the way leaves no torn one under its name.
+    """Rename a folder to `hidden` and delete it: a kill never leaves a half-deleted folder under its own
+    name.
 
     Raises:
-        FileNotFoundError: another process was faster.
+        FileNotFoundError: another process deleted it first.
     """
-    # one step takes the name away; what follows may be interrupted anywhere
+    # the rename is atomic; the deletion may be interrupted at any file
     os.rename(path, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
 
 def final_name(name: str) -> str:
-    """Return what `new_file` or `new_folder` will call a temporary name; of another its own."""
-    found = _TEMPORARY_NAME.fullmatch(name)
-    return found[1] if found else name
+    """Return the final name of a temporary file or folder; other names are returned unchanged."""
+    match = _TEMPORARY_NAME.fullmatch(name)
+    return match[1] if match else name
 
 
 def _temporary(path: Path) -> Path:
@@ -204,10 +202,10 @@ def _temporary(path: Path) -> Path:
 
 
 def write_output(path: Path, data: str | bytes) -> None:
-    """Write the result of a command, and the folders above it where they are missing.
+    """Write a command's result to `path`, creating missing parent folders.
 
     Raises:
-        UserError: the disk is full or a folder cannot be written.
+        UserError: the disk is full or a folder is not writable.
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -215,12 +213,12 @@ def write_output(path: Path, data: str | bytes) -> None:
 
 
 def holds(fd: int) -> bool | None:
-    """Return whether no other process holds an open file or folder, which is then held until it is closed.
+    """Try to lock an open file or folder until it is closed; return False if another process holds the lock.
 
-    None where that cannot be known: Lustre knows no locks unless mounted with `flock`, NFS none of folders.
+    None: unknown, because the file system has no such locks (Lustre mounted without `flock`, NFS folders).
     """
     try:
-        # a lock of the open file: the kernel drops it when the process ends, however that ends
+        # the kernel releases this lock when the process ends, even by SIGKILL
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
@@ -230,22 +228,21 @@ def holds(fd: int) -> bool | None:
 
 
 def is_held(folder: Path) -> bool | None:
-    """Return whether a process, wherever it runs, holds a folder; None where that cannot be known."""
+    """Return whether any process (also on another machine) locks a folder; None if unknown."""
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:  # gone, or no folder
+    except OSError:  # the folder is gone, or `folder` is a file
         return False
     try:
-        free = holds(fd)
-        return None if free is None else not free
+        is_free = holds(fd)
+        return None if is_free is None else not is_free
     finally:
         os.close(fd)
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk, a missing permission or a read-only file system into a `UserError`
-    that names `path`."""
+    """Turn a full disk, a missing permission or a read-only file system into a `UserError` about `path`."""
     try:
         yield
     except OSError as e:
@@ -259,7 +256,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def to_json(value: Any) -> str:
-    """Serialise dataclasses and plain values as indented JSON; floats read back to the same bits."""
+    """Serialise dataclasses and plain values as indented JSON; floats keep all their bits."""
     return json.dumps(value, indent=1, ensure_ascii=False, default=_plain) + "\n"
 
 
@@ -276,38 +273,36 @@ class ArtifactWriter:
 
     def __init__(self, path: Path, kind: str) -> None:
         self.path = path
-        """The temporary folder to write files into."""
+        """Temporary folder for the files."""
         self.kind = kind
         self.content: dict[str, Any] = {}
         self.settings: dict[str, Any] = {}
         self.inputs: list[dict[str, str]] = []
         self.known_files: dict[str, FileRecord] = {}
-        """Files whose hash the writer already knows; the rest are hashed on completion."""
+        """Files with a digest computed while writing; `complete` hashes all others."""
         self.leave_out: frozenset[str] = frozenset()
-        """Names directly inside the folder that are no part of the artifact."""
+        """Names directly inside the folder that the artifact excludes."""
 
     def add_input(self, path: Path, *, leaves: bool = False) -> None:
-        """Record another artifact as an input of this one; of what `leaves` this machine by hash and last
-        name."""
+        """Record `path` as an input; with `leaves` (the artifact leaves this machine) by folder name only."""
         name = path.resolve().name if leaves else str(path)
         self.inputs.append({"kind": read_manifest(path).kind, "path": name,
                             "manifest_sha256": manifest_sha256(path)})
 
     def complete(self) -> None:
-        """Hash and sync every file, then write the manifest (still under the temporary name)."""
+        """Hash and sync every file, then write the manifest (still in the temporary folder)."""
         files = dict(self.known_files)
-        # sorted, so that manifests list files in one order on every file system
-        inside = [p for p in sorted(self.path.iterdir()) if p.name not in self.leave_out]
-        found = [p for top in inside for p in ([top, *top.rglob("*")] if top.is_dir() else [top])]
-        for file in sorted(p for p in found if p.is_file()):
+        # sorted: manifests list files in the same order on every file system
+        top_level = [p for p in sorted(self.path.iterdir()) if p.name not in self.leave_out]
+        entries = [p for top in top_level for p in ([top, *top.rglob("*")] if top.is_dir() else [top])]
+        for file in sorted(p for p in entries if p.is_file()):
             name = file.relative_to(self.path).as_posix()
             if name not in files:
                 files[name] = FileRecord.of(file)
             fsync_path(file)
-        for folder in (p for p in found if p.is_dir()):
+        for folder in (p for p in entries if p.is_dir()):
             fsync_path(folder)
-        # the manifest holds its own hash, which is taken with zeros in that place; `sha256` is the last
-        # field, so that the last run of zeros in the text is that place
+        # `sha256` is the last field, so the last run of zeros in the text is its value
         manifest = Manifest(self.kind, self.content, self.settings, self.inputs, files, time.time(),
                             sha256=_NO_HASH)
         head, _, tail = to_json(manifest).rpartition(_NO_HASH)
@@ -320,17 +315,17 @@ def _hash_around(head: bytes, tail: bytes) -> str:
 
 @contextlib.contextmanager
 def new_artifact(path: str | Path, kind: str, *, overwrite: bool = False) -> Iterator[ArtifactWriter]:
-    """Build an artifact in a temporary folder beside `path`; it appears under `path` only when complete.
+    """Build an artifact in a temporary folder next to `path`; `path` appears only when complete.
 
     Args:
-        path: the folder that will hold the artifact.
-        kind: the manifest's kind.
-        overwrite: replace an artifact of the same kind that is already there.
+        path: the artifact's folder.
+        kind: the manifest's `kind`.
+        overwrite: replace an existing artifact of the same kind.
 
     Raises:
-        UserError: `path` exists and may not be replaced, or the disk refuses.
+        UserError: `path` exists and must not be replaced, or the disk is full or not writable.
     """
-    # the temporary folder has to be on the disk of the final one: a rename does not cross disks
+    # the temporary folder must be on the final folder's disk: renames do not cross disks
     path = behind_links(Path(path))
     refuse_nowhere(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -338,7 +333,7 @@ def new_artifact(path: str | Path, kind: str, *, overwrite: bool = False) -> Ite
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(path)
         refuse_existing(path, kind, overwrite)
-        # leftovers are cleared before, while this folder is not there yet: it would look like one
+        # clear leftovers before creating this folder, which would look like one
         with _hold_new_folder(temporary, path):
             try:
                 writer = ArtifactWriter(temporary, kind)
@@ -351,11 +346,11 @@ def new_artifact(path: str | Path, kind: str, *, overwrite: bool = False) -> Ite
 
 @contextlib.contextmanager
 def _hold_new_folder(temporary: Path, path: Path) -> Iterator[None]:
-    """Make a temporary folder and hold it, so that nobody takes it for a leftover: in another container, or
-    on another machine that sees the same disk, the number in its name means nothing."""
+    """Create and lock a temporary folder, so that no other process takes it for a leftover: the PID in its
+    name means nothing in another container or on another machine."""
     try:
         temporary.mkdir()
-    except FileExistsError:  # a container's processes may all have the same number
+    except FileExistsError:  # processes in different containers may have the same PID
         raise UserError(f"{path}: another process is making it; wait for it, choose another output folder, "
                         f"or delete {temporary} if it is what a killed one left") from None
     fd = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY)
@@ -367,11 +362,11 @@ def _hold_new_folder(temporary: Path, path: Path) -> Iterator[None]:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Rename a complete folder to its final name, moving an older artifact out of the way first."""
+    """Rename a complete folder to its final name; an existing artifact is first moved aside, then deleted."""
     old = None
     if path.exists():
-        # between the two renames nothing has the name; after a kill there `clear_leftovers` puts the old one
-        # back
+        # between the two renames nothing has the final name; after a kill there, `clear_leftovers` restores
+        # the old artifact
         old = path.with_name(f".{path.name}.old-{os.getpid()}")
         os.rename(path, old)
     os.rename(temporary, path)
@@ -381,9 +376,9 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def refuse_existing(path: Path, kind: str, overwrite: bool) -> None:
-    """Raise `UserError` where no folder can come to lie at `path`, or where it is taken.
+    """Raise `UserError` if `path` cannot become an output folder.
 
-    It is taken by anything without `overwrite`, by a foreign folder even with it.
+    Without `overwrite`, `path` must not exist or be empty. With it, only an artifact of `kind` is replaced.
     """
     is_link, path = os.path.islink(path), behind_links(path)
     refuse_nowhere(path)
@@ -393,22 +388,21 @@ def refuse_existing(path: Path, kind: str, overwrite: bool) -> None:
         return
     is_ours = (path / MANIFEST).is_file() and read_manifest(path).kind == kind
     if not overwrite:
-        raise UserError(f"{path}: already exists; choose another output folder"
-                        + ", or pass --overwrite to replace it" * is_ours)
+        alternative = ", or pass --overwrite to replace it" if is_ours else ""
+        raise UserError(f"{path}: already exists; choose another output folder{alternative}")
     if not is_ours:
         raise UserError(f"{path}: exists and is not a '{kind}' artifact, so it is not replaced; "
                         "choose another output folder")
 
 
 def clear_leftovers(path: Path) -> None:
-    """Clear what killed processes left beside `path`: delete temporary folders,
-    put back an artifact moved out of the way."""
+    """Delete temporary folders of killed processes next to `path`, and restore a moved-aside artifact."""
     name = glob.escape(path.name)
     for leftover in sorted([*path.parent.glob(f".{name}.tmp-*"), *path.parent.glob(f".{name}.old-*")]):
         stem, _, pid = leftover.name.rpartition("-")
         if not pid.isdigit() or not _is_left(leftover, int(pid)):
             continue
-        # a kill of `publish` between its two renames: the old artifact is the only one there is
+        # `publish` was killed between its two renames: the old artifact is the only copy
         if stem.endswith(".old") and not path.exists():
             os.rename(leftover, path)
         else:
@@ -416,16 +410,16 @@ def clear_leftovers(path: Path) -> None:
 
 
 def _is_left(folder: Path, pid: int) -> bool:
-    """Return whether nobody works in a folder any more, in whose name a process put its number."""
-    # the lock says more than the number, which may be of another container or machine
-    held = is_held(folder)
-    if pid == os.getpid():  # of an earlier start of this container, or of another one that is at work
-        return held is False
-    return not held and _has_ended(pid)
+    """Return whether no process works in a temporary folder (named after the PID of its creator) any more."""
+    # the lock is more reliable than the PID, which may belong to another container or machine
+    locked = is_held(folder)
+    if pid == os.getpid():  # an earlier start of this container, or a process in another one
+        return locked is False
+    return not locked and _has_ended(pid)
 
 
 def _has_ended(pid: int) -> bool:
-    """Return whether a process has ended, be it that its parent has not yet taken note of it."""
+    """Return whether a process has ended; zombies count as ended."""
     import psutil
 
     with contextlib.suppress(psutil.Error):
@@ -437,39 +431,38 @@ def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
     """Read an artifact's manifest.
 
     Raises:
-        UserError: there is no readable manifest, its format is newer than this code,
-            or its kind is not `kind`.
+        UserError: the manifest is missing, damaged or newer than this code, or its kind is not `kind`.
     """
     file = Path(path) / MANIFEST
     try:
         written = file.read_bytes()
         raw = json.loads(written.decode())
-        # before the fields are read: a newer format may have others, and deserves another message than damage
+        # check the version before the fields: a newer format is not damage
         if raw["format_version"] > FORMAT_VERSION:
             raise UserError(f"{file}: format_version {raw['format_version']} is newer than {FORMAT_VERSION}, "
                             "the newest that this version reads; update megatron-sov")
         files = {name: FileRecord.read(record) for name, record in raw.pop("files").items()}
-        # names come from a file that a stranger may have made, and are joined to paths later
+        # readers join these names to paths, and the manifest may come from a stranger
         if outside := [name for name in files if not _is_inside(name)]:
             raise ValueError(f"it names the file {outside[0]!r}, which is not inside the folder")
         manifest = Manifest(files=files, **raw)
-        # bytes as they were written, not JSON that was read and written again: that could differ in form
+        # hash the bytes as written: JSON that was parsed and written again could differ
         head, _, tail = written.rpartition(manifest.sha256.encode() or b"none")
         if manifest.sha256 and _hash_around(head, tail) != manifest.sha256:
             raise ValueError("its content differs from its own hash")
     except (FileNotFoundError, NotADirectoryError):
-        wanted = f"a '{kind}' artifact" if kind else "an artifact"
+        expected = f"a '{kind}' artifact" if kind else "an artifact"
         if not Path(path).exists():
-            raise UserError(f"{path}: does not exist, so it is not {wanted}; check the path"
+            raise UserError(f"{path}: does not exist, so it is not {expected}; check the path"
                             f"{download(path)}") from None
-        raise UserError(f"{path}: has no {MANIFEST}, so it is not {wanted}; "
+        raise UserError(f"{path}: has no {MANIFEST}, so it is not {expected}; "
                         f"pass the folder that {MADE_BY.get(kind or '', 'the earlier step')} wrote") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as e:
         raise UserError(f"{file}: is damaged ({e}); make the artifact again or restore "
                         "it from a copy") from None
     if kind is not None and manifest.kind != kind:
         raise UserError(f"{path}: is a '{manifest.kind}' artifact where a '{kind}' artifact is needed; "
-                        f"pass what {MADE_BY.get(kind, 'the earlier step')} wrote")
+                        f"pass the folder that {MADE_BY.get(kind, 'the earlier step')} wrote")
     return manifest
 
 
@@ -478,69 +471,76 @@ def _is_inside(name: str) -> bool:
 
 
 def inputs_of(path: Path, manifest: Manifest) -> list[dict[str, str]]:
-    """Return kind, path and manifest_sha256 of each artifact that one was made from.
+    """Return `kind`, `path` and `manifest_sha256` of each input artifact.
 
     Raises:
-        UserError: its manifest names an input without one of them.
+        UserError: an input in the manifest lacks one of these fields.
     """
     inputs: list[Any] = list(manifest.inputs)
     for item in inputs:
-        if not isinstance(item, dict) or not all(isinstance(item.get(key), str)
-                                                 for key in ("kind", "path", "manifest_sha256")):
+        is_complete = isinstance(item, dict) and all(
+            isinstance(item.get(key), str) for key in ("kind", "path", "manifest_sha256"))
+        if not is_complete:
             raise UserError(f"{path / MANIFEST}: is damaged (an input without kind, path or hash); make "
                             "the artifact again or restore it from a copy")
     return inputs
 
 
 def places_of(path: str, by: Path) -> list[Path]:
-    """Return where an input may lie now: where its path says, from here or from the artifact or run `by`, or
-    next to that under its own name, or in a run beside it (RUN/checkpoints/step-N), where both were moved."""
+    """List the paths where an input may exist now: `path` itself, or next to `by` if both were moved.
+
+    `by` is the artifact or run built from the input. Next to it, an input may have its relative path, its
+    bare name, or the last three parts of its path (RUN/checkpoints/step-N).
+    """
     return [Path(path), by.parent / path, by.parent / Path(path).name,
             by.parent / Path(*Path(path).parts[-3:])]
 
 
 def find_input(path: str, sha256: str, by: Path, elsewhere: Mapping[str, Path] | None = None) -> Path | None:
-    """Return where an input lies now, if it is what it was.
+    """Return the current path of an input whose manifest is unchanged, else None.
 
     Args:
-        path: where it lay.
-        sha256: of its manifest.
-        by: the artifact or run that was made from it.
-        elsewhere: hash of a manifest -> folder, of what lies at none of `places_of`.
+        path: the path recorded by the artifact or run.
+        sha256: hash of the input's manifest.
+        by: the artifact or run built from the input.
+        elsewhere: manifest hash -> folder, for inputs at none of `places_of`.
     """
-    return next((place for place in places_of(path, by) if _hash_at(place) == sha256),
-                (elsewhere or {}).get(sha256))
+    for candidate in places_of(path, by):
+        if _hash_at(candidate) == sha256:
+            return candidate
+    return (elsewhere or {}).get(sha256)
 
 
 def _hash_at(path: Path) -> str:
     try:
         return manifest_sha256(path) if (path / MANIFEST).is_file() else ""
-    except (OSError, ValueError):  # no path of this machine
+    except (OSError, ValueError):  # not a valid path on this machine
         return ""
 
 
 def origins_of(path: Path, manifest: Manifest, seen: Set[str] = frozenset()) -> list[dict[str, Any]]:
-    """Return the artifacts that one was made from, and theirs, as far as they can be found.
+    """Return an artifact's inputs and, recursively, their inputs as far as they still exist.
 
     Args:
         path: the artifact.
-        manifest: of it.
-        seen: hashes of manifests that are not followed again.
+        manifest: its manifest.
+        seen: hashes of manifests whose inputs are already listed.
 
     Returns:
-        kind, path, state ("here", "as above", "changed since", or "not here") and made_from of each.
+        For each input: `kind`, `path`, `state` ("here", "as above", "changed since" or "not here") and
+        `made_from`, its own inputs.
 
     Raises:
-        UserError: a manifest on the way is damaged.
+        UserError: a manifest among the inputs is damaged.
     """
-    found, seen = list[dict[str, Any]](), set(seen)
+    origins, seen = list[dict[str, Any]](), set(seen)
     for item in inputs_of(path, manifest):
         sha256 = item["manifest_sha256"]
         place = find_input(item["path"], sha256, path)
         below: list[dict[str, Any]] = []
         if place is None:
             state = "changed since" if _hash_at(Path(item["path"])) else "not here"
-        # one corpus may be an input of many: its own origins are listed once, or the tree grows without bound
+        # one corpus may be an input of many artifacts: list its inputs once, or the tree grows without bound
         elif sha256 in seen:
             state = "as above"
         else:
@@ -548,9 +548,9 @@ def origins_of(path: Path, manifest: Manifest, seen: Set[str] = frozenset()) -> 
             if len(seen) < MAX_ORIGINS:
                 below = origins_of(place, read_manifest(place), seen | {sha256})
         seen |= {sha256, *_hashes(below)}
-        found.append({"kind": item["kind"], "path": str(place or item["path"]), "manifest_sha256": sha256,
-                      "state": state, "made_from": below})
-    return found
+        origins.append({"kind": item["kind"], "path": str(place or item["path"]), "manifest_sha256": sha256,
+                        "state": state, "made_from": below})
+    return origins
 
 
 def _hashes(origins: list[dict[str, Any]]) -> Iterator[str]:
@@ -560,31 +560,32 @@ def _hashes(origins: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def manifest_sha256(path: str | Path) -> str:
-    """Return the hash of an artifact's manifest, which stands for the whole artifact."""
+    """Return the SHA-256 of `manifest.json`, which identifies the whole artifact."""
     return sha256_file(Path(path) / MANIFEST)
 
 
 def damaged_files(path: str | Path, names: Iterable[str] | None = None, workers: int = 1,
                   done: Callable[[int], object] = lambda size_bytes: None) -> list[str]:
-    """Return one sentence for each file of an artifact that is missing or differs from its manifest.
+    """Return one sentence for each file that is missing or differs from the manifest.
 
     Args:
         path: the artifact.
-        names: the files to look at; None: all.
-        workers: files that are hashed at a time.
-        done: told the size of each file behind it, from any thread.
+        names: the files to check; None: all.
+        workers: number of hashing threads.
+        done: called with each checked file's size in bytes, from any thread.
     """
     from concurrent.futures import ThreadPoolExecutor
 
     records = read_manifest(path).files
 
-    def look(name: str) -> str | None:
+    def check_one(name: str) -> str | None:
         sentence = file_damage(Path(path) / name, records[name])
         done(records[name].size_bytes)
         return sentence
 
     with ThreadPoolExecutor(workers) as pool:
-        return [sentence for sentence in pool.map(look, records if names is None else names) if sentence]
+        sentences = pool.map(check_one, records if names is None else names)
+        return [sentence for sentence in sentences if sentence]
 
 
 def file_damage(file: Path, record: FileRecord) -> str | None:
@@ -592,5 +593,6 @@ def file_damage(file: Path, record: FileRecord) -> str | None:
         return f"{file}: is missing"
     if file.stat().st_size != record.size_bytes:
         return f"{file}: has {file.stat().st_size} bytes, the manifest says {record.size_bytes}"
-    return (None if file_digest(file, algorithm_of(record.digest)) == record.digest
-            else f"{file}: its content differs from the hash in the manifest")
+    if file_digest(file, algorithm_of(record.digest)) != record.digest:
+        return f"{file}: its content differs from the hash in the manifest"
+    return None

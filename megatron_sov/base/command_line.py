@@ -1,5 +1,4 @@
-"""What all our programs do alike: their version, their arguments, and how an error becomes one sentence and
-an exit code."""
+"""Command-line parsers of all programs, and the conversion of exceptions to messages and exit codes."""
 
 from __future__ import annotations
 
@@ -20,18 +19,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_sov.base.errors import (
-    DryRun, ExitCode, GateFailed, StopRequested, UserError, to_exit_code, visible)
+    DryRun, ExitCode, Fix, GateFailed, StopRequested, UserError, to_exit_code, visible)
 from megatron_sov.base.hints.commands import unknown_command
+from megatron_sov.base.hints.lines import join_sentences, propose_line
+from megatron_sov.base.hints.missing import missing_words, text_option
 from megatron_sov.base.hints.removed import check_command
-from megatron_sov.base.hints.words import check_words, missing_words, text_option
+from megatron_sov.base.hints.words import check_words
 from megatron_sov.version import __version__
 
 PROGRAMS = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
-"""Program -> its module with `build_parser` and `main`."""
+"""Program -> module with `build_parser` and `main`."""
 MAX_PROPOSALS = 4
-"""Times that a proposed line is parsed, and mended, before it is shown."""
+"""Number of times that a corrected command line is parsed and corrected again before it is proposed."""
 MAX_PATH_CHARS = 300
-"""Of a path that is shown; the longest that a disk takes are longer than a screen."""
+"""Characters of a path in a message; file systems allow more than a screen holds."""
 
 
 def version_of(program: str) -> str:
@@ -39,7 +40,7 @@ def version_of(program: str) -> str:
 
 
 class HelpText(argparse.HelpFormatter):
-    """Fills a text of one line, and keeps the lines of one that has several."""
+    """Wraps one-line texts and keeps the lines of multi-line texts."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         if "\n" in text:
@@ -48,16 +49,16 @@ class HelpText(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one sentence, raised as a `UserError`, without the usage."""
+    """A parser that reports each mistake as a one-sentence `UserError` without the usage."""
 
     _typed: Sequence[str] = ()
     listing = ""
-    """Its commands under their headings; "": argparse lists them."""
+    """Commands under their headings; "": use argparse's list."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # argparse would make `Path("")` this folder
-        self.register("type", Path, _path)
+        # argparse would convert "" to the current folder
+        self.register("type", Path, _parse_path)
 
     def format_help(self) -> str:
         if not self.listing:
@@ -75,7 +76,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Check a word against those that are taken, except where `read_options` does."""
+        """Check a value against its choices, except settings, which `read_options` checks."""
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
             typed = list(self._typed)
             if typed[0].startswith("-"):
@@ -90,109 +91,103 @@ class Parser(argparse.ArgumentParser):
             message += "; `megatron-sov resume RUN` goes on without them"
         elif "are required: " in message and not self.listing:
             names = message.partition("are required: ")[2]
-            raise UserError(f"{self.prog}: {message}{missing_words(self, self._typed, names)}")
+            choices, line = missing_words(self, self._typed, names)
+            raise UserError(f"{self.prog}: {message}{choices}", Fix(line))
         raise UserError(f"{self.prog}: {message} (--help lists what it takes)")
 
     def parse_args(self, args: Sequence[str] | None = None,  # type: ignore[override]
                    namespace: Any = None) -> argparse.Namespace:
-        """Return the arguments.
+        """Parse the command line.
 
         Raises:
-            UserError: words that nothing takes, with the command line that is meant (`check_words`).  That
-                line is parsed as well, and all that is wrong with it is in the same message.
+            UserError: lists unknown words (`check_words`) and further mistakes found by parsing the corrected
+                line, and proposes the corrected line.
         """
         typed = list(sys.argv[1:] if args is None else args)
-        said: list[str] = []
-        command = self.prog
+        sentences: list[str] = []
         for _ in range(MAX_PROPOSALS):
             try:
-                found = self._parse_once(typed, namespace)
+                parsed = self._parse_once(typed, namespace)
             except UserError as e:
-                command, sentence, line = self._split_proposal(str(e))
-                said.append(sentence)
-                if not line:
-                    raise UserError(f"{command}: {'; '.join(said)}") if len(said) > 1 else e from None
-                proposed = shlex.split(line)
-                if proposed == typed:
+                sentences.append(e.sentence)
+                words = shlex.split(e.fix.line) if e.fix else []
+                program = self.prog.split()
+                if words[:len(program)] != program:  # another command is meant, or none
+                    raise UserError(join_sentences(sentences), e.fix) from None
+                if words[len(program):] == typed:
                     break
-                typed = proposed
+                typed = words[len(program):]
             else:
-                if not said:
-                    return found
-                said += _wrong_values(found)
+                if not sentences:
+                    return parsed
+                sentences += _find_wrong_values(parsed)
                 break
-        raise UserError(f"{command}: {'; '.join(dict.fromkeys(said))}; write\n"
-                        f"  {self.prog} {shlex.join(typed)}".rstrip())
-
-    def _split_proposal(self, message: str) -> tuple[str, str, str]:
-        """Return the command that a message is about, its sentence, and the arguments of the one line that
-        it proposes; "": it proposes none, or several."""
-        named = re.match(rf"({re.escape(self.prog)}[a-z -]*): ", message)
-        command = named[1] if named else self.prog
-        sentence, _, line = message.removeprefix(f"{command}: ").partition("; write\n  ")
-        if not f"{line} ".startswith(f"{self.prog} ") or "\n" in line:
-            return command, message.removeprefix(f"{command}: "), ""
-        return command, sentence, line.removeprefix(self.prog).strip()
+        raise UserError(join_sentences(sentences), Fix(f"{self.prog} {shlex.join(typed)}".rstrip()))
 
     def _parse_once(self, typed: Sequence[str], namespace: Any) -> argparse.Namespace:
-        found, rest = self.parse_known_args(self._checked(typed), namespace)
+        parsed, rest = self.parse_known_args(self._update_words(typed), namespace)
         if not rest:
-            return found
-        # a shell splits `--set a.b=1 c.d=2`; the second word has no option of its own
+            return parsed
+        # an unquoted `--set a.b=1 c.d=2`: the second word has no option
         settings = [word for word in rest if re.match(r"[a-z]\w*(\.\w+)+=", word)]
-        if settings and "--set" in _options_of(self):
+        if settings and "--set" in _list_options(self):
             written = " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
             raise UserError(f"{settings[0]}: every setting needs a --set of its own; write {written}")
         if len(rest) == 1 and (option := text_option(self, rest[0], self._typed)):
             line = shlex.join([*(word for word in self._typed if word != rest[0]), option, rest[0]])
-            raise UserError(f"{self.prog}: {rest[0]}: belongs to an option; write\n  {self.prog} {line}")
+            raise UserError(f"{self.prog}: {rest[0]}: belongs to an option", Fix(f"{self.prog} {line}"))
         self.error(f"{shlex.join(rest)}: nothing takes this")
 
-    def _checked(self, typed: Sequence[str]) -> Sequence[str]:
-        """Return the words under today's names; a program and a command of commands leave them to the command
-        that is typed."""
+    def _update_words(self, typed: Sequence[str]) -> Sequence[str]:
+        """Replace outdated words; a program or a group of commands leaves them to the command's own
+        parser."""
         if any(isinstance(action, argparse._SubParsersAction) for action in self._actions):
             return typed
         return check_words(self, typed)
 
 
-def _wrong_values(found: argparse.Namespace) -> list[str]:
-    """Return the sentence about values of a proposed line that the command refuses; empty: it takes them."""
+def _find_wrong_values(parsed: argparse.Namespace) -> list[str]:
+    """Return the sentence about option values of a proposed line that the command rejects, if any."""
     from megatron_sov.base.settings import SettingsError, read_options
 
     try:
-        if options_class := getattr(found, "options_class", None):
-            read_options(options_class, found)
+        if options_class := getattr(parsed, "options_class", None):
+            read_options(options_class, parsed)
     except SettingsError as e:
         return [str(e)]
     return []
 
 
-def _path(text: str) -> Path:
-    """Return a path that is given; an empty one, as of a variable that is not set, would be this folder."""
+def _parse_path(text: str) -> Path:
+    """Convert a word to a path; an empty word, e.g. of an unset variable, would be the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("is empty, where a file or folder is to be named")
     return Path(text)
 
 
-def _options_of(parser: Parser) -> list[str]:
-    """Return the options of a parser and of all commands below it; of a program those of the typed command
-    alone, since each other one would be imported."""
-    typed = [child for action in parser._actions if isinstance(action, argparse._SubParsersAction)
-             for child in action.choices.values() if not getattr(child, "_module", "")]
-    return [option for top in (typed if parser.listing else [parser]) for each in fill_commands(top)
-            for option in each._option_string_actions]
+def _list_options(parser: Parser) -> list[str]:
+    """Return the options of a parser and its sub-commands; of a program only those of the typed command.
+
+    Listing a command's options imports the command.
+    """
+    parsers = [parser]
+    if parser.listing:
+        parsers = [child for action in parser._actions if isinstance(action, argparse._SubParsersAction)
+                   for child in action.choices.values() if not getattr(child, "_module", "")]
+    commands = [command for top in parsers for command in fill_commands(top)]
+    return [option for command in commands for option in command._option_string_actions]
 
 
 def fill_commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
-    """Import every command below a parser; returns the parser and all below it."""
+    """Import all commands below a parser; return the parser and the parsers of all its commands."""
     if isinstance(parser, CommandParser):
         parser.fill()
-    found = [parser]
+    parsers = [parser]
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            found += [each for child in action.choices.values() for each in fill_commands(child)]
-    return found
+            for child in action.choices.values():
+                parsers += fill_commands(child)
+    return parsers
 
 
 def parser_with_all(program: str) -> Parser:
@@ -204,26 +199,26 @@ def parser_with_all(program: str) -> Parser:
 
 @dataclass(frozen=True)
 class Command:
-    """One command of a program: the module that implements it and its line in `--help`."""
+    """A command of a program: its module and its line in `--help`."""
 
     module: str
-    """Dotted path of the module with `add_arguments(parser)` and `run(args) -> exit code`, or, where several
-    commands share a file, `module:NAME` of an object with these."""
+    """Dotted path of a module with `add_arguments(parser)` and `run(args) -> exit code`, or `module:NAME` of
+    an object with these two functions."""
     help: str
-    """One line for `--help`."""
+    """Line in `--help`."""
     group: str = ""
-    """Heading under which the program's help lists it."""
+    """Heading in the program's help."""
     page: str = ""
-    """Its page below docs/."""
+    """Path of its page below docs/."""
     examples: tuple[str, ...] = ()
-    """What its help shows, without the program's name."""
+    """Command lines for its help, without the program's name."""
 
     def ending(self, program: str, words: str = "") -> str:
-        """Return the end of its help: examples and page.
+        """Format examples and page for the end of the help.
 
         Args:
-            program: its name.
-            words: what the examples begin with that are shown; "": all.
+            program: the program's name.
+            words: show only examples that begin with these words; "": all.
         """
         begin = f"{words} ".lstrip()
         shown = [f"  {program} {line}" for line in self.examples if f"{line} ".startswith(begin)]
@@ -231,33 +226,31 @@ class Command:
         return "\n".join([*(["examples:"] if shown else []), *shown, *page])
 
     def declare(self, name: str, below: Any) -> None:
-        """Add it to what `add_subparsers` returned, whose parsers are `CommandParser`s."""
-        # the module is a name until its command is parsed: `--help` imports none
+        """Add the command to the result of `add_subparsers(parser_class=CommandParser)`."""
+        # store the module's name until the command is parsed: `--help` imports no command
         child = below.add_parser(name, help=self.help.replace("%", "%%"))
         child._module, child._command = self.module, self
 
     def load(self) -> Any:
-        """Import it."""
         return _load(self.module)
 
 
 def _load(reference: str) -> Any:
-    # not by pkgutil.resolve_name: of a module that is not there it says that its package lacks an attribute
+    # not `pkgutil.resolve_name`: for a missing module it reports a missing attribute of the package
     module, _, name = reference.partition(":")
-    found = importlib.import_module(module)
-    return getattr(found, name) if name else found
+    imported = importlib.import_module(module)
+    return getattr(imported, name) if name else imported
 
 
 class CommandParser(Parser):
-    """The parser of one command, whose module is imported when something is parsed by it: the other commands
-    of the program cost nothing."""
+    """The parser of one command; imports the command's module when it first parses arguments."""
 
     _module = ""
     _command: Command | None = None
 
     def fill(self) -> None:
         """Import the command's module and add its arguments, once."""
-        # emptied first: filling twice would declare every option twice
+        # emptied first: a second call would declare every option twice
         module, self._module = self._module, ""
         if module:
             _load(module).add_arguments(self)
@@ -266,19 +259,19 @@ class CommandParser(Parser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self.fill()
-        return super().parse_known_args(args if args is None else self._checked(args), namespace)
+        return super().parse_known_args(args if args is None else self._update_words(args), namespace)
 
 
 def end_help(parser: argparse.ArgumentParser, command: Command, program: str) -> None:
-    """Let the help of a command, and of each action below it, end with its examples and its page."""
+    """Append examples and page to the help of a command and of its actions."""
     if isinstance(parser, CommandParser) and parser._module and parser._command is not None:
-        # its arguments come later, and `fill` ends its help then: what it lacks is that of the command above
+        # not imported yet: `fill` appends its own examples and page, or the enclosing command's
         parser._command = dataclasses.replace(parser._command, page=parser._command.page or command.page,
                                               examples=parser._command.examples or command.examples)
         return
     words = parser.prog.removeprefix(program).strip()
-    own = textwrap.fill(" ".join((parser.epilog or "").split()), 100)
-    parser.epilog = "\n\n".join(filter(None, (own, command.ending(program, words)))) or None
+    epilog = textwrap.fill(" ".join((parser.epilog or "").split()), 100)
+    parser.epilog = "\n\n".join(filter(None, (epilog, command.ending(program, words)))) or None
     parser.formatter_class = HelpText
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -287,23 +280,24 @@ def end_help(parser: argparse.ArgumentParser, command: Command, program: str) ->
 
 
 def list_commands(commands: Mapping[str, str], groups: Mapping[str, str]) -> str:
-    """Return a line for each command of a program, under the headings of their groups.
+    """Format one line per command, under the headings of their groups.
 
     Args:
-        commands: name -> line of help.
-        groups: name -> heading, in the order of the headings; what it lacks comes last.
+        commands: name -> help line.
+        groups: name -> heading, in display order; other commands come last.
     """
     width = max(map(len, commands), default=0)
     lines = []
     for heading in dict.fromkeys([*groups.values(), ""]):
         rows = [f"  {name:<{width}}  {text}" for name, text in commands.items()
                 if groups.get(name, "") == heading]
-        lines += [f"{heading or 'commands'}:", *rows, ""] if rows else []
+        if rows:
+            lines += [f"{heading or 'commands'}:", *rows, ""]
     return "\n".join(lines).rstrip()
 
 
 def parser_of(program: str, description: str, commands: Mapping[str, Command]) -> Parser:
-    """Return the parser of a program; a command is imported when it is parsed."""
+    """Build the parser of a program; a command is imported when its arguments are parsed."""
     parser = Parser(prog=program, description=description)
     parser.listing = list_commands({name: c.help for name, c in commands.items()},
                                    {name: c.group for name, c in commands.items()})
@@ -317,32 +311,39 @@ def parser_of(program: str, description: str, commands: Mapping[str, Command]) -
 
 def run_program(parser: Parser, commands: Mapping[str, Command], argv: Sequence[str] | None) -> int:
     def action() -> int:
-        check_command(parser.prog, sys.argv[1:] if argv is None else argv)
-        args = parser.parse_args(argv)
-        return int(commands[args.command].load().run(args))
+        typed = list(sys.argv[1:] if argv is None else argv)
+        check_command(parser.prog, typed)
+        try:
+            args = parser.parse_args(typed)
+            return int(commands[args.command].load().run(args))
+        except UserError as e:
+            if e.fix is None:
+                raise
+            raise propose_line(parser.prog, typed, e, parser.parse_args) from None
 
     return exit_code(action)
 
 
 OMP_WAIT_POLICY = "OMP_WAIT_POLICY"
-"""Variable of OpenMP. Threads that spin while they wait take the cores of the threads that they wait for, if
-other programs run as well (measured: 14 times slower with three programs per core)."""
+"""OpenMP variable. Threads that spin while waiting take cores from working threads if other programs run too
+(measured: 14 times slower with three programs per core)."""
 
 
 def exit_code(action: Callable[[], int]) -> int:
-    """Run a command and return its exit code; what a user can mend becomes one message."""
+    """Run a command and return its exit code; print exceptions for users as one message without a
+    traceback."""
     os.environ.setdefault(OMP_WAIT_POLICY, "PASSIVE")  # before torch is imported
     for stream in (sys.stdout, sys.stderr):
-        # text of any language is shown in any locale, with escapes for what that does not have
+        # any text prints in any locale: characters outside its encoding become escapes
         if isinstance(stream, io.TextIOWrapper):
-            with contextlib.suppress(OSError):  # a pipe that took a file's place cannot say where it is
+            with contextlib.suppress(OSError):  # a pipe in place of a file has no position
                 stream.reconfigure(errors="backslashreplace")
     try:
         code = to_exit_code(action())
-        sys.stdout.flush()  # what the disk or the reader refuses shows here, not when Python ends
+        sys.stdout.flush()  # report a full disk or closed pipe here, before Python exits
         return code
     except SystemExit as e:
-        # Python prints such a text itself and ends with 1
+        # Python prints a text in SystemExit and exits with 1
         if isinstance(e.code, str):
             raise
         raise SystemExit(to_exit_code(e.code)) from None
@@ -362,21 +363,21 @@ def exit_code(action: Callable[[], int]) -> int:
         print("interrupted", file=sys.stderr)
         return ExitCode.INTERRUPTED
     except MemoryError as e:
-        print(f"error: out of memory ({e or 'no more than that is known'}); free some, or give the command "
+        print(f"error: out of memory ({e or 'no further details'}); free some, or give the command "
               "less to do at a time", file=sys.stderr)
         return ExitCode.CRASH
-    # the reader has enough (`| head`): no error, and nothing more may be written
+    # the reader closed the pipe (`| head`): not an error, but nothing more may be written
     except BrokenPipeError:
         _drop_output()
         return ExitCode.OK
     except OSError as e:
-        # standard output on a full disk has no file name to show
+        # a full disk under standard output has no file name
         if e.filename is None and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             _drop_output()
             print(f"error: standard output, or a file of this command: {os.strerror(e.errno)}; free some "
                   "space, or write elsewhere, and run the same command again", file=sys.stderr)
             return ExitCode.USER_ERROR
-        if e.filename is None:  # not about a file that somebody named: a defect
+        if e.filename is None:  # a defect: not about a file of the user
             raise
         path = _escape_controls(os.fsdecode(e.filename)[:MAX_PATH_CHARS])
         print(f"error: {path}: cannot be used ({e.strerror or e}); look at the path, its permissions and its "
@@ -385,13 +386,13 @@ def exit_code(action: Callable[[], int]) -> int:
 
 
 def _escape_controls(message: str) -> str:
-    """Return a message without control characters: names of files, and what files hold, are of strangers."""
+    """Escape control characters: names and contents of files may come from strangers."""
     if message.replace("\n", "").isprintable():
         return message
     return visible(message)
 
 
 def _drop_output() -> None:
-    """Let Python end in peace: what is left of standard output goes nowhere."""
-    with contextlib.suppress(OSError):  # it is no file of the system's
+    """Redirect the rest of standard output to /dev/null, so that Python exits without another error."""
+    with contextlib.suppress(OSError):  # stdout has no file descriptor
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

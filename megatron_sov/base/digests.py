@@ -1,9 +1,8 @@
-"""Digests of contents, which say how they were made: "blake3:HEX" or "sha256:HEX".
+"""Hash files and bytes; a digest is text that names its algorithm: "blake3:HEX" or "sha256:HEX".
 
-The rule: files of an artifact are hashed with BLAKE3; everything else (manifests, tokenizers, code, keys)
-with SHA-256.  BLAKE3
-(https://github.com/BLAKE3-team/BLAKE3-specs) is as hard to forge and, on processors without instructions
-for SHA-256, ten to twenty times as fast, so that a hash costs less than the copy that it stands beside.
+Files of artifacts use BLAKE3, everything else (manifests, tokenizers, code, keys) uses SHA-256. On processors
+without SHA-256 instructions, BLAKE3 (https://github.com/BLAKE3-team/BLAKE3-specs) is ten to twenty times
+faster at the same security, so hashing a file costs less than copying it.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from blake3 import blake3
 
 BLAKE3, SHA256 = "blake3", "sha256"
 _BLOCK_BYTES = 1 << 20
-"""Bytes that are read and hashed at a time: few enough to stay in the processor's cache between the two."""
+"""Bytes read and hashed at a time: small enough to stay in the processor's cache."""
 
 
 class _Hash(Protocol):
@@ -29,22 +28,22 @@ _ALGORITHMS: dict[str, Callable[[], _Hash]] = {BLAKE3: blake3, SHA256: hashlib.s
 
 
 class Digest:
-    """The digest of bytes that come one after the other."""
+    """An incremental hash."""
 
     def __init__(self, algorithm: str = BLAKE3) -> None:
         self._algorithm, self._hash = algorithm, _ALGORITHMS[algorithm]()
 
     def update(self, data: bytes | memoryview) -> None:
-        """Take the next bytes; leaves the interpreter free."""
+        """Hash the next bytes; releases the GIL."""
         self._hash.update(data)
 
     def text(self) -> str:
-        """Return the digest of all bytes so far, with the name of its algorithm."""
+        """Return "ALGORITHM:HEX" of all bytes so far."""
         return f"{self._algorithm}:{self._hash.hexdigest()}"
 
 
 def file_digest(path: Path, algorithm: str = BLAKE3) -> str:
-    # one buffer for all blocks, unbuffered: no copy between the file and the hash
+    # one unbuffered read buffer: no copy between the file and the hash
     digest, block = Digest(algorithm), memoryview(bytearray(_BLOCK_BYTES))
     with open(path, "rb", buffering=0) as f:
         while count := f.readinto(block):
@@ -53,19 +52,19 @@ def file_digest(path: Path, algorithm: str = BLAKE3) -> str:
 
 
 def algorithm_of(digest: str) -> str:
-    """Return the name of the algorithm that made a digest.
+    """Return the algorithm name in a digest.
 
     Raises:
-        ValueError: it is none that is known here.
+        ValueError: the algorithm is unknown.
     """
     algorithm = digest.partition(":")[0]
     if algorithm not in _ALGORITHMS:
-        raise ValueError(f"the digest {digest!r} is none of {', '.join(_ALGORITHMS)}")
+        raise ValueError(f"the digest {digest!r} must begin with one of {', '.join(_ALGORITHMS)}")
     return algorithm
 
 
 def fingerprint(folder: Path) -> list[list[Any]]:
-    """Return name, size and time of every file below a folder: what changes where it does, without reading
-    it."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return [[p.relative_to(folder).as_posix(), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+    """Return relative path, size and mtime (ns) of every file below `folder`, without reading contents."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return [[file.relative_to(folder).as_posix(), file.stat().st_size, file.stat().st_mtime_ns]
+            for file in files]

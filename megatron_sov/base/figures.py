@@ -1,4 +1,4 @@
-"""Format counts, sizes, times, money and shares for people, in one way for every program and page."""
+"""Format counts, sizes, durations, money and shares for terminals and pages."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Format a time span in its two largest units: 3 d 4 h, 12 min 5 s, 4.2 s."""
+    """Format a duration in its two largest units: 3 d 4 h, 12 min 5 s, 4.2 s."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -48,7 +48,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_days(seconds: float) -> str:
-    """Format how long a job takes: minutes below an hour, hours below two days, then days: 43 days."""
+    """Format the duration of a job: minutes below an hour, hours below two days, then days: 43 days."""
     for unit_s, unit, least in ((86400, "days", 48 * 3600), (3600, "hours", 3600), (60, "minutes", 60)):
         if seconds >= least * 0.9995:
             amount = format_value(seconds / unit_s, 3)
@@ -64,7 +64,7 @@ def format_money(dollars: float) -> str:
 
 
 def format_energy(kwh: float) -> str:
-    """Format an amount of energy given in kilowatt-hours: 830 kWh, 2.31 GWh."""
+    """Format energy in kilowatt-hours: 830 kWh, 2.31 GWh."""
     return _scale(kwh, ENERGY_UNITS) if kwh else "0 kWh"
 
 
@@ -76,7 +76,7 @@ def format_share(share: float) -> str:
 def format_value(value: float, digits: int = 4) -> str:
     """Format a measured value with `digits` significant digits; a dash for NaN.
 
-    Whole digits are never replaced by an exponent: 1234567 with 3 digits is 1,234,567.
+    Integer digits never become an exponent: 1234567 with 3 digits is 1,234,567.
     """
     if math.isnan(value):
         return NO_VALUE
@@ -89,7 +89,7 @@ def format_value(value: float, digits: int = 4) -> str:
 
 def _scale(value: float, units: Sequence[tuple[float, str]], whole_below: float = 0.0,
            hundreds_digits: int = 3) -> str:
-    """Divide by the largest unit that leaves at least 1 after rounding, and append its name.
+    """Divide `value` by the largest unit that leaves at least 1 after rounding, and append the unit's name.
 
     Args:
         value: the figure.

@@ -1,4 +1,4 @@
-"""Where a result may come to lie, and what may be copied into it: asked before the work, not after."""
+"""Check output paths before the work starts, and links before files are copied."""
 
 from __future__ import annotations
 
@@ -10,24 +10,23 @@ from pathlib import Path
 from megatron_sov.base.errors import UserError
 
 TRYING = ".try-"
-"""Begin of the name of an empty folder that is there for a moment."""
+"""Name prefix of an empty folder created for a moment to test write access."""
 RECORDS_OF_A_RUN = ("config.json", "events.jsonl")
-"""Files whose folder is a run; nobody can make them again."""
+"""Files of a training run's folder; a run cannot recreate them."""
 
 
 def check_output(option: str, path: Path | None) -> None:
-    """Check before the work that a file can be written at `path`, where one is asked for (not None); leaves
-    everything as it was.
+    """Check that a command can write a file at `path` (None: no output requested); changes nothing on disk.
 
     Raises:
-        UserError: the path is a folder, a device or a record of a run, or lies where nothing can be made.
+        UserError: `path` is a folder, a device or a record of a run, or its folder is not writable.
     """
     if path is None:
         return
     if os.path.isdir(path):
         raise UserError(f"{option} {path}: is a folder; name the file to write, e.g. {path / 'result'}")
     if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"{option} {path}: is no regular file, and would be replaced by one; "
+        raise UserError(f"{option} {path}: is not a regular file, and would be replaced by one; "
                         "choose another path")
     _refuse_place(path, f"{option} {path}")
     real = Path(os.path.realpath(path))
@@ -37,10 +36,10 @@ def check_output(option: str, path: Path | None) -> None:
 
 
 def check_page(option: str, path: Path | None) -> None:
-    """Check before the work that a page of HTML can be written at `path`, where one is asked for.
+    """Check that a command can write an HTML page at `path` (None: no page requested).
 
     Raises:
-        UserError: as `check_output`, or the path's suffix is not that of HTML.
+        UserError: as `check_output`, or the suffix is not .html or .htm.
     """
     check_output(option, path)
     if path is not None and path.suffix.lower() not in (".html", ".htm"):
@@ -49,30 +48,33 @@ def check_page(option: str, path: Path | None) -> None:
 
 
 def refuse_input(option: str, path: Path, *inputs: Path) -> None:
-    """Refuse to write a result over what it is made from.
+    """Check that an output does not overwrite one of its inputs.
 
     Raises:
-        UserError: `path` is one of the inputs, by whatever name.
+        UserError: `path` and an input are the same file, also through links.
     """
-    for given in inputs:
-        if os.path.exists(path) and os.path.exists(given) and os.path.samefile(path, given):
-            raise UserError(f"{option} {path}: is {given} itself, which is read; choose another path")
+    for source in inputs:
+        if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
+            raise UserError(f"{option} {path}: is {source} itself, which is read; choose another path")
 
 
 def refuse_nowhere(path: Path) -> None:
-    """Raise `UserError` where no folder can be made at `path`: it has no name of its own
-    (``.``, ``..``, ``/``), goes through a file, or through a folder that may not be written to."""
+    """Raise `UserError` if no folder can be created at `path`.
+
+    Reasons: ``.``, ``..`` and ``/`` have no name of their own, a parent is a file, or a parent is not
+        writable.
+    """
     if path.name in ("", ".."):
-        raise UserError(f"{path}: has no name of its own; name what is to be made, e.g. {path / 'result'}")
+        raise UserError(f"{path}: has no name of its own; name the new folder, e.g. {path / 'result'}")
     _refuse_place(path, str(path))
 
 
 def behind_links(path: Path) -> Path:
-    """Return the folder that a link stands for, where `path` is one: the artifact comes to lie there, on
-    that disk, and the link stays.
+    """Return the target folder if `path` is a link, else `path`; an artifact replaces the target, not the
+    link.
 
     Raises:
-        UserError: the link leads nowhere.
+        UserError: the target does not exist.
     """
     if not os.path.islink(path):
         return path
@@ -84,54 +86,54 @@ def behind_links(path: Path) -> Path:
 
 
 def refuse_link_outside(folder: Path, file: Path) -> None:
-    """Refuse a file of a foreign folder that is a link to somewhere else: it would be copied, and handed on.
+    """Refuse a link that leads out of a foreign folder: copying would hand on another file of this machine.
 
-    A link inside the folder is fine, and one from a snapshot of Hugging Face's cache to its blobs.
+    Links inside the folder, and from a snapshot in Hugging Face's cache to its blobs, are allowed.
 
     Raises:
-        UserError: naming where it leads.
+        UserError: names the link's target.
     """
-    root, there = folder.resolve(), file.resolve()
+    root, target = folder.resolve(), file.resolve()
     # the hub's cache is made of links: snapshots/HASH/FILE leads to blobs/HASH
     cache = [root.parent.parent / "blobs"] if root.parent.name == "snapshots" else []
-    if not any(there.is_relative_to(allowed) for allowed in (root, *cache)):
-        raise UserError(f"{file}: is a link to {there}, outside of its folder, and would be copied "
+    if not any(target.is_relative_to(allowed) for allowed in (root, *cache)):
+        raise UserError(f"{file}: is a link to {target}, outside of its folder, and would be copied "
                         "and handed on; put the file itself there, or leave it out")
 
 
-def refuse_unwritable(folder: Path, said: str) -> None:
-    """Raise `UserError`, which begins with `said`, where nothing can be made in a folder.
+def refuse_unwritable(folder: Path, subject: str) -> None:
+    """Raise `UserError` (starting with `subject`) if nothing can be created in `folder`.
 
-    It is tried: permissions tell root nothing, and nobody anything of /proc or a disk that is
-    mounted read-only.  What is made has no name, where the file system can do that: a kill leaves nothing.
+    Creating a file is the only reliable test: root passes every permission check, and nobody can write to
+    /proc or to a read-only file system. A file without a name (`O_TMPFILE`) leaves nothing after a kill.
     """
     try:
         try:
-            # a file without a name: it is gone when it is closed, also after a kill
+            # the kernel deletes a nameless file when it is closed, also after a kill
             os.close(os.open(folder, os.O_TMPFILE | os.O_WRONLY))
         except OSError as e:
             if e.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
                 raise
             os.rmdir(tempfile.mkdtemp(prefix=TRYING, dir=folder))
     except OSError as e:
-        raise UserError(f"{said}: nothing can be made in {folder} ({os.strerror(e.errno or 0)}); choose a "
+        raise UserError(f"{subject}: nothing can be made in {folder} ({os.strerror(e.errno or 0)}); choose a "
                         "folder that you may write to") from None
 
 
-def _refuse_place(path: Path, said: str) -> None:
-    """Raise `UserError`, which begins with `said`, where nothing of that name can be made."""
+def _refuse_place(path: Path, subject: str) -> None:
+    """Raise `UserError` (starting with `subject`) if nothing can be created at `path`."""
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError:  # libraries take names as UTF-8 only
-        raise UserError(f"{said!a}: is no UTF-8; choose a name that is") from None
+        raise UserError(f"{subject!a}: is not valid UTF-8; choose another name") from None
     try:
         os.lstat(path)
     except OSError as e:
         if e.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-            raise UserError(f"{said}: cannot be a path ({os.strerror(e.errno)}); "
+            raise UserError(f"{subject}: cannot be a path ({os.strerror(e.errno)}); "
                             "choose another one") from None
-    # the first folder above that is there; all below it would be made in it
+    # the nearest existing parent, where the missing folders would be created
     nearest = next(p for p in path.absolute().parents if os.path.exists(p))
     if not nearest.is_dir():
-        raise UserError(f"{said}: {nearest} is a file, so nothing can lie in it; choose another path")
-    refuse_unwritable(nearest, said)
+        raise UserError(f"{subject}: {nearest} is a file, so nothing can lie in it; choose another path")
+    refuse_unwritable(nearest, subject)

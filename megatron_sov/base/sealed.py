@@ -1,8 +1,8 @@
-"""Files that carry a checksum of all of their bytes, which is looked at before anything of them is believed.
+"""Sealed files: files that contain a BLAKE3 checksum of all their own bytes, checked before they are read.
 
-The seal stands in the file itself, so that it goes along with a second name or a copy: in Parquet as metadata
-of the footer, in JSON as a key, in everything else behind the last byte.  It is the BLAKE3 of the file with
-zeros in the seal's place.  Other programs read the files as they always do.
+The seal is part of the file and therefore survives copies and renames. Parquet files store it as footer
+metadata, JSON files as a key, and all other files after the last byte. The checksum is computed with zeros in
+place of the seal. Other programs can read sealed files as usual.
 """
 
 from __future__ import annotations
@@ -21,74 +21,74 @@ from megatron_sov.base.digests import Digest
 from megatron_sov.base.errors import UserError
 
 SEAL = "seal"
-"""Name of the key that holds it."""
+"""JSON key and Parquet metadata key of the seal."""
 _MARK, _ZEROS = b"sealed:blake3:", b"0" * 64
 PLACE = (_MARK + _ZEROS).decode()
-"""Stands where the seal comes."""
+"""Placeholder for a seal: mark and zeros."""
 _TAIL_BYTES = 1 << 16
-"""From the end of a file; a seal lies in it."""
+"""Number of bytes at the end of a file that are searched for the seal."""
 _PARQUET, _KEY = b"PAR1", SEAL.encode() + b"\x18" + bytes([len(_MARK + _ZEROS)])
-"""How a Parquet file ends; what stands before a seal in its footer: key, type of the value, its length."""
+"""Magic bytes at the end of a Parquet file; bytes before a seal in its footer (key, type, length)."""
 _MOST_FOOTER_BYTES = 1 << 28
 _BLOCK_BYTES = 1 << 20
 _SETTLED_S = 1.0
-"""A file that changed so lately may change again within one tick of its time of change."""
+"""Age of a file's change time from which a further change must change that time (clock ticks are coarse)."""
 RUN_AGAIN = "delete it and run the command again"
 
 
 def sealed(data: bytes, of: str = "") -> bytes:
-    """Return bytes with their checksum at the last `PLACE` in them, or behind them where they have none.
+    """Return `data` with its checksum in place of the last `PLACE`; without `PLACE`, append the seal.
 
     Args:
-        data: the bytes.
-        of: what they belong to (everywhere in this module); it goes into the checksum and not into the file,
-            so that a sound file of something else is no sound file here.
+        data: the bytes to seal.
+        of: identity of the owner, hashed but not stored: a file copied from another owner fails its check
+            (same meaning in the whole module).
     """
-    # the last one: text of rows may spell a seal's place
+    # the last occurrence: the text of a row may contain `PLACE`
     head, mark, tail = data.rpartition(PLACE.encode())
     if not mark:
         head, tail = data, b""
-    return head + _MARK + _hex([head, _MARK + _ZEROS, tail], of) + tail
+    return head + _MARK + _hash_parts([head, _MARK + _ZEROS, tail], of) + tail
 
 
 def seal_file(file: Path, of: str = "") -> str:
-    """Put the checksum of a complete file at its last `PLACE`, or behind its last byte; returns it."""
+    """Write the checksum of a complete file over its last `PLACE` or after its last byte; return it."""
     with open(file, "r+b") as f:
-        start = _place(f, PLACE.encode())
+        start = _find_mark(f, PLACE.encode())
         if start is None:
             start = f.seek(0, os.SEEK_END)
             f.write(PLACE.encode())
-        # over the file with zeros in the seal's place, which are there at this moment
-        digest = _digest(f, start, of)
+        # the seal still holds zeros here
+        digest = _hash_around_seal(f, start, of)
         f.seek(start + len(_MARK))
         f.write(digest)
     return digest.decode()
 
 
 def write_sealed(file: Path, data: bytes, of: str = "") -> None:
-    """Write bytes with their checksum behind them; what maps the file finds them at its beginning.
+    """Write `data` followed by a seal; memory maps find the data at offset 0.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written.
+        UserError: the disk is full or the folder is not writable.
     """
-    atomic_write(file, data + _MARK + _hex([data, PLACE.encode()], of))
+    atomic_write(file, data + _MARK + _hash_parts([data, PLACE.encode()], of))
 
 
 def seal_of(file: Path) -> str:
-    """Return the checksum that a file says it has, which nobody has looked at; "": none."""
+    """Return the checksum stored in a file without verifying it; "" if the file has no seal."""
     with open(file, "rb") as f:
-        return _read_seal(f, _place(f, _MARK)).decode("ascii", "replace")
+        return _read_seal(f, _find_mark(f, _MARK)).decode("ascii", "replace")
 
 
 def seal_damage(file: Path, of: str = "", *, is_required: bool = True, seal: str | None = None) -> str | None:
-    """Return one sentence where a file is missing or not what was sealed, else None; within one process a
-    file that has not changed is read once.
+    """Return one sentence if a file is missing or damaged, else None; unchanged files are read once per
+    process.
 
     Args:
         file: the file.
-        of: what it belongs to.
-        is_required: whether a file without a seal is refused.
-        seal: the checksum that it was written with, as a note beside it says; None: there is no note.
+        of: identity of the owner.
+        is_required: whether a missing seal counts as damage.
+        seal: the expected checksum, as recorded in another file; None: unknown.
     """
     try:
         check_seal(file, "", of, is_required=is_required, seal=seal)
@@ -101,34 +101,35 @@ def seal_damage(file: Path, of: str = "", *, is_required: bool = True, seal: str
 
 def check_seal(file: Path, way: str = RUN_AGAIN, of: str = "", *, is_required: bool = True,
                seal: str | None = None) -> None:
-    """Raise `UserError` where a file is not what was sealed, with `way`: what to do.  As `seal_damage`.
+    """Raise `UserError` if a file is damaged; `way` is the fix in its message. Other arguments as
+    `seal_damage`.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     stat = os.stat(file)
-    # what changes with the content; the change time cannot be set back by touch
-    mark = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    # cache key: changes with the content, because `touch` cannot set back the change time
+    version = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
     is_settled = time.time_ns() - stat.st_ctime_ns > _SETTLED_S * 1e9
-    # a file that has just changed is read each time, for its next change may have the same time
-    is_sealed = (_is_sealed if is_settled else _is_sealed.__wrapped__)(os.fspath(file), mark, of)
-    what = ""
+    # do not cache a fresh result: the next change may have the same change time
+    is_sealed = (_is_sealed if is_settled else _is_sealed.__wrapped__)(os.fspath(file), version, of)
+    damage = ""
     if is_sealed is False:
-        what = f"is damaged{' or belongs elsewhere' if of else ''} (it differs from its own checksum)"
+        damage = f"is damaged{' or belongs elsewhere' if of else ''} (it differs from its own checksum)"
     elif is_sealed is None and (is_required or seal is not None):
-        what = "is damaged (it has no checksum of its own)"
+        damage = "is damaged (it has no checksum of its own)"
     elif seal is not None and seal_of(file) != seal:
-        what = "is not the file that was written here (its checksum is another one)"
-    if what:
-        raise UserError(f"{file}: {what}; {way}")
+        damage = "is not the file that was written here (its checksum is another one)"
+    if damage:
+        raise UserError(f"{file}: {damage}; {way}")
 
 
 @lru_cache(maxsize=1 << 16)
 def _is_sealed(file: str, mark: tuple[int, ...], of: str) -> bool | None:
-    """Return whether a file's content is what its seal says; None: it has no seal."""
+    """Return whether a file matches its seal; None: no seal. `mark` is part of the cache key only."""
     with open(file, "rb") as f:
-        start = _place(f, _MARK)
-        return None if start is None else _read_seal(f, start) == _digest(f, start, of)
+        start = _find_mark(f, _MARK)
+        return None if start is None else _read_seal(f, start) == _hash_around_seal(f, start, of)
 
 
 def _read_seal(f: Any, start: int | None) -> bytes:
@@ -138,31 +139,33 @@ def _read_seal(f: Any, start: int | None) -> bytes:
     return bytes(f.read(len(_ZEROS)))
 
 
-def _place(f: Any, wanted: bytes) -> int | None:
-    """Return where the last mark begins near the end of a file, with room for a checksum behind it; in
-    Parquet under its key in the footer, which may be long: what stands elsewhere is text of rows."""
+def _find_mark(f: Any, mark: bytes) -> int | None:
+    """Return the offset of the last seal mark near the end of a file, else None.
+
+    In Parquet, search the whole footer for the mark after its key: elsewhere it would be text of a row.
+    """
     size = f.seek(0, os.SEEK_END)
     f.seek(max(0, size - 8))
     end, tail, key = f.read(), _TAIL_BYTES, b""
-    # Parquet ends with the footer's length in 4 bytes and its magic; metadata is in the footer
+    # Parquet ends with the footer's length (4 bytes) and magic bytes; metadata is in the footer
     if end[4:] == _PARQUET:
         tail, key = min(int.from_bytes(end[:4], "little"), _MOST_FOOTER_BYTES) + len(end), _KEY
     begin = max(0, size - tail)
     f.seek(begin)
-    found = f.read().rfind(key + wanted)
-    # after the key, which is part of the search in Parquet alone
-    place = begin + found + len(key)
-    return None if found < 0 or place + len(PLACE) > size else place
+    index = f.read().rfind(key + mark)
+    # `key` is empty except in Parquet
+    start = begin + index + len(key)
+    return None if index < 0 or start + len(PLACE) > size else start
 
 
-def _digest(f: Any, start: int, of: str) -> bytes:
-    """Return the checksum of a file whose seal begins at a place."""
+def _hash_around_seal(f: Any, start: int, of: str) -> bytes:
+    """Return the checksum of a file with zeros in its seal, which begins at offset `start`."""
     digest = _begin_digest(of)
     f.seek(0)
-    left = start
-    while left and (block := f.read(min(left, _BLOCK_BYTES))):
+    remaining = start
+    while remaining and (block := f.read(min(remaining, _BLOCK_BYTES))):
         digest.update(block)
-        left -= len(block)
+        remaining -= len(block)
     digest.update(PLACE.encode())
     f.seek(start + len(PLACE))
     while block := f.read(_BLOCK_BYTES):
@@ -177,7 +180,7 @@ def _begin_digest(of: str) -> Digest:
     return digest
 
 
-def _hex(parts: Sequence[bytes], of: str) -> bytes:
+def _hash_parts(parts: Sequence[bytes], of: str) -> bytes:
     digest = _begin_digest(of)
     for part in parts:
         digest.update(part)
@@ -185,55 +188,48 @@ def _hex(parts: Sequence[bytes], of: str) -> bytes:
 
 
 def write_json(file: Path, value: Any, of: str = "") -> None:
-    """Write a value of plain JSON, an object flat beside its seal, anything else below "content": also an
-    object with a key of that name, which could not be told apart."""
-    # flat where that can be undone: other programs find the keys where they expect them
+    """Write a JSON value with its seal: objects get the key "seal", other values go under "content".
+
+    Objects that have one of these two keys also go under "content".
+    """
+    # flat if possible: other programs find the keys at the top level
     is_flat = isinstance(value, dict) and not {SEAL, "content"} & value.keys()
     whole = {**value, SEAL: PLACE} if is_flat else {"content": value, SEAL: PLACE}
-    # nothing but ASCII: names of files may hold bytes that are no text
+    # ASCII only: file names may hold bytes that are not valid UTF-8
     atomic_write(file, sealed((json.dumps(whole, indent=1) + "\n").encode(), of))
 
 
 def read_json(file: Path, way: str = RUN_AGAIN, of: str = "", *, seal: str | None = None) -> Any:
-    """Return what `write_json` wrote.
+    """Return the value written by `write_json`.
 
     Raises:
-        UserError: it is missing, cannot be read, or differs from what was written.
+        UserError: the file is missing, unreadable or damaged.
     """
     try:
-        found = json.loads(_checked(file, way, of, seal))
-        del found[SEAL]
+        value = json.loads(_read_checked(file, way, of, seal))
+        del value[SEAL]
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f"{file}: is damaged ({e}); {way}") from None
-    return found["content"] if found.keys() == {"content"} else found
+    return value["content"] if value.keys() == {"content"} else value
 
 
 def try_read_json(file: Path, of: str = "") -> Any:
-    """Return what `write_json` wrote; None where that is missing or damaged, and nothing but a shortcut."""
+    """Return the value written by `write_json`, or None if the file is missing or damaged (for caches)."""
     with suppress(UserError):
         return read_json(file, of=of)
     return None
 
 
 def read_lines(file: Path, way: str = RUN_AGAIN, of: str = "", *, seal: str | None = None) -> list[bytes]:
-    """Return the lines of a sealed file of JSON lines, without that of the seal.
+    """Return the lines of a sealed JSONL file without the seal's line.
 
     Raises:
-        UserError: it is missing, cannot be read, or differs from what was written.
+        UserError: the file is missing, unreadable or damaged.
     """
-    return [line + b"\n" for line in _checked(file, way, of, seal).split(b"\n")[:-2]]
+    return [line + b"\n" for line in _read_checked(file, way, of, seal).split(b"\n")[:-2]]
 
 
-def read_sealed(file: Path, way: str = RUN_AGAIN, of: str = "") -> bytes:
-    """Return the bytes whose seal stands behind them.
-
-    Raises:
-        UserError: it is missing, cannot be read, or differs from what was written.
-    """
-    return _checked(file, way, of)[:-len(PLACE)]
-
-
-def _checked(file: Path, way: str, of: str, seal: str | None = None) -> bytes:
+def _read_checked(file: Path, way: str, of: str, seal: str | None = None) -> bytes:
     try:
         check_seal(file, way, of, seal=seal)
         return file.read_bytes()
@@ -242,25 +238,24 @@ def _checked(file: Path, way: str, of: str, seal: str | None = None) -> bytes:
 
 
 def seal_parquet(writer: Any) -> None:
-    """Leave the place of a seal in the footer of a Parquet file under construction; behind its end
-    `seal_file` fills it."""
+    """Reserve space for a seal in a Parquet footer under construction; `seal_file` fills it afterwards."""
     writer.add_key_value_metadata({SEAL: PLACE})
 
 
 def open_parquet(file: Path, way: str = RUN_AGAIN, *, is_required: bool = False, seal: str | None = None,
                  **options: Any) -> Any:
-    """Return a Parquet file opened by pyarrow; one that is sealed is what was written.
+    """Check the seal of a Parquet file, and open it with pyarrow.
 
     Args:
         file: the file.
-        way: what to do where it is damaged, for the message.
-        is_required: whether a file without a seal is refused: all that a pipeline leaves for itself has one.
-        seal: as of `seal_damage`.
+        way: the fix in the error message.
+        is_required: refuse a file without a seal; files written by a pipeline always have one.
+        seal: as in `seal_damage`.
         options: of `pyarrow.parquet.ParquetFile`.
 
     Raises:
-        UserError: its seal says that it is damaged.
-        OSError, pyarrow.ArrowException: it cannot be opened.
+        UserError: the file is damaged.
+        OSError, pyarrow.ArrowException: the file cannot be opened.
     """
     from pyarrow import parquet
 

@@ -1,4 +1,4 @@
-"""Any block of a global tensor, put together from the pieces that overlap it, wherever these stand."""
+"""Read any block of a global tensor by copying from the stored pieces that overlap it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ import torch
 from megatron_sov.base.errors import UserError
 
 MAX_CELLS_PER_PIECE = 64
-"""Of the grid that pieces cut a tensor into: real ones form it themselves, and made-up ones shall not fill
-the memory."""
+"""Limit of grid cells per stored piece, so that a crafted index cannot exhaust memory. Layouts of this
+project cut tensors into regular grids, with one cell per piece."""
 MAX_OWNERS = 4
-"""Of a cell, on average: each has one, and what is more is only counted to be told."""
+"""Limit of the mean number of pieces that cover a cell. A valid index has exactly 1."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredBlock:
-    """One block of a global tensor, as it stands in a file."""
+    """A block of a global tensor, stored in a file under its own name."""
 
     file: str
     """File relative to the checkpoint folder."""
@@ -36,140 +36,135 @@ class StoredBlock:
 
 
 def owners(shape: Sequence[int], pieces: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Return how many pieces own each cell of the grid that is cut wherever a piece begins or ends.
+    """Count the pieces that cover each cell of the grid formed by all piece boundaries; int32, one axis per
+    axis of `shape`.
 
     Raises:
-        ValueError: a piece reaches beyond the tensor, they are cut in a way that no layout cuts, or they
-            stand one upon another so often that counting would take the square of their number.
+        ValueError: a piece exceeds `shape`, the grid has more than `MAX_CELLS_PER_PIECE` cells per piece, or
+            pieces overlap more than `MAX_OWNERS` times in the mean.
     """
     spans = [[(o, o + n) for o, n in zip(p["offset"], p["shape"], strict=True)] for p in pieces]
     if any(a < 0 or b > n for span in spans for (a, b), n in zip(span, shape, strict=True)):
         raise ValueError(f"a block reaches beyond its tensor of shape {list(shape)}")
-    # along each axis the cuts of all pieces: inside one cell of this grid every element has the same owners
+    # Boundaries of all pieces along each axis: elements in the same grid cell are covered by the same pieces.
     cuts = [sorted({0, n, *(c for span in spans for c in span[axis])}) for axis, n in enumerate(shape)]
     if math.prod(len(c) - 1 for c in cuts) > MAX_CELLS_PER_PIECE * (len(pieces) + MAX_CELLS_PER_PIECE):
         raise ValueError(f"its {len(pieces)} blocks are cut in a way that no layout cuts")
-    cell_of = [{c: i for i, c in enumerate(axis)} for axis in cuts]
-    found = np.zeros([len(c) - 1 for c in cuts], np.int32)
+    cell_indices = [{c: i for i, c in enumerate(axis)} for axis in cuts]
+    num_owners = np.zeros([len(c) - 1 for c in cuts], np.int32)
     num_counted = 0
     for span in spans:
-        places = [slice(cells[a], cells[b]) for (a, b), cells in zip(span, cell_of, strict=True)]
-        # an index is foreign: pieces that all cover everything would make this loop quadratic in their number
-        num_counted += math.prod(place.stop - place.start for place in places)
-        if num_counted > MAX_OWNERS * found.size:
-            raise ValueError(f"its {len(pieces)} blocks stand one upon another")
-        found[tuple(places)] += 1
-    return found
+        cells = [slice(index[a], index[b]) for (a, b), index in zip(span, cell_indices, strict=True)]
+        # The index is untrusted: with fully overlapping pieces this loop takes quadratic time.
+        num_counted += math.prod(cell.stop - cell.start for cell in cells)
+        if num_counted > MAX_OWNERS * num_owners.size:
+            raise ValueError(f"its {len(pieces)} blocks overlap")
+        num_owners[tuple(cells)] += 1
+    return num_owners
 
 
 class Assembled(ABC):
-    """Tensors that stand in pieces."""
+    """Tensors stored in pieces, indexed by key. Subclasses read one piece.
+
+    Args:
+        where: checkpoint folder, for error messages.
+        shapes: key -> global shape.
+        dtypes: key -> dtype.
+        pieces: key -> stored pieces.
+        remedy: advice that ends every error message about damage.
+    """
 
     def __init__(self, where: object, shapes: Mapping[str, tuple[int, ...]],
                  dtypes: Mapping[str, torch.dtype], pieces: Mapping[str, Sequence[StoredBlock]],
                  remedy: str) -> None:
-        """Take what an index says.
-
-        Args:
-            where: folder, for messages.
-            shapes: key -> global shape.
-            dtypes: key -> dtype.
-            pieces: key -> its pieces.
-            remedy: how a message about damage ends.
-        """
         self._where, self._remedy = where, remedy
         self._shapes, self._dtypes = dict(shapes), dict(dtypes)
-        self._pieces = {key: sorted(found, key=lambda p: p.offset) for key, found in pieces.items()}
-        self._first = {key: [p.offset[0] if p.offset else 0 for p in found]
-                       for key, found in self._pieces.items()}
-        self._longest = {key: max((p.shape[0] for p in found if p.shape), default=0)
-                         for key, found in self._pieces.items()}
+        self._pieces = {key: sorted(blocks, key=lambda p: p.offset) for key, blocks in pieces.items()}
+        self._first = {key: [p.offset[0] if p.offset else 0 for p in blocks]
+                       for key, blocks in self._pieces.items()}
+        self._longest = {key: max((p.shape[0] for p in blocks if p.shape), default=0)
+                         for key, blocks in self._pieces.items()}
 
     @abstractmethod
-    def slice_of(self, key: str, piece: StoredBlock, block: tuple[slice, ...]) -> torch.Tensor:
-        """Return the part of a piece that the slices cut out of it.
+    def read_slice(self, key: str, piece: StoredBlock, block: tuple[slice, ...]) -> torch.Tensor:
+        """Read `block` (slices relative to the piece) from one stored piece.
 
         Raises:
-            UserError: its file is missing or damaged.
+            UserError: the file is missing or damaged.
         """
 
     def check_complete(self) -> None:
-        """Check, from the index alone, that every element of every tensor stands in exactly one piece.
+        """Check, from the index alone, that the pieces of each tensor cover every element exactly once.
 
         Raises:
-            UserError: a part of a tensor is missing, or stands there twice; the message names it.
+            UserError: an element has no piece or several pieces; the message names the tensor.
         """
         for key, pieces in self._pieces.items():
             try:
-                found = owners(self._shapes[key], [dataclasses.asdict(p) for p in pieces])
+                num_owners = owners(self._shapes[key], [dataclasses.asdict(p) for p in pieces])
             except ValueError as e:
                 raise UserError(f"{self._where}: {key}: {e}; {self._remedy}") from None
-            if (found != 1).any():
-                what = "is missing" if (found < 1).any() else "stands in several pieces"
+            if (num_owners != 1).any():
+                problem = "is missing" if (num_owners < 1).any() else "is stored in several pieces"
                 raise UserError(
-                    f"{self._where}: a part of {key} {list(self._shapes[key])} {what} (the pieces begin at "
-                    f"{', '.join(str(p.offset) for p in pieces[:8])}{' ...' if len(pieces) > 8 else ''}); "
+                    f"{self._where}: a part of {key} {list(self._shapes[key])} {problem} (the pieces begin "
+                    f"at {', '.join(str(p.offset) for p in pieces[:8])}{' ...' if len(pieces) > 8 else ''}); "
                     f"{self._remedy}")
 
     def keys(self) -> list[str]:
-        """Return the names of all tensors."""
         return list(self._shapes)
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Return a tensor's global shape."""
+    def get_shape(self, key: str) -> tuple[int, ...]:
         return self._shapes[key]
 
-    def dtype(self, key: str) -> torch.dtype:
-        """Return a tensor's dtype."""
+    def get_dtype(self, key: str) -> torch.dtype:
         return self._dtypes[key]
 
-    def held_in(self, file: str) -> list[str]:
-        """Return the tensors of which a file (its path below the checkpoint's folder) holds a piece."""
+    def list_keys_in(self, file: str) -> list[str]:
+        """Return the keys with a piece in `file` (path relative to the checkpoint folder)."""
         return [key for key, pieces in self._pieces.items() if any(piece.file == file for piece in pieces)]
 
-    def files_of(self, key: str) -> set[str]:
-        """Return the files (their paths below the checkpoint's folder) that hold a piece of a tensor."""
+    def list_files(self, key: str) -> set[str]:
+        """Return the files (paths relative to the checkpoint folder) with a piece of tensor `key`."""
         return {piece.file for piece in self._pieces[key]}
 
     def read(self, key: str, offset: Sequence[int] | None = None,
              shape: Sequence[int] | None = None) -> torch.Tensor:
-        """Return the block of `shape` at `offset` (default: the whole tensor),
-        assembled from the pieces that overlap it.
+        """Return the block of `shape` at `offset` (default: the whole tensor), copied from overlapping
+        pieces.
 
         Raises:
-            UserError: a file is missing or damaged, or no piece holds a part of the block.
+            UserError: a file is missing or damaged, or the pieces do not cover the block.
         """
         extent = tuple(shape) if shape is not None else self._shapes[key]
         start = tuple(offset) if offset is not None else (0,) * len(extent)
-        near = self._near(key, start, extent)
-        for piece in near:
+        candidates = self._near(key, start, extent)
+        for piece in candidates:
             if (piece.offset, piece.shape) == (start, extent):
-                # as it stands in its file, with no copy
-                return self.slice_of(key, piece, tuple(slice(0, n) for n in extent))
+                # The piece is the block: return its tensor without a copy.
+                return self.read_slice(key, piece, tuple(slice(0, n) for n in extent))
         out = torch.empty(extent, dtype=self._dtypes[key])
-        found = 0
-        for piece in near:
+        num_read = 0
+        for piece in candidates:
             low = [max(a, b) for a, b in zip(start, piece.offset, strict=True)]
             high = [min(a + n, b + m)
                     for a, n, b, m in zip(start, extent, piece.offset, piece.shape, strict=True)]
             if all(a < b for a, b in zip(low, high, strict=True)):
-                here = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, start, strict=True))
-                there = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, piece.offset, strict=True))
-                out[here] = self.slice_of(key, piece, there)
-                # pieces do not overlap (`check_complete`), so counting elements is enough to see a hole
-                found += math.prod(b - a for a, b in zip(low, high, strict=True))
-        if found != out.numel():
-            raise UserError(f"{self._where}: {key} is damaged (its index holds {found} of the {out.numel()} "
-                            f"elements at {start}); {self._remedy}")
+                target = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, start, strict=True))
+                source = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, piece.offset, strict=True))
+                out[target] = self.read_slice(key, piece, source)
+                # Pieces do not overlap (`check_complete`), so the element count is enough to detect a hole.
+                num_read += math.prod(b - a for a, b in zip(low, high, strict=True))
+        if num_read != out.numel():
+            raise UserError(f"{self._where}: {key} is damaged (the index covers {num_read} of the "
+                            f"{out.numel()} elements at {start}); {self._remedy}")
         return out
 
     def _near(self, key: str, start: tuple[int, ...], extent: tuple[int, ...]) -> Sequence[StoredBlock]:
-        """Return the pieces that can overlap a block along its first axis: of a tensor that holds all layers,
-        or all experts, they are few."""
+        """Return the pieces that can overlap a block along the first axis (layers or experts)."""
         if not start:
             return self._pieces[key]
         first = self._first[key]
-        # a piece that begins before the block can reach into it only if it is long enough; `_longest` bounds
-        # that
+        # A piece that starts before the block overlaps it only if it is long enough.
         low = bisect.bisect_right(first, start[0] - self._longest[key])
         return self._pieces[key][low:bisect.bisect_left(first, start[0] + extent[0])]

@@ -1,4 +1,4 @@
-"""Whole tensors of a model that is spread over processes, one at a time."""
+"""Gather the tensors of a distributed model, one whole tensor at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_sov.engine.parallel.values import gather_objects
 
 @dataclass(frozen=True)
 class _GatherPlace:
-    """Where a block lies in its global tensor."""
+    """Position of a block in its global tensor."""
 
     key: str
     global_shape: tuple[int, ...]
@@ -29,27 +29,25 @@ class _GatherPlace:
 
 
 class Gatherer:
-    """Gathers tensors that the processes of a world hold in blocks; every call is made by
-    all of them together."""
+    """Gathers global tensors from the blocks of all processes. Every method is collective.
+
+    Args:
+        blocks: local shards of this process. Their values may change later, their memory may not.
+        everywhere: every process receives each tensor; otherwise rank 0 only.
+    """
 
     def __init__(self, blocks: Sequence[LocalShard], *, everywhere: bool = False) -> None:
-        """Exchange who owns what; the blocks may change their numbers afterwards, not their memory.
-
-        Args:
-            blocks: this process's, as `local_shards` gives them.
-            everywhere: every process receives each tensor; else rank 0 alone.
-        """
         self._rank, self._everywhere = dist.get_rank(), everywhere
-        self._mine: dict[str, list[LocalShard]] = {}
+        self._local_shards: dict[str, list[LocalShard]] = {}
         for block in blocks:
-            # of blocks that several processes hold alike one speaks, or an element would come twice
+            # Replicas are skipped: each element must arrive exactly once.
             if block.owned:
-                self._mine.setdefault(block.key, []).append(block)
+                self._local_shards.setdefault(block.key, []).append(block)
         places = [_GatherPlace(b.key, b.global_shape, b.offset, b.shape, b.data.dtype)
-                  for own in self._mine.values() for b in own]
+                  for shards in self._local_shards.values() for b in shards]
         self._places: dict[str, dict[int, list[_GatherPlace]]] = {}
-        for owner, found in enumerate(gather_objects(places)):
-            for place in found:
+        for owner, remote in enumerate(gather_objects(places)):
+            for place in remote:
                 self._places.setdefault(place.key, {}).setdefault(owner, []).append(place)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -57,20 +55,19 @@ class Gatherer:
 
     @torch.no_grad()
     def gather(self, key: str) -> torch.Tensor | None:
-        """Return a whole tensor in memory of its own, on the model's device;
-        None on processes that do not receive.
+        """Gather the whole tensor `key` into new memory on the model's device; None on ranks that do not
+        receive.
 
-        A process sends its blocks of the tensor in one message: memory holds the tensor and one
-        process's share of it.
+        Each owner sends its blocks in one message, so peak memory is the tensor plus the largest share.
         """
         receives = self._everywhere or self._rank == 0
         owners = self._places[key]
         first = next(iter(owners.values()))[0]
         whole = (torch.empty(first.global_shape, dtype=first.dtype, device=local_device())
                  if receives else None)
-        # all processes go through owners in the same order: sends and receives pair up without tags
+        # All processes visit the owners in the same order, so sends and receives pair up without tags.
         for owner, places in owners.items():
-            share = self._pass_on(key, owner, places)
+            share = self._send_share(key, owner, places)
             if whole is None or share is None:
                 continue
             start = 0
@@ -80,11 +77,11 @@ class Gatherer:
                 start += part.numel()
         return whole
 
-    def _pass_on(self, key: str, owner: int, places: list[_GatherPlace]) -> torch.Tensor | None:
-        """Send one owner's share of a tensor to whoever receives; returns it there, flat."""
+    def _send_share(self, key: str, owner: int, places: list[_GatherPlace]) -> torch.Tensor | None:
+        """Send the share of `owner` to the receiving ranks; returns the flat share on these ranks."""
         share: torch.Tensor | None = None
         if self._rank == owner:
-            share = torch.cat([block.data.detach().flatten() for block in self._mine[key]])
+            share = torch.cat([block.data.detach().flatten() for block in self._local_shards[key]])
         elif self._everywhere or self._rank == 0:
             num_elements = sum(torch.Size(place.shape).numel() for place in places)
             share = torch.empty(num_elements, dtype=places[0].dtype, device=local_device())
@@ -100,13 +97,13 @@ class Gatherer:
 
 
 def in_order(gatherer: Gatherer, keys: Sequence[str]) -> Generator[tuple[str, torch.Tensor | None]]:
-    """Yield each tensor with its name; a caller that stops early still lets the other processes finish."""
+    """Yield (key, tensor). If the caller stops early, the remaining tensors are still gathered."""
     left = iter(keys)
     try:
         for key in left:
             yield key, gatherer.gather(key)
     except GeneratorExit:
-        # the others are inside the same loop and wait for this process's share of every tensor that is left
+        # The other processes are in the same loop and wait for this process to send its remaining shares.
         for key in left:
             gatherer.gather(key)
         raise

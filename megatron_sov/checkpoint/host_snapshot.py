@@ -1,9 +1,7 @@
-"""A copy in host memory of the blocks that a process owns, which threads write to files
-while training goes on.
+"""Copy the blocks that a process owns to host memory, and write them to files while training continues.
 
-The copy is as large as what it copies.  Its memory is kept from one checkpoint to the next: on a CPU the
-pages of fresh memory take several times as long as the copy itself, and on a GPU pinned
-memory is slow to get.
+The copy is as large as the blocks. Its memory is reused for the next checkpoint, because page faults of new
+CPU memory take several times as long as the copy, and pinned memory for GPUs is slow to allocate.
 """
 
 from __future__ import annotations
@@ -25,25 +23,24 @@ from megatron_sov.engine.model.local_shards import LocalShard
 from megatron_sov.engine.parallel.device import Arena, num_bytes, on_gpu
 
 MAX_WRITERS = 4
-"""Threads that hash and write, at most."""
+"""Limit of threads that hash and write."""
 WRITERS_PER_CORE = 2
-"""Threads for each core of this process's share: a thread waits for the disk about as long as it hashes
-and writes."""
+"""Threads per CPU core of this process: a thread spends about half its time waiting for the disk."""
 MIN_FILE_BYTES = 64 << 20
-"""Files are made smaller than `MAX_FILE_BYTES` to give every thread one, but not smaller than this."""
+"""Lower limit when files are made smaller than `MAX_FILE_BYTES` to give each thread a file."""
 INDICES = "indices"
-"""Folder, inside a checkpoint that is being written, of what each process has written;
-gone when it is complete."""
+"""Folder for `WrittenSnapshot` files inside an incomplete checkpoint; deleted when the checkpoint is
+complete."""
 
 
 @dataclasses.dataclass(frozen=True)
 class WrittenSnapshot:
-    """What one process wrote of a checkpoint."""
+    """Indices and files that one process wrote for a checkpoint."""
 
     indices: dict[str, list[Index]]
-    """Part -> index of each of its files."""
+    """Part -> index of each file."""
     files: dict[str, FileRecord]
-    """File relative to the checkpoint -> its record."""
+    """Path relative to the checkpoint -> record."""
 
     @staticmethod
     def file(folder: Path, rank: int) -> Path:
@@ -57,82 +54,81 @@ class WrittenSnapshot:
 
 
 class Snapshot:
-    """What this process owns, as it was when `take` was called."""
+    """Host copy of the blocks that this process owns."""
 
     def __init__(self) -> None:
         self._memory: dict[tuple[Any, ...], torch.Tensor] = {}
         self._parts: dict[str, list[LocalShard]] = {}
 
     def take(self, sources: Mapping[str, Iterable[LocalShard]], *, changes: bool = True) -> None:
-        """Copy the owned blocks of each part; the live tensors may change afterwards.
+        """Copy the owned blocks; afterwards the live tensors may change.
 
         Args:
-            sources: part -> its blocks.
-            changes: without it the live tensors stay as they are until `write` has ended, so those in host
-                memory are written from where they are.
+            sources: part -> blocks.
+            changes: False promises that live tensors do not change until `write` has returned. Tensors in
+                host memory are then written without a copy.
         """
         owned = {part: [b for b in blocks if b.owned] for part, blocks in sources.items()}
         if not changes and not on_gpu():
             self._memory, self._parts = {}, owned
             return
-        wanted = {_identity(part, b): b for part, blocks in owned.items() for b in blocks}
-        # memory of the checkpoint before serves again; only blocks that are new, or whose kind has changed,
-        # take fresh memory
-        missing = {key: b for key, b in wanted.items() if key not in self._memory}
+        blocks_by_id = {_identify_block(part, b): b for part, blocks in owned.items() for b in blocks}
+        # Reuse the memory of the previous checkpoint; allocate only for blocks that are new or changed dtype.
+        missing = {key: b for key, b in blocks_by_id.items() if key not in self._memory}
         arena = Arena(sum(num_bytes(b.data) for b in missing.values()))
         self._memory = {key: self._memory[key] if key in self._memory else arena.like(b.data)
-                        for key, b in wanted.items()}
-        for key, block in wanted.items():
-            # on a GPU all copies are on their way before the first is waited for
+                        for key, b in blocks_by_id.items()}
+        for key, block in blocks_by_id.items():
+            # On a GPU, all copies are queued before the synchronize below.
             self._memory[key].copy_(block.data.detach(), non_blocking=True)
-        self._parts = {part: [dataclasses.replace(b, data=self._memory[_identity(part, b)]) for b in blocks]
-                       for part, blocks in owned.items()}
-        # the next step may overwrite the weights as soon as this returns
+        self._parts = {part: [dataclasses.replace(b, data=self._memory[_identify_block(part, b)])
+                              for b in blocks] for part, blocks in owned.items()}
+        # The next training step may overwrite the weights as soon as this method returns.
         if on_gpu():
             torch.cuda.synchronize()
 
     def write(self, folder: Path, rank: int) -> None:
-        """Write the copy into files of `folder` and, last, what was written,
-        for the process that completes the checkpoint.
+        """Write the copy to files in `folder`, then a `WrittenSnapshot` for the rank that completes the
+        checkpoint.
 
         Raises:
-            OSError: the disk is full or refuses.
+            OSError: the disk is full or not writable.
         """
-        files = [(part, number, blocks) for part, all_blocks in self._parts.items()
-                 for number, blocks in enumerate(_per_file(all_blocks))]
+        files = [(part, number, blocks) for part, part_blocks in self._parts.items()
+                 for number, blocks in enumerate(_split_into_files(part_blocks))]
         written: list[tuple[str, TensorWriter, Index]] = []
 
-        def write(part: str, number: int, blocks: list[LocalShard]) -> None:
+        def write_blocks(part: str, number: int, blocks: list[LocalShard]) -> None:
             writer = TensorWriter(folder, part, rank, number)
             for block in blocks:
                 writer.add(block.key, block.data, block.global_shape, block.offset)
             written.append((part, writer, writer.finish()))
 
-        run_in_threads([lambda args=file: write(*args) for file in files],  # type: ignore[misc]
+        run_in_threads([lambda args=file: write_blocks(*args) for file in files],  # type: ignore[misc]
                        num_writers())
-        result = WrittenSnapshot({part: [i for p, _, i in written if p == part] for part in self._parts},
-                                 {name: record for _, writer, _ in written for name,
-                                  record in writer.files.items()})
+        indices = {part: [index for file_part, _, index in written if file_part == part]
+                   for part in self._parts}
+        records = {name: record for _, writer, _ in written for name, record in writer.files.items()}
         file = WrittenSnapshot.file(folder, rank)
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".part")  # its name says that it is whole: nobody has to be asked
-        # vars and not asdict, which copies every entry of the indices before it is written
-        # the index comes last: where it is, all of this rank's files are whole
-        unfinished.write_text(json.dumps(vars(result), default=vars))
+        # Written last and renamed atomically: if this file exists, all files of the rank are complete.
+        unfinished = file.with_suffix(".part")
+        # `vars` instead of `asdict`, which would copy every index entry.
+        unfinished.write_text(json.dumps(vars(WrittenSnapshot(indices, records)), default=vars))
         os.replace(unfinished, file)
 
 
-def _identity(part: str, block: LocalShard) -> tuple[Any, ...]:
+def _identify_block(part: str, block: LocalShard) -> tuple[Any, ...]:
     return part, block.key, block.offset, tuple(block.data.shape), block.data.dtype
 
 
-def _per_file(blocks: list[LocalShard]) -> list[list[LocalShard]]:
-    """Cut a part's blocks into files: enough for all threads, none too large, none needlessly small."""
+def _split_into_files(blocks: list[LocalShard]) -> list[list[LocalShard]]:
+    """Group blocks into files: one file per thread if they reach `MIN_FILE_BYTES`, none above
+    `MAX_FILE_BYTES`."""
     total_bytes = sum(num_bytes(b.data) for b in blocks)
     limit_bytes = min(MAX_FILE_BYTES, max(MIN_FILE_BYTES, -(-total_bytes // num_writers())))
     files: list[list[LocalShard]] = []
-    # as if a file were full, so that the first block opens one
-    size_bytes = limit_bytes
+    size_bytes = limit_bytes  # so that the first block opens a file
     for block in blocks:
         if size_bytes + num_bytes(block.data) > limit_bytes:
             files.append([])
@@ -149,26 +145,26 @@ def num_writers() -> int:
 
 
 def run_in_threads(actions: list[Callable[[], None]], num_threads: int) -> None:
-    """Do all actions on threads that do not keep a process from ending; raises the first failure,
-    after all have ended."""
-    waiting, problems = queue.SimpleQueue[Callable[[], None]](), list[Exception]()
+    """Run all actions on daemon threads, then raise the first error, if any."""
+    pending, errors = queue.SimpleQueue[Callable[[], None]](), list[Exception]()
     for action in actions:
-        waiting.put(action)
+        pending.put(action)
 
-    def work() -> None:
+    def run_actions() -> None:
         try:
-            # after a failure no new file is begun: the checkpoint is lost anyway
-            while not problems:
-                waiting.get_nowait()()
+            # After an error the checkpoint is lost: do not start another file.
+            while not errors:
+                pending.get_nowait()()
         except queue.Empty:
             return
         except Exception as e:
-            problems.append(e)
+            errors.append(e)
 
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(num_threads, len(actions)))]
+    threads = [threading.Thread(target=run_actions, daemon=True)
+               for _ in range(min(num_threads, len(actions)))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    if problems:
-        raise problems[0]
+    if errors:
+        raise errors[0]

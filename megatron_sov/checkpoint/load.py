@@ -1,11 +1,8 @@
-"""Checkpoints that belong to no layout: every process writes the blocks it owns and reads
-the blocks it needs.
+"""Load checkpoints at any layout, and generate initial weights.
 
-A checkpoint is an artifact folder: `model` and `optimizer` tensors (see `sharded_tensors.py`), `state.json`
-(step, data cursors, counters), the run's settings and the tokenizer.  It appears under its name only when
-every file of every process is on disk (`save.py`).
-
-Weights that no checkpoint holds yet are made here too: they are a function of the seed and their names.
+A checkpoint folder holds the `model` and `optimizer` tensors (see `sharded_tensors.py`), `state.json` (step,
+data cursors, counters), the settings of the run and the tokenizer. `save.py` publishes it under its name when
+all files of all processes are on disk. Each process reads the blocks that its layout needs.
 """
 
 from __future__ import annotations
@@ -39,11 +36,9 @@ from megatron_sov.model.families.encoders import PREFIXES as ENCODERS, is_encode
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.checkpoints import ADAPTER, MODEL
 
-# Initial weights as a function of (seed, name of the global tensor, index in it): the same at every
-# layout.
-#
-# Numbers come from the counter-based generator Philox, keyed by seed and name, so that each process
-# makes just the range of the flattened global tensor that its block spans.
+# Initial weights are a function of the seed, the key of the global tensor and the index in it, so they are
+# equal at every layout. Each process generates only the index range of its block, with the counter-based
+# generator Philox keyed by seed and key.
 
 NORM, ONES, ZEROS, NORMAL, RESIDUAL = "ones, of a norm", "ones", "zeros", "normal", "normal into the residual"
 ADAPTER_INPUT, STANDARD = "normal of an adapter's input", "standard normal"
@@ -68,28 +63,28 @@ RULES = (
     ("*.embed_tokens.lora_A", STANDARD),
     ("*.lora_B", ZEROS), ("*.magnitude", ONES),
 )
-"""Tensor name pattern -> distribution; each tensor must match exactly one.  Matrices that write into the
-residual stream are scaled by 1 / sqrt(2 * num_layers) (GPT-2, Radford et al. 2019).  An adapter's A has the
-spread of PEFT's default, which is uniform between +-1 / sqrt(columns), and for an embedding normal.  Time
-steps and decays of linear attention cover the ranges that Gated DeltaNet's authors draw them from."""
+"""Key pattern -> distribution; each key must match exactly one pattern. Matrices that write into the residual
+stream are scaled by 1 / sqrt(2 * num_layers) (GPT-2, Radford et al. 2019). `lora_A` has the standard
+deviation of PEFT's default, uniform between +-1 / sqrt(columns); PEFT uses a standard normal for embeddings.
+Time steps and decays of linear attention cover the ranges of Gated DeltaNet's random initial values."""
 ENCODER_RULES = (
     ("*.embed_positions.weight", SINUSOIDS), ("*.dt_bias", STEPS), ("*.A_log", DECAYS), ("*.D", ONES),
     ("*.query_token", STANDARD), ("*.bias", ZEROS), ("*norm*.weight", ONES), ("*.ln_q.weight", ONES),
     ("*.adapter.*", NORMAL), ("*", FAN_IN),
 )
-"""The same for encoders of pictures and sounds; the first that matches counts.  Places are Whisper's, time
-steps lie between Mamba-2's bounds as its random ones do (arXiv 2405.21060), and its decays are S4D's."""
+"""Key pattern -> distribution for image and audio encoders; the first match counts. Positions are as in
+Whisper, time steps cover the range of Mamba-2 (arXiv 2405.21060), decays are as in S4D."""
 TIME_STEPS = (0.001, 0.1)
 _CHUNK = 1 << 18
 _PER_COUNTER = 8
-"""Normals made of one Philox counter step: four 64-bit words, two 32-bit halves each."""
+"""Normals per Philox counter step: four 64-bit words, with two 32-bit halves each."""
 
 
 def rule_for(key: str) -> str:
-    """Return the distribution of a tensor.
+    """Return the initial distribution of tensor `key`.
 
     Raises:
-        ValueError: no rule or several rules match its name.
+        ValueError: not exactly one pattern of `RULES` matches `key`.
     """
     if is_encoder(key):
         return next(rule for pattern, rule in ENCODER_RULES if fnmatch.fnmatchcase(key, pattern))
@@ -101,19 +96,19 @@ def rule_for(key: str) -> str:
 
 
 def normals(seed: int, key: str, start: int, count: int) -> np.ndarray:
-    """Return standard normals number `start` to `start + count` of the stream (seed, key), as float32.
+    """Generate the standard normals `start` to `start + count` of the stream (seed, key); float32 [count].
 
-    Box-Muller on 32-bit uniforms: each counter step gives a fixed number of values,
-    so any range can be made alone.
+    Box-Muller transform of 32-bit uniforms: a counter step yields a fixed number of values, so a range can be
+    generated without the values before it.
     """
     digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=16).digest()
     generator = np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64))
     first = start // _PER_COUNTER
-    # a counter, not a state: the values before `start` are never made
+    # Philox is counter-based: skipping to `start` costs nothing.
     generator.advance(first)
     steps = -(-(start + count) // _PER_COUNTER) - first
     words = generator.random_raw(steps * 4).view(np.uint32)
-    # never 0, whose logarithm is infinite, and never 1
+    # Uniforms in the open interval (0, 1): log(0) would be infinite.
     u = (words.astype(np.float64) + 0.5) / 2.0**32
     radius, angle = np.sqrt(-2.0 * np.log(u[0::2])), 2.0 * np.pi * u[1::2]
     values = np.empty(len(u), dtype=np.float32)
@@ -124,29 +119,29 @@ def normals(seed: int, key: str, start: int, count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _InitPart:
-    """Some rows of a block that are to be normal."""
+    """Rows of a local shard to fill with normals."""
 
     key: str
-    """The global tensor."""
+    """Key of the global tensor."""
     start: int
-    """Number of the first row's first value in it."""
+    """Flat index, in the global tensor, of the first row's first value."""
     columns: int
-    """Values of a whole row."""
-    place: slice
-    """Those of a row that belong to the block."""
+    """Number of columns of the global tensor."""
+    local_columns: slice
+    """Columns that belong to the shard."""
     target: torch.Tensor
-    """[rows, columns of the block]."""
+    """View into the shard [rows, local columns]."""
     std: float
 
-    def values(self, seed: int) -> torch.Tensor:
-        """Return what the rows become, float32."""
+    def draw_values(self, seed: int) -> torch.Tensor:
+        """Return the initial values for `target`, float32."""
         count = len(self.target)
         rows = normals(seed, self.key, self.start, count * self.columns).reshape(count, self.columns)
-        return torch.from_numpy(rows[:, self.place] * np.float32(self.std))
+        return torch.from_numpy(rows[:, self.local_columns] * np.float32(self.std))
 
 
-def _parts(block: LocalShard, std: float) -> Iterator[_InitPart]:
-    """Yield the rows of a block, some hundred thousand values at a time: what fits a core's cache."""
+def _split_rows(block: LocalShard, std: float) -> Iterator[_InitPart]:
+    """Split a shard into parts of about `_CHUNK` values, which fit a core's cache."""
     leading = block.offset[: len(block.global_shape) - 2]
     rows, columns = (1, *block.global_shape)[-2:]
     matrix = int(np.ravel_multi_index(leading, block.global_shape[:-2])) if leading else 0
@@ -154,18 +149,18 @@ def _parts(block: LocalShard, std: float) -> Iterator[_InitPart]:
     target = block.data.reshape(-1, block.data.shape[-1]) if block.data.is_contiguous() else block.data
     step = max(1, _CHUNK // columns)
     for row in range(0, target.shape[0], step):
-        # a row's first value has the same number in the stream whatever block holds the row; of a cut row all
-        # columns are made, and the block's taken
+        # The stream index of a row's first value is independent of the layout. If the shard has only some
+        # columns, whole rows are generated and cut.
         yield _InitPart(block.key, (matrix * rows + row0 + row) * columns, columns,
                         slice(column0, column0 + target.shape[1]), target[row:row + step], std)
 
 
 def make_fixed(rule: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return a tensor that no random number enters, float64.
+    """Return deterministic initial values, float64.
 
     Args:
-        rule: `SINUSOIDS` of [places, width], `STEPS`, `DECAYS` or `EVEN_DECAYS` of [heads].
-        shape: of the tensor.
+        rule: `SINUSOIDS` for shape [positions, width]; `STEPS`, `DECAYS` or `EVEN_DECAYS` for shape [heads].
+        shape: global shape.
     """
     index = torch.arange(shape[0], dtype=torch.float64)
     if rule == DECAYS:
@@ -175,75 +170,75 @@ def make_fixed(rule: str, shape: tuple[int, ...]) -> torch.Tensor:
     if rule == STEPS:
         low, high = map(math.log, TIME_STEPS)
         step = (low + (index + 0.5) / shape[0] * (high - low)).exp()
-        return step + torch.log(-torch.expm1(-step))  # what softplus makes the step of
+        return step + torch.log(-torch.expm1(-step))  # inverse of softplus
     half = shape[1] // 2
     turns = torch.exp(-math.log(10_000) / max(half - 1, 1) * torch.arange(half, dtype=torch.float64))
     angle = index[:, None] * turns
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 
-def _made_ahead(parts: Iterator[_InitPart], seed: int,
+def _generate_values(parts: Iterator[_InitPart], seed: int,
                 num_threads: int) -> Iterator[tuple[_InitPart, torch.Tensor]]:
-    """Yield parts and their values, which threads compute (numpy lets go of the interpreter)."""
+    """Yield each part with its values, computed ahead by threads (numpy releases the GIL)."""
     with ThreadPoolExecutor(num_threads) as pool:
-        ahead: deque[tuple[_InitPart, Future[torch.Tensor]]] = deque()
+        queue: deque[tuple[_InitPart, Future[torch.Tensor]]] = deque()
         for part in parts:
-            ahead.append((part, pool.submit(part.values, seed)))
-            # few enough in flight: memory holds some parts, and not the model a second time
-            if len(ahead) > 2 * num_threads:
-                done, values = ahead.popleft()
-                yield done, values.result()
-        for done, values in ahead:
-            yield done, values.result()
+            queue.append((part, pool.submit(part.draw_values, seed)))
+            # Bound the queue: values in flight must not take as much memory as the model.
+            if len(queue) > 2 * num_threads:
+                part, values = queue.popleft()
+                yield part, values.result()
+        for part, values in queue:
+            yield part, values.result()
 
 
 @torch.no_grad()
 def initialise(model: LanguageModel, config: ModelConfig, seed: int, *,
                only: str | tuple[str, ...] = "") -> None:
-    """Set the weights and buffers of this process's part of the model, with as many threads as torch has.
+    """Set the initial weights and buffers of this process, with `torch.get_num_threads()` threads.
 
     Args:
-        model: the model.
-        config: its architecture.
-        seed: what every number is a function of.
-        only: what the names of those begin with that are set; "": all.
+        model: model to fill.
+        config: architecture, with `init_std`.
+        seed: seed of the weights; independent of the layout.
+        only: key prefixes to set; "" sets all tensors.
     """
     stds = {STANDARD: 1.0, NORMAL: config.init_std,
             RESIDUAL: config.init_std / math.sqrt(2 * config.num_layers)}
-    normal = []
+    random_blocks = []
     for block in local_shards(model):
         if not block.key.startswith(only):
             continue
         rule = rule_for(block.key)
         if rule == ADAPTER_INPUT:
-            normal.append((block, 1 / math.sqrt(3 * block.global_shape[-1])))
+            random_blocks.append((block, 1 / math.sqrt(3 * block.global_shape[-1])))
         elif rule == FAN_IN:
-            normal.append((block, 1 / math.sqrt(math.prod(block.global_shape[1:]))))
+            random_blocks.append((block, 1 / math.sqrt(math.prod(block.global_shape[1:]))))
         elif rule in (SINUSOIDS, STEPS, DECAYS, EVEN_DECAYS):
-            own = tuple(slice(start, start + n) for start, n in zip(block.offset, block.shape, strict=True))
-            block.data.copy_(make_fixed(rule, block.global_shape)[own])
+            local = tuple(slice(start, start + n) for start, n in zip(block.offset, block.shape, strict=True))
+            block.data.copy_(make_fixed(rule, block.global_shape)[local])
         elif rule in stds:
-            normal.append((block, stds[rule]))
+            random_blocks.append((block, stds[rule]))
         else:
             is_one = rule == ONES or (rule == NORM and not config.zero_centered_norms)
             block.data.fill_(1.0 if is_one else 0.0)
-    parts = (part for block, std in normal for part in _parts(block, std))
-    for part, values in _made_ahead(parts, seed, torch.get_num_threads()):
+    parts = (part for block, std in random_blocks for part in _split_rows(block, std))
+    for part, values in _generate_values(parts, seed, torch.get_num_threads()):
         part.target.copy_(values)
 
 
 def save(path: Path, model: LanguageModel, optimizer: Optimizer | None, state: dict[str, Any],
          settings: dict[str, Any], tokenizer: Path | None) -> None:
-    """Write one checkpoint and wait for it; called by every process together.  A run uses a `Saver`.
+    """Save one checkpoint and wait until it is complete (collective). Runs use a `Saver` instead.
 
     Args:
-        path: the checkpoint's folder; nothing may be there.
-        state: plain values of the loop (the same on every process): must hold `step` and `tokens`.
-        settings: the run's config.
-        tokenizer: folder whose files are carried along.
+        path: folder of the checkpoint; must not exist.
+        state: state of the loop, equal on every process; must include `step` and `tokens`.
+        settings: config of the run.
+        tokenizer: tokenizer folder to copy.
 
     Raises:
-        UserError: any process could not write; nothing is left under `path`, and every process raises.
+        UserError: on every process, if a process could not write; `path` is then not created.
     """
     saver = Saver()
     saver.begin(path, model, optimizer, Companions(state, settings, tokenizer), waits=True)
@@ -252,21 +247,19 @@ def save(path: Path, model: LanguageModel, optimizer: Optimizer | None, state: d
 
 @contextlib.contextmanager
 def agreement() -> Iterator[None]:
-    """Run the block on every process; where it raises on any of them, every process raises,
-    so that none waits for it."""
-    problem: Exception | None = None
+    """Raise an exception of the `with` block on every process, if one process raises (collective)."""
+    error: Exception | None = None
     try:
         yield
     except Exception as e:
-        problem = e
-    found = [p for p in gather_objects(problem) if p is not None]
-    if found:
-        raise found[0]
+        error = e
+    errors = [p for p in gather_objects(error) if p is not None]
+    if errors:
+        raise errors[0]
 
 
 def damage(path: Path, *, weights_only: bool = False) -> str | None:
-    """Return, on every process, what is wrong with a checkpoint's files, or None;
-    each process looks at a share of them."""
+    """Check the files of a checkpoint, a share per process; return the first problem or None (collective)."""
     problem: str | None = None
     with agreement():
         problem = checkpoints.damage(path, rank=dist.get_rank(), size=dist.get_world_size(),
@@ -275,10 +268,10 @@ def damage(path: Path, *, weights_only: bool = False) -> str | None:
 
 
 def check(path: Path) -> None:
-    """Check the weights of a checkpoint against its manifest, each process a share of the files.
+    """Check the weight files of a checkpoint against its manifest, a share per process (collective).
 
     Raises:
-        UserError: on every process, naming the first damaged file and what to use in its place.
+        UserError: on every process, naming the first damaged file and the newest sound checkpoint.
     """
     problem = damage(path, weights_only=True)
     if problem is not None:
@@ -287,30 +280,29 @@ def check(path: Path) -> None:
 
 @torch.no_grad()
 def load_model(path: Path, model: LanguageModel, *, new_encoders: bool = False) -> None:
-    """Read this process's part of the weights, from whatever layout wrote them.
+    """Load the local weights of this process from a checkpoint of any layout (collective).
 
-    Of an adapter's checkpoint its base is read too, which is checked before.  A model with adapters that
-    reads a checkpoint of all weights keeps the adapters that it has, beside these weights.
+    For an adapter checkpoint, the base checkpoint is verified and loaded too. If `model` has adapters and the
+    checkpoint holds all weights, the adapters of `model` keep their values.
 
     Args:
-        path: the checkpoint.
-        model: is given the weights.
-        new_encoders: a model may have an encoder of pictures or sounds that the checkpoint has not; it keeps
-            the weights that it has.
+        path: checkpoint folder.
+        model: model to fill.
+        new_encoders: image and audio encoders of `model` that the checkpoint lacks keep their values.
 
     Raises:
-        UserError: on every process; the checkpoint holds other tensors or shapes than the
-            model, or is damaged; it is an adapter, and its base is not there or the model has none.
+        UserError: on every process: keys or shapes differ from the model, a file is damaged, the base of an
+            adapter is missing, or the model has no adapter for an adapter checkpoint.
     """
     base = checkpoints.adapter_base(path)
     if base is None:
         _load_part(path, MODEL, model, new_encoders)
     elif not model.lora.on:
-        raise UserError(f"{path}: is an adapter, and lora.rank is 0; train with its lora settings, or from "
-                        "what `megatron-sov convert to-hf` makes of it")
+        raise UserError(f"{path}: is an adapter, and lora.rank is 0; use its lora settings, or merge it with "
+                        "`megatron-sov convert to-hf`")
     else:
         with agreement():
-            _refuse_other_adapters(path, model)
+            _check_adapter_settings(path, model)
             frozen = checkpoints.found_base(path, base)
         check(frozen)
         _load_part(frozen, MODEL, model, new_encoders)
@@ -323,9 +315,8 @@ def load_model(path: Path, model: LanguageModel, *, new_encoders: bool = False) 
             chunk.adapters.set_magnitudes(chunk)
 
 
-def _refuse_other_adapters(path: Path, model: LanguageModel) -> None:
-    """Raise `UserError` where an adapter was trained with other settings: with another alpha, say, it would
-    be another adapter."""
+def _check_adapter_settings(path: Path, model: LanguageModel) -> None:
+    """Raise `UserError` if the adapter was trained with other LoRA settings, such as another alpha."""
     ours = identity(model.lora, model.architecture)
     for name, theirs in identity(checkpoints.settings_of(path).lora, model.architecture).items():
         if theirs != ours[name]:
@@ -337,50 +328,50 @@ def _load_part(path: Path, part: str, model: LanguageModel, new_encoders: bool =
     reader = TensorReader(path, part)
     blocks = [b for b in local_shards(model) if b.key.startswith(PREFIX) == (part == ADAPTER)]
     if new_encoders:
-        known = set(reader.keys())
-        # an encoder that the checkpoint has nothing of is new, and keeps its initial weights
-        new = [prefix for prefix in ENCODERS if not any(key.startswith(prefix) for key in known)]
+        stored_keys = set(reader.keys())
+        # An encoder without any tensor in the checkpoint is new and keeps its initial weights.
+        new = [prefix for prefix in ENCODERS if not any(key.startswith(prefix) for key in stored_keys)]
         blocks = [b for b in blocks if not b.key.startswith(tuple(new))]
-    mine = {b.key for b in blocks}
-    names: set[str] = set().union(*gather_objects(mine))
-    _refuse_difference(path, names, set(reader.keys()))
+    local_keys = {b.key for b in blocks}
+    model_keys: set[str] = set().union(*gather_objects(local_keys))
+    _check_keys(path, model_keys, set(reader.keys()))
     with agreement():
-        _fill(path, reader, blocks)
+        _copy_blocks(path, reader, blocks)
 
 
 @torch.no_grad()
 def load_optimizer(path: Path, optimizer: Optimizer, num_updates: int) -> None:
-    """Read this process's part of the optimizer's state, from whatever layout wrote it.
+    """Load the local optimizer state of this process from a checkpoint of any layout (collective).
 
     Raises:
-        UserError: on every process; the checkpoint holds no such state, or is damaged.
+        UserError: on every process: the checkpoint has no optimizer state, or a file is damaged.
     """
     reader = TensorReader(path, "optimizer")
     with agreement():
-        _fill(path, reader, list(optimizer.state_shards()))
+        _copy_blocks(path, reader, list(optimizer.state_shards()))
     optimizer.model.finish_writing()
     optimizer.restore_updates(num_updates)
 
 
-def _fill(path: Path, reader: TensorReader, blocks: list[LocalShard]) -> None:
-    known = set(reader.keys())
+def _copy_blocks(path: Path, reader: TensorReader, blocks: list[LocalShard]) -> None:
+    stored_keys = set(reader.keys())
     for block in blocks:
-        if block.key not in known:
+        if block.key not in stored_keys:
             raise UserError(f"{path}: has no tensor {block.key}; was it written with another optimizer, "
                             "precision or model?")
-        if reader.shape(block.key) != block.global_shape:
-            raise UserError(f"{path}: {block.key} has shape {reader.shape(block.key)}, the model needs "
+        if reader.get_shape(block.key) != block.global_shape:
+            raise UserError(f"{path}: {block.key} has shape {reader.get_shape(block.key)}, the model needs "
                             f"{block.global_shape}; use the recipe and settings that the "
                             "checkpoint was made with")
         block.data.copy_(reader.read(block.key, block.offset, block.shape).reshape(block.data.shape))
 
 
-def _refuse_difference(path: Path, wanted: set[str], found: set[str]) -> None:
-    missing, extra = sorted(wanted - found), sorted(found - wanted)
+def _check_keys(path: Path, model_keys: set[str], stored_keys: set[str]) -> None:
+    missing, extra = sorted(model_keys - stored_keys), sorted(stored_keys - model_keys)
     if missing or extra:
-        what = [f"lacks {len(missing)} tensors, e.g. {missing[0]}"] if missing else []
-        what += [f"has {len(extra)} tensors that the model lacks, e.g. {extra[0]}"] if extra else []
-        raise UserError(f"{path}: {' and '.join(what)}; use the recipe and settings that the "
+        problems = [f"lacks {len(missing)} tensors, e.g. {missing[0]}"] if missing else []
+        problems += [f"has {len(extra)} tensors that the model lacks, e.g. {extra[0]}"] if extra else []
+        raise UserError(f"{path}: {' and '.join(problems)}; use the recipe and settings that the "
                         "checkpoint was made with")
 
 

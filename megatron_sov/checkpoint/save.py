@@ -1,13 +1,11 @@
-"""Writing a checkpoint beside the training: copied at once, written by threads,
-complete when every process agrees.
+"""Save checkpoints while training continues: copy, write in threads, publish when all ranks have written.
 
-    begin      every process copies what it owns and goes on training (where the run waits for the checkpoint,
-               a CPU writes from the tensors themselves)
-    writing    threads of every process write, sync and hash their files (no collective in any thread)
-    agreed     all have written, as the all-reduce at the end of a step tells
-    completing a thread of rank 0 merges what was written, writes the manifest,
-    renames the folder and deletes old checkpoints
-    finished   as the all-reduce at the end of a later step tells
+    begin       every process copies its blocks and continues training (no copy on CPUs if the run waits)
+    writing     threads of every process write, sync and hash files; threads never use collectives
+    written     all processes have written: known from the all-reduce at the end of a training step
+    completing  a thread of rank 0 merges the indices, writes the manifest, renames the folder and deletes old
+                checkpoints
+    completed   known from the all-reduce at the end of a later step
 """
 
 from __future__ import annotations
@@ -41,49 +39,47 @@ from megatron_sov.runs.checkpoints import ADAPTER, BASE, KIND, MODEL, STATE, Ada
 SAVE_TIMEOUT_S = 1800.0
 _LOOK_EVERY_S = 0.02
 PROGRESS = ("written", "completed", "failed", "late")
-"""What processes tell one another about the checkpoint that is being written:
-each counts those for which it holds."""
+"""Counters of the save in progress, summed over processes at the end of each step (see `Saver.progress`)."""
 FINISH_WITHIN_S = 60.0
-"""Time that an outstanding checkpoint has where an error has ended the steps behind it."""
+"""Time for a pending checkpoint to complete after an error has ended the training."""
 STILL_S = 1.0
-"""Time without a new byte after which nobody is taken to write a checkpoint any more."""
+"""Time without a new byte after which other processes are assumed dead."""
 LEAVE_WITHIN_S = 30.0
-"""Time to leave in good order when a file system hangs; then the process ends at once."""
+"""Time to exit normally when a file system hangs; then the process is ended with `os._exit`."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that is complete."""
+    """A completed checkpoint."""
 
     path: Path
-    """Its folder."""
+    """Checkpoint folder."""
     step: int
-    """Optimizer steps before it was taken."""
+    """Number of optimizer steps."""
     stall_s: float
-    """Time in which this process did not train: the copy, and waiting where the run could not go on
-    without the checkpoint."""
+    """Time without training on this process: the copy, and waits for an unfinished checkpoint."""
     save_s: float
-    """Time from the copy until the checkpoint was there."""
+    """Time from the copy to completion."""
 
 
 @dataclass(frozen=True)
 class Companions:
-    """What stands beside the tensors of a checkpoint; the same on every process."""
+    """Files and metadata of a checkpoint in addition to its tensors; equal on every process."""
 
     state: dict[str, Any]
-    """Plain values of the loop; must hold `step` and `tokens`."""
+    """State of the training loop, as JSON values; includes `step` and `tokens`."""
     settings: dict[str, Any]
-    """The run's config."""
+    """Config of the run."""
     tokenizer: Path | None
-    """Folder whose files are carried along."""
+    """Tokenizer folder to copy."""
     beside: Mapping[str, bytes] = field(default_factory=dict)
-    """Name -> content of files that stand with the tokenizer, in place of those of its folder."""
+    """File name -> content: files that replace or extend those of the tokenizer folder."""
     content: Mapping[str, Any] = field(default_factory=dict)
-    """Of the manifest, besides what every checkpoint has."""
+    """Additional manifest entries."""
 
 
-class _Writing:
-    """The checkpoint that is being written, seen from one process."""
+class _PendingSave:
+    """A save in progress on this process."""
 
     def __init__(self, path: Path, folder: Path, step: int, began_s: float) -> None:
         self.path, self.folder, self.step, self.began_s = path, folder, step, began_s
@@ -93,171 +89,172 @@ class _Writing:
         self.thread = threading.Thread()
         self.complete: Callable[[], None] = lambda: None
 
-    def start(self, action: Callable[[], None], done: Callable[[], None]) -> None:
-        """Do something in a thread that does not keep the process from ending, and note how it went."""
+    def start_thread(self, action: Callable[[], None], on_success: Callable[[], None]) -> None:
+        """Run `action`, then `on_success`, on a daemon thread; an exception is stored in `problem`."""
 
-        def work() -> None:
+        def run_action() -> None:
             try:
                 action()
-                done()
+                on_success()
             except Exception as e:
                 self.problem = e
 
-        self.thread = threading.Thread(target=work, daemon=True)
+        self.thread = threading.Thread(target=run_action, daemon=True)
         self.thread.start()
 
 
 class Saver:
-    """Writes the checkpoints of a run, one at a time; every method but `progress` is called by all
-    processes together."""
+    """Writes the checkpoints of a run, one at a time. All methods except `progress` are collective."""
 
     def __init__(self, on_saved: Callable[[Saved], None] | None = None,
                  timeout_s: float = SAVE_TIMEOUT_S) -> None:
         self._on_saved, self._timeout_s = on_saved, timeout_s
         self._snapshot = Snapshot()
-        self._writing: _Writing | None = None
-        # one name for the temporary folder on all ranks, and another one than that of a run that was killed
-        # here before
+        self._writing: _PendingSave | None = None
+        # All ranks need the same name for the temporary folder, different from that of an earlier killed run.
         self._token = broadcast_object(secrets.token_hex(4))
 
     def begin(self, path: Path, model: LanguageModel, optimizer: Optimizer | None, companions: Companions,
               then: Callable[[], None] | None = None, *, waits: bool = False) -> None:
-        """Copy what this process owns and start to write it; waits for the checkpoint before.
+        """Copy the blocks of this process and start writing; first waits for the previous checkpoint.
 
         Args:
-            path: the checkpoint's folder; nothing may be there.
-            model: its weights.
-            optimizer: its moments and master weights.
-            companions: what stands beside them.
-            then: called in a thread of rank 0 when the checkpoint is there.
-            waits: `finish` is called before any tensor changes, so that a CPU needs no copy.
+            path: folder of the checkpoint; must not exist.
+            model: source of the weights.
+            optimizer: source of moments and master weights; None saves weights only.
+            companions: metadata and additional files.
+            then: called on a thread of rank 0 after completion.
+            waits: True promises that `finish` runs before any tensor changes, so that a CPU needs no copy.
 
         Raises:
-            UserError: the checkpoint before failed.
+            UserError: the previous checkpoint failed.
         """
-        # one checkpoint at a time: the snapshot's memory is that of the one before
+        # The snapshot reuses the memory of the previous checkpoint.
         self.finish()
-        writing = _Writing(path, temporary(path, self._token), companions.state["step"], time.monotonic())
-        sources = _weights(model) | ({"optimizer": optimizer.state_shards()} if optimizer else {})
-        # as text now: the loop goes on to change these values while the thread writes
+        writing = _PendingSave(path, temporary(path, self._token), companions.state["step"], time.monotonic())
+        sources = _collect_weights(model) | ({"optimizer": optimizer.state_shards()} if optimizer else {})
+        # Serialize now: the loop changes these values while the thread writes.
         parts, state, base = list(sources), to_json(companions.state), model.adapter_base
         self._snapshot.take(sources, changes=not waits)
         rank = dist.get_rank()
 
-        def write() -> None:
-            with _refusals(path, rank):
+        def write_files() -> None:
+            with _convert_os_errors(path, rank):
                 if rank == 0:
                     refuse_existing(path, KIND, overwrite=False)
                 writing.folder.mkdir(parents=True, exist_ok=True)
                 self._snapshot.write(writing.folder, rank)
 
-        def complete() -> None:
-            with _refusals(path, rank):
-                _complete(writing, parts, state, companions, base)
+        def publish_files() -> None:
+            with _convert_os_errors(path, rank):
+                _publish_checkpoint(writing, parts, state, companions, base)
                 if then is not None:
                     then()
 
-        writing.complete = complete
+        writing.complete = publish_files
         writing.stall_s = time.monotonic() - writing.began_s
-        writing.start(write, lambda: setattr(writing, "written", True))
+        writing.start_thread(write_files, lambda: setattr(writing, "written", True))
         self._writing = writing
 
     def progress(self) -> dict[str, float]:
-        """Return this process's part of what `advance` needs, summed over all."""
+        """Return the counters of this process, to be summed over all processes for `advance`."""
         w = self._writing
         if w is None:
             return dict.fromkeys(PROGRESS, 0.0)
-        # a failure on one rank is told by its sum; no rank raises on its own, or the others would wait for it
-        # in the next collective
+        # A failed rank reports through its counter. If it raised here, other ranks would hang in a
+        # collective.
         ended = w.problem is not None or w.completed or (w.written and not w.completing)
         w.late = w.late or (not ended and time.monotonic() - w.began_s > self._timeout_s)
-        found = (w.written and w.problem is None, w.completed, w.problem is not None, w.late)
-        return {name: float(holds) for name, holds in zip(PROGRESS, found, strict=True)}
+        flags = (w.written and w.problem is None, w.completed, w.problem is not None, w.late)
+        return {name: float(flag) for name, flag in zip(PROGRESS, flags, strict=True)}
 
     def advance(self, sums: Mapping[str, float]) -> None:
-        """Take the next step where all processes are ready for it, given `progress` summed over them.
+        """Move the save forward after all processes reached the same point.
+
+        Args:
+            sums: counters of `progress`, summed over all processes.
 
         Raises:
-            UserError: on every process; one could not write or did not finish in time,
-                and nothing is left under the name.
+            UserError: on every process, if a process could not write or exceeded the timeout. The temporary
+                folder is deleted.
         """
         w = self._writing
         if w is None:
             return
         written, completed, failed, late = (round(sums[name]) for name in PROGRESS)
         if late:
-            self._give_up(w)
-        # not before every rank has ended writing: the folder is deleted next, and a late file would come back
-        # into it
+            self._raise_timeout(w)
+        # Wait until every rank has stopped writing: a late file would recreate the deleted folder.
         elif failed and written + failed == dist.get_world_size():
-            self._fail(w)
+            self._abort_save(w)
         elif completed:
             self._writing = None
             if self._on_saved is not None:
                 self._on_saved(Saved(w.path, w.step, w.stall_s, time.monotonic() - w.began_s))
-        # all files of all ranks are on disk: only then rank 0 may merge indices and give the folder its name
+        # All files of all ranks are on disk: rank 0 may merge the indices and rename the folder.
         elif written == dist.get_world_size() and dist.get_rank() == 0 and not w.completing:
             w.completing = True
-            w.start(w.complete, lambda: setattr(w, "completed", True))
+            w.start_thread(w.complete, lambda: setattr(w, "completed", True))
 
     def finish(self) -> None:
-        """Wait for the outstanding checkpoint, if there is one.
+        """Wait for the save in progress, if any.
 
         Raises:
-            UserError: as `advance`.
+            UserError: see `advance`.
         """
         while self._writing is not None:
             waits_since_s = time.monotonic()
-            # every rank goes round as often as the others, since each round is a collective
+            # Each iteration is a collective, so all ranks must iterate equally often.
             self._writing.thread.join(_LOOK_EVERY_S)
             sums = sum_dict(self.progress(), collectives.all_reduce_world)
             self._writing.stall_s += time.monotonic() - waits_since_s
             self.advance(sums)
 
     def finish_alone(self) -> None:
-        """Let the outstanding checkpoint become complete where an error has ended the steps behind it.
+        """Complete the save in progress after an error has ended the training.
 
-        No collective: other processes may be gone.  Each one sees its own files written before it leaves, for
-        `FINISH_WITHIN_S` at most; rank 0 looks for those of the others and completes what is whole.  Nothing
-        is raised: the error that ended the steps is what has to be told.
+        Uses no collectives, because other processes may be dead. Each process waits for its own files, at
+        most `FINISH_WITHIN_S`; rank 0 waits for the files of other ranks and completes the checkpoint if
+        possible. Raises nothing, so that the error that ended the training is the reported error.
         """
         w, self._writing = self._writing, None
         if w is None:
             return
         end_s = time.monotonic() + FINISH_WITHIN_S
         w.thread.join(FINISH_WITHIN_S)
-        if dist.get_rank() == 0 and w.written and not w.completing and _all_have_written(w.folder, end_s):
-            w.start(w.complete, lambda: setattr(w, "completed", True))
+        if dist.get_rank() == 0 and w.written and not w.completing and _wait_for_ranks(w.folder, end_s):
+            w.start_thread(w.complete, lambda: setattr(w, "completed", True))
             w.thread.join(max(0.0, end_s - time.monotonic()))
         if w.completed and self._on_saved is not None:
             self._on_saved(Saved(w.path, w.step, w.stall_s, time.monotonic() - w.began_s))
 
-    def _fail(self, w: _Writing) -> None:
-        """Raise the first problem on every process, when no process writes any more and what was
-        written is deleted."""
+    def _abort_save(self, w: _PendingSave) -> None:
+        """Delete the temporary folder and raise the first error on every process; no rank may still be
+        writing."""
         if dist.get_rank() == 0:
             shutil.rmtree(w.folder, ignore_errors=True)
         self._writing = None
         raise next(p for p in gather_objects(w.problem) if p is not None)
 
-    def _give_up(self, w: _Writing) -> None:
+    def _raise_timeout(self, w: _PendingSave) -> None:
         hanging = [rank for rank, late in enumerate(gather_objects(w.late)) if late]
         self._writing = None
-        # leaving meets the same file system
+        # A normal exit may hang in the same file system.
         end = threading.Timer(LEAVE_WITHIN_S, os._exit, (ExitCode.USER_ERROR,))
         end.daemon = True
         end.start()
         raise UserError(f"{w.path}: rank{'s' if len(hanging) > 1 else ''} {', '.join(map(str, hanging))} did "
-                        f"not finish writing within train.save_timeout_s = {self._timeout_s:g}; see what "
-                        "holds up that file system, then go on with --resume from the checkpoint before")
+                        f"not finish writing within train.save_timeout_s = {self._timeout_s:g}; check that "
+                        "file system, then continue with --resume from the previous checkpoint")
 
 
-def _all_have_written(folder: Path, end_s: float) -> bool:
-    """Wait, while a file of the folder grows, until every process has said what it wrote there."""
+def _wait_for_ranks(folder: Path, end_s: float) -> bool:
+    """Wait until every rank has written its `WrittenSnapshot`; False if files stop growing or time is
+    over."""
     size, grew_s = -1, time.monotonic()
     while not all(WrittenSnapshot.file(folder, rank).is_file() for rank in range(dist.get_world_size())):
         now_s = time.monotonic()
-        if (found := _bytes_in(folder)) != size:
+        if (found := _count_bytes(folder)) != size:
             size, grew_s = found, now_s
         if now_s - grew_s > STILL_S or now_s > end_s:
             return False
@@ -265,17 +262,17 @@ def _all_have_written(folder: Path, end_s: float) -> bool:
     return True
 
 
-def _bytes_in(folder: Path) -> int:
+def _count_bytes(folder: Path) -> int:
     total_bytes = 0
     for file in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # it has got its final name just now
+        with contextlib.suppress(FileNotFoundError):  # renamed between listing and stat
             total_bytes += file.stat().st_size
     return total_bytes
 
 
 @contextlib.contextmanager
-def _refusals(path: Path, rank: int) -> Iterator[None]:
-    """Turn what a disk refuses into a `UserError` that names rank and checkpoint."""
+def _convert_os_errors(path: Path, rank: int) -> Iterator[None]:
+    """Convert an `OSError` to a `UserError` that names the rank and the checkpoint."""
     try:
         yield
     except OSError as e:
@@ -283,25 +280,23 @@ def _refusals(path: Path, rank: int) -> Iterator[None]:
                         "free some space or choose another --run") from e
 
 
-def _weights(model: LanguageModel) -> dict[str, list[LocalShard]]:
-    """Return the blocks of the weights, under the name of their part; beside a frozen model its adapter
-    alone.
+def _collect_weights(model: LanguageModel) -> dict[str, list[LocalShard]]:
+    """Return part -> blocks to save: all weights, or only the adapter of a frozen model.
 
     Raises:
-        UserError: the frozen model is in no checkpoint.
+        UserError: the frozen weights are not from a checkpoint.
     """
     if not model.lora.on:
         return {MODEL: local_shards(model, rounded=True)}
     if model.adapter_base is None:
-        raise UserError(f"lora.rank = {model.lora.rank}: the frozen weights come from no checkpoint, so that "
-                        "no adapter of them can be used; start --from one")
+        raise UserError(f"lora.rank = {model.lora.rank}: the frozen weights are not from a checkpoint, so "
+                        "the adapter would be unusable; start --from a checkpoint")
     return {ADAPTER: [block for block in local_shards(model) if block.key.startswith(PREFIX)]}
 
 
-def _complete(writing: _Writing, parts: list[str], state: str, companions: Companions,
-              base: AdapterBase | None) -> None:
-    """Merge what all processes wrote, write what stands beside it and the manifest,
-    and give the folder its name."""
+def _publish_checkpoint(writing: _PendingSave, parts: list[str], state: str, companions: Companions,
+                        base: AdapterBase | None) -> None:
+    """Merge the indices of all processes, add companion files and the manifest, and publish the folder."""
     folder = writing.folder
     written = [WrittenSnapshot.read(folder, rank) for rank in range(dist.get_world_size())]
     for part in parts:
@@ -313,12 +308,12 @@ def _complete(writing: _Writing, parts: list[str], state: str, companions: Compa
             atomic_write(folder / "tokenizer" / name, content)
     atomic_write(folder / STATE, state)
     artifact = ArtifactWriter(folder, KIND)
-    # their digests were taken while they were written; nothing is read again
+    # Files were hashed while they were written; they are not read again.
     artifact.known_files = {name: record for w in written for name, record in w.files.items()}
     artifact.content = {"step": companions.state["step"], "tokens": companions.state["tokens"],
                         "parts": parts, **({BASE: base.to_dict()} if base is not None else {}),
                         **companions.content}
     artifact.settings = companions.settings
     artifact.complete()
-    # the rename is the commit: before it there is no checkpoint under this name, after it a whole one
+    # The rename is the commit: until now no folder has the name of the checkpoint.
     publish(folder, writing.path)

@@ -1,10 +1,11 @@
-"""Tensors on disk that belong to no layout: blocks of global tensors in safetensors files, with a JSON index.
+"""Write and read layout-independent tensors: blocks of global tensors in safetensors files, with a JSON
+index.
 
-Every process writes the blocks that it owns, each with its place in the global tensor; a reader asks for any
-block of any tensor and gets it assembled from the pieces that overlap it.  Nothing is pickled, so foreign
-files can do no harm.
+Each process writes the blocks that it owns, together with their offsets in the global tensors. A reader asks
+for any block of a tensor and copies it from the stored blocks that overlap it. Nothing is pickled, so an
+untrusted checkpoint cannot run code.
 
-A part ("model", "optimizer") of a checkpoint folder is `PART/RANGE/rank-R-FILE.safetensors` plus
+A part (`model`, `optimizer`) of a checkpoint folder consists of `PART/RANGE/rank-R-FILE.safetensors` and
 `PART.index.json`: ``{key: {"dtype", "shape", "pieces": [{"file", "name", "offset", "shape"}]}}``.
 """
 
@@ -33,17 +34,17 @@ Index = dict[str, dict[str, Any]]
 
 
 def file_name(part: str, rank: int, number: int) -> str:
-    """Return the place, in a checkpoint's folder, of the file `number` that a process writes of a part."""
+    """Return the path, relative to the checkpoint folder, of file `number` that `rank` writes for `part`."""
     return f"{part}/{rank // RANKS_PER_FOLDER:05d}/rank-{rank:05d}-{number:05d}.safetensors"
 
 
 def block_name(key: str, offset: Sequence[int]) -> str:
-    """Return the name inside a file of the block of tensor `key` that begins at `offset`."""
+    """Return the name, inside a safetensors file, for the block of tensor `key` at `offset`."""
     return f"{key}@{','.join(map(str, offset))}"
 
 
 def add_block(index: Index, key: str, dtype: torch.dtype, shape: Sequence[int], piece: StoredBlock) -> None:
-    """Enter a block of the tensor `key` (of global `shape`) into an index."""
+    """Append the block `piece` to the `index` entry of tensor `key` (`shape`: global)."""
     entry = index.setdefault(key, {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape),
                                    "pieces": []})
     entry["pieces"].append({"file": piece.file, "name": piece.name, "offset": list(piece.offset),
@@ -51,12 +52,12 @@ def add_block(index: Index, key: str, dtype: torch.dtype, shape: Sequence[int], 
 
 
 class TensorWriter:
-    """Collects one process's blocks and writes them to files of at most `MAX_FILE_BYTES`."""
+    """Buffers the blocks of one process and writes them to files of at most `MAX_FILE_BYTES`."""
 
     def __init__(self, folder: Path, part: str, rank: int = 0, first_file: int = 0) -> None:
         self.folder, self.part, self.rank = folder, part, rank
         self.files: dict[str, FileRecord] = {}
-        """What has been written: file relative to the folder -> its record."""
+        """Written files: path relative to `folder` -> record."""
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
         self._number = first_file
@@ -64,14 +65,13 @@ class TensorWriter:
 
     def add(self, key: str, block: torch.Tensor, global_shape: Sequence[int] | None = None,
             offset: Sequence[int] | None = None) -> None:
-        """Add the block of tensor `key` that starts at `offset`; without shape and offset it
-        is the whole tensor.
+        """Buffer the block of tensor `key` that starts at `offset`; by default `block` is the whole tensor.
 
-        A contiguous CPU tensor is not copied: it must stay as it is until the next `flush`.
+        A contiguous CPU tensor is not copied, so it must not change before the next `flush`.
         """
         shape = tuple(global_shape) if global_shape is not None else tuple(block.shape)
         start = tuple(offset) if offset is not None else (0,) * len(shape)
-        # a layer or an expert of a stack has fewer axes than the stack: it is a block of extent 1 along these
+        # A layer or expert of a stack has fewer axes than the stack: its extent along the missing axes is 1.
         extent = (1,) * (len(shape) - block.dim()) + tuple(block.shape)
         size_bytes = block.numel() * block.element_size()
         if self._pending and self._pending_bytes + size_bytes > MAX_FILE_BYTES:
@@ -87,10 +87,10 @@ class TensorWriter:
         return file_name(self.part, self.rank, self._number)
 
     def flush(self) -> None:
-        """Write the collected blocks to their file and sync it.
+        """Write the buffered blocks to a file and sync it.
 
         Raises:
-            OSError: the disk is full or refuses.
+            OSError: the disk is full or not writable.
         """
         if self._pending:
             path = self.folder / self._next_file()
@@ -102,53 +102,53 @@ class TensorWriter:
             self._number += 1
 
     def finish(self) -> Index:
-        """Write what is left and return this process's index."""
+        """Write the remaining blocks and return the index of this process."""
         self.flush()
         return self._index
 
 
 def write_index(folder: Path, part: str, indices: Sequence[Index]) -> None:
-    """Merge the processes' indices and write `PART.index.json`; every element must be owned by
-    exactly one block.
+    """Merge the indices of all processes and write `PART.index.json`.
 
     Raises:
-        ValueError: two processes disagree on a tensor, or its blocks do not cover it exactly.
+        ValueError: two processes disagree on a tensor's dtype or shape, or the blocks of a tensor do not
+            cover every element exactly once.
     """
     merged: Index = {}
     for index in indices:
         for key, entry in index.items():
-            known = merged.setdefault(key, {**entry, "pieces": []})
-            if known["shape"] != entry["shape"] or known["dtype"] != entry["dtype"]:
-                raise ValueError(f"{key}: written as {known['dtype']} {known['shape']} and as "
+            total = merged.setdefault(key, {**entry, "pieces": []})
+            if total["shape"] != entry["shape"] or total["dtype"] != entry["dtype"]:
+                raise ValueError(f"{key}: written as {total['dtype']} {total['shape']} and as "
                                  f"{entry['dtype']} {entry['shape']}")
-            known["pieces"] += entry["pieces"]
+            total["pieces"] += entry["pieces"]
     for key, entry in merged.items():
-        # before the index is written: a checkpoint with a hole must not get its name
-        found = owners(entry["shape"], entry["pieces"])
-        if (found != 1).any():
-            raise ValueError(f"{key}: parts of the tensor {entry['shape']} are owned by {found.min()} "
-                             f"blocks and parts by {found.max()}, each must be owned by 1")
+        # Check before writing: an incomplete checkpoint must not get an index.
+        num_owners = owners(entry["shape"], entry["pieces"])
+        if (num_owners != 1).any():
+            raise ValueError(f"{key}: elements of the tensor {entry['shape']} are covered by "
+                             f"{num_owners.min()} to {num_owners.max()} blocks, each must be covered by 1")
     atomic_write(folder / f"{part}.index.json", json.dumps(merged))
 
 
 def _sizes(value: Any) -> tuple[int, ...]:
-    """Return a shape or an offset of an index; ValueError where it is none."""
+    """Convert a JSON list to a tuple of sizes; raises ValueError for other values."""
     if not isinstance(value, list) or not all(type(n) is int and n >= 0 for n in value):
-        raise ValueError(f"{str(value)[:80]} is no list of sizes")
+        raise ValueError(f"{str(value)[:80]} is not a list of sizes")
     return tuple(value)
 
 
 def _read_piece(raw: Any, axes: int) -> StoredBlock:
-    """Return a piece of an index; ValueError where it is none of a tensor with so many axes."""
+    """Convert a JSON object to a block with `axes` axes; raises ValueError, KeyError or TypeError."""
     block = StoredBlock(raw["file"], raw["name"], _sizes(raw["offset"]), _sizes(raw["shape"]))
     if not (isinstance(block.file, str) and isinstance(block.name, str)
             and len(block.offset) == len(block.shape) == axes):
-        raise ValueError(f"{str(raw)[:200]} is no piece of a tensor with {axes} axes")
+        raise ValueError(f"{str(raw)[:200]} is not a piece of a tensor with {axes} axes")
     return block
 
 
 class TensorReader(Assembled):
-    """Reads any block of any tensor of one part of a checkpoint."""
+    """Reads blocks of the tensors in one part of a checkpoint."""
 
     def __init__(self, folder: str | Path, part: str = "model") -> None:
         self.folder = Path(folder)
@@ -167,28 +167,26 @@ class TensorReader(Assembled):
             raise UserError(f"{file}: is damaged ({e}); {REMEDY}") from None
         super().__init__(self.folder, shapes, dtypes, pieces, REMEDY)
 
-    def slice_of(self, key: str, piece: StoredBlock, block: tuple[slice, ...]) -> torch.Tensor:
-        """Return the part of a piece that the slices cut out of it."""
+    def read_slice(self, key: str, piece: StoredBlock, block: tuple[slice, ...]) -> torch.Tensor:
         if piece.file not in self._files:
             self._files[piece.file] = TensorFile(self.folder / piece.file, REMEDY)
         file = self._files[piece.file]
-        found = file.entries.get(piece.name)
-        if (found is None or math.prod(found.shape) != math.prod(piece.shape)
-                or file.dtype(piece.name) != self.dtype(key)):
-            holds = f"holds it as {found.dtype} {list(found.shape)}" if found else "lacks it"
-            raise UserError(f"{file.path}: {key} at {piece.offset} is {self.dtype(key)} "
-                            f"{list(piece.shape)} in the index, but the file {holds}; {REMEDY}")
-        # the file has the block without its axes of extent 1
-        missing_axes = len(piece.shape) - len(found.shape)
+        stored = file.entries.get(piece.name)
+        if (stored is None or math.prod(stored.shape) != math.prod(piece.shape)
+                or file.get_dtype(piece.name) != self.get_dtype(key)):
+            problem = f"stores {stored.dtype} {list(stored.shape)}" if stored else "lacks it"
+            raise UserError(f"{file.path}: {key} at {piece.offset} is {self.get_dtype(key)} "
+                            f"{list(piece.shape)} in the index, but the file {problem}; {REMEDY}")
+        # The file stores the block without its leading axes of extent 1.
+        missing_axes = len(piece.shape) - len(stored.shape)
         return file.read(piece.name, block[missing_axes:]).reshape(tuple(s.stop - s.start for s in block))
 
 
 def _refuse_foreign_paths(index: Path, pieces: Mapping[str, Sequence[StoredBlock]]) -> None:
-    """Raise `UserError` where an index (the file, for the message) sends to a file that does not lie below
-    it."""
-    for key, found in pieces.items():
-        for piece in found:
+    """Raise `UserError` if a piece points to a file outside the checkpoint folder."""
+    for key, blocks in pieces.items():
+        for piece in blocks:
             parts = PurePosixPath(piece.file).parts
             if not parts or parts[0] == "/" or ".." in parts:
-                raise UserError(f"{index}: {key} would stand in {piece.file}, which is not a file below "
-                                f"the checkpoint's folder; {REMEDY}")
+                raise UserError(f"{index}: {key} points to {piece.file}, which is outside the checkpoint "
+                                f"folder; {REMEDY}")

@@ -1,8 +1,8 @@
-"""The mean of checkpoints of one architecture, tensor by tensor, in float64.
+"""Average checkpoints of one architecture, tensor by tensor, in float64.
 
-Memory holds the tensor that is written, the next one, and a million elements of each checkpoint in turn.  Of
-adapters, which belong to one base, it is the mean of the models that they make; what they do not change stays
-the base's own bits, and a tensor that they change is made whole for each.
+Memory holds two output tensors and a million elements of each checkpoint. Adapters of one base are averaged
+as merged
+models: tensors without an adapter keep the base's bits, and adapted tensors are merged for each checkpoint.
 """
 
 from __future__ import annotations
@@ -38,49 +38,49 @@ from megatron_sov.runs.checkpoints import (
     settings_of, step_of)
 from megatron_sov.work.progress.resumable import resumable_artifact
 
-Opened = CheckpointWeights | AdaptedWeights
+OpenCheckpoint = CheckpointWeights | AdaptedWeights
 
 
 @dataclass(frozen=True)
 class Derived:
-    """What a checkpoint is made of."""
+    """A checkpoint computed from other checkpoints."""
 
-    sources: Sequence[Opened]
-    """Checkpoints that are read; the tokenizer is the first one's."""
+    sources: Sequence[OpenCheckpoint]
+    """Source checkpoints; the tokenizer is copied from the first."""
     links: Mapping[str, Link]
-    """Block -> its link, of the checkpoint that is written."""
+    """Block name -> link of the new checkpoint."""
     files: Mapping[str, list[TensorSpec]]
-    """File -> its blocks."""
+    """File name -> blocks."""
     block: Callable[[TensorSpec], torch.Tensor]
-    """Computes one."""
+    """Computes a block."""
     needs: Callable[[TensorSpec], Iterable[str]]
-    """Hugging Face names of the tensors of the sources that a block is computed from."""
+    """Hugging Face names of the source tensors of a block."""
     settings: RunConfig
-    """Of the checkpoint that is written."""
+    """Config of the new checkpoint."""
     content: Mapping[str, Any]
-    """Of its manifest."""
+    """Manifest content of the new checkpoint."""
 
 
 def write_derived(out: Path, what: str, derived: Derived, plan: Mapping[str, Any], *, workers: int,
                   overwrite: bool, redo: bool) -> None:
-    """Write a checkpoint (part "model"); it appears only when complete.
+    """Write a checkpoint (part `model`); it appears when complete.
 
     Args:
-        out: the checkpoint.
-        what: name of the work, for its bar.
-        derived: what it is made of.
-        plan: with the files, all that decides its bytes.
-        workers: files that are written at a time.
-        overwrite: replace a checkpoint that is already there.
-        redo: begin anew where work on it was asked for otherwise and is unfinished.
+        out: checkpoint to write.
+        what: command name, for the progress bar.
+        derived: sources and computation.
+        plan: determines, together with the files, all bytes of the checkpoint.
+        workers: files written at a time.
+        overwrite: replace an existing checkpoint.
+        redo: start over if unfinished work with other arguments exists.
 
     Raises:
-        UserError: a source is damaged, other work on it is unfinished, or the disk refuses.
+        UserError: a source is damaged, other work on `out` is unfinished, or the disk is full.
     """
     files, links = dict(derived.files), dict(derived.links)
-    whole = {**plan, "files": digest_of(files)}
-    with resumable_artifact(out, KIND, f"megatron-sov convert {what}", whole, overwrite=overwrite,
-                            redo=redo) as artifact, ExitStack() as held, tqdm(
+    full_plan = {**plan, "files": digest_of(files)}
+    with resumable_artifact(out, KIND, f"megatron-sov convert {what}", full_plan, overwrite=overwrite,
+                            redo=redo) as artifact, ExitStack() as stack, tqdm(
                 total=len(links), desc=what, unit="block", disable=None) as bar:
         missing = {name: blocks for name, blocks in files.items() if name not in artifact.finished}
         check_space(out, sum(spec.size_bytes for blocks in missing.values() for spec in blocks))
@@ -91,12 +91,11 @@ def write_derived(out: Path, what: str, derived: Derived, plan: Mapping[str, Any
             bar.update()
             return block
 
-        checks = [held.enter_context(checked_source(source, workers)) for source in derived.sources]
+        checks = [stack.enter_context(checked_source(source, workers)) for source in derived.sources]
 
         def finish(name: str, record: FileRecord) -> None:
             for check in checks:
-                # before the file counts as finished: a killed command would go on behind a file that was made
-                # from damaged ones
+                # Verify before the file counts as finished: a resumed command trusts finished files.
                 check.require(hf_name for spec in files[name] for hf_name in derived.needs(spec))
             artifact.finish(name, record)
 
@@ -112,15 +111,13 @@ def write_derived(out: Path, what: str, derived: Derived, plan: Mapping[str, Any
         artifact.writer.settings = derived.settings.to_dict()
 
 
-# How much each of a run's checkpoints counts in their mean.
-
 def weights_of(count: int, kind: str, decay: float) -> list[float]:
-    """Return the weights of checkpoints in order, the newest last.
+    """Return the averaging weights of checkpoints, oldest first.
 
     Args:
-        count: how many.
-        kind: "uniform"; "linear": 1, 2, 3, ...; "ema": each `decay` times that of the one behind it, which is
-            what an exponential moving average over them, begun with the first, comes to for many.
+        count: number of checkpoints.
+        kind: "uniform"; "linear": 1, 2, 3, ...; "ema": each weight is `decay` times the next, which
+            approximates an exponential moving average that starts at the first checkpoint.
         decay: 0 to 1.
     """
     if kind == "uniform":
@@ -132,37 +129,37 @@ def weights_of(count: int, kind: str, decay: float) -> list[float]:
 
 def choose_checkpoints(run: Path, last: int | None, steps: Sequence[int | None] = (None, None),
                        kind: str = "uniform", decay: float = 0.5) -> list[tuple[Path, float]]:
-    """Return a run's complete checkpoints that are averaged, and their weights.
+    """Return the complete checkpoints of a run to average, with their weights.
 
     Args:
-        run: its folder.
-        last: how many of the newest; None: all.
-        steps: from which step to which; None: no bound.
+        run: folder of the run.
+        last: number of newest checkpoints; None uses all.
+        steps: first and last step; None means unbounded.
         kind: see `weights_of`.
-        decay: of "ema".
+        decay: decay of "ema".
 
     Raises:
-        UserError: there are fewer than two, or fewer than `last`.
+        UserError: there are fewer than two checkpoints, or fewer than `last`.
     """
     refuse_missing(run)
     first, end = steps
-    found = [path for path in complete(run / CHECKPOINTS_OF_A_RUN)
+    checkpoints = [path for path in complete(run / CHECKPOINTS_OF_A_RUN)
              if (first is None or step_of(path) >= first) and (end is None or step_of(path) <= end)]
     bounds = ""
     if first is not None or end is not None:
         bounds = f" between steps {first or 0} and {'the last' if end is None else end}"
-    if last is not None and not 2 <= last <= len(found):
-        raise UserError(f"--last {last}: must be at least 2, and at most the {len(found)} complete "
-                        f"checkpoints of {run}{bounds}")
-    if len(found) < 2:
-        raise UserError(f"{run}: has {len(found)} complete checkpoints{bounds}, and a mean needs two; keep "
-                        "more (train.keep_checkpoints), or choose other steps")
+    if last is not None and not 2 <= last <= len(checkpoints):
+        raise UserError(f"--last {last}: must be at least 2 and at most {len(checkpoints)}, the number of "
+                        f"complete checkpoints of {run}{bounds}")
+    if len(checkpoints) < 2:
+        raise UserError(f"{run}: has {len(checkpoints)} complete checkpoints{bounds}, but a mean needs two; "
+                        "keep more (train.keep_checkpoints), or choose other steps")
     if kind not in AVERAGES:
-        raise UserError(f"--weights {kind}: is none of {', '.join(AVERAGES)}")
+        raise UserError(f"--weights {kind}: must be one of {', '.join(AVERAGES)}")
     if not 0 < decay <= 1:
-        raise UserError(f"--decay {decay}: must lie above 0 and be at most 1")
-    found = found[-(last or 0):]
-    return list(zip(found, weights_of(len(found), kind, decay), strict=True))
+        raise UserError(f"--decay {decay}: must be above 0 and at most 1")
+    checkpoints = checkpoints[-(last or 0):]
+    return list(zip(checkpoints, weights_of(len(checkpoints), kind, decay), strict=True))
 
 
 SLAB_ELEMENTS = 1 << 20
@@ -171,28 +168,27 @@ SLAB_ELEMENTS = 1 << 20
 
 def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, workers: int = 1,
             overwrite: bool = False, redo: bool = False, fewest: int = 2) -> None:
-    """Write the weighted mean of checkpoints as a checkpoint (part "model"): sum w x / sum w.
+    """Write the weighted mean of checkpoints, sum w x / sum w, as a checkpoint (part `model`).
 
     Args:
-        checkpoints: folders (a run stands for its newest one) and weights; equal weights give the plain mean.
-        out: the checkpoint to write; it appears only when complete, and a killed command goes on where it
-            was.
-        workers: files that are written at a time, each with two tensors in memory.
-        overwrite: replace a checkpoint that is already there.
-        redo: begin anew where work on it was asked for otherwise and is unfinished.
-        fewest: checkpoints that it is given; 1 where a choice may come to one alone.
+        checkpoints: folders (a run means its newest checkpoint) and weights.
+        out: checkpoint to write. It appears when complete; a killed command continues where it stopped.
+        workers: files written at a time, each with two tensors in memory.
+        overwrite: replace an existing checkpoint.
+        redo: start over if unfinished work with other arguments exists.
+        fewest: minimum number of checkpoints; 1 if an automatic choice may select a single checkpoint.
 
     Raises:
-        UserError: there are fewer, a weight is not positive, they are of other architectures,
-            tokenizers or bases, one is damaged, the disk is full; nothing is left then.
+        UserError: there are too few checkpoints, a weight is not positive, architectures, tokenizers or bases
+            differ, a checkpoint is damaged, or the disk is full.
     """
     out = Path(out)
     refuse_existing(out, KIND, overwrite)
     paths = [_find_start(path) for path, _ in checkpoints]
     if len(paths) < fewest:
         raise UserError(f"{', '.join(map(str, paths)) or 'no checkpoint'}: a mean needs at least two "
-                        "checkpoints; name another one")
-    weights = _checked_weights(paths, [weight for _, weight in checkpoints])
+                        "checkpoints; pass another checkpoint")
+    weights = _check_weights(paths, [weight for _, weight in checkpoints])
     sources = [checkpoint_weights(path) for path in paths]
     links = {block_name(link.key, link.offset): link for link in sources[0].links}
     files = planned_files(links, sources[0].dtype, KEEP)
@@ -209,32 +205,33 @@ def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, worke
                   redo=redo)
 
 
-def mean_block(sources: Sequence[Opened], weights: Sequence[float], link: Link,
+def mean_block(sources: Sequence[OpenCheckpoint], weights: Sequence[float], link: Link,
                dtype: torch.dtype) -> torch.Tensor:
-    """Return the mean of one block of a tensor."""
+    """Compute the mean of one block."""
     if any(isinstance(source, AdaptedWeights) for source in sources):
-        block = link.join({name: _mean_of_adapted(sources, weights, name) for name in link.hf_names})
+        block = link.join({name: _average_adapted(sources, weights, name) for name in link.hf_names})
         return torch.as_tensor(block).to(dtype)
     out = torch.empty(link.block_shape, dtype=dtype)
-    flat, done = out.view(-1), 0
-    for offset, extent in _slabs(link):
-        mean = _mean((convert_tensor(source.read_stored(link.key, offset, extent), torch.float64, source.path,
+    flat, num_done = out.view(-1), 0
+    for offset, extent in _iter_slabs(link):
+        slabs = (convert_tensor(source.read_stored(link.key, offset, extent), torch.float64, source.path,
                                 link.key)
-                      for source in sources if isinstance(source, CheckpointWeights)), weights)
-        flat[done:done + mean.numel()] = mean.view(-1)
-        done += mean.numel()
+                 for source in sources if isinstance(source, CheckpointWeights))
+        mean = _compute_mean(slabs, weights)
+        flat[num_done:num_done + mean.numel()] = mean.view(-1)
+        num_done += mean.numel()
     return out
 
 
-def _mean_of_adapted(sources: Sequence[Opened], weights: Sequence[float], name: str) -> torch.Tensor:
-    if not any(source.files_of(name) for source in sources):  # no adapter changes it
+def _average_adapted(sources: Sequence[OpenCheckpoint], weights: Sequence[float], name: str) -> torch.Tensor:
+    if not any(source.list_files(name) for source in sources):  # no adapter changes this tensor
         return sources[0].read(name)
-    return _mean((convert_tensor(source.read(name), torch.float64, source.path, name) for source in sources),
-                 weights).to(sources[0].dtype(name))
+    tensors = (convert_tensor(source.read(name), torch.float64, source.path, name) for source in sources)
+    return _compute_mean(tensors, weights).to(sources[0].get_dtype(name))
 
 
-def _mean(tensors: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """Return sum w x / sum w; changes the tensors, of float64."""
+def _compute_mean(tensors: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """Return sum w x / sum w; overwrites the float64 tensors."""
     total: torch.Tensor | None = None
     for tensor, weight in zip(tensors, weights, strict=True):
         total = tensor.mul_(weight) if total is None else total.add_(tensor.mul_(weight))
@@ -242,8 +239,8 @@ def _mean(tensors: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Te
     return total.div_(sum(weights))
 
 
-def _slabs(link: Link) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Yield offset and extent, in the whole tensor, of the parts of a block, in order."""
+def _iter_slabs(link: Link) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Split a block into slabs; yield their offsets and extents in the global tensor, in order."""
     axis = next((i for i, n in enumerate(link.extent) if n > 1), len(link.extent) - 1)
     step = max(1, SLAB_ELEMENTS // math.prod(link.extent[axis + 1:]))
     for low in range(0, link.extent[axis], step):
@@ -257,35 +254,35 @@ def _find_start(path: Path) -> Path:
     return find_checkpoint(path)
 
 
-def _checked_weights(paths: Sequence[Path], weights: Sequence[float]) -> list[float]:
-    """Return the weights, after everything that can be checked from headers alone."""
+def _check_weights(paths: Sequence[Path], weights: Sequence[float]) -> list[float]:
+    """Check everything that is known from headers, and return the weights."""
     for path, weight in zip(paths, weights, strict=True):
         if not (math.isfinite(weight) and weight > 0):
-            raise UserError(f"{path}: its weight {weight:g} must be a positive number; leave it out, or give "
-                            "it more")
+            raise UserError(f"{path}: its weight {weight:g} must be a positive number; omit the checkpoint, "
+                            "or increase its weight")
     for path in paths[1:]:
-        _refuse_other(paths[0], path)
+        _check_compatible(paths[0], path)
     return list(weights)
 
 
-def _refuse_other(first: Path, path: Path) -> None:
-    """Refuse a checkpoint of which a mean with the first one would mean nothing."""
-    ours, theirs = settings_of(first).model, settings_of(path).model
-    for name, value, found in _differing(ours, theirs):
-        raise UserError(f"{path}: has model.{name} = {found}, and {first} has {value}; only checkpoints of "
-                        "one architecture have a mean")
+def _check_compatible(first: Path, path: Path) -> None:
+    """Raise `UserError` if architecture, tokenizer or base differ."""
+    first_model, other_model = settings_of(first).model, settings_of(path).model
+    for name, value, other_value in _iter_differences(first_model, other_model):
+        raise UserError(f"{path}: has model.{name} = {other_value}, but {first} has {value}; only "
+                        "checkpoints of one architecture can be averaged")
     bases = [adapter_base(p) for p in (first, path)]
     digests = [None if base is None else base.sha256 for base in bases]
     if digests[0] != digests[1]:
-        told = ["all weights" if base is None else f"an adapter of {base.path}" for base in bases]
-        raise UserError(f"{path}: holds {told[1]}, and {first} {told[0]}; convert adapters to whole "
-                        "checkpoints first (`megatron-sov convert to-hf`, then `from-hf`)")
+        contents = ["all weights" if base is None else f"an adapter of {base.path}" for base in bases]
+        raise UserError(f"{path}: contains {contents[1]}, but {first} contains {contents[0]}; convert "
+                        "adapters to full checkpoints first (`megatron-sov convert to-hf`, then `from-hf`)")
     refuse_other_tokenizer(first / "tokenizer", path / "tokenizer",
-                           "only checkpoints of one tokenizer have a mean")
+                           "only checkpoints with the same tokenizer can be averaged")
 
 
-def _differing(ours: ModelConfig, theirs: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
-    for field in dataclasses.fields(ours):
-        pair = getattr(ours, field.name), getattr(theirs, field.name)
+def _iter_differences(first: ModelConfig, other: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
+    for field in dataclasses.fields(first):
+        pair = getattr(first, field.name), getattr(other, field.name)
         if pair[0] != pair[1] and field.name not in OF_TRAINING:
             yield field.name, *pair

@@ -1,5 +1,4 @@
-"""A checkpoint becomes a Hugging Face folder; memory holds two tensors of each file that is
-being written."""
+"""Export a checkpoint as a Hugging Face folder; memory holds two tensors of each file being written."""
 
 from __future__ import annotations
 
@@ -42,56 +41,52 @@ from megatron_sov.runs.checkpoints import HF_MODEL, KIND as CHECKPOINT, RUN, ref
 from megatron_sov.version import __version__
 from megatron_sov.work.progress.resumable import ResumableArtifact, resumable_artifact
 
-# The proof of a conversion: two folders hold the same model, and transformers loads what we wrote.
-#
-# Every check is a number with its limit. Tensors are compared one at a time under their Hugging Face
-# names, and every one leaves its checksums; where dtypes differ, both are rounded to the narrower one
-# first.
-
+# Verification: two folders hold the same model, and transformers loads an export. Tensors are compared one at
+# a time under their Hugging Face names; if dtypes differ, both tensors are rounded to the narrower dtype.
 @dataclass(frozen=True)
 class ParityCheck:
-    """One measured statement about a conversion."""
+    """A measured property of a conversion, with its limit."""
 
     name: str
-    """What was measured."""
+    """Name of the measure."""
     value: float
-    """The figure."""
+    """Measured value."""
     limit: float
-    """Largest figure that passes."""
+    """Largest value that passes."""
     passed: bool
-    """Whether value <= limit."""
+    """`value <= limit`."""
     detail: str = ""
-    """What does not fit, if anything."""
+    """Names of differing items, if any."""
 
 
-def _count(name: str, found: list[str]) -> ParityCheck:
-    return ParityCheck(name, len(found), 0, not found, listed(found))
+def _check_none(name: str, items: list[str]) -> ParityCheck:
+    return ParityCheck(name, len(items), 0, not items, listed(items))
 
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """One tensor on both sides."""
+    """Comparison of one tensor in models A and B."""
 
     shape: tuple[tuple[int, ...], ...]
-    """Shape in A and in B."""
+    """Shapes in A and B."""
     dtype: tuple[str, ...]
-    """Dtype in A and in B."""
+    """Dtypes in A and B."""
     sha256: tuple[str, ...]
-    """Hash of the bytes in A and in B, each in its own dtype."""
+    """Hashes of the bytes in A and B, each in its own dtype."""
     equal: bool
-    """Whether all values are the same, after rounding to the narrower dtype."""
+    """All values are equal after rounding to the narrower dtype."""
     difference: float = 0.0
-    """Largest difference of a value."""
+    """Largest absolute difference."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What a comparison found."""
+    """Result of a comparison."""
 
     checks: list[ParityCheck]
-    """Every statement, passed or not."""
+    """All checks, passed or failed."""
     tensors: dict[str, TensorRecord]
-    """Hugging Face name -> record, of all tensors that both sides have."""
+    """Hugging Face name -> record, for tensors in both models."""
 
     @property
     def passed(self) -> bool:
@@ -102,24 +97,25 @@ def verify(a: str | Path, b: str | Path, *, load: bool = True, workers: int = DE
     """Compare the weights of two models, each a checkpoint or a Hugging Face folder.
 
     Args:
-        a: the one folder.
-        b: the other.
-        load: also load Hugging Face folders with transformers, which needs memory for the whole model.
-        workers: tensors, and files, that are read at a time.
+        a: checkpoint or Hugging Face folder.
+        b: checkpoint or Hugging Face folder.
+        load: also load Hugging Face folders with transformers; needs memory for a whole model.
+        workers: tensors, and files, read at a time.
 
     Raises:
-        UserError: a folder cannot be opened, or is too large to be loaded here.
+        UserError: a folder cannot be opened, or the model does not fit into free memory.
     """
     sides = [open_weights(a), open_weights(b)]
     first, second = (UpdateRounding(side) for side in sides)
     checks = [
-        _count(f"{side.path}: files that differ from the manifest", damaged_files(side.path, workers=workers))
+        _check_none(f"{side.path}: files that differ from the manifest",
+                    damaged_files(side.path, workers=workers))
         for side in sides if (side.path / MANIFEST).is_file()]
-    checks.append(_count("config fields that differ", _differing_fields(*sides)))
-    checks.append(_count("special token ids that differ", _differing_ids(*sides)))
-    records = _compare(sides, (first, second), workers)
+    checks.append(_check_none("config fields that differ", _differing_fields(*sides)))
+    checks.append(_check_none("special token ids that differ", _differing_ids(*sides)))
+    records = _compare_all(sides, (first, second), workers)
     checks += _tensor_checks(sides[0], sides[1], records, first.describe() or second.describe())
-    checks += [_count(f"{side.path}: copies that differ", differing_copies(side))
+    checks += [_check_none(f"{side.path}: copies that differ", differing_copies(side))
                for side in sides if isinstance(side, HfWeights) and side.copies]
     if load:
         for side in sides:
@@ -129,85 +125,89 @@ def verify(a: str | Path, b: str | Path, *, load: bool = True, workers: int = DE
 
 
 def _differing_fields(a: Weights, b: Weights) -> list[str]:
-    """Compare what both would write into config.json, so that settings which only steer
-    training do not count."""
-    one, other = (models.get(side.model.family).to_hf_config(side.model, "any", TokenIds())
+    """Compare the config.json of both models; settings that only affect training do not count."""
+    a_config, b_config = (models.get(side.model.family).to_hf_config(side.model, "any", TokenIds())
                   for side in (a, b))
-    return [f"{name} ({one.get(name)} and {other.get(name)})"
-            for name in {**one, **other} if one.get(name) != other.get(name)]
+    return [f"{name} ({a_config.get(name)} and {b_config.get(name)})"
+            for name in {**a_config, **b_config} if a_config.get(name) != b_config.get(name)]
 
 
 def _differing_ids(a: Weights, b: Weights) -> list[str]:
-    """Compare the ids at which both begin, pad and end texts, ends of turns among them."""
+    """Compare the bos, eos and pad ids of both models, with the ends of turns."""
     sides = []
     for side in (a, b):
         folder = side.path if isinstance(side, HfWeights) else side.path / "tokenizer"
         sides.append(vars(generation_ids(folder)))
     pairs = {name: [ids_as_list(ids[name]) for ids in sides] for name in sides[0]}
-    return [f"{name} ({one} and {other})" for name, (one, other) in pairs.items() if set(one) != set(other)]
+    return [f"{name} ({a_ids} and {b_ids})" for name, (a_ids, b_ids) in pairs.items()
+            if set(a_ids) != set(b_ids)]
 
 
 def _tensor_checks(a: Weights, b: Weights, records: dict[str, TensorRecord], loss: str) -> list[ParityCheck]:
     largest = max((record.difference for record in records.values()), default=0.0)
     return [
-        _count("tensors that only one side has", sorted(set(a.names()).symmetric_difference(b.names()))),
-        _count("tensors whose values differ", [name for name, record in records.items() if not record.equal]),
+        _check_none("tensors that only one side has",
+                    sorted(set(a.list_names()).symmetric_difference(b.list_names()))),
+        _check_none("tensors whose values differ",
+                    [name for name, record in records.items() if not record.equal]),
         ParityCheck("largest difference of a weight", largest, 0.0, largest == 0.0, loss),
     ]
 
 
-def _compare(sides: Sequence[Weights], roundings: Sequence[UpdateRounding], workers: int
+def _compare_all(sides: Sequence[Weights], roundings: Sequence[UpdateRounding], workers: int
              ) -> dict[str, TensorRecord]:
-    """Return the record of every tensor that both sides have; `workers` tensors are in memory at a time."""
+    """Return a record for each tensor in both models; `workers` tensors are in memory at a time."""
     a, b = sides
-    others = set(b.names())
-    common = [name for name in a.names() if name in others]
+    b_names = set(b.list_names())
+    common = [name for name in a.list_names() if name in b_names]
 
-    def compare(name: str) -> TensorRecord:
-        one, other = a.read(name), b.read(name)
-        roundings[0].add(name, one, b.dtype(name))
-        roundings[1].add(name, other, a.dtype(name))
-        return _record(one, other)
+    def compare_tensor(name: str) -> TensorRecord:
+        a_tensor, b_tensor = a.read(name), b.read(name)
+        roundings[0].add(name, a_tensor, b.get_dtype(name))
+        roundings[1].add(name, b_tensor, a.get_dtype(name))
+        return _compare_tensors(a_tensor, b_tensor)
 
     with ThreadPoolExecutor(workers) as pool:
-        found = tqdm(pool.map(compare, common), total=len(common), desc="verify", unit="tensor", disable=None)
-        return dict(zip(common, found, strict=True))
+        records = tqdm(pool.map(compare_tensor, common), total=len(common), desc="verify", unit="tensor",
+                       disable=None)
+        return dict(zip(common, records, strict=True))
 
 
-def _record(one: torch.Tensor, other: torch.Tensor) -> TensorRecord:
-    shapes, dtypes = (tuple(one.shape), tuple(other.shape)), tuple(str(t.dtype).removeprefix("torch.")
-                                                                   for t in (one, other))
-    hashes = [_sha256(one)]
-    if has_same_bits(one, other):
+def _compare_tensors(a: torch.Tensor, b: torch.Tensor) -> TensorRecord:
+    shapes, dtypes = (tuple(a.shape), tuple(b.shape)), tuple(str(t.dtype).removeprefix("torch.")
+                                                                   for t in (a, b))
+    hashes = [_hash_tensor(a)]
+    if has_same_bits(a, b):
         return TensorRecord(shapes, dtypes, (hashes[0], hashes[0]), True)
-    hashes.append(_sha256(other))
-    one, other = _in_one_dtype(one, other)
-    equal = has_same_bits(one, other)
-    difference = (0.0 if equal or one.shape != other.shape
-                  else float((one.double() - other.double()).abs().max()))
+    hashes.append(_hash_tensor(b))
+    a, b = _cast_to_narrower(a, b)
+    equal = has_same_bits(a, b)
+    difference = (0.0 if equal or a.shape != b.shape
+                  else float((a.double() - b.double()).abs().max()))
     return TensorRecord(shapes, dtypes, tuple(hashes), equal, difference)
 
 
-def _sha256(tensor: torch.Tensor) -> str:
+def _hash_tensor(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
-def _in_one_dtype(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    narrower = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
-    return one.to(narrower), other.to(narrower)
+def _cast_to_narrower(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    narrower = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    return a.to(narrower), b.to(narrower)
 
 
 def _loading_checks(side: HfWeights) -> list[ParityCheck]:
-    """Load with transformers as a user would, and count the keys that it reports."""
+    """Load the folder with transformers, and check the reported keys."""
     _check_memory(side.path)
     from transformers import AutoModelForCausalLM
 
     try:
-        _, found = load_and_compare(AutoModelForCausalLM, side.path, left_out=tensors_left_out(side.path),
+        _, keys = load_and_compare(AutoModelForCausalLM, side.path, left_out=tensors_left_out(side.path),
                                     **{"dtype": "auto", **low_bit_options(side.path)})
     except UserError as e:
         return [ParityCheck(f"{side.path}: transformers loads it", 1, 0, False, str(e))]
-    return [_count(f"{side.path}: transformers reports keys {kind}", names) for kind, names in found.items()]
+    return [_check_none(f"{side.path}: transformers reports keys {kind}", names)
+            for kind, names in keys.items()]
 
 
 def _check_memory(path: Path) -> None:
@@ -215,8 +215,7 @@ def _check_memory(path: Path) -> None:
     free_bytes = psutil.virtual_memory().available
     if needed_bytes > free_bytes:
         raise UserError(f"{path}: loading takes {format_size(needed_bytes)} of memory, but "
-                        f"{format_size(free_bytes)} "
-                        "are free; pass --no-load to compare the files alone")
+                        f"{format_size(free_bytes)} are free; pass --no-load to compare files only")
 
 
 KIND = HF_MODEL
@@ -226,21 +225,21 @@ README = "README.md"
 def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
           max_shard_bytes: int = MAX_SHARD_BYTES, workers: int = DEFAULT_WORKERS, overwrite: bool = False,
           redo: bool = False) -> None:
-    """Write a checkpoint as a Hugging Face folder (an artifact of kind "hf_model").
+    """Write a checkpoint as a Hugging Face folder (artifact kind `hf_model`).
 
     Args:
-        checkpoint: a checkpoint folder, written at any layout; of an adapter, whose base gets it inside.
-        out: the folder to write; it appears only when complete, and a killed command goes on where it was.
-        dtype: "float32", "bfloat16", "float16", "float64", or "keep" for the checkpoint's own (float32 for
-            float64, which few readers expect, and for an adapter's); router biases are float32 always.
-        max_shard_bytes: largest size of one safetensors file.
-        workers: files that are written at a time.
-        overwrite: replace an "hf_model" artifact that is already there.
-        redo: begin anew where work on it was asked for otherwise and is unfinished.
+        checkpoint: checkpoint of any layout; an adapter is merged into its base.
+        out: folder to write. It appears when complete; a killed command continues where it stopped.
+        dtype: "float32", "bfloat16", "float16", "float64" or "keep" (float32 for float64 tensors, which few
+            programs read, and the merged dtype for adapters); router biases are always float32.
+        max_shard_bytes: largest size of a safetensors file.
+        workers: files written at a time.
+        overwrite: replace an existing `hf_model` artifact.
+        redo: start over if unfinished work with other arguments exists.
 
     Raises:
-        UserError: the checkpoint is damaged, its family cannot express its model, a value is not finite or
-            overflows `dtype`, the disk is full, or other work on the output is unfinished.
+        UserError: the checkpoint is damaged, the family cannot express the model, a value is not finite or
+            overflows `dtype`, the disk is full, or other work on `out` is unfinished.
     """
     _check_order(Path(checkpoint), dtype, max_shard_bytes)
     checkpoint, out = newest_of_run(Path(checkpoint)), Path(out)
@@ -250,20 +249,20 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
     copies = copies_of(source)
     specs = planned_tensors(source, dtype, copies)
     files = planned_files(specs, max_shard_bytes)
-    of = {spec.name: spec.name for spec in specs} | copies
-    companions, tokens = _companions(source)
+    source_names = {spec.name: spec.name for spec in specs} | copies
+    companions, tokens = _find_companions(source)
     family = models.get(source.model.family)
     written_dtype = str(specs[0].dtype).removeprefix("torch.")
     config = _carried_fields(source) | family.to_hf_config(source.model, written_dtype, tokens)
-    beside = {CONFIG: config, **_processors(source, checkpoint)}
+    json_files = {CONFIG: config, **_build_processors(source, checkpoint)}
     settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
-    has_manifest = (checkpoint / MANIFEST).is_file()  # all but folders of others
+    has_manifest = (checkpoint / MANIFEST).is_file()  # foreign Hugging Face folders have none
     plan = {"from": fingerprint(checkpoint), "manifest": manifest_sha256(checkpoint) if has_manifest else "",
             **settings, "files": digest_of(files)}
     with resumable_artifact(out, KIND, "megatron-sov convert to-hf", plan, overwrite=overwrite,
                             redo=redo) as artifact:
-        _write_tensors(artifact, source, files, of, workers)
-        _write_beside(artifact.path, files, beside, companions, tokens)
+        _write_tensors(artifact, source, files, source_names, workers)
+        _write_companions(artifact.path, files, json_files, companions, tokens)
         if has_manifest:
             add_inputs(artifact.writer, source, leaves=True)
         artifact.writer.content = {
@@ -277,8 +276,8 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
 
 
 def _write_tensors(artifact: ResumableArtifact, source: Weights, files: dict[str, list[TensorSpec]],
-                   of: dict[str, str], workers: int) -> None:
-    """Write the files that are not finished; `of` names the source's tensor of each that is written."""
+                   source_names: dict[str, str], workers: int) -> None:
+    """Write the unfinished files; `source_names`: exported name -> name in the source."""
     num_tensors = sum(map(len, files.values()))
     missing = {name: tensors for name, tensors in files.items() if name not in artifact.finished}
     check_space(artifact.path, sum(spec.size_bytes for tensors in missing.values() for spec in tensors))
@@ -287,25 +286,25 @@ def _write_tensors(artifact: ResumableArtifact, source: Weights, files: dict[str
         bar.update(num_tensors - sum(map(len, missing.values())))
 
         def read(spec: TensorSpec) -> torch.Tensor:
-            name = of[spec.name]
-            whole = source.read(name)
-            tensor = convert_tensor(whole, spec.dtype, source.path, spec.name)
-            rounding.add(name, whole, spec.dtype)
+            name = source_names[spec.name]
+            source_tensor = source.read(name)
+            tensor = convert_tensor(source_tensor, spec.dtype, source.path, spec.name)
+            rounding.add(name, source_tensor, spec.dtype)
             bar.update()
             return tensor
 
         with checked_source(source, workers) as check:
             def finish(name: str, record: FileRecord) -> None:
-                check.require(of[spec.name] for spec in files[name])
+                check.require(source_names[spec.name] for spec in files[name])
                 artifact.finish(name, record)
 
             write_files(artifact.path, missing, read, workers, finish)
     if loss := rounding.describe():
-        warn(f"{source.path}: {loss}; --dtype float32 writes the model that was trained")
+        warn(f"{source.path}: {loss}; pass --dtype float32 to keep the trained values")
 
 
 def _carried_fields(source: Weights) -> dict[str, Any]:
-    """Return the fields of config.json that a source was imported with and that say nothing of our model."""
+    """Return the config.json fields of the imported model that do not describe its architecture."""
     if isinstance(source, HfWeights):
         return source.carried
     if isinstance(source, AdaptedWeights):
@@ -313,8 +312,8 @@ def _carried_fields(source: Weights) -> dict[str, Any]:
     return dict(copy_carried_fields(source.path).get(CARRIED_FIELDS, {}))
 
 
-def _companions(source: Weights) -> tuple[Path, TokenIds]:
-    """Return where a source's tokenizer is, and the ids of its special tokens."""
+def _find_companions(source: Weights) -> tuple[Path, TokenIds]:
+    """Return the tokenizer folder and the special token ids."""
     if isinstance(source, HfWeights):
         check_copies(source)
         return source.path, ids_beside(source.path)
@@ -322,16 +321,10 @@ def _companions(source: Weights) -> tuple[Path, TokenIds]:
 
 
 def _write_readme(export: Path, source: Path) -> None:
-    """Write a model card with the origins that manifests record; it is not in the manifest of the export,
-    since people change it.
-
-    Args:
-        export: the Hugging Face folder.
-        source: the checkpoint that it was made from.
-    """
+    """Write a model card with the provenance of `source`. Users edit it, so it is not in the manifest."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    # without the names of folders: the same model gives the same bytes
+    # Folder names are left out: the same model must give the same bytes.
     content = read_manifest(export).content
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["megatron-sov"])
     title = md(content["family"])
@@ -341,14 +334,14 @@ def _write_readme(export: Path, source: Path) -> None:
              'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
              'model = AutoModelForCausalLM.from_pretrained("FOLDER")', "```"]
     if (source / MANIFEST).is_file():
-        lines += ["", "## Provenance", "", *_provenance(source)]
+        lines += ["", "## Provenance", "", *_iter_provenance(source)]
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title} model\n\n" + "\n".join(lines) + "\n")
     atomic_write(export / README, str(card).encode())
 
 
-def _provenance(source: Path) -> Iterator[str]:
-    """Yield a list of the recipe, stage and step of a checkpoint, and of the artifacts that it was made from,
-    each with its hash; token shards with the documents and tokens of each source."""
+def _iter_provenance(source: Path) -> Iterator[str]:
+    """Yield Markdown list items: recipe, stage and step of a checkpoint, and the artifacts in its
+    provenance."""
     manifest = read_manifest(source)
     settings = manifest.settings
     objective = settings.get("objective")
@@ -357,12 +350,12 @@ def _provenance(source: Path) -> Iterator[str]:
     counts = [f"{name} {manifest.content[name]:,}" for name in ("step", "tokens")
               if type(manifest.content.get(name)) is int]
     yield f"- checkpoint {manifest_sha256(source)[:16]}" + (f": {', '.join(counts)}" if counts else "")
-    waiting = [(1, origin) for origin in origins_of(source, manifest)]
-    while waiting:
-        depth, origin = waiting.pop(0)
+    queue = [(1, origin) for origin in origins_of(source, manifest)]
+    while queue:
+        depth, origin = queue.pop(0)
         indent = "  " * depth
         yield f"{indent}- made from {md(origin['kind'])} {origin['manifest_sha256'][:16]}"
-        waiting = [(depth + 1, below) for below in origin["made_from"]] + waiting
+        queue = [(depth + 1, parent) for parent in origin["made_from"]] + queue
         if origin["kind"] == "tokens" and origin["state"] == "here":
             for part in read_manifest(origin["path"]).content.get("sources", []):
                 split = part["splits"]["train"]
@@ -378,35 +371,35 @@ def _check_order(checkpoint: Path, dtype: str, max_shard_bytes: int) -> None:
 
 
 def planned_tensors(source: Weights, dtype: str, copies: Mapping[str, str]) -> list[TensorSpec]:
-    """Return every Hugging Face tensor that a checkpoint becomes, copies last."""
-    specs = {name: TensorSpec(name, shape, exported_dtype(dtype, link.fp32, source.dtype(name)))
+    """Return the tensors to export; duplicated tensors come last."""
+    specs = {name: TensorSpec(name, shape, exported_dtype(dtype, link.fp32, source.get_dtype(name)))
              for link in source.links for name, shape in link.hf_shapes().items()}
-    specs |= {name: replace(specs[other], name=name) for name, other in copies.items()}
+    specs |= {name: replace(specs[original], name=name) for name, original in copies.items()}
     return list(specs.values())
 
 
 def planned_files(specs: list[TensorSpec], max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
-    """Return what is written, by the name of its file."""
+    """Return file name -> tensors."""
     shards = plan_shards(specs, max_shard_bytes)
     if len(shards) == 1:
         return {SINGLE_FILE: shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def _processors(source: Weights, checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """Return file -> content of what reads pictures and sounds for a model; {} for a model of text."""
+def _build_processors(source: Weights, checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """Return file name -> content of processor configs for multimodal models; {} for text models."""
     if not source.model.is_multimodal:
         return {}
     return modality().processor_files(source.model, checkpoint / "tokenizer",
                                       settings_of(checkpoint).data.paths)
 
 
-def _write_beside(folder: Path, files: dict[str, list[TensorSpec]], beside: dict[str, dict[str, Any]],
-                  tokenizer: Path, tokens: TokenIds) -> None:
-    """Write tokenizer, template and JSON files, and which file holds which tensor where there are several."""
+def _write_companions(folder: Path, files: dict[str, list[TensorSpec]], json_files: dict[str, dict[str, Any]],
+                      tokenizer: Path, tokens: TokenIds) -> None:
+    """Write tokenizer, chat template, JSON files and, for several shards, the index of tensors."""
     carry(tokenizer, folder, with_turn_ends(tokenizer, tokens))
     move_chat_template(folder)
-    for name, content in beside.items():
+    for name, content in json_files.items():
         atomic_write(folder / name, to_json(content))
     if SINGLE_FILE in files:
         return

@@ -1,6 +1,4 @@
-"""A Hugging Face folder becomes a checkpoint that any layout can load; memory holds two blocks of each
-file in the making.
-"""
+"""Import a Hugging Face folder as a checkpoint; memory holds two blocks of each file being written."""
 
 from __future__ import annotations
 
@@ -42,35 +40,31 @@ from megatron_sov.runs.checkpoints import (
     ADAPTER, HF_MODEL, IMPORTED, KIND, SOURCE, instead_of, refuse_missing, refuse_other_kind)
 from megatron_sov.work.progress.resumable import resumable_artifact
 
-# Tensors that stand twice in a Hugging Face folder: a prediction layer behind the trunk has embedding
-# and head once more, under names of its own. A checkpoint holds each once.
-
+# Duplicated tensors: Hugging Face folders store embedding and head of a prediction layer a second time. A
+# checkpoint stores each once.
 def copies_of(weights: Weights) -> dict[str, str]:
-    """Return name -> the tensor that it equals, of all that are written a second time."""
+    """Return name -> original for all tensors that an export stores twice."""
     return models.get(weights.model.family).copies_in(weights.model)
 
 
 def differing_copies(folder: HfWeights) -> list[str]:
-    """Return those that a folder has and that differ, in one bit or in the dtype, from what they are a copy
-    of; two tensors are in memory at a time."""
+    """Return the duplicated tensors of `folder` that differ from their original in a bit or dtype."""
     return [name for name, other in folder.copies.items() if not has_same_bits(folder.read(name),
                                                                               folder.read(other))]
 
 
 def check_copies(folder: HfWeights) -> None:
-    """Raise `UserError` where a copy differs: a model that has one embedding and one head cannot hold it."""
+    """Raise `UserError` if a duplicated tensor differs: our models share embedding and head."""
     if differing := differing_copies(folder):
         name = differing[0]
-        raise UserError(f"{folder.path}: {name} differs from {folder.copies[name]}, and a prediction layer "
-                        "has no embedding or head of its own here; save the model with one of each")
+        raise UserError(f"{folder.path}: {name} differs from {folder.copies[name]}, but a prediction layer "
+                        "has no embedding or head of its own here; save the model with equal tensors")
 
 
-# Writes safetensors files, several at a time, so that memory holds two tensors of each and not the
-# files.
-
+# Safetensors files, several at a time; memory holds two tensors of each.
 def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
-    """Divide tensors, in order, into files of at most `max_shard_bytes` (a larger tensor gets
-    a file of its own)."""
+    """Divide tensors, in order, into files of at most `max_shard_bytes`; a larger tensor gets its own
+    file."""
     shards: list[list[TensorSpec]] = [[]]
     filled_bytes = 0
     for spec in specs:
@@ -83,27 +77,26 @@ def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int) -> list[list[
 
 
 def digest_of(files: Mapping[str, list[TensorSpec]]) -> str:
-    """Return a hash of which file holds which tensors: what an unfinished conversion is known again by."""
+    """Hash the tensor names of each file, to recognize an unfinished conversion with the same plan."""
     names = json.dumps([[file, [spec.name for spec in specs]] for file, specs in files.items()])
     return hashlib.sha256(names.encode()).hexdigest()[:16]
 
 
 def write_files(folder: Path, files: dict[str, list[TensorSpec]], read: Reader, workers: int,
                 finish: Callable[[str, FileRecord], None]) -> None:
-    """Write the planned files, `workers` at a time; which of them is written when changes no byte.
+    """Write the planned files, `workers` at a time; the order of writing changes no byte.
 
     Args:
-        folder: where to write.
-        files: name -> tensors, e.g. of `plan_shards`.
-        read: gives each tensor.
-        workers: files at a time, each with a thread that reads, and one that hashes and writes; all leave the
-            interpreter free.
-        finish: called for each file when it is on disk, with hash and size.
+        folder: target folder.
+        files: file name -> tensors, see `plan_shards`.
+        read: returns one tensor.
+        workers: files at a time, each with one thread that reads and one that hashes and writes.
+        finish: called with the name and record of each completed file.
 
     Raises:
-        UserError: the first that `read` raised; files that have not begun are not written then.
+        UserError: the first error of `read`; further files are not started.
     """
-    def write(name: str) -> None:
+    def write_one(name: str) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(1) as reader:
@@ -111,67 +104,60 @@ def write_files(folder: Path, files: dict[str, list[TensorSpec]], read: Reader, 
         finish(name, record)
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a file's thread is busy by itself
+    torch.set_num_threads(1)  # each file has its own thread
     pool = ThreadPoolExecutor(workers)
     try:
-        for done in as_completed([pool.submit(write, name) for name in files]):
-            done.result()
+        for future in as_completed([pool.submit(write_one, name) for name in files]):
+            future.result()
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
 
 
-# Hashes the files of a source while it is converted, so that neither waits for the other.
-#
-# Nothing that was made from a damaged file outlives the check: a written file counts as finished only when
-# those that it was made from are whole, and an artifact appears only when all are.
-
+# Source files are hashed during the conversion. A written file counts as finished only after its source files
+# were verified, and the artifact is published only after all were.
 class SourceCheck:
-    """A check under way; obtained from `checked_source`."""
+    """Verification of source files in progress; see `checked_source`."""
 
-    def __init__(self, weights: Weights, found: dict[str, Future[str | None]], remedy: str,
+    def __init__(self, weights: Weights, damage: dict[str, Future[str | None]], remedy: str,
                  base: SourceCheck | None) -> None:
-        self._weights, self._found, self._remedy, self._base = weights, found, remedy, base
+        self._weights, self._damage, self._remedy, self._base = weights, damage, remedy, base
 
     def require(self, names: Iterable[str]) -> None:
-        """Wait until the tensors' files have been looked at.
-
-        Args:
-            names: Hugging Face names of tensors.
+        """Wait until the files of the given Hugging Face tensors are verified.
 
         Raises:
-            UserError: a file is missing or was changed since it was written; the message names it,
-                and what it holds.
+            UserError: a file is missing or differs from the manifest; the message lists its tensors.
         """
         names = list(names)
         if self._base is not None:
             self._base.require(names)
-        files = {file for name in names for file in self._weights.files_of(name)}
-        self._refuse_damage(file for file in self._found if file in files)
+        files = {file for name in names for file in self._weights.list_files(name)}
+        self._refuse_damage(file for file in self._damage if file in files)
 
     def require_all(self) -> None:
-        """Wait until every file has been looked at; `UserError` as `require`."""
-        self._refuse_damage(self._found)
+        """Wait until all files are verified; raises `UserError` like `require`."""
+        self._refuse_damage(self._damage)
 
     def _refuse_damage(self, files: Iterable[str]) -> None:
         for file in files:
-            if problem := self._found[file].result():
-                held = self._weights.held_in(file)
-                raise UserError(f"{problem}{f' (it holds {listed(held)})' if held else ''}; {self._remedy}")
+            if problem := self._damage[file].result():
+                names = self._weights.list_keys_in(file)
+                raise UserError(f"{problem}{f' (it holds {listed(names)})' if names else ''}; {self._remedy}")
 
 
 @contextlib.contextmanager
 def checked_source(weights: Weights, workers: int) -> Iterator[SourceCheck]:
-    """Check the files that a conversion reads (all but other parts, as the optimizer's) against the
-    manifest, where there is one, beside what is done inside.
+    """Verify source files (without parts such as the optimizer) against their manifest during the `with`
+    block.
 
     Args:
-        weights: the source.
-        workers: files that are hashed at a time.
+        weights: source of the conversion.
+        workers: files hashed at a time.
 
     Raises:
-        UserError: a file is missing or was changed since it was written; in place of any other error that
-            came up inside, which may be its consequence.
+        UserError: a file is missing or differs from the manifest. Replaces an error of the block, which may
+            be a consequence of the damage.
     """
     if isinstance(weights, AdaptedWeights):
         with checked_source(weights.base, workers) as base, _check_folder(weights, workers, base) as check:
@@ -183,23 +169,22 @@ def checked_source(weights: Weights, workers: int) -> Iterator[SourceCheck]:
 
 @contextlib.contextmanager
 def _check_folder(weights: Weights, workers: int, base: SourceCheck | None) -> Iterator[SourceCheck]:
-    """Check one folder's files; `base` is the check of what an adapter belongs to."""
+    """Verify the files of one folder; `base` verifies the base model of an adapter."""
     path, pool = weights.path, ThreadPoolExecutor(workers)
-    found: dict[str, Future[str | None]] = {}
+    damage: dict[str, Future[str | None]] = {}
     remedy = DAMAGED_HF
     if (path / MANIFEST).is_file():
         manifest = read_manifest(path)
-        others = tuple(f"{part}/" for part in manifest.content.get("parts", [])
+        other_parts = tuple(f"{part}/" for part in manifest.content.get("parts", [])
                        if part not in (PART, ADAPTER))
-        found = {name: pool.submit(file_damage, path / name, record)
-                 for name, record in manifest.files.items() if not name.startswith(others)}
+        damage = {name: pool.submit(file_damage, path / name, record)
+                 for name, record in manifest.files.items() if not name.startswith(other_parts)}
         remedy = instead_of(path) if manifest.kind == KIND else DAMAGED_HF
-    check = SourceCheck(weights, found, remedy, base)
+    check = SourceCheck(weights, damage, remedy, base)
     try:
         yield check
         check.require_all()
-    # a damaged file may be the reason for whatever went wrong inside: its message says what to do, the other
-    # one does not
+    # A damaged file may have caused the exception; its message names the remedy.
     except Exception:
         check.require_all()
         raise
@@ -207,18 +192,14 @@ def _check_folder(weights: Weights, workers: int, base: SourceCheck | None) -> I
         pool.shutdown(cancel_futures=True)
 
 
-# What travels with the weights: tokenizer files, chat template, generation defaults and the token ids in
-# them.
-#
-# In a checkpoint these files stand in `tokenizer/`, in a Hugging Face folder beside the weights.
-
+# Companion files: tokenizer, chat template and generation defaults, with their token ids. A checkpoint stores
+# them in `tokenizer/`, a Hugging Face folder next to the weights.
 CARRIED_FIELDS = "config_fields"
-"""Key of a checkpoint's manifest: fields of config.json that say nothing of our model."""
+"""Manifest key of a checkpoint: fields of config.json that do not describe the model."""
 
 
 def copy_carried_fields(checkpoint: Path) -> dict[str, Any]:
-    """Return the content for the manifest of a checkpoint that is trained or averaged from `checkpoint`: the
-    fields of config.json that `checkpoint` was imported with, under `CARRIED_FIELDS`; {} if it has none."""
+    """Return manifest content with the `CARRIED_FIELDS` of `checkpoint`, for checkpoints derived from it."""
     fields = read_manifest(checkpoint).content.get(CARRIED_FIELDS)
     return {CARRIED_FIELDS: fields} if fields else {}
 
@@ -227,72 +208,74 @@ GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
                    GENERATION_CONFIG)
-"""Files that are carried along; anything else (code above all) stays behind."""
+"""Files to copy; other files, such as code, are not copied."""
 
 
 def carry(source: Path, target: Path, tokens: TokenIds) -> None:
-    """Copy the companion files of `source` to `target`, and add to the generation defaults the `tokens` that
-    they lack: transformers' generate reads no other file where there is generation_config.json."""
+    """Copy the companion files, and add missing `tokens` to generation_config.json.
+
+    If generation_config.json exists, `generate` of transformers reads token ids from no other file.
+    """
     target.mkdir(exist_ok=True)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             refuse_link_outside(source, source / name)
             shutil.copyfile(source / name, target / name)
     defaults = _read_if_there(target / GENERATION_CONFIG)
-    known = ids_in(defaults)
+    present = ids_in(defaults)
     missing = {f"{name}_token_id": value for name, value in vars(tokens).items()
-               if not set(ids_as_list(value)) <= set(ids_as_list(getattr(known, name)))}
+               if not set(ids_as_list(value)) <= set(ids_as_list(getattr(present, name)))}
     if missing:
         atomic_write(target / GENERATION_CONFIG, to_json(defaults | missing))
 
 
 def move_chat_template(folder: Path) -> None:
-    """Give the chat template of tokenizer_config.json a file of its own, as transformers 5 writes it; a file
-    that is there already stays."""
-    file, own = folder / CONFIG_JSON, folder / TEMPLATE
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    """Move the chat template from tokenizer_config.json to its own file, as transformers 5 does."""
+    config_file, template_file = folder / CONFIG_JSON, folder / TEMPLATE
+    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     template = config.pop("chat_template", None)
-    # a list holds several templates by name, which transformers reads where they are
+    # A list has several named templates, which transformers reads from tokenizer_config.json.
     if not isinstance(template, str):
         return
-    if not own.exists():
-        atomic_write(own, template.encode())
-    atomic_write(file, to_json(config))
+    if not template_file.exists():
+        atomic_write(template_file, template.encode())
+    atomic_write(config_file, to_json(config))
 
 
 def with_turn_ends(folder: Path, tokens: TokenIds) -> TokenIds:
-    """Return token ids whose eos is all at which generation ends: eos itself, and what ends an assistant's
-    turn in the chat template of `folder`; engines stop there."""
+    """Add the ids that end an assistant turn in the chat template of `folder` to `tokens.eos`.
+
+    Inference engines stop at any id of `eos`.
+    """
     try:
         chat = read_chat_encoder(folder)
     except UserError as e:
         warn(f"{e}; generation stops at eos alone")
         chat = None
-    found = ids_as_list(tokens.eos)
+    stop_ids = ids_as_list(tokens.eos)
     if chat is not None:
-        found += [id_ for id_ in chat.end_ids() if id_ not in found]
-    return replace(tokens, eos=found if len(found) > 1 else next(iter(found), None))
+        stop_ids += [id_ for id_ in chat.end_ids() if id_ not in stop_ids]
+    return replace(tokens, eos=stop_ids if len(stop_ids) > 1 else next(iter(stop_ids), None))
 
 
 def generation_ids(folder: Path) -> TokenIds:
-    """Return the token ids that an export writes into generation_config.json: those that the files of
-    `folder` name (`ids_beside`), and the ends of turns.
+    """Return the token ids for generation_config.json: those of `ids_beside`, and the ends of turns.
 
     Raises:
-        UserError: as `ids_beside`.
+        UserError: see `ids_beside`.
     """
     return with_turn_ends(folder, ids_beside(folder))
 
 
 def ids_in(config: dict[str, Any]) -> TokenIds:
-    """Return the token ids of a config.json or generation_config.json; other values are left out."""
-    found: dict[str, Any] = {}
+    """Read the token ids of config.json or generation_config.json; invalid values are ignored."""
+    ids_by_name: dict[str, Any] = {}
     for name in ("bos", "eos", "pad"):
         value = config.get(f"{name}_token_id")
         values = value if isinstance(value, list) else [value]
         ids = [id_ for id_ in values if type(id_) is int and id_ >= 0]
-        found[name] = ids if ids and isinstance(value, list) else next(iter(ids), None)
-    return TokenIds(**found)
+        ids_by_name[name] = ids if ids and isinstance(value, list) else next(iter(ids), None)
+    return TokenIds(**ids_by_name)
 
 
 def ids_as_list(ids: int | list[int] | None) -> list[int]:
@@ -300,46 +283,46 @@ def ids_as_list(ids: int | list[int] | None) -> list[int]:
 
 
 def ids_beside(folder: Path) -> TokenIds:
-    """Return the token ids that the files of `folder` name, each by the first file that has it:
-    generation_config.json, config.json, its part of the text model, the tokenizer's special tokens.
+    """Read the token ids of a folder. The first file with an id wins: generation_config.json, config.json,
+    its `text_config`, the special tokens of the tokenizer.
 
     Raises:
-        UserError: a file is damaged, or names an end of text that the tokenizer does not have.
+        UserError: a file is damaged, or `eos_token` is not in the tokenizer.
     """
     config = _read_if_there(folder / CONFIG)
-    inside = config.get("text_config")
-    found: dict[str, Any] = {}
+    text_part = config.get("text_config")
+    ids: dict[str, Any] = {}
     defaults = _read_if_there(folder / GENERATION_CONFIG)
-    for named in (defaults, config, inside if isinstance(inside, dict) else {}):
-        found |= {name: value for name, value in vars(ids_in(named)).items() if found.get(name) is None}
-    missing = [name for name, value in found.items() if value is None]
-    return TokenIds(**found | _ids_of_texts(folder, missing))
+    for source in (defaults, config, text_part if isinstance(text_part, dict) else {}):
+        ids |= {name: value for name, value in vars(ids_in(source)).items() if ids.get(name) is None}
+    missing = [name for name, value in ids.items() if value is None]
+    return TokenIds(**ids | _ids_of_texts(folder, missing))
 
 
 def _ids_of_texts(folder: Path, names: list[str]) -> dict[str, int]:
-    """Return the ids of "bos", "eos" and "pad" tokens that tokenizer_config.json names by their texts."""
+    """Return the ids of the special tokens that tokenizer_config.json names by text."""
     texts = {name: text for name in names if (text := special_text(folder, f"{name}_token"))}
     if not texts or not (folder / TOKENIZER_JSON).is_file():
         return {}
     tokenizer = read_tokenizer(folder)
     ids = {text: id_ for id_, text in tokenizer.ordinary.items()}
     ids |= {token["content"]: id_ for id_, token in tokenizer.added.items()}
-    if (end := texts.get("eos", "")) and end not in ids:  # text would never end; the others may be unused
+    if (end := texts.get("eos", "")) and end not in ids:  # generation would never stop
         raise UserError(f"{folder / CONFIG_JSON}: eos_token = {end!r} is not a token of {TOKENIZER_JSON}; "
                         "correct it there")
     return {name: ids[text] for name, text in texts.items() if text in ids}
 
 
 def split_conflict(folder: Path, split: str | None) -> str | None:
-    """Return what to tell a user whose tokenizer.json splits text otherwise than its reader, who uses
-    `split`; else None."""
+    """Return a warning if tokenizer.json splits text unlike `split`, which transformers uses for this
+    family."""
     tokenizer_file = folder / "tokenizer.json"
     if split is None or not tokenizer_file.is_file():
         return None
     if json.dumps(split) in json.dumps(read_json(tokenizer_file).get("pre_tokenizer")):
         return None
-    return (f"{tokenizer_file} splits text by another regular expression than transformers' AutoTokenizer, "
-            "which does not read it for this model family and may give other token ids; "
+    return (f"{tokenizer_file} splits text by another regular expression than transformers' AutoTokenizer "
+            "uses for this model family, so token ids may differ; "
             "load it with PreTrainedTokenizerFast.from_pretrained")
 
 
@@ -349,22 +332,19 @@ def _read_if_there(path: Path) -> dict[str, Any]:
 
 def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: int = DEFAULT_WORKERS,
             overwrite: bool = False, redo: bool = False) -> None:
-    """Write a Hugging Face folder as a checkpoint (part "model", step 0).
+    """Write a Hugging Face folder as a checkpoint (part `model`, step 0).
 
     Args:
-        hf_dir: a folder with config.json and safetensors files.
-        out: the checkpoint to write; it appears only when complete, and a killed command
-            goes on where it was.
-        dtype: "float32", "bfloat16", "float16", "float64", or "keep" for the folder's own;
-            router biases are float32 always.
-        workers: files that are written at a time.
-        overwrite: replace a checkpoint that is already there.
-        redo: begin anew where work on it was asked for otherwise and is unfinished.
+        hf_dir: folder with config.json and safetensors files.
+        out: checkpoint to write. It appears when complete; a killed command continues where it stopped.
+        dtype: "float32", "bfloat16", "float16", "float64" or "keep"; router biases are always float32.
+        workers: files written at a time.
+        overwrite: replace an existing checkpoint.
+        redo: start over if unfinished work with other arguments exists.
 
     Raises:
-        UserError: the config has fields that we do not honour, the tensors are not exactly those of its
-            model, a value is not finite, the disk is full,
-            or other work on the output is unfinished.
+        UserError: config.json has unsupported fields, tensors do not match the model, a value is not finite,
+            the disk is full, or other work on `out` is unfinished.
     """
     hf_dir, out = Path(hf_dir), Path(out)
     check_dtype_name(dtype)
@@ -375,7 +355,7 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
         raise UserError(f"{hf_dir}: has no {CONFIG}, so it is not a Hugging Face folder; "
                         "pass the folder that holds the model")
     for name in TOKENIZER_FILES:
-        # now: later programs would blame the checkpoint's copy of a damaged file
+        # Check now; later errors would blame the copy in the checkpoint.
         if name.endswith(".json"):
             refuse_link_outside(hf_dir, hf_dir / name)
             _read_if_there(hf_dir / name)
@@ -391,35 +371,35 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
 
 @dataclass(frozen=True)
 class Imported:
-    """What a checkpoint is made of, under Hugging Face names."""
+    """Source of a checkpoint: weights under Hugging Face names and companion files."""
 
     weights: Weights
-    """Where the tensors come from; their folder decides, with the dtype, every byte."""
+    """Source of the tensors; its folder and the dtype determine every byte of the checkpoint."""
     what: str
-    """Name of the work, for its bar."""
+    """Command name for messages and the progress bar."""
     tokenizer: Path | None
-    """Folder of the tokenizer's files."""
+    """Tokenizer folder."""
     tokens: TokenIds
-    """Ids of special tokens, where no file of the tokenizer says them."""
+    """Special token ids, for tokenizer files without them."""
     content: Mapping[str, Any]
-    """Of the manifest, besides what every checkpoint has."""
+    """Additional manifest entries."""
 
 
 def write_imported(out: Path, source: Imported, dtype: str, *, workers: int, overwrite: bool,
                    redo: bool) -> None:
-    """Write a checkpoint (part "model", step 0); it appears only when complete.
+    """Write a checkpoint (part `model`, step 0); it appears when complete.
 
     Args:
-        out: the checkpoint.
-        source: what it is made of.
-        dtype: as of `from_hf`.
-        workers: files that are written at a time.
-        overwrite: replace a checkpoint that is already there.
-        redo: begin anew where work on it was asked for otherwise and is unfinished.
+        out: checkpoint to write.
+        source: weights and companion files.
+        dtype: see `from_hf`.
+        workers: files written at a time.
+        overwrite: replace an existing checkpoint.
+        redo: start over if unfinished work with other arguments exists.
 
     Raises:
-        UserError: a tensor is damaged, a value is not finite, the disk is full,
-            or other work on the output is unfinished.
+        UserError: a tensor is damaged, a value is not finite, the disk is full, or other work on `out` is
+            unfinished.
     """
     weights, folder = source.weights, source.weights.path
     links = {block_name(link.key, link.offset): link for link in weights.links}
@@ -459,12 +439,12 @@ def write_imported(out: Path, source: Imported, dtype: str, *, workers: int, ove
 
 def planned_files(links: dict[str, Link], dtype_of: Callable[[str], torch.dtype],
                   dtype: str) -> dict[str, list[TensorSpec]]:
-    """Return every block of a checkpoint, once, by the name of its file.
+    """Return file name -> blocks of the checkpoint.
 
     Args:
-        links: block -> its link.
-        dtype_of: Hugging Face name -> the dtype in which a tensor comes.
-        dtype: as of `from_hf`.
+        links: block name -> link.
+        dtype_of: Hugging Face name -> dtype of the source tensor.
+        dtype: see `from_hf`.
     """
     specs = [
         TensorSpec(name, link.block_shape, planned_dtype(dtype, link.fp32, dtype_of(link.hf_names[0])))
@@ -473,7 +453,7 @@ def planned_files(links: dict[str, Link], dtype_of: Callable[[str], torch.dtype]
 
 
 def index_of(files: dict[str, list[TensorSpec]], links: dict[str, Link]) -> Index:
-    """Return the index of the blocks of `planned_files`."""
+    """Return the index for the blocks of `planned_files`."""
     index: Index = {}
     for file, blocks in files.items():
         for spec in blocks:

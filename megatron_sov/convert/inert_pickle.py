@@ -1,13 +1,11 @@
-"""Reads a pickle as data: the opcodes of plain values build them, and what would import or call something
-builds an inert record of what it names.
+"""Read pickles of untrusted checkpoints as data, without importing or calling anything.
 
-A pickle is a program.  Here it runs on a machine that has no way to import, call or look up anything:
-`GLOBAL` puts a `Name` on the stack, `REDUCE` and `NEWOBJ` a `InertCall` with the name and its arguments.
-Names that are not allowed are refused where they stand, and opcodes that no writer of plain values emits are
-not known at all.
+A pickle is a program. The interpreter here builds plain values only: `GLOBAL` pushes a `Name`, `REDUCE` and
+`NEWOBJ` push an `InertCall` with the name and its arguments. Names that are not allowed, and opcodes that
+writers of plain values do not emit, raise ValueError.
 
-Index and settings of `torch_dist` checkpoints are read so in a process of its own, whose limits stop a file
-that would fill the memory or never end.
+The index and settings of `torch_dist` checkpoints are read in a subprocess, whose limits stop a file that
+would exhaust memory or never end.
 """
 
 from __future__ import annotations
@@ -31,17 +29,17 @@ from megatron_sov.base.figures import format_size
 from megatron_sov.sandbox.restrictions import limit
 
 MAX_SHOWN_CHARS = 80
-"""Of a name out of a file, in a message."""
+"""Limit for a name in an error message."""
 _CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _ARGUMENTS = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE",
               "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"}
-"""Opcodes whose argument is their value."""
-_NOTHING = {"PROTO", "FRAME"}
+"""Opcodes that push their argument."""
+_IGNORED_OPCODES = {"PROTO", "FRAME"}
 
 
 @dataclass(frozen=True)
 class Name:
-    """What a pickle would import."""
+    """A module attribute that the pickle would import."""
 
     module: str
     name: str
@@ -51,48 +49,47 @@ class Name:
 
 
 class Items(list[tuple[Any, Any]]):
-    """A dict as its pairs, in order: nothing of a file is hashed."""
+    """The pairs of a dict, in order; keys of untrusted files are not hashed."""
 
 
 class InertCall:
-    """What a pickle would make by a call."""
+    """A call that the pickle would make."""
 
     def __init__(self, name: Name, arguments: tuple[Any, ...]) -> None:
         self.name, self.arguments = name, arguments
         self.state: Any = None
-        """What it would be given afterwards."""
+        """Argument of `__setstate__`."""
         self.items = Items()
-        """What would be entered into it, where it is a mapping."""
+        """Items that the pickle would set, if the object is a mapping."""
 
 
 @dataclass(frozen=True)
 class InertObject:
-    """A reference to what stands beside the pickle, e.g. a tensor's storage."""
+    """A persistent id, such as the reference to a tensor's storage."""
 
     key: Any
 
 
 class _Mark:
-    """Where a run of values begins on the stack."""
+    """Mark on the stack."""
 
 
 def read(raw: bytes, allowed: Callable[[Name], bool]) -> Any:
-    """Return the values of a pickle; ValueError where it is cut off, holds a name that is not allowed, or
-    does what pickles of plain values do not."""
+    """Parse a pickle; raises ValueError if it is truncated, or has a forbidden name or opcode."""
     machine = _Machine(allowed)
     for opcode, argument, position in pickletools.genops(raw):
         try:
             if opcode.name == "STOP":
-                return machine.result()
-            machine.do(opcode.name, argument)
+                return machine.get_result()
+            machine.execute(opcode.name, argument)
         except (IndexError, KeyError, TypeError) as e:
-            raise ValueError(f"at byte {position}, {opcode.name} does not fit what stands before it "
+            raise ValueError(f"at byte {position}, {opcode.name} does not fit the preceding opcodes "
                              f"({type(e).__name__})") from None
     raise ValueError("it has no end")
 
 
 class _Machine:
-    """The stack and the memo."""
+    """Stack and memo of the pickle interpreter."""
 
     def __init__(self, allowed: Callable[[Name], bool]) -> None:
         self._allowed = allowed
@@ -102,52 +99,54 @@ class _Machine:
             "MARK": lambda: self._stack.append(_Mark()),
             "EMPTY_TUPLE": lambda: self._stack.append(()), "EMPTY_LIST": lambda: self._stack.append([]),
             "EMPTY_DICT": lambda: self._stack.append(Items()), "EMPTY_SET": lambda: self._stack.append([]),
-            "TUPLE": lambda: self._stack.append(tuple(self._run())),
-            "FROZENSET": lambda: self._stack.append(self._run()),
-            "TUPLE1": lambda: self._tuple(1), "TUPLE2": lambda: self._tuple(2),
-            "TUPLE3": lambda: self._tuple(3),
-            "APPEND": lambda: self._extend([self._pop()]), "APPENDS": lambda: self._extend(self._run()),
-            "ADDITEMS": lambda: self._extend(self._run()),
-            "SETITEM": lambda: self._enter([self._pop(), self._pop()][::-1]),
-            "SETITEMS": lambda: self._enter(self._run()),
-            "STACK_GLOBAL": lambda: self._named([self._pop(), self._pop()][::-1]),
-            "NEWOBJ": self._make, "REDUCE": self._make, "BUILD": self._build,
-            "BINPERSID": lambda: self._stack.append(InertObject(self._pop())),
+            "TUPLE": lambda: self._stack.append(tuple(self._pop_to_mark())),
+            "FROZENSET": lambda: self._stack.append(self._pop_to_mark()),
+            "TUPLE1": lambda: self._push_tuple(1), "TUPLE2": lambda: self._push_tuple(2),
+            "TUPLE3": lambda: self._push_tuple(3),
+            "APPEND": lambda: self._append_values([self._pop_value()]),
+            "APPENDS": lambda: self._append_values(self._pop_to_mark()),
+            "ADDITEMS": lambda: self._append_values(self._pop_to_mark()),
+            "SETITEM": lambda: self._set_items([self._pop_value(), self._pop_value()][::-1]),
+            "SETITEMS": lambda: self._set_items(self._pop_to_mark()),
+            "STACK_GLOBAL": lambda: self._push_name([self._pop_value(), self._pop_value()][::-1]),
+            "NEWOBJ": self._push_call, "REDUCE": self._push_call, "BUILD": self._set_state,
+            "BINPERSID": lambda: self._stack.append(InertObject(self._pop_value())),
         }
 
-    def do(self, opcode: str, argument: Any) -> None:
-        """Do one step; ValueError, IndexError, KeyError or TypeError where it does not fit."""
+    def execute(self, opcode: str, argument: Any) -> None:
+        """Execute an opcode; raises ValueError, IndexError, KeyError or TypeError if it does not fit the
+        stack."""
         if opcode in _ARGUMENTS:
             self._stack.append(argument)
         elif opcode in _CONSTANTS:
             self._stack.append(_CONSTANTS[opcode])
         elif opcode in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
-            self._memo[len(self._memo) if opcode == "MEMOIZE" else argument] = self._top()
+            self._memo[len(self._memo) if opcode == "MEMOIZE" else argument] = self._peek_value()
         elif opcode in ("BINGET", "LONG_BINGET"):
             self._stack.append(self._memo[argument])
         elif opcode == "GLOBAL":
-            self._named(argument.split(" ", 1))
+            self._push_name(argument.split(" ", 1))
         elif opcode in self._steps:
             self._steps[opcode]()
-        elif opcode not in _NOTHING:
-            raise ValueError(f"it holds the opcode {opcode}, which no pickle of plain values has")
+        elif opcode not in _IGNORED_OPCODES:
+            raise ValueError(f"it has the opcode {opcode}, which pickles of plain values do not have")
 
-    def result(self) -> Any:
+    def get_result(self) -> Any:
         if len(self._stack) != 1 or isinstance(self._stack[0], _Mark):
-            raise ValueError(f"it ends with {len(self._stack)} values in the place of one")
+            raise ValueError(f"it ends with {len(self._stack)} values instead of one")
         return self._stack[0]
 
-    def _pop(self) -> Any:
-        self._top()
+    def _pop_value(self) -> Any:
+        self._peek_value()
         return self._stack.pop()
 
-    def _top(self) -> Any:
+    def _peek_value(self) -> Any:
         if isinstance(self._stack[-1], _Mark):
-            raise TypeError("a mark stands where a value is needed")
+            raise TypeError("a mark is on the stack instead of a value")
         return self._stack[-1]
 
-    def _run(self) -> list[Any]:
-        """Return the values above the last mark, and take both away."""
+    def _pop_to_mark(self) -> list[Any]:
+        """Pop the values above the last mark, and the mark."""
         start = len(self._stack) - 1
         while not isinstance(self._stack[start], _Mark):
             start -= 1
@@ -157,75 +156,74 @@ class _Machine:
         del self._stack[start:]
         return values
 
-    def _tuple(self, count: int) -> None:
-        values = [self._pop() for _ in range(count)][::-1]
+    def _push_tuple(self, count: int) -> None:
+        values = [self._pop_value() for _ in range(count)][::-1]
         self._stack.append(tuple(values))
 
-    def _extend(self, values: list[Any]) -> None:
-        target = self._top()
+    def _append_values(self, values: list[Any]) -> None:
+        target = self._peek_value()
         if type(target) is not list:
-            raise TypeError("values are appended to what is no list")
+            raise TypeError("values are appended to an object that is not a list")
         target.extend(values)
 
-    def _enter(self, values: list[Any]) -> None:
+    def _set_items(self, values: list[Any]) -> None:
         if len(values) % 2:
             raise TypeError("a key has no value")
-        target = self._top()
+        target = self._peek_value()
         pairs = target.items if isinstance(target, InertCall) else target
         if not isinstance(pairs, Items):
-            raise TypeError("keys are entered into what is no dict")
+            raise TypeError("items are set on an object that is not a dict")
         pairs.extend(zip(values[::2], values[1::2], strict=True))
 
-    def _named(self, words: list[Any]) -> None:
+    def _push_name(self, words: list[Any]) -> None:
         module, name = words
         if not (isinstance(module, str) and isinstance(name, str)):
-            raise TypeError("a name is no text")
-        found = Name(module, name)
-        if not self._allowed(found):
-            raise ValueError(f"it names {str(found)!r}, which has no place in it")
-        self._stack.append(found)
+            raise TypeError("a name is not text")
+        global_name = Name(module, name)
+        if not self._allowed(global_name):
+            raise ValueError(f"it names {str(global_name)!r}, which is not allowed")
+        self._stack.append(global_name)
 
-    def _make(self) -> None:
-        arguments, name = self._pop(), self._pop()
+    def _push_call(self) -> None:
+        arguments, name = self._pop_value(), self._pop_value()
         if not (isinstance(name, Name) and isinstance(arguments, tuple)):
-            raise TypeError("something is called that is no name")
+            raise TypeError("a value is called that is not a name")
         self._stack.append(InertCall(name, arguments))
 
-    def _build(self) -> None:
-        state, target = self._pop(), self._top()
+    def _set_state(self) -> None:
+        state, target = self._pop_value(), self._peek_value()
         if not isinstance(target, InertCall) or target.state is not None:
-            raise TypeError("a state is given to what cannot have one")
+            raise TypeError("a state is set on an object without one")
         target.state = state
 
 
 def fields(value: Any, *names: Name) -> dict[str, Any]:
-    """Return the attributes that an object would have; ValueError where it is not of one of the named
-    classes, or its attributes are not named once each."""
+    """Return the attributes of an object of one of the named classes; raises ValueError for other values."""
     if not (isinstance(value, InertCall) and value.name in names):
-        raise ValueError(f"a {names[0].name} is needed where {_kind(value)} stands")
+        raise ValueError(f"a {names[0].name} is needed instead of {_describe_type(value)}")
     return text_keys(value.state if value.state is not None else Items())
 
 
 def text_keys(value: Any) -> dict[str, Any]:
-    """Return a dict with text for keys; ValueError where it is none, or a key stands there twice."""
+    """Convert pairs with unique text keys to a dict; raises ValueError for other values."""
     if not isinstance(value, Items) or not all(isinstance(key, str) for key, _ in value):
-        raise ValueError(f"a dict with text for keys is needed where {_kind(value)} stands")
-    found = dict(value)
-    if len(found) != len(value):
-        raise ValueError("a key stands in a dict twice")
-    return found
+        raise ValueError(f"a dict with text keys is needed instead of {_describe_type(value)}")
+    mapping = dict(value)
+    if len(mapping) != len(value):
+        raise ValueError("a dict has a key twice")
+    return mapping
 
 
-def _kind(value: Any) -> str:
+def _describe_type(value: Any) -> str:
     return str(value.name) if isinstance(value, InertCall) else f"a {type(value).__name__}"
 
 
-# The names that may stand in a checkpoint's pickles.  None of them is ever imported.
+# Names that are allowed in pickles of a checkpoint. They are never imported.
 
 _META, _PLAN = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner"
 METADATA = Name(_META, "Metadata")
 MCORE_METADATA = Name("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata")
-"""The library's own class for it, up to 0.15."""
+"""Class of the metadata up to megatron-core 0.15."""
 TENSOR, BYTES = Name(_META, "TensorStorageMetadata"), Name(_META, "BytesStorageMetadata")
 PROPERTIES, CHUNK = Name(_META, "TensorProperties"), Name(_META, "ChunkStorageMetadata")
 PLACE = Name(_META, "MetadataIndex")
@@ -234,12 +232,12 @@ SIZE = Name("torch", "Size")
 DTYPE_NAMES = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8",
                "bool", "float8_e4m3fn", "float8_e5m2")
 MEMBER = Name("builtins", "getattr")
-"""How Python 3.11 writes a member of an enumeration."""
+"""Used by Python 3.11 for members of enumerations."""
 _INDEX = {
     METADATA, MCORE_METADATA, TENSOR, BYTES, PROPERTIES, CHUNK, PLACE, STORED, SIZE,
     Name(_META, "StorageMeta"), Name(_META, "_MEM_FORMAT_ENCODING"),
     Name("torch.serialization", "_get_layout"),
-    # plans of the processes, which the library keeps for the next time it saves
+    # Save plans of the processes, which Megatron caches for its next save.
     Name("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
     *(Name(_PLAN, name) for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData",
                                      "BytesIOWriteData")),
@@ -253,52 +251,52 @@ PARAMETER = Name("torch._utils", "_rebuild_parameter")
 STORAGES = {Name("torch", f"{name}Storage"): dtype for name, dtype in {
     "Double": ("float64", 8), "Float": ("float32", 4), "BFloat16": ("bfloat16", 2), "Half": ("float16", 2),
     "Long": ("int64", 8), "Int": ("int32", 4), "Byte": ("uint8", 1), "Bool": ("bool", 1)}.items()}
-"""Name of a storage in torch -> dtype of its tensors, and bytes of a number."""
+"""Storage class -> dtype and bytes per number."""
 NAMESPACE = Name("argparse", "Namespace")
-_OF_SETTINGS = ("megatron", "torch", "transformer_engine", "nvidia_resiliency_ext", "numpy", "datetime",
+_SETTINGS_PACKAGES = ("megatron", "torch", "transformer_engine", "nvidia_resiliency_ext", "numpy", "datetime",
                 "enum", "types")
-"""Packages whose classes and enumerations stand among settings; they are told as names."""
+"""Packages whose classes and enumerations occur in settings; they are read as names."""
 _PLAIN = {"set", "frozenset", "complex", "bytearray", "slice", "range"}
 _CODECS = Name("_codecs", "encode")
-"""How protocol 2 writes bytes."""
+"""Used by pickle protocol 2 for bytes."""
 
 
 def in_index(name: Name) -> bool:
-    """Return whether a name may stand in the index."""
+    """Return whether a name is allowed in the index."""
     return name in _INDEX
 
 
 def in_tensor(name: Name) -> bool:
-    """Return whether a name may stand in the header of a stored tensor."""
+    """Return whether a name is allowed in the header of a stored tensor."""
     return name in STORAGES or name in (REBUILT, PARAMETER, ORDERED)
 
 
 def in_settings(name: Name) -> bool:
-    """Return whether a name may stand in the settings that a checkpoint carries."""
-    return (name in (NAMESPACE, ORDERED, _CODECS, MEMBER) or name.module.split(".")[0] in _OF_SETTINGS
+    """Return whether a name is allowed in the settings of a checkpoint."""
+    return (name in (NAMESPACE, ORDERED, _CODECS, MEMBER) or name.module.split(".")[0] in _SETTINGS_PACKAGES
             or (name.module in ("builtins", "__builtin__") and name.name in _PLAIN)
             or name.module in ("pathlib", "pathlib._local") or name == Name("signal", "Signals"))
 
 
-# The index of a `torch_dist` checkpoint (`.metadata`, a pickled `torch.distributed.checkpoint.Metadata`):
-# which tensors there are, and in which bytes of which file each part of them stands.
+# Index of a `torch_dist` checkpoint (`.metadata`, a pickled `torch.distributed.checkpoint.Metadata`):
+# tensors, and the file and byte range of each block.
 
 MAX_AXES = 8
 MAX_SIZE = 1 << 48
-"""Of an axis, an offset or a file."""
+"""Limit of an axis, offset or file size."""
 COMMON_STATE = "common_state/shard_0_1"
-"""Key of the settings, which megatron-core from 0.19 on stores among tensors."""
+"""Key of the settings, which megatron-core stores among the tensors since version 0.19."""
 OF_TRAINING = ("optimizer.", "chained_", "opt_param_scheduler", "rng_state", "rerun_state_machine")
-"""Beginnings of the keys of what only goes on with a run."""
+"""Key prefixes of training state, which is not imported."""
 Index = dict[str, Any]
-"""As JSON: `tensors`: key -> [dtype, shape, pieces], a piece being [file, first byte, bytes, offset, shape];
-`num_skipped`: tensors of the optimizer; `num_objects`: entries that are no tensors; `settings`: [file, first
-byte, bytes] of the settings, None where they have a file of their own."""
+"""JSON object. `tensors`: key -> [dtype, shape, pieces], with a piece [file, start, length, offset, shape];
+`num_skipped`: optimizer tensors; `num_objects`: entries that are not tensors; `settings`: [file, start,
+length], None if the settings have a file of their own."""
 
 
 def read_index(raw: bytes) -> Index:
-    """Return the model's tensors in an index; ValueError where it holds anything but tensors' metadata, or
-    places that cannot be."""
+    """Parse an index; raises ValueError if it contains other objects than tensor metadata, or invalid
+    offsets."""
     try:
         metadata = fields(read(raw, in_index), METADATA, MCORE_METADATA)
         entries = text_keys(metadata["state_dict_metadata"])
@@ -311,7 +309,7 @@ def read_index(raw: bytes) -> Index:
             elif key.startswith(OF_TRAINING):
                 num_skipped += 1
             else:
-                tensors[key] = _tensor(key, value, stored)
+                tensors[key] = _parse_tensor(key, value, stored)
     except KeyError as e:
         raise ValueError(f"it lacks {str(e)[:200]}") from None
     return {"tensors": tensors, "num_objects": num_objects, "num_skipped": num_skipped,
@@ -319,148 +317,147 @@ def read_index(raw: bytes) -> Index:
 
 
 def _read_stored(value: Any) -> dict[tuple[str, tuple[int, ...]], list[Any]]:
-    """Return where each part of each tensor stands: [file, first byte, bytes]."""
+    """Return (key, offset) -> [file, start, length] of each stored block."""
     if not isinstance(value, list):
-        raise ValueError("it does not say where tensors are stored")
-    found = {}
+        raise ValueError("it does not list stored tensors")
+    places = {}
     for place, info in value:
-        where = fields(place, PLACE)
-        if not isinstance(where["fqn"], str):
-            raise ValueError("a stored part belongs to no name")
-        is_settings = where["fqn"] == COMMON_STATE
-        if where.get("offset") is None and not is_settings:  # an object, or a tensor that is no part
+        index_entry = fields(place, PLACE)
+        if not isinstance(index_entry["fqn"], str):
+            raise ValueError("a stored block has no key")
+        is_settings = index_entry["fqn"] == COMMON_STATE
+        if index_entry.get("offset") is None and not is_settings:  # an object, or an unsharded tensor
             continue
-        at = (where["fqn"], () if is_settings else _sizes(where["offset"]))
+        key = (index_entry["fqn"], () if is_settings else _parse_sizes(index_entry["offset"]))
         stored = fields(info, STORED)
         if stored.get("transform_descriptors"):
-            raise ValueError(f"{where['fqn'][:200]}: is stored compressed, or transformed in another way, "
-                             "which is not read")
-        if at in found:
-            raise ValueError(f"{where['fqn'][:200]}: a part of it is stored twice")
-        found[at] = [_file(stored["relative_path"]), _number(stored["offset"]), _number(stored["length"])]
-    return found
+            raise ValueError(f"{index_entry['fqn'][:200]}: is compressed or transformed, which is not "
+                             "supported")
+        if key in places:
+            raise ValueError(f"{index_entry['fqn'][:200]}: a block is stored twice")
+        places[key] = [_parse_path(stored["relative_path"]), _parse_number(stored["offset"]),
+                       _parse_number(stored["length"])]
+    return places
 
 
-def _tensor(key: str, value: Any, stored: dict[tuple[str, tuple[int, ...]], list[Any]]) -> list[Any]:
+def _parse_tensor(key: str, value: Any, stored: dict[tuple[str, tuple[int, ...]], list[Any]]) -> list[Any]:
     tensor = fields(value, TENSOR)
-    shape, chunks = _sizes(tensor["size"]), tensor["chunks"]
-    dtype = _dtype(tensor["properties"])
+    shape, chunks = _parse_sizes(tensor["size"]), tensor["chunks"]
+    dtype = _parse_dtype(tensor["properties"])
     if type(chunks) is not list or not chunks:
-        raise ValueError(f"{key[:200]}: does not say what parts it has")
+        raise ValueError(f"{key[:200]}: has no list of blocks")
     pieces = []
     for chunk in chunks:
         part = fields(chunk, CHUNK)
-        offset, extent = _sizes(part["offsets"]), _sizes(part["sizes"])
+        offset, extent = _parse_sizes(part["offsets"]), _parse_sizes(part["sizes"])
         if not len(shape) == len(offset) == len(extent) or any(
-                o + n > whole for o, n, whole in zip(offset, extent, shape, strict=True)):
-            raise ValueError(f"{key[:200]}: a part of {list(extent)} at {list(offset)} does not lie in a "
+                o + n > size for o, n, size in zip(offset, extent, shape, strict=True)):
+            raise ValueError(f"{key[:200]}: a block of {list(extent)} at {list(offset)} is outside the "
                              f"tensor of {list(shape)}")
-        # taken out: a list of parts that is named again and again shall not fill the memory
+        # `pop`, so that an index that repeats a block cannot exhaust memory.
         file, start, length = stored.pop((key, offset), ("", 0, 0))
         if not file:
-            raise ValueError(f"{key[:200]}: the part at {list(offset)} is stored nowhere")
+            raise ValueError(f"{key[:200]}: the block at {list(offset)} is not stored")
         if math.prod(extent) > length:
-            raise ValueError(f"{key[:200]}: the part of {list(extent)} at {list(offset)} would stand in "
-                             f"{length} bytes")
+            raise ValueError(f"{key[:200]}: the block of {list(extent)} at {list(offset)} has only {length} "
+                             "bytes")
         pieces.append([file, start, length, offset, extent])
     return [dtype, shape, pieces]
 
 
-def _dtype(value: Any) -> str:
-    """Return the name of a tensor's dtype; its properties are written as a tuple that it comes first in."""
+def _parse_dtype(value: Any) -> str:
+    """Return the dtype name, the first item in the tuple of tensor properties."""
     if not (isinstance(value, InertCall) and value.name == PROPERTIES):
         raise ValueError("a tensor has no properties")
-    found = value.state[0] if isinstance(value.state, tuple) and value.state else None
-    if not (isinstance(found, Name) and found.module == "torch" and found.name in DTYPE_NAMES):
+    dtype = value.state[0] if isinstance(value.state, tuple) and value.state else None
+    if not (isinstance(dtype, Name) and dtype.module == "torch" and dtype.name in DTYPE_NAMES):
         raise ValueError("a tensor has no dtype")
-    return found.name
+    return dtype.name
 
 
-def _sizes(value: Any) -> tuple[int, ...]:
-    """Return the numbers of a torch.Size."""
+def _parse_sizes(value: Any) -> tuple[int, ...]:
+    """Return the sizes in a `torch.Size`."""
     if not (isinstance(value, InertCall) and value.name == SIZE and len(value.arguments) == 1
             and isinstance(value.arguments[0], (tuple, list))):
-        raise ValueError("a torch.Size is needed where something else stands")
+        raise ValueError("a torch.Size is needed")
     sizes = tuple(value.arguments[0])
     if len(sizes) > MAX_AXES:
-        raise ValueError(f"a tensor would have {len(sizes)} axes, at most {MAX_AXES} are read")
-    return tuple(_numbers(sizes))
+        raise ValueError(f"a tensor has {len(sizes)} axes, more than {MAX_AXES}")
+    return tuple(_parse_numbers(sizes))
 
 
-def _numbers(values: Iterable[Any]) -> Iterator[int]:
-    return map(_number, values)
+def _parse_numbers(values: Iterable[Any]) -> Iterator[int]:
+    return map(_parse_number, values)
 
 
-def _number(value: Any) -> int:
+def _parse_number(value: Any) -> int:
     if type(value) is not int or not 0 <= value <= MAX_SIZE:
-        raise ValueError("a size or place is no number, negative, or beyond any file")
+        raise ValueError("a size or offset is not an integer, negative, or too large")
     return value
 
 
-def _file(value: Any) -> str:
+def _parse_path(value: Any) -> str:
     parts = PurePosixPath(value).parts if isinstance(value, str) else ()
     if not parts or parts[0] == "/" or ".." in parts or "\0" in value:
-        raise ValueError(f"a tensor would stand in {str(value)[:200]!r}, which is not a file below the "
-                         "checkpoint's folder")
+        raise ValueError(f"a tensor is stored in {str(value)[:200]!r}, which is outside the checkpoint "
+                         "folder")
     return str(value)
 
 
-# The settings that a checkpoint of Megatron-LM carries: the `args` in its `common.pt`, or in a part of a file
-# of tensors, which is the same in a list.
+# Settings of a Megatron-LM checkpoint: `args` in `common.pt` or, as a list of one item, in a file of tensors.
 
 MAX_VALUES = 200_000
-"""Of all settings together, lists counted out."""
+"""Limit of values in all settings, with items of lists."""
 MAX_DEPTH = 6
 
 
 def read_settings(raw: bytes) -> dict[str, Any]:
-    """Return `args` and `iteration` of a common.pt as JSON values, other values as text; ValueError where
-    torch.save did not write it, or it holds names that settings do not have."""
-    found = TorchArchive(io.BytesIO(raw), in_settings).header
-    top = text_keys(found[0] if type(found) is list and len(found) == 1 else found)
-    plain = _Plain()
-    args = fields(top["args"], NAMESPACE) if "args" in top else {}
-    return {"args": {name: plain.value(value, 0) for name, value in args.items()},
-            "iteration": plain.value(top.get("iteration"), 0)}
+    """Return `args` and `iteration` of a common.pt as JSON values; raises ValueError for a malformed file."""
+    header = TorchArchive(io.BytesIO(raw), in_settings).header
+    settings = text_keys(header[0] if type(header) is list and len(header) == 1 else header)
+    converter = _JsonConverter()
+    args = fields(settings["args"], NAMESPACE) if "args" in settings else {}
+    return {"args": {name: converter.convert(value, 0) for name, value in args.items()},
+            "iteration": converter.convert(settings.get("iteration"), 0)}
 
 
-class _Plain:
-    """Turns values into JSON ones, and counts them."""
+class _JsonConverter:
+    """Converts parsed values to JSON values, and counts them."""
 
     def __init__(self) -> None:
         self._num_values = 0
 
-    def value(self, value: Any, depth: int) -> Any:
-        """Return a JSON value; ValueError where there are too many."""
+    def convert(self, value: Any, depth: int) -> Any:
+        """Return a JSON value; other values become text. Raises ValueError above `MAX_VALUES`."""
         self._num_values += 1
         if self._num_values > MAX_VALUES or depth > MAX_DEPTH:
-            raise ValueError("its settings hold more values than settings have")
+            raise ValueError("its settings have too many values")
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         if isinstance(value, Name):
             return str(value).removeprefix("torch.")
         if isinstance(value, Items):
-            return {str(key): self.value(item, depth + 1) for key, item in value
+            return {str(key): self.convert(item, depth + 1) for key, item in value
                     if isinstance(key, (str, int, float, bool))}
         if isinstance(value, (list, tuple)):
-            return [self.value(item, depth + 1) for item in value]
-        if isinstance(value, InertCall):  # an enumeration's member, a path, a duration
-            return {"class": str(value.name), "of": self.value(value.arguments, depth + 1)}
+            return [self.convert(item, depth + 1) for item in value]
+        if isinstance(value, InertCall):  # member of an enumeration, path or duration
+            return {"class": str(value.name), "of": self.convert(value.arguments, depth + 1)}
         return f"<{type(value).__name__}>"
 
 
-# Tensors as `torch.save` wrote them: a zip archive with a pickled header, and the bytes of each storage.
+# Files of `torch.save`: a zip archive with a pickled header and the bytes of each storage.
 
 MAX_HEADER_BYTES = 256 << 20
 _LOCAL_HEADER_BYTES = 30
-"""Of a member, before its name and what follows it (APPNOTE.TXT of PKWARE, 4.3.7)."""
+"""Local file header of a zip member, before name and extra field (APPNOTE.TXT of PKWARE, 4.3.7)."""
 
 
 class TorchArchive:
-    """A file that `torch.save` wrote: `header` is its pickle as data."""
+    """A `torch.save` file; `header` is its parsed pickle."""
 
     def __init__(self, file: Any, allowed: Callable[[Name], bool] = in_tensor) -> None:
-        """Read the header; ValueError where the file is no such archive, or a name is not allowed in it."""
+        """Parse the header; raises ValueError for a malformed file or a forbidden name."""
         self._file, self._size_bytes = file, file.seek(0, io.SEEK_END)
         try:
             with zipfile.ZipFile(file) as archive:
@@ -470,113 +467,121 @@ class TorchArchive:
                        for info in self._members.values()):
                     raise ValueError("its archive is compressed or encrypted")
                 if header is None or header.file_size > MAX_HEADER_BYTES:
-                    raise ValueError(f"its archive has no header, or one above {MAX_HEADER_BYTES} bytes")
+                    raise ValueError(f"its archive has no header, or a header above {MAX_HEADER_BYTES} bytes")
                 if order is not None and archive.read(order) != b"little":
-                    raise ValueError("its bytes are in big-endian order")
+                    raise ValueError("its bytes are big-endian")
                 self.header = read(archive.read(header), allowed)
         except (zipfile.BadZipFile, NotImplementedError, EOFError) as e:
-            raise ValueError(f"it is no archive of torch.save ({e}), as torch writes it from 1.6 "
-                             "on") from None
+            raise ValueError(f"it is not a torch.save archive ({e}) in the format since torch 1.6") from None
 
-    def find(self, made: Any) -> tuple[str, tuple[int, ...], int, int]:
-        """Return dtype, shape, first byte in the file and bytes of a tensor of the header; ValueError for
-        anything else, and for a tensor that does not stand row by row in its storage."""
-        if isinstance(made, InertCall) and made.name == PARAMETER and made.arguments:
-            made = made.arguments[0]
-        if not (isinstance(made, InertCall) and made.name == REBUILT and len(made.arguments) >= 4):
-            raise ValueError("its header describes no tensor")
-        held, first, shape, strides = made.arguments[:4]
-        stored = held.key if isinstance(held, InertObject) else ()
-        if not (isinstance(stored, tuple) and len(stored) == 5 and stored[0] == "storage"
-                and isinstance(stored[1], Name) and stored[1] in STORAGES and isinstance(stored[2], str)):
-            raise ValueError("its header names no storage of numbers")
+    def find(self, value: Any) -> tuple[str, tuple[int, ...], int, int]:
+        """Return (dtype, shape, first byte, size in bytes) of a contiguous tensor in the header.
+
+        Raises:
+            ValueError: `value` is not a tensor, is not contiguous, or exceeds its storage.
+        """
+        if isinstance(value, InertCall) and value.name == PARAMETER and value.arguments:
+            value = value.arguments[0]
+        if not (isinstance(value, InertCall) and value.name == REBUILT and len(value.arguments) >= 4):
+            raise ValueError("its header does not describe a tensor")
+        reference, first, shape, strides = value.arguments[:4]
+        storage = reference.key if isinstance(reference, InertObject) else ()
+        if not (isinstance(storage, tuple) and len(storage) == 5 and storage[0] == "storage"
+                and isinstance(storage[1], Name) and storage[1] in STORAGES and isinstance(storage[2], str)):
+            raise ValueError("its header names no known storage")
         if not (isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides)
-                and all(type(n) is int and 0 <= n <= MAX_SIZE for n in (stored[4], first, *shape, *strides))):
-            raise ValueError("its header has no sizes")
+                and all(type(n) is int and 0 <= n <= MAX_SIZE
+                        for n in (storage[4], first, *shape, *strides))):
+            raise ValueError("its header has invalid sizes")
         expected = [math.prod(shape[axis + 1:]) for axis in range(len(shape))]
-        if any(n > 1 and stride != whole for n, stride, whole in zip(shape, strides, expected, strict=True)):
-            raise ValueError(f"it does not stand row by row (strides {list(strides)[:8]})")
-        (dtype, itemsize), member = STORAGES[stored[1]], self._members.get(f"data/{stored[2]}")
-        if member is None or member.file_size != stored[4] * itemsize:
-            raise ValueError(f"its archive does not hold the {stored[4]} numbers that the header says")
+        if any(n > 1 and stride != contiguous_stride
+               for n, stride, contiguous_stride in zip(shape, strides, expected, strict=True)):
+            raise ValueError(f"it is not contiguous (strides {list(strides)[:8]})")
+        (dtype, itemsize), member = STORAGES[storage[1]], self._members.get(f"data/{storage[2]}")
+        if member is None or member.file_size != storage[4] * itemsize:
+            raise ValueError(f"its archive does not have the {storage[4]} numbers of the header")
         self._file.seek(member.header_offset)
-        local = self._file.read(_LOCAL_HEADER_BYTES)
-        begin = (member.header_offset + _LOCAL_HEADER_BYTES + int.from_bytes(local[26:28], "little")
-                 + int.from_bytes(local[28:30], "little"))
+        local_header = self._file.read(_LOCAL_HEADER_BYTES)
+        data_start = (member.header_offset + _LOCAL_HEADER_BYTES
+                      + int.from_bytes(local_header[26:28], "little")
+                      + int.from_bytes(local_header[28:30], "little"))
         count = math.prod(shape)
-        if local[:4] != b"PK\3\4" or first + count > stored[4] or (
-                begin + member.file_size > self._size_bytes):
-            raise ValueError("it reaches beyond its bytes")
-        return dtype, shape, begin + first * itemsize, count * itemsize
+        if local_header[:4] != b"PK\3\4" or first + count > storage[4] or (
+                data_start + member.file_size > self._size_bytes):
+            raise ValueError("it exceeds its storage")
+        return dtype, shape, data_start + first * itemsize, count * itemsize
 
 
 REMEDY = "restore the checkpoint from its source"
 READERS = {"index": read_index, "settings": read_settings}
 MAX_FILE_BYTES = 1 << 30
 BASE_MEMORY_BYTES, MEMORY_PER_BYTE = 1 << 29, 60
-"""A value of one byte in a pickle is an object of some 50 bytes in memory."""
+"""A pickled value of one byte becomes an object of about 50 bytes in memory."""
 BASE_TIME_S, BYTES_PER_S = 60, 200_000
-"""Processor time that is left to it: some ten times what it takes."""
+"""CPU time limit of the subprocess, about ten times the normal time."""
 CLOCK_FACTOR = 20
-"""Times on the clock for the processor time, against a hang alone: processes share a machine."""
+"""Wall-clock limit as a multiple of the CPU limit, to stop a hang on a shared machine."""
 _CODE = ("import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
          "from megatron_sov.convert.inert_pickle import main; main(sys.argv[1])")
 
 
 def read_apart(what: str, path: Path, start: int = 0, length_bytes: int | None = None) -> dict[str, Any]:
-    """Return what a file of a checkpoint says.
+    """Parse a file of a checkpoint in a subprocess.
 
     Args:
-        what: name in `READERS`.
+        what: key of `READERS`.
         path: the file.
-        start: the first byte that is read.
-        length_bytes: how many are; None: all.
+        start: offset of the first byte.
+        length_bytes: number of bytes; None reads to the end.
 
     Raises:
-        UserError: it holds what it should not, is too large, or the process was ended for what it took.
+        UserError: the content is forbidden or malformed, the file is too large, or the subprocess exceeded
+            its limits.
     """
     try:
         size_bytes = path.stat().st_size if length_bytes is None else length_bytes
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); {REMEDY}") from None
     if not path.is_file() or size_bytes > MAX_FILE_BYTES:
-        raise UserError(f"{path}: has {format_size(size_bytes)}, and at most {format_size(MAX_FILE_BYTES)} "
-                        f"are read; {REMEDY}")
+        raise UserError(f"{path}: has {format_size(size_bytes)}, but at most {format_size(MAX_FILE_BYTES)} "
+                        f"are supported; {REMEDY}")
     time_s = BASE_TIME_S + size_bytes // BYTES_PER_S
-    order = json.dumps({"what": what, "path": str(path.absolute()), "start": start,
+    request = json.dumps({"what": what, "path": str(path.absolute()), "start": start,
                         "size_bytes": size_bytes,
                         "memory_bytes": BASE_MEMORY_BYTES + MEMORY_PER_BYTE * size_bytes, "time_s": time_s})
     paths = json.dumps([os.path.abspath(entry) for entry in sys.path if entry])
     try:
-        done = subprocess.run([sys.executable, "-P", "-c", _CODE, order, paths], stdin=subprocess.DEVNULL,
-                              capture_output=True, timeout=CLOCK_FACTOR * time_s, check=False, cwd="/",
-                              env={"PATH": os.defpath, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"})
-        answer = json.loads(done.stdout)
+        process = subprocess.run([sys.executable, "-P", "-c", _CODE, request, paths],
+                                 stdin=subprocess.DEVNULL, capture_output=True, check=False, cwd="/",
+                                 timeout=CLOCK_FACTOR * time_s,
+                                 env={"PATH": os.defpath, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"})
+        reply = json.loads(process.stdout)
     except (subprocess.TimeoutExpired, ValueError):
-        answer = {"error": "it takes more memory or time than a file of its size can need"}
-    if "error" in answer:
-        raise UserError(f"{path}: is not read, for {answer['error']}; {REMEDY}")
-    return dict(answer["found"])
+        reply = {"error": "it needs more memory or time than a valid file of its size"}
+    if "error" in reply:
+        raise UserError(f"{path}: cannot be read: {reply['error']}; {REMEDY}")
+    return dict(reply["found"])
 
 
-def main(order: str) -> None:
-    """Read one file, in the process that has been started for it."""
-    asked = json.loads(order)
-    limit(resource.RLIMIT_AS, asked["memory_bytes"])
-    limit(resource.RLIMIT_CPU, asked["time_s"])
+def main(request: str) -> None:
+    """Parse one file; entry point of the subprocess."""
+    arguments = json.loads(request)
+    limit(resource.RLIMIT_AS, arguments["memory_bytes"])
+    limit(resource.RLIMIT_CPU, arguments["time_s"])
     limit(resource.RLIMIT_FSIZE, 0)
     limit(resource.RLIMIT_CORE, 0)
     try:
-        with open(asked["path"], "rb") as f:
-            f.seek(asked["start"])
-            found = READERS[asked["what"]](f.read(asked["size_bytes"]))
-        # as a whole, in this memory: one text that is named again and again would fill that of the reader
-        answer = json.dumps({"found": found})
+        with open(arguments["path"], "rb") as f:
+            f.seek(arguments["start"])
+            content = READERS[arguments["what"]](f.read(arguments["size_bytes"]))
+        # Serialized as a whole under the memory limit: text that is referenced many times would exhaust the
+        # parent.
+        reply = json.dumps({"found": content})
     except MemoryError:
-        answer = json.dumps({"error": "it takes more memory than a file of its size can need"})
+        reply = json.dumps({"error": "it needs more memory than a valid file of its size"})
     except (ValueError, OSError, RecursionError) as e:
-        answer = json.dumps({"error": str(e)[:500]})
-    sys.stdout.write(answer)
+        reply = json.dumps({"error": str(e)[:500]})
+    sys.stdout.write(reply)
     sys.stdout.flush()
-    # values nested a million deep would be taken apart one inside another
+    # Skip destructors: freeing values nested a million deep would overflow the stack.
     os._exit(0)

@@ -1,7 +1,6 @@
-"""Live import: Hugging Face tensors into the memory of a running model, at any layout.
+"""Export and import the weights of a running model under Hugging Face names, at any layout.
 
-The inverse of `live_export`, by the same links: what one model exports, another of the same family takes in,
-whatever the layouts of the two.
+Exports equal the files of `to_hf` bit for bit. Imports are the inverse, with the same links.
 """
 
 from __future__ import annotations
@@ -23,34 +22,29 @@ from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.adapters import adapted_modules, places
 from megatron_sov.model.families.weights import Link
 
-# Live export: the tensors of a model that is training, under their Hugging Face names, over any layout.
-#
-# The same links as in files: what a rollout engine is given equals, bit for bit, what `to_hf` writes of a
-# checkpoint of the moment.
-
 def export_weights(model: LanguageModel, dtype: str = KEEP, *,
                    everywhere: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (Hugging Face name, tensor) for every tensor of the model, in the order of the weight map.
+    """Yield (Hugging Face name, tensor) for all tensors of a model, in the order of the weight map
+    (collective).
 
-    All processes of the model's world call this and go through the iterator to its end, at the same moment of
-    training.  One tensor, or one layer's stacked experts, is gathered at a time: rank 0 holds that, and one
-    process's share of it.  A consumer that stops early must close the iterator (leaving the function does),
-    which lets the other processes finish.
+    All processes must iterate to the end at the same training step. One tensor, or the stacked experts of one
+    layer, is gathered at a time. A caller that stops early must close the generator, which lets other
+    processes finish.
 
     Args:
-        model: this process's part.
-        dtype: "float32", "bfloat16", "float16", "float64", or "keep" for the model's own (float32 for one of
-            float64 or with an adapter, see `peft.merged_dtype`); router biases are float32 always.
-        everywhere: every process receives every tensor, for engines that live on the trainer's own processes;
-            else rank 0 does, and the others take part and yield nothing.
+        model: local part of the model.
+        dtype: "float32", "bfloat16", "float16", "float64" or "keep" (float32 for float64 models, and
+            `peft.merged_dtype` with an adapter); router biases are always float32.
+        everywhere: yield tensors on every process, for engines in the trainer's processes; otherwise on rank
+            0.
 
     Yields:
-        Names and tensors on the model's device, in memory of their own: training may go on while they are
-        used.  Experts of one layer share memory; a consumer that keeps one keeps all of them.
+        Names and tensors in new memory on the model's device; training may continue while they are used.
+        Experts of a layer share memory.
 
     Raises:
-        UserError: on every process; the model is not what its family's weight map says,
-            or `dtype` does not exist.
+        UserError: on every process: the model does not match the weight map of its family, or `dtype` is
+            unknown.
     """
     check_dtype_name(dtype)
     links = models.get(model.architecture.family).links(model.architecture)
@@ -58,37 +52,37 @@ def export_weights(model: LanguageModel, dtype: str = KEEP, *,
     for link in links:
         by_key.setdefault(link.key, []).append(link)
     adapters: dict[str, dict[str, tuple[int, ...]]] = {}
-    for of in adapted_modules(model.architecture, model.lora):
-        adapters[of.link.key] = adapters.get(of.link.key, {}) | of.shapes(model.lora)
+    for module in adapted_modules(model.architecture, model.lora):
+        adapters[module.link.key] = adapters.get(module.link.key, {}) | module.shapes(model.lora)
     gatherer = Gatherer(local_shards(model, rounded=True), everywhere=everywhere)
     expected = {link.key: link.shape for link in links}
     for shapes in adapters.values():
         expected |= shapes
-    check_exact("the running model", gatherer.shapes(), expected, "mend its family's weight map")
-    # what changes a tensor comes just before it
+    check_exact("the running model", gatherer.shapes(), expected, "correct the weight map of its family")
+    # Adapter factors come directly before the weight that they change.
     tensors = in_order(gatherer, [k for key in by_key for k in (*adapters.get(key, ()), key)])
-    changing = places(model.architecture, model.lora)
-    held: dict[str, torch.Tensor] = {}
+    adapted_places = places(model.architecture, model.lora)
+    factors: dict[str, torch.Tensor] = {}
     try:
         for key, whole in tensors:
             if whole is None:
                 continue
             if key not in by_key:
-                held[key] = whole
+                factors[key] = whole
                 continue
             for link in by_key[key]:
-                own = merged_dtype(whole.dtype) if model.lora.on else whole.dtype
-                target = exported_dtype(dtype, link.fp32, own)
-                for name, tensor in _split(link, whole):
-                    yield name, (merge_adapter(tensor, changing[name], held, model.lora)
-                                 if name in changing else tensor).to(target)
-            held.clear()
+                model_dtype = merged_dtype(whole.dtype) if model.lora.on else whole.dtype
+                target = exported_dtype(dtype, link.fp32, model_dtype)
+                for name, tensor in _split_block(link, whole):
+                    yield name, (merge_adapter(tensor, adapted_places[name], factors, model.lora)
+                                 if name in adapted_places else tensor).to(target)
+            factors.clear()
     finally:
         tensors.close()
 
 
-def _split(link: Link, whole: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the Hugging Face tensors of one block of a whole tensor."""
+def _split_block(link: Link, whole: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the Hugging Face tensors in one block of a whole tensor."""
     block = whole[tuple(slice(o, o + n) for o, n in zip(link.offset, link.extent, strict=True))].reshape(
         link.block_shape)
     yield from link.split(block).items()
@@ -96,101 +90,98 @@ def _split(link: Link, whole: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class _Region:
-    """Where a part of a block lies in this process's memory."""
+    """Overlap of a block with a local shard."""
 
     target: torch.Tensor
-    """View of the live memory."""
+    """View into the shard."""
     source: tuple[slice, ...]
-    """The same part of the block, whose axes are as many as the global tensor's."""
+    """Slices of the block, one per axis of the global tensor."""
 
 
 class LiveImport:
-    """The way of Hugging Face tensors into one model, found once.
+    """Copies Hugging Face tensors into a model whose parameters keep their memory (collective).
 
-    All processes of the model's world make and use it together, each with all tensors in the same order.  A
-    model that trains has more than these weights, in its optimizer: it is loaded from a checkpoint.
+    Every process passes all tensors in the same order. Only weights are imported, no optimizer state.
+
+    Args:
+        model: local part of the model.
+
+    Raises:
+        UserError: the model has adapters.
     """
 
     @torch.no_grad()
     def __init__(self, model: LanguageModel) -> None:
-        """Find where every tensor goes.
-
-        Args:
-            model: this process's part, whose parameters stay where they are.
-
-        Raises:
-            UserError: the model has adapters.
-        """
         if model.lora.on:
-            raise UserError(f"lora.rank = {model.lora.rank}: tensors under Hugging Face names have an "
-                            "adapter inside, and this model would add its own to them; take them into a "
-                            "model without (lora.rank=0)")
+            raise UserError(f"lora.rank = {model.lora.rank}: imported weights are merged with their adapter, "
+                            "and this model would apply its own in addition; import into a model without "
+                            "adapter (lora.rank=0)")
         links = models.get(model.architecture.family).links(model.architecture)
         self._model = model
-        self._link_of = {name: link for link in links for name in link.hf_names}
+        self._links_by_name = {name: link for link in links for name in link.hf_names}
         self._shapes = {name: shape for link in links for name, shape in link.hf_shapes().items()}
         shards: dict[tuple[str, int], list[LocalShard]] = {}
         for shard in local_shards(model):
-            shards.setdefault(_shelf(shard.key, shard.offset), []).append(shard)
+            shards.setdefault(_get_group(shard.key, shard.offset), []).append(shard)
         self._extents: dict[str, tuple[int, ...]] = {}
-        """Of tensors that are rows of their block."""
+        """Hugging Face name -> extent in the global tensor, for tensors that are consecutive rows of their
+        block."""
         self._regions: dict[str, list[_Region]] = {}
-        """Of each tensor, or, where those of a block are interleaved, of the block by its first one."""
+        """Hugging Face name -> local regions. Interleaved tensors (query, key, value) share the entry of the
+        first name in their block."""
         for link in links:
-            here = [shard for shelf in _shelves(link) for shard in shards.get(shelf, ())]
+            local = [shard for group in _list_groups(link) for shard in shards.get(group, ())]
             for name, (first, count) in link.rows().items():
-                offset, self._extents[name] = _place(link, first, count)
-                self._regions[name] = _regions(here, offset, self._extents[name])
+                offset, self._extents[name] = _locate_rows(link, first, count)
+                self._regions[name] = _find_regions(local, offset, self._extents[name])
             if not link.rows():
-                self._regions[link.hf_names[0]] = _regions(here, link.offset, link.extent)
+                self._regions[link.hf_names[0]] = _find_regions(local, link.offset, link.extent)
 
     @torch.no_grad()
     def whole(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Write every tensor of the model.  Beside it, memory holds the tensors that are interleaved in one
-        of the model's (query, key and value).
+        """Import every tensor of the model; interleaved tensors are buffered until their block is complete.
 
         Args:
-            weights: Hugging Face names and tensors, such as `export_weights(other, everywhere=True)`.
+            weights: (Hugging Face name, tensor), e.g. from `export_weights(other, everywhere=True)`.
 
         Raises:
-            UserError: a tensor is missing, unknown, of another shape or comes twice; the model is then part
-                old, part new.
+            UserError: a tensor is missing, unknown, repeated or has a wrong shape; the model is then partly
+                updated.
         """
         self._model.finish_param_gather()
-        waiting: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
+        pending: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
         for name, tensor in check_whole_model(weights, self._shapes):
             if name in self._extents:
-                _copy(self._regions[name], tensor.detach(), self._extents[name])
+                _copy_block(self._regions[name], tensor.detach(), self._extents[name])
                 continue
-            link = self._link_of[name]
-            parts = waiting.setdefault(link.hf_names, {})
+            link = self._links_by_name[name]
+            parts = pending.setdefault(link.hf_names, {})
             parts[name] = tensor.to(local_device())
             if len(parts) == len(link.hf_names):
-                parts = waiting.pop(link.hf_names)
-                if regions := self._regions[link.hf_names[0]]:  # else it lives elsewhere
-                    _copy(regions, link.join(parts), link.extent)
+                parts = pending.pop(link.hf_names)
+                if regions := self._regions[link.hf_names[0]]:  # empty without a local shard
+                    _copy_block(regions, link.join(parts), link.extent)
 
 
 def import_weights(model: LanguageModel, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Write every tensor of a model once, see `LiveImport`."""
+    """Import every tensor of a model once, see `LiveImport`."""
     LiveImport(model).whole(weights)
 
 
-def _shelf(key: str, offset: tuple[int, ...]) -> tuple[str, int]:
-    """Return by what shards are found: the tensor, and of stacked experts, whose shards are one expert's
-    each, which one."""
+def _get_group(key: str, offset: tuple[int, ...]) -> tuple[str, int]:
+    """Return the group of a shard for the lookup: its key and, for stacked experts, its expert index."""
     return key, offset[0] if ".experts.experts." in key else 0
 
 
-def _shelves(link: Link) -> list[tuple[str, int]]:
-    """Return where the shards of a block are found: of stacked experts one place for each."""
+def _list_groups(link: Link) -> list[tuple[str, int]]:
+    """Return the groups with shards of a block; stacked experts have one group per expert."""
     if ".experts.experts." not in link.key:
         return [(link.key, 0)]
     return [(link.key, link.offset[0] + expert) for expert in range(link.extent[0])]
 
 
-def _place(link: Link, first: int, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return offset and extent in the global tensor of some rows of a block."""
+def _locate_rows(link: Link, first: int, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return offset and extent, in the global tensor, of `count` rows of a block."""
     axis = len(link.shape) - len(link.block_shape)
     offset, extent = list(link.offset), list(link.extent)
     offset[axis] += first
@@ -198,25 +189,26 @@ def _place(link: Link, first: int, count: int) -> tuple[tuple[int, ...], tuple[i
     return tuple(offset), tuple(extent)
 
 
-def _regions(shards: list[LocalShard], offset: tuple[int, ...], extent: tuple[int, ...]) -> list[_Region]:
-    """Return where parts of a region of a global tensor lie in this process's shards."""
-    found = []
+def _find_regions(shards: list[LocalShard], offset: tuple[int, ...],
+                  extent: tuple[int, ...]) -> list[_Region]:
+    """Return the overlaps of a global region with the local shards."""
+    regions = []
     for shard in shards:
         starts = [max(a, b) for a, b in zip(shard.offset, offset, strict=True)]
         ends = [min(a + n, b + m)
                 for a, n, b, m in zip(shard.offset, shard.shape, offset, extent, strict=True)]
         if any(start >= end for start, end in zip(starts, ends, strict=True)):
             continue
-        target = _slices(starts, ends, shard.offset)
-        found.append(_Region(shard.data.view(shard.shape)[target], _slices(starts, ends, offset)))
-    return found
+        target = _to_slices(starts, ends, shard.offset)
+        regions.append(_Region(shard.data.view(shard.shape)[target], _to_slices(starts, ends, offset)))
+    return regions
 
 
-def _slices(starts: Sequence[int], ends: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
+def _to_slices(starts: Sequence[int], ends: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(s - o, e - o) for s, e, o in zip(starts, ends, origin, strict=True))
 
 
-def _copy(regions: list[_Region], block: torch.Tensor, extent: tuple[int, ...]) -> None:
+def _copy_block(regions: list[_Region], block: torch.Tensor, extent: tuple[int, ...]) -> None:
     if regions:
         block = block.reshape(extent)
     for region in regions:

@@ -1,4 +1,4 @@
-"""An adapter's checkpoint becomes a folder that PEFT loads, and such a folder an adapter's checkpoint."""
+"""Convert adapter checkpoints to and from PEFT folders, and merge adapters into their base weights."""
 
 from __future__ import annotations
 
@@ -30,92 +30,90 @@ from megatron_sov.runs.checkpoints import (
     damage, found_base, instead_of, keep_as_base, refuse_missing, refuse_no_model, refuse_other_kind,
     settings_of)
 
-# PEFT's names and shapes for the tensors of an adapter, and the settings that it wants beside them.
-#
-# What decides them (peft 0.21.2): a linear layer's A and B stand under its name. A stack of experts is a
-# parameter and not a layer: PEFT wraps the folder of both stacks twice, the gate and up projections inside
-# (`base_layer`), and lays all experts' A upon one another and their B beside one another. In families with
-# experts PEFT takes `gate_proj` in `target_modules` for these stacks, so that feed-forward layers beside them
-# (shared experts, dense layers) must be named as parameters too, which PEFT adapts by the same names. An
-# embedding's factors are transposed, and have each other's names. Beside an adapter of embedding or head PEFT
-# saves their frozen weights.
+# Names, shapes and settings of PEFT (0.21.2). The factors A and B of a linear layer have the layer's name.
+# Stacked experts are parameters, not layers: PEFT wraps their module twice, with gate and up projections
+# inside (`base_layer`), and concatenates the A of all experts along the rows and their B along the columns.
+# In families with experts, `gate_proj` in `target_modules` means these stacks, so shared experts and dense
+# layers must be listed in `target_parameters`; their tensors keep the same names. The factors of an embedding
+# are transposed, with names swapped. Next to an adapter of embedding or head, PEFT saves the frozen weight
+# too.
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
-_ENDS = {A: ".lora_A.weight", B: ".lora_B.weight", MAGNITUDE: ".lora_magnitude_vector"}
-_ENDS_OF_EMBEDDING = {A: ".lora_embedding_B", B: ".lora_embedding_A"}
+_SUFFIXES = {A: ".lora_A.weight", B: ".lora_B.weight", MAGNITUDE: ".lora_magnitude_vector"}
+_EMBEDDING_SUFFIXES = {A: ".lora_embedding_B", B: ".lora_embedding_A"}
 _FROZEN = ".base_layer.weight"
 MAX_RANK, MAX_ALPHA = 1 << 20, 1e30
-"""What no adapter reaches: sizes and scales that are computed from more leave the range of numbers."""
+"""Limits of plausible settings; larger values would overflow derived sizes and scales."""
 _IGNORED = ("inference_mode", "lora_dropout", "task_type", "init_lora_weights", "base_model_name_or_path",
             "revision", "auto_mapping", "peft_version", "r", "lora_alpha", "target_modules", "peft_type",
             "target_parameters", "use_dora", "use_rslora", "megatron_core", "loftq_config",
             "runtime_config", "qalora_group_size", "fan_in_fan_out", "exclude_modules")
-"""Fields of adapter_config.json that are understood, or that change no number of a trained adapter."""
-_KEEP_THE_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
-"""Values of `init_lora_weights` under which the adapter belongs to the base as it is; PiSSA, OLoRA, CorDA,
-LoftQ and LoRA-GA take something out of it first."""
+"""Fields of adapter_config.json that are handled, or that do not affect a trained adapter."""
+_UNCHANGED_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
+"""Values of `init_lora_weights` that leave the base unchanged; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA modify
+it."""
 
 
-def peft_name(of: Adapted, tensor: str) -> str:
-    """Return PEFT's name of one of a module's tensors (`A`, `B`, `MAGNITUDE`)."""
-    folder = of.name
-    if is_embedding(of):
-        return f"{_PREFIX}{folder}{_ENDS_OF_EMBEDDING[tensor]}"
-    if of.num_experts:
-        folder = of.name.rpartition(".")[0] + (".base_layer" if of.halves > 1 else "")
-    return f"{_PREFIX}{folder}{_ENDS[tensor]}"
+def peft_name(module: Adapted, tensor: str) -> str:
+    """Return PEFT's name for tensor `A`, `B` or `MAGNITUDE` of a module."""
+    folder = module.name
+    if is_embedding(module):
+        return f"{_PREFIX}{folder}{_EMBEDDING_SUFFIXES[tensor]}"
+    if module.num_experts:
+        folder = module.name.rpartition(".")[0] + (".base_layer" if module.halves > 1 else "")
+    return f"{_PREFIX}{folder}{_SUFFIXES[tensor]}"
 
 
-def is_embedding(of: Adapted) -> bool:
-    return of.name.endswith(f".{EMBEDDING}")
+def is_embedding(module: Adapted) -> bool:
+    return module.name.endswith(f".{EMBEDDING}")
 
 
 def frozen_copies(names: Iterable[str]) -> dict[str, str]:
-    """Return which tensors of a PEFT folder are frozen weights of the base: theirs -> the base's name."""
+    """Return PEFT name -> base name for frozen weights that a PEFT folder contains."""
     return {name: name.removeprefix(_PREFIX).removesuffix(_FROZEN) + ".weight" for name in names
             if name.endswith((f"{HEAD}{_FROZEN}", f"{EMBEDDING}{_FROZEN}"))}
 
 
-def to_peft_shape(of: Adapted, tensor: str, ours: torch.Tensor) -> torch.Tensor:
-    """Return one of our tensors as PEFT has it."""
-    if is_embedding(of):
-        return ours.T
-    if not of.num_experts:
-        return ours
+def to_peft_shape(module: Adapted, tensor: str, value: torch.Tensor) -> torch.Tensor:
+    """Convert one of our adapter tensors to its PEFT layout; inverse of `from_peft_shape`."""
+    if is_embedding(module):
+        return value.T
+    if not module.num_experts:
+        return value
     if tensor == A:
-        return ours.flatten(0, 1)
-    stacked = ours.reshape(of.num_experts, of.out_features, -1)
-    return stacked.permute(1, 2, 0).reshape(of.out_features, -1)
+        return value.flatten(0, 1)
+    stacked = value.reshape(module.num_experts, module.out_features, -1)
+    return stacked.permute(1, 2, 0).reshape(module.out_features, -1)
 
 
-def from_peft_shape(of: Adapted, tensor: str, theirs: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Return one of PEFT's tensors as we have it, with `shape`."""
-    if is_embedding(of):
-        return theirs.T.contiguous()
-    if of.num_experts and tensor == B:
-        theirs = theirs.reshape(of.out_features, -1, of.num_experts).permute(2, 0, 1)
-    return theirs.reshape(*shape).contiguous()
+def from_peft_shape(module: Adapted, tensor: str, value: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Convert a PEFT tensor to our layout with `shape`; inverse of `to_peft_shape`."""
+    if is_embedding(module):
+        return value.T.contiguous()
+    if module.num_experts and tensor == B:
+        value = value.reshape(module.out_features, -1, module.num_experts).permute(2, 0, 1)
+    return value.reshape(*shape).contiguous()
 
 
 def peft_config(model: ModelConfig, lora: LoraConfig, base_name: str) -> dict[str, Any]:
     """Return the content of adapter_config.json.
 
     Raises:
-        UserError: PEFT does not know such an adapter.
+        UserError: PEFT does not support the adapter.
     """
     modules: set[str] = set()
     parameters: set[str] = set()
-    for of in adapted_modules(model, lora):
-        kind = of.name.rpartition(".")[2]
-        inside = of.name.removeprefix("model.layers.").partition(".")[2]
-        if of.num_experts:
-            parameters.add(inside)
+    for module in adapted_modules(model, lora):
+        kind = module.name.rpartition(".")[2]
+        name_in_layer = module.name.removeprefix("model.layers.").partition(".")[2]
+        if module.num_experts:
+            parameters.add(name_in_layer)
         elif model.num_moe_layers() and kind in FEED_FORWARD:
             if lora.dora:
-                raise UserError("lora.dora = True on feed-forward layers beside experts: PEFT 0.21 adapts "
-                                "these as parameters, without DoRA; use `convert to-hf`")
-            parameters.add(f"{inside}.weight")
+                raise UserError("lora.dora = True on feed-forward layers next to experts: PEFT 0.21 adapts "
+                                "them as parameters, without DoRA; use `convert to-hf`")
+            parameters.add(f"{name_in_layer}.weight")
         else:
             modules.add(kind)
     alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
@@ -127,28 +125,29 @@ def peft_config(model: ModelConfig, lora: LoraConfig, base_name: str) -> dict[st
 
 
 def lora_of(config: dict[str, Any], names: Sequence[str], model: ModelConfig, where: object) -> LoraConfig:
-    """Return the settings of a PEFT adapter.
+    """Convert the settings of a PEFT adapter.
 
     Args:
-        config: the content of its adapter_config.json.
-        names: of its tensors, which say what is adapted.
-        model: the architecture of its base.
-        where: the folder, for messages.
+        config: content of adapter_config.json.
+        names: tensor names, which determine the targets.
+        model: architecture of the base.
+        where: folder, for messages.
 
     Raises:
-        UserError: it is no adapter that we have the like of; the message names the field or the tensor.
+        UserError: the adapter is not supported; the message names the field or tensor.
     """
     if config.get("peft_type") != "LORA":
         raise UserError(f"{where}: peft_type = {config.get('peft_type')!r}; only LORA adapters can be read")
     unknown = [f"{name} = {value!r}" for name, value in config.items()
                if name not in _IGNORED and (value is True or value not in (None, False, {}, [], "none", 1))]
     if unknown or config.get("fan_in_fan_out"):
-        raise UserError(f"{where}: {', '.join(unknown) or 'fan_in_fan_out = True'} in {CONFIG} cannot be "
-                        "kept; merge the adapter with PEFT, and convert the merged model")
-    started = config.get("init_lora_weights", True)
-    if str(started).lower() not in _KEEP_THE_BASE:
-        raise UserError(f"{where}: init_lora_weights = {started!r} in {CONFIG} has changed the base, and the "
-                        "adapter belongs to what was left; merge it with PEFT, and convert the merged model")
+        raise UserError(f"{where}: {', '.join(unknown) or 'fan_in_fan_out = True'} in {CONFIG} is not "
+                        "supported; merge the adapter with PEFT, and convert the merged model")
+    initialization = config.get("init_lora_weights", True)
+    if str(initialization).lower() not in _UNCHANGED_BASE:
+        raise UserError(f"{where}: init_lora_weights = {initialization!r} in {CONFIG} modified the base "
+                        "weights, and the adapter is relative to them; merge it with PEFT, and convert the "
+                        "merged model")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if (isinstance(rank, bool) or not isinstance(rank, int) or not 0 < rank <= MAX_RANK
             or isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= MAX_ALPHA):
@@ -156,143 +155,139 @@ def lora_of(config: dict[str, Any], names: Sequence[str], model: ModelConfig, wh
                         f"numbers, up to {MAX_RANK:,} and {MAX_ALPHA:g}; restore it from its source")
     scale = math.sqrt(rank) if config.get("use_rslora") else 1.0
     dora = bool(config.get("use_dora"))
-    targets = _targets(set(names), model, dora, where)
+    targets = _find_targets(set(names), model, dora, where)
     return LoraConfig(rank, float(alpha) * scale, targets, dora)
 
 
-def _targets(names: set[str], model: ModelConfig, dora: bool, where: object) -> tuple[Any, ...]:
-    """Return what a set of tensors adapts, which must be whole."""
-    of_target: dict[str, set[str]] = {}
+def _find_targets(names: set[str], model: ModelConfig, dora: bool, where: object) -> tuple[Any, ...]:
+    """Return the targets that the tensor names adapt; each target must be adapted in all layers."""
+    names_by_target: dict[str, set[str]] = {}
     tables = (HEAD, EMBEDDING)
-    known: Any = adaptable(model)
-    every = LoraConfig(1, 1.0, tuple(
-        t for t in known if t not in tables or not (model.tied_embeddings or dora)))
-    for of in adapted_modules(model, every):
-        target = EXPERTS if of.num_experts else of.name.rpartition(".")[2]
-        of_target.setdefault(target, set()).update(
-            peft_name(of, tensor) for tensor in ((A, B, MAGNITUDE) if dora else (A, B)))
-    unknown = sorted(names - {name for known in of_target.values() for name in known})
+    target_names: Any = adaptable(model)
+    all_targets = LoraConfig(1, 1.0, tuple(
+        t for t in target_names if t not in tables or not (model.tied_embeddings or dora)))
+    for module in adapted_modules(model, all_targets):
+        target = EXPERTS if module.num_experts else module.name.rpartition(".")[2]
+        names_by_target.setdefault(target, set()).update(
+            peft_name(module, tensor) for tensor in ((A, B, MAGNITUDE) if dora else (A, B)))
+    unknown = sorted(names - {name for tensors in names_by_target.values() for name in tensors})
     vocabulary = [name for name in unknown if any(target in name for target in tables)]
     if vocabulary and model.tied_embeddings:
-        raise UserError(f"{where}: {vocabulary[0]} adapts one side of a weight that is embedding and head "
-                        "(model.tied_embeddings), so that no merged model could hold it; train an adapter "
-                        "without it")
+        raise UserError(f"{where}: {vocabulary[0]} adapts one of two uses of a weight that is both embedding "
+                        "and head (model.tied_embeddings), so it cannot be merged; train an adapter without "
+                        "it")
     if vocabulary and dora:
-        raise UserError(f"{where}: {vocabulary[0]} under use_dora = True: DoRA is not built for "
+        raise UserError(f"{where}: {vocabulary[0]} with use_dora = True: DoRA is not supported for "
                         f"{' and '.join(tables)}; merge the adapter with PEFT, and convert the merged model")
     if unknown:
-        raise UserError(f"{where}: {unknown[0]} ({len(unknown)} such tensors) adapts nothing that can be "
-                        f"adapted here ({', '.join(TARGETS[1:])})")
-    found = tuple(target for target, known in of_target.items() if known & names)
-    for target in found:
-        missing = sorted(of_target[target] - names)
+        raise UserError(f"{where}: {unknown[0]} ({len(unknown)} such tensors) is not an adapter "
+                        f"of a supported target ({', '.join(TARGETS[1:])})")
+    targets = tuple(target for target, tensors in names_by_target.items() if tensors & names)
+    for target in targets:
+        missing = sorted(names_by_target[target] - names)
         if missing:
-            raise UserError(f"{where}: adapts {target} in some layers and not in others (it lacks "
-                            f"{missing[0]}), which cannot be said by lora.targets; merge it with PEFT, and "
-                            "convert the merged model")
-    if not found:
-        raise UserError(f"{where}: holds no tensor of an adapter")
-    return found
+            raise UserError(f"{where}: adapts {target} in some layers only (it lacks {missing[0]}), which "
+                            "lora.targets cannot express; merge it with PEFT, and convert the merged model")
+    if not targets:
+        raise UserError(f"{where}: has no adapter tensors")
+    return targets
 
 
-# An adapter's checkpoint read as the model that it makes of its base: W + alpha / rank B A.
+# The merged model of an adapter checkpoint: W + alpha / rank * B A.
 
 def merged_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of a model with its adapter merged: float32, or the base's wider one.
+    """Return the dtype of merged weights: float32, or a wider base dtype.
 
-    An update of fine-tuning is smaller than the spacing of bfloat16 at most weights, so that a sum in the
-    base's bfloat16 would be the base again (12 % of an update survived two steps at 2e-4).
+    Updates are smaller than the bfloat16 spacing of most weights, so a bfloat16 sum would drop them (12 % of
+    an update survived after two steps at learning rate 2e-4).
     """
     return torch.promote_types(dtype, torch.float32)
 
 
 def merge_adapter(weight: torch.Tensor, place: AdapterPlace, tensors: dict[str, torch.Tensor],
                   lora: LoraConfig) -> torch.Tensor:
-    """Return a weight with its adapter merged, in `merged_dtype`; the caller rounds it once to the dtype that
-    it writes.
+    """Return the merged weight [rows, columns] in `merged_dtype`; the caller rounds it once.
 
     Args:
-        weight: of the base, [rows, columns].
-        place: which tensors of the adapter change the weight.
-        tensors: the adapted module's, by name.
-        lora: rank, scale and kind.
+        weight: base weight [rows, columns].
+        place: selects the adapter tensors for this weight.
+        tensors: key -> adapter tensor of the module.
+        lora: rank, alpha and DoRA.
     """
     wide = merged_dtype(weight.dtype)
     a, b = (t.to(wide) for t in place.update(tensors))
     total = weight.to(wide) + lora.alpha / lora.rank * (b @ a)
     magnitude = tensors.get(place.of.key(MAGNITUDE))
     if magnitude is not None:
-        # rounded as the trained lengths are: where these have not moved, rows stay as long as they were
+        # Round as DoRA training does: rows with an unchanged magnitude keep their length exactly.
         lengths = torch.linalg.vector_norm(total, dim=1).to(magnitude.dtype)
         total *= (magnitude.to(wide) / lengths.to(wide))[:, None]
     return total
 
 
 class AdaptedWeights:
-    """The tensors of an adapter's base with the adapter merged, all of them in `merged_dtype`."""
+    """Tensors of an adapter's base with the adapter merged; all in `merged_dtype`."""
 
     def __init__(self, path: Path, base: AdapterBase) -> None:
         self.path, self.base = path, CheckpointWeights(found_base(path, base))
         settings = settings_of(path)
         self.model, self.links, self.lora = settings.model, self.base.links, settings.lora
-        self._places, self._of_thread = places(self.model, self.lora), threading.local()
+        self._places, self._thread_state = places(self.model, self.lora), threading.local()
         self.reader = TensorReader(path, ADAPTER)
-        """The adapter's own tensors."""
+        """Reader for the adapter tensors."""
         expected: dict[str, tuple[int, ...]] = {}
-        for of in adapted_modules(self.model, self.lora):
-            expected |= of.shapes(self.lora)
-        found = {key: self.reader.shape(key)
+        for module in adapted_modules(self.model, self.lora):
+            expected |= module.shapes(self.lora)
+        shapes = {key: self.reader.get_shape(key)
                  for key in self.reader.keys()}  # noqa: SIM118  (a method of the reader, not a dict)
-        check_exact(path, found, expected, "the checkpoint is damaged or of another version")
+        check_exact(path, shapes, expected, "the checkpoint is damaged or of another version")
         self.reader.check_complete()
 
-    def names(self) -> list[str]:
-        return self.base.names()
+    def list_names(self) -> list[str]:
+        return self.base.list_names()
 
-    def dtype(self, name: str) -> torch.dtype:
-        # also of weights without an adapter: the config.json of a folder names one dtype, and readers round
-        # to it
-        return merged_dtype(self.base.dtype(name))
+    def get_dtype(self, name: str) -> torch.dtype:
+        # Applies to all weights: config.json names one dtype, and programs cast to it.
+        return merged_dtype(self.base.get_dtype(name))
 
-    def held_in(self, file: str) -> list[str]:
-        """Return the adapter's tensors of which one of its files holds a block."""
-        return self.reader.held_in(file)
+    def list_keys_in(self, file: str) -> list[str]:
+        """Return the adapter keys with a block in `file`."""
+        return self.reader.list_keys_in(file)
 
-    def files_of(self, name: str) -> set[str]:
-        return {file for key in self._changing(name) for file in self.reader.files_of(key)}
+    def list_files(self, name: str) -> set[str]:
+        return {file for key in self._list_factor_keys(name) for file in self.reader.list_files(key)}
 
-    def _changing(self, name: str) -> list[str]:
+    def _list_factor_keys(self, name: str) -> list[str]:
         return list(self._places[name].of.shapes(self.lora)) if name in self._places else []
 
     def read(self, name: str) -> torch.Tensor:
-        """Return the tensor; `UserError` where a file is damaged."""
         weight = self.base.read(name)
         if name not in self._places:
-            return weight.to(self.dtype(name))
-        of = self._places[name].of
-        # all experts of a layer come from one stack, which is therefore kept
-        last: tuple[Adapted, dict[str, torch.Tensor]] | None = getattr(self._of_thread, "last", None)
-        if last is None or last[0] is not of:
-            self._of_thread.last = None
-            last = self._of_thread.last = (of, {key: self.reader.read(key) for key in of.shapes(self.lora)})
+            return weight.to(self.get_dtype(name))
+        module = self._places[name].of
+        # Experts of a layer come from the same stacked factors: keep the last factors per thread.
+        last: tuple[Adapted, dict[str, torch.Tensor]] | None = getattr(self._thread_state, "last", None)
+        if last is None or last[0] is not module:
+            self._thread_state.last = None
+            factors = {key: self.reader.read(key) for key in module.shapes(self.lora)}
+            last = self._thread_state.last = (module, factors)
         return merge_adapter(weight, self._places[name], last[1], self.lora)
 
     def update(self, name: str, merged: torch.Tensor) -> torch.Tensor | None:
-        """Return what the adapter added to a weight, which `read` returned as `merged`; None: nothing."""
+        """Return the adapter's change of a weight that `read` returned as `merged`; None without adapter."""
         return merged - self.base.read(name).to(merged.dtype) if name in self._places else None
 
 
 class UpdateRounding:
-    """How much of an adapter's update is lost where merged weights are written in a narrower dtype; threads
-    may add weights at a time."""
+    """Rounding error of merged weights relative to the adapter's update; thread-safe."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights, self._dtype = weights, ""
         self._squares: list[tuple[float, float]] = []
-        """Of each rounded weight: the squared norms of rounding error and update."""
+        """(squared norm of the rounding error, squared norm of the update) of each rounded weight."""
 
     def add(self, name: str, merged: torch.Tensor, dtype: torch.dtype) -> None:
-        """Measure a weight that was read as `merged` and is rounded to `dtype`."""
+        """Measure the rounding of weight `merged` to `dtype`."""
         if not isinstance(self._weights, AdaptedWeights) or dtype.itemsize >= merged.dtype.itemsize:
             return
         if (update := self._weights.update(name, merged)) is not None:
@@ -301,37 +296,37 @@ class UpdateRounding:
             self._dtype = str(dtype).removeprefix("torch.")
 
     def describe(self) -> str:
-        """Return the loss in words; "" if no adapted weight was rounded."""
-        errors, updates = (sum(of[part] for of in self._squares) for part in (0, 1))
+        """Return the relative error as text; "" if no adapted weight was rounded."""
+        errors, updates = (sum(squares[part] for squares in self._squares) for part in (0, 1))
         return (f"rounding to {self._dtype} changes the adapted weights by {math.sqrt(errors / updates):.0%} "
                 "of the adapter's own update") if updates else ""
 
 
 def checkpoint_weights(path: Path) -> CheckpointWeights | AdaptedWeights:
-    """Open a checkpoint: of an adapter as the model that it makes of its base.
+    """Open a checkpoint; adapters are merged into their base.
 
     Raises:
-        UserError: its tensors are not exactly those of its model, or its base is not there.
+        UserError: tensors do not match the model, or the base is missing.
     """
     base = adapter_base(path)
     return CheckpointWeights(path) if base is None else AdaptedWeights(path, base)
 
 
 def add_inputs(writer: ArtifactWriter, weights: Weights, *, leaves: bool = False) -> None:
-    """Record what an artifact is made from, see `ArtifactWriter.add_input`: a checkpoint, and of an adapter
-    its base."""
+    """Record a checkpoint and, for adapters, the base as inputs of an artifact
+    (`ArtifactWriter.add_input`)."""
     writer.add_input(weights.path, leaves=leaves)
     if isinstance(weights, AdaptedWeights):
         writer.add_input(weights.base.path, leaves=leaves)
 
 
 def adapter_facts(weights: Any) -> dict[str, Any]:
-    """Return what `inspect` says about an adapter; empty: these are weights of their own."""
+    """Return the facts that `inspect` prints about an adapter; {} for other weights."""
     if not isinstance(weights, AdaptedWeights):
         return {}
     lora = weights.lora
-    count = sum(math.prod(shape) for of in adapted_modules(weights.model, lora)
-                for shape in of.shapes(lora).values())
+    count = sum(math.prod(shape) for module in adapted_modules(weights.model, lora)
+                for shape in module.shapes(lora).values())
     return {"adapter": f"{'DoRA' if lora.dora else 'LoRA'}, rank {lora.rank}, alpha {lora.alpha:g}, of "
                        f"{', '.join(sorted(adapted(lora, weights.model)))}",
             "adapter_parameters": count, "base": str(weights.base.path)}
@@ -339,44 +334,45 @@ def adapter_facts(weights: Any) -> dict[str, Any]:
 
 def to_peft(checkpoint: str | Path, out: str | Path, *, base_name: str | None = None,
             overwrite: bool = False) -> None:
-    """Write an adapter as a folder for `PeftModel.from_pretrained` (an artifact of kind "peft_adapter").
+    """Write an adapter as a folder for `PeftModel.from_pretrained` (artifact kind `peft_adapter`).
 
     Args:
-        checkpoint: an adapter's checkpoint, or a run's newest one.
-        out: the folder to write; it appears only when complete.
-        base_name: name or folder of the Hugging Face model that the adapter belongs to, for PEFT's
-            settings; None: the name of the folder that its base was converted from, with a warning.
-        overwrite: replace such a folder that is already there.
+        checkpoint: adapter checkpoint, or a run (its newest checkpoint).
+        out: folder to write; it appears when complete.
+        base_name: Hugging Face model that PEFT loads as the base; None uses the folder name of the imported
+            model, with a warning.
+        overwrite: replace an existing folder.
 
     Raises:
-        UserError: it is no adapter, is damaged, or PEFT does not know its like.
+        UserError: `checkpoint` is not an adapter or is damaged, or PEFT does not support the adapter.
     """
     refuse_other_kind(Path(checkpoint), (KIND, RUN), "an adapter's checkpoint or a run")
     checkpoint = newest_of_run(Path(checkpoint))
     base = adapter_base(checkpoint)
     if base is None:
-        raise UserError(f"{checkpoint}: holds all weights and no adapter; use `megatron-sov convert to-hf`")
+        raise UserError(f"{checkpoint}: contains all weights, not an adapter; use `megatron-sov convert "
+                        "to-hf`")
     settings = settings_of(checkpoint)
     config = peft_config(settings.model, settings.lora, base_name or base_name_of(checkpoint, base))
     if problem := damage(checkpoint, weights_only=True):
         raise UserError(f"{problem}; {instead_of(checkpoint)}")
     reader = TensorReader(checkpoint, ADAPTER)
     reader.check_complete()
-    found = {peft_name(of, tensor): (of, tensor) for of in adapted_modules(settings.model, settings.lora)
-             for tensor in _tensors(settings.lora.dora)}
+    factors = {peft_name(module, tensor): (module, tensor)
+               for module in adapted_modules(settings.model, settings.lora)
+               for tensor in _list_factors(settings.lora.dora)}
 
     def read(name: str) -> torch.Tensor:
-        of, tensor = found[name]
-        return to_peft_shape(of, tensor, reader.read(of.key(tensor))).contiguous()
+        module, tensor = factors[name]
+        return to_peft_shape(module, tensor, reader.read(module.key(tensor))).contiguous()
 
     if base_name is None:
         name = config["base_model_name_or_path"]
-        warn(f"{Path(out) / CONFIG}: base_model_name_or_path = {name!r}, as this "
-             "machine calls it; PEFT's users find the model by it, so pass --base-name where it has another "
-             "name on the hub")
+        warn(f"{Path(out) / CONFIG}: base_model_name_or_path = {name!r}, the local name of the base; PEFT "
+             "loads the base by this name, so pass --base-name if it has another name on the Hub")
     with new_artifact(out, PEFT_ADAPTER, overwrite=overwrite) as artifact:
-        specs = [TensorSpec(name, tuple(read(name).shape), reader.dtype(of.key(tensor)))
-                 for name, (of, tensor) in sorted(found.items())]
+        specs = [TensorSpec(name, tuple(read(name).shape), reader.get_dtype(module.key(tensor)))
+                 for name, (module, tensor) in sorted(factors.items())]
         write_file(artifact.path / WEIGHTS, specs,
                    lambda spec: convert_tensor(read(spec.name), spec.dtype, checkpoint, spec.name))
         atomic_write(artifact.path / CONFIG, to_json(config))
@@ -385,11 +381,10 @@ def to_peft(checkpoint: str | Path, out: str | Path, *, base_name: str | None = 
 
 
 def base_name_of(checkpoint: Path, base: AdapterBase) -> str:
-    """Return what the base of an adapter is called: the model that it was converted from, else the run or
-    folder that holds it."""
+    """Return the name of the imported base model, otherwise the name of its run or folder."""
     try:
         name = read_manifest(found_base(checkpoint, base), KIND).content.get(SOURCE)
-    except UserError:  # the adapter is whole without it
+    except UserError:  # the adapter can be exported without its base
         name = None
     if isinstance(name, str):
         return name
@@ -397,28 +392,28 @@ def base_name_of(checkpoint: Path, base: AdapterBase) -> str:
 
 
 def from_peft(peft_dir: str | Path, out: str | Path, base: str | Path, *, overwrite: bool = False) -> None:
-    """Write a PEFT adapter as a checkpoint (part "adapter", step 0), to train on or to merge.
+    """Write a PEFT adapter as a checkpoint (part `adapter`, step 0), to train or to merge.
 
     Args:
-        peft_dir: a folder with adapter_config.json and adapter_model.safetensors.
-        out: the checkpoint to write; it appears only when complete.
-        base: the checkpoint of the model that it belongs to (`convert from-hf` makes one).
-        overwrite: replace a checkpoint that is already there.
+        peft_dir: folder with adapter_config.json and adapter_model.safetensors.
+        out: checkpoint to write; it appears when complete.
+        base: checkpoint of the base model, e.g. from `convert from-hf`.
+        overwrite: replace an existing checkpoint.
 
     Raises:
-        UserError: the folder holds what we have no like of, or does not fit the base.
+        UserError: the adapter is not supported, or does not match the base.
     """
     peft_dir = Path(peft_dir)
     refuse_other_kind(peft_dir, (PEFT_ADAPTER,), "a PEFT adapter")
     base = newest_of_run(Path(base))
     for file in (CONFIG, WEIGHTS):
         if not (peft_dir / file).is_file():
-            raise UserError(f"{peft_dir}: has no {file}, so it is no PEFT adapter in safetensors; pass the "
-                            "folder that `save_pretrained` wrote")
+            raise UserError(f"{peft_dir}: has no {file}, so it is not a PEFT adapter in safetensors format; "
+                            "pass a folder written by `save_pretrained`")
     refuse_missing(base)
     refuse_other_kind(base, (KIND,), "a checkpoint or a run")
     if adapter_base(base) is not None:
-        raise UserError(f"--base {base}: is an adapter itself; name the checkpoint that it belongs to")
+        raise UserError(f"--base {base}: is an adapter itself; pass the checkpoint of its base model")
     model = CheckpointWeights(base).model
     if (peft_dir / MANIFEST).is_file() and (problems := damaged_files(peft_dir)):
         raise UserError(f"{problems[0]}; {DAMAGED_HF}")
@@ -426,17 +421,18 @@ def from_peft(peft_dir: str | Path, out: str | Path, base: str | Path, *, overwr
     frozen = frozen_copies(weights.entries)
     names = [name for name in weights.entries if name not in frozen]
     lora = lora_of(read_json(peft_dir / CONFIG), names, model, peft_dir)
-    _refuse_trained(weights, frozen, CheckpointWeights(base))
+    _check_frozen_weights(weights, frozen, CheckpointWeights(base))
     modules = adapted_modules(model, lora)
     settings = settings_of(base)
     keep_as_base(base.resolve())
     with new_artifact(out, KIND, overwrite=overwrite) as artifact:
         writer = TensorWriter(artifact.path, ADAPTER)
-        for of in modules:
-            for tensor in _tensors(lora.dora):
-                key = of.key(tensor)
-                shape = of.shapes(lora)[key]
-                writer.add(key, from_peft_shape(of, tensor, _read(weights, of, tensor, shape), shape))
+        for module in modules:
+            for tensor in _list_factors(lora.dora):
+                key = module.key(tensor)
+                shape = module.shapes(lora)[key]
+                value = _read_factor(weights, module, tensor, shape)
+                writer.add(key, from_peft_shape(module, tensor, value, shape))
         write_index(artifact.path, ADAPTER, [writer.finish()])
         artifact.known_files |= writer.files
         if (base / "tokenizer").is_dir():
@@ -447,38 +443,36 @@ def from_peft(peft_dir: str | Path, out: str | Path, base: str | Path, *, overwr
         artifact.settings = dataclasses.replace(settings, recipe=IMPORTED, lora=lora).to_dict()
 
 
-def _tensors(dora: bool) -> tuple[str, ...]:
+def _list_factors(dora: bool) -> tuple[str, ...]:
     return (A, B, MAGNITUDE) if dora else (A, B)
 
 
-def _refuse_trained(weights: TensorFile, frozen: dict[str, str], base: CheckpointWeights) -> None:
-    """Raise `UserError` where what PEFT saved of the base is not what the base has."""
-    for theirs, ours in frozen.items():
-        found = weights.read(theirs)
-        if ours not in base.names() or not found.equal(base.read(ours).to(found.dtype)):
-            raise UserError(f"{weights.path}: {theirs} is not the base's {ours}, so it was trained beside "
-                            "the adapter or is of another model; merge it with PEFT, and convert the merged "
-                            "model")
+def _check_frozen_weights(weights: TensorFile, frozen: dict[str, str], base: CheckpointWeights) -> None:
+    """Raise `UserError` if a weight that PEFT saved as frozen differs from the base."""
+    for peft_key, base_name in frozen.items():
+        saved = weights.read(peft_key)
+        if base_name not in base.list_names() or not saved.equal(base.read(base_name).to(saved.dtype)):
+            raise UserError(f"{weights.path}: {peft_key} differs from the base's {base_name}, so it was "
+                            "trained together with the adapter or belongs to another model; merge it with "
+                            "PEFT, and convert the merged model")
 
 
-def _read(weights: TensorFile, of: Adapted, tensor: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return one tensor of a PEFT folder, whose dtype and shape fit."""
-    name = peft_name(of, tensor)
-    theirs = weights.read(name)
-    expected = tuple(to_peft_shape(of, tensor, torch.empty(shape, device="meta")).shape)
-    if theirs.dtype not in FLOATS or tuple(theirs.shape) != expected:
-        raise UserError(f"{weights.path}: {name} is {theirs.dtype} {list(theirs.shape)}, and the base needs "
+def _read_factor(weights: TensorFile, module: Adapted, tensor: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Read a tensor of a PEFT folder, and check its dtype and shape."""
+    name = peft_name(module, tensor)
+    value = weights.read(name)
+    expected = tuple(to_peft_shape(module, tensor, torch.empty(shape, device="meta")).shape)
+    if value.dtype not in FLOATS or tuple(value.shape) != expected:
+        raise UserError(f"{weights.path}: {name} is {value.dtype} {list(value.shape)}, but the base needs "
                         f"floating-point numbers {list(expected)}; was it trained on another model?")
-    return convert_tensor(theirs, theirs.dtype, weights.path, name)
+    return convert_tensor(value, value.dtype, weights.path, name)
 
 
 def open_weights(path: str | Path) -> Weights:
-    """Open a checkpoint, the newest checkpoint of a run, or a Hugging Face folder.
-
-    An adapter's checkpoint is opened as the model that it makes of its base.
+    """Open a checkpoint, the newest checkpoint of a run, or a Hugging Face folder; adapters are merged.
 
     Raises:
-        UserError: it is none of them, or its tensors are not exactly those of its model.
+        UserError: `path` is none of these, or tensors do not match the model.
     """
     refuse_missing(Path(path))
     path = newest_of_run(Path(path))

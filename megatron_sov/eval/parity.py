@@ -216,7 +216,7 @@ def _bits(side: Weights) -> int:
 
 
 def _dtype(side: Weights) -> torch.dtype:
-    return side.dtype(side.names()[0])
+    return side.get_dtype(side.list_names()[0])
 
 
 def _check_memory(sides: Sequence[Weights]) -> None:

@@ -23,11 +23,13 @@ def first_difference(package: str) -> tuple[str, str]:
     spec = importlib.util.find_spec(package.partition(".")[0])
     if spec is None or not spec.submodule_search_locations:
         return part["version"], ""
-    root = Path(next(iter(spec.submodule_search_locations))).parent
+    # several distributions can install modules into one namespace package, each in a folder of its own
+    roots = [Path(location).parent for location in spec.submodule_search_locations]
     for file, wanted in part["files"].items():
-        if not (root / file).is_file():
+        path = next((root / file for root in roots if (root / file).is_file()), None)
+        if path is None:
             return part["version"], f"{file} is gone"
-        here = signatures(root / file)
+        here = signatures(path)
         for name, arguments in wanted.items():
             if name not in here:
                 return part["version"], f"{name} of {file} is gone"

@@ -489,7 +489,7 @@ def _tensors_in(folder: Path) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for part, before in ((MODEL, "weights/"), (_OPTIMIZER, "")):
         reader = TensorReader(folder, part)
-        found |= {before + key: reader.read(key, (0,) * len(reader.shape(key)), reader.shape(key))
+        found |= {before + key: reader.read(key, (0,) * len(reader.get_shape(key)), reader.get_shape(key))
                   for key in sorted(reader.keys())}
     return found
 

@@ -1,8 +1,8 @@
-"""The checkpoints of a run: which one is the newest, which ones stay, and what is done with a damaged
-one.  No torch here.
+"""The `checkpoints` folder of a run: find, check, protect, rename and prune checkpoints, without torch.
 
-Inside a run's `checkpoints` folder: `step-N` is a checkpoint that was once complete, `damaged-step-N` one
-that was found damaged, `.writing-*` one under construction, and `.deleting-*` one on its way out.
+Entries of `RUN/checkpoints`: `step-N` (complete when written), `damaged-step-N` (renamed after
+a failed check),
+`.writing-*` (under construction), `.deleting-*` (deletion in progress).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from megatron_sov.base.artifacts import (
     MANIFEST, atomic_write, delete_folder, disk_errors, file_damage, fsync_path, manifest_sha256,
     read_manifest, to_json)
-from megatron_sov.base.errors import UserError, download, warn
+from megatron_sov.base.errors import Fix, UserError, download, fix_missing, warn
 from megatron_sov.base.hints.removed import check_folder
 from megatron_sov.base.outputs import TRYING
 from megatron_sov.model.config import RunConfig, from_dict
@@ -30,21 +30,21 @@ from megatron_sov.runs.obs.events import EVENTS
 KIND = "checkpoint"
 CHECKPOINTS_OF_A_RUN = "checkpoints"
 IMPORTED = "from-hf"
-"""What stands for the recipe of a converted model."""
+"""Recipe name in the settings of a converted Hugging Face model."""
 STATE = "state.json"
 MODEL, ADAPTER = "model", "adapter"
-"""The part of a checkpoint with all weights, and the one that an adapter's checkpoint has in its place."""
+"""Parts of a checkpoint: all weights, or the weights of an adapter alone."""
 BASE = "base"
-"""What a manifest calls the checkpoint of frozen weights that an adapter belongs to."""
+"""Manifest field: the checkpoint with the frozen weights of an adapter."""
 SOURCE = "imported_from"
-"""What a manifest calls the name of the Hugging Face model that it was converted from."""
+"""Manifest field: the name of the Hugging Face model before conversion."""
 MERGED = "merged"
-"""What a manifest calls the checkpoints whose mean it is, with their weights."""
+"""Manifest field: the averaged checkpoints with their weights."""
 KEPT = "base-of-adapters.txt"
-"""A file in a run's checkpoint that an adapter stands on, which is not pruned while it is there."""
+"""File in a checkpoint that adapters use as base; `prune` skips a checkpoint with this file."""
 WRITING, DELETING, DAMAGED = ".writing-", ".deleting-", "damaged-"
 RUN, HF_MODEL, PEFT_ADAPTER = "run", "hf_model", "peft_adapter"
-"""Kinds of folders beside that of a checkpoint."""
+"""Other folder kinds that commands accept."""
 TAKEN_BY = {
     RUN: ("a run", "`megatron-sov report` shows it, `convert to-hf` exports its newest checkpoint"),
     KIND: ("a checkpoint", "`megatron-sov convert to-hf` exports it, `generate` and `eval` take it as it "
@@ -57,76 +57,80 @@ TAKEN_BY = {
     "tokenizer": ("a tokenizer", "`sov-data pack` takes it as --tokenizer"),
     "corpus": ("a corpus", "`sov-data pack --input` takes it"),
     "codec": ("a codec", "`sov-data encode-media --codec` takes it")}
-"""Kind of a folder -> how messages call it, and what takes a folder with this path and name."""
+"""Folder kind -> name in messages, and the commands that accept a folder with this `path` and `name`."""
 FOUND_AT = {RUN: "the folder given to --run", KIND: "RUN/checkpoints/step-N",
             HF_MODEL: "a folder with config.json and *.safetensors", PEFT_ADAPTER: "what PEFT has saved"}
-"""Kind of a folder that commands take -> where it is found."""
+"""Folder kind -> description of the expected folder."""
 NO_CHECKPOINTS = (".gguf", ".ggml", ".nemo", ".onnx", ".pt", ".pth", ".ckpt")
-"""Suffixes of the files in which other programs have a whole model."""
+"""Suffixes of whole-model files from other programs."""
+_TAKEN_BY_COMMAND = {(RUN, (HF_MODEL,)): "convert to-hf", (KIND, (HF_MODEL,)): "convert to-hf",
+                     (PEFT_ADAPTER, (HF_MODEL,)): "convert from-peft",
+                     (HF_MODEL, (KIND, RUN)): "convert from-hf", (HF_MODEL, (RUN, KIND)): "convert from-hf"}
+"""Kind of a folder and the kinds that a command takes -> the command that converts in the other direction."""
 TOKENIZER = "tokenizer.json"
 TEXTS = (".txt", ".jsonl", ".parquet", ".jsonl.gz", ".jsonl.zst", ".html", ".csv")
-"""Ends of the names of files of text."""
+"""Suffixes of text files."""
 TAKEN_BACK = "taken-back-"
-"""What the name of a checkpoint begins with whose run has taken its weights back, and that an adapter stands
-on."""
+"""Name prefix for a checkpoint after a rollback, if adapters use it as base."""
 NOT_WEIGHTS = ("optimizer/", "optimizer.index.json")
-"""Beginnings of the names of files that a model alone does not need."""
+"""Prefixes of file names that inference does not need."""
 
 
 def temporary(path: Path, token: str) -> Path:
-    """Return the folder in which a checkpoint is built; `token` tells it from what an
-    earlier process left."""
+    """Return the folder in which to build checkpoint `path`; a random `token` separates it from remains of
+    killed processes."""
     return path.with_name(f"{WRITING}{path.name}-{token}")
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Delete what killed processes left half-written or half-deleted; only for the one who
-    holds the run's lock."""
-    # No manifest vouches for any of these: they are what a kill left, and only the lock's holder may know
-    # that no living process still writes them.
-    begins = (WRITING, DELETING, TRYING)
-    for leftover in sorted(found for begin in begins for found in folder.glob(f"{begin}*")):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Delete half-written and half-deleted folders of killed processes. The caller must hold
+    the run's lock."""
+    # These folders have no manifest. Only the lock holder knows that no living process still writes to them.
+    for prefix in (WRITING, DELETING, TRYING):
+        for leftover in sorted(folder.glob(f"{prefix}*")):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def latest(folder: Path) -> Path | None:
-    """Return the newest checkpoint of a run's `checkpoints` folder, sound or not, or None."""
-    # By number, not by date: a copy or a restored backup has other times on disk.
+    """Return the newest `step-N` in a `checkpoints` folder, damaged or not, or None."""
+    # Compare step numbers: copies and restored backups have other modification times.
     steps = _steps(folder)
     return steps[-1][1] if steps else None
 
 
 def latest_not_after(folder: Path, step: int) -> Path | None:
-    """Return the newest checkpoint of step `step` or before, sound or not, or None."""
-    # `_steps` sorts ascending, so the last match is the newest that is not too new.
-    found = [path for taken, path in _steps(folder) if taken <= step]
-    return found[-1] if found else None
+    """Return the newest `step-N` with N <= `step`, damaged or not, or None."""
+    # `_steps` sorts ascending: the last match is the newest.
+    candidates = [path for number, path in _steps(folder) if number <= step]
+    return candidates[-1] if candidates else None
 
 
 def drop_after(folder: Path, step: int) -> None:
-    """Delete the checkpoints of later steps, whose weights were taken back; the newest first:
-    a kill leaves a sound run.  One that an adapter stands on is renamed, so that the run does not go on from
-    it, and `found_base` finds it."""
-    # Newest first: if a kill comes in the middle, the newest one left is still a checkpoint that the run
-    # could go on from.
-    for taken, path in reversed(_steps(folder)):
-        if taken > step and (path / KEPT).exists():
-            aside = _set_apart(path, TAKEN_BACK)
-            warn(f"{path}: its weights are taken back, and an adapter stands on it: it is {aside.name} now")
-        elif taken > step:
+    """Delete checkpoints after `step`, newest first, when a rollback discards their weights.
+
+    If adapters use a checkpoint as base, rename it with prefix `TAKEN_BACK`: the run does not resume
+    from it and
+    `found_base` still finds it.
+    """
+    # Newest first: if the process dies midway, the run can still resume from the newest remaining checkpoint.
+    for number, path in reversed(_steps(folder)):
+        if number > step and (path / KEPT).exists():
+            renamed = _set_apart(path, TAKEN_BACK)
+            warn(f"{path}: the run rolled back past this checkpoint, and an adapter needs it; "
+                 f"renamed to {renamed.name}")
+        elif number > step:
             _delete(path)
 
 
 def _delete(path: Path) -> None:
-    """Delete a checkpoint; it loses its name before its files, so that a kill leaves no torn one
-    under a valid name."""
-    # The rename is atomic, the deletion of thousands of files is not. The token keeps apart the remains of
-    # a delete that was killed before.
+    """Rename a checkpoint, then delete its files: a killed process leaves no partial `step-N`."""
+    # Renaming is atomic; deleting thousands of files is not. The random token avoids names
+    # of earlier remains.
     delete_folder(path, path.with_name(f"{DELETING}{path.name}-{secrets.token_hex(4)}"))
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the optimizer steps before a run's checkpoint was taken, which are in its name."""
+    """Return the optimizer step in the name of a `step-N` checkpoint."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
@@ -135,39 +139,40 @@ def _steps(folder: Path) -> list[tuple[int, Path]]:
 
 
 def complete(folder: Path) -> list[Path]:
-    """Return the complete checkpoints of a run's `checkpoints` folder, the oldest first."""
+    """Return the checkpoints with a manifest, oldest first."""
     return [path for _, path in _steps(folder) if (path / MANIFEST).is_file()]
 
 
 def refuse_missing(path: Path, option: str = "") -> None:
-    """Raise `UserError` where no model can lie, since there is no folder: what can be known before torch."""
+    """Raise `UserError` if `path` is no folder; suggest existing checkpoints or a download. Runs
+    before torch loads."""
     if not path.is_dir():
-        what = "is no folder" if path.exists() else "does not exist"
-        beside = path.parent.glob("*") if path.parent.name == CHECKPOINTS_OF_A_RUN else ()
-        if names := sorted(folder.name for folder in beside):
-            raise UserError(f"{option}{path}: {what}; the run's checkpoints are {', '.join(names)[:500]}")
+        problem = "is no folder" if path.exists() else "does not exist"
+        entries = path.parent.glob("*") if path.parent.name == CHECKPOINTS_OF_A_RUN else ()
+        if siblings := sorted(folder.name for folder in entries):
+            raise UserError(f"{option}{path}: {problem}; "
+                            f"the run's checkpoints are {', '.join(siblings)[:500]}")
         if path.suffix in NO_CHECKPOINTS:
-            raise UserError(f"{option}{path}: {what}: {path.suffix} is not read; download the original, "
+            raise UserError(f"{option}{path}: {problem}: {path.suffix} is not read; download the original, "
                             "whose weights are *.safetensors: hf download OWNER/NAME --local-dir NAME, and "
                             f"pass {option}NAME")
         if path.is_file() and is_hf_folder(path.parent):
-            raise UserError(f"{option}{path}: {what}; pass its folder, {path.parent}")
-        raise UserError(f"{option}{path}: {what}; pass a checkpoint, a run or a Hugging Face "
-                        f"folder{download(path)}")
+            raise UserError(f"{option}{path}: {problem}; pass its folder, {path.parent}",
+                            Fix(words={str(path): str(path.parent)}))
+        raise UserError(f"{option}{path}: {problem}; pass a checkpoint, a run or a Hugging Face "
+                        f"folder{download(path)}", fix_missing(path))
 
 
 def refuse_other_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
-    """Raise `UserError` where a folder is something else than a command takes: what it is, and which command
-    takes it, or what to pass.
+    """Raise `UserError` if a folder contains another artifact than the command accepts; name
+    a fitting command.
 
     Args:
-        path: the folder; one that is not there, or that lacks a part of what it should be, passes, for the
-            reader to say it.
-        kinds: keys of `TAKEN_BY` that will do.
-        wanted: how messages call them.
+        path: the folder. Missing or incomplete folders pass; the reader reports them later.
+        kinds: accepted keys of `TAKEN_BY`.
+        wanted: description of the accepted kinds for the message.
     """
-    # In this order: a run has settings that a look for models could take for its own, and a converted
-    # folder may have a manifest beside its config.json.
+    # Order matters: a run contains a config.json, and a converted folder may have a manifest next to it.
     if (path / EVENTS).is_file():
         kind = RUN
     elif is_hf_folder(path):
@@ -177,54 +182,58 @@ def refuse_other_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
     else:
         kind = read_manifest(path).kind if (path / MANIFEST).is_file() else ""
     if kind in TAKEN_BY and kind not in kinds:
-        called, taken_by = TAKEN_BY[kind]
-        raise UserError(f"{path}: is {called}, not {wanted}; {taken_by.format(path=path, name=path.name)}")
+        description, advice = TAKEN_BY[kind]
+        command = _TAKEN_BY_COMMAND.get((kind, tuple(kinds)), "")
+        raise UserError(f"{path}: is {description}, not {wanted}; {advice.format(path=path, name=path.name)}",
+                        Fix(command=command) if command else None)
     if not kind:
         check_folder(path)
     if not kind and RUN in kinds and (runs := runs_below(path)):
         raise UserError(f"{path}: is not {wanted}; it holds the runs {', '.join(map(str, runs))}: pass one "
                         "of them")
     is_run = (path / CHECKPOINTS_OF_A_RUN).exists() or (KIND not in kinds and (path / CONFIG).exists())
-    if not kind and path.is_dir() and not is_run and (known := _nothing_known(path)):
-        what, taken_by = known
-        found = " or ".join(FOUND_AT[kind] for kind in kinds)
-        raise UserError(f"{path}: {what}, so it is not {wanted}; {taken_by}pass {found}")
+    if not kind and path.is_dir() and not is_run and (contents := _nothing_known(path)):
+        description, advice = contents
+        expected = " or ".join(FOUND_AT[kind] for kind in kinds)
+        raise UserError(f"{path}: {description}, so it is not {wanted}; {advice}pass {expected}")
 
 
 def runs_below(path: Path) -> list[Path]:
-    """Return the run folders in a folder and in the folders in it, by name."""
+    """Return the run folders one or two levels down, sorted by name."""
     return sorted(file.parent for pattern in ("*", "*/*") for file in path.glob(f"{pattern}/{EVENTS}"))
 
 
 def refuse_no_model(path: Path) -> None:
-    """Raise `UserError` where a folder is something else than a model."""
+    """Raise `UserError` if a folder contains neither checkpoint, run nor Hugging Face model."""
     refuse_other_kind(path, (RUN, KIND, HF_MODEL), "a checkpoint, a run or a Hugging Face folder")
 
 
 def _nothing_known(path: Path) -> tuple[str, str] | None:
-    """Return what a folder is that is no artifact and no model, and what takes it ("": nothing); None: it
-    holds other folders, in which there may be one."""
-    # Hidden files (.DS_Store, .gitattributes) tell nothing of what a folder is.
+    """Describe the files in an unrecognized folder and name the command that accepts them ("" if none does).
+
+    Returns None if the folder has only subfolders, because a model may be in a subfolder.
+    """
+    # Hidden files (.DS_Store, .gitattributes) say nothing about the folder.
     names = sorted(p.name for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
     if not names:
         return None if any(path.iterdir()) else ("is empty", "")
     if TOKENIZER in names:
         return f"is a tokenizer without a model ({TOKENIZER})", "`sov-tokenizer import` takes it; "
-    texts = [name for name in names if name.endswith(TEXTS)]
-    more = f" and {len(names) - 1} more" if len(names) > 1 else " alone"
-    if texts:
-        return f"holds text ({texts[0]}{more})", "`sov-data pack --input` takes it; "
+    text_files = [name for name in names if name.endswith(TEXTS)]
+    count_text = f" and {len(names) - 1} more" if len(names) > 1 else " alone"
+    if text_files:
+        return f"holds text ({text_files[0]}{count_text})", "`sov-data pack --input` takes it; "
     if CONFIG in names:
         return f"holds {CONFIG} without weights (*.safetensors)", (
             "download the whole model folder (hf download NAME --local-dir DIR), or ")
     if any(name.endswith((".safetensors", "pytorch_model.bin")) for name in names):
-        return f"holds weights ({names[0]}{more}) without {CONFIG}", (
+        return f"holds weights ({names[0]}{count_text}) without {CONFIG}", (
             "download the whole model folder (hf download NAME --local-dir DIR), or ")
-    return f"holds {names[0]}{more}, and neither a model nor an artifact", ""
+    return f"holds {names[0]}{count_text}, and neither a model nor an artifact", ""
 
 
 def refuse_no_run(path: Path) -> None:
-    """Raise `UserError` where a folder is no run: it has no events."""
+    """Raise `UserError` if a folder has no `events.jsonl`."""
     run = path.absolute().parent.parent
     if path.absolute().parent.name == CHECKPOINTS_OF_A_RUN and (run / EVENTS).is_file():
         raise UserError(f"{path}: is a checkpoint of the run {path.parent.parent}; pass {path.parent.parent}")
@@ -234,17 +243,16 @@ def refuse_no_run(path: Path) -> None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint that `path` means: itself, or the newest one of a run folder.
+    """Return `path` if it is a checkpoint, or the newest checkpoint of run `path`.
 
     Raises:
-        UserError: it is neither, or its manifest is damaged.
+        UserError: `path` is neither, or the manifest is damaged.
     """
     if not (path / CHECKPOINTS_OF_A_RUN).is_dir():
         refuse_other_kind(path, (KIND, RUN), "a checkpoint or a run")
         read_manifest(path, KIND)
         return path
-    # A damaged newest checkpoint is an error, not a reason to take an older one in silence: the caller
-    # would measure or export other weights than it asked for.
+    # If the newest checkpoint is damaged, raise: an older one would silently measure or export other weights.
     newest = latest(path / CHECKPOINTS_OF_A_RUN)
     if newest is None:
         raise UserError(f"{path}: this run has no complete checkpoint yet")
@@ -255,12 +263,12 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def settings_of(path: Path) -> RunConfig:
-    """Return the settings that a checkpoint was written with, whose model is sound.
+    """Read a checkpoint's settings and check its model config.
 
     Raises:
-        UserError: its manifest is damaged, or holds no settings of a run.
+        UserError: the manifest is damaged or its settings are invalid.
     """
-    # The manifest is read, not RUN/config.json: a run's settings may have changed since this checkpoint.
+    # Read the manifest, not RUN/config.json: the run's settings may have changed since.
     raw = read_manifest(path, KIND).settings
     try:
         settings = from_dict(raw)
@@ -275,50 +283,48 @@ def settings_of(path: Path) -> RunConfig:
 
 @dataclass(frozen=True)
 class AdapterBase:
-    """The checkpoint of the frozen weights beside which an adapter was trained."""
+    """Reference from an adapter checkpoint to the checkpoint with its frozen weights."""
 
     path: Path
-    """Its folder."""
+    """Folder of the base checkpoint."""
     sha256: str
-    """Of its manifest."""
+    """Hash of the base's manifest, which contains the hash of every file."""
 
     def to_dict(self) -> dict[str, str]:
         return {"path": str(self.path), "sha256": self.sha256}
 
     @staticmethod
     def of(path: Path) -> AdapterBase:
-        # The manifest holds the hash of every file, so its own hash stands for all weights.
         return AdapterBase(path.resolve(), manifest_sha256(path))
 
 
 def adapter_base(path: Path) -> AdapterBase | None:
-    """Return the base that a checkpoint of an adapter names, or None: it holds all weights.
+    """Read the base that an adapter checkpoint names, or None for a checkpoint with all weights.
 
     Raises:
-        UserError: its manifest is damaged.
+        UserError: the manifest is damaged.
     """
-    named = read_manifest(path, KIND).content.get(BASE)
-    return None if named is None else AdapterBase(Path(named["path"]), named["sha256"])
+    record = read_manifest(path, KIND).content.get(BASE)
+    return None if record is None else AdapterBase(Path(record["path"]), record["sha256"])
 
 
 def found_base(path: Path, base: AdapterBase) -> Path:
-    """Return the folder of an adapter's base.
+    """Find the folder of an adapter's base by manifest hash.
 
     Args:
-        path: the adapter's checkpoint, for the message.
-        base: what it names.
+        path: the adapter's checkpoint, for messages.
+        base: the reference in the adapter's manifest.
 
     Raises:
-        UserError: it is not there, or is another one than the adapter was trained beside.
+        UserError: the folder is missing or contains another checkpoint.
     """
-    # A rollback renames a base that adapters need (`drop_after`), so its place may have changed; the hash
-    # says whether it is the same.
-    taken_back = base.path.parent.glob(f"{TAKEN_BACK}{base.path.name}*")
-    there = [place for place in (base.path, *sorted(taken_back)) if (place / MANIFEST).is_file()]
-    for place in there:
-        if manifest_sha256(place) == base.sha256:
-            return place
-    if not there:
+    # A rollback renames bases (`drop_after`), so the folder may have moved; the hash identifies it.
+    renamed = base.path.parent.glob(f"{TAKEN_BACK}{base.path.name}*")
+    candidates = [folder for folder in (base.path, *sorted(renamed)) if (folder / MANIFEST).is_file()]
+    for candidate in candidates:
+        if manifest_sha256(candidate) == base.sha256:
+            return candidate
+    if not candidates:
         raise UserError(f"{path}: is an adapter of {base.path}, which is not there; "
                         "restore that folder from a copy")
     raise UserError(f"{path}: is an adapter of {base.path}, which has become another checkpoint since "
@@ -327,9 +333,9 @@ def found_base(path: Path, base: AdapterBase) -> Path:
 
 
 def keep_as_base(base: Path) -> None:
-    """Have the run that a checkpoint belongs to keep it: an adapter is nothing without its base.
+    """Write `base-of-adapters.txt` into the adapter's base, so that its run does not prune it.
 
-    What nothing prunes is left as it is; a run in which this user cannot write, too, with a warning.
+    Only checkpoints inside a run need it. If the folder is read-only, warn.
     """
     if base.parent.name != CHECKPOINTS_OF_A_RUN or (base / KEPT).exists():
         return
@@ -337,14 +343,16 @@ def keep_as_base(base: Path) -> None:
         atomic_write(base / KEPT, "An adapter stands on this checkpoint, so its run does not prune it.\n"
                                   "When no adapter needs it any more, delete this file.\n")
     except (OSError, UserError) as e:
-        warn(f"{base}: an adapter stands on it, and its run cannot be told to keep it ({e}); see to it that "
-             "train.keep_checkpoints does not delete it")
+        warn(f"{base}: an adapter needs this checkpoint, and the note for its run cannot be written ({e}); "
+             "make sure that train.keep_checkpoints does not delete it")
 
 
 def files_sha256(start: Path) -> str:
-    """Return what stands for a checkpoint's weights, or a round's documents: a Hugging Face folder that is
-    converted once more gives the same files, under a manifest of another time.  Empty for that folder itself,
-    which a dry run starts from."""
+    """Hash the file digests in a checkpoint's (or token folder's) manifest.
+
+    Repeated conversion of a Hugging Face folder gives the same hash: creation time does not count.
+    A Hugging Face folder itself (dry run) gives "".
+    """
     if is_hf_folder(start):
         return ""
     manifest = read_manifest(start)
@@ -354,25 +362,25 @@ def files_sha256(start: Path) -> str:
 
 
 def trained_tokens(path: Path) -> int:
-    """Return the longest context, in tokens, that a checkpoint's weights were trained on: by its own run, or
-    by those that it started from; of an imported model what it claims.
+    """Return the longest training context in tokens, including earlier stages; imported models
+    state their own.
 
     Raises:
-        UserError: the checkpoint is damaged.
+        UserError: `state.json` is damaged.
     """
     settings = settings_of(path)
     if settings.recipe == IMPORTED:
         return settings.model.max_position_tokens
     try:
-        found = int(json.loads((path / STATE).read_text(encoding="utf-8")).get("trained_tokens", 0))
+        num_tokens = int(json.loads((path / STATE).read_text(encoding="utf-8")).get("trained_tokens", 0))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{path / STATE}: is damaged ({e}); {instead_of(path)}") from None
-    # checkpoints of earlier versions do not tell
-    return found or max(phase.seq_len for phase in settings.data.phases)
+    # Earlier versions did not write trained_tokens.
+    return num_tokens or max(phase.seq_len for phase in settings.data.phases)
 
 
 def manifest_damage(path: Path) -> str | None:
-    """Return one sentence where a checkpoint has no sound manifest, else None."""
+    """Return a sentence if a checkpoint's manifest is missing or damaged, else None."""
     if not (path / MANIFEST).is_file():
         return f"{path / MANIFEST}: is missing"
     try:
@@ -383,28 +391,26 @@ def manifest_damage(path: Path) -> str | None:
 
 
 def damage(path: Path, *, rank: int = 0, size: int = 1, weights_only: bool = False) -> str | None:
-    """Return one sentence about the first file of a checkpoint that is missing or not what was
-    written, else None.
+    """Return a sentence about the first missing or changed file in a checkpoint, else None.
 
     Args:
-        rank: which share of the files this process looks at, of `size` shares; all look at the manifest.
-        weights_only: pass over the optimizer's state.
+        rank: share of the files for this process, of `size` shares; every process checks the manifest.
+        weights_only: skip optimizer state.
 
     Raises:
-        UserError: a file cannot be read, which may be the machine's fault and not the file's.
+        UserError: a file cannot be read for a reason other than a disk error (EIO).
     """
     problem = manifest_damage(path)
     if problem is not None:
         return problem
     files = read_manifest(path, KIND).files
-    # Sorted, so that all ranks split the same list: every file is hashed by exactly one of them.
+    # Sorted, so that all ranks split the same list and exactly one rank hashes each file.
     names = sorted(name for name in files if not (weights_only and name.startswith(NOT_WEIGHTS)))
     for name in names[rank::size]:
         try:
             problem = file_damage(path / name, files[name])
         except OSError as e:
-            # EIO is the disk's word that these bytes are gone; all else (permissions, a mount that is away)
-            # says nothing of the file.
+            # EIO means lost bytes. Other errors (permissions, unmounted disk) say nothing about the file.
             if e.errno != errno.EIO:
                 raise UserError(f"{path / name}: cannot be read ({e.strerror}); see to it that it can, "
                                 "and start again") from e
@@ -415,40 +421,36 @@ def damage(path: Path, *, rank: int = 0, size: int = 1, weights_only: bool = Fal
 
 
 def instead_of(path: Path) -> str:
-    """Return what to do about a damaged checkpoint: take the one before it, which is named,
-    where there is one."""
+    """Suggest a replacement for a damaged checkpoint: the previous sound one, or a copy."""
     step = path.name[5:]
-    before = [p for n, p in _steps(path.parent)
-              if step.isdigit() and n < int(step) and manifest_damage(p) is None]
-    return (f"use the checkpoint before it, {before[-1]}" if before
+    earlier = [p for number, p in _steps(path.parent)
+              if step.isdigit() and number < int(step) and manifest_damage(p) is None]
+    return (f"use the checkpoint before it, {earlier[-1]}" if earlier
             else "there is no checkpoint before it; restore it from a copy")
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint, so that nothing takes it for a sound one; returns its new place."""
+    """Rename a damaged checkpoint to `damaged-step-N`; return the new path."""
     return _set_apart(path, DAMAGED)
 
 
-def _set_apart(path: Path, begins: str) -> Path:
-    """Rename a checkpoint to a name that nothing has yet; returns its new place."""
-    aside = path.with_name(begins + path.name)
-    # The same step may have been damaged before; os.rename would fail on that folder, or replace an empty
-    # one.
-    if aside.exists():
-        aside = path.with_name(f"{begins}{path.name}-{secrets.token_hex(4)}")
+def _set_apart(path: Path, prefix: str) -> Path:
+    """Rename a checkpoint to an unused name with a prefix; return the new path."""
+    renamed = path.with_name(prefix + path.name)
+    # The same step may have been damaged before: os.rename fails on a filled folder and replaces
+    # an empty one.
+    if renamed.exists():
+        renamed = path.with_name(f"{prefix}{path.name}-{secrets.token_hex(4)}")
     with disk_errors(path):
-        os.rename(path, aside)
-        # Without this a power failure may bring the old name back, and the next start would load the
-        # damaged one.
+        os.rename(path, renamed)
+        # Without fsync a power failure may restore the old name, and the next start would load the damage.
         fsync_path(path.parent)
-    return aside
+    return renamed
 
 
 def refuse_lost(folder: Path) -> None:
-    """Raise `UserError` where a run has only damaged checkpoints: it must not begin anew as
-    if nothing had been."""
-    # To start at step 0 here would look like a fresh run in the same folder, with the old run's events
-    # before it.
+    """Raise `UserError` if all checkpoints of a run are damaged."""
+    # Restarting from step 0 would look like a fresh run with the old run's events in its folder.
     damaged = sorted(p.name for p in folder.glob(f"{DAMAGED}*"))
     if damaged and not _steps(folder):
         raise UserError(f"{folder}: no sound checkpoint is left ({', '.join(damaged)}); "
@@ -456,9 +458,10 @@ def refuse_lost(folder: Path) -> None:
 
 
 def prune(folder: Path, keep: int, keep_every_steps: int = 0) -> None:
-    """Delete all complete checkpoints but the newest `keep` (0 keeps all), those whose step
-    `keep_every_steps` divides, and those that adapters stand on."""
-    # Incomplete ones are not counted: they would push a sound checkpoint out of the newest `keep`.
+    """Delete complete checkpoints except the newest `keep` (0 keeps all), multiples
+    of `keep_every_steps`, and
+    bases of adapters."""
+    # Ignore incomplete checkpoints: they would displace a sound one from the newest `keep`.
     for path in complete(folder)[:-keep] if keep else []:
         if not (keep_every_steps and step_of(path) % keep_every_steps == 0) and not (path / KEPT).exists():
             _delete(path)

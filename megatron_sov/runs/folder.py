@@ -1,4 +1,5 @@
-"""A run's folder: what lies where, how it is entered, and when it counts as complete."""
+"""The folder of a training run: paths, settings, completion state, recorded command, and checks
+before a start."""
 
 from __future__ import annotations
 
@@ -12,65 +13,62 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.artifacts import MANIFEST, atomic_write, disk_errors, to_json
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, fix_missing
 from megatron_sov.base.outputs import refuse_unwritable
 from megatron_sov.model.config import OptimConfig, RolloutConfig, RunConfig, from_dict
 from megatron_sov.model.config.post_training import BETAS
 from megatron_sov.model.families.adapters import identity
 from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, refuse_no_run
-from megatron_sov.runs.launch_environment import is_first, num_ranks, typed_command
+from megatron_sov.runs.launch_environment import is_first, num_ranks, typed_command, under_launcher
 from megatron_sov.runs.lock import LOCK, living_holder
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
 CONFIG, COMPLETION, FAILURE, STAGES, JOBS = ("config.json", "complete.json", "gate_failed.json",
                                              "stages", "slurm")
 COMMAND = "command.json"
-"""The command line that began or continued the run, for `megatron-sov resume`."""
+"""File with the command line of the last start, for `megatron-sov resume`."""
 CHANGED = "settings"
-"""Event of a start by other settings, or another command, than the start before."""
+"""Event: the run continues with other settings or another command."""
 WATCHED = ("obs", "evaluate")
-"""Parts of the settings by which a run is watched, and nothing is learned."""
+"""Settings groups for monitoring; they do not affect training."""
 ATTEMPTS, SUBMISSIONS = "attempts.jsonl", "jobs.jsonl"
-"""Of a folder of Slurm jobs: how often each job's script began and how that ended, and what was submitted."""
+"""Files in a folder of Slurm jobs: attempts with their exit states, and submissions."""
 HELD = "awaiting_gate.json"
-"""The completion manifest of a stage whose last checkpoint is still to be judged."""
+"""Completion manifest of a stage whose final gate has not finished."""
 GATE = "gate"
-"""Results of a forgetting gate; its first ones come before there is a run."""
+"""Results of a forgetting gate; written before the run's config.json."""
 DATA, TOKENIZER = "data", "tokenizer"
-"""Token shards of the files that --data names, and the tokenizer that packed them."""
+"""Token shards packed from the text files of --data, and their tokenizer."""
 ROUNDS = "rounds"
-"""Documents of the rounds of `megatron-sov rl train`."""
+"""Training documents of each round of `megatron-sov rl train`."""
 FAULTS = "faults"
-"""Which faults have come on purpose, one file each; one may come before there is a run."""
+"""One file per injected fault; may exist before the run's config.json."""
 REFERENCE = "reference"
-"""What a run's reference says of its data; it outlives a run that was refused before its first step."""
+"""Reference log-probabilities; remain if a run is refused before its first step."""
 AVERAGE = "average"
-"""The mean of a complete run's newest checkpoints."""
+"""Average of the newest checkpoints of a complete run."""
 VALIDATION = "validation"
-"""Responses to held-out prompts, and their rewards: a rollout store (`megatron-sov rl run --validation`)."""
+"""Rollout store with responses to held-out prompts (`megatron-sov rl run --validation`)."""
 EXPORTS, EVALUATIONS = "exports", "evaluations"
-"""Hugging Face folders of checkpoints, and the figures measured on them, beside training."""
+"""Hugging Face exports during training, and their evaluation results."""
 OPTIM = tuple(f.name for f in dataclasses.fields(OptimConfig) if f.name != "rewarm")
 ROLLOUT = tuple(f.name for f in dataclasses.fields(RolloutConfig)
                 if f.name not in ("rounds", "max_staleness", "deadline_s", "lease_s", "keep_rounds")
-                # how held-out prompts are asked changes nothing that is learned
+                # validation settings do not change training
                 and not f.name.startswith(VALIDATION))
 FIXED: dict[str, tuple[str, ...] | None] = {"model": None, "objective": None, "optim": OPTIM,
                                             "train": ("seed", "precision", "hidden_dropout"),
                                              "data": ("packing", "over_long"), "lora": None,
                                              "preference": None, "distillation": None, "policy": None,
                                              "rollout": ROLLOUT}
-"""What a resumed run must not change: part of the config -> its settings (None: all)."""
+"""Settings group -> settings that a resumed run must not change (None: all)."""
 MOST_SETTINGS = 8
-"""That a message tells to type one by one."""
-
-
+"""Maximum number of settings that an error message lists as --set options."""
 LONGEST_VALUES = 160
-"""Characters of an old and a new value that are told of."""
-
+"""Maximum total length of the old and new value in an event, in characters."""
 
 class RunFolder:
-    """Paths and states of RUN/."""
+    """Paths and state files in `RUN/`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -80,11 +78,11 @@ class RunFolder:
         return self.path / CHECKPOINTS_OF_A_RUN
 
     def checkpoint(self, step: int) -> Path:
-        """Folder of the checkpoint after `step` optimizer steps."""
+        """Return the folder of `step-N`."""
         return self.checkpoints / f"step-{step}"
 
     def completion(self) -> dict[str, Any] | None:
-        """Return the completion manifest of a stage that is complete, else None."""
+        """Read `complete.json` of a finished stage, or return None."""
         file = self.path / COMPLETION
         if not file.is_file():
             return None
@@ -94,7 +92,8 @@ class RunFolder:
         atomic_write(self.path / COMPLETION, to_json(content))
 
     def hold(self, content: dict[str, Any]) -> None:
-        """Note what `complete` is to declare once the last checkpoint is judged."""
+        """Write `awaiting_gate.json`, the content for `complete` after the last checkpoint
+        passes its gate."""
         atomic_write(self.path / HELD, to_json(content))
 
     def held(self) -> dict[str, Any] | None:
@@ -105,26 +104,26 @@ class RunFolder:
         (self.path / HELD).unlink(missing_ok=True)
 
     def fail(self, failure: str) -> None:
-        """Record that the stage's gate has not passed."""
+        """Write `gate_failed.json`."""
         atomic_write(self.path / FAILURE, to_json({"failure": failure}))
 
     def failure(self) -> str | None:
-        """Return what the gate did not pass by, or None."""
+        """Read the reason in `gate_failed.json`, or return None."""
         file = self.path / FAILURE
         return str(json.loads(file.read_text(encoding="utf-8"))["failure"]) if file.is_file() else None
 
     def forget_failure(self) -> None:
-        """Take back an earlier failure, or what was not judged, before the run goes on."""
+        """Delete `gate_failed.json` and `awaiting_gate.json` before training continues."""
         if is_first():
-            # One process is enough; others might delete what rank 0 has written since.
+            # Only rank 0: other ranks might delete files that rank 0 has written since.
             (self.path / FAILURE).unlink(missing_ok=True)
             self.release()
 
     def config(self) -> RunConfig | None:
-        """Return the config that the folder was made with, or None for a new folder.
+        """Read the run's `config.json`, or return None for a new folder.
 
         Raises:
-            UserError: the file is damaged or of another version.
+            UserError: the file is damaged or from another version.
         """
         file = self.path / CONFIG
         if not file.is_file():
@@ -136,54 +135,68 @@ class RunFolder:
                             "restore it or choose another --run") from None
 
     def enter(self, config: RunConfig, resume: bool) -> None:
-        """Check that a run with `config` may work in this folder; leaves it as it was.
+        """Check that training with `config` may start in this folder, without changing files.
 
         Raises:
-            UserError: the folder holds something else, a run that was not asked for, one with other settings,
-                or a complete one that is shorter.
+            UserError: the folder contains another artifact, an unexpected run, a run with
+                other fixed settings, or a complete run with fewer steps.
         """
         earlier = self.refuse_taken(resume)
         if earlier is None:
+            if resume:
+                self._refuse_misspelt()
             return
-        # Before settings: a changed file of code explains changed settings, not the other way round.
+        # Code first: a changed recipe file explains changed settings, not the reverse.
         refuse_changed_code(self.path, earlier, config)
-        # Only what changes the mathematics is fixed; layout, lengths and intervals may differ on a resume.
+        # Only settings that change the mathematics are fixed; layout, lengths and intervals may change.
         changed = _changed(_comparable(earlier), _comparable(config))
         if changed:
-            told = [f"{name} = {before}, now it is {now}" for name, before, now in changed]
-            words = [shlex.quote(f"{name}={before if isinstance(before, str) else json.dumps(before)}")
-                     for name, before, _ in changed]
-            way = (" ".join(f"--set {word}" for word in words) if len(words) <= MOST_SETTINGS else
-                   f"--config {shlex.quote(str(self.path / CONFIG))} in the recipe's place")
-            raise UserError(f"{self.path}: was started with {'; '.join(told)}; resume with {way}, or start a "
-                            "new --run --from its checkpoint")
+            descriptions = [f"{name} = {old}, now it is {new}" for name, old, new in changed]
+            arguments = [shlex.quote(f"{name}={old if isinstance(old, str) else json.dumps(old)}")
+                         for name, old, _ in changed]
+            if len(arguments) <= MOST_SETTINGS:
+                options = " ".join(f"--set {argument}" for argument in arguments)
+            else:
+                options = f"--config {shlex.quote(str(self.path / CONFIG))} in the recipe's place"
+            raise UserError(f"{self.path}: was started with {'; '.join(descriptions)}; "
+                            f"resume with {options}, or start a new --run --from its checkpoint")
         completion = self.completion()
-        # A stage whose gate passed is done however many steps were planned.
+        # A stage with a passed gate is complete at any step.
         ended_early = completion is not None and (completion.get("gate") or {}).get("passed", False)
         if completion is not None and completion["step"] < config.num_steps() and not ended_early:
             raise UserError(f"{self.path}: is complete at step {completion['step']}, and train.steps = "
                             f"{config.num_steps()} asks for more; start a new --run --from it")
 
+    def _refuse_misspelt(self) -> None:
+        """Refuse --resume of a folder that holds no run, next to a run with nearly the same name.  Jobs pass
+        --resume at their first start, too."""
+        if under_launcher() or "SLURM_JOB_ID" in os.environ:
+            return
+        fix = fix_missing(self.path)
+        other = Path(fix.words[str(self.path)]) if fix and not fix.before else None
+        if other is not None and (other / EVENTS).is_file():
+            raise UserError(f"--run {self.path}: holds no run to resume; {other} does (without --resume a "
+                            "new run begins)", fix)
+
     def refuse_taken(self, resume: bool) -> RunConfig | None:
-        """Return the settings of the run in the folder, None if it holds no run yet; leaves it as it was.
+        """Return the settings of the run in the folder, or None if the folder is free.
 
         Raises:
-            UserError: the folder holds something else, or a run without `resume`.
+            UserError: the folder contains other files, or a run although `resume` is false.
         """
-        # Nothing is created yet: a refused command leaves no folder behind. So the nearest folder that
-        # exists is the one tried.
+        # A refused command must not create a folder, so test the nearest existing parent.
         nearest = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
         if not nearest.is_dir():
             raise UserError(f"{nearest}: is a file; --run needs a folder")
-        if is_first():  # thousands need not try it at once
+        if is_first():  # one rank is enough
             refuse_unwritable(nearest, f"--run {self.path}")
         earlier = self.config()
         if earlier is None:
-            # What may be there before a run's config.json: other commands, or a first start that was
-            # killed, put it there.
-            has_packed = any((self.path / name).is_file() for name in (COMMAND, f"{TOKENIZER}/{MANIFEST}"))
+            # Other commands or a killed first start may have created these files before config.json.
+            packed_files = (COMMAND, f"{TOKENIZER}/{MANIFEST}")
+            has_packed_data = any((self.path / name).is_file() for name in packed_files)
             expected = (LOCK, STAGES, ROUNDS, JOBS, FAULTS, REFERENCE, GATE, COMMAND,
-                        *((DATA, TOKENIZER) if has_packed else ()))
+                        *((DATA, TOKENIZER) if has_packed_data else ()))
             if self.path.is_dir() and any(not p.name.startswith(".") and p.name not in expected
                                           for p in self.path.iterdir()):
                 raise UserError(f"{self.path}: is not empty and holds no run; choose another --run")
@@ -194,7 +207,7 @@ class RunFolder:
         return earlier
 
     def has_begun(self) -> bool:
-        """Return whether the folder holds a run, or the stages of one."""
+        """Return whether the folder contains a run or the stages of a run."""
         return any((self.path / name).exists() for name in (CONFIG, STAGES))
 
     def create(self) -> None:
@@ -202,58 +215,58 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
 
     def declare(self, config: RunConfig, step: int = 0) -> None:
-        """Write the resolved config: from now on the folder holds a run.
+        """Write the resolved `config.json`, which marks the folder as a run.
 
         Args:
-            config: its settings.
-            step: optimizer steps done before.
+            config: the run's settings.
+            step: optimizer steps before this start.
         """
         self._tell_change(config, step)
-        # config.json comes before checkpoints/: a kill in between leaves a run that a resume can enter.
+        # Write config.json before creating checkpoints/: after a kill in between, --resume still works.
         atomic_write(self.path / CONFIG, to_json(config.to_dict()))
         record_command(self.path)
         with disk_errors(self.path):
             self.checkpoints.mkdir(exist_ok=True)
 
     def _tell_change(self, config: RunConfig, step: int) -> None:
-        """Tell by which settings and command the steps so far were made, where those that follow are made by
-        others: both files are about to be replaced."""
+        """Record the previous settings and command as an event, because both files are about
+        to be replaced."""
         before = self.config()
         if before is None or not (self.path / EVENTS).is_file():
             return
-        was = changed_settings(before, config)
-        file, words, earlier = self.path / COMMAND, typed_command(), None
-        if words is not None and file.is_file() and file.read_text(encoding="utf-8") != _command_now(words):
-            earlier = json.loads(file.read_text(encoding="utf-8"))
-        if was or earlier is not None:
-            text = {"text": "; ".join(tell_changes(was))} if was else {}
-            RunEvents(self.path).add(CHANGED, step=step, was=was, command=earlier, **text)
+        changes = changed_settings(before, config)
+        command_file, words, earlier = self.path / COMMAND, typed_command(), None
+        if words is not None and command_file.is_file():
+            recorded = command_file.read_text(encoding="utf-8")
+            earlier = json.loads(recorded) if recorded != _command_now(words) else None
+        if changes or earlier is not None:
+            text = {"text": "; ".join(tell_changes(changes))} if changes else {}
+            RunEvents(self.path).add(CHANGED, step=step, was=changes, command=earlier, **text)
 
     def remove_unstarted(self) -> None:
-        """Take back a run that was refused before its first step, so that the mended command finds the folder
-        as it was."""
+        """Delete the files of a run that was refused before its first step."""
         events = self.path / EVENTS
-        # Any of these means that somebody works here, or that something of worth exists.
+        # Each condition means that another process uses the folder, or that it contains results.
         if living_holder(self.path) or self.completion() is not None or any(self.checkpoints.glob("*")) or (
                 events.is_file() and any(event.get("step", 0) for event in read_events(events))):
             return
         with contextlib.suppress(OSError):
             for file in (events, self.path / CONFIG, self.path / COMMAND):
                 file.unlink(missing_ok=True)
-            # rmdir, not rmtree: it fails on a folder that holds anything, and then all stays.
+            # rmdir, not rmtree: rmdir fails on a filled folder and then deletes nothing.
             self.checkpoints.rmdir()
             self.path.rmdir()
 
     def remove_if_empty(self) -> None:
-        """Take back `create` where nothing came of it."""
+        """Delete the folder if it contains no files."""
         with contextlib.suppress(OSError):
             self.path.rmdir()
 
 
 def record_command(run: Path) -> None:
-    """Write into a run's folder how it was begun, where a command line began it."""
+    """Write `command.json` if a command line started this process."""
     if (words := typed_command()) is not None:
-        # ASCII: a word may hold bytes that are no UTF-8
+        # ASCII escapes: arguments may contain bytes outside UTF-8.
         atomic_write(run / COMMAND, _command_now(words))
 
 
@@ -263,14 +276,14 @@ def _command_now(words: Sequence[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class TypedCommand:
-    """What `record_command` wrote."""
+    """Content of `command.json`."""
 
     words: tuple[str, ...]
-    """Behind `megatron-sov`."""
+    """Arguments after `megatron-sov`."""
     folder: Path
-    """Where it was typed."""
+    """Working directory of the command."""
     processes: int
-    """How many the run had."""
+    """Number of ranks."""
 
     @staticmethod
     def of(raw: Mapping[str, Any]) -> TypedCommand:
@@ -278,10 +291,10 @@ class TypedCommand:
 
 
 def read_command(run: Path) -> TypedCommand:
-    """Return how a run was begun, or went on last; a run of stages keeps it in the folders of these.
+    """Read `command.json` of a run, or of its latest stage.
 
     Raises:
-        UserError: it is no run, was begun by Python code or an earlier version, or the file is damaged.
+        UserError: no run, a run started from Python or by an earlier version, or a damaged file.
     """
     files = [file for file in (run / COMMAND, *sorted(run.glob(f"{STAGES}/*/{COMMAND}"))) if file.is_file()]
     if not files:
@@ -300,10 +313,10 @@ def read_command(run: Path) -> TypedCommand:
 
 
 def refuse_changed_code(run: Path, before: RunConfig, now: RunConfig) -> None:
-    """Refuse to go on with code of the user's own that is not what the run was started with.
+    """Check that user code (recipes, rewards, objectives) still has the hashes of the run's start.
 
     Raises:
-        UserError: a file has changed; the message names it, and how to go on.
+        UserError: a file has changed.
     """
     earlier = {(code.kind, code.name): code for code in before.code}
     for code in now.code:
@@ -311,7 +324,7 @@ def refuse_changed_code(run: Path, before: RunConfig, now: RunConfig) -> None:
         if started is None or not started.files or not code.files:
             continue
         files = dict(code.files)
-        # the file itself, whatever it is called now
+        # The first file may have another name now.
         files[next(iter(started.files))] = files.pop(next(iter(files)))
         for name, sha256 in started.files.items():
             if files.get(name, sha256) != sha256:
@@ -324,71 +337,82 @@ def refuse_changed_code(run: Path, before: RunConfig, now: RunConfig) -> None:
 
 
 def _declared(file: Path) -> dict[str, Any]:
-    """Return what a completion manifest says.
+    """Read a completion manifest and check its `step` and `gate`.
 
     Raises:
-        UserError: it is no such manifest.
+        UserError: the file is damaged.
     """
     try:
-        found = dict(json.loads(file.read_text(encoding="utf-8")))
-        if type(found.get("step")) is not int or not isinstance(found.get("gate") or {}, dict):
-            raise ValueError(f"step is {found.get('step')!r}, gate {found.get('gate')!r}")
+        manifest = dict(json.loads(file.read_text(encoding="utf-8")))
+        if type(manifest.get("step")) is not int or not isinstance(manifest.get("gate") or {}, dict):
+            raise ValueError(f"step is {manifest.get('step')!r}, gate {manifest.get('gate')!r}")
     except (ValueError, TypeError, RecursionError) as e:
         raise UserError(f"{file}: is damaged ({str(e)[:200]}); delete it and run the same "
                         "command with --resume") from None
-    return found
+    return manifest
 
 
 def _comparable(config: RunConfig) -> dict[str, Any]:
-    """Return settings as two runs are compared by them: what adapters adapt counts, however it is spelled,
-    and a default that a newer version has changed counts only where the run uses it."""
-    # `all-linear` and the list that it stands for are one setting.
-    told = config.to_dict() | {"lora": identity(config.lora, config.model)}
-    told["preference"] |= {"beta": config.preference.strength if config.preference.method in BETAS else None}
-    # The default of the correction changed between versions; without rounds nothing reads it.
+    """Return settings in comparable form: equal adapters have equal entries, and unused new
+    defaults are removed."""
+    # `all-linear` equals the list of modules it expands to.
+    settings = config.to_dict() | {"lora": identity(config.lora, config.model)}
+    has_beta = config.preference.method in BETAS
+    settings["preference"] |= {"beta": config.preference.strength if has_beta else None}
+    # The default correction changed between versions; only rounds use it.
     if not config.rollout.rounds:
-        told["policy"] |= {"correction": None}
-    return told
+        settings["policy"] |= {"correction": None}
+    return settings
 
 
 def fixed_settings(config: RunConfig) -> dict[str, Any]:
-    """Return the settings that change what is learned, which a resumed run keeps."""
-    told = _comparable(config)
-    return {f"{part}.{name}": told[part][name]
-            for part, names in FIXED.items() for name in names or told[part]}
+    """Return settings that change the trained weights and therefore stay fixed on resume."""
+    settings = _comparable(config)
+    return {f"{part}.{name}": settings[part][name]
+            for part, names in FIXED.items() for name in names or settings[part]}
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return name, old and new value of every fixed setting that differs."""
-    return [(f"{part}.{name}", before[part][name], now[part][name])
-            for part, names in FIXED.items() for name in (names or before[part])
-            if now[part].get(name, before[part][name]) != before[part][name]]
+    """Return name, old and new value for each changed setting in `FIXED`."""
+    changes = []
+    for part, names in FIXED.items():
+        for name in names or before[part]:
+            old = before[part][name]
+            new = now[part].get(name, old)
+            if new != old:
+                changes.append((f"{part}.{name}", old, new))
+    return changes
 
 
 def changed_settings(before: RunConfig, now: RunConfig) -> dict[str, list[Any]]:
-    """Return old and new value of every setting that differs, by its name; those of `WATCHED` are left
-    out."""
-    then, told = before.to_dict(), now.to_dict()
-    return {name: [old, new] for part, value in then.items() if part not in WATCHED
-            for name, old, new in ([(f"{part}.{key}", old, told[part][key]) for key, old in value.items()]
-                                   if isinstance(value, dict) else [(part, value, told[part])])
-            if old != new}
+    """Return setting name -> [old, new] for each difference outside the `WATCHED` groups."""
+    old_groups, new_groups = before.to_dict(), now.to_dict()
+    changes: dict[str, list[Any]] = {}
+    for part, value in old_groups.items():
+        if part in WATCHED:
+            continue
+        if isinstance(value, dict):
+            pairs = {f"{part}.{key}": [old, new_groups[part][key]] for key, old in value.items()}
+        else:
+            pairs = {part: [value, new_groups[part]]}
+        changes |= {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    return changes
 
 
-def tell_changes(was: Mapping[str, Sequence[Any]]) -> list[str]:
-    """Return a sentence for each change of `changed_settings`."""
+def tell_changes(changes: Mapping[str, Sequence[Any]]) -> list[str]:
+    """Format each change from `changed_settings` as a sentence."""
     return [f"{name} was {old}, is {new}" if len(f"{old}{new}") <= LONGEST_VALUES else
-            f"{name} is another one" for name, (old, new) in was.items()]
+            f"{name} has changed" for name, (old, new) in changes.items()]
 
 
 class RunEvents:
-    """The events of a run that exists; with None for the folder nothing is recorded."""
+    """Appends events to an existing run's `events.jsonl`; with `run=None` it drops them."""
 
     def __init__(self, run: Path | None) -> None:
-        """Look at the folder; changes nothing.
+        """Check that the folder contains a run.
 
         Raises:
-            UserError: it holds no run.
+            UserError: `events.jsonl` is missing.
         """
         if run is not None and not (run / EVENTS).is_file():
             raise UserError(f"--run {run}: holds no {EVENTS}, so it is not a run; "
@@ -401,28 +425,27 @@ class RunEvents:
         return max(steps, default=None)
 
     def add(self, event: str, **fields: Any) -> None:
-        """Append one event."""
-        # Opened for one line: commands that measure a run hours later hold no file of it open.
+        # Open the file per event: a command that measures a run for hours holds no file open.
         log = EventLog(self._path)
         log.write(event, **fields)
         log.close()
 
 
 def submitted_jobs(records: Path) -> list[str]:
-    """Return the numbers of the Slurm jobs that a folder of jobs has, in the order of their submission."""
+    """Return the Slurm job numbers in `jobs.jsonl`, in submission order."""
     return [str(r["job"]) for r in read_events(records / SUBMISSIONS) if r["event"] == "submitted"]
 
 
 def last_words(records: Path, number: str) -> str:
-    """Return the last line of a job's own log, which has some even where the job could not record an
-    attempt; empty: none."""
+    """Return the last line in the logs of a Slurm job ("" without logs), for jobs that
+    recorded no attempt."""
     logs = [file for pattern in (f"{number}.log", f"{number}_*.log")
             for file in sorted(records.glob(pattern))]
-    said = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in logs).strip()
-    return said.splitlines()[-1].strip().removeprefix("job: ") if said else ""
+    text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in logs).strip()
+    return text.splitlines()[-1].strip().removeprefix("job: ") if text else ""
 
 
 def resumed_settings(run: Path) -> RunConfig | None:
-    """Return the settings of a run that began, or of its first stage; None: there is none."""
+    """Return the settings of a run or of its first stage, or None."""
     folders = (run, *sorted((run / STAGES).glob("*")))
     return next((config for folder in folders if (config := RunFolder(folder).config())), None)

@@ -1,4 +1,4 @@
-"""What a folder or file is, who made it from what, how far unfinished work on it is, and some of its rows."""
+"""Implementation of `inspect`: show a path's artifact kind, origin, unfinished work and first rows."""
 
 from __future__ import annotations
 
@@ -21,93 +21,97 @@ from megatron_sov.work.progress.journal import delete_work, read_job, work_folde
 from megatron_sov.work.progress.locks import holding
 
 MAX_CHARS = 160
-"""Of a value, or of a row, that is shown."""
+"""Maximum displayed length of a value or row."""
 MAX_TIME_S = 1e11
-"""No artifact is made later."""
+"""Upper limit of a plausible creation time."""
 MAX_PROBLEMS = 20
-"""That are told of what is not sound."""
+"""Maximum number of problems in an error message."""
 ROW_FILES = ("*.jsonl", "*.parquet")
 STORE = "rollout store"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LookOptions:
-    """How something is looked into."""
+    """Options of the inspect command."""
 
     rows: NotNegativeInt = 3
     """Rows to show."""
     verify: bool = False
-    """Check all of it: hashes, and what its kind promises; exit code 3 where something is wrong."""
+    """Check hashes and the rules of the artifact's kind; exit code 3 for problems."""
     clear: bool = False
-    """Delete unfinished work on it, which the same command would go on with."""
+    """Delete unfinished work, which the same command would otherwise resume."""
     json: bool = False
     """Print JSON."""
 
 
 @dataclass(frozen=True)
 class ArtifactKind:
-    """How one kind of thing is looked into, besides what all have."""
+    """Display and verification functions for one artifact kind."""
 
     lines: Callable[[Path], Iterable[str]]
-    """What it holds."""
+    """Summary lines of the content."""
     problems: Callable[[Path], list[str]]
-    """What is wrong in it, hashes included."""
+    """Problems in the content, including wrong hashes."""
     rows: Callable[[Path, int], Iterable[Any]] | None = None
-    """The first so many of its rows; None: those of its files of rows."""
+    """Return the first N rows. None: read them from the artifact's row files."""
 
 
 def look(path: Path, options: LookOptions, kinds: Mapping[str, ArtifactKind]) -> None:
-    """Print what is known.
+    """Print information about a path.
 
     Args:
-        path: anything.
-        options: how.
-        kinds: name -> kinds of which more is known.
+        path: any file or folder.
+        options: command options.
+        kinds: kind name -> display functions.
 
     Raises:
-        UserError: nothing is there, or it is nothing that we have made.
-        GateFailed: with `verify`: something is wrong in it.
+        UserError: the path does not exist, or megatron-sov did not create it.
+        GateFailed: `verify` found problems.
     """
-    found = {**_of_artifact(path), **_unfinished(path), **_of_others(path)}
-    around = next((folder for folder in path.parents if (folder / MANIFEST).is_file()), None)
-    if not found and around is not None and path.exists():
-        raise UserError(f"{path}: is part of {around}; pass {around}")
-    if not found:
+    facts = {**_of_artifact(path), **_unfinished(path), **_of_others(path)}
+    artifact = next((folder for folder in path.parents if (folder / MANIFEST).is_file()), None)
+    if not facts and artifact is not None and path.exists():
+        raise UserError(f"{path}: is part of {artifact}; pass {artifact}")
+    if not facts:
         raise UserError(f"{path}: " + ("is nothing that megatron-sov has made" if path.exists() else
                                        "does not exist, and no work on it is unfinished") +
                         "; name an artifact, a run, a store, a file of rows, or a command's --output")
-    kind = kinds.get(found.get("kind", ""))
-    # Everything is read before anything is printed: a damaged part gives one error, not half a page.
-    held = [] if kind is None else list(kind.lines(path))
-    shown = kind.rows if kind is not None and kind.rows is not None else _rows
-    rows = list(shown(path, options.rows)) if options.rows else []
+    kind = kinds.get(facts.get("kind", ""))
+    # Read everything before printing: a damaged part gives an error instead of half a page.
+    summary = [] if kind is None else list(kind.lines(path))
+    read_rows = kind.rows if kind is not None and kind.rows is not None else _rows
+    rows = list(read_rows(path, options.rows)) if options.rows else []
     if options.json:
-        print(json.dumps({"path": str(path), **found, "rows": rows}, indent=1, ensure_ascii=False))
+        print(json.dumps({"path": str(path), **facts, "rows": rows}, indent=1, ensure_ascii=False))
     else:
-        first, *more = _lines(path, found)
-        for line in [first, *(f"  {line}" for line in held), *more,
+        first, *more = _lines(path, facts)
+        for line in [first, *(f"  {line}" for line in summary), *more,
                      *(f"  row {n}: {_short(row)}" for n, row in enumerate(rows, 1))]:
             print(visible(line))
-    said = sys.stderr if options.json else sys.stdout
+    stream = sys.stderr if options.json else sys.stdout
     if options.clear:
-        print(visible(_clear(path)), file=said)
+        print(visible(_clear(path)), file=stream)
     if options.verify:
-        print(visible(_verify(path, found, kind)), file=said)
+        print(visible(_verify(path, facts, kind)), file=stream)
 
 
-def _verify(path: Path, found: Mapping[str, Any], kind: ArtifactKind | None) -> str:
-    """Return that all is well; raises `GateFailed` where it is not."""
+def _verify(path: Path, facts: Mapping[str, Any], kind: ArtifactKind | None) -> str:
+    """Return a success message.
+
+    Raises:
+        GateFailed: the artifact has problems.
+    """
     if kind is None and not (path / MANIFEST).is_file():
         raise UserError(f"{path}: --verify has nothing to compare it with; it has no {MANIFEST}")
     if problems := damaged_files(path) if kind is None else kind.problems(path):
-        more = f"\n... and {len(problems) - MAX_PROBLEMS:,} more" if len(problems) > MAX_PROBLEMS else ""
-        raise GateFailed("\n".join(map(visible, problems[:MAX_PROBLEMS])) + more)
+        rest = f"\n... and {len(problems) - MAX_PROBLEMS:,} more" if len(problems) > MAX_PROBLEMS else ""
+        raise GateFailed("\n".join(map(visible, problems[:MAX_PROBLEMS])) + rest)
     return f"{path}: " + ("every file has the hash of its manifest" if kind is None else
-                          f"sound as {found['kind']}")
+                          f"sound as {facts['kind']}")
 
 
 def _of_artifact(path: Path) -> dict[str, Any]:
-    """Return what a manifest says; {} where there is none."""
+    """Return the fields of a manifest, or {} without manifest."""
     if not (path / MANIFEST).is_file():
         return {}
     manifest = read_manifest(path)
@@ -124,7 +128,7 @@ def _of_artifact(path: Path) -> dict[str, Any]:
 
 
 def _unfinished(path: Path) -> dict[str, Any]:
-    """Return what work on an output is not finished; {} where there is none."""
+    """Return the state of unfinished work on an output, or {}."""
     work = work_folder(path)
     if not work.is_dir():
         return {}
@@ -135,7 +139,7 @@ def _unfinished(path: Path) -> dict[str, Any]:
 
 
 def _of_others(path: Path) -> dict[str, Any]:
-    """Return the kind of what has no manifest."""
+    """Return the kind of a path without manifest, or {}."""
     if (path / MANIFEST).is_file():
         return {}
     check_folder(path)
@@ -151,23 +155,25 @@ def _of_others(path: Path) -> dict[str, Any]:
 
 
 def _rows(path: Path, count: int) -> Iterator[Any]:
-    """Yield the first rows of a file of rows, or of the first one of a folder."""
-    inside = sorted(file for pattern in ROW_FILES for file in path.rglob(pattern)
-                    if not file.name.startswith(".")) if path.is_dir() else [path]
-    if not inside or not inside[0].is_file():
+    """Yield the first rows of a row file, or of the first row file in a folder."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for pattern in ROW_FILES for file in path.rglob(pattern)
+                       if not file.name.startswith("."))
+    if not files or not files[0].is_file():
         return
-    if inside[0].suffix == ".parquet":
+    if files[0].suffix == ".parquet":
         from megatron_sov.base.documents import BadRecord
         from megatron_sov.base.documents.files import open_parquet
 
         try:
-            batches = open_parquet(inside[0]).iter_batches(batch_size=count)
+            batches = open_parquet(files[0]).iter_batches(batch_size=count)
             yield from (row for batch in islice(batches, 1) for row in batch.to_pylist())
-        except (BadRecord, OSError, ValueError) as e:  # pyarrow's of damaged pages are of these
-            yield f"{inside[0].name} cannot be read: {e}"
+        except (BadRecord, OSError, ValueError) as e:  # pyarrow raises these for damaged pages
+            yield f"{files[0].name} cannot be read: {e}"
         return
-    if inside[0].suffix == ".jsonl":
-        with open(inside[0], "rb") as f:
+    if files[0].suffix == ".jsonl":
+        with open(files[0], "rb") as f:
             for line in islice(f, count):
                 try:
                     yield json.loads(line)
@@ -175,22 +181,22 @@ def _rows(path: Path, count: int) -> Iterator[Any]:
                     yield line.decode(errors="replace")
 
 
-def _lines(path: Path, found: Mapping[str, Any]) -> Iterator[str]:
-    size = f", {found['size_bytes']:,} bytes" if "size_bytes" in found else ""
-    if "created_s" in found:
-        made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(found["created_s"]))
-        yield f"{path}: artifact of kind {found['kind']}, {found['num_files']:,} files{size}, made {made}"
-    elif "kind" in found:
-        rows = f", {found['num_rows']:,} rows" if "num_rows" in found else ""
-        yield f"{path}: {found['kind']}{rows}{size}" + (f"; see `{found['more']}`" if "more" in found else "")
+def _lines(path: Path, facts: Mapping[str, Any]) -> Iterator[str]:
+    size = f", {facts['size_bytes']:,} bytes" if "size_bytes" in facts else ""
+    if "created_s" in facts:
+        created = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(facts["created_s"]))
+        yield f"{path}: artifact of kind {facts['kind']}, {facts['num_files']:,} files{size}, made {created}"
+    elif "kind" in facts:
+        rows = f", {facts['num_rows']:,} rows" if "num_rows" in facts else ""
+        yield f"{path}: {facts['kind']}{rows}{size}" + (f"; see `{facts['more']}`" if "more" in facts else "")
     for part in ("content", "settings"):
-        for name, value in found.get(part, {}).items():
+        for name, value in facts.get(part, {}).items():
             yield f"  {part}.{name}: {_short(value)}"
-    yield from _tree(found.get("made_from", []), 1)
-    if work := found.get("unfinished"):
+    yield from _tree(facts.get("made_from", []), 1)
+    if work := facts.get("unfinished"):
         changed = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(work["changed_s"]))
-        # an artifact that was made after it may go on with it
-        state = "kept" if found.get("created_s", 0.0) >= work["changed_s"] else "unfinished"
+        # an artifact newer than the work may continue it
+        state = "kept" if facts.get("created_s", 0.0) >= work["changed_s"] else "unfinished"
         yield (f"{path}: {state} work of `{work['made_by']}` in {work['folder']}: {work['num_done']:,} "
                f"pieces, {work['size_bytes']:,} bytes, last changed {changed}; the same command goes on, "
                "--clear deletes it")
@@ -213,7 +219,7 @@ def _clear(path: Path) -> str:
     work = work_folder(path)
     if not work.is_dir():
         raise UserError(f"--clear: no work on {path} is unfinished")
-    # Under the work's lock: it must not be deleted under a command that uses it.
+    # Hold the work's lock, so that no running command loses its files.
     with holding(work, path), disk_errors(work):
         delete_work(path)
     return f"{path}: its unfinished work is deleted"

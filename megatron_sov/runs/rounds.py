@@ -1,5 +1,7 @@
-"""Rounds of a run: what a folder's were begun with, and which policy writes one's responses.  No torch
-here."""
+"""RL rounds of a run: the recorded settings of a rounds folder, and the policy for each round's responses.
+
+No torch here.
+"""
 
 from __future__ import annotations
 
@@ -17,89 +19,92 @@ from megatron_sov.model.config import RolloutConfig
 from megatron_sov.runs import checkpoints
 
 NOT_TYPED = ("reward_version",)
-"""Of what rounds are asked for: what stands for the content of something."""
+"""Settings that are hashes, which messages do not suggest as options."""
 LEARNS = "learns"
-"""In the manifest of a round of reinforcement learning: reason that groups which are trained are counted
-under."""
+"""Field in a round's manifest: name for the count of trained groups."""
 
 
 def enter_rounds(folder: Path, file: Path, asked: dict[str, Any], option: str, what: str = "rounds",
                  made_anew: Collection[Path] = ()) -> None:
-    """Take note of what rounds are asked for, or check that it is what they were begun with: what is done of
-    them is not done again.  As long as nothing is done, a mended command may ask for something else.
+    """Write a rounds folder's settings to `file`, or check that they equal the recorded settings.
+
+    While the folder contains no results, settings may still change.
 
     Args:
-        folder: of the rounds.
-        file: the note, in the folder.
-        asked: what becomes JSON.
-        option: names the folder.
-        what: is done there, as messages say it.
-        made_anew: files that each command makes, so that they are nothing that was done.
+        folder: the rounds folder.
+        file: the settings file inside the folder.
+        asked: settings of this command, as JSON values.
+        option: command-line option of the folder, for messages.
+        what: noun for the folder's content, for messages.
+        made_anew: files that every command rewrites; they do not count as results.
 
     Raises:
-        UserError: they were begun with something else, the note is damaged, or the folder holds files that
-            are no rounds.
+        UserError: the recorded settings differ, the file is damaged, or the folder contains other files.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{option} {folder}: is a file; choose another one")
-    # Nothing is done yet, so there is nothing that other settings could contradict.
+    # Without results no setting can contradict anything.
     if not _holds_more(folder, {file, *made_anew}):
         write_output(file, to_json(asked))
         return
     if not file.is_file():
         raise UserError(f"{folder}: is not empty and holds no {what}; choose another {option}")
     try:
-        begun = dict(json.loads(file.read_text(encoding="utf-8")))
+        recorded = dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as e:
         raise UserError(f"{file}: is damaged ({e}); restore it, or choose another {option}") from None
-    now = json.loads(to_json(asked))  # as the note has it: a tuple is a list there
-    changed = {name: value for name, value in now.items() if begun.get(name) != value}
+    current = json.loads(to_json(asked))  # JSON turns tuples into lists, as in the file
+    changed = {name: value for name, value in current.items() if recorded.get(name) != value}
     if changed:
-        told = [f"{name} = {begun.get(name)}, now it is {value}" for name, value in changed.items()]
-        words = [f"--{name.replace('_', '-')} {shlex.quote(str(begun[name]))}" for name in changed
-                 if type(begun.get(name)) in (int, float, str) and name not in NOT_TYPED]
-        raise UserError(f"{folder}: its {what} were begun with {'; '.join(told)}; resume with the same"
-                        f"{' (' + ' '.join(words) + ')' if words else ''}, or choose another {option}")
+        descriptions = [f"{name} = {recorded.get(name)}, now it is {value}"
+                        for name, value in changed.items()]
+        arguments = [f"--{name.replace('_', '-')} {shlex.quote(str(recorded[name]))}" for name in changed
+                     if type(recorded.get(name)) in (int, float, str) and name not in NOT_TYPED]
+        hint = f" ({' '.join(arguments)})" if arguments else ""
+        raise UserError(f"{folder}: its {what} were begun with {'; '.join(descriptions)}; "
+                        f"resume with the same{hint}, or choose another {option}")
 
 
 def _holds_more(folder: Path, known: Collection[Path]) -> bool:
-    """Return whether a folder has a file beside known ones; what is hidden is not complete."""
-    return any(p.is_file() and p not in known
-               and not any(part.startswith(".") for part in p.relative_to(folder).parts)
-               for p in folder.rglob("*"))
+    """Return whether a folder contains files beyond `known`; hidden files are incomplete and do not count."""
+    for path in folder.rglob("*"):
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and path not in known and not is_hidden:
+            return True
+    return False
 
 
 FEED = "feed"
-"""In the state of a run's checkpoint: what `RunPolicies` knows."""
+"""Field in a checkpoint's `state.json` with the state of `RunPolicies`."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Weights that responses are written by."""
+    """Weights that generate responses."""
 
     path: Path
-    """The checkpoint; of live weights the run that trains them."""
+    """The checkpoint; for live weights, the folder of the training run."""
     step: int
-    """Optimizer steps behind it, of the run; 0: the one that it starts from."""
+    """Optimizer steps in the run; 0 for the starting checkpoint."""
     sha256: str
-    """What responses are known to be its by."""
+    """Digest that identifies the policy in rollout stores."""
 
 
 def policy_of_round(run: Path, start: Path, number: int, rollout: RolloutConfig) -> Policy | None:
-    """Return the newest checkpoint that is a policy, where it may write a round; None: it is not trained yet.
+    """Return the newest end-of-round checkpoint if it may generate a round, else None.
 
-    A policy is the weights behind the last step of a round.  Newer ones than a round needs are used as
-    well: what is left of an old round is written by whatever policy there is.
+    Newer policies than necessary are allowed: unfinished responses in an old round come from
+    the newest policy.
 
     Args:
-        run: the folder of `rl train`, which may not be there yet.
-        start: the checkpoint that it starts from.
-        number: of the round, from 1.
-        rollout: its rounds.
+        run: folder of `rl train`, which may not exist yet.
+        start: the run's starting checkpoint.
+        number: round number, from 1.
+        rollout: the run's rollout settings.
     """
     folder = run / checkpoints.CHECKPOINTS_OF_A_RUN
     newest = checkpoints.latest(folder)
-    # A checkpoint inside of a round is no policy: policies are counted by whole rounds.
+    # Policies are counted in whole rounds: skip checkpoints in the middle of a round.
     while newest is not None and checkpoints.step_of(newest) % rollout.steps_per_round:
         newest = checkpoints.latest_not_after(folder, checkpoints.step_of(newest) - 1)
     step = 0 if newest is None else checkpoints.step_of(newest)
@@ -113,60 +118,60 @@ def policy_of_start(start: Path) -> Policy:
 
 
 def may_write(step: int, number: int, rollout: RolloutConfig) -> bool:
-    """Return whether the policy behind a step may write a round: that behind the round before it, or one up
-    to `rollout.max_staleness` rounds older."""
+    """Return whether the policy after `step` is at most `rollout.max_staleness` rounds older than
+    the round needs."""
     return step // rollout.steps_per_round >= number - 1 - rollout.max_staleness
 
 
 @dataclass
 class RunPolicies:
-    """Knows which policies a run is, one behind the other; on each process.
+    """Digests of a run's policies, one policy per round; each process computes the same.
 
-    A policy is known by a digest of what the run started from, the settings that change what is learned, and
-    the documents of the rounds that it was trained on.  That asks for no checkpoint, and is the same at every
-    layout: a run that goes back to an earlier checkpoint, and trains the published rounds again, is the same
-    policies again.
+    A policy's digest covers the starting checkpoint, the settings that change training, and the
+    documents of all
+    rounds so far. It needs no checkpoint and no layout: after a rollback, training the published rounds again
+    gives the same policies.
     """
 
     run: Path
     start: Policy
-    """The one that it starts from."""
+    """The policy before the first round."""
     rollout: RolloutConfig
     settings: Mapping[str, Any]
-    """Those that change what is learned, JSON values."""
+    """Settings that change training, as JSON values."""
     _trained: str = ""
-    """Stands for the start, and all rounds that are begun; "": none is."""
+    """Digest of the start and of all rounds begun so far; "" before the first."""
     _recent: dict[int, str] = field(default_factory=dict)
-    """Step of a policy that may have written the next round -> its digest."""
+    """Step -> digest, for policies that may have generated the next round."""
 
     def at(self, step: int) -> Policy:
-        """Return what the weights behind the last step of a round are."""
+        """Return the policy after the last step of a round."""
         if step not in self._recent:
             self._recent[step] = self._sha256(step)
             self._recent = dict([*self._recent.items()][-1 - self.rollout.max_staleness:])
         return Policy(self.run, step, self._recent[step]) if step else self.start
 
     def is_own(self, step: int, sha256: str) -> bool:
-        """Return whether a policy that began responses at a step is this run, as far as that is known."""
+        """Return whether a policy from `step` belongs to this run, as far as recent digests show."""
         return sha256 in self._recent.values() or step < min(self._recent, default=0)
 
     def begin(self, step: int, documents_sha256: str) -> None:
-        """Take note that a round is begun.
+        """Record the begin of a round.
 
         Args:
-            step: behind which it is.
-            documents_sha256: stands for what is learned in it.
+            step: optimizer step before the round.
+            documents_sha256: digest of the round's training documents.
         """
-        # In the middle of a round the checkpoint has told of it.
+        # In the middle of a round the digest came from the checkpoint.
         if not step % self.rollout.steps_per_round:
             self._trained = _digest(self.at(step).sha256, documents_sha256, to_json(dict(self.settings)))
 
     def state(self) -> dict[str, Any]:
-        """Return plain values for the checkpoint."""
+        """Return JSON values for the checkpoint."""
         return {"trained": self._trained, "recent": [*self._recent.items()]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Restore the values from `state`."""
         self._trained = str(state["trained"])
         self._recent = {int(step): str(sha256) for step, sha256 in state["recent"]}
 
@@ -175,17 +180,17 @@ class RunPolicies:
 
 
 def _sha256_of_checkpoint(path: Path) -> str:
-    """Return what the policy of a run's checkpoint is known by.
+    """Return the digest of a checkpoint's policy.
 
     Raises:
-        UserError: the checkpoint is damaged.
+        UserError: `state.json` is damaged.
     """
     file = path / checkpoints.STATE
     try:
-        told = json.loads(file.read_text(encoding="utf-8")).get(FEED)
-        if not told:  # of another command, which knows no rounds
+        state = json.loads(file.read_text(encoding="utf-8")).get(FEED)
+        if not state:  # checkpoint of another command, without rounds
             return manifest_sha256(path)
-        return _digest(str(told["trained"]), str(checkpoints.step_of(path)))
+        return _digest(str(state["trained"]), str(checkpoints.step_of(path)))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise UserError(f"{file}: is damaged ({type(e).__name__}: {e}); restore it from a copy") from None
 

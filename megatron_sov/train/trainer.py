@@ -27,6 +27,7 @@ from megatron_sov.engine.model.quantized_weights import raw_data
 from megatron_sov.engine.optimizer.optimizer import Optimizer
 from megatron_sov.engine.parallel import collectives
 from megatron_sov.engine.parallel.rng import reseed
+from megatron_sov.engine.parallel.storage_extension import load_storage_extension
 from megatron_sov.engine.parallel.world import STORE_PORT, ParallelWorld
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families.adapters import PREFIX
@@ -86,6 +87,7 @@ class Trainer:
         self.schedule, self.state = Schedule(config), TrainState()
         self.num_steps = self.schedule.num_steps
         self.model = build_configured(config)
+        load_storage_extension(self.model.config.recompute_modules)
         _begin(self.model, config, initial_weights)
         self.optimizer = Optimizer(self.model, config.optim, config.parallel, config.gpu)
         self.expert_load = ExpertLoad(self.model)

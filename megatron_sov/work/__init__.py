@@ -1,1 +1,2 @@
-"""Work: the only place that starts processes, holds locks and keeps progress (with the launcher of ranks)."""
+"""Processes, locks, journals, endpoints, tables and cluster jobs. Other packages start
+no processes themselves."""

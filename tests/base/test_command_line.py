@@ -198,4 +198,4 @@ def test_a_missing_package_is_installed_from_the_checkout_or_by_its_own_name(
     assert how_to_install("rollout") == f"{pip} install vllm"
     assert how_to_install("evals", "--no-deps") == f"{pip} install --no-deps 'te[a,b]>=2'"
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: None)
-    assert how_to_install("eval") == "install what the extra eval of setup.py names"
+    assert how_to_install("eval") == "install the packages of the extra eval in setup.py"

@@ -27,13 +27,14 @@ def test_where_a_file_cannot_lie_is_said_before_the_work(tmp_path: Path) -> None
     for path, sentence in ((tmp_path, "is a folder; name the file"),
                            (tmp_path / "file/a/b", "file is a file, so nothing"),
                            (tmp_path / ("a" * 999), "File name too long"),
-                           (Path("/dev/null"), "is no regular file"), (Path(NOWHERE), "nothing can be made")):
+                           (Path("/dev/null"), "is not a regular file"),
+                           (Path(NOWHERE), "nothing can be made")):
         with pytest.raises(UserError, match=rf"--output {path}: .*{sentence}"):
             check_output("--output", path)
     check_output("--output", tmp_path / "new/folders/page.html")
     with pytest.raises(UserError, match="File name too long"):
         refuse_existing(tmp_path / ("a" * 999), "tokens", overwrite=True)
-    with pytest.raises(UserError, match=r"udcff': is no UTF-8"):
+    with pytest.raises(UserError, match=r"udcff': is not valid UTF-8"):
         refuse_existing(tmp_path / "\udcff", "tokens", overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     write_output(tmp_path / "new/folders/page.html", "x")

@@ -194,7 +194,7 @@ def test_the_copy_is_written_and_failures_reach_everyone(ranks: Any, job: Any, t
                 == said["defect: left"] == [])
         assert (said["sound: left"] == said["taken: left"] == ["step-1"]
                 and "step-1: already exists" in said["taken"])
-        assert ("rank 1 did not finish writing within train.save_timeout_s = 0.5; see what holds up"
+        assert ("rank 1 did not finish writing within train.save_timeout_s = 0.5; check that"
                 in said["hangs"])
         assert said["left with"] == [2], "what hangs in leaving is ended"
 

@@ -36,7 +36,7 @@ def test_any_block_has_the_bits_that_were_saved(tmp_path_factory, data: st.DataO
         patch.setattr(writer, "_COVER_BYTES", cover_bytes)  # small: each row by itself
         patch.setattr(writer, "_READ_BYTES", 7)
         file = TensorFile(path, "")
-        assert file.read("t").equal(whole) and file.dtype("t") == dtype
+        assert file.read("t").equal(whole) and file.get_dtype("t") == dtype
         found = file.read("t", block)
     assert found.equal(whole[tuple(block)]) and found.shape == whole[tuple(block)].shape
 
@@ -59,10 +59,10 @@ def _with_header(path: Path, change: Callable[[dict[str, Any]], Any], tail: byte
     (lambda h: h["b"].pop("dtype")[:0], b"", "dtype"),
     (lambda h: None, b"more", "4 bytes follow the last tensor"),
     (lambda h: json.dumps(h)[:-1] + ', "a": ' + json.dumps(h["a"]) + "}", b"",
-     "a stands in its header twice"),
-    (lambda h: "[1, 2]", b"", "no JSON object"),
-    (lambda h: json.dumps(h).replace("[2]", "[1e999]"), b"", "has inf among its shape and offsets"),
-    (lambda h: h["b"].update(data_offsets=[8.0, 16]), b"", r"b has 8\.0 among its shape and offsets"),
+     "a is in its header twice"),
+    (lambda h: "[1, 2]", b"", "not a JSON object"),
+    (lambda h: json.dumps(h).replace("[2]", "[1e999]"), b"", "has inf in its shape and offsets"),
+    (lambda h: h["b"].update(data_offsets=[8.0, 16]), b"", r"b has 8\.0 in its shape and offsets"),
     (lambda h: "[" * 100_000, b"", "recursion"),
     (lambda h: "{", b"", "its header would have 1 of"),
 ])
@@ -116,13 +116,13 @@ def test_the_next_tensor_is_read_while_one_is_written(tmp_path: Path,
             asked.set()
         return torch.zeros(9)
 
-    def write(fd: int, raw: memoryview, now: Any = writer._write) -> None:
+    def write(fd: int, raw: memoryview, now: Any = writer._write_bytes) -> None:
         if len(raw) == 36:
             assert asked.wait(600)
             order.append("written")
         now(fd, raw)
 
-    monkeypatch.setattr(writer, "_write", write)
+    monkeypatch.setattr(writer, "_write_bytes", write)
     specs = [TensorSpec(name, (9,), torch.float32) for name in "abc"]
     with ThreadPoolExecutor(1) as reader:
         write_file(tmp_path / "t", specs, read, reader)

@@ -1,4 +1,7 @@
-"""Models of the library's own classes, written by its own `torch_dist` writer: jobs for ranks."""
+"""Models of the library's own classes, written by its own `torch_dist` writer: jobs for ranks.
+
+`GPTModel`, which upstream deprecated, is imported here for comparison alone: its checkpoints are converted.
+"""
 
 from __future__ import annotations
 

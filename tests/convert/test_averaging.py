@@ -118,7 +118,7 @@ def test_what_has_no_mean_is_refused(experts: list[Path], solar_dir: Path, tmp_p
     shutil.copytree(experts[1], tmp_path / "template")
     (tmp_path / "template/tokenizer/chat_template.jinja").write_text("{{ messages }}")
     refused(r"template/tokenizer: chat_template.jinja .* differs from that of .*; only checkpoints of one "
-            "tokenizer have a mean", experts[0], tmp_path / "template")
+            "tokenizer can be averaged", experts[0], tmp_path / "template")
     settings = read_manifest(experts[1]).settings
     with new_artifact(tmp_path / "adapter", "checkpoint") as artifact:
         artifact.content = {"step": 0, "base": {"path": str(experts[0]), "sha256": "0" * 64}}
@@ -173,8 +173,8 @@ def test_a_window_of_steps_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert choose_checkpoints(tmp_path, 3, kind="ema", decay=0.5) == [
         (steps[1], 0.25), (steps[2], 0.5), (steps[3], 1.0)]
     for arguments, sentence in (
-            ((5,), r"--last 5: must be at least 2, and at most the 4 complete checkpoints of \S+$"),
-            ((None, (35, None)), "has 1 complete checkpoints between steps 35 and the last, and a mean"),
+            ((5,), r"--last 5: must be at least 2 and at most 4, the number of complete checkpoints of \S+$"),
+            ((None, (35, None)), "has 1 complete checkpoints between steps 35 and the last, but a mean"),
             ((None, (None, None), "ema", 0.0), "--decay 0.0: must lie above 0")):
         with pytest.raises(UserError, match=sentence):
             choose_checkpoints(tmp_path, *arguments)  # type: ignore[arg-type]

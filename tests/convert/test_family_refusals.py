@@ -141,7 +141,7 @@ def test_what_tensors_say_of_a_prediction_layer_counts(tmp_path: Path) -> None:
     ("", {"n_group": 3}, r"num_groups_per_token = 1 .*|num_expert_groups = 3 must divide"),
     ("", {"topk_group": 2}, "num_groups_per_token = 2 must be at most model.num_expert_groups = 1"),
     ("", {"n_group": 8}, "num_expert_groups = 8 must divide model.num_experts = 8 into groups of at least"),
-    ("", {"n_group": 4, "num_experts_per_tok": 3}, "leaves 2 experts to choose from, and model.num_"),
+    ("", {"n_group": 4, "num_experts_per_tok": 3}, "leaves 2 experts to choose from, fewer than model.num_"),
 ])
 def test_a_prediction_layer_behind_is_refused_by_name(missing: str, config: dict[str, Any], expected: str,
                                                       tmp_path: Path) -> None:

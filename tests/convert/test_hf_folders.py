@@ -76,9 +76,9 @@ def test_checkpoint_is_complete(exaone_dir: Path, tmp_path: Path) -> None:
     assert ((model.num_dense_layers, model.num_mtp_layers, model.attention_pattern, model.head_dim)
             == (1, 1, "LLLG", 16))
     reader = TensorReader(tmp_path / "ckpt")
-    assert reader.shape("decoder.layers.1.mlp.experts.experts.linear_fc1.weight") == (8, 48, 32)
-    assert reader.dtype("decoder.layers.1.mlp.router.expert_bias") == torch.float32
-    assert reader.dtype("decoder.layers.1.mlp.router.weight") == torch.bfloat16
+    assert reader.get_shape("decoder.layers.1.mlp.experts.experts.linear_fc1.weight") == (8, 48, 32)
+    assert reader.get_dtype("decoder.layers.1.mlp.router.expert_bias") == torch.float32
+    assert reader.get_dtype("decoder.layers.1.mlp.router.weight") == torch.bfloat16
     hf = load_file(exaone_dir / "model.safetensors")
     fc1 = reader.read("decoder.layers.3.mlp.experts.experts.linear_fc1.weight")
     assert torch.equal(fc1[5, :24], hf["model.layers.3.mlp.experts.5.gate_proj.weight"])

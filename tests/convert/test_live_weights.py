@@ -181,7 +181,7 @@ def test_a_model_takes_in_what_another_exports(ranks, job) -> None:
             assert (result["drifted"], result["again"]) == (False, True), where
             missing, shape, twice, unknown = result["refused"]
             assert "1 missing (model.layers.0.self_attn.k_proj" in missing and "of another shape" in shape
-            assert "comes twice" in twice and "1 unexpected (model.odd)" in unknown
+            assert "is given twice" in twice and "1 unexpected (model.odd)" in unknown
 
 
 def test_a_model_with_an_adapter_takes_nothing_in() -> None:

@@ -40,7 +40,7 @@ def in_fp8(source: Path, folder: Path, field: Any = FIELD) -> dict[str, torch.Te
 def test_a_weight_is_the_product_of_its_numbers_and_its_scale(solar_dir: Path, tmp_path: Path) -> None:
     products = in_fp8(solar_dir, tmp_path / "fp8")
     weights = HfWeights(tmp_path / "fp8")
-    assert len(products) > 10 and weights.names() == HfWeights(solar_dir).names()
+    assert len(products) > 10 and weights.list_names() == HfWeights(solar_dir).list_names()
     for name, product in products.items():
         assert torch.equal(weights.read(name), product), name
     convert.from_hf(tmp_path / "fp8", tmp_path / "checkpoint", workers=1)
@@ -59,13 +59,13 @@ def test_a_weight_is_the_product_of_its_numbers_and_its_scale(solar_dir: Path, t
     FIELD | {"config_groups": {"g": {"weights": None}}}])
 def test_other_formats_of_compressed_tensors_are_refused(field: Any, solar_dir: Path, tmp_path: Path) -> None:
     in_fp8(solar_dir, tmp_path / "other", field)
-    with pytest.raises(UserError, match="compressed-tensors only float-quantized"):
+    with pytest.raises(UserError, match="only supported compressed-tensors format is float-quantized"):
         HfWeights(tmp_path / "other")
 
 
 @pytest.mark.parametrize(("change", "expected"), [
     (lambda t, name: t.pop(f"{name}_scale"), "has no scale"),
-    (lambda t, name: t.pop(name), "is missing beside"),
+    (lambda t, name: t.pop(name), "is missing, although"),
     (lambda t, name: t.update({f"{name}_scale": torch.ones(2)}), r"_scale is F32 \[2\] and must be"),
     (lambda t, name: t.update({name: t[name].float()}), r"is F32 .* and must be"),
     (lambda t, name: t.update({name: t[name].flatten()}), r"must be F8_E4M3 \[0, 0\]")])

@@ -115,8 +115,8 @@ def test_peft_loads_ours_and_ours_peft(case: str, ranks: Any, job: Any, tmp_path
         assert float((wrapped(torch.tensor([TOKENS])).logits[0] - live["logits"]).abs().max()) > 0.1
 
     weights = open_weights(tmp_path / "merged")
-    assert set(weights.names()) == set(live["live"])
-    for name in weights.names():
+    assert set(weights.list_names()) == set(live["live"])
+    for name in weights.list_names():
         assert weights.read(name).equal(live["live"][name]), name
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", experts_implementation="eager")
     assert float((whole(torch.tensor([TOKENS])).logits[0] - live["logits"]).abs().max()) < limit
@@ -133,7 +133,7 @@ def test_peft_loads_ours_and_ours_peft(case: str, ranks: Any, job: Any, tmp_path
         assert ours.read(key).equal(back.read(key)), key
     for name in frozen:
         save_file({**saved, name: saved[name] + 1}, tmp_path / "again" / WEIGHTS)
-        with pytest.raises(UserError, match="trained beside the adapter"):
+        with pytest.raises(UserError, match="trained together with the adapter"):
             from_peft(tmp_path / "again", tmp_path / "no", base)
 
 
@@ -144,7 +144,7 @@ def test_live_merge_equals_merge_of_the_checkpoint(precision: str, tp: int, rank
     ranks(job(__file__, "saved", tp, {"recipe": "tiny-qwen3", "settings": settings, "folder": str(tmp_path)}))
     live = torch.load(tmp_path / "live.pt")["live"]
     weights, base = open_weights(tmp_path / "adapter"), open_weights(tmp_path / "base")
-    assert set(weights.names()) == set(live)
+    assert set(weights.list_names()) == set(live)
     for name, tensor in live.items():
         assert tensor.dtype == torch.float32 and tensor.equal(weights.read(name)), name
         assert tensor.equal(base.read(name).float()) == ("_proj" not in name), name
@@ -164,11 +164,11 @@ GOOD = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}
     ({"r": 10**30}, NAMES, "must be positive numbers, up to 1,048,576 and 1e+30"),
     ({"lora_alpha": 10**400}, NAMES, "must be positive numbers, up to 1,048,576 and 1e+30"),
     ({"init_lora_weights": "pissa_niter_16"}, NAMES, "init_lora_weights = 'pissa_niter_16' in "
-                                                     "adapter_config.json has changed the base"),
-    ({}, NAMES[2:], "adapts q_proj in some layers and not in others"),
+                                                     "adapter_config.json modified the base"),
+    ({}, NAMES[2:], "adapts q_proj in some layers only"),
     ({}, [*NAMES, "base_model.model.score.lora_A.weight"],
-     "score.lora_A.weight (1 such tensors) adapts nothing"),
-    ({}, [], "holds no tensor of an adapter"),
+     "score.lora_A.weight (1 such tensors) is not an adapter"),
+    ({}, [], "has no adapter tensors"),
 ])
 def test_what_we_have_no_like_of_is_refused(config: dict[str, Any], names: list[str], said: str) -> None:
     model = get("tiny-qwen3").model

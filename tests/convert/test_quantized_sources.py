@@ -84,8 +84,8 @@ def test_other_quantisations_are_refused(quantised: Any, expected: str, tmp_path
     (lambda t: t.pop(f"{ODD}_scale_inv"), rf"{ODD} has no scale"),
     (lambda t: t.update({f"{ODD}_scale_inv": torch.ones(3, 2)}), r"F32 \[3, 2\] and must be F32 \[2, 3\]"),
     (lambda t: t.update({f"{ODD}_scale_inv": torch.ones(2, 3).half()}), r"is F16 \[2, 3\] and must be F32"),
-    (lambda t: t.update({"lm_head.weight_scale_inv": torch.ones(1, 2)}), "is the scale of no tensor"),
-    (lambda t: t.update({f"{ODD}_scale_inv": torch.full((2, 3), float("inf"))}), "holds infinity|holds NaN"),
+    (lambda t: t.update({"lm_head.weight_scale_inv": torch.ones(1, 2)}), "is a scale without a tensor"),
+    (lambda t: t.update({f"{ODD}_scale_inv": torch.full((2, 3), float("inf"))}), "contains infinity|contains NaN"),
 ])
 def test_scales_that_do_not_fit_are_refused_by_name(change: Any, expected: str, tmp_path: Path) -> None:
     released(tmp_path / "hf")

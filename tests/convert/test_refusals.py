@@ -85,8 +85,8 @@ HF = {
                             r"1 unexpected \(model\.layers\.1\.mlp\.experts\.8\.up_proj\.weight\)"),
     "wrong shape": (in_shard(HEAD, lambda t: t.update({HEAD: torch.ones(96, 31)})),
                     rf"{HEAD} \[96, 31\] instead of \[96, 32\]"),
-    "nan": (in_shard(EXPERT, with_value(EXPERT, torch.nan)), rf"{EXPERT} holds NaN \(1 of 768 values\)"),
-    "infinity": (in_shard(NORM, with_value(NORM, -torch.inf)), rf"{NORM} holds infinity"),
+    "nan": (in_shard(EXPERT, with_value(EXPERT, torch.nan)), rf"{EXPERT} contains NaN \(1 of 768 values\)"),
+    "infinity": (in_shard(NORM, with_value(NORM, -torch.inf)), rf"{NORM} contains infinity"),
     "missing correction bias": (in_shard(BIAS, lambda t: t.pop(BIAS)), rf"1 missing \({BIAS}\)"),
     "rounded bias": (in_shard(BIAS, lambda t: t.update({BIAS: t[BIAS].bfloat16()})),
                      rf"{BIAS} has dtype torch.bfloat16"),
@@ -184,9 +184,9 @@ CHECKPOINT = {
                                 rf"{ROUTER} at \(0, 0\) is torch.bfloat16 \[8, 32\] in the index, "
                                 r"but the file .* \[8, 31"),
     "nan": (in_file(with_value(FC1_EXPERT, torch.nan)),
-            r"layers\.1\.mlp\.experts\.3\.gate_proj\.weight holds NaN"),
+            r"layers\.1\.mlp\.experts\.3\.gate_proj\.weight contains NaN"),
     "infinity": (in_file(with_value(f"{ROUTER}@0,0", torch.inf)),
-                 r"layers\.1\.mlp\.gate\.weight holds infinity"),
+                 r"layers\.1\.mlp\.gate\.weight contains infinity"),
     "missing correction bias": (in_index(lambda i: i.pop(EXPERT_BIAS)), rf"1 missing \({EXPERT_BIAS}\)"),
     "rounded bias": (in_index(lambda i: i[EXPERT_BIAS].update(dtype="bfloat16")),
                      rf"{BIAS} has dtype torch.bfloat16"),
@@ -198,7 +198,7 @@ CHECKPOINT = {
     "a block twice": (in_index(lambda i: i[FC1]["pieces"].append(i[FC1]["pieces"][3])),
                       rf"a part of {FC1} .* several pieces"),
     "outside": (in_index(lambda i: i[ROUTER]["pieces"][0].update(file="model/../../x")),
-                rf"{ROUTER} would stand in model"),
+                rf"{ROUTER} points to model"),
 }
 
 

@@ -70,7 +70,7 @@ def test_memory_holds_one_tensor_of_each_file(tmp_path: Path) -> None:
 
 def test_a_tensor_stands_in_a_file_once_and_as_planned(tmp_path: Path) -> None:
     spec = TensorSpec("t", (2,), torch.float32)
-    with pytest.raises(ValueError, match="t: would stand"):
+    with pytest.raises(ValueError, match="t: would be"):
         write_files(tmp_path, {"f": [TensorSpec("s", (1,), torch.float32), spec, spec]},
                     lambda s: torch.zeros(s.shape), 1, print)
     with pytest.raises(ValueError, match=r"torch.float32 \(3,\), planned torch.float32"):

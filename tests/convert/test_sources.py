@@ -153,7 +153,7 @@ def test_tensors_that_programs_compute_themselves_are_left_out(name: str, tmp_pa
     edit_tensors(folder, lambda tensors: tensors.update({name: torch.ones(4)}))
     back = round_trip(folder, tmp_path)
     error = capsys.readouterr().err
-    assert error.count("warning") == 1 and f"tensors that are left out: {name} (programs compute" in error
+    assert error.count("warning") == 1 and f"tensors that are not converted: {name} (programs compute" in error
     found = load_file(back / "model.safetensors")
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
     load_pretrained(AutoModelForCausalLM, folder)  # as commands that run a folder by transformers do
@@ -165,7 +165,7 @@ def test_tensors_that_programs_compute_themselves_are_left_out(name: str, tmp_pa
 def test_other_tensors_are_refused_and_removing_them_is_enough(name: str, tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "hf")
     edit_tensors(folder, lambda tensors: tensors.update({name: torch.ones(16)}))
-    assert ("correct config.json, which has no place for them, or remove them if no program reads them"
+    assert ("correct config.json, or remove the unexpected tensors if no program reads them"
             in refused(folder, tmp_path))
     edit_tensors(folder, lambda tensors: tensors.pop(name))
     convert.from_hf(folder, tmp_path / "out")
@@ -176,7 +176,7 @@ def test_missing_tensors_and_other_sizes_get_advice_that_works(tmp_path: Path) -
     whole = load_file(folder / "model.safetensors")
     edit_tensors(folder, lambda tensors: tensors.pop(HEAD))
     message = refused(folder, tmp_path)
-    assert "correct config.json if the model has none of them, else copy or download it again" in message
+    assert "correct config.json if the model has no such tensors, otherwise copy or download it again" in message
     set_config(folder, tie_word_embeddings=True)
     convert.from_hf(folder, tmp_path / "tied")
     set_config(folder, tie_word_embeddings=False)
@@ -258,7 +258,7 @@ def test_fields_that_are_passed_over_are_said_once_and_written_again(
     back = round_trip(folder, tmp_path)
     error = capsys.readouterr().err
     assert error.count("warning") == 1 and (
-        "config.json: fields without effect on the computation, which to-hf writes again: unsloth_fixed, "
+        "config.json: fields without effect on the computation, which to-hf writes unchanged: unsloth_fixed, "
         "transformers.js_config, num_hidden_layer (did you mean 'num_hidden_layers'?)\n") in error
     said = {name: value for name, value in fields.items() if value is not None}
     recorded = read_manifest(tmp_path / "ckpt").content["config_fields"]
@@ -280,14 +280,14 @@ class Folder:
         self.model: Any = None
         self.links: Any = []
 
-    def held_in(self, file: str) -> list[str]:
+    def list_keys_in(self, file: str) -> list[str]:
         return [file.upper()] if file in ("a", "b") else []
 
-    def files_of(self, name: str) -> set[str]:
+    def list_files(self, name: str) -> set[str]:
         return {name.lower()}
 
-    def names(self) -> Any: ...
-    def dtype(self, name: str) -> Any: ...
+    def list_names(self) -> Any: ...
+    def get_dtype(self, name: str) -> Any: ...
     def read(self, name: str) -> Any: ...
 
 

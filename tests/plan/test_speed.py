@@ -152,7 +152,7 @@ def test_the_slowest_stage_of_a_pipeline_whose_layers_are_known() -> None:
 
 
 def test_a_chip_without_the_precision_is_refused() -> None:
-    with pytest.raises(UserError, match="fp8 on A100-80GB: its tensor cores have none"):
+    with pytest.raises(UserError, match="fp8 on A100-80GB: is not supported by its tensor cores"):
         step_time(workload(chip=chip("a100"), precision="fp8"))
 
 

@@ -368,7 +368,7 @@ def test_a_manifest_that_is_none_of_a_part_keeps_it_out(
             (artifact.path / name).write_bytes(data)
     for _ in range(2):
         assert store.parts() == []
-    assert capsys.readouterr().err.count(f"kept out: {store.path}/rollouts/{NAME}: ") == 1
+    assert capsys.readouterr().err.count(f"skipped: {store.path}/rollouts/{NAME}: ") == 1
     with pytest.raises(UserError, match=sentence):
         store.has(NAME)
 

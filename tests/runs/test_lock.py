@@ -100,7 +100,7 @@ def test_a_holder_that_cannot_be_looked_up_holds_as_long_as_it_shows_life(
     life(lambda: write_record(tmp_path, **elsewhere, beat=2))
     with pytest.raises(UserError, match="held by a living run"):
         RunLock(tmp_path).acquire()
-    assert "watching for a sign of life, 60 s at most" in capsys.readouterr().err
+    assert "waiting up to 60 s for its heartbeat" in capsys.readouterr().err
     life(lambda: None)
     take(tmp_path)  # whatever the clocks say: a whole lease has passed on this one
 

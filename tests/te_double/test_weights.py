@@ -62,7 +62,7 @@ def test_what_is_saved_and_exported_is_that_of_bf16_weights(
 
 
 @pytest.mark.parametrize(("settings", "said"), [
-    (["train.fp8=none"], "recipes of 8 bits"), (["train.fp8=nvfp4"], "recipes of 8 bits"),
+    (["train.fp8=none"], "needs an 8-bit recipe"), (["train.fp8=nvfp4"], "needs an 8-bit recipe"),
     (["parallel.zero1=false", *(f"{s.partition('=')[0]}=false" for s in OVERLAP)],
      "needs parallel.zero1 = true"),
     (['optim.groups=[{"pattern": "*.layers.0.*", "frozen": true}]'], "frozen weight has no master"),

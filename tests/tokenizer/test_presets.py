@@ -87,7 +87,7 @@ def test_unknown_and_misplaced_presets(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         load_preset("custom", tmp_path / "rules.json")
     (tmp_path / "rules.json").write_text("{")
-    with pytest.raises(UserError, match="is no YAML"):
+    with pytest.raises(UserError, match="is not valid YAML"):
         load_preset("custom", tmp_path / "rules.json")
     (tmp_path / "rules.json").write_text("[1]")
     with pytest.raises(UserError, match="must be an object of settings"):

@@ -17,7 +17,8 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn, cast
 from megatron_sov.base import sealed
 from megatron_sov.base.artifacts import MANIFEST, read_manifest
 from megatron_sov.base.documents.records import BadRecord
-from megatron_sov.base.errors import UserError, download_dataset, first_line, visible
+from megatron_sov.base.errors import (
+    UserError, download_dataset, first_line, fix_missing, visible)
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -159,7 +160,7 @@ def _refuse_missing(path: Path) -> NoReturn:
     is_file = _is_text(path.name) or is_records(path.name) or _is_json(path.name)
     hint = "" if is_file else download_dataset(path)
     raise UserError(f"{path}: does not exist; pass a text file, a .jsonl, .json, .parquet or .arrow "
-                    f"file, or a folder of them{hint}")
+                    f"file, or a folder of them{hint}", fix_missing(path, is_data=not is_file))
 
 
 def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None) -> list[Path]:

@@ -31,11 +31,13 @@ MOST_LEVELS = 64
 class BadRecord(Exception):
     """A record that cannot become a document; the reader goes on behind it."""
 
-    def __init__(self, code: str, reason: str, line: int = 0, content: bytes = b"") -> None:
+    def __init__(self, code: str, reason: str, line: int = 0, content: bytes = b"",
+                 options: tuple[str, ...] = ()) -> None:
         """`code`: a word to count by; `reason`: completes a sentence that begins with the place;
-        `line`: as in `Document`."""
+        `line`: as in `Document`; `options`: of `sov-data pack`, with which such records are read."""
         super().__init__(reason)
         self.code, self.reason, self.line, self.content = code, reason, line, content
+        self.options = options
 
 
 @dataclass(frozen=True)

@@ -295,7 +295,8 @@ class CountedSpan:
             self._refuse_table()
         if self.reading.kind not in (None, "text"):
             raise BadRecord("fields", f"is plain text, but --format is {self.reading.kind}; "
-                                      "pack it on its own with --format text")
+                                      "pack it on its own with --format text",
+                            options=("--format", "text"))
         if asked := (*self.reading.columns, *filter(None, [self.reading.bucket_by]), *self.reading.tags):
             raise BadRecord("fields", f"is plain text, which has no field {asked[0]!r}; "
                                       "pass JSONL or Parquet")

@@ -375,17 +375,20 @@ def _kind(record: dict[str, Any], reading: RecordReading) -> str:
             beside = (": its 'completions' are not learned; steps with labels train reward models of steps, "
                       "which no command here trains")
         raise BadRecord("fields", f"is {article}, but --format is {reading.kind}; "
-                                  f"pack it on its own with --format {found}{beside}")
+                                  f"pack it on its own with --format {found}{beside}",
+                        options=("--format", found))
     wanted = ({"text": f"string field {reading.text_field!r}",
                "chat": "'messages', 'conversations', or 'prompt' and 'completion'",
                "preference": "'chosen' and 'rejected'", "prompt": "'prompt'"}[reading.kind or "text"]
               + (" and no 'messages'" if reading.kind is None else ""))
-    remedy = "add one"
+    remedy, proposed = "add one", ""
     if reading.kind is not None and record:
         # prompts are packed, and read by `rl` too, which takes the same option
         command = "sov-data pack " if reading.kind in ("chat", "preference") else ""
-        remedy = f"name yours with `{command}{propose_columns(record, reading.kind)}`"
-    raise BadRecord("fields", f"has no {wanted} (fields: {', '.join(record) or 'none'}); {remedy}")
+        proposed = propose_columns(record, reading.kind)
+        remedy = f"name yours with `{command}{proposed}`"
+    raise BadRecord("fields", f"has no {wanted} (fields: {', '.join(record) or 'none'}); {remedy}",
+                    options=tuple(proposed.split()))
 
 
 _SCORE = re.compile("(?=.*chosen).*(?:score|rating|reward)")

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import Fix, UserError, nearest
+from megatron_sov.base.hints.lines import is_placeholder
 from megatron_sov.base.hints.table import by_word, normalize, table
 
 _DIRECTION_OPTIONS = ("--to", "--format", "--output-format", "--target", "--type")
@@ -29,13 +30,13 @@ def unknown_command(program: str, word: str, choices: Sequence[str], typed: Sequ
     by_word = {one: text for words, text in rows.items() for one in words.split()}
     begin = f"{program} {word}: does not exist"
     if (text := by_word.get(word.lower())) and kind_of_folder(Path(word)) == "other":
-        return UserError(f"{begin}; {text}")
+        return _fill_template(begin, text, typed)
     options = table()["by_option"].get(program, {})
     given = {normalize(one.partition("=")[0]) for one in (word, *typed) if one.startswith("--")}
     meant = next((command for option, command in options.items() if normalize(option) in given), "")
     if word.startswith("-") and meant:
-        return UserError(f"{program}: a command comes before its options; write\n"
-                         f"  {program} {meant} {shlex.join([word, *typed])}")
+        return UserError(f"{program}: a command comes before its options",
+                         Fix(f"{program} {meant} {shlex.join([word, *typed])}"))
     path = Path(word)
     paths = table()["paths"].get(program)
     if paths and (os.sep in word or path.exists()):
@@ -47,9 +48,26 @@ def unknown_command(program: str, word: str, choices: Sequence[str], typed: Sequ
         ways = [_without_typed(way, typed) for way in ways] if len(ways) == 1 else ways
         if len(ways) == 1 and typed:
             ways = [_with_output(ways[0], typed)]
-        return UserError(f"{program}: {word} is a path, and an action comes first; write\n" + "\n".join(
-            f"  {program} {way}" for way in ways))
-    return UserError(f"{begin}{nearest(word, choices)} (`{program} --help` lists what there is)")
+        return UserError(f"{program}: {word} is a path, and an action comes first",
+                         Fix("\n  ".join(f"{program} {way}" for way in ways)))
+    close = nearest(word, choices)
+    fix = Fix(f"{program} {shlex.join([close.split(chr(39))[1], *typed])}") if close and typed else None
+    return UserError(f"{begin}{close} (`{program} --help` lists what there is)", fix)
+
+
+def _fill_template(begin: str, text: str, typed: Sequence[str]) -> UserError:
+    """Return the error for a word that the table has, whose text has a template, `program command --option
+    VALUE`: with the words that were typed in place of its placeholders."""
+    found = re.search(r"`((?:megatron-sov|sov-data|sov-tokenizer) [^`]+)`", text)
+    if found is None or not typed:
+        return UserError(f"{begin}; {text}")
+    words = shlex.split(found[1])
+    at = next((n for n, word in enumerate(words) if word.startswith("-") or is_placeholder(word)), len(words))
+    values = [word for option, value in pairwise(words[at:]) if option.startswith("--")
+              and not value.startswith("--") and not is_placeholder(value)
+              and (option not in typed or option == "--set") for word in (option, value)]
+    sentence = text.replace(found[1], " ".join(words[:at]))
+    return UserError(f"{begin}; {sentence}", Fix(shlex.join([*words[:at], *values, *typed])))
 
 
 def _without_typed(way: str, typed: Sequence[str]) -> str:
@@ -94,7 +112,7 @@ def command_comes_first(program: str, typed: Sequence[str], commands: Iterable[s
     known = {name.split()[0] for name in commands}
     at = next((place for place, word in enumerate(typed) if word in known), 0)
     line = [*typed[at:], *typed[:at]] if at else ["COMMAND", *typed]
-    return UserError(f"{typed[0]}: a command comes before its options; write\n  {program} {shlex.join(line)}")
+    return UserError(f"{typed[0]}: a command comes before its options", Fix(f"{program} {shlex.join(line)}"))
 
 
 def kind_of_folder(path: Path) -> str:

@@ -16,8 +16,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.errors import UserError, nearest, warn
-from megatron_sov.base.hints.foreign import blend_of, is_translated, option_of_path, read_foreign, recipe_of
+from megatron_sov.base.errors import Fix, UserError, nearest, warn
+from megatron_sov.base.hints.foreign import (
+    OPTIONS_OF_KIND, blend_of, is_translated, kind_of_word, option_of_path, read_foreign, recipe_of)
+from megatron_sov.base.hints.missing import placeholder, split_words
 from megatron_sov.base.hints.search import describe_found, find_by_meaning
 from megatron_sov.base.hints.table import by_word, last_part, normalize, note_on, table
 from megatron_sov.base.hints.values import (
@@ -169,7 +171,7 @@ class _Rewrite:
         elif close := nearest_option(option, self.options):
             self.add(f"{option}: nothing takes this{close}", close.split("'")[1], *values)
         else:
-            self.said.append(f"{option}: nothing takes this{self.search(option)}")
+            self.add(f"{option}: nothing takes this{self.search(option)}; leave it out")
 
 
 def check_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -> list[str]:
@@ -185,6 +187,7 @@ def check_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -> list[s
     """
     options = list(parser._option_string_actions)
     if any(action.nargs == argparse.REMAINDER for action in parser._actions):
+        _move_run(parser, typed)
         return list(typed)
     typed = [_renamed(word, parser.prog, options) for word in typed]
     # where --run may be left out it is no place for output: `eval` adds its figures to the run's events
@@ -201,9 +204,23 @@ def check_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -> list[s
                     getattr(parser.get_default("options_class"), "is_setting", None))
     _read_words(parser, made)
     _move_model(parser, made)
+    _place_free_words(parser, made)
     if made.said:
-        raise UserError(_answer(parser, made))
+        raise _answer(parser, made)
     return list(typed)
+
+
+def _move_run(parser: argparse.ArgumentParser, typed: Sequence[str]) -> None:
+    """Raise `UserError` where the first argument of a command that passes words on comes after an option."""
+    first = next((str(action.metavar) for action in parser._actions if not action.option_strings), "")
+    if not typed or not typed[0].startswith("-") or typed[0] in parser._option_string_actions:
+        return
+    name, equals, value = typed[0].partition("=")
+    rest = typed[1:] if equals else typed[2:]
+    value = value if equals else "".join(typed[1:2])
+    if value and (normalize(name) == first.lower() or first in by_word("options").get(normalize(name), ())):
+        raise UserError(f"{parser.prog}: {name} is {first} here, without an option",
+                        Fix(f"{parser.prog} {shlex.join([value, *rest])}"))
 
 
 def texts_of(parser: argparse.ArgumentParser) -> dict[str, str]:
@@ -228,7 +245,7 @@ def _read_words(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
         if made.find and _is_override(made, word, equals, typed[:i - 1], alone):
             _add_settings(made, [typed[i - 1].lstrip("+")], is_bare=True)
         elif "RECIPE" in made.positionals and (option := option_of_path(Path(typed[i - 1]))) in options and (
-                _split_words(parser, [*made.words, typed[i - 1]])[0] == [typed[i - 1]]):
+                split_words(parser, [*made.words, typed[i - 1]])[0] == [typed[i - 1]]):
             if option == "--config" and made.exists and (leaves := read_foreign(Path(word), made.exists)):
                 _add_foreign(made, "RECIPE", word, leaves)
             else:
@@ -300,7 +317,7 @@ def _is_row(row: Mapping[str, Any], command: str, option: str, value: str, is_kn
 
 def _is_override(made: _Rewrite, key: str, equals: str, before: Sequence[str], alone: set[str]) -> bool:
     """Return whether a word is a setting as Hydra and NeMo take them, without an option: a.b=c."""
-    our = made.is_our_setting(key.lstrip("+")) and made.exists is not None
+    our = made.exists is not None and "." in key and made.is_our_setting(key.lstrip("+"))
     if key.startswith("+") and equals and our:
         return True
     if not equals or not re.fullmatch(r"\+{0,2}[a-z]\w*(\.\w+)*", key) or made.find is None:
@@ -308,7 +325,7 @@ def _is_override(made: _Rewrite, key: str, equals: str, before: Sequence[str], a
     is_free = not before or not before[-1].startswith("-") or "=" in before[-1] or before[-1] in alone
     last, key = key.rpartition(".")[2], key.lstrip("+")
     is_theirs = "." in key and not made.is_our_setting(key) and (note_on(last) or _option_of(made, last))
-    return is_free and bool(made.find(key) or is_theirs)
+    return is_free and bool(our or made.find(key) or is_theirs)
 
 
 def _count_values(words: Sequence[str]) -> int:
@@ -331,7 +348,7 @@ def _several(option: str, given: Sequence[str]) -> list[str]:
 
 def _move_model(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
     """Let the model be the positional argument of a command whose --model is something else."""
-    if "TARGET" not in made.positionals or "--model" not in made.words or _split_words(parser, made.words)[0]:
+    if "TARGET" not in made.positionals or "--model" not in made.words or split_words(parser, made.words)[0]:
         return
     at = made.words.index("--model")
     if not made.first and at + 1 < len(made.words):
@@ -340,24 +357,37 @@ def _move_model(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
         made.add("--model is TARGET here, without an option")
 
 
-def _split_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split words into those of positional arguments, and options with their values."""
-    takes = {name: action.nargs for action in parser._actions for name in action.option_strings}
-    free: list[str] = []
-    others: list[str] = []
-    room = 0.0
-    for word in words:
-        name, equals, _ = word.partition("=")
-        if name in takes:
-            nargs = takes[name]
-            room = 0 if equals or nargs == 0 else 1 if nargs in (None, "?") else float("inf")
-            others.append(word)
-        elif room:
-            room -= 1
-            others.append(word)
-        else:
-            free.append(word)
-    return free, others
+def _place_free_words(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
+    """Give words without an option, which no positional argument takes, to the option of their kind: model
+    folder, data file, tokenizer, or a path that does not exist for the output."""
+    positionals = [action for action in parser._actions if not action.option_strings]
+    if any(action.nargs in ("+", "*", argparse.REMAINDER) for action in positionals):
+        return
+    free, others = split_words(parser, made.words)
+    room = max(0, len(positionals) - len(made.first))
+    written = {word.partition("=")[0] for word in others}
+    lacks = any(action.required and not set(action.option_strings) & written
+                for action in parser._actions if action.option_strings)
+    is_recipe = bool(made.positionals) and made.positionals[0] == "RECIPE"
+    misplaced = is_recipe and {"model", "data", "tokens", "hub"} & {kind_of_word(word) for word in free}
+    if len(free) <= room and not misplaced and not (lacks and len(free) > sum(
+            bool(action.required) for action in positionals)):
+        return
+    stays: list[str] = []
+    for number, word in enumerate(free):
+        kind = kind_of_word(word)
+        # TARGET, RUN and others come first, whatever they are
+        is_taken = number < room and not (is_recipe and kind not in ("recipe", "code"))
+        options = [one for one in OPTIONS_OF_KIND[kind] if one in parser._option_string_actions
+                   and (one not in written or one == "--data")]
+        if is_taken or not options:
+            stays.append(word)
+            continue
+        written.add(options[0])
+        others += [options[0], word]
+        made.add(f"{word} is {options[0]} here")
+    if len(stays) < len(free):
+        made.words = [*stays, *others]
 
 
 def _is_unknown(word: str, made: _Rewrite) -> bool:
@@ -455,27 +485,27 @@ def _is_misspelt(key: str, texts: Mapping[str, str]) -> bool:
     return bool(nearest(last, [name.rpartition(".")[2] for name in names if name.startswith(f"{group}.")]))
 
 
-def _answer(parser: argparse.ArgumentParser, made: _Rewrite) -> str:
+def _answer(parser: argparse.ArgumentParser, made: _Rewrite) -> UserError:
     if made.line:
-        return f"{parser.prog}: {'; '.join(dict.fromkeys(made.said))}; write\n  {made.line}"
+        return UserError(f"{parser.prog}: {'; '.join(dict.fromkeys(made.said))}", Fix(made.line))
     if not made.is_changed:
-        return f"{parser.prog}: {'; '.join(dict.fromkeys(made.said))} (--help lists what it takes)"
+        return UserError(f"{parser.prog}: {'; '.join(dict.fromkeys(made.said))} (--help lists what it takes)")
     _add_companions(made)
     words = _without_repeated(parser, made)
     written = [word.partition("=")[0] for word in words]
     missing = [f"{action.option_strings[0]} {placeholder(action)}" for action in parser._actions
                if action.required and action.option_strings and not set(action.option_strings) & set(written)]
     first = list(made.first)
-    free, others = _split_words(parser, words)
+    free, others = split_words(parser, words)
     folders = first or free
     if made.weights and len(made.weights) == len(folders):
         words = words if first else others
         first = [f"{folder}:{weight}" for folder, weight in zip(folders, made.weights, strict=True)]
-    if not first and not _split_words(parser, words)[0]:
+    if not first and not split_words(parser, words)[0]:
         needed = [str(action.metavar or action.dest) for action in parser._actions
                   if not action.option_strings and (action.required or (
                       action.dest == "recipe" and made.command in NEED_A_RECIPE
-                      and not {"--config", *["--from"] * (made.command == "plan")} & set(written)))]
+                      and not {"--config", "--from"} & set(written)))]
         recipe = recipe_of(Path(value_after(words, "--from")))
         first = [recipe if name == "RECIPE" and recipe else name for name in needed]
         if needed and "RECIPE" in first + needed[1:]:
@@ -488,50 +518,8 @@ def _answer(parser: argparse.ArgumentParser, made: _Rewrite) -> str:
         names.setdefault(colon + why if word.startswith("-") else f"{colon}{why}\0{word}", []).append(word)
     said = "; ".join(f"{', '.join(words)}{why.partition(chr(0))[0]}" for why, words in names.items())
     if parser.prog.startswith("submit "):  # it has parsed its own options before
-        said, command = f"{said}; keep the options of submit", f"megatron-sov {command}"
-    return f"{parser.prog}: {said}; write\n  {' '.join([command, *missing])}"
-
-
-def missing_words(parser: argparse.ArgumentParser, typed: Sequence[str], names: str) -> str:
-    """Return the end of a message about arguments that are required: their choices, and a line with them.
-
-    Args:
-        parser: of the command.
-        typed: what follows the command's name.
-        names: the arguments, as argparse names them.
-    """
-    lacking = [action for action in parser._actions if action.required and (
-        set(action.option_strings) & set(re.split(r"[/,\s]+", names))
-        or (not action.option_strings and str(action.metavar or action.dest) in names.split(", ")))]
-    rows = table()["missing"]
-    choices = [f"{name} takes {rows.get(name, {}).get('takes') or ', '.join(map(str, action.choices or ()))}"
-               for action in lacking for name in action.option_strings[:1] if action.choices or name in rows]
-    first = [str(action.metavar or action.dest) for action in lacking if not action.option_strings]
-    last = [f"{action.option_strings[0]} {placeholder(action)}" for action in lacking
-            if action.option_strings]
-    named, rest = _split_words(parser, typed)  # argparse fills positional arguments in their order
-    takes_none = all(action.option_strings for action in parser._actions)
-    if takes_none and len(named) == 1 and (option := text_option(parser, named[0], typed)):
-        rest, named = [*rest, option, *named], []
-        last = [word for word in last if not word.startswith(f"{option} ")]
-    line = " ".join(filter(None, [parser.prog, shlex.join(named), *first, shlex.join(rest), *last]))
-    return "".join(f"; {text}" for text in choices) + f"; write\n  {line}"
-
-
-def text_option(parser: argparse.ArgumentParser, word: str, typed: Sequence[str]) -> str:
-    """Return the option that a word without one belongs to, as a prompt or a file of text; "": none."""
-    known = parser._option_string_actions
-    order = ("--prompts", "--input", "--text", "--data", "--prompt")
-    return next((one for one in (order if Path(word).is_file() else ("--prompt", *order))
-                 if one in known and one not in typed and not word.startswith("-")
-                 and (one == "--prompt" or Path(word).exists())), "")
-
-
-def placeholder(action: argparse.Action) -> str:
-    """Return what a line has for the value of an option that is missing: its first choice, or its name."""
-    row = table()["missing"].get(action.option_strings[0], {})
-    choices = list(action.choices or ())
-    return str(row.get("write") or (choices[0] if choices else action.metavar or action.dest.upper()))
+        said = f"{said}"
+    return UserError(f"{parser.prog}: {said}", Fix(" ".join([command, *missing])))
 
 
 def _without_repeated(parser: argparse.ArgumentParser, made: _Rewrite) -> list[str]:

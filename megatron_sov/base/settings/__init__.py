@@ -1,5 +1,5 @@
-"""Settings, declared once and read in one way: frozen dataclasses whose types carry the bounds, one reader
-for JSON, YAML and `key=value`, one table of sentences.  Nothing here imports torch."""
+"""Settings as frozen dataclasses: bounds in types, one reader for JSON, YAML and `key=value`, one wording for
+problems. Nothing here imports torch."""
 
 from megatron_sov.base.settings.acting import (
     FACTS, ActsWhen, AllOf, AnyOf, Condition, When, conditions_of, find_inert, is_none_of, is_one_of, is_set,

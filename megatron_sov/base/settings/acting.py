@@ -1,7 +1,6 @@
-"""Conditions under which settings act, declared by the classes of settings, and the search for settings that
-were asked for and cannot act.
+"""Conditions under which settings have an effect, and the search for settings that cannot have any.
 
-A class declares `ACTS_WHEN`: names of fields, separated by spaces, -> a condition; "" stands for all fields.
+A settings class declares `ACTS_WHEN`: space-separated field names -> condition; "" stands for all fields.
 """
 
 from __future__ import annotations
@@ -14,20 +13,20 @@ from megatron_sov.base.settings.problem import ProblemCode, SettingsProblem, sho
 from megatron_sov.base.settings.reading import fields_of
 
 Facts = Mapping[str, Any]
-"""What is known of a run beside its settings, e.g. "command" and "--data" -> value."""
+"""Properties of a run in addition to its settings, e.g. "command" and "--data" -> value."""
 NO_FACTS: Facts = {}
 FACTS = ("command", "--data", "--validation")
-"""Deciding keys that are no settings; a condition on one that is not known holds."""
+"""Deciding keys that are not settings; a condition on a key without a known value holds."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Unmet:
-    """A condition that fails."""
+    """A condition that does not hold."""
 
     deciders: Mapping[str, Any]
     """Deciding settings -> their values."""
     text: str
-    """When the setting would act."""
+    """The condition as a clause."""
     way_out: str
 
 
@@ -36,21 +35,21 @@ class When:
     """A condition on one deciding setting."""
 
     key: str
-    """The deciding setting from the root; ".rank" names a field of the class that declares the condition, and
-    "*" any item of a list, of which one has to fulfil the condition."""
+    """Full dotted key of the deciding setting; ".rank" is a field of the class that declares the condition,
+    and "*" is any list item (one must fulfil the condition)."""
     holds: Callable[[Any], bool]
     words: str
-    """The condition as the sentence goes on behind the key: "is set"."""
+    """The condition after the key in a sentence: "is set"."""
     way_out: str = ""
-    """What to do if it fails; empty: change the deciding setting."""
+    """The fix; "": change the deciding setting."""
 
     def find_unmet(self, root: Any, owner: str, facts: Facts) -> Unmet | None:
-        """Return how the condition fails; None: it holds.
+        """Return the violated condition; None: it holds.
 
         Args:
-            root: all settings.
-            owner: place of the settings that declare the condition.
-            facts: of the run.
+            root: the whole settings.
+            owner: dotted key of the settings that declare the condition.
+            facts: see `Facts`.
         """
         key = _absolute(self.key, owner)
         if key in FACTS:
@@ -61,89 +60,90 @@ class When:
             fails = not any(map(self.holds, values))
         if not fails:
             return None
-        shown = _shown(key)
+        shown = _public_key(key)
         return Unmet({shown: values if "*" in key else values[0]}, self.text(owner),
                      self.way_out or f"leave it out, or change {shown}")
 
     def text(self, owner: str) -> str:
-        """Return the condition as a clause."""
-        return f"{_shown(_absolute(self.key, owner))} {self.words}"
+        """Format the condition as a clause."""
+        return f"{_public_key(_absolute(self.key, owner))} {self.words}"
 
 
 class AnyOf:
-    """Conditions of which one has to hold."""
+    """At least one of several conditions must hold."""
 
     def __init__(self, *parts: Condition) -> None:
         self.parts = parts
 
     def find_unmet(self, root: Any, owner: str, facts: Facts) -> Unmet | None:
-        """Return how all parts fail; see `When.find_unmet`."""
-        found = [part.find_unmet(root, owner, facts) for part in self.parts]
-        failed = [unmet for unmet in found if unmet is not None]
-        if len(failed) < len(found):
+        """Return all violated parts as one, if every part is violated; see `When.find_unmet`."""
+        results = [part.find_unmet(root, owner, facts) for part in self.parts]
+        failed = [unmet for unmet in results if unmet is not None]
+        if len(failed) < len(results):
             return None
         deciders = {key: value for unmet in failed for key, value in unmet.deciders.items()}
         return Unmet(deciders, self.text(owner), failed[0].way_out)
 
     def text(self, owner: str) -> str:
-        """Return the conditions as a clause."""
+        """Format the conditions as a clause."""
         return ", or ".join(part.text(owner) for part in self.parts)
 
 
 class AllOf:
-    """Conditions that all have to hold."""
+    """All of several conditions must hold."""
 
     def __init__(self, *parts: Condition) -> None:
         self.parts = parts
 
     def find_unmet(self, root: Any, owner: str, facts: Facts) -> Unmet | None:
-        """Return how the first part that fails does; see `When.find_unmet`."""
-        return next(filter(None, (part.find_unmet(root, owner, facts) for part in self.parts)), None)
+        """Return the first violated part; see `When.find_unmet`."""
+        results = (part.find_unmet(root, owner, facts) for part in self.parts)
+        return next((unmet for unmet in results if unmet is not None), None)
 
     def text(self, owner: str) -> str:
-        """Return the conditions as a clause."""
+        """Format the conditions as a clause."""
         return " and ".join(part.text(owner) for part in self.parts)
 
 
 Condition = When | AnyOf | AllOf
 ActsWhen = Mapping[str, Condition]
-"""Names of fields, separated by spaces, -> when they act; "": all fields of the class."""
+"""Space-separated field names -> condition of their effect; "": all fields of the class."""
 
 
 def is_set(key: str) -> When:
-    """Return the condition that a setting is neither 0, false, null nor empty."""
+    """Require a setting to be neither 0, false, null nor empty."""
     return When(key, bool, "is set")
 
 
 def is_unset(key: str) -> When:
-    """Return the condition that a setting is 0, false, null or empty."""
+    """Require a setting to be 0, false, null or empty."""
     return When(key, lambda value: not value, "is not set")
 
 
 def is_one_of(key: str, *values: Any) -> When:
-    """Return the condition that a setting has one of these values."""
-    return When(key, lambda value: value in values, f"is {_listed(values)}")
+    """Require a setting to have one of the given values."""
+    return When(key, lambda value: value in values, f"is {_join_values(values)}")
 
 
 def is_none_of(key: str, *values: Any) -> When:
-    """Return the condition that a setting has another value than these."""
-    return When(key, lambda value: value not in values, f"is not {_listed(values)}")
+    """Require a setting to have none of the given values."""
+    return When(key, lambda value: value not in values, f"is not {_join_values(values)}")
 
 
 def find_inert(settings: Any, asked: Iterable[str], facts: Facts = NO_FACTS
               ) -> list[SettingsProblem]:
-    """Return a problem for each setting that was asked for and cannot act; it names the deciding settings.
+    """Return a problem for each requested setting that has no effect, naming the deciding settings.
 
     Args:
-        settings: resolved, with the values that were asked for.
-        asked: keys with dots; one may name a whole group, whose changed fields are then looked at.
-        facts: of the run, see `FACTS`.
+        settings: the resolved settings with the requested values.
+        asked: dotted keys of the requested settings; a group stands for its changed fields.
+        facts: see `Facts`.
     """
     leaves = dict.fromkeys(leaf for key in asked for leaf in _leaves_at(settings, key))
-    return list(filter(None, (_inert(settings, leaf, facts) for leaf in leaves)))
+    return list(filter(None, (_find_inert_problem(settings, leaf, facts) for leaf in leaves)))
 
 
-def _inert(settings: Any, key: str, facts: Facts) -> SettingsProblem | None:
+def _find_inert_problem(settings: Any, key: str, facts: Facts) -> SettingsProblem | None:
     for owner, condition in conditions_of(settings, key):
         unmet = condition.find_unmet(settings, owner, facts)
         if unmet is not None:
@@ -159,8 +159,7 @@ def _holds_settings(value: Any) -> bool:
 
 
 def conditions_of(settings: Any, key: str) -> Iterator[tuple[str, Condition]]:
-    """Yield each condition of a setting, those of the groups around it first, with the place of the settings
-    that declare it."""
+    """Yield (dotted key of the declaring settings, condition) for a setting; outer groups come first."""
     place: list[str] = []
     node = settings
     for part in key.split("."):
@@ -172,8 +171,8 @@ def conditions_of(settings: Any, key: str) -> Iterator[tuple[str, Condition]]:
 
 
 def _leaves_at(settings: Any, key: str) -> Iterator[str]:
-    """Yield the settings that a key stands for: itself, or, of a group, the fields that do not have their
-    default."""
+    """Yield dotted keys of settings: `key` itself, or of a group the fields that differ from their
+    defaults."""
     [value] = _values_at(settings, key.split("."))
     if dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
@@ -189,7 +188,7 @@ def _leaves_at(settings: Any, key: str) -> Iterator[str]:
 
 
 def value_at(settings: Any, key: str) -> Any:
-    """Return the value of a setting; None below a group that is off or absent."""
+    """Return a setting's value by dotted key; None inside a disabled or missing group."""
     return next(_values_at(settings, key.split(".")), None)
 
 
@@ -204,8 +203,7 @@ def _values_at(node: Any, parts: list[str]) -> Iterator[Any]:
 
 
 def _below(node: Any, part: str) -> Any:
-    """Return a field, an item or a value of a table; None where there is none, as below a group that is
-    off."""
+    """Return a field, a list item or a mapping's value; None if missing or inside a disabled group."""
     if isinstance(node, Mapping):
         return node.get(part)
     if isinstance(node, tuple):
@@ -217,11 +215,11 @@ def _absolute(key: str, owner: str) -> str:
     return f"{owner}{key}".removeprefix(".") if key.startswith(".") else key
 
 
-def _shown(key: str) -> str:
-    # `policy.parts.kl` is `policy.kl` as the method fills it in
+def _public_key(key: str) -> str:
+    # `policy.kl` sets `policy.parts.kl` for the method in use
     return key.replace(".parts.", ".")
 
 
-def _listed(values: tuple[Any, ...]) -> str:
+def _join_values(values: tuple[Any, ...]) -> str:
     words = [value if isinstance(value, str) else show(value) for value in values]
     return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -1,4 +1,4 @@
-"""What is wrong with a setting, as data, and the one place where it becomes a sentence."""
+"""Problems in settings as data (code, key, rule, fix), and the types and relations that bound settings."""
 
 from __future__ import annotations
 
@@ -12,59 +12,61 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from megatron_sov.base.errors import UserError, list_problems, nearest
+from megatron_sov.base.errors import Fix, UserError, list_problems, nearest
 
 UNSET: Any = object()
-"""Stands for a value where a problem has none."""
+"""`SettingsProblem.value` if the problem has no value."""
 MAX_VALUE_CHARS = 80
 MAX_PROBLEMS = 20
 
 
 class ProblemCode(StrEnum):
-    """Kinds of problems; tests and scripts ask for these and not for sentences."""
+    """Kinds of problems; tests and scripts check these codes instead of sentences."""
 
     FORM = "form"
     """A change without key and =."""
     JSON = "json"
-    """A value that begins like JSON and is none."""
+    """A value that begins like JSON but does not parse."""
     TWICE = "twice"
-    """A key that is set a second time."""
+    """A key that occurs twice."""
     UNKNOWN = "unknown"
-    """A key that does not exist."""
+    """An unknown key."""
     MISSING = "missing"
-    """A key without a default that is not set."""
+    """A missing key that has no default."""
     TYPE = "type"
     """A value of another type."""
     CHOICE = "choice"
-    """A word that is none of those that are taken."""
+    """A word that is not among the choices."""
     BOUND = "bound"
     """A value outside its bounds."""
     RULE = "rule"
-    """A value that does not fit another setting, or the model."""
+    """A value that contradicts another setting or the model."""
     INERT = "inert"
-    """A value that another setting leaves without effect."""
+    """A value without effect because of another setting."""
     FILE = "file"
-    """A file that cannot be read, or is no YAML."""
+    """A file that cannot be read or parsed as YAML."""
 
 
 @dataclass(frozen=True)
 class SettingsProblem:
-    """One mistake in settings."""
+    """One mistake in settings, and the sentence about it."""
 
     code: ProblemCode
     key: str
-    """The setting with dots, e.g. data.phases.0.seq_len; "": the file or the option as a whole."""
+    """Dotted key, e.g. data.phases.0.seq_len; "": the whole file or option."""
     rule: str
-    """What is broken, as the sentence goes on behind the key and its value: "must be at least 1"."""
+    """The broken rule, as the sentence continues after key and value: "must be at least 1"."""
     value: Any = UNSET
     way_out: str = ""
-    """What to do, where the rule does not say it."""
+    """The fix, if the rule does not say it."""
     line: int = 0
-    """Of the file, from 1; 0: none is known."""
+    """Line in the file, from 1; 0: unknown."""
+    fix: str | Fix = ""
+    """Setting, `key=value`, with which the rule holds; or another change of the command line."""
     other: str = ""
-    """The setting of the same class that the rule compares with: the rule's sentence ends with it."""
+    """The compared setting of the same class; its name ends the rule's sentence."""
     other_value: Any = UNSET
-    """Its value, where it matters."""
+    """Value of `other`, if the sentence shows it."""
 
     def __str__(self) -> str:
         """Return line and sentence: ``line 3: lr = -1 must be above 0; set it``."""
@@ -72,29 +74,30 @@ class SettingsProblem:
 
     @property
     def sentence(self) -> str:
-        """The problem without its line."""
-        # each part is cut alone, so that the end of a long key is still there
-        key = ".".join(map(cut, self.key.split(".")))  # a stranger's file may hold any
+        """The message without the line number."""
+        # shorten each part separately: the end of a long key stays visible
+        key = ".".join(map(cut, self.key.split(".")))
         if self.key.startswith("-") and self.value is not UNSET:
             begin = f"{key} {show(self.value)}: "
         elif self.value is UNSET:
             begin = f"{key}: " if key else ""
         else:
             begin = f"{key} = {show(self.value)} " if key else f"{show(self.value)} "
+        compared = ""
         if self.other:
             shown = "" if self.other_value is UNSET else f" = {show(self.other_value)}"
-            return f"{begin}{self.rule} {self.other}{shown}" + (f"; {self.way_out}" if self.way_out else "")
-        return begin + self.rule + (f"; {self.way_out}" if self.way_out else "")
+            compared = f" {self.other}{shown}"
+        return begin + self.rule + compared + (f"; {self.way_out}" if self.way_out else "")
 
     def below(self, prefix: str) -> SettingsProblem:
-        """Return the problem of a setting that stands inside another; an option's name stays."""
+        """Return the problem with `prefix.` in front of its key; an option's name stays unchanged."""
         if self.key.startswith("-"):
             return self
         return replace(self, key=f"{prefix}.{self.key}" if self.key else prefix)
 
 
 def as_problem(said: SettingsProblem | str) -> SettingsProblem:
-    """Return what a class of a user's own may say in a sentence as a problem."""
+    """Convert a sentence from a user's own `problems()` to a `SettingsProblem`."""
     return said if isinstance(said, SettingsProblem) else SettingsProblem(ProblemCode.RULE, "", said)
 
 
@@ -103,21 +106,21 @@ def find_broken(settings: Any, prefix: str, *rules: tuple[bool, str, str] | tupl
     """Return a problem for each rule that does not hold.
 
     Args:
-        settings: that the keys belong to.
-        prefix: what stands before the keys, e.g. "optim"; "": nothing.
-        rules: whether it holds, the key (with dots), the rule, and what to do where the rule does not say it.
+        settings: the object whose fields the keys name.
+        prefix: precedes the keys in the problems, e.g. "optim"; may be empty.
+        rules: (holds, dotted key, rule) or (holds, dotted key, rule, fix).
     """
-    found = [SettingsProblem(ProblemCode.RULE, key, rule, _value(settings, key), "".join(way_out))
+    problems = [SettingsProblem(ProblemCode.RULE, key, rule, _value(settings, key), "".join(way_out))
              for holds, key, rule, *way_out in rules if not holds]
-    return [problem.below(prefix) for problem in found] if prefix else found
+    return [problem.below(prefix) for problem in problems] if prefix else problems
 
 
 def name_options(problems: Sequence[SettingsProblem], **options: str) -> list[SettingsProblem]:
-    """Return problems of settings that a command's options say, with these in place of the keys.
+    """Return problems of settings with command-line options in place of field names.
 
     Args:
-        problems: with the fields as keys.
-        options: field -> option, where that is not the field's name with hyphens.
+        problems: problems whose keys are fields.
+        options: field -> option, if the option is not the field's name with hyphens.
     """
     def option(key: str) -> str:
         return options.get(key, f"--{key.replace('_', '-')}")
@@ -133,33 +136,43 @@ def _value(settings: Any, key: str) -> Any:
 
 
 class SettingsError(UserError):
-    """Settings that cannot be taken, with all that is wrong."""
+    """Invalid settings, with all problems found."""
 
     def __init__(self, where: str, problems: Sequence[SettingsProblem]) -> None:
-        """Keep the problems.
+        """Format the message.
 
         Args:
-            where: the file, the option or the class of settings that the message begins with; "": the
-                command line.
+            where: the file, option or class at the beginning of the message; "": the command line.
             problems: at least one.
         """
         self.where, self.problems = where, tuple(problems)
+        fix = _join_fixes([problem.fix for problem in problems])
         if len(problems) == 1:
             line = f", line {problems[0].line}" if problems[0].line else ""
-            super().__init__((f"{where}{line}: " if where else "") + problems[0].sentence)
+            super().__init__((f"{where}{line}: " if where else "") + problems[0].sentence, fix)
             return
         shown = [str(problem) for problem in problems[:MAX_PROBLEMS]]
         if len(problems) > MAX_PROBLEMS:
             shown.append(f"and {len(problems) - MAX_PROBLEMS} more")
-        super().__init__(list_problems(where or "command line", shown))
+        super().__init__(list_problems(where or "command line", shown), fix)
 
     @property
     def codes(self) -> list[tuple[str, str]]:
         return [(str(problem.code), problem.key) for problem in self.problems]
 
 
+def _join_fixes(fixes: Sequence[str | Fix]) -> Fix | None:
+    found = [Fix(options=("--set", fix)) if isinstance(fix, str) else fix for fix in fixes if fix]
+    if not found:
+        return None
+    return Fix(options=tuple(word for fix in found for word in fix.options),
+               left_out=tuple(word for fix in found for word in fix.left_out),
+               words={old: new for fix in found for old, new in fix.words.items()},
+               before=tuple(line for fix in found for line in fix.before))
+
+
 def show(value: Any) -> str:
-    """Return a value as users write it, in JSON, cut where it is long; control characters are escaped."""
+    """Format a value as JSON for a message: shortened, control characters escaped."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     try:
@@ -170,17 +183,17 @@ def show(value: Any) -> str:
 
 
 def cut(text: str) -> str:
-    """Return a text of a stranger's as a message may hold it: no control characters, not long."""
-    # cut before it is escaped: a text of gigabytes is never walked through
+    """Shorten a text to `MAX_VALUE_CHARS` and escape unprintable characters."""
+    # shorten before escaping: the text may have gigabytes
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:MAX_VALUE_CHARS + 1])
     return text if len(text) <= MAX_VALUE_CHARS else text[:MAX_VALUE_CHARS - 3] + "..."
 
 
-# Bounds of settings as types.  Each works alone, and with more of `annotated_types` around it:
+# Bounds of settings as types. They combine with bounds of `annotated_types`:
 # `Annotated[NotNegativeInt, Le(MAX_STEPS)]`.
 
 Breach = tuple[ProblemCode, str, str]
-"""Code, rule and way out of a problem; see `SettingsProblem`."""
+"""Code, rule and fix of a violated bound; see `SettingsProblem`."""
 
 AtLeastOne = Annotated[int, Ge(1)]
 NotNegativeInt = Annotated[int, Ge(0)]
@@ -188,46 +201,47 @@ NotNegative = Annotated[float, Ge(0), Lt(math.inf)]
 AboveZero = Annotated[float, Gt(0), Lt(math.inf)]
 Finite = Annotated[float, Gt(-math.inf), Lt(math.inf)]
 Share = Annotated[float, Ge(0), Le(1)]
-"""A part of a whole, the whole among them."""
+"""A share from 0 to 1, both included."""
 Fraction = Annotated[float, Ge(0), Lt(1)]
-"""A decay or a rate of dropping: never the whole."""
+"""A rate from 0 to below 1, such as a decay or dropout."""
 
 
 @dataclass(frozen=True)
 class Bound:
-    """A bound that no library has a name for."""
+    """A bound that `annotated_types` does not offer."""
 
     broken: Callable[[Any], Breach | None]
-    """Returns what a value of the right type breaks."""
+    """Returns how a value of the right type violates the bound; None: it does not."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
-        """Return the type's schema with this bound behind it; pydantic asks for it."""
+        """Return the type's schema followed by this bound; called by pydantic."""
         from pydantic_core import PydanticCustomError, core_schema
 
-        def ask(value: Any) -> Any:
-            if found := self.broken(value):
-                code, rule, way_out = found
-                # pydantic carries our sentence to `_problem`, which knows the place
-                raise PydanticCustomError("asked", "{rule}", {"code": code, "rule": rule, "way_out": way_out})
+        def check_value(value: Any) -> Any:
+            if breach := self.broken(value):
+                code, rule, way_out = breach
+                # `reading._problem` reads these fields; pydantic only transports them
+                raise PydanticCustomError("bound", "{rule}", {"code": code, "rule": rule, "way_out": way_out})
             return value
 
-        return core_schema.no_info_after_validator_function(ask, handler(source))
+        return core_schema.no_info_after_validator_function(check_value, handler(source))
 
 
 @dataclass(frozen=True)
 class Relation:
-    """A bound that another field of the same class sets; where that has no value, there is none."""
+    """A bound set by another field of the same class; it does not apply while the other field has no
+    value."""
 
     other: str
     holds: Callable[[Any, Any], bool]
-    """Says whether a value goes with the other's."""
+    """Called with both values; returns whether they are compatible."""
     rule: str
-    """As the sentence goes on in front of the other's name: "must be at most"."""
+    """The sentence in front of the other field's name: "must be at most"."""
     way_out: str = ""
     shows_value: bool = True
-    """Whether the other's value is told too."""
+    """Whether the message shows the other field's value."""
     holds_default: bool = False
-    """Whether the field's own default, which nobody has set, always goes with the other's value."""
+    """Whether the field's own default is compatible with every value of the other field."""
 
     def broken_by(self, settings: Any, name: str) -> SettingsProblem | None:
         value, other = getattr(settings, name), getattr(settings, self.other)
@@ -243,55 +257,57 @@ def at_most(other: str) -> Relation:
 
 
 def below(other: str) -> Relation:
-    """Return the bound of a number that stays below another field's."""
+    """Bound a number strictly by another field's value."""
     return Relation(other, lambda value, end: end is None or value < end, "must be below")
 
 
 def multiple_of(other: str) -> Relation:
-    """Return the bound of a number, or of each of several, that another field's divides."""
-    return Relation(other, lambda value, part: not any(
-        one % part for one in (value if isinstance(value, tuple) else (value,))), "must be a multiple of")
+    """Require a number, or each number of a tuple, to be a multiple of another field's value."""
+    def is_multiple(value: Any, part: Any) -> bool:
+        return not any(number % part for number in (value if isinstance(value, tuple) else (value,)))
+
+    return Relation(other, is_multiple, "must be a multiple of")
 
 
 def other_than(other: str) -> Relation:
-    """Return the bound of a text, where it is given, that another field must not be too."""
+    """Require a non-empty text to differ from another field's text."""
     return Relation(other, lambda value, taken: not value or value != taken, "must not be that of",
                     "give each its own")
 
 
 def only_with(other: str) -> Relation:
-    """Return the bound of a setting that does nothing where another field is not set."""
-    return Relation(other, lambda value, there: bool(there), "is only for", "add that, or leave this out",
-                    shows_value=False, holds_default=True)
+    """Require another field to be set whenever this setting is."""
+    return Relation(other, lambda value, required: bool(required), "is only for",
+                    "add that, or leave this out", shows_value=False, holds_default=True)
 
 
 def not_with(other: str) -> Relation:
-    """Return the bound of a setting that has no meaning beside another one."""
-    return Relation(other, lambda value, there: not (value and there), "goes without",
+    """Forbid a setting together with another one."""
+    return Relation(other, lambda value, excluded: not (value and excluded), "goes without",
                     "leave one of them out", shows_value=False)
 
 
 def one_of(known: Callable[[], Collection[str]]) -> Bound:
-    """Return the bound of a text that is one of those which a table or a file has when it is read."""
-    def broken(value: str) -> Breach | None:
+    """Require a text to be one of `known()`, a table or file that is read when the setting is checked."""
+    def find_breach(value: str) -> Breach | None:
         words = sorted(filter(None, known()))
         if value in known():
             return None
-        return ProblemCode.CHOICE, f"must be one of {', '.join(words)}", nearest(value,
-                                                                                 words).removeprefix("; ")
+        suggestion = nearest(value, words).removeprefix("; ")
+        return ProblemCode.CHOICE, f"must be one of {', '.join(words)}", suggestion
 
-    return Bound(broken)
+    return Bound(find_breach)
 
 
 def _repeated(values: Collection[Any]) -> Breach | None:
-    twice = [value for value, count in Counter(values).items() if count > 1]
-    return (ProblemCode.BOUND, f"has {show(twice[0])} twice", "name it once") if twice else None
+    repeated = [value for value, count in Counter(values).items() if count > 1]
+    return (ProblemCode.BOUND, f"has {show(repeated[0])} twice", "name it once") if repeated else None
 
 
 NotBlank = Annotated[str, Bound(lambda text: None if text.strip() else (ProblemCode.BOUND,
                                                                         "must not be empty", ""))]
 ONCE = Bound(_repeated)
-"""Of a list that has no item twice."""
+"""Bound of a list: every item occurs once."""
 RISING = Bound(lambda pair: None if pair[0] <= pair[1] else (
     ProblemCode.BOUND, "must have the lower number first", ""))
-"""Of the two ends of a stretch."""
+"""Bound of a pair: (lower end, upper end)."""

@@ -1,4 +1,4 @@
-"""From plain values to a frozen dataclass, with all that is wrong."""
+"""Convert plain values (JSON types) to frozen dataclasses of settings, and collect all problems."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_sov.base.settings.problem import (
 
 S = TypeVar("S")
 Instead = Callable[[str], str]
-"""Key that does not exist -> what to say of it; "": the nearest one."""
+"""Unknown key -> hint for the message; "": suggest the nearest key."""
 _UNKNOWN = {"unexpected_keyword_argument", "extra_forbidden"}
 _MISSING = {"missing", "missing_argument", "missing_keyword_only_argument"}
 _TYPES = {
@@ -28,7 +28,7 @@ _TYPES = {
     "frozen_set": "must be a list", "set": "must be a list", "dict": "must be an object of settings",
     "dataclass": "must be an object of settings", "mapping": "must be an object of settings",
     "none": "must be null"}
-"""Begin of pydantic's name of a wrong type -> our rule."""
+"""Prefix of pydantic's error type -> our rule."""
 _BOUNDS = {"greater_than": "must be above {gt}", "greater_than_equal": "must be at least {ge}",
            "less_than": "must be below {lt}", "less_than_equal": "must be at most {le}",
            "finite_number": "must be a finite number",
@@ -50,23 +50,24 @@ def no_other(key: str) -> str:
 
 def read(cls: type[S], raw: object, where: str, *, lines: Mapping[tuple[str | int, ...], int] | None = None,
          instead: Instead = no_other, rules: bool = True) -> S:
-    """Return settings of plain values, as JSON has them; nothing is converted but lists to tuples, whole
-    numbers to floats and texts to paths.
+    """Build settings from plain values of JSON types.
+
+    The only conversions are lists to tuples, integers to floats, and text to paths.
 
     Args:
-        cls: a frozen dataclass; unknown keys are refused.
-        raw: what stands in the file, or was put together from an option.
-        where: the file or the option that a message begins with.
-        lines: place of a value in a file -> its line.
-        instead: what to say of keys that do not exist.
-        rules: whether the rules between settings are asked too (`problems()`, where the class has it).
+        cls: a frozen dataclass; unknown keys are problems.
+        raw: values from a file or an option.
+        where: the file or option at the beginning of a message.
+        lines: path of a value in a file -> line number.
+        instead: hints for unknown keys.
+        rules: whether to check rules between settings (`problems()` of the class) too.
 
     Raises:
-        SettingsError: naming every key that is unknown, missing, of a wrong type, or breaks a rule.
+        SettingsError: lists every key that is unknown, missing, of a wrong type, or breaks a rule.
     """
     settings, problems = find_problems(cls, raw, instead)
     if settings is not None and rules:
-        # only where every field is sound: rules compare values and may rely on their types
+        # only valid fields: rules compare values and rely on their types
         problems = rules_of(settings)
     if problems:
         raise SettingsError(where, [dataclasses.replace(p, line=_line(p.key, lines)) for p in problems])
@@ -74,7 +75,7 @@ def read(cls: type[S], raw: object, where: str, *, lines: Mapping[tuple[str | in
 
 
 def _line(key: str, lines: Mapping[tuple[str | int, ...], int] | None) -> int:
-    """Return the line of a key, or of the nearest place around it."""
+    """Return the line of a key, or the line of the nearest enclosing value."""
     place = place_of(key)
     while lines and place and place not in lines:
         place = place[:-1]
@@ -89,20 +90,20 @@ def place_of(key: str) -> tuple[str | int, ...]:
 
 def find_problems(cls: type[S], raw: object, instead: Instead = no_other) -> tuple[S | None,
                                                                                    list[SettingsProblem]]:
-    """Return settings of plain values, or None, and what breaks their declaration, in the order of the
-    fields; the rules between them are not asked."""
+    """Return (settings or None, violated declarations in field order), without checking rules between
+    fields."""
     from pydantic import ValidationError
 
     if not isinstance(raw, Mapping):
         return None, [SettingsProblem(ProblemCode.TYPE, "", "must be an object of settings", raw)]
     try:
-        # strict JSON takes lists for tuples and text for paths, and nothing else for anything else
+        # strict JSON converts lists to tuples and text to paths, and nothing else
         text = json.dumps(raw, default=_as_fields)
         return _adapter(cast(Any, cls)).validate_json(text, strict=True, extra="forbid"), []
     except ValidationError as e:
         return None, _in_order(cls, explain(cls, e, instead))
     except (TypeError, ValueError, RecursionError) as e:
-        return None, [SettingsProblem(ProblemCode.TYPE, "", f"holds a value that JSON has not ({e})")]
+        return None, [SettingsProblem(ProblemCode.TYPE, "", f"holds a value that JSON does not have ({e})")]
 
 
 def _as_fields(value: Any) -> dict[str, Any]:
@@ -112,35 +113,37 @@ def _as_fields(value: Any) -> dict[str, Any]:
 
 
 def check(settings: Any) -> list[SettingsProblem]:
-    """Return what breaks the declaration of settings that were made by code, where nothing is read."""
+    """Return violated declarations of settings that code built without reading a file."""
     return find_problems(type(settings), plain(settings))[1]
 
 
 def rules_of(settings: Any) -> list[SettingsProblem]:
-    """Return what breaks the rules between settings, in the order of the fields: those of the settings
-    inside, the relations that the fields declare, and what the class's own `problems` says."""
+    """Return violated rules between settings, in field order.
+
+    Checks nested settings, relations declared by fields, and the class's own `problems()`.
+    """
     own = list(map(as_problem, settings.problems())) if hasattr(settings, "problems") else []
-    if not dataclasses.is_dataclass(settings):  # of a user's own code
+    if not dataclasses.is_dataclass(settings):  # a user's own class
         return own
-    # inner settings first: what the outer ones compare may be wrong because of them
-    found = [problem for field in dataclasses.fields(settings)
+    # nested settings first: their problems may cause those of the outer settings
+    problems = [problem for field in dataclasses.fields(settings)
              for problem in _rules_inside(field.name, getattr(settings, field.name, None))]
     try:
         hints = hints_of(cast(Any, type(settings)))
-    except (NameError, TypeError):  # a user's class names a type that is not known here
+    except (NameError, TypeError):  # a user's class annotates a field with an unknown type
         hints = {}
     for name, hint in hints.items():
         for relation in getattr(hint, "__metadata__", ()):
             if isinstance(relation, Relation) and (problem := relation.broken_by(settings, name)):
-                found.append(problem)
-    found += own
-    return _in_order(type(settings), [one for i, one in enumerate(found) if one not in found[:i]])
+                problems.append(problem)
+    problems += own
+    return _in_order(type(settings), [p for i, p in enumerate(problems) if p not in problems[:i]])
 
 
 def _rules_inside(name: str, value: Any) -> list[SettingsProblem]:
-    """Return what breaks the rules of settings that a field holds, alone or as items."""
+    """Return violated rules of settings in a field's value, single or in a collection."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        # what is wrong with one of several is told with its place
+        # problems of an item in a collection get the item's index or key
         return [problem.below(name) if problem.key or "." in name else problem for problem in rules_of(value)]
     items: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, Mapping):
@@ -151,14 +154,13 @@ def _rules_inside(name: str, value: Any) -> list[SettingsProblem]:
 
 
 def problems_of(settings: Any) -> list[SettingsProblem]:
-    """Return all that is wrong with settings that were made by code: what breaks their bounds, else what
-    breaks rules between them."""
+    """Return all problems of settings built by code: violated declarations, else violated rules."""
     return check(settings) or rules_of(settings)
 
 
 def _declared_types(made: Any) -> dict[str, Any]:
-    """Return the types of a class's own __init__, or of its fields; none where a name is not known."""
-    # fields too where there is an __init__: that of a dataclass does not know names of its base's module
+    """Return the types of a class's `__init__` or fields; empty if a type's name is unknown."""
+    # try the fields too: a dataclass's `__init__` does not know names from its base class's module
     for declared in (vars(made).get("__init__", made), made):
         with contextlib.suppress(NameError, TypeError):
             return get_type_hints(declared, include_extras=True)
@@ -167,74 +169,74 @@ def _declared_types(made: Any) -> dict[str, Any]:
 
 def read_arguments(made: Any, given: Mapping[str, Any], where: str, *, prefix: str = "",
                    num_ours: int = 0) -> dict[str, Any]:
-    """Return values for what a class or a function is made with, by the types that it declares.
+    """Convert plain values to arguments of a class or function by its declared types.
 
     Args:
-        made: the class or the function.
-        given: name -> plain value.
-        where: names it in messages, e.g. "reward math".
-        prefix: what stands before the names in a key, e.g. "objective.options".
-        num_ours: leading arguments that the program gives, not the user.
+        made: the class or function.
+        given: argument name -> plain value.
+        where: subject of messages, e.g. "reward math".
+        prefix: precedes argument names in keys, e.g. "objective.options".
+        num_ours: number of leading arguments that the program passes itself.
 
     Raises:
-        SettingsError: a setting does not exist, is missing or has the wrong type; all of them are named.
+        SettingsError: lists all arguments that are unknown, missing or of a wrong type.
     """
     from pydantic import TypeAdapter, ValidationError
 
-    taken = {name: p for name, p in [*inspect.signature(made).parameters.items()][num_ours:]
+    accepted = {name: p for name, p in [*inspect.signature(made).parameters.items()][num_ours:]
              if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     hints = _declared_types(made)
-    found: dict[str, Any] = {}
-    problems = [unknown(name, taken) for name in given if name not in taken]
-    for name, parameter in taken.items():
+    arguments: dict[str, Any] = {}
+    problems = [unknown(name, accepted) for name in given if name not in accepted]
+    for name, parameter in accepted.items():
         if name not in given:
             problems += [_missing(name)] if parameter.default is parameter.empty else []
             continue
         try:
             text = json.dumps(given[name])
-            found[name] = TypeAdapter(hints.get(name, Any)).validate_json(text, strict=True,
+            arguments[name] = TypeAdapter(hints.get(name, Any)).validate_json(text, strict=True,
                                                                           extra="forbid")
         except ValidationError as e:
             problems += [problem.below(name) for problem in explain(hints.get(name, Any), e)]
     if problems:
         raise SettingsError(where, [problem.below(prefix) if prefix else problem for problem in problems])
-    return found
+    return arguments
 
 
 def explain(cls: Any, error: Any, instead: Instead = no_other) -> list[SettingsProblem]:
-    """Return the problems of a ValidationError of pydantic, one for each place."""
-    found: dict[str, SettingsProblem] = {}
+    """Convert pydantic's `ValidationError` to one problem per key."""
+    problems: dict[str, SettingsProblem] = {}
     errors = error.errors(include_url=False)
-    for one in errors:
-        place = one["loc"]
-        # pydantic does not count bad items, so the list only seems short; their own problems are reported
-        if one["type"] == "too_short" and any(
-                other["loc"] != place and other["loc"][:len(place)] == place for other in errors):
+    for item in errors:
+        path = item["loc"]
+        # pydantic does not count invalid items as items; their own problems suffice
+        if item["type"] == "too_short" and any(
+                other["loc"] != path and other["loc"][:len(path)] == path for other in errors):
             continue
-        problem = _problem(cls, one, instead)
-        earlier = found.get(problem.key)
+        problem = _problem(cls, item, instead)
+        earlier = problems.get(problem.key)
         if earlier is None:
-            found[problem.key] = problem
-        # pydantic reports each part of a union by itself
+            problems[problem.key] = problem
+        # pydantic reports each member of a union separately: merge the types into one sentence
         elif earlier.code == problem.code == ProblemCode.TYPE and problem.rule not in earlier.rule:
-            # a value that is none of several types: one sentence with all of them
             rule = f"{earlier.rule} or {problem.rule.removeprefix('must be ')}"
-            found[problem.key] = dataclasses.replace(earlier, rule=rule)
+            problems[problem.key] = dataclasses.replace(earlier, rule=rule)
     # a misspelt key explains a missing one
-    meant = {problem.way_out for problem in found.values() if problem.code == ProblemCode.UNKNOWN}
-    return [problem for problem in found.values()
-            if problem.code != ProblemCode.MISSING or f"did you mean '{problem.key}'?" not in meant]
+    hints = {problem.way_out for problem in problems.values() if problem.code == ProblemCode.UNKNOWN}
+    return [problem for problem in problems.values()
+            if problem.code != ProblemCode.MISSING or f"did you mean '{problem.key}'?" not in hints]
 
 
 def _problem(cls: Any, error: Any, instead: Instead) -> SettingsProblem:
     kind, ctx = error["type"], error.get("ctx", {})
     place, hint = _place(cls, error["loc"])
     key = ".".join(map(str, place))
-    # a key is no value of its own, a secret's content is not shown, nor the whole file
-    value = UNSET if error["loc"][-1:] == ("[key]",) or place[:1] == ("secrets",) or kind == "json_invalid" \
-        else error.get("input", UNSET)
+    value = error.get("input", UNSET)
+    # a key has no value of its own; never show secrets or the whole file
+    if error["loc"][-1:] == ("[key]",) or place[:1] == ("secrets",) or kind == "json_invalid":
+        value = UNSET
     if kind == "json_invalid":
-        return SettingsProblem(ProblemCode.TYPE, key, f"holds a text that is none ({ctx['error']})")
+        return SettingsProblem(ProblemCode.TYPE, key, f"holds a text that is not valid JSON ({ctx['error']})")
     if kind in _UNKNOWN:
         fields = fields_of(cast(Any, hint)) if dataclasses.is_dataclass(hint) else ()
         return unknown(key, fields, instead(key))
@@ -248,9 +250,9 @@ def _problem(cls: Any, error: Any, instead: Instead) -> SettingsProblem:
                      or nearest(value, known))
         return SettingsProblem(ProblemCode.CHOICE, key, f"must be {ctx.get('expected', 'another word')}",
                                value, close.removeprefix("; "))
-    if kind == "asked":
+    if kind == "bound":
         return SettingsProblem(ProblemCode(ctx["code"]), key, ctx["rule"], value, ctx["way_out"])
-    # our bound for finite numbers is "below infinity"; the sentence says what is meant
+    # `Lt(math.inf)` declares finite numbers
     if kind == "less_than" and ctx["lt"] == float("inf"):
         kind = "finite_number"
     if kind in _BOUNDS:
@@ -258,55 +260,63 @@ def _problem(cls: Any, error: Any, instead: Instead) -> SettingsProblem:
         return SettingsProblem(ProblemCode.BOUND, key, _BOUNDS[kind].format(**shown), value)
     for begin, rule in _TYPES.items():
         if kind.startswith(f"{begin}_"):
-            return SettingsProblem(ProblemCode.TYPE, key, rule, value, _type_way_out(begin, value, key))
+            return SettingsProblem(ProblemCode.TYPE, key, rule, value, _suggest_value(begin, value, key))
     rule = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return SettingsProblem(ProblemCode.RULE if kind in ("value_error",
-                                                        "assertion_error") else ProblemCode.TYPE, key, rule,
-                           value)
+    code = ProblemCode.RULE if kind in ("value_error", "assertion_error") else ProblemCode.TYPE
+    return SettingsProblem(code, key, rule, value)
 
 
 def _other_case(value: str, known: Collection[str]) -> str:
-    """Return the end of a sentence about a value that is known in another case."""
+    """Suggest the lower-case spelling if it is one of the choices."""
     return f"; write {value.lower()}" if value.lower() in known else ""
 
 
 def _foreign(key: str, value: str) -> str:
-    """Return the end of a sentence about a value of another program: ours, a note, or of an algorithm the
-    command that trains by it; "" if the table has none."""
-    if ours := table()["values"].get(key, {}).get(value.lower()):
-        return f"; {'pass --set' if '=' in str(ours) else 'it is'} {ours} here"
-    rows = table()["commands"]["megatron-sov"] if key.rpartition(".")[2] == "method" else {}
-    command = next((text for words, text in rows.items() if value.lower() in words.split()), "")
-    found = note_on(value) or command
-    return f"; {found}" if found else ""
+    """Suggest our equivalent of another program's value: a value, a setting, a note or a command; "":
+    unknown."""
+    if equivalent := table()["values"].get(key, {}).get(value.lower()):
+        return f"; {'pass --set' if '=' in str(equivalent) else 'it is'} {equivalent} here"
+    command_notes = table()["commands"]["megatron-sov"] if key.rpartition(".")[2] == "method" else {}
+    command = next((text for words, text in command_notes.items() if value.lower() in words.split()), "")
+    hint = note_on(value) or command
+    return f"; {hint}" if hint else ""
 
 
-def _type_way_out(wanted: str, value: Any, key: str) -> str:
+def _suggest_value(expected: str, value: Any, key: str) -> str:
+    """Suggest how to write a value of a wrong type; `expected` is a key of `_TYPES`."""
     if value is None:
         return "give it a value, or leave it out"
-    if wanted == "int" and isinstance(value, str) and (found := _SHORT_NUMBER.fullmatch(value.strip())):
-        number = float(found[1]) * _THOUSANDS[found[2].lower()]
-        return f"write {number:.0f}" + (f" or {float(found[1]) * 1024:.0f}" if found[2] in "kK" else "")
-    if wanted == "float" and isinstance(value, str) and (
-            found := _SHORT_NUMBER.fullmatch(value.strip().lstrip("$"))):
-        number = float(found[1]) * _THOUSANDS[found[2].lower()]
-        return f"write {number:.0f}" if number else "a shell reads $5 as a variable; write e.g. 50000"
-    if wanted == "float" and isinstance(value, str) and (found := _PERCENT.fullmatch(value.strip())):
-        return f"write {float(found[1]) / 100:g}"
-    if wanted == "float" and isinstance(value, str) and key.endswith(("days", "hours")) and (
-            found := _SPAN.fullmatch(value.strip().lower())):
-        hours = float(found[1]) * _HOURS[found[2]]
-        return f"write {hours if key.endswith('hours') else hours / 24:g}"
-    if wanted == "int" and isinstance(value, float) and 0 < value < 1 and "steps" in key:
+    if isinstance(value, str) and (suggestion := _suggest_number(expected, value.strip(), key)):
+        return suggestion
+    if expected == "int" and isinstance(value, float) and 0 < value < 1 and "steps" in key:
         return f"{value:g} of 1000 steps are {value * 1000:.0f}"
-    if wanted == "string" and isinstance(value, bool):
-        return "YAML takes no, off, yes and on for false and true; put it in quotes"
-    if wanted == "string" and isinstance(value, (int, float)):
+    if expected == "string" and isinstance(value, bool):
+        return "YAML reads no, off, yes and on as false and true; put it in quotes"
+    if expected == "string" and isinstance(value, (int, float)):
         return "put it in double quotes"  # YAML reads 2:00:00 as 7200
-    if wanted in ("tuple", "list") and isinstance(value, (str, int, float)):
+    if expected in ("tuple", "list") and isinstance(value, (str, int, float)):
         if isinstance(value, str) and "," in value:
-            return f"e.g. {json.dumps([part.strip() for part in value.split(',')], ensure_ascii=False)[:60]}"
+            items = [part.strip() for part in value.split(",")]
+            return f"e.g. {json.dumps(items, ensure_ascii=False)[:60]}"
         return f"e.g. [{json.dumps(value, ensure_ascii=False)[:60]}]"
+    return ""
+
+
+def _suggest_number(expected: str, text: str, key: str) -> str:
+    """Suggest the plain number for 8k, 2B, $5, 10 % or 3d."""
+    if expected == "int" and (match := _SHORT_NUMBER.fullmatch(text)):
+        number = float(match[1]) * _THOUSANDS[match[2].lower()]
+        return f"write {number:.0f}" + (f" or {float(match[1]) * 1024:.0f}" if match[2] in "kK" else "")
+    if expected != "float":
+        return ""
+    if match := _SHORT_NUMBER.fullmatch(text.lstrip("$")):
+        number = float(match[1]) * _THOUSANDS[match[2].lower()]
+        return f"write {number:.0f}" if number else "a shell reads $5 as a variable; write e.g. 50000"
+    if match := _PERCENT.fullmatch(text):
+        return f"write {float(match[1]) / 100:g}"
+    if key.endswith(("days", "hours")) and (match := _SPAN.fullmatch(text.lower())):
+        hours = float(match[1]) * _HOURS[match[2]]
+        return f"write {hours if key.endswith('hours') else hours / 24:g}"
     return ""
 
 
@@ -317,12 +327,12 @@ def _number(value: Any) -> str:
 
 
 def unknown(key: str, known: Iterable[str], instead: str = "") -> SettingsProblem:
-    """Return the problem of a key that does not exist.
+    """Return the problem of an unknown key.
 
     Args:
-        key: with dots.
-        known: names that may stand in the place of its last part.
-        instead: what to say in place of the nearest of these.
+        key: dotted key.
+        known: names that its last part could have.
+        instead: replaces the suggestion of the nearest name.
     """
     group, dot, name = key.rpartition(".")
     names = list(known)
@@ -336,11 +346,13 @@ def _missing(key: str) -> SettingsProblem:
 
 
 def _place(cls: Any, loc: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any]:
-    """Return the place of a pydantic error without the names of a union's parts, and the type that is
-    declared there; for a key that does not exist, the class around it."""
+    """Return the path of a pydantic error without names of union members, and the type declared at this path.
+
+    For an unknown key, the type is the enclosing class.
+    """
     place: list[Any] = []
     hint = _inside(cls)
-    # pydantic puts names of a union's parts between the keys; a walk along the types finds which are which
+    # pydantic inserts names of union members between the keys; walking along the types tells them apart
     for i, part in enumerate(loc):
         if dataclasses.is_dataclass(hint):
             place.append(part)
@@ -365,7 +377,7 @@ def _choices(hint: Any) -> tuple[Any, ...]:
 
 
 def hint_below(hint: Any, part: Any) -> Any:
-    """Return the type of a field, of an item or of a value inside a type; None where it has none."""
+    """Return the type of a field, an item or a value inside a type; None if unknown."""
     if dataclasses.is_dataclass(hint):
         return _inside(hints_of(cast(Any, hint)).get(part))
     args = get_args(hint)
@@ -378,7 +390,7 @@ def hint_below(hint: Any, part: Any) -> Any:
 
 
 def _inside(hint: Any) -> Any:
-    """Return a type without its bounds, and a choice's one part that has fields or items."""
+    """Remove bounds from a type; of a union, return the member that has fields or items."""
     from types import UnionType
     from typing import Union
 
@@ -393,43 +405,43 @@ def _inside(hint: Any) -> Any:
 
 @cache
 def hints_of(cls: Any) -> dict[str, Any]:
-    """Return the types of a class's fields; they stand there as text, which takes longest to read."""
+    """Return the resolved types of a class's fields (cached: resolving annotations is slow)."""
     return get_type_hints(cls, include_extras=True)
 
 
 @cache
 def fields_of(cls: Any) -> tuple[str, ...]:
-    """Return the fields that a user may set, in their order."""
+    """Return the names of fields that users may set, in declaration order."""
     return tuple(f.name for f in dataclasses.fields(cls) if f.init and f.metadata.get("is_written", True))
 
 
 @cache
 def _adapter(cls: Any) -> Any:
-    """Return what checks a class; to make it takes longer than all checks of a run."""
+    """Return the pydantic adapter of a class (cached: building it takes longer than all checks of a run)."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(cls)
 
 
 def _in_order(cls: Any, problems: list[SettingsProblem]) -> list[SettingsProblem]:
-    """Return problems in the order of the fields, unknown keys last."""
+    """Sort problems by field order, unknown keys last."""
     def position(problem: SettingsProblem) -> tuple[float, ...]:
-        at, hint = [], cls
+        positions, hint = [], cls
         for part in problem.key.split("."):
             if dataclasses.is_dataclass(hint):
-                # position of each part among the fields of its class; what is unknown goes last
+                # index of the part among the fields of its class; unknown names go last
                 names = fields_of(cast(Any, hint))
-                at.append(float(names.index(part)) if part in names else float("inf"))
+                positions.append(float(names.index(part)) if part in names else float("inf"))
             else:
-                at.append(float(part) if part.isdecimal() else 0.0)
+                positions.append(float(part) if part.isdecimal() else 0.0)
             hint = hint_below(hint, part) if hint is not None else None
-        return tuple(at)
+        return tuple(positions)
 
     return sorted(problems, key=position)
 
 
 def by_name(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield plain settings with their full names, as `--set` has them; an empty mapping is a value."""
+    """Yield (full dotted name, value) of nested plain settings; an empty mapping counts as a value."""
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from by_name(value, f"{prefix}{name}.")
@@ -438,5 +450,5 @@ def by_name(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def plain(settings: Any) -> dict[str, Any]:
-    """Return settings as JSON has them, in values that may be changed."""
+    """Convert settings to mutable values of JSON types."""
     return cast("dict[str, Any]", json.loads(json.dumps(dataclasses.asdict(settings), default=str)))

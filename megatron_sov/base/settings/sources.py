@@ -1,9 +1,8 @@
-"""Settings as people write them: `key=value` of `--set` and its like, and YAML whose every value knows its
-line, so that a mistake found later can still be pointed at.
-"""
+"""Read settings from `--set key=value` options and from YAML or JSON with the line number of every value."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -20,57 +19,57 @@ from megatron_sov.base.settings.reading import Instead, fields_of, hint_below, n
 S = TypeVar("S")
 EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+\Z")
 WHOLE = re.compile(r"[-+]?(?:0o[0-7]+|0\d+)\Z")
-"""Whole numbers of YAML 1.2 that are none in YAML 1.1, or others."""
+"""Integers of YAML 1.2 that YAML 1.1 reads as another number or as text."""
 BASES = {"0b": 2, "0o": 8, "0x": 16}
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
 MAX_VALUES = 100_000
-"""A few aliases can stand for gigabytes."""
+"""Limit on values after expanding aliases: a few aliases can expand to gigabytes."""
 WAYS_OUT = {
     "mapping values are not allowed here":
         "a text with `: ` in it stands in quotes, and a key with settings below it has a colon at its end",
     "found character '\\t' that cannot start any token": "indent with blanks, not with tabs"}
-"""What YAML's parser says where people err most, and what is meant."""
+"""Frequent error messages of the YAML parser -> fix."""
 Place = tuple[str | int, ...]
-"""Keys and list positions that lead to a value."""
+"""Keys and list indices on the path to a value."""
 
 
 @dataclass
 class Located:
-    """What a file says, and where."""
+    """A parsed document with the line of each value."""
 
     value: Any = None
     """Plain dictionaries, lists and scalars."""
     lines: dict[Place, int] = field(default_factory=dict)
-    """Place of each value -> its line, from 1."""
+    """Path of each value -> line, from 1."""
     problems: list[SettingsProblem] = field(default_factory=list)
-    """Each mistake in the YAML itself."""
+    """Mistakes in the YAML itself."""
 
     def line(self, place: Place) -> int:
-        """Return the line of a value, or of the nearest one around it."""
+        """Return the line of a value, or of the nearest enclosing value."""
         while place and place not in self.lines:
             place = place[:-1]
         return self.lines.get(place, 1)
 
 
 def read_file(cls: type[S], file: Path, where: str = "", *, rules: bool = True) -> S:
-    """Return the settings in a YAML or JSON file.
+    """Read settings from a YAML or JSON file.
 
     Args:
         cls: a frozen dataclass.
         file: the file.
-        where: what a message begins with, e.g. "--cluster big.yaml"; "": the file.
-        rules: see `read`.
+        where: beginning of error messages, e.g. "--cluster big.yaml"; "": the file's path.
+        rules: whether to check rules between settings, as in `read`.
 
     Raises:
-        SettingsError: all that is wrong, with its line.
+        SettingsError: all problems with their lines.
     """
     where = where or str(file)
     return read_yaml(cls, read_text(file, where), where, rules=rules)
 
 
 def read_yaml(cls: type[S], text: str, where: str, *, rules: bool = True) -> S:
-    """Return the settings in a text of YAML or JSON; see `read_file`."""
+    """Parse settings from a YAML or JSON document; see `read_file`."""
     located = read_located(text)
     if located.problems:
         raise SettingsError(where, located.problems)
@@ -78,10 +77,10 @@ def read_yaml(cls: type[S], text: str, where: str, *, rules: bool = True) -> S:
 
 
 def read_text(file: Path, where: str = "") -> str:
-    """Return the text of a file of settings.
+    """Read a settings file as text.
 
     Raises:
-        SettingsError: it cannot be read, is too long or is no text.
+        SettingsError: the file is unreadable, longer than `MAX_BYTES`, or not UTF-8.
     """
     where = where or str(file)
     try:
@@ -91,7 +90,7 @@ def read_text(file: Path, where: str = "") -> str:
                                f"{MAX_BYTES:,}", "pass another file")
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
-        raise _refuse_file(where, f"is no text in UTF-8 (byte {e.start} is {e.object[e.start]:#04x})",
+        raise _refuse_file(where, f"is not valid UTF-8 (byte {e.start} is {e.object[e.start]:#04x})",
                            "pass a YAML file") from None
     except OSError as e:
         raise _refuse_file(where, f"cannot be read ({e.strerror})", "check the path and its permissions"
@@ -104,13 +103,13 @@ def _refuse_file(where: str, rule: str, way_out: str, line: int = 0) -> Settings
 
 @cache
 def _loader() -> Any:
-    """Return PyYAML's safe loader, with numbers such as 2e9 and 10.8e12, which YAML 1.1 takes for text."""
-    import yaml  # here, since the parsers of commands start without it
+    """Return PyYAML's safe loader extended by numbers such as 2e9 and 10.8e12, which are text in YAML 1.1."""
+    import yaml  # not at the top: command-line parsers start without it
 
     class Loader(yaml.SafeLoader):
-        """Reads numbers as YAML 1.2 and JSON have them."""
+        """Reads numbers as in YAML 1.2 and JSON."""
 
-    # YAML 1.1 wants a point and a sign in the exponent; people write 2e9
+    # YAML 1.1 requires a point and a sign in the exponent; users write 2e9
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
     Loader.add_implicit_resolver("tag:yaml.org,2002:int", WHOLE, list("-+0"))
     Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
@@ -118,39 +117,39 @@ def _loader() -> Any:
 
 
 def _whole_number(loader: Any, node: Any) -> int | str:
-    """Return a whole number; in YAML 1.1 010 would be 8, and 1:30 would be 90."""
+    """Parse an integer as decimal: YAML 1.1 reads 010 as 8 and 1:30 as 90."""
     text = loader.construct_scalar(node).replace("_", "").lower()
     return node.value if ":" in text else int(text, BASES.get(text.lstrip("-+")[:2], 10))
 
 
 def read_located(text: str) -> Located:
-    """Read a YAML or JSON document as plain values.  Tags that would make objects are not taken."""
-    twice: list[str] = []
+    """Parse a YAML or JSON document to plain values; tags that create objects are problems."""
+    repeated_keys: list[str] = []
 
     def as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
+        mapping = dict(pairs)
         counts = Counter(key for key, _ in pairs)
-        twice.extend(key for key, count in counts.items() if count > 1)
-        return made
+        repeated_keys.extend(key for key, count in counts.items() if count > 1)
+        return mapping
 
-    try:
-        # JSON is read as JSON: YAML differs from it in tabs, surrogate pairs and limits
-        value = (json.loads(text, parse_float=_number, object_pairs_hook=as_object)
-                 if text.lstrip().startswith(("{", "[")) else UNSET)
-    except (ValueError, RecursionError):
-        value = UNSET
+    value = UNSET
+    if text.lstrip().startswith(("{", "[")):
+        # the JSON parser: YAML differs in tabs, surrogate pairs and limits
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(text, parse_float=_number, object_pairs_hook=as_object)
     if value is UNSET:
         return _read_yaml(text)
-    # YAML takes no tabs, reads \ud83d\ude00 as two halves of a sign and has limits of its own: it gives lines
-    found = _read_yaml(text.replace("\t", " "))
-    found.problems = [p for p in found.problems if p.code == ProblemCode.TWICE] or [
-        SettingsProblem(ProblemCode.TWICE, key, "is set twice", way_out="set it once") for key in twice]
-    found.value = None if found.problems else value
-    return found
+    # the YAML parser provides the lines; it rejects tabs and misreads surrogate pairs such as \ud83d\ude00
+    located = _read_yaml(text.replace("\t", " "))
+    located.problems = [p for p in located.problems if p.code == ProblemCode.TWICE] or [
+        SettingsProblem(ProblemCode.TWICE, key, "is set twice", way_out="set it once")
+        for key in repeated_keys]
+    located.value = None if located.problems else value
+    return located
 
 
 def _number(text: str) -> float:
-    """Return a number with a point or an exponent; 2e9 is how people write a whole number of tokens."""
+    """Parse a float; with an exponent, whole values become integers (users write token counts as 2e9)."""
     value = float(text)
     return int(value) if EXPONENT.match(text) and value.is_integer() else value
 
@@ -158,34 +157,34 @@ def _number(text: str) -> float:
 def _read_yaml(text: str) -> Located:
     import yaml
 
-    found = Located()
-    # so that `dispose` below has something, also when the text itself cannot be opened
+    located = Located()
+    # an empty loader for `dispose` below, if the constructor fails on the text
     loader = _loader()("")
     try:
         loader = _loader()(text)
         node = loader.get_single_node()
         if node is not None:
-            found.value = _Reading(loader, found).value(node, (), 0)
+            located.value = _Reading(loader, located).value(node, (), 0)
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
-        said = e.problem or e.context or ""
-        way_out = WAYS_OUT.get(said, "mend it")
-        found.problems.append(SettingsProblem(ProblemCode.FILE, "", f"is no YAML ({said})", way_out=way_out,
-                                              line=mark.line + 1 if mark else 1))
+        message = e.problem or e.context or ""
+        located.problems.append(SettingsProblem(
+            ProblemCode.FILE, "", f"is not valid YAML ({message})", line=mark.line + 1 if mark else 1,
+            way_out=WAYS_OUT.get(message, "correct the line")))
     except RecursionError:
-        found.problems.append(SettingsProblem(ProblemCode.FILE, "", f"is nested more than {MAX_DEPTH} deep",
+        located.problems.append(SettingsProblem(ProblemCode.FILE, "", f"is nested more than {MAX_DEPTH} deep",
                                               line=1, way_out="make it flatter"))
     except yaml.YAMLError as e:
-        found.problems.append(SettingsProblem(ProblemCode.FILE, "",
-                                              f"is no YAML ({' '.join(str(e).split())})",
-                                              way_out="mend it", line=1))
+        located.problems.append(SettingsProblem(
+            ProblemCode.FILE, "", f"is not valid YAML ({' '.join(str(e).split())})", line=1,
+            way_out="correct the file"))
     finally:
         loader.dispose()
-    return found
+    return located
 
 
 class _Reading:
-    """One walk over a document's nodes; an alias is walked again wherever it stands."""
+    """Converts a document's nodes to plain values, expanding aliases at each use."""
 
     def __init__(self, loader: Any, found: Located) -> None:
         self.loader, self.found, self.num_values = loader, found, 0
@@ -195,12 +194,13 @@ class _Reading:
 
         line = node.start_mark.line + 1
         self.num_values += 1
-        # counted in the walk, aliases each time: ten levels of ten aliases are 10^10 values
+        # aliases count at each use: ten levels of ten aliases make 10^10 values
         if depth > MAX_DEPTH or self.num_values > MAX_VALUES:
-            what = f"it is nested more than {MAX_DEPTH} deep" if depth > MAX_DEPTH else \
-                f"its aliases make more than {MAX_VALUES:,} values"
-            raise yaml.MarkedYAMLError(problem=what, problem_mark=node.start_mark)
-        # the key's own line goes before the value's
+            limit = f"its aliases make more than {MAX_VALUES:,} values"
+            if depth > MAX_DEPTH:
+                limit = f"it is nested more than {MAX_DEPTH} deep"
+            raise yaml.MarkedYAMLError(problem=limit, problem_mark=node.start_mark)
+        # `_mapping` replaces this line with the line of the key
         self.found.lines.setdefault(place, line)
         if isinstance(node, yaml.SequenceNode):
             return [self.value(child, (*place, i), depth + 1) for i, child in enumerate(node.value)]
@@ -209,39 +209,39 @@ class _Reading:
         try:
             value = self.loader.construct_object(node)
         except (yaml.YAMLError, ValueError, OverflowError, LookupError, AttributeError, TypeError):
-            # a tag falls over a value that it does not know in its own way: `!!int ''`, `!!timestamp soon`
-            self._refuse(line, place, f"{node.tag} {str(node.value)[:60]!r} is no plain value",
+            # each tag rejects a value with an exception of its own: `!!int ''`, `!!timestamp soon`
+            self._refuse(line, place, f"{node.tag} {str(node.value)[:60]!r} is not a plain value",
                          "write text, numbers, true or false")
             return None
         if isinstance(value, float) and EXPONENT.match(node.value):
             return _number(node.value)
-        # dates and the like: what is meant is the text
+        # dates and similar values stay text
         return value if value is None or isinstance(value, (str, int, float, bool)) else node.value
 
     def _mapping(self, node: Any, place: Place, depth: int) -> dict[str, Any]:
         import yaml
 
-        made: dict[str, Any] = {}
+        mapping: dict[str, Any] = {}
         merged: dict[str, Any] = {}
         for key_node, child in node.value:
             line, key = key_node.start_mark.line + 1, getattr(key_node, "value", None)
             if key_node.tag == "tag:yaml.org,2002:merge":
                 for part in child.value if isinstance(child, yaml.SequenceNode) else [child]:
                     if isinstance(part, yaml.MappingNode):
-                        # YAML's merge: of several the first one counts, and the mapping's own keys before all
+                        # YAML: earlier merged mappings win over later ones, and own keys win over merged keys
                         merged = {**self.value(part, place, depth + 1), **merged}
                     else:
                         self._refuse(line, place, "<< takes an alias of a mapping", "")
             elif not isinstance(key_node, yaml.ScalarNode) or not isinstance(key, str):
                 self._refuse(line, place, "a key must be a word, not a list or a mapping", "")
-            elif key in made:
+            elif key in mapping:
                 self.found.problems.append(SettingsProblem(ProblemCode.TWICE,
                                                            ".".join(map(str, (*place, key))),
                                                            "is set twice", way_out="set it once", line=line))
             else:
-                made[key] = self.value(child, (*place, key), depth + 1)
+                mapping[key] = self.value(child, (*place, key), depth + 1)
                 self.found.lines[*place, key] = line
-        return {**merged, **made}
+        return {**merged, **mapping}
 
     def _refuse(self, line: int, place: Place, rule: str, way_out: str) -> None:
         key = ".".join(map(str, place))
@@ -253,19 +253,19 @@ _MAX_WHOLE = 1e19
 
 
 def parse_changes(given: Iterable[str], option: str = "--set") -> dict[str, Any]:
-    """Return key -> value of `key=value` changes; of a key that is given twice the last one counts, so that
-    what a script says can be overridden behind it.
+    """Parse `key=value` changes to key -> value; the last change of a key wins, so users can override
+    scripts.
 
-    Values are read as JSON where they parse (`true`, `1e-4`, `{"en": 1}`, `null`), else as text.
+    Values are JSON if they parse as JSON (`true`, `1e-4`, `{"en": 1}`, `null`), otherwise text.
 
     Args:
-        given: what stands behind the option, each time.
-        option: that they are given by, for sentences.
+        given: arguments of the option, in order.
+        option: its name, for error messages.
 
     Raises:
-        SettingsError: some have another form, or broken JSON.
+        SettingsError: changes without "=" or with broken JSON.
     """
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     problems: list[SettingsProblem] = []
     for text in given:
         key, equals, value = text.partition("=")
@@ -275,47 +275,47 @@ def parse_changes(given: Iterable[str], option: str = "--set") -> dict[str, Any]
                                             f"{cut(text)!r} must have the form key=value"))
         else:
             try:
-                found[key] = parse_value(value)
+                values[key] = parse_value(value)
             except (ValueError, RecursionError) as e:
                 problems.append(SettingsProblem(
-                    ProblemCode.JSON, key, f"{cut(value)} begins like JSON and is none ({e})",
-                    way_out="close what "
-                    "is open, put a text into double quotes, and the whole setting into single ones"))
+                    ProblemCode.JSON, key, f"{cut(value)} begins like JSON but does not parse ({e})",
+                    way_out="close all quotes and brackets, put text into double quotes, and the whole "
+                    "setting into single quotes"))
     if problems:
         raise SettingsError(option, problems)
-    return found
+    return values
 
 
 def parse_value(text: str) -> Any:
-    """Return what a text stands for; raises ValueError where it begins like JSON and is none."""
+    """Parse a value as JSON or text; raise ValueError if it begins like JSON but does not parse."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         if text.startswith(("{", "[", '"')):
             raise
         return _WORDS.get(text, text)
-    # 1e9 is how people write a whole number of tokens
-    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < _MAX_WHOLE
-    return int(value) if is_whole else value
+    # users write token counts as 1e9
+    is_integer = isinstance(value, float) and value.is_integer() and abs(value) < _MAX_WHOLE
+    return int(value) if is_integer else value
 
 
 def parse_nested(given: Iterable[str], option: str = "--set") -> dict[str, Any]:
-    """Return changes as nested values, where there are no settings that they change: dots lead inwards.
+    """Parse `key=value` changes to nested dictionaries: dots in keys separate levels.
 
     Raises:
-        SettingsError: as `parse_changes`, and a key that was set to a value and has fields.
+        SettingsError: as `parse_changes`, or a key has both a value and fields.
     """
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in parse_changes(given, option).items():
         *path, last = key.split(".")
-        node: Any = found
+        node: Any = values
         for depth, part in enumerate(path):
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
                 rule = f"{'.'.join(path[:depth + 1])} is a value and has no fields"
                 raise SettingsError(option, [SettingsProblem(ProblemCode.UNKNOWN, key, rule)])
         node[last] = value
-    return found
+    return values
 
 
 def change(settings: S, given: Iterable[str], option: str = "--set", *,
@@ -325,12 +325,12 @@ def change(settings: S, given: Iterable[str], option: str = "--set", *,
     Args:
         settings: a frozen dataclass.
         given: the changes.
-        option: that they are given by, for sentences.
-        instead: what to say of keys that do not exist.
-        rules: whether the rules between settings are asked too (`problems()`).
+        option: name of the option, for error messages.
+        instead: hints for unknown keys.
+        rules: whether to check rules between settings (`problems()`) too.
 
     Raises:
-        SettingsError: all that is wrong with them.
+        SettingsError: lists all problems.
     """
     raw = assign_all(settings, parse_changes(given, option), option, instead)
     return read(type(settings), raw, option, instead=instead, rules=rules)
@@ -338,30 +338,29 @@ def change(settings: S, given: Iterable[str], option: str = "--set", *,
 
 def assign_all(settings: Any, given: Mapping[str, Any], option: str, instead: Instead = no_other
                ) -> dict[str, Any]:
-    """Return settings as plain values, with the given values in their places.
+    """Convert settings to plain values and assign the given values by dotted key.
 
     Raises:
-        SettingsError: naming every key that does not exist.
+        SettingsError: lists all unknown keys.
     """
     raw = plain(settings)
-    problems = [problem for key, value in given.items()
-                if (problem := _assign(type(settings), raw, key, value, instead))]
+    results = [_assign(type(settings), raw, key, value, instead) for key, value in given.items()]
+    problems = [problem for problem in results if problem]
     if problems:
         raise SettingsError(option, problems)
     return raw
 
 
 def _assign(cls: Any, raw: Any, key: str, value: Any, instead: Instead) -> SettingsProblem | None:
-    """Set one value inside plain settings of a class, and return what is wrong with its key."""
+    """Assign one value inside plain settings `raw` of class `cls`; return the problem of its key, if any."""
     parts, node, hint = key.split("."), raw, cls
     for depth, part in enumerate(parts):
         above = ".".join(parts[:depth])
-        # a position must exist: settings of a list are changed, never made longer, by dots
+        # dotted keys change list items and never append
         if isinstance(node, list):
             if not part.isdecimal() or int(part) >= len(node):
-                return SettingsProblem(ProblemCode.UNKNOWN, key,
-                                       f"the last item of {above} is {len(node) - 1}"
-                                       if node else f"{above} has no items")
+                rule = f"the last item of {above} is {len(node) - 1}" if node else f"{above} has no items"
+                return SettingsProblem(ProblemCode.UNKNOWN, key, rule)
         elif not isinstance(node, dict):
             return SettingsProblem(ProblemCode.UNKNOWN, key, f"{above} is a value and has no fields")
         elif dataclasses.is_dataclass(hint) and part not in fields_of(cast(Any, hint)):
@@ -373,7 +372,7 @@ def _assign(cls: Any, raw: Any, key: str, value: Any, instead: Instead) -> Setti
             node[index] = value
         else:
             below = node[index] if isinstance(node, list) else node.get(index)
-            if below is None:  # a block that is off is made of its own defaults
+            if below is None:  # assigning inside a disabled group enables it with its defaults
                 below = node[index] = {}
             node = below
     return None

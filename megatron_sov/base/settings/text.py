@@ -1,4 +1,4 @@
-"""Text of people in YAML, which reads 2025-07-24 as a date and 2025 as a number."""
+"""A setting's type for text that YAML may read as a number or a date, such as 2025 or 2025-07-24."""
 
 from __future__ import annotations
 
@@ -12,4 +12,4 @@ def _as_written(value: Any) -> Any:
 
 
 Text = Annotated[str, BeforeValidator(_as_written)]
-"""A text that may look like a number or a date."""
+"""Text; numbers and dates from YAML are converted to text."""

@@ -22,7 +22,7 @@ import yaml
 
 from megatron_sov.base.artifacts import sha256_file
 from megatron_sov.base.documents.bounded_yaml import BoundedLoader
-from megatron_sov.base.errors import UserError, nearest, told_in_a_line
+from megatron_sov.base.errors import Fix, UserError, nearest, told_in_a_line
 from megatron_sov.base.settings import parse_nested
 from megatron_sov.bench.lm.harness import cage_templates, quiet
 from megatron_sov.bench.lm.settings import Settings, TaskSources
@@ -257,7 +257,7 @@ def _locate(value: Any, definition: Definition, data_dir: Path | None, said: str
         raise UserError(f"{said}: dataset_kwargs.data_files is {value!r}; write a path for each split")
     if value.startswith(DATA) and data_dir is None:
         raise UserError(f"{said}: needs {value.removeprefix(DATA + '/')} below {DATA}; pass --data-dir DIR, "
-                        "the folder that it lies in")
+                        "the folder that it lies in", Fix(options=("--data-dir", "DIR")))
     given = Path(value.replace(DATA, str(data_dir))) if data_dir else Path(value)
     file = _place(definition.file.parent / given, said)
     roots = [definition.folder.path.resolve(), *([data_dir.resolve()] if data_dir else [])]
@@ -446,7 +446,7 @@ def _unknown(name: str, found: FoundTasks) -> UserError:
                          "--tasks NAME, with the name that stands after `task:` in it")
     return UserError(f"task {name!r}: does not exist in --task-dir and among our suites"
                      f"{nearest(name, found.definitions)}; lm-eval's own tasks fetch their data, and are "
-                     f"there with --allow-download{more}")
+                     f"there with --allow-download{more}", Fix(options=("--allow-download",)))
 
 
 def _entry(definition: Definition, sources: TaskSources) -> tuple[Any, list[Path]]:

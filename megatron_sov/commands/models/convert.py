@@ -339,12 +339,12 @@ def _facts(path: Path) -> dict[str, Any]:
     size_bytes = 0
     for link in weights.links:
         for name, shape in link.hf_shapes().items():
-            dtype = weights.dtype(name)
+            dtype = weights.get_dtype(name)
             label = str(dtype).removeprefix("torch.")
             dtypes[label] = dtypes.get(label, 0) + 1
             size_bytes += math.prod(shape) * dtype.itemsize
     return {
-        "weights": {"path": str(path), "num_tensors": len(weights.names()), "size_bytes": size_bytes,
+        "weights": {"path": str(path), "num_tensors": len(weights.list_names()), "size_bytes": size_bytes,
                     "dtypes": ", ".join(f"{label} x {n:,}" for label, n in sorted(dtypes.items())),
                     **adapter_facts(weights)},
         "parameters": dataclasses.asdict(num_params(weights.model)),

@@ -73,7 +73,7 @@ def all_checks() -> list[MachineCheck]:
     """Look at everything, in the order in which it is read: what is needed first,
     then accelerators, cluster, machine."""
     groups = (python_checks, package_checks, shadow_checks, torch_checks, transformer_engine_checks,
-              contract_checks, quantization_checks, deep_ep_checks, linear_attention_checks,
+              compiler_checks, contract_checks, quantization_checks, deep_ep_checks, linear_attention_checks,
               optional_checks, sandbox_checks, slurm_checks, machine_checks)
     return [check for group in groups for check in group()]
 
@@ -190,6 +190,18 @@ def transformer_engine_checks() -> Iterator[MachineCheck]:
                            'nvidia.cudnn as n; print(n.__path__[0])\')" for all processes: torch\'s own')
         return
     yield MachineCheck("Transformer Engine", "ok", installed_version("transformer-engine") or "imports")
+
+
+def compiler_checks() -> Iterator[MachineCheck]:
+    """The C++ compiler and ninja, which recomputing norms and expert activations on GPUs needs."""
+    from megatron_sov.engine.parallel.storage_extension import TOOLS_COMMAND, find_missing_tools
+
+    if missing := find_missing_tools():
+        yield MachineCheck("C++ compiler", "warning" if _has_gpu() else "missing",
+                           f"no {' and no '.join(missing)} in PATH; gpu.recompute_modules = layernorm or "
+                           "moe_act needs a C++ compiler and ninja", TOOLS_COMMAND)
+    else:
+        yield MachineCheck("C++ compiler", "ok", "with ninja")
 
 
 def contract_checks() -> Iterator[MachineCheck]:

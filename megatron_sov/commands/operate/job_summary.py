@@ -8,10 +8,12 @@ import math
 import sys
 
 from megatron_sov.base.artifacts import MANIFEST
+from megatron_sov.base.documents import KINDS
+from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import format_count, format_days, format_money, format_value
 from megatron_sov.chat.vocabulary import refuse_other_tokens
 from megatron_sov.model.config import RunConfig, apply_settings, data_paths
-from megatron_sov.model.objectives import FORMATS
+from megatron_sov.model.objectives import FORMATS, LEARNS_FROM
 from megatron_sov.operate.slurm.stages import StageWork, path_of
 from megatron_sov.operate.slurm.submission import Prepared, show
 from megatron_sov.plan.on_cluster import quote_run
@@ -19,6 +21,7 @@ from megatron_sov.plan.pages.quote import QuoteTotals, totals
 from megatron_sov.plan.pricing import Machines, pricing
 from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
 from megatron_sov.train.stages.feasibility import count_epochs, count_tokens, refuse_unfit_data
+from megatron_sov.train.stages.packed_files import find_files, fix_by_packing
 from megatron_sov.train.stages.stage_config import find_start, tokenizer_of
 from megatron_sov.train.stages.stage_defaults import complete_stage
 from megatron_sov.work.clusters.cluster import ClusterProfile, time_limit_s
@@ -40,6 +43,7 @@ def check_data(work: StageWork) -> StageWork:
         return work
     config, asked, own_data = work.config, work.request, work.config.data
     given = work.data or tuple(own_data.paths)
+    _refuse_files(work)
     if not given or not all((path_of(text) / MANIFEST).is_file() for text in given):
         return work
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, paths=data_paths(list(given))))
@@ -48,15 +52,31 @@ def check_data(work: StageWork) -> StageWork:
     rows = config.model.vocab_size if is_initial else sys.maxsize
     sources = open_sources(config.data.paths, rows, FORMATS, warns=False, is_fixed=not is_initial)
     if not config.rollout.rounds:
-        config = complete_stage(asked, config, None, None).config
+        stage = work.kind.objective if asked.of_model and work.kind.objective != "lm" else None
+        config = complete_stage(asked, config, stage, work.num_ranks or None).config
     refuse_unfit_data(asked, config, sources, is_initial=is_initial)
     if work.start_from is not None and work.start_from.exists():
         refuse_other_tokens(tokenizer_folder(sources), tokenizer_of(find_start(work.start_from)))
     has_epochs = not config.rollout.rounds and not config.extend.stages
     return dataclasses.replace(
-        work, config=dataclasses.replace(config, data=own_data),
+        work, config=dataclasses.replace(
+            config, data=dataclasses.replace(own_data, phases=config.data.phases)),
         data_tokens=sum(source.num_tokens.get("train", 0) for source in sources),
         epochs=count_epochs(config, sources) if has_epochs else 0.0)
+
+
+def _refuse_files(work: StageWork) -> None:
+    """Refuse files of --data: the processes of a job would all pack them at once."""
+    if not any(path_of(text).is_file() for text in work.data):
+        return
+    objective = work.kind.objective
+    formats = ["preference"] if objective == "preference" else [
+        name for name in LEARNS_FROM[objective] if name in KINDS] or ["text"]
+    tokenizer = tokenizer_of(find_start(work.start_from)) if work.start_from else None
+    for file in find_files(work.data, work.target, formats, tokenizer):
+        fix = fix_by_packing(file.file, tokenizer, ["--format", file.format]) if tokenizer else None
+        raise UserError(f"--data {file.argument}: is a file, and the processes of a job read packed folders; "
+                        "pack it before by `sov-data pack`", fix)
 
 
 def show_dry_run(prepared: Prepared) -> None:

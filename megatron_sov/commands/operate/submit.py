@@ -23,10 +23,11 @@ from pathlib import Path
 
 from megatron_sov.base.artifacts import atomic_write, disk_errors, to_json
 from megatron_sov.base.command_line import HelpText, Parser
-from megatron_sov.base.errors import ExitCode, UserError, nearest
+from megatron_sov.base.errors import ExitCode, Fix, UserError, nearest
 from megatron_sov.base.settings import (
     AtLeastOne, NotNegativeInt, add_options, read_options, read_text, read_yaml)
 from megatron_sov.commands import COMMANDS as PROGRAMS
+from megatron_sov.commands.shared_options import words_of
 from megatron_sov.model.config import apply_settings
 from megatron_sov.operate.slurm import submission
 from megatron_sov.operate.slurm.stages import STAGES, Commands, SubmitOptions, check_inputs, check_stage
@@ -396,7 +397,16 @@ def run(typed: argparse.Namespace) -> int:
     # options of `submit` may stand among the stage's own: taken out here, the rest is the stage's
     typed, argv = parser.parse_known_args(typed.arguments, typed)
     options = read_options(SubmitOptions, typed)
-    return _chain(argv, options) if typed.stage == "chain" else _stage(typed.stage, argv, options)
+    if typed.stage == "chain":
+        return _chain(argv, options)
+    try:
+        return _stage(typed.stage, argv, options)
+    except UserError as e:
+        words = shlex.split(e.fix.line) if e.fix else []
+        if words[:2] != ["submit", typed.stage]:
+            raise
+        line = [*words[:2], *words_of(options), *words[2:]]
+        raise UserError(e.sentence, Fix(f"megatron-sov {shlex.join(line)}")) from None
 
 
 def _help(stage: str) -> None:
@@ -500,12 +510,10 @@ def _cluster_name(options: SubmitOptions, stage: str = "", argv: Sequence[str] =
     if options.cluster is not None:
         return options.cluster
     sentence = (f"--cluster: is missing; pass one of {', '.join(cluster.names())}, or a YAML file of your own"
-                + "; and --account NAME if your Slurm asks for one" * (options.account is None))
-    if stage in COMMANDS:
-        parser = Parser(prog=f"submit {stage}")
-        COMMANDS[stage](parser)
-        try:
-            parser.parse_args(argv)
-        except UserError as e:
-            sentence += f"; {e}"
-    raise UserError(sentence)
+                + "; --account NAME if your Slurm asks for one" * (options.account is None)
+                + "; --nodes N (default 1)" * (options.nodes is None)
+                + "; --partition and --time replace the profile's")
+    options_typed = [("--cluster", "h100", options.cluster), ("--account", "ACCOUNT", options.account),
+                     ("--nodes", "1", options.nodes if STAGES[stage].ranks else 1)]
+    raise UserError(sentence, Fix(options=tuple(word for name, value, typed in options_typed if typed is None
+                                                for word in (name, value))))

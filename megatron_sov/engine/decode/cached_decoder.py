@@ -1,9 +1,8 @@
-"""A model that reads sequences span by span, at any layout, with what it has read kept in a cache.
+"""Generation with a KV cache, at any layout.
 
-A row of spans passes through the pipeline stages one after the other, each stage's runs of layers in turn, so
-interleaved pipelines work as plain ones do.  Processes of a context-parallel group do not share rows here:
-like data-parallel ones they read sequences of their own, since a token that is read after the others
-leaves nothing to cut.
+A row of spans passes through the pipeline stages one after the other, and through all chunks of an
+interleaved stage in turn. Processes of a context-parallel group read different sequences, as data-parallel
+processes do: a single new token cannot be split.
 """
 
 from __future__ import annotations
@@ -29,14 +28,13 @@ from megatron_sov.engine.parallel.device import local_device
 
 
 def share_place() -> tuple[int, int]:
-    """Return this process's rank among the processes that read sequences of their own, and their number."""
+    """Return this process's rank among the processes that read different sequences, and their number."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     return group.rank(), group.size()
 
 
 def over_shares(values: torch.Tensor, operation: Any = dist.ReduceOp.SUM) -> torch.Tensor:
-    """Return the sum (or another operation) over the processes that read sequences of their own,
-    on every one of them."""
+    """All-reduce a tensor over the processes that read different sequences (default: sum)."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     if group.size() == 1:
         return values
@@ -47,44 +45,43 @@ def over_shares(values: torch.Tensor, operation: Any = dist.ReduceOp.SUM) -> tor
 
 @dataclass(frozen=True)
 class DecodeOutput:
-    """A row that has been read."""
+    """Output of a forward pass over a row of spans."""
 
     row: ReadRow
-    """Its spans."""
+    """The row."""
     hidden: torch.Tensor | None
-    """[tokens / sequence-parallel size, 1, hidden] on the last pipeline stage, None elsewhere."""
+    """[tokens / sequence-parallel size, 1, hidden] on the last pipeline stage, None on other stages."""
     routes: torch.Tensor | None = None
-    """[tokens, layers with experts, top_k] on the CPU: experts that tokens visited, on every process of the
-    replica's tp x pp part; None: nobody asked."""
+    """[tokens, MoE layers, top_k] expert indices on the CPU, on every process of the replica's tp x pp group.
+    None: not recorded."""
 
 
 class CachedDecoder:
-    """A policy with a cache for its sequences; a context manager, within which the model does nothing else.
+    """A model with KV caches. Use it as a context manager; the model must do nothing else inside.
 
-    Every call is made by all processes of a replica together; `read` by all processes,
-    wherever experts are shared.
+    All calls are collective over the replica; `read` is collective over all processes that share experts.
     """
 
     def __init__(self, policy: ForwardModel, size: CacheSize, *, with_routes: bool = False) -> None:
-        """Take a policy.
+        """Store references; `__enter__` creates the caches.
 
         Args:
             policy: the model.
-            size: of its caches.
-            with_routes: whether every row's routes are told; the model has experts then.
+            size: limits of its caches.
+            with_routes: whether to record the routes of every row (MoE models only).
         """
         self._policy, self._model, self._size = policy, policy.model, size
         self._with_routes = with_routes
         self._layers: list[CachedAttention | KeptState] = []
         self._exit = contextlib.ExitStack()
         self.last_stage = parallel_state.is_pipeline_last_stage()
-        """Whether this process sees the outputs."""
+        """Whether this process computes outputs."""
         self.predicts_together = policy.model.architecture.mtp_experts
-        """Whether `predict` and `pick` are calls of all processes of the last stage, as `read` is: the
-        prediction layer's experts may be on any of them."""
+        """Whether `predict` and `pick` are collective over all processes of the last stage, like `read`: the
+        MTP layer has experts, which may be on any of them."""
 
     def __enter__(self) -> CachedDecoder:
-        """Put the model into evaluation mode, with empty caches."""
+        """Switch the model to evaluation mode, with empty caches."""
         self._model.finish_param_gather()
         self._exit.callback(self._model.train, self._model.training)
         self._model.eval()
@@ -99,26 +96,26 @@ class CachedDecoder:
         self._exit.close()
 
     def any_has(self, count: int) -> bool:
-        """Return whether a process that reads other sequences has any of what this one counts; called by all
-        of a stage."""
+        """Return whether any process that reads other sequences has `count` > 0. Collective over a stage."""
         return bool(over_shares(torch.tensor([count]), dist.ReduceOp.MAX)[0])
 
     def common_row_tokens(self, num_tokens: int) -> int:
-        """Agree with the processes that read other sequences on the next row; returns its length here, 0
-        where all are done.
+        """Agree on the next row over the processes that read other sequences, and return its local length; 0
+        if all are finished. Collective over all processes.
 
-        Called by all processes, with the number of tokens that each of them has to read (0: nothing).
+        Args:
+            num_tokens: new tokens of this process; 0: none.
         """
         longest = int(over_shares(torch.tensor([num_tokens]), dist.ReduceOp.MAX)[0])
         if not longest:
             return 0
-        # one of the library's ways to reach experts gathers rows, which must then be equally long
+        # the allgather dispatcher requires rows of equal length
         wanted = longest if self._model.config.moe_token_dispatcher_type == "allgather" else num_tokens
         multiple = context.row_multiple()
         return -(-max(wanted, 1) // multiple) * multiple
 
     def read(self, spans: Sequence[CacheSpan], row_tokens: int) -> DecodeOutput:
-        """Read new tokens, in a row of the length that `common_row_tokens` gave."""
+        """Run the trunk on new tokens, in a row of the length that `common_row_tokens` returned."""
         row = read_row(spans, row_tokens, local_device())
         config, hidden = self._model.config, None
         first, stages = (parallel_state.get_pipeline_model_parallel_rank() == 0,
@@ -141,18 +138,18 @@ class CachedDecoder:
                             self._gathered(record, row_tokens) if self._with_routes else None)
 
     def predict(self, read: DecodeOutput, ahead: torch.Tensor) -> DecodeOutput:
-        """Run the multi-token prediction layer over a row; called on the last stage.
+        """Run the MTP layer over a row. Collective over the last stage.
 
         Args:
-            read: states of the depth before.
-            ahead: [row tokens] int64, the token that follows each; what stands behind an unknown one
-                is read again later.
+            read: output of the previous depth.
+            ahead: [row tokens] int64, the successor of each token; outputs after an unknown successor are
+                recomputed later.
         """
         ahead = ahead.to(local_device())
         return DecodeOutput(read.row, self._model.chunks[-1].predict(read.row, read.hidden, ahead))
 
     def pick(self, read: DecodeOutput, places: Sequence[int], spans: Sequence[CacheSpan]) -> DecodeOutput:
-        """Return some places' states as a row of their own, one token each (on the last stage)."""
+        """Return the hidden states at row indices as a row with one token per span, on the last stage."""
         multiple = context.row_multiple()
         row_tokens = (self.common_row_tokens(len(places)) if self.predicts_together
                       else -(-len(places) // multiple) * multiple)
@@ -165,16 +162,16 @@ class CachedDecoder:
         return DecodeOutput(row, states)
 
     def top_tokens(self, read: DecodeOutput, places: Sequence[int]) -> torch.Tensor:
-        """Return the most probable next token [places] int64 behind row indices (on the last stage)."""
+        """Return the most probable next token [places] int64 at row indices, on the last stage."""
         return self._head().top_tokens(self._states(read, places)).cpu()
 
     def best_tokens(self, read: DecodeOutput, places: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return these tokens, and the log-probability [places] of each (on the last stage)."""
+        """Return `top_tokens` and the log-probability [places] of each, on the last stage."""
         tokens, logprobs = self._head().best_tokens(self._states(read, places))
         return tokens.cpu(), logprobs.cpu()
 
     def logits(self, read: DecodeOutput, places: Sequence[int]) -> torch.Tensor:
-        """Return full logits [places, vocabulary] behind row indices (on the last stage)."""
+        """Return full logits [places, vocabulary] at row indices, on the last stage."""
         return self._head().logits(self._states(read, places))
 
     def copy(self, source: int, targets: Sequence[int]) -> None:
@@ -182,8 +179,7 @@ class CachedDecoder:
             layer.copy(source, targets)
 
     def agree(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the int64 tensor as one process of the last stage holds it, on all processes of the
-        replica's tp x pp part."""
+        """Broadcast an int64 tensor from one process of the last stage to the replica's tp x pp group."""
         group: Any = parallel_state.get_model_parallel_group()
         if group.size() == 1:
             return values
@@ -193,18 +189,18 @@ class CachedDecoder:
         return sent.cpu()
 
     def _gathered(self, record: dict[int, list[torch.Tensor]], row_tokens: int) -> torch.Tensor:
-        """Return the routes of a row, of which each process of a replica's tp x pp part has recorded its own
-        layers', and under sequence parallelism its own tokens'."""
+        """Combine the routes of a row over the replica's tp x pp group: each process recorded its own layers,
+        and under sequence parallelism its own tokens."""
         config, group = self._model.config, parallel_state.get_model_parallel_group()
         first = 1 + config.moe_layer_freq.index(1)
-        # what is summed over processes must be a type that all of them can sum
+        # a dtype that all backends can sum
         dtype = torch.uint8 if config.num_moe_experts <= torch.iinfo(torch.uint8).max else torch.int32
         routes = torch.zeros(row_tokens, sum(config.moe_layer_freq), config.moe_router_topk, dtype=dtype,
                              device=local_device())
         part, rank = 0, parallel_state.get_tensor_model_parallel_rank()
         if config.sequence_parallel:
             part = rank * (row_tokens // config.tensor_model_parallel_size)
-        elif rank:  # its tokens are those of the first
+        elif rank:  # same tokens as the first process
             record = {}
         for layer, (experts,) in record.items():
             routes[part:part + len(experts), layer - first] = experts.to(dtype)

@@ -1,8 +1,9 @@
-"""Forward and backward passes at whatever layout a model lives in: the pipeline of a step, and a model that
-is only run forward, for evaluation, scoring and sampling."""
+"""Pipeline passes at any layout: forward and backward for training, and forward only for evaluation, scoring
+and sampling."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
@@ -13,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
-from megatron_sov.engine.model.chunk import ModelInputs
+from megatron_sov.engine.model.chunk import ModelInputs, offloaded_activations
 from megatron_sov.engine.model.gpu_settings import in_bf16
 from megatron_sov.engine.model.language_model import LanguageModel, states_for_head
 from megatron_sov.engine.model.logprobs import Head, head_of
@@ -22,17 +23,16 @@ from megatron_sov.engine.router import replay_routes
 
 
 class HasInputs(Protocol):
-    """A micro-batch: whatever the objective needs, plus what the model reads."""
+    """A micro-batch: the model's inputs and any other fields that the objective needs."""
 
     @property
     def inputs(self) -> ModelInputs:
-        """The model's inputs."""
+        """Inputs of the model."""
         ...
 
 
 Loss = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
-"""(hidden states of the last stage, micro-batch) -> (scalar whose gradient is taken as it is,
-anything to return)."""
+"""(hidden states of the last stage, micro-batch) -> (scalar to differentiate, anything to return)."""
 
 
 def run_pipeline(chunks: Sequence[Any], micro_batches: Sequence[HasInputs], loss: Loss, row_tokens: int, *,
@@ -40,15 +40,15 @@ def run_pipeline(chunks: Sequence[Any], micro_batches: Sequence[HasInputs], loss
     """Run all micro-batches through all pipeline stages.
 
     Args:
-        chunks: the model's chunks, or their data-parallel wrappers when gradients are wanted.
-        micro_batches: this data-parallel rank's micro-batches, the same on every pipeline stage.
-        loss: called on the last stage only; scalars are summed over micro-batches and processes that read
-            different data, never averaged.
-        row_tokens: tokens of each micro-batch.
+        chunks: the model's chunks; for gradients, their data-parallel wrappers.
+        micro_batches: micro-batches of this data-parallel rank, equal on every pipeline stage.
+        loss: called on the last stage. Scalars are summed over micro-batches and data-parallel processes,
+            never averaged.
+        row_tokens: tokens per micro-batch.
         forward_only: without gradients.
 
     Returns:
-        What `loss` returned beside the scalar for each micro-batch (empty on other stages than the last).
+        The second value that `loss` returned for each micro-batch; empty before the last stage.
     """
 
     def forward(iterator: Iterator[tuple[HasInputs, int | None]], model: Any,
@@ -58,13 +58,15 @@ def run_pipeline(chunks: Sequence[Any], micro_batches: Sequence[HasInputs], loss
         return run(batch.inputs, first_route), partial(_finish, loss, batch)
 
     interleaved = len(chunks) > 1
-    # an interleaved pipeline takes micro-batches in groups of its size; an evaluation's last group is
-    # filled up and cut again
+    # an interleaved pipeline takes micro-batches in groups of its size: an evaluation fills up its last group
+    # and drops the surplus results
     count = len(micro_batches)
     surplus: int = (-count % parallel_state.get_pipeline_model_parallel_world_size()
                     if interleaved and forward_only else 0)
     fed = [*micro_batches, *[micro_batches[-1]] * surplus]
-    with replay_routes(get_model_config(chunks[0]), [batch.inputs.routes for batch in fed]) as firsts:
+    config = get_model_config(chunks[0])
+    with (contextlib.nullcontext() if forward_only else offloaded_activations(config),
+          replay_routes(config, [batch.inputs.routes for batch in fed]) as firsts):
         routed = list(zip(fed, firsts, strict=True))
         try:
             results: list[Any] = get_forward_backward_func()(
@@ -74,8 +76,8 @@ def run_pipeline(chunks: Sequence[Any], micro_batches: Sequence[HasInputs], loss
                 seq_length=row_tokens, micro_batch_size=1, decoder_seq_length=row_tokens,
                 forward_only=forward_only)
         finally:
-            # what generates hands routers no mask, and must not get the last row's
-            get_model_config(chunks[0]).routing_step.padding = None
+            # generation passes no mask to the routers, and must not use the last row's
+            config.routing_step.padding = None
     return results[:count]
 
 
@@ -89,12 +91,12 @@ Outputs = Callable[[list[torch.Tensor], Head, Any], Any]
 
 
 def split_depths(hidden: torch.Tensor, num_predictions: int) -> list[torch.Tensor]:
-    """Return the trunk's hidden states and those of each multi-token prediction depth."""
+    """Split hidden states into the trunk's and those of each MTP depth."""
     return list(hidden.chunk(1 + num_predictions, dim=0))
 
 
 class ForwardModel:
-    """A model in evaluation mode, with nothing quantised; every call is made by all processes together."""
+    """A model in evaluation mode without quantization. All calls are collective."""
 
     def __init__(self, model: LanguageModel, head_chunk_tokens: int) -> None:
         self.model = model
@@ -104,8 +106,8 @@ class ForwardModel:
 
     @torch.no_grad()
     def map(self, micro_batches: Sequence[HasInputs], outputs: Outputs) -> list[Any]:
-        """Run forward and return what `outputs` gave for each micro-batch (on the last
-        stage; empty elsewhere, and where there is none on any process)."""
+        """Run forward and return the value of `outputs` for each micro-batch, on the last stage; empty on
+        other stages and without micro-batches."""
         if not micro_batches:
             return []
 
@@ -118,7 +120,7 @@ class ForwardModel:
         was_training = self.model.training
         self.model.eval()
         try:
-            # all rows are of one length: stages agree on the shape of what they send before the first arrives
+            # all rows have equal length: stages agree on message shapes before the first message
             row_tokens = len(micro_batches[0].inputs.tokens)
             with in_bf16(self.config):
                 return run_pipeline(self.model.chunks, micro_batches, last_stage, row_tokens,
@@ -127,30 +129,31 @@ class ForwardModel:
             self.model.train(was_training)
 
     def logits(self, micro_batch: HasInputs, positions: torch.Tensor) -> torch.Tensor:
-        """Return full logits at a few positions of a micro-batch, on every process.
+        """Return full logits at positions of a micro-batch, on every process.
 
         [positions, vocabulary] float32 (float64 under fp64).
         """
         def outputs(hidden: list[torch.Tensor], head: Head, batch: HasInputs) -> torch.Tensor:
             return head.logits(context.pick(states_for_head(hidden[0], self.config), positions))
 
-        found = self.map([micro_batch], outputs)
+        row_logits = self.map([micro_batch], outputs)
         shape = (len(positions), self.model.vocab_size)
         dtype = torch.promote_types(self.config.params_dtype, torch.float32)
-        return collectives.broadcast_from_last_stage(found[0] if found else torch.zeros(shape, dtype=dtype))
+        local = row_logits[0] if row_logits else torch.zeros(shape, dtype=dtype)
+        return collectives.broadcast_from_last_stage(local)
 
 
 class Inputs:
-    """The barest micro-batch: documents in one row, padded to a length that the layout can split."""
+    """Micro-batch with inputs only: documents in one row, padded to a length that the layout can split."""
 
     def __init__(self, documents: Sequence[Sequence[int]], device: torch.device, min_tokens: int = 0) -> None:
         multiple = context.row_multiple()
         lengths = [len(d) for d in documents]
-        gap = -(-max(sum(lengths), min_tokens, multiple) // multiple) * multiple - sum(lengths)
-        spans = lengths + ([gap] if gap else [])
-        flat = torch.tensor([t for d in documents for t in d] + [0] * gap, dtype=torch.int64)
+        num_padding = -(-max(sum(lengths), min_tokens, multiple) // multiple) * multiple - sum(lengths)
+        spans = lengths + ([num_padding] if num_padding else [])
+        flat = torch.tensor([t for d in documents for t in d] + [0] * num_padding, dtype=torch.int64)
         self.ends = torch.tensor(lengths).cumsum(0) - 1
-        """[documents] int64: position of each document's last token."""
+        """[documents] int64 row index of each document's last token."""
         self.inputs = ModelInputs(
             tokens=flat.to(device), positions=torch.cat([torch.arange(n) for n in spans]).to(device),
             cu_seqlens=torch.tensor([0, *spans]).cumsum(0).to(torch.int32).to(device),

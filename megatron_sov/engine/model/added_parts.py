@@ -1,7 +1,6 @@
-"""What a run of layers has beside the library's modules, at any layout: low-rank adapters, and encoders of
-pictures and sounds.
+"""Modules added to a chunk: low-rank adapters, and encoders of images and audio.
 
-Both hold parameters that the library's checkpoints do not know; `local_shards` asks for them.
+Megatron-Core's checkpoints do not contain their parameters; `local_shards` adds the blocks.
 """
 
 from __future__ import annotations
@@ -22,29 +21,29 @@ from megatron_sov.model.config import LoraConfig, ModelConfig
 from megatron_sov.model.families.adapters import MAGNITUDE, A, Adapted, B, adapted_modules
 from megatron_sov.model.modality import ENCODERS, EncoderInput, EncoderInputs, modality, select_placeholders
 
-# Low-rank adapters of a frozen model's linear layers, at any layout: W x + alpha / rank B A x (LoRA,
-# arXiv 2106.09685), or that with rows of trained length (DoRA, arXiv 2402.09353).
+# Low-rank adapters at any layout: W x + alpha / rank B A x (LoRA, arXiv 2106.09685), optionally with trained
+# row lengths (DoRA, arXiv 2402.09353).
 #
-# A column-parallel layer (query, key and value; gate and up) has its B cut by rows and all of A on every
-# process, a row-parallel one A cut by columns and all of B, and a layer that every process has whole (which
-# makes narrow vectors) all of both.  What travels between processes is [tokens, rank].
+# Column-parallel layers (QKV, gate and up) split B by rows and replicate A; row-parallel layers split A by
+# columns and replicate B; replicated layers (narrow latent projections) replicate both. Messages between
+# processes have shape [tokens, rank].
 #
-# Of a factor that every process has, each computes a part of the gradient: that of its own tokens under
-# sequence parallelism, which the library sums as it does a norm's; that of its own rows inside an expert that
-# is cut, and of the head, where `copy_to_tensor_model_parallel_region` on the factor itself sums it.
-# Elsewhere all compute the same one.
+# Each process computes a partial gradient of a replicated factor in two cases: under sequence parallelism
+# (its own tokens), where the library sums the gradient as it does for norms; and in split experts and the
+# head (its own rows), where `copy_to_tensor_model_parallel_region` on the factor sums it. In all other cases
+# every process computes the full gradient.
 
 COLUMN = ("linear_qkv", "linear_q_proj", "_up_proj", "linear_fc1", "output_layer", "word_embeddings",
           "self_attention.in_proj")
-"""Layers that are cut by rows of their weight."""
+"""Suffixes of layers whose weight is split by rows."""
 WHOLE = "_down_proj"
-"""Those that are not cut: of narrow vectors. All others are cut by columns."""
+"""Suffix of replicated layers (narrow latent projections). All other layers are split by columns."""
 
 OUTPUT_HEAD = "output_layer"
 
 
 class Factors(torch.nn.Module):
-    """This process's part of A, B and (DoRA) the rows' lengths of one adapted module, or one expert of it."""
+    """The local parts of A, B and (DoRA) row lengths for one adapted module or one of its experts."""
 
     def __init__(self, of: Adapted, lora: LoraConfig, config: Any, expert: int | None,
                  rows: int | None) -> None:
@@ -54,12 +53,12 @@ class Factors(torch.nn.Module):
         self._rows = rows or of.out_features // (size if self.column else 1)
         columns = of.in_features // (size if row else 1)
         dtype = config.params_dtype
-        # zeros: until it is initialised or loaded, 0 B A must be 0, which it is not where memory holds NaN
+        # zeros, not empty memory: until initialization 0 * B A must be 0, and NaN would remain NaN
         self.A = torch.nn.Parameter(torch.zeros(lora.rank, columns, dtype=dtype))
-        # zeros: nothing else ever writes the rows of a head that belong to no token
+        # zeros: nothing writes the padding rows of the head
         self.B = torch.nn.Parameter(torch.zeros(self._rows, lora.rank, dtype=dtype))
         self.magnitude = torch.nn.Parameter(torch.ones(self._rows, dtype=dtype)) if lora.dora else None
-        # the factors of a cut expert, and of a head, sum their gradients themselves
+        # the factors of a split expert and of the head sum their own gradients
         self.sums_itself = expert is not None or of.linear == OUTPUT_HEAD
         for parameter, split in ((self.A, row), (self.B, self.column),
                                  (self.magnitude, self.column)):
@@ -67,15 +66,15 @@ class Factors(torch.nn.Module):
                 self._mark(parameter, split, int(parameter is self.A), config.sequence_parallel)
 
     def group(self) -> Any:
-        """Return the processes that share the layer."""
+        """Return the process group that splits the layer."""
         return (parallel_state.get_tensor_model_parallel_group() if self.expert is None
                 else parallel_state.get_expert_tensor_parallel_group())
 
     def _mark(self, parameter: torch.nn.Parameter, split: bool, axis: int, sequence_parallel: bool) -> None:
-        """Tell the library how the gradient is summed, and who counts it in the norm."""
+        """Set the attributes that control gradient reduction and the gradient norm."""
         if self.expert is not None:
-            # of what all processes of an expert hold, the first one's counts; the library would take the
-            # first of the attention's tensor-parallel group, which is another one
+            # the first process of the expert's group counts replicated factors; the library would take the
+            # first process of the attention's tensor-parallel group, a different group
             set_tensor_model_parallel_attributes(parameter, True, axis, 1)
             parameter.shared = not split and self.group().rank() > 0  # type: ignore[attr-defined]
             parameter.allreduce = False  # type: ignore[attr-defined]
@@ -86,17 +85,17 @@ class Factors(torch.nn.Module):
                 sequence_parallel and not self.sums_itself)
 
     def used(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return A and B as the forward pass uses them, with gradients that are summed where they must be."""
+        """Return A and B for the forward pass, wrapped so that their gradients are summed over the group."""
         if not self.sums_itself or self.group().size() == 1:
             return self.A, self.B
-        copied = tensor_parallel.copy_to_tensor_model_parallel_region
-        return ((copied(self.A, self.group()), self.B) if self.column
-                else (self.A, copied(self.B, self.group())))
+        copy_to_group = tensor_parallel.copy_to_tensor_model_parallel_region
+        return ((copy_to_group(self.A, self.group()), self.B) if self.column
+                else (self.A, copy_to_group(self.B, self.group())))
 
     def blocks(self) -> Iterator[tuple[str, torch.Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-        """Yield this process's blocks of the global tensors: name, memory, global shape, place in it, and
-        place among the processes that hold the same (as `local_shards.LocalShard`)."""
-        of, place = self.of, self.group().rank()
+        """Yield the fields of a `local_shards.LocalShard` for each factor: name, data, global shape, offset,
+        replica."""
+        of, group_rank = self.of, self.group().rank()
         halves = (of.halves,) if of.halves > 1 else ()
         views = {A: (self.A, -1, is_row(of)),
                  B: (self.B.view(*halves, self._rows // of.halves, -1), -2, self.column)}
@@ -108,12 +107,12 @@ class Factors(torch.nn.Module):
             shape = shapes[of.key(name)]
             offset = [self.expert or 0, *(0,) * (len(shape) - 1)]
             if split:
-                offset[axis] = place * view.shape[axis]
-                if offset[axis] >= shape[axis]:  # of a head rows may stand behind all tokens
+                offset[axis] = group_rank * view.shape[axis]
+                if offset[axis] >= shape[axis]:  # padding rows of the head
                     continue
                 view = view.narrow(axis, 0, min(view.shape[axis], shape[axis] - offset[axis]))
             yield (of.key(name), view.detach(), shape, tuple(offset),
-                   (0, 0 if split else place, self._replica()))
+                   (0, 0 if split else group_rank, self._replica()))
 
     def _replica(self) -> int:
         return int(parallel_state.get_data_parallel_rank(with_context_parallel=True) if self.expert is None
@@ -121,41 +120,40 @@ class Factors(torch.nn.Module):
 
 
 class LinearAdapter(torch.nn.Module):
-    """The adapters of one of the library's linear layers: of query, key and value, say, or of one expert's
-    gate and up projection."""
+    """The adapters of one fused linear layer, for example of QKV or of one expert's gate and up."""
 
     def __init__(self, modules: Sequence[Adapted], lora: LoraConfig, config: Any, expert: int | None = None,
                  rows: int | None = None) -> None:
-        """Make the factors; their values are set by `load.initialise`.
+        """Create the factors; `load.initialise` sets their values.
 
         Args:
-            modules: what of the layer is adapted.
+            modules: the adapted modules inside the layer.
             lora: rank, scale and kind.
-            config: the library's TransformerConfig.
-            expert: number of the expert that the layer belongs to; None: it is no routed expert's.
-            rows: of a head, this process's rows with those that belong to no token.
+            config: the library's `TransformerConfig`.
+            expert: index of the routed expert. None: not a routed expert.
+            rows: local rows of the head, padding included.
         """
         super().__init__()
         first = modules[0]
         self.scale, self._dora, self._column = lora.alpha / lora.rank, lora.dora, is_column(first)
         self._row = is_row(first)
         self._scattered = config.sequence_parallel and expert is None
-        factors = [Factors(of, lora, config, expert, rows) for of in modules]
+        factors = [Factors(module, lora, config, expert, rows) for module in modules]
         self._group = factors[0].group()
         self.factors: Any = torch.nn.ModuleList(factors)
         self._rows, self._axis, self._lengths = self._layout(first)
 
     @property
     def _parts(self) -> list[Any]:
-        """Return the factors by their place in the layer's output; None: not adapted."""
+        """Factors by position in the layer's output; None where the module has no adapter."""
         parts: list[Any] = [None] * len(self._lengths)
         for factors in self.factors:
             parts[factors.of.part] = factors
         return parts
 
     def _layout(self, first: Adapted) -> tuple[list[int], int, list[int]]:
-        """Return this process's rows of the fused weight as axes, the axis along which the adapted modules
-        follow one another, and their extents there (`families.weights.Layout`)."""
+        """Return the local rows of the fused weight as axes, the axis that concatenates the modules, and each
+        module's extent there (`families.weights.Layout`)."""
         cut = self._group.size() if self._column else 1
         if first.num_experts:
             return [first.out_features // cut], 0, [first.out_features // cut]
@@ -165,45 +163,44 @@ class LinearAdapter(torch.nn.Module):
         if len(rows) == 1:
             rows, lengths = [rows[0] // cut], [lengths[0] // cut]
         else:
-            rows[1 if axis == 0 else 0] //= cut  # the heads' groups, or the width
+            rows[1 if axis == 0 else 0] //= cut  # query groups, or the width
         return rows, axis, lengths
 
     def _joined(self, parts: Sequence[torch.Tensor | None], missing: torch.Tensor) -> torch.Tensor:
-        """Return [..., rows of the fused weight] of the modules' parts, [..., their rows] each.
+        """Concatenate per-module outputs [..., module rows] to the fused layout [..., fused rows].
 
         Args:
-            parts: by their place; None: taken from `missing`.
-            missing: [..., rows of the fused weight] or broadcast to it.
+            parts: outputs by position; None takes the slice of `missing`.
+            missing: [..., fused rows], or broadcastable to it.
         """
         if len(parts) == 1:
             assert parts[0] is not None
             return parts[0]
         lead = next(part for part in parts if part is not None).shape[:-1]
-        whole = missing.expand(*lead, math.prod(self._rows)).unflatten(-1, self._rows)
+        expanded = missing.expand(*lead, math.prod(self._rows)).unflatten(-1, self._rows)
         pieces, start = [], 0
         for part, length in zip(parts, self._lengths, strict=True):
-            axis, own = len(lead) + self._axis, [*self._rows[:self._axis], length,
+            axis, shape = len(lead) + self._axis, [*self._rows[:self._axis], length,
                                                  *self._rows[self._axis + 1:]]
-            pieces.append(whole.narrow(axis, start, length) if part is None
-                          else part.unflatten(-1, own))
+            pieces.append(expanded.narrow(axis, start, length) if part is None
+                          else part.unflatten(-1, shape))
             start += length
         return torch.cat(pieces, len(lead) + self._axis).flatten(len(lead))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return what is added to the layer's output, for its input as this process has it."""
+        """Return the adapter's addition to the layer's output, for the layer's local input."""
         used = [factors.used() for factors in self.factors]
         low = torch.nn.functional.linear(inputs, torch.cat([a for a, _ in used]))
         lows = self._shared(low).chunk(len(used), -1)
         outputs: list[torch.Tensor | None] = [None] * len(self._lengths)
-        for factors, (_, b), own in zip(self.factors, used, lows, strict=True):
-            outputs[factors.of.part] = torch.nn.functional.linear(own, b)
+        for factors, (_, b), part in zip(self.factors, used, lows, strict=True):
+            outputs[factors.of.part] = torch.nn.functional.linear(part, b)
         return self._joined(outputs, inputs.new_zeros(1)) * self.scale
 
     def _shared(self, low: torch.Tensor) -> torch.Tensor:
-        """Return A x [tokens, rank] as this process needs it: of all tokens before a B that is cut by rows,
-        and summed over the columns of an A that is cut."""
+        """Gather A x [tokens, rank] before a B split by rows, or reduce it after an A split by columns."""
         if self.factors[0].sums_itself or self._group.size() == 1 or not (self._column or self._row):
-            return low  # an expert's tokens and sums are exchanged where they are sent
+            return low  # the expert layer itself dispatches tokens and reduces outputs
         if self._column:
             return (tensor_parallel.gather_from_sequence_parallel_region(low, group=self._group)
                     if self._scattered
@@ -214,7 +211,7 @@ class LinearAdapter(torch.nn.Module):
 
     @torch.no_grad()
     def _update(self) -> torch.Tensor:
-        """Return this process's block of alpha / rank B A, shaped as the layer's weight."""
+        """Return the local block of alpha / rank B A, in the shape of the layer's weight."""
         width = self.factors[0].A.shape[1]
         columns: list[torch.Tensor | None] = [None] * len(self._lengths)
         for factors in self.factors:
@@ -223,8 +220,8 @@ class LinearAdapter(torch.nn.Module):
 
     @torch.no_grad()
     def row_lengths(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the length of each row of W + alpha / rank B A, of this process's rows: summed in float32 at
-        least, and rounded to the weight's dtype, in which it is trained."""
+        """Return the L2 norm of each local row of W + alpha / rank B A, computed in float32 or wider and
+        rounded to the weight's dtype."""
         wide = torch.promote_types(weight.dtype, torch.float32)
         lengths = torch.linalg.vector_norm(weight + self._update(), dim=1, dtype=wide)
         if self._row and self._group.size() > 1:
@@ -235,25 +232,25 @@ class LinearAdapter(torch.nn.Module):
 
     @torch.no_grad()
     def set_magnitudes(self, weight: torch.Tensor) -> None:
-        """Set the trained lengths (DoRA) to those of the frozen weight's rows, as they are when B is 0."""
+        """Initialize the trained row lengths (DoRA) from the frozen weight; valid while B is 0."""
         lengths = self.row_lengths(weight)
-        whole = lengths.unflatten(0, self._rows)
+        by_part = lengths.unflatten(0, self._rows)
         start = 0
         for factors, length in zip(self._parts, self._lengths, strict=True):
             if factors is not None:
-                own = whole.narrow(self._axis, start, length)
-                factors.magnitude.copy_(own.flatten())
+                part_lengths = by_part.narrow(self._axis, start, length)
+                factors.magnitude.copy_(part_lengths.flatten())
             start += length
 
     def applied(self, weight: torch.Tensor, inputs: torch.Tensor, output: torch.Tensor,
                 bias: torch.Tensor | None) -> torch.Tensor:
-        """Return the adapted layer's output.
+        """Return the output of the adapted layer.
 
         Args:
-            weight: the layer's.
-            inputs: as they meet the weight.
-            output: what the frozen layer gives.
-            bias: what of it was added to that output; None: nothing.
+            weight: the frozen weight.
+            inputs: inputs after any fused norm.
+            output: output of the frozen layer.
+            bias: bias included in `output`. None: no bias.
         """
         if not self._dora:
             return output + self(inputs)
@@ -262,37 +259,36 @@ class LinearAdapter(torch.nn.Module):
         return scaled if bias is None else scaled + bias
 
     def _stretch(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return how much longer each row has become (DoRA)."""
-        # the length of a row is a number, not differentiated (DoRA, section 4.3; so does PEFT)
+        """Return the ratio of trained to current row lengths (DoRA), [rows]."""
+        # the current length is a constant for the gradient (DoRA, section 4.3; PEFT does the same)
         lengths = self.row_lengths(weight)
         return self._joined([None if f is None else f.magnitude for f in self._parts], lengths) / lengths
 
     @torch.no_grad()
     def inside(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the weight that the adapted layer has."""
+        """Return the effective weight of the adapted layer, without gradient."""
         adapted = weight + self._update()
         return adapted * self._stretch(weight)[:, None] if self._dora else adapted
 
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return W + alpha / rank B A of a layer that is cut by rows, differentiable by A and B on every
-        process."""
+        """Return W + alpha / rank B A of a row-split layer, differentiable in A and B on every process."""
         (factors,) = self.factors
         a, b = factors.used()
-        return torch.addmm(weight, b, a, alpha=self.scale)  # one matrix of that size, and not three
+        return torch.addmm(weight, b, a, alpha=self.scale)  # allocates one matrix instead of three
 
 
 def is_column(of: Adapted) -> bool:
-    """Return whether the layer is cut by rows of its weight."""
+    """Return whether the weight is split by rows (column-parallel layer)."""
     return of.linear.endswith(COLUMN)
 
 
 def is_row(of: Adapted) -> bool:
-    """Return whether the layer is cut by columns of its weight."""
+    """Return whether the weight is split by columns (row-parallel layer)."""
     return not of.linear.endswith((*COLUMN, WHOLE))
 
 
 def adapted_weight(linear: Any) -> torch.Tensor:
-    """Return a linear layer's weight, of an adapted one with the adapter inside; not differentiable."""
+    """Return a linear layer's weight with its adapter merged, without gradient."""
     weight: torch.Tensor = linear.weight
     for hook in linear._forward_hooks.values():
         if isinstance(adapter := getattr(hook, "adapter", None), LinearAdapter):
@@ -303,36 +299,36 @@ def adapted_weight(linear: Any) -> torch.Tensor:
 _EMBEDDING = "embedding.word_embeddings"
 
 
-# A low-rank adapter of the token embedding, at any layout: row t of E becomes that of E + alpha / rank B A.
-# B has a row per token id and is cut as the embedding is; all of A is on every process. What travels
-# between processes is [tokens, rank]. A's gradient is, as a norm's, that of the process's own tokens under
-# sequence parallelism, and else the same on all of them.
+# A low-rank adapter of the token embedding, at any layout: row t of E becomes row t of E + alpha / rank B A.
+# B has one row per token id and is split like the embedding; A is replicated. Messages between processes
+# have shape [tokens, rank]. Under sequence parallelism the gradient of A covers the local tokens, as for a
+# norm; otherwise all processes compute the full gradient.
 
 
 class EmbeddingAdapter(torch.nn.Module):
-    """The adapter of a chunk's embedding."""
+    """The adapter of the token embedding."""
 
     def __init__(self, of: Adapted, lora: LoraConfig, config: Any, rows: int) -> None:
-        """Make the factors; their values are set by `load.initialise`.
+        """Create the factors; `load.initialise` sets their values.
 
         Args:
-            of: the embedding.
+            of: the adapted embedding module.
             lora: rank and scale.
-            config: the library's TransformerConfig.
-            rows: this process's rows with those that belong to no token.
+            config: the library's `TransformerConfig`.
+            rows: local embedding rows, padding included.
         """
         super().__init__()
         self.scale = lora.alpha / lora.rank
         self.factors = Factors(of, lora, config, None, rows)
 
     def forward(self, tokens: torch.Tensor, embedding: Any) -> torch.Tensor:
-        """Return what is added to the output of the library's embedding of tokens [1, n] (or more rows)."""
+        """Return the adapter's addition to the embedding of tokens [rows, n]."""
         b, group = self.factors.B, embedding.tp_group
-        places = tokens - embedding.vocab_start_index
-        elsewhere = (places < 0) | (places >= len(b))
-        places = places.masked_fill(elsewhere, 0)
-        low = b[places] if embedding.deterministic_mode else torch.nn.functional.embedding(places, b)
-        low = low.masked_fill(elsewhere[..., None], 0)
+        rows = tokens - embedding.vocab_start_index
+        not_local = (rows < 0) | (rows >= len(b))
+        rows = rows.masked_fill(not_local, 0)
+        low = b[rows] if embedding.deterministic_mode else torch.nn.functional.embedding(rows, b)
+        low = low.masked_fill(not_local[..., None], 0)
         if embedding.reduce_scatter_embeddings:
             low = tensor_parallel.reduce_scatter_to_sequence_parallel_region(
                 low.transpose(0, 1).contiguous(), group=group)
@@ -342,22 +338,22 @@ class EmbeddingAdapter(torch.nn.Module):
 
 
 def behind_embedding(adapter: EmbeddingAdapter) -> Callable[..., torch.Tensor]:
-    """Return the hook that adds an adapter's output to an embedding's."""
-    def hook(module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+    """Return the forward hook that adds the adapter's output to the embedding."""
+    def add_adapter_output(module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
         return output + adapter(inputs[0], module)
 
-    return hook
+    return add_adapter_output
 
 
 class Adapters(torch.nn.Module):
-    """All adapters of a chunk, which is their owner; the layers know them by hooks alone."""
+    """Owner of all adapters of a chunk; the adapted layers reference them only through forward hooks."""
 
     def __init__(self, chunk: Any, model: ModelConfig, lora: LoraConfig) -> None:
-        """Make adapters of what a chunk holds of the model, and hang them behind its layers."""
+        """Create the adapters for the modules of a chunk and register their hooks."""
         super().__init__()
         self.linears = torch.nn.ModuleList()
         self.head: LinearAdapter | None = None
-        """Of the output head, whose weight losses take."""
+        """Adapter of the output head, whose weight the losses use."""
         self.embedding: EmbeddingAdapter | None = None
         by_linear: dict[str, list[Adapted]] = {}
         for of in adapted_modules(model, lora):
@@ -376,19 +372,19 @@ class Adapters(torch.nn.Module):
                                       rows=len(chunk.output_layer.weight))
 
     def _hang(self, layer: Any, path: str, modules: list[Adapted], lora: LoraConfig, config: Any) -> None:
-        """Have adapters follow one of a layer's linears, or each expert's."""
-        def made(expert: int | None = None) -> LinearAdapter:
+        """Attach adapters to one linear layer, or to the same linear layer of each local expert."""
+        def create_adapter(expert: int | None = None) -> LinearAdapter:
             adapter = LinearAdapter(modules, lora, config, expert)
             self.linears.append(adapter)
             return adapter
 
         if not modules[0].num_experts:
-            layer.get_submodule(path).register_forward_hook(_behind(made()))
+            layer.get_submodule(path).register_forward_hook(_behind(create_adapter()))
             return
         experts, linear = layer.mlp.experts, path.rpartition(".")[2]
         count = experts.num_local_experts
         first = parallel_state.get_expert_model_parallel_rank() * count
-        adapters = [made(first + i) for i in range(count)]
+        adapters = [create_adapter(first + i) for i in range(count)]
         if hasattr(experts, "local_experts"):
             for expert, adapter in zip(experts.local_experts, adapters, strict=True):
                 expert.get_submodule(linear).register_forward_hook(_behind(adapter))
@@ -399,20 +395,20 @@ class Adapters(torch.nn.Module):
         yield from (module for module in self.modules() if isinstance(module, Factors))
 
     def set_magnitudes(self, chunk: Any) -> None:
-        """Set the trained lengths (DoRA) of this owner's adapters to those of the frozen rows."""
+        """Initialize the trained row lengths (DoRA) of all adapters from the frozen weights."""
         for module in chunk.modules():
             for hook in module._forward_hooks.values():
                 if isinstance(adapter := getattr(hook, "adapter", None), LinearAdapter):
                     adapter.set_magnitudes(module.weight)
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
-        """Return nothing: `local_shards` asks the factors themselves."""
+        """Return nothing: `local_shards` reads the blocks from the factors."""
         return {}
 
 
 def _behind(adapter: LinearAdapter) -> Callable[..., Any]:
-    """Return the hook that puts an adapter's output in the place of a linear's."""
-    def hook(module: Any, inputs: tuple[Any, ...], outputs: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Return the forward hook that replaces a linear layer's output by the adapted output."""
+    def replace_output(module: Any, inputs: tuple[Any, ...], outputs: tuple[Any, Any]) -> tuple[Any, Any]:
         output, skipped_bias = outputs
         bias = getattr(module, "bias", None)
         has_bias = bias is not None and bias.numel() > 0 and skipped_bias is None
@@ -420,12 +416,12 @@ def _behind(adapter: LinearAdapter) -> Callable[..., Any]:
                                   bias if has_bias else None)
         return adapted, skipped_bias
 
-    hook.adapter = adapter  # type: ignore[attr-defined]
-    return hook
+    replace_output.adapter = adapter  # type: ignore[attr-defined]
+    return replace_output
 
 
 def _normed(module: Any, inputs: torch.Tensor) -> torch.Tensor:
-    """Return what a linear multiplies its weight with: Transformer Engine has the norm before it inside."""
+    """Return the input of the matrix product: Transformer Engine fuses the norm into the linear layer."""
     weight = getattr(module, "layer_norm_weight", None)
     if weight is None:
         return inputs
@@ -433,84 +429,86 @@ def _normed(module: Any, inputs: torch.Tensor) -> torch.Tensor:
 
 
 def _behind_grouped(adapters: list[LinearAdapter]) -> Callable[..., Any]:
-    """Return the hook of Transformer Engine's linear of all experts, whose tokens follow one another."""
-    def hook(_: Any, inputs: tuple[Any, ...], outputs: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Return the forward hook for a grouped linear layer; its input holds the tokens of all local experts in
+    order."""
+    def add_adapter_outputs(_: Any, inputs: tuple[Any, ...], outputs: tuple[Any, Any]) -> tuple[Any, Any]:
         tokens, counts = inputs[:2]
         output, skipped_bias = outputs
         added = [adapter(part) for adapter, part in zip(adapters, tokens.split(list(counts)), strict=True)]
         return output + torch.cat(added), skipped_bias
 
-    return hook
+    return add_adapter_outputs
 
 
-# Encoders of pictures and sounds in a model, at any layout: their features take the place of
-# placeholders' embeddings.
+# Encoders of images and audio, at any layout; their features replace the embeddings of placeholder tokens.
 #
-# The first pipeline stage holds them, whole on every process. Each process computes the features of
-# the records that its own part of a row needs: its pieces under context parallelism, its stretch of
-# them under sequence parallelism. A gradient is then a sum over these processes, which the library
-# makes as it does for norms; without sequence parallelism all processes of a tensor-parallel group
+# The first pipeline stage holds a full copy of the encoders on every process. Each process encodes the
+# records that its local tokens need (context and sequence parallelism). Under sequence parallelism the
+# library sums the gradient over the tensor-parallel group as it does for norms; without it all processes of
+# the group compute the full gradient.
 # compute the same one.
 
 Block = tuple[str, torch.Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
 class MediaEncoders(torch.nn.Module):
-    """The encoders of a model, which its first chunk owns."""
+    """The encoders of a model; the first chunk owns them."""
 
     def __init__(self, model: ModelConfig, config: Any) -> None:
-        """Make them; their values are set by `load.initialise` or loaded.
+        """Create the encoders; `load.initialise` or a checkpoint sets their weights.
 
         Args:
             model: the architecture.
-            config: the library's TransformerConfig.
+            config: the library's `TransformerConfig`.
         """
         super().__init__()
-        make = modality().encoder
-        self.vision = make(model.vision, model.hidden_size) if model.vision is not None else None
-        self.audio = make(model.audio, model.hidden_size) if model.audio is not None else None
-        # families that scale embeddings scale what stands over them as well
+        create_encoder = modality().encoder
+        self.vision = create_encoder(model.vision, model.hidden_size) if model.vision is not None else None
+        self.audio = create_encoder(model.audio, model.hidden_size) if model.audio is not None else None
+        # models that scale embeddings scale encoder features as well
         self._factor = float(model.embedding_multiplier)
         self._recomputed = config.recompute_granularity == "full"
         self._sequence_parallel = config.sequence_parallel
         self.overlapped = False
-        """Whether gradients or weights are sent while there is computation."""
+        """Whether gradient or parameter messages overlap with computation."""
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, embedded: torch.Tensor, row_tokens: int, inputs: EncoderInputs | None,
                 *, cut_for_context: bool = True) -> torch.Tensor:
-        """Return embeddings [local tokens, 1, hidden] with features over those of placeholders.
+        """Replace placeholder embeddings [local tokens, 1, hidden] by encoder features.
 
         Args:
-            embedded: those of this process's part of a row.
+            embedded: embeddings of the local tokens.
             row_tokens: tokens of the whole row.
-            inputs: what the row has for encoders; None: nothing.
-            cut_for_context: whether the row is cut over the context-parallel group.
+            inputs: records to encode. None: no records.
+            cut_for_context: whether context parallelism splits the row.
         """
-        places = _places(row_tokens, self._sequence_parallel, cut_for_context) if inputs else None
+        local_index = _places(row_tokens, self._sequence_parallel, cut_for_context) if inputs else None
         for kind, name in ENCODERS.items():
             encoder, part = getattr(self, name), (inputs or {}).get(kind)
-            here = None
-            if part is not None and places is not None:
-                at = places[part.places]
-                here = select_placeholders(part, at >= 0, at[at >= 0])
-            if here is not None and len(here.places):
+            local_part = None
+            if part is not None and local_index is not None:
+                targets = local_index[part.places]
+                local_part = select_placeholders(part, targets >= 0, targets[targets >= 0])
+            if local_part is not None and len(local_part.places):
                 if encoder is None:
                     raise ValueError(f"a row has {kind}, and the model has no model.{name}")
-                embedded = self._over(embedded, encoder, here)
+                embedded = self._over(embedded, encoder, local_part)
             elif encoder is not None and self.overlapped and encoder.trains and torch.is_grad_enabled():
-                # the library waits for every parameter's gradient, and sends them as they come: which must be
-                # the same order on all processes, whatever their rows hold
-                nothing = torch.zeros(0, dtype=torch.int64, device=embedded.device)
-                embedded = embedded.index_copy(0, nothing, self._features(encoder, None)[nothing][:, None])
+                # overlapped gradient reduction sends every parameter's gradient as soon as it exists, in an
+                # order that must be equal on all processes, with and without records in their rows
+                no_tokens = torch.zeros(0, dtype=torch.int64, device=embedded.device)
+                features = self._features(encoder, None)
+                embedded = embedded.index_copy(0, no_tokens, features[no_tokens][:, None])
         return embedded
 
-    def _over(self, embedded: torch.Tensor, encoder: Any, here: EncoderInput) -> torch.Tensor:
-        records, numbers, places = (to_device(torch.from_numpy(values), embedded.device)
-                                    for values in (np.stack(here.records), here.features, here.places))
-        over = self._features(encoder, records)[numbers] * self._factor
-        return embedded.index_copy(0, places, over[:, None].to(embedded.dtype))
+    def _over(self, embedded: torch.Tensor, encoder: Any, local_part: EncoderInput) -> torch.Tensor:
+        arrays = np.stack(local_part.records), local_part.features, local_part.places
+        records, feature_index, places = (to_device(torch.from_numpy(values), embedded.device)
+                                          for values in arrays)
+        features = self._features(encoder, records)[feature_index] * self._factor
+        return embedded.index_copy(0, places, features[:, None].to(embedded.dtype))
 
     def _features(self, encoder: Any, records: torch.Tensor | None) -> torch.Tensor:
         if self._recomputed and torch.is_grad_enabled():
@@ -520,27 +518,27 @@ class MediaEncoders(torch.nn.Module):
         return features.flatten(0, 1)
 
     def blocks(self) -> list[Block]:
-        """Return the blocks of this process, which are whole tensors: name, memory, global shape, place in
-        it, and place among the processes that hold the same (as `local_shards.LocalShard`)."""
+        """Return the fields of `local_shards.LocalShard` for each parameter: name, data, global shape,
+        offset, replica. The blocks are whole tensors."""
         replica = (0, int(parallel_state.get_tensor_model_parallel_rank()),
                    int(parallel_state.get_data_parallel_rank(with_context_parallel=True)))
         return [(name, p.detach(), tuple(p.shape), (0,) * p.dim(), replica)
                 for name, p in self.named_parameters()]
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
-        """Return nothing: `local_shards` asks for `blocks`."""
+        """Return nothing: `local_shards` reads `blocks`."""
         return {}
 
 
 def _places(row_tokens: int, sequence_parallel: bool, cut_for_context: bool) -> np.ndarray:
-    """Return [row tokens] int64: which local token each token of a row is, -1 for another process's."""
+    """Return [row tokens] int64: the local index of each token of a row, -1 on other processes."""
     if cut_for_context:
-        mine = context.row_index(row_tokens, sequence_parallel, torch.device("cpu")).numpy()
+        local_tokens = context.row_index(row_tokens, sequence_parallel, torch.device("cpu")).numpy()
     else:
-        mine = np.arange(row_tokens)
+        local_tokens = np.arange(row_tokens)
         if sequence_parallel:
             size = parallel_state.get_tensor_model_parallel_world_size()
-            mine = mine.reshape(size, -1)[parallel_state.get_tensor_model_parallel_rank()]
-    places = np.full(row_tokens, -1, np.int64)
-    places[mine] = np.arange(len(mine))
-    return places
+            local_tokens = local_tokens.reshape(size, -1)[parallel_state.get_tensor_model_parallel_rank()]
+    local_index = np.full(row_tokens, -1, np.int64)
+    local_index[local_tokens] = np.arange(len(local_tokens))
+    return local_index

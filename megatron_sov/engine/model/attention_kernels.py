@@ -1,5 +1,4 @@
-"""Which of Transformer Engine's kernels attends: its answer for packed rows of a model, and its decisions,
-which are kept."""
+"""Which attention kernel Transformer Engine selects for packed rows, and a cache of its selections."""
 
 from __future__ import annotations
 
@@ -16,65 +15,64 @@ from megatron_sov.model.config import ModelConfig
 
 TE_ATTENTION_VARIABLES = {"flash": "NVTE_FLASH_ATTN", "fused": "NVTE_FUSED_ATTN",
                           "unfused": "NVTE_UNFUSED_ATTN"}
-"""Kernel of Transformer Engine -> the variable that allows it, which the library sets by `gpu.attention`."""
+"""Kernel of Transformer Engine -> environment variable that allows it; `gpu.attention` sets them."""
 
 
 KEPT_DECISIONS = 64
 
 
 def keep_attention_decisions(utils: Any) -> None:
-    """Have Transformer Engine keep its decision about kernels for every kind of call.
+    """Cache Transformer Engine's choice of attention kernel per kind of call.
 
-    2.20.2 keeps the last one alone (`_attention_backends`), so that layers with a window and without, in
-    turn, have it ask cuDNN at every change.  Where one call has several policies it keeps them as is done
-    here: by equal parameters and variables.
+    Version 2.20.2 caches only the last choice (`_attention_backends`), so that alternating layers with and
+    without a sliding window query cuDNN at every change. Calls under different policies are told apart as
+    here: by equal parameters and environment variables.
 
     Args:
-        utils: its module of `get_attention_backend`, which it asks by that name.
+        utils: the module with `get_attention_backend`, looked up there at each call.
     """
-    decide = utils.get_attention_backend
-    if hasattr(decide, "kept"):
+    select_backend = utils.get_attention_backend
+    if hasattr(select_backend, "kept"):
         return
-    kept: list[tuple[list[str | None], Any, Any]] = []
+    cache: list[tuple[list[str | None], Any, Any]] = []
 
-    def decided(params: Any) -> Any:
+    def select_cached(params: Any) -> Any:
         variables = [os.environ.get(name) for name in TE_ATTENTION_VARIABLES.values()]
-        for then, asked, found in kept:
-            if then == variables and asked == params:
-                return found
-        kept.append((variables, params, decide(params)))
-        del kept[:-KEPT_DECISIONS]
-        return kept[-1][-1]
+        for cached_variables, cached_params, decision in cache:
+            if cached_variables == variables and cached_params == params:
+                return decision
+        cache.append((variables, params, select_backend(params)))
+        del cache[:-KEPT_DECISIONS]
+        return cache[-1][-1]
 
-    decided.kept = kept  # type: ignore[attr-defined]
-    utils.get_attention_backend = decided
+    select_cached.kept = cache  # type: ignore[attr-defined]
+    utils.get_attention_backend = select_cached
 
 
 def head_size(model: ModelConfig) -> tuple[int, int]:
-    """Return how wide queries and values are where Transformer Engine attends."""
+    """Return the head sizes of queries and values in Transformer Engine's attention."""
     latent = model.latent_attention
     if latent is None:
         return model.head_dim, model.head_dim
     keys = latent.qk_nope_head_dim + latent.qk_rope_head_dim
-    # the library pads values of packed rows to the width of queries
+    # the library pads the values of packed rows to the query size
     return keys, max(keys, latent.v_head_dim)
 
 
 ASKED_DOCUMENTS, ASKED_TOKENS = 4, 4096
-"""Of the row that Transformer Engine is asked about; its answer for packed rows hangs on neither."""
+"""Documents and tokens of the packed row in the query; the answer for packed rows depends on neither."""
 
 
 def without_kernel(model: ModelConfig, tp: int, attention: str) -> str:
-    """Return why no kernel of Transformer Engine attends packed rows of this model on this GPU, in its own
-    words; empty: one does.
+    """Return why Transformer Engine has no attention kernel for packed rows of this model on this GPU, or "".
 
-    It says so to a log that is off, and goes on with products of whole rows, padded to the longest document:
-    on an H200 with two versions of cuDNN those took 11 of the 12 s of a step of `solar-open-102b`.
+    Without a kernel, Transformer Engine writes the reason to a disabled log and computes padded whole-row
+    products: on an H200 with two cuDNN versions those took 11 of the 12 s of a `solar-open-102b` step.
 
     Args:
-        model: which heads and windows.
+        model: heads and windows.
         tp: tensor-parallel size.
-        attention: `gpu.attention`; under auto FlashAttention is a kernel, too.
+        attention: `gpu.attention`; with auto, FlashAttention counts as a kernel.
     """
     if not on_gpu():
         return ""
@@ -82,49 +80,51 @@ def without_kernel(model: ModelConfig, tp: int, attention: str) -> str:
     windows = {*model.windows(), *([model.mtp_window()] if model.num_predictions else [])}
     variables = tuple(os.environ.get(name) for name in TE_ATTENTION_VARIABLES.values())
     for window in sorted(windows):
-        flash, fused = _asked(model.num_heads // tp, max(1, groups // tp), head_size(model), window,
+        flash_serves, reason = _asked(model.num_heads // tp, max(1, groups // tp), head_size(model), window,
                               variables)
-        if fused and not (flash and attention == "auto"):
-            return fused
+        if reason and not (flash_serves and attention == "auto"):
+            return reason
     return ""
 
 
 @functools.cache
 def _asked(heads: int, groups: int, size: tuple[int, int], window: int,
            variables: tuple[str | None, ...]) -> tuple[bool, str]:
-    """Return Transformer Engine's answer under variables that are set now: whether FlashAttention serves, and
-    why no kernel of cuDNN does; empty: one does."""
+    """Return whether FlashAttention serves, and why no cuDNN kernel does ("" if one does), for the given
+    environment `variables`."""
     from transformer_engine.pytorch.attention.dot_product_attention import utils
 
-    asked = {"qkv_layout": "thd_thd_thd", "batch_size": ASKED_DOCUMENTS, "num_heads": heads,
+    params = {"qkv_layout": "thd_thd_thd", "batch_size": ASKED_DOCUMENTS, "num_heads": heads,
              "num_gqa_groups": groups, "max_seqlen_q": ASKED_TOKENS, "max_seqlen_kv": ASKED_TOKENS,
              "num_tokens_q": ASKED_TOKENS, "num_tokens_kv": ASKED_TOKENS, "head_dim_qk": size[0],
              "head_dim_v": size[1], "attn_mask_type": "padding_causal",
              "window_size": (window - 1, 0) if window else (-1, 0), "bottom_right_diagonal": False,
              "core_attention_bias_requires_grad": False, "softmax_scale": size[0] ** -0.5}
-    known = {field.name for field in fields(utils.AttentionParams)}  # other versions ask for less
-    with _said_to("DotProductAttention", utils.AttentionLogging) as said:
-        flash, _, fused, *_ = utils.get_attention_backend(
-            utils.AttentionParams(**{name: value for name, value in asked.items() if name in known}))
-    if fused:
-        return bool(flash), ""
-    why = next((line for line in said if line.startswith("Disabling FusedAttention")), "no reason told")
-    return bool(flash), (f"Transformer Engine has no kernel for packed rows of {heads} heads of {size[0]} "
-                         f"and {groups} of keys on this GPU ({why.splitlines()[0]})")
+    field_names = {field.name for field in fields(utils.AttentionParams)}  # older versions have fewer
+    with _said_to("DotProductAttention", utils.AttentionLogging) as messages:
+        flash_serves, _, fused_serves, *_ = utils.get_attention_backend(
+            utils.AttentionParams(**{name: value for name, value in params.items() if name in field_names}))
+    if fused_serves:
+        return bool(flash_serves), ""
+    reason = next((line for line in messages if line.startswith("Disabling FusedAttention")),
+                  "no reason given")
+    return bool(flash_serves), (
+        f"Transformer Engine has no kernel for packed rows with {heads} query heads of size {size[0]} and "
+        f"{groups} key heads on this GPU ({reason.splitlines()[0]})")
 
 
 @contextmanager
 def _said_to(name: str, levels: Any) -> Iterator[list[str]]:
-    """Collect what Transformer Engine says to its log within; it sets the log's level in each call, from
-    `levels._log_level`.  Nobody else hears it."""
-    said: list[str] = []
+    """Collect the messages that Transformer Engine logs, without printing them; it sets the log level from
+    `levels._log_level` in each call."""
+    messages: list[str] = []
     handler = logging.Handler(logging.DEBUG)
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     log = logging.getLogger(name)
-    before = levels._log_level, log.level, log.handlers, log.propagate
+    previous = levels._log_level, log.level, log.handlers, log.propagate
     levels._log_level, log.handlers, log.propagate = logging.DEBUG, [handler], False
     try:
-        yield said
+        yield messages
     finally:
-        levels._log_level, level, log.handlers, log.propagate = before
+        levels._log_level, level, log.handlers, log.propagate = previous
         log.setLevel(level)

@@ -1,7 +1,6 @@
-"""What is read at a time of sequences that layers keep something of: spans of tokens, side by side in a row.
+"""Rows of spans: new tokens of several cached sequences, packed side by side.
 
-A cache has slots, one for each sequence that is being read.  To take tokens back is to read the next ones at
-their positions.
+A cache has one slot per active sequence. To roll back tokens, read the next ones at their positions.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from megatron_sov.model.modality import EncoderInputs, join_inputs
 
 @dataclass(frozen=True)
 class CacheSize:
-    """How much a cache can hold."""
+    """Limits of a cache."""
 
     slots: int
-    """Sequences."""
+    """Number of sequences."""
     max_tokens: int
-    """Longest sequence, in tokens, drafts included."""
+    """Length of the longest sequence in tokens, drafts included."""
     step_tokens: int = 1
-    """Most tokens of a span that may be taken back; longer spans stay."""
+    """Longest span that may be rolled back; longer spans stay."""
 
 
 @dataclass(frozen=True)
@@ -34,18 +33,18 @@ class CacheSpan:
     """New tokens of one sequence."""
 
     slot: int
-    """Place of the sequence in the cache."""
+    """Slot of the sequence."""
     past: int
-    """How many of its tokens the cache holds; what it holds beyond is taken back."""
+    """Number of cached tokens to keep; later ones are rolled back."""
     tokens: Sequence[int]
-    """What is read now, at least one token."""
+    """New tokens, at least one."""
     encoder_inputs: EncoderInputs | None = None
-    """Pictures and sounds that these tokens stand for, placed from the first of them; None: nothing."""
+    """Images and audio of these tokens, with positions relative to the first. None: no media."""
 
 
 @dataclass
 class CacheGroup:
-    """Pieces of equal length that stand side by side in a row, of sequences in neighbouring slots."""
+    """Adjacent spans of equal length in adjacent slots."""
 
     start: int
     """Row index of the first token."""
@@ -54,46 +53,45 @@ class CacheGroup:
     length: int
     """Tokens of each span."""
     past: list[int]
-    """Tokens that the cache holds of each sequence."""
+    """Cached tokens of each sequence."""
 
 
 @dataclass
 class PackedSpans(PackedSeqParams):
-    """What attention needs to know about a row of spans; to the library the row is one sequence."""
+    """Packed-sequence parameters of a row of spans; Megatron-Core sees the row as one sequence."""
 
     groups: list[CacheGroup] = field(default_factory=list)
-    """In the order of the row."""
+    """Groups in row order."""
 
 
 @dataclass(frozen=True)
 class ReadRow:
-    """Pieces side by side, padded to a length that the layout can split;
-    whole on every process that reads them."""
+    """Spans side by side, padded to a length that the layout can split; whole on every process of a replica.
+    """
 
     tokens: torch.Tensor
     """[tokens] int64."""
     positions: torch.Tensor
     """[tokens] int64, counted from the start of each sequence."""
     ends: list[int]
-    """Row index after each span."""
+    """Row index after the last token of each span."""
     packed: PackedSpans
-    """The spans."""
+    """Attention parameters of the spans."""
     encoder_inputs: EncoderInputs | None = None
-    """Pictures and sounds that its tokens stand for; None: nothing."""
+    """Images and audio of the row's tokens. None: no media."""
 
     def padding(self, sequence_parallel: bool) -> torch.Tensor:
-        """Return [tokens] bool, True where a token is padding;
-        under sequence parallelism this process's part."""
-        mask = torch.arange(len(self.tokens), device=self.tokens.device) >= (
+        """Return the padding mask [tokens] bool; under sequence parallelism the local part."""
+        padding_mask = torch.arange(len(self.tokens), device=self.tokens.device) >= (
             self.ends[-1] if self.ends else 0)
         if sequence_parallel:
-            mask = mask.chunk(parallel_state.get_tensor_model_parallel_world_size())[
+            padding_mask = padding_mask.chunk(parallel_state.get_tensor_model_parallel_world_size())[
                 parallel_state.get_tensor_model_parallel_rank()]
-        return mask
+        return padding_mask
 
 
 def read_row(spans: Sequence[CacheSpan], row_tokens: int, device: torch.device) -> ReadRow:
-    """Put spans into a row of `row_tokens`, which the layout must be able to split."""
+    """Pack spans into a row of `row_tokens` tokens, a length that the layout can split."""
     groups: list[CacheGroup] = []
     ends: list[int] = []
     tokens: list[int] = []
@@ -107,14 +105,15 @@ def read_row(spans: Sequence[CacheSpan], row_tokens: int, device: torch.device) 
         tokens += span.tokens
         positions.append(torch.arange(span.past, span.past + len(span.tokens)))
         ends.append(len(tokens))
-    gap = row_tokens - len(tokens)
-    place = torch.cat([*positions, torch.zeros(gap, dtype=torch.int64)])
-    # rotations are tabled by length: powers of two make few tables
-    longest = 1 << int(place.max()).bit_length()
-    # on the CPU, where the library reads it
-    whole = torch.tensor([0, row_tokens * context.size()], dtype=torch.int32)
-    packed = PackedSpans(qkv_format="thd", cu_seqlens_q=whole, cu_seqlens_kv=whole, max_seqlen_q=longest,
-                         max_seqlen_kv=longest, groups=groups)
+    num_padding = row_tokens - len(tokens)
+    row_positions = torch.cat([*positions, torch.zeros(num_padding, dtype=torch.int64)])
+    # the library caches rotary tables by length: powers of two keep their number small
+    max_positions = 1 << int(row_positions.max()).bit_length()
+    # on the CPU, where the library reads the bounds
+    row_bounds = torch.tensor([0, row_tokens * context.size()], dtype=torch.int32)
+    packed = PackedSpans(qkv_format="thd", cu_seqlens_q=row_bounds, cu_seqlens_kv=row_bounds,
+                         max_seqlen_q=max_positions, max_seqlen_kv=max_positions, groups=groups)
     inputs = join_inputs((end - len(span.tokens), span.encoder_inputs)
                          for end, span in zip(ends, spans, strict=True))
-    return ReadRow(torch.tensor(tokens + [0] * gap).to(device), place.to(device), ends, packed, inputs)
+    token_ids = torch.tensor(tokens + [0] * num_padding)
+    return ReadRow(token_ids.to(device), row_positions.to(device), ends, packed, inputs)

@@ -1,10 +1,12 @@
-"""A run of layers of the model, made of the library's embedding, transformer block and prediction block: it
-ends in hidden states, so that objectives apply the head in chunks."""
+"""A model chunk: Megatron-Core's embedding, transformer block and prediction block, without the logits.
+
+Objectives apply the output head to the hidden states in chunks of tokens."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,31 +40,33 @@ from megatron_sov.model.modality import EncoderInputs
 
 
 class OutputHead(ColumnParallelLinear):
-    """The output head, whose weight gradient comes from the losses: they take the weight and never call the
-    module, so its own configuration has no fused accumulation of weight gradients, for which the library's
-    class demands APEX even where Transformer Engine accumulates."""
+    """Output head that losses use as a bare weight.
+
+    Losses read `weight` and never call `forward`, so `gradient_accumulation_fusion` stays off in its own
+    config: with the fusion, Megatron-Core's class requires APEX even if Transformer Engine accumulates."""
 
     def __init__(self, *args: Any, config: Any, **settings: Any) -> None:
-        # not dataclasses.replace: the library's checks refuse the per-layer lists that are set after them
-        own = copy.copy(config)
-        own.gradient_accumulation_fusion = False
-        super().__init__(*args, config=own, **settings)
+        # dataclasses.replace would rerun the config's checks, which refuse the per-layer lists set after them
+        head_config = copy.copy(config)
+        head_config.gradient_accumulation_fusion = False
+        super().__init__(*args, config=head_config, **settings)
 
 
 class PredictionLayer(MultiTokenPredictionLayer):
-    """Multi-token prediction layer for rows of packed documents, wherever they are cut.
+    """Multi-token prediction (MTP) layer for rows of packed documents.
 
-    The library moves tokens ahead in a loop over documents, and under context parallelism cuts each
-    document for itself, and tells experts nothing of padding.
+    Megatron-Core shifts tokens in a loop over documents and splits each document separately under context
+    parallelism. This class shifts and splits whole rows. Test:
+    `test_gradients.py::test_loss_and_all_gradients_equal_transformers`.
 
-    Applied several times (`ModelConfig.mtp_depths`), it gives the states of all depths one behind the other.
-    Recomputation then repeats all of them at once: gradients of a weight arrive once in a pass, as the
-    wrapper for data parallelism expects.
+    With `ModelConfig.mtp_depths` > 1 the layer runs several times and concatenates the states of all depths
+    along the token axis. Recomputation repeats all depths together, so that the gradient of a weight arrives
+    once per backward pass, as the data-parallel wrapper expects.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # checkpoints name the layer inside `transformer_layer`, as the library's own checkpoints do
+        # Checkpoints call the inner layer `transformer_layer`, as Megatron-Core's own checkpoints do.
         children = list(self._modules.items())
         self._modules.clear()
         for name, child in children:
@@ -70,61 +74,59 @@ class PredictionLayer(MultiTokenPredictionLayer):
 
     @property
     def mtp_model_layer(self) -> Any:
-        """The layer inside, under the name by which the library calls it."""
+        """The inner transformer layer, under the name that Megatron-Core calls."""
         return self.transformer_layer
 
     def _get_embeddings(self, input_ids: torch.Tensor, position_ids: torch.Tensor,
                         embedding: Callable[..., torch.Tensor], hidden_states: torch.Tensor,
                         packed_seq_params: PackedDocuments | None = None,
                         padding_mask: torch.Tensor | None = None) -> tuple[torch.Tensor | None, ...]:
-        """Return the whole row's tokens [tokens] moved a place further for each depth, and the local ones'
-        embeddings, one depth behind the other."""
+        """Return the whole row's tokens [tokens] shifted left once per depth, and the embeddings of the local
+        tokens [depths * local tokens, 1, hidden]."""
         assert packed_seq_params is not None
         ahead, embedded = input_ids, []
         for _ in range(self.config.mtp_depths):
             ahead = next_tokens(ahead, packed_seq_params.bounds)
             embedded.append(embedding(input_ids=context.local(ahead)[None], position_ids=position_ids))
         states = make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True)
-        together = embedded[0] if len(embedded) == 1 else torch.cat(embedded)
-        return ahead, position_ids, padding_mask, together, states
+        joined = embedded[0] if len(embedded) == 1 else torch.cat(embedded)
+        return ahead, position_ids, padding_mask, joined, states
 
     def _proj_and_transformer_layer(self, hidden_states: torch.Tensor, decoder_input: torch.Tensor,
                                     **kwargs: Any) -> torch.Tensor:
-        """Apply the layer to as many depths as there are embeddings of, each to the states of the one
-        before."""
-        found = []
+        """Apply the layer once per depth in `decoder_input`; depth k reads the states of depth k - 1."""
+        outputs = []
         for embedded in decoder_input.chunk(len(decoder_input) // len(hidden_states)):
             hidden_states = super()._proj_and_transformer_layer(
                 hidden_states=hidden_states, decoder_input=embedded, **kwargs)
-            found.append(hidden_states)
-        return found[0] if len(found) == 1 else torch.cat(found)
+            outputs.append(hidden_states)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def transform(self, hidden: torch.Tensor, embedded: torch.Tensor, rotary: torch.Tensor,
                   packed: PackedSpans) -> torch.Tensor:
-        """Run the layer on given states and embeddings of the tokens ahead, both [tokens /
-        sequence-parallel size, 1, hidden]."""
+        """Run one depth on hidden states and embeddings of the next tokens, both
+        [tokens / sequence-parallel size, 1, hidden]."""
         states: torch.Tensor = self._proj_and_transformer_layer(
             hidden_states=hidden, decoder_input=embedded, rotary_pos_emb=rotary, packed_seq_params=packed)
         return states
 
 
 def next_tokens(tokens: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
-    """Return [tokens] int64: at each place the token that follows in its document,
-    and 0 at the document's last place.
+    """Shift tokens left by one inside each document; the last token of a document becomes 0.
 
     Args:
-        tokens: [tokens] int64, a whole row.
-        bounds: [documents + 1], cumulative lengths of its documents.
+        tokens: [tokens] int64, the whole row.
+        bounds: [documents + 1] cumulative document lengths.
     """
     ahead = tokens.roll(-1)
-    # behind an empty document at the row's beginning: the row's last place, which is a document's too
-    lasts = (bounds[1:].long() - 1) % len(tokens)
-    return ahead.index_fill(0, lasts, 0)
+        # an empty first document gives index -1, the last token of the row, which ends a document as well
+    last_index = (bounds[1:].long() - 1) % len(tokens)
+    return ahead.index_fill(0, last_index, 0)
 
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """What the model reads of a micro-batch: one row of packed documents, whole on every process."""
+    """Model inputs of one micro-batch: a row of packed documents, not split over processes."""
 
     tokens: torch.Tensor
     """[tokens] int64."""
@@ -137,57 +139,72 @@ class ModelInputs:
     padding: torch.Tensor
     """[tokens] bool, True where a token is padding."""
     host_bounds: Sequence[int] | None = None
-    """`cu_seqlens` on the host; None: they are fetched where they are needed, and the host waits."""
+    """`cu_seqlens` on the host. None: copied from the device on first use, which makes the host wait."""
     routes: np.ndarray | None = None
-    """[tokens, layers, top_k] on the host: experts that tokens visit (`documents.shard_files`); None: routers
-    choose."""
+    """[tokens, layers, top_k] expert indices on the host (`documents.shard_files`). None: routers choose."""
     shared: SharedPrompts | None = None
-    """What documents share, of which the row holds each token once; None: nothing."""
+    """Prompts shared by several documents and stored once in the row. None: no shared prompts."""
     encoder_inputs: EncoderInputs | None = None
-    """Pictures and sounds whose features stand over placeholders, on the host; None: there are none."""
+    """Images and audio clips whose features replace placeholder embeddings, on the host."""
+
+
+@contextlib.contextmanager
+def offloaded_activations(config: Any) -> Iterator[None]:
+    """Let the library offload activations (`gpu.offload_modules`) in training passes alone.
+
+    The library fixes its plan of groups in the first pass and walks through that plan in every later pass,
+    with or without gradients: an evaluation would become the plan, or leave it at another place.
+    """
+    if not config.fine_grained_activation_offloading:
+        yield
+        return
+    FineGrainedActivationOffloadingInterface.enable_offload()
+    try:
+        yield
+    finally:
+        FineGrainedActivationOffloadingInterface.disable_offload()
 
 
 class BegunRow(NamedTuple):
-    """A row in front of a chunk's first layer, as far as this process has it."""
+    """Inputs of a chunk's first layer on this process."""
 
     embedded: torch.Tensor | None
-    """[tokens, 1, hidden] embeddings; None: layers take what the stage before has sent."""
+    """[local tokens, 1, hidden]. None: layers read the tensor sent by the previous pipeline stage."""
     positions: torch.Tensor
-    """[1, tokens] places in documents."""
+    """[1, local tokens] int64, counted from the start of each document."""
     rotary: torch.Tensor
-    """Angles."""
+    """Rotary angles [local tokens, 1, 1, channels], or a table by position for the fused kernel."""
     packed: Any
-    """Its documents, as attention takes them."""
+    """`PackedDocuments` or the library's `PackedSeqParams`."""
     padding: torch.Tensor
-    """[1 or more, tokens] mask, see `Chunk._local_padding`."""
+    """[1 or 1 + bits, local tokens] padding mask, see `Chunk._local_padding`."""
 
 
 class Chunk(LanguageModule):
-    """A run of layers that takes `ModelInputs` and ends in hidden states [depths * local tokens, 1, hidden].
+    """Consecutive layers that map `ModelInputs` to hidden states [depths * local tokens, 1, hidden].
 
-    Depth 0 is the trunk's output after its final norm; depth k that of the k-th multi-token prediction layer.
-    Local tokens are those of this process, where context and sequence parallelism cut the row.
+    Depth 0 holds the trunk's output after the final norm, depth k the output of MTP layer k. Local tokens are
+    the tokens that context and sequence parallelism assign to this process.
     """
 
     def __init__(self, config: Any, model: ModelConfig, vp_stage: int | None) -> None:
-        """Make the modules of this process's stage.
+        """Create the modules of this pipeline stage.
 
         Args:
-            config: the library's TransformerConfig.
+            config: the library's `TransformerConfig`.
             model: the architecture.
-            vp_stage: number of the chunk under an interleaved pipeline; None: it is the stage's only one.
+            vp_stage: index of the chunk in an interleaved pipeline. None: the stage has one chunk.
         """
         super().__init__(config)
         self.adapters: Adapters | None = None
-        """Low-rank adapters of its linear layers, which are trained in the place of the weights."""
+        """Low-rank adapters of the linear layers, trained instead of the weights."""
         self.encoders: MediaEncoders | None = None
-        """Encoders of pictures and sounds, on the first run of a model that has some."""
+        """Encoders of images and audio. Only the first chunk of a multimodal model has them."""
         self.before_head: Callable[[], None] | None = None
-        """Waits for the head's weight while its update is being gathered; None: there is nothing to wait
-        for."""
+        """Waits until the all-gather of the updated head weight finishes. None: no gather is pending."""
         self._weights_stay = False
-        """Whether weights are marked as none of the activations that are offloaded."""
-        # the library's schedules, sums of gradients and data-parallel wrapper read these by their names
+        """Whether `_begin_offloading` has excluded the weights from activation offloading."""
+        # Megatron-Core's schedules, gradient reductions and data-parallel wrapper read these attributes
         self.model_type = ModelType.encoder_or_decoder
         self.vp_stage = vp_stage
         self.pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
@@ -214,26 +231,26 @@ class Chunk(LanguageModule):
         if self.pre_process or self.post_process:
             self.setup_embeddings_and_output_layer()
         for module in self.modules():
-            if hasattr(module, "finish_init"):  # Transformer Engine's, without a recipe of their own
+            if hasattr(module, "finish_init"):  # Transformer Engine modules without a quantization recipe
                 module.finish_init(None)
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Take the hidden states that the stage before has sent: a tensor, or a list with one."""
+        """Set the hidden states received from the previous stage: a tensor, or a list with one tensor."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return the library's declaration of the weights, without the head's extra state, which is empty."""
-        declared: dict[str, Any] = super().sharded_state_dict(*args, **kwargs)
-        declared.pop("output_layer._extra_state", None)
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return Megatron-Core's shards without the head's `_extra_state`, which is empty."""
+        declared: dict[str, Any] = super().sharded_state_dict(prefix, *args, **kwargs)
+        declared.pop(f"{prefix}output_layer._extra_state", None)
         return declared
 
     def forward(self, inputs: ModelInputs, first_route: int | None = None) -> torch.Tensor:
-        """Run the model on this process's part of the row.
+        """Run the chunk on the local tokens of a row.
 
         Args:
-            inputs: the row.
-            first_route: place of its first token in the table of routes (`router.replay_routes`); None:
-                routers choose.
+            inputs: the whole row.
+            first_route: row of its first token in the route table (`router.replay_routes`). None: routers
+                choose the experts.
         """
         row = self.begin(inputs, first_route)
         hidden = self.decoder(
@@ -242,46 +259,45 @@ class Chunk(LanguageModule):
         return self.end(hidden, inputs, row)
 
     def build_schedule_plan(self, inputs: ModelInputs, first_route: int | None) -> OverlappedPasses:
-        """Return the passes of a micro-batch cut into the parts that the library's schedule interleaves
-        (`parallel.expert_overlap` = micro_batches); arguments as of `forward`."""
+        """Return the schedule plan that `parallel.expert_overlap` = micro_batches interleaves with the plan
+        of another micro-batch. Arguments as in `forward`."""
         return OverlappedPasses(self, inputs, first_route)
 
     def begin(self, inputs: ModelInputs, first_route: int | None) -> BegunRow:
-        """Return what layers take of a row, see `forward`."""
-        if self.config.fine_grained_activation_offloading:
+        """Embed the local tokens and compute rotary angles, packing and padding for the first layer."""
+        if self.config.fine_grained_activation_offloading and torch.is_grad_enabled():
             self._begin_offloading()
-        own, bucketed = self.config.own_attention, self.config.attention_backend.name != "unfused"
-        packed = pack(inputs.cu_seqlens, inputs.max_document_tokens, len(inputs.tokens), own=own,
+        own_attention, bucketed = self.config.own_attention, self.config.attention_backend.name != "unfused"
+        packed = pack(inputs.cu_seqlens, inputs.max_document_tokens, len(inputs.tokens), own=own_attention,
                       host_bounds=inputs.host_bounds, shared=inputs.shared, bucketed=bucketed)
         self.config.routing_step.shared = inputs.shared
         tokens, positions = context.local(inputs.tokens)[None], context.local(inputs.positions)[None]
         embedded = self._with_features(self._embed(tokens, positions), len(inputs.tokens),
                                        inputs.encoder_inputs)
         rotary = self._angles(packed)
-        # the fused kernel finds each token's angles itself
+        # the fused kernel looks up each token's angles in the table
         if not self.config.apply_rope_fusion:
             rotary = rotary[positions[0]]
         return BegunRow(embedded, positions, rotary, packed, self._local_padding(inputs.padding, first_route))
 
     def end(self, hidden: torch.Tensor, inputs: ModelInputs, row: BegunRow) -> torch.Tensor:
-        """Return the trunk's hidden states and behind them those of prediction layers, where they are."""
+        """Append the hidden states of the MTP layers to those of the trunk, and wait for the head weight."""
         if self.mtp_process:
-            # no place in a table of routes: what generates records the trunk's alone
-            row.packed.padding = self._local_padding(inputs.padding, None)
+            # MTP layers have no rows in the route table: generation records trunk routes only
             hidden = self.mtp(input_ids=inputs.tokens, position_ids=row.positions, hidden_states=hidden,
                               attention_mask=None, rotary_pos_emb=row.rotary, packed_seq_params=row.packed,
-                              embedding=self.embedding)
+                              embedding=self.embedding,
+                              padding_mask=self._local_padding(inputs.padding, None))
         if self.before_head is not None:
             self.before_head()
         return hidden
 
     def read(self, row: ReadRow) -> torch.Tensor:
-        """Run the trunk's layers on new tokens of sequences whose keys and values attention
-        keeps (`kv_cache`).
+        """Run the trunk on new tokens of sequences in the KV cache (`kv_cache`).
 
         Returns:
-            Hidden states [tokens / sequence-parallel size, 1, hidden] of a row that is not cut for
-            context parallelism.
+            Hidden states [tokens / sequence-parallel size, 1, hidden]; the row is not split for context
+            parallelism.
         """
         embedded = self._with_features(self._embed(row.tokens[None], row.positions[None]), len(row.tokens),
                                        row.encoder_inputs, cut_for_context=False)
@@ -291,35 +307,35 @@ class Chunk(LanguageModule):
             packed_seq_params=row.packed, padding_mask=row.padding(self.config.sequence_parallel)[None])
 
     def predict(self, row: ReadRow, hidden: torch.Tensor, ahead: torch.Tensor) -> torch.Tensor:
-        """Run the multi-token prediction layer on new tokens of sequences whose keys and values it keeps.
+        """Run the MTP layer on new tokens of sequences in the KV cache.
 
         Args:
-            row: the tokens' places.
-            hidden: states of the depth before, as `read` returns them.
-            ahead: [tokens] int64, the token that follows each.
+            row: the new tokens.
+            hidden: hidden states of the previous depth, as returned by `read`.
+            ahead: [tokens] int64, the successor of each token.
 
         Returns:
-            Hidden states, as `read` does, behind which the head predicts one token further.
+            Hidden states in the shape of `read`; the head predicts one token further from them.
         """
         embedded = self.embedding(input_ids=ahead[None], position_ids=row.positions[None])
         return self.mtp.layers[0].transform(hidden, embedded, self._angles(row.packed)[row.positions],
                                             row.packed)
 
     def _embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
-        """Return embeddings of tokens [1, tokens]; None: layers take what the stage before has sent."""
+        """Embed tokens [1, tokens]. None: this stage reads the previous stage's hidden states."""
         if not self.pre_process:
             return None
         embedded: torch.Tensor = self.embedding(input_ids=tokens, position_ids=positions)
         return embedded
 
     def _angles(self, packed: Any) -> torch.Tensor:
-        """Return the angles of every place of the longest document, [places, 1, 1, channels]."""
-        found = self.rotary_pos_emb(max(packed.max_seqlen_q, packed.max_seqlen_kv), packed_seq=True)
-        angles: torch.Tensor = found[0] if isinstance(found, tuple) else found  # YaRN's come with a factor
+        """Return rotary angles for all positions of the longest document, [positions, 1, 1, channels]."""
+        table = self.rotary_pos_emb(max(packed.max_seqlen_q, packed.max_seqlen_kv), packed_seq=True)
+        angles: torch.Tensor = table[0] if isinstance(table, tuple) else table  # YaRN also returns a factor
         return angles
 
     def _begin_offloading(self) -> None:
-        """Have the library offload activations of the pass that begins, and no weights."""
+        """Start activation offloading for a forward pass, with weights excluded."""
         config, offload = self.config, FineGrainedActivationOffloadingInterface
         offload.init_chunk_handler(
             pp_rank=self.pg_collection.pp.rank(), vp_size=config.virtual_pipeline_model_parallel_size,
@@ -334,34 +350,35 @@ class Chunk(LanguageModule):
 
     def _with_features(self, embedded: Any, row_tokens: int, inputs: EncoderInputs | None, *,
                        cut_for_context: bool = True) -> Any:
-        """Return embeddings with features over those of placeholders, on the run that embeds tokens."""
+        """Replace placeholder embeddings by encoder features on the chunk that embeds tokens."""
         if self.encoders is not None:
             with_features: torch.Tensor = self.encoders(embedded, row_tokens, inputs,
                                                         cut_for_context=cut_for_context)
             return with_features
         if self.pre_process and inputs:
-            raise ValueError(f"a row has {' and '.join(inputs)}, and the model has no encoder of such")
+            raise ValueError(f"a row has {' and '.join(inputs)}, but the model has no encoder for it")
         return embedded
 
     def _local_padding(self, padding: torch.Tensor, first_route: int | None) -> torch.Tensor:
-        """Return this process's part of the padding mask, [1, tokens], or [1 + bits, tokens] with the places
-        of routes.
+        """Return the padding mask of the local tokens, [1, tokens], or with routes [1 + bits, tokens]: the
+        extra rows encode indices into the route table.
 
-        Every stage splits it: the library's own model splits it on the first stage only.
+        Every stage splits the mask: Megatron-Core's own model splits it on the first stage only.
         """
-        mine = context.row_index(len(padding), self.config.sequence_parallel, padding.device)
+        local_index = context.row_index(len(padding), self.config.sequence_parallel, padding.device)
         if first_route is None:
-            return padding[mine][None]
-        mask: torch.Tensor = self.config.routing_step.table.mask(padding[mine], first_route + mine)
+            return padding[local_index][None]
+        table = self.config.routing_step.table
+        mask: torch.Tensor = table.mask(padding[local_index], first_route + local_index)
         return mask
 
 
 class OverlappedPasses(TransformerModelChunkSchedulePlan):
-    """A micro-batch's passes through a chunk, cut where tokens travel to experts and back, so that the
-    library computes a part of another micro-batch meanwhile (`parallel.expert_overlap`).
+    """Schedule plan of a micro-batch, cut at expert dispatch and combine (`parallel.expert_overlap`).
 
-    Its own first and last part know neither padding nor our losses, and it takes no prediction layer of
-    packed rows: such layers, one of many, run behind the trunk in one piece.
+    Megatron-Core computes a part of another micro-batch while tokens travel. Its first and last node handle
+    neither padding nor our losses, and it accepts no MTP layer for packed rows, so the MTP layers run in the
+    last node as one piece.
     """
 
     pre_process: Any
@@ -371,29 +388,29 @@ class OverlappedPasses(TransformerModelChunkSchedulePlan):
         super().__init__(chunk, None, None, None)
         state, stream = self.state, self.pre_process.stream
 
-        def begin() -> torch.Tensor:
+        def run_first_part() -> torch.Tensor:
             row = state.row = chunk.begin(inputs, first_route)
             state.rotary_pos_emb, state.packed_seq_params = row.rotary, row.packed
             state.rotary_pos_cos = state.rotary_pos_sin = state.sequence_len_offset = None
             chunk.config.routing_step.padding = row.padding
             states = chunk.decoder.input_tensor if row.embedded is None else row.embedded
-            # of frozen embeddings: a pass back must have something to end at
+            # frozen embeddings: the backward pass needs a tensor that requires a gradient
             return states if states.requires_grad else states.requires_grad_()
 
-        self.pre_process = ScheduleNode(begin, stream, self.event, name="pre_process")
+        self.pre_process = ScheduleNode(run_first_part, stream, self.event, name="pre_process")
         if self.post_process is None:
             return
 
-        def back(outputs: Any, gradients: Any) -> Any:
+        def run_backward(outputs: Any, gradients: Any) -> Any:
             node.default_backward_func(outputs, gradients)
             for module in chunk.mtp.modules() if chunk.mtp_process else ():
-                # weight gradients of the trunk that are left for later are the plan's, these are nobody's
+                # the plan computes delayed weight gradients of the trunk only
                 if hasattr(module, "need_backward_dw") and module.need_backward_dw():
                     module.backward_dw()
             return gradients
 
         node: Any = ScheduleNode(lambda hidden: chunk.end(hidden, inputs, state.row), stream, self.event,
-                                 back, name="post_process")
+                                 run_backward, name="post_process")
         self.post_process = node
 
     def _build_layer_schedule_plan(self, module: Any, *streams: Any) -> None:
@@ -402,8 +419,7 @@ class OverlappedPasses(TransformerModelChunkSchedulePlan):
 
 
 def _rotary_embedding(config: Any, model: ModelConfig, cp_group: Any) -> Any:
-    """Return the library's module that makes angles, with YaRN's scaling where the model has it; latent
-    attention takes its angles from YaRN's module always."""
+    """Build the rotary embedding. Models with YaRN or latent attention use the library's YaRN module."""
     settings = {"kv_channels": config.kv_channels, "rotary_percent": model.rope_share,
                 "rotary_interleaved": config.rotary_interleaved, "rotary_base": model.rope_theta,
                 "use_cpu_initialization": config.use_cpu_initialization}
@@ -418,14 +434,14 @@ def _rotary_embedding(config: Any, model: ModelConfig, cp_group: Any) -> Any:
 
 
 def _block_spec(config: Any, model: ModelConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """Return the spec of a chunk's trunk layers."""
+    """Return the layer specs of this chunk's part of the trunk."""
     first = get_transformer_layer_offset(config, vp_stage)
     local = layer_specs(config, model)[first:first + get_num_layers_to_build(config, vp_stage)]
     return TransformerBlockSubmodules(layer_specs=local, layer_norm=block_norm(config))
 
 
 def _prediction_spec(config: Any, model: ModelConfig) -> MultiTokenPredictionBlockSubmodules:
-    """Return the spec of the multi-token prediction layers."""
+    """Return the specs of the MTP layers."""
     layer = get_mtp_layer_spec(mtp_layer_spec(config, model),
                                use_transformer_engine=uses_transformer_engine(config.params_dtype))
     layer.module = PredictionLayer

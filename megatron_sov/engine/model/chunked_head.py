@@ -1,12 +1,12 @@
-"""The output head and its softmax over the vocabulary, a chunk of tokens at a time, with gradients in
-the same pass.
+"""Output head and vocabulary softmax in chunks of tokens, with gradients in the same pass.
 
-Shapes: T tokens of a row, n of them on this process (gathered where sequence parallelism cuts them), C of a
-chunk, H hidden size, V vocabulary (split over the tensor-parallel group); n x V logits never exist.
+Shapes: T tokens of a row, n local tokens (gathered under sequence parallelism), C tokens of a chunk, H hidden
+size, V vocabulary (split over the tensor-parallel group). Logits of shape n x V never exist.
 
-The derivative of a token's cross-entropy by its logits is ``softmax - one_hot(label)``, so with the token's
-weight known a chunk's logits give everything before they are dropped.  `CrossEntropySums` does so in the
-forward pass; `LabelLogprobs`, which learns the weights from the backward pass, applies the head again there.
+The derivative of a token's cross-entropy with respect to its logits is ``softmax - one_hot(label)``. With
+token weights known in advance, `CrossEntropySums` computes loss and gradients in the forward pass and drops
+each chunk's logits. `LabelLogprobs` receives the token weights in the backward pass and applies the head a
+second time.
 """
 
 from __future__ import annotations
@@ -22,42 +22,40 @@ from torch.autograd.function import once_differentiable
 from megatron_sov.engine.parallel import context
 
 ROWS_OF_PRODUCT = 8192
-"""Rows of the weight's gradient that a float32 product is held for at a time, before it is added."""
+"""Rows of the weight gradient per float32 product, which limits the temporary memory."""
 
 
 @dataclass(frozen=True)
 class Chunking:
-    """How the head is applied."""
+    """How the head is split into chunks of tokens."""
 
     chunk_tokens: int
     """C."""
     token_rows: int
-    """This process's rows of the head's weight that belong to token ids; rows that pad the vocabulary
-    follow them."""
+    """Local rows of the head weight that belong to token ids; padding rows follow."""
     softcap: float | None = None
-    """Cap on the logits, before the temperature (`ModelConfig.logits_softcap`)."""
+    """Cap on the logits, applied before the temperature (`ModelConfig.logits_softcap`)."""
 
     def parts(self, num_tokens: int) -> list[slice]:
-        """Return the chunks of so many tokens, in order; of none, one without any."""
+        """Return the chunks of `num_tokens` tokens in order; with 0 tokens, one empty chunk."""
         return [slice(i, i + self.chunk_tokens) for i in range(0, max(1, num_tokens), self.chunk_tokens)]
 
 
 class CrossEntropySums(torch.autograd.Function):
-    """Weighted sums of the tokens' cross-entropies, each differentiable by a factor of its own."""
+    """Weighted sums of token cross-entropies; each sum is differentiable."""
 
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor,
                 chunking: Chunking, differentiable: bool,
                 *token_weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """[n, H], [V / tp, H], [T], and [T] of each sum -> losses [T] without gradient, and the sums.
+        """states [n, H], weight [V / tp, H], labels [T], weights [T] -> losses [T] without gradient, sums.
 
-        `differentiable` is whether gradients were switched on outside: in here they never are.
+        `differentiable` tells whether gradients are enabled outside: inside `forward` they never are.
         """
         gradients = Gradients.zeros(states, weight, tuple(context.local(w) for w in token_weights),
                                     differentiable and ctx.needs_input_grad[0],
                                     differentiable and ctx.needs_input_grad[1])
-        # gradients are filled in the same sweep: weights are known before, so no chunk's logits are made
-        # twice
+        # the same sweep fills the gradients, since the token weights are known: logits are computed once
         losses = context.gather(-_sweep(states, weight, context.local(labels), chunking, gradients))
         gradients.keep(ctx)
         ctx.mark_non_differentiable(losses)
@@ -66,17 +64,17 @@ class CrossEntropySums(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: torch.Tensor, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Scale what the forward pass left."""
+        """Scale the gradients that the forward pass computed."""
         return *Gradients.kept(ctx, len(upstream)).scaled(upstream), *[None] * (3 + len(upstream))
 
 
 class LabelLogprobs(torch.autograd.Function):
-    """Log-probability of each token's label, for losses whose derivative by it is not known before."""
+    """Label log-probabilities, for losses whose derivative is known only in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor,
                 chunking: Chunking, temperature: float) -> torch.Tensor:
-        """[n, H], [V / tp, H], [n] -> [n]."""
+        """states [n, H], weight [V / tp, H], labels [n] -> log-probabilities [n]."""
         ctx.save_for_backward(states, weight, labels)
         ctx.chunking, ctx.temperature = chunking, temperature
         return _sweep(states, weight, labels, chunking, Gradients(), temperature)
@@ -84,7 +82,7 @@ class LabelLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Apply the head again."""
+        """Apply the head again, now with the token weights `-upstream`."""
         states, weight, labels = ctx.saved_tensors
         gradients = Gradients.zeros(states, weight, (-upstream,), *ctx.needs_input_grad[:2])
         _sweep(states, weight, labels, ctx.chunking, gradients, ctx.temperature)
@@ -93,8 +91,8 @@ class LabelLogprobs(torch.autograd.Function):
 
 def project(states: torch.Tensor, weight: torch.Tensor, token_rows: int,
             temperature: float = 1.0, softcap: float | None = None) -> torch.Tensor:
-    """Return logits [n, V / tp], capped and then divided by the temperature, in float32 (float64 where the
-    model is), -inf behind `token_rows`."""
+    """Return logits [n, V / tp] in float32 or wider: capped, divided by the temperature, -inf from column
+    `token_rows` on."""
     logits = states @ weight.t()
     logits = cap_logits_(logits.to(torch.promote_types(logits.dtype, torch.float32)), softcap)
     if temperature != 1:
@@ -105,32 +103,32 @@ def project(states: torch.Tensor, weight: torch.Tensor, token_rows: int,
 
 @dataclass(frozen=True)
 class Gradients:
-    """Derivatives of the tokens' losses, summed up over chunks; what nobody needs is left out."""
+    """Gradients of the token losses, accumulated over chunks; unneeded gradients are None or empty."""
 
     token_weights: tuple[torch.Tensor, ...] = ()
-    """[n] each, in the dtype of the logits."""
+    """[n] each, in the logits' dtype."""
     of_states: torch.Tensor | None = None
-    """[n, H]: of each token's loss, without a weight, by its hidden state."""
+    """[n, H]: gradient of each token's unweighted loss with respect to its hidden state."""
     of_weight: tuple[torch.Tensor, ...] = ()
-    """[V / tp, H] each: of the sum under these token weights, by the head's weight; in float32 under bf16, in
-    which running sums would lose what later chunks add."""
+    """[V / tp, H] per sum: gradient of the weighted sum with respect to the head weight. float32 for bf16
+    models: a bf16 sum would lose later chunks."""
 
     @classmethod
     def zeros(cls, states: torch.Tensor, weight: torch.Tensor, token_weights: tuple[torch.Tensor, ...],
               of_states: bool, of_weight: bool) -> Gradients:
-        """Begin those that are needed."""
+        """Allocate the needed gradients."""
         dtype = torch.promote_types(states.dtype, torch.float32)
         return cls(tuple(w.to(dtype) for w in token_weights), torch.empty_like(states) if of_states else None,
                    tuple(torch.zeros_like(weight, dtype=dtype) for _ in token_weights) if of_weight else ())
 
     @classmethod
     def kept(cls, ctx: Any, num_sums: int) -> Gradients:
-        """Return what `keep` left in the forward pass of so many sums."""
+        """Restore the gradients that `keep` saved for `num_sums` sums."""
         of_states, *rest = ctx.saved_tensors
         return cls(tuple(rest[:num_sums]), of_states, tuple(rest[num_sums:]))
 
     def keep(self, ctx: Any) -> None:
-        """Leave these to the backward pass."""
+        """Save the gradients for the backward pass."""
         ctx.save_for_backward(self.of_states, *self.token_weights, *self.of_weight)
 
     @property
@@ -139,15 +137,15 @@ class Gradients:
 
     def add(self, part: slice, states: torch.Tensor, weight: torch.Tensor, by_logits: torch.Tensor,
             sums: torch.Tensor) -> None:
-        """Add a chunk's.
+        """Add the gradients of a chunk.
 
         Args:
-            part: its tokens.
-            states: [C, H] their hidden states.
-            weight: [V / tp, H].
-            by_logits: [C, V / tp] ``sums *`` the derivative of each token's loss by its logits: dividing the
-                small factors by the sums saves a pass over this large one.
-            sums: [C].
+            part: the chunk's tokens.
+            states: [C, H] hidden states.
+            weight: [V / tp, H] head weight.
+            by_logits: [C, V / tp] ``sums *`` the derivative of each token's loss with respect to its logits.
+                Dividing the small factors by `sums` saves a pass over this large tensor.
+            sums: [C] divisors.
         """
         by_logits = by_logits.to(weight.dtype)
         if self.of_states is not None:
@@ -158,18 +156,17 @@ class Gradients:
             _add_product(total, by_logits.t(), weighted.to(weight.dtype))
 
     def scaled(self, factors: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Return the derivatives of ``sum over k of factor k * sum k`` by hidden states and head weight,
-        in the place of these.
+        """Scale in place and return the gradients of ``sum over k of factors[k] * sum k`` with respect to
+        hidden states and head weight.
 
-        Factors are stretched to the dimensions of what they multiply: as numbers they would be rounded
-        to its dtype before.
+        Factors are reshaped to the dimensions of the gradients: as 0-dim tensors they would be rounded to the
+        gradient's dtype.
         """
         if self.of_states is not None:
-            # a token's states belong to all sums at once: their factors times the token's weights add up
-            # before the product
-            of_tokens = torch.stack([f.reshape(1) * w
+            # a hidden state contributes to all sums: add up factor * token weight before the product
+            token_factors = torch.stack([f.reshape(1) * w
                                      for f, w in zip(factors, self.token_weights, strict=True)]).sum(0)
-            self.of_states.mul_(of_tokens[:, None])
+            self.of_states.mul_(token_factors[:, None])
         for factor, total in zip(factors, self.of_weight, strict=False):
             total.mul_(factor.reshape(1, 1))
         for total in self.of_weight[1:]:
@@ -178,83 +175,80 @@ class Gradients:
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """Add ``a @ b`` of 16-bit matrices to a float32 total without rounding it to 16 bits first."""
+    """Add ``a @ b`` of 16-bit matrices to a float32 total without rounding the product to 16 bits."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
         return
     for first in range(0, len(total), ROWS_OF_PRODUCT):
         rows = slice(first, first + ROWS_OF_PRODUCT)
-        # only GPUs multiply 16 bits into 32
+        # only GPUs multiply 16-bit matrices into float32
         total[rows] += (torch.mm(a[rows], b, out_dtype=total.dtype) if a.is_cuda
                         else a[rows].to(total.dtype) @ b.to(total.dtype))
 
 
 def _sweep(states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunking: Chunking,
            gradients: Gradients, temperature: float = 1.0) -> torch.Tensor:
-    """Return log-probabilities [n] of labels in float32 (float64 where the model is); gradients
-    are added up."""
+    """Return label log-probabilities [n] in float32 or wider, and accumulate gradients."""
     return torch.cat([_chunk(part, states[part], weight, labels[part], chunking, gradients, temperature)
                       for part in chunking.parts(len(states))])
 
 
 def _chunk(part: slice, states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunking: Chunking,
            gradients: Gradients, temperature: float) -> torch.Tensor:
-    """[C, H], [V / tp, H], [C] -> [C]; the one tensor of logits turns in place into what it is needed for,
-    beside the slope of a cap."""
+    """Process a chunk: states [C, H], weight [V / tp, H], labels [C] -> log-probabilities [C].
+
+    One tensor of logits is reused in place for exponentials and derivatives; a softcap needs a second."""
     group = parallel_state.get_tensor_model_parallel_group()
     logits = project(states, weight, chunking.token_rows, temperature, chunking.softcap)
-    steep = (softcap_slope(logits, chunking.softcap, temperature, chunking.token_rows) if gradients.are_needed
+    slope = (softcap_slope(logits, chunking.softcap, temperature, chunking.token_rows) if gradients.are_needed
              else None)
-    # the largest of the whole vocabulary: exp must not overflow, and all processes must subtract the same
-    # number
+    # maximum over the whole vocabulary: exp must not overflow, and all processes subtract the same number
     largest = logits.max(dim=-1).values
     if group.size() > 1:
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group)
     logits -= largest[:, None]
-    place = labels - group.rank() * logits.shape[1]
-    # a label belongs to one process of the group; the others add 0 to the sum below
-    here = (place >= 0) & (place < logits.shape[1])
-    place = place.where(here, 0)
-    chosen = logits.gather(1, place[:, None])[:, 0].where(here, 0.0)
+    column = labels - group.rank() * logits.shape[1]
+    # one process of the group owns the label; the others add 0 to the sum below
+    is_local = (column >= 0) & (column < logits.shape[1])
+    column = column.where(is_local, 0)
+    chosen = logits.gather(1, column[:, None])[:, 0].where(is_local, 0.0)
     exponentials = logits.exp_()
-    # one message for both sums
-    both = torch.stack([chosen, exponentials.sum(dim=-1)])
+    # reduce both sums in one message
+    sums_to_reduce = torch.stack([chosen, exponentials.sum(dim=-1)])
     if group.size() > 1:
-        torch.distributed.all_reduce(both, group=group)
-    chosen, sums = both
+        torch.distributed.all_reduce(sums_to_reduce, group=group)
+    chosen, sums = sums_to_reduce
     if gradients.are_needed:
-        # times `sums`, the derivative of -log p by the logits is exp(x) - sums at the label and exp(x)
-        # elsewhere; the division comes later, on the small factors
-        exponentials[torch.arange(len(place), device=place.device), place] -= sums.where(here, 0.0)
-        if steep is not None:
-            exponentials *= steep
-        # a logit's derivative by its states has the temperature in the divisor too
+        # sums * d(-log p)/d(logits) is exp(x) - sums at the label and exp(x) elsewhere; `Gradients.add`
+        # divides the small factors instead of this tensor
+        exponentials[torch.arange(len(column), device=column.device), column] -= sums.where(is_local, 0.0)
+        if slope is not None:
+            exponentials *= slope
+        # logits are divided by the temperature, so their derivative by the states is too
         gradients.add(part, states, weight, exponentials, sums * temperature)
     return chosen - sums.log()
 
 
-# Soft caps: logits of the output head kept within a cap by ``cap * tanh(x / cap)`` (arXiv 2408.00118,
-# section 2).
+
 
 
 def cap_logits_(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """Return capped logits, in their place; None: as they are."""
+    """Apply ``cap * tanh(x / cap)`` in place (arXiv 2408.00118, section 2). None: no cap."""
     return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
 def softcap_slope(logits: torch.Tensor, cap: float | None, temperature: float,
                   token_rows: int) -> torch.Tensor | None:
-    """Return the derivative of capped logits by what they were before, ``1 - (capped / cap)^2``; None: no
-    cap.
+    """Return the derivative of capped logits with respect to uncapped logits, ``1 - (capped / cap)^2``.
 
     Args:
         logits: [C, V / tp], capped, then divided by the temperature.
-        cap: the cap.
-        temperature: see `logits`.
-        token_rows: columns that belong to token ids; those behind have no derivative.
+        cap: the cap. None: no cap, returns None.
+        temperature: divisor of `logits`.
+        token_rows: columns that belong to token ids; the derivative of padding columns is 0.
     """
     if cap is None:
         return None
-    found = (logits * (temperature / cap)).square_().neg_().add_(1)
-    found[:, token_rows:] = 0
-    return found
+    slope = (logits * (temperature / cap)).square_().neg_().add_(1)
+    slope[:, token_rows:] = 0
+    return slope

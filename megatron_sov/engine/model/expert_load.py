@@ -1,4 +1,4 @@
-"""What the routers of a model did: tokens per expert, and the biases by which experts are chosen."""
+"""Tokens per expert and selection biases of a model's routers."""
 
 from __future__ import annotations
 
@@ -13,44 +13,43 @@ from megatron_sov.engine.parallel.collectives import all_reduce_world
 
 
 class ExpertLoad:
-    """Tokens per expert and layer, collected before the library resets its counters,
-    and the routers' selection biases."""
+    """Tokens per expert and layer, copied before Megatron-Core resets its counters, and selection biases."""
 
     def __init__(self, model: LanguageModel) -> None:
         self._model = model
         architecture = model.architecture
-        # behind the trunk's layers stand those for prediction, whose routers have numbers of their own
+        # MTP layers follow the trunk's, with layer numbers of their own
         num_layers = architecture.num_layers + architecture.num_mtp_moe_layers()
         self._shape = num_layers + 1, architecture.num_experts
         self._counts: dict[int, torch.Tensor] = {}
         self._gathered: torch.Tensor | None = None
         self._biases_before: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.before_sync: Callable[[], None] = lambda: None
-        """Called when this process has its gradients, before it waits for those of others."""
+        """Called once the local gradients are complete, before the wait for other processes."""
 
     def _routers(self) -> list[Any]:
         return [m for m in self._model.modules() if hasattr(m, "local_tokens_per_expert")]
 
     def finalize(self, chunks: list[Any], num_tokens: torch.Tensor | None = None, pg_collection: Any = None,
                  force_all_reduce: bool | None = False) -> None:
-        """Sum gradients over processes and update router biases (the library's `finalize_model_grads_func`).
+        """Reduce gradients and update router biases (the library's `finalize_model_grads_func`).
 
-        The division by a token count is left out: losses arrive divided by their own global denominators.
+        `num_tokens` is ignored: losses are already divided by their global denominators.
         """
         self.before_sync()
         self._gathered = None
         routers = self._routers()
-        # before the library's own finalize, which updates biases by these counts and sets them to zero
+        # before `finalize_model_grads`, which updates biases from the counts and zeroes the counts
         self._counts = {router.layer_number: router.local_tokens_per_expert.clone() for router in routers}
         self._biases_before = [(r.expert_bias, r.expert_bias.clone())
                                for r in routers if r.expert_bias is not None]
         finalize_model_grads(chunks, None, pg_collection, bool(force_all_reduce))
         if self._model.lora.on:
-            self.undo()  # a frozen model's routers choose as they did
-        self.forget()  # the library forgets the counts of routers with a selection bias only
+            self.undo()  # a frozen model keeps its routing
+        self.forget()  # Megatron-Core zeroes only the counts of routers with a selection bias
 
     def undo(self) -> None:
-        """Take back what `finalize` did to the biases, since the step is refused."""
+        """Restore the biases from before `finalize`, for a rejected step."""
         for bias, before in self._biases_before:
             bias.copy_(before)
 
@@ -59,15 +58,14 @@ class ExpertLoad:
             router.local_tokens_per_expert.zero_()
 
     def gather(self) -> torch.Tensor:
-        """Return [layers, experts] token counts of the last step, summed over all processes once (zero
-        rows: dense layers); the last row is the prediction layer's, where it has experts."""
+        """Return the last step's token counts [layers, experts] float64, summed over all processes and
+        cached. Dense layers have zero rows; the last row counts the MTP layer's experts, if any."""
         if self._gathered is None:
             self._gathered = self._sum(self._counts)
         return self._gathered
 
     def during(self, action: Callable[[], Any]) -> tuple[Any, torch.Tensor]:
-        """Do something with the model in evaluation mode; returns its result and the [layers,
-        experts] token counts of it."""
+        """Call `action` in evaluation mode; return its result and the token counts [layers, experts]."""
         step = self._model.config.routing_step
         self.forget()
         step.counts_evaluation = True
@@ -80,21 +78,19 @@ class ExpertLoad:
         return result, self._sum(counts)
 
     def biases(self) -> torch.Tensor:
-        """Return [layers, experts] selection biases; zero rows where a layer has none."""
+        """Return selection biases [layers, experts] float64; zero rows for layers without biases."""
         with_bias = {r.layer_number: r.expert_bias for r in self._routers() if r.expert_bias is not None}
         ones = {layer: torch.ones_like(bias) for layer, bias in with_bias.items()}
-        both = torch.stack([self._rows(with_bias), self._rows(ones)])
-        # a bias is on every replica, and counts on each process are its own: biases are a mean over holders,
-        # counts a sum
-        total, holders = all_reduce_world(both)[:, 1:]
+        biases_and_ones = torch.stack([self._rows(with_bias), self._rows(ones)])
+        # every replica holds the same bias, but its own counts: average biases, sum counts
+        total, holders = all_reduce_world(biases_and_ones)[:, 1:]
         return total / holders.clamp(min=1)
 
     def _sum(self, counts: dict[int, torch.Tensor]) -> torch.Tensor:
         return all_reduce_world(self._rows(counts))[1:]
 
     def _rows(self, by_layer: dict[int, torch.Tensor]) -> torch.Tensor:
-        """Return [layers + 1, experts] float64; the first row belongs to no layer,
-        since layers count from 1."""
+        """Return [layers + 1, experts] float64; row 0 stays zero, since layer numbers start at 1."""
         rows = torch.zeros(self._shape, dtype=torch.float64)
         if by_layer:
             rows[list(by_layer)] = torch.stack(list(by_layer.values())).double().cpu()

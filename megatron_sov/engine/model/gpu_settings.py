@@ -1,4 +1,5 @@
-"""From `gpu.*` to the library's fields: what is set, what `auto` comes to, why a setting cannot be here."""
+"""Maps `gpu.*` and `train.fp8` to Megatron-Core's config fields, resolves `auto`, and refuses settings that
+this process cannot use."""
 
 from __future__ import annotations
 
@@ -20,15 +21,14 @@ from megatron_sov.engine.parallel.device import (
 from megatron_sov.model.config import GpuConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sov.model.config.gpu import fp8_format
 
-# Matrix products of the transformer layers in 8 or 4 bits, by Transformer Engine: the library's settings for
-# `train.fp8`, and what the machine must have.
+# FP8 and FP4 matrix products by Transformer Engine (`train.fp8`).
 
 FIELDS = ("fp8", "fp4", "moe_router_padding_for_quantization")
-"""Fields of the library's configuration that forward passes ask whether to quantise."""
+"""Fields by which Megatron-Core's forward passes decide whether to quantize."""
 
 
 def library_settings(train: TrainConfig) -> dict[str, Any]:
-    """Return the fields of the library's `TransformerConfig` for `train.fp8`."""
+    """Return the `TransformerConfig` fields for `train.fp8`."""
     if train.fp8 == "none":
         return {}
     scaling = ({"fp4": "e2m1", "fp4_recipe": "nvfp4"} if train.fp8 == "nvfp4"
@@ -38,11 +38,10 @@ def library_settings(train: TrainConfig) -> dict[str, Any]:
 
 
 def keep_ends_in_bf16(config: Any, train: TrainConfig) -> None:
-    """Name the trunk's layers that stay in bf16 in the library's `TransformerConfig`.
+    """Set the trunk layers that stay in bf16, on a validated `TransformerConfig`.
 
-    Behind its validation, which allows num_layers // pp of them at either end, also where stages are not
-    equal; layers are asked by their number in the whole model (`is_first_last_bf16_layer`), so nothing needs
-    that rule.
+    The validation limits both ends to num_layers // pp layers, which unequal stages do not need:
+    `is_first_last_bf16_layer` looks up layers by their number in the whole model.
     """
     start, end = train.fp8_bf16_layers_at_start, train.fp8_bf16_layers_at_end
     config.first_last_layers_bf16 = start + end > 0
@@ -50,14 +49,14 @@ def keep_ends_in_bf16(config: Any, train: TrainConfig) -> None:
 
 
 def refuse_without_chip(train: TrainConfig, serves: bool) -> None:
-    """Refuse `train.fp8` where this process cannot compute it.
+    """Raise an error if this process cannot compute `train.fp8`.
 
     Args:
-        train: the settings.
-        serves: whether models are made of Transformer Engine's modules here.
+        train: training settings.
+        serves: whether models use Transformer Engine modules here.
 
     Raises:
-        UserError: there is no GPU with Transformer Engine, or it lacks what the recipe needs.
+        UserError: no GPU with Transformer Engine, or the GPU lacks the recipe.
     """
     if train.fp8 == "none":
         return
@@ -74,54 +73,54 @@ def refuse_without_chip(train: TrainConfig, serves: bool) -> None:
 
 @contextmanager
 def in_bf16(config: Any) -> Iterator[None]:
-    """Have forward passes quantise nothing: rows that are only read may have any length, and what they give
-    is what the exported bf16 weights give."""
-    before = {name: getattr(config, name) for name in FIELDS}
+    """Disable quantization inside the context: rows may then have any length, and outputs equal those of the
+    exported bf16 weights."""
+    previous = {name: getattr(config, name) for name in FIELDS}
     config.fp8 = config.fp4 = None
     config.moe_router_padding_for_quantization = False
     try:
         yield
     finally:
-        for name, value in before.items():
+        for name, value in previous.items():
             setattr(config, name, value)
 
 
 @dataclass(frozen=True)
 class Here:
-    """Where a model is to run, as far as settings depend on it."""
+    """The circumstances that decide which settings can be used."""
 
     te: bool
-    """Whether Transformer Engine's modules make the model."""
+    """Whether the model uses Transformer Engine modules."""
     model: ModelConfig
-    """What it is."""
+    """Architecture."""
     parallel: ParallelConfig
-    """How it is laid out."""
+    """Layout."""
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """A kernel that is on wherever it can be, unless it is switched off."""
+    """A fused kernel: enabled if possible, unless its setting is off."""
 
     setting: str
-    """Name in `GpuConfig`."""
+    """Field of `GpuConfig`."""
     field: str
-    """Field of the library's TransformerConfig."""
+    """Field of the library's `TransformerConfig`."""
     needs: Callable[[Here], bool]
-    """Whether the kernel can be on."""
+    """Whether the kernel can be enabled in this model and layout."""
     serves: Callable[[ModelConfig], bool] = lambda model: True
-    """Whether it computes what the model asks for, so that `auto` puts it on; asked where `needs` holds."""
+    """Whether the kernel computes this model correctly, so that `auto` enables it; called only if `needs`."""
 
     def value(self, gpu: GpuConfig, here: Here) -> bool:
-        """Return what the library gets."""
+        """Return the value of the library's field."""
         chosen = getattr(gpu, self.setting)
         return (chosen != "off" and here.te and self.needs(here)
                 and (chosen == "on" or self.serves(here.model)))
 
 
 FUSIONS = (
-    # YaRN's factor is in the scale of the softmax, so that the kernel rotates and does no more
+    # the softmax scale contains YaRN's factor, so the kernel only rotates
     Fusion("rope_fusion", "apply_rope_fusion", lambda here: here.parallel.cp == 1
-           # the kernel of latent attention wants a table of cosines and sines
+           # the latent attention kernel would need a table of cosines and sines
            and here.model.latent_attention is None),
     Fusion("router_fusion", "moe_router_fusion", lambda here: here.model.num_moe_layers() > 0,
            lambda model: not router.problem(model)),
@@ -130,23 +129,23 @@ FUSIONS = (
     Fusion("grad_accumulation_fusion", "gradient_accumulation_fusion", lambda here: True),
 )
 OVERLAP = ("overlap_moe_expert_parallel_comm", "delay_wgrad_compute")
-"""Fields that are set behind the library's validation."""
+"""Fields set after the config's validation."""
 OF_DISPATCH = "overlap_dispatch_backward_with_experts_wgrad"
-"""Its field for `parallel.expert_overlap` = weight_gradients."""
+"""Field for `parallel.expert_overlap` = weight_gradients."""
 RECOMPUTED_WITH_TE = {"layernorm": "core_attn, mlp or moe", "moe_act": "moe"}
-"""Modules that the library recomputes by means of Transformer Engine -> what can be recomputed without."""
+"""Modules whose recomputation needs Transformer Engine -> modules to name without it."""
 HEADS_256_CUDNN = 92500
-"""The first cuDNN that trains packed rows with heads of 256 on Blackwell."""
+"""First cuDNN version that trains packed rows with head size 256 on Blackwell."""
 NEEDS_TE = "needs Transformer Engine on a GPU, and a bf16 model"
 ALLOCATOR, EXPANDABLE = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"), "expandable_segments:True"
-"""Variables of torch's allocator, by both names, and what of theirs does not go with NCCL's registration."""
+"""Both names of torch's allocator variable, and the option that conflicts with NCCL's registration."""
 
 
 def transformer_settings(gpu: GpuConfig, train: TrainConfig, here: Here) -> dict[str, Any]:
-    """Return fields of the library's TransformerConfig.
+    """Return the `TransformerConfig` fields for kernels, recomputation, offloading and CUDA graphs.
 
-    Where something is on that cannot be here, it is off: training has been refused (`refuse`), and what is
-    left only looks at a model, as `plan` does.
+    Settings that this process cannot use are off: `refuse` has rejected training with them, so the model is
+    only inspected (by `plan`).
     """
     from megatron.core.transformer.enums import AttnBackend
 
@@ -161,14 +160,14 @@ def transformer_settings(gpu: GpuConfig, train: TrainConfig, here: Here) -> dict
     if gpu.offload_modules and here.te:
         settings |= {"fine_grained_activation_offloading": True, "offload_modules": list(gpu.offload_modules)}
     if gpu.cuda_graphs and here.te:
-        # captured before the first step: the capture warms up by itself
+        # graphs are captured before the first step, and the capture includes its own warm-up
         settings |= {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": list(gpu.cuda_graphs),
                      "cuda_graph_warmup_steps": 0}
     return settings
 
 
 def expert_settings(gpu: GpuConfig, here: Here) -> dict[str, Any]:
-    """Return fields of the library's TransformerConfig that models with experts have."""
+    """Return the `TransformerConfig` fields of models with experts."""
     parallel, dispatcher = here.parallel, here.parallel.expert_dispatcher
     overlap = {"moe_shared_expert_overlap": gpu.shared_expert_overlap == "on" and here.te,
                "overlap_moe_expert_parallel_comm": parallel.expert_overlap == "micro_batches",
@@ -183,9 +182,8 @@ def expert_settings(gpu: GpuConfig, here: Here) -> dict[str, Any]:
 
 
 def gradient_settings(gpu: GpuConfig, parallel: ParallelConfig, *, bf16: bool) -> dict[str, Any]:
-    """Return fields of the library's DistributedDataParallelConfig for a model whose parameters are bf16
-    or wider."""
-    # without this sums would begin before such gradients are there
+    """Return fields of `DistributedDataParallelConfig`; `bf16` tells whether parameters are bf16."""
+    # the wrapper must wait for delayed weight gradients before it reduces them
     delayed = parallel.delay_weight_grads or parallel.expert_overlap == "weight_gradients"
     return {"delay_wgrad_compute": delayed,
             "grad_reduce_in_fp32": bf16 and gpu.grad_dtype == "fp32",
@@ -194,34 +192,34 @@ def gradient_settings(gpu: GpuConfig, parallel: ParallelConfig, *, bf16: bool) -
 
 
 def moment_settings(gpu: GpuConfig) -> dict[str, Any]:
-    """Return fields of the library's OptimizerConfig that differ from its own choice."""
+    """Return the `OptimizerConfig` fields for `gpu.moment_dtype`."""
     if gpu.moment_dtype == "fp32":
         return {}
     return {"use_precision_aware_optimizer": True, "exp_avg_dtype": torch.bfloat16,
             "exp_avg_sq_dtype": torch.bfloat16, "store_param_remainders": False,
-            # any but None and delayed leaves float32 master weights and gradients where they are without
-            # (`use_precision_aware_optimizer_no_fp8_or_ds_fp8`); nothing else reads it for bf16 weights
+            # any recipe but None and delayed keeps float32 masters and gradients
+            # (`use_precision_aware_optimizer_no_fp8_or_ds_fp8`); with bf16 weights nothing else reads it
             "fp8_recipe": "tensorwise"}
 
 
 def resolve_auto(config: RunConfig, te: bool) -> dict[str, Any]:
-    """Return what `auto` comes to: setting -> whether it is on, and which attention serves."""
+    """Return the effective value of each setting that may be `auto`: on or off, or the attention."""
     here = Here(te, config.model, config.parallel)
-    own = own_attention_serves(here, config.gpu.attention, config.train.deterministic)
+    own_attention = own_attention_serves(here, config.gpu.attention, config.train.deterministic)
+    by_name = exchanges_heads(here, config.gpu.attention) or not own_attention
     return {**{fusion.setting: fusion.value(config.gpu, here) for fusion in FUSIONS},
             "linear_attention": uses_delta_kernels(here, config.gpu, config.train.deterministic),
-            "attention": config.gpu.attention if exchanges_heads(here, config.gpu.attention) or not own
-            else "local"}
+            "attention": config.gpu.attention if by_name else "local"}
 
 
 def own_attention_serves(here: Here, attention: str, deterministic: bool) -> bool:
-    """Return whether this framework's own attention serves.
+    """Return whether `DocumentAttention` is used.
 
-    Under `auto` it does where no kernel of Transformer Engine's can: the fused one repeats its bits in short
-    rows alone on Hopper, and some versions of cuDNN have none for packed rows.
+    Under `auto` it is used if Transformer Engine has no suitable kernel: on Hopper the fused kernel is
+    deterministic only for short rows, and some cuDNN versions lack a kernel for packed rows.
 
     Args:
-        here: what the model is, and where it is to run.
+        here: model, layout and modules.
         attention: `gpu.attention`.
         deterministic: `train.deterministic`.
     """
@@ -234,17 +232,17 @@ def own_attention_serves(here: Here, attention: str, deterministic: bool) -> boo
 
 
 FLA_KEYS = 256
-"""Channels of a head of keys that those kernels take at most."""
+"""Largest key head size of flash-linear-attention's kernels."""
 
 
 def uses_delta_kernels(here: Here, gpu: GpuConfig, deterministic: bool) -> bool:
-    """Return whether the kernels of flash-linear-attention train the layers with linear attention.
+    """Return whether layers with linear attention train with flash-linear-attention's kernels.
 
-    Triton measures which form of a kernel is fastest in each process anew, so that bits do not repeat.
+    Triton autotunes kernels in each process, so results are not deterministic.
 
     Args:
-        here: what the model is, and where it is to run.
-        gpu: the settings.
+        here: model, layout and modules.
+        gpu: GPU settings.
         deterministic: `train.deterministic`.
     """
     linear = here.model.linear_attention
@@ -253,27 +251,28 @@ def uses_delta_kernels(here: Here, gpu: GpuConfig, deterministic: bool) -> bool:
 
 
 def exchanges_heads(here: Here, attention: str) -> bool:
-    """Return whether processes that share a row get the whole row of some heads, for an attention that was
-    asked for by its name; else each keeps its queries and gathers keys."""
+    """Return whether context parallelism exchanges heads (all-to-all), for attention selected by name;
+    otherwise it gathers keys and values."""
     return here.te and here.parallel.cp > 1 and attention not in ("auto", "local")
 
 
 def _without_heads(model: ModelConfig) -> str:
-    """Return why no fused kernel of cuDNN trains heads of this size here; empty: one does
-    (`nvte_get_fused_attn_backend` of Transformer Engine 2.20.2)."""
+    """Return why cuDNN has no fused kernel for this head size here, or "" (from
+    `nvte_get_fused_attn_backend` of Transformer Engine 2.20.2)."""
     size = head_size(model)
     if max(size) <= 128 or not on_gpu() or torch.cuda.get_device_capability()[0] < BLACKWELL:
         return ""
     needed = {(192, 128): 91100, (256, 256): HEADS_256_CUDNN}.get(size)
-    found = torch.backends.cudnn.version() or 0
+    version = torch.backends.cudnn.version() or 0
     if needed is None:
         return f"no fused kernel of cuDNN trains heads of {size[0]} on this GPU"
-    return "" if found >= needed else (f"no fused kernel of cuDNN {found} trains heads of {size[0]} on this "
-                                       f"GPU before {needed}")
+    if version >= needed:
+        return ""
+    return f"no fused kernel of cuDNN {version} trains heads of {size[0]} on this GPU before {needed}"
 
 
 def _without_repeats() -> str:
-    """Return why the fused attention of cuDNN does not repeat its bits here; empty: it does."""
+    """Return where cuDNN's fused attention is not deterministic, or ""."""
     capability = torch.cuda.get_device_capability() if on_gpu() else (0, 0)
     if capability[0] == HOPPER:
         return "in every row on this GPU"
@@ -283,25 +282,25 @@ def _without_repeats() -> str:
 
 
 def refuse(config: RunConfig, te: bool) -> None:
-    """Refuse to train with what cannot be here.
+    """Raise an error for settings that this process cannot use.
 
     Args:
-        config: the run's settings, which break no rule of their own.
-        te: whether Transformer Engine's modules make the model.
+        config: valid run settings.
+        te: whether the model uses Transformer Engine modules.
 
     Raises:
-        SettingsError: with a sentence for each.
+        SettingsError: one sentence per setting.
     """
     gpu, here = config.gpu, Here(te, config.model, config.parallel)
     dispatcher = config.parallel.expert_dispatcher
     routes = gpu.router_fusion == "on" and te and config.model.num_moe_layers() > 0
-    why_not = router.problem(config.model) if routes else ""
+    router_problem = router.problem(config.model) if routes else ""
     problems = find_broken(
         gpu, "gpu",
         *((getattr(gpu, fusion.setting) != "on" or fusion.value(gpu, here), fusion.setting,
            "has nothing to do in this model and layout" if te else NEEDS_TE, "leave it out")
           for fusion in FUSIONS),
-        (not why_not, "router_fusion", why_not),
+        (not router_problem, "router_fusion", router_problem),
         (gpu.shared_expert_overlap == "off" or te, "shared_expert_overlap", NEEDS_TE, "leave it out"),
         *_attention_rules(config, here),
         *_linear_attention_rules(config, here),
@@ -309,7 +308,7 @@ def refuse(config: RunConfig, te: bool) -> None:
            f"names {module}, which {NEEDS_TE}", f"name {instead}")
           for module, instead in RECOMPUTED_WITH_TE.items()),
         (te or not gpu.offload_modules, "offload_modules", NEEDS_TE, "leave it out"),
-        # its newer path takes weights along; the library's offloading is made for the older one
+        # Transformer Engine's newer path offloads weights too; the library supports the older one
         (not te or not gpu.offload_modules or os.environ.get("NVTE_CPU_OFFLOAD_V1") == "1", "offload_modules",
          "needs the variable NVTE_CPU_OFFLOAD_V1 = 1 before Transformer Engine is imported",
          "set it for all processes"),
@@ -340,7 +339,7 @@ def refuse(config: RunConfig, te: bool) -> None:
 
 
 def _linear_attention_rules(config: RunConfig, here: Here) -> list[tuple[bool, str, str, str]]:
-    """Return what must be for the kernels of flash-linear-attention: rules, with whether each is kept."""
+    """Return the rules of `gpu.linear_attention` = fla as (holds, setting, fault, fix)."""
     if config.gpu.linear_attention != "fla":
         return []
     sizes = here.model.linear_attention
@@ -359,7 +358,7 @@ def _linear_attention_rules(config: RunConfig, here: Here) -> list[tuple[bool, s
 
 
 def _overlap_rules(config: RunConfig, te: bool) -> list[tuple[bool, str, str, str]]:
-    """Return what hides experts' messages: rules, with whether each is kept."""
+    """Return the rules of `parallel.expert_overlap` and `delay_weight_grads`."""
     parallel, train = config.parallel, config.train
     passes = parallel.expert_overlap == "micro_batches"
     spreads = parallel.expert_overlap == "weight_gradients"
@@ -367,15 +366,15 @@ def _overlap_rules(config: RunConfig, te: bool) -> list[tuple[bool, str, str, st
     return [
         (te or not parallel.delay_weight_grads, "delay_weight_grads", NEEDS_TE, "leave it out"),
         (te or not spreads, "expert_overlap", f"= weight_gradients {NEEDS_TE}", "use micro_batches"),
-        # the library's plan frees the experts' output in every layer of a quantised run; a layer in bf16
-        # still needs it, and this dispatcher returns the same tensor
+        # the library's plan frees the experts' output in every layer of an FP8 run; a bf16 layer still needs
+        # it, and this dispatcher returns the same tensor
         (not passes or parallel.expert_dispatcher != "hybridep" or not has_bf16_ends,
          "expert_overlap", "= micro_batches frees what layers in bf16 (train.fp8_bf16_layers_at_start and "
          "_at_end) still need, with parallel.expert_dispatcher = hybridep", "use deepep, or set both to 0")]
 
 
 def _attention_rules(config: RunConfig, here: Here) -> list[tuple[bool, str, str, str]]:
-    """Return what asks for another attention than the chosen one: rules that do not hold."""
+    """Return the violated rules of `gpu.attention`."""
     rules: list[tuple[str, str]] = []
     attention = config.gpu.attention
     if attention not in ("auto", "local") and not here.te:
@@ -390,7 +389,7 @@ def _attention_rules(config: RunConfig, here: Here) -> list[tuple[bool, str, str
                                               ("flash_attn", "flash_attn_3", "flash_attn_interface"))):
         rules.append(("cannot be: FlashAttention is not installed", "install flash-attn, or set auto"))
     for kernel, name in TE_ATTENTION_VARIABLES.items() if here.te else ():
-        # the library stops at variables that contradict the setting
+        # the library raises an error if these variables contradict the setting
         value, wanted = os.environ.get(name), str(int(attention in ("auto", kernel)))
         if value not in (None, wanted):
             rules.append((f"needs the variable {name} = {wanted} or none, and the environment has {value}",

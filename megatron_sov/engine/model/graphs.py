@@ -1,13 +1,12 @@
-"""CUDA graphs of routers: what a layer with experts launches between attention and the exchange of its tokens
-(norm, router, shared experts; with `moe_preprocess` also their permutation) is launched as one.
+"""CUDA graphs of MoE layers: norm, router and shared experts become one launch, between attention and token
+dispatch (with `moe_preprocess` also the permutation).
 
-A graph replays kernels on the memory of its capture, and runs no Python.  So what changes lies in fixed
-places: a row's states and its padding are inputs of the graph, copied in at each replay; counts, balancing
-losses and selection biases are buffers; the number of sequences of a batch is a tensor (`RoutingStep`); the
-length of rows and sequences, and under a pipeline the number of micro-batches, are those of the capture, and
-where they change graphs are captured anew.  Attention stays outside, and with it everything that depends on
-where documents end.  Tests replay on the CPU what a capture recorded; on a GPU one was tried, and failed
-(docs/gpu.md).
+A graph replays kernels on the memory of its capture and runs no Python. All varying data therefore has fixed
+memory: hidden states and padding mask are graph inputs, copied at each replay; token counts, balancing losses
+and selection biases are buffers; the number of sequences is a tensor in `RoutingStep`. Row length, sequence
+length and, with pipelines, the number of micro-batches are fixed by the capture; if they change, graphs are
+captured again. Attention stays outside because it depends on document bounds. CPU tests replay a recorded
+capture; the one trial on a GPU failed (docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -28,34 +27,33 @@ from megatron_sov.engine.parallel.device import local_device
 
 
 class RouterGraphs:
-    """The graphs of a model that is trained; every method is called by all processes together."""
+    """The graphs of a model in training. All methods are collective."""
 
     def __init__(self, model: Any, wrapped: list[Any], optimizer: Any) -> None:
-        """Note what they are captured of.
+        """Store references; `prepare` captures.
 
         Args:
-            model: a `LanguageModel`, whose configuration says which parts graphs hold, if any.
+            model: a `LanguageModel`; its config names the captured parts.
             wrapped: its chunks in the library's data-parallel wrapper.
-            optimizer: the library's, whose gradients a capture leaves behind.
+            optimizer: the library's optimizer, whose gradients the capture zeroes.
         """
         self._model, self._wrapped, self._optimizer = model, wrapped, optimizer
         self._helper: Any = None
         self._captured: tuple[int, ...] = ()
 
     def prepare(self, row_tokens: int, seq_len: int, num_micro_batches: int, *, whole: bool) -> None:
-        """See to it that the passes that come next replay graphs of their own sizes; gradients are zero
-        behind it.
+        """Capture graphs for these sizes unless they exist. A capture zeroes the gradients.
 
         Args:
-            row_tokens: tokens of each micro-batch.
-            seq_len: of each of its sequences.
-            num_micro_batches: of this process.
-            whole: whether it is a whole step; a part of one is computed without graphs where they are others.
+            row_tokens: tokens per micro-batch.
+            seq_len: tokens per sequence.
+            num_micro_batches: micro-batches of this process.
+            whole: True for a whole step. A partial step of other sizes runs without graphs.
         """
         config = self._model.config
         if config.cuda_graph_impl == "none":
             return
-        # without a pipeline each micro-batch is through before the next one begins, and one graph serves all
+        # without a pipeline one micro-batch is in flight, and all use the same graph
         in_flight = num_micro_batches if parallel_state.get_pipeline_model_parallel_world_size() > 1 else 1
         sizes = row_tokens, seq_len, in_flight
         if whole and sizes != self._captured:
@@ -68,23 +66,23 @@ class RouterGraphs:
         if self._helper is not None:
             self._helper.delete_cuda_graphs()
         model.finish_param_gather()
-        # no hooks of the layer may be there; its graphs call them in front of each replay
-        hooked = [chunk for chunk in self._wrapped if chunk.use_forward_hook]
-        for chunk in hooked:
+        # the capture requires layers without hooks; it calls the hooks itself before each replay
+        hooked_chunks = [chunk for chunk in self._wrapped if chunk.use_forward_hook]
+        for chunk in hooked_chunks:
             chunk.disable_forward_pre_hook(param_sync=False)
-        step.shared = None  # the last row's
-        # the backward pass reads it where it lies, and the first pass of a run has not made it yet
+        step.shared = None  # belongs to the last row
+        # the backward pass reads the scale in place, and before the first pass it does not exist
         MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=local_device()))
-        # the library asks its own calculator for their number
+        # the library reads the number of micro-batches from its own calculator
         reconfigure_num_microbatches_calculator(0, None, num_micro_batches, 1, 1)
         self._helper = TECudaGraphHelper(self._wrapped, model.config, row_tokens, 1, [self._optimizer])
         with _without_random_states():
             self._helper.create_cudagraphs()
-        for chunk in hooked:
+        for chunk in hooked_chunks:
             chunk.enable_forward_pre_hook()
-        if hooked:
+        if hooked_chunks:
             self._helper.cuda_graph_set_manual_hooks()
-        # captures count tokens of their own
+        # the capture counted tokens
         for router in (m for m in model.modules() if hasattr(m, "local_tokens_per_expert")):
             router.local_tokens_per_expert.zero_()
         step.forget_losses()
@@ -92,58 +90,56 @@ class RouterGraphs:
 
 @contextlib.contextmanager
 def off_the_default_stream(config: Any) -> Iterator[None]:
-    """Have the library's data parallelism, which is made within, gather gradients on a stream of its own,
-    where graphs are wanted; a context of no effect where they are not.
+    """Create Megatron-Core's data-parallel wrapper on a side stream, if CUDA graphs are enabled.
 
-    It keeps autograd's nodes of the weights, and a node waits, wherever the backward pass runs, on the stream
-    on which it was made.  In a capture that draws the stream into the graph, and the default one cannot be:
-    CUDA says no more than that the capture is invalid.  The library's own loop does likewise.
+    The wrapper keeps autograd nodes of the weights, and a node synchronizes in every backward pass with the
+    stream that created it. A capture would include that stream, and the default stream cannot be captured:
+    CUDA reports only an invalid capture. Megatron-Core's training loop does the same.
     """
     if config.cuda_graph_impl == "none":
         yield
         return
-    # torch tells of it as of an oversight, from 2.10 on
-    warns = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
-    if warns is not None:
-        warns(False)
-    here, beside = torch.cuda.current_stream(), torch.cuda.Stream()
-    beside.wait_stream(here)
-    with torch.cuda.stream(beside):
+    # since torch 2.10 the stream mismatch raises a warning
+    set_warning = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
+    if set_warning is not None:
+        set_warning(False)
+    current, side_stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    side_stream.wait_stream(current)
+    with torch.cuda.stream(side_stream):
         yield
-    here.wait_stream(beside)
+    current.wait_stream(side_stream)
 
 
 @contextlib.contextmanager
 def _without_random_states() -> Iterator[None]:
-    """Have modules be computed again without the states of random numbers, which a capture can neither read
-    nor set: nothing that graphs hold draws any."""
-    both = random._get_all_rng_states, random._set_all_rng_states
+    """Disable RNG state handling in recomputation: a capture cannot read or set the states, and no captured
+    module draws random numbers."""
+    previous = random._get_all_rng_states, random._set_all_rng_states
     random._get_all_rng_states, random._set_all_rng_states = lambda: (), lambda *states: None
     try:
         yield
     finally:
-        random._get_all_rng_states, random._set_all_rng_states = both
+        random._get_all_rng_states, random._set_all_rng_states = previous
 
 
 def graphed(layer: Any) -> Any:
-    """Return the class of a layer with experts whose graphs get its row's padding, which the library drops.
+    """Return a subclass of an MoE layer whose graphs receive the padding mask, which Megatron-Core drops.
 
     Args:
-        layer: class of the library's layer, or one made of it.
+        layer: the library's layer class, or a subclass.
     """
     class GraphedLayer(layer):
         _padding: torch.Tensor | None = None
 
         def get_layer_static_inputs(self, seq_length: int, micro_batch_size: int) -> dict[str, torch.Tensor]:
-            """Return the memory that a graph reads: [tokens, rows, hidden] states and a mask [rows,
-            tokens]."""
-            config, place = self.config, local_device()
+            """Return the graph's input memory: hidden states [tokens, rows, hidden], mask [rows, tokens]."""
+            config, device = self.config, local_device()
             tokens = seq_length // context.size()
             tokens //= config.tensor_model_parallel_size if config.sequence_parallel else 1
             states = torch.ones(tokens, micro_batch_size, config.hidden_size, dtype=config.params_dtype,
-                                device=place, requires_grad=True)
+                                device=device, requires_grad=True)
             return {"hidden_states": states,
-                    "padding_mask": torch.zeros(micro_batch_size, tokens, dtype=torch.bool, device=place)}
+                    "padding_mask": torch.zeros(micro_batch_size, tokens, dtype=torch.bool, device=device)}
 
         def _should_call_te_cudagraph(self, *args: Any, **kwargs: Any) -> bool:
             step = self.config.routing_step

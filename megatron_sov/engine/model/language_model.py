@@ -1,4 +1,4 @@
-"""The language model of a process: its chunks, built, placed, marked and checked."""
+"""Builds the language model of a process from its chunks and prepares its parameters."""
 
 from __future__ import annotations
 
@@ -26,24 +26,21 @@ from megatron_sov.model.config import (
 from megatron_sov.model.config.gpu import AUTO
 from megatron_sov.runs.checkpoints import AdapterBase
 
-# Where a model's weights lie: on the device of its process, every one of them.
-#
-# The library makes some of them on the CPU whatever it is told (the router's weight, the norms of torch)
-# and moves what it finds there with the whole model, or in the first forward pass. By then the gradient hooks
-# of its data-parallel wrapper watch a weight that is no longer used, and the weight is never learned.
+# Megatron-Core creates some parameters on the CPU regardless of the default device (router weights, torch's
+# norms) and moves them with the whole model or in the first forward pass. The gradient hooks of the
+# data-parallel wrapper would then watch the old tensor, and the weight would never train.
 
 def made_here() -> contextlib.AbstractContextManager[object]:
-    """Return a context in which tensors are made on this process's GPU unless they name a device; without a
-    GPU it changes nothing."""
+    """Return a context that creates tensors on the local GPU by default; without a GPU it does nothing."""
     return local_device() if on_gpu() else contextlib.nullcontext()
 
 
 def place(module: torch.nn.Module, device: torch.device) -> None:
-    """Move every parameter and buffer to a device, before anything else holds on to them, and check it."""
+    """Move all parameters and buffers to `device` before other objects hold references to them."""
     for part in module.modules():
         for parameter in part._parameters.values():
             if parameter is not None and parameter.device != device:
-                parameter.data = parameter.data.to(device)  # marks and ties stay
+                parameter.data = parameter.data.to(device)  # in place: keeps attributes and weight tying
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 part._buffers[name] = buffer.to(device)
@@ -51,7 +48,7 @@ def place(module: torch.nn.Module, device: torch.device) -> None:
 
 
 def refuse_elsewhere(module: torch.nn.Module, device: torch.device) -> None:
-    """Raise `RuntimeError` where a parameter or buffer is not on a device; the message names it."""
+    """Raise `RuntimeError` naming the first parameter or buffer that is not on `device`."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.device != device:
             raise RuntimeError(f"{name} is on {tensor.device} and the model on {device}: it would get no "
@@ -59,67 +56,66 @@ def refuse_elsewhere(module: torch.nn.Module, device: torch.device) -> None:
 
 
 VOCABULARY_WEIGHTS = ("embedding.word_embeddings.weight", "output_layer.weight")
-"""Weights with a row per token id, split by rows over the tensor-parallel group."""
+"""Weights with one row per token id, split by rows over the tensor-parallel group."""
 NO_ADAPTERS = LoraConfig()
 ENCODER_TRAINING = MediaConfig()
 
 
-# The gate of a feed-forward block on CPUs, where the library's kernel for it would be compiled: op by op it
-# adds an offset of zero, and autograd concatenates what it had split.
+# SwiGLU for CPUs: Megatron-Core's kernel would be compiled; its eager form adds an offset of zero, and its
+# backward pass concatenates the two halves again.
+
 
 
 def gate_without_compiler() -> None:
-    """Have the library's blocks gate by these where they would by its kernels."""
+    """Replace Megatron-Core's fused SwiGLU kernels by `_gated` and `_weighted`."""
     mlp.bias_swiglu_impl, mlp.weighted_bias_swiglu_impl = _gated, _weighted
 
 
 def _gated(values: torch.Tensor, bias: torch.Tensor | None, *_: Any) -> torch.Tensor:
-    """[..., gate and up], [gate and up] -> [..., up]."""
-    found: torch.Tensor = _Gated.apply(values if bias is None else values + bias)
-    return found
+    """Apply SwiGLU: values [..., 2 * ffn], bias [2 * ffn] -> [..., ffn]."""
+    output: torch.Tensor = _Gated.apply(values if bias is None else values + bias)
+    return output
 
 
 def _weighted(values: torch.Tensor, bias: torch.Tensor | None, weights: torch.Tensor,
               *_: Any) -> torch.Tensor:
-    """[tokens, gate and up], [gate and up], [tokens, 1] -> [tokens, up]."""
+    """Apply SwiGLU and router weights: [tokens, 2 * ffn], [2 * ffn], [tokens, 1] -> [tokens, ffn]."""
     return (_gated(values, bias) * weights).to(values.dtype)
 
 
 class _Gated(torch.autograd.Function):
-    """``silu(gate) * up`` of both in one tensor, with the bits of autograd's own derivative."""
+    """``silu(gate) * up`` for a tensor [gate, up]; the gradient has the same bits as autograd's."""
 
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
-        """[..., gate and up] -> [..., up]."""
+        """[..., 2 * ffn] -> [..., ffn]."""
         gate, up = values.chunk(2, dim=-1)
-        passed = torch.nn.functional.silu(gate)
-        ctx.save_for_backward(values, passed)
-        return passed * up
+        activated = torch.nn.functional.silu(gate)
+        ctx.save_for_backward(values, activated)
+        return activated * up
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        """Write both derivatives where they belong."""
-        values, passed = ctx.saved_tensors
+        """Write the gradients of gate and up into the two halves of one tensor."""
+        values, activated = ctx.saved_tensors
         gate, up = values.chunk(2, dim=-1)
-        found = torch.empty_like(values)
-        of_gate, of_up = found.chunk(2, dim=-1)
-        torch.mul(gradient, passed, out=of_up)
-        torch.ops.aten.silu_backward(gradient * up, gate, grad_input=of_gate)
-        return found
+        gradients = torch.empty_like(values)
+        gate_gradient, up_gradient = gradients.chunk(2, dim=-1)
+        torch.mul(gradient, activated, out=up_gradient)
+        torch.ops.aten.silu_backward(gradient * up, gate, grad_input=gate_gradient)
+        return gradients
 
-
-# What the library is told of parameters: how their gradients are summed, and who counts them in the norm.
 
 
 def mark_parameters(chunk: torch.nn.Module) -> None:
-    """Have gradients of routed experts summed over the expert data-parallel group, and every tensor-parallel
-    process count its own part of an expert's split weight in the gradient norm.
+    """Set the attributes by which Megatron-Core reduces gradients and counts parameters in the norm.
 
-    The library marks experts only for expert parallel sizes above 1, so with ep = 1 and etp != tp each
-    tensor-parallel process would keep the gradient of its own tokens.  Transformer Engine marks its layers'
-    split weights, but since 2.13 not those of grouped layers, the experts: the processes of a tensor-parallel
-    group would compute different norms, and clip differently.
+    Gradients of routed experts are summed over the expert data-parallel group. Megatron-Core marks experts
+    only for expert-parallel sizes above 1: with `ep = 1` and `etp != tp` each tensor-parallel process would
+    keep the gradient of its own tokens. Transformer Engine marks split weights, but since 2.13 no longer
+    those of grouped linear layers (experts): tensor-parallel processes would compute different gradient
+    norms and clip differently.
     """
     for name, parameter in chunk.named_parameters():
         if ".mlp.experts." in name:
@@ -129,57 +125,54 @@ def mark_parameters(chunk: torch.nn.Module) -> None:
 
 
 class LanguageModel(torch.nn.ModuleList):
-    """This process's part of the model: one chunk, or several under an interleaved pipeline."""
+    """The local part of the model: one chunk, or several with an interleaved pipeline."""
 
     def __init__(self, chunks: list[Chunk], architecture: ModelConfig,
                  lora: LoraConfig = NO_ADAPTERS,
                  encoder_training: MediaConfig = ENCODER_TRAINING) -> None:
         super().__init__(chunks)
         self.architecture = architecture
-        """What it is, in our own terms."""
+        """The architecture in our own settings."""
         self.lora = lora
-        """Its adapters."""
+        """LoRA settings."""
         self.encoder_training = encoder_training
-        """Which weights of its encoders are trained."""
+        """Settings that say which encoder weights train."""
         self.adapter_base: AdapterBase | None = None
-        """The checkpoint that the frozen weights are from; None: they are trained, or come of a seed."""
+        """Checkpoint of the frozen weights. None: the weights train, or were initialized from a seed."""
         self.chunks: tuple[Any, ...] = tuple(chunks)
-        """In the order of their layers."""
+        """Chunks in layer order."""
         self.config = chunks[0].config
-        """The library's TransformerConfig."""
+        """The library's `TransformerConfig`."""
         self.vocab_size = architecture.vocab_size
-        """Token ids; a chunk's own `vocab_size` is padded to a multiple of the tensor parallel size."""
+        """Number of token ids; each chunk pads its `vocab_size` to a multiple of the tensor-parallel size."""
         self.stand_ins = quantized_weights.stand_ins(self)
-        """Of its weights in 8 bits."""
+        """`id(parameter)` -> meta tensor that stands for an FP8 weight, see `quantized_weights`."""
         self.masters: Callable[[Any, torch.nn.Parameter | None], Iterator[Any]] | None = None
-        """Gives for a block of a weight in 8 bits those of the masters that this process has; None: there are
-        none yet."""
+        """Maps a block of an FP8 weight to the float32 master blocks on this process. None: no optimizer
+        has created masters yet."""
         self.make_of_masters: Callable[[], None] | None = None
-        """Makes weights in 8 bits of their masters."""
+        """Quantizes the FP8 weights from their master weights."""
         self.pending_gather: Callable[[], None] | None = None
-        """Brings the last update's weights to the data-parallel processes that did not compute them;
-        None: all have them."""
+        """Starts the all-gather of the last update for the other data-parallel processes. None: all
+        processes have the updated weights."""
 
     def finish_param_gather(self) -> None:
-        """Make every weight the same on all processes that hold it; called by all processes together.
+        """Wait until every process holds the updated weights. Collective.
 
-        Whatever reads weights outside of a training step comes through here: `local_shards`,
-        `ForwardModel.map` and `CachedDecoder`.
+        Every reader outside a training step calls this: `local_shards`, `ForwardModel.map`, `CachedDecoder`.
         """
         if self.pending_gather is not None:
-            gather, self.pending_gather = self.pending_gather, None
-            gather()
+            run_gather, self.pending_gather = self.pending_gather, None
+            run_gather()
 
     def finish_writing(self) -> None:
-        """Have products read what was written into blocks of `local_shards`; called by all processes
-        together."""
+        """Quantize FP8 weights after a caller wrote their masters through `local_shards`. Collective."""
         if self.make_of_masters is not None:
             self.make_of_masters()
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """[padded vocabulary / tensor parallel size, hidden] weight of the output head, which the last
-        pipeline stage holds."""
+        """Output head weight [padded vocabulary / tensor-parallel size, hidden], on the last stage."""
         last = self.chunks[-1]
         tied = last.share_embeddings_and_output_weights
         weight: torch.Tensor = last.shared_embedding_or_output_weight() if tied else last.output_layer.weight
@@ -190,7 +183,7 @@ class LanguageModel(torch.nn.ModuleList):
 def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
           gpu: GpuConfig = AUTO, lora: LoraConfig = NO_ADAPTERS,
           encoder_training: MediaConfig = ENCODER_TRAINING) -> LanguageModel:
-    """Build this process's part of the model; its weights are not initialised yet."""
+    """Build the local part of the model, with uninitialized weights."""
     config = transformer_config(model, parallel, train, gpu)
     rotate_by_token()
     let_routes_go()
@@ -207,23 +200,23 @@ def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
 
 
 def build_configured(config: RunConfig, gpu: GpuConfig | None = None) -> LanguageModel:
-    """Build what a run's settings describe, see `build`; `gpu` replaces their part of that name."""
+    """Build the model of a run config, see `build`; `gpu` replaces `config.gpu`."""
     return build(config.model, config.parallel, config.train, config.gpu if gpu is None else gpu,
                  config.lora, config.media)
 
 
 def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
-    """Build chunk number `vp_stage` of an interleaved pipeline's stage, or (None) the only one."""
+    """Build chunk `vp_stage` of an interleaved pipeline stage. None: the only chunk of the stage."""
     with made_here():
         device = torch.get_default_device()
         chunk = Chunk(config, model, vp_stage)
-        encodes = chunk.pre_process and (model.vision is not None or model.audio is not None)
-        chunk.encoders = MediaEncoders(model, config) if encodes else None
+        has_encoders = chunk.pre_process and (model.vision is not None or model.audio is not None)
+        chunk.encoders = MediaEncoders(model, config) if has_encoders else None
     check_layers(chunk, get_transformer_layer_offset(config, vp_stage))
     place(chunk, device)
     for parameter in chunk.parameters():
-        # not the buffers: a router's bias moves in steps that vanish in bf16, and its counts stop at 256
-        # there
+            # parameters only: the router's bias buffer moves in steps that vanish in bf16, and its token
+            # counts would stop at 256
         if not quantized_weights.is_quantized(parameter):
             parameter.data = parameter.data.to(config.params_dtype)
     rotate_by(chunk.rotary_pos_emb, model, config.params_dtype)
@@ -236,12 +229,14 @@ def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
 
 
 def check_layers(chunk: Chunk, first: int) -> None:
-    """Raise `RuntimeError` where a layer has not the number under which our lists have it, or a router is
-    not ours: another version of the library would then train another model, and nothing would say so.
+    """Raise `RuntimeError` if a layer has an unexpected number or a router is not a `BalancedRouter`.
+
+    Our per-layer lists rely on these numbers; another Megatron-Core version could silently train another
+    model.
 
     Args:
-        chunk: the run of layers.
-        first: layers of the trunk before it.
+        chunk: the chunk.
+        first: number of trunk layers in earlier chunks.
     """
     layers = [*enumerate(chunk.decoder.layers, first + 1)]
     if chunk.mtp_process:
@@ -258,26 +253,23 @@ def check_layers(chunk: Chunk, first: int) -> None:
 
 
 def valid_rows(weight: torch.Tensor, vocab_size: int) -> int:
-    """Return how many rows of this process's part of an embedding or head weight belong to token ids;
-    padding follows them."""
+    """Return the number of local embedding or head rows that belong to token ids; padding rows follow."""
     first = parallel_state.get_tensor_model_parallel_rank() * weight.shape[0]
     return min(max(vocab_size - first, 0), weight.shape[0])
 
 
 @torch.no_grad()
 def _zero_padding_rows(chunk: Chunk, vocab_size: int) -> None:
-    """Set rows beyond the vocabulary to zero: nothing else ever writes them, and no gradient reaches them."""
+    """Zero the padding rows: nothing writes them later, and they receive no gradient."""
     for name, weight in chunk.named_parameters():
         if name in VOCABULARY_WEIGHTS:
             weight[valid_rows(weight, vocab_size):] = 0
 
 
 def gather_sequence(hidden: torch.Tensor, config: Any) -> torch.Tensor:
-    """Return hidden states [tokens, hidden] on every tensor-parallel process: of all tokens, or the local
-    part of a cut row.
+    """Gather hidden states [tokens, hidden] over the tensor-parallel group (sequence parallelism).
 
-    The head that follows is split over the vocabulary, so gradients of its input are summed over the
-    group on the way back.
+    The output head is split over the vocabulary, so the backward pass sums gradients over the group.
     """
     if config.sequence_parallel:
         hidden = tensor_parallel.gather_from_sequence_parallel_region(
@@ -288,7 +280,7 @@ def gather_sequence(hidden: torch.Tensor, config: Any) -> torch.Tensor:
 
 
 def states_for_head(hidden: torch.Tensor, config: Any) -> torch.Tensor:
-    """Return what the output head's weight is multiplied with: the gathered hidden states, times the factor
-    on its logits."""
+    """Gather hidden states and scale them by `logits_multiplier`, ready for the head weight."""
+
     states = gather_sequence(hidden, config)
     return states if config.logits_multiplier == 1 else states * config.logits_multiplier

@@ -1,9 +1,9 @@
-"""Linear attention as the attention of a layer: Kimi Delta Attention (arXiv 2510.26692), for rows of packed
-documents at every layout, and with a state of constant size where sequences are generated.
+"""Kimi Delta Attention (arXiv 2510.26692) as a layer's attention, for packed rows at every layout, and with a
+constant-size state for generation.
 
-Heads are cut over the tensor-parallel group.  Where a row is cut over processes, each gets the whole row of
-its share of these heads by an all-to-all, and sends what it found back (as Megatron-Core's
-`mamba_context_parallel.py` does), since a state passes through all tokens.
+Heads are split over the tensor-parallel group. Under context parallelism an all-to-all gives each process all
+tokens of its share of these heads, since the state passes through all tokens, and a second one returns the
+outputs (as Megatron-Core's `mamba_context_parallel.py`).
 """
 
 from __future__ import annotations
@@ -27,61 +27,61 @@ from megatron_sov.engine.parallel import context
 from megatron_sov.model.config import LinearAttentionConfig
 
 SPLIT = {"A_log": 0, "dt_bias": 0, "conv1d.weight": 0}
-"""Parameters beside the projections that are cut by heads -> the axis."""
+"""Parameters other than projections that are split by heads -> axis."""
 
 
 class Weight(torch.nn.Module):
-    """A parameter under a name of its own: `conv1d.weight`, `out_norm.weight`."""
+    """Module with a single parameter `weight`, for example `conv1d.weight` and `out_norm.weight`."""
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.empty(*shape, dtype=dtype))
 
     def forward(self) -> torch.Tensor:
-        """Return it.  Weights that are gathered behind other work are waited for when their module is
-        called, so that it is called for each use."""
+        """Return the weight. Overlapped parameter gathers finish in a forward pre-hook, so callers must call
+        the module for each use."""
         return self.weight
 
 
 class WholeLinear(torch.nn.Module):
-    """A projection that every tensor-parallel process has whole, and applies to the tokens that it has."""
+    """Linear layer with a replicated weight, applied to the local tokens."""
 
     def __init__(self, inputs: int, outputs: int, config: Any) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype))
-        # what each process finds for its own tokens is summed, as of a norm
+        # each process computes the gradient of its own tokens; the library sums them as for a norm
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Return the product, and no bias."""
+        """Return the product, and None for the bias."""
         return linear(hidden, self.weight), None
 
 
 class LinearAttention(MegatronModule):
-    """Kimi Delta Attention: each channel of a state's keys forgets at a rate of its own; these rates, and the
-    gates of the output, are made of two narrow vectors, which every process makes whole.
+    """Kimi Delta Attention: each key channel of the state decays at its own rate.
 
-    Rows of `in_proj` stand by heads: query, key, value and learning rate
-    (`LinearAttentionConfig.projected`), so that they can be cut between any two.
+    The decay rates and output gates come from two low-rank projections, which are replicated. Rows of
+    `in_proj` are ordered by heads: query, key, value and learning rate of each head
+    (`LinearAttentionConfig.projected`), so the weight can be split between any two heads.
     """
 
     def __init__(self, config: Any, layer_number: int, projections: tuple[Any, Any, Any],
                  sizes: LinearAttentionConfig, pg_collection: Any, cp_comm_type: str | None = None,
                  name: str | None = None) -> None:
-        """Make this process's part.
+        """Create the local part of the layer.
 
         Args:
-            config: the library's TransformerConfig.
+            config: the library's `TransformerConfig`.
             layer_number: number of the layer, from 1.
-            projections: classes of the input's, the output's, and those behind a narrow vector.
-            sizes: of the whole layer.
-            pg_collection: the library's groups.
-            cp_comm_type: of other attention.
+            projections: classes of the input, output and low-rank up projections.
+            sizes: sizes of the whole layer.
+            pg_collection: the library's process groups.
+            cp_comm_type: unused.
         """
         super().__init__(config)
         self.layer_number, self.sizes, self._group = layer_number, sizes, pg_collection.tp
         self.heads = sizes.num_key_heads // self._group.size()
-        """Heads of this process."""
+        """Number of local heads."""
         self.in_proj = self._by_heads(projections[0], config.hidden_size,
                                       sizes.num_key_heads * sum(sizes.projected), "fc1")
         dtype = config.params_dtype
@@ -101,10 +101,10 @@ class LinearAttention(MegatronModule):
             self._by_heads(projections[2], sizes.gate_rank, sizes.num_key_heads * width, "fc1")
             for width in (sizes.key_head_dim, sizes.value_head_dim))
         self.kept: KeptState | None = None
-        """What sequences that are generated have left behind; None: rows of documents are read."""
+        """Cache of generated sequences. None: the layer reads rows of documents."""
 
     def _by_heads(self, kind: Any, inputs: int, outputs: int, buffer: str) -> Any:
-        """Return a projection whose outputs are cut by heads."""
+        """Create a linear layer whose outputs are split by heads."""
         return build_module(kind, inputs, outputs, config=self.config, bias=False, is_expert=False,
                             tp_group=self._group, init_method=self.config.init_method, gather_output=False,
                             skip_bias_add=False, tp_comm_buffer_name=buffer)
@@ -112,82 +112,86 @@ class LinearAttention(MegatronModule):
     def forward(self, hidden_states: torch.Tensor, attention_mask: None = None,
                 packed_seq_params: PackedDocuments | PackedSpans | None = None,
                 **_: Any) -> tuple[torch.Tensor, None]:
-        """Attend.
+        """Compute attention and the output projection.
 
         Args:
             hidden_states: [tokens / sequence-parallel size, 1, hidden].
-            packed_seq_params: the row's documents, or the spans of sequences that `kept` holds.
+            packed_seq_params: documents of the row, or spans of cached sequences.
 
         Returns:
-            [tokens / sequence-parallel size, 1, hidden], and no bias.
+            [tokens / sequence-parallel size, 1, hidden], and None for the bias.
         """
-        assert packed_seq_params is not None, "micro-batches are rows of packed documents"
+        assert packed_seq_params is not None, "LinearAttention needs packed documents or spans"
         convolved, gate, gates = self.projected(hidden_states)
         if self.kept is not None:
-            found = self.kept.read(convolved, gates, packed_seq_params)
+            output_heads = self.kept.read(convolved, gates, packed_seq_params)
         else:
-            found = self._of_documents(torch.cat([convolved, gates], -1), packed_seq_params)
-        # each process normalises its own heads, so of this weight each finds a part of the gradient
+            output_heads = self._of_documents(torch.cat([convolved, gates], -1), packed_seq_params)
+        # each process normalizes its own heads: sum the weight's gradient over the group
         weight = self.out_norm()
         if self._group.size() > 1:
             weight = tensor_parallel.copy_to_tensor_model_parallel_region(weight, self._group)
-        found = rms_norm(found, weight.shape, weight.to(found.dtype), self.config.layernorm_epsilon)
-        gate = gate.unflatten(-1, (-1, self.sizes.value_head_dim)).to(found.dtype)
-        found = found * gate.sigmoid()
-        output: tuple[torch.Tensor, None] = self.out_proj(found.flatten(1).to(hidden_states.dtype)[:, None])
+        output_heads = rms_norm(output_heads, weight.shape, weight.to(output_heads.dtype),
+                                self.config.layernorm_epsilon)
+        gate = gate.unflatten(-1, (-1, self.sizes.value_head_dim)).to(output_heads.dtype)
+        output_heads = output_heads * gate.sigmoid()
+        output: tuple[torch.Tensor, None] = self.out_proj(
+            output_heads.flatten(1).to(hidden_states.dtype)[:, None])
         return output
 
     def projected(self, hidden: torch.Tensor) -> Sequence[torch.Tensor]:
-        """[tokens / sequence-parallel size, 1, hidden] -> what is convolved, gates of the output, and what
-        says rates and decays, [tokens, heads, channels] each."""
+        """Project [tokens / sequence-parallel size, 1, hidden] to convolution inputs, output gates, and
+        rate and decay inputs, [tokens, heads, channels] each."""
         narrow = self.gates_down_proj(hidden)[0].chunk(2, -1)
-        decay, gate, found = (module(inputs)[0].squeeze(1).unflatten(-1, (self.heads, -1)) for module, inputs
-                              in ((self.decay_up_proj, narrow[0]), (self.output_up_proj, narrow[1]),
-                                  (self.in_proj, hidden)))
-        convolved, rate = found.split([self.sizes.convolved, 1], -1)
+        projections = ((self.decay_up_proj, narrow[0]), (self.output_up_proj, narrow[1]),
+                       (self.in_proj, hidden))
+        decay, gate, projected = (module(inputs)[0].squeeze(1).unflatten(-1, (self.heads, -1))
+                                  for module, inputs in projections)
+        convolved, rate = projected.split([self.sizes.convolved, 1], -1)
         return convolved, gate, torch.cat([rate, decay], -1)
 
     def gates(self, gates: torch.Tensor, heads: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """[..., heads, channels], in the precision of the state -> decays [..., heads, 1, key channels] and
-        rates [..., heads, 1] of these heads."""
+        """Map gate inputs [..., heads, channels], in the dtype of the state, to decays [..., heads, 1, key
+        channels] and learning rates [..., heads, 1]."""
         rate, step = gates.split([1, self.sizes.key_head_dim], -1)
-        log, bias = (self._of_heads(p, heads, gates.dtype) for p in (self.A_log, self.dt_bias))
-        return (-log.exp() * softplus(step + bias))[..., None, :], rate.sigmoid()
+        log_decay, bias = (self._of_heads(p, heads, gates.dtype) for p in (self.A_log, self.dt_bias))
+        return (-log_decay.exp() * softplus(step + bias))[..., None, :], rate.sigmoid()
 
     def _of_documents(self, inputs: torch.Tensor, packed: PackedDocuments) -> torch.Tensor:
-        """[tokens, heads, channels] -> [tokens, heads, 1, value channels]."""
-        cut = context.size() > 1
-        if cut:
+        """Map [tokens, heads, channels] to [tokens, heads, 1, value channels] for rows of documents."""
+        is_split = context.size() > 1
+        if is_split:
             inputs = context.exchange_tokens(inputs)
         elif packed.shared is not None:
             inputs = inputs.index_select(0, packed.shared.source)
         convolved = inputs[..., :self.sizes.convolved]
         gates = inputs[..., self.sizes.convolved:]
-        mine = context.share(inputs.shape[1]) if cut else slice(None)
-        wide = self.convolution(mine)
+        local_heads = context.share(inputs.shape[1]) if is_split else slice(None)
+        wide = self.convolution(local_heads)
         mixed = short_convolution(convolved.flatten(1).to(wide.dtype), wide, packed.chunks.positions)
-        parts = self.parts(mixed.unflatten(-1, convolved.shape[1:]), gates, mine)
+        parts = self.parts(mixed.unflatten(-1, convolved.shape[1:]), gates, local_heads)
         if self.config.delta_kernels:
-            found = by_kernels(*parts, chunks=packed.chunks, dtype=self.config.params_dtype)
+            output_heads = by_kernels(*parts, chunks=packed.chunks, dtype=self.config.params_dtype)
         else:
-            found = in_chunks(*parts, chunks=packed.chunks)[0]
-        if cut:
-            found = context.exchange_heads(found.flatten(2)).unflatten(-1, (-1, self.sizes.value_head_dim))
-        return found
+            output_heads = in_chunks(*parts, chunks=packed.chunks)[0]
+        if is_split:
+            output_heads = context.exchange_heads(output_heads.flatten(2))
+            output_heads = output_heads.unflatten(-1, (-1, self.sizes.value_head_dim))
+        return output_heads
 
     def convolution(self, heads: slice = slice(None)) -> torch.Tensor:
-        """Return the taps [channels, taps] of some heads, in the precision of the state."""
+        """Return the convolution weight [channels, taps] of `heads`, in float32 or wider."""
         weight = self.conv1d().unflatten(0, (self.heads, -1))[heads]
         return weight.flatten(0, 1).squeeze(1).to(torch.promote_types(weight.dtype, torch.float32))
 
     def parts(self, mixed: torch.Tensor, gates: torch.Tensor,
               heads: slice = slice(None)) -> list[torch.Tensor]:
-        """Return query, key, value, decay and learning rate as the delta rule takes them.
+        """Return query, key, value, decay and learning rate for the delta rule.
 
         Args:
-            mixed: [..., heads, channels] behind the convolution.
-            gates: [..., heads, channels].
-            heads: which of this process's heads these are.
+            mixed: [..., heads, channels] output of the convolution.
+            gates: [..., heads, channels] rate and decay inputs.
+            heads: local heads contained in the tensors.
         """
         width = self.sizes.key_head_dim
         query, key, value = silu(mixed).split([width, width, self.sizes.value_head_dim], -1)
@@ -197,82 +201,81 @@ class LinearAttention(MegatronModule):
         return [normalised(query) * width ** -0.5, normalised(key), value[..., None, :], decay, rate]
 
     def _of_heads(self, parameter: torch.Tensor, heads: slice, dtype: torch.dtype) -> torch.Tensor:
-        """Return the numbers of some heads, [heads, of each]."""
+        """Return a parameter's values for `heads`, [heads, values per head]."""
         return parameter.to(dtype).unflatten(0, (self.heads, -1))[heads]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (),
                            metadata: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return the parameters, all but the norm cut by heads."""
+        """Return the shards of all parameters; all but the norm are split by heads."""
         group = (metadata or {}).get("dp_cp_group")
         declared: dict[str, Any] = {}
-        own: dict[str, torch.Tensor] = {name: getattr(self, name) for name in ("A_log", "dt_bias")}
+        parameters: dict[str, torch.Tensor] = {name: getattr(self, name) for name in ("A_log", "dt_bias")}
         for name, module in self.named_children():
             if isinstance(module, Weight | WholeLinear):
-                own[f"{name}.weight"] = module.weight
+                parameters[f"{name}.weight"] = module.weight
             else:
                 declared |= sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, metadata,
                                                        tp_group=self._group)
         return declared | make_sharded_tensors_for_checkpoint(
-            own, prefix, SPLIT, sharded_offsets, tp_group=self._group, dp_cp_group=group)
+            parameters, prefix, SPLIT, sharded_offsets, tp_group=self._group, dp_cp_group=group)
 
 
 class KeptState:
-    """What a layer keeps of sequences that are generated: the state of each, and the last inputs of its
-    convolution, however long it is.
+    """Cache of one layer for generation: recurrent state and the last convolution inputs per slot.
 
-    Of a step that may be taken back (`CacheSize.step_tokens`) only the first token enters the state at once;
-    the inputs of the others are kept beside it, and enter with the next step as far as they stand.
+    Of a step that may be rolled back (`CacheSize.step_tokens`) only the first token enters the state at once;
+    the inputs of the others are stored separately and enter with the next step if accepted.
     """
 
     def __init__(self, size: CacheSize, layer: LinearAttention) -> None:
         self._size, self._layer = size, layer
-        self._open = size.step_tokens - 1  # tokens that may be taken back
-        self._past = [0] * size.slots  # tokens that the state has met
+        self._open = size.step_tokens - 1  # tokens that may be rolled back
+        self._past = [0] * size.slots  # tokens that have entered the state
         self._state: torch.Tensor | None = None
         self._inputs: torch.Tensor | None = None
         self._gates: torch.Tensor | None = None
 
     def read(self, convolved: torch.Tensor, gates: torch.Tensor, spans: PackedSpans) -> torch.Tensor:
-        """Read new tokens: [tokens, heads, channels] twice -> [tokens, heads, 1, value channels], zeros at
-        padding."""
+        """Process new tokens: two tensors [tokens, heads, channels] -> [tokens, heads, 1, value channels],
+        zeros at padding."""
         sizes, wide = self._layer.sizes, self._layer.convolution()
         if self._state is None:
             heads, slots = self._layer.heads, self._size.slots
             self._state = wide.new_zeros(slots, heads, 1, sizes.key_head_dim, sizes.value_head_dim)
             self._inputs = wide.new_zeros(slots, wide.shape[1] - 1 + self._open, len(wide))
             self._gates = gates.new_zeros(slots, self._open, *gates.shape[1:])
-        found = wide.new_zeros(len(convolved), self._layer.heads, 1, sizes.value_head_dim)
+        outputs = wide.new_zeros(len(convolved), self._layer.heads, 1, sizes.value_head_dim)
         for group in spans.groups:
-            here = slice(group.start, group.start + len(group.past) * group.length)
+            rows = slice(group.start, group.start + len(group.past) * group.length)
             shape = (len(group.past), group.length)
-            found[here] = self._read(group, convolved[here].flatten(1).to(wide.dtype).unflatten(0, shape),
-                                     gates[here].unflatten(0, shape), wide).flatten(0, 1)
-        return found
+            outputs[rows] = self._read(group, convolved[rows].flatten(1).to(wide.dtype).unflatten(0, shape),
+                                     gates[rows].unflatten(0, shape), wide).flatten(0, 1)
+        return outputs
 
     def _read(self, group: CacheGroup, convolved: torch.Tensor, gates: torch.Tensor,
               wide: torch.Tensor) -> torch.Tensor:
-        """Read a span of each of some sequences: [sequences, tokens, ...]."""
+        """Process one span for each of several sequences: [sequences, tokens, ...]."""
         assert self._state is not None and self._inputs is not None and self._gates is not None
         slots, length = slice(group.slot, group.slot + len(group.past)), group.length
         self._begin(group)
-        stands = torch.tensor([past - self._past[group.slot + i] for i, past in enumerate(group.past)],
+        num_accepted = torch.tensor([past - self._past[group.slot + i] for i, past in enumerate(group.past)],
                               device=wide.device)
-        if ((stands < 0) | (stands > self._open)).any():
-            raise RuntimeError(f"slots from {group.slot} on have met {self._past[slots]} tokens and are read "
-                               f"from {group.past} on: a state takes back at most {self._open}")
-        # what stands of the open tokens moves next to the new ones; the others become tokens that change
-        # nothing, before all
-        inputs = torch.cat([_moved(self._inputs[slots], self._open - stands), convolved], 1)
-        gates = torch.cat([_moved(self._gates[slots], self._open - stands), gates], 1)
+        if ((num_accepted < 0) | (num_accepted > self._open)).any():
+            raise RuntimeError(f"slots from {group.slot} on have read {self._past[slots]} tokens and resume "
+                               f"at {group.past}: the state can roll back at most {self._open} tokens")
+        # accepted open tokens move next to the new tokens; rejected ones come first, with rate and decay 0
+        inputs = torch.cat([_moved(self._inputs[slots], self._open - num_accepted), convolved], 1)
+        gates = torch.cat([_moved(self._gates[slots], self._open - num_accepted), gates], 1)
         mixed = convolved_windows(inputs, wide).unflatten(-1, (self._layer.heads, -1))
         query, key, value, decay, rate = self._layer.parts(mixed, gates)
-        silent = (torch.arange(mixed.shape[1], device=wide.device) < (self._open - stands)[:, None])
-        rate = rate.masked_fill(silent[..., None, None], 0)
-        decay = decay.masked_fill(silent[..., None, None, None], 0)
+        num_rejected = self._open - num_accepted
+        is_rejected = torch.arange(mixed.shape[1], device=wide.device) < num_rejected[:, None]
+        rate = rate.masked_fill(is_rejected[..., None, None], 0)
+        decay = decay.masked_fill(is_rejected[..., None, None, None], 0)
         row = (query, key, value, decay, rate)
         if length <= self._size.step_tokens:
             outputs, states = by_token(*row, self._state[slots])
-            entered = 1
+            num_entered = 1
             self._state[slots] = states[self._open]
         else:
             count, tokens = mixed.shape[:2]
@@ -280,41 +283,40 @@ class KeptState:
                                      wide.device)
             outputs, self._state[slots] = in_chunks(*(t.flatten(0, 1) for t in row), chunks=chunks,
                                                     state=self._state[slots])
-            outputs, entered = outputs.unflatten(0, (count, tokens)), length
-        for kept, new in ((self._inputs, inputs), (self._gates, gates)):
-            tail = new[:, self._open + entered:]
-            kept[slots, :tail.shape[1]] = tail
+            outputs, num_entered = outputs.unflatten(0, (count, tokens)), length
+        for cache, new in ((self._inputs, inputs), (self._gates, gates)):
+            tail = new[:, self._open + num_entered:]
+            cache[slots, :tail.shape[1]] = tail
         for i, past in enumerate(group.past):
-            self._past[group.slot + i] = past + entered
+            self._past[group.slot + i] = past + num_entered
         return outputs[:, self._open:]
 
     def _begin(self, group: CacheGroup) -> None:
-        """Forget what was in slots whose sequences begin."""
+        """Reset the slots whose sequences start."""
         assert self._state is not None and self._inputs is not None
         for slot in (group.slot + i for i, past in enumerate(group.past) if not past):
             self._state[slot], self._inputs[slot], self._past[slot] = 0, 0, 0
 
     def copy(self, source: int, targets: Sequence[int]) -> None:
-        """Have slots hold what another one does."""
-        for kept in (self._state, self._inputs, self._gates):
-            if kept is not None:
-                kept[list(targets)] = kept[source].clone()  # they share memory
+        """Copy slot `source` to the slots `targets`."""
+        for cache in (self._state, self._inputs, self._gates):
+            if cache is not None:
+                cache[list(targets)] = cache[source].clone()  # source and targets share memory
         for target in targets:
             self._past[target] = self._past[source]
 
 
 def _moved(values: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
-    """Return each sequence's values some places further on, zeros before them: [sequences, places, ...],
-    [sequences]."""
+    """Shift values [sequences, places, ...] right by `by` [sequences] places, with zeros before them."""
     source = torch.arange(values.shape[1], device=values.device) - by[:, None]
-    at = source.clamp(min=0).reshape(*source.shape, *[1] * (values.dim() - 2)).expand_as(values)
-    kept = (source >= 0).reshape(*source.shape, *[1] * (values.dim() - 2))
-    return values.gather(1, at) * kept
+    index = source.clamp(min=0).reshape(*source.shape, *[1] * (values.dim() - 2)).expand_as(values)
+    is_valid = (source >= 0).reshape(*source.shape, *[1] * (values.dim() - 2))
+    return values.gather(1, index) * is_valid
 
 
 def attend_linearly(config: Any, spec: Any, sizes: LinearAttentionConfig, te: bool) -> None:
-    """Have a layer attend linearly.  The norm before it, whose output has two projections, stands by itself
-    with Transformer Engine, too."""
+    """Set `LinearAttention` in a layer spec. The input norm stays separate also with Transformer Engine: two
+    projections read its output."""
     layer = spec.submodules
     projections: tuple[Any, Any, Any] = (tensor_parallel.ColumnParallelLinear,
                                          tensor_parallel.RowParallelLinear,
@@ -327,7 +329,7 @@ def attend_linearly(config: Any, spec: Any, sizes: LinearAttentionConfig, te: bo
         layer.input_layernorm = TENorm
     layer.self_attention = ModuleSpec(module=LinearAttention,
                                       params={"projections": projections, "sizes": sizes})
-    # as layers with other attention name them: the library has none of these under latent attention
+    # checkpoint names as in other layers: the library's map for latent attention lacks them
     names = layer.sharded_state_dict_keys_map
     names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     names.pop("input_layernorm.", None)

@@ -1,9 +1,8 @@
-"""The blocks of global tensors that live in this process: what initial weights,
-checkpoints and exports go through.
+"""The blocks of global tensors on this process: access for initialization, checkpoints and exports.
 
-A block is a view of a live parameter or buffer with its place in the global tensor, whose name and shape are
-the same at every layout.  Writing into the view changes the model; of weights in 8 bits the blocks are views
-of what they are made of, and `LanguageModel.finish_writing` makes them.
+A block is a view of a live parameter or buffer with its offset in a global tensor, whose name and shape are
+equal at every layout. Writing to the view changes the model. For FP8 weights the blocks are views of the
+initial values or masters, and `LanguageModel.finish_writing` quantizes the weights.
 """
 
 from __future__ import annotations
@@ -22,22 +21,22 @@ from megatron_sov.engine.model.language_model import VOCABULARY_WEIGHTS, Languag
 
 @dataclass(frozen=True)
 class LocalShard:
-    """A contiguous part of a global tensor, held by this process."""
+    """A contiguous block of a global tensor, in this process's memory."""
 
     key: str
     """Name of the global tensor."""
     data: torch.Tensor
-    """View of the live memory, shaped as the last axes of the block."""
+    """View of the live memory; its shape equals the last axes of the block."""
     global_shape: tuple[int, ...]
     """Shape of the global tensor."""
     offset: tuple[int, ...]
-    """First index of the block in it."""
+    """Index of the block's first element in the global tensor."""
     replica: tuple[int, ...]
-    """Place among all processes that hold the same block: pipeline, tensor parallel, data parallel."""
+    """Rank among processes with the same block, as (pipeline, tensor parallel, data parallel)."""
 
     @property
     def owned(self) -> bool:
-        """Whether this process, of all that hold the same block, is the one that writes it."""
+        """Whether this process, among all with the same block, writes it."""
         return not any(self.replica)
 
     @property
@@ -46,24 +45,23 @@ class LocalShard:
 
 
 def local_shards(model: LanguageModel, *, rounded: bool = False) -> list[LocalShard]:
-    """Return the blocks of this process's part of the model, ordered by name and place; called by all
-    processes together.
+    """Return the local blocks, sorted by name and offset. Collective.
 
     Args:
-        rounded: of weights that have masters in their place, copies in the model's dtype: what checkpoints
-            and exports hold.
+        rounded: replace float32 masters by copies in the model's dtype, as checkpoints and exports store
+            weights.
     """
     blocks = declared_blocks(model)
     if not model.stand_ins:
         return blocks
     lookup = ParameterLookup(model)
-    found = [at_home for block in blocks for at_home in _at_home(model, block, lookup.find(block), rounded)]
-    return sorted(found, key=lambda b: (b.key, b.offset))
+    shards = [shard for block in blocks for shard in _at_home(model, block, lookup.find(block), rounded)]
+    return sorted(shards, key=lambda b: (b.key, b.offset))
 
 
 def _at_home(model: LanguageModel, block: LocalShard, parameter: torch.nn.Parameter | None,
              rounded: bool) -> Iterator[LocalShard]:
-    """Yield a block, or in its place the blocks that hold its numbers."""
+    """Yield the block, or for an FP8 weight the blocks of its initial values or masters."""
     if id(parameter) not in model.stand_ins:
         yield block
     elif model.masters is None:
@@ -74,13 +72,13 @@ def _at_home(model: LanguageModel, block: LocalShard, parameter: torch.nn.Parame
 
 
 def declared_blocks(model: LanguageModel) -> list[LocalShard]:
-    """Return the blocks as the model declares them: of weights in 8 bits they are parts of stand-ins."""
+    """Return the blocks that the model declares; blocks of FP8 weights are parts of meta tensors."""
     model.finish_param_gather()
     blocks = []
     for chunk in model.chunks:
         with quantized_weights.replaced(chunk, model.stand_ins):
             declared = chunk.sharded_state_dict(metadata={})
-        apply_factories(declared)  # splits fused gate-and-up matrices, which are cut along each half
+        apply_factories(declared)  # splits fused gate-and-up weights, which are split along each half
         blocks += [
             LocalShard(t.key, t.data, tuple(t.global_shape), tuple(t.global_offset), tuple(t.replica_id))
             for t in nested_values(declared) if isinstance(t, ShardedTensor)]
@@ -89,39 +87,39 @@ def declared_blocks(model: LanguageModel) -> list[LocalShard]:
         if chunk.adapters is not None:
             blocks += [LocalShard(*block) for factors in chunk.adapters.factors()
                        for block in factors.blocks()]
-    # last: a vocabulary's padding depends on tensor parallelism, and a checkpoint on no layout
+    # vocabulary padding depends on tensor parallelism; checkpoints must not depend on the layout
     blocks = [_without_padding(b, model.vocab_size) if b.key in VOCABULARY_WEIGHTS else b for b in blocks]
-    # by name and place: the order in which the library declares them differs between layouts
+    # the library's order of declaration differs between layouts
     return sorted((b for b in blocks if b.data.numel()), key=lambda b: (b.key, b.offset))
 
 
 def _without_padding(block: LocalShard, vocab_size: int) -> LocalShard:
-    """Return the part of an embedding's or head's block that belongs to token ids; how many rows follow
-    depends on the layout."""
+    """Remove the rows after the last token id from an embedding or head block; their number depends on the
+    layout."""
     rows = valid_rows(block.data, vocab_size)
     return replace(block, data=block.data[:rows], global_shape=(vocab_size, *block.global_shape[1:]))
 
 
 def _address(tensor: torch.Tensor) -> tuple[int, int]:
-    """Return where a tensor's first element is: its storage, and the bytes before it there.  Meta tensors
-    have that too, and no address."""
+    """Return the storage and byte offset of a tensor's first element; meta tensors have no data pointer."""
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset()) * tensor.element_size()
 
 
 class ParameterLookup:
-    """Finds the parameter that a declared block is a view of."""
+    """Finds the parameter that a block is a view of."""
 
     def __init__(self, model: LanguageModel) -> None:
         placed = sorted(((_address(model.stand_ins.get(id(p), p)), p) for p in model.parameters()),
-                        key=lambda one: one[0])
+                        key=lambda item: item[0])
         self._parameters, self._starts = [p for _, p in placed], [start for start, _ in placed]
 
     def find(self, block: LocalShard) -> torch.nn.Parameter | None:
-        """Return the parameter whose memory holds the block, or None for a buffer."""
+        """Return the parameter that contains the block's memory, or None for a buffer."""
         storage, offset = address = _address(block.data)
         i = bisect.bisect_right(self._starts, address) - 1
         if i < 0:
             return None
-        found, (held_in, start) = self._parameters[i], self._starts[i]
-        within = held_in == storage and offset < start + found.numel() * found.element_size()
-        return found if within else None
+        parameter, (parameter_storage, start) = self._parameters[i], self._starts[i]
+        end = start + parameter.numel() * parameter.element_size()
+        contains_block = parameter_storage == storage and offset < end
+        return parameter if contains_block else None

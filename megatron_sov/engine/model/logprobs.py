@@ -1,7 +1,7 @@
-"""Log-probabilities of given tokens from hidden states: the only place where losses meet the vocabulary.
+"""The output head: losses, log-probabilities and logits from hidden states.
 
-Shapes: T tokens, H hidden size, V vocabulary (split over the tensor-parallel group), C tokens of a chunk.
-The output head is applied to C tokens at a time, so T x V logits never exist.
+Shapes: T tokens of a row, H hidden size, V vocabulary (split over the tensor-parallel group), C tokens of a
+chunk. The head is applied to C tokens at a time, so T x V logits never exist.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from megatron_sov.engine.parallel.device import to_device
 
 @dataclass(frozen=True)
 class Divergences:
-    """What was measured at each label of a row, without gradient.
+    """Divergence statistics per label of a row, without gradient.
 
     Each [T] float32 (float64 under fp64), equal on all processes of the tensor- and context-parallel groups.
     """
 
     divergence: torch.Tensor
-    """What is learned."""
+    """The trained divergence."""
     kl: torch.Tensor
-    """KL(teacher || student) in nats, over the same events at the same temperature."""
+    """KL(teacher || student) in nats, at the same temperature and over the same events."""
     entropy: torch.Tensor
-    """The student's, in nats, at the same temperature."""
+    """The student's entropy in nats, at the same temperature."""
 
 
 @dataclass(frozen=True)
@@ -40,31 +40,31 @@ class Head:
     """The output head of the last pipeline stage."""
 
     weight: torch.Tensor
-    """[V / tp, H], this process's rows; V is padded to a multiple of tp."""
+    """[V / tp, H] local rows; V is padded to a multiple of tp."""
     config: Any
-    """The library's TransformerConfig."""
+    """The library's `TransformerConfig`."""
     chunk_tokens: int
     """C."""
     vocab_size: int
-    """Token ids, without padding."""
+    """Number of token ids, without padding."""
     logits_softcap: float | None = None
-    """Cap on the logits; None: none."""
+    """Cap on the logits. None: no cap."""
 
     def cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor,
                       weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Return weighted sums of the positions' losses ``-log p(label)``, and these losses.
+        """Return weighted sums of the losses ``-log p(label)``, and the losses.
 
-        Weights are known before the logits are, so the pass that computes losses computes gradients too
-        and the head is applied once. Further terms add a product with the head's weight each, not a pass.
+        The weights are known before the logits, so one pass applies the head and computes losses and
+        gradients. Each further term adds one product with the head weight.
 
         Args:
-            hidden: [T / context-parallel size / sequence-parallel size, 1, H], of the local tokens.
-            labels: [T] int64, of the whole row.
-            weights: term -> [T] weight of each label in its sum; numbers, not differentiated.
+            hidden: [T / context-parallel size / sequence-parallel size, 1, H] of the local tokens.
+            labels: [T] int64 of the whole row.
+            weights: term -> [T] weights, without gradient.
 
         Returns:
             Term -> its sum over the whole row, equal on all processes of the tensor- and context-parallel
-            groups and differentiable for losses that are computed alike on all of them; [T] losses in
+            groups, differentiable if every process computes the same loss from it; and the losses [T]
             float32 (float64 under fp64), without gradient.
         """
         losses, *sums = CrossEntropySums.apply(states_for_head(hidden, self.config), self.weight, labels,
@@ -73,92 +73,88 @@ class Head:
 
     def divergence(self, hidden: torch.Tensor, teacher: Teacher, weights: Mapping[str, torch.Tensor],
                    divergence: Divergence) -> tuple[dict[str, torch.Tensor], Divergences]:
-        """Return weighted sums of the positions' divergences from a teacher, and what was measured.
+        """Return weighted sums of the divergences from a teacher, and per-label statistics.
 
-        As in `cross_entropy`, weights are known before and the head is applied once.
+        As in `cross_entropy`, the weights are known in advance and the head is applied once.
 
         Args:
-            hidden: [T / context-parallel size / sequence-parallel size, 1, H], of the local tokens.
-            teacher: its distribution at the local tokens, not cut for sequence parallelism.
-            weights: term -> [T] weight of each position in its sum; numbers, not differentiated.
-            divergence: which.
+            hidden: [T / context-parallel size / sequence-parallel size, 1, H] of the local tokens.
+            teacher: distribution at the local tokens, not split for sequence parallelism.
+            weights: term -> [T] weights, without gradient.
+            divergence: kind and temperature.
 
         Returns:
-            Term -> its sum over the whole row, as from `cross_entropy`; and each position's figures.
+            Term -> its sum over the whole row, as in `cross_entropy`; and the statistics.
         """
-        of_row, *sums = DivergenceSums.apply(states_for_head(hidden, self.config), self.weight, teacher,
+        row_values, *sums = DivergenceSums.apply(states_for_head(hidden, self.config), self.weight, teacher,
                                              divergence, self._chunking, torch.is_grad_enabled(),
                                              *weights.values())
-        return dict(zip(weights, sums, strict=True)), Divergences(*of_row.unbind(1))
+        return dict(zip(weights, sums, strict=True)), Divergences(*row_values.unbind(1))
 
     def logprobs(self, hidden: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0,
                  wanted: torch.Tensor | None = None) -> torch.Tensor:
-        """Return log p(label) of each position, for losses that are no weighted sums of them.
+        """Return log p(label) of each position, for losses that are not weighted sums of them.
 
-        What such a loss makes of them is known after the forward pass only, so the head is applied
-        again in the backward pass.
+        Such a loss knows its derivative only in the backward pass, which applies the head a second time.
 
         Args:
-            hidden: [T / context-parallel size / sequence-parallel size, 1, H], of the local tokens.
-            labels: [T] int64, of the whole row.
-            temperature: what logits are divided by before the softmax: that of the policy which wrote the
-                labels, where their ratio is asked for.
-            wanted: [T] bool on the host: positions that are asked for; the head is not applied to the others,
-                which have 0.  None: all.
+            hidden: [T / context-parallel size / sequence-parallel size, 1, H] of the local tokens.
+            labels: [T] int64 of the whole row.
+            temperature: divisor of the logits. For importance ratios, use the temperature of the policy that
+                sampled the labels.
+            wanted: [T] bool on the host: positions to compute; the others get 0. None: all positions.
 
         Returns:
             [T] float32 (float64 under fp64) of the whole row, equal on all processes of the tensor- and
-            context-parallel groups, differentiable for losses that are computed alike on all of them.
+            context-parallel groups, differentiable if every process computes the same loss from it.
         """
-        states, own = states_for_head(hidden, self.config), context.local(labels)
+        states, local_labels = states_for_head(hidden, self.config), context.local(labels)
         if wanted is None:
-            return context.gather(LabelLogprobs.apply(states, self.weight, own, self._chunking, temperature))
+            return context.gather(
+                LabelLogprobs.apply(states, self.weight, local_labels, self._chunking, temperature))
         index = to_device(context.local(wanted).nonzero()[:, 0], states.device)
-        found = LabelLogprobs.apply(states.index_select(0, index), self.weight, own[index], self._chunking,
-                                    temperature)
-        return context.gather(found.new_zeros(len(own)).index_copy(0, index, found))
+        selected = LabelLogprobs.apply(states.index_select(0, index), self.weight, local_labels[index],
+                                       self._chunking, temperature)
+        return context.gather(selected.new_zeros(len(local_labels)).index_copy(0, index, selected))
 
     @torch.no_grad()
     def top_tokens(self, states: torch.Tensor) -> torch.Tensor:
-        """Return the most probable token [n] int64 after each of some positions' hidden states [n, H]
-        (already gathered)."""
+        """Return the most probable tokens [n] int64 for gathered hidden states [n, H]."""
         return torch.cat([_chunk_argmax(self._project(s, self._chunking.token_rows))[0]
                           for s in states.split(self.chunk_tokens)])
 
     @torch.no_grad()
     def best_tokens(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return these tokens, and the log-probability [n] float32 (float64 under fp64) of each."""
-        found = [_chunk_best(self._project(s, self._chunking.token_rows))
+        """Return `top_tokens` and the log-probability [n] float32 (float64 under fp64) of each."""
+        best = [_chunk_best(self._project(s, self._chunking.token_rows))
                  for s in states.split(self.chunk_tokens)]
-        return torch.cat([token for token, _ in found]), torch.cat([logprob for _, logprob in found])
+        return torch.cat([token for token, _ in best]), torch.cat([logprob for _, logprob in best])
 
     @torch.no_grad()
     def top_of_row(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the most probable token [T] int64 after each position of a row, from [local tokens, 1,
-        H], on every process."""
+        """Return the most probable token [T] int64 after each position of a row, on every process, from
+        hidden states [local tokens, 1, H]."""
         return context.gather(self.top_tokens(states_for_head(hidden, self.config)))
 
     @torch.no_grad()
     def most_probable(self, hidden: torch.Tensor, k: int, temperature: float = 1.0
                       ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the K most probable tokens [T, K] int64 after each position of a row, and their
-        log-probabilities [T, K] float32 (float64 under fp64), from [local tokens, 1, H], on every process."""
-        found = [most_probable(s, self.weight, k, self._chunking.token_rows, temperature, self.logits_softcap)
+        """Return the K most probable tokens [T, K] int64 after each position of a row and their
+        log-probabilities [T, K] float32 (float64 under fp64), on every process, from [local tokens, 1, H]."""
+        best = [most_probable(s, self.weight, k, self._chunking.token_rows, temperature, self.logits_softcap)
                  for s in states_for_head(hidden, self.config).split(self.chunk_tokens)]
-        token, logprobs = (context.gather(torch.cat(parts)) for parts in zip(*found, strict=True))
+        token, logprobs = (context.gather(torch.cat(parts)) for parts in zip(*best, strict=True))
         return token, logprobs
 
     @torch.no_grad()
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Return full logits [n, token ids] float32 (float64 under fp64) of a few positions' states [n, H]
-        (already gathered)."""
+        """Return full logits [n, token ids] float32 (float64 under fp64) for gathered states [n, H]."""
         local = self._project(states, len(self.weight))
         return tensor_parallel.gather_from_tensor_model_parallel_region(local)[:, :self.vocab_size]
 
     @property
     def token_ids(self) -> range:
-        """Token ids whose rows of the head's weight this process holds; rows that pad the vocabulary
-        follow them."""
+        """Token ids of the local rows of the head weight; padding rows follow."""
         first = parallel_state.get_tensor_model_parallel_rank() * len(self.weight)
         return range(first, first + self._chunking.token_rows)
 
@@ -176,7 +172,8 @@ def head_of(model: LanguageModel, chunk_tokens: int) -> Head:
 
 
 def _chunk_best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[C, V / tp] -> [C] int64, the most probable token, and [C], its log-probability; logits are spent."""
+    """Return the most probable token [C] int64 and its log-probability [C] from logits [C, V / tp], which are
+    overwritten."""
     token, largest = _chunk_argmax(logits)
     sums = logits.sub_(largest[:, None]).exp_().sum(dim=-1)
     group = parallel_state.get_tensor_model_parallel_group()
@@ -186,15 +183,17 @@ def _chunk_best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _chunk_argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[C, V / tp] -> [C] int64 and its logit [C]; of equal logits the lowest id wins, at every layout."""
+    """Return the largest logit's token [C] int64 and value [C] from logits [C, V / tp]; ties go to the lowest
+    id at every layout."""
     best, token = logits.max(dim=-1)
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1:
         return token, best
     token = token + group.rank() * logits.shape[1]
-    both = [torch.empty(len(best), 2, dtype=torch.float64, device=best.device) for _ in range(group.size())]
-    torch.distributed.all_gather(both, torch.stack([best.double(), token.double()], dim=1), group=group)
-    stacked = torch.stack(both)
+    local = torch.stack([best.double(), token.double()], dim=1)
+    gathered = [torch.empty_like(local) for _ in range(group.size())]
+    torch.distributed.all_gather(gathered, local, group=group)
+    stacked = torch.stack(gathered)
     winner = stacked[:, :, 0].argmax(dim=0)
     largest, token_id = stacked[winner, torch.arange(len(best), device=best.device)].unbind(dim=1)
     return token_id.long(), largest.to(best.dtype)

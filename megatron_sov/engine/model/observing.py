@@ -1,5 +1,6 @@
-"""What passes through the modules of a model, as two sums for each that no layout changes: of all values, and
-of their squares, over all tokens, channels and micro-batches of a step."""
+"""Layout-independent sums of module outputs and their gradients, for finding where two layouts differ.
+
+Each module has two sums per step, over all tokens, channels and micro-batches: of values and of squares."""
 
 from __future__ import annotations
 
@@ -20,115 +21,119 @@ Sums = tuple[float, float]
 Place = tuple[int, str]
 BEFORE = "before the first module"
 LEFT, CAME = "forward behind ", "backward of "
-"""Parts of a step that begin when a module has given something, or a gradient has come to what it gave."""
+"""Prefixes of step parts that begin when a module returns, or when the gradient of its output arrives."""
 REDUCED = "DATA_PARALLEL"
-"""In the names of groups over which gradients are summed up, where this goes on beside the backward pass."""
+"""Part of the names of groups that reduce gradients, which may overlap with the backward pass."""
 _EXPERT = re.compile(r"\.local_experts\.\d+")
 _PARTIAL = re.compile(r"\.mlp\.experts(\.local_experts\.\d+(\.linear_fc2)?)?$")
-"""What experts give, where several processes hold parts of one."""
+"""Expert modules whose output is partial under expert tensor parallelism."""
 MOST_EXPERTS = 16
-"""Of a layer on a process, which are looked into."""
+"""Largest number of local experts per layer that are observed one by one."""
 _REPLICA_TOLERANCE = 1e-12
-"""Relative: two processes with sums so close hold the same tensor, and two parts of one never do."""
+"""Relative tolerance: sums this close belong to replicas of a tensor; sums of two parts differ more."""
 
 
 @dataclass
 class Observed:
-    """Of one process."""
+    """Sums and messages of one process."""
 
     group: tuple[int, ...]
-    """Its tensor parallel group."""
+    """Ranks of its tensor-parallel group."""
     expert_group: tuple[int, ...]
-    """That of its experts."""
+    """Ranks of its expert tensor-parallel group."""
     step: int = 1
-    """Which step is computed; whoever computes counts."""
+    """Number of the current step, set by the caller."""
     forward: dict[Place, Sums] = field(default_factory=dict)
-    """Step and module -> of its outputs, in the order of first calls."""
+    """(step, module) -> sums of its outputs, in the order of first calls."""
     backward: dict[Place, Sums] = field(default_factory=dict)
-    """Step and module -> of the gradients of its outputs, in the order in which their last parts came: what
-    is called twice, such as an embedding that prediction layers ask too, has them whole only then."""
+    """(step, module) -> sums of the gradients of its outputs, ordered by the arrival of the last gradient: a
+    module that is called twice, such as an embedding with MTP layers, is complete only then."""
     sent: dict[Place, dict[CallSite, None]] = field(default_factory=dict)
-    """Step and part of it, as `forward of MODULE`, in the order in which they began -> what was sent in it
-    from where."""
+    """(step, part), for example part `forward of MODULE`, in the order of first messages -> call sites."""
     part: str = "building"
 
     def enter(self, part: str) -> None:
-        """Have a part of the step begin."""
+        """Start a part of the step."""
         self.part, place = part, (self.step, part)
         if part.startswith(CAME):
-            self.sent[place] = self.sent.pop(place, {})  # as gradients are ordered: by their last parts
+            self.sent[place] = self.sent.pop(place, {})  # same order as `backward`: by last gradient
         else:
             self.sent.setdefault(place, {})
 
     def begin(self, step: int) -> None:
-        """Have a step begin."""
+        """Start a step."""
         self.step = step
         self.enter(BEFORE)
 
     def note(self, site: CallSite) -> None:
-        """Keep where something is sent from."""
+        """Record the call site of a message."""
         self.sent.setdefault((self.step, self.part), {})[site] = None
 
 
 def observe(model: LanguageModel) -> Observed:
-    """Return what fills while the model computes with gradients."""
-    found = Observed(_ranks_of(parallel_state.get_tensor_model_parallel_group()),
+    """Register hooks on the model, and return the record that they fill in passes with gradients."""
+    sums = Observed(_ranks_of(parallel_state.get_tensor_model_parallel_group()),
                      _ranks_of(parallel_state.get_expert_tensor_parallel_group()))
     for name, module in _named(model):
-        module.register_forward_pre_hook(_Enter(found, name))
-        module.register_forward_hook(_Leave(found, name))
-    return found
+        module.register_forward_pre_hook(_Enter(sums, name))
+        module.register_forward_hook(_Leave(sums, name))
+    return sums
 
 
 def locate(expected: Observed, seen: Sequence[Observed], step: int,
            tolerance: float) -> tuple[list[str], list[str]]:
-    """Return the modules at which a difference begins, forward and backward, and what is sent between the
-    last thing that is right and the first that is not.
+    """Find the modules where a difference starts, and the messages sent just before.
 
     Args:
-        expected: of one process.
-        seen: of all processes of a layout, by rank.
-        step: which is looked at.
-        tolerance: relative.
+        expected: record of one process of the reference layout.
+        seen: records of all processes of the tested layout, by rank.
+        step: number of the step.
+        tolerance: relative tolerance.
+
+    Returns:
+        First differing modules, as `forward of MODULE` and `backward of MODULE`; and sorted call sites of
+        the messages between the last correct module and the first wrong one.
     """
-    found = {kind: _first_difference(_of_step(getattr(expected, kind), step),
-                                     _joined([_of_step(getattr(one, kind), step) for one in seen], seen),
-                                     tolerance)
-             for kind in ("forward", "backward")}
-    first = next(((LEFT if kind == "forward" else CAME) + module for kind, module in found.items()
+    first_modules = {}
+    for kind in ("forward", "backward"):
+        parts = [_of_step(getattr(process, kind), step) for process in seen]
+        first_modules[kind] = _first_difference(
+            _of_step(getattr(expected, kind), step), _joined(parts, seen), tolerance)
+    first = next(((LEFT if kind == "forward" else CAME) + module for kind, module in first_modules.items()
                   if module is not None), "")
-    sites = {str(site) for one in seen for site in _sent_before(one, step, first)}
-    return [f"{kind} of {module}" for kind, module in found.items() if module is not None], sorted(sites)
+    sites = {str(site) for process in seen for site in _sent_before(process, step, first)}
+    wrong = [f"{kind} of {module}" for kind, module in first_modules.items() if module is not None]
+    return wrong, sorted(sites)
 
 
-def _sent_before(one: Observed, step: int, first: str) -> Iterator[CallSite]:
-    """Yield what a process sends between what comes right before a part of a step and that part.
+def _sent_before(process: Observed, step: int, first: str) -> Iterator[CallSite]:
+    """Yield a process's messages between the part before `first` and `first`.
 
     Args:
-        one: the process.
-        step: which.
-        first: the part that begins with something wrong; "": nothing that passes through modules is wrong,
-            so that it is what is done with losses and gradients.
+        process: record of the process.
+        step: number of the step.
+        first: first wrong part. "": all modules are correct, so losses or gradient reductions are wrong.
     """
-    parts = [(part, sites) for (number, part), sites in one.sent.items() if number == step]
+    parts = [(part, sites) for (number, part), sites in process.sent.items() if number == step]
     names = [part for part, _ in parts]
     if first and first not in names:
-        return  # this process has another stage
+        return  # another pipeline stage
     end = names.index(first) if first else len(names)
-    begin = max((i for i, name in enumerate(names[:end]) if name.startswith((LEFT, CAME) if first else CAME)),
+    start = max((i for i, name in enumerate(names[:end]) if name.startswith((LEFT, CAME) if first else CAME)),
                 default=0)
     if first.startswith(CAME) and (left := LEFT + first.removeprefix(CAME)) in names:
-        used = names.index(left)  # what is sent where it is used may be wrong in its gradient alone
-        stop = next((i for i, name in enumerate(names) if i > used and name.startswith(LEFT)), used + 1)
-        yield from (site for _, sites in parts[used:stop] for site in sites)
-    if first.startswith(CAME) and not names[begin].startswith(CAME):
-        yield from dict(parts).get(BEFORE, {})  # the loss may be divided by something wrong
+        first_use = names.index(left)  # a message at the use may be wrong only in its gradient
+        stop = next((i for i, name in enumerate(names) if i > first_use and name.startswith(LEFT)),
+                    first_use + 1)
+        yield from (site for _, sites in parts[first_use:stop] for site in sites)
+    if first.startswith(CAME) and not names[start].startswith(CAME):
+        yield from dict(parts).get(BEFORE, {})  # the divisor of the loss may be wrong
     if not first:
-        yield from (site for _, sites in parts[:begin] for site in sites if REDUCED in site.group)
-    # what is not summed up looks like something cut, until it is used: the last that was sent is named
-    while begin > 0 and not any(sites for _, sites in parts[begin:end]):
-        begin -= 1
-    for _, sites in parts[begin:end]:
+        yield from (site for _, sites in parts[:start] for site in sites if REDUCED in site.group)
+    # a missing reduction looks like a split tensor until it is used: name the last message
+    while start > 0 and not any(sites for _, sites in parts[start:end]):
+        start -= 1
+    for _, sites in parts[start:end]:
         yield from sites
 
 
@@ -137,29 +142,30 @@ def _of_step(sums: Mapping[Place, Sums], step: int) -> dict[str, Sums]:
 
 
 def _joined(parts: Sequence[Mapping[str, Sums]], seen: Sequence[Observed]) -> dict[str, Sums]:
-    """Return the sums over all processes, what several hold alike counted once."""
-    found: dict[str, Sums] = {}
+    """Add up the sums of all processes, counting replicas once."""
+    joined: dict[str, Sums] = {}
     for name in dict.fromkeys(name for part in parts for name in part):
         groups: dict[tuple[int, ...], list[Sums]] = defaultdict(list)
-        for one, part in zip(seen, parts, strict=True):
+        for process, part in zip(seen, parts, strict=True):
             if name in part:
-                groups[one.expert_group if ".experts" in name else one.group].append(part[name])
+                groups[process.expert_group if ".experts" in name else process.group].append(part[name])
         totals = [_of_group(parts) for parts in groups.values()]
-        found[name] = sum(t[0] for t in totals), sum(t[1] for t in totals)
-    return found
+        joined[name] = sum(t[0] for t in totals), sum(t[1] for t in totals)
+    return joined
 
 
-def _first_difference(expected: Mapping[str, Sums], found: Mapping[str, Sums],
+def _first_difference(expected: Mapping[str, Sums], observed: Mapping[str, Sums],
                       tolerance: float) -> str | None:
-    """Return the first module whose sums differ; None: none's do."""
+    """Return the first module with differing sums, or None."""
     for name, (total, squares) in expected.items():
-        if (other := found.get(name)) is None:
-            continue  # it is not looked at in the layout; what is held by nobody is told apart
-        # a plain sum may cancel: what it is measured by is the size of its terms
+        if (observed_sums := observed.get(name)) is None:
+            continue  # not observed in this layout
+        # values may cancel in a plain sum: compare relative to the size of its terms
         scale = squares ** 0.5 + abs(total)
-        apart = (abs(total - other[0]) / max(scale, 1e-30), abs(squares - other[1]) / max(squares, 1e-30))
-        # of NaN neither is true
-        if not all(value <= tolerance for value in apart):
+        differences = (abs(total - observed_sums[0]) / max(scale, 1e-30),
+                       abs(squares - observed_sums[1]) / max(squares, 1e-30))
+        # `not all(<=)` also catches NaN
+        if not all(value <= tolerance for value in differences):
             return name
     return None
 
@@ -173,24 +179,24 @@ def _of_group(parts: list[Sums]) -> Sums:
 
 
 class _Enter:
-    def __init__(self, found: Observed, name: str) -> None:
-        self._found, self._name = found, name
+    def __init__(self, sums: Observed, name: str) -> None:
+        self._found, self._name = sums, name
 
     def __call__(self, module: Any, args: Any) -> None:
         self._found.enter(f"forward of {self._name}")
 
 
 class _Leave:
-    def __init__(self, found: Observed, name: str) -> None:
-        self._found, self._name = found, name
+    def __init__(self, sums: Observed, name: str) -> None:
+        self._found, self._name = sums, name
 
     def __call__(self, module: Any, args: Any, output: Any) -> None:
         self._found.enter(LEFT + self._name)
         if not torch.is_grad_enabled():
-            return  # it is computed again, with gradients, when they are needed
-        # what stands beside it is a bias that is added later, whole on each process
+            return  # recomputation will call the module again with gradients
+        # the second output is a bias added later, complete on each process
         tensor = output[0] if isinstance(output, tuple) else output
-        if isinstance(tensor, torch.nn.Parameter):  # a weight, which is compared as one
+        if isinstance(tensor, torch.nn.Parameter):  # a module that returns its weight
             return
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
             _add(self._found.forward, (self._found.step, self._name), tensor.detach())
@@ -200,7 +206,7 @@ class _Leave:
     def _came(self, gradient: torch.Tensor) -> None:
         self._found.enter(CAME + self._name)
         sums, place = self._found.backward, (self._found.step, self._name)
-        sums[place] = sums.pop(place, (0.0, 0.0))  # it is the last now
+        sums[place] = sums.pop(place, (0.0, 0.0))  # move to the end
         _add(sums, place, gradient)
 
 
@@ -210,30 +216,29 @@ def _add(sums: dict[Place, Sums], place: Place, tensor: torch.Tensor) -> None:
 
 
 def _named(model: LanguageModel) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Yield modules by names that are the same at every layout: layers by their number in the model, experts
-    together."""
+    """Yield modules with layout-independent names: layers by their number in the model, experts merged."""
     for chunk in model.chunks:
         layers = {name: module for name, module in chunk.named_modules()
                   if isinstance(module, TransformerLayer)}
         holders = {"", *(layer[:dot.start()] for layer in layers for dot in re.finditer(r"\.", layer))}
         for name, module in chunk.named_modules():
-            # what holds layers gives what the next stage gets, and each stage makes angles of its own
+            # containers of layers return the next stage's input, and each stage computes its own angles
             if name in holders or "rotary" in name:
                 continue
-            # of many experts what they give together is enough: each would be asked for two sums
-            if (inside := _EXPERT.search(name)) and len(chunk.get_submodule(name[:inside.start()])
+            # with many local experts only their joint output is observed
+            if (expert_match := _EXPERT.search(name)) and len(chunk.get_submodule(name[:expert_match.start()])
                                                         .local_experts) > MOST_EXPERTS:
                 continue
-            # which is summed up on its way back to the token
+            # partial output, summed only when it returns to the token
             if _PARTIAL.search(name) and parallel_state.get_expert_tensor_parallel_world_size() > 1:
                 continue
-            above = name
-            while above and above not in layers:
-                above = above.rpartition(".")[0]
-            at = above or None
-            if at is not None:
-                kind = "prediction layer" if ".mtp." in f".{at}" else "layer"
-                name = f"{kind} {layers[at].layer_number}{name[len(at):]}"
+            parent = name
+            while parent and parent not in layers:
+                parent = parent.rpartition(".")[0]
+            layer_name = parent or None
+            if layer_name is not None:
+                kind = "prediction layer" if ".mtp." in f".{layer_name}" else "layer"
+                name = f"{kind} {layers[layer_name].layer_number}{name[len(layer_name):]}"
             yield _EXPERT.sub(".experts", name).removeprefix("module.") or "model", module
 
 

@@ -1,10 +1,9 @@
-"""Weights that live in 8 bits (`train.fp8_weights`), and where their numbers are for whoever reads or writes
-weights outside of a step.
+"""FP8 weights (`train.fp8_weights`), and access to their values outside a training step.
 
-Transformer Engine makes such a weight of bf16 numbers, which it keeps in host memory until the library's
-distributed optimizer makes float32 masters of them.  From then on masters are the weights: each data-parallel
-process has a range of every one, and what products read is made of all ranges together.  A weight's blocks,
-which are views of its memory elsewhere, are therefore views of the kept numbers first and of masters then.
+Transformer Engine quantizes such a weight from bf16 values and keeps the bf16 values in host memory until the
+library's distributed optimizer creates float32 masters from them. From then on the masters are the weights:
+each data-parallel process owns a range of every master, and the FP8 values are quantized from all ranges. The
+blocks of an FP8 weight are therefore views of the bf16 values first, and of the masters later.
 """
 
 from __future__ import annotations
@@ -18,89 +17,87 @@ from megatron.core.fp8_utils import is_float8tensor, quantize_param_shard
 
 
 def is_quantized(parameter: torch.Tensor) -> bool:
-    """Return whether a weight is in 8 bits; the library's word for it is that of one of the kinds."""
-    found: bool = is_float8tensor(parameter)
-    return found
+    """Return whether a weight is quantized by Transformer Engine (any FP8 recipe)."""
+    is_fp8: bool = is_float8tensor(parameter)
+    return is_fp8
 
 
 def stand_ins(module: torch.nn.Module) -> dict[int, torch.nn.Parameter]:
-    """Return for each weight in 8 bits, by its id, a tensor of its shape and dtype that has no memory.
+    """Return `id(weight)` -> meta tensor of its shape and dtype, for each FP8 weight.
 
-    The library declares blocks as views of weights, and a view of one in 8 bits would be a copy in bf16.
+    Megatron-Core declares blocks as views of weights, and a view of an FP8 weight would be a bf16 copy.
     """
-    found = {}
+    placeholders = {}
     for parameter in module.parameters():
         if is_quantized(parameter):
             empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-            found[id(parameter)] = stand_in = torch.nn.Parameter(empty, requires_grad=False)
-            marks = ("allreduce", "tensor_model_parallel", "partition_dim", "partition_stride")
-            vars(stand_in).update({name: getattr(parameter, name)
-                                   for name in marks if hasattr(parameter, name)})
-    return found
+            placeholders[id(parameter)] = placeholder = torch.nn.Parameter(empty, requires_grad=False)
+            attributes = ("allreduce", "tensor_model_parallel", "partition_dim", "partition_stride")
+            vars(placeholder).update({name: getattr(parameter, name)
+                                   for name in attributes if hasattr(parameter, name)})
+    return placeholders
 
 
 @contextlib.contextmanager
 def replaced(module: torch.nn.Module, by: dict[int, torch.nn.Parameter]) -> Iterator[None]:
-    """Have a module's weights be their stand-ins, while its blocks are declared."""
-    homes = [(part._parameters, name, parameter) for part in module.modules()
+    """Replace FP8 weights by their meta tensors inside the context, for declaring blocks."""
+    owners = [(part._parameters, name, parameter) for part in module.modules()
              for name, parameter in part._parameters.items() if id(parameter) in by]
-    for parameters, name, parameter in homes:
+    for parameters, name, parameter in owners:
         parameters[name] = by[id(parameter)]
     try:
         yield
     finally:
-        for parameters, name, parameter in homes:
+        for parameters, name, parameter in owners:
             parameters[name] = parameter
 
 
 def kept_view(parameter: Any, place: torch.Tensor) -> torch.Tensor:
-    """Return the part of the numbers that a weight was made of, which are kept until it has masters.
+    """Return the part of a weight's initial bf16 values, which exist until the weight has masters.
 
     Args:
         parameter: the weight.
-        place: the same part of its stand-in.
+        place: the same part of its meta tensor.
     """
-    kept: torch.Tensor = parameter.get_high_precision_init_val()
-    return kept.as_strided(place.shape, place.stride(), int(place.storage_offset()))
+    initial: torch.Tensor = parameter.get_high_precision_init_val()
+    return initial.as_strided(place.shape, place.stride(), int(place.storage_offset()))
 
 
 def read_values(parameter: torch.Tensor) -> torch.Tensor:
-    """Return what products read of a weight: itself, or what its 8 bits and scales stand for."""
+    """Return the values that products use: the weight, or its dequantized FP8 values."""
     quantized: Any = parameter
     values: torch.Tensor = quantized.dequantize() if is_quantized(parameter) else parameter
     return values
 
 
 def raw_data(parameter: torch.Tensor) -> torch.Tensor:
-    """Return a weight's memory: itself, or the bytes of its 8 bits."""
+    """Return the memory of a weight: the weight, or its FP8 bytes."""
     quantized: Any = parameter
     data: torch.Tensor = (quantized.get_data_tensors(rowwise_data=True, columnwise_data=False)
                           if is_quantized(parameter) else parameter)
     return data
 
 
-# Masters to 8 bits.
 
 
 def shares_gradients(config: Any) -> bool:
-    """Return whether weights are gathered in bf16, in the memory of gradients: Transformer Engine gives MXFP8
-    weights no memory of the library's, since both of their forms are made of the numbers themselves."""
+    """Return whether parameter gathers use bf16 values in gradient memory: with MXFP8, Transformer Engine
+    quantizes both layouts of a weight from the values, not from the library's buffer."""
     return bool(config.fp8_param and config.fp8_recipe == "mxfp8")
 
 
 def optimizer_settings(config: Any) -> dict[str, Any]:
-    """Return fields of the library's OptimizerConfig."""
+    """Return the FP8 fields of the library's `OptimizerConfig`."""
     if not config.fp8_param:
         return {}
     return {"fp8_recipe": config.fp8_recipe, "reuse_grad_buf_for_mxfp8_param_ag": shares_gradients(config)}
 
 
 def quantize(optimizers: list[Any]) -> None:
-    """Make this process's ranges of weights in 8 bits of their masters, so that a gather brings them to all;
-    other weights stay what they are.
+    """Quantize the local ranges of FP8 weights from their masters; a gather then completes all weights.
 
     Args:
-        optimizers: the library's distributed ones.
+        optimizers: the library's distributed optimizers.
     """
     for optimizer in optimizers:
         if optimizer.optimizer is None:
@@ -113,16 +110,17 @@ def quantize(optimizers: list[Any]) -> None:
                                      optimizer.shard_fp32_from_float16_groups, strict=True):
             for parameter, main in zip(parameters, mains, strict=True):
                 ranges = optimizer._get_model_param_range_map(parameter)
-                mine, place = ranges["param"], ranges["gbuf_world_in_bucket"]
+                local_range, buffer_range = ranges["param"], ranges["gbuf_world_in_bucket"]
                 number, _, bucket = optimizer.model_param_gbuf_map[parameter]
-                sent = optimizer.buffers[number].buckets[bucket].param_data.view(-1)[place.start:place.end]
-                # the masters of other weights may be older than these, which a checkpoint gave
-                sent.copy_(main if is_quantized(parameter)
-                           else parameter.detach().view(-1)[mine.start:mine.end])
+                flat = optimizer.buffers[number].buckets[bucket].param_data.view(-1)
+                target = flat[buffer_range.start:buffer_range.end]
+                # after a checkpoint load, the masters of bf16 weights may be older than the weights
+                target.copy_(main if is_quantized(parameter)
+                           else parameter.detach().view(-1)[local_range.start:local_range.end])
 
 
 def fill_buffers(optimizers: list[Any]) -> None:
-    """Write the masters of all weights into the memory that is gathered, where gradients share it."""
+    """Copy all masters to the gather buffers, if these share gradient memory."""
     for optimizer in optimizers:
         if optimizer.optimizer is not None:
             optimizer._copy_main_params_to_param_buffer()

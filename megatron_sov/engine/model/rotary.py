@@ -1,5 +1,5 @@
-"""Rotary positions: frequencies in float64 (the library's are float32, whatever the dtype of the model),
-YaRN's factor, and rotations that ask the device nothing."""
+"""Rotary position embeddings: frequencies in float64, YaRN's softmax factor, and rotations without device
+synchronization."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from megatron_sov.model.config.model import Llama3RopeConfig
 
 
 def frequencies(model: ModelConfig) -> torch.Tensor:
-    """Return the angle per position of each rotated pair of channels, [pairs] float64.
+    """Return the angle per position of each rotated channel pair, [pairs] float64.
 
-    RoPE (Su et al., arXiv 2104.09864, sec. 3.2.2) and, where the model has it, YaRN's "NTK-by-parts" (Peng et
-    al., arXiv 2309.00071, eq. 17-22), its ramp's ends rounded outwards to whole channels as
-    transformers does, Llama 3.1's scaling (`apply_scaling` of Meta's llama-models), or positions divided by
-    a factor (arXiv 2306.15595).
+    RoPE (Su et al., arXiv 2104.09864, sec. 3.2.2), with one of these scalings: YaRN's "NTK-by-parts" (Peng et
+    al., arXiv 2309.00071, eq. 17-22), with the ends of its ramp rounded outwards to whole channels as in
+    transformers; Llama 3.1's (`apply_scaling` of Meta's llama-models); or linear position interpolation
+    (arXiv 2306.15595).
     """
     dim = model.rotated_channels()
     base = model.rope_theta
@@ -35,34 +35,35 @@ def frequencies(model: ModelConfig) -> torch.Tensor:
     yarn = model.yarn
 
     def channel(rotations: float) -> float:
-        """Channel pair that turns `rotations` times over the original context."""
+        """Return the channel pair that turns `rotations` times over the original context."""
         return (dim * math.log(yarn.original_max_position_tokens / (rotations * 2 * math.pi))
                 / (2 * math.log(base)))
 
     low, high = channel(yarn.beta_fast), channel(yarn.beta_slow)
     low, high = max(math.floor(low), 0), min(math.ceil(high), dim - 1)
-    # 1: wavelengths beyond the original context, which are divided by the factor; 0: short ones, which stay
+    # 1: wavelengths beyond the original context, divided by the factor; 0: short ones, unchanged
     interpolated = ((torch.arange(dim // 2, dtype=torch.float64) - low) / max(high - low, 1e-3)).clamp(0, 1)
     return plain * (1 - interpolated) + plain / yarn.factor * interpolated
 
 
 def _llama3(plain: torch.Tensor, scaling: Llama3RopeConfig) -> torch.Tensor:
-    """Return the frequencies with long wavelengths divided, short ones kept, and a line between the two."""
+    """Divide low frequencies by the factor, keep high ones, and interpolate linearly between them."""
     rotations = plain * scaling.original_max_position_tokens / (2 * math.pi)  # over the original context
-    # 1 keeps a frequency (it turns often inside the original context), 0 divides it
-    kept = ((rotations - scaling.low_freq_factor)
-            / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
-    return plain * kept + plain / scaling.factor * (1 - kept)
+    # 1 keeps a frequency (several turns inside the original context), 0 divides it
+    interpolation = ((rotations - scaling.low_freq_factor)
+                     / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
+    return plain * interpolation + plain / scaling.factor * (1 - interpolation)
 
 
 def rotate_by(embedding: Any, model: ModelConfig, dtype: torch.dtype) -> None:
-    """Have the library's rotary embedding turn by `frequencies`: in float64 for models in float64, whose
-    angles it would round, and in its own float32 for scalings that it does not have with these numbers.
+    """Set the frequencies of Megatron-Core's rotary embedding from `frequencies`.
 
-    Where no layer rotates its table has a line for each place of a row, but no channels: of 1M places it
-    would have half a GiB."""
+    float64 models get float64 frequencies, which the library would round; scalings that the library lacks get
+    float32. If no layer rotates, the table has one entry per position but no channels, instead of half a GiB
+    for 1M positions.
+    """
     if not model.rotates():
-        embedding.dim = 0  # of YaRN's
+        embedding.dim = 0  # read by YaRN's module
         for name in ("inv_freq", "inv_freq_extra", "inv_freq_inter"):
             if hasattr(embedding, name):
                 setattr(embedding, name, getattr(embedding, name)[:0])
@@ -70,37 +71,38 @@ def rotate_by(embedding: Any, model: ModelConfig, dtype: torch.dtype) -> None:
         return
     if dtype != torch.float64 and model.llama3_rope is None and model.linear_rope_factor is None:
         return
-    with CPU:  # a model may be built on meta tensors, and these are numbers
+    with CPU:  # the model may be built on meta tensors, but frequencies are needed
         exact = frequencies(model).to(torch.promote_types(dtype, torch.float32))
     exact = exact.to(embedding.inv_freq.device)
     embedding.inv_freq = exact
     if model.yarn is not None or model.latent_attention is not None:
-        # it mixes these two by float32 shares that add up to exactly 1, so both being the mixture gives the
-        # mixture
+        # the module mixes these two with float32 weights that sum to exactly 1, so two equal tensors give the
+        # tensor itself
         embedding.inv_freq_extra = embedding.inv_freq_inter = exact
     embedding.forward.cache_clear()
 
 
 def local_turns(model: ModelConfig) -> list[float] | None:
-    """Return how often each rotated channel of sliding layers turns while it turns once in global ones; None:
-    as often."""
+    """Return the ratio of local to global frequency per rotated channel, for sliding layers with a theta of
+    their own. None: the same frequencies."""
     if model.local_rope_theta is None:
         return None
-    with CPU:  # a model may be built on meta tensors, and these are numbers
-        local = frequencies(replace(model, rope_theta=model.local_rope_theta, local_rope_theta=None,
-                                    linear_rope_factor=None))
-        turns: list[float] = (local / frequencies(model)).tolist()
-    return turns * 2  # a channel and its pair in the other half
+    with CPU:  # the model may be built on meta tensors, but frequencies are needed
+        local_model = replace(model, rope_theta=model.local_rope_theta, local_rope_theta=None,
+                              linear_rope_factor=None)
+        local_frequencies = frequencies(local_model)
+        turns: list[float] = (local_frequencies / frequencies(model)).tolist()
+    return turns * 2  # both channels of a pair
 
 
 def softmax_scale(model: ModelConfig, kind: str) -> float:
-    """Return the factor on the products of queries and keys in layers of a kind (`ModelConfig.layer_types`).
+    """Return the softmax scale of layers of a kind (`ModelConfig.layer_types`).
 
-    YaRN multiplies cosine and sine by ``m = 0.1 ln(factor) + 1`` (arXiv 2309.00071, eq. 22).  Rotations are
-    linear, so queries and keys come out m times as long and their products m^2 times as large: the same as
-    ``m^2 / sqrt(head_dim)`` behind plain rotations, which fused kernels know.  Layers that do not
-    rotate have no such factor.  DeepSeek's latent attention, of whose heads a part rotates, has it there for
-    the whole heads, with ``m = 0.1 mscale ln(factor) + 1``.
+    YaRN multiplies cosine and sine by ``m = 0.1 ln(factor) + 1`` (arXiv 2309.00071, eq. 22). Rotations are
+    linear, so queries and keys grow by m and their products by m^2: equal to a softmax scale of
+    ``m^2 / sqrt(head_dim)`` with plain rotations, which fused kernels support. Layers without rotation have
+    no such factor. DeepSeek's latent attention applies ``m = 0.1 mscale ln(factor) + 1`` to whole heads,
+    although only part of each head rotates.
     """
     plain: float = model.head_dim ** -0.5 if model.attention_multiplier is None else (
         model.attention_multiplier)
@@ -111,17 +113,18 @@ def softmax_scale(model: ModelConfig, kind: str) -> float:
 
 
 def rotate_by_token() -> None:
-    """Have the library's unfused rotation of packed rows take the angles of each local token.
+    """Patch Megatron-Core's unfused rotation of packed rows to take per-token angles.
 
-    Its own asks the device for the lengths of the documents, for queries and for keys in every layer,
-    and the host waits there for all that was launched before.
+    The library's version copies the document lengths from the device, for queries and keys of every layer,
+    and the host waits for all previously launched kernels. Test:
+    `test_rotary.py::test_a_row_is_rotated_without_a_look_at_its_documents`.
     """
     rope_utils._apply_rotary_pos_emb_thd = _rotate
 
 
 def _rotate(t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, rotary_interleaved: bool = False,
             mscale: float = 1.0, cp_group: Any = None, **paired: bool) -> torch.Tensor:
-    """[tokens, heads, head_dim] by angles [tokens, 1, 1, channels] -> [tokens, heads, head_dim]."""
+    """Rotate [tokens, heads, head_dim] by angles [tokens, 1, 1, channels]."""
     if not freqs.shape[-1]:
         return t
     if not rotary_interleaved and not paired.get("mla_rotary_interleaved"):
@@ -133,26 +136,27 @@ def _rotate(t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, rota
 
 
 def _cosine_sine(angles: Any, dtype: torch.dtype, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return both of angles [tokens, 1, 1, channels], as [tokens, 1, channels].
+    """Return cosine and sine of angles [tokens, 1, 1, channels], each [tokens, 1, channels].
 
-    They stay with the angles: queries and keys of all layers rotate by the same ones.
+    The result is cached on the angles tensor: queries and keys of all layers share it.
     """
-    # on the tensor itself: it lives as long as the row's angles, and a new row has new ones
-    made = getattr(angles, "cosine_sine", {})
-    if (dtype, factor) not in made:
-        made[dtype, factor] = tuple((of(angles[:, 0]) * factor).to(dtype) for of in (torch.cos, torch.sin))
-        angles.cosine_sine = made
-    found: tuple[torch.Tensor, torch.Tensor] = made[dtype, factor]
-    return found
+    # an attribute of the tensor lives as long as the row's angles; a new row has a new tensor
+    cache = getattr(angles, "cosine_sine", {})
+    if (dtype, factor) not in cache:
+        cache[dtype, factor] = tuple((of(angles[:, 0]) * factor).to(dtype) for of in (torch.cos, torch.sin))
+        angles.cosine_sine = cache
+    cosine_sine: tuple[torch.Tensor, torch.Tensor] = cache[dtype, factor]
+    return cosine_sine
 
 
 class _Rotation(torch.autograd.Function):
-    """The library's rotation of a channel and its partner in the other half, to the bit, in fewer passes: it
-    concatenates halves, and autograd once more."""
+    """Rotation of channel pairs with the same bits as Megatron-Core's, which concatenates halves twice.
+    Test: `test_rotary.py::test_a_rotation_has_the_librarys_bits`."""
 
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-        """[tokens, heads, head_dim], [tokens, 1, channels] twice; channels behind these pass."""
+        """Rotate values [tokens, heads, head_dim] by cosine and sine [tokens, 1, channels]; further channels
+        pass unchanged."""
         ctx.save_for_backward(cosine, sine)
         channels = sine.shape[-1]
         if channels == values.shape[-1]:
@@ -160,14 +164,14 @@ class _Rotation(torch.autograd.Function):
         else:
             rotated = torch.cat([values[..., :channels] * cosine, values[..., channels:]], dim=-1)
         first, second = values[..., :channels].chunk(2, dim=-1)
-        into_first, into_second = rotated[..., :channels].chunk(2, dim=-1)
-        of_first, of_second = sine.chunk(2, dim=-1)
-        into_first -= second * of_first
-        into_second += first * of_second
+        rotated_first, rotated_second = rotated[..., :channels].chunk(2, dim=-1)
+        first_sine, second_sine = sine.chunk(2, dim=-1)
+        rotated_first -= second * first_sine
+        rotated_second += first * second_sine
         return rotated
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cosine, sine = ctx.saved_tensors
-        of_first, of_second = sine.chunk(2, dim=-1)
-        return _Rotation.apply(gradient, cosine, torch.cat([-of_second, -of_first], dim=-1)), None, None
+        first_sine, second_sine = sine.chunk(2, dim=-1)
+        return _Rotation.apply(gradient, cosine, torch.cat([-second_sine, -first_sine], dim=-1)), None, None

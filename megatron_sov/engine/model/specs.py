@@ -1,5 +1,4 @@
-"""From a family's declaration to a megatron-core model: the only place that knows the library's
-configuration names."""
+"""Builds Megatron-Core configs and layer specs from a `ModelConfig`."""
 
 from __future__ import annotations
 
@@ -31,46 +30,43 @@ gelu_tanh = partial(gelu, approximate="tanh")
 """GELU by its tanh approximation (arXiv 1606.08415, section 2)."""
 
 
-# Parts of layers that the library has not: what a block adds to the residual, its output normalised and
-# multiplied where the architecture says so; norms by 1 + weight; layers that rotate at a speed of their
-# own. The first takes the place of the library's bias-dropout-add, which is where a layer hands over a
-# block's output together with the residual.
+# Layer parts that Megatron-Core lacks. `BlockOutput` takes the place of the bias-dropout-add, where a layer
+# passes a block's output together with the residual.
 
 
 class BlockOutput(torch.nn.Module):
-    """Residual + multiplier x dropout(norm(output))."""
+    """Residual addition: ``residual + multiplier * dropout(norm(output))``."""
 
     norm: torch.nn.Module | None
-    """RMSNorm of the output; None: there is none."""
+    """RMSNorm of the block's output. None: no norm."""
 
     def __init__(self, config: Any, norm: Any, multiplier: float) -> None:
-        """Make the norm.
+        """Create the norm.
 
         Args:
-            config: the library's TransformerConfig.
-            norm: class of the norm; None: the output is not normalised.
-            multiplier: factor on what is added.
+            config: the library's `TransformerConfig`.
+            norm: class of the norm. None: no norm.
+            multiplier: factor on the block's output.
         """
         super().__init__()
         self.norm = norm and norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
         self._multiplier = multiplier
 
     def forward(self, training: bool, fused: bool) -> Callable[..., torch.Tensor]:
-        """Return what adds a block's (output, bias) to the residual, as the library asks for it; there is no
-        fused form."""
-        def added(output_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor,
-                  share_dropped: float) -> torch.Tensor:
-            output, _ = output_with_bias  # no matrix before it has a bias
+        """Return the function that adds (output, bias) to the residual; `fused` changes nothing."""
+        def add_to_residual(output_with_bias: tuple[torch.Tensor, torch.Tensor | None],
+                            residual: torch.Tensor, share_dropped: float) -> torch.Tensor:
+            output, _ = output_with_bias  # the linear layer before has no bias
             if self.norm is not None:
                 output = self.norm(output)
             output = dropout(output, share_dropped, training)
             return residual + (output if self._multiplier == 1 else output * self._multiplier)
 
-        return added
+        return add_to_residual
 
 
 class ZeroCenteredNorm(torch.nn.Module):
-    """RMSNorm that multiplies by 1 + weight (Gemma), which torch does not have."""
+    """RMSNorm that multiplies by 1 + weight (Gemma)."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -84,7 +80,7 @@ class ZeroCenteredNorm(torch.nn.Module):
 
 
 class GatedAttention(SelfAttention):
-    """Attention whose heads' outputs are gated, in float64 too, where the library gates in float32."""
+    """Self-attention with output gates, in float64 as well: Megatron-Core computes gates in float32."""
 
     def _apply_output_gate(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -92,26 +88,26 @@ class GatedAttention(SelfAttention):
 
 
 class OwnLayer(TransformerLayer):
-    """A layer with residual sums of our own, which may rotate at another speed than the others.
+    """Transformer layer with `BlockOutput` residuals and its own rotary frequencies.
 
-    The library switches gradients on for its residual sums; with a norm's weight there that would keep a
-    graph of every forward pass that wants none.
+    Megatron-Core enables gradients around residual additions; with a norm weight inside, that would keep the
+    graph of every forward pass under `torch.no_grad`.
     """
 
     def __init__(self, *args: Any, turns: Sequence[float] | None, **kwargs: Any) -> None:
-        """Make the layer.
+        """Create the layer.
 
         Args:
-            turns: for each rotated channel, how often it turns while it turns once in other layers; None: as
-                often.
+            turns: per rotated channel, ratio between this layer's rotary frequency and the other layers'.
+                None: 1.
         """
         super().__init__(*args, **kwargs)
         self.bias_dropout_add_exec_handler = contextlib.nullcontext
         self._turns = turns
-        self._kept: torch.Tensor | None = None  # no buffer: the library rounds those to the weights' dtype
+        self._kept: torch.Tensor | None = None  # no buffer: the library casts buffers to the weights' dtype
 
     def _turns_beside(self, angles: torch.Tensor) -> torch.Tensor:
-        """Return the turns where the angles are; a copy to a GPU in each pass would wait for it."""
+        """Return `turns` in the dtype and on the device of `angles`; cached, as a copy blocks."""
         if self._kept is None or (self._kept.device, self._kept.dtype) != (angles.device, angles.dtype):
             self._kept = angles.new_tensor(self._turns)
         return self._kept
@@ -124,30 +120,30 @@ class OwnLayer(TransformerLayer):
 
 
 def transformer_engine_serves(dtype: torch.dtype) -> bool:
-    """Return whether a model of this parameter dtype is to be made of Transformer Engine's modules.
+    """Return whether a model with this parameter dtype uses Transformer Engine modules: bf16 on GPUs.
 
-    They are, on GPUs, in 16 bit alone: they know no float64, and in float32 its fused and flash attention do
-    not serve, which leaves one whose memory grows with the square of a row's length.
+    The modules do not support float64. In float32 the fused and flash attention are unavailable, and the
+    remaining kernel needs memory quadratic in the row length.
     """
     return on_gpu() and dtype == torch.bfloat16
 
 
 @cache
 def transformer_engine_error() -> str:
-    """Return why Transformer Engine does not import, in its own words; empty: it does."""
+    """Return the error that importing Transformer Engine raises, or an empty string."""
     try:
         import transformer_engine.pytorch  # noqa: F401
-    # it fails in many ways: not installed, missing libraries, wrong CUDA, the bare package's RuntimeError
+    # many errors occur: not installed, missing libraries, wrong CUDA, RuntimeError of the bare package
     except Exception as e:
         return told_in_a_line(e)
     return ""
 
 
 def uses_transformer_engine(dtype: torch.dtype) -> bool:
-    """Return whether a model of this parameter dtype is made of Transformer Engine's modules.
+    """Return `transformer_engine_serves(dtype)` and check that Transformer Engine imports.
 
     Raises:
-        UserError: it is to be, and Transformer Engine does not import.
+        UserError: the model needs Transformer Engine, and the import fails.
     """
     if not transformer_engine_serves(dtype):
         return False
@@ -160,7 +156,7 @@ def uses_transformer_engine(dtype: torch.dtype) -> bool:
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
                        gpu: GpuConfig = AUTO) -> Any:
-    """Return the library's `TransformerConfig` for a model, a layout, a precision and a use of GPUs."""
+    """Build the library's `TransformerConfig` from model, layout, training and GPU settings."""
     dtype = PRECISION[train.precision]
     te = uses_transformer_engine(dtype)
     here = Here(te, model, parallel)
@@ -181,28 +177,28 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         "virtual_pipeline_model_parallel_size": parallel.vpp if parallel.vpp > 1 else None,
         "expert_model_parallel_size": parallel.ep,
         "expert_tensor_parallel_size": parallel.etp, "context_parallel_size": parallel.cp,
-        # interleaved pipelines send a peer two messages at a time: in a batch, gloo swaps them silently
+        # interleaved pipelines send two messages to a peer at a time: in a batch, gloo swaps them silently
         "batch_p2p_comm": on_gpu() and parallel.vpp == 1, "overlap_p2p_comm": parallel.vpp > 1,
-        # losses are sums divided once by global counts; must stand here before the model is wrapped
+        # losses are sums divided once by global counts; the wrapper reads this when it wraps the model
         "calculate_per_token_loss": True, "deterministic_mode": train.deterministic,
         "masked_softmax_fusion": False, "bias_dropout_fusion": te,
-        # every message would have the host wait, for the sake of an older torch
+        # the library would synchronize with the host at every message to support an older torch
         "hetereogenous_dist_checkpoint": True, "cuda_graph_modules": [], "batch_p2p_sync": False,
         **transformer_settings(gpu, train, here),
     }
     if not te and not on_gpu():
-        settings["bias_activation_fusion"] = model.activation == "silu"  # `gated` stands for the kernel
+        settings["bias_activation_fusion"] = model.activation == "silu"  # patched by `gate_without_compiler`
     if parallel.pipeline_layout:
         settings["pipeline_model_parallel_layout"] = _pipeline_layout(model, parallel)
     if model.sliding_window_tokens:
-        # the library's window is (keys to the left, to the right), the current token not counted
+        # the library's window is (keys to the left, keys to the right) without the current token
         settings["window_size"] = (model.sliding_window_tokens - 1, 0)
     if model.num_mtp_layers:
         settings |= {"mtp_num_layers": model.num_mtp_layers, "mtp_loss_scaling_factor": model.mtp_loss_coeff}
     if model.num_moe_layers():
         settings |= _moe_settings(model, te) | expert_settings(gpu, here)
         settings["moe_router_dtype"] = "fp64" if dtype == torch.float64 else "fp32"
-    # elsewhere models are only looked at, as `plan` does: training has been refused
+    # without Transformer Engine the settings are ignored: `refuse` rejects training, `plan` only inspects
     settings |= library_settings(train) if te else {}
     config = _library_config(model, settings)
     if te and train.fp8 != "none":
@@ -220,13 +216,13 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
 
 
 def _library_config(model: ModelConfig, settings: dict[str, Any]) -> Any:
-    """Return the library's configuration of these settings, of the kind that the model's attention has."""
+    """Construct `TransformerConfig`, or `MLATransformerConfig` for latent attention."""
     from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
     from megatron_sov.engine.model.kv_cache import latent_settings
 
     latent = latent_settings(model)
-    # its validation refuses float32, and prediction layers, which `OverlappedPasses` computes otherwise
+    # the config's validation refuses float32, and MTP layers, which `OverlappedPasses` runs separately
     overlap = {name: settings.pop(name) for name in OVERLAP if name in settings}
     config = MLATransformerConfig(**settings | latent) if latent else TransformerConfig(**settings)
     for name, value in overlap.items():
@@ -243,8 +239,7 @@ def _moe_settings(model: ModelConfig, te: bool) -> dict[str, Any]:
         "moe_router_topk_scaling_factor": model.routed_scaling_factor,
         "moe_router_enable_expert_bias": model.router_bias,
         "moe_router_bias_update_rate": model.router_bias_update_rate,
-        # the choice of experts is the same before and after a softmax; without this the library refuses a
-        # single one
+        # a softmax does not change the top-k; without pre-softmax the library refuses top-1 routing
         "moe_router_pre_softmax": model.router_score == "softmax",
         "moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": model.seq_aux_loss_coeff,
         "moe_grouped_gemm": te,
@@ -255,19 +250,18 @@ def _moe_settings(model: ModelConfig, te: bool) -> dict[str, Any]:
 
 
 def _pipeline_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[str]]:
-    """Return what each run of layers holds, in the library's words and order."""
-    runs = [["decoder"] * layers for layers in parallel.pipeline_layout]
-    runs[0].insert(0, "embedding")
-    runs[-1] += [*["mtp"] * model.num_mtp_layers, "loss"]
-    return runs
+    """Return the contents of each chunk in the terms of `pipeline_model_parallel_layout`."""
+    chunks = [["decoder"] * layers for layers in parallel.pipeline_layout]
+    chunks[0].insert(0, "embedding")
+    chunks[-1] += [*["mtp"] * model.num_mtp_layers, "loss"]
+    return chunks
 
 
 def _per_layer_lists(config: Any, model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Spell out per layer what slides and what rotates, with one entry more for the
-    multi-token prediction layer, and how rotations are scaled.
+    """Set sliding windows, rotation and YaRN per layer, with an extra entry for the MTP layer.
 
-    The library looks both up by layer number, and that layer's number is num_layers + 1; its own validation
-    allows only num_layers entries, so the lists are set after it.
+    Megatron-Core looks both lists up by layer number, and the MTP layer has number num_layers + 1. Its
+    validation allows only num_layers entries, so the lists are set after it.
     """
     kinds = list(model.layer_types()) + [model.mtp_layer_type()] * model.num_mtp_layers
     if model.sliding_window_tokens:
@@ -280,21 +274,20 @@ def _per_layer_lists(config: Any, model: ModelConfig, parallel: ParallelConfig) 
 def _yarn(config: Any, model: ModelConfig, parallel: ParallelConfig) -> None:
     yarn = model.yarn
     if yarn is None and model.latent_attention is not None:
-        # the library makes a model no angles for latent attention but YaRN's: those with a factor of 1, and a
-        # ramp of no width
+        # Megatron-Core supports only YaRN angles for latent attention: factor 1 and an empty ramp leave
+        # plain frequencies
         yarn = YarnConfig(1.0, 2 * parallel.cp, 1.0, 1.0)
     if yarn is not None:
         config.yarn_rotary_scaling_factor = yarn.factor
         config.yarn_original_max_position_embeddings = yarn.original_max_position_tokens
         config.yarn_beta_fast, config.yarn_beta_slow = yarn.beta_fast, yarn.beta_slow
-        # equal, so that the library's factor on cosine and sine is 1: ours is in the scale of the softmax
+        # equal values make the library's factor on cosine and sine 1; our softmax scale contains the factor
         config.yarn_mscale = config.yarn_mscale_all_dim = 1.0
         config.yarn_correction_range_round_to_int = True
 
 
 def layer_specs(config: Any, model: ModelConfig) -> list[Any]:
-    """Return the library's module spec of every trunk layer, with our router and,
-    where it serves, our attention."""
+    """Return the specs of all trunk layers, with `BalancedRouter` and, if enabled, our own attention."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
 
     specs = _own_copies(get_gpt_decoder_layer_specs(config,
@@ -304,8 +297,7 @@ def layer_specs(config: Any, model: ModelConfig) -> list[Any]:
 
 
 def mtp_layer_spec(config: Any, model: ModelConfig) -> Any:
-    """Return the spec of the transformer layer inside a multi-token prediction layer: dense, or as the
-    trunk's last one."""
+    """Return the spec of the transformer layer inside an MTP layer: dense, or like the last trunk layer."""
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_decoder_layer_specs, get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec)
 
@@ -321,16 +313,14 @@ def mtp_layer_spec(config: Any, model: ModelConfig) -> Any:
             normalization="RMSNorm")
     spec = _finish_spec(config, spec, model.mtp_layer_type(), model.mtp_window(), model)
     spec.module = _numbered_after_trunk(spec.module)
-    spec.module = _told_of_padding(spec.module)
     return spec
 
 
 def _numbered_after_trunk(layer: Any) -> Any:
-    """Return the class of a prediction layer's transformer layer whose number follows those of the trunk.
+    """Return a subclass of the MTP layer's transformer layer that counts from num_layers + 1.
 
-    The library counts prediction layers from 1 and looks windows and rotations up by that number, in lists
-    whose entry of the prediction layer follows the trunk's: the layer would get the first layer's attention
-    without any error.
+    Megatron-Core numbers MTP layers from 1 and looks up windows and rotations by that number, in lists with
+    the MTP layer's entry last: the layer would silently use the attention of the first trunk layer.
     """
     class NumberedAfterTrunk(layer):
         def __init__(self, config: Any, *args: Any, layer_number: int, **kwargs: Any) -> None:
@@ -339,22 +329,8 @@ def _numbered_after_trunk(layer: Any) -> Any:
     return NumberedAfterTrunk
 
 
-def _told_of_padding(layer: Any) -> Any:
-    """Return the class of a layer that gets the padding of its row, which comes with the row's documents,
-    also when it is computed again."""
-    class PaddedLayer(layer):
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            # a capture hands over the mask itself
-            if "packed_seq_params" in kwargs:
-                kwargs["padding_mask"] = getattr(kwargs["packed_seq_params"], "padding", None)
-            return super().__call__(*args, **kwargs)
-
-    return PaddedLayer
-
-
 def _own_copies(specs: list[Any]) -> list[Any]:
-    """The library returns the same object for layers of one kind; each layer needs its own to
-    differ in attention."""
+    """Copy specs: Megatron-Core shares one object between equal layers, and ours differ in attention."""
     import copy
 
     return [copy.deepcopy(spec) for spec in specs]
@@ -364,7 +340,7 @@ def _finish_spec(config: Any, spec: Any, kind: str, window: int, model: ModelCon
     if kind == "linear_attention":
         from megatron_sov.engine.model.linear_attention import attend_linearly
 
-        assert model.linear_attention is not None, "a rule of the settings: D layers have sizes"
+        assert model.linear_attention is not None, "settings rule: D layers have sizes"
         attend_linearly(config, spec, model.linear_attention, uses_transformer_engine(config.params_dtype))
     else:
         _finish_attention(config, spec, kind, window, model)
@@ -373,13 +349,13 @@ def _finish_spec(config: Any, spec: Any, kind: str, window: int, model: ModelCon
         get_submodules(spec.submodules.mlp).router = BalancedRouter
         if config.cuda_graph_impl != "none":
             spec.module = graphed(spec.module)
-        # with Transformer Engine this norm keeps its own name in checkpoints; one name for both
+        # Transformer Engine keeps the norm's own name in checkpoints; use the same name for both
         spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     return spec
 
 
 def _finish_attention(config: Any, spec: Any, kind: str, window: int, model: ModelConfig) -> None:
-    """Have a layer attend as it does in this model."""
+    """Set core attention, window, softmax scale and output gate of a layer."""
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     from megatron_sov.engine.model.attention import DocumentAttention
@@ -399,7 +375,7 @@ def _finish_attention(config: Any, spec: Any, kind: str, window: int, model: Mod
         attention.core_attention = _with_window(attention.core_attention, window)
     if latent:
         latent_specs(spec)
-    # the library computes another one for latent attention
+    # the library computes a different scale for latent attention
     if latent or config.softmax_scale not in (None, softmax_scale(model, kind)):
         attention.core_attention = _with_scale(attention.core_attention, softmax_scale(model, kind))
     if model.attention_output_gate:
@@ -407,20 +383,21 @@ def _finish_attention(config: Any, spec: Any, kind: str, window: int, model: Mod
 
 
 def exchanged(core_attention: Any) -> Any:
-    """Return the spec of Transformer Engine's attention for rows that are cut over processes: each gets the
-    whole row of its share of the heads, and attends as if nothing were cut.  Where there are fewer heads of
-    keys than processes, some get the same ones.  Never run on a GPU here."""
+    """Return a spec that exchanges heads around Transformer Engine's attention (context parallelism).
+
+    Each process receives all tokens of its share of heads. With fewer key heads than processes, several
+    processes receive the same key heads. Never run on a GPU by this project."""
     import copy
 
     from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 
     class ExchangedAttention(get_module(core_attention)):  # type: ignore[misc]
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-            c, tp, part = context.size(), config.tensor_model_parallel_size, copy.copy(config)
-            part.context_parallel_size = 1
-            part.num_attention_heads = config.num_attention_heads // c
-            part.num_query_groups = max(tp, config.num_query_groups // c)
-            super().__init__(part, *args, **kwargs)
+            cp, tp, local_config = context.size(), config.tensor_model_parallel_size, copy.copy(config)
+            local_config.context_parallel_size = 1
+            local_config.num_attention_heads = config.num_attention_heads // cp
+            local_config.num_query_groups = max(tp, config.num_query_groups // cp)
+            super().__init__(local_config, *args, **kwargs)
 
         def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
                     attn_mask_type: Any = None, attention_bias: None = None,
@@ -437,8 +414,7 @@ def exchanged(core_attention: Any) -> Any:
 
 
 def _with_scale(core_attention: Any, scale: float) -> Any:
-    """Return the spec of a core attention with a scale of its own, whatever the one scale is that the library
-    gives to all layers."""
+    """Return the spec of a core attention with its own softmax scale."""
     from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 
     class OwnScale(get_module(core_attention)):  # type: ignore[misc]
@@ -449,23 +425,23 @@ def _with_scale(core_attention: Any, scale: float) -> Any:
 
 
 def _with_window(core_attention: Any, window: int) -> Any:
-    """Return the spec of the library's core attention with a window of its own, in tokens, where the library
-    knows one for all layers that slide.  Never run on a GPU here."""
+    """Return the spec of a core attention with its own window in tokens; Megatron-Core has one window for
+    all sliding layers. Never run on a GPU by this project."""
     import copy
 
     from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 
     class OwnWindow(get_module(core_attention)):  # type: ignore[misc]
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-            own = copy.copy(config)
-            own.window_size = (window - 1, 0)
-            super().__init__(own, *args, **kwargs)
+            own_config = copy.copy(config)
+            own_config.window_size = (window - 1, 0)
+            super().__init__(own_config, *args, **kwargs)
 
     return ModuleSpec(module=OwnWindow, params=getattr(core_attention, "params", {}))
 
 
 def _place_norms(config: Any, spec: Any, kind: str, model: ModelConfig) -> None:
-    """Have a layer normalise where the model does, and rotate and add to the residual what it does."""
+    """Set the norms, rotary frequencies and residual additions of a layer."""
     from megatron.core.transformer.identity_op import IdentityOp
     from megatron.core.transformer.spec_utils import ModuleSpec
 
@@ -478,38 +454,38 @@ def _place_norms(config: Any, spec: Any, kind: str, model: ModelConfig) -> None:
         attention = layer.self_attention.submodules
         for part, name in ((layer, "input_layernorm"), (layer, "pre_mlp_layernorm"),
                            (attention, "q_layernorm"), (attention, "k_layernorm")):
-            if getattr(part, name, IdentityOp) is not IdentityOp:  # linear attention has no such parts
+            if getattr(part, name, IdentityOp) is not IdentityOp:  # linear attention lacks these submodules
                 setattr(part, name, ZeroCenteredNorm)
     turns = local_turns(model) if kind == "sliding_attention" else None
-    behind = model.block_norms in ("post", "both")
-    if turns is None and not behind and model.residual_multiplier == 1:
+    norm_output = model.block_norms in ("post", "both")
+    if turns is None and not norm_output and model.residual_multiplier == 1:
         return
     spec.module, spec.params = OwnLayer, {"turns": turns}
     layer.self_attn_bda, layer.mlp_bda = (ModuleSpec(module=BlockOutput, params={
         "config": config, "multiplier": model.residual_multiplier,
-        "norm": block_norm(config) if behind else None}) for _ in range(2))
+        "norm": block_norm(config) if norm_output else None}) for _ in range(2))
 
 
 def has_experts(spec: Any) -> bool:
-    """Return whether a layer's feed-forward network has experts."""
+    """Return whether the layer's feed-forward network has experts."""
     from megatron.core.transformer.moe.moe_layer import MoESubmodules
 
     return isinstance(get_submodules(spec.submodules.mlp), MoESubmodules)
 
 
 def _without_norm_inside(layer: Any) -> None:
-    """Replace Transformer Engine's linear layers that begin with a norm by those that do not."""
+    """Replace Transformer Engine's fused norm-and-linear layers by plain linear layers."""
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
     from megatron.core.transformer.mlp import MLPSubmodules
 
     layer.self_attention.submodules.linear_qkv = TEColumnParallelLinear
     block = get_submodules(layer.mlp)
-    if isinstance(block, MLPSubmodules):  # before experts the norm stands by itself
+    if isinstance(block, MLPSubmodules):  # MoE layers have a separate norm
         block.linear_fc1 = TEColumnParallelLinear
 
 
 def block_norm(config: Any) -> Any:
-    """Return the module of an RMSNorm over the residual's width."""
+    """Return the RMSNorm class for the residual stream."""
     from megatron.core.models.backends import LocalSpecProvider
 
     if uses_transformer_engine(config.params_dtype):
@@ -519,23 +495,23 @@ def block_norm(config: Any) -> Any:
     return ZeroCenteredNorm if config.zero_centered_norms else LocalSpecProvider().layer_norm(rms_norm=True)
 
 
-# A bound on what goes into the gate, layer by layer: the library has one for all layers, and forgets it where
-# shared experts are computed beside the exchange of tokens.
+# Megatron-Core has one clamp for all layers, and skips it when shared experts overlap with the dispatch.
 
 
 def bound_gates(chunk: Any, model: ModelConfig) -> None:
-    """Have the layers with a bound (`ModelConfig.swiglu_limits`) keep gate and up projections within it,
-    those of experts included; called when adapters, which are bounded with them, are in their places."""
-    limits = model.limits()
+    """Clamp gate and up projections of layers with a limit (`ModelConfig.swiglu_limits`), experts included.
+
+    Call it after the adapters are attached: the clamp includes their output."""
+    layer_limits = model.limits()
     for layer in chunk.decoder.layers:
-        limit = limits[layer.layer_number - 1]
+        limit = layer_limits[layer.layer_number - 1]
         for name, module in layer.mlp.named_modules() if limit else ():
             if name.endswith("linear_fc1"):
                 module.register_forward_hook(_bounded(limit))
 
 
 def _bounded(limit: float) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
-    """Return the hook of a linear whose outputs are a gate and, behind it, what is multiplied with it."""
+    """Return the forward hook that clamps a linear layer's output [gate, up] to `limit`."""
     def hook(module: Any, inputs: Any, outputs: tuple[torch.Tensor, torch.Tensor | None]
              ) -> tuple[torch.Tensor, torch.Tensor | None]:
         gate, up = outputs[0].chunk(2, dim=-1)

@@ -1,4 +1,4 @@
-"""AdamW without Transformer Engine or apex: fused by torch on the CPU, or with its state in host memory."""
+"""AdamW in torch for CPU training and for optimizer state in host memory."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import torch
 
 from megatron_sov.engine.parallel.device import Arena, num_bytes
 
-# Torch's fused AdamW on CPUs, with an element's result the same wherever the element lies.
-#
-# Its kernel computes whole vectors, and what is left of a tensor element by element, which rounds otherwise.
-# Which elements are left depends on where ZeRO-1 cuts; here none is.
+# Torch's fused kernel for CPUs processes whole vectors, and the elements after the last whole vector one by
+# one, with different rounding. Where ZeRO-1 splits a tensor decides which elements these are; `CpuAdamW` pads
+# them to a whole vector, so that the split does not change results.
 
 VECTOR_BYTES = 64
-"""Of AVX-512; widths of other machines divide it."""
+"""Vector size of AVX-512, a multiple of the sizes on other machines."""
 
 
 class CpuAdamW(torch.optim.AdamW):
@@ -26,7 +25,7 @@ class CpuAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Update whole vectors in place, and what is left of each tensor in a vector of its own."""
+        """Update whole vectors in place, and the remaining elements in a padded copy."""
         assert closure is None
         for group in self.param_groups:
             lists: tuple[list[torch.Tensor], ...] = ([], [], [], [], [], [])
@@ -42,7 +41,7 @@ class CpuAdamW(torch.optim.AdamW):
             filled = [[torch.nn.functional.pad(r, (0, -len(r) % (VECTOR_BYTES // r.element_size())))
                        for r in tensors] for tensors in rests]
             _update(group, filled, steps)
-            for kind in (0, 2, 3):  # the gradient stays
+            for kind in (0, 2, 3):  # all but the gradient
                 for rest, updated in zip(rests[kind], filled[kind], strict=True):
                     rest.copy_(updated[:len(rest)])
 
@@ -60,7 +59,7 @@ def _rest(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _update(group: dict[str, Any], values: Sequence[list[torch.Tensor]], steps: list[torch.Tensor]) -> None:
-    """Run the kernel over parameters, gradients and both moments."""
+    """Call the kernel with parameters, gradients and both moments."""
     beta1, beta2 = group["betas"]
     parameters, gradients, first, second = values
     torch._fused_adamw_(parameters, gradients, first, second, [], steps, lr=group["lr"], beta1=beta1,
@@ -68,32 +67,32 @@ def _update(group: dict[str, Any], values: Sequence[list[torch.Tensor]], steps: 
                         maximize=False)
 
 
-# AdamW in host memory: master weights, moments and the update of a share of what a process updates.
+# AdamW with master weights, moments and update in host memory, for a share of the parameters.
 #
-# The library's own (`HybridDeviceOptimizer`) keeps every master weight on the GPU as well unless Transformer
-# Engine's optimizer holds them, makes its optimizers anew when a state is loaded, and can only be tried with
-# a GPU. This one moves the master weights themselves, so that the library's copies to and from the model's
-# weights, its gradient norm and our checkpoints find them where they are.
+# Megatron-Core's `HybridDeviceOptimizer` also keeps every master weight on the GPU unless Transformer
+# Engine's optimizer holds it, recreates its optimizers after a checkpoint load, and runs only with a GPU.
+# This class moves the master weights themselves, so the library's copies to and from model weights, its
+# gradient norm and our checkpoints find them in place.
 
 class HostAdamW(CpuAdamW):
-    """Torch's AdamW for CPUs over master weights that it has moved into host memory."""
+    """`CpuAdamW` over master weights that it moves to host memory."""
 
     def __init__(self, param_groups: list[dict[str, Any]]) -> None:
-        """Move master weights.
+        """Move the master weights.
 
         Args:
-            param_groups: float32 master weights under `params`, with their settings.
+            param_groups: groups with float32 master weights under `params`.
         """
         mains = [main for group in param_groups for main in group["params"]]
         arena = Arena(2 * sum(map(num_bytes, mains)))
         for main in mains:
-            # the same tensor object: the library's lists of master weights and what it notes about them stay
+            # same tensor object: the library's lists and attributes of master weights stay valid
             main.data = arena.like(main).copy_(main.data)
         super().__init__(param_groups)
         self._gradients = {main: arena.like(main) for main in mains}
 
     def receive(self, main: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Begin to copy a master weight's gradient from the GPU; `wait` before it is read."""
+        """Start copying a master weight's gradient from the GPU; call `wait` before reading it."""
         main.grad = self._gradients[main].copy_(gradient.to(main.dtype), non_blocking=True)
 
 
@@ -103,26 +102,27 @@ def wait() -> None:
 
 def split(groups: list[dict[str, Any]], mains: Iterable[torch.Tensor],
           share: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the groups of what stays on the GPU, and of what moves: the first master weights that are
-    `share` of all elements together, or more.
+    """Split parameter groups into GPU groups and host groups.
+
+    The first master weights that make up at least `share` of all elements move to the host.
 
     Args:
-        groups: AdamW's.
+        groups: AdamW's groups.
         mains: their master weights.
-        share: of elements, 0 to 1.
+        share: share of elements, 0 to 1.
     """
     sizes = {id(main): main.numel() for main in mains}
-    wanted, moved = share * sum(sizes.values()), set[int]()
+    remaining, moved = share * sum(sizes.values()), set[int]()
     for main, size in sizes.items():
-        if wanted > 0:
+        if remaining > 0:
             moved.add(main)
-            wanted -= size
+            remaining -= size
     stays: list[dict[str, Any]] = []
     moves: list[dict[str, Any]] = []
     for group in groups:
         on_gpu = [p for p in group["params"] if id(p) not in moved]
         on_host = [p for p in group["params"] if id(p) in moved]
-        # a group may be on one side alone, and torch takes none without parameters
+        # torch refuses groups without parameters
         if on_gpu:
             stays.append({**group, "params": on_gpu})
         if on_host:

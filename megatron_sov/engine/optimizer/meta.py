@@ -1,5 +1,5 @@
-"""What one process holds while it trains, without memory for it: model, gradient buffers and optimizer built
-on meta tensors, in one process that plays any rank of any size."""
+"""Counts the memory of a training process by building model, gradient buffers and optimizer on meta tensors,
+in one process that plays any rank of any world size."""
 
 from __future__ import annotations
 
@@ -21,18 +21,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuiltStage:
-    """What one process of a pipeline stage, and all of them together, hold."""
+    """Parameters of one pipeline stage."""
 
     params: StageParams
-    """Of the first process."""
+    """Parameters of the stage's first process."""
     whole: int
-    """Parameters of the stage, each counted once whatever it is split over."""
+    """Parameters of the whole stage, each counted once."""
 
 
 @contextlib.contextmanager
 def fake_world(parallel: ParallelConfig, num_ranks: int, rank: int) -> Iterator[None]:
-    """Have this process be one rank of a world in which nothing is sent anywhere; the library's groups are
-    those of all ranks."""
+    """Make this process one rank of a world without communication; the groups are those of all ranks."""
     import torch.distributed as dist
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -47,10 +46,10 @@ def fake_world(parallel: ParallelConfig, num_ranks: int, rank: int) -> Iterator[
 
 
 def built_stage(config: RunConfig, num_ranks: int, stage: int) -> BuiltStage:
-    """Return what a pipeline stage holds, from the very modules that training builds.
+    """Count the parameters of a pipeline stage, with the modules that training builds.
 
-    Must run in a process that is in no process group and that computes on no GPU, before or afterwards;
-    nothing is sent anywhere, and CUDA is not started where there is a GPU.
+    Requires a process without process groups and without CUDA, before and afterwards. Sends nothing and does
+    not initialize CUDA.
     """
     cpu_shims.prepare_without_gpu()
     import torch
@@ -77,22 +76,22 @@ def _count_parameters(model: LanguageModel, parallel: ParallelConfig) -> BuiltSt
 
 @dataclass(frozen=True)
 class MetaOptimizer:
-    """What a process holds, counted on what training builds."""
+    """Memory of one training process."""
 
     states: States
-    """Bytes."""
+    """Bytes per kind of state."""
     stage: int
-    """Its pipeline stage."""
+    """Index of the pipeline stage."""
     place: StatePlace
-    """Which of the data-parallel processes it is."""
+    """Data-parallel ranks."""
     shapes: list[list[tuple[int, ...]]]
-    """Of the parameters of each chunk, in the order in which the library registers them."""
+    """Parameter shapes of each chunk, in the library's order of registration."""
 
 
 def build_on_meta(config: RunConfig, num_ranks: int, rank: int) -> MetaOptimizer:
-    """Return what a process holds, from the very modules and optimizers that training builds.
+    """Count the memory of a process, with the modules and optimizers that training builds.
 
-    Must run in a process that is in no process group and that computes on no GPU, as `built_stage`.
+    Same requirements as `built_stage`.
     """
     cpu_shims.prepare_without_gpu()
     import torch
@@ -113,37 +112,38 @@ def build_on_meta(config: RunConfig, num_ranks: int, rank: int) -> MetaOptimizer
 
 
 class _Every:
-    """Contains everything: what other ranks' names would be."""
+    """Contains every string: stands for the parameter names of other ranks."""
 
     def __contains__(self, item: object) -> bool:
         return True
 
 
 class _HostDouble:
-    """Stands for `HostAdamW`, which makes what it holds in real memory."""
+    """Stands for `HostAdamW`, which allocates real memory."""
 
     def __init__(self, param_groups: list[dict[str, Any]]) -> None:
         self.param_groups = param_groups
         self.state: Any = defaultdict(dict)
 
     def step(self) -> None:
-        """Nothing: nobody trains here."""
+        """Do nothing."""
 
 
 @contextlib.contextmanager
 def _nothing_has_memory() -> Iterator[None]:
-    """Have the library's buffers, and AdamW in host memory, be made on meta tensors, and nobody ask the other
-    ranks, which are not there, for their parameters."""
+    """Create the library's buffers and `HostAdamW` state on meta tensors, and skip exchanges with other
+    ranks.
+    """
     import torch
 
     from megatron_sov.engine.optimizer import muon, parameter_groups
     from megatron_sov.engine.optimizer.optimizer import Optimizer
 
-    named = torch.Tensor.type
+    original_type = torch.Tensor.type
 
     def type_(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        found = named(tensor, *args, **kwargs)
-        return found.replace(".meta.", ".") if isinstance(found, str) else found
+        type_name = original_type(tensor, *args, **kwargs)
+        return type_name.replace(".meta.", ".") if isinstance(type_name, str) else type_name
 
     with (mock.patch.object(torch.Tensor, "type", type_),
           mock.patch.object(parameter_groups, "gather_objects", lambda value: [value, (_Every(), True)]),
@@ -155,7 +155,7 @@ def _nothing_has_memory() -> Iterator[None]:
 
 
 def _states(model: Any, optimizer: Any) -> States:
-    """Count."""
+    """Count the bytes of weights, gradients, optimizer state and buffers."""
     storages, counters = {}, 0
     for chunk in model.chunks:
         for weight in chunk.parameters():
@@ -168,7 +168,7 @@ def _states(model: Any, optimizer: Any) -> States:
     for shard in optimizer.shards:
         size = sum(tensor.nbytes for tensor in shard.state().values())
         if isinstance(shard.inner, _HostDouble):
-            host += size + 4 * shard.main.numel()  # and its gradient, in float32
+                host += size + 4 * shard.main.numel()  # plus a float32 gradient
         else:
             device += size
             updated += shard.main.numel()

@@ -1,5 +1,4 @@
-"""Muon: matrices are updated by their momentum made orthogonal, each as a whole however it is
-cut over processes."""
+"""Muon: updates each weight matrix by its orthogonalized momentum, at any layout."""
 
 from __future__ import annotations
 
@@ -20,38 +19,36 @@ from megatron_sov.engine.parallel.device import local_device, to_device
 from megatron_sov.engine.parallel.values import gather_objects
 from megatron_sov.model.config import OptimConfig
 
-# Weight matrices for Muon: which rows of a tensor are a matrix of their own, and how an update is
-# made orthogonal.
 
 @dataclass(frozen=True, order=True)
 class Matrix:
-    """A two-dimensional tensor, or one expert's part of a three-dimensional one."""
+    """A two-dimensional weight, or one expert's slice of a three-dimensional one."""
 
     key: str
     """Name of the global tensor."""
     index: tuple[int, ...]
-    """Place on the leading axes (expert), empty for a matrix."""
+    """Index on the leading axes (expert); empty for a two-dimensional weight."""
     rows: int
-    """Outputs of the layer."""
+    """Number of outputs."""
     columns: int
-    """Inputs of the layer."""
+    """Number of inputs."""
 
     @property
     def cost(self) -> int:
-        """Multiplications of one Newton-Schulz iteration, but for a factor."""
+        """Multiplications per Newton-Schulz iteration, up to a constant factor."""
         return self.rows * self.columns * min(self.rows, self.columns)
 
 
 def parts(matrix: Matrix, config: Any) -> list[torch.Tensor]:
-    """Return the rows [count] of each part that is orthogonalised on its own.
+    """Return the row indices [count] of each part that is orthogonalized separately.
 
-    A fused query-key-value weight holds for each of its groups the queries' rows, then the key's, then the
-    value's; a gated feed-forward's first weight the gate's rows, then those of the other half.  Each is a
-    matrix of its own (as in megatron.core.optimizer.muon, `split_qkv`).
+    A fused QKV weight holds the rows of queries, key and value for each query group; the first weight of a
+    gated feed-forward block holds the rows of gate and up. Each of these is a separate matrix (as with
+    `split_qkv` of megatron.core.optimizer.muon).
 
     Args:
-        matrix: a whole tensor or a whole expert.
-        config: the library's TransformerConfig.
+        matrix: a whole weight or one expert's slice.
+        config: the library's `TransformerConfig`.
     """
     rows = torch.arange(matrix.rows)
     if matrix.key.endswith("linear_qkv.weight"):
@@ -65,16 +62,15 @@ def parts(matrix: Matrix, config: Any) -> list[torch.Tensor]:
 
 
 def orthogonalise(update: torch.Tensor, steps: int, coefficients: tuple[float, float, float]) -> torch.Tensor:
-    """Return about U V^T of an update [rows, columns] = U S V^T,
-    by Newton-Schulz iterations in its own dtype.
+    """Approximate U V^T for an update [rows, columns] = U S V^T by Newton-Schulz iterations in its dtype.
 
-    The same operations in the same order as torch.optim.Muon (which always does them in bfloat16), after
-    Keller Jordan, kellerjordan.github.io/posts/muon.
+    Same operations in the same order as torch.optim.Muon, which always uses bfloat16; after Keller Jordan,
+    kellerjordan.github.io/posts/muon.
     """
     a, b, c = coefficients
     tall = update.shape[0] > update.shape[1]
     x = update.T if tall else update
-    x = x / x.norm().clamp(min=1e-7)  # its largest singular value is 1 at most
+    x = x / x.norm().clamp(min=1e-7)  # bounds the largest singular value by 1
     for _ in range(steps):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -82,42 +78,38 @@ def orthogonalise(update: torch.Tensor, steps: int, coefficients: tuple[float, f
 
 
 def update_scale(kind: str, rows: int, columns: int) -> float:
-    """Return the factor on an orthogonal update of a matrix with `rows` outputs and `columns` inputs.
+    """Return the factor on the orthogonal update of a matrix with `rows` outputs and `columns` inputs.
 
     Args:
-        kind: `match_rms_adamw`: entries have a root mean square of 0.2, about AdamW's (Liu et al., arXiv
-            2502.16982); `original`: Keller Jordan's; `spectral`: outputs change as much as inputs do (Yang et
-            al., arXiv 2310.17813).
+        kind: `match_rms_adamw`: update entries have a root mean square of 0.2, about AdamW's (Liu et al.,
+            arXiv 2502.16982). `original`: Keller Jordan's. `spectral`: outputs change as much as inputs (Yang
+            et al., arXiv 2310.17813).
     """
     if kind == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, columns))
     return math.sqrt(max(1.0, rows / columns) if kind == "original" else rows / columns)
 
 
-# Bringing the pieces of matrices together on one process each, and the results back to wherever the
-# pieces lie.
-#
-# Matrices are cut by tensor parallelism, and by ZeRO-1 wherever a process's stretch of all parameters
-# ends. They are dealt out to the processes of a group in rounds, those of like cost in the same
-# round: every process receives whole matrices of about the same work, and holds only one round's
-# beside its own pieces. (Moonlight's distributed Muon, arXiv 2502.16982, section 2.3, gathers as
-# well, but computes a matrix on every process that holds a piece.)
+# Exchange of matrix pieces. Tensor parallelism splits matrices, and ZeRO-1 cuts them at the ends of each
+# process's range. The matrices are distributed over the processes of a group in rounds, with similar costs in
+# one round: each process receives whole matrices of about equal work, and holds one round's matrices in
+# addition to its own pieces. (Moonlight's distributed Muon, arXiv 2502.16982, section 2.3, gathers too, but
+# computes a matrix on every process with a piece.)
 
 ROUND_ELEMENTS = 1 << 24
-"""Elements of matrices that a process receives in one round, unless a single matrix is larger."""
+"""Elements that a process receives per round, unless one matrix is larger."""
 
 
 @dataclass(frozen=True)
 class MatrixPlace:
-    """Where a piece lies in its matrix."""
+    """Position of a piece in its matrix."""
 
     matrix: Matrix
     row: int
     column: int
     shape: tuple[int, int]
     owned: bool
-    """Whether this piece, of all equal ones in the group, is the one that is sent;
-    every one receives its result."""
+    """Whether this replica of the piece is sent; all replicas receive the result."""
 
     @property
     def size(self) -> int:
@@ -130,42 +122,43 @@ class MatrixPlace:
 
 @dataclass(frozen=True)
 class _ExchangeRound:
-    """What one process sends and receives in a round, by process of the group."""
+    """Pieces that one process sends and receives in a round, by process of the group."""
 
     sent: list[list[int]]
-    """Numbers of this process's pieces, by who computes their matrices."""
+    """Indices of local pieces, by the process that computes their matrix."""
     held: list[list[MatrixPlace]]
-    """Pieces of the matrices that this process computes, by who holds them."""
+    """Pieces of the matrices computed here, by the process that holds them."""
 
 
 class MatrixExchange:
-    """The plan of who computes which matrix; made and run by all processes of the group together."""
+    """Plan of which process computes which matrix. Creation and `run` are collective over the group."""
 
     def __init__(self, places: list[MatrixPlace], group: dist.ProcessGroup) -> None:
-        """Exchange who holds what.
+        """Exchange the places of all pieces and plan the rounds.
 
         Args:
-            places: of this process's pieces.
-            group: the processes that hold all pieces of their matrices between them.
+            places: places of the local pieces.
+            group: processes that together hold all pieces of their matrices.
         """
         self._places, self._group = places, group
         size, rank = dist.get_world_size(group), dist.get_rank(group)
-        everyones: list[list[MatrixPlace]] = gather_objects(places, group)
-        # by cost, then by name: equal on every process without a word, and matrices of one round take as long
-        matrices = sorted({p.matrix for held in everyones for p in held}, key=lambda m: (-m.cost, m))
+        places_by_rank: list[list[MatrixPlace]] = gather_objects(places, group)
+        # sorted by cost, then name: equal on all processes, and matrices of a round take equally long
+        matrices = sorted({p.matrix for rank_places in places_by_rank for p in rank_places},
+                          key=lambda m: (-m.cost, m))
         largest = max((m.rows * m.columns for m in matrices), default=1)
         in_round = size * max(1, ROUND_ELEMENTS // largest)
-        number = {matrix: n for n, matrix in enumerate(matrices)}
+        number = {matrix: index for index, matrix in enumerate(matrices)}
         self._rounds = [_ExchangeRound([[] for _ in range(size)], [[] for _ in range(size)])
                         for _ in range(0, len(matrices), in_round)]
-        for n, place in enumerate(places):
-            at = number[place.matrix]
-            self._rounds[at // in_round].sent[at % in_round % size].append(n)
-        for peer, held in enumerate(everyones):
-            for place in held:
-                at = number[place.matrix]
-                if at % in_round % size == rank:
-                    self._rounds[at // in_round].held[peer].append(place)
+        for index, piece in enumerate(places):
+            position = number[piece.matrix]
+            self._rounds[position // in_round].sent[position % in_round % size].append(index)
+        for peer, rank_places in enumerate(places_by_rank):
+            for piece in rank_places:
+                position = number[piece.matrix]
+                if position % in_round % size == rank:
+                    self._rounds[position // in_round].held[peer].append(piece)
 
     def run(self, read: Callable[[int], torch.Tensor],
             compute: Callable[[Matrix, torch.Tensor], torch.Tensor],
@@ -173,29 +166,31 @@ class MatrixExchange:
         """Apply `compute` to every matrix.
 
         Args:
-            read: number of a piece -> its elements, in `dtype` and of the place's shape.
-            compute: matrix, its elements [rows, columns] -> as many new ones in `dtype`.
-            write: takes the number of a piece and its new elements, of the place's shape.
-            dtype: what is sent.
+            read: piece index -> its elements in `dtype`, in the piece's shape.
+            compute: matrix and its elements [rows, columns] -> new elements, same shape, in `dtype`.
+            write: called with a piece index and its new elements.
+            dtype: dtype of the messages.
         """
-        for one in self._rounds:
+        for exchange_round in self._rounds:
             sent = [_join((read(n) for n in numbers if self._places[n].owned), dtype)
-                    for numbers in one.sent]
-            received = self._send(sent, [sum(p.size for p in held if p.owned) for held in one.held])
-            wholes: dict[Matrix, torch.Tensor] = {}
-            for held, flat in zip(one.held, received, strict=True):
-                # of equal pieces one is sent; all get the result, so replicas stay bit for bit the same
-                owned = [p for p in held if p.owned]
+                    for numbers in exchange_round.sent]
+            counts = [sum(p.size for p in peer_places if p.owned) for peer_places in exchange_round.held]
+            received = self._send(sent, counts)
+            matrices: dict[Matrix, torch.Tensor] = {}
+            for peer_places, flat in zip(exchange_round.held, received, strict=True):
+                # one replica of a piece is sent and all receive the result, so replicas keep equal bits
+                owned = [p for p in peer_places if p.owned]
                 for place, part in zip(owned, flat.split([p.size for p in owned]), strict=True):
-                    m = place.matrix
-                    if m not in wholes:
-                        wholes[m] = torch.empty(m.rows, m.columns, dtype=dtype, device=local_device())
-                    place.of(wholes[m]).copy_(part.view(place.shape))
-            results = {matrix: compute(matrix, whole) for matrix, whole in wholes.items()}
-            returned = [_join((p.of(results[p.matrix]) for p in held), dtype) for held in one.held]
-            for numbers, flat in zip(one.sent,
-                                     self._send(returned, [self._size(numbers) for numbers in one.sent]),
-                                     strict=True):
+                    matrix_key = place.matrix
+                    if matrix_key not in matrices:
+                        matrices[matrix_key] = torch.empty(matrix_key.rows, matrix_key.columns, dtype=dtype,
+                                                           device=local_device())
+                    place.of(matrices[matrix_key]).copy_(part.view(place.shape))
+            results = {matrix: compute(matrix, matrix_data) for matrix, matrix_data in matrices.items()}
+            returned = [_join((p.of(results[p.matrix]) for p in peer_places), dtype)
+                        for peer_places in exchange_round.held]
+            counts = [self._size(numbers) for numbers in exchange_round.sent]
+            for numbers, flat in zip(exchange_round.sent, self._send(returned, counts), strict=True):
                 places = [self._places[n] for n in numbers]
                 for n, place, part in zip(numbers, places, flat.split([p.size for p in places]), strict=True):
                     write(n, part.view(place.shape))
@@ -204,12 +199,12 @@ class MatrixExchange:
         return sum(self._places[n].size for n in numbers)
 
     def _send(self, to_each: list[torch.Tensor], counts: list[int]) -> list[torch.Tensor]:
-        """Send a flat tensor to each process of the group; returns what each sent here, `counts` elements."""
+        """Send a flat tensor to each process; return the tensors received, `counts` elements from each."""
         if len(to_each) == 1:
             return to_each
         dtype, item = to_each[0].dtype, to_each[0].element_size()
         received = torch.empty(sum(counts), dtype=dtype, device=local_device())
-        # as bytes, since not every backend knows every dtype
+        # as bytes: some backends do not support every dtype
         dist.all_to_all_single(received.view(torch.uint8), torch.cat(to_each).view(torch.uint8),
                                [item * n for n in counts], [item * len(t) for t in to_each],
                                group=self._group)
@@ -217,7 +212,7 @@ class MatrixExchange:
 
 
 def _join(tensors: Iterable[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Return all elements in a row, which may be none."""
+    """Concatenate all elements; the result may be empty."""
     return torch.cat([torch.empty(0, dtype=dtype, device=local_device()), *(t.flatten() for t in tensors)])
 
 
@@ -226,38 +221,38 @@ MOMENTUM = "momentum"
 
 @dataclass(frozen=True)
 class _MatrixPiece:
-    """A rectangle of a matrix inside a shard."""
+    """A rectangle of a matrix inside a `StateShard`."""
 
     shard: StateShard
     start: int
-    """First element, counted in the shard."""
+    """Index of the first element in the shard."""
     shape: tuple[int, int]
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return this piece of a tensor that is laid out like the shard."""
+        """Return the piece's view of a tensor with the shard's layout."""
         count = self.shape[0] * self.shape[1]
         return tensor.view(-1)[self.start:self.start + count].view(self.shape)
 
 
 class Muon:
-    """Updates this process's shards of matrices, together with the other processes that hold parts of them.
+    """Muon over the local shards of matrices, in cooperation with the processes that hold the other parts.
 
-    The step of torch.optim.Muon: momentum, Newton-Schulz, decoupled weight decay.  Momentum lies
-    where the shards lie.
+    Same step as torch.optim.Muon: momentum, Newton-Schulz, decoupled weight decay. The momentum is stored
+    with the shards.
     """
 
     state_names = (MOMENTUM,)
 
     def __init__(self, config: OptimConfig, model: LanguageModel, shards: list[StateShard],
                  param_groups: list[dict[str, Any]], group: dist.ProcessGroup) -> None:
-        """Plan who computes what; called by all processes of `group` together.
+        """Plan the exchange. Collective over `group`.
 
         Args:
             config: Muon's settings.
-            model: whose blocks say where the shards lie.
-            shards: of matrices.
-            param_groups: the same, as torch's optimizers hold them: `params`, `lr`, `weight_decay`.
-            group: the processes that hold all parts of these matrices between them.
+            model: model whose blocks locate the shards.
+            shards: shards of matrices.
+            param_groups: the same shards as torch parameter groups with `params`, `lr`, `weight_decay`.
+            group: processes that together hold all parts of these matrices.
         """
         self.param_groups = param_groups
         self.state: dict[torch.Tensor, dict[str, torch.Tensor]] = defaultdict(dict)
@@ -281,21 +276,20 @@ class Muon:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update all shards by their `grad`."""
+        """Update all shards from their `grad`."""
         self._lr = {id(main): group["lr"] for group in self.param_groups for main in group["params"]}
         for group in self.param_groups:
             for main in group["params"]:
                 state = self.state[main]
                 if MOMENTUM not in state:
                     state[MOMENTUM] = torch.zeros_like(main)
-                # as in torch.optim.Muon: m = mu m + (1 - mu) g, and the decay before the update, at the rate
-                # of the step
+                # as in torch.optim.Muon: m = mu m + (1 - mu) g, and weight decay before the update
                 state[MOMENTUM].lerp_(main.grad, 1 - self._config.muon_momentum)
                 main.mul_(1 - group["lr"] * group["weight_decay"])
         self._exchange.run(self._direction, self._orthogonal, self._move, self._dtype)
 
     def _direction(self, number: int) -> torch.Tensor:
-        """Return where a piece's weights should go, before the matrix is made orthogonal."""
+        """Return a piece's update before orthogonalization: momentum, or Nesterov's combination."""
         piece = self._pieces[number]
         main = piece.shard.main
         momentum = piece.of(self.state[main][MOMENTUM])
@@ -305,7 +299,7 @@ class Muon:
         return piece.of(main.grad).lerp(momentum, self._config.muon_momentum).to(self._dtype)
 
     def _orthogonal(self, matrix: Matrix, update: torch.Tensor) -> torch.Tensor:
-        """Return the orthogonal update of each part of a matrix."""
+        """Return the orthogonalized update of a matrix, part by part."""
         result = torch.empty_like(update)
         for rows in self._rows(matrix):
             result[rows] = orthogonalise(update[rows], self._config.muon_ns_steps,
@@ -334,10 +328,10 @@ class Muon:
 
 
 def holders(is_expert: bool, zero1: bool) -> dist.ProcessGroup:
-    """Return the processes that hold all parts of this process's matrices between them.
+    """Return the processes that together hold all parts of the local matrices. Collective over the world.
 
-    Called by all processes of the world together: for experts that are cut themselves (`parallel.etp`) under
-    ZeRO-1 the library has no such group, and one is made.
+    For tensor-parallel experts (`parallel.etp`) under ZeRO-1 the library has no such group; it is created
+    here.
     """
     if not is_expert:
         return (parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True) if zero1
@@ -346,10 +340,10 @@ def holders(is_expert: bool, zero1: bool) -> dist.ProcessGroup:
         return parallel_state.get_expert_tensor_parallel_group()
     if parallel_state.get_expert_tensor_parallel_world_size() == 1:
         return parallel_state.get_expert_data_parallel_group()
-    mine = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_expert_model_parallel_rank()
-    # through its module: `optimizer.meta` replaces the name in this file, and not this call
-    everyones = values.gather_objects(mine)
-    ranks = [[rank for rank, place in enumerate(everyones) if place == wanted]
-             for wanted in sorted(set(everyones))]
-    found, _ = dist.new_subgroups_by_enumeration(ranks)
-    return found
+    place = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_expert_model_parallel_rank()
+    # through the module: `optimizer.meta` replaces this file's `gather_objects`, which must not change here
+    places = values.gather_objects(place)
+    ranks = [[rank for rank, other in enumerate(places) if other == group_place]
+             for group_place in sorted(set(places))]
+    group, _ = dist.new_subgroups_by_enumeration(ranks)
+    return group

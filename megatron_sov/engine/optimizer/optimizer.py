@@ -1,5 +1,4 @@
-"""Gradients and optimizer: the library's data-parallel wrapper, AdamW and Muon,
-and their state as named global tensors."""
+"""The optimizer of a training process: data-parallel wrapper, AdamW and Muon, and their state as shards."""
 
 from __future__ import annotations
 
@@ -24,40 +23,40 @@ from megatron_sov.model.config import GpuConfig, OptimConfig, ParallelConfig
 from megatron_sov.model.config.gpu import AUTO
 
 NOT_SHARDED = ParallelConfig()
-"""Every process updates all of its parameters."""
+"""Layout without ZeRO-1: every process updates all of its parameters."""
 NORM_ELEMENTS = 1 << 16
-"""Elements of a gradient on a CPU whose squares are summed at a time: they are copied to float64 for it, and
-copies that fit a cache cost a third."""
+"""Elements of a CPU gradient per norm computation: the float64 copy of a part that fits in the cache takes a
+third of the time."""
 
 
 @contextlib.contextmanager
 def _adamw(dtype: torch.dtype) -> Iterator[None]:
-    """Have the library make our AdamW on CPUs and torch's on GPUs, unless Transformer Engine's is there,
-    which refuses float64 alone."""
-    found = library_optimizer.Adam, library_optimizer.USING_PYTORCH_OPTIMIZER
+    """Make Megatron-Core create `CpuAdamW` on CPUs and torch's AdamW on GPUs, unless Transformer Engine's
+    optimizer is available and supports `dtype` (not float64)."""
+    previous = library_optimizer.Adam, library_optimizer.USING_PYTORCH_OPTIMIZER
     if not library_optimizer.USING_PYTORCH_OPTIMIZER and dtype != torch.float64:
         yield
         return
-    made = torch.optim.AdamW if on_gpu() else CpuAdamW
-    # with its own word for torch's optimizers the library would not look here
-    library_optimizer.Adam = lambda adam_w_mode, **settings: made(**settings)
+    optimizer_class = torch.optim.AdamW if on_gpu() else CpuAdamW
+    # with the flag at True the library would ignore this attribute
+    library_optimizer.Adam = lambda adam_w_mode, **settings: optimizer_class(**settings)
     library_optimizer.USING_PYTORCH_OPTIMIZER = False
     try:
         yield
     finally:
-        library_optimizer.Adam, library_optimizer.USING_PYTORCH_OPTIMIZER = found
+        library_optimizer.Adam, library_optimizer.USING_PYTORCH_OPTIMIZER = previous
 
 
 class Optimizer:
-    """Data-parallel gradients plus AdamW or Muon over one model; gradients are plain sums of
-    what the losses give."""
+    """Data-parallel gradient reduction, and AdamW or Muon, for one model. Gradients are plain sums over
+    processes."""
 
     def __init__(self, model: LanguageModel, config: OptimConfig,
                  parallel: ParallelConfig = NOT_SHARDED, gpu: GpuConfig = AUTO) -> None:
         self.model = model
         rules = parameter_groups.rules(model, config)
         parameter_groups.freeze(model, rules)
-        # frozen parameters are marked before: the wrapper makes gradient buffers of what is left
+        # freeze first: the wrapper creates gradient buffers for trainable parameters only
         self.wrapped = parameter_groups.wrap(model, parallel, gpu)
         self._shares_gradients = quantized_weights.shares_gradients(model.config)
         self._gather = model.pending_gather = self._deferred_gather()
@@ -68,36 +67,36 @@ class Optimizer:
             overlap_param_gather=parallel.overlap_param_gather,
             **{**moment_settings(gpu), **quantized_weights.optimizer_settings(model.config)})
         with state_shards.any_float, _adamw(model.config.params_dtype), warnings.catch_warnings():
-            # of a model class of the library that it imports there and that is no part of ours
+            # warning from an unused model class that the library imports
             warnings.filterwarnings("ignore", "MimoModelConfig is experimental")
-            # gloo groups would only serve the library's own checkpoints
+            # gloo groups are needed only for the library's own checkpoints
             self.library = get_megatron_optimizer(settings, self.wrapped, use_gloo_process_groups=False)
         self.shards = parameter_groups.arrange(self.library, model, rules, config, zero1=parallel.zero1,
                                                on_host=gpu.optimizer_offload)
-        """What this process updates."""
+        """Shards that this process updates."""
         self._shard_of = {id(shard.parameter): shard for shard in self.shards}
         if model.stand_ins:
             model.masters, model.make_of_masters = self._masters, self._make_of_masters
             model.finish_writing()
         self._clip_grad = config.clip_grad
         self.num_updates = 0
-        """Updates so far; AdamW's bias correction counts them."""
+        """Number of updates so far, for AdamW's bias correction."""
 
     def zero_grad(self) -> None:
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.library.zero_grad()
-        # what the next forward pass gathers lies among the gradients, and is gathered once for each update
+        # with shared buffers, the next forward pass gathers from gradient memory, once per update
         if self._shares_gradients and self._gather is not None and not parameter_groups.has_gathered(
                 self.wrapped):
             quantized_weights.fill_buffers(self.library.chained_optimizers)
 
     def step(self, lr: float, accept: Callable[[float], bool] = lambda grad_norm: True) -> float:
-        """Clip, update with learning rate `lr`, and return the global gradient norm before clipping.
+        """Clip gradients, update with learning rate `lr`, and return the global gradient norm before
+        clipping.
 
         Args:
-            accept: is given that norm, and must say the same on every process; where it says no,
-                nothing is updated.
+            accept: called with the norm; must return the same on every process. False: no update.
         """
         for group in self.library.param_groups:
             group["lr"] = lr * group["lr_scale"]
@@ -105,19 +104,19 @@ class Optimizer:
         grad_norm = self._grad_norm()
         if not accept(grad_norm):
             return grad_norm
-        # after `accept`: a refused step leaves gradients and weights as they are, for those who ask why
+        # clip after `accept`: a rejected step keeps gradients and weights for diagnosis
         self._clip(grad_norm)
         self._update()
-        # where the gather is deferred, other processes' parts are fetched when someone next reads the model
+        # with a deferred gather, readers of the model fetch the other processes' updates first
         self.model.pending_gather = self._gather
         self.num_updates += 1
         return grad_norm
 
     def _update(self) -> None:
-        """Update masters, and bring what was made of them to all processes unless that waits.
+        """Update the masters, then gather the weights unless the gather is deferred.
 
-        Where gradients share the memory of what is gathered, the first optimizer's gather
-        writes over the gradients of the next one, the experts'.
+        If gradients share memory with the gather, the gather of the first optimizer would overwrite the
+        gradients of the second (experts), so all updates come first.
         """
         if not self._shares_gradients:
             self.library.step_with_ready_grads()
@@ -129,8 +128,7 @@ class Optimizer:
             self._gather_masters()
 
     def _deferred_gather(self) -> Callable[[], None] | None:
-        """Return what gathers every process's updated weights at once, or None where each step does so
-        itself."""
+        """Return the function that gathers all updated weights, or None if each step gathers."""
         if not self.wrapped[0].ddp_config.overlap_param_gather:
             return None
         return self._gather_masters if self._shares_gradients else partial(parameter_groups.gather,
@@ -141,29 +139,29 @@ class Optimizer:
         parameter_groups.gather(self.wrapped)
 
     def _masters(self, block: LocalShard, parameter: torch.nn.Parameter | None) -> Iterator[LocalShard]:
-        """Yield this process's masters of a block of a weight in 8 bits."""
+        """Yield the local master blocks of a block of an FP8 weight."""
         shard = self._shard_of.get(id(parameter))
         if shard is not None:
             yield from state_shards.pieces(block, shard, shard.main.detach().view(-1))
 
     @torch.no_grad()
     def _make_of_masters(self) -> None:
-        """Make weights in 8 bits of their masters, on all processes."""
+        """Quantize FP8 weights from their masters on all processes. Collective."""
         quantized_weights.quantize(self.library.chained_optimizers)
         parameter_groups.gather(self.wrapped)
 
     @torch.no_grad()
     def _grad_norm(self) -> float:
-        """Return the norm of all gradients of all processes, each parameter counted once, summed in float64.
+        """Return the global gradient norm, each parameter counted once, summed in float64. Collective.
 
-        The library sums squares in float32, where the norm of many parameters depends on how they are split.
+        Megatron-Core sums squares in float32, where the result depends on the layout for many parameters.
         """
         total = torch.zeros((), dtype=torch.float64, device=local_device())
         for optimizer in self.library.chained_optimizers:
             norms = [torch.linalg.vector_norm(part, dtype=torch.float64)
                      for gradient in optimizer.get_grads_for_grad_norm()
                      for part in (gradient.view(-1).split(NORM_ELEMENTS) if gradient.is_cpu else [gradient])]
-            norms = [norm.to(total.device) for norm in norms]  # some were taken in host memory
+            norms = [norm.to(total.device) for norm in norms]  # some gradients are in host memory
             squares = torch.stack(norms).square().sum() if norms else torch.zeros_like(total)
             torch.distributed.all_reduce(squares, group=optimizer.get_grad_stats_parallel_group())
             total += squares
@@ -171,17 +169,17 @@ class Optimizer:
 
     @torch.no_grad()
     def _clip(self, grad_norm: float) -> None:
-        """Scale all gradients so that their norm is at most `clip_grad` (the divisor's 1e-6 as
-        torch's clip_grad_norm_)."""
+        """Scale all gradients to a norm of at most `clip_grad` (1e-6 as in torch's clip_grad_norm_)."""
         if 0 < self._clip_grad < grad_norm + 1e-6:
             for optimizer in self.library.chained_optimizers:
                 gradients = [p.grad for p in optimizer.get_parameters() if p.grad is not None]
-                if gradients:  # a stage may be frozen
+                if gradients:  # empty if all parameters of a stage are frozen
                     torch._foreach_mul_(gradients, self._clip_grad / (grad_norm + 1e-6))
 
     def sync_master_weights(self) -> None:
-        """Renew the fp32 master weights after weights were loaded into the model; those of weights in 8 bits
-        were loaded themselves."""
+        """Update the float32 masters after weights were loaded; masters of FP8 weights were loaded
+        themselves.
+        """
         if not self.model.stand_ins:
             self.library.reload_model_params()
             return
@@ -192,14 +190,13 @@ class Optimizer:
                     shard.main.copy_(weights.view(shard.main.shape))
 
     def state_shards(self) -> Iterator[LocalShard]:
-        """Yield the moments or momentum (and, under bf16, master weights) of this process, named
-        `exp_avg/KEY` and so on.
+        """Yield moments, momentum and (under bf16) master weights, named `exp_avg/KEY` and so on.
 
-        They are the same global tensors at every layout, with and without ZeRO-1.
+        Names and shapes are equal at every layout, with and without ZeRO-1.
         """
         return state_shards.state_shards(self.model, self.shards)
 
     def restore_updates(self, num_updates: int) -> None:
-        """Set the number of updates that the restored moments have seen."""
+        """Set the number of updates that the restored moments include."""
         self.num_updates = num_updates
         state_shards.set_updates(self.shards, num_updates)

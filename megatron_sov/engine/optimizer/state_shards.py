@@ -1,10 +1,9 @@
-"""What one process updates of each parameter, all of it or (ZeRO-1) a range,
-and its state as blocks of global tensors.
+"""The part of each parameter that a process updates (with ZeRO-1 a range), and its optimizer state as blocks.
 
-The library's distributed optimizer lays all parameters end to end, whatever their shapes, and gives every
-data-parallel process an equal stretch of that: of a parameter it then updates the elements [start, stop) of
-the flattened tensor.  Cut out of a block, such a range is a few rectangles, so the state has the same names
-and shapes at every layout, with ZeRO-1 and without.
+Megatron-Core's distributed optimizer concatenates all parameters and gives every data-parallel process an
+equal range: of a parameter it updates the elements [start, stop) of the flattened tensor. Within a block such
+a range consists of a few rectangles, so optimizer state has the same names and shapes at every layout, with
+ZeRO-1 and without.
 """
 
 from __future__ import annotations
@@ -23,26 +22,25 @@ from megatron_sov.engine.model.local_shards import LocalShard, ParameterLookup, 
 from megatron_sov.engine.optimizer.adamw import HostAdamW, wait
 
 Rectangle = tuple[tuple[int, ...], tuple[int, ...]]
-"""(first index, extent)."""
+"""(index of the first element, extent per axis)."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"
 
 
-# Ranges of the elements of a flattened tensor, as rectangles of the tensor.
+
 
 
 def flat_ranges(shape: Sequence[int], start: int, stop: int) -> Iterator[Rectangle]:
     """Cut the elements [start, stop) of a row-major tensor into at most 2 * axes - 1 rectangles.
 
-    They come in the order of the elements: the end of a row, whole rows, the beginning of a row,
-    and so on inwards.
+    Rectangles come in element order: end of a row, whole rows, beginning of a row, and so on for inner axes.
     """
     if stop <= start:
         return
     row = math.prod(shape[1:])
-    # `head` elements of row `first` lie before the range, `tail` elements of row `last` inside of it
+    # row `first` has `head` elements before the range; row `last` has `tail` elements inside it
     (first, head), (last, tail) = divmod(start, row), divmod(stop, row)
-    # the range begins and ends inside one row: that row is cut on its own, one axis less
+    # range inside one row: recurse with one axis less
     if head and first == last:
         yield from _in_row(shape, first, head, tail)
         return
@@ -61,60 +59,58 @@ def _in_row(shape: Sequence[int], index: int, start: int, stop: int) -> Iterator
 
 
 class Inner(Protocol):
-    """What updates shards: torch's AdamW, a fused one, or Muon."""
+    """Interface of the optimizers that update shards: AdamW or Muon."""
 
     param_groups: list[dict[str, Any]]
-    """Shards with their settings."""
+    """Groups of shards with their settings."""
     state: Any
-    """Shard -> name -> tensor."""
+    """Shard -> name -> state tensor."""
 
     def step(self) -> Any:
-        """Update all shards by their gradients."""
+        """Update all shards from their gradients."""
 
 
 @dataclass(frozen=True)
 class StateShard:
-    """The elements [start, start + main.numel()) of a flattened parameter, which this process updates."""
+    """The elements [start, start + main.numel()) of a flattened parameter, updated by this process."""
 
     parameter: torch.nn.Parameter
-    """The model's parameter."""
+    """Parameter of the model."""
     start: int
-    """First element."""
+    """Index of the first element."""
     main: torch.Tensor
-    """What torch's optimizer updates: the parameter's own memory,
-    or under bf16 fp32 master weights; contiguous."""
+    """Contiguous tensor that the optimizer updates: the parameter's own memory, or a float32 master
+    weight."""
     inner: Inner
-    """What updates `main` and holds its state."""
+    """Optimizer that updates `main` and holds its state."""
     exclusive: bool
-    """Whether the other data-parallel processes update other elements (ZeRO-1), not the same."""
+    """True (ZeRO-1): no other data-parallel process updates these elements."""
 
     @property
     def stop(self) -> int:
         return self.start + self.main.numel()
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return the moments or Muon's momentum and, under bf16, the master weights: each [elements],
-        views of live memory."""
+        """Return moments or momentum and, under bf16, master weights: [elements] each, views of live
+        memory."""
         state, names = self.inner.state[self.main], getattr(self.inner, "state_names", MOMENTS)
-        if not state and hasattr(self.inner, "initialize_state"):  # Transformer Engine's, in its own dtypes
+        if not state and hasattr(self.inner, "initialize_state"):  # Transformer Engine's, with its own dtypes
             self.inner.initialize_state(self.main, False)
-        elif not state:  # before the first update: what that would begin with
+        elif not state:  # before the first update: the initial state
             if _counts_per_parameter(self.inner):
                 state["step"] = torch.tensor(0.0)
             for name in names:
                 state[name] = torch.zeros_like(self.main, memory_format=torch.preserve_format)
-        named = {name: state[name] for name in names}
+        tensors = {name: state[name] for name in names}
         if self.main.dtype != self.parameter.dtype:
-            named[MASTER] = self.main
-        return {name: tensor.detach().view(-1) for name, tensor in named.items()}
+            tensors[MASTER] = self.main
+        return {name: tensor.detach().view(-1) for name, tensor in tensors.items()}
 
 
 def shards(optimizer: Any) -> list[StateShard]:
-    """Return what this process updates, parameter by parameter; parameters of which it updates
-    nothing are left out.
+    """Return the shards of one of the library's optimizers (routed experts have a separate one).
 
-    Args:
-        optimizer: one of the library's (routed experts have one of their own), as the library makes it.
+    Parameters without a local range are left out.
     """
     if optimizer.optimizer is None:
         return []
@@ -122,7 +118,7 @@ def shards(optimizer: Any) -> list[StateShard]:
 
 
 def _ranges(optimizer: DistributedOptimizer) -> Iterator[StateShard]:
-    """Yield the ranges of parameters that lie in this process's stretch of the library's buffers."""
+    """Yield ranges of parameters in this process's part of the library's buffers (ZeRO-1)."""
     for models, mains in ((optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
                           (optimizer.model_fp32_groups, optimizer.shard_fp32_groups)):
         for model_group, main_group in zip(models, mains, strict=True):
@@ -132,7 +128,7 @@ def _ranges(optimizer: DistributedOptimizer) -> Iterator[StateShard]:
 
 
 def _wholes(optimizer: Any) -> Iterator[StateShard]:
-    """Yield whole parameters, from an optimizer that does the same update on every data-parallel process."""
+    """Yield whole parameters of an optimizer that repeats the update on every data-parallel process."""
     model_of = {}
     low_groups, high_groups = (getattr(optimizer, "float16_groups", []),
                                getattr(optimizer, "fp32_from_float16_groups", []))
@@ -144,9 +140,9 @@ def _wholes(optimizer: Any) -> Iterator[StateShard]:
 
 
 def take_gradients(shards: Iterable[StateShard]) -> None:
-    """Give every shard its part of the summed gradients, which torch's optimizer then updates it with.
+    """Set `grad` of every shard to its part of the reduced gradients.
 
-    The library's own way makes float32 of them first; so does this one where they were summed in bf16.
+    As in the library, gradients reduced in bf16 are converted to float32 first.
     """
     to_host = False
     for shard in shards:
@@ -162,20 +158,22 @@ def take_gradients(shards: Iterable[StateShard]) -> None:
 
 
 class _AnyFloat:
-    """See `any_float`."""
+    """Context manager, see `any_float`."""
 
     def __init__(self) -> None:
         self._num_inside = 0
         self._named: Any = None
 
     def __enter__(self) -> None:
-        # simulated processes take turns in here: the first changes the names, the last restores them
+        # nested use by simulated processes: the first entry patches the names, the last exit restores them
         if self._num_inside == 0:
-            self._named = named = torch.Tensor.type
+            self._named = original_type = torch.Tensor.type
 
             def type_(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-                found = named(tensor, *args, **kwargs)
-                return found.replace("DoubleTensor", "FloatTensor") if isinstance(found, str) else found
+                type_name = original_type(tensor, *args, **kwargs)
+                if isinstance(type_name, str):
+                    return type_name.replace("DoubleTensor", "FloatTensor")
+                return type_name
 
             torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
         self._num_inside += 1
@@ -187,13 +185,13 @@ class _AnyFloat:
 
 
 any_float = _AnyFloat()
-"""`with any_float:` the library makes its distributed optimizer for float64 too: it knows three dtypes, by
-the names of their types."""
+"""`with any_float:` Megatron-Core also creates its distributed optimizer for float64; it recognizes three
+dtypes by their type names."""
 
 
 def shard_blocks(model: LanguageModel, shards: Iterable[StateShard]) -> Iterator[tuple[LocalShard,
                                                                                        StateShard]]:
-    """Yield the model's blocks that this process updates, with the shard that holds (a part of) each."""
+    """Yield each block that this process updates, completely or in part, with its shard."""
     of_parameter = {id(shard.parameter): shard for shard in shards}
     lookup = ParameterLookup(model)
     for block in declared_blocks(model):
@@ -203,8 +201,9 @@ def shard_blocks(model: LanguageModel, shards: Iterable[StateShard]) -> Iterator
 
 
 def state_shards(model: LanguageModel, shards: Iterable[StateShard]) -> Iterator[LocalShard]:
-    """Yield the state of this process's shards, named `exp_avg/KEY`, `exp_avg_sq/KEY`,
-    `momentum/KEY` and `master/KEY`."""
+    """Yield the local optimizer state, named `exp_avg/KEY`, `exp_avg_sq/KEY`, `momentum/KEY` and
+    `master/KEY`.
+    """
     for block, shard in shard_blocks(model, shards):
         for name, flat in shard.state().items():
             for piece in pieces(block, shard, flat):
@@ -212,16 +211,16 @@ def state_shards(model: LanguageModel, shards: Iterable[StateShard]) -> Iterator
 
 
 def pieces(block: LocalShard, shard: StateShard, flat: torch.Tensor) -> Iterator[LocalShard]:
-    """Yield `flat` [elements of the shard], as far as it belongs to `block` of the parameter, in blocks of
-    the global tensor."""
+    """Yield the parts of `flat` [elements of the shard] that belong to `block`, as blocks of global
+    tensors."""
     if not block.data.is_contiguous():
         raise ValueError(f"{block.key}: its block is not a contiguous part of the parameter, "
                          "so its state cannot be cut alike")
-    # several blocks may share a parameter's memory (experts, query and key): places are counted in it
+    # several blocks may share a parameter (experts, query and key): convert to offsets in the parameter
     first = int(block.data.storage_offset()) - int(shard.parameter.storage_offset())
     start, stop = max(shard.start, first), min(shard.stop, first + block.data.numel())
     leading = len(block.global_shape) - block.data.dim()
-    # under ZeRO-1 nobody else updates these elements, so whoever has them writes them; else replica 0 does
+    # under ZeRO-1 only this process updates these elements, so it writes them; otherwise replica 0 does
     replica = (*block.replica[:-1], 0) if shard.exclusive else block.replica
     for place, extent in flat_ranges(block.data.shape, start - first, stop - first):
         count = math.prod(extent)
@@ -233,10 +232,10 @@ def pieces(block: LocalShard, shard: StateShard, flat: torch.Tensor) -> Iterator
 
 
 def set_updates(shards: Iterable[StateShard], num_updates: int) -> None:
-    """Set the number of updates that the state has seen, which AdamW's bias correction counts.
+    """Set the number of updates in the state, for AdamW's bias correction.
 
-    Each parameter gets a counter of its own: the library's own loading gives all of them one tensor, which
-    torch's AdamW then counts up once per parameter.
+    Each parameter gets its own counter: the library's loading shares one tensor among all parameters, which
+    torch's AdamW would then increment once per parameter.
     """
     for shard in shards:
         if _counts_per_parameter(shard.inner):
@@ -248,6 +247,7 @@ def set_updates(shards: Iterable[StateShard], num_updates: int) -> None:
 
 
 def _counts_per_parameter(inner: Inner) -> bool:
-    """Torch's Adam counts updates in every parameter's state, fused ones (Transformer Engine,
-    Apex) in their groups."""
+    """Return whether the optimizer counts updates per parameter (torch) or per group (Transformer Engine,
+    Apex).
+    """
     return isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))

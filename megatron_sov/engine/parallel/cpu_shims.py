@@ -1,9 +1,9 @@
-"""The CPU door: lets the unmodified megatron-core run on a machine without CUDA, over gloo.
+"""Patches that let unmodified megatron-core run on CPUs over gloo, and fix its defects.
 
-`prepare_megatron()` is called once, before megatron is imported anywhere else.  It does nothing where CUDA
-works.  Each patch is one function whose docstring names the assumption that it answers; what is wrong on
-any device is mended by `mend`.  No second implementation of anything is switched in: model,
-schedules, dispatchers, optimizers and process groups are the library's own, on CPU tensors.
+Call `prepare_megatron()` once before any import of megatron; with CUDA it does nothing. Each patch is a
+function whose docstring names the assumption or defect. `mend` fixes defects that occur on any device. No
+part is reimplemented: model, schedules, dispatchers, optimizers and process groups are the library's, on CPU
+tensors.
 """
 
 from __future__ import annotations
@@ -21,61 +21,61 @@ import torch
 from megatron_sov.engine.parallel.device import (
     CPU, compute_on_cpu, computes_on_cpu, hide_broken_deep_ep, on_gpu)
 
-# Defects of megatron-core that a model meets on any device, mended in place.
-#
-# Each is one function whose docstring names it; tests/engine/parallel/test_cpu_shims.py fails when the
-# library no longer has it.
+# Defects on any device. `test_cpu_shims.py::test_the_library_still_needs_the_patch` fails when the library no
+# longer has one.
 
 @functools.cache
 def mend() -> None:
-    """Mend the library in this process; called before a model is built."""
+    """Fix the library's defects in this process; call it before building a model."""
     _norms_under_sequence_parallelism()
     _experts_without_tokens()
 
 
 def _experts_without_tokens() -> None:
-    """Transformer Engine's permutation asserts that a process's experts get a token, and its inverse makes no
-    rows of none, where the library wants zeros; a few tokens over many processes leave some without."""
+    """Transformer Engine's permutation asserts that local experts receive a token, and its inverse returns no
+    rows for no tokens, while the library needs zeros. With few tokens, some processes receive none."""
     import megatron.core.transformer.moe.token_dispatcher as dispatcher
 
     permute, unpermute = dispatcher.permute, dispatcher.unpermute
 
     @functools.wraps(permute)
     def permute_any(tokens: Any, routing_map: Any, probs: Any = None, num_out_tokens: Any = None,
-                    fused: bool = False, **asked: Any) -> Any:
-        # a number on a GPU is not waited for: it counts a router's choices, which every token has
-        known = num_out_tokens is not None and not getattr(num_out_tokens, "is_cuda", False)
-        fused = fused and not (known and int(num_out_tokens) == 0)
-        return permute(tokens, routing_map, probs, num_out_tokens, fused=fused, **asked)
+                    fused: bool = False, **options: Any) -> Any:
+        # do not synchronize for a count on the GPU: it counts all choices of a router and is never 0
+        on_host = num_out_tokens is not None and not getattr(num_out_tokens, "is_cuda", False)
+        fused = fused and not (on_host and int(num_out_tokens) == 0)
+        return permute(tokens, routing_map, probs, num_out_tokens, fused=fused, **options)
 
     @functools.wraps(unpermute)
-    def unpermute_any(permuted_tokens: Any, *args: Any, fused: bool = False, **asked: Any) -> Any:
-        return unpermute(permuted_tokens, *args, fused=fused and len(permuted_tokens) > 0, **asked)
+    def unpermute_any(permuted_tokens: Any, *args: Any, fused: bool = False, **options: Any) -> Any:
+        return unpermute(permuted_tokens, *args, fused=fused and len(permuted_tokens) > 0, **options)
 
     dispatcher.permute, dispatcher.unpermute = permute_any, unpermute_any
 
 
 def _norms_under_sequence_parallelism() -> None:
     """WrappedTorchNorm refuses sequence parallelism because torch's norms do not mark their weight for the
-    gradient sum over the tensor-parallel group; the mark is all that is missing."""
+    gradient sum over the tensor-parallel group. The patch sets the mark."""
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     original = WrappedTorchNorm.__new__
-    def marked(cls: Any, config: Any, hidden_size: int, eps: float = 1e-5, *args: Any, **kwargs: Any) -> Any:
-        wanted, config.sequence_parallel = config.sequence_parallel, False
+
+    def create_marked_norm(cls: Any, config: Any, hidden_size: int, eps: float = 1e-5,
+                           *args: Any, **kwargs: Any) -> Any:
+        sequence_parallel, config.sequence_parallel = config.sequence_parallel, False
         try:
             norm = original(cls, config, hidden_size, eps, *args, **kwargs)
         finally:
-            config.sequence_parallel = wanted
+            config.sequence_parallel = sequence_parallel
         for parameter in norm.parameters():
-            parameter.sequence_parallel = wanted
+            parameter.sequence_parallel = sequence_parallel
         return norm
 
-    WrappedTorchNorm.__new__ = staticmethod(marked)
+    WrappedTorchNorm.__new__ = staticmethod(create_marked_norm)
 
 
 def prepare_megatron() -> None:
-    """Prepare this process for megatron-core; a no-op with CUDA, and when called again."""
+    """Prepare this process for megatron-core. Does nothing with CUDA or when called again."""
     if on_gpu():
         hide_broken_deep_ep()
     else:
@@ -83,7 +83,7 @@ def prepare_megatron() -> None:
 
 
 def prepare_without_gpu() -> None:
-    """Prepare this process for megatron-core on the CPU, for good, whatever the machine has."""
+    """Switch this process to megatron-core on CPUs, permanently, even if the machine has a GPU."""
     if computes_on_cpu():
         return
     compute_on_cpu()
@@ -93,7 +93,7 @@ def prepare_without_gpu() -> None:
     _tensor_type_names()
     _cuda_generator_is_cpu_generator()
     with _eager_jit(), _without_trackers(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # each missing GPU extension is announced on import
+        warnings.simplefilter("ignore")  # each missing GPU extension prints a warning on import
         import megatron.core.models.gpt.gpt_layer_specs
         import megatron.core.optimizer
         import megatron.core.pipeline_parallel
@@ -105,15 +105,14 @@ def prepare_without_gpu() -> None:
 
 
 def _without_transformer_engine() -> None:
-    """megatron takes Transformer Engine's optimizers, products and norms where it imports, as it does on a
-    login node or where CUDA's devices are hidden, and all of them are CUDA's.  One that this process has
-    imported before is meant."""
-    # None in sys.modules makes an import fail as if the package were not installed
+    """megatron uses Transformer Engine's optimizers, products and norms if it imports, for example on a login
+    node or with hidden CUDA devices, but they need CUDA. An already imported module stays."""
+    # None in sys.modules makes the import fail as if the package were missing
     sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
 
 
 class _Stream:
-    """Stands for torch.cuda.Stream and Event: work on a CPU is already in program order."""
+    """Stands for torch.cuda.Stream and Event: CPU work is already in program order."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.order = "program"
@@ -124,7 +123,7 @@ class _Stream:
         return lambda *args, **kwargs: self
 
     def query(self) -> bool:
-        """Report that all work is done."""
+        """Return True: all work is finished."""
         return True
 
     def __eq__(self, other: object) -> bool:
@@ -135,8 +134,8 @@ class _Stream:
 
 
 def _current_device_is_cpu() -> None:
-    """megatron asks torch.cuda where it runs (`device=torch.cuda.current_device()`),
-    for streams and memory figures, and names parts of its passes for a profiler."""
+    """megatron reads device, streams and memory statistics from torch.cuda, and marks ranges for a
+    profiler."""
     cuda: Any = torch.cuda
     cuda.current_device = lambda: CPU
     cuda.set_device = lambda *args: None
@@ -153,21 +152,21 @@ def _current_device_is_cpu() -> None:
         setattr(cuda, name, lambda *args, **kwargs: 0)
 
 
-def _is_cuda(wanted: Any) -> bool:
-    if isinstance(wanted, torch.device):
-        return wanted.type == "cuda"
-    return isinstance(wanted, str) and wanted.split(":")[0] == "cuda"
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.split(":")[0] == "cuda"
 
 
 def _cuda_requests_land_on_cpu() -> None:
-    """megatron allocates with `device="cuda"`, `.cuda()` and pinned memory, none of which exist here."""
+    """megatron allocates with `device="cuda"`, `.cuda()` and pinned memory, which do not exist on CPUs."""
 
-    def on_cpu(function: Any) -> Any:
+    def create_on_cpu(function: Any) -> Any:
         @functools.wraps(function)
         def create(*args: Any, **kwargs: Any) -> Any:
             if _is_cuda(kwargs.get("device")):
                 kwargs["device"] = CPU
-            # pinned memory is asked of the CUDA driver, which is not there
+            # pinned memory needs the CUDA driver
             kwargs.pop("pin_memory", None)
             return function(*args, **kwargs)
 
@@ -175,10 +174,10 @@ def _cuda_requests_land_on_cpu() -> None:
 
     from torch.utils._device import _device_constructors
 
-    _device_constructors()  # caches the original functions, which `with torch.device(...)` recognises
+    _device_constructors()  # caches the original functions for `with torch.device(...)`
     for name in ("tensor", "as_tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn",
                  "randint", "eye", "linspace", "empty_like", "zeros_like", "ones_like", "full_like"):
-        setattr(torch, name, on_cpu(getattr(torch, name)))
+        setattr(torch, name, create_on_cpu(getattr(torch, name)))
 
     tensor: Any = torch.Tensor
     move = tensor.to
@@ -197,8 +196,8 @@ def _cuda_requests_land_on_cpu() -> None:
 
 
 def _tensor_type_names() -> None:
-    """megatron's optimizers accept parameters by name only: `param.type() ==
-    "torch.cuda.FloatTensor"` and so on."""
+    """megatron's optimizers recognize parameters by name only: `param.type() == "torch.cuda.FloatTensor"`
+    etc."""
     tensor: Any = torch.Tensor
     original = tensor.type
 
@@ -211,8 +210,7 @@ def _tensor_type_names() -> None:
 
 
 def _cuda_generator_is_cpu_generator() -> None:
-    """Dropout and recomputation save and restore "the CUDA generator";
-    here it is the default CPU generator."""
+    """Dropout and recomputation save and restore CUDA's generator; on CPUs this is the default generator."""
     cuda: Any = torch.cuda
     for module in (cuda, cuda.random):
         module.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
@@ -223,8 +221,9 @@ def _cuda_generator_is_cpu_generator() -> None:
 
 @contextlib.contextmanager
 def _eager_jit() -> Iterator[None]:
-    """megatron binds `jit_fuser = torch.compile` while it is imported; compiling costs about 9 s in
-    a CPU's first step."""
+    """megatron sets `jit_fuser = torch.compile` during import; compilation costs about 9 s in a CPU's first
+    step.
+    """
     compile_ = torch.compile
     torch.compile = (lambda function=None, **kwargs: function  # type: ignore[assignment]
                      if function is not None else (lambda f: f))
@@ -236,9 +235,9 @@ def _eager_jit() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_trackers() -> Iterator[None]:
-    """megatron imports trackers of its own loops where they are installed, which cost a fifth of a command's
-    start; runs write to them by `runs.obs.trackers`."""
-    # None in sys.modules makes an import fail as if the package were not installed
+    """megatron imports its trackers if installed, which takes a fifth of a command's start; runs use
+    `runs.obs.trackers` instead."""
+    # None in sys.modules makes the import fail as if the package were missing
     absent = [name for name in ("wandb", "torch.utils.tensorboard") if name not in sys.modules]
     sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
     try:
@@ -249,8 +248,8 @@ def _without_trackers() -> Iterator[None]:
 
 
 def _rng_tracker() -> None:
-    """The tensor-parallel RNG tracker reads and writes CUDA states by private functions,
-    and warns when the CPU's moves."""
+    """The tensor-parallel RNG tracker accesses CUDA states through private functions, and warns if the CPU
+    state changes."""
     import megatron.core.tensor_parallel.random as random
 
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
@@ -260,8 +259,8 @@ def _rng_tracker() -> None:
 
 
 def _dispatcher_split_sizes() -> None:
-    """The all-to-all dispatcher turns split sizes into numbers only for CUDA tensors;
-    gloo then gets tensors."""
+    """The all-to-all dispatcher converts split sizes to numbers only for CUDA tensors; gloo needs numbers
+    too."""
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as dispatcher
 
@@ -272,25 +271,24 @@ def _dispatcher_split_sizes() -> None:
 
 
 def _uneven_gathers() -> None:
-    """gloo gathers and scatters equal parts only; tokens of experts that are split over processes
-    come in unequal ones."""
+    """gloo gathers and scatters only equal parts; tokens of experts split over processes have unequal
+    parts."""
     import megatron.core.tensor_parallel.mappings as mappings
 
     gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
 
-    def gather_any(input_: torch.Tensor, group: Any, output_split_sizes: list[int] | None = None,
+    def gather_uneven(input_: torch.Tensor, group: Any, output_split_sizes: list[int] | None = None,
                    use_global_buffer: bool = False) -> torch.Tensor:
         if output_split_sizes is None or group.size() == 1:
             even: torch.Tensor = gather(input_, group, output_split_sizes, use_global_buffer)
             return even
-        # every part is filled up to the longest, sent, and cut again: bytes that nobody reads, and the same
-        # numbers
+        # pad every part to the longest before the gather, and cut the padding afterwards
         longest = max(output_split_sizes)
         parts = (gather(_lengthened(input_, longest), group).unflatten(0, (-1, longest)) if longest
                  else [input_] * group.size())
         return torch.cat([part[:n] for part, n in zip(parts, output_split_sizes, strict=True)])
 
-    def reduce_scatter_any(input_: torch.Tensor, group: Any, input_split_sizes: list[int] | None = None,
+    def reduce_scatter_uneven(input_: torch.Tensor, group: Any, input_split_sizes: list[int] | None = None,
                            use_global_buffer: bool = False) -> torch.Tensor:
         if input_split_sizes is None or group.size() == 1:
             even: torch.Tensor = reduce_scatter(input_, group, input_split_sizes, use_global_buffer)
@@ -299,13 +297,13 @@ def _uneven_gathers() -> None:
         if longest == 0:
             return input_
         parts = torch.cat([_lengthened(part, longest) for part in input_.split(input_split_sizes)])
-        own: torch.Tensor = reduce_scatter(parts, group)
-        return own[:input_split_sizes[group.rank()]]
+        local: torch.Tensor = reduce_scatter(parts, group)
+        return local[:input_split_sizes[group.rank()]]
 
     mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = (
-        gather_any, reduce_scatter_any)
+        gather_uneven, reduce_scatter_uneven)
 
 
 def _lengthened(tensor: torch.Tensor, length: int) -> torch.Tensor:
-    """[n, ...] -> [length, ...], zeros behind."""
+    """Pad [n, ...] with zeros to [length, ...]."""
     return torch.cat([tensor, tensor.new_zeros(length - tensor.shape[0], *tensor.shape[1:])])

@@ -1,4 +1,5 @@
-"""Where this process computes: on its CUDA device, or on the CPU once the shims for it are in place."""
+"""The device of this process: CUDA or CPU, its environment variables, host memory, and optional GPU
+libraries."""
 
 from __future__ import annotations
 
@@ -22,92 +23,88 @@ from megatron_sov.runs.launch_environment import own_gpu_index
 from megatron_sov.work.clusters.chips import Gpu
 from megatron_sov.work.clusters.units import GIB
 
-# The same bits in every run: what has to be settled in a process before CUDA and NCCL start.
+# Deterministic algorithms; must be configured before CUDA and NCCL start.
 
 VARIABLES = {
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
     "NCCL_ALGO": ("Ring", "Tree", "CollnetDirect", "CollnetChain", "^NVLS"),
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
 }
-"""Environment variable -> values under which results repeat; the first is set where the
-environment says nothing.
+"""Environment variable -> values with deterministic results; the first is the default.
 
-Sources: cuBLAS' section on reproducibility; the list that Megatron-LM accepts for `--deterministic-mode`
-(in-switch reductions, NVLS, add up in no fixed order); Transformer Engine's variable for fused attention.
+Sources: the reproducibility section of cuBLAS; the list that Megatron-LM accepts for `--deterministic-mode`
+(NVLS sums inside switches, in no fixed order); Transformer Engine's variable for fused attention.
 """
 
 
 def switch_on() -> None:
-    """Have torch, cuBLAS, cuDNN, NCCL and Transformer Engine choose algorithms that give the
-    same bits each time.
+    """Make torch, cuBLAS, cuDNN, NCCL and Transformer Engine choose deterministic algorithms.
 
-    An operation that has no such algorithm raises instead of running.  The model's part is the library's
-    `deterministic_mode`, which `model/specs.py` sets.
+    Operations without a deterministic algorithm raise an error. The model's part is Megatron-Core's
+    `deterministic_mode`, set by `model/specs.py`.
 
     Raises:
-        UserError: the environment asks for something else.
+        UserError: an environment variable has a conflicting value.
     """
     for name, allowed in VARIABLES.items():
         value = os.environ.setdefault(name, allowed[0])
         if value not in allowed:
             raise UserError(f"train.deterministic = True: the environment has {name}={value}, "
                             f"with which results do not repeat; unset it or use {' or '.join(allowed)}")
-    # a process that has done so already may do one run after another
+    # a process that is already deterministic may start another run
     if torch.cuda.is_initialized() and not torch.are_deterministic_algorithms_enabled():
         raise RuntimeError("CUDA has started before determinism.switch_on()")
     torch.use_deterministic_algorithms(True)
-    # it would fill all empty memory, of every activation; what is read before it is written is a defect
-    # elsewhere
+    # filling uninitialized memory would cost time for every activation
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
 
 
-# What CUDA, NCCL and Transformer Engine are told of a run before they start, unless the environment says
-# something else: what NVIDIA's own recipes for mixtures of experts set (Megatron-Bridge 26.08,
-# `perf_recipes`).
+# Environment variables for CUDA, NCCL and Transformer Engine, after NVIDIA's recipes for mixture-of-experts
+# models (Megatron-Bridge 26.08, `perf_recipes`). The user's environment takes precedence.
 
 
 def run_variables(config: RunConfig, gpu_name: str) -> dict[str, str]:
-    """Return environment variables that suit a run on GPUs of a name, as the driver has it."""
+    """Return environment variables for a run; `gpu_name` is the driver's name of the GPU."""
     parallel, flex = config.parallel, config.parallel.expert_dispatcher in ("deepep", "hybridep")
     # one queue keeps kernels of tensor and context parallelism in the order in which they overlap; Blackwell
-    # needs none for that, and messages of experts beside another micro-batch need several
-    ordered = ((parallel.tp > 1 or parallel.cp > 1) and parallel.expert_overlap == "none"
+    # does not need it, and expert messages that overlap with another micro-batch need several queues
+    one_queue = ((parallel.tp > 1 or parallel.cp > 1) and parallel.expert_overlap == "none"
                and not any(name in gpu_name for name in BLACKWELL_NAMES))
-    found = {"TORCH_NCCL_HIGH_PRIORITY": "1",  # messages are not queued behind products
-             CONNECTIONS: "1" if ordered else "32",
-             # sums in NVLink switches take memory for every group, and gain where buffers are registered
+    variables = {"TORCH_NCCL_HIGH_PRIORITY": "1",  # messages overtake matrix products in the queue
+             CONNECTIONS: "1" if one_queue else "32",
+             # NVLink SHARP takes memory for every group, and helps only with registered buffers
              "NCCL_NVLS_ENABLE": str(int(config.gpu.nccl_user_buffers == "on"))}
     if config.gpu.cuda_graphs:
-        found["NCCL_GRAPH_REGISTER"] = "0"  # it would hold on to memory that torch's allocator moves
+        variables["NCCL_GRAPH_REGISTER"] = "0"  # registration would pin memory that torch's allocator moves
     if parallel.overlap_grad_reduce or parallel.expert_overlap != "none":
-        # norms take all multiprocessors, and leave NCCL or DeepEP none
-        found |= dict.fromkeys(("NVTE_FWD_LAYERNORM_SM_MARGIN", "NVTE_BWD_LAYERNORM_SM_MARGIN"),
+        # norms would occupy all multiprocessors and leave none for NCCL or DeepEP
+        variables |= dict.fromkeys(("NVTE_FWD_LAYERNORM_SM_MARGIN", "NVTE_BWD_LAYERNORM_SM_MARGIN"),
                                "20" if flex else "16")
-    return found
+    return variables
 
 
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 BLACKWELL_NAMES = ("B200", "B300")
 HOPPER, BLACKWELL = 9, 10
-"""Their compute capabilities begin so."""
+"""Major compute capabilities."""
 REPEATS_CUDNN = 91801
-"""The first cuDNN, as torch counts, whose attention over packed rows repeats its bits on Blackwell; on Hopper
-Transformer Engine leaves it out from documents x heads x longest document squared = 2**30, and nothing bounds
-the documents of a row."""
+"""First cuDNN version (as torch counts) with deterministic packed attention on Blackwell. On Hopper,
+Transformer Engine disables the deterministic kernel from documents x heads x longest document squared =
+2**30, and the number of documents per row is unbounded."""
 
 
 _variables: dict[str, str] = {}
-"""Those that this process has set for its run."""
+"""Variables that this process has set for its run."""
 
 
 def set_variables(config: RunConfig) -> None:
-    """Set what `run_variables` says and the environment does not; before CUDA starts.  What an earlier run
-    of this process had set so is not the environment's own.
+    """Set the variables of `run_variables` that the environment lacks; call before CUDA starts. Values set
+    for an earlier run of this process are replaced.
 
     Raises:
-        UserError: the environment's own value stands against a setting.
+        UserError: the environment conflicts with a setting.
     """
     gpus = visible_gpus()
     for name, value in _variables.items():
@@ -127,8 +124,7 @@ _on_cpu = False
 
 
 def compute_on_cpu() -> None:
-    """Note that the CPU shims are in place: from now on `torch.cuda` answers for the CPU and no longer
-    says what is there."""
+    """Record that the CPU shims are installed: `torch.cuda` then answers for the CPU."""
     global _on_cpu
     _on_cpu = True
 
@@ -138,8 +134,8 @@ def computes_on_cpu() -> bool:
 
 
 def on_gpu() -> bool:
-    """Return whether this process computes on a CUDA device; does not start CUDA."""
-    # the driver's own answer: torch's usual question starts CUDA, and a fork of this process could not use it
+    """Return whether this process computes on a CUDA device, without starting CUDA."""
+    # ask the driver: torch's default check starts CUDA, and a forked process could not use it afterwards
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     return not _on_cpu and torch.cuda.is_available()
 
@@ -149,27 +145,27 @@ PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float6
 
 
 def inference_precision() -> Literal["bf16", "fp32"]:
-    """Return the precision in which a model is run unless a setting says otherwise: bf16 on a GPU, fp32 on a
-    CPU, for every engine and whatever dtype the weights are stored in, so that a checkpoint and its Hugging
-    Face folder give the same text."""
+    """Return the default precision of inference: bf16 on GPUs, fp32 on CPUs.
+
+    It does not depend on the engine or the dtype of stored weights, so a checkpoint and its Hugging Face
+    folder generate the same text."""
     return "bf16" if on_gpu() else "fp32"
 
 
 def local_device() -> torch.device:
-    """Return the device of this process's parameters and batches."""
+    """Return the device of parameters and batches."""
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else CPU
 
 
 def release_unused() -> None:
-    """Give the memory of a model that is gone back to the device, for what this process does next."""
+    """Release cached GPU memory, for example of a deleted model."""
     if on_gpu():
         gc.collect()
-        torch.cuda.empty_cache()  # which starts no CUDA where there is none yet
+        torch.cuda.empty_cache()  # does not start CUDA
 
 
 def record_for_nsys(*, on: bool) -> None:
-    """Have NVIDIA's profiler begin or end to record, where this process was started with it, and the library
-    name the parts of its passes for it (NVTX)."""
+    """Start or stop recording in nsys, with the library's NVTX ranges. Does nothing without nsys."""
     from megatron.core.utils import configure_nvtx_profiling
 
     configure_nvtx_profiling(on)
@@ -178,64 +174,62 @@ def record_for_nsys(*, on: bool) -> None:
 
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return values of the host on a device; to a GPU they go from pinned memory, so that nobody waits."""
+    """Copy a host tensor to a device; to a GPU through pinned memory, without blocking."""
     if device.type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
 
 
-# Host memory that a GPU copies to and from without waiting: pinned, in few large pieces.
+# Pinned host memory for asynchronous copies, in few large pieces.
 
 PIECE_BYTES = 1 << 30
 _ALIGN_BYTES = 64
 
 
 class Arena:
-    """Host memory in few large pieces: pinned memory is handed out in powers of two."""
+    """Allocates pinned host memory in few large pieces: torch rounds each allocation up to a power of two."""
 
     def __init__(self, total_bytes: int) -> None:
-        """Prepare for tensors of so many bytes together."""
+        """Prepare for tensors of `total_bytes` in total."""
         self._piece_bytes = min(PIECE_BYTES, total_bytes + _ALIGN_BYTES)
         self._free = torch.empty(0, dtype=torch.uint8)
 
     def like(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return contiguous memory of a tensor's shape and dtype."""
-        wanted = -(-num_bytes(tensor) // _ALIGN_BYTES) * _ALIGN_BYTES
-        if self._free.numel() < wanted:
-            self._free = torch.empty(max(wanted, self._piece_bytes), dtype=torch.uint8, pin_memory=on_gpu())
-        taken, self._free = self._free[:wanted], self._free[wanted:]
-        return taken[:num_bytes(tensor)].view(tensor.dtype).view(tensor.shape)
+        """Allocate contiguous memory with the shape and dtype of `tensor`."""
+        needed_bytes = -(-num_bytes(tensor) // _ALIGN_BYTES) * _ALIGN_BYTES
+        if self._free.numel() < needed_bytes:
+            self._free = torch.empty(max(needed_bytes, self._piece_bytes), dtype=torch.uint8,
+                                     pin_memory=on_gpu())
+        memory, self._free = self._free[:needed_bytes], self._free[needed_bytes:]
+        return memory[:num_bytes(tensor)].view(tensor.dtype).view(tensor.shape)
 
 
 def num_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-# The GPU of this process: which one it is, that no other rank has it, and that there is room on it.
-#
-# What is wrong with one rank's GPU is told by all of them, over the rendezvous, before NCCL begins: there a
-# rank that has left would only be waited for.
+# Assignment of GPUs to ranks. Ranks exchange problems through the rendezvous store before NCCL starts: NCCL
+# would only wait for a rank that has failed.
 
 def kind() -> Gpu:
-    """Return what this process's GPU is."""
-    found = torch.cuda.get_device_properties(own_gpu_index(torch.cuda.device_count()))
-    return Gpu(found.name, found.total_memory)
+    """Return the model and memory of this process's GPU."""
+    properties = torch.cuda.get_device_properties(own_gpu_index(torch.cuda.device_count()))
+    return Gpu(properties.name, properties.total_memory)
 
 
 def take_gpu(store: dist.Store, rank: int, size: int, needs_bytes: int,
              timeout: datetime.timedelta) -> torch.device:
-    """Make this process's GPU the current one; called by every rank.
+    """Select this process's GPU and check it. Collective.
 
     Args:
-        store: the rendezvous.
-        rank: of this process.
+        store: the rendezvous store.
+        rank: rank of this process.
         size: number of ranks.
-        needs_bytes: memory that it will take at least; 0: nobody knows.
-        timeout: how long to wait for the other ranks.
+        needs_bytes: memory that the run needs at least; 0: unknown.
+        timeout: limit of the wait for other ranks.
 
     Raises:
-        UserError: a GPU cannot be used, is another rank's as well, or has too little free memory; on every
-            rank.
+        UserError: on every rank, if a GPU cannot be used, is shared by two ranks or lacks memory.
     """
     device, uuid, problem = torch.device("cuda", own_gpu_index(torch.cuda.device_count())), "", ""
     try:
@@ -259,37 +253,36 @@ PCI = Path("/sys/bus/pci/devices")
 
 
 def stay_beside(properties: Any, devices: Path = PCI) -> None:
-    """Keep this process, the threads that it will start and, since pages come from where a thread runs, its
-    memory on the processors that are next to its GPU; where the kernel does not tell, or a launcher has left
-    none of them, it stays where it is.
+    """Bind this process and its future threads, and so their memory, to the CPUs near its GPU. Does nothing
+    if the kernel does not list them or the launcher has excluded them.
 
     Args:
-        properties: what torch says of the GPU.
-        devices: the kernel's list of devices.
+        properties: torch's device properties.
+        devices: the kernel's folder of PCI devices.
     """
     try:
-        place = (f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:"
+        pci_address = (f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:"
                  f"{properties.pci_device_id:02x}.0")
-        text = (devices / place / "local_cpulist").read_text(encoding="ascii")
+        text = (devices / pci_address / "local_cpulist").read_text(encoding="ascii")
         spans = [[int(end) for end in span.split("-")] for span in text.strip().split(",") if span]
-        near = {cpu for span in spans for cpu in range(span[0], span[-1] + 1)} & os.sched_getaffinity(0)
-        if near:
-            os.sched_setaffinity(0, near)
+        local_cpus = {cpu for span in spans for cpu in range(span[0], span[-1] + 1)} & os.sched_getaffinity(0)
+        if local_cpus:
+            os.sched_setaffinity(0, local_cpus)
     except (OSError, ValueError, AttributeError):  # no such file, form, call on macOS, or place
         return
 
 
 def agree(store: dist.Store, rank: int, size: int, uuid: str, problem: str,
           timeout: datetime.timedelta) -> None:
-    """Raise `UserError` on every rank where something is wrong with the GPU of one, or two have the same.
+    """Raise `UserError` on every rank if any rank's GPU has a problem or two ranks share a GPU. Collective.
 
     Args:
-        store: the rendezvous.
-        rank: of this process.
+        store: the rendezvous store.
+        rank: rank of this process.
         size: number of ranks.
-        uuid: of its GPU.
-        problem: what is wrong with that; empty: nothing.
-        timeout: how long to wait for the other ranks.
+        uuid: UUID of its GPU.
+        problem: problem of its GPU. "": none.
+        timeout: limit of the wait for other ranks.
     """
     if uuid and store.add(f"gpu/{uuid}", 1) > 1:
         place = f"LOCAL_RANK = {os.environ.get('LOCAL_RANK', '0')}"
@@ -298,7 +291,7 @@ def agree(store: dist.Store, rank: int, size: int, uuid: str, problem: str,
                               "node or its own")
     if problem:
         store.set("gpu/problem", f"rank {rank}: its GPU {problem}")
-    # the last rank to come says so: whoever is awake then has seen every problem that was set before
+    # the last rank sets the key, after all ranks have stored their problems
     if store.add("gpu/ranks", 1) == size:
         store.set("gpu/all", "seen")
     store.wait(["gpu/all"], timeout)
@@ -306,65 +299,65 @@ def agree(store: dist.Store, rank: int, size: int, uuid: str, problem: str,
         raise UserError(store.get("gpu/problem").decode())
 
 
-# What Transformer Engine says of the GPU; asked here, where nothing imports megatron, which imports it too.
+# FP8 support of this GPU. This module does not import megatron, which would import Transformer Engine itself.
 
 FP8_FUNCTIONS = {"tensorwise": "is_fp8_available", "blockwise": "is_fp8_block_scaling_available",
                  "mxfp8": "is_mxfp8_available", "nvfp4": "is_nvfp4_available"}
-"""Recipe of `train.fp8` -> function of Transformer Engine that says whether this GPU has it, and why not."""
+"""Recipe of `train.fp8` -> Transformer Engine's function that checks GPU support."""
 
 
 def lacking_fp8() -> dict[str, str]:
-    """Return recipe -> why Transformer Engine does not have it on this process's GPU; empty: it has."""
+    """Return recipe -> Transformer Engine's reason against it on this GPU, or ""."""
     import transformer_engine.pytorch as te
 
-    answers = {fp8: getattr(te, name)(return_reason=True) for fp8, name in FP8_FUNCTIONS.items()}
-    return {fp8: "" if available else str(reason) for fp8, (available, reason) in answers.items()}
+    checks = {fp8: getattr(te, name)(return_reason=True) for fp8, name in FP8_FUNCTIONS.items()}
+    return {fp8: "" if available else str(reason) for fp8, (available, reason) in checks.items()}
 
 
-# DeepEP, whose kernels carry tokens to their experts.
+# DeepEP: kernels for expert dispatch and combine.
 
 DEEP_EP_NAMES = {"deepep": ("deep_ep.Buffer", "deep_ep.utils.EventHandle", "deep_ep.utils.EventOverlap"),
                  "hybridep": ("deep_ep.HybridEPBuffer",)}
-"""`parallel.expert_dispatcher` -> what the library imports for it (`fused_a2a`), both versions."""
+"""`parallel.expert_dispatcher` -> names that Megatron-Core imports for it (`fused_a2a`)."""
 
 
 @functools.cache
 def lacking_deep_ep(dispatcher: str) -> str:
-    """Return why DeepEP does not serve a dispatcher here, in its own words; empty: it does."""
+    """Return the error of importing DeepEP for a dispatcher, or ""."""
     for name in DEEP_EP_NAMES[dispatcher]:
         module, _, last = name.rpartition(".")
         try:
             getattr(importlib.import_module(module), last)
-        except Exception as e:  # newer ones assert that NCCL's library is the one that they were built with
+        except Exception as e:  # newer versions assert that NCCL's library matches their build
             return told_in_a_line(e)
     return ""
 
 
-# The kernels of linear attention of flash-linear-attention, whose package is called fla-core.
+# flash-linear-attention (package fla-core).
 
 FLA_KERNEL = ("fla.ops.kda", "chunk_kda")
-"""Module and function."""
+"""Module and function of the kernel."""
 FLA_OLDEST = (0, 6)
-"""First version whose calls are held against its source."""
+"""Oldest version whose signature this project has checked."""
 
 
 @functools.cache
 def lacking_fla() -> str:
-    """Return why the kernel does not serve here, in its own words; empty: it does."""
+    """Return why flash-linear-attention cannot be used here, or ""."""
     module, name = FLA_KERNEL
     try:
         getattr(importlib.import_module(module), name)
-    except Exception as e:  # without a driver Triton ends with errors of its own
+    except Exception as e:  # Triton raises its own errors without a driver
         return told_in_a_line(e)
     version = str(getattr(sys.modules["fla"], "__version__", "unknown"))
-    found = re.match(r"(\d+)\.(\d+)", version)
-    if found is None or (int(found[1]), int(found[2])) < FLA_OLDEST:
+    match = re.match(r"(\d+)\.(\d+)", version)
+    if match is None or (int(match[1]), int(match[2])) < FLA_OLDEST:
         return f"version {version} is older than {'.'.join(map(str, FLA_OLDEST))}"
     return ""
 
 
 def hide_broken_deep_ep() -> None:
-    """Have the library import without a DeepEP that does not: it catches ImportError alone."""
+    """Hide a broken DeepEP from Megatron-Core, which catches only ImportError."""
     if importlib.util.find_spec("deep_ep") is None:
         return
     if lacking_deep_ep("deepep").partition(":")[0] not in (

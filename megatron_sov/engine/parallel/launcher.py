@@ -1,4 +1,4 @@
-"""Local ranks: starting them, passing signals on, starting them again after a fault, and how they end."""
+"""Launches local ranks: start, signal forwarding, restart after faults, exit codes."""
 
 from __future__ import annotations
 
@@ -34,22 +34,20 @@ from megatron_sov.model.families import supported as models
 from megatron_sov.runs.launch_environment import is_first, num_ranks, under_launcher
 from megatron_sov.work.processes.children import FORWARDED, die_with_parent
 
-# What a rank that is a new process is to do: its launcher writes it into a file, and the rank reads it.
-#
-# The file has no name and is open in the launcher and its ranks alone: nobody else can have written what is
-# unpickled here.
+# Work of a rank that is a new process: the launcher pickles it to an unnamed file, open only in the launcher
+# and its ranks, so that no other process can have written the pickle.
 
 @contextlib.contextmanager
 def plan_file(work: Callable[[], Any], num_threads: int) -> Iterator[int]:
-    """Give a file, by its descriptor, from which any number of new processes can read their work.
+    """Yield the descriptor of a file from which new processes read their work.
 
     Args:
-        work: runs one rank, with all that it refers to; of the modules that it needs the names alone are
-            written, and of users' own files their paths and hashes.
-        num_threads: CPU threads of each rank.
+        work: runs one rank. The pickle contains its references; modules by name, users' files by path and
+            hash.
+        num_threads: CPU threads per rank.
     """
     with tempfile.TemporaryFile() as file:
-        # what the rest is found by goes first
+        # first the part that makes the pickle importable
         pickle.dump((num_threads, files_that_ran(), models.OWN.named()), file)
         _Pickler(file).dump(work)
         file.flush()
@@ -57,25 +55,25 @@ def plan_file(work: Callable[[], Any], num_threads: int) -> Iterator[int]:
 
 
 class _Pickler(cloudpickle.Pickler):
-    """Refuses an array that is a map of a file, of which each rank would hold a copy in memory."""
+    """Pickler that refuses memory-mapped arrays, which every rank would copy into memory."""
 
     def reducer_override(self, obj: Any) -> Any:
-        held = obj
-        while isinstance(held, (np.ndarray, memoryview)):
-            held = held.base if isinstance(held, np.ndarray) else held.obj
-        if isinstance(held, mmap.mmap):
+        base = obj
+        while isinstance(base, (np.ndarray, memoryview)):
+            base = base.base if isinstance(base, np.ndarray) else base.obj
+        if isinstance(base, mmap.mmap):
             raise TypeError("an array is a map of a file: what holds it must say, in __reduce__, "
                             "how it is opened again")
         return super().reducer_override(obj)
 
 
 def read_plan(descriptor: int) -> Callable[[], Any]:
-    """Return the work of a plan, and prepare this process for it.
+    """Read the work from a plan file and prepare this process for it.
 
     Raises:
-        UserError: a user's file fails, or is not what it was.
+        UserError: a user's file raises an error or has changed.
     """
-    # all ranks share the place in the file, so none may move it
+    # all ranks share the file offset: use pread
     file = io.BytesIO(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
     os.close(descriptor)
     num_threads, files, families = pickle.load(file)  # noqa: S301
@@ -89,10 +87,9 @@ def read_plan(descriptor: int) -> Callable[[], Any]:
 
 
 FINAL = (ExitCode.OK, ExitCode.USER_ERROR, ExitCode.STOPPED)
-"""Exit codes of ranks after which a restart would change nothing: done, a user's mistake,
-stopped in good order."""
+"""Exit codes without restart: complete, user error, stopped with everything saved."""
 SAME_INTERRUPT_S = 0.5
-"""Two SIGINT within so many seconds are one Ctrl-C."""
+"""Two SIGINT within this time count as one Ctrl-C."""
 _NEW_PROCESS = f"""import sys
 sys.path[:] = sys.argv[2:]
 from {__name__} import be_rank
@@ -101,41 +98,40 @@ be_rank(int(sys.argv[1]))"""
 
 @dataclass(frozen=True)
 class Restarts:
-    """Whether the launcher of local ranks starts them again after a fault."""
+    """Restart policy of local ranks after a fault."""
 
     limit: int
-    """How often, without progress in between."""
+    """Number of consecutive restarts without progress."""
     progress: Callable[[], Any]
-    """Returns something that changes when the run has got on."""
+    """Returns a value that changes when the run progresses."""
     note: Callable[[int, str], None]
-    """Called before each restart with the exit code and what failed."""
+    """Called before each restart with exit code and cause."""
     give_up: Callable[[int, str], None]
-    """Called in place of `note` when there were too many."""
+    """Called instead of `note` after too many restarts."""
 
 
 def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0,
            restarts: Restarts | None = None) -> int:
     """Run `main` in every process of the run and return the command's exit code.
 
-    Under torchrun or Slurm (RANK is set) this process is one rank.  Otherwise `nproc` ranks are started here.
-    On CPUs they are forked from this process after the heavy imports, so they share memory and start at once.
-    On GPUs they are new processes that read `main` from a file (`rank_plan`), for CUDA works in no fork of a
-    process that has asked for it.  SIGTERM, SIGINT and SIGUSR1 reach every rank, which finish their step and
-    save together; a second SIGINT kills all ranks; a rank that fails ends the others.
+    Under torchrun or Slurm (RANK is set) this process is one rank. Otherwise it starts `nproc` local ranks.
+    On CPUs these are forks after the heavy imports, which share memory and start at once. On GPUs they are
+    new processes that read `main` from a plan file, because a forked process cannot use CUDA. SIGTERM, SIGINT
+    and SIGUSR1 are forwarded to every rank; ranks finish their step and save together. A second SIGINT kills
+    all ranks. A failing rank ends the others.
 
     Args:
-        main: runs one rank; its integer return value is the exit code.
-        nproc: local processes.
-        num_threads: CPU threads of each rank; 0: as OMP_NUM_THREADS says, which torchrun and our Slurm
-            scripts set, else cores / local ranks.
-        restarts: how local ranks are started again when one of them fails for another reason than a user's
-            mistake.
+        main: runs one rank; its integer result is the exit code.
+        nproc: number of local ranks.
+        num_threads: CPU threads per rank. 0: OMP_NUM_THREADS (set by torchrun and our Slurm scripts), else
+            cores / local ranks.
+        restarts: restart policy for faults other than user errors. None: no restarts.
 
     Returns:
-        0, or 2 where a rank met a user's mistake, or the first nonzero exit code of any rank.
+        0, or 2 if any rank met a user error, or the first nonzero exit code of a rank.
 
     Raises:
-        KeyboardInterrupt: of a second SIGINT, or of one before a rank could remember it.
+        KeyboardInterrupt: after a second SIGINT, or after one before the ranks handled signals.
     """
     cpu_shims.prepare_megatron()
     if under_launcher():
@@ -145,16 +141,16 @@ def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0,
     count = num_ranks(nproc)
     torch.set_num_threads(num_threads or _threads(count))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    failures, reached = 0, restarts.progress() if restarts else None
+    failures, last_progress = 0, restarts.progress() if restarts else None
     while True:
         outcome = _round(main, count, new_processes=on_gpu())
         if outcome.code == ExitCode.INTERRUPTED:
             raise KeyboardInterrupt
         if restarts is None or outcome.asked_to_stop or outcome.code in FINAL:
             return outcome.code
-        now = restarts.progress()
-        # a run that got further has earned its attempts again; one that dies at the same place gives up
-        failures, reached = 1 if now != reached else failures + 1, now
+        progress = restarts.progress()
+        # progress resets the count of failures; a run that fails at the same place gives up
+        failures, last_progress = 1 if progress != last_progress else failures + 1, progress
         if failures > restarts.limit:
             restarts.give_up(outcome.code, outcome.cause)
             return outcome.code
@@ -162,21 +158,20 @@ def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0,
 
 
 def apart(work: Callable[[], Any]) -> int:
-    """Do a piece of work that needs neither ranks nor a GPU in a process of its own, and return its exit
-    code: threads that torch starts there would be missing in ranks that are forked from this process.
+    """Run `work` in a forked process, without ranks or GPU, and return its exit code. Threads that torch
+    starts there would be missing in ranks forked from this process.
 
-    Under torchrun or Slurm this process does it itself.
+    Under torchrun or Slurm this process runs it itself.
     """
     cpu_shims.prepare_megatron()
     return _rank_code(work) if under_launcher() else _round(work, 1, new_processes=False).code
 
 
 def _threads(count: int) -> int:
-    """Return the CPU threads of each of `count` local ranks, for which nobody has named a number but perhaps
-    the environment."""
-    said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # of nested levels, the first
-    if said.isdecimal() and len(said) <= 4 and int(said):  # anything else the library passes over too
-        return int(said)
+    """Return the CPU threads per rank: OMP_NUM_THREADS if valid, else cores / ranks."""
+    setting = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # first nesting level
+    if setting.isdecimal() and len(setting) <= 4 and int(setting):  # as OpenMP ignores other values
+        return int(setting)
     return max(1, num_cores() // count)
 
 
@@ -185,24 +180,24 @@ class _Outcome:
     """How a round of local ranks ended."""
 
     code: int = 0
-    """Exit code of the first rank that failed; that of a mistake goes before others."""
+    """Exit code of the first failing rank; a user error takes precedence."""
     cause: str = ""
-    """Which rank failed first, and how."""
+    """First failing rank and its end."""
     asked_to_stop: bool = False
-    """Whether the launcher was asked to stop while they ran."""
+    """Whether the launcher received a signal to stop."""
     leaves_now: bool = False
-    """Whether a second SIGINT had the launcher kill them."""
+    """Whether a second SIGINT made the launcher kill the ranks."""
 
 
 def _round(main: Callable[[], Any], count: int, *, new_processes: bool) -> _Outcome:
     """Start `count` ranks and wait for their end.
 
     Args:
-        main: what they do.
-        count: their number.
-        new_processes: whether they are new processes in place of forks.
+        main: runs one rank.
+        count: number of ranks.
+        new_processes: start new processes instead of forks.
     """
-    gc.freeze()  # or the collector would touch, and so copy, what ranks share
+    gc.freeze()  # otherwise garbage collection would touch, and copy, shared pages
     door = socket.create_server((LOCALHOST, 0), backlog=count)
     port = door.getsockname()[1]
     environment = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), STORE_PORT: str(port)}
@@ -210,13 +205,13 @@ def _round(main: Callable[[], Any], count: int, *, new_processes: bool) -> _Outc
         signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until `_wait` can pass them on
         children = [_fork(main, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, door, plan)
                     for rank in range(count)]
-    # Held by the launcher, in memory: it survives any rank, and a full disk cannot stall it.  Its thread
-    # begins after the last fork: a rank forked while that thread holds a lock of the C library would wait for
-    # the lock for ever.
+    # The launcher holds the store in memory: it survives every rank and does not depend on disk space. Its
+    # thread starts after the last fork: a rank forked while the thread holds a lock of the C library would
+    # wait forever.
     store = dist.TCPStore(LOCALHOST, port, is_master=True, wait_for_workers=False,
                           master_listen_fd=door.detach())
     outcome = _wait(children)
-    del store  # not before
+    del store  # keep it alive until all ranks have ended
     return outcome
 
 
@@ -229,46 +224,46 @@ def _fork(main: Callable[[], Any], environment: dict[str, str], door: socket.soc
     if child:
         return child
 
-    def begin() -> Any:
+    def start_rank() -> Any:
         die_with_parent(parent)
-        door.close()  # the launcher's
+        door.close()  # belongs to the launcher
         os.environ.update(environment)
-        if plan is not None:  # it stays bound to its parent, and signals wait until its work begins
+        if plan is not None:  # the new process stays bound to its parent; signals wait until work begins
             _become_new_process(plan)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         return main()
 
-    _end_with(begin)
+    _end_with(start_rank)
 
 
 def _become_new_process(plan: int) -> NoReturn:
-    """Replace this process, a fork of the launcher, by a new one that does what a plan says."""
+    """Replace this forked process by a new interpreter that runs the plan."""
     os.set_inheritable(plan, True)
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-    # -P: files of the folder that it is started in are no modules, unless they were so for the launcher
+    # -P: do not import modules from the working directory, unless the launcher's sys.path contains it
     os.execv(sys.executable, [sys.executable, *flags, "-P", "-c", _NEW_PROCESS, str(plan), *sys.path])
 
 
 def be_rank(plan: int) -> NoReturn:
-    """Do what stands in a plan, as a forked rank would, and end this process.
+    """Run the work of a plan as a rank, and exit.
 
     Args:
-        plan: descriptor of its file.
+        plan: descriptor of the plan file.
     """
-    def begin() -> Any:
+    def start_rank() -> Any:
         main = read_plan(plan)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         return main()
 
-    _end_with(begin)
+    _end_with(start_rank)
 
 
 def _end_with(main: Callable[[], Any]) -> NoReturn:
-    """Do a rank's work and end this process with its exit code."""
+    """Run a rank and exit with its code."""
     code: int = ExitCode.CRASH
     try:
         code = _rank_code(main)
-    except KeyboardInterrupt:  # before it could be taken as a wish to stop in good order
+    except KeyboardInterrupt:  # before the rank handled signals
         code = ExitCode.INTERRUPTED
     except BaseException:
         if not dist.is_initialized() or _fails_first():
@@ -284,15 +279,15 @@ def _rank_code(main: Callable[[], Any]) -> int:
         return to_exit_code(main() or 0)
     except (UserError, SilentCorruption) as e:
         if _fails_first():
-            # one write, whole also beside other ranks' lines
+            # one write, so that lines of other ranks do not mix in
             print(f"error: {e}\n", end="", file=sys.stderr, flush=True)
         return ExitCode.USER_ERROR if isinstance(e, UserError) else ExitCode.CORRUPTION
     except (MemoryError, RuntimeError) as e:
         if not is_out_of_memory(e):
             raise
         if _fails_first():
-            said = first_line(e)
-            print(f"error: rank {os.environ['RANK']} is out of memory ({said}); lower "
+            reason = first_line(e)
+            print(f"error: rank {os.environ['RANK']} is out of memory ({reason}); lower "
                   "train.micro_batch_size, set train.recompute=true, or split the model over more processes "
                   "(parallel.*); `megatron-sov plan` tells what a layout needs\n", end="", file=sys.stderr,
                   flush=True)
@@ -300,34 +295,32 @@ def _rank_code(main: Callable[[], Any]) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that no memory was left, of the host or of a GPU."""
+    """Return whether an error means that host or GPU memory was exhausted."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _fails_first() -> bool:
-    """Return whether this rank is the first of its run to fail; the others only lose their
-    connections or say the same."""
+    """Return whether this rank failed first; the others only lose connections or repeat the error."""
     if not dist.is_initialized():
         return is_first()
     try:
         return bool(dist.distributed_c10d._get_default_store().add("failed_ranks", 1) == 1)
-    except RuntimeError:  # the store went with the rank that held it
+    except RuntimeError:  # the rank that held the store is gone
         return True
 
 
 def _wait(children: list[int]) -> _Outcome:
-    """Wait for all ranks, passing signals on; after a rank failed the others get 10 s
-    before they are killed."""
+    """Wait for all ranks and forward signals; 10 s after the first failure, kill the others."""
     alive, deadline, killed, outcome = set(children), float("inf"), "", _Outcome()
     interrupted_s = float("inf")
 
     def forward(number: int, frame: Any) -> None:
         nonlocal interrupted_s
         if number == signal.SIGINT:
-            # What wraps this process may pass a Ctrl-C on that the terminal has sent to both.
+            # a wrapper may forward a Ctrl-C that the terminal has sent to both processes
             if time.monotonic() - interrupted_s > SAME_INTERRUPT_S:
                 outcome.leaves_now = True
-                _send(list(alive), signal.SIGKILL)  # a checkpoint appears whole or not at all
+                _send(list(alive), signal.SIGKILL)  # checkpoints are atomic
                 return
             interrupted_s = min(interrupted_s, time.monotonic())
         outcome.asked_to_stop = True
@@ -346,7 +339,7 @@ def _wait(children: list[int]) -> _Outcome:
             if child in alive:
                 alive.discard(child)
                 ended = os.waitstatus_to_exitcode(status)
-                # a mistake's code counts, not that of ranks which lose their peer
+                # a user error takes precedence over ranks that lose their peer
                 if ended == ExitCode.USER_ERROR or (ended != 0 and outcome.code == 0):
                     how = f"ended with exit code {ended}"
                     if ended < 0:
@@ -356,7 +349,7 @@ def _wait(children: list[int]) -> _Outcome:
                     deadline = time.monotonic() + 10
         if outcome.leaves_now:
             outcome.code = ExitCode.INTERRUPTED
-        # After a user's mistake a killed rank is one that lost its peer.
+        # after a user error, killed ranks are those that lost their peer
         elif killed and outcome.code != ExitCode.USER_ERROR:
             print(f"error: {outcome.cause}; if nobody sent it, look for a lack of memory\n", end="",
                   file=sys.stderr, flush=True)

@@ -1,5 +1,4 @@
-"""Randomness inside a step as a function of (seed, step, place): nothing has to be
-stored to go on exactly."""
+"""Seeds random generators from (seed, step, rank), so that resume needs no generator state."""
 
 from __future__ import annotations
 
@@ -12,15 +11,14 @@ from megatron_sov.engine.parallel import collectives
 
 
 def reseed(seed: int, step: int) -> None:
-    """Seed torch and the library's tensor-parallel generators for one optimizer step.
+    """Seed torch's and Megatron-Core's generators for one optimizer step.
 
-    Processes that read the same data at the same pipeline stage share the default generator (what tensor
-    parallelism does not split is dropped alike there); the library's own generators differ
-    among them by offsets.
+    Processes with the same data and pipeline stage share the default generator, so that dropout is equal
+    where tensor parallelism does not split; the library's own generators differ among them by offsets.
     """
     data_rank, _ = collectives.data_place()
-    place = f"{seed}:{step}:{data_rank}:{parallel_state.get_pipeline_model_parallel_rank()}"
-    # room for the offsets in 63 bits
-    drawn = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=7).digest(), "little")
-    torch.manual_seed(drawn)
-    tensor_parallel.model_parallel_cuda_manual_seed(drawn)
+    seed_text = f"{seed}:{step}:{data_rank}:{parallel_state.get_pipeline_model_parallel_rank()}"
+    # 7 bytes leave room for the offsets in 63 bits
+    derived_seed = int.from_bytes(hashlib.blake2b(seed_text.encode(), digest_size=7).digest(), "little")
+    torch.manual_seed(derived_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(derived_seed)

@@ -1,4 +1,4 @@
-"""What a simulated process sends: from where, and how it becomes what others want."""
+"""Messages between simulated processes: their call sites, reductions and copies."""
 
 from __future__ import annotations
 
@@ -14,95 +14,95 @@ import torch
 import torch.distributed as dist
 
 OWN_FILES = ("/parallel/collectives.py", "/parallel/simulated_world.py", "/parallel/simulated_messages.py")
-"""They send for others."""
+"""Files that send on behalf of their callers."""
 
 
 class Standstill(Exception):
-    """All processes wait, two call different things at the same time, or nobody takes what one sends."""
+    """Deadlock, mismatched collective calls, or a message without a receiver."""
 
 
 @dataclass(frozen=True)
 class CallSite:
-    """Where a message is sent from."""
+    """Source line that sends a message."""
 
     kind: str
-    """What is called, as `allreduce`."""
+    """Collective, for example `allreduce`."""
     group: str
-    """Description of the group that megatron-core gives it, as `TENSOR_MODEL_PARALLEL_GROUP`."""
+    """Megatron-Core's description of the group, for example `TENSOR_MODEL_PARALLEL_GROUP`."""
     where: str
-    """File, line and function of the library or the project."""
+    """File, line and function in Megatron-Core or this project."""
 
     def __str__(self) -> str:
         return f"{self.kind} over {self.group} at {self.where}"
 
 
 Meddle = Callable[[CallSite, Sequence["Part"], Callable[[list["Part"]], None]], bool]
-"""(where, what each member gives, the call's work) -> whether it has done the work in another way: how tests
-plant faults."""
+"""(call site, parts of all members, default work) -> whether it replaced the work; tests plant faults with
+it."""
 
 
 @dataclass
 class Part:
-    """What one member gives to a call, and where it wants the result."""
+    """One member's inputs and outputs of a collective call."""
 
     inputs: list[torch.Tensor]
     outputs: list[torch.Tensor]
     input_sizes: list[int] = field(default_factory=list)
     output_sizes: list[int] = field(default_factory=list)
     how: str = ""
-    """What all members must say alike: the reduction, or whose tensors all get."""
+    """Attribute that must be equal on all members: reduction, source or target rank."""
     value: Any = None
-    """What is no tensor."""
+    """Python object of a gather of objects."""
     values: list[Any] = field(default_factory=list)
-    """Where the values of all members are wanted."""
+    """List that receives all members' objects."""
 
 
 def plain(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the tensors without their graphs: a message is none of autograd's."""
+    """Detach the tensors: messages are not part of autograd graphs."""
     return [tensor.detach() for tensor in tensors]
 
 
 def deliver(mine: torch.Tensor, sent: torch.Tensor) -> None:
-    """Copy what was sent to where it is wanted, which a real message does number for number.
+    """Copy a received message into the output tensor `mine`.
 
     Raises:
-        Standstill: they are not as many numbers of the same kind.
+        Standstill: number of elements or dtype differ.
     """
     check_alike([mine, sent])
     mine.copy_(sent.reshape(mine.shape))
 
 
 def check_alike(tensors: Sequence[torch.Tensor]) -> None:
-    """Check that members of a call mean the same number of numbers, of the same kind.
+    """Check that all members of a call pass the same number of elements and dtype.
 
     Raises:
-        Standstill: they do not; a real message would wait for the rest, or take numbers for others.
+        Standstill: they differ; on a cluster the call would hang or mix up values.
     """
-    meant = {(tensor.numel(), tensor.dtype): None for tensor in tensors}
-    if len(meant) > 1:
-        told = ", ".join(f"{count} of {dtype}" for count, dtype in meant)
-        raise Standstill(f"members of a call mean different numbers: {told}")
+    kinds = {(tensor.numel(), tensor.dtype): None for tensor in tensors}
+    if len(kinds) > 1:
+        differences = ", ".join(f"{count} of {dtype}" for count, dtype in kinds)
+        raise Standstill(f"members of a call pass different shapes or dtypes: {differences}")
 
 
 def reduce_kind(opts: Any) -> str:
-    """Return the name of a call's reduction, as `SUM`."""
-    asked = getattr(opts, "reduceOp", dist.ReduceOp.SUM)
-    return str(getattr(asked, "op", asked)).rpartition(".")[2]
+    """Return the name of a call's reduction, for example `SUM`."""
+    operation = getattr(opts, "reduceOp", dist.ReduceOp.SUM)
+    return str(getattr(operation, "op", operation)).rpartition(".")[2]
 
 
 def reduced(kind: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return what the members give, in the order of ranks, as one."""
+    """Reduce the members' tensors in rank order."""
     check_alike(parts)
     stacked = torch.stack(list(parts))
-    known: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    reductions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "SUM": lambda parts: parts.sum(0, dtype=parts.dtype), "AVG": lambda parts: parts.mean(0),
         "MAX": lambda parts: parts.amax(0), "MIN": lambda parts: parts.amin(0),
         "PRODUCT": lambda parts: parts.prod(0)}
-    return known[kind](stacked)
+    return reductions[kind](stacked)
 
 
 def site_of(kind: str, group: str) -> CallSite:
-    """Return the innermost place of the library or the project that sends the message."""
+    """Return the innermost frame in Megatron-Core or this project that sends the message."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if sends(frame.f_code.co_filename):
@@ -113,7 +113,7 @@ def site_of(kind: str, group: str) -> CallSite:
 
 @functools.cache
 def sends(file: str) -> bool:
-    """Return whether a file is of the library or the project, and it sends for itself."""
+    """Return whether a file belongs to Megatron-Core or this project and sends for itself."""
     return "/megatron" in file and not file.endswith(OWN_FILES)
 
 

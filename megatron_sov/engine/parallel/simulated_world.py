@@ -1,10 +1,8 @@
-"""All processes of a layout in one: each is a thread, of which one works at a time, and a message is a copy
-in memory.
+"""Simulates all processes of a layout in one process: one thread per rank, one running at a time.
 
-The library and this project run as they are, with the groups of the real number of processes: what they send,
-to whom and in which order is what they would send on a cluster.  A thread gives its turn away only where it
-waits for others, so that a run is the same each time; if all wait, the layout would hang, and who waits for
-what is told.
+Megatron-Core and this project run unmodified, with groups of the real sizes: messages, receivers and order
+are those of a cluster. A thread yields only while it waits for others, so every run has the same order. If
+all threads wait, the layout would deadlock, and `Standstill` names the waiting ranks.
 """
 
 from __future__ import annotations
@@ -36,16 +34,16 @@ from megatron_sov.model.config import ParallelConfig
 
 Result = TypeVar("Result")
 STACK_BYTES = 4 << 20
-"""Of a thread: the default of 8 MiB, times a thousand, is refused where memory is counted strictly."""
+"""Stack size per thread: a thousand stacks of the default 8 MiB fail under strict memory accounting."""
 _M_ARENA_MAX = -8  # malloc.h
 _RANDOM_STATES = ("_CUDA_RNG_STATE_TRACKER", "_CUDA_RNG_STATE_TRACKER_INITIALIZED")
 TOLD_WAITING = 6
-"""Processes that a message about a standstill names."""
+"""Number of waiting ranks or messages that an error names."""
 
 
 @dataclass
 class _Call:
-    """A call that not all members have come to."""
+    """A collective call that some members have not reached yet."""
 
     asked: str
     parts: dict[int, Part] = field(default_factory=dict)
@@ -53,24 +51,24 @@ class _Call:
 
 
 class SimulatedRanks:
-    """The threads, and who may work."""
+    """The simulated ranks and their schedule."""
 
     def __init__(self, size: int, meddle: Meddle | None = None) -> None:
-        """Start nothing yet.
+        """Store the settings; `run` starts the threads.
 
         Args:
-            size: number of processes.
-            meddle: may do a call's work in another way.
+            size: number of ranks.
+            meddle: replaces the work of collective calls, for tests.
         """
         self.size, self.meddle = size, meddle
         self.sites: dict[CallSite, int] = {}
-        """Where messages were sent from -> how often, by all processes together."""
+        """Call site -> number of messages of all ranks."""
         self.watch: Callable[[int, CallSite], None] | None = None
-        """Told of each call of a process."""
+        """Called with (rank, call site) for each message."""
         self.calls: dict[tuple[str, int], _Call] = {}
         self.mail: dict[tuple[str, int, int, int], deque[tuple[CallSite, list[torch.Tensor]]]] = {}
         self.rank_groups: dict[Any, list[list[int]]] = {}
-        """What the library finds for sizes alone, and each process would find once more."""
+        """Cache of the library's rank groups, which depend only on sizes."""
         self._turns = [_taken() for _ in range(size)]
         self._ready: deque[int] = deque(range(size))
         self._waiting: dict[int, str] = {}
@@ -80,26 +78,26 @@ class SimulatedRanks:
         self._failure: BaseException | None = None
 
     def run(self, parallel: ParallelConfig, body: Callable[[ParallelWorld], Result]) -> list[Result]:
-        """Have every process do something in a world of its own; returns what each returns, by rank.
+        """Run `body` once per rank, in a world of its own, and return the results by rank.
 
         Args:
-            parallel: the layout whose groups there are.
-            body: called once in each process.
+            parallel: the layout, whose groups are created.
+            body: called with each rank's place.
 
         Raises:
-            Standstill: they would wait for ever, or nobody has taken what some have sent.
+            Standstill: ranks deadlock, or a message has no receiver.
         """
         pass_over_warnings()
-        found: list[Any] = [None] * self.size
-        before = _own_of_process()
-        self._own = [_own_at_first(before) for _ in range(self.size)]
+        results: list[Any] = [None] * self.size
+        previous = _own_of_process()
+        self._own = [_own_at_first(previous) for _ in range(self.size)]
 
-        def play(rank: int) -> None:
+        def run_rank(rank: int) -> None:
             self._turns[rank].acquire()
             try:
                 if self._failure is None:
                     _take_on(self._own[rank])
-                    found[rank] = body(_enter(self, rank, parallel))
+                    results[rank] = body(_enter(self, rank, parallel))
             except BaseException as e:
                 self._failure = self._failure or e
             finally:
@@ -107,12 +105,12 @@ class SimulatedRanks:
                 self._pass_on()
 
         _share_one_heap()
-        # the library says in the environment which attention a model has, for whoever computes it next
+        # the library records a model's attention in the environment, for later readers
         with (self._signals_wait(), mock.patch.dict(os.environ),
               mock.patch.object(dist, "all_gather_object", _gather_objects)):
             threading.stack_size(STACK_BYTES)
             try:
-                threads = [threading.Thread(target=play, args=(rank,), daemon=True)
+                threads = [threading.Thread(target=run_rank, args=(rank,), daemon=True)
                            for rank in range(self.size if self.size > 1 else 0)]
                 for thread in threads:
                     thread.start()
@@ -120,52 +118,53 @@ class SimulatedRanks:
                 threading.stack_size(0)
             self._pass_on()
             if self.size == 1:
-                play(0)  # nobody takes turns with it
+                run_rank(0)  # no other thread to alternate with
             self._is_over.acquire()
-            _take_on(before)
+            _take_on(previous)
         if self._failure is not None:
             raise self._failure
         self._check_all_taken()
-        return found
+        return results
 
     def _check_all_taken(self) -> None:
-        left = [f"rank {sender} of {group} sends to rank {to} from {box[0][0].where}"
+        unreceived = [f"rank {sender} of {group} sends to rank {to} from {box[0][0].where}"
                 for (group, sender, to, _), box in self.mail.items() if box]
-        left += [f"{call.asked} over {group}, which only {len(call.parts)} call"
+        unreceived += [f"{call.asked} over {group}, which only {len(call.parts)} call"
                  for (group, _), call in self.calls.items()]
-        if left:
-            raise Standstill(f"nobody takes {len(left)} of the messages: " + "; ".join(left[:TOLD_WAITING]))
+        if unreceived:
+            raise Standstill(f"{len(unreceived)} messages have no receiver: "
+                             + "; ".join(unreceived[:TOLD_WAITING]))
 
     @contextlib.contextmanager
     def _signals_wait(self) -> Iterator[None]:
-        """Have Ctrl-C and SIGTERM end all threads at their next message, and do what they do behind that.
+        """Delay Ctrl-C and SIGTERM: end all threads at their next message, then call the previous handler.
 
-        A thread that computes when the interpreter ends aborts it, and an exception that came between a turn
-        taken and a turn given would leave nobody with it, and all waiting.
+        A thread that computes at interpreter exit would abort it, and an exception between acquiring and
+        passing the turn would leave all threads waiting.
         """
-        came: list[int] = []
+        received: list[int] = []
 
-        def end(number: int, frame: FrameType | None) -> None:
-            came.append(number)
+        def stop_ranks(number: int, frame: FrameType | None) -> None:
+            received.append(number)
             self._failure = self._failure or KeyboardInterrupt()
 
-        # one process computes in this thread, where an exception ends it; other threads get no signals
-        waits = self.size > 1 and threading.current_thread() is threading.main_thread()
-        numbers: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM) if waits else ()
-        before = {number: signal.getsignal(number) for number in numbers}
-        told = {number: handler for number, handler in before.items() if callable(handler)}
-        for number in told:
-            signal.signal(number, end)
+        # a single rank runs in this thread, where the exception ends it; other threads receive no signals
+        defers = self.size > 1 and threading.current_thread() is threading.main_thread()
+        numbers: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM) if defers else ()
+        previous = {number: signal.getsignal(number) for number in numbers}
+        callable_handlers = {number: handler for number, handler in previous.items() if callable(handler)}
+        for number in callable_handlers:
+            signal.signal(number, stop_ranks)
         try:
             yield
         finally:
-            for number, handler in told.items():
+            for number, handler in callable_handlers.items():
                 signal.signal(number, handler)
-        for number in came[:1]:
-            told[number](number, None)
+        for number in received[:1]:
+            callable_handlers[number](number, None)
 
     def wait(self, rank: int, holds: Callable[[], bool], what: str) -> None:
-        """Let others work until something holds."""
+        """Let other ranks run until `holds()` is true."""
         if self._failure is not None:
             raise SystemExit
         while not holds():
@@ -174,33 +173,33 @@ class SimulatedRanks:
             self._pass_on()
             self._turns[rank].acquire()
             if self._failure is not None:
-                # others have failed: this thread ends too, and nobody hears of it twice
+                # another rank failed: end this thread without a second error
                 raise SystemExit
             _take_on(self._own[rank])
 
     def wake(self, ranks: Sequence[int]) -> None:
-        """Let those go on who wait and may find that it holds now."""
+        """Mark waiting ranks as ready to check their condition."""
         for rank in ranks:
             if self._waiting.pop(rank, None) is not None:
                 self._ready.append(rank)
 
     def _pass_on(self) -> None:
-        """Give the turn to the next who may work."""
+        """Let the next ready rank run."""
         if self._num_left == 0:
             self._is_over.release()
             return
         if not self._ready and self._failure is None:
-            told = [f"rank {rank} in {what}" for rank, what in sorted(self._waiting.items())[:TOLD_WAITING]]
-            self._failure = Standstill(f"{len(self._waiting)} of {self.size} processes wait for ever: "
-                                       + "; ".join(told))
+            waiting = [f"rank {rank} in {what}"
+                       for rank, what in sorted(self._waiting.items())[:TOLD_WAITING]]
+            self._failure = Standstill(f"{len(self._waiting)} of {self.size} processes wait for each other: "
+                                       + "; ".join(waiting))
         if self._failure is not None:
             self.wake(list(self._waiting))
         self._turns[self._ready.popleft()].release()
 
 
 def _share_one_heap() -> None:
-    """Have glibc give what one thread has freed to all of them: with heaps for every few threads 512
-    processes took half as much memory again."""
+    """Make glibc use one heap for all threads: separate heaps took 50 % more memory with 512 ranks."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's own
     if sys.platform == "linux" and mallopt is not None:
         mallopt(_M_ARENA_MAX, 1)
@@ -208,7 +207,7 @@ def _share_one_heap() -> None:
 
 @contextlib.contextmanager
 def _told_at(site: CallSite) -> Iterator[None]:
-    """Have what is said of a message say where it was sent."""
+    """Prefix `Standstill` errors with the call site."""
     try:
         yield
     except Standstill as e:
@@ -216,7 +215,7 @@ def _told_at(site: CallSite) -> Iterator[None]:
 
 
 class _Done(dist.Work):
-    """A message under way."""
+    """Handle of a pending message."""
 
     def __init__(self, ranks: SimulatedRanks, rank: int, holds: Callable[[], bool], what: str) -> None:
         super().__init__()
@@ -230,15 +229,15 @@ class _Done(dist.Work):
         return self._holds()
 
 
-# its methods are overloaded for torch's C++ side, and are called in one way each
+# torch overloads the methods for C++; Python calls each in one way
 _ProcessGroup: Any = dist.ProcessGroup
 
 
 class SimulatedGroup(_ProcessGroup):
-    """One process's handle of a group; torch.distributed calls it as it calls NCCL's or gloo's.
+    """One rank's handle of a process group, called by torch.distributed like NCCL's or gloo's.
 
-    The names of its methods are torch's: those that end in `_single` or begin with `_` are what
-    `all_gather_into_tensor` and `reduce_scatter_tensor` call in its versions.
+    The method names are torch's; `all_gather_into_tensor` and `reduce_scatter_tensor` call those that end in
+    `_single` or start with `_`, depending on the version.
     """
 
     def __init__(self, ranks: SimulatedRanks, rank: int, members: Sequence[int], description: str) -> None:
@@ -266,15 +265,15 @@ class SimulatedGroup(_ProcessGroup):
         return self._key
 
     def _call(self, kind: str, part: Part, work: Callable[[list[Part]], None]) -> dist.Work:
-        """Give a part of a call; whoever comes last does its work for all."""
+        """Add this rank's part of a collective call; the last rank to arrive does the work for all."""
         site = self._site(kind)
         key = self._key, self._num_calls
         self._num_calls += 1
-        asked = f"{kind} {part.how}".rstrip()
-        call = self._ranks.calls.setdefault(key, _Call(asked))
-        if call.asked != asked:
-            raise Standstill(f"rank {self._rank} calls {asked} over {self._key} at {site.where}, and others "
-                             f"call {call.asked} at the same time")
+        operation = f"{kind} {part.how}".rstrip()
+        call = self._ranks.calls.setdefault(key, _Call(operation))
+        if call.asked != operation:
+            raise Standstill(f"rank {self._rank} calls {operation} over {self._key} at {site.where}, but "
+                             f"other ranks call {call.asked}")
         call.parts[self._index] = part
         if len(call.parts) == len(self._members):
             parts = [call.parts[index] for index in range(len(self._members))]
@@ -295,15 +294,15 @@ class SimulatedGroup(_ProcessGroup):
         return site
 
     def allreduce(self, tensors: list[torch.Tensor], opts: Any = None) -> dist.Work:
-        how, own = reduce_kind(opts), plain(tensors)
+        how, detached = reduce_kind(opts), plain(tensors)
 
-        def work(parts: list[Part]) -> None:
-            for given in zip(*(part.inputs for part in parts), strict=True):
-                total = reduced(how, given)
-                for tensor in given:
+        def sum_inputs(parts: list[Part]) -> None:
+            for member_tensors in zip(*(part.inputs for part in parts), strict=True):
+                total = reduced(how, member_tensors)
+                for tensor in member_tensors:
                     tensor.copy_(total)
 
-        return self._call("allreduce", Part(own, own, how=how), work)
+        return self._call("allreduce", Part(detached, detached, how=how), sum_inputs)
 
     allreduce_coalesced = allreduce
 
@@ -311,34 +310,35 @@ class SimulatedGroup(_ProcessGroup):
         return self._call("barrier", Part([], []), lambda parts: None)
 
     def broadcast(self, tensors: list[torch.Tensor], opts: Any) -> dist.Work:
-        own, root = plain(tensors), int(opts.rootRank)
+        detached, root = plain(tensors), int(opts.rootRank)
 
-        def work(parts: list[Part]) -> None:
+        def copy_from_root(parts: list[Part]) -> None:
             for part in (part for index, part in enumerate(parts) if index != root):
                 for mine, sent in zip(part.outputs, parts[root].inputs, strict=True):
                     deliver(mine, sent)
 
-        return self._call("broadcast", Part(own, own, how=f"from {self._members[root]}"), work)
+        part = Part(detached, detached, how=f"from {self._members[root]}")
+        return self._call("broadcast", part, copy_from_root)
 
     def allgather(self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor],
                   opts: Any = None) -> dist.Work:
-        def work(parts: list[Part]) -> None:
+        def copy_to_all(parts: list[Part]) -> None:
             for part in parts:
                 for mine, sender in zip(part.outputs, parts, strict=True):
                     deliver(mine, sender.inputs[0])
 
-        return self._call("allgather", Part(plain(inputs), plain(outputs[0])), work)
+        return self._call("allgather", Part(plain(inputs), plain(outputs[0])), copy_to_all)
 
     def gather_objects(self, values: list[Any], value: Any) -> dist.Work:
-        """Give a value that is no tensor, which is copied once for all, since nobody changes it: of 512
-        processes each would read what 512 have sent."""
-        def work(parts: list[Part]) -> None:
+        """Gather Python objects. Each is copied once for all receivers, which do not change it: with 512
+        ranks, each would otherwise unpickle 512 messages."""
+        def copy_objects(parts: list[Part]) -> None:
             sent = [copy.deepcopy(part.value) for part in parts]
             for part in parts:
                 part.values[:] = sent
 
         return self._call("allgather", Part([], [], how="objects", value=value, values=values),
-                          work)
+                          copy_objects)
 
     def all_gather_single(self, output: torch.Tensor, sent: torch.Tensor, opts: Any = None) -> dist.Work:
         return self.allgather([list(output.chunk(self.size()))], [sent], opts)
@@ -352,13 +352,13 @@ class SimulatedGroup(_ProcessGroup):
                        opts: Any = None) -> dist.Work:
         how = reduce_kind(opts)
 
-        def work(parts: list[Part]) -> None:
-            # all sums first: a result may lie in the memory of what is summed
+        def sum_and_scatter(parts: list[Part]) -> None:
+            # compute all sums first: outputs may share memory with inputs
             totals = [reduced(how, [part.inputs[index] for part in parts]) for index in range(len(parts))]
             for part, total in zip(parts, totals, strict=True):
                 deliver(part.outputs[0], total)
 
-        return self._call("reduce_scatter", Part(plain(inputs[0]), plain(outputs), how=how), work)
+        return self._call("reduce_scatter", Part(plain(inputs[0]), plain(outputs), how=how), sum_and_scatter)
 
     def reduce_scatter_single(self, output: torch.Tensor, summed: torch.Tensor,
                               opts: Any = None) -> dist.Work:
@@ -374,29 +374,29 @@ class SimulatedGroup(_ProcessGroup):
         part = Part(plain([sent]), plain([output]), self._sizes(input_sizes, sent),
                     self._sizes(output_sizes, output))
 
-        def work(parts: list[Part]) -> None:
+        def exchange_rows(parts: list[Part]) -> None:
             sent = [part.inputs[0].split(part.input_sizes) for part in parts]
             for index, part in enumerate(parts):
                 for sender, mine in enumerate(part.outputs[0].split(part.output_sizes)):
                     deliver(mine, sent[sender][index])
 
-        return self._call("alltoall", part, work)
+        return self._call("alltoall", part, exchange_rows)
 
     def _sizes(self, given: Sequence[int] | None, tensor: torch.Tensor) -> list[int]:
-        """Return how many rows go to, or come from, each member: as many to each where nothing is given."""
+        """Return the number of rows per member; equal parts by default."""
         sizes = [int(size) for size in given] if given is not None else []
         return sizes or [len(tensor) // self.size()] * self.size()
 
     def alltoall(self, outputs: list[torch.Tensor], inputs: list[torch.Tensor],
                  opts: Any = None) -> dist.Work:
-        def work(parts: list[Part]) -> None:
+        def exchange_tensors(parts: list[Part]) -> None:
             for index, part in enumerate(parts):
                 for mine, sender in zip(part.outputs, parts, strict=True):
                     deliver(mine, sender.inputs[index])
 
-        return self._call("alltoall", Part(plain(inputs), plain(outputs)), work)
+        return self._call("alltoall", Part(plain(inputs), plain(outputs)), exchange_tensors)
 
-    # torch before 2.13 asks for these by other names
+    # names before torch 2.13
     _allgather_base = all_gather_single
     allgather_into_tensor_coalesced = all_gather_single_coalesced
     _reduce_scatter_base = reduce_scatter_single
@@ -406,22 +406,24 @@ class SimulatedGroup(_ProcessGroup):
     def gather(self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: Any) -> dist.Work:
         root = int(opts.rootRank)
 
-        def work(parts: list[Part]) -> None:
+        def copy_to_root(parts: list[Part]) -> None:
             for mine, sender in zip(parts[root].outputs, parts, strict=True):
                 deliver(mine, sender.inputs[0])
 
-        return self._call("gather", Part(
-            plain(inputs), plain(outputs[0]) if outputs else [], how=f"to {self._members[root]}"), work)
+        targets = plain(outputs[0]) if outputs else []
+        part = Part(plain(inputs), targets, how=f"to {self._members[root]}")
+        return self._call("gather", part, copy_to_root)
 
     def scatter(self, outputs: list[torch.Tensor], inputs: list[list[torch.Tensor]], opts: Any) -> dist.Work:
         root = int(opts.rootRank)
 
-        def work(parts: list[Part]) -> None:
+        def copy_from_root(parts: list[Part]) -> None:
             for part, sent in zip(parts, parts[root].inputs, strict=True):
                 deliver(part.outputs[0], sent)
 
-        return self._call("scatter", Part(
-            plain(inputs[0]) if inputs else [], plain(outputs), how=f"from {self._members[root]}"), work)
+        sources = plain(inputs[0]) if inputs else []
+        part = Part(sources, plain(outputs), how=f"from {self._members[root]}")
+        return self._call("scatter", part, copy_from_root)
 
     def send(self, tensors: list[torch.Tensor], to: int, tag: int = 0) -> dist.Work:
         site = self._site("send")
@@ -434,30 +436,30 @@ class SimulatedGroup(_ProcessGroup):
         site = self._site("recv")
         box = self._ranks.mail.setdefault((self._key, sender, self._index, tag), deque())
         mine = plain(tensors)
-        taken: list[torch.Tensor] = []
+        message: list[torch.Tensor] = []
 
-        def holds() -> bool:
-            if not taken and box:
-                taken.extend(box.popleft()[1])
+        def has_message() -> bool:
+            if not message and box:
+                message.extend(box.popleft()[1])
                 with _told_at(site):
-                    for tensor, sent in zip(mine, taken, strict=True):
+                    for tensor, sent in zip(mine, message, strict=True):
                         deliver(tensor, sent)
                 if self._ranks.meddle is not None:
                     self._ranks.meddle(site, [Part(mine, mine)], lambda parts: None)
-            return bool(taken)
+            return bool(message)
 
-        return _Done(self._ranks, self._rank, holds,
+        return _Done(self._ranks, self._rank, has_message,
                      f"recv from rank {self._members[sender]} over {self._key} at {site.where}")
 
 
 def _gather_objects(values: list[Any], value: Any, group: Any = None) -> None:
-    """`torch.distributed.all_gather_object`."""
-    asked: Any = group or distributed_c10d._get_default_group()
-    asked.gather_objects(values, value).wait()
+    """Replace `torch.distributed.all_gather_object`."""
+    process_group: Any = group or distributed_c10d._get_default_group()
+    process_group.gather_objects(values, value).wait()
 
 
 class _World:
-    """What torch.distributed knows of one process: its groups."""
+    """State of torch.distributed for one rank: its groups."""
 
     def __init__(self) -> None:
         self.default_pg: dist.ProcessGroup | None = None
@@ -482,32 +484,32 @@ class _World:
 
 
 def _enter(ranks: SimulatedRanks, rank: int, parallel: ParallelConfig) -> ParallelWorld:
-    """Make a process's world and the layout's groups in it; returns its place."""
+    """Create a rank's world and the layout's groups, and return its place."""
     from megatron.core import parallel_state, tensor_parallel
 
     world = _World()
     distributed_c10d._world = world  # type: ignore[assignment]
-    everyone = range(ranks.size)
-    world.default_pg = world.add(SimulatedGroup(ranks, rank, everyone, "WORLD"), everyone)
-    made: dict[tuple[str, tuple[int, ...]], SimulatedGroup] = {}
+    all_ranks = range(ranks.size)
+    world.default_pg = world.add(SimulatedGroup(ranks, rank, all_ranks, "WORLD"), all_ranks)
+    groups: dict[tuple[str, tuple[int, ...]], SimulatedGroup] = {}
 
     def create(members: Sequence[int], *_: Any, group_desc: str = "", **__: Any) -> Any:
         if rank not in members:
             return dist.GroupMember.NON_GROUP_MEMBER
         key = group_desc, tuple(members)
-        if key not in made:
-            made[key] = world.add(SimulatedGroup(ranks, rank, members, group_desc), members)
-        return made[key]
+        if key not in groups:
+            groups[key] = world.add(SimulatedGroup(ranks, rank, members, group_desc), members)
+        return groups[key]
 
-    find = parallel_state.generate_masked_orthogonal_rank_groups
+    compute_rank_groups = parallel_state.generate_masked_orthogonal_rank_groups
 
     def rank_groups(size: int, sizes: list[int], mask: list[bool]) -> list[list[int]]:
         key = size, *sizes, *mask
         if key not in ranks.rank_groups:
-            ranks.rank_groups[key] = find(size, sizes, mask)
+            ranks.rank_groups[key] = compute_rank_groups(size, sizes, mask)
         return [list(group) for group in ranks.rank_groups[key]]
 
-    # nothing is sent while groups are made, so that no other thread sees this
+    # groups are created without messages, so other threads do not run meanwhile
     with (mock.patch.object(parallel_state, "create_group", create),
           mock.patch.object(parallel_state, "generate_masked_orthogonal_rank_groups", rank_groups)):
         make_groups(parallel)
@@ -518,27 +520,29 @@ def _enter(ranks: SimulatedRanks, rank: int, parallel: ParallelConfig) -> Parall
 
 @functools.cache
 def _own_places() -> tuple[tuple[Any, str], ...]:
-    """Return what each process has of its own among the variables of modules: (module or class, name)."""
+    """Return the module and class attributes that each rank has for itself, as (owner, name)."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
-    # its groups, ranks and buffers
+    # groups, ranks and buffers
     groups = [(parallel_state, name) for name, value in vars(parallel_state).items()
               if name.startswith("_") and not name.startswith("__") and not callable(value)]
     states = [(random, name) for name in _RANDOM_STATES if hasattr(random, name)]
     return *groups, *states, (MTPLossLoggingHelper, "tracker"), (distributed_c10d, "_world")
 
 
-def _own_at_first(before: Sequence[Any]) -> Sequence[Any]:
-    """Return what a process begins with: what it makes for itself, and this one has made before, is not
-    shared."""
+def _own_at_first(previous: Sequence[Any]) -> Sequence[Any]:
+    """Return the initial values of these attributes; objects that this process already created are not
+    shared.
+    """
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
-    made: dict[tuple[Any, str], Any] = {(random, _RANDOM_STATES[0]): None, (random, _RANDOM_STATES[1]): False,
-                                        (MTPLossLoggingHelper, "tracker"): {}}
-    return [made.get(place, value) for place, value in zip(_own_places(), before, strict=True)]
+    initial: dict[tuple[Any, str], Any] = {
+        (random, _RANDOM_STATES[0]): None, (random, _RANDOM_STATES[1]): False,
+        (MTPLossLoggingHelper, "tracker"): {}}
+    return [initial.get(place, value) for place, value in zip(_own_places(), previous, strict=True)]
 
 
 def _own_of_process() -> Sequence[Any]:
@@ -551,7 +555,7 @@ def _take_on(own: Sequence[Any]) -> None:
 
 
 def _taken() -> Any:
-    """Return a lock that somebody has: a turn, which is given by its release."""
+    """Return an acquired lock; releasing it gives a thread its turn."""
     lock = threading.Lock()
     lock.acquire()
     return lock

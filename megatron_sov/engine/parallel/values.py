@@ -1,6 +1,6 @@
-"""Small values between processes: numbers by their names, and plain Python values.
+"""Messages of named numbers and plain Python values between processes.
 
-Nothing here imports megatron: processes talk before it may be loaded.
+This module does not import megatron: processes communicate before megatron may be loaded.
 """
 
 from __future__ import annotations
@@ -12,25 +12,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Several numbers in one message, each by its name: what a flat tensor says by position only.
-#
-# A message costs the same for one number as for ten, so what is summed at the same moment travels
-# together.
+# Several named numbers share one message, which costs as much as a message with a single number.
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Name -> shape, in the order in which values lie in a flat tensor."""
+"""Name -> shape, in the order of the flat tensor."""
 
 
 def pack(values: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Return tensors of one dtype as one flat tensor, in the mapping's order."""
+    """Concatenate tensors of one dtype to a flat tensor, in the order of the mapping."""
     return torch.cat([value.reshape(-1) for value in values.values()])
 
 
 def unpack(flat: torch.Tensor, shapes: Shapes) -> dict[str, torch.Tensor]:
-    """Return what `pack` joined, by name; the tensors share memory with `flat`.
+    """Split a flat tensor by name; inverse of `pack`. The results share memory with `flat`.
 
     Raises:
-        ValueError: it has another number of elements than the shapes.
+        ValueError: the number of elements differs from the shapes'.
     """
     sizes = [math.prod(shape) for shape in shapes.values()]
     if sum(sizes) != flat.numel():
@@ -40,22 +37,20 @@ def unpack(flat: torch.Tensor, shapes: Shapes) -> dict[str, torch.Tensor]:
 
 
 def sum_dict(values: Mapping[str, float], over: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-    """Sum numbers over processes, each by its name; called by all of them together.
+    """Sum named numbers over processes. Collective.
 
     Args:
-        values: this process's; the same names in the same order on every process.
-        over: sums a float64 tensor over the processes that are meant, such as `all_reduce_world`.
+        values: local numbers; names and order must be equal on all processes.
+        over: sums a float64 tensor over processes, for example `all_reduce_world`.
     """
     total = over(torch.tensor(list(values.values()), dtype=torch.float64))
     return dict(zip(values, total.tolist(), strict=True))
 
 
-# Plain Python values between processes: for what is small and rare, where a tensor would only hide
-# what is meant.
+
 
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Return every process's value, by rank, on every process; called by all processes of the group
-    (None: all) together."""
+    """Return every process's value, by rank. Collective over `group` (None: all processes)."""
     size = dist.get_world_size(group)
     if size == 1:
         return [value]
@@ -65,9 +60,9 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
 
 
 def broadcast_object(value: Any) -> Any:
-    """Return rank 0's value on every process; called by all processes together."""
+    """Return rank 0's value on every process. Collective."""
     if dist.get_world_size() == 1:
         return value
-    sent = [value]
-    dist.broadcast_object_list(sent, src=0)
-    return sent[0]
+    message = [value]
+    dist.broadcast_object_list(message, src=0)
+    return message[0]

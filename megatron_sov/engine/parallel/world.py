@@ -1,4 +1,4 @@
-"""Processes and their groups: joining them, and knowing one's place in the layout."""
+"""Process groups: joining the run's processes, and a process's ranks in the layout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_sov.model.config import ParallelConfig
 _joins = itertools.count()
 LOCALHOST = "127.0.0.1"
 STORE_PORT = "SOV_STORE_PORT"
-"""Environment variable: port of the rendezvous that the launcher of local ranks holds."""
+"""Environment variable with the port of the local launcher's rendezvous store."""
 _REDUCTIONS = "reductions"
 _PURPOSE = {
     **dict.fromkeys((
@@ -38,23 +38,24 @@ _PURPOSE = {
     **dict.fromkeys((
         "EXPERT_MODEL_PARALLEL_GROUP", "EXPERT_TENSOR_PARALLEL_GROUP",
         "EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP"), "experts")}
-"""What the library's groups serve, by its descriptions; the others serve themselves alone.  Two groups with
-the same members are one where they serve the same: a communicator does one thing after the other, so that
-experts' messages must not wait behind gradients, nor stages' behind either."""
+"""Description of a library group -> purpose; other groups have their own purpose.
+
+Groups with the same members and purpose share a communicator. A communicator executes messages in order, so
+expert messages must not queue after gradient reductions, nor pipeline messages after either."""
 
 
 @dataclass(frozen=True)
 class ParallelWorld:
-    """This process's place in the layout."""
+    """Ranks and sizes of this process in the layout."""
 
     rank: int
-    """Rank among all processes."""
+    """Global rank."""
     size: int
     """Number of processes."""
     dp_rank: int
-    """Rank among the processes that read different data."""
+    """Data-parallel rank."""
     dp_size: int
-    """Data parallel size."""
+    """Data-parallel size."""
     first_stage: bool
     """Whether this process holds the first pipeline stage (embedding)."""
     last_stage: bool
@@ -62,20 +63,19 @@ class ParallelWorld:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the run's events and manifests."""
+        """Whether this process writes events and manifests."""
         return self.rank == 0
 
 
 def join(parallel: ParallelConfig, needs_bytes: int = 0) -> ParallelWorld:
-    """Join the process group that the environment describes (RANK, WORLD_SIZE, ...) and make the layout's
-    groups.
+    """Join the process group of the environment (RANK, WORLD_SIZE, ...) and create the layout's groups.
 
     Args:
         parallel: the layout.
-        needs_bytes: memory that this process will take of its GPU at least; 0: nobody knows.
+        needs_bytes: GPU memory that this process needs at least; 0: unknown.
 
     Raises:
-        UserError: a rank's GPU cannot be used, is another one's as well, or has too little free memory.
+        UserError: a rank's GPU cannot be used, is shared with another rank, or lacks free memory.
     """
     from megatron.core import tensor_parallel
 
@@ -86,7 +86,7 @@ def join(parallel: ParallelConfig, needs_bytes: int = 0) -> ParallelWorld:
         store = _rendezvous(rank, size, timeout)
         if on_gpu():
             take_gpu(store, rank, size, needs_bytes, timeout)
-        # not bound to the device: each group would be split off all processes by all of them, one by one
+        # not bound to the device: otherwise all processes split off each group one after the other
         dist.init_process_group("nccl" if on_gpu() else "gloo", rank=rank, world_size=size, timeout=timeout,
                                 store=store)
     make_groups(parallel)
@@ -96,15 +96,15 @@ def join(parallel: ParallelConfig, needs_bytes: int = 0) -> ParallelWorld:
 
 
 def pass_over_warnings() -> None:
-    """Have warnings of the library not be told that nobody who trains can do something about."""
-    # it calls torch by names that newer versions replace
+    """Suppress library warnings that a user cannot act on."""
+    # the library uses deprecated torch names
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
-    # experts have a tensor parallel size of their own, which is 1 where the model's is not
+    # experts have their own tensor-parallel size, which may be 1
     warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`, but tensor model")
 
 
 def own_place(rank: int, size: int) -> ParallelWorld:
-    """Return this process's place in the groups that it is in."""
+    """Return the ranks and sizes of this process."""
     from megatron.core import parallel_state
 
     return ParallelWorld(
@@ -116,57 +116,56 @@ def own_place(rank: int, size: int) -> ParallelWorld:
 
 
 def make_groups(parallel: ParallelConfig) -> None:
-    """Make the layout's groups among the processes that have met.
+    """Create the layout's process groups. Collective.
 
-    A process takes part in making the groups that it is in, each once, and connects to their members when it
-    first sends something; of the others it counts the names.
+    A process creates only its own groups, each once, and connects to members at the first message.
     """
     from megatron.core import parallel_state
 
-    # the default group has a communicator already
-    made: dict[tuple[str, tuple[int, ...]], Any] = {
+    # the default group already has a communicator
+    groups: dict[tuple[str, tuple[int, ...]], Any] = {
         (_REDUCTIONS, tuple(range(dist.get_world_size()))): dist.group.WORLD}
     create = parallel_state.create_group
 
     def share(ranks: Sequence[int], *, group_desc: str = "", backend: Any = None, pg_options: Any = None,
-              **asked: Any) -> Any:
+              **options: Any) -> Any:
         if backend is not None or pg_options is not None:
-            return create(ranks, group_desc=group_desc, backend=backend, pg_options=pg_options, **asked)
-        # nothing is sent within a group of one
+            return create(ranks, group_desc=group_desc, backend=backend, pg_options=pg_options, **options)
+        # groups of one send nothing and need no purpose
         purpose = _PURPOSE.get(group_desc, group_desc) if len(ranks) > 1 else ""
         key = purpose, tuple(sorted(ranks))
-        if key not in made:
-            made[key] = create(ranks, group_desc=group_desc, **asked)
-        return made[key]
+        if key not in groups:
+            groups[key] = create(ranks, group_desc=group_desc, **options)
+        return groups[key]
 
     with mock.patch.object(parallel_state, "create_group", share):
         parallel_state.initialize_model_parallel(
             parallel.tp, parallel.pp, parallel.vpp if parallel.vpp > 1 else None,
             context_parallel_size=parallel.cp, expert_model_parallel_size=parallel.ep,
             expert_tensor_parallel_size=parallel.etp,
-            # they would only serve the library's own checkpoints
+            # gloo groups are needed only for the library's own checkpoints
             create_gloo_process_groups=False,
             distributed_timeout_minutes=max(1, math.ceil(parallel.timeout_s / 60)))
 
 
 def _rendezvous(rank: int, size: int, timeout: datetime.timedelta) -> dist.Store:
-    """Return the store in which the processes meet, under a name that no other start of them has used."""
+    """Return the rendezvous store, with a prefix that no other start of these processes has used."""
     environment = os.environ
     if STORE_PORT in environment:
         host, port, name = LOCALHOST, environment[STORE_PORT], ""
-    # torchrun keeps one store through all its restarts
+    # torchrun keeps one store across restarts
     elif environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         host, port, name = (environment["MASTER_ADDR"], environment["MASTER_PORT"],
                             environment["TORCHELASTIC_RESTART_COUNT"])
     else:
         store, *_ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
-        # rank 0's store outlives its groups where anything still holds it, and a process may join again
+        # rank 0's store outlives its groups while referenced, and a process may join again
         return dist.PrefixStore(f"env/{next(_joins)}", store)
     return dist.PrefixStore(f"{name}/{next(_joins)}", dist.TCPStore(host, int(port), is_master=False))
 
 
 def leave() -> None:
-    """Dissolve the groups; a process can join another layout afterwards."""
+    """Destroy all groups; the process can join another layout afterwards."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
@@ -175,25 +174,25 @@ def leave() -> None:
 
 
 def on_main(place: ParallelWorld, action: Callable[[], Any]) -> Any:
-    """Do something on rank 0 and return its (plain) result on every rank.
+    """Call `action` on rank 0 and return its plain result on every rank.
 
     Raises:
-        UserError: it failed there; on every rank, so that none waits for another.
+        UserError: on every rank, if `action` raises it, so that no rank waits for rank 0.
     """
     return _on_one(place.is_main, action)
 
 
 def on_first(action: Callable[[], Any]) -> Any:
-    """Do as `on_main` does where no place is at hand; a process that has joined nobody does it for itself."""
+    """Call `action` on rank 0 as `on_main`; a process without process group calls it itself."""
     return _on_one(dist.get_rank() == 0, action) if dist.is_initialized() else action()
 
 
 def on_each(action: Callable[[int, int], Any]) -> list[Any]:
-    """Do something on every process, called with its rank and their number, and return what each gave, by
-    rank; a process that has joined nobody is all of them.
+    """Call `action(rank, size)` on every process and return all results by rank. A process without process
+    group counts as the only one.
 
     Raises:
-        UserError: it failed on one; on every rank, behind the work of all.
+        UserError: on every rank after all have finished, if `action` raises it on any.
     """
     if not dist.is_initialized():
         return [action(0, 1)]
@@ -202,10 +201,10 @@ def on_each(action: Callable[[int, int], Any]) -> list[Any]:
         result = action(dist.get_rank(), dist.get_world_size())
     except UserError as e:
         problem = str(e)
-    everyones = gather_objects((result, problem))
-    if problem := next((told for _, told in everyones if told is not None), None):
+    outcomes = gather_objects((result, problem))
+    if problem := next((rank_problem for _, rank_problem in outcomes if rank_problem is not None), None):
         raise UserError(problem)
-    return [found for found, _ in everyones]
+    return [rank_result for rank_result, _ in outcomes]
 
 
 def _on_one(is_one: bool, action: Callable[[], Any]) -> Any:

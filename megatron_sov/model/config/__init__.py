@@ -1,8 +1,7 @@
-"""Every setting of a training run, as frozen dataclasses.
+"""Settings of a training run, as frozen dataclasses (no torch).
 
-Types and bounds are checked where a config is read from JSON or changed by `--set key=value`;
-`RunConfig.problems()` lists every broken rule between settings, `RunConfig.check()` refuses both.  Nothing
-here changes a value or imports torch.
+Reading a config (JSON, `--set key=value`) checks types and bounds of single values. `RunConfig.problems()`
+returns every violated rule between settings; `RunConfig.check()` raises `SettingsError` for both.
 """
 
 from megatron_sov.model.config.data import DataConfig, PhaseConfig

@@ -1,5 +1,7 @@
-"""Upper bounds of settings that work and memory grow with: far above any model or run there has been, so that
-a slip of some zeros is refused at once, not noticed when nothing moves."""
+"""Upper bounds for settings that determine compute time or memory.
+
+The bounds lie far above any known model or run, so a value with extra zeros is rejected before work starts.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Encoders of pictures and sounds whose features are put over placeholders' embeddings: their architecture,
-and which of their weights are trained."""
+"""Architecture of image and audio encoders, and the choice between frozen and trained encoder weights."""
 
 from __future__ import annotations
 
@@ -13,57 +12,59 @@ from megatron_sov.base.settings import (
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of the channels of CLIP's pictures, by which Qwen2.5-VL's are normalised as well."""
+"""Mean and standard deviation per RGB channel, from CLIP; Qwen2.5-VL uses the same values."""
 MOST_SLOTS = 1 << 20
+"""Limit of features per image or audio clip."""
 Size = Annotated[int, Ge(1), Le(10_000_000)]
 
 
 @dataclass(frozen=True)
 class VisionEncoderConfig:
-    """An encoder of square pictures of one size; the frames of a video are pictures."""
+    """Encoder for square images of a fixed size. Video frames are encoded as images."""
 
     kind: Literal["qwen2_5_vl", "siglip"] = "qwen2_5_vl"
-    """Class of transformers: `Qwen2_5_VisionTransformerPretrainedModel`, which merges neighbouring patches,
-    or `SiglipVisionModel` without its head, a plain ViT."""
+    """Transformers class: `Qwen2_5_VisionTransformerPretrainedModel`, which merges neighbouring patches, or
+    `SiglipVisionModel` without its head (a plain ViT)."""
     placeholder_ids: tuple[NotNegativeInt, ...] = ()
-    """Token ids that stand for one feature each: those of pictures, and of a video's frames."""
+    """Token ids replaced by one feature each, for images and for video frames."""
     image_size: Size = 392
-    """Side of a picture, in pixels."""
+    """Image side in pixels."""
     patch_size: Size = 14
-    """Side of a patch, in pixels."""
+    """Patch side in pixels."""
     hidden_size: Size = 1280
-    """Width of the encoder."""
+    """Width of the encoder's layers."""
     num_layers: Size = 32
-    """Its layers."""
+    """Encoder layers."""
     num_heads: Size = 16
-    """Heads of each."""
+    """Attention heads per layer."""
     ffn_dim: Size = 3456
-    """Inner width of its feed-forward networks."""
+    """Inner width of feed-forward networks."""
     merge_size: Size = 2
-    """qwen2_5_vl: side, in patches, of what becomes one feature."""
+    """qwen2_5_vl: side, in patches, of the square merged into one feature."""
     temporal_patch_size: Size = 2
-    """qwen2_5_vl: frames of a patch; a picture is repeated that often."""
+    """qwen2_5_vl: frames per patch; a still image is repeated this many times."""
     window_size: Size = 112
-    """qwen2_5_vl: side of the window of layers without full attention, in pixels."""
+    """qwen2_5_vl: attention window in pixels, for layers without full attention."""
     full_attention_layers: tuple[NotNegativeInt, ...] = (7, 15, 23, 31)
-    """qwen2_5_vl: layers (from 0) in which all patches of a picture attend to each other."""
+    """qwen2_5_vl: layers (from 0) with attention over the whole image."""
     out_hidden_size: Size = 5120
-    """qwen2_5_vl: width of a merged feature, before the adapter."""
+    """qwen2_5_vl: width of a merged feature before the adapter."""
     adapter: Literal["linear", "mlp"] = "linear"
-    """What brings features to the model's width: one matrix, or two with GELU between them."""
+    """Projection from features to `model.hidden_size`. linear: one matrix; mlp: two matrices with GELU in
+    between."""
     mean: tuple[Finite, Finite, Finite] = CLIP_MEAN
-    """What is taken off each channel of a picture in 0 .. 1."""
+    """Mean subtracted from each RGB channel, for pixel values between 0 and 1."""
     std: tuple[AboveZero, AboveZero, AboveZero] = CLIP_STD
-    """What each channel is divided by then."""
+    """Standard deviation that divides each RGB channel after `mean` is subtracted."""
 
     @property
     def slots(self) -> int:
-        """Features of a picture."""
+        """Features per image."""
         return (self.image_size // (self.patch_size * self._merged)) ** 2
 
     @property
     def record_shape(self) -> tuple[int, ...]:
-        """Shape of a picture in a bank, uint8."""
+        """Shape of an image in a media bank, uint8 [channels, height, width]."""
         return (3, self.image_size, self.image_size)
 
     @property
@@ -76,19 +77,19 @@ class VisionEncoderConfig:
         return self.merge_size if self.kind == "qwen2_5_vl" else 1
 
     def problems(self, vocab_size: int) -> list[SettingsProblem]:
-        """Return every rule that the encoder breaks."""
+        """Return every rule that the image encoder violates."""
         side, merges = self.patch_size * self._merged, self.kind == "qwen2_5_vl"
-        # rotary embeddings of two axes need pairs on each
+        # qwen2_5_vl rotates channel pairs along two image axes, so a head has a multiple of 4 channels.
         per_heads = self.num_heads * (4 if merges else 1)
         return find_broken(
             self, "model.vision", _placeholders(self.placeholder_ids, vocab_size),
             (self.image_size % side == 0, "image_size",
              f"must be a multiple of {side}, the side of one feature in pixels"),
             (self.image_size % side > 0 or self.slots <= MOST_SLOTS, "image_size",
-             f"makes {self.slots:,} features of a picture, which must be at most {MOST_SLOTS:,}"),
+             f"gives {self.slots:,} features per image, and the limit is {MOST_SLOTS:,}"),
             (self.hidden_size % per_heads == 0, "hidden_size",
              f"must be a multiple of {per_heads}: model.vision.num_heads = {self.num_heads}"
-             f"{' heads of two axes of pairs' if merges else ''}"),
+             f"{' heads x 4 (channel pairs along two axes)' if merges else ''}"),
             (not merges or self.window_size >= side, "window_size",
              f"must be at least {side}, the side of one feature in pixels"),
             (not merges or max(self.full_attention_layers, default=0) < self.num_layers,
@@ -97,50 +98,51 @@ class VisionEncoderConfig:
 
 @dataclass(frozen=True)
 class AudioEncoderConfig:
-    """An encoder of log-mel spectrograms of pieces of one length, in the form of Whisper's."""
+    """Encoder for log-mel spectrograms of fixed length, with Whisper's architecture."""
 
     kind: Literal["qwen2_audio", "whisper"] = "qwen2_audio"
-    """Class of transformers: `Qwen2AudioEncoder`, which pools two of Whisper's features into one, or
+    """Transformers class: `Qwen2AudioEncoder`, which averages pairs of Whisper features, or
     `WhisperEncoder`."""
     placeholder_ids: tuple[NotNegativeInt, ...] = ()
-    """Token ids that stand for one feature each."""
+    """Token ids replaced by one feature each."""
     num_mels: Size = 128
-    """Mel bands of a spectrogram."""
+    """Mel bands of the spectrogram."""
     num_frames: Size = 3000
-    """Frames of a piece: 100 in a second of 16 kHz with a hop of 160 samples."""
+    """Spectrogram frames per clip; 100 frames per second for 16 kHz audio with a hop of 160 samples."""
     hidden_size: Size = 1280
-    """Width of the encoder."""
+    """Width of the encoder's layers."""
     num_layers: Size = 32
-    """Its layers."""
+    """Encoder layers."""
     num_heads: Size = 20
-    """Heads of each."""
+    """Attention heads per layer."""
     ffn_dim: Size = 5120
-    """Inner width of its feed-forward networks."""
+    """Inner width of feed-forward networks."""
     adapter: Literal["linear", "mlp"] = "mlp"
-    """What brings features to the model's width: one matrix, or two with GELU between them."""
+    """Projection from features to `model.hidden_size`. linear: one matrix; mlp: two matrices with GELU in
+    between."""
     compression: Size = 1
-    """Features that become one, by a Mamba-2 layer that reads a learned query behind them
-    (`omni/codecs/encoders.py`): 25 makes one a second of 25; 1: none."""
+    """Features compressed into one by a Mamba-2 layer with learned queries (`omni/codecs/encoders.py`). 25
+    turns 25 features per second into 1. 1: no compression."""
     compressor_size: Size = 3072
-    """Width of that layer."""
+    """Width of the compression layer."""
     compressor_head_dim: Size = 64
-    """Width of one of its heads; its inner width is twice its width."""
+    """Channels per head of the compression layer, whose inner width is 2 * `compressor_size`."""
     compressor_state_size: Size = 128
-    """Numbers that it remembers for each channel."""
+    """State size per channel of the compression layer."""
 
     @property
     def features(self) -> int:
-        """Features of a piece before the compressor."""
+        """Features per clip before compression."""
         return self.num_frames // self._stride
 
     @property
     def slots(self) -> int:
-        """Features of a piece."""
+        """Features per clip."""
         return self.features // self.compression
 
     @property
     def record_shape(self) -> tuple[int, ...]:
-        """Shape of a piece in a bank, float16."""
+        """Shape of a clip in a media bank, float16 [mel bands, frames]."""
         return (self.num_mels, self.num_frames)
 
     @property
@@ -154,21 +156,22 @@ class AudioEncoderConfig:
 
     @property
     def _stride(self) -> int:
-        """Frames of a feature: Whisper's second convolution takes every other one, Qwen2-Audio pools two."""
+        """Frames per feature: Whisper's second convolution has stride 2, and Qwen2-Audio averages pairs."""
         return 4 if self.kind == "qwen2_audio" else 2
 
     def problems(self, vocab_size: int) -> list[SettingsProblem]:
-        """Return every rule that the encoder breaks."""
-        whole = self._stride * self.compression
+        """Return every rule that the audio encoder violates."""
+        frames_per_feature = self._stride * self.compression
+        is_multiple = self.num_frames % frames_per_feature == 0
         return find_broken(
             self, "model.audio", _placeholders(self.placeholder_ids, vocab_size),
-            (self.num_frames % whole == 0, "num_frames",
-             f"must be a multiple of {whole}, the frames of one feature"),
-            (self.num_frames % whole > 0 or self.slots <= MOST_SLOTS, "num_frames",
-             f"makes {self.slots:,} features of a piece, which must be at most {MOST_SLOTS:,}"),
+            (is_multiple, "num_frames",
+             f"must be a multiple of {frames_per_feature}, the frames of one feature"),
+            (not is_multiple or self.slots <= MOST_SLOTS, "num_frames",
+             f"gives {self.slots:,} features per clip, and the limit is {MOST_SLOTS:,}"),
             (self.hidden_size % self.num_heads == 0, "hidden_size",
              f"must be a multiple of model.audio.num_heads = {self.num_heads}"),
-            (self.hidden_size % 2 == 0, "hidden_size", "must be even: places are sines and cosines"),
+            (self.hidden_size % 2 == 0, "hidden_size", "must be even: positions are sine-cosine pairs"),
             (self.compression == 1 or 2 * self.compressor_size % self.compressor_head_dim == 0,
              "compressor_size", "x 2 must be a multiple of model.audio.compressor_head_dim = "
              f"{self.compressor_head_dim}"))
@@ -176,7 +179,7 @@ class AudioEncoderConfig:
 
 @dataclass(frozen=True)
 class MediaConfig:
-    """Which weights of encoders are trained, and where they start."""
+    """Which encoder weights are trained, and the folders that provide their initial values."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
         "train_encoders train_adapters": AnyOf(is_set("model.vision"), is_set("model.audio")),
@@ -184,14 +187,14 @@ class MediaConfig:
         "audio_from": is_set("model.audio")}
 
     train_encoders: bool = False
-    """Whether encoders learn; else they are frozen, have no gradients and no optimizer state."""
+    """Train image and audio encoders. False: encoders are frozen, without gradients and optimizer state."""
     train_adapters: bool = True
-    """Whether what stands between encoders and model learns: adapters and the compressor."""
+    """Train the adapters between encoders and model, and the audio compressor."""
     vision_from: str = ""
-    """Hugging Face folder whose picture encoder's weights a new run starts from; "": those of the checkpoint
-    that it starts from, or of the seed."""
+    """Hugging Face folder with initial weights for the image encoder. Empty: weights from the run's starting
+    checkpoint, or random weights."""
     audio_from: str = ""
-    """The same for the sound encoder."""
+    """Hugging Face folder with initial weights for the audio encoder. Empty: as for `vision_from`."""
 
 
 def _placeholders(ids: tuple[int, ...], vocab_size: int) -> tuple[bool, str, str]:

@@ -1,4 +1,7 @@
-"""Conditions of settings on what a run learns by; an objective of the user's own may read any setting."""
+"""Conditions on a run's objective and command, for the `ACTS_WHEN` tables of settings classes.
+
+A user's own objective may read any setting, so every condition on `objective.name` holds for it.
+"""
 
 from __future__ import annotations
 
@@ -6,36 +9,37 @@ from megatron_sov.base.settings import AllOf, AnyOf, When, is_one_of, is_unset
 
 BUILT_IN = {"lm": "pretrain", "sft": "sft", "preference": "prefer", "distill": "distill",
             "policy": "rl train"}
-"""Built-in objective -> the command that trains by it."""
+"""Built-in objective -> the command that trains with it."""
+NOT_EXTENDING = When("command", lambda command: command != "extend", "is not extend",
+                     "leave it out, or set the field of the same name in extend.stages")
 
 
 def learns(*objectives: str) -> When:
-    """Return the condition that a run learns by one of these objectives, or by the user's own."""
+    """Return the condition that `objective.name` is in `objectives` or names a user's own objective."""
     commands = " or ".join(f"`megatron-sov {BUILT_IN[name]}`" for name in objectives)
     return When("objective.name", lambda name: name in objectives or name not in BUILT_IN,
                 f"is {' or '.join(objectives)}", f"leave it out, or use {commands}")
 
 
 def learns_without_rounds(way_out: str = "") -> When:
-    """Return the condition that a run does not learn in rounds, which make phases and steps of their own."""
+    """Return the condition that a run does not use rounds (objective policy), which define phases and steps
+    themselves."""
     return When("objective.name", lambda name: name != "policy", "is not policy", way_out)
 
 
 def learns_by_policy(objective: str, method: str) -> AnyOf:
-    """Return the condition that a run learns by an objective, or in rounds by the `policy.method` of it."""
+    """Return the condition that `objective.name` is `objective`, or is policy with `policy.method` =
+    `method`."""
     return AnyOf(learns(objective), AllOf(learns("policy"), is_one_of("policy.method", method)))
 
 
 def is_command(name: str) -> When:
-    """Return the condition that a training command of this name reads the settings."""
+    """Return the condition that the training command is `name`."""
     return When("command", lambda command: command == name, f"is {name}",
                 f"leave it out, or use `megatron-sov {name}`")
 
 
 def stages_leave(field: str) -> AnyOf:
-    """Return the condition that a stage of `extend` leaves a field open, which the run's setting fills in."""
+    """Return the condition that at least one stage of `extend` leaves `field` open, so the run's setting
+    applies."""
     return AnyOf(NOT_EXTENDING, is_unset("extend.stages"), is_unset(f"extend.stages.*.{field}"))
-
-
-NOT_EXTENDING = When("command", lambda command: command != "extend", "is not extend",
-                     "leave it out, or set that of extend.stages")

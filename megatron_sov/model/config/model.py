@@ -1,4 +1,5 @@
-"""The architecture of a model: sizes, routing, attention, positions."""
+"""Architecture settings of a model: layer sizes, expert routing, attention and position encodings (no
+torch)."""
 
 from __future__ import annotations
 
@@ -16,161 +17,160 @@ from megatron_sov.base.settings.problem import show
 from megatron_sov.model.config.bounds import MAX_LAYERS, MAX_SEQ_LEN
 from megatron_sov.model.config.encoders import AudioEncoderConfig, VisionEncoderConfig
 
-# Blocks of ids: where the discrete tokens of a medium stand in a vocabulary.
+Width = Annotated[int, Ge(1), Le(1_000_000)]
+Million = Annotated[int, Ge(1), Le(1_000_000)]
+FfnWidth = Annotated[int, Ge(0), Le(100_000_000)]
+Divisor = Annotated[float, Ge(1), Lt(math.inf)]
+LayerType = Literal["sliding_attention", "full_attention", "linear_attention"]
+
+MAX_DEPTHS = 64
+"""Limit of `mtp_depths`; every depth costs a forward pass of the prediction layer and of the output head."""
+MAX_EXPERTS = 1_000_000
+"""Limit of experts in all layers together; every expert has separate tensors in a Hugging Face folder."""
+LAYER_TYPES: dict[str, LayerType] = {"L": "sliding_attention", "G": "full_attention", "D": "linear_attention"}
+"""Letter in `attention_pattern` -> transformers' name in `layer_types`."""
+
 
 @dataclass(frozen=True)
 class IdBlock:
-    """The ids of one codebook: token `i` of it is id `first + i`."""
+    """Consecutive token ids of a codebook (discrete audio or image tokens): code `i` has token id
+    `first + i`."""
 
     first: NotNegativeInt
-    """Id of its token 0."""
+    """Token id of the codebook's code 0."""
     size: AtLeastOne
-    """Tokens of the codebook."""
+    """Number of codes in the codebook."""
 
     @property
     def end(self) -> int:
-        """The id behind its last one."""
+        """First token id after the block."""
         return self.first + self.size
-
-
-# Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
-
-Width = Annotated[int, Ge(1), Le(1_000_000)]
 
 
 @dataclass(frozen=True)
 class LatentAttentionConfig:
-    """Sizes of latent attention: keys and values of all heads are made of one narrow vector, and a key that
-    all heads share carries the position."""
+    """Sizes of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1). Keys and values of
+    all heads are projected from a latent vector of width `kv_lora_rank`; a rotated key of width
+    `qk_rope_head_dim`, shared by all heads, carries the position."""
 
     kv_lora_rank: Width
-    """Width of the vector that keys and values are made of."""
+    """Width of the latent vector from which keys and values are projected (Hugging Face: `kv_lora_rank`)."""
     qk_nope_head_dim: Width
-    """Channels of a head's queries and keys that have no position."""
+    """Channels per head of queries and keys without rotary position."""
     qk_rope_head_dim: Annotated[Width, MultipleOf(2)]
-    """Channels that rotate; all heads share those of the key."""
+    """Channels per head of queries and keys with rotary position; all heads share the rotated key. Must be
+    even."""
     v_head_dim: Width
-    """Width of a head's values."""
+    """Channels per head of values."""
     q_lora_rank: Width | None = None
-    """Width of the vector that queries are made of; None: they are made of the layer's input."""
+    """Width of the latent vector from which queries are projected. None: queries are projected from the
+    layer's input directly."""
 
     @property
     def query_dim(self) -> int:
-        """Width of a head's queries and keys."""
+        """Channels per head of queries and keys: `qk_nope_head_dim + qk_rope_head_dim`."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
     def cached_dim(self) -> int:
-        """Numbers that generating keeps of a token in a layer, for all heads together."""
+        """Values per token and layer in the generation cache, for all heads together."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
 
-# Linear attention: Kimi Delta Attention (arXiv 2510.26692).
-
 @dataclass(frozen=True)
 class LinearAttentionConfig:
-    """Sizes of linear attention: each head of values has a state [key_head_dim, value_head_dim], whatever the
-    length of a document."""
+    """Sizes of linear attention (Kimi Delta Attention, arXiv 2510.26692). Each value head keeps a state
+    `[key_head_dim, value_head_dim]` whose size does not grow with the sequence."""
 
     num_key_heads: Annotated[int, Ge(1), Le(1_000_000)]
-    """Heads of queries and keys."""
+    """Query and key heads."""
     num_value_heads: Annotated[int, Ge(1), Le(1_000_000)]
-    """Heads of values: one for each head of keys."""
+    """Value heads; must equal `num_key_heads`."""
     key_head_dim: Width
-    """Width of a head's queries and keys."""
+    """Channels per query and key head."""
     value_head_dim: Width
-    """Width of a head's values."""
+    """Channels per value head."""
     gate_rank: Width
-    """Width of each of the two vectors that a decay of each channel of keys, and the output's gates, are made
-    of."""
+    """Rank of two low-rank projections: the decay per key channel, and the output gate."""
     conv_taps: Annotated[int, Ge(1), Le(64)] = 4
-    """Tokens that the causal convolution of each channel of queries, keys and values sees, its own too."""
+    """Kernel size, in tokens, of the causal convolution over queries, keys and values; includes the current
+    token."""
     negative_eigenvalues: bool = False
-    """Whether learning rates lie below 2 and not below 1, so that a state may turn what it holds along a key
-    into its opposite (arXiv 2411.12537; Solar Open 2)."""
+    """Let the learning rate of the delta rule reach 2 instead of 1, so that a state can reverse its content
+    along a key (arXiv 2411.12537; used by Solar Open 2)."""
 
     @property
     def projected(self) -> tuple[int, int, int, int]:
-        """Widths of what the layer's input becomes for each head: query, key, value, learning rate."""
+        """Rows per head in `in_proj`: query, key, value, learning rate."""
         return (self.key_head_dim, self.key_head_dim, self.value_head_dim, 1)
 
     @property
     def convolved(self) -> int:
-        """Channels of a head that are convolved: query, key and value."""
+        """Convolved channels per head: query, key and value."""
         return sum(self.projected[:3])
 
     @property
     def state_size(self) -> int:
-        """Numbers of a layer's state, of all heads."""
+        """Values in a layer's recurrent state, all heads together."""
         return self.num_value_heads * self.key_head_dim * self.value_head_dim
 
     @property
     def kept_size(self) -> int:
-        """Numbers that generating keeps of a sequence in a layer: the state, and the last inputs of the
-        convolution."""
+        """Values per sequence and layer in the generation cache: the state, and the last `conv_taps - 1`
+        inputs of the convolution."""
         return self.state_size + (self.conv_taps - 1) * self.num_key_heads * self.convolved
 
     @property
     def token_products(self) -> int:
-        """Multiplications of a token beside the projections: its key reads the state, which decays, is
-        written, and is read by the query; and the convolution."""
+        """Multiplications per token outside of the projections: reading, decaying, writing and querying the
+        state (4 passes), and the convolution."""
         return 4 * self.state_size + self.conv_taps * self.num_key_heads * self.convolved
-
-
-MAX_DEPTHS = 64
-"""Tokens ahead that one prediction layer may be trained for: each costs its products and a head's."""
-MAX_EXPERTS = 1_000_000
-"""Experts of all layers: each has tensors of its own under Hugging Face names."""
-Million = Annotated[int, Ge(1), Le(1_000_000)]
-FfnWidth = Annotated[int, Ge(0), Le(100_000_000)]
-Divisor = Annotated[float, Ge(1), Lt(math.inf)]
 
 
 @dataclass(frozen=True)
 class YarnConfig:
-    """YaRN rotary scaling (arXiv 2309.00071), with the field's names and meaning in transformers."""
+    """YaRN rotary scaling (arXiv 2309.00071); fields have their transformers names."""
 
     factor: AboveZero = 2.0
-    """How many times longer than the original the context becomes."""
+    """Context length after scaling, divided by `original_max_position_tokens`."""
     original_max_position_tokens: AtLeastOne = 65536
-    """Context length, in tokens, before scaling."""
+    """Context length before scaling, in tokens."""
     beta_fast: AboveZero = 32.0
-    """Rotations within the original context above which a dimension is left alone."""
+    """Channels that rotate more often than this within the original context keep their frequency."""
     beta_slow: AboveZero = 1.0
-    """Rotations within the original context below which a dimension is fully interpolated."""
+    """Channels that rotate less often than this within the original context are fully interpolated."""
     mscale: AboveZero = 1.0
-    """Factor on 0.1 ln(factor) in the scale of the softmax (DeepSeek's mscale and mscale_all_dim, which are
-    equal); others than 1 in models with latent attention only."""
+    """Factor on 0.1 ln(`factor`) in the softmax scale (DeepSeek's `mscale` and `mscale_all_dim`, which must
+    be equal). Values other than 1 need `model.latent_attention`."""
 
 
 @dataclass(frozen=True)
 class Llama3RopeConfig:
-    """Rotary scaling of Llama 3.1 (rope_type "llama3" of transformers, whose names and meaning these are)."""
+    """Rotary scaling of Llama 3.1; fields have their transformers names (`rope_type: llama3`)."""
 
     factor: Divisor = 8.0
-    """Divisor of the frequencies whose wavelength is long beside the original context."""
+    """Divisor for frequencies with long wavelengths."""
     low_freq_factor: AboveZero = 1.0
-    """Wavelengths above original_max_position_tokens / low_freq_factor are divided in full."""
+    """Wavelengths above `original_max_position_tokens / low_freq_factor` are divided by the full `factor`."""
     high_freq_factor: AboveZero = 4.0
-    """Wavelengths below original_max_position_tokens / high_freq_factor are left alone."""
+    """Wavelengths below `original_max_position_tokens / high_freq_factor` keep their frequency."""
     original_max_position_tokens: AtLeastOne = 8192
-    """Context length, in tokens, before scaling."""
+    """Context length before scaling, in tokens."""
 
 
 def shortest_pattern(letters: str) -> str:
-    """Return the shortest pattern whose repetition gives all letters."""
-    return next((letters[:n] for n in range(1, len(letters) + 1)
-                 if (letters[:n] * -(-len(letters) // n))[:len(letters)] == letters), "G")
-
-
-LayerType = Literal["sliding_attention", "full_attention", "linear_attention"]
-LAYER_TYPES: dict[str, LayerType] = {"L": "sliding_attention", "G": "full_attention", "D": "linear_attention"}
-"""Letters of a pattern -> what the layer's attention is, in transformers' words."""
+    """Return the shortest prefix whose repetition yields `letters`, one letter per layer."""
+    for length in range(1, len(letters) + 1):
+        repeated = letters[:length] * math.ceil(len(letters) / length)
+        if repeated[:len(letters)] == letters:
+            return letters[:length]
+    return "G"
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture of a model; `family` says how it maps to Hugging Face (`model/families`)."""
+    """Architecture of a model. `family` selects the mapping to Hugging Face names
+    (`megatron_sov/model/families`)."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
         "num_dense_layers num_experts_per_token num_expert_groups num_groups_per_token num_shared_experts "
@@ -181,188 +181,194 @@ class ModelConfig:
         "mtp_experts mtp_attention mtp_depths mtp_loss_coeff": is_set(".num_mtp_layers")}
 
     family: str
-    """Name of the declaration in `megatron_sov/model/families`, equal to transformers' `model_type`."""
+    """Model family; equals `model_type` in a Hugging Face config.json."""
     vocab_size: Annotated[AtLeastOne, Le(100_000_000)]
-    """Number of token ids, including reserved ones."""
+    """Number of token ids, reserved ids included."""
     hidden_size: Annotated[AtLeastOne, Le(10_000_000)]
     """Width of the residual stream."""
     num_layers: Annotated[AtLeastOne, Le(MAX_LAYERS)]
-    """Transformer layers of the trunk (multi-token prediction layers not counted)."""
+    """Transformer layers, without multi-token prediction layers."""
     num_heads: Million
     """Query heads."""
     num_kv_heads: Million
     """Key/value heads (grouped-query attention)."""
     head_dim: Annotated[Million, MultipleOf(2)]
-    """Width of one head."""
+    """Channels per attention head."""
     num_dense_layers: NotNegativeInt = 0
-    """Leading layers with a dense feed-forward network instead of experts."""
+    """First layers with a dense feed-forward network instead of experts."""
     dense_ffn_dim: FfnWidth = 0
-    """Inner width of dense feed-forward layers (also of a dense multi-token prediction layer)."""
+    """Inner width of dense feed-forward networks, including a dense multi-token prediction layer."""
     num_experts: Annotated[NotNegativeInt, Le(100_000)] = 128
-    """Routed experts of a layer; 0: every layer is dense."""
+    """Routed experts per layer. 0: all layers are dense."""
     num_experts_per_token: NotNegativeInt = 8
-    """Routed experts that each token visits (top-k)."""
+    """Routed experts per token (top-k)."""
     num_expert_groups: AtLeastOne = 1
-    """Equal groups of a layer's experts, in their order (node-limited routing, DeepSeek-V3, arXiv 2412.19437,
-    section 2.1.2); 1: none.  A group's score is the sum of its two best, selection bias included."""
+    """Equal groups of consecutive experts for group-limited routing (DeepSeek-V3, arXiv 2412.19437, section
+    2.1.2). A group's score is the sum of its two best expert scores, selection bias included. 1: no
+    groups."""
     num_groups_per_token: AtLeastOne = 1
-    """Groups with the best scores, among whose experts each token's are chosen."""
+    """Best-scoring groups from which a token's experts are chosen."""
     num_shared_experts: Annotated[NotNegativeInt, Le(1_000_000)] = 1
-    """Experts that every token visits."""
+    """Shared experts, which process every token."""
     expert_ffn_dim: FfnWidth = 1280
-    """Inner width of one expert."""
+    """Inner width of a routed or shared expert."""
     router_score: Literal["sigmoid", "softmax"] = "sigmoid"
-    """What turns the router's logits into scores: sigmoid each (DeepSeek-V3), or softmax over all experts."""
+    """Function from router logits to scores: sigmoid per expert (DeepSeek-V3), or softmax over all
+    experts."""
     norm_topk_prob: bool = True
-    """Whether the scores of a token's chosen experts are divided by their sum."""
+    """Divide the scores of a token's chosen experts by their sum."""
     router_bias: bool = True
-    """Whether a bias that is added for the choice only balances the experts (arXiv 2408.15664); needs
-    router_score sigmoid."""
+    """Balance expert load with a bias that only affects which experts are chosen (arXiv 2408.15664). Needs
+    `router_score=sigmoid`."""
     routed_scaling_factor: AboveZero = 1.0
-    """Factor on the weights of the chosen experts."""
+    """Factor on the combine weights of the chosen experts."""
     router_bias_update_rate: NotNegative = 1e-3
-    """Step of the router's selection bias per optimizer step (arXiv 2408.15664); 0 freezes it."""
+    """Change of the selection bias per optimizer step (arXiv 2408.15664). 0 freezes the bias."""
     seq_aux_loss_coeff: NotNegative = 1e-4
-    """Weight of the sequence-level load-balancing loss (DeepSeek-V3, arXiv 2412.19437, eq. 17)."""
+    """Weight of the sequence-level load-balancing loss (DeepSeek-V3, arXiv 2412.19437, equation 17)."""
     attention_pattern: Annotated[str, MinLen(1)] = "G"
-    """Repeating pattern of layers: L = sliding window, G = global, D = linear attention."""
+    """Repeating pattern, one letter per layer: L = sliding window, G = global attention, D = linear
+    attention."""
     sliding_window_tokens: Annotated[NotNegativeInt, Le(MAX_SEQ_LEN)] = 0
-    """Window of L layers, in tokens, the current one included; 0 where the pattern has no L."""
+    """Window of L layers in tokens, current token included. Must be 0 if the pattern has no L."""
     layer_windows: tuple[NotNegativeInt, ...] = ()
-    """Window of every trunk layer, where L layers differ (K-EXAONE 2.0), 0 for G layers; empty: all L layers
-    have sliding_window_tokens."""
+    """Window of every layer in tokens, if L layers differ (K-EXAONE 2.0); 0 for G layers. Empty: L layers use
+    `sliding_window_tokens`."""
     rope_on_global: bool = True
-    """Whether global layers rotate queries and keys; False = NoPE."""
+    """Rotate queries and keys in G layers. False: G layers have no position encoding (NoPE)."""
     rope_theta: AboveZero = 1e6
     """Base of the rotary frequencies."""
     local_rope_theta: AboveZero | None = None
-    """Base of the rotary frequencies of sliding layers; None = that of global ones."""
+    """Base of the rotary frequencies in L layers. None: `rope_theta`."""
     rope_share: Annotated[float, Gt(0), Le(1)] = 1.0
-    """Share of a head's channels that rotate, the first ones; the others have no position."""
+    """Share of a head's channels that rotate, counted from the first channel."""
     yarn: YarnConfig | None = None
-    """Rotary scaling beyond the original context; None = plain RoPE."""
+    """YaRN scaling for contexts beyond the original length. None: plain RoPE."""
     llama3_rope: Llama3RopeConfig | None = None
-    """Rotary scaling as Llama 3.1 has it, in the place of YaRN; None = none."""
+    """Llama 3.1 rotary scaling; excludes `model.yarn`. None: off."""
     linear_rope_factor: Divisor | None = None
-    """Divisor of all rotary frequencies (of global layers, where local_rope_theta is given), in the place of
-    YaRN; None = none."""
+    """Divisor for all rotary frequencies; excludes `model.yarn`. With `local_rope_theta`, only G layers are
+    scaled. None: off."""
     qkv_bias: bool = False
-    """Whether the query, key and value projections have a bias."""
+    """Add a bias to the query, key and value projections."""
     qk_norm: bool = False
-    """RMSNorm over each head of queries and keys, before RoPE."""
+    """Apply RMSNorm to every query and key head before RoPE."""
     norm_eps: AboveZero = 1e-5
     """Epsilon of every RMSNorm."""
     zero_centered_norms: bool = False
-    """Whether every RMSNorm multiplies by 1 + its weight."""
+    """Scale RMSNorm outputs by 1 + weight instead of the weight (Gemma)."""
     activation: Literal["silu", "gelu_tanh"] = "silu"
-    """What the gate of feed-forward networks passes through; gelu_tanh = GELU by its tanh approximation."""
+    """Activation of the gate projection in feed-forward networks; gelu_tanh is GELU's tanh approximation."""
     swiglu_limits: tuple[NotNegative, ...] = ()
-    """Bound of every trunk layer's gate and up projections, of experts too, before the activation
-    (K-EXAONE 2.0): the gate is at most that, the up projection within both signs of it; 0: none.  Empty: no
-    layer has one."""
+    """Clamp per layer for gate and up projections before the activation, experts included (K-EXAONE 2.0):
+    gate <= limit, -limit <= up <= limit. 0: no clamp in that layer. Empty: no clamp."""
     block_norms: Literal["pre", "post", "both"] = "pre"
-    """Where a layer normalises: pre = the input of attention and feed-forward network; post = their output,
-    before it is added to the residual; both = input and output."""
+    """Position of RMSNorm around attention and feed-forward network. pre: on the input; post: on the output,
+    before the residual addition; both: on input and output."""
     embedding_multiplier: AboveZero = 1.0
     """Factor on embeddings, as in maximal update parametrisation (arXiv 2203.03466)."""
     attention_multiplier: AboveZero | None = None
-    """Factor on the products of queries and keys; None = 1 / sqrt(head_dim)."""
+    """Factor on query-key products. None: 1 / sqrt(`head_dim`)."""
     residual_multiplier: AboveZero = 1.0
-    """Factor on what attention and feed-forward network add to the residual."""
+    """Factor on attention and feed-forward outputs before the residual addition."""
     logits_multiplier: AboveZero = 1.0
-    """Factor on the output head's logits."""
+    """Factor on logits."""
     logits_softcap: AboveZero | None = None
-    """Cap on the output head's logits, cap * tanh(x / cap), behind the factor on them and before any
-    temperature; None = none."""
+    """Limit of logits: cap * tanh(logits / cap), applied after `logits_multiplier` and before any
+    temperature. None: off."""
     tied_embeddings: bool = False
-    """Whether the output head is the embedding matrix."""
+    """Use the embedding matrix as the output head."""
     num_mtp_layers: Annotated[NotNegativeInt, Le(1)] = 0
-    """Multi-token prediction layers after the trunk (DeepSeek-V3 form)."""
+    """Multi-token prediction layers after the last transformer layer (DeepSeek-V3 form); 0 or 1."""
     mtp_experts: bool = False
-    """Whether the multi-token prediction layer has experts as the trunk's layers have; False: it is dense."""
+    """Give the multi-token prediction layer experts, with the same sizes as other layers. False: dense."""
     mtp_attention: Literal["G", "L"] = "G"
-    """Attention of the multi-token prediction layer: G = global (rotated as other global layers are),
-    L = sliding window, of sliding_window_tokens."""
+    """Attention of the multi-token prediction layer: G = global, L = sliding window
+    (`sliding_window_tokens`)."""
     mtp_depths: Annotated[AtLeastOne, Le(MAX_DEPTHS)] = 1
-    """Applications of the multi-token prediction layer, each one token further ahead (K-EXAONE 2.0: 4)."""
+    """How often the multi-token prediction layer is applied; every application predicts a token further ahead
+    (K-EXAONE 2.0: 4)."""
     mtp_loss_coeff: NotNegative = 0.05
     """Weight of the multi-token prediction loss."""
     max_position_tokens: Annotated[AtLeastOne, Le(MAX_SEQ_LEN)] = 131072
-    """Longest context the model claims, in tokens."""
+    """Longest supported context, in tokens."""
     latent_attention: LatentAttentionConfig | None = None
-    """Sizes of multi-head latent attention; None: attention has queries, keys and values of its own."""
+    """Sizes of multi-head latent attention. None: standard attention."""
     linear_attention: LinearAttentionConfig | None = None
-    """Sizes of linear attention, of D layers; None: there are none."""
+    """Sizes of linear attention in D layers. None: the model has no D layers."""
     attention_output_gate: bool = False
-    """Whether what each head of other layers attends to is multiplied by the sigmoid of a projection of the
-    layer's input (Solar Open 2; arXiv 2505.06708)."""
+    """Multiply every attention head's output by the sigmoid of a projection of the layer's input (Solar Open
+    2; arXiv 2505.06708). D layers are not affected."""
     audio_tokens: IdBlock | None = None
-    """Ids of discrete sound; None: the vocabulary has none."""
+    """Token ids of discrete audio. None: the vocabulary has no audio tokens."""
     image_tokens: IdBlock | None = None
-    """Ids of discrete pictures; None: the vocabulary has none."""
+    """Token ids of discrete images. None: the vocabulary has no image tokens."""
     vision: VisionEncoderConfig | None = None
-    """Encoder of pictures whose features are put over placeholders' embeddings; None: there is none."""
+    """Image encoder whose features replace the embeddings of placeholder tokens. None: no image encoder."""
     audio: AudioEncoderConfig | None = None
-    """The same of sounds."""
+    """Audio encoder whose features replace the embeddings of placeholder tokens. None: no audio encoder."""
     init_std: AboveZero = 0.02
-    """Standard deviation of initial weights; matrices that write to the residual get it /
-    sqrt(2 * num_layers)."""
+    """Standard deviation of initial weights. Matrices that write to the residual stream use `init_std` /
+    sqrt(2 * `num_layers`)."""
 
     def layer_types(self) -> list[LayerType]:
         pattern = self.attention_pattern or "G"
         return [LAYER_TYPES.get(pattern[i % len(pattern)], "full_attention") for i in range(self.num_layers)]
 
     def num_linear_layers(self) -> int:
-        """Return how many trunk layers have linear attention."""
         return self.layer_types().count("linear_attention")
 
     def state_tokens(self) -> int:
-        """Return how many tokens' keys and values take as much memory, in 2 bytes a number, as the states of
-        linear layers in 4; 0 where there are none, or no layer keeps keys."""
-        linear = self.num_linear_layers()
-        latent, of_one = self.latent_attention, 2 * self.num_kv_heads * self.head_dim
-        keys = (self.num_layers - linear) * (of_one if latent is None else latent.cached_dim)
-        if self.linear_attention is None or not keys:
+        """Return the number of cached tokens whose bf16 keys and values take as much memory as the float32
+        states of all linear layers. 0 if the model has no linear layers, or no layer caches keys."""
+        num_linear, latent = self.num_linear_layers(), self.latent_attention
+        layer_cache = 2 * self.num_kv_heads * self.head_dim if latent is None else latent.cached_dim
+        token_cache = (self.num_layers - num_linear) * layer_cache
+        if self.linear_attention is None or not token_cache:
             return 0
-        return -(-2 * linear * self.linear_attention.kept_size // keys)
+        # A float32 state value takes as many bytes as two bf16 values; rounded up.
+        return -(-2 * num_linear * self.linear_attention.kept_size // token_cache)
 
     def mtp_layer_type(self) -> LayerType:
         return "sliding_attention" if self.mtp_attention == "L" else "full_attention"
 
     def windows(self) -> list[int]:
-        """Return the sliding window of every trunk layer, in tokens; 0: none."""
+        """Return the sliding window of every layer in tokens; 0 for layers without a window."""
         return [*self.layer_windows] or [
             self.sliding_window_tokens if kind == "sliding_attention" else 0 for kind in self.layer_types()]
 
     def mtp_window(self) -> int:
-        """Return the sliding window of the multi-token prediction layer, in tokens; 0: none."""
+        """Return the multi-token prediction layer's window in tokens; 0 without a window."""
         return self.sliding_window_tokens if self.mtp_attention == "L" else 0
 
     def limits(self) -> list[float]:
-        """Return the bound of every trunk layer's gate and up projections; 0: none."""
+        """Return the SwiGLU clamp of every layer; 0 for layers without a clamp."""
         return [*self.swiglu_limits] or [0.0] * self.num_layers
 
     def at_depth(self, num_layers: int) -> dict[str, Any]:
-        """Return the settings of a trunk of so many layers: its windows are those of the first layers, begun
-        anew behind the last one, and its bounds are spread over it as they are here."""
-        found: dict[str, Any] = {"num_layers": num_layers}
+        """Return `ModelConfig` fields for a model with `num_layers` layers. `layer_windows` repeats from the
+        first layer; `swiglu_limits` is resampled over the new depth."""
+        fields: dict[str, Any] = {"num_layers": num_layers}
         if self.layer_windows:
             windows = tuple(self.layer_windows[i % self.num_layers] for i in range(num_layers))
-            found |= {"layer_windows": windows,
-                      "attention_pattern": shortest_pattern("".join("GL"[window > 0] for window in windows))}
-        if self.swiglu_limits:  # counted from the end: late layers have them
-            found["swiglu_limits"] = tuple(self.swiglu_limits[-1 - i * self.num_layers // num_layers]
-                                           for i in reversed(range(num_layers)))
-        return found
+            letters = "".join("L" if window else "G" for window in windows)
+            fields |= {"layer_windows": windows, "attention_pattern": shortest_pattern(letters)}
+        if self.swiglu_limits:
+            # Resample from the end: published models clamp their last layers.
+            fields["swiglu_limits"] = tuple(self.swiglu_limits[-1 - i * self.num_layers // num_layers]
+                                            for i in reversed(range(num_layers)))
+        return fields
 
     @property
     def num_predictions(self) -> int:
-        """Tokens beyond the next one that training predicts: applications of prediction layers."""
+        """Tokens beyond the next token that training predicts: `num_mtp_layers * mtp_depths`."""
         return self.num_mtp_layers * self.mtp_depths
 
     def rotates(self) -> bool:
-        """Return whether a layer has positions, by rotation."""
-        letters = self.attention_pattern + self.mtp_attention * bool(self.num_mtp_layers)
+        """Return whether any layer applies RoPE."""
+        letters = self.attention_pattern
+        if self.num_mtp_layers:
+            letters += self.mtp_attention
         return "L" in letters or (self.rope_on_global and "G" in letters)
 
     def rotated_channels(self) -> int:
@@ -371,64 +377,66 @@ class ModelConfig:
 
     @property
     def has_query_latent(self) -> bool:
-        """Whether queries are made of a narrow vector."""
+        """Whether queries are projected from a latent vector (`q_lora_rank`)."""
         return self.latent_attention is not None and self.latent_attention.q_lora_rank is not None
 
     @property
     def has_whole_queries(self) -> bool:
-        """Whether the queries of latent attention are made of the layer's input."""
+        """Whether latent attention projects queries from the layer's input."""
         return self.latent_attention is not None and self.latent_attention.q_lora_rank is None
 
     @property
     def is_multimodal(self) -> bool:
-        """Whether it reads or writes pictures or sounds."""
+        """Whether the model reads or writes images or audio."""
         parts = (self.vision, self.audio, self.image_tokens, self.audio_tokens)
         return any(part is not None for part in parts)
 
     def norms_per_layer(self) -> int:
-        """Return how many RMSNorms a layer has over the residual's width."""
+        """Return the number of RMSNorms of width `hidden_size` per layer."""
         return 4 if self.block_norms == "both" else 2
 
     def num_moe_layers(self) -> int:
-        """Return how many trunk layers have experts: all after the leading dense ones, or none."""
+        """Return the number of transformer layers with experts."""
         return self.num_layers - self.num_dense_layers if self.num_experts else 0
 
     def num_mtp_moe_layers(self) -> int:
-        """Return how many multi-token prediction layers have experts."""
         return self.num_mtp_layers if self.mtp_experts else 0
 
     def has_dense_layers(self) -> bool:
-        """Return whether any layer, of the trunk or for prediction, has a dense feed-forward network."""
+        """Return whether any transformer or prediction layer has a dense feed-forward network."""
         return self.num_moe_layers() < self.num_layers or self.num_mtp_layers > self.num_mtp_moe_layers()
 
     def problems(self) -> list[SettingsProblem]:
-        """Return every rule that the architecture breaks; its sizes lie within their bounds."""
+        """Return every violated rule between architecture settings; single values must be within bounds."""
         experts, layers = self.num_experts, self.num_layers
-        groups, kept = self.num_expert_groups, self.num_groups_per_token
-        of_groups = experts % groups == 0 and experts >= 2 * groups
-        within = kept * experts // groups
+        groups, chosen_groups = self.num_expert_groups, self.num_groups_per_token
+        has_equal_groups = experts % groups == 0 and experts >= 2 * groups
+        candidates = chosen_groups * experts // groups
         has_window = self.sliding_window_tokens > 0
-        found = self._position_problems() + self._list_problems() + self._linear_problems()
-        return found + self._media_problems() + find_broken(
+        problems = self._position_problems() + self._list_problems() + self._linear_problems()
+        return problems + self._media_problems() + find_broken(
             self, "model",
             (self.num_heads % self.num_kv_heads == 0, "num_kv_heads",
              f"must divide model.num_heads = {self.num_heads}"),
             (self.num_dense_layers <= layers, "num_dense_layers",
              f"must be at most model.num_layers = {layers}"),
             (not self.has_dense_layers() or self.dense_ffn_dim > 0, "dense_ffn_dim",
-             "must be above 0 for dense and multi-token prediction layers"),
+             "must be above 0 in a model with dense or multi-token prediction layers"),
             (not self.num_moe_layers() or 0 < self.num_experts_per_token <= experts, "num_experts_per_token",
-             f"must lie between 1 and model.num_experts = {experts}"),
+             f"must be between 1 and model.num_experts = {experts}"),
             (not (self.router_bias and self.num_moe_layers()) or self.router_score == "sigmoid",
-             "router_bias", f"needs model.router_score = sigmoid, it is {self.router_score}"),
+             "router_bias", f"needs model.router_score = sigmoid, not {self.router_score}"),
             (not self.num_mtp_moe_layers() or self.num_moe_layers() > 0, "mtp_experts",
-             "needs a trunk with experts, and none of its layers has any", "set it to false"),
-            (kept <= groups, "num_groups_per_token", f"must be at most model.num_expert_groups = {groups}"),
-            (kept > groups or groups == 1 or of_groups, "num_expert_groups",
+             "needs transformer layers with experts, and this model has only dense layers",
+             "set it to false"),
+            (chosen_groups <= groups, "num_groups_per_token",
+             f"must be at most model.num_expert_groups = {groups}"),
+            (chosen_groups > groups or groups == 1 or has_equal_groups, "num_expert_groups",
              f"must divide model.num_experts = {experts} into groups of at least two"),
-            (kept > groups or groups == 1 or not of_groups or within >= self.num_experts_per_token,
-             "num_groups_per_token", f"leaves {within} experts to choose from, and "
-             f"model.num_experts_per_token = {self.num_experts_per_token} must not be more"),
+            (chosen_groups > groups or groups == 1 or not has_equal_groups
+             or candidates >= self.num_experts_per_token, "num_groups_per_token",
+             f"leaves {candidates} experts to choose from, fewer than model.num_experts_per_token = "
+             f"{self.num_experts_per_token}"),
             (set(self.attention_pattern) <= {*LAYER_TYPES}, "attention_pattern",
              f"may hold only the letters {', '.join(LAYER_TYPES)}"),
             (("L" in self.attention_pattern) == has_window, "sliding_window_tokens",
@@ -439,101 +447,99 @@ class ModelConfig:
              f"{MAX_EXPERTS:,} experts", "count their zeros"))
 
     def _linear_problems(self) -> list[SettingsProblem]:
-        """Return what is wrong with linear attention and with gates."""
-        linear, has_layers = self.linear_attention, "D" in self.attention_pattern
-        p = find_broken(
+        linear, has_linear_layers = self.linear_attention, "D" in self.attention_pattern
+        problems = find_broken(
             self, "model",
-            (has_layers == (linear is not None), "linear_attention",
-             f"must be given exactly when model.attention_pattern = {self.attention_pattern} has a D"),
-            (not has_layers or self.block_norms != "post", "block_norms",
-             "cannot be post beside linear attention, whose layers normalise before"),
+            (has_linear_layers == (linear is not None), "linear_attention",
+             f"must be set exactly when model.attention_pattern = {self.attention_pattern} has a D"),
+            (not has_linear_layers or self.block_norms != "post", "block_norms",
+             "cannot be post in a model with linear attention, which normalises its input"),
             (not self.attention_output_gate or self.latent_attention is None, "attention_output_gate",
-             "is not built for model.latent_attention", "set it to false"),
+             "does not support model.latent_attention", "set it to false"),
             (not (self.attention_output_gate and self.qkv_bias), "attention_output_gate",
-             "cannot be with model.qkv_bias = true: no family has a bias of the gate", "set it to false"))
+             "does not support model.qkv_bias = true: no family has a bias on the gate", "set it to false"))
         if linear is None:
-            return p
-        return p + find_broken(
+            return problems
+        return problems + find_broken(
             linear, "model.linear_attention",
             (linear.num_value_heads == linear.num_key_heads, "num_value_heads",
              f"must be num_key_heads = {linear.num_key_heads}"))
 
     def _list_problems(self) -> list[SettingsProblem]:
-        """Return what is wrong with settings of single layers."""
+        """Check `layer_windows` and `swiglu_limits`, which have an entry per layer."""
         slides = [kind == "sliding_attention" for kind in self.layer_types()]
-        length = f"must have an entry for each of model.num_layers = {self.num_layers}"
+        length = f"must have one entry per layer: model.num_layers = {self.num_layers}"
         empty = "set it to []"
         return find_broken(
             self, "model",
             (len(self.layer_windows) in (0, self.num_layers), "layer_windows", length, empty),
             (len(self.layer_windows) != self.num_layers or [w > 0 for w in self.layer_windows] == slides,
-             "layer_windows", "must be above 0 exactly in layers that model.attention_pattern calls L",
+             "layer_windows", "must be above 0 exactly for the L layers of model.attention_pattern",
              empty),
             (len(self.swiglu_limits) in (0, self.num_layers), "swiglu_limits", length, empty))
 
     def _position_problems(self) -> list[SettingsProblem]:
-        """Return what is wrong with rotations, their scaling, and attention that is latent."""
+        """Check RoPE, RoPE scaling and latent attention."""
         yarn, llama3, latent = self.yarn, self.llama3_rope, self.latent_attention
-        p = find_broken(
+        problems = find_broken(
             self, "model",
             (self.rope_share == 1 or not self.head_dim * self.rope_share % 2, "rope_share",
-             f"must give an even number of channels of model.head_dim = {self.head_dim}"),
+             f"must rotate an even number of the model.head_dim = {self.head_dim} channels"),
             (self.local_rope_theta is None or (yarn is None and llama3 is None), "local_rope_theta",
-             "needs plain rotations", "set model.yarn and model.llama3_rope to null"),
+             "needs RoPE without scaling", "set model.yarn and model.llama3_rope to null"),
             (yarn is None or self.rope_share == 1, "rope_share", "must be 1 with model.yarn",
              "set model.yarn to null"),
             (self.linear_rope_factor is None or (yarn is None and llama3 is None), "linear_rope_factor",
-             "stands beside model.yarn or model.llama3_rope, and a model has one rotary scaling at most",
-             "set the others to null"),
+             "cannot be combined with model.yarn or model.llama3_rope: a model has at most one rotary "
+             "scaling", "set the others to null"),
             (yarn is None or self.rope_theta > 1, "rope_theta", "must be above 1 with model.yarn"),
             (yarn is None or yarn.mscale == 1 or latent is not None, "yarn.mscale",
              "needs model.latent_attention", "set it to 1"))
         if llama3 is not None:
-            p += find_broken(
+            problems += find_broken(
                 llama3, "model.llama3_rope",
                 (llama3.low_freq_factor < llama3.high_freq_factor, "low_freq_factor",
                  f"must be below model.llama3_rope.high_freq_factor = {llama3.high_freq_factor:g}"),
-                (yarn is None, "factor", "stands beside model.yarn, and a model has one rotary scaling at "
-                 "most", "set one of them to null"))
+                (yarn is None, "factor", "cannot be combined with model.yarn: a model has at most one rotary "
+                 "scaling", "set one of them to null"))
         if latent is None:
-            return p
-        plain = {"qkv_bias": False, "qk_norm": False, "rope_share": 1.0, "llama3_rope": None,
-                 "local_rope_theta": None, "zero_centered_norms": False, "attention_multiplier": None}
-        return p + find_broken(
+            return problems
+        unsupported = {"qkv_bias": False, "qk_norm": False, "rope_share": 1.0, "llama3_rope": None,
+                       "local_rope_theta": None, "zero_centered_norms": False, "attention_multiplier": None}
+        return problems + find_broken(
             self, "model",
             (self.head_dim == latent.query_dim, "head_dim",
              f"must be model.latent_attention.qk_nope_head_dim {latent.qk_nope_head_dim} + qk_rope_head_dim "
              f"{latent.qk_rope_head_dim} = {latent.query_dim}"),
             (self.num_kv_heads == self.num_heads, "num_kv_heads", f"must be model.num_heads = "
-             f"{self.num_heads} under model.latent_attention, which has keys and values for every head"),
+             f"{self.num_heads} with model.latent_attention, which has keys and values for every head"),
             (self.block_norms == "pre", "block_norms",
              "must be pre with model.latent_attention, which normalises its input"),
             ("L" not in self.attention_pattern + self.mtp_attention, "attention_pattern",
-             "cannot be with model.latent_attention, which has no sliding windows",
+             "cannot have an L with model.latent_attention, which has no sliding windows",
              "set model.attention_pattern and model.mtp_attention to G"),
-            *((getattr(self, name) == value, name, "is not built for model.latent_attention",
-               f"set it to {show(value)}") for name, value in plain.items()))
+            *((getattr(self, name) == value, name, "does not support model.latent_attention",
+               f"set it to {show(value)}") for name, value in unsupported.items()))
 
     def _media_problems(self) -> list[SettingsProblem]:
-        """Return what is wrong with ids of media and with encoders."""
-        found = {name: block for name in ("audio_tokens", "image_tokens")
-                 if (block := getattr(self, name)) is not None}
-        p = find_broken(self, "model", *(
-            (block.end <= self.vocab_size, name, "must lie within model.vocab_size = "
-             f"{self.vocab_size}") for name, block in found.items()))
-        for (one, first), (other, second) in pairwise(sorted(found.items(), key=lambda item: item[1].first)):
-            if first.end > second.first:
-                p.append(SettingsProblem(ProblemCode.RULE, f"model.{one}",
-                                         f"reaches up to {first.end} and model.{other} "
-                                         f"begins at {second.first}; blocks must not overlap"))
+        """Check media token ids and encoders."""
+        blocks = {name: block for name in ("audio_tokens", "image_tokens")
+                  if (block := getattr(self, name)) is not None}
+        problems = find_broken(self, "model", *(
+            (block.end <= self.vocab_size, name, f"must end within model.vocab_size = {self.vocab_size}")
+            for name, block in blocks.items()))
+        by_first_id = sorted(blocks.items(), key=lambda item: item[1].first)
+        for (name, block), (next_name, next_block) in pairwise(by_first_id):
+            if block.end > next_block.first:
+                problems.append(SettingsProblem(
+                    ProblemCode.RULE, f"model.{name}", f"ends at {block.end} and model.{next_name} begins at "
+                    f"{next_block.first}; blocks must not overlap"))
         encoders = [encoder for encoder in (self.vision, self.audio) if encoder is not None]
         for encoder in encoders:
-            p += encoder.problems(self.vocab_size)
-        # A set per encoder first: an encoder may repeat its ids, two encoders may not share one.
-        ids = [i for encoder in encoders for i in {*encoder.placeholder_ids}]
-        if len(ids) > len({*ids}):
-            p.append(SettingsProblem(ProblemCode.RULE, "model.vision.placeholder_ids",
-                                     "has ids that model.audio."
-                                     "placeholder_ids has too, and an id stands for a picture's feature or a "
-                                     "sound's"))
-        return p
+            problems += encoder.problems(self.vocab_size)
+        # An encoder may repeat an id; two encoders must not share one.
+        if len(encoders) == 2 and {*encoders[0].placeholder_ids} & {*encoders[1].placeholder_ids}:
+            problems.append(SettingsProblem(
+                ProblemCode.RULE, "model.vision.placeholder_ids", "and model.audio.placeholder_ids share an "
+                "id; a placeholder id stands for image features or for audio features, not both"))
+        return problems

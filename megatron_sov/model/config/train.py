@@ -1,5 +1,4 @@
-"""Settings of the loop of training (how long, how large, how exact), of its optimizer, and of what
-watches."""
+"""Settings of the training loop, optimizer, guards and trackers."""
 
 from __future__ import annotations
 
@@ -16,24 +15,27 @@ from megatron_sov.model.config.learning import NOT_EXTENDING, learns, learns_wit
 
 Algorithm = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "wsd", "linear", "inverse_sqrt", "constant"]
+AverageKind = Literal["uniform", "linear", "ema"]
+AVERAGES = get_args(AverageKind)
+"""Values of `train.average_weights`."""
 
 
 @dataclass(frozen=True)
 class GroupConfig:
-    """Parameters that are updated otherwise than the rest, by the names of their tensors."""
+    """Optimizer settings for parameters selected by tensor name."""
 
     pattern: str
-    """Names of tensors as in a checkpoint's model.index.json, with * for any text:
-    `decoder.layers.0.*`, `*router.weight`."""
+    """Tensor names as in a checkpoint's model.index.json, with * for any text: `decoder.layers.0.*`,
+    `*router.weight`."""
     lr_scale: NotNegative = 1.0
     """Factor on the learning rate."""
     weight_decay: NotNegative | None = None
-    """Weight decay, of norms too; null: as without the group."""
+    """Weight decay, for norms too. null: as without this group."""
     optimizer: Algorithm | None = None
-    """What updates the matrices among them; null: `optim.name`.  Embeddings,
-    heads and vectors are always AdamW's."""
+    """Optimizer for the group's matrices. null: `optim.name`. Embeddings, output heads and vectors always use
+    AdamW."""
     frozen: bool = False
-    """Whether they stay as they are, bit for bit: no gradients, no optimizer state."""
+    """Keep the parameters unchanged, without gradients and optimizer state."""
 
 
 @dataclass(frozen=True)
@@ -51,69 +53,69 @@ class OptimConfig:
             is_one_of(".name", "muon"), is_one_of("optim.groups.*.optimizer", "muon"))}
 
     name: Algorithm = "adamw"
-    """adamw, for all parameters; muon: matrices by Muon (Q, K and V, gate and up, and every expert on its
-    own), embeddings, head, norms and biases by AdamW."""
+    """adamw: AdamW for all parameters; muon: Muon for matrices (Q, K, V, gate, up and every expert
+    separately), AdamW for embeddings, output head, norms and biases."""
     lr: AboveZero = 2.5e-4
     """Peak learning rate."""
     min_lr: NotNegative = 3e-6
-    """Learning rate at the end of the decay; where only `optim.lr` is set, the recipe's share of it."""
+    """Learning rate at the end of the decay. If you set only `optim.lr`, the recipe's ratio `min_lr` / `lr`
+    applies."""
     schedule: Schedule = "cosine"
-    """What follows the warm-up.  cosine, linear: decay to `min_lr` over the rest; wsd: stable, decay over the
-    last `decay_share`; inverse_sqrt: falls as 1 / sqrt(step), not below `min_lr`; constant."""
+    """Learning rate after warm-up. cosine, linear: decay to `min_lr`; wsd: stable, then decay over the last
+    `decay_share`; inverse_sqrt: 1 / sqrt(step), not below `min_lr`; constant."""
     schedule_by: Literal["steps", "tokens"] = "steps"
-    """What warm-up and decay are counted in; it matters while the batch size ramps up,
-    and where phases differ in theirs."""
+    """Unit in which warm-up and decay are counted. It matters if the batch size ramps up or differs between
+    phases."""
     warmup_steps: NotNegativeInt = 2000
     """Optimizer steps of linear warm-up, at most half the run."""
     warmup_tokens: NotNegativeInt = 0
-    """Tokens of linear warm-up when `schedule_by` is tokens, padding counted in."""
+    """Tokens of linear warm-up with `schedule_by=tokens`, padding included."""
     decay_share: Annotated[float, Gt(0), Le(1)] = 0.2
-    """wsd only: last part of the run over which the rate decays."""
+    """wsd: last share of the run in which the learning rate decays."""
     decay_form: Literal["linear", "cosine", "one_minus_sqrt"] = "linear"
-    """wsd only: how it decays (one_minus_sqrt: arXiv 2405.18392)."""
+    """wsd: shape of the decay (one_minus_sqrt: arXiv 2405.18392)."""
     rewarm: tuple[tuple[NotNegativeInt, AtLeastOne], ...] = ()
-    """[step, steps]: behind that optimizer step the rate climbs anew, from 0 to the schedule's, over so many
-    steps.  May be added to a run that is resumed, from its checkpoint on."""
+    """Pairs [step, steps]: after optimizer step `step`, the learning rate rises again from 0 to the
+    schedule's value over `steps` steps. You can add a pair to a resumed run, from its checkpoint onwards."""
     weight_decay: NotNegative = 0.1
     """Decoupled weight decay on matrices (not on norms and biases)."""
     beta1: Fraction = 0.9
-    """AdamW's first moment decay."""
+    """AdamW's decay of the first moment."""
     beta2: Fraction = 0.95
-    """AdamW's second moment decay."""
+    """AdamW's decay of the second moment."""
     eps: Annotated[float, Gt(0)] = 1e-8
     """AdamW's epsilon."""
     muon_momentum: Fraction = 0.95
     """Muon's momentum decay."""
     muon_nesterov: bool = True
-    """Muon: orthogonalise the gradient mixed with the new momentum once more, not the momentum alone."""
+    """Muon: orthogonalise the gradient plus momentum (Nesterov) instead of the momentum alone."""
     muon_ns_steps: Annotated[int, Ge(1), Le(100)] = 5
     """Muon: Newton-Schulz iterations, in the dtype of `train.precision`."""
     muon_ns_coefficients: tuple[Finite, Finite, Finite] = (3.4445, -4.7750, 2.0315)
-    """Muon: a, b, c of x <- a x + b (x x^T) x + c (x x^T)^2 x."""
+    """Muon: a, b, c in the iteration x <- a x + b (x x^T) x + c (x x^T)^2 x."""
     muon_scale: Literal["match_rms_adamw", "original", "spectral"] = "match_rms_adamw"
-    """Factor on a matrix's update [rows (out), columns (in)].  match_rms_adamw: 0.2 sqrt(max(rows, columns)),
-    updates as large as AdamW's, whose rates then serve (arXiv 2502.16982); original: sqrt(max(1, rows /
-    columns)); spectral: sqrt(rows / columns)."""
+    """Muon: factor on the update of a matrix [rows (out), columns (in)]. match_rms_adamw: 0.2 sqrt(max(rows,
+    columns)), so updates have AdamW's size and AdamW's learning rates apply (arXiv 2502.16982); original:
+    sqrt(max(1, rows / columns)); spectral: sqrt(rows / columns)."""
     clip_grad: Annotated[float, Ge(0)] = 1.0
-    """Largest global gradient norm; 0 switches clipping off."""
+    """Maximum global gradient norm. 0: no clipping."""
     groups: tuple[GroupConfig, ...] = ()
-    """Exceptions for parameters by name; where several match a name, the last one holds."""
+    """Exceptions for parameters selected by name; the last matching group applies."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return every rule that these settings break."""
+        """Return every violated rule between optimizer settings."""
         return find_broken(
             self, "optim",
             (self.min_lr <= self.lr, "min_lr", f"must be at most optim.lr = {self.lr:g}"),
             (self.schedule_by == "steps" or self.warmup_tokens > 0 or not self.warmup_steps, "schedule_by",
-             "counts the warm-up in tokens, and optim.warmup_steps = "
-             f"{self.warmup_steps} would be none", "set optim.warmup_tokens, or optim.warmup_steps=0"))
+             f"= tokens ignores optim.warmup_steps = {self.warmup_steps}",
+             "set optim.warmup_tokens, or optim.warmup_steps=0"))
 
-
-# What watches a run while it trains, and what it then does.
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """Guards: steps that are refused, hangs, silent corruption, slow processes, collapsing experts."""
+    """Checks during training: loss spikes, hangs, silent data corruption, slow processes, collapsing
+    experts."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
         "window_steps sigma rollback_after_skips attribute": is_set(".skip"),
@@ -125,53 +127,50 @@ class GuardConfig:
         "max_bias_spread": is_set("model.router_bias")}
 
     skip: bool = True
-    """Refuse the update of a step whose loss or gradient norm is not finite or a spike; off: a number that is
-    not finite ends the run."""
+    """Reject the update of a step whose loss or gradient norm is not finite or is a spike. False: a value
+    that is not finite ends the run."""
     window_steps: Annotated[int, Ge(20)] = 128
-    """Steps whose loss and gradient norm say what is usual, once there are half as many, at least 20."""
+    """Recent steps that define the normal range of loss and gradient norm. Spikes are detected once half the
+    window, and at least 20 steps, are filled."""
     sigma: NotNegative = 6.0
-    """A spike lies so many standard deviations above the mean of the window; 0:
-    only numbers that are not finite count."""
+    """Standard deviations above the window's mean at which a value counts as a spike. 0: reject only values
+    that are not finite."""
     attribute: bool = False
-    """Compute a refused step again at once, and say whether a process (which is named), the data (whose
-    documents are named) or the optimisation is at fault; costs a pass over the gradients in every step."""
+    """After a rejected step, recompute it and report the cause: a process (by rank), the data (by document)
+    or the optimisation. Costs a pass over the gradients in every step."""
     rollback_after_skips: NotNegativeInt = 4
-    """So many steps in a row that are refused for their loss, or for numbers that are not finite, take
-    weights and optimizer back to the last good checkpoint, and all samples since then are
-    passed over; 0: never."""
+    """Consecutive rejected steps (for loss or values that are not finite) after which weights and optimizer
+    return to the last good checkpoint; samples since that checkpoint are skipped. 0: never."""
     hang_timeout_s: NotNegative = 1500.0
-    """Seconds that a step may last before every process writes its stacks into RUN/hang and ends with exit
-    code 76; must be longer than the slowest step; 0: no watch. (Collectives give up by
-    themselves after `parallel.timeout_s`.)"""
+    """Seconds without a finished step after which every process writes stack traces into RUN/hang and exits
+    with code 76. Choose it longer than the slowest step; collectives time out after `parallel.timeout_s`. 0:
+    off."""
     compare_replicas: bool = True
-    """Before each checkpoint, compare the weights of processes that must hold the same, bit for bit."""
+    """Before each checkpoint, compare weights bit for bit between processes that hold copies."""
     probe_every_steps: NotNegativeInt = 0
-    """Every so many steps each process computes a micro-batch twice and compares the gradients,
-    bit for bit; 0: never."""
+    """Steps between probes, in which each process computes a micro-batch twice and compares the gradients bit
+    for bit. 0: never."""
     on_sdc: Literal["exit", "record"] = "exit"
-    """When replicas or repetitions differ: end with exit code 77 before the next checkpoint,
-    or record it and go on."""
+    """Reaction to silent data corruption (different replicas or repetitions). exit: end with code 77 before
+    the next checkpoint; record: write an event and continue."""
     straggler_every_steps: NotNegativeInt = 100
-    """Steps over which each process's computing time is averaged for the report; 0: never."""
+    """Steps over which the compute time of each process is averaged for the report. 0: never."""
     straggler_ratio: Annotated[float, Gt(1)] = 1.5
-    """A process that computes so many times longer than the median one is named as slow."""
+    """Compute time relative to the median process at which a process is reported as slow."""
     routing_every_steps: NotNegativeInt = 20
-    """Steps between records of each layer's routing, from which alarms are raised; 0: never."""
+    """Steps between records of expert routing per layer; alarms are raised from these records. 0: never."""
     min_load_entropy: Share = 0.5
-    """Alarm when the entropy of a layer's expert load, as a share of that of an even
-    load, falls below this."""
+    """Alarm if the entropy of a layer's expert load, relative to a uniform load, falls below this share."""
     dead_after_records: AtLeastOne = 5
-    """Alarm when an expert got no token in so many routing records in a row."""
+    """Alarm if an expert received no token in this many consecutive routing records."""
     max_bias_spread: Annotated[float, Gt(0)] = 1.0
-    """Alarm when a layer's selection biases lie further apart: scores lie in (0, 1),
-    so the biases alone then choose."""
+    """Alarm if a layer's selection biases differ by more than this. Router scores are between 0 and 1, so
+    larger differences let biases alone choose experts."""
 
-
-# Where a run is watched from outside its folder.
 
 @dataclass(frozen=True)
 class ObsConfig:
-    """Where a run is watched, in addition to events.jsonl and the progress bar."""
+    """Trackers of a run, in addition to events.jsonl and the progress bar."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
         "wandb_project": is_set(".wandb"),
@@ -182,20 +181,15 @@ class ObsConfig:
     wandb: bool = False
     """Log to Weights & Biases; works offline with WANDB_MODE=offline (extra `dev`)."""
     wandb_project: str = "megatron-sov"
-    """Weights & Biases project."""
+    """Weights & Biases project name."""
     sample_rows: Annotated[int, Ge(0), Le(100)] = 8
-    """Responses of `rl` that trackers and the report are given as a table, of at most 100 of a run's rounds
-    and as many of its validations; 0: none, and no text leaves the run."""
-
-
-AverageKind = Literal["uniform", "linear", "ema"]
-AVERAGES = get_args(AverageKind)
-"""Ways to weigh the checkpoints of a mean."""
+    """rl: responses sent to trackers and shown in the report as a table, for up to 100 rounds and 100
+    validations. 0: none, so no text leaves the run folder."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop: how long, how large, how often."""
+    """The training loop: length, batch size, precision, checkpoints and evaluation intervals."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
         "steps tokens": AllOf(learns_without_rounds("leave it out, and set rollout.rounds"),
@@ -212,94 +206,94 @@ class TrainConfig:
         "average_decay": is_one_of(".average_weights", "ema")}
 
     steps: Steps = 0
-    """Optimizer steps; 0: as many as the token budgets need."""
+    """Optimizer steps. 0: follows from token budgets."""
     tokens: Tokens = 0
-    """Token budget of the run; setting it scales the budgets or steps of all phases in proportion."""
+    """Token budget of the run. Setting it scales the budgets or steps of all phases in proportion."""
     epochs: Annotated[float, Ge(0), Le(10_000)] = 0.0
-    """Passes over all data, from which `steps` follows (`rl`: passes over the prompts, from which
-    `rollout.rounds` follows); 0: not used."""
+    """Passes over the data, which determine `steps` (rl: passes over the prompts, which determine
+    `rollout.rounds`). 0: not used."""
     max_hours: NotNegative = 48.0
-    """sft, prefer, distill: hours that the run may be expected to take on this machine at least; one that
-    takes longer is refused before it starts.  0: any."""
+    """sft, prefer, distill: maximum expected duration in hours on this machine; a longer run is rejected
+    before it starts. 0: no limit."""
     global_batch_size: Annotated[AtLeastOne, Le(MAX_BATCH_SIZE)] = 512
-    """Samples of one optimizer step, over all processes."""
+    """Samples per optimizer step, over all processes."""
     ramp_from_batch_size: Samples = 0
-    """Samples of the first step when the batch size ramps up to `global_batch_size`; 0: no ramp."""
+    """Samples in the first step of a batch size ramp towards `global_batch_size`. 0: no ramp."""
     ramp_increment: Samples = 0
-    """Samples by which the batch size grows at a time."""
+    """Samples added at each increase of the batch size."""
     ramp_steps: Annotated[NotNegativeInt, Le(1_000_000)] = 0
-    """Steps over which it grows, in equal stretches."""
+    """Optimizer steps of the ramp, divided into equal intervals."""
     micro_batch_size: Annotated[AtLeastOne, Le(MAX_BATCH_SIZE)] = 1
-    """Samples of one forward pass on one process.  rl: rows at most; unless it is set, as many as hold the
-    responses to one prompt, bounded by memory (docs/rl.md)."""
+    """Samples per forward pass on a process. rl: maximum number of rows; by default enough rows for the
+    responses to a prompt, limited by memory (docs/rl.md)."""
     seed: int = 1234
-    """Seed of initial weights, data order and dropout."""
+    """Random seed for initial weights, data order and dropout."""
     precision: Literal["fp32", "bf16", "fp64"] = "bf16"
-    """Dtype of weights and activations; bf16 keeps fp32 master weights and sums gradients in
-    `gpu.grad_dtype`; fp64 is slow, for proofs that layouts agree."""
+    """Dtype of weights and activations. bf16 keeps fp32 master weights and sums gradients in
+    `gpu.grad_dtype`; fp64 is slow and serves to prove that layouts agree."""
     fp8: Literal["none", "tensorwise", "blockwise", "mxfp8", "nvfp4", "delayed"] = "none"
-    """Matrix products of the transformer layers in 8 bits (nvfp4: 4 bits), by Transformer Engine on a GPU
-    (docs/fp8.md): one scale per tensor (tensorwise), per 128 values and 128 x 128 weights (blockwise), per 32
-    values (mxfp8), per 16 values (nvfp4); delayed is refused, since its history is in no checkpoint."""
+    """Matrix products of transformer layers in 8 bits (nvfp4: 4 bits), by Transformer Engine on a GPU
+    (docs/fp8.md). Scales per tensor (tensorwise), per 128 values and 128 x 128 weights (blockwise), per 32
+    values (mxfp8) or per 16 values (nvfp4). delayed is rejected: checkpoints do not store its scale
+    history."""
     fp8_format: Literal["auto", "e4m3", "hybrid"] = "auto"
-    """8-bit format: e4m3 everywhere, or e5m2 for gradients (hybrid);
-    auto: hybrid for tensorwise, else e4m3."""
+    """8-bit format. e4m3: for all tensors; hybrid: e5m2 for gradients; auto: hybrid for tensorwise, else
+    e4m3."""
     fp8_bf16_layers_at_start: NotNegativeInt = 0
-    """Layers at the start of the trunk that stay in bf16 under `fp8`."""
+    """First transformer layers computed in bf16 despite `fp8`."""
     fp8_bf16_layers_at_end: NotNegativeInt = 0
-    """Layers at the end of the trunk that stay in bf16 under `fp8`."""
+    """Last transformer layers computed in bf16 despite `fp8`."""
     fp8_pad_routed_tokens: bool = False
-    """Send each expert as many tokens as the products of `fp8` want, by routing some more to it with weight
-    zero, instead of filling up copies behind the dispatcher."""
+    """Fill each expert's batch to the multiple that `fp8` needs by routing extra tokens with weight 0,
+    instead of padding copies after the dispatcher."""
     fp8_weights: bool = False
-    """Keep the weights that `fp8` quantises in 8 bits alone, beside their float32 masters, and not in bf16 as
-    well; tensorwise and blockwise then gather one byte of each after an update. Needs `parallel.zero1`."""
+    """Keep weights quantised by `fp8` in 8 bits only, next to their float32 masters, without a bf16 copy.
+    tensorwise and blockwise then gather one byte per weight after an update. Needs `parallel.zero1`."""
     deterministic: bool = False
-    """The same bits in every run with the same settings on the same machines: slower algorithms where fast
-    ones do not repeat."""
+    """Produce identical bits in every run with equal settings on equal machines; uses slower algorithms where
+    fast ones are not reproducible."""
     hidden_dropout: Fraction = 0.0
-    """Share of values dropped behind the embedding, attention and feed-forward layers;
-    a function of seed, step and layout."""
+    """Dropout rate after embedding, attention and feed-forward layers; masks depend on seed, step and
+    layout."""
     recompute: bool | Literal["selective"] = False
-    """Recompute every layer's activations in the backward pass instead of storing them; selective: those of
-    `gpu.recompute_modules` alone."""
+    """Recompute activations in the backward pass instead of storing them. true: all layers; selective: only
+    `gpu.recompute_modules`."""
     head_chunk_tokens: AtLeastOne = 2048
-    """Tokens whose logits exist at a time; the output head runs in chunks of this many."""
+    """Tokens per chunk of the output head; bounds the memory of logits."""
     checkpoint_every_steps: AtLeastOne = 1000
-    """Steps between checkpoints; one is always written at the end.  Reinforcement learning: 10 rounds at
-    most, unless it is set."""
+    """Steps between checkpoints; a final checkpoint is always written. rl: at most 10 rounds by default."""
     keep_checkpoints: NotNegativeInt = 2
-    """How many of the newest checkpoints stay; 0 keeps all."""
+    """Number of newest checkpoints to keep. 0: keep all."""
     export_every_checkpoints: NotNegativeInt = 0
-    """Every so many checkpoints, and the last one, become Hugging Face folders in RUN/exports beside
-    training; 0: none."""
+    """Checkpoints between exports to Hugging Face folders in RUN/exports, written during training; includes
+    the last checkpoint. 0: no exports."""
     average_last: Annotated[NotNegativeInt, Le(10_000)] = 0
-    """When the run is complete, the mean of so many of its newest checkpoints becomes RUN/average, to
-    evaluate or to start the next stage from; 0: none.  So many have to be kept."""
+    """Number of newest checkpoints averaged into RUN/average when the run is complete, for evaluation or as
+    the start of the next stage. `keep_checkpoints` must be at least as large. 0: no average."""
     average_weights: AverageKind = "uniform"
-    """What each checkpoint of `average_last` weighs: the same; 1, 2, 3, ... in their order; or
-    `average_decay` times what the one behind it weighs."""
+    """Weights of the averaged checkpoints. uniform: equal; linear: 1, 2, 3, ... from oldest to newest; ema:
+    each weight is `average_decay` times the next newer one."""
     average_decay: Annotated[float, Gt(0), Le(1)] = 0.5
-    """Of `average_weights` ema."""
+    """ema: ratio between the weights of consecutive checkpoints."""
     keep_every_steps: NotNegativeInt = 0
-    """Checkpoints whose step is a multiple of this stay for ever, besides the newest; 0: none."""
+    """Also keep checkpoints whose step is a multiple of this, for ever. 0: none."""
     async_save: bool = True
-    """Write checkpoints in the background while training goes on; needs host memory for what
-    each process writes."""
+    """Write checkpoints in the background during training; needs host memory for a process's share of the
+    checkpoint."""
     save_timeout_s: AboveZero = 1800.0
-    """Seconds after which a checkpoint that is still not on disk (a file system that hangs) ends the run."""
+    """Seconds after which an unfinished checkpoint (for example on a hanging file system) ends the run."""
     eval_every_steps: NotNegativeInt = 500
-    """Steps between evaluations on held-out documents; 0: only at the end."""
+    """Steps between evaluations on held-out documents. 0: only at the end."""
     log_every_steps: AtLeastOne = 1
-    """Steps between `step` events."""
+    """Steps between `step` events in events.jsonl."""
     max_restarts: NotNegativeInt = 3
-    """How often the local launcher starts the processes again after a fault, from the last checkpoint,
-    without a new checkpoint in between; under torchrun or Slurm they restart the ranks."""
+    """How often the local launcher restarts the processes from the last checkpoint without progress to a new
+    checkpoint. Under torchrun or Slurm, those restart the processes."""
     num_threads: Annotated[NotNegativeInt, Le(4096)] = 0
-    """CPU threads of each process; 0: as OMP_NUM_THREADS says, else cores divided by local processes."""
+    """CPU threads per process. 0: OMP_NUM_THREADS if set, else CPU cores divided by local processes."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return every rule that these settings break by themselves."""
+        """Return every violated rule between these settings."""
         ramp_from, every = self.ramp_from_batch_size, self.checkpoint_every_steps
         return find_broken(
             self, "train",
@@ -309,7 +303,7 @@ class TrainConfig:
              "needs train.ramp_increment and train.ramp_steps above 0"),
             (self.average_last != 1, "average_last", "must be 0, or from 2 to 10,000"),
             (not self.keep_checkpoints or self.average_last <= self.keep_checkpoints, "average_last",
-             f"must be at most train.keep_checkpoints = {self.keep_checkpoints}: the others are deleted "
-             "before"),
+             f"must be at most train.keep_checkpoints = {self.keep_checkpoints}: older checkpoints are "
+             "deleted before the average is computed"),
             (self.keep_every_steps % every == 0, "keep_every_steps",
              f"must be a multiple of train.checkpoint_every_steps = {every}, or 0"))

@@ -26,6 +26,7 @@ from megatron_sov.model import objectives, recipes
 from megatron_sov.model.config import (
     ModelConfig, RunConfig, apply_settings, correct_setting, from_dict, is_setting, setting_names)
 from megatron_sov.model.config.learning import BUILT_IN
+from megatron_sov.model.config.run import iter_settings
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import Family
 from megatron_sov.model.recipes.stage_defaults import base_of_model
@@ -69,7 +70,8 @@ class RecipeOptions(PluginOptions):
     @staticmethod
     def setting_texts() -> dict[str, str]:
         """Return setting -> its help, of items of lists those of the first."""
-        return dict(_texts_below(RunConfig, ""))
+        return {name: field_texts(cls).get(name.rpartition(".")[2], "")
+                for name, cls, has_settings in iter_settings(RunConfig) if not has_settings}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -376,15 +378,3 @@ def _named(setting: str) -> str:
     registry, value = NAMED_BY_SETTINGS.get(key), value.strip('"')
     return f"{key}={registry.load(value)}" if registry is not None and is_reference(value) else setting
 
-
-def _texts_below(cls: Any, prefix: str) -> Iterator[tuple[str, str]]:
-    docs = field_texts(cls)
-    for name in fields_of(cls):
-        inner = hint_below(cls, name)
-        items = hint_below(inner, "0")
-        if dataclasses.is_dataclass(inner):
-            yield from _texts_below(inner, f"{prefix}{name}.")
-        elif dataclasses.is_dataclass(items):
-            yield from _texts_below(items, f"{prefix}{name}.0.")
-        else:
-            yield f"{prefix}{name}", docs.get(name, "")

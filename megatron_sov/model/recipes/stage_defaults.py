@@ -12,7 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.model.config import LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 
 Stage = Literal["sft", "preference", "distill", "policy"]
@@ -145,4 +145,5 @@ def refuse_pretraining_rate(config: RunConfig, stage: Stage, num_params: float) 
         command = COMMANDS[stage]
         raise UserError(f"optim.lr = {config.optim.lr:g}: is the pretraining rate of recipe {config.recipe}, "
                         f"and {command} takes {rate.lr:g}; leave RECIPE out to train by the defaults of "
-                        f"{command}, or set the rate that you want, e.g. --set optim.lr={rate.lr:g}")
+                        f"{command}, or set the rate that you want, e.g. --set optim.lr={rate.lr:g}",
+                        Fix(options=("--set", f"optim.lr={rate.lr:g}")))

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.command_line import Parser
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import Fix, UserError, nearest
 from megatron_sov.base.plugins.loading import is_reference
 from megatron_sov.base.settings import AtLeastOne, Flag, NotNegativeInt, change, options_of
 from megatron_sov.model import recipes
@@ -193,6 +193,8 @@ class StageWork:
     """What a training stage was asked for."""
     start_from: Path | None = None
     """--from of a training stage; None: initial weights."""
+    num_ranks: int = 0
+    """Processes of a training stage; 0: unknown."""
     data_tokens: int = 0
     """Training tokens of its data; 0: unknown."""
     epochs: float = 0.0
@@ -214,25 +216,25 @@ def check_stage(stage: str) -> None:
     if stage in STAGES:
         return
     if stage in recipes.names() or is_reference(stage):
-        raise UserError(f"submit {stage}: a stage comes before the recipe; write\n"
-                        f"  megatron-sov submit pretrain {stage} --cluster NAME --nodes 1 --data DIR "
-                        "--run DIR")
+        raise UserError(f"submit {stage}: a stage comes before the recipe",
+                        Fix(command="pretrain", arguments=(stage,)))
     if Path(stage).suffix in (".sh", ".sbatch", ".slurm", ".job", ".py"):
         raise UserError(f"submit {stage}: `submit` writes the job's script itself; name the stage and its "
-                        "arguments; write\n  megatron-sov submit pretrain --cluster NAME --account NAME "
-                        "--nodes 1 RECIPE --data DIR --run DIR\n  (a script of your own: sbatch "
-                        f"{stage})")
+                        f"arguments (a script of your own: sbatch {stage})",
+                        Fix("megatron-sov submit pretrain --cluster NAME --account NAME --nodes 1 RECIPE "
+                            "--data DIR --run DIR"))
     raise UserError(f"stage {stage!r}: does not exist{nearest(stage, STAGES)} (stages: "
                     f"{', '.join(STAGES)}, chain)")
 
 
-def work_of(stage: str, arguments: list[str], commands: Commands) -> StageWork:
+def work_of(stage: str, arguments: list[str], commands: Commands, has_gpus: bool | None = None) -> StageWork:
     """Return what a job has to do; looks at the arguments alone, not at what they name.
 
     Args:
         stage: name in `STAGES`.
         arguments: what follows its command.
         commands: the parsers of those commands.
+        has_gpus: whether the nodes have GPUs; None: those of this machine decide.
 
     Raises:
         UserError: there is no such stage, or its arguments or settings are wrong.
@@ -247,7 +249,7 @@ def work_of(stage: str, arguments: list[str], commands: Commands) -> StageWork:
         return _sharing(stage, arguments, options_of(parser.parse_args(arguments)))
     reader = {"convert": _convert, "eval": _eval}.get(stage)
     typed = parser.parse_args(arguments)
-    return reader(arguments, typed) if reader else _training(stage, arguments, options_of(typed))
+    return reader(arguments, typed) if reader else _training(stage, arguments, options_of(typed), has_gpus)
 
 
 def _teachers(args: Any) -> list[Path | None]:
@@ -257,16 +259,18 @@ def _teachers(args: Any) -> list[Path | None]:
     return [Path(named_shards(text)[1]) for text in getattr(args, "teacher", ())]
 
 
-def _training(stage: str, arguments: list[str], args: Any) -> StageWork:
+def _training(stage: str, arguments: list[str], args: Any, has_gpus: bool | None) -> StageWork:
     if args.nproc is not None:
-        raise UserError(f"--nproc {args.nproc}: under Slurm the nodes and the profile decide; leave it out")
+        raise UserError(f"--nproc {args.nproc}: under Slurm the nodes and the profile decide; leave it out",
+                        Fix(left_out=("--nproc", str(args.nproc), f"--nproc={args.nproc}")))
     if args.dry_run:  # in a chain's file; from a command line `submit` takes it
         raise UserError(f"--dry-run: the job would train nothing; leave it out of the arguments of {stage}, "
                         "and type it to `megatron-sov submit chain`")
     has_rounds = STAGES[stage].objective == "policy"
     objective = STAGES[stage].objective
     request = training_request(args, objective, needs_data=not has_rounds, lengthens=stage == "extend",
-                               of_model=args.model_settings(None if stage == "extend" else objective),
+                               of_model=args.model_settings(None if stage == "extend" else objective,
+                                                            has_gpus),
                                resumed=resumed_settings(args.run) if args.resume else None)
     config = with_rounds(request.config()) if has_rounds else request.config()
     run = args.run.absolute()

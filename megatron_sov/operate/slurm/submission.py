@@ -268,7 +268,8 @@ def prepare(request: SubmitRequest, commands: Commands,
         UserError: the stage, its arguments or the nodes do not fit.
     """
     # first the stage's own parser: its complaints are about what the user typed
-    work = checked(work_of(request.stage, list(request.arguments), commands))
+    work = work_of(request.stage, list(request.arguments), commands, bool(request.profile.gpus_per_node))
+    work = checked(dataclasses.replace(work, num_ranks=request.nodes * request.profile.tasks_per_node))
     if request.ready and not str(work.target).startswith(READY_ROOT):
         raise UserError(f"{request.stage}: writes to {work.target}, which means nothing elsewhere; "
                         "in a ready script the paths that a stage writes to begin with $WORK")

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import psutil
 
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.base.figures import format_memory
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig
@@ -106,7 +106,9 @@ def refuse_too_large(config: RunConfig, num_ranks: int, gpu: Gpu) -> None:
         f"{config.recipe} on {num_ranks} processes: {_layout(config.parallel)} needs "
         f"{needs.total / GIB:.1f} GiB on each process{which} ({_items(needs)}), and a run may take "
         f"{usable_bytes(gpu) / GIB:.1f} GiB of a {gpu.name} with "
-        f"{gpu.memory_bytes / GIB:.1f} GiB; {way_out}")
+        f"{gpu.memory_bytes / GIB:.1f} GiB; {way_out}",
+        Fix(options=tuple(word for s in changes(config.parallel, found) for word in ("--set", s)))
+        if found else None)
 
 
 def _items(needs: Account) -> str:
@@ -240,7 +242,8 @@ def refuse_on_this_machine(config: RunConfig, nproc: int | None) -> None:
             f"{config.recipe} on {count} process{plural} of this machine, which has no GPU: weights, "
             f"gradients and optimizer take {format_memory(needs)}, and the machine has "
             f"{format_memory(total_bytes)}; take a smaller model (`megatron-sov recipes`), or a cluster: "
-            "`megatron-sov plan --cluster h100` shows what it needs, `megatron-sov submit` checks its job")
+            "`megatron-sov plan --cluster h100` shows what it needs, `megatron-sov submit` checks its job",
+            Fix(prefix="submit", options=("--cluster", "h100", "--account", "ACCOUNT", "--nodes", "1")))
 
 
 def _refuse(config: RunConfig, count: int, ranks: Sequence[int], memory_bytes: int, has: str,

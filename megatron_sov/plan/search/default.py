@@ -98,10 +98,13 @@ def find_layout(config: RunConfig, machines: Machines, said: Sequence[str] = (),
 
     Returns:
         The fastest layout found; None if none fits, the profile does not describe its GPUs and links, or the
-        run consists of rounds of reinforcement learning, for which the recommended layouts hold.
+        run consists of rounds of reinforcement learning, whose recommended layout can be run.
     """
     prices = pricing(machines, learned)
-    if prices is None or config.objective.name == "policy":
+    if prices is None:
+        return None
+    placed = apply_settings(config, list(recommended_settings(config, machines, said)))
+    if config.objective.name == "policy" and not placed.problems(machines.num_ranks):
         return None
     try:
         return LocalSearch(config, prices, said).run()

@@ -1,8 +1,8 @@
-"""Run events: one JSON object per line in `events.jsonl`, appended as things happen.
+"""Event log of a run: `events.jsonl` with one JSON object per line.
 
-Every line has `event` and `time_s` (Unix time), usually `step`.  Floats are written by their shortest exact
-form, so they read back to the same bits.  Everything that watches a run (report, status,
-trackers) reads this file.
+Each line contains `event` and `time_s` (Unix time), usually `step`. Floats use their shortest
+exact decimal form
+and read back bit for bit. Reports, `status` and trackers read this file.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def score_events(results: Mapping[str, Any], step: int | None, output: Path) -> list[dict[str, Any]]:
-    """Return the fields of one event for each metric of each task.
+    """Build the `eval_lm` events for each metric in a results file.
 
     Args:
-        results: what the file holds.
-        step: optimizer steps of the model that was measured; None where nobody knows.
-        output: the file.
+        results: content of the results file.
+        step: optimizer step of the evaluated model, None if unknown.
+        output: path of the results file.
 
     Raises:
-        UserError: it is of another kind or damaged.
+        UserError: the file contains other results or is damaged.
     """
     try:
         return [{"step": step, "model_hash": results["model"]["hash"], "task": name,
@@ -51,41 +51,39 @@ def score_events(results: Mapping[str, Any], step: int | None, output: Path) -> 
 
 
 def is_recorded(event: Mapping[str, Any], known: list[dict[str, Any]]) -> bool:
-    """Return whether events of a run tell a score already, wherever its file lies now."""
-    # A results file that was moved is the same measurement.
-    said = {name: value for name, value in event.items() if name != "output"}
-    return any(all(name in one and one[name] == value for name, value in said.items()) for one in known)
+    """Return whether the run's events already contain a score, ignoring the path of its results file."""
+    fields = {name: value for name, value in event.items() if name != "output"}
+    return any(fields.items() <= other.items() for other in known)
 
 
 EVENTS = "events.jsonl"
 
 
 class EventLog:
-    """Appends events to a run's `events.jsonl`; a null log (path None) drops them.
+    """Appends events to `events.jsonl`; with `path=None` it drops them.
 
     Args:
         path: the file.
-        listener: is told every event that is written, as it stands in the file; must not raise.
+        listener: called with each written event; must not raise.
     """
 
     def __init__(self, path: Path | None, listener: Callable[[dict[str, Any]], None] | None = None) -> None:
         self._file = None
         self._listener = listener
-        self._turn = threading.RLock()  # a signal is answered from another thread
+        self._turn = threading.RLock()  # signal handlers write from another thread
         if path is not None:
             with disk_errors(path):
-                # A torn line stays in the file as it is: readers pass over it, and bytes are never taken
-                # back.
+                # Keep an incomplete last line: readers skip it, and the log never deletes bytes.
                 _end_last_line(path)
                 self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (open for the life of the run)
 
     @property
     def is_open(self) -> bool:
-        """Whether events are written, not dropped."""
+        """Whether the log writes events instead of dropping them."""
         return self._file is not None
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one event; the line reaches the operating system before this returns.
+        """Append an event and hand its line to the operating system.
 
         Raises:
             UserError: the disk is full.
@@ -95,12 +93,12 @@ class EventLog:
                 return
             record = {"event": event, "time_s": time.time(), **_finite(fields)}
             with disk_errors(Path(self._file.name)):
-                # json writes a float by repr, the shortest text that reads back to the same bits.
+                # json formats floats by repr, the shortest text with the same bits.
                 line = json.dumps(record, ensure_ascii=False)
-                # A name that is no UTF-8 holds halves of characters, which only an escape can write.
+                # File names outside UTF-8 contain lone surrogates, which need ASCII escapes.
                 self._file.write((line if _SURROGATE.search(line) is None else json.dumps(record)) + "\n")
-                # Flush, not fsync: a killed process loses nothing, and a step does not wait for the disk.
-                # `close` syncs.
+                # Flush, not fsync: a killed process loses nothing, and steps do not wait for the
+                # disk. `close` syncs.
                 self._file.flush()
             if self._listener is not None:
                 self._listener(record)
@@ -115,7 +113,7 @@ class EventLog:
 
 
 def _finite(value: Any) -> Any:
-    """Spell NaN and infinities as strings: bare `NaN` is not JSON and breaks other readers."""
+    """Replace NaN and infinities by strings, because bare `NaN` is invalid JSON."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
@@ -126,18 +124,17 @@ def _finite(value: Any) -> Any:
 
 
 def _end_last_line(path: Path) -> None:
-    """Close a line that a killed process left unfinished, so that the next event starts on its own line."""
+    """Terminate the incomplete last line of a killed process, so that the next event starts on a new line."""
     if path.exists() and path.stat().st_size:
         with open(path, "rb+") as f:
-            # One byte is read, however long the file has become.
+            # Read only the last byte; the file may be long.
             f.seek(-1, os.SEEK_END)
             if f.read(1) != b"\n":
                 f.write(b"\n")
 
 
 def read_events(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield a run's events in order; lines that a killed process left unfinished, and those of a step that
-    is no whole number, are passed over; an event may belong to no step."""
+    """Yield a run's events in order; skip incomplete lines and events with an invalid `step`."""
     if not Path(path).exists():
         return
     with open(path, "rb") as f:
@@ -147,10 +144,10 @@ def read_events(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def parse_event(line: bytes) -> dict[str, Any] | None:
-    """Return the event of a line, without fields of a wrong type; None of a line that is no event."""
+    """Parse a line as an event without its invalid fields; return None for other lines."""
     try:
         record = json.loads(line.decode(errors="replace"))
-    # RecursionError: a hostile line of many brackets, which json cannot parse.
+    # RecursionError: deeply nested brackets
     except (ValueError, RecursionError):
         return None
     if not isinstance(record, dict) or not isinstance(record.get("event"), str):
@@ -161,7 +158,7 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
 
 
 MAX_NUMBER, MAX_TIME_S = 1e100, 1e11
-"""Larger numbers are damage: their squares overflow, and no calendar has the year of such a time."""
+"""Limits for plausible values: squares of larger numbers overflow, larger times have no calendar date."""
 
 
 def _is_number(value: Any) -> bool:
@@ -176,7 +173,7 @@ class _Number:
     high: float = MAX_NUMBER
 
     def check(self, value: Any) -> Any:
-        """Return the number; None: the value is none, or out of range."""
+        """Return a number within the bounds, else None."""
         is_sound = _is_number(value) and (isinstance(value, str) or self.low <= value <= self.high)
         return value if is_sound else None
 
@@ -191,33 +188,34 @@ class _Whole:
 @dataclass(frozen=True)
 class _Pair:
     def check(self, value: Any) -> Any:
-        """Return the two ends of an interval."""
+        """Return an interval as [low, high], else None."""
         return value if isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)) else None
 
 
 @dataclass(frozen=True)
 class _List:
-    """A list; items of another type are left out."""
+    """A list; `check` drops invalid items."""
 
     item: Any
 
     def check(self, value: Any) -> Any:
         if not isinstance(value, list):
             return None
-        return [found for item in value if (found := self.item.check(item)) is not None]
+        checked = [self.item.check(item) for item in value]
+        return [item for item in checked if item is not None]
 
 
 @dataclass(frozen=True)
 class _Mapping:
-    """Any names, each with a value of one type; other values are left out."""
+    """A dict with values of one type; `check` drops invalid values."""
 
     item: Any
 
     def check(self, value: Any) -> Any:
         if not isinstance(value, dict):
             return None
-        checked = ((name, self.item.check(found)) for name, found in value.items())
-        return {name: found for name, found in checked if found is not None}
+        checked = ((name, self.item.check(field_value)) for name, field_value in value.items())
+        return {name: field_value for name, field_value in checked if field_value is not None}
 
 
 @dataclass(frozen=True)
@@ -228,21 +226,21 @@ class _Any:
 
 @dataclass(frozen=True)
 class _Shape:
-    """Named fields; a field of a wrong type is left out, all others stay."""
+    """A dict with typed fields; `check` drops fields of wrong types."""
 
     fields: Mapping[str, Any]
     needs: tuple[str, ...] = ()
-    """Fields without which there is no value."""
+    """Required fields."""
 
     def check(self, value: Any) -> Any:
         if not isinstance(value, dict):
             return None
-        found = {}
+        sound = {}
         for name, item in value.items():
             checked = self.fields[name].check(item) if name in self.fields and item is not None else item
             if checked is not None or item is None:
-                found[name] = checked
-        return found if all(found.get(name) is not None for name in self.needs) else None
+                sound[name] = checked
+        return sound if all(sound.get(name) is not None for name in self.needs) else None
 
 
 _N, _COUNT, _NUMBERS = _Number(), _Number(0, 1 << 62), _Mapping(_Number())
@@ -285,7 +283,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "conversion": {"checks": _List(_Mapping(_Any()))},
     "checkpoint": {"save_s": _N, "stall_s": _N},
 }
-"""Event -> the types of its fields that readers compute with or look into."""
+"""Event -> types of the fields that readers use in computations."""
 _OTHER = _Shape(_EVERY)
 _SHAPES = {event: _Shape(_EVERY | fields) for event, fields in _FIELDS.items()}
 
@@ -295,10 +293,10 @@ LONGEST_LINE_BYTES = 1 << 20
 
 
 class GrowingFile:
-    """Reads the whole lines of a file as it grows; one that was replaced or cut back is read from its start.
+    """Reads complete lines of a growing file; starts over when the file is replaced or truncated.
 
     Args:
-        path: the file; it may not be there yet, or any more.
+        path: the file, which may be missing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -307,13 +305,13 @@ class GrowingFile:
         self._rest = b""
         self._identity: tuple[int, int] | None = None
         self.generation = 0
-        """Counts how often it was begun from its start again."""
+        """Number of restarts from the beginning."""
 
     def lines(self, whole: bool = False) -> Iterator[bytes]:
-        """Yield the lines that are complete and new.
+        """Yield complete lines since the previous call.
 
         Args:
-            whole: also the last one, which has no end yet.
+            whole: also yield an unterminated last line.
         """
         try:
             with open(self._path, "rb") as f:
@@ -321,13 +319,13 @@ class GrowingFile:
                 f.seek(self._offset)
                 while block := f.read(READ_BYTES):
                     self._offset += len(block)
-                    # the last part has no line end yet: it waits for the next look
+                    # Keep the unterminated last part for the next call.
                     *complete, self._rest = (self._rest + block).split(b"\n")
                     yield from complete
-                    if len(self._rest) > LONGEST_LINE_BYTES:  # a file that is no text
+                    if len(self._rest) > LONGEST_LINE_BYTES:  # binary file
                         yield self._rest
                         self._rest = b""
-        except OSError:  # it was deleted, as an export's log is when the export is there
+        except OSError:  # deleted, like the log of a finished export
             return
         if whole and self._rest:
             rest, self._rest = self._rest, b""
@@ -341,13 +339,13 @@ class GrowingFile:
 
 
 def _is_step(step: Any) -> bool:
-    """Return whether a step is none, as of an evaluation of a folder, or a number that tables can hold."""
+    """Return whether a step is missing (evaluation of a folder) or fits into 64 bits."""
     return step is None or (isinstance(step, int) and abs(step) < 1 << 63)
 
 
 def final_steps(events: list[dict[str, Any]], event: str = "step") -> list[dict[str, Any]]:
-    """Return the events of one kind by step, ascending; of a step done again after a restart,
-    the last one counts."""
-    # Later entries of a dict replace earlier ones: the attempt that counts is the last one.
+    """Return events of one kind sorted by step; a step repeated after a restart appears once, with
+    its last event."""
+    # Later dict entries replace earlier ones.
     by_step = {e["step"]: e for e in events if e["event"] == event and e.get("step") is not None}
     return [by_step[s] for s in sorted(by_step)]

@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Parse and format numbers in event fields."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 
 
 def number(value: Any) -> float:
-    """Return an event's number as a float; absent and unreadable values are NaN ("nan",
-    "inf" are spelt as text)."""
+    """Convert an event field to float; missing and invalid values give NaN. Accepts "nan" and "inf"."""
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError):
@@ -17,17 +16,17 @@ def number(value: Any) -> float:
 
 
 def whole_number(value: Any) -> int:
-    """Return an event's whole number; 0: it is absent or unreadable."""
-    found = number(value)
-    return int(found) if math.isfinite(found) else 0
+    """Convert an event field to int; missing and invalid values give 0."""
+    parsed = number(value)
+    return int(parsed) if math.isfinite(parsed) else 0
 
 
 Form = str | Callable[[float], str]
-"""A format specification, or a function that formats a number."""
+"""A format specification or a function that formats a float."""
 
 
 def of_field(name: str, form: Form = "", none: str | None = None) -> Callable[[Mapping[str, Any]], str]:
-    """Return a function that formats a field of an event; `none` is its result if the field is absent."""
+    """Return a function that formats field `name` of an event, or returns `none` if the field is missing."""
     def cell(event: Mapping[str, Any]) -> str:
         value = event.get(name)
         if value is None and none is not None:

@@ -1,6 +1,6 @@
-"""What a run's events tell of its past: its attempts and how each ended, how long steps took, its incidents.
+"""Attempts, step times and incidents of a run, computed from its events.
 
-Light on purpose: `status` and `--help` load it, so it does not read or write files.
+`status` and `--help` import this module: it must import quickly and access no files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ COMPLETE = "complete"
 
 @dataclass
 class Attempt:
-    """One start of the run's processes, from its `run_start` to the next one or the end."""
+    """One start of the run's processes: the events from `run_start` to the next `run_start`."""
 
     start: dict[str, Any]
     """The `run_start` event."""
@@ -29,34 +29,32 @@ class Attempt:
     last_step: int | None = None
     last_time_s: float = 0.0
     stopping: str = ""
-    """What it still finishes since it was asked to stop; empty: nobody asked."""
+    """Text of the `stopping` event: work that continues after a stop request. Empty without request."""
 
     def wall_s(self) -> float:
-        """Return the seconds from this attempt's start to its end, or to its last event
-        where it did not end."""
+        """Return the seconds from start to end, or to the last event of an unfinished attempt."""
         return max(0.0, self.last_time_s - number(self.start.get("time_s")))
 
 
 class Attempts:
-    """Collects the attempts of one run, event by event, in order."""
+    """Collects a run's attempts from its events in order."""
 
     def __init__(self) -> None:
         self.all: list[Attempt] = []
         self._resume_reason = ""
 
     def add(self, event: dict[str, Any]) -> None:
-        """Take one event in; one that comes after an attempt's end (a conversion,
-        days later) belongs to none."""
-        # `resume` may come before the `run_start` that it explains, or after it; both are taken.
+        """Process one event; events after an attempt's end (a later conversion) change nothing."""
+        # `resume` may precede or follow its `run_start`.
         kind, last = event["event"], self.all[-1] if self.all else None
         if kind == "run_start":
             self.all.append(last := Attempt(event, resume_reason=self._resume_reason))
             self._resume_reason = ""
-        # The attempt before has made steps, so this reason belongs to the next start.
+        # If the last attempt has made steps, the reason belongs to the next start.
         elif kind == "resume" and (last is None or last.last_step is not None):
             self._resume_reason = str(event.get("reason") or "")
             return
-        # Ended attempts take nothing more in: a conversion days later must not lengthen them.
+        # A conversion days later must not lengthen a finished attempt.
         if last is None or last.outcome != UNFINISHED:
             return
         last.last_time_s = number(event.get("time_s"))
@@ -79,43 +77,42 @@ class Attempts:
 
 
 MAX_WARM_UP_STEPS, WARM_UP_SHARE = 10, 0.2
-"""Of a start's first steps so many, and no larger share, are left out: they compile, fill caches, and open
-connections."""
+"""Warm-up steps to ignore after a start (compilation, caches, connections): a number and a maximum share."""
 
 
 @dataclass
 class MeasuredStretch:
-    """Steps of one phase, batch size and start of the processes."""
+    """Timed steps with the same phase, batch size and process start."""
 
     start: dict[str, Any]
     """The `run_start` event."""
     phase: str
     seq_len: int
-    """Tokens of a sample."""
+    """Tokens per sample."""
     global_batch_size: int
-    """Samples of a step."""
+    """Samples per step."""
     first_step: int = 0
-    """1-based; the first on record."""
+    """First recorded step, 1-based."""
     last_step: int = 0
     times_s: array[float] = field(default_factory=lambda: array("d"))
-    """Seconds of each step on record."""
+    """Seconds per recorded step."""
     follows: bool = False
-    """Whether the start had done steps before it, and was warm."""
+    """Whether the processes had already made steps in an earlier phase and were warm."""
 
     def warm_times_s(self) -> list[float]:
-        """Return the seconds of its steps, without those in which the start had to warm up."""
-        sound = [t for t in self.times_s if math.isfinite(t) and t > 0]
-        left_out = 0 if self.follows else min(MAX_WARM_UP_STEPS, int(WARM_UP_SHARE * len(sound)))
-        return sound[left_out:]
+        """Return step times in seconds without warm-up steps."""
+        sound = [seconds for seconds in self.times_s if math.isfinite(seconds) and seconds > 0]
+        num_warm_up = 0 if self.follows else min(MAX_WARM_UP_STEPS, int(WARM_UP_SHARE * len(sound)))
+        return sound[num_warm_up:]
 
     def typical_s(self) -> float:
-        """Return the median of a step's seconds, which no stall moves; NaN without steps."""
+        """Return the median step time in seconds, robust against stalls; NaN without steps."""
         times_s = self.warm_times_s()
         return statistics.median(times_s) if times_s else math.nan
 
 
 class Stretches:
-    """Collects the stretches of one run, event by event, in order."""
+    """Collects a run's stretches from its events in order."""
 
     def __init__(self) -> None:
         self.all: list[MeasuredStretch] = []
@@ -124,8 +121,8 @@ class Stretches:
         self._last: dict[str, Any] | None = None
 
     def add(self, event: dict[str, Any]) -> None:
-        """Take one event in; others than starts, phases and steps are passed over."""
-        # Phases of an earlier start are forgotten: its layout, and so its speed, may have been another one.
+        """Process a `run_start`, `phase` or `step` event; ignore others."""
+        # A new start may use another layout, hence another speed: drop earlier phases.
         if event["event"] == "run_start":
             self._start, self._entries, self._last = event, [], None
         elif event["event"] == "phase" and self._start is not None:
@@ -134,17 +131,17 @@ class Stretches:
             self._add_step(self._start, whole_number(event["step"]), number(event.get("step_time_s")))
 
     def _add_step(self, start: dict[str, Any], step: int, seconds: float) -> None:
-        # Steps are 1-based and a phase names the 0-based step from which it holds.
-        i = bisect.bisect_right(self._entries, step - 1, key=lambda entry: entry[0]) - 1
+        # Steps are 1-based; a phase event names its 0-based first step.
+        i = bisect.bisect_right(self._entries, step - 1, key=lambda phase: phase[0]) - 1
         if i < 0:
-            return  # the ledger's events are from its first step on: this is no event of ours
-        entry = self._entries[i][1]
-        # By identity: two phases may have equal fields and are still two stretches.
-        if entry is not self._last:
-            follows, self._last = self._last is not None, entry
+            return  # no phase covers the step: the event comes from another program
+        phase = self._entries[i][1]
+        # Compare by identity: two phases with equal fields remain two stretches.
+        if phase is not self._last:
+            follows, self._last = self._last is not None, phase
             self.all.append(MeasuredStretch(
-                start, str(entry.get("name") or ""), whole_number(entry.get("seq_len")),
-                whole_number(entry.get("global_batch_size")), step, follows=follows))
+                start, str(phase.get("name") or ""), whole_number(phase.get("seq_len")),
+                whole_number(phase.get("global_batch_size")), step, follows=follows))
         stretch = self.all[-1]
         stretch.last_step = step
         stretch.times_s.append(seconds)
@@ -154,19 +151,18 @@ KINDS = {"skip": "step not learned", "attribution": "why it was not learned",
          "rollback": "weights taken back", "restart": "started again",
          "hang": "hang", "sdc": "silent corruption", "alarm": "alarm", "fault": "fault on purpose",
          "damaged_checkpoint": "damaged checkpoint", "failure": "ended by an error"}
-"""Event -> what people call it."""
+"""Incident event -> name in reports."""
 BY_SETTING, NO_GRADIENT = PASSED_OVER = ("data.skip_steps", "no advantages and no other gradient")
-"""Reasons of skipped steps that are no incidents: the settings name the step; it is of a round of
-reinforcement learning and would change no weight."""
+"""Skip reasons that count as no incident: named in the settings, or an RL round without any gradient."""
 
 
 def is_incident(event: dict[str, Any]) -> bool:
-    """Return whether an event tells of an incident; a step that is passed over is none."""
+    """Return whether an event reports an incident; intentionally skipped steps do not count."""
     return event["event"] in KINDS and event.get("reason") not in PASSED_OVER
 
 
 def describe(event: dict[str, Any]) -> str:
-    """Return an incident in words."""
+    """Format an incident event as text."""
     kind = event["event"]
     if kind == "skip":
         ranks = event.get("ranks") or []
@@ -185,15 +181,15 @@ def describe(event: dict[str, Any]) -> str:
 
 TOLD = {"run_start": "the run starts from step {resumed_from}, with {num_ranks} rank(s)",
         "stop": "the run stops: {reason}", "run_end": "the run is complete"}
-"""Event -> how it is told where it has no `text` of its own and is no incident."""
+"""Event -> text for events without a `text` field."""
 
 
 def tell(event: dict[str, Any]) -> str | None:
-    """Return what an event says to people; None of most, which are for programs."""
+    """Format an event for people, or return None for events that only programs read."""
     kind = event["event"]
-    words = describe(event) if is_incident(event) else event.get("text") or event.get("error")
-    if words is not None:
-        return f"{KINDS.get(kind, kind)}: {words}"
-    # an event may lack some of these, and a line of a log must not fail for that
-    known = {"reason": "no reason given", "num_ranks": "?", "resumed_from": 0, **event}
-    return TOLD[kind].format_map(known) if kind in TOLD else None
+    text = describe(event) if is_incident(event) else event.get("text") or event.get("error")
+    if text is not None:
+        return f"{KINDS.get(kind, kind)}: {text}"
+    # Old events may lack fields, and formatting a log line must not fail.
+    fields = {"reason": "no reason given", "num_ranks": "?", "resumed_from": 0, **event}
+    return TOLD[kind].format_map(fields) if kind in TOLD else None

@@ -1,4 +1,4 @@
-"""Figures of how tokens spread over experts; the trainer raises alarms by them, and the report shows them."""
+"""Load statistics of MoE experts, for the trainer's alarms and for reports."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import numpy as np
 import numpy.typing as npt
 
 Counts = npt.NDArray[np.float64]
-"""Tokens (or shares of tokens) of each expert, shape [layers, experts]; every layer has some."""
+"""Tokens or token shares per expert, shape [layers, experts]."""
 
 
 def max_violation(load: Counts) -> npt.NDArray[np.float64]:
-    """Return MaxVio of each layer (arXiv 2408.15664): the load of the busiest expert over the fair load,
-    less 1; 0 is balance."""
+    """Return MaxVio per layer (arXiv 2408.15664): maximum expert load / mean load - 1; 0 means balance."""
     return np.asarray(load.max(axis=1) / load.mean(axis=1) - 1)
 
 
 def load_entropy(load: Counts) -> npt.NDArray[np.float64]:
-    """Return each layer's entropy of the load over ``ln(experts)``: 1 is an even load,
-    0 all tokens at one expert."""
+    """Return the load entropy per layer divided by ``ln(experts)``: 1 for uniform load, 0 for
+    a single expert."""
     if load.shape[1] < 2:
         return np.ones(len(load))
     share = load / load.sum(axis=1, keepdims=True)
@@ -26,5 +25,5 @@ def load_entropy(load: Counts) -> npt.NDArray[np.float64]:
 
 
 def num_dead(load: Counts) -> npt.NDArray[np.int64]:
-    """Return the experts of each layer that got no token."""
+    """Return the number of experts without tokens, per layer."""
     return np.asarray((load == 0).sum(axis=1), dtype=np.int64)

@@ -1,5 +1,6 @@
-"""Trackers of a run: TensorBoard, Weights & Biases.  They watch it and never end it: events.jsonl
-holds everything anyway.
+"""Send a run's metrics to TensorBoard and Weights & Biases; failures never stop training.
+
+`events.jsonl` contains the same data.
 """
 
 from __future__ import annotations
@@ -20,27 +21,28 @@ from megatron_sov.model.config import ObsConfig
 from megatron_sov.runs.obs.validation import COLUMNS, RESPONSES, VALIDATION, curves_of, table_of
 
 WANDB_ID = "wandb-id"
-"""File in the run folder with the Weights & Biases run, so that a resumed run goes on in the same one."""
+"""File in the run folder with the Weights & Biases run id, so that a resumed run continues
+the same curves."""
 _PASSWORD = re.compile(r"//[^/\s]*@")
 
 
 class Tracker(Protocol):
-    """One place where a run's numbers go."""
+    """A destination for a run's metrics."""
 
     name: str
 
     def log_step(self, step: int, values: dict[str, float]) -> None:
-        """Send the values of one optimizer step."""
+        """Send the metrics of one optimizer step."""
 
     def log_table(self, step: int, name: str, rows: Sequence[Sequence[Any]]) -> None:
-        """Send samples of responses, by `COLUMNS`."""
+        """Send a table of sampled responses with columns `COLUMNS`."""
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send pending data."""
 
 
 class _TensorBoard:
-    """Scalars in TensorBoard's own files, without TensorFlow or torch."""
+    """TensorBoard event files, written without TensorFlow or torch."""
 
     name = "TensorBoard"
 
@@ -56,12 +58,12 @@ class _TensorBoard:
 
     def log_table(self, step: int, name: str, rows: Sequence[Sequence[Any]]) -> None:
         if self._samples is None:
-            # in a folder of its own: of two files in one TensorBoard reads the newer alone
+            # TensorBoard reads only the newest event file in a folder, so samples need their own folder.
             files = _require("tensorboard.summary.writer.event_file_writer", "obs.tensorboard", "tensorboard")
             self._samples = files.EventFileWriter(str(self._folder / "samples"))
         texts = _require("tensorboard.plugins.text.summary_v2", "obs.tensorboard", "tensorboard")
         event = _require("tensorboard.compat.proto.event_pb2", "obs.tensorboard", "tensorboard")
-        # texts are Markdown to TensorBoard: as code they stand as they are
+        # TensorBoard renders Markdown; indent the text so that it appears verbatim.
         cells = [COLUMNS, *([f"    {_text(cell)}".replace("\n", "\n    ") for cell in row] for row in rows)]
         self._samples.add_event(event.Event(step=step, wall_time=time.time(), summary=texts.text_pb(
             f"samples/{name}", np.array(cells, dtype=object))))
@@ -73,7 +75,7 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """A Weights & Biases run, online or offline as WANDB_MODE says."""
+    """A Weights & Biases run, online or offline according to WANDB_MODE."""
 
     name = "Weights & Biases"
 
@@ -86,8 +88,7 @@ class _Wandb:
         self._run = wandb.init(project=project, id=run_id, resume="allow", dir=str(run_dir),
                                name=run_dir.resolve().name, config=run_config_dict,
                                settings=wandb.Settings(silent=True))
-        # wandb's own step may only grow; a run that went back to a checkpoint does steps again,
-        # so the step is a value.
+        # wandb's own step only grows, but a rolled-back run repeats steps: log the step as a value.
         self._run.define_metric("*", step_metric="step")
 
     def log_step(self, step: int, values: dict[str, float]) -> None:
@@ -99,7 +100,7 @@ class _Wandb:
         self._run.log({"step": step, f"samples/{name}": table})
 
     def close(self) -> None:
-        # online this waits until everything is sent
+        # Online, this waits for the upload.
         self._run.finish()
 
 
@@ -116,15 +117,14 @@ def _require(module: str, setting: str, package: str, extra: str = "trackers") -
 
 
 class Trackers:
-    """The trackers that the settings ask for; one that fails is reported once on standard error and dropped.
+    """Active trackers from the settings. A failing tracker is reported once on standard error and dropped.
 
-    Only one process of a run may create this.
+    Create this in one process per run.
 
     Args:
-        config: which trackers.
-        run_dir: the run folder; TensorBoard files go to its `tensorboard/`,
-            wandb's own files to its `wandb/`.
-        run_config_dict: the resolved settings, shown beside the curves.
+        config: enabled trackers.
+        run_dir: the run folder; TensorBoard writes to `tensorboard/`, wandb to `wandb/`.
+        run_config_dict: resolved settings, displayed next to the curves.
 
     Raises:
         UserError: a tracker's package is not installed.
@@ -138,11 +138,11 @@ class Trackers:
             self._start(_Wandb.name, lambda: _Wandb(run_dir, config.wandb_project, run_config_dict))
 
     def log_step(self, step: int, values: dict[str, float]) -> None:
-        """Send the values of one optimizer step, e.g. ``{"loss": 2.1, "learning_rate": 1e-4}``."""
+        """Send the metrics of one optimizer step, e.g. ``{"loss": 2.1, "learning_rate": 1e-4}``."""
         self._each(lambda tracker: tracker.log_step(step, values))
 
     def observe(self, event: dict[str, Any]) -> None:
-        """Send what an event of reinforcement learning says: a validation, or samples of responses."""
+        """Send the content of an RL event: validation metrics, or a table of sampled responses."""
         if event["event"] == VALIDATION:
             self.log_step(event["step"], {f"{VALIDATION}/{name}": value
                                           for name, value in curves_of(event).items()})
@@ -150,7 +150,7 @@ class Trackers:
             self._each(lambda tracker: tracker.log_table(event["step"], event["of"], table_of(event)))
 
     def close(self) -> None:
-        """Send what is left and end every tracker."""
+        """Send pending data and close all trackers."""
         self._each(lambda tracker: tracker.close())
         self._active = []
 
@@ -159,18 +159,18 @@ class Trackers:
             self._active.append(create())
         except UserError:
             raise
-        except Exception as e:  # a tracker without network or login must not cost a requeued run its place
+        except Exception as e:  # a missing network or login must not stop a requeued run
             _warn(name, e)
 
     def _each(self, action: Callable[[Tracker], None]) -> None:
         for tracker in list(self._active):
             try:
                 action(tracker)
-            except Exception as e:  # whatever a tracker's library raises, the run goes on
+            except Exception as e:  # tracker libraries may raise anything
                 self._active.remove(tracker)
                 _warn(tracker.name, e)
 
 
 def _warn(name: str, error: Exception) -> None:
-    told = _PASSWORD.sub("//...@", f"{type(error).__name__}: {error}")  # an address may hold a password
-    warn(f"{name} failed ({told}); the run goes on without it")
+    message = _PASSWORD.sub("//...@", f"{type(error).__name__}: {error}")  # URLs may contain passwords
+    warn(f"{name} failed ({message}); the run continues without it")

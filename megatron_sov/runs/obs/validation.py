@@ -1,5 +1,5 @@
-"""Events that say how a policy of reinforcement learning answers: a validation on held-out prompts as curves,
-and samples of responses as a table; what trackers and reports show of them.  No torch here."""
+"""RL events for trackers and reports: validation metrics as curves, sampled responses as tables.
+No torch here."""
 
 from __future__ import annotations
 
@@ -11,31 +11,32 @@ from typing import Any
 from megatron_sov.runs.obs.figures import number
 
 VALIDATION, RESPONSES = "validation", "responses"
-"""Events."""
+"""Event names."""
 OF_ROUND = "round"
-"""Field `of` of samples that were trained; those of a validation have its event's name."""
+"""Value of field `of` for training samples; validation samples have `validation`."""
 COLUMNS = ("prompt", "response", "reward", "components", "tokens", "ended")
-"""Of a table of samples."""
+"""Columns of a table of sampled responses."""
 
 
 def curves_of(event: Mapping[str, Any]) -> dict[str, float]:
-    """Return the figures of a validation that are numbers, by the names of their curves."""
-    found = {name: number(event.get(name)) for name in ("reward", "response_tokens", "truncated")}
-    found |= {f"pass_at_{k}": value for k, value in pass_at(event).items()}
-    found |= {f"component/{name}": number(value) for name, value in _mapping(event, "components").items()}
+    """Return curve name -> finite value for a validation event."""
+    curves = {name: number(event.get(name)) for name in ("reward", "response_tokens", "truncated")}
+    curves |= {f"pass_at_{k}": value for k, value in pass_at(event).items()}
+    curves |= {f"component/{name}": number(value) for name, value in _mapping(event, "components").items()}
     for domain, figures in _mapping(event, "domains").items():
-        found[f"domain/{domain}/reward"] = number(figures.get("reward"))
-        found |= {f"domain/{domain}/pass_at_{k}": value for k, value in pass_at(figures).items()}
-    return {name: value for name, value in found.items() if math.isfinite(value)}
+        curves[f"domain/{domain}/reward"] = number(figures.get("reward"))
+        curves |= {f"domain/{domain}/pass_at_{k}": value for k, value in pass_at(figures).items()}
+    return {name: value for name, value in curves.items() if math.isfinite(value)}
 
 
 def pass_at(figures: Mapping[str, Any]) -> dict[int, float]:
-    """Return k -> pass@k of a validation, or of a domain of it."""
-    return {int(number(one.get("k"))): number(one.get("value")) for one in figures.get("pass_at_k") or []}
+    """Return k -> pass@k for a validation event or one of its domains."""
+    estimates = figures.get("pass_at_k") or []
+    return {int(number(estimate.get("k"))): number(estimate.get("value")) for estimate in estimates}
 
 
 def told_validation(figures: Mapping[str, Any]) -> str:
-    """Return a validation in a few words."""
+    """Format a validation event as a short text."""
     reward = figures.get("reward")
     shares = pass_at(figures)
     parts = ["no response has a reward" if reward is None else f"held-out reward {reward:.4g}",
@@ -46,12 +47,12 @@ def told_validation(figures: Mapping[str, Any]) -> str:
 
 
 def table_of(event: Mapping[str, Any]) -> list[list[Any]]:
-    """Return the rows of a table of samples, by `COLUMNS`."""
+    """Return table rows with columns `COLUMNS` from an event's sampled responses."""
     return [[str(row.get("prompt") or ""), str(row.get("response") or ""), row.get("reward"),
              json.dumps(row.get("components") or {}, ensure_ascii=False), row.get("tokens"),
              str(row.get("ended") or "")] for row in event.get("rows") or []]
 
 
 def _mapping(event: Mapping[str, Any], name: str) -> dict[str, Any]:
-    found = event.get(name)
-    return dict(found) if isinstance(found, Mapping) else {}
+    value = event.get(name)
+    return dict(value) if isinstance(value, Mapping) else {}

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.base.figures import format_count, format_value
 from megatron_sov.model import recipes
 from megatron_sov.model.config import RunConfig
@@ -95,7 +95,8 @@ def _refuse_small_vocabulary(config: RunConfig, sources: Sequence[Source]) -> No
         folder = next(source.artifact for source in sources if source.vocab_size == size)
         raise UserError(f"{folder}: its tokenizer has {size:,} ids, model.vocab_size = {rows:,}: recipe "
                         f"{config.recipe} is for another tokenizer; pack the data with that one, or pass "
-                        f"--set model.vocab_size={size} to train from scratch with this one")
+                        f"--set model.vocab_size={size} to train from scratch with this one",
+                        Fix(options=("--set", f"model.vocab_size={size}")))
 
 
 def count_tokens(config: RunConfig) -> float:
@@ -116,7 +117,7 @@ def _refuse_many_epochs(config: RunConfig, sources: Sequence[Source]) -> None:
     raise UserError(f"train.steps = {config.num_steps():,}: reads the {format_count(tokens)} tokens of the "
                     f"data in {epochs:,.0f} epochs, and the limit is {limit:g}; set train.epochs to what you "
                     "want, add data, or allow the epochs by --set "
-                    f"data.max_epochs={math.ceil(epochs)}")
+                    f"data.max_epochs={math.ceil(epochs)}", Fix(options=("--set", "train.epochs=1")))
 
 
 def _refuse_many_passes(config: RunConfig, num_prompts: int, said: Collection[str]) -> None:
@@ -126,7 +127,8 @@ def _refuse_many_passes(config: RunConfig, num_prompts: int, said: Collection[st
     if config.data.max_epochs and passes > limit and not {"rollout.rounds", "train.epochs"} & set(said):
         raise UserError(f"rollout.rounds = {rollout.rounds:,}: draw each of {num_prompts:,} prompts "
                         f"{passes:,.0f} times, and the limit is {limit:g}; add prompts, or set "
-                        "rollout.rounds or train.epochs to what you want")
+                        "rollout.rounds or train.epochs to what you want",
+                        Fix(options=("--set", "train.epochs=1")))
 
 
 def _refuse_days(config: RunConfig, count: int) -> None:
@@ -134,7 +136,8 @@ def _refuse_days(config: RunConfig, count: int) -> None:
     if config.train.max_hours and hours > config.train.max_hours:
         raise UserError(f"train.steps = {config.num_steps():,}: take at least {format_value(hours / 24, 3)} "
                         f"days on this machine, and train.max_hours = {config.train.max_hours:g}; make the "
-                        f"run shorter, or allow it by --set train.max_hours={math.ceil(hours)}")
+                        f"run shorter, or allow it by --set train.max_hours={math.ceil(hours)}",
+                        Fix(options=("--set", f"train.max_hours={math.ceil(hours)}")))
 
 
 def least_hours(config: RunConfig, count: int) -> float:

@@ -15,15 +15,16 @@ import json
 import re
 import shlex
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from megatron_sov.base.artifacts import MANIFEST, atomic_write, disk_errors, to_json
+from megatron_sov.base.artifacts import MANIFEST, atomic_write, disk_errors, read_manifest, to_json
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.documents import BadRecord, RecordReading, plan_units, read_span
 from megatron_sov.base.documents.reading import place
-from megatron_sov.base.errors import UserError, warn
+from megatron_sov.base.errors import Fix, UserError, warn
 from megatron_sov.model.config import weighted_path
 from megatron_sov.model.config.data import named_shards
 from megatron_sov.runs.folder import DATA, TOKENIZER, RunFolder, record_command
@@ -34,11 +35,12 @@ from megatron_sov.work.progress.locks import in_turn
 
 HELDOUT_SHARE = 0.02
 """Expected share of a file's documents that measure the held-out loss, chosen by the hash of their text."""
-LEARNED_BY = {"a preference": "is a pair of responses; `megatron-sov prefer` learns from pairs",
-              "a chat": "is a chat, and this command learns from pairs with 'chosen' and 'rejected'; "
-                        "`megatron-sov sft` learns from chats",
-              "plain text": "is plain text, which has no responses; `megatron-sov pretrain` learns from text"}
-"""What a record is, as `sov-data pack` calls it -> what it is and which command learns from it."""
+LEARNED_BY = {"a preference": ("prefer", "is a pair of responses; `megatron-sov prefer` learns from pairs"),
+              "a chat": ("sft", "is a chat, and this command learns from pairs with 'chosen' and 'rejected'; "
+                                "`megatron-sov sft` learns from chats"),
+              "plain text": ("pretrain", "is plain text, which has no responses; `megatron-sov pretrain` "
+                                         "learns from text")}
+"""What a record is, as `sov-data pack` calls it -> the command that learns from it, and what it is."""
 OTHER_FILES = {
     ".csv .tsv .xlsx": "is a table; save its rows as JSON lines, e.g. pandas.read_csv(FILE).to_json(OUT, "
                        "orient='records', lines=True)",
@@ -85,13 +87,15 @@ class DataFile:
         return _read_record(shards) if (shards / MANIFEST).is_file() else {}
 
 
-def find_files(data: Sequence[str], run: Path, formats: Sequence[str]) -> list[DataFile]:
+def find_files(data: Sequence[str], run: Path, formats: Sequence[str],
+               tokenizer: Path | None = None) -> list[DataFile]:
     """Return the arguments of --data that name a file, or a file, deleted since, that `run` has packed.
 
     Args:
         data: arguments of --data.
         run: folder of the run.
         formats: that the command learns from.
+        tokenizer: folder of the model's tokenizer, for proposed commands; None: not known.
 
     Raises:
         UserError: two of them have the same name, a weight is not a number, or the first record of a file has
@@ -111,13 +115,13 @@ def find_files(data: Sequence[str], run: Path, formats: Sequence[str]) -> list[D
             continue
         suffix = named.file.suffix.lower()
         if said := next((text for names, text in OTHER_FILES.items() if suffix in names.split()), ""):
-            raise UserError(f"--data {argument}: {said}")
+            raise UserError(f"--data {argument}: {said}", _fix_table(named.file))
         if named.name in found:
             raise UserError(f"--data {argument}: has the name {named.name!r} of --data "
                             f"{found[named.name].argument}; name one of them, e.g. --data "
                             f"{shlex.quote(f'{named.name}2={typed}')}")
         found[named.name] = dataclasses.replace(
-            named, format=_format_of(named.file, formats) if named.file.exists() else "")
+            named, format=_format_of(named.file, formats, tokenizer) if named.file.exists() else "")
     return list(found.values())
 
 
@@ -263,7 +267,33 @@ def _read_record(folder: Path) -> dict[str, str]:
     return record if is_ours else {}
 
 
-def _format_of(file: Path, formats: Sequence[str]) -> str:
+def _fix_table(file: Path) -> Fix | None:
+    """Return the fix for a table of text: a command that writes it as Parquet; None: it is no such table."""
+    separator = {".csv": ",", ".tsv": "\t"}.get(file.suffix.lower())
+    if separator is None:
+        return None
+    target = str(file.with_suffix(".parquet"))
+    options = "" if separator == "," else f", parse_options=c.ParseOptions({separator!r})"
+    code = ("import pyarrow.csv as c, pyarrow.parquet as p; "
+            f"p.write_table(c.read_csv({str(file)!r}{options}), {target!r})")
+    return Fix(words={str(file): target}, before=(f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}",))
+
+
+def fix_by_packing(file: Path, tokenizer: Path, options: Sequence[str]) -> Fix:
+    """Return the commands that pack a file of --data, with options of `sov-data pack`, and the folder that
+    they write."""
+    commands = []
+    if not (tokenizer / MANIFEST).is_file() or read_manifest(tokenizer).kind != TOKENIZER:
+        imported = Path(f"{tokenizer.name}-tokenizer")
+        commands.append(["sov-tokenizer", "import", str(tokenizer), "--output", str(imported)])
+        tokenizer = imported
+    shards = f"{file.stem}-tokens"
+    commands.append(["sov-data", "pack", "--tokenizer", str(tokenizer), "--input", str(file), *options,
+                     "--output", shards])
+    return Fix(words={str(file): shards}, before=tuple(map(shlex.join, commands)))
+
+
+def _format_of(file: Path, formats: Sequence[str], tokenizer: Path | None) -> str:
     """Return the first of `formats` by which the first record of a file can be read.
 
     Raises:
@@ -279,8 +309,11 @@ def _format_of(file: Path, formats: Sequence[str]) -> str:
         faults.append(first)
     # not of another format
     fault = next((fault for fault in faults if fault.code != "fields"), faults[0])
-    other = next((text for kind, text in LEARNED_BY.items() if fault.reason.startswith(f"is {kind},")), "")
+    other = next((row for kind, row in LEARNED_BY.items() if fault.reason.startswith(f"is {kind},")), None)
     if other:
-        raise UserError(f"--data {place(file, fault, 0)}: {other}")
+        raise UserError(f"--data {place(file, fault, 0)}: {other[1]}", Fix(command=other[0]))
+    fix = None
+    if fault.options and tokenizer is not None and "FIELD" not in fault.options[-1]:
+        fix = fix_by_packing(file, tokenizer, ["--format", formats[0], *fault.options])
     raise UserError(f"--data {place(file, fault, 0)}: {fault.reason}; or pack it by hand (`sov-data pack "
-                    "--help`), and pass the folder")
+                    "--help`), and pass the folder", fix)

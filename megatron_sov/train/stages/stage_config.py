@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from megatron_sov.base.documents import KINDS
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.base.settings import AtLeastOne, Flag, SettingsError
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ModelConfig, RunConfig, data_paths, weighted_path
@@ -27,7 +27,8 @@ from megatron_sov.runs.folder import RunFolder, resumed_settings
 from megatron_sov.runs.gpu_driver import visible_gpus
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.guards.fault_injection import STATES, Fault, parse
-from megatron_sov.train.stages.packed_files import DataFile, FilePacking, find_files, warn_of_changed_files
+from megatron_sov.train.stages.packed_files import (
+    DataFile, FilePacking, find_files, fix_by_packing, warn_of_changed_files)
 from megatron_sov.train.stages.shared_copies import convert_start, find_copy
 
 if TYPE_CHECKING:
@@ -74,15 +75,17 @@ class StageOptions(TrainingOptions):
     """Check all that can be checked without processes, print what would be read, run and written, and do
     nothing."""
 
-    def model_settings(self, objective: BuiltIn | None) -> Callable[[], RunConfig] | None:
+    def model_settings(self, objective: BuiltIn | None, has_gpus: bool | None = None
+                       ) -> Callable[[], RunConfig] | None:
         """Return what gives the settings where no recipe is named: the model of --from; None: one has to be.
 
         Args:
             objective: what is learned; None: the stage needs a recipe's own settings.
+            has_gpus: whether the run has GPUs; None: those of this machine decide.
         """
         if self.start_from is None or objective is None or objective == "lm":
             return None
-        return partial(_settings_of_model, self.start_from, objective)
+        return partial(_settings_of_model, self.start_from, objective, has_gpus)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +183,8 @@ def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = 
             or another family.
     """
     # paths are checked before the model is opened, which takes seconds
+    if objective == "lm" and args.start_from is not None and args.recipe is None and not args.configs:
+        _propose_recipe(args.start_from)
     packing = _packing_of(args, objective)
     shards = data_paths([text for text in args.data if text not in packing.arguments])
     asked = training_request(args, objective, needs_data=needs_data, lengthens=lengthens,
@@ -203,6 +208,17 @@ def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = 
     return dataclasses.replace(asked, base=base)
 
 
+def _propose_recipe(start_from: Path) -> None:
+    """Raise `UserError` for a model that learns from text without RECIPE, with a recipe of its family."""
+    from megatron_sov import convert
+
+    start = find_start(start_from)
+    family = (convert.open_weights(start).model if is_hf_folder(start) else settings_of(start).model).family
+    if known := recipes.of_family(family):
+        raise UserError("RECIPE: is missing; steps, batches and learning rate come from a recipe of the "
+                        f"model's family, {family}: {', '.join(known)}", Fix(arguments=(known[-1],)))
+
+
 def _packing_of(args: StageOptions, objective: BuiltIn) -> FilePacking:
     """Return how the files of --data are packed: by the tokenizer of --from, or that of packed data.
 
@@ -212,10 +228,11 @@ def _packing_of(args: StageOptions, objective: BuiltIn) -> FilePacking:
     formats = [name for name in LEARNS_FROM[objective] if name in KINDS] or ["text"]
     if objective == "preference":  # chats can only be added to packed pairs
         formats = ["preference"]
-    files = find_files(args.data, args.run, formats)
+    files = find_files(args.data, args.run, formats, _tokenizer_hint(args.start_from))
     if objective == "sft" and len(files) == len(args.data) and {one.format for one in files} == {"text"}:
         raise UserError(f"--data {files[0].argument}: is plain text, which has no responses; `megatron-sov "
-                        "pretrain` learns from text, and chats have 'messages' or 'prompt' and 'completion'")
+                        "pretrain` learns from text, and chats have 'messages' or 'prompt' and 'completion'",
+                        Fix(command="pretrain"))
     tokenizer = Path()
     if files:
         tokenizer = _tokenizer_for(args, files[0])
@@ -233,7 +250,28 @@ def _tokenizer_for(args: StageOptions, first: DataFile) -> Path:
             return folder / "tokenizer"
     raise UserError(f"--data {first.argument}: is a file, and no --from names a model whose tokenizer could "
                     "pack it; make a tokenizer by `sov-tokenizer train`, pack by `sov-data pack --tokenizer "
-                    f"DIR --input {shlex.quote(str(first.file))} --output SHARDS`, and pass --data SHARDS")
+                    f"DIR --input {shlex.quote(str(first.file))} --output SHARDS`, and pass --data SHARDS",
+                    _fix_without_tokenizer(args.recipe, first))
+
+
+def _fix_without_tokenizer(recipe: str | None, first: DataFile) -> Fix | None:
+    """Return the commands that learn a tokenizer of the recipe's size from a file of --data, and pack it."""
+    if recipe not in recipes.names():
+        return None
+    size, name = recipes.get(recipe).model.vocab_size, f"{first.file.stem}-tokenizer"
+    fix = fix_by_packing(first.file, Path(name), ["--format", first.format])
+    learn = ["sov-tokenizer", "train", "--preset", "solar-open", "--vocab-size", str(size), "--input",
+             str(first.file), "--output", name]
+    pack = next(line for line in fix.before if line.startswith("sov-data")).replace(f"{name}-tokenizer", name)
+    return Fix(words=fix.words, before=(shlex.join(learn), pack))
+
+
+def _tokenizer_hint(start_from: Path | None) -> Path | None:
+    """Return the folder of the tokenizer of --from; None: it cannot be found yet."""
+    try:
+        return tokenizer_of(find_start(start_from)) if start_from is not None else None
+    except UserError:  # raised where --from is read
+        return None
 
 
 def request_with_model(args: RecipeOptions, start_from: Path, stage: Stage) -> RecipeRequest:
@@ -243,13 +281,14 @@ def request_with_model(args: RecipeOptions, start_from: Path, stage: Stage) -> R
     return dataclasses.replace(asked, base=dataclasses.replace(asked.base, objective=learned))
 
 
-def _settings_of_model(start_from: Path, stage: Stage) -> RunConfig:
-    """Return the settings of a stage that starts from a model."""
+def _settings_of_model(start_from: Path, stage: Stage, has_gpus: bool | None = None) -> RunConfig:
+    """Return the settings of a stage that starts from a model; `has_gpus`: see `StageOptions.model_settings`.
+    """
     start = find_start(start_from)
     if is_hf_folder(start):
         from megatron_sov import convert
 
-        on_gpu = bool(visible_gpus())
+        on_gpu = bool(visible_gpus()) if has_gpus is None else has_gpus
         return base_of_model(hub_name(start), convert.open_weights(start).model,
                              "bf16" if on_gpu else "fp32", stage)
     settings = settings_of(start)
@@ -278,7 +317,8 @@ def _model_of(start_from: Path, asked: RecipeRequest) -> ModelConfig:
     if model.family != family:
         known = ", ".join(recipes.of_family(model.family)) or "there is none: `megatron-sov recipes`"
         raise UserError(f"--from {start_from}: is a {model.family} model, recipe {asked.base.recipe} is for "
-                        f"{family}; leave RECIPE out: the model is that of --from (or choose of {known})")
+                        f"{family}; leave RECIPE out: the model is that of --from (or choose of {known})",
+                        Fix(left_out=(asked.base.recipe,)))
     return model
 
 
@@ -296,7 +336,10 @@ def refuse_many_converters(start: Path, run: Path) -> None:
     """Raise `UserError` where many processes would convert a Hugging Face folder at once."""
     if num_ranks(None) > 1 and is_hf_folder(start) and find_copy(start, run) is None:
         raise UserError(f"--from {start}: many processes would convert it at once; "
-                        "run `megatron-sov convert from-hf` before, and pass its output")
+                        "run `megatron-sov convert from-hf` before, and pass its output",
+                        Fix(words={str(start): f"{start.name}-checkpoint"},
+                            before=(f"megatron-sov convert from-hf {shlex.quote(str(start))} "
+                                    f"{shlex.quote(start.name)}-checkpoint",)))
 
 
 def tokenizer_of(start: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Slurm's client programs, asked from the login node."""
+"""Calls of Slurm's command-line programs from a login node."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ TIMEOUT_S = 60
 LIVING = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "STOPPED"}
 OF_A_JOB = ("SLURM_", "SBATCH_")
 THIS_JOB = '"${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"'
-"""Shell word that names the running job, or the one task of its array. The SLURM_JOB_ID of one task is also
-the number of the whole array, and `scontrol` and `squeue` then act on all tasks."""
+"""Shell word that names the running job, or the running task of an array. In a task SLURM_JOB_ID
+may equal the
+array's number, with which `scontrol` and `squeue` would act on all tasks."""
 WHERE_SLURM_IS = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SBATCH_CLUSTERS", "SLURM_JWT")
 
 
 def environment_outside_jobs() -> dict[str, str]:
-    """Return this process's environment without its place in a job, and without what would overrule a script.
+    """Return this process's environment without Slurm job variables, which would override a script.
 
-    sbatch takes SBATCH_ACCOUNT before the script's account; a shell inside an allocation has
-    SLURM_MEM_PER_CPU and the like, which a job inherits and its srun refuses beside the job's own.
+    sbatch prefers SBATCH_ACCOUNT to the script's account; inside an allocation variables such as
+    SLURM_MEM_PER_CPU are inherited and conflict with the job's own options.
     """
     return {k: v for k, v in os.environ.items() if k in WHERE_SLURM_IS or not k.startswith(OF_A_JOB)}
 
 
 def ask(program: str, *arguments: str, script: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Run one of Slurm's programs.
+    """Run a Slurm program.
 
     Raises:
-        UserError: it is not installed, or the controller does not answer.
+        UserError: the program is not installed, or the controller does not answer.
     """
     try:
         return subprocess.run([program, *arguments], input=script, capture_output=True, text=True,
@@ -46,11 +47,11 @@ def ask(program: str, *arguments: str, script: str | None = None) -> subprocess.
 
 
 def check_partition(partition: str) -> None:
-    """Raise `UserError` where Slurm has no such partition; an empty name is the default one."""
-    done = ask("sinfo", "--noheader", "--format=%R")
-    if done.returncode:
-        raise UserError(f"sinfo: {reason(done.stderr)}; see to it that Slurm's controller can be reached")
-    known = sorted(set(done.stdout.split()))
+    """Raise `UserError` if Slurm has no such partition; "" means the default."""
+    result = ask("sinfo", "--noheader", "--format=%R")
+    if result.returncode:
+        raise UserError(f"sinfo: {reason(result.stderr)}; see to it that Slurm's controller can be reached")
+    known = sorted(set(result.stdout.split()))
     if partition and partition not in known:
         raise UserError(f"partition {partition!r}: does not exist here{nearest(partition, known)} "
                         f"(partitions: {', '.join(known)}); pass --partition, "
@@ -58,39 +59,40 @@ def check_partition(partition: str) -> None:
 
 
 def check_script(text: str) -> None:
-    """Raise `UserError` where Slurm would refuse a script; nothing is submitted."""
-    done = ask("sbatch", "--test-only", script=text)
-    if done.returncode:
-        raise UserError(f"Slurm refuses the job: {reason(done.stderr)}; "
+    """Raise `UserError` if Slurm would refuse a script; submits nothing."""
+    result = ask("sbatch", "--test-only", script=text)
+    if result.returncode:
+        raise UserError(f"Slurm refuses the job: {reason(result.stderr)}; "
                         "change the profile or the arguments of submit")
 
 
 def submit(script: Path, *, after: list[str]) -> str:
-    """Submit a script; returns the job's number.
+    """Submit a script and return the job's number.
 
     Args:
-        script: the file.
-        after: jobs that have to end well before; where one does not, Slurm takes this one away.
+        script: path of the script.
+        after: jobs that must succeed first; if a dependency fails, Slurm cancels this job.
 
     Raises:
-        UserError: Slurm refuses it.
+        UserError: Slurm refuses the script.
     """
     depends = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
-    done = ask("sbatch", "--parsable", *depends, str(script))
-    if done.returncode:
-        raise UserError(f"Slurm refuses {script}: {reason(done.stderr)}")
-    return done.stdout.strip().split(";")[0]
+    result = ask("sbatch", "--parsable", *depends, str(script))
+    if result.returncode:
+        raise UserError(f"Slurm refuses {script}: {reason(result.stderr)}")
+    return result.stdout.strip().split(";")[0]
 
 
 def states(jobs: list[str]) -> dict[str, str]:
-    """Return number -> state of those jobs that wait or run; of an array, any of its tasks."""
+    """Return job number -> state for waiting and running jobs; for an array, the state of any task."""
     if not jobs:
         return {}
-    # fails for one job that is long gone
-    done = ask("squeue", "--noheader", "--format=%F %T", f"--jobs={','.join(jobs)}")
-    # %F is the array's number for each of its tasks: the last task that is listed counts
-    found = dict(line.split()[:2] for line in done.stdout.splitlines() if len(line.split()) == 2)
-    return {number: state for number, state in found.items() if state in LIVING}
+    # squeue fails if a job is long gone
+    result = ask("squeue", "--noheader", "--format=%F %T", f"--jobs={','.join(jobs)}")
+    # %F is the array's number in each task's line: the last listed task counts
+    rows = [line.split() for line in result.stdout.splitlines()]
+    job_states = {row[0]: row[1] for row in rows if len(row) == 2}
+    return {number: state for number, state in job_states.items() if state in LIVING}
 
 
 def cancel(jobs: list[str]) -> None:
@@ -99,6 +101,6 @@ def cancel(jobs: list[str]) -> None:
 
 
 def reason(text: str) -> str:
-    """Return what a program of Slurm says, on one line and without its own prefixes."""
+    """Return a Slurm program's error text on one line without prefixes."""
     lines = [re.sub(r"^\w+: (error: )?", "", line).strip() for line in text.splitlines() if line.strip()]
     return "; ".join(dict.fromkeys(lines)) or "it gives no reason"

@@ -1,4 +1,4 @@
-"""Cluster profiles: what a job has to know about the machines it runs on, read from YAML."""
+"""Cluster profiles, read from YAML: partition, nodes, containers, network, prices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import Fix, UserError, nearest
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Bound, Breach, NotNegative, NotNegativeInt, ProblemCode, SettingsError,
     SettingsProblem, find_broken, read_text, read_yaml, rules_of)
@@ -23,31 +23,31 @@ from megatron_sov.work.clusters.chips import (
     CHIPS, INFINIBAND_LATENCY_S, INSIDE_LATENCY_S, Chip, Links, of_device)
 
 SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|PRIVATE_KEY)S?$", re.IGNORECASE)
-"""How the names of variables end that hold what must not stand in a file."""
+"""Pattern of variable names whose values must not appear in scripts."""
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 TIME_LIMIT = re.compile(r"(?P<d>\d+)-(?P<dh>\d+)(:(?P<dm>\d+)(:(?P<ds>\d+))?)?"
                         r"|((?P<h>\d+):(?=\d+:))?(?P<m>\d+)(:(?P<s>\d+))?")
-"""The forms that sbatch's manual names: with days, or hours:minutes:seconds, minutes:seconds, minutes."""
+"""Time formats of sbatch: with days, or hours:minutes:seconds, minutes:seconds, minutes."""
 MEMORY = re.compile(r"(?P<number>\d+)(?P<unit>[KMGT]?)B?", re.IGNORECASE)
-"""The forms of sbatch's --mem."""
+"""Memory formats of sbatch --mem."""
 MEMORY_SHIFTS = {"K": 10, "": 20, "M": 20, "G": 30, "T": 40}
-"""Its unit -> the power of two of its bytes; without one it means megabytes."""
+"""Unit -> power of two in bytes; without unit, megabytes."""
 LARGEST_SERVER = 8
-"""GPUs of one server; a larger NVLink domain spans nodes."""
+"""GPUs per server; larger NVLink domains span nodes."""
 MOST = 1_000_000_000
-"""No price, power, rate or time of a profile is larger."""
+"""Upper bound of prices, powers, rates and times in a profile."""
 MAX_SIGNAL_LEAD_S = 65535
-"""The most that sbatch's --signal takes."""
+"""Maximum of sbatch's --signal."""
 Amount = Annotated[float, Ge(0), Le(MOST)]
 
 
 def _no_chip(key: str) -> Breach | None:
     if not key or key in CHIPS:
         return None
-    meant = of_device(key)  # another spelling
-    close = f"; did you mean {meant.key!r}?" if meant else nearest(key.lower(), CHIPS)
+    known = of_device(key)  # known under another spelling
+    suggestion = f"; did you mean {known.key!r}?" if known else nearest(key.lower(), CHIPS)
     rule = f"must be one of {', '.join(sorted(CHIPS))}, or empty for another kind"
-    return ProblemCode.CHOICE, rule, close[2:]
+    return ProblemCode.CHOICE, rule, suggestion[2:]
 
 
 def _no_variable(name: str) -> Breach | None:
@@ -71,149 +71,148 @@ VariableName = Annotated[str, Bound(_no_variable)]
 
 @dataclass(frozen=True)
 class ContainerConfig:
-    """What the Python of a job runs in."""
+    """Container for a job's Python."""
 
     kind: Literal["none", "apptainer", "enroot", "pyxis"] = "none"
-    """none: the Python of the login node; apptainer and enroot: started on each node; pyxis:
-    enroot by srun's own options."""
+    """none: the login node's Python; apptainer and enroot: started on each node; pyxis: enroot through
+    srun options."""
     image: str = ""
-    """Image file or address, as the container program takes it."""
+    """Image file or address for the container program."""
     mounts: tuple[str, ...] = ()
-    """Folders that are seen inside: FROM or FROM:TO."""
+    """Mounted folders: FROM or FROM:TO."""
 
 
 @dataclass(frozen=True)
 class PreflightConfig:
-    """What every node has to show before each start; one that does not is left out."""
+    """Node checks before each start; failing nodes are excluded."""
 
     enabled: bool = True
-    """Whether nodes are looked at; costs a start of torch on each of them."""
+    """Check nodes before each start; costs a start of torch per node."""
     min_free_disk_bytes: NotNegativeInt = 10_000_000_000
-    """Free space on the scratch folder's disk."""
+    """Minimum free space on the scratch folder's disk."""
     max_clock_skew_s: AboveZero = 5.0
-    """How far a node's clock may be from the median of all nodes."""
+    """Maximum difference between a node's clock and the median of all nodes."""
     max_matmul_ratio: Annotated[float, Gt(1), Lt(math.inf)] = 1.5
-    """How many times longer than the median of all ranks a matrix product may take."""
+    """Maximum time of a matrix product relative to the median of all ranks."""
     min_matmul_tflops: NotNegative = 0.0
-    """Slowest matrix product (bf16 on GPUs, float32 on CPUs); 0: only compared with the other ranks."""
+    """Minimum speed of a matrix product (bf16 on GPUs, float32 on CPUs); 0: only compare ranks."""
     max_gpu_used_bytes: NotNegativeInt = 2_000_000_000
-    """Memory of a rank's GPU that others may have taken before the start."""
+    """Maximum memory in use on a rank's GPU before the start."""
     transformer_engine: bool = True
-    """Whether every rank with a GPU has to be able to import Transformer Engine, which bf16 needs there."""
+    """Check that each rank with a GPU can import Transformer Engine, which bf16 needs on GPUs."""
     max_allreduce_s: AboveZero = 10.0
-    """Longest all-reduce of 64 MiB over all ranks, after a first one that opens the connections."""
+    """Maximum time of a 64 MiB all-reduce over all ranks, after a warm-up that opens connections."""
     timeout_min: AtLeastOne = 10
-    """Minutes after which the look itself counts as failed."""
+    """Minutes after which the check itself counts as failed."""
 
 
 @dataclass(frozen=True)
 class ClusterProfile:
-    """A cluster, and how jobs behave there."""
+    """A cluster and the behaviour of its jobs."""
 
     description: str
-    """One line for people."""
+    """Short description."""
     partition: str = ""
     """Slurm partition; empty: the cluster's default."""
     account: str | None = None
-    """Slurm account; empty: the cluster asks for none; null: has to be given by --account."""
+    """Slurm account; empty: the cluster needs none; null: required as --account."""
     qos: str = ""
     """Slurm quality of service; empty: the default."""
     constraint: str = ""
-    """Features that nodes must have; empty: any."""
+    """Required node features; empty: any."""
     time_limit: str = "1-00:00:00"
-    """Time limit of training jobs, as Slurm writes it: minutes, H:MM:SS or D-HH:MM:SS.  Other
-    stages ask for no more."""
+    """Time limit of training jobs in Slurm's format: minutes, H:MM:SS or D-HH:MM:SS. Other stages request at
+    most this."""
     signal_lead_s: Annotated[int, Ge(1), Le(MAX_SIGNAL_LEAD_S)] = 600
-    """Seconds before the time limit at which a run is asked to save and stop; Slurm may ask up
-    to a minute earlier."""
+    """Seconds before the time limit at which training saves and stops; Slurm may signal up to a minute
+    earlier."""
     gpus_per_node: NotNegativeInt = 8
-    """GPUs of a node; one rank is started for each.  0: training runs on CPUs."""
+    """GPUs per node, with one rank each. 0: train on CPUs."""
     gpu: KnownChip = ""
-    """What they are, by its name in `slurm/chips.yaml`: runs that do not fit its memory are refused,
-    recommended layouts are taken, and `plan` prices runs; empty: another kind, and nobody looks."""
+    """GPU model, by its name in `slurm/chips.yaml`. Enables memory checks, recommended layouts and prices
+    in `plan`; empty: unknown model, no checks."""
     ranks_per_node: AtLeastOne = 1
-    """Ranks of a node where there are no GPUs."""
+    """Ranks per node without GPUs."""
     cpus_per_node: int = 96
-    """Cores of a node."""
+    """Cores per node."""
     memory: str = "0"
-    """Memory of a node, as Slurm writes it; 0: all of it, and nobody knows how much that is."""
+    """Memory per node in Slurm's format; 0: request all memory, size unknown."""
     exclusive: bool = True
-    """Whether nodes are taken as a whole."""
+    """Allocate whole nodes."""
     modules: tuple[str, ...] = ()
     """Environment modules to load."""
     setup: tuple[str, ...] = ()
-    """Shell lines that run before anything else, as they stand."""
+    """Shell lines to run first, verbatim."""
     environment: dict[Annotated[VariableName, Bound(_secret)], str] = dataclasses.field(default_factory=dict)
-    """Variables for all ranks: NCCL and the network.  Never secrets."""
+    """Environment variables for all ranks, such as NCCL settings. Never secrets."""
     container: ContainerConfig = ContainerConfig()
-    """What the Python of a job runs in."""
+    """Container for a job's Python."""
     python: str = ""
-    """Python program on the nodes or in the container; empty: that of the login node,
-    or python3 in a container."""
+    """Python program on the nodes or in the container; empty: the login node's, or python3 in a container."""
     scratch: Annotated[str, Bound(_no_absolute_path)] = ""
-    """Folder on each node's own disk for temporary files and compiled kernels; made where it is missing;
-    empty: the default."""
+    """Folder on each node's local disk for temporary files and compiled kernels, created if missing; empty:
+    default."""
     preflight: PreflightConfig = PreflightConfig()
-    """What every node has to show before each start."""
+    """Node checks before each start."""
     nvlink_domain: Annotated[int, Ge(0), Le(MOST)] = 0
-    """GPUs that NVLink joins; 0: those of a node, or the 72 of an NVL72."""
+    """Number of GPUs connected by NVLink; 0: a node's GPUs, or 72 for an NVL72."""
     network_gbits_per_gpu: Amount = 0.0
-    """What the adapters of one GPU bring to other nodes, one direction, Gb/s; 0: nobody has said, and `plan`
-    prices nothing that leaves an NVLink domain."""
+    """Network bandwidth per GPU to other nodes, one direction, Gb/s; 0: unknown, and `plan` does not estimate
+    traffic beyond an NVLink domain."""
     network_latency_us: Amount = INFINIBAND_LATENCY_S * 1e6
-    """Of one small message between nodes, microseconds: InfiniBand across leaves 3.7, RoCE 5.6 (DeepSeek-V3,
-    arXiv 2505.09343, table 5)."""
+    """Latency of a small message between nodes, microseconds: InfiniBand across leaves 3.7, RoCE 5.6
+    (DeepSeek-V3, arXiv 2505.09343, table 5)."""
     storage_write_gbytes_per_s: Amount = 0.0
-    """What all nodes together can write to the shared file system, GB/s; 0: nobody has said, and `plan`
-    cannot tell how long a checkpoint takes.  20 for each 32 nodes is NVIDIA's standard for a SuperPOD of
-    H100, 62 its better one (reference architecture, storage)."""
+    """Write bandwidth of the shared file system for all nodes together, GB/s; 0: unknown, and `plan` does not
+    estimate checkpoint times. NVIDIA's SuperPOD reference for H100: 20 per 32 nodes, enhanced 62."""
     price_per_gpu_hour: Amount = 0.0
-    """What an hour of one GPU costs, USD, all included; 0: the chip's typical price, as a range."""
+    """Price of a GPU hour in USD, all included; 0: the chip's typical price, as a range."""
     pue: Annotated[float, Ge(1), Le(MOST)] = 1.3
-    """Power usage effectiveness: energy of the whole site over that of its computers.  1.08 at Meta, 1.56 on
-    average (Uptime Institute's survey of 2024); good new sites lie between."""
+    """Power usage effectiveness: energy of the site divided by energy of its computers. Meta 1.08, average
+    1.56 (Uptime Institute survey 2024); good new sites lie between."""
     node_power_w: Amount = 0.0
-    """Most that a node draws, GPUs, CPUs, fans and all; 0: as the chip maker's own server."""
+    """Maximum power of a node including GPUs, CPUs and fans; 0: as the vendor's own server."""
     failures_per_gpu_year: Amount = 0.17
-    """How often something ends a whole run, for each of its GPUs and years.  Published: 0.173 (Llama 3 405B,
-    419 in 54 days on 16,384 H100, arXiv 2407.21783, section 3.3.4), 0.30 and 0.11 (6.5 and 2.34 for 1,000
-    node-days of 8 A100 each in Meta's two research clusters, arXiv 2410.21680)."""
+    """Failures that end a whole run, per GPU and year. Published: 0.173 (Llama 3 405B, 419 in 54
+    days on 16,384
+    H100, arXiv 2407.21783, section 3.3.4), 0.30 and 0.11 (6.5 and 2.34 per 1,000 node-days with 8 A100 in
+    Meta's two research clusters, arXiv 2410.21680)."""
     restart_s: Amount = 600.0
-    """From such an end to the first new step: noticed, nodes looked at, started, checkpoint loaded.  Below 10
-    minutes in MegaScale (arXiv 2402.15627, section 4)."""
+    """Seconds from such a failure to the first new step: detection, node checks, start, checkpoint loading.
+    Below 10 minutes in MegaScale (arXiv 2402.15627, section 4)."""
     max_strikes: AtLeastOne = 2
-    """Failures of a node after which it is excluded from the job."""
+    """Failures of a node after which the job excludes it."""
     max_failures: AtLeastOne = 3
-    """Failures in a row without a new checkpoint after which the job stops."""
+    """Consecutive failures without a new checkpoint after which the job stops."""
 
     @property
     def tasks_per_node(self) -> int:
-        """Ranks of a node."""
+        """Ranks per node."""
         return self.gpus_per_node or self.ranks_per_node
 
     @property
     def chip(self) -> Chip:
-        """The GPUs of a node.
+        """GPU model of the nodes.
 
         Raises:
-            UserError: there are none, or nobody has said which.
+            UserError: the nodes have no GPUs, or the profile does not name them.
         """
         if not (self.gpus_per_node and self.gpu):
-            lacks = "gpu is empty" if self.gpus_per_node else "gpus_per_node is 0"
-            raise UserError(f"{lacks} in the profile, so that nobody knows what its nodes compute with; take "
-                            f"a profile with gpu set to one of {', '.join(sorted(CHIPS))}")
+            problem = "gpu is empty" if self.gpus_per_node else "gpus_per_node is 0"
+            raise UserError(f"{problem} in the profile, so the nodes' GPUs are unknown; "
+                            f"use a profile with gpu set to one of {', '.join(sorted(CHIPS))}")
         return CHIPS[self.gpu]
 
     @property
     def power_per_gpu_w(self) -> float:
-        """Most that a GPU and its share of the node draw."""
+        """Maximum power of a GPU with its share of the node."""
         return self.node_power_w / self.gpus_per_node if self.node_power_w else self.chip.server_power_w
 
     @property
     def memory_bytes(self) -> int:
-        """Memory of a node; 0: nobody knows."""
-        found = MEMORY.fullmatch(self.memory)
-        return int(found["number"]) << MEMORY_SHIFTS[found["unit"].upper()] if found else 0
+        """Memory of a node; 0 if unknown."""
+        match = MEMORY.fullmatch(self.memory)
+        return int(match["number"]) << MEMORY_SHIFTS[match["unit"].upper()] if match else 0
 
     @property
     def cpus_per_task(self) -> int:
@@ -234,30 +233,31 @@ class ClusterProfile:
 
 
 def links(profile: ClusterProfile, num_gpus: int) -> Links:
-    """Return what joins the GPUs of a run.
+    """Return the interconnects for a run.
 
     Args:
-        profile: where it runs.
-        num_gpus: GPUs of the run; inside one NVLink domain it needs no network.
+        profile: the cluster.
+        num_gpus: GPUs of the run; within one NVLink domain no network is needed.
 
     Raises:
-        UserError: the profile does not say which GPUs it has, or what joins them beyond an NVLink domain.
+        UserError: the profile lacks the GPU model, or the network bandwidth beyond an NVLink domain.
     """
-    of = profile.chip
-    # an NVL72 joins several nodes; in others NVLink ends with the server, of which a node may be a part
-    in_one = of.nvlink_domain if of.nvlink_domain > LARGEST_SERVER else min(LARGEST_SERVER,
-                                                                            profile.gpus_per_node)
-    domain = profile.nvlink_domain or in_one
+    chip = profile.chip
+    # An NVL72 domain spans nodes; otherwise NVLink ends at the server, and a node may be part of a server.
+    chip_domain = chip.nvlink_domain
+    if chip_domain <= LARGEST_SERVER:
+        chip_domain = min(LARGEST_SERVER, profile.gpus_per_node)
+    domain = profile.nvlink_domain or chip_domain
     if num_gpus > domain and not profile.network_gbits_per_gpu:
         raise UserError(f"network_gbits_per_gpu is missing in the profile, and {num_gpus:,} GPUs are more "
-                        f"than the {domain} that NVLink joins; set it ({of.name} in servers of its maker: "
-                        f"{of.network_bytes_per_s * 8 / 1e9:g}), or plan with at most {domain} GPUs")
-    return Links(domain, of.nvlink_bytes_per_s, profile.network_gbits_per_gpu * 1e9 / 8, INSIDE_LATENCY_S,
+                        f"than the {domain} that NVLink joins; set it ({chip.name} in servers of its maker: "
+                        f"{chip.network_bytes_per_s * 8 / 1e9:g}), or plan with at most {domain} GPUs")
+    return Links(domain, chip.nvlink_bytes_per_s, profile.network_gbits_per_gpu * 1e9 / 8, INSIDE_LATENCY_S,
                  profile.network_latency_us * 1e-6)
 
 
 def shipped(folder: str) -> dict[str, Traversable]:
-    """Return name -> file of what comes with the package: `clusters` or `chains`."""
+    """Return name -> packaged YAML file in `slurm/clusters` or `slurm/chains`."""
     files = importlib.resources.files("slurm").joinpath(folder).iterdir()
     return {file.name.removesuffix(".yaml"): file for file in sorted(files, key=lambda file: file.name)
             if file.name.endswith(".yaml")}
@@ -268,27 +268,27 @@ def names() -> list[str]:
 
 
 def time_limit_s(text: str) -> float:
-    """Return the seconds of a time limit in any form that sbatch takes; infinity where it asks for none.
+    """Parse a time limit in any sbatch format; return seconds, infinity for no limit.
 
     Raises:
-        UserError: it has none of these forms.
+        UserError: unknown format.
     """
     if text.upper() in ("UNLIMITED", "INFINITE"):
         return math.inf
-    found = TIME_LIMIT.fullmatch(text)
-    if found is None:
+    match = TIME_LIMIT.fullmatch(text)
+    if match is None:
         raise UserError(f"time limit {text!r}: must be minutes, H:MM:SS or D-HH:MM:SS; "
                         "set --time, or the profile's time_limit")
-    # seconds of each group of the pattern; those that did not match are None
+    # seconds per pattern group; unmatched groups are None
     units = {"d": 86400, "dh": 3600, "dm": 60, "ds": 1, "h": 3600, "m": 60, "s": 1}
-    return sum(int(found[name] or 0) * seconds for name, seconds in units.items()) or math.inf
+    return sum(int(match[name] or 0) * seconds for name, seconds in units.items()) or math.inf
 
 
 def settings_by_nodes(given: Sequence[str]) -> dict[int, tuple[str, ...]]:
-    """Return number of nodes -> settings, of N:key=value arguments.
+    """Parse N:key=value arguments into number of nodes -> settings.
 
     Raises:
-        UserError: one of another form.
+        UserError: an argument has another form.
     """
     settings: dict[int, tuple[str, ...]] = {}
     for text in given:
@@ -301,16 +301,16 @@ def settings_by_nodes(given: Sequence[str]) -> dict[int, tuple[str, ...]]:
 
 def load(name: str, *, account: str | None = None, partition: str | None = None,
          needs_account: bool = True) -> ClusterProfile:
-    """Return a profile: one that comes with the package, or a YAML file of the user's.
+    """Load a packaged profile or a YAML file.
 
     Args:
-        name: name of a shipped profile, or path of a file that ends with .yaml.
-        account: Slurm account of the command line; None: as the profile says.
-        partition: partition of the command line; None: as the profile says.
-        needs_account: whether an account that the profile leaves to the command line has to be given.
+        name: name of a packaged profile, or path ending with .yaml.
+        account: Slurm account, overrides the profile's.
+        partition: partition, overrides the profile's.
+        needs_account: require an account if the profile leaves it to the command line.
 
     Raises:
-        UserError: there is none, it cannot be read, it has no such field, or it breaks a rule.
+        UserError: the profile does not exist or is invalid.
     """
     if name.endswith((".yaml", ".yml")):
         file = Path(name)
@@ -322,7 +322,7 @@ def load(name: str, *, account: str | None = None, partition: str | None = None,
     else:
         raise UserError(f"--cluster {name}: there is no such profile{nearest(name, names())} (profiles: "
                         f"{', '.join(names())}; your own: a path that ends with .yaml)")
-    # rules wait until the command line's account and partition are in
+    # check rules only after applying account and partition
     profile = read_yaml(ClusterProfile, text, f"--cluster {name}", rules=False)
     profile = dataclasses.replace(profile, account=profile.account if account is None else account,
                                   partition=profile.partition if partition is None else partition)
@@ -330,7 +330,8 @@ def load(name: str, *, account: str | None = None, partition: str | None = None,
     if profile.account is None and needs_account:
         problems.append(SettingsProblem(ProblemCode.MISSING, "account", "is missing",
                                         way_out="pass --account NAME, or put "
-                                        'it into a profile of your own ("" where the cluster asks for none)'))
+                                        'it into a profile of your own ("" where the cluster asks for none)',
+                                        fix=Fix(options=("--account", "ACCOUNT"))))
     if problems:
         raise SettingsError(f"--cluster {name}", problems)
     return profile

@@ -1,4 +1,4 @@
-"""Units that amounts are reckoned and shown in."""
+"""Units for sizes and times."""
 
 from __future__ import annotations
 

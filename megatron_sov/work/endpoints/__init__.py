@@ -1,4 +1,4 @@
-"""OpenAI-compatible endpoints: requests with retries, limits, costs, and answers kept by what was asked.
+"""Client for OpenAI-compatible endpoints with retries, rate and cost limits, and a cache keyed by request.
 
-Judges of `rewards`, `megatron-sov eval lm` and `sov-data synth` ask through it.
+Used by reward judges, `megatron-sov eval lm` and `sov-data synth`.
 """

@@ -1,4 +1,4 @@
-"""How an endpoint may fail to answer, and what it says of its costs and its model."""
+"""Failures of endpoints, and the token counts and model names in their answers."""
 
 from __future__ import annotations
 
@@ -10,90 +10,89 @@ from email.utils import parsedate_to_datetime
 from typing import Any, TypeGuard
 
 MAX_WAIT_S = 60.0
-"""Between two attempts, whatever the endpoint asks for."""
+"""Maximum wait between attempts, regardless of Retry-After."""
 MAX_LEVELS = 200
-"""Of an answer's lists and objects: what can be read just so can no longer be written."""
+"""Maximum nesting depth of an answer's JSON; deeper values can be parsed but not serialized again."""
 NEVER = {
     "longer than the model's context": ("context_length_exceeded", "maximum context length", "max_model_len",
                                           "maximum model length", "model's context length",
                                           "exceed_context_size"),
     "against the endpoint's policy": ("content_filter", "content_policy_violation"),
 }
-"""Why a request is refused for good -> words of such a refusal, by OpenAI, vLLM, SGLang and llama.cpp."""
+"""Reason for a permanent refusal -> phrases in error bodies from OpenAI, vLLM, SGLang and llama.cpp."""
 NO_TOOLS = ("--enable-auto-tool-choice", "does not support tools", "requires --jinja")
-"""Words of servers that are not set up for calls of tools: vLLM, Ollama, llama.cpp."""
+"""Phrases from vLLM, Ollama and llama.cpp servers without tool calling."""
 MAX_TOLD_CHARS = 200
-"""Of what an endpoint says of a refusal."""
+"""Maximum length of an endpoint's error text in messages."""
 
 
 def answering_model(answer: Any) -> str:
-    """Return the name of the model that an endpoint's answer states; empty if it states none."""
+    """Return the model name in an endpoint's answer, or ""."""
     name = answer.get("model") if isinstance(answer, dict) else None
     return name if isinstance(name, str) else ""
 
 
 class BadAnswer(Exception):
-    """What an endpoint sent is no answer, and may be one at another attempt."""
+    """The endpoint's reply is unusable; another attempt may succeed."""
 
     def __init__(self, said: str, wait_s: float = 0.0, is_away: bool = False) -> None:
-        """Take what is wrong, how long the endpoint asks to be left alone, and whether it is away or full,
-        rather than wrong."""
+        """Store the message, the requested wait in seconds, and whether the endpoint is
+        unreachable or overloaded."""
         super().__init__(said)
         self.wait_s, self.is_away = wait_s, is_away
 
 
 class EndpointUnavailable(BadAnswer):
-    """An endpoint has been away, or full, for longer than one is willing to wait."""
+    """The endpoint was unreachable or overloaded for longer than the limit."""
 
 
 class NeverAnswered(BadAnswer):
-    """An endpoint refuses this very request, as too long or against its policy: no attempt is answered."""
+    """The endpoint refuses the request permanently: too long, or against its policy."""
 
 
 def decoded(body: bytes) -> Any:
-    """Return the JSON of an answer; raises BadAnswer where it is none, or more levels than can be kept."""
+    """Parse an answer's JSON; raises BadAnswer if invalid or nested beyond `MAX_LEVELS`."""
     try:
-        found = json.loads(body)
+        content = json.loads(body)
     except (ValueError, RecursionError):
-        looks = "HTML" if body.lstrip()[:1] == b"<" else "no JSON, or a part of it"
-        raise BadAnswer(f"the endpoint sent {looks}") from None
-    parts = [found]
-    # level by level and not by calls: what is nested deep would overflow the stack
+        description = "HTML" if body.lstrip()[:1] == b"<" else "no JSON, or a part of it"
+        raise BadAnswer(f"the endpoint sent {description}") from None
+    parts = [content]
+    # iterate by level: recursion would overflow the stack
     for _ in range(MAX_LEVELS):
         parts = [inner for part in parts if isinstance(part, (dict, list))
                  for inner in (part.values() if isinstance(part, dict) else part)]
         if not parts:
-            return found
+            return content
     raise BadAnswer(f"the endpoint sent JSON of more than {MAX_LEVELS} levels")
 
 
 def why_never(body: bytes) -> str:
-    """Return why the body of a refusal says that its request will never be answered; empty: it does not."""
+    """Return the reason for a permanent refusal in an error body, or ""."""
     text = body[:10_000].decode("utf-8", "replace")
     return next((why for why, words in NEVER.items() if any(word in text for word in words)), "")
 
 
 def reason_of(body: bytes, secret: str = "") -> str:
-    """Return what a refusal says of its reason in OpenAI's form, vLLM's or SGLang's: one line, without the
-    key; empty where it says nothing in them."""
+    """Return the error text in OpenAI's, vLLM's or SGLang's format on one line, with the API key masked."""
     with contextlib.suppress(BadAnswer):
-        said = decoded(body)
-        said = said.get("error", said) if isinstance(said, dict) else None
-        message = said.get("message") if isinstance(said, dict) else said
+        error = decoded(body)
+        error = error.get("error", error) if isinstance(error, dict) else None
+        message = error.get("message") if isinstance(error, dict) else error
         if isinstance(message, str):
-            # an endpoint's text goes to the terminal, and may quote the key that it was sent
+            # the text goes to the terminal and may quote the key
             line = "".join(char if char.isprintable() else " " for char in message)
             return " ".join((line.replace(secret, "...") if secret else line).split())[:MAX_TOLD_CHARS]
     return ""
 
 
 def seconds(text: str | None) -> float:
-    """Return the seconds of a Retry-After header, which may be a date; 0 for nonsense."""
+    """Parse a Retry-After header (seconds or a date); 0 if invalid."""
     try:
         wait_s = float(text or 0)
     except ValueError:
         try:
-            # a date without a zone is UTC too (RFC 9110, 5.6.7)
+            # a date without zone means UTC (RFC 9110, 5.6.7)
             until = parsedate_to_datetime(text or "")
             wait_s = (until if until.tzinfo else until.replace(tzinfo=UTC)).timestamp() - time.time()
         except (ValueError, TypeError, OverflowError):
@@ -102,20 +101,20 @@ def seconds(text: str | None) -> float:
 
 
 def told_tokens(answer: Any) -> tuple[int, int] | None:
-    """Return the tokens that an answer says were read and written; None where it says nothing sound."""
-    said = answer.get("usage") if isinstance(answer, dict) else None
-    if not isinstance(said, dict):
+    """Return (prompt tokens, completion tokens) from an answer's usage, or None."""
+    usage = answer.get("usage") if isinstance(answer, dict) else None
+    if not isinstance(usage, dict):
         return None
-    read, wrote = said.get("prompt_tokens"), said.get("completion_tokens")
-    return (read, wrote) if _is_count(read) and _is_count(wrote) else None
+    num_prompt, num_completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    return (num_prompt, num_completion) if _is_count(num_prompt) and _is_count(num_completion) else None
 
 
-def _is_count(said: Any) -> TypeGuard[int]:
-    return isinstance(said, int) and not isinstance(said, bool) and 0 <= said < 10**9
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**9
 
 
 def only(answer: Any, name: str) -> dict[str, Any]:
-    """Return the only item of a list in an answer; raises BadAnswer where it is not the only one."""
+    """Return the single item of list `name` in an answer; raises BadAnswer for another number of items."""
     items = answer.get(name) if isinstance(answer, dict) else None
     if not isinstance(items, list) or len(items) != 1 or not isinstance(items[0], dict):
         raise BadAnswer(f"the endpoint's answer must have one of {name!r}, for one was asked for")

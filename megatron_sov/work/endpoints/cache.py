@@ -1,4 +1,4 @@
-"""What endpoints have answered, by the hash of what was asked, and what it has cost: one SQLite file."""
+"""SQLite cache of endpoint answers by request hash, with a log of requests and costs."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _COLUMNS = "time_s, key, outcome, input_tokens, output_tokens, cost, wall_s"
 
 @dataclass(frozen=True)
 class Usage:
-    """What a request was billed for."""
+    """Billed tokens and cost of a request."""
 
     input_tokens: int
     output_tokens: int
     cost: float
-    """In the currency of the prices."""
+    """Cost in the currency of the prices."""
 
 
 class EndpointCache:
-    """Answers and costs in a file, from any thread and several processes.
+    """Cached answers and request log; usable from several threads and processes.
 
     Args:
-        path: the file; made where it is missing.
+        path: the SQLite file, created if missing.
 
     >>> cache = EndpointCache(Path("cache.sqlite"))
     >>> cache.get(cache.key("http://here/v1", {"prompt": "A"})) is None
@@ -48,8 +48,7 @@ class EndpointCache:
         self._path, self._lock = path, threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # autocommit, one connection for all threads: `_lock` orders them, SQLite's own lock orders
-            # processes
+            # Autocommit with one connection: `_lock` serializes threads, SQLite's lock serializes processes.
             self._connection = sqlite3.connect(path, timeout=60, check_same_thread=False,
                                                isolation_level=None)
             self._connection.executescript(_TABLES)
@@ -59,33 +58,33 @@ class EndpointCache:
 
     @staticmethod
     def key(url: str, payload: Mapping[str, Any]) -> str:
-        # sorted: equal requests have one key in any order of their fields
+        # sorted: equal requests have equal keys in any field order
         text = json.dumps([url, payload], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def get(self, key: str) -> Any | None:
-        found = self._do("SELECT answer FROM answers WHERE key = ?", (key,))
-        if found:
+        rows = self._do("SELECT answer FROM answers WHERE key = ?", (key,))
+        if rows:
             try:
-                return json.loads(found[0][0])
+                return json.loads(rows[0][0])
             except (ValueError, TypeError, RecursionError):
                 raise UserError(f"cache = {self._path}: the answer {key} is damaged; restore the file from a "
-                                "copy, or delete it: then its answers are asked, and paid, again") from None
+                                "copy, or delete it to request, and pay for, its answers again") from None
         return None
 
     def note(self, key: str, outcome: str, usage: Usage, wall_s: float, answer: Any | None = None) -> None:
-        """Note a request, whatever came back, and keep its answer where it is one; both or none.
+        """Log a request and store its answer, in one transaction.
 
         Args:
-            key: hash of what was asked.
-            outcome: what came back, in a word.
-            usage: what it was billed for.
-            wall_s: how long it took.
-            answer: what is kept; None: it is no answer.
+            key: request hash.
+            outcome: HTTP status or other short description.
+            usage: billed tokens and cost.
+            wall_s: duration in seconds.
+            answer: the answer to cache; None for failures.
         """
         request = (time.time(), key, outcome, usage.input_tokens, usage.output_tokens, usage.cost, wall_s)
         with self._refuse_errors(), self._lock, self._connection:
-            # the write lock at once: two processes that both begin by reading would deadlock
+            # take the write lock first: two processes that start with reads would deadlock
             self._connection.execute("BEGIN IMMEDIATE")
             if answer is not None:
                 self._connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)",

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint: requests with retries, limits of rate and cost, and answers kept on disk."""
+"""Client for an OpenAI-compatible endpoint: retries, rate and cost limits, cached answers."""
 
 from __future__ import annotations
 
@@ -22,75 +22,77 @@ from megatron_sov.work.endpoints.transport import Transport
 
 T = TypeVar("T")
 AWAY = frozenset([429, 502, 503, 504, 529])
-"""The endpoint is full, or not there."""
+"""HTTP status codes of an overloaded or unreachable endpoint."""
 RETRIED = AWAY | {408, 409, 425, 500}
 HOPELESS = {401: "the key is not accepted", 402: "the account has no money", 403: "access is denied",
             404: "there is no such address or model"}
-"""What will meet every row: the command ends, and goes on where it was."""
+"""Errors that affect every request: the command stops, and resumes when run again."""
 REFUSED = frozenset([400, 413, 422])
 TOLD_S = 5.0
-"""Waiting that is shorter is not told."""
+"""Shorter waits are not reported."""
 
 
 @dataclass(frozen=True)
 class EndpointLimits:
-    """How an endpoint may be used."""
+    """Limits for the use of an endpoint."""
 
     timeout_s: float
-    """For an attempt as a whole."""
+    """Limit of an attempt."""
     max_attempts: int
-    """For a request."""
+    """Attempts per request."""
     backoff_s: float
-    """Before the second attempt; twice as much before each further one."""
+    """Wait before the second attempt; doubled before each further attempt."""
     requests_per_minute: float
-    """0: as fast as the threads are."""
+    """0: unlimited."""
     max_cost: float
-    """Of all requests of the cache together, in the currency of the prices; 0: no limit."""
+    """Limit of the cache's total cost, in the currency of the prices; 0: unlimited."""
     input_price: float
-    """Of a million tokens."""
+    """Price per million tokens."""
     output_price: float
-    """Of a million tokens."""
+    """Price per million tokens."""
     patience_s: float = 0.0
-    """How long an endpoint that is full or not there is asked beyond `max_attempts`, since it last answered
-    anybody."""
+    """Seconds since the endpoint's last answer to any request during which an overloaded or
+    unreachable endpoint is
+    retried beyond `max_attempts`."""
 
 
 class RateGate(Protocol):
-    """What lets requests pass, such as a budget."""
+    """Gate that each attempt passes, such as a budget."""
 
     def enter(self, most: Usage) -> None:
-        """Let a request pass that may be billed as much as `most`; may wait, or raise."""
+        """Admit a request with worst-case billing `most`; may wait or raise."""
         ...
 
     def leave(self, most: Usage, billed: Usage) -> None:
-        """Note what a request that has passed was billed."""
+        """Record the actual billing of an admitted request."""
         ...
 
 
 class OpenGate:
-    """Lets everything pass."""
+    """Gate without limits."""
 
     def enter(self, most: Usage) -> None:
-        """Let it pass."""
+        """Admit every request."""
 
     def leave(self, most: Usage, billed: Usage) -> None:
-        """Note nothing."""
+        """Do nothing."""
 
 
 class Endpoint:
-    """Asks one address, from any thread.
+    """Client for a single address, usable from any thread.
 
     Args:
-        url: the address that requests are posted to.
-        key_env: variable of the environment with the key; none is sent where it is not set.
-        limits: rate, cost, attempts.
-        cache: what was answered before.
-        known_as: stands for the address in what answers are kept by; empty: the address itself.
-        gate: what each attempt has to pass.
-        sleep: waits; may raise to end all waiting.
-        told: is given a sentence when an endpoint that is full or not there begins to be waited for.
-        key: the key itself, of a server of one's own; goes before the variable.
-        sent: makes of a request what is sent; kept and counted is the request itself.
+        url: address for POST requests.
+        key_env: environment variable with the API key; unset sends no key.
+        limits: rate, cost and attempts.
+        cache: answers to earlier requests.
+        known_as: replaces the address in cache keys; empty: the address.
+        gate: admits each attempt.
+        sleep: waits; may raise to abort.
+        told: called with a message when waiting for an overloaded or unreachable endpoint begins.
+        key: API key for a private server; overrides `key_env`.
+        sent: transforms a request before sending; cache and billing use the original.
+        accepted_models: names of models whose answers to a request for another model are used; None: all.
     """
 
     def __init__(self, url: str, key_env: str, limits: EndpointLimits, cache: EndpointCache, *,
@@ -107,7 +109,7 @@ class Endpoint:
         self._next_s = 0.0
         self._asking: dict[str, tuple[threading.Lock, int]] = {}
         self.answered_s = time.monotonic()
-        """When it last answered, or was made, by the monotonic clock."""
+        """Time of the last answer (or creation), by the monotonic clock."""
         self._told, self._told_s = told, float("-inf")
         self._accepted_models = accepted_models
         self._names: set[str] = set()
@@ -116,35 +118,37 @@ class Endpoint:
         return self._cache.key(self._known_as, payload)
 
     def ask(self, payload: Mapping[str, Any], read: Callable[[Any], T]) -> T:
-        """Return what `read` makes of the endpoint's answer; what was answered once is not asked again, and
-        what is being asked is waited for.
+        """Return `read` applied to the endpoint's answer, from the cache if possible.
+
+        Concurrent equal requests wait for a single answer.
 
         Args:
             payload: the request.
-            read: takes the decoded JSON; raises `BadAnswer` for what is no answer and is asked for again, and
-                another exception for an answer that is kept and of no use.
+            read: converts the decoded JSON. It raises `BadAnswer` for unusable answers to retry,
+                and other exceptions
+                for valid answers without use, which are cached.
 
         Raises:
-            TimeoutError: the last attempt took too long.
-            BadAnswer: there was no usable answer; `NeverAnswered`: there will be none;
-                `EndpointUnavailable`: the endpoint's patience has ended.
-            Exception: what `read` raises besides, now or of a kept answer.
-            UserError: no request can succeed, or the money is spent.
+            TimeoutError: the last attempt timed out.
+            BadAnswer: no usable answer; `NeverAnswered`: permanently refused;
+                `EndpointUnavailable`: patience ended.
+            Exception: raised by `read`, also for a cached answer.
+            UserError: no request can succeed, or the cost limit is reached.
         """
         key = self.key(payload)
         with self._alone(key):
-            kept = self._cache.get(key)
-            if kept is not None and self._other_model(payload, kept) is None:
-                with contextlib.suppress(BadAnswer):  # kept by other code
-                    return read(kept)
+            cached = self._cache.get(key)
+            if cached is not None and self._other_model(payload, cached) is None:
+                with contextlib.suppress(BadAnswer):  # cached by other code
+                    return read(cached)
             return self._ask_until_answered(payload, key, read)
 
     @contextlib.contextmanager
     def _alone(self, key: str) -> Iterator[None]:
-        """Let one thread at a time ask a question: the others find its answer."""
+        """Lock a request key, so that a single thread requests an answer and the others find it
+        in the cache."""
         with self._lock:
-            # a lock for each question that is under way, dropped with the last who waits: the table does not
-            # grow
+            # one lock per request in progress, dropped with its last waiter, so that the table does not grow
             lock, num_waiting = self._asking.get(key, (threading.Lock(), 0))
             self._asking[key] = lock, num_waiting + 1
         try:
@@ -167,7 +171,7 @@ class Endpoint:
                 raise
             except (TimeoutError, BadAnswer) as e:
                 is_away = getattr(e, "is_away", False)
-                # an endpoint that is full answers later; since when counts from its last answer to anybody
+                # patience counts from the endpoint's last answer to any request
                 if attempt >= limits.max_attempts:
                     waited_s = time.monotonic() - max(began_s, self.answered_s)
                     if not is_away or not limits.patience_s:
@@ -176,24 +180,24 @@ class Endpoint:
                         raise EndpointUnavailable(f"{self._url}: {e}, for {waited_s:.0f} s") from None
                 if is_away:
                     self._tell(str(e))
-                # jitter, so that threads that failed together do not come back together
+                # jitter, so that threads that failed together do not retry together
                 wait_s = limits.backoff_s * 2 ** min(attempt - 1, 20) * random.uniform(0.5, 1.0)
                 self._sleep(min(max(wait_s, getattr(e, "wait_s", 0.0)), MAX_WAIT_S))
             else:
                 return answer
 
     def _other_model(self, payload: Mapping[str, Any], answer: Any) -> str | None:
-        """Return the name of the model that answered, if it is neither the requested nor an accepted one."""
+        """Return the model that answered, if it is neither requested nor accepted."""
         if self._accepted_models is None:
             return None
         name = answering_model(answer)
         return None if name in ("", payload.get("model"), *self._accepted_models) else name
 
     def _check_model(self, payload: Mapping[str, Any], answer: Any) -> None:
-        """Report once each model that answers in place of the requested one.
+        """Report each substitute model once.
 
         Raises:
-            UserError: `accepted_models` are given and do not name it.
+            UserError: `accepted_models` do not contain it.
         """
         name, requested = answering_model(answer), payload.get("model")
         if name in ("", requested) or not isinstance(requested, str):
@@ -211,7 +215,7 @@ class Endpoint:
                    "are recorded with that name")
 
     def _tell(self, why: str) -> None:
-        """Say once that the endpoint is waited for, when it has answered nobody for `TOLD_S`."""
+        """Report a wait once, when the endpoint has not answered any request for `TOLD_S`."""
         with self._lock:
             if time.monotonic() - self.answered_s < TOLD_S or self._told_s > self.answered_s:
                 return
@@ -219,10 +223,10 @@ class Endpoint:
         self._told(f"{self._url}: {why}; waiting up to {self._limits.patience_s:.0f} s for it")
 
     def _wait_for_turn(self) -> None:
-        """Wait until the rate allows another request.
+        """Wait until the rate limit allows another request.
 
         Raises:
-            UserError: the cost does not.
+            UserError: the cost limit is reached.
         """
         limits = self._limits
         if limits.max_cost and (spent := self._cache.cost()) >= limits.max_cost:
@@ -232,35 +236,34 @@ class Endpoint:
             return
         with self._lock:
             now_s = time.monotonic()
-            # the turn is taken under the lock, the waiting is done outside of it
+            # reserve the slot under the lock, wait outside
             turn_s = max(self._next_s, now_s)
             self._next_s = turn_s + 60 / limits.requests_per_minute
         self._sleep(turn_s - now_s)
 
     def _attempt(self, payload: Mapping[str, Any], key: str, read: Callable[[Any], T]) -> T:
-        """Return what `read` makes of one request's answer.  The answer and what it was billed come to the
-        disk together: a kill leaves both or none."""
+        """Send a request and return `read` applied to its answer; log and cache both in one transaction."""
         most = self._most(payload)
-        # before the request leaves: a budget is reserved for the worst case, and corrected in `leave`
+        # a budget reserves the worst case before sending; `leave` corrects it
         self._gate.enter(most)
         outcome, usage, answer, began_s = "no answer", Usage(0, 0, 0.0), None, time.monotonic()
         try:
-            came = self._transport.post(self._sent(payload))
-            outcome = str(came.status)
-            self._refuse(came.status, came.headers.get("retry-after"), came.body)
-            usage = most  # also of an answer that was cut off on its way
-            found = decoded(came.body)
-            usage = self._billed(found, most)
-            self._check_model(payload, found)
+            response = self._transport.post(self._sent(payload))
+            outcome = str(response.status)
+            self._refuse(response.status, response.headers.get("retry-after"), response.body)
+            usage = most  # also if the answer was truncated in transit
+            content = decoded(response.body)
+            usage = self._billed(content, most)
+            self._check_model(payload, content)
             try:
-                made = read(found)
+                result = read(content)
             except BadAnswer:
                 raise
-            except Exception:  # an answer too
-                answer = found
+            except Exception:  # a valid answer too
+                answer = content
                 raise
-            answer, self.answered_s = found, time.monotonic()
-            return made
+            answer, self.answered_s = content, time.monotonic()
+            return result
         except TimeoutError:
             outcome = "timeout"
             raise
@@ -271,9 +274,9 @@ class Endpoint:
                 self._gate.leave(most, usage)
 
     def _refuse(self, status: int, retry_after: str | None, body: bytes) -> None:
-        """Raise for an answer that is not 200."""
+        """Raise for a status other than 200."""
         if status in HOPELESS:
-            raise UserError(f"{self._url}: {HOPELESS[status]} (HTTP {status}); look at the address, the "
+            raise UserError(f"{self._url}: {HOPELESS[status]} (HTTP {status}); check the address, the "
                             f"model and the key in {self._key_env}, and run the same command again")
         if status in RETRIED:
             raise BadAnswer(f"the endpoint answered HTTP {status}", seconds(retry_after), status in AWAY)
@@ -288,16 +291,17 @@ class Endpoint:
             raise BadAnswer(f"the endpoint answered HTTP {status}" + (f": {reason}" if reason else ""))
 
     def _most(self, payload: Mapping[str, Any]) -> Usage:
-        """Return the most that a request can be billed: no token is shorter than a byte."""
-        wrote = payload.get("max_completion_tokens") or payload.get("max_tokens") or 0
-        read = len(json.dumps(payload, ensure_ascii=False).encode("utf-8", "surrogatepass"))
-        return self._usage(read, wrote if isinstance(wrote, int) else 0)
+        """Return the maximum billing of a request: a token has at least one byte."""
+        num_completion = payload.get("max_completion_tokens") or payload.get("max_tokens") or 0
+        num_prompt = len(json.dumps(payload, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+        return self._usage(num_prompt, num_completion if isinstance(num_completion, int) else 0)
 
     def _billed(self, answer: Any, most: Usage) -> Usage:
-        """Return what an answer was billed for; the most that it can be where it does not say."""
-        told = told_tokens(answer)
-        return most if told is None else self._usage(*told)
+        """Return an answer's billing, or the maximum `most` if the answer states no usage."""
+        counts = told_tokens(answer)
+        return most if counts is None else self._usage(*counts)
 
-    def _usage(self, read: int, wrote: int) -> Usage:
+    def _usage(self, num_prompt: int, num_completion: int) -> Usage:
         limits = self._limits
-        return Usage(read, wrote, (read * limits.input_price + wrote * limits.output_price) / 1e6)
+        cost = (num_prompt * limits.input_price + num_completion * limits.output_price) / 1e6
+        return Usage(num_prompt, num_completion, cost)

@@ -1,4 +1,4 @@
-"""A model of this machine as an endpoint: `megatron-sov serve` as a child, with a key of its own."""
+"""Serve a local model as an endpoint: `megatron-sov serve` as a child process with a private API key."""
 
 from __future__ import annotations
 
@@ -18,43 +18,42 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.work.processes.children import end_commands, start_command
 
 KEY_ENV = "SOV_SERVE_KEY"
-"""Of the server's environment alone: no other process of the run needs the key."""
+"""Environment variable of the server process only; no other process needs the key."""
 STOP_S = 30.0
-"""For the answers that it still gives; then it is killed."""
+"""Seconds for finishing answers before the server is killed."""
 _LOOK_S, _SILENCE_S = 0.05, 10.0
 
 
 @dataclass(frozen=True)
 class LocalServer:
-    """A server that answers."""
+    """Address, model name and API key of a running server."""
 
     url: str
-    """Up to `/v1`."""
+    """Address up to `/v1`."""
     model: str
-    """As it is called there."""
+    """Model name at the server."""
     key: str = field(repr=False)
-    """That it wants."""
+    """Required API key."""
 
 
 @contextlib.contextmanager
 def serving(folder: Path, problem: str, *, options: Sequence[str] = (),
             sleep: Callable[[float], object] = time.sleep, program: Sequence[str] = ()
             ) -> Iterator[LocalServer]:
-    """Serve a checkpoint or Hugging Face folder while the context is open, by a child that ends with this
-    process: `megatron-sov serve`, or another program.
+    """Serve a checkpoint or Hugging Face folder during the context, by a child that ends with this process.
 
     Args:
-        folder: of the model.
-        problem: what a sentence begins with that says why the child did not start.
-        options: further words of the command line.
-        sleep: waits; may raise to end all waiting.
-        program: started in the place of `megatron-sov serve`.
+        folder: the model.
+        problem: beginning of the error message if the child does not start.
+        options: further command-line arguments.
+        sleep: waits; may raise to abort.
+        program: command to run in place of `megatron-sov serve`.
 
     Raises:
-        UserError: it does not start; its own sentence says why.
+        UserError: the server does not start; contains the last line in its log.
     """
-    # No other user of this machine may use the server. The key goes by the environment: a command line can be
-    # read by all.
+    # Other users of this machine must not use the server. Pass the key in the environment: command
+    # lines are public.
     key = secrets.token_urlsafe(32)
     with tempfile.TemporaryDirectory(prefix="sov-serve-") as work:
         address, log = Path(work) / "address.json", Path(work) / "serve.log"
@@ -62,7 +61,7 @@ def serving(folder: Path, problem: str, *, options: Sequence[str] = (),
                    "--port", "0", "--address-file", str(address), "--api-key-env", KEY_ENV,
                    "--parent-pid", str(os.getpid()), *options]
         with open(log, "wb") as out:
-            # a group of its own: Ctrl-C is for the run, which lets it answer what is under way
+            # own process group: on Ctrl-C the run lets the server finish running answers
             child = start_command(command, environment=os.environ | {KEY_ENV: key}, stdout=out, stderr=out,
                                   own_group=True)
         try:
@@ -73,14 +72,14 @@ def serving(folder: Path, problem: str, *, options: Sequence[str] = (),
 
 def _answering(child: subprocess.Popen[bytes], address: Path, log: Path, problem: str,
                sleep: Callable[[float], object]) -> tuple[str, str]:
-    """Return where the child answers, when it does, and what the model is called there."""
+    """Wait until the child has written its address file; return URL and model name."""
     began_s, is_announced = time.monotonic(), False
     while not address.exists():
         if child.poll() is not None:
-            # the last line of its log is its own sentence on what is wrong
+            # the last line in the log is the child's error message
             lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            words = lines[-1].removeprefix("error: ") if lines else f"it ended with {child.returncode}"
-            raise UserError(f"{problem}{words}")
+            message = lines[-1].removeprefix("error: ") if lines else f"it ended with {child.returncode}"
+            raise UserError(f"{problem}{message}")
         if not is_announced and time.monotonic() - began_s > _SILENCE_S:
             print("the model is still being loaded", file=sys.stderr, flush=True)
             is_announced = True

@@ -1,6 +1,6 @@
-"""One request over HTTP by the `openai` client, bounded in time and size; imported when the first is made.
+"""HTTP requests through the `openai` client, limited in time and size; the client is imported on first use.
 
-The key is read from the environment for each request, stands in a header and nowhere else.
+The API key is read from the environment for each request and appears in its header only.
 """
 
 from __future__ import annotations
@@ -25,62 +25,63 @@ def is_address(text: str) -> bool:
 
 
 def address_problems(field: str, text: str, key_field: str) -> list[SettingsProblem]:
-    """Return what is wrong with an address up to `/v1`; it is not quoted, for it may hold a key.
+    """Return problems of an address up to `/v1`, without quoting it because it may contain a key.
 
     Args:
-        field: that holds it.
-        text: as it was written.
-        key_field: that names the variable of the key.
+        field: name of the setting.
+        text: its value.
+        key_field: name of the setting for the key's environment variable.
     """
-    p = []
+    rules = []
     try:
         parts = urlsplit(text)
         is_sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # brackets that are not closed, a port that is none
-        # the checks below read the parts of an address, also where there is none
+    except ValueError:  # unclosed brackets, invalid port
+        # provide empty parts for the checks below
         parts, is_sound = urlsplit(""), False
     if not is_sound:
-        p.append("must be an address such as http://localhost:8000/v1")
+        rules.append("must be an address such as http://localhost:8000/v1")
     if parts.path.rstrip("/").endswith("/completions"):
-        p.append("must end before /chat/completions, which is added to it, such as "
-                 "http://localhost:8000/v1")
+        rules.append("must end before /chat/completions, which is added to it, such as "
+                     "http://localhost:8000/v1")
     if parts.username or parts.password or parts.query:
-        p.append("holds a key or a query, which would come into files; put the key into the "
-                 f"environment and name its variable with {key_field}")
-    return [SettingsProblem(ProblemCode.RULE, field, rule) for rule in p]
+        rules.append("holds a key or a query, which would come into files; put the key into the "
+                     f"environment and name its variable with {key_field}")
+    return [SettingsProblem(ProblemCode.RULE, field, rule) for rule in rules]
 
 
 MAX_BODY_BYTES = 8 << 20
 KEPT_S = 2.0
-"""For a connection that nothing is sent over: servers by uvicorn (vLLM, SGLang) hang up after 5 s, and a
-request that is sent at that moment fails."""
+"""Keep-alive time of idle connections: uvicorn servers (vLLM, SGLang) close after 5 s, and a request
+sent at that
+moment fails."""
 
 
 @dataclass(frozen=True)
 class Answered:
-    """What came back."""
+    """HTTP response."""
 
     status: int
     headers: Mapping[str, str]
-    """Names in small letters."""
+    """Header names in lower case."""
     body: bytes
 
 
 def missing_libraries() -> list[str]:
-    """Return one sentence for each library that is needed and not installed."""
+    """Return a sentence per required library that is not installed."""
     return [f"{name} is not installed; {how_to_install('judge')}" for name in ("openai", "httpx")
             if importlib.util.find_spec(name) is None]
 
 
 class Transport:
-    """Posts JSON to one address, from any thread.
+    """Sends JSON requests to an address, from any thread.
 
     Args:
         url: the address.
-        key_env: variable of the environment with the key; none is sent where it is not set.
-        timeout_s: for a request as a whole.
-        key: the key itself, of a server of one's own; goes before the variable.
-        max_bytes: of an answer; 0: `MAX_BODY_BYTES`.
+        key_env: environment variable with the API key; unset sends no key.
+        timeout_s: limit of a request.
+        key: API key for a private server; overrides `key_env`.
+        max_bytes: maximum response size; 0: `MAX_BODY_BYTES`.
     """
 
     def __init__(self, url: str, key_env: str, timeout_s: float, key: str = "",
@@ -94,29 +95,29 @@ class Transport:
         self._client: Any = None
 
     def post(self, payload: Mapping[str, Any], path: str = "") -> Answered:
-        """Return what comes back, whatever its status.
+        """Send a POST request; return the response with any status.
 
         Args:
-            payload: JSON.
-            path: behind the address; connections are the same for all.
+            payload: JSON body.
+            path: appended to the address; connections are shared.
 
         Raises:
-            TimeoutError: it takes too long.
-            BadAnswer: there is no connection, or too much comes.
+            TimeoutError: timeout.
+            BadAnswer: no connection, or the response is too large.
         """
         return self._send("post", payload, path)
 
     def get(self, path: str = "") -> Answered:
-        """Return what the address itself says, or a path behind it; raises as `post` does."""
+        """Send a GET request to the address or a path; raises like `post`."""
         return self._send("get", None, path)
 
     def stream(self, payload: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-        """Yield the objects of an answer that is sent as it is written; the iteration's end hangs up.
+        """Yield the objects of a streamed answer; closing the iterator closes the connection.
 
         Raises:
-            TimeoutError: it takes too long.
-            NeverAnswered: the endpoint says that it never answers this request, such as one that is too long.
-            BadAnswer: there is no connection, or the endpoint refuses, or its answer breaks off.
+            TimeoutError: timeout.
+            NeverAnswered: the endpoint refuses the request permanently, for example as too long.
+            BadAnswer: no connection, a refusal, or an interrupted answer.
         """
         import httpx
         import openai
@@ -131,14 +132,14 @@ class Transport:
                         yield part
         except openai.APIStatusError as e:
             body = e.response.content
-            said = reason_of(body, self._secret) or f"HTTP {e.status_code}"
+            message = reason_of(body, self._secret) or f"HTTP {e.status_code}"
             if why := why_never(body):
-                raise NeverAnswered(f"the request is {why} ({said})") from None
-            raise BadAnswer(f"the endpoint refuses ({said})") from None
+                raise NeverAnswered(f"the request is {why} ({message})") from None
+            raise BadAnswer(f"the endpoint refuses ({message})") from None
         except openai.APIError as e:
             if isinstance(e, openai.APIConnectionError):
                 raise self._failure(e) from None
-            # an error that comes in place of the next part
+            # an error in place of the next part
             raise BadAnswer(f"the endpoint broke off ({' '.join(str(e.message).split())[:200]})") from None
         except (openai.OpenAIError, httpx.HTTPError, httpx.InvalidURL) as e:
             raise self._failure(e) from None
@@ -150,7 +151,7 @@ class Transport:
     def _headers(self) -> dict[str, Any]:
         import openai
 
-        # no compression: a limit of bytes would count packed ones, and little unpacks to much
+        # no compression: limits count compressed bytes, and little can expand to much
         return {"Accept-Encoding": "identity",
                 "Authorization": f"Bearer {self._secret}" if self._secret else openai.Omit()}
 
@@ -158,11 +159,11 @@ class Transport:
         import httpx
         import openai
 
-        asked: dict[str, Any] = {"cast_to": httpx.Response, "options": {"headers": self._headers()}}
+        arguments: dict[str, Any] = {"cast_to": httpx.Response, "options": {"headers": self._headers()}}
         if payload is not None:
-            asked["body"] = dict(payload)
+            arguments["body"] = dict(payload)
         try:
-            response = getattr(self._opened(), method)(f"/{self._path}{path}", **asked)
+            response = getattr(self._opened(), method)(f"/{self._path}{path}", **arguments)
         except openai.APIStatusError as e:
             response = e.response
         except (openai.OpenAIError, httpx.HTTPError, httpx.InvalidURL) as e:
@@ -171,7 +172,7 @@ class Transport:
                         {name.lower(): value for name, value in response.headers.items()}, response.content)
 
     def _failure(self, error: Exception) -> Exception:
-        """Return what is raised for a request that was not answered."""
+        """Convert an exception for a request without response."""
         import httpx
         import openai
 
@@ -183,7 +184,7 @@ class Transport:
         return BadAnswer(f"the connection failed ({type(cause).__name__})", is_away=True)
 
     def _opened(self) -> Any:
-        """Return the client, made once: openai's, over an HTTP client of ours that keeps the limits."""
+        """Return the openai client, created once, over an httpx client with our limits."""
         import httpx
         import openai
 
@@ -191,9 +192,9 @@ class Transport:
             if self._client is None:
                 http = httpx.Client(timeout=self._timeout_s,
                                     limits=httpx.Limits(max_connections=None, keepalive_expiry=KEPT_S),
-                                    # reading all certificates takes long, and plain HTTP has none
+                                    # loading certificates is slow, and plain HTTP needs none
                                     verify=self._is_secure,
-                                    # a proxy of the environment knows this machine as itself
+                                    # a proxy would resolve localhost as its own machine
                                     trust_env=not self._is_here,
                                     event_hooks={"request": [self._begin],
                                                  "response": [partial(_bound, self._max_bytes)]})
@@ -202,12 +203,12 @@ class Transport:
             return self._client
 
     def _begin(self, request: Any) -> None:
-        # httpx limits each read alone: an answer that comes byte by byte would pass that limit for ever
+        # httpx limits single reads: an answer arriving byte by byte would never time out
         request.extensions["until_s"] = time.monotonic() + self._timeout_s
 
 
 def _bound(max_bytes: int, response: Any) -> None:
-    """Let a response be read up to its limits alone; a packed one might be anything when unpacked."""
+    """Limit a response to `max_bytes`; refuse compressed ones, which may expand to any size."""
     if response.headers.get("content-encoding", "identity") != "identity":
         response.close()
         raise _unbounded()("the endpoint sent a packed answer, which was not asked for",
@@ -227,7 +228,7 @@ def _bounded_stream(response: Any, max_bytes: int) -> Any:
     inner, request = response.stream, response.request
 
     class BoundedStream(httpx.SyncByteStream):
-        """A stream that ends with an error at a limit of bytes or time."""
+        """Response stream with limits of size and time."""
 
         def __iter__(self) -> Iterator[bytes]:
             size_bytes = 0

@@ -1,1 +1,1 @@
-"""Processes that are started, limited, answered and ended: children, workers, pools, commands."""
+"""Start, limit, query and stop processes: children, worker pools, commands."""

@@ -1,5 +1,4 @@
-"""Work beside training: as humble as the system allows, and only as long as the process that
-asked for it lives."""
+"""Low-priority background processes that end with their parent."""
 
 from __future__ import annotations
 
@@ -21,13 +20,13 @@ OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 
 def humble_environment() -> dict[str, str]:
-    """Return this process's environment without its place among ranks and jobs, for one thread and no GPU."""
-    kept = {k: v for k, v in environment_outside_jobs().items() if k not in OF_A_RANK}
-    return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    """Return this process's environment without rank and Slurm job variables, for one thread and no GPU."""
+    variables = {k: v for k, v in environment_outside_jobs().items() if k not in OF_A_RANK}
+    return variables | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def be_humble(parent: int) -> None:
-    """Take the lowest priorities, end with `parent`, and leave signals that ask the run for a stop to it."""
+    """Take the lowest CPU and IO priority, end with `parent`, and ignore the signals that stop training."""
     die_with_parent(parent)
     for number in FORWARDED:
         signal.signal(number, signal.SIG_IGN)
@@ -37,40 +36,40 @@ def be_humble(parent: int) -> None:
 
 
 class BackgroundProcess:
-    """A command that runs beside this process, humbly, with its output in a log."""
+    """A low-priority command with its output in a log file."""
 
     def __init__(self, command: list[str], log: Path) -> None:
-        """Start it; the log's first line is the command.
+        """Start the command; its text becomes the first line in the log.
 
         Raises:
-            OSError: it cannot be started.
+            OSError: the command cannot be started.
         """
         self._log = log
         self.began_s = time.monotonic()
-        """When it was started, by the monotonic clock."""
+        """Start time by the monotonic clock."""
         with open(log, "wb") as out:
             out.write(f"{shlex.join(command)}\n".encode())
             out.flush()
-            # through this module: a preexec_fn is not safe in a process that has threads
+            # start through this module: preexec_fn is unsafe in a multithreaded process
             self._process = subprocess.Popen([sys.executable, "-m", __name__, str(os.getpid()), *command],
                                              stdin=subprocess.DEVNULL, stdout=out, stderr=out,
                                              env=humble_environment())
 
     @property
     def took_s(self) -> float:
-        """Seconds since it was started."""
+        """Seconds since the start."""
         return time.monotonic() - self.began_s
 
     @property
     def exit_code(self) -> int | None:
-        """Its exit code; None while it runs."""
+        """Exit code, or None while running."""
         return self._process.poll()
 
     @property
     def last_words(self) -> str:
-        """What it said last: of a command that failed, why."""
-        said = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[1:]
-        return (said[-1].removeprefix("error: ") if said
+        """Last line in the log, such as an error message."""
+        lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[1:]
+        return (lines[-1].removeprefix("error: ") if lines
                 else f"its process ended with {self._process.returncode}")
 
     def kill(self) -> None:
@@ -80,4 +79,4 @@ class BackgroundProcess:
 
 if __name__ == "__main__":
     be_humble(int(sys.argv[1]))
-    os.execv(sys.argv[2], sys.argv[2:])  # all of it survives
+    os.execv(sys.argv[2], sys.argv[2:])  # priorities and signal settings survive exec

@@ -1,4 +1,4 @@
-"""Messages between a process and its child: JSON behind its length, over a socket."""
+"""Length-prefixed JSON messages over a socket between a process and its child."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ _LENGTH = struct.Struct("<Q")
 
 
 def send(channel: socket.socket, message: Any) -> None:
-    """Send a message; raises OSError where the other side has gone."""
-    # surrogatepass: names of files may hold bytes that are no UTF-8
+    """Send a message; raises OSError if the other process has ended."""
+    # surrogatepass: file names may contain bytes outside UTF-8
     data = json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
     channel.sendall(_LENGTH.pack(len(data)) + data)
 
 
 def receive(channel: socket.socket, most_bytes: int | None = None) -> Any:
-    """Return the next message.
+    """Receive the next message.
 
     Args:
-        channel: where it comes from.
-        most_bytes: that it may have; None: the other side is trusted.
+        channel: the socket.
+        most_bytes: maximum message size; None if the sender is trusted.
 
     Raises:
-        EOFError: the other side has gone.
-        OSError: likewise, or a time limit of the socket has passed.
-        ValueError: it is longer, or no JSON.
+        EOFError: the sender has ended.
+        OSError: the sender has ended, or the socket timed out.
+        ValueError: the message is too long or not JSON.
     """
     (length,) = _LENGTH.unpack(_read(channel, _LENGTH.size))
     if most_bytes is not None and length > most_bytes:
@@ -38,7 +38,7 @@ def receive(channel: socket.socket, most_bytes: int | None = None) -> Any:
 def _read(channel: socket.socket, num_bytes: int) -> bytes:
     parts = []
     while num_bytes:
-        # a length that the other side made up reserves no memory: parts come as they are sent
+        # Read in parts, so that a forged length allocates no memory.
         part = channel.recv(min(num_bytes, 1 << 20))
         if not part:
             raise EOFError

@@ -1,9 +1,7 @@
-"""Child processes: how they end with their parent, what they may take, what they get of the environment, and
-how they are talked to.
+"""Child processes: environment, memory limit, JSON channel, and termination with the parent.
 
-A child has a socket to this process, for messages of JSON (`processes.channel`): nothing that it sends is
-ever unpickled.  It is an interpreter of its own, a fork of a small server (`processes.workers`), or a
-command.  No torch here.
+A child is an interpreter, a fork of the server in `processes.workers`, or a command. Messages are JSON
+(`processes.channel`), never pickles. No torch here.
 """
 
 from __future__ import annotations
@@ -30,87 +28,87 @@ KEPT_VARIABLES = frozenset((
     "LANGUAGE", "LD_LIBRARY_PATH", "LD_PRELOAD", "VIRTUAL_ENV", "CONDA_PREFIX",
     "TOKENIZERS_PARALLELISM", "NLTK_DATA", "SSL_CERT_FILE", "SSL_CERT_DIR", "no_proxy", "NO_PROXY",
     "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TRANSFORMERS_CACHE"))
-"""Names of variables that processes keep which judge or run what a model wrote: what they need to run, and no
-key of the user's.  What a verifier does not know it cannot give away."""
+"""Environment variables for processes that judge or run model outputs: technical variables, no API
+keys. A verifier
+cannot leak a key it never had."""
 BEGINNINGS_OF_VARIABLES = ("LC_", "PYTHON", "XDG_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "CUDA_", "CUBLAS_",
                            "TORCH_", "TRITON_", "COVERAGE_", "COV_CORE_")
-"""Beginnings of names."""
+"""Prefixes of further allowed variables."""
 VARIABLES_OF_FOREIGN = ("HOME", "LOGNAME", "PATH", "SHELL", "TERM", "USER")
-"""Variables of ours that a foreign program gets."""
+"""Variables passed to third-party programs."""
 
 
 def variables_for_foreign(more: Iterable[str] = ()) -> dict[str, str]:
-    """Return the environment that a foreign program is started with.
+    """Return the environment for a third-party program.
 
     Args:
-        more: names that the settings give it besides.
+        more: further variable names from the settings.
     """
-    # what an old shell would run as a function is passed on only where it is asked for by name
-    kept = [name for name in VARIABLES_OF_FOREIGN if not os.environ.get(name, "").startswith("()")]
-    return {name: os.environ[name] for name in (*kept, *more) if name in os.environ}
+    # skip values that an old shell would execute as functions; names in `more` are passed anyway
+    names = [name for name in VARIABLES_OF_FOREIGN if not os.environ.get(name, "").startswith("()")]
+    return {name: os.environ[name] for name in (*names, *more) if name in os.environ}
 
 
 def forget_other_variables(more: Iterable[str] = ()) -> None:
-    """Remove every variable of this process's environment that is not kept.
+    """Remove all variables from this process's environment except technical ones.
 
     Args:
-        more: names that the reward asks for.
+        more: further variable names to keep, from the reward.
     """
-    kept = KEPT_VARIABLES.union(more)
+    allowed = KEPT_VARIABLES.union(more)
     for name in [*os.environ]:
-        if name not in kept and not name.startswith(BEGINNINGS_OF_VARIABLES):
+        if name not in allowed and not name.startswith(BEGINNINGS_OF_VARIABLES):
             del os.environ[name]
 
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Signals that ask for a stop; the launcher passes them on to its ranks.  SIGUSR1 is what Slurm is asked to
-send before the time limit."""
+"""Signals that request a stop; the launcher forwards them to its ranks. Slurm sends SIGUSR1 before the time
+limit."""
 MAX_MEMORY_BYTES = 4 << 30
-"""Of address space, for a process that works with what names no `MAX_MEMORY_BYTES` of its own."""
+"""Default limit of address space."""
 _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int) -> None:
-    """Ask Linux to kill this process when its parent dies, so that a killed run leaves none behind."""
+    """Let Linux kill this process when its parent dies, so that a killed run leaves no processes."""
     be_killed_with_parent()
-    # the parent may have died before prctl took effect; then no signal ever comes
+    # if the parent died before prctl took effect, no signal comes
     if sys.platform == "linux" and os.getppid() != parent:
         os._exit(ExitCode.CRASH)
 
 
 def be_killed_with_parent() -> None:
-    """Ask Linux for that of a fork whose parent is alive."""
+    """Call PR_SET_PDEATHSIG in a fork whose parent is known to be alive."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def limit_memory(limit_bytes: int = MAX_MEMORY_BYTES) -> None:
-    """Let this process ask for no more memory than that, where a limit of the machine's is not lower; 0: no
-    limit."""
+    """Limit this process's address space, unless the system's hard limit is lower; 0 sets no limit."""
     hard_bytes = resource.getrlimit(resource.RLIMIT_AS)[1]
     if limit_bytes and (hard_bytes == resource.RLIM_INFINITY or hard_bytes > limit_bytes):
         resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, hard_bytes))
 
 
 class Child:
-    """A process at the other end of a socket, which ends at the latest when nobody has this any more."""
+    """A process at the other end of a socket; ends at the latest when this object is garbage collected."""
 
     def __init__(self, channel: socket.socket, kill: Callable[[], None],
                  wait: Callable[[float | None], int | None], patience_s: float = 0.0) -> None:
-        """Take it over.
+        """Take ownership of a started process.
 
         Args:
-            channel: this end.
-            kill: ends it.
-            wait: returns its exit code, or minus its signal; None: it has not ended in so many seconds.
-            patience_s: in which it may end by itself, and remove what it made, when its channel is closed.
+            channel: this end of the socket.
+            kill: kills the process.
+            wait: waits some seconds and returns the exit code (negative: signal), or None while running.
+            patience_s: grace period after closing the channel, in which the process may clean up.
         """
         self.channel, self._wait = channel, wait
-        # not __del__: it also runs when the interpreter ends, and holds nothing of this object
+        # finalize instead of __del__: it also runs at interpreter exit and references no attribute
         self._end = weakref.finalize(self, _end, channel, kill, wait, patience_s, os.getpid())
 
     def exit_code(self, within_s: float) -> int | None:
-        """Return how it has ended, for which it may still need a processor; None: it has not."""
+        """Return the exit code, or None if the process is still running after `within_s` seconds."""
         return self._wait(within_s)
 
     def end(self) -> None:
@@ -120,7 +118,7 @@ class Child:
 def _end(channel: socket.socket, kill: Callable[[], None], wait: Callable[[float | None], int | None],
          patience_s: float, owner: int) -> None:
     channel.close()
-    if os.getpid() != owner:  # a fork of the process that started it
+    if os.getpid() != owner:  # in a fork of the owner
         return
     if not patience_s or wait(patience_s) is None:
         with contextlib.suppress(ProcessLookupError):
@@ -130,17 +128,17 @@ def _end(channel: socket.socket, kill: Callable[[], None], wait: Callable[[float
 
 def start_interpreter(command: Sequence[str], arguments: Sequence[str], variables: Mapping[str, str], *,
                       errors: IO[bytes] | int = subprocess.DEVNULL, patience_s: float = 0.0) -> Child:
-    """Start a program with nothing but a socket, whose number is its first argument.
+    """Start an interpreter with a socket as only connection; the socket's number is its first argument.
 
     Args:
-        command: an interpreter and what it runs.
-        arguments: behind the socket's number.
-        variables: of its environment, beside the few that every program needs.
-        errors: where it writes what goes wrong.
+        command: interpreter and script.
+        arguments: arguments after the socket number.
+        variables: environment, in addition to a minimal one.
+        errors: destination of standard error.
         patience_s: see `Child`.
     """
     ours, theirs = socket.socketpair()
-    # nothing of this process's environment but the libraries' path: keys stay here
+    # inherit only the library path, so that API keys stay in this process
     environment = {"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONUTF8": "1", **variables,
                    **{name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}}
     with theirs:
@@ -161,19 +159,19 @@ def start_command(command: Sequence[str], *, stdout: IO[Any] | None = None,
                   stderr: IO[Any] | int | None = None, environment: Mapping[str, str] | None = None,
                   folder: Path | None = None, ends_with_this: bool = False,
                   own_group: bool = False) -> subprocess.Popen[Any]:
-    """Start a command that reads nothing.
+    """Start a command with empty standard input.
 
     Args:
         command: program and arguments.
-        stdout: where it writes; None: where this process does.
-        stderr: likewise.
-        environment: its own; None: this process's.
-        folder: where it stands; None: where this process does.
-        ends_with_this: it is killed when this process ends.
-        own_group: Ctrl-C of a terminal is not for it.
+        stdout: standard output; None: inherited.
+        stderr: standard error; None: inherited.
+        environment: environment; None: inherited.
+        folder: working directory; None: inherited.
+        ends_with_this: kill the command when this process ends.
+        own_group: detach from the terminal's Ctrl-C.
 
     Raises:
-        OSError: it cannot be started.
+        OSError: the command cannot be started.
     """
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=environment,
                             cwd=folder, start_new_session=own_group,
@@ -181,8 +179,8 @@ def start_command(command: Sequence[str], *, stdout: IO[Any] | None = None,
 
 
 def end_commands(commands: Sequence[subprocess.Popen[Any]], wait_s: float) -> None:
-    """Ask commands to end, and kill those that have not after that many seconds."""
-    # all are asked before any is waited for: they end at the same time
+    """Terminate commands, and kill those still running after `wait_s` seconds."""
+    # send all signals first: the commands end in parallel
     for command in commands:
         command.terminate()
     deadline_s = time.monotonic() + wait_s
@@ -195,33 +193,33 @@ def end_commands(commands: Sequence[subprocess.Popen[Any]], wait_s: float) -> No
 
 
 def run_command(argv: list[str], go_on_by: str) -> int:
-    """Run `python -m ARGV` to its end and return its exit code, or that of a stop where this process was
-    asked for one meanwhile: a command that was just ending may end well, and the next one must not begin.
+    """Run `python -m ARGV` and return its exit code, or STOPPED if this process received a stop signal.
 
-    A signal that asks this process for a stop reaches the command, which saves everything; the command ends
-    with this process.
+    Stop signals are forwarded to the command, which saves its state; the command ends with this
+    process. After a
+    stop signal return STOPPED even if the command succeeded, so that no further command starts.
 
     Args:
-        argv: a module and its arguments.
-        go_on_by: what a user does to go on after a stop.
+        argv: module and arguments.
+        go_on_by: hint on how to continue after a stop.
     """
     child = start_command([sys.executable, "-m", *argv], ends_with_this=True)
-    asked_to_stop = False
+    stop_requested = False
 
     def forward(number: int, frame: Any) -> None:
-        nonlocal asked_to_stop
-        asked_to_stop = True
-        if number != signal.SIGINT:  # which a terminal sends to both
+        nonlocal stop_requested
+        stop_requested = True
+        if number != signal.SIGINT:  # a terminal sends SIGINT to both processes
             child.send_signal(number)
 
-    # the command saves and ends; this process only notes that it has to stop, and waits
+    # the command saves and ends; this process only waits
     previous = {number: signal.signal(number, forward) for number in FORWARDED}
     try:
         code = child.wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if asked_to_stop:
+    if stop_requested:
         print(f"stopped; {go_on_by}", file=sys.stderr, flush=True)
         return ExitCode.STOPPED
     return code if code >= 0 else 128 - code

@@ -1,8 +1,10 @@
-"""A command with all processes that it starts, which end with the process that wanted it, however that ends.
+"""Run a command together with all its descendants, which end with this process.
 
-Between the two stands a keeper, to which whatever loses its parent below it comes (PR_SET_CHILD_SUBREAPER of
-prctl(2)): no group, session or daemon of its own saves a process from it.  It is a program of its own: a fork
-of a trainer would hold on to the trainer's memory.
+A keeper process between the two adopts orphaned descendants (PR_SET_CHILD_SUBREAPER, prctl(2)),
+so neither process
+groups, sessions nor daemons escape. The keeper is a separate program because a fork of a trainer
+would retain the
+trainer's memory.
 """
 
 from __future__ import annotations
@@ -22,24 +24,24 @@ from typing import IO, Any
 from megatron_sov.work.processes.children import start_command
 
 NOT_STARTED = 127
-"""Exit code of a command that there is not, as a shell has it."""
+"""Exit code for a missing program, as in a shell."""
 _PR_SET_CHILD_SUBREAPER = 36
 _AGAIN_S = 0.005
 _LOOK_MS = 20
 
 
 class KeptCommand:
-    """A command that runs; it also ends when nobody has this any more."""
+    """A running command with its descendants; ends when this object is garbage collected."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], output: IO[Any]) -> None:
-        """Start it.
+        """Start the command.
 
         Args:
             command: program and arguments.
-            environment: its own.
-            output: where it writes all that it says.
+            environment: its environment.
+            output: file for standard output and error.
         """
-        until, wanted = os.pipe()  # its end is that of the command, however this process ends
+        until, wanted = os.pipe()  # the keeper ends the command when this pipe closes
         self._wanted = os.fdopen(wanted, "wb", buffering=0)
         try:
             self._keeper = subprocess.Popen(
@@ -54,12 +56,12 @@ class KeptCommand:
         return self._keeper.poll() is None
 
     def end(self, patience_s: float = 0.0) -> None:
-        """End it and all below it; after that many seconds without asking any more."""
+        """End all processes; SIGTERM first, SIGKILL after `patience_s` seconds."""
         if patience_s and self.is_alive:
             self._keeper.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._keeper.wait(patience_s)
-        # written and not only closed: a fork of this process may have the pipe too
+        # write before closing: a fork of this process may hold the pipe open
         with contextlib.suppress(OSError, ValueError):
             self._wanted.write(b"\0")
         self._wanted.close()
@@ -67,7 +69,7 @@ class KeptCommand:
 
 
 def kill_below() -> None:
-    """Kill all below this process: a child that is killed hands its own children to it."""
+    """Kill all descendants: orphans of killed children become children of this process."""
     while children := _children():
         for child in children:
             with contextlib.suppress(ProcessLookupError):
@@ -76,7 +78,7 @@ def kill_below() -> None:
 
 
 def _children() -> list[int]:
-    """Return the children that live; those that have ended are buried."""
+    """Reap ended children and return the living ones."""
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
@@ -84,13 +86,13 @@ def _children() -> list[int]:
 
 
 def _keep(until: int, command: Sequence[str]) -> int:
-    """Wait until a command has ended, or nobody wants it any more; then end all that is left.
+    """Run a command until it ends or `until` is closed, then kill its descendants.
 
     Args:
-        until: end of a pipe, which is told or closed when nobody wants it.
+        until: read end of a pipe that the owner writes to or closes.
         command: program and arguments.
 
-    Returns: its exit code.
+    Returns: the command's exit code.
     """
     os.set_inheritable(until, False)
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -113,7 +115,7 @@ def _keep(until: int, command: Sequence[str]) -> int:
     watched.poll()
     code = leader.poll()
     if is_asked and code is not None:
-        # its children remove what they made in shared memory, if they are let
+        # let children remove their shared memory
         watched = select.poll()
         watched.register(until, select.POLLIN)
         while _children() and not watched.poll(_LOOK_MS):

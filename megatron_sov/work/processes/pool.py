@@ -1,4 +1,4 @@
-"""Work in several processes, with the results in the order of the input, or in threads as results come."""
+"""Process pools with results in input order, thread pools with results on completion, and stop signals."""
 
 from __future__ import annotations
 
@@ -24,55 +24,55 @@ Work = TypeVar("Work")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 AHEAD = 2
-"""Items that wait for a thread, for each thread: little is read before it is needed."""
+"""Queued items per thread; small, so that little is read ahead."""
 _LOOK_S = 0.5
-"""Between two looks at whether a stop was asked for."""
+"""Interval between checks for a stop request."""
 
 
 class StopSignal:
-    """Remembers that work was asked to stop, and why; from any thread."""
+    """Thread-safe stop request with a reason."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
         self.reason = ""
-        """Why; empty: nobody asked."""
+        """Reason of the request; empty without request."""
 
     @contextlib.contextmanager
     def at_signals(self) -> Iterator[None]:
-        """Stop at signals that ask for it and are not ignored, as long as this is open; the same one again
-        ends the process as it would by itself."""
-        before = {number: signal.getsignal(number) for number in FORWARDED}
-        # nohup ignores signals on purpose; that stays
-        before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
-        for number in before:
+        """Request a stop on SIGTERM, SIGINT or SIGUSR1 during the block; a repeated signal
+        ends the process."""
+        handlers = {number: signal.getsignal(number) for number in FORWARDED}
+        # keep signals ignored that nohup ignores
+        handlers = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
+        for number in handlers:
             signal.signal(number, self._note)
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
 
     def ask(self, reason: str) -> None:
-        """Ask for a stop; the first reason stays."""
+        """Request a stop; the first reason is kept."""
         if not self._event.is_set():
             self.reason = reason
             self._event.set()
 
     def check(self) -> None:
-        """Raise `StopRequested` where a stop was asked for."""
+        """Raise `StopRequested` after a request."""
         if self._event.is_set():
             raise StopRequested(self.reason)
 
     def sleep(self, seconds: float) -> None:
-        """Wait; raises `StopRequested` as soon as a stop is asked for."""
+        """Sleep; raise `StopRequested` as soon as a stop is requested."""
         self._event.wait(seconds)
         self.check()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        # the second one ends the process: somebody does not want to wait
+        # a second signal ends the process immediately
         signal.signal(number, signal.SIG_DFL)
         name = signal.Signals(number).name
-        # Not by print: the signal may have come in the middle of one.
+        # not print: the signal may have interrupted a print
         with contextlib.suppress(OSError):
             os.write(2, f"\nstopping after the work under way, which is saved; {name} again: leave now, the "
                         "same command goes on from what is saved\n".encode())
@@ -81,76 +81,76 @@ class StopSignal:
 
 def in_threads(do: Callable[[Work], Result], items: Iterable[Work], threads: int,
                stop: StopSignal | None = None) -> Generator[Result, None, None]:
-    """Yield what comes of items as they are done.
+    """Apply `do` to items in threads; yield results on completion.
 
-    The first that fails ends it, as a stop does: none is begun any more, what is under way is waited for and
-    yielded as well, and then that is raised.
+    After the first failure or a stop request no item starts, running items finish and are yielded, then the
+    exception is raised.
 
     Args:
-        do: does one item, in any thread.
-        items: are taken as threads get free.
-        threads: items at a time.
-        stop: may be asked to stop, and is asked where an item fails.
+        do: function for an item, called in any thread.
+        items: consumed as threads become free.
+        threads: number of threads.
+        stop: stop request to observe, and to set on failure.
 
     Raises:
-        StopRequested: a stop was asked for.
-        Exception: of the first item that failed.
+        StopRequested: a stop was requested.
+        Exception: the first failed item's exception.
     """
     stop = stop or StopSignal()
-    under_way: set[Future[Result]] = set()
+    pending: set[Future[Result]] = set()
     with ThreadPoolExecutor(threads) as pool:
         try:
             for item in items:
-                under_way.add(pool.submit(do, item))
-                # bounded, since items may come from a stream that is longer than memory
-                if len(under_way) >= AHEAD * threads:
-                    yield from _yield_finished(under_way, stop)
-            while under_way:
-                yield from _yield_finished(under_way, stop)
+                pending.add(pool.submit(do, item))
+                # bound the queue: items may come from a long stream
+                if len(pending) >= AHEAD * threads:
+                    yield from _yield_finished(pending, stop)
+            while pending:
+                yield from _yield_finished(pending, stop)
         except BaseException as e:
-            stop.ask(str(e))  # what waits for an answer gets it, and asks no more
-            for future in under_way:
+            stop.ask(str(e))  # running items finish and start no further requests
+            for future in pending:
                 future.cancel()
-            wait(under_way)
-            # who closed the generator takes no more; else results that are paid for are still given
+            wait(pending)
+            # yield finished results, which may have cost money, unless the consumer closed the generator
             if not isinstance(e, GeneratorExit):
-                for future in under_way:
+                for future in pending:
                     if not future.cancelled() and future.exception() is None:
                         yield future.result()
             raise
 
 
-def _yield_finished(under_way: set[Future[Result]], stop: StopSignal) -> Iterator[Result]:
-    done, _ = wait(under_way, _LOOK_S, FIRST_COMPLETED)
+def _yield_finished(pending: set[Future[Result]], stop: StopSignal) -> Iterator[Result]:
+    finished, _ = wait(pending, _LOOK_S, FIRST_COMPLETED)
     stop.check()
-    for future in done:
-        under_way.discard(future)
+    for future in finished:
+        pending.discard(future)
         yield future.result()
 
 
 _work: Callable[[Any], Any]
-"""What this worker process does with each item."""
+"""Function of this worker process, applied to each item."""
 WAITING_PER_WORKER = 4
-"""Items that are handed out, so that no worker waits for the next one."""
+"""Queued items per worker, so that no worker waits for input."""
 LOST = "a worker process was ended from outside (for want of memory?)"
 
 
 class WorkerLost(UserError):
-    """A worker was ended from outside."""
+    """A worker was killed from outside."""
 
 
 class WorkerPool(Generic[Item, Result]):
-    """Processes that work on items; each is started when there is an item for it."""
+    """Processes that apply a function to items; started on demand."""
 
     def __init__(self, build: Callable[..., Callable[[Item], Result]], arguments: tuple[Any, ...],
                  workers: int) -> None:
-        """Start nothing yet.
+        """Configure the pool without starting processes.
 
         Args:
-            build: a function of a module; called once in each process with `arguments`,
-                it returns what is called with each item.
-            arguments: plain values.
-            workers: processes.
+            build: module-level function; called once per process with `arguments`, returns the
+                function for items.
+            arguments: picklable values.
+            workers: number of processes.
         """
         self._build, self._arguments, self._workers = build, arguments, workers
         self._pool: ProcessPoolExecutor | None = None
@@ -160,9 +160,9 @@ class WorkerPool(Generic[Item, Result]):
         return self
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
-        """Wait for what is under way, or end the processes at once behind an error."""
+        """Wait for running items, or end the processes immediately after an exception."""
         if failure is not None:
-            # an error ends the work now; results under way are of no use
+            # results of running items are useless after an error
             for process in multiprocessing.active_children():
                 process.terminate()
         self.end()
@@ -172,38 +172,39 @@ class WorkerPool(Generic[Item, Result]):
             self._pool.shutdown(cancel_futures=True)
 
     def each(self, items: Iterable[Item]) -> Iterator[Result]:
-        """Yield the result of each item, in order; items are taken as they are needed.  This process does
-        all where there is one worker, or one item for the first time.
+        """Yield the result for each item in order; items are consumed as needed.
+
+        With a single worker or a single item, this process does the work.
 
         Raises:
-            WorkerLost: a worker was ended from outside.
+            WorkerLost: a worker was killed from outside.
         """
-        # one item or one worker: starting processes would cost more than the work
-        left = iter(items)
-        first = list(islice(left, self._workers)) if self._pool is None else []
+        # for one item or worker, starting processes would cost more than the work
+        remaining = iter(items)
+        first = list(islice(remaining, self._workers)) if self._pool is None else []
         if self._pool is None and len(first) <= 1:
             self._here = self._here or self._build(*self._arguments)
-            yield from map(self._here, chain(first, left))
+            yield from map(self._here, chain(first, remaining))
             return
         from concurrent.futures import ProcessPoolExecutor
         from concurrent.futures.process import BrokenProcessPool
 
-        # Fresh processes: forking one that runs a library's threads could deadlock.
+        # spawn: forking a process with library threads could deadlock
         self._pool = self._pool or ProcessPoolExecutor(
             self._workers, multiprocessing.get_context("spawn"), _start_worker,
             (self._build, self._arguments))
-        under_way: deque[Future[Result]] = deque()
+        pending: deque[Future[Result]] = deque()
         try:
-            for item in chain(first, left):
-                # a pool starts its processes in submit, and they inherit the mask of signals
+            for item in chain(first, remaining):
+                # a pool starts its processes in submit; they inherit the signal mask
                 with _without_interrupts():
-                    under_way.append(self._pool.submit(_do, item))
-                # in the order of the input: a slow item holds back later results, and their number is bounded
-                while under_way and (under_way[0].done()
-                                     or len(under_way) >= WAITING_PER_WORKER * self._workers):
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
+                    pending.append(self._pool.submit(_do, item))
+                # in input order: a slow item delays later results, so bound their number
+                while pending and (pending[0].done()
+                                   or len(pending) >= WAITING_PER_WORKER * self._workers):
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         except BrokenProcessPool:
             raise WorkerLost(f"{LOST}; run the same command again, with fewer --workers: what is done is kept"
                              ) from None
@@ -211,7 +212,7 @@ class WorkerPool(Generic[Item, Result]):
 
 def in_processes(build: Callable[..., Callable[[Item], Result]], arguments: tuple[Any, ...],
                  items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
-    """Yield the result of each item, in order; arguments and errors as of `WorkerPool`."""
+    """Yield the result for each item in order; see `WorkerPool`."""
     pool = WorkerPool(build, arguments, workers)
     try:
         yield from pool.each(items)
@@ -221,26 +222,24 @@ def in_processes(build: Callable[..., Callable[[Item], Result]], arguments: tupl
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Let processes that are started here never see Ctrl-C, which goes to all of a terminal's: this process
-    alone takes it, and ends them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Block SIGINT in processes started here: on Ctrl-C only this process reacts, and ends them."""
+    previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
 
 
 def _start_worker(build: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
     global _work
-    # one thread per process; the processes are the parallelism
+    # one thread per process; parallelism comes from the processes
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _work = build(*arguments)
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that started it is gone: a killed command must not leave workers
-    that wait for ever."""
+    """End this worker when its parent has died, so that a killed command leaves no waiting workers."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

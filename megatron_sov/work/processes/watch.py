@@ -1,4 +1,4 @@
-"""What all processes of a program take together, read from /proc: limits of the kernel count each alone."""
+"""Total CPU time, memory and tasks of a process tree, read from /proc; kernel limits count per process."""
 
 from __future__ import annotations
 
@@ -12,35 +12,34 @@ _TICKS_PER_S, _PAGE_BYTES = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGESIZE")
 
 @dataclass
 class ProcessTotals:
-    """Of a process and all below it."""
+    """Resource totals for a process and its descendants."""
 
     tasks: int = 0
-    """Processes and threads."""
+    """Number of processes and threads."""
     cpu_s: float = 0.0
-    """Seconds of processors, those of ended children included that were waited for."""
+    """CPU seconds, including ended children that were waited for."""
     memory_bytes: int = 0
-    """Resident, beyond what each process shares with the server that it was forked from."""
+    """Resident memory beyond the pages that each fork shares with its server."""
     runnable: bool = False
-    """One of them runs, or waits for nothing but a processor."""
+    """Whether any process runs or waits for a CPU."""
 
 
 class Watch:
-    """Looks at the processes of a program.
+    """Reads the resource totals of a process tree.
 
     Args:
-        root_pid: its first process, as /proc counts it.
-        forks: the process that forks programs, instead: they are all that is below it.
+        root_pid: root process, as numbered in /proc.
+        forks: count only descendants of `root_pid`, which is a fork server.
     """
 
     def __init__(self, root_pid: int, *, forks: bool = False) -> None:
         self._root, self._forks = root_pid, forks
-        self._proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # it may vanish from view
-        # what all forks share with the server is no program's; counted once for each, it would exceed any
-        # limit
+        self._proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # /proc may become hidden
+        # Subtract memory shared with the fork server, or counting it once per fork would exceed any limit.
         self._base_bytes = self._resident_bytes(root_pid) if forks else 0
 
     def follow_child(self) -> None:
-        """Look at the only child of that process instead, which forks programs from now on."""
+        """Switch to the root's only child, which forks programs from now on."""
         ((self._root,), _) = self._children(self._root)
         self._base_bytes = self._resident_bytes(self._root)
 
@@ -48,32 +47,32 @@ class Watch:
         os.close(self._proc)
 
     def totals(self) -> ProcessTotals:
-        """Return the sums over all processes that are there now."""
-        found = ProcessTotals()
-        waiting = self._children(self._root)[0] if self._forks else [self._root]
-        # a process that moves to another parent during the walk would be counted twice
-        seen: set[int] = set()
-        while waiting:
-            pid = waiting.pop()
-            if pid in seen:
+        """Return the totals over all current processes."""
+        totals = ProcessTotals()
+        queue = self._children(self._root)[0] if self._forks else [self._root]
+        # a process reparented during the walk must not count twice
+        visited: set[int] = set()
+        while queue:
+            pid = queue.pop()
+            if pid in visited:
                 continue
-            seen.add(pid)
+            visited.add(pid)
             try:
                 children, threads = self._children(pid)
                 fields = self._fields(f"{pid}/stat")
-                found.runnable = found.runnable or fields[0] == "R" or any(
+                totals.runnable = totals.runnable or fields[0] == "R" or any(
                     self._runs(pid, thread) for thread in threads[1:])
-                # utime, stime, and those of its children that have ended and were waited for
-                found.cpu_s += sum(map(int, fields[11:15])) / _TICKS_PER_S
-                found.memory_bytes += max(0, self._resident_bytes(pid) - self._base_bytes)
-            except (OSError, ValueError, IndexError):  # it has just ended
+                # utime and stime, own and of reaped children
+                totals.cpu_s += sum(map(int, fields[11:15])) / _TICKS_PER_S
+                totals.memory_bytes += max(0, self._resident_bytes(pid) - self._base_bytes)
+            except (OSError, ValueError, IndexError):  # the process has just ended
                 continue
-            found.tasks += len(threads)
-            waiting += children
-        return found
+            totals.tasks += len(threads)
+            queue += children
+        return totals
 
     def _children(self, pid: int) -> tuple[list[int], list[str]]:
-        """Return a process's children and its threads, the one that has its number first."""
+        """Return a process's children and threads, main thread first."""
         try:
             fd = os.open(f"{pid}/task", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._proc)
         except OSError:
@@ -93,12 +92,13 @@ class Watch:
     def _runs(self, pid: int, thread: str) -> bool:
         try:
             return self._fields(f"{pid}/task/{thread}/stat")[0] == "R"
-        except (OSError, IndexError):  # it has just ended
+        except (OSError, IndexError):  # the thread has just ended
             return False
 
     def _fields(self, path: str) -> list[str]:
-        """Return what stands in a `stat` from the third field on: state, ppid, ...; the name before may hold
-        anything."""
+        """Return the fields of a `stat` file from the third on (state, ppid, ...); the name
+        before may contain
+        spaces and brackets."""
         return self._read(path).rpartition(")")[2].split()
 
     def _resident_bytes(self, pid: int) -> int:
@@ -113,22 +113,21 @@ class Watch:
 
 
 class OwnTime:
-    """The time of a program by the clock, without that in which it waits for a processor: a limit that
-    counts this does not end a program because its machine is busy.
+    """Wall time of a program without the time it waits for a CPU, so that limits hold on a busy machine.
 
     Args:
-        totals: of its processes now.
-        every_s: how often it is looked at; whoever looks later than that had no processor either.
+        totals: returns the current resource totals.
+        every_s: interval between calls of `look`; a later call means that the caller had no CPU either.
     """
 
     def __init__(self, totals: Callable[[], ProcessTotals], every_s: float) -> None:
         self._totals, self._every_s = totals, every_s
         self.cpu_s = 0.0
-        """When it was last looked at; the kernel tells in the end of those only that were waited for."""
+        """CPU seconds at the last `look`."""
         self.begin()
 
     def begin_again(self) -> None:
-        """Count from now on, of a process that has worked before."""
+        """Restart the measurement for a process that has worked before."""
         self.look(time.monotonic())
         self.begin()
 
@@ -139,23 +138,23 @@ class OwnTime:
 
     @property
     def look_at_s(self) -> float:
-        """When to look next, by the monotonic clock."""
+        """Time of the next `look`, by the monotonic clock."""
         return self._looked_s + self._every_s
 
     def own_s(self, now_s: float) -> float:
         return now_s - self._began_s - self.starved_s
 
     def look(self, now_s: float) -> ProcessTotals:
-        """Add what has passed since the last look; return what the program takes now."""
+        """Update the waiting time since the last call; return current resource totals."""
         totals, looker_s = self._totals(), time.thread_time()
         since_s, ran_s = now_s - self._looked_s, max(0.0, totals.cpu_s - self.cpu_s)
-        # who looks too late was itself without a processor; its own work since then is not that
+        # A late caller had no CPU itself, apart from its own work in between.
         late_s = since_s - self._every_s - (looker_s - self._looker_s)
-        if totals.runnable:  # of the time since the last look, all in which none of them ran
+        if totals.runnable:  # count all time since the last look in which no process ran
             late_s = since_s
-        # never more than the time in which the program did not run
+        # at most the time in which the program did not run
         self.starved_s += max(0.0, min(late_s, since_s - ran_s))
         self._looked_s, self._looker_s = now_s, looker_s
-        # the sum falls when a child has ended that nobody waited for
+        # the sum decreases when a child ends without being reaped
         self.cpu_s = max(self.cpu_s, totals.cpu_s)
         return totals

@@ -1,7 +1,8 @@
-"""Processes that answer requests: limited in time, replaced where they end, several at a time.
+"""Worker processes that answer requests within a time limit and are replaced when they end.
 
-They are forks of a small server that has imported what they need and nothing else: one that was ended is
-replaced in a moment, and no thread of a caller's library is ever forked.
+Workers are forks of a server process that has imported the needed modules and nothing else:
+replacement is fast,
+and no thread of the caller's libraries is ever forked.
 """
 
 from __future__ import annotations
@@ -24,30 +25,30 @@ from megatron_sov.work.processes.children import Child, be_killed_with_parent
 from megatron_sov.work.processes.watch import OwnTime, Watch
 
 LOOK_EVERY_S = 0.25
-"""At what a process takes that has not answered yet."""
+"""Interval between resource checks of a busy worker."""
 START_LIMIT_S = 120.0
-"""For a process to import and make what it answers with."""
+"""Limit for importing modules and building the answer function."""
 END_LIMIT_S = 60.0
-"""For the kernel to say how a process has ended."""
+"""Limit for the kernel to report a worker's exit code."""
 QUICK_S, MOST_AT_ONCE = 0.01, 64
-"""Requests that take no longer go to a process by so many: a message and its answer, one after the other,
-take longer than the work itself."""
+"""Requests faster than `QUICK_S` are sent in batches of up to `MOST_AT_ONCE`, because a round trip
+takes longer than
+the work."""
 _PRELOADED: dict[str, None] = {}
-"""Modules of all such processes, in order: they share one server."""
+"""Modules that the shared fork server imports, in order."""
 Key = TypeVar("Key")
 Answer = Callable[[Any, Callable[[], None]], Any]
-"""What a process does: it is given a request, and a function to call where its time begins anew, and returns
-the answer; both are JSON."""
+"""Answers a request: called with the request and a function that restarts its time limit; returns JSON."""
 
 
 class _Fork(Child):
-    """One such process."""
+    """A worker process."""
 
     def __init__(self, make: Callable[..., Answer], arguments: tuple[object, ...],
                  may_start_processes: bool) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            # forked by a server without threads: a fork of this process could inherit a held lock
+            # the fork server has no threads: a fork of this process could inherit a held lock
             process = multiprocessing.get_context("forkserver").Process(
                 target=_begin, args=(theirs, make, arguments), daemon=not may_start_processes)
             process.start()
@@ -57,17 +58,17 @@ class _Fork(Child):
             return process.exitcode
 
         super().__init__(ours, process.kill, wait)
-        ours.settimeout(START_LIMIT_S)  # for the rest of a message that has begun
+        ours.settimeout(START_LIMIT_S)  # for the rest of a started message
         assert process.pid is not None
         self._watch = Watch(process.pid)
         self._time = OwnTime(self._watch.totals, LOOK_EVERY_S)
-        """Of its work, without what it waits for a processor."""
+        """Working time without waiting for a CPU."""
         self.limit_s = START_LIMIT_S
         self.is_ready = False
         self.given: deque[tuple[Any, Any]] = deque()
-        """(key, request): the one that it works on, and those behind it."""
+        """Queue of (key, request); the first is being worked on."""
         self.most = 1
-        """Requests that it is given together."""
+        """Batch size for requests."""
         self._num_given, self._given_s = 0, 0.0
 
     @property
@@ -77,19 +78,19 @@ class _Fork(Child):
     def begin_again(self) -> None:
         self._time.begin_again()
 
-    def give(self, asked: Sequence[tuple[Any, Any]], limit_s: float) -> None:
-        """Give it requests, to be answered one after the other, each within so many seconds."""
-        self.given.extend(asked)
-        self.limit_s, self._num_given, self._given_s = limit_s, len(asked), time.monotonic()
+    def give(self, requests: Sequence[tuple[Any, Any]], limit_s: float) -> None:
+        """Send requests, each to be answered within `limit_s` seconds, in order."""
+        self.given.extend(requests)
+        self.limit_s, self._num_given, self._given_s = limit_s, len(requests), time.monotonic()
         self.begin_again()
-        with contextlib.suppress(OSError):  # it has just ended, which is found out next
-            send(self.channel, [request for _, request in asked])
+        with contextlib.suppress(OSError):  # the worker has just ended; the next poll reports it
+            send(self.channel, [request for _, request in requests])
 
     def take_answered(self) -> Any:
-        """Return the key of the request that it has answered."""
+        """Remove the answered request from the queue; return its key."""
         key, _ = self.given.popleft()
         if self.given:
-            # without a look at what it takes: what it took for the answers before is little
+            # skip reading totals: earlier answers in the batch took little time
             self._time.begin()
         else:
             is_quick = time.monotonic() - self._given_s <= QUICK_S * self._num_given
@@ -97,11 +98,11 @@ class _Fork(Child):
         return key
 
     def is_late(self) -> bool:
-        """Return whether it has taken its time without an answer."""
+        """Return whether the time limit has passed without answer."""
         now_s = time.monotonic()
         if now_s >= self._time.look_at_s:
             self._time.look(now_s)
-        # one that has answered meanwhile is not late
+        # a worker that has answered meanwhile is not late
         return self._time.own_s(now_s) >= self.limit_s and not connection.wait([self.channel], 0)
 
     def end(self) -> None:
@@ -111,66 +112,68 @@ class _Fork(Child):
 
 @dataclass(frozen=True)
 class Lost:
-    """What becomes of a request whose process gave no answer; it has been ended."""
+    """Result of a request whose worker ended without answer."""
 
     exit_code: int | None
-    """How it had ended by itself; None: its time had run out."""
+    """Exit code of the worker; None after a timeout."""
 
 
 class Workers:
-    """Processes that each answer one request after the other, and are replaced where they end; a context.
+    """Worker processes that answer requests one by one; use `end` to stop them.
 
-    They end with this process, as all that is below them unless they may start processes of their own.
+    They end with this process, and so do their children unless `may_start_processes`.
     """
 
     def __init__(self, name: str, make: Callable[..., Answer], arguments: tuple[object, ...], *,
                  num: int = 1, modules: Iterable[str] = (), most_bytes: int | None = None,
                  may_start_processes: bool = False) -> None:
-        """Start nothing yet.
+        """Configure workers without starting them.
 
         Args:
-            name: what they are processes of, for messages.
-            make: a function of a module, called in each process with `arguments`; a `UserError` of it, or of
-                an answer, ends the work.
+            name: purpose of the workers, for messages.
+            make: module-level function, called in each worker with `arguments`; returns the
+                `Answer` function. A
+                `UserError` from either ends the work.
             arguments: plain values.
-            num: processes.
-            modules: that they need; imported once for all.
-            most_bytes: of an answer; None: any.
-            may_start_processes: False: of those that this process forgets to end, none outlives it.
+            num: number of workers.
+            modules: modules to import once in the fork server.
+            most_bytes: maximum answer size; None: unlimited.
+            may_start_processes: allow child processes; without, no descendant outlives this process.
         """
         self._name, self._make, self._arguments, self._num = name, make, arguments, num
         self._most_bytes, self._may_start_processes = most_bytes, may_start_processes
         self._workers: list[_Fork] = []
-        # one server for all: modules are added before it starts, later ones are imported by each fork
+        # All workers share a server: it imports modules known before its start; later ones are
+        # imported per fork.
         _PRELOADED.update(dict.fromkeys([__name__, make.__module__, *modules]))
         multiprocessing.get_context("forkserver").set_forkserver_preload([*_PRELOADED])
 
     def answers(self, waiting: deque[tuple[Key, Any]], limit_s: float) -> Iterator[tuple[Key, Any]]:
-        """Yield (key, answer) as they come, where an answer may be `Lost`.
+        """Yield (key, answer) on completion; an answer may be `Lost`.
 
         Args:
-            waiting: (key, request); the caller may add more until all are answered.
-            limit_s: for an answer, without the time that the process waits for a processor.
+            waiting: queue of (key, request); the caller may append until all are answered.
+            limit_s: seconds per answer, not counting waits for a CPU.
 
         Raises:
-            UserError: as `make` and what it returns do; or a process cannot be started.
+            UserError: `make` or the answer function failed with it, or a process cannot be started.
         """
         try:
             while waiting or any(worker.given for worker in self._workers):
                 self._hand_out(waiting, limit_s)
                 busy = [worker for worker in self._workers if worker.given or not worker.is_ready]
-                # sleep until a message comes or a process has to be looked at
-                left_s = min(worker.look_at_s for worker in busy) - time.monotonic()
-                came = connection.wait([worker.channel for worker in busy], max(left_s, 0.0))
+                # sleep until a message arrives or a worker's resources are due for a check
+                remaining_s = min(worker.look_at_s for worker in busy) - time.monotonic()
+                ready_channels = connection.wait([worker.channel for worker in busy], max(remaining_s, 0.0))
                 for worker in busy:
-                    if worker.channel in came or worker.is_late():
-                        for answer in self._taken(worker, worker.channel in came):
+                    if worker.channel in ready_channels or worker.is_late():
+                        for answer in self._taken(worker, worker.channel in ready_channels):
                             key = worker.take_answered()
-                            if isinstance(answer, Lost):  # those behind it are not to blame
+                            if isinstance(answer, Lost):  # requeue the other requests in the batch
                                 waiting.extendleft(reversed(worker.given))
                             yield key, answer
         finally:
-            # one with a request under way would send its answer to the next caller
+            # a busy worker would send its answer to the next caller
             for worker in [worker for worker in self._workers if worker.given]:
                 self._end(worker)
 
@@ -184,7 +187,7 @@ class Workers:
                 worker.give([waiting.popleft() for _ in range(count)], limit_s)
 
     def _taken(self, worker: _Fork, has_sent: bool) -> list[Any]:
-        """Return the answer of a worker that has sent something, or is late; none where it goes on."""
+        """Return a worker's answer as [answer], or [] if it continues."""
         code: int | None = None
         try:
             if has_sent:
@@ -194,7 +197,7 @@ class Workers:
                 if kind == "problem":
                     self._end(worker)
                     raise UserError(value)
-                # "ready" or "again": its time begins from now
+                # "ready" or "again": restart the time limit
                 worker.is_ready = True
                 worker.begin_again()
                 return []
@@ -202,7 +205,7 @@ class Workers:
             pass
         except (EOFError, OSError):
             code = worker.exit_code(END_LIMIT_S) or 0
-        except (ValueError, TypeError):  # no answer, or one that is too long
+        except (ValueError, TypeError):  # invalid or oversized answer
             code = -signal.SIGKILL
         self._end(worker)
         if worker.is_ready:
@@ -223,12 +226,14 @@ class Workers:
 
 
 def _begin(channel: socket.socket, make: Callable[..., Answer], arguments: tuple[object, ...]) -> None:
-    """Answer as long as the server lives, which ends with the command; Ctrl-C is left to the command, which
-    ends its processes itself."""
+    """Serve until the fork server ends, which ends with the command; ignore Ctrl-C, because the
+    command ends its
+    workers itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     be_killed_with_parent()
-    # The server ends when nobody holds this pipe's end any more: held here too, it and a process that is at
-    # work would go on behind a command that was killed.
+    # The fork server ends when nobody holds this pipe open. A worker that inherits the pipe would
+    # keep both alive
+    # after the command is killed.
     shared: Any = forkserver._forkserver
     if shared._forkserver_alive_fd is not None:
         os.close(shared._forkserver_alive_fd)
@@ -237,14 +242,14 @@ def _begin(channel: socket.socket, make: Callable[..., Answer], arguments: tuple
 
 
 def serve(channel: socket.socket, make: Callable[..., Answer], arguments: tuple[object, ...]) -> None:
-    """Answer requests until the other side has gone, perhaps before it read all."""
+    """Answer requests until the other side closes the channel."""
     with contextlib.suppress(EOFError, ConnectionError):
         try:
             answer = make(*arguments)
             send(channel, ("ready", ""))
             while True:
                 for request in receive(channel):
-                    # each by itself: where a process ends, the first without an answer has ended it
+                    # answer one by one: if the process dies, the first unanswered request is the cause
                     send(channel, ("answer", answer(request, lambda: send(channel, ("again", "")))))
         except UserError as e:
             send(channel, ("problem", str(e)))

@@ -1,1 +1,1 @@
-"""Work that is kept: jobs, journals, parts, locks, claims, and the bars that show how far it is."""
+"""Resumable work: jobs, journals, parts, locks, claims and progress bars."""

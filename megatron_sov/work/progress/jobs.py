@@ -1,4 +1,4 @@
-"""A job: items in, a record for each out, kept as they come, and made into the output when all are there."""
+"""Resumable jobs: execute items, journal a record per item, and build the output from all records."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from megatron_sov.work.progress.journal import Journal, open_journal, work_folde
 Work = TypeVar("Work")
 Numbered = Iterable[tuple[int, Work]]
 Executor = Callable[[Numbered[Work]], Iterator[tuple[int, bytes]]]
-"""Does numbered items; yields the number and record of each, in their order."""
+"""Executes numbered items; yields (number, record) in the same order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job(Generic[Work]):
-    """What is made of what.
+    """Items, their executor, and the output built from the records.
 
     >>> output = Path("doubled.txt")
     >>> run_job(Job(made_by="a script", output=output, identity={"factor": 2}, items=[1, 2, 3],
@@ -30,66 +30,68 @@ class Job(Generic[Work]):
     """
 
     made_by: str
-    """The command, as it is typed."""
+    """The command line, for messages."""
     output: Path
     identity: Mapping[str, Any]
-    """JSON values that records depend on."""
+    """JSON values that the records depend on; a journal of other values is refused."""
     items: Iterable[Work]
-    """What is done one by one, in order."""
+    """Items in order."""
     do: Executor[Work]
-    """Makes records of items: `here`, `in_workers`, or one of the job's own."""
+    """Computes records from items: `here`, `in_workers` or a custom executor."""
     sink: Callable[[Journal], None]
-    """Makes the output of all records."""
+    """Writes the output from all records."""
     known: Callable[[Work, bytes], object] = lambda item, record: None
-    """Is told each item that an earlier command has done, and its record."""
+    """Called with each item and record from an earlier command."""
     done: Callable[[Work], object] = lambda item: None
-    """Is told each item that is done, now or before."""
+    """Called with each completed item, from this or an earlier command."""
 
 
 def run_job(job: Job[Work], *, redo: bool = False) -> None:
-    """Do what is not done, and make the output; a killed job goes on where it was.
+    """Execute unfinished items and write the output; a killed job resumes after its last record.
 
     Raises:
-        UserError: another process works on it, other work on the output is unfinished, or as its parts do.
+        UserError: another process holds the journal, or it belongs to another command.
     """
     with open_journal(job.output, job.made_by, job.identity, redo=redo) as journal:
-        # records are in the order of items, so that one walk serves all that are done
-        before = journal.records()
-        under_way: deque[Work] = deque()
+        # Records are in item order, so a single pass over the items reads them all.
+        old_records = journal.records()
+        pending: deque[Work] = deque()
 
         def open_items() -> Iterator[tuple[int, Work]]:
             for number, item in enumerate(job.items):
                 if number in journal.done:
-                    job.known(item, next(before)[1])
+                    job.known(item, next(old_records)[1])
                     job.done(item)
                 else:
-                    # `do` yields in order: the oldest that was given is the next that comes back
-                    under_way.append(item)
+                    # `do` yields in order: its next record belongs to the oldest item
+                    pending.append(item)
                     yield number, item
 
         for number, record in job.do(open_items()):
-            # on record before it is reported as done
+            # write the record before reporting the item
             journal.add([(number, record)])
-            job.done(under_way.popleft())
+            job.done(pending.popleft())
         job.sink(journal)
 
 
 def run_share(job: Job[Work], share: int, num_shares: int) -> None:
-    """Do what is not done of a share of a job's items, beside other processes, on whatever machines, that do
-    theirs; who has begun the job's journal makes the output, by `run_job`."""
-    # a name for each cut, so that the items of a file rise
+    """Execute every `num_shares`-th unfinished item, in parallel with other processes on any machine.
+
+    The process that began the journal builds the output with `run_job`.
+    """
+    # one file per partition, so that item numbers in a file ascend
     journal = Journal(work_folder(job.output), f"{share}-of-{num_shares}")
-    mine = ((number, item) for number, item in enumerate(job.items)
-            if number % num_shares == share and number not in journal.done)
+    share_items = ((number, item) for number, item in enumerate(job.items)
+                   if number % num_shares == share and number not in journal.done)
     try:
-        for number, record in job.do(mine):
+        for number, record in job.do(share_items):
             journal.add([(number, record)])
     finally:
         journal.close()
 
 
 def here(do: Callable[[Work], bytes]) -> Executor[Work]:
-    """Return what does items in this process, one after the other."""
+    """Return an executor that runs items one by one in this process."""
     def execute(items: Numbered[Work]) -> Iterator[tuple[int, bytes]]:
         for number, item in items:
             yield number, do(item)
@@ -99,7 +101,7 @@ def here(do: Callable[[Work], bytes]) -> Executor[Work]:
 
 def in_workers(build: Callable[..., Callable[[Work], bytes]], arguments: tuple[Any, ...], workers: int
                ) -> Executor[Work]:
-    """Return what does items in processes of this machine, see `pool.WorkerPool`."""
+    """Return an executor that runs items in local processes, see `pool.WorkerPool`."""
     def execute(items: Numbered[Work]) -> Iterator[tuple[int, bytes]]:
         numbers: deque[int] = deque()
 

@@ -1,10 +1,10 @@
-"""What a job has done of an output that is not there yet: records in `.OUTPUT.work` beside it.
+"""Journal of an unfinished output: records of completed items in `.OUTPUT.work`.
 
-    .OUTPUT.work/job.json                 what is made, and what it depends on
-    .OUTPUT.work/records[-WRITER]         an item's record behind the other, each with its length and checksum
+    .OUTPUT.work/job.json                 command, and the values that records depend on
+    .OUTPUT.work/records[-WRITER]         records in sequence, each with length and checksum
 
-A killed command leaves the folder; the same command goes on behind the last whole record, and one that would
-make something else is refused.
+A killed command leaves the folder. The same command resumes after the last complete record; another command
+is refused.
 """
 
 from __future__ import annotations
@@ -28,40 +28,41 @@ from megatron_sov.work.progress.locks import LOCK, holding
 
 
 def work_folder(output: Path) -> Path:
-    """Return the folder that keeps what is done of an output until that is there."""
+    """Return `.OUTPUT.work`, which holds completed work until the output exists."""
     return output.with_name(f".{output.name}.work")
 
 
 def slurm_folder(output: Path) -> Path:
-    """Return the folder with the logs of Slurm's jobs on an output, which outlive the work."""
+    """Return `.OUTPUT.slurm`, the folder for Slurm logs, which remains after the work."""
     return output.with_name(f".{output.name}.slurm")
 
 
 def delete_work(output: Path) -> None:
-    """Delete the work on an output that is there: first its name, so that a kill on the way leaves no torn
-    part that a later command would trust."""
-    # what `new_artifact` clears away after a kill
+    """Delete the work folder of a finished output: rename it first, so that a killed process
+    leaves no partial
+    work that a later command would trust."""
+    # `new_artifact` deletes folders with this name after a kill
     delete_folder(work_folder(output), output.with_name(f".{output.name}.tmp-{os.getpid()}"))
 
 
 JOB, RECORDS = "job.json", "records"
 PARTS = "[0-9a-f][0-9a-f]/*"
-"""Where folders lie that are named by a hash."""
+"""Pattern of part folders, which are named by a hash."""
 FORMAT_VERSION = 1
 REDO = "--redo"
-"""Flag of a command that begins anew where something else is unfinished."""
+"""Option that discards unfinished work of another command."""
 SYNC_EVERY_S = 1.0
 MAX_DIFFERENCES = 20
-"""That are told."""
+"""Maximum number of differences in an error message."""
 _MAX_HEADER_BYTES = 1000
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, RecursionError)
-"""What `JOB` raises where it is not there, or a disk or a stranger has damaged it."""
+"""Exceptions from reading `JOB` if it is missing or damaged."""
 Item = int | str
-"""What a record is of: JSON keeps both as they are."""
+"""Identifier of a record's item; JSON preserves both types."""
 
 
 class Journal:
-    """Records of a folder.
+    """Append-only records in a work folder.
 
     >>> journal = Journal(Path("."))
     >>> journal.add([(0, b"first"), (1, b"second")])
@@ -71,59 +72,59 @@ class Journal:
     """
 
     def __init__(self, folder: Path, writer: str = "") -> None:
-        """Open it to add more.
+        """Open the journal for appending.
 
         Args:
-            folder: where it lies; a job may keep files of its own there.
-            writer: of several that add to it at once; what a kill has left of a record of this one is cut
-                off.
+            folder: the work folder; jobs may store their own files in it.
+            writer: suffix of this writer's file, for several concurrent writers. An incomplete last record in
+                this file is truncated.
         """
         self.folder = folder
         self.done: set[Item] = set()
-        """Items with a record."""
-        own = folder / (f"{RECORDS}-{writer}" if writer else RECORDS)
+        """Items that have a record."""
+        own_file = folder / (f"{RECORDS}-{writer}" if writer else RECORDS)
         size_bytes = 0
         for file in _files(folder):
             for item, _, end in _records(file):
                 self.done.add(item)
-                size_bytes = end if file == own else size_bytes
-        # what a kill left after the last whole record is cut off, or all later ones could not be read
-        self._file = open(own, "ab")  # noqa: SIM115  (closed by `close`)
+                size_bytes = end if file == own_file else size_bytes
+        # Truncate an incomplete last record, or readers could not reach later records.
+        self._file = open(own_file, "ab")  # noqa: SIM115  (closed by `close`)
         self._file.truncate(size_bytes)
         self._synced_s = time.monotonic()
 
     def add(self, records: Iterable[tuple[Item, bytes]]) -> None:
-        """Keep records; a kill behind this loses none of them, a power cut those of the last second.
+        """Append records. A killed process loses none; a power failure may lose those of the last second.
 
         Raises:
-            UserError: the disk is full, or nothing can be written there.
+            UserError: the disk is full or not writable.
         """
         with disk_errors(self.folder):
             for item, payload in records:
-                # length and checksum first: a reader knows a torn record without a rule for its content
+                # length and checksum reveal an incomplete record regardless of its content
                 header = json.dumps([item, len(payload), zlib.crc32(payload)])
                 self._file.write(b"%s\n%s\n" % (header.encode(), payload))
                 self.done.add(item)
-            # out of this process, so that a kill loses nothing; the disk itself is asked once a second
+            # flush protects against a kill; fsync once a second against power failures
             self._file.flush()
-            if time.monotonic() - self._synced_s >= SYNC_EVERY_S:  # each costs as much as many records
+            if time.monotonic() - self._synced_s >= SYNC_EVERY_S:  # fsync costs as much as many records
                 os.fsync(self._file.fileno())
                 self._synced_s = time.monotonic()
 
     def records(self) -> Iterator[tuple[Item, bytes]]:
-        """Yield what has been added, in that order; where several writers did, by item."""
+        """Yield records in order of writing; with several writers, sorted by item."""
         for item, payload, _ in heapq.merge(*map(_records, _files(self.folder)), key=_item_of):
             yield item, payload
 
     def write_to(self, file: Path) -> None:
-        """Make a file of all records, one behind the other; it appears whole."""
+        """Write all payloads in sequence to a file, which appears when complete."""
         with new_file(file) as temporary, open(temporary, "wb") as f:
             for _, payload in self.records():
                 f.write(payload)
 
     def close(self) -> None:
-        """Close the file, with all on the disk."""
-        with contextlib.suppress(OSError):  # a full disk was told by `add`
+        """Sync and close the file."""
+        with contextlib.suppress(OSError):  # `add` already reported a full disk
             os.fsync(self._file.fileno())
             self._file.close()
 
@@ -131,16 +132,16 @@ class Journal:
 @contextlib.contextmanager
 def open_journal(output: Path, made_by: str, identity: Mapping[str, Any], *, redo: bool = False
                  ) -> Iterator[Journal]:
-    """Open the journal of an output as a context, and remove it at the end, unless an error ends it.
+    """Open an output's journal as a context; delete it at the end unless an exception escapes.
 
     Args:
-        output: what is to be made.
-        made_by: the command, as it is typed.
-        identity: JSON values that records depend on.
-        redo: begin anew where there are records of something else.
+        output: path of the output.
+        made_by: command line, for messages.
+        identity: JSON values that the records depend on.
+        redo: discard records of another identity.
 
     Raises:
-        UserError: another process works on it, records are of something else, or nothing can be written.
+        UserError: another process holds the journal, it has another identity, or the disk is not writable.
     """
     folder = work_folder(output)
     with begun(output, made_by, identity, redo):
@@ -153,29 +154,31 @@ def open_journal(output: Path, made_by: str, identity: Mapping[str, Any], *, red
 
 
 def begin_journal(output: Path, made_by: str, identity: Mapping[str, Any], *, redo: bool = False) -> None:
-    """Begin the journal of an output for jobs that do its shares; arguments and errors as of
-    `open_journal`."""
+    """Create an output's journal for jobs that compute shares; see `open_journal` for
+    arguments and errors."""
     with begun(output, made_by, identity, redo):
         return
 
 
 @contextlib.contextmanager
 def begun(output: Path, made_by: str, identity: Mapping[str, Any], redo: bool = False) -> Iterator[None]:
-    """Hold the folder of an output's work, which is of this identity then; arguments and errors as of
-    `open_journal`.  An error behind which there is nothing to go on with leaves no folder."""
+    """Lock an output's work folder and write or check its `job.json`; see `open_journal`.
+
+    If an exception escapes and the folder contains no records, delete it.
+    """
     folder = work_folder(output)
-    now = json.loads(to_json(dict(identity)))  # as the file has it: a tuple is a list there
+    current = json.loads(to_json(dict(identity)))  # JSON turns tuples into lists, as in the file
     with holding(folder, output):
-        _, before = _read_job_file(folder)
-        # records of other settings must not be mixed with new ones
-        if before != now and not redo and (changed := _differing_work(folder, before, now)):
+        _, recorded = _read_job_file(folder)
+        # records of different settings must not mix
+        if recorded != current and not redo and (changed := _differing_work(folder, recorded, current)):
             raise UserError(list_problems(
                 f"{output}: {folder} holds unfinished work of another command", changed,
                 f"ask for the same to go on, begin anew ({REDO}, or megatron-sov inspect "
                 f"{shlex.quote(str(output))} --clear), or name another output"))
         try:
-            if before != now:
-                _begin(folder, made_by, now)
+            if recorded != current:
+                _begin(folder, made_by, current)
             yield
         except BaseException:
             if folder.is_dir() and not _has_work(folder):
@@ -184,21 +187,20 @@ def begun(output: Path, made_by: str, identity: Mapping[str, Any], redo: bool = 
 
 
 def _read_job_file(folder: Path) -> tuple[str, dict[str, Any] | None]:
-    """Return the command and what the records of a folder depend on; None after a kill before anything was
-    done."""
+    """Return command and identity from `job.json`, or None as identity if it is missing or damaged."""
     try:
-        told = json.loads((folder / JOB).read_bytes())
-        return str(told["made_by"]), dict(told["identity"])
+        content = json.loads((folder / JOB).read_bytes())
+        return str(content["made_by"]), dict(content["identity"])
     except _DAMAGE:
         return "a command", None
 
 
-def _differing_work(folder: Path, before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
-    """Return in what the work of a folder differs from what is to be made; [] where it has none."""
-    if before is not None:
-        return differences(before, now) if _has_work(folder) else []
+def _differing_work(folder: Path, recorded: dict[str, Any] | None, current: dict[str, Any]) -> list[str]:
+    """Return differences between recorded and requested identity, or [] without recorded work."""
+    if recorded is not None:
+        return differences(recorded, current) if _has_work(folder) else []
     others = sorted({file.name for file in folder.iterdir()} - {JOB, LOCK})
-    return [f"it has {others[0]!r}, and no {JOB} tells of what command that is"] if others else []
+    return [f"it contains {others[0]!r} but no readable {JOB}, so its command is unknown"] if others else []
 
 
 def _begin(folder: Path, made_by: str, identity: dict[str, Any]) -> None:
@@ -209,7 +211,7 @@ def _begin(folder: Path, made_by: str, identity: dict[str, Any]) -> None:
 
 
 def _empty(folder: Path) -> None:
-    """Delete what is in a folder, `JOB` last: a kill on the way leaves nothing that it does not tell of."""
+    """Delete a folder's content, `JOB` last, so that `JOB` still describes the rest after a kill."""
     for file in sorted(folder.iterdir(), key=lambda file: file.name == JOB):
         if file.is_file():
             file.unlink()
@@ -224,21 +226,20 @@ def _delete(folder: Path) -> None:
 
 
 def done_items(output: Path, identity: Mapping[str, Any]) -> set[Item]:
-    """Return the items of an output that have records for this identity; changes nothing."""
+    """Return the items with records for this identity; read-only."""
     folder = work_folder(output)
-    _, before = _read_job_file(folder)
-    return items_on_record(folder) if before == json.loads(to_json(dict(identity))) else set()
+    _, recorded = _read_job_file(folder)
+    return items_on_record(folder) if recorded == json.loads(to_json(dict(identity))) else set()
 
 
 def items_on_record(folder: Path) -> set[Item]:
-    """Return the items that a journal has records of, whoever adds to it meanwhile."""
+    """Return the items in a journal, even while writers append."""
     return {item for file in _files(folder) for item, _, _ in _records(file)}
 
 
 def records_by_item(folder: Path) -> Iterator[tuple[Item, bytes]]:
-    """Yield the records of a journal by item, whoever has added them in whatever order; one at a time is in
-    memory."""
-    # places and not records: the output of a job may be larger than memory
+    """Yield a journal's records sorted by item, reading one at a time."""
+    # Sort positions instead of records: the output may exceed memory.
     places: list[tuple[Any, int, int]] = []
     files = _files(folder)
     for number, file in enumerate(files):
@@ -247,7 +248,7 @@ def records_by_item(folder: Path) -> Iterator[tuple[Item, bytes]]:
             places.append((item, number, start))
             start = end
     for _, number, start in sorted(places):
-        with open(files[number], "rb") as f:  # anew for each: of many writers not all files may be open
+        with open(files[number], "rb") as f:  # reopened: writers may outnumber file handles
             f.seek(start)
             record = _next_record(f)
         assert record is not None, f"{files[number]} has changed"
@@ -255,7 +256,7 @@ def records_by_item(folder: Path) -> Iterator[tuple[Item, bytes]]:
 
 
 def later_records(folder: Path, ends: dict[Path, int]) -> Iterator[tuple[Item, bytes]]:
-    """Yield what a journal's writers have added behind `ends`, each file's, which this brings up to date."""
+    """Yield records added since the byte offsets in `ends` (file -> offset), and advance the offsets."""
     for file in _files(folder):
         for item, payload, end in _records(file, ends.get(file, 0)):
             ends[file] = end
@@ -263,8 +264,7 @@ def later_records(folder: Path, ends: dict[Path, int]) -> Iterator[tuple[Item, b
 
 
 def read_job(folder: Path) -> dict[str, Any]:
-    """Return made_by, identity and num_done (items with a record) of a folder of unfinished work, as far as
-    it tells."""
+    """Return made_by, identity and num_done (completed items) of an unfinished work folder."""
     made_by, identity = _read_job_file(folder)
     return {"made_by": made_by, "identity": identity or {},
             "num_done": len(items_on_record(folder)) + sum(1 for _ in folder.glob(PARTS))
@@ -272,10 +272,10 @@ def read_job(folder: Path) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return a line for each value in which two identities differ, for the first of them."""
-    found = [f"{name} was {old}, and is {new}" for name, old, new in changed_values(before, now)]
-    more = len(found) - MAX_DIFFERENCES
-    return [*found[:MAX_DIFFERENCES], f"and {more:,} more"] if more > 0 else found
+    """Describe each value that differs between two identities, up to `MAX_DIFFERENCES`."""
+    lines = [f"{name} was {old}, and is {new}" for name, old, new in changed_values(before, now)]
+    more = len(lines) - MAX_DIFFERENCES
+    return [*lines[:MAX_DIFFERENCES], f"and {more:,} more"] if more > 0 else lines
 
 
 def _files(folder: Path) -> list[Path]:
@@ -283,15 +283,15 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _has_work(folder: Path) -> bool:
-    """Return whether a job has records, parts, files of its own, or a job inside of it that has some."""
-    own = {JOB, LOCK, *(file.name for file in _files(folder))}
+    """Return whether a folder contains records, parts, job files or nested work."""
+    known_files = {JOB, LOCK, *(file.name for file in _files(folder))}
     return (any(next(_records(file), None) is not None for file in _files(folder))
-            or any(file.is_file() and file.name not in own for file in folder.iterdir())
+            or any(file.is_file() and file.name not in known_files for file in folder.iterdir())
             or any(folder.glob(PARTS)) or any(map(_has_work, folder.glob(".*.work"))))
 
 
 def _records(file: Path, begin: int = 0) -> Iterator[tuple[Item, bytes, int]]:
-    """Yield item, payload and end of each whole record of a file."""
+    """Yield (item, payload, end offset) for each complete record in a file."""
     with open(file, "rb") as f:
         f.seek(begin)
         while (record := _next_record(f)) is not None:
@@ -303,13 +303,13 @@ def _item_of(record: tuple[Item, bytes, int]) -> Any:
 
 
 def _next_record(f: IO[bytes]) -> tuple[Item, bytes] | None:
-    """Return the next record; None at the end, and where a kill or a power cut has left a part of one."""
+    """Read the next record, or return None at the end or at an incomplete record."""
     header = f.readline(_MAX_HEADER_BYTES)
     try:
         item, size_bytes, checksum = json.loads(header)
         payload = f.read(size_bytes + 1)
     except (ValueError, TypeError, OverflowError, RecursionError):
         return None
-    # the line feed is written last
-    whole = len(payload) == size_bytes + 1 and payload.endswith(b"\n")
-    return (item, payload[:-1]) if whole and zlib.crc32(payload[:-1]) == checksum else None
+    # the newline is written last
+    is_complete = len(payload) == size_bytes + 1 and payload.endswith(b"\n")
+    return (item, payload[:-1]) if is_complete and zlib.crc32(payload[:-1]) == checksum else None

@@ -1,5 +1,6 @@
-"""Progress bars: of a training loop (a bar on a terminal, an occasional plain line in a log file), and of
-work of many equal parts (on a terminal alone: a log file would fill with it).
+"""Progress bars for training (a bar on a terminal, occasional lines in a log file) and for work
+with equal parts
+(terminal only).
 """
 
 from __future__ import annotations
@@ -12,37 +13,37 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 BEGINS_AFTER_S = 2.0
-"""What takes a moment only shows none."""
+"""Work shorter than this shows no bar."""
 
 
 def work_bar(title: str, total: int, unit: str, shows: bool = True) -> tqdm[Never]:
-    """Return a bar, to be used as a context; `update(n)` says that n more parts are done.
+    """Return a bar for use as a context; `update(n)` advances it by n parts.
 
     Args:
-        title: what is going on, one word.
-        total: parts.
-        unit: what a part is; large numbers are shortened.
-        shows: False on processes that leave it to another one.
+        title: one word for the activity.
+        total: number of parts.
+        unit: noun for a part; large counts are abbreviated.
+        shows: False on ranks that should stay silent.
     """
     from tqdm import tqdm
 
-    # disable=None: tqdm shows itself on a terminal and nowhere else
+    # disable=None: tqdm appears on a terminal only
     return tqdm(total=total, desc=title, unit=unit, unit_scale=True, delay=BEGINS_AFTER_S,
                 disable=None if shows else True)
 
 
 LINE_EVERY_S = 10.0
-"""Seconds between plain lines at least; a log file is read by people, and steps may take milliseconds."""
+"""Minimum seconds between lines in a log file, since steps may take milliseconds."""
 
 
 class ProgressBar:
-    """Shows step, what it gave, tokens per second and the time that is left.
+    """Shows step, metrics, tokens per second and remaining time.
 
     Args:
         total_steps: the run's last step.
-        first_step: steps that are done already (0 at the start, more after a resume).
-        label: what is going on, e.g. "pretrain tiny-solar-open".
-        stream: where to write; standard error by default.
+        first_step: completed steps (0 at the start, more after a resume).
+        label: activity, e.g. "pretrain tiny-solar-open".
+        stream: output stream; default standard error.
     """
 
     def __init__(self, total_steps: int, first_step: int, label: str, stream: TextIO | None = None) -> None:
@@ -58,7 +59,7 @@ class ProgressBar:
                              dynamic_ncols=True, file=self._stream)
 
     def update(self, step: int, told: str, tokens_per_s: float) -> None:
-        """Show that `step` is done; `told` says what it gave, `tokens_per_s` counts all processes."""
+        """Display step `step` with its metrics text and the tokens per second of all ranks."""
         if self._bar is not None:
             self._bar.set_postfix_str(f"{told}, {tokens_per_s:,.0f} tokens/s", refresh=False)
             self._bar.update(step - self._bar.n)
@@ -66,22 +67,23 @@ class ProgressBar:
         from tqdm import tqdm
 
         now_s = time.monotonic()
-        # A step's time is the mean over this process's own steps: those before a resume ran at another time.
-        done = step - self._first_step
-        left_s = (now_s - self._start_s) / done * (self._total_steps - step) if done > 0 else 0.0
+        # Average over this process's steps only: steps before a resume ran at another time.
+        num_steps = step - self._first_step
+        step_s = (now_s - self._start_s) / num_steps if num_steps > 0 else 0.0
+        remaining_s = step_s * (self._total_steps - step)
         self._line = (f"{self._label}: step {step}/{self._total_steps}, {told}, {tokens_per_s:,.0f} "
-                      f"tokens/s, {tqdm.format_interval(left_s)} left")
+                      f"tokens/s, {tqdm.format_interval(remaining_s)} left")
         if now_s - self._last_line_s >= LINE_EVERY_S:
             self._write_line(now_s)
 
     def close(self) -> None:
-        """Leave the last state on the screen or in the log."""
+        """Leave the last state on the terminal or in the log."""
         if self._bar is not None:
             self._bar.close()
         elif self._line:
             self._write_line(time.monotonic())
 
     def _write_line(self, now_s: float) -> None:
-        # one write: other ranks' lines must not come in between
+        # a single write: lines of other ranks must not interleave
         print(f"{self._line}\n", end="", file=self._stream, flush=True)
         self._line, self._last_line_s = "", now_s

@@ -1,10 +1,11 @@
-"""Outputs that are made in parts: a killed command goes on, and makes no finished part again.
+"""Outputs built from parts, so that a killed command resumes without repeating finished parts.
 
-A part is a folder named by a hash of all that it depends on: the same command, and one with more input or
-other settings, takes those that fit and makes the rest.
+Parts are folders named by a hash of everything they depend on: the same command, or a command with
+more input or
+other settings, reuses matching parts and builds the rest.
 
-An artifact that is made file by file has a journal in its work folder, with the size and hash of every file
-that is on disk, and `content/`, which becomes the output by a rename when it is complete.
+An artifact built file by file has a journal in its work folder with size and hash of each synced file, and a
+folder `content/` that becomes the output by renaming.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ CONTENT = "content"
 
 
 class ResumableArtifact:
-    """An artifact under construction; obtained from `resumable_artifact`."""
+    """An artifact under construction, from `resumable_artifact`."""
 
     def __init__(self, writer: ArtifactWriter, journal: Journal) -> None:
         self.writer = writer
-        """Takes contents, settings and inputs."""
+        """Receives the manifest's contents, settings and inputs."""
         self._journal, self._lock = journal, threading.Lock()
         self.finished: dict[str, FileRecord] = {}
-        """Files that need not be made again."""
-        # by size alone: hashes were taken when the files were synced, and are checked by whoever reads them
+        """Files completed by an earlier command."""
+        # Compare sizes only: hashes were computed when the files were synced, and readers check them.
         for name, record in journal.records():
-            file, noted = self.path / str(name), FileRecord.read(json.loads(record))
-            if file.is_file() and file.stat().st_size == noted.size_bytes:
-                self.finished[str(name)] = noted
-        # a file without a record may be torn
+            file, file_record = self.path / str(name), FileRecord.read(json.loads(record))
+            if file.is_file() and file.stat().st_size == file_record.size_bytes:
+                self.finished[str(name)] = file_record
+        # a file without record may be incomplete
         for file in [p for p in self.path.rglob("*") if p.is_file()]:
             if file.relative_to(self.path).as_posix() not in self.finished:
                 file.unlink()
@@ -51,9 +52,9 @@ class ResumableArtifact:
         return self.writer.path
 
     def finish(self, name: str, record: FileRecord) -> None:
-        """Note, from any thread, that a file is complete and synced; `name` is relative to the artifact."""
+        """Record a complete, synced file (name relative to the artifact); callable from any thread."""
         with self._lock:
-            # after the sync of the file: a record promises that its bytes are on the disk
+            # after the file's fsync: a record promises bytes on disk
             self._journal.add([(name, json.dumps(dataclasses.asdict(record)).encode())])
             self.finished[name] = record
 
@@ -61,26 +62,26 @@ class ResumableArtifact:
 @contextlib.contextmanager
 def resumable_artifact(path: Path, kind: str, made_by: str, plan: dict[str, Any], *, overwrite: bool = False,
                        redo: bool = False) -> Iterator[ResumableArtifact]:
-    """Make an artifact that appears under `path` only when complete; a killed one goes on where it was.
+    """Build an artifact that appears under `path` when complete; a killed build resumes.
 
     Args:
-        path: the folder that will hold the artifact.
+        path: folder of the artifact.
         kind: the manifest's kind.
-        made_by: the command, as it is typed.
-        plan: JSON values that decide every byte of the files.
-        overwrite: replace an artifact of the same kind that is already there.
-        redo: begin anew where files have been finished to another plan.
+        made_by: command line, for messages.
+        plan: JSON values that determine every byte of the files.
+        overwrite: replace an existing artifact of the same kind.
+        redo: discard files built for another plan.
 
     Raises:
-        UserError: `path` exists and may not be replaced, another process is making it, files have been
-            finished to another plan, or the disk refuses.
+        UserError: `path` exists and may not be replaced, another process is building it, its files belong to
+            another plan, or the disk is not writable.
     """
     path = behind_links(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(path)
         refuse_existing(path, kind, overwrite)
-        # the version too: another one may write other bytes for the same plan
+        # another version may write other bytes for the same plan
         identity = {"kind": kind, "version": __version__, **plan}
         with open_journal(path, made_by, identity, redo=redo) as journal:
             content = journal.folder / CONTENT
@@ -93,23 +94,23 @@ def resumable_artifact(path: Path, kind: str, made_by: str, plan: dict[str, Any]
 
 
 def part_folder(work: Path, key: str) -> Path:
-    """Return the place of a part; sub-folders keep each listing short."""
+    """Return a part's folder; subfolders by prefix keep listings short."""
     return work / key[:2] / key
 
 
 def make_part(work: Path, key: str, told_in: str, make: Callable[[Path], object]) -> tuple[Path, bool]:
-    """Return the folder of a part, and whether it was made now and not complete from before.
+    """Return a part's folder, and whether this call built it.
 
     Args:
         work: folder of all parts.
-        key: hash of all that the part depends on.
-        told_in: a file that a complete part has.
-        make: fills the folder that it is called with.
+        key: hash of everything the part depends on.
+        told_in: name of a file in every complete part.
+        make: fills a new folder.
     """
     folder = part_folder(work, key)
     if (folder / told_in).is_file():
         return folder, False
-    # two jobs may make the same part; equal keys make equal parts, so the first stays
+    # if two jobs build the same part, the first stays: equal keys give equal parts
     with new_folder(folder, first_stays=True) as temporary:
         make(temporary)
     return folder, True
@@ -117,22 +118,22 @@ def make_part(work: Path, key: str, told_in: str, make: Callable[[Path], object]
 
 @contextlib.contextmanager
 def open_parts(output: Path, made_by: str) -> Iterator[Path]:
-    """Give the folder of an output's parts, and delete it at the end, unless an error ends it.
+    """Yield the folder of an output's parts; delete it at the end unless an exception escapes.
 
     Args:
-        output: what is to be made.
-        made_by: the command, as it is typed.
+        output: path of the output.
+        made_by: command line, for messages.
 
     Raises:
-        UserError: another process works on it, the parts are another command's, or nothing can be written.
+        UserError: another process holds the folder, it belongs to another command, or the disk
+            is not writable.
     """
     with begun(output, made_by, {"command": made_by}):
-        # deleted only after a success: an error leaves the parts for the next try
+        # delete after success only: after an error the next attempt reuses the parts
         yield work_folder(output)
         delete_work(output)
 
 
 def begin_parts(output: Path, made_by: str) -> None:
-    """Begin the parts of an output for jobs that make some of them; arguments and errors as of
-    `open_parts`."""
+    """Create the parts folder of an output for jobs that build some parts; see `open_parts`."""
     begin_journal(output, made_by, {"command": made_by})

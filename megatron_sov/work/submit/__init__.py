@@ -1,1 +1,1 @@
-"""Shares of one work on the nodes of a cluster: arrays of Slurm, Indexed Jobs, Ray."""
+"""Distribute work over a cluster: Slurm arrays or Ray."""

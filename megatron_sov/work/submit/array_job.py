@@ -1,8 +1,8 @@
-"""What a job of an array calls: does the tasks that are its own.
+"""Entry point of a job in a Slurm array: executes the job's tasks.
 
     python -m megatron_sov.work.submit.array_job LOGS TASKS_PER_JOB
 
-The work is unpickled from LOGS, where the command that submitted the array has written it.
+The work is unpickled from LOGS, written there by the submitting command.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from megatron_sov.work.submit.arrays import WORK, keeping_failure
 
 
 def main() -> None:
-    """Call the work with the number of each of this job's tasks."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # is for Slurm's shell, which sends it back
+    """Call the work with each task number of this job."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # for the job's shell, which requeues the job
     logs, tasks_per_job = Path(sys.argv[1]), int(sys.argv[2])
     work, num_tasks = pickle.loads((logs / WORK).read_bytes())  # noqa: S301
     first = int(os.environ["SLURM_ARRAY_TASK_ID"]) * tasks_per_job

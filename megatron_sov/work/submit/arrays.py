@@ -1,7 +1,7 @@
-"""Arrays of Slurm jobs that call work of ours: how they are submitted, and the records of those that fail.
+"""Slurm arrays: submit work, chain arrays, and report failed tasks.
 
-Work is an object that is called with the number of a task.  It is pickled beside the logs of its array, and
-read by `array_job` in each of its jobs; nobody else should be able to write into the output folder.
+Work is a picklable callable that takes a task number. It is pickled next to the array's logs and loaded by
+`array_job`: only trusted users should have write access to the output folder.
 """
 
 from __future__ import annotations
@@ -31,42 +31,42 @@ from megatron_sov.work.submit.cluster_options import ClusterOptions
 JOBS = "slurm/jobs.json"
 WORK, FAILED, SCRIPT = "work.pickle", "failed", "job.sbatch"
 FINISH = "finish"
-"""The last job of a command."""
+"""Name of a command's last array."""
 FINISH_CPUS = 16
-"""Cores of a last job, which finishes what an array has done."""
+"""Cores of the final job, which builds the output."""
 MAX_RESTARTS = 20
-"""How often Slurm may requeue a job of an array before its time limit counts as too short."""
+"""Number of requeues after which a job's time limit counts as too short."""
 DEFAULT_MAX_ARRAY = 1001
 _NOT_IN_SCRIPTS = re.compile(r"""[\s%\\"'$`;&|<>()*?\[\]{}!#~]""")
-"""What Slurm's names of logs, or the lines of a script for it, take for something else."""
+"""Characters with special meaning in Slurm's log names or in scripts."""
 
 
 def profile_of(options: ClusterOptions) -> ClusterProfile:
-    """Return the profile that a command submits to.
+    """Load the profile for a command's jobs.
 
     Raises:
-        UserError: it cannot be read or breaks a rule, or arrays cannot start its container.
+        UserError: the profile is invalid, or arrays do not support its container.
     """
     profile = cluster.load(options.cluster, account=options.account, partition=options.partition)
     if profile.container.kind == "enroot":
-        raise UserError("container.kind = enroot: is not known to arrays of jobs; take pyxis, apptainer or "
+        raise UserError("container.kind = enroot: is not supported for job arrays; use pyxis, apptainer or "
                         "none")
     return profile
 
 
 @dataclass(frozen=True)
 class Jobs:
-    """The jobs that the last command has submitted for a run's folder."""
+    """Jobs of the last submission for a run folder, stored in `slurm/jobs.json`."""
 
     address: str
-    """Address of the plan that they work on."""
+    """Identifier of the plan that the jobs work on."""
     numbers: dict[str, str]
-    """Stage -> number of its array."""
+    """Stage -> Slurm array number."""
 
     @staticmethod
     def read(output: Path) -> Jobs:
-        found = try_read_json(output / JOBS) or {}
-        return Jobs(found.get("address", ""), found.get("numbers", {}))
+        content = try_read_json(output / JOBS) or {}
+        return Jobs(content.get("address", ""), content.get("numbers", {}))
 
     def write(self, output: Path) -> None:
         (output / JOBS).parent.mkdir(parents=True, exist_ok=True)
@@ -80,12 +80,12 @@ class Jobs:
 
 
 def refuse_living(output: Path) -> None:
-    """Raise `UserError` where jobs work in a run's folder, as far as can be known here."""
+    """Raise `UserError` if known jobs are running in a run folder."""
     jobs = Jobs.read(output)
     try:
-        # on a machine without the cluster's programs nothing can be known, and nothing is refused
+        # without Slurm's programs on this machine, allow the command
         living = jobs.living()
-    except UserError:  # no such cluster here
+    except UserError:  # no Slurm here
         return
     if living:
         raise UserError(f"{output}: {jobs.describe(living)} work in this folder; pass --cluster to see how "
@@ -93,22 +93,22 @@ def refuse_living(output: Path) -> None:
 
 
 Work = Callable[[int], object]
-"""What the tasks of an array do: is called with the number of each."""
+"""Work of an array: called with each task number."""
 
 
 class TaskFailed(Exception):
-    """A defect in a task; what is told has its trace."""
+    """A programming error in a task; the message contains its traceback."""
 
 
 def refuse_unquotable(output: Path) -> None:
-    """Raise `UserError` where a run's folder cannot stand in the scripts of jobs."""
-    if found := _NOT_IN_SCRIPTS.search(str(output)):
-        raise UserError(f"--output {output}: {found[0]!r} cannot stand in the scripts of a cluster's jobs; "
-                        "choose a folder without blanks and signs of the shell")
+    """Raise `UserError` if a run folder's path has characters that job scripts cannot contain."""
+    if match := _NOT_IN_SCRIPTS.search(str(output)):
+        raise UserError(f"--output {output}: {match[0]!r} cannot appear in the scripts of Slurm jobs; "
+                        "choose a folder without blanks and shell characters")
 
 
 def refuse_many_restarts(what: str, way: str) -> None:
-    """Raise `UserError` where Slurm has put a job back so often that it will never be done."""
+    """Raise `UserError` if Slurm has requeued this job more than `MAX_RESTARTS` times."""
     if int(os.environ.get("SLURM_RESTART_COUNT", "0")) > MAX_RESTARTS:
         raise UserError(f"{what}: this job has been requeued {MAX_RESTARTS} times and is not done; give it a "
                         f"longer time limit, or {way}")
@@ -116,8 +116,7 @@ def refuse_many_restarts(what: str, way: str) -> None:
 
 @contextlib.contextmanager
 def keeping_failure(logs: Path, task: int) -> Iterator[None]:
-    """Keep beside the logs what a task fails of, for the command that asks later; a disk that takes no note
-    is no reason to fail of anything else."""
+    """Write a task's exception to `LOGS/failed` for a later command; ignore disk errors while doing so."""
     try:
         yield
     except Exception as e:
@@ -130,43 +129,44 @@ def keeping_failure(logs: Path, task: int) -> Iterator[None]:
 
 
 def tell_failures(folder: Path, names: Sequence[str]) -> None:
-    """Print what has stopped the jobs of an earlier command.
+    """Print the failure that stopped the jobs of an earlier command.
 
     Args:
-        folder: of the run.
-        names: of its arrays, in order; the first that has failed is told.
+        folder: the run folder.
+        names: array names in order; report the first failed array.
     """
     for logs in (folder / "logs" / name for name in names):
-        found = [read_json(file) for file in sorted((logs / FAILED).glob("*.json"))]
-        if found:
-            first = next((one for one in found if not one["is_user_error"]), found[0])
-            more = f" (and {len(found) - 1} other tasks: {logs / FAILED})" if len(found) > 1 else ""
-            said = first["sentence"] if first["is_user_error"] else first["trace"]
-            print(f"the jobs before were stopped by: {said.strip()}{more}")
+        failures = [read_json(file) for file in sorted((logs / FAILED).glob("*.json"))]
+        if failures:
+            defects = [failure for failure in failures if not failure["is_user_error"]]
+            first = defects[0] if defects else failures[0]
+            more = f" (and {len(failures) - 1} other tasks: {logs / FAILED})" if len(failures) > 1 else ""
+            text = first["sentence"] if first["is_user_error"] else first["trace"]
+            print(f"the jobs before were stopped by: {text.strip()}{more}")
             return
 
 
 class Arrays:
-    """The jobs of one command, submitted in a `with` block: each array waits for the one before to end well,
-    all are on record, and what has been submitted is cancelled where the rest cannot be."""
+    """Submits a command's arrays in a `with` block, each array waiting for success of the previous.
+
+    All are recorded in `slurm/jobs.json`; if a submission fails, earlier arrays are cancelled.
+    """
 
     def __init__(self, folder: Path, address: str, profile: ClusterProfile) -> None:
-        """Submit nothing yet.
-
-        Args:
-            folder: of the run; logs lie in `logs/NAME`.
-            address: of what the jobs work on, see `Jobs`.
-            profile: of the cluster.
+        """Args:
+            folder: the run folder; logs go to `logs/NAME`.
+            address: identifier of the plan, see `Jobs`.
+            profile: the cluster's profile.
         """
         self._folder, self._profile = folder, profile
         self.jobs = Jobs(address, {})
         self._before: _Array | None = None
 
     def __enter__(self) -> Self:
-        """Look whether the cluster would take jobs.
+        """Check that the cluster accepts jobs.
 
         Raises:
-            UserError: it would not.
+            UserError: the partition does not exist.
         """
         client.check_partition(self._profile.partition)
         return self
@@ -176,29 +176,29 @@ class Arrays:
             client.cancel(list(self.jobs.numbers.values()))
 
     def note(self, name: str, number: str) -> None:
-        """Put a job on record that no array waits for."""
-        # on record at once: a kill after this leaves jobs that the next command knows of
+        """Record a job that no later array waits for."""
+        # immediately: if the command is killed, the next command knows the job
         self.jobs.numbers[name] = number
         self.jobs.write(self._folder)
 
     def submit(self, name: str, work: Work, num_tasks: int = 1, *, cpus: int = 1, gpus: int = 0) -> str:
-        """Submit one array; returns its number.  What an earlier one has left in its logs goes.
+        """Submit an array and return its number; old logs of the same name are deleted.
 
         Args:
-            name: of the array, and of the folder of its logs.
-            work: what its tasks do.
-            num_tasks: of the array.
-            cpus: cores of a job.
-            gpus: of a job.
+            name: name of the array and its log folder.
+            work: function for the tasks.
+            num_tasks: number of tasks.
+            cpus: cores per job.
+            gpus: GPUs per job.
 
         Raises:
-            UserError: the cluster refuses it.
+            UserError: Slurm refuses the script.
         """
         profile, logs = self._profile, self._folder / "logs" / name
-        # more tasks than the cluster takes jobs: each job does several, one after the other
+        # with more tasks than the cluster's maximum array size, each job runs several tasks
         tasks_per_job = math.ceil(num_tasks / _max_array_size())
         array = _Array(logs, math.ceil(num_tasks / tasks_per_job), tasks_per_job, cpus, gpus, self._before)
-        # failures of an earlier array would stop this one
+        # old failure files would be reported as this array's
         shutil.rmtree(logs, ignore_errors=True)
         with disk_errors(logs):
             (logs / "slurm_logs").mkdir(parents=True)
@@ -214,7 +214,7 @@ class Arrays:
 
 @dataclass
 class _Array:
-    """An array that is to be submitted."""
+    """An array before submission."""
 
     logs: Path
     num_jobs: int
@@ -222,11 +222,11 @@ class _Array:
     cpus: int
     gpus: int
     before: _Array | None
-    """What it waits for."""
+    """Array to wait for."""
     number: str = ""
 
     def submit(self, profile: ClusterProfile) -> str:
-        # a job's share of a node by its cores, in MiB
+        # a job's share of a node's memory by cores, in MiB
         memory = profile.memory_bytes // profile.cpus_per_node >> 20
         options = {
             "job-name": self.logs.name, "array": f"0-{self.num_jobs - 1}", "nodes": "1",
@@ -247,34 +247,34 @@ class _Array:
 
 @dataclass(frozen=True)
 class SharedWork:
-    """What an array does in shares, and a last job finishes."""
+    """Work for an array of jobs, with a final job."""
 
     name: str
     address: str
-    """Of what the jobs work on, see `Jobs`."""
+    """Identifier of the plan, see `Jobs`."""
     num_items: int
-    """That are shared out."""
+    """Number of items to distribute."""
     unit: str
-    """What an item is, in the plural."""
+    """Noun for items, plural."""
     num_done: Callable[[], int]
     begin: Callable[[], object]
-    """Makes the folder of the work."""
+    """Creates the work folder."""
     share: Callable[[int], Work]
-    """Returns the work of an array of so many tasks."""
+    """Returns the work for an array with N tasks."""
     finish: Work
     cpus: int = 1
-    """Of a job of the array."""
+    """Cores per job of the array."""
     gpus: int = 0
     finish_cpus: int = 1
-    """Of the last job."""
+    """Cores of the final job."""
 
 
 def submit_shares(output: Path, shared: SharedWork, profile: ClusterProfile,
                   most_tasks: int) -> None:
-    """Submit what is not done, or tell how far jobs are that work on it.
+    """Submit unfinished items as an array, or report the progress of running jobs.
 
     Raises:
-        UserError: the output, the work or the cluster are in the way.
+        UserError: problems with the output, the work or the cluster.
     """
     refuse_unquotable(output)
     slurm = slurm_folder(output)
@@ -286,7 +286,7 @@ def submit_shares(output: Path, shared: SharedWork, profile: ClusterProfile,
             return
         shared.begin()
         tell_failures(slurm, (shared.name, FINISH))
-        # no task without an item
+        # at most one task per item
         num_tasks = min(most_tasks, shared.num_items - shared.num_done())
         with Arrays(slurm, shared.address, profile) as arrays:
             if num_tasks:
@@ -297,8 +297,9 @@ def submit_shares(output: Path, shared: SharedWork, profile: ClusterProfile,
 
 
 def _max_array_size() -> int:
-    found = re.search(r"MaxArraySize\s*=\s*(\d+)", client.ask("scontrol", "show", "config").stdout)
-    return max(1, int(found[1]) - 1 if found else DEFAULT_MAX_ARRAY - 1)
+    output = client.ask("scontrol", "show", "config").stdout
+    match = re.search(r"MaxArraySize\s*=\s*(\d+)", output)
+    return max(1, int(match[1]) - 1 if match else DEFAULT_MAX_ARRAY - 1)
 
 
 def _environment(profile: ClusterProfile) -> Iterator[str]:
@@ -314,17 +315,19 @@ def _environment(profile: ClusterProfile) -> Iterator[str]:
 
 
 def _call(profile: ClusterProfile, logs: Path, cpus: int, tasks_per_job: int) -> Iterator[str]:
-    """Yield the shell lines that start a job's step and wait for its end; the job goes back to the queue
-    before its time limit, by the shell, for a container may lack `scontrol`."""
-    box = profile.container
-    # srun does not inherit the cores of its job
+    """Yield shell lines that run the job step and requeue the job before its time limit.
+
+    The shell requeues, because a container may lack `scontrol`.
+    """
+    container = profile.container
+    # srun does not inherit the job's core count
     words = ["srun", "--ntasks=1", f"--cpus-per-task={cpus}", "--label"]
-    if box.kind == "pyxis":
-        words.append(f"--container-image={box.image}")
-        if box.mounts:
-            words.append(f"--container-mounts={','.join(box.mounts)}")
-    if box.kind == "apptainer":
-        words += ["apptainer", "exec", *(f"--bind={mount}" for mount in box.mounts), box.image]
+    if container.kind == "pyxis":
+        words.append(f"--container-image={container.image}")
+        if container.mounts:
+            words.append(f"--container-mounts={','.join(container.mounts)}")
+    if container.kind == "apptainer":
+        words += ["apptainer", "exec", *(f"--bind={mount}" for mount in container.mounts), container.image]
     words += [profile.python_program, "-P", "-m", "megatron_sov.work.submit.array_job", str(logs),
               str(tasks_per_job)]
     yield f"trap 'scontrol requeue {client.THIS_JOB}' USR1"

@@ -1,5 +1,4 @@
-"""What every command that submits its work to a cluster takes; apart from `arrays`, for
-`--help` needs no more."""
+"""Command-line options for submission to a cluster; separate from `arrays` so that `--help` stays fast."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from megatron_sov.base.settings import Flag, only_with
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterOptions:
-    """Where a run is submitted to."""
+    """Options for submitting a run."""
 
     cluster: Annotated[str, Flag(value="PROFILE")] = ""
     """Submit the run to Slurm: a cluster profile that comes with the package, or a YAML file of

@@ -1,8 +1,8 @@
-"""Items done by processes of a Ray cluster: for a lab without Slurm, and for steps that hold GPUs.
+"""Execute items in processes of a Ray cluster, for sites without Slurm and for steps that hold GPUs.
 
-Scheduling is Ray's: each process asks for a core and its GPUs, and gets items once Ray has found a place for
-it.  What is done is known by the journal of the command, which alone writes; a process that is lost with its
-node is started elsewhere, and its item is done again.
+Ray schedules: each process requests a core and GPUs and receives items once placed. The command
+alone writes the
+journal. A process lost with its node is restarted elsewhere, and its item is repeated.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from megatron_sov.work.processes.pool import WAITING_PER_WORKER
 from megatron_sov.work.progress.jobs import Executor, Numbered, Work
 
 MAX_LOSSES = 3
-"""Processes that may be lost with one item, before it counts as their end."""
+"""Lost processes per item after which the item counts as the cause."""
 
 
 def on_ray(build: Callable[..., Callable[[Work], bytes]], arguments: tuple[Any, ...], workers: int,
            address: str, *, gpus: float = 0.0) -> Executor[Work]:
-    """Return what does items in processes of a cluster.
+    """Return an executor that runs items on a Ray cluster.
 
     Args:
-        build: see `pool.WorkerPool`; its module is importable on all nodes.
+        build: see `pool.WorkerPool`; its module must be importable on all nodes.
         arguments: plain values.
-        workers: processes at most; fewer where the cluster has no place for them.
-        address: HOST:PORT of the cluster's head, or "auto" on one of its nodes.
-        gpus: of each process, or a part of one.
+        workers: maximum number of processes.
+        address: HOST:PORT of the head node, or "auto" on a cluster node.
+        gpus: GPUs per process, possibly fractional.
     """
     def execute(items: Numbered[Work]) -> Iterator[tuple[int, bytes]]:
         ray = _connected(address)
@@ -41,13 +41,13 @@ def on_ray(build: Callable[..., Callable[[Work], bytes]], arguments: tuple[Any, 
             processes = _Processes(ray, lambda: kind.remote(build, arguments), workers)
             yield from _done(processes, items)
         finally:
-            ray.shutdown()  # ends the processes, as the end of this one does
+            ray.shutdown()  # ends the processes, as does the end of this process
 
     return execute
 
 
 class _Worker:
-    """A process of the cluster; what it does is built with the first item, whose error is told."""
+    """Ray actor; builds its function with the first item, so that build errors are reported with an item."""
 
     def __init__(self, build: Callable[..., Callable[[Any], bytes]], arguments: tuple[Any, ...]) -> None:
         self._build, self._arguments = build, arguments
@@ -63,39 +63,40 @@ class _Worker:
 
 
 def _connected(address: str) -> Any:
-    """Return the library, connected to a cluster."""
+    """Return the `ray` module, connected to the cluster."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
     except ImportError:
         raise UserError(f"--ray {address}: Ray is not installed; install it with {how_to_install('ray')}"
                         ) from None
-    # nodes see the same disk; this code goes before what is installed there
+    # nodes share a file system; prefer this code over installed packages
     code = os.pathsep.join(filter(None, (str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH"))))
     try:
         ray.init(address=address, logging_level=logging.ERROR, runtime_env={"env_vars": {"PYTHONPATH": code}})
     except (ConnectionError, ValueError, RuntimeError) as e:
-        told = str(e).strip().partition("\n")[0]
-        raise UserError(f"--ray {address}: no Ray cluster can be joined there ({told}); start one with `ray "
-                        "start --head`, and name HOST:PORT as that prints it, or auto on one of its nodes"
+        reason = str(e).strip().partition("\n")[0]
+        raise UserError(f"--ray {address}: cannot connect to a Ray cluster ({reason}); start a cluster with "
+                        "`ray start --head` and pass the HOST:PORT that it prints, or pass auto on a node"
                         ) from None
     return ray
 
 
 @dataclass(eq=False)
 class _RayTask:
-    """An item, and its record when it is there."""
+    """An item with its record after completion."""
 
     number: int
     item: Any
     record: bytes | None = None
     losses: int = 0
-    """Processes that were lost with it."""
+    """Number of processes lost while working on the item."""
 
 
 class _Processes:
-    """The processes of a command.  One that is lost is replaced, and its item given to the next that is free:
-    with Ray's own restarts it would wait for a place that the others do not give away."""
+    """Processes of a command. A lost process is replaced and its item goes to the next free process:
+    with Ray's own
+    restarts, the item would wait for a slot that the other processes occupy."""
 
     def __init__(self, ray: Any, start: Callable[[], Any], workers: int) -> None:
         self._ray, self._start, self.most = ray, start, WAITING_PER_WORKER * workers
@@ -116,7 +117,7 @@ class _Processes:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is under way: the slowest item has held all others up, and is done."""
+        """Whether no process is busy or starting."""
         return not self._working and not self._starting
 
     def give(self, task: _RayTask) -> None:
@@ -124,8 +125,8 @@ class _Processes:
         self._working[actor.do.remote(task.item)] = actor, task
 
     def wait(self) -> None:
-        """Wait until a process has started, has done its item, or is lost, whose item is given on."""
-        # one at a time: starts and items end in the same wait, and their table says which it was
+        """Wait until a process has started, finished its item, or died; requeue items of dead processes."""
+        # one event at a time: starts and items share the wait, and the tables tell them apart
         (reference,), _ = self._ray.wait([*self._working, *self._starting], num_returns=1)
         actor, task = self._working.pop(reference, (self._starting.pop(reference, None), None))
         try:
@@ -151,22 +152,22 @@ class _Processes:
 
 
 def _done(processes: _Processes, items: Numbered[Any]) -> Iterator[tuple[int, bytes]]:
-    """Yield records in the order of their items."""
-    left = iter(items)
+    """Yield records in item order."""
+    remaining = iter(items)
     order: deque[_RayTask] = deque()
-    is_over = False
+    is_exhausted = False
     while True:
-        # bounded: results wait in `order` for the slowest item before them
-        while not is_over and len(order) < processes.most and processes.is_free:
-            number, item = next(left, (-1, None))
-            is_over = number < 0
-            if not is_over:
+        # bounded: finished records wait in `order` for the slowest earlier item
+        while not is_exhausted and len(order) < processes.most and processes.is_free:
+            number, item = next(remaining, (-1, None))
+            is_exhausted = number < 0
+            if not is_exhausted:
                 order.append(_RayTask(number, item))
                 processes.give(order[-1])
         while order and order[0].record is not None:
             task = order.popleft()
             yield task.number, task.record or b""
-        if is_over and not order:
+        if is_exhausted and not order:
             return
         if not processes.is_idle:
             processes.wait()

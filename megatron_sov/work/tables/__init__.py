@@ -1,1 +1,1 @@
-"""Tables: rows of a declared schema in Parquet, written by jobs of many machines and read at once."""
+"""Parquet tables with a declared schema, written and read concurrently by jobs on many machines."""

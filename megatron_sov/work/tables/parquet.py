@@ -1,4 +1,4 @@
-"""Parquet files that appear whole, and are read within bounds, whoever has written them."""
+"""Write Parquet files atomically, and read untrusted Parquet files within size limits."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from megatron_sov.base.errors import UserError, first_line
 from megatron_sov.base.sealed import open_parquet, seal_file, seal_parquet
 
 MAX_ROWS = 1 << 20
-"""Of one file."""
+"""Maximum rows per file."""
 MAX_BYTES = 4 << 30
-"""Of one file's columns in memory: a few kilobytes on the disk can stand for any number of equal values."""
+"""Maximum memory for a file's columns: a few kilobytes on disk can encode any number of equal values."""
 _WIDTHS = {"INT32": 4, "INT64": 8, "FLOAT": 4, "DOUBLE": 8}
-"""Physical type -> bytes of a value."""
+"""Parquet physical type -> bytes per value."""
 _SMALLER = "make parts smaller (of rollouts: rollout.piece_prompts)"
 MAKE_AGAIN = "restore it from a copy, or delete its folder to have it made again"
 
 
 @contextlib.contextmanager
 def refused_damage(file: Path, way: str) -> Iterator[None]:
-    """Turn what pyarrow says of a file that is none of its own into a `UserError` with the way out."""
+    """Turn pyarrow's errors about a foreign or damaged file into a `UserError` that ends with hint `way`."""
     try:
         yield
     except FileNotFoundError:
@@ -39,43 +39,43 @@ def refused_damage(file: Path, way: str) -> Iterator[None]:
 
 
 def write_table(file: Path, table: pa.Table, dictionary: Sequence[str], split: Sequence[str]) -> None:
-    """Write a table as a new file.
+    """Write a table to a new file.
 
     Args:
-        file: to write.
-        table: its rows.
-        dictionary: leaves whose values repeat, each of which is written once.
-        split: leaves of floats, whose bytes are sorted by their place, since exponents are much alike.
+        file: path to write.
+        table: the rows.
+        dictionary: leaf columns with repeated values, stored with a dictionary.
+        split: float leaf columns, stored with BYTE_STREAM_SPLIT because exponents are similar.
     """
-    with open(file, "wb") as f:  # ours and not Arrow's: what the disk refuses keeps its number
+    with open(file, "wb") as f:  # Python's file instead of Arrow's preserves errno
         parquet.write_table(table, f, compression="zstd", use_dictionary=list(dictionary),
                             column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT"),
                             write_statistics=False, store_schema=True)
 
 
 def table_problem(table: pa.Table) -> str:
-    """Return a sentence where a table is larger than what is read again, else an empty text."""
+    """Return a sentence if a table exceeds the limits for reading, else ""."""
     return _too_large(table.num_rows, table.nbytes)
 
 
 def read_table(file: Path, schema: pa.Schema) -> pa.Table:
-    """Return the rows of a file; its texts are dictionaries, which hold each value once.
+    """Read columns of a file; strings become dictionary arrays, which hold each value once.
 
     Args:
-        file: to read.
-        schema: columns to read, and the types that they must have; the file may have more.
+        file: path to read.
+        schema: columns to read, with required types; the file may have more columns.
 
     Raises:
-        UserError: it is no Parquet file, a damaged one, lacks a column, or is too large.
+        UserError: the file is damaged, too large, not Parquet, or lacks a column.
     """
     texts = [field.name for field in schema if field.type == pa.string()]
     with refused_damage(file, MAKE_AGAIN):
-        # the footer first: what it promises to be is checked before a column is read
+        # check the footer before reading any column
         with parquet.ParquetFile(file) as plain:
             _check(file, plain, schema)
             with parquet.ParquetFile(file, metadata=plain.metadata, read_dictionary=texts) as opened:
                 table = opened.read(schema.names, use_threads=False)
-        # offsets and lengths inside the columns are a stranger's too
+        # offsets and lengths inside the columns are untrusted too
         table.validate(full=True)
     empty = [field.name for field in schema if not field.nullable and table[field.name].null_count]
     if empty:
@@ -84,17 +84,17 @@ def read_table(file: Path, schema: pa.Schema) -> pa.Table:
 
 
 def _check(file: Path, opened: parquet.ParquetFile, schema: pa.Schema) -> None:
-    """Raise `UserError` where a file has other columns, or more in them than may be read."""
-    found = opened.schema_arrow
+    """Raise `UserError` if a file lacks columns or declares more data than the limits."""
+    file_schema = opened.schema_arrow
     for field in schema:
-        if field.name not in found.names:
-            raise UserError(f"{file}: has no column {field.name!r} (columns: {', '.join(found.names)}); the "
-                            "store did not write it")
-        if found.field(field.name).type != field.type:
-            raise UserError(f"{file}: column {field.name!r} is {found.field(field.name).type}, must be "
+        if field.name not in file_schema.names:
+            raise UserError(f"{file}: has no column {field.name!r} "
+                            f"(columns: {', '.join(file_schema.names)}); the store did not write it")
+        if file_schema.field(field.name).type != field.type:
+            raise UserError(f"{file}: column {field.name!r} is {file_schema.field(field.name).type}, must be "
                             f"{field.type}; the store did not write it")
-    leaves = [group.column(k) for group in map(opened.metadata.row_group, range(opened.num_row_groups))
-              for k in range(group.num_columns)]
+    row_groups = [opened.metadata.row_group(i) for i in range(opened.num_row_groups)]
+    leaves = [group.column(k) for group in row_groups for k in range(group.num_columns)]
     size_bytes = sum(_bytes_of(leaf) for leaf in leaves if leaf.path_in_schema.split(".")[0] in schema.names)
     if problem := _too_large(opened.metadata.num_rows, size_bytes):
         raise UserError(f"{file}: {problem}")
@@ -106,8 +106,8 @@ def _check(file: Path, opened: parquet.ParquetFile, schema: pa.Schema) -> None:
 
 
 def _bytes_of(leaf: Any) -> int:
-    """Return what a column of a row group takes in memory, texts once for each that differs."""
-    # numbers take their width however they are packed; texts and bytes their size unpacked
+    """Return a leaf column's size in memory; dictionary strings count once per distinct value."""
+    # numbers take their width regardless of packing; strings and bytes their unpacked size
     width = _WIDTHS.get(leaf.physical_type)
     return int(leaf.total_uncompressed_size if width is None else leaf.num_values * width)
 
@@ -121,34 +121,34 @@ def _too_large(rows: int, size_bytes: int) -> str:
 
 
 def texts_of(column: pa.ChunkedArray) -> list[str | None]:
-    """Return the texts of a column; equal ones of it are one object.
+    """Return a string column as list; equal strings share an object.
 
     Raises:
-        ValueError: one is no UTF-8.
+        ValueError: invalid UTF-8.
     """
-    found: list[str | None] = []
+    texts: list[str | None] = []
     for chunk in column.chunks:
-        # one object for each text; the last place of the list stands for a missing value
+        # one object per distinct string; the appended None stands for missing values
         values = [*chunk.dictionary.to_pylist(), None]
-        found += [values[i] for i in chunk.indices.fill_null(len(values) - 1).to_numpy().tolist()]
-    return found
+        texts += [values[i] for i in chunk.indices.fill_null(len(values) - 1).to_numpy().tolist()]
+    return texts
 
 
 def arrays_of(column: pa.ChunkedArray) -> list[np.ndarray]:
-    """Return the list of each row as a view that nobody may write to."""
-    found: list[np.ndarray] = []
+    """Return each row's list as a read-only view."""
+    arrays: list[np.ndarray] = []
     for chunk in column.chunks:
         values, ends = chunk.values.to_numpy(), chunk.offsets.to_numpy().tolist()
-        # views: a part of rollouts has millions of tokens
-        found += [values[start:end] for start, end in itertools.pairwise(ends)]
-    return found
+        # views, because a part may hold millions of tokens
+        arrays += [values[start:end] for start, end in itertools.pairwise(ends)]
+    return arrays
 
 
 def lists(values: Sequence[np.ndarray], dtype: Any) -> pa.ListArray:
-    """Return a column with an array in each row.
+    """Build a list column from an array per row.
 
     Raises:
-        ValueError: all together are more than one file may hold.
+        ValueError: the total exceeds the limit of a file.
     """
     ends = np.zeros(len(values) + 1, np.int64)
     np.cumsum(np.fromiter(map(len, values), np.int64, len(values)), out=ends[1:])
@@ -160,8 +160,10 @@ def lists(values: Sequence[np.ndarray], dtype: Any) -> pa.ListArray:
 
 
 class TableFile:
-    """A Parquet file under construction: `with TableFile(path, schema) as file: file.write(...)`; it appears
-    under its name when it is complete, with a checksum of its own, and on the disk."""
+    """A Parquet file under construction: `with TableFile(path, schema) as file: file.write(...)`.
+
+    The file appears under its name when complete, sealed with a checksum and synced to disk.
+    """
 
     def __init__(self, path: Path, columns: pa.Schema) -> None:
         self.path, self.columns = path, columns
@@ -174,11 +176,11 @@ class TableFile:
         return self
 
     def write(self, columns: dict[str, list[Any]]) -> None:
-        """Write one group of rows.
+        """Write a row group.
 
         Raises:
             UserError: the disk is full.
-            pa.ArrowInvalid, pa.ArrowTypeError: a value is not of its column's type.
+            pa.ArrowInvalid, pa.ArrowTypeError: a value does not fit its column's type.
         """
         table = pa.table([pa.array(columns[f.name], f.type) for f in self.columns], self.columns)
         if table.num_rows:
@@ -186,7 +188,7 @@ class TableFile:
                 self._writer.write_table(table, row_group_size=table.num_rows)
 
     def close(self) -> str:
-        """Bring all of it to the disk, still under its temporary name; returns its checksum."""
+        """Seal and sync the file under its temporary name; return its checksum."""
         if not self._seal:
             with disk_errors(self.path):
                 seal_parquet(self._writer)
@@ -203,22 +205,22 @@ class TableFile:
             self._new.__exit__(kind, error, trace)
             return
         with contextlib.ExitStack() as stack:
-            # `close` first, then the name: the file is sealed and synced before anybody sees it
+            # `close` runs before the rename: the file is sealed and synced when it appears
             stack.push(self._new)
             self.close()
 
 
 def read_groups(files: Sequence[Path], seals: Sequence[str | None], way: Callable[[Path], str]
                 ) -> Iterator[list[pa.Table]]:
-    """Yield the groups of rows of a file beside those of the columns that later jobs have added to it.
+    """Yield the row groups of a file together with those of files that later jobs added as columns.
 
     Args:
-        files: of `TableFile`: the first one, and those with more columns of the same rows, in order.
-        seals: the checksum that each must have; None: any of its own.
-        way: what to do where a file is damaged.
+        files: `TableFile` paths: the first file, then files with further columns for the same rows.
+        seals: required checksum per file; None accepts the file's own.
+        way: returns the hint for a damaged file.
 
     Raises:
-        UserError: a file is missing, damaged, or has other rows.
+        UserError: a file is missing, damaged, or has another number of rows.
     """
     opened = []
     for file, seal in zip(files, seals, strict=True):
@@ -226,9 +228,9 @@ def read_groups(files: Sequence[Path], seals: Sequence[str | None], way: Callabl
             opened.append(open_parquet(file, way(file), is_required=True, seal=seal))
     for i in range(opened[0].num_row_groups):
         group: list[pa.Table] = []
-        for file, whole in zip(files, opened, strict=True):
+        for file, parquet_file in zip(files, opened, strict=True):
             with refused_damage(file, way(file)):
-                group.append(whole.read_row_group(i, use_threads=False))
+                group.append(parquet_file.read_row_group(i, use_threads=False))
             if group[-1].num_rows != group[0].num_rows:
                 raise UserError(f"{file}: has {group[-1].num_rows} rows where {files[0]} has "
                                 f"{group[0].num_rows}; {way(file)}")

@@ -1,12 +1,13 @@
-"""A table: a folder that jobs on many machines write to and read from at once.
+"""A table: a folder that jobs on many machines write and read concurrently.
 
-    TABLE/HEAD                            what all parts share
-    TABLE/ROWS/NAME/                      a part: rows that one job has published
-    TABLE/ADDED/VERSION/NAME/             columns that a later job has added to a part's rows
-    TABLE/claims/                         who works on what, see `progress.locks`
+    TABLE/HEAD                            values shared by all parts
+    TABLE/ROWS/NAME/                      a part: rows published by a job
+    TABLE/ADDED/VERSION/NAME/             columns that a later job added to a part
+    TABLE/claims/                         claims of running jobs, see `progress.locks`
 
-A part is a Parquet file with a manifest.  It appears whole, by a rename, and never changes; of two of one
-name the first one stays: whoever reads needs no lock.
+A part is a Parquet file with a manifest. It appears by a rename and never changes; if two jobs
+publish the same
+part, the first stays. Readers need no lock.
 """
 
 from __future__ import annotations
@@ -36,39 +37,39 @@ if TYPE_CHECKING:  # pyarrow takes long to import, and names of parts are wanted
 CLAIMS = "claims"
 FORMAT_VERSION = 1
 VERSION_CHARS = 12
-"""Of a version, in the name of its folder."""
+"""Length of a version in its folder's name."""
 LEFTOVER_S = 3600.0
-"""Seconds without a change after which a temporary folder is one that a killed job has left."""
+"""Seconds without change after which a temporary folder counts as left by a killed job."""
 KEPT_OUT = "num_kept_out"
 _MAKE_AGAIN = "restore it from a copy, or delete it to have it made again"
 
 
 class AlreadyPublished(UserError):
-    """A part of this name was published first, with other rows: they stay, and the work on it is done."""
+    """Another job published a part with this name first; its rows stay."""
 
 
 @dataclass(frozen=True)
 class TablePart:
-    """One part, as its manifest tells it."""
+    """A published part, described by its manifest."""
 
     name: str
     path: Path
     kind: str
-    """Of its manifest: the table's `ROWS` or `ADDED`."""
+    """Kind in the manifest: the table's `ROWS` or `ADDED`."""
     key: tuple[int, ...]
-    """What its name says, see `Table.key_of`."""
+    """Numbers in the part's name, see `Table.key_of`."""
     num_rows: int
-    """With those that are kept out."""
+    """Number of rows, including excluded ones."""
     num_kept_out: int
-    """Rows with a problem, which are not read."""
+    """Rows with a problem, which readers skip."""
     manifest_sha256: str
-    """Hash of the manifest, which stands for the whole part."""
+    """Hash of the manifest, which identifies the whole part."""
     created_s: float
     """Unix time."""
     provenance: Mapping[str, Any]
-    """What wrote it, as it says."""
+    """Description of the program that wrote the part."""
     version: str = ""
-    """Of added columns."""
+    """Version of added columns."""
 
     @property
     def file(self) -> Path:
@@ -77,7 +78,7 @@ class TablePart:
 
 @dataclass(frozen=True)
 class Clearable:
-    """A folder that can go, and why."""
+    """A folder that may be deleted, with the reason."""
 
     path: Path
     why: str
@@ -88,31 +89,31 @@ P = TypeVar("P", bound=TablePart)
 
 
 class Table(Generic[P]):
-    """A table that exists; obtained from `open` or `create` of a subclass, which declares what it holds."""
+    """An existing table, from `open` or `create` of a subclass that declares its content."""
 
     WHAT: ClassVar[str]
-    """Name of such tables in messages."""
+    """Noun for messages."""
     HEAD: ClassVar[str]
-    """File that says what all parts share."""
+    """Name of the file with values shared by all parts."""
     ROWS: ClassVar[str]
     ADDED: ClassVar[str]
-    """Kinds of parts: of their manifests, and in the names of folders and files."""
+    """Kinds of parts, in manifests and in names of folders and files."""
     VERSION: ClassVar[str]
-    """In the manifest of added columns: the version of what added them."""
+    """Manifest field of added columns: version of the program that added them."""
     CLAIM: ClassVar[str]
-    """How a claim on adding columns begins."""
+    """Prefix of claims on adding columns."""
     IDENTITY: ClassVar[Mapping[str, type]]
-    """What all parts share -> its type."""
+    """Name of a shared value -> its type."""
     EXAMPLE: ClassVar[str]
-    """Name of a part."""
+    """Example of a part's name."""
     FIRST: ClassVar[str]
-    """What the first number in it counts."""
+    """Noun for the first number in a part's name."""
     MADE_BY: ClassVar[str]
-    """What to do where there is no table."""
+    """Hint for a missing table."""
     REPEATED: ClassVar[Collection[str]]
-    """Leaves whose values repeat."""
+    """Leaf columns with repeated values."""
     SPLIT: ClassVar[Collection[str]]
-    """Leaves of floats whose bytes are sorted by their place."""
+    """Float leaf columns with split bytes."""
     PART: ClassVar[Any]
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
@@ -121,21 +122,23 @@ class Table(Generic[P]):
 
     @staticmethod
     def key_of(name: str) -> tuple[int, ...] | None:
-        """Return the numbers in a part's name, by which parts are sorted and of which the first one chooses
-        them; None: it is the name of none."""
+        """Return the numbers in a part's name (the sort key), or None for other names.
+
+        The first number selects parts in `parts` and `clearable`.
+        """
         raise NotImplementedError
 
     @staticmethod
     def tell(identity: Mapping[str, Any]) -> str:
-        """Return what all parts share in words."""
+        """Format the shared values for messages."""
         raise NotImplementedError
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Return the table in a folder.
+        """Open the table in a folder.
 
         Raises:
-            UserError: there is none, or it is newer than this version reads.
+            UserError: the folder contains no table, or a newer version's.
         """
         file = Path(path) / cls.HEAD
         try:
@@ -144,52 +147,52 @@ class Table(Generic[P]):
                 raise UserError(f"{file}: format_version {raw['format_version']} is newer than "
                                 f"{FORMAT_VERSION}, the newest that this version reads; update megatron-sov")
             identity = {name: raw[name] for name in cls.IDENTITY}
-            if wrong := [name for name, kind in cls.IDENTITY.items() if type(identity[name]) is not kind]:
-                raise ValueError(f"{wrong[0]} = {identity[wrong[0]]!r}")
+            if mistyped := [name for name, kind in cls.IDENTITY.items() if type(identity[name]) is not kind]:
+                raise ValueError(f"{mistyped[0]} = {identity[mistyped[0]]!r}")
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{path}: is no {cls.WHAT} (it has no {cls.HEAD}); {cls.MADE_BY}") from None
         except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise UserError(f"{file}: is damaged ({e}); restore it from a copy") from None
-        for name in (cls.ROWS, cls.ADDED, CLAIMS):  # a copy may lack those that were empty
+        for name in (cls.ROWS, cls.ADDED, CLAIMS):  # copying may have dropped empty folders
             with contextlib.suppress(OSError):
                 (Path(path) / name).mkdir(exist_ok=True)
         return cls(Path(path), identity)
 
     @classmethod
     def create(cls, path: str | Path, *identity: Any) -> Self:
-        """Return the table in a folder, which is made where it is not there yet, also by several at once.
+        """Open the table in a folder, creating it if missing; several processes may call this at once.
 
         Args:
             path: the folder.
             identity: values of `IDENTITY`.
 
         Raises:
-            UserError: the table is one of another identity, or the folder is taken by something else.
+            UserError: the table has another identity, or the folder contains something else.
         """
-        path, wanted = Path(path), dict(zip(cls.IDENTITY, identity, strict=True))
+        path, expected = Path(path), dict(zip(cls.IDENTITY, identity, strict=True))
         refuse_nowhere(path)
         if not (path / cls.HEAD).is_file():
-            cls._make(path, wanted)
-        found = cls.open(path)
-        if found.identity != wanted:
-            raise UserError(f"{path}: is a {cls.WHAT} of {cls.tell(found.identity)}, and this is of "
-                            f"{cls.tell(wanted)}; choose another store")
-        return found
+            cls._make(path, expected)
+        table = cls.open(path)
+        if table.identity != expected:
+            raise UserError(f"{path}: is a {cls.WHAT} of {cls.tell(table.identity)}, and this is of "
+                            f"{cls.tell(expected)}; choose another store")
+        return table
 
     @classmethod
     def _make(cls, path: Path, identity: Mapping[str, Any]) -> None:
-        """Make an empty table, unless another process is first."""
-        # made whole under another name: of several that create the table one rename wins
-        built = path.with_name(f".{path.name}.new-{uuid.uuid4().hex}")
+        """Create an empty table, unless another process is faster."""
+        # Build under a temporary name: if several processes create the table, a single rename succeeds.
+        temporary = path.with_name(f".{path.name}.new-{uuid.uuid4().hex}")
         with disk_errors(path):
             try:
                 for name in (cls.ROWS, cls.ADDED, CLAIMS):
-                    (built / name).mkdir(parents=True)
-                atomic_write(built / cls.HEAD, to_json({"format_version": FORMAT_VERSION, **identity}))
-                os.rename(built, path)
+                    (temporary / name).mkdir(parents=True)
+                atomic_write(temporary / cls.HEAD, to_json({"format_version": FORMAT_VERSION, **identity}))
+                os.rename(temporary, path)
                 fsync_path(path.parent)
             except OSError as e:
-                # another process was first, which is as good
+                # another process was faster
                 if (path / cls.HEAD).is_file():
                     return
                 if e.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
@@ -197,18 +200,18 @@ class Table(Generic[P]):
                                     ) from None
                 raise
             finally:
-                shutil.rmtree(built, ignore_errors=True)
+                shutil.rmtree(temporary, ignore_errors=True)
 
     @property
     def claims(self) -> Path:
         return self.path / CLAIMS
 
     def claim_of(self, name: str, version: str = "") -> str:
-        """Return the name of the claim on a part, or on columns that a version adds to it."""
+        """Return the claim name for a part, or for a version's columns of the part."""
         return f"{self.CLAIM}-{version[:VERSION_CHARS]}-{name}" if version else name
 
     def part_path(self, name: str, version: str = "") -> Path:
-        """Return the folder of a part, or of columns that a version adds to it, be it there or not."""
+        """Return the folder of a part or of a version's columns, published or not."""
         if self.key_of(name) is None:
             raise ValueError(f"{name!r} is no name of a part ({self.EXAMPLE} is one)")
         return self._folder(version) / name
@@ -219,21 +222,21 @@ class Table(Generic[P]):
         return self.path / self.ADDED / version[:VERSION_CHARS] if version else self.path / self.ROWS
 
     def has(self, name: str, version: str = "") -> bool:
-        """Return whether a part, or what a version adds to it, is published.
+        """Return whether a part, or a version's columns for it, is published.
 
         Raises:
-            UserError: it is there and torn, or of another table or version.
+            UserError: the part is damaged, or belongs to another table or version.
         """
         return self.part_path(name, version).exists() and self.part(name, version) is not None
 
     def part(self, name: str, version: str = "") -> P:
-        """Return a part, or what a version adds to it; its rows are not looked at.
+        """Open a part, or a version's columns for it, without reading rows.
 
         Raises:
-            UserError: it is not there, torn, or of another table or version.
+            UserError: the part is missing or damaged, or belongs to another table or version.
         """
         path = self.part_path(name, version)
-        # folders have the beginning of a version, manifests all of it: two may share the beginning
+        # folder names truncate versions, manifests do not: two versions may share a folder name
         part = self._opened(path, self.ADDED if version else self.ROWS)
         if part.version != version:
             raise UserError(f"{path}: is of {self.VERSION.replace('_', ' ')} {part.version!r}, whose first "
@@ -247,29 +250,29 @@ class Table(Generic[P]):
 
     def parts(self, first: int | None = None, version: str = "",
               refused: Callable[[str], object] | None = None) -> list[P]:
-        """Return the parts, sorted by key.
+        """Return the published parts, sorted by key.
 
         Args:
-            first: the first number of their keys; None: any.
-            version: of added columns, or the name of its folder; "": the rows themselves.
-            refused: is told what is none of the table's parts; None: a warning, once.
+            first: required first number of the key; None: any.
+            version: version of added columns or its folder's name; "": the rows.
+            refused: called with a message per damaged part; None: warn once.
         """
         folder, kind = self._folder(version), self.ADDED if version else self.ROWS
         names = [name for name in os.listdir(folder) if not name.startswith(".")] if folder.is_dir() else []
-        found = []
+        parts = []
         for key, name in sorted((self.key_of(name) or (), name) for name in names):
             if key and first not in (None, key[0]):
                 continue
             try:
-                found.append(self._opened(folder / name, kind))
+                parts.append(self._opened(folder / name, kind))
             except UserError as e:
                 (refused or self._warn_once)(str(e))
-        return found
+        return parts
 
     def _warn_once(self, problem: str) -> None:
         if problem not in self._told:
             self._told.add(problem)
-            warn(f"kept out: {problem}")
+            warn(f"skipped: {problem}")
 
     def _opened(self, path: Path, kind: str) -> P:
         key = self.key_of(path.name)
@@ -286,12 +289,12 @@ class Table(Generic[P]):
         return part
 
     def _problem(self, path: Path, manifest: Manifest) -> str:
-        """Return what is wrong with a part as far as its manifest and the sizes of its files tell."""
+        """Return a problem visible in a part's manifest or file size, or ""."""
         content, name, table = manifest.content, f"{manifest.kind}.parquet", manifest.content.get("store")
-        # a part that was copied from another store would be trained on without a word
+        # a part copied from another store would silently enter training
         if table != self.identity:
-            told = self.tell(table) if isinstance(table, Mapping) else "of none"
-            return f"belongs to another store ({told}; this one: {self.tell(self.identity)})"
+            owner = self.tell(table) if isinstance(table, Mapping) else "of none"
+            return f"belongs to another store ({owner}; this one: {self.tell(self.identity)})"
         if list(manifest.files) != [name]:
             return f"has the files {', '.join(manifest.files) or 'none'}, must have {name} alone"
         counts = [content.get("num_rows"), content.get(KEPT_OUT, 0)]
@@ -301,14 +304,16 @@ class Table(Generic[P]):
             return f"{MANIFEST} has no text as {self.VERSION}"
         file = path / name
         size_bytes = file.stat().st_size if file.is_file() else 0
-        wanted = manifest.files[name].size_bytes
-        return f"{name} has {size_bytes:,} bytes, must have {wanted:,}" if size_bytes != wanted else ""
+        expected_bytes = manifest.files[name].size_bytes
+        if size_bytes != expected_bytes:
+            return f"{name} has {size_bytes:,} bytes, must have {expected_bytes:,}"
+        return ""
 
     def read(self, part: P, schema: pa.Schema) -> pa.Table:
-        """Return columns of a part's rows, whose bytes are checked against its manifest first.
+        """Read columns of a part after checking its hash.
 
         Raises:
-            UserError: the file is damaged, too large, or none that the table wrote.
+            UserError: the file is damaged, too large, or not written by the table.
         """
         from megatron_sov.work.tables.parquet import read_table
 
@@ -323,99 +328,101 @@ class Table(Generic[P]):
 
     def publish(self, name: str, version: str, table: pa.Table, provenance: Mapping[str, Any],
                 num_kept_out: int | None = None) -> bool:
-        """Publish a part; returns whether it is there by this call, False where one of that name was first.
+        """Publish a part; return False if another job published the same name first.
 
         Args:
-            name: of the part.
-            version: of what adds columns to it; "": it is rows.
-            table: its rows.
-            provenance: JSON values: what wrote it.
-            num_kept_out: rows of them with a problem.
+            name: name of the part.
+            version: version of added columns; "": rows.
+            table: the rows.
+            provenance: description of the writing program, as JSON values.
+            num_kept_out: number of rows with a problem.
 
         Raises:
-            UserError: the rows are too many, or the disk refuses; nothing is left of it.
+            UserError: too many rows, or the disk is not writable; no files remain.
         """
         from megatron_sov.work.tables.parquet import table_problem, write_table
 
         path, kind = self.part_path(name, version), self.ADDED if version else self.ROWS
         if problem := table_problem(table):
             raise UserError(f"{path}: {problem}")
-        # a name of its own: two writers, on whatever machines, meet in the last rename alone
-        built = path.with_name(f".{path.name}.new-{uuid.uuid4().hex}")
+        # a unique temporary name: two writers on any machines only meet in the final rename
+        temporary = path.with_name(f".{path.name}.new-{uuid.uuid4().hex}")
         with disk_errors(path):
             try:
-                with new_artifact(built, kind) as artifact:
-                    has = set(table.column_names)
-                    repeated = [leaf for leaf in self.REPEATED if leaf.split(".")[0] in has]
-                    split = [leaf for leaf in self.SPLIT if leaf.split(".")[0] in has]
+                with new_artifact(temporary, kind) as artifact:
+                    columns = set(table.column_names)
+                    repeated = [leaf for leaf in self.REPEATED if leaf.split(".")[0] in columns]
+                    split = [leaf for leaf in self.SPLIT if leaf.split(".")[0] in columns]
                     write_table(artifact.path / f"{kind}.parquet", table, repeated, split)
                     artifact.content = {
                         "num_rows": table.num_rows,
                         **({self.VERSION: version} if version else {KEPT_OUT: num_kept_out or 0}),
                         "store": self.identity}
                     artifact.settings = dict(provenance)
-                return rename_unless_taken(built, path)
-            except UserError as e:  # the name that it was built under means nothing to anyone
-                raise UserError(str(e).replace(str(built), str(path))) from None
+                return rename_unless_taken(temporary, path)
+            except UserError as e:  # replace the temporary name in the message
+                raise UserError(str(e).replace(str(temporary), str(path))) from None
             finally:
-                shutil.rmtree(built, ignore_errors=True)
+                shutil.rmtree(temporary, ignore_errors=True)
 
     def clearable(self, versions: Collection[str] = (), firsts: Collection[int] = ()) -> list[Clearable]:
-        """Return what can go: leftovers of killed jobs, claims on what is done, and what is named.
+        """Return folders that may be deleted: leftovers of killed jobs, claims on finished
+        work, selected parts.
 
         Args:
-            versions: whose added columns can go, by their version or the name of their folder.
-            firsts: first numbers of the keys of parts that can go, with all that was added to them.
+            versions: versions, or names of their folders, whose added columns to delete.
+            firsts: first key numbers of parts to delete, together with added columns.
         """
         folders = {version[:VERSION_CHARS] for version in versions} & set(self.versions())
-        found = []
+        clearables = []
         for path, why in self._clearable(folders, firsts):
             size_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-            found.append(Clearable(path, why, size_bytes))
-        return found
+            clearables.append(Clearable(path, why, size_bytes))
+        return clearables
 
     def _clearable(self, folders: set[str], firsts: Collection[int]) -> Iterator[tuple[Path, str]]:
-        kept = ["", *(folder for folder in self.versions() if folder not in folders)]
-        for folder in (self.path / self.ADDED, self.claims, *map(self._folder, kept)):
+        remaining_versions = ["", *(folder for folder in self.versions() if folder not in folders)]
+        for folder in (self.path / self.ADDED, self.claims, *map(self._folder, remaining_versions)):
             for path in sorted(folder.iterdir()):
                 if path.name.startswith(".") and _is_left(path):
                     yield path, "a killed job left it"
-        # claims on what is published protect nothing any more
-        done = set()
-        for version in kept:
+        # claims on published parts are useless
+        finished_claims = set()
+        for version in remaining_versions:
             for path in sorted(self._folder(version).iterdir()):
                 if (path / MANIFEST).is_file():
-                    done.add(self.claim_of(path.name, version))
+                    finished_claims.add(self.claim_of(path.name, version))
                 key = self.key_of(path.name)
                 if key is not None and key[0] in firsts:
                     yield path, f"of {self.FIRST} {key[0]}"
         for version in folders:
-            done |= {self.claim_of(path.name, version) for path in self._folder(version).iterdir()}
+            finished_claims |= {self.claim_of(path.name, version) for path in self._folder(version).iterdir()}
             yield self._folder(version), "of that version"
         yield from ((path, "what it claims is done") for path in sorted(self.claims.iterdir())
-                    if path.name in done)
+                    if path.name in finished_claims)
 
 
 def clear(found: Collection[Clearable]) -> None:
-    """Delete what can go; what is half deleted has no name that anyone reads.
+    """Delete folders, renaming each to a hidden name first.
 
     Raises:
-        UserError: it may not be deleted.
+        UserError: no permission.
     """
     for item in found:
         hidden = item.path.with_name(f".{item.path.name}.gone-{uuid.uuid4().hex}")
-        with disk_errors(item.path), contextlib.suppress(FileNotFoundError):  # another one cleared it
+        with disk_errors(item.path), contextlib.suppress(FileNotFoundError):  # deleted by another process
             delete_folder(item.path, hidden)
 
 
 def _is_left(folder: Path) -> bool:
-    """Return whether nobody works in a temporary folder any more, as far as can be known: a writer holds it,
-    where the disk knows locks, and changes it all the time."""
-    # a writer at work; where locks are unknown, the time of the last change decides
+    """Return whether a temporary folder seems abandoned: unlocked, and unchanged for `LEFTOVER_S`.
+
+    File systems without locks leave only the time of the last change.
+    """
     if is_held(folder):
         return False
     try:
         newest_s = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
-    except FileNotFoundError:  # it is being renamed, or deleted
+    except FileNotFoundError:  # being renamed or deleted
         return False
     return ".gone-" in folder.name or time.time() - newest_s > LEFTOVER_S

@@ -24,12 +24,12 @@ def test_finds_nothing_for_words_that_no_text_has(word: str) -> None:
 
 
 def test_settings_of_list_items_have_their_place() -> None:
-    assert TEXTS["data.phases.0.seq_len"].startswith("Tokens of one sample")
+    assert TEXTS["data.phases.0.seq_len"].startswith("Tokens per sample")
 
 
 def test_answer_names_what_was_found(capsys: pytest.CaptureFixture[str]) -> None:
     said = answer("megatron-sov sft --from M --data D --run R --clip-gradient-norm 1", capsys)
-    assert "--set optim.clip_grad=VALUE (Largest global gradient norm)" in said
+    assert "--set optim.clip_grad=VALUE (Maximum global gradient norm)" in said
     said = answer("megatron-sov sft --from M --data D --run R --set train.clip_gradient_norm=1", capsys)
     assert "no such setting" in said and "optim.clip_grad" in said
 

@@ -187,8 +187,8 @@ def test_it_tells_what_is_read_and_written_and_does_nothing(tmp_path: Path,
 
 
 @pytest.mark.parametrize(("more", "fate"), [
-    ((), "is there: the command goes on with it where it can, else refuses it"),
-    (("--overwrite",), "is there, and would be replaced")])
+    ((), "exists: the command continues it if possible, and refuses it otherwise"),
+    (("--overwrite",), "exists, and would be replaced")])
 def test_an_output_that_is_there_stays(more: tuple[str, ...], fate: str, tmp_path: Path,
                                        capsys: pytest.CaptureFixture[str]) -> None:
     words = ["convert", "to-hf", str(tmp_path), str(tmp_path), "--dry-run", *more]

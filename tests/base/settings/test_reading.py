@@ -77,7 +77,7 @@ def test_everything_wrong_is_named_by_code_and_key_in_the_order_of_the_fields(
     ({"name": "x", "block": {"q": 1}}, "f: block.q: no such setting; there are size, share"),
     ({}, "f: name: is missing; it has no default; set it"),
     ({"name": "x", "either": 1.5}, "f: either = 1.5 must be a whole number or text"),
-    ({"name": True}, "f: name = true must be text; YAML takes no, off, yes and on for false and true; put "
+    ({"name": True}, "f: name = true must be text; YAML reads no, off, yes and on as false and true; put "
                      "it in quotes"),
     ({"name": 7200}, "f: name = 7200 must be text; put it in double quotes"),
     ({"name": "x", "words": "b"}, 'f: words = "b" must be a list; e.g. ["b"]'),

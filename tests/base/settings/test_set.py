@@ -18,7 +18,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str, str]] = {
 }
 MISTAKES = {
     "{key}": "--set: '{key}' must have the form key=value",
-    "{key}=[8": "--set: {key}: [8 begins like JSON and is none",
+    "{key}=[8": "--set: {key}: [8 begins like JSON but does not parse",
     "{key}x=1": "{key}x: no such setting; did you mean '{key}'?",
     "{key}=many": '{key} = "many" must be a whole number',
     "{key}=null": "{key} = null must be a whole number; give it a value, or leave it out",

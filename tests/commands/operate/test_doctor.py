@@ -44,3 +44,12 @@ def test_this_machine_can_train(capsys: pytest.CaptureFixture[str]) -> None:
     assert "This machine can train." in printed
     for name in ("Python", "torch", "gloo", "Transformer Engine", "Slurm", "CPU cores", "Disk"):
         assert name in printed
+
+
+def test_missing_compiler_and_ninja_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(doctor, "_has_gpu", lambda: True)
+    (check,) = doctor.compiler_checks()
+    assert check.status == "warning" and "no c++ and no ninja in PATH" in check.detail
+    assert "apt-get install" in check.remedy

@@ -209,7 +209,7 @@ def test_a_strangers_part_is_kept_out_of_the_list(store: RolloutStore, tmp_path:
     shutil.copytree(other.part_path(part_name(1, 7)), path)
     Claims(store.claims, 60).take("round-0002-piece-0000")
     lines = list(listed(store))
-    assert f"kept out: {path}: belongs to another store (tokenizer sha256:cd, 100 ids; this one:" in (
+    assert f"skipped: {path}: belongs to another store (tokenizer sha256:cd, 100 ids; this one:" in (
         capsys.readouterr().err)
     assert re.search(rf"^round-0001-piece-0001-attempt-1 +1 rows .* judged by {VERSION}$", lines[2])
     assert lines[3] == f"{store.path}: 3 parts, 5 rows"

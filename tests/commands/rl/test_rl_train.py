@@ -132,7 +132,7 @@ def test_mistakes_are_told_before_anything_begins(rounds: Rounds, tmp_path: Path
         assert main(rounds.command(tmp_path / "no store", str(tmp_path / "run"), *tiny, *more)) == 2
         return str(capsys.readouterr().err)
 
-    assert "rollout.rounds = 0: there is nothing to train" in refused()
+    assert "rollout.rounds = 0: nothing to train" in refused()
     long = refused("--set", "rollout.rounds=1", "--set", "rollout.prompts_per_round=4")
     assert "data.phases.0.seq_len = 128: a row holds whole responses, the longest has" in long
     small = [word for setting in (*SETTINGS[:8], *SETTINGS[-2:]) for word in ("--set", setting)]

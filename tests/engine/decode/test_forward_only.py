@@ -91,3 +91,39 @@ def test_gradients_summed_in_bf16_are_those_of_fp32_rounded(ranks, job) -> None:
     assert (wide["gradients"], narrow["gradients"]) == ("torch.float32", "torch.bfloat16")
     assert narrow["loss"] == wide["loss"]
     assert narrow["norm"] != wide["norm"] and narrow["norm"] == pytest.approx(wide["norm"], rel=1e-2)
+
+
+def offloading_plans() -> dict[str, Any]:
+    """Evaluate, train and evaluate with a group of activations that the library plans to offload."""
+    import torch
+    from megatron.core.pipeline_parallel import fine_grained_activation_offload as library
+
+    from megatron_sov.engine.decode import forward_only
+    from megatron_sov.engine.optimizer.optimizer import Optimizer
+
+    config, model = tiny_model("tiny-qwen3", layout={})
+    model.config.fine_grained_activation_offloading = True
+    optimizer = Optimizer(model, config.optim, gpu=config.gpu)
+    rows = forward_only.Inputs([[1, 2, 3]], torch.device("cpu"))
+    planned = []
+
+    def loss(hidden: torch.Tensor, row: Any) -> tuple[torch.Tensor, None]:
+        group = library.FineGrainedActivationOffloadingInterface(True, hidden, "group")
+        hidden = library.fine_grained_offloading_group_start(hidden, "group")
+        hidden = group.group_offload(hidden)
+        manager = library.PipelineOffloadManager.get_instance()
+        planned.append([len(manager._cached_chunks_forward), manager._cached_chunks_index_forward])
+        return hidden.sum(), None
+
+    for count, is_training in ((3, False), (2, True), (3, False), (2, True)):
+        with torch.set_grad_enabled(is_training):
+            chunks = optimizer.wrapped if is_training else model.chunks
+            forward_only.run_pipeline(chunks, [rows] * count, loss, len(rows.inputs.tokens),
+                                      forward_only=not is_training)
+    return {"planned": planned}
+
+
+@pytest.mark.distributed
+def test_passes_without_gradients_leave_the_plan_of_offloading_alone(ranks: Any, job: Any) -> None:
+    (found,), = ranks(job(__file__, "offloading_plans", 1))
+    assert found["planned"] == [[0, 0]] * 3 + [[1, 0], [2, 0]] + [[2, 0]] * 3 + [[2, 1], [2, 2]]

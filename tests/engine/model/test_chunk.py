@@ -31,6 +31,7 @@ def layers_built() -> dict[str, Any]:
     windows = [*model.windows(), model.mtp_window()]
     wanted = [{"number": n, "attention": n, "router": n if n > model.num_dense_layers else None,
                "window": window} for n, window in enumerate(windows, 1)]
+    names, prefixed = (set(chunk.sharded_state_dict(prefix, metadata={})) for prefix in ("", "model."))
     stands_still = [bool(chunk.config.no_rope_freq[layer.layer_number - 1]) for layer in layers]
     refusals = []
     layers[-1].mlp.router.layer_number = 1
@@ -41,13 +42,14 @@ def layers_built() -> dict[str, Any]:
         language_model.build_configured(config)
     return {"found": found, "wanted": wanted, "stands_still": stands_still, "kinds": kinds,
             "parameters": [n for n, _ in chunk.named_parameters() if n.startswith("mtp.")],
+            "prefix": prefixed == {f"model.{name}" for name in names},
             "refusals": [*refusals, str(told.value)]}
 
 
 @pytest.mark.distributed
 def test_every_layer_has_the_number_of_its_entry_in_our_lists(ranks: Any, job: Any) -> None:
     (built,), = ranks(job(__file__, "layers_built", 1))
-    assert built["found"] == built["wanted"]
+    assert built["found"] == built["wanted"] and built["prefix"]
     assert built["stands_still"] == [kind == "full_attention" for kind in built["kinds"]]
     assert built["kinds"][0] != built["kinds"][-1]  # a prediction layer numbered 1 would be seen
     # the names of weights in checkpoints, between those of the norms

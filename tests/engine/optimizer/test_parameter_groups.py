@@ -45,6 +45,42 @@ def test_overlap_is_overlap_and_evaluation_waits_for_the_weights(
         assert result["on their way"][1:] == [result["groups"]] * 3
 
 
+def zero1_layouts() -> list[Any]:
+    """Return for each way to send gradients: whether parameters have the places that the library computes
+    where no layout is handed over, the number of buckets, and whether the library asks for a layout."""
+    import dataclasses
+    from unittest import mock
+
+    from megatron.core.distributed import distributed_data_parallel as library
+
+    from megatron_sov.engine.optimizer import parameter_groups
+
+    config, model = tiny_model("tiny-solar-open", layout={"ep": 2})
+
+    def wrapped(changes: dict[str, Any]) -> tuple[list[Any], bool]:
+        messages, parallel = list[str](), dataclasses.replace(config.parallel, zero1=True, **changes)
+        with mock.patch.object(library, "log_single_rank", lambda logger, level, said: messages.append(said)):
+            (chunk,) = parameter_groups.wrap(model, parallel)
+        places = [[[*part.param_index_map.values()], part.bucket_indices]
+                  for part in chunk.full_param_layout.layouts.values()]
+        return places, any("full_param_layout not provided" in said for said in messages)
+
+    found = []
+    for changes in ({}, {"overlap_grad_reduce": True}, {"overlap_grad_reduce": True, "bucket_params": 9000}):
+        ours, asks = wrapped(changes)
+        with mock.patch.object(parameter_groups, "_zero1_layout", lambda *_, **__: None):
+            theirs, asks_without = wrapped(changes)
+        found.append([ours == theirs, sum(len(buckets) for _, buckets in ours), asks, asks_without])
+    return found
+
+
+@pytest.mark.distributed
+def test_layouts_of_zero1_are_those_of_the_library(ranks: Any, job: Any) -> None:
+    for found in ranks(job(__file__, "zero1_layouts", 2))[0]:
+        assert found[:2] == [[True, 2, False, True]] * 2
+        assert found[2][0] and found[2][1] > 2 and not found[2][2]
+
+
 SMALL = ("model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16",
          "model.dense_ffn_dim=40", "train.precision=fp64", "optim.clip_grad=0.0", "optim.weight_decay=0.2")
 GROUPS = ('optim.groups=[{"pattern": "*linear_proj.weight", "lr_scale": 0.5}, '

@@ -32,17 +32,17 @@ def test_the_big_recipes_take_every_recipe(recipe: str, fp8: str) -> None:
 
 
 BROKEN = {
-    "delayed": (["train.fp8=delayed"], "in no checkpoint here"),
+    "delayed": (["train.fp8=delayed"], "checkpoints do not store"),
     "precision": (["train.fp8=tensorwise", "train.precision=fp32"],
-                  "needs train.precision = bf16, it is fp32"),
+                  "needs train.precision = bf16, not fp32"),
     "weights without fp8": (["train.fp8_weights=true", "parallel.zero1=true"], "train.fp8 = none"),
     "no layer left": (["train.fp8=mxfp8", "train.fp8_bf16_layers_at_start=3",
-                       "train.fp8_bf16_layers_at_end=1"], "leave none of the 4 layers"),
+                       "train.fp8_bf16_layers_at_end=1"], "cover all 4 layers"),
     "padding": (["train.fp8=mxfp8", "train.fp8_pad_routed_tokens=true",
                  "parallel.expert_dispatcher=allgather"], "use alltoall or leave it out"),
     "rows": (["train.fp8=tensorwise", "data.phases.0.seq_len=40"],
-             "x train.micro_batch_size 1 = 40 tokens on each process, which train.fp8 = "
-             "tensorwise wants to be a multiple of 16"),
+             "x train.micro_batch_size 1 = 40 tokens on each process; train.fp8 = "
+             "tensorwise needs a multiple of 16"),
     "rows cut": (["train.fp8=mxfp8", "data.phases.0.seq_len=96", "parallel.tp=2", "parallel.sp=true"],
                  "/ parallel.tp 2 (parallel.sp) = 48 tokens on each process"),
     "rows of nvfp4": (["train.fp8=nvfp4", "data.phases.0.seq_len=192"], "a multiple of 128"),

@@ -95,7 +95,7 @@ def test_a_setting_of_an_earlier_version_is_refused_with_its_name_of_today(old: 
     raw = small().to_dict()
     group, _, name = old.partition(".")
     raw[group] |= {name: 1} if "." not in name else {name.split(".")[0]: {name.split(".")[1]: 1}}
-    with pytest.raises(SettingsError, match=f"it is called {now} now"):
+    with pytest.raises(SettingsError, match=f"it is now called {now} now"):
         from_dict(raw)
 
 

@@ -248,7 +248,7 @@ def test_a_checkpoint_runs_nothing_that_it_names(site: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("{", "is no YAML"), ("[" * 20_000, "is nested more than"),
+    ("{", "is not valid YAML"), ("[" * 20_000, "is nested more than"),
     ("[]", "must be an object of settings"),
     ('{"model_type": "llama"}', "names no recipe"),
     ("recipe: tiny-qwen3\nmodel_type: llama", "model_type: no such setting"),

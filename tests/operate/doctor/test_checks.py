@@ -139,6 +139,19 @@ def test_signatures_are_compared_with_those_that_this_project_calls(
     assert " cannot be read (SyntaxError: " in only(doctor.contract_checks()).detail
 
 
+def test_signatures_are_read_from_every_folder_of_a_namespace_package(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for distribution, file in (("bridge", "extra.py"), ("core", "needed.py")):
+        (tmp_path / distribution / "shared_double").mkdir(parents=True)
+        (tmp_path / distribution / "shared_double" / file).write_text("def f(a): ...")
+        monkeypatch.syspath_prepend(str(tmp_path / distribution))
+    monkeypatch.setattr(contract, "CONTRACT", tmp_path / "contract.json")
+    for file, wrong in (("extra", ""), ("needed", ""), ("absent", "shared_double/absent.py is gone")):
+        (tmp_path / "contract.json").write_text(json.dumps(
+            {"shared_double": {"version": "2", "files": {f"shared_double/{file}.py": {"f": "a"}}}}))
+        assert contract.first_difference("shared_double") == ("2", wrong)
+
+
 def test_a_machine_with_gpus_cannot_train_without_transformer_engine(
         site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch

@@ -166,7 +166,7 @@ def test_rounds_are_trained_by_ranks_that_go_on_where_they_were(stage: str) -> N
     assert {path.name for path in work.inputs} == {"a", "p.jsonl"}, "the store need not be there yet"
     assert work.config is not None and [p.name for p in work.config.data.phases] == [
         "round-0001", "round-0002", "round-0003"]
-    with pytest.raises(UserError, match=r"rollout\.rounds = 0: there is nothing to train"):
+    with pytest.raises(UserError, match=r"rollout\.rounds = 0: nothing to train"):
         prepared(stage, (*ARGUMENTS[stage], "--set", "rollout.rounds=0"), cluster.load("h100", account="me"))
 
 

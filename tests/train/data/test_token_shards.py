@@ -131,7 +131,7 @@ def test_a_name_before_the_folder_renames_its_sources(tmp_path: Path) -> None:
     assert found[1].shard("train").tokens(2, 0, 2).tolist() == [1, 2] and found[1].artifact == tmp_path / "b"
     assert [s.name for s in open_sources({two: 1, f"x={one}": 1}, 64)] == ["train", "test", "x"]
     assert data_paths([f"web={one}:2", f"code={other}"]) == {f"web={one}": 2.0, f"code={other}": 1.0}
-    for data, message in (([f"w b={one}"], "must be NAME=DIR, with a name of letters"),
+    for data, message in (([f"w b={one}"], "must be NAME=DIR; use letters"),
                           ([f"={one}"], "must be NAME=DIR"), ([f"a={one}", f"b={one}"], "is given twice")):
         with pytest.raises(UserError, match=message):
             data_paths(data)

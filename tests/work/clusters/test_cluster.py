@@ -83,7 +83,7 @@ def test_what_is_no_time_limit_is_refused(text: str) -> None:
 
 def test_a_profile_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"mine.yaml: is no text in UTF-8 \(byte 0 is 0xff\)"):
+    with pytest.raises(UserError, match=r"mine.yaml: is not valid UTF-8 \(byte 0 is 0xff\)"):
         cluster.load(str(tmp_path / "mine.yaml"))
 
 
@@ -172,12 +172,12 @@ def test_other_chips_are_not_guessed() -> None:
 
 def test_a_precision_that_a_chip_has_not_is_refused_with_what_works() -> None:
     assert CHIPS["b200"].flops_per_s("fp4") == 9e15
-    with pytest.raises(UserError, match=r"^fp8 on A100-80GB: its tensor cores have none, they multiply in "
-                                        "bf16; plan with bf16, or with one of h100, h200"):
+    with pytest.raises(UserError, match=r"^fp8 on A100-80GB: is not supported by its tensor cores \(they "
+                                        r"support bf16\); plan with bf16, or with one of h100, h200"):
         CHIPS["a100"].flops_per_s("fp8")
-    with pytest.raises(UserError, match="they multiply in bf16 and fp8; plan with fp8, or with one of b200"):
+    with pytest.raises(UserError, match=r"\(they support bf16 and fp8\); plan with fp8, or with one of b200"):
         CHIPS["mi300x"].flops_per_s("fp4")
-    with pytest.raises(UserError, match="int3 on H100-80GB: its tensor cores have none"):
+    with pytest.raises(UserError, match="int3 on H100-80GB: is not supported by its tensor cores"):
         CHIPS["h100"].flops_per_s("int3")
 
 

@@ -92,7 +92,7 @@ def test_a_damaged_job_file_is_none(tmp_path: Path, content: bytes) -> None:
     begin(tmp_path / "out", (0, b""))
     (work_folder(tmp_path / "out") / JOB).write_bytes(content)
     assert read_job(work_folder(tmp_path / "out"))["num_done"] == 1
-    with (pytest.raises(UserError, match=r"it has .records., and no job\.json tells of what command that is"),
+    with (pytest.raises(UserError, match=r"it contains .records. but no readable job\.json, so its command"),
           open_journal(tmp_path / "out", "score", ASKED)):
         raise AssertionError("unreachable")
     with open_journal(tmp_path / "out", "score", ASKED, redo=True) as journal:

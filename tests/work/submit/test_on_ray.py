@@ -109,7 +109,7 @@ def test_a_cluster_that_is_not_there_is_one_sentence(capsys: pytest.CaptureFixtu
     monkeypatch.setenv("RAY_ADDRESS", "")
     words = ["map", "rows.jsonl", "mine.py:Step", "--output", "out", "--ray", "nonsense"]
     assert main(words) == 2
-    assert "--ray nonsense: no Ray cluster can be joined there" in capsys.readouterr().err
+    assert "--ray nonsense: cannot connect to a Ray cluster" in capsys.readouterr().err
     assert main([*words, "--cluster", "a"]) == 2
     assert "two places" in capsys.readouterr().err
 

@@ -113,14 +113,14 @@ def test_a_file_becomes_settings(raw: Path) -> None:
 @pytest.mark.parametrize(("text", "sentence"), [
     ("", "holds no mapping"),
     ("name: x", "sources: must be a list"),
-    ("name: [a", "is no YAML"), ("name: x\nsources: [{name: web, path: web}]\nsteps: {shorten: {}}",
+    ("name: [a", "is not valid YAML"), ("name: x\nsources: [{name: web, path: web}]\nsteps: {shorten: {}}",
                                  "steps = {'shorten': {}}: must be a list of steps"),
     ("name: x\nsources: [{name: web, path: web}]\nsteps: [unique]",
      "unique: needs the column 'size', which nothing before it gives; put the step shorten before it"),
     ("name: x\nsources: [{name: ../up, path: web}]", 'name = "../up" must be letters'),
     ("name: x\nsources: [{name: web, path: web, licence: no}]",
-     "YAML takes no, off, yes and on for false and true; put it in quotes"),
-    ("name: x\nsteps:\n  - shorten\n    only: {kinds: [en]}", "yaml:4: is no YAML (mapping values are "
+     "YAML reads no, off, yes and on as false and true; put it in quotes"),
+    ("name: x\nsteps:\n  - shorten\n    only: {kinds: [en]}", "yaml:4: is not valid YAML (mapping values are "
      "not allowed here); a text with `: ` in it stands in quotes, and a key with settings below it has a"),
     ("name: x\n\tsources: 3", "indent with blanks, not with tabs"),
     ("name: x\nsources: [{name: web, path: web}]\noutput: {name: '{size}'}",

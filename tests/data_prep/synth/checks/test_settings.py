@@ -48,7 +48,7 @@ def test_a_generator_may_have_steps_of_its_own() -> None:
     (("threshold: 0.9", "threshold: 9"), "steps.yaml:5: threshold = 9 must be at most 1"),
     (("[samples, input]", "[sample]"), "steps.yaml:6: sources = 'sample': there is no such source"),
     (("steps:", "step:"), "must be a mapping with the list `steps`, and nothing else"),
-    (("steps:", "sources: []\nsteps:"), "and nothing else"), (("steps:", "steps: ["), "is no YAML")])
+    (("steps:", "sources: []\nsteps:"), "and nothing else"), (("steps:", "steps: ["), "is not valid YAML")])
 def test_mistakes_in_a_file_are_told_by_line(file: Path, change: tuple[str, str], said: str) -> None:
     file.write_text(STEPS.replace(*change))
     problem, = check_problems(file)
