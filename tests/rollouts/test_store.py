@@ -164,7 +164,7 @@ def test_columns_that_are_not_asked_for_are_not_read(store: RolloutStore) -> Non
     assert (row.key, row.response, row.record["answer"]) == (rollout().key, "네 4", "4")
     assert row.routes is None and len(row.tokens) == 0
     assert np.array_equal(store.read_rollouts(NAME, ["routes"])[0].routes, routes)
-    with pytest.raises(ValueError, match="'text' is no field"):
+    with pytest.raises(ValueError, match="'text' is not a field"):
         store.read_rollouts(NAME, ["text"])
 
 
@@ -186,7 +186,8 @@ def test_a_row_with_a_problem_is_kept_out_and_counted(changes: dict[str, Any], s
     for _ in range(2):
         assert [row.key.sample for row in store.read_rollouts(NAME)] == [0]
     assert store.parts()[0].num_kept_out == 1
-    assert capsys.readouterr().err.count(f"1 of 2 rows are kept out; the first is row 1: {sentence}") == 1
+    warning = f"1 of 2 rows break a rule and are skipped; the first is row 1: {sentence}"
+    assert capsys.readouterr().err.count(warning) == 1
 
 
 def test_a_store_is_of_a_tokenizer_and_not_of_the_bytes_of_its_file(tmp_path: Path) -> None:
@@ -294,8 +295,8 @@ FOREIGN = [
     (with_column("response", ["a", None]), "column 'response' has places without a value"),
     (with_column("record", ["{}", "[" * 100_000]), "JSON that is nested too deep"),
     (with_column("record", ["{}", "[]"]), r"'\[\]' is no JSON object"),
-    (with_column("record", ["{}", "{"]), "a row holds what the store does not take"),
-    (with_column("record", ["{}", '{"a": ' + "9" * 5000 + "}"]), "a row holds what the store does not take"),
+    (with_column("record", ["{}", "{"]), "a row does not fit the store"),
+    (with_column("record", ["{}", '{"a": ' + "9" * 5000 + "}"]), "a row does not fit the store"),
     (with_column("response", pa.array([b"a", b"\xff"]).view(pa.string())), "is damaged"),
     (with_column("routes", [None, b"123"], pa.large_binary()), "routes of 3 bytes are not"),
     (with_column("round", [1, 2], pa.int32()), "has a row of round 2"),
@@ -314,7 +315,7 @@ def test_what_a_stranger_wrote_is_named_and_refused(number: int, store: RolloutS
 def test_rows_of_a_stranger_are_looked_at(store: RolloutStore, capsys: pytest.CaptureFixture[str]) -> None:
     foreign(store, with_column("temperature", [1.0, 0.0]))
     assert [row.key.sample for row in store.read_rollouts(NAME)] == [0]
-    assert "1 of 2 rows are kept out; the first is row 1: has temperature 0.0" in capsys.readouterr().err
+    assert "are skipped; the first is row 1: has temperature 0.0" in capsys.readouterr().err
 
 
 def test_a_small_file_that_stands_for_much_is_not_read(store: RolloutStore,

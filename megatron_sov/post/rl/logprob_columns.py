@@ -2,8 +2,8 @@
 
 Each column is a file RUN/rounds/0001.COLUMN.f32: one float32 per token, and a checksum that is verified when
 the file is read. The policy's column is computed whenever a run stands before the first step of the round;
-later the weights have changed, and the file is read. Labels of the first step get NaN there: the step
-itself computes them.
+later the weights have changed, and the file is read. Labels of the first step get NaN there: the step itself
+computes them.
 """
 
 from __future__ import annotations
@@ -123,8 +123,7 @@ class TrainerColumns:
 
     def _identify(self, opened: Round, name: str) -> str:
         """Return the text that the column's checksum covers: digest of the documents, and of the models other
-        than
-        the policy."""
+        than the policy."""
         models = {REFERENCE: self.reference_sha256,
                   TEACHER: json.dumps(identity_of(self.teachers), sort_keys=True)}
         return f"{files_sha256(opened.path)} {name} {models.get(name, '')}"

@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
 ENVIRONMENT = "environment"
 """Reward that the environment of an episode computed and its row contains; also its version, because the keys
-of
-the rows contain the environment's version."""
+of the rows contain the environment's version."""
 NO_REWARD = "none"
 """Reward of a run that learns from teachers alone: 0 for every response; also its version."""
 COLUMNS = ("record", "tokens", "response", "finish_reason", "outcome")
@@ -66,8 +65,7 @@ class JudgingJob:
     """Fields of the manifests."""
     wait_s: float = 0.0
     """How long to wait for more responses, unless `rounds` are complete and cannot grow. Claims of jobs that
-    may be
-    dead are waited for in any case."""
+    may be dead are waited for in any case."""
     claimed_wait_s: float = 0.0
     """How long to wait at least for parts that other jobs have claimed."""
     progress: Callable[[int], object] = lambda count: None
@@ -258,8 +256,7 @@ def judging(name: str, settings: Sequence[str], workers: int) -> Iterator[JudgeR
 
 def build_record(row: Rollout) -> dict[str, Any]:
     """Return a response as a record for rewards: the fields of its prompt, and those of `generate`. The
-    response of
-    an episode is the text of its last turn."""
+    response of an episode is the text of its last turn."""
     record = dict(row.record)
     if "messages" in record:
         record.setdefault("prompt", record["messages"])

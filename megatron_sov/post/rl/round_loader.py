@@ -95,8 +95,7 @@ class RoundLoader:
 
     def _report_rewards(self, view: FeedView, number: int, content: Mapping[str, Any]) -> None:
         """Print the pass rate of the initial policy, and warn of the first of several rounds in which few
-        groups
-        learn."""
+        groups learn."""
         means = content.get("means") or {}
         if not view.step and PASS_RATE in means:
             print(f"pass rate before the first step: {means[PASS_RATE]:.1%} of {means['responses']:,} "
@@ -113,8 +112,7 @@ class RoundLoader:
 
     def _find_idle_steps(self, view: FeedView, number: int, opened: Round) -> frozenset[int]:
         """Return the steps of a round (from 0) without any gradient: steps without text whose advantages are
-        all 0
-        while no other term has a gradient, and steps without documents."""
+        all 0 while no other term has a gradient, and steps without documents."""
         policy, first = view.config.policy, (number - 1) * self.rollout.steps_per_round + 1
         learns_anyway = has_other_gradients(view.config)
         idle = []

@@ -6,9 +6,8 @@
     train(round)            steps_per_round optimizer steps         train/loop.py
 
 The training loop calls `RolloutCycle.bring` before each step. The first step of a round finds no open round,
-so
-`bring` runs the first three phases; the loop then trains. A phase is skipped if its results are on disk, so a
-killed run repeats at most a piece of a phase, and rollbacks repeat nothing.
+so `bring` runs the first three phases; the loop then trains. A phase is skipped if its results are on disk,
+so a killed run repeats at most a piece of a phase, and rollbacks repeat nothing.
 """
 
 from __future__ import annotations

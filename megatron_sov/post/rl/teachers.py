@@ -146,8 +146,7 @@ def _join_parts(starts: np.ndarray, parts: Sequence[tuple[np.ndarray, Path]], fi
 
 def reverse_kl(opened: Round, teacher: np.ndarray) -> dict[str, object]:
     """Estimate KL(student || teacher) in nats per token, for a round and each of its domains: the mean over
-    generated
-    tokens of log p(student) - log p(teacher).
+    generated tokens of log p(student) - log p(teacher).
 
     Args:
         opened: the round.

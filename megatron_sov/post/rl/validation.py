@@ -1,10 +1,10 @@
 """Validates the policies of a run on held-out prompts, and records sample responses.
 
 A validation runs every `rollout.validation_every_rounds` rounds, before the first and after the last round.
-Responses
-and rewards have a store of their own, RUN/validation; its round r holds responses of the policy that
-writes round r of the training. So a kill costs at most a piece, and recorded figures are not computed again.
-Random numbers of a response depend on its prompt alone, so validations leave the training bit-identical.
+Responses and rewards have a store of their own, RUN/validation; its round r holds responses of the policy
+that writes round r of the training. So a kill costs at most a piece, and recorded figures are not computed
+again. Random numbers of a response depend on its prompt alone, so validations leave the training
+bit-identical.
 """
 
 from __future__ import annotations

@@ -230,7 +230,7 @@ def test_what_the_trainer_says_is_of_the_weights_before_the_round(
         view.step = step
         feed = feed_of(tmp_path, monkeypatch, lambda number: "", ("old_logprobs", "reference_logprobs"))
         assert feed.bring(view, lambda: False) is None
-        return feed.loader.documents  # type: ignore[no-any-return]
+        return feed.loader.documents
 
     document = (3 << 32) + 1
     for step, old in ((4, -4.0), (5, -4.0)):  # in the round's middle its file is read

@@ -28,8 +28,7 @@ LOOKUPS_PER_CLAIM = 64
 """Open pieces that each `claim_attempts` looks up in the store, on average."""
 NEWER, FRESH, SAME, STUCK = range(4)
 """Order of attempts: continued by a newer policy than the previous attempt (or than this job first saw);
-fresh
-pieces; continued by the same policy; continued although the previous attempt added no token."""
+fresh pieces; continued by the same policy; continued although the previous attempt added no token."""
 WAIT = "wait"
 """Returned instead of attempts: ask again."""
 FurtherPieces = Callable[[int], tuple[int, bool]]
@@ -164,8 +163,7 @@ class PendingPieces:
 
     def _is_lookup_due(self) -> bool:
         """Return whether to look up all open pieces, because other jobs publish meanwhile: each time if they
-        are
-        few, so seldom if they are many that a call costs LOOKUPS_PER_CLAIM lookups on average."""
+        are few, so seldom if they are many that a call costs LOOKUPS_PER_CLAIM lookups on average."""
         self._num_calls += 1
         return self._num_calls * LOOKUPS_PER_CLAIM >= sum(map(len, self._open.values()))
 

@@ -43,8 +43,7 @@ LOOKUP_S = 1.0
 """Seconds between two lookups of pending pieces in the store."""
 AHEAD = 2
 """Requested responses as multiples of those that the servers generate at a time, if other jobs generate too
-or a
-deadline runs: further claims would only wait in the queue."""
+or a deadline runs: further claims would only wait in the queue."""
 
 
 @dataclass

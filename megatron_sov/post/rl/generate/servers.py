@@ -27,8 +27,7 @@ COMPARED_TOKENS = 256
 """Tokens of a prompt whose log-probabilities are compared after a weight update."""
 MAX_GAP_NATS = 0.25
 """Limit of the mean difference of log-probabilities between trainer and engine per token: bf16 stays far
-below,
-a layer with wrong weights is above."""
+below, a layer with wrong weights is above."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,7 @@ EPSILON = 1e-4
 """Added to standard deviations in denominators, as in TRL."""
 LEARNS, TOO_FEW, ALL_RIGHT, ALL_WRONG = "", "too_few", "all_right", "all_wrong"
 """Why a group does not learn ("": it does): too few responses for its advantages; equal rewards that are
-right;
-equal rewards that are wrong."""
+right; equal rewards that are wrong."""
 LOW_PERCENT, HIGH_PERCENT = 30, 70
 """Percentiles of the lengths of right responses that bound the full length reward (LAPO, arXiv 2507.15758, by
 the authors' code, ZJU-REAL/LAPO on GitHub)."""
@@ -203,8 +202,7 @@ def _normalise(advantages: list[np.ndarray], learns: list[bool]) -> list[np.ndar
 
 def around_right(lengths: np.ndarray, right: np.ndarray, width_tokens: float) -> np.ndarray:
     """Return LAPO's length reward of its first stage, [n] (reward_func_stage1.py): for right responses 1
-    between
-    two percentiles of their lengths, falling linearly to 0 over `width_tokens` outside.
+    between two percentiles of their lengths, falling linearly to 0 over `width_tokens` outside.
 
     Args:
         lengths: [n] tokens of the responses to one prompt.
@@ -238,8 +236,7 @@ def near_target(lengths: np.ndarray, right: np.ndarray, targets: np.ndarray, wid
 
 def budget_reward(budgets: np.ndarray, longest: int, scale: float) -> np.ndarray:
     """Return HBPO's reward of right responses within their budget, [n] (arXiv 2507.15844, f_2 of section
-    3.2):
-    scale cos(pi budget / (2 longest))."""
+    3.2): scale cos(pi budget / (2 longest))."""
     rewards: np.ndarray = scale * np.cos(np.pi * budgets / (2.0 * longest))
     return rewards
 
@@ -248,8 +245,7 @@ def within_budget(lengths: np.ndarray, right: np.ndarray, budgets: np.ndarray, l
                   ) -> np.ndarray:
     """Return HBPO's rewards, [n] (arXiv 2507.15844, R of section 3.2), instead of the verifier's: for right
     responses `budget_reward` within the budget, and beyond it f_1: the reward of a budget of their length,
-    minus
-    |length - budget| / longest.
+    minus |length - budget| / longest.
 
     Args:
         lengths: [n] tokens of the responses to one prompt.

@@ -25,10 +25,8 @@ ROW = np.dtype([
     ("versions", np.int64), ("reward", np.float64), ("advantage", np.float64), ("is_cut", np.bool_),
     ("order", np.int32)])
 """A judged response: index among the round's parts; row in that part; its tokens; tokens of a policy; sum of
-their
-versions; reward; advantage within its group; whether it hit the token limit; index among the training
-documents
-of its group, -1 if it is not trained on."""
+their versions; reward; advantage within its group; whether it hit the token limit; index among the training
+documents of its group, -1 if it is not trained on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,8 +243,8 @@ class RoundOfStore:
 
     def _read_last_attempts(self, parts: Sequence[RolloutPart]) -> tuple[list[RolloutFacts], int]:
         """Return the last attempt at each response, without invalid ones, and the number of invalid ones. An
-        attempt
-        replaces the unfinished row before it even if it is invalid: no job continues that row again."""
+        attempt replaces the unfinished row before it even if it is invalid: no job continues that row
+        again."""
         rows: list[RolloutFacts] = []
         invalid: set[tuple[Key, int]] = set()
         for part in parts:

@@ -17,8 +17,7 @@ PASS_RATE = "pass_rate"
 """Mean of a round: share of responses whose reward is at least `policy.right_from`."""
 MIN_LEARNING, MIN_LEARNING_EXTREME = 0.1, 0.5
 """Shares of learning groups below which a round warns; the second holds for the first round if its pass rate
-is
-extreme."""
+is extreme."""
 EXTREME_RATES = (0.05, 0.95)
 """Pass rates outside these bounds mean that most groups have equal rewards."""
 

@@ -85,8 +85,7 @@ class Publisher:
 
     def publish(self, number: int) -> str:
         """Publish a round if it is complete and unpublished; return a description of missing parts, or "".
-        All processes
-        call it together; each judges some pieces and writes some shards.
+        All processes call it together; each judges some pieces and writes some shards.
 
         Raises:
             UserError: the store contains other rounds, a response is longer than a row or has another
@@ -139,9 +138,8 @@ class Publisher:
 
     def _compare_with_previous(self, number: int) -> None:
         """Compare prompts, reward and sampling with the previous round, once per run: other prompts or
-        sampling
-        settings raise, since rounds continue their order; another reward or environment warns, since a new
-        version of this program may have changed it.
+        sampling settings raise, since rounds continue their order; another reward or environment warns, since
+        a new version of this program may have changed it.
 
         Raises:
             UserError: prompts or sampling settings differ.
@@ -206,8 +204,7 @@ class Publisher:
     def _plan(self, source: RoundOfStore, inputs: _RoundInputs, shares: Sequence[Sequence[GatheredPiece]],
               building: contextlib.ExitStack) -> str | RoundPlan:
         """Return the plan of the round's files in a folder that `building` renames; or a description of
-        missing
-        responses."""
+        missing responses."""
         number, out = source.number, folder_of_round(self.rounds, source.number)
         pieces = sorted((piece for share in shares for piece in share), key=lambda piece: piece.number)
         gathered = Gathered(number, inputs.parts, tuple(pieces))
@@ -227,8 +224,7 @@ class Publisher:
 
     def _prune(self, number: int) -> None:
         """Delete tokens and columns of old rounds that no resume needs; the store can rebuild them. The
-        manifests
-        remain, as the record of each round."""
+        manifests remain, as the record of each round."""
         folder = self.rounds.parent / checkpoints.CHECKPOINTS_OF_A_RUN
         oldest = min(map(checkpoints.step_of, checkpoints.complete(folder)), default=0)
         rollout = self.config.rollout
@@ -309,8 +305,7 @@ class Publisher:
 
     def _warn_of_other_policies(self, gathered: Gathered) -> None:
         """Warn if another policy than this run began responses: a store returns its rows to every run with
-        the same
-        settings."""
+        the same settings."""
         begun = set[tuple[int, str]]().union(*(piece.begun for piece in gathered.pieces))
         for step, sha256 in sorted(begun):
             if not self.is_own(step, sha256):
@@ -414,8 +409,7 @@ class Publisher:
 
     def _choose_groups(self, gathered: Gathered, reasons: Counter[str]) -> Sequence[int]:
         """Return the groups of the round. With further prompts: the first groups that learn, and count in
-        `reasons` why
-        the others are excluded."""
+        `reasons` why the others are excluded."""
         if self.config.policy.parts.max_gen_batches == 1:
             return range(len(gathered.groups))
         learning = [i for i, reason in enumerate(gathered.reasons) if reason == GROUP_LEARNS]
@@ -439,8 +433,7 @@ class Publisher:
     def _choose_responses(self, group: Sequence[JudgedResponse], advantages: GroupAdvantages
                           ) -> tuple[list[int], str]:
         """Return the indices of a group's responses to train on, in the order of their documents, and the
-        reason if
-        there are none."""
+        reason if there are none."""
         if advantages.reason:
             return [], advantages.reason
         policy = self.config.policy

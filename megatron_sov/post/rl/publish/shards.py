@@ -105,8 +105,7 @@ class ShardWriter:
 
         Raises:
             UserError: a response is longer than a row or has another temperature, lacks routes or has those
-                of
-                another model, or the store or the disk is damaged.
+                of another model, or the store or the disk is damaged.
         """
         prefix = folder / shard.prefix
         counts, written = dict.fromkeys(COUNTS, 0), [np.zeros(0, bool)]
