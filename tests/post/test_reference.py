@@ -73,7 +73,7 @@ def test_a_reference_is_known_again_by_its_weights_its_data_and_its_samples(pair
     reference(first)._open()
     reference(again)._open()  # such as a Hugging Face folder that was converted once more
     for changed in (reference(other), reference(first, 256)):
-        with pytest.raises(UserError, match="another reference, of other"):
+        with pytest.raises(UserError, match="another reference, other data"):
             changed._open()
 
 
@@ -118,6 +118,6 @@ def test_a_model_is_not_asked_beyond_its_context(pairs: Path, tmp_path: Path, mo
     monkeypatch.setattr(reference, "run_forward_model", lambda *_: None)
     config = recipes.get("tiny-solar-open")
     longest = int(max(opened(pairs)[0].shard("train").lengths))
-    with pytest.raises(UserError, match=rf"--reference other: reads 16 tokens .* has samples of {longest};"):
+    with pytest.raises(UserError, match=rf"reads at most 16 tokens.* has samples of {longest};"):
         reference.Reference(tmp_path / "run", pairs, opened(pairs), 4096).make_apart(pairs, config, None)
     reference.Reference(tmp_path / "run", pairs, opened(pairs), 16).make_apart(pairs, config, None)
