@@ -162,12 +162,10 @@ def exp_clamped(log_ratios: torch.Tensor) -> torch.Tensor:
 
 
 # Each estimator has the expectation KL(policy || reference) over responses of the policy; the gradients
-# differ
-# (arXiv 2506.09477). The plain gradient of k1 is 0 in expectation. So k1 and `sequence_kl` use value * grad
-# log p, in expectation the gradient of the divergence. k3 is differentiated directly: alone, as in GRPO, its
-# gradient is in expectation that of KL(reference || policy); times the differentiable ratio (`kl_weighted`,
-# as
-# in DeepSeek-V3.2 and TRL) that of KL(policy || reference).
+# differ (arXiv 2506.09477). The plain gradient of k1 is 0 in expectation. So k1 and `sequence_kl` use value *
+# grad log p, in expectation the gradient of the divergence. k3 is differentiated directly: alone, as in GRPO,
+# its gradient is in expectation that of KL(reference || policy); times the differentiable ratio
+# (`kl_weighted`, as in DeepSeek-V3.2 and TRL) that of KL(policy || reference).
 def k1(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Return log p - log q, [T] float64, with the score-function gradient.
 
@@ -249,9 +247,8 @@ def compute_surrogate(ratios: torch.Tensor, logprobs: torch.Tensor, advantages: 
         advantages: [T].
         parts: `clip` selects the kind. two_sided: PPO (arXiv 1707.06347, equation 7) with separate bounds
             (arXiv 2503.14476, equation 8); cispo: the ratio is a weight with an upper bound (arXiv
-            2506.13585,
-            equations 4 and 5, without the lower bound, which its authors leave out); none: plain importance
-            sampling.
+            2506.13585, equations 4 and 5, without the lower bound, which its authors leave out); none: plain
+            importance sampling.
     """
     advantages = advantages.double()
     if parts.clip == "cispo":
@@ -374,8 +371,7 @@ class PolicyLearning(DataObjective):
 
     def doubt(self, step: int, meters: Mapping[str, float]) -> str:
         """Return a warning if the first step of a round clips labels, or if the engine samples from another
-        model;
-        see `train.objectives.objective.doubt_of`."""
+        model; see `train.objectives.objective.doubt_of`."""
         # Later steps of a round have moved the policy and may be clipped for good reasons.
         is_first = (step - 1) % self._rollout.steps_per_round == 0
         if is_first and (share := meters.get("clip_share", 0.0)) > MAX_CLIP_SHARE:
@@ -451,8 +447,7 @@ def objective_of(config: RunConfig) -> PolicyObjective:
 
 def texts_of(config: RunConfig) -> tuple[Source, ...]:
     """Open the packed text of a run, and with policy.knowledge_coeff its chats as text. With policy.method =
-    gkd
-    both keep their own labels.
+    gkd both keep their own labels.
 
     Raises:
         UserError: `data.paths` cannot be read, hold another format, or do not fit the model's vocabulary.

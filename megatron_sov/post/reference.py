@@ -1,9 +1,8 @@
-"""Log-probabilities of the tokens of whole documents at any layout; and those of a reference, computed once
-by the forward pass of training, before its first step.
+"""Log-probabilities of a reference model, computed once before the first training step.
 
-The reference is the model as it starts, or another one that is asked before: it is never a second model in
-memory.  What it says of each document stays in RUN/reference in parts of `PART_DOCUMENTS` documents: a job
-that is killed goes on at the next part, and one that is continued later finds all of them.
+The reference is the initial model, or another checkpoint that is scored before the run starts; it is never a
+second model in memory. RUN/reference holds its log-probabilities in parts of `PART_DOCUMENTS` documents, so a
+killed job continues at the next part, and a resumed run finds all of them.
 """
 
 from __future__ import annotations
@@ -26,8 +25,10 @@ from megatron_sov.base.artifacts import (
     create_file, format_json, manifest_sha256, translate_disk_errors, write_atomically)
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.base.sealed import find_seal_damage, seal_file, write_sealed
+from megatron_sov.base.sealed import seal_damage, seal_file, write_sealed
+from megatron_sov.checkpoint import load
 from megatron_sov.engine.decode.forward_only import ForwardModel
+from megatron_sov.engine.model.local_shards import local_shards
 from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.engine.parallel import collectives
 from megatron_sov.engine.parallel.world import ParallelWorld, on_each, on_main
@@ -35,6 +36,7 @@ from megatron_sov.eval.heldout import row_losses
 from megatron_sov.infer.engines.load import run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.model.config import RunConfig, layout_settings
+from megatron_sov.model.families.adapters import PREFIX
 from megatron_sov.model.modality import EncoderInputs, banks_of, inputs_of
 from megatron_sov.runs.checkpoints import hash_checkpoint_files
 from megatron_sov.runs.folder import REFERENCE
@@ -43,15 +45,21 @@ from megatron_sov.train.data.rows import join_rows, rows_per_micro_batch, sample
 from megatron_sov.train.data.streams import PackedSegment, Row, best_fit
 from megatron_sov.train.data.token_shards import Documents, Source
 from megatron_sov.train.objectives.microbatch import MicroBatch, from_row
+from megatron_sov.train.stages.feed import FeedView
 from megatron_sov.train.stages.gate import GateView
 from megatron_sov.work.progress.progress_bar import create_bar
 
 MICRO_BATCHES = 8
-"""Those of a process that are passed through the model at a time."""
+"""Micro-batches of a process that run through the model at a time."""
+IDENTITY = "reference.json"
+COLUMN = "reference_logprobs"
+"""Column: log p(label) by the reference."""
+PART_DOCUMENTS = 4096
+"""Documents of a part, which is a file."""
 
 
 class RunningLogprobs(Protocol):
-    """A model that runs on all processes together."""
+    """A model that all processes run together."""
 
     @property
     def policy(self) -> ForwardModel:
@@ -62,217 +70,171 @@ class RunningLogprobs(Protocol):
         ...
 
 
-def document_logprobs(model: RunningLogprobs, documents: Documents, chosen: range, seq_len: int,
-                      rows_per_batch: int, temperature: float = 1.0,
-                      routes: RouteShape | None = None) -> np.ndarray:
-    """Return [tokens of the documents] float32, document after document, on every process.
+class Reference:
+    """Computes the reference columns of a run before its first step."""
 
-    Each is log p(token | those before it); 0 for first tokens and for what lies beyond the longest sample.
+    def __init__(self, run: Path, start: Path, sources: Sequence[Source], max_tokens: int,
+                 heldout: Mapping[str, range] = MappingProxyType({})) -> None:
+        """Describe the sources; compute nothing yet.
 
-    Args:
-        model: what is asked; called by all of its processes together.
-        documents: those of a split.
-        chosen: which of them.
-        seq_len: tokens of a row, the longest sample.
-        rows_per_batch: rows of a micro-batch at most.
-        temperature: what logits are divided by before the softmax.
-        routes: shape of the documents' routes, which are replayed; None: each token goes where it goes.
-    """
-    numbers = np.zeros(_starts(documents, chosen)[-1], np.float32)
+        Args:
+            run: folder of the run.
+            start: checkpoint of the reference.
+            sources: preferences.
+            max_tokens: length of the longest sample; later tokens of a document have no number.
+            heldout: source -> its first held-out documents, which the run measures.
+        """
+        self._folder, self._max_tokens = run / REFERENCE, max_tokens
+        self._identity: dict[str, Any] = {
+            "reference_sha256": files_sha256(start), "max_tokens": max_tokens,
+            "data_sha256": {s.name: manifest_sha256(s.artifact) for s in sources if s.artifact is not None}}
+        self._parts = {s.name: ReferenceParts(self._folder, s.name, s.shard("train")) for s in sources}
+        self.sources = tuple(dataclasses.replace(
+            s, made=WithReference(self._parts[s.name])) for s in sources)
+        """The sources with the column; `make` computes its numbers."""
+        self._heldout = {s.name: ReferenceParts(self._folder, f"{s.name}.heldout", s.shard("heldout"),
+                                                len(heldout[s.name]))
+                         for s in sources if heldout.get(s.name)}
+        # Held-out documents are computed and checked like the samples.
+        self._parts |= {f"{name}.heldout": parts for name, parts in self._heldout.items()}
 
-    def of_rows(rows: list[Row]) -> Iterator[np.ndarray]:
-        filled, size = _filled(model.world, rows, rows_per_batch)
-        values = torch.zeros(len(filled) // size, size * seq_len, dtype=torch.float64)
-        # Each process fills its own micro-batches and leaves zeros for the others, so the sum is everybody's.
-        if found := _own_logprobs(model, documents, filled, size, seq_len, temperature, routes):
-            values[model.world.dp_rank::model.world.dp_size] = torch.stack(found).double().cpu()
-        summed = collectives.broadcast_from_last_stage(collectives.all_reduce_dp(values))
-        yield from summed.float().numpy().reshape(len(filled), seq_len)
+    def heldout_logprobs(self, source: Source) -> np.ndarray | None:
+        """Return the log-probabilities of a source's measured held-out documents, float32; None if none are
+        measured.
 
-    _place_numbers(documents, chosen, seq_len, rows_per_batch * model.world.dp_size * MICRO_BATCHES, of_rows,
-                   partial(_put, numbers))
-    return numbers
+        Raises:
+            UserError: a file is missing or damaged.
+        """
+        parts = self._heldout.get(source.name)
+        return None if parts is None else parts.numbers()
 
+    def make(self, view: GateView) -> None:
+        """Compute missing parts by the model, which must have the reference's weights; called by all
+        processes.
 
-def write_logprobs(model: RunningLogprobs, documents: Documents, passed: int, seq_len: int,
-                   rows_per_batch: int, file: Path, of: str, temperature: float = 1.0,
-                   routes: RouteShape | None = None) -> None:
-    """Write what `document_logprobs` returns as a sealed file, NaN for each token of the first `passed`
-    documents.  Each process writes the numbers of its own rows in place: nobody holds those of all.
+        Raises:
+            UserError: the folder holds another reference, or the disk is full.
+        """
+        begin_s = time.monotonic()
+        parts, num_tokens = self._compute_missing(view, view.config.train.micro_batch_size)
+        view.events.write("reference", parts=parts, tokens=num_tokens,
+                          seconds=time.monotonic() - begin_s, **self._identity)
 
-    Args:
-        model: what is asked; called by all of its processes together.
-        documents: those of a split.
-        passed: documents that are not asked.
-        seq_len: tokens of a row, the longest sample.
-        rows_per_batch: rows of a micro-batch at most.
-        file: of float32, a number for each token.
-        of: what its checksum is bound to.
-        temperature: what logits are divided by before the softmax.
-        routes: shape of the documents' routes, which are replayed; None: each token goes where it goes.
+    def make_apart(self, checkpoint: Path, config: RunConfig, nproc: int | None) -> None:
+        """Compute missing parts by another model than the trained one, on processes that end before the run
+        begins.
 
-    Raises:
-        UserError: the disk is full or the folder cannot be written.
-    """
-    world = model.world
-    chosen = range(passed, len(documents.lengths))
-    unasked = int(_starts(documents, range(passed))[-1])
-    writes = world.last_stage and collectives.is_first_of_row()
-    # an error waits until all are done: the others would wait in a collective for whoever ended before
-    problems: list[OSError] = []
+        Args:
+            checkpoint: the reference.
+            config: layout and precision of the run, which the reference uses too.
+            nproc: local processes.
 
-    def of_rows(rows: list[Row]) -> Iterator[np.ndarray | None]:
-        filled, size = _filled(world, rows, rows_per_batch)
-        found = iter(_own_logprobs(model, documents, filled, size, seq_len, temperature, routes))
-        for i in range(len(filled) // size):
-            own = writes and i % world.dp_size == world.dp_rank
-            yield from next(found).float().cpu().numpy().reshape(size, seq_len) if own else [None] * size
+        Raises:
+            UserError: the folder holds another reference, a document is too long for it, or the disk is full.
+        """
+        if self._read_identity() == self._identity and not self._find_missing():
+            return
+        target = Target(checkpoint, False)
+        self._refuse_too_long(target)
+        run_forward_model(target, layout_settings(config), nproc,
+                          lambda loaded: self._compute_missing(loaded, config.train.micro_batch_size))
 
-    def put(opened: int, first: int, numbers: np.ndarray) -> None:
+    def _refuse_too_long(self, target: Target) -> None:
+        for name, parts in self._parts.items():
+            lengths = parts.documents.lengths
+            longest = min(int(np.asarray(lengths[np.arange(len(lengths))]).max(initial=0)), self._max_tokens)
+            if longest > target.max_tokens:
+                raise UserError(f"--reference {target.path}: reads at most {target.max_tokens} tokens, and "
+                                f"source {name!r} has samples of {longest}; name another model, or make "
+                                "samples shorter (data.phases)")
+
+    def _find_missing(self) -> list[tuple[str, int]]:
+        """Return the missing and the damaged parts, and warn of the damaged ones."""
+        damages = {(name, part): damage for name, parts in self._parts.items() for part in range(len(parts))
+                   if (damage := parts.damage(part))}
+        for (name, part), damage in damages.items():
+            if self._parts[name].file(part).exists():
+                warn(f"{damage}; it is computed again")
+        return list(damages)
+
+    def _compute_missing(self, model: RunningLogprobs, rows_per_batch: int) -> tuple[int, int]:
+        # The identity is written before the first part, whose checksum includes it.
+        on_main(model.world, self._open)
+        # Rank 0 decides: processes with different lists would wait in a collective forever.
+        todo, num_tokens = on_main(model.world, self._missing), 0
+        with work_bar("reference", len(todo), "part", model.world.is_main) as bar:
+            for name, part in todo:
+                parts = self._parts[name]
+                numbers = document_logprobs(model, parts.documents, parts.range_of(part), self._max_tokens,
+                                            rows_per_batch)
+                on_main(model.world, partial(write_sealed, parts.file(part), numbers.tobytes(),
+                                             parts.identify(part)))
+                num_tokens += len(numbers)
+                bar.update(1)
+        return len(todo), num_tokens
+
+    def refuse_changed(self) -> None:
+        """Check that a resumed run, whose weights are no longer the reference's, has all numbers that it
+        needs.
+
+        Raises:
+            UserError: the data changed, samples became longer, or numbers are missing.
+        """
+        file, identity = self._folder / IDENTITY, self._read_identity()
+        data, max_tokens = identity.get("data_sha256", {}), identity.get("max_tokens", 0)
+        other = [name for name, sha256 in self._identity["data_sha256"].items() if data.get(name) != sha256]
+        if other:
+            raise UserError(f"{file}: holds no log-probabilities of source {other[0]!r} as it is now; resume "
+                            "with the earlier data, or start a new --run --from the last checkpoint")
+        if max_tokens < self._identity["max_tokens"]:
+            raise UserError(f"{file}: its log-probabilities reach to token {max_tokens} of a document, and "
+                            f"samples have {self._identity['max_tokens']} (data.phases); resume with samples "
+                            "of at most that length, or start a new --run --from the last checkpoint")
+        for parts in self._parts.values():
+            for part in range(len(parts)):
+                if damage := parts.damage(part):
+                    raise UserError(f"{damage}; the run no longer has the weights that computed it: "
+                                    "start a new --run --from the last checkpoint")
+
+    def _open(self) -> None:
+        file = self._folder / IDENTITY
+        if file.is_file():
+            if self._read_identity() != self._identity:
+                raise UserError(f"{file}: belongs to another reference, other data or other lengths of "
+                                "samples; delete the folder, and its files are computed again")
+            return
+        with disk_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, to_json(self._identity))
+
+    def _read_identity(self) -> dict[str, Any]:
+        file = self._folder / IDENTITY
         try:
-            # A message to the disk and no map of it: of a page that two machines write to, each would send
-            # the whole.
-            os.pwrite(opened, np.ascontiguousarray(numbers, "<f4").data, 4 * (unasked + first))
-        except OSError as e:
-            problems.append(e)
-
-    def end(opened: int, rank: int, size: int) -> None:
-        with translate_disk_errors(file):
-            for problem in problems[:1]:
-                raise problem
-            os.fsync(opened)
-
-    with contextlib.ExitStack() as building:
-        temporary = on_main(world, partial(_make_numbers, building, file, unasked,
-                                           int(_starts(documents, chosen)[-1])))
-        opened = os.open(temporary, os.O_WRONLY)
-        try:
-            _place_numbers(documents, chosen, seq_len, rows_per_batch * world.dp_size * MICRO_BATCHES,
-                           of_rows, partial(put, opened))
-            on_each(partial(end, opened))
-        finally:
-            os.close(opened)
-        on_main(world, partial(_seal_numbers, building, temporary, of))
-
-
-def _make_numbers(building: contextlib.ExitStack, file: Path, unasked: int, asked: int) -> Path:
-    """Make a file of `unasked` NaN and as many zeros as are asked, which gets its name at the end of
-    `building`; returns what it is called until then."""
-    temporary, block = building.enter_context(create_file(file)), np.full(1 << 20, np.nan, "<f4")
-    with translate_disk_errors(file), open(temporary, "wb") as f:
-        for first in range(0, unasked, len(block)):
-            f.write(block[:unasked - first].data)
-        f.truncate(4 * (unasked + asked))
-    return temporary
-
-
-def _seal_numbers(building: contextlib.ExitStack, temporary: Path, of: str) -> None:
-    seal_file(temporary, of)
-    building.close()
-
-
-def document_logprobs_hf(model: Any, documents: Documents, chosen: range, seq_len: int) -> np.ndarray:
-    """Return what `document_logprobs` gives, of transformers' model."""
-    numbers = np.zeros(_starts(documents, chosen)[-1], np.float32)
-    _place_numbers(documents, chosen, seq_len, 1, lambda rows: (
-        -row_losses(model, sample_row(OrderedSample(0, row), documents, seq_len)) for row in rows),
-        partial(_put, numbers))
-    return numbers
-
-
-def _put(numbers: np.ndarray, first: int, found: np.ndarray) -> None:
-    numbers[first:first + len(found)] = found
-
-
-def _starts(documents: Documents, chosen: range) -> np.ndarray:
-    """Return [documents + 1] int64: where each of the chosen documents begins behind the first, and the
-    end."""
-    lengths = np.asarray(documents.lengths[np.asarray(chosen, np.int64)])
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-
-
-def _place_numbers(documents: Documents, chosen: range, seq_len: int, at_a_time: int,
-                   of_rows: Callable[[list[Row]], Iterable[np.ndarray | None]],
-                   put: Callable[[int, np.ndarray], None]) -> None:
-    """Give the numbers of documents from those of the rows that they are put into.
-
-    Args:
-        documents: those of a split.
-        chosen: which of them.
-        seq_len: tokens of a row.
-        at_a_time: rows that `of_rows` is asked for at most.
-        of_rows: rows -> of at least as many [seq_len] log p(label) of each place, None of one that is
-            another process's.
-        put: is given numbers, and where they begin.
-    """
-    starts = _starts(documents, chosen)
-    lengths = np.diff(starts)
-    # A document of one token has no label.
-    rows = best_fit([PackedSegment(d, 0, min(n, seq_len))
-                     for d, n in zip(chosen, lengths.tolist(), strict=True) if n > 1], seq_len)
-    for begin in range(0, len(rows), at_a_time):
-        there = rows[begin:begin + at_a_time]
-        for row, found in zip(there, of_rows(there), strict=False):
-            at = 0
-            for document, start, count in row if found is not None else ():
-                place = document - chosen.start
-                # a document that goes on behind the row has one label more: the token outside of it
-                labels = min(count, int(lengths[place]) - start - 1)
-                # A label's number is stored at the token that it is: one place on.
-                assert found is not None, "a row of another process"
-                put(int(starts[place]) + start + 1, found[at:at + labels])
-                at += count
-
-
-def _filled(world: ParallelWorld, rows: list[Row], rows_per_batch: int) -> tuple[list[Row], int]:
-    """Return rows with empty ones behind them, and rows of a micro-batch: every process passes as many, since
-    they may share experts."""
-    size = rows_per_micro_batch(len(rows), rows_per_batch, world.dp_size)
-    return [*rows, *[()] * (-len(rows) % (size * world.dp_size))], size
-
-
-def _own_logprobs(model: RunningLogprobs, documents: Documents, rows: list[Row], size: int, seq_len: int,
-                  temperature: float, routes: RouteShape | None) -> list[torch.Tensor]:
-    """Return log p(label) of each place of this process's micro-batches, every `dp_size`-th one, on the last
-    stage; elsewhere nothing."""
-    groups = [rows[i:i + size] for i in range(0, len(rows), size)]
-    own = [from_row(join_rows([sample_row(OrderedSample(0, row), documents, seq_len, routes=routes)
-                               for row in group]))
-           for group in groups[model.world.dp_rank::model.world.dp_size]]
-    return model.policy.map(own, partial(_logprobs, temperature))
-
-
-def _logprobs(temperature: float, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
-    return head.logprobs(hidden[0], batch.labels, temperature)
-
-
-IDENTITY = "reference.json"
-COLUMN = "reference_logprobs"
-"""Column of labels: log p(label) of the reference."""
-PART_DOCUMENTS = 4096
-"""Documents of a part."""
+            return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+        except (ValueError, TypeError) as e:
+            raise UserError(f"{file}: is damaged ({e}); delete the folder") from None
 
 
 class ReferenceParts:
-    """What the reference says of the documents of one split of a source: files of float32, document after
-    document, a number for each token (that of the token as a label; 0 for the first)."""
+    """Log-probabilities of the documents of one split of a source: files of float32, one number for each
+    token as a label (0 for the first token of a document)."""
 
     def __init__(self, folder: Path, name: str, documents: Documents,
                  num_documents: int | None = None) -> None:
-        """Take what is there, or will be.
+        """Read nothing yet.
 
         Args:
             folder: RUN/reference.
-            name: of source and split, and so of the files.
-            documents: the split's documents.
-            num_documents: first documents that have numbers; None: all.
+            name: name of source and split, the prefix of the files.
+            documents: documents of the split.
+            num_documents: number of first documents that are scored; None: all.
         """
         self._folder, self._name, self.documents = folder, name, documents
         self._num_documents = len(documents.lengths) if num_documents is None else num_documents
-        self._open = lru_cache(maxsize=64)(self._part)
+        self._open = lru_cache(maxsize=64)(self._open_part)
         self._verified: set[int] = set()
 
-    def __reduce__(self) -> tuple[Any, ...]:  # in another process its files are mapped again
+    def __reduce__(self) -> tuple[Any, ...]:  # another process maps the files again
         return ReferenceParts, (self._folder, self._name, self.documents, self._num_documents)
 
     def __len__(self) -> int:
@@ -285,48 +247,49 @@ class ReferenceParts:
         return range(part * PART_DOCUMENTS, min((part + 1) * PART_DOCUMENTS, self._num_documents))
 
     def starts(self, part: int) -> np.ndarray:
-        """Return [documents + 1] int64: where each document of a part begins, and its end, in numbers."""
+        """Return the offsets of the documents of a part, [documents + 1] int64."""
         lengths = self.documents.lengths[np.asarray(self.range_of(part))]
         return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
     def column(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return the numbers of a document's tokens from `start`, float32.
+        """Return log p of `count` tokens of a document from `start`, float32.
 
         Raises:
-            UserError: they are not there, or of another size.
+            UserError: the file is missing or has another size.
         """
-        part, place = divmod(document, PART_DOCUMENTS)
+        part, index = divmod(document, PART_DOCUMENTS)
         starts, numbers = self._open(part)
-        found: np.ndarray = numbers[starts[place] + start:starts[place] + start + count]
-        return found
+        logprobs: np.ndarray = numbers[starts[index] + start:starts[index] + start + count]
+        return logprobs
 
     def numbers(self) -> np.ndarray:
-        """Return the numbers of all documents, one after another; errors as of `column`."""
+        """Return the numbers of all documents, joined; errors as in `column`."""
         return np.concatenate([self._open(part)[1] for part in range(len(self))])
 
     def damage(self, part: int) -> str | None:
-        """Return one sentence where a part's file is missing or is not what was written, else None."""
-        return find_seal_damage(self.file(part), self.of(part))
+        """Return a sentence if the file of a part is missing or damaged, otherwise None."""
+        return seal_damage(self.file(part), self.identify(part))
 
-    def of(self, part: int) -> str:
-        """Return what the checksum of a part's file is bound to: the folder's reference, data and lengths."""
+    def identify(self, part: int) -> str:
+        """Return the text that the checksum of a part covers: reference, data and lengths of the folder."""
         file = self._folder / IDENTITY
         identity = file.read_text(encoding="utf-8") if file.is_file() else ""
         return f"{identity}{self.file(part).name}"
 
-    def _part(self, part: int) -> tuple[np.ndarray, np.ndarray]:
+    def _open_part(self, part: int) -> tuple[np.ndarray, np.ndarray]:
         starts = self.starts(part)
-        # Once in each process: the checksum reads the whole file.
+        # Verified once per process: the checksum reads the whole file.
         if part not in self._verified and (damage := self.damage(part)):
-            raise UserError(f"{damage}; start the run anew in another folder")
+            raise UserError(f"{damage}; start the run again in another folder")
         self._verified.add(part)
         count = int(starts[-1])
-        return starts, (np.memmap(self.file(part), np.float32, "r", shape=(count,)) if count
-                        else np.zeros(0, np.float32))
+        if not count:
+            return starts, np.zeros(0, np.float32)
+        return starts, np.memmap(self.file(part), np.float32, "r", shape=(count,))
 
 
 class WithReference:
-    """Documents of a split with the reference's column beside their own."""
+    """Documents of a split with the column of the reference."""
 
     def __init__(self, parts: ReferenceParts) -> None:
         self._documents, self._parts = parts.documents, parts
@@ -358,148 +321,222 @@ class WithReference:
         return get_encoder_inputs(self._documents, document, start, count)
 
 
-class Reference:
-    """The reference's part of a run: the columns that its objective reads, made before the first step."""
+def document_logprobs(model: RunningLogprobs, documents: Documents, chosen: range, seq_len: int,
+                      rows_per_batch: int, temperature: float = 1.0,
+                      routes: RouteShape | None = None) -> np.ndarray:
+    """Return log p(token | previous tokens), [tokens of the documents] float32, on every process; 0 for the
+    first token of a document and for tokens beyond the longest sample.
 
-    def __init__(self, run: Path, start: Path, sources: Sequence[Source], max_tokens: int,
-                 heldout: Mapping[str, range] = MappingProxyType({})) -> None:
-        """Take what the run learns from.
+    Args:
+        model: the model; called by all of its processes together.
+        documents: documents of a split.
+        chosen: indices of the scored documents.
+        seq_len: tokens of a row, the longest sample.
+        rows_per_batch: limit of the rows of a micro-batch.
+        temperature: divisor of logits before the softmax.
+        routes: shape of the documents' expert routes, which are replayed; None: no replay.
+    """
+    numbers = np.zeros(_starts(documents, chosen)[-1], np.float32)
 
-        Args:
-            run: its folder.
-            start: the reference, a checkpoint: that which it starts from, or another one.
-            sources: preferences.
-            max_tokens: of the longest sample; what lies behind them in a document has no number.
-            heldout: source -> its first held-out documents, which the run is measured by.
-        """
-        self._folder, self._max_tokens = run / REFERENCE, max_tokens
-        self._identity: dict[str, Any] = {
-            "reference_sha256": hash_checkpoint_files(start), "max_tokens": max_tokens,
-            "data_sha256": {s.name: manifest_sha256(s.artifact) for s in sources if s.artifact is not None}}
-        self._parts = {s.name: ReferenceParts(self._folder, s.name, s.shard("train")) for s in sources}
-        self.sources = tuple(dataclasses.replace(
-            s, made=WithReference(self._parts[s.name])) for s in sources)
-        """The same with the column; its numbers are there once `make` has run."""
-        self._heldout = {s.name: ReferenceParts(self._folder, f"{s.name}.heldout", s.shard("heldout"),
-                                                len(heldout[s.name]))
-                         for s in sources if heldout.get(s.name)}
-        # Their numbers are made, found again and refused as those of the samples are.
-        self._parts |= {f"{name}.heldout": parts for name, parts in self._heldout.items()}
+    def score_rows(rows: list[Row]) -> Iterator[np.ndarray]:
+        filled, size = _pad_rows(model.world, rows, rows_per_batch)
+        values = torch.zeros(len(filled) // size, size * seq_len, dtype=torch.float64)
+        # Each process fills its own micro-batches and leaves zeros for the others, so the sum has all values.
+        own = _own_logprobs(model, documents, filled, size, seq_len=seq_len, temperature=temperature,
+                            routes=routes)
+        if own:
+            values[model.world.dp_rank::model.world.dp_size] = torch.stack(own).double().cpu()
+        summed = collectives.broadcast_from_last_stage(collectives.all_reduce_dp(values))
+        yield from summed.float().numpy().reshape(len(filled), seq_len)
 
-    def heldout_logprobs(self, source: Source) -> np.ndarray | None:
-        """Return the reference's log-probabilities of a source's measured held-out documents, float32; None:
-        none are measured.
+    _place_numbers(documents, chosen, seq_len, rows_per_batch * model.world.dp_size * MICRO_BATCHES,
+                   score_rows=score_rows, put=partial(_put, numbers))
+    return numbers
 
-        Raises:
-            UserError: their file is missing or damaged.
-        """
-        parts = self._heldout.get(source.name)
-        return None if parts is None else parts.numbers()
 
-    def make(self, view: GateView) -> None:
-        """Compute what is not there yet; called by all processes together, with the reference's weights in
-        the model.
+def write_logprobs(model: RunningLogprobs, documents: Documents, file: Path, identity: str, *, seq_len: int,
+                   rows_per_batch: int, num_skipped: int = 0, temperature: float = 1.0,
+                   routes: RouteShape | None = None) -> None:
+    """Write log p(label) of documents to a sealed file of float32, one number per token. Each process writes
+    the numbers of its own rows in place, so that no process holds all of them.
 
-        Raises:
-            UserError: the folder holds another reference, or the disk is full.
-        """
-        begin_s = time.monotonic()
-        parts, num_tokens = self._fill(view, view.config.train.micro_batch_size)
-        view.events.write("reference", parts=parts, tokens=num_tokens,
-                          seconds=time.monotonic() - begin_s, **self._identity)
+    Args:
+        model: the model; called by all of its processes together.
+        documents: documents of a split.
+        file: the file.
+        identity: text that the checksum covers.
+        seq_len: tokens of a row, the longest sample.
+        rows_per_batch: limit of the rows of a micro-batch.
+        num_skipped: first documents that get NaN instead.
+        temperature: divisor of logits before the softmax.
+        routes: shape of the documents' expert routes, which are replayed; None: no replay.
 
-    def make_apart(self, checkpoint: Path, config: RunConfig, nproc: int | None) -> None:
-        """Compute what is not there yet by a model that is not the one that will be trained, on processes
-        that end before the run begins.
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    world = model.world
+    chosen = range(num_skipped, len(documents.lengths))
+    first_number = int(_starts(documents, range(num_skipped))[-1])
+    writes = world.last_stage and collectives.is_first_of_row()
+    # Errors are raised after all rows: other processes would wait in a collective forever.
+    problems: list[OSError] = []
 
-        Args:
-            checkpoint: the reference.
-            config: of the run, whose layout and precision are the reference's.
-            nproc: local processes.
+    def score_rows(rows: list[Row]) -> Iterator[np.ndarray | None]:
+        filled, size = _pad_rows(world, rows, rows_per_batch)
+        own = iter(_own_logprobs(model, documents, filled, size, seq_len=seq_len, temperature=temperature,
+                                 routes=routes))
+        for i in range(len(filled) // size):
+            if writes and i % world.dp_size == world.dp_rank:
+                yield from next(own).float().cpu().numpy().reshape(size, seq_len)
+            else:
+                yield from [None] * size
 
-        Raises:
-            UserError: the folder holds another reference, a document is too long for it, or the disk is full.
-        """
-        # Before any process starts and loads a model.
-        if self._read_identity() == self._identity and not self._missing():
-            return
-        target = Target(checkpoint, False)
-        self._refuse_too_long(target)
-        run_forward_model(target, layout_settings(config), nproc,
-                          lambda loaded: self._fill(loaded, config.train.micro_batch_size))
-
-    def _refuse_too_long(self, target: Target) -> None:
-        for name, parts in self._parts.items():
-            lengths = parts.documents.lengths
-            longest = min(int(np.asarray(lengths[np.arange(len(lengths))]).max(initial=0)), self._max_tokens)
-            if longest > target.max_tokens:
-                raise UserError(f"--reference {target.path}: reads {target.max_tokens} tokens at most, and "
-                                f"source {name!r} has samples of {longest}; name another model, or make "
-                                "samples shorter (data.phases)")
-
-    def _missing(self) -> list[tuple[str, int]]:
-        """Return the parts that are not there, and those that are damaged, of which it warns."""
-        damages = {(name, part): damage for name, parts in self._parts.items() for part in range(len(parts))
-                   if (damage := parts.damage(part))}
-        for (name, part), damage in damages.items():
-            if self._parts[name].file(part).exists():
-                warn(f"{damage}; it is computed anew")
-        return list(damages)
-
-    def _fill(self, model: RunningLogprobs, rows_per_batch: int) -> tuple[int, int]:
-        # The identity is written before the first part, whose checksum includes it.
-        on_main(model.world, self._open)
-        # One list for all: whoever saw another one would leave the others in a collective.
-        todo, num_tokens = on_main(model.world, self._missing), 0
-        with create_bar("reference", len(todo), "part", model.world.is_main) as bar:
-            for name, part in todo:
-                parts = self._parts[name]
-                numbers = document_logprobs(model, parts.documents, parts.range_of(part), self._max_tokens,
-                                            rows_per_batch)
-                on_main(model.world, partial(write_sealed, parts.file(part), numbers.tobytes(),
-                                             parts.of(part)))
-                num_tokens += len(numbers)
-                bar.update(1)
-        return len(todo), num_tokens
-
-    def refuse_changed(self) -> None:
-        """Refuse to go on with a run, whose model is its reference no more, where the numbers that are there
-        are not all that it needs.
-
-        Raises:
-            UserError: other data, longer samples, or no numbers.
-        """
-        file, held = self._folder / IDENTITY, self._read_identity()
-        data, max_tokens = held.get("data_sha256", {}), held.get("max_tokens", 0)
-        # The weights of the reference are the run's no more, so nothing can be computed again.
-        other = [name for name, sha256 in self._identity["data_sha256"].items() if data.get(name) != sha256]
-        if other:
-            raise UserError(f"{file}: holds no log-probabilities of source {other[0]!r} as it is now; resume "
-                            "with the data of before, or start a new --run --from the last checkpoint")
-        if max_tokens < self._identity["max_tokens"]:
-            raise UserError(f"{file}: its log-probabilities reach to token {max_tokens} of a document, and "
-                            f"samples have {self._identity['max_tokens']} (data.phases); resume with samples "
-                            "that are no longer, or start a new --run --from the last checkpoint")
-        for parts in self._parts.values():
-            for part in range(len(parts)):
-                if damage := parts.damage(part):
-                    raise UserError(f"{damage}; the model that it was computed by is the run's no more: "
-                                    "start a new --run --from the last checkpoint")
-
-    def _open(self) -> None:
-        file = self._folder / IDENTITY
-        if file.is_file():
-            if self._read_identity() != self._identity:
-                raise UserError(f"{file}: log-probabilities of another reference, of other data or for other "
-                                "lengths of samples lie there; delete the folder, and they are computed anew")
-            return
-        with translate_disk_errors(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, format_json(self._identity))
-
-    def _read_identity(self) -> dict[str, Any]:
-        file = self._folder / IDENTITY
+    def put(opened: int, first: int, numbers: np.ndarray) -> None:
         try:
-            return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-        except (ValueError, TypeError) as e:
-            raise UserError(f"{file}: is damaged ({e}); delete the folder") from None
+            # pwrite instead of a memory map: two machines would write back whole pages over each other.
+            os.pwrite(opened, np.ascontiguousarray(numbers, "<f4").data, 4 * (first_number + first))
+        except OSError as e:
+            problems.append(e)
+
+    def end(opened: int, rank: int, size: int) -> None:
+        with disk_errors(file):
+            for problem in problems[:1]:
+                raise problem
+            os.fsync(opened)
+
+    with contextlib.ExitStack() as building:
+        temporary = on_main(world, partial(_create_file, building, file, first_number,
+                                           int(_starts(documents, chosen)[-1])))
+        opened = os.open(temporary, os.O_WRONLY)
+        try:
+            _place_numbers(documents, chosen, seq_len, rows_per_batch * world.dp_size * MICRO_BATCHES,
+                           score_rows=score_rows, put=partial(put, opened))
+            on_each(partial(end, opened))
+        finally:
+            os.close(opened)
+        on_main(world, partial(_seal_numbers, building, temporary, identity))
+
+
+def _create_file(building: contextlib.ExitStack, file: Path, num_nan: int, num_zeros: int) -> Path:
+    """Create a temporary file of NaN and zeros, which `building` renames to `file` at its end; return its
+    path."""
+    temporary, block = building.enter_context(new_file(file)), np.full(1 << 20, np.nan, "<f4")
+    with disk_errors(file), open(temporary, "wb") as f:
+        for first in range(0, num_nan, len(block)):
+            f.write(block[:num_nan - first].data)
+        f.truncate(4 * (num_nan + num_zeros))
+    return temporary
+
+
+def _seal_numbers(building: contextlib.ExitStack, temporary: Path, identity: str) -> None:
+    seal_file(temporary, identity)
+    building.close()
+
+
+def document_logprobs_hf(model: Any, documents: Documents, chosen: range, seq_len: int) -> np.ndarray:
+    """Return the log-probabilities of `document_logprobs` by a model of transformers."""
+    numbers = np.zeros(_starts(documents, chosen)[-1], np.float32)
+
+    def score_rows(rows: list[Row]) -> Iterator[np.ndarray]:
+        for row in rows:
+            yield -row_losses(model, sample_row(OrderedSample(0, row), documents, seq_len))
+
+    _place_numbers(documents, chosen, seq_len, 1, score_rows=score_rows, put=partial(_put, numbers))
+    return numbers
+
+
+def _put(numbers: np.ndarray, first: int, values: np.ndarray) -> None:
+    numbers[first:first + len(values)] = values
+
+
+def _starts(documents: Documents, chosen: range) -> np.ndarray:
+    """Return the offsets of the chosen documents in their joined tokens, [documents + 1] int64."""
+    lengths = np.asarray(documents.lengths[np.asarray(chosen, np.int64)])
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def _place_numbers(documents: Documents, chosen: range, seq_len: int, at_a_time: int, *,
+                   score_rows: Callable[[list[Row]], Iterable[np.ndarray | None]],
+                   put: Callable[[int, np.ndarray], None]) -> None:
+    """Pack documents into rows, score the rows, and store the numbers of each document.
+
+    Args:
+        documents: documents of a split.
+        chosen: indices of the scored documents.
+        seq_len: tokens of a row.
+        at_a_time: limit of the rows of a call of `score_rows`.
+        score_rows: rows -> log p(label) of each position, [seq_len] for each row, None for rows of another
+            process; padding rows may follow.
+        put: called with an offset and the numbers to store there.
+    """
+    starts = _starts(documents, chosen)
+    lengths = np.diff(starts)
+    # A document of one token has no label.
+    rows = best_fit([PackedSegment(d, 0, min(n, seq_len))
+                     for d, n in zip(chosen, lengths.tolist(), strict=True) if n > 1], seq_len)
+    for begin in range(0, len(rows), at_a_time):
+        batch = rows[begin:begin + at_a_time]
+        for row, scores in zip(batch, score_rows(batch), strict=False):
+            if scores is None:
+                continue  # a row of another process
+            offset = 0
+            for document, start, count in row:
+                index = document - chosen.start
+                # A document that continues after the row has one more label: the first token outside.
+                labels = min(count, int(lengths[index]) - start - 1)
+                # The number of a label is stored at the label's own token, one position later.
+                put(int(starts[index]) + start + 1, scores[offset:offset + labels])
+                offset += count
+
+
+def _pad_rows(world: ParallelWorld, rows: list[Row], rows_per_batch: int) -> tuple[list[Row], int]:
+    """Append empty rows, so that all processes run equally many micro-batches (they may share experts);
+    return the rows, and the number of rows of a micro-batch."""
+    size = rows_per_micro_batch(len(rows), rows_per_batch, world.dp_size)
+    return [*rows, *[()] * (-len(rows) % (size * world.dp_size))], size
+
+
+def _own_logprobs(model: RunningLogprobs, documents: Documents, rows: list[Row], size: int, *, seq_len: int,
+                  temperature: float, routes: RouteShape | None) -> list[torch.Tensor]:
+    """Return log p(label) of the micro-batches dp_rank, dp_rank + dp_size, ... on the last pipeline stage; an
+    empty list on other stages."""
+    groups = [rows[i:i + size] for i in range(0, len(rows), size)]
+    own = [from_row(join_rows([sample_row(OrderedSample(0, row), documents, seq_len, routes=routes)
+                               for row in group]))
+           for group in groups[model.world.dp_rank::model.world.dp_size]]
+    return model.policy.map(own, partial(_logprobs, temperature))
+
+
+def _logprobs(temperature: float, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
+    return head.logprobs(hidden[0], batch.labels, temperature)
+
+
+@torch.no_grad()
+def run_with_weights(start: Path, view: FeedView, compute: Callable[[], None]) -> None:
+    """Call `compute` while the model has the weights of a checkpoint; called by all processes between two
+    steps.
+
+    A second model would double the memory. Only a copy of the weights is held, while `compute` runs.
+
+    Args:
+        start: the checkpoint.
+        view: the run; its weights and optimizer are restored afterwards.
+        compute: runs forward passes of the model.
+    """
+    model = view.policy.model
+    # The copy must hold the newest weights, and no gather may overwrite the loaded ones.
+    model.finish_param_gather()
+    blocks = list(local_shards(model))
+    saved, base = [block.data.clone() for block in blocks], model.adapter_base
+    try:
+        for block in blocks:
+            if block.key.startswith(PREFIX):
+                block.data.zero_()  # an adapter outside the checkpoint must not change the model
+        load.load_model(start, model)
+        compute()
+    finally:
+        for block, data in zip(blocks, saved, strict=True):
+            # After a failure too: the optimizer state belongs to these weights.
+            block.data.copy_(data)
+        model.finish_writing()
+        model.adapter_base = base

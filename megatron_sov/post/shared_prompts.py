@@ -1,9 +1,8 @@
 """Compute the prompt of a group of responses once per micro-batch (arXiv 2506.05433).
 
 Hidden states of a token depend on the tokens before it alone. So the tokens of a document before its first
-learned label have
-the same hidden states in every response to the prompt. Labels, weights and columns of the removed tokens
-carry no loss.
+learned label have the same hidden states in every response to the prompt. Labels, weights and columns of the
+removed tokens carry no loss.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The spectrum phase of VibeThinker (arXiv 2511.06221): which checkpoint is best in which domain, how sure
-that is, and what a merged one gains over it.  The folder of a probe:
+"""Spectrum phase of VibeThinker (arXiv 2511.06221): the best checkpoint of each domain, with its confidence,
+and the gain of a merged checkpoint over it. The folder of a probe:
 
-    asked.json       problems, reward, samples: the same for every checkpoint
-    problems.jsonl   all domains' problems, as `eval passk` takes them
-    checkpoints/     NAME-DIGEST: what `eval passk` made of a checkpoint; it is not made again
+    asked.json       problems, reward and samples, equal for all checkpoints
+    problems.jsonl   problems of all domains, the input of `eval passk`
+    checkpoints/     NAME-DIGEST: output of `eval passk` for a checkpoint, reused by later commands
     table/           an artifact: pass@k of each checkpoint in each domain, and the choices
 """
 
@@ -28,89 +28,92 @@ from megatron_sov.eval.statistics import difference_interval
 from megatron_sov.runs.checkpoints import (
     CHECKPOINT_KIND, CHECKPOINTS_FOLDER, MERGED, check_model_path, find_checkpoint, list_complete)
 
+TABLE_KIND = "ssp_probe"
+ASKED, PROBLEMS, CHECKPOINTS, TABLE, RESULTS = ("asked.json", "problems.jsonl", "checkpoints", "table",
+                                                "results.json")
+DOMAIN = "probe_domain"
+"""Field of a problem and of its responses: the domain."""
+SAMPLES, PROBLEM = "samples.jsonl", "prompt_index"
+"""File of `eval passk` with all responses, and its field with the index of the problem."""
+
 
 @dataclass(frozen=True)
 class MeasuredCheckpoint:
-    """What one checkpoint does in one domain."""
+    """Results of a checkpoint in a domain."""
 
     checkpoint: str
-    """Its name."""
+    """Name of the checkpoint."""
     domain: str
     figures: Mapping[str, Any]
-    """Of `JudgedItem.figures`."""
+    """See `JudgedItem.figures`."""
     solved: Mapping[int, Mapping[str, float]]
-    """k -> problem -> its pass@k; problems with fewer than k scored samples are left out."""
+    """k -> problem -> pass@k; problems with fewer than k scored samples are left out."""
 
     @staticmethod
     def of(checkpoint: str, domain: str, judged: JudgedItem, ks: Sequence[int]) -> MeasuredCheckpoint:
-        return MeasuredCheckpoint(checkpoint, domain, judged.figures(ks), {
-            k: {problem: pass_at_k(counts.num_scored, counts.num_right, k)
-                for problem, counts in judged.prompts.items() if counts.num_scored >= k} for k in ks})
+        solved: dict[int, dict[str, float]] = {}
+        for k in ks:
+            solved[k] = {problem: pass_at_k(counts.num_scored, counts.num_right, k)
+                         for problem, counts in judged.prompts.items() if counts.num_scored >= k}
+        return MeasuredCheckpoint(checkpoint, domain, judged.figures(ks), solved)
 
-    def value(self, k: int) -> float:
+    def mean_pass_at_k(self, k: int) -> float:
         return fmean(self.solved[k].values())
 
     def row(self, ks: Sequence[int]) -> dict[str, Any]:
-        return {"checkpoint": self.checkpoint, "domain": self.domain,
-                **{name: self.figures.get(name)
-                   for name in ("num_prompts", "num_unscored", "mean_reward", "share_at_limit")},
-                "pass_at_k": [e for e in self.figures["pass_at_k"] if e["k"] in ks]}
+        row = {"checkpoint": self.checkpoint, "domain": self.domain}
+        for name in ("num_prompts", "num_unscored", "mean_reward", "share_at_limit"):
+            row[name] = self.figures.get(name)
+        return {**row, "pass_at_k": [e for e in self.figures["pass_at_k"] if e["k"] in ks]}
 
 
 @dataclass(frozen=True)
 class DomainChoice:
-    """The best checkpoint of a domain: the argmax of pass@k, of equals the first one."""
+    """The checkpoint with the best pass@k in a domain; ties go to the earliest checkpoint."""
 
     domain: str
     checkpoint: str
     value: float
-    """Its pass@k; the greatest of several estimates is likely to flatter."""
+    """Its pass@k; the maximum of several estimates is biased upwards."""
     as_good: tuple[str, ...]
-    """The others that these problems do not tell from it: the 95 % interval of the mean difference over
-    problems reaches 0."""
+    """Checkpoints that are not significantly worse: the 95 % interval of the mean difference over problems
+    contains 0."""
 
     def row(self) -> dict[str, Any]:
         return {**asdict(self), "as_good": list(self.as_good), "is_clear": not self.as_good}
 
 
 def choose(candidates: Sequence[MeasuredCheckpoint], k: int) -> DomainChoice:
-    """Return the best of the candidates in one domain, the earlier ones first."""
-    best = max(candidates, key=lambda measured: measured.value(k))  # the first of equals
+    """Return the best candidate of a domain; candidates are ordered from the earliest."""
+    best = max(candidates, key=lambda measured: measured.mean_pass_at_k(k))  # max returns the first of ties
     as_good = tuple(other.checkpoint for other in candidates
-                    if other is not best and not _gain(best, other, k)[1][0] > 0)
-    return DomainChoice(best.domain, best.checkpoint, best.value(k), as_good)
+                    if other is not best and not _compare(best, other, k)[1][0] > 0)
+    return DomainChoice(best.domain, best.checkpoint, best.mean_pass_at_k(k), as_good)
 
 
 def gain(merged: MeasuredCheckpoint, expert: MeasuredCheckpoint, k: int) -> dict[str, Any]:
-    value, interval = _gain(merged, expert, k)
+    value, interval = _compare(merged, expert, k)
     return {"checkpoint": merged.checkpoint, "domain": merged.domain, "expert": expert.checkpoint, "k": k,
             "gain": value, "interval": list(interval)}
 
 
-def _gain(one: MeasuredCheckpoint, other: MeasuredCheckpoint, k: int) -> tuple[float, tuple[float, float]]:
-    """Return the mean difference of pass@k over common problems, and its 95 % interval; without a common
-    problem it may be anything."""
+def _compare(one: MeasuredCheckpoint, other: MeasuredCheckpoint, k: int) -> tuple[float, tuple[float, float]]:
+    """Return the mean difference of pass@k over common problems, and its 95 % interval; (-1, 1) without
+    common problems."""
     differences = [share - other.solved[k][problem] for problem, share in one.solved[k].items()
                    if problem in other.solved[k]]
-    return (fmean(differences), difference_interval(differences)) if differences else (0.0, (-1.0, 1.0))
-
-
-TABLE_KIND = "ssp_probe"
-ASKED, PROBLEMS, CHECKPOINTS, TABLE, RESULTS = ("asked.json", "problems.jsonl", "checkpoints", "table",
-                                                "results.json")
-DOMAIN = "probe_domain"
-"""Field of a problem, and of the responses to it."""
-SAMPLES, PROBLEM = "samples.jsonl", "prompt_index"
-"""The file of `eval passk` with all responses, and the field of those to one problem."""
+    if not differences:
+        return 0.0, (-1.0, 1.0)
+    return fmean(differences), difference_interval(differences)
 
 
 @dataclass(frozen=True)
 class ProbedCheckpoint:
-    """A checkpoint that is probed."""
+    """A checkpoint of the probe."""
 
     path: Path
     is_merged: bool
-    """Whether it is a mean of others, which is compared with them and never chosen."""
+    """Whether it is an average of other checkpoints; averages are compared with them and never chosen."""
 
     @property
     def name(self) -> str:
@@ -119,46 +122,50 @@ class ProbedCheckpoint:
         return f"{path.parent.parent.name}/{path.name}" if is_of_run else path.name
 
     def folder(self, probe: Path) -> Path:
-        # Two paths may have one name.
+        # The digest separates equal names of different paths.
         digest = hashlib.sha256(str(self.path).encode()).hexdigest()[:8]
         return probe / CHECKPOINTS / f"{self.name.replace('/', '-')}-{digest}"
 
     def is_done(self, probe: Path) -> bool:
-        """Return whether its responses are there: those of the files that lie at its place now, if any."""
+        """Return whether the probe has its responses, by the files that `path` has now."""
         folder = self.folder(probe)
         if not (folder / MANIFEST).is_file():
             return False
         model = read_manifest(folder, "passk").settings.get("model")
-        asked = model.get("files") if isinstance(model, dict) else None
-        return not self.path.is_dir() or bool(asked == fingerprint_folder(self.path))
+        files = model.get("files") if isinstance(model, dict) else None
+        return not self.path.is_dir() or bool(files == fingerprint(self.path))
 
 
 def candidates_of(paths: Sequence[Path]) -> list[ProbedCheckpoint]:
-    """Return the checkpoints that paths mean, each once: of a run all complete ones, the oldest first.
+    """Return the distinct checkpoints of paths; a run stands for its complete checkpoints, oldest first.
 
     Raises:
-        UserError: a path is none, or a run has none.
+        UserError: a path is not a checkpoint, or a run has none.
     """
-    found: dict[Path, ProbedCheckpoint] = {}
+    candidates: dict[Path, ProbedCheckpoint] = {}
     for path in paths:
-        check_model_path(path)
-        of_run = list_complete(path / CHECKPOINTS_FOLDER) if (path / CHECKPOINTS_FOLDER).is_dir() else []
-        for one in of_run or [path if is_hf_folder(path) else find_checkpoint(path)]:
-            found.setdefault(one.resolve(), _candidate(one.resolve()))
-    return list(found.values())
+        refuse_missing(path)
+        folder = path / CHECKPOINTS_OF_A_RUN
+        checkpoints = complete(folder) if folder.is_dir() else []
+        if not checkpoints:
+            checkpoints = [path if is_hf_folder(path) else find_checkpoint(path)]
+        for checkpoint in checkpoints:
+            resolved = checkpoint.resolve()
+            candidates.setdefault(resolved, _read_candidate(resolved))
+    return list(candidates.values())
 
 
-def _candidate(path: Path) -> ProbedCheckpoint:
-    is_merged = not is_hf_folder(path) and MERGED in read_manifest(path, CHECKPOINT_KIND).content
+def _read_candidate(path: Path) -> ProbedCheckpoint:
+    is_merged = not is_hf_folder(path) and MERGED in read_manifest(path, KIND).content
     return ProbedCheckpoint(path, is_merged)
 
 
 def write_problems(probe: Path, domains: Mapping[str, Path]) -> Path:
-    """Write all domains' problems into the probe's folder, and return the file.
+    """Write the problems of all domains into the folder of the probe, and return the file.
 
     Args:
         probe: the folder.
-        domains: domain -> file that `check_rows` has passed.
+        domains: domain -> file, checked by `check_rows`.
     """
     lines = [json.dumps({**row, DOMAIN: domain}) + "\n" for domain, file in domains.items()
              for _, row in read_rows(file, "--problems", "prompt")]
@@ -167,49 +174,53 @@ def write_problems(probe: Path, domains: Mapping[str, Path]) -> Path:
 
 
 def known_candidates(probe: Path, asked: Sequence[ProbedCheckpoint]) -> list[ProbedCheckpoint]:
-    """Return the checkpoints of the table that is there, then those that are asked for beside them.
+    """Return the checkpoints of the existing table, then the new ones of `asked`.
 
     Raises:
-        UserError: two of them would have one name.
+        UserError: two checkpoints have one name.
     """
-    before = _read_table(probe)[0] if (probe / TABLE / MANIFEST).is_file() else []
-    found = {c.path: c for c in [*before, *asked]}
+    earlier = _read_table(probe)[0] if (probe / TABLE / MANIFEST).is_file() else []
+    candidates = {c.path: c for c in [*earlier, *asked]}
     names: dict[str, Path] = {}
-    for candidate in found.values():
+    for candidate in candidates.values():
         if (other := names.setdefault(candidate.name, candidate.path)) != candidate.path:
             raise UserError(f"{candidate.path}: would be called {candidate.name} in the table, as {other} "
                             "is; give one of the two another name")
-    return list(found.values())
+    return list(candidates.values())
 
 
-def write_table(probe: Path, candidates: Sequence[ProbedCheckpoint], k: int, right_from: float) -> dict[str,
-                                                                                                        Any]:
+def write_table(probe: Path, candidates: Sequence[ProbedCheckpoint], k: int, right_from: float
+                ) -> dict[str, Any]:
     """Write the table of all checkpoints and return its content.
 
     Args:
-        probe: the folder, in which the responses of all are.
-        candidates: the earlier ones first.
-        k: by whose pass@k the best is chosen.
-        right_from: least reward of a right response.
+        probe: the folder, with the responses of all candidates.
+        candidates: ordered from the earliest.
+        k: the pass@k that decides.
+        right_from: smallest reward of a right response.
 
     Raises:
-        UserError: a checkpoint's responses in a domain have no reward, or too few.
+        UserError: responses of a checkpoint in a domain have too few rewards.
     """
     ks = sorted({1, k})
-    found = {(m.checkpoint, m.domain): m for c in candidates for m in _measure(probe, c, ks, right_from)}
-    domains = list(dict.fromkeys(domain for _, domain in found))
-    # A merge is compared with its experts, and is never an expert itself.
+    measured = {(m.checkpoint, m.domain): m for c in candidates for m in _measure(probe, c, ks, right_from)}
+    domains = list(dict.fromkeys(domain for _, domain in measured))
+    # Averages are compared with their experts and never chosen.
     single = [c for c in candidates if not c.is_merged]
-    chosen = [choose([found[c.name, domain] for c in single], k) for domain in domains] if single else []
+    choices = [choose([measured[c.name, domain] for c in single], k) for domain in domains if single]
+    merged = []
+    for candidate in candidates:
+        if candidate.is_merged:
+            merged += [gain(measured[candidate.name, choice.domain],
+                            measured[choice.checkpoint, choice.domain], size)
+                       for choice in choices for size in ks]
     content = {
         "k": k, "domains": domains,
         "checkpoints": [{"name": c.name, "path": str(c.path), "is_merged": c.is_merged} for c in candidates],
-        "table": [m.row(ks) for m in found.values()],
-        "choice": [choice.row() for choice in chosen],
-        "merged": [gain(found[c.name, choice.domain], found[choice.checkpoint, choice.domain], size)
-                   for c in candidates if c.is_merged for choice in chosen for size in ks]}
-    with create_artifact(probe / TABLE, TABLE_KIND, overwrite=True) as artifact:
-        write_atomically(artifact.path / RESULTS, format_json(content))
+        "table": [m.row(ks) for m in measured.values()],
+        "choice": [choice.row() for choice in choices], "merged": merged}
+    with new_artifact(probe / TABLE, TABLE_KIND, overwrite=True) as artifact:
+        atomic_write(artifact.path / RESULTS, to_json(content))
         artifact.content = content
         artifact.settings = dict(json.loads((probe / ASKED).read_text(encoding="utf-8")))
         for candidate in candidates:
@@ -219,8 +230,9 @@ def write_table(probe: Path, candidates: Sequence[ProbedCheckpoint], k: int, rig
 
 def _measure(probe: Path, candidate: ProbedCheckpoint, ks: Sequence[int],
              right_from: float) -> Iterator[MeasuredCheckpoint]:
-    if problems := find_damaged_files(candidate.folder(probe)):
-        raise UserError(f"{problems[0]}; delete {candidate.folder(probe)}, and the same command asks again")
+    if problems := damaged_files(candidate.folder(probe)):
+        raise UserError(f"{problems[0]}; delete {candidate.folder(probe)}, and the same command makes "
+                        "it again")
     parts = read_judged_parts(candidate.folder(probe) / SAMPLES, DOMAIN, PROBLEM, right_from)
     for domain, judged in parts.items():
         try:
@@ -230,10 +242,10 @@ def _measure(probe: Path, candidate: ProbedCheckpoint, ks: Sequence[int],
 
 
 def experts_of(probe: Path) -> list[tuple[Path, float]]:
-    """Return the best checkpoint of each domain with its weight, the number of domains that it is best in.
+    """Return the best checkpoints with their weights, the number of domains that each is best in.
 
     Raises:
-        UserError: the folder holds no complete probe.
+        UserError: the folder has no complete probe.
     """
     weights: dict[Path, float] = {}
     for path in _read_table(probe)[1]:
@@ -244,16 +256,17 @@ def experts_of(probe: Path) -> list[tuple[Path, float]]:
 def _read_table(probe: Path) -> tuple[list[ProbedCheckpoint], list[Path]]:
     content = read_manifest(probe / TABLE, TABLE_KIND).content
     try:
-        found = {c["name"]: ProbedCheckpoint(Path(c["path"]),
-                                             bool(c["is_merged"])) for c in content["checkpoints"]}
-        return list(found.values()), [found[choice["checkpoint"]].path for choice in content["choice"]]
+        candidates = {c["name"]: ProbedCheckpoint(Path(c["path"]), bool(c["is_merged"]))
+                      for c in content["checkpoints"]}
+        best = [candidates[choice["checkpoint"]].path for choice in content["choice"]]
+        return list(candidates.values()), best
     except (KeyError, TypeError) as e:
         raise UserError(f"{probe / TABLE}: is damaged ({e!r}); delete it, and `ssp probe` writes it again "
-                        "from the answers that are there") from None
+                        "from the existing answers") from None
 
 
-def table(content: Mapping[str, Any]) -> str:
-    """Return the figures as a person reads them: the best of a domain has a star."""
+def format_table(content: Mapping[str, Any]) -> str:
+    """Format the table as text; a star marks the best checkpoint of a domain."""
     k, domains = content["k"], content["domains"]
     cells = {(row["checkpoint"], row["domain"]): next(e for e in row["pass_at_k"] if e["k"] == k)
              for row in content["table"]}
@@ -262,16 +275,16 @@ def table(content: Mapping[str, Any]) -> str:
     width = max(map(len, [*names, f"pass@{k}"]))
     lines = [f"{f'pass@{k}':<{width}}  " + "  ".join(f"{domain:>16}" for domain in domains)]
     for name, c in zip(names, content["checkpoints"], strict=True):
-        shown = [_cell(cells[c["name"], domain], (c["name"], domain) in best) for domain in domains]
-        lines.append(f"{name:<{width}}  " + "  ".join(f"{text:>16}" for text in shown))
+        texts = [_format_cell(cells[c["name"], domain], (c["name"], domain) in best) for domain in domains]
+        lines.append(f"{name:<{width}}  " + "  ".join(f"{text:>16}" for text in texts))
     for c in content["choice"]:
-        doubt = f", not told from {', '.join(c['as_good'])}" if c["as_good"] else ", clearly"
+        doubt = f", not clearly better than {', '.join(c['as_good'])}" if c["as_good"] else ", clearly"
         lines.append(f"{c['domain']}: {c['checkpoint']}{doubt}")
     lines += [f"{g['domain']}: {g['checkpoint']} against {g['expert']}, pass@{g['k']} {g['gain']:+.1%} "
               f"({g['interval'][0]:+.1%} to {g['interval'][1]:+.1%})" for g in content["merged"]]
     return "\n".join(lines)
 
 
-def _cell(estimate: Mapping[str, Any], is_best: bool) -> str:
+def _format_cell(estimate: Mapping[str, Any], is_best: bool) -> str:
     low, high = estimate["interval"]
     return f"{'*' if is_best else ''}{estimate['value']:.1%} {low:.0%}-{high:.0%}"

@@ -1,2 +1,2 @@
-"""The store between generation, reward and training: prompts, rollouts, their rewards, and who works on
-what.  No torch here."""
+"""The store of generation, reward and training jobs: prompts, rollouts, rewards, claims. Does not import
+torch."""

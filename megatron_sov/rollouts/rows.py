@@ -1,5 +1,5 @@
-"""What the store holds: a row for each response, and a row for each reward of it, in parts that say what they
-were written for."""
+"""Rows of the rollout store: responses and their rewards, in parts whose provenance names rounds and
+pieces."""
 
 from __future__ import annotations
 
@@ -15,68 +15,68 @@ if TYPE_CHECKING:
     import numpy as np
 
 STOP, LENGTH, UNFINISHED = "stop", "length", "unfinished"
-"""Finish reasons: the model ended it; it is as long as allowed; its piece's deadline came first, and a row
-of the next attempt goes on behind it."""
+"""Finish reasons: the model ended the response; it reached the token limit; a deadline cut it off, and the
+next attempt continues it."""
 NOT_WRITTEN = -1
-"""Version of a token that no policy wrote: a tool's result, or the opening of a turn."""
+"""Version of a token that no policy generated: a tool result, or the opening of a turn."""
 LAST_TURN = "last_turn"
-"""In the outcome of an episode: what the model wrote in its last turn, as text."""
+"""In the outcome of an episode: the text of the model's last turn."""
 _DOMAIN = "domain"
 _NAME = re.compile(r"round-([1-9]\d{4,}|\d{4})-piece-([1-9]\d{4,}|\d{4})(?:-attempt-([1-9]\d*))?")
 
 
 class Key(NamedTuple):
-    """What a response is: the same key is the same response, written once."""
+    """Identity of a response; the store contains each key once per attempt."""
 
     prompt: str
-    """Of the prompt's record, see `rollouts.prompts`."""
+    """Id of the prompt's record, see `rollouts.prompts`."""
     sample: int
-    """Number in its group, from 0."""
+    """Index in its group, from 0."""
     policy: str
-    """Digest of the policy that began it (`runs.rounds.Policy`)."""
+    """Digest of the policy of its first token (`runs.rounds.Policy`)."""
     sampling: str
-    """Digest of the settings that tokens were chosen by."""
+    """Digest of the sampling settings."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One response, token for token as the policy wrote it."""
+    """One response, token for token as the policy generated it."""
 
     key: Key
     round: int
-    """Round that it was written for, from 1."""
+    """Round of the response, from 1."""
     attempt: int
-    """0, or one more than that of the unfinished row which it goes on behind, and stands in the place of."""
+    """0, or the attempt of the unfinished row that this row continues and replaces, plus 1."""
     record: Mapping[str, Any]
-    """The prompt as it was given: what a reward needs (answer, tests, domain, ...)."""
+    """Record of the prompt, with the fields that a reward needs (answer, tests, domain, ...)."""
     prompt_tokens: np.ndarray
     """[prompt] int32."""
     tokens: np.ndarray
-    """[n] int32: everything behind the prompt; with tools, their results too."""
+    """[n] int32: tokens after the prompt, tool results included."""
     logprobs: np.ndarray
-    """[n] float32: of each under the distribution that it was drawn from; 0 where no policy wrote it."""
+    """[n] float32: log-probability under the sampled distribution; 0 for tokens that no policy generated."""
     versions: np.ndarray
-    """[n] int32: optimizer step of the weights that wrote it; `NOT_WRITTEN`."""
+    """[n] int32: optimizer step of the weights that generated the token, or `NOT_WRITTEN`."""
     finish_reason: str
     """`STOP`, `LENGTH`, `UNFINISHED`, or how an episode with tools ended (`tools.episode.ENDS`)."""
     response: str
-    """Text of the tokens, with the mark of the thoughts that the template has opened."""
+    """Text of the tokens, after the opening mark of thoughts if the template contains it."""
     temperature: float
-    """Of the distribution."""
+    """Temperature of the distribution of `logprobs`."""
     engine: str
-    """Name of what wrote it."""
+    """Name of the engine."""
     began_s: float
     """Unix time."""
     ended_s: float
     """Unix time."""
     outcome: Mapping[str, Any] | None = None
-    """What an environment said of the episode: reward, status, components, reason, reward_version."""
+    """Result of an episode by its environment: reward, status, components, reason, reward_version."""
     routes: np.ndarray | None = None
-    """[prompt + n - 1, layers, K] uint8 or uint16: experts that each token which the policy read went to."""
+    """[prompt + n - 1, layers, K] uint8 or uint16: experts of each token that the policy read."""
 
     @property
     def is_written(self) -> np.ndarray:
-        """Return [n] bool: whether a policy wrote each token."""
+        """[n] bool: tokens that a policy generated."""
         import numpy as np
 
         return np.asarray(self.versions != NOT_WRITTEN)
@@ -87,19 +87,19 @@ class Rollout:
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """Return the turns that a policy wrote, as half-open intervals of `tokens`."""
+        """The turns of the policy, as half-open intervals of `tokens`."""
         import numpy as np
 
         written = np.concatenate([[False], self.is_written, [False]])
-        # padded with False at both ends: edges come in pairs of begin and end
+        # Padded with False at both ends, so that edges come in pairs.
         edges = np.flatnonzero(written[1:] != written[:-1])
         return list(zip(edges[0::2].tolist(), edges[1::2].tolist(), strict=True))
 
     def problems(self, vocab_size: int) -> list[str]:
-        """Return one sentence for each rule that the row breaks: such a row is kept out of training.
+        """Return a sentence for each broken rule; a row with problems is not trained on.
 
         Args:
-            vocab_size: what token ids must lie below.
+            vocab_size: upper bound of token ids.
         """
         import numpy as np
 
@@ -113,12 +113,12 @@ class Rollout:
             (not len(ids) or (ids.min() >= 0 and ids.max() < vocab_size),
              f"has token ids outside of the vocabulary of {vocab_size}"),
             (bool(np.isfinite(self.logprobs).all() and (self.logprobs <= 0).all()),
-             "has log-probabilities that are greater than 0, or no numbers"),
-            # lengths that differ have been told above, and cannot be indexed
+             "has log-probabilities above 0, or not finite"),
+            # Different lengths are reported above, and cannot be indexed.
             (len(written) != len(self.logprobs) or not self.logprobs[~written].any(),
-             "has log-probabilities of tokens that no policy wrote"),
+             "has log-probabilities of tokens that no policy generated"),
             (self.temperature > 0, f"has temperature {self.temperature}"),
-            # the last token was drawn and never read, so it has no route
+            # The last token was never read, so it has no route.
             (self.routes is None or len(self.routes) == len(self.prompt_tokens) + n - 1,
              f"has routes of {0 if self.routes is None else len(self.routes)} tokens; one belongs to each of "
              f"{len(self.prompt_tokens) + n - 1} that were read")]
@@ -127,31 +127,31 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class RewardRow:
-    """What one reward said of one response."""
+    """One reward of one response."""
 
     key: Key
     attempt: int
-    """Of the row that was judged."""
+    """Attempt of the judged row."""
     reward_version: str
-    """Of the reward's code and settings."""
+    """Version of the reward's code and settings."""
     reward: float | None
-    """None: there is none, for which `status` has the cause; never a 0 in its place."""
+    """None: the response has no reward, and `status` says why; never 0 instead."""
     status: str
-    """As `rewards.reward.Result`: scored, timeout, failed, refused."""
+    """See `rewards.reward.Result`: scored, timeout, failed, refused."""
     components: Mapping[str, float] = field(default_factory=dict)
-    """Parts of the reward by name."""
+    """Components of the reward by name."""
     reason: str = ""
-    """Where there is no reward: why."""
+    """Why the response has no reward."""
 
 
 def domain_of(record: Mapping[str, Any]) -> str:
-    """Return what a prompt's record says that it is about, by which figures are told apart; "": nothing."""
-    found = record.get(_DOMAIN)
-    return "" if found is None else str(found)
+    """Return the field `domain` of a prompt's record, by which figures are grouped; "" without one."""
+    domain = record.get(_DOMAIN)
+    return "" if domain is None else str(domain)
 
 
 class Attempted(Protocol):
-    """A response, whatever of it is read."""
+    """A response with any of its fields."""
 
     @property
     def key(self) -> Key: ...
@@ -163,99 +163,106 @@ R = TypeVar("R", bound=Attempted)
 
 
 def later(rows: Sequence[R]) -> list[R]:
-    """Return, of the rows of each key, the one of the last attempt, in order of first appearance."""
-    found: dict[Key, R] = {}
+    """Return the last attempt of each key, in order of first appearance."""
+    last: dict[Key, R] = {}
     for row in rows:
-        # a dict keeps the place of a key's first row, also where its value is replaced
-        if row.key not in found or row.attempt > found[row.key].attempt:
-            found[row.key] = row
-    return list(found.values())
+        # A dict keeps the position of a key when its value is replaced.
+        if row.key not in last or row.attempt > last[row.key].attempt:
+            last[row.key] = row
+    return list(last.values())
 
 
 class RolloutPart(TablePart):
-    """One part of a store."""
+    """A part of a store: one attempt at a piece of a round."""
 
     @property
     def round(self) -> int:
-        """Return its round, from 1."""
+        """From 1."""
         return self.key[0]
 
     @property
     def piece(self) -> int:
-        """Return its piece, from 0."""
+        """From 0."""
         return self.key[1]
 
     @property
     def attempt(self) -> int:
-        """Return 0, or which continuation of the piece's unfinished rows it is."""
+        """0, or the number of the continuation."""
         return self.key[2]
 
 
 def part_name(round: int, piece: int, attempt: int = 0) -> str:
-    """Return the name of a piece's part: of a round from 1, a piece from 0, and an attempt from 0."""
+    """Return the name of a part; rounds count from 1, pieces and attempts from 0."""
     return f"round-{round:04d}-piece-{piece:04d}" + (f"-attempt-{attempt}" if attempt else "")
 
 
 def numbers_in(name: str) -> tuple[int, int, int] | None:
-    """Return the round, piece and attempt of a part's name; None where it is the name of none."""
-    found = _NAME.fullmatch(name)
-    return None if found is None or not int(found[1]) else (int(found[1]), int(found[2]), int(found[3] or 0))
+    """Return the round, piece and attempt of a part's name; None if it is not the name of a part."""
+    match = _NAME.fullmatch(name)
+    if match is None or not int(match[1]):
+        return None
+    return int(match[1]), int(match[2]), int(match[3] or 0)
 
 
 ROUNDS, PIECES, UNFINISHED_ROWS, GROWS = "asked_rounds", "pieces_per_round", "unfinished", "grows"
-"""In the provenance of a part of rollouts: the last round that is asked for, the pieces of each, how many of
-its own rows an attempt behind it goes on with, and whether a round may ask more until it is trained."""
+"""Fields in the provenance of a part of rollouts: the last planned round, the pieces of each round,
+unfinished rows of this part, and whether a round may need further prompts until it is trained."""
 JUDGED = "rollouts"
-"""In the provenance of rewards: hash of the manifest of the part that was judged."""
+"""Field in the provenance of rewards: hash of the judged part's manifest."""
 
 
 @dataclass(frozen=True)
 class AskedPrompt:
-    """What a store is written for."""
+    """Rounds and pieces that the jobs of a store generate together."""
 
     rounds: int
-    """The last one, from 1."""
+    """The last round, from 1."""
     pieces: int
-    """Of each round's own prompts."""
+    """Pieces of each round, without further prompts."""
     grows: bool = False
-    """Whether a round may ask further ones until it is trained."""
+    """Whether a round may need further prompts until it is trained."""
 
     def to_provenance(self, unfinished: int) -> dict[str, int]:
-        """Return what stands in the provenance of a part with so many unfinished rows."""
-        return {ROUNDS: self.rounds, PIECES: self.pieces, UNFINISHED_ROWS: unfinished,
-                **({GROWS: True} if self.grows else {})}
+        """Return the provenance of a part with `unfinished` unfinished rows."""
+        provenance = {ROUNDS: self.rounds, PIECES: self.pieces, UNFINISHED_ROWS: unfinished}
+        if self.grows:
+            provenance[GROWS] = True
+        return provenance
 
 
 def not_written(parts: Sequence[RolloutPart], rounds: range | None) -> str | None:
-    """Return what is still to be written, as the end of a sentence; "": nothing is; None: no part tells.
+    """Return the missing rows as the end of a sentence; "": none are missing; None: no part records the plan.
 
     Args:
-        parts: of rollouts, all that there are of these rounds.
-        rounds: those that are meant; None: all that the newest part tells of.
+        parts: all parts of rollouts of these rounds.
+        rounds: None: all rounds that the newest part records.
     """
-    # a later command may have asked for more rounds: the newest part knows
+    # A later command may have planned more rounds, which the newest part records.
     newest = max(parts, key=lambda part: part.created_s, default=None)
-    asked = None if newest is None else _asked_of(newest.provenance)
-    if asked is None:
+    plan = None if newest is None else _read_plan(newest.provenance)
+    if plan is None:
         return None
-    # sorted by attempt, the last one stays: it says how many rows are still unfinished
+    # Sorted by attempt, so that the last attempt of each piece remains: it counts the unfinished rows.
     last = {(part.round, part.piece): part for part in sorted(parts, key=lambda part: part.attempt)}
     written = Counter(number for number, _ in last)
-    begun = Counter(number for (number, _), part in last.items() if part.provenance.get(UNFINISHED_ROWS))
-    for number in rounds or range(1, asked.rounds + 1):
-        if written[number] < asked.pieces:
-            return f"{asked.pieces - written[number]:,} of {asked.pieces:,} pieces of round {number}"
-        if begun[number]:
-            return f"the ends of responses in {begun[number]:,} of {asked.pieces:,} pieces of round {number}"
+    unfinished = Counter(number for (number, _), part in last.items()
+                         if part.provenance.get(UNFINISHED_ROWS))
+    for number in rounds or range(1, plan.rounds + 1):
+        if written[number] < plan.pieces:
+            return f"{plan.pieces - written[number]:,} of {plan.pieces:,} pieces of round {number}"
+        if unfinished[number]:
+            return (f"the ends of responses in {unfinished[number]:,} of {plan.pieces:,} pieces of round "
+                    f"{number}")
     return ""
 
 
 def may_grow(parts: Sequence[RolloutPart]) -> bool:
-    """Return whether rounds of which these are parts may ask further prompts when all of this is judged."""
+    """Return whether the rounds of these parts may need further prompts once all rows are judged."""
     return any(part.provenance.get(GROWS) for part in parts)
 
 
-def _asked_of(provenance: Mapping[str, Any]) -> AskedPrompt | None:
+def _read_plan(provenance: Mapping[str, Any]) -> AskedPrompt | None:
     rounds, pieces = provenance.get(ROUNDS), provenance.get(PIECES)
-    return AskedPrompt(rounds, pieces) if type(rounds) is type(pieces) is int and min(rounds,
-                                                                                      pieces) > 0 else None
+    if type(rounds) is not int or type(pieces) is not int or min(rounds, pieces) < 1:
+        return None
+    return AskedPrompt(rounds, pieces)

@@ -43,7 +43,7 @@ def test_numbers_of_measured_pairs_are_kept_like_those_of_samples(pairs: Path, t
     assert reference._missing() == [("pairs", 0), ("pairs.heldout", 0)]
     for parts in reference._parts.values():
         count = parts.starts(0)[-1]
-        write_sealed(parts.file(0), np.arange(count, dtype=np.float32).tobytes(), parts.of(0))
+        write_sealed(parts.file(0), np.arange(count, dtype=np.float32).tobytes(), parts.identify(0))
     lengths = source.shard("heldout").lengths[np.arange(4)]
     again = Reference(tmp_path, pairs, [source], 128, {"pairs": range(4)})
     again.refuse_changed()
@@ -73,7 +73,7 @@ def test_a_reference_is_known_again_by_its_weights_its_data_and_its_samples(pair
     reference(first)._open()
     reference(again)._open()  # such as a Hugging Face folder that was converted once more
     for changed in (reference(other), reference(first, 256)):
-        with pytest.raises(UserError, match="another reference, of other"):
+        with pytest.raises(UserError, match="another reference, other data"):
             changed._open()
 
 
@@ -95,7 +95,7 @@ def test_a_run_goes_on_only_with_what_its_reference_has_read(pairs: Path, tmp_pa
         reference(128).refuse_changed()
     reference(128)._open()
     parts = reference(128)._parts["pairs"]
-    write_sealed(parts.file(0), np.zeros(parts.starts(0)[-1], np.float32).tobytes(), parts.of(0))
+    write_sealed(parts.file(0), np.zeros(parts.starts(0)[-1], np.float32).tobytes(), parts.identify(0))
     reference(64).refuse_changed()
     assert parts.column(0, 0, 2).tolist() == [0, 0] and reference(128)._missing() == []
     with pytest.raises(UserError, match=r"samples have 256 \(data"):
@@ -118,6 +118,6 @@ def test_a_model_is_not_asked_beyond_its_context(pairs: Path, tmp_path: Path, mo
     monkeypatch.setattr(reference, "run_forward_model", lambda *_: None)
     config = recipes.get("tiny-solar-open")
     longest = int(max(opened(pairs)[0].shard("train").lengths))
-    with pytest.raises(UserError, match=rf"--reference other: reads 16 tokens .* has samples of {longest};"):
+    with pytest.raises(UserError, match=rf"reads at most 16 tokens.* has samples of {longest};"):
         reference.Reference(tmp_path / "run", pairs, opened(pairs), 4096).make_apart(pairs, config, None)
     reference.Reference(tmp_path / "run", pairs, opened(pairs), 16).make_apart(pairs, config, None)

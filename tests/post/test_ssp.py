@@ -32,7 +32,7 @@ def drawn(num_right: int) -> Fraction:
 def test_the_best_is_the_one_that_solves_most_in_k_draws_and_not_in_one() -> None:
     # the first is right more often in all, the second on more problems
     sure, wide = measured("step-100", [6, 6, 0, 0]), measured("step-200", [2, 2, 2, 2])
-    assert sure.value(1) == 0.5 > wide.value(1)
+    assert sure.mean_pass_at_k(1) == 0.5 > wide.mean_pass_at_k(1)
     choice = choose([sure, wide], K)
     assert choice.checkpoint == "step-200"
     assert choice.value == pytest.approx(float(drawn(2)))

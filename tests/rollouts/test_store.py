@@ -25,7 +25,8 @@ from megatron_sov.rollouts.rows import (
     JUDGED, NOT_WRITTEN, AskedPrompt, Key, RewardRow, Rollout, RolloutPart, not_written, numbers_in,
     part_name)
 from megatron_sov.rollouts.store import (
-    NAMES, REPEATED, ROLLOUTS, SPLIT, RolloutStore, problems_of, rewards_table, rollouts_of, rollouts_table)
+    NAMES, REPEATED, ROLLOUTS, SPLIT, RolloutStore, StoreSettings, problems_of, rewards_table, rollouts_of,
+    rollouts_table)
 from megatron_sov.work.tables import parquet as bounds
 from megatron_sov.work.tables.parquet import read_table, write_table
 from megatron_sov.work.tables.table import AlreadyPublished
@@ -163,7 +164,7 @@ def test_columns_that_are_not_asked_for_are_not_read(store: RolloutStore) -> Non
     assert (row.key, row.response, row.record["answer"]) == (rollout().key, "네 4", "4")
     assert row.routes is None and len(row.tokens) == 0
     assert np.array_equal(store.read_rollouts(NAME, ["routes"])[0].routes, routes)
-    with pytest.raises(ValueError, match="'text' is no field"):
+    with pytest.raises(ValueError, match="'text' is not a field"):
         store.read_rollouts(NAME, ["text"])
 
 
@@ -184,8 +185,9 @@ def test_a_row_with_a_problem_is_kept_out_and_counted(changes: dict[str, Any], s
     store.add_rollouts(NAME, [rollout(0), rollout(1, **changes)], {})
     for _ in range(2):
         assert [row.key.sample for row in store.read_rollouts(NAME)] == [0]
-    assert store.parts()[0].num_excluded == 1
-    assert capsys.readouterr().err.count(f"1 of 2 rows are kept out; the first is row 1: {sentence}") == 1
+    assert store.parts()[0].num_kept_out == 1
+    warning = f"1 of 2 rows break a rule and are skipped; the first is row 1: {sentence}"
+    assert capsys.readouterr().err.count(warning) == 1
 
 
 def test_a_store_is_of_a_tokenizer_and_not_of_the_bytes_of_its_file(tmp_path: Path) -> None:
@@ -194,12 +196,12 @@ def test_a_store_is_of_a_tokenizer_and_not_of_the_bytes_of_its_file(tmp_path: Pa
     for name, text in texts.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "tokenizer.json").write_text(text)
-    RolloutStore.create_for(tmp_path / "store", tmp_path / "base", 100)
-    store = RolloutStore.create_for(tmp_path / "store", tmp_path / "sft", 100)
+    StoreSettings(tmp_path / "store", tmp_path / "base", 100).open()
+    store = StoreSettings(tmp_path / "store", tmp_path / "sft", 100).open()
     assert store.is_written_in(tmp_path / "base") and not store.is_written_in(tmp_path / "other")
     store.add_rollouts(part_name(1, 0), [rollout()], {})
     with pytest.raises(UserError, match="rollout store of tokenizer"):
-        RolloutStore.create_for(store.path, tmp_path / "other", 100)
+        StoreSettings(store.path, tmp_path / "other", 100).open()
 
 
 def test_a_store_has_one_tokenizer(store: RolloutStore, tmp_path: Path) -> None:
@@ -293,8 +295,8 @@ FOREIGN = [
     (with_column("response", ["a", None]), "column 'response' has places without a value"),
     (with_column("record", ["{}", "[" * 100_000]), "JSON that is nested too deep"),
     (with_column("record", ["{}", "[]"]), r"'\[\]' is no JSON object"),
-    (with_column("record", ["{}", "{"]), "a row holds what the store does not take"),
-    (with_column("record", ["{}", '{"a": ' + "9" * 5000 + "}"]), "a row holds what the store does not take"),
+    (with_column("record", ["{}", "{"]), "a row does not fit the store"),
+    (with_column("record", ["{}", '{"a": ' + "9" * 5000 + "}"]), "a row does not fit the store"),
     (with_column("response", pa.array([b"a", b"\xff"]).view(pa.string())), "is damaged"),
     (with_column("routes", [None, b"123"], pa.large_binary()), "routes of 3 bytes are not"),
     (with_column("round", [1, 2], pa.int32()), "has a row of round 2"),
@@ -313,7 +315,7 @@ def test_what_a_stranger_wrote_is_named_and_refused(number: int, store: RolloutS
 def test_rows_of_a_stranger_are_looked_at(store: RolloutStore, capsys: pytest.CaptureFixture[str]) -> None:
     foreign(store, with_column("temperature", [1.0, 0.0]))
     assert [row.key.sample for row in store.read_rollouts(NAME)] == [0]
-    assert "1 of 2 rows are kept out; the first is row 1: has temperature 0.0" in capsys.readouterr().err
+    assert "are skipped; the first is row 1: has temperature 0.0" in capsys.readouterr().err
 
 
 def test_a_small_file_that_stands_for_much_is_not_read(store: RolloutStore,

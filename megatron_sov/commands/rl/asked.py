@@ -26,7 +26,7 @@ from megatron_sov.runs.launch_environment import is_first_rank
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
-    from megatron_sov.post.rl.generate import Writer
+    from megatron_sov.post.rl.generate.writers import RolloutSource
 
 VALIDATION_OPTION = "--validation"
 MAX_TOLD = 3
@@ -165,9 +165,9 @@ def longest_of(rollout: RolloutConfig, environment: AskedEnvironment | None) -> 
     return rollout.max_prompt_tokens + rollout.max_new_tokens + more
 
 
-def writer_of(args: AskingOptions, config: RunConfig, prompts: PromptList, start: Target, engine_name: str,
-              environment: AskedEnvironment | None) -> tuple[Writer, SetAside]:
-    """Return the writer of rows, plain responses or episodes, and the prompts that it does not ask.
+def source_of(args: AskingOptions, config: RunConfig, prompts: PromptList, start: Target, *,
+              engine_name: str, environment: AskedEnvironment | None) -> tuple[RolloutSource, SetAside]:
+    """Return the source of rows, plain responses or episodes, and the prompts that it does not ask.
 
     Args:
         args: how prompts are asked.
@@ -183,8 +183,8 @@ def writer_of(args: AskingOptions, config: RunConfig, prompts: PromptList, start
     from megatron_sov.chat.encode import TurnEncoder
     from megatron_sov.infer.asking import Asker
     from megatron_sov.judge.tools.playing import EpisodeTable
-    from megatron_sov.post.rl.episodes import Episodes
-    from megatron_sov.post.rl.responses import ResponseSource
+    from megatron_sov.post.rl.generate.episodes import Episodes
+    from megatron_sov.post.rl.generate.responses import ResponseSource
 
     folder, rollout = start.tokenizer_folder, config.rollout
     chat = read_chat_encoder(folder)
@@ -197,11 +197,13 @@ def writer_of(args: AskingOptions, config: RunConfig, prompts: PromptList, start
     if environment is None:
         responses = ResponseSource(asker, rollout, engine_name, args.plain, chosen_by,
                                    with_routes=config.policy.router_replay)
-        return responses, set_aside(prompts, responses.too_long(prompts), rollout.max_prompt_tokens)
+        return responses, set_aside(prompts, responses.measure_long_prompts(prompts),
+                                    rollout.max_prompt_tokens)
     limits = environment.limits
     assert chat is not None, "options refuse --plain"
     table = EpisodeTable(environment.order, TurnEncoder(chat, str(folder)), limits, args.batch_size)
     chosen_by |= {"environment": environment.version, "limits": asdict(limits)}
-    episodes = Episodes(table, environment.version, asker.decode, asker.end_ids, rollout, engine_name,
-                        chosen_by, with_routes=config.policy.router_replay)
+    episodes = Episodes(
+        table=table, version=environment.version, decode=asker.decode, end_ids=asker.end_ids, rollout=rollout,
+        engine_name=engine_name, chosen_by=chosen_by, with_routes=config.policy.router_replay)
     return episodes, set_aside(prompts, {}, rollout.max_prompt_tokens)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from megatron_sov.base.settings import (
 from megatron_sov.chat.vocabulary import TOKENIZER_JSON
 from megatron_sov.commands.rl.asked import (
     VALIDATION_OPTION, AskedEnvironment, AskingOptions, PromptOptions, environment_of, kept, longest_of,
-    read_heldout, refuse_too_long, writer_of)
+    read_heldout, refuse_too_long, source_of)
 from megatron_sov.commands.rl.rl_reward import JudgedOptions
 from megatron_sov.commands.rl.teachers import (
     ScoringTeacherOptions, live_teacher_of, refuse_teachers, teachers_of)
@@ -33,7 +32,7 @@ from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.model.config.run import add_rounds, retain_policies
 from megatron_sov.model.objectives import get_factory
 from megatron_sov.model.recipes.requested import RecipeOptions
-from megatron_sov.post.rl.reward import ENVIRONMENT, judging, refuse_unjudged, reward_version
+from megatron_sov.post.rl.reward import ENVIRONMENT, RewardJudge, refuse_unjudged, reward_version
 from megatron_sov.rollouts.prompts import PromptList, list_set_aside, round_prompts, rounds_between
 from megatron_sov.runs.checkpoints import check_model_path, hash_checkpoint_files
 from megatron_sov.runs.folder import FIXED_ROLLOUT_SETTINGS, ROUNDS, VALIDATION, RunFolder, fixed_settings
@@ -44,8 +43,9 @@ from megatron_sov.work.progress.locks import Claims
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
-    from megatron_sov.post.rl.feed import Producer
-    from megatron_sov.post.rl.requests import LiveServers
+    from megatron_sov.post.rl.generate.live import LiveRollouts
+    from megatron_sov.post.rl.generate.servers import LiveServers
+    from megatron_sov.post.rl.generate.writers import GenerationSettings, RolloutWriter
     from megatron_sov.post.rl.validation import Validation
     from megatron_sov.train.stages.gate import EndGate
 
@@ -123,7 +123,7 @@ def run_generate(args: argparse.Namespace) -> int:
     # a store has the digest of its tokenizer, and responses are tokens of it
     refuse_no_tokenizer(options.start_from, start.tokenizer_folder)
     engine = _engine(options, start, rollout, environment)
-    summary = _write(options, config, rounds, prompts, start, engine, environment)
+    summary = _write(options, config, rounds, prompts, start, engine_name=engine, environment=environment)
     return ExitCode.OK if summary is None else _tell_written(options, rounds, summary)
 
 
@@ -164,18 +164,20 @@ def _engine(args: RlGenerateOptions, start: Target, rollout: RolloutConfig,
 
 
 def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: PromptList,
-           start: Target, engine_name: str, environment: AskedEnvironment | None) -> dict[str, Any] | None:
+           start: Target, *, engine_name: str, environment: AskedEnvironment | None
+           ) -> dict[str, Any] | None:
     """Load the policy and write; None on other processes than the first."""
     from megatron_sov.engine.parallel.world import on_first
     from megatron_sov.infer.engines.server_engine import ServerEngine
-    from megatron_sov.post.rl.generate import Further, Missing, PieceQueue, Take, run_policies, write_rounds
-    from megatron_sov.post.rl.publish import further_pieces, is_published
-    from megatron_sov.post.rl.requests import row_requests, write_by_requests
-    from megatron_sov.post.rl.responses import key_digest
-    from megatron_sov.rollouts.store import RolloutStore
+    from megatron_sov.post.rl.generate.pieces import FurtherPieces, PendingPieces, PieceQueue
+    from megatron_sov.post.rl.generate.requests import build_requests, write_by_requests
+    from megatron_sov.post.rl.generate.responses import key_digest
+    from megatron_sov.post.rl.generate.writers import EngineSettings, LoadPolicy, run_policies, write_batches
+    from megatron_sov.post.rl.publish.publisher import further_pieces, is_published
+    from megatron_sov.rollouts.store import StoreSettings
 
     folder, rollout = start.tokenizer_folder, config.rollout
-    writer, aside = writer_of(args, config, prompts, start, engine_name, environment)
+    source, aside = source_of(args, config, prompts, start, engine_name=engine_name, environment=environment)
     prompts = args.kept(prompts, aside, args.store)
     round_prompts(prompts, rollout, rounds[0])  # which refuses too few of them
     policy_of = partial(find_round_policy, args.run, start.path, rollout=rollout)
@@ -187,26 +189,31 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: P
     # the policy that the engine begins with; later ones are loaded as checkpoints appear
     held = build_start_policy(start.path)
 
-    def work(engine: Engine, take: Take) -> dict[str, Any]:
-        create = partial(RolloutStore.create_for, args.store, folder, start.vocab_size)
-        on_first(lambda: list_set_aside(create().path, aside))  # made by one, before all open it
-        store = create()
-        missing = Missing(store, Claims(store.claims, rollout.lease_s), prompts, rollout, rounds, policy_of,
-                          # in the key: rows that were written otherwise are not taken for these
-                          lambda number: key_digest(rollout, number, writer.chosen_by), further)
-        # how rows were written goes into the parts' provenance
-        told = {"engine": engine_name, "settings": list(args.engine_set), "environment": args.environment}
-        desk = PieceQueue(missing, store, args.wait, told)
-        if isinstance(engine, ServerEngine):
-            return write_by_requests(row_requests(engine, writer, engine.room), take, desk, engine.room)
-        return write_rounds(engine, take, held, writer, desk)
+    settings = StoreSettings(args.store, folder, start.vocab_size)
+    # how rows were written goes into the parts' provenance
+    provenance = {"engine": engine_name, "settings": list(args.engine_set), "environment": args.environment}
 
-    found: dict[str, Any] | None = run_policies(
-        engine_name, start, work, longest=longest_of(rollout, environment),
-        batching=Batching(args.batch_size), settings=args.engine_set, nproc=args.nproc,
-        option=ENGINE_SET, with_routes=config.policy.router_replay,
+    def work(engine: Engine, load_policy: LoadPolicy) -> dict[str, Any]:
+        on_first(lambda: list_set_aside(settings.open().path, aside))  # made by one, before all open it
+        store = settings.open()
+        pending = PendingPieces(
+            store=store, claims=Claims(store.claims, rollout.lease_s), prompts=prompts, rollout=rollout,
+            rounds=rounds, find_policy=policy_of, further=further,
+            # in the key: rows that were written otherwise are not taken for these
+            sampling_digest=lambda number: key_digest(rollout, number, source.chosen_by))
+        queue = PieceQueue(pending=pending, store=store, wait_s=args.wait, provenance=provenance)
+        if isinstance(engine, ServerEngine):
+            return write_by_requests(build_requests(engine, source, engine.room), queue, engine.room,
+                                     load_policy)
+        return write_batches(engine, source, queue, loaded=held, load_policy=load_policy)
+
+    engine = EngineSettings(
+        name=engine_name, longest=longest_of(rollout, environment), batching=Batching(args.batch_size),
+        settings=args.engine_set, nproc=args.nproc, option=ENGINE_SET,
+        with_routes=config.policy.router_replay,
         places=None if engine_name not in SERVED else args.places(args.run))
-    return found
+    summary: dict[str, Any] | None = run_policies(engine, start, work)
+    return summary
 
 
 def _tell_written(args: RlGenerateOptions, rounds: range, summary: dict[str, Any]) -> int:
@@ -301,18 +308,9 @@ def parse_rounds(args: RoundsOptions, completed: Callable[[RunConfig], RunConfig
     return ParsedRounds(parsed, prompts, version, gate_of(args, parsed.config, parsed.start), heldout)
 
 
-def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait_s: float = 0.0,
-                 producer: Producer | None = None, validation: Validation | None = None) -> None:
-    """Run the stage.
-
-    Args:
-        args: of the command.
-        parsed: the same, checked.
-        began_s: Unix time at which the command began.
-        wait_s: how long a round is waited for.
-        producer: writes and judges rounds; None: other jobs do.
-        validation: of its policies; None: there is none.
-    """
+def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, *, wait_s: float = 0.0,
+                 rollouts: LiveRollouts | None = None, validation: Validation | None = None) -> None:
+    """Train the rounds. Without `rollouts` other jobs generate and judge each within `wait_s` seconds."""
     from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
     from megatron_sov.train.data.rounds import BEHAVIOUR, rounds_of, rounds_source
 
@@ -320,8 +318,10 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
     from megatron_sov.post.distillation.distill import OnPolicyDistillation, TaughtFactory, measure_teacher
     from megatron_sov.post.policy import check_sources, objective_of, texts_of
     from megatron_sov.post.preference import round_objective_of
-    from megatron_sov.post.rl.feed import RoundFeed, columns_of_run
-    from megatron_sov.post.rl.publish import Publisher, published_numbers
+    from megatron_sov.post.rl.logprob_columns import columns_of_run
+    from megatron_sov.post.rl.publish.publisher import Publisher, published_numbers
+    from megatron_sov.post.rl.round_loader import RoundLoader
+    from megatron_sov.post.rl.run import RolloutCycle
     from megatron_sov.post.rl.validation import SampledRounds
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.objectives.objective import columns_of
@@ -339,7 +339,7 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
     publisher = Publisher(config, args.run / ROUNDS, args.store, parsed.prompts, parsed.reward_version,
                           tokenizer, policies.is_own, {} if producer is None else producer.writer.chosen_by)
     # rounds that were published from another store would be trained as if they were of this one
-    publisher.refuse_other_store()
+    publisher.check_store()
     teacher = live_teacher_of(args, config, tokenizer, args.nproc)
     learned = round_objective_of if config.policy.learns_preferences else objective_of
     objective = get_factory(config, learned(config) if teacher is None
@@ -348,18 +348,17 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
                              teachers_of(args, config, tokenizer) if teacher is None else ())
     # a source whose rounds open one by one, as they are published
     source = rounds_source(args.run / ROUNDS, config.model.vocab_size, tokenizer, columns.names,
-                           columns.routes, (BEHAVIOUR, *published_numbers(config)))
+                           routes=columns.routes, published=(BEHAVIOUR, *published_numbers(config)))
     check_sources(config, [*texts, source])
     rounds = rounds_of([source])
     assert rounds is not None, "the source has no rounds"
-    feed = RoundFeed(rounds, config.rollout, publisher.publish, columns, policies, wait_s,
-                     None if producer is None else producer.produce, args.store,
-                     (lambda: None) if producer is None else producer.close, validation,
-                     SampledRounds(config.obs.sample_rows, config.rollout.rounds))
-
+    loader = RoundLoader(documents=rounds, rollout=config.rollout, columns=columns, store=args.store,
+                         samples=SampledRounds(config.obs.sample_rows, config.rollout.rounds))
+    cycle = RolloutCycle(rollout=config.rollout, policies=policies, rollouts=rollouts, publisher=publisher,
+                         loader=loader, validation=validation, wait_s=wait_s, store=args.store)
     after = partial(measure_teacher, sources=texts, teacher=teacher)
     run_stage(Stage(config, RunFolder(args.run), objective, start, args.resume, texts, (source,),
-                    before=after, after=after, feed=feed, end_gate=parsed.gate,
+                    before=after, after=after, feed=cycle, end_gate=parsed.gate,
                     faults=parsed.stage.faults, until=args.until, dry_run=args.dry_run,
                     notes=parsed.stage.notes), args.nproc, began_s)
 
@@ -420,36 +419,40 @@ def _run(args: RlRunOptions, parsed: ParsedRounds, began_s: float) -> None:
 
     prepare_megatron()
     from megatron_sov.infer.engines.target import find_target
-    from megatron_sov.post.rl.feed import Producer
-    from megatron_sov.rollouts.store import RolloutStore
+    from megatron_sov.post.rl.generate.live import LiveRollouts
+    from megatron_sov.post.rl.generate.writers import GenerationSettings
+    from megatron_sov.rollouts.store import StoreSettings
 
     assert parsed.stage.start is not None, "--from is required"
     config, start = parsed.stage.config, find_target(parsed.stage.start)
     refuse_no_tokenizer(args.start_from, start.tokenizer_folder)
     environment = environment_of(args, config)
     refuse_too_long(config.rollout, environment, start)
-    writer, aside = writer_of(args, config, parsed.prompts, start, args.engine, environment)
+    source, aside = source_of(args, config, parsed.prompts, start, engine_name=args.engine,
+                              environment=environment)
     prompts = args.kept(parsed.prompts, aside, args.store)
     round_prompts(prompts, config.rollout, 1)  # which refuses too few of them
-    producer = Producer(
-        partial(RolloutStore.create_for, args.store, start.tokenizer_folder, start.vocab_size), prompts,
-        aside, config.rollout, args.run, writer, Batching(args.batch_size), parsed.reward_version,
-        partial(judging, args.reward, args.reward_set, args.workers),
-        {"engine": args.engine, "environment": args.environment, "reward": args.reward},
-        config.policy.parts.max_gen_batches,
-        _live_servers(args, config, start))
-    validation = _validation(args, parsed, producer, start, environment)
+    settings = GenerationSettings(
+        store=StoreSettings(args.store, start.tokenizer_folder, start.vocab_size), prompts=prompts,
+        set_aside=aside, rollout=config.rollout, run=args.run, source=source,
+        provenance={"engine": args.engine, "environment": args.environment, "reward": args.reward},
+        max_gen_batches=config.policy.parts.max_gen_batches)
+    servers = _live_servers(args, config, start)
+    rollouts = LiveRollouts(
+        settings=settings, writer=_writer(args, settings, servers),
+        reward=RewardJudge(args.reward, args.reward_set, args.workers, parsed.reward_version))
+    validation = _validation(args, parsed, rollouts, start, environment=environment, servers=servers)
     try:
-        train_rounds(args, parsed, began_s, producer=producer, validation=validation)
+        train_rounds(args, parsed, began_s, rollouts=rollouts, validation=validation)
     # workers that judge end with the run, also with one that failed
     finally:
-        producer.close()
+        rollouts.close()
         if validation is not None:
-            validation.asking.close()
+            validation.rollouts.close()
 
 
-def _validation(args: RlRunOptions, parsed: ParsedRounds, training: Producer, start: Target,
-                environment: AskedEnvironment | None) -> Validation | None:
+def _validation(args: RlRunOptions, parsed: ParsedRounds, training: LiveRollouts, start: Target, *,
+                environment: AskedEnvironment | None, servers: LiveServers | None) -> Validation | None:
     """Return what validates the run's policies, by the engine and the processes that judge of its training.
 
     Raises:
@@ -457,15 +460,16 @@ def _validation(args: RlRunOptions, parsed: ParsedRounds, training: Producer, st
     """
     if parsed.heldout is None:
         return None
-    from megatron_sov.post.rl.feed import Producer
-    from megatron_sov.post.rl.validation import SampledRounds, Validation, measured_by
-    from megatron_sov.rollouts.store import RolloutStore
+    from megatron_sov.post.rl.generate.live import LiveRollouts
+    from megatron_sov.post.rl.validation import SampledRounds, Validation, digest_conditions
+    from megatron_sov.rollouts.store import StoreSettings
 
     config, folder = parsed.stage.config, args.run / VALIDATION
     rollout = config.rollout.for_validation(len(parsed.heldout))
     # where tokens went is needed by a trainer alone
     asked = replace(config, rollout=rollout, policy=replace(config.policy, router_replay=False))
-    writer, aside = writer_of(args, asked, parsed.heldout, start, args.engine, environment)
+    source, aside = source_of(args, asked, parsed.heldout, start, engine_name=args.engine,
+                              environment=environment)
     prompts = kept(f"{VALIDATION_OPTION} {args.validation}", parsed.heldout, aside, folder)
     rollout = config.rollout.for_validation(len(prompts))
     store = partial(RolloutStore.create_for, folder, start.tokenizer_folder, start.vocab_size)
@@ -482,12 +486,14 @@ def _live_servers(args: RlRunOptions, config: RunConfig, start: Target) -> LiveS
     if args.engine == MEGATRON:
         return None
     from megatron_sov.infer.engines.server_engine import server_settings
-    from megatron_sov.post.rl.requests import LiveServers
+    from megatron_sov.post.rl.generate.servers import LiveServers, ServerSettings
 
     # a Hugging Face folder is what the servers load; of a checkpoint they get one
-    return LiveServers(args.engine, args.start_from, args.places(args.run),
-                       server_settings(args.engine, args.engine_set, ENGINE_SET),
-                       longest_of(config.rollout, None), start.vocab_size, config.policy.router_replay)
+    return LiveServers(ServerSettings(
+        engine=args.engine, start=args.start_from, places=args.places(args.run),
+        servers=server_settings(args.engine, args.engine_set, ENGINE_SET),
+        longest=longest_of(config.rollout, None), vocab_size=start.vocab_size,
+        with_routes=config.policy.router_replay))
 
 
 RUN = build_command(RlRunOptions, run_all)

@@ -96,7 +96,7 @@ def run_probe(typed: argparse.Namespace) -> int:
         bar.update(len(known))
     events.add("ssp_probe", step=events.last_step(), output=str(args.output), reward=args.reward,
                samples=args.samples, **content)
-    print(ssp.table(content))
+    print(ssp.format_table(content))
     return ExitCode.OK
 
 

@@ -292,9 +292,9 @@ def _make_states(args: DistillOptions, reader: _DataReader, teacher: Path, confi
 def _refuse_beside(args: DistillOptions, asked: DistillationConfig, made: StateFiles, vocab_size: int
                    ) -> None:
     """Raise `UserError` where a folder cannot be learned from together with one that is still to be made."""
-    from megatron_sov.post.distillation.distill import refuse_other_kept
+    from megatron_sov.post.distillation.distill import check_outputs
 
-    refuse_other_kept(made, asked, vocab_size)
+    check_outputs(made, asked, vocab_size)
     if not asked.top_k and made.kept.dtype != args.states_dtype:
         raise UserError(f"--states-dtype {args.states_dtype}: {made.folder} is in {made.kept.dtype}, and all "
                         f"folders of a run are in one; pass --states-dtype {made.kept.dtype}")

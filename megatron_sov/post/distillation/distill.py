@@ -1,9 +1,8 @@
-"""Learning a teacher's distribution of the next token, over the labels that the data have learned; and how
-far the student is from it on held-out documents, before the first step and after the last.
+"""Distillation: the student learns a teacher's distribution of the next token at the learned labels; its
+divergence on held-out documents is measured before the first and after the last step.
 
-The numbers of a teacher that is kept were computed before (`teacher`), so that nothing of it is in memory but
-its output head, on the last pipeline stage.  They are read at the tokens of a micro-batch that this process
-holds.  What a student writes itself is read by a teacher beside it.
+A `KeptTeacher` reads outputs that the teacher's job wrote (`teacher`), so that memory holds only its output
+head, on the last pipeline stage. A `LiveTeacher` reads responses that the student itself generated.
 """
 
 from __future__ import annotations
@@ -46,88 +45,91 @@ from megatron_sov.train.objectives.objective import (
     GlobalBatch, LossSums, columns_of, formats_of, per_source, with_denominators)
 from megatron_sov.train.stages.gate import GateView
 
+DIVERGENCE, CROSS_ENTROPY = "divergence", "cross_entropy"
+SPLIT = "heldout"
+
 
 class RunTeacher(Protocol):
-    """Whose distributions a run learns."""
+    """A teacher whose distributions a run learns."""
 
     teacher: str
     """Digest of its weights."""
     divergence: Divergence
-    """Which is learned."""
+    """The divergence to minimise."""
 
     def verify(self, world: ParallelWorld) -> None:
-        """Look at its files; called by all processes together, before anything is read.
+        """Verify the teacher's files; called by all processes together before the first read.
 
         Raises:
-            UserError: one is missing or is not what was written; on every process.
+            UserError: a file is missing or damaged; on every process.
         """
         ...
 
     def read(self, batches: Sequence[MicroBatch]) -> tuple[MicroBatch, ...]:
-        """Have it read micro-batches before they are learned; called by all processes together."""
+        """Run the teacher on micro-batches before the student learns them; called by all processes
+        together."""
         ...
 
     def at(self, batch: MicroBatch, head: Head, split: str = "train") -> Teacher:
-        """Return what it says at the local tokens of a micro-batch, as `read` gave it.
+        """Return the teacher's outputs at the local tokens of a micro-batch from `read`.
 
         Args:
-            batch: rows of documents of a split.
-            head: the student's, by which the teacher's is split.
-            split: which.
+            batch: the micro-batch.
+            head: the student's head, whose vocabulary shard the teacher's head follows.
+            split: split of the documents.
 
         Raises:
-            UserError: it has not read one of them.
+            UserError: the teacher has not read a document.
         """
         ...
 
     def heard(self, batch: MicroBatch, split: str = "train") -> torch.Tensor:
-        """Return [n] what each label of a whole row weighs: as in the data where the teacher says something,
-        else 0."""
+        """Return the weight of each label of whole rows, [n]: 0 for labels without teacher outputs."""
         ...
 
 
 class KeptTeacher:
-    """What teachers have said of the data before: of each source one."""
+    """Teacher outputs on disk, of one teacher for each source."""
 
     def __init__(self, folders: Sequence[StateFiles], asked: DistillationConfig, sources: Sequence[Source],
                  vocab_size: int) -> None:
-        """Check that it can be learned from as the settings ask.
+        """Check the outputs against the settings.
 
         Args:
-            folders: what is kept of it.
+            folders: artifacts of teacher outputs.
             asked: the settings.
-            sources: those that the run reads.
-            vocab_size: the student's.
+            sources: sources of the run.
+            vocab_size: vocabulary size of the student.
 
         Raises:
-            UserError: something else of it was kept, it has not read a source, or it knows other token ids.
+            UserError: an artifact has other outputs or another vocabulary, or lacks a source.
         """
         for files in folders:
-            refuse_other_kept(files, asked, vocab_size)
+            check_outputs(files, asked, vocab_size)
         self._by_source = {index: files for files in folders for index in files.sources}
         for index, source in enumerate(sources):
             if index not in self._by_source:
                 raise UserError(f"{', '.join(str(files.folder) for files in folders)}: the teacher has not "
                                 f"read source {source.name!r} of {source.artifact}; let `megatron-sov "
                                 "distill states` read it, and name its folder by --states too")
-        told = {source.name: self._by_source[index].teacher for index, source in enumerate(sources)}
-        first = folders[0].teacher
-        self.teacher = first if {*told.values()} <= {first} else ", ".join(
-            f"{name}: {digest}" for name, digest in told.items())
+        digests = {source.name: self._by_source[index].teacher for index, source in enumerate(sources)}
+        self.teacher = folders[0].teacher
+        if not {*digests.values()} <= {self.teacher}:
+            self.teacher = ", ".join(f"{name}: {digest}" for name, digest in digests.items())
         self.divergence = Divergence(asked.beta, asked.temperature)
         self._asked = asked
-        # several folders of a teacher have one head; its states are numbers of one kind in each
+        # Folders of one teacher share its head; the dtype of its states may differ.
         self._kinds = list({(f.teacher, f.dtype): f for f in folders}.values())
         kinds = [(f.teacher, f.dtype) for f in self._kinds]
         self._kind_of = {index: kinds.index((f.teacher, f.dtype)) for index, f in self._by_source.items()}
         self._heads: dict[int, torch.Tensor] = {}
 
     def verify(self, world: ParallelWorld) -> None:
-        """As `RunTeacher.verify`: look at every file that is kept, each on one process."""
+        """Verify all files, each on one process; see `RunTeacher.verify`."""
         folders = sorted({files.folder for files in self._by_source.values()})
         files = [(folder / name, record) for folder in folders
                  for name, record in read_manifest(folder).files.items()]
-        # A checksum reads the whole file, so each process takes its share; then all name the same one.
+        # Checksums read whole files, so each process verifies its share; all raise the same error.
         own = range(world.rank, len(files), world.size)
         damaged = next((i + 1 for i in own if find_file_damage(*files[i])), 0)
         for number in collectives.of_all_ranks(float(damaged)):
@@ -136,106 +138,110 @@ class KeptTeacher:
                                 "`megatron-sov distill states`")
 
     def read(self, batches: Sequence[MicroBatch]) -> tuple[MicroBatch, ...]:
-        """As `RunTeacher.read`: it has read them."""
+        """Return the batches: their outputs are on disk."""
         return tuple(batches)
 
     def at(self, batch: MicroBatch, head: Head, split: str = "train") -> Teacher:
-        """As `RunTeacher.at`."""
+        """See `RunTeacher.at`."""
         pieces = context.pieces(len(batch.labels))
         if self._asked.top_k:
-            ids, logprobs = unpacked(self._rows(batch.origins, pieces, split))
-            # Above 0 the teacher says nothing: `heard` gives no weight, and 0 keeps it finite.
+            ids, logprobs = unpacked(self._read_rows(batch.origins, pieces, split))
+            # A positive log-probability marks a missing output: `heard` gives it no weight, and 0 stays
+            # finite.
             return TeacherTopK(ids, logprobs.where(logprobs[:, :1] <= 0, 0.0), self._asked.keep_remainder)
-        found = sorted({self._kind_of[source] for _, source, _ in batch.origins}) or [0]
-        teachers = [TeacherStates(self._rows(batch.origins, pieces, split, kind), self._head(kind, head),
-                                  self._kinds[kind].logits_softcap) for kind in found]
-        if len(found) == 1:
+        kinds = sorted({self._kind_of[source] for _, source, _ in batch.origins}) or [0]
+        teachers = [TeacherStates(self._read_rows(batch.origins, pieces, split, kind),
+                                  self._load_head(kind, head), self._kinds[kind].logits_softcap)
+                    for kind in kinds]
+        if len(kinds) == 1:
             return teachers[0]
-        # padding has no weight, whoever speaks of it
+        # Padding has no weight, so any teacher may own it.
         owners = torch.zeros(sum(end - first for first, end in pieces), dtype=torch.int64)
-        for here, source, _, _, _ in _shared(batch.origins, pieces):
-            owners[here] = found.index(self._kind_of[source])
+        for here, source, _, _, _ in _iter_overlaps(batch.origins, pieces):
+            owners[here] = kinds.index(self._kind_of[source])
         return SeveralTeachers(owners, teachers)
 
     def heard(self, batch: MicroBatch, split: str = "train") -> torch.Tensor:
-        """As `RunTeacher.heard`: nothing where its tokens do not begin with the student's."""
+        """Return 0 for labels at which the teacher's tokens are not aligned; see `RunTeacher.heard`."""
         if not self._asked.other_tokenizer:
             return batch.weights
-        rows = self._rows(batch.origins, [(0, len(batch.labels))], split)
+        rows = self._read_rows(batch.origins, [(0, len(batch.labels))], split)
         says = unpacked(rows)[1][:, 0] <= 0
         return batch.weights * to_device(says, batch.weights.device)
 
-    def _rows(self, origins: tuple[RowOrigin, ...], pieces: Sequence[tuple[int, int]], split: str,
+    def _read_rows(self, origins: tuple[RowOrigin, ...], pieces: Sequence[tuple[int, int]], split: str,
               kind: int = 0) -> torch.Tensor:
-        """Return [n, width] what is kept of the n tokens of some pieces of a row; of padding, and of tokens
-        of another teacher, something that can be computed with, and has no weight."""
+        """Return the outputs at the n tokens of pieces of a row, [n, width]; finite placeholders for padding
+        and for tokens of other teachers, which have no weight."""
         files, top_k = self._kinds[kind], self._asked.top_k
         rows = torch.zeros(sum(end - first for first, end in pieces), files.width, dtype=files.dtype)
         if top_k:
-            rows[:, :top_k] = torch.arange(top_k)  # distinct ids, each of log-probability 0
-        for here, source, document, start, count in _shared(origins, pieces):
-            # most probable tokens are of one shape, whoever found them
+            rows[:, :top_k] = torch.arange(top_k)  # distinct ids of log-probability 0
+        for here, source, document, start, count in _iter_overlaps(origins, pieces):
+            # Most probable tokens have one shape for all teachers.
             if top_k or self._kind_of[source] == kind:
                 rows[here] = self._by_source[source].states(source, split, document, start, count)
         return rows
 
-    def _head(self, kind: int, head: Head) -> torch.Tensor:
-        """Return [V / tp, H'] a teacher's rows of the token ids that the student's head has here, in its
-        dtype; read once, and only on the last stage, which alone asks."""
+    def _load_head(self, kind: int, head: Head) -> torch.Tensor:
+        """Return the teacher's head for the vocabulary shard of the student's head, [V / tp, H'], in its
+        dtype; read once, on the last pipeline stage."""
         if kind not in self._heads:
-            held, files = head.token_ids, self._kinds[kind]
+            token_ids, files = head.token_ids, self._kinds[kind]
             weight = head.weight.new_zeros(len(head.weight), files.hidden_size)
-            if held:
+            if token_ids:
                 with safe_open(files.head, "pt") as file:
-                    # The slice alone is read; padding rows of the student's head stay 0.
-                    weight[:len(held)] = file.get_slice(HEAD_WEIGHT)[held.start:held.stop].to(weight)
+                    # Only the shard is read; padding rows of the student's head stay 0.
+                    shard = file.get_slice(HEAD_WEIGHT)[token_ids.start:token_ids.stop]
+                    weight[:len(token_ids)] = shard.to(weight)
             self._heads[kind] = weight
         return self._heads[kind]
 
 
-def _shared(origins: tuple[RowOrigin, ...], pieces: Sequence[tuple[int, int]]
+def _iter_overlaps(origins: tuple[RowOrigin, ...], pieces: Sequence[tuple[int, int]]
             ) -> Iterator[tuple[slice, int, int, int, int]]:
-    """Yield what pieces of a row, cut for context parallelism, have in common with its documents: the place
-    among the tokens of all pieces; and source, document, first token and their number."""
-    at = 0
+    """Yield the intersections of a row's pieces (of context parallelism) with its documents: the slice among
+    the tokens of all pieces, source, document, first token, number of tokens."""
+    offset = 0
     for first, end in pieces:
         for begins, source, (document, start, count) in origins:
             begin, stop = max(first, begins), min(end, begins + count)
             if begin < stop:
-                yield (slice(at + begin - first, at + stop - first), source, document, start + begin - begins,
-                       stop - begin)
-        at += end - first
+                yield (slice(offset + begin - first, offset + stop - first), source, document,
+                       start + begin - begins, stop - begin)
+        offset += end - first
 
 
 class LiveTeacher:
-    """A teacher beside the student: a second model on the same processes, at the student's layout, which
-    reads each batch just before the student learns it.
+    """A teacher on the student's processes and layout, which reads each batch just before the student learns
+    it.
 
-    The library's process groups are one per process, so a teacher at a layout of its own is another job
-    (`teacher`).  Nothing is kept on disk: whoever resumes has the same teacher read the same batch.
+    Megatron-Core has one set of process groups per process, so a teacher with its own layout is another job
+    (`teacher`). Nothing is kept on disk: a resumed run computes the same outputs again.
     """
 
     def __init__(self, checkpoint: Path, config: RunConfig, num_ranks: int) -> None:
-        """Check that it can be learned from.
+        """Check the teacher against the run.
 
         Args:
-            checkpoint: the teacher's.
-            config: of the run.
-            num_ranks: its processes.
+            checkpoint: checkpoint of the teacher.
+            config: settings of the run.
+            num_ranks: processes of the run.
 
         Raises:
-            UserError: it knows other token ids, reads shorter rows, or does not fit the run's layout.
+            UserError: the teacher has another vocabulary size, reads shorter rows, or does not fit the
+                layout.
         """
         asked, theirs = config.distillation, read_checkpoint_settings(checkpoint)
         self.teacher = weights_digest(Target(checkpoint, False))
         self.divergence = Divergence(asked.beta, asked.temperature)
         self._path, self._asked = checkpoint, asked
-        # what of a layout is about experts, or about layers one by one, is the student's own
-        alone: dict[str, Any] = {} if theirs.model.num_experts else {"ep": 1, "etp": 1}
+        # Expert parallelism and the pipeline layout fit the student's layers alone.
+        overrides: dict[str, Any] = {} if theirs.model.num_experts else {"ep": 1, "etp": 1}
         if theirs.model.num_layers != config.model.num_layers:
-            alone["pipeline_layout"] = ()
+            overrides["pipeline_layout"] = ()
         self._config = dataclasses.replace(config, model=theirs.model, lora=theirs.lora,
-                                           parallel=dataclasses.replace(config.parallel, **alone))
+                                           parallel=dataclasses.replace(config.parallel, **overrides))
         if asked.other_tokenizer:
             raise UserError("distillation.other_tokenizer = True: a teacher of another tokenizer reads whole "
                             "documents; have `megatron-sov distill` learn from it, or choose one of the same")
@@ -253,52 +259,54 @@ class LiveTeacher:
         self._model: ForwardModel | None = None
 
     def verify(self, world: ParallelWorld) -> None:
-        """Load it; called by all processes together.
+        """Load the model; called by all processes together.
 
         Raises:
-            UserError: a file of it is damaged.
+            UserError: a file is damaged.
         """
         self._model = load_forward_model(self._path, self._config)
 
     def read(self, batches: Sequence[MicroBatch]) -> tuple[MicroBatch, ...]:
-        """Return micro-batches with what it says of them; called by all processes together."""
+        """Attach the teacher's outputs to micro-batches; called by all processes together."""
         model, top_k = self._model, self._asked.top_k
-        assert model is not None, "is not loaded"
+        assert model is not None, "the teacher is not loaded"
 
-        def rows(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
+        def compute_outputs(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
             if not top_k:
                 return whole_states(hidden[0], model)
             ids, logprobs = head.most_probable(hidden[0], top_k, self.divergence.temperature)
             return torch.cat([ids.to(logprobs.dtype), logprobs], 1)
 
-        # routes that are replayed are the student's
+        # Replayed expert routes belong to the student.
         read = [dataclasses.replace(b, inputs=dataclasses.replace(b.inputs, routes=None)) for b in batches]
-        said = model.map(read, rows)
-        # only the last stage compares
-        return tuple(dataclasses.replace(batch, said=found)
-                     for batch, found in zip(batches, said, strict=True)) if said else tuple(batches)
+        outputs = model.map(read, compute_outputs)
+        if not outputs:  # a pipeline stage before the last, which computes no loss
+            return tuple(batches)
+        return tuple(dataclasses.replace(batch, said=output)
+                     for batch, output in zip(batches, outputs, strict=True))
 
     def at(self, batch: MicroBatch, head: Head, split: str = "train") -> Teacher:
-        """As `RunTeacher.at`."""
-        assert batch.said is not None and self._model is not None, "it has not read the micro-batch"
-        said = context.local(batch.said)
+        """See `RunTeacher.at`."""
+        assert batch.said is not None and self._model is not None, "the teacher has not read the micro-batch"
+        outputs = context.local(batch.said)
         if top_k := self._asked.top_k:
-            return TeacherTopK(said[:, :top_k].long(), said[:, top_k:], self._asked.keep_remainder)
+            return TeacherTopK(outputs[:, :top_k].long(), outputs[:, top_k:], self._asked.keep_remainder)
         weight = head_of(self._model.model, self._model.head_chunk_tokens).weight
-        return TeacherStates(said, weight, self._config.model.logits_softcap)
+        return TeacherStates(outputs, weight, self._config.model.logits_softcap)
 
     def heard(self, batch: MicroBatch, split: str = "train") -> torch.Tensor:
-        """As `RunTeacher.heard`: all of it."""
+        """Return all weights; see `RunTeacher.heard`."""
         return batch.weights
 
 
-def refuse_other_kept(files: StateFiles, asked: DistillationConfig, vocab_size: int) -> None:
-    """Raise `UserError` where something else of the teacher was kept, or it knows other token ids."""
+def check_outputs(files: StateFiles, asked: DistillationConfig, vocab_size: int) -> None:
+    """Raise `UserError` if the artifact has other outputs than the settings ask for, or another
+    vocabulary."""
     kept = files.kept
     if kept.top_k != asked.top_k:
-        raise UserError(f"{files.folder}: holds {_words_of(kept.top_k)} of the teacher, and "
-                        f"distillation.top_k = {asked.top_k} asks for {_words_of(asked.top_k)}; set it to "
-                        f"{kept.top_k}, or name another folder")
+        raise UserError(f"{files.folder}: holds {_describe_outputs(kept.top_k)} of the teacher, and "
+                        f"distillation.top_k = {asked.top_k} asks for {_describe_outputs(asked.top_k)}; set "
+                        f"it to {kept.top_k}, or name another folder")
     if kept.translated != asked.other_tokenizer:
         raise UserError(f"{files.folder}: holds {'the student' if kept.translated else 'the teacher'}'s own "
                         f"tokens, and distillation.other_tokenizer = {asked.other_tokenizer}; set it to "
@@ -316,30 +324,18 @@ def refuse_other_kept(files: StateFiles, asked: DistillationConfig, vocab_size: 
                         f"model.vocab_size = {vocab_size}; choose a teacher with as many")
 
 
-def _words_of(top_k: int) -> str:
+def _describe_outputs(top_k: int) -> str:
     return f"the {top_k} most probable tokens" if top_k else "the final hidden states"
 
 
-DIVERGENCE, CROSS_ENTROPY = "divergence", "cross_entropy"
-SPLIT = "heldout"
-
-
 class Distillation(DataObjective):
-    """``(divergence(teacher, student) + ce_coeff * CE) / learned tokens`` (+ multi-token prediction, which
-    learns the data's tokens by cross-entropy)."""
+    """Objective ``(divergence(teacher, student) + ce_coeff * CE) / learned tokens``, with multi-token
+    prediction by cross-entropy on the data."""
 
     meters = ("kl", "entropy")
     headline = (Meter("kl", "KL to the teacher", "nats", "lower", heldout="heldout_divergence.kl"),)
 
     def __init__(self, context: ObjectiveContext) -> None:
-        """Begin.
-
-        Args:
-            context: the run's; its teacher has read the run's sources, in their order.
-
-        Raises:
-            UserError: a file of what is kept of the teacher is damaged.
-        """
         super().__init__(context)
         teacher: RunTeacher = context.teacher
         teacher.verify(context.world)
@@ -350,62 +346,62 @@ class Distillation(DataObjective):
         self.coefficients |= self._mtp_coefficient
 
     def collect(self, policy: Any, step: int) -> GlobalBatch:
-        """Return the next batch of the data order, which the teacher has read."""
+        """Return the next batch of the data order, with the teacher's outputs."""
         batch = super().collect(policy, step)
         return dataclasses.replace(batch, micro_batches=self._teacher.read(batch.micro_batches))
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count the learned tokens of the global batch."""
         hosts = [m.host for m in batch.micro_batches]
-        # Two denominators: the teacher may be silent at labels that cross-entropy learns.
+        # Two denominators: labels without teacher outputs still count for cross-entropy.
         targets = {DIVERGENCE: sum(float(self._teacher.heard(m).double().sum()) for m in hosts)}
         if CROSS_ENTROPY in self.coefficients:
             targets[CROSS_ENTROPY] = sum(float(m.weights.double().sum()) for m in hosts)
         return with_denominators(batch, targets | self._mtp_targets(hosts))
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
-        """Return the summed divergence of the learned labels, and their cross-entropy where it is asked."""
-        heard = self._teacher.heard(batch)
-        terms, measured = head.divergence(hidden[0], self._teacher.at(batch, head), {DIVERGENCE: heard},
+        """Return the summed divergence of the learned labels, and their cross-entropy with ce_coeff above
+        0."""
+        weights = self._teacher.heard(batch)
+        terms, measured = head.divergence(hidden[0], self._teacher.at(batch, head), {DIVERGENCE: weights},
                                           self._teacher.divergence)
         if CROSS_ENTROPY in self.coefficients:
             terms |= head.cross_entropy(hidden[0], batch.labels, {CROSS_ENTROPY: batch.weights})[0]
         terms |= self._mtp_sum(hidden, head, batch)
-        learned = (heard > 0).double()
+        learned = (weights > 0).double()
         return LossSums(
-            terms, per_source(measured.divergence, heard, batch.sources, self._num_sources),
+            terms, per_source(measured.divergence, weights, batch.sources, self._num_sources),
             meters={name: ((getattr(measured, name) * learned).sum(), learned.sum()) for name in self.meters})
 
     def state(self) -> dict[str, str]:
         return {"teacher": self._teacher.teacher}
 
     def restore(self, state: dict[str, str]) -> None:
-        """Refuse to go on with another teacher.
+        """Check that a resumed run has the same teacher: its loss curve would mix two targets.
 
         Raises:
-            UserError: it is another.
+            UserError: the teacher is another one.
         """
-        # A resumed run with another teacher would have one loss curve and two targets.
         if state["teacher"] != self._teacher.teacher:
             raise UserError(f"--teacher: is {self._teacher.teacher}, and the run has learned from "
-                            f"{state['teacher']} so far; resume with that one, or start a new --run --from "
-                            "its checkpoint")
+                            f"{state['teacher']} so far; resume with that teacher, or start a new --run "
+                            "--from its checkpoint")
 
 
 class OnPolicyDistillation(Distillation):
-    """The same of rounds that the student writes, and of data in their place (GKD, arXiv 2306.13649)."""
+    """`Distillation` on the student's own responses, and on packed data instead (GKD, arXiv 2306.13649)."""
 
     formats = (ROLLOUTS, *TEXTS)
 
 
 @dataclasses.dataclass(frozen=True)
 class TaughtFactory:
-    """Makes an objective that finds a teacher in its context."""
+    """Factory of an objective with a teacher in its context."""
 
     made: Callable[[ObjectiveContext], Any]
-    """Makes it."""
+    """Factory of the objective."""
     teachers: Sequence[RunTeacher]
-    """The teacher; empty: the run is complete, and nothing is made."""
+    """The teacher; empty: the run is complete, and no objective is built."""
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -421,42 +417,44 @@ class TaughtFactory:
 
 def measure_heldout(view: GateView, sources: Sequence[Source],
                     teacher: RunTeacher) -> dict[str, dict[str, float]]:
-    """Measure each source that has held-out documents, and record it; called by all processes together.
+    """Measure the divergence on the held-out documents of each source, and record it; called by all processes
+    together.
 
     Args:
         view: the run.
-        sources: those that it reads, in their order.
-        teacher: theirs; where it is kept, with held-out documents.
+        sources: sources of the run, in order.
+        teacher: their teacher, with outputs for held-out documents.
 
     Returns:
-        Source -> `tokens`, those that are learned of up to `data.heldout_tokens`, and means over them:
-        `divergence`, the one that is learned, and `kl`, KL(teacher || student) in nats.
+        Source -> `tokens`, the learned ones of up to `data.heldout_tokens`, and means over them:
+        `divergence`, the objective's, and `kl`, KL(teacher || student) in nats.
     """
-    found = {}
+    figures = {}
     for index, source in enumerate(sources):
         if source.num_tokens.get(SPLIT, 0) > 1:
-            tokens, divergence, kl = _sums(view, index, source, teacher).tolist()
+            tokens, divergence, kl = _sum_divergences(view, index, source, teacher).tolist()
             if tokens:
-                found[source.name] = {"tokens": int(tokens), "divergence": divergence / tokens,
-                                      "kl": kl / tokens}
+                figures[source.name] = {"tokens": int(tokens), "divergence": divergence / tokens,
+                                        "kl": kl / tokens}
                 view.events.write("heldout_divergence", step=view.step, source=source.name,
-                                  **found[source.name])
-    return found
+                                  **figures[source.name])
+    return figures
 
 
 def measure_teacher(view: GateView, sources: Sequence[Source], teacher: RunTeacher | None) -> dict[str, Any]:
-    """Return what a completion manifest says of a teacher, and how far the student is from it, see
-    `measure_heldout`; nothing where there is none."""
-    return {} if teacher is None else {
-        "teacher": teacher.teacher, "heldout_divergence": measure_heldout(view, sources, teacher)}
+    """Return the digest of the teacher and `measure_heldout` for the completion manifest; {} without a
+    teacher."""
+    if teacher is None:
+        return {}
+    return {"teacher": teacher.teacher, "heldout_divergence": measure_heldout(view, sources, teacher)}
 
 
-def _sums(view: GateView, index: int, source: Source, teacher: RunTeacher) -> torch.Tensor:
-    """Return [3] float64, on every process: learned tokens, and sums of divergence and KL over them."""
+def _sum_divergences(view: GateView, index: int, source: Source, teacher: RunTeacher) -> torch.Tensor:
+    """Return learned tokens, and sums of divergence and KL over them, [3] float64, on every process."""
     config, world, shard = view.config, view.world, source.shard(SPLIT)
     seq_len, size = config.data.max_seq_len(), config.train.micro_batch_size
     samples = heldout_samples(shard, index, seq_len, config.data.heldout_tokens)
-    # Every process passes as many batches, since they may share experts; empty rows weigh nothing.
+    # Empty rows, so that all processes run equally many batches: they may share experts.
     samples += [OrderedSample(index, ())] * (-len(samples) % (size * world.dp_size))
     own = [from_row(join_rows([sample_row(s, shard, seq_len) for s in samples[i:i + size]]))
            for i in range(world.dp_rank * size, len(samples), size * world.dp_size)]

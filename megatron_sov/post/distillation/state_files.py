@@ -1,14 +1,11 @@
-"""What a teacher says of documents that it has read, on disk beside them: its final hidden states, or its
-most probable tokens.
+"""Teacher outputs on disk: final hidden states, or the most probable tokens, of packed documents.
 
-An artifact of kind "teacher_states" holds one file per part, a run of documents of one source and split:
-rows of one width, one for each token of these documents one after the other, and nothing else.  Where a
-document begins follows from the lengths in the token shards, so that a row is found by source, split,
-document and offset.
+An artifact of kind "teacher_states" has one file per part, a range of documents of one source and split: one
+row per token, without a header. The lengths in the token shards give the offset of each document.
 
-A row of states is [hidden size]; `head.safetensors` has the teacher's output head: with it the states are the
-whole distribution, at the bytes of a hidden size per token instead of a vocabulary's.  A row of the K most
-probable tokens is [2 K] int32: their ids, and the bits of their log-probabilities in float32.
+A row of states is [hidden size]. With the teacher's output head, `head.safetensors`, the states give the full
+distribution at a hidden size per token instead of a vocabulary. A row of the K most probable tokens is [2 K]
+int32: their ids, and the bits of their float32 log-probabilities.
 """
 
 from __future__ import annotations
@@ -29,12 +26,12 @@ KIND = "teacher_states"
 HEAD, HEAD_WEIGHT = "head.safetensors", "weight"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 OPEN_PARTS = 32
-"""Files of parts that are mapped at a time: those of a corpus would be thousands of mappings."""
+"""Limit of concurrently mapped files; a corpus has thousands."""
 
 
 @dataclass(frozen=True)
 class StatesPart:
-    """A run of documents whose states lie in one file."""
+    """A range of documents whose states are in one file."""
 
     source: int
     """Index among the sources of the data."""
@@ -49,7 +46,7 @@ class StatesPart:
 
 
 def lengths_of(source: Source, split: str) -> np.ndarray:
-    """Return the tokens [documents] int64 of each document of a split, which may have none."""
+    """Return the length of each document of a split, [documents] int64; the split may be empty."""
     if not source.num_tokens.get(split):
         return np.zeros(0, np.int64)
     stored = source.shard(split).lengths
@@ -57,36 +54,35 @@ def lengths_of(source: Source, split: str) -> np.ndarray:
 
 
 def parts_of(sources: list[Source], splits: tuple[str, ...], part_tokens: int) -> list[StatesPart]:
-    """Return the parts of all documents, in the order of the shards.
-
-    A document belongs to the part in which its first token lies, so that no document is cut.
-    """
-    found = []
+    """Return the parts of all documents, in shard order. A document belongs to the part of its first token,
+    so no document is split."""
+    parts = []
     for index, source in enumerate(sources):
         for split in splits:
             lengths = lengths_of(source, split)
             starts = lengths.cumsum() - lengths
-            # The first document that begins in each stretch; a stretch inside of a long document has none.
+            # The first document that starts in each range of `part_tokens`; a long document covers several
+            # ranges.
             firsts = np.unique(starts // part_tokens, return_index=True)[1]
             counts = np.diff(firsts, append=len(lengths))
-            found += [StatesPart(index, split, int(first), int(count),
+            parts += [StatesPart(index, split, int(first), int(count),
                                  int(lengths[first:first + count].sum()))
                       for first, count in zip(firsts, counts, strict=True)]
-    return [part for part in found if part.num_tokens]
+    return [part for part in parts if part.num_tokens]
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What is kept of each token."""
+    """Outputs of each token that are kept."""
 
     dtype: str = "bfloat16"
-    """Of states: bfloat16 or float32."""
+    """Dtype of states: bfloat16 or float32."""
     top_k: int = 0
-    """Most probable tokens that are kept in the place of a state; 0: none."""
+    """Number of most probable tokens kept instead of a state; 0: states."""
     temperature: float = 1.0
-    """What the logits were divided by, of whose softmax the most probable tokens' log-probabilities are."""
+    """Divisor of the logits before the softmax of the log-probabilities."""
     translated: bool = False
-    """Whether they are the student's tokens, and the teacher's others (`distillation.translation`)."""
+    """Whether the tokens were translated to the student's tokenizer (`distillation.translation`)."""
 
 
 def content_of(parts: list[StatesPart], hidden_size: int, vocab_size: int, kept: Kept,
@@ -97,57 +93,57 @@ def content_of(parts: list[StatesPart], hidden_size: int, vocab_size: int, kept:
 
 
 def packed(token: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
-    """Return rows [n, 2 K] int32 of the most probable tokens [n, K] and their log-probabilities [n, K]."""
+    """Join token ids [n, K] and log-probabilities [n, K] to rows [n, 2 K] int32."""
     return torch.cat([token.int(), logprobs.float().view(torch.int32)], dim=1)
 
 
 def unpacked(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return tokens [n, K] int64 and log-probabilities [n, K] float32 of what `packed` gave."""
+    """Split rows of `packed` into token ids [n, K] int64 and log-probabilities [n, K] float32."""
     token, bits = rows.chunk(2, dim=1)
     return token.long(), bits.contiguous().view(torch.float32)
 
 
 class StateFiles:
-    """The states of a teacher over token artifacts, by memory map."""
+    """Memory-mapped outputs of a teacher for token artifacts."""
 
     def __init__(self, folder: Path, sources: list[Source]) -> None:
         """Open an artifact.
 
         Args:
             folder: the artifact.
-            sources: those that a run reads; those of the data that it was made from are among them.
+            sources: sources of the run, which must include those of the artifact.
 
         Raises:
-            UserError: it was made from other data, or is damaged.
+            UserError: the artifact belongs to other data, or is damaged.
         """
         self._opened_by = folder, sources
         manifest = read_manifest(folder, KIND)
         self.folder, content = folder, manifest.content
         self.hidden_size, self.vocab_size = int(content["hidden_size"]), int(content["vocab_size"])
         self.logits_softcap: float | None = content.get("logits_softcap")
-        """Cap on the logits that the head makes of states."""
+        """Soft cap of the logits of the head."""
         self.teacher = str(manifest.settings["teacher"])
-        """Digest of the teacher: of its weights, its configuration, and the base of an adapter."""
+        """Digest of the teacher's weights, configuration and adapter base."""
         self.kept = Kept(content["dtype"], content.get("top_k", 0), content.get("temperature", 1.0),
                          content.get("translated", False))
         self.dtype = torch.int32 if self.kept.top_k else DTYPES[self.kept.dtype]
-        """Of the numbers in a row."""
+        """Dtype of a row."""
         self.width = 2 * self.kept.top_k or self.hidden_size
-        """Numbers of a row."""
-        found = self._find_sources(sources, [i for i in manifest.inputs if i["kind"] == "tokens"])
-        self.sources = {index: own for own, index in enumerate(found)}
-        """Index of each source that it was made from, among those of the run -> its index in here."""
-        self._sources = [sources[index] for index in found]
+        """Length of a row."""
+        indices = self._find_sources(sources, [i for i in manifest.inputs if i["kind"] == "tokens"])
+        self.sources = {index: own for own, index in enumerate(indices)}
+        """Index of a source in the run -> its index in the artifact."""
+        self._sources = [sources[index] for index in indices]
         self._parts: dict[tuple[int, str], list[StatesPart]] = {}
         for raw in content["parts"]:
             part = StatesPart(**raw)
             self._parts.setdefault((part.source, part.split), []).append(part)
         self._firsts = {of: np.array([p.first_document for p in parts]) for of, parts in self._parts.items()}
-        # Of this object, and not of the class: an entry would keep its files open.
+        # Caches of the object: a cache of the class would keep the files of closed objects open.
         self._open = lru_cache(maxsize=OPEN_PARTS)(self._map_part)
-        self._lengths = lru_cache(maxsize=None)(self._lengths_of)
+        self._lengths = lru_cache(maxsize=None)(self._read_lengths)
 
-    def __reduce__(self) -> tuple[Any, ...]:  # in another process its files are mapped again
+    def __reduce__(self) -> tuple[Any, ...]:  # another process maps the files again
         return StateFiles, self._opened_by
 
     @property
@@ -156,21 +152,21 @@ class StateFiles:
         return self.folder / HEAD
 
     def states(self, source: int, split: str, document: int, start: int, count: int) -> torch.Tensor:
-        """Return the rows [count, width] of some tokens of a document, not copied.
-
-        The row of a token is what predicts the token behind it.
+        """Return the rows of `count` tokens of a document, [count, width], as a view. The row of a token
+        predicts the next token.
 
         Raises:
-            UserError: these tokens have no states.
+            UserError: the artifact lacks these tokens.
         """
         own = self.sources[source]
         parts = self._parts.get((own, split), [])
-        place = int(np.searchsorted(self._firsts.get((own, split), ()), document, side="right")) - 1
-        # Parts are in the order of documents, and may have gaps.
-        if place < 0 or document >= parts[place].first_document + parts[place].num_documents:
+        index_of_part = int(np.searchsorted(self._firsts.get((own, split), ()), document, side="right")) - 1
+        # Parts are ordered by documents and may have gaps.
+        if index_of_part < 0 or document >= (parts[index_of_part].first_document
+                                             + parts[index_of_part].num_documents):
             raise UserError(f"{self.folder}: has no states of document {document} of source "
                             f"{self._sources[own].name!r} ({split}); make them again from this data")
-        part = parts[place]
+        part = parts[index_of_part]
         starts, states = self._open(part)
         index = document - part.first_document
         first = int(starts[index]) + start
@@ -183,24 +179,24 @@ class StateFiles:
     def _map_part(self, part: StatesPart) -> tuple[np.ndarray, torch.Tensor]:
         file, stored = self.folder / part.file, self._lengths(part.source, part.split)
         lengths = np.asarray(stored[part.first_document + np.arange(part.num_documents)], np.int64)
-        wanted = part.num_tokens * self.width * self.dtype.itemsize
+        expected_bytes = part.num_tokens * self.width * self.dtype.itemsize
         size_bytes = file.stat().st_size if file.is_file() else 0
-        if size_bytes != wanted or lengths.sum() != part.num_tokens:
-            raise UserError(f"{file}: has {size_bytes} bytes, its {part.num_tokens} tokens ask for "
-                            f"{wanted}; make the states again")
-        # torch maps a file privately: nothing that is done to a tensor reaches the disk
+        if size_bytes != expected_bytes or lengths.sum() != part.num_tokens:
+            raise UserError(f"{file}: has {size_bytes} bytes, its {part.num_tokens} tokens need "
+                            f"{expected_bytes}; make the states again")
+        # A private mapping: changes of the tensor never reach the disk.
         rows = torch.from_file(str(file), size=part.num_tokens * self.width, dtype=self.dtype)
         return np.concatenate([[0], lengths.cumsum()]), rows.view(-1, self.width)
 
-    def _lengths_of(self, source: int, split: str) -> Any:
+    def _read_lengths(self, source: int, split: str) -> Any:
         return self._sources[source].shard(split).lengths
 
-    def _find_sources(self, sources: list[Source], made_from: list[dict[str, str]]) -> list[int]:
+    def _find_sources(self, sources: list[Source], inputs: list[dict[str, str]]) -> list[int]:
         artifacts = {manifest_sha256(s.artifact): s.artifact for s in sources if s.artifact is not None}
-        for made in made_from:
-            if made["manifest_sha256"] not in artifacts:
-                raise UserError(f"{self.folder}: holds states of {made['path']}, not of "
+        for record in inputs:
+            if record["manifest_sha256"] not in artifacts:
+                raise UserError(f"{self.folder}: holds states of {record['path']}, not of "
                                 f"{', '.join(map(str, artifacts.values()))} as it is now; make them again "
                                 "from this data")
-        folders = [artifacts[made["manifest_sha256"]] for made in made_from]
+        folders = [artifacts[record["manifest_sha256"]] for record in inputs]
         return [i for folder in folders for i, s in enumerate(sources) if s.artifact == folder]

@@ -258,8 +258,9 @@ class TokenTranslation:
         # Nothing follows the last token, so nothing is missing there.
         held[-1:] = True
         missing = np.where(held, 0.0, np.exp(of_next))
-        return Chain.of(document.text, document.ends, np.column_stack([token, following]),
-                        np.column_stack([masses, missing]), of_next, self._table[:, :longest])
+        return Chain.of(document.text, document.ends, tokens=np.column_stack([token, following]),
+                        masses=np.column_stack([masses, missing]), of_next=of_next,
+                        table=self._table[:, :longest])
 
 
 def _table(sizes: tuple[int, int, int], keys: np.ndarray, mass: np.ndarray, is_own: np.ndarray,
@@ -386,8 +387,9 @@ class Chain:
             window = behind[ends[rows, None] + np.arange(length)]
             agrees[rows] = np.logical_and.accumulate(table[tokens[rows]] == window[:, None], axis=2).sum(2)
         sizes = (table != NO_SYMBOL).sum(1)[tokens]
-        return cls(ends, np.concatenate([[0.0], np.cumsum(of_next[:-1])]), tokens, masses, table, sizes,
-                   agrees)
+        cumulative = np.concatenate([[0.0], np.cumsum(of_next[:-1])])
+        return cls(ends=ends, cumulative=cumulative, tokens=tokens, masses=masses, table=table, sizes=sizes,
+                   agrees=agrees)
 
     def beginnings(self, stops: Array, asked: Array) -> Beginnings:
         """Return how probable the text is up to some of its symbols, and that it goes on with some others.

@@ -23,9 +23,10 @@ from megatron_sov.infer.decoder.generator import MegatronEngine
 from megatron_sov.infer.engines.load import Loaded, run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.model.config import GateConfig, RunConfig
-from megatron_sov.post.extend.stages import Decontamination, PlannedStage, refuse_contaminated, search
-from megatron_sov.runs.checkpoints import find_checkpoint, latest_checkpoint
-from megatron_sov.runs.launch_environment import is_first_rank
+from megatron_sov.post.extend.stages import (
+    Decontamination, PlannedStage, refuse_contaminated, search_contamination)
+from megatron_sov.runs.checkpoints import find_checkpoint, latest
+from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.train.data.token_shards import TEXTS, Source, open_sources, tokenizer_folder
 from megatron_sov.train.data.views import SHORT
 from megatron_sov.train.guards.fault_injection import Fault
@@ -344,8 +345,8 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
     for planned, needles in zip(stages, prepared, strict=True):
         judge = end_gate if planned is stages[-1] else None
         stage = Stage(with_needles_in_blends(planned.config), planned.folder, objective, start, resume,
-                      needles.data, needles.sources, before=needles.before, after=needles.after,
-                      end_gate=judge, faults=faults, dry_run=dry_run)
+                      sources=needles.data, extra_sources=needles.sources, before=needles.before,
+                      after=needles.after, end_gate=judge, faults=faults, dry_run=dry_run)
         if planned.config.extend.gate.every_steps and not dry_run:
             fresh = latest_checkpoint(planned.folder.checkpoints) is None
             if fresh and start_loss is None:
@@ -355,8 +356,8 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
                     planned.config, nproc)
             gate = _gate(planned, needles, short_context(
                 planned.config, Target(first, False).trained_tokens, formats), start_loss)
-            stage = Stage(stage.config, stage.folder, stage.objective, start, resume, needles.data,
-                          needles.sources, after=gate.completion, gate=gate,
+            stage = Stage(stage.config, stage.folder, stage.objective, start, resume, sources=needles.data,
+                          extra_sources=needles.sources, after=gate.completion, gate=gate,
                           end_gate=judge, faults=faults)
         was_complete = stage.folder.completion() is not None
         if not run_stage(stage, nproc, began_s):
@@ -371,9 +372,10 @@ def _gate(planned: PlannedStage, needles: Needles, short: HeldoutData, start_los
     settings = config.extend.gate
     if (text := asks_too_little(config)) and is_first_rank():
         warn(f"{planned.folder.path.name}: {text}")
-    clean = search(list(needles.suite.questions()), [*needles.data, *needles.sources], settings.scan_tokens)
+    clean = search_contamination(list(needles.suite.questions()), [*needles.data, *needles.sources],
+                                 settings.scan_tokens)
     refuse_contaminated(clean, settings.max_overlap)
-    return StageGate(settings, needles, short, start_loss, planned.min_steps, clean)
+    return StageGate(settings, needles, short, start_loss, min_steps=planned.min_steps, clean=clean)
 
 
 def asks_too_little(config: RunConfig) -> str | None:

@@ -1,6 +1,6 @@
-"""The judging job: what a reward has not judged of a store yet, part by part.  No torch here.
+"""The judging job: rewards of the responses in a rollout store, part by part. Does not import torch.
 
-Nothing is generated again for a reward that changed: it has another version, and judges the same responses.
+A changed reward has another version and judges the same responses; nothing is generated again.
 """
 
 from __future__ import annotations
@@ -26,230 +26,258 @@ if TYPE_CHECKING:
     from megatron_sov.rollouts.store import RolloutStore
 
 ENVIRONMENT = "environment"
-"""The reward that takes what an environment has said of an episode, which stands in its row; also its
-version, since the environment's own is in the rows' keys."""
+"""Reward that the environment of an episode computed and its row contains; also its version, because the keys
+of the rows contain the environment's version."""
 NO_REWARD = "none"
-"""The reward of a run that learns from teachers alone: 0 for every response; also its version."""
+"""Reward of a run that learns from teachers alone: 0 for every response; also its version."""
 COLUMNS = ("record", "tokens", "response", "finish_reason", "outcome")
-"""Of rollouts, which are read."""
+"""Columns of rollouts that the job reads."""
 JudgeRows = Callable[[Sequence[Rollout]], Sequence[Result]]
 
 
 @dataclass
 class RewardSummary:
-    """What this job judged, and what is left."""
+    """Counts of a judging job."""
 
     parts: int = 0
     tally: ScoringTally = field(default_factory=ScoringTally)
-    """Of the responses."""
+    """Figures of the judged responses."""
     unfinished: int = 0
-    """Responses that a later attempt goes on with: they have no reward."""
+    """Responses that a later attempt continues, without a reward."""
     left: int = 0
     """Parts that other jobs have claimed."""
     waited_for: str = ""
-    """What was asked of those who write, and did not come while this job waited."""
-
-
-def reward_version(name: str, settings: Sequence[str]) -> str:
-    """Return the version under which a reward's verdicts stand in a store.
-
-    Args:
-        name: a built-in reward, FILE.py:NAME, `ENVIRONMENT` or `NO_REWARD`.
-        settings: `key=value`.
-
-    Raises:
-        UserError: there is no such reward or setting.
-    """
-    if name in (ENVIRONMENT, NO_REWARD):
-        if settings:
-            what = "takes what stands in the rows and" if name == ENVIRONMENT else "judges nothing and"
-            raise UserError(f"--reward-set {settings[0]}: --reward {name} {what} has no settings; leave it "
-                            "out")
-        return name
-    return make(order(name, parse_nested(settings, "--reward-set"))).version
-
-
-def refuse_unjudged(name: str, settings: Sequence[str], prompts: Iterable[RolloutPrompt], given: str) -> None:
-    """Refuse prompts to which no response would have a reward, since each lacks what the reward needs.
-
-    Args:
-        name: of the reward, as of `reward_version`.
-        settings: its own.
-        prompts: of the first round.
-        given: the option and file that they are from.
-
-    Raises:
-        UserError: all lack something.
-    """
-    if name in (ENVIRONMENT, NO_REWARD):
-        return
-    asked = order(name, parse_nested(settings, "--reward-set"))
-    made, first = make(asked), ""
-    for prompt in prompts:
-        field = lacking(asked, made, prompt.record)
-        if not field:
-            return
-        first = first or f"{prompt.place} has no {field!r}, which --reward {name} needs"
-    raise UserError(f"{given}: {first}, and no prompt of round 1 has what it needs; add it, or name a field "
-                    "that is called otherwise by --columns TARGET=FIELD")
-
-
-@contextlib.contextmanager
-def judging(name: str, settings: Sequence[str], workers: int) -> Iterator[JudgeRows]:
-    """Give what judges rows by a reward, in processes of its own; arguments as of `reward_version`."""
-    if name == ENVIRONMENT:
-        yield lambda rows: [_outcome_of(row) for row in rows]
-        return
-    if name == NO_REWARD:
-        yield lambda rows: [Result(0.0, "scored") for _ in rows]
-        return
-    asked = order(name, parse_nested(settings, "--reward-set"))
-    made = make(asked)
-    with runner(asked, made, workers) as running:
-        yield lambda rows: running.score([
-            {**row_of(row), **({"completion_ids": row.tokens.tolist()} if judges_groups(made) else {})}
-            for row in rows])
-
-
-def row_of(row: Rollout) -> dict[str, Any]:
-    """Return a response as rewards know rows: its prompt's fields, `prompt`, and what `generate` writes of a
-    response; of an episode what the model wrote in its last turn."""
-    record = dict(row.record)
-    if "messages" in record:
-        record.setdefault("prompt", record["messages"])
-    # an environment's row without it is refused: in its text tools speak too
-    response = row.response if row.outcome is None else row.outcome.get(LAST_TURN)
-    return {**record, "response": response, "num_tokens": len(row.tokens),
-            "finish_reason": row.finish_reason}
-
-
-def numbers_of(components: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Yield the components of a reward that are numbers, those of its parts as `part.name`: what can be
-    averaged over a round."""
-    for name, value in components.items():
-        if isinstance(value, Mapping):
-            yield from numbers_of(value, f"{prefix}{name}.")
-        elif isinstance(value, (int, float)):
-            yield f"{prefix}{name}", float(value)
-
-
-def _outcome_of(row: Rollout) -> Result:
-    given = row.outcome
-    if given is None or "status" not in given:
-        return Result(None, "refused", {}, "was played in no environment; judge it by another reward")
-    return Result(given.get("reward"), given["status"], given.get("components", {}), given.get("reason", ""))
+    """Responses that were not generated within the wait time."""
 
 
 @dataclass
 class JudgingJob:
-    """A reward at work on a store."""
+    """Judges the parts of a store that a reward has not judged."""
 
     store: RolloutStore
     claims: Claims
     version: str
-    """Of the reward."""
+    """Version of the reward."""
     judge: JudgeRows
     rounds: range | None
-    """None: all, and there may always be more of them."""
+    """None: all rounds, also those that jobs generate later."""
     provenance: dict[str, Any]
-    """What stands in the manifests."""
+    """Fields of the manifests."""
     wait_s: float = 0.0
-    """How long to wait for more, before the job ends; not where `rounds` are written to their end and cannot
-    grow.  Claims that may be a dead job's are watched in any case."""
+    """How long to wait for more responses, unless `rounds` are complete and cannot grow. Claims of jobs that
+    may be dead are waited for in any case."""
     claimed_wait_s: float = 0.0
-    """How long to wait at least where other jobs have claimed what is left."""
+    """How long to wait at least for parts that other jobs have claimed."""
     progress: Callable[[int], object] = lambda count: None
-    """Is told how many more responses are judged."""
-    patience: IdleTimeout = field(default_factory=IdleTimeout)
+    """Called with the number of judged responses."""
+    patience: Patience = field(default_factory=Patience)
     summary: RewardSummary = field(default_factory=RewardSummary)
     _parts: list[RolloutPart] = field(default_factory=list)
-    _looked_at: deque[RolloutPart] | None = None
+    _pending: deque[RolloutPart] | None = None
     _refused: list[str] = field(default_factory=list)
     _has_judged: bool = False
 
     def run(self) -> RewardSummary:
-        """Judge until nothing is left, and nothing more has come for as long as is waited.
+        """Judge until no part is left and none appears within the wait time.
 
         Raises:
-            UserError: the reward meets a fault that would meet every row; parts that are published stay.
+            UserError: the reward fails for every row; published parts stay.
         """
         while self.step():
             pass
         return self.summary
 
     def step(self) -> bool:
-        """Judge a part, or wait for a moment; returns whether there may be more to judge.
+        """Judge one part, or wait for a moment; return whether more parts may come.
 
         Raises:
-            UserError: as `run`.
+            UserError: see `run`.
         """
-        if self._looked_at is None:
-            # One look at the store for all its parts; then again, since others write and judge meanwhile.
-            self._looked_at, self._refused, self._has_judged = deque(self.missing()), [], False
-        while self._looked_at:
-            part = self._looked_at.popleft()
-            if self._take(part):
+        if self._pending is None:
+            # One lookup for all parts, repeated at the end, because other jobs generate and judge meanwhile.
+            self._pending, self._refused, self._has_judged = deque(self.find_unjudged()), [], False
+        while self._pending:
+            part = self._pending.popleft()
+            if self._judge_claimed(part):
                 self._has_judged, self.patience.waited_s = True, 0.0
                 return True
-            self._refused.append(self.store.claim_name(part.name, self.version))
-        self._looked_at = None
-        # What was judged took time, in which more may have come: look at once.
-        return self._has_judged or self._waits()
+            self._refused.append(self.store.claim_of(part.name, self.version))
+        self._pending = None
+        # Judging took time in which more parts may have come: look again at once.
+        return self._has_judged or self._wait()
 
-    def _waits(self) -> bool:
-        """Wait for a moment where nothing can be judged; returns False where it was waited long enough."""
-        if self._refused or self.rounds is None or may_grow(self._parts) or not_written(
-                self._parts, self.rounds) != "":
-            most_s = max(self.wait_s, self.claimed_wait_s if self._refused else 0.0)
-            if self.patience.wait(most_s, any(map(self.claims.may_be_dead, self._refused))):
-                return True
-        self.summary.left = len(self._refused)
-        self.summary.waited_for = (not_written(self._parts, self.rounds) or "") if self.wait_s else ""
-        return False
-
-    def missing(self) -> list[RolloutPart]:
+    def find_unjudged(self) -> list[RolloutPart]:
         rounds = [None] if self.rounds is None else self.rounds
         self._parts = [part for number in rounds for part in self.store.parts(number)]
         return [part for part in self._parts if not self.store.has_part(part.name, self.version)]
 
-    def _take(self, part: RolloutPart) -> bool:
-        claim = self.claims.take(self.store.claim_name(part.name, self.version))
+    def _wait(self) -> bool:
+        """Wait for a moment; return False if the wait time has passed."""
+        missing = not_written(self._parts, self.rounds)
+        if self._refused or self.rounds is None or may_grow(self._parts) or missing != "":
+            most_s = max(self.wait_s, self.claimed_wait_s if self._refused else 0.0)
+            if self.patience.wait(most_s, any(map(self.claims.may_be_dead, self._refused))):
+                return True
+        self.summary.left = len(self._refused)
+        self.summary.waited_for = (missing or "") if self.wait_s else ""
+        return False
+
+    def _judge_claimed(self, part: RolloutPart) -> bool:
+        """Claim and judge a part; return False if another job has claimed it."""
+        claim = self.claims.take(self.store.claim_of(part.name, self.version))
         if claim is None:
             return False
-        with claim.renew_while_open():
-            # Another job may have judged it between the look and the claim.
-            if not self.store.has_part(part.name, self.version):
-                self._judge(part)
+        with claim.renewing():
+            # Another job may have judged it between the lookup and the claim.
+            if not self.store.has(part.name, self.version):
+                self._judge_part(part)
         return True
 
-    def _judge(self, part: RolloutPart) -> None:
+    def _judge_part(self, part: RolloutPart) -> None:
         rows = self.store.read_rollouts(part.name, COLUMNS)
-        # Unfinished responses are judged in the attempt that ends them.
-        whole = [row for row in rows if row.finish_reason != UNFINISHED]
-        judged = []
-        for batch in whole_batches(whole, lambda row: row.key.prompt):
+        # Unfinished responses are judged in the attempt that finishes them.
+        finished = [row for row in rows if row.finish_reason != UNFINISHED]
+        rewards = []
+        for batch in whole_batches(finished, lambda row: row.key.prompt):
             for row, result in zip(batch, self.judge(batch), strict=True):
-                judged.append(RewardRow(row.key, row.attempt, self.version, result.reward, result.status,
-                                        dict(numbers_of(result.components)), result.reason))
+                rewards.append(RewardRow(
+                    row.key, row.attempt, self.version, result.reward, result.status,
+                    components=dict(flatten_components(result.components)), reason=result.reason))
                 self.summary.tally.add(result.reward, result.status, result.reason,
                                        f"{part.name}: prompt {row.key.prompt}, sample {row.key.sample}")
             self.progress(len(batch))
-        self.summary.unfinished += len(rows) - len(whole)
-        self.progress(len(rows) - len(whole))
+        self.summary.unfinished += len(rows) - len(finished)
+        self.progress(len(rows) - len(finished))
         try:
-            self.store.add_rewards(self.version, part.name, judged,
+            self.store.add_rewards(self.version, part.name, rewards,
                                    {**self.provenance, JUDGED: part.manifest_sha256})
             self.summary.parts += 1
         except AlreadyPublished:
-            self._tell_differences(part, judged)
+            self._report_differences(part, rewards)
 
-    def _tell_differences(self, part: RolloutPart, judged: Sequence[RewardRow]) -> None:
-        """Say where another job, taken for dead, has judged the same rows otherwise."""
+    def _report_differences(self, part: RolloutPart, rewards: Sequence[RewardRow]) -> None:
+        """Warn if another job, whose claim had expired, published other rewards of the same rows."""
         published = self.store.read_rewards(self.version, part.name, part)
-        # What was published first stays; a difference means that the reward is no function of the row.
-        there = {(row.key, row.attempt): row.reward for row in published}
-        others = sum(there.get((row.key, row.attempt)) != row.reward for row in judged)
-        if others:
-            warn(f"{part.name}: {others:,} of {len(judged):,} responses have another reward under the same "
-                 f"version {self.version}, given by another job, which stays: the reward depends on "
+        # The first published rewards stay. A difference means that the reward is not a function of the row.
+        published_rewards = {(row.key, row.attempt): row.reward for row in published}
+        num_others = sum(published_rewards.get((row.key, row.attempt)) != row.reward for row in rewards)
+        if num_others:
+            warn(f"{part.name}: {num_others:,} of {len(rewards):,} responses have another reward under "
+                 f"the same version {self.version}, given by another job, which stays: the reward depends on "
                  "something else than the row")
+
+
+@dataclass
+class RewardJudge:
+    """A reward whose worker processes start with the first rows and end with `close`."""
+
+    name: str
+    """See `reward_version`."""
+    settings: Sequence[str]
+    workers: int
+    version: str
+    _open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    _judge: JudgeRows | None = None
+
+    def judge(self, rows: Sequence[Rollout]) -> Sequence[Result]:
+        if self._judge is None:
+            self._judge = self._open.enter_context(judging(self.name, self.settings, self.workers))
+        return self._judge(rows)
+
+    def close(self) -> None:
+        self._open.close()
+
+
+def reward_version(name: str, settings: Sequence[str]) -> str:
+    """Return the version of a reward, under which the store keeps its judgements.
+
+    Args:
+        name: a built-in reward, FILE.py:NAME, `ENVIRONMENT` or `NO_REWARD`.
+        settings: `key=value`.
+
+    Raises:
+        UserError: the reward or a setting does not exist.
+    """
+    if name in (ENVIRONMENT, NO_REWARD):
+        if settings:
+            action = "copies the rewards of the rows and" if name == ENVIRONMENT else "judges nothing and"
+            raise UserError(f"--reward-set {settings[0]}: --reward {name} {action} has no settings; leave it "
+                            "out")
+        return name
+    return make(order(name, parse_nested(settings, "--reward-set"))).version
+
+
+def refuse_unjudged(name: str, settings: Sequence[str], prompts: Iterable[RolloutPrompt], given: str) -> None:
+    """Refuse prompts if all of them lack a field that the reward needs.
+
+    Args:
+        name: see `reward_version`.
+        settings: settings of the reward.
+        prompts: prompts of the first round.
+        given: option and file of the prompts.
+
+    Raises:
+        UserError: every prompt lacks a field.
+    """
+    if name in (ENVIRONMENT, NO_REWARD):
+        return
+    reward_order = order(name, parse_nested(settings, "--reward-set"))
+    reward, first = make(reward_order), ""
+    for prompt in prompts:
+        field = lacking(reward_order, reward, prompt.record)
+        if not field:
+            return
+        first = first or f"{prompt.place} has no {field!r}, which --reward {name} needs"
+    raise UserError(f"{given}: {first}, and no prompt of round 1 has all of its fields; add it, or "
+                    "read another field by --columns TARGET=FIELD")
+
+
+@contextlib.contextmanager
+def judging(name: str, settings: Sequence[str], workers: int) -> Iterator[JudgeRows]:
+    """Start the worker processes of a reward and yield its judge; arguments as of `reward_version`."""
+    if name == ENVIRONMENT:
+        yield lambda rows: [_read_outcome(row) for row in rows]
+        return
+    if name == NO_REWARD:
+        yield lambda rows: [Result(0.0, "scored") for _ in rows]
+        return
+    reward_order = order(name, parse_nested(settings, "--reward-set"))
+    reward = make(reward_order)
+    with runner(reward_order, reward, workers) as running:
+        def judge(rows: Sequence[Rollout]) -> Sequence[Result]:
+            records = [build_record(row) for row in rows]
+            if judges_groups(reward):
+                for record, row in zip(records, rows, strict=True):
+                    record["completion_ids"] = row.tokens.tolist()
+            return running.score(records)
+
+        yield judge
+
+
+def build_record(row: Rollout) -> dict[str, Any]:
+    """Return a response as a record for rewards: the fields of its prompt, and those of `generate`. The
+    response of an episode is the text of its last turn."""
+    record = dict(row.record)
+    if "messages" in record:
+        record.setdefault("prompt", record["messages"])
+    # Without a last turn the reward refuses the row: the row's text also contains tool results.
+    response = row.response if row.outcome is None else row.outcome.get(LAST_TURN)
+    return {**record, "response": response, "num_tokens": len(row.tokens),
+            "finish_reason": row.finish_reason}
+
+
+def flatten_components(components: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the numeric components of a reward, nested ones as `part.name`."""
+    for name, value in components.items():
+        if isinstance(value, Mapping):
+            yield from flatten_components(value, f"{prefix}{name}.")
+        elif isinstance(value, (int, float)):
+            yield f"{prefix}{name}", float(value)
+
+
+def _read_outcome(row: Rollout) -> Result:
+    outcome = row.outcome
+    if outcome is None or "status" not in outcome:
+        return Result(None, "refused", {}, "was played in no environment; judge it by another reward")
+    return Result(outcome.get("reward"), outcome["status"], outcome.get("components", {}),
+                  outcome.get("reason", ""))

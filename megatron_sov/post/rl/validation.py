@@ -1,9 +1,10 @@
-"""Asks held-out prompts of the policy that a run trains, every so many rounds, before the first and behind
-the last one, and tells how it does under the run's own reward; and tells samples of responses.
+"""Validates the policies of a run on held-out prompts, and records sample responses.
 
-Responses and rewards stand in a store of their own, RUN/validation, whose round r is by the policy that
-writes round r of the training.  So a kill costs at most a piece, and what is told is not done again.  Random
-numbers of a response follow from its prompt, and steps draw their own: training does not change by a bit.
+A validation runs every `rollout.validation_every_rounds` rounds, before the first and after the last round.
+Responses and rewards have a store of their own, RUN/validation; its round r holds responses of the policy
+that writes round r of the training. So a kill costs at most a piece, and recorded figures are not computed
+again. Random numbers of a response depend on its prompt alone, so validations leave the training
+bit-identical.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.parallel.world import on_main
 from megatron_sov.eval.pass_at_k import JudgedItem
 from megatron_sov.model.config import RolloutConfig
-from megatron_sov.post.rl.responses import key_digest
+from megatron_sov.post.rl.generate.live import LiveRollouts
+from megatron_sov.post.rl.generate.responses import key_digest
 from megatron_sov.post.rl.reward import NO_REWARD
 from megatron_sov.rollouts.prompts import PromptList, sampling_digest
 from megatron_sov.rollouts.rows import RewardRow, Rollout, domain_of
@@ -32,78 +34,155 @@ from megatron_sov.runs.rounds import Policy
 from megatron_sov.train.stages.feed import FeedView
 
 MAX_TABLES = 100
-"""Of a run's rounds, and of its validations: those of which samples are told."""
+"""Limit of the rounds, and of the validations, whose samples are recorded."""
 MAX_SAMPLE_CHARACTERS = 2000
-"""Of a prompt, and of a response, in a sample."""
+"""Length limit of a prompt, and of a response, in a sample."""
 _COLUMNS = ("record", "tokens", "versions", "finish_reason", "response")
 
 
-@dataclass(frozen=True)
-class SampledRounds:
-    """Which responses of a store's rounds are told, and how many."""
+@dataclass(kw_only=True)
+class Validation:
+    """Validates the policies of a run; an object on each process, called by all together."""
 
-    num_rows: int
-    """Responses of a round; 0: none are told."""
-    num_rounds: int
-    """Of the run."""
+    run: Path
+    """Folder of the run."""
+    rollouts: LiveRollouts
+    """Generates and judges the validation store."""
+    rollout: RolloutConfig
+    """Settings of the run."""
+    num_responses: int
+    """Responses of a complete validation."""
+    right_from: float
+    """Smallest reward of a right response."""
+    samples: SampledRounds
+    measured_by: Mapping[str, str]
+    """Digests of prompts, reward and sampling: figures of other digests belong to another curve."""
+    _recorded_steps: set[int] | None = None
+    """Steps whose policies are validated; on the first process."""
+    _has_read_events: bool = False
 
-    def tell(self, view: FeedView, store: RolloutStore, number: int, version: str, of: str = ROUND_SAMPLES
-             ) -> None:
-        """Tell samples of a round, where it is one of those that are told: the first of each prompt.
+    def validate(self, view: FeedView, number: int, policy: Policy, asked_to_stop: Callable[[], bool]
+                 ) -> str | None:
+        """Validate the policy that writes a round, if a validation is due and not recorded.
 
         Args:
-            view: the run, whose events are written.
-            store: has the responses.
-            number: of the round, from 1.
-            version: of the reward, or the beginning of it.
-            of: what they are samples of.
+            view: the run, whose model is the policy.
+            number: of the round, from 1; the number of rounds plus one stands for the last policy.
+            policy: identity of the live weights.
+            asked_to_stop: polled after each piece and each judged part.
+
+        Returns:
+            None if the validation is recorded or not due; otherwise the reason to end the run first.
+
+        Raises:
+            UserError: earlier validations used other prompts, another reward or other sampling settings.
         """
-        every = -(-self.num_rounds // MAX_TABLES)
-        if not self.num_rows or ((number - 1) % every and number != self.num_rounds):
-            return
-        kept: list[tuple[Rollout, RewardRow | None]] = []
-        for here, rows, _ in store.pieces(store.parts(number), _COLUMNS):
-            said = {} if version == NO_REWARD else store.judgements(version, here)
-            kept += [(row, said.get((row.key, row.attempt))) for row in rows]
-            if sum(not row.key.sample for row, _ in kept) >= self.num_rows:
-                break
-        kept.sort(key=lambda one: one[0].key.sample)  # stable: prompts stay in their order
-        view.events.write(RESPONSES, step=view.step, of=of, round=number,
-                          rows=[_sample(*one) for one in kept[:self.num_rows]])
+        # Checked before the first round even if none is due, so that no training continues a mixed curve.
+        if not self._has_read_events:
+            on_main(view.world, self._read_events)
+            self._has_read_events = True
+        if not self._is_due(number) or on_main(view.world, partial(self._is_recorded, view.step)):
+            return None
+        figures = self.rollouts.write(view, number, policy, asked_to_stop)
+        figures |= self.rollouts.judge(view, number, asked_to_stop)
+        reason: str | None = on_main(view.world, partial(self._record, view, number, figures))
+        return reason
+
+    def _is_due(self, number: int) -> bool:
+        every, trained = self.rollout.validation_every_rounds, number - 1
+        return trained in (0, self.rollout.rounds) or (every > 0 and trained % every == 0)
+
+    def _read_events(self) -> None:
+        events = [event for event in read_events(self.run / EVENTS) if event["event"] == VALIDATION]
+        for earlier in (event["measured_by"] for event in events[-1:] if "measured_by" in event):
+            changed = [name for name, digest in self.measured_by.items() if earlier.get(name) != digest]
+            if changed:
+                raise UserError(f"{self.run}: its policies up to step {events[-1]['step']} were validated "
+                                f"with other {' and '.join(changed)}, and one curve would mix both; give "
+                                "those again, leave --validation out, or begin another --run")
+        # A resumed run repeats its steps bit for bit, so recorded validations remain valid.
+        self._recorded_steps = {event["step"] for event in events}
+
+    def _is_recorded(self, step: int) -> bool:
+        assert self._recorded_steps is not None, "events are not read"
+        return step in self._recorded_steps
+
+    def _record(self, view: FeedView, number: int, seconds: Mapping[str, float]) -> str | None:
+        assert self._recorded_steps is not None, "events are not read"
+        store, version = self.rollouts.settings.store.open(), self.rollouts.reward.version
+        figures = compute_figures(store, number, version, self.right_from)
+        if figures["num_samples"] < self.num_responses:
+            return (f"asked to stop while validating the policy of step {view.step}: "
+                    f"{figures['num_samples']:,} of {self.num_responses:,} responses are judged")
+        # Samples first: a kill between the two events repeats the samples and loses no figure.
+        self.samples.record(view, store, number, version, VALIDATION)
+        view.events.write(VALIDATION, step=view.step, round=number, text=told_validation(figures),
+                          measured_by=dict(self.measured_by), **figures, **seconds)
+        self._recorded_steps.add(view.step)
+        return None
 
 
-def _sample(row: Rollout, said: RewardRow | None) -> dict[str, Any]:
-    asked = row.record.get("messages", row.record.get("prompt", row.record))
-    return {"prompt": _cut(asked if isinstance(asked, str) else json.dumps(asked, ensure_ascii=False)),
-            "response": _cut(row.response), "reward": None if said is None else said.reward,
-            "components": {} if said is None else dict(said.components), "tokens": row.num_written,
-            "ended": row.finish_reason}
+def digest_conditions(*, prompts: PromptList, reward_version: str, rollout: RolloutConfig,
+                      chosen_by: dict[str, Any], right_from: float) -> dict[str, str]:
+    """Return digests of the conditions of a validation: prompts, reward and sampling.
+
+    Args:
+        prompts: held-out prompts; their order does not matter.
+        reward_version: version of the reward's code and settings.
+        rollout: settings from `RolloutConfig.of_validation`.
+        chosen_by: see `writers.RolloutSource`.
+        right_from: smallest reward of a right response.
+    """
+    sampling = {"samples": rollout.samples_per_prompt, "tokens": key_digest(rollout, 0, chosen_by)}
+    return {"prompts": sampling_digest({"ids": sorted(prompts.ids)}),
+            "reward": sampling_digest({"version": reward_version, "right_from": right_from}),
+            "sampling": sampling_digest(sampling)}
 
 
-def _cut(text: str) -> str:
-    more = len(text) - MAX_SAMPLE_CHARACTERS
-    return text if more <= 0 else f"{text[:MAX_SAMPLE_CHARACTERS]} … ({more:,} more characters)"
+def compute_figures(store: RolloutStore, number: int, version: str, right_from: float) -> dict[str, Any]:
+    """Return the figures of a validation, over all prompts and for each domain.
+
+    Args:
+        store: responses and rewards.
+        number: of the round in the store.
+        version: of the reward.
+        right_from: smallest reward of a right response.
+    """
+    total, domains, is_judged = _Tally(), defaultdict[str, _Tally](_Tally), version != NO_REWARD
+    for parts, rows, _ in store.pieces(store.parts(number), _COLUMNS):
+        judgements = store.judgements(version, parts)
+        for row in rows:
+            judgement = judgements.get((row.key, row.attempt))
+            if judgement is not None:
+                total.add(row, judgement, right_from)
+                domains[domain_of(row.record)].add(row, judgement, right_from)
+    if not total.tokens:
+        return {"num_samples": 0}
+    figures = total.to_json(is_judged=is_judged)
+    figures["domains"] = {name: tally.to_json(is_judged=is_judged)
+                          for name, tally in sorted(domains.items()) if name}
+    return figures
 
 
 @dataclass
 class _Tally:
-    """Of the responses of a validation, or of a domain of it."""
+    """Sums over the responses of a validation or a domain."""
 
     judged: JudgedItem = field(default_factory=JudgedItem)
     tokens: list[int] = field(default_factory=list)
     components: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
-    def add(self, row: Rollout, said: RewardRow, right_from: float) -> None:
+    def add(self, row: Rollout, judgement: RewardRow, right_from: float) -> None:
         self.tokens.append(row.num_written)
         self.judged.add(row.key.prompt, {
-            "status": said.status, "reward": said.reward, "components": said.components,
+            "status": judgement.status, "reward": judgement.reward, "components": judgement.components,
             "finish_reason": row.finish_reason}, right_from)
-        if said.reward is not None:
-            for name, value in said.components.items():
+        if judgement.reward is not None:
+            for name, value in judgement.components.items():
                 self.components[name].append(value)
 
-    def plain(self, *, is_judged: bool) -> dict[str, Any]:
-        """Return the figures as JSON values; without a reward there are only those of lengths."""
+    def to_json(self, *, is_judged: bool) -> dict[str, Any]:
+        """Return the figures as JSON values; without a reward lengths alone."""
         judged = self.judged
         has_reward = is_judged and any(prompt.num_scored for prompt in judged.prompts.values())
         figures = judged.figures() if has_reward else {}
@@ -114,141 +193,50 @@ class _Tally:
                 "response_tokens": fmean(self.tokens), "truncated": judged.num_at_limit / judged.num_ended}
 
 
-def validation_figures(store: RolloutStore, number: int, version: str, right_from: float) -> dict[str, Any]:
-    """Return the figures of a validation, and of each domain that its prompts name.
+@dataclass(frozen=True)
+class SampledRounds:
+    """How many responses of a store's rounds are recorded as events."""
 
-    Args:
-        store: has its responses, and their rewards.
-        number: of its round.
-        version: of the reward.
-        right_from: least reward of a right response.
-    """
-    whole, domains, is_judged = _Tally(), defaultdict[str, _Tally](_Tally), version != NO_REWARD
-    for here, rows, _ in store.pieces(store.parts(number), _COLUMNS):
-        said = store.judgements(version, here)
-        for row in rows:
-            if (judged := said.get((row.key, row.attempt))) is not None:
-                for tally in (whole, domains[domain_of(row.record)]):
-                    tally.add(row, judged, right_from)
-    return {"num_samples": 0} if not whole.tokens else {
-        **whole.plain(is_judged=is_judged), "domains": {
-            name: found.plain(is_judged=is_judged) for name, found in sorted(domains.items()) if name}}
+    num_rows: int
+    """Responses of a round; 0: none."""
+    num_rounds: int
+    """Rounds of the run."""
 
-
-class RoundProducer(Protocol):
-    """Writes and judges rounds of a store: `feed.Producer`."""
-
-    version: str
-    """Of the reward."""
-
-    @property
-    def store(self) -> Callable[[], RolloutStore]:
-        """Return what opens the store, or makes it."""
-        ...
-
-    def produce(self, view: FeedView, number: int, policy: Policy, asked_to_stop: Callable[[], bool]
-                ) -> Mapping[str, float]:
-        """Write and judge what is missing of a round; returns figures for its event."""
-        ...
-
-    def close(self) -> None:
-        """End what is at work."""
-        ...
-
-
-def measured_by(prompts: PromptList, reward_version: str, rollout: RolloutConfig, chosen_by: dict[str, Any],
-                right_from: float) -> dict[str, str]:
-    """Return what the figures of a validation depend on beside its policy, each by its digest.
-
-    Args:
-        prompts: that are asked; their order decides nothing.
-        reward_version: of the reward's code and settings.
-        rollout: by which they are asked, of `RolloutConfig.of_validation`.
-        chosen_by: what tokens are chosen by beside it, see `Writer`.
-        right_from: least reward of a right response.
-    """
-    return {"prompts": sampling_digest({"ids": sorted(prompts.ids)}),
-            "reward": sampling_digest({"version": reward_version, "right_from": right_from}),
-            "sampling": sampling_digest({"samples": rollout.samples_per_prompt,
-                                         "tokens": key_digest(rollout, 0, chosen_by)})}
-
-
-@dataclass
-class Validation:
-    """Validates a run's policies; one object on each process, all of which call it together."""
-
-    run: Path
-    """The run's folder."""
-    asking: RoundProducer
-    """Writes and judges the rounds of its store."""
-    rollout: RolloutConfig
-    """Of the run."""
-    num_responses: int
-    """Of a validation."""
-    right_from: float
-    """Least reward of a right response."""
-    samples: SampledRounds
-    measured_by: Mapping[str, str]
-    """What figures depend on beside the policy: prompts, reward and sampling, each by its digest."""
-    _told: set[int] | None = None
-    """Steps whose policies are validated; read on the first process."""
-    _is_read: bool = False
-
-    def validate(self, view: FeedView, number: int, policy: Policy, asked_to_stop: Callable[[], bool]
-                 ) -> str | None:
-        """Validate the policy that is to write a round, where that is due and not done.
+    def record(self, view: FeedView, store: RolloutStore, number: int, version: str, kind: str = OF_ROUND
+               ) -> None:
+        """Record the first response to each of some prompts of a round, if the round is among the recorded
+        ones.
 
         Args:
-            view: the run, whose model is the policy.
-            number: of the round, from 1; one more than there are: the last policy.
-            policy: that the model is.
-            asked_to_stop: looked at behind each piece and each part that is judged.
-
-        Returns:
-            None: it is done or not due; else why the run has to end first.
-
-        Raises:
-            UserError: earlier policies of the run were validated by something else.
+            view: the run, whose events are written.
+            store: the responses.
+            number: of the round, from 1.
+            version: of the reward, or a prefix of it.
+            kind: field `of` of the event.
         """
-        # with the first round, due or not: nothing is trained whose curve would be of two sets
-        if not self._is_read:
-            on_main(view.world, self._read_told)
-            self._is_read = True
-        if not self._is_due(number) or on_main(view.world, partial(self._is_told, view.step)):
-            return None
-        seconds = self.asking.produce(view, number, policy, asked_to_stop)
-        told: str | None = on_main(view.world, partial(self._tell, view, number, seconds))
-        return told
+        every = -(-self.num_rounds // MAX_TABLES)
+        if not self.num_rows or ((number - 1) % every and number != self.num_rounds):
+            return
+        samples: list[tuple[Rollout, RewardRow | None]] = []
+        for parts, rows, _ in store.pieces(store.parts(number), _COLUMNS):
+            judgements = {} if version == NO_REWARD else store.judgements(version, parts)
+            samples += [(row, judgements.get((row.key, row.attempt))) for row in rows]
+            if sum(not row.key.sample for row, _ in samples) >= self.num_rows:
+                break
+        samples.sort(key=lambda sample: sample[0].key.sample)  # stable: prompts keep their order
+        view.events.write(RESPONSES, step=view.step, of=kind, round=number,
+                          rows=[_format_sample(*sample) for sample in samples[:self.num_rows]])
 
-    def _is_due(self, number: int) -> bool:
-        every, trained = self.rollout.validation_every_rounds, number - 1
-        return trained in (0, self.rollout.rounds) or (every > 0 and trained % every == 0)
 
-    def _read_told(self) -> None:
-        told = [event for event in read_events(self.run / EVENTS) if event["event"] == VALIDATION]
-        for before in (event["measured_by"] for event in told[-1:] if "measured_by" in event):
-            others = [what for what, digest in self.measured_by.items() if before.get(what) != digest]
-            if others:
-                raise UserError(f"{self.run}: its policies up to step {told[-1]['step']} were validated with "
-                                f"other {' and '.join(others)}, and one curve would be of both; give those "
-                                "again, leave --validation out, or begin another --run")
-        # a resumed run is what it was at each step, so that its validations are too
-        self._told = {event["step"] for event in told}
+def _format_sample(row: Rollout, judgement: RewardRow | None) -> dict[str, Any]:
+    prompt = row.record.get("messages", row.record.get("prompt", row.record))
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+    return {"prompt": _shorten(text), "response": _shorten(row.response),
+            "reward": None if judgement is None else judgement.reward,
+            "components": {} if judgement is None else dict(judgement.components),
+            "tokens": row.num_written, "ended": row.finish_reason}
 
-    def _is_told(self, step: int) -> bool:
-        assert self._told is not None, "nobody has looked what is told"
-        return step in self._told
 
-    def _tell(self, view: FeedView, number: int, seconds: Mapping[str, float]) -> str | None:
-        assert self._told is not None, "nobody has looked what is told"
-        store, version = self.asking.store(), self.asking.version
-        figures = validation_figures(store, number, version, self.right_from)
-        if figures["num_samples"] < self.num_responses:
-            return (f"asked to stop while validating the policy of step {view.step}: "
-                    f"{figures['num_samples']:,} of {self.num_responses:,} responses are judged")
-        # samples first: a kill between the two tells them again, and no figure is missing
-        self.samples.tell(view, store, number, version, VALIDATION)
-        view.events.write(VALIDATION, step=view.step, round=number, text=format_validation(figures),
-                          measured_by=dict(self.measured_by), **figures, **seconds)
-        self._told.add(view.step)
-        return None
+def _shorten(text: str) -> str:
+    more = len(text) - MAX_SAMPLE_CHARACTERS
+    return text if more <= 0 else f"{text[:MAX_SAMPLE_CHARACTERS]} … ({more:,} more characters)"

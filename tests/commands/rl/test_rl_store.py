@@ -137,9 +137,9 @@ BREAKS = {
                     [r"round-0002-piece-0000/rollouts.parquet: row 0 has the key and the attempt of .*"
                      r"round-0001-piece-0000/rollouts.parquet: row 0$"]),
     "nothing before": (lambda s: add(s, part_name(2, 0), rollout("p9", 0, attempt=1)),
-                       ["row 0 goes on behind an attempt that is not there$"]),
+                       ["row 0 continues an attempt that is not there$"]),
     "behind a finished one": (lambda s: add(s, part_name(2, 0), rollout("p0", 0, attempt=1)),
-                              ["row 0 goes on behind a finished one: .*round-0001-piece-0000.*row 0$"]),
+                              ["row 0 continues a finished one: .*round-0001-piece-0000.*row 0$"]),
     "a row's problem": (lambda s: add(s, part_name(2, 0), rollout("q", 0, temperature=0.0)),
                         ["round-0002-piece-0000/rollouts.parquet: row 0 has temperature 0.0$"]),
     "a reward of no part": (lambda s: shutil.rmtree(s.path / "rollouts" / part_name(1, 0)),

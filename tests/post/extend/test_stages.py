@@ -18,7 +18,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
 from megatron_sov.model.config import ExtendStageConfig, PartConfig, YarnConfig
 from megatron_sov.post.extend.stages import (
-    WINDOW_TOKENS, planned_stages, refuse_contaminated, search, stage_blend)
+    WINDOW_TOKENS, planned_stages, refuse_contaminated, search_contamination, stage_blend)
 from megatron_sov.runs.checkpoints import find_checkpoint
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.train.data.token_shards import Source
@@ -72,7 +72,7 @@ def test_equal_windows_have_equal_hashes_and_others_differ(text: list[int], wind
 
 
 def test_clean_text_is_clean() -> None:
-    found = search([QUESTION], [source([random_text(1, 5000)], [random_text(2, 640)])], 10_000)
+    found = search_contamination([QUESTION], [source([random_text(1, 5000)], [random_text(2, 640)])], 10_000)
     assert (found.questions_found, found.windows, found.windows_found, found.overlap) == (0, 20, 0, 0)
     assert found.scanned_tokens == found.train_tokens == {"web": 5000}
     refuse_contaminated(found, 0.0)
@@ -82,23 +82,24 @@ def test_a_shared_stretch_of_twice_the_window_is_found_at_any_place() -> None:
     held = random_text(2, 640)
     for start in (0, 7, 101, 640 - 2 * WINDOW_TOKENS):
         train = random_text(1, 333) + held[start:start + 2 * WINDOW_TOKENS] + random_text(3, 50)
-        found = search([QUESTION], [source([random_text(4, 90), train], [held])], 10_000)
+        found = search_contamination([QUESTION], [source([random_text(4, 90), train], [held])], 10_000)
         assert found.windows_found >= 1
     with pytest.raises(UserError, match="held-out text stands"):
         refuse_contaminated(found, 0.01)
 
 
 def test_a_question_is_found_inside_a_document_and_not_across_two() -> None:
-    inside = search([QUESTION], [source([random_text(1, 50), [1, *QUESTION, 2]], [random_text(2, 64)])],
-                    10_000)
-    across = search([QUESTION], [source([[1, 5, 6], [7, 2]], [random_text(2, 64)])], 10_000)
+    sources = [source([random_text(1, 50), [1, *QUESTION, 2]], [random_text(2, 64)])]
+    inside = search_contamination([QUESTION], sources, 10_000)
+    across = search_contamination([QUESTION], [source([[1, 5, 6], [7, 2]], [random_text(2, 64)])], 10_000)
     assert (inside.questions_found, across.questions_found) == (1, 0)
     with pytest.raises(UserError, match="1 questions"):
         refuse_contaminated(inside, 1.0)
 
 
 def test_the_search_ends_at_its_bound_and_says_so() -> None:
-    found = search([QUESTION], [source([random_text(1, 900), [*QUESTION]], [random_text(2, 64)])], 500)
+    sources = [source([random_text(1, 900), [*QUESTION]], [random_text(2, 64)])]
+    found = search_contamination([QUESTION], sources, 500)
     assert (found.scanned_tokens, found.train_tokens, found.questions_found) == (
         {"web": 500}, {"web": 903}, 0)
 

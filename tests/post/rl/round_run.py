@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from megatron_sov import recipes
@@ -11,9 +12,11 @@ from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.config.run import add_rounds
 from megatron_sov.post.policy import objective_of
 from megatron_sov.post.preference import round_objective_of
-from megatron_sov.post.rl import round_files
-from megatron_sov.post.rl.feed import RoundFeed, columns_of_run
-from megatron_sov.post.rl.publish import Publisher, published_numbers
+from megatron_sov.post.rl.logprob_columns import columns_of_run
+from megatron_sov.post.rl.publish import shards
+from megatron_sov.post.rl.publish.publisher import Publisher, published_numbers
+from megatron_sov.post.rl.round_loader import RoundLoader
+from megatron_sov.post.rl.run import RolloutCycle
 from megatron_sov.rollouts.prompts import read_prompts
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.rounds import Policy, RunPolicies
@@ -42,11 +45,14 @@ def curve(settings: list[str], folder: str) -> list[dict[str, Any]]:
     # what a layout computes itself stands beside the rounds: each has rounds of its own
     columns = columns_of_run(config, objective.columns, Path(folder))
     source = rounds_source(Path(folder) / "rounds", config.model.vocab_size, None, columns.names,
-                           columns.routes, (BEHAVIOUR, *published_numbers(config)))
+                           routes=columns.routes, published=(BEHAVIOUR, *published_numbers(config)))
     rounds = rounds_of([source])
     assert rounds is not None
     policies = RunPolicies(Path(folder), Policy(Path(folder), 0, "start"), config.rollout, {})
-    feed = RoundFeed(rounds, config.rollout, lambda number: "", columns, policies)
+    published: Any = SimpleNamespace(publish=lambda number: "")
+    loader = RoundLoader(documents=rounds, rollout=config.rollout, columns=columns)
+    feed = RolloutCycle(rollout=config.rollout, policies=policies, rollouts=None, publisher=published,
+                        loader=loader)
     trainer = Trainer(config, place, RunFolder(Path("not-written")), [source], objective, feed=feed)
     stop, taken = StopFlag(), []
     while not trainer.finished:
@@ -69,8 +75,8 @@ def publish(settings: list[str], rounds: str, store: str, prompts: str, tokenize
     """Publish the first round, a piece a shard; return what it lacks."""
     config = config_of(settings)
     world.join(ParallelConfig())
-    round_files.SHARD_TOKENS = 1
-    told = Publisher(config, Path(rounds), Path(store), read_prompts(Path(prompts)), version,
-                     Path(tokenizer)).publish(1)
+    shards.SHARD_TOKENS = 1
+    told = Publisher(config=config, rounds=Path(rounds), store=Path(store), tokenizer=Path(tokenizer),
+                     prompts=read_prompts(Path(prompts)), reward_version=version).publish(1)
     world.leave()
     return told

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from megatron_sov.model.config import PolicyConfig
-from megatron_sov.post.rl import advantages as parts
-from megatron_sov.post.rl.advantages import group_advantages, step_advantages
+from megatron_sov.post.rl.publish import advantages as parts
+from megatron_sov.post.rl.publish.advantages import group_advantages, step_advantages
 
 REWARDS = st.lists(st.sampled_from([0.0, 0.0, 0.3, 0.5, 1.0, 1.0, 1.2]), min_size=2, max_size=7)
 STEP = st.lists(REWARDS, min_size=1, max_size=4)
@@ -28,7 +28,7 @@ LONGEST = 4096
 
 
 def of(rewards: list[list[float]], policy: PolicyConfig, lengths: list[list[int]] | None = None,
-       longest: int = 10) -> list[parts.Group]:
+       longest: int = 10) -> list[parts.GroupAdvantages]:
     lengths = lengths or [[1] * len(group) for group in rewards]
     groups = group_advantages([np.array(g) for g in rewards], [np.array(n) for n in lengths], policy, longest)
     return step_advantages(groups, policy)
@@ -230,6 +230,6 @@ def test_a_group_that_is_all_right_still_learns_lengths() -> None:
 @pytest.mark.parametrize("rewards", [[0.1 + 0.2 + 0.3, 0.6, 0.6], [0.1 * 3, 0.3], [3e8, 1e9 * (0.1 + 0.2)]])
 def test_the_rounding_of_floats_is_no_advantage(rewards: list[float]) -> None:
     policy = PolicyConfig(method="dapo", right_from=rewards[0] - 0.1)
-    assert parts.left_out(np.array(rewards), policy) == parts.ALL_RIGHT
-    assert not parts.in_range(np.array(rewards)).any()
-    assert parts.left_out(np.array([0.6, 0.60001]), policy) == parts.LEARNS
+    assert parts.find_exclusion(np.array(rewards), policy) == parts.ALL_RIGHT
+    assert not parts.scale_to_range(np.array(rewards)).any()
+    assert parts.find_exclusion(np.array([0.6, 0.60001]), policy) == parts.LEARNS

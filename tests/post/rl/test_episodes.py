@@ -15,8 +15,8 @@ from megatron_sov.judge.tools.episode import ENDS, GeneratedTurn
 from megatron_sov.judge.tools.playing import EpisodeTable
 from megatron_sov.judge.tools.registry import make, order
 from megatron_sov.model.config.post_training import RolloutConfig
-from megatron_sov.post.rl.episodes import Episodes
-from megatron_sov.post.rl.generate import SampleAttempt
+from megatron_sov.post.rl.generate.episodes import Episodes
+from megatron_sov.post.rl.generate.pieces import SampleAttempt
 from megatron_sov.rollouts.prompts import PromptList, PromptPiece, RolloutPrompt
 from megatron_sov.rollouts.rows import NOT_WRITTEN, UNFINISHED, Rollout, later
 from megatron_sov.rollouts.store import RolloutStore
@@ -46,15 +46,17 @@ def test_an_episode_goes_on_where_a_deadline_cut_it_off(tmp_path: Path) -> None:
     piece = PromptPiece(1, 0, PromptList.of(
         RolloutPrompt(f"{n:016x}", environment.EXAMPLES[n]) for n in range(2)))
     timed = Timed(FuzzedPolicy("files", chat, encoder.end_ids[0]))
-    writer = Episodes(EpisodeTable(asked, encoder, LIMITS, 3), "v1", lambda ids: chat.decode(ids),
-                      encoder.end_ids, ROLLOUT, "script", {"environment": "v1"}, lambda: timed.now_s)
+    source = Episodes(
+        table=EpisodeTable(asked, encoder, LIMITS, 3), version="v1", decode=lambda ids: chat.decode(ids),
+        end_ids=encoder.end_ids, rollout=ROLLOUT, engine_name="script", chosen_by={"environment": "v1"},
+        clock_s=lambda: timed.now_s)
     store = RolloutStore.create(tmp_path / "store", "sha256:0", encoder.end_ids[0] + 1)
     rows: list[Rollout] = []
     number, begun = 0, ()
     while number == 0 or begun:
         policy = Policy(tmp_path, 4 * number, f"{number:064x}")
         name = piece.part(number)
-        [written_rows] = writer.played(timed, [SampleAttempt(piece, number, policy, begun)])
+        [written_rows] = source.play_attempts(timed, [SampleAttempt(piece, number, policy, begun)])
         store.add_rollouts(name, written_rows, {})
         found = store.read_rollouts(name)
         assert all(row.attempt == number for row in found)
@@ -62,7 +64,7 @@ def test_an_episode_goes_on_where_a_deadline_cut_it_off(tmp_path: Path) -> None:
         begun = tuple(row for row in found if row.finish_reason == UNFINISHED)
         number += 1
     assert number > 2, "nothing was cut off twice"
-    [whole] = replace(writer, rollout=replace(ROLLOUT, deadline_s=0.0)).played(
+    [whole] = replace(source, rollout=replace(ROLLOUT, deadline_s=0.0)).play_attempts(
         timed, [SampleAttempt(piece, 0, Policy(tmp_path, 0, "0" * 64))])
     ended = {row.key: row for row in later(rows)}
     assert len(ended) == 4 == len(whole)

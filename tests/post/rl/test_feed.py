@@ -38,22 +38,29 @@ class Told:
 @pytest.fixture
 def view(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A run that stands before its first step, on one process."""
-    from megatron_sov.post.rl import feed
+    from megatron_sov.post.rl import logprob_columns, round_loader, run
 
-    monkeypatch.setattr(feed, "POLL_S", (0.01, 0.01))
-    monkeypatch.setattr(feed, "sum_dict", lambda values, over: values)
-    monkeypatch.setattr(feed, "on_main", lambda world, action: action())
+    monkeypatch.setattr(run, "POLL_S", (0.01, 0.01))
+    monkeypatch.setattr(run, "sum_dict", lambda values, over: values)
+    for module in (logprob_columns, round_loader):
+        monkeypatch.setattr(module, "on_main", lambda world, action: action())
+        monkeypatch.setattr(module, "files_sha256", lambda path: path.name)
 
-    def write_logprobs(model: Any, documents: Any, passed: int, seq_len: int, rows: int, file: Path, of: str,
-                       *rest: Any) -> None:
+    def write_logprobs(model: Any, documents: Any, file: Path, identity: str, *, num_skipped: int,
+                       **settings: Any) -> None:
         numbers = np.full(4 * len(documents.lengths), -model.step, np.float32)
-        numbers[:4 * passed] = np.nan
-        write_sealed(file, numbers.tobytes(), of)
+        numbers[:4 * num_skipped] = np.nan
+        write_sealed(file, numbers.tobytes(), identity)
 
-    monkeypatch.setattr(feed, "write_logprobs", write_logprobs)
-    monkeypatch.setattr(feed, "hash_checkpoint_files", lambda path: path.name)
+    def run_with_weights(start: Path, view: Any, compute: Any) -> None:
+        view.step += 100
+        compute()
+        view.step -= 100
+
+    monkeypatch.setattr(logprob_columns, "write_logprobs", write_logprobs)
+    monkeypatch.setattr(logprob_columns, "run_with_weights", run_with_weights)
     manifest = SimpleNamespace(content={"groups": {"learns": 1}})
-    monkeypatch.setattr(feed, "read_manifest", lambda path: manifest)
+    monkeypatch.setattr(round_loader, "read_manifest", lambda path: manifest)
     events: list[tuple[str, dict[str, Any]]] = []
     return SimpleNamespace(
         step=0, world=SimpleNamespace(is_main=True), told=events,
@@ -68,7 +75,9 @@ def view(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def feed_of(folder: Path, monkeypatch: pytest.MonkeyPatch, lacking: Any, names: tuple[str, ...] = (),
             wait_s: float = 0.0, reference: str = "") -> Any:
-    from megatron_sov.post.rl.feed import RoundFeed, TrainerColumns
+    from megatron_sov.post.rl.logprob_columns import TrainerColumns
+    from megatron_sov.post.rl.round_loader import RoundLoader
+    from megatron_sov.post.rl.run import RolloutCycle
 
     rounds = RoundDocuments(folder, 10, names)
 
@@ -80,16 +89,14 @@ def feed_of(folder: Path, monkeypatch: pytest.MonkeyPatch, lacking: Any, names: 
     monkeypatch.setattr(rounds, "read", read)
     monkeypatch.setattr(rounds, "verify", lambda number, rank, size: None)
 
-    def with_reference(view: Any, compute: Any) -> None:
-        view.step += 100
-        compute()
-        view.step -= 100
-
-    columns = TrainerColumns(names, 1.0, None, with_reference, reference)
+    columns = TrainerColumns(names, 1.0, None, folder, reference)
     rollout = RolloutConfig(steps_per_round=2, prompts_per_round=2)
     policies = RunPolicies(folder, Policy(folder / "start", 0, "start"), rollout, {})
     policies.restore({"trained": "earlier rounds", "recent": []})
-    return RoundFeed(rounds, rollout, lacking, columns, policies, wait_s)
+    publisher: Any = SimpleNamespace(publish=lacking)
+    return RolloutCycle(
+        rollout=rollout, policies=policies, rollouts=None, publisher=publisher, wait_s=wait_s,
+        loader=RoundLoader(documents=rounds, rollout=rollout, columns=columns))
 
 
 def test_a_round_is_waited_for_with_everything_saved(view: Any, tmp_path: Path,
@@ -118,19 +125,22 @@ def test_what_a_round_asks_further_is_produced_too(view: Any, tmp_path: Path,
     lacks = iter(["2 pieces", "3 further prompts", "1 further prompt", ""])
     produced: list[int] = []
 
-    def produce(view: Any, number: int, policy: Policy, asked_to_stop: Any) -> dict[str, float]:
+    def write(view: Any, number: int, policy: Policy, asked_to_stop: Any) -> dict[str, float]:
         assert policy == feed.policies.at(view.step)
         produced.append(number)
-        return {"write_s": 2.0, "judge_s": 0.5}
+        return {"write_s": 2.0}
+
+    def judge(view: Any, number: int, asked_to_stop: Any) -> dict[str, float]:
+        return {"judge_s": 0.5}
 
     feed = feed_of(tmp_path, monkeypatch, lambda number: next(lacks))
-    feed.produce = produce
+    feed.rollouts = SimpleNamespace(write=write, judge=judge)
     assert feed.bring(view, lambda: False) is None and produced == [1, 1, 1]
     ((_, told),) = [event for event in view.told if event[0] == "round"]
     assert "saved" not in dict(view.told), "no checkpoint is waited for"
     assert (told["write_s"], told["judge_s"]) == (6.0, 1.5)
     view.step = 2
-    feed.publish = lambda number: "2 pieces"  # it was asked to stop, and wrote nothing
+    feed.publisher.publish = lambda number: "2 pieces"  # it was asked to stop, and wrote nothing
     assert feed.bring(view, lambda: True) == "asked to stop while waiting for round 2: 2 pieces"
     assert produced == [1, 1, 1, 2]
 
@@ -185,17 +195,17 @@ RATES = [
 @pytest.mark.parametrize(("learn", "count", "rate", "is_first", "words"), RATES)
 def test_a_round_of_which_few_groups_learn_is_warned_of_with_a_remedy(
         learn: int, count: int, rate: float | None, is_first: bool, words: str) -> None:
-    from megatron_sov.post.rl.gathering import doubt_of_round
+    from megatron_sov.post.rl.publish.metrics import find_round_problem
 
     groups = {"learns": learn, "no_advantage": count - learn}
     means = {} if rate is None else {"pass_rate": rate}
-    found = doubt_of_round({"groups": groups, "means": means}, is_first=is_first)
+    found = find_round_problem({"groups": groups, "means": means}, is_first=is_first)
     assert re.search(words, found) if words else found == ""
 
 
 def test_the_pass_rate_of_the_start_is_told_once_before_the_first_step(
         view: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    from megatron_sov.post.rl import feed as module
+    from megatron_sov.post.rl import round_loader as module
 
     content = {"groups": {"learns": 1, "no_advantage": 7},
                "means": {"responses": 64, "reward": 0.1, "pass_rate": 1 / 64}}
@@ -220,7 +230,7 @@ def test_what_the_trainer_says_is_of_the_weights_before_the_round(
         view.step = step
         feed = feed_of(tmp_path, monkeypatch, lambda number: "", ("old_logprobs", "reference_logprobs"))
         assert feed.bring(view, lambda: False) is None
-        return feed.rounds
+        return feed.loader.documents
 
     document = (3 << 32) + 1
     for step, old in ((4, -4.0), (5, -4.0)):  # in the round's middle its file is read
@@ -252,7 +262,8 @@ def test_what_the_first_step_learns_is_left_to_it(view: Any, tmp_path: Path,
         assert feed.bring(view, lambda: False) is None
     # of the second round the first step learns nothing, and moves nothing
     assert not any((tmp_path / f"000{n}.old_logprobs.f32").exists() for n in (1, 2)), "nothing needs a pass"
-    first, second = (feed.rounds.column("old_logprobs", (3 << 32) + d, 1, 2).tolist() for d in (0, 1))
+    column = feed.loader.documents.column
+    first, second = (column("old_logprobs", (3 << 32) + d, 1, 2).tolist() for d in (0, 1))
     assert np.isnan(first).all() and second == [-4.0, -4.0]
 
 
@@ -269,20 +280,21 @@ def test_a_resumed_run_keeps_its_reference(view: Any, tmp_path: Path,
 
 
 def test_a_resumed_run_keeps_its_teachers(view: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_sov.post.rl import feed
+    from megatron_sov.post.rl import logprob_columns, round_loader
     from megatron_sov.post.rl.teachers import ScoringTeacher
 
-    def write(view: Any, teachers: Any, opened: Round, file: Path, of: str, with_weights: Any) -> None:
-        write_sealed(file, np.full(8, -float(len(teachers)), np.float32).tobytes(), of)
+    def write(view: Any, teachers: Any, opened: Round, file: Path, identity: str) -> None:
+        write_sealed(file, np.full(8, -float(len(teachers)), np.float32).tobytes(), identity)
 
-    monkeypatch.setattr(feed, "write_teachers", write)
-    monkeypatch.setattr(feed, "reverse_kl", lambda opened, column: {"reverse_kl": -float(column.mean())})
+    monkeypatch.setattr(logprob_columns, "write_teachers", write)
+    monkeypatch.setattr(round_loader, "reverse_kl",
+                        lambda opened, column: {"reverse_kl": -float(column.mean())})
 
     def opened(*teachers: ScoringTeacher) -> None:
         made = feed_of(tmp_path, monkeypatch, lambda number: "", ("teacher_logprobs",))
-        made.columns = replace(made.columns, teachers=teachers)
+        made.loader.columns = replace(made.loader.columns, teachers=teachers)
         assert made.bring(view, lambda: False) is None
-        assert made.rounds.column("teacher_logprobs", 1 << 32, 1, 3).tolist() == [-2.0] * 3
+        assert made.loader.documents.column("teacher_logprobs", 1 << 32, 1, 3).tolist() == [-2.0] * 3
 
     math, served = ScoringTeacher("math", tmp_path, "a" * 64), ScoringTeacher("", urls=("http://a",))
     opened(math, served)

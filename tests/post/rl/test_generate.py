@@ -15,8 +15,9 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.request import Bounds, Generated, Sampling, StopRule, Tokens
 from megatron_sov.model.config.post_training import RolloutConfig
-from megatron_sov.post.rl.generate import Missing, PieceQueue, SampleAttempt, write_rounds
-from megatron_sov.post.rl.responses import ResponseSource, key_digest
+from megatron_sov.post.rl.generate.pieces import PendingPieces, PieceQueue, SampleAttempt
+from megatron_sov.post.rl.generate.responses import ResponseSource, key_digest
+from megatron_sov.post.rl.generate.writers import write_batches
 from megatron_sov.rollouts.prompts import PromptList, PromptPiece, read_prompts, round_pieces, round_prompts
 from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Rollout, later
 from megatron_sov.rollouts.store import RolloutStore
@@ -98,24 +99,27 @@ class Job:
     """One generating job; `newest` gives the newest policy whenever it is asked."""
 
     def __init__(self, store: Path, prompts: PromptList, newest: Callable[[], int],
-                 rollout: RolloutConfig = ROLLOUT, further: Any = None, **desk: Any) -> None:
+                 rollout: RolloutConfig = ROLLOUT, further: Any = None, **queue: Any) -> None:
         self.engine, self.taken, self.store = Counting(), [0], RolloutStore.create(store, "sha256:0", 1000)
 
         def policy_of(number: int) -> Policy | None:
             return policy(newest()) if newest() >= number - 1 else None
 
-        self.missing = Missing(self.store, Claims(self.store.claims, 60), prompts, rollout, range(1, 4),
-                               policy_of, lambda number: key_digest(rollout, number, {}), further)
-        self.writer = ResponseSource(Numbers(), rollout, "counting", False, {},  # type: ignore[arg-type]
+        self.pending = PendingPieces(
+            store=self.store, claims=Claims(self.store.claims, 60), prompts=prompts, rollout=rollout,
+            rounds=range(1, 4), find_policy=policy_of, further=further,
+            sampling_digest=lambda number: key_digest(rollout, number, {}))
+        self.source = ResponseSource(Numbers(), rollout, "counting", False, {},  # type: ignore[arg-type]
                                      lambda: self.engine.now_s)
-        self.desk = PieceQueue(self.missing, self.store, **{"wait_s": 0.0, "provenance": {}, **desk})
+        self.queue = PieceQueue(pending=self.pending, store=self.store,
+                                **{"wait_s": 0.0, "provenance": {}, **queue})
 
     def take(self, given: Policy) -> None:
         self.taken.append(given.step)
         self.engine.step = given.step
 
     def run(self) -> dict[str, Any]:
-        return write_rounds(self.engine, self.take, policy(0), self.writer, self.desk)
+        return write_batches(self.engine, self.source, self.queue, loaded=policy(0), load_policy=self.take)
 
 
 def rows_of(store: RolloutStore) -> list[Rollout]:
@@ -156,7 +160,7 @@ def test_rounds_are_written_by_the_policies_that_they_ask_for(tmp_path: Path,
     assert summary["waits_for"] == "round 2 waits for a policy that round 1 has trained"
     newest = 2
     again = Job(tmp_path / "store", prompts, lambda: newest, replace(ROLLOUT, deadline_s=0.0))
-    assert again.run()["waits_for"] == "" and again.missing.is_done
+    assert again.run()["waits_for"] == "" and again.pending.is_complete
     found = check_whole(job.store, prompts, (1, 2, 3))
     assert {(r.round, int(v)) for r in found for v in set(r.versions)} == {(1, 0), (2, 2), (3, 2)}
     assert again.taken == [0, 2], "each policy is loaded once"
@@ -174,14 +178,14 @@ def test_what_a_deadline_cuts_off_the_next_policy_goes_on_with(tmp_path: Path,
         return min(parts // 2, 2)
 
     job = Job(tmp_path / "store", prompts, newest)
-    publish = job.desk.publish
+    publish = job.queue.publish
 
     def counted(attempts: Sequence[SampleAttempt], rows: Sequence[list[Rollout]]) -> None:
         nonlocal parts
         parts += len(attempts)
         publish(attempts, rows)
 
-    job.desk.publish = counted  # type: ignore[method-assign]
+    job.queue.publish = counted  # type: ignore[method-assign]
     assert job.run()["unfinished"] > 0
     found = check_whole(job.store, prompts, (1, 2, 3))
     assert any(len(set(r.versions)) > 1 for r in found), "no response was written by two policies"
@@ -229,7 +233,7 @@ def test_responses_that_are_told_their_length_begin_with_it_as_their_prompt(
     rollout = replace(ROLLOUT, samples_per_prompt=4, budgets_tokens=(2, 6), budget_text="in {tokens} tokens",
                       max_prompt_tokens=3, deadline_s=0.0)
     writer = ResponseSource(Telling(), rollout, "counting", False, {})  # type: ignore[arg-type]
-    assert writer.too_long(prompts) == {}
+    assert writer.measure_long_prompts(prompts) == {}
     [rows] = writer.write(Counting(), [SampleAttempt(PromptPiece(1, 0, prompts[5:6]), 0, policy(0))])
     assert [row.prompt_tokens.tolist() for row in rows] == [[60, 700, 2]] * 2 + [[60, 700, 6]] * 2
     assert all(not set(row.tokens.tolist()) & {60, 700} for row in rows)
@@ -240,11 +244,11 @@ def test_responses_that_are_told_their_length_begin_with_it_as_their_prompt(
     narrow = ResponseSource(Telling(), replace(rollout, max_prompt_tokens=2), "", False,
                             {})  # type: ignore[arg-type]
     with pytest.raises(UserError, match="2, the shortest"):
-        narrow.too_long(prompts)
+        narrow.measure_long_prompts(prompts)
     told = replace(prompts[5], record={"prompt": "60", "target_tokens": 4}, id="told")
     short = ResponseSource(Telling(), replace(rollout, max_prompt_tokens=2, budgets_tokens=()), "", False,
                            {})  # type: ignore[arg-type]
-    assert short.too_long([*prompts, told]) == {"told": 3}, "with the words that are put behind it"
+    assert short.measure_long_prompts([*prompts, told]) == {"told": 3}, "with the longest budget text"
     own = replace(prompts[5], record={"prompt": "60", "target_tokens": 4})
     alone = replace(rollout, budgets_tokens=())
     writer = ResponseSource(Telling(), alone, "counting", False, {})  # type: ignore[arg-type]
@@ -262,17 +266,17 @@ def test_what_a_round_asks_further_is_written_until_it_is_trained(
         return [part.piece for part in job.store.parts(1)]
 
     own = [piece.number for piece in round_pieces(prompts, rollout, 1)]
-    assert job.run()["waits_for"] == "round 1 is written, and may ask further prompts until it is trained"
+    assert job.run()["waits_for"] == "round 1 is generated, and may need further prompts until it is trained"
     assert pieces_written() == own and all(part.provenance["grows"] for part in job.store.parts())
     more = 1
-    assert "may ask further prompts" in job.run()["waits_for"] and pieces_written() == [*own, len(own)]
+    assert "may need further prompts" in job.run()["waits_for"] and pieces_written() == [*own, len(own)]
     asked = {prompt.id for piece in round_pieces(prompts, rollout, 1, 1) for prompt in piece.prompts}
     assert {row.key.prompt for row in rows_of(job.store)} == asked
     is_final = True
     assert "round 2 waits for a policy" in job.run()["waits_for"]
     # a job that begins now knows what was asked
     again = Job(tmp_path / "store", prompts, lambda: 0, rollout, lambda number: (more, is_final))
-    assert again.run()["parts"] == 0 and "round 2 waits" in again.desk.summary["waits_for"]
+    assert again.run()["parts"] == 0 and "round 2 waits" in again.queue.summary["waits_for"]
 
 
 class Hanging(Counting):
@@ -308,7 +312,7 @@ def test_what_hangs_comes_last_once_for_each_policy_and_makes_way(tmp_path: Path
     (first, *_) = round_prompts(prompts, rollout, 1)
     job.engine = engine = Hanging(int(first.record["prompt"]))
     assert job.run()["waits_for"] == (
-        "round 1 waits for responses of which a whole attempt did not get one token")
+        "round 1 waits for responses that got no token in a whole attempt")
     assert [(engine.hangs in texts, length_s) for texts, length_s in engine.asked] == [
         (True, 20.0), (False, engine.asked[1][1]), (True, 20.0)], "with others, then alone, and no more"
     engine.asked.clear()
@@ -344,7 +348,7 @@ def test_what_goes_on_of_several_pieces_is_written_together(tmp_path: Path,
     newest = 0
     job = Job(tmp_path / "store", prompts, lambda: newest, clock_s=lambda: job.engine.now_s)
     batches: list[list[str]] = []
-    publish = job.desk.publish
+    publish = job.queue.publish
 
     def counted(attempts: Sequence[SampleAttempt], rows: Sequence[list[Rollout]]) -> None:
         nonlocal newest
@@ -352,7 +356,7 @@ def test_what_goes_on_of_several_pieces_is_written_together(tmp_path: Path,
         publish(attempts, rows)
         newest = max(newest, int(len(batches) >= 2))
 
-    job.desk.publish = counted  # type: ignore[method-assign]
+    job.queue.publish = counted  # type: ignore[method-assign]
     job.run()
     assert batches[:2] == [["round-0001-piece-0000"], ["round-0001-piece-0001"]]
     assert batches[2] == ["round-0001-piece-0000-attempt-1", "round-0001-piece-0001-attempt-1"]
@@ -372,20 +376,20 @@ def test_two_jobs_share_the_pieces_and_the_first_of_two_stays(tmp_path: Path, pr
 
     one, two = (Job(tmp_path / "store", prompts, lambda: 2, wait_s=7.0, patience=IdleTimeout(sleep))
                 for _ in range(2))
-    [attempt] = one.missing.take()
+    [attempt] = one.pending.claim_attempts()
     assert attempt.name == "round-0001-piece-0000"
     assert two.run()["waits_for"] == "round 1 waits for pieces that other jobs have claimed"
     assert slept == [5.0, 2.0], "it waits as long as it was told"
-    two.desk.asked_to_stop = lambda: True
-    assert two.run() is two.desk.summary and len(slept) == 2
+    two.queue.asked_to_stop = lambda: True
+    assert two.run() is two.queue.summary and len(slept) == 2
     # a job that was taken for dead has written the same piece, by another policy
     taken = ResponseSource(Numbers(), ROLLOUT, "other", False, {})  # type: ignore[arg-type]
     other = Counting()
     other.step = 1
     [rows] = taken.write(other, [replace(attempt, policy=policy(1))])
     one.store.add_rollouts(attempt.name, rows, {})
-    one.desk.publish([attempt], one.writer.write(one.engine, [attempt]))
-    assert "stay" in capsys.readouterr().err and one.desk.summary["parts"] == 0
+    one.queue.publish([attempt], one.source.write(one.engine, [attempt]))
+    assert "stay" in capsys.readouterr().err and one.queue.summary["parts"] == 0
     one.run()
     check_whole(one.store, prompts, (1, 2, 3))
 
@@ -401,7 +405,7 @@ def test_a_store_of_other_settings_or_prompts_is_refused(tmp_path: Path,
 
 def test_an_empty_prompt_is_named(tmp_path: Path, prompts: PromptList) -> None:
     job = Job(tmp_path / "store", prompts, lambda: 0)
-    job.writer.asker.ask = lambda asked: [[]] * len(asked)  # type: ignore[method-assign]
+    job.source.asker.ask = lambda asked: [[]] * len(asked)  # type: ignore[method-assign]
     with pytest.raises(UserError, match=r"--prompts: line \d+"):
         job.run()
-    assert job.missing.take(), "the claim was given back"
+    assert job.pending.claim_attempts(), "the claim was given back"

@@ -12,8 +12,8 @@ import numpy as np
 from megatron_sov import recipes
 from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig
-from megatron_sov.model.config.run import add_rounds
-from megatron_sov.post.rl.publish import Publisher
+from megatron_sov.model.config.run import with_rounds
+from megatron_sov.post.rl.publish.publisher import Publisher
 from megatron_sov.rollouts.prompts import pieces, read_prompts, round_prompts
 from megatron_sov.rollouts.rows import NOT_WRITTEN, Key, RewardRow, Rollout
 from megatron_sov.rollouts.store import RolloutStore
@@ -81,8 +81,9 @@ def test_labels_are_what_the_policy_wrote_and_nothing_else(packed_data: Any, tmp
     config = add_rounds(dataclasses.replace(
         base, rollout=ROLLOUT, policy=policy, model=dataclasses.replace(base.model, vocab_size=368),
         data=dataclasses.replace(base.data, phases=(PhaseConfig("main", seq_len=32),))))
-    assert Publisher(config, tmp_path / "rounds", store.path, prompts, VERSION,
-                     packed_data.tokenizer).publish(1) == ""
+    publisher = Publisher(config=config, rounds=tmp_path / "rounds", store=store.path, prompts=prompts,
+                          reward_version=VERSION, tokenizer=packed_data.tokenizer)
+    assert publisher.publish(1) == ""
     rounds = RoundDocuments(tmp_path / "rounds", 368)
     opened = rounds.read(1, 32, 1)
     rounds.open(1, opened)

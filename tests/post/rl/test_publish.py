@@ -17,8 +17,8 @@ from megatron_sov.base.artifacts import create_artifact, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig, RunConfig
-from megatron_sov.model.config.run import add_rounds
-from megatron_sov.post.rl.publish import Publisher, further_pieces
+from megatron_sov.model.config.run import with_rounds
+from megatron_sov.post.rl.publish.publisher import Publisher, further_pieces
 from megatron_sov.rollouts.prompts import list_set_aside, read_prompts, round_pieces, round_prompts, set_aside
 from megatron_sov.rollouts.rows import Key, RewardRow, Rollout, part_name
 from megatron_sov.rollouts.store import RolloutStore
@@ -46,8 +46,9 @@ def publisher(packed_data: Any, tmp_path: Path) -> Publisher:
                             for i in range(9)))
     RolloutStore.create(tmp_path / "store", tokenizer_digest(packed_data.tokenizer),
                         368)
-    return Publisher(config_of(), tmp_path / "rounds", tmp_path / "store", read_prompts(file), VERSION,
-                     packed_data.tokenizer)
+    return Publisher(
+        config=config_of(), rounds=tmp_path / "rounds", store=tmp_path / "store", prompts=read_prompts(file),
+        reward_version=VERSION, tokenizer=packed_data.tokenizer)
 
 
 def write(publisher: Publisher, write_round: Any, number: int = 1, **more: Any) -> RolloutStore:
@@ -337,7 +338,7 @@ def test_prompts_that_the_store_sets_aside_are_in_no_round(publisher: Publisher,
     assert publisher.publish(1) == ""
     (store.path / "set_aside.json").unlink()
     forgets = dataclasses.replace(publisher, rounds=tmp_path / "forgets")
-    with pytest.raises(UserError, match="none of piece 0"):
+    with pytest.raises(UserError, match="not in piece 0"):
         forgets.publish(1)
 
 

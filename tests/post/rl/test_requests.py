@@ -16,13 +16,16 @@ import pytest
 from megatron_sov.infer.engines.fleet import Fleet
 from megatron_sov.infer.engines.server_engine import ServerEngine, ServerPlaces
 from megatron_sov.infer.engines.server_process import EngineServers
-from megatron_sov.infer.request import Batching
-from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.model.config.post_training import RolloutConfig
-from megatron_sov.post.rl import feed, requests
-from megatron_sov.post.rl.generate import Missing, PieceQueue
-from megatron_sov.post.rl.requests import LiveServers, ResponseQueue, row_requests, write_by_requests
-from megatron_sov.post.rl.responses import ResponseSource, key_digest
+from megatron_sov.post.rl.generate import live, requests, servers
+from megatron_sov.post.rl.generate.live import LiveRollouts
+from megatron_sov.post.rl.generate.pieces import PendingPieces, PieceQueue
+from megatron_sov.post.rl.generate.requests import (
+    RequestQueue, RequestWriter, build_requests, write_by_requests)
+from megatron_sov.post.rl.generate.responses import ResponseSource, key_digest
+from megatron_sov.post.rl.generate.servers import LiveServers, ServerSettings
+from megatron_sov.post.rl.generate.writers import GenerationSettings
+from megatron_sov.post.rl.reward import NO_REWARD, RewardJudge
 from megatron_sov.rollouts.prompts import PromptList, SetAside, read_prompts
 from megatron_sov.rollouts.rows import LENGTH, Rollout
 from megatron_sov.rollouts.store import RolloutStore
@@ -34,6 +37,12 @@ from tests.token_servers import VOCAB, token_at
 
 ROLLOUT = RolloutConfig(rounds=2, prompts_per_round=3, samples_per_prompt=2, piece_prompts=1,
                         max_new_tokens=6)
+
+
+def settings_of(folder: Path, urls: tuple[str, ...] = (), servers: EngineServers | None = None
+                ) -> ServerSettings:
+    return ServerSettings(engine="vllm", start=folder, places=ServerPlaces(folder, urls), longest=8,
+                          servers=servers or EngineServers(), vocab_size=VOCAB, with_routes=False)
 
 
 class Numbers:
@@ -63,11 +72,12 @@ class Desk:
         self.fleet = Fleet(keepers, VOCAB, 4, look_s=0.02, backoff_s=(0.01, 0.05)).__enter__()
         self.engine = ServerEngine("vllm", self.fleet, folder, folder / "weights", 4)
         self.source = ResponseSource(Numbers(), rollout, "vllm", True, {})  # type: ignore[arg-type]
-        self.requests = row_requests(self.engine, self.source, 4)
-        missing = Missing(self.store, Claims(self.store.claims, 60.0), self.prompts, rollout,
-                          range(1, rollout.rounds + 1), self._policy_of,
-                          partial(self._sampling, rollout))
-        self.queue = PieceQueue(missing, self.store, 0.0, {})
+        self.requests = build_requests(self.engine, self.source, 4)
+        pending = PendingPieces(
+            store=self.store, claims=Claims(self.store.claims, 60.0), prompts=self.prompts, rollout=rollout,
+            rounds=range(1, rollout.rounds + 1), find_policy=self._policy_of,
+            sampling_digest=partial(self._sampling, rollout))
+        self.queue = PieceQueue(pending=pending, store=self.store, wait_s=0.0, provenance={})
 
     def _policy_of(self, number: int) -> Policy | None:
         return Policy(Path("p"), self.newest, f"{self.newest:064x}") if self.newest >= number - 1 else None
@@ -110,14 +120,14 @@ def test_rounds_are_written_by_the_newest_policy_and_published_piece_by_piece(
         desks: Callable[..., Desk]) -> None:
     keepers = [DoubleKeeper(), DoubleKeeper()]
     desk = desks(keepers)
-    summary = write_by_requests(desk.requests, desk.take, desk.queue, 4)
+    summary = write_by_requests(desk.requests, desk.queue, 4, desk.take)
     assert summary["parts"] == 3 and "round 2 waits for a policy" in summary["waits_for"]
     check_whole(desk.rows(1))
     # the samples of a prompt in one request
     asked = [body for keeper in keepers for body in keeper.doubles[0].asked]
     assert [body["sampling_params"]["n"] for body in asked] == [2, 2, 2]
     desk.newest = 1
-    again = write_by_requests(desk.requests, desk.take, desk.queue, 4)
+    again = write_by_requests(desk.requests, desk.queue, 4, desk.take)
     assert again["parts"] == 6 and desk.taken == [1]
     check_whole(desk.rows(2))
     assert {int(v) for row in desk.rows(2) for v in row.versions} == {1}
@@ -130,9 +140,9 @@ def test_a_round_that_nothing_changes_is_one_request(
     keeper = DoubleKeeper()
     desk = desks([keeper], replace(ROLLOUT, rounds=1, piece_prompts=3, **more))
     desk.fleet.requests = room
-    live = row_requests(desk.engine, desk.source, room, is_live=True)
-    requests = ResponseQueue(live, desk.queue, None, room)
-    while requests.advance(5.0, lambda: not desk.queue.missing.is_done):
+    whole = build_requests(desk.engine, desk.source, room, is_live=True)
+    requests = RequestQueue(requests=whole, pieces=desk.queue, load_policy=None, room=room)
+    while requests.advance(5.0, lambda: not desk.queue.pending.is_complete):
         pass
     requests.close()
     check_whole(desk.rows(1))
@@ -145,7 +155,8 @@ def test_a_round_that_nothing_changes_is_one_request(
 def test_servers_of_a_run_have_all_work_there_is_before_nobody_looks(
         is_live: bool, deadline_s: float, asked: int, desks: Callable[..., Desk]) -> None:
     desk = desks([DoubleKeeper(0.05)], replace(ROLLOUT, rounds=1, deadline_s=deadline_s))
-    requests = ResponseQueue(desk.requests, desk.queue, None if is_live else desk.take, 1)
+    requests = RequestQueue(requests=desk.requests, pieces=desk.queue, room=1,
+                            load_policy=None if is_live else desk.take)
     assert requests.advance(0.0, lambda: True)
     assert sum(len(piece.rows) for piece in requests.under_way) == asked
     requests.close()
@@ -157,7 +168,8 @@ def test_a_round_asks_a_server_for_no_more_than_it_needs(desks: Callable[..., De
     keeper, now_s = DoubleKeeper(), [0.0]
     desk = desks([keeper], replace(ROLLOUT, piece_prompts=3))
     # the clock stands still: what waited between two rounds would wait for ever
-    queue = ResponseQueue(desk.requests, desk.queue, None, 4, lambda: now_s[0])
+    queue = RequestQueue(requests=desk.requests, pieces=desk.queue, load_policy=None, room=4,
+                         clock_s=lambda: now_s[0])
     seen: list[tuple[int, int]] = []
     for number in (1, 2):
         desk.newest = number - 1
@@ -165,7 +177,7 @@ def test_a_round_asks_a_server_for_no_more_than_it_needs(desks: Callable[..., De
         queue.begin(range(number, number + 1), lambda: False)
         assert queue.under_way, "nothing is asked for before the first look"
         looks = 0
-        while queue.advance(1.0, partial(desk.queue.missing.is_open, number)):
+        while queue.advance(1.0, partial(desk.queue.pending.is_open, number)):
             looks += 1
             assert looks < 100
         server = keeper.doubles[0]
@@ -184,49 +196,52 @@ def test_a_stop_gives_the_claims_back_and_the_next_command_writes_the_rest(
     desk = desks([DoubleKeeper(0.05)], replace(ROLLOUT, rounds=1))
     asked: list[bool] = []
     desk.queue.asked_to_stop = lambda: bool(asked)
-    requests = ResponseQueue(desk.requests, desk.queue, desk.take, 4)
+    requests = RequestQueue(requests=desk.requests, pieces=desk.queue, load_policy=desk.take, room=4)
     assert requests.advance(0.05, lambda: True)
     asked.append(True)
     assert not requests.advance(1.0, lambda: True)
     requests.close()
     asked.clear()
-    write_by_requests(desk.requests, desk.take, desk.queue, 4)
+    write_by_requests(desk.requests, desk.queue, 4, desk.take)
     check_whole(desk.rows(1))
 
 
 def test_validations_ask_the_servers_that_training_has_at_work(
         desks: Callable[..., Desk], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     desk = desks([DoubleKeeper(0.02)])
-    servers = LiveServers("vllm", tmp_path, ServerPlaces(tmp_path, ()), EngineServers(), 8, VOCAB,
-                          with_routes=False, engine=desk.engine)
+    live_servers = LiveServers(settings_of(tmp_path), engine=desk.engine)
     pushed: list[int] = []
-    monkeypatch.setattr(servers, "push", lambda view, policy: pushed.append(policy.step))
-    monkeypatch.setattr(servers, "check", lambda *_: None)
-    monkeypatch.setattr(feed, "on_main", lambda world, work: work())
+    monkeypatch.setattr(live_servers, "push", lambda view, policy: pushed.append(policy.step))
+    monkeypatch.setattr(live_servers, "check", lambda *_: None)
+    for module in (live, requests):
+        monkeypatch.setattr(module, "on_main", lambda world, work: work())
 
-    def producer(prompts: PromptList, rollout: RolloutConfig, store: RolloutStore) -> feed.Producer:
+    def rollouts_of(prompts: PromptList, rollout: RolloutConfig, store: RolloutStore) -> LiveRollouts:
         source = ResponseSource(Numbers(), rollout, "vllm", True, {})  # type: ignore[arg-type]
-        return feed.Producer(
-            lambda: store, prompts, SetAside({}, [], ""), rollout, tmp_path, source, Batching(), "v",
-            lambda: nullcontext(lambda rows: [Result(1.0, "scored") for _ in rows]), {}, servers=servers)
+        opened: Any = SimpleNamespace(open=lambda: store)
+        settings = GenerationSettings(
+            store=opened, prompts=prompts, set_aside=SetAside({}, [], ""), rollout=rollout, run=tmp_path,
+            source=source, provenance={})
+        return LiveRollouts(settings=settings, writer=RequestWriter(settings, live_servers),
+                            reward=RewardJudge(NO_REWARD, (), 1, NO_REWARD))
 
     held = RolloutStore.create(tmp_path / "validation", "sha256:0", VOCAB)
-    training = producer(desk.prompts, replace(ROLLOUT, max_staleness=1), desk.store)
-    validation = producer(desk.prompts[:2], ROLLOUT.for_validation(2), held)
+    training = rollouts_of(desk.prompts, replace(ROLLOUT, max_staleness=1), desk.store)
+    validation = rollouts_of(desk.prompts[:2], ROLLOUT.of_validation(2), held)
     view: Any = SimpleNamespace(world=None, step=0, checkpointer=SimpleNamespace(advance=lambda: None),
                                 events=SimpleNamespace(write=lambda *_, **__: None))
     policy = Policy(Path("p"), 0, "0" * 64)
-    training.produce(view, 1, policy, lambda: False)
+    training.write(view, 1, policy, lambda: False)
     check_whole(desk.rows(1))
     # while the servers write round 2
-    validation.produce(view, 1, policy, lambda: False)
+    validation.write(view, 1, policy, lambda: False)
     assert [len(row.tokens) for part in held.parts(1) for row in held.read_rollouts(part.name)] == [6, 6]
-    training.produce(view, 2, policy, lambda: False)
+    training.write(view, 2, policy, lambda: False)
     check_whole(desk.rows(2))
     assert pushed == [0, 0, 0]
     training.close()
     validation.close()  # whose servers have ended
-    assert servers._over.is_set()
+    assert live_servers._closed.is_set()
 
 
 @pytest.mark.parametrize(("urls", "given"), [((), []), (("http://other:8000",), [0])])
@@ -235,28 +250,26 @@ def test_servers_of_others_are_given_the_weights_of_the_start_too(
     updates: list[int] = []
     engine = SimpleNamespace(update=lambda weights, version: updates.append(version))
     (tmp_path / "config.json").write_text("{}")
-    monkeypatch.setattr(requests, "find_target", lambda path: SimpleNamespace(path=path, is_hf=True))
-    monkeypatch.setattr(requests, "serving_engine", lambda *args, **kwargs: nullcontext(engine))
-    monkeypatch.setattr(requests, "export_weights", lambda model: iter(()))
-    monkeypatch.setattr(requests, "on_main", lambda world, work: work())
-    servers = LiveServers("vllm", tmp_path, ServerPlaces(tmp_path, urls), EngineServers(), 8, VOCAB,
-                          with_routes=False)
-    while servers.is_opening(1.0):
+    monkeypatch.setattr(servers, "find_target", lambda path: SimpleNamespace(path=path, is_hf=True))
+    monkeypatch.setattr(servers, "serving_engine", lambda *args, **kwargs: nullcontext(engine))
+    monkeypatch.setattr(servers, "export_weights", lambda model: iter(()))
+    monkeypatch.setattr(servers, "on_main", lambda world, work: work())
+    live_servers = LiveServers(settings_of(tmp_path, urls))
+    while live_servers.is_opening(1.0):
         pass
     view: Any = SimpleNamespace(world=SimpleNamespace(is_main=True), policy=SimpleNamespace(
         model=SimpleNamespace(finish_param_gather=lambda: None)))
     for _ in range(2):
-        servers.push(view, Policy(Path("p"), 0, "0" * 64))
-    servers.close()
+        live_servers.push(view, Policy(Path("p"), 0, "0" * 64))
+    live_servers.close()
     assert updates == given
 
 
 def test_a_run_that_is_to_stop_does_not_wait_for_a_server_that_does_not_answer(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text("{}")
-    monkeypatch.setattr(requests, "find_target", lambda path: SimpleNamespace(path=path, is_hf=True))
-    servers = LiveServers("vllm", tmp_path, ServerPlaces(tmp_path, ("http://127.0.0.1:9",)),
-                          EngineServers(start_s=1e6), 8, VOCAB, with_routes=False)
-    assert servers.is_opening(0.1)
-    servers.close()
-    assert servers.engine is None
+    monkeypatch.setattr(servers, "find_target", lambda path: SimpleNamespace(path=path, is_hf=True))
+    live_servers = LiveServers(settings_of(tmp_path, ("http://127.0.0.1:9",), EngineServers(start_s=1e6)))
+    assert live_servers.is_opening(0.1)
+    live_servers.close()
+    assert live_servers.engine is None

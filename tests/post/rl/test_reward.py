@@ -11,7 +11,7 @@ import pytest
 
 from megatron_sov.judge.rewards.math_answers import Math
 from megatron_sov.judge.rewards.reward import Result, judged
-from megatron_sov.post.rl.reward import ENVIRONMENT, JudgingJob, judging, reward_version, row_of
+from megatron_sov.post.rl.reward import ENVIRONMENT, JudgingJob, build_record, judging, reward_version
 from megatron_sov.rollouts.rows import STOP, UNFINISHED, AskedPrompt, Key, RewardRow, Rollout
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.work.progress.locks import Claims, IdleTimeout
@@ -166,13 +166,13 @@ def test_an_environments_word_is_taken_from_the_rows(store: RolloutStore) -> Non
 
 def test_a_reward_is_given_the_prompts_fields_and_its_messages() -> None:
     chat = [{"role": "user", "content": "hi"}]
-    assert row_of(rollout(1, 0, "x", record={"messages": chat, "answer": "2"})) == {
+    assert build_record(rollout(1, 0, "x", record={"messages": chat, "answer": "2"})) == {
         "messages": chat, "prompt": chat, "answer": "2", "response": "x", "num_tokens": 2,
         "finish_reason": "stop"}
     # of an episode what the model itself wrote in the end, never what a tool printed
     played = rollout(1, 0, "\\boxed{7} said a tool", outcome={"last_turn": "It is 8."})
-    assert row_of(played)["response"] == "It is 8."
-    assert judged(Math(), row_of(replace(played, outcome={}))).status == "refused"
+    assert build_record(played)["response"] == "It is 8."
+    assert judged(Math(), build_record(replace(played, outcome={}))).status == "refused"
 
 
 def test_a_built_in_reward_judges_in_processes(store: RolloutStore) -> None:

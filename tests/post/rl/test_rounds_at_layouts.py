@@ -17,8 +17,8 @@ from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig
 from megatron_sov.model.config.post_training import PolicyMethod
-from megatron_sov.model.config.run import add_rounds
-from megatron_sov.post.rl.publish import Publisher
+from megatron_sov.model.config.run import with_rounds
+from megatron_sov.post.rl.publish.publisher import Publisher
 from megatron_sov.rollouts.prompts import read_prompts, round_prompts
 from megatron_sov.rollouts.rows import RewardRow
 from megatron_sov.rollouts.store import RolloutStore
@@ -43,7 +43,8 @@ def publish(folder: Path, packed_data: Any, write_round: Any, policy: PolicyConf
     config = add_rounds(dataclasses.replace(
         base, rollout=ROLLOUT, policy=policy, model=dataclasses.replace(base.model, vocab_size=368),
         data=dataclasses.replace(base.data, phases=(PhaseConfig("main", seq_len=seq_len),))))
-    publisher = Publisher(config, folder / "rounds", store.path, prompts, VERSION, packed_data.tokenizer)
+    publisher = Publisher(config=config, rounds=folder / "rounds", store=store.path, prompts=prompts,
+                          reward_version=VERSION, tokenizer=packed_data.tokenizer)
     for number in (1, 2):
         write_round(store, prompts, ROLLOUT, number, VERSION, judge=not rewards, **more)
         places = [prompt.id for prompt in round_prompts(prompts, ROLLOUT, number)]

@@ -27,11 +27,11 @@ from megatron_sov.judge.tools.episode import GeneratedTurn
 from megatron_sov.judge.tools.playing import EpisodeTable
 from megatron_sov.judge.tools.registry import make, order
 from megatron_sov.model.config.post_training import RolloutConfig
-from megatron_sov.post.rl import requests
-from megatron_sov.post.rl.episodes import Episodes
-from megatron_sov.post.rl.generate import Missing, PieceQueue, SampleAttempt
-from megatron_sov.post.rl.requests import ResponseQueue, row_requests, write_by_requests
-from megatron_sov.post.rl.responses import key_digest
+from megatron_sov.post.rl.generate import requests
+from megatron_sov.post.rl.generate.episodes import Episodes
+from megatron_sov.post.rl.generate.pieces import PendingPieces, PieceQueue, SampleAttempt
+from megatron_sov.post.rl.generate.requests import RequestQueue, build_requests, write_by_requests
+from megatron_sov.post.rl.generate.responses import key_digest
 from megatron_sov.rollouts.prompts import PromptList, PromptPiece, RolloutPrompt
 from megatron_sov.rollouts.rows import UNFINISHED, Rollout, later
 from megatron_sov.rollouts.store import RolloutStore
@@ -154,13 +154,15 @@ class Job:
         fleet = self.stack.enter_context(Fleet(servers, ENCODER.end_ids[0] + 1, 4, look_s=0.02))
         engine = ServerEngine("vllm", fleet, folder, folder / "weights", 4)
         engine._shape = SHAPE
-        self.writer = Episodes(EpisodeTable(order(world, {}), ENCODER, LIMITS, 4), "v1", CHAT.decode,
-                               ENCODER.end_ids, rollout, "script", {}, with_routes=True)
-        missing = Missing(self.store, Claims(self.store.claims, 60.0), self.prompts, rollout, range(1, 2),
-                          lambda number: Policy(folder, self.step, f"{self.step:064x}"),
-                          lambda number: key_digest(rollout, number, {}))
-        self.requests = row_requests(engine, self.writer, 4)
-        self.queue = PieceQueue(missing, self.store, 0.0, {})
+        self.source = Episodes(
+            table=EpisodeTable(order(world, {}), ENCODER, LIMITS, 4), version="v1", decode=CHAT.decode,
+            end_ids=ENCODER.end_ids, rollout=rollout, engine_name="script", chosen_by={}, with_routes=True)
+        pending = PendingPieces(
+            store=self.store, claims=Claims(self.store.claims, 60.0), prompts=self.prompts, rollout=rollout,
+            rounds=range(1, 2), find_policy=lambda number: Policy(folder, self.step, f"{self.step:064x}"),
+            sampling_digest=lambda number: key_digest(rollout, number, {}))
+        self.requests = build_requests(engine, self.source, 4)
+        self.queue = PieceQueue(pending=pending, store=self.store, wait_s=0.0, provenance={})
         self.fleet = fleet
 
     def take(self, policy: Policy) -> None:
@@ -172,7 +174,7 @@ class Job:
     def in_step(self, model: Greedy) -> list[Rollout]:
         """Return the rows of an engine that plays all episodes in step."""
         piece = PromptPiece(1, 0, self.prompts)
-        [rows] = self.writer.played(model, [SampleAttempt(piece, 0, Policy(Path(), 0, "0" * 64))])
+        [rows] = self.source.play_attempts(model, [SampleAttempt(piece, 0, Policy(Path(), 0, "0" * 64))])
         return rows
 
 
@@ -200,7 +202,7 @@ EXAMPLES: Any = make(order("files", {}))[0]
 def test_servers_make_the_same_rows_as_an_engine_in_step(job: Callable[..., Job]) -> None:
     model = Greedy(fuzzed)
     one = job("files", EXAMPLES.EXAMPLES[:2], [Server(model), Server(model)])
-    summary = write_by_requests(one.requests, one.take, one.queue, 4)
+    summary = write_by_requests(one.requests, one.queue, 4, one.take)
     assert (summary["parts"], summary["responses"], summary["waits_for"]) == (1, 4, "")
     found = {(row.key.prompt, row.key.sample): told(row) for row in one.rows()}
     expected = {(row.key.prompt, row.key.sample): told(row) for row in one.in_step(model)}
@@ -216,7 +218,8 @@ def test_a_turn_that_a_deadline_cuts_off_goes_on_by_the_next_policy(job: Callabl
     model, now_s = Greedy(fuzzed), [0.0]
     server = Server(model, held_at=3)
     one = job("files", EXAMPLES.EXAMPLES[:2], [server], replace(ROLLOUT, deadline_s=10.0))
-    queue = ResponseQueue(one.requests, one.queue, one.take, 4, lambda: now_s[0])
+    queue = RequestQueue(requests=one.requests, pieces=one.queue, load_policy=one.take, room=4,
+                         clock_s=lambda: now_s[0])
     assert queue.advance(1.0, lambda: server.num_written < 12) is False
     now_s[0] = 20.0
     assert queue.advance(1.0, lambda: not one.store.parts(1)) is False
@@ -224,7 +227,7 @@ def test_a_turn_that_a_deadline_cuts_off_goes_on_by_the_next_policy(job: Callabl
     assert cut and all(len(row.tokens) and row.tokens[-1] not in ENCODER.end_ids for row in cut)
     # another episode in the same process would end the session that a server has of one that goes on
     asked: Any = one.requests
-    processes = [host._workers._workers for host in asked._seats._free]
+    processes = [host._workers._workers for host in asked._player._free_hosts]
     assert processes.count([]) >= len(cut)
     one.step, server.held_at = 1, None
     while queue.advance(1.0, lambda: True):
@@ -240,11 +243,12 @@ def test_a_turn_that_a_deadline_cuts_off_goes_on_by_the_next_policy(job: Callabl
 def test_a_run_whose_deadline_is_too_short_for_a_token_ends(job: Callable[..., Job],
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     """The policy that could go on with them would learn from the round that waits for them."""
-    monkeypatch.setattr(requests, "LOOK_S", 0.02)  # the clock that counts is the one below
+    monkeypatch.setattr(requests, "LOOKUP_S", 0.02)  # the clock that counts is the one below
     clock = itertools.count(0, 20)
     one = job("files", EXAMPLES.EXAMPLES[:2], [Server(Greedy(fuzzed), held_at=0)],
               replace(ROLLOUT, deadline_s=10.0))
-    queue = ResponseQueue(one.requests, replace(one.queue, wait_s=60.0), None, 4, lambda: float(next(clock)))
+    queue = RequestQueue(requests=one.requests, pieces=replace(one.queue, wait_s=60.0), load_policy=None,
+                         room=4, clock_s=lambda: float(next(clock)))
     with pytest.raises(UserError, match=r"rollout.deadline_s = 10: some"):
         queue.advance(1e9, lambda: True)
 
@@ -295,7 +299,7 @@ def test_an_episode_waits_for_no_tool_of_another(job: Callable[..., Job], tmp_pa
     tasks = [{"question": f"I am {who}.", "file": str(tmp_path / "went")} for who in turns]
     one = job(f"{tmp_path / 'world.py'}:Waiting", tasks, [Server(Greedy(turn))],
               replace(ROLLOUT, samples_per_prompt=1))
-    write_by_requests(one.requests, one.take, one.queue, 4)
+    write_by_requests(one.requests, one.queue, 4, one.take)
     first, second = one.rows()
     assert "it came" in first.response and "went" in second.response
     assert all(row.outcome is not None and row.outcome["reward"] == 1.0 for row in (first, second))
@@ -305,5 +309,5 @@ def test_a_wrong_task_ends_the_work_and_every_episode(job: Callable[..., Job]) -
     server = Server(Greedy(fuzzed), token_s=0.01)
     one = job("files", [EXAMPLES.EXAMPLES[0], {"question": 3}], [server])
     with pytest.raises(UserError, match="task question = '3'"):
-        write_by_requests(one.requests, one.take, one.queue, 4)
+        write_by_requests(one.requests, one.queue, 4, one.take)
     assert not one.rows() and not [t for t in threading.enumerate() if t.name.startswith("episode")]

@@ -62,12 +62,9 @@ def told(opened: Round, *teachers: Any) -> list[float]:
     """Return what teachers say of a round, in hundredths."""
     from megatron_sov.post.rl.teachers import write_teachers
 
-    def no_weights(*_: Any) -> None:
-        raise AssertionError("nobody is a checkpoint")
-
     file = opened.path.with_name("0001.teacher_logprobs.f32")
-    write_teachers(VIEW, teachers, opened, file, "these", no_weights)
-    assert find_seal_damage(file, "these") is None and [f.name for f in file.parent.iterdir()] == [file.name]
+    write_teachers(VIEW, teachers, opened, file, "these")
+    assert seal_damage(file, "these") is None and [f.name for f in file.parent.iterdir()] == [file.name]
     return (np.fromfile(file, np.float32, sum(LENGTHS)) * -100).round(3).tolist()
 
 
@@ -109,10 +106,10 @@ def test_a_server_that_is_away_is_asked_again_and_one_that_refuses_is_told(opene
 
 
 def test_what_is_no_probability_is_no_answer() -> None:
-    from megatron_sov.post.rl.teachers import _checked
+    from megatron_sov.post.rl.teachers import _check_scores
     from megatron_sov.work.endpoints.answers import BadAnswer
 
     with pytest.raises(BadAnswer, match="and tells 2, 1"):
-        _checked([-1.0, float("-inf")], 2, "http://a")
+        _check_scores([-1.0, float("-inf")], 2, "http://a")
     with pytest.raises(BadAnswer, match="tell 3 log-probabilities"):
-        _checked([-1.0], 3, "http://a")
+        _check_scores([-1.0], 3, "http://a")

@@ -59,14 +59,16 @@ def validation_of(store: RolloutStore, every: int = 2, num_responses: int = 6,
 
     asked: list[int] = []
 
-    def produce(view: Any, number: int, policy: Any, asked_to_stop: Any) -> dict[str, float]:
+    def write(view: Any, number: int, policy: Any, asked_to_stop: Any) -> dict[str, float]:
         asked.append(number)
         return {"write_s": 2.0}
 
     rollout = RolloutConfig(rounds=5, validation_every_rounds=every)
-    asking: Any = SimpleNamespace(produce=produce, store=lambda: store, version=VERSION)
-    return Validation(store.path.parent, asking, rollout, num_responses, 1.0, SampledRounds(2, 6),
-                      measured), asked
+    rollouts: Any = SimpleNamespace(
+        write=write, judge=lambda *_: {}, reward=SimpleNamespace(version=VERSION),
+        settings=SimpleNamespace(store=SimpleNamespace(open=lambda: store)))
+    return Validation(run=store.path.parent, rollouts=rollouts, rollout=rollout, num_responses=num_responses,
+                      right_from=1.0, samples=SampledRounds(2, 6), measured_by=measured), asked
 
 
 def test_figures_are_of_all_responses_and_of_each_domain(store: RolloutStore, view: Any) -> None:
@@ -92,7 +94,7 @@ def test_policies_are_validated_when_it_is_due_and_once(store: RolloutStore, vie
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     for every, due in ((2, [1, 3, 5, 6]), (0, [1, 6]), (10, [1, 6])):
         validation, asked = validation_of(store, every)
-        monkeypatch.setattr(validation, "_tell", lambda *_: None)
+        monkeypatch.setattr(validation, "_record", lambda *_: None)
         for number in range(1, 7):
             view.step = number - 1
             assert validation.validate(view, number, POLICY, lambda: False) is None
@@ -122,14 +124,15 @@ def test_a_run_that_was_validated_by_something_else_is_refused_before_anything_i
 
 def test_what_a_validation_is_measured_with() -> None:
     """What no response or verdict depends on is left out: the order of prompts, and how many at a time."""
-    from megatron_sov.post.rl.validation import measured_by
+    from megatron_sov.post.rl.validation import digest_conditions
 
     prompts = PromptList.of(RolloutPrompt(f"{i:016x}", {"prompt": str(i)}) for i in range(3))
     rollout = RolloutConfig().for_validation(3)
 
     def measured(asked: PromptList = prompts, reward: str = "v", right_from: float = 1.0, **more: Any
                  ) -> dict[str, str]:
-        return measured_by(asked, reward, replace(rollout, **more), {"plain": True}, right_from)
+        return digest_conditions(prompts=asked, reward_version=reward, rollout=replace(rollout, **more),
+                                 chosen_by={"plain": True}, right_from=right_from)
 
     assert measured(prompts[::-1]) == measured(piece_prompts=7, rounds=9) == measured()
 
@@ -149,13 +152,13 @@ def test_a_validation_that_was_stopped_ends_the_run_and_is_not_told(store: Rollo
 
 
 def test_without_a_reward_lengths_are_told(tmp_path: Path, store: RolloutStore) -> None:
-    from megatron_sov.post.rl.validation import validation_figures
-    from megatron_sov.runs.obs.validation import extract_curves, format_validation
+    from megatron_sov.post.rl.validation import compute_figures
+    from megatron_sov.runs.obs.validation import curves_of, told_validation
 
     failed = [RewardRow(row.key, 0, "other", None, "failed", {}) for row in
               store.read_rollouts(part_name(1, 1))]
     store.add_rewards("other", part_name(1, 1), failed, {})
-    figures = validation_figures(store, 1, "other", 1.0)
+    figures = compute_figures(store, 1, "other", 1.0)
     assert (figures["num_samples"], figures["reward"], figures["pass_at_k"]) == (2, None, [])
     assert extract_curves(figures) == {"response_tokens": 2.5, "truncated": 0.5}
     assert format_validation(figures) == "no response has a reward (2 responses to 1 prompt)"

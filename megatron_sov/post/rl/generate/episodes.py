@@ -1,0 +1,299 @@
+"""Episodes with the tools of an environment, as rows, token for token.
+
+`Episodes` plays them on an engine in this process, turn by turn, and stops between turns at a deadline.
+`EpisodePlayer` requests turns from servers, each episode at its own pace, and stops inside a turn. The
+outcome of an unfinished row holds its turns and the state of its environment, for the next attempt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from megatron_sov.base.documents.shard_files import joined_routes
+from megatron_sov.infer.engine import Engine
+from megatron_sov.infer.engines.server_engine import ServerEngine
+from megatron_sov.infer.request import Sampling, StopRule, Tokens
+from megatron_sov.infer.turns import EnginePolicy, with_policy
+from megatron_sov.judge.tools.environment import Task
+from megatron_sov.judge.tools.episode import (
+    Episode, EpisodeLines, GeneratedTurn, begun, left_of, lines_of, take_turn)
+from megatron_sov.judge.tools.host import EnvironmentHost
+from megatron_sov.judge.tools.playing import STREAMS, EpisodeTable, ToolPolicy, play, scored, take_up
+from megatron_sov.model.config.post_training import RolloutConfig
+from megatron_sov.post.rl.generate.pieces import SampleAttempt, never
+from megatron_sov.post.rl.generate.responses import build_sampling, fresh_keys, logprob_temperature
+from megatron_sov.rollouts.prompts import RolloutPrompt, stream_of
+from megatron_sov.rollouts.rows import LAST_TURN, NOT_WRITTEN, UNFINISHED, Key, Rollout
+from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer
+
+CONTINUATION = "goes_on"
+"""In the outcome of an unfinished row: lines of `EpisodeLines`, as JSON."""
+
+
+@dataclass(frozen=True)
+class PlannedEpisode:
+    """An episode to play."""
+
+    task: Task
+    key: Key
+    previous: Rollout | None
+    """The unfinished row to continue; None: a new episode."""
+
+    def lines(self, number: int) -> list[dict[str, Any]]:
+        """Return the recorded lines of the unfinished episode, renumbered to `number`."""
+        if self.previous is None or not self.previous.outcome or CONTINUATION not in self.previous.outcome:
+            return []
+        recorded = json.loads(self.previous.outcome[CONTINUATION])
+        first, *turns = ({**line, "episode": number} for line in recorded)
+        return [{**first, "routes": self.previous.routes}, *turns]
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """Plays the episodes of attempts. All processes of an engine call it together; the first gets the
+    rows."""
+
+    table: EpisodeTable
+    """Environment, limits and tokenizer."""
+    version: str
+    """Version of the environment, which is that of its rewards."""
+    decode: Callable[[list[int]], str]
+    """Token ids -> text."""
+    end_ids: tuple[int, ...]
+    """Tokens that end a turn."""
+    rollout: RolloutConfig
+    engine_name: str
+    chosen_by: dict[str, Any]
+    """Settings of sampling besides those of `rollout`, for the key."""
+    clock_s: Callable[[], float] = time.monotonic
+    """Clock of the deadline."""
+    with_routes: bool = False
+    """Whether engines return expert routes."""
+
+    def write(self, engine: Engine, attempts: Sequence[SampleAttempt],
+              should_yield: Callable[[], bool] = never) -> list[list[Rollout]] | None:
+        """Return the rows of attempts that are played together, see `writers.RolloutSource`.
+
+        Raises:
+            UserError: the environment rejects a task, or it is too long.
+        """
+        policy = EnginePolicy(engine, self.sampling, StopRule(self.end_ids))
+        rows: list[list[Rollout]] | None = with_policy(
+            policy, lambda sampler: self.play_attempts(sampler, attempts, should_yield))
+        return rows
+
+    def play_attempts(self, policy: ToolPolicy, attempts: Sequence[SampleAttempt],
+                      should_yield: Callable[[], bool] = never) -> list[list[Rollout]]:
+        began_s, deadline_s = time.time(), self.rollout.deadline_s
+        ends_s = self.clock_s() + deadline_s
+        planned = [(attempt, episode) for attempt in attempts for episode in self.plan(attempt)]
+        # Random streams follow the response, not its index: joined pieces must not change the samples.
+        policy = _StreamsByKey(policy, [(attempt.piece.round, episode.key) for attempt, episode in planned])
+        lines = [line for number, (_, episode) in enumerate(planned) for line in episode.lines(number)]
+        episodes = play([episode.task for _, episode in planned], policy, self.table, EpisodeLines(lines),
+                        should_stop=lambda: bool(deadline_s) and (
+                            self.clock_s() >= ends_s or should_yield()))
+        rows = [(attempt, self.build_row(episode, plan, attempt, began_s))
+                for episode, (attempt, plan) in zip(episodes, planned, strict=True)]
+        return [[row for its_attempt, row in rows if its_attempt is attempt] for attempt in attempts]
+
+    @property
+    def sampling(self) -> Sampling:
+        """The sampling of turns; each turn has its own length limit."""
+        return build_sampling(self.rollout, 1, with_routes=self.with_routes)
+
+    def ids_of(self, prompt: RolloutPrompt) -> list[int]:
+        """Return the task as token ids, without asking an environment."""
+        return self.table.encoder.encode(json.dumps(prompt.record, ensure_ascii=False))
+
+    def plan(self, attempt: SampleAttempt) -> list[PlannedEpisode]:
+        if attempt.unfinished:
+            return [PlannedEpisode(row.record, row.key, row) for row in attempt.unfinished]
+        return [PlannedEpisode(prompt.record, key, None)
+                for prompt, key in fresh_keys(attempt, self.rollout, self.chosen_by)]
+
+    def build_row(self, episode: Episode, planned: PlannedEpisode, attempt: SampleAttempt, began_s: float
+                  ) -> Rollout:
+        """Return the row of a finished or cut-off episode."""
+        previous = planned.previous
+        first, ids = len(episode.prompt), np.array(episode.ids, np.int32)
+        versions = np.full(len(ids), NOT_WRITTEN, np.int32)
+        logprobs = np.zeros(len(ids), np.float32)
+        for (start, end), turn in zip(episode.spans, episode.written, strict=True):
+            versions[start:end] = attempt.policy.step if turn.versions is None else turn.versions
+            logprobs[start:end] = np.minimum(np.array(turn.logprobs, np.float32), 0)
+        if previous is not None:
+            # Tokens of earlier attempts keep their policy.
+            versions[first:first + len(previous.versions)] = previous.versions
+        return Rollout(
+            planned.key, attempt.piece.round, attempt.number, episode.task, ids[:first],
+            tokens=ids[first:], logprobs=logprobs[first:], versions=versions[first:],
+            finish_reason=UNFINISHED if episode.result is None else episode.end,
+            response=self.decode(ids[first:].tolist()), temperature=logprob_temperature(self.rollout),
+            engine=self.engine_name, began_s=began_s if previous is None else previous.began_s,
+            ended_s=time.time(), outcome=self._describe_outcome(episode),
+            # Tool results after the last turn were not read yet, so they have no routes.
+            routes=joined_routes(episode.routes, None, len(ids) - 1))
+
+    def _describe_outcome(self, episode: Episode) -> dict[str, Any]:
+        result = episode.result
+        if result is None:
+            return {CONTINUATION: json.dumps(lines_of(episode))}
+        return {"reward": result.reward, "status": result.status, "components": dict(result.components),
+                "reason": result.reason, "reward_version": self.version,
+                # Rewards read the last turn; the row's text also contains tool results and the template.
+                LAST_TURN: episode.turns[-1].whole_text if episode.turns else ""}
+
+
+class _StreamsByKey:
+    """A policy whose random streams follow the response of each episode instead of its index in the batch."""
+
+    def __init__(self, policy: ToolPolicy, keys: Sequence[tuple[int, Key]]) -> None:
+        self._policy, self._keys = policy, keys
+
+    def sample(self, prompts: Sequence[Tokens], max_new_tokens: int,
+               streams: Sequence[int]) -> Sequence[GeneratedTurn]:
+        return self._policy.sample(prompts, max_new_tokens,
+                                   [self._find_stream(*divmod(stream, STREAMS)) for stream in streams])
+
+    def _find_stream(self, number: int, turn: int) -> int:
+        round_, key = self._keys[number]
+        # No turn is sampled twice, so the attempt is not part of the stream.
+        return stream_of(round_, key.prompt, key.sample, turn=turn)
+
+
+@dataclass
+class _RunningEpisode:
+    """An episode in a thread of the player."""
+
+    number: int
+    task: Task
+    lines: list[dict[str, Any]]
+    version: int
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Guards the fields below: no request is sent after the abort."""
+    is_aborted: bool = False
+    request: str = ""
+    """Name of the last request."""
+
+
+class EpisodePlayer:
+    """Plays episodes by servers, up to `num_threads` at a time.
+
+    A thread per episode waits for turns and for a process of the environment. The prefix cache of a server
+    holds the earlier turns of a conversation, so a turn costs its new tokens.
+    """
+
+    def __init__(self, *, engine: ServerEngine, table: EpisodeTable, sampling: Sampling,
+                 end_ids: tuple[int, ...], num_threads: int) -> None:
+        self._engine, self._table, self._sampling, self._end_ids = engine, table, sampling, end_ids
+        self._pool = ThreadPoolExecutor(num_threads, "episode")
+        self._free_hosts: deque[EnvironmentHost] = deque()
+        self._hosts = contextlib.ExitStack()
+        self._numbers = itertools.count()
+        self._running: dict[str, _RunningEpisode] = {}
+
+    def begin(self, number: int, task: Task, lines: Sequence[dict[str, Any]],
+              version: int) -> tuple[str, Future[Episode]]:
+        """Start an episode; return its name, and a future of the finished or aborted episode.
+
+        Args:
+            number: of the task, for messages.
+            task: the task.
+            lines: recorded lines of an unfinished episode.
+            version: step of the weights, if servers do not report it.
+        """
+        name = str(next(self._numbers))
+        self._running[name] = episode = _RunningEpisode(number, task, list(lines), version)
+        future = self._pool.submit(self._play, episode)
+        # dict.pop is atomic, so the thread that ends the episode needs no lock.
+        future.add_done_callback(lambda _: self._running.pop(name, None))
+        return name, future
+
+    def abort(self, names: Sequence[str]) -> None:
+        """End episodes early: inside a turn, or after the tool calls under way."""
+        requests = []
+        for name in names:
+            episode = self._running.get(name)  # None: it has just ended in its thread
+            if episode is not None:
+                with episode.lock:
+                    episode.is_aborted = True
+                    requests.append(episode.request)
+        # Servers ignore the names of answered requests.
+        self._engine.fleet.abort([name for name in requests if name])
+
+    def close(self) -> None:
+        """Abort all episodes and end their environments; a tool call under way ends within its time limit."""
+        self.abort(list(self._running))
+        self._pool.shutdown(cancel_futures=True)
+        self._hosts.close()
+
+    def _play(self, running: _RunningEpisode) -> Episode:
+        with self._borrow_host() as host:
+            known = EpisodeLines(running.lines).episodes({running.number: running.task}).get(running.number)
+            episode = take_up(host, running.number, running.task, known, lambda opening: begun(
+                running.number, running.task, opening, self._table.encoder, self._table.limits))
+            while not episode.end:
+                answer = self._request_turn(running, episode)
+                if answer is None or not self._append_turn(running, episode, answer, host):
+                    # The next episode would end the server session of this one, which may be continued.
+                    host.end()
+                    return episode
+            episode.result = scored(host, episode)
+            return episode
+
+    @contextlib.contextmanager
+    def _borrow_host(self) -> Iterator[EnvironmentHost]:
+        """Yield an idle environment; used environments keep their process."""
+        try:
+            host = self._free_hosts.pop()
+        except IndexError:
+            host = self._hosts.enter_context(EnvironmentHost(self._table.asked, self._table.limits))
+        try:
+            yield host
+        finally:
+            self._free_hosts.append(host)
+
+    def _request_turn(self, running: _RunningEpisode, episode: Episode) -> TokenAnswer | None:
+        """Request the next turn; None: the episode was aborted.
+
+        Raises:
+            UserError: no server answers any more.
+        """
+        limit = left_of(episode, self._table.limits)
+        [request] = self._engine.requests([episode.ids], [replace(self._sampling, max_new_tokens=limit)],
+                                          self._end_ids)
+        with running.lock:
+            if running.is_aborted:
+                return None
+            running.request = request.name
+            future = self._engine.fleet.submit(request)
+        [answer] = future.result()
+        return answer
+
+    def _append_turn(self, running: _RunningEpisode, episode: Episode, answer: TokenAnswer,
+                     host: EnvironmentHost) -> bool:
+        """Append a turn to the episode; return False if the answer is a part of a turn."""
+        ids = StopRule(self._end_ids).cut(answer.tokens)
+        routes = None
+        if self._sampling.with_routes:
+            routes = self._engine.routes_of(answer, len(episode.ids) + len(ids) - 1)
+        turn = episode.grow(GeneratedTurn(ids, answer.logprobs[:len(ids)],
+                                          answer.version_of_each(len(ids), running.version), routes))
+        is_whole = answer.reason != ABORTED or bool(set(turn.ids[-1:]) & set(self._end_ids))
+        if not is_whole and len(turn.ids) < left_of(episode, self._table.limits):
+            episode.begun = turn if turn.ids else None
+            return False
+        episode.turns.append(take_turn(episode, turn, host, self._table.encoder, self._table.limits))
+        return True

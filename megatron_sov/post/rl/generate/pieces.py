@@ -1,0 +1,401 @@
+"""Pieces of rounds that are not generated yet, and their claims by generating jobs.
+
+A job can be killed at any moment: published pieces stay, and any job generates the others. Responses that a
+deadline cut off wait for a newer policy and are then continued before fresh pieces; otherwise a busy job
+would never finish the long ones. If no fresh piece can be generated, the same policy continues them.
+Unfinished responses are few per piece, so those of several pieces are continued together. A piece whose last
+attempt added no token comes last, once per policy, so that a hanging request delays nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_sov.base.errors import UserError, warn
+from megatron_sov.model.config.post_training import RolloutConfig
+from megatron_sov.rollouts.prompts import PromptList, PromptPiece, round_pieces
+from megatron_sov.rollouts.rows import UNFINISHED, AskedPrompt, Rollout
+from megatron_sov.rollouts.store import RolloutStore
+from megatron_sov.runs.rounds import Policy
+from megatron_sov.work.progress.locks import POLL_S, Claims, Patience
+from megatron_sov.work.tables.table import AlreadyPublished
+
+LOOKUPS_PER_CLAIM = 64
+"""Open pieces that each `claim_attempts` looks up in the store, on average."""
+NEWER, FRESH, SAME, STUCK = range(4)
+"""Order of attempts: continued by a newer policy than the previous attempt (or than this job first saw);
+fresh pieces; continued by the same policy; continued although the previous attempt added no token."""
+WAIT = "wait"
+"""Returned instead of attempts: ask again."""
+FurtherPieces = Callable[[int], tuple[int, bool]]
+"""Round -> pieces of further prompts that it needs, and whether this number is final."""
+
+
+@dataclass(frozen=True)
+class SampleAttempt:
+    """An attempt at the responses of a piece."""
+
+    piece: PromptPiece
+    number: int
+    """0: from the prompts; otherwise the unfinished rows of attempt `number - 1` are continued."""
+    policy: Policy
+    unfinished: tuple[Rollout, ...] = ()
+    """Rows to continue."""
+
+    @property
+    def name(self) -> str:
+        return self.piece.part(self.number)
+
+
+def never() -> bool:
+    return False
+
+
+@dataclass
+class _PieceState:
+    """State of a piece that is not complete, as this job knows it."""
+
+    next_attempt: int = 0
+    open_tokens: int = 0
+    """Tokens of the unfinished responses."""
+    is_stuck: bool = False
+    """Whether the previous attempt added no token."""
+    previous_step: int | None = None
+    """Step of the policy of the previous attempt, or the first policy that this job saw if another job made
+    it."""
+    claimed_step: int | None = None
+    """Step of the policy with which this job makes the next attempt."""
+
+
+class PendingPieces:
+    """Pieces of some rounds that the store lacks, with the claims of this job."""
+
+    def __init__(self, *, store: RolloutStore, claims: Claims, prompts: PromptList, rollout: RolloutConfig,
+                 rounds: range, find_policy: Callable[[int], Policy | None],
+                 sampling_digest: Callable[[int], str], further: FurtherPieces | None = None) -> None:
+        """Read nothing yet.
+
+        Args:
+            store: the rollout store.
+            claims: claims of all jobs that write into the store.
+            prompts: all prompts of the file.
+            rollout: sizes of rounds and pieces.
+            rounds: rounds to generate, from 1.
+            find_policy: round -> its policy, None if it is not trained yet (then later rounds have none
+                either).
+            sampling_digest: round -> digest of the sampling settings, part of each row's key.
+            further: pieces of further prompts per round; None: no round needs any.
+        """
+        self._store, self._claims, self._prompts, self._rollout = store, claims, prompts, rollout
+        self._find_policy, self._sampling_digest = find_policy, sampling_digest
+        self._further = further or (lambda number: (0, True))
+        self._open: dict[int, dict[str, PromptPiece]] = {number: {} for number in rounds}
+        self._continued: set[str] = set()
+        self._claimed_pieces: dict[str, str] = {}
+        self._num_calls = 0
+        self._num_listed: dict[int, int] = {}
+        self._last_round = rounds[-1]
+        self._states: dict[str, _PieceState] = {}
+        self._refused: list[str] = []
+        self._is_idle = False
+        self._held: dict[str, contextlib.ExitStack] = {}
+        self.plan = AskedPrompt(rollout.rounds, -(-rollout.prompts_per_round // rollout.piece_prompts),
+                                further is not None)
+        """Rounds and pieces that all jobs generate together."""
+        self.num_pieces = len(rounds) * self.plan.pieces
+        self.num_complete = 0
+        """Complete pieces, generated by any job."""
+
+    @property
+    def is_complete(self) -> bool:
+        return not self._open
+
+    def add_rounds(self, rounds: range) -> None:
+        """Look for these rounds too. A round that was complete may need further prompts by now."""
+        for number in rounds:
+            self._open.setdefault(number, {})
+        self.num_pieces += max(0, rounds[-1] - self._last_round) * self.plan.pieces
+        self._last_round = max(self._last_round, rounds[-1])
+
+    def is_open(self, number: int) -> bool:
+        """Return whether round `number` lacked a piece at the last `claim_attempts`."""
+        return number in self._open
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether some piece made no progress in a whole attempt and waits for another policy."""
+        return not self._refused and any(state.is_stuck for state in self._states.values())
+
+    @property
+    def waiting_reason(self) -> str:
+        """Why no attempt can be claimed, as the end of a sentence."""
+        number = next(iter(self._open))
+        if self._find_policy(number) is None:
+            at_least = number - 1 - self._rollout.max_staleness
+            return f"round {number} waits for a policy that round {at_least} has trained"
+        if self.is_stuck:
+            return f"round {number} waits for responses that got no token in a whole attempt"
+        if not self._open[number]:
+            return f"round {number} is generated, and may need further prompts until it is trained"
+        return f"round {number} waits for pieces that other jobs have claimed"
+
+    @property
+    def may_be_dead(self) -> bool:
+        """Whether a job with a conflicting claim has not renewed it since the last `claim_attempts`."""
+        return any(map(self._claims.may_be_dead, self._refused))
+
+    def claim_attempts(self, num_rows: int = 0) -> tuple[SampleAttempt, ...]:
+        """Claim attempts to generate together by one policy: a fresh piece, or unfinished rows of several
+        pieces.
+
+        Claims last until `release`. Empty if there is nothing to do at this moment.
+
+        Args:
+            num_rows: claim pieces, fresh ones too, up to this many responses; 0: the responses of one piece.
+        """
+        attempts = self._claim(num_rows, reads_all=self._is_lookup_due())
+        # Other jobs may have published or cut off pieces since the last full look at the store.
+        return attempts or (self._claim(num_rows, reads_all=True) if self._open and self._num_calls else ())
+
+    def _is_lookup_due(self) -> bool:
+        """Return whether to look up all open pieces, because other jobs publish meanwhile: each time if they
+        are few, so seldom if they are many that a call costs LOOKUPS_PER_CLAIM lookups on average."""
+        self._num_calls += 1
+        return self._num_calls * LOOKUPS_PER_CLAIM >= sum(map(len, self._open.values()))
+
+    def _claim(self, num_rows: int, *, reads_all: bool) -> tuple[SampleAttempt, ...]:
+        self._refused = []
+        ready = list(self._iter_ready_rounds())
+        for number, _ in ready:
+            self._update_round(number, reads_all=reads_all)
+        if reads_all:
+            self._num_calls = 0
+        # Released pieces have been looked up after their release.
+        self._claimed_pieces = {name: piece for name, piece in self._claimed_pieces.items()
+                                if name in self._held}
+        attempts: list[SampleAttempt] = []
+        batch: tuple[int, Policy] | None = None
+        most = num_rows or self._rollout.piece_prompts * self._rollout.samples_per_prompt
+        count, self._is_idle = 0, False
+        for rank, piece, policy in self._iter_candidates(ready):
+            # Attempts of a batch have one policy and one reason to yield to a newer one.
+            if batch is not None and (policy != batch[1] or (rank != batch[0] and not num_rows)):
+                break
+            # The same policy continues cut-off responses only if there is nothing better to do.
+            if num_rows and rank in (SAME, STUCK) and (attempts or self._held):
+                break
+            attempt = self._claim_piece(piece, policy)
+            if attempt is not None:
+                attempts.append(attempt)
+                batch = rank, policy
+                self._is_idle = rank in (SAME, STUCK)
+                count += len(attempt.unfinished) or len(piece.prompts) * self._rollout.samples_per_prompt
+            # A fresh piece fills the engine alone; continued rows are joined up to the size of one piece.
+            if attempts and (count >= most or (rank == FRESH and not num_rows)):
+                break
+        return tuple(attempts)
+
+    def release(self, attempts: Sequence[SampleAttempt] | None = None) -> None:
+        """Release the claims of `attempts`, published or not; None: all claims."""
+        for name in list(self._held) if attempts is None else [attempt.name for attempt in attempts]:
+            if (claim := self._held.pop(name, None)) is not None:
+                claim.close()
+
+    def should_yield(self, policy: Policy) -> bool:
+        """Return whether the last attempts were claimed for lack of better work and a newer policy has
+        appeared."""
+        newest = self._find_policy(next(iter(self._open))) if self._is_idle and self._open else None
+        return newest is not None and newest.step > policy.step
+
+    def _rank_piece(self, piece: PromptPiece, policy: Policy) -> int | None:
+        """Return the rank of the next attempt at a piece; None: it waits."""
+        state = self._states[piece.part()]
+        if piece.part(state.next_attempt) in self._held:
+            return None
+        if not state.next_attempt:
+            return FRESH
+        if state.is_stuck:
+            return None if state.previous_step == policy.step else STUCK
+        if state.previous_step is None:
+            state.previous_step = policy.step
+        return NEWER if policy.step > state.previous_step else SAME
+
+    def _iter_ready_rounds(self) -> Iterator[tuple[int, Policy]]:
+        for number in list(self._open):
+            # Later rounds need later policies.
+            if (policy := self._find_policy(number)) is None:
+                return
+            yield number, policy
+
+    def _iter_candidates(self, ready: Sequence[tuple[int, Policy]]
+                         ) -> Iterator[tuple[int, PromptPiece, Policy]]:
+        """Yield rank, piece and policy of possible attempts, ordered by rank, round and piece."""
+        continued = []
+        for number, policy in ready:
+            pieces = self._open.get(number, {})
+            names = self._continued & pieces.keys()
+            for piece in sorted((pieces[name] for name in names), key=lambda piece: piece.number):
+                continued.append((self._rank_piece(piece, policy), piece, policy))
+        for wanted in (NEWER, FRESH, SAME, STUCK):
+            yield from ((wanted, piece, policy) for rank, piece, policy in continued if rank == wanted)
+            if wanted == FRESH:  # most pieces are fresh, and the caller takes the first few
+                yield from ((FRESH, piece, policy) for number, policy in ready
+                            for piece in self._open.get(number, {}).values()
+                            if self._rank_piece(piece, policy) == FRESH)
+
+    def _update_round(self, number: int, *, reads_all: bool) -> None:
+        """Look up the pieces of a round in the store: all of them, or those that this job claimed."""
+        more, is_final = self._further(number)
+        pieces, own = self._open[number], self.plan.pieces
+        fresh: list[PromptPiece] = []
+        if number not in self._num_listed or own + more > self._num_listed[number]:
+            planned = round_pieces(self._prompts, self._rollout, number, more)
+            fresh = planned[self._num_listed.get(number, 0):]
+            self.num_pieces += len(planned) - self._num_listed.get(number, own)
+            self._num_listed[number] = own + more
+        claimed = {*self._claimed_pieces.values()}
+        looked_up = [piece for name, piece in pieces.items() if reads_all or name in claimed]
+        pieces |= {piece.part(): piece for piece in fresh}
+        for piece in (*looked_up, *fresh):
+            if not self._needs_attempt(piece):
+                del pieces[piece.part()]
+                self._continued.discard(piece.part())
+                self.num_complete += 1
+            elif self._states[piece.part()].next_attempt:
+                self._continued.add(piece.part())
+        if not pieces and is_final:
+            del self._open[number]
+
+    def _needs_attempt(self, piece: PromptPiece) -> bool:
+        """Return whether a piece needs another attempt, and record its number."""
+        state = self._states.setdefault(piece.part(), _PieceState())
+        # The last published attempt says which rows are unfinished.
+        while self._store.has(name := piece.part(state.next_attempt)):
+            rows = self._store.read_rollouts(name, ("finish_reason", "versions"))
+            self._check_rows(piece, state.next_attempt, rows)
+            if all(row.finish_reason != UNFINISHED for row in rows):
+                del self._states[piece.part()]
+                return False
+            # Rows hold the tokens of all attempts so far: an equal number means that this attempt added none.
+            num_tokens = sum(len(row.versions) for row in rows)
+            state.is_stuck = state.next_attempt > 0 and num_tokens == state.open_tokens
+            state.open_tokens = sum(len(row.versions) for row in rows if row.finish_reason == UNFINISHED)
+            # `claimed_step` is None if another job made the attempt; `_rank_piece` then takes the first
+            # policy it sees.
+            state.next_attempt += 1
+            state.previous_step, state.claimed_step = state.claimed_step, None
+        return True
+
+    def _check_rows(self, piece: PromptPiece, number: int, rows: Sequence[Rollout]) -> None:
+        """Raise `UserError` if this job would never write these rows: they would count as complete."""
+        prompt_ids = set(piece.prompts.ids)
+        sampling = self._sampling_digest(piece.round)
+        for row in rows:
+            if row.key.prompt not in prompt_ids:
+                content = (f"a response to prompt {row.key.prompt}, which is not in this piece: another file "
+                           "of prompts, seed, or size of rounds or pieces")
+            elif row.key.sampling != sampling or row.key.sample >= self._rollout.samples_per_prompt:
+                content = ("responses of other settings: temperature, lengths, seed, samples_per_prompt, "
+                           "chat template or environment")
+            else:
+                continue
+            raise UserError(f"{self._store.path}: {piece.part(number)} holds {content}; use the settings "
+                            "that began the store, or choose another --store")
+
+    def _claim_piece(self, piece: PromptPiece, policy: Policy) -> SampleAttempt | None:
+        """Claim the next attempt at a piece; None: another job has it."""
+        state = self._states[piece.part()]
+        claim = self._claims.take(name := piece.part(state.next_attempt))
+        if claim is None:
+            self._refused.append(name)
+            return None
+        if self._store.has(name):  # another job published it since the lookup
+            claim.release()
+            self._claimed_pieces[name] = piece.part()
+            return None
+        # Renewed until `release`: a piece may take longer than a lease.
+        self._held.setdefault(name, contextlib.ExitStack()).enter_context(claim.renewing())
+        state.claimed_step = policy.step
+        self._claimed_pieces[name] = piece.part()
+        unfinished: tuple[Rollout, ...] = ()
+        if state.next_attempt:
+            previous = self._store.read_rollouts(piece.part(state.next_attempt - 1))
+            unfinished = tuple(row for row in previous if row.finish_reason == UNFINISHED)
+        return SampleAttempt(piece, state.next_attempt, policy, unfinished)
+
+
+@dataclass(kw_only=True)
+class PieceQueue:
+    """Work of the first process of a generating job: claim attempts, wait, publish rows."""
+
+    pending: PendingPieces
+    store: RolloutStore
+    wait_s: float
+    """How long to wait without work before the job ends. Claims of jobs that may be dead are waited for
+    anyway."""
+    provenance: Mapping[str, Any]
+    """Fields of the parts' manifests."""
+    patience: Patience = field(default_factory=Patience)
+    asked_to_stop: Callable[[], bool] = lambda: False
+    """Whether to begin no further attempt."""
+    summary: dict[str, Any] = field(default_factory=lambda: {
+        "parts": 0, "responses": 0, "unfinished": 0, "tokens": 0, "waits_for": ""})
+    """Counts of this job, and why it ended before all pieces were complete."""
+    clock_s: Callable[[], float] = time.monotonic
+    _policy: Policy | None = None
+    _checked_s: float = 0.0
+
+    def next_attempts(self, num_rows: int = 0, *, is_busy: bool = False
+                      ) -> tuple[SampleAttempt, ...] | str | None:
+        """Return attempts to generate, `WAIT`, or None at the end.
+
+        Args:
+            num_rows: see `PendingPieces.claim_attempts`.
+            is_busy: whether attempts are under way, so that this call must not wait.
+        """
+        if self.asked_to_stop():
+            return None
+        if attempts := self.pending.claim_attempts(num_rows):
+            self.patience.waited_s = 0.0
+            self._policy, self._checked_s = attempts[0].policy, self.clock_s()
+            return attempts
+        if self.pending.is_complete:
+            return None
+        if is_busy:
+            return WAIT
+        if self.patience.wait(self.wait_s, self.pending.may_be_dead):
+            return WAIT
+        self.summary["waits_for"] = self.pending.waiting_reason
+        return None
+
+    def should_yield(self) -> bool:
+        """Return whether the current attempts should stop for a newer policy; checks every POLL_S seconds."""
+        if self._policy is None or self.clock_s() - self._checked_s < POLL_S:
+            return False
+        self._checked_s = self.clock_s()
+        return self.pending.should_yield(self._policy)
+
+    def publish(self, attempts: Sequence[SampleAttempt], rows: Sequence[list[Rollout]]) -> None:
+        for attempt, rows_of_attempt in zip(attempts, rows, strict=True):
+            self._publish(attempt, rows_of_attempt)
+        self.pending.release(attempts)
+
+    def _publish(self, attempt: SampleAttempt, rows: list[Rollout]) -> None:
+        num_unfinished = sum(row.finish_reason == UNFINISHED for row in rows)
+        policy = {"policy": attempt.policy.sha256, "step": attempt.policy.step,
+                  "weights": str(attempt.policy.path), **self.pending.plan.to_provenance(num_unfinished)}
+        try:
+            self.store.add_rollouts(attempt.name, rows, {**self.provenance, **policy})
+        except AlreadyPublished as e:  # by a job whose claim had expired
+            warn(str(e))
+        else:
+            self.summary["parts"] += 1
+            self.summary["responses"] += len(rows)
+            self.summary["unfinished"] += num_unfinished
+            # Tokens of earlier attempts were counted by the jobs that generated them.
+            earlier = sum(len(row.tokens) for row in attempt.unfinished)
+            self.summary["tokens"] += sum(len(row.tokens) for row in rows) - earlier

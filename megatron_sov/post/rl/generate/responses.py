@@ -1,0 +1,241 @@
+"""Single-turn responses: prompts become rows, token for token as the engine generated them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from megatron_sov.base.documents import BadRecord, Conversation
+from megatron_sov.base.documents.shard_files import joined_routes
+from megatron_sov.base.errors import UserError
+from megatron_sov.chat.marks import with_opening
+from megatron_sov.infer.asking import Asker
+from megatron_sov.infer.engine import Engine
+from megatron_sov.infer.request import Bounds, Generated, Sampling, StopRule
+from megatron_sov.model.config.post_training import RolloutConfig
+from megatron_sov.post.rl.generate.pieces import SampleAttempt, never
+from megatron_sov.rollouts.prompts import RolloutPrompt, budget_of, sampling_digest, stream_of
+from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Key, Rollout
+
+CHUNK_PROMPTS = 1024
+"""Prompts whose token ids are in memory at a time while all prompts are measured."""
+NO_TOKENS: dict[str, Any] = {
+    "tokens": np.zeros(0, np.int32), "logprobs": np.zeros(0, np.float32), "versions": np.zeros(0, np.int32),
+    "response": ""}
+"""Fields of a response without tokens."""
+
+
+@dataclass(frozen=True)
+class GeneratedTokens:
+    """Tokens that an engine appended to a row."""
+
+    tokens: Sequence[int]
+    logprobs: Sequence[float]
+    reason: str
+    """`STOP`, `LENGTH` or `UNFINISHED`."""
+    versions: Sequence[int]
+    """Step of the policy that generated each token."""
+    routes: np.ndarray | None
+    """[tokens read, layers, K], prompt and row included; None: not requested."""
+
+
+@dataclass(frozen=True)
+class ResponseSource:
+    """Generates the responses of attempts. All processes of an engine call it together, and each gets all
+    rows."""
+
+    asker: Asker
+    """Prompt encoder with the tokenizer of the policies."""
+    rollout: RolloutConfig
+    engine_name: str
+    plain: bool
+    """Whether prompts are continued without the chat template."""
+    chosen_by: dict[str, Any]
+    """Settings of sampling besides those of `rollout`, for the key."""
+    clock_s: Callable[[], float] = time.monotonic
+    """Clock of the deadline."""
+    with_routes: bool = False
+    """Whether rows keep the expert routes of their tokens."""
+
+    def measure_long_prompts(self, prompts: Sequence[RolloutPrompt]) -> dict[str, int]:
+        """Return the token counts of the prompts over rollout.max_prompt_tokens, by id.
+
+        All prompts are measured before the first round: a run could not replace a prompt of a late round.
+
+        Raises:
+            UserError: a prompt is empty, the chat template rejects it, or all prompts are too long.
+        """
+        too_long: dict[str, int] = {}
+        shortest: list[int] = []
+        for first in range(0, len(prompts), CHUNK_PROMPTS):
+            chunk = list(prompts[first:first + CHUNK_PROMPTS])
+            ids = self.asker.ask([self._read_prompt(prompt) for prompt in chunk])
+            lengths = list(map(self._count_tokens, chunk, ids))
+            self._check_not_empty(chunk, lengths)
+            shortest.append(min(lengths))
+            too_long |= {prompt.id: length for prompt, length in zip(chunk, lengths, strict=True)
+                         if length > self.rollout.max_prompt_tokens}
+        if len(too_long) == len(prompts):
+            raise UserError(f"{prompts[0].option}: all {len(prompts):,} prompts have more tokens than "
+                            f"rollout.max_prompt_tokens = {self.rollout.max_prompt_tokens:,}, the shortest "
+                            f"{min(shortest):,}; raise it")
+        return too_long
+
+    def write(self, engine: Engine, attempts: Sequence[SampleAttempt],
+              should_yield: Callable[[], bool] = never) -> list[list[Rollout]]:
+        """Return the rows of attempts that are generated together, see `writers.RolloutSource`.
+
+        Raises:
+            UserError: a prompt is too long, or the chat template rejects it.
+        """
+        began_s, ends_s = time.time(), self.clock_s() + self.rollout.deadline_s
+        pairs = [(attempt, row) for attempt in attempts
+                 for row in attempt.unfinished or self._build_rows(attempt, began_s)]
+        rows = [row for _, row in pairs]
+        # The length limit counts the tokens of all attempts.
+        limits = [self.rollout.max_new_tokens - len(row.tokens) for row in rows]
+        options: dict[str, Any] = {}
+        if self.rollout.deadline_s:
+            # Engines without `Bounds` serve runs without a deadline.
+            options["bounds"] = Bounds(limits, lambda: self.clock_s() >= ends_s or should_yield())
+        sampling = build_sampling(self.rollout, max(limits), with_routes=self.with_routes)
+        # The attempt is part of the stream: a continuation must not repeat the random numbers of its
+        # beginning.
+        streams = [stream_of(row.round, row.key.prompt, row.key.sample, attempt.number)
+                   for attempt, row in pairs]
+        generated = engine.generate([[*row.prompt_tokens.tolist(), *row.tokens.tolist()] for row in rows],
+                                    sampling, stop=StopRule(self.asker.end_ids), streams=streams, **options)
+        finished = [(attempt, self._append_generated(row, generated, index, limits[index], attempt))
+                    for index, (attempt, row) in enumerate(pairs)]
+        return [[row for its_attempt, row in finished if its_attempt is attempt] for attempt in attempts]
+
+    def ids_of(self, prompt: RolloutPrompt) -> list[int]:
+        return self._encode([prompt])[0]
+
+    def begin(self, attempt: SampleAttempt) -> list[Rollout]:
+        """Return the rows of an attempt before its first token.
+
+        Raises:
+            UserError: a prompt is too long, or the chat template rejects it.
+        """
+        return list(attempt.unfinished) or self._build_rows(attempt, time.time())
+
+    def sampling_of(self, row: Rollout) -> Sampling:
+        """Return the sampling of the rest of a row: the length limit counts the tokens of all attempts."""
+        return build_sampling(self.rollout, self.rollout.max_new_tokens - len(row.tokens),
+                              with_routes=self.with_routes)
+
+    def append_tokens(self, row: Rollout, attempt: SampleAttempt, more: GeneratedTokens) -> Rollout:
+        tokens = np.concatenate([row.tokens, np.array(more.tokens, np.int32)])
+        return replace(
+            row, attempt=attempt.number, tokens=tokens, finish_reason=more.reason, ended_s=time.time(),
+            # Rounding may leave log p of a certain token slightly above 0.
+            logprobs=np.concatenate([row.logprobs, np.minimum(np.array(more.logprobs, np.float32), 0)]),
+            versions=np.concatenate([row.versions, np.array(more.versions, np.int32)]),
+            response=with_opening(self.asker.decode(tokens.tolist()),
+                                  self.asker.opened_thoughts(row.prompt_tokens.tolist())),
+            routes=joined_routes(row.routes, more.routes, len(row.prompt_tokens) + len(tokens) - 1))
+
+    def _append_generated(self, row: Rollout, generated: Generated, index: int, limit: int,
+                          attempt: SampleAttempt) -> Rollout:
+        # Engines without `Bounds` generate up to the largest limit of the batch.
+        tokens, logprobs = generated.continuations[index][:limit], generated.logprobs[index][:limit]
+        reason = STOP if generated.finish_reasons[index] == STOP else LENGTH
+        if len(generated.continuations[index]) > limit:
+            reason = LENGTH
+        # Shorter than its limit without a stop token: cut off by the deadline.
+        elif reason == LENGTH and self.rollout.deadline_s and len(tokens) < limit:
+            reason = UNFINISHED
+        routes = None if generated.routes is None else generated.routes[index]
+        return self.append_tokens(row, attempt, GeneratedTokens(
+            tokens, logprobs, reason, [attempt.policy.step] * len(tokens), routes))
+
+    def _build_rows(self, attempt: SampleAttempt, began_s: float) -> list[Rollout]:
+        piece = attempt.piece
+        ids = dict(zip((prompt.id for prompt in piece.prompts), self._encode(piece.prompts), strict=True))
+        rows = []
+        for prompt, key in fresh_keys(attempt, self.rollout, self.chosen_by):
+            prompt_tokens = [*ids[prompt.id], *self._encode_budget(prompt, key.sample)]
+            rows.append(Rollout(
+                key, piece.round, 0, prompt.record, np.array(prompt_tokens, np.int32),
+                finish_reason=UNFINISHED, temperature=logprob_temperature(self.rollout),
+                engine=self.engine_name, began_s=began_s, ended_s=began_s, **NO_TOKENS))
+        return rows
+
+    def _encode(self, prompts: Sequence[RolloutPrompt]) -> list[list[int]]:
+        ids = self.asker.ask([self._read_prompt(prompt) for prompt in prompts])
+        self._check_not_empty(prompts, list(map(self._count_tokens, prompts, ids)))
+        return ids
+
+    def _encode_budget(self, prompt: RolloutPrompt, sample: int) -> list[int]:
+        """Return the token ids of rollout.budget_text, with which a response of a given length begins."""
+        budget = budget_of(self.rollout, prompt.id, prompt.record, sample)
+        if budget is None or not self.rollout.budget_text:
+            return []
+        return self.asker.encode(self.rollout.budget_text.replace("{tokens}", str(budget)))
+
+    def _count_tokens(self, prompt: RolloutPrompt, ids: Sequence[int]) -> int:
+        """Return the tokens of a prompt with the longest budget text of its samples; 0 for an empty
+        prompt."""
+        if not len(ids):
+            return 0
+        # Samples of one budget stand together in the group.
+        size = self.rollout.samples_per_prompt // max(1, len(self.rollout.budgets_tokens))
+        samples = range(0, self.rollout.samples_per_prompt, size)
+        return len(ids) + max(len(self._encode_budget(prompt, sample)) for sample in samples)
+
+    def _check_not_empty(self, prompts: Sequence[RolloutPrompt], lengths: Sequence[int]) -> None:
+        for prompt, length in zip(prompts, lengths, strict=True):
+            if not length:
+                raise UserError(f"{prompt.option}: {prompt.place} is empty; write at least one character")
+
+    def _read_prompt(self, prompt: RolloutPrompt) -> str | Conversation:
+        text = prompt.record.get("prompt")
+        if self.plain and isinstance(text, str):
+            return text
+        try:
+            return prompt.conversation()
+        except BadRecord as e:
+            raise UserError(f"{prompt.option}: {prompt.place}: {e}") from None
+
+
+def fresh_keys(attempt: SampleAttempt, rollout: RolloutConfig, chosen_by: dict[str, Any]
+               ) -> list[tuple[RolloutPrompt, Key]]:
+    """Return prompt and key of each response that begins in an attempt, ordered by prompt and sample."""
+    sampling = key_digest(rollout, attempt.piece.round, chosen_by)
+    return [(prompt, Key(prompt.id, sample, attempt.policy.sha256, sampling))
+            for prompt in attempt.piece.prompts for sample in range(rollout.samples_per_prompt)]
+
+
+def logprob_temperature(rollout: RolloutConfig) -> float:
+    """Return the temperature of the log-probabilities; greedy sampling (temperature 0) records those at 1."""
+    return rollout.temperature or 1.0
+
+
+def build_sampling(rollout: RolloutConfig, max_new_tokens: int, *, with_routes: bool) -> Sampling:
+    """Return the sampling of an engine. Settings reject top_p < 1 if a trainer compares with the full
+    distribution."""
+    return Sampling(max_new_tokens, rollout.temperature, top_p=rollout.top_p, seed=rollout.seed,
+                    for_training=True, allow_truncation=rollout.top_p < 1, with_routes=with_routes)
+
+
+def key_digest(rollout: RolloutConfig, round: int, more: dict[str, Any]) -> str:
+    """Return the digest of the sampling settings in the keys of a round's responses.
+
+    Args:
+        rollout: its piece size and deadline are left out, since no token depends on them.
+        round: from 1.
+        more: JSON values: chat template, environment and its limits.
+    """
+    settings = dict(more)
+    if rollout.budget_text:
+        settings |= {"budget_text": rollout.budget_text, "budgets_tokens": list(rollout.budgets_tokens)}
+    if rollout.top_p < 1:
+        settings["top_p"] = rollout.top_p
+    return sampling_digest({
+        **settings, "round": round, "seed": rollout.seed, "temperature": rollout.temperature,
+        "max_new_tokens": rollout.max_new_tokens, "max_prompt_tokens": rollout.max_prompt_tokens})

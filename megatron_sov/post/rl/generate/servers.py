@@ -1,0 +1,166 @@
+"""Engine servers that generate with the live weights of a run."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.convert import export_weights, to_hf
+from megatron_sov.engine.parallel.world import on_main
+from megatron_sov.infer.decoder.logprobs import Question, answer_logprobs
+from megatron_sov.infer.engines.server_engine import ServerEngine, ServerPlaces, serving_engine
+from megatron_sov.infer.engines.server_process import EngineServers
+from megatron_sov.infer.engines.target import find_target
+from megatron_sov.infer.request import Tokens
+from megatron_sov.model.pretrained import CONFIG
+from megatron_sov.runs.rounds import Policy
+from megatron_sov.train.stages.feed import FeedView
+
+COMPARED_TOKENS = 256
+"""Tokens of a prompt whose log-probabilities are compared after a weight update."""
+MAX_GAP_NATS = 0.25
+"""Limit of the mean difference of log-probabilities between trainer and engine per token: bf16 stays far
+below, a layer with wrong weights is above."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """How to start the servers of a run."""
+
+    engine: str
+    """Name of the engine."""
+    start: Path
+    """Checkpoint or Hugging Face folder that the run starts from."""
+    places: ServerPlaces
+    servers: EngineServers
+    longest: int
+    """Tokens of the longest sequence."""
+    vocab_size: int
+    with_routes: bool
+    """Whether servers return expert routes."""
+
+
+@dataclass
+class LiveServers:
+    """Servers that generate with the live weights; an object on each process, of which the first owns the
+    servers."""
+
+    settings: ServerSettings
+    meters: dict[str, float] = field(default_factory=dict)
+    engine: ServerEngine | None = None
+    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    _opening: Future[None] | None = None
+    _context: Any = None
+    _closed: threading.Event = field(default_factory=threading.Event)
+    """Ends the servers, also during their start."""
+    _loaded_step: int | None = None
+    """Step of the weights in the servers; None: unknown, because another client may have changed them."""
+
+    @property
+    def is_open(self) -> bool:
+        return self.engine is not None and self._opening is None
+
+    def is_opening(self, limit_s: float) -> bool:
+        """Start the servers on the first process, wait up to `limit_s`, and return whether they are still
+        starting.
+
+        Raises:
+            UserError: they cannot be started.
+        """
+        if self.engine is None and self._opening is None:
+            self._opening = self._pool.submit(self._open)
+        if self._opening is not None and wait([self._opening], limit_s).done:
+            opening, self._opening = self._opening, None
+            opening.result()
+        return self._opening is not None
+
+    def _open(self) -> None:
+        settings = self.settings
+        target = find_target(settings.start)
+        model = target.path if target.is_hf else settings.places.logs / "model"
+        if not (model / CONFIG).is_file():
+            # Servers read its config.json and start with its weights.
+            to_hf(target.path, model)
+        self._context = serving_engine(
+            settings.engine, model, settings.vocab_size, settings.longest, settings.servers,
+            places=settings.places, with_routes=settings.with_routes, over=self._closed)
+        self.engine = self._context.__enter__()
+        if not settings.places.urls:
+            self._loaded_step = 0
+
+    def push(self, view: FeedView, policy: Policy) -> None:
+        """Send the live weights to the servers; called by all processes together.
+
+        Args:
+            view: the run, whose model is the policy.
+            policy: identity of the live weights.
+
+        Raises:
+            UserError: the servers reject the weights.
+        """
+        began_s = time.monotonic()
+        if on_main(view.world, lambda: self._loaded_step != policy.step):
+            self._send(view, policy)
+        self.meters = {"push_s": time.monotonic() - began_s}
+
+    def check(self, view: FeedView, policy: Policy, prompt: Tokens) -> None:
+        """Check that the servers have the live weights; called by all processes together, also during
+        generation.
+
+        Args:
+            view: the run, whose model is the policy.
+            policy: identity of the live weights.
+            prompt: token ids, whose log-probabilities by trainer and servers must agree.
+
+        Raises:
+            UserError: the log-probabilities of a server differ.
+        """
+        text = list(prompt[:COMPARED_TOKENS])
+        if len(text) > 1:
+            [[own]] = answer_logprobs(view.policy, [Question(text[:1], [text[1:]])])
+            on_main(view.world, lambda: self._compare(text, own, policy))
+
+    def close(self) -> None:
+        self._closed.set()  # a client of a remote server waits up to half an hour
+        self._pool.shutdown()
+        if self._context is not None:
+            self._context.__exit__(None, None, None)
+            self._context = self.engine = None
+
+    def _send(self, view: FeedView, policy: Policy) -> None:
+        view.policy.model.finish_param_gather()
+        weights, problem = export_weights(view.policy.model), ""
+        if view.world.is_main:
+            assert self.engine is not None, "the servers are not open"
+            try:
+                self.engine.update(weights, policy.step)
+                self._loaded_step = policy.step
+            except UserError as e:
+                problem = str(e)
+        else:
+            for _ in weights:  # this process takes part in the gathering and gets nothing
+                pass
+        on_main(view.world, partial(_raise_problem, problem))
+
+    def _compare(self, text: Sequence[int], own: Sequence[float], policy: Policy) -> None:
+        assert self.engine is not None, "the servers are not open"
+        gaps = [sum(abs(a - b) for a, b in zip(logprobs, own, strict=True)) / len(own)
+                for logprobs in self.engine.fleet.score(text)]
+        gap = self.meters["engine_gap_nats"] = max(gaps, default=0.0)
+        if gap > MAX_GAP_NATS:
+            raise UserError(f"--engine {self.settings.engine}: a server's log-probabilities of a known text "
+                            f"are {gap:.3g} nats a token from the trainer's at step "
+                            f"{policy.step} (at most {MAX_GAP_NATS:g}): it did not load the weights, or "
+                            "computes another model, and would not generate as this policy")
+
+
+def _raise_problem(problem: str) -> None:
+    if problem:
+        raise UserError(problem)

@@ -1,0 +1,253 @@
+"""Writers of rollouts behind one protocol: `RowWriter` runs batches on the live model, `RequestWriter`
+(requests.py) sends requests to engine servers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from megatron_sov import convert
+from megatron_sov.checkpoint import load
+from megatron_sov.engine.parallel.world import on_first
+from megatron_sov.infer.decoder.generator import MegatronEngine
+from megatron_sov.infer.engine import MEGATRON, Engine, run_engine
+from megatron_sov.infer.engines.load import Loaded, run_forward_model
+from megatron_sov.infer.engines.server_engine import ServerPlaces
+from megatron_sov.infer.engines.target import Target
+from megatron_sov.infer.request import Batching, NamedTensors
+from megatron_sov.model.config import RolloutConfig
+from megatron_sov.post.rl.generate.pieces import FurtherPieces, PendingPieces, PieceQueue, SampleAttempt
+from megatron_sov.post.rl.generate.responses import key_digest
+from megatron_sov.post.rl.publish.publisher import further_pieces
+from megatron_sov.rollouts.prompts import PromptList, SetAside
+from megatron_sov.rollouts.rows import Rollout
+from megatron_sov.rollouts.store import StoreSettings
+from megatron_sov.runs.checkpoints import adapter_base
+from megatron_sov.runs.folder import ROUNDS
+from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.runs.rounds import Policy, may_write
+from megatron_sov.train.stages.feed import FeedView
+from megatron_sov.work.progress.locks import Claims
+from megatron_sov.work.progress.progress_bar import work_bar
+
+LoadPolicy = Callable[[Policy], None]
+"""Loads another policy into the engine; all of its processes call it together."""
+
+
+class RolloutSource(Protocol):
+    """Turns prompts into rows: single responses (responses.py) or episodes with tools (episodes.py)."""
+
+    @property
+    def chosen_by(self) -> dict[str, Any]:
+        """Settings of sampling besides those of `rollout`, see `responses.key_digest`."""
+        ...
+
+    def write(self, engine: Engine, attempts: Sequence[SampleAttempt],
+              should_yield: Callable[[], bool]) -> list[list[Rollout]] | None:
+        """Return the rows of each attempt. All processes of the engine call it; the first one needs the rows.
+
+        Args:
+            engine: generates the tokens.
+            attempts: attempts by one policy.
+            should_yield: on the first process: whether to cut off unfinished rows before their deadline.
+        """
+        ...
+
+
+class RolloutWriter(Protocol):
+    """Generates pending pieces of rounds into the store. All processes call it together."""
+
+    completes_all: ClassVar[bool]
+    """Whether `write` completes all rounds; otherwise the first one."""
+
+    def write(self, view: FeedView, rounds: range, policy: Policy, asked_to_stop: Callable[[], bool]
+              ) -> dict[str, float]:
+        """Complete the first of `rounds` by the live model, and as many of the others as `policy` may write.
+
+        Args:
+            view: the run, whose model is the policy.
+            rounds: rounds that the policy may write.
+            policy: identity of the live weights.
+            asked_to_stop: polled after each piece; the value of rank 0 counts.
+
+        Returns:
+            Figures for the event of the round.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release claims and end servers."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """Where the rollouts of a run are stored, and which prompts they answer."""
+
+    store: StoreSettings
+    prompts: PromptList
+    """Prompts of the rounds."""
+    set_aside: SetAside
+    """Prompts that no round uses, with the reason."""
+    rollout: RolloutConfig
+    run: Path
+    """Folder of the run."""
+    source: RolloutSource
+    provenance: Mapping[str, Any]
+    """Fields of the parts' manifests."""
+    max_gen_batches: int = 1
+    """`policy.max_gen_batches`: above 1 rounds may need further prompts."""
+
+    def build_queue(self, rounds: range, find_policy: Callable[[int], Policy | None],
+                    asked_to_stop: Callable[[], bool]) -> PieceQueue:
+        store = self.store.open()
+        further: FurtherPieces | None = None
+        if self.max_gen_batches > 1:
+            further = self._find_further
+        pending = PendingPieces(
+            store=store, claims=Claims(store.claims, self.rollout.lease_s), prompts=self.prompts,
+            rollout=self.rollout, rounds=rounds, find_policy=find_policy, further=further,
+            sampling_digest=lambda number: key_digest(self.rollout, number, self.source.chosen_by))
+        # Pieces of another job are waited for until its claim expires.
+        return PieceQueue(pending=pending, store=store, wait_s=2 * self.rollout.lease_s,
+                          provenance=self.provenance, asked_to_stop=asked_to_stop)
+
+    def _find_further(self, number: int) -> tuple[int, bool]:
+        # Final for this call: the publisher asks for further prompts only after rows are judged.
+        return further_pieces(self.run / ROUNDS, number), True
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowWriter:
+    """Generates rows in batches by the live model of a run."""
+
+    completes_all: ClassVar[bool] = True
+    settings: GenerationSettings
+    batching: Batching
+    """Memory bound of generation."""
+
+    def write(self, view: FeedView, rounds: range, policy: Policy, asked_to_stop: Callable[[], bool]
+              ) -> dict[str, float]:
+        rollout = self.settings.rollout
+        engine = MegatronEngine(view.policy, self.batching)
+        # The model is the policy itself: no weights are copied, only their version is recorded.
+        engine.update(None, policy.step)
+
+        def find_policy(number: int) -> Policy | None:
+            return policy if may_write(policy.step, number, rollout) else None
+
+        queue = self.settings.build_queue(rounds, find_policy, asked_to_stop)
+        write_batches(engine, self.settings.source, queue, loaded=policy,
+                      after_batch=view.checkpointer.advance)
+        return {}
+
+    def close(self) -> None:
+        """Do nothing: claims end with each `write`."""
+
+
+def write_batches(engine: Engine, source: RolloutSource, queue: PieceQueue, *, loaded: Policy,
+                  load_policy: LoadPolicy | None = None, after_batch: Callable[[], None] = lambda: None
+                  ) -> dict[str, Any]:
+    """Generate all pending pieces, batch by batch. All processes of the engine call it together.
+
+    Args:
+        engine: generates the tokens.
+        source: turns prompts into rows.
+        queue: pending pieces.
+        loaded: policy in the engine at the beginning.
+        load_policy: loads a later policy; None: the engine holds the live weights and no other policy comes.
+        after_batch: called on all processes after each batch.
+
+    Returns:
+        `queue.summary`.
+    """
+    with work_bar("write", queue.pending.num_pieces, "piece", is_first()) as bar:
+        while (attempts := on_first(queue.next_attempts)) is not None:
+            on_first(lambda: bar.update(queue.pending.num_complete - bar.n))
+            if isinstance(attempts, str):
+                continue
+            try:
+                # Weights change between batches only, so each new token of a row has one version.
+                if attempts[0].policy != loaded:
+                    assert load_policy is not None, f"the live model is the policy, not {attempts[0].policy}"
+                    loaded = attempts[0].policy
+                    load_policy(loaded)
+                rows = source.write(engine, attempts, queue.should_yield)
+                on_first(partial(queue.publish, attempts, rows or []))
+            finally:
+                # After a failure too: a remaining claim would block other jobs until its lease ends.
+                queue.pending.release()
+            after_batch()
+    summary: dict[str, Any] = on_first(lambda: queue.summary)
+    return summary
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """An engine and the limits of its sequences."""
+
+    name: str
+    longest: int
+    """Tokens of the longest sequence, prompt and response."""
+    batching: Batching
+    settings: Sequence[str]
+    """`key=value` changes of layout and precision (megatron), or of servers."""
+    nproc: int | None = None
+    """Local processes (megatron)."""
+    option: str = "--set"
+    """Option that `settings` come from, for messages."""
+    with_routes: bool = False
+    """Whether the engine returns expert routes."""
+    places: ServerPlaces | None = None
+    """Addresses and log folder of servers."""
+
+
+def run_policies(engine: EngineSettings, start: Target, work: Callable[[Engine, LoadPolicy], Any]) -> Any:
+    """Load the initial policy into an engine and call `work` with it.
+
+    Args:
+        engine: the engine.
+        start: the policy that the run starts from.
+        work: called on every process with the engine and the function that loads later policies; its result
+            must consist of plain JSON values.
+
+    Returns:
+        The result; None on processes of a torchrun or Slurm job other than the first.
+
+    Raises:
+        UserError: the engine is not installed, or cannot load the model.
+        SystemExit: a process failed and has printed the cause.
+    """
+    if engine.name == MEGATRON:
+        def on_ranks(loaded: Loaded) -> Any:
+            own = MegatronEngine(loaded.policy, engine.batching)
+            return work(own, lambda policy: _load_checkpoint(policy, loaded, own))
+
+        return run_forward_model(start, list(engine.settings), engine.nproc, on_ranks, engine.option)
+
+    def on_servers(servers: Engine) -> Any:
+        return work(servers, lambda policy: servers.update(_read_tensors(policy), policy.step))
+
+    return run_engine(engine.name, start, on_servers, longest=engine.longest, batching=engine.batching,
+                      settings=engine.settings, option=engine.option, with_routes=engine.with_routes,
+                      places=engine.places)
+
+
+def _load_checkpoint(policy: Policy, loaded: Loaded, engine: MegatronEngine) -> None:
+    """Load a checkpoint into the live model; each process reads its own shard."""
+    model = loaded.policy.model
+    if adapter_base(policy.path) is not None and not model.lora.on:
+        # The run trains an adapter and its base has none: use the weights with the adapter merged.
+        engine.update(_read_tensors(policy), policy.step)
+        return
+    load.check(policy.path)
+    load.load_model(policy.path, model)
+    engine.update(None, policy.step)
+
+
+def _read_tensors(policy: Policy) -> NamedTensors:
+    weights = convert.open_weights(policy.path)
+    return ((name, weights.read(name)) for link in weights.links for name in link.hf_names)

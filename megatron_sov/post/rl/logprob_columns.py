@@ -1,0 +1,175 @@
+"""Log-probability columns of a round: by the policy that began it, by a reference model, and by teachers.
+
+Each column is a file RUN/rounds/0001.COLUMN.f32: one float32 per token, and a checksum that is verified when
+the file is read. The policy's column is computed whenever a run stands before the first step of the round;
+later the weights have changed, and the file is read. Labels of the first step get NaN there: the step itself
+computes them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from megatron_sov.base.artifacts import atomic_write, to_json
+from megatron_sov.base.documents.shard_files import RouteShape
+from megatron_sov.base.errors import UserError, warn
+from megatron_sov.base.sealed import seal_damage
+from megatron_sov.engine.parallel.world import on_main
+from megatron_sov.model.config import RunConfig
+from megatron_sov.post.policy import OLD, REFERENCE, TEACHER
+from megatron_sov.post.reference import run_with_weights, write_logprobs
+from megatron_sov.post.rl.teachers import ScoringTeacher, identity_of, write_teachers
+from megatron_sov.runs import checkpoints
+from megatron_sov.runs.checkpoints import files_sha256
+from megatron_sov.runs.folder import RunFolder
+from megatron_sov.train.data.requirements import replayed_routes
+from megatron_sov.train.data.rounds import Round
+from megatron_sov.train.stages.feed import FeedView
+
+REFERENCE_NOTE = "reference.json"
+"""File of RUN/rounds with the digest of the reference model."""
+TEACHERS_NOTE = "teachers.json"
+"""File of RUN/rounds with domain -> identity of its teacher."""
+
+
+@dataclass(frozen=True)
+class TrainerColumns:
+    """The log-probability columns of a run."""
+
+    names: tuple[str, ...]
+    """Columns to compute. `OLD`: log p(label) of the policy that begins a round; `REFERENCE`: of the initial
+    model; `TEACHER`: of the teachers."""
+    temperature: float
+    """Divisor of logits."""
+    routes: RouteShape | None
+    """Shape of expert routes that the policy replays; None: no replay. The reference routes by itself."""
+    start: Path
+    """Checkpoint of the reference model."""
+    reference_sha256: str = ""
+    """Digest of the reference model's weights."""
+    teachers: tuple[ScoringTeacher, ...] = ()
+
+    def compute(self, view: FeedView, opened: Round, *, is_first: bool) -> dict[str, np.ndarray]:
+        """Return column -> [tokens of the round] float32; called by all processes together.
+
+        Args:
+            view: the run.
+            opened: the round, from `RoundDocuments.read`.
+            is_first: whether the next step is the first of the round.
+
+        Raises:
+            UserError: the run stands inside a round whose column file is missing or damaged, or the reference
+                or a teacher has changed since earlier rounds.
+        """
+        if opened.documents is None:
+            return {}
+        if REFERENCE in self.names:
+            on_main(view.world, partial(
+                _check_models, opened.path.with_name(REFERENCE_NOTE), {"sha256": self.reference_sha256},
+                "the run's divergence is from a model of {begun}, and --from is of {given}; resume --from "
+                "the one that it began with"))
+        if TEACHER in self.names:
+            on_main(view.world, partial(
+                _check_models, opened.path.with_name(TEACHERS_NOTE), identity_of(self.teachers),
+                "the run's teachers are {begun}, and those of the command {given}; resume with the ones that "
+                "it began with"))
+        return {name: self._load_column(view, name, opened, is_first=is_first) for name in self.names}
+
+    def _load_column(self, view: FeedView, name: str, opened: Round, *, is_first: bool) -> np.ndarray:
+        file, count = column_file(opened.path, name), int(opened.starts[-1])
+        # Documents of the first step that learns need no column: the weights have not changed until then.
+        num_documents, num_skipped = len(opened.starts) - 1, 0
+        if name == OLD:
+            num_skipped = next((step.stop for i, step in enumerate(opened.steps) if i not in opened.idle),
+                               num_documents)
+        if num_skipped == num_documents:
+            return np.broadcast_to(np.float32(np.nan), count)
+        # At the first step the live weights are those that begin the round; later only the file has the
+        # column.
+        is_live = is_first and name == OLD
+        identity = on_main(view.world, partial(self._identify, opened, name))
+        damage = None if is_live else on_main(view.world, partial(seal_damage, file, identity))
+        if is_live or damage:
+            # The weights that began the round no longer exist.
+            if damage and name == OLD:
+                raise UserError(f"{damage}; the run stands inside the round: {_describe_fix(opened)}")
+            if damage and view.world.is_main and file.exists():
+                warn(f"{damage}; it is computed again", view.events.write, step=view.step)
+            self._write_column(view, name, opened, num_skipped, identity)
+        # Mapped: a process reads the numbers of its own rows.
+        return np.memmap(file, np.float32, "r", shape=(count,))
+
+    def _write_column(self, view: FeedView, name: str, opened: Round, num_skipped: int,
+                      identity: str) -> None:
+        file = column_file(opened.path, name)
+        if name == TEACHER:
+            write_teachers(view, self.teachers, opened, file, identity)
+            return
+        assert opened.documents is not None, f"{opened.path} has no documents"
+        write = partial(
+            write_logprobs, view, opened.documents, file, identity, num_skipped=num_skipped,
+            seq_len=view.config.data.phases[0].seq_len, rows_per_batch=view.config.train.micro_batch_size,
+            temperature=self.temperature, routes=self.routes if name == OLD else None)
+        if name == OLD:
+            write()
+        else:
+            run_with_weights(self.start, view, write)
+
+    def _identify(self, opened: Round, name: str) -> str:
+        """Return the text that the column's checksum covers: digest of the documents, and of the models other
+        than the policy."""
+        models = {REFERENCE: self.reference_sha256,
+                  TEACHER: json.dumps(identity_of(self.teachers), sort_keys=True)}
+        return f"{files_sha256(opened.path)} {name} {models.get(name, '')}"
+
+
+def _check_models(file: Path, given: Mapping[str, str], message: str) -> None:
+    """Record the models of a run's columns in `file`, and raise `UserError` if the file names other models.
+
+    Args:
+        file: the JSON note.
+        given: name -> digest of a model's weights.
+        message: text of the error, with {begun} and {given} for the models.
+    """
+    if not file.is_file():
+        atomic_write(file, to_json(dict(given)))
+        return
+    try:
+        begun = {name: str(digest) for name, digest in json.loads(file.read_text(encoding="utf-8")).items()}
+    except (ValueError, TypeError, AttributeError) as e:
+        raise UserError(f"{file}: is damaged ({type(e).__name__}: {e}); restore it from a copy") from None
+    if begun != given:
+        raise UserError(f"{file}: {message.format(begun=_abbreviate(begun), given=_abbreviate(given))}")
+
+
+def _abbreviate(models: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {digest[:12]}".strip() for name, digest in sorted(models.items()))
+
+
+def _describe_fix(opened: Round) -> str:
+    run = RunFolder(opened.path.parents[1])
+    # Published rounds can be trained again from any earlier checkpoint, or from the start.
+    earlier = checkpoints.latest_not_after(run.checkpoints, (int(opened.path.name) - 1) * len(opened.steps))
+    which = "all checkpoints" if earlier is None else f"the checkpoints after {earlier.name}"
+    return f"delete {which} in {run.checkpoints}, and give the same command with --resume"
+
+
+def column_file(path: Path, name: str) -> Path:
+    return path.with_name(f"{path.name}.{name}.f32")
+
+
+def columns_of_run(config: RunConfig, needed: Collection[str], start: Path,
+                   teachers: Sequence[ScoringTeacher] = ()) -> TrainerColumns:
+    """Return the columns among `needed`; `start` is the checkpoint of the reference model."""
+    # Preferences compare the model itself; policy gradients compare the distribution that was sampled.
+    temperature = 1.0 if config.policy.learns_preferences else config.rollout.temperature
+    return TrainerColumns(
+        names=tuple(name for name in needed if name in (OLD, REFERENCE, TEACHER)),
+        temperature=temperature, routes=replayed_routes(config), start=start,
+        reference_sha256=files_sha256(start) if REFERENCE in needed else "", teachers=tuple(teachers))

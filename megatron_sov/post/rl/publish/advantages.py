@@ -1,0 +1,273 @@
+"""Advantages of responses: rewards relative to the group of a prompt, with length rewards and penalties.
+
+Computed in float64 by numpy, when a round is published. Shapes: n responses of a group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_sov.base.documents.groups import REWARD_TOLERANCE, are_equal, places_in_group
+from megatron_sov.model.config.post_training import PolicyConfig
+
+EPSILON = 1e-4
+"""Added to standard deviations in denominators, as in TRL."""
+LEARNS, TOO_FEW, ALL_RIGHT, ALL_WRONG = "", "too_few", "all_right", "all_wrong"
+"""Why a group does not learn ("": it does): too few responses for its advantages; equal rewards that are
+right; equal rewards that are wrong."""
+LOW_PERCENT, HIGH_PERCENT = 30, 70
+"""Percentiles of the lengths of right responses that bound the full length reward (LAPO, arXiv 2507.15758, by
+the authors' code, ZJU-REAL/LAPO on GitHub)."""
+
+
+@dataclass(frozen=True)
+class GroupAdvantages:
+    """Advantages of the responses to one prompt."""
+
+    advantages: np.ndarray
+    """[n] float64; 0 if the group does not learn."""
+    reason: str
+    """Why the group does not learn, or `LEARNS`."""
+
+
+def group_advantages(rewards: Sequence[np.ndarray], lengths: Sequence[np.ndarray], policy: PolicyConfig,
+                     max_new_tokens: int, budgets: Sequence[np.ndarray] | None = None
+                     ) -> list[GroupAdvantages]:
+    """Return the advantages of each group by itself, before `step_advantages` compares the groups of a step.
+
+    Args:
+        rewards: for each group [n], responses without a reward left out.
+        lengths: for each group [n]: tokens that the policy generated.
+        policy: the settings.
+        max_new_tokens: `rollout.max_new_tokens`.
+        budgets: for each group [n]: requested length in tokens, NaN without a request; None: no requests.
+    """
+    if budgets is None:
+        budgets = [np.full(len(group), np.nan) for group in rewards]
+    groups = []
+    for group, num_tokens, requested in zip(rewards, lengths, budgets, strict=True):
+        values = np.asarray(group, np.float64)
+        reason = find_exclusion(values, policy)
+        advantages = np.zeros(len(group))
+        if reason == LEARNS:
+            advantages = _compare_responses(values, np.asarray(num_tokens), np.asarray(requested, np.float64),
+                                            policy, max_new_tokens)
+        groups.append(GroupAdvantages(advantages, reason))
+    return groups
+
+
+def has_advantage(advantages: np.ndarray) -> bool:
+    """Return whether an advantage [n] differs from 0, so that the policy loss has a gradient."""
+    return bool(np.abs(advantages).max(initial=0.0) > REWARD_TOLERANCE)
+
+
+def step_advantages(groups: Sequence[GroupAdvantages], policy: PolicyConfig) -> list[GroupAdvantages]:
+    """Return the groups of an optimizer step, normalised over all of them if the settings ask for it."""
+    if not policy.parts.normalise_over_batch:
+        return list(groups)
+    normalised = _normalise([group.advantages for group in groups],
+                            [group.reason == LEARNS for group in groups])
+    return [GroupAdvantages(values, group.reason) for values, group in zip(normalised, groups, strict=True)]
+
+
+def find_exclusion(rewards: np.ndarray, policy: PolicyConfig) -> str:
+    """Return why a group with these rewards [n] does not learn, or `LEARNS`."""
+    parts = policy.parts
+    if parts.advantage == "none":
+        return LEARNS if len(rewards) else TOO_FEW
+    # Advantages compare at least two responses.
+    min_responses = max(2, parts.pkpo_k) if parts.advantage == "pass_at_k" else 2
+    if len(rewards) < min_responses:
+        return TOO_FEW
+    if not are_equal(rewards.tolist()):
+        return LEARNS
+    # All rewards are equal, so the first one decides.
+    if rewards[0] >= policy.right_from:
+        return LEARNS if parts.all_right == "keep" else ALL_RIGHT
+    return LEARNS if parts.all_wrong == "keep" else ALL_WRONG
+
+
+def overlong_penalty(lengths: np.ndarray, policy: PolicyConfig, max_new_tokens: int) -> np.ndarray:
+    """Return the penalty of each length [n] in tokens: DAPO's soft overlong punishment (arXiv 2503.14476,
+    equation 13), times `policy.overlong_penalty`."""
+    buffer = policy.overlong_buffer(max_new_tokens)
+    if not buffer:
+        return np.zeros(len(lengths))
+    return policy.overlong_penalty * np.clip((lengths - (max_new_tokens - buffer)) / buffer, 0.0, 1.0)
+
+
+def group_relative(rewards: np.ndarray) -> np.ndarray:
+    """Return GRPO's advantages (arXiv 2402.03300, section 4.1.2)."""
+    return (rewards - rewards.mean()) / (rewards.std(ddof=1) + EPSILON)
+
+
+def centred(rewards: np.ndarray) -> np.ndarray:
+    """Return Dr. GRPO's advantages (arXiv 2503.20783, section 3.2)."""
+    advantages: np.ndarray = rewards - rewards.mean()
+    return advantages
+
+
+def leave_one_out(rewards: np.ndarray) -> np.ndarray:
+    """Return rewards minus the mean reward of the other responses (RLOO, arXiv 2402.14740)."""
+    advantages: np.ndarray = rewards - (rewards.sum() - rewards) / (len(rewards) - 1)
+    return advantages
+
+
+def pass_at_k(rewards: np.ndarray, k: int) -> np.ndarray:
+    """Return PKPO's advantages (arXiv 2505.15201, equation 33, times n): k times the increase of the maximum
+    reward by a response, averaged over all sets of `k` responses with it.
+
+    For k = 1 the increase is the reward itself; its baseline is the mean of the others, as in
+    `leave_one_out`.
+    """
+    n = len(rewards)
+    if k == 1:
+        return leave_one_out(rewards)
+    # Probability that the best of k - 1 drawn from the n - 1 others has this rank, counted from the worst.
+    odds = np.array([math.comb(rank, k - 2) / math.comb(n - 1, k - 1) for rank in range(n - 1)])
+    order = np.argsort(rewards, kind="stable")
+    ranked, advantages = rewards[order], np.empty(n)
+    for rank, index in enumerate(order):
+        advantages[index] = k * odds @ np.maximum(rewards[index] - np.delete(ranked, rank), 0.0)
+    return advantages
+
+
+def scale_to_range(rewards: np.ndarray) -> np.ndarray:
+    """Return GrouPER's advantages (`places_in_group`); 0 if all rewards are equal."""
+    values = rewards.tolist()
+    if are_equal(values):
+        return np.zeros(len(values))
+    return np.array(places_in_group(values))
+
+
+def mgpo_weight(share_right: float, strength: float) -> float:
+    """Return MGPO's factor of a group's advantages (arXiv 2511.06221): exp(-lambda D), with D the
+    Kullback-Leibler divergence of the share of right responses from one half."""
+    shares = (share_right, 1.0 - share_right)
+    return math.exp(-strength * sum(p * math.log(p / 0.5) for p in shares if p > 0))
+
+
+def _add_length_reward(rewards: np.ndarray, lengths: np.ndarray, budgets: np.ndarray, policy: PolicyConfig,
+                       max_new_tokens: int) -> np.ndarray:
+    """Return the rewards [n] with the length reward of right responses."""
+    parts, right = policy.parts, rewards >= policy.right_from
+    if parts.length_reward == "budget":
+        return within_budget(lengths, right, budgets, max_new_tokens, parts.length_reward_coeff)
+    if parts.length_reward == "around_right":
+        return rewards + parts.length_reward_coeff * around_right(lengths, right, parts.length_width_tokens)
+    if parts.length_reward == "target":
+        return rewards + parts.length_reward_coeff * near_target(lengths, right, budgets,
+                                                                 parts.length_width_tokens)
+    return rewards
+
+
+def _compare_responses(rewards: np.ndarray, lengths: np.ndarray, budgets: np.ndarray, policy: PolicyConfig,
+                       max_new_tokens: int) -> np.ndarray:
+    """Return the advantages of a group, [n] float64."""
+    parts = policy.parts
+    if parts.advantage == "none":
+        return np.zeros(len(rewards))
+    length_rewards = _add_length_reward(rewards, lengths, budgets, policy, max_new_tokens)
+    # The penalty is subtracted before the baseline, so that the group comparison includes it.
+    shaped = length_rewards - overlong_penalty(lengths, policy, max_new_tokens)
+    compare = {"group": group_relative, "group_no_std": centred, "leave_one_out": leave_one_out,
+               "pass_at_k": lambda r: pass_at_k(r, parts.pkpo_k), "range": scale_to_range}[parts.advantage]
+    # The mean of equal rewards may differ from them by rounding, which AdamW would scale to full updates.
+    advantages = np.zeros(len(shaped)) if are_equal(shaped.tolist()) else compare(shaped)
+    if parts.length_reward == "budget":
+        advantages = advantages + budget_advantages(length_rewards, budgets, max_new_tokens,
+                                                    parts.length_reward_coeff)
+    if are_equal(rewards.tolist()) and rewards[0] < policy.right_from:
+        # Judged rewards, not shaped ones: lengths must not make a wrong group look mixed.
+        advantages = advantages + parts.all_wrong_reward
+    share_right = float((rewards >= policy.right_from).mean())
+    return advantages * mgpo_weight(share_right, parts.mgpo_lambda)
+
+
+def _normalise(advantages: list[np.ndarray], learns: list[bool]) -> list[np.ndarray]:
+    """Return the advantages of learning groups with mean 0 and standard deviation 1 over all of them."""
+    # Excluded groups stay at 0: shifted by the mean they would learn.
+    learning = [values for values, is_learning in zip(advantages, learns, strict=True) if is_learning]
+    joined = np.concatenate(learning or [np.zeros(0)])
+    if len(joined) < 2:
+        return advantages
+    mean, std = joined.mean(), joined.std(ddof=1)
+    return [(values - mean) / (std + EPSILON) if is_learning else values
+            for values, is_learning in zip(advantages, learns, strict=True)]
+
+
+def around_right(lengths: np.ndarray, right: np.ndarray, width_tokens: float) -> np.ndarray:
+    """Return LAPO's length reward of its first stage, [n] (reward_func_stage1.py): for right responses 1
+    between two percentiles of their lengths, falling linearly to 0 over `width_tokens` outside.
+
+    Args:
+        lengths: [n] tokens of the responses to one prompt.
+        right: [n] bool.
+        width_tokens: 100 in the authors' code.
+    """
+    if not right.any():
+        return np.zeros(len(lengths))
+    low, high = np.percentile(lengths[right], (LOW_PERCENT, HIGH_PERCENT))
+    # Tokens outside the window, 0 inside.
+    away = np.maximum(np.maximum(low - lengths, lengths - high), 0.0)
+    return np.where(right, np.maximum(0.0, 1.0 - away / width_tokens), 0.0)
+
+
+def near_target(lengths: np.ndarray, right: np.ndarray, targets: np.ndarray, width_tokens: float
+                ) -> np.ndarray:
+    """Return LAPO's length reward of its second stage, [n] (reward_func_stage2.py): for right responses
+    exp(-(length - target)^2 / (2 width^2)).
+
+    Args:
+        lengths: [n] tokens of the responses to one prompt.
+        right: [n] bool.
+        targets: [n]; NaN: the median length of the right responses.
+        width_tokens: standard deviation; 120 in the authors' code.
+    """
+    if not right.any():
+        return np.zeros(len(lengths))
+    away = lengths - np.where(np.isnan(targets), np.median(lengths[right]), targets)
+    return np.where(right, np.exp(-away ** 2 / (2.0 * width_tokens ** 2)), 0.0)
+
+
+def budget_reward(budgets: np.ndarray, longest: int, scale: float) -> np.ndarray:
+    """Return HBPO's reward of right responses within their budget, [n] (arXiv 2507.15844, f_2 of section
+    3.2): scale cos(pi budget / (2 longest))."""
+    rewards: np.ndarray = scale * np.cos(np.pi * budgets / (2.0 * longest))
+    return rewards
+
+
+def within_budget(lengths: np.ndarray, right: np.ndarray, budgets: np.ndarray, longest: int, scale: float
+                  ) -> np.ndarray:
+    """Return HBPO's rewards, [n] (arXiv 2507.15844, R of section 3.2), instead of the verifier's: for right
+    responses `budget_reward` within the budget, and beyond it f_1: the reward of a budget of their length,
+    minus |length - budget| / longest.
+
+    Args:
+        lengths: [n] tokens of the responses to one prompt.
+        right: [n] bool.
+        budgets: [n] requested tokens.
+        longest: length limit of responses (L_max; its inverse is alpha, as in the authors' code).
+        scale: beta; 4 in the authors' code.
+    """
+    beyond = budget_reward(lengths, longest, scale) - np.abs(lengths - budgets) / longest
+    rewards = np.where(lengths > budgets, beyond, budget_reward(budgets, longest, scale))
+    return np.where(right & (lengths <= longest), rewards, 0.0)
+
+
+def budget_advantages(rewards: np.ndarray, budgets: np.ndarray, longest: int, scale: float) -> np.ndarray:
+    """Return HBPO's advantage among responses of one budget, [n] (arXiv 2507.15844, section 3.3): their mean
+    reward minus `budget_reward`.
+
+    Args:
+        rewards: [n] from `within_budget`.
+        budgets: [n] requested tokens.
+        longest: see `within_budget`.
+        scale: see `within_budget`.
+    """
+    means = {budget: rewards[budgets == budget].mean() for budget in np.unique(budgets)}
+    return np.array([means[budget] for budget in budgets]) - budget_reward(budgets, longest, scale)

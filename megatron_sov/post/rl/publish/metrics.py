@@ -1,0 +1,101 @@
+"""Figures of a round: means over its responses, headline meters, and a warning if few groups learn."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_sov.model.config import RolloutConfig
+from megatron_sov.post.policy import GROUPS_LEARNING, RESPONSE_TOKENS, REWARD
+from megatron_sov.post.rl.publish.groups import Gathered
+from megatron_sov.runs.rounds import LEARNS
+
+PASS_RATE = "pass_rate"
+"""Mean of a round: share of responses whose reward is at least `policy.right_from`."""
+MIN_LEARNING, MIN_LEARNING_EXTREME = 0.1, 0.5
+"""Shares of learning groups below which a round warns; the second holds for the first round if its pass rate
+is extreme."""
+EXTREME_RATES = (0.05, 0.95)
+"""Pass rates outside these bounds mean that most groups have equal rewards."""
+
+
+def compute_means(gathered: Gathered, rollout: RolloutConfig, right_from: float | None) -> dict[str, Any]:
+    """Return means over the responses of a round that have a reward, trained or not.
+
+    Args:
+        gathered: the round.
+        rollout: `steps_per_round` gives the optimizer step before the round.
+        right_from: smallest reward of a right response; None: no reward judges the run, and the means have
+            none.
+    """
+    rows, has_reward = gathered.rows, right_from is not None
+    if not len(rows):
+        return {"responses": 0}
+    num_written = int(rows["written"].sum())
+    trained_steps = (gathered.number - 1) * rollout.steps_per_round
+    # Steps between the policy that generated a token and the policy that begins to train on it.
+    stale_steps = trained_steps * num_written - int(rows["versions"].sum())
+    rewards = defaultdict[str, list[float]](list)
+    for domain, reward in zip(gathered.domain_of_row, rows["reward"].tolist(), strict=True):
+        rewards[domain].append(reward)
+    return {
+        "responses": len(rows), **({} if right_from is None else {
+            "reward": _mean(rows["reward"]), PASS_RATE: _mean(rows["reward"] >= right_from)}),
+        "components": {name: _mean(values) for name, values in gathered.components.items()},
+        "response_tokens": _mean(rows["written"]), "truncated": _mean(rows["is_cut"]),
+        "staleness_steps": stale_steps / max(1, num_written), "domains": {
+            name: {"responses": len(values), **({"reward": _mean(values)} if has_reward else {})}
+            for name, values in sorted(rewards.items()) if name}}
+
+
+def _mean(values: np.ndarray | Sequence[float]) -> float:
+    # A contiguous copy: numpy sums strided values in another order, with other bits.
+    return float(np.array(values, np.float64).mean())
+
+
+def round_meters(content: Mapping[str, Any]) -> dict[str, float]:
+    """Return the headline meters of a round from the content of its manifest."""
+    means, groups = content.get("means") or {}, content.get("groups") or {}
+    meters = {REWARD: means.get("reward"), RESPONSE_TOKENS: means.get("response_tokens")}
+    count = sum(groups.values())
+    if count:
+        meters[GROUPS_LEARNING] = groups.get(LEARNS, 0) / count
+    return {name: float(value) for name, value in meters.items() if value is not None}
+
+
+def describe_groups(groups: Mapping[str, int]) -> str:
+    """Format the groups of a round: "3 learns, 2 no advantage"."""
+    return ", ".join(f"{number:,} {reason.replace('_', ' ')}" for reason, number in groups.items())
+
+
+def find_round_problem(content: Mapping[str, Any], *, is_first: bool) -> str:
+    """Return a warning with a fix if few groups of a round learn, otherwise "".
+
+    Args:
+        content: content of the round's manifest.
+        is_first: whether the initial model generated the round. Then a pass rate near 0 or 1 warns as soon as
+            less than half of the groups learn.
+    """
+    groups, rate = content.get("groups") or {}, (content.get("means") or {}).get(PASS_RATE)
+    count = sum(groups.values())
+    share = groups.get(LEARNS, 0) / count if count else 1.0
+    is_extreme = rate is not None and not EXTREME_RATES[0] < rate < EXTREME_RATES[1]
+    if share >= (MIN_LEARNING_EXTREME if is_first and is_extreme else MIN_LEARNING):
+        return ""
+    summary = f"{groups.get(LEARNS, 0):,} of {count:,} groups learn ({describe_groups(groups)})"
+    if rate is None:
+        return f"{summary}; the others have responses of equal worth, or too few"
+    measured = "`sov-data difficulty` measures pass rates and selects by them"
+    if not is_extreme:
+        return (f"{summary}, and {rate:.1%} of the responses are right: each prompt is solved always or "
+                f"never; take prompts in between ({measured})")
+    if rate < 0.5:
+        return (f"{summary}, and only {rate:.1%} of the responses are right: take easier prompts "
+                f"({measured}), "
+                "or fine-tune on right answers first (`megatron-sov sft`)")
+    return (f"{summary}, and {rate:.1%} of the responses are right already: take harder prompts "
+            f"({measured}), "
+            "or end the run")

@@ -1,0 +1,556 @@
+"""Publishes rounds: judged groups in the store get advantages, and their responses become training documents.
+
+A round is published once, by a rename, and never changes, so a resumed run trains on the same documents.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache, partial
+from itertools import compress, groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_sov.base.artifacts import (
+    MANIFEST, ArtifactWriter, disk_errors, manifest_sha256, new_artifact, read_manifest)
+from megatron_sov.base.documents import ROLLOUTS
+from megatron_sov.base.documents.groups import is_learned, pair_of
+from megatron_sov.base.documents.shard_files import ROUTES, RouteShape
+from megatron_sov.base.errors import UserError, warn
+from megatron_sov.base.sealed import read_json, write_json
+from megatron_sov.base.settings import by_name
+from megatron_sov.chat.vocabulary import TOKENIZER_JSON, tokenizer_digest
+from megatron_sov.engine.parallel.world import on_each, on_first
+from megatron_sov.model.config import RunConfig
+from megatron_sov.post.rl.publish.advantages import (
+    LEARNS as GROUP_LEARNS, GroupAdvantages, group_advantages, has_advantage, step_advantages)
+from megatron_sov.post.rl.publish.groups import (
+    Gathered, GatheredPiece, JudgedGroup, JudgedResponse, RolloutFacts, RoundOfStore)
+from megatron_sov.post.rl.publish.metrics import compute_means
+from megatron_sov.post.rl.publish.shards import (
+    DTYPE, RoundPiece, RoundShard, ShardWriter, WrittenShard, split_into_shards)
+from megatron_sov.post.rl.reward import NO_REWARD
+from megatron_sov.rollouts.prompts import PromptList, budget_of, round_pieces, sampling_digest, too_long_in
+from megatron_sov.rollouts.rows import LENGTH, Key, RolloutPart, domain_of
+from megatron_sov.rollouts.store import RolloutStore
+from megatron_sov.runs import checkpoints
+from megatron_sov.runs.rounds import LEARNS
+from megatron_sov.train.data.described import source_record
+from megatron_sov.train.data.requirements import replayed_routes
+from megatron_sov.train.data.rounds import ADVANTAGE, DOMAINS, SHARE, SOURCE, folder_of_round
+from megatron_sov.train.data.token_bytes import token_bytes
+from megatron_sov.train.data.token_shards import CONTENT_VERSION
+
+NO_PAIR = "no_pair"
+"""Reason: no finished response of the group is better than its worst response."""
+SURPLUS = "surplus"
+"""Reason: the group would learn, and the round is full."""
+NO_ADVANTAGE = "no_advantage"
+"""Reason: the advantages of the group's trained responses are all 0."""
+PROMPTS = "prompts"
+"""Manifest field: digest of the prompts of all rounds, in order."""
+CHOSEN_BY = "chosen_by"
+"""Manifest field: see `RolloutSource.chosen_by`."""
+TRUNCATED = (LENGTH, "tokens", "unended")
+"""Finish reasons of responses and episodes that a token limit cut off."""
+
+
+@dataclass(kw_only=True)
+class Publisher:
+    """Publishes the rounds of a run."""
+
+    config: RunConfig
+    rounds: Path
+    """RUN/rounds."""
+    store: Path
+    """Rollout store; the first writer creates it."""
+    prompts: PromptList
+    reward_version: str
+    tokenizer: Path
+    """Folder of the model's tokenizer."""
+    is_own: Callable[[int, str], bool] = lambda step, sha256: True
+    """(step, digest) -> whether a policy belongs to this run, as far as known."""
+    chosen_by: Mapping[str, Any] = field(default_factory=dict)
+    """See `RolloutSource.chosen_by`; empty if other jobs generate."""
+    _has_compared: bool = False
+    _artifact: ArtifactWriter | None = None
+    """The round under construction, on the process that completes it."""
+
+    def publish(self, number: int) -> str:
+        """Publish a round if it is complete and unpublished; return a description of missing parts, or "".
+        All processes call it together; each judges some pieces and writes some shards.
+
+        Raises:
+            UserError: the store contains other rounds, a response is longer than a row or has another
+                temperature, or the disk is full.
+        """
+        with contextlib.ExitStack() as building:
+            inputs = on_first(partial(self._find_inputs, number))
+            if isinstance(inputs, str):
+                return inputs
+            source = self._open_round(number, inputs)
+            shares = on_each(partial(self._gather, source, inputs))
+            plan = on_first(partial(self._plan, source, inputs, shares, building))
+            if isinstance(plan, str):
+                return plan
+            writer = self._writer
+            written_of_rank = on_each(lambda rank, size: [writer.write(plan.folder, shard)
+                                                          for shard in plan.shards[rank::size]])
+            # Rank r wrote the shards r, r + size, ...
+            num_ranks = len(written_of_rank)
+            written = [written_of_rank[i % num_ranks][i // num_ranks] for i in range(len(plan.shards))]
+            on_first(partial(self._complete, plan, written, building))
+        return ""
+
+    def check_store(self) -> None:
+        """Check that the store folder is missing, empty, or a store of this model's tokenizer.
+
+        Raises:
+            UserError: it contains other files, or a store of another tokenizer.
+        """
+        if self._store_exists():
+            _ = self._opened
+
+    def _find_inputs(self, number: int) -> str | _RoundInputs:
+        """Return the parts of a round; or a description of missing ones, "" if the round is published."""
+        # The manifest is written last, and a published round never changes.
+        if is_published(self.rounds, number):
+            return ""
+        if not self._store_exists():
+            return f"nobody has written to {self.store} yet"
+        self._compare_with_previous(number)
+        rollout, policy = self.config.rollout, self.config.policy
+        own = math.ceil(rollout.prompts_per_round / rollout.piece_prompts)
+        requested = further_pieces(self.rounds, number)
+        # Another run may have requested more pieces of the same store.
+        stored = max((part.piece + 1 - own for part in self._opened.parts(number)), default=0)
+        most = max(requested, stored, (policy.parts.max_gen_batches - 1) * own)
+        inputs = _RoundInputs(most, own + requested)
+        parts = self._open_round(number, inputs).parts()
+        return parts if isinstance(parts, str) else replace(inputs, parts=tuple(parts))
+
+    def _compare_with_previous(self, number: int) -> None:
+        """Compare prompts, reward and sampling with the previous round, once per run: other prompts or
+        sampling settings raise, since rounds continue their order; another reward or environment warns, since
+        a new version of this program may have changed it.
+
+        Raises:
+            UserError: prompts or sampling settings differ.
+        """
+        if self._has_compared:
+            return
+        last = next((n for n in range(number - 1, 0, -1) if is_published(self.rounds, n)), 0)
+        if not last:
+            return
+        self._has_compared, folder = True, folder_of_round(self.rounds, last)
+        previous = read_manifest(folder, "tokens").content
+        if previous.get(PROMPTS, self._prompts_digest) != self._prompts_digest:
+            raise UserError(f"{folder}: was made of other prompts, or in another order; pass the "
+                            "--prompts that the run began with, or choose another --run")
+        if previous["reward_version"] != self.reward_version:
+            warn(f"{folder}: was judged by reward version {previous['reward_version'][:12]}, and round "
+                 f"{number} will be by {self.reward_version[:12]}: the reward's code or settings changed, "
+                 "and rewards of the two may not be compared")
+        self._compare_sampling(folder, previous.get(CHOSEN_BY, {}))
+
+    def _compare_sampling(self, folder: Path, previous: Mapping[str, Any]) -> None:
+        # Rounds of other jobs record no settings.
+        current = self.chosen_by if previous else {}
+        then, now = ({name: value for name, value in by_name(settings) if value != {}}
+                     for settings in (previous, current))
+        for name in sorted(then.keys() | now.keys() if now else ()):
+            if (was := then.get(name)) == (given := now.get(name)):
+                continue
+            change = f"{folder}: was written with {name} = {was}, and the next round would be with {given}"
+            if name != "environment" or was is None or given is None:
+                raise UserError(f"{change}; resume with the settings that began the run, or choose another "
+                                "--run and --store")
+            warn(f"{change}: the environment's code or settings changed, and episodes of the two may not be "
+                 "compared")
+
+    @cached_property
+    def _prompts_digest(self) -> str:
+        return sampling_digest({"ids": self._used_prompts.ids})
+
+    def _open_round(self, number: int, inputs: _RoundInputs) -> RoundOfStore:
+        rollout = self.config.rollout
+        return RoundOfStore(
+            store=self._opened, number=number, num_pieces=inputs.num_pieces,
+            pieces=round_pieces(self._used_prompts, rollout, number, inputs.num_further),
+            samples_per_prompt=rollout.samples_per_prompt, reward_version=self.reward_version)
+
+    def _gather(self, source: RoundOfStore, inputs: _RoundInputs, rank: int, size: int
+                ) -> list[GatheredPiece]:
+        """Return the pieces rank, rank + size, ... of the round."""
+        # All attempts at a response are in parts of its own piece.
+        parts = defaultdict[int, dict[int, RolloutPart]](dict)
+        for i, part in enumerate(inputs.parts):
+            parts[part.piece][i] = part
+        pieces = [source.gather(piece, parts[piece], self._judge_groups, self._find_domain)
+                  for piece in range(inputs.num_pieces)[rank::size]]
+        self._read_tokens.cache_clear()
+        return pieces
+
+    def _find_domain(self, prompt: str) -> str:
+        return domain_of(self._read_record(prompt))
+
+    def _plan(self, source: RoundOfStore, inputs: _RoundInputs, shares: Sequence[Sequence[GatheredPiece]],
+              building: contextlib.ExitStack) -> str | RoundPlan:
+        """Return the plan of the round's files in a folder that `building` renames; or a description of
+        missing responses."""
+        number, out = source.number, folder_of_round(self.rounds, source.number)
+        pieces = sorted((piece for share in shares for piece in share), key=lambda piece: piece.number)
+        gathered = Gathered(number, inputs.parts, tuple(pieces))
+        if reason := source.describe_wait(gathered):
+            return reason
+        self._check_rewards(gathered)
+        if reason := self._request_further(source, gathered):
+            return reason
+        self._warn_of_other_policies(gathered)
+        selection = self._select(gathered)
+        content = self._build_content(source, gathered, selection)
+        self._prune(number)
+        self._artifact = building.enter_context(new_artifact(out, "tokens"))
+        (self._artifact.path / SOURCE).mkdir()
+        shards = split_into_shards(_iter_pieces(gathered, selection))
+        return RoundPlan(self._artifact.path, tuple(shards), content)
+
+    def _prune(self, number: int) -> None:
+        """Delete tokens and columns of old rounds that no resume needs; the store can rebuild them. The
+        manifests remain, as the record of each round."""
+        folder = self.rounds.parent / checkpoints.CHECKPOINTS_OF_A_RUN
+        oldest = min(map(checkpoints.step_of, checkpoints.complete(folder)), default=0)
+        rollout = self.config.rollout
+        for old in range(1, min(oldest // rollout.steps_per_round + 1, number - rollout.keep_rounds)):
+            round_ = folder_of_round(self.rounds, old)
+            if not (round_ / SOURCE).is_dir():
+                continue
+            parts = read_manifest(round_).content["store"]
+            if not all((self._opened.part_path(part["name"]) / MANIFEST).is_file() for part in parts):
+                continue
+            with disk_errors(round_):
+                for column in self.rounds.glob(f"{round_.name}.*.f32"):
+                    column.unlink()
+                shutil.rmtree(round_ / SOURCE)
+
+    def _request_further(self, source: RoundOfStore, gathered: Gathered) -> str:
+        """Request further prompts if too few groups of a round learn; return the reason to wait, or ""."""
+        rollout, policy = self.config.rollout, self.config.policy
+        if policy.parts.max_gen_batches == 1:
+            return ""
+        num_learn = gathered.reasons.count(GROUP_LEARNS)
+        lacking, num_prompts = rollout.prompts_per_round - num_learn, len(source.prompts)
+        if lacking <= 0:
+            return ""
+        # Enough to fill the round at the share of groups that has learned so far.
+        wanted = min(lacking * num_prompts / num_learn if num_learn else math.inf, rollout.prompts_per_round)
+        own = math.ceil(rollout.prompts_per_round / rollout.piece_prompts)
+        most = min(len(source.pieces), policy.parts.max_gen_batches * own)
+        more = min(math.ceil(wanted / rollout.piece_prompts), most - source.num_pieces)
+        state = (f"{num_learn} of {num_prompts} groups of round {source.number} learn, and it is to have "
+                 f"{rollout.prompts_per_round}")
+        if more <= 0:
+            why = f"policy.max_gen_batches = {policy.parts.max_gen_batches}"
+            if most < policy.parts.max_gen_batches * own:
+                why = "there are no more prompts"
+            warn(f"{state}; {why}: it is trained with these")
+            return ""
+        file = _further_file(self.rounds, source.number)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"pieces": source.num_pieces - own + more}, file.name)
+        count = sum(len(piece.prompts) for piece in source.pieces[source.num_pieces:][:more])
+        return f"{state}: {count} further prompts are asked"
+
+    def _store_exists(self) -> bool:
+        return self.store.exists() and (not self.store.is_dir() or any(self.store.iterdir()))
+
+    @cached_property
+    def _opened(self) -> RolloutStore:
+        """The store, opened once, so that it warns of invalid rows once."""
+        store = RolloutStore.open(self.store)
+        if store.vocab_size > self.config.model.vocab_size:
+            raise UserError(f"{self.store}: its tokenizer has {store.vocab_size} ids, the model only "
+                            f"model.vocab_size = {self.config.model.vocab_size}; pass the store that this "
+                            "model's policies write to")
+        if not store.is_written_in(self.tokenizer):
+            raise UserError(f"{self.store}: is written in another tokenizer ({store.tokenizer_digest[:24]}) "
+                            f"than {self.tokenizer / TOKENIZER_JSON} "
+                            f"({tokenizer_digest(self.tokenizer)[:24]}); pass the store that this model's "
+                            "policies write to")
+        return store
+
+    def _check_rewards(self, gathered: Gathered) -> None:
+        """Raise `UserError` if no response has a reward: the run would skip one round after the other."""
+        if len(gathered.rows) or not gathered.unjudged:
+            return
+        counts = ", ".join(f"{count:,} {status}" for status, count in gathered.unjudged.items())
+        rewards = (reward for part in gathered.parts
+                   for reward in self._opened.read_rewards(self.reward_version, part.name, part))
+        why = next((f", the first because {reward.reason}" for reward in rewards
+                    if reward.reward is None and reward.reason), "")
+        fix = ("mend what the reward runs on, and have it judge again after `megatron-sov rl store gc "
+               f"{self.store} --version {self.reward_version}`")
+        if {*gathered.unjudged} == {"refused"}:
+            fix = ("give --prompts what the reward reads (a field of another name by --columns "
+                   "TARGET=FIELD), and begin with another --run and --store")
+        raise UserError(f"{self.store}: no response of round {gathered.number} has a reward ({counts}{why})"
+                        f"; {fix}")
+
+    def _warn_of_other_policies(self, gathered: Gathered) -> None:
+        """Warn if another policy than this run began responses: a store returns its rows to every run with
+        the same settings."""
+        begun = set[tuple[int, str]]().union(*(piece.begun for piece in gathered.pieces))
+        for step, sha256 in sorted(begun):
+            if not self.is_own(step, sha256):
+                warn(f"{self.store}: responses of round {gathered.number} were begun by policy {sha256[:12]} "
+                     f"of step {step}, which {self.rounds.parent} is not: where another run has written "
+                     "them, give each run a store of its own")
+
+    def _build_content(self, source: RoundOfStore, gathered: Gathered, selection: _Selection
+                       ) -> dict[str, Any]:
+        """Return the content of the manifest except its sources."""
+        right_from = None if self.reward_version == NO_REWARD else self.config.policy.right_from
+        parts = [{"name": part.name, "rollouts": part.manifest_sha256, "rewards": manifest_sha256(
+            source.store.part_path(part.name, source.reward_version))} for part in gathered.parts]
+        content = {
+            "content_version": CONTENT_VERSION, "tokenizer_sha256": source.store.tokenizer_digest,
+            "vocab_size": source.store.vocab_size, "dtype": DTYPE, "eod": "none",
+            "bos_id": None, "eos_id": None,  # responses begin and end as their policy generated them
+            "round": gathered.number, "steps": selection.steps, "groups": selection.reasons,
+            PROMPTS: self._prompts_digest}
+        if self.chosen_by:
+            content[CHOSEN_BY] = dict(self.chosen_by)
+        content |= {
+            "unjudged": gathered.unjudged, "reward_version": source.reward_version,
+            "temperature": self.config.rollout.temperature,
+            "policies": sorted(set[str]().union(*(piece.policies for piece in gathered.pieces))),
+            "store": parts, "means": compute_means(gathered, self.config.rollout, right_from)}
+        if self.config.policy.parts.opd_coeff:
+            content[DOMAINS] = _list_domains(gathered, selection)
+        return content
+
+    def _complete(self, plan: RoundPlan, written: Sequence[WrittenShard],
+                  building: contextlib.ExitStack) -> None:
+        """Write the manifest of a round whose files are on disk, and rename its folder."""
+        artifact = self._artifact
+        assert artifact is not None, "no round is under construction"
+        shards = [{"prefix": shard.prefix, **files.counts}
+                  for shard, files in zip(plan.shards, written, strict=True)]
+        record = source_record(SOURCE, ROLLOUTS, self._writer.sidecars, shards)
+        if self._routes is not None:
+            record[ROUTES] = self._routes.record()
+        artifact.content = {**plan.content, "sources": [record]}
+        artifact.settings = {"rollout": self.config.to_dict()["rollout"],
+                             "policy": self.config.to_dict()["policy"]}
+        artifact.known_files = {name: file for files in written for name, file in files.files.items()}
+        building.close()
+
+    @cached_property
+    def _used_prompts(self) -> PromptList:
+        """Prompts of the rounds: the generating jobs have set aside the others."""
+        return self.prompts.without(too_long_in(self.store))
+
+    @cached_property
+    def _read_record(self) -> Callable[[str], Mapping[str, Any]]:
+        """Prompt id -> record; consecutive calls mostly ask for prompts of one group."""
+        return lru_cache(maxsize=64)(self.prompts.record_of)
+
+    @cached_property
+    def _read_tokens(self) -> Any:
+        """Part name -> its column of tokens; consecutive calls mostly ask for one part."""
+        return lru_cache(maxsize=2)(
+            lambda part: self._opened.table_of(self._opened.part(part), ("tokens",))["tokens"])
+
+    @cached_property
+    def _routes(self) -> RouteShape | None:
+        return replayed_routes(self.config)
+
+    @cached_property
+    def _writer(self) -> ShardWriter:
+        return ShardWriter(
+            store=self._opened, temperature=self.config.rollout.temperature,
+            seq_len=self.config.data.phases[0].seq_len, routes=self._routes,
+            bytes_of_token=token_bytes(self.tokenizer, self.config.model.vocab_size),
+            numbers=published_numbers(self.config))
+
+    def _select(self, gathered: Gathered) -> _Selection:
+        """Distribute the groups of a round over its steps, and compute the advantages of each step."""
+        num_steps, reasons, rows = self.config.rollout.steps_per_round, Counter[str](), gathered.rows
+        groups = [GroupAdvantages(rows["advantage"][place], reason)
+                  for place, reason in zip(gathered.groups, gathered.reasons, strict=True)]
+        used = self._choose_groups(gathered, reasons)
+        bounds = [len(used) * step // num_steps for step in range(num_steps + 1)]
+        advantages, is_trained = np.zeros(len(rows), np.float32), np.zeros(len(rows), bool)
+        steps: list[list[int]] = []
+        num_documents = 0
+        for first, end in pairwise(bounds):
+            indices = used[first:end]
+            compared = step_advantages([groups[i] for i in indices], self.config.policy)
+            for i, group in zip(indices, compared, strict=True):
+                if group.reason:
+                    reasons[group.reason] += 1
+                    continue
+                place = gathered.groups[i]
+                advantages[place], is_trained[place] = group.advantages, rows["order"][place] >= 0
+                trained = advantages[place][is_trained[place]]
+                learns = has_advantage(trained) or not self.config.policy.learns_from_rewards
+                reasons[LEARNS if learns else NO_ADVANTAGE] += 1
+                num_documents += len(trained)
+            first_document = sum(steps[-1]) if steps else 0
+            steps.append([first_document, num_documents - first_document])
+        return _Selection(advantages, is_trained, steps, dict(reasons))
+
+    def _choose_groups(self, gathered: Gathered, reasons: Counter[str]) -> Sequence[int]:
+        """Return the groups of the round. With further prompts: the first groups that learn, and count in
+        `reasons` why the others are excluded."""
+        if self.config.policy.parts.max_gen_batches == 1:
+            return range(len(gathered.groups))
+        learning = [i for i, reason in enumerate(gathered.reasons) if reason == GROUP_LEARNS]
+        used = learning[:self.config.rollout.prompts_per_round]
+        reasons.update(gathered.reasons)
+        del reasons[GROUP_LEARNS]  # counted with their advantages
+        if surplus := len(learning) - len(used):
+            reasons[SURPLUS] = surplus
+        return used
+
+    def _judge_groups(self, groups: Sequence[Sequence[JudgedResponse]]) -> list[JudgedGroup]:
+        budgets = [np.array([self._find_budget(r.rollout.key) for r in group], np.float64)
+                   for group in groups]
+        compared = group_advantages(
+            [np.array([r.reward for r in group]) for group in groups],
+            [np.array([r.rollout.num_written for r in group]) for group in groups],
+            self.config.policy, self.config.rollout.max_new_tokens, budgets)
+        return [JudgedGroup(advantages.advantages, *self._choose_responses(group, advantages))
+                for group, advantages in zip(groups, compared, strict=True)]
+
+    def _choose_responses(self, group: Sequence[JudgedResponse], advantages: GroupAdvantages
+                          ) -> tuple[list[int], str]:
+        """Return the indices of a group's responses to train on, in the order of their documents, and the
+        reason if there are none."""
+        if advantages.reason:
+            return [], advantages.reason
+        policy = self.config.policy
+        is_truncated = [response.rollout.finish_reason in TRUNCATED for response in group]
+        if not policy.learns_preferences:
+            masks = policy.mask_truncated
+            return [i for i, truncated in enumerate(is_truncated) if not (masks and truncated)], ""
+        values = advantages.advantages.tolist()
+        may_be_best = [policy.keep_unfinished or not truncated for truncated in is_truncated]
+        if self.config.documents_of_unit == 1:
+            return [i for i, (value, ended) in enumerate(zip(values, may_be_best, strict=True))
+                    if is_learned(value, ended)], ""
+        pair, _ = pair_of(values, may_be_best,
+                          lambda i, j: self._has_equal_tokens(group[i].rollout, group[j].rollout))
+        return (list(pair), "") if pair else ([], NO_PAIR)
+
+    def _has_equal_tokens(self, one: RolloutFacts, other: RolloutFacts) -> bool:
+        """Return whether two responses with different rewards have the same tokens."""
+        if one.num_tokens != other.num_tokens:
+            return False
+        first, second = (self._read_tokens(row.part)[row.row] for row in (one, other))
+        return bool(first == second)
+
+    def _find_budget(self, key: Key) -> float:
+        """Return the requested length of a response in tokens; NaN without a request."""
+        budget = budget_of(self.config.rollout, key.prompt, self._read_record(key.prompt), key.sample)
+        return np.nan if budget is None else budget
+
+
+@dataclass(frozen=True)
+class _RoundInputs:
+    """Parts of the store for a round, as the first process found them."""
+
+    num_further: int
+    """Limit of the pieces of further prompts."""
+    num_pieces: int
+    """Pieces in use."""
+    parts: tuple[RolloutPart, ...] = ()
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """Files of a round, for all processes that write them."""
+
+    folder: Path
+    shards: tuple[RoundShard, ...]
+    content: dict[str, Any]
+    """Content of the manifest except its sources."""
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """Responses of a round to train on."""
+
+    advantages: np.ndarray
+    """[rows of the round] float32."""
+    is_trained: np.ndarray
+    """[rows of the round] bool."""
+    steps: list[list[int]]
+    """First document and number of documents of each optimizer step."""
+    reasons: dict[str, int]
+    """`LEARNS`, or a reason -> number of groups."""
+
+
+def further_pieces(rounds: Path, number: int) -> int:
+    """Return the requested pieces of further prompts of a round (`policy.max_gen_batches`).
+
+    Args:
+        rounds: RUN/rounds.
+        number: of the round, from 1.
+
+    Raises:
+        UserError: the file of the request is damaged.
+    """
+    file = _further_file(rounds, number)
+    if not file.is_file():
+        return 0
+    return int(read_json(file, "delete it, and it is written again", file.name)["pieces"])
+
+
+def _further_file(rounds: Path, number: int) -> Path:
+    folder = folder_of_round(rounds, number)
+    return folder.with_name(f"{folder.name}.further.json")
+
+
+def published_numbers(config: RunConfig) -> tuple[str, ...]:
+    """Return the columns of a run's rounds with one number per response."""
+    groups = config.policy.learns_preferences and config.documents_of_unit == 1
+    return (ADVANTAGE, SHARE) if groups else (ADVANTAGE,)
+
+
+def is_published(rounds: Path, number: int) -> bool:
+    return (folder_of_round(rounds, number) / MANIFEST).is_file()
+
+
+def _list_domains(gathered: Gathered, selection: _Selection) -> list[tuple[str, int]]:
+    """Return the domains of a round's documents, run-length encoded."""
+    # In the order of `_iter_pieces`.
+    domains = compress(gathered.domain_of_row, selection.is_trained.tolist())
+    return [(domain, len(list(repeats))) for domain, repeats in groupby(domains)]
+
+
+def _iter_pieces(gathered: Gathered, selection: _Selection) -> Iterator[RoundPiece]:
+    """Yield the documents of a round, piece by piece."""
+    counts = np.array([place.stop - place.start for place in gathered.groups])
+    ends = np.cumsum([0, *(len(piece.rows) for piece in gathered.pieces)]).tolist()
+    for first, end in pairwise(ends):
+        trained = first + np.flatnonzero(selection.is_trained[first:end])
+        if not len(trained):
+            continue
+        # The better response of a pair comes first.
+        trained = trained[np.lexsort((gathered.rows["order"][trained], gathered.group_of_row[trained]))]
+        rows = gathered.rows[trained]
+        parts, part_of_row = np.unique(rows["part"], return_inverse=True)
+        yield RoundPiece(
+            parts=tuple(gathered.parts[i].name for i in parts.tolist()),
+            places=np.stack([part_of_row, rows["row"]], 1).astype(np.int32),
+            numbers={ADVANTAGE: selection.advantages[trained],
+                     SHARE: (1 / counts[gathered.group_of_row[trained]]).astype(np.float32)},
+            num_tokens=int(rows["tokens"].sum()))

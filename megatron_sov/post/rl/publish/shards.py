@@ -1,0 +1,202 @@
+"""Shards of a round: one document per trained response, read from the store and written by several processes.
+
+A shard consists of whole pieces of the store, so its files do not depend on the number of processes. Columns
+with one number per response are stored once per document (`OF_DOCUMENTS`), and generated tokens as one bit
+per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from megatron_sov.base.artifacts import FileRecord, disk_errors, fsync_path
+from megatron_sov.base.documents.shard_files import (
+    OF_DOCUMENTS, ROUTES, WRITTEN, IndexedWriter, RouteShape, bits)
+from megatron_sov.base.errors import UserError
+from megatron_sov.rollouts.rows import NOT_WRITTEN
+from megatron_sov.rollouts.store import RULES, RolloutStore, all_sound, keys_of, routes_of
+from megatron_sov.train.data.described import COUNTS
+from megatron_sov.train.data.rounds import ADVANTAGE, BEHAVIOUR, SOURCE
+
+SHARD_TOKENS = 1 << 22
+"""Response tokens after which a shard ends, at the end of a piece."""
+DTYPE = "int32"
+
+
+@dataclass(frozen=True)
+class RoundPiece:
+    """Documents of one piece of the store, which are read together."""
+
+    parts: tuple[str, ...]
+    """Names of the parts that contain the responses."""
+    places: np.ndarray
+    """[documents, 2] int32: index in `parts`, and row in that part."""
+    numbers: Mapping[str, np.ndarray]
+    """Column -> [documents] float32."""
+    num_tokens: int
+    """Response tokens, without prompts."""
+
+
+@dataclass(frozen=True)
+class RoundShard:
+    """A shard, which one process writes."""
+
+    prefix: str
+    """Path in the round, without suffix."""
+    pieces: tuple[RoundPiece, ...]
+
+
+def split_into_shards(pieces: Iterable[RoundPiece]) -> list[RoundShard]:
+    """Group pieces into shards, in order; without pieces return one empty shard."""
+    groups: list[list[RoundPiece]] = [[]]
+    for piece in pieces:
+        if sum(other.num_tokens for other in groups[-1]) >= SHARD_TOKENS:
+            groups.append([])
+        groups[-1].append(piece)
+    return [RoundShard(f"{SOURCE}/train-{i:05d}", tuple(group)) for i, group in enumerate(groups)]
+
+
+@dataclass(frozen=True)
+class WrittenShard:
+    """Counts and files of a shard, for the manifest."""
+
+    counts: Mapping[str, int]
+    """`COUNTS`."""
+    files: Mapping[str, FileRecord]
+    """Path in the round -> digest and size of the file."""
+
+
+@dataclass(frozen=True)
+class ShardWriter:
+    """Writes the shards of a round."""
+
+    store: RolloutStore
+    temperature: float
+    """Required sampling temperature of the responses."""
+    seq_len: int
+    """Tokens of a training row, the limit of a document."""
+    routes: RouteShape | None
+    """Shape of replayed expert routes; None: no replay."""
+    bytes_of_token: np.ndarray
+    """[vocabulary]: bytes of the text of each token."""
+    numbers: tuple[str, ...] = (ADVANTAGE,)
+    """Columns with one number per document."""
+
+    @property
+    def sidecars(self) -> list[str]:
+        """Suffixes of the files other than tokens."""
+        return [*self._dtypes, WRITTEN]
+
+    @property
+    def _dtypes(self) -> dict[str, str]:
+        """Suffix -> dtype of the files that `IndexedWriter` writes next to the tokens."""
+        dtypes = {BEHAVIOUR: "float32"} | {name + OF_DOCUMENTS: "float32" for name in self.numbers}
+        if self.routes is not None:
+            dtypes[ROUTES] = self.routes.dtype
+        return dtypes
+
+    def write(self, folder: Path, shard: RoundShard) -> WrittenShard:
+        """Write a shard into the round's folder, and sync it to disk.
+
+        Raises:
+            UserError: a response is longer than a row or has another temperature, lacks routes or has those
+                of another model, or the store or the disk is damaged.
+        """
+        prefix = folder / shard.prefix
+        counts, written = dict.fromkeys(COUNTS, 0), [np.zeros(0, bool)]
+        with disk_errors(folder):
+            with IndexedWriter(prefix, DTYPE, self._dtypes) as writer:
+                for piece in shard.pieces:
+                    lengths, columns, flags = self._read_documents(piece)
+                    writer.write(lengths, columns)
+                    written.append(flags)
+                    added = len(lengths), len(flags), int(self.bytes_of_token[columns["bin"]].sum())
+                    counts = {name: counts[name] + more for name, more in zip(COUNTS, added, strict=True)}
+            bits(np.concatenate(written)).tofile(f"{prefix}.{WRITTEN}")
+            files = {}
+            for ending in ("bin", "idx", *self.sidecars):
+                file = Path(f"{prefix}.{ending}")
+                fsync_path(file)
+                files[f"{shard.prefix}.{ending}"] = FileRecord.of(file)
+        return WrittenShard(counts, files)
+
+    def _read_documents(self, piece: RoundPiece) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
+        """Return the lengths of a piece's documents, their columns, and which tokens a policy generated."""
+        fields = (*RULES, ROUTES) if self.routes is not None else RULES
+        tables = [self._read_part(name, fields) for name in piece.parts]
+        starts = np.cumsum([0, *(table.num_rows for table in tables)])
+        index = starts[piece.places[:, 0]] + piece.places[:, 1]
+        whole = pa.concat_tables(tables)
+        table = whole.drop_columns([ROUTES] if self.routes is not None else []).take(index)
+        prompts, prompt_lengths = _flatten(table, "prompt_tokens")
+        tokens, token_lengths = _flatten(table, "tokens")
+        lengths = prompt_lengths + token_lengths
+        self._check_responses(table, lengths)
+        # Tokens of all documents in a row: True after the prompt of each.
+        is_response = np.repeat(np.tile([False, True], len(lengths)),
+                           np.stack([prompt_lengths, token_lengths], 1).reshape(-1))
+        ids, logprobs = np.empty(len(is_response), np.int32), np.zeros(len(is_response), np.float32)
+        ids[~is_response], ids[is_response] = prompts, tokens
+        logprobs[is_response] = _flatten(table, "logprobs")[0]
+        # Tokens of tools and prompts are part of the document but not labels.
+        written = np.zeros(len(is_response), bool)
+        written[is_response] = _flatten(table, "versions")[0] != NOT_WRITTEN
+        columns = {"bin": ids, BEHAVIOUR: logprobs,
+                   **{name + OF_DOCUMENTS: piece.numbers[name] for name in self.numbers}}
+        if self.routes is not None:
+            routes = routes_of(whole)
+            columns[ROUTES] = _join_routes(self.routes, table, [routes[i] for i in index.tolist()], lengths)
+        return lengths.astype(np.int32), columns, written
+
+    def _read_part(self, name: str, fields: Sequence[str]) -> pa.Table:
+        table = self.store.table_of(self.store.part(name), fields)
+        checked = table.drop_columns([column for column in table.column_names if column.startswith("route")])
+        if not all_sound(checked, self.store.vocab_size):
+            raise UserError(f"{self.store.part_path(name)}: has a row that breaks a rule without a note of "
+                            "its problem; delete the part, and it is generated again")
+        return table
+
+    def _check_responses(self, table: pa.Table, lengths: np.ndarray) -> None:
+        """Raise `UserError` if a response has another temperature or is longer than a row."""
+        temperatures = table["temperature"].to_numpy()
+        for i in np.flatnonzero(temperatures != self.temperature)[:1].tolist():
+            raise UserError(f"{_describe_row(table, i)} was generated at temperature {temperatures[i]:g}, "
+                            f"and rollout.temperature = {self.temperature:g}: its log-probabilities would be "
+                            "compared with those of another distribution; set the temperature of the store's "
+                            "responses, or pass another --store")
+        for i in np.flatnonzero(lengths > self.seq_len)[:1].tolist():
+            raise UserError(f"{_describe_row(table, i)} has {lengths[i]} tokens with its prompt, and a row "
+                            f"data.phases.0.seq_len = {self.seq_len}; a response is never cut: make rows "
+                            "longer")
+
+def _join_routes(shape: RouteShape, table: pa.Table, routes_of_row: Sequence[np.ndarray | None],
+                 lengths: np.ndarray) -> np.ndarray:
+    """Return the expert routes of all tokens, [tokens, layers, K]; the last token of a document has none."""
+    joined = shape.absent(int(lengths.sum()))
+    for i, (routes, end) in enumerate(zip(routes_of_row, np.cumsum(lengths).tolist(), strict=True)):
+        if routes is None:
+            raise UserError(f"{_describe_row(table, i)} has no routes, and policy.router_replay replays "
+                            "them; generate with an engine that returns routes, or leave the setting out")
+        if problem := shape.problem(routes):
+            raise UserError(f"{_describe_row(table, i)} {problem}; another model generated it")
+        if len(routes) != lengths[i] - 1:
+            raise UserError(f"{_describe_row(table, i)} has routes of {len(routes)} tokens, must have "
+                            f"{lengths[i] - 1}; the store did not write it")
+        joined[end - lengths[i]:end - 1] = routes
+    return joined
+
+
+def _flatten(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values of a column of lists, and the length of each list."""
+    column = table[name].combine_chunks()
+    return column.flatten().to_numpy(), column.value_lengths().to_numpy().astype(np.int64)
+
+
+def _describe_row(table: pa.Table, row: int) -> str:
+    [key] = keys_of(table.slice(row, 1))
+    return f"round {table['round'][row].as_py()}: sample {key.sample} of prompt {key.prompt}"

@@ -1,0 +1,144 @@
+"""Opens published rounds for training: checks files, computes log-probability columns, finds idle steps."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.base.errors import warn
+from megatron_sov.engine.parallel.world import on_each, on_main
+from megatron_sov.model.config import RolloutConfig
+from megatron_sov.post.policy import TEACHER, has_other_gradients
+from megatron_sov.post.rl.logprob_columns import TrainerColumns
+from megatron_sov.post.rl.publish.advantages import has_advantage
+from megatron_sov.post.rl.publish.metrics import PASS_RATE, describe_groups, find_round_problem, round_meters
+from megatron_sov.post.rl.teachers import reverse_kl
+from megatron_sov.post.rl.validation import SampledRounds
+from megatron_sov.rollouts.store import RolloutStore
+from megatron_sov.runs.checkpoints import files_sha256
+from megatron_sov.train.data.rounds import ADVANTAGE, Round, RoundDocuments
+from megatron_sov.train.stages.feed import FeedView
+
+EVENT_FIELDS = ("groups", "unjudged", "reward_version", "policies", "means")
+"""Fields of a round's manifest in its event."""
+
+
+@dataclass(frozen=True)
+class OpenedRound:
+    """Identity and figures of a round that is open for training."""
+
+    digest: str
+    """Digest of its documents."""
+    meters: Mapping[str, float]
+    """Headline meters; on process 0 alone."""
+
+
+@dataclass(kw_only=True)
+class RoundLoader:
+    """Opens the rounds of a run; an object on each process, called by all together."""
+
+    documents: RoundDocuments
+    """The data source whose rounds are opened."""
+    rollout: RolloutConfig
+    columns: TrainerColumns
+    store: Path | None = None
+    """Rollout store from which sample responses are recorded; None: no samples."""
+    samples: SampledRounds = field(default_factory=lambda: SampledRounds(0, 0))
+    _has_warned: bool = False
+    """Whether the previous round had few groups that learn."""
+
+    def is_open(self, number: int) -> bool:
+        return self.documents.is_open(number)
+
+    def open(self, view: FeedView, number: int, *, is_first: bool, figures: Mapping[str, float]
+             ) -> OpenedRound:
+        """Open a published round.
+
+        Args:
+            view: the run.
+            number: of the round, from 1.
+            is_first: whether the next step is the first of the round.
+            figures: seconds of generating and judging, for the event.
+
+        Raises:
+            UserError: the files of the round are damaged, or a column cannot be computed.
+        """
+        seq_len = view.config.data.phases[0].seq_len
+        read = partial(self.documents.read, number, seq_len, self.rollout.steps_per_round)
+        on_each(partial(self.documents.verify, number))  # all processes raise the error of one
+        on_main(view.world, lambda: read() and None)
+        opened = read()
+        # Rank 0 decides: processes that skip different steps would wait for one another forever.
+        idle = on_main(view.world, partial(self._find_idle_steps, view, number, opened))
+        opened = replace(opened, idle=idle)
+        columns = self.columns.compute(view, opened, is_first=is_first)
+        self._skip_idle_steps(view, number, opened)
+        # Opened last, so that a failure leaves the data order unchanged.
+        self.documents.open(number, replace(opened, beside=columns))
+        digest = on_main(view.world, partial(files_sha256, opened.path))
+        meters: Mapping[str, float] = {}
+        if view.world.is_main:
+            content = read_manifest(opened.path).content
+            divergence = reverse_kl(opened, columns[TEACHER]) if TEACHER in columns else {}
+            view.events.write("round", step=view.step, round=number, documents=opened.steps[-1].stop,
+                              **figures, **divergence, **{name: content.get(name) for name in EVENT_FIELDS})
+            meters = round_meters(content)
+            self._report_rewards(view, number, content)
+        if self.store is not None:
+            on_main(view.world, partial(self._record_samples, view, self.store, number, opened.path))
+        return OpenedRound(digest, meters)
+
+    def _report_rewards(self, view: FeedView, number: int, content: Mapping[str, Any]) -> None:
+        """Print the pass rate of the initial policy, and warn of the first of several rounds in which few
+        groups learn."""
+        means = content.get("means") or {}
+        if not view.step and PASS_RATE in means:
+            print(f"pass rate before the first step: {means[PASS_RATE]:.1%} of {means['responses']:,} "
+                  f"responses have a reward of at least policy.right_from = "
+                  f"{view.config.policy.right_from:g}\n", end="", file=sys.stderr, flush=True)
+        problem = find_round_problem(content, is_first=not view.step)
+        if problem and not self._has_warned:
+            warn(f"round {number}: {problem}", view.events.write, step=view.step)
+        self._has_warned = bool(problem)
+
+    def _record_samples(self, view: FeedView, store: Path, number: int, published: Path) -> None:
+        version = str(read_manifest(published).content["reward_version"])
+        self.samples.record(view, RolloutStore.open(store), number, version)
+
+    def _find_idle_steps(self, view: FeedView, number: int, opened: Round) -> frozenset[int]:
+        """Return the steps of a round (from 0) without any gradient: steps without text whose advantages are
+        all 0 while no other term has a gradient, and steps without documents."""
+        policy, first = view.config.policy, (number - 1) * self.rollout.steps_per_round + 1
+        learns_anyway = has_other_gradients(view.config)
+        idle = []
+        for i, documents in enumerate(opened.steps):
+            if policy.has_text_at(self.rollout.seed, first + i):
+                continue
+            if not documents or not (learns_anyway or _has_advantages(opened, documents)):
+                idle.append(i)
+        return frozenset(idle)
+
+    def _skip_idle_steps(self, view: FeedView, number: int, opened: Round) -> None:
+        first = (number - 1) * self.rollout.steps_per_round
+        for step in sorted(first + i for i in opened.idle):
+            if step < view.step:
+                continue
+            # The ledger records the skipped steps, so that a resumed run skips them too.
+            view.batches.ledger.pass_over(step, step + 1)
+            if view.world.is_main:
+                groups = describe_groups(read_manifest(opened.path).content.get("groups") or {})
+                warn(f"round {number}: step {step + 1} is passed over, for no group of it learns (groups of "
+                     f"the round: {groups})", view.events.write, step=step + 1)
+
+
+def _has_advantages(opened: Round, documents: range) -> bool:
+    """Return whether a document of a step has an advantage other than 0."""
+    source = opened.documents
+    return source is not None and any(
+        has_advantage(source.column(ADVANTAGE, document, 0, int(source.lengths[document])))
+        for document in documents)

@@ -1,0 +1,174 @@
+"""The cycle of reinforcement learning. For each round of a run:
+
+    write(policy, round)    generate responses with the policy      generate/, or the job `rl generate`
+    judge(round)            score them with the reward              reward.py, or the job `rl reward`
+    publish(round)          turn groups into training documents     publish/
+    train(round)            steps_per_round optimizer steps         train/loop.py
+
+The training loop calls `RolloutCycle.bring` before each step. The first step of a round finds no open round,
+so `bring` runs the first three phases; the loop then trains. A phase is skipped if its results are on disk,
+so a killed run repeats at most a piece of a phase, and rollbacks repeat nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.base.errors import warn
+from megatron_sov.engine.parallel import collectives
+from megatron_sov.engine.parallel.values import sum_dict
+from megatron_sov.model.config import RolloutConfig
+from megatron_sov.post.rl.generate.live import LiveRollouts
+from megatron_sov.post.rl.publish.publisher import Publisher
+from megatron_sov.post.rl.round_loader import RoundLoader
+from megatron_sov.post.rl.validation import Validation
+from megatron_sov.runs.rounds import RunPolicies
+from megatron_sov.train.stages.feed import FeedView
+
+NO_ROUND = "data"
+"""Digest of a round that learns from packed data instead of responses."""
+POLL_S = (1.0, 10.0)
+"""Bounds of the interval between two looks at the store: a tenth of the time waited so far."""
+
+
+@dataclass(kw_only=True)
+class RolloutCycle:
+    """Makes the rounds of a run available to the training loop: a `train.stages.feed.Feed`."""
+
+    rollout: RolloutConfig
+    policies: RunPolicies
+    """Identities of the run's weights after each round."""
+    rollouts: LiveRollouts | None
+    """Generates and judges rounds; None: the jobs `rl generate` and `rl reward` do."""
+    publisher: Publisher
+    loader: RoundLoader
+    validation: Validation | None = None
+    wait_s: float = 0.0
+    """Time limit of waiting for the other jobs."""
+    store: Path | None = None
+    """Rollout store, for the event that tells viewers its path."""
+    meters: Mapping[str, float] = field(default_factory=dict)
+    """Figures of the open round, see `train.stages.feed.Feed`."""
+    _has_announced: bool = False
+
+    def bring(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:
+        """Write, judge and publish the round of the next step, and open it for training; see `Feed.bring`."""
+        self._announce_store(view)
+        rounds_done, step = divmod(view.step, self.rollout.steps_per_round)
+        number, is_first = rounds_done + 1, step == 0
+        if self.loader.is_open(number):
+            return None
+        if is_first:
+            self.policies.at(view.step)  # records the policy that begins the round
+            missing = self._validate(view, number, asked_to_stop)
+            if missing is not None:
+                return missing
+        if not view.config.policy.is_on_policy(self.rollout.seed, number):
+            if is_first:  # the data are among the settings that identify a policy
+                self.policies.begin(view.step, NO_ROUND)
+            self.meters = {}
+            return None
+        begin_s, figures = time.monotonic(), dict[str, float]()
+        wait, previous = RoundWait(view, number, self.wait_s, announces=self.rollouts is None), ""
+        while lacking := self.publisher.publish(number):
+            # A published round may lack groups that learn and need further prompts: the text changes then.
+            if self.rollouts is not None and lacking != previous:
+                previous, policy = lacking, self.policies.at(view.step)
+                _add(figures, self.rollouts.write(view, number, policy, asked_to_stop))
+                _add(figures, self.rollouts.judge(view, number, asked_to_stop))
+                continue
+            ended = wait.poll(lacking, asked_to_stop)
+            if ended is not None:
+                return ended
+        figures = {"waited_s": time.monotonic() - begin_s, **figures}
+        opened = self.loader.open(view, number, is_first=is_first, figures=figures)
+        self.policies.begin(view.step, opened.digest)
+        self.meters = opened.meters
+        return None
+
+    def conclude(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:
+        """Validate the last policy, see `Feed.conclude`."""
+        return self._validate(view, view.step // self.rollout.steps_per_round + 1, asked_to_stop)
+
+    def needs_checkpoint(self, step: int) -> bool:
+        """Return whether the job `rl generate` needs the checkpoint of a step, see
+        `Feed.needs_checkpoint`."""
+        return self.rollouts is None and step % self.rollout.steps_per_round == 0
+
+    def close(self) -> None:
+        if self.rollouts is not None:
+            self.rollouts.close()
+
+    def state(self) -> dict[str, Any]:
+        return self.policies.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.policies.restore(state)
+
+    def _validate(self, view: FeedView, number: int, asked_to_stop: Callable[[], bool]) -> str | None:
+        if self.validation is None:
+            return None
+        return self.validation.validate(view, number, self.policies.at(view.step), asked_to_stop)
+
+    def _announce_store(self, view: FeedView) -> None:
+        if self.store is not None and not self._has_announced and view.world.is_main:
+            view.events.write("store", step=view.step, path=str(self.store.absolute()))
+        self._has_announced = True
+
+
+@dataclass
+class RoundWait:
+    """Waits until other jobs complete a round, the time limit passes, or the run is asked to stop."""
+
+    view: FeedView
+    number: int
+    wait_s: float
+    announces: bool
+    """Whether to record the first wait: its checkpoint is the policy that the other jobs need."""
+    begin_s: float = field(default_factory=time.monotonic)
+
+    def poll(self, lacking: str, asked_to_stop: Callable[[], bool]) -> str | None:
+        """Sleep before the next look at the store; return the reason to end the run, or None.
+
+        Args:
+            lacking: parts that the round lacks, as the end of a sentence.
+            asked_to_stop: whether this process was asked to stop.
+        """
+        if self.announces:
+            self.announces = False
+            self._announce(lacking)
+        view, waited_s = self.view, time.monotonic() - self.begin_s
+        # The clock of rank 0 decides for all.
+        ends = sum_dict({"asked": float(asked_to_stop()),
+                         "late": float(view.world.is_main and waited_s >= self.wait_s)},
+                        collectives.all_reduce_world)
+        if ends["asked"]:
+            return f"asked to stop while waiting for round {self.number}: {lacking}"
+        if ends["late"]:
+            reason = f"round {self.number} is not there yet: {lacking}"
+            if self.wait_s:
+                reason += (f"; it was waited for {self.wait_s:g} s: see whether `rl generate` and "
+                           "`rl reward` are still at work, and give the same command with --resume")
+            if view.world.is_main:
+                warn(reason)  # the event `stop` contains it too
+            return reason
+        time.sleep(min(max(waited_s / 10, POLL_S[0]), POLL_S[1]))
+        return None
+
+    def _announce(self, lacking: str) -> None:
+        view = self.view
+        view.checkpointer.finish()  # the policy that is to write the round
+        view.events.write("waiting", step=view.step, round=self.number, reason=lacking)
+        if view.world.is_main and self.wait_s:
+            print(f"waits up to {self.wait_s:g} s for round {self.number}: {lacking}\n", end="",
+                  file=sys.stderr, flush=True)
+
+
+def _add(figures: dict[str, float], more: Mapping[str, float]) -> None:
+    for name, value in more.items():
+        figures[name] = figures.get(name, 0.0) + value
