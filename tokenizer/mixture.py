@@ -26,7 +26,7 @@ from megatron_sov.base.artifacts import write_atomically
 from megatron_sov.base.documents import (
     BadRecord, Document, FileSpan, RecordReading, cut_at_blank_lines, list_files, plan_units, read_documents,
     read_span)
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.work.processes.pool import map_in_processes
 
 PIECE_BYTES = 20_000

@@ -45,7 +45,7 @@ def run(typed: argparse.Namespace) -> int:
     kinds = {TOKENS: ArtifactKind(table, _token_problems, _token_documents)}
     # `decontaminate`, `difficulty grade` and others write corpora too, without steps.
     if any((args.data / name).exists() for name in (SUMMARY, PIPELINE)):
-        kinds[CORPUS] = ArtifactKind(steps_table, damaged_files, dropped_samples)
+        kinds[CORPUS] = ArtifactKind(steps_table, find_damaged_files, dropped_samples)
     inspect_path(args.data, args, kinds)
     return 0
 

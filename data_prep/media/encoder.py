@@ -21,7 +21,7 @@ from megatron_sov.base.documents.messages import refuse_deep
 from megatron_sov.base.documents.shard_files import FEATURES
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
-    AboveZero, AtLeastOne, Bound, Breach, Flag, ProblemCode, SettingsProblem, num_cores, only_with)
+    AboveZero, AtLeastOne, Bound, Flag, ProblemCode, SettingsProblem, Violation, count_cores, requires_field)
 from megatron_sov.chat.media_tokens import AUDIO, IMAGE, VIDEO, find_media_token
 from megatron_sov.model.modality import PICTURES, SOUNDS
 from megatron_sov.omni.media.banks import BankShape

@@ -43,8 +43,8 @@ from megatron_sov.base.documents.records import column_problems
 from megatron_sov.base.documents.shard_files import FEATURES
 from megatron_sov.base.errors import Fix, UserError, warn
 from megatron_sov.base.settings import (
-    AtLeastOne, Flag, Fraction, ProblemCode, SettingsError, SettingsProblem, add_options, name_options,
-    num_cores, problems_of, read_options)
+    AtLeastOne, Flag, Fraction, ProblemCode, SettingsError, SettingsProblem, add_options, count_cores,
+    find_all_problems, read_options, use_option_names)
 from megatron_sov.work.progress.progress_bar import create_bar
 from megatron_sov.work.progress.resumable import open_parts
 

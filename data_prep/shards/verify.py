@@ -65,7 +65,7 @@ def check(data: Path) -> tuple[list[str], list[str]]:
     manifest = read_tokens_manifest(data)
     content, notes = manifest.content, []
     with create_bar("hashing", sum(record.size_bytes for record in manifest.files.values()), "B") as bar:
-        problems = damaged_files(data, done=bar.update)
+        problems = find_damaged_files(data, on_checked=bar.update)
     # Eight bytes a document: a list of Python's integers would take several times as much.
     hashes: dict[str, array[int]] = {split: array("Q") for split in SPLITS}
     with create_bar("reading", num_tokens(content), "token") as bar:

@@ -13,7 +13,7 @@ from typing import Any
 from data_prep.synth.generator import GeneratedSample, GeneratorItem, Kind, SampleVerdict
 from megatron_sov.base.artifacts import format_json
 from megatron_sov.base.documents.rows import finite, no_constant
-from megatron_sov.base.errors import UserError, first_line
+from megatron_sov.base.errors import UserError, first_error_line
 from megatron_sov.work.progress.journal import JOB, iter_records_by_item, work_folder
 
 RUN, ANSWERS = "run.json", "answers.sqlite"

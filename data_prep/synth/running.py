@@ -125,7 +125,7 @@ def open_run(options: SynthOptions) -> SynthRun:
         raise UserError(f"sov-data synth {options.generator}: {' and '.join(missing)} "
                         f"{'is' if len(missing) == 1 else 'are'} needed (--help lists what it takes)")
     writer, judge = models_of(options)
-    if problems := [*map(as_problem, find_missing_libraries()),
+    if problems := [*map(to_problem, find_missing_libraries()),
                     *(SettingsProblem(ProblemCode.FILE, "--input", "does not exist", path, "check the path")
                       for path in options.input if not path.exists()),
                     *check_problems(options.checks),
@@ -204,7 +204,7 @@ def _check_folder(output: Path, record: SynthRunRecord, redo: bool) -> None:
     # where the records were cleared, or the folder was moved without them
     if not redo and not work_folder(output).is_dir() and (
             changed := describe_differences(read_run(output).deciding(), record.deciding())):
-        raise UserError(list_problems(
+        raise UserError(format_problems(
             f"--output {output}: was made with other settings", changed,
             "name another folder, or pass --redo: its items are made again, and answers that still fit cost "
             "nothing"))

@@ -262,7 +262,7 @@ def find_damage(path: Path, *, weights_only: bool = False) -> str | None:
     """Check the files of a checkpoint, a share per process; return the first problem or None (collective)."""
     problem: str | None = None
     with raise_on_all_ranks():
-        problem = checkpoints.damage(path, rank=dist.get_rank(), size=dist.get_world_size(),
+        problem = checkpoints.find_damage(path, rank=dist.get_rank(), size=dist.get_world_size(),
                                      weights_only=weights_only)
     return next((p for p in gather_objects(problem) if p is not None), None)
 
@@ -303,7 +303,7 @@ def load_model(path: Path, model: LanguageModel, *, new_encoders: bool = False) 
     else:
         with raise_on_all_ranks():
             _check_adapter_settings(path, model)
-            frozen = checkpoints.found_base(path, base)
+            frozen = checkpoints.find_adapter_base(path, base)
         check_weights(frozen)
         _load_part(frozen, MODEL, model, new_encoders)
         _load_part(path, ADAPTER, model)
@@ -317,8 +317,9 @@ def load_model(path: Path, model: LanguageModel, *, new_encoders: bool = False) 
 
 def _check_adapter_settings(path: Path, model: LanguageModel) -> None:
     """Raise `UserError` if the adapter was trained with other LoRA settings, such as another alpha."""
-    ours = identity(model.lora, model.architecture)
-    for name, theirs in identity(checkpoints.read_checkpoint_settings(path).lora, model.architecture).items():
+    ours = adapter_identity(model.lora, model.architecture)
+    trained = checkpoints.read_checkpoint_settings(path).lora
+    for name, theirs in adapter_identity(trained, model.architecture).items():
         if theirs != ours[name]:
             raise UserError(f"{path}: is an adapter with lora.{name} = {theirs}, not {ours[name]}; "
                             "use the setting that it was made with")

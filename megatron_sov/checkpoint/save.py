@@ -137,14 +137,14 @@ class CheckpointSaver:
                                time.monotonic())
         sources = _collect_weights(model) | ({"optimizer": optimizer.state_shards()} if optimizer else {})
         # Serialize now: the loop changes these values while the thread writes.
-        parts, state, base = list(sources), to_json(companions.state), model.adapter_base
+        parts, state, base = list(sources), format_json(companions.state), model.adapter_base
         self._snapshot.copy_blocks(sources, tensors_change=not wait)
         rank = dist.get_rank()
 
         def write_files() -> None:
             with _convert_os_errors(path, rank):
                 if rank == 0:
-                    refuse_existing(path, CHECKPOINT_KIND, overwrite=False)
+                    check_output_folder(path, CHECKPOINT_KIND, overwrite=False)
                 writing.folder.mkdir(parents=True, exist_ok=True)
                 self._snapshot.write(writing.folder, rank)
 
@@ -308,8 +308,8 @@ def _publish_checkpoint(writing: _PendingSave, parts: list[str], state: str, com
     if companions.tokenizer is not None:
         shutil.copytree(companions.tokenizer, folder / "tokenizer", ignore=shutil.ignore_patterns(MANIFEST))
         for name, content in companions.tokenizer_files.items():
-            atomic_write(folder / "tokenizer" / name, content)
-    atomic_write(folder / STATE_FILE, state)
+            write_atomically(folder / "tokenizer" / name, content)
+    write_atomically(folder / STATE_FILE, state)
     artifact = ArtifactWriter(folder, CHECKPOINT_KIND)
     # Files were hashed while they were written; they are not read again.
     artifact.hashed_files = {name: record for w in written for name, record in w.files.items()}

@@ -244,7 +244,7 @@ def _submit(order: MapOrder) -> None:
         return
     job = order.job(1)
     submit_shares(options.output, SharedWork(
-        SHARES, to_json(job.identity), -(-order.num_rows // BATCH_ROWS), "batches",
+        SHARES, format_json(job.identity), -(-order.num_rows // BATCH_ROWS), "batches",
         num_done=lambda: len(list_finished_items(job.output, job.identity)),
         begin=lambda: begin_journal(job.output, job.made_by, job.identity, redo=options.redo),
         share=partial(MapShare, order), finish=MapFinish(order)), profile, options.workers)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from megatron_sov.base.artifacts import (
     MANIFEST, FileRecord, check_output_folder, manifest_sha256, read_manifest)
 from megatron_sov.base.errors import UserError
-from megatron_sov.chat.vocabulary import refuse_other_tokenizer
+from megatron_sov.chat.vocabulary import check_same_tokenizer
 from megatron_sov.checkpoint.safetensors_files import TensorSpec
 from megatron_sov.checkpoint.sharded_tensors import format_block_name, write_index
 from megatron_sov.convert.dtypes import KEEP, check_space, convert_tensor
@@ -80,8 +80,8 @@ def write_derived(out: Path, command: str, derived: DerivedCheckpoint, plan: Map
     """
     files, links = dict(derived.files), dict(derived.links)
     full_plan = {**plan, "files": hash_file_plan(files)}
-    with resumable_artifact(out, KIND, f"megatron-sov convert {command}", full_plan, overwrite=overwrite,
-                            redo=redo) as artifact, ExitStack() as stack, tqdm(
+    with resumable_artifact(out, CHECKPOINT_KIND, f"megatron-sov convert {command}", full_plan,
+                            overwrite=overwrite, redo=redo) as artifact, ExitStack() as stack, tqdm(
                 total=len(links), desc=command, unit="block", disable=None) as bar:
         missing = {name: blocks for name, blocks in files.items() if name not in artifact.finished}
         check_space(out, sum(spec.size_bytes for blocks in missing.values() for spec in blocks))
@@ -185,7 +185,7 @@ def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, worke
             differ, a checkpoint is damaged, or the disk is full.
     """
     out = Path(out)
-    refuse_existing(out, CHECKPOINT_KIND, overwrite)
+    check_output_folder(out, CHECKPOINT_KIND, overwrite)
     paths = [_find_start(path) for path, _ in checkpoints]
     if len(paths) < min_checkpoints:
         raise UserError(f"{', '.join(map(str, paths)) or 'no checkpoint'}: a mean needs at least two "
@@ -193,8 +193,8 @@ def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, worke
     weights = _check_weights(paths, [weight for _, weight in checkpoints])
     sources = [open_checkpoint_weights(path) for path in paths]
     links = {format_block_name(link.key, link.offset): link for link in sources[0].links}
-    files = plan_files(links, sources[0].dtype, KEEP)
-    merged = [{"path": str(path), "step": read_manifest(path, KIND).content.get("step", 0),
+    files = plan_files(links, sources[0].get_dtype, KEEP)
+    merged = [{"path": str(path), "step": read_manifest(path, CHECKPOINT_KIND).content.get("step", 0),
                "weight": weight,
                "manifest_sha256": manifest_sha256(path)} for path, weight in zip(paths, weights, strict=True)]
     derived = DerivedCheckpoint(

@@ -20,7 +20,7 @@ from megatron_sov.base.artifacts import (
 from megatron_sov.base.digests import fingerprint_folder
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.figures import format_size
-from megatron_sov.base.pages.markdown import md
+from megatron_sov.base.pages.markdown import escape_md
 from megatron_sov.checkpoint.safetensors_files import TensorSpec
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.convert.dtypes import (
@@ -37,7 +37,7 @@ from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.modality import load_modality
 from megatron_sov.model.objectives import BUILT_IN
 from megatron_sov.model.pretrained import (
-    CONFIG, INDEX, SINGLE_FILE, listed, load_and_compare, low_bit_options)
+    CONFIG, INDEX, SINGLE_FILE, find_low_bit_options, format_names, load_and_compare)
 from megatron_sov.runs.checkpoints import (
     CHECKPOINT_KIND as CHECKPOINT, HF_MODEL, RUN, check_folder_kind, read_checkpoint_settings)
 from megatron_sov.version import __version__
@@ -118,7 +118,7 @@ def verify(a: str | Path, b: str | Path, *, load: bool = True,
     checks.append(_check_none("config fields that differ", _differing_fields(*sides)))
     checks.append(_check_none("special token ids that differ", _differing_ids(*sides)))
     records = _compare_all(sides, (first, second), workers)
-    checks += _tensor_checks(sides[0], sides[1], records, first.describe() or second.describe())
+    checks += _tensor_checks(sides[0], sides[1], records, first.format_loss() or second.format_loss())
     checks += [_check_none(f"{side.path}: copies that differ", find_differing_copies(side))
                for side in sides if isinstance(side, HfWeights) and side.copies]
     if load:
@@ -167,8 +167,8 @@ def _compare_all(sides: Sequence[Weights], roundings: Sequence[UpdateRounding], 
 
     def compare_tensor(name: str) -> TensorRecord:
         a_tensor, b_tensor = a.read(name), b.read(name)
-        roundings[0].add(name, a_tensor, b.get_dtype(name))
-        roundings[1].add(name, b_tensor, a.get_dtype(name))
+        roundings[0].measure_weight(name, a_tensor, b.get_dtype(name))
+        roundings[1].measure_weight(name, b_tensor, a.get_dtype(name))
         return _compare_tensors(a_tensor, b_tensor)
 
     with ThreadPoolExecutor(workers) as pool:
@@ -207,7 +207,7 @@ def _loading_checks(side: HfWeights) -> list[ParityCheck]:
 
     try:
         _, keys = load_and_compare(AutoModelForCausalLM, side.path, left_out=list_ignored_prefixes(side.path),
-                                    **{"dtype": "auto", **low_bit_options(side.path)})
+                                    **{"dtype": "auto", **find_low_bit_options(side.path)})
     except UserError as e:
         return [ParityCheck(f"{side.path}: transformers loads it", 1, 0, False, str(e))]
     return [_check_none(f"{side.path}: transformers reports keys {kind}", names)
@@ -247,7 +247,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
     """
     _check_arguments(Path(checkpoint), dtype, max_shard_bytes)
     checkpoint, out = resolve_run(Path(checkpoint)), Path(out)
-    refuse_existing(out, KIND, overwrite)
+    check_output_folder(out, KIND, overwrite)
     source = open_weights(checkpoint)
     check_dtypes(source)
     copies = get_duplicates(source)
@@ -261,7 +261,8 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
     json_files = {CONFIG: config, **_build_processors(source, checkpoint)}
     settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
     has_manifest = (checkpoint / MANIFEST).is_file()  # foreign Hugging Face folders have none
-    plan = {"from": fingerprint(checkpoint), "manifest": manifest_sha256(checkpoint) if has_manifest else "",
+    plan = {"from": fingerprint_folder(checkpoint),
+            "manifest": manifest_sha256(checkpoint) if has_manifest else "",
             **settings, "files": hash_file_plan(files)}
     with resumable_artifact(out, KIND, "megatron-sov convert to-hf", plan, overwrite=overwrite,
                             redo=redo) as artifact:
@@ -293,7 +294,7 @@ def _write_tensors(artifact: ResumableArtifact, source: Weights, files: dict[str
             name = source_names[spec.name]
             source_tensor = source.read(name)
             tensor = convert_tensor(source_tensor, spec.dtype, source.path, spec.name)
-            rounding.add(name, source_tensor, spec.dtype)
+            rounding.measure_weight(name, source_tensor, spec.dtype)
             bar.update()
             return tensor
 
@@ -303,7 +304,7 @@ def _write_tensors(artifact: ResumableArtifact, source: Weights, files: dict[str
                 artifact.finish(name, record)
 
             write_files(artifact.path, missing, read, workers, finish)
-    if loss := rounding.describe():
+    if loss := rounding.format_loss():
         warn(f"{source.path}: {loss}; pass --dtype float32 to keep the trained values")
 
 
@@ -368,7 +369,7 @@ def _iter_provenance(source: Path) -> Iterator[str]:
 
 
 def _check_arguments(checkpoint: Path, dtype: str, max_shard_bytes: int) -> None:
-    refuse_other_kind(checkpoint, (CHECKPOINT, RUN), "a checkpoint or a run")
+    check_folder_kind(checkpoint, (CHECKPOINT, RUN), "a checkpoint or a run")
     check_dtype_name(dtype)
     if max_shard_bytes <= 0:
         raise UserError(f"--max-shard-bytes {max_shard_bytes}: must be positive")
@@ -394,7 +395,7 @@ def _build_processors(source: Weights, checkpoint: Path) -> dict[str, dict[str, 
     """Return file name -> content of processor configs for multimodal models; {} for text models."""
     if not source.model.is_multimodal:
         return {}
-    return modality().processor_files(source.model, checkpoint / "tokenizer",
+    return load_modality().processor_files(source.model, checkpoint / "tokenizer",
                                       read_checkpoint_settings(checkpoint).data.paths)
 
 

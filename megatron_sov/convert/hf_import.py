@@ -20,7 +20,7 @@ from megatron_sov.base.artifacts import (
     MANIFEST, FileRecord, check_output_folder, find_file_damage, format_json, read_manifest, write_atomically)
 from megatron_sov.base.digests import fingerprint_folder
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.base.outputs import refuse_link_outside
+from megatron_sov.base.outputs import refuse_outside_link
 from megatron_sov.chat.folder import (
     CONFIG_JSON, TEMPLATE_FILE, TOKENIZER_JSON, read_chat_encoder, read_special_token)
 from megatron_sov.chat.vocabulary import read_tokenizer
@@ -352,7 +352,7 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
     """
     hf_dir, out = Path(hf_dir), Path(out)
     check_dtype_name(dtype)
-    refuse_existing(out, CHECKPOINT_KIND, overwrite)
+    check_output_folder(out, CHECKPOINT_KIND, overwrite)
     check_model_path(hf_dir)
     check_folder_kind(hf_dir, (HF_MODEL,), "a Hugging Face folder")
     if not (hf_dir / CONFIG).is_file():
@@ -361,14 +361,14 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
     for name in TOKENIZER_FILES:
         # Check now; later errors would blame the copy in the checkpoint.
         if name.endswith(".json"):
-            refuse_link_outside(hf_dir, hf_dir / name)
+            refuse_outside_link(hf_dir, hf_dir / name)
             _read_optional_json(hf_dir / name)
     source = HfWeights(hf_dir)
     check_dtypes(source)
     for note in source.notes:
         warn(f"{hf_dir}: {note}")
     check_copies(source)
-    content = {SOURCE: hub_name(hf_dir)} | ({CARRIED_FIELDS: source.carried} if source.carried else {})
+    content = {SOURCE: find_hub_name(hf_dir)} | ({CARRIED_FIELDS: source.carried} if source.carried else {})
     write_imported(out, ImportSource(source, "from-hf", hf_dir, read_token_ids(hf_dir), content), dtype,
                    workers=workers, overwrite=overwrite, redo=redo)
 
@@ -407,11 +407,11 @@ def write_imported(out: Path, source: ImportSource, dtype: str, *, workers: int,
     """
     weights, folder = source.weights, source.weights.path
     links = {format_block_name(link.key, link.offset): link for link in weights.links}
-    files = plan_files(links, weights.dtype, dtype)
-    plan = {"from": fingerprint(folder), "dtype": dtype, "model": dataclasses.asdict(weights.model),
+    files = plan_files(links, weights.get_dtype, dtype)
+    plan = {"from": fingerprint_folder(folder), "dtype": dtype, "model": dataclasses.asdict(weights.model),
             "files": hash_file_plan(files)}
-    with resumable_artifact(out, KIND, f"megatron-sov convert {source.command}", plan, overwrite=overwrite,
-                            redo=redo) as artifact, \
+    with resumable_artifact(out, CHECKPOINT_KIND, f"megatron-sov convert {source.command}", plan,
+                            overwrite=overwrite, redo=redo) as artifact, \
             tqdm(total=len(links), desc=source.command, unit="block", disable=None) as bar:
         missing = {name: blocks for name, blocks in files.items() if name not in artifact.finished}
         check_space(out, sum(spec.size_bytes for blocks in missing.values() for spec in blocks))
@@ -437,7 +437,7 @@ def write_imported(out: Path, source: ImportSource, dtype: str, *, workers: int,
         if source.tokenizer is not None:
             copy_companions(source.tokenizer, artifact.path / "tokenizer", source.tokens)
         artifact.writer.content = {"step": 0, "parts": [PART], "tokens": 0, **source.content}
-        code = models.OWN.code(weights.model.family)
+        code = models.FAMILY_PLUGINS.code(weights.model.family)
         codes = (code,) if code else ()
         artifact.writer.settings = RunConfig(IMPORTED_RECIPE, weights.model, code=codes).to_dict()
 

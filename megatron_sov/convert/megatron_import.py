@@ -17,7 +17,7 @@ import torch
 
 from megatron_sov.base.artifacts import check_output_folder
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.outputs import refuse_link_outside
+from megatron_sov.base.outputs import refuse_outside_link
 from megatron_sov.checkpoint.safetensors_files import read_block
 from megatron_sov.checkpoint.stored_tensors import StoredBlock, StoredTensors
 from megatron_sov.convert import DEFAULT_WORKERS
@@ -33,7 +33,7 @@ from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.families.weights import Link
 from megatron_sov.model.pretrained import format_names, read_json
-from megatron_sov.runs.checkpoints import KIND
+from megatron_sov.runs.checkpoints import CHECKPOINT_KIND
 
 METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -136,7 +136,7 @@ def find_tensor(path: Path, start: int, length_bytes: int) -> DistTensor:
         if start + length_bytes > os.fstat(file.fileno()).st_size:
             raise ValueError("the file ends before it does")
         archive = TorchArchive(_TensorWindow(file, start, length_bytes))
-        dtype, shape, first, _ = archive.find(archive.header)
+        dtype, shape, first, _ = archive.locate_tensor(archive.header)
     return DistTensor(path, start + first, shape, getattr(torch, dtype))
 
 
@@ -255,7 +255,7 @@ class TorchDistTensors(StoredTensors):
             if not (folder / file).is_file():
                 raise UserError(f"{folder / file}: is missing; according to the index it contains "
                                 f"{format_names(self.list_keys_in(file))}; {REMEDY}")
-            refuse_link_outside(folder, folder / file)
+            refuse_outside_link(folder, folder / file)
         self._find = functools.lru_cache(_CACHED_HEADERS)(self._find_uncached)
 
     def read_slice(self, key: str, piece: StoredBlock, block: tuple[slice, ...]) -> torch.Tensor:
@@ -417,7 +417,7 @@ def from_megatron(folder: str | Path, out: str | Path, dtype: str = KEEP, *, fam
     """
     out = Path(out)
     check_dtype_name(dtype)
-    refuse_existing(out, CHECKPOINT_KIND, overwrite)
+    check_output_folder(out, CHECKPOINT_KIND, overwrite)
     iteration_folder = find_iteration(Path(folder))
     settings, iteration = _read_model_settings(iteration_folder)
     try:

@@ -57,7 +57,7 @@ _UNCHANGED_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mi
 it."""
 
 
-def format_peft_name(module: Adapted, tensor: str) -> str:
+def format_peft_name(module: AdaptedModule, tensor: str) -> str:
     """Return PEFT's name for tensor `A`, `B` or `MAGNITUDE` of a module."""
     folder = module.name
     if is_embedding(module):
@@ -294,7 +294,7 @@ class UpdateRounding:
         """Measure the rounding of weight `merged` to `dtype`."""
         if not isinstance(self._weights, AdaptedWeights) or dtype.itemsize >= merged.dtype.itemsize:
             return
-        if (update := self._weights.update(name, merged)) is not None:
+        if (update := self._weights.compute_update(name, merged)) is not None:
             error = merged.double() - merged.to(dtype).double()
             self._squares.append((float(error.square().sum()), float(update.double().square().sum())))
             self._dtype = str(dtype).removeprefix("torch.")
@@ -350,20 +350,20 @@ def to_peft(checkpoint: str | Path, out: str | Path, *, base_name: str | None = 
     Raises:
         UserError: `checkpoint` is not an adapter or is damaged, or PEFT does not support the adapter.
     """
-    refuse_other_kind(Path(checkpoint), (KIND, RUN), "an adapter's checkpoint or a run")
+    check_folder_kind(Path(checkpoint), (CHECKPOINT_KIND, RUN), "an adapter's checkpoint or a run")
     checkpoint = resolve_run(Path(checkpoint))
-    base = adapter_base(checkpoint)
+    base = read_adapter_base(checkpoint)
     if base is None:
         raise UserError(f"{checkpoint}: contains all weights, not an adapter; use `megatron-sov convert "
                         "to-hf`")
-    settings = settings_of(checkpoint)
+    settings = read_checkpoint_settings(checkpoint)
     config = build_peft_config(settings.model, settings.lora, base_name or get_base_name(checkpoint, base))
-    if problem := damage(checkpoint, weights_only=True):
-        raise UserError(f"{problem}; {instead_of(checkpoint)}")
+    if problem := find_damage(checkpoint, weights_only=True):
+        raise UserError(f"{problem}; {suggest_replacement(checkpoint)}")
     reader = TensorReader(checkpoint, ADAPTER)
     reader.check_complete()
     factors = {format_peft_name(module, tensor): (module, tensor)
-               for module in adapted_modules(settings.model, settings.lora)
+               for module in find_adapted_modules(settings.model, settings.lora)
                for tensor in _list_factors(settings.lora.dora)}
 
     def read(name: str) -> torch.Tensor:
@@ -408,7 +408,7 @@ def from_peft(peft_dir: str | Path, out: str | Path, base: str | Path, *, overwr
         UserError: the adapter is not supported, or does not match the base.
     """
     peft_dir = Path(peft_dir)
-    refuse_other_kind(peft_dir, (PEFT_ADAPTER,), "a PEFT adapter")
+    check_folder_kind(peft_dir, (PEFT_ADAPTER,), "a PEFT adapter")
     base = resolve_run(Path(base))
     for file in (CONFIG, WEIGHTS):
         if not (peft_dir / file).is_file():
@@ -426,10 +426,10 @@ def from_peft(peft_dir: str | Path, out: str | Path, base: str | Path, *, overwr
     names = [name for name in weights.entries if name not in frozen]
     lora = parse_lora_config(read_json(peft_dir / CONFIG), names, model, peft_dir)
     _check_frozen_weights(weights, frozen, CheckpointWeights(base))
-    modules = adapted_modules(model, lora)
+    modules = find_adapted_modules(model, lora)
     settings = read_checkpoint_settings(base)
     protect_adapter_base(base.resolve())
-    with new_artifact(out, CHECKPOINT_KIND, overwrite=overwrite) as artifact:
+    with create_artifact(out, CHECKPOINT_KIND, overwrite=overwrite) as artifact:
         writer = TensorWriter(artifact.path, ADAPTER)
         for module in modules:
             for tensor in _list_factors(lora.dora):
@@ -480,9 +480,9 @@ def open_weights(path: str | Path) -> Weights:
     Raises:
         UserError: `path` is none of these, or tensors do not match the model.
     """
-    refuse_missing(Path(path))
+    check_model_path(Path(path))
     path = resolve_run(Path(path))
-    refuse_no_model(path)
+    check_model_folder(path)
     if (path / HF_CONFIG).is_file():
         return HfWeights(path)
     return open_checkpoint_weights(path)

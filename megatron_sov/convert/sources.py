@@ -15,8 +15,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from megatron_sov.base.artifacts import MANIFEST, damaged_files, read_manifest
-from megatron_sov.base.errors import UserError, find_misspelt
+from megatron_sov.base.artifacts import MANIFEST, find_damaged_files, read_manifest
+from megatron_sov.base.errors import UserError, suggest_spelling
 from megatron_sov.checkpoint.safetensors_files import TensorFile
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.convert.low_bit import FIELD, find_low_bit_weights
@@ -26,8 +26,8 @@ from megatron_sov.model.families.family import NESTED_TEXT_MODELS, extract_text_
 from megatron_sov.model.families.hf_layers import MAX_LAYERS, PREDICTION_NAMES
 from megatron_sov.model.families.weights import Link
 from megatron_sov.model.pretrained import (
-    CONFIG, DAMAGED_HF, EMBEDDING, HEAD, RECOMPUTED, is_hf_folder as is_hf_folder, listed, read_json,
-    tensor_files)
+    CONFIG, DAMAGED_HF, EMBEDDING, HEAD, RECOMPUTED, find_tensor_files, format_names,
+    is_hf_folder as is_hf_folder, read_json)
 from megatron_sov.runs.checkpoints import CHECKPOINTS_FOLDER, find_checkpoint, read_checkpoint_settings
 
 HASHED_AT_A_TIME = 4
@@ -138,7 +138,7 @@ def check_shapes(where: object, actual: dict[str, tuple[int, ...]], expected: di
     unexpected = [name for name in actual if name not in expected]
     shapes = [f"{name} {list(actual[name])} instead of {list(shape)}"
               for name, shape in expected.items() if name in actual and actual[name] != shape]
-    problems = [f"{len(names)} {problem} ({listed(names)})" for problem, names in (
+    problems = [f"{len(names)} {problem} ({format_names(names)})" for problem, names in (
         ("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)) if names]
     if problems:
         raise UserError(f"{where}: its tensors do not match the model: {'; '.join(problems)}; {remedy}")
@@ -162,7 +162,7 @@ class HfWeights:
             self._stored = _stored_tensors(self._shards, config)
             """Hugging Face name -> stored tensor."""
             if text_inside is not None:
-                text_names, self.encoder_tensors = text_inside.names(self._stored)
+                text_names, self.encoder_tensors = text_inside.map_tensor_names(self._stored)
                 if self.encoder_tensors:
                     self.notes.append(f"the {len(self.encoder_tensors)} tensors of the image encoder ("
                                       f"{self.encoder_tensors[0]}, ...) are not converted")

@@ -137,7 +137,7 @@ def evaluate_forward_model(loaded: Loaded, data: HeldoutData) -> dict[str, Heldo
     sizes = data.bytes_of_token(loaded.config.model.vocab_size)
     evaluator = HeldoutEvaluator(data.sources, sizes, data.seq_len, rows, data.max_tokens, loaded.world)
     shows_progress = loaded.world.rank == loaded.world.size - 1  # always on the last pipeline stage
-    with work_bar("judging", evaluator.num_micro_batches, "row", shows_progress) as bar:
+    with create_bar("judging", evaluator.num_micro_batches, "row", shows_progress) as bar:
         return evaluator.run(loaded.policy, done=bar.update)
 
 

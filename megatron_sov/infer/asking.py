@@ -139,7 +139,7 @@ class SamplingRequest:
 
     def response(self, number: int, text: str) -> str:
         """Return the response with the opening thinking mark of its prompt."""
-        return with_opening(text, self.opened[number])
+        return prepend_mark(text, self.opened[number])
 
     @property
     def longest(self) -> int:
@@ -177,7 +177,7 @@ class Asker:
         """Encoder of the chat template; None for plain prompts."""
         self.end_ids = stop_ids(target, eos, encoder)
         """Stop tokens."""
-        self._decode = text_decoder(target.tokenizer_folder / TOKENIZER_JSON, self.end_ids,
+        self._decode = build_text_decoder(target.tokenizer_folder / TOKENIZER_JSON, self.end_ids,
                                     lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
 
     def ask(self, prompts: Sequence[str | Conversation]) -> list[list[int]]:

@@ -92,7 +92,7 @@ class Sampling:
     def check(self) -> None:
         """Raise `UserError` for invalid settings; every engine calls this."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "rules"}
-        if problems := find_problems(Sampling, values)[1] or self.problems():
+        if problems := try_parse_settings(Sampling, values)[1] or self.problems():
             raise SettingsError("sampling", problems)
 
 

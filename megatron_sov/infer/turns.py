@@ -103,7 +103,7 @@ def _join_sampling(policy: EnginePolicy) -> None:
 
 def chat_digests(folder: Path) -> dict[str, str]:
     """Return name -> digest of the files that determine the chat encoding of a folder."""
-    files = [folder / name for name in (TOKENIZER_JSON, CONFIG_JSON, TEMPLATE, SPECIAL_JSON)]
+    files = [folder / name for name in (TOKENIZER_JSON, CONFIG_JSON, TEMPLATE_FILE, SPECIAL_JSON)]
     return {file.name: hash_file(file) for file in files if file.is_file()}
 
 

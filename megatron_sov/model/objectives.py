@@ -43,7 +43,7 @@ def _check_plugin(loaded: LoadedPlugin) -> None:
                         "NeededColumn(made_by)")
     if problems := column_problems(columns):
         raise UserError(f"{loaded.reference}: `columns`: {'; '.join(problems)}")
-    if not takes(loaded.value, ("context",)):
+    if not accepts_arguments(loaded.value, ("context",)):
         raise UserError(f"{loaded.reference}: has the signature "
                         f"{loaded.attribute}{inspect.signature(loaded.value)}; an objective needs "
                         f"{loaded.attribute}(context, *, setting=default, ...)")
@@ -63,7 +63,7 @@ def check_objective(config: RunConfig) -> None:
     if name in BUILT_IN:
         return
     made = OBJECTIVE_PLUGINS.get(name, config.code)
-    read_arguments(made, options, f"objective {name}", prefix="objective.options", num_ours=1)
+    parse_arguments(made, options, f"objective {name}", prefix="objective.options", num_ours=1)
 
 
 def check_command(config: RunConfig, command_objective: str) -> None:

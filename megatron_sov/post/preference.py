@@ -390,8 +390,8 @@ class PairLearningWithReference(PairLearning):
         """
         asked = self._asked
         if asked.method == "ipo":
-            return ipo(margins, asked.strength)
-        return dpo(margins, asked.strength, asked.label_smoothing)
+            return ipo(margins, asked.effective_beta)
+        return dpo(margins, asked.effective_beta, asked.label_smoothing)
 
 
 class GroupLearning(DataObjective):
@@ -481,7 +481,7 @@ class UnpairedLearning(PairLearning):
         # Even documents are the judged responses; odd documents are mismatched, for `_estimate_distance`.
         ratios = _log_ratios(responses, logprobs, batch)[0::2]
         desirable, whole = _is_desirable(responses, batch), responses.whole_pairs()
-        losses = kto(ratios, desirable, self._distance, beta=asked.strength,
+        losses = kto(ratios, desirable, self._distance, beta=asked.effective_beta,
                      desirable_weight=asked.desirable_weight, undesirable_weight=asked.undesirable_weight)
         terms = self._terms((losses * whole).sum(), logprobs, hidden, head,
                             self._cross_entropy_batch(batch, responses))
@@ -584,6 +584,6 @@ def round_objective_of(config: RunConfig) -> policy.PolicyObjective:
     columns: dict[str, NeededColumn] = {}
     if method == "grouper":
         kind, columns = RoundGroups, dict.fromkeys((ADVANTAGE, SHARE), needed)
-    elif method in WITH_REFERENCE:
+    elif method in REFERENCE_METHODS:
         kind, columns = RoundPairsWithReference, {_reference_column(config): needed}
     return policy.PolicyObjective((ROLLOUTS,), columns, kind)

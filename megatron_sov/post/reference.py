@@ -25,7 +25,7 @@ from megatron_sov.base.artifacts import (
     create_file, format_json, manifest_sha256, translate_disk_errors, write_atomically)
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.base.sealed import seal_damage, seal_file, write_sealed
+from megatron_sov.base.sealed import find_seal_damage, seal_file, write_sealed
 from megatron_sov.checkpoint import load
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.local_shards import local_shards
@@ -37,7 +37,7 @@ from megatron_sov.infer.engines.load import run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.model.config import RunConfig, layout_settings
 from megatron_sov.model.families.adapters import PREFIX
-from megatron_sov.model.modality import EncoderInputs, banks_of, inputs_of
+from megatron_sov.model.modality import EncoderInputs, get_banks, get_encoder_inputs
 from megatron_sov.runs.checkpoints import hash_checkpoint_files
 from megatron_sov.runs.folder import REFERENCE
 from megatron_sov.train.data.order import OrderedSample
@@ -86,7 +86,7 @@ class Reference:
         """
         self._folder, self._max_tokens = run / REFERENCE, max_tokens
         self._identity: dict[str, Any] = {
-            "reference_sha256": files_sha256(start), "max_tokens": max_tokens,
+            "reference_sha256": hash_checkpoint_files(start), "max_tokens": max_tokens,
             "data_sha256": {s.name: manifest_sha256(s.artifact) for s in sources if s.artifact is not None}}
         self._parts = {s.name: ReferenceParts(self._folder, s.name, s.shard("train")) for s in sources}
         self.sources = tuple(dataclasses.replace(
@@ -161,8 +161,8 @@ class Reference:
         # The identity is written before the first part, whose checksum includes it.
         on_main(model.world, self._open)
         # Rank 0 decides: processes with different lists would wait in a collective forever.
-        todo, num_tokens = on_main(model.world, self._missing), 0
-        with work_bar("reference", len(todo), "part", model.world.is_main) as bar:
+        todo, num_tokens = on_main(model.world, self._find_missing), 0
+        with create_bar("reference", len(todo), "part", model.world.is_main) as bar:
             for name, part in todo:
                 parts = self._parts[name]
                 numbers = document_logprobs(model, parts.documents, parts.range_of(part), self._max_tokens,
@@ -203,9 +203,9 @@ class Reference:
                 raise UserError(f"{file}: belongs to another reference, other data or other lengths of "
                                 "samples; delete the folder, and its files are computed again")
             return
-        with disk_errors(self._folder):
+        with translate_disk_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, to_json(self._identity))
+        write_atomically(file, format_json(self._identity))
 
     def _read_identity(self) -> dict[str, Any]:
         file = self._folder / IDENTITY
@@ -268,7 +268,7 @@ class ReferenceParts:
 
     def damage(self, part: int) -> str | None:
         """Return a sentence if the file of a part is missing or damaged, otherwise None."""
-        return seal_damage(self.file(part), self.identify(part))
+        return find_seal_damage(self.file(part), self.identify(part))
 
     def identify(self, part: int) -> str:
         """Return the text that the checksum of a part covers: reference, data and lengths of the folder."""
@@ -399,7 +399,7 @@ def write_logprobs(model: RunningLogprobs, documents: Documents, file: Path, ide
             problems.append(e)
 
     def end(opened: int, rank: int, size: int) -> None:
-        with disk_errors(file):
+        with translate_disk_errors(file):
             for problem in problems[:1]:
                 raise problem
             os.fsync(opened)
@@ -420,8 +420,8 @@ def write_logprobs(model: RunningLogprobs, documents: Documents, file: Path, ide
 def _create_file(building: contextlib.ExitStack, file: Path, num_nan: int, num_zeros: int) -> Path:
     """Create a temporary file of NaN and zeros, which `building` renames to `file` at its end; return its
     path."""
-    temporary, block = building.enter_context(new_file(file)), np.full(1 << 20, np.nan, "<f4")
-    with disk_errors(file), open(temporary, "wb") as f:
+    temporary, block = building.enter_context(create_file(file)), np.full(1 << 20, np.nan, "<f4")
+    with translate_disk_errors(file), open(temporary, "wb") as f:
         for first in range(0, num_nan, len(block)):
             f.write(block[:num_nan - first].data)
         f.truncate(4 * (num_nan + num_zeros))

@@ -61,7 +61,7 @@ class MeasuredCheckpoint:
         return fmean(self.solved[k].values())
 
     def row(self, ks: Sequence[int]) -> dict[str, Any]:
-        row = {"checkpoint": self.checkpoint, "domain": self.domain}
+        row: dict[str, Any] = {"checkpoint": self.checkpoint, "domain": self.domain}
         for name in ("num_prompts", "num_unscored", "mean_reward", "share_at_limit"):
             row[name] = self.figures.get(name)
         return {**row, "pass_at_k": [e for e in self.figures["pass_at_k"] if e["k"] in ks]}
@@ -133,7 +133,7 @@ class ProbedCheckpoint:
             return False
         model = read_manifest(folder, "passk").settings.get("model")
         files = model.get("files") if isinstance(model, dict) else None
-        return not self.path.is_dir() or bool(files == fingerprint(self.path))
+        return not self.path.is_dir() or bool(files == fingerprint_folder(self.path))
 
 
 def candidates_of(paths: Sequence[Path]) -> list[ProbedCheckpoint]:
@@ -144,9 +144,9 @@ def candidates_of(paths: Sequence[Path]) -> list[ProbedCheckpoint]:
     """
     candidates: dict[Path, ProbedCheckpoint] = {}
     for path in paths:
-        refuse_missing(path)
-        folder = path / CHECKPOINTS_OF_A_RUN
-        checkpoints = complete(folder) if folder.is_dir() else []
+        check_model_path(path)
+        folder = path / CHECKPOINTS_FOLDER
+        checkpoints = list_complete(folder) if folder.is_dir() else []
         if not checkpoints:
             checkpoints = [path if is_hf_folder(path) else find_checkpoint(path)]
         for checkpoint in checkpoints:
@@ -156,7 +156,7 @@ def candidates_of(paths: Sequence[Path]) -> list[ProbedCheckpoint]:
 
 
 def _read_candidate(path: Path) -> ProbedCheckpoint:
-    is_merged = not is_hf_folder(path) and MERGED in read_manifest(path, KIND).content
+    is_merged = not is_hf_folder(path) and MERGED in read_manifest(path, CHECKPOINT_KIND).content
     return ProbedCheckpoint(path, is_merged)
 
 
@@ -219,8 +219,8 @@ def write_table(probe: Path, candidates: Sequence[ProbedCheckpoint], k: int, rig
         "checkpoints": [{"name": c.name, "path": str(c.path), "is_merged": c.is_merged} for c in candidates],
         "table": [m.row(ks) for m in measured.values()],
         "choice": [choice.row() for choice in choices], "merged": merged}
-    with new_artifact(probe / TABLE, TABLE_KIND, overwrite=True) as artifact:
-        atomic_write(artifact.path / RESULTS, to_json(content))
+    with create_artifact(probe / TABLE, TABLE_KIND, overwrite=True) as artifact:
+        write_atomically(artifact.path / RESULTS, format_json(content))
         artifact.content = content
         artifact.settings = dict(json.loads((probe / ASKED).read_text(encoding="utf-8")))
         for candidate in candidates:
@@ -230,7 +230,7 @@ def write_table(probe: Path, candidates: Sequence[ProbedCheckpoint], k: int, rig
 
 def _measure(probe: Path, candidate: ProbedCheckpoint, ks: Sequence[int],
              right_from: float) -> Iterator[MeasuredCheckpoint]:
-    if problems := damaged_files(candidate.folder(probe)):
+    if problems := find_damaged_files(candidate.folder(probe)):
         raise UserError(f"{problems[0]}; delete {candidate.folder(probe)}, and the same command makes "
                         "it again")
     parts = read_judged_parts(candidate.folder(probe) / SAMPLES, DOMAIN, PROBLEM, right_from)

@@ -462,7 +462,7 @@ def _write(trainer: Trainer, place: ParallelWorld, folder: Path) -> None:
         for part in (MODEL, _OPTIMIZER):
             write_index(folder, part, [index for one in written for index in one.indices[part]])
         artifact = ArtifactWriter(folder, CHECKPOINT_KIND)
-        artifact.known_files = {name: record for one in written for name, record in one.files.items()}
+        artifact.hashed_files = {name: record for one in written for name, record in one.files.items()}
         artifact.content = {"step": trainer.optimizer.num_updates, "parts": [MODEL, _OPTIMIZER]}
         artifact.complete()
     torch.distributed.barrier()

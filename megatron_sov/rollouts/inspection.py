@@ -129,7 +129,7 @@ def listed(store: RolloutStore) -> Iterator[str]:
                f"{when(part.created_s)}  judged by {', '.join(judged.get(part.name, [])) or 'none'}"
                + (f", {part.num_excluded:,} rows kept out" if part.num_excluded else ""))
     yield f"{store.path}: {len(parts):,} parts, {sum(part.num_rows for part in parts):,} rows"
-    for holder in holders(store.claims):
+    for holder in list_holders(store.claims):
         if holder.is_released:
             continue
         where = f"process {holder.pid} on {holder.host or 'a machine that it does not name'}"
@@ -155,7 +155,7 @@ def when(time_s: float) -> str:
 
 def checked(store: RolloutStore) -> StoreCheck:
     """Check a store with a progress bar."""
-    with work_bar("read", len(list((store.path / store.ROWS).iterdir())), "part") as bar:
+    with create_bar("read", len(list((store.path / store.ROWS).iterdir())), "part") as bar:
         return check(store, bar.update)
 
 

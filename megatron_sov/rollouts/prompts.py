@@ -104,7 +104,7 @@ class PromptList(Sequence[RolloutPrompt]):
         """
         import numpy as np
 
-        with disk_errors(Path(tempfile.gettempdir())):
+        with translate_disk_errors(Path(tempfile.gettempdir())):
             # Open as long as the list lives.
             file = tempfile.TemporaryFile()  # noqa: SIM115
             numbers, starts = array("Q"), array("q", [0])
@@ -225,7 +225,7 @@ def read_prompts(path: Path, renames: Renames = (), option: str = OPTION, *, is_
     prompts = PromptList.of(_iter_prompts(path, renames, option, is_asked, problems), option)
     if problems:
         more = [f"and {len(problems) - MAX_TOLD} more"] if len(problems) > MAX_TOLD else []
-        raise UserError(list_problems(f"{option} {path}", [*problems[:MAX_TOLD], *more],
+        raise UserError(format_problems(f"{option} {path}", [*problems[:MAX_TOLD], *more],
                                       "correct or remove these rows"))
     if not prompts:
         raise UserError(f"{option} {path}: has no rows")
@@ -272,7 +272,7 @@ def _iter_records(path: Path, renames: Renames, option: str) -> Iterator[tuple[s
 
 def _warn_once(option: str, sentence: str) -> None:
     """Warn on the first process."""
-    if is_first():
+    if is_first_rank():
         warn(f"{option} {sentence}")
 
 
@@ -337,7 +337,7 @@ def too_long_in(store: Path) -> set[str]:
     file = store / SET_ASIDE
     if not file.is_file():
         return set()
-    rows = read_json(file, "restore it from a copy", SET_ASIDE)["prompts"]
+    rows = read_sealed_json(file, "restore it from a copy", SET_ASIDE)["prompts"]
     return {row["id"] for row in rows if "id" in row}
 
 

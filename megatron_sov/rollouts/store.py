@@ -160,7 +160,7 @@ def keys_of(table: pa.Table) -> list[Key]:
 
 def problems_of(table: pa.Table) -> list[str]:
     """Return the problem of each row that was found when it was written; empty for sound rows."""
-    return [str(text) for text in texts_of(table["problem"])]
+    return [str(text) for text in read_strings(table["problem"])]
 
 
 def rewards_table(rows: Sequence[RewardRow]) -> pa.Table:
@@ -446,7 +446,7 @@ class RolloutStore(Table[RolloutPart]):
                                 f"{version!r}; {REBUILD_HINT}")
             if row.reward is not None and not math.isfinite(row.reward):
                 raise UserError(f"{part.file}: row {i} has a reward of {row.reward}, which is not finite; "
-                                f"{MAKE_AGAIN}")
+                                f"{REBUILD_HINT}")
         return rows
 
     def judgements(self, version: str, parts: Sequence[RolloutPart]) -> Judgements:

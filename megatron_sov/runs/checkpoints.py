@@ -85,7 +85,7 @@ def delete_leftovers(folder: Path) -> None:
     """Delete half-written and half-deleted folders of killed processes. The caller must hold the run's
     lock."""
     # The folders have no manifest. Only the lock holder knows that no living process uses them.
-    for prefix in (WRITING, DELETING, TRYING):
+    for prefix in (WRITING, DELETING, PROBE_PREFIX):
         for leftover in sorted(folder.glob(f"{prefix}*")):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -338,7 +338,7 @@ def protect_adapter_base(base: Path) -> None:
     if base.parent.name != CHECKPOINTS_FOLDER or (base / ADAPTER_BASE_MARKER).exists():
         return
     try:
-        atomic_write(base / ADAPTER_BASE_MARKER,
+        write_atomically(base / ADAPTER_BASE_MARKER,
                      "An adapter uses this checkpoint as base, so its run does not prune it.\n"
                      "When no adapter needs it any more, delete this file.\n")
     except (OSError, UserError) as e:

@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.artifacts import MANIFEST, atomic_write, disk_errors, to_json
+from megatron_sov.base.artifacts import MANIFEST, format_json, translate_disk_errors, write_atomically
 from megatron_sov.base.errors import Fix, UserError, fix_missing
 from megatron_sov.base.outputs import refuse_unwritable
 from megatron_sov.model.config import OptimConfig, RolloutConfig, RunConfig, from_dict
 from megatron_sov.model.config.post_training import BETAS
-from megatron_sov.model.families.adapters import identity
+from megatron_sov.model.families.adapters import adapter_identity
 from megatron_sov.runs.checkpoints import CHECKPOINTS_FOLDER, check_run_folder
 from megatron_sov.runs.launch_environment import has_launcher, is_first_rank, num_ranks, typed_command
 from megatron_sov.runs.lock import LOCK, find_living_holder
@@ -95,7 +95,7 @@ class RunFolder:
     def mark_awaiting_gate(self, content: dict[str, Any]) -> None:
         """Write `awaiting_gate.json`, the content for `complete` after the last checkpoint passes its
         gate."""
-        atomic_write(self.path / AWAITING_GATE, to_json(content))
+        write_atomically(self.path / AWAITING_GATE, format_json(content))
 
     def held(self) -> dict[str, Any] | None:
         file = self.path / AWAITING_GATE
@@ -105,7 +105,7 @@ class RunFolder:
         (self.path / AWAITING_GATE).unlink(missing_ok=True)
 
     def mark_gate_failed(self, failure: str) -> None:
-        atomic_write(self.path / FAILURE, to_json({"failure": failure}))
+        write_atomically(self.path / FAILURE, format_json({"failure": failure}))
 
     def failure(self) -> str | None:
         """Read the reason in `gate_failed.json`, or return None."""
@@ -272,7 +272,7 @@ def record_command(run: Path) -> None:
     """Write `command.json` if a command line started this process."""
     if (words := typed_command()) is not None:
         # ASCII escapes: arguments may contain bytes outside UTF-8.
-        atomic_write(run / COMMAND, _format_command(words))
+        write_atomically(run / COMMAND, _format_command(words))
 
 
 def _format_command(words: Sequence[str]) -> str:

@@ -88,12 +88,12 @@ def inspect_path(path: Path, options: InspectionOptions, kinds: Mapping[str, Art
         first, *more = _format_facts(path, facts)
         for line in [first, *(f"  {line}" for line in summary), *more,
                      *(f"  row {n}: {_shorten_value(row)}" for n, row in enumerate(rows, 1))]:
-            print(visible(line))
+            print(escape_controls(line))
     stream = sys.stderr if options.json else sys.stdout
     if options.clear:
-        print(visible(_clear_unfinished_work(path)), file=stream)
+        print(escape_controls(_clear_unfinished_work(path)), file=stream)
     if options.verify:
-        print(visible(_verify_artifact(path, facts, kind)), file=stream)
+        print(escape_controls(_verify_artifact(path, facts, kind)), file=stream)
 
 
 def _verify_artifact(path: Path, facts: Mapping[str, Any], kind: ArtifactKind | None) -> str:
@@ -221,6 +221,6 @@ def _clear_unfinished_work(path: Path) -> str:
     if not work.is_dir():
         raise UserError(f"--clear: no work on {path} is unfinished")
     # Hold the work's lock: a running command must not lose files.
-    with lock_folder(work, path), disk_errors(work):
+    with lock_folder(work, path), translate_disk_errors(work):
         delete_work(path)
     return f"{path}: its unfinished work is deleted"

@@ -46,12 +46,12 @@ class RunLock:
             UserError: a living run holds the lock, or the folder is not writable.
         """
         # One critical section: two starters that both find a dead holder must not both write.
-        with disk_errors(self._file), critical_section(self._file.parent):
+        with translate_disk_errors(self._file), critical_section(self._file.parent):
             record = read_lock(self._file.parent)
             if record is not None and self._has_living_holder(record):
                 raise UserError(f"{self._file.parent}: is held by a living run (process {record['pid']} on "
                                 f"{record['host']}); wait for it, stop it, or choose another --run")
-            atomic_write(self._file, self._format_record())
+            write_atomically(self._file, self._format_record())
         self._thread.start()
 
     def release(self) -> None:
@@ -94,7 +94,7 @@ class RunLock:
                           file=sys.stderr, flush=True)
                     # Two runs must not write into one folder, not even a last checkpoint.
                     os._exit(ExitCode.CRASH)
-                atomic_write(self._file, self._format_record())
+                write_atomically(self._file, self._format_record())
             except (UserError, OSError) as e:  # later heartbeats may still renew the lease
                 warn(f"{self._file}: cannot write the heartbeat ({e})")
 
@@ -120,7 +120,7 @@ def read_lock(run: Path) -> dict[str, Any] | None:
 
 def delete_lock(run: Path) -> None:
     """Delete `lock.json` after the holder's death, which the caller has checked."""
-    with disk_errors(run):
+    with translate_disk_errors(run):
         (run / LOCK).unlink(missing_ok=True)
 
 

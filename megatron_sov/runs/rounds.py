@@ -46,7 +46,7 @@ def record_or_check_settings(folder: Path, file: Path, settings: dict[str, Any],
         raise UserError(f"{option} {folder}: is a file; choose another one")
     # Without results no setting can contradict anything.
     if not _has_other_files(folder, {file, *rewritten_files}):
-        write_output(file, to_json(settings))
+        write_output(file, format_json(settings))
         return
     if not file.is_file():
         raise UserError(f"{folder}: is not empty and holds no {noun}; choose another {option}")
@@ -54,7 +54,7 @@ def record_or_check_settings(folder: Path, file: Path, settings: dict[str, Any],
         recorded = dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as e:
         raise UserError(f"{file}: is damaged ({e}); restore it, or choose another {option}") from None
-    current = json.loads(to_json(settings))  # JSON turns tuples into lists, as in the file
+    current = json.loads(format_json(settings))  # JSON turns tuples into lists, as in the file
     changed = {name: value for name, value in current.items() if recorded.get(name) != value}
     if changed:
         descriptions = [f"{name} = {recorded.get(name)}, now it is {value}"
@@ -166,7 +166,8 @@ class RunPolicies:
         """
         # In the middle of a round the digest came from the checkpoint.
         if not step % self.rollout.steps_per_round:
-            self._trained = _hash_texts(self.at(step).sha256, documents_sha256, to_json(dict(self.settings)))
+            settings = format_json(dict(self.settings))
+            self._trained = _hash_texts(self.at(step).sha256, documents_sha256, settings)
 
     def state(self) -> dict[str, Any]:
         """Return JSON values for `state.json`."""

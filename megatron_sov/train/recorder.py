@@ -24,7 +24,7 @@ from megatron_sov.engine.model import gpu_settings, specs
 from megatron_sov.engine.parallel.device import on_gpu
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
-from megatron_sov.model.families.count import num_params, train_flops_per_token
+from megatron_sov.model.families.count import compute_train_flops_per_token, count_params
 from megatron_sov.runs.checkpoints import CHECKPOINT_KIND
 from megatron_sov.runs.obs.events import EVENTS, EventLog
 from megatron_sov.runs.obs.history import NO_GRADIENT, SKIPPED_BY_SETTING

@@ -109,7 +109,7 @@ def continued(path: str) -> dict[str, Any]:
 @pytest.mark.distributed
 @pytest.mark.essential
 def test_checkpoint_is_bit_equal_across_layouts_and_resumes(ranks, job, tmp_path: Path) -> None:
-    from megatron_sov.base.artifacts import damaged_files, read_manifest
+    from megatron_sov.base.artifacts import find_damaged_files, read_manifest
     from megatron_sov.checkpoint.sharded_tensors import TensorReader
 
     names = [tmp_path / n for n in ("written", "split", "alone")]

@@ -160,7 +160,7 @@ def _defect(*args: Any) -> None:
 
 @pytest.mark.distributed
 def test_background_save_writes_the_copy_and_reports_errors(ranks: Any, job: Any, tmp_path: Path) -> None:
-    from megatron_sov.base.artifacts import damaged_files, read_manifest
+    from megatron_sov.base.artifacts import find_damaged_files, read_manifest
     from megatron_sov.checkpoint.sharded_tensors import TensorReader
 
     for name in ("beside", "problems"):
@@ -200,7 +200,7 @@ def test_background_save_writes_the_copy_and_reports_errors(ranks: Any, job: Any
 
 @pytest.mark.distributed
 def test_finish_after_error_completes_written_checkpoints(ranks: Any, job: Any, tmp_path: Path) -> None:
-    from megatron_sov.base.artifacts import damaged_files
+    from megatron_sov.base.artifacts import find_damaged_files
 
     (found,) = ranks(job(__file__, "behind_an_error", 2, {"folder": str(tmp_path)}))
     assert [f["there"] for f in found] == [["step-1"]] * 2 and find_damaged_files(tmp_path / "step-1") == []

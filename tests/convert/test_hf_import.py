@@ -229,7 +229,7 @@ PAGE = (Path(__file__).parents[2] / "docs/omni.md").read_text(encoding="utf-8")
 
 def ours(checkpoint: Path, ids: list[int], records: dict[str, np.ndarray]) -> torch.Tensor:
     """Return the logits of a row whose placeholders of one kind stand for records in order."""
-    config = settings_of(checkpoint)
+    config = read_checkpoint_settings(checkpoint)
     assert config.model.vision is not None and config.model.audio is not None
     pads = {PICTURES: config.model.vision, SOUNDS: config.model.audio}
     inputs = {}

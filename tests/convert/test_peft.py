@@ -207,8 +207,8 @@ def test_rslora_is_converted_to_alpha() -> None:
 
 def test_base_name_is_the_hub_or_run_name(tmp_path: Path) -> None:
     """The Hub name for models in the Hub's cache, the run's name for runs, never a path."""
-    assert hub_name(Path("/root/.cache/hub/models--Qwen--Qwen3-8B/snapshots/12ab")) == "Qwen/Qwen3-8B"
-    assert hub_name(tmp_path / "mymodel") == "mymodel"
+    assert find_hub_name(Path("/root/.cache/hub/models--Qwen--Qwen3-8B/snapshots/12ab")) == "Qwen/Qwen3-8B"
+    assert find_hub_name(tmp_path / "mymodel") == "mymodel"
     step, lost = tmp_path / "RUN/checkpoints/step-3", AdapterBase(tmp_path / "gone/checkpoints/step-3", "0")
     for content, name in (({"imported_from": "Qwen/Qwen3-8B"}, "Qwen/Qwen3-8B"), ({}, "RUN")):
         with create_artifact(step, "checkpoint", overwrite=True) as artifact:

@@ -90,7 +90,7 @@ def test_gradients_reach_encoders_exactly_when_they_are_trained(ranks: Any, job:
         "recipe": "tiny-qwen3", "out": str(tmp_path / name), "settings": [
             *FP64, f"media.train_encoders={encoders}", f"media.train_adapters={adapters}"]})
                       for name, (encoders, adapters) in cases.items()))
-    all_tensors = set(encoder_tensors(trained_config().model))
+    all_tensors = set(encoder_shapes(trained_config().model))
     places = {"audio.encoder.embed_positions.weight"}
     encoders = {key for key in all_tensors if ".encoder." in key}
     expected = {"both": places, "adapters": encoders, "none": all_tensors}
@@ -126,7 +126,7 @@ def test_a_run_starts_beside_a_model_without_encoders(ranks: Any, job: Any, tmp_
         intermediate_size=24, vision_use_head=False)).save_pretrained(tmp_path / "vit")
     ((tensors,),) = ranks(job(RUN, "started", 1, {"plain": str(tmp_path / "plain"),
                                                   "encoder": str(tmp_path / "vit")}))
-    all_tensors = set(encoder_tensors(trained_config().model))
+    all_tensors = set(encoder_shapes(trained_config().model))
     assert not set(tensors["checkpoint"]) & all_tensors and len(tensors["checkpoint"]) > 20
     assert set(tensors["folder"]) == {key for key in all_tensors if key.startswith("vision.encoder.")}
     assert set(tensors["neither"]) == all_tensors - set(tensors["folder"])

@@ -74,7 +74,7 @@ def test_invalid_model_settings_raise_user_error(name: str, value: object, said:
                                                  tmp_path: Path) -> None:
     raw = recipes.get("tiny-solar-open").to_dict()
     raw["model"][name] = value
-    with new_artifact(tmp_path / "step-1", CHECKPOINT_KIND) as artifact:
+    with create_artifact(tmp_path / "step-1", CHECKPOINT_KIND) as artifact:
         artifact.settings = raw
     with pytest.raises(UserError) as e:
         read_checkpoint_settings(tmp_path / "step-1")
@@ -83,7 +83,7 @@ def test_invalid_model_settings_raise_user_error(name: str, value: object, said:
 
 @pytest.mark.parametrize("raw", [{}, {"recipe": "x", "model": None}, {"recipe": "x", "model": []}], ids=str)
 def test_settings_of_other_artifacts_raise_user_error(raw: dict[str, object], tmp_path: Path) -> None:
-    with new_artifact(tmp_path / "step-1", CHECKPOINT_KIND) as artifact:
+    with create_artifact(tmp_path / "step-1", CHECKPOINT_KIND) as artifact:
         artifact.settings = raw
     with pytest.raises(UserError, match="its settings cannot be used"):
         read_checkpoint_settings(tmp_path / "step-1")
@@ -142,7 +142,7 @@ def test_prune_keeps_adapter_bases(run: Path, tmp_path: Path) -> None:
     (folder / "step-5" / ADAPTER_BASE_MARKER).unlink()
     prune_checkpoints(folder, 1)
     assert {p.name for p in folder.iterdir()} == {"step-100"}
-    with new_artifact(tmp_path / "imported", CHECKPOINT_KIND):
+    with create_artifact(tmp_path / "imported", CHECKPOINT_KIND):
         pass
     protect_adapter_base(tmp_path / "imported")
     assert not (tmp_path / "imported" / ADAPTER_BASE_MARKER).exists(), "nothing prunes it"
@@ -157,7 +157,7 @@ def test_rollback_renames_adapter_bases(run: Path) -> None:
     assert latest_checkpoint(folder) == folder / "step-5", "the run goes on from what is good"
     adapter = folder.parent / "adapter"
     assert find_adapter_base(adapter, base) == folder / "taken-back-step-100"
-    with new_artifact(folder / "step-100", "checkpoint") as again:  # the run comes by once more
+    with create_artifact(folder / "step-100", "checkpoint") as again:  # the run comes by once more
         again.content = {"step": 100}
     assert find_adapter_base(adapter, base) == folder / "taken-back-step-100"
     assert find_adapter_base(adapter, AdapterBase.from_checkpoint(folder / "step-100")) == folder / "step-100"

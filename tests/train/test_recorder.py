@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_sov import recipes
-from megatron_sov.base.artifacts import manifest_sha256, new_artifact
+from megatron_sov.base.artifacts import create_artifact, manifest_sha256
 from megatron_sov.checkpoint.save import SavedCheckpoint
 from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.engine.parallel.world import ParallelWorld

@@ -92,7 +92,7 @@ def run_pipeline(plan: PipelinePlan, output: Path, workers: int) -> None:
         UserError: the user's data, settings or disk are in the way; what is done stays.
     """
     # One run at a time in a folder: here by the lock, on a cluster by the jobs that are alive.
-    with lock_folder(output, output), disk_errors(output):
+    with lock_folder(output, output), translate_disk_errors(output):
         check_no_active_jobs(output)
         if is_complete(plan, output):
             print(f"{output}: complete from before")
@@ -108,7 +108,7 @@ def judge_documents(plan: PipelinePlan, output: Path, workers: int) -> None:
     Raises:
         UserError: as `run_pipeline`.
     """
-    with lock_folder(output, output), disk_errors(output):
+    with lock_folder(output, output), translate_disk_errors(output):
         _do_stages(plan, begin(plan, output), output, workers,
                    [stage for stage in stages(plan) if stage.kind != OUTPUT])
 

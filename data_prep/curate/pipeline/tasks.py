@@ -34,9 +34,9 @@ from data_prep.curate.pipeline.step import (
 from data_prep.curate.sources.formats import reader
 from data_prep.curate.sources.source import Broken, Raw, SourceSettings
 from data_prep.shards.shard_damage import place_in_run, way_out
-from megatron_sov.base.artifacts import disk_errors, new_file, new_folder
-from megatron_sov.base.errors import UserError, visible
-from megatron_sov.base.sealed import PLACE, SEAL, seal_file, seal_of, write_json
+from megatron_sov.base.artifacts import create_file, create_folder, translate_disk_errors
+from megatron_sov.base.errors import UserError, escape_controls
+from megatron_sov.base.sealed import SEAL, SEAL_PLACEHOLDER, read_seal, seal_file, write_sealed_json
 from megatron_sov.work.tables.parquet import TableFile, iter_row_groups
 
 GROUP_BYTES, GROUP_ROWS = 8 << 20, 1000

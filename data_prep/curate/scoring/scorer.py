@@ -21,9 +21,10 @@ from data_prep.curate.scoring.labels import (
 from data_prep.curate.scoring.ngram_settings import NgramSettings
 from data_prep.curate.scoring.ngrams import Ngrams
 from megatron_sov.base.artifacts import (
-    MANIFEST, damaged_files, new_artifact, read_manifest, refuse_existing, sha256_file, to_json)
-from megatron_sov.base.errors import UserError, how_to_install
-from megatron_sov.base.settings import Finite, ProblemCode, SettingsProblem, read
+    MANIFEST, check_output_folder, create_artifact, find_damaged_files, format_json, read_manifest,
+    sha256_file)
+from megatron_sov.base.errors import UserError, format_install_command
+from megatron_sov.base.settings import Finite, ProblemCode, SettingsProblem, parse_settings
 from megatron_sov.work.progress.progress_bar import create_bar
 
 ARTIFACT = "scorer"

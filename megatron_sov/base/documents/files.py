@@ -475,6 +475,7 @@ def arrow_batches(file: Path) -> Iterator[tuple[list[str], Iterator[Any]]]:
             is_file, is_old = begin == b"ARROW1", begin[:4] != _STREAM_END[:4]
             opened.seek(0)
             reader = ipc.open_file(opened) if is_file else ipc.open_stream(opened)
+            batches: Iterator[Any]
             if is_file:
                 batches = map(reader.get_batch, range(reader.num_record_batches))
             else:

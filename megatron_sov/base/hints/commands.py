@@ -10,6 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from megatron_sov.base.errors import Fix, UserError, suggest_name
+from megatron_sov.base.hints.foreign import read_foreign
+from megatron_sov.base.hints.kinds import kind_of_folder
 from megatron_sov.base.hints.lines import is_placeholder
 from megatron_sov.base.hints.table import by_word, normalize, table
 

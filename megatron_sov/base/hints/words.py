@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.errors import Fix, UserError, suggest_name, warn
-from megatron_sov.base.hints.foreign import (
-    OPTIONS_OF_KIND, blend_of, is_translated, kind_of_word, option_of_path, read_foreign, recipe_of)
+from megatron_sov.base.hints.foreign import blend_of, is_translated, read_foreign, recipe_of
+from megatron_sov.base.hints.kinds import OPTIONS_OF_KIND, kind_of_word, option_of_path
 from megatron_sov.base.hints.missing import placeholder, split_words
 from megatron_sov.base.hints.search import describe_found, find_by_meaning
 from megatron_sov.base.hints.table import by_word, last_part, normalize, note_on, table

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
-from megatron_sov.base.errors import UserError, format_install_command, suggest_name, suggest_spelling
+from megatron_sov.base.errors import Fix, UserError, format_install_command, suggest_name, suggest_spelling
 from megatron_sov.base.hints.removed import was_removed
 from megatron_sov.base.plugins.loading import (
     Kind, LoadedPlugin, PluginCode, is_reference, load_plugin, report_plugin_errors)
@@ -137,8 +137,8 @@ class Registry(Generic[T]):
         """
         if name in self._known:
             return self._known[name].value
-        close = nearest(name, [*self._built_in, *self._known])
-        raise UserError(self._unknown(name, recorded),
+        close = suggest_name(name, [*self._built_in, *self._known])
+        raise UserError(self._explain_unknown(name, recorded),
                         Fix(words={name: close.split("'")[1]}) if close else None)
 
     def code(self, name: str) -> PluginCode | None:

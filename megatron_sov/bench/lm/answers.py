@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.artifacts import disk_errors
+from megatron_sov.base.artifacts import translate_disk_errors
 from megatron_sov.work.progress.journal import Journal, iter_later_records
 from megatron_sov.work.progress.locks import try_lock_folder
 

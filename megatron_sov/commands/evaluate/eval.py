@@ -14,7 +14,7 @@ from megatron_sov.commands.evaluate.task import (
     HeldoutOptions, OutOptions, begin_task, measure_target, show_figures, write_figures)
 from megatron_sov.commands.shared_options import ModelPath, step_of
 from megatron_sov.infer.request import RankOptions
-from megatron_sov.model.config import Language, NeedleConfig, NeedleKind, data_paths
+from megatron_sov.model.config import Language, NeedleConfig, NeedleKind, parse_data_paths
 from megatron_sov.runs.launch_environment import is_first_rank
 from megatron_sov.work.progress.progress_bar import create_bar
 
@@ -139,7 +139,7 @@ def suite_of(args: NeedleOptions, target: Target) -> NeedleSuite:
     from megatron_sov.eval.needle.text import open_haystacks
     from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
 
-    sources = open_sources(data_paths(args.data), target.vocab_size or sys.maxsize, is_fixed=True)
+    sources = open_sources(parse_data_paths(args.data), target.vocab_size or sys.maxsize, is_fixed=True)
     check_same_tokens(tokenizer_folder(sources), target.tokenizer_folder)
     config = _config(args, target.config.needle if target.config else NeedleConfig())
     haystacks = open_haystacks(sources, "heldout", target.tokenizer_folder, languages=config.languages,

@@ -35,7 +35,7 @@ from megatron_sov.infer.request import (
     Batching, BatchSize, RankOptions, ResponseSampling, StopRule, Temperature)
 from megatron_sov.judge.rewards.registry import MadeReward, make, order
 from megatron_sov.judge.rewards.scoring import score_file
-from megatron_sov.model.config import data_paths
+from megatron_sov.model.config import parse_data_paths
 from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.runs.folder import RunEvents
 from megatron_sov.runs.launch_environment import is_first_rank
@@ -304,7 +304,7 @@ def run_pairs(args: PairsOptions) -> int:
 
     target = find_target(args.target)
     seq_len = args.seq_len or target.trained_tokens
-    sources = open_sources(data_paths(args.data), target.vocab_size, ("preference",))
+    sources = open_sources(parse_data_paths(args.data), target.vocab_size, ("preference",))
     check_same_tokens(tokenizer_folder(sources), target.tokenizer_folder)
     if not any(s.num_tokens.get("heldout") for s in sources):
         raise UserError(f"--data {', '.join(args.data)}: holds no pairs out, so there is nothing to judge "

@@ -347,7 +347,7 @@ def _facts(path: Path) -> dict[str, Any]:
         "weights": {"path": str(path), "num_tensors": len(weights.list_names()), "size_bytes": size_bytes,
                     "dtypes": ", ".join(f"{label} x {n:,}" for label, n in sorted(dtypes.items())),
                     **describe_adapter(weights)},
-        "parameters": dataclasses.asdict(num_params(weights.model)),
+        "parameters": dataclasses.asdict(count_params(weights.model)),
         "model": dataclasses.asdict(weights.model),
     }
 

@@ -12,8 +12,8 @@ from megatron_sov.base.documents import KINDS
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import format_count, format_days, format_money, format_value
 from megatron_sov.chat.vocabulary import check_same_tokens
-from megatron_sov.model.config import RunConfig, apply_settings, data_paths
-from megatron_sov.model.objectives import FORMATS, LEARNS_FROM
+from megatron_sov.model.config import RunConfig, apply_settings, parse_data_paths
+from megatron_sov.model.objectives import COMMAND_FORMATS, FORMATS
 from megatron_sov.operate.slurm.stages import StageWork, path_of
 from megatron_sov.operate.slurm.submission import Prepared, show
 from megatron_sov.plan.on_cluster import quote_run

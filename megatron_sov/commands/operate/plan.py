@@ -138,8 +138,8 @@ def _read_request(args: PlanOptions) -> RecipeRequest:
 def _base_of(start_from: Path, stage: Stage) -> RunConfig:
     """Return the settings that a stage of post-training begins with; weights are not opened."""
     from megatron_sov.model.families import supported as families
-    from megatron_sov.model.families.family import text_config
-    from megatron_sov.model.pretrained import CONFIG, hub_name, read_json
+    from megatron_sov.model.families.family import extract_text_config
+    from megatron_sov.model.pretrained import CONFIG, find_hub_name, read_json
     from megatron_sov.runs.checkpoints import IMPORTED_RECIPE, read_checkpoint_settings
     from megatron_sov.train.stages.stage_config import find_start
 
@@ -147,8 +147,8 @@ def _base_of(start_from: Path, stage: Stage) -> RunConfig:
     fields = read_json(start_from / CONFIG) if (start_from / CONFIG).is_file() else {}
     if "model_type" not in fields:
         settings = read_checkpoint_settings(find_start(start_from))
-        name = hub_name(start_from) if settings.recipe == IMPORTED_RECIPE else settings.recipe
-        return base_of_model(name, settings.model, "bf16", stage, settings.lora)
+        name = find_hub_name(start_from) if settings.recipe == IMPORTED_RECIPE else settings.recipe
+        return build_base_config(name, settings.model, "bf16", stage, settings.lora)
     try:
         fields = extract_text_config(fields)
         family = families.get_family(str(fields.get("model_type")))
@@ -171,7 +171,7 @@ def _completed(args: PlanOptions, asked: RecipeRequest, stage: Stage) -> RecipeR
     from megatron_sov.train.stages.stage_config import check_chats
     from megatron_sov.train.stages.stage_defaults import complete_stage
 
-    config = asked.config()
+    config = asked.resolve_config()
     said = {setting.partition("=")[0] for setting in asked.settings}
     if config.data.paths:
         sources = open_sources(config.data.paths, config.model.vocab_size, COMMAND_FORMATS[stage],
@@ -243,7 +243,7 @@ def _prove(args: PlanOptions, request: RecipeRequest) -> int:
         where = machines(args.cluster, args.nodes)
         config, num_ranks = placed(request, where).config, where.num_ranks
     else:
-        config = request.config()
+        config = request.resolve_config()
         num_ranks = args.nproc or math.lcm(config.parallel.ranks_per_replica,
                                            config.parallel.ranks_per_expert_replica)
     small, verdict = prove_run(config, num_ranks)
@@ -256,7 +256,7 @@ def _schedule(args: PlanOptions, request: RecipeRequest) -> int:
     from megatron_sov.plan.on_cluster import memory_lines
     from megatron_sov.plan.pages import telling
 
-    config = request.config()
+    config = request.resolve_config()
     # the fewest processes that are whole replicas of the trunk and of the experts
     num_ranks = args.nproc or math.lcm(config.parallel.ranks_per_replica,
                                        config.parallel.ranks_per_expert_replica)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_sov.base.documents.layouts import parse_renames
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.base.plugins.registry import PluginOrder
-from megatron_sov.base.settings import Flag, change, not_with, only_with, parse_nested
+from megatron_sov.base.plugins.registry import PluginRequest
+from megatron_sov.base.settings import Flag, apply_changes, excludes_field, parse_nested, requires_field
 from megatron_sov.chat.folder import read_chat_encoder, read_chat_fields
 from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.infer.asking import check_length

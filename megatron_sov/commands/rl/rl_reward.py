@@ -67,7 +67,7 @@ def run_reward(args: argparse.Namespace) -> int:
     with judging(options.reward, options.reward_set, options.workers) as judge:
         job = JudgingJob(store, Claims(store.claims, options.lease), version, judge, rounds,
                          {"reward": options.reward, "settings": list(options.reward_set)}, options.wait)
-        with create_bar("judge", sum(part.num_rows for part in job.missing()), "response") as bar:
+        with create_bar("judge", sum(part.num_rows for part in job.find_unjudged()), "response") as bar:
             job.progress = bar.update
             summary = job.run()
     return _tell_judged(options, version, summary)

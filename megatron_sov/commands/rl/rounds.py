@@ -132,7 +132,7 @@ def _config(args: RlGenerateOptions, num_prompts: int) -> RunConfig:
 
     asked = request_with_model(args, args.start_from, "policy")
     # as `rl train` completes them, or the two would count rounds otherwise
-    config = complete_stage(asked, asked.config(), "policy", None, num_prompts).config
+    config = complete_stage(asked, asked.resolve_config(), "policy", None, num_prompts).config
     problems = [*map(str, config.rollout.problems()), *_other_settings(args.run, config.rollout)]
     if problems:
         raise UserError(format_problems("rl generate", problems))
@@ -181,7 +181,7 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: P
     prompts = args.kept(prompts, aside, args.store)
     round_prompts(prompts, rollout, rounds[0])  # which refuses too few of them
     policy_of = partial(find_round_policy, args.run, start.path, rollout=rollout)
-    further: Further | None = None
+    further: FurtherPieces | None = None
     if config.policy.parts.max_gen_batches > 1:
         # the trainer knows which groups learn: until it has published a round, this one may grow
         def further(number: int) -> tuple[int, bool]:
@@ -264,7 +264,7 @@ def run_train(args: argparse.Namespace) -> int:
     options = read_options(RlTrainOptions, args)
     if not is_complete(options, "policy"):
         parsed = parse_rounds(options, lambda config: retain_policies(add_rounds(config)))
-        train_rounds(options, parsed, args.began_s, options.wait)
+        train_rounds(options, parsed, args.began_s, wait_s=options.wait)
     return ExitCode.OK
 
 
@@ -336,8 +336,10 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, *, w
         "train.steps": config.train.steps,
         "data": {text.name: hash_checkpoint_files(text.artifact) for text in texts
                  if text.artifact is not None}})
-    publisher = Publisher(config, args.run / ROUNDS, args.store, parsed.prompts, parsed.reward_version,
-                          tokenizer, policies.is_own, {} if producer is None else producer.writer.chosen_by)
+    publisher = Publisher(
+        config=config, rounds=args.run / ROUNDS, store=args.store, prompts=parsed.prompts,
+        reward_version=parsed.reward_version, tokenizer=tokenizer, is_own=policies.is_own,
+        chosen_by={} if rollouts is None else rollouts.settings.source.chosen_by)
     # rounds that were published from another store would be trained as if they were of this one
     publisher.check_store()
     teacher = live_teacher_of(args, config, tokenizer, args.nproc)
@@ -472,14 +474,25 @@ def _validation(args: RlRunOptions, parsed: ParsedRounds, training: LiveRollouts
                               environment=environment)
     prompts = kept(f"{VALIDATION_OPTION} {args.validation}", parsed.heldout, aside, folder)
     rollout = config.rollout.for_validation(len(prompts))
-    store = partial(RolloutStore.create_for, folder, start.tokenizer_folder, start.vocab_size)
-    asking = Producer(store, prompts, aside, rollout, args.run, writer, training.batching,
-                      parsed.reward_version, lambda: nullcontext(training.judge_rows), training.provenance,
-                      servers=training.servers)
-    samples, right_from = SampledRounds(config.obs.sample_rows, rollout.rounds), config.policy.right_from
-    return Validation(args.run, asking, config.rollout, len(prompts) * rollout.samples_per_prompt, right_from,
-                      samples, measured_by(prompts, parsed.reward_version, rollout, writer.chosen_by,
-                                           right_from))
+    settings = replace(
+        training.settings, store=StoreSettings(folder, start.tokenizer_folder, start.vocab_size),
+        prompts=prompts, set_aside=aside, rollout=rollout, source=source, max_gen_batches=1)
+    return Validation(
+        run=args.run, rollouts=LiveRollouts(settings=settings, reward=training.reward,
+                                            writer=_writer(args, settings, servers)),
+        rollout=config.rollout, num_responses=len(prompts) * rollout.samples_per_prompt,
+        right_from=config.policy.right_from, samples=SampledRounds(config.obs.sample_rows, rollout.rounds),
+        measured_by=digest_conditions(prompts=prompts, reward_version=parsed.reward_version, rollout=rollout,
+                                      chosen_by=source.chosen_by, right_from=config.policy.right_from))
+
+
+def _writer(args: RlRunOptions, settings: GenerationSettings, servers: LiveServers | None) -> RolloutWriter:
+    from megatron_sov.post.rl.generate.requests import RequestWriter
+    from megatron_sov.post.rl.generate.writers import RowWriter
+
+    if servers is None:
+        return RowWriter(settings=settings, batching=Batching(args.batch_size))
+    return RequestWriter(settings, servers)
 
 
 def _live_servers(args: RlRunOptions, config: RunConfig, start: Target) -> LiveServers | None:

@@ -77,7 +77,7 @@ def _run(args: ToolsRunOptions) -> int:
     limits = apply_changes(LIMITS[args.limits], args.changes, "--limit")
     tasks = tasks_of(environment, args.environment, args.tasks)
     check_model_path(args.target)
-    refuse_existing(args.output, KIND, args.overwrite)
+    check_output_folder(args.output, KIND, args.overwrite)
 
     from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 

@@ -191,7 +191,7 @@ def _refuse_no_teacher(args: DistillOptions) -> None:
         raise UserError("--teacher: is missing; name whose distributions are learned, or, where it has read "
                         "the data, what it said (--states)")
     for given in args.teacher:
-        check_model_path(Path(named_shards(given)[1]), "--teacher ")
+        check_model_path(Path(split_source_name(given)[1]), "--teacher ")
     for path in () if args.teacher else args.states:
         check_model_path(path, "--states ")
 

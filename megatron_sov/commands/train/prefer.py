@@ -16,8 +16,8 @@ from megatron_sov.base.settings import Flag, add_options, read_options
 from megatron_sov.commands.train.gate_options import (
     TunedOptions, gate_of, is_complete, refuse_unknown_benchmarks)
 from megatron_sov.model.config import RunConfig
-from megatron_sov.model.config.post_training import WITH_REFERENCE, PreferenceMethod
-from megatron_sov.model.objectives import factory
+from megatron_sov.model.config.post_training import REFERENCE_METHODS, PreferenceMethod
+from megatron_sov.model.objectives import get_factory
 from megatron_sov.runs.checkpoints import (
     CHECKPOINT_KIND, RUN, check_folder_kind, check_model_path, find_checkpoint)
 from megatron_sov.train.stages.stage_config import ParsedStage, parse_stage

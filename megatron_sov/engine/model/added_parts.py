@@ -153,7 +153,7 @@ class LinearAdapter(torch.nn.Module):
             parts[factors.of.part] = factors
         return parts
 
-    def _layout(self, first: Adapted) -> tuple[list[int], int, list[int]]:
+    def _layout(self, first: AdaptedModule) -> tuple[list[int], int, list[int]]:
         """Return the fused weight's local rows as axes, the axis that concatenates modules, and the modules'
         extents on that axis (`families.weights.Layout`)."""
         cut = self._group.size() if self._column else 1

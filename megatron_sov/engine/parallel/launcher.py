@@ -48,7 +48,7 @@ def plan_file(work: Callable[[], Any], num_threads: int) -> Iterator[int]:
     """
     with tempfile.TemporaryFile() as file:
         # first the part that makes the pickle importable
-        pickle.dump((num_threads, files_that_ran(), models.FAMILY_PLUGINS.named()), file)
+        pickle.dump((num_threads, list_executed_files(), models.FAMILY_PLUGINS.named()), file)
         _Pickler(file).dump(work)
         file.flush()
         yield file.fileno()

@@ -63,8 +63,8 @@ def load_storage_extension(recompute_modules: Collection[str] | None) -> None:
     try:
         random._share_storage_ext = _load(file)
     except (ImportError, OSError) as e:
-        raise UserError(f"{file}: cannot be loaded ({first_line(e)}), and the first process of this node "
-                        "compiled it; set TORCH_EXTENSIONS_DIR to a folder that all processes of a node "
+        raise UserError(f"{file}: cannot be loaded ({first_error_line(e)}), and the first process of this "
+                        "node compiled it; set TORCH_EXTENSIONS_DIR to a folder that all processes of a node "
                         "share") from e
 
 

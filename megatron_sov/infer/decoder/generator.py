@@ -376,7 +376,7 @@ class MegatronEngine:
                      for i in range(rank, len(prompts), size)]
         # The cache fits the sequences of this process.
         longest = max((s.prompt_tokens + s.limit for s in sequences), default=sampling.max_new_tokens)
-        slots = self._batching.slots(len(sequences), longest, self._model.model.architecture.state_tokens())
+        slots = self._batching.slots(len(sequences), longest, self._model.model.architecture.count_state_tokens())
         cache = CacheSize(slots, longest, 1 + sampling.num_drafts)
         with CachedDecoder(self._model, cache, with_routes=sampling.with_routes) as decoder:
             run = Decoding(decoder, cache, self._batching.prefill_tokens, sequences, sampling.num_drafts)

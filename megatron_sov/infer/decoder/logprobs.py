@@ -55,7 +55,7 @@ def answer_logprobs(model: ForwardModel, questions: Sequence[Question], batching
     longest = max(len(q.prompt) + len(answer) for q in questions for answer in q.answers)
     # One slot holds the prompt, which is copied for its answers.
     slots = 1 + bounds.slots(max(len(q.answers) for q in questions), longest,
-                             model.model.architecture.state_tokens())
+                             model.model.architecture.count_state_tokens())
     # Questions of other processes stay zero: the sum over processes is the whole table.
     logprobs = torch.zeros(len(questions), max(len(q.answers) for q in questions),
                         max(len(answer) for q in questions for answer in q.answers), dtype=torch.float64)

@@ -377,7 +377,7 @@ class Fleet:
             server.pause()
             server.update(weights.files, weights.version)
             server.resume()
-        except NeverAnswered as e:
+        except RequestRefused as e:
             if "HTTP 404" not in str(e):  # with the routes, an update may succeed after a restart
                 raise
             raise UserError(f"{server.url}: does not support weight updates ({e}); start the server as in "
@@ -412,9 +412,9 @@ class Fleet:
         server = member.server
         try:
             if server is None:
-                raise BadAnswer("the server is down", is_away=True)
+                raise BadAnswer("the server is down", is_unavailable=True)
             answers = server.write(task.request)
-        except NeverAnswered as e:
+        except RequestRefused as e:
             self._finish_task(member, task, UserError(f"the engine refuses a request: {e}"))
         except (BadAnswer, TimeoutError) as e:
             self._requeue(member, task, e)

@@ -63,7 +63,7 @@ def load_hf(folder: Path, dtype: torch.dtype | None = None) -> Any:
     dtype = dtype or PRECISION[inference_precision()]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_export(folder)
-    options = {"dtype": dtype, **low_bit_options(folder)}
+    options = {"dtype": dtype, **find_low_bit_options(folder)}
     model: Any = load_pretrained(AutoModelForCausalLM, folder, left_out=list_ignored_prefixes(folder),
                                  **options)
     if options["dtype"] != dtype:

@@ -60,7 +60,7 @@ def server_settings(engine: str, settings: Sequence[str], option: str) -> Engine
     Raises:
         UserError: a setting does not exist, is not supported by the engine, or contradicts another setting.
     """
-    servers = change(EngineServers(), list(settings), option)
+    servers = apply_changes(EngineServers(), list(settings), option)
     if problems := servers.problems() + servers.problems_of(engine):
         raise SettingsError(option, problems)
     return servers
@@ -109,7 +109,7 @@ class WeightFiles:
 
     def write(self, weights: NamedTensors) -> list[str]:
         """Write a set of weight files; files of earlier calls stay."""
-        with disk_errors(self._folder):
+        with translate_disk_errors(self._folder):
             version_folder = self._folder / str(next(self._numbers))
             version_folder.mkdir(parents=True)
             files: list[str] = []

@@ -138,7 +138,7 @@ class EngineServers:
         from megatron_sov.infer.vllm_worker.sov_weight_group import send_files
 
         # Pass the GPU explicitly: each thread has its own current device.
-        return partial(send_files, device=f"cuda:{own_gpu_index(torch.cuda.device_count())}" if on_gpu()
+        return partial(send_files, device=f"cuda:{local_gpu_index(torch.cuda.device_count())}" if on_gpu()
                        else "cpu")
 
     def devices_of(self, number: int) -> str | None:
@@ -206,7 +206,7 @@ class OwnServer:
         self._with_routes = with_routes
         self._command = list(command) or [_find_interpreter(python), *self._program.words]
         self.log = logs / f"engine-{number}.log"
-        self._process: KeptCommand | None = None
+        self._process: SupervisedCommand | None = None
         self._lock = threading.Lock()
         self._is_over = False
 
@@ -222,7 +222,7 @@ class OwnServer:
         with open(self.log, "ab") as out, self._lock:
             if self._is_over:
                 return None
-            self._process = KeptCommand(self.words(port), self._build_environment(), out)
+            self._process = SupervisedCommand(self.words(port), self._build_environment(), out)
         server = self._program.connect(f"http://127.0.0.1:{port}", self._settings)
         ends_s = time.monotonic() + self._settings.start_s
         while not server.is_healthy():

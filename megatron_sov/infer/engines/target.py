@@ -51,13 +51,15 @@ class Target:
     @property
     def config(self) -> RunConfig | None:
         """Config of the training; None for imported models."""
-        config = None if self.is_hf else settings_of(self.path)
-        return None if config is None or config.recipe == IMPORTED else config
+        config = None if self.is_hf else read_checkpoint_settings(self.path)
+        return None if config is None or config.recipe == IMPORTED_RECIPE else config
 
     @property
     def model(self) -> ModelConfig:
         """Architecture; raises `UserError` for a Hugging Face folder of an unsupported family."""
-        return convert.open_weights(self.path).model if self.is_hf else settings_of(self.path).model
+        if self.is_hf:
+            return convert.open_weights(self.path).model
+        return read_checkpoint_settings(self.path).model
 
     @property
     def vocab_size(self) -> int:
@@ -67,7 +69,7 @@ class Target:
     @property
     def step(self) -> int | None:
         """Optimizer steps of a checkpoint; None for a Hugging Face folder."""
-        return None if self.is_hf else int(read_manifest(self.path, KIND).content["step"])
+        return None if self.is_hf else int(read_manifest(self.path, CHECKPOINT_KIND).content["step"])
 
     @property
     def max_tokens(self) -> float:
@@ -106,9 +108,9 @@ def find_target(path: Path) -> Target:
     check_model_path(path)
     if convert.is_hf_folder(path):
         return Target(path, True)
-    refuse_no_model(path)
-    if (path / CONFIG).is_file() and not (path / CHECKPOINTS_OF_A_RUN).is_dir():
-        weight_files(path)  # raises an error with the missing files
+    check_model_folder(path)
+    if (path / CONFIG).is_file() and not (path / CHECKPOINTS_FOLDER).is_dir():
+        find_weight_files(path)  # raises an error with the missing files
     return Target(find_checkpoint(path), False)
 
 
@@ -142,13 +144,14 @@ def inference_config(checkpoint: Path, settings: Sequence[str], nproc: int | Non
         UserError: a setting does not exist or changes adapters, or the layout does not fit the model or the
             number of processes.
     """
-    trained_config = settings_of(checkpoint)
+    trained_config = read_checkpoint_settings(checkpoint)
     # The layout of the training run does not matter for inference.
     train = dataclasses.replace(trained_config.train, precision=inference_precision(), num_threads=0,
                                 deterministic=False)
     config = dataclasses.replace(trained_config, parallel=ParallelConfig(), train=train)
     config = apply_settings(config, settings, option)
-    if identity(config.lora, trained_config.model) != identity(trained_config.lora, trained_config.model):
+    model = trained_config.model
+    if adapter_identity(config.lora, model) != adapter_identity(trained_config.lora, model):
         # Untrained adapters would have no effect.
         setting = next(setting for setting in settings if setting.startswith("lora"))
         raise UserError(f"{option} {setting}: the adapters of {checkpoint} are fixed by its training; leave "
@@ -161,6 +164,6 @@ def inference_config(checkpoint: Path, settings: Sequence[str], nproc: int | Non
 
 def report_precision(path: Path, engine: str, precision: str) -> None:
     """Print engine, precision and device to standard error."""
-    if is_first():
+    if is_first_rank():
         print(f"{path}: runs in {engine} with {precision} on {'a GPU' if on_gpu() else 'the CPU'}",
               file=sys.stderr, flush=True)

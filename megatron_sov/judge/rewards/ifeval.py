@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 from unittest.mock import patch
 
-from megatron_sov.base.errors import UserError, how_to_install, nearest, told_in_a_line
+from megatron_sov.base.errors import UserError, format_error, format_install_command, suggest_name
 from megatron_sov.chat.marks import unquote_marks
 from megatron_sov.judge.rewards.reward import Refused, Row, Score, text_of, told_short
 

@@ -154,10 +154,10 @@ class Judge:
 
     def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together, and what is missing."""
-        return [*find_address_problems("endpoint", self.endpoint, "api_key_env"), *find_broken(
+        return [*find_address_problems("endpoint", self.endpoint, "api_key_env"), *find_broken_rules(
             self, "", (not self.max_cost or bool(self.input_price or self.output_price), "max_cost",
              "needs input_price and output_price, or no cost is known")),
-            *map(as_problem, find_missing_libraries())]
+            *map(to_problem, find_missing_libraries())]
 
     def score(self, row: Row) -> Score:
         """Return what the judge makes of the response to the row's `prompt`.

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from megatron_sov.base.errors import UserError, told_in_a_line
+from megatron_sov.base.errors import UserError, format_error
 from megatron_sov.chat.marks import to_hermes_form
 from megatron_sov.chat.tool_calls import parse_turn
 

@@ -308,7 +308,7 @@ def score_file(asked: PluginRequest, made: MadeReward, source: Path, output: Pat
                 summary.tally.add(row["reward"], row["status"], row["reason"], f"line {line}")
 
         run_job(Job(made_by="megatron-sov score", output=output, items=batches, do=local_executor(score),
-                    identity={"input": file_digest(source), "reward": asked.name,
+                    identity={"input": hash_file(source), "reward": asked.name,
                               # another reward, input or batch size would mix with what a killed run left, so
                               # it is refused
                               "reward_version": made.version, "batch_rows": BATCH_ROWS},

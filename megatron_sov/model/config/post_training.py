@@ -510,7 +510,7 @@ class PolicyConfig:
                  "must be 0: policy.method = gkd learns the whole distribution")]
 
     def _sampling_problems(self, rollout: RolloutConfig) -> list[SettingsProblem]:
-        return find_broken(
+        return find_broken_rules(
             rollout, "rollout",
             (rollout.top_p == 1 or self.learns_distributions or self.learns_preferences, "top_p",
              f"must be 1: policy.method = {self.method} compares probabilities of the whole distribution"),
@@ -560,7 +560,7 @@ class PolicyConfig:
                 "rollout.budget_text"))
         bound, corrects = self.correction_bound, self.correction != "none"
         has_bound = self.correction_high is not None or self.correction in ("none", "token_truncate")
-        return problems + find_broken(
+        return problems + find_broken_rules(
             self, "policy",
             (has_bound, "correction_high", f"must be a number: policy.correction = {self.correction} needs "
              "it", "set it"),

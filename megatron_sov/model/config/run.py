@@ -333,7 +333,7 @@ def from_dict(raw: dict[str, Any], where: str = "config") -> RunConfig:
     Raises:
         SettingsError: unknown settings (with the nearest known name), wrong types or values out of bounds.
     """
-    return read(RunConfig, without_removed(raw) if isinstance(raw, dict) else raw, where,
+    return parse_settings(RunConfig, without_removed(raw) if isinstance(raw, dict) else raw, where,
                 instead=_suggest_setting,
                 rules=False)
 
@@ -437,7 +437,7 @@ def apply_settings(config: RunConfig, settings: Sequence[str], option: str = "--
     """
     changes = parse_changes(settings, option)
     previous = config.to_dict()
-    raw = assign_all(config, changes, option, _suggest_setting)
+    raw = assign_values(config, changes, option, _suggest_setting)
     for switch, numbers in SWITCHES:
         if switch in changes and _get_value(raw, switch) != _get_value(previous, switch):
             group = switch.partition(".")[0]

@@ -132,7 +132,7 @@ def infer_architecture(stated: Stated, family: str = "",
                if name not in {**fields, **overrides_known}]
     problems += [f"model.{name} is missing; pass --set model.{name}=N" for name in missing]
     if problems:
-        raise UserError(list_problems("the model's settings", problems))
+        raise UserError(format_problems("the model's settings", problems))
     fields |= overrides_known
     # Families with experts are skipped for dense models, although their number of experts could be 0.
     names = [family] if family else [
@@ -153,7 +153,7 @@ def infer_architecture(stated: Stated, family: str = "",
                         "--family")
     reasons = {name: _find_mismatches(name, fields) for name in names}
     nearest = min(reasons, key=lambda name: len(reasons[name]))
-    raise UserError(list_problems(f"the model's settings: fit no family; the nearest is '{nearest}'",
+    raise UserError(format_problems(f"the model's settings: fit no family; the nearest is '{nearest}'",
                                   reasons[nearest], "pass --family, and --set model.NAME=VALUE to correct a "
                                                     "setting"))
 

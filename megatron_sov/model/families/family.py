@@ -102,7 +102,7 @@ NESTED_TEXT_MODELS = {
 def extract_text_config(config: dict[str, Any]) -> dict[str, Any]:
     """Return the config of the text model: the nested config for multimodal folders, else `config`."""
     inside = NESTED_TEXT_MODELS.get(str(config.get("model_type")))
-    return config if inside is None else inside.config(config)
+    return config if inside is None else inside.extract_config(config)
 
 
 
@@ -240,8 +240,8 @@ class Family:
         # A field that the config map cannot write must have its common value, or exports would lose it.
         fixed = {name: value for name,
                  value in COMMON_VALUES.items() if name not in self.varies} | self.structure
-        p = find_broken(model, "model", *(
-            (getattr(model, name) == value, name, f"must be {show(value)} in family '{self.name}'")
+        p = find_broken_rules(model, "model", *(
+            (getattr(model, name) == value, name, f"must be {format_setting(value)} in family '{self.name}'")
             for name, value in fixed.items()), (
                 not self.needs_shared_expert or model.num_shared_experts >= 1, "num_shared_experts",
                 f"must be at least 1 in family '{self.name}'"))
@@ -258,7 +258,7 @@ class Family:
 
     def check(self, model: ModelConfig) -> None:
         """Raise `SettingsError` for all rules that `model` violates, in general and for this family."""
-        problems = ([problem.below("model") for problem in check(model)]
+        problems = ([problem.with_prefix("model") for problem in find_declaration_problems(model)]
                     or model.problems() + self.problems(model))
         if problems:
             raise SettingsError(f"model of family '{self.name}'", problems)

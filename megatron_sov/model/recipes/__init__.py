@@ -314,7 +314,7 @@ def _find_recipe(name: str) -> Recipe:
 
 
 def _check_recipe(loaded: LoadedPlugin) -> None:
-    if not callable(loaded.value) or not takes(loaded.value, ()):
+    if not callable(loaded.value) or not accepts_arguments(loaded.value, ()):
         raise UserError(f"{loaded.reference}: is {loaded.value!r}; a recipe is a function without arguments "
                         "that returns a RunConfig")
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from megatron_sov.base.errors import Fix, UserError, download, nearest
-from megatron_sov.base.plugins.loading import is_reference, load
+from megatron_sov.base.errors import Fix, UserError, suggest_download, suggest_name
+from megatron_sov.base.plugins.loading import is_reference, load_plugin
 from megatron_sov.base.plugins.registry import Registry
 from megatron_sov.base.settings import (
     Flag, Place, ProblemCode, SettingsError, SettingsProblem, find_inert_settings, get_inner_hint,
@@ -71,7 +71,7 @@ class RecipeOptions(PluginOptions):
     @staticmethod
     def setting_texts() -> dict[str, str]:
         """Return setting -> help text; for list items, settings of item 0."""
-        return {name: field_texts(cls).get(name.rpartition(".")[2], "")
+        return {name: get_field_docstrings(cls).get(name.rpartition(".")[2], "")
                 for name, cls, has_settings in iter_settings(RunConfig) if not has_settings}
 
 
@@ -94,7 +94,7 @@ def load_plugins(references: Sequence[str]) -> None:
         UserError: a file fails, or names neither a family nor an objective.
     """
     for reference in references:
-        loaded = load(reference)
+        loaded = load_plugin(reference)
         (models.FAMILY_PLUGINS
          if isinstance(loaded.value, Family) else objectives.OBJECTIVE_PLUGINS).add(loaded)
 
@@ -144,8 +144,8 @@ class RecipeRequest:
         requested_keys = self.changed | {setting.partition("=")[0] for setting in self.settings}
         if self.resumed is not None:
             requested_keys = frozenset(key for key in requested_keys
-                                       if value_at(config, key) != value_at(self.resumed, key))
-        if problems := find_inert(config, sorted(requested_keys), facts):
+                                       if get_setting(config, key) != get_setting(self.resumed, key))
+        if problems := find_inert_settings(config, sorted(requested_keys), facts):
             raise SettingsError("", problems)
 
     def resolve_config(self, defaults: Sequence[str] = (), own: Sequence[str] = ()) -> RunConfig:
@@ -213,7 +213,7 @@ def request_recipe(args: RecipeOptions, of_model: Callable[[], RunConfig] | None
         base = file.apply_to(base)
     layered = frozenset(".".join(place) for file in files for place,
                         _ in _iter_leaves(RunConfig, file.value, ()))
-    changed = {key for key in layered if value_at(base, key) != value_at(recipe, key)}
+    changed = {key for key in layered if get_setting(base, key) != get_setting(recipe, key)}
     if from_file:
         changed |= _find_changed_settings(recipe)
     return RecipeRequest(base, settings, from_file, is_model_only=is_of_model, layered=layered,
@@ -239,7 +239,7 @@ LENGTHS = ("rollout.rounds", "train.epochs", "train.steps", "train.tokens")
 
 def _refuse_two_lengths(config: RunConfig, said: Collection[str]) -> None:
     """Reject a run length that another setting overrides."""
-    lengths = [key for key in LENGTHS if key in said and value_at(config, key)]
+    lengths = [key for key in LENGTHS if key in said and get_setting(config, key)]
     budgets = [f"data.phases.{i}.tokens" for i, phase in enumerate(config.data.phases)
                if phase.tokens and {"data.phases", f"data.phases.{i}.tokens"} & set(said)]
     if "train.tokens" in lengths:
@@ -272,7 +272,7 @@ def request_training(args: TrainingOptions, objective: BuiltIn, *, needs_data: b
     request = request_recipe(args, of_model)
     if needs_data and not args.data and not request.base.data.paths:
         raise UserError("--data: is missing; pass a file of chats, pairs or text, or a folder made by "
-                        "`sov-data pack`")
+                        "`sov-data pack`", Fix(options=("--data", "DIR")))
     learned = request.base.objective
     before = lengthens and request.base.extend.stages and not request.from_file
     if learned.name == "lm" or before:  # "lm" is the default of recipes without an objective
@@ -288,8 +288,8 @@ def _load_recipe(recipe: str) -> RunConfig:
     if "=" in recipe and not is_reference(recipe):
         raise UserError(f"{recipe}: is a setting in the place of RECIPE; write --set {shlex.quote(recipe)}, "
                         "and name a recipe (`megatron-sov recipes` lists all)")
-    if download(recipe) and ":" not in recipe:
-        close = nearest(recipe.rpartition("/")[2].lower(), recipes.names())
+    if suggest_download(recipe) and ":" not in recipe:
+        close = suggest_name(recipe.rpartition("/")[2].lower(), recipes.names())
         raise UserError(f"{recipe}: is a model name on the Hugging Face hub, not a recipe{close} "
                         "(`megatron-sov recipes` lists all); pass weights by --from HF_DIR")
     name = recipes.RECIPE_PLUGINS.load(recipe) if is_reference(recipe) else recipe
@@ -373,7 +373,7 @@ def _iter_leaves(cls: Any, value: Any, place: tuple[str, ...]) -> Iterator[tuple
         yield place, value
         return
     for key, inner in value.items():
-        hint = hint_below(cls, key) if key in fields_of(cast(Any, cls)) else None
+        hint = get_inner_hint(cls, key) if key in list_fields(cast(Any, cls)) else None
         yield from _iter_leaves(hint, inner, (*place, key))
 
 

@@ -16,9 +16,9 @@ from annotated_types import Ge, Le
 from safetensors import safe_open
 from torch import nn
 
-from megatron_sov.base.artifacts import refuse_existing
-from megatron_sov.base.errors import UserError, told_in_a_line
-from megatron_sov.base.settings import ProblemCode, SettingsError, SettingsProblem, problems_of
+from megatron_sov.base.artifacts import check_output_folder
+from megatron_sov.base.errors import UserError, format_error
+from megatron_sov.base.settings import ProblemCode, SettingsError, SettingsProblem, find_all_problems
 from megatron_sov.chat.limits import TemplateTimeout, limit_resources
 from megatron_sov.omni.codecs.folder import KIND, codec_class, save_codec
 from megatron_sov.omni.codecs.ta_tok import ta_tok_state

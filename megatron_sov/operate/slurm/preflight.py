@@ -58,7 +58,7 @@ def look_alone(report: Report, scratch: Path, transformer_engine: bool = False) 
         try:
             importlib.import_module("transformer_engine.pytorch")
         except Exception as e:  # it fails in many ways: missing libraries, wrong CUDA
-            report.transformer_engine_error = told_in_a_line(e)
+            report.transformer_engine_error = format_error(e)
     device = torch.device("cpu")
     if report.num_gpus:
         device = torch.device("cuda", local_gpu_index(report.num_gpus))

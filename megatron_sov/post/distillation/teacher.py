@@ -78,13 +78,13 @@ def read_documents(reading: TeacherReading, out: Path, settings: Sequence[str], 
             read.
     """
     _check_kept(reading)
-    if is_first():  # checked before a large model is loaded
-        refuse_existing(out, KIND, overwrite)
+    if is_first_rank():  # checked before a large model is loaded
+        check_output_folder(out, KIND, overwrite)
     translated = reading.kept.translated
     # The vocabulary of a translated teacher does not bound the ids of the data.
     sources = open_sources(reading.data, sys.maxsize if translated else reading.target.vocab_size, FORMATS)
     if not translated:
-        refuse_other_tokens(tokenizer_folder(sources), reading.target.tokenizer_folder)
+        check_same_tokens(tokenizer_folder(sources), reading.target.tokenizer_folder)
     translation = _build_translation(reading, sources)
     parts = parts_of(sources, reading.splits, reading.part_tokens)
     # The layout changes the last digits at most, so a killed job may continue at another layout.
@@ -323,6 +323,6 @@ def whole_states(hidden: torch.Tensor, model: ForwardModel) -> torch.Tensor:
 
 def _write(file: Path, states: list[torch.Tensor]) -> None:
     """Write rows to a file atomically; raise `UserError` if the disk is full."""
-    with new_file(file) as temporary, open(temporary, "wb") as f:
+    with create_file(file) as temporary, open(temporary, "wb") as f:
         for row in states:
             f.write(row.contiguous().view(torch.uint8).numpy().data)

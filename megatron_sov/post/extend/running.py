@@ -25,8 +25,8 @@ from megatron_sov.infer.engines.target import Target
 from megatron_sov.model.config import GateConfig, RunConfig
 from megatron_sov.post.extend.stages import (
     Decontamination, PlannedStage, refuse_contaminated, search_contamination)
-from megatron_sov.runs.checkpoints import find_checkpoint, latest
-from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.runs.checkpoints import find_checkpoint, latest_checkpoint
+from megatron_sov.runs.launch_environment import is_first_rank
 from megatron_sov.train.data.token_shards import TEXTS, Source, open_sources, tokenizer_folder
 from megatron_sov.train.data.views import SHORT
 from megatron_sov.train.guards.fault_injection import Fault

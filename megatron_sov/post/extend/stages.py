@@ -168,8 +168,8 @@ def planned_stages(request: RecipeRequest, start_from: Path, run: Path, nproc: i
     """
     start, model = find_target(start_from), request.base.model
     # The trained length of all earlier runs: fine-tuning on short chats does not shorten it.
-    trained_tokens = model.max_position_tokens if start.is_hf else checkpoints.trained_tokens(start.path)
-    wanted = request.config([] if request.from_file else [phase_setting(2 * trained_tokens)])
+    trained_tokens = model.max_position_tokens if start.is_hf else checkpoints.read_trained_tokens(start.path)
+    wanted = request.resolve_config([] if request.from_file else [phase_setting(2 * trained_tokens)])
     if not wanted.extend.stages:
         _refuse_shorter("data.phases", wanted.data.max_seq_len(), start, trained_tokens)
         config = _resolve_single_stage(request, trained_tokens, wanted, nproc)
@@ -183,7 +183,7 @@ def planned_stages(request: RecipeRequest, start_from: Path, run: Path, nproc: i
                             trained_tokens)
         try:
             # The rotary embedding of a stage extends that of the previous stage.
-            model = extended(model, previous_tokens, stage.seq_len, rope_theta=stage.rope_theta,
+            model = extend_model(model, previous_tokens, stage.seq_len, rope_theta=stage.rope_theta,
                              yarn_factor=stage.yarn_factor, yarn_original_tokens=stage.yarn_original_tokens)
         except UserError as e:
             raise UserError(f"extend.stages.{number - 1} ({stage.name}): {e}") from None
@@ -210,12 +210,12 @@ def _resolve_single_stage(request: RecipeRequest, trained_tokens: int, wanted: R
                           ) -> RunConfig:
     """Return the settings of a run with one stage, defined by `data.phases` and `train.steps`."""
     new_tokens = wanted.data.max_seq_len()
-    longer = length_settings(request.base, extended(request.base.model, trained_tokens, new_tokens),
+    longer = length_settings(request.base, extend_model(request.base.model, trained_tokens, new_tokens),
                              trained_tokens, new_tokens, _samples_per_rank(wanted, nproc))
     # Settings of an earlier run are resolved already, except for the architecture of the checkpoint.
     if request.from_file:
-        return request.config([s for s in longer if s.startswith("model.")])
-    return request.config([phase_setting(2 * trained_tokens), *longer])
+        return request.resolve_config([s for s in longer if s.startswith("model.")])
+    return request.resolve_config([phase_setting(2 * trained_tokens), *longer])
 
 
 def _resolve_stage(request: RecipeRequest, stage: ExtendStageConfig, model: ModelConfig,
@@ -228,10 +228,10 @@ def _resolve_stage(request: RecipeRequest, stage: ExtendStageConfig, model: Mode
         own.append(f"train.global_batch_size={stage.global_batch_size}")
     if stage.lr:
         own += [f"optim.lr={stage.lr}"]
-    first = request.config(own=own)
+    first = request.resolve_config(own=own)
     longer = length_settings(request.base, model, trained_tokens, stage.seq_len,
                              _samples_per_rank(first, nproc))
-    config = request.config(longer, own)
+    config = request.resolve_config(longer, own)
     size = config.train.global_batch_size
     # In this order: steps of the stage, its tokens, steps of the run.
     min_steps = stage.steps or math.ceil(stage.tokens / (size * stage.seq_len)) or config.num_steps()

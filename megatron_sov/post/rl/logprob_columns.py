@@ -16,17 +16,17 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_sov.base.artifacts import atomic_write, to_json
+from megatron_sov.base.artifacts import format_json, write_atomically
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.base.sealed import seal_damage
+from megatron_sov.base.sealed import find_seal_damage
 from megatron_sov.engine.parallel.world import on_main
 from megatron_sov.model.config import RunConfig
 from megatron_sov.post.policy import OLD, REFERENCE, TEACHER
 from megatron_sov.post.reference import run_with_weights, write_logprobs
 from megatron_sov.post.rl.teachers import ScoringTeacher, identity_of, write_teachers
 from megatron_sov.runs import checkpoints
-from megatron_sov.runs.checkpoints import files_sha256
+from megatron_sov.runs.checkpoints import hash_checkpoint_files
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.data.requirements import replayed_routes
 from megatron_sov.train.data.rounds import Round
@@ -94,7 +94,7 @@ class TrainerColumns:
         # column.
         is_live = is_first and name == OLD
         identity = on_main(view.world, partial(self._identify, opened, name))
-        damage = None if is_live else on_main(view.world, partial(seal_damage, file, identity))
+        damage = None if is_live else on_main(view.world, partial(find_seal_damage, file, identity))
         if is_live or damage:
             # The weights that began the round no longer exist.
             if damage and name == OLD:
@@ -126,7 +126,7 @@ class TrainerColumns:
         than the policy."""
         models = {REFERENCE: self.reference_sha256,
                   TEACHER: json.dumps(identity_of(self.teachers), sort_keys=True)}
-        return f"{files_sha256(opened.path)} {name} {models.get(name, '')}"
+        return f"{hash_checkpoint_files(opened.path)} {name} {models.get(name, '')}"
 
 
 def _check_models(file: Path, given: Mapping[str, str], message: str) -> None:
@@ -138,7 +138,7 @@ def _check_models(file: Path, given: Mapping[str, str], message: str) -> None:
         message: text of the error, with {begun} and {given} for the models.
     """
     if not file.is_file():
-        atomic_write(file, to_json(dict(given)))
+        write_atomically(file, format_json(dict(given)))
         return
     try:
         begun = {name: str(digest) for name, digest in json.loads(file.read_text(encoding="utf-8")).items()}
@@ -155,7 +155,8 @@ def _abbreviate(models: Mapping[str, str]) -> str:
 def _describe_fix(opened: Round) -> str:
     run = RunFolder(opened.path.parents[1])
     # Published rounds can be trained again from any earlier checkpoint, or from the start.
-    earlier = checkpoints.latest_not_after(run.checkpoints, (int(opened.path.name) - 1) * len(opened.steps))
+    first_step = (int(opened.path.name) - 1) * len(opened.steps)
+    earlier = checkpoints.latest_checkpoint_until(run.checkpoints, first_step)
     which = "all checkpoints" if earlier is None else f"the checkpoints after {earlier.name}"
     return f"delete {which} in {run.checkpoints}, and give the same command with --resume"
 
@@ -172,4 +173,5 @@ def columns_of_run(config: RunConfig, needed: Collection[str], start: Path,
     return TrainerColumns(
         names=tuple(name for name in needed if name in (OLD, REFERENCE, TEACHER)),
         temperature=temperature, routes=replayed_routes(config), start=start,
-        reference_sha256=files_sha256(start) if REFERENCE in needed else "", teachers=tuple(teachers))
+        reference_sha256=hash_checkpoint_files(start) if REFERENCE in needed else "",
+        teachers=tuple(teachers))

@@ -103,7 +103,7 @@ str
         if not len(chosen):
             continue
         part, part_identity = file.with_suffix(f".{index}{file.suffix}"), f"{identity} {teacher.domain}"
-        if on_main(view.world, partial(seal_damage, part, part_identity)):
+        if on_main(view.world, partial(find_seal_damage, part, part_identity)):
             own = _SelectedDocuments(opened.documents, chosen)
             if teacher.checkpoint is None:
                 _score_by_servers(view, teacher, own, part, part_identity)
@@ -256,7 +256,7 @@ class _ScoringRequests:
             server = self._servers[(document + attempt) % len(self._servers)]
             try:
                 return _check_scores(server.score(ids), len(ids) - 1, server.url)
-            except NeverAnswered as e:
+            except RequestRefused as e:
                 raise UserError(f"--teacher-url {server.url}: refuses {len(ids)} tokens: {e}; it needs the "
                                 "student's tokenizer and room for rollout.max_prompt_tokens + "
                                 "rollout.max_new_tokens") from None

@@ -186,7 +186,7 @@ def _passk_chart(event: Event, name: str) -> Chart:
         if rows:
             series.append(Series(label, [parse_number(r["k"]) for r in rows],
                                  [parse_number(r["value"]) for r in rows],
-                                 colour(len(series)), intervals=[
+                                 series_colour(len(series)), intervals=[
                 (parse_number(r["interval"][0]), parse_number(r["interval"][1])) for r in rows]))
     return Chart(LinePlot(series, Axis("k", is_log=True), Axis("share of prompts", low=0.0, is_share=True)),
                  f"{name}, step {_STEP(event)}: 95 % intervals over "
@@ -252,7 +252,7 @@ def round_tables(run: Run) -> list[PageTable]:
     def mean(name: str, form: NumberFormat) -> Callable[[Event], str]:
         return lambda c: field_formatter(name, form, "–")(c["means"])
 
-    return tables(run.rounds[-MAX_ROUNDS:], {
+    return build_tables(run.rounds[-MAX_ROUNDS:], {
         "round": field_formatter("round", ",.0f"), "judged responses": mean("responses", ",.0f"),
         "mean reward": mean("reward", ".4f"), "pass rate": mean("pass_rate", format_share),
         "mean tokens": mean("response_tokens", ",.1f"),

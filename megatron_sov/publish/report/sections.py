@@ -31,7 +31,7 @@ MAX_SAMPLE_CHARACTERS = 2000
 
 
 def _warning_tables(run: Run) -> list[PageTable]:
-    return tables(run.of("warning")[-MAX_ROWS:], {
+    return build_tables(run.of("warning")[-MAX_ROWS:], {
         "step": lambda w: f"{int(w.get('step') or 0):,}", "warning": field_formatter("text", none="")})
 
 

@@ -68,7 +68,7 @@ def validation_tables(run: Run) -> list[PageTable]:
     events = final_step_events(run.of(VALIDATION), VALIDATION)
     if not events:
         return []
-    return tables(events[-MAX_VALIDATIONS:], {
+    return build_tables(events[-MAX_VALIDATIONS:], {
         "step": field_formatter("step", ",.0f"), "prompts": field_formatter("num_prompts", ",.0f"),
         "responses": field_formatter("num_samples", ",.0f"),
         "mean reward": field_formatter("reward", ".4f", "–"),

@@ -91,7 +91,7 @@ class EventLog:
             if self._file is None:
                 return
             record = {"event": event, "time_s": time.time(), **_encode_nonfinite(fields)}
-            with disk_errors(Path(self._file.name)):
+            with translate_disk_errors(Path(self._file.name)):
                 # json formats floats by repr, the shortest text with the same bits.
                 line = json.dumps(record, ensure_ascii=False)
                 # File names outside UTF-8 contain lone surrogates, which need ASCII escapes.

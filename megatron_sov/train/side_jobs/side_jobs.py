@@ -129,7 +129,7 @@ def make_average(run: Path, train: TrainConfig, record: Callable[..., None]) -> 
         return
     command = ["convert", "average", str(run), str(run / AVERAGE), "--last", str(train.average_last),
                "--weights", train.average_weights, "--decay", str(train.average_decay)]
-    command += [word for reference in models.OWN.named() for word in ("--plugin", reference)]
+    command += [word for reference in models.FAMILY_PLUGINS.named() for word in ("--plugin", reference)]
     step = checkpoint_step(newest)
     try:
         process = BackgroundProcess([sys.executable, "-m", "megatron_sov", *command], run / LOG)

@@ -230,7 +230,7 @@ def warn_of_changed_files(run: Path, folders: Iterable[str]) -> None:
         shards = Path(split_source_name(path)[1])
         record = _read_record(shards) if shards.absolute().parent == (run / DATA).absolute() else {}
         file = Path(record.get("file", ""))
-        if file.is_file() and file_digest(file) != record.get("digest") and is_first_rank():
+        if file.is_file() and hash_file(file) != record.get("digest") and is_first_rank():
             warn(f"{file}: has changed since {run} packed it; the run continues with {shards}")
 
 

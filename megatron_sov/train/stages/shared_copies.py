@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_sov.base.artifacts import MANIFEST, format_json, translate_disk_errors, write_atomically
 from megatron_sov.base.digests import hash_file
 from megatron_sov.base.errors import UserError
-from megatron_sov.model.pretrained import hub_name, is_hf_folder
+from megatron_sov.model.pretrained import find_hub_name, is_hf_folder
 from megatron_sov.work.progress.locks import critical_section
 
 SHARED, SEEN = ".from-hf", "seen"

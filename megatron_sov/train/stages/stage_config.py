@@ -16,14 +16,14 @@ from megatron_sov.base.documents import KINDS
 from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.base.settings import AtLeastOne, Flag, SettingsError
 from megatron_sov.model import recipes
-from megatron_sov.model.config import ModelConfig, RunConfig, data_paths, weighted_path
-from megatron_sov.model.config.data import named_shards
-from megatron_sov.model.families.count import num_params
-from megatron_sov.model.objectives import LEARNS_FROM
-from megatron_sov.model.pretrained import hub_name, is_hf_folder
+from megatron_sov.model.config import ModelConfig, RunConfig, parse_data_paths, split_weight
+from megatron_sov.model.config.data import split_source_name
+from megatron_sov.model.families.count import count_params
+from megatron_sov.model.objectives import COMMAND_FORMATS
+from megatron_sov.model.pretrained import find_hub_name, is_hf_folder
 from megatron_sov.model.recipes.requested import (
-    BuiltIn, RecipeOptions, RecipeRequest, TrainingOptions, requested, training_request)
-from megatron_sov.model.recipes.stage_defaults import Stage, base_of_model
+    BuiltIn, RecipeOptions, RecipeRequest, TrainingOptions, request_recipe, request_training)
+from megatron_sov.model.recipes.stage_defaults import Stage, build_base_config
 from megatron_sov.runs.checkpoints import (
     IMPORTED_RECIPE, check_model_path, find_checkpoint, read_checkpoint_settings)
 from megatron_sov.runs.folder import RunFolder, read_started_settings
@@ -121,7 +121,7 @@ def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = Tr
 
     asked = stage_request(args, objective, needs_data=needs_data)
     stage: Stage | None = None if objective == "lm" else objective
-    mixed = with_mixed_phases(asked.config(), asked.base)
+    mixed = with_mixed_phases(asked.resolve_config(), asked.base)
     decides = {"validation": args.validation} if hasattr(args, "validation") else {}
     if formats := _refuse_data(args, mixed):
         decides["data"] = formats
@@ -189,13 +189,13 @@ def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = 
     if objective == "lm" and args.start_from is not None and args.recipe is None and not args.configs:
         _propose_recipe(args.start_from)
     packing = _packing_of(args, objective)
-    shards = data_paths([text for text in args.data if text not in packing.arguments])
-    asked = training_request(args, objective, needs_data=needs_data, lengthens=lengthens,
+    shards = parse_data_paths([text for text in args.data if text not in packing.arguments])
+    asked = request_training(args, objective, needs_data=needs_data, lengthens=lengthens,
                              resumed=read_started_settings(args.run) if args.resume else None,
                              of_model=args.model_settings(None if lengthens else objective))
     base = asked.base
     if packing.files:
-        config = asked.config()  # mistakes in the settings are named before anything is packed
+        config = asked.resolve_config()  # mistakes in the settings are named before anything is packed
         is_length_set = any(key.startswith("data.phases") for key in asked.said)
         if asked.is_model_only and is_length_set and (problems := config.position_problems()):
             raise SettingsError(f"recipe {config.recipe}", problems)
@@ -206,7 +206,7 @@ def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = 
         warn_of_changed_files(args.run, () if shards else paths)
     base = dataclasses.replace(base, data=dataclasses.replace(base.data, paths=paths))
     if args.start_from is not None and not asked.is_model_only:
-        asked.config()  # mistakes in the settings are told before torch is imported for the checkpoint
+        asked.resolve_config()  # mistakes in the settings are told before torch is imported for the checkpoint
         base = dataclasses.replace(base, model=_model_of(args.start_from, asked))
     return dataclasses.replace(asked, base=base)
 
@@ -216,11 +216,13 @@ def _propose_recipe(start_from: Path) -> None:
     from megatron_sov import convert
 
     start = find_start(start_from)
-    model = convert.open_weights(start).model if is_hf_folder(start) else settings_of(start).model
-    configs = [recipes.get(name) for name in recipes.of_family(model.family)]
+    is_hf = is_hf_folder(start)
+    model = convert.open_weights(start).model if is_hf else read_checkpoint_settings(start).model
+    configs = [recipes.get(name) for name in recipes.find_family_recipes(model.family)]
     known = [config for config in configs if config.objective.name == "lm" and not config.extend.stages]
-    size = num_params(model).total
-    known.sort(key=lambda config: (abs(math.log(num_params(config.model).total / size)), len(config.recipe)))
+    size = count_params(model).total
+    known.sort(key=lambda config: (abs(math.log(count_params(config.model).total / size)),
+                                   len(config.recipe)))
     if known:
         raise UserError("RECIPE: is missing; steps, batches and learning rate come from a recipe of the "
                         f"model's family, {model.family}: {', '.join(config.recipe for config in known[:4])}",
@@ -297,11 +299,11 @@ def _settings_of_model(start_from: Path, stage: Stage, has_gpus: bool | None = N
         from megatron_sov import convert
 
         on_gpu = bool(list_visible_gpus()) if has_gpus is None else has_gpus
-        return base_of_model(hub_name(start), convert.open_weights(start).model,
+        return build_base_config(find_hub_name(start), convert.open_weights(start).model,
                              "bf16" if on_gpu else "fp32", stage)
     settings = read_checkpoint_settings(start)
-    name = hub_name(start_from) if settings.recipe == IMPORTED_RECIPE else settings.recipe
-    return base_of_model(name, settings.model, settings.train.precision, stage, settings.lora)
+    name = find_hub_name(start_from) if settings.recipe == IMPORTED_RECIPE else settings.recipe
+    return build_base_config(name, settings.model, settings.train.precision, stage, settings.lora)
 
 
 def _model_of(start_from: Path, asked: RecipeRequest) -> ModelConfig:

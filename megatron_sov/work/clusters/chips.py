@@ -149,7 +149,7 @@ def find_chip(name: str) -> Chip:
     """
     match = find_device_chip(name)
     if match is None:
-        raise UserError(f"GPU {name!r}: is not in the table{nearest(name.lower(), CHIPS)} "
+        raise UserError(f"GPU {name!r}: is not in the table{suggest_name(name.lower(), CHIPS)} "
                         f"(GPUs: {', '.join(sorted(CHIPS))})")
     return match
 

@@ -56,7 +56,7 @@ def check_partition(partition: str) -> None:
                         "reached")
     partitions = sorted(set(result.stdout.split()))
     if partition and partition not in partitions:
-        raise UserError(f"partition {partition!r}: does not exist here{nearest(partition, partitions)} "
+        raise UserError(f"partition {partition!r}: does not exist here{suggest_name(partition, partitions)} "
                         f"(partitions: {', '.join(partitions)}); pass --partition, "
                         "or put it into a profile of your own")
 

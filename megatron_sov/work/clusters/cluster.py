@@ -42,25 +42,25 @@ MAX_SIGNAL_LEAD_S = 65535
 Amount = Annotated[float, Ge(0), Le(MAX_AMOUNT)]
 
 
-def _check_chip(key: str) -> Breach | None:
+def _check_chip(key: str) -> Violation | None:
     if not key or key in CHIPS:
         return None
     alias_chip = find_device_chip(key)  # known under another spelling
-    suggestion = f"; did you mean {alias_chip.key!r}?" if alias_chip else nearest(key.lower(), CHIPS)
+    suggestion = f"; did you mean {alias_chip.key!r}?" if alias_chip else suggest_name(key.lower(), CHIPS)
     rule = f"must be one of {', '.join(sorted(CHIPS))}, or empty for another kind"
     return ProblemCode.CHOICE, rule, suggestion[2:]
 
 
-def _check_variable_name(name: str) -> Breach | None:
+def _check_variable_name(name: str) -> Violation | None:
     return None if VARIABLE_NAME.fullmatch(name) else (ProblemCode.BOUND, "is not a name of a variable", "")
 
 
-def _check_not_secret(name: str) -> Breach | None:
+def _check_not_secret(name: str) -> Violation | None:
     return (ProblemCode.BOUND, "looks like the name of a secret, which must not stand in a script",
             "export it in the shell that submits: jobs inherit that") if SECRET_NAME.search(name) else None
 
 
-def _check_absolute_path(path: str) -> Breach | None:
+def _check_absolute_path(path: str) -> Violation | None:
     return (ProblemCode.BOUND, "must begin with /, for it is taken as it stands",
             "where a variable names the folder, leave it out and export TMPDIR in a line of setup"
             ) if path and not path.startswith("/") else None
@@ -317,11 +317,11 @@ def load_profile(name: str, *, account: str | None = None, partition: str | None
         if not file.is_file():
             raise UserError(f"--cluster {name}: does not exist; pass a file, or one of "
                             f"{', '.join(list_profiles())}")
-        text = read_text(file, f"--cluster {name}")
+        text = read_settings_text(file, f"--cluster {name}")
     elif name in list_profiles():
         text = list_packaged_files("clusters")[name].read_text(encoding="utf-8")
     else:
-        raise UserError(f"--cluster {name}: there is no such profile{nearest(name, list_profiles())} "
+        raise UserError(f"--cluster {name}: there is no such profile{suggest_name(name, list_profiles())} "
                         f"(profiles: {', '.join(list_profiles())}; your own: a path that ends with .yaml)")
     # check rules only after applying account and partition
     profile = parse_settings_yaml(ClusterProfile, text, f"--cluster {name}", rules=False)

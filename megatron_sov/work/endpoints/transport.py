@@ -69,7 +69,7 @@ class HttpResponse:
 
 def find_missing_libraries() -> list[str]:
     """Return a sentence per missing library (`openai`, `httpx`)."""
-    return [f"{name} is not installed; {how_to_install('judge')}" for name in ("openai", "httpx")
+    return [f"{name} is not installed; {format_install_command('judge')}" for name in ("openai", "httpx")
             if importlib.util.find_spec(name) is None]
 
 

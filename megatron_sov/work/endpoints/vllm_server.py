@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.base.errors import first_line
+from megatron_sov.base.errors import first_error_line
 from megatron_sov.work.endpoints.answers import BadAnswer, RequestRefused
 from megatron_sov.work.endpoints.token_server import (
     AnswerParsing, ServerCalls, TokenAnswer, TokenRequest, VersionSpan, check_answers, check_token_ids,
@@ -134,7 +134,7 @@ class VllmServer:
             send(files, self.url, num_workers,
                  lambda group: self._calls.tell("/update_weights", {"update_info": {"group": dict(group)}}))
         except (RuntimeError, OSError) as e:
-            raise BadAnswer(f"{self.url}: the weights did not arrive ({first_line(e)})",
+            raise BadAnswer(f"{self.url}: the weights did not arrive ({first_error_line(e)})",
                             is_unavailable=True) from None
 
     def _request_completions(self, request: TokenRequest, sampling: Mapping[str, Any]) -> list[TokenAnswer]:

@@ -24,7 +24,7 @@ from typing import IO, Any
 from megatron_sov.base.artifacts import (
     create_file, delete_folder, format_json, translate_disk_errors, write_atomically)
 from megatron_sov.base.documents.rows import changed_values
-from megatron_sov.base.errors import UserError, list_problems
+from megatron_sov.base.errors import UserError, format_problems
 from megatron_sov.work.progress.locks import LOCK, lock_folder
 
 
@@ -118,7 +118,7 @@ class Journal:
 
     def write_payloads(self, file: Path) -> None:
         """Write the payloads in sequence to a new file, created atomically."""
-        with new_file(file) as temporary, open(temporary, "wb") as f:
+        with create_file(file) as temporary, open(temporary, "wb") as f:
             for _, payload in self.records():
                 f.write(payload)
 
@@ -167,12 +167,12 @@ def lock_work_folder(output: Path, made_by: str, identity: Mapping[str, Any],
     If an exception escapes and the folder contains no records, delete it.
     """
     folder = work_folder(output)
-    current = json.loads(to_json(dict(identity)))  # JSON turns tuples into lists, as in the file
+    current = json.loads(format_json(dict(identity)))  # JSON turns tuples into lists, as in the file
     with lock_folder(folder, output):
         _, recorded = _read_job_file(folder)
         # records of different settings must not mix
         if recorded != current and not redo and (changed := _find_differences(folder, recorded, current)):
-            raise UserError(list_problems(
+            raise UserError(format_problems(
                 f"{output}: {folder} holds unfinished work of another command", changed,
                 f"ask for the same to go on, begin anew ({REDO}, or megatron-sov inspect "
                 f"{shlex.quote(str(output))} --clear), or name another output"))
@@ -206,9 +206,9 @@ def _find_differences(folder: Path, recorded: dict[str, Any] | None, current: di
 
 
 def _write_job_file(folder: Path, made_by: str, identity: dict[str, Any]) -> None:
-    with disk_errors(folder):
+    with translate_disk_errors(folder):
         _empty_folder(folder)
-        atomic_write(folder / JOB, to_json({"format_version": FORMAT_VERSION, "made_by": made_by,
+        write_atomically(folder / JOB, format_json({"format_version": FORMAT_VERSION, "made_by": made_by,
                                             "identity": identity}))
 
 
@@ -231,7 +231,7 @@ def list_finished_items(output: Path, identity: Mapping[str, Any]) -> set[Item]:
     """Return the items with records for this identity; read-only."""
     folder = work_folder(output)
     _, recorded = _read_job_file(folder)
-    return list_recorded_items(folder) if recorded == json.loads(to_json(dict(identity))) else set()
+    return list_recorded_items(folder) if recorded == json.loads(format_json(dict(identity))) else set()
 
 
 def list_recorded_items(folder: Path) -> set[Item]:

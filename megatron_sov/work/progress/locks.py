@@ -327,7 +327,7 @@ def try_lock_folder(folder: Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def _attempt_lock(folder: Path) -> Iterator[bool]:
-    with disk_errors(folder):
+    with translate_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         # closing the files releases the lock, also after an exception
@@ -340,11 +340,11 @@ def _lock_until_close(folder: Path, stack: contextlib.ExitStack) -> bool:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         stack.callback(os.close, fd)
         # lock the folder itself to keep outputs free of lock files
-        is_ours = holds(fd)
+        is_ours = try_lock(fd)
         if is_ours is None:  # NFS only locks files open for writing
             lock = os.open(folder / LOCK, os.O_WRONLY | os.O_CREAT, 0o666)
             stack.callback(os.close, lock)
-            is_ours = holds(lock)
+            is_ours = try_lock(lock)
         # the folder may have been deleted and created again meanwhile
         return is_ours is not False and os.path.samestat(os.stat(folder), os.fstat(fd))
     except FileNotFoundError:

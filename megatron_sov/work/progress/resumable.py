@@ -80,7 +80,7 @@ def resumable_artifact(path: Path, kind: str, made_by: str, plan: dict[str, Any]
     with translate_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(path)
-        refuse_existing(path, kind, overwrite)
+        check_output_folder(path, kind, overwrite)
         # different versions may write different bytes for the same plan
         identity = {"kind": kind, "version": __version__, **plan}
         with open_journal(path, made_by, identity, redo=redo) as journal:
@@ -111,7 +111,7 @@ def build_part(work: Path, key: str, marker: str, build: Callable[[Path], object
     if (folder / marker).is_file():
         return folder, False
     # if two jobs build the same part, the first stays: equal keys give equal parts
-    with new_folder(folder, first_stays=True) as temporary:
+    with create_folder(folder, first_stays=True) as temporary:
         build(temporary)
     return folder, True
 

@@ -13,7 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
-from megatron_sov.base.artifacts import disk_errors
+from megatron_sov.base.artifacts import translate_disk_errors
 from megatron_sov.work.submit.arrays import WORK_FILE, record_failure
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     work, num_tasks = pickle.loads((logs / WORK_FILE).read_bytes())  # noqa: S301
     first = int(os.environ["SLURM_ARRAY_TASK_ID"]) * tasks_per_job
     for task in range(first, min(first + tasks_per_job, num_tasks)):
-        with record_failure(logs, task), disk_errors(logs):
+        with record_failure(logs, task), translate_disk_errors(logs):
             work(task)
 
 

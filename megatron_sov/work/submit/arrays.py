@@ -65,12 +65,12 @@ class Jobs:
 
     @staticmethod
     def read(output: Path) -> Jobs:
-        content = try_read_json(output / JOBS_FILE) or {}
+        content = try_read_sealed_json(output / JOBS_FILE) or {}
         return Jobs(content.get("address", ""), content.get("numbers", {}))
 
     def write(self, output: Path) -> None:
         (output / JOBS_FILE).parent.mkdir(parents=True, exist_ok=True)
-        write_json(output / JOBS_FILE, asdict(self))
+        write_sealed_json(output / JOBS_FILE, asdict(self))
 
     def list_active(self) -> list[str]:
         return sorted(client.read_active_states(list(self.numbers.values())))
@@ -136,7 +136,7 @@ def print_failures(folder: Path, names: Sequence[str]) -> None:
         names: array names in order; report the first failed array.
     """
     for logs in (folder / "logs" / name for name in names):
-        failures = [read_json(file) for file in sorted((logs / FAILED_FOLDER).glob("*.json"))]
+        failures = [read_sealed_json(file) for file in sorted((logs / FAILED_FOLDER).glob("*.json"))]
         if failures:
             defects = [failure for failure in failures if not failure["is_user_error"]]
             first = defects[0] if defects else failures[0]
@@ -235,7 +235,7 @@ class _Array:
             "constraint": profile.constraint, "output": f"{self.logs}/slurm_logs/%A_%a.out",
             "signal": f"B:USR1@{profile.signal_lead_s}"}
         script = self.logs / SCRIPT_FILE
-        with disk_errors(self.logs):
+        with translate_disk_errors(self.logs):
             script.write_text("\n".join([
                 "#!/bin/bash", *(f"#SBATCH --{name}={value}" for name, value in options.items() if value),
                 "#SBATCH --requeue", *_environment_lines(profile),
@@ -276,7 +276,7 @@ def submit_shares(output: Path, shared: SharedWork, profile: ClusterProfile,
     """
     check_quotable(output)
     slurm = slurm_folder(output)
-    with lock_folder(slurm, output), disk_errors(slurm):
+    with lock_folder(slurm, output), translate_disk_errors(slurm):
         jobs = Jobs.read(slurm)
         if living := jobs.list_active():
             print(f"{output}: {jobs.describe(living)} are at work; {shared.num_done():,} of "

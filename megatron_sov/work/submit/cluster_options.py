@@ -14,7 +14,7 @@ class ClusterOptions:
 
     cluster: Annotated[str, Flag(value="PROFILE")] = ""
     """Submit the run to Slurm: a cluster profile that comes with the package, or a YAML file of your own."""
-    account: Annotated[str | None, Flag(value="NAME"), only_with("cluster")] = None
+    account: Annotated[str | None, Flag(value="NAME"), requires_field("cluster")] = None
     """Slurm account, where the profile names none."""
     partition: Annotated[str | None, Flag(value="NAME"), requires_field("cluster")] = None
     """Slurm partition, in place of the profile's."""

@@ -35,7 +35,7 @@ def report_damage(file: Path, hint: str) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{file}: cannot be read (it is not there); {hint}") from None
     except (pa.ArrowException, OSError, ValueError, IndexError) as e:
-        raise UserError(f"{file}: is damaged, or no Parquet file ({first_line(e)}); {hint}") from None
+        raise UserError(f"{file}: is damaged, or no Parquet file ({first_error_line(e)}); {hint}") from None
 
 
 def write_table(file: Path, table: pa.Table, dictionary: Sequence[str], split: Sequence[str]) -> None:
@@ -227,7 +227,7 @@ def iter_row_groups(files: Sequence[Path], seals: Sequence[str | None], hint: Ca
     opened = []
     for file, seal in zip(files, seals, strict=True):
         with report_damage(file, hint(file)):
-            opened.append(open_parquet(file, hint(file), is_required=True, seal=seal))
+            opened.append(open_sealed_parquet(file, hint(file), is_required=True, seal=seal))
     for i in range(opened[0].num_row_groups):
         group: list[pa.Table] = []
         for file, parquet_file in zip(files, opened, strict=True):

@@ -100,7 +100,7 @@ class Learning:
 
     def tensors(self, prefix: str = "adapter.") -> dict[str, Any]:
         """Gather whole tensors as nested lists on rank 0."""
-        from megatron_sov.checkpoint.gather import Gatherer
+        from megatron_sov.checkpoint.gather import TensorGatherer
         from megatron_sov.engine.model.local_shards import local_shards
 
         gatherer = TensorGatherer([b for b in local_shards(self.model) if b.key.startswith(prefix)])

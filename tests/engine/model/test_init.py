@@ -107,7 +107,7 @@ def _place(block: Any) -> tuple[slice, ...]:
 
 def unknown() -> str:
     """Return the error for a tensor without an initialization rule."""
-    from megatron_sov.checkpoint.load import rule_for
+    from megatron_sov.checkpoint.load import find_init_rule
 
     try:
         return find_init_rule("decoder.layers.0.mystery.weight")

@@ -194,7 +194,7 @@ def test_a_config_whose_recipe_was_a_file_needs_no_file(site: Path) -> None:
 
 def test_a_config_takes_what_the_command_line_names(site: Path) -> None:
     first = config_of("recipe.py:whole")
-    (site / "config.json").write_text(to_json(first.to_dict()))
+    (site / "config.json").write_text(format_json(first.to_dict()))
     for registry in (models.FAMILY_PLUGINS, objectives.OBJECTIVE_PLUGINS, recipes.RECIPE_PLUGINS):
         registry._known.clear()
     named = ("--plugin", "family.py:MINE", "--plugin", "objective.py:Halved")

@@ -12,7 +12,7 @@ import numpy as np
 from megatron_sov import recipes
 from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig
-from megatron_sov.model.config.run import with_rounds
+from megatron_sov.model.config.run import add_rounds
 from megatron_sov.post.rl.publish.publisher import Publisher
 from megatron_sov.rollouts.prompts import pieces, read_prompts, round_prompts
 from megatron_sov.rollouts.rows import NOT_WRITTEN, Key, RewardRow, Rollout

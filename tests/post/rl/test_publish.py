@@ -17,7 +17,7 @@ from megatron_sov.base.artifacts import create_artifact, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig, RunConfig
-from megatron_sov.model.config.run import with_rounds
+from megatron_sov.model.config.run import add_rounds
 from megatron_sov.post.rl.publish.publisher import Publisher, further_pieces
 from megatron_sov.rollouts.prompts import list_set_aside, read_prompts, round_pieces, round_prompts, set_aside
 from megatron_sov.rollouts.rows import Key, RewardRow, Rollout, part_name

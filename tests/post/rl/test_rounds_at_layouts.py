@@ -17,7 +17,7 @@ from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig
 from megatron_sov.model.config.post_training import PolicyMethod
-from megatron_sov.model.config.run import with_rounds
+from megatron_sov.model.config.run import add_rounds
 from megatron_sov.post.rl.publish.publisher import Publisher
 from megatron_sov.rollouts.prompts import read_prompts, round_prompts
 from megatron_sov.rollouts.rows import RewardRow

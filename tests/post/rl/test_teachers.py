@@ -64,7 +64,7 @@ def told(opened: Round, *teachers: Any) -> list[float]:
 
     file = opened.path.with_name("0001.teacher_logprobs.f32")
     write_teachers(VIEW, teachers, opened, file, "these")
-    assert seal_damage(file, "these") is None and [f.name for f in file.parent.iterdir()] == [file.name]
+    assert find_seal_damage(file, "these") is None and [f.name for f in file.parent.iterdir()] == [file.name]
     return (np.fromfile(file, np.float32, sum(LENGTHS)) * -100).round(3).tolist()
 
 

@@ -153,7 +153,7 @@ def test_a_validation_that_was_stopped_ends_the_run_and_is_not_told(store: Rollo
 
 def test_without_a_reward_lengths_are_told(tmp_path: Path, store: RolloutStore) -> None:
     from megatron_sov.post.rl.validation import compute_figures
-    from megatron_sov.runs.obs.validation import curves_of, told_validation
+    from megatron_sov.runs.obs.validation import extract_curves, format_validation
 
     failed = [RewardRow(row.key, 0, "other", None, "failed", {}) for row in
               store.read_rollouts(part_name(1, 1))]

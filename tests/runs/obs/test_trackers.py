@@ -177,7 +177,7 @@ def test_missing_package_error_names_install_command(package: str, tmp_path: Pat
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=rf"obs\.{package} = true needs the package {package}.*"
-                       + re.escape(how_to_install("trackers"))):
+                       + re.escape(format_install_command("trackers"))):
         Trackers(ObsConfig(**{package: True}), tmp_path, {})
 
 

@@ -37,7 +37,7 @@ def converted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
 
     def from_hf(folder: Path, out: Path, *, redo: bool) -> None:
-        with new_artifact(out, CHECKPOINT_KIND) as artifact:
+        with create_artifact(out, CHECKPOINT_KIND) as artifact:
             time.sleep(0.05)
             made.append((folder / "model.safetensors").read_text())
             (artifact.path / "weights").write_text(made[-1])

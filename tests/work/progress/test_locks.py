@@ -97,7 +97,7 @@ def test_file_system_without_locks_is_tolerated(tmp_path: Path,
 
 def test_lock_file_replaces_unlockable_folder(tmp_path: Path,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    real = artifacts.holds
+    real = artifacts.try_lock
 
     def holds_files(fd: int) -> bool | None:  # as NFS does
         return None if os.path.isdir(f"/proc/self/fd/{fd}") else real(fd)

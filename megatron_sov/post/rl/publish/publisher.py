@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 
 from megatron_sov.base.artifacts import (
-    MANIFEST, ArtifactWriter, disk_errors, manifest_sha256, new_artifact, read_manifest)
+    MANIFEST, ArtifactWriter, create_artifact, manifest_sha256, read_manifest, translate_disk_errors)
 from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.documents.groups import is_learned, pair_of
 from megatron_sov.base.documents.shard_files import ROUTES, RouteShape
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.base.sealed import read_json, write_json
-from megatron_sov.base.settings import by_name
+from megatron_sov.base.sealed import read_sealed_json, write_sealed_json
+from megatron_sov.base.settings import iter_leaves
 from megatron_sov.chat.vocabulary import TOKENIZER_JSON, tokenizer_digest
 from megatron_sov.engine.parallel.world import on_each, on_first
 from megatron_sov.model.config import RunConfig
@@ -41,7 +41,7 @@ from megatron_sov.rollouts.prompts import PromptList, budget_of, round_pieces, s
 from megatron_sov.rollouts.rows import LENGTH, Key, RolloutPart, domain_of
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs import checkpoints
-from megatron_sov.runs.rounds import LEARNS
+from megatron_sov.runs.rounds import TRAINED_GROUPS
 from megatron_sov.train.data.described import source_record
 from megatron_sov.train.data.requirements import replayed_routes
 from megatron_sov.train.data.rounds import ADVANTAGE, DOMAINS, SHARE, SOURCE, folder_of_round
@@ -163,7 +163,7 @@ class Publisher:
     def _compare_sampling(self, folder: Path, previous: Mapping[str, Any]) -> None:
         # Rounds of other jobs record no settings.
         current = self.chosen_by if previous else {}
-        then, now = ({name: value for name, value in by_name(settings) if value != {}}
+        then, now = ({name: value for name, value in iter_leaves(settings) if value != {}}
                      for settings in (previous, current))
         for name in sorted(then.keys() | now.keys() if now else ()):
             if (was := then.get(name)) == (given := now.get(name)):
@@ -217,7 +217,7 @@ class Publisher:
         selection = self._select(gathered)
         content = self._build_content(source, gathered, selection)
         self._prune(number)
-        self._artifact = building.enter_context(new_artifact(out, "tokens"))
+        self._artifact = building.enter_context(create_artifact(out, "tokens"))
         (self._artifact.path / SOURCE).mkdir()
         shards = split_into_shards(_iter_pieces(gathered, selection))
         return RoundPlan(self._artifact.path, tuple(shards), content)
@@ -225,8 +225,8 @@ class Publisher:
     def _prune(self, number: int) -> None:
         """Delete tokens and columns of old rounds that no resume needs; the store can rebuild them. The
         manifests remain, as the record of each round."""
-        folder = self.rounds.parent / checkpoints.CHECKPOINTS_OF_A_RUN
-        oldest = min(map(checkpoints.step_of, checkpoints.complete(folder)), default=0)
+        folder = self.rounds.parent / checkpoints.CHECKPOINTS_FOLDER
+        oldest = min(map(checkpoints.checkpoint_step, checkpoints.list_complete(folder)), default=0)
         rollout = self.config.rollout
         for old in range(1, min(oldest // rollout.steps_per_round + 1, number - rollout.keep_rounds)):
             round_ = folder_of_round(self.rounds, old)
@@ -235,7 +235,7 @@ class Publisher:
             parts = read_manifest(round_).content["store"]
             if not all((self._opened.part_path(part["name"]) / MANIFEST).is_file() for part in parts):
                 continue
-            with disk_errors(round_):
+            with translate_disk_errors(round_):
                 for column in self.rounds.glob(f"{round_.name}.*.f32"):
                     column.unlink()
                 shutil.rmtree(round_ / SOURCE)
@@ -264,7 +264,7 @@ class Publisher:
             return ""
         file = _further_file(self.rounds, source.number)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"pieces": source.num_pieces - own + more}, file.name)
+        write_sealed_json(file, {"pieces": source.num_pieces - own + more}, file.name)
         count = sum(len(piece.prompts) for piece in source.pieces[source.num_pieces:][:more])
         return f"{state}: {count} further prompts are asked"
 
@@ -349,7 +349,7 @@ class Publisher:
         artifact.content = {**plan.content, "sources": [record]}
         artifact.settings = {"rollout": self.config.to_dict()["rollout"],
                              "policy": self.config.to_dict()["policy"]}
-        artifact.known_files = {name: file for files in written for name, file in files.files.items()}
+        artifact.hashed_files = {name: file for files in written for name, file in files.files.items()}
         building.close()
 
     @cached_property
@@ -401,7 +401,7 @@ class Publisher:
                 advantages[place], is_trained[place] = group.advantages, rows["order"][place] >= 0
                 trained = advantages[place][is_trained[place]]
                 learns = has_advantage(trained) or not self.config.policy.learns_from_rewards
-                reasons[LEARNS if learns else NO_ADVANTAGE] += 1
+                reasons[TRAINED_GROUPS if learns else NO_ADVANTAGE] += 1
                 num_documents += len(trained)
             first_document = sum(steps[-1]) if steps else 0
             steps.append([first_document, num_documents - first_document])
@@ -443,7 +443,7 @@ class Publisher:
             return [i for i, truncated in enumerate(is_truncated) if not (masks and truncated)], ""
         values = advantages.advantages.tolist()
         may_be_best = [policy.keep_unfinished or not truncated for truncated in is_truncated]
-        if self.config.documents_of_unit == 1:
+        if self.config.documents_per_unit == 1:
             return [i for i, (value, ended) in enumerate(zip(values, may_be_best, strict=True))
                     if is_learned(value, ended)], ""
         pair, _ = pair_of(values, may_be_best,
@@ -511,7 +511,7 @@ def further_pieces(rounds: Path, number: int) -> int:
     file = _further_file(rounds, number)
     if not file.is_file():
         return 0
-    return int(read_json(file, "delete it, and it is written again", file.name)["pieces"])
+    return int(read_sealed_json(file, "delete it, and it is written again", file.name)["pieces"])
 
 
 def _further_file(rounds: Path, number: int) -> Path:
@@ -521,7 +521,7 @@ def _further_file(rounds: Path, number: int) -> Path:
 
 def published_numbers(config: RunConfig) -> tuple[str, ...]:
     """Return the columns of a run's rounds with one number per response."""
-    groups = config.policy.learns_preferences and config.documents_of_unit == 1
+    groups = config.policy.learns_preferences and config.documents_per_unit == 1
     return (ADVANTAGE, SHARE) if groups else (ADVANTAGE,)
 
 
