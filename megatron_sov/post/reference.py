@@ -30,7 +30,7 @@ from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.engine.parallel import collectives
 from megatron_sov.engine.parallel.world import ParallelWorld, on_each, on_main
-from megatron_sov.eval.heldout import row_losses
+from megatron_sov.eval.heldout_loss import compute_row_losses
 from megatron_sov.infer.engines.load import run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.model.config import RunConfig, layout_settings
@@ -174,7 +174,7 @@ def document_logprobs_hf(model: Any, documents: Documents, chosen: range, seq_le
     """Return what `document_logprobs` gives, of transformers' model."""
     numbers = np.zeros(_starts(documents, chosen)[-1], np.float32)
     _place_numbers(documents, chosen, seq_len, 1, lambda rows: (
-        -row_losses(model, sample_row(OrderedSample(0, row), documents, seq_len)) for row in rows),
+        -compute_row_losses(model, sample_row(OrderedSample(0, row), documents, seq_len)) for row in rows),
         partial(_put, numbers))
     return numbers
 

@@ -23,8 +23,8 @@ from megatron_sov.base.digests import fingerprint
 from megatron_sov.base.documents.rows import read_rows
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert.sources import is_hf_folder
-from megatron_sov.eval.pass_at_k import JudgedItem, pass_at_k, read_judged_parts
-from megatron_sov.eval.statistics import difference_interval
+from megatron_sov.eval.pass_at_k import ScoredResponses, compute_pass_at_k, read_scored_parts
+from megatron_sov.eval.statistics import compute_difference_interval
 from megatron_sov.runs.checkpoints import (
     CHECKPOINTS_OF_A_RUN, KIND, MERGED, complete, find_checkpoint, refuse_missing)
 
@@ -42,9 +42,9 @@ class MeasuredCheckpoint:
     """k -> problem -> its pass@k; problems with fewer than k scored samples are left out."""
 
     @staticmethod
-    def of(checkpoint: str, domain: str, judged: JudgedItem, ks: Sequence[int]) -> MeasuredCheckpoint:
+    def of(checkpoint: str, domain: str, judged: ScoredResponses, ks: Sequence[int]) -> MeasuredCheckpoint:
         return MeasuredCheckpoint(checkpoint, domain, judged.figures(ks), {
-            k: {problem: pass_at_k(counts.num_scored, counts.num_right, k)
+            k: {problem: compute_pass_at_k(counts.num_scored, counts.num_right, k)
                 for problem, counts in judged.prompts.items() if counts.num_scored >= k} for k in ks})
 
     def value(self, k: int) -> float:
@@ -92,7 +92,9 @@ def _gain(one: MeasuredCheckpoint, other: MeasuredCheckpoint, k: int) -> tuple[f
     problem it may be anything."""
     differences = [share - other.solved[k][problem] for problem, share in one.solved[k].items()
                    if problem in other.solved[k]]
-    return (fmean(differences), difference_interval(differences)) if differences else (0.0, (-1.0, 1.0))
+    if not differences:
+        return 0.0, (-1.0, 1.0)
+    return fmean(differences), compute_difference_interval(differences)
 
 
 TABLE_KIND = "ssp_probe"
@@ -221,7 +223,7 @@ def _measure(probe: Path, candidate: ProbedCheckpoint, ks: Sequence[int],
              right_from: float) -> Iterator[MeasuredCheckpoint]:
     if problems := damaged_files(candidate.folder(probe)):
         raise UserError(f"{problems[0]}; delete {candidate.folder(probe)}, and the same command asks again")
-    parts = read_judged_parts(candidate.folder(probe) / SAMPLES, DOMAIN, PROBLEM, right_from)
+    parts = read_scored_parts(candidate.folder(probe) / SAMPLES, DOMAIN, PROBLEM, right_from)
     for domain, judged in parts.items():
         try:
             yield MeasuredCheckpoint.of(candidate.name, domain, judged, ks)

@@ -23,7 +23,7 @@ from megatron_sov.base.plugins.loading import is_reference
 from megatron_sov.base.settings import AtLeastOne, Bound, Breach, Finite, ProblemCode, num_cores, one_of, read
 from megatron_sov.bench.suites.scorers import ROW_MAKERS, SCORERS
 from megatron_sov.chat.marks import plain_form
-from megatron_sov.eval.pass_at_k import PromptCounts, majority_at_k, pass_at_k
+from megatron_sov.eval.pass_at_k import PromptCounts, compute_majority_at_k, compute_pass_at_k
 from megatron_sov.judge.rewards import patterns, registry
 from megatron_sov.judge.rewards.answers import last_boxed, normalized
 from megatron_sov.judge.rewards.reward import Refused, Result, Row, Score, checked, judged
@@ -249,9 +249,9 @@ def metrics_of(judging: Judging, results: Sequence[Result]) -> dict[str, float]:
     for k in judging.ks:
         if k <= len(rewards):
             if "pass" in judging.metrics:
-                found[f"pass@{k}"] = float(pass_at_k(len(rewards), sum(right), k))
+                found[f"pass@{k}"] = float(compute_pass_at_k(len(rewards), sum(right), k))
             if "cons" in judging.metrics:
-                found[f"cons@{k}"] = majority_at_k(votes.num_right, votes.wrong, votes.num_silent, k)
+                found[f"cons@{k}"] = compute_majority_at_k(votes.num_right, votes.wrong, votes.num_silent, k)
     return found
 
 

@@ -286,7 +286,7 @@ def _verify(args: VerifyOptions) -> int:
     from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()  # before anything imports megatron
-    from megatron_sov.eval.parity import LogitsProof, card, prove_logits
+    from megatron_sov.eval.parity import LogitsProof, build_card, prove_logits
 
     events = RunEvents(args.run)
     # first, since ranks are forked from this process and threads that later work starts would
@@ -300,7 +300,7 @@ def _verify(args: VerifyOptions) -> int:
     checks = [*weights.checks, *logits.checks]
     passed = all(check.passed for check in checks)
     if args.card:
-        write_output(args.card, to_json(card(args.a, args.b, weights, logits)))
+        write_output(args.card, to_json(build_card(args.a, args.b, weights, logits)))
     events.add("conversion", target=f"{args.a} and {args.b}",
                checks=[dataclasses.asdict(check) for check in checks])
     if args.json:

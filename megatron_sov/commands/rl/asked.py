@@ -14,7 +14,7 @@ from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.base.settings import Flag, change, not_with, only_with, parse_nested
 from megatron_sov.chat.folder import chat_form, read_chat_encoder
 from megatron_sov.chat.vocabulary import tokenizer_digest
-from megatron_sov.infer.asking import check_length
+from megatron_sov.infer.prompts import check_length
 from megatron_sov.infer.request import Batching, BatchSize
 from megatron_sov.judge.tools.environment import LIMITS, EpisodeLimits
 from megatron_sov.judge.tools.registry import BUILT_IN, make, order
@@ -181,7 +181,7 @@ def writer_of(args: AskingOptions, config: RunConfig, prompts: PromptList, start
         UserError: a prompt is empty, all are too long, or the model has no chat template.
     """
     from megatron_sov.chat.encode import TurnEncoder
-    from megatron_sov.infer.asking import Asker
+    from megatron_sov.infer.prompts import PromptEncoder
     from megatron_sov.judge.tools.playing import EpisodeTable
     from megatron_sov.post.rl.episodes import Episodes
     from megatron_sov.post.rl.responses import ResponseSource
@@ -191,7 +191,7 @@ def writer_of(args: AskingOptions, config: RunConfig, prompts: PromptList, start
     if not args.plain and chat is None:
         raise UserError(f"{folder}: has no chat template, by which prompts are asked; fine-tune on chats "
                         "first, or continue the prompts as they are with --plain")
-    asker = Asker(start, not args.plain)
+    asker = PromptEncoder(start, not args.plain)
     chosen_by: dict[str, Any] = {"plain": args.plain, "chat": {
         "tokenizer": tokenizer_digest(folder), "form": sampling_digest(chat_form(folder))}}
     if environment is None:

@@ -25,8 +25,8 @@ from megatron_sov.commands.rl.teachers import (
 from megatron_sov.commands.score import JudgeOptions
 from megatron_sov.commands.train.gate_options import (
     TunedOptions, gate_of, is_complete, refuse_unknown_benchmarks)
-from megatron_sov.infer.asking import EngineOptions, ServerOptions, check_engine
-from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, SERVED, Engine, engine_for
+from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, SERVER_ENGINES, Engine, choose_engine
+from megatron_sov.infer.prompts import EngineOptions, ServerOptions, check_engine
 from megatron_sov.infer.request import Batching
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import RolloutConfig
@@ -154,10 +154,10 @@ def _other_settings(run: Path, rollout: RolloutConfig) -> list[str]:
 
 def _engine(args: RlGenerateOptions, start: Target, rollout: RolloutConfig,
             environment: AskedEnvironment | None) -> str:
-    name = args.engine or engine_for(start)
+    name = args.engine or choose_engine(start)
     check_engine(name, start, args.engine_set, args.nproc, ENGINE_SET)
     refuse_too_long(rollout, environment, start)
-    if rollout.deadline_s and name not in (MEGATRON, *SERVED) and environment is None:
+    if rollout.deadline_s and name not in (MEGATRON, *SERVER_ENGINES) and environment is None:
         raise UserError(f"rollout.deadline_s = {rollout.deadline_s:g}: --engine {name} cannot be stopped in "
                         f"the middle of a response; use --engine {MEGATRON}, or set it to 0")
     return name
@@ -205,7 +205,7 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: P
         engine_name, start, work, longest=longest_of(rollout, environment),
         batching=Batching(args.batch_size), settings=args.engine_set, nproc=args.nproc,
         option=ENGINE_SET, with_routes=config.policy.router_replay,
-        places=None if engine_name not in SERVED else args.places(args.run))
+        places=None if engine_name not in SERVER_ENGINES else args.places(args.run))
     return found
 
 
@@ -407,9 +407,9 @@ def run_rl(options: RlRunOptions, began_s: float) -> int:
         return ExitCode.OK
     # before anything is written; the first process has the servers
     if options.engine != MEGATRON and is_first():
-        from megatron_sov.infer.engines.server_process import refuse_no_engine
+        from megatron_sov.infer.engines.server_process import check_engine_program
 
-        refuse_no_engine(options.engine, options.engine_url, options.engine_python)
+        check_engine_program(options.engine, options.engine_url, options.engine_python)
     _run(options, parse_rounds(options, is_asked=options.environment is None), began_s)
     return ExitCode.OK
 
@@ -480,12 +480,12 @@ def _validation(args: RlRunOptions, parsed: ParsedRounds, training: Producer, st
 def _live_servers(args: RlRunOptions, config: RunConfig, start: Target) -> LiveServers | None:
     if args.engine == MEGATRON:
         return None
-    from megatron_sov.infer.engines.server_engine import server_settings
+    from megatron_sov.infer.engines.server_engine import parse_server_settings
     from megatron_sov.post.rl.requests import LiveServers
 
     # a Hugging Face folder is what the servers load; of a checkpoint they get one
     return LiveServers(args.engine, args.start_from, args.places(args.run),
-                       server_settings(args.engine, args.engine_set, ENGINE_SET),
+                       parse_server_settings(args.engine, args.engine_set, ENGINE_SET),
                        longest_of(config.rollout, None), start.vocab_size, config.policy.router_replay)
 
 

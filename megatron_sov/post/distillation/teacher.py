@@ -30,8 +30,8 @@ from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.engine.parallel import collectives, context
 from megatron_sov.engine.parallel.device import local_device, release_unused
 from megatron_sov.engine.parallel.world import ParallelWorld, on_main
-from megatron_sov.eval.heldout import ROW_TOKENS, rows_of
-from megatron_sov.infer.engines.load import Loaded, run_forward_model
+from megatron_sov.eval.heldout_loss import ROW_TOKENS, group_into_rows
+from megatron_sov.infer.engines.load import LoadedModel, run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.post.distillation.state_files import (
     DTYPES, HEAD, HEAD_WEIGHT, KIND, Kept, StatesPart, content_of, lengths_of, packed, parts_of, unpacked)
@@ -126,7 +126,7 @@ def read_documents(reading: TeacherReading, out: Path, settings: Sequence[str], 
     if translation is None:
         _refuse_too_long(reading, sources)
 
-    def work(loaded: Loaded) -> int:
+    def work(loaded: LoadedModel) -> int:
         opened = partial(_artifact, reading, sources, plan, layout, out, overwrite, redo)
         with artifact_on_ranks(loaded.world, opened) as artifact:
             missing = [p for p in parts if p.file not in artifact.finished]
@@ -268,7 +268,8 @@ def _translation(reading: TeacherReading, sources: list[Source]) -> TokenTransla
                             reading.target.vocab_size)
 
 
-def _read_parts(loaded: Loaded, documents: _Documents, parts: Sequence[StatesPart], folder: Path) -> None:
+def _read_parts(loaded: LoadedModel, documents: _Documents, parts: Sequence[StatesPart],
+                folder: Path) -> None:
     """Run the teacher on one part per data-parallel rank and write what it finds; called by all together.
 
     Where experts are spread over data-parallel ranks, these run in step: each gets as many rows as the one
@@ -277,7 +278,7 @@ def _read_parts(loaded: Loaded, documents: _Documents, parts: Sequence[StatesPar
     device, mine, kept = local_device(), loaded.world.dp_rank, documents.reading.kept
     read = [documents.of(part) for part in parts]
     lengths = [[len(ids) for ids in of_part] for of_part, _ in read]
-    rows = [rows_of(of_part, ROW_TOKENS) for of_part in lengths]
+    rows = [group_into_rows(of_part, ROW_TOKENS) for of_part in lengths]
     # One length for all: rows of experts that are shared must have one shape.
     longest = max(sum(of_part[i] for i in row) for of_part, cut in zip(lengths, rows, strict=True)
                   for row in cut)

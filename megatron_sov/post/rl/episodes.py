@@ -17,7 +17,7 @@ import numpy as np
 from megatron_sov.base.documents.shard_files import joined_routes
 from megatron_sov.infer.engine import Engine
 from megatron_sov.infer.request import Sampling, StopRule, Tokens
-from megatron_sov.infer.turns import EnginePolicy, with_policy
+from megatron_sov.infer.tool_policy import EnginePolicy, run_with_policy
 from megatron_sov.judge.tools.environment import Task
 from megatron_sov.judge.tools.episode import Episode, EpisodeLines, GeneratedTurn, lines_of
 from megatron_sov.judge.tools.playing import STREAMS, EpisodeTable, ToolPolicy, play
@@ -79,7 +79,7 @@ class Episodes:
             UserError: a task is none of the environment's, or too long.
         """
         policy = EnginePolicy(engine, self.sampling, StopRule(self.end_ids))
-        rows: list[list[Rollout]] | None = with_policy(
+        rows: list[list[Rollout]] | None = run_with_policy(
             policy, lambda sampler: self.played(sampler, attempts, gives_way))
         return rows
 

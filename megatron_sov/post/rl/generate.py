@@ -23,9 +23,9 @@ from megatron_sov.base.errors import UserError, warn
 from megatron_sov.checkpoint import load
 from megatron_sov.engine.parallel.world import on_first
 from megatron_sov.infer.decoder.generator import MegatronEngine
-from megatron_sov.infer.engine import MEGATRON, Engine, run_engine
-from megatron_sov.infer.engines.load import Loaded, run_forward_model
-from megatron_sov.infer.engines.server_engine import ServerPlaces
+from megatron_sov.infer.engine import MEGATRON, Engine, run_with_engine
+from megatron_sov.infer.engines.load import LoadedModel, run_forward_model
+from megatron_sov.infer.engines.server_engine import ServerLocations
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.infer.request import Batching, NamedTensors
 from megatron_sov.model.config.post_training import RolloutConfig
@@ -477,7 +477,7 @@ Take = Callable[[Policy], None]
 def run_policies(name: str, start: Target, work: Callable[[Engine, Take], Any], *, longest: int,
                  batching: Batching, settings: Sequence[str], nproc: int | None,
                  option: str = "--set", with_routes: bool = False,
-                 places: ServerPlaces | None = None) -> Any:
+                 places: ServerLocations | None = None) -> Any:
     """Load the policy that a run starts from into an engine, and return what some work with it gave.
 
     Args:
@@ -501,18 +501,18 @@ def run_policies(name: str, start: Target, work: Callable[[Engine, Take], Any], 
         SystemExit: a process failed, after it has said why.
     """
     if name == MEGATRON:
-        def on_ranks(loaded: Loaded) -> Any:
+        def on_ranks(loaded: LoadedModel) -> Any:
             engine = MegatronEngine(loaded.policy, batching)
             return work(engine, lambda policy: _load(policy, loaded, engine))
 
         return run_forward_model(start, list(settings), nproc, on_ranks, option)
-    return run_engine(name, start, lambda engine: work(
+    return run_with_engine(name, start, lambda engine: work(
         engine, lambda policy: engine.update(_tensors_of(policy), policy.step)),
         longest=longest, batching=batching, settings=settings, option=option, with_routes=with_routes,
         places=places)
 
 
-def _load(policy: Policy, loaded: Loaded, engine: MegatronEngine) -> None:
+def _load(policy: Policy, loaded: LoadedModel, engine: MegatronEngine) -> None:
     """Read a checkpoint into the live model, each process its own part."""
     model = loaded.policy.model
     if adapter_base(policy.path) is not None and not model.lora.on:

@@ -26,8 +26,8 @@ from typing import Any, Protocol
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert import export_weights, to_hf
 from megatron_sov.engine.parallel.world import on_main
-from megatron_sov.infer.decoder.logprobs import Question, answer_logprobs
-from megatron_sov.infer.engines.server_engine import ServerEngine, ServerPlaces, serving_engine
+from megatron_sov.infer.decoder.logprobs import AnswerChoice, compute_answer_logprobs
+from megatron_sov.infer.engines.server_engine import ServerEngine, ServerLocations, open_server_engine
 from megatron_sov.infer.engines.server_process import EngineServers
 from megatron_sov.infer.engines.target import find_target
 from megatron_sov.infer.request import StopRule, Tokens
@@ -140,7 +140,7 @@ class ResponseRequests:
         routes = None
         if self._source.with_routes:
             read = len(row.prompt_tokens) + len(row.tokens) + len(written) - 1
-            routes = self._engine.routes_of(answer, read)
+            routes = self._engine.extract_routes(answer, read)
         return self._source.grown(row, attempt, WrittenTokens(
             written, answer.logprobs[:len(written)], reason,
             answer.version_of_each(len(written), attempt.policy.step), routes))
@@ -333,7 +333,7 @@ class ResponseQueue:
                 number = piece.asked.pop(future)
                 piece.done[number] = piece.rows[number].row()
             if not piece.asked:
-                self.under_way.remove(piece)
+                self.under_way.delete_all(piece)
                 self.desk.publish([piece.attempt], [[piece.done[i] for i in range(len(piece.rows))]])
                 self._next_look_s = 0.0
 
@@ -361,7 +361,7 @@ class LiveServers:
     """Of the engine."""
     start: Path
     """What the run starts from: a checkpoint, or a Hugging Face folder."""
-    places: ServerPlaces
+    places: ServerLocations
     settings: EngineServers
     longest: int
     """Tokens of the longest sequence."""
@@ -400,7 +400,7 @@ class LiveServers:
         if not (model / CONFIG).is_file():
             # servers read its config, and begin with its weights
             to_hf(target.path, model)
-        self._opened = serving_engine(self.name, model, self.vocab_size, self.longest, self.settings,
+        self._opened = open_server_engine(self.name, model, self.vocab_size, self.longest, self.settings,
                                       self.places, with_routes=self.with_routes, over=self._over)
         self.engine = self._opened.__enter__()
         if not self.places.urls:
@@ -435,7 +435,7 @@ class LiveServers:
         """
         text = list(known[:KNOWN_TOKENS])
         if len(text) > 1:
-            [[own]] = answer_logprobs(view.policy, [Question(text[:1], [text[1:]])])
+            [[own]] = compute_answer_logprobs(view.policy, [AnswerChoice(text[:1], [text[1:]])])
             on_main(view.world, lambda: self._compare(text, own, policy))
 
     def close(self) -> None:

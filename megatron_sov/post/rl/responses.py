@@ -13,9 +13,9 @@ from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.documents.shard_files import joined_routes
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.marks import with_opening
-from megatron_sov.infer.asking import Asker
 from megatron_sov.infer.engine import Engine
-from megatron_sov.infer.request import Bounds, Generated, Sampling, StopRule
+from megatron_sov.infer.prompts import PromptEncoder
+from megatron_sov.infer.request import GenerationBounds, GenerationResult, Sampling, StopRule
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.generate import SampleAttempt, never
 from megatron_sov.rollouts.prompts import RolloutPrompt, budget_of, sampling_digest, stream_of
@@ -33,7 +33,7 @@ NO_TOKENS: dict[str, Any] = {
 class ResponseSource:
     """Writes attempts; called by all processes of an engine together, each of which gets all rows."""
 
-    asker: Asker
+    asker: PromptEncoder
     """Of the policies' tokenizer."""
     rollout: RolloutConfig
     engine_name: str
@@ -86,7 +86,7 @@ class ResponseSource:
         more: dict[str, Any] = {}
         if self.rollout.deadline_s:
             # Only with a deadline: engines without `Bounds` are asked without it.
-            more["bounds"] = Bounds(limits, lambda: self.clock_s() >= ends_s or gives_way())
+            more["bounds"] = GenerationBounds(limits, lambda: self.clock_s() >= ends_s or gives_way())
         sampling = sampling_of(self.rollout, max(limits), with_routes=self.with_routes)
         # By the attempt too: what goes on must not repeat the random numbers of its beginning.
         streams = [stream_of(row.round, row.key.prompt, row.key.sample, attempt.number)
@@ -138,7 +138,7 @@ class ResponseSource:
         except BadRecord as e:
             raise UserError(f"{prompt.option}: {prompt.place}: {e}") from None
 
-    def _longer(self, row: Rollout, found: Generated, number: int, limit: int,
+    def _longer(self, row: Rollout, found: GenerationResult, number: int, limit: int,
                 attempt: SampleAttempt) -> Rollout:
         # an engine without `Bounds` is asked for the longest of all
         written, logprobs = found.continuations[number][:limit], found.logprobs[number][:limit]

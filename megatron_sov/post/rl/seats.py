@@ -145,7 +145,7 @@ class EpisodeSeats:
         ids = StopRule(self._end_ids).cut(answer.tokens)
         routes = None
         if self._sampling.with_routes:
-            routes = self._engine.routes_of(answer, len(episode.ids) + len(ids) - 1)
+            routes = self._engine.extract_routes(answer, len(episode.ids) + len(ids) - 1)
         turn = episode.grow(GeneratedTurn(ids, answer.logprobs[:len(ids)],
                                           answer.version_of_each(len(ids), seat.version), routes))
         is_whole = answer.reason != ABORTED or bool(set(turn.ids[-1:]) & set(self._end_ids))

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.parallel.world import on_main
-from megatron_sov.eval.pass_at_k import JudgedItem
+from megatron_sov.eval.pass_at_k import ScoredResponses
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.post.rl.responses import key_digest
 from megatron_sov.post.rl.reward import NO_REWARD
@@ -89,7 +89,7 @@ def _cut(text: str) -> str:
 class _Tally:
     """Of the responses of a validation, or of a domain of it."""
 
-    judged: JudgedItem = field(default_factory=JudgedItem)
+    judged: ScoredResponses = field(default_factory=ScoredResponses)
     tokens: list[int] = field(default_factory=list)
     components: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 

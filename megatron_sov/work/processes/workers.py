@@ -217,7 +217,7 @@ class Workers:
                         "wrote above")
 
     def _end(self, worker: _Fork) -> None:
-        self._workers.remove(worker)
+        self._workers.delete_all(worker)
         worker.end()
 
     def end(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.infer.engines.fleet import Fleet
-from megatron_sov.infer.engines.server_engine import ServerEngine, ServerPlaces
+from megatron_sov.infer.engines.server_engine import ServerEngine, ServerLocations
 from megatron_sov.infer.engines.server_process import EngineServers
 from megatron_sov.infer.request import Batching
 from megatron_sov.judge.rewards.reward import Result
@@ -125,8 +125,8 @@ def test_rounds_are_written_by_the_newest_policy_and_published_piece_by_piece(
 
 @pytest.mark.parametrize(("more", "room", "sent"), [
     ({}, 6, 1), ({}, 5, 3), ({"max_staleness": 1}, 6, 3), ({"deadline_s": 60.0}, 6, 3)])
-def test_a_round_that_nothing_changes_is_one_request(
-        more: dict[str, Any], room: int, sent: int, desks: Callable[..., Desk]) -> None:
+def test_a_round_that_nothing_changes_is_one_request(more: dict[str, Any], room: int, sent: int,
+                                                     desks: Callable[..., Desk]) -> None:
     keeper = DoubleKeeper()
     desk = desks([keeper], replace(ROLLOUT, rounds=1, piece_prompts=3, **more))
     desk.fleet.requests = room
@@ -142,8 +142,9 @@ def test_a_round_that_nothing_changes_is_one_request(
 
 @pytest.mark.parametrize(("is_live", "deadline_s", "asked"), [
     (True, 0.0, 6), (True, 60.0, 2), (False, 0.0, 2)])
-def test_servers_of_a_run_have_all_work_there_is_before_nobody_looks(
-        is_live: bool, deadline_s: float, asked: int, desks: Callable[..., Desk]) -> None:
+def test_servers_of_a_run_have_all_work_there_is_before_nobody_looks(is_live: bool, deadline_s: float,
+                                                                     asked: int,
+                                                                     desks: Callable[..., Desk]) -> None:
     desk = desks([DoubleKeeper(0.05)], replace(ROLLOUT, rounds=1, deadline_s=deadline_s))
     requests = ResponseQueue(desk.requests, desk.queue, None if is_live else desk.take, 1)
     assert requests.advance(0.0, lambda: True)
@@ -194,10 +195,10 @@ def test_a_stop_gives_the_claims_back_and_the_next_command_writes_the_rest(
     check_whole(desk.rows(1))
 
 
-def test_validations_ask_the_servers_that_training_has_at_work(
-        desks: Callable[..., Desk], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validations_ask_the_servers_that_training_has_at_work(desks: Callable[..., Desk], tmp_path: Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     desk = desks([DoubleKeeper(0.02)])
-    servers = LiveServers("vllm", tmp_path, ServerPlaces(tmp_path, ()), EngineServers(), 8, VOCAB,
+    servers = LiveServers("vllm", tmp_path, ServerLocations(tmp_path, ()), EngineServers(), 8, VOCAB,
                           with_routes=False, engine=desk.engine)
     pushed: list[int] = []
     monkeypatch.setattr(servers, "push", lambda view, policy: pushed.append(policy.step))
@@ -230,16 +231,17 @@ def test_validations_ask_the_servers_that_training_has_at_work(
 
 
 @pytest.mark.parametrize(("urls", "given"), [((), []), (("http://other:8000",), [0])])
-def test_servers_of_others_are_given_the_weights_of_the_start_too(
-        urls: tuple[str, ...], given: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_servers_of_others_are_given_the_weights_of_the_start_too(urls: tuple[str, ...], given: list[int],
+                                                                  tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     updates: list[int] = []
     engine = SimpleNamespace(update=lambda weights, version: updates.append(version))
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr(requests, "find_target", lambda path: SimpleNamespace(path=path, is_hf=True))
-    monkeypatch.setattr(requests, "serving_engine", lambda *args, **kwargs: nullcontext(engine))
+    monkeypatch.setattr(requests, "open_server_engine", lambda *args, **kwargs: nullcontext(engine))
     monkeypatch.setattr(requests, "export_weights", lambda model: iter(()))
     monkeypatch.setattr(requests, "on_main", lambda world, work: work())
-    servers = LiveServers("vllm", tmp_path, ServerPlaces(tmp_path, urls), EngineServers(), 8, VOCAB,
+    servers = LiveServers("vllm", tmp_path, ServerLocations(tmp_path, urls), EngineServers(), 8, VOCAB,
                           with_routes=False)
     while servers.is_opening(1.0):
         pass
@@ -255,7 +257,7 @@ def test_a_run_that_is_to_stop_does_not_wait_for_a_server_that_does_not_answer(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr(requests, "find_target", lambda path: SimpleNamespace(path=path, is_hf=True))
-    servers = LiveServers("vllm", tmp_path, ServerPlaces(tmp_path, ("http://127.0.0.1:9",)),
+    servers = LiveServers("vllm", tmp_path, ServerLocations(tmp_path, ("http://127.0.0.1:9",)),
                           EngineServers(start_s=1e6), 8, VOCAB, with_routes=False)
     assert servers.is_opening(0.1)
     servers.close()
