@@ -124,7 +124,7 @@ def texts(inputs: list[Path], limit_bytes: int) -> Iterator[str]:
         for stream in list(streams):
             found = list(islice(stream, 20))
             if not found:
-                streams.delete_all(stream)
+                streams.remove(stream)
             for text in found:
                 passed += len(text.encode())
                 yield text

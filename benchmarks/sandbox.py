@@ -136,7 +136,7 @@ def main() -> None:
                                   env={**os.environ, "PYTHONPATH": str(trees[tree])})
             if done.returncode:
                 print(f"{name}, {tree}: {done.stderr.strip()}", flush=True)
-                arms.delete_all((name, tree))
+                arms.remove((name, tree))
                 continue
             outcomes, *seconds = json.loads(done.stdout)
             if name == ALONE:

@@ -191,7 +191,7 @@ def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, worke
     weights = _check_weights(paths, [weight for _, weight in checkpoints])
     sources = [open_checkpoint_weights(path) for path in paths]
     links = {format_block_name(link.key, link.offset): link for link in sources[0].links}
-    files = plan_files(links, sources[0].dtype, KEEP)
+    files = plan_files(links, sources[0].get_dtype, KEEP)
     merged = [{"path": str(path), "step": read_manifest(path, KIND).content.get("step", 0),
                "weight": weight,
                "manifest_sha256": manifest_sha256(path)} for path, weight in zip(paths, weights, strict=True)]

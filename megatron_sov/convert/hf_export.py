@@ -117,7 +117,7 @@ def verify(a: str | Path, b: str | Path, *, load: bool = True,
     checks.append(_check_none("config fields that differ", _differing_fields(*sides)))
     checks.append(_check_none("special token ids that differ", _differing_ids(*sides)))
     records = _compare_all(sides, (first, second), workers)
-    checks += _tensor_checks(sides[0], sides[1], records, first.describe() or second.describe())
+    checks += _tensor_checks(sides[0], sides[1], records, first.format_loss() or second.format_loss())
     checks += [_check_none(f"{side.path}: copies that differ", find_differing_copies(side))
                for side in sides if isinstance(side, HfWeights) and side.copies]
     if load:
@@ -166,8 +166,8 @@ def _compare_all(sides: Sequence[Weights], roundings: Sequence[UpdateRounding], 
 
     def compare_tensor(name: str) -> TensorRecord:
         a_tensor, b_tensor = a.read(name), b.read(name)
-        roundings[0].add(name, a_tensor, b.get_dtype(name))
-        roundings[1].add(name, b_tensor, a.get_dtype(name))
+        roundings[0].measure_weight(name, a_tensor, b.get_dtype(name))
+        roundings[1].measure_weight(name, b_tensor, a.get_dtype(name))
         return _compare_tensors(a_tensor, b_tensor)
 
     with ThreadPoolExecutor(workers) as pool:
@@ -292,7 +292,7 @@ def _write_tensors(artifact: ResumableArtifact, source: Weights, files: dict[str
             name = source_names[spec.name]
             source_tensor = source.read(name)
             tensor = convert_tensor(source_tensor, spec.dtype, source.path, spec.name)
-            rounding.add(name, source_tensor, spec.dtype)
+            rounding.measure_weight(name, source_tensor, spec.dtype)
             bar.update()
             return tensor
 
@@ -302,7 +302,7 @@ def _write_tensors(artifact: ResumableArtifact, source: Weights, files: dict[str
                 artifact.finish(name, record)
 
             write_files(artifact.path, missing, read, workers, finish)
-    if loss := rounding.describe():
+    if loss := rounding.format_loss():
         warn(f"{source.path}: {loss}; pass --dtype float32 to keep the trained values")
 
 

@@ -59,7 +59,7 @@ def export_weights(model: LanguageModel, dtype: str = KEEP, *,
     expected = {link.key: link.shape for link in links}
     for shapes in adapters.values():
         expected |= shapes
-    check_shapes("the running model", gatherer.shapes(), expected, "correct the weight map of its family")
+    check_shapes("the running model", gatherer.get_shapes(), expected, "correct the weight map of its family")
     # Adapter factors come directly before the weight that they change.
     tensors = iter_gathered(gatherer, [k for key in by_key for k in (*adapters.get(key, ()), key)])
     adapted_places = places(model.architecture, model.lora)

@@ -135,7 +135,7 @@ def find_tensor(path: Path, start: int, length_bytes: int) -> DistTensor:
         if start + length_bytes > os.fstat(file.fileno()).st_size:
             raise ValueError("the file ends before it does")
         archive = TorchArchive(_TensorWindow(file, start, length_bytes))
-        dtype, shape, first, _ = archive.find(archive.header)
+        dtype, shape, first, _ = archive.locate_tensor(archive.header)
     return DistTensor(path, start + first, shape, getattr(torch, dtype))
 
 

@@ -291,7 +291,7 @@ class UpdateRounding:
         """Measure the rounding of weight `merged` to `dtype`."""
         if not isinstance(self._weights, AdaptedWeights) or dtype.itemsize >= merged.dtype.itemsize:
             return
-        if (update := self._weights.update(name, merged)) is not None:
+        if (update := self._weights.compute_update(name, merged)) is not None:
             error = merged.double() - merged.to(dtype).double()
             self._squares.append((float(error.square().sum()), float(update.double().square().sum())))
             self._dtype = str(dtype).removeprefix("torch.")

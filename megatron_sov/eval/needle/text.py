@@ -222,8 +222,8 @@ def open_haystacks(sources: Sequence[Source], split: str, tokenizer_folder: Path
     usable = [s for s in sources if not s.is_chat and s.num_tokens.get(split, 0) > 0]
     unknown = sorted(set(source_languages) - {s.name for s in usable})
     if unknown:
-        raise UserError(f"--language {unknown[0]}={source_languages[unknown[0]]}: the data has no such source "
-                        f"with '{split}' text (sources: {', '.join(s.name for s in usable)})")
+        raise UserError(f"--language {unknown[0]}={source_languages[unknown[0]]}: the data has no such "
+                        f"source with '{split}' text (sources: {', '.join(s.name for s in usable)})")
     if not usable:
         raise UserError(f"--data: its sources hold no '{split}' text to hide needles in; "
                         "pack text with --heldout 0.02")

@@ -230,7 +230,7 @@ class Fleet:
         with self._changed:
             aborted = [task for task in self._waiting if task.request.name in aborted_names]
             for task in aborted:
-                self._waiting.delete_all(task)
+                self._waiting.remove(task)
             running = {member: [task for name, task in member.under_way.items() if name in aborted_names]
                        for member in self._members}
             for tasks in running.values():

@@ -197,7 +197,7 @@ def _recompute(config: RunConfig) -> tuple[Recompute, ...]:
     found: list[Recompute] = [(False, ()), (True, ()), *(("selective", modules)
                                                          for modules in _modules(config.model))]
     if config.gpu.offload_modules:  # which needs stored activations
-        found.delete_all((True, ()))
+        found.remove((True, ()))
     return tuple(dict.fromkeys([*found, own]))
 
 

@@ -333,7 +333,7 @@ class ResponseQueue:
                 number = piece.asked.pop(future)
                 piece.done[number] = piece.rows[number].row()
             if not piece.asked:
-                self.under_way.delete_all(piece)
+                self.under_way.remove(piece)
                 self.desk.publish([piece.attempt], [[piece.done[i] for i in range(len(piece.rows))]])
                 self._next_look_s = 0.0
 

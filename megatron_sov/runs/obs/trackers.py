@@ -167,7 +167,7 @@ class Trackers:
             try:
                 action(tracker)
             except Exception as e:  # tracker libraries may raise anything
-                self._active.delete_all(tracker)
+                self._active.remove(tracker)
                 _warn(tracker.name, e)
 
 

@@ -96,7 +96,7 @@ class Evaluations:
         self._waiting = [*(job for job in self._waiting if job.step != step), *jobs]
         steps = list(dict.fromkeys(job.step for job in self._waiting))
         for job in [t for t in self._waiting if t.step in steps[:-self._settings.max_waiting]]:
-            self._waiting.delete_all(job)
+            self._waiting.remove(job)
             self._fail(job, f"{self._settings.max_waiting} newer exports were ready before it was begun")
         self.poll(now=True)
 
@@ -175,11 +175,11 @@ class Evaluations:
         mark = self._file(job, ".submitted")
         waited_s = time.time() - mark.stat().st_mtime if mark.is_file() else 0.0
         if self._result(job).is_file():
-            self._submitted.delete_all(job)
+            self._submitted.remove(job)
             mark.unlink(missing_ok=True)
             self._succeed(job, waited_s)
         elif waited_s > self._settings.timeout_s:
-            self._submitted.delete_all(job)
+            self._submitted.remove(job)
             mark.unlink(missing_ok=True)
             limit = f"evaluate.background.timeout_s = {self._settings.timeout_s:g}"
             self._fail(job, f"its job gave no result within {limit}; see its log")

@@ -217,7 +217,7 @@ class Workers:
                         "wrote above")
 
     def _end(self, worker: _Fork) -> None:
-        self._workers.delete_all(worker)
+        self._workers.remove(worker)
         worker.end()
 
     def end(self) -> None:
