@@ -25,11 +25,11 @@ from megatron_sov.convert.sources import Weights
 from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
 from megatron_sov.engine.parallel import launcher
 from megatron_sov.engine.parallel.device import local_device
-from megatron_sov.eval.heldout import rows_of
-from megatron_sov.infer.engines.libraries import load_hf
-from megatron_sov.infer.engines.load import Loaded, run_forward_model
-from megatron_sov.infer.engines.target import Target, as_checkpoint
-from megatron_sov.model.families.count import count_params
+from megatron_sov.eval.heldout_loss import group_into_rows
+from megatron_sov.infer.engines.load import LoadedModel, run_forward_model
+from megatron_sov.infer.engines.target import Target, open_as_checkpoint
+from megatron_sov.infer.engines.transformers_engine import load_hf
+from megatron_sov.model.families.count import num_params
 from megatron_sov.version import __version__
 
 MAX_DIFFERENCE = 1e-4
@@ -55,7 +55,7 @@ def compare_logits(checkpoint: Path, hf_dir: Path, prompts: Sequence[Sequence[in
     Raises:
         UserError: a model cannot be loaded.
     """
-    def compare(loaded: Loaded) -> list[dict[str, Any]]:
+    def compare(loaded: LoadedModel) -> list[dict[str, Any]]:
         # One process runs both sides; the others only take part in our forward pass.
         hf = load_hf(hf_dir, torch.float32) if loaded.world.is_main else None
         return [asdict(c) for c in _compare_documents(loaded.policy, hf, prompts)]
@@ -65,7 +65,7 @@ def compare_logits(checkpoint: Path, hf_dir: Path, prompts: Sequence[Sequence[in
     return [ParityCheck(**c) for c in results or []]
 
 
-def random_prompts(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> list[list[int]]:
+def draw_random_prompts(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> list[list[int]]:
     """Return documents of random tokens, which use rare tokens and experts."""
     generator = np.random.Generator(np.random.Philox(seed))
     return [generator.integers(0, vocab_size, n).tolist() for n in lengths]
@@ -107,7 +107,7 @@ def _compare_documents(policy: ForwardModel, hf: Any, prompts: Sequence[Sequence
     """Run both models on all documents; the result is only valid on the process with `hf`."""
     difference = _Difference()
     limit_tokens = max(LOGITS_BYTES // (4 * policy.model.vocab_size), max(map(len, prompts)))
-    for row in rows_of([len(p) for p in prompts], limit_tokens):
+    for row in group_into_rows([len(p) for p in prompts], limit_tokens):
         batch = Inputs([prompts[i] for i in row], local_device())
         ours = policy.logits(batch, torch.arange(sum(len(prompts[i]) for i in row)))
         if hf is None:
@@ -176,7 +176,7 @@ def prove_logits(a: Path, b: Path, lengths: Sequence[int], settings: Sequence[st
                                                 "equal weights, equal logits"})
     _check_memory(sides)
     prompt_lengths = [n for n in lengths if n <= sides[0].model.max_position_tokens]
-    prompts = random_prompts(prompt_lengths, min(side.model.vocab_size for side in sides), SEED)
+    prompts = draw_random_prompts(prompt_lengths, min(side.model.vocab_size for side in sides), SEED)
     method = {"prompts": {"lengths": prompt_lengths, "tokens": "random", "seed": SEED},
               "precision": "float32",
               "largest difference allowed": f"{MAX_DIFFERENCE} of the largest logit, or of 1",
@@ -197,7 +197,7 @@ def _match_precision(checkpoint: Weights, folder: Weights) -> Iterator[tuple[Pat
     """Yield both models with weights of the same precision, that of the narrower side."""
     wider = _get_bits(checkpoint) - _get_bits(folder)
     if wider > 0:
-        with as_checkpoint(Target(folder.path, True)) as narrow:
+        with open_as_checkpoint(Target(folder.path, True)) as narrow:
             yield narrow, folder.path
     elif wider < 0:
         with tempfile.TemporaryDirectory(prefix="sov-export-") as parent:
@@ -225,7 +225,7 @@ def _check_memory(sides: Sequence[Weights]) -> None:
                         f"but {format_size(free_bytes)} are free; pass --no-load to compare files only")
 
 
-def card(a: Path, b: Path, weights: ConversionProof, logits: LogitsProof) -> dict[str, Any]:
+def build_card(a: Path, b: Path, weights: ConversionProof, logits: LogitsProof) -> dict[str, Any]:
     """Return the verification card: inputs, tolerances, versions, checks, and checksums of every tensor."""
     checks = [*weights.checks, *logits.checks]
     return {

@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.eval.statistics import mean_interval
+from megatron_sov.eval.statistics import compute_mean_interval
 from megatron_sov.infer.request import LENGTH
 from megatron_sov.judge.rewards.answers import normalized
 
@@ -51,7 +51,7 @@ class Estimate:
     """Prompts with at least k scored samples."""
 
 
-def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
+def compute_pass_at_k(num_samples: int, num_right: int, k: int) -> float:
     """Return the probability that at least one of k samples, drawn without replacement from n, is right.
 
     1 - C(n - c, k) / C(n, k), the unbiased estimator of Chen et al. (arXiv 2107.03374, equation 1).
@@ -66,7 +66,7 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
     return (num_draws - math.comb(num_samples - num_right, k)) / num_draws
 
 
-def majority_at_k(num_right: int, wrong: Mapping[str, int], num_silent: int, k: int) -> float:
+def compute_majority_at_k(num_right: int, wrong: Mapping[str, int], num_silent: int, k: int) -> float:
     """Return the probability that the most frequent final answer of k samples, drawn without replacement, is
     right.
 
@@ -111,23 +111,23 @@ def _count_draws(sizes: Mapping[int, int], num_silent: int, votes: int, draws: i
     return {ties: ways[draws] for ties, ways in draws_by_ties.items()}
 
 
-def pass_estimates(prompts: Sequence[PromptCounts], ks: Sequence[int]) -> list[Estimate]:
-    return _estimate_all(ks, [{k: pass_at_k(p.num_scored, p.num_right, k) for k in ks if k <= p.num_scored}
-                           for p in prompts])
+def estimate_pass_at_k(prompts: Sequence[PromptCounts], ks: Sequence[int]) -> list[Estimate]:
+    return _estimate_all(ks, [{k: compute_pass_at_k(p.num_scored, p.num_right, k)
+                               for k in ks if k <= p.num_scored} for p in prompts])
 
 
-def majority_estimates(prompts: Sequence[PromptCounts], ks: Sequence[int]) -> list[Estimate]:
-    return _estimate_all(ks, [{k: majority_at_k(p.num_right, p.wrong, p.num_silent, k)
-                            for k in ks if k <= p.num_scored} for p in prompts])
+def estimate_majority_at_k(prompts: Sequence[PromptCounts], ks: Sequence[int]) -> list[Estimate]:
+    return _estimate_all(ks, [{k: compute_majority_at_k(p.num_right, p.wrong, p.num_silent, k)
+                               for k in ks if k <= p.num_scored} for p in prompts])
 
 
 def _estimate_all(ks: Sequence[int], by_prompt: Sequence[Mapping[int, float]]) -> list[Estimate]:
     values = {k: [shares_by_k[k] for shares_by_k in by_prompt if k in shares_by_k] for k in ks}
-    return [Estimate(k, fmean(shares), mean_interval(shares), len(shares))
+    return [Estimate(k, fmean(shares), compute_mean_interval(shares), len(shares))
             for k, shares in values.items() if shares]
 
 
-def default_ks(num_samples: int) -> list[int]:
+def choose_default_ks(num_samples: int) -> list[int]:
     """Return 1, 2, 4, ... and the number of samples."""
     return sorted({*(1 << i for i in range(num_samples.bit_length()) if 1 << i <= num_samples), num_samples})
 
@@ -137,12 +137,12 @@ EXTRACTED = "extracted"
 
 
 @dataclass
-class JudgedItem:
+class ScoredResponses:
     prompts: dict[str, PromptCounts] = field(default_factory=dict)
     """Prompt key -> counts, in file order."""
     statuses: Counter[str] = field(default_factory=Counter)
     """Status of the reward -> number of responses."""
-    tells_answers: bool = False
+    has_answers: bool = False
     """The reward has extracted final answers."""
     reason: str = ""
     """Reason of the first response without a reward, if stated."""
@@ -164,8 +164,8 @@ class JudgedItem:
             return
         counts.reward_sum += row["reward"]
         # Only rows with a reward vote, so that pass@k and maj@k use the same samples.
-        has_answer, answer = final_answer(row["components"])
-        self.tells_answers |= has_answer
+        has_answer, answer = extract_final_answer(row["components"])
+        self.has_answers |= has_answer
         if row["reward"] >= right_from:
             counts.num_right += 1
         elif answer:
@@ -192,16 +192,16 @@ class JudgedItem:
             raise UserError(f"--k {max(ks)}: no prompt has more than {most} scored samples; choose a smaller "
                             "k, or sample more")
         # Up to the smallest number of samples, so that every estimate is over all prompts.
-        ks = sorted(set(ks)) or default_ks(fewest)
+        ks = sorted(set(ks)) or choose_default_ks(fewest)
         prompts = list(self.prompts.values())
         result: dict[str, Any] = {
             "num_prompts": len(prompts), "num_samples": sum(self.statuses.values()),
             "statuses": dict(self.statuses), "num_unscored": sum(p.num_unscored for p in prompts),
             "num_right": sum(p.num_right for p in prompts),
             "mean_reward": fmean(p.reward_sum / p.num_scored for p in scored),
-            "pass_at_k": _to_json(pass_estimates(prompts, ks))}
-        if self.tells_answers:
-            result["maj_at_k"] = _to_json(majority_estimates(prompts, ks))
+            "pass_at_k": _to_json(estimate_pass_at_k(prompts, ks))}
+        if self.has_answers:
+            result["maj_at_k"] = _to_json(estimate_majority_at_k(prompts, ks))
         if self.num_ended:
             result["share_at_limit"] = self.num_at_limit / self.num_ended
         return result
@@ -211,7 +211,7 @@ def _to_json(estimates: Iterable[Estimate]) -> list[dict[str, Any]]:
     return [{**asdict(e), "interval": list(e.interval)} for e in estimates]
 
 
-def final_answer(components: Mapping[str, Any]) -> tuple[bool, str]:
+def extract_final_answer(components: Mapping[str, Any]) -> tuple[bool, str]:
     """Return whether reward components (or one nested part) have an extracted answer, and the normalized
     answer."""
     for values in (components, *(part for part in components.values() if isinstance(part, Mapping))):
@@ -220,7 +220,7 @@ def final_answer(components: Mapping[str, Any]) -> tuple[bool, str]:
     return False, ""
 
 
-def read_judged(path: Path, group_by: str, right_from: float) -> JudgedItem:
+def read_scored_responses(path: Path, group_by: str, right_from: float) -> ScoredResponses:
     """Count the rows of a file written by `score_file`.
 
     Args:
@@ -228,23 +228,23 @@ def read_judged(path: Path, group_by: str, right_from: float) -> JudgedItem:
         group_by: field that identifies the prompt.
         right_from: smallest reward of a right response.
     """
-    return read_judged_parts(path, None, group_by, right_from).get("", JudgedItem())
+    return read_scored_parts(path, None, group_by, right_from).get("", ScoredResponses())
 
 
-def read_judged_parts(path: Path, part_by: str | None, group_by: str,
-                      right_from: float) -> dict[str, JudgedItem]:
+def read_scored_parts(path: Path, part_by: str | None, group_by: str,
+                      right_from: float) -> dict[str, ScoredResponses]:
     """Count rows for each value of the field `part_by`, in file order; None counts all rows under ""."""
-    parts: dict[str, JudgedItem] = {}
+    parts: dict[str, ScoredResponses] = {}
     with open(path, "rb") as f:
         for line in f:
             row = json.loads(line)
             part = "" if part_by is None else str(row[part_by])
-            parts.setdefault(part, JudgedItem()).add(json.dumps(row[group_by], sort_keys=True), row,
+            parts.setdefault(part, ScoredResponses()).add(json.dumps(row[group_by], sort_keys=True), row,
                                                      right_from)
     return parts
 
 
-def table(figures: Mapping[str, Any]) -> str:
+def format_table(figures: Mapping[str, Any]) -> str:
     majority = {e["k"]: e for e in figures.get("maj_at_k", [])}
     head = f"{'k':>6}  {'pass@k':>8}  {'95 % interval':>17}"
     head += f"  {'maj@k':>8}  prompts" if majority else "  prompts"

@@ -14,7 +14,7 @@ from functools import lru_cache
 from statistics import NormalDist, fmean
 
 CONFIDENCE = 0.95
-MANY = 300
+MAX_T_FREEDOM = 300
 """Degrees of freedom above which the normal distribution replaces Student's t."""
 
 
@@ -32,7 +32,7 @@ class Mean:
     """Number of clusters; equal to `num_items` without clusters."""
 
 
-def mean_of(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Mean:
+def estimate_mean(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Mean:
     """Return the mean of item scores with its confidence interval.
 
     Scores between 0 and 1 get the interval of `mean_interval`, other scores Student's t over clusters.
@@ -47,13 +47,13 @@ def mean_of(values: Sequence[float], clusters: Sequence[Hashable] | None = None)
     _check_scores(values)
     error, count = _compute_standard_error(values, clusters)
     if all(0 <= value <= 1 for value in values):
-        interval: tuple[float, float] | None = mean_interval(values, clusters)
+        interval: tuple[float, float] | None = compute_mean_interval(values, clusters)
     else:
-        interval = _t_interval(fmean(values), error, count - 1, CONFIDENCE)
+        interval = _build_t_interval(fmean(values), error, count - 1, CONFIDENCE)
     return Mean(fmean(values), error, interval, len(values), count)
 
 
-def paired_difference(before: Sequence[float], after: Sequence[float],
+def estimate_difference(before: Sequence[float], after: Sequence[float],
                       clusters: Sequence[Hashable] | None = None, confidence: float = CONFIDENCE) -> Mean:
     """Return the mean of `after` - `before` over the same items.
 
@@ -76,12 +76,12 @@ def paired_difference(before: Sequence[float], after: Sequence[float],
     differences = [b - a for a, b in zip(before, after, strict=True)]
     value, (error, count) = fmean(differences), _compute_standard_error(differences, clusters)
     if not all(0 <= score <= 1 for scores in (before, after) for score in scores):
-        interval = _t_interval(value, error, count - 1, confidence)
+        interval = _build_t_interval(value, error, count - 1, confidence)
         return Mean(value, error, interval, len(differences), count)
     # Mean cluster size, used for the two added clusters.
     size = len(differences) / count
     middle = value * count / (count + 2)
-    sums = [*cluster_sums(differences, clusters)]
+    sums = [*compute_cluster_sums(differences, clusters)]
     sizes = [1] * count if clusters is None else _count_cluster_sizes(clusters)
     # Residual sums around the new mean: each cluster sum moves by its size times the shift.
     squares = math.fsum((total + cluster_size * (value - middle))**2
@@ -104,7 +104,7 @@ def _compute_standard_error(values: Sequence[float],
     sqrt(G / (G - 1) sum_c (sum_i (x_ci - mean))^2) / n: Miller's equation 4, with a factor that makes it s /
     sqrt(n) if each item is a cluster.
     """
-    sums = cluster_sums(values, clusters)
+    sums = compute_cluster_sums(values, clusters)
     count = len(sums)
     if count == 1:
         return None, 1
@@ -118,17 +118,17 @@ def _count_cluster_sizes(clusters: Sequence[Hashable]) -> list[int]:
     return list(sizes.values())
 
 
-def _t_interval(middle: float, error: float | None, freedom: int,
+def _build_t_interval(middle: float, error: float | None, freedom: int,
                 confidence: float) -> tuple[float, float] | None:
     return None if error is None else _build_interval(middle, error, freedom, confidence)
 
 
 def _build_interval(middle: float, error: float, freedom: int, confidence: float) -> tuple[float, float]:
-    half = error * student_quantile((1 + confidence) / 2, freedom)
+    half = error * compute_student_quantile((1 + confidence) / 2, freedom)
     return middle - half, middle + half
 
 
-def wilson_interval(correct: int, samples: int) -> tuple[float, float]:
+def compute_wilson_interval(correct: int, samples: int) -> tuple[float, float]:
     """Return Wilson's score interval of a share (J. Am. Stat. Assoc. 22, 1927).
 
     Its ends solve |correct / samples - p| = z sqrt(p (1 - p) / samples).
@@ -138,10 +138,10 @@ def wilson_interval(correct: int, samples: int) -> tuple[float, float]:
     """
     if not 0 <= correct <= samples or samples < 1:
         raise ValueError(f"{correct} of {samples} is not a share")
-    return _score_interval(correct / samples, samples)
+    return _compute_score_interval(correct / samples, samples)
 
 
-def mean_interval(shares: Sequence[float], clusters: Sequence[Hashable] | None = None
+def compute_mean_interval(shares: Sequence[float], clusters: Sequence[Hashable] | None = None
                   ) -> tuple[float, float]:
     """Return a confidence interval for the mean of shares between 0 and 1, e.g. each prompt's pass@k.
 
@@ -159,24 +159,24 @@ def mean_interval(shares: Sequence[float], clusters: Sequence[Hashable] | None =
     """
     if not shares or not all(0 <= share <= 1 for share in shares):
         raise ValueError("a mean needs shares from 0 to 1")
-    share, sums = fmean(shares), cluster_sums(shares, clusters)
+    share, sums = fmean(shares), compute_cluster_sums(shares, clusters)
     max_variance = share * (1 - share)  # variance of a binary sample, the largest possible
     # All right, all wrong, or a single cluster: each cluster counts as one binary sample.
     if max_variance <= 0 or len(sums) == 1:
-        return _score_interval(share, len(sums))
+        return _compute_score_interval(share, len(sums))
     spread = math.fsum(residual**2 for residual in sums) / len(shares)
     # Binary samples without clusters: Wilson's interval, without the corrections below.
     if len(sums) == len(shares) and math.isclose(spread, max_variance):
-        return _score_interval(share, len(shares))
+        return _compute_score_interval(share, len(shares))
     # Equal shares between 0 and 1 have no variance: each counts as at most a thousand samples.
     effective = len(shares) * max_variance / max(spread, max_variance / 1000)
     middle = (1 + CONFIDENCE) / 2
     # With few clusters the variance is uncertain: use t instead of the normal quantile.
-    correction = NormalDist().inv_cdf(middle) / student_quantile(middle, len(sums) - 1)
-    return _score_interval(share, effective * correction**2)
+    correction = NormalDist().inv_cdf(middle) / compute_student_quantile(middle, len(sums) - 1)
+    return _compute_score_interval(share, effective * correction**2)
 
 
-def cluster_sums(values: Sequence[float], clusters: Sequence[Hashable] | None) -> list[float]:
+def compute_cluster_sums(values: Sequence[float], clusters: Sequence[Hashable] | None) -> list[float]:
     """Return, for each cluster, the sum of deviations from the overall mean.
 
     Args:
@@ -195,24 +195,24 @@ def cluster_sums(values: Sequence[float], clusters: Sequence[Hashable] | None) -
     return [math.fsum(residuals) for residuals in by_cluster.values()]
 
 
-def difference_interval(differences: Sequence[float]) -> tuple[float, float]:
+def compute_difference_interval(differences: Sequence[float]) -> tuple[float, float]:
     """Return a confidence interval for the mean of paired differences of shares: `mean_interval` of (1 + d) /
     2.
 
     Raises:
         ValueError: there is no difference, or one is not between -1 and 1.
     """
-    low, high = mean_interval([(1 + d) / 2 for d in differences])
+    low, high = compute_mean_interval([(1 + d) / 2 for d in differences])
     return 2 * low - 1, 2 * high - 1
 
 
 @lru_cache
-def student_quantile(probability: float, freedom: int) -> float:
+def compute_student_quantile(probability: float, freedom: int) -> float:
     """Return the quantile of Student's t for `probability` above 0.5.
 
     Bisection of the finite sums for integer degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
     """
-    if freedom > MANY:
+    if freedom > MAX_T_FREEDOM:
         return NormalDist().inv_cdf(probability)
     low, high = 0.0, math.pi / 2  # angle whose tangent is t / sqrt(freedom)
     # 60 halvings reach float precision.
@@ -237,7 +237,7 @@ def _compute_central_probability(angle: float, freedom: int) -> float:
     return 2 / math.pi * (angle + total) if is_odd else total
 
 
-def _score_interval(share: float, samples: float) -> tuple[float, float]:
+def _compute_score_interval(share: float, samples: float) -> tuple[float, float]:
     z2 = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) ** 2
     middle = (share + z2 / (2 * samples)) / (1 + z2 / samples)
     half = math.sqrt(z2 * (share * (1 - share) / samples + z2 / (4 * samples**2))) / (1 + z2 / samples)

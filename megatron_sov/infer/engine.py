@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args
 
 from megatron_sov.base.settings import Flag
-from megatron_sov.infer.request import Batching, Generated, NamedTensors, Sampling, StopRule, Tokens
+from megatron_sov.infer.request import Batching, GenerationResult, NamedTensors, Sampling, StopRule, Tokens
 
 if TYPE_CHECKING:
-    from megatron_sov.infer.engines.server_engine import ServerPlaces
+    from megatron_sov.infer.engines.server_engine import ServerLocations
     from megatron_sov.infer.engines.target import Target
 
 EngineName = Literal["megatron", "transformers", "vllm"]
 MEGATRON, TRANSFORMERS, VLLM = ENGINES = get_args(EngineName)
 """Engine names: megatron runs checkpoints at any layout, the others run Hugging Face folders."""
-SERVED = (VLLM,)
+SERVER_ENGINES = (VLLM,)
 """Engines that run as servers."""
 ChosenEngine = Annotated[EngineName | None, Flag(
     help="What runs the model (default: transformers for a Hugging Face folder)")]
@@ -30,7 +30,7 @@ class Engine(Protocol):
     """A loaded model that continues prompts. Methods are collective, and return the same on all processes."""
 
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: StopRule | None = None,
-                 streams: Sequence[int] | None = None) -> Generated:
+                 streams: Sequence[int] | None = None) -> GenerationResult:
         """Continue prompts.
 
         Greedy continuations agree between engines up to rounding. Samples of different engines follow the
@@ -63,15 +63,15 @@ class Engine(Protocol):
         ...
 
 
-def engine_for(target: Target) -> EngineName:
+def choose_engine(target: Target) -> EngineName:
     """Return the default engine for a model."""
     return TRANSFORMERS if target.is_hf else MEGATRON
 
 
-def run_engine(name: str, target: Target, work: Callable[[Engine], Any], *, longest: int,
+def run_with_engine(name: str, target: Target, work: Callable[[Engine], Any], *, longest: int,
                batching: Batching | None = None, settings: Sequence[str] = (),
                nproc: int | None = None, option: str = "--set", with_routes: bool = False,
-               places: ServerPlaces | None = None) -> Any:
+               places: ServerLocations | None = None) -> Any:
     """Load a model into an engine, run `work` with it, and return the result.
 
     Args:
@@ -100,13 +100,13 @@ def run_engine(name: str, target: Target, work: Callable[[Engine], Any], *, long
 
         return run_forward_model(target, settings, nproc,
                                  lambda loaded: work(MegatronEngine(loaded.policy, batching)), option)
-    if name in SERVED:
-        from megatron_sov.infer.engines.server_engine import server_settings, serving_engine
+    if name in SERVER_ENGINES:
+        from megatron_sov.infer.engines.server_engine import open_server_engine, parse_server_settings
 
-        with serving_engine(name, target.path, target.vocab_size, longest,
-                            server_settings(name, settings, option), places,
+        with open_server_engine(name, target.path, target.vocab_size, longest,
+                            parse_server_settings(name, settings, option), places,
                             with_routes=with_routes) as engine:
             return work(engine)
-    from megatron_sov.infer.engines.libraries import HfEngine, load_configured_hf
+    from megatron_sov.infer.engines.transformers_engine import HfEngine, load_configured_hf
 
     return work(HfEngine(load_configured_hf(target.path, settings, option), batching))

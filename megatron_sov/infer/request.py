@@ -31,7 +31,7 @@ BatchSize = Annotated[AtLeastOne, Flag(help="Sequences that are written at a tim
 CACHE_TOKENS = 1 << 20
 """Limit of cached tokens (keys and values) at a time; one sequence is always allowed. Batches of short
 sequences do not reach it; if a GPU is too small for long sequences, lower the batch size."""
-Written = tuple[list[int], list[float]]
+ScoredTokens = tuple[list[int], list[float]]
 """Tokens of a continuation, and their log-probabilities."""
 
 
@@ -110,20 +110,20 @@ class WholeSampling(ResponseSampling):
     top_k: Annotated[NotNegativeInt, NO_FLAG] = 0
 
 
-def refuse_drafts(engine: str, sampling: Sampling) -> None:
+def check_no_drafts(engine: str, sampling: Sampling) -> None:
     """Raise `ValueError` if drafts are requested from an engine without them."""
     if sampling.num_drafts:
         raise ValueError(f"num_drafts = {sampling.num_drafts}: the engine {engine} does not draft")
 
 
-def refuse_rules(engine: str, sampling: Sampling) -> None:
+def check_no_rules(engine: str, sampling: Sampling) -> None:
     """Raise `UserError` if token rules are requested from an engine that cannot apply them."""
     if sampling.rules is not None:
         raise UserError(f"--engine {engine}: cannot keep blocks of media tokens whole; use the engine "
                         "megatron")
 
 
-def refuse_routes(engine: str, sampling: Sampling) -> None:
+def check_no_routes(engine: str, sampling: Sampling) -> None:
     """Raise `UserError` if routes are requested from an engine that cannot return them."""
     if sampling.with_routes:
         raise UserError(f"--engine {engine}: does not return the experts of each token; use the engine "
@@ -164,13 +164,13 @@ class StopRule:
         """Return the finish reason: `STOP` or `LENGTH`."""
         return STOP if continuation and self.ends(continuation) else LENGTH
 
-    def cut_text(self, text: str) -> str:
+    def truncate_text(self, text: str) -> str:
         """Return the text before the first stop string."""
         return text[:min((text.index(t) for t in self.texts if t in text), default=len(text))]
 
 
 @dataclass(frozen=True)
-class Bounds:
+class GenerationBounds:
     """Per-prompt limits and an external stop, in addition to `StopRule` and `Sampling` (engine megatron)."""
 
     limits: Sequence[int]
@@ -220,7 +220,7 @@ NamedTensors = Iterator[tuple[str, "torch.Tensor"]]
 """Hugging Face names and tensors of a whole model, e.g. from `convert.export_weights`."""
 
 
-class HeldWeights:
+class WeightVersion:
     """Tracks the version of an engine's weights; after a failed update, reading `version` raises
     `UserError`."""
 
@@ -241,7 +241,7 @@ class HeldWeights:
                             f"version {self._failure}; update it with all weights, or load it again")
 
     @contextlib.contextmanager
-    def replaced(self, version: int, weights: Iterator[Any] | None) -> Iterator[None]:
+    def replace_weights(self, version: int, weights: Iterator[Any] | None) -> Iterator[None]:
         """Mark the weights as invalid during the `with` block, and as `version` after it.
 
         Args:
@@ -263,7 +263,7 @@ class HeldWeights:
 
 
 @dataclass(frozen=True)
-class Generated:
+class GenerationResult:
     """Result of an engine; each list has one entry per prompt."""
 
     continuations: list[list[int]]
@@ -286,8 +286,8 @@ class Generated:
     (`documents.shard_files`); None if not requested."""
 
     @classmethod
-    def of(cls, written: Sequence[Written], sampling: Sampling, stop: StopRule, version: int,
-           drafted: int = 0, accepted: int = 0, routes: list[np.ndarray] | None = None) -> Generated:
+    def of(cls, written: Sequence[ScoredTokens], sampling: Sampling, stop: StopRule, version: int,
+           drafted: int = 0, accepted: int = 0, routes: list[np.ndarray] | None = None) -> GenerationResult:
         """Build the result with its finish reasons."""
         for number, (tokens, logprobs) in enumerate(written):
             if len(tokens) != len(logprobs):

@@ -32,7 +32,7 @@ from megatron_sov.engine.model.local_shards import local_shards
 from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.engine.parallel import collectives
 from megatron_sov.engine.parallel.world import ParallelWorld, on_each, on_main
-from megatron_sov.eval.heldout import row_losses
+from megatron_sov.eval.heldout_loss import compute_row_losses
 from megatron_sov.infer.engines.load import run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.model.config import RunConfig, layout_settings

@@ -23,8 +23,8 @@ from megatron_sov.base.digests import fingerprint_folder
 from megatron_sov.base.documents.rows import read_rows
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert.sources import is_hf_folder
-from megatron_sov.eval.pass_at_k import JudgedItem, pass_at_k, read_judged_parts
-from megatron_sov.eval.statistics import difference_interval
+from megatron_sov.eval.pass_at_k import ScoredResponses, compute_pass_at_k, read_scored_parts
+from megatron_sov.eval.statistics import compute_difference_interval
 from megatron_sov.runs.checkpoints import (
     CHECKPOINT_KIND, CHECKPOINTS_FOLDER, MERGED, check_model_path, find_checkpoint, list_complete)
 

@@ -20,6 +20,7 @@ from megatron_sov.chat.folder import open_tokenizer, read_chat_encoder
 from megatron_sov.chat.marks import unquote_marks
 from megatron_sov.infer.asking import Asker
 from megatron_sov.infer.engines.target import Target
+from megatron_sov.infer.prompts import PromptEncoder
 from megatron_sov.infer.request import Sampling
 
 # What a server says where it does not answer: OpenAI's object of an error, with its HTTP status.
@@ -308,8 +309,8 @@ class BodyReader:
         """
         folder = target.tokenizer_folder
         self._where, self._vocab_size, self._longest = folder, target.vocab_size, longest
-        self._plain = Asker(target, chat=False)
-        self._chat = Asker(target, chat=True) if read_chat_encoder(folder) is not None else None
+        self._plain = PromptEncoder(target, chat=False)
+        self._chat = PromptEncoder(target, chat=True) if read_chat_encoder(folder) is not None else None
         encoder = None if self._chat is None else self._chat.encoder
         self.call_form = None if encoder is None else encoder.find_call_form()[0]
         """In which the model calls tools; None: its template does not say."""
@@ -373,7 +374,7 @@ class BodyReader:
         return wanted
 
 
-def _ids(asker: Asker, prompt: Conversation | str | tuple[int, ...]) -> list[int]:
+def _ids(asker: PromptEncoder, prompt: Conversation | str | tuple[int, ...]) -> list[int]:
     """Return a prompt in ids: with earlier answers as training has shown them, or, where the template leaves
     something of them out (earlier thoughts, say) and training would refuse them, as the template shows them.
 

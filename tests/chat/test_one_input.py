@@ -17,7 +17,7 @@ from data_prep.shards.encode import Encoder
 from megatron_sov.base.documents import Conversation, RecordReading, read_documents
 from megatron_sov.chat.encode import TurnEncoder
 from megatron_sov.chat.folder import read_chat_encoder
-from megatron_sov.infer.asking import Asker
+from megatron_sov.infer.prompts import PromptEncoder
 from megatron_sov.rollouts.prompts import read_prompts
 from megatron_sov.serve.bodies import BodyReader, chat_question
 from megatron_sov.serve.chat_session import ChatModel, ChatSession, ChatTurn
@@ -113,12 +113,12 @@ def test_serve_shows_what_transformers_shows(target: Any, shown: Any) -> None:
     question = chat_question(json.dumps({"messages": SENT, "tools": TOOLS}).encode(), "m")
     reader = BodyReader(target, 10_000)
     [ids] = reader.read(question).prompts
-    assert Asker(target, chat=True)._tokenizer.decode(ids) == shown(SHOWN)
+    assert PromptEncoder(target, chat=True)._tokenizer.decode(ids) == shown(SHOWN)
 
 
 def test_generate_shows_what_transformers_shows(target: Any, shown: Any, line: Path) -> None:
     [prompt] = read_documents([line], RecordReading("prompt"))
-    asker = Asker(target, chat=True)
+    asker = PromptEncoder(target, chat=True)
     [ids] = asker.ask([prompt.conversation()])
     assert asker._tokenizer.decode(ids) == shown(SHOWN)
     [ids] = asker.ask([text := "서울? \n"])
@@ -150,6 +150,6 @@ def test_chat_sends_what_serve_shows_as_transformers_does(target: Any, shown: An
     question = chat_question(json.dumps(bodies[0]).encode(), "m")
     [chat] = question.prompts
     assert isinstance(chat, Conversation)
-    reader, asker = BodyReader(target, 10_000), Asker(target, chat=True)
+    reader, asker = BodyReader(target, 10_000), PromptEncoder(target, chat=True)
     assert asker._tokenizer.decode(reader.read(question).prompts[0]) == shown(
         [*SHOWN, ANSWER, say("user", "And now?")], tools=None)

@@ -20,7 +20,7 @@ from megatron_sov.model.families import supported as models
 
 prepare_megatron()
 
-from megatron_sov.eval.parity import compare_logits, random_prompts  # noqa: E402
+from megatron_sov.eval.parity import compare_logits, draw_random_prompts  # noqa: E402
 
 HUB: dict[str, dict[str, Any]] = {name: entry["config"] for name, entry in json.loads(
     Path(__file__).with_name("hub_configs.json").read_text()).items()}
@@ -45,7 +45,7 @@ SIZES = {
     "kv_lora_rank": 12, "q_lora_rank": 20, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10,
     "sliding_window": WINDOW, "initializer_range": 0.15}
 """Field -> its value in a tiny model, where a config has it and it is not null or 0."""
-PROMPTS = random_prompts([1, 3 * WINDOW, 100], VOCABULARY)
+PROMPTS = draw_random_prompts([1, 3 * WINDOW, 100], VOCABULARY)
 """Longer than a window, and than 64 positions, from which rotations are scaled."""
 OF_WEIGHTS = ("quantization_config", "num_nextn_predict_layers", "mtp_layer_types", "mtp_sliding_windows",
               "mtp_loss_scaling_factor", "mtp_share_layers", "mtp_num_speculative_steps")

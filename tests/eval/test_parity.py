@@ -18,10 +18,10 @@ from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
 prepare_megatron()
 
-from megatron_sov.eval.parity import compare_logits, prove_logits, random_prompts  # noqa: E402
+from megatron_sov.eval.parity import compare_logits, draw_random_prompts, prove_logits  # noqa: E402
 
 FAMILIES = ("solar_open", "exaone_moe")
-PROMPTS = random_prompts([1, 6, 40, 300, 17], 1024)
+PROMPTS = draw_random_prompts([1, 6, 40, 300, 17], 1024)
 """The fourth is longer than Solar's original context (256) and than K-EXAONE's window (8)."""
 
 

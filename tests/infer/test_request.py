@@ -11,7 +11,7 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.infer import request
-from megatron_sov.infer.request import Batching, Generated, Sampling, StopRule
+from megatron_sov.infer.request import Batching, GenerationResult, Sampling, StopRule
 
 
 class OddAlone:
@@ -32,12 +32,12 @@ def test_stop_strings_match_across_token_boundaries() -> None:
     cut = stop.cut(tokens)
     assert decode(cut) == "그래요. END"
     assert [stop.ends(tokens[:n]) for n in range(1, len(cut) + 1)] == [False] * (len(cut) - 1) + [True]
-    assert stop.cut_text(text) == "그래요. " and stop.cut_text("nothing") == "nothing"
+    assert stop.truncate_text(text) == "그래요. " and stop.truncate_text("nothing") == "nothing"
     assert stop.cut(tokens[:5]) == tokens[:5]
 
 
 def test_text_is_truncated_at_the_first_stop_string() -> None:
-    assert StopRule(texts=("c", "b")).cut_text("abcd") == "a"
+    assert StopRule(texts=("c", "b")).truncate_text("abcd") == "a"
 
 
 def test_stop_tokens_end_a_continuation() -> None:
@@ -64,11 +64,11 @@ def test_invalid_sampling_settings_are_rejected(wrong: dict[str, Any]) -> None:
 def test_result_has_finish_reasons_and_version() -> None:
     stop = StopRule((9,))
     written = [([1, 9], [-0.5, -0.25]), ([2, 3], [-1.0, -2.0]), ([], [])]
-    found = Generated.of(written, Sampling(2, 0.7), stop, 4)
+    found = GenerationResult.of(written, Sampling(2, 0.7), stop, 4)
     assert found.finish_reasons == ["stop", "length", "length"]
     assert (found.temperature, found.version) == (0.7, 4)
     with pytest.raises(ValueError, match="engine wrote 2 tokens"):
-        Generated.of([([1, 9], [-0.5])], Sampling(2), stop, 4)
+        GenerationResult.of([([1, 9], [-0.5])], Sampling(2), stop, 4)
 
 
 @pytest.mark.parametrize("part", [{"top_k": 5}, {"top_p": 0.9}])

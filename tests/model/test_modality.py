@@ -34,8 +34,9 @@ import {modules}
 print([name for name in sys.modules if name.startswith(("megatron_sov.omni", "data_prep.media"))])
 """
 CORE = ("megatron_sov.convert", "megatron_sov.train.trainer", "megatron_sov.infer.decoder.generator",
-        "megatron_sov.post.reference", "megatron_sov.eval.heldout", "megatron_sov.commands.models.generate",
-        "megatron_sov.commands.evaluate.eval", "data_prep.shards.pack", "data_prep.shards.verify")
+        "megatron_sov.post.reference", "megatron_sov.eval.heldout_loss",
+        "megatron_sov.commands.models.generate", "megatron_sov.commands.evaluate.eval",
+        "data_prep.shards.pack", "data_prep.shards.verify")
 
 
 @pytest.mark.deep

@@ -82,8 +82,8 @@ def test_another_architectures_config_is_refused(models: dict[str, Path], tmp_pa
         load_hf(folder)
 
 
-def test_a_model_that_this_transformers_has_no_class_of_is_told_from_a_damaged_one(
-        models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_model_that_this_transformers_has_no_class_of_is_told_from_a_damaged_one(models: dict[str, Path],
+                                                                                   tmp_path: Path) -> None:
     folder = shutil.copytree(models["lm"], tmp_path / "new")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "of_next_year"}))
@@ -159,7 +159,7 @@ def test_other_formats_beside_are_not_read(models: dict[str, Path], tmp_path: Pa
 
 @pytest.mark.parametrize("named", ["other.safetensors", "sub/other.safetensors.index.json", 5])
 def test_a_config_that_names_another_file_of_weights_is_refused(named: Any, models: dict[str, Path],
-                                                               tmp_path: Path) -> None:
+                                                                tmp_path: Path) -> None:
     """transformers would read it, and the check of tensors the other one."""
     folder = Path(shutil.copytree(models["lm"], tmp_path / "lm"))
     shutil.copyfile(folder / "model.safetensors", folder / "other.safetensors")

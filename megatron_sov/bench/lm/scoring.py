@@ -22,7 +22,7 @@ from megatron_sov.bench.lm.settings import Settings
 from megatron_sov.bench.lm.subject import EvaluatedLM
 from megatron_sov.bench.lm.tasks import hash_of, sov_of
 from megatron_sov.bench.suites.judging import AnswerJudge
-from megatron_sov.eval.statistics import mean_of
+from megatron_sov.eval.statistics import estimate_mean
 from megatron_sov.infer.request import LENGTH
 
 TEXT = "generate_until"
@@ -179,7 +179,7 @@ def _metric(name: str, filter_name: str, value: float, items: Sequence[ResultIte
     made = Metric(name, value, filter_name, clusters=len(set(clusters)), higher_is_better=better)
     try:
         if values and math.isclose(value, _mean(values), abs_tol=1e-12):
-            found = mean_of(values, clusters)
+            found = estimate_mean(values, clusters)
             return replace(made, stderr=found.standard_error, interval=found.interval)
     except OverflowError:
         pass  # without an interval: it is too large for a number

@@ -32,9 +32,9 @@ from megatron_sov.bench.lm.settings import Settings
 from megatron_sov.chat.folder import TOKENIZER_JSON
 from megatron_sov.chat.marks import build_text_decoder
 from megatron_sov.engine.parallel.device import inference_precision
-from megatron_sov.infer.asking import check_engine, stop_ids
 from megatron_sov.infer.engine import MEGATRON, TRANSFORMERS
 from megatron_sov.infer.engines.target import Target, find_target
+from megatron_sov.infer.prompts import check_engine, read_stop_ids
 from megatron_sov.infer.request import Batching
 from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.work.endpoints.transport import is_url
@@ -106,7 +106,7 @@ def _tokens(target: Target, chat: bool) -> tuple[Any, tuple[int, ...], dict[str,
                         "chat template there that the model was trained with")
     special = {str(token.content): int(number) for number, token in tokenizer.added_tokens_decoder.items()
                if token.special}
-    return tokenizer, stop_ids(target, tokenizer.eos_token_id, encoder), special
+    return tokenizer, read_stop_ids(target, tokenizer.eos_token_id, encoder), special
 
 
 def content_hash(target: Target) -> str:

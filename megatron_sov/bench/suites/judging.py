@@ -251,9 +251,9 @@ def metrics_of(judging: Judging, results: Sequence[Result]) -> dict[str, float]:
     for k in judging.ks:
         if k <= len(rewards):
             if "pass" in judging.metrics:
-                found[f"pass@{k}"] = float(pass_at_k(len(rewards), sum(right), k))
+                found[f"pass@{k}"] = float(compute_pass_at_k(len(rewards), sum(right), k))
             if "cons" in judging.metrics:
-                found[f"cons@{k}"] = majority_at_k(votes.num_right, votes.wrong, votes.num_silent, k)
+                found[f"cons@{k}"] = compute_majority_at_k(votes.num_right, votes.wrong, votes.num_silent, k)
     return found
 
 

@@ -69,7 +69,7 @@ class NeedleOptions(OutOptions, RankOptions):
 
 def _ppl(args: PplOptions) -> int:
     events = begin_task(args, args.target, out=args.out)
-    from megatron_sov.eval.heldout import evaluate_forward_model, evaluate_hf, open_heldout
+    from megatron_sov.eval.heldout_loss import evaluate_forward_model, evaluate_hf, open_heldout
     from megatron_sov.infer.engines.target import find_target
 
     target = find_target(args.target)
@@ -95,10 +95,10 @@ def _ppl(args: PplOptions) -> int:
 
 def _needle(args: NeedleOptions) -> int:
     events = begin_task(args, args.target, out=args.out)
-    from megatron_sov.eval.needle.suite import result_of, run_suite, table
+    from megatron_sov.eval.needle.suite import format_table, parse_result, run_suite
     from megatron_sov.infer.decoder.generator import MegatronEngine
-    from megatron_sov.infer.engines.libraries import HfEngine
     from megatron_sov.infer.engines.target import find_target
+    from megatron_sov.infer.engines.transformers_engine import HfEngine
 
     target = find_target(args.target)
     suite = suite_of(args, target)
@@ -112,7 +112,7 @@ def _needle(args: NeedleOptions) -> int:
     if found is not None:
         write_figures(args.out, found)
         events.add("needle", when="eval", step=step_of(target, events), **found)
-        show_figures(args.json, found, table(result_of(found)))
+        show_figures(args.json, found, format_table(parse_result(found)))
     return ExitCode.OK
 
 
@@ -143,8 +143,8 @@ def suite_of(args: NeedleOptions, target: Target) -> NeedleSuite:
     check_same_tokens(tokenizer_folder(sources), target.tokenizer_folder)
     config = _config(args, target.config.needle if target.config else NeedleConfig())
     haystacks = open_haystacks(sources, "heldout", target.tokenizer_folder, languages=config.languages,
-                               told=dict(map(_source_language, args.language)))
-    return make_suite(config, haystacks, seed=args.seed)
+                               source_languages=dict(map(_source_language, args.language)))
+    return build_suite(config, haystacks, seed=args.seed)
 
 
 def _config(args: NeedleOptions, defaults: NeedleConfig) -> NeedleConfig:

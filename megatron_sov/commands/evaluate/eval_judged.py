@@ -29,8 +29,8 @@ from megatron_sov.commands.evaluate.task import (
 from megatron_sov.commands.score import JudgeOptions, RewardName, RewardSet
 from megatron_sov.commands.shared_options import (
     ModelPath, OverwriteOptions, RecordOptions, RedoOptions, step_of)
-from megatron_sov.infer.asking import SamplingRequest, asked_of, check_engine, check_length
-from megatron_sov.infer.engine import ChosenEngine, Engine, engine_for, run_engine
+from megatron_sov.infer.engine import ChosenEngine, Engine, choose_engine, run_with_engine
+from megatron_sov.infer.prompts import EncodedPrompts, check_engine, check_length, encode_prompts
 from megatron_sov.infer.request import (
     Batching, BatchSize, RankOptions, ResponseSampling, StopRule, Temperature)
 from megatron_sov.judge.rewards.registry import MadeReward, make, order
@@ -120,7 +120,7 @@ class _Plan:
 
     @property
     def engine(self) -> str:
-        return self.args.engine or engine_for(self.target)
+        return self.args.engine or choose_engine(self.target)
 
     @cached_property
     def model(self) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def run_passk(args: EvalPasskOptions) -> int:
             artifact.writer.add_input(plan.target.path)
     events.add(KIND, step=step_of(plan.target, events), input=str(args.input), reward=plan.order.name,
                reward_version=plan.reward.version, sampling=plan.model["sampling"], **figures)
-    from megatron_sov.eval.pass_at_k import table
+    from megatron_sov.eval.pass_at_k import format_table
 
     print(format_json(figures).rstrip() if args.json
           else f"{table(figures)}\n{args.output}: reward {plan.order.name} {plan.reward.version}")
@@ -205,7 +205,7 @@ def _sample(plan: _Plan) -> Path:
     if file.exists():  # asked behind what is done: the first process may publish in between
         return file
     rows = [dict(row) for _, row in read_rows(args.input, field=PROMPT)]
-    asked = asked_of(target, [_prompt(row[PROMPT]) for row in rows], args.chat)
+    asked = encode_prompts(target, [_prompt(row[PROMPT]) for row in rows], args.chat)
     # no engine can continue nothing
     if empty := [i for i, ids in enumerate(asked.ids, 1) if not ids]:
         raise UserError(f"--input {args.input}: prompt {empty[0]} is empty; write at least one character")
@@ -235,14 +235,14 @@ def _sample(plan: _Plan) -> Path:
         print(f"{num_done:,} responses were sampled by an earlier command and are kept", file=sys.stderr)
     # an engine is loaded only where something is left to ask
     if len(done) < len(calls):
-        run_engine(plan.engine, target, work, longest=longest, batching=Batching(args.batch_size),
+        run_with_engine(plan.engine, target, work, longest=longest, batching=Batching(args.batch_size),
                    settings=args.settings, nproc=args.nproc)
     elif is_first_rank():  # else no process has anything to ask, and the first one publishes
         work(None)
     return file
 
 
-def _responses(args: EvalPasskOptions, rows: list[dict[str, Any]], asked: SamplingRequest, prompts: range,
+def _responses(args: EvalPasskOptions, rows: list[dict[str, Any]], asked: EncodedPrompts, prompts: range,
                engine: Engine) -> bytes:
     """Return the rows of all responses to some prompts, those to one together.  Each has random numbers of
     its own, by its place among all."""
@@ -253,7 +253,7 @@ def _responses(args: EvalPasskOptions, rows: list[dict[str, Any]], asked: Sampli
                             # a stream for each response, however many are asked at once
                             streams=[i * args.samples + sample for i, sample in places])
     made = [{**rows[i], PROMPT_INDEX: i, "sample": sample,
-             "response": asked.response(i, stop.cut_text(asked.decode(tokens))),
+             "response": asked.response(i, stop.truncate_text(asked.decode(tokens))),
              "num_tokens": len(tokens), "finish_reason": reason}
             for (i, sample), tokens, reason in zip(places, found.continuations, found.finish_reasons,
                                                    strict=True)]
@@ -271,7 +271,7 @@ def _prompt(value: Any) -> str | Conversation:
 
 def _judge(plan: _Plan, responses: Path, folder: Path) -> dict[str, Any]:
     """Judge the responses into an artifact's folder, and return the figures."""
-    from megatron_sov.eval.pass_at_k import read_judged
+    from megatron_sov.eval.pass_at_k import read_scored_responses
 
     scored = folder.parent / "scored.jsonl"
     with create_bar("score", check_rows(responses, "--input"), "row") as bar:
@@ -311,7 +311,7 @@ def run_pairs(args: PairsOptions) -> int:
                         "by; pack with --heldout 0.02")
 
     def of_policy(loaded: Any) -> dict[str, Any]:
-        size = rows_per_batch(loaded, seq_len)
+        size = compute_rows_per_batch(loaded, seq_len)
         return measure_pairs(sources, lambda documents, chosen: document_logprobs(
             loaded, documents, chosen, seq_len, size), seq_len)
 

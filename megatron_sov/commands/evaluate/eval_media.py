@@ -18,7 +18,7 @@ from megatron_sov.base.settings import Flag, build_command, read_options
 from megatron_sov.commands.models.generate import (
     CodecsOptions, ReplySampling, check_media, media_decoders, shown_media)
 from megatron_sov.commands.shared_options import ModelPath, RecordOptions, step_of
-from megatron_sov.eval.statistics import mean_interval, wilson_interval
+from megatron_sov.eval.statistics import compute_mean_interval, compute_wilson_interval
 from megatron_sov.infer.request import Batching, BatchSize, RankOptions
 from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.runs.folder import RunEvents
@@ -104,12 +104,12 @@ def figures(rows: Sequence[MediaRow], heard: Sequence[str]) -> dict[str, Any]:
     right = [a == b for a, b in zip(wanted, got, strict=True)]
     told: dict[str, Any] = {
         "num_rows": len(rows), "accuracy": sum(right) / len(right),
-        "accuracy_interval": list(wilson_interval(sum(right), len(right)))}
+        "accuracy_interval": list(compute_wilson_interval(sum(right), len(right)))}
     if all(wanted):
         # An answer that is much too long has an error above 1, and an interval of shares ends there.
         shares = [min(1.0, float(jiwer.cer(a, b))) for a, b in zip(wanted, got, strict=True)]
         told |= {"wer": float(jiwer.wer(wanted, got)), "cer": float(jiwer.cer(wanted, got)),
-                 "cer_interval": list(mean_interval(shares))}
+                 "cer_interval": list(compute_mean_interval(shares))}
     if all(row.labels for row in rows):
         told["chance"] = sum(1 / len(row.labels) for row in rows) / len(rows)
     return told

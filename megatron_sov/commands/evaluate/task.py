@@ -67,7 +67,7 @@ def measure_target(args: RankOptions, target: Target, on_policy: Callable[[Any],
     if given:
         raise UserError(f"{', '.join(given)}: is for checkpoints, and {target.path} is a Hugging Face "
                         "folder; leave it out, or convert it first with `megatron-sov convert from-hf`")
-    from megatron_sov.infer.engines.libraries import load_configured_hf
+    from megatron_sov.infer.engines.transformers_engine import load_configured_hf
 
     return on_hf(load_configured_hf(target.path, args.settings))
 

@@ -286,7 +286,7 @@ def _verify(args: VerifyOptions) -> int:
     from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()  # before anything imports megatron
-    from megatron_sov.eval.parity import LogitsProof, card, prove_logits
+    from megatron_sov.eval.parity import LogitsProof, build_card, prove_logits
 
     events = RunEvents(args.run)
     # first, since ranks are forked from this process and threads that later work starts would

@@ -14,7 +14,7 @@ from megatron_sov.base.plugins.registry import PluginRequest
 from megatron_sov.base.settings import Flag, apply_changes, excludes_field, parse_nested, requires_field
 from megatron_sov.chat.folder import read_chat_encoder, read_chat_fields
 from megatron_sov.chat.vocabulary import tokenizer_digest
-from megatron_sov.infer.asking import check_length
+from megatron_sov.infer.prompts import check_length
 from megatron_sov.infer.request import Batching, BatchSize
 from megatron_sov.judge.tools.environment import LIMITS, EpisodeLimits
 from megatron_sov.judge.tools.registry import BUILT_IN, make, order
@@ -181,7 +181,7 @@ def source_of(args: AskingOptions, config: RunConfig, prompts: PromptList, start
         UserError: a prompt is empty, all are too long, or the model has no chat template.
     """
     from megatron_sov.chat.encode import TurnEncoder
-    from megatron_sov.infer.asking import Asker
+    from megatron_sov.infer.prompts import PromptEncoder
     from megatron_sov.judge.tools.playing import EpisodeTable
     from megatron_sov.post.rl.generate.episodes import Episodes
     from megatron_sov.post.rl.generate.responses import ResponseSource
@@ -191,7 +191,7 @@ def source_of(args: AskingOptions, config: RunConfig, prompts: PromptList, start
     if not args.plain and chat is None:
         raise UserError(f"{folder}: has no chat template, by which prompts are asked; fine-tune on chats "
                         "first, or continue the prompts as they are with --plain")
-    asker = Asker(start, not args.plain)
+    asker = PromptEncoder(start, not args.plain)
     chosen_by: dict[str, Any] = {"plain": args.plain, "chat": {
         "tokenizer": tokenizer_digest(folder), "form": sampling_digest(read_chat_fields(folder))}}
     if environment is None:

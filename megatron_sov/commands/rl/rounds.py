@@ -24,8 +24,8 @@ from megatron_sov.commands.rl.teachers import (
 from megatron_sov.commands.score import JudgeOptions
 from megatron_sov.commands.train.gate_options import (
     TunedOptions, gate_of, is_complete, refuse_unknown_benchmarks)
-from megatron_sov.infer.asking import EngineOptions, ServerOptions, check_engine
-from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, SERVED, Engine, engine_for
+from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, SERVER_ENGINES, Engine, choose_engine
+from megatron_sov.infer.prompts import EngineOptions, ServerOptions, check_engine
 from megatron_sov.infer.request import Batching
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import RolloutConfig
@@ -154,10 +154,10 @@ def _other_settings(run: Path, rollout: RolloutConfig) -> list[str]:
 
 def _engine(args: RlGenerateOptions, start: Target, rollout: RolloutConfig,
             environment: AskedEnvironment | None) -> str:
-    name = args.engine or engine_for(start)
+    name = args.engine or choose_engine(start)
     check_engine(name, start, args.engine_set, args.nproc, ENGINE_SET)
     refuse_too_long(rollout, environment, start)
-    if rollout.deadline_s and name not in (MEGATRON, *SERVED) and environment is None:
+    if rollout.deadline_s and name not in (MEGATRON, *SERVER_ENGINES) and environment is None:
         raise UserError(f"rollout.deadline_s = {rollout.deadline_s:g}: --engine {name} cannot be stopped in "
                         f"the middle of a response; use --engine {MEGATRON}, or set it to 0")
     return name
@@ -411,7 +411,7 @@ def run_rl(options: RlRunOptions, began_s: float) -> int:
     if options.engine != MEGATRON and is_first_rank():
         from megatron_sov.infer.engines.server_process import refuse_no_engine
 
-        refuse_no_engine(options.engine, options.engine_url, options.engine_python)
+        check_engine_program(options.engine, options.engine_url, options.engine_python)
     _run(options, parse_rounds(options, is_asked=options.environment is None), began_s)
     return ExitCode.OK
 

@@ -13,8 +13,8 @@ from megatron_sov.base.settings import (
     NO_FLAG, Actions, AtLeastOne, Flag, add_actions, apply_changes, parse_nested, run_action)
 from megatron_sov.chat.encode import TurnEncoder
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
-from megatron_sov.infer.asking import EngineOptions
 from megatron_sov.infer.engine import ENGINE_SET
+from megatron_sov.infer.prompts import EngineOptions
 from megatron_sov.infer.request import WholeSampling
 from megatron_sov.judge.tools.environment import LIMITS, EpisodeLimits
 from megatron_sov.judge.tools.episode import Episode, lines_in, row_of
@@ -82,11 +82,11 @@ def _run(args: ToolsRunOptions) -> int:
     from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
-    from megatron_sov.infer.turns import Player, Runs
+    from megatron_sov.infer.tool_policy import EngineChoice, EpisodePlayer
     from megatron_sov.post.distillation.teacher import weights_digest
 
-    player = Player(args.target, Runs(args.engine, args.engine_set, args.nproc, ENGINE_SET), limits,
-                    "lower them with --limit")
+    choice = EngineChoice(args.engine, args.engine_set, args.nproc, ENGINE_SET)
+    player = EpisodePlayer(args.target, choice, limits, "lower them with --limit")
     target, encoder = player.target, player.encoder
     settings = {name: getattr(args.sampling, name) for name in ("temperature", "top_p", "seed")}
     settings["engine"] = player.engine

@@ -14,8 +14,8 @@ from functools import lru_cache
 import numpy as np
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.eval.needle.suite import weave
-from megatron_sov.eval.needle.text import PAIR_TOKENS, Haystack, NeedleForm, Slots, fill, pick
+from megatron_sov.eval.needle.suite import insert_sentences
+from megatron_sov.eval.needle.text import PAIR_TOKENS, Haystack, NeedleForm, Slots, draw_index, fill_slots
 from megatron_sov.model.config import NeedleConfig
 from megatron_sov.train.data.token_shards import Source
 
@@ -83,12 +83,12 @@ class NeedleDocuments:
 def _build_document(documents: NeedleDocuments, document: int) -> tuple[np.ndarray, np.ndarray]:
     """Return tokens [length] int64 and loss weights [length] float32; each question repeats a needle."""
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((documents.seed, document))))
-    haystack = documents.haystacks[pick(generator, [sum(h.sizes) for h in documents.haystacks])]
+    haystack = documents.haystacks[draw_index(generator, [sum(h.sizes) for h in documents.haystacks])]
     form, settings = haystack.form, documents.settings
     slots = form.draw_sentence(generator, test=False)
     num_needles = int(generator.integers(1, documents.max_needles(form) + 1))
     keys, values = (form.draw(generator, num_needles, test=False) for _ in range(2))
-    statements = [fill(slots, key, value) for key, value in zip(keys, values, strict=True)]
+    statements = [fill_slots(slots, key, value) for key, value in zip(keys, values, strict=True)]
     num_questions = min(num_needles, settings.train_questions)
     sentence_tokens = (num_needles + num_questions) * len(statements[0])
     text = haystack.text(generator, documents.length_tokens - sentence_tokens)
@@ -103,8 +103,8 @@ def _build_document(documents: NeedleDocuments, document: int) -> tuple[np.ndarr
     statement_weights = _compute_weights(settings, slots, (0.0, 0.0))
     question_weights = _compute_weights(settings, slots, (0.0, settings.answer_weight))
     text_weights = np.full(len(text), settings.text_weight, np.float32)
-    tokens = weave(text, statements, places.tolist())
-    weights = weave(text_weights, [statement_weights] * num_needles, places.tolist())
+    tokens = insert_sentences(text, statements, places.tolist())
+    weights = insert_sentences(text_weights, [statement_weights] * num_needles, places.tolist())
     questions = (statements[i] for i in question_order[:num_questions])
     weights_of_questions = [question_weights] * num_questions
     return np.concatenate([tokens, *questions]), np.concatenate([weights, *weights_of_questions])
@@ -119,7 +119,7 @@ def _compute_weights(settings: NeedleConfig, slots: Slots, pair_weights: Sequenc
     return np.concatenate(parts)
 
 
-def needle_source(documents: NeedleDocuments, share: float, name: str = SOURCE_NAME) -> Source:
+def build_needle_source(documents: NeedleDocuments, share: float, name: str = SOURCE_NAME) -> Source:
     """Wrap the documents as a source with a given share of the samples, next to data of total share 1.
 
     Raises:

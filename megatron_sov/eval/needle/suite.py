@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.eval.needle.text import PAIR_TOKENS, Haystack, Language, NeedleForm, fill
-from megatron_sov.eval.statistics import wilson_interval
+from megatron_sov.eval.needle.text import PAIR_TOKENS, Haystack, Language, NeedleForm, fill_slots
+from megatron_sov.eval.statistics import compute_wilson_interval
 from megatron_sov.infer.engine import Engine
 from megatron_sov.infer.request import Sampling
 from megatron_sov.model.config import NeedleConfig, NeedleKind
@@ -63,7 +63,7 @@ class NeedleResult:
                 "cells": [asdict(cell) | {"interval": list(cell.interval)} for cell in self.cells]}
 
 
-def result_of(values: dict[str, Any]) -> NeedleResult:
+def parse_result(values: dict[str, Any]) -> NeedleResult:
     cells = tuple(Cell(**(cell | {"interval": tuple(cell["interval"])})) for cell in values["cells"])
     return NeedleResult(values["seed"], values["distractor_share"], cells)
 
@@ -93,19 +93,19 @@ class NeedleSuite:
             raise UserError(f"needle samples = {self.samples} must be at least 1, distractor_share = "
                             f"{self.distractor_share} in [0, 1), seed = {self.seed} not negative")
         for kind, haystack, length in self._iter_rows():
-            distractors_of(kind, haystack.form, length, self.distractor_share)
+            count_distractors(kind, haystack.form, length, self.distractor_share)
 
     def _iter_rows(self) -> Iterator[tuple[NeedleKind, Haystack, int]]:
         return product(self.kinds, self.haystacks, self.lengths)
 
-    def example(self, kind: NeedleKind, haystack: Haystack, length: int, depth: float,
+    def build_example(self, kind: NeedleKind, haystack: Haystack, length: int, depth: float,
                 sample: int) -> Example:
         """Build one example, determined by the fields of the suite and the arguments."""
         # The 0 separates kind and language, so that no two cells share a seed.
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(
             (self.seed, length, round(depth * 1e6), sample, *kind.encode(), 0, *haystack.language.encode()))))
-        return make_example(haystack, generator, length, depth,
-                            distractors_of(kind, haystack.form, length, self.distractor_share))
+        return build_example(haystack, generator, length, depth,
+                            count_distractors(kind, haystack.form, length, self.distractor_share))
 
     @property
     def num_examples(self) -> int:
@@ -127,10 +127,10 @@ class NeedleSuite:
             for start in range(0, len(positions), chunk_size):
                 chunk = positions[start:start + chunk_size]
                 yield (haystack, [(kind, length, depth) for depth, _ in chunk],
-                       [self.example(kind, haystack, length, depth, sample) for depth, sample in chunk])
+                       [self.build_example(kind, haystack, length, depth, sample) for depth, sample in chunk])
 
 
-def make_suite(config: NeedleConfig, haystacks: Sequence[Haystack], *, seed: int = 0) -> NeedleSuite:
+def build_suite(config: NeedleConfig, haystacks: Sequence[Haystack], *, seed: int = 0) -> NeedleSuite:
     """Build the suite of a config over held-out text.
 
     Raises:
@@ -153,12 +153,12 @@ def run_suite(suite: NeedleSuite, engine: Engine,
     forms = {h.language: h.form for h in suite.haystacks}
     return NeedleResult(suite.seed, suite.distractor_share, tuple(
         Cell(kind, language, length, depth,
-             distractors_of(kind, forms[language], length, suite.distractor_share), right, suite.samples,
-             wilson_interval(right, suite.samples))
+             count_distractors(kind, forms[language], length, suite.distractor_share), right, suite.samples,
+             compute_wilson_interval(right, suite.samples))
         for (kind, language, length, depth), right in correct.items()))
 
 
-def table(result: NeedleResult) -> str:
+def format_table(result: NeedleResult) -> str:
     """Format the shares of right answers as text, one block per kind and language."""
     lines: list[str] = []
     maps: dict[tuple[str, str], dict[int, list[Cell]]] = {}
@@ -185,7 +185,7 @@ class Example:
     """The two tokens of the value."""
 
 
-def weave(text: np.ndarray, inserts: Sequence[Sequence[int] | np.ndarray],
+def insert_sentences(text: np.ndarray, inserts: Sequence[Sequence[int] | np.ndarray],
           places: Sequence[int]) -> np.ndarray:
     """Insert sentences (or their weights) into a text (or its weights); equal positions keep the given
     order."""
@@ -197,7 +197,7 @@ def weave(text: np.ndarray, inserts: Sequence[Sequence[int] | np.ndarray],
     return np.concatenate([*parts, text[last:]])
 
 
-def make_example(haystack: Haystack, generator: np.random.Generator, length: int, depth: float,
+def build_example(haystack: Haystack, generator: np.random.Generator, length: int, depth: float,
                  num_distractors: int) -> Example:
     """Build an example; prompt and answer together have `length` tokens.
 
@@ -211,16 +211,16 @@ def make_example(haystack: Haystack, generator: np.random.Generator, length: int
     form = haystack.form
     slots = form.draw_sentence(generator, test=True)
     keys, values = (form.draw(generator, 1 + num_distractors, test=True) for _ in range(2))
-    needles = [fill(slots, key, value) for key, value in zip(keys, values, strict=True)]
-    question = fill(slots, keys[0])
+    needles = [fill_slots(slots, key, value) for key, value in zip(keys, values, strict=True)]
+    question = fill_slots(slots, keys[0])
     # The text fills the remaining length.
     text = haystack.text(generator, length - sum(map(len, needles)) - len(question) - PAIR_TOKENS)
     # `depth` places the requested needle; distractors are anywhere.
     places = [round(depth * len(text)), *generator.integers(0, len(text) + 1, num_distractors).tolist()]
-    return Example([*weave(text, needles, places).tolist(), *question], values[0].tolist())
+    return Example([*insert_sentences(text, needles, places).tolist(), *question], values[0].tolist())
 
 
-def distractors_of(kind: NeedleKind, form: NeedleForm, length: int, share: float) -> int:
+def count_distractors(kind: NeedleKind, form: NeedleForm, length: int, share: float) -> int:
     """Return the number of distractors: they fill `share` of the context, limited by keys and space.
 
     Raises:

@@ -36,7 +36,7 @@ Slots = tuple[tuple[int, ...], ...]
 """A sentence as token ids: before, between and after its pairs."""
 
 
-def fill(slots: Slots, *pairs: np.ndarray) -> list[int]:
+def fill_slots(slots: Slots, *pairs: np.ndarray) -> list[int]:
     """Insert pairs [2] into the slots of a phrase; with fewer pairs, the phrase ends before the first empty
     slot."""
     ids = list(slots[0])
@@ -81,14 +81,14 @@ class NeedleForm:
         return self.sentences[test][int(generator.integers(len(self.sentences[test])))]
 
 
-def needle_form(tokenizer_folder: Path, language: Language) -> NeedleForm:
+def build_needle_form(tokenizer_folder: Path, language: Language) -> NeedleForm:
     """Build the needles of a language for a tokenizer; its words are the whole words that were merged last.
 
     Raises:
         UserError: there is no tokenizer, or it has fewer than `MIN_WORDS` whole words.
     """
     tokenizer = open_tokenizer(tokenizer_folder)
-    special = special_tokens(tokenizer)
+    special = list_special_tokens(tokenizer)
     words = _find_words(tokenizer, special, _SCRIPTS[language])
     if len(words) < MIN_WORDS:
         words = _find_words(tokenizer, special, lambda letter: True)
@@ -101,11 +101,11 @@ def needle_form(tokenizer_folder: Path, language: Language) -> NeedleForm:
                      for part in text.split(SLOT))
 
     return NeedleForm(language,
-                      {test: tuple(map(slots, phrases(language, test=test))) for test in (True, False)},
+                      {test: tuple(map(slots, list_phrases(language, test=test))) for test in (True, False)},
                       tuple(words), special)
 
 
-def special_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+def list_special_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(sorted(i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special))
 
 
@@ -141,7 +141,7 @@ def _is_whole_word(tokenizer: Tokenizer, token: int, of_script: Callable[[str], 
 
 
 LANGUAGES: tuple[Language, ...] = get_args(Language)
-TEST_PART = 5
+TEST_MODULUS = 5
 """One pair or phrase in this many is reserved for tests."""
 
 
@@ -149,10 +149,10 @@ def is_for_tests(*parts: object) -> bool:
     """Return whether a pair or phrase is reserved for tests, by a hash that is independent of run and
     data."""
     digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % TEST_PART == 0
+    return int.from_bytes(digest, "little") % TEST_MODULUS == 0
 
 
-def phrases(language: Language, *, test: bool) -> tuple[str, ...]:
+def list_phrases(language: Language, *, test: bool) -> tuple[str, ...]:
     return tuple(phrase for phrase in PHRASES[language] if is_for_tests(phrase) == test)
 
 
@@ -193,16 +193,16 @@ class Haystack:
 
     def text(self, generator: np.random.Generator, count: int) -> np.ndarray:
         """Return `count` tokens [count] int64 from one source, without special tokens."""
-        return self.texts[pick(generator, self.sizes)].take(generator, count)
+        return self.texts[draw_index(generator, self.sizes)].take(generator, count)
 
 
-def pick(generator: np.random.Generator, sizes: Sequence[float]) -> int:
+def draw_index(generator: np.random.Generator, sizes: Sequence[float]) -> int:
     cumulative = np.cumsum(np.asarray(sizes, np.float64) / sum(sizes))
     return min(int(np.searchsorted(cumulative, generator.random(), side="right")), len(sizes) - 1)
 
 
 def open_haystacks(sources: Sequence[Source], split: str, tokenizer_folder: Path, *,
-                   languages: Sequence[Language] = (), told: dict[str, Language] | None = None
+                   languages: Sequence[Language] = (), source_languages: dict[str, Language] | None = None
                    ) -> tuple[Haystack, ...]:
     """Open a haystack for each language with text, in the order of `LANGUAGES`.
 
@@ -211,18 +211,19 @@ def open_haystacks(sources: Sequence[Source], split: str, tokenizer_folder: Path
         split: "train" or "heldout".
         tokenizer_folder: tokenizer of the sources.
         languages: languages to open; empty opens all.
-        told: source name -> language, if neither the name nor the text shows it.
+        source_languages: source name -> language, if neither the name nor the text shows it.
 
     Raises:
-        UserError: there is no text, no text of a requested language, or `told` names an unknown source.
+        UserError: there is no text, no text of a requested language, or `source_languages` names an unknown
+            source.
     """
-    told = told or {}
+    source_languages = source_languages or {}
     tokenizer = open_tokenizer(tokenizer_folder)
     usable = [s for s in sources if not s.is_chat and s.num_tokens.get(split, 0) > 0]
-    unknown = sorted(set(told) - {s.name for s in usable})
+    unknown = sorted(set(source_languages) - {s.name for s in usable})
     if unknown:
-        raise UserError(f"--language {unknown[0]}={told[unknown[0]]}: the data has no such source with "
-                        f"'{split}' text (sources: {', '.join(s.name for s in usable)})")
+        raise UserError(f"--language {unknown[0]}={source_languages[unknown[0]]}: the data has no such "
+                        f"source with '{split}' text (sources: {', '.join(s.name for s in usable)})")
     if not usable:
         raise UserError(f"--data: its sources hold no '{split}' text to hide needles in; "
                         "pack text with --heldout 0.02")
@@ -231,17 +232,17 @@ def open_haystacks(sources: Sequence[Source], split: str, tokenizer_folder: Path
         documents = source.shard(split)
         name_language = next((name for name in LANGUAGES if name == source.name), None)
         # Priority: the user's choice, the name of the source, its text.
-        language = told.get(source.name) or name_language
+        language = source_languages.get(source.name) or name_language
         if not language:
             language = detect_language(_read_sample(documents, tokenizer))
-        special = np.array(special_tokens(tokenizer), np.int64)
+        special = np.array(list_special_tokens(tokenizer), np.int64)
         texts.setdefault(language, []).append((DocumentsText(documents, special), source.num_tokens[split]))
     for language in languages:
         if language not in texts:
             raise UserError(f"needle languages {list(languages)}: no '{split}' text is {language} (there is "
                             f"{', '.join(sorted(texts))}); add such text, "
                             "or name a source's language with --language")
-    return tuple(Haystack(needle_form(tokenizer_folder, name), *zip(*texts[name], strict=True))
+    return tuple(Haystack(build_needle_form(tokenizer_folder, name), *zip(*texts[name], strict=True))
                  for name in LANGUAGES if name in texts and (not languages or name in languages))
 
 

@@ -77,7 +77,7 @@ class Continuation:
         """Some tokens of the prompt have not been read."""
         return self.read < self.prompt_tokens
 
-    def all_routes(self, shape: RouteShape) -> np.ndarray:
+    def join_routes(self, shape: RouteShape) -> np.ndarray:
         """Return the routes of all tokens except the last, which was not read."""
         rows = shape.absent(len(self.tokens) - 1)
         for first, span_routes in self.routes:
@@ -106,7 +106,7 @@ class RowItem:
         return [end - 1] if self.span.past + len(self.span.tokens) == self.sequence.prompt_tokens else []
 
 
-def keep_routes(items: Sequence[RowItem], routes: torch.Tensor) -> None:
+def record_routes(items: Sequence[RowItem], routes: torch.Tensor) -> None:
     rows = routes.numpy()
     for item in items:
         count = len(item.span.tokens)

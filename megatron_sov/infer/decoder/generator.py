@@ -31,15 +31,17 @@ from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan
 from megatron_sov.engine.parallel import collectives
 from megatron_sov.engine.parallel.values import pack, unpack
-from megatron_sov.infer.decoder.continuation import Continuation, RowItem, keep_routes
-from megatron_sov.infer.decoder.sampling import accepted_by_chance, accepted_greedily, draw, probabilities
+from megatron_sov.infer.decoder.continuation import Continuation, RowItem, record_routes
+from megatron_sov.infer.decoder.sampling import (
+    accept_sampled_drafts, compute_probabilities, count_greedy_matches, draw_tokens)
 from megatron_sov.infer.request import (
-    Batching, Bounds, Generated, HeldWeights, NamedTensors, Sampling, StopRule, Tokens, Written)
+    Batching, GenerationBounds, GenerationResult, NamedTensors, Sampling, ScoredTokens, StopRule, Tokens,
+    WeightVersion)
 from megatron_sov.model.modality import EncoderInputs
 from megatron_sov.train.data.requirements import shape_of
 
 
-class Decoding:
+class DecodingBatch:
     """Sequences of one process in progress.
 
     Args:
@@ -76,7 +78,7 @@ class Decoding:
         else:
             self._waiting = deque(other for other in self._waiting if other is not sequence)
 
-    def iterate(self) -> bool:
+    def decode_row(self) -> bool:
         """Run one row on all processes (collective); return whether any process had tokens to read."""
         items = self._next_row()
         # A process without sequences still takes part in the row: other processes may need its experts.
@@ -85,7 +87,7 @@ class Decoding:
             return False
         output = self._decoder.read([i.span for i in items], row_tokens)
         if output.routes is not None:
-            keep_routes(items, output.routes)
+            record_routes(items, output.routes)
         # Before `_move_on` counts prompts as read: `in_prompt` must still be true for prompts that end in
         # this row.
         self._copy_prompts(items)
@@ -144,12 +146,12 @@ class Decoding:
                 self._slots[slot].read = source.prompt_tokens - 1
                 self._slots[slot].routes = list(source.routes)
 
-    def _choose_tokens(self, output: DecodeOutput, items: list[RowItem]) -> list[Written]:
+    def _choose_tokens(self, output: DecodeOutput, items: list[RowItem]) -> list[ScoredTokens]:
         """Return the new tokens of each item: accepted drafts and one more; equal on all processes of the
         row."""
         if not items:
             return []
-        written: list[Written] = [([], []) for _ in items]
+        written: list[ScoredTokens] = [([], []) for _ in items]
         if self._decoder.last_stage:
             with_rules = [n for n, item in enumerate(items) if item.sequence.sampling.rules]
             # Rules mask whole rows of logits; greedy choice needs the best token of each vocabulary shard
@@ -163,22 +165,22 @@ class Decoding:
                 for place, piece in zip(places, chosen, strict=True):
                     written[place] = piece
         # Only the last stage has logits; one int64 table sends tokens and log-probabilities to all stages.
-        return pieces_of(self._decoder.agree(table_of(written, 1 + self._num_drafts)))
+        return unpack_tokens(self._decoder.agree(pack_tokens(written, 1 + self._num_drafts)))
 
-    def _choose_greedy(self, output: DecodeOutput, items: list[RowItem]) -> list[Written]:
+    def _choose_greedy(self, output: DecodeOutput, items: list[RowItem]) -> list[ScoredTokens]:
         best, logprobs = self._decoder.best_tokens(output, [p for i in items for p in i.places])
         sizes = [len(i.places) for i in items]
         written = []
         for item, row_tokens, row_logprobs in zip(items, best.split(sizes), logprobs.split(sizes),
                                                   strict=True):
-            count = 1 + accepted_greedily(item.sequence.drafts, row_tokens.tolist())
+            count = 1 + count_greedy_matches(item.sequence.drafts, row_tokens.tolist())
             written.append((row_tokens[:count].tolist(), row_logprobs[:count].tolist()))
         return written
 
-    def _choose_with_rules(self, output: DecodeOutput, items: list[RowItem]) -> list[Written]:
+    def _choose_with_rules(self, output: DecodeOutput, items: list[RowItem]) -> list[ScoredTokens]:
         """Choose among the tokens that the rules of each sequence allow; without drafts."""
         logits = self._decoder.logits(output, [p for i in items for p in i.places]).double()
-        written: list[Written] = []
+        written: list[ScoredTokens] = []
         for item, row in zip(items, logits, strict=True):
             sequence, sampling = item.sequence, item.sequence.sampling
             assert sampling.rules is not None, "only sequences with rules"
@@ -186,17 +188,17 @@ class Decoding:
             # Mask before truncation: top_k and top_p select among allowed tokens.
             masked = row[None].masked_fill(~allowed.to(row.device)[:row.shape[0]], -torch.inf)
             if sampling.temperature:
-                shares = probabilities(masked, sampling)
-                (token,) = draw(shares, [sequence.random.random()])
+                shares = compute_probabilities(masked, sampling)
+                (token,) = draw_tokens(shares, [sequence.random.random()])
             else:
                 shares = torch.softmax(masked, dim=-1)
                 token = int(masked.argmax())
             written.append(([token], [float(shares[0, token].log())]))
         return written
 
-    def _choose_sampled(self, output: DecodeOutput, items: list[RowItem]) -> list[Written]:
+    def _choose_sampled(self, output: DecodeOutput, items: list[RowItem]) -> list[ScoredTokens]:
         logits = self._decoder.logits(output, [p for i in items for p in i.places])
-        shares = distributions(logits, [i.sequence.sampling for i in items for _ in i.places])
+        shares = compute_distributions(logits, [i.sequence.sampling for i in items for _ in i.places])
         targets = shares.split([len(i.places) for i in items])
         num_accepted, finals = [], []
         for item, target in zip(items, targets, strict=True):
@@ -206,12 +208,12 @@ class Decoding:
                 finals.append(target[0])
                 continue
             # The random stream of a sequence judges its drafts first, then draws its token.
-            count, final = accepted_by_chance(sequence.drafts, sequence.guesses, target,
+            count, final = accept_sampled_drafts(sequence.drafts, sequence.guesses, target,
                                               sequence.random.random(len(sequence.drafts)).tolist())
             num_accepted.append(count)
             finals.append(final)
         # One draw per sequence: it replaces the first rejected draft, or follows the last draft.
-        next_tokens = draw(torch.stack(finals), [i.sequence.random.random() for i in items])
+        next_tokens = draw_tokens(torch.stack(finals), [i.sequence.random.random() for i in items])
         tokens = [[*i.sequence.drafts[:count], token]
                   for i, count, token in zip(items, num_accepted, next_tokens, strict=True)]
         # Under the model's distribution: accepted drafts follow it, not the drafting distribution.
@@ -220,7 +222,7 @@ class Decoding:
         logprobs = iter(shares[places, list(chain.from_iterable(tokens))].log().tolist())
         return [(t, [next(logprobs) for _ in t]) for t in tokens]
 
-    def _move_on(self, items: list[RowItem], written: list[Written]) -> None:
+    def _move_on(self, items: list[RowItem], written: list[ScoredTokens]) -> None:
         """Record the tokens that were read and append the new tokens, up to the end of each continuation."""
         new = iter(written)
         for item in items:
@@ -288,9 +290,9 @@ class Decoding:
         """Return one draft per active sequence [sequences]; append the sampled distributions to `guesses`."""
         if active[0].sequence.sampling.temperature == 0:
             return self._decoder.top_tokens(output, places)
-        guesses.append(distributions(self._decoder.logits(output, places),
+        guesses.append(compute_distributions(self._decoder.logits(output, places),
                                      [i.sequence.sampling for i in active]))
-        return torch.tensor(draw(guesses[-1], [i.sequence.random.random() for i in active]))
+        return torch.tensor(draw_tokens(guesses[-1], [i.sequence.random.random() for i in active]))
 
     def _free_slot(self, slot: int) -> None:
         """Give a slot to a waiting sequence, or to the last sequence, so that used slots stay contiguous."""
@@ -304,21 +306,21 @@ class Decoding:
             self._slots[slot] = last
 
 
-def distributions(logits: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
+def compute_distributions(logits: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
     """Return the sampling distributions [n, V] for logits [n, V], with one `Sampling` per row."""
     rows: dict[tuple[float, int, float], list[int]] = {}
     for row, sampling in enumerate(samplings):
         rows.setdefault((sampling.temperature, sampling.top_k, sampling.top_p), []).append(row)
     if len(rows) == 1:
-        return probabilities(logits, samplings[0])
+        return compute_probabilities(logits, samplings[0])
         # Group rows with equal settings: truncation sorts whole rows of the vocabulary.
     shares = torch.empty(logits.shape, dtype=torch.float64, device=logits.device)
     for row_indices in rows.values():
-        shares[row_indices] = probabilities(logits[row_indices], samplings[row_indices[0]])
+        shares[row_indices] = compute_probabilities(logits[row_indices], samplings[row_indices[0]])
     return shares
 
 
-def table_of(pieces: Sequence[Written], width: int) -> torch.Tensor:
+def pack_tokens(pieces: Sequence[ScoredTokens], width: int) -> torch.Tensor:
     """Pack up to `width` tokens per piece into int64 [pieces, 1 + 2 * width]: count, tokens, float64 bits of
     the log-probabilities."""
     table = torch.zeros(len(pieces), 1 + 2 * width, dtype=torch.int64)
@@ -328,7 +330,7 @@ def table_of(pieces: Sequence[Written], width: int) -> torch.Tensor:
     return table
 
 
-def pieces_of(table: torch.Tensor) -> list[Written]:
+def unpack_tokens(table: torch.Tensor) -> list[ScoredTokens]:
     """Inverse of `table_of`."""
     width = table.shape[1] // 2
     logprobs = table[:, 1 + width:].contiguous().view(torch.float64)
@@ -346,11 +348,11 @@ class MegatronEngine:
 
     def __init__(self, model: ForwardModel, batching: Batching | None = None) -> None:
         self._model, self._batching = model, batching or Batching()
-        self._weight_version = HeldWeights("megatron")
+        self._weight_version = WeightVersion("megatron")
 
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: StopRule | None = None,
-                 streams: Sequence[int] | None = None, bounds: Bounds | None = None,
-                 encoder_inputs: Sequence[EncoderInputs | None] | None = None) -> Generated:
+                 streams: Sequence[int] | None = None, bounds: GenerationBounds | None = None,
+                 encoder_inputs: Sequence[EncoderInputs | None] | None = None) -> GenerationResult:
         """Continue prompts, see `Engine`; samples depend neither on the layout nor on other prompts.
 
         Args:
@@ -379,29 +381,31 @@ class MegatronEngine:
         slots = self._batching.slots(len(sequences), longest, self._model.model.architecture.count_state_tokens())
         cache = CacheSize(slots, longest, 1 + sampling.num_drafts)
         with CachedDecoder(self._model, cache, with_routes=sampling.with_routes) as decoder:
-            run = Decoding(decoder, cache, self._batching.prefill_tokens, sequences, sampling.num_drafts)
+            run = DecodingBatch(decoder, cache, self._batching.prefill_tokens, sequences, sampling.num_drafts)
             # The first process decides when to stop: independent decisions would leave other processes in a
             # row.
-            while run.iterate() and not (bounds and collectives.broadcast_from_first(bounds.should_stop())):
+            while run.decode_row() and not (bounds
+                                            and collectives.broadcast_from_first(bounds.should_stop())):
                 continue
-        local_written: list[Written] = [([], []) for _ in prompts]
+        local_written: list[ScoredTokens] = [([], []) for _ in prompts]
         for sequence in sequences:
             local_written[sequence.index] = sequence.tokens[sequence.prompt_tokens:], sequence.logprobs
         # All processes need the same table width for the sum.
         num_local_tokens = max(len(tokens) for tokens, _ in local_written) if local_written else 0
         width = int(over_shares(torch.tensor([num_local_tokens]), dist.ReduceOp.MAX)[0])
         # Each sequence is on one process and zero on the others, so the sum is its tokens.
-        local = {"written": table_of(local_written, width), "drafted": torch.tensor(run.drafted),
+        local = {"written": pack_tokens(local_written, width), "drafted": torch.tensor(run.drafted),
                  "accepted": torch.tensor(run.accepted)}
         totals = unpack(over_shares(pack(local)), {name: tuple(value.shape) for name, value in local.items()})
-        written = pieces_of(totals["written"])
+        written = unpack_tokens(totals["written"])
         lengths = [len(prompt) + len(tokens) for prompt, (tokens, _) in zip(prompts, written, strict=True)]
-        return Generated.of(written, sampling, stop, version, int(totals["drafted"]), int(totals["accepted"]),
-                            None if shape is None else _gather_routes(sequences, lengths, shape))
+        routes = None if shape is None else _gather_routes(sequences, lengths, shape)
+        return GenerationResult.of(written, sampling, stop, version, int(totals["drafted"]),
+                                   int(totals["accepted"]), routes)
 
     def update(self, weights: NamedTensors | None, version: int) -> None:
         """Import weights, or count the live weights as a new version, see `Engine`."""
-        with self._weight_version.replaced(version, weights):
+        with self._weight_version.replace_weights(version, weights):
             if weights is not None:
                 self._importer.import_all(weights)
 
@@ -422,7 +426,7 @@ def _gather_routes(sequences: Sequence[Continuation], lengths: Sequence[int],
         # As bytes: every backend can sum uint8.
         route_bytes = torch.zeros(length - 1, shape.bytes_per_token, dtype=torch.uint8)
         if index in by_index:
-            routes = by_index[index].all_routes(shape)
+            routes = by_index[index].join_routes(shape)
             route_bytes = torch.from_numpy(routes.reshape(len(routes), -1).view(np.uint8))
         rows = over_shares(route_bytes).numpy().view(shape.dtype)
         all_routes.append(rows.reshape(length - 1, shape.layers, shape.top_k))

@@ -18,7 +18,7 @@ CHUNK_PLACES = 64
 
 
 @dataclass(frozen=True)
-class Question:
+class AnswerChoice:
     """A prompt with candidate answers."""
 
     prompt: Sequence[int]
@@ -38,8 +38,9 @@ class _Step:
     """(question, answer) index of each span; empty for a part of a prompt."""
 
 
-def answer_logprobs(model: ForwardModel, questions: Sequence[Question], batching: Batching | None = None,
-                    advance: Callable[[int], object] | None = None) -> list[list[list[float]]]:
+def compute_answer_logprobs(model: ForwardModel, questions: Sequence[AnswerChoice],
+                            batching: Batching | None = None,
+                            advance: Callable[[int], object] | None = None) -> list[list[list[float]]]:
     """Return log p(token | preceding tokens) for each token of each answer of each question (collective).
 
     Prompts are divided among processes; every process gets all results.
@@ -81,8 +82,8 @@ def answer_logprobs(model: ForwardModel, questions: Sequence[Question], batching
             for rows, q in zip(table, questions, strict=True)]
 
 
-def _iter_steps(decoder: CachedDecoder, questions: Sequence[Question], question_indices: range, slots: int,
-                prefill_tokens: int) -> Iterator[_Step]:
+def _iter_steps(decoder: CachedDecoder, questions: Sequence[AnswerChoice], question_indices: range,
+                slots: int, prefill_tokens: int) -> Iterator[_Step]:
     """Yield the rows for the questions of this process; each row is read before the next is requested."""
     for number in question_indices:
         question = questions[number]
@@ -102,8 +103,8 @@ def _iter_steps(decoder: CachedDecoder, questions: Sequence[Question], question_
                          for answer in answers], [(number, answer) for answer in answers])
 
 
-def _record_logprobs(decoder: CachedDecoder, read: DecodeOutput, questions: Sequence[Question], step: _Step,
-                     logprobs: torch.Tensor) -> None:
+def _record_logprobs(decoder: CachedDecoder, read: DecodeOutput, questions: Sequence[AnswerChoice],
+                     step: _Step, logprobs: torch.Tensor) -> None:
     places = [(end - len(span.tokens) + position, token, (question, answer, position))
               for end, span, (question, answer) in zip(read.row.ends, step.spans, step.answers, strict=True)
               for position, token in enumerate(questions[question].answers[answer])]

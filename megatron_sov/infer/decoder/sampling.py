@@ -13,7 +13,7 @@ import torch
 from megatron_sov.infer.request import Sampling
 
 
-def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+def compute_probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """Return the distributions [n, V] after temperature, top_k and top_p; the temperature must not be 0.
 
     The order is as in transformers: temperature, top_k, top_p of the remaining tokens. Ties are broken by the
@@ -35,12 +35,12 @@ def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     return truncated / truncated.sum(dim=-1, keepdim=True)
 
 
-def seed_of(*numbers: int) -> int:
+def derive_seed(*numbers: int) -> int:
     """Derive a 31-bit seed from non-negative numbers, for libraries that take one seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1
 
 
-def draw(distributions: torch.Tensor, uniforms: Sequence[float]) -> list[int]:
+def draw_tokens(distributions: torch.Tensor, uniforms: Sequence[float]) -> list[int]:
     """Return the tokens at quantiles in [0, 1) of distributions [n, V], which need not be normalized.
 
     Tokens are ordered by id, so a quantile selects the same token at every layout.
@@ -54,7 +54,7 @@ def draw(distributions: torch.Tensor, uniforms: Sequence[float]) -> list[int]:
     return tokens
 
 
-def accepted_greedily(drafts: Sequence[int], best: Sequence[int]) -> int:
+def count_greedy_matches(drafts: Sequence[int], best: Sequence[int]) -> int:
     """Count the drafts that equal the model's greedy choices; `best` [k + 1] follows the sequence and each
     draft."""
     count = 0
@@ -63,7 +63,7 @@ def accepted_greedily(drafts: Sequence[int], best: Sequence[int]) -> int:
     return count
 
 
-def accepted_by_chance(drafts: Sequence[int], guesses: torch.Tensor, targets: torch.Tensor,
+def accept_sampled_drafts(drafts: Sequence[int], guesses: torch.Tensor, targets: torch.Tensor,
                        uniforms: Sequence[float]) -> tuple[int, torch.Tensor]:
     """Judge sampled drafts so that accepted drafts and the next token follow the target distributions.
 

@@ -34,7 +34,7 @@ ATTEMPTS = 8
 """Attempts per request, over all servers."""
 
 
-class Keeper(Protocol):
+class ServerKeeper(Protocol):
     """Starts and stops one server."""
 
     def start(self, should_stop: Callable[[], bool]) -> TokenServer | None:
@@ -97,7 +97,7 @@ class AddressKeeper:
 
 
 @dataclass(frozen=True)
-class HeldFiles:
+class WeightUpdate:
     """Weight files for the servers, and their version."""
 
     files: tuple[str, ...]
@@ -115,7 +115,7 @@ class _Task:
 class _Member:
     """A server of the fleet, with its tasks."""
 
-    def __init__(self, number: int, keeper: Keeper) -> None:
+    def __init__(self, number: int, keeper: ServerKeeper) -> None:
         self.number, self.keeper = number, keeper
         self.server: TokenServer | None = None
         """None while the server is down."""
@@ -130,14 +130,14 @@ class _Member:
         """Held during weight updates and starts."""
 
     @property
-    def num_asked(self) -> int:
+    def num_answers(self) -> int:
         """Number of answers in progress."""
         return sum(task.request.num_answers for task in self.under_way.values())
 
     def takes(self, task: _Task, answers: int) -> bool:
         """Return whether the server has capacity for a task; `answers` is its limit of answers at a time."""
         return (self.server is not None and not self.num_resting
-                and (not self.under_way or self.num_asked + task.request.num_answers <= answers))
+                and (not self.under_way or self.num_answers + task.request.num_answers <= answers))
 
 
 class Fleet:
@@ -153,7 +153,7 @@ class Fleet:
         backoff_s: minimum and maximum delay before a restart.
     """
 
-    def __init__(self, keepers: Sequence[Keeper], vocab_size: int, requests: int, restarts: int = 5, *,
+    def __init__(self, keepers: Sequence[ServerKeeper], vocab_size: int, requests: int, restarts: int = 5, *,
                  over: threading.Event | None = None, look_s: float = LOOK_S,
                  backoff_s: tuple[float, float] = BACKOFF_S) -> None:
         self._members = [_Member(number, keeper) for number, keeper in enumerate(keepers)]
@@ -164,7 +164,7 @@ class Fleet:
         self._assigned: SimpleQueue[tuple[_Member, _Task] | None] = SimpleQueue()
         self._num_idle = 0
         """Number of threads waiting for a task that is not yet assigned."""
-        self._weights: HeldFiles | None = None
+        self._weights: WeightUpdate | None = None
         self._over, self._is_paused = over or threading.Event(), False
         self._failure: BaseException | None = None
         self._threads: list[threading.Thread] = []
@@ -257,7 +257,7 @@ class Fleet:
             UserError: no server has the new weights.
         """
         with self._changed:
-            self._weights, self._is_paused = HeldFiles(tuple(files), version), True
+            self._weights, self._is_paused = WeightUpdate(tuple(files), version), True
         try:
             with ThreadPoolExecutor(len(self._members)) as pool:
                 list(pool.map(self._update_server, self._members))
@@ -391,7 +391,7 @@ class Fleet:
             free = [member for member in self._members if member.takes(task, self.requests)]
             if not free:
                 return
-            member = min(free, key=lambda member: member.num_asked)
+            member = min(free, key=lambda member: member.num_answers)
             self._waiting.popleft()
             if not task.future.running():  # tasks of a dead server are already running
                 task.future.set_running_or_notify_cancel()

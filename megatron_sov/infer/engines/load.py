@@ -17,13 +17,14 @@ from megatron_sov.checkpoint import load
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.language_model import build_configured
 from megatron_sov.engine.parallel import launcher, world
-from megatron_sov.infer.engines.target import Target, as_checkpoint, inference_config, report_precision
+from megatron_sov.infer.engines.target import (
+    Target, build_inference_config, open_as_checkpoint, report_precision)
 from megatron_sov.model.config import RunConfig
 from megatron_sov.runs.launch_environment import is_first_rank
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A loaded model, distributed over all processes."""
 
     policy: ForwardModel
@@ -52,7 +53,7 @@ def load_forward_model(path: Path, config: RunConfig) -> ForwardModel:
 
 
 def run_forward_model(target: Target, settings: Sequence[str], nproc: int | None,
-                      work: Callable[[Loaded], Any], option: str = "--set") -> Any:
+                      work: Callable[[LoadedModel], Any], option: str = "--set") -> Any:
     """Load a model in new processes, run `work` there, and return the result of the first process.
 
     Args:
@@ -68,15 +69,15 @@ def run_forward_model(target: Target, settings: Sequence[str], nproc: int | None
     Raises:
         SystemExit: a process failed and has reported its error.
     """
-    with as_checkpoint(target) as path, tempfile.TemporaryDirectory(prefix="sov-result-") as folder:
+    with open_as_checkpoint(target) as path, tempfile.TemporaryDirectory(prefix="sov-result-") as folder:
         result = Path(folder) / "result.json"
-        config = inference_config(path, settings, nproc, option)
+        config = build_inference_config(path, settings, nproc, option)
         report_precision(target.path, "megatron", config.train.precision)
 
         def rank() -> int:
             place = world.join(config.parallel)
             try:
-                value = work(Loaded(load_forward_model(path, config), config, place))
+                value = work(LoadedModel(load_forward_model(path, config), config, place))
                 # The ranks are other processes: return the result in a file.
                 if place.is_main:
                     result.write_text(json.dumps(value), encoding="utf-8")

@@ -23,11 +23,12 @@ from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError, apply_changes
 from megatron_sov.convert.sources import HfWeights
-from megatron_sov.infer.engines.fleet import AddressKeeper, Fleet, Keeper
-from megatron_sov.infer.engines.server_process import PROGRAMS, EngineServers, OwnServer, refuse_no_engine
+from megatron_sov.infer.engines.fleet import AddressKeeper, Fleet, ServerKeeper
+from megatron_sov.infer.engines.server_process import (
+    PROGRAMS, EngineServers, ServerProcess, check_engine_program)
 from megatron_sov.infer.request import (
-    Bounds, Generated, HeldWeights, NamedTensors, Sampling, StopRule, Tokens, Written, refuse_drafts,
-    refuse_rules)
+    GenerationBounds, GenerationResult, NamedTensors, Sampling, ScoredTokens, StopRule, Tokens, WeightVersion,
+    check_no_drafts, check_no_rules)
 from megatron_sov.train.data.requirements import shape_of
 from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer, TokenRequest
 
@@ -41,7 +42,7 @@ _LOOK_S = 0.2
 
 
 @dataclass(frozen=True)
-class ServerPlaces:
+class ServerLocations:
     """Locations of engine servers, their logs and their interpreter."""
 
     logs: Path
@@ -54,21 +55,21 @@ class ServerPlaces:
     """Command that replaces the engine's own."""
 
 
-def server_settings(engine: str, settings: Sequence[str], option: str) -> EngineServers:
+def parse_server_settings(engine: str, settings: Sequence[str], option: str) -> EngineServers:
     """Parse the settings of engine servers.
 
     Raises:
         UserError: a setting does not exist, is not supported by the engine, or contradicts another setting.
     """
-    servers = apply_changes(EngineServers(), list(settings), option)
-    if problems := servers.problems() + servers.problems_of(engine):
+    servers = change(EngineServers(), list(settings), option)
+    if problems := servers.problems() + servers.find_engine_problems(engine):
         raise SettingsError(option, problems)
     return servers
 
 
 @contextlib.contextmanager
 def open_fleet(name: str, folder: Path, vocab_size: int, longest: int, settings: EngineServers,
-               places: ServerPlaces, *, with_routes: bool = False, over: threading.Event | None = None
+               places: ServerLocations, *, with_routes: bool = False, over: threading.Event | None = None
                ) -> Iterator[Fleet]:
     """Yield a fleet of running servers, which stop at the end of the block.
 
@@ -86,13 +87,13 @@ def open_fleet(name: str, folder: Path, vocab_size: int, longest: int, settings:
         UserError: no server can be started.
     """
     if not places.command:
-        refuse_no_engine(name, places.urls, places.python)
-    keepers: list[Keeper] = [
+        check_engine_program(name, places.urls, places.python)
+    keepers: list[ServerKeeper] = [
         AddressKeeper(PROGRAMS[name].connect(url, settings), settings.start_s)
         for url in places.urls]
     if not keepers:
-        keepers = [OwnServer(name, number, folder, longest, settings, places.logs, with_routes=with_routes,
-                             python=places.python, command=places.command)
+        keepers = [ServerProcess(name, number, folder, longest, settings, places.logs,
+                                 with_routes=with_routes, python=places.python, command=places.command)
                    for number in range(settings.servers)]
     with Fleet(keepers, vocab_size, settings.room, settings.restarts, over=over) as fleet:
         yield fleet
@@ -105,7 +106,7 @@ class WeightFiles:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._numbers = itertools.count()
-        self.remove()
+        self.delete_all()
 
     def write(self, weights: NamedTensors) -> list[str]:
         """Write a set of weight files; files of earlier calls stay."""
@@ -124,14 +125,14 @@ class WeightFiles:
                     tensors, size_bytes = {}, 0
             return [*files, *([_write_shard(tensors, version_folder, len(files))] if tensors else [])]
 
-    def forget_others(self, files: Sequence[str]) -> None:
+    def delete_others(self, files: Sequence[str]) -> None:
         """Delete the files of all other calls."""
         current_folders = {Path(file).parent.name for file in files}
         for version_folder in self._folder.iterdir() if self._folder.is_dir() else ():
             if version_folder.name not in current_folders:
                 shutil.rmtree(version_folder, ignore_errors=True)
 
-    def remove(self) -> None:
+    def delete_all(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -160,13 +161,14 @@ class ServerEngine:
                  with_routes: bool = False) -> None:
         self._engine, self.fleet, self.room = name, fleet, room
         self._shape = shape_of(HfWeights(folder).model) if with_routes else None
-        self._weight_version = HeldWeights(name)
+        self._weight_version = WeightVersion(name)
         self._files = WeightFiles(weights)
         self._numbers = itertools.count()
         self._name = uuid.uuid4().hex[:12]
 
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: StopRule | None = None,
-                 streams: Sequence[int] | None = None, bounds: Bounds | None = None) -> Generated:
+                 streams: Sequence[int] | None = None,
+                 bounds: GenerationBounds | None = None) -> GenerationResult:
         """Continue prompts, see `Engine`; samples are not reproducible, because they depend on concurrent
         requests.
 
@@ -180,8 +182,8 @@ class ServerEngine:
         Raises:
             UserError: a server refuses a request, or servers died too often.
         """
-        refuse_drafts(self._engine, sampling)
-        refuse_rules(self._engine, sampling)
+        check_no_drafts(self._engine, sampling)
+        check_no_rules(self._engine, sampling)
         if sampling.with_routes and self._shape is None:
             raise ValueError(f"the engine {self._engine} was started without routes, but they are requested")
         sampling.check()
@@ -192,9 +194,9 @@ class ServerEngine:
         written = [_truncate_answer(answer, stop) for answer in answers]
         routes = None
         if sampling.with_routes:
-            routes = [self.routes_of(answer, len(prompt) + len(tokens) - 1)
+            routes = [self.extract_routes(answer, len(prompt) + len(tokens) - 1)
                       for answer, prompt, (tokens, _) in zip(answers, prompts, written, strict=True)]
-        return Generated.of(written, sampling, stop, version, routes=routes)
+        return GenerationResult.of(written, sampling, stop, version, routes=routes)
 
     def requests(self, prompts: Sequence[Tokens], samplings: Sequence[Sampling], end_ids: tuple[int, ...],
                  *, are_joined: bool = False) -> list[TokenRequest]:
@@ -238,13 +240,13 @@ class ServerEngine:
         """Write weight files and let the servers read them, see `Engine`."""
         if weights is None:
             raise ValueError(f"the engine {self._engine} has its own model: an update needs weights")
-        with self._weight_version.replaced(version, weights):
+        with self._weight_version.replace_weights(version, weights):
             files = self._files.write(weights)
             self.fleet.update(files, version)
             # Restarted servers read these files, so earlier files can go.
-            self._files.forget_others(files)
+            self._files.delete_others(files)
 
-    def routes_of(self, answer: TokenAnswer, num_tokens: int) -> np.ndarray:
+    def extract_routes(self, answer: TokenAnswer, num_tokens: int) -> np.ndarray:
         """Return the routes of the first `num_tokens` tokens of a prompt and its answer.
 
         Engines return [tokens - 1, layers, top_k], with zeros for leading dense layers.
@@ -256,12 +258,13 @@ class ServerEngine:
         # A request that was aborted before its start was not read at all.
         if answer.reason == ABORTED and answer.routes is None:
             return self._shape.absent(num_tokens)
-        return checked_routes(answer.routes, num_tokens, self._shape)
+        return check_routes(answer.routes, num_tokens, self._shape)
 
     def close(self) -> None:
-        self._files.remove()
+        self._files.delete_all()
 
-    def _wait_for_answers(self, requests: Sequence[TokenRequest], bounds: Bounds | None) -> list[TokenAnswer]:
+    def _wait_for_answers(self, requests: Sequence[TokenRequest],
+                          bounds: GenerationBounds | None) -> list[TokenAnswer]:
         futures: list[Future[list[TokenAnswer]]] = [self.fleet.submit(request) for request in requests]
         if bounds is not None:
             pending, is_aborted = set(futures), False
@@ -274,13 +277,13 @@ class ServerEngine:
         return [answer for future in futures for answer in future.result()]
 
 
-def _truncate_answer(answer: TokenAnswer, stop: StopRule) -> Written:
+def _truncate_answer(answer: TokenAnswer, stop: StopRule) -> ScoredTokens:
     """Cut an answer at its end; a server may generate beyond a stop string."""
     tokens = stop.cut(answer.tokens)
     return tokens, answer.logprobs[:len(tokens)]
 
 
-def checked_routes(routes: np.ndarray | None, num_tokens: int, shape: RouteShape) -> np.ndarray:
+def check_routes(routes: np.ndarray | None, num_tokens: int, shape: RouteShape) -> np.ndarray:
     """Check the routes from a server; return [num_tokens, layers, top_k]. Raises like
     `ServerEngine.routes_of`."""
     why = "nothing"
@@ -303,15 +306,15 @@ def checked_routes(routes: np.ndarray | None, num_tokens: int, shape: RouteShape
 
 
 @contextlib.contextmanager
-def serving_engine(name: str, folder: Path, vocab_size: int, longest: int, settings: EngineServers,
-                   places: ServerPlaces | None = None, *, with_routes: bool = False,
+def open_server_engine(name: str, folder: Path, vocab_size: int, longest: int, settings: EngineServers,
+                   places: ServerLocations | None = None, *, with_routes: bool = False,
                    over: threading.Event | None = None) -> Iterator[ServerEngine]:
     """Yield an engine of servers that stop at the end of the block; see `open_fleet`. Without `places`, logs
     are temporary."""
     with contextlib.ExitStack() as stack:
         if places is None:
             logs = stack.enter_context(tempfile.TemporaryDirectory(prefix="sov-engines-"))
-            places = ServerPlaces(Path(logs))
+            places = ServerLocations(Path(logs))
         fleet = stack.enter_context(open_fleet(name, folder, vocab_size, longest, settings, places,
                                                with_routes=with_routes, over=over))
         room = settings.room * (len(places.urls) or settings.servers)

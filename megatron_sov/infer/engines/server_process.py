@@ -62,7 +62,7 @@ class EngineProgram:
 PROGRAMS = {
     VLLM: EngineProgram(
         "vLLM", "vllm", ("-m", "vllm.entrypoints.cli.main", "serve"),
-        lambda url, asked: VllmServer(url, answer_s=asked.answer_s, send=asked.sending()),
+        lambda url, asked: VllmServer(url, answer_s=asked.answer_s, send=asked.create_sender()),
         ("auto_awq", "auto_gptq", "awq", "awq_marlin", "compressed-tensors", "deepseek_v4_fp8",
          "experts_int8", "fp8", "fp8_per_block", "fp8_per_channel", "fp8_per_tensor", "gpt_oss_mxfp4",
          "gptq", "gptq_marlin", "humming", "inc", "int8_per_channel_weight_only", "modelopt",
@@ -115,7 +115,7 @@ class EngineServers:
                                     "or none", list(self.devices))]
         return []
 
-    def problems_of(self, engine: str) -> list[SettingsProblem]:
+    def find_engine_problems(self, engine: str) -> list[SettingsProblem]:
         """Return settings that an engine does not support."""
         program, p = PROGRAMS[engine], []
         if self.quantization and self.quantization not in program.quantizations:
@@ -128,7 +128,7 @@ class EngineServers:
         """Number of answers that a server generates at a time."""
         return self.requests * self.dp
 
-    def sending(self) -> SendFiles | None:
+    def create_sender(self) -> SendFiles | None:
         """Return the function that sends weights to a vLLM server; None: the server reads files."""
         if self.transfer == "files":
             return None
@@ -141,7 +141,7 @@ class EngineServers:
         return partial(send_files, device=f"cuda:{local_gpu_index(torch.cuda.device_count())}" if on_gpu()
                        else "cpu")
 
-    def devices_of(self, number: int) -> str | None:
+    def format_devices(self, number: int) -> str | None:
         """Return CUDA_VISIBLE_DEVICES for a server; None: all GPUs."""
         devices_per_server = self.tp * self.dp
         if not self.devices:
@@ -153,7 +153,7 @@ def _find_interpreter(python: Path | None) -> str:
     return str(python or os.environ.get(ENGINE_PYTHON, "") or sys.executable)
 
 
-def refuse_no_engine(engine: str, urls: Sequence[str], python: Path | None) -> None:
+def check_engine_program(engine: str, urls: Sequence[str], python: Path | None) -> None:
     """Raise `UserError` if servers cannot be started or reached.
 
     Args:
@@ -181,7 +181,7 @@ def refuse_no_engine(engine: str, urls: Sequence[str], python: Path | None) -> N
                         f"environment and set its interpreter by {BY}, or leave --engine out")
 
 
-class OwnServer:
+class ServerProcess:
     """A server process of this run. All methods except `end` are called from one thread.
 
     Args:
@@ -278,7 +278,7 @@ class OwnServer:
 
     def _build_environment(self) -> dict[str, str]:
         environment = {name: value for name, value in os.environ.items() if name not in _RANK_VARIABLES}
-        if (devices := self._settings.devices_of(self.number)) is not None:
+        if (devices := self._settings.format_devices(self.number)) is not None:
             environment["CUDA_VISIBLE_DEVICES"] = devices
         path = [str(WORKER_FOLDER), *filter(None, [environment.get("PYTHONPATH")])]
         # Weight updates need the development routes; only this machine may reach the port.

@@ -115,7 +115,7 @@ def find_target(path: Path) -> Target:
 
 
 @contextlib.contextmanager
-def as_checkpoint(target: Target) -> Iterator[Path]:
+def open_as_checkpoint(target: Target) -> Iterator[Path]:
     """Yield the target as a checkpoint; a Hugging Face folder is converted to a temporary checkpoint."""
     if not target.is_hf:
         yield target.path
@@ -129,7 +129,7 @@ def as_checkpoint(target: Target) -> Iterator[Path]:
         yield out
 
 
-def inference_config(checkpoint: Path, settings: Sequence[str], nproc: int | None, option: str = "--set"
+def build_inference_config(checkpoint: Path, settings: Sequence[str], nproc: int | None, option: str = "--set"
                      ) -> RunConfig:
     """Return the config for running a checkpoint: one process, precision of `inference_precision`, then
     `settings`.

@@ -31,8 +31,8 @@ from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.engine.parallel import collectives, context
 from megatron_sov.engine.parallel.device import local_device, release_unused
 from megatron_sov.engine.parallel.world import ParallelWorld, on_main
-from megatron_sov.eval.heldout import ROW_TOKENS, rows_of
-from megatron_sov.infer.engines.load import Loaded, run_forward_model
+from megatron_sov.eval.heldout_loss import ROW_TOKENS, group_into_rows
+from megatron_sov.infer.engines.load import LoadedModel, run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.post.distillation.state_files import (
     DTYPES, HEAD, HEAD_WEIGHT, KIND, Kept, StatesPart, content_of, lengths_of, packed, parts_of, unpacked)

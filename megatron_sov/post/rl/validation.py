@@ -20,7 +20,7 @@ from typing import Any
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.parallel.world import on_main
-from megatron_sov.eval.pass_at_k import JudgedItem
+from megatron_sov.eval.pass_at_k import ScoredResponses
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.post.rl.generate.live import LiveRollouts
 from megatron_sov.post.rl.generate.responses import key_digest
@@ -168,7 +168,7 @@ def compute_figures(store: RolloutStore, number: int, version: str, right_from: 
 class _Tally:
     """Sums over the responses of a validation or a domain."""
 
-    judged: JudgedItem = field(default_factory=JudgedItem)
+    judged: ScoredResponses = field(default_factory=ScoredResponses)
     tokens: list[int] = field(default_factory=list)
     components: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 

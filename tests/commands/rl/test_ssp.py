@@ -71,7 +71,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, Path]) -> list[s
         names.append(Path(argv[3]).name)
         return main(argv[1:])
 
-    monkeypatch.setattr(eval_judged, "run_engine", planted)
+    monkeypatch.setattr(eval_judged, "run_with_engine", planted)
     monkeypatch.setattr(ssp, "run_command", in_this_process)
     return names
 
@@ -104,7 +104,7 @@ def test_the_planted_best_of_each_domain_is_found_and_nothing_is_asked_twice(
 
 
 def test_a_killed_probe_goes_on_at_the_checkpoint_where_it_was(asked: list[str],
-                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     run = ssp.run_command
     with monkeypatch.context() as killed:
         killed.setattr(ssp, "run_command",
@@ -120,7 +120,7 @@ def test_a_killed_probe_goes_on_at_the_checkpoint_where_it_was(asked: list[str],
 
 
 def test_the_commands_can_be_given_one_by_one(asked: list[str], capsys: pytest.CaptureFixture[str],
-                                             monkeypatch: pytest.MonkeyPatch) -> None:
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["ssp", "probe", "first", "second", *ASK, "--dry-run"]) == 0
     for line in capsys.readouterr().out.splitlines():
         program, *words = shlex.split(line)

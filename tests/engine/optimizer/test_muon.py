@@ -67,7 +67,7 @@ def gathered(model: Any, optimizer: Any) -> dict[str, Any]:
         blocks = [dataclasses.replace(b, key=b.key.removeprefix("master/")) for b in optimizer.state_shards()
                   if b.key.startswith("master/")]
     gatherer = TensorGatherer(blocks, everywhere=True)
-    return {key: gatherer.gather(key) for key in sorted(gatherer.shapes())}
+    return {key: gatherer.gather(key) for key in sorted(gatherer.get_shapes())}
 
 
 def matrices_of(key: str, tensor: Any) -> list[Any]:

@@ -70,7 +70,8 @@ def test_needles_and_weights_follow_settings(form: NeedleForm, haystacks: dict[s
 def test_languages_are_drawn_by_text_size(token_shards: Path) -> None:
     sources = open_sources({str(token_shards): 1.0}, 1024)
     code, other = (next(s for s in sources if s.name == name) for name in ("first", "second"))
-    haystacks = open_haystacks(sources, "train", token_shards / "tokenizer", told={"second": "english"})
+    haystacks = open_haystacks(sources, "train", token_shards / "tokenizer",
+                               source_languages={"second": "english"})
     made = NeedleDocuments(haystacks, 256, seed=1)
     forms = {h.language: h.form for h in haystacks}
     opening = {name: {slots[0] for slots in form.sentences[False]} for name, form in forms.items()}

@@ -21,15 +21,15 @@ from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 prepare_megatron()
 
 from megatron_sov.eval.needle.suite import (  # noqa: E402
-    Example, NeedleSuite, make_example, result_of, run_suite, table)
-from megatron_sov.eval.needle.text import Haystack, NeedleForm, fill  # noqa: E402
-from megatron_sov.eval.statistics import wilson_interval  # noqa: E402
+    Example, NeedleSuite, build_example, format_table, parse_result, run_suite)
+from megatron_sov.eval.needle.text import Haystack, NeedleForm, fill_slots  # noqa: E402
+from megatron_sov.eval.statistics import compute_wilson_interval  # noqa: E402
 from megatron_sov.infer.decoder.generator import MegatronEngine  # noqa: E402
 from megatron_sov.infer.engine import Engine  # noqa: E402
-from megatron_sov.infer.engines.libraries import HfEngine, load_hf  # noqa: E402
 from megatron_sov.infer.engines.load import run_forward_model  # noqa: E402
 from megatron_sov.infer.engines.target import Target  # noqa: E402
-from megatron_sov.infer.request import Generated, Sampling, StopRule  # noqa: E402
+from megatron_sov.infer.engines.transformers_engine import HfEngine, load_hf  # noqa: E402
+from megatron_sov.infer.request import GenerationResult, Sampling, StopRule  # noqa: E402
 
 
 def answer_by_looking(prompts: list[list[int]], count: int) -> list[list[int]]:
@@ -59,9 +59,10 @@ class Looking:
 
     spoil: Callable[[list[list[int]]], list[list[int]]] = lambda found: found
 
-    def generate(self, prompts: Any, sampling: Sampling, **more: Any) -> Generated:
+    def generate(self, prompts: Any, sampling: Sampling, **more: Any) -> GenerationResult:
         found = self.spoil(answer_by_looking(prompts, sampling.max_new_tokens))
-        return Generated.of([(tokens, [0.0] * len(tokens)) for tokens in found], sampling, StopRule(), 0)
+        written = [(tokens, [0.0] * len(tokens)) for tokens in found]
+        return GenerationResult.of(written, sampling, StopRule(), 0)
 
 
 @pytest.fixture
@@ -77,7 +78,8 @@ def test_perfect_reader_scores_one_in_every_cell(suite: NeedleSuite) -> None:
     assert ([(c.kind, c.language, c.length_tokens, c.depth) for c in result.cells]
             == [(kind, "code", length, depth) for kind in suite.kinds for length in suite.lengths
                 for depth in suite.depths])
-    assert all((c.correct, c.samples, c.interval) == (4, 4, wilson_interval(4, 4)) for c in result.cells)
+    interval = compute_wilson_interval(4, 4)
+    assert all((c.correct, c.samples, c.interval) == (4, 4, interval) for c in result.cells)
     assert {c.length_tokens: c.distractors for c in result.cells if c.kind == "multi-key"} == {96: 3, 160: 4}
     assert {c.distractors for c in result.cells if c.kind == "single"} == {0}
 
@@ -93,22 +95,23 @@ def test_answer_with_one_wrong_token_is_wrong(suite: NeedleSuite) -> None:
     result = run_suite(suite, Looking(spoil))
     assert {c.correct for c in result.cells} == {2} and result.score == 0.5
     told = result.to_dict()
-    assert json.loads(json.dumps(told)) == told and result_of(told) == result
+    assert json.loads(json.dumps(told)) == told and parse_result(told) == result
     assert sorted(told["cells"][0]) \
         == ["correct", "depth", "distractors", "interval", "kind", "language", "length_tokens", "samples"]
-    assert "multi-key, code" in table(result) and "score 50.0% with 4 samples" in table(result)
+    assert "multi-key, code" in format_table(result) and "score 50.0% with 4 samples" in format_table(result)
 
 
 def test_examples_are_independent_of_other_cells(suite: NeedleSuite) -> None:
     other = dataclasses.replace(suite, kinds=("multi-key",), lengths=(160, 200), depths=(0.9,), samples=7)
     haystack = suite.haystacks[0]
-    assert suite.example("multi-key", haystack, 160, 0.9, 2) == other.example(
+    assert suite.build_example("multi-key", haystack, 160, 0.9, 2) == other.build_example(
         "multi-key", haystack, 160, 0.9, 2)
     for change in ((96, 0.9, 2), (160, 0.4, 2), (160, 0.9, 3)):
-        assert (suite.example("multi-key", haystack, *change).prompt
-                != suite.example("multi-key", haystack, 160, 0.9, 2).prompt)
+        assert (suite.build_example("multi-key", haystack, *change).prompt
+                != suite.build_example("multi-key", haystack, 160, 0.9, 2).prompt)
     reseeded = dataclasses.replace(suite, seed=1)
-    assert reseeded.example("single", haystack, 160, 0.9, 2) != suite.example("single", haystack, 160, 0.9, 2)
+    cell = ("single", haystack, 160, 0.9, 2)
+    assert reseeded.build_example(*cell) != suite.build_example(*cell)
 
 
 def test_batches_are_bounded_and_lazy(haystacks: dict[str, Haystack]) -> None:
@@ -141,7 +144,7 @@ def test_questions_cover_all_test_sentences(haystacks: dict[str, Haystack]) -> N
                     for i in range(len(example.prompt))}
             assert len(ends & asked) >= 4
     train = haystacks["train"].form
-    told = {tuple(fill(slots, pair)) for slots in train.sentences[False] for pair in train.pairs[False]}
+    told = {tuple(fill_slots(slots, pair)) for slots in train.sentences[False] for pair in train.pairs[False]}
     assert not told & asked
 
 
@@ -157,7 +160,7 @@ def needles_in(form: NeedleForm, ids: list[int]) -> list[tuple[int, Pair, Pair]]
         for i in range(len(ids) - width + 1):
             key = ids[i + len(opening):][:2]
             value = ids[i + len(opening) + 2 + len(between):][:2]
-            if ids[i:i + width] == fill(slots, np.array(key), np.array(value)):
+            if ids[i:i + width] == fill_slots(slots, np.array(key), np.array(value)):
                 found.append((i, (key[0], key[1]), (value[0], value[1])))
     return found
 
@@ -167,7 +170,7 @@ def needles_in(form: NeedleForm, ids: list[int]) -> list[tuple[int, Pair, Pair]]
 def test_example_asks_for_one_of_its_needles(distractors: int, depth: float,
                                              haystacks: dict[str, Haystack]) -> None:
     haystack = haystacks["heldout"]
-    example = make_example(haystack, np.random.default_rng(1), 300, depth, distractors)
+    example = build_example(haystack, np.random.default_rng(1), 300, depth, distractors)
     needles = needles_in(haystack.form, example.prompt)
     keys = [key for _, key, _ in needles]
     assert len(set(keys)) == len(keys) == 1 + distractors

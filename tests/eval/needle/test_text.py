@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.eval.needle.text import (
-    LANGUAGES, PHRASES, Haystack, NeedleForm, detect_language, fill, needle_form, open_haystacks, phrases)
+    LANGUAGES, PHRASES, Haystack, NeedleForm, build_needle_form, detect_language, fill_slots, list_phrases,
+    open_haystacks)
 from megatron_sov.model.config import Language
 from megatron_sov.train.data.token_shards import Source, open_sources
 
@@ -23,10 +24,10 @@ def test_words_are_rare_whole_tokens(form: NeedleForm, token_shards: Path) -> No
     assert all(w[0] == " " and w[1:].isalpha() and len(w) >= 5 for w in words)
     key, value = form.draw(np.random.default_rng(0), 2, test=True)
     sentence = form.draw_sentence(np.random.default_rng(0), test=True)
-    text = tokenizer.decode(fill(sentence, key, value))
+    text = tokenizer.decode(fill_slots(sentence, key, value))
     assert text == "\ncodes.add(" + "".join(tokenizer.decode([w]) for w in [*key, *value]) + ")"
-    assert fill(sentence, key, value)[:len(fill(sentence, key))] == fill(sentence, key)
-    assert fill(sentence, key)[-2:] == key.tolist()
+    assert fill_slots(sentence, key, value)[:len(fill_slots(sentence, key))] == fill_slots(sentence, key)
+    assert fill_slots(sentence, key)[-2:] == key.tolist()
 
 
 def test_pairs_and_sentences_of_test_and_training_are_disjoint(form: NeedleForm) -> None:
@@ -69,7 +70,7 @@ def word_tokenizer(folder: Path, words: list[str]) -> Path:
 @pytest.mark.parametrize(("language", "words"), [("korean", KOREAN), ("thai", THAI)])
 def test_words_are_of_the_language(language: str, words: list[str], tmp_path: Path) -> None:
     folder = word_tokenizer(tmp_path / "tokenizer", [*words, *(f"word{chr(97 + i)}" for i in range(20))])
-    form = needle_form(folder, language)  # type: ignore[arg-type]
+    form = build_needle_form(folder, language)  # type: ignore[arg-type]
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     found = {tokenizer.decode([w]) for w in form.words}
     assert {" " + word for word in words} <= found, "and parts of them that are words to the tokenizer"
@@ -78,24 +79,24 @@ def test_words_are_of_the_language(language: str, words: list[str], tmp_path: Pa
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_words_fall_back_to_other_languages(language: str, token_shards: Path) -> None:
-    form = needle_form(token_shards / "tokenizer", language)  # type: ignore[arg-type]
+    form = build_needle_form(token_shards / "tokenizer", language)  # type: ignore[arg-type]
     assert form.language == language and len(form.words) == 64
     assert form.needle_tokens(test=True) >= 4 + 2
 
 
 def test_invalid_values_raise_user_error(token_shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tokenizer\.json: cannot be read"):
-        needle_form(tmp_path, "english")
+        build_needle_form(tmp_path, "english")
     tokenizer = Tokenizer.from_file(str(token_shards / "tokenizer/tokenizer.json"))
     letters = type(tokenizer.model)({c: i for i, c in enumerate("abc")}, [])
     Tokenizer(letters).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="words, needles need 16"):
-        needle_form(tmp_path, "english")
+        build_needle_form(tmp_path, "english")
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_test_and_training_phrases_are_disjoint(language: Language) -> None:
-    sides = [phrases(language, test=test) for test in (True, False)]
+    sides = [list_phrases(language, test=test) for test in (True, False)]
     assert all(sides) and not set(sides[0]) & set(sides[1])
     openings = [{text.split("{}")[0] for text in side} for side in sides]
     assert not openings[0] & openings[1], "a model that learned what stands before a key would know the test"
@@ -132,11 +133,12 @@ def test_language_is_detected_or_given(token_shards: Path) -> None:
     assert detect_language(inspect.getsource(inspect)) == "code"
     sources = open_sources({str(token_shards): 1.0}, 1024)
     tokenizer = token_shards / "tokenizer"
-    told = open_haystacks(sources, "heldout", tokenizer, told={"second": "english"})
+    told = open_haystacks(sources, "heldout", tokenizer, source_languages={"second": "english"})
     assert [h.language for h in told] == ["english", "code"]
     assert [h.sizes for h in told] == [(sources[1].num_tokens["heldout"],),
                                        (sources[0].num_tokens["heldout"],)]
-    (only,) = open_haystacks(sources, "heldout", tokenizer, languages=["code"], told={"second": "english"})
+    (only,) = open_haystacks(sources, "heldout", tokenizer, languages=["code"],
+                             source_languages={"second": "english"})
     assert only.language == "code"
 
 
@@ -149,4 +151,4 @@ def test_invalid_haystacks_raise_user_error(token_shards: Path) -> None:
     with pytest.raises(UserError, match="'heldout' text is thai"):
         open_haystacks(sources, "heldout", tokenizer, languages=["code", "thai"])
     with pytest.raises(UserError, match="--language third=thai: the data"):
-        open_haystacks(sources, "heldout", tokenizer, told={"third": "thai"})
+        open_haystacks(sources, "heldout", tokenizer, source_languages={"third": "thai"})

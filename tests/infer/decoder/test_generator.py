@@ -34,7 +34,7 @@ def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = 
     from megatron_sov.engine.parallel import world
     from megatron_sov.infer import request
     from megatron_sov.infer.decoder.generator import MegatronEngine
-    from megatron_sov.infer.request import Batching, Bounds, Sampling, StopRule
+    from megatron_sov.infer.request import Batching, GenerationBounds, Sampling, StopRule
     from tests.tiny import tiny_model
 
     config, model = tiny_model(f"tiny-{family}", *SETTINGS, *settings, layout=layout)
@@ -54,12 +54,13 @@ def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = 
     greedy = plain.continuations
     rows = iter(range(1000))
     # each process is asked, and only the first one says when it is enough
-    over = Bounds(LIMITS, lambda: next(rows) == 2 if int(os.environ["RANK"]) == 0 else next(rows) == 0)
+    stop_row = 2 if int(os.environ["RANK"]) == 0 else 0
+    over = GenerationBounds(LIMITS, lambda: next(rows) == stop_row)
     drafted = vars(MegatronEngine(policy, Batching(4, 5)).generate(PROMPTS, drafting(routed, drafts)))
     found = {"greedy": greedy, "routes": [r.tolist() for r in plain.routes],
              "drafted routes": [r.tolist() for r in drafted["routes"]], "sampled": write(PROMPTS, warm),
              "stopped early": write(PROMPTS, Sampling(NEW), bounds=over),
-             "limited": write(PROMPTS, Sampling(NEW), bounds=Bounds(LIMITS, lambda: False)),
+             "limited": write(PROMPTS, Sampling(NEW), bounds=GenerationBounds(LIMITS, lambda: False)),
              "drafted": {name: drafted[name] for name in ("continuations", "drafted", "accepted")},
              "drafted samples": write(PROMPTS, drafting(warm, drafts))}
     if full:
@@ -267,9 +268,9 @@ def test_greedy_text_equals_transformers(family: str, hf_models: dict[str, Path]
     prepare_megatron()
     from megatron_sov.engine.parallel import world
     from megatron_sov.infer.decoder.generator import MegatronEngine
-    from megatron_sov.infer.engines.libraries import load_hf
     from megatron_sov.infer.engines.load import load_forward_model
-    from megatron_sov.infer.engines.target import inference_config
+    from megatron_sov.infer.engines.target import build_inference_config
+    from megatron_sov.infer.engines.transformers_engine import load_hf
     from megatron_sov.infer.request import Batching, Sampling
     from megatron_sov.model.config import ParallelConfig
 
@@ -279,7 +280,7 @@ def test_greedy_text_equals_transformers(family: str, hf_models: dict[str, Path]
     expected = [e[len(p):] for e, p in zip(expected, PROMPTS, strict=True)]
     world.join(ParallelConfig())
     try:
-        policy = load_forward_model(imported[family], inference_config(imported[family], [], 1))
+        policy = load_forward_model(imported[family], build_inference_config(imported[family], [], 1))
         engine = MegatronEngine(policy)
         assert engine.generate(PROMPTS, Sampling(24)).continuations == expected
         assert (MegatronEngine(policy, Batching(3, 6)).generate(PROMPTS, Sampling(24)).continuations

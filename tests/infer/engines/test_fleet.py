@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.engines.fleet import AddressKeeper, Fleet
 from megatron_sov.infer.engines.server_engine import (
-    GROUP, GROUPED_TOKENS, ServerEngine, ServerPlaces, WeightFiles, open_fleet)
+    GROUP, GROUPED_TOKENS, ServerEngine, ServerLocations, WeightFiles, open_fleet)
 from megatron_sov.infer.engines.server_process import (
-    ENGINE_PYTHON, PROGRAMS, EngineServers, OwnServer, refuse_no_engine)
-from megatron_sov.infer.request import Bounds, Sampling, StopRule
+    ENGINE_PYTHON, PROGRAMS, EngineServers, ServerProcess, check_engine_program)
+from megatron_sov.infer.request import GenerationBounds, Sampling, StopRule
 from megatron_sov.work.endpoints.token_server import TokenRequest, TokenServer
 from megatron_sov.work.endpoints.vllm_server import VllmServer
 from tests.token_servers import VOCAB, VllmDouble, token_at
@@ -271,7 +271,7 @@ def test_bounds_abort_running_requests(fleets: Callable[..., Fleet], tmp_path: P
     engine = ServerEngine("vllm", fleets([DoubleKeeper(0.01)]), tmp_path, tmp_path / "w", 4)
     ended = threading.Event()
     threading.Timer(0.1, ended.set).start()
-    found = engine.generate([[3, 1], [3, 2]], Sampling(400), bounds=Bounds([3, 400], ended.is_set))
+    found = engine.generate([[3, 1], [3, 2]], Sampling(400), bounds=GenerationBounds([3, 400], ended.is_set))
     assert len(found.continuations[0]) == 3 and 0 < len(found.continuations[1]) < 400
     assert found.finish_reasons == ["length", "length"]
 
@@ -284,7 +284,7 @@ def test_weight_files_are_sharded_and_replaced(tmp_path: Path, monkeypatch: pyte
     assert [list(load_file(file)) for file in first] == [["a"], ["b"], ["c"]]
     assert torch.equal(load_file(first[1])["b"], block[1])
     second = files.write(iter([("a", block[0])]))
-    files.forget_others(second)
+    files.delete_others(second)
     assert not Path(first[0]).exists() and Path(second[0]).is_file()
     WeightFiles(tmp_path / "w")
     assert not Path(second[0]).exists()
@@ -307,16 +307,16 @@ def test_interpreter_without_vllm_is_reported(tmp_path: Path, monkeypatch: pytes
         python.chmod(0o755)
     monkeypatch.setenv(ENGINE_PYTHON, str(python))
     with pytest.raises(UserError, match=said), open_fleet("vllm", tmp_path, VOCAB, 8, EngineServers(),
-                                                          ServerPlaces(tmp_path)):
+                                                          ServerLocations(tmp_path)):
         pass
     # one that has it; and others' servers need none
     monkeypatch.setitem(PROGRAMS, "vllm", replace(PROGRAMS["vllm"], module="json"))
-    refuse_no_engine("vllm", (), Path(sys.executable))
-    refuse_no_engine("vllm", ("http://127.0.0.1:9",), python)
+    check_engine_program("vllm", (), Path(sys.executable))
+    check_engine_program("vllm", ("http://127.0.0.1:9",), python)
 
 
 def test_silent_server_exit_is_reported(tmp_path: Path) -> None:
-    server = OwnServer("vllm", 0, tmp_path, 8, EngineServers(), tmp_path, command=("true",))
+    server = ServerProcess("vllm", 0, tmp_path, 8, EngineServers(), tmp_path, command=("true",))
     with pytest.raises(UserError, match=r"wrote nothing into .*engine-0.log"):
         server.start(lambda: False)
     server.end()

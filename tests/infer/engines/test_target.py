@@ -17,7 +17,7 @@ from megatron_sov.model.recipes import get
 
 prepare_megatron()
 
-from megatron_sov.infer.engines.target import Target, find_target, inference_config  # noqa: E402
+from megatron_sov.infer.engines.target import Target, build_inference_config, find_target  # noqa: E402
 
 
 def test_find_target_detects_each_kind_of_folder(imported: dict[str, Path], hf_models: dict[str, Path],
@@ -52,17 +52,17 @@ def test_target_reports_size_and_training(imported: dict[str, Path], hf_models: 
 
 
 def test_checkpoint_runs_in_the_requested_precision(imported: dict[str, Path]) -> None:
-    plain = inference_config(imported["solar_open"], [], 1)
+    plain = build_inference_config(imported["solar_open"], [], 1)
     assert (plain.train.precision, plain.parallel.tp, plain.model.family) == ("fp32", 1, "solar_open")
-    asked = inference_config(imported["solar_open"], ["train.precision=bf16", "parallel.pp=2"], 2)
+    asked = build_inference_config(imported["solar_open"], ["train.precision=bf16", "parallel.pp=2"], 2)
     assert (asked.train.precision, asked.parallel.pp) == ("bf16", 2)
     with pytest.raises(UserError, match="2 must divide"):
-        inference_config(imported["solar_open"], ["parallel.pp=2"], 1)
+        build_inference_config(imported["solar_open"], ["parallel.pp=2"], 1)
 
 
 def test_other_adapter_settings_are_rejected(imported: dict[str, Path]) -> None:
     with pytest.raises(UserError, match=r"--set lora.rank=4: adapters"):
-        inference_config(imported["solar_open"], ["parallel.pp=2", "lora.rank=4"], 2)
+        build_inference_config(imported["solar_open"], ["parallel.pp=2", "lora.rank=4"], 2)
 
 
 def test_architecture_change_is_not_an_adapter_change(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_architecture_change_is_not_an_adapter_change(tmp_path: Path) -> None:
     made_with = replace(get("tiny-solar-open"), lora=LoraConfig(4))
     with create_artifact(tmp_path / "adapter", "checkpoint") as artifact:
         artifact.settings = made_with.to_dict()
-    asked = inference_config(tmp_path / "adapter", ["model.num_shared_experts=0"], 1)
+    asked = build_inference_config(tmp_path / "adapter", ["model.num_shared_experts=0"], 1)
     assert asked.lora == made_with.lora and asked.model != model, "the checkpoint's tensors tell"
 
 

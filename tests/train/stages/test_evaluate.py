@@ -146,11 +146,11 @@ def said_of(ids: Any, types: Any, inside: int, tokenizer: Any) -> str:
 @pytest.mark.essential
 @pytest.mark.distributed
 def test_turns_of_conversations_and_what_they_say_are_told_apart(ranks: Any, job: Any, packed_data: Any,
-                                                               tmp_path: Path) -> None:
+                                                                 tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     from data_prep.cli import main as sov_data
-    from megatron_sov.eval.heldout import evaluate_rows, open_heldout
+    from megatron_sov.eval.heldout_loss import evaluate_rows, open_heldout
 
     def turns(i: int, count: int) -> list[dict[str, str]]:
         call = "<tool_call>{}</tool_call>" if i % 2 else ""

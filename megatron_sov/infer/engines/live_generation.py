@@ -19,12 +19,12 @@ from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.cache_rows import CacheSize
 from megatron_sov.engine.parallel.values import broadcast_object
 from megatron_sov.infer.decoder.continuation import Continuation
-from megatron_sov.infer.decoder.generator import Decoding
+from megatron_sov.infer.decoder.generator import DecodingBatch
 from megatron_sov.infer.request import LENGTH, STOP, Batching, Sampling, StopRule
 
 
 @dataclass(frozen=True)
-class Joining:
+class NewSequence:
     """A sequence that joins the batch."""
 
     number: int
@@ -40,10 +40,10 @@ class Joining:
 
 
 @dataclass(frozen=True)
-class Orders:
+class BatchChanges:
     """Changes of the batch before the next row."""
 
-    joining: Sequence[Joining] = ()
+    joining: Sequence[NewSequence] = ()
     """New sequences, at most as many as there are free slots."""
     leaving: Sequence[int] = ()
     """Ids of cancelled sequences; finished sequences are ignored."""
@@ -52,7 +52,7 @@ class Orders:
 
 
 @dataclass(frozen=True)
-class News:
+class TokenEvent:
     """A new token of a sequence."""
 
     number: int
@@ -65,10 +65,10 @@ class News:
     """`STOP` or `LENGTH` for the last token of the sequence."""
 
 
-class Office(Protocol):
+class RequestSource(Protocol):
     """Queue of requests on the first process."""
 
-    def orders(self, num_free: int, is_idle: bool) -> Orders:
+    def orders(self, num_free: int, is_idle: bool) -> BatchChanges:
         """Return the changes before the next row.
 
         Args:
@@ -78,7 +78,7 @@ class Office(Protocol):
         """
         ...
 
-    def tell(self, news: Sequence[News]) -> None:
+    def tell(self, news: Sequence[TokenEvent]) -> None:
         """Receive the tokens of a row."""
         ...
 
@@ -97,7 +97,8 @@ class _LiveSequence:
     """State of the sequence, on its own process only."""
 
 
-def continue_live(model: ForwardModel, batching: Batching, longest: int, office: Office | None) -> None:
+def generate_live(model: ForwardModel, batching: Batching, longest: int,
+                  office: RequestSource | None) -> None:
     """Generate until the office orders the end (collective).
 
     Args:
@@ -109,7 +110,7 @@ def continue_live(model: ForwardModel, batching: Batching, longest: int, office:
     room = batching.slots(batching.batch_size, longest, model.model.architecture.count_state_tokens())
     cache = CacheSize(room, longest)
     with CachedDecoder(model, cache) as decoder:
-        live = _Live(Decoding(decoder, cache, batching.prefill_tokens), cache.slots)
+        live = _Live(DecodingBatch(decoder, cache, batching.prefill_tokens), cache.slots)
         while live.follow_orders(office):
             if (news := live.decode_row()) and office is not None:
                 office.tell(news)
@@ -118,15 +119,15 @@ def continue_live(model: ForwardModel, batching: Batching, longest: int, office:
 class _Live:
     """State of all sequences in progress, kept identically on each process."""
 
-    def __init__(self, decoding: Decoding, num_slots: int) -> None:
+    def __init__(self, decoding: DecodingBatch, num_slots: int) -> None:
         self._decoding, self._num_slots = decoding, num_slots
         self._rank, self._size = share_place()
         self._sequences: dict[int, _LiveSequence] = {}
         self._written: dict[int, int] = {}
 
-    def follow_orders(self, office: Office | None) -> bool:
+    def follow_orders(self, office: RequestSource | None) -> bool:
         """Apply the orders of the first process; return False at the end."""
-        orders = Orders()
+        orders = BatchChanges()
         if office is not None:
             orders = office.orders(self._num_slots * self._size - len(self._sequences), not self._sequences)
         if dist.get_world_size() > 1:
@@ -140,7 +141,7 @@ class _Live:
             self._add_sequence(joining)
         return not orders.ends
 
-    def _add_sequence(self, joining: Joining) -> None:
+    def _add_sequence(self, joining: NewSequence) -> None:
         shares = [place.share for place in self._sequences.values()]
         # The process with the fewest sequences; every process computes the same choice.
         share = min(range(self._size), key=shares.count)
@@ -158,11 +159,11 @@ class _Live:
         self._written.pop(number, None)
         return self._sequences.pop(number, None)
 
-    def decode_row(self) -> list[News]:
+    def decode_row(self) -> list[TokenEvent]:
         """Run a row on all processes, and return the new tokens of all processes."""
         if not self._sequences:
             return []
-        self._decoding.iterate()
+        self._decoding.decode_row()
         # Per sequence: token count (0 or 1), token id, float64 bits of its log-probability. Each sequence is
         # on one process and zero on the others, so the sum is its token.
         table = torch.zeros(len(self._sequences), 3, dtype=torch.int64)
@@ -178,7 +179,7 @@ class _Live:
             self._sequences, table.tolist(), logprobs, strict=True) if count}
         return [self._build_event(number, token, logprob) for number, (token, logprob) in written.items()]
 
-    def _build_event(self, number: int, token: int, logprob: float) -> News:
+    def _build_event(self, number: int, token: int, logprob: float) -> TokenEvent:
         place, reason = self._sequences[number], None
         self._written[number] += 1
         # Every process detects the end from the token, so all remove the sequence after the same row.
@@ -188,4 +189,4 @@ class _Live:
             reason = LENGTH
         if reason is not None:
             self._remove_sequence(number)
-        return News(number, token, logprob, reason)
+        return TokenEvent(number, token, logprob, reason)

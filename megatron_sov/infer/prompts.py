@@ -14,13 +14,14 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, Flag, SettingsError
 from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
 from megatron_sov.chat.folder import TOKENIZER_JSON, read_chat_encoder
-from megatron_sov.chat.marks import build_text_decoder, prepend_mark
-from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, PRECISION_KEY, SERVED, TRANSFORMERS, ChosenEngine
-from megatron_sov.infer.request import Generated
-from megatron_sov.work.endpoints.transport import find_address_problems
+from megatron_sov.chat.marks import text_decoder, with_opening
+from megatron_sov.infer.engine import (
+    ENGINE_SET, MEGATRON, PRECISION_KEY, SERVER_ENGINES, TRANSFORMERS, ChosenEngine)
+from megatron_sov.infer.request import GenerationResult
+from megatron_sov.work.endpoints.transport import address_problems
 
 if TYPE_CHECKING:
-    from megatron_sov.infer.engines.server_engine import ServerPlaces
+    from megatron_sov.infer.engines.server_engine import ServerLocations
     from megatron_sov.infer.engines.target import Target
     from megatron_sov.model.modality import FeatureTokens, MediaEncoding
 
@@ -53,7 +54,8 @@ def read_prompts(texts: Sequence[str], file: Path | None) -> list[ModelPrompt]:
     return prompts
 
 
-def response_lines(prompts: Sequence[ModelPrompt], texts: Sequence[str], generated: Generated) -> str:
+def format_responses(prompts: Sequence[ModelPrompt], texts: Sequence[str],
+                     generated: GenerationResult) -> str:
     """Format JSON lines for `megatron-sov score`: the record, `response`, `num_tokens` and
     `finish_reason`."""
     return "".join(json.dumps({
@@ -110,22 +112,22 @@ class ServerOptions:
     engine_url: Annotated[tuple[str, ...], Flag(value="URL")] = ()
     """A server that somebody else has started; repeat it for several."""
 
-    def places(self, run: Path) -> ServerPlaces:
+    def places(self, run: Path) -> ServerLocations:
         """Return the servers of a run.
 
         Raises:
             UserError: --engine-url is not an address.
         """
-        from megatron_sov.infer.engines.server_engine import ServerPlaces
+        from megatron_sov.infer.engines.server_engine import ServerLocations
 
         for url in self.engine_url:
             if problems := find_address_problems("--engine-url", url, "the environment"):
                 raise SettingsError("", problems)
-        return ServerPlaces(run / "engines", self.engine_url, self.engine_python)
+        return ServerLocations(run / "engines", self.engine_url, self.engine_python)
 
 
 @dataclass(frozen=True)
-class SamplingRequest:
+class EncodedPrompts:
     """Prompts encoded for a model."""
 
     ids: list[list[int]]
@@ -146,7 +148,7 @@ class SamplingRequest:
         return max(map(len, self.ids))
 
 
-class Asker:
+class PromptEncoder:
     """Encodes prompts with a model's tokenizer and, optionally, its chat template.
 
     Args:
@@ -175,7 +177,7 @@ class Asker:
         self._target, self._tokenizer = target, tokenizer
         self.encoder = encoder
         """Encoder of the chat template; None for plain prompts."""
-        self.end_ids = stop_ids(target, eos, encoder)
+        self.end_ids = read_stop_ids(target, eos, encoder)
         """Stop tokens."""
         self._decode = build_text_decoder(target.tokenizer_folder / TOKENIZER_JSON, self.end_ids,
                                     lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
@@ -244,7 +246,7 @@ class Asker:
         return "" if self.encoder is None else self.encoder.opened_thoughts(asked)
 
 
-def stop_ids(target: Target, eos: int | None, encoder: ChatEncoder | None) -> tuple[int, ...]:
+def read_stop_ids(target: Target, eos: int | None, encoder: ChatEncoder | None) -> tuple[int, ...]:
     """Return the sorted stop tokens, equal for a checkpoint and its Hugging Face export.
 
     Args:
@@ -271,7 +273,7 @@ def _read_feature_tokens(folder: Path, encoding: MediaEncoding) -> FeatureTokens
         raise UserError(f"{folder}: its tokenizer cannot be read ({e}); restore it from its source") from None
 
 
-def asked_of(target: Target, prompts: Sequence[str | Conversation], chat: bool) -> SamplingRequest:
+def encode_prompts(target: Target, prompts: Sequence[str | Conversation], chat: bool) -> EncodedPrompts:
     """Encode prompts with a model's own tokenizer.
 
     Args:
@@ -284,9 +286,9 @@ def asked_of(target: Target, prompts: Sequence[str | Conversation], chat: bool) 
             or a prompt is invalid.
     """
     _check_surrogates(prompts)  # before loading the tokenizer
-    asker = Asker(target, chat)
+    asker = PromptEncoder(target, chat)
     ids = asker.ask(prompts)
-    return SamplingRequest(ids, asker.end_ids, asker.decode, list(map(asker.opened_thoughts, ids)))
+    return EncodedPrompts(ids, asker.end_ids, asker.decode, list(map(asker.opened_thoughts, ids)))
 
 
 def _check_surrogates(prompts: Sequence[str | Conversation]) -> None:
@@ -328,18 +330,18 @@ def _check_ids(prompts: list[list[int]], target: Target) -> None:
                         f"has {vocab_size} ids; replace it by the tokenizer of the model")
 
 
-def check_length(target: Target, longest: int, what: str, mend: str) -> None:
+def check_length(target: Target, longest: int, cause: str, fix: str) -> None:
     """Raise `UserError` if a sequence exceeds the context of the model.
 
     Args:
         target: the model.
         longest: tokens of the longest sequence, prompt and answer.
-        what: cause of the length, in the plural.
-        mend: advice.
+        cause: cause of the length, in the plural.
+        fix: advice.
     """
     if longest > target.max_tokens:
-        raise UserError(f"{what} make {longest} tokens, but the model has a context of {target.max_tokens}; "
-                        f"{mend}")
+        raise UserError(f"{cause} make {longest} tokens, but the model has a context of {target.max_tokens}; "
+                        f"{fix}")
 
 
 def check_engine(engine: str, target: Target, settings: Sequence[str], nproc: int | None,
@@ -357,7 +359,7 @@ def check_engine(engine: str, target: Target, settings: Sequence[str], nproc: in
     if engine != MEGATRON and not target.is_hf:
         raise UserError(f"--engine {engine}: {target.path} is a checkpoint; "
                         "convert it first with `megatron-sov convert to-hf`")
-    refused = settings if engine not in SERVED else ()  # settings of servers
+    refused = settings if engine not in SERVER_ENGINES else ()  # settings of servers
     if engine == TRANSFORMERS:
         refused = [setting for setting in refused if setting.partition("=")[0] != PRECISION_KEY]
     refused_options = [*(f"{option} {setting}" for setting in refused),

@@ -21,16 +21,16 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert.sources import check_export, check_whole_model, list_ignored_prefixes
 from megatron_sov.engine.parallel.device import PRECISION, inference_precision
-from megatron_sov.infer.decoder.sampling import seed_of
+from megatron_sov.infer.decoder.sampling import derive_seed
 from megatron_sov.infer.engines.target import report_precision
 from megatron_sov.infer.request import (
-    Batching, Generated, HeldWeights, NamedTensors, Sampling, StopRule, Tokens, refuse_drafts, refuse_routes,
-    refuse_rules)
-from megatron_sov.model.pretrained import find_low_bit_options, load_pretrained
+    Batching, GenerationResult, NamedTensors, Sampling, StopRule, Tokens, WeightVersion, check_no_drafts,
+    check_no_routes, check_no_rules)
+from megatron_sov.model.pretrained import load_pretrained, low_bit_options
 
 PAGE_TOKENS = 16
 """Tokens per page of transformers' cache."""
-MASK_PLACES = 1 << 28
+MAX_MASK_ELEMENTS = 1 << 28
 """Limit of mask elements (pass tokens x cached tokens), which SDPA and eager attention allocate: 1 GiB in
 fp32, twice for models with sliding-window layers."""
 PASS_TOKENS = 1024
@@ -94,27 +94,27 @@ class HfEngine:
 
     def __init__(self, model: Any, batching: Batching | None = None) -> None:
         self._model, self._batching = model, batching or Batching()
-        self._weight_version = HeldWeights("transformers")
+        self._weight_version = WeightVersion("transformers")
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: StopRule | None = None,
-                 streams: Sequence[int] | None = None) -> Generated:
+                 streams: Sequence[int] | None = None) -> GenerationResult:
         """Continue prompts, see `Engine`; samples depend on the whole batch, which has one seed.
 
         Raises:
             UserError: transformers failed for a prompt, e.g. for lack of memory, or routes are requested.
         """
-        refuse_drafts("transformers", sampling)
-        refuse_rules("transformers", sampling)
-        refuse_routes("transformers", sampling)
-        refuse_uncached(self._model.config)
+        check_no_drafts("transformers", sampling)
+        check_no_rules("transformers", sampling)
+        check_no_routes("transformers", sampling)
+        check_cache_support(self._model.config)
         sampling.check()
         stop, version = stop or StopRule(), self._weight_version.version
         if not prompts:
-            return Generated.of([], sampling, stop, version)
+            return GenerationResult.of([], sampling, stop, version)
         # Each sequence reserves pages for the longest sequence, which bounds their number.
         longest = max(map(len, prompts)) + sampling.max_new_tokens
-        slots, pages, pass_tokens = cache_sizes(len(prompts), longest, self._batching)
+        slots, pages, pass_tokens = compute_cache_sizes(len(prompts), longest, self._batching)
         sampling_options: dict[str, Any] = {"do_sample": False}
         if sampling.temperature:
             sampling_options = {"do_sample": True, "temperature": sampling.temperature,
@@ -127,7 +127,7 @@ class HfEngine:
         sizes = ContinuousBatchingConfig(
             page_size=PAGE_TOKENS, num_blocks=pages, max_requests_per_batch=slots,
             max_batch_tokens=pass_tokens, return_logprobs=True,
-            seed=sampling.seed if streams is None else seed_of(sampling.seed, *streams))
+            seed=sampling.seed if streams is None else derive_seed(sampling.seed, *streams))
         results = self._model.generate_batch(
             inputs=[list(p) for p in prompts], generation_config=generation_config,
             continuous_batching_config=sizes, warmup=False)
@@ -141,18 +141,18 @@ class HfEngine:
         # transformers returns log-probabilities of the truncated distribution, for greedy tokens of the plain
         # one.
         written = [(stop.cut(o.generated_tokens), o.logprobs) for o in outputs]
-        return Generated.of([(tokens, logprobs[:len(tokens)]) for tokens, logprobs in written],
+        return GenerationResult.of([(tokens, logprobs[:len(tokens)]) for tokens, logprobs in written],
                             sampling, stop, version)
 
     def update(self, weights: NamedTensors | None, version: int) -> None:
         """Copy weights into the model, see `Engine`."""
         if weights is None:
             raise ValueError("the engine transformers has its own model: an update needs weights")
-        with self._weight_version.replaced(version, weights):
+        with self._weight_version.replace_weights(version, weights):
             copy_weights(self._model, weights)
 
 
-def refuse_uncached(config: Any, fix: str = "take the engine megatron or vllm (--engine)") -> None:
+def check_cache_support(config: Any, fix: str = "take the engine megatron or vllm (--engine)") -> None:
     """Raise `UserError` (ending with `fix`) for models that transformers' paged cache (5.x) does not support.
 
     Its pages have keys and values of width `head_dim` and no states: no latent and no linear attention.
@@ -165,7 +165,7 @@ def refuse_uncached(config: Any, fix: str = "take the engine megatron or vllm (-
                             f"batching; {fix}")
 
 
-def cache_sizes(num_prompts: int, longest: int, batching: Batching) -> tuple[int, int, int]:
+def compute_cache_sizes(num_prompts: int, longest: int, batching: Batching) -> tuple[int, int, int]:
     """Return the sequences at a time, the number of cache pages, and the tokens per pass.
 
     Sequences and pass tokens bound the attention mask, so long contexts need no more memory for it than short
@@ -177,11 +177,11 @@ def cache_sizes(num_prompts: int, longest: int, batching: Batching) -> tuple[int
         batching: limits of the caller.
     """
     pages = -(-longest // PAGE_TOKENS) + 1
-    slots = max(1,
-                min(batching.slots(num_prompts, longest), MASK_PLACES // (PASS_TOKENS * PAGE_TOKENS * pages)))
+    max_slots = MAX_MASK_ELEMENTS // (PASS_TOKENS * PAGE_TOKENS * pages)
+    slots = max(1, min(batching.slots(num_prompts, longest), max_slots))
     cache_tokens = slots * pages * PAGE_TOKENS
     # The smallest limit counts, but at least one token of every sequence.
-    max_pass_tokens = min(batching.prefill_tokens, slots * longest, MASK_PLACES // cache_tokens)
+    max_pass_tokens = min(batching.prefill_tokens, slots * longest, MAX_MASK_ELEMENTS // cache_tokens)
     return slots, slots * pages, max(slots, max_pass_tokens)
 
 
@@ -192,7 +192,7 @@ class _View(torch.Tensor):
         return self
 
 
-def live_views(model: Any) -> dict[str, torch.Tensor]:
+def get_live_views(model: Any) -> dict[str, torch.Tensor]:
     """Return file name -> view of the model's memory.
 
     Raises:
@@ -224,7 +224,7 @@ def copy_weights(model: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> Non
         UserError: a tensor is missing, unknown, repeated or has a wrong shape; the model is then partly
             updated.
     """
-    views = live_views(model)
+    views = get_live_views(model)
     for name, tensor in check_whole_model(weights, *_get_shapes(model, views)):
         views[name].copy_(tensor)
 

@@ -19,7 +19,8 @@ from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 prepare_megatron()
 
 from megatron_sov.base.errors import UserError  # noqa: E402
-from megatron_sov.eval.heldout import HeldoutData, evaluate_rows, open_heldout, rows_of  # noqa: E402
+from megatron_sov.eval.heldout_loss import (  # noqa: E402
+    HeldoutData, evaluate_rows, group_into_rows, open_heldout)
 from megatron_sov.train.data.token_shards import open_sources  # noqa: E402
 
 
@@ -137,5 +138,5 @@ def test_heldout_losses_are_recorded_as_events(one_rank: None, imported: dict[st
 
 
 def test_rows_group_documents_in_order() -> None:
-    assert rows_of([3, 4, 2, 9, 1, 20, 1], row_tokens=9) == [[0, 1, 2], [3], [4], [5], [6]]
-    assert rows_of([]) == []
+    assert group_into_rows([3, 4, 2, 9, 1, 20, 1], row_tokens=9) == [[0, 1, 2], [3], [4], [5], [6]]
+    assert group_into_rows([]) == []

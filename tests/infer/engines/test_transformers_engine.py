@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from transformers import DeepseekV3Config
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.infer.engines.libraries import (
-    PAGE_TOKENS, HfEngine, cache_sizes, copy_weights, live_views, load_hf)
+from megatron_sov.infer.engines.transformers_engine import (
+    PAGE_TOKENS, HfEngine, compute_cache_sizes, copy_weights, get_live_views, load_hf)
 from megatron_sov.infer.request import Batching, Sampling, StopRule
 
 PROMPTS = [[5, 9, 2, 70], [300], [8, 8, 8, 8], list(range(100, 140))]
@@ -70,7 +70,7 @@ def test_unloadable_folder_is_named(hf_models: dict[str, Path], tmp_path: Path) 
 
 @pytest.mark.parametrize("longest", [10, 1000, 16_384, 131_072, 262_144, 1 << 20])
 def test_mask_size_is_bounded_at_any_length(longest: int) -> None:
-    slots, pages, pass_tokens = cache_sizes(20, longest, Batching())
+    slots, pages, pass_tokens = compute_cache_sizes(20, longest, Batching())
     assert pages * PAGE_TOKENS >= slots * longest
     assert 4 * pass_tokens * (pages * PAGE_TOKENS + pass_tokens) < 1.1 * 2**30, (
         "bytes of a mask in fp32, whole")
@@ -146,7 +146,7 @@ def test_live_views_write_to_the_model(family: str, hf_models: dict[str, Path], 
     monkeypatch.chdir(tmp_path)
     written = load_file(hf_models[family] / "model.safetensors")
     model = redrawn(hf_models[family])
-    views = live_views(model)
+    views = get_live_views(model)
     assert {name: view.shape for name, view in views.items()} == {n: t.shape for n, t in written.items()}
     addresses = {name: t.data_ptr() for name, t in model.state_dict().items()}
     copy_weights(model, written.items())
@@ -160,7 +160,7 @@ def test_tied_head_has_one_view() -> None:
     config = transformers.Qwen2Config(vocab_size=40, hidden_size=16, num_hidden_layers=1, intermediate_size=8,
                                       num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
     model = transformers.Qwen2ForCausalLM(config)
-    weights = {name: torch.full(view.shape, 2.0) for name, view in live_views(model).items()}
+    weights = {name: torch.full(view.shape, 2.0) for name, view in get_live_views(model).items()}
     assert "lm_head.weight" not in weights
     copy_weights(model, weights.items())
     assert torch.equal(model.lm_head.weight, torch.full((40, 16), 2.0))

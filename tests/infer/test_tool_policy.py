@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_sov.infer.request import Generated, Sampling, StopRule, Tokens
+from megatron_sov.infer.request import GenerationResult, Sampling, StopRule, Tokens
 
 
 class Echo:
@@ -15,18 +15,18 @@ class Echo:
         self.asked: list[Any] = []
 
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: StopRule | None = None,
-                 streams: Sequence[int] | None = None) -> Generated:
+                 streams: Sequence[int] | None = None) -> GenerationResult:
         assert stop is not None
         self.asked.append([[list(p) for p in prompts], sampling.max_new_tokens, sampling.seed, stop.ids,
                            streams])
         written = [([p[-1]] * sampling.max_new_tokens, [-1.0] * sampling.max_new_tokens) for p in prompts]
-        return Generated.of(written, sampling, stop, 0)
+        return GenerationResult.of(written, sampling, stop, 0)
 
 
 def play() -> dict[str, Any]:
     """Play two rounds; runs on each rank."""
     from megatron_sov.engine.parallel import world
-    from megatron_sov.infer.turns import EnginePolicy, with_policy
+    from megatron_sov.infer.tool_policy import EnginePolicy, run_with_policy
     from megatron_sov.model.config import ParallelConfig
 
     world.join(ParallelConfig())
@@ -36,7 +36,7 @@ def play() -> dict[str, Any]:
         return [[w.ids for w in policy.sample(*asked)]
                 for asked in (([[1, 2], [3]], 2, [7, 8]), ([[4]], 1, [9]))]
 
-    result = with_policy(EnginePolicy(engine, Sampling(seed=5), StopRule((9,))), work)
+    result = run_with_policy(EnginePolicy(engine, Sampling(seed=5), StopRule((9,))), work)
     world.leave()
     return {"result": result, "asked": engine.asked}
 
@@ -45,11 +45,11 @@ def fail() -> list[str]:
     """Fail on the first process, between turns, and in the engine of all processes; runs on each rank."""
     from megatron_sov.base.errors import UserError
     from megatron_sov.engine.parallel import world
-    from megatron_sov.infer.turns import EnginePolicy, with_policy
+    from megatron_sov.infer.tool_policy import EnginePolicy, run_with_policy
     from megatron_sov.model.config import ParallelConfig
 
     class Refusing(Echo):
-        def generate(self, *asked: Any, **more: Any) -> Generated:
+        def generate(self, *asked: Any, **more: Any) -> GenerationResult:
             raise UserError("the engine refuses")
 
     def bad_task(policy: Any) -> Any:
@@ -60,10 +60,11 @@ def fail() -> list[str]:
     told = []
     for engine, work in ((Echo(), bad_task), (Refusing(), bad_task)):
         try:
-            with_policy(EnginePolicy(engine, Sampling(seed=5), StopRule((9,))), work)
+            run_with_policy(EnginePolicy(engine, Sampling(seed=5), StopRule((9,))), work)
         except UserError as e:
             told.append(str(e))
-    told.append(with_policy(EnginePolicy(Echo(), Sampling(seed=5), StopRule((9,))), lambda policy: "goes on"))
+    policy = EnginePolicy(Echo(), Sampling(seed=5), StopRule((9,)))
+    told.append(run_with_policy(policy, lambda policy: "goes on"))
     world.leave()
     return told
 

@@ -16,9 +16,9 @@ import torch
 
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
-from megatron_sov.chat.vocabulary import check_same_tokens
-from megatron_sov.infer.engines.load import Loaded
-from megatron_sov.model.config.data import split_source_name
+from megatron_sov.chat.vocabulary import refuse_other_tokens
+from megatron_sov.infer.engines.load import LoadedModel
+from megatron_sov.model.config.data import named_shards
 from megatron_sov.model.modality import check_encoders
 from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.rows import PackedRow, heldout_samples
@@ -102,12 +102,13 @@ def open_heldout(paths: dict[str, float], seq_len: int, max_tokens: int, *,
     return data
 
 
-def evaluate_rows(data: HeldoutData, losses_of: Callable[[PackedRow], np.ndarray]) -> dict[str, HeldoutLoss]:
+def evaluate_rows(data: HeldoutData, compute_losses: Callable[[PackedRow], np.ndarray]) -> dict[str,
+                  HeldoutLoss]:
     """Return source name -> loss, for sources with held-out targets.
 
     Args:
         data: held-out documents.
-        losses_of: row of n tokens -> losses [n] in nats; those with `row.weights` > 0 count.
+        compute_losses: row of n tokens -> losses [n] in nats; those with `row.weights` > 0 count.
     """
     results = {}
     sizes = data.bytes_of_token(data.vocab_size)
@@ -116,7 +117,7 @@ def evaluate_rows(data: HeldoutData, losses_of: Callable[[PackedRow], np.ndarray
             sums = dict.fromkeys(SUMS, 0.0)
             for row in data.rows(index):
                 # Loss weights only select the targets; held-out losses are not weighted.
-                counted, losses = row.weights > 0, losses_of(row)
+                counted, losses = row.weights > 0, compute_losses(row)
                 sums["nats"] += float(losses[counted].sum(dtype=np.float64))
                 sums["tokens"] += int(counted.sum())
                 sums["size_bytes"] += int(sizes[row.labels[counted]].sum()) if sizes is not None else 0
@@ -130,10 +131,10 @@ def evaluate_rows(data: HeldoutData, losses_of: Callable[[PackedRow], np.ndarray
     return results
 
 
-def evaluate_forward_model(loaded: Loaded, data: HeldoutData) -> dict[str, HeldoutLoss]:
+def evaluate_forward_model(loaded: LoadedModel, data: HeldoutData) -> dict[str, HeldoutLoss]:
     """Return source name -> loss of a loaded model (collective)."""
     check_encoders(loaded.config.model, data.sources)
-    rows = rows_per_batch(loaded, data.seq_len, data.max_tokens)
+    rows = compute_rows_per_batch(loaded, data.seq_len, data.max_tokens)
     sizes = data.bytes_of_token(loaded.config.model.vocab_size)
     evaluator = HeldoutEvaluator(data.sources, sizes, data.seq_len, rows, data.max_tokens, loaded.world)
     shows_progress = loaded.world.rank == loaded.world.size - 1  # always on the last pipeline stage
@@ -141,7 +142,7 @@ def evaluate_forward_model(loaded: Loaded, data: HeldoutData) -> dict[str, Heldo
         return evaluator.run(loaded.policy, done=bar.update)
 
 
-def rows_per_batch(loaded: Loaded, seq_len: int, max_tokens: int = ROW_TOKENS) -> int:
+def compute_rows_per_batch(loaded: LoadedModel, seq_len: int, max_tokens: int = ROW_TOKENS) -> int:
     """Return the number of rows of `seq_len` tokens per forward pass."""
     multiple = loaded.config.parallel.row_multiple
     step = multiple // math.gcd(multiple, seq_len)  # smallest number of rows that the layout can split
@@ -157,11 +158,11 @@ def evaluate_hf(model: Any, data: HeldoutData) -> dict[str, HeldoutLoss]:
     if media_sources := [f"{s.name} ({', '.join(s.banks)})" for s in data.sources if s.banks]:
         raise UserError(f"sources {'; '.join(media_sources)}: the transformers model reads text only; "
                         "evaluate the checkpoint itself, or use text data")
-    return evaluate_rows(data, lambda row: row_losses(model, row))
+    return evaluate_rows(data, lambda row: compute_row_losses(model, row))
 
 
 @torch.no_grad()
-def row_losses(model: Any, row: PackedRow) -> np.ndarray:
+def compute_row_losses(model: Any, row: PackedRow) -> np.ndarray:
     """Return the losses [n] of a row in nats.
 
     Each document is a separate line of the batch, padded at its end, where causal attention ignores padding.
@@ -177,7 +178,7 @@ def row_losses(model: Any, row: PackedRow) -> np.ndarray:
     return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none").cpu().numpy()
 
 
-def rows_of(lengths: Sequence[int], row_tokens: int = ROW_TOKENS) -> list[list[int]]:
+def group_into_rows(lengths: Sequence[int], row_tokens: int = ROW_TOKENS) -> list[list[int]]:
     """Group documents (by index, in order) into rows of at most `row_tokens`, unless one document is
     longer."""
     rows: list[list[int]] = []

@@ -15,10 +15,10 @@ from megatron_sov.chat.encode import TurnEncoder
 from megatron_sov.chat.folder import (
     CONFIG_JSON, SPECIAL_JSON, TEMPLATE_FILE, TOKENIZER_JSON, read_chat_encoder)
 from megatron_sov.engine.parallel.values import broadcast_object
-from megatron_sov.infer.asking import check_engine, check_length, stop_ids
-from megatron_sov.infer.engine import Engine, EngineName, engine_for, run_engine
+from megatron_sov.infer.engine import Engine, EngineName, choose_engine, run_with_engine
 from megatron_sov.infer.engines.load import load_tokenizer
 from megatron_sov.infer.engines.target import Target, find_target
+from megatron_sov.infer.prompts import check_engine, check_length, read_stop_ids
 from megatron_sov.infer.request import Batching, Sampling, StopRule, Tokens
 from megatron_sov.judge.tools.environment import EpisodeLimits
 from megatron_sov.judge.tools.episode import GeneratedTurn
@@ -59,7 +59,7 @@ class _BroadcastPolicy:
         return self._policy.sample(*broadcast_object(((prompts, max_new_tokens, streams), ""))[0])
 
 
-def with_policy(policy: EnginePolicy, work: Callable[[ToolPolicy], Any]) -> Any:
+def run_with_policy(policy: EnginePolicy, work: Callable[[ToolPolicy], Any]) -> Any:
     """Run `work` with a policy and return its result (collective over the processes of the engine).
 
     Only the first process runs `work`, so that tools act once; the other processes join its sampling and
@@ -101,14 +101,14 @@ def _join_sampling(policy: EnginePolicy) -> None:
         raise local_error
 
 
-def chat_digests(folder: Path) -> dict[str, str]:
+def hash_chat_files(folder: Path) -> dict[str, str]:
     """Return name -> digest of the files that determine the chat encoding of a folder."""
     files = [folder / name for name in (TOKENIZER_JSON, CONFIG_JSON, TEMPLATE_FILE, SPECIAL_JSON)]
     return {file.name: hash_file(file) for file in files if file.is_file()}
 
 
 @dataclass(frozen=True)
-class Runs:
+class EngineChoice:
     """Engine and its settings."""
 
     engine: EngineName | None
@@ -121,7 +121,7 @@ class Runs:
     """Option that gives the settings."""
 
 
-class Player:
+class EpisodePlayer:
     """A model with chat template and engine, checked before the model is loaded.
 
     Args:
@@ -135,10 +135,10 @@ class Player:
         UserError: the engine cannot run the model, its context is too short, or it has no chat template.
     """
 
-    def __init__(self, path: Path, runs: Runs, limits: EpisodeLimits, way_out: str,
+    def __init__(self, path: Path, runs: EngineChoice, limits: EpisodeLimits, way_out: str,
                  template: dict[str, Any] | None = None) -> None:
         self.target: Target = find_target(path)
-        self.engine = runs.engine or engine_for(self.target)
+        self.engine = runs.engine or choose_engine(self.target)
         self._runs = runs
         self._longest = limits.max_prompt_tokens + limits.max_response_tokens + limits.max_turn_tokens
         check_engine(self.engine, self.target, runs.settings, runs.nproc, runs.option)
@@ -150,15 +150,15 @@ class Player:
             raise UserError(f"{folder}: has no chat template; fine-tune on chats first")
         self.encoder = TurnEncoder(chat, str(folder), template or {})
         # Turn ends only: a turn that ends with eos is incomplete.
-        self._ends = stop_ids(self.target, load_tokenizer(folder).eos_token_id, chat)
-        self.chat = chat_digests(folder)
+        self._ends = read_stop_ids(self.target, load_tokenizer(folder).eos_token_id, chat)
+        self.chat = hash_chat_files(folder)
         """Chat file -> digest."""
 
     def run(self, sampling: Sampling, num_parallel: int, played: Callable[[ToolPolicy], Any]) -> Any:
         """Run `played` with the model as its policy; returns None on processes other than the first."""
         def run_policy(engine: Engine) -> Any:
-            return with_policy(EnginePolicy(engine, sampling, StopRule(self._ends)), played)
+            return run_with_policy(EnginePolicy(engine, sampling, StopRule(self._ends)), played)
 
-        return run_engine(self.engine, self.target, run_policy, longest=self._longest,
+        return run_with_engine(self.engine, self.target, run_policy, longest=self._longest,
                           batching=Batching(num_parallel), settings=self._runs.settings,
                           nproc=self._runs.nproc, option=self._runs.option)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.infer.asking import ModelPrompt, ServerOptions, read_prompts
+from megatron_sov.infer.prompts import ModelPrompt, ServerOptions, read_prompts
 
 
 def test_prompt_options_come_before_the_file(tmp_path: Path) -> None:
@@ -88,8 +88,8 @@ def test_checkpoint_and_its_export_stop_at_the_same_tokens(case: str, hf_models:
     from megatron_sov import convert
     from megatron_sov.bench.lm.settings import Settings
     from megatron_sov.bench.lm.subject import subject_of
-    from megatron_sov.infer.asking import Asker
     from megatron_sov.infer.engines.target import find_target
+    from megatron_sov.infer.prompts import PromptEncoder
 
     generation, changes, has_template = ENDS[case]
     source = shutil.copytree(hf_models["solar_open"], tmp_path / "source")
@@ -107,7 +107,7 @@ def test_checkpoint_and_its_export_stop_at_the_same_tokens(case: str, hf_models:
     convert.to_hf(tmp_path / "checkpoint", tmp_path / "export")
     targets = [find_target(tmp_path / name) for name in ("checkpoint", "export")]
     for chat in (False, True) if has_template else (False,):
-        ours, exported = (Asker(target, chat).end_ids for target in targets)
+        ours, exported = (PromptEncoder(target, chat).end_ids for target in targets)
         assert ours == exported
         if not chat:
             read = GenerationConfig.from_pretrained(tmp_path / "export").eos_token_id if (
